@@ -1,0 +1,145 @@
+"""Every error dsmq raises or sends.
+
+    DSMQError
+     ├─ ConfigError         a setting is wrong (also a ValueError)
+     ├─ CannotStart         the server could not start
+     ├─ ServerFailed        the server had to stop: one of its threads died
+     ├─ ConnectionLost      the connection broke (also a ConnectionError)
+     ├─ ClientClosed        used after close() (also a ConnectionError)
+     ├─ MessageNotText      the next message is not UTF-8 (also a ValueError)
+     └─ ReplyError          the server answered with an error, by code:
+         ├─ ProtocolError     PROTOCOL
+         ├─ TooBig            TOOBIG (also a ValueError)
+         ├─ UnknownCommand    UNKNOWN
+         ├─ BadRequest        BADREQUEST (also a ValueError)
+         ├─ NotPermitted      NOPERM
+         ├─ UnknownVersion    NOPROTO
+         ├─ Full              FULL
+         ├─ StoreFailed       STORE
+         ├─ Busy              BUSY
+         ├─ Closing           CLOSING
+         ├─ TimedOut          TIMEOUT
+         └─ InternalError     INTERNAL
+
+The codes are those of PROTOCOL.md. A server that is not there raises the built-in ConnectionRefusedError.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class DSMQError(Exception):
+    """The base of all errors of dsmq."""
+
+
+class ConfigError(DSMQError, ValueError):
+    """A setting is unknown or out of bounds, or the configuration file can't be read."""
+
+
+class CannotStart(DSMQError):
+    """The server could not start: its address is taken or not allowed."""
+
+
+class ServerFailed(DSMQError):
+    """The server had to stop, because one of its threads died."""
+
+
+class ConnectionLost(DSMQError, ConnectionError):
+    """The connection broke during a call; a put that raises this may or may not have been stored."""
+
+
+class ClientClosed(DSMQError, ConnectionError):
+    """The client was used after `close()`, or closed by another thread during the call."""
+
+
+class MessageNotText(DSMQError, ValueError):
+    """The next message of the topic is not UTF-8. It stays unread: `raw=True` reads it as bytes."""
+
+
+class ReplyError(DSMQError):
+    """The server's answer was an error. `code` is the code on the wire."""
+
+    code: ClassVar[str] = "ERROR"
+
+
+class ProtocolError(ReplyError):
+    """What came is not RESP; sent by a server, or raised by a client that can't read the reply."""
+
+    code = "PROTOCOL"
+
+
+class TooBig(ReplyError, ValueError):
+    """A message, a topic or a request is over its limit."""
+
+    code = "TOOBIG"
+
+
+class UnknownCommand(ReplyError):
+    """There is no such command."""
+
+    code = "UNKNOWN"
+
+
+class BadRequest(ReplyError, ValueError):
+    """A command has the wrong number of arguments, or one that is not what it must be."""
+
+    code = "BADREQUEST"
+
+
+class NotPermitted(ReplyError):
+    """The server's configuration does not allow it."""
+
+    code = "NOPERM"
+
+
+class UnknownVersion(ReplyError):
+    """HELLO asked for a version of RESP other than 2 and 3."""
+
+    code = "NOPROTO"
+
+
+class Full(ReplyError):
+    """The store has no room; the message was not stored."""
+
+    code = "FULL"
+
+
+class StoreFailed(ReplyError):
+    """The store failed; a put answered so was not stored."""
+
+    code = "STORE"
+
+
+class Busy(ReplyError):
+    """The server has as many connections as it takes."""
+
+    code = "BUSY"
+
+
+class Closing(ReplyError):
+    """The server is stopping; a put answered so was not stored."""
+
+    code = "CLOSING"
+
+
+class TimedOut(ReplyError):
+    """A request did not arrive in time, or the connection was idle for too long."""
+
+    code = "TIMEOUT"
+
+
+class InternalError(ReplyError):
+    """A defect in the server."""
+
+    code = "INTERNAL"
+
+
+BY_CODE: dict[str, type[ReplyError]] = {error.code: error for error in ReplyError.__subclasses__()}
+
+
+def from_reply(line: str) -> ReplyError:
+    """Make the exception for an error reply, given without its leading `-`."""
+    code, _, sentence = line.partition(" ")
+    error = BY_CODE.get(code)
+    return error(sentence) if error else ReplyError(line)
