@@ -1,0 +1,282 @@
+"""The settings: each is defined once, in `Settings`, with its unit, default, bounds and reason.
+
+Later ones win: defaults, the TOML file, the environment (`DSMQ_` and the name in capitals), the command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+import sysconfig
+import textwrap
+import tomllib
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+from dsmq.errors import ConfigError
+from dsmq.listening import UNIX
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+def _host(value: str) -> str:
+    if value in ("", UNIX):
+        raise ValueError("input should be an address, a name, or unix:/path")
+    return value
+
+
+def _tcp_host(value: str) -> str:
+    if not value or value.startswith(UNIX):
+        raise ValueError("input should be an address or a name")
+    return value
+
+
+Seconds = Annotated[float, Field(allow_inf_nan=False)]
+
+ENV_PREFIX = "DSMQ_"
+ENV_CONFIG = "DSMQ_CONFIG"
+
+
+class Settings(BaseSettings):
+    """What can be set. A docstring of a field is its line in `dsmq.toml.example`."""
+
+    from_file: ClassVar[dict[str, Any]] = {}
+    """What the TOML file says."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_ignore_empty=True, extra="forbid", frozen=True)
+
+    host: Annotated[str, AfterValidator(_host)] = Field(
+        "127.0.0.1",
+        description="Where to listen: an IPv4 or IPv6 address, a host name, or unix:/path/of/socket. "
+        "The default serves this machine only.",
+    )
+    port: Port = Field(30008, description="TCP port to listen on; 0 takes a free one. Not used with unix:.")
+    metrics_host: Annotated[str, AfterValidator(_tcp_host)] = Field(
+        "127.0.0.1", description="Where the side port listens: /metrics for Prometheus, /healthz."
+    )
+    metrics_port: Port | Literal["off"] = Field(30009, description='TCP port of the side port; "off" for none.')
+    max_age_seconds: Seconds = Field(
+        600.0, gt=0, le=31_536_000, description="Messages older than this are never delivered, and deleted soon."
+    )
+    expiry_interval_seconds: Seconds = Field(
+        1.0, ge=0.01, le=3600, description="How often what is too old is deleted: bounds the memory it still takes."
+    )
+    max_message_bytes: int = Field(
+        8_388_608,
+        ge=1,
+        le=536_870_912,
+        description="Longest message. A connection may make the server buffer one, and each is held in memory.",
+    )
+    max_topic_bytes: int = Field(
+        512, ge=1, le=4096, description="Longest topic, as UTF-8. Topics are remembered after their messages are gone."
+    )
+    max_connections: int = Field(
+        10_000,
+        ge=1,
+        le=1_000_000,
+        description="Connections at a time; a further one is refused with an error. "
+        "Less where the limit on open files (ulimit -n) is lower.",
+    )
+    max_unread_reply_bytes: int = Field(
+        1_048_576,
+        ge=1024,
+        le=1_073_741_824,
+        description="Replies kept for a client that does not read them; above it, its requests are not read either.",
+    )
+    request_timeout_seconds: Seconds = Field(
+        30.0, gt=0, le=3600, description="Time for one request to arrive, from its first byte to its last."
+    )
+    reply_timeout_seconds: Seconds = Field(
+        30.0, gt=0, le=3600, description="A client that reads none of its replies for this long is dropped."
+    )
+    idle_timeout_seconds: Seconds = Field(
+        0.0,
+        ge=0,
+        le=31_536_000,
+        description="A connection that sends nothing for this long, and waits for nothing, is closed. 0: never. "
+        "Clients gone without a word are found by TCP keepalive.",
+    )
+    stop_timeout_seconds: Seconds = Field(
+        10.0, gt=0, le=600, description="Time for a graceful stop; what still runs after it is reported and left."
+    )
+    io_threads: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="Threads that serve connections. 0 chooses: one where Python has a GIL (more are slower there), "
+        "else one a core.",
+    )
+    busy_poll_microseconds: int = Field(
+        100,
+        ge=0,
+        le=100_000,
+        description="How long a worker looks for the next request before it sleeps: to wake a processor takes longer "
+        "than most requests. Costs so much processor time whenever the clients pause; 0 costs none.",
+    )
+    listen_backlog: int = Field(
+        1024, ge=1, le=65535, description="Connections the kernel holds while they wait to be accepted."
+    )
+    remote_shutdown: bool = Field(
+        default=True, description="Whether a client may stop the server (SHUTDOWN, mq.shutdown_server())."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="The least that is logged: debug, info, warning, error."
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, InitSettingsSource(settings_cls, cls.from_file)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth(cls, value: object, info: ValidationInfo) -> object:
+        # Python takes true for 1.
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("input should not be a truth value")
+        return value
+
+    @property
+    def io_workers(self) -> int:
+        """The number of I/O workers that `io_threads` means here."""
+        if self.io_threads:
+            return self.io_threads
+        return (os.cpu_count() or 1) if not _has_gil() else 1
+
+
+class EmbeddedSettings(Settings):
+    """The settings of `serve()` called as a function: several such servers fit in one machine."""
+
+    metrics_port: Port | Literal["off"] = "off"
+
+
+def load(file: str | None = None, kind: type[Settings] = Settings, **given: Any) -> Settings:
+    """Return the effective settings; `given` are those of the command line or call.
+
+    file is a TOML file's path; without it, the one that DSMQ_CONFIG names, if any. Raises ConfigError.
+    """
+    file = file or os.environ.get(ENV_CONFIG)
+    if file:
+        # A class of its own, because pydantic-settings makes its sources from the class alone.
+        kind = type(kind.__name__, (kind,), {"from_file": _read(file), "__module__": __name__})
+    _check_environment()
+    try:
+        return kind(**given)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(error, given, file))) from None
+
+
+def _read(file: str) -> dict[str, Any]:
+    try:
+        with open(file, "rb") as stream:
+            return tomllib.load(stream)
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        # TOML or UTF-8 that is none, a number of thousands of digits, arrays in arrays without end.
+        raise ConfigError(f"{file}: {error}") from None
+
+
+def _variables() -> dict[str, str]:
+    """Return the variables of the environment that are dsmq's, by the settings' names. Their case does not matter."""
+    return {
+        variable.lower().removeprefix(ENV_PREFIX.lower()): variable
+        for variable, value in os.environ.items()
+        if variable.upper().startswith(ENV_PREFIX) and variable != ENV_CONFIG and value
+    }
+
+
+def _check_environment() -> None:
+    # pydantic-settings passes over variables it does not know.
+    for name, variable in _variables().items():
+        if name not in Settings.model_fields:
+            raise ConfigError(f"{variable}: {_unknown(name, lambda known: ENV_PREFIX + known.upper())}")
+
+
+def _explain(error: ValidationError, given: dict[str, Any], file: str | None) -> list[str]:
+    unknown = []
+    wrong: dict[str, list[str]] = {}
+    values = {}
+    for problem in error.errors(include_url=False):
+        name = str(problem["loc"][0])
+        if problem["type"] == "extra_forbidden":
+            unknown.append(f"{file or 'settings'}: {_unknown(name, str)}")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            wrong.setdefault(name, []).append(message[:1].lower() + message[1:])
+            values[name] = problem["input"]
+    return unknown + [
+        f"{_source(name, given, file)}: {' or '.join(messages)}, not {values[name]!r}"
+        for name, messages in wrong.items()
+    ]
+
+
+def _source(name: str, given: dict[str, Any], file: str | None) -> str:
+    if name in given:
+        return option(name)
+    return _variables().get(name) or f"{file}: {name}"
+
+
+def _unknown(name: str, spelled: Callable[[str], str]) -> str:
+    nearest = difflib.get_close_matches(name, Settings.model_fields, n=1, cutoff=0.0)
+    return f"unknown setting '{spelled(name)}'; the nearest known one is '{spelled(nearest[0])}'"
+
+
+def _has_gil() -> bool:
+    return not sysconfig.get_config_var("Py_GIL_DISABLED") or getattr(sys, "_is_gil_enabled", lambda: True)()
+
+
+def option(name: str) -> str:
+    """Return the command-line option of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Give a command the option --config, and one for each setting."""
+    parser.add_argument("--config", metavar="FILE", help=f"TOML file; default: the one that {ENV_CONFIG} names")
+    for name, field in Settings.model_fields.items():
+        about = f"{field.description} Default: {field.default}".replace("%", "%%")
+        parser.add_argument(option(name), metavar="VALUE", dest=name, default=argparse.SUPPRESS, help=about)
+
+
+def from_options(options: argparse.Namespace) -> Settings:
+    """Return the effective settings for a command line. Raises ConfigError."""
+    given = {name: value for name, value in vars(options).items() if name in Settings.model_fields}
+    return load(options.config, **given)
+
+
+def as_dict(settings: Settings) -> dict[str, Any]:
+    """Return the settings as plain values, secrets masked."""
+    return settings.model_dump(mode="json")
+
+
+def to_toml(settings: Settings) -> str:
+    """Return the settings as TOML, secrets masked."""
+    import tomli_w  # noqa: PLC0415 - a server needs it never
+
+    return tomli_w.dumps(as_dict(settings))
+
+
+def example() -> str:
+    """Return `dsmq.toml.example`: every setting, explained, with its default, commented out."""
+    import tomli_w  # noqa: PLC0415 - a server needs it never
+
+    parts = [
+        "# dsmq.toml: the settings of `dsmq serve`, all with their defaults. Use it with --config or DSMQ_CONFIG.\n"
+        "# Each can also be given as DSMQ_NAME in the environment, or as --name on the command line; the last wins.\n"
+    ]
+    for name, field in Settings.model_fields.items():
+        about = textwrap.fill(field.description or "", 110, initial_indent="# ", subsequent_indent="# ")
+        parts.append(f"{about}\n#{tomli_w.dumps({name: field.default})}")
+    return "\n".join(parts)
