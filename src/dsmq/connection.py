@@ -1,0 +1,488 @@
+"""One client: its socket, its buffers and their bounds, its deadlines, and what it is waiting for."""
+
+from __future__ import annotations
+
+import logging
+import math
+import socket
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from selectors import EVENT_READ, EVENT_WRITE
+from typing import Protocol
+
+from dsmq import commands
+from dsmq.commands import Fetch, Services
+from dsmq.errors import Closing, InternalError, ReplyError, TimedOut
+from dsmq.metrics import Counters
+from dsmq.protocol import RequestParser, encode_error, encode_integer
+from dsmq.store import Answer, Message, Put, T
+
+# What one connection may bring in one turn of the loop: so a greedy one lets the others have their turn.
+RECEIVE_BYTES = 65_536
+# How long a client may take to read the last reply and hang up, when the server closes.
+LINGER_SECONDS = 1.0
+LINGER_SECONDS_AT_STOP = 0.05
+
+_logger = logging.getLogger(__name__)
+
+
+class Loop(Protocol):
+    """What a connection asks of the event loop that serves it."""
+
+    services: Services
+    counters: Counters
+    now: float
+    """Seconds on the monotonic clock, at the start of this turn."""
+
+    def put(self, connection: Connection, put: Put) -> None:
+        """Store it at the end of the turn, and call `stored` or `not_stored` then."""
+
+    def commit(self) -> None:
+        """Store what has been put so far in this turn."""
+
+    def join(self, topic: bytes, connection: Connection) -> None:
+        """Call `wake` after each put into the topic."""
+
+    def leave(self, topic: bytes, connection: Connection) -> None:
+        """Do so no more."""
+
+    def post(self, call: Callable[[], None]) -> None:
+        """Run this in the loop's thread. Safe to call from any thread."""
+
+    def watch(self, connection: Connection, events: int) -> None:
+        """Call `on_ready` when its socket has these events."""
+
+    def schedule(self, connection: Connection, when: float) -> None:
+        """Call `on_time` at about this time."""
+
+    def flush_soon(self, connection: Connection) -> None:
+        """Call `flush` at the end of the turn."""
+
+    def run_soon(self, connection: Connection) -> None:
+        """Call `run` in the next turn."""
+
+    def forget(self, connection: Connection) -> None:
+        """The connection is closed."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Wait:
+    """What a waiting reader waits for."""
+
+    topic: bytes
+    until: float
+    fetch: Fetch
+    encode: Callable[[list[Message]], bytes]
+
+
+class Connection:
+    """A connection, from the first byte to the last. Used by its loop's thread alone."""
+
+    def __init__(self, loop: Loop, sock: socket.socket, peer: str, number: int) -> None:
+        self._loop = loop
+        self._socket = sock
+        self.peer = peer
+        self.id = number
+        self.services = loop.services
+        self.counters = loop.counters
+        self.name = b""
+        self.version = 2
+        self.watermark = loop.services.store.last_id()
+        self.positions: dict[bytes, int] = {}
+        self.closed = False
+        self.finishing = False
+        self.scheduled = math.inf
+        """When the loop will call `on_time` next: the loop's to keep."""
+        self._parser = RequestParser(loop.services.settings.max_message_bytes)
+        self._out = bytearray()
+        self._events = 0
+        self._wait: _Wait | None = None
+        # The reply to the request before is outstanding; requests behind it stay in the parser.
+        self._parked = False
+        self._held_request: list[bytes] | None = None
+        # Puts given to the loop whose replies are outstanding.
+        self._deferred = 0
+        # Requests were left in the parser, because the client should read its replies first.
+        self._behind = False
+        # The client has ended its sending side.
+        self._ended = False
+        self._linger_seconds = LINGER_SECONDS
+        self._received_at = loop.now
+        self._request_since = self._unread_since = self._linger_until = math.inf
+
+    def __repr__(self) -> str:
+        return f"client {self.id} ({self.peer})"
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def open(self) -> None:
+        """Begin to read requests."""
+        self._watch()
+        self._schedule()
+
+    # Bytes in
+
+    def on_ready(self, events: int) -> None:
+        """Read and write what the socket is ready for."""
+        if events & EVENT_WRITE:
+            self.flush()
+        if events & EVENT_READ and not self.closed:
+            self._receive()
+
+    def _receive(self) -> None:
+        try:
+            data = self._socket.recv(RECEIVE_BYTES)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self.close(str(error))
+            return
+        if not data:
+            self._end_of_input()
+        elif not self.finishing:
+            self.counters.bytes_in += len(data)
+            self._received_at = self._loop.now
+            self._parser.feed(data)
+            self.run()
+
+    def _end_of_input(self) -> None:
+        self._ended = True
+        if self._linger_until != math.inf:
+            self.close("end of input")
+            return
+        if self._wait is not None:
+            self._stop_waiting()
+            self.finish()
+        # Where it is finishing already, this only stops the reading; the replies before are still sent.
+        self.run()
+
+    def run(self) -> None:
+        """Run the requests that have arrived, until one is parked or the client should read its replies first."""
+        if self.closed:
+            return
+        most = self.services.settings.max_unread_reply_bytes
+        while not (self._parked or self.finishing) and len(self._out) < most:
+            try:
+                request = self._held_request or self._parser.next()
+            except ReplyError as error:
+                if self._settled():
+                    self._reject(error)
+                break
+            if request is None:
+                if self._ended:
+                    self.finish()
+                break
+            self.counters.requests += self._held_request is None
+            self._held_request = None
+            self._request_since = math.inf
+            try:
+                self._execute(request)
+            except ReplyError as error:
+                self._stop_waiting()
+                if self._settled():
+                    self._fail(error)
+                else:
+                    self._held_request = request
+        was_behind, self._behind = self._behind, len(self._out) >= most
+        if was_behind:
+            # Its time for being idle begins only now.
+            self._schedule()
+        if self._parser.incomplete:
+            self._mind_request()
+        self._watch()
+
+    def _execute(self, request: list[bytes]) -> None:
+        command = commands.COMMANDS.get(request[0]) or commands.find(request[0])
+        if self._deferred and command is not commands.PUT and not self._settled():
+            self._held_request = request
+            return
+        if not command.least < len(request) <= command.most + 1:
+            command.check(request)
+        reply = command.handler(self, request)
+        if reply is not None:
+            self._send(reply)
+
+    def _settled(self) -> bool:
+        """Have the puts before a request answered, so that its reply does not overtake theirs.
+
+        False where the store answers later: the connection is parked until then, and the request has to be held.
+        """
+        if self._deferred:
+            self._loop.commit()
+        return not self._deferred
+
+    def _mind_request(self) -> None:
+        """Give the client a deadline: a request of it has arrived in part."""
+        if self._request_since == math.inf and not (self._parked or self.finishing):
+            self._request_since = self._loop.now
+            self._schedule()
+
+    # Replies
+
+    def _send(self, reply: bytes) -> None:
+        if not self._out:
+            self._loop.flush_soon(self)
+        self._out += reply
+
+    def _fail(self, error: ReplyError) -> None:
+        self.counters.errors[error.code] += 1
+        self._send(encode_error(error))
+
+    def _reject(self, error: ReplyError) -> None:
+        """Reply an error behind which nothing makes sense any more, and close."""
+        _logger.info("%r: %s %s", self, error.code, error)
+        self._fail(error)
+        self.finish()
+
+    def flush(self) -> None:
+        """Send what the socket takes."""
+        if self.closed:
+            return
+        try:
+            sent = self._socket.send(self._out)
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        except OSError as error:
+            self.close(str(error))
+            return
+        self.counters.bytes_out += sent
+        if sent < len(self._out):
+            del self._out[:sent]
+            if sent or self._unread_since == math.inf:
+                self._unread_since = self._loop.now
+            self._schedule()
+        else:
+            self._out.clear()
+            self._unread_since = math.inf
+            self._received_at = self._loop.now
+            if self.finishing and not self._deferred:
+                self._linger()
+            elif self._behind:
+                self._loop.run_soon(self)
+            elif self.services.settings.idle_timeout_seconds:
+                self._schedule()
+        self._watch()
+
+    # Puts
+
+    def put(self, put: Put) -> None:
+        self._deferred += 1
+        self._loop.put(self, put)
+
+    def stored(self, message_id: int) -> None:
+        """Reply to a put."""
+        self._deferred -= 1
+        self._send(encode_integer(message_id))
+
+    def not_stored(self, error: ReplyError) -> None:
+        """Reply to a put that failed."""
+        self._deferred -= 1
+        self._fail(error)
+
+    def park(self) -> None:
+        """Run no further request until `resume`."""
+        self._parked = True
+
+    def resume(self) -> None:
+        """Go on behind the request that was parked."""
+        self._parked = False
+        self._received_at = self._loop.now
+        if self.services.settings.idle_timeout_seconds:
+            self._schedule()
+        # Not run here and now: that could store a put, which wakes another, which runs …, without end.
+        if self._held_request or self._ended or len(self._parser):
+            self._loop.run_soon(self)
+
+    # Answers that come later
+
+    def reply_to(self, answer: Answer[T], encode: Callable[[T], bytes]) -> bytes | None:
+        if not isinstance(answer, Future):
+            return encode(answer)
+        self._parked = True
+        answer.add_done_callback(lambda done: self._loop.post(partial(self._answered, done, encode)))
+        return None
+
+    def _answered(self, answer: Future[T], encode: Callable[[T], bytes | None]) -> None:
+        if self.closed:
+            return
+        try:
+            reply = encode(answer.result())
+        except ReplyError as error:
+            self._stop_waiting()
+            self._fail(error)
+        else:
+            if reply is None:
+                return
+            self._send(reply)
+        self.resume()
+
+    def wait_for(
+        self, topic: bytes, milliseconds: int, fetch: Fetch, encode: Callable[[list[Message]], bytes]
+    ) -> bytes | None:
+        if not milliseconds:
+            return self.reply_to(fetch(), encode)
+        self._wait = wait = _Wait(topic, self._loop.now + milliseconds / 1000, fetch, encode)
+        # Joined before it looks: a put of another worker in between must not be missed.
+        self._loop.join(topic, self)
+        self._schedule()
+        reply = self._look(wait)
+        self._parked = reply is None
+        return reply
+
+    def _look(self, wait: _Wait) -> bytes | None:
+        messages = wait.fetch()
+        if isinstance(messages, Future):
+            messages.add_done_callback(
+                lambda done: self._loop.post(partial(self._answered, done, partial(self._found, wait)))
+            )
+            return None
+        return self._found(wait, messages)
+
+    def _found(self, wait: _Wait, messages: list[Message]) -> bytes | None:
+        # With a store that answers later, the wait may have ended by an earlier answer.
+        if not messages or self._wait is not wait:
+            return None
+        self._stop_waiting()
+        return wait.encode(messages)
+
+    def wake(self) -> None:
+        """Look whether there is a message now."""
+        if self._wait is not None:
+            try:
+                reply = self._look(self._wait)
+            except ReplyError as error:
+                self._stop_waiting()
+                self._fail(error)
+                self.resume()
+                return
+            if reply is not None:
+                self._send(reply)
+                self.resume()
+
+    def stop_waiting(self) -> None:
+        """Reply to a wait that it found nothing."""
+        if (wait := self._wait) is not None:
+            self._stop_waiting()
+            self._send(wait.encode([]))
+            self.resume()
+
+    def _stop_waiting(self) -> None:
+        if self._wait is not None:
+            self._loop.leave(self._wait.topic, self)
+            self._wait = None
+
+    # Deadlines
+
+    def _deadline(self) -> float:
+        settings = self.services.settings
+        deadline = min(self._linger_until, self._unread_since + settings.reply_timeout_seconds)
+        if self.finishing:
+            return deadline
+        if self._wait is not None:
+            return min(deadline, self._wait.until)
+        deadline = min(deadline, self._request_since + settings.request_timeout_seconds)
+        if settings.idle_timeout_seconds and not (self._parked or self._behind or self._out):
+            deadline = min(deadline, self._received_at + settings.idle_timeout_seconds)
+        return deadline
+
+    def _schedule(self) -> None:
+        deadline = self._deadline()
+        if deadline < self.scheduled:
+            self._loop.schedule(self, deadline)
+
+    def on_time(self) -> None:
+        """Do what a deadline asks for, if one has passed."""
+        now = self._loop.now
+        settings = self.services.settings
+        if now < self._deadline():
+            pass  # It was put off; nothing is due yet.
+        elif now >= self._linger_until:
+            self.close("closed by the server")
+        elif now >= self._unread_since + settings.reply_timeout_seconds:
+            _logger.info("%r: dropped, it does not read its replies", self)
+            self.close("does not read its replies")
+        elif self._wait is not None:
+            self.stop_waiting()
+        elif now >= self._request_since + settings.request_timeout_seconds:
+            self._reject(TimedOut("the request did not arrive in time"))
+        else:
+            self._reject(TimedOut("idle for too long"))
+        if not self.closed:
+            self._schedule()
+
+    # The end
+
+    def finish(self) -> None:
+        """Take no more requests; close when everything has been sent."""
+        self.finishing = True
+        if not self._out:
+            self._loop.flush_soon(self)
+
+    def drain(self) -> None:
+        """Answer what waits, and finish: the server is stopping."""
+        self._linger_seconds = LINGER_SECONDS_AT_STOP
+        if len(self._parser) and not self._parked and self._settled():
+            self._fail(Closing("the server is stopping"))
+        self.finishing = True
+        self.stop_waiting()
+        if not (self._out or self._deferred or self._parked):
+            self.close("the server is stopping")
+
+    def _linger(self) -> None:
+        # Closing while the client still sends would make the kernel reset the connection, and the client
+        # might lose the last reply. So it gets the end of the stream first, and a moment to hang up.
+        if self._linger_until != math.inf:
+            return
+        if self._ended:
+            self.close("end of input")
+            return
+        try:
+            self._socket.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            self.close(str(error))
+            return
+        self._linger_until = self._loop.now + self._linger_seconds
+        self._schedule()
+
+    def on_failure(self) -> None:
+        """End after an exception, which costs this connection and no other."""
+        _logger.exception("%r: dropped after a defect", self)
+        self.counters.failures += 1
+        self.counters.errors[InternalError.code] += 1
+        try:
+            self._socket.send(encode_error(InternalError("see the server's log")))
+        except OSError:
+            _logger.debug("%r: was gone already", self)
+        self.close("a defect")
+
+    def close(self, reason: str) -> None:
+        """Close at once. Idempotent."""
+        if self.closed:
+            return
+        self.closed = True
+        self._stop_waiting()
+        # A timer may know this connection for hours; what it holds must not last as long.
+        self._parser, self._out = RequestParser(0), bytearray()
+        self._held_request = None
+        self.positions = {}
+        self._loop.forget(self)
+        self._socket.close()
+        _logger.debug("%r: closed: %s", self, reason)
+
+    def _watch(self) -> None:
+        """Tell the loop what to look for, when it has changed."""
+        events = EVENT_READ
+        if self._unread_since != math.inf or self._parked or self._behind or self._ended:
+            events = self._wanted()
+        if events != self._events and not self.closed:
+            self._events = events
+            self._loop.watch(self, events)
+
+    def _wanted(self) -> int:
+        # A connection that waits is read from as well, to notice when the client goes.
+        full = self._behind or (self._parked and len(self._parser) >= RECEIVE_BYTES)
+        reading = 0 if full or self._ended else EVENT_READ
+        return reading | (EVENT_WRITE if self._unread_since != math.inf else 0)

@@ -1,0 +1,46 @@
+"""The thread that deletes what is too old, in slices so short that no client notices."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from dsmq.store import Store
+
+# Between two slices the lock is free for this long.
+_PAUSE_SECONDS = 0.002
+
+_logger = logging.getLogger(__name__)
+
+
+class Expiry:
+    """Deletes expired messages at every interval, until it is stopped."""
+
+    def __init__(self, store: Store, interval_seconds: float) -> None:
+        self.thread = threading.Thread(target=self._run, name="dsmq-expiry", daemon=True)
+        self._store = store
+        self._interval = interval_seconds
+        self._stop = threading.Event()
+
+    def start(self) -> None:
+        """Begin."""
+        self.thread.start()
+
+    def stop(self) -> None:
+        """End soon. Idempotent."""
+        self._stop.set()
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._interval):
+            try:
+                self.run_once()
+            except Exception:
+                # Readers pass over what is too old by themselves, so only memory is at stake. It tries again.
+                _logger.exception("expiry failed")
+
+    def run_once(self) -> int:
+        """Delete all that is too old by now; return how many messages that were."""
+        total = 0
+        while (deleted := self._store.expire()) and not self._stop.wait(_PAUSE_SECONDS):
+            total += deleted
+        return total + deleted

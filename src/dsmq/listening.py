@@ -1,0 +1,192 @@
+"""Listening sockets: IPv4, IPv6 and Unix; and accepting from them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import math
+import os
+import socket
+import stat
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from dsmq.errors import CannotStart
+
+UNIX = "unix:"
+# Accepted in one turn of the loop, so that a flood of connections does not starve those that are open.
+MAX_ACCEPTS = 64
+# How long not to accept when the process has no file descriptor left.
+ACCEPT_PAUSE_SECONDS = 0.1
+
+_logger = logging.getLogger(__name__)
+
+
+def listen(host: str, port: int, backlog: int) -> list[socket.socket]:
+    """Return sockets listening on an address, a name (all its addresses), or `unix:/path`.
+
+    Port 0 takes a free one, on the first address alone. Raises CannotStart.
+    """
+    if host.startswith(UNIX):
+        return [_listen_unix(host.removeprefix(UNIX), backlog)]
+    sockets: list[socket.socket] = []
+    try:
+        addresses = _resolve(host, port)
+        for family, address in addresses[:1] if port == 0 else addresses:
+            try:
+                sockets.append(_listen_tcp(family, address, backlog))
+            except OSError as error:
+                # A name may stand for ::1 as well on a machine without IPv6.
+                if error.errno != errno.EADDRNOTAVAIL or (address == addresses[-1][1] and not sockets):
+                    raise
+    except OSError as error:
+        for sock in sockets:
+            sock.close()
+        raise CannotStart(f"cannot listen on {shown(host, port)}: {_reason(error)}") from error
+    return sockets
+
+
+def shown(host: str, port: int) -> str:
+    """Return an address for people: `127.0.0.1:30008`, `[::1]:30008`, `unix:/path`."""
+    if host.startswith(UNIX):
+        return host
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
+
+
+def close(sock: socket.socket) -> None:
+    """Close a listening socket; a Unix socket's file goes with it."""
+    if sock.fileno() >= 0 and sock.family == socket.AF_UNIX:
+        # Before it is closed: behind that, another server may have put its own socket there.
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(sock.getsockname())
+    sock.close()
+
+
+def _resolve(host: str, port: int) -> list[tuple[int, tuple[str, int]]]:
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except UnicodeError:
+        raise socket.gaierror(socket.EAI_NONAME, "that is no host name") from None
+    return list(dict.fromkeys((int(family), address[:2]) for family, _, _, _, address in found))  # type: ignore[misc]
+
+
+def _listen_tcp(family: int, address: tuple[str, int], backlog: int) -> socket.socket:
+    both = family == socket.AF_INET6 and address[0] == "::" and socket.has_dualstack_ipv6()
+    return socket.create_server(address, family=family, backlog=backlog, dualstack_ipv6=both)
+
+
+def _listen_unix(path: str, backlog: int) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        _remove_stale(path)
+        sock.bind(path)
+        sock.listen(backlog)
+    except OSError as error:
+        sock.close()
+        raise CannotStart(f"cannot listen on {UNIX}{path}: {_reason(error)}") from error
+    return sock
+
+
+def _remove_stale(path: str) -> None:
+    """Remove the socket of a server that was killed; nothing else, and not that of one that lives."""
+    if not os.path.exists(path):
+        return
+    if not stat.S_ISSOCK(os.stat(path).st_mode):
+        raise OSError(0, "that is something else than a socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        # Where somebody listens but does not accept, it would wait.
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except BlockingIOError:
+            return
+        except ConnectionRefusedError:
+            os.unlink(path)
+
+
+def _reason(error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return "the address is in use; does another server run there?"
+    if error.errno == errno.EACCES:
+        return "permission denied"
+    # Without what Python adds to it.
+    return os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or str(error)
+
+
+class Accepting(Protocol):
+    """What a listener asks of the event loop that serves it."""
+
+    now: float
+
+    def listen(self, listeners: Sequence[Listener]) -> None:
+        """Accept from these listeners."""
+
+    def unlisten(self, listener: Listener) -> None:
+        """Do so no more."""
+
+    def schedule(self, subject: Listener, when: float) -> None:
+        """Call `on_time` at about this time."""
+
+
+class Listener:
+    """A listening socket, which hands what it accepts to the workers."""
+
+    def __init__(self, sock: socket.socket, place: Callable[[socket.socket, str], None]) -> None:
+        sock.setblocking(False)
+        self.socket = sock
+        self.loop: Accepting | None = None
+        self.closed = False
+        self.scheduled = math.inf
+        self._place = place
+
+    def fileno(self) -> int:
+        return self.socket.fileno()
+
+    def on_ready(self, _: int) -> None:
+        """Accept what has come."""
+        for _attempt in range(MAX_ACCEPTS):
+            try:
+                sock, address = self.socket.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    raise
+                self._pause(error)
+                return
+            sock.setblocking(False)
+            self._place(sock, _peer(sock, address))
+
+    def _pause(self, error: OSError) -> None:
+        # The connection stays in the backlog, so the selector would report it again at once, for ever.
+        _logger.warning("accepting pauses for %s s: %s", ACCEPT_PAUSE_SECONDS, error)
+        if self.loop is not None:
+            self.loop.unlisten(self)
+            self.loop.schedule(self, self.loop.now + ACCEPT_PAUSE_SECONDS)
+
+    def on_time(self) -> None:
+        """Accept again."""
+        if self.loop is not None:
+            self.loop.listen([self])
+
+    def on_failure(self) -> None:
+        """Go on with the next connection."""
+        _logger.exception("accepting failed")
+
+
+def _peer(sock: socket.socket, address: object) -> str:
+    if sock.family == socket.AF_UNIX or not isinstance(address, tuple):
+        return "unix"
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    keep_alive(sock)
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def keep_alive(sock: socket.socket) -> None:
+    """Have the kernel find out within two minutes that the other side has vanished."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

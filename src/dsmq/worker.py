@@ -1,0 +1,380 @@
+"""The event loop of one I/O worker: a thread that serves its share of the connections and never blocks.
+
+A turn: see which sockets are ready, read and run their requests, store all messages put meanwhile in one
+transaction, wake the readers who wait for them, and send the replies.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import math
+import selectors
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import Protocol
+
+from dsmq.commands import Services
+from dsmq.connection import Connection
+from dsmq.errors import ReplyError, StoreFailed
+from dsmq.listening import Listener
+from dsmq.metrics import Counters
+from dsmq.store import Answer, Put
+
+# Put within one turn before they are stored, so that a turn's messages need not all fit in memory twice.
+MAX_BATCH = 1_000
+MAX_BATCH_BYTES = 1_048_576
+
+_logger = logging.getLogger(__name__)
+
+
+class Ready(Protocol):
+    """What the selector knows a socket by."""
+
+    def on_ready(self, events: int) -> None:
+        """Do what the socket is ready for."""
+
+    def on_failure(self) -> None:
+        """Deal with the exception that `on_ready` has just raised."""
+
+
+class Timed(Protocol):
+    """What the timers know."""
+
+    closed: bool
+    scheduled: float
+
+    def on_time(self) -> None:
+        """Do what is due."""
+
+    def on_failure(self) -> None:
+        """Deal with the exception that `on_time` has just raised."""
+
+
+class Worker:
+    """One I/O worker. `post` and `wake` may be called from any thread, the rest is its own."""
+
+    def __init__(self, name: str, services: Services, workers: Sequence[Worker]) -> None:
+        """`workers` are all that share the store, this one among them."""
+        self.services = services
+        self.counters = Counters()
+        self.now = time.monotonic()
+        self.connections: dict[Connection, None] = {}
+        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._workers = workers
+        self._selector = selectors.DefaultSelector()
+        # What has been put in this turn, and by whom.
+        self._puts: list[Put] = []
+        self._putters: list[Connection] = []
+        self._put_bytes = 0
+        self._waiters: dict[bytes, dict[Connection, None]] = {}
+        self._to_flush: list[Connection] = []
+        self._to_run: list[Connection] = []
+        self._timers: list[tuple[float, int, Timed]] = []
+        self._timer_number = itertools.count()
+        self._posted: deque[Callable[[], None]] = deque()
+        self._busy_poll_seconds = services.settings.busy_poll_microseconds / 1e6
+        self._awake_until = 0.0
+        self._stop_at = math.inf
+        self._bell = _Bell(self._run_posted)
+        self._selector.register(self._bell, selectors.EVENT_READ, self._bell)
+
+    # From other threads
+
+    def start(self) -> None:
+        """Begin to serve."""
+        self.thread.start()
+
+    def post(self, call: Callable[[], None]) -> None:
+        self._posted.append(call)
+        self._bell.ring()
+
+    def listen(self, listeners: Sequence[Listener]) -> None:
+        """Accept connections from these listeners. To be called before `start`, or posted."""
+        for listener in listeners:
+            listener.loop = self
+            self._selector.register(listener, selectors.EVENT_READ, listener)
+
+    def unlisten(self, listener: Listener) -> None:
+        """Accept no more from this listener, for now."""
+        if listener in self._selector.get_map():
+            self._selector.unregister(listener)
+
+    def adopt(self, sock: socket.socket, peer: str, number: int) -> None:
+        """Serve this connection from now on."""
+        connection = Connection(self, sock, peer, number)
+        self.connections[connection] = None
+        self.counters.opened += 1
+        connection.open()
+
+    def stop(self, seconds: float) -> None:
+        """Answer the waiting readers, close all connections, and end; give up on unsent replies after that time."""
+        self.post(partial(self._drain, seconds))
+
+    @property
+    def waiting(self) -> int:
+        """The number of waiting readers."""
+        return sum(map(len, list(self._waiters.values())))
+
+    # The loop
+
+    def _run(self) -> None:
+        try:
+            while not (self._stop_at < math.inf and self._stopped()):
+                self._turn()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Close everything. For its own thread, or where that never ran."""
+        for connection in list(self.connections):
+            connection.close("the server has stopped")
+        self._selector.close()
+        self._bell.close()
+
+    def _turn(self) -> None:
+        ready = self._wait()
+        to_run, self._to_run = self._to_run, []
+        self.now = time.monotonic()
+        if ready:
+            self._awake_until = self.now + self._busy_poll_seconds
+        # Whatever goes wrong with one connection costs that connection alone; on_failure logs and counts it.
+        for key, events in ready:
+            try:
+                key.data.on_ready(events)
+            except Exception:  # noqa: BLE001
+                key.data.on_failure()
+        for connection in to_run:
+            try:
+                connection.run()
+            except Exception:  # noqa: BLE001
+                connection.on_failure()
+        self._run_timers()
+        while self._puts:
+            self.commit()
+        to_flush, self._to_flush = self._to_flush, []
+        for connection in to_flush:
+            try:
+                connection.flush()
+            except Exception:  # noqa: BLE001
+                connection.on_failure()
+
+    def _wait(self) -> list[tuple[selectors.SelectorKey, int]]:
+        """Return the sockets that are ready, when there are some.
+
+        For a moment after the last one it looks without going to sleep: to wake a processor that sleeps takes longer,
+        in virtual machines above all, than most requests.
+        """
+        if self._to_run:
+            return self._selector.select(0)
+        while time.monotonic() < self._awake_until:
+            if ready := self._selector.select(0):
+                return ready
+        return self._selector.select(self._timeout())
+
+    def _run_posted(self) -> None:
+        while self._posted:
+            try:
+                self._posted.popleft()()
+            except Exception:
+                _logger.exception("a posted call failed")
+                self.counters.failures += 1
+
+    # Timers
+
+    def _timeout(self) -> float | None:
+        soonest = min(self._timers[0][0] if self._timers else math.inf, self._stop_at)
+        if soonest == math.inf:
+            return None
+        return max(0.0, soonest - time.monotonic())
+
+    def schedule(self, subject: Timed, when: float) -> None:
+        subject.scheduled = when
+        heapq.heappush(self._timers, (when, next(self._timer_number), subject))
+        if len(self._timers) > 2 * len(self.connections) + 64:
+            # Most are of connections that are closed, or have been replaced by earlier ones.
+            self._timers = [timer for timer in self._timers if _is_due(*timer)]
+            heapq.heapify(self._timers)
+
+    def _run_timers(self) -> None:
+        due = []
+        while self._timers and self._timers[0][0] <= self.now:
+            due.append(heapq.heappop(self._timers))
+        for timer in due:
+            if _is_due(*timer):
+                subject = timer[2]
+                subject.scheduled = math.inf
+                try:
+                    subject.on_time()
+                except Exception:  # noqa: BLE001
+                    subject.on_failure()
+
+    # Messages
+
+    def put(self, connection: Connection, put: Put) -> None:
+        self._puts.append(put)
+        self._putters.append(connection)
+        self._put_bytes += len(put[1])
+        if len(self._puts) >= MAX_BATCH or self._put_bytes >= MAX_BATCH_BYTES:
+            self.commit()
+
+    def commit(self) -> None:
+        puts, putters = self._puts, self._putters
+        self._puts, self._putters, self._put_bytes = [], [], 0
+        try:
+            answer = self._append(puts)
+        except ReplyError as error:
+            self._retry(puts, putters, error)
+            return
+        if not isinstance(answer, Future):
+            self._stored(puts, putters, answer)
+            return
+        for connection in putters:
+            connection.park()
+        answer.add_done_callback(lambda done: self.post(partial(self._stored_later, puts, putters, done)))
+
+    def _append(self, puts: list[Put]) -> Answer[list[int]]:
+        try:
+            return self.services.store.append(puts)
+        except ReplyError:
+            raise
+        except Exception as error:
+            _logger.exception("storing failed by a defect")
+            self.counters.failures += 1
+            raise StoreFailed("a defect; see the server's log") from error
+
+    def _retry(self, puts: list[Put], putters: list[Connection], error: ReplyError) -> None:
+        """Store them one by one, so that a message that can't be stored fails alone."""
+        for put, connection in zip(puts, putters, strict=True):
+            try:
+                answer = self._append([put]) if len(puts) > 1 else None
+            except ReplyError as its_own:
+                connection.not_stored(its_own)
+                continue
+            if isinstance(answer, list):
+                self._stored([put], [connection], answer)
+            else:
+                connection.not_stored(error)
+
+    def _stored(self, puts: list[Put], putters: list[Connection], ids: list[int]) -> None:
+        for connection, message_id in zip(putters, ids, strict=True):
+            connection.stored(message_id)
+        for worker in self._workers:
+            worker.wake(puts)
+
+    def _stored_later(self, puts: list[Put], putters: list[Connection], answer: Future[list[int]]) -> None:
+        try:
+            self._stored(puts, putters, answer.result())
+        except Exception as error:  # noqa: BLE001 - whatever it was, the clients are told
+            failure = error if isinstance(error, ReplyError) else StoreFailed(str(error))
+            for connection in putters:
+                connection.not_stored(failure)
+        for connection in dict.fromkeys(putters):
+            connection.resume()
+
+    def wake(self, puts: Sequence[Put]) -> None:
+        """Have its waiting readers look for what has been put. Safe to call from any thread."""
+        if not self._waiters:
+            return
+        topics = {put[0] for put in puts if put[0] in self._waiters}
+        if threading.current_thread() is self.thread:
+            self._wake(topics)
+        elif topics:
+            self.post(partial(self._wake, topics))
+
+    def _wake(self, topics: Iterable[bytes]) -> None:
+        for topic in topics:
+            for connection in list(self._waiters.get(topic, ())):
+                try:
+                    connection.wake()
+                except Exception:  # noqa: BLE001
+                    connection.on_failure()
+
+    def join(self, topic: bytes, connection: Connection) -> None:
+        self._waiters.setdefault(topic, {})[connection] = None
+
+    def leave(self, topic: bytes, connection: Connection) -> None:
+        waiters = self._waiters[topic]
+        del waiters[connection]
+        if not waiters:
+            del self._waiters[topic]
+
+    # Connections
+
+    def watch(self, connection: Connection, events: int) -> None:
+        known = connection in self._selector.get_map()
+        if events and known:
+            self._selector.modify(connection, events, connection)
+        elif events:
+            self._selector.register(connection, events, connection)
+        elif known:
+            self._selector.unregister(connection)
+
+    def flush_soon(self, connection: Connection) -> None:
+        self._to_flush.append(connection)
+
+    def run_soon(self, connection: Connection) -> None:
+        self._to_run.append(connection)
+
+    def forget(self, connection: Connection) -> None:
+        self.watch(connection, 0)
+        del self.connections[connection]
+
+    # Stopping
+
+    def _drain(self, seconds: float) -> None:
+        self._stop_at = self.now + seconds
+        for connection in list(self.connections):
+            try:
+                connection.drain()
+            except Exception:  # noqa: BLE001
+                connection.on_failure()
+
+    def _stopped(self) -> bool:
+        return not self.connections or time.monotonic() >= self._stop_at
+
+
+class _Bell:
+    """Wakes a selector from another thread."""
+
+    def __init__(self, answer: Callable[[], None]) -> None:
+        self._answer = answer
+        self._inside, self._outside = socket.socketpair()
+        self._inside.setblocking(False)
+        self._outside.setblocking(False)
+        self._rung = False
+
+    def fileno(self) -> int:
+        return self._inside.fileno()
+
+    def ring(self) -> None:
+        if not self._rung:
+            self._rung = True
+            try:
+                self._outside.send(b"!")
+            except OSError as error:
+                # The loop has ended, or has been rung already.
+                _logger.debug("bell: %s", error)
+
+    def on_ready(self, _: int) -> None:
+        self._inside.recv(64)
+        # Silenced before the calls are taken: one posted from now on rings again.
+        self._rung = False
+        self._answer()
+
+    def on_failure(self) -> None:
+        _logger.exception("the bell failed")
+
+    def close(self) -> None:
+        self._inside.close()
+        self._outside.close()
+
+
+def _is_due(when: float, _: int, subject: Timed) -> bool:
+    return not subject.closed and when == subject.scheduled

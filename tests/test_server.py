@@ -1,0 +1,824 @@
+"""The server over real sockets: each command, its errors, waiting, and the stages of stopping."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from conftest import SOON, UNIT, Wire, serving, wait_until, wire_to
+from dsmq import commands, config
+from dsmq.client import connect
+from dsmq.errors import CannotStart, Full, ServerFailed, StoreFailed
+from dsmq.protocol import encode_request
+from dsmq.server import Server
+from dsmq.store import Message, Put, SQLiteStore
+
+
+def as_map(reply: object) -> dict[bytes, object]:
+    assert isinstance(reply, list)
+    return dict(zip(reply[::2], reply[1::2], strict=True))
+
+
+def send_for_ever(sock: socket.socket, data: bytes) -> None:
+    while True:
+        sock.send(data)
+
+
+# Messages
+
+
+def test_ids_count_over_all_topics_and_numbers_within_one(wire: Wire) -> None:
+    assert [wire.call("PUT", "a", "1"), wire.call("PUT", "b", "2"), wire.call("PUT", "a", "3")] == [1, 2, 3]
+    assert [wire.call("READ", "a", 0)[i] for i in (0, 1, 3, 4, 5, 7)] == [1, 1, b"1", 3, 2, b"3"]
+
+
+def test_names_of_commands_and_options_are_case_insensitive(wire: Wire) -> None:
+    assert wire.call("put", "t", "x") == 1
+    assert wire.call("ReaD", "t", 0, "count", 1)[0] == 1
+
+
+def test_get_reads_what_was_put_after_the_connection_came(server: Server, wire: Wire) -> None:
+    wire.call("PUT", "t", "before")
+    with wire_to(server) as late:
+        assert late.call("GET", "t") is None
+        wire.call("PUT", "t", "after 1")
+        wire.call("PUT", "t", "after 2")
+        assert [late.call("GET", "t") for _ in range(3)] == [b"after 1", b"after 2", None]
+    assert [wire.call("GET", "t") for _ in range(4)] == [b"before", b"after 1", b"after 2", None]
+
+
+def test_getlatest_passes_over_the_older_ones(wire: Wire) -> None:
+    for body in ("1", "2", "3"):
+        wire.call("PUT", "t", body)
+    assert [wire.call("GETLATEST", "t"), wire.call("GETLATEST", "t"), wire.call("GET", "t")] == [b"3", None, None]
+    wire.call("PUT", "t", "4")
+    assert wire.call("GET", "t") == b"4"
+
+
+def test_read_stops_at_count_and_bytes(wire: Wire) -> None:
+    for body in ("aaaa", "bbbb", "cccc"):
+        wire.call("PUT", "t", body)
+    assert len(wire.call("READ", "t", 0, "COUNT", 2)) == 8
+    assert len(wire.call("READ", "t", 0, "BYTES", 5)) == 8
+    assert len(wire.call("READ", "t", 0, "BYTES", 1)) == 4
+    assert wire.call("READ", "t", 0, "LATEST")[3] == b"cccc"
+    assert wire.call("READ", "t", 3) == []
+    assert wire.call("READ", "t", 2**63 - 1) == []
+
+
+def test_a_put_sent_again_with_its_key_is_stored_once(wire: Wire) -> None:
+    assert wire.call("PUT", "t", "x", "KEY", "me", 7) == 1
+    assert wire.call("PUT", "t", "x", "KEY", "me", 7) == 1
+    assert wire.call("PUT", "t", "y", "KEY", "me", 8) == 2
+    assert wire.call("PUT", "t", "z", "KEY", "you", 7) == 3
+
+
+def test_empty_and_binary_messages_are_messages(wire: Wire) -> None:
+    for body in (b"", b"\r\n", bytes(range(256))):
+        wire.call("PUT", "t", body)
+    assert [wire.call("GET", "t") for _ in range(3)] == [b"", b"\r\n", bytes(range(256))]
+
+
+def test_topics_lists_what_is_held_in_pages(wire: Wire) -> None:
+    for topic in ("b", "a", "c", "a"):
+        wire.call("PUT", topic, "xy")
+    assert wire.call("TOPICS") == [b"a", 2, 4, b"b", 1, 2, b"c", 1, 2]
+    assert wire.call("TOPICS", "COUNT", 1, "AFTER", "a") == [b"b", 1, 2]
+    assert wire.call("TOPICS", "AFTER", "c") == []
+
+
+def test_stats_of_a_topic(wire: Wire) -> None:
+    wire.call("PUT", "other", "x")
+    wire.call("PUT", "t", "abc")
+    stats = as_map(wire.call("STATS", "t"))
+    assert stats.pop(b"oldest_age_ms") < SOON * 1000  # type: ignore[operator]
+    assert stats == {b"messages": 1, b"bytes": 3, b"last_number": 1, b"last_id": 2, b"first_id": 2}
+    assert as_map(wire.call("STATS", "nothing"))[b"messages"] == 0
+
+
+def test_expired_messages_are_not_delivered_though_nothing_has_deleted_them() -> None:
+    with serving(max_age_seconds=2 * UNIT, expiry_interval_seconds=3600) as server, wire_to(server) as wire:
+        wire.call("PUT", "t", "old")
+        wait_until(lambda: wire.call("READ", "t", 0) == [])
+        assert wire.call("GET", "t") is None
+        assert wire.call("GETLATEST", "t") is None
+        assert server.totals().messages == 1
+
+
+def test_the_expiry_thread_deletes() -> None:
+    with serving(max_age_seconds=UNIT, expiry_interval_seconds=UNIT) as server, wire_to(server) as wire:
+        for number in range(3):
+            wire.call("PUT", "t", number)
+        wait_until(lambda: server.totals().messages == 0)
+        assert server.totals().expired == 3
+        assert wire.call("PUT", "t", "new") == 4
+
+
+def test_an_expiry_that_fails_is_tried_again(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    failures = iter([StoreFailed("SQLite: disk I/O error"), ZeroDivisionError()])
+    real = SQLiteStore.expire
+
+    def expire(store: SQLiteStore) -> int:
+        for failure in failures:
+            raise failure
+        return real(store)
+
+    monkeypatch.setattr(SQLiteStore, "expire", expire)
+    with serving(max_age_seconds=UNIT, expiry_interval_seconds=UNIT / 5) as server, wire_to(server) as wire:
+        wire.call("PUT", "t", "x")
+        wait_until(lambda: server.totals().expired == 1)
+    assert caplog.text.count("expiry failed") == 2
+
+
+# Waiting
+
+
+def test_a_put_wakes_those_who_wait_for_its_topic(server: Server, wire: Wire) -> None:
+    with wire_to(server) as getter, wire_to(server) as reader, wire_to(server) as other:
+        getter.send(encode_request(b"GETWAIT", b"t", b"60000"))
+        reader.send(encode_request(b"READ", b"t", b"0", b"WAIT", b"60000"))
+        other.send(encode_request(b"GETWAIT", b"u", b"60000"))
+        wait_until(lambda: server.waiting() == 3)
+        wire.call("PUT", "t", "x")
+        assert getter.receive() == b"x"
+        assert reader.receive()[3] == b"x"  # type: ignore[index]
+        assert server.waiting() == 1
+
+
+def test_a_wait_ends_with_nothing_when_its_time_is_up(wire: Wire) -> None:
+    before = time.monotonic()
+    assert wire.call("GETWAIT", "t", round(UNIT * 1000)) is None
+    assert wire.call("READ", "t", 0, "WAIT", round(UNIT * 1000)) == []
+    assert 2 * UNIT * 0.9 <= time.monotonic() - before < SOON
+
+
+def test_what_is_pipelined_behind_a_wait_runs_after_it(server: Server, wire: Wire) -> None:
+    with wire_to(server) as waiter:
+        waiter.send(encode_request(b"GETWAIT", b"t", b"60000") + encode_request(b"PING") + encode_request(b"GET", b"t"))
+        wait_until(lambda: server.waiting() == 1)
+        wire.call("PUT", "t", "1")
+        assert [waiter.receive() for _ in range(3)] == [b"1", "PONG", None]
+
+
+def test_a_waiter_who_leaves_is_forgotten(server: Server) -> None:
+    with wire_to(server) as waiter:
+        waiter.send(encode_request(b"GETWAIT", b"t", b"60000"))
+        wait_until(lambda: server.waiting() == 1)
+    wait_until(lambda: server.waiting() == 0 and server.connections() == 0)
+
+
+def test_chains_of_waiters_that_put_do_not_nest(server: Server, wire: Wire) -> None:
+    # Each that is woken puts and gets, which stores the put and wakes the next: by recursion this would not end well.
+    waiters = [Wire(("127.0.0.1", server.port)) for _ in range(200)]
+    for waiter in waiters:
+        waiter.send(
+            encode_request(b"READ", b"t", b"0", b"WAIT", b"60000", b"COUNT", b"1")
+            + encode_request(b"PUT", b"t", b"x")
+            + encode_request(b"PING")
+        )
+    wait_until(lambda: server.waiting() == len(waiters))
+    wire.call("PUT", "t", "go")
+    for waiter in waiters:
+        assert isinstance(waiter.receive(), list)
+        assert isinstance(waiter.receive(), int)
+        assert waiter.receive() == "PONG"
+        waiter.close()
+    assert server.counters().failures == 0
+
+
+# Pipelining and order
+
+
+def test_replies_come_in_the_order_of_the_requests(wire: Wire) -> None:
+    requests, expected = [], []
+    for number in range(300):
+        requests += [encode_request(b"PUT", b"t", b"%d" % number), encode_request(b"ECHO", b"%d" % number)]
+        expected += [number + 1, b"%d" % number]
+    requests.insert(100, encode_request(b"PUT", b"", b"x"))
+    wire.send(b"".join(requests))
+    replies = [wire.receive() for _ in requests]
+    assert replies.pop(100).code == "BADREQUEST"  # type: ignore[union-attr]
+    assert replies == expected
+
+
+def test_a_get_sees_the_put_before_it_in_the_same_packet(wire: Wire) -> None:
+    wire.send(encode_request(b"PUT", b"t", b"x") + encode_request(b"GET", b"t"))
+    assert [wire.receive(), wire.receive()] == [1, b"x"]
+
+
+def test_an_end_of_input_still_gets_the_replies(wire: Wire) -> None:
+    wire.send(encode_request(b"PUT", b"t", b"x") * 5000 + encode_request(b"PING"))
+    wire.socket.shutdown(socket.SHUT_WR)
+    assert [wire.receive() for _ in range(5001)] == [*range(1, 5001), "PONG"]
+    assert wire.ended()
+
+
+@pytest.mark.parametrize("io_threads", [1, 3])
+def test_several_workers_serve_and_wake_each_others_readers(io_threads: int) -> None:
+    with serving(io_threads=io_threads) as server:
+        wires = [Wire(("127.0.0.1", server.port)) for _ in range(7)]
+        for wire in wires[1:]:
+            wire.send(encode_request(b"GETWAIT", b"t", b"60000"))
+        wait_until(lambda: server.waiting() == 6)
+        wires[0].call("PUT", "t", "x")
+        assert [wire.receive() for wire in wires[1:]] == [b"x"] * 6
+        for wire in wires:
+            wire.close()
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("request_", "code"),
+    [
+        (["NOSUCH"], "UNKNOWN"),
+        (["PUT", "t"], "BADREQUEST"),
+        (["PUT", "t", "x", "y"], "BADREQUEST"),
+        (["PUT", "t", "x", "KEY", "p"], "BADREQUEST"),
+        (["PUT", "t", "x", "KEY", "", "1"], "BADREQUEST"),
+        (["PUT", "t", "x", "KEY", "p", "-1"], "BADREQUEST"),
+        (["PUT", "t", "x", "WHAT", "p", "1"], "BADREQUEST"),
+        (["PUT", "", "x"], "BADREQUEST"),
+        (["PUT", b"\xff", "x"], "BADREQUEST"),
+        (["PUT", "t" * 513, "x"], "TOOBIG"),
+        (["GET"], "BADREQUEST"),
+        (["GET", "t", "u"], "BADREQUEST"),
+        (["GETWAIT", "t", "soon"], "BADREQUEST"),
+        (["GETWAIT", "t", "86400001"], "BADREQUEST"),
+        (["READ", "t", "-1"], "BADREQUEST"),
+        (["READ", "t", "9223372036854775808"], "BADREQUEST"),
+        (["READ", "t", "0", "COUNT", "0"], "BADREQUEST"),
+        (["READ", "t", "0", "COUNT", "1001"], "BADREQUEST"),
+        (["READ", "t", "0", "COUNT", "1", "COUNT", "1"], "BADREQUEST"),
+        (["READ", "t", "0", "WAIT"], "BADREQUEST"),
+        (["TOPICS", "COUNT", "x"], "BADREQUEST"),
+        (["HELLO", "4"], "NOPROTO"),
+        (["HELLO", "2", "AUTH", "u", "p"], "BADREQUEST"),
+        (["HELLO", "2", "SETNAME", "with blank"], "BADREQUEST"),
+        (["AUTH", "token"], "BADREQUEST"),
+        (["SELECT", "1"], "BADREQUEST"),
+        (["CLIENT", "KILL"], "BADREQUEST"),
+        (["CLIENT", "SETNAME", "a" * 65], "BADREQUEST"),
+        (["COMMAND", "LIST"], "BADREQUEST"),
+        (["CONFIG", "SET", "a"], "BADREQUEST"),
+    ],
+)
+def test_bad_requests_get_their_error_and_keep_the_connection(wire: Wire, request_: list[str], code: str) -> None:
+    assert wire.error(*request_) == code
+    assert wire.call("PING") == "PONG"
+    assert wire.call("TOPICS") == []
+
+
+def test_the_limits_of_topics_and_messages_are_exact() -> None:
+    with serving(max_topic_bytes=10, max_message_bytes=2000) as server, wire_to(server) as wire:
+        assert wire.call("PUT", "t" * 10, "m" * 2000) == 1
+        assert wire.error("PUT", "t" * 11, "m") == "TOOBIG"
+        wire.send(b"*3\r\n$3\r\nPUT\r\n$1\r\nt\r\n$2001\r\n")
+        assert wire.receive().code == "TOOBIG"  # type: ignore[union-attr]
+        assert wire.ended()
+    with serving(max_message_bytes=10) as server, wire_to(server) as wire:
+        assert wire.error("PUT", "t", "m" * 11) == "TOOBIG"
+        assert wire.call("PUT", "t", "m" * 10) == 1
+
+
+def test_errors_are_counted_by_code(server: Server, wire: Wire) -> None:
+    wire.error("NOSUCH")
+    wire.error("PUT", "", "")
+    wire.error("PUT", "", "")
+    assert server.counters().errors == {"UNKNOWN": 1, "BADREQUEST": 2}
+
+
+def test_a_defect_in_a_command_costs_that_connection_alone(
+    server: Server, wire: Wire, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> bytes:
+        raise ZeroDivisionError
+
+    monkeypatch.setitem(commands.COMMANDS, b"ECHO", commands.Command("ECHO", broken, 1, 1))
+    with wire_to(server) as victim:
+        assert victim.error("ECHO", "x") == "INTERNAL"
+        assert victim.ended()
+    assert wire.call("PUT", "t", "x") == 1
+    assert server.counters().failures == 1
+    assert "ZeroDivisionError" in caplog.text
+
+
+# The handshake
+
+
+def test_hello_tells_what_a_client_has_to_know(wire: Wire) -> None:
+    wire.call("PUT", "t", "x")
+    hello = as_map(wire.call("HELLO", 2, "SETNAME", "me"))
+    assert hello[b"server"] == b"dsmq"
+    assert (hello[b"proto"], hello[b"last_id"], hello[b"max_age_ms"]) == (2, 1, 600_000)
+    assert (hello[b"max_message_bytes"], hello[b"max_topic_bytes"]) == (8_388_608, 512)
+    assert len(hello[b"epoch"]) == 16  # type: ignore[arg-type]
+    assert wire.call("CLIENT", "GETNAME") == b"me"
+
+
+def test_hello_3_changes_nulls_and_maps(wire: Wire) -> None:
+    wire.send(encode_request(b"HELLO", b"3"))
+    assert wire.socket.recv(4) == b"%12\r"
+    wire.socket.recv(65536)
+    wire.send(encode_request(b"GET", b"t"))
+    assert wire.socket.recv(65536) == b"_\r\n"
+    wire.send(encode_request(b"CLIENT", b"GETNAME"))
+    assert wire.socket.recv(65536) == b"_\r\n"
+
+
+def test_housekeeping(wire: Wire) -> None:
+    assert wire.call("PING", "hi") == b"hi"
+    assert wire.call("ECHO", "hi") == b"hi"
+    assert wire.call("SELECT", "0") == "OK"
+    assert wire.call("CLIENT", "SETINFO", "LIB-NAME", "x") == "OK"
+    assert isinstance(wire.call("CLIENT", "ID"), int)
+    assert wire.call("COMMAND", "COUNT") == len(commands.COMMANDS) == len(wire.call("COMMAND", "DOCS")) // 2  # type: ignore[arg-type]
+    assert wire.call("CONFIG", "GET", "max_age*") == [b"max_age_seconds", b"600.0"]
+    assert b"# Stats\r\n" in wire.call("INFO")  # type: ignore[operator]
+    assert wire.call("INFO", "store").startswith(b"# Store\r\nmessages:0\r\n")  # type: ignore[union-attr]
+    assert wire.call("QUIT") == "OK"
+    assert wire.ended()
+
+
+def test_inline_requests(wire: Wire) -> None:
+    wire.send(b'PUT greetings "hello, you"\r\n\nGET greetings\n')
+    assert [wire.receive(), wire.receive()] == [1, b"hello, you"]
+
+
+# Where it listens
+
+
+def test_ipv6() -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError as error:
+        pytest.skip(f"no IPv6 here: {error}")
+    with serving(host="::1") as server, connect("::1", server.port) as mq:
+        assert mq.put("t", "x") == 1
+        assert server.addresses == [f"[::1]:{server.port}"]
+
+
+def test_a_unix_socket_is_removed_at_the_end_and_replaced_after_a_kill(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with serving(host=f"unix:{path}") as server, connect(f"unix:{path}") as mq:
+        assert mq.put("t", "x") == 1
+        with pytest.raises(CannotStart, match="in use"), serving(host=f"unix:{path}"):
+            pass
+        assert mq.put("t", "x") == 2
+        assert server.addresses == [f"unix:{path}"]
+    assert not path.exists()
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(path))
+    with serving(host=f"unix:{path}"), connect(f"unix:{path}") as mq:
+        assert mq.put("t", "x") == 1
+
+
+def test_a_unix_socket_does_not_replace_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "precious"
+    path.write_text("data")
+    with pytest.raises(CannotStart), serving(host=f"unix:{path}"):
+        pass
+    assert path.read_text() == "data"
+
+
+def test_a_taken_port_leaves_nothing_behind(server: Server) -> None:
+    before = threading.active_count()
+    with pytest.raises(CannotStart, match=f"127.0.0.1:{server.port}: the address is in use"):
+        Server(config.load(port=server.port)).start()
+    with pytest.raises(CannotStart, match="in use"):
+        Server(config.load(port=0, metrics_port=server.port)).start()
+    assert threading.active_count() == before
+
+
+# Limits of connections
+
+
+def test_more_connections_than_allowed_are_refused_until_one_goes() -> None:
+    with serving(max_connections=2) as server, wire_to(server) as one:
+        with wire_to(server) as two:
+            assert one.call("PING") == two.call("PING") == "PONG"
+            with wire_to(server) as three:
+                assert three.receive().code == "BUSY"  # type: ignore[union-attr]
+                assert three.ended()
+        wait_until(lambda: server.connections() == 1)
+        with wire_to(server) as four:
+            assert four.call("PING") == "PONG"
+        assert server.counters().refused == 1
+
+
+def test_a_request_has_to_arrive_in_time() -> None:
+    with serving(request_timeout_seconds=2 * UNIT) as server, wire_to(server) as slow, wire_to(server) as idle:
+        slow.send(b"*2\r\n$4\r\nPING\r\n$10\r\nx")
+        assert slow.receive().code == "TIMEOUT"  # type: ignore[union-attr]
+        assert slow.ended()
+        assert idle.call("PING") == "PONG"
+
+
+def test_many_slow_but_whole_requests_are_fine() -> None:
+    with serving(request_timeout_seconds=4 * UNIT) as server, wire_to(server) as slow:
+        request = encode_request(b"PING")
+        slow.send(request[:5])
+        for _ in range(4):
+            time.sleep(2 * UNIT)
+            slow.send(request[5:] + request[:5])
+            assert slow.receive() == "PONG"
+
+
+def test_an_idle_connection_is_closed_but_not_one_that_waits() -> None:
+    with serving(idle_timeout_seconds=2 * UNIT) as server, wire_to(server) as idle, wire_to(server) as waiter:
+        waiter.send(encode_request(b"GETWAIT", b"t", b"%d" % round(UNIT * 5000)))
+        assert idle.receive().code == "TIMEOUT"  # type: ignore[union-attr]
+        assert idle.ended()
+        assert waiter.receive() is None
+
+
+def test_a_client_that_reads_no_replies_is_dropped_and_harms_nobody() -> None:
+    with serving(reply_timeout_seconds=3 * UNIT, max_unread_reply_bytes=65536) as server, wire_to(server) as wire:
+        wire.call("PUT", "t", "x" * 200_000)
+        with wire_to(server) as deaf:
+            deaf.socket.setblocking(False)
+            # More replies than the kernel holds, and then more requests than anyone would buffer.
+            request = encode_request(b"READ", b"t", b"0") * 1000
+            with pytest.raises(BlockingIOError):
+                send_for_ever(deaf.socket, request)
+            assert wire.call("PING") == "PONG"
+            wait_until(lambda: server.connections() == 1)
+
+
+def test_unread_replies_stop_the_reading_but_lose_nothing() -> None:
+    with serving(max_unread_reply_bytes=1024) as server, wire_to(server) as wire:
+        wire.call("PUT", "t", "x" * 100_000)
+        request = encode_request(b"READ", b"t", b"0")
+        sender = threading.Thread(target=wire.send, args=(request * 500,))
+        sender.start()
+        for _ in range(500):
+            assert len(wire.receive()[3]) == 100_000  # type: ignore[index,arg-type]
+        sender.join()
+
+
+# Stopping
+
+
+def test_stop_answers_waiting_readers_then_closes(server: Server) -> None:
+    with wire_to(server) as waiter, wire_to(server) as half:
+        waiter.send(encode_request(b"GETWAIT", b"t", b"60000"))
+        half.send(b"*3\r\n$3\r\nPUT")
+        port = server.port
+        wait_until(lambda: server.waiting() == 1 and server.counters().bytes_in > 40)
+        assert server.stop() == []
+        assert waiter.receive() is None
+        assert waiter.ended()
+        assert half.receive().code == "CLOSING"  # type: ignore[union-attr]
+    with pytest.raises(ConnectionRefusedError):
+        connect(port=port, retry=False)
+    assert server.stop() == []
+
+
+def test_stop_reports_threads_that_survive(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    release = threading.Event()
+
+    def stuck(*_: object) -> bytes:
+        release.wait(SOON)
+        return b"+OK\r\n"
+
+    monkeypatch.setitem(commands.COMMANDS, b"ECHO", commands.Command("ECHO", stuck, 1, 1))
+    with serving(stop_timeout_seconds=2 * UNIT) as server, wire_to(server) as wire:
+        wire.send(encode_request(b"ECHO", b"x"))
+        wait_until(lambda: server.counters().requests == 1)
+        assert server.stop() == ["dsmq-io-0"]
+        assert "still running" in caplog.text
+        release.set()
+        wait_until(lambda: not any(thread.is_alive() for thread in server._threads()))
+        # A store that a thread may still use is left open.
+        server._store.close()
+
+
+def test_run_notices_a_dead_thread(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsmq.server.WATCH_SECONDS", UNIT)
+    server._expiry.stop()
+    with pytest.raises(ServerFailed, match="dsmq-expiry"):
+        server.run()
+
+
+def test_shutdown_stops_run_in_any_thread(server: Server, wire: Wire) -> None:
+    runner = threading.Thread(target=server.run)
+    runner.start()
+    assert wire.call("SHUTDOWN") == "OK"
+    runner.join(SOON)
+    assert not runner.is_alive()
+    assert wire.ended()
+
+
+def test_shutdown_can_be_forbidden() -> None:
+    with serving(remote_shutdown=False) as server, wire_to(server) as wire:
+        assert wire.error("SHUTDOWN") == "NOPERM"
+        assert wire.call("PING") == "PONG"
+
+
+def test_a_second_signal_does_not_wait() -> None:
+    script = """
+import threading
+from dsmq import commands
+from dsmq.server import serve
+def stuck(*_):
+    print("stuck", flush=True)
+    threading.Event().wait()
+commands.COMMANDS[b"ECHO"] = commands.Command("ECHO", stuck, 1, 1)
+serve(port=0, verbose=True, stop_timeout_seconds=600)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    port = int(process.stderr.readline().split("127.0.0.1:")[1].split(" ")[0])
+    with socket.create_connection(("127.0.0.1", port)) as sock:
+        sock.sendall(encode_request(b"ECHO", b"x"))
+        assert process.stdout.readline() == "stuck\n"
+        process.send_signal(signal.SIGTERM)
+        assert "stopping: SIGTERM" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        _, rest = process.communicate(timeout=SOON)
+    assert process.returncode != 0
+    assert "KeyboardInterrupt" in rest
+
+
+# A store that answers later, or fails
+
+
+class LaterStore(SQLiteStore):
+    """Answers every question a little later, from another thread."""
+
+    def __init__(self) -> None:
+        super().__init__(600_000)
+        self.threads = ThreadPoolExecutor(4)
+
+    def append(self, puts: Sequence[Put]) -> Future[list[int]]:  # type: ignore[override]
+        return self.threads.submit(super().append, puts)
+
+    def read(self, topic: bytes, after: int, count: int, max_bytes: int) -> Future[list[Message]]:  # type: ignore[override]
+        return self.threads.submit(super().read, topic, after, count, max_bytes)
+
+    def latest(self, topic: bytes, after: int) -> Future[list[Message]]:  # type: ignore[override]
+        return self.threads.submit(super().latest, topic, after)
+
+    def close(self) -> None:
+        self.threads.shutdown()
+        super().close()
+
+
+def test_a_store_that_answers_later_parks_the_connection() -> None:
+    settings = config.load(kind=config.EmbeddedSettings, port=0)
+    with Server(settings, LaterStore()) as server, wire_to(server) as wire, wire_to(server) as waiter:  # type: ignore[arg-type]
+        waiter.send(encode_request(b"GETWAIT", b"t", b"60000") + encode_request(b"GET", b"t"))
+        wait_until(lambda: server.waiting() == 1)
+        requests = [encode_request(b"PUT", b"t", b"%d" % number) for number in range(50)]
+        requests += [
+            encode_request(b"PUT", b"", b"x"),
+            encode_request(b"GET", b"t"),
+            encode_request(b"GETLATEST", b"t"),
+        ]
+        wire.send(b"".join(requests))
+        assert [wire.receive() for _ in range(50)] == list(range(1, 51))
+        assert wire.receive().code == "BADREQUEST"  # type: ignore[union-attr]
+        assert [wire.receive(), wire.receive()] == [b"0", b"49"]
+        assert [waiter.receive(), waiter.receive()] == [b"0", b"1"]
+
+
+class FailingStore(SQLiteStore):
+    """Has no room for messages that say so."""
+
+    def append(self, puts: Sequence[Put]) -> list[int]:
+        for put in puts:
+            if put[1] == b"full":
+                raise Full("no room")
+            if put[1] == b"defect":
+                raise ZeroDivisionError
+            if put[1] == b"broken":
+                raise StoreFailed("SQLite: disk I/O error")
+        return super().append(puts)
+
+
+def test_a_message_that_cannot_be_stored_fails_alone() -> None:
+    settings = config.load(kind=config.EmbeddedSettings, port=0)
+    with Server(settings, FailingStore(600_000)) as server, wire_to(server) as wire:
+        wire.send(b"".join(encode_request(b"PUT", b"t", body) for body in (b"1", b"full", b"2", b"broken", b"3")))
+        replies = [wire.receive() for _ in range(5)]
+        assert [getattr(reply, "code", reply) for reply in replies] == [1, "FULL", 2, "STORE", 3]
+        assert [wire.call("GET", "t") for _ in range(4)] == [b"1", b"2", b"3", None]
+        assert wire.error("PUT", "t", "full") == "FULL"
+        assert wire.error("PUT", "t", "defect") == "STORE"
+        assert wire.call("PUT", "t", "4") == 4
+        assert server.counters().failures == 1
+
+
+def test_accepting_pauses_without_file_descriptors_and_goes_on(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    listener = server._listeners[0]
+    attempts = []
+
+    class Exhausted:
+        def accept(self) -> None:
+            attempts.append(1)
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(real, name)
+
+    real = listener.socket
+    monkeypatch.setattr(listener, "socket", Exhausted())
+    with wire_to(server) as wire:
+        wire.send(encode_request(b"PING"))
+        wait_until(lambda: len(attempts) >= 2)
+        assert len(attempts) < 20
+        listener.socket = real
+        assert wire.receive() == "PONG"
+
+
+# What a review has found
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("port", ["port"]),
+        ("*_port", ["metrics_port"]),
+        ("max_*_bytes", ["max_message_bytes", "max_topic_bytes", "max_unread_reply_bytes"]),
+        ("m*x*age*es", ["max_message_bytes"]),
+        ("port*port", []),
+        ("por", []),
+        ("[a-z]*", []),
+    ],
+)
+def test_config_get_knows_the_star(wire: Wire, pattern: str, found: list[str]) -> None:
+    assert sorted(name.decode() for name in as_map(wire.call("CONFIG", "GET", pattern))) == found
+
+
+def test_config_get_takes_no_long_patterns(wire: Wire) -> None:
+    assert wire.error("CONFIG", "GET", "[" * 4000) == "BADREQUEST"
+
+
+def test_a_closed_connection_gives_its_buffers_back(server: Server) -> None:
+    with wire_to(server) as wire:
+        wire.send(encode_request(b"GETWAIT", b"t", b"86400000"))
+        wait_until(lambda: server.waiting() == 1)
+        (connection,) = server._workers[0].connections
+        wire.send(b"*3\r\n$3\r\nPUT\r\n$1\r\nt\r\n$50000\r\n" + bytes(30_000))
+        wait_until(lambda: len(connection._parser) > 30_000)
+    wait_until(lambda: server.connections() == 0)
+    assert len(connection._parser) == 0
+
+
+def test_a_closed_connection_runs_nothing_more(server: Server) -> None:
+    with wire_to(server) as wire:
+        wire.call("PING")
+        (connection,) = server._workers[0].connections
+        connection._parser.feed(encode_request(b"GETWAIT", b"t", b"60000"))
+        done = threading.Event()
+
+        def close_and_run() -> None:
+            parser = connection._parser
+            connection.close("for the test")
+            connection._parser = parser
+            connection.run()
+            done.set()
+
+        server._workers[0].post(close_and_run)
+        assert done.wait(SOON)
+        assert server.waiting() == 0
+
+
+def test_an_end_of_input_while_it_waits_still_gets_the_replies_before(server: Server, tmp_path: Path) -> None:
+    # A Unix socket holds less than a reply of a megabyte.
+    with serving(host=f"unix:{tmp_path}/socket") as unix:
+        wire = Wire(f"{tmp_path}/socket")
+        wire.send(encode_request(b"ECHO", b"x" * 1_000_000) + encode_request(b"GETWAIT", b"t", b"60000"))
+        wire.socket.shutdown(socket.SHUT_WR)
+        assert wire.receive() == b"x" * 1_000_000
+        assert wire.ended()
+        wire.close()
+        assert unix.waiting() == 0
+
+
+def test_idle_is_not_who_is_reading_what_was_asked_for(tmp_path: Path) -> None:
+    settings = {"host": f"unix:{tmp_path}/socket", "idle_timeout_seconds": 3 * UNIT, "max_unread_reply_bytes": 1024}
+    with serving(**settings):
+        wire = Wire(f"{tmp_path}/socket")
+        wire.call("PUT", "t", "x" * 1_000_000)
+        wire.send(encode_request(b"READ", b"t", b"0") * 5 + encode_request(b"PUT", b"t", b"y"))
+        for _ in range(5):
+            time.sleep(2 * UNIT)
+            assert len(wire.receive()[3]) == 1_000_000  # type: ignore[index,arg-type]
+        assert wire.receive() == 2
+        wire.close()
+
+
+def test_closing_does_not_overtake_the_replies_before(server: Server) -> None:
+    with wire_to(server) as wire:
+        wire.call("PING")
+        worker = server._workers[0]
+        (connection,) = worker.connections
+
+        def put_and_drain() -> None:
+            connection._parser.feed(encode_request(b"PUT", b"t", b"stored") + b"*3\r\n$3\r\nPUT")
+            connection.run()
+            connection.drain()
+
+        worker.post(put_and_drain)
+        assert wire.receive() == 1
+        assert wire.receive().code == "CLOSING"  # type: ignore[union-attr]
+
+
+def test_a_client_that_does_not_read_makes_no_survivor(tmp_path: Path) -> None:
+    with serving(host=f"unix:{tmp_path}/socket", stop_timeout_seconds=3 * UNIT) as server:
+        wire = Wire(f"{tmp_path}/socket")
+        wire.send(encode_request(b"ECHO", b"x" * 5_000_000))
+        wait_until(lambda: server.counters().requests == 1)
+        assert server.stop() == []
+        wire.close()
+
+
+def test_a_unix_socket_is_removed_while_its_server_still_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # After that, another server may have put its own socket there.
+    had: list[bool] = []
+    with serving(host=f"unix:{tmp_path}/socket") as server:
+        sock = server._listeners[0].socket
+        real = os.unlink
+        monkeypatch.setattr(os, "unlink", lambda path: (had.append(sock.fileno() >= 0), real(path)))
+    monkeypatch.undo()
+    assert had == [True]
+
+
+def test_a_unix_socket_that_nobody_accepts_from_is_in_use(tmp_path: Path) -> None:
+    path = f"{tmp_path}/socket"
+    with socket.socket(socket.AF_UNIX) as busy, socket.socket(socket.AF_UNIX) as waiting:
+        busy.bind(path)
+        busy.listen(0)
+        waiting.connect(path)
+        with pytest.raises(CannotStart, match="in use"), serving(host=f"unix:{path}"):
+            pass
+
+
+def test_a_thread_that_cannot_be_started_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("dsmq.expiry.Expiry.start", refuse)
+    before = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 0
+    for start in ("dsmq.expiry.Expiry.start", "dsmq.worker.Worker.start"):
+        monkeypatch.setattr(start, refuse)
+        with pytest.raises(CannotStart, match="can't start new thread"):
+            Server(config.load(kind=config.EmbeddedSettings, port=0)).start()
+    if before:
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_put_sent_again_is_not_counted_twice(server: Server, wire: Wire) -> None:
+    for _ in range(3):
+        wire.call("PUT", "t", "x", "KEY", "me", 1)
+    assert server.totals().stored == 1
+
+
+def test_positions_of_one_connection_are_bounded(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "MAX_POSITIONS", 2)
+    for topic in ("a", "b", "c"):
+        wire.call("PUT", topic, "1")
+        wire.call("PUT", topic, "2")
+    assert [wire.call("GET", "a"), wire.call("GET", "b")] == [b"1", b"1"]
+    assert wire.error("GET", "c") == "BADREQUEST"
+    assert wire.call("GET", "a") == b"2"
+
+
+def test_an_end_of_input_behind_quit_still_gets_the_replies_before(tmp_path: Path) -> None:
+    with serving(host=f"unix:{tmp_path}/socket") as server:
+        wire = Wire(f"{tmp_path}/socket")
+        wire.send(encode_request(b"ECHO", b"x" * 1_000_000) + encode_request(b"QUIT"))
+        wire.socket.shutdown(socket.SHUT_WR)
+        wait_until(lambda: all(connection._ended for connection in server._workers[0].connections))
+        assert [wire.receive(), wire.receive()] == [b"x" * 1_000_000, "OK"]
+        assert wire.ended()
+        wire.close()
+
+
+def test_who_has_read_a_long_reply_late_is_idle_again(tmp_path: Path) -> None:
+    with serving(host=f"unix:{tmp_path}/socket", idle_timeout_seconds=2 * UNIT) as server:
+        wire = Wire(f"{tmp_path}/socket")
+        wire.send(encode_request(b"ECHO", b"x" * 5_000_000))
+        time.sleep(4 * UNIT)
+        assert server.connections() == 1
+        assert wire.receive() == b"x" * 5_000_000
+        assert wire.receive().code == "TIMEOUT"  # type: ignore[union-attr]
+        wire.close()
