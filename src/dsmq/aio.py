@@ -1,0 +1,326 @@
+"""The client for asyncio: the verbs of `dsmq.client`, to be awaited.
+
+    from dsmq.aio import connect
+
+    async with await connect() as mq:
+        await mq.put("greetings", "hello")
+        async for message in mq.messages("greetings"):
+            ...
+
+A call that is cancelled leaves nothing behind: its connection is dropped, and the next call has another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import Literal, Self, TypeVar, overload
+
+from dsmq import client as blocking
+from dsmq import session as wire
+from dsmq.errors import ClientClosed, ConnectionLost, DSMQError, MessageNotText
+from dsmq.protocol import Reply, ReplyParser
+from dsmq.session import Entry, Inbox, Message, Session
+
+__all__ = ["AsyncClient", "Message", "connect"]
+
+_RECEIVE_BYTES = 262_144
+
+D = TypeVar("D")
+T = TypeVar("T")
+
+
+async def connect(
+    host: str = "127.0.0.1", port: int = 30008, *, timeout: float = 10.0, retry: bool = True
+) -> AsyncClient:
+    """Connect to a server; see `dsmq.client.connect`."""
+    mq = AsyncClient(host, port, timeout=timeout)
+    await mq._open(retry=retry)  # noqa: SLF001 - one module
+    return mq
+
+
+class AsyncClient:
+    """A client for the tasks of one event loop. Made by `connect`; the methods are those of the blocking client."""
+
+    def __init__(self, host: str, port: int, *, timeout: float = 10.0) -> None:
+        self.host = host
+        self.port = port
+        self._timeout = timeout
+        self._session = Session()
+        self._closed = False
+        self._idle: list[_Link] = []
+        self._links: set[_Link] = set()
+
+    async def put(self, topic: str, msg: str | bytes) -> int:
+        """Put a message; when this returns it is stored. Returns its id."""
+        return wire.stored_id(await self._exchange(self._session.put(topic, msg)))
+
+    async def put_many(self, topic: str, messages: Iterable[str | bytes]) -> list[int]:
+        """Put several messages in order; returns their ids."""
+        ids: list[int] = []
+        async with self._borrowed() as link:
+            batches = wire.Batches(self._session, topic, messages)
+            for count, requests in batches:
+                async with asyncio.timeout(self._timeout):
+                    await link.send(requests)
+                    ids += [wire.stored_id(await link.receive()) for _ in range(count)]
+        batches.check()
+        return ids
+
+    @overload
+    async def get(self, topic: str, default: str = "", *, raw: Literal[False] = False) -> str: ...
+    @overload
+    async def get(self, topic: str, default: D, *, raw: Literal[False] = False) -> str | D: ...
+    @overload
+    async def get(self, topic: str, *, raw: Literal[True]) -> bytes: ...
+    @overload
+    async def get(self, topic: str, default: D, *, raw: Literal[True]) -> bytes | D: ...
+    async def get(self, topic: str, default: object = "", *, raw: bool = False) -> object:
+        """Return the oldest message that this client has not read, or `default`."""
+        return await self._one(topic, 0.0, default, raw=raw)
+
+    @overload
+    async def get_wait(
+        self, topic: str, default: str = "", *, timeout: float | None = None, raw: Literal[False] = False
+    ) -> str: ...
+    @overload
+    async def get_wait(
+        self, topic: str, default: D, *, timeout: float | None = None, raw: Literal[False] = False
+    ) -> str | D: ...
+    @overload
+    async def get_wait(self, topic: str, *, timeout: float | None = None, raw: Literal[True]) -> bytes: ...
+    @overload
+    async def get_wait(
+        self, topic: str, default: D, *, timeout: float | None = None, raw: Literal[True]
+    ) -> bytes | D: ...
+    async def get_wait(
+        self, topic: str, default: object = "", *, timeout: float | None = None, raw: bool = False
+    ) -> object:
+        """Like `get`, but wait for a message for so many seconds; without a timeout, about ten."""
+        return await self._one(topic, blocking.patience() if timeout is None else timeout, default, raw=raw)
+
+    @overload
+    async def get_latest(self, topic: str, default: str = "", *, raw: Literal[False] = False) -> str: ...
+    @overload
+    async def get_latest(self, topic: str, default: D, *, raw: Literal[False] = False) -> str | D: ...
+    @overload
+    async def get_latest(self, topic: str, *, raw: Literal[True]) -> bytes: ...
+    @overload
+    async def get_latest(self, topic: str, default: D, *, raw: Literal[True]) -> bytes | D: ...
+    async def get_latest(self, topic: str, default: object = "", *, raw: bool = False) -> object:
+        """Return the newest message that this client has not read, or `default`; pass over the older ones."""
+        return blocking.first(await self._latest(topic, wire.converter(raw=raw)), default, raw=raw)
+
+    @overload
+    async def get_many(
+        self, topic: str, n: int = 100, *, timeout: float = 0.0, raw: Literal[False] = False
+    ) -> list[str]: ...
+    @overload
+    async def get_many(self, topic: str, n: int = 100, *, timeout: float = 0.0, raw: Literal[True]) -> list[bytes]: ...
+    async def get_many(
+        self, topic: str, n: int = 100, *, timeout: float = 0.0, raw: bool = False
+    ) -> list[str] | list[bytes]:
+        """Return up to `n` messages, oldest first: those that are there, or else wait for one."""
+        if raw:
+            return await self._some(topic, n, timeout, wire.body)
+        return await self._some(topic, n, timeout, wire.text)
+
+    async def read(self, topic: str, n: int = 1, *, timeout: float = 0.0, latest: bool = False) -> list[Message]:
+        """Return up to `n` messages with their ids, numbers and put times; latest=True returns the newest only."""
+        if latest:
+            return await self._latest(topic, self._session.message)
+        return await self._some(topic, n, timeout, self._session.message)
+
+    @overload
+    def messages(self, topic: str, *, timeout: float = ..., raw: Literal[False] = False) -> AsyncIterator[str]: ...
+    @overload
+    def messages(self, topic: str, *, timeout: float = ..., raw: Literal[True]) -> AsyncIterator[bytes]: ...
+    async def messages(self, topic: str, *, timeout: float = math.inf, raw: bool = False) -> AsyncIterator[str | bytes]:
+        """Iterate over the messages of a topic as they come; end when none has come for `timeout` seconds."""
+        while taken := await self._some(topic, 1, timeout, wire.converter(raw=raw)):
+            yield taken[0]
+
+    def seek(self, topic: str, after: int) -> None:
+        """Read a topic on behind the message with this id; 0 is before all that the server still holds."""
+        inbox = self._session.inbox(topic)
+        inbox.drop()
+        inbox.seek(after, None)
+
+    @property
+    def missed(self) -> int:
+        """How many messages expired before this client came to them, over all topics it reads."""
+        return self._session.missed
+
+    async def ping(self) -> None:
+        """Ask the server for a sign of life; raises where there is none."""
+        wire.check(await self._exchange(wire.PING))
+
+    async def topics(self) -> list[tuple[str, int, int]]:
+        """Return the topics that hold messages: name, messages and bytes held."""
+        found: list[tuple[str, int, int]] = []
+        while page := wire.topics(await self._exchange(wire.topics_request(found))):
+            found += page
+        return found
+
+    async def shutdown_server(self) -> None:
+        """Stop the server gracefully; return when it has closed the connection."""
+        async with self._borrowed() as link, asyncio.timeout(self._timeout):
+            await link.send(wire.SHUTDOWN)
+            wire.check(await link.receive())
+            await link.await_end()
+
+    async def close(self) -> None:
+        """Close the client. Calls of other tasks raise ClientClosed. Idempotent."""
+        self._closed = True
+        for link in self._links:
+            link.close()
+        self._idle.clear()
+        self._links.clear()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    # What the verbs are made of: as in the blocking client, where each step is explained.
+
+    async def _one(self, topic: str, seconds: float, default: object, *, raw: bool) -> object:
+        return blocking.first(await self._some(topic, 1, seconds, wire.converter(raw=raw)), default, raw=raw)
+
+    async def _some(self, topic: str, n: int, seconds: float, convert: Callable[[Inbox, Entry], T]) -> list[T]:
+        inbox = self._session.inbox(topic)
+        taken: list[T] = []
+        until = time.monotonic() + seconds
+        try:
+            inbox.take(n, taken, convert)
+            while len(taken) < n:
+                left = 0.0 if taken else until - time.monotonic()
+                found = await self._fetch(inbox, min(max(left, 0.0), wire.MAX_WAIT_SECONDS))
+                inbox.take(n, taken, convert)
+                if not found and (taken or time.monotonic() >= until):
+                    break
+        except MessageNotText:
+            if not taken:
+                raise
+        return taken
+
+    async def _latest(self, topic: str, convert: Callable[[Inbox, Entry], T]) -> list[T]:
+        inbox = self._session.inbox(topic)
+        await self._fetch(inbox, latest=True)
+        inbox.skip_to_latest()
+        taken: list[T] = []
+        inbox.take(1, taken, convert)
+        return taken
+
+    async def _fetch(self, inbox: Inbox, seconds: float = 0.0, *, latest: bool = False) -> list[Entry]:
+        generation, reply = -1, None
+        while generation != inbox.generation:
+            generation = inbox.generation
+            reply = await self._exchange(inbox.request(round(seconds * 1000), latest=latest), seconds)
+        found = self._session.entries(reply)
+        inbox.accept(found, generation=generation, latest=latest)
+        return found
+
+    # Connections
+
+    async def _exchange(self, request: bytes, seconds: float = 0.0) -> Reply:
+        async with self._borrowed() as link, asyncio.timeout(seconds + self._timeout):
+            await link.send(request)
+            return await link.receive()
+
+    @asynccontextmanager
+    async def _borrowed(self) -> AsyncIterator[_Link]:
+        """A connection for a call; one that fails or is cancelled costs the connection."""
+        link = self._idle.pop() if self._idle else await self._link()
+        try:
+            yield link
+        except BaseException as error:
+            self._drop(link, error)
+            raise
+        self._idle.append(link)
+        if self._closed:
+            await self.close()
+
+    def _drop(self, link: _Link, error: BaseException) -> None:
+        lost = isinstance(error, OSError) and not isinstance(error, DSMQError)
+        useless = [link]
+        while lost and self._idle:
+            useless.append(self._idle.pop())
+        self._links.difference_update(useless)
+        for one in useless:
+            one.close()
+        if lost:
+            if self._closed:
+                raise ClientClosed("the client was closed during the call") from error
+            raise ConnectionLost("no reply in time" if isinstance(error, TimeoutError) else str(error)) from error
+
+    async def _link(self) -> _Link:
+        if self._closed:
+            raise ClientClosed("the client is closed")
+        async with asyncio.timeout(self._timeout):
+            link = _Link(*await _streams(self.host, self.port))
+            try:
+                await link.send(wire.HELLO)
+                reply = await link.receive()
+                if self._closed:
+                    raise ClientClosed("the client was closed during the call")
+                self._session.greet(reply)
+            except BaseException:
+                link.close()
+                raise
+        self._links.add(link)
+        return link
+
+    async def _open(self, *, retry: bool) -> None:
+        for pause in blocking.pauses() if retry else ():
+            try:
+                self._idle.append(await self._link())
+            except (ConnectionRefusedError, FileNotFoundError):
+                await asyncio.sleep(pause)
+            else:
+                return
+        self._idle.append(await self._link())
+
+
+class _Link:
+    """One connection to the server."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
+        self._parser = ReplyParser()
+
+    async def send(self, data: bytes) -> None:
+        """Send requests."""
+        self._writer.write(data)
+        await self._writer.drain()
+
+    async def receive(self) -> Reply:
+        """Return the next reply. Raises OSError when the connection breaks."""
+        while (reply := self._parser.next()) is None:
+            data = await self._reader.read(_RECEIVE_BYTES)
+            if not data:
+                raise ConnectionResetError("the server has closed the connection")
+            self._parser.feed(data)
+        return wire.unless_last(reply[0])
+
+    async def await_end(self) -> None:
+        """Wait until the server closes the connection."""
+        while await self._reader.read(_RECEIVE_BYTES):
+            pass
+
+    def close(self) -> None:
+        """Close it at once: what a cancelled call has not sent yet is not sent any more. Idempotent."""
+        self._writer.transport.abort()
+
+
+async def _streams(host: str, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    if host.startswith("unix:"):
+        return await asyncio.open_unix_connection(host.removeprefix("unix:"))
+    return await asyncio.open_connection(host.strip("[]"), port)

@@ -1,0 +1,355 @@
+"""What a client knows, without any input or output: its positions, the messages read ahead, and how to ask for more.
+
+The blocking client and the asyncio client share it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, NoReturn, TypeVar
+
+from dsmq.errors import Busy, Closing, InternalError, MessageNotText, ProtocolError, ReplyError, TimedOut, TooBig
+from dsmq.protocol import Reply, encode_bulk, encode_request
+
+# The longest wait asked of the server at once. A longer one is asked for again and again, so that both sides
+# notice soon when the other has vanished.
+MAX_WAIT_SECONDS = 15.0
+# What `put_many` sends before it reads replies: little enough that both directions fit into the kernel's buffers.
+PUTS_AT_ONCE = 500
+BYTES_AT_ONCE = 262_144
+
+HELLO = encode_request(b"HELLO", b"2")
+SHUTDOWN = encode_request(b"SHUTDOWN")
+PING = encode_request(b"PING")
+
+_logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A message with all that is known of it."""
+
+    topic: str
+    id: int
+    """Increases over all topics of a server, and is never reused."""
+    number: int
+    """Counts the messages of the topic, from 1."""
+    put_at: float
+    """When it was put: seconds since 1970, on this machine's clock."""
+    body: bytes
+
+    @property
+    def text(self) -> str:
+        """The body as text. Raises MessageNotText where it is not UTF-8."""
+        return _text(self.topic, self.body)
+
+
+class Entry(NamedTuple):
+    """A message read ahead; `expires` is on this process's monotonic clock."""
+
+    id: int
+    number: int
+    expires: float
+    body: bytes
+
+
+class Inbox:
+    """The messages of one topic: where to read on, and what has been read ahead.
+
+    All its methods but `request` need the client's lock.
+    """
+
+    __slots__ = ("_ahead", "_prefix", "generation", "last_number", "missed", "position", "topic")
+
+    def __init__(self, topic: str, name: bytes, position: int, last_number: int | None) -> None:
+        self.topic = topic
+        self.position = position
+        """The last id that has been fetched."""
+        self.last_number = last_number
+        """The number of that message, where it is known."""
+        self.generation = 0
+        """How often it has been told to read on from elsewhere."""
+        self.missed = 0
+        self._ahead: deque[Entry] = deque()
+        self._prefix = b"$4\r\nREAD\r\n" + encode_bulk(name)
+
+    def request(self, wait_ms: int = 0, *, latest: bool = False) -> bytes:
+        """Return the request for what comes behind the position."""
+        position = b"%d" % self.position
+        if latest:
+            return b"*4\r\n%b$%d\r\n%b\r\n$6\r\nLATEST\r\n" % (self._prefix, len(position), position)
+        if not wait_ms:
+            return b"*3\r\n%b$%d\r\n%b\r\n" % (self._prefix, len(position), position)
+        wait = encode_bulk(b"%d" % wait_ms)
+        return b"*5\r\n%b$%d\r\n%b\r\n$4\r\nWAIT\r\n%b" % (self._prefix, len(position), position, wait)
+
+    def accept(self, found: list[Entry], *, generation: int, latest: bool = False) -> None:
+        """Take messages in. Those that another thread has fetched meanwhile are known by their ids.
+
+        generation is what it was when they were asked for: what was asked for before a `seek` is not wanted now.
+        """
+        if generation != self.generation:
+            return
+        for entry in found:
+            if entry.id > self.position:
+                if not latest and self.last_number is not None and entry.number > self.last_number + 1:
+                    self._miss(entry.number - self.last_number - 1)
+                self._ahead.append(entry)
+                self.position, self.last_number = entry.id, entry.number
+
+    def take(self, n: int, taken: list[T], convert: Callable[[Inbox, Entry], T]) -> None:
+        """Take messages that are here already, until there are `n`; one that can't be converted stays.
+
+        What has become too old here is passed over.
+        """
+        while len(taken) < n and self._has_fresh():
+            taken.append(convert(self, self._ahead[0]))
+            self._ahead.popleft()
+
+    def _has_fresh(self) -> bool:
+        ahead = self._ahead
+        if ahead and ahead[0].expires <= (now := time.monotonic()):
+            expired = 0
+            while ahead and ahead[0].expires <= now:
+                ahead.popleft()
+                expired += 1
+            self._miss(expired)
+        return bool(ahead)
+
+    def skip_to_latest(self) -> None:
+        """Forget all that was read ahead but the newest."""
+        while len(self._ahead) > 1:
+            self._ahead.popleft()
+
+    def seek(self, position: int, last_number: int | None) -> None:
+        """Read on behind this id; what was read ahead stays."""
+        self.position, self.last_number = position, last_number
+        self.generation += 1
+
+    def drop(self) -> None:
+        """Forget what was read ahead."""
+        self._ahead.clear()
+
+    def _miss(self, count: int) -> None:
+        self.missed += count
+        _logger.warning("topic %r: %d messages expired before they were read", self.topic, count)
+
+
+class Session:
+    """The client's side of what HELLO has agreed on."""
+
+    def __init__(self) -> None:
+        self.epoch = ""
+        self.max_message_bytes = 0
+        self.max_topic_bytes = 0
+        self._max_age = 0.0
+        self._watermark = 0
+        # No number is known to stand at the watermark, but in a new epoch all numbers are new.
+        self._first_number: int | None = None
+        self._inboxes: dict[str, Inbox] = {}
+
+    def greet(self, reply: Reply) -> None:
+        """Take the reply to HELLO, of the first connection or a later one.
+
+        A new epoch means that the server has lost its messages: all it has now is newer than this client, and is
+        read from the start.
+        """
+        facts = _facts(reply)
+        epoch, last_id = _as_text(facts.get("epoch")), _as_number(facts.get("last_id"))
+        self.max_message_bytes = _as_number(facts.get("max_message_bytes"))
+        self.max_topic_bytes = _as_number(facts.get("max_topic_bytes"))
+        self._max_age = _as_number(facts.get("max_age_ms")) / 1000
+        if not self.epoch:
+            self._watermark = last_id
+        elif epoch != self.epoch:
+            _logger.warning("the server has been started anew: the messages it held are lost")
+            self._watermark, self._first_number = 0, 0
+            for inbox in self._inboxes.values():
+                inbox.seek(0, 0)
+        self.epoch = epoch
+
+    def inbox(self, topic: str) -> Inbox:
+        """Return the inbox of a topic. Raises TypeError, ValueError or TooBig where it is none."""
+        inbox = self._inboxes.get(topic)
+        if inbox is None:
+            inbox = self._inboxes[topic] = Inbox(topic, self._name(topic), self._watermark, self._first_number)
+        return inbox
+
+    @property
+    def missed(self) -> int:
+        """How many messages expired before this client came to them."""
+        return sum(inbox.missed for inbox in list(self._inboxes.values()))
+
+    def _name(self, topic: str) -> bytes:
+        if not isinstance(topic, str):
+            raise TypeError(f"a topic is a str, not {type(topic).__name__}")
+        name = topic.encode()
+        if not name:
+            raise ValueError("the topic is empty")
+        if len(name) > self.max_topic_bytes:
+            raise TooBig(f"a topic has at most {self.max_topic_bytes} bytes, not {len(name)}")
+        return name
+
+    def put(self, topic: str, message: str | bytes) -> bytes:
+        """Return the request that puts a message. Raises TypeError, ValueError or TooBig."""
+        # A topic that is read as well has been checked before.
+        name = self._name(topic)
+        if isinstance(message, str):
+            body = message.encode()
+        elif isinstance(message, bytes | bytearray | memoryview):
+            body = bytes(message)
+        else:
+            raise TypeError(f"a message is a str or bytes, not {type(message).__name__}")
+        if len(body) > self.max_message_bytes:
+            raise TooBig(f"a message has at most {self.max_message_bytes} bytes, not {len(body)}")
+        return b"*3\r\n$3\r\nPUT\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (len(name), name, len(body), body)
+
+    def entries(self, reply: Reply) -> list[Entry]:
+        """Return the messages in the reply to READ. Raises the error that it is, or ProtocolError."""
+        if isinstance(reply, ReplyError):
+            raise reply
+        if not isinstance(reply, list) or len(reply) % 4:
+            raise ProtocolError("the reply to READ is not an array of fours")
+        # What is as old as max_age now expires now; the rest has so much longer.
+        expires = time.monotonic() + self._max_age
+        entries = []
+        values = iter(reply)
+        for message_id, number, age, body in zip(values, values, values, values, strict=True):
+            if not (
+                isinstance(message_id, int)
+                and isinstance(number, int)
+                and isinstance(age, int)
+                and isinstance(body, bytes)
+            ):
+                raise ProtocolError("the reply to READ does not hold messages")
+            entries.append(Entry(message_id, number, expires - age / 1000, body))
+        return entries
+
+    def message(self, inbox: Inbox, entry: Entry) -> Message:
+        """Return a message as the user sees it."""
+        age = self._max_age - (entry.expires - time.monotonic())
+        return Message(inbox.topic, entry.id, entry.number, time.time() - age, entry.body)
+
+
+class Batches:
+    """The requests that put several messages, joined to what is sent at once: counts, and bytes.
+
+    Where a message can't be put, or making it fails, those before it come first; then `check` raises.
+    """
+
+    def __init__(self, session: Session, topic: str, messages: Iterable[str | bytes]) -> None:
+        self._requests = (session.put(topic, message) for message in messages)
+        self._error: Exception | None = None
+
+    def __iter__(self) -> Iterator[tuple[int, bytes]]:
+        while batch := self._batch():
+            yield len(batch), b"".join(batch)
+
+    def _batch(self) -> list[bytes]:
+        batch: list[bytes] = []
+        size = 0
+        try:
+            while len(batch) < PUTS_AT_ONCE and size < BYTES_AT_ONCE:
+                batch.append(next(self._requests))
+                size += len(batch[-1])
+        except StopIteration:
+            pass  # That was the last one.
+        except Exception as error:  # noqa: BLE001 - `check` raises it
+            self._error = error
+        return batch
+
+    def check(self) -> None:
+        """Raise the error at which the messages ended, if it was one."""
+        if self._error is not None:
+            raise self._error
+
+
+def text(inbox: Inbox, entry: Entry) -> str:
+    """Return a message's text. Raises MessageNotText."""
+    return _text(inbox.topic, entry.body)
+
+
+def body(_: Inbox, entry: Entry) -> bytes:
+    """Return a message's bytes."""
+    return entry.body
+
+
+def _text(topic: str, data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise MessageNotText(f"the next message of {topic!r} is not UTF-8; read it with raw=True") from None
+
+
+def converter(*, raw: bool) -> Callable[[Inbox, Entry], str | bytes]:
+    """Return what makes of a message what the user gets."""
+    return body if raw else text
+
+
+def stored_id(reply: Reply) -> int:
+    """Return the id in the reply to PUT. Raises the error that it is, or ProtocolError."""
+    if isinstance(reply, int):
+        return reply
+    if isinstance(reply, ReplyError):
+        raise reply
+    raise ProtocolError(f"the reply to PUT is {reply!r}")
+
+
+def unless_last(reply: Reply) -> Reply:
+    """Return a reply, even an error; one behind which the server hangs up is raised."""
+    if isinstance(reply, (ProtocolError, Busy, Closing, TimedOut, InternalError)):
+        raise reply
+    return reply
+
+
+def check(reply: Reply) -> Reply:
+    """Return a reply that is no error. Raises the error that it is."""
+    if isinstance(reply, ReplyError):
+        raise reply
+    return reply
+
+
+def topics_request(found: list[tuple[str, int, int]]) -> bytes:
+    """Return the request for the page of topics behind those found already."""
+    return encode_request(b"TOPICS", *((b"AFTER", found[-1][0].encode()) if found else ()))
+
+
+def topics(reply: Reply) -> list[tuple[str, int, int]]:
+    """Return the topics in the reply to TOPICS. Raises the error that it is, or ProtocolError."""
+    check(reply)
+    if not isinstance(reply, list) or len(reply) % 3:
+        raise ProtocolError("the reply to TOPICS is not an array of threes")
+    values = iter(reply)
+    return [
+        (_as_text(name), _as_number(messages), _as_number(size))
+        for name, messages, size in zip(values, values, values, strict=True)
+    ]
+
+
+def _facts(reply: Reply) -> dict[str, Reply]:
+    """Return the map in the reply to HELLO. Raises the error that it is, or ProtocolError."""
+    values = check(reply)
+    if not isinstance(values, list) or len(values) % 2:
+        raise ProtocolError("the reply to HELLO is not a map; is that a dsmq server?")
+    return {_as_text(name): value for name, value in zip(values[::2], values[1::2], strict=True)}
+
+
+def _as_text(value: Reply) -> str:
+    try:
+        return value.decode() if isinstance(value, bytes) else _is_no("text", value)
+    except UnicodeDecodeError:
+        return _is_no("text", value)
+
+
+def _as_number(value: Reply) -> int:
+    return value if isinstance(value, int) else _is_no("number", value)
+
+
+def _is_no(what: str, value: Reply) -> NoReturn:
+    raise ProtocolError(f"no {what} in a reply, but {value!r}; is that a dsmq server?")
