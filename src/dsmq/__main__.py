@@ -1,0 +1,7 @@
+"""`python -m dsmq` is `dsmq`."""
+
+import sys
+
+from dsmq.cli import main
+
+sys.exit(main())

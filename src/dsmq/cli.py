@@ -1,0 +1,319 @@
+"""The command line. Data goes to stdout, everything else to stderr.
+
+Exit statuses: 0 done, 1 failed (no server, an error from it, the server can't start), 2 wrong usage or configuration,
+3 `get` found no message, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import difflib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from typing import IO, Any, NoReturn, TypeVar
+
+from dsmq import __version__
+from dsmq.client import DSMQClientSideConnection, connect
+from dsmq.errors import ConfigError, DSMQError, TooBig
+from dsmq.session import Message
+
+N = TypeVar("N", int, float)
+
+OK, FAILED, USAGE, NOTHING, INTERRUPTED = 0, 1, 2, 3, 130
+
+_EPILOG = "Exit statuses: 0 done, 1 failed, 2 wrong usage or configuration, 3 no message to get, 130 interrupted."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; return its exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    _open_closed_files()
+    try:
+        try:
+            options = _parse(words)
+            command: Callable[[argparse.Namespace], int] = options.run
+            return command(options)
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the output has gone, and knows why.
+        _drop_output()
+        return FAILED
+    except ConfigError as error:
+        return _complain(error, USAGE)
+    except (DSMQError, OSError) as error:
+        _drop_output()
+        return _complain(error, FAILED)
+
+
+def _drop_output() -> None:
+    # What is still buffered must not make Python complain when it ends.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _open_closed_files() -> None:
+    # A shell's `>&-` leaves none; else the next socket would become standard output.
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for as long as the process runs
+
+
+def _complain(error: Exception, status: int) -> int:
+    sys.stderr.write(f"dsmq: {_reason(error)}\n")
+    return status
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def unknown(self, word: str) -> NoReturn:
+        """Complain about an argument that is none, and name the nearest option."""
+        nearest = difflib.get_close_matches(word, self._option_string_actions, n=1) if word[:1] == "-" else []
+        self.error(f"unknown argument {word!r}" + (f"; the nearest known one is {nearest[0]}" if nearest else ""))
+
+    def error(self, message: str) -> NoReturn:
+        """Complain in one line, like everything else here."""
+        self.exit(USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    options, unknown = _parser(words).parse_known_args(words)
+    if unknown:
+        parser: _Parser = options.parser
+        parser.unknown(unknown[0].partition("=")[0])
+    return options
+
+
+def _parser(words: list[str]) -> argparse.ArgumentParser:
+    parser = _Parser(prog="dsmq", description="The dead simple message queue.", epilog=_EPILOG)
+    parser.add_argument("--version", action="version", version=f"dsmq {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], about: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=about, description=about, epilog=_EPILOG)
+        command.set_defaults(run=run, parser=command)
+        return command
+
+    serve = add("serve", _serve, "Run the server, until SIGTERM, Ctrl-C or a client's SHUTDOWN.")
+    config = add("config", _config, "Print the effective configuration as TOML, secrets masked.")
+    config.add_argument("--example", action="store_true", help="print a commented dsmq.toml with all defaults instead")
+    if {"serve", "config"}.intersection(words):
+        # Only then, because the settings take longer to load than the client to run.
+        from dsmq.config import add_options  # noqa: PLC0415
+
+        add_options(serve)
+        add_options(config)
+    put = add("put", _put, "Put a message into a topic, or each line of stdin as one.")
+    put.add_argument("topic", metavar="TOPIC", type=_topic)
+    put.add_argument(
+        "message", metavar="MESSAGE", nargs="?", default="-", help="the message; - or none: lines of stdin"
+    )
+    _add_get_options(add("get", _get, "Print messages of a topic, one a line."))
+    topics = add("topics", _topics, "List the topics that hold messages: messages, bytes, topic.")
+    topics.add_argument("--json", action="store_true", help="print JSON lines")
+    ping = add("ping", _ping, "Make a round trip to the server; for scripts and health checks.")
+    ping.add_argument("--timeout", type=_timeout, default=3.0, metavar="S", help="seconds to wait for it; default: 3")
+    add("demo", _demo, "Show a server, a writer and two readers at work, for a few seconds.")
+    for command in (put, commands.choices["get"], topics, ping):
+        _add_address(command)
+    return parser
+
+
+def _add_get_options(get: argparse.ArgumentParser) -> None:
+    get.add_argument("topic", metavar="TOPIC", type=_topic)
+    get.add_argument("--wait", type=_seconds, metavar="S", help="wait for messages, up to S seconds in all")
+    get.add_argument("--latest", action="store_true", help="start with the newest message; pass over the older ones")
+    get.add_argument("-n", type=_count, metavar="N", help="print up to N messages; default: 1, with --follow all")
+    get.add_argument("--follow", action="store_true", help="go on as messages come")
+    get.add_argument("--json", action="store_true", help="print JSON lines with topic, id, number, put_at and message")
+    get.add_argument(
+        "--after",
+        type=_position,
+        metavar="ID",
+        help="read on behind this id; 0: from the oldest message held. Default: what is put from now on",
+    )
+
+
+def _add_address(command: argparse.ArgumentParser) -> None:
+    host, port = os.environ.get("DSMQ_HOST") or "127.0.0.1", os.environ.get("DSMQ_PORT") or "30008"
+    command.add_argument("--host", default=host, help="address, name, or unix:/path; default: %(default)s (DSMQ_HOST)")
+    command.add_argument("--port", type=_port, default=port, help="default: %(default)s (DSMQ_PORT)")
+
+
+def _topic(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("the topic is empty")
+    # Python carries bytes of the command line that are not UTF-8 as surrogates.
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise argparse.ArgumentTypeError(f"the topic {text!r} is not UTF-8")
+    return text
+
+
+def _seconds(text: str) -> float:
+    return _number(float, text, 0, math.inf, "a number of seconds")
+
+
+def _timeout(text: str) -> float:
+    return _number(float, text, 1e-3, math.inf, "a number of seconds above 0")
+
+
+def _count(text: str) -> int:
+    return _number(int, text, 1, math.inf, "a number from 1 up")
+
+
+def _position(text: str) -> int:
+    return _number(int, text, 0, 2**63 - 1, "an id, or 0")
+
+
+def _port(text: str) -> int:
+    return _number(int, text, 1, 65535, "a port, 1 to 65535")
+
+
+def _number(kind: Callable[[str], N], text: str, least: float, most: float, what: str) -> N:
+    try:
+        number = kind(text)
+    except ValueError:
+        number = None
+    if number is None or not least <= number <= most:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+    return number
+
+
+def _connect(options: argparse.Namespace, timeout: float = 10.0) -> DSMQClientSideConnection:
+    try:
+        return connect(options.host, options.port, timeout=timeout, retry=False)
+    except ConnectionRefusedError:
+        raise
+    except OSError as error:
+        where = options.host if options.host.startswith("unix:") else f"{options.host} port {options.port}"
+        raise ConnectionError(f"cannot connect to {where}: {_reason(error)}") from error
+
+
+# Commands
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from dsmq import config, server  # noqa: PLC0415 - see _parser
+
+    settings = config.from_options(options)
+    server.log_to_stderr(settings.log_level)
+    server.allow_more_files()
+    server.run(settings)
+    return OK
+
+
+def _config(options: argparse.Namespace) -> int:
+    from dsmq import config  # noqa: PLC0415 - see _parser
+
+    sys.stdout.write(config.example() if options.example else config.to_toml(config.from_options(options)))
+    return OK
+
+
+def _put(options: argparse.Namespace) -> int:
+    with _connect(options) as mq:
+        if options.message != "-":
+            mq.put(options.topic, os.fsencode(options.message))
+            return OK
+        for lines in _lines(sys.stdin.buffer, mq.max_message_bytes):
+            mq.put_many(options.topic, lines)
+    return OK
+
+
+def _lines(stream: IO[bytes], longest: int) -> Iterator[list[bytes]]:
+    """Give the lines of a stream as soon as they come, without their ends."""
+    rest = b""
+    while chunk := stream.read1(65_536):  # type: ignore[attr-defined]
+        *lines, rest = (rest + chunk).split(b"\n")
+        if lines:
+            yield lines
+        if len(rest) > longest:
+            raise TooBig(f"a line of stdin is longer than a message may be, {longest} bytes")
+    if rest:
+        yield [rest]
+
+
+def _get(options: argparse.Namespace) -> int:
+    left = options.n or (math.inf if options.follow else 1)
+    seconds = options.wait if options.wait is not None else math.inf if options.follow else 0.0
+    until = time.monotonic() + seconds
+    found = False
+    with _connect(options) as mq:
+        if options.after is not None:
+            mq.seek(options.topic, options.after)
+        while left > 0:
+            # The newest, if there is one, comes first; behind it they come in order.
+            messages = mq.read(options.topic, latest=True) if options.latest and not found else []
+            timeout = max(0.0, until - time.monotonic())
+            messages = messages or mq.read(options.topic, int(min(left, 100)), timeout=timeout)
+            if not messages:
+                break
+            found = True
+            for message in messages:
+                _print(message, as_json=options.json)
+            sys.stdout.flush()
+            left -= len(messages)
+    if found or options.follow:
+        return OK
+    if options.wait is None and options.after is None:
+        sys.stderr.write(
+            "dsmq: no message. A client reads what is put after it connected: use --wait, --follow, or --after 0\n"
+        )
+    return NOTHING
+
+
+def _print(message: Message, *, as_json: bool) -> None:
+    if not as_json:
+        sys.stdout.buffer.write(message.body + b"\n")
+        return
+    put_at = datetime.fromtimestamp(message.put_at, UTC).isoformat(timespec="milliseconds")
+    shown: dict[str, object] = {"topic": message.topic, "id": message.id, "number": message.number, "put_at": put_at}
+    try:
+        shown["message"] = message.body.decode()
+    except UnicodeDecodeError:
+        shown["message_base64"] = base64.b64encode(message.body).decode()
+    sys.stdout.buffer.write(json.dumps(shown, ensure_ascii=False).encode() + b"\n")
+
+
+def _topics(options: argparse.Namespace) -> int:
+    with _connect(options) as mq:
+        for name, messages, size in mq.topics():
+            if options.json:
+                line = json.dumps({"topic": name, "messages": messages, "bytes": size}, ensure_ascii=False)
+            else:
+                # A topic may hold what would confuse a terminal.
+                shown = name if name.isprintable() else name.encode("unicode_escape").decode()
+                line = f"{messages}\t{size}\t{shown}"
+            sys.stdout.write(line + "\n")
+    return OK
+
+
+def _ping(options: argparse.Namespace) -> int:
+    before = time.monotonic()
+    with _connect(options, timeout=options.timeout) as mq:
+        mq.ping()
+    sys.stdout.write(f"PONG from {options.host} port {options.port} in {(time.monotonic() - before) * 1000:.1f} ms\n")
+    return OK
+
+
+def _demo(_: argparse.Namespace) -> int:
+    from dsmq import demo  # noqa: PLC0415 - see _parser
+
+    demo.main()
+    return OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

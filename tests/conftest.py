@@ -1,0 +1,218 @@
+"""What the tests share: servers, in this process or in one of their own, and raw connections to them."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from dsmq import config
+from dsmq.client import DSMQClientSideConnection, connect
+from dsmq.errors import ReplyError
+from dsmq.protocol import Reply, ReplyParser, encode_request
+from dsmq.server import Server
+
+# All timing in the tests is in this unit, in seconds: long enough that a busy machine does not matter.
+UNIT = float(os.environ.get("DSMQ_TEST_UNIT", "0.1"))
+# What is to happen has to within this.
+SOON = 100 * UNIT
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the caller has set for dsmq is nothing to the tests."""
+    for name in list(os.environ):
+        if name.startswith("DSMQ_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def no_leftovers() -> Iterator[None]:
+    """Every test ends its own threads."""
+    before = set(threading.enumerate())
+    yield
+    left = [thread for thread in set(threading.enumerate()) - before if thread.name.startswith("dsmq-")]
+    assert not left
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Whoever runs the tests in the background ignores SIGINT, and so would what they start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def serving(**settings: object) -> Iterator[Server]:
+    """A server in this process, on a free port, that serves in threads of its own."""
+    effective = config.load(kind=config.EmbeddedSettings, **{"port": 0, **settings})
+    with Server(effective) as server:
+        yield server
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with serving() as server:
+        yield server
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[Callable[[], DSMQClientSideConnection]]:
+    """A function that makes clients, which are closed in the end."""
+    clients: list[DSMQClientSideConnection] = []
+
+    def make() -> DSMQClientSideConnection:
+        clients.append(connect(port=server.port, retry=False))
+        return clients[-1]
+
+    yield make
+    for one in clients:
+        one.close()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """For what the server does without telling: look until it is so."""
+    until = time.monotonic() + SOON
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(UNIT / 20)
+
+
+class Wire:
+    """A connection on which a test says what it likes, byte by byte."""
+
+    def __init__(self, address: tuple[str, int] | str) -> None:
+        family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
+        self.socket = socket.socket(family)
+        self.socket.settimeout(SOON)
+        self.socket.connect(address)
+        self._parser = ReplyParser()
+
+    def send(self, data: bytes) -> None:
+        self.socket.sendall(data)
+
+    def receive(self) -> Reply:
+        while (reply := self._parser.next()) is None:
+            data = self.socket.recv(65536)
+            if not data:
+                raise EOFError
+            self._parser.feed(data)
+        return reply[0]
+
+    def call(self, *arguments: bytes | str | int) -> Reply:
+        """Send a request and return its reply; an error is returned, not raised."""
+        words = [word if isinstance(word, bytes) else str(word).encode() for word in arguments]
+        self.send(encode_request(*words))
+        return self.receive()
+
+    def error(self, *arguments: bytes | str | int) -> str:
+        """Send a request and return the code of the error that answers it."""
+        reply = self.call(*arguments)
+        assert isinstance(reply, ReplyError), reply
+        return reply.code
+
+    def ended(self) -> bool:
+        """Whether the server has closed, or does so soon."""
+        try:
+            return self.socket.recv(1) == b""
+        except ConnectionResetError:
+            return True
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+@contextmanager
+def wire_to(server: Server) -> Iterator[Wire]:
+    wire = Wire(("127.0.0.1", server.port))
+    try:
+        yield wire
+    finally:
+        wire.close()
+
+
+@pytest.fixture
+def wire(server: Server) -> Iterator[Wire]:
+    with wire_to(server) as wire:
+        yield wire
+
+
+class Daemon:
+    """`dsmq serve` in a process of its own, on free ports."""
+
+    def __init__(self, *options: str, env: dict[str, str] | None = None) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "dsmq", "serve", "--port", "0", "--metrics-port", "0", *options],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **(env or {})},
+        )
+        self.log: list[str] = []
+        self.port = int(self.wait_for_line(r"serves on .*?:(\d+)(?: |,)")[1])
+        self.metrics_port = int(self.wait_for_line(r"metrics on http://.*?:(\d+)/")[1])
+
+    def wait_for_line(self, pattern: str) -> re.Match[str]:
+        """Return the match of the next line of the log that has one."""
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.log.append(line)
+            if match := re.search(pattern, line):
+                return match
+        raise AssertionError(f"no line like {pattern!r} in:\n{''.join(self.log)}")
+
+    def stop(self) -> int:
+        """Stop it as systemd would; return its exit status."""
+        self.process.terminate()
+        _, rest = self.process.communicate(timeout=SOON)
+        self.log.append(rest)
+        return self.process.returncode
+
+
+@contextmanager
+def daemon(*options: str, env: dict[str, str] | None = None) -> Iterator[Daemon]:
+    daemon = Daemon(*options, env=env)
+    try:
+        yield daemon
+    finally:
+        if daemon.process.poll() is None:
+            daemon.stop()
+        if daemon.process.stderr:
+            daemon.process.stderr.close()
+
+
+def run_dsmq(
+    *arguments: str, stdin: bytes = b"", env: dict[str, str] | None = None, prefix: Sequence[str] = ()
+) -> subprocess.CompletedProcess[bytes]:
+    """Run the command line to its end; `prefix` is a command that runs it."""
+    return subprocess.run(
+        [*prefix, sys.executable, "-m", "dsmq", *arguments],
+        input=stdin,
+        capture_output=True,
+        timeout=SOON * 3,
+        env={**os.environ, **(env or {})},
+        check=False,
+    )
+
+
+def without_privileges() -> list[str]:
+    """The command that takes from root what makes it root; nothing, where it is not root that runs the tests."""
+    if os.geteuid():
+        return []
+    if shutil.which("setpriv") is None:
+        pytest.skip("root, and setpriv is not installed (Debian's package util-linux)")
+    return ["setpriv", "--bounding-set=-net_bind_service,-dac_override,-dac_read_search"]
+
+
+ROOT = Path(__file__).parent.parent

@@ -1,0 +1,669 @@
+"""The command line, run as a user runs it, against a real server."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from conftest import SOON, UNIT, Daemon, Wire, daemon, run_dsmq, wait_until, without_privileges
+from dsmq import __version__
+from dsmq.client import DSMQClientSideConnection, connect
+from dsmq.errors import NotPermitted
+from dsmq.protocol import encode_request
+
+Process = subprocess.Popen[bytes]
+
+
+@pytest.fixture(autouse=True)
+def buffered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python buffers its output, as it does unless told otherwise."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Daemon]:
+    """One server for all tests that don't stop it; each has a topic of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("DSMQ_")]:
+            patch.delenv(name)
+        with daemon() as process:
+            yield process
+
+
+@pytest.fixture
+def address(server: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the commands find the server."""
+    monkeypatch.setenv("DSMQ_PORT", str(server.port))
+
+
+@pytest.fixture
+def topic(request: pytest.FixtureRequest, address: None) -> str:
+    return str(request.node.name)
+
+
+@pytest.fixture
+def mq(server: Daemon) -> Iterator[DSMQClientSideConnection]:
+    with connect(port=server.port, retry=False) as mq:
+        yield mq
+
+
+@contextmanager
+def started(*arguments: str) -> Iterator[Process]:
+    """A command that runs, with pipes to it and from it."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dsmq", *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@contextmanager
+def waiting(port: int, *arguments: str) -> Iterator[Process]:
+    """A command that waits at the server for a message."""
+    wait_until(lambda: waiters(port) == 0)
+    with started(*arguments) as process:
+        wait_until(lambda: waiters(port) == 1)
+        yield process
+
+
+def waiters(port: int) -> int:
+    with closing(Wire(("127.0.0.1", port))) as wire:
+        info = wire.call("INFO", "clients")
+    assert isinstance(info, bytes)
+    return int(info.split(b"blocked_clients:")[1].split()[0])
+
+
+def line_of(process: Process) -> bytes:
+    assert process.stdout is not None
+    return process.stdout.readline()
+
+
+def type_in(process: Process, data: bytes) -> None:
+    assert process.stdin is not None
+    process.stdin.write(data)
+    process.stdin.flush()
+
+
+def ended(process: Process) -> tuple[int, bytes, bytes]:
+    """What a command has left behind: its exit status, and the rest of stdout and stderr."""
+    out, err = process.communicate(timeout=SOON)
+    return process.returncode, out, err
+
+
+def result(*arguments: str, stdin: bytes = b"", env: dict[str, str] | None = None) -> tuple[int, bytes, bytes]:
+    done = run_dsmq(*arguments, stdin=stdin, env=env)
+    return done.returncode, done.stdout, done.stderr
+
+
+def assert_one_line(done: tuple[int, bytes, bytes], status: int, says: str) -> None:
+    """Errors are one line for people."""
+    returned, out, err = done
+    text = err.decode()
+    assert text.startswith("dsmq"), text
+    assert text.count("\n") == 1, text
+    assert text.endswith("\n"), text
+    assert says in text
+    assert (returned, out) == (status, b"")
+
+
+def unused_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return int(sock.getsockname()[1])
+
+
+# Put and get
+
+
+def test_what_is_put_can_be_got(topic: str) -> None:
+    assert result("put", topic, "hello wörld") == (0, b"", b"")
+    assert result("get", topic, "--after", "0") == (0, "hello wörld\n".encode(), b"")
+
+
+def test_get_reads_from_now_on_and_says_so(topic: str, mq: DSMQClientSideConnection) -> None:
+    mq.put(topic, "before")
+    assert_one_line(result("get", topic), 3, "--after 0")
+
+
+def test_get_with_a_wait_is_quiet_when_nothing_comes(topic: str, mq: DSMQClientSideConnection) -> None:
+    mq.put(topic, "before")
+    assert result("get", topic, "--wait", str(UNIT)) == (3, b"", b"")
+
+
+def test_get_with_a_wait_prints_what_comes(topic: str, server: Daemon, mq: DSMQClientSideConnection) -> None:
+    with waiting(server.port, "get", topic, "--wait", str(SOON)) as process:
+        mq.put(topic, "late")
+        assert ended(process) == (0, b"late\n", b"")
+
+
+def test_get_prints_one_message_or_up_to_n(topic: str, mq: DSMQClientSideConnection) -> None:
+    mq.put_many(topic, ["1", "2", "3"])
+    assert result("get", topic, "--after", "0")[1] == b"1\n"
+    assert result("get", topic, "--after", "0", "-n", "2")[1] == b"1\n2\n"
+    assert result("get", topic, "--after", "0", "-n", "9") == (0, b"1\n2\n3\n", b"")
+
+
+def test_get_n_prints_more_than_one_read_brings(topic: str, mq: DSMQClientSideConnection) -> None:
+    mq.put_many(topic, [str(number) for number in range(300)])
+    lines = result("get", topic, "--after", "0", "-n", "250")[1].split()
+    assert lines == [b"%d" % number for number in range(250)]
+
+
+def test_after_reads_on_behind_an_id(topic: str, mq: DSMQClientSideConnection) -> None:
+    first, second = mq.put_many(topic, ["1", "2"])
+    assert result("get", topic, "--after", str(first)) == (0, b"2\n", b"")
+    assert result("get", topic, "--after", str(second)) == (3, b"", b"")
+
+
+def test_latest_passes_over_the_older_ones(topic: str, mq: DSMQClientSideConnection) -> None:
+    mq.put_many(topic, ["1", "2", "3"])
+    assert result("get", topic, "--after", "0", "--latest") == (0, b"3\n", b"")
+    assert result("get", topic, "--after", "0", "--latest", "-n", "9") == (0, b"3\n", b"")
+
+
+def test_latest_follow_starts_with_the_newest(topic: str, mq: DSMQClientSideConnection) -> None:
+    mq.put_many(topic, ["1", "2"])
+    with started("get", topic, "--after", "0", "--latest", "--follow", "-n", "2") as process:
+        assert line_of(process) == b"2\n"
+        mq.put(topic, "3")
+        assert ended(process) == (0, b"3\n", b"")
+
+
+def test_follow_prints_messages_as_they_come(topic: str, server: Daemon, mq: DSMQClientSideConnection) -> None:
+    with waiting(server.port, "get", topic, "--follow", "-n", "3") as process:
+        for number in range(3):
+            mq.put(topic, str(number))
+            assert line_of(process) == b"%d\n" % number
+        assert ended(process) == (0, b"", b"")
+
+
+def test_follow_ends_after_its_wait(topic: str, mq: DSMQClientSideConnection) -> None:
+    mq.put(topic, "1")
+    assert result("get", topic, "--after", "0", "--follow", "--wait", str(3 * UNIT)) == (0, b"1\n", b"")
+
+
+def test_json_tells_all_that_is_known(topic: str, mq: DSMQClientSideConnection) -> None:
+    before = time.time()
+    message_id = mq.put_many(topic, ["one", 'tö "two"\n'])[1]
+    shown = json.loads(result("get", topic, "--after", str(message_id - 1), "--json")[1])
+    put_at = datetime.fromisoformat(shown.pop("put_at"))
+    assert shown == {"topic": topic, "id": message_id, "number": 2, "message": 'tö "two"\n'}
+    # Both clocks are read in milliseconds.
+    assert before - 0.01 <= put_at.timestamp() <= time.time() + 0.01
+
+
+def test_json_of_what_is_no_text_is_base64(topic: str, mq: DSMQClientSideConnection) -> None:
+    mq.put(topic, b"\xff\x00")
+    shown = json.loads(result("get", topic, "--after", "0", "--json")[1])
+    assert base64.b64decode(shown["message_base64"]) == b"\xff\x00"
+    assert "message" not in shown
+
+
+# Lines of stdin
+
+
+@pytest.mark.parametrize(
+    ("typed", "messages"),
+    [
+        (b"1\n2\n", [b"1", b"2"]),
+        (b"1\n2", [b"1", b"2"]),
+        (b"\n1\n\n", [b"", b"1", b""]),
+        (b"\n", [b""]),
+        (b"", []),
+        (b"\x00\xff\r\n\x85\x0b\xe2\x80\xa8x\n", [b"\x00\xff\r", b"\x85\x0b\xe2\x80\xa8x"]),
+        (b"x" * 200_000 + b"\n1\n", [b"x" * 200_000, b"1"]),
+    ],
+    ids=["lines", "no end", "empty lines", "an empty line", "nothing", "binary", "long"],
+)
+def test_each_line_is_a_message(typed: bytes, messages: list[bytes], topic: str, mq: DSMQClientSideConnection) -> None:
+    assert result("put", topic, stdin=typed) == (0, b"", b"")
+    mq.seek(topic, 0)
+    assert mq.get_many(topic, raw=True) == messages
+
+
+def test_bytes_go_in_and_come_out_as_they_are(topic: str) -> None:
+    data = bytes(range(256)) + b"\n"
+    result("put", topic, "-", stdin=data)
+    assert result("get", topic, "--after", "0", "-n", "2")[1] == data
+
+
+def test_lines_are_put_as_they_come(topic: str, mq: DSMQClientSideConnection) -> None:
+    with started("put", topic) as process:
+        for line in (b"first", b"second"):
+            type_in(process, line + b"\nand a ")
+            assert mq.get_wait(topic, raw=True, timeout=SOON).endswith(line)
+        assert ended(process) == (0, b"", b"")
+    assert mq.get(topic) == "and a "
+
+
+def test_a_line_longer_than_a_message_is_told_and_those_before_it_are_put() -> None:
+    with daemon("--max-message-bytes", "10") as server, connect(port=server.port) as mq:
+        endless = result("put", "t", "--port", str(server.port), stdin=b"x" * 500_000)
+        assert_one_line(endless, 1, "10 bytes")
+        assert mq.get("t") == ""
+        done = result("put", "t", "--port", str(server.port), stdin=b"short\n" + b"x" * 11 + b"\nnext\n")
+        assert_one_line(done, 1, "10 bytes")
+        assert mq.get("t") == "short"
+
+
+# Topics and ping
+
+
+def test_topics_shows_messages_bytes_and_names(topic: str, mq: DSMQClientSideConnection) -> None:
+    mq.put_many(topic, ["12", "345"])
+    status, out, err = result("topics")
+    assert (status, err) == (0, b"")
+    assert f"2\t5\t{topic}" in out.decode().splitlines()
+
+
+def test_topics_escapes_what_would_confuse_a_terminal(topic: str, mq: DSMQClientSideConnection) -> None:
+    mq.put(topic + "\x1b[2J\nnext\t\x9b", "x")
+    out = result("topics")[1].decode()
+    assert f"1\t1\t{topic}\\x1b[2J\\nnext\\t\\x9b" in out.splitlines()
+    assert "\x1b" not in out
+
+
+def test_topics_shows_letters_of_all_scripts(topic: str, mq: DSMQClientSideConnection) -> None:
+    mq.put(topic + " żółw 亀", "x")
+    assert f"1\t1\t{topic} żółw 亀" in result("topics")[1].decode().splitlines()
+
+
+def test_topics_as_json(topic: str, mq: DSMQClientSideConnection) -> None:
+    mq.put(topic + "\x1b", "xyz")
+    lines = [json.loads(line) for line in result("topics", "--json")[1].splitlines()]
+    assert {"topic": topic + "\x1b", "messages": 1, "bytes": 3} in lines
+
+
+def test_ping_says_that_the_server_answers(address: None, server: Daemon) -> None:
+    status, out, err = result("ping")
+    assert (status, err) == (0, b"")
+    assert out.startswith(b"PONG from 127.0.0.1 port %d in " % server.port)
+    assert out.count(b"\n") == 1
+
+
+def test_ping_gives_up_on_a_server_that_says_nothing() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = str(silent.getsockname()[1])
+        assert_one_line(result("ping", "--port", port, "--timeout", str(UNIT)), 1, "no reply within")
+
+
+@pytest.mark.parametrize("timeout", ["inf", "1e300"])
+def test_ping_takes_a_long_timeout_or_refuses_it(timeout: str, address: None) -> None:
+    status, out, err = result("ping", "--timeout", timeout)
+    if status == 0:
+        assert out.startswith(b"PONG")
+    else:
+        assert_one_line((status, out, err), 2, "--timeout")
+
+
+# Where the server is
+
+
+def test_host_and_port_come_from_the_environment(server: Daemon) -> None:
+    env = {"DSMQ_HOST": "localhost", "DSMQ_PORT": str(server.port)}
+    assert result("ping", env=env)[1].startswith(b"PONG from localhost port %d " % server.port)
+
+
+def test_options_win_over_the_environment(server: Daemon) -> None:
+    env = {"DSMQ_HOST": "nowhere.invalid", "DSMQ_PORT": "1"}
+    assert result("ping", "--host", "127.0.0.1", "--port", str(server.port), env=env)[0] == 0
+
+
+def test_empty_variables_are_none(server: Daemon) -> None:
+    assert result("ping", "--port", str(server.port), env={"DSMQ_HOST": "", "DSMQ_PORT": ""})[0] == 0
+
+
+def test_a_unix_socket_serves_and_is_gone_behind_the_server(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    host = f"unix:{path}"
+    with started("serve", "--host", host, "--metrics-port", "off") as server:
+        assert server.stderr is not None
+        assert f"serves on {host} ".encode() in server.stderr.readline()
+        assert result("put", "t", "hello", "--host", host) == (0, b"", b"")
+        assert result("get", "t", "--after", "0", env={"DSMQ_HOST": host}) == (0, b"hello\n", b"")
+        server.terminate()
+        assert ended(server)[0] == 0
+    assert not path.exists()
+
+
+# Errors are one line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("", "COMMAND"),
+        ("frobnicate", "frobnicate"),
+        ("get", "TOPIC"),
+        ("put t x y", "y"),
+        ("get t --frobnicate", "--frobnicate"),
+        ("get t -n 0", "-n"),
+        ("get t --after -1", "--after"),
+        ("get t --after 9223372036854775808", "--after"),
+        ("get t --wait nan", "--wait"),
+        ("get t --wait -1", "--wait"),
+        ("ping --port 0", "--port"),
+        ("ping --port 65536", "--port"),
+        ("ping --timeout soon", "--timeout"),
+        ("serve --frobnicate 1", "--frobnicate"),
+        ("serve --port", "--port"),
+        ("serve --port x", "--port: "),
+        ("config --log-level loud", "--log-level: "),
+        ("serve --config /nowhere/dsmq.toml", "/nowhere/dsmq.toml: No such file"),
+    ],
+)
+def test_wrong_usage_is_told(arguments: str, says: str) -> None:
+    assert_one_line(result(*arguments.split()), 2, says)
+
+
+def test_a_wrong_port_in_the_environment_is_told() -> None:
+    assert_one_line(result("ping", env={"DSMQ_PORT": "abc"}), 2, "abc")
+
+
+def test_an_unreadable_configuration_is_told(tmp_path: Path) -> None:
+    # Root may read every file, but nobody a directory.
+    file = tmp_path if os.geteuid() == 0 else tmp_path / "dsmq.toml"
+    if file != tmp_path:
+        file.touch(0)
+    assert_one_line(result("serve", "--config", str(file)), 2, str(file))
+
+
+def test_an_unknown_setting_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "dsmq.toml"
+    file.write_text("prot = 1")
+    assert_one_line(result("serve", "--config", str(file)), 2, "'prot'; the nearest known one is 'port'")
+    assert_one_line(result("serve", env={"DSMQ_PROT": "1"}), 2, "'DSMQ_PROT'; the nearest known one is 'DSMQ_PORT'")
+
+
+@pytest.mark.parametrize("command", ["put t x", "put t", "get t", "get t --follow", "topics", "ping"])
+def test_no_server_is_told(command: str) -> None:
+    port = unused_port()
+    done = result(*command.split(), "--port", str(port), stdin=b"x\n")
+    assert_one_line(done, 1, f"no server answers at 127.0.0.1 port {port}")
+
+
+def test_no_server_at_a_unix_socket_is_told_with_its_path(tmp_path: Path) -> None:
+    host = f"unix:{tmp_path}/socket"
+    assert_one_line(result("ping", "--host", host), 1, str(tmp_path))
+
+
+@pytest.mark.parametrize("host", ["nowhere.invalid", "no..where"])
+def test_an_unknown_host_is_told_with_its_name(host: str) -> None:
+    assert_one_line(result("ping", "--host", host), 1, host)
+    assert_one_line(result("serve", "--port", "0", "--host", host, "--metrics-port", "off"), 1, host)
+
+
+def test_what_is_no_dsmq_server_is_told(server: Daemon) -> None:
+    assert_one_line(result("ping", "--port", str(server.metrics_port), "--timeout", str(SOON)), 1, "closed")
+
+
+@pytest.mark.parametrize("arguments", [["put", "", "x"], ["get", ""]], ids=["put", "get"])
+def test_an_empty_topic_is_told(arguments: list[str], address: None) -> None:
+    status, out, err = result(*arguments)
+    assert status in (1, 2)
+    assert_one_line((status, out, err), status, "topic is empty")
+
+
+def test_a_topic_that_is_too_long_is_told(address: None) -> None:
+    assert_one_line(result("put", "x" * 513, "x"), 1, "512 bytes")
+
+
+def test_a_topic_that_is_not_utf_8_is_told(address: None) -> None:
+    for arguments in (["put", os.fsdecode(b"t\xff"), "x"], ["get", os.fsdecode(b"t\xff")]):
+        status, out, err = result(*arguments)
+        assert status in (1, 2)
+        assert_one_line((status, out, err), status, "UTF-8")
+
+
+def test_a_message_of_the_command_line_need_not_be_utf_8(topic: str, mq: DSMQClientSideConnection) -> None:
+    assert result("put", topic, os.fsdecode(b"\xff!")) == (0, b"", b"")
+    assert mq.get(topic, raw=True) == b"\xff!"
+
+
+@pytest.mark.parametrize("command", ["--help", "get --help", "serve --help"])
+def test_help_is_printed_whatever_the_environment_says(command: str) -> None:
+    status, out, err = result(*command.split(), env={"DSMQ_HOST": "100%", "DSMQ_PORT": "%d"})
+    assert (status, err) == (0, b"")
+    assert b"Exit statuses: 0 done" in out
+
+
+# A server that can't start
+
+
+def test_a_taken_port_is_told() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = result("serve", "--port", port, "--metrics-port", "0")
+        assert_one_line(done, 1, f"127.0.0.1:{port}: the address is in use")
+        done = result("serve", "--port", "0", "--metrics-port", port)
+        assert_one_line(done, 1, f"127.0.0.1:{port}: the address is in use")
+
+
+def test_an_address_of_another_machine_is_told() -> None:
+    done = result("serve", "--host", "192.0.2.1", "--port", "0", "--metrics-port", "off")
+    assert_one_line(done, 1, "192.0.2.1:0: Cannot assign requested address")
+    done = result("serve", "--metrics-host", "192.0.2.1", "--port", "0", "--metrics-port", "0")
+    assert_one_line(done, 1, "192.0.2.1:0: Cannot assign requested address")
+
+
+def test_a_port_for_root_alone_is_told() -> None:
+    done = run_dsmq("serve", "--port", "1", "--metrics-port", "off", prefix=without_privileges())
+    assert_one_line((done.returncode, done.stdout, done.stderr), 1, "127.0.0.1:1: permission denied")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("missing/socket", "No such file"), ("file", "something else than a socket"), ("x" * 200, "too long")],
+)
+def test_a_unix_path_that_cannot_be_is_told(name: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a socket")
+    host = f"unix:{tmp_path / name}"
+    done = result("serve", "--host", host, "--metrics-port", "off")
+    assert_one_line(done, 1, host)
+    assert says in done[2].decode()
+    assert (tmp_path / "file").read_text() == "not a socket"
+
+
+@pytest.mark.parametrize("options", ["--host unix:", "--metrics-host unix:", "--metrics-host unix:{folder}/metrics"])
+def test_a_unix_socket_has_a_path_and_is_not_for_metrics(options: str, tmp_path: Path) -> None:
+    words = options.format(folder=tmp_path).split()
+    with started("serve", "--port", "0", "--metrics-port", "0", *words) as process:
+        assert process.stderr is not None
+        first = process.stderr.readline()
+        assert b"serves on" not in first
+        status, out, rest = ended(process)
+        assert status in (1, 2)
+        assert_one_line((status, out, first + rest), status, words[-1])
+
+
+# Interrupted
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("options", [["--follow"], ["--wait", "60"]], ids=" ".join)
+def test_ctrl_c_ends_get_quietly(options: list[str], topic: str, server: Daemon) -> None:
+    with waiting(server.port, "get", topic, *options) as process:
+        process.send_signal(signal.SIGINT)
+        assert ended(process) == (130, b"", b"")
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_ctrl_c_ends_put_quietly_and_loses_no_line(topic: str, mq: DSMQClientSideConnection) -> None:
+    with started("put", topic) as process:
+        type_in(process, b"line\n")
+        assert mq.get_wait(topic, timeout=SOON) == "line"
+        process.send_signal(signal.SIGINT)
+        # Its stdin is still open: it does not wait for the end.
+        assert process.wait(SOON) == 130
+        assert ended(process) == (130, b"", b"")
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_ctrl_c_stops_the_server_quietly() -> None:
+    with daemon() as server:
+        server.process.send_signal(signal.SIGINT)
+        _, rest = server.process.communicate(timeout=SOON)
+        assert server.process.returncode == 0
+        assert "Traceback" not in rest
+        assert "stopping: SIGINT" in rest
+
+
+# Pipes and files that are closed
+
+
+def test_a_reader_of_the_output_that_goes_is_no_error(topic: str, mq: DSMQClientSideConnection) -> None:
+    # More than a pipe holds.
+    mq.put_many(topic, ["x" * 10_000] * 100)
+    with started("get", topic, "--after", "0", "-n", "100") as process:
+        assert line_of(process) == b"x" * 10_000 + b"\n"
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.wait(SOON) == 1
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+
+
+def test_follow_ends_with_the_next_message_when_its_reader_has_gone(topic: str, mq: DSMQClientSideConnection) -> None:
+    mq.put(topic, "1")
+    with started("get", topic, "--after", "0", "--follow") as process:
+        assert line_of(process) == b"1\n"
+        assert process.stdout is not None
+        process.stdout.close()
+        mq.put(topic, "2")
+        assert process.wait(SOON) == 1
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+
+
+@pytest.mark.parametrize("arguments", ["--help", "serve --help", "config", "topics"])
+def test_output_that_nobody_reads_is_quiet(arguments: str, address: None) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = subprocess.run(
+        [sys.executable, "-m", "dsmq", *arguments.split()], stdout=writer, stderr=subprocess.PIPE, check=False
+    )
+    os.close(writer)
+    assert process.stderr == b""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_a_full_disk_is_told(topic: str, mq: DSMQClientSideConnection) -> None:
+    mq.put(topic, "x")
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, "-m", "dsmq", "get", topic, "--after", "0"]
+        process = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False)
+    assert (process.returncode, process.stderr) == (1, b"dsmq: No space left on device\n")
+
+
+@pytest.mark.parametrize("redirection", ["put {topic} <&-", "get {topic} --after 0 >&-", "topics >&-", "ping >&-"])
+def test_closed_standard_files_cause_no_traceback(
+    redirection: str, address: None, server: Daemon, mq: DSMQClientSideConnection
+) -> None:
+    mq.put("closed", "x")
+    command = f'"{sys.executable}" -m dsmq {redirection.format(topic="closed")}'
+    process = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, check=False)
+    assert process.stderr.count(b"\n") <= 1
+
+
+# The end of a server
+
+
+def test_sigterm_stops_the_server_and_answers_who_waits() -> None:
+    with daemon() as server, closing(Wire(("127.0.0.1", server.port))) as wire:
+        wire.send(encode_request(b"GETWAIT", b"t", b"60000"))
+        wait_until(lambda: waiters(server.port) == 1)
+        assert server.stop() == 0
+        assert wire.receive() is None
+        assert wire.ended()
+        assert "stopping: SIGTERM" in server.log[-1]
+        assert "Traceback" not in server.log[-1]
+
+
+def test_a_server_that_says_that_it_serves_can_be_stopped() -> None:
+    script = """
+import logging, os, signal, sys
+from dsmq.cli import main
+class Stopper(logging.Handler):
+    def emit(self, record):
+        if "serves on" in record.getMessage():
+            os.kill(os.getpid(), signal.SIGTERM)
+logging.getLogger("dsmq").addHandler(Stopper())
+sys.exit(main(["serve", "--port", "0", "--metrics-port", "off"]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], stderr=subprocess.PIPE, timeout=SOON, check=False)
+    assert done.returncode == 0
+    assert b"stopping: SIGTERM" in done.stderr
+
+
+def test_a_server_that_goes_is_no_empty_queue() -> None:
+    with daemon() as server, waiting(server.port, "get", "t", "--wait", "60", "--port", str(server.port)) as process:
+        assert server.stop() == 0
+        assert_one_line(ended(process), 1, "server")
+
+
+def test_a_server_that_goes_is_told_to_who_puts() -> None:
+    with daemon() as server, started("put", "t", "--port", str(server.port)) as process:
+        with connect(port=server.port) as mq:
+            mq.seek("t", 0)
+            type_in(process, b"1\n")
+            assert mq.get_wait("t", timeout=SOON) == "1"
+        assert server.stop() == 0
+        type_in(process, b"2\n")
+        assert_one_line(ended(process), 1, "server")
+
+
+def test_a_client_may_stop_the_server() -> None:
+    with daemon() as server:
+        with connect(port=server.port) as mq:
+            mq.shutdown_server()
+        assert server.process.wait(SOON) == 0
+
+
+def test_a_client_may_not_stop_a_server_that_forbids_it() -> None:
+    with daemon("--remote-shutdown", "false") as server:
+        with connect(port=server.port) as mq:
+            with pytest.raises(NotPermitted):
+                mq.shutdown_server()
+            mq.ping()
+        assert server.stop() == 0
+
+
+# The rest
+
+
+def test_version() -> None:
+    assert result("--version") == (0, f"dsmq {__version__}\n".encode(), b"")
+
+
+def test_options_of_the_server_reach_it() -> None:
+    with (
+        daemon("--max-age-seconds", "7", env={"DSMQ_MAX_TOPIC_BYTES": "9"}) as server,
+        closing(Wire(("127.0.0.1", server.port))) as wire,
+    ):
+        assert wire.call("CONFIG", "GET", "max_age_seconds") == [b"max_age_seconds", b"7.0"]
+        assert wire.call("CONFIG", "GET", "max_topic_bytes") == [b"max_topic_bytes", b"9"]
+
+
+def test_the_log_level_is_the_least_that_is_logged(tmp_path: Path) -> None:
+    host = f"unix:{tmp_path}/socket"
+    with started("serve", "--host", host, "--metrics-port", "off", "--log-level", "error") as server:
+        wait_until(lambda: result("ping", "--host", host)[0] == 0)
+        server.terminate()
+        assert ended(server) == (0, b"", b"")

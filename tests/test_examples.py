@@ -1,0 +1,177 @@
+"""The demo, the examples, the server as a script, and what importing the client costs."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT, SOON, wait_until
+from dsmq import client as client_module
+from dsmq import demo, example_get_client, example_put_client
+from dsmq.client import connect
+from dsmq.server import Server
+
+SOURCE = ROOT / "src" / "dsmq"
+
+
+@pytest.fixture(autouse=True)
+def buffered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unbuffered, Python writes a line in two parts, and those of several processes mix."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+
+
+@contextmanager
+def python(*arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
+    """A Python that runs this; it does not outlive the test."""
+    process = subprocess.Popen(
+        [sys.executable, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def result(*arguments: str | Path) -> tuple[int, str, str]:
+    """The exit status, stdout and stderr of a Python that runs this to its end."""
+    with python(*arguments) as process:
+        out, err = process.communicate(timeout=SOON)
+        return process.returncode, out, err
+
+
+def loaded_by(module: str) -> set[str]:
+    """What is loaded with a module, beyond what Python has loaded at its start."""
+    script = f"import sys; before = set(sys.modules); import {module}; print(*(set(sys.modules) - before))"
+    status, out, err = result("-c", script)
+    assert (status, err) == (0, "")
+    return set(out.split())
+
+
+# The demo
+
+
+def test_demos_run_side_by_side_and_each_reader_gets_every_message() -> None:
+    messages = [f"{number}. Hello, world" for number in range(5)]
+    with python("-m", "dsmq", "demo") as command, python(SOURCE / "demo.py") as script:
+        for process in (command, script):
+            out, err = process.communicate(timeout=3 * SOON)
+            assert (process.returncode, err) == (0, "")
+            lines = out.splitlines()
+            assert [line for line in lines if line.startswith("client sent ")] == [f"client sent {m}" for m in messages]
+            for reader in demo.READERS:
+                got = [line for line in lines if line.startswith(f"    {reader} ")]
+                assert got == [f"    {reader} received {message}" for message in messages]
+                assert f"{reader} received 5 of 5 messages" in lines
+
+
+# The examples
+
+
+def test_what_one_example_puts_the_other_gets(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    getter = threading.Thread(target=example_get_client.run, args=("127.0.0.1", server.port, 3, "me"))
+    getter.start()
+    wait_until(lambda: server.waiting() == 1)
+    example_put_client.run("127.0.0.1", server.port, n_iter=3, pause=0)
+    getter.join(SOON)
+    assert not getter.is_alive()
+    lines = capsys.readouterr().out.splitlines()
+    for said in ("client sent", "me received"):
+        assert [line for line in lines if line.startswith(said)] == [f"{said} {n}. Hello, world" for n in range(3)]
+
+
+def test_the_getting_example_ends_when_nothing_comes(
+    server: Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "_n_tries", 1)
+    example_get_client.run(port=server.port)
+    assert capsys.readouterr().out == ""
+    assert server.counters().gets_empty >= 1
+
+
+def test_the_example_server_serves_where_the_clients_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[dict[str, object]] = []
+    monkeypatch.setattr("dsmq.server.serve", lambda **settings: served.append(settings))
+    runpy.run_path(str(SOURCE / "example_server.py"), run_name="__main__")
+    assert served == [{"host": "127.0.0.1", "port": 30008, "verbose": True}]
+    for example in (example_get_client, example_put_client):
+        assert example.run.__defaults__ is not None
+        assert example.run.__defaults__[:2] == ("127.0.0.1", 30008)
+
+
+# The server as a script
+
+
+def test_the_server_runs_as_a_script_and_says_so() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+    with python(SOURCE / "server.py", "127.0.0.1", str(port)) as process:
+        with connect(port=port) as mq:
+            mq.put("t", "x")
+            assert mq.get("t") == "x"
+            mq.shutdown_server()
+        out, err = process.communicate(timeout=SOON)
+        assert (process.returncode, out) == (0, "")
+        assert f"serves on 127.0.0.1:{port} " in err
+        assert "metrics" not in err
+
+
+@pytest.mark.parametrize("arguments", ["127.0.0.1 port", "127.0.0.1 -1", "127.0.0.1 1 name", "127.0.0.1 ²"])
+def test_the_script_tells_how_it_is_used(arguments: str) -> None:
+    assert result(SOURCE / "server.py", *arguments.split()) == (1, "", "usage: server.py [host [port]]\n")
+
+
+def test_the_script_tells_in_one_line_why_it_cannot_start(server: Server) -> None:
+    for port, reason in ((server.port, "the address is in use"), (65536, "65535")):
+        status, out, err = result(SOURCE / "server.py", "127.0.0.1", str(port))
+        assert (status, out) == (1, "")
+        assert err.startswith("server.py: ")
+        assert err.count("\n") == 1
+        assert reason in err
+
+
+# What an import loads
+
+
+@pytest.mark.parametrize("module", ["dsmq.client", "dsmq.cli"])
+def test_the_client_loads_the_standard_library_alone(module: str) -> None:
+    loaded = loaded_by(module)
+    assert module in loaded
+    others = {name for name in loaded if name.partition(".")[0] not in sys.stdlib_module_names}
+    assert {name.partition(".")[0] for name in others} == {"dsmq"}
+    assert not {"asyncio", "sqlite3"} & loaded
+    assert not {"dsmq.server", "dsmq.config", "dsmq.store"} & loaded
+
+
+def test_the_package_alone_loads_neither_client_nor_server() -> None:
+    assert loaded_by("dsmq") == {"dsmq"}
+
+
+def test_the_server_without_a_side_port_loads_no_http_and_no_prometheus() -> None:
+    assert not {"prometheus_client", "http.server", "dsmq.sideport"} & loaded_by("dsmq.server")
+
+
+@pytest.mark.parametrize("to_all", [True, False], ids=["as a terminal does", "to the demo alone"])
+def test_ctrl_c_ends_the_demo_quietly(to_all: bool, interruptible: None) -> None:
+    command = [sys.executable, "-m", "dsmq", "demo"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    with process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "received" in line:
+                break
+        (os.killpg if to_all else os.kill)(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=SOON)
+    assert (process.returncode, err) == (130, "")
