@@ -1,0 +1,283 @@
+"""One client of one broker, driven by `compare.py` line by line: `python drivers.py SYSTEM PORT`.
+
+It reads lines `operation count` and answers each with a line of JSON. Every broker is used through its usual Python
+client, in the way its users would; the clients run in processes of their own, one for each system.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+SHORT = "hello world!"
+LARGE = "x" * 100_000
+NEVER = 3600
+
+
+class Dsmq:
+    """This project."""
+
+    def __init__(self, port: int) -> None:
+        from dsmq.client import connect
+
+        self.mq = connect(port=port)
+
+    def put(self, topic: str, message: str) -> None:
+        self.mq.put(topic, message)
+
+    def put_many(self, topic: str, messages: list[str]) -> None:
+        self.mq.put_many(topic, messages)
+
+    def get(self, topic: str) -> Any:
+        return self.mq.get(topic)
+
+    def wait(self, topic: str) -> Any:
+        return self.mq.get_wait(topic, timeout=NEVER)
+
+
+class Dsmq14:
+    """dsmq 1.4: its put is not acknowledged, and it has no waiting but polling."""
+
+    def __init__(self, port: int) -> None:
+        from dsmq.client import connect
+
+        self.mq = connect(port=port)
+
+    def put(self, topic: str, message: str) -> None:
+        self.mq.put(topic, message)
+
+    def get(self, topic: str) -> Any:
+        return self.mq.get(topic)
+
+
+class Redis:
+    """Redis streams, by redis-py with hiredis."""
+
+    def __init__(self, port: int) -> None:
+        import redis
+
+        self.redis = redis.Redis(port=port, decode_responses=True)
+        self.positions: dict[str, str] = {}
+
+    def put(self, topic: str, message: str) -> None:
+        self.redis.xadd(topic, {"m": message})
+
+    def put_many(self, topic: str, messages: list[str]) -> None:
+        pipeline = self.redis.pipeline(transaction=False)
+        for message in messages:
+            pipeline.xadd(topic, {"m": message})
+        pipeline.execute()
+
+    def get(self, topic: str) -> Any:
+        found: Any = self.redis.xrange(topic, "(" + self.positions.get(topic, "0-0"), "+", count=1)
+        if not found:
+            return None
+        self.positions[topic], fields = found[0]
+        return fields["m"]
+
+    def wait(self, topic: str) -> Any:
+        found: Any = self.redis.xread({topic: self.positions.get(topic, "0-0")}, count=1, block=NEVER * 1000)
+        self.positions[topic], fields = next(iter(found.values()))[0][0] if isinstance(found, dict) else found[0][1][0]
+        return fields["m"]
+
+
+class Beanstalk:
+    """beanstalkd, by greenstalk: a queue, whose messages go to one reader each."""
+
+    def __init__(self, port: int) -> None:
+        import greenstalk
+
+        self.client = greenstalk.Client(("127.0.0.1", port))
+        self.timed_out = greenstalk.TimedOutError
+        self.used = self.watched = "default"
+
+    def put(self, topic: str, message: str) -> None:
+        self.use(topic)
+        self.client.put(message)
+
+    def use(self, topic: str) -> None:
+        if topic != self.used:
+            self.client.use(topic)
+            self.used = topic
+
+    def watch(self, topic: str) -> None:
+        if topic != self.watched:
+            self.client.watch(topic)
+            self.client.ignore(self.watched)
+            self.watched = topic
+
+    def get(self, topic: str) -> Any:
+        self.watch(topic)
+        try:
+            job = self.client.reserve(timeout=0)
+        except self.timed_out:
+            return None
+        self.client.delete(job)
+        return job.body
+
+    def wait(self, topic: str) -> Any:
+        self.watch(topic)
+        job = self.client.reserve(timeout=NEVER)
+        self.client.delete(job)
+        return job.body
+
+
+class Nats:
+    """NATS with JetStream in memory, by nats-py, which is asynchronous."""
+
+    def __init__(self, port: int) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.run(self.connect(port))
+        self.positions: dict[str, int] = {}
+
+    def run(self, coroutine: Any) -> Any:
+        return self.loop.run_until_complete(coroutine)
+
+    async def connect(self, port: int) -> None:
+        import nats
+        from nats.js.api import StorageType, StreamConfig
+
+        client = await nats.connect(f"nats://127.0.0.1:{port}")
+        self.stream = client.jetstream()
+        await self.stream.add_stream(StreamConfig(name="S", subjects=["q.*"], storage=StorageType.MEMORY))
+
+    def put(self, topic: str, message: str) -> None:
+        self.run(self.stream.publish(f"q.{topic}", message.encode()))
+
+    def put_many(self, topic: str, messages: list[str]) -> None:
+        async def publish() -> None:
+            for at in range(0, len(messages), 500):
+                await asyncio.gather(*(self.stream.publish(f"q.{topic}", m.encode()) for m in messages[at : at + 500]))
+
+        self.run(publish())
+
+    def get(self, topic: str) -> Any:
+        from nats.js.errors import NotFoundError
+
+        try:
+            after = self.positions.get(topic, 0)
+            found = self.run(self.stream.get_msg("S", seq=after + 1, subject=f"q.{topic}", next=True))
+        except NotFoundError:
+            return None
+        self.positions[topic] = found.seq
+        return found.data.decode()
+
+
+SYSTEMS = {"dsmq": Dsmq, "dsmq14": Dsmq14, "redis": Redis, "beanstalkd": Beanstalk, "nats": Nats}
+
+
+class Measure:
+    """The operations; each returns microseconds an operation, or several figures."""
+
+    def __init__(self, system: str, port: int) -> None:
+        self.system, self.port = system, port
+        self.client: Any = SYSTEMS[system](port)
+        self.round = 0
+
+    def topic(self, operation: str) -> str:
+        """A fresh topic, so that no backlog of an earlier round is in the way."""
+        self.round += 1
+        return f"{operation}{self.round}"
+
+    def put(self, count: int) -> float:
+        topic, put = self.topic("put"), self.client.put
+        before = time.perf_counter()
+        for _ in range(count):
+            put(topic, SHORT)
+        return since(before, count)
+
+    def get(self, count: int) -> float:
+        topic = self.topic("get")
+        for _ in range(count):
+            self.client.put(topic, SHORT)
+        return self.timed_gets(topic, count, SHORT)
+
+    def timed_gets(self, topic: str, count: int, message: str) -> float:
+        got = 0
+        get = self.client.get
+        before = time.perf_counter()
+        for _ in range(count):
+            got += get(topic) == message
+        taken = since(before, count)
+        # dsmq 1.4 deletes all but ten messages, so it has nothing to give for most of these.
+        if got != count and self.system != "dsmq14":
+            raise AssertionError(f"{got} of {count} messages")
+        return taken
+
+    def empty_get(self, count: int) -> float:
+        topic, get = self.topic("empty"), self.client.get
+        before = time.perf_counter()
+        for _ in range(count):
+            if get(topic):
+                raise AssertionError("a message from nowhere")
+        return since(before, count)
+
+    def large_put(self, count: int) -> float:
+        topic, put = self.topic("large"), self.client.put
+        before = time.perf_counter()
+        for _ in range(count):
+            put(topic, LARGE)
+        return since(before, count)
+
+    def large_get(self, count: int) -> float:
+        topic = self.topic("large")
+        for _ in range(count):
+            self.client.put(topic, LARGE)
+        return self.timed_gets(topic, count, LARGE)
+
+    def put_many(self, count: int) -> float:
+        topic, messages = self.topic("many"), [SHORT] * count
+        before = time.perf_counter()
+        self.client.put_many(topic, messages)
+        return since(before, count)
+
+    def ping_pong(self, count: int) -> dict[str, float]:
+        here, there = self.topic("here"), self.topic("there")
+        # Read once, so that nothing but the exchange itself is timed.
+        words = [sys.executable, __file__, self.system, str(self.port), "echo", there, here, str(count)]
+        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as other:
+            assert other.stdout is not None
+            other.stdout.readline()
+            taken = []
+            for _ in range(count):
+                before = time.perf_counter()
+                self.client.put(there, SHORT)
+                self.client.wait(here)
+                taken.append(since(before, 1))
+        taken.sort()
+        return {"p50": statistics.median(taken), "p99": taken[round(len(taken) * 0.99) - 1]}
+
+    def echo(self, there: str, here: str, count: int) -> None:
+        """The other side of ping_pong."""
+        print("ready", flush=True)
+        for _ in range(count):
+            self.client.put(here, self.client.wait(there))
+
+
+def since(before: float, count: int) -> float:
+    """Microseconds an operation."""
+    return (time.perf_counter() - before) / count * 1e6
+
+
+def main() -> None:
+    system, port, *echo = sys.argv[1:]
+    measure = Measure(system, int(port))
+    if echo:
+        measure.echo(echo[1], echo[2], int(echo[3]))
+        return
+    print("ready", flush=True)
+    for line in sys.stdin:
+        operation, count = line.split()
+        if not hasattr(measure.client, {"put_many": "put_many", "ping_pong": "wait"}.get(operation, "put")):
+            print("null", flush=True)
+        else:
+            print(json.dumps(getattr(measure, operation)(int(count))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
