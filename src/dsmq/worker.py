@@ -10,6 +10,7 @@ import heapq
 import itertools
 import logging
 import math
+import os
 import selectors
 import socket
 import threading
@@ -176,6 +177,8 @@ class Worker:
         while time.monotonic() < self._awake_until:
             if ready := self._selector.select(0):
                 return ready
+            # Where a client waits for this processor, it gets it.
+            os.sched_yield()
         return self._selector.select(self._timeout())
 
     def _run_posted(self) -> None:
