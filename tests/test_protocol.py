@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import string
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import pytest
 from hypothesis import assume, example, given, settings
@@ -57,13 +57,25 @@ def parse(parser: Parser, pieces: Iterable[bytes]) -> list[object]:
 
 
 def outcome(parser: Parser, pieces: Iterable[bytes]) -> tuple[str, type | None]:
-    """What came out, and the error behind it; any other than the two that there may be passes through."""
+    """What came out, and the error behind it; any other than the two that there may be passes through.
+
+    Requests are taken both one by one and, as the server does, many at once.
+    """
+    pieces = list(pieces)
+    result = _outcome(parser, pieces, lambda: [] if (item := parser.next()) is None else [item])
+    if isinstance(parser, RequestParser):
+        batching = RequestParser(parser.max_message_bytes)
+        assert _outcome(batching, pieces, batching.batch) == result
+    return result
+
+
+def _outcome(parser: Parser, pieces: list[bytes], take: Callable[[], Sequence[object]]) -> tuple[str, type | None]:
     taken: list[object] = []
     try:
         for piece in pieces:
             parser.feed(piece)
-            while (item := parser.next()) is not None:
-                taken.append(item)
+            while items := take():
+                taken += items
     except (ProtocolError, TooBig) as error:
         return repr(taken), type(error)
     return repr(taken), None
@@ -124,7 +136,18 @@ def test_pipelined_requests_come_out_in_order_byte_by_byte(batch: list[list[byte
 @settings(deadline=None)
 def test_pipelined_requests_come_out_in_order_at_any_splits(batch: list[list[bytes]], cuts: list[int]) -> None:
     data = b"".join(encode_request(*request) for request in batch)
-    assert requests(*cut(data, cuts)) == batch
+    assert outcome(RequestParser(LIMIT), cut(data, cuts)) == (repr(batch), None)
+
+
+@pytest.mark.parametrize("body", [b"", b"short", b"a\r\n*1\r\n$4\r\nPING\r\n", b"x" * 1023, b"x" * 1024, b"\r\n" * 600])
+@pytest.mark.parametrize("count", [1, 63, 64, 65, 300])
+def test_many_requests_at_once_come_out_in_order(body: bytes, count: int) -> None:
+    batch = [[b"PUT", b"t%d" % number, body] for number in range(count)]
+    data = b"".join(encode_request(*request) for request in batch)
+    assert outcome(RequestParser(LIMIT), [data + b"*2\r\n$4\r\nPI", b"NG\r\n$0\r\n\r\n"]) == (
+        repr([*batch, [b"PING", b""]]),
+        None,
+    )
 
 
 @given(batch=st.lists(whole_requests, max_size=6), cuts=cuts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import socket
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from dsmq import commands
 from dsmq.commands import Fetch, Services
 from dsmq.errors import Closing, InternalError, ReplyError, TimedOut
 from dsmq.metrics import Counters
-from dsmq.protocol import RequestParser, encode_error, encode_integer
+from dsmq.protocol import RequestParser, encode_error
 from dsmq.store import Answer, Message, Put, T
 
 # What one connection may bring in one turn of the loop: so a greedy one lets the others have their turn.
@@ -97,11 +98,13 @@ class Connection:
         """When the loop will call `on_time` next: the loop's to keep."""
         self._parser = RequestParser(loop.services.settings.max_message_bytes)
         self._out = bytearray()
+        self._max_unread = loop.services.settings.max_unread_reply_bytes
         self._events = 0
         self._wait: _Wait | None = None
         # The reply to the request before is outstanding; requests behind it stay in the parser.
         self._parked = False
-        self._held_request: list[bytes] | None = None
+        # Parsed, but not run yet; the rest stays in the parser.
+        self._requests: deque[list[bytes]] = deque()
         # Puts given to the loop whose replies are outstanding.
         self._deferred = 0
         # Requests were left in the parser, because the client should read its replies first.
@@ -163,21 +166,10 @@ class Connection:
         """Run the requests that have arrived, until one is parked or the client should read its replies first."""
         if self.closed:
             return
-        most = self.services.settings.max_unread_reply_bytes
-        while not (self._parked or self.finishing) and len(self._out) < most:
-            try:
-                request = self._held_request or self._parser.next()
-            except ReplyError as error:
-                if self._settled():
-                    self._reject(error)
-                break
-            if request is None:
-                if self._ended:
-                    self.finish()
-                break
-            self.counters.requests += self._held_request is None
-            self._held_request = None
-            self._request_since = math.inf
+        requests = self._requests
+        most = self._max_unread
+        while not (self._parked or self.finishing) and len(self._out) < most and (requests or self._parse()):
+            request = requests.popleft()
             try:
                 self._execute(request)
             except ReplyError as error:
@@ -185,19 +177,39 @@ class Connection:
                 if self._settled():
                     self._fail(error)
                 else:
-                    self._held_request = request
-        was_behind, self._behind = self._behind, len(self._out) >= most
-        if was_behind:
-            # Its time for being idle begins only now.
-            self._schedule()
+                    requests.appendleft(request)
+        if self._behind or len(self._out) >= most:
+            self._mind_replies(most)
         if self._parser.incomplete:
             self._mind_request()
         self._watch()
 
+    def _mind_replies(self, most: int) -> None:
+        was_behind, self._behind = self._behind, len(self._out) >= most
+        if was_behind:
+            # Its time for being idle begins only now.
+            self._schedule()
+
+    def _parse(self) -> bool:
+        """Take further requests out of the parser, if there are some."""
+        try:
+            requests = self._parser.batch()
+        except ReplyError as error:
+            if self._settled():
+                self._reject(error)
+            return False
+        if requests:
+            self._requests += requests
+            self.counters.requests += len(requests)
+            self._request_since = math.inf
+        elif self._ended:
+            self.finish()
+        return bool(requests)
+
     def _execute(self, request: list[bytes]) -> None:
         command = commands.COMMANDS.get(request[0]) or commands.find(request[0])
         if self._deferred and command is not commands.PUT and not self._settled():
-            self._held_request = request
+            self._requests.appendleft(request)
             return
         if not command.least < len(request) <= command.most + 1:
             command.check(request)
@@ -275,7 +287,7 @@ class Connection:
     def stored(self, message_id: int) -> None:
         """Reply to a put."""
         self._deferred -= 1
-        self._send(encode_integer(message_id))
+        self._send(b":%d\r\n" % message_id)
 
     def not_stored(self, error: ReplyError) -> None:
         """Reply to a put that failed."""
@@ -293,7 +305,7 @@ class Connection:
         if self.services.settings.idle_timeout_seconds:
             self._schedule()
         # Not run here and now: that could store a put, which wakes another, which runs …, without end.
-        if self._held_request or self._ended or len(self._parser):
+        if self._requests or self._ended or len(self._parser):
             self._loop.run_soon(self)
 
     # Answers that come later
@@ -424,7 +436,7 @@ class Connection:
     def drain(self) -> None:
         """Answer what waits, and finish: the server is stopping."""
         self._linger_seconds = LINGER_SECONDS_AT_STOP
-        if len(self._parser) and not self._parked and self._settled():
+        if (self._requests or len(self._parser)) and not self._parked and self._settled():
             self._fail(Closing("the server is stopping"))
         self.finishing = True
         self.stop_waiting()
@@ -466,7 +478,7 @@ class Connection:
         self._stop_waiting()
         # A timer may know this connection for hours; what it holds must not last as long.
         self._parser, self._out = RequestParser(0), bytearray()
-        self._held_request = None
+        self._requests.clear()
         self.positions = {}
         self._loop.forget(self)
         self._socket.close()

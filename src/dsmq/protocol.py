@@ -26,6 +26,9 @@ _MAX_REPLY_ELEMENTS = 1_048_576
 
 _ARRAY, _BULK, _INTEGER, _SIMPLE, _ERROR, _NULL = b"*$:+-_"
 _CRLF = b"\r\n"
+# So much is split into requests at once: more than arrives in one turn, and some 64 puts.
+_MAX_SPLIT_BYTES = 131_072
+_MAX_SPLIT_TOKENS = 448
 
 Reply: TypeAlias = "str | int | bytes | ReplyError | list[Reply] | None"
 
@@ -120,6 +123,37 @@ class RequestParser(_Input):
             arguments.append(data[at:end])
         self._at = end + 2
         return arguments
+
+    def batch(self) -> list[list[bytes]]:
+        """Return whole requests, in order: many at once if they are short, none if none has come. Raises as `next`."""
+        requests: list[list[bytes]] = []
+        if self._missing or self._at == len(self._data):
+            return requests
+        if len(self._data) - self._at <= _MAX_SPLIT_BYTES:
+            self._split(requests)
+        if not requests and (request := self.next()) is not None:
+            requests.append(request)
+        return requests
+
+    def _split(self, requests: list[list[bytes]]) -> None:
+        """Append the short requests that stand in front: those whose parts the line ends alone tell apart.
+
+        Several times as fast as `next`, which takes all the others.
+        """
+        tokens = self._data[self._at :].split(_CRLF, _MAX_SPLIT_TOKENS)
+        # Behind the last line end stands what has not been split, or not come.
+        last = len(tokens) - 1
+        at, count = 0, _COUNTS.get(tokens[0])
+        while count and (end := at + 1 + 2 * count) <= last:
+            for length in range(at + 1, end, 2):
+                if _BULK_LENGTHS.get(tokens[length]) != len(tokens[length + 1]):
+                    count = None
+                    break
+            else:
+                requests.append(tokens[at + 2 : end : 2])
+                at, count = end, _COUNTS.get(tokens[end])
+        left = len(tokens[last]) if at == last else sum(map(len, tokens[at:])) + 2 * (last - at)
+        self._at = len(self._data) - left
 
     def _long_bulk_length(self, line: bytes) -> int:
         if line[:1] != b"$":
@@ -269,6 +303,7 @@ def _shown(data: bytes) -> str:
 
 # Looking a short length line up is both the check and the conversion.
 _BULK_LENGTHS = {b"$%d" % n: n for n in range(1024)}
+_COUNTS = {b"*%d" % n: n for n in range(1, MAX_ARGUMENTS + 1)}
 
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 _BLANK_LINES = re.compile(rb"(?:[ \t]*\r?\n)+")

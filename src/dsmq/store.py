@@ -2,7 +2,10 @@
 
 Ids are assigned here, not taken from SQLite, which would give the id of a deleted newest row to the next message.
 Beside the database stands what must be known without asking it: the last id and number of each topic, so that
-a reader who has read everything costs no statement.
+a reader who has read everything costs no statement; and each topic's tail, its newest messages.
+
+A statement costs as much as all the rest of a put. So the tails are written together, when they have grown long
+enough, and the messages of one topic and millisecond as one row, a chunk: they expire together too.
 """
 
 from __future__ import annotations
@@ -11,10 +14,14 @@ import secrets
 import sqlite3
 import threading
 import time
+from array import array
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from itertools import accumulate, groupby, islice
+from operator import itemgetter
 from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
 from dsmq.errors import Full, StoreFailed
@@ -24,32 +31,36 @@ MAX_EMPTY_TOPICS = 100_000
 # What is remembered to recognise a put that is sent again.
 MAX_PRODUCERS = 10_000
 MAX_PUTS_OF_PRODUCER = 1_000
-# Messages deleted while the lock is held once: about a millisecond's work.
+# Chunks deleted while the lock is held once: about a millisecond's work.
 EXPIRY_SLICE = 500
+# How long the tails may get, together, before they are written.
+MAX_TAIL_MESSAGES = 500
+MAX_TAIL_BYTES = 262_144
 
 _SCHEMA = """
 CREATE TABLE topics (id INTEGER PRIMARY KEY, name BLOB NOT NULL UNIQUE) STRICT;
-CREATE TABLE messages (
-    id INTEGER PRIMARY KEY,
+CREATE TABLE chunks (
+    last_id INTEGER PRIMARY KEY,
     topic INTEGER NOT NULL,
-    number INTEGER NOT NULL,
     put_at INTEGER NOT NULL,
-    body BLOB NOT NULL
+    last_number INTEGER NOT NULL,
+    ids_and_sizes BLOB NOT NULL,
+    bodies BLOB NOT NULL
 ) STRICT;
-CREATE INDEX messages_by_topic ON messages (topic);
+CREATE INDEX chunks_by_topic ON chunks (topic);
 """
-_INSERT = "INSERT INTO messages (id, topic, number, put_at, body) VALUES (?, ?, ?, ?, ?)"
+_INSERT = "INSERT INTO chunks (last_id, topic, put_at, last_number, ids_and_sizes, bodies) VALUES (?, ?, ?, ?, ?, ?)"
 _INSERT_TOPIC = "INSERT INTO topics (id, name) VALUES (?, ?)"
 _DELETE_TOPIC = "DELETE FROM topics WHERE id = ?"
-_READ = """SELECT id, number, put_at, body FROM messages
-    WHERE topic = ? AND id > ? AND put_at >= ? ORDER BY id LIMIT ?"""
-_LATEST = """SELECT id, number, put_at, body FROM messages
-    WHERE topic = ? AND id > ? ORDER BY id DESC LIMIT 1"""
-_OLDEST = "SELECT id, put_at FROM messages WHERE topic = ? ORDER BY id LIMIT 1"
-_EXPIRY = "SELECT id, topic, put_at, length(body) FROM messages ORDER BY id LIMIT ?"
-_DELETE = "DELETE FROM messages WHERE id <= ?"
-_TOPICS = """SELECT id FROM topics
-    WHERE name > ? AND EXISTS (SELECT 1 FROM messages WHERE topic = topics.id) ORDER BY name LIMIT ?"""
+_CHUNK = "SELECT put_at, last_number, ids_and_sizes, bodies FROM chunks"
+_READ = _CHUNK + " WHERE topic = ? AND last_id > ? AND put_at >= ? ORDER BY last_id"
+_LATEST = _CHUNK + " WHERE topic = ? ORDER BY last_id DESC LIMIT 1"
+_OLDEST = _CHUNK + " WHERE topic = ? ORDER BY last_id LIMIT 1"
+# A pair of 64-bit integers, an id and a size, is 16 bytes.
+_EXPIRY = """SELECT last_id, topic, put_at, length(ids_and_sizes) / 16, length(bodies)
+    FROM chunks ORDER BY last_id LIMIT ?"""
+_DELETE = "DELETE FROM chunks WHERE last_id <= ?"
+_TOPICS = "SELECT id FROM topics WHERE name > ? ORDER BY name"
 
 T = TypeVar("T")
 Answer: TypeAlias = T | Future[T]
@@ -124,13 +135,27 @@ class Store(Protocol):
         """Give everything up. Idempotent."""
 
 
+_Stored: TypeAlias = tuple[int, int, int, bytes]
+"""A message as it is held: id, number, when it was put in milliseconds, body."""
+_put_at = itemgetter(2)
+
+
 class _Topic:
-    __slots__ = ("bytes", "last_id", "last_number", "messages", "name", "row")
+    __slots__ = ("bytes", "expired", "last_id", "last_number", "name", "row", "tail", "written_id")
 
     def __init__(self, name: bytes, row: int) -> None:
         self.name = name
         self.row = row
-        self.last_id = self.last_number = self.messages = self.bytes = 0
+        self.last_id = self.last_number = self.bytes = 0
+        # How many of its messages have been deleted: the first ones.
+        self.expired = 0
+        self.tail: list[_Stored] = []
+        # The last id before the tail.
+        self.written_id = 0
+
+    @property
+    def messages(self) -> int:
+        return self.last_number - self.expired
 
 
 def monotonic_ms() -> int:
@@ -155,8 +180,11 @@ class SQLiteStore:
         self._by_row: dict[int, _Topic] = {}
         # In the order in which they were put to last: messages, and with them topics, expire in that order.
         self._empty: dict[bytes, None] = {}
+        # Those that have a tail, the one with the oldest message first.
+        self._unwritten: list[_Topic] = []
+        self._tail_messages = self._tail_bytes = 0
         self._producers: OrderedDict[bytes, dict[int, int]] = OrderedDict()
-        self._messages = self._bytes = self._expired = 0
+        self._stored = self._bytes = self._expired = 0
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -172,80 +200,84 @@ class SQLiteStore:
             raise
 
     def append(self, puts: Sequence[Put]) -> list[int]:
-        created: list[_Topic] = []
         with self._guard:
-            try:
-                ids, rows, keys = self._plan(puts, created)
-                self._insert(created, rows)
-            except BaseException:
-                for topic in created:
-                    del self._topics[topic.name], self._by_row[topic.row]
-                raise
-            self._count_in(rows)
-            self._remember(keys)
+            # Whatever can fail is done before a message is taken.
+            if self._tail_messages >= MAX_TAIL_MESSAGES or self._tail_bytes >= MAX_TAIL_BYTES:
+                self._write_tails()
+            if names := {put[0] for put in puts}.difference(self._topics):
+                self._create(names.intersection(self._needed(puts)))
+            return self._add(puts, self._clock())
+
+    def _add(self, puts: Sequence[Put], now: int) -> list[int]:
+        ids = []
+        topics, last_id, size = self._topics, self._last_id, 0
+        for name, body, key in puts:
+            if key is not None and (first_id := self._remember(key, last_id + 1)):
+                ids.append(first_id)
+                continue
+            topic = topics[name]
+            if not topic.tail:
+                self._unwritten.append(topic)
+                if not topic.messages:
+                    self._empty.pop(name, None)
+            last_id += 1
+            topic.last_number += 1
+            topic.tail.append((last_id, topic.last_number, now, body))
+            topic.bytes += len(body)
+            topic.last_id = last_id
+            size += len(body)
+            ids.append(last_id)
+        self._stored += last_id - self._last_id
+        self._tail_messages += last_id - self._last_id
+        self._tail_bytes += size
+        self._bytes += size
+        self._last_id = last_id
         return ids
 
-    def _insert(self, topics: list[_Topic], rows: list[tuple[int, int, int, int, bytes]]) -> None:
-        if len(rows) == 1 and not topics:
-            # One statement is a transaction by itself, and costs half of one that is spelled out.
-            self._database.execute(_INSERT, rows[0])
-            return
+    def _needed(self, puts: Sequence[Put]) -> Iterator[bytes]:
+        """Iterate over the topics in which something will be stored: not those of puts that were done before."""
+        keys = set()
+        for name, _, key in puts:
+            if key is None or (key not in keys and key[1] not in self._producers.get(key[0], ())):
+                keys.add(key)
+                yield name
+
+    def _create(self, names: set[bytes]) -> None:
+        topics = [_Topic(name, row) for row, name in enumerate(names, self._last_row + 1)]
         with self._transaction():
             self._database.executemany(_INSERT_TOPIC, [(topic.row, topic.name) for topic in topics])
-            self._database.executemany(_INSERT, rows)
+        for topic in topics:
+            self._topics[topic.name] = self._by_row[topic.row] = topic
+        self._last_row += len(topics)
 
-    def _plan(
-        self, puts: Sequence[Put], created: list[_Topic]
-    ) -> tuple[list[int], list[tuple[int, int, int, int, bytes]], dict[tuple[bytes, int], int]]:
-        """Give out ids and numbers, changing nothing yet but for the topics created."""
-        ids, rows = [], []
-        keys: dict[tuple[bytes, int], int] = {}
-        numbers: dict[_Topic, int] = {}
-        now = self._clock()
-        last_id = self._last_id
-        for name, body, key in puts:
-            if key is not None:
-                first_id = keys.get(key) or self._producers.get(key[0], {}).get(key[1])
-                if first_id is not None:
-                    if key[0] in self._producers:
-                        self._producers.move_to_end(key[0])
-                    ids.append(first_id)
-                    continue
-                keys[key] = last_id + 1
-            topic = self._topics.get(name) or self._create(name, created)
-            last_id += 1
-            number = numbers[topic] = numbers.get(topic, topic.last_number) + 1
-            rows.append((last_id, topic.row, number, now, body))
-            ids.append(last_id)
-        return ids, rows, keys
-
-    def _create(self, name: bytes, created: list[_Topic]) -> _Topic:
-        self._last_row += 1
-        topic = self._topics[name] = self._by_row[self._last_row] = _Topic(name, self._last_row)
-        created.append(topic)
-        return topic
-
-    def _count_in(self, rows: list[tuple[int, int, int, int, bytes]]) -> None:
-        for message_id, row, number, _, body in rows:
-            topic = self._by_row[row]
-            if not topic.messages:
-                self._empty.pop(topic.name, None)
-            topic.messages += 1
-            topic.bytes += len(body)
-            topic.last_number = number
-            topic.last_id = self._last_id = message_id
-            self._bytes += len(body)
-        self._messages += len(rows)
-
-    def _remember(self, keys: dict[tuple[bytes, int], int]) -> None:
-        for (producer, seq), message_id in keys.items():
-            puts = self._producers.setdefault(producer, {})
-            puts[seq] = message_id
-            if len(puts) > MAX_PUTS_OF_PRODUCER:
-                del puts[next(iter(puts))]
-            self._producers.move_to_end(producer)
-        while len(self._producers) > MAX_PRODUCERS:
+    def _remember(self, key: tuple[bytes, int], message_id: int) -> int | None:
+        """Note the id of a put; or return that of the same put before."""
+        producer, seq = key
+        puts = self._producers.setdefault(producer, {})
+        self._producers.move_to_end(producer)
+        if seq in puts:
+            return puts[seq]
+        puts[seq] = message_id
+        if len(puts) > MAX_PUTS_OF_PRODUCER:
+            del puts[next(iter(puts))]
+        if len(self._producers) > MAX_PRODUCERS:
             self._producers.popitem(last=False)
+        return None
+
+    def _write_tails(self) -> None:
+        chunks = [
+            _chunk(topic, put_at, list(messages))
+            for topic in self._unwritten
+            for put_at, messages in groupby(topic.tail, _put_at)
+        ]
+        chunks.sort()
+        with self._transaction():
+            self._database.executemany(_INSERT, chunks)
+        for topic in self._unwritten:
+            topic.written_id = topic.last_id
+            topic.tail = []
+        self._unwritten = []
+        self._tail_messages = self._tail_bytes = 0
 
     def read(self, topic: bytes, after: int, count: int, max_bytes: int) -> list[Message]:
         known = self._topics.get(topic)
@@ -254,14 +286,22 @@ class SQLiteStore:
         messages = []
         with self._guard:
             now = self._clock()
-            for message_id, number, put_at, body in self._database.execute(
-                _READ, (known.row, after, now - self.max_age_ms, count)
-            ):
+            for message_id, number, put_at, body in self._behind(known, after, now - self.max_age_ms):
                 messages.append(Message(message_id, number, now - put_at, body))
                 max_bytes -= len(body)
-                if max_bytes <= 0:
+                if len(messages) == count or max_bytes <= 0:
                     break
         return messages
+
+    def _behind(self, topic: _Topic, after: int, since: int) -> Iterator[_Stored]:
+        """Iterate over the messages with ids above `after`, put at or after `since`."""
+        if after < topic.written_id:
+            for chunk in self._database.execute(_READ, (topic.row, after, since)):
+                messages = _messages(chunk)
+                yield from messages[bisect_left(messages, (after + 1,)) :]
+        for message in topic.tail[bisect_left(topic.tail, (after + 1,)) :]:
+            if message[2] >= since:
+                yield message
 
     def latest(self, topic: bytes, after: int) -> list[Message]:
         known = self._topics.get(topic)
@@ -269,11 +309,11 @@ class SQLiteStore:
             return []
         with self._guard:
             now = self._clock()
-            newest = self._database.execute(_LATEST, (known.row, after)).fetchone()
-        # Had the statement asked for the age, it would pass over all the expired ones to find nothing.
-        if newest is None or now - newest[2] > self.max_age_ms:
+            held = known.tail or _messages(self._database.execute(_LATEST, (known.row,)).fetchone())
+        if not held or now - held[-1][2] > self.max_age_ms:
             return []
-        return [Message(newest[0], newest[1], now - newest[2], newest[3])]
+        message_id, number, put_at, body = held[-1]
+        return [Message(message_id, number, now - put_at, body)]
 
     def last_id(self) -> int:
         return self._last_id
@@ -281,26 +321,35 @@ class SQLiteStore:
     def expire(self) -> int:
         with self._guard:
             oldest = self._clock() - self.max_age_ms
-            rows = self._database.execute(_EXPIRY, (EXPIRY_SLICE,)).fetchall()
-            # Put times increase with the ids, so what is too old stands in front.
-            expired = [row for row in rows if row[2] < oldest]
-            if not expired:
+            chunks = self._expired_chunks(oldest)
+            # Only when there is nothing older: deleting makes room, writing needs it.
+            if not chunks and self._unwritten and self._unwritten[0].tail[0][2] < oldest:
+                self._write_tails()
+                chunks = self._expired_chunks(oldest)
+            if not chunks:
                 return 0
-            self._database.execute(_DELETE, (expired[-1][0],))
-            self._count_out(expired)
+            self._database.execute(_DELETE, (chunks[-1][0],))
+            expired = self._count_out(chunks)
             self._forget_topics()
-        return len(expired)
+        return expired
 
-    def _count_out(self, rows: list[tuple[int, int, int, int]]) -> None:
-        for _, row, _, size in rows:
+    def _expired_chunks(self, oldest: int) -> list[tuple[int, int, int, int, int]]:
+        chunks = self._database.execute(_EXPIRY, (EXPIRY_SLICE,)).fetchall()
+        # Put times increase with the ids, so what is too old stands in front.
+        return [chunk for chunk in chunks if chunk[2] < oldest]
+
+    def _count_out(self, chunks: list[tuple[int, int, int, int, int]]) -> int:
+        expired = 0
+        for _, row, _, count, size in chunks:
             topic = self._by_row[row]
-            topic.messages -= 1
+            topic.expired += count
             topic.bytes -= size
             self._bytes -= size
+            expired += count
             if not topic.messages:
                 self._empty[topic.name] = None
-        self._messages -= len(rows)
-        self._expired += len(rows)
+        self._expired += expired
+        return expired
 
     def _forget_topics(self) -> None:
         while len(self._empty) > MAX_EMPTY_TOPICS:
@@ -311,44 +360,49 @@ class SQLiteStore:
 
     def topics(self, after: bytes, count: int) -> list[TopicStats]:
         with self._guard:
-            rows = self._database.execute(_TOPICS, (after, count)).fetchall()
-            return [_stats(self._by_row[row]) for (row,) in rows]
+            topics = (self._by_row[row] for (row,) in self._database.execute(_TOPICS, (after,)))
+            return [_stats(topic) for topic in islice((topic for topic in topics if topic.messages), count)]
 
     def stats(self, topic: bytes) -> TopicStats:
         with self._guard:
             known = self._topics.get(topic) or _Topic(topic, 0)
-            oldest = self._database.execute(_OLDEST, (known.row,)).fetchone()
-            if oldest is None:
+            held = _messages(self._database.execute(_OLDEST, (known.row,)).fetchone()) or known.tail
+            if not held:
                 return _stats(known)
-            return _stats(known)._replace(first_id=oldest[0], oldest_age_ms=self._clock() - oldest[1])
+            return _stats(known)._replace(first_id=held[0][0], oldest_age_ms=self._clock() - held[0][2])
 
     def totals(self) -> Totals:
         return Totals(
-            self._messages,
+            self._stored - self._expired,
             self._bytes,
             len(self._topics) - len(self._empty),
-            self._messages + self._expired,
+            self._stored,
             self._expired,
         )
 
     def close(self) -> None:
-        with self._guard:
+        with self._guard.lock:
+            self._guard.closed = True
             self._database.close()
 
 
 class _Guard:
     """The store's lock, with SQLite's errors turned into those of the protocol."""
 
-    __slots__ = ("_lock",)
+    __slots__ = ("closed", "lock")
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
+        self.closed = False
 
     def __enter__(self) -> None:
-        self._lock.acquire()
+        self.lock.acquire()
+        if self.closed:
+            self.lock.release()
+            raise StoreFailed("the store is closed")
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._lock.release()
+        self.lock.release()
         if isinstance(error, MemoryError) or getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL:
             raise Full("no room for more messages") from error
         if isinstance(error, sqlite3.Error):
@@ -357,3 +411,25 @@ class _Guard:
 
 def _stats(topic: _Topic) -> TopicStats:
     return TopicStats(topic.name, topic.messages, topic.bytes, topic.last_number, topic.last_id)
+
+
+def _chunk(topic: _Topic, put_at: int, messages: list[_Stored]) -> tuple[int, int, int, int, bytes, bytes]:
+    """Return the row that holds these messages."""
+    ids_and_sizes = array("q", [value for message in messages for value in (message[0], len(message[3]))])
+    bodies = b"".join([message[3] for message in messages])
+    return messages[-1][0], topic.row, put_at, messages[-1][1], ids_and_sizes.tobytes(), bodies
+
+
+def _messages(chunk: tuple[int, int, bytes, bytes] | None) -> list[_Stored]:
+    """Return the messages of a row, or of none."""
+    if chunk is None:
+        return []
+    put_at, last_number, packed, bodies = chunk
+    ids_and_sizes = array("q", packed)
+    ids, sizes = ids_and_sizes[::2], ids_and_sizes[1::2]
+    ends = list(accumulate(sizes))
+    numbers = range(last_number - len(ids) + 1, last_number + 1)
+    return [
+        (message_id, number, put_at, bodies[end - size : end])
+        for message_id, number, size, end in zip(ids, numbers, sizes, ends, strict=True)
+    ]
