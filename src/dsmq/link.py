@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import selectors
@@ -11,7 +12,7 @@ from selectors import EVENT_READ, EVENT_WRITE
 
 from dsmq import session as wire
 from dsmq.errors import ReplyError
-from dsmq.protocol import Reply, ReplyParser
+from dsmq.protocol import Reply, ReplyParser, expect_long_messages
 
 # More would be slower: an object of 128 KiB gets memory of its own from the system, and gives it back each time.
 _RECEIVE_BYTES = 65_536
@@ -21,6 +22,7 @@ _LONGEST_WAIT_SECONDS = 86_400.0
 # How long a reply is looked for before the client goes to sleep.
 BUSY_POLL_SECONDS = 100e-6
 
+_expect_long_messages = functools.cache(expect_long_messages)
 _Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 
@@ -85,6 +87,8 @@ class Link:
                 now = time.monotonic()
             else:
                 self._near = now - began < BUSY_POLL_SECONDS
+                if len(data) == _RECEIVE_BYTES:
+                    _expect_long_messages()
                 return data
             if self._near and now - began < BUSY_POLL_SECONDS:
                 # Where the server waits for this processor, it gets it.

@@ -32,7 +32,7 @@ from dsmq.errors import Busy, CannotStart, DSMQError, ServerFailed
 from dsmq.expiry import Expiry
 from dsmq.listening import Listener
 from dsmq.metrics import Counters
-from dsmq.protocol import encode_error
+from dsmq.protocol import encode_error, expect_long_messages
 from dsmq.store import SQLiteStore, Store, Totals
 from dsmq.worker import Worker
 
@@ -110,6 +110,7 @@ class Server:
 
     def start(self) -> None:
         """Listen and serve, in threads of its own. Raises CannotStart, with nothing left behind."""
+        expect_long_messages()
         with ExitStack() as undo:
             undo.callback(self.stop)
             settings = self.settings

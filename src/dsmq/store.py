@@ -15,13 +15,12 @@ import sqlite3
 import threading
 import time
 from array import array
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from itertools import accumulate, groupby, islice
-from operator import itemgetter
+from itertools import groupby, islice
 from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
 from dsmq.errors import Full, StoreFailed
@@ -34,8 +33,10 @@ MAX_PUTS_OF_PRODUCER = 1_000
 # Chunks deleted while the lock is held once: about a millisecond's work.
 EXPIRY_SLICE = 500
 # How long the tails may get, together, before they are written.
-MAX_TAIL_MESSAGES = 500
-MAX_TAIL_BYTES = 262_144
+MAX_TAIL_MESSAGES = 128
+MAX_TAIL_BYTES = 65_536
+# A longer message has a chunk of its own, so that to read one is not to read several.
+MAX_SHARED_BYTES = 4096
 
 _SCHEMA = """
 CREATE TABLE topics (id INTEGER PRIMARY KEY, name BLOB NOT NULL UNIQUE) STRICT;
@@ -110,6 +111,9 @@ class Store(Protocol):
     def append(self, puts: Sequence[Put]) -> Answer[list[int]]:
         """Store all or nothing and return their ids, increasing. Raises Full or StoreFailed."""
 
+    def flush(self) -> None:
+        """Write what was put off, if it is much: the replies have been sent. Raises as `append` would the next time."""
+
     def read(self, topic: bytes, after: int, count: int, max_bytes: int) -> Answer[list[Message]]:
         """Return the messages with ids above `after`, oldest first, none of them expired."""
 
@@ -137,7 +141,6 @@ class Store(Protocol):
 
 _Stored: TypeAlias = tuple[int, int, int, bytes]
 """A message as it is held: id, number, when it was put in milliseconds, body."""
-_put_at = itemgetter(2)
 
 
 class _Topic:
@@ -202,7 +205,7 @@ class SQLiteStore:
     def append(self, puts: Sequence[Put]) -> list[int]:
         with self._guard:
             # Whatever can fail is done before a message is taken.
-            if self._tail_messages >= MAX_TAIL_MESSAGES or self._tail_bytes >= MAX_TAIL_BYTES:
+            if self._tails_are_long():
                 self._write_tails()
             if names := {put[0] for put in puts}.difference(self._topics):
                 self._create(names.intersection(self._needed(puts)))
@@ -264,11 +267,17 @@ class SQLiteStore:
             self._producers.popitem(last=False)
         return None
 
+    def flush(self) -> None:
+        if self._tails_are_long():
+            with self._guard:
+                self._write_tails()
+
+    def _tails_are_long(self) -> bool:
+        return self._tail_messages >= MAX_TAIL_MESSAGES or self._tail_bytes >= MAX_TAIL_BYTES
+
     def _write_tails(self) -> None:
         chunks = [
-            _chunk(topic, put_at, list(messages))
-            for topic in self._unwritten
-            for put_at, messages in groupby(topic.tail, _put_at)
+            _chunk(topic, list(messages)) for topic in self._unwritten for _, messages in groupby(topic.tail, _shared)
         ]
         chunks.sort()
         with self._transaction():
@@ -297,8 +306,7 @@ class SQLiteStore:
         """Iterate over the messages with ids above `after`, put at or after `since`."""
         if after < topic.written_id:
             for chunk in self._database.execute(_READ, (topic.row, after, since)):
-                messages = _messages(chunk)
-                yield from messages[bisect_left(messages, (after + 1,)) :]
+                yield from _messages(chunk, after)
         for message in topic.tail[bisect_left(topic.tail, (after + 1,)) :]:
             if message[2] >= since:
                 yield message
@@ -309,11 +317,15 @@ class SQLiteStore:
             return []
         with self._guard:
             now = self._clock()
-            held = known.tail or _messages(self._database.execute(_LATEST, (known.row,)).fetchone())
+            held = known.tail or self._chunk(_LATEST, known)
         if not held or now - held[-1][2] > self.max_age_ms:
             return []
         message_id, number, put_at, body = held[-1]
         return [Message(message_id, number, now - put_at, body)]
+
+    def _chunk(self, statement: str, topic: _Topic) -> list[_Stored]:
+        chunk = self._database.execute(statement, (topic.row,)).fetchone()
+        return list(_messages(chunk)) if chunk else []
 
     def last_id(self) -> int:
         return self._last_id
@@ -366,7 +378,7 @@ class SQLiteStore:
     def stats(self, topic: bytes) -> TopicStats:
         with self._guard:
             known = self._topics.get(topic) or _Topic(topic, 0)
-            held = _messages(self._database.execute(_OLDEST, (known.row,)).fetchone()) or known.tail
+            held = self._chunk(_OLDEST, known) or known.tail
             if not held:
                 return _stats(known)
             return _stats(known)._replace(first_id=held[0][0], oldest_age_ms=self._clock() - held[0][2])
@@ -413,23 +425,27 @@ def _stats(topic: _Topic) -> TopicStats:
     return TopicStats(topic.name, topic.messages, topic.bytes, topic.last_number, topic.last_id)
 
 
-def _chunk(topic: _Topic, put_at: int, messages: list[_Stored]) -> tuple[int, int, int, int, bytes, bytes]:
+def _shared(message: _Stored) -> tuple[int, int]:
+    """Return what the messages of one chunk have in common: the put time, and none with a long one."""
+    return message[2], message[0] if len(message[3]) > MAX_SHARED_BYTES else 0
+
+
+def _chunk(topic: _Topic, messages: list[_Stored]) -> tuple[int, int, int, int, bytes, bytes]:
     """Return the row that holds these messages."""
+    message_id, number, put_at, _ = messages[-1]
     ids_and_sizes = array("q", [value for message in messages for value in (message[0], len(message[3]))])
     bodies = b"".join([message[3] for message in messages])
-    return messages[-1][0], topic.row, put_at, messages[-1][1], ids_and_sizes.tobytes(), bodies
+    return message_id, topic.row, put_at, number, ids_and_sizes.tobytes(), bodies
 
 
-def _messages(chunk: tuple[int, int, bytes, bytes] | None) -> list[_Stored]:
-    """Return the messages of a row, or of none."""
-    if chunk is None:
-        return []
+def _messages(chunk: tuple[int, int, bytes, bytes], after: int = 0) -> Iterator[_Stored]:
+    """Iterate over the messages of a row, those with ids above `after`."""
     put_at, last_number, packed, bodies = chunk
     ids_and_sizes = array("q", packed)
     ids, sizes = ids_and_sizes[::2], ids_and_sizes[1::2]
-    ends = list(accumulate(sizes))
-    numbers = range(last_number - len(ids) + 1, last_number + 1)
-    return [
-        (message_id, number, put_at, bodies[end - size : end])
-        for message_id, number, size, end in zip(ids, numbers, sizes, ends, strict=True)
-    ]
+    first = bisect_right(ids, after)
+    number, end = last_number - len(ids) + first, sum(sizes[:first])
+    for message_id, size in zip(ids[first:], sizes[first:], strict=True):
+        number += 1
+        start, end = end, end + size
+        yield message_id, number, put_at, bodies[start:end]

@@ -165,6 +165,11 @@ class Worker:
                 connection.flush()
             except Exception:  # noqa: BLE001
                 connection.on_failure()
+        try:
+            self.services.store.flush()
+        except ReplyError as error:
+            # The next put tells.
+            _logger.debug("nothing written: %s", error)
 
     def _wait(self) -> list[tuple[selectors.SelectorKey, int]]:
         """Return the sockets that are ready, when there are some.
