@@ -6,9 +6,9 @@ It raises a ReplyError where there is no such reply. PROTOCOL.md says what each 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Protocol
 
 from dsmq import __version__, config
@@ -130,16 +130,22 @@ def _put(client: Client, request: list[bytes]) -> None:
 def _read(client: Client, request: list[bytes]) -> bytes | None:
     topic = _topic(client, request[1])
     after = _integer(request[2], "after")
-    options = _options(request[3:], {b"COUNT": 1, b"BYTES": 1, b"WAIT": 1, b"LATEST": 0})
-    wait = _number(options, b"WAIT", 0, 0, MAX_WAIT_MS)
-    count = _number(options, b"COUNT", DEFAULT_COUNT, 1, MAX_COUNT)
-    size = _number(options, b"BYTES", MAX_READ_BYTES, 1, MAX_READ_BYTES)
+    wait, count, size, latest = _read_options(*request[3:])
     fetch: Fetch
-    if b"LATEST" in options:
+    if latest:
         fetch = partial(client.services.store.latest, topic, after)
     else:
         fetch = partial(client.services.store.read, topic, after, count, size)
     return client.wait_for(topic, wait, fetch, partial(_delivered, client))
+
+
+@lru_cache
+def _read_options(*words: bytes) -> tuple[int, int, int, bool]:
+    options = _options(words, {b"COUNT": 1, b"BYTES": 1, b"WAIT": 1, b"LATEST": 0})
+    wait = _number(options, b"WAIT", 0, 0, MAX_WAIT_MS)
+    count = _number(options, b"COUNT", DEFAULT_COUNT, 1, MAX_COUNT)
+    size = _number(options, b"BYTES", MAX_READ_BYTES, 1, MAX_READ_BYTES)
+    return wait, count, size, b"LATEST" in options
 
 
 def _delivered(client: Client, messages: list[Message]) -> bytes:
@@ -385,9 +391,9 @@ def _integer(text: bytes, what: str, least: int = 0, most: int = MAX_INTEGER) ->
     raise BadRequest(f"{what} is an integer from {least} to {most}, not {_shown(text)}")
 
 
-def _options(words: list[bytes], known: dict[bytes, int]) -> dict[bytes, list[bytes]]:
+def _options(words: Sequence[bytes], known: dict[bytes, int]) -> dict[bytes, Sequence[bytes]]:
     """Return the options among these words, with their arguments; `known` says how many each has."""
-    found = {}
+    found: dict[bytes, Sequence[bytes]] = {}
     at = 0
     while at < len(words):
         option = words[at].upper()
@@ -399,7 +405,7 @@ def _options(words: list[bytes], known: dict[bytes, int]) -> dict[bytes, list[by
     return found
 
 
-def _number(options: dict[bytes, list[bytes]], option: bytes, default: int, least: int, most: int) -> int:
+def _number(options: dict[bytes, Sequence[bytes]], option: bytes, default: int, least: int, most: int) -> int:
     return _integer(options[option][0], option.decode(), least, most) if option in options else default
 
 

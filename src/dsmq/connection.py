@@ -68,7 +68,7 @@ class Loop(Protocol):
         """The connection is closed."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Wait:
     """What a waiting reader waits for."""
 

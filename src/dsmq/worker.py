@@ -291,7 +291,7 @@ class Worker:
         if not self._waiters:
             return
         topics = {put[0] for put in puts if put[0] in self._waiters}
-        if threading.current_thread() is self.thread:
+        if threading.get_ident() == self.thread.ident:
             self._wake(topics)
         elif topics:
             self.post(partial(self._wake, topics))
