@@ -3,7 +3,8 @@
 Starts every server it finds on this machine, each on a free port, and runs the same work on each through its usual
 Python client, one after the other in rounds; a figure is the median of the rounds' ratios. What is missing is skipped,
 by name.
-Absolute times mean little on a shared machine; ratios of the same minute do.
+Absolute times mean little on a shared machine; ratios of the same minute do. So does where the kernel lets things run:
+`--apart` gives the servers one core and the clients the others, as on two machines.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ import json
 import os
 import platform
 import shutil
-import socket
+import sqlite3
 import statistics
 import subprocess
-import sys
-import tempfile
-import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import brokers
+from brokers import Broker, progress, say
 
 HERE = Path(__file__).parent
 # Operation, how often a round does it, and what it is called in the table.
@@ -35,51 +36,36 @@ OPERATIONS = {
     "put_many": (20000, "put_many, a message"),
     "ping_pong": (1000, "ping-pong between two processes"),
 }
+FAN_OUT = 200
 # These are slow enough to be measured by fewer.
-FEWER = {"nats": 0.2, "dsmq14": 0.2}
+FEWER = {"nats": 0.2, brokers.OLD: 0.2}
 BENCHMARKS = [["-c", "1"], ["-c", "10"], ["-c", "50"], ["-c", "50", "-P", "16"]]
 PUT = {"dsmq": ["PUT", "t", "m"], "redis": ["XADD", "t", "*", "m", "m"]}
+MESSAGES_HELD = 1_000_000
+
+# By row and system, a figure for each round.
+Figures = dict[str, dict[str, list[float]]]
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
+class Table(NamedTuple):
+    """Figures of one unit."""
+
+    unit: str
+    better: str
+    figures: Figures
 
 
 class System:
     """A broker and a client process that drives it."""
 
-    def __init__(self, name: str, stack: ExitStack, python: str = sys.executable) -> None:
-        self.name, self.python = name, python
-        self.port = free_port()
-        self.folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dsmq-compare-"))
-        self.start(self.command(), stack)
-        wait_for_port(self.port)
-        driver = [python, str(HERE / "drivers.py"), name, str(self.port)]
+    def __init__(self, broker: Broker, stack: ExitStack) -> None:
+        self.name, self.port, self.broker = broker.name, broker.port, broker
+        driver = [broker.python, str(HERE / "drivers.py"), self.name, str(self.port)]
         self.driver = stack.enter_context(
-            subprocess.Popen(driver, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=self.folder)
+            subprocess.Popen(driver, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=broker.folder)
         )
         stack.callback(self.driver.kill)
         self.ask("")
-
-    def command(self) -> list[str]:
-        port = str(self.port)
-        if self.name == "dsmq":
-            return [self.python, "-m", "dsmq", "serve", "--port", port, "--metrics-port", "0", "--log-level", "error"]
-        if self.name == "dsmq14":
-            return [self.python, "-c", f"from dsmq.server import serve; serve('127.0.0.1', {port})"]
-        if self.name == "redis":
-            return ["redis-server", "--port", port, "--save", "", "--appendonly", "no"]
-        if self.name == "beanstalkd":
-            return ["beanstalkd", "-l", "127.0.0.1", "-p", port, "-z", "1000000"]
-        return ["nats-server", "-a", "127.0.0.1", "-p", port, "-js", "-sd", self.folder]
-
-    def start(self, command: list[str], stack: ExitStack) -> None:
-        process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, cwd=self.folder
-        )
-        stack.callback(process.wait)
-        stack.callback(process.kill)
 
     def ask(self, line: str) -> Any:
         assert self.driver.stdin is not None
@@ -96,105 +82,69 @@ class System:
         return self.ask(f"{operation} {max(1, round(count * FEWER.get(self.name, 1)))}")
 
 
-def wait_for_port(port: int) -> None:
-    until = time.monotonic() + 10
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port)).close()
-        except ConnectionRefusedError:
-            if time.monotonic() > until:
-                raise
-            time.sleep(0.02)
-        else:
-            return
+def add(figures: Figures, row: str, system: str, value: float) -> None:
+    figures.setdefault(row, {}).setdefault(system, []).append(value)
 
 
-def find_systems(stack: ExitStack, wanted: list[str]) -> list[System]:
-    """Start what is here, and say what is not."""
-    systems = []
-    for name, program, module in (
-        ("dsmq", sys.executable, "dsmq"),
-        ("redis", "redis-server", "redis"),
-        ("beanstalkd", "beanstalkd", "greenstalk"),
-        ("nats", "nats-server", "nats"),
-    ):
-        if wanted and name not in wanted:
-            continue
-        if shutil.which(program) is None:
-            say(f"skipped: {name}, {program} is not installed")
-        elif subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, check=False).returncode:
-            say(f"skipped: {name}, Python's {module} is not installed")
-        else:
-            systems.append(System(name, stack))
-    if not wanted or "dsmq14" in wanted:
-        python = old_dsmq(stack)
-        if python:
-            systems.append(System("dsmq14", stack, python))
-    return systems
-
-
-def old_dsmq(stack: ExitStack) -> str | None:
-    """Python of a virtual environment with dsmq 1.4.1, another project's, which bears the same name."""
-    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dsmq-compare-"))
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    python = f"{folder}/bin/python"
-    done = subprocess.run([python, "-m", "pip", "install", "-q", "dsmq==1.4.1"], capture_output=True, check=False)
-    if done.returncode:
-        say("skipped: dsmq 1.4.1, it could not be installed")
-        return None
-    return python
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def progress(line: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
-
-
-def flatten(operation: str, figure: Any) -> dict[str, float]:
-    if isinstance(figure, dict):
-        return {f"{operation} {name}": value for name, value in figure.items()}
-    return {} if figure is None else {operation: figure}
-
-
-def run_operations(systems: list[System], rounds: int, operations: list[str]) -> dict[str, dict[str, list[float]]]:
-    """Return, by row and system, a figure in microseconds for each round."""
-    figures: dict[str, dict[str, list[float]]] = {}
+def run_operations(systems: list[System], rounds: int, operations: list[str]) -> Figures:
+    """Return the microseconds of each operation."""
+    figures: Figures = {}
     for number in range(rounds + 1):
         for operation in operations:
+            count, label = OPERATIONS[operation]
             for system in systems:
-                progress(f"round {number} of {rounds}: {operation} on {system.name}")
-                for row, value in flatten(operation, system.measure(operation, OPERATIONS[operation][0])).items():
-                    # The first round is to warm up.
-                    if number:
-                        figures.setdefault(row, {}).setdefault(system.name, []).append(value)
+                progress(f"round {number} of {rounds}: {label}, {system.name}")
+                answer = system.measure(operation, count)
+                # The first round is to warm up.
+                if number and answer is not None:
+                    for name, value in answer.items() if isinstance(answer, dict) else [("", answer)]:
+                        add(figures, f"{label} {name}".strip(), system.name, value)
     return figures
 
 
-def run_redis_benchmark(systems: list[System], rounds: int, requests: int) -> dict[str, dict[str, list[float]]]:
-    """Return, by row and system, requests per second for each round."""
-    figures: dict[str, dict[str, list[float]]] = {}
-    if shutil.which("redis-benchmark") is None:
+def run_rates(systems: list[System], rounds: int, requests: int) -> Figures:
+    """Return requests per second of redis-benchmark, and deliveries per second to waiting readers."""
+    figures: Figures = {}
+    benchmarks = BENCHMARKS if shutil.which("redis-benchmark") else []
+    if not benchmarks:
         say("skipped: redis-benchmark is not installed")
-        return figures
+    systems = [system for system in systems if system.name in PUT]
     for number in range(rounds):
-        for options in BENCHMARKS:
+        for options in benchmarks:
+            row = f"redis-benchmark {' '.join(options)}, PUT / XADD"
+            count = requests if options != ["-c", "1"] else requests // 5
             for system in systems:
-                if system.name in PUT:
-                    row = f"redis-benchmark {' '.join(options)}"
-                    progress(f"round {number + 1} of {rounds}: {row} on {system.name}")
-                    count = requests if options != ["-c", "1"] else requests // 5
-                    words = ["redis-benchmark", "-p", str(system.port), "-n", str(count), "--csv", *options]
-                    done = subprocess.run([*words, *PUT[system.name]], capture_output=True, text=True, check=True)
-                    rate = float(list(csv.reader(done.stdout.splitlines()))[-1][1])
-                    figures.setdefault(row, {}).setdefault(system.name, []).append(rate)
+                progress(f"round {number + 1} of {rounds}: {row}, {system.name}")
+                words = ["redis-benchmark", "-p", str(system.port), "-n", str(count), "--csv", *options]
+                done = subprocess.run([*words, *PUT[system.name]], capture_output=True, text=True, check=True)
+                add(figures, row, system.name, float(list(csv.reader(done.stdout.splitlines()))[-1][1]))
+        for system in systems:
+            row = "deliveries to 100 waiting readers"
+            progress(f"round {number + 1} of {rounds}: {row}, {system.name}")
+            add(figures, row, system.name, system.measure("fan_out", FAN_OUT))
     return figures
 
 
-def ratios(figures: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
+def run_memory(names: list[str]) -> Figures:
+    """Return how many bytes of memory a message of 100 bytes takes when a million are held."""
+    figures: Figures = {}
+    for name in names:
+        if name in PUT:
+            progress(f"a million messages, {name}")
+            with ExitStack() as stack:
+                system = System(Broker(name, stack), stack)
+                before = system.broker.memory
+                system.ask(f"fill {MESSAGES_HELD}")
+                add(
+                    figures,
+                    "memory for a message of 100 bytes",
+                    name,
+                    (system.broker.memory - before) / MESSAGES_HELD,
+                )
+    return figures
+
+
+def ratios(figures: Figures) -> dict[str, dict[str, float]]:
     """Return, by row and peer, the median over the rounds of dsmq's figure divided by the peer's."""
     return {
         row: {
@@ -207,45 +157,91 @@ def ratios(figures: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, fl
     }
 
 
-def table(figures: dict[str, dict[str, list[float]]], unit: str) -> list[str]:
+def lines(table: Table) -> list[str]:
     """Return the lines of a Markdown table."""
-    peers = list(dict.fromkeys(name for by_system in figures.values() for name in by_system if name != "dsmq"))
-    lines = [f"| {unit} | dsmq | {' | '.join(peers)} |", "| --- |" + " ---: |" * (len(peers) + 1)]
-    for row, by_peer in ratios(figures).items():
-        ours = statistics.median(figures[row]["dsmq"])
+    peers = list(dict.fromkeys(name for by_system in table.figures.values() for name in by_system if name != "dsmq"))
+    result = [f"| {table.unit}, {table.better} is better | dsmq | {' | '.join(peers)} |"]
+    result.append("| --- |" + " ---: |" * (len(peers) + 1))
+    for row, by_peer in ratios(table.figures).items():
+        ours = statistics.median(table.figures[row]["dsmq"])
         cells = [f"{by_peer[peer]:.2f}" if peer in by_peer else "" for peer in peers]
-        lines.append(f"| {label(row)} | {ours:,.1f} | {' | '.join(cells)} |")
-    return lines
+        result.append(f"| {row} | {ours:,.{1 if ours < 1000 else 0}f} | {' | '.join(cells)} |")
+    return result
 
 
-def label(row: str) -> str:
-    operation, _, rest = row.partition(" ")
-    return f"{OPERATIONS[operation][1]} {rest}".strip() if operation in OPERATIONS else row
+def plot(tables: list[Table], title: str, path: Path) -> None:
+    """Draw how many times faster, or smaller, dsmq is than each peer."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    # Without its random names and its date, the same figures give the same file.
+    mpl.rcParams["svg.hashsalt"] = "dsmq"
+    from matplotlib import pyplot as plt
+
+    advantages: dict[str, dict[str, float]] = {}
+    for table in tables:
+        for row, by_peer in ratios(table.figures).items():
+            advantages[row] = {p: ratio if table.better == "higher" else 1 / ratio for p, ratio in by_peer.items()}
+    rows = list(reversed(advantages))
+    peers = list(dict.fromkeys(peer for by_peer in advantages.values() for peer in by_peer))
+    figure, axes = plt.subplots(figsize=(8, 0.45 * len(rows) + 1.2), layout="constrained")
+    for number, peer in enumerate(peers):
+        offset = 0.15 * ((len(peers) - 1) / 2 - number)
+        points = [(advantages[row][peer], at + offset) for at, row in enumerate(rows) if peer in advantages[row]]
+        axes.scatter(*zip(*points, strict=True), label=peer, s=28)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(rows)), rows)
+    axes.grid(visible=True, axis="x", alpha=0.3)
+    axes.set_xlabel("slower or larger than the peer   ←   1   →   faster or smaller")
+    axes.set_title(title, fontsize=10)
+    axes.legend(fontsize=8)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--requests", type=int, default=100_000, help="of redis-benchmark, each time")
+    parser.add_argument("--requests", type=int, default=100_000, help="of redis-benchmark, each time; 0: without it")
+    parser.add_argument("--apart", action="store_true", help="the servers on one core, the clients on the others")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--plot", type=Path, help="draw the ratios to this SVG or PNG file; needs matplotlib")
     parser.add_argument("--systems", nargs="*", default=[], help="dsmq redis beanstalkd nats dsmq14; default: all")
     parser.add_argument("--operations", nargs="*", default=list(OPERATIONS), help=" ".join(OPERATIONS))
     options = parser.parse_args()
+    cores = sorted(os.sched_getaffinity(0))
+    if options.apart and len(cores) < 2:
+        parser.error("--apart needs two cores")
     with ExitStack() as stack:
-        systems = find_systems(stack, options.systems)
+        with brokers.on_cores({cores[0]} if options.apart else None):
+            found = brokers.find(stack, options.systems)
+        stack.enter_context(brokers.on_cores(set(cores[1:]) if options.apart else None))
+        systems = [System(broker, stack) for broker in found]
         times = run_operations(systems, options.rounds, options.operations)
-        rates = run_redis_benchmark(systems, max(1, options.rounds // 2), options.requests) if options.requests else {}
+        rates = run_rates(systems, max(1, options.rounds // 2), options.requests) if options.requests else {}
+    names = [system.name for system in systems]
+    memory = run_memory(names) if options.requests else {}
     progress("")
-    print(
-        f"Python {platform.python_version()}, {os.cpu_count()} cores, medians of {options.rounds} interleaved rounds."
+    tables = [
+        Table("µs", "lower", times),
+        Table("a second", "higher", rates),
+        Table("bytes", "lower", memory),
+    ]
+    tables = [table for table in tables if table.figures]
+    where = "servers on one core, clients on the other" if options.apart else "wherever the kernel lets them run"
+    about = (
+        f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}, {len(cores)} cores, {where}, "
+        f"medians of {options.rounds} rounds"
     )
+    versions = brokers.versions(names)
+    print(f"{about}\n" + ", ".join(f"{name} {version}" for name, version in versions.items()))
     print("A ratio is dsmq's figure divided by the peer's.\n")
-    if times:
-        print("\n".join(table(times, "µs, lower is better")) + "\n")
-    if rates:
-        print("\n".join(table(rates, "PUT against XADD, requests/s, higher is better")))
+    print("\n\n".join("\n".join(lines(table)) for table in tables))
     if options.json:
-        options.json.write_text(json.dumps({"microseconds": times, "requests_per_second": rates}, indent=1))
+        facts = {"about": about, "versions": versions, "figures": {table.unit: table.figures for table in tables}}
+        options.json.write_text(json.dumps(facts, indent=1))
+    if options.plot:
+        plot(tables, about, options.plot)
 
 
 if __name__ == "__main__":

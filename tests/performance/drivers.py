@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import statistics
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from typing import Any
 
 SHORT = "hello world!"
@@ -168,6 +170,26 @@ class Nats:
         return found.data.decode()
 
 
+# How a message is put, and how one behind a position is waited for.
+FAN_OUT = {
+    "dsmq": ([b"PUT", b"<topic>", SHORT.encode()], [b"READ", b"<topic>", b"<id>", b"WAIT", b"60000"]),
+    "redis": (
+        [b"XADD", b"<topic>", b"*", b"m", SHORT.encode()],
+        [b"XREAD", b"BLOCK", b"60000", b"STREAMS", b"<topic>", b"<id>"],
+    ),
+}
+
+
+def send(sock: socket.socket, *words: bytes, topic: bytes, last_id: bytes = b"") -> None:
+    words = tuple({b"<topic>": topic, b"<id>": last_id}.get(word, word) for word in words)
+    sock.sendall(b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in words))
+
+
+def id_in(reply: bytes) -> bytes:
+    """Return the id in the reply to a put: an integer, or a bulk string."""
+    return reply.strip().split(b"\r\n")[-1].lstrip(b":")
+
+
 SYSTEMS = {"dsmq": Dsmq, "dsmq14": Dsmq14, "redis": Redis, "beanstalkd": Beanstalk, "nats": Nats}
 
 
@@ -235,6 +257,35 @@ class Measure:
         before = time.perf_counter()
         self.client.put_many(topic, messages)
         return since(before, count)
+
+    def fill(self, count: int) -> None:
+        """Put so many messages of 100 bytes."""
+        for _ in range(0, count, 10_000):
+            self.client.put_many("held", ["x" * 100] * 10_000)
+
+    def fan_out(self, count: int) -> float:
+        """Deliveries a second to 100 waiting readers; by sockets alone, because so many clients would be measured."""
+        topic = self.topic("fan").encode()
+        put, wait = FAN_OUT[self.system]
+        with ExitStack() as stack:
+            writer, *readers = [
+                stack.enter_context(socket.create_connection(("127.0.0.1", self.port))) for _ in range(101)
+            ]
+            for one in (writer, *readers):
+                one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            send(writer, *put, topic=topic)
+            last_id = id_in(writer.recv(65536))
+            for reader in readers:
+                send(reader, *wait, topic=topic, last_id=last_id)
+            before = time.perf_counter()
+            for _ in range(count):
+                send(writer, *put, topic=topic)
+                last_id = id_in(writer.recv(65536))
+                for reader in readers:
+                    if SHORT.encode() not in reader.recv(65536):
+                        raise AssertionError("not the message")
+                    send(reader, *wait, topic=topic, last_id=last_id)
+            return count * len(readers) / (time.perf_counter() - before)
 
     def ping_pong(self, count: int) -> dict[str, float]:
         here, there = self.topic("here"), self.topic("there")

@@ -1,0 +1,164 @@
+"""The servers that are compared: what starts each, which are here, and what is said meanwhile."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib import metadata
+from pathlib import Path
+
+# Name, program, how it is asked for its version, the Python package of its usual client.
+KNOWN = (
+    ("dsmq", sys.executable, "", "dsmq"),
+    ("redis", "redis-server", "--version", "redis"),
+    ("beanstalkd", "beanstalkd", "-v", "greenstalk"),
+    ("nats", "nats-server", "--version", "nats-py"),
+)
+OLD = "dsmq14"
+OLD_VERSION = "1.4.1"
+
+
+class Broker:
+    """A running server, on a free port of 127.0.0.1."""
+
+    def __init__(self, name: str, stack: ExitStack, *options: str, python: str = sys.executable) -> None:
+        self.name, self.python = name, python
+        self.port = free_port()
+        self.folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dsmq-performance-"))
+        self.process = subprocess.Popen(
+            [*self._command(), *options],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL,
+            cwd=self.folder,
+        )
+        stack.callback(self.stop)
+        self._wait()
+
+    def _command(self) -> list[str]:
+        port = str(self.port)
+        if self.name == "dsmq":
+            return [self.python, "-m", "dsmq", "serve", "--port", port, "--metrics-port", "0", "--log-level", "error"]
+        if self.name == OLD:
+            return [self.python, "-c", f"from dsmq.server import serve; serve('127.0.0.1', {port})"]
+        if self.name == "redis":
+            return ["redis-server", "--port", port, "--save", "", "--appendonly", "no"]
+        if self.name == "beanstalkd":
+            return ["beanstalkd", "-l", "127.0.0.1", "-p", port, "-z", "10000000"]
+        return ["nats-server", "-a", "127.0.0.1", "-p", port, "-js", "-sd", self.folder]
+
+    def _wait(self) -> None:
+        until = time.monotonic() + 20
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", self.port)).close()
+            except ConnectionRefusedError:
+                if time.monotonic() > until or self.process.poll() is not None:
+                    raise
+                time.sleep(0.02)
+            else:
+                return
+
+    @property
+    def memory(self) -> int:
+        """The bytes of memory that it occupies."""
+        found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{self.process.pid}/status").read_text())
+        assert found is not None
+        return int(found[1]) * 1024
+
+    def stop(self) -> None:
+        """Stop it, at once. Idempotent."""
+        self.process.kill()
+        self.process.wait()
+
+
+def free_port() -> int:
+    """Return a port that nobody has at the moment."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def find(stack: ExitStack, wanted: list[str]) -> list[Broker]:
+    """Start what is here, and say what is not; nothing is wanted means everything."""
+    brokers = []
+    for name, program, _, package in KNOWN:
+        if wanted and name not in wanted:
+            continue
+        if shutil.which(program) is None:
+            say(f"skipped: {name}, {program} is not installed")
+        elif not _has(package):
+            say(f"skipped: {name}, Python's {package} is not installed")
+        else:
+            brokers.append(Broker(name, stack))
+    if (not wanted or OLD in wanted) and (python := _old_python(stack)):
+        brokers.append(Broker(OLD, stack, python=python))
+    return brokers
+
+
+def _has(package: str) -> bool:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _old_python(stack: ExitStack) -> str | None:
+    """Python of a virtual environment with dsmq 1.4.1, another project's, which bears the same name."""
+    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dsmq-performance-"))
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    python = f"{folder}/bin/python"
+    wanted = [python, "-m", "pip", "install", "-q", f"dsmq=={OLD_VERSION}"]
+    if subprocess.run(wanted, capture_output=True, check=False).returncode:
+        say(f"skipped: dsmq {OLD_VERSION}, it could not be installed")
+        return None
+    return python
+
+
+def versions(names: list[str]) -> dict[str, str]:
+    """Return, by name, the versions of server and client."""
+    found = {}
+    for name, program, option, package in KNOWN:
+        if name in names:
+            server = _version_of([program, option]) + " with " if option else ""
+            found[name] = f"{server}{package} {metadata.version(package)}"
+    if OLD in names:
+        found[OLD] = OLD_VERSION
+    return found
+
+
+def _version_of(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = re.search(r"\d+(\.\d+)+", done.stdout + done.stderr)
+    return found[0] if found else "of unknown version"
+
+
+@contextmanager
+def on_cores(cores: set[int] | None) -> Iterator[None]:
+    """Have what is started here run on these cores, or where the kernel likes."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores or before)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def say(line: str) -> None:
+    """Print to stderr, over the progress line."""
+    clear = "\r\033[K" if sys.stderr.isatty() else ""
+    print(f"{clear}{line}", file=sys.stderr, flush=True)
+
+
+def progress(line: str) -> None:
+    """Show what is going on, on a terminal."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
