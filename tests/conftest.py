@@ -206,6 +206,14 @@ def run_dsmq(
     )
 
 
+def tool(name: str, package: str) -> str:
+    """The path of a program, or the reason to skip."""
+    path = shutil.which(name)
+    if path is None:
+        pytest.skip(f"{name} is not installed (Debian's package {package})")
+    return path
+
+
 def without_privileges() -> list[str]:
     """The command that takes from root what makes it root; nothing, where it is not root that runs the tests."""
     if os.geteuid():

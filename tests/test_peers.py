@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import subprocess
 import threading
 
@@ -11,16 +10,8 @@ import pytest
 import redis
 import redis.asyncio
 
-from conftest import SOON, serving
+from conftest import SOON, serving, tool
 from dsmq.server import Server
-
-
-def tool(name: str, package: str) -> str:
-    """The path of a program, or the reason to skip."""
-    path = shutil.which(name)
-    if path is None:
-        pytest.skip(f"{name} is not installed (Debian's package {package})")
-    return path
 
 
 def run(*words: str, stdin: str = "") -> str:

@@ -126,8 +126,12 @@ def _parser(words: list[str]) -> argparse.ArgumentParser:
     topics.add_argument("--json", action="store_true", help="print JSON lines")
     ping = add("ping", _ping, "Make a round trip to the server; for scripts and health checks.")
     ping.add_argument("--timeout", type=_timeout, default=3.0, metavar="S", help="seconds to wait for it; default: 3")
+    bench = add("bench", _bench, "Measure how long typical operations take on a running server.")
+    bench.add_argument(
+        "-n", type=_count, default=1000, metavar="N", help="how often each is done; default: 1000, which puts some 5 MB"
+    )
     add("demo", _demo, "Show a server, a writer and two readers at work, for a few seconds.")
-    for command in (put, commands.choices["get"], topics, ping):
+    for command in (put, commands.choices["get"], topics, ping, bench):
         _add_address(command)
     return parser
 
@@ -305,6 +309,22 @@ def _ping(options: argparse.Namespace) -> int:
     with _connect(options, timeout=options.timeout) as mq:
         mq.ping()
     sys.stdout.write(f"PONG from {options.host} port {options.port} in {(time.monotonic() - before) * 1000:.1f} ms\n")
+    return OK
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from dsmq import bench  # noqa: PLC0415 - only here
+
+    def progress(name: str) -> None:
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r\033[K{name and name + ' ...'}")
+            sys.stderr.flush()
+
+    with _connect(options) as mq:
+        for figure in bench.measure(mq, options.n, progress):
+            progress("")
+            sys.stdout.write(f"{figure}\n")
+            sys.stdout.flush()
     return OK
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 
 from dsmq.store import Store
 
-# Between two slices the lock is free for this long.
+# Between two slices the lock is free for this long, and for less where so much expires that this would be too slow.
 _PAUSE_SECONDS = 0.002
+_SHORT_PAUSE_SECONDS = 0.0002
 
 _logger = logging.getLogger(__name__)
 
@@ -41,6 +43,9 @@ class Expiry:
     def run_once(self) -> int:
         """Delete all that is too old by now; return how many messages that were."""
         total = 0
-        while (deleted := self._store.expire()) and not self._stop.wait(_PAUSE_SECONDS):
+        hurry_at = time.monotonic() + self._interval
+        while deleted := self._store.expire():
             total += deleted
-        return total + deleted
+            if self._stop.wait(_PAUSE_SECONDS if time.monotonic() < hurry_at else _SHORT_PAUSE_SECONDS):
+                break
+        return total

@@ -30,8 +30,9 @@ MAX_EMPTY_TOPICS = 100_000
 # What is remembered to recognise a put that is sent again.
 MAX_PRODUCERS = 10_000
 MAX_PUTS_OF_PRODUCER = 1_000
-# Chunks deleted while the lock is held once: about a millisecond's work.
-EXPIRY_SLICE = 500
+# Chunks, and bytes of messages, deleted while the lock is held once: less than 0.1 ms of work.
+EXPIRY_SLICE = 100
+EXPIRY_SLICE_BYTES = 131_072
 # How long the tails may get, together, before they are written.
 MAX_TAIL_MESSAGES = 128
 MAX_TAIL_BYTES = 65_536
@@ -346,9 +347,14 @@ class SQLiteStore:
         return expired
 
     def _expired_chunks(self, oldest: int) -> list[tuple[int, int, int, int, int]]:
-        chunks = self._database.execute(_EXPIRY, (EXPIRY_SLICE,)).fetchall()
-        # Put times increase with the ids, so what is too old stands in front.
-        return [chunk for chunk in chunks if chunk[2] < oldest]
+        expired, size = [], 0
+        for chunk in self._database.execute(_EXPIRY, (EXPIRY_SLICE,)):
+            # Put times increase with the ids, so what is too old stands in front.
+            if chunk[2] >= oldest or size >= EXPIRY_SLICE_BYTES:
+                break
+            expired.append(chunk)
+            size += chunk[4]
+        return expired
 
     def _count_out(self, chunks: list[tuple[int, int, int, int, int]]) -> int:
         expired = 0

@@ -128,8 +128,8 @@ def versions(names: list[str]) -> dict[str, str]:
     found = {}
     for name, program, option, package in KNOWN:
         if name in names:
-            server = _version_of([program, option]) + " with " if option else ""
-            found[name] = f"{server}{package} {metadata.version(package)}"
+            client = metadata.version(package)
+            found[name] = f"{_version_of([program, option])} with {package} {client}" if option else client
     if OLD in names:
         found[OLD] = OLD_VERSION
     return found

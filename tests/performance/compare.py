@@ -230,7 +230,7 @@ def main() -> None:
     tables = [table for table in tables if table.figures]
     where = "servers on one core, clients on the other" if options.apart else "wherever the kernel lets them run"
     about = (
-        f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}, {len(cores)} cores, {where}, "
+        f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}, {len(cores)} cores,\n{where}, "
         f"medians of {options.rounds} rounds"
     )
     versions = brokers.versions(names)

@@ -41,6 +41,9 @@ class Dsmq:
     def wait(self, topic: str) -> Any:
         return self.mq.get_wait(topic, timeout=NEVER)
 
+    def close(self) -> None:
+        self.mq.close()
+
 
 class Dsmq14:
     """dsmq 1.4: its put is not acknowledged, and it has no waiting but polling."""
@@ -55,6 +58,9 @@ class Dsmq14:
 
     def get(self, topic: str) -> Any:
         return self.mq.get(topic)
+
+    def close(self) -> None:
+        self.mq.close()
 
 
 class Redis:
@@ -86,6 +92,9 @@ class Redis:
         found: Any = self.redis.xread({topic: self.positions.get(topic, "0-0")}, count=1, block=NEVER * 1000)
         self.positions[topic], fields = next(iter(found.values()))[0][0] if isinstance(found, dict) else found[0][1][0]
         return fields["m"]
+
+    def close(self) -> None:
+        self.redis.close()
 
 
 class Beanstalk:
@@ -128,6 +137,9 @@ class Beanstalk:
         self.client.delete(job)
         return job.body
 
+    def close(self) -> None:
+        self.client.close()
+
 
 class Nats:
     """NATS with JetStream in memory, by nats-py, which is asynchronous."""
@@ -144,8 +156,8 @@ class Nats:
         import nats
         from nats.js.api import StorageType, StreamConfig
 
-        client = await nats.connect(f"nats://127.0.0.1:{port}")
-        self.stream = client.jetstream()
+        self.client = await nats.connect(f"nats://127.0.0.1:{port}")
+        self.stream = self.client.jetstream()
         await self.stream.add_stream(StreamConfig(name="S", subjects=["q.*"], storage=StorageType.MEMORY))
 
     def put(self, topic: str, message: str) -> None:
@@ -168,6 +180,10 @@ class Nats:
             return None
         self.positions[topic] = found.seq
         return found.data.decode()
+
+    def close(self) -> None:
+        self.run(self.client.close())
+        self.loop.close()
 
 
 # How a message is put, and how one behind a position is waited for.

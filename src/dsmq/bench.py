@@ -1,0 +1,76 @@
+"""How long the typical operations take: `dsmq bench` on a running server, and the performance suite of the tests."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
+
+from dsmq.errors import DSMQError
+
+SHORT = "hello world!"
+LONG = "x" * 100_000
+# There is one long message for so many short ones.
+_SHORT_TO_LONG = 20
+
+
+class Client(Protocol):
+    """What is measured."""
+
+    def put(self, topic: str, msg: str, /) -> object:
+        """Put a message."""
+
+    def get(self, topic: str, /) -> object:
+        """Return a message, or something false."""
+
+
+class Figure(NamedTuple):
+    """What an operation took, on average."""
+
+    name: str
+    microseconds: float
+    characters: int
+    """How long the message was."""
+
+    def __str__(self) -> str:
+        line = f"{self.name:<34}{self.microseconds:>12,.1f} µs"
+        if self.characters >= 1000:
+            line += f"{self.microseconds / self.characters * 1000:>12,.2f} µs per 1,000 characters"
+        return line
+
+
+def measure(client: Client, count: int, progress: Callable[[str], None]) -> Iterator[Figure]:
+    """Measure each operation `count` times, those with long messages less often; tell what comes next.
+
+    Uses topics of its own, whose messages stay on the server until they expire. Raises DSMQError where a message does
+    not come back, and what the client raises.
+    """
+    topic = f"dsmq-bench-{secrets.token_hex(4)}"
+    few = max(1, count // _SHORT_TO_LONG)
+
+    def timed(name: str, times: int, call: Callable[[], object], characters: int = 0) -> Figure:
+        progress(name)
+        before = time.perf_counter()
+        for _ in range(times):
+            call()
+        return Figure(name, (time.perf_counter() - before) / times * 1e6, characters)
+
+    def read(suffix: str, expected: str) -> Callable[[], None]:
+        def call() -> None:
+            if (client.get(topic + suffix) or "") != expected:
+                raise DSMQError(
+                    f"what was put into {topic + suffix} did not come back; do messages expire too soon here?"
+                )
+
+        return call
+
+    def write(suffix: str, message: str) -> Callable[[], object]:
+        return lambda: client.put(topic + suffix, message)
+
+    yield timed("first short write", 1, write("-short", SHORT))
+    yield timed(f"short write ({len(SHORT)} characters)", count, write("-short", SHORT), len(SHORT))
+    yield timed(f"long write ({len(LONG):,} characters)", few, write("-long", LONG), len(LONG))
+    yield timed("empty read", count, read("-empty", ""))
+    yield timed("short read", count, read("-short", SHORT), len(SHORT))
+    yield timed("long read", few, read("-long", LONG), len(LONG))
