@@ -103,6 +103,19 @@ def test_get_wait_waits_as_long_as_its_schedule_says(client: MakeClient, monkeyp
     assert 3 * UNIT * 0.99 <= time.monotonic() - before < SOON
 
 
+def test_waiting_uses_no_processor(client: MakeClient) -> None:
+    mq = client()
+    before = time.thread_time()
+    assert mq.get_wait("nothing", timeout=UNIT * 3) == ""
+    assert time.thread_time() - before < UNIT * 3 / 4
+
+
+def test_a_reply_that_took_long_is_not_looked_for_again(client: MakeClient) -> None:
+    mq = client()
+    mq.get_wait("nothing", timeout=UNIT)
+    assert not mq._idle[0]._near
+
+
 def test_get_wait_with_no_time_is_get(client: MakeClient) -> None:
     mq = client()
     assert mq.get_wait("t", timeout=0) == ""

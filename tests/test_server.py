@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SOON, UNIT, Wire, serving, wait_until, wire_to
+from conftest import SOON, UNIT, Wire, daemon, serving, wait_until, wire_to
 from dsmq import commands, config
 from dsmq.client import connect
 from dsmq.errors import CannotStart, Full, ServerFailed, StoreFailed
@@ -622,6 +622,38 @@ def test_a_message_that_cannot_be_stored_fails_alone() -> None:
         assert wire.error("PUT", "t", "defect") == "STORE"
         assert wire.call("PUT", "t", "4") == 4
         assert server.counters().failures == 1
+
+
+@pytest.mark.parametrize("error", [Full("no room"), ZeroDivisionError()])
+def test_what_can_not_be_written_for_now_costs_no_connection(
+    server: Server, wire: Wire, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    tried = threading.Event()
+
+    def fail() -> None:
+        tried.set()
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server._store, "flush", fail)
+        assert wire.call("PUT", "t", "1") == 1
+        assert tried.wait(SOON)
+        assert wire.call("GET", "t") == b"1"
+    assert wire.call("PUT", "t", "2") == 2
+
+
+def test_an_idle_server_uses_no_processor() -> None:
+    with daemon() as server, connect(port=server.port) as mq:
+        mq.put("t", "hello")
+        stat = Path(f"/proc/{server.process.pid}/stat")
+
+        def ticks() -> int:
+            """Hundredths of a second of processor time."""
+            return sum(map(int, stat.read_text().rpartition(")")[2].split()[11:13]))
+
+        before = ticks()
+        assert mq.get_wait("nothing", timeout=UNIT * 4) == ""
+        assert ticks() - before < UNIT * 4 * 100 / 4
 
 
 def test_accepting_pauses_without_file_descriptors_and_goes_on(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

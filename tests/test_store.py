@@ -170,10 +170,11 @@ def test_a_reader_who_is_caught_up_costs_no_statement(store: SQLiteStore) -> Non
 
 
 def test_a_reader_with_a_backlog_costs_one_statement(store: SQLiteStore) -> None:
-    put(store, b"t", *[b"x"] * 500)
+    put(store, b"t", *[b"x"] * store_module.TAIL_MESSAGES)
+    store.flush()
     put(store, b"t", b"and one in the tail")
     statements = watch(store)
-    assert len(read(store, b"t")) == 501
+    assert len(read(store, b"t")) == store_module.TAIL_MESSAGES + 1
     assert len(statements) == 1
 
 
@@ -204,6 +205,29 @@ def test_long_tails_are_written_together_by_topic_and_millisecond(
     assert bodies(read(store, b"a", 2)) == [b"a3", b"a4", b"a5"]
     assert bodies(read(store, b"b", 3)) == [b"b2"]
     assert bodies(store.latest(b"b", 0)) == [b"b2"]
+
+
+@pytest.mark.parametrize("size", [1, 1000, 100_000])
+def test_flush_writes_tails_that_are_long(store: SQLiteStore, size: int) -> None:
+    for number in range(1, 40):
+        put(store, b"t", b"x" * size)
+        long = number >= store_module.TAIL_MESSAGES or number * size >= store_module.TAIL_BYTES
+        statements = watch(store)
+        store.flush()
+        assert bool(statements) == long
+        if long:
+            assert len(read(store, b"t")) == number
+            return
+
+
+def test_flush_without_room_raises_and_keeps_what_was_put(store: SQLiteStore) -> None:
+    put(store, b"t", b"x")
+    stop_growing(store)
+    put(store, b"t", BIG)
+    before = everything(store)
+    with pytest.raises(Full):
+        store.flush()
+    assert everything(store) == before
 
 
 PLANS = {
@@ -674,6 +698,7 @@ class StoreAndModel(RuleBasedStateMachine):
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(store_module, "EXPIRY_SLICE", 3)
         self.patch.setattr(store_module, "MAX_TAIL_MESSAGES", 7)
+        self.patch.setattr(store_module, "TAIL_MESSAGES", 3)
         self.patch.setattr(store_module, "MAX_EMPTY_TOPICS", Model.empty_topics)
         self.model = Model()
         self.store = SQLiteStore(MAX_AGE, lambda: self.model.now)
@@ -710,6 +735,10 @@ class StoreAndModel(RuleBasedStateMachine):
     @rule(milliseconds=st.sampled_from([1, MAX_AGE // 2, MAX_AGE, MAX_AGE + 1]))
     def wait(self, milliseconds: int) -> None:
         self.model.now += milliseconds
+
+    @rule()
+    def flush(self) -> None:
+        self.store.flush()
 
     @rule()
     def expire(self) -> None:

@@ -112,19 +112,19 @@ def find(name: bytes) -> Command:
 
 
 def _put(client: Client, request: list[bytes]) -> None:
-    topic = _topic(client, request[1])
+    body = request[2]
     most = client.services.settings.max_message_bytes
-    if len(request[2]) > most:
+    if len(body) > most:
         # The parser stops longer ones before they have arrived, but looks at no length below 1,024.
-        raise TooBig(f"a message has at most {most} bytes, not {len(request[2])}")
-    if len(request) == 3:
-        client.put((topic, request[2], None))
-        return
-    options = _options(request[3:], {b"KEY": 2})
-    producer, seq = options[b"KEY"]
+        raise TooBig(f"a message has at most {most} bytes, not {len(body)}")
+    client.put((_topic(client, request[1]), body, _key(request[3:]) if len(request) > 3 else None))
+
+
+def _key(words: list[bytes]) -> tuple[bytes, int]:
+    producer, seq = _options(words, {b"KEY": 2})[b"KEY"]
     if not 0 < len(producer) <= MAX_NAME_BYTES:
         raise BadRequest(f"a producer has 1 to {MAX_NAME_BYTES} bytes")
-    client.put((topic, request[2], (producer, _integer(seq, "seq"))))
+    return producer, _integer(seq, "seq")
 
 
 def _read(client: Client, request: list[bytes]) -> bytes | None:

@@ -14,7 +14,7 @@ from selectors import EVENT_READ, EVENT_WRITE
 from typing import Protocol
 
 from dsmq import commands
-from dsmq.commands import Fetch, Services
+from dsmq.commands import COMMANDS, PUT, Fetch, Services
 from dsmq.errors import Closing, InternalError, ReplyError, TimedOut
 from dsmq.metrics import Counters
 from dsmq.protocol import RequestParser, encode_error
@@ -207,8 +207,8 @@ class Connection:
         return bool(requests)
 
     def _execute(self, request: list[bytes]) -> None:
-        command = commands.COMMANDS.get(request[0]) or commands.find(request[0])
-        if self._deferred and command is not commands.PUT and not self._settled():
+        command = COMMANDS.get(request[0]) or commands.find(request[0])
+        if self._deferred and command is not PUT and not self._settled():
             self._requests.appendleft(request)
             return
         if not command.least < len(request) <= command.most + 1:
@@ -287,7 +287,9 @@ class Connection:
     def stored(self, message_id: int) -> None:
         """Reply to a put."""
         self._deferred -= 1
-        self._send(b":%d\r\n" % message_id)
+        if not self._out:
+            self._loop.flush_soon(self)
+        self._out += b":%d\r\n" % message_id
 
     def not_stored(self, error: ReplyError) -> None:
         """Reply to a put that failed."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import selectors
 import socket
 import time
@@ -12,7 +11,8 @@ from selectors import EVENT_READ, EVENT_WRITE
 
 from dsmq import session as wire
 from dsmq.errors import ReplyError
-from dsmq.protocol import Reply, ReplyParser, expect_long_messages
+from dsmq.protocol import Reply, ReplyParser
+from dsmq.system import expect_long_messages, yield_processor
 
 # More would be slower: an object of 128 KiB gets memory of its own from the system, and gives it back each time.
 _RECEIVE_BYTES = 65_536
@@ -20,7 +20,7 @@ _LONGEST_TIMEOUT = 1e8
 # What a selector can be told to wait at once, and more.
 _LONGEST_WAIT_SECONDS = 86_400.0
 # How long a reply is looked for before the client goes to sleep.
-BUSY_POLL_SECONDS = 100e-6
+BUSY_POLL_SECONDS = 150e-6
 
 _expect_long_messages = functools.cache(expect_long_messages)
 _Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
@@ -86,13 +86,13 @@ class Link:
             except BlockingIOError:
                 now = time.monotonic()
             else:
-                self._near = now - began < BUSY_POLL_SECONDS
+                self._near = now - began < 2 * BUSY_POLL_SECONDS
                 if len(data) == _RECEIVE_BYTES:
                     _expect_long_messages()
                 return data
             if self._near and now - began < BUSY_POLL_SECONDS:
                 # Where the server waits for this processor, it gets it.
-                os.sched_yield()
+                yield_processor()
             else:
                 self._wait(EVENT_READ)
                 now = time.monotonic()

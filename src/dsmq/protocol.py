@@ -394,12 +394,3 @@ def encode_messages(messages: Iterable[tuple[int, int, int, bytes]]) -> bytes:
         parts += (b":%d\r\n:%d\r\n:%d\r\n$%d\r\n" % (message_id, number, age, len(body)), body, _CRLF)
     parts[0] = b"*%d\r\n" % (len(parts) // 3 * 4)
     return b"".join(parts)
-
-
-def expect_long_messages() -> None:
-    """Have the C library keep freed memory for the next long message, in place of fetching it anew each time.
-
-    glibc's malloc learns from what it is given back: from then on it keeps up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD).
-    Fresh memory costs a page fault for every 4 KiB.
-    """
-    bytes(16 << 20)

@@ -32,8 +32,9 @@ from dsmq.errors import Busy, CannotStart, DSMQError, ServerFailed
 from dsmq.expiry import Expiry
 from dsmq.listening import Listener
 from dsmq.metrics import Counters
-from dsmq.protocol import encode_error, expect_long_messages
+from dsmq.protocol import encode_error
 from dsmq.store import SQLiteStore, Store, Totals
+from dsmq.system import expect_long_messages
 from dsmq.worker import Worker
 
 # File descriptors left for other things than connections.

@@ -33,9 +33,9 @@ MAX_PUTS_OF_PRODUCER = 1_000
 # Chunks, and bytes of messages, deleted while the lock is held once: less than 0.1 ms of work.
 EXPIRY_SLICE = 100
 EXPIRY_SLICE_BYTES = 131_072
-# How long the tails may get, together, before they are written.
-MAX_TAIL_MESSAGES = 128
-MAX_TAIL_BYTES = 65_536
+# How long the tails get, together, before they are written: where there is nothing else to do, and at most.
+TAIL_MESSAGES, MAX_TAIL_MESSAGES = 32, 512
+TAIL_BYTES, MAX_TAIL_BYTES = 32_768, 262_144
 # A longer message has a chunk of its own, so that to read one is not to read several.
 MAX_SHARED_BYTES = 4096
 
@@ -113,7 +113,7 @@ class Store(Protocol):
         """Store all or nothing and return their ids, increasing. Raises Full or StoreFailed."""
 
     def flush(self) -> None:
-        """Write what was put off, if it is much: the replies have been sent. Raises as `append` would the next time."""
+        """Do what was put off, if it is much: nobody waits. Raises what `append` would when it has to be done."""
 
     def read(self, topic: bytes, after: int, count: int, max_bytes: int) -> Answer[list[Message]]:
         """Return the messages with ids above `after`, oldest first, none of them expired."""
@@ -206,7 +206,7 @@ class SQLiteStore:
     def append(self, puts: Sequence[Put]) -> list[int]:
         with self._guard:
             # Whatever can fail is done before a message is taken.
-            if self._tails_are_long():
+            if self._tail_messages >= MAX_TAIL_MESSAGES or self._tail_bytes >= MAX_TAIL_BYTES:
                 self._write_tails()
             if names := {put[0] for put in puts}.difference(self._topics):
                 self._create(names.intersection(self._needed(puts)))
@@ -269,12 +269,9 @@ class SQLiteStore:
         return None
 
     def flush(self) -> None:
-        if self._tails_are_long():
+        if self._tail_messages >= TAIL_MESSAGES or self._tail_bytes >= TAIL_BYTES:
             with self._guard:
                 self._write_tails()
-
-    def _tails_are_long(self) -> bool:
-        return self._tail_messages >= MAX_TAIL_MESSAGES or self._tail_bytes >= MAX_TAIL_BYTES
 
     def _write_tails(self) -> None:
         chunks = [

@@ -10,7 +10,6 @@ import heapq
 import itertools
 import logging
 import math
-import os
 import selectors
 import socket
 import threading
@@ -27,6 +26,7 @@ from dsmq.errors import ReplyError, StoreFailed
 from dsmq.listening import Listener
 from dsmq.metrics import Counters
 from dsmq.store import Answer, Put
+from dsmq.system import yield_processor
 
 # Put within one turn before they are stored, so that a turn's messages need not all fit in memory twice.
 MAX_BATCH = 1_000
@@ -165,11 +165,6 @@ class Worker:
                 connection.flush()
             except Exception:  # noqa: BLE001
                 connection.on_failure()
-        try:
-            self.services.store.flush()
-        except ReplyError as error:
-            # The next put tells.
-            _logger.debug("nothing written: %s", error)
 
     def _wait(self) -> list[tuple[selectors.SelectorKey, int]]:
         """Return the sockets that are ready, when there are some.
@@ -182,9 +177,21 @@ class Worker:
         while time.monotonic() < self._awake_until:
             if ready := self._selector.select(0):
                 return ready
+            self._flush_store()
             # Where a client waits for this processor, it gets it.
-            os.sched_yield()
+            yield_processor()
+        self._flush_store()
         return self._selector.select(self._timeout())
+
+    def _flush_store(self) -> None:
+        try:
+            self.services.store.flush()
+        except ReplyError as error:
+            # The put that needs it will fail, and tell its client.
+            _logger.debug("nothing written: %s", error)
+        except Exception:
+            _logger.exception("writing failed by a defect")
+            self.counters.failures += 1
 
     def _run_posted(self) -> None:
         while self._posted:
