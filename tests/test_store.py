@@ -503,6 +503,16 @@ def test_a_put_done_before_makes_no_topic(store: SQLiteStore) -> None:
     assert list(store._topics) == [b"t"]
 
 
+def test_a_put_is_remembered_while_its_batch_makes_others_forgotten(
+    store: SQLiteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "MAX_PUTS_OF_PRODUCER", 1)
+    store.append([a_put(b"t", b"1", (b"me", 1))])
+    # The second put makes the first forgotten, but not before the third is known to be the first again.
+    assert store.append([a_put(b"t", b"2", (b"me", 2)), a_put(b"new", b"1", (b"me", 1))]) == [2, 1]
+    assert store.append([a_put(b"new", b"1", (b"me", 1))]) == [3]
+
+
 def test_an_interrupt_within_a_transaction_stores_nothing_and_passes_through(
     store: SQLiteStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -231,6 +231,8 @@ class SQLiteStore:
             topic.last_id = last_id
             size += len(body)
             ids.append(last_id)
+        if producers := {put[2][0] for put in puts if put[2] is not None}:
+            self._forget_puts(producers)
         self._stored += last_id - self._last_id
         self._tail_messages += last_id - self._last_id
         self._tail_bytes += size
@@ -256,17 +258,18 @@ class SQLiteStore:
 
     def _remember(self, key: tuple[bytes, int], message_id: int) -> int | None:
         """Note the id of a put; or return that of the same put before."""
-        producer, seq = key
-        puts = self._producers.setdefault(producer, {})
-        self._producers.move_to_end(producer)
-        if seq in puts:
-            return puts[seq]
-        puts[seq] = message_id
-        if len(puts) > MAX_PUTS_OF_PRODUCER:
-            del puts[next(iter(puts))]
-        if len(self._producers) > MAX_PRODUCERS:
+        first_id = self._producers.setdefault(key[0], {}).setdefault(key[1], message_id)
+        return None if first_id == message_id else first_id
+
+    def _forget_puts(self, producers: set[bytes]) -> None:
+        """Forget the oldest puts where there are too many: behind a batch, so that all of it is judged alike."""
+        for producer in producers:
+            self._producers.move_to_end(producer)
+            puts = self._producers[producer]
+            while len(puts) > MAX_PUTS_OF_PRODUCER:
+                del puts[next(iter(puts))]
+        while len(self._producers) > MAX_PRODUCERS:
             self._producers.popitem(last=False)
-        return None
 
     def flush(self) -> None:
         if self._tail_messages >= TAIL_MESSAGES or self._tail_bytes >= TAIL_BYTES:
@@ -316,10 +319,10 @@ class SQLiteStore:
         with self._guard:
             now = self._clock()
             held = known.tail or self._chunk(_LATEST, known)
-        if not held or now - held[-1][2] > self.max_age_ms:
-            return []
-        message_id, number, put_at, body = held[-1]
-        return [Message(message_id, number, now - put_at, body)]
+            if not held or now - held[-1][2] > self.max_age_ms:
+                return []
+            message_id, number, put_at, body = held[-1]
+            return [Message(message_id, number, now - put_at, body)]
 
     def _chunk(self, statement: str, topic: _Topic) -> list[_Stored]:
         chunk = self._database.execute(statement, (topic.row,)).fetchone()
