@@ -21,7 +21,9 @@ from dsmq.protocol import RequestParser, encode_error
 from dsmq.store import Answer, Message, Put, T
 
 # What one connection may bring in one turn of the loop: so a greedy one lets the others have their turn.
-RECEIVE_BYTES = 65_536
+RECEIVE_BYTES = 131_072
+# Of a client that waits, so much is held that it has sent already.
+MAX_HELD_BYTES = 65_536
 # How long a client may take to read the last reply and hang up, when the server closes.
 LINGER_SECONDS = 1.0
 LINGER_SECONDS_AT_STOP = 0.05
@@ -497,6 +499,6 @@ class Connection:
 
     def _wanted(self) -> int:
         # A connection that waits is read from as well, to notice when the client goes.
-        full = self._behind or (self._parked and len(self._parser) >= RECEIVE_BYTES)
+        full = self._behind or (self._parked and len(self._parser) >= MAX_HELD_BYTES)
         reading = 0 if full or self._ended else EVENT_READ
         return reading | (EVENT_WRITE if self._unread_since != math.inf else 0)

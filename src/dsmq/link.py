@@ -14,8 +14,9 @@ from dsmq.errors import ReplyError
 from dsmq.protocol import Reply, ReplyParser
 from dsmq.system import expect_long_messages, yield_processor
 
-# More would be slower: an object of 128 KiB gets memory of its own from the system, and gives it back each time.
-_RECEIVE_BYTES = 65_536
+# Where replies are long, more is received at once; at first it would be slower, for the system gives memory of its own
+# to an object of 128 KiB, and takes it back, each time.
+_RECEIVE_BYTES, _RECEIVE_MORE_BYTES = 65_536, 262_144
 _LONGEST_TIMEOUT = 1e8
 # What a selector can be told to wait at once, and more.
 _LONGEST_WAIT_SECONDS = 86_400.0
@@ -34,6 +35,7 @@ class Link:
         self._timeout, self._deadline = timeout, math.inf
         # Whether the server is so near that its reply is worth looking for without going to sleep.
         self._near = True
+        self._receive_bytes = _RECEIVE_BYTES
         self._socket = _open(host, port, timeout)
         self._socket.setblocking(False)
         self._selector = _Selector()
@@ -82,13 +84,14 @@ class Link:
         began = now = time.monotonic()
         while True:
             try:
-                data = self._socket.recv(_RECEIVE_BYTES)
+                data = self._socket.recv(self._receive_bytes)
             except BlockingIOError:
                 now = time.monotonic()
             else:
                 self._near = now - began < 2 * BUSY_POLL_SECONDS
                 if len(data) == _RECEIVE_BYTES:
                     _expect_long_messages()
+                    self._receive_bytes = _RECEIVE_MORE_BYTES
                 return data
             if self._near and now - began < BUSY_POLL_SECONDS:
                 # Where the server waits for this processor, it gets it.
