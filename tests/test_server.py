@@ -597,6 +597,50 @@ def test_a_store_that_answers_later_parks_the_connection() -> None:
         assert [waiter.receive(), waiter.receive()] == [b"0", b"1"]
 
 
+class SlowStore(SQLiteStore):
+    """Answers reads when the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__(600_000)
+        self.reads: list[Future[list[Message]]] = []
+
+    def read(self, topic: bytes, after: int, count: int, max_bytes: int) -> Future[list[Message]]:  # type: ignore[override]
+        self.reads.append(Future())
+        return self.reads[-1]
+
+
+def test_an_answer_that_comes_after_the_wait_is_no_second_reply() -> None:
+    store = SlowStore()
+    with Server(config.load(kind=config.EmbeddedSettings, port=0), store) as server, wire_to(server) as wire:  # type: ignore[arg-type]
+        for late in (StoreFailed("late"), [Message(1, 1, 0, b"late")]):
+            assert wire.call("GETWAIT", "t", round(UNIT * 1000)) is None
+            if isinstance(late, list):
+                store.reads[-1].set_result(late)
+            else:
+                store.reads[-1].set_exception(late)
+            assert [wire.call("ECHO", "1"), wire.call("ECHO", "2")] == [b"1", b"2"]
+
+
+def test_whatever_a_later_answer_fails_with_is_told() -> None:
+    store = SlowStore()
+    with Server(config.load(kind=config.EmbeddedSettings, port=0), store) as server, wire_to(server) as wire:  # type: ignore[arg-type]
+        wire.send(encode_request(b"GET", b"t") + encode_request(b"PING"))
+        wait_until(lambda: bool(store.reads))
+        store.reads[0].set_exception(OSError("the disk is gone"))
+        assert str(wire.receive()) == "the disk is gone"
+        assert wire.receive() == "PONG"
+
+
+def test_a_bad_line_behind_a_put_that_is_stored_later_is_refused() -> None:
+    settings = config.load(kind=config.EmbeddedSettings, port=0)
+    with Server(settings, LaterStore()) as server, wire_to(server) as wire:  # type: ignore[arg-type]
+        wire.send(encode_request(b"PUT", b"t", b"x") + b"GET / HTTP/1.1\r\nPUT t evil\r\n")
+        assert wire.receive() == 1
+        assert wire.receive().code == "PROTOCOL"  # type: ignore[union-attr]
+        assert wire.ended()
+        assert server.totals().messages == 1
+
+
 class FailingStore(SQLiteStore):
     """Has no room for messages that say so."""
 

@@ -220,6 +220,24 @@ def test_flush_writes_tails_that_are_long(store: SQLiteStore, size: int) -> None
             return
 
 
+@pytest.mark.parametrize(("size", "messages"), [(1, 128), (100, 128), (200, 81), (4096, 4), (9000, 1), (20_000, 1)])
+def test_no_chunk_is_long(store: SQLiteStore, size: int, messages: int) -> None:
+    put(store, b"t", *[b"x" * size] * 300)
+    store._write_tails()
+    held = store._database.execute("SELECT length(ids_and_sizes) / 16, length(bodies) FROM chunks").fetchall()
+    assert held[0] == (messages, messages * size)
+    assert sum(count for count, _ in held) == 300
+    assert [message.id for message in store.read(b"t", 0, 1000, 10**8)] == list(range(1, 301))
+
+
+def test_stats_reads_no_bodies(store: SQLiteStore) -> None:
+    put(store, b"t", BIG)
+    store.flush()
+    statements = watch(store)
+    assert store.stats(b"t").first_id == 1
+    assert [statement for statement in statements if "bodies" in statement] == []
+
+
 def test_flush_without_room_raises_and_keeps_what_was_put(store: SQLiteStore) -> None:
     put(store, b"t", b"x")
     stop_growing(store)
@@ -278,9 +296,11 @@ def test_what_is_too_old_counts_as_held_until_it_is_deleted(store: SQLiteStore, 
 
 def test_expire_deletes_in_slices(store: SQLiteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_module, "EXPIRY_SLICE", 2)
+    monkeypatch.setattr(store_module, "TAIL_MESSAGES", 1)
     for number in range(5):
         put(store, b"t", b"%d" % number, b"of the same millisecond")
         clock.now += 1
+    store.flush()
     clock.now += MAX_AGE
     put(store, b"t", b"6")
     assert [store.expire() for _ in range(4)] == [4, 4, 2, 0]
@@ -405,8 +425,9 @@ def test_of_too_many_empty_topics_the_one_put_to_longest_ago_is_forgotten(
     assert [store.stats(topic).last_number for topic in (b"a", b"b", b"c", b"held")] == [2, 0, 1, 1]
     assert put(store, b"b", b"x") == [6]
     assert read(store, b"b") == [Message(6, 1, 0, b"x")]
-    assert len(store._topics) == len(store._by_row) == 4
-    assert store._database.execute("SELECT count(*) FROM topics").fetchone() == (4,)
+    assert list(store._topics) == [row.name for row in store._by_row.values()] == [b"held", b"b"]
+    assert list(store._empty) == [b"c", b"a"]
+    assert store._database.execute("SELECT name FROM topics ORDER BY name").fetchall() == [(b"b",), (b"held",)]
 
 
 def test_topics_that_hold_messages_are_never_forgotten(
@@ -439,7 +460,7 @@ def stop_growing(store: SQLiteStore) -> None:
 
 
 @pytest.mark.parametrize("puts", PUTS.values(), ids=PUTS)
-def test_a_put_without_room_stores_nothing(store: SQLiteStore, puts: list[Put]) -> None:
+def test_a_put_without_room_stores_nothing(store: SQLiteStore, clock: Clock, puts: list[Put]) -> None:
     put(store, b"t", b"x")
     stop_growing(store)
     # The tail takes it; then it has to be written first.
@@ -450,13 +471,51 @@ def test_a_put_without_room_stores_nothing(store: SQLiteStore, puts: list[Put]) 
             store.append(puts)
         assert everything(store) == before
     store._database.execute("PRAGMA max_page_count = 1000000")
+    clock.now += store_module.RETRY_MS
     assert store.append(puts) == list(range(3, len(puts) + 3))
     assert [message.number for message in read(store, b"new")] in ([], [1])
     assert bodies(read(store, b"t", 2)) in ([], [b"y"], [b"y", b"z"])
     assert bodies(store.read(b"t", 0, 2, 2_000_000)) == [b"x", BIG]
 
 
-@pytest.mark.parametrize("step", ["_create", "_write_tails"])
+def test_while_there_is_no_room_a_put_fails_without_trying(store: SQLiteStore, clock: Clock) -> None:
+    put(store, b"t", BIG)
+    stop_growing(store)
+    with pytest.raises(Full):
+        put(store, b"t", b"x")
+    statements = watch(store)
+    for use in (lambda: put(store, b"t", b"x"), lambda: put(store, b"new", b"x"), store.flush):
+        with pytest.raises(Full):
+            use()
+    assert statements == []
+    clock.now += store_module.RETRY_MS
+    with pytest.raises(Full):
+        put(store, b"t", b"x")
+    assert statements
+
+
+def test_a_put_sent_again_is_known_where_there_is_no_room(store: SQLiteStore) -> None:
+    keyed = a_put(b"t", BIG, (b"me", 1))
+    assert store.append([keyed]) == [1]
+    stop_growing(store)
+    with pytest.raises(Full):
+        store.append([keyed, a_put(b"t", b"x")])
+    assert store.append([keyed, keyed]) == [1, 1]
+
+
+def test_what_expires_unwritten_needs_no_room(store: SQLiteStore, clock: Clock) -> None:
+    put(store, b"t", BIG)
+    stop_growing(store)
+    with pytest.raises(Full):
+        put(store, b"t", b"x")
+    clock.now += MAX_AGE + 1
+    assert store.expire() == 1
+    assert store.totals() == Totals(0, 0, 0, 1, 1)
+    assert put(store, b"t", b"x") == [2]
+    assert read(store, b"t") == [Message(2, 2, 0, b"x")]
+
+
+@pytest.mark.parametrize("step", ["_begin", "_write_tails"])
 def test_out_of_memory_is_full(store: SQLiteStore, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     def fail(*_: object) -> None:
         raise MemoryError
@@ -484,7 +543,9 @@ def test_expiry_makes_room_again(store: SQLiteStore, clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("statement", ["_INSERT", "_INSERT_TOPIC"])
-def test_a_put_that_fails_stores_nothing(store: SQLiteStore, monkeypatch: pytest.MonkeyPatch, statement: str) -> None:
+def test_a_put_that_fails_stores_nothing(
+    store: SQLiteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch, statement: str
+) -> None:
     put(store, b"t", BIG)
     before = everything(store)
     puts = [a_put(b"t", b"1", (b"me", 1)), a_put(b"new", b"2", (b"me", 2))]
@@ -493,6 +554,7 @@ def test_a_put_that_fails_stores_nothing(store: SQLiteStore, monkeypatch: pytest
         with pytest.raises(StoreFailed):
             store.append(puts)
     assert everything(store) == before
+    clock.now += store_module.RETRY_MS
     assert store.append(puts) == [2, 3]
 
 
@@ -734,12 +796,14 @@ class StoreAndModel(RuleBasedStateMachine):
             for statement in ("_INSERT", "_INSERT_TOPIC"):
                 patch.setattr(store_module, statement, "INSERT INTO nowhere VALUES (?)")
             self.append_or_raise(StoreFailed, puts)
+        self.store._failure = None
 
     @rule(puts=puts, topic=topics)
     def overflow(self, puts: list[Put], topic: bytes) -> None:
         stop_growing(self.store)
         self.append_or_raise(Full, [*puts, a_put(topic, BIG)])
         self.append_or_raise(Full, [a_put(topic, BIG)])
+        self.store._failure = None
         self.store._database.execute("PRAGMA max_page_count = 1000000")
 
     @rule(milliseconds=st.sampled_from([1, MAX_AGE // 2, MAX_AGE, MAX_AGE + 1]))

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from dsmq import commands
 from dsmq.commands import COMMANDS, PUT, Fetch, Services
-from dsmq.errors import Closing, InternalError, ReplyError, TimedOut
+from dsmq.errors import Closing, InternalError, ReplyError, StoreFailed, TimedOut
 from dsmq.metrics import Counters
 from dsmq.protocol import RequestParser, encode_error
 from dsmq.store import Answer, Message, Put, T
@@ -321,11 +321,12 @@ class Connection:
         answer.add_done_callback(lambda done: self._loop.post(partial(self._answered, done, encode)))
         return None
 
-    def _answered(self, answer: Future[T], encode: Callable[[T], bytes | None]) -> None:
-        if self.closed:
+    def _answered(self, answer: Future[T], encode: Callable[[T], bytes | None], wait: _Wait | None = None) -> None:
+        if self.closed or self._wait is not wait:
+            # With a store that answers later, the wait may have ended by an earlier answer, or its time.
             return
         try:
-            reply = encode(answer.result())
+            reply = encode(_result(answer))
         except ReplyError as error:
             self._stop_waiting()
             self._fail(error)
@@ -352,14 +353,13 @@ class Connection:
         messages = wait.fetch()
         if isinstance(messages, Future):
             messages.add_done_callback(
-                lambda done: self._loop.post(partial(self._answered, done, partial(self._found, wait)))
+                lambda done: self._loop.post(partial(self._answered, done, partial(self._found, wait), wait))
             )
             return None
         return self._found(wait, messages)
 
     def _found(self, wait: _Wait, messages: list[Message]) -> bytes | None:
-        # With a store that answers later, the wait may have ended by an earlier answer.
-        if not messages or self._wait is not wait:
+        if not messages:
             return None
         self._stop_waiting()
         return wait.encode(messages)
@@ -502,3 +502,13 @@ class Connection:
         full = self._behind or (self._parked and len(self._parser) >= MAX_HELD_BYTES)
         reading = 0 if full or self._ended else EVENT_READ
         return reading | (EVENT_WRITE if self._unread_since != math.inf else 0)
+
+
+def _result(answer: Future[T]) -> T:
+    """Return what a store has answered. Raises a ReplyError, whatever went wrong."""
+    try:
+        return answer.result()
+    except ReplyError:
+        raise
+    except Exception as error:
+        raise StoreFailed(str(error)) from error

@@ -130,10 +130,22 @@ class RequestParser(_Input):
         requests: list[list[bytes]] = []
         if self._missing or self._at == len(self._data):
             return requests
-        self._split(requests)
-        if not requests and (request := self.next()) is not None:
-            requests.append(request)
+        if self._data[self._at] == _ARRAY:
+            self._split(requests)
+        if not requests:
+            self._one_by_one(requests)
         return requests
+
+    def _one_by_one(self, requests: list[list[bytes]]) -> None:
+        """Append the requests that stand where splitting is in vain, so that it is not tried for each of them."""
+        end = self._at + _MAX_SPLIT_BYTES
+        try:
+            while self._at < end and (request := self.next()) is not None:
+                requests.append(request)
+        except ReplyError:
+            # What stands before the error comes first; then it is found again.
+            if not requests:
+                raise
 
     def _split(self, requests: list[list[bytes]]) -> None:
         """Append the short requests that stand in front: those whose parts the line ends alone tell apart.
@@ -183,13 +195,15 @@ class RequestParser(_Input):
             raise ProtocolError(f"control character {_shown(control[0])} in a line")
         if end < 0:
             return self._await_line(stop - start)
-        self._at, self._searched = end + 1, 0
         line = data[start:end]
         try:
             line.decode()
         except UnicodeDecodeError:
             raise ProtocolError("a line is not UTF-8") from None
-        return split_line(line) or self.next()
+        words = split_line(line)
+        # Only now: an error is found again, whenever it is asked for.
+        self._at, self._searched = end + 1, 0
+        return words or self.next()
 
     def _await_line(self, size: int) -> list[bytes] | None:
         if size >= MAX_LINE_BYTES:

@@ -20,7 +20,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from itertools import groupby, islice
+from operator import attrgetter, itemgetter
 from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
 from dsmq.errors import Full, StoreFailed
@@ -36,8 +36,10 @@ EXPIRY_SLICE_BYTES = 131_072
 # How long the tails get, together, before they are written: where there is nothing else to do, and at most.
 TAIL_MESSAGES, MAX_TAIL_MESSAGES = 32, 512
 TAIL_BYTES, MAX_TAIL_BYTES = 32_768, 262_144
-# A longer message has a chunk of its own, so that to read one is not to read several.
-MAX_SHARED_BYTES = 4096
+# No chunk is longer but one of a single message: to read one message is to read a chunk.
+CHUNK_MESSAGES, CHUNK_BYTES = 128, 16_384
+# After the tails could not be written, it is not tried again for so long, unless something expires.
+RETRY_MS = 100
 
 _SCHEMA = """
 CREATE TABLE topics (id INTEGER PRIMARY KEY, name BLOB NOT NULL UNIQUE) STRICT;
@@ -54,15 +56,16 @@ CREATE INDEX chunks_by_topic ON chunks (topic);
 _INSERT = "INSERT INTO chunks (last_id, topic, put_at, last_number, ids_and_sizes, bodies) VALUES (?, ?, ?, ?, ?, ?)"
 _INSERT_TOPIC = "INSERT INTO topics (id, name) VALUES (?, ?)"
 _DELETE_TOPIC = "DELETE FROM topics WHERE id = ?"
-_CHUNK = "SELECT put_at, last_number, ids_and_sizes, bodies FROM chunks"
-_READ = _CHUNK + " WHERE topic = ? AND last_id > ? AND put_at >= ? ORDER BY last_id"
-_LATEST = _CHUNK + " WHERE topic = ? ORDER BY last_id DESC LIMIT 1"
-_OLDEST = _CHUNK + " WHERE topic = ? ORDER BY last_id LIMIT 1"
+_READ = """SELECT put_at, last_number, ids_and_sizes, bodies FROM chunks
+    WHERE topic = ? AND last_id > ? AND put_at >= ? ORDER BY last_id"""
+_LATEST = """SELECT put_at, last_number, ids_and_sizes, bodies FROM chunks
+    WHERE topic = ? ORDER BY last_id DESC LIMIT 1"""
+_OLDEST = "SELECT put_at, ids_and_sizes FROM chunks WHERE topic = ? ORDER BY last_id LIMIT 1"
 # A pair of 64-bit integers, an id and a size, is 16 bytes.
 _EXPIRY = """SELECT last_id, topic, put_at, length(ids_and_sizes) / 16, length(bodies)
     FROM chunks ORDER BY last_id LIMIT ?"""
 _DELETE = "DELETE FROM chunks WHERE last_id <= ?"
-_TOPICS = "SELECT id FROM topics WHERE name > ? ORDER BY name"
+_TOPICS = "SELECT id FROM topics WHERE name > ? ORDER BY name LIMIT ?"
 
 T = TypeVar("T")
 Answer: TypeAlias = T | Future[T]
@@ -180,13 +183,15 @@ class SQLiteStore:
         self._database.executescript(_SCHEMA)
         self._last_id = 0
         self._last_row = 0
+        # Those that hold messages, as the table does; and the others, in the order in which they were put to last.
         self._topics: dict[bytes, _Topic] = {}
         self._by_row: dict[int, _Topic] = {}
-        # In the order in which they were put to last: messages, and with them topics, expire in that order.
-        self._empty: dict[bytes, None] = {}
-        # Those that have a tail, the one with the oldest message first.
+        self._empty: dict[bytes, _Topic] = {}
+        # Those that have a tail.
         self._unwritten: list[_Topic] = []
         self._tail_messages = self._tail_bytes = 0
+        self._failure: BaseException | None = None
+        self._retry_at = 0
         self._producers: OrderedDict[bytes, dict[int, int]] = OrderedDict()
         self._stored = self._bytes = self._expired = 0
 
@@ -207,10 +212,14 @@ class SQLiteStore:
         with self._guard:
             # Whatever can fail is done before a message is taken.
             if self._tail_messages >= MAX_TAIL_MESSAGES or self._tail_bytes >= MAX_TAIL_BYTES:
-                self._write_tails()
+                self._make_room(puts)
             if names := {put[0] for put in puts}.difference(self._topics):
-                self._create(names.intersection(self._needed(puts)))
+                self._begin(names.intersection(self._needed(puts)))
             return self._add(puts, self._clock())
+
+    def _make_room(self, puts: Sequence[Put]) -> None:
+        if any(self._needed(puts)):
+            self._write_tails()
 
     def _add(self, puts: Sequence[Put], now: int) -> list[int]:
         ids = []
@@ -222,8 +231,6 @@ class SQLiteStore:
             topic = topics[name]
             if not topic.tail:
                 self._unwritten.append(topic)
-                if not topic.messages:
-                    self._empty.pop(name, None)
             last_id += 1
             topic.last_number += 1
             topic.tail.append((last_id, topic.last_number, now, body))
@@ -248,12 +255,14 @@ class SQLiteStore:
                 keys.add(key)
                 yield name
 
-    def _create(self, names: set[bytes]) -> None:
-        topics = [_Topic(name, row) for row, name in enumerate(names, self._last_row + 1)]
+    def _begin(self, names: set[bytes]) -> None:
+        """Have topics that hold nothing ready to hold something."""
+        topics = [self._empty.get(name) or _Topic(name, row) for row, name in enumerate(names, self._last_row + 1)]
         with self._transaction():
             self._database.executemany(_INSERT_TOPIC, [(topic.row, topic.name) for topic in topics])
         for topic in topics:
             self._topics[topic.name] = self._by_row[topic.row] = topic
+            self._empty.pop(topic.name, None)
         self._last_row += len(topics)
 
     def _remember(self, key: tuple[bytes, int], message_id: int) -> int | None:
@@ -277,12 +286,16 @@ class SQLiteStore:
                 self._write_tails()
 
     def _write_tails(self) -> None:
-        chunks = [
-            _chunk(topic, list(messages)) for topic in self._unwritten for _, messages in groupby(topic.tail, _shared)
-        ]
+        if self._failure and self._clock() < self._retry_at:
+            raise self._failure
+        chunks = [_chunk(topic, messages) for topic in self._unwritten for messages in _portions(topic.tail)]
         chunks.sort()
-        with self._transaction():
-            self._database.executemany(_INSERT, chunks)
+        try:
+            with self._transaction():
+                self._database.executemany(_INSERT, chunks)
+        except (sqlite3.Error, MemoryError) as error:
+            self._failure, self._retry_at = error, self._clock() + RETRY_MS
+            raise
         for topic in self._unwritten:
             topic.written_id = topic.last_id
             topic.tail = []
@@ -318,15 +331,15 @@ class SQLiteStore:
             return []
         with self._guard:
             now = self._clock()
-            held = known.tail or self._chunk(_LATEST, known)
+            held = known.tail or self._newest_written(known)
             if not held or now - held[-1][2] > self.max_age_ms:
                 return []
             message_id, number, put_at, body = held[-1]
             return [Message(message_id, number, now - put_at, body)]
 
-    def _chunk(self, statement: str, topic: _Topic) -> list[_Stored]:
-        chunk = self._database.execute(statement, (topic.row,)).fetchone()
-        return list(_messages(chunk)) if chunk else []
+    def _newest_written(self, topic: _Topic) -> list[_Stored]:
+        chunk = self._database.execute(_LATEST, (topic.row,)).fetchone()
+        return list(_messages(chunk, topic.last_id - 1)) if chunk else []
 
     def last_id(self) -> int:
         return self._last_id
@@ -335,15 +348,10 @@ class SQLiteStore:
         with self._guard:
             oldest = self._clock() - self.max_age_ms
             chunks = self._expired_chunks(oldest)
-            # Only when there is nothing older: deleting makes room, writing needs it.
-            if not chunks and self._unwritten and self._unwritten[0].tail[0][2] < oldest:
-                self._write_tails()
-                chunks = self._expired_chunks(oldest)
-            if not chunks:
-                return 0
-            self._database.execute(_DELETE, (chunks[-1][0],))
-            expired = self._count_out(chunks)
-            self._forget_topics()
+            # The tails are not written first: that needs room, which there may be none of.
+            expired = self._delete_chunks(chunks) if chunks else self._cut_tails(oldest)
+            if expired:
+                self._failure = None
         return expired
 
     def _expired_chunks(self, oldest: int) -> list[tuple[int, int, int, int, int]]:
@@ -356,44 +364,82 @@ class SQLiteStore:
             size += chunk[4]
         return expired
 
-    def _count_out(self, chunks: list[tuple[int, int, int, int, int]]) -> int:
-        expired = 0
+    def _delete_chunks(self, chunks: list[tuple[int, int, int, int, int]]) -> int:
+        counts: dict[_Topic, int] = {}
+        sizes: dict[_Topic, int] = {}
         for _, row, _, count, size in chunks:
             topic = self._by_row[row]
+            # Taken out and put back, so that they stand in the order of their last messages.
+            counts[topic] = counts.pop(topic, 0) + count
+            sizes[topic] = sizes.get(topic, 0) + size
+        with self._transaction():
+            self._database.execute(_DELETE, (chunks[-1][0],))
+            self._end(counts)
+        return self._count_out(counts, sizes)
+
+    def _cut_tails(self, oldest: int) -> int:
+        """Delete what has expired in the tails, once nothing older is written."""
+        counts: dict[_Topic, int] = {}
+        sizes: dict[_Topic, int] = {}
+        for topic in sorted(self._unwritten, key=attrgetter("last_id")):
+            if topic.tail[0][2] < oldest:
+                counts[topic] = bisect_left(topic.tail, oldest, key=itemgetter(2))
+                sizes[topic] = sum(len(message[3]) for message in topic.tail[: counts[topic]])
+        if not counts:
+            return 0
+        with self._transaction():
+            self._end(counts)
+        for topic, count in counts.items():
+            del topic.tail[:count]
+        self._unwritten = [topic for topic in self._unwritten if topic.tail]
+        self._tail_messages -= sum(counts.values())
+        self._tail_bytes -= sum(sizes.values())
+        return self._count_out(counts, sizes)
+
+    def _end(self, counts: dict[_Topic, int]) -> None:
+        """Take topics out of the table that will hold nothing any more without so many messages."""
+        rows = [(topic.row,) for topic, count in counts.items() if topic.messages == count]
+        self._database.executemany(_DELETE_TOPIC, rows)
+
+    def _count_out(self, counts: dict[_Topic, int], sizes: dict[_Topic, int]) -> int:
+        for topic, count in counts.items():
             topic.expired += count
-            topic.bytes -= size
-            self._bytes -= size
-            expired += count
+            topic.bytes -= sizes[topic]
             if not topic.messages:
-                self._empty[topic.name] = None
+                del self._topics[topic.name], self._by_row[topic.row]
+                self._empty[topic.name] = topic
+        while len(self._empty) > MAX_EMPTY_TOPICS:
+            del self._empty[next(iter(self._empty))]
+        expired = sum(counts.values())
+        self._bytes -= sum(sizes.values())
         self._expired += expired
         return expired
 
-    def _forget_topics(self) -> None:
-        while len(self._empty) > MAX_EMPTY_TOPICS:
-            name = next(iter(self._empty))
-            row = self._topics[name].row
-            self._database.execute(_DELETE_TOPIC, (row,))
-            del self._empty[name], self._topics[name], self._by_row[row]
-
     def topics(self, after: bytes, count: int) -> list[TopicStats]:
         with self._guard:
-            topics = (self._by_row[row] for (row,) in self._database.execute(_TOPICS, (after,)))
-            return [_stats(topic) for topic in islice((topic for topic in topics if topic.messages), count)]
+            rows = self._database.execute(_TOPICS, (after, count)).fetchall()
+            return [_stats(self._by_row[row]) for (row,) in rows]
 
     def stats(self, topic: bytes) -> TopicStats:
         with self._guard:
-            known = self._topics.get(topic) or _Topic(topic, 0)
-            held = self._chunk(_OLDEST, known) or known.tail
-            if not held:
-                return _stats(known)
-            return _stats(known)._replace(first_id=held[0][0], oldest_age_ms=self._clock() - held[0][2])
+            known = self._topics.get(topic)
+            if known is None:
+                return _stats(self._empty.get(topic) or _Topic(topic, 0))
+            first_id, put_at = self._oldest(known)
+            return _stats(known)._replace(first_id=first_id, oldest_age_ms=self._clock() - put_at)
+
+    def _oldest(self, topic: _Topic) -> tuple[int, int]:
+        """Return the id and the put time of the first message."""
+        chunk = self._database.execute(_OLDEST, (topic.row,)).fetchone()
+        if chunk is None:
+            return topic.tail[0][0], topic.tail[0][2]
+        return array("q", chunk[1][:8])[0], chunk[0]
 
     def totals(self) -> Totals:
         return Totals(
             self._stored - self._expired,
             self._bytes,
-            len(self._topics) - len(self._empty),
+            len(self._topics),
             self._stored,
             self._expired,
         )
@@ -431,9 +477,15 @@ def _stats(topic: _Topic) -> TopicStats:
     return TopicStats(topic.name, topic.messages, topic.bytes, topic.last_number, topic.last_id)
 
 
-def _shared(message: _Stored) -> tuple[int, int]:
-    """Return what the messages of one chunk have in common: the put time, and none with a long one."""
-    return message[2], message[0] if len(message[3]) > MAX_SHARED_BYTES else 0
+def _portions(tail: list[_Stored]) -> Iterator[list[_Stored]]:
+    """Divide a tail into chunks: of one millisecond, and neither too many messages nor too long."""
+    start = size = 0
+    for at, (_, _, put_at, body) in enumerate(tail):
+        size += len(body)
+        if at > start and (put_at != tail[start][2] or at - start == CHUNK_MESSAGES or size > CHUNK_BYTES):
+            yield tail[start:at]
+            start, size = at, len(body)
+    yield tail[start:]
 
 
 def _chunk(topic: _Topic, messages: list[_Stored]) -> tuple[int, int, int, int, bytes, bytes]:
