@@ -23,6 +23,7 @@ from dsmq.client import DSMQClientSideConnection, Message, connect
 from dsmq.errors import ClientClosed, ConnectionLost, MessageNotText, NotPermitted, ProtocolError, TooBig
 from dsmq.link import Link
 from dsmq.server import Server, serve
+from dsmq.session import PUTS_AT_ONCE
 
 MakeClient = Callable[[], DSMQClientSideConnection]
 
@@ -241,6 +242,24 @@ def test_put_many_and_get_many(client: MakeClient) -> None:
     assert mq.get_many("t", 5000) == [str(number) for number in range(3, 2500)]
     assert mq.get_many("t") == []
     assert mq.put_many("t", []) == []
+
+
+def test_put_many_may_take_long_to_make_messages(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slowly() -> Iterator[str]:
+        yield from ["x"] * PUTS_AT_ONCE
+        time.sleep(UNIT * 2)
+
+    left = []
+
+    def receive(link: Link) -> object:
+        left.append(link._deadline - time.monotonic())
+        return original(link)
+
+    original = Link.receive
+    with connect(port=server.port, timeout=UNIT) as mq:
+        monkeypatch.setattr(Link, "receive", receive)
+        assert len(mq.put_many("t", slowly())) == PUTS_AT_ONCE
+    assert left[0] > 0
 
 
 def test_get_many_stops_short_of_what_is_no_text(client: MakeClient) -> None:

@@ -123,6 +123,8 @@ class DSMQClientSideConnection:
                 # One batch is on its way while the replies to the one before are read.
                 ids += [wire.stored_id(link.receive()) for _ in range(outstanding)]
                 outstanding = count
+            # Making the messages may have taken longer than the server may.
+            link.renew()
             ids += [wire.stored_id(link.receive()) for _ in range(outstanding)]
         batches.check()
         return ids

@@ -44,7 +44,7 @@ class Link:
     def send(self, data: bytes, timeout: float) -> None:
         """Send requests; the replies may take `timeout` seconds."""
         self._timeout = timeout
-        self._deadline = time.monotonic() + timeout
+        self.renew()
         try:
             sent = self._send(data)
             while sent < len(data):
@@ -62,6 +62,10 @@ class Link:
                 return self._socket.send(data)
             except BlockingIOError:
                 self._wait(EVENT_WRITE)
+
+    def renew(self) -> None:
+        """Give the replies that are outstanding their whole time again."""
+        self._deadline = time.monotonic() + self._timeout
 
     def receive(self) -> Reply:
         """Return the next reply. Raises OSError when the connection breaks, or the reply takes too long."""
