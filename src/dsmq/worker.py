@@ -1,7 +1,7 @@
 """The event loop of one I/O worker: a thread that serves its share of the connections and never blocks.
 
-A turn: see which sockets are ready, read and run their requests, store all messages put meanwhile in one
-transaction, wake the readers who wait for them, and send the replies.
+A turn: see which sockets are ready, read and run their requests, store all messages put meanwhile at once, wake the
+readers who wait for them, and send the replies.
 """
 
 from __future__ import annotations
