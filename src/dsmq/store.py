@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from operator import attrgetter, itemgetter
 from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
-from dsmq.errors import Full, StoreFailed
+from dsmq.errors import Full, ReplyError, StoreFailed
 
 # Topics that hold nothing but whose numbering goes on; a forgotten one starts again at 1.
 MAX_EMPTY_TOPICS = 100_000
@@ -190,7 +190,7 @@ class SQLiteStore:
         # Those that have a tail.
         self._unwritten: list[_Topic] = []
         self._tail_messages = self._tail_bytes = 0
-        self._failure: BaseException | None = None
+        self._failure: ReplyError | None = None
         self._retry_at = 0
         self._producers: OrderedDict[bytes, dict[int, int]] = OrderedDict()
         self._stored = self._bytes = self._expired = 0
@@ -287,14 +287,14 @@ class SQLiteStore:
 
     def _write_tails(self) -> None:
         if self._failure and self._clock() < self._retry_at:
-            raise self._failure
+            raise self._failure.with_traceback(None)
         chunks = [_chunk(topic, messages) for topic in self._unwritten for messages in _portions(topic.tail)]
         chunks.sort()
         try:
             with self._transaction():
                 self._database.executemany(_INSERT, chunks)
         except (sqlite3.Error, MemoryError) as error:
-            self._failure, self._retry_at = error, self._clock() + RETRY_MS
+            self._failure, self._retry_at = _told(error), self._clock() + RETRY_MS
             raise
         for topic in self._unwritten:
             topic.written_id = topic.last_id
@@ -467,10 +467,15 @@ class _Guard:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.lock.release()
-        if isinstance(error, MemoryError) or getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL:
-            raise Full("no room for more messages") from error
-        if isinstance(error, sqlite3.Error):
-            raise StoreFailed(f"SQLite: {error}") from error
+        if isinstance(error, sqlite3.Error | MemoryError):
+            raise _told(error) from error
+
+
+def _told(error: sqlite3.Error | MemoryError) -> ReplyError:
+    """Return the error that clients are told."""
+    if isinstance(error, MemoryError) or getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL:
+        return Full("no room for more messages")
+    return StoreFailed(f"SQLite: {error}")
 
 
 def _stats(topic: _Topic) -> TopicStats:
