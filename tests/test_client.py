@@ -13,10 +13,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 
 import dsmq.client
+import dsmq.link
 from conftest import SOON, UNIT, serving, wait_until
 from dsmq import errors
 from dsmq.client import DSMQClientSideConnection, Message, connect
@@ -111,10 +113,31 @@ def test_waiting_uses_no_processor(client: MakeClient) -> None:
     assert time.thread_time() - before < UNIT * 3 / 4
 
 
-def test_a_reply_that_took_long_is_not_looked_for_again(client: MakeClient) -> None:
+@pytest.mark.parametrize(("took", "pause"), [(0.0001, 0), (0.0005, math.inf), (0.002, 0.1)])
+def test_how_long_a_reply_took_decides_whether_the_next_is_looked_for(
+    client: MakeClient, monkeypatch: pytest.MonkeyPatch, took: float, pause: float
+) -> None:
     mq = client()
-    mq.get_wait("nothing", timeout=UNIT)
-    assert not mq._idle[0]._near
+    mq.ping()
+    link = mq._idle[0]
+    monkeypatch.setattr(dsmq.link, "time", SimpleNamespace(monotonic=lambda: 1000 + took))
+    link._learn(1000)
+    assert link._look_from == pytest.approx(1000 + took + pause if pause else 0)
+
+
+def test_a_reply_is_not_looked_for_where_that_was_in_vain(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = []
+    monkeypatch.setattr(dsmq.link, "yield_processor", lambda: looks.append(1))
+    monkeypatch.setattr(dsmq.link, "BUSY_POLL_SECONDS", UNIT / 2)
+    monkeypatch.setattr(dsmq.link, "LONG_YIELD_PAUSE_SECONDS", SOON)
+    with connect(port=server.port) as mq:
+        mq.get_wait("nothing", timeout=UNIT)
+        looks.clear()
+        mq.get_wait("nothing", timeout=UNIT)
+        assert not looks
+        mq._idle[0]._look_from = 0
+        mq.get_wait("nothing", timeout=UNIT)
+        assert looks
 
 
 def test_get_wait_with_no_time_is_get(client: MakeClient) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from conftest import SOON, UNIT, Wire, daemon, serving, wait_until, wire_to
-from dsmq import commands, config
+from dsmq import commands, config, worker
 from dsmq.client import connect
 from dsmq.errors import CannotStart, Full, ServerFailed, StoreFailed
 from dsmq.protocol import encode_request
@@ -684,6 +684,25 @@ def test_what_can_not_be_written_for_now_costs_no_connection(
         assert tried.wait(SOON)
         assert wire.call("GET", "t") == b"1"
     assert wire.call("PUT", "t", "2") == 2
+
+
+def test_where_others_need_the_processor_the_worker_sleeps(
+    server: Server, wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    yields = []
+
+    def give_it_away() -> None:
+        yields.append(1)
+        time.sleep(UNIT / 50)
+
+    monkeypatch.setattr(worker, "yield_processor", give_it_away)
+    monkeypatch.setattr(worker, "LONG_YIELD_PAUSE_SECONDS", 100 * SOON)
+    # It looks for 0.1 ms, which may pass before it comes to yield.
+    server._workers[0]._busy_poll_seconds = SOON
+    wire.call("PING")
+    wait_until(lambda: bool(yields))
+    assert [wire.call("ECHO", number) for number in range(20)] == [b"%d" % number for number in range(20)]
+    assert len(yields) == 1
 
 
 def test_an_idle_server_uses_no_processor() -> None:

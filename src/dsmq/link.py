@@ -12,7 +12,7 @@ from selectors import EVENT_READ, EVENT_WRITE
 from dsmq import session as wire
 from dsmq.errors import ReplyError
 from dsmq.protocol import Reply, ReplyParser
-from dsmq.system import expect_long_messages, yield_processor
+from dsmq.system import LONG_YIELD_PAUSE_SECONDS, LONG_YIELD_SECONDS, expect_long_messages, yield_processor
 
 # Where replies are long, more is received at once; at first it would be slower, for the system gives memory of its own
 # to an object of 128 KiB, and takes it back, each time.
@@ -33,8 +33,8 @@ class Link:
     def __init__(self, host: str, port: int, timeout: float) -> None:
         self._parser = ReplyParser()
         self._timeout, self._deadline = timeout, math.inf
-        # Whether the server is so near that its reply is worth looking for without going to sleep.
-        self._near = True
+        # From when on a reply is worth looking for without going to sleep.
+        self._look_from = 0.0
         self._receive_bytes = _RECEIVE_BYTES
         self._socket = _open(host, port, timeout)
         self._socket.setblocking(False)
@@ -92,17 +92,24 @@ class Link:
             except BlockingIOError:
                 now = time.monotonic()
             else:
-                self._near = now - began < 2 * BUSY_POLL_SECONDS
+                self._learn(began)
                 if len(data) == _RECEIVE_BYTES:
                     _expect_long_messages()
                     self._receive_bytes = _RECEIVE_MORE_BYTES
                 return data
-            if self._near and now - began < BUSY_POLL_SECONDS:
+            if self._look_from <= now < began + BUSY_POLL_SECONDS:
                 # Where the server waits for this processor, it gets it.
                 yield_processor()
             else:
                 self._wait(EVENT_READ)
-                now = time.monotonic()
+
+    def _learn(self, began: float) -> None:
+        """Judge by how long the reply took whether to look for the next one."""
+        now = time.monotonic()
+        if now - began > LONG_YIELD_SECONDS:
+            self._look_from = now + LONG_YIELD_PAUSE_SECONDS
+        else:
+            self._look_from = 0.0 if now - began < 2 * BUSY_POLL_SECONDS else math.inf
 
     def _wait(self, event: int) -> None:
         """Wait until the socket may take or have something. Raises TimeoutError when the reply is overdue."""

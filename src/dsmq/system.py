@@ -9,6 +9,10 @@ from functools import partial
 
 yield_processor: Callable[[], None] = getattr(os, "sched_yield", partial(time.sleep, 0))
 """Let another thread run that waits for this processor; without one, go on at once."""
+LONG_YIELD_SECONDS = 0.001
+"""Who did not get the processor back for so long shares it with programs that compute: then it is better to sleep."""
+LONG_YIELD_PAUSE_SECONDS = 0.1
+"""For so long: the kernel wakes who has slept sooner than it returns to who has yielded."""
 
 
 def expect_long_messages() -> None:

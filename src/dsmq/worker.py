@@ -26,7 +26,7 @@ from dsmq.errors import ReplyError, StoreFailed
 from dsmq.listening import Listener
 from dsmq.metrics import Counters
 from dsmq.store import Answer, Put
-from dsmq.system import yield_processor
+from dsmq.system import LONG_YIELD_PAUSE_SECONDS, LONG_YIELD_SECONDS, yield_processor
 
 # Put within one turn before they are stored, so that a turn's messages need not all fit in memory twice.
 MAX_BATCH = 1_000
@@ -81,7 +81,7 @@ class Worker:
         self._timer_number = itertools.count()
         self._posted: deque[Callable[[], None]] = deque()
         self._busy_poll_seconds = services.settings.busy_poll_microseconds / 1e6
-        self._awake_until = 0.0
+        self._look_from = self._awake_until = 0.0
         self._stop_at = math.inf
         self._bell = _Bell(self._run_posted)
         self._selector.register(self._bell, selectors.EVENT_READ, self._bell)
@@ -174,12 +174,16 @@ class Worker:
         """
         if self._to_run:
             return self._selector.select(0)
-        while time.monotonic() < self._awake_until:
+        now = time.monotonic()
+        while self._look_from <= now < self._awake_until:
             if ready := self._selector.select(0):
                 return ready
             self._flush_store()
             # Where a client waits for this processor, it gets it.
             yield_processor()
+            before, now = now, time.monotonic()
+            if now - before > LONG_YIELD_SECONDS:
+                self._look_from = now + LONG_YIELD_PAUSE_SECONDS
         self._flush_store()
         return self._selector.select(self._timeout())
 
