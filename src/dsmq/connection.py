@@ -103,7 +103,7 @@ class Connection:
         self._max_unread = loop.services.settings.max_unread_reply_bytes
         self._events = 0
         self._wait: _Wait | None = None
-        # The reply to the request before is outstanding; requests behind it stay in the parser.
+        # The reply to the request before is outstanding; those behind it have to wait.
         self._parked = False
         # Parsed, but not run yet; the rest stays in the parser.
         self._requests: deque[list[bytes]] = deque()
