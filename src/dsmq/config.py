@@ -43,7 +43,7 @@ ENV_CONFIG = "DSMQ_CONFIG"
 
 
 class Settings(BaseSettings):
-    """What can be set. A docstring of a field is its line in `dsmq.toml.example`."""
+    """What can be set. The description of a field is its line in `dsmq.toml.example`."""
 
     from_file: ClassVar[dict[str, Any]] = {}
     """What the TOML file says."""

@@ -13,11 +13,10 @@ from functools import partial
 from selectors import EVENT_READ, EVENT_WRITE
 from typing import Protocol
 
-from dsmq import commands
-from dsmq.commands import COMMANDS, PUT, Fetch, Services
+from dsmq.commands import COMMANDS, PUT, Fetch, Services, find
 from dsmq.errors import Closing, InternalError, ReplyError, StoreFailed, TimedOut
 from dsmq.metrics import Counters
-from dsmq.protocol import RequestParser, encode_error
+from dsmq.protocol import RequestParser, encode_error, encode_integer
 from dsmq.store import Answer, Message, Put, T
 
 # What one connection may bring in one turn of the loop: so a greedy one lets the others have their turn.
@@ -209,7 +208,7 @@ class Connection:
         return bool(requests)
 
     def _execute(self, request: list[bytes]) -> None:
-        command = COMMANDS.get(request[0]) or commands.find(request[0])
+        command = COMMANDS.get(request[0]) or find(request[0])
         if self._deferred and command is not PUT and not self._settled():
             self._requests.appendleft(request)
             return
@@ -289,9 +288,7 @@ class Connection:
     def stored(self, message_id: int) -> None:
         """Reply to a put."""
         self._deferred -= 1
-        if not self._out:
-            self._loop.flush_soon(self)
-        self._out += b":%d\r\n" % message_id
+        self._send(encode_integer(message_id))
 
     def not_stored(self, error: ReplyError) -> None:
         """Reply to a put that failed."""
@@ -326,7 +323,7 @@ class Connection:
             # With a store that answers later, the wait may have ended by an earlier answer, or its time.
             return
         try:
-            reply = encode(_result(answer))
+            reply = encode(result_of(answer))
         except ReplyError as error:
             self._stop_waiting()
             self._fail(error)
@@ -504,7 +501,7 @@ class Connection:
         return reading | (EVENT_WRITE if self._unread_since != math.inf else 0)
 
 
-def _result(answer: Future[T]) -> T:
+def result_of(answer: Future[T]) -> T:
     """Return what a store has answered. Raises a ReplyError, whatever went wrong."""
     try:
         return answer.result()

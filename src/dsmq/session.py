@@ -198,7 +198,6 @@ class Session:
 
     def put(self, topic: str, message: str | bytes) -> bytes:
         """Return the request that puts a message. Raises TypeError, ValueError or TooBig."""
-        # A topic that is read as well has been checked before.
         name = self._name(topic)
         if isinstance(message, str):
             body = message.encode()
@@ -255,11 +254,11 @@ class Batches:
         batch: list[bytes] = []
         size = 0
         try:
-            while len(batch) < PUTS_AT_ONCE and size < BYTES_AT_ONCE:
-                batch.append(next(self._requests))
-                size += len(batch[-1])
-        except StopIteration:
-            pass  # That was the last one.
+            for request in self._requests:
+                batch.append(request)
+                size += len(request)
+                if len(batch) == PUTS_AT_ONCE or size >= BYTES_AT_ONCE:
+                    break
         except Exception as error:  # noqa: BLE001 - `check` raises it
             self._error = error
         return batch

@@ -223,11 +223,14 @@ class SQLiteStore:
 
     def _add(self, puts: Sequence[Put], now: int) -> list[int]:
         ids = []
+        producers = set()
         topics, last_id, size = self._topics, self._last_id, 0
         for name, body, key in puts:
-            if key is not None and (first_id := self._remember(key, last_id + 1)):
-                ids.append(first_id)
-                continue
+            if key is not None:
+                producers.add(key[0])
+                if first_id := self._remember(key, last_id + 1):
+                    ids.append(first_id)
+                    continue
             topic = topics[name]
             if not topic.tail:
                 self._unwritten.append(topic)
@@ -238,7 +241,7 @@ class SQLiteStore:
             topic.last_id = last_id
             size += len(body)
             ids.append(last_id)
-        if producers := {put[2][0] for put in puts if put[2] is not None}:
+        if producers:
             self._forget_puts(producers)
         self._stored += last_id - self._last_id
         self._tail_messages += last_id - self._last_id

@@ -21,7 +21,7 @@ from functools import partial
 from typing import Protocol
 
 from dsmq.commands import Services
-from dsmq.connection import Connection
+from dsmq.connection import Connection, result_of
 from dsmq.errors import ReplyError, StoreFailed
 from dsmq.listening import Listener
 from dsmq.metrics import Counters
@@ -289,11 +289,12 @@ class Worker:
 
     def _stored_later(self, puts: list[Put], putters: list[Connection], answer: Future[list[int]]) -> None:
         try:
-            self._stored(puts, putters, answer.result())
-        except Exception as error:  # noqa: BLE001 - whatever it was, the clients are told
-            failure = error if isinstance(error, ReplyError) else StoreFailed(str(error))
+            ids = result_of(answer)
+        except ReplyError as error:
             for connection in putters:
-                connection.not_stored(failure)
+                connection.not_stored(error)
+        else:
+            self._stored(puts, putters, ids)
         for connection in dict.fromkeys(putters):
             connection.resume()
 
