@@ -40,12 +40,9 @@ class Expiry:
                 # Readers pass over what is too old by themselves, so only memory is at stake. It tries again.
                 _logger.exception("expiry failed")
 
-    def run_once(self) -> int:
-        """Delete all that is too old by now; return how many messages that were."""
-        total = 0
+    def run_once(self) -> None:
+        """Delete all that is too old by now."""
         hurry_at = time.monotonic() + self._interval
-        while deleted := self._store.expire():
-            total += deleted
+        while self._store.expire():
             if self._stop.wait(_PAUSE_SECONDS if time.monotonic() < hurry_at else _SHORT_PAUSE_SECONDS):
                 break
-        return total

@@ -6,11 +6,12 @@ import os
 import re
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -150,6 +151,11 @@ def on_cores(cores: set[int] | None) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, before)
+
+
+def median_ratio(ours: Iterable[float], theirs: Iterable[float]) -> float:
+    """Return the median over the rounds of our figure divided by theirs."""
+    return statistics.median(our / their for our, their in zip(ours, theirs, strict=True))
 
 
 def say(line: str) -> None:

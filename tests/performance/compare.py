@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import brokers
-from brokers import Broker, progress, say
+import plots
+from brokers import Broker, median_ratio, progress, say
 
 HERE = Path(__file__).parent
 # Operation, how often a round does it, and what it is called in the table.
@@ -147,11 +148,7 @@ def run_memory(names: list[str]) -> Figures:
 def ratios(figures: Figures) -> dict[str, dict[str, float]]:
     """Return, by row and peer, the median over the rounds of dsmq's figure divided by the peer's."""
     return {
-        row: {
-            name: statistics.median(ours / theirs for ours, theirs in zip(by_system["dsmq"], values, strict=True))
-            for name, values in by_system.items()
-            if name != "dsmq"
-        }
+        row: {name: median_ratio(by_system["dsmq"], values) for name, values in by_system.items() if name != "dsmq"}
         for row, by_system in figures.items()
         if "dsmq" in by_system
     }
@@ -171,20 +168,13 @@ def lines(table: Table) -> list[str]:
 
 def plot(tables: list[Table], title: str, path: Path) -> None:
     """Draw how many times faster, or smaller, dsmq is than each peer."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    # Without its random names and its date, the same figures give the same file.
-    mpl.rcParams["svg.hashsalt"] = "dsmq"
-    from matplotlib import pyplot as plt
-
     advantages: dict[str, dict[str, float]] = {}
     for table in tables:
         for row, by_peer in ratios(table.figures).items():
             advantages[row] = {p: ratio if table.better == "higher" else 1 / ratio for p, ratio in by_peer.items()}
     rows = list(reversed(advantages))
     peers = list(dict.fromkeys(peer for by_peer in advantages.values() for peer in by_peer))
-    figure, axes = plt.subplots(figsize=(8, 0.45 * len(rows) + 1.2), layout="constrained")
+    figure, axes = plots.pyplot().subplots(figsize=(8, 0.45 * len(rows) + 1.2), layout="constrained")
     for number, peer in enumerate(peers):
         offset = 0.15 * ((len(peers) - 1) / 2 - number)
         points = [(advantages[row][peer], at + offset) for at, row in enumerate(rows) if peer in advantages[row]]
@@ -196,7 +186,7 @@ def plot(tables: list[Table], title: str, path: Path) -> None:
     axes.set_xlabel("slower or larger than the peer   ←   1   →   faster or smaller")
     axes.set_title(title, fontsize=10)
     axes.legend(fontsize=8)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    plots.save(figure, path)
 
 
 def main() -> None:

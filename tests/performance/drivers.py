@@ -196,11 +196,6 @@ FAN_OUT = {
 }
 
 
-def send(sock: socket.socket, *words: bytes, topic: bytes, last_id: bytes = b"") -> None:
-    words = tuple({b"<topic>": topic, b"<id>": last_id}.get(word, word) for word in words)
-    sock.sendall(b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in words))
-
-
 def id_in(reply: bytes) -> bytes:
     """Return the id in the reply to a put: an integer, or a bulk string."""
     return reply.strip().split(b"\r\n")[-1].lstrip(b":")
@@ -281,7 +276,13 @@ class Measure:
 
     def fan_out(self, count: int) -> float:
         """Deliveries a second to 100 waiting readers; by sockets alone, because so many clients would be measured."""
-        topic = self.topic("fan").encode()
+        # Here, because dsmq 1.4 has none, which runs this file too.
+        from dsmq.protocol import encode_request
+
+        def send(sock: socket.socket, words: list[bytes]) -> None:
+            sock.sendall(encode_request(*({b"<topic>": topic, b"<id>": last_id}.get(word, word) for word in words)))
+
+        topic, last_id = self.topic("fan").encode(), b""
         put, wait = FAN_OUT[self.system]
         with ExitStack() as stack:
             writer, *readers = [
@@ -289,18 +290,18 @@ class Measure:
             ]
             for one in (writer, *readers):
                 one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            send(writer, *put, topic=topic)
+            send(writer, put)
             last_id = id_in(writer.recv(65536))
             for reader in readers:
-                send(reader, *wait, topic=topic, last_id=last_id)
+                send(reader, wait)
             before = time.perf_counter()
             for _ in range(count):
-                send(writer, *put, topic=topic)
+                send(writer, put)
                 last_id = id_in(writer.recv(65536))
                 for reader in readers:
                     if SHORT.encode() not in reader.recv(65536):
                         raise AssertionError("not the message")
-                    send(reader, *wait, topic=topic, last_id=last_id)
+                    send(reader, wait)
             return count * len(readers) / (time.perf_counter() - before)
 
     def ping_pong(self, count: int) -> dict[str, float]:

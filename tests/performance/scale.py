@@ -18,11 +18,13 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from brokers import Broker, free_port, progress, say
+import plots
+from brokers import Broker, free_port, median_ratio, progress, say
 
+from dsmq import server
 from dsmq.client import DSMQClientSideConnection, connect
 from dsmq.protocol import encode_request
 
@@ -79,7 +81,9 @@ def compare(loaded: Probe, empty: Probe, rounds: int) -> Result:
     result = {}
     for name in pairs[0][0]:
         result[name] = statistics.median(ours[name] for ours, _ in pairs)
-        result[f"{name}, ratio"] = statistics.median(ours[name] / theirs[name] for ours, theirs in pairs)
+        result[f"{name}, ratio"] = median_ratio(
+            (ours[name] for ours, _ in pairs), (theirs[name] for _, theirs in pairs)
+        )
     return result
 
 
@@ -104,27 +108,25 @@ def topics(level: int, rounds: int) -> Result:
 def idle(level: int, rounds: int) -> Result:
     with servers() as (loaded, empty), ExitStack() as stack:
         before = loaded.broker.memory
-        for _ in connections(loaded.broker.port, level, encode_request(b"PING"), stack):
-            pass
+        for one in connections(loaded.broker.port, level, encode_request(b"PING"), stack):
+            one.recv(64)
         used = (loaded.broker.memory - before) / level
         return compare(loaded, empty, rounds) | {"bytes a connection": used}
 
 
-def connections(port: int, count: int, request: bytes, stack: ExitStack) -> Iterator[socket.socket]:
-    """Open connections that each send a request, and wait for the reply where there is one at once."""
-    for _ in range(count):
-        one = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=60))
+def connections(port: int, count: int, request: bytes, stack: ExitStack) -> list[socket.socket]:
+    """Open connections that each send a request."""
+    opened = [stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=60)) for _ in range(count)]
+    for one in opened:
         one.sendall(request)
-        if request.endswith(b"PING\r\n"):
-            one.recv(64)
-        yield one
+    return opened
 
 
 def waiting(level: int, rounds: int) -> Result:
     """Beside the costs of others, the time until all the waiting readers have a message."""
     request = encode_request(b"GETWAIT", b"waited for", b"60000")
     with servers() as (loaded, empty), ExitStack() as stack:
-        readers = list(connections(loaded.broker.port, level, request, stack))
+        readers = connections(loaded.broker.port, level, request, stack)
         result = compare(loaded, empty, rounds)
         taken = []
         for _ in range(rounds):
@@ -153,13 +155,11 @@ def size(level: int, rounds: int) -> Result:
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
-class servers(ExitStack):  # noqa: N801 - used like a function
+@contextmanager
+def servers() -> Iterator[tuple[Probe, Probe]]:
     """Two servers and a probe of each: one to be loaded, one to stay empty."""
-
-    def __enter__(self) -> tuple[Probe, Probe]:  # type: ignore[override]
-        super().__enter__()
-        loaded, empty = (Probe(Broker("dsmq", self), self) for _ in range(2))
-        return loaded, empty
+    with ExitStack() as stack:
+        yield Probe(Broker("dsmq", stack), stack), Probe(Broker("dsmq", stack), stack)
 
 
 MEASURES = {"messages": messages, "topics": topics, "idle": idle, "waiting": waiting, "size": size}
@@ -233,11 +233,8 @@ def overheads(rounds: int) -> dict[str, Result]:
     result["import dsmq.client, without python"] = statistics.median(
         ours - theirs for ours, theirs in zip(taken["import dsmq.client"], taken["python"], strict=True)
     )
-    result["start / import of its packages"] = statistics.median(
-        ours / theirs
-        for ours, theirs in zip(
-            taken["dsmq serve until it accepts"], taken["import of the server's packages"], strict=True
-        )
+    result["start / import of its packages"] = median_ratio(
+        taken["dsmq serve until it accepts"], taken["import of the server's packages"]
     )
     return {"milliseconds": result, "metrics on / off": metrics(rounds)}
 
@@ -266,12 +263,6 @@ def metrics(rounds: int) -> Result:
 
 def plot(results: dict[str, dict[int, Result]], path: Path) -> None:
     """Draw a panel for each measure."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    mpl.rcParams["svg.hashsalt"] = "dsmq"
-    from matplotlib import pyplot as plt
-
     titles = {
         "messages": "messages held",
         "topics": "topics",
@@ -279,7 +270,7 @@ def plot(results: dict[str, dict[int, Result]], path: Path) -> None:
         "waiting": "waiting readers",
         "size": "bytes of a message",
     }
-    figure, panels = plt.subplots(2, 3, figsize=(11, 6), layout="constrained")
+    figure, panels = plots.pyplot().subplots(2, 3, figsize=(11, 6), layout="constrained")
     for panel, (name, by_level) in zip(panels.flat, results.items(), strict=False):
         for operation in ("put", "get", "empty get", "put until all have it"):
             points = [(level, result[operation]) for level, result in by_level.items() if operation in result]
@@ -294,7 +285,7 @@ def plot(results: dict[str, dict[int, Result]], path: Path) -> None:
         panel.legend(fontsize=7)
     for panel in list(panels.flat)[len(results) :]:
         panel.set_axis_off()
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    plots.save(figure, path)
 
 
 def show(title: str, result: Result) -> None:
@@ -309,7 +300,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--plot", type=Path, help="draw them to this SVG or PNG file; needs matplotlib")
     options = parser.parse_args()
-    allow_more_files()
+    prepare_files()
     results: dict[str, dict[int, Result]] = {}
     for name, measure in MEASURES.items():
         if name not in options.only:
@@ -332,13 +323,14 @@ def main() -> None:
         plot(results, options.plot)
 
 
-def allow_more_files() -> None:
-    """As many open files as this process may have; the servers inherit it."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    if 0 < hard < 10_100:
-        LEVELS["idle"][-1] = hard - 100
-        say(f"only {hard} open files are allowed, so there will be {hard - 100} idle connections at most")
+def prepare_files() -> None:
+    """Have as many open files as idle connections need, or as few connections as there may be files."""
+    # The servers inherit it.
+    server.allow_more_files()
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 < files < 10_100:
+        LEVELS["idle"][-1] = files - 100
+        say(f"only {files} open files are allowed, so there will be {files - 100} idle connections at most")
 
 
 if __name__ == "__main__":

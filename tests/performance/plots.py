@@ -1,0 +1,23 @@
+"""What the plots have in common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def pyplot() -> Any:
+    """Return matplotlib's pyplot, which draws without a screen, and the same file for the same figures."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    # Else the names in an SVG file are random.
+    mpl.rcParams["svg.hashsalt"] = "dsmq"
+    from matplotlib import pyplot as plt
+
+    return plt
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure to an SVG or PNG file, without the date."""
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
