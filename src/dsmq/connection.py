@@ -131,12 +131,10 @@ class Connection:
 
     def on_ready(self, events: int) -> None:
         """Read and write what the socket is ready for."""
-        if events & EVENT_WRITE:
+        if events != EVENT_READ:
             self.flush()
-        if events & EVENT_READ and not self.closed:
-            self._receive()
-
-    def _receive(self) -> None:
+            if self.closed or not events & EVENT_READ:
+                return
         try:
             data = self._socket.recv(RECEIVE_BYTES)
         except (BlockingIOError, InterruptedError):
@@ -167,9 +165,10 @@ class Connection:
         """Run the requests that have arrived, until one is parked or the client should read its replies first."""
         if self.closed:
             return
-        requests = self._requests
-        most = self._max_unread
-        while not (self._parked or self.finishing) and len(self._out) < most and (requests or self._parse()):
+        requests, parser, most = self._requests, self._parser, self._max_unread
+        while not (self._parked or self.finishing) and len(self._out) < most:
+            if not requests and (parser.missing or not self._parse()):
+                break
             request = requests.popleft()
             try:
                 self._execute(request)
@@ -181,8 +180,10 @@ class Connection:
                     requests.appendleft(request)
         if self._behind or len(self._out) >= most:
             self._mind_replies(most)
-        if self._parser.incomplete:
+        if parser.incomplete:
             self._mind_request()
+        if self._ended and parser.missing and not (requests or self._parked):
+            self.finish()
         self._watch()
 
     def _mind_replies(self, most: int) -> None:
@@ -203,8 +204,6 @@ class Connection:
             self._requests += requests
             self.counters.requests += len(requests)
             self._request_since = math.inf
-        elif self._ended:
-            self.finish()
         return bool(requests)
 
     def _execute(self, request: list[bytes]) -> None:

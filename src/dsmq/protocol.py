@@ -40,32 +40,42 @@ class _Input:
     Joining at every arrival would copy a message of n bytes n / 65,536 times.
     """
 
-    __slots__ = ("_at", "_chunks", "_data", "_missing")
+    __slots__ = ("_at", "_chunks", "_data", "incomplete", "missing")
 
     def __init__(self) -> None:
         self._data = b""
         self._at = 0
         self._chunks: list[bytes] = []
-        self._missing = 0
+        self.missing = 1
+        """How many bytes must come, at least, before there is something more; 0 where there may be something now."""
+        self.incomplete = False
+        """Whether the beginning of something has come, but not its end."""
 
     def feed(self, data: bytes) -> None:
         """Take bytes from the other side, as they came."""
-        if len(data) < self._missing:
+        if len(data) < self.missing:
             self._chunks.append(data)
-            self._missing -= len(data)
+            self.missing -= len(data)
             return
-        if self._at < len(self._data):
-            self._data = b"".join((self._data[self._at :], *self._chunks, data))
+        if self._data:
+            data = b"".join((self._data[self._at :], *self._chunks, data))
             self._chunks = []
-        else:
-            self._data = data
-        self._at = 0
-        self._missing = 0
+            self.incomplete = False
+        self._data = data
+        self._at = self.missing = 0
 
-    @property
-    def incomplete(self) -> bool:
-        """Whether `next` has found the beginning of something, but not its end."""
-        return self._missing > 0
+    def _await(self, size: int) -> None:
+        """Note that what stands next lacks so many bytes, at least."""
+        self.missing = size
+        self.incomplete = True
+
+    def _advance(self, end: int) -> None:
+        """Note that all up to here has been used."""
+        if end < len(self._data):
+            self._at = end
+        else:
+            self._data = b""
+            self._at, self.missing = 0, 1
 
     def __len__(self) -> int:
         """The bytes held that no request or reply has used yet."""
@@ -92,13 +102,14 @@ class RequestParser(_Input):
         Raises ProtocolError where the bytes are no request, TooBig where a length is over its limit.
         """
         data, start = self._data, self._at
-        if self._missing or start == len(data):
+        if self.missing:
             return None
         if data[start] != _ARRAY:
             return self._next_line()
         end = data.find(_CRLF, start, start + _MAX_LENGTH_LINE)
         if end < 0:
-            return self._await_length(start)
+            self._await_length(start)
+            return None
         count = _length(data[start + 1 : end])
         if not 0 < count <= MAX_ARGUMENTS:
             raise ProtocolError(f"a request has 1 to {MAX_ARGUMENTS} arguments, not {count}")
@@ -108,7 +119,8 @@ class RequestParser(_Input):
             at = end + 2
             end = data.find(_CRLF, at, at + _MAX_LENGTH_LINE)
             if end < 0:
-                return self._await_length(at)
+                self._await_length(at)
+                return None
             length = _BULK_LENGTHS.get(data[at:end])
             if length is None:
                 length = self._long_bulk_length(data[at:end])
@@ -117,18 +129,18 @@ class RequestParser(_Input):
             if end + 2 - start > longest:
                 raise TooBig("the arguments of a request are too long together")
             if end + 2 > len(data):
-                self._missing = end + 2 - len(data)
+                self._await(end + 2 - len(data))
                 return None
             if data[end : end + 2] != _CRLF:
                 raise ProtocolError("a bulk string does not end where its length says")
             arguments.append(data[at:end])
-        self._at = end + 2
+        self._advance(end + 2)
         return arguments
 
     def batch(self) -> list[list[bytes]]:
         """Return whole requests, in order: many at once if they are short, none if none has come. Raises as `next`."""
         requests: list[list[bytes]] = []
-        if self._missing or self._at == len(self._data):
+        if self.missing:
             return requests
         if self._data[self._at] == _ARRAY:
             self._split(requests)
@@ -166,7 +178,7 @@ class RequestParser(_Input):
                 requests.append(tokens[at + 2 : end : 2])
                 at, count = end, _COUNTS.get(tokens[end])
         left = len(tokens[last]) if at == last else sum(map(len, tokens[at:])) + 2 * (last - at)
-        self._at += len(data) - left
+        self._advance(self._at + len(data) - left)
 
     def _long_bulk_length(self, line: bytes) -> int:
         if line[:1] != b"$":
@@ -176,15 +188,14 @@ class RequestParser(_Input):
             raise TooBig(f"{length} bytes, at most {self.max_message_bytes} are taken")
         return length
 
-    def _await_length(self, at: int) -> list[bytes] | None:
+    def _await_length(self, at: int) -> None:
         if len(self._data) - at >= _MAX_LENGTH_LINE:
             raise ProtocolError(f"no length in {_shown(self._data[at : at + _MAX_LENGTH_LINE])}")
-        self._missing = 1
-        return None
+        self._await(1)
 
     def _next_line(self) -> list[bytes] | None:
         if not self._searched and (blank := _BLANK_LINES.match(self._data, self._at)) is not None:
-            self._at = blank.end()
+            self._advance(blank.end())
             return self.next()
         data, start = self._data, self._at
         end = data.find(b"\n", start + self._searched, start + MAX_LINE_BYTES)
@@ -194,7 +205,8 @@ class RequestParser(_Input):
         if control is not None:
             raise ProtocolError(f"control character {_shown(control[0])} in a line")
         if end < 0:
-            return self._await_line(stop - start)
+            self._await_line(stop - start)
+            return None
         line = data[start:end]
         try:
             line.decode()
@@ -202,16 +214,16 @@ class RequestParser(_Input):
             raise ProtocolError("a line is not UTF-8") from None
         words = split_line(line)
         # Only now: an error is found again, whenever it is asked for.
-        self._at, self._searched = end + 1, 0
+        self._advance(end + 1)
+        self._searched = 0
         return words or self.next()
 
-    def _await_line(self, size: int) -> list[bytes] | None:
+    def _await_line(self, size: int) -> None:
         if size >= MAX_LINE_BYTES:
             raise ProtocolError(f"no end of line within {MAX_LINE_BYTES} bytes")
         # What has been searched once is not searched again, when the next byte comes.
         self._searched = max(0, size - 1)
-        self._missing = 1
-        return None
+        self._await(1)
 
 
 def split_line(line: bytes) -> list[bytes]:
@@ -248,13 +260,14 @@ class ReplyParser(_Input):
         Simple strings are str, integers int, bulk strings bytes, arrays lists, null None, and errors
         instances of ReplyError, not raised. Raises ProtocolError where the bytes are no reply.
         """
-        if self._missing or self._at == len(self._data):
+        if self.missing:
             return None
         try:
-            value, self._at = self._value(self._at, 0)
+            value, end = self._value(self._at, 0)
         except _Incomplete as incomplete:
-            self._missing = incomplete.missing
+            self._await(incomplete.missing)
             return None
+        self._advance(end)
         return (value,)
 
     def _value(self, at: int, depth: int) -> tuple[Reply, int]:
