@@ -282,10 +282,11 @@ class Worker:
                 connection.not_stored(error)
 
     def _stored(self, puts: list[Put], putters: list[Connection], ids: list[int]) -> None:
-        for connection, message_id in zip(putters, ids, strict=True):
-            connection.stored(message_id)
+        # Those who wait come first: whoever has put is not waited for by others.
         for worker in self._workers:
             worker.wake(puts)
+        for connection, message_id in zip(putters, ids, strict=True):
+            connection.stored(message_id)
 
     def _stored_later(self, puts: list[Put], putters: list[Connection], answer: Future[list[int]]) -> None:
         try:
