@@ -115,7 +115,7 @@ def test_read_asks_for_what_is_behind_the_position() -> None:
 
 
 def test_the_other_requests() -> None:
-    assert request(wire.HELLO) == [b"HELLO", b"2"]
+    assert request(Session().hello) == [b"HELLO", b"2"]
     assert request(wire.PING) == [b"PING"]
     assert request(wire.SHUTDOWN) == [b"SHUTDOWN"]
     assert request(wire.topics_request([])) == [b"TOPICS"]

@@ -298,19 +298,17 @@ def test_fewer_hanging_clients_than_places_do_not_hold_up_a_scrape(server: Serve
         assert served(server)
 
 
-def test_hanging_clients_beyond_the_places_are_cut_off_at_once(
+def test_the_oldest_of_hanging_clients_is_cut_off_for_the_next(
     server: Server, wire: Wire, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sideport, "REQUEST_TIMEOUT_SECONDS", SOON)
     with ExitStack() as stack:
         hanging = [stack.enter_context(hang(server)) for _ in range(20)]
-        # The first to come have the places.
-        for sock in hanging[sideport.MAX_REQUESTS_AT_A_TIME :]:
+        for sock in hanging[: -sideport.MAX_REQUESTS_AT_A_TIME]:
             assert hung_up(sock)
-        assert not served(server)
+        assert served(server)
+        assert hung_up(hanging[-sideport.MAX_REQUESTS_AT_A_TIME])
         assert wire.call("PING") == "PONG"
-        hanging[0].close()
-        wait_until(lambda: served(server))
 
 
 def test_hanging_clients_that_have_all_places_are_cut_off_in_time(

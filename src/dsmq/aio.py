@@ -18,11 +18,12 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from types import TracebackType
-from typing import Literal, Self, TypeVar, overload
+from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 from dsmq import client as blocking
 from dsmq import session as wire
 from dsmq.errors import ClientClosed, ConnectionLost, DSMQError, MessageNotText
+from dsmq.link import Security, Target, target
 from dsmq.protocol import Reply, ReplyParser
 from dsmq.session import Entry, Inbox, Message, Session
 
@@ -35,10 +36,15 @@ T = TypeVar("T")
 
 
 async def connect(
-    host: str = "127.0.0.1", port: int = 30008, *, timeout: float = 10.0, retry: bool = True
+    host: str = "127.0.0.1",
+    port: int = 30008,
+    *,
+    timeout: float = 10.0,
+    retry: bool = True,
+    **security: Unpack[Security],
 ) -> AsyncClient:
     """Connect to a server; see `dsmq.client.connect`."""
-    mq = AsyncClient(host, port, timeout=timeout)
+    mq = AsyncClient(target(host, port, **security), timeout=timeout)
     await mq._open(retry=retry)  # noqa: SLF001 - one module
     return mq
 
@@ -46,11 +52,12 @@ async def connect(
 class AsyncClient:
     """A client for the tasks of one event loop. Made by `connect`; the methods are those of the blocking client."""
 
-    def __init__(self, host: str, port: int, *, timeout: float = 10.0) -> None:
-        self.host = host
-        self.port = port
+    def __init__(self, target: Target, *, timeout: float = 10.0) -> None:
+        self.host = target.host
+        self.port = target.port
+        self._target = target
         self._timeout = timeout
-        self._session = Session()
+        self._session = Session(target.token)
         self._closed = False
         self._idle: list[_Link] = []
         self._links: set[_Link] = set()
@@ -265,9 +272,9 @@ class AsyncClient:
         if self._closed:
             raise ClientClosed("the client is closed")
         async with asyncio.timeout(self._timeout):
-            link = _Link(*await _streams(self.host, self.port))
+            link = _Link(*await _streams(self._target))
             try:
-                await link.send(wire.HELLO)
+                await link.send(self._session.hello)
                 reply = await link.receive()
                 if self._closed:
                     raise ClientClosed("the client was closed during the call")
@@ -320,7 +327,8 @@ class _Link:
         self._writer.transport.abort()
 
 
-async def _streams(host: str, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    if host.startswith("unix:"):
-        return await asyncio.open_unix_connection(host.removeprefix("unix:"))
-    return await asyncio.open_connection(host.strip("[]"), port)
+async def _streams(target: Target) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    options: dict[str, Any] = {"ssl": target.tls, "server_hostname": target.name} if target.tls else {}
+    if target.is_unix:
+        return await asyncio.open_unix_connection(target.path, **options)
+    return await asyncio.open_connection(target.host.strip("[]"), target.port, **options)

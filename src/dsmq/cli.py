@@ -155,6 +155,14 @@ def _add_address(command: argparse.ArgumentParser) -> None:
     host, port = os.environ.get("DSMQ_HOST") or "127.0.0.1", os.environ.get("DSMQ_PORT") or "30008"
     command.add_argument("--host", default=host, help="address, name, or unix:/path; default: %(default)s (DSMQ_HOST)")
     command.add_argument("--port", type=_port, default=port, help="default: %(default)s (DSMQ_PORT)")
+    security = command.add_argument_group("security", "The token itself can be given as DSMQ_AUTH_TOKEN.")
+    security.add_argument("--token-file", metavar="FILE", help="its first token is shown (DSMQ_AUTH_TOKEN_FILE)")
+    security.add_argument("--tls", action="store_true", help="encrypt, and verify the server's certificate")
+    security.add_argument(
+        "--ca-file", metavar="FILE", help="authorities to trust in place of the system's, as PEM; implies --tls"
+    )
+    security.add_argument("--cert-file", metavar="FILE", help="a certificate to show, as PEM; implies --tls")
+    security.add_argument("--key-file", metavar="FILE", help="its key, where it does not stand in that file")
 
 
 def _topic(text: str) -> str:
@@ -198,7 +206,17 @@ def _number(kind: Callable[[str], N], text: str, least: float, most: float, what
 
 def _connect(options: argparse.Namespace, timeout: float = 10.0) -> DSMQClientSideConnection:
     try:
-        return connect(options.host, options.port, timeout=timeout, retry=False)
+        return connect(
+            options.host,
+            options.port,
+            timeout=timeout,
+            retry=False,
+            token=_token(options),
+            tls=options.tls,
+            ca_file=options.ca_file,
+            cert_file=options.cert_file,
+            key_file=options.key_file,
+        )
     except ConnectionRefusedError:
         raise
     except OSError as error:
@@ -206,16 +224,27 @@ def _connect(options: argparse.Namespace, timeout: float = 10.0) -> DSMQClientSi
         raise ConnectionError(f"cannot connect to {where}: {_reason(error)}") from error
 
 
+def _token(options: argparse.Namespace) -> str | None:
+    file = options.token_file or os.environ.get("DSMQ_AUTH_TOKEN_FILE")
+    if options.token_file is None and (token := os.environ.get("DSMQ_AUTH_TOKEN")):
+        return token
+    if not file:
+        return None
+    from dsmq.auth import read_tokens  # noqa: PLC0415 - most need none of it
+
+    return read_tokens(file)[0][2]
+
+
 # Commands
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from dsmq import config, server  # noqa: PLC0415 - see _parser
+    from dsmq import config, logs, server  # noqa: PLC0415 - see _parser
 
     settings = config.from_options(options)
-    server.log_to_stderr(settings.log_level)
+    logs.to_stderr(settings.log_level, settings.max_log_lines_per_second)
     server.allow_more_files()
-    server.run(settings)
+    server.run(settings, lambda: config.from_options(options))
     return OK
 
 

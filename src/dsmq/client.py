@@ -20,7 +20,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import Literal, Self, TypeVar, overload
+from typing import Literal, Self, TypeVar, Unpack, overload
 
 from dsmq import session as wire
 from dsmq.errors import (
@@ -29,7 +29,7 @@ from dsmq.errors import (
     DSMQError,
     MessageNotText,
 )
-from dsmq.link import Link
+from dsmq.link import Link, Security, target
 from dsmq.protocol import Reply
 from dsmq.session import Entry, Inbox, Message, Session
 
@@ -52,6 +52,7 @@ def connect(
     *,
     timeout: float = 10.0,
     retry: bool = True,
+    **security: Unpack[Security],
 ) -> DSMQClientSideConnection:
     """Connect to a server at an IPv4 or IPv6 address, a name, or `unix:/path`.
 
@@ -59,10 +60,15 @@ def connect(
     connection counts as lost. While nothing answers there, it is tried again for about ten seconds, so that the
     server may still be starting; retry=False does without. verbose tells of that on stderr.
 
-    Raises ConnectionRefusedError where there is no server, Busy where it has too many clients, another OSError where
-    the address can't be reached.
+    token is what the server may ask for. tls=True encrypts, and verifies the server's certificate and that it is for
+    this host; ca_file names authorities to trust in place of the system's, cert_file and key_file what to show of one's
+    own (all in PEM format; each of them implies tls). An ssl.SSLContext does as it is told.
+
+    Raises ConnectionRefusedError where there is no server, Busy where it has too many clients, AuthRequired or
+    WrongToken without the right token, ConfigError where a file can't be used, another OSError where the address can't
+    be reached or the certificate is not right.
     """
-    return DSMQClientSideConnection(host, port, verbose, timeout=timeout, retry=retry)
+    return DSMQClientSideConnection(host, port, verbose, timeout=timeout, retry=retry, **security)
 
 
 class DSMQClientSideConnection:
@@ -83,12 +89,14 @@ class DSMQClientSideConnection:
         *,
         timeout: float = 10.0,
         retry: bool = True,
+        **security: Unpack[Security],
     ) -> None:
         self.host = host
         self.port = port
         self._timeout = timeout
         self._say = _to_stderr if verbose else _to_nobody
-        self._session = Session()
+        self._target = target(host, port, **security)
+        self._session = Session(self._target.token)
         self._closed = False
         self._lock = threading.Lock()
         self._idle: list[Link] = []
@@ -380,10 +388,9 @@ class DSMQClientSideConnection:
     def _link(self) -> Link:
         if self._closed:
             raise ClientClosed("the client is closed")
-        link = Link(self.host, self.port, self._timeout)
+        link = Link(self._target, self._timeout)
         try:
-            link.send(wire.HELLO, self._timeout)
-            reply = link.receive()
+            reply = self._greeted(link)
             with self._lock:
                 if self._closed:
                     raise ClientClosed("the client was closed during the call")
@@ -393,6 +400,15 @@ class DSMQClientSideConnection:
             link.close()
             raise
         return link
+
+    def _greeted(self, link: Link) -> Reply:
+        try:
+            link.send(self._session.hello, self._timeout)
+            return link.receive()
+        except ConnectionResetError:
+            if self._target.tls:
+                raise
+            raise ConnectionResetError("the server has closed the connection; does it want TLS?") from None
 
     def _first_link(self) -> Link:
         for pause in pauses():

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from dsmq import __version__, config
+from dsmq.auth import DEFAULT_USER, Gate, Role
 from dsmq.config import Settings
-from dsmq.errors import BadRequest, NotPermitted, TooBig, UnknownCommand, UnknownVersion
+from dsmq.errors import AuthRequired, BadRequest, NotPermitted, TooBig, UnknownCommand, UnknownVersion
 from dsmq.metrics import Counters
 from dsmq.protocol import (
     MAX_INTEGER,
@@ -39,12 +40,13 @@ _OK = encode_simple("OK")
 _PONG = encode_simple("PONG")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Services:
-    """What commands need of the server."""
+    """What commands need of the server. settings and gate may be replaced while it runs."""
 
     settings: Settings
     store: Store
+    gate: Gate
     request_stop: Callable[[str], None]
     """Stop the server; takes the reason."""
     info: Callable[[], Mapping[str, Mapping[str, object]]]
@@ -57,6 +59,7 @@ class Client(Protocol):
     services: Services
     counters: Counters
     id: int
+    role: Role
     name: bytes
     version: int
     """The version of RESP it speaks, 2 or 3."""
@@ -76,6 +79,9 @@ class Client(Protocol):
     ) -> bytes | None:
         """Fetch now and after each put into the topic, until there are messages or the time is up."""
 
+    def authenticate(self, user: bytes, token: bytes, welcome: Callable[[], bytes]) -> bytes | None:
+        """Take on the role of a token and return the reply that welcomes; or reply later that there is none such."""
+
     def finish(self) -> None:
         """Close the connection once what is to be sent has been."""
 
@@ -86,12 +92,19 @@ Handler = Callable[[Client, list[bytes]], bytes | None]
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A row of the table; the bounds count the arguments behind the name."""
+    """A row of the table; the bounds count the arguments behind the name, the role is the least that may call it."""
 
     name: str
     handler: Handler
     least: int
     most: int
+    role: Role = Role.READ
+
+    def forbid(self, role: Role) -> NoReturn:
+        """Raise the error for a client whose role is too low."""
+        if role is Role.NOBODY:
+            raise AuthRequired("this server wants a token first: AUTH token")
+        raise NotPermitted(f"{self.name} takes the role {self.role.name.lower()}; this token has {role.name.lower()}")
 
     def check(self, request: list[bytes]) -> None:
         """Raise BadRequest where the number of arguments is wrong."""
@@ -228,7 +241,7 @@ def _shutdown(client: Client, _: list[bytes]) -> bytes:
 # Handshake and housekeeping: what clients of RESP send by themselves.
 
 
-def _hello(client: Client, request: list[bytes]) -> bytes:
+def _hello(client: Client, request: list[bytes]) -> bytes | None:
     version = client.version
     arguments = request[1:]
     if arguments:
@@ -236,11 +249,16 @@ def _hello(client: Client, request: list[bytes]) -> bytes:
             raise UnknownVersion(f"RESP versions 2 and 3 are spoken, not {_shown(arguments[0])}")
         version = int(arguments[0])
     options = _options(arguments[1:], {b"AUTH": 2, b"SETNAME": 1})
-    if b"AUTH" in options:
-        raise BadRequest("this server has no tokens")
-    if b"SETNAME" in options:
-        client.name = _name(options[b"SETNAME"][0])
-    client.version = version
+    name = _name(options[b"SETNAME"][0]) if b"SETNAME" in options else client.name
+    greeting = partial(_greeting, client, version, name)
+    if b"AUTH" not in options:
+        return greeting()
+    user, token = options[b"AUTH"]
+    return client.authenticate(user, token, greeting)
+
+
+def _greeting(client: Client, version: int, name: bytes) -> bytes:
+    client.name, client.version = name, version
     settings, store = client.services.settings, client.services.store
     return encode_map(
         version,
@@ -257,6 +275,7 @@ def _hello(client: Client, request: list[bytes]) -> bytes:
             ("max_age_ms", encode_integer(round(settings.max_age_seconds * 1000))),
             ("max_message_bytes", encode_integer(settings.max_message_bytes)),
             ("max_topic_bytes", encode_integer(settings.max_topic_bytes)),
+            ("access", encode_bulk(client.role.name.lower().encode())),
         ],
     )
 
@@ -274,8 +293,9 @@ def _quit(client: Client, _: list[bytes]) -> bytes:
     return _OK
 
 
-def _auth(_: Client, __: list[bytes]) -> bytes:
-    raise BadRequest("this server has no tokens")
+def _auth(client: Client, request: list[bytes]) -> bytes | None:
+    user = request[1] if len(request) == 3 else DEFAULT_USER
+    return client.authenticate(user, request[-1], lambda: _OK)
 
 
 def _select(_: Client, request: list[bytes]) -> bytes:
@@ -357,7 +377,8 @@ def _info(client: Client, request: list[bytes]) -> bytes:
     everything = {"all", "default", "everything"}.intersection(wanted) or not wanted
     lines = []
     for section, values in client.services.info().items():
-        if everything or section in wanted:
+        # What others do is an admin's to know.
+        if (everything or section in wanted) and (client.role is Role.ADMIN or section == "server"):
             lines += [f"# {section.capitalize()}", *(f"{name}:{_as_text(value)}" for name, value in values.items()), ""]
     return encode_bulk("\r\n".join(lines).encode())
 
@@ -417,7 +438,7 @@ def _as_text(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-PUT = Command("PUT", _put, 2, 5)
+PUT = Command("PUT", _put, 2, 5, Role.WRITE)
 
 COMMANDS: dict[bytes, Command] = {
     command.name.encode(): command
@@ -429,16 +450,16 @@ COMMANDS: dict[bytes, Command] = {
         Command("GETWAIT", _getwait, 2, 2),
         Command("TOPICS", _topics, 0, 4),
         Command("STATS", _stats, 1, 1),
-        Command("SHUTDOWN", _shutdown, 0, 0),
-        Command("HELLO", _hello, 0, 6),
-        Command("AUTH", _auth, 1, 2),
-        Command("PING", _ping, 0, 1),
+        Command("SHUTDOWN", _shutdown, 0, 0, Role.ADMIN),
+        Command("HELLO", _hello, 0, 6, Role.NOBODY),
+        Command("AUTH", _auth, 1, 2, Role.NOBODY),
+        Command("PING", _ping, 0, 1, Role.NOBODY),
         Command("ECHO", _echo, 1, 1),
-        Command("QUIT", _quit, 0, 0),
+        Command("QUIT", _quit, 0, 0, Role.NOBODY),
         Command("SELECT", _select, 1, 1),
         Command("CLIENT", _client, 1, 3),
         Command("COMMAND", _command, 0, 63),
-        Command("CONFIG", _config, 2, 63),
+        Command("CONFIG", _config, 2, 63, Role.ADMIN),
         Command("INFO", _info, 0, 63),
     )
 }

@@ -15,7 +15,7 @@ import tomllib
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from dsmq.errors import ConfigError
@@ -36,7 +36,19 @@ def _tcp_host(value: str) -> str:
     return value
 
 
+def _token(value: SecretStr) -> SecretStr:
+    token = value.get_secret_value()
+    if token and token.split() != [token]:
+        raise ValueError("input should be a token, without blanks")
+    if token and not token.strip("*"):
+        raise ValueError("input should be the token itself, not the mask it is shown by")
+    return value
+
+
 Seconds = Annotated[float, Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
+Bytes = Annotated[int, Field(ge=1, le=1_099_511_627_776)]
+Secret = Annotated[SecretStr, AfterValidator(_token)]
 
 ENV_PREFIX = "DSMQ_"
 ENV_CONFIG = "DSMQ_CONFIG"
@@ -56,9 +68,51 @@ class Settings(BaseSettings):
         "The default serves this machine only.",
     )
     port: Port = Field(30008, description="TCP port to listen on; 0 takes a free one. Not used with unix:.")
+    protected_mode: bool = Field(
+        default=True,
+        description="Whether to serve clients on this machine alone, wherever it listens, while there are neither "
+        "tokens nor certificates of clients.",
+    )
+    auth_token: Secret = Field(
+        SecretStr(""),
+        description="The token that clients have to show, as an admin's; empty: see auth_token_file. There is no "
+        "option for it, because others on the machine can read command lines.",
+    )
+    auth_token_file: str = Field(
+        "",
+        description="A file of tokens, read again on SIGHUP: a line each, `name role token` with the role read, write "
+        "(put and read) or admin; or the token alone, an admin's.",
+    )
+    auth_timeout_seconds: Seconds = Field(
+        10.0,
+        gt=0,
+        le=600,
+        description="Time for a new connection to finish the handshake of TLS, and to show its token.",
+    )
+    auth_delay_seconds: Seconds = Field(
+        0.1,
+        ge=0,
+        le=60,
+        description="How late a wrong token is answered. Doubles with each that follows within a minute from the same "
+        "address, up to auth_timeout_seconds.",
+    )
+    tls_cert_file: str = Field(
+        "",
+        description="The server's certificate and those that vouch for it, as PEM, read again on SIGHUP. "
+        "Set: it speaks TLS, and nothing else.",
+    )
+    tls_key_file: str = Field("", description="Its private key, as PEM; empty where it stands in tls_cert_file.")
+    tls_client_ca_file: str = Field(
+        "", description="Authorities, as PEM. Set: clients have to show a certificate of one of them."
+    )
     metrics_host: Annotated[str, AfterValidator(_tcp_host)] = Field(
         "127.0.0.1", description="Where the side port listens: /metrics for Prometheus, /healthz."
     )
+    metrics_token: Secret = Field(
+        SecretStr(""),
+        description="What the side port wants as a bearer token, but for /healthz. Empty: nothing.",
+    )
+    metrics_token_file: str = Field("", description="A file that holds it, in place of metrics_token.")
     metrics_port: Port | Literal["off"] = Field(30009, description='TCP port of the side port; "off" for none.')
     max_age_seconds: Seconds = Field(
         600.0, gt=0, le=31_536_000, description="Messages older than this are never delivered, and deleted soon."
@@ -75,12 +129,49 @@ class Settings(BaseSettings):
     max_topic_bytes: int = Field(
         512, ge=1, le=4096, description="Longest topic, as UTF-8. Topics are remembered after their messages are gone."
     )
+    max_topics: Count = Field(
+        1_000_000, description="Topics that hold messages. Each takes some 600 bytes beside its name."
+    )
+    max_stored_messages: Count = Field(
+        10_000_000, description="Messages held; a further one is refused until some have expired."
+    )
+    max_stored_bytes: Bytes = Field(
+        1_073_741_824,
+        description="Bytes of messages held, each counted with 100 for what it takes beside. Bounds the memory.",
+    )
+    max_stored_messages_per_topic: Count = Field(10_000_000, description="The same for one topic: messages.")
+    max_stored_bytes_per_topic: Bytes = Field(1_073_741_824, description="The same for one topic: bytes.")
     max_connections: int = Field(
         10_000,
         ge=1,
         le=1_000_000,
         description="Connections at a time; a further one is refused with an error. "
         "Less where the limit on open files (ulimit -n) is lower.",
+    )
+    max_connections_per_address: int = Field(
+        10_000,
+        ge=1,
+        le=1_000_000,
+        description="The same for one address of clients; an IPv6 address is its first 64 bits.",
+    )
+    max_unauthenticated_connections: int = Field(
+        1_000,
+        ge=1,
+        le=1_000_000,
+        description="Connections that have not shown their token yet, or not finished the handshake of TLS. With a "
+        "further one, the oldest goes.",
+    )
+    max_unauthenticated_bytes: int = Field(
+        16_384, ge=1024, le=1_048_576, description="Longest request of a client that has not shown its token."
+    )
+    max_waiting_readers: int = Field(
+        10_000, ge=1, le=1_000_000, description="Clients that wait for a message; a further one gets an error."
+    )
+    max_requests_per_turn: int = Field(
+        500,
+        ge=1,
+        le=1_000_000,
+        description="Pipelined requests of one client that are run before the others have their turn.",
     )
     max_unread_reply_bytes: int = Field(
         1_048_576,
@@ -127,6 +218,9 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="The least that is logged: debug, info, warning, error."
     )
+    max_log_lines_per_second: int = Field(
+        10, ge=1, le=1_000_000, description="Lines logged of one cause; what exceeds it is counted, and told later."
+    )
 
     @classmethod
     def settings_customise_sources(
@@ -146,6 +240,15 @@ class Settings(BaseSettings):
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
             raise ValueError("input should not be a truth value")
         return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Settings:
+        for name, needs in (("tls_key_file", "tls_cert_file"), ("tls_client_ca_file", "tls_cert_file")):
+            if getattr(self, name) and not getattr(self, needs):
+                raise ValueError(f"{name} is set without {needs}")
+        if self.metrics_token.get_secret_value() and self.metrics_token_file:
+            raise ValueError("metrics_token and metrics_token_file are both set")
+        return self
 
     @property
     def io_workers(self) -> int:
@@ -209,16 +312,19 @@ def _explain(error: ValidationError, given: dict[str, Any], file: str | None) ->
     wrong: dict[str, list[str]] = {}
     values = {}
     for problem in error.errors(include_url=False):
+        if not problem["loc"]:
+            # Of settings that don't fit together.
+            unknown.append(problem["msg"].removeprefix("Value error, "))
+            continue
         name = str(problem["loc"][0])
         if problem["type"] == "extra_forbidden":
             unknown.append(f"{file or 'settings'}: {_unknown(name, str)}")
         else:
             message = problem["msg"].removeprefix("Value error, ")
             wrong.setdefault(name, []).append(message[:1].lower() + message[1:])
-            values[name] = problem["input"]
+            values[name] = "" if is_secret(name) else f", not {problem['input']!r}"
     return unknown + [
-        f"{_source(name, given, file)}: {' or '.join(messages)}, not {values[name]!r}"
-        for name, messages in wrong.items()
+        f"{_source(name, given, file)}: {' or '.join(messages)}{values[name]}" for name, messages in wrong.items()
     ]
 
 
@@ -237,16 +343,28 @@ def _has_gil() -> bool:
     return not sysconfig.get_config_var("Py_GIL_DISABLED") or getattr(sys, "_is_gil_enabled", lambda: True)()
 
 
+def is_secret(name: str) -> bool:
+    """Return whether a setting must not be shown."""
+    return Settings.model_fields[name].annotation is SecretStr
+
+
 def option(name: str) -> str:
     """Return the command-line option of a setting."""
     return "--" + name.replace("_", "-")
+
+
+def _shown(default: Any) -> Any:
+    return default.get_secret_value() if isinstance(default, SecretStr) else default
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Give a command the option --config, and one for each setting."""
     parser.add_argument("--config", metavar="FILE", help=f"TOML file; default: the one that {ENV_CONFIG} names")
     for name, field in Settings.model_fields.items():
-        about = f"{field.description} Default: {field.default}".replace("%", "%%")
+        if is_secret(name):
+            # Others can read a command line.
+            continue
+        about = f"{field.description} Default: {_shown(field.default) or 'none'}".replace("%", "%%")
         parser.add_argument(option(name), metavar="VALUE", dest=name, default=argparse.SUPPRESS, help=about)
 
 
@@ -278,5 +396,5 @@ def example() -> str:
     ]
     for name, field in Settings.model_fields.items():
         about = textwrap.fill(field.description or "", 110, initial_indent="# ", subsequent_indent="# ")
-        parts.append(f"{about}\n#{tomli_w.dumps({name: field.default})}")
+        parts.append(f"{about}\n#{tomli_w.dumps({name: _shown(field.default)})}")
     return "\n".join(parts)

@@ -13,21 +13,65 @@ from functools import partial
 from selectors import EVENT_READ, EVENT_WRITE
 from typing import Protocol
 
+from dsmq.auth import Role, Token
 from dsmq.commands import COMMANDS, PUT, Fetch, Services, find
-from dsmq.errors import Closing, InternalError, ReplyError, StoreFailed, TimedOut
+from dsmq.errors import (
+    AuthRequired,
+    BadRequest,
+    Closing,
+    InternalError,
+    ReplyError,
+    StoreFailed,
+    TimedOut,
+    WrongToken,
+)
 from dsmq.metrics import Counters
-from dsmq.protocol import RequestParser, encode_error, encode_integer
+from dsmq.protocol import REQUEST_OVERHEAD_BYTES, RequestParser, encode_error, encode_integer
 from dsmq.store import Answer, Message, Put, T
 
 # What one connection may bring in one turn of the loop: so a greedy one lets the others have their turn.
 RECEIVE_BYTES = 131_072
 # Of a client that waits, so much is held that it has sent already.
 MAX_HELD_BYTES = 65_536
+# Wrong tokens that one connection may show before it is closed.
+MAX_WRONG_TOKENS = 3
 # How long a client may take to read the last reply and hang up, when the server closes.
 LINGER_SECONDS = 1.0
 LINGER_SECONDS_AT_STOP = 0.05
 
 _logger = logging.getLogger(__name__)
+
+
+class Stream(Protocol):
+    """What a connection asks of its socket, which may be one under TLS. None of it waits."""
+
+    def fileno(self) -> int:
+        """Return its file descriptor."""
+
+    def recv(self, size: int, /) -> bytes:
+        """Return what has come. Raises BlockingIOError when there is nothing."""
+
+    def send(self, data: bytearray | bytes, /) -> int:
+        """Send some of it; return how much."""
+
+    def shutdown(self, how: int, /) -> None:
+        """Say that nothing more comes."""
+
+    def close(self) -> None:
+        """Close it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who is at the other end."""
+
+    number: int
+    host: str
+    network: str
+    """What one client can have many addresses of: see `auth.network`."""
+    name: str
+    """Host and port, for people."""
+    encrypted: bool
 
 
 class Loop(Protocol):
@@ -44,8 +88,11 @@ class Loop(Protocol):
     def commit(self) -> None:
         """Store what has been put so far in this turn."""
 
+    def admit(self, connection: Connection) -> None:
+        """The connection is no stranger any more."""
+
     def join(self, topic: bytes, connection: Connection) -> None:
-        """Call `wake` after each put into the topic."""
+        """Call `wake` after each put into the topic. Raises Busy where too many wait already."""
 
     def leave(self, topic: bytes, connection: Connection) -> None:
         """Do so no more."""
@@ -74,6 +121,7 @@ class _Wait:
     """What a waiting reader waits for."""
 
     topic: bytes
+    """Empty where it waits for its time alone."""
     until: float
     fetch: Fetch
     encode: Callable[[list[Message]], bytes]
@@ -82,13 +130,19 @@ class _Wait:
 class Connection:
     """A connection, from the first byte to the last. Used by its loop's thread alone."""
 
-    def __init__(self, loop: Loop, sock: socket.socket, peer: str, number: int) -> None:
+    def __init__(self, loop: Loop, sock: Stream, peer: Peer) -> None:
         self._loop = loop
         self._socket = sock
         self.peer = peer
-        self.id = number
+        self.id = peer.number
         self.services = loop.services
         self.counters = loop.counters
+        self.token: Token | None = None
+        self.role = Role.NOBODY if loop.services.gate.tokens else Role.ADMIN
+        self.stranger = peer.encrypted or self.role is Role.NOBODY
+        """Whether it has still to show its token, or to finish the handshake of TLS."""
+        self._wrong_tokens = 0
+        self._stranger_until = math.inf
         self.name = b""
         self.version = 2
         self.watermark = loop.services.store.last_id()
@@ -98,6 +152,9 @@ class Connection:
         self.scheduled = math.inf
         """When the loop will call `on_time` next: the loop's to keep."""
         self._parser = RequestParser(loop.services.settings.max_message_bytes)
+        if self.role is Role.NOBODY:
+            most = loop.services.settings.max_unauthenticated_bytes
+            self._parser.max_message_bytes = self._parser.max_request_bytes = most
         self._out = bytearray()
         self._max_unread = loop.services.settings.max_unread_reply_bytes
         self._events = 0
@@ -117,13 +174,15 @@ class Connection:
         self._request_since = self._unread_since = self._linger_until = math.inf
 
     def __repr__(self) -> str:
-        return f"client {self.id} ({self.peer})"
+        return f"client {self.id} ({self.peer.name})"
 
     def fileno(self) -> int:
         return self._socket.fileno()
 
     def open(self) -> None:
         """Begin to read requests."""
+        if self.stranger:
+            self._stranger_until = self._loop.now + self.services.settings.auth_timeout_seconds
         self._watch()
         self._schedule()
 
@@ -145,6 +204,9 @@ class Connection:
         if not data:
             self._end_of_input()
         elif not self.finishing:
+            if self.stranger and self.role is not Role.NOBODY:
+                # With the first byte the handshake is done.
+                self._admit()
             self.counters.bytes_in += len(data)
             self._received_at = self._loop.now
             self._parser.feed(data)
@@ -166,9 +228,11 @@ class Connection:
         if self.closed:
             return
         requests, parser, most = self._requests, self._parser, self._max_unread
-        while not (self._parked or self.finishing) and len(self._out) < most:
+        quota = self.services.settings.max_requests_per_turn
+        while quota and not (self._parked or self.finishing) and len(self._out) < most:
             if not requests and (parser.missing or not self._parse()):
                 break
+            quota -= 1
             request = requests.popleft()
             try:
                 self._execute(request)
@@ -178,16 +242,19 @@ class Connection:
                     self._fail(error)
                 else:
                     requests.appendleft(request)
-        if self._behind or len(self._out) >= most:
-            self._mind_replies(most)
+        if self._behind or not quota or len(self._out) >= most:
+            self._mind_replies(behind=len(self._out) >= most or (not quota and bool(requests or not parser.missing)))
         if parser.incomplete:
             self._mind_request()
         if self._ended and parser.missing and not (requests or self._parked):
             self.finish()
         self._watch()
 
-    def _mind_replies(self, most: int) -> None:
-        was_behind, self._behind = self._behind, len(self._out) >= most
+    def _mind_replies(self, *, behind: bool) -> None:
+        was_behind, self._behind = self._behind, behind
+        if behind and not (self._out or self._deferred):
+            # It goes on when it has been flushed.
+            self._loop.flush_soon(self)
         if was_behind:
             # Its time for being idle begins only now.
             self._schedule()
@@ -211,6 +278,8 @@ class Connection:
         if self._deferred and command is not PUT and not self._settled():
             self._requests.appendleft(request)
             return
+        if self.role < command.role:
+            command.forbid(self.role)
         if not command.least < len(request) <= command.most + 1:
             command.check(request)
         reply = command.handler(self, request)
@@ -278,6 +347,51 @@ class Connection:
                 self._schedule()
         self._watch()
 
+    # Who it is
+
+    def authenticate(self, user: bytes, token: bytes, welcome: Callable[[], bytes]) -> bytes | None:
+        gate = self.services.gate
+        if not gate.tokens:
+            raise BadRequest("this server has no tokens")
+        found = gate.admit(user, token)
+        if found is None:
+            # Well within the time for showing one, and that which clients wait.
+            self._wait_alone(gate.fail(self.peer.network, self.services.settings.auth_timeout_seconds / 2))
+            return None
+        self.token, self.role = found, found.role
+        settings = self.services.settings
+        self._parser.max_message_bytes = settings.max_message_bytes
+        self._parser.max_request_bytes = settings.max_message_bytes + REQUEST_OVERHEAD_BYTES
+        self._admit()
+        return welcome()
+
+    def _admit(self) -> None:
+        self.stranger = False
+        self._stranger_until = math.inf
+        self._loop.admit(self)
+
+    def _wait_alone(self, seconds: float) -> None:
+        """Answer a wrong token, but not at once: so guessing takes long."""
+        _logger.warning("%r: wrong token", self)
+        self._wait = _Wait(b"", self._loop.now + seconds, list, self._wrong_token)
+        self._parked = True
+        self._schedule()
+
+    def _wrong_token(self, _: list[Message]) -> bytes:
+        self._wrong_tokens += 1
+        self.counters.errors[WrongToken.code] += 1
+        if self._wrong_tokens >= MAX_WRONG_TOKENS:
+            self.finish()
+        return encode_error(WrongToken("this is no token of this server"))
+
+    def check_token(self) -> None:
+        """End where the tokens have changed, and its own is none any more."""
+        tokens = self.services.gate.tokens
+        if self.role is Role.NOBODY or self.token in tokens or not (self.token or tokens):
+            return
+        self.stop_waiting()
+        self._reject(AuthRequired("from now on this server wants another token"))
+
     # Puts
 
     def put(self, put: Put) -> None:
@@ -337,9 +451,9 @@ class Connection:
     ) -> bytes | None:
         if not milliseconds:
             return self.reply_to(fetch(), encode)
-        self._wait = wait = _Wait(topic, self._loop.now + milliseconds / 1000, fetch, encode)
         # Joined before it looks: a put of another worker in between must not be missed.
         self._loop.join(topic, self)
+        self._wait = wait = _Wait(topic, self._loop.now + milliseconds / 1000, fetch, encode)
         self._schedule()
         reply = self._look(wait)
         self._parked = reply is None
@@ -383,7 +497,8 @@ class Connection:
 
     def _stop_waiting(self) -> None:
         if self._wait is not None:
-            self._loop.leave(self._wait.topic, self)
+            if self._wait.topic:
+                self._loop.leave(self._wait.topic, self)
             self._wait = None
 
     # Deadlines
@@ -395,7 +510,7 @@ class Connection:
             return deadline
         if self._wait is not None:
             return min(deadline, self._wait.until)
-        deadline = min(deadline, self._request_since + settings.request_timeout_seconds)
+        deadline = min(deadline, self._stranger_until, self._request_since + settings.request_timeout_seconds)
         if settings.idle_timeout_seconds and not (self._parked or self._behind or self._out):
             deadline = min(deadline, self._received_at + settings.idle_timeout_seconds)
         return deadline
@@ -418,6 +533,8 @@ class Connection:
             self.close("does not read its replies")
         elif self._wait is not None:
             self.stop_waiting()
+        elif now >= self._stranger_until:
+            self.send_away(TimedOut("no token, or no end of the handshake of TLS, has come in time"))
         elif now >= self._request_since + settings.request_timeout_seconds:
             self._reject(TimedOut("the request did not arrive in time"))
         else:
@@ -463,12 +580,16 @@ class Connection:
         """End after an exception, which costs this connection and no other."""
         _logger.exception("%r: dropped after a defect", self)
         self.counters.failures += 1
-        self.counters.errors[InternalError.code] += 1
+        self.send_away(InternalError("see the server's log"))
+
+    def send_away(self, error: ReplyError) -> None:
+        """Close at once; the client may still read why."""
+        self.counters.errors[error.code] += 1
         try:
-            self._socket.send(encode_error(InternalError("see the server's log")))
+            self._socket.send(encode_error(error))
         except OSError:
             _logger.debug("%r: was gone already", self)
-        self.close("a defect")
+        self.close(f"{error.code} {error}")
 
     def close(self, reason: str) -> None:
         """Close at once. Idempotent."""

@@ -13,6 +13,9 @@
          ├─ UnknownCommand    UNKNOWN
          ├─ BadRequest        BADREQUEST (also a ValueError)
          ├─ NotPermitted      NOPERM
+         ├─ AuthRequired      NOAUTH
+         ├─ WrongToken        WRONGPASS
+         ├─ Denied            DENIED
          ├─ UnknownVersion    NOPROTO
          ├─ Full              FULL
          ├─ StoreFailed       STORE
@@ -88,9 +91,27 @@ class BadRequest(ReplyError, ValueError):
 
 
 class NotPermitted(ReplyError):
-    """The server's configuration does not allow it."""
+    """The server's configuration does not allow it, or not to the role of this client's token."""
 
     code = "NOPERM"
+
+
+class AuthRequired(ReplyError):
+    """The server wants a token first; or the one shown has been withdrawn."""
+
+    code = "NOAUTH"
+
+
+class WrongToken(ReplyError):
+    """The token is none that the server knows."""
+
+    code = "WRONGPASS"
+
+
+class Denied(ReplyError):
+    """The server has no tokens, and so serves only clients on its own machine."""
+
+    code = "DENIED"
 
 
 class UnknownVersion(ReplyError):
@@ -100,7 +121,7 @@ class UnknownVersion(ReplyError):
 
 
 class Full(ReplyError):
-    """The store has no room; the message was not stored."""
+    """The store has no room, or a limit is reached; the message was not stored."""
 
     code = "FULL"
 
@@ -112,7 +133,7 @@ class StoreFailed(ReplyError):
 
 
 class Busy(ReplyError):
-    """The server has as many connections as it takes."""
+    """The server has as many connections, or waiting readers, as it takes."""
 
     code = "BUSY"
 

@@ -7,12 +7,19 @@ import math
 import selectors
 import socket
 import time
+from dataclasses import dataclass
 from selectors import EVENT_READ, EVENT_WRITE
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from dsmq import session as wire
 from dsmq.errors import ReplyError
 from dsmq.protocol import Reply, ReplyParser
 from dsmq.system import LONG_YIELD_PAUSE_SECONDS, LONG_YIELD_SECONDS, expect_long_messages, yield_processor
+
+if TYPE_CHECKING:
+    from ssl import SSLContext
+
+    from dsmq.tls import TLSSocket
 
 # Where replies are long, more is received at once; at first it would be slower, for the system gives memory of its own
 # to an object of 128 KiB, and takes it back, each time.
@@ -27,17 +34,72 @@ _expect_long_messages = functools.cache(expect_long_messages)
 _Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 
+@dataclass(frozen=True)
+class Target:
+    """Where a client connects to, and what it shows there."""
+
+    host: str
+    port: int
+    tls: SSLContext | None = None
+    token: str = ""
+
+    def __str__(self) -> str:
+        return self.host if self.is_unix else f"{self.host} port {self.port}"
+
+    def __repr__(self) -> str:
+        # Without the token.
+        return str(self)
+
+    @property
+    def is_unix(self) -> bool:
+        return self.host.startswith("unix:")
+
+    @property
+    def path(self) -> str:
+        """The path of a Unix socket."""
+        return self.host.removeprefix("unix:")
+
+    @property
+    def name(self) -> str:
+        """The name that a certificate has to be for."""
+        return "localhost" if self.is_unix else self.host.strip("[]")
+
+
+class Security(TypedDict, total=False):
+    """The arguments of `connect` that say who one is and whom one trusts."""
+
+    token: str | None
+    tls: bool | SSLContext
+    ca_file: str | None
+    cert_file: str | None
+    key_file: str | None
+
+
+def target(host: str, port: int, **security: Unpack[Security]) -> Target:
+    """Return what the arguments of `connect` describe. Raises ConfigError, or TypeError for two contexts at once."""
+    token, tls = security.get("token") or "", security.get("tls", False)
+    files = security.get("ca_file"), security.get("cert_file"), security.get("key_file")
+    if not isinstance(tls, bool):
+        if any(files):
+            raise TypeError("an SSLContext has its files already")
+        return Target(host, port, tls, token)
+    if not (tls or any(files)):
+        return Target(host, port, None, token)
+    from dsmq.tls import client_context  # noqa: PLC0415 - most clients need none of it
+
+    return Target(host, port, client_context(*files), token)
+
+
 class Link:
     """One connection to the server."""
 
-    def __init__(self, host: str, port: int, timeout: float) -> None:
+    def __init__(self, target: Target, timeout: float) -> None:
         self._parser = ReplyParser()
         self._timeout, self._deadline = timeout, math.inf
         # From when on a reply is worth looking for without going to sleep.
         self._look_from = 0.0
         self._receive_bytes = _RECEIVE_BYTES
-        self._socket = _open(host, port, timeout)
-        self._socket.setblocking(False)
+        self._socket = _open(target, min(timeout, _LONGEST_TIMEOUT))
         self._selector = _Selector()
         self._selector.register(self._socket, EVENT_READ)
 
@@ -135,17 +197,24 @@ class Link:
         self._socket.close()
 
 
-def _open(host: str, port: int, timeout: float) -> socket.socket:
-    timeout = min(timeout, _LONGEST_TIMEOUT)
+def _open(target: Target, timeout: float) -> socket.socket | TLSSocket:
     try:
-        if host.startswith("unix:"):
-            return _open_unix(host.removeprefix("unix:"), timeout)
-        sock = socket.create_connection((host.strip("[]"), port), timeout)
+        sock = _open_unix(target.path, timeout) if target.is_unix else _open_tcp(target, timeout)
     except ConnectionRefusedError as error:
-        where = host if host.startswith("unix:") else f"{host} port {port}"
-        raise ConnectionRefusedError(error.errno, f"no server answers at {where}") from None
+        raise ConnectionRefusedError(error.errno, f"no server answers at {target}") from None
+    if target.tls:
+        from dsmq import tls  # noqa: PLC0415 - see target()
+
+        return tls.connect(target.tls, sock, target.name)
+    sock.setblocking(False)
+    return sock
+
+
+def _open_tcp(target: Target, timeout: float) -> socket.socket:
+    try:
+        sock = socket.create_connection((target.host.strip("[]"), target.port), timeout)
     except UnicodeError:
-        raise socket.gaierror(socket.EAI_NONAME, f"{host!r} is no host name") from None
+        raise socket.gaierror(socket.EAI_NONAME, f"{target.host!r} is no host name") from None
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return sock
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import ipaddress
 import logging
 import math
 import os
@@ -52,6 +53,21 @@ def shown(host: str, port: int) -> str:
     if host.startswith(UNIX):
         return host
     return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
+
+
+def is_local(sock: socket.socket, host: str) -> bool:
+    """Return whether the client of an accepted connection is on this machine."""
+    return sock.family == socket.AF_UNIX or _is_loopback(host) or host == sock.getsockname()[0]
+
+
+def is_exposed(sock: socket.socket) -> bool:
+    """Return whether a listening socket can be reached from elsewhere than this machine."""
+    return sock.family != socket.AF_UNIX and not _is_loopback(sock.getsockname()[0])
+
+
+def _is_loopback(host: str) -> bool:
+    address = ipaddress.ip_address(host.partition("%")[0])
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
 def close(sock: socket.socket) -> None:
@@ -132,7 +148,8 @@ class Accepting(Protocol):
 class Listener:
     """A listening socket, which hands what it accepts to the workers."""
 
-    def __init__(self, sock: socket.socket, place: Callable[[socket.socket, str], None]) -> None:
+    def __init__(self, sock: socket.socket, place: Callable[[socket.socket, str, str], None]) -> None:
+        """`place` takes what is accepted: the socket, the client's host, and both host and port for people."""
         sock.setblocking(False)
         self.socket = sock
         self.loop: Accepting | None = None
@@ -156,7 +173,7 @@ class Listener:
                 self._pause(error)
                 return
             sock.setblocking(False)
-            self._place(sock, _peer(sock, address))
+            self._place(sock, *_peer(sock, address))
 
     def _pause(self, error: OSError) -> None:
         # The connection stays in the backlog, so the selector would report it again at once, for ever.
@@ -175,13 +192,13 @@ class Listener:
         _logger.exception("accepting failed")
 
 
-def _peer(sock: socket.socket, address: object) -> str:
+def _peer(sock: socket.socket, address: object) -> tuple[str, str]:
     if sock.family == socket.AF_UNIX or not isinstance(address, tuple):
-        return "unix"
+        return "unix", "unix"
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     keep_alive(sock)
     host, port = address[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return host, shown(host, port)
 
 
 def keep_alive(sock: socket.socket) -> None:

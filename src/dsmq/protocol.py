@@ -85,14 +85,16 @@ class _Input:
 class RequestParser(_Input):
     """Requests from bytes. After an error it is of no more use: close the connection.
 
-    max_message_bytes bounds a single argument, and with it (plus 64 KiB) a request.
+    max_message_bytes bounds a single argument, max_request_bytes all of a request (64 KiB more, unless given). Both may
+    be changed between requests.
     """
 
-    __slots__ = ("_searched", "max_message_bytes")
+    __slots__ = ("_searched", "max_message_bytes", "max_request_bytes")
 
-    def __init__(self, max_message_bytes: int) -> None:
+    def __init__(self, max_message_bytes: int, max_request_bytes: int | None = None) -> None:
         super().__init__()
         self.max_message_bytes = max_message_bytes
+        self.max_request_bytes = max_request_bytes or max_message_bytes + REQUEST_OVERHEAD_BYTES
         # How much of an inline line that has not ended yet is known to hold no end and nothing forbidden.
         self._searched = 0
 
@@ -114,7 +116,7 @@ class RequestParser(_Input):
         if not 0 < count <= MAX_ARGUMENTS:
             raise ProtocolError(f"a request has 1 to {MAX_ARGUMENTS} arguments, not {count}")
         arguments = []
-        longest = self.max_message_bytes + REQUEST_OVERHEAD_BYTES
+        longest = self.max_request_bytes
         for _ in range(count):
             at = end + 2
             end = data.find(_CRLF, at, at + _MAX_LENGTH_LINE)
@@ -198,14 +200,15 @@ class RequestParser(_Input):
             self._advance(blank.end())
             return self.next()
         data, start = self._data, self._at
-        end = data.find(b"\n", start + self._searched, start + MAX_LINE_BYTES)
-        stop = end if end >= 0 else min(len(data), start + MAX_LINE_BYTES)
+        longest = min(MAX_LINE_BYTES, self.max_request_bytes)
+        end = data.find(b"\n", start + self._searched, start + longest)
+        stop = end if end >= 0 else min(len(data), start + longest)
         # A carriage return is allowed at the end, which may not have come yet.
         control = _CONTROL.search(data, start + self._searched, stop - (data[stop - 1 : stop] == b"\r"))
         if control is not None:
             raise ProtocolError(f"control character {_shown(control[0])} in a line")
         if end < 0:
-            self._await_line(stop - start)
+            self._await_line(stop - start, longest)
             return None
         line = data[start:end]
         try:
@@ -218,9 +221,9 @@ class RequestParser(_Input):
         self._searched = 0
         return words or self.next()
 
-    def _await_line(self, size: int) -> None:
-        if size >= MAX_LINE_BYTES:
-            raise ProtocolError(f"no end of line within {MAX_LINE_BYTES} bytes")
+    def _await_line(self, size: int, longest: int) -> None:
+        if size >= longest:
+            raise ProtocolError(f"no end of line within {longest} bytes")
         # What has been searched once is not searched again, when the next byte comes.
         self._searched = max(0, size - 1)
         self._await(1)

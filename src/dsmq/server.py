@@ -25,15 +25,17 @@ from functools import partial
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from dsmq import __version__, config, listening, metrics
+from dsmq import __version__, auth, config, listening, logs, metrics
+from dsmq.auth import Gate
 from dsmq.commands import Services
 from dsmq.config import EmbeddedSettings, Settings
-from dsmq.errors import Busy, CannotStart, DSMQError, ServerFailed
+from dsmq.connection import Peer, Stream
+from dsmq.errors import Busy, CannotStart, ConfigError, Denied, DSMQError, ReplyError, ServerFailed
 from dsmq.expiry import Expiry
 from dsmq.listening import Listener
 from dsmq.metrics import Counters
 from dsmq.protocol import encode_error
-from dsmq.store import SQLiteStore, Store, Totals
+from dsmq.store import Limits, SQLiteStore, Store, Totals
 from dsmq.system import expect_long_messages
 from dsmq.worker import Worker
 
@@ -41,6 +43,11 @@ from dsmq.worker import Worker
 RESERVED_FILES = 64
 # How often the main thread looks whether the others live.
 WATCH_SECONDS = 1.0
+# Settings that are read once, at the start.
+FIXED = (
+    *("host", "port", "listen_backlog", "metrics_host", "metrics_port", "metrics_token", "metrics_token_file"),
+    *("io_threads", "busy_poll_microseconds", "expiry_interval_seconds", "max_connections", "max_log_lines_per_second"),
+)
 # What each stage of stopping gets, even if the stages before have used up all the time.
 LEAST_STAGE_SECONDS = 0.2
 
@@ -66,27 +73,37 @@ def serve(
     """
     effective = config.load(kind=EmbeddedSettings, host=host, port=port, **settings)
     if verbose:
-        log_to_stderr(effective.log_level)
+        logs.to_stderr(effective.log_level, effective.max_log_lines_per_second)
     run(effective)
 
 
-def run(settings: Settings) -> None:
-    """Serve until a signal or a client's SHUTDOWN, then stop gracefully. Raises as `serve` does."""
-    server = Server(settings)
+def run(settings: Settings, load: Callable[[], Settings] | None = None) -> None:
+    """Serve until a signal or a client's SHUTDOWN, then stop gracefully. Raises as `serve` does.
+
+    On SIGHUP `load` returns the settings anew; without it, that signal is left alone.
+    """
+    server = Server(settings, load=load)
     # Before it says that it serves: whoever reads that may send a signal at once.
-    with _signals(server.request_stop), server:
+    with _signals(server, reload=load is not None), server:
         server.run()
 
 
 class Server:
     """A server that can be started and stopped; a context manager does both."""
 
-    def __init__(self, settings: Settings, store: Store | None = None) -> None:
+    def __init__(
+        self, settings: Settings, store: Store | None = None, *, load: Callable[[], Settings] | None = None
+    ) -> None:
+        """`load` returns the settings anew. Raises ConfigError where a file of tokens or certificates can't be used."""
+        self._load = load
         self.settings = settings
-        self._store = store or SQLiteStore(round(settings.max_age_seconds * 1000))
+        self._store = store or SQLiteStore(0)
         self._started_at = time.time()
-        self._orders: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._services = Services(settings, self._store, self.request_stop, self.info)
+        # Reasons to stop; None: read the configuration anew.
+        self._orders: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._services = Services(settings, self._store, Gate(), self.request_stop, self.info)
+        self._tls: Any = None
+        self._configure(settings)
         self._workers: list[Worker] = []
         self._listeners: list[Listener] = []
         self._expiry = Expiry(self._store, settings.expiry_interval_seconds)
@@ -94,7 +111,6 @@ class Server:
         self._numbers = itertools.count(1)
         self._max_connections = _affordable(settings.max_connections)
         self._refused = Counters()
-        self._refusing = False
         self._started = self._stopped = False
 
     def __enter__(self) -> Self:
@@ -106,6 +122,26 @@ class Server:
     ) -> None:
         # Whoever interrupts it twice does not want to wait for it.
         self.stop(0 if isinstance(error, KeyboardInterrupt) else None)
+
+    def _configure(self, settings: Settings) -> None:
+        """Make these settings those in force, but for FIXED ones. Raises ConfigError, with nothing changed."""
+        tokens = auth.tokens_of(settings.auth_token.get_secret_value(), settings.auth_token_file)
+        gate = Gate(tokens, settings.auth_delay_seconds)
+        tls = None
+        if settings.tls_cert_file:
+            from dsmq.tls import server_context  # noqa: PLC0415 - a server without TLS needs none of it
+
+            tls = server_context(settings.tls_cert_file, settings.tls_key_file, settings.tls_client_ca_file)
+        self._tls, self._services.gate = tls, gate
+        self.settings = self._services.settings = settings
+        self._store.max_age_ms = round(settings.max_age_seconds * 1000)
+        self._store.limits = Limits(
+            settings.max_topics,
+            settings.max_stored_messages,
+            settings.max_stored_bytes,
+            settings.max_stored_messages_per_topic,
+            settings.max_stored_bytes_per_topic,
+        )
 
     # Start
 
@@ -130,6 +166,7 @@ class Server:
             undo.pop_all()
         self._started = True
         _logger.info("dsmq %s serves on %s (process %d)", __version__, ", ".join(self.addresses), os.getpid())
+        self._tell_security()
         if self._side_port:
             _logger.info("metrics on http://%s/metrics", listening.shown(settings.metrics_host, self.metrics_port or 0))
 
@@ -140,32 +177,72 @@ class Server:
         sock, *others = listening.listen(host, port, 16)
         for other in others:
             other.close()
-        return SidePort(sock, metrics.registry(self), self.health)
+        settings = self.settings
+        token = settings.metrics_token.get_secret_value()
+        if settings.metrics_token_file:
+            token = auth.read_tokens(settings.metrics_token_file)[0][2]
+        return SidePort(sock, metrics.registry(self), self.health, token)
 
-    def _place(self, sock: socket.socket, peer: str) -> None:
+    def _tell_security(self) -> None:
+        settings, tokens = self.settings, len(self._services.gate.tokens)
+        _logger.info(
+            "tokens: %s; TLS: %s%s",
+            tokens or "none",
+            "on" if self._tls else "off",
+            ", with certificates of clients" if settings.tls_client_ca_file else "",
+        )
+        if self._is_open and any(listening.is_exposed(listener.socket) for listener in self._listeners):
+            _logger.warning(
+                "this server has no token, and listens to more than this machine: %s",
+                "it refuses clients elsewhere (protected_mode); set auth_token or auth_token_file"
+                if settings.protected_mode
+                else "whoever reaches it may read and put all there is (protected_mode is off)",
+            )
+
+    @property
+    def _is_open(self) -> bool:
+        """Whether clients have to show nothing."""
+        return not (self._services.gate.tokens or self.settings.tls_client_ca_file)
+
+    def _place(self, sock: socket.socket, host: str, name: str) -> None:
         """Give an accepted connection to the worker that has the fewest, or refuse it."""
-        if self.connections() >= self._max_connections:
-            self._refuse(sock, peer)
+        network = auth.network(host)
+        if error := self._objection(sock, host, network):
+            self._refuse(sock, name, error)
             return
-        self._refusing = False
+        stream: Stream = sock
+        if self._tls:
+            from dsmq import tls  # noqa: PLC0415 - see _configure
+
+            stream = tls.accept(self._tls, sock)
         worker = min(self._workers, key=lambda worker: len(worker.connections))
-        adopt = partial(worker.adopt, sock, peer, next(self._numbers))
+        adopt = partial(worker.adopt, stream, Peer(next(self._numbers), host, network, name, bool(self._tls)))
         if worker.thread is threading.current_thread():
             adopt()
         else:
             worker.post(adopt)
 
-    def _refuse(self, sock: socket.socket, peer: str) -> None:
+    def _objection(self, sock: socket.socket, host: str, network: str) -> ReplyError | None:
+        """Return why a connection is not taken, if it is not."""
+        most = self.settings.max_connections_per_address
+        if self.connections() >= self._max_connections:
+            return Busy(f"{self._max_connections} connections are open, no more are taken")
+        if sum(worker.networks[network] for worker in self._workers) >= most:
+            return Busy(f"{most} connections of this address are open, no more are taken")
+        if self.settings.protected_mode and self._is_open and not listening.is_local(sock, host):
+            return Denied("this server has no token, and so serves only clients on its own machine: set auth_token")
+        return None
+
+    def _refuse(self, sock: socket.socket, name: str, error: ReplyError) -> None:
         self._refused.refused += 1
-        self._refused.errors[Busy.code] += 1
-        if not self._refusing:
-            _logger.warning("connections are refused from now on, there are %d", self._max_connections)
-        self._refusing = True
+        self._refused.errors[error.code] += 1
+        _logger.warning("%s is refused: %s", name, error)
         try:
-            sock.send(encode_error(Busy(f"{self._max_connections} connections are open, no more are taken")))
+            if not self._tls:
+                sock.send(encode_error(error))
             sock.shutdown(socket.SHUT_WR)
-        except OSError as error:
-            _logger.debug("%s was gone when it was refused: %s", peer, error)
+        except OSError as gone:
+            _logger.debug("%s was gone when it was refused: %s", name, gone)
         sock.close()
 
     # Watch
@@ -179,6 +256,9 @@ class Server:
                 if dead := [thread.name for thread in self._threads() if not thread.is_alive()]:
                     raise ServerFailed(f"threads died: {', '.join(dead)}") from None
             else:
+                if reason is None:
+                    self.reload()
+                    continue
                 _logger.info("stopping: %s", reason)
                 self.stop()
                 return
@@ -186,6 +266,28 @@ class Server:
     def request_stop(self, reason: str) -> None:
         """Have `run` stop the server. Safe in signal handlers and threads."""
         self._orders.put(reason)
+
+    def request_reload(self) -> None:
+        """Have `run` read the configuration anew. Safe in signal handlers and threads."""
+        self._orders.put(None)
+
+    def reload(self) -> None:
+        """Take over new settings, tokens and certificates; where something is wrong with them, change nothing."""
+        before = self.settings
+        try:
+            new = self._load() if self._load else before
+            self._configure(new.model_copy(update={name: getattr(before, name) for name in FIXED}))
+        except ConfigError as error:
+            _logger.error("nothing is changed: %s", error)
+            return
+        logging.getLogger("dsmq").setLevel(new.log_level.upper())
+        for worker in self._workers:
+            worker.post(worker.check_tokens)
+        changed = [name for name in Settings.model_fields if getattr(new, name) != getattr(before, name)]
+        _logger.info("configuration read again; changed: %s", ", ".join(set(changed).difference(FIXED)) or "nothing")
+        if waiting := [name for name in changed if name in FIXED]:
+            _logger.warning("these change only with a new start: %s", ", ".join(waiting))
+        self._tell_security()
 
     def _threads(self) -> list[threading.Thread]:
         return [part.thread for part in self._parts()]
@@ -305,17 +407,8 @@ class Server:
         }
 
 
-def log_to_stderr(level: str) -> None:
-    """Log what dsmq has to say to stderr; other loggers are left alone."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger = logging.getLogger("dsmq")
-    logger.addHandler(handler)
-    logger.setLevel(level.upper())
-
-
 @contextmanager
-def _signals(request_stop: Callable[[str], None]) -> Iterator[None]:
+def _signals(server: Server, *, reload: bool) -> Iterator[None]:
     """Turn SIGTERM and SIGINT into a request to stop; a further Ctrl-C does not wait. Only in a main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -324,12 +417,16 @@ def _signals(request_stop: Callable[[str], None]) -> Iterator[None]:
 
     def handle(number: int, _: FrameType | None) -> None:
         nonlocal seen
+        if number == signal.SIGHUP:
+            server.request_reload()
+            return
         if seen and number == signal.SIGINT:
             raise KeyboardInterrupt
         seen = True
-        request_stop(signal.Signals(number).name)
+        server.request_stop(signal.Signals(number).name)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    handled = (signal.SIGTERM, signal.SIGINT, *((signal.SIGHUP,) if reload else ()))
+    before = {number: signal.signal(number, handle) for number in handled}
     try:
         yield
     finally:

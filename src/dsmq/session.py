@@ -12,7 +12,17 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, NoReturn, TypeVar
 
-from dsmq.errors import Busy, Closing, InternalError, MessageNotText, ProtocolError, ReplyError, TimedOut, TooBig
+from dsmq.errors import (
+    AuthRequired,
+    Busy,
+    Closing,
+    InternalError,
+    MessageNotText,
+    ProtocolError,
+    ReplyError,
+    TimedOut,
+    TooBig,
+)
 from dsmq.protocol import Reply, encode_bulk, encode_request
 
 # The longest wait asked of the server at once. A longer one is asked for again and again, so that both sides
@@ -22,7 +32,6 @@ MAX_WAIT_SECONDS = 15.0
 PUTS_AT_ONCE = 500
 BYTES_AT_ONCE = 262_144
 
-HELLO = encode_request(b"HELLO", b"2")
 SHUTDOWN = encode_request(b"SHUTDOWN")
 PING = encode_request(b"PING")
 
@@ -144,7 +153,8 @@ class Inbox:
 class Session:
     """The client's side of what HELLO has agreed on."""
 
-    def __init__(self) -> None:
+    def __init__(self, token: str = "") -> None:
+        self.hello = encode_request(b"HELLO", b"2", *((b"AUTH", b"default", token.encode()) if token else ()))
         self.epoch = ""
         self.max_message_bytes = 0
         self.max_topic_bytes = 0
@@ -161,6 +171,8 @@ class Session:
         read from the start.
         """
         facts = _facts(reply)
+        if facts.get("access") == b"nobody":
+            raise AuthRequired("this server wants a token: connect(..., token=...)")
         epoch, last_id = _as_text(facts.get("epoch")), _as_number(facts.get("last_id"))
         self.max_message_bytes = _as_number(facts.get("max_message_bytes"))
         self.max_topic_bytes = _as_number(facts.get("max_topic_bytes"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hmac
 import json
 import logging
 import socket
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import BaseServer
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -32,9 +34,14 @@ class SidePort:
     """Serves a registry and a health check on a listening socket, in threads of its own."""
 
     def __init__(
-        self, sock: socket.socket, registry: CollectorRegistry, health: Callable[[], tuple[bool, dict[str, object]]]
+        self,
+        sock: socket.socket,
+        registry: CollectorRegistry,
+        health: Callable[[], tuple[bool, dict[str, object]]],
+        token: str = "",
     ) -> None:
-        self._server = _HTTPServer(sock, registry, health)
+        """With a token, all but /healthz wants it as a bearer token (RFC 6750)."""
+        self._server = _HTTPServer(sock, registry, health, token)
         self.thread = threading.Thread(
             target=self._server.serve_forever, args=(STOP_POLL_SECONDS,), name="dsmq-metrics", daemon=True
         )
@@ -60,11 +67,16 @@ class _HTTPServer(ThreadingHTTPServer):
     block_on_close = False
 
     def __init__(
-        self, sock: socket.socket, registry: CollectorRegistry, health: Callable[[], tuple[bool, dict[str, object]]]
+        self,
+        sock: socket.socket,
+        registry: CollectorRegistry,
+        health: Callable[[], tuple[bool, dict[str, object]]],
+        token: str,
     ) -> None:
-        super().__init__(sock.getsockname()[:2], _Handler, bind_and_activate=False)
-        self.socket.close()
+        # Not that of TCPServer, which would make a socket of its own.
+        BaseServer.__init__(self, sock.getsockname()[:2], _Handler)
         self.socket = sock
+        self.token = token.encode()
         self.registry = registry
         self.health = health
         # Requests that are being served, with the time at which each is cut off.
@@ -72,14 +84,16 @@ class _HTTPServer(ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if len(self._deadlines) >= MAX_REQUESTS_AT_A_TIME:
-            self.shutdown_request(request)
-            return
+            # The oldest goes: most likely it hangs, where a scrape takes milliseconds.
+            oldest = next(iter(self._deadlines))
+            del self._deadlines[oldest]
+            _cut_off(oldest)
         self._deadlines[request] = time.monotonic() + REQUEST_TIMEOUT_SECONDS
         try:
             super().process_request(request, client_address)
         except BaseException:
             # No thread could be started.
-            del self._deadlines[request]
+            self._deadlines.pop(request, None)
             raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
@@ -93,12 +107,16 @@ class _HTTPServer(ThreadingHTTPServer):
         now = time.monotonic()
         for request, deadline in list(self._deadlines.items()):
             if now >= deadline:
-                # The thread that serves it finds the stream at its end, and closes.
-                with contextlib.suppress(OSError):
-                    request.shutdown(socket.SHUT_RDWR)
+                _cut_off(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
         _logger.debug("side port: %s: %s", client_address, sys.exception())
+
+
+def _cut_off(request: socket.socket) -> None:
+    # The thread that serves it finds the stream at its end, and closes.
+    with contextlib.suppress(OSError):
+        request.shutdown(socket.SHUT_RDWR)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -108,7 +126,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
-        if path == "/metrics":
+        if path != "/healthz" and not self._has_token():
+            self._reply(HTTPStatus.UNAUTHORIZED, "text/plain; charset=utf-8", b"A bearer token is wanted.\n")
+        elif path == "/metrics":
             encode, content_type = choose_encoder(self.headers.get("Accept", ""))
             self._reply(HTTPStatus.OK, content_type, encode(self.server.registry))
         elif path == "/healthz":
@@ -120,8 +140,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET  # noqa: N815 - http.server's name
 
+    def _has_token(self) -> bool:
+        scheme, _, token = self.headers.get("Authorization", "").partition(" ")
+        given = token.strip().encode() if scheme.lower() == "bearer" else b""
+        return not self.server.token or hmac.compare_digest(given, self.server.token)
+
     def _reply(self, status: HTTPStatus, content_type: str, body: bytes) -> None:
         self.send_response(status)
+        if status == HTTPStatus.UNAUTHORIZED:
+            self.send_header("WWW-Authenticate", "Bearer")
         self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import secrets
 import sqlite3
+import sys
 import threading
 import time
 from array import array
 from bisect import bisect_left, bisect_right
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -36,6 +37,8 @@ EXPIRY_SLICE_BYTES = 131_072
 # How long the tails get, together, before they are written: where there is nothing else to do, and at most.
 TAIL_MESSAGES, MAX_TAIL_MESSAGES = 32, 512
 TAIL_BYTES, MAX_TAIL_BYTES = 32_768, 262_144
+# What a message is counted with, for the limit on bytes, beside its body: about what it takes in a row of its own.
+MESSAGE_OVERHEAD_BYTES = 100
 # No chunk is longer but one of a single message: to read one message is to read a chunk.
 CHUNK_MESSAGES, CHUNK_BYTES = 128, 16_384
 # After the tails could not be written, it is not tried again for so long, unless something expires.
@@ -107,10 +110,23 @@ class Totals(NamedTuple):
     expired: int
 
 
+class Limits(NamedTuple):
+    """How much a store holds. A put beyond it raises Full."""
+
+    topics: int = sys.maxsize
+    messages: int = sys.maxsize
+    bytes: int = sys.maxsize
+    """Of bodies, and MESSAGE_OVERHEAD_BYTES for each."""
+    messages_per_topic: int = sys.maxsize
+    bytes_per_topic: int = sys.maxsize
+
+
 class Store(Protocol):
     """What the server asks of a store. One elsewhere than in this process answers with futures."""
 
     epoch: str
+    max_age_ms: int
+    limits: Limits
 
     def append(self, puts: Sequence[Put]) -> Answer[list[int]]:
         """Store all or nothing and return their ids, increasing. Raises Full or StoreFailed."""
@@ -173,8 +189,9 @@ def monotonic_ms() -> int:
 class SQLiteStore:
     """The store in this process. Safe to use from several threads."""
 
-    def __init__(self, max_age_ms: int, clock: Callable[[], int] = monotonic_ms) -> None:
+    def __init__(self, max_age_ms: int, clock: Callable[[], int] = monotonic_ms, limits: Limits | None = None) -> None:
         self.max_age_ms = max_age_ms
+        self.limits = limits or Limits()
         self.epoch = secrets.token_hex(8)
         self._clock = clock
         self._guard = _Guard()
@@ -211,11 +228,43 @@ class SQLiteStore:
     def append(self, puts: Sequence[Put]) -> list[int]:
         with self._guard:
             # Whatever can fail is done before a message is taken.
+            if self._is_near_limits(len(puts), sum([len(put[1]) for put in puts])):
+                self._check_limits(puts)
             if self._tail_messages >= MAX_TAIL_MESSAGES or self._tail_bytes >= MAX_TAIL_BYTES:
                 self._make_room(puts)
             if names := {put[0] for put in puts}.difference(self._topics):
-                self._begin(names.intersection(self._needed(puts)))
+                self._begin(names.intersection(put[0] for put in self._needed(puts)))
             return self._add(puts, self._clock())
+
+    def _is_near_limits(self, count: int, size: int) -> bool:
+        """Tell whether so much more could pass a limit."""
+        limits, held = self.limits, self._stored - self._expired + count
+        size += self._bytes + held * MESSAGE_OVERHEAD_BYTES
+        return (
+            held > limits.messages
+            or held > limits.messages_per_topic
+            or size > limits.bytes
+            or size > limits.bytes_per_topic
+        )
+
+    def _check_limits(self, puts: Sequence[Put]) -> None:
+        limits = self.limits
+        counts: Counter[bytes] = Counter()
+        sizes: Counter[bytes] = Counter()
+        for name, body, _ in self._needed(puts):
+            counts[name] += 1
+            sizes[name] += len(body)
+        for name, count in counts.items():
+            topic = self._topics.get(name) or _Topic(name, 0)
+            if topic.messages + count > limits.messages_per_topic:
+                raise Full(f"the topic holds {topic.messages} messages, at most {limits.messages_per_topic} are taken")
+            if _cost(topic.messages + count, topic.bytes + sizes[name]) > limits.bytes_per_topic:
+                raise Full(f"the topic holds as much as is taken, {limits.bytes_per_topic} bytes")
+        held = self._stored - self._expired
+        if counts and held + counts.total() > limits.messages:
+            raise Full(f"{held} messages are held, at most {limits.messages} are taken")
+        if counts and _cost(held + counts.total(), self._bytes + sizes.total()) > limits.bytes:
+            raise Full(f"as much is held as is taken, {limits.bytes} bytes")
 
     def _make_room(self, puts: Sequence[Put]) -> None:
         if any(self._needed(puts)):
@@ -250,16 +299,19 @@ class SQLiteStore:
         self._last_id = last_id
         return ids
 
-    def _needed(self, puts: Sequence[Put]) -> Iterator[bytes]:
-        """Iterate over the topics in which something will be stored: not those of puts that were done before."""
+    def _needed(self, puts: Sequence[Put]) -> Iterator[Put]:
+        """Iterate over the puts that will be stored: not those that were done before."""
         keys = set()
-        for name, _, key in puts:
+        for put in puts:
+            key = put[2]
             if key is None or (key not in keys and key[1] not in self._producers.get(key[0], ())):
                 keys.add(key)
-                yield name
+                yield put
 
     def _begin(self, names: set[bytes]) -> None:
         """Have topics that hold nothing ready to hold something."""
+        if names and len(self._topics) + len(names) > self.limits.topics:
+            raise Full(f"{len(self._topics)} topics hold messages, at most {self.limits.topics} may")
         topics = [self._empty.get(name) or _Topic(name, row) for row, name in enumerate(names, self._last_row + 1)]
         with self._transaction():
             self._database.executemany(_INSERT_TOPIC, [(topic.row, topic.name) for topic in topics])
@@ -479,6 +531,11 @@ def _told(error: sqlite3.Error | MemoryError) -> ReplyError:
     if isinstance(error, MemoryError) or getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL:
         return Full("no room for more messages")
     return StoreFailed(f"SQLite: {error}")
+
+
+def _cost(messages: int, size: int) -> int:
+    """Return what messages are counted as, for the limits on bytes."""
+    return size + messages * MESSAGE_OVERHEAD_BYTES
 
 
 def _stats(topic: _Topic) -> TopicStats:

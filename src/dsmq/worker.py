@@ -14,15 +14,15 @@ import selectors
 import socket
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Protocol
 
 from dsmq.commands import Services
-from dsmq.connection import Connection, result_of
-from dsmq.errors import ReplyError, StoreFailed
+from dsmq.connection import Connection, Peer, Stream, result_of
+from dsmq.errors import Busy, ReplyError, StoreFailed
 from dsmq.listening import Listener
 from dsmq.metrics import Counters
 from dsmq.store import Answer, Put
@@ -67,6 +67,9 @@ class Worker:
         self.counters = Counters()
         self.now = time.monotonic()
         self.connections: dict[Connection, None] = {}
+        # How many of them each network has; and those that are strangers still, the oldest first.
+        self.networks: Counter[str] = Counter()
+        self._strangers: dict[Connection, None] = {}
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._workers = workers
         self._selector = selectors.DefaultSelector()
@@ -75,6 +78,8 @@ class Worker:
         self._putters: list[Connection] = []
         self._put_bytes = 0
         self._waiters: dict[bytes, dict[Connection, None]] = {}
+        self.waiting = 0
+        """The number of waiting readers."""
         self._to_flush: list[Connection] = []
         self._to_run: list[Connection] = []
         self._timers: list[tuple[float, int, Timed]] = []
@@ -107,21 +112,33 @@ class Worker:
         if listener in self._selector.get_map():
             self._selector.unregister(listener)
 
-    def adopt(self, sock: socket.socket, peer: str, number: int) -> None:
+    def adopt(self, sock: Stream, peer: Peer) -> None:
         """Serve this connection from now on."""
-        connection = Connection(self, sock, peer, number)
+        connection = Connection(self, sock, peer)
         self.connections[connection] = None
+        self.networks[peer.network] += 1
         self.counters.opened += 1
+        if connection.stranger:
+            self._strangers[connection] = None
+            if len(self._strangers) > self._share(self.services.settings.max_unauthenticated_connections):
+                next(iter(self._strangers)).send_away(Busy("too many others have not shown their token yet"))
         connection.open()
+
+    def admit(self, connection: Connection) -> None:
+        del self._strangers[connection]
+
+    def check_tokens(self) -> None:
+        """Let go of those whose token is none any more. To be posted."""
+        for connection in list(self.connections):
+            connection.check_token()
+
+    def _share(self, limit: int) -> int:
+        """Return this worker's part of a limit for all."""
+        return -(-limit // len(self._workers))
 
     def stop(self, seconds: float) -> None:
         """Answer the waiting readers, close all connections, and end; give up on unsent replies after that time."""
         self.post(partial(self._drain, seconds))
-
-    @property
-    def waiting(self) -> int:
-        """The number of waiting readers."""
-        return sum(map(len, list(self._waiters.values())))
 
     # The loop
 
@@ -318,9 +335,13 @@ class Worker:
                     connection.on_failure()
 
     def join(self, topic: bytes, connection: Connection) -> None:
+        if self.waiting >= self._share(self.services.settings.max_waiting_readers):
+            raise Busy("as many clients wait for messages as may")
+        self.waiting += 1
         self._waiters.setdefault(topic, {})[connection] = None
 
     def leave(self, topic: bytes, connection: Connection) -> None:
+        self.waiting -= 1
         waiters = self._waiters[topic]
         del waiters[connection]
         if not waiters:
@@ -346,6 +367,11 @@ class Worker:
     def forget(self, connection: Connection) -> None:
         self.watch(connection, 0)
         del self.connections[connection]
+        self._strangers.pop(connection, None)
+        network = connection.peer.network
+        self.networks[network] -= 1
+        if not self.networks[network]:
+            del self.networks[network]
 
     # Stopping
 

@@ -1,0 +1,137 @@
+"""Who may do what: tokens, the roles they give, and how guessing is slowed down."""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import hmac
+import ipaddress
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from dsmq.errors import ConfigError
+
+DEFAULT_USER = b"default"
+"""The user of clients that name none: the token alone decides."""
+# Failures are forgotten after so many seconds without a further one; so many addresses are remembered.
+MEMORY_SECONDS = 60.0
+MAX_ADDRESSES = 10_000
+# A shorter token can be guessed.
+SAFE_TOKEN_BYTES = 16
+
+
+class Role(enum.IntEnum):
+    """What a client may do. Each may do all that those before it may."""
+
+    NOBODY = 0
+    READ = 1
+    WRITE = 2
+    ADMIN = 3
+
+
+ROLES = {role.name.lower(): role for role in Role if role is not Role.NOBODY}
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token as it is kept: not itself, but its digest."""
+
+    name: str
+    role: Role
+    digest: bytes
+
+
+def parse_tokens(text: str, source: str) -> list[tuple[str, Role, str]]:
+    """Return the tokens in a file's text: name, role and token of each line.
+
+    A line is `name role token`, or a token alone, which is that of an admin; blank lines and those that begin with #
+    are passed over. source is named in the ConfigError, which never shows what stands in a line.
+    """
+    tokens: list[tuple[str, Role, str]] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        words = line.split()
+        if not words or words[0].startswith("#"):
+            continue
+        if len(words) == 1:
+            words = [DEFAULT_USER.decode(), "admin", *words]
+        if len(words) != 3 or words[1] not in ROLES:
+            raise ConfigError(f"{source}, line {number}: not `token`, nor `name role token` with one of {_roles()}")
+        tokens.append((words[0], ROLES[words[1]], words[2]))
+    if not tokens:
+        raise ConfigError(f"{source}: there is no token in it")
+    return tokens
+
+
+def tokens_of(token: str, file: str) -> list[tuple[str, Role, str]]:
+    """Return the tokens of two settings, `auth_token` and `auth_token_file`. Raises ConfigError."""
+    return ([(DEFAULT_USER.decode(), Role.ADMIN, token)] if token else []) + (read_tokens(file) if file else [])
+
+
+def read_tokens(file: str) -> list[tuple[str, Role, str]]:
+    """Return the tokens in a file, as `parse_tokens` does. Raises ConfigError."""
+    try:
+        with open(file, encoding="utf-8") as stream:
+            return parse_tokens(stream.read(), file)
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{file}: not UTF-8") from None
+
+
+def _roles() -> str:
+    return ", ".join(ROLES)
+
+
+class Gate:
+    """Knows the tokens, and who has guessed wrong lately. Safe to use from several threads."""
+
+    def __init__(self, tokens: Iterable[tuple[str, Role, str]] = (), delay_seconds: float = 0.1) -> None:
+        self.tokens = tuple(Token(name, role, _digest(token.encode())) for name, role, token in tokens)
+        self._delay = delay_seconds
+        # How often an address has failed, and when last; in the order of the latter.
+        self._failures: OrderedDict[str, tuple[int, float]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def admit(self, user: bytes, token: bytes) -> Token | None:
+        """Return what a client has shown to have, if it is one of the tokens."""
+        digest = _digest(token)
+        found = None
+        # All are compared, and in constant time, so that the time it takes says nothing.
+        for known in self.tokens:
+            if hmac.compare_digest(known.digest, digest) and user in (DEFAULT_USER, known.name.encode()):
+                found = known
+        return found
+
+    def fail(self, network: str, longest: float) -> float:
+        """Note that a client of this network has shown a wrong token; return how long it is to wait, in seconds.
+
+        That doubles with each failure within a minute of the one before, up to the longest.
+        """
+        now = time.monotonic()
+        with self._lock:
+            count, last = self._failures.pop(network, (0, now))
+            count = count + 1 if now - last < MEMORY_SECONDS else 1
+            self._failures[network] = count, now
+            if len(self._failures) > MAX_ADDRESSES:
+                self._failures.popitem(last=False)
+        return min(longest, self._delay * 2.0 ** min(count - 1, 32))
+
+
+def _digest(token: bytes) -> bytes:
+    return hashlib.sha256(token).digest()
+
+
+def network(host: str) -> str:
+    """Return what stands for one client: an IPv4 address, but all IPv6 addresses with the same first 64 bits."""
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return host
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped:
+            return str(address.ipv4_mapped)
+        return str(ipaddress.IPv6Network((int(address) >> 64 << 64, 64)))
+    return str(address)

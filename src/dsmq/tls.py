@@ -1,0 +1,124 @@
+"""TLS under a non-blocking socket, for the server and for the blocking client."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+
+from dsmq.errors import ConfigError
+
+
+def server_context(cert_file: str, key_file: str, client_ca_file: str) -> ssl.SSLContext:
+    """Return what a server needs to speak TLS 1.2 or later.
+
+    The files are in PEM format; without key_file the key stands in cert_file. With client_ca_file, clients have to
+    show a certificate of one of those authorities. Raises ConfigError.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
+    _load(context, cert_file, key_file, client_ca_file)
+    if client_ca_file:
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def client_context(ca_file: str | None, cert_file: str | None, key_file: str | None) -> ssl.SSLContext:
+    """Return what a client needs: the server's certificate and its name are verified.
+
+    ca_file holds the authorities to trust, in place of the system's; cert_file and key_file what to show to a server
+    that asks for a certificate. Raises ConfigError.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if not ca_file:
+        context.load_default_certs()
+    _load(context, cert_file or "", key_file or "", ca_file or "")
+    return context
+
+
+def _load(context: ssl.SSLContext, cert_file: str, key_file: str, ca_file: str) -> None:
+    files = ""
+    try:
+        if cert_file:
+            files = f"certificate {cert_file}, key {key_file or cert_file}"
+            # The empty password keeps it from asking for one.
+            context.load_cert_chain(cert_file, key_file or None, "")
+        if ca_file:
+            files = f"authorities {ca_file}"
+            context.load_verify_locations(ca_file)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{files}: {reason(error)}") from None
+
+
+def reason(error: Exception) -> str:
+    """Return what went wrong, in a few words."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return error.verify_message
+    if isinstance(error, ssl.SSLError):
+        return (error.reason or "not in PEM format").lower().replace("_", " ")
+    return (isinstance(error, OSError) and error.strerror) or str(error)
+
+
+class TLSSocket:
+    """A non-blocking connection under TLS, with the methods of a socket that dsmq uses.
+
+    The first `recv` or `send` makes the handshake, as far as it can without waiting.
+    """
+
+    def __init__(self, sock: ssl.SSLSocket) -> None:
+        self._socket = sock
+        sock.setblocking(False)
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def recv(self, size: int) -> bytes:
+        """Return some of what has come. Raises BlockingIOError when there is nothing, another OSError when it broke."""
+        try:
+            return self._socket.recv(size)
+        except ssl.SSLWantReadError:
+            raise BlockingIOError from None
+        except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+            return b""
+        except ssl.SSLWantWriteError:
+            # To read on it would have to answer; who asks for that and does not read gets no further.
+            raise ConnectionAbortedError("TLS: what was sent is not read") from None
+        except ssl.SSLError as error:
+            raise ConnectionAbortedError(f"TLS: {reason(error)}") from None
+
+    def send(self, data: bytes | bytearray | memoryview) -> int:
+        """Send some of it; what was refused once has to be offered again. Raises as `recv` does."""
+        try:
+            return self._socket.send(data) if data else 0
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise BlockingIOError from None
+        except ssl.SSLError as error:
+            raise ConnectionAbortedError(f"TLS: {reason(error)}") from None
+
+    def shutdown(self, how: int) -> None:
+        """Say that nothing more comes."""
+        with contextlib.suppress(OSError, ValueError):
+            # It sends its part, and does not wait for the other's.
+            self._socket.unwrap()
+        self._socket.shutdown(how)
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def accept(context: ssl.SSLContext, sock: socket.socket) -> TLSSocket:
+    """Return the server's side of a connection; the socket belongs to it. Raises OSError."""
+    return TLSSocket(context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False))
+
+
+def connect(context: ssl.SSLContext, sock: socket.socket, host: str) -> TLSSocket:
+    """Return the client's side of a connection, after the handshake. Raises OSError."""
+    try:
+        return TLSSocket(context.wrap_socket(sock, server_hostname=host))
+    except ssl.SSLError as error:
+        hint = (
+            "; does the server speak TLS?" if error.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE") else ""
+        )
+        raise ConnectionAbortedError(f"TLS: {reason(error)}{hint}") from None
