@@ -93,10 +93,12 @@ def wait_until(condition: Callable[[], bool]) -> None:
 class Wire:
     """A connection on which a test says what it likes, byte by byte."""
 
-    def __init__(self, address: tuple[str, int] | str) -> None:
+    def __init__(self, address: tuple[str, int] | str, source: str | None = None) -> None:
         family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
         self.socket = socket.socket(family)
         self.socket.settimeout(SOON)
+        if source:
+            self.socket.bind((source, 0))
         self.socket.connect(address)
         self._parser = ReplyParser()
 

@@ -162,7 +162,7 @@ class Settings(BaseSettings):
         "further one, the oldest goes.",
     )
     max_unauthenticated_bytes: int = Field(
-        16_384, ge=1024, le=1_048_576, description="Longest request of a client that has not shown its token."
+        16_384, ge=4096, le=1_048_576, description="Longest request of a client that has not shown its token."
     )
     max_waiting_readers: int = Field(
         10_000, ge=1, le=1_000_000, description="Clients that wait for a message; a further one gets an error."

@@ -27,7 +27,8 @@ _MAX_REPLY_ELEMENTS = 1_048_576
 _ARRAY, _BULK, _INTEGER, _SIMPLE, _ERROR, _NULL = b"*$:+-_"
 _ZERO = ord("0")
 _CRLF = b"\r\n"
-# So much is split at once: little enough that it costs nothing to speak of where it is in vain.
+# So much is split at once: little enough that it costs nothing to speak of where it is in vain. What is split is not
+# held to the limit on requests, which is at least that.
 _MAX_SPLIT_BYTES = 4096
 _MAX_SPLIT_TOKENS = 448
 

@@ -1,0 +1,709 @@
+"""Who gets in, and what for: tokens, roles, TLS, protected mode; on real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trustme
+
+from conftest import SOON, UNIT, Wire, daemon, run_dsmq, serving, tool, wait_until, wire_to
+from dsmq import aio, auth, config, listening
+from dsmq.auth import Gate, Role
+from dsmq.client import DSMQClientSideConnection, connect
+from dsmq.commands import COMMANDS
+from dsmq.errors import AuthRequired, BadRequest, ConfigError, Denied, NotPermitted, WrongToken
+from dsmq.protocol import encode_request
+from dsmq.server import Server
+
+ADMIN, WRITER, READER = "admin-token-0123456789", "write-token-0123456789", "read-token-0123456789"
+TOKENS = f"# who may do what\n\n{ADMIN}\nsensors write {WRITER}\nscreen\tread\t{READER}\n"
+
+
+@pytest.fixture
+def token_file(tmp_path: Path) -> Path:
+    file = tmp_path / "tokens"
+    file.write_text(TOKENS)
+    return file
+
+
+@pytest.fixture
+def server(token_file: Path) -> Iterator[Server]:
+    """One with tokens, that answers wrong ones at once."""
+    with serving(auth_token_file=str(token_file), auth_delay_seconds=0, metrics_port=0) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def wire_as(server: Server, token: str) -> Iterator[Wire]:
+    with wire_to(server) as wire:
+        assert wire.call("AUTH", token) == "OK"
+        yield wire
+
+
+# What a stranger may do
+
+
+@pytest.mark.parametrize("name", [name.decode() for name in COMMANDS])
+def test_a_stranger_may_say_hello_show_a_token_ping_and_quit(server: Server, wire: Wire, name: str) -> None:
+    arguments = ["x"] * COMMANDS[name.encode()].least
+    if name in ("HELLO", "PING", "QUIT"):
+        assert wire.call(name) is not None
+    elif name == "AUTH":
+        assert wire.error(name, *arguments) == "WRONGPASS"
+    else:
+        assert wire.error(name, *arguments) == "NOAUTH"
+    assert server.totals().stored == 0
+
+
+def test_without_a_token_nothing_is_told_of_what_the_server_does_not_know(wire: Wire) -> None:
+    assert wire.error("FROBNICATE") == "UNKNOWN"
+
+
+@pytest.mark.parametrize(
+    "words", [["AUTH", ADMIN], ["AUTH", "default", ADMIN], ["HELLO", "2", "AUTH", "default", ADMIN]]
+)
+def test_a_token_lets_one_in(wire: Wire, words: list[str]) -> None:
+    assert wire.call(*words)
+    assert wire.call("PUT", "t", "x") == 1
+
+
+@pytest.mark.parametrize("user", ["default", "sensors"])
+def test_a_token_with_a_name_needs_it_or_none(wire: Wire, user: str) -> None:
+    assert wire.error("AUTH", "screen", WRITER) == "WRONGPASS"
+    assert wire.call("AUTH", user, WRITER) == "OK"
+    assert wire.call("PUT", "t", "x") == 1
+
+
+@pytest.mark.parametrize("token", ["", ADMIN[:-1], ADMIN + "x", ADMIN.upper(), "sensors", "write"])
+def test_what_is_no_token_does_not(wire: Wire, token: str) -> None:
+    assert wire.error("AUTH", token) == "WRONGPASS"
+    assert wire.error("GET", "t") == "NOAUTH"
+
+
+def test_hello_with_a_wrong_token_changes_nothing(wire: Wire) -> None:
+    assert wire.error("HELLO", 3, "AUTH", "default", "wrong", "SETNAME", "me") == "WRONGPASS"
+    assert wire.call("AUTH", ADMIN) == "OK"
+    assert wire.call("CLIENT", "GETNAME") is None
+    hello = wire.call("HELLO", 2)
+    assert isinstance(hello, list)
+    assert hello[-2:] == [b"access", b"admin"]
+
+
+def test_requests_in_the_same_packet_as_the_token_are_run_with_it(wire: Wire) -> None:
+    long = b"x" * 100_000
+    wire.send(encode_request(b"AUTH", WRITER.encode()) + encode_request(b"PUT", b"t", long) + b"PING\r\n")
+    assert [wire.receive() for _ in range(3)] == ["OK", 1, "PONG"]
+
+
+def test_a_server_without_tokens_says_so(tmp_path: Path) -> None:
+    with serving() as server, wire_to(server) as wire:
+        assert wire.error("AUTH", "x") == "BADREQUEST"
+        assert wire.error("HELLO", 2, "AUTH", "default", "x") == "BADREQUEST"
+        assert wire.call("PUT", "t", "x") == 1
+
+
+# Roles
+
+
+@pytest.mark.parametrize(
+    ("token", "allowed"),
+    [
+        (READER, {"READ", "GET", "GETLATEST", "GETWAIT", "TOPICS", "STATS", "ECHO", "INFO"}),
+        (WRITER, {"READ", "GET", "GETLATEST", "GETWAIT", "TOPICS", "STATS", "ECHO", "INFO", "PUT"}),
+        (ADMIN, {"READ", "GET", "GETLATEST", "GETWAIT", "TOPICS", "STATS", "ECHO", "INFO", "PUT", "CONFIG"}),
+    ],
+    ids=["read", "write", "admin"],
+)
+def test_what_a_role_may_do(server: Server, token: str, allowed: set[str]) -> None:
+    requests = {
+        "PUT": ("t", "x"), "READ": ("t", 0), "GET": ("t",), "GETLATEST": ("t",), "GETWAIT": ("t", 0), "TOPICS": (),
+        "STATS": ("t",), "ECHO": ("x",), "INFO": (), "CONFIG": ("GET", "port"),
+    }  # fmt: skip
+    with wire_as(server, token) as wire:
+        for name, arguments in requests.items():
+            if name in allowed:
+                wire.call(name, *arguments)
+                assert server.counters().errors["NOPERM"] == 0
+        for name in requests.keys() - allowed:
+            assert wire.error(name, *requests[name]) == "NOPERM"
+
+
+def test_only_an_admin_may_stop_the_server(server: Server) -> None:
+    for token in (READER, WRITER):
+        with wire_as(server, token) as wire:
+            assert wire.error("SHUTDOWN") == "NOPERM"
+    assert server._orders.empty()
+    with wire_as(server, ADMIN) as wire:
+        assert wire.call("SHUTDOWN") == "OK"
+    assert not server._orders.empty()
+
+
+def test_only_an_admin_sees_what_others_do(server: Server) -> None:
+    with wire_as(server, WRITER) as wire, wire_as(server, ADMIN) as admin:
+        for section in ("clients", "stats", "store"):
+            assert section.capitalize().encode() not in wire.call("INFO")  # type: ignore[operator]
+            assert wire.call("INFO", section) == b""
+            assert section.capitalize().encode() in admin.call("INFO")  # type: ignore[operator]
+        assert b"# Server" in wire.call("INFO")  # type: ignore[operator]
+
+
+# Guessing
+
+
+def test_wrong_tokens_are_answered_late_and_later_each_time(token_file: Path) -> None:
+    with serving(auth_token_file=str(token_file), auth_delay_seconds=UNIT) as server, wire_to(server) as wire:
+        for delay in (1, 2, 4):
+            before = time.monotonic()
+            wire.send(encode_request(b"AUTH", b"wrong") + b"PING\r\n")
+            # Another connection is not held up, and a right token not late.
+            with wire_to(server) as other:
+                assert other.call("AUTH", ADMIN) == "OK"
+            assert wire.receive().code == "WRONGPASS"  # type: ignore[union-attr]
+            assert delay * UNIT <= time.monotonic() - before
+            if delay < 4:
+                assert wire.receive() == "PONG"
+        # Three is enough.
+        assert wire.ended()
+        assert server.counters().errors["WRONGPASS"] == 3
+
+
+def test_guessing_on_several_connections_takes_as_long(token_file: Path) -> None:
+    with serving(auth_token_file=str(token_file), auth_delay_seconds=UNIT) as server:
+        before = time.monotonic()
+        for _ in range(3):
+            with wire_to(server) as wire:
+                assert wire.error("AUTH", "wrong") == "WRONGPASS"
+        assert time.monotonic() - before >= 7 * UNIT
+
+
+def test_a_delayed_answer_is_no_waiting_reader(token_file: Path) -> None:
+    with (
+        serving(auth_token_file=str(token_file), auth_delay_seconds=60, max_waiting_readers=1) as server,
+        wire_to(server) as guessing,
+        wire_as(server, READER) as reader,
+    ):
+        guessing.send(encode_request(b"AUTH", b"wrong"))
+        wait_until(lambda: server.counters().requests >= 2)
+        assert server.waiting() == 0
+        assert reader.call("GETWAIT", "t", 1) is None
+
+
+def test_failures_are_remembered_by_network_for_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate([("a", Role.READ, "secret")], 1.0)
+    now = 1000.0
+    monkeypatch.setattr(auth.time, "monotonic", lambda: now)
+    assert [gate.fail("192.0.2.1", 10) for _ in range(6)] == [1, 2, 4, 8, 10, 10]
+    assert gate.fail("192.0.2.2", 10) == 1
+    now += auth.MEMORY_SECONDS
+    assert gate.fail("192.0.2.1", 10) == 1
+
+
+def test_addresses_remembered_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auth, "MAX_ADDRESSES", 3)
+    gate = Gate([("a", Role.READ, "secret")], 1.0)
+    for number in range(5):
+        gate.fail(str(number), 10)
+    assert len(gate._failures) == 3
+
+
+@pytest.mark.parametrize(
+    ("host", "network"),
+    [
+        ("192.0.2.1", "192.0.2.1"),
+        ("::ffff:192.0.2.1", "192.0.2.1"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("unix", "unix"),
+    ],
+)
+def test_a_network_is_what_one_client_may_have(host: str, network: str) -> None:
+    assert auth.network(host) == network
+
+
+def test_all_tokens_are_compared_however_early_one_matches(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate([(name, Role.READ, name) for name in "abc"])
+    compared = []
+    compare = auth.hmac.compare_digest
+    monkeypatch.setattr(auth.hmac, "compare_digest", lambda *pair: compared.append(pair) or compare(*pair))
+    assert gate.admit(b"default", b"a") == gate.tokens[0]
+    assert len(compared) == 3
+
+
+# Strangers are bounded
+
+
+def test_a_stranger_is_sent_away_in_time(token_file: Path) -> None:
+    with (
+        serving(auth_token_file=str(token_file), auth_timeout_seconds=2 * UNIT) as server,
+        wire_to(server) as silent,
+        wire_to(server) as busy,
+        wire_as(server, READER) as known,
+    ):
+        assert busy.call("PING") == "PONG"
+        for stranger in (silent, busy):
+            assert stranger.receive().code == "TIMEOUT"  # type: ignore[union-attr]
+            assert stranger.ended()
+        assert known.call("PING") == "PONG"
+
+
+def test_with_too_many_strangers_the_oldest_goes(token_file: Path) -> None:
+    with (
+        serving(auth_token_file=str(token_file), max_unauthenticated_connections=2) as server,
+        wire_as(server, READER) as known,
+        wire_to(server) as first,
+        wire_to(server) as second,
+    ):
+        assert first.call("PING") == second.call("PING") == "PONG"
+        with wire_to(server) as third:
+            assert first.receive().code == "BUSY"  # type: ignore[union-attr]
+            assert first.ended()
+            assert third.call("AUTH", READER) == "OK"
+        assert second.call("AUTH", READER) == "OK"
+        assert known.call("PING") == "PONG"
+
+
+def test_the_longest_request_of_a_stranger(token_file: Path) -> None:
+    with serving(auth_token_file=str(token_file), max_unauthenticated_bytes=4096, auth_delay_seconds=0) as server:
+        for size, code in ((4073, "WRONGPASS"), (4074, "TOOBIG")):
+            request = encode_request(b"AUTH", b"x" * size)
+            with wire_to(server) as wire:
+                wire.send(request)
+                assert (len(request), wire.receive().code) == (size + 23, code)  # type: ignore[union-attr]
+        with wire_to(server) as wire:
+            wire.send(b"AUTH " + b"x" * 5000)
+            assert wire.receive().code == "PROTOCOL"  # type: ignore[union-attr]
+
+
+# Tokens change
+
+
+def test_tokens_are_read_again_and_those_withdrawn_end(token_file: Path) -> None:
+    with daemon("--auth-token-file", str(token_file)) as process:
+        address = ("127.0.0.1", process.port)
+        admin, writer, stranger = Wire(address), Wire(address), Wire(address)
+        assert admin.call("AUTH", ADMIN) == writer.call("AUTH", WRITER) == "OK"
+        token_file.write_text(f"{ADMIN}\nsensors write new-token-0123456789\n")
+        process.process.send_signal(signal.SIGHUP)
+        assert writer.receive().code == "NOAUTH"  # type: ignore[union-attr]
+        assert writer.ended()
+        assert stranger.call("AUTH", "new-token-0123456789") == "OK"
+        assert admin.call("PUT", "t", "x") == 1
+        # A file that is no good changes nothing.
+        token_file.write_text("sensors scribble new-token-0123456789\n")
+        process.process.send_signal(signal.SIGHUP)
+        line = process.wait_for_line("nothing is changed: .*")[0]
+        assert "line 1" in line
+        assert "new-token" not in line
+        assert stranger.call("PUT", "t", "x") == 2
+        for wire in (admin, writer, stranger):
+            wire.close()
+
+
+def test_a_waiting_reader_whose_token_is_withdrawn_is_told(token_file: Path) -> None:
+    load = lambda: config.load(kind=config.EmbeddedSettings, port=0, auth_token_file=str(token_file))  # noqa: E731
+    with Server(load(), load=load) as server, wire_as(server, READER) as reader:
+        reader.send(encode_request(b"GETWAIT", b"t", b"60000"))
+        wait_until(lambda: server.waiting() == 1)
+        token_file.write_text(ADMIN)
+        server.reload()
+        assert reader.receive() is None
+        assert reader.receive().code == "NOAUTH"  # type: ignore[union-attr]
+        assert reader.ended()
+
+
+def test_reload_takes_over_what_can_change_and_names_what_can_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "dsmq.toml"
+    file.write_text("max_age_seconds = 60\nport = 0")
+    with daemon("--config", str(file)) as process:
+        wire = Wire(("127.0.0.1", process.port))
+        file.write_text("max_age_seconds = 30\nlog_level = 'debug'\nio_threads = 2\nport = 0")
+        process.process.send_signal(signal.SIGHUP)
+        changed = process.wait_for_line("configuration read again; changed: (.*)")[1]
+        assert set(changed.split(", ")) == {"max_age_seconds", "log_level"}
+        assert process.wait_for_line("only with a new start: (.*)")[1] == "io_threads"
+        hello = wire.call("HELLO", 2)
+        assert isinstance(hello, list)
+        assert dict(zip(hello[::2], hello[1::2], strict=True))[b"max_age_ms"] == 30_000
+        wire.close()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "# nothing\n", "name read", "name root token", "name read token more"],
+    ids=["empty", "comment", "two words", "no role", "four words"],
+)
+def test_a_token_file_that_is_no_good_is_told_without_what_stands_in_it(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "tokens"
+    file.write_text(text)
+    done = run_dsmq("serve", "--port", "0", "--auth-token-file", str(file))
+    assert done.returncode == 2
+    assert str(file).encode() in done.stderr
+    assert b"token more" not in done.stderr
+
+
+def test_a_token_file_has_to_be_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        auth.read_tokens(str(tmp_path / "none"))
+    (tmp_path / "binary").write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        auth.read_tokens(str(tmp_path / "binary"))
+
+
+# Tokens are shown nowhere
+
+
+def test_tokens_are_shown_nowhere(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "dsmq")
+    with serving(auth_token=ADMIN, metrics_token=READER, metrics_port=0) as server, wire_as(server, ADMIN) as wire:
+        settings = wire.call("CONFIG", "GET", "*")
+        with wire_to(server) as wrong:
+            refusal = wrong.call("AUTH", WRITER)
+        told = [repr(settings), repr(refusal), str(wire.call("INFO")), repr(server.settings), caplog.text]
+        client = connect(port=server.port, token=ADMIN)
+        told += [repr(client), repr(client._target)]
+        client.close()
+    told.append(config.to_toml(server.settings))
+    assert "auth_token" in told[-1]
+    for text in told:
+        assert not any(token in text for token in (ADMIN, WRITER, READER))
+
+
+def test_there_is_no_option_for_a_secret() -> None:
+    done = run_dsmq("serve", "--auth-token", ADMIN)
+    assert done.returncode == 2
+    assert ADMIN.encode() not in done.stderr
+    assert b"--auth-token " not in run_dsmq("serve", "--help").stdout
+
+
+@pytest.mark.parametrize("value", ["two words", " before", "**********", "\n"])
+def test_a_bad_secret_is_told_without_it(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("DSMQ_AUTH_TOKEN", value)
+    with pytest.raises(ConfigError, match=r"^DSMQ_AUTH_TOKEN: input should be") as caught:
+        config.load()
+    assert value not in str(caught.value)
+
+
+# The clients
+
+
+def test_the_client_shows_its_token(server: Server) -> None:
+    with connect(port=server.port, token=WRITER) as mq:
+        assert mq.put("t", "x") == 1
+        with pytest.raises(NotPermitted):
+            mq.shutdown_server()
+        assert mq.get("t") == "x"
+
+
+def test_the_client_is_told_at_once_what_is_wrong_with_its_token(server: Server) -> None:
+    with pytest.raises(AuthRequired, match="token="):
+        connect(port=server.port, retry=False)
+    with pytest.raises(WrongToken):
+        connect(port=server.port, retry=False, token="wrong")
+    with serving() as other, pytest.raises(BadRequest, match="no tokens"):
+        connect(port=other.port, retry=False, token=ADMIN)
+
+
+def test_the_command_line_takes_its_token_from_a_file_or_the_environment(server: Server, token_file: Path) -> None:
+    address = ("--port", str(server.port))
+    assert run_dsmq("put", "t", "x", *address).returncode == 1
+    assert run_dsmq("put", "t", "x", *address, "--token-file", str(token_file)).returncode == 0
+    assert run_dsmq("put", "t", "x", *address, env={"DSMQ_AUTH_TOKEN": WRITER}).returncode == 0
+    assert run_dsmq("ping", *address, env={"DSMQ_AUTH_TOKEN_FILE": str(token_file)}).returncode == 0
+    done = run_dsmq("ping", *address, "--token-file", "/nowhere")
+    assert (done.returncode, done.stderr) == (2, b"dsmq: /nowhere: No such file or directory\n")
+
+
+# Where it listens
+
+
+def test_protected_mode_serves_this_machine_alone(monkeypatch: pytest.MonkeyPatch, token_file: Path) -> None:
+    with serving(host="0.0.0.0") as server, wire_to(server) as before:
+        assert before.call("PING") == "PONG"
+        monkeypatch.setattr(listening, "is_local", lambda *_: False)
+        with pytest.raises(Denied, match="auth_token"):
+            connect(port=server.port, retry=False)
+        assert server.counters().refused == 1
+    for settings in ({"protected_mode": False}, {"auth_token_file": str(token_file)}):
+        with serving(host="0.0.0.0", **settings) as server, wire_to(server) as wire:
+            assert wire.call("PING") == "PONG"
+
+
+@pytest.mark.parametrize(
+    ("host", "settings", "says"),
+    [
+        ("0.0.0.0", {}, "refuses clients elsewhere"),
+        ("0.0.0.0", {"protected_mode": False}, "whoever reaches it"),
+        ("0.0.0.0", {"auth_token": ADMIN}, None),
+        ("127.0.0.1", {}, None),
+    ],
+)
+def test_an_open_server_says_so_loudly(
+    caplog: pytest.LogCaptureFixture, host: str, settings: dict[str, object], says: str | None
+) -> None:
+    with serving(host=host, **settings):
+        warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert bool(warnings) == bool(says)
+    assert says is None or says in warnings[0]
+
+
+def own_address() -> str:
+    """An address of this machine by which others reach it; nothing is sent to find it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.connect(("192.0.2.1", 9))
+        except OSError:
+            pytest.skip("this machine has no address but loopback")
+        return str(sock.getsockname()[0])
+
+
+def test_a_client_that_comes_by_the_machines_own_address_is_local() -> None:
+    with serving(host="0.0.0.0") as server:
+        wire = Wire((own_address(), server.port))
+        assert wire.call("PING") == "PONG"
+        wire.close()
+
+
+class FakeSocket:
+    family = socket.AF_INET
+
+    def getsockname(self) -> tuple[str, int]:
+        return ("192.0.2.1", 30008)
+
+
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [
+        *[("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("::ffff:127.0.0.1", True), ("192.0.2.1", True)],
+        *[("192.0.2.2", False), ("2001:db8::1", False), ("::ffff:192.0.2.2", False), ("fe80::1%eth0", False)],
+    ],
+)
+def test_who_is_on_this_machine(host: str, local: bool) -> None:
+    assert listening.is_local(FakeSocket(), host) == local  # type: ignore[arg-type]
+
+
+def test_one_address_takes_no_more_connections_than_its_share() -> None:
+    with serving(max_connections_per_address=2) as server, wire_to(server) as first, wire_to(server) as second:
+        assert first.call("PING") == second.call("PING") == "PONG"
+        with wire_to(server) as third:
+            assert third.receive().code == "BUSY"  # type: ignore[union-attr]
+            assert third.ended()
+        other = Wire(("127.0.0.1", server.port), source="127.0.0.2")
+        assert other.call("PING") == "PONG"
+        other.close()
+        first.close()
+        wait_until(lambda: server.connections() == 1)
+        with wire_to(server) as fourth:
+            assert fourth.call("PING") == "PONG"
+
+
+# TLS
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+class Files:
+    """Certificates on disk."""
+
+    def __init__(self, folder: Path, authority: trustme.CA) -> None:
+        self.folder = folder
+        self.ca = str(folder / "ca.pem")
+        authority.cert_pem.write_to_path(self.ca)
+        self.server = self.issue(authority, "server", "127.0.0.1", "localhost")
+        self.client = self.issue(authority, "client", "someone@example.org")
+
+    def issue(self, authority: trustme.CA, name: str, *subjects: str) -> str:
+        file = self.folder / f"{name}.pem"
+        authority.issue_cert(*subjects).private_key_and_cert_chain_pem.write_to_path(file)
+        return str(file)
+
+
+@pytest.fixture
+def files(tmp_path: Path, authority: trustme.CA) -> Files:
+    return Files(tmp_path, authority)
+
+
+@pytest.fixture
+def tls_server(files: Files) -> Iterator[Server]:
+    with serving(tls_cert_file=files.server, auth_token=ADMIN) as server:
+        yield server
+
+
+def test_put_and_get_under_tls(tls_server: Server, files: Files) -> None:
+    with connect(port=tls_server.port, ca_file=files.ca, token=ADMIN) as mq:
+        assert mq.put("t", "x") == 1
+        assert mq.get("t") == "x"
+        long = [bytes([number]) * 300_000 for number in range(30)]
+        assert mq.put_many("t", long) == list(range(2, 32))
+        assert mq.get_many("t", 30, raw=True) == long
+        assert mq.get_wait("t", timeout=UNIT) == ""
+    with connect("localhost", tls_server.port, tls=ssl.create_default_context(cafile=files.ca), token=ADMIN) as mq:
+        mq.ping()
+
+
+def test_put_and_get_under_tls_with_asyncio(tls_server: Server, files: Files) -> None:
+    async def main() -> None:
+        async with await aio.connect(port=tls_server.port, ca_file=files.ca, token=ADMIN) as mq:
+            await mq.put("t", "x" * 300_000)
+            assert await mq.get("t") == "x" * 300_000
+
+    asyncio.run(main())
+
+
+def test_the_certificate_and_its_name_are_verified(tls_server: Server, tmp_path: Path, authority: trustme.CA) -> None:
+    (tmp_path / "other").mkdir()
+    strange = Files(tmp_path / "other", trustme.CA())
+    with pytest.raises(ConnectionError, match="unable to get local issuer"):
+        connect(port=tls_server.port, ca_file=strange.ca, token=ADMIN, retry=False)
+    with pytest.raises(ConnectionError, match="unable to get local issuer"):
+        connect(port=tls_server.port, tls=True, token=ADMIN, retry=False)
+    files = Files(tmp_path, authority)
+    named = files.issue(authority, "named", "dsmq.example.org")
+    with serving(tls_cert_file=named) as server, pytest.raises(ConnectionError, match="IP address mismatch"):
+        connect(port=server.port, ca_file=files.ca, retry=False)
+
+
+def test_a_client_shows_a_certificate_where_one_is_wanted(files: Files, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    strange = Files(tmp_path / "other", trustme.CA())
+    with serving(tls_cert_file=files.server, tls_client_ca_file=files.ca, host="0.0.0.0") as server:
+        for cert_file in (None, strange.client):
+            with pytest.raises(ConnectionError):
+                connect(port=server.port, ca_file=files.ca, cert_file=cert_file, retry=False)
+        with connect(port=server.port, ca_file=files.ca, cert_file=files.client) as mq:
+            assert mq.put("t", "x") == 1
+
+
+def test_neither_tls_nor_plain_text_takes_the_other_for_its_own(tls_server: Server) -> None:
+    with pytest.raises(ConnectionError, match="does it want TLS"):
+        connect(port=tls_server.port, token=ADMIN, retry=False)
+    with serving() as plain, pytest.raises(ConnectionError, match="does the server speak TLS"):
+        connect(port=plain.port, tls=True, retry=False)
+
+
+def test_old_versions_of_tls_are_refused(tls_server: Server, files: Files) -> None:
+    for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
+        context = ssl.create_default_context(cafile=files.ca)
+        context.minimum_version = context.maximum_version = version
+        connect(port=tls_server.port, tls=context, token=ADMIN).close()
+    old = ssl.create_default_context(cafile=files.ca)
+    old.set_ciphers("ALL:@SECLEVEL=0")
+    with pytest.warns(DeprecationWarning, match="TLSv1_1"):
+        old.minimum_version = old.maximum_version = ssl.TLSVersion.TLSv1_1
+    with pytest.raises(ConnectionError):
+        connect(port=tls_server.port, tls=old, token=ADMIN, retry=False)
+
+
+def test_a_handshake_that_does_not_end_is_cut_off_and_harms_nobody(files: Files) -> None:
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(serving(tls_cert_file=files.server, auth_timeout_seconds=2 * UNIT))
+        silent, half = (stack.enter_context(wire_to(server)) for _ in range(2))
+        half.send(bytes.fromhex("16030100c8010000c40303"))
+        mq = stack.enter_context(connect(port=server.port, ca_file=files.ca))
+        garbage = stack.enter_context(wire_to(server))
+        garbage.send(b"GET / HTTP/1.1\r\n\r\n")
+        for sock in (garbage, silent, half):
+            with contextlib.suppress(ConnectionResetError):
+                while sock.socket.recv(4096):
+                    pass
+        mq.ping()
+        # Who has come in may stay.
+        assert server.connections() == 1
+
+
+def test_a_certificate_is_renewed_without_a_restart(files: Files, authority: trustme.CA) -> None:
+    with daemon("--tls-cert-file", files.server) as process:
+        where = {"port": process.port, "ca_file": files.ca, "retry": False}
+        with connect(**where) as before:  # type: ignore[arg-type]
+            new = trustme.CA()
+            new.cert_pem.write_to_path(files.ca)
+            files.issue(new, "server", "127.0.0.1")
+            with pytest.raises(ConnectionError):
+                connect(**where)  # type: ignore[arg-type]
+            process.process.send_signal(signal.SIGHUP)
+            process.wait_for_line("configuration read again")
+            with connect(**where) as after:  # type: ignore[arg-type]
+                after.put("t", "x")
+            before.ping()
+            Path(files.server).write_text("no certificate")
+            process.process.send_signal(signal.SIGHUP)
+            process.wait_for_line("nothing is changed: certificate")
+            connect(**where).close()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["tls_cert_file", "tls_key_file", "tls_client_ca_file"])
+def test_a_file_of_tls_that_is_no_good_is_told(files: Files, tmp_path: Path, name: str) -> None:
+    bad = tmp_path / "bad.pem"
+    bad.write_text("no certificate")
+    for file in (str(bad), "/nowhere"):
+        settings = {"tls_cert_file": files.server, name: file}
+        options = [word for key, value in settings.items() for word in (config.option(key), value)]
+        done = run_dsmq("serve", "--port", "0", *options)
+        assert done.returncode == 2
+        assert file.encode() in done.stderr
+
+
+def test_an_encrypted_key_is_refused_not_asked_for(files: Files, tmp_path: Path) -> None:
+    tool("openssl", "openssl")
+    key = tmp_path / "encrypted.pem"
+    done = subprocess.run(
+        ["openssl", "pkey", "-in", files.server, "-aes256", "-passout", "pass:x", "-out", str(key)], check=False
+    )
+    assert done.returncode == 0
+    assert run_dsmq("serve", "--port", "0", "--tls-cert-file", files.server, "--tls-key-file", str(key)).returncode == 2
+
+
+def test_settings_of_tls_have_to_fit_together(files: Files) -> None:
+    with pytest.raises(ConfigError, match="tls_key_file is set without tls_cert_file"):
+        config.load(tls_key_file=files.server)
+    with pytest.raises(TypeError):
+        connect(tls=ssl.create_default_context(), ca_file=files.ca)
+
+
+def test_redis_cli_speaks_tls_and_shows_a_token(tls_server: Server, files: Files) -> None:
+    redis_cli = tool("redis-cli", "redis-tools")
+    command = [redis_cli, "--tls", "--cacert", files.ca, "-p", str(tls_server.port), "-a", ADMIN, "--no-auth-warning"]
+    done = subprocess.run([*command, "PUT", "t", "x"], capture_output=True, text=True, timeout=SOON, check=False)
+    assert done.stdout.strip() == "1"
+
+
+def test_redis_py_speaks_tls_and_shows_a_token(tls_server: Server, files: Files) -> None:
+    redis = pytest.importorskip("redis")
+    for protocol in (2, 3):
+        with redis.Redis(port=tls_server.port, ssl=True, ssl_ca_certs=files.ca, password=ADMIN, protocol=protocol) as r:
+            assert r.execute_command("PUT", "t", "x") > 0
+
+
+def test_the_client_without_tls_does_not_import_it() -> None:
+    code = "import sys, dsmq.client, dsmq.auth; sys.exit('ssl' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=os.environ, check=False).returncode == 0
+
+
+# A client that closes behind the server's back
+
+
+def test_a_client_after_a_fork_has_its_own_tls_connection(tls_server: Server, files: Files) -> None:
+    mq: DSMQClientSideConnection
+    with connect(port=tls_server.port, ca_file=files.ca, token=ADMIN) as mq:
+        mq.put("t", "x")
+        child = os.fork()
+        if not child:
+            os._exit(0 if mq.get("t") == "x" and mq.put("t", "y") else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert [mq.get("t"), mq.get("t")] == ["x", "y"]
