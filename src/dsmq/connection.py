@@ -165,7 +165,8 @@ class Connection:
         self._requests: deque[list[bytes]] = deque()
         # Puts given to the loop whose replies are outstanding.
         self._deferred = 0
-        # Requests were left in the parser, because the client should read its replies first.
+        # Requests were left for later: until the client has read its replies, or the others have had their turn. It
+        # goes on when what there is to send has been.
         self._behind = False
         # The client has ended its sending side.
         self._ended = False
@@ -252,9 +253,6 @@ class Connection:
 
     def _mind_replies(self, *, behind: bool) -> None:
         was_behind, self._behind = self._behind, behind
-        if behind and not (self._out or self._deferred):
-            # It goes on when it has been flushed.
-            self._loop.flush_soon(self)
         if was_behind:
             # Its time for being idle begins only now.
             self._schedule()

@@ -1,0 +1,183 @@
+"""How much one client, one topic and all together may take: each limit at its edge, on real sockets."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from contextlib import ExitStack
+
+import pytest
+
+from conftest import SOON, serving, wait_until, wire_to
+from dsmq import logs
+from dsmq.client import connect
+from dsmq.errors import Full
+from dsmq.protocol import encode_request
+from dsmq.store import MESSAGE_OVERHEAD_BYTES, Limits, SQLiteStore
+
+# What is held
+
+
+def test_messages_beyond_the_limit_are_refused_and_what_is_held_stays() -> None:
+    with serving(max_stored_messages=3) as server, wire_to(server) as wire:
+        assert [wire.call("PUT", topic, "x") for topic in ("a", "b", "b")] == [1, 2, 3]
+        assert wire.error("PUT", "a", "x") == "FULL"
+        assert wire.call("READ", "b", 0)[::4] == [2, 3]  # type: ignore[index]
+        assert server.totals().messages == 3
+
+
+def test_of_one_packet_as_many_are_taken_as_fit() -> None:
+    with serving(max_stored_messages=3) as server, wire_to(server) as wire:
+        wire.send(encode_request(b"PUT", b"t", b"x") * 5)
+        replies = [wire.receive() for _ in range(5)]
+        assert replies[:3] == [1, 2, 3]
+        assert [reply.code for reply in replies[3:]] == ["FULL", "FULL"]  # type: ignore[union-attr]
+
+
+def test_a_shorter_message_is_taken_where_a_longer_one_was_not() -> None:
+    cost = MESSAGE_OVERHEAD_BYTES
+    with serving(max_stored_bytes=2 * cost + 100) as server, wire_to(server) as wire:
+        assert wire.call("PUT", "t", "x" * 80) == 1
+        wire.send(encode_request(b"PUT", b"t", b"x" * 21) + encode_request(b"PUT", b"t", b"x" * 20))
+        assert wire.receive().code == "FULL"  # type: ignore[union-attr]
+        assert wire.receive() == 2
+        assert wire.error("PUT", "t", "") == "FULL"
+
+
+@pytest.mark.parametrize(
+    "limits", [{"max_stored_messages_per_topic": 2}, {"max_stored_bytes_per_topic": 2 * MESSAGE_OVERHEAD_BYTES + 20}]
+)
+def test_a_full_topic_is_no_other_topics_concern(limits: dict[str, int]) -> None:
+    with serving(**limits) as server, wire_to(server) as wire:
+        for topic in ("a", "b"):
+            assert isinstance(wire.call("PUT", topic, "x" * 10), int)
+            wire.send(encode_request(b"PUT", topic.encode(), b"x" * 10) * 2)
+            assert isinstance(wire.receive(), int)
+            assert wire.receive().code == "FULL"  # type: ignore[union-attr]
+
+
+def test_topics_beyond_the_limit_are_refused_but_not_messages_in_those_there_are() -> None:
+    with serving(max_topics=2) as server, wire_to(server) as wire:
+        wire.send(b"PUT a x\r\nPUT b x\r\nPUT c x\r\nPUT a x\r\n")
+        replies = [wire.receive() for _ in range(4)]
+        assert [replies[0], replies[1], replies[3]] == [1, 2, 3]
+        assert replies[2].code == "FULL"  # type: ignore[union-attr]
+
+
+def test_puts_go_on_when_something_has_expired() -> None:
+    with (
+        serving(max_stored_messages=10, max_age_seconds=0.2, expiry_interval_seconds=0.01, port=0) as server,
+        wire_to(server) as wire,
+    ):
+        wire.send(encode_request(b"PUT", b"t", b"x") * 11)
+        assert [wire.receive() for _ in range(10)] == list(range(1, 11))
+        assert wire.receive().code == "FULL"  # type: ignore[union-attr]
+        wait_until(lambda: isinstance(wire.call("PUT", "t", "y"), int))
+
+
+def test_a_put_that_is_sent_again_finds_its_id_where_there_is_no_room() -> None:
+    with serving(max_stored_messages=1, max_topics=1) as server, wire_to(server) as wire:
+        assert wire.call("PUT", "t", "x", "KEY", "me", 1) == 1
+        assert wire.call("PUT", "t", "x", "KEY", "me", 1) == 1
+        assert wire.error("PUT", "t", "x", "KEY", "me", 2) == "FULL"
+        assert server.totals().messages == 1
+
+
+def test_the_client_raises_full() -> None:
+    with serving(max_stored_messages=2) as server, connect(port=server.port) as mq:
+        mq.put("t", "a")
+        with pytest.raises(Full):
+            mq.put_many("t", ["b", "c", "d"])
+        assert mq.get_many("t") == ["a", "b"]
+
+
+def test_limits_can_be_lowered_below_what_is_held() -> None:
+    store = SQLiteStore(60_000)
+    store.append([(b"t", b"x", None)] * 5)
+    store.limits = Limits(messages=2)
+    with pytest.raises(Full):
+        store.append([(b"t", b"x", None)])
+    assert len(store.read(b"t", 0, 10, 100)) == 5
+    store.limits = Limits()
+    store.append([(b"t", b"x", (b"me", 1))])
+    store.limits = Limits(messages=2, messages_per_topic=2, bytes=10, bytes_per_topic=10)
+    assert store.append([(b"t", b"x", (b"me", 1))]) == [6]
+    store.close()
+
+
+# Who waits
+
+
+def test_waiting_readers_beyond_the_limit_get_an_error() -> None:
+    with serving(max_waiting_readers=2) as server, ExitStack() as stack:
+        waiting = [stack.enter_context(wire_to(server)) for _ in range(2)]
+        for wire in waiting:
+            wire.send(encode_request(b"GETWAIT", b"t", b"60000"))
+        wait_until(lambda: server.waiting() == 2)
+        late = stack.enter_context(wire_to(server))
+        assert late.error("GETWAIT", "t", 60_000) == "BUSY"
+        # It is told, and may do all else.
+        assert late.call("PUT", "t", "x") == 1
+        assert [wire.receive() for wire in waiting] == [b"x", b"x"]
+        assert late.call("GET", "t") == b"x"
+        assert server.waiting() == 0
+        assert late.call("GETWAIT", "t", 1) is None
+
+
+# Who pipelines
+
+
+def test_a_greedy_client_does_not_starve_the_others() -> None:
+    with serving(max_requests_per_turn=10) as server, wire_to(server) as greedy, wire_to(server) as modest:
+        held, go = threading.Event(), threading.Event()
+        server._workers[0].post(lambda: held.set() or go.wait())  # type: ignore[func-returns-value]
+        assert held.wait(SOON)
+        # Both have come when the next turn begins.
+        greedy.send(encode_request(b"PUT", b"t", b"x") * 1000)
+        modest.send(encode_request(b"PUT", b"t", b"y"))
+        go.set()
+        place = modest.receive()
+        assert isinstance(place, int)
+        assert place <= 11
+        ids = [greedy.receive() for _ in range(1000)]
+        assert ids == [number for number in range(1, 1002) if number != place]
+
+
+@pytest.mark.parametrize("requests", [9, 10, 11, 100])
+def test_all_that_is_pipelined_is_answered_however_little_runs_in_a_turn(requests: int) -> None:
+    with serving(max_requests_per_turn=10) as server, wire_to(server) as wire:
+        for request, reply in ((b"PING\r\n", "PONG"), (encode_request(b"GET", b"t"), None)):
+            wire.send(request * requests)
+            assert [wire.receive() for _ in range(requests)] == [reply] * requests
+        wire.send(b"PING\r\n" * requests + b"QUIT\r\n")
+        assert [wire.receive() for _ in range(requests + 1)] == ["PONG"] * requests + ["OK"]
+        assert wire.ended()
+
+
+def test_an_end_of_input_behind_many_requests_loses_none_of_them() -> None:
+    with serving(max_requests_per_turn=3) as server, wire_to(server) as wire:
+        wire.send(encode_request(b"PUT", b"t", b"x") * 100)
+        wire.socket.shutdown(socket.SHUT_WR)
+        assert [wire.receive() for _ in range(100)] == list(range(1, 101))
+        assert wire.ended()
+
+
+# What is logged
+
+
+def test_a_flood_of_one_cause_is_summarised(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(logs.time, "monotonic", lambda: now)
+    flood = logs.FloodFilter(3)
+
+    def log(line: int, message: str) -> str | None:
+        record = logging.LogRecord("dsmq", logging.INFO, "file.py", line, "%s", (message,), None)
+        return record.getMessage() if flood.filter(record) else None
+
+    assert [log(1, str(number)) for number in range(6)] == ["0", "1", "2", None, None, None]
+    # Another cause is not held back.
+    assert log(2, "other") == "other"
+    now += 1
+    assert log(1, "6") == "6 (and 3 lines like it since the one before)"
+    assert log(1, "7") == "7"
