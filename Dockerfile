@@ -1,4 +1,5 @@
-# dsmq in a container: docker build -t dsmq . && docker run --rm -p 127.0.0.1:30008:30008 dsmq
+# dsmq in a container:
+# docker build -t dsmq . && docker run --rm -p 127.0.0.1:30008:30008 -e DSMQ_AUTH_TOKEN=... dsmq
 ARG PYTHON=3.13
 
 FROM python:${PYTHON}-slim AS build
@@ -10,7 +11,8 @@ FROM python:${PYTHON}-slim
 COPY --from=build /opt/dsmq /opt/dsmq
 ENV PATH=/opt/dsmq/bin:$PATH
 # A container has an address of its own; which of its ports are reachable is for who runs it to say.
-ENV DSMQ_HOST=0.0.0.0 DSMQ_METRICS_HOST=0.0.0.0
+# Without a token it refuses them all: see protected_mode.
+ENV DSMQ_HOST=0.0.0.0 DSMQ_METRICS_HOST=0.0.0.0 DSMQ_REMOTE_SHUTDOWN=false
 USER 10001:10001
 EXPOSE 30008 30009
 STOPSIGNAL SIGTERM

@@ -11,6 +11,7 @@ import pytest
 
 from conftest import SOON, serving, wait_until, wire_to
 from dsmq import logs
+from dsmq import store as store_module
 from dsmq.client import connect
 from dsmq.errors import Full
 from dsmq.protocol import encode_request
@@ -103,6 +104,17 @@ def test_limits_can_be_lowered_below_what_is_held() -> None:
     store.append([(b"t", b"x", (b"me", 1))])
     store.limits = Limits(messages=2, messages_per_topic=2, bytes=10, bytes_per_topic=10)
     assert store.append([(b"t", b"x", (b"me", 1))]) == [6]
+    store.close()
+
+
+def test_what_is_remembered_of_puts_is_bounded_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "MAX_REMEMBERED_PUTS", 5)
+    store = SQLiteStore(60_000)
+    for producer in (b"a", b"b", b"c"):
+        store.append([(b"t", b"x", (producer, seq)) for seq in range(2)])
+    # a, heard longest ago, is forgotten; the others are known.
+    assert store.append([(b"t", b"x", (b"b", 1)), (b"t", b"x", (b"c", 1))]) == [4, 6]
+    assert store.append([(b"t", b"x", (b"a", 1))]) == [7]
     store.close()
 
 

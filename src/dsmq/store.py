@@ -31,6 +31,7 @@ MAX_EMPTY_TOPICS = 100_000
 # What is remembered to recognise a put that is sent again.
 MAX_PRODUCERS = 10_000
 MAX_PUTS_OF_PRODUCER = 1_000
+MAX_REMEMBERED_PUTS = 1_000_000
 # Chunks, and bytes of messages, deleted while the lock is held once: less than 0.1 ms of work.
 EXPIRY_SLICE = 100
 EXPIRY_SLICE_BYTES = 131_072
@@ -210,6 +211,7 @@ class SQLiteStore:
         self._failure: ReplyError | None = None
         self._retry_at = 0
         self._producers: OrderedDict[bytes, dict[int, int]] = OrderedDict()
+        self._remembered = 0
         self._stored = self._bytes = self._expired = 0
 
     @contextmanager
@@ -323,7 +325,10 @@ class SQLiteStore:
     def _remember(self, key: tuple[bytes, int], message_id: int) -> int | None:
         """Note the id of a put; or return that of the same put before."""
         first_id = self._producers.setdefault(key[0], {}).setdefault(key[1], message_id)
-        return None if first_id == message_id else first_id
+        if first_id == message_id:
+            self._remembered += 1
+            return None
+        return first_id
 
     def _forget_puts(self, producers: set[bytes]) -> None:
         """Forget the oldest puts where there are too many: behind a batch, so that all of it is judged alike."""
@@ -332,8 +337,10 @@ class SQLiteStore:
             puts = self._producers[producer]
             while len(puts) > MAX_PUTS_OF_PRODUCER:
                 del puts[next(iter(puts))]
-        while len(self._producers) > MAX_PRODUCERS:
-            self._producers.popitem(last=False)
+                self._remembered -= 1
+        while len(self._producers) > MAX_PRODUCERS or self._remembered > MAX_REMEMBERED_PUTS:
+            _, puts = self._producers.popitem(last=False)
+            self._remembered -= len(puts)
 
     def flush(self) -> None:
         if self._tail_messages >= TAIL_MESSAGES or self._tail_bytes >= TAIL_BYTES:
