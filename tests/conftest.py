@@ -154,9 +154,9 @@ def wire(server: Server) -> Iterator[Wire]:
 class Daemon:
     """`dsmq serve` in a process of its own, on free ports."""
 
-    def __init__(self, *options: str, env: dict[str, str] | None = None) -> None:
+    def __init__(self, *options: str, env: dict[str, str] | None = None, prefix: Sequence[str] = ()) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "dsmq", "serve", "--port", "0", "--metrics-port", "0", *options],
+            [*prefix, sys.executable, "-m", "dsmq", "serve", "--port", "0", "--metrics-port", "0", *options],
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, **(env or {})},
@@ -183,8 +183,8 @@ class Daemon:
 
 
 @contextmanager
-def daemon(*options: str, env: dict[str, str] | None = None) -> Iterator[Daemon]:
-    daemon = Daemon(*options, env=env)
+def daemon(*options: str, env: dict[str, str] | None = None, prefix: Sequence[str] = ()) -> Iterator[Daemon]:
+    daemon = Daemon(*options, env=env, prefix=prefix)
     try:
         yield daemon
     finally:

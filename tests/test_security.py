@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import trustme
 
-from conftest import SOON, UNIT, Wire, daemon, run_dsmq, serving, tool, wait_until, wire_to
+from conftest import SOON, UNIT, Daemon, Wire, daemon, run_dsmq, serving, tool, wait_until, wire_to
 from dsmq import aio, auth, config, listening
 from dsmq.auth import Gate, Role
 from dsmq.client import DSMQClientSideConnection, connect
@@ -475,6 +475,50 @@ def test_a_client_that_comes_by_the_machines_own_address_is_local() -> None:
         wire = Wire((own_address(), server.port))
         assert wire.call("PING") == "PONG"
         wire.close()
+
+
+@pytest.fixture
+def two_machines() -> Iterator[tuple[list[str], list[str]]]:
+    """Two network namespaces with a cable between; the commands that run something in each."""
+    ip = tool("ip", "iproute2")
+    names = [f"dsmq-{os.getpid()}-{end}" for end in "ab"]
+    commands = [
+        *[["netns", "add", name] for name in names],
+        ["link", "add", "veth0", "netns", names[0], "type", "veth", "peer", "name", "veth0", "netns", names[1]],
+        *[["-n", name, "addr", "add", f"192.0.2.{at}/30", "dev", "veth0"] for at, name in enumerate(names, 1)],
+        *[["-n", name, "link", "set", device, "up"] for name in names for device in ("lo", "veth0")],
+    ]
+    try:
+        for command in commands:
+            done = subprocess.run([ip, *command], capture_output=True, text=True, check=False)
+            if done.returncode:
+                pytest.skip(f"not allowed here: ip {' '.join(command)}: {done.stderr.strip()}")
+        yield [ip, "netns", "exec", names[0]], [ip, "netns", "exec", names[1]]
+    finally:
+        for name in names:
+            subprocess.run([ip, "netns", "del", name], capture_output=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("setting", "status"), [("", 1), ("auth_token_file", 0), ("protected_mode", 0)], ids=["open", "token", "off"]
+)
+def test_protected_mode_between_two_machines(
+    two_machines: tuple[list[str], list[str]], token_file: Path, setting: str, status: int
+) -> None:
+    here, there = two_machines
+    value = {"auth_token_file": str(token_file), "protected_mode": "off"}.get(setting, "")
+    options = [config.option(setting), value] if setting else []
+    with daemon("--host", "0.0.0.0", *options, prefix=here) as process:
+        shown = ["--token-file", str(token_file)] if setting == "auth_token_file" else []
+        address = ["--port", str(process.port), *shown]
+        assert run_dsmq("ping", *address, prefix=here).returncode == 0
+
+        def ping() -> subprocess.CompletedProcess[bytes]:
+            return run_dsmq("ping", "--host", "192.0.2.1", *address, prefix=there)
+
+        # It takes a moment until the cable is up.
+        wait_until(lambda: b"cannot connect" not in ping().stderr)
+        assert (ping().returncode, b"set auth_token" in ping().stderr) == (status, bool(status))
 
 
 class FakeSocket:
