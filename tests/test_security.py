@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import trustme
 
-from conftest import SOON, UNIT, Daemon, Wire, daemon, run_dsmq, serving, tool, wait_until, wire_to
+from conftest import SOON, UNIT, Wire, daemon, run_dsmq, serving, tool, wait_until, wire_to
 from dsmq import aio, auth, config, listening
 from dsmq.auth import Gate, Role
 from dsmq.client import DSMQClientSideConnection, connect

@@ -157,6 +157,7 @@ class Connection:
             self._parser.max_message_bytes = self._parser.max_request_bytes = most
         self._out = bytearray()
         self._max_unread = loop.services.settings.max_unread_reply_bytes
+        self._max_requests = loop.services.settings.max_requests_per_turn
         self._events = 0
         self._wait: _Wait | None = None
         # The reply to the request before is outstanding; those behind it have to wait.
@@ -229,7 +230,7 @@ class Connection:
         if self.closed:
             return
         requests, parser, most = self._requests, self._parser, self._max_unread
-        quota = self.services.settings.max_requests_per_turn
+        quota = self._max_requests
         while quota and not (self._parked or self.finishing) and len(self._out) < most:
             if not requests and (parser.missing or not self._parse()):
                 break

@@ -187,6 +187,9 @@ def monotonic_ms() -> int:
     return time.monotonic_ns() // 1_000_000
 
 
+_BODY = itemgetter(1)
+
+
 class SQLiteStore:
     """The store in this process. Safe to use from several threads."""
 
@@ -230,7 +233,9 @@ class SQLiteStore:
     def append(self, puts: Sequence[Put]) -> list[int]:
         with self._guard:
             # Whatever can fail is done before a message is taken.
-            if self._is_near_limits(len(puts), sum([len(put[1]) for put in puts])):
+            held = self._stored - self._expired + len(puts)
+            size = self._bytes + held * MESSAGE_OVERHEAD_BYTES + sum(map(len, map(_BODY, puts)))
+            if held > self._fewest_messages or size > self._fewest_bytes:
                 self._check_limits(puts)
             if self._tail_messages >= MAX_TAIL_MESSAGES or self._tail_bytes >= MAX_TAIL_BYTES:
                 self._make_room(puts)
@@ -238,16 +243,16 @@ class SQLiteStore:
                 self._begin(names.intersection(put[0] for put in self._needed(puts)))
             return self._add(puts, self._clock())
 
-    def _is_near_limits(self, count: int, size: int) -> bool:
-        """Tell whether so much more could pass a limit."""
-        limits, held = self.limits, self._stored - self._expired + count
-        size += self._bytes + held * MESSAGE_OVERHEAD_BYTES
-        return (
-            held > limits.messages
-            or held > limits.messages_per_topic
-            or size > limits.bytes
-            or size > limits.bytes_per_topic
-        )
+    @property
+    def limits(self) -> Limits:
+        return self._limits
+
+    @limits.setter
+    def limits(self, limits: Limits) -> None:
+        self._limits = limits
+        # With less than this in all topics together, no limit is passed.
+        self._fewest_messages = min(limits.messages, limits.messages_per_topic)
+        self._fewest_bytes = min(limits.bytes, limits.bytes_per_topic)
 
     def _check_limits(self, puts: Sequence[Put]) -> None:
         limits = self.limits
