@@ -9,7 +9,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from conftest import SOON, serving, wait_until, wire_to
+from conftest import SOON, Wire, daemon, serving, wait_until, wire_to
 from dsmq import logs
 from dsmq import store as store_module
 from dsmq.client import connect
@@ -183,13 +183,26 @@ def test_a_flood_of_one_cause_is_summarised(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(logs.time, "monotonic", lambda: now)
     flood = logs.FloodFilter(3)
 
-    def log(line: int, message: str) -> str | None:
-        record = logging.LogRecord("dsmq", logging.INFO, "file.py", line, "%s", (message,), None)
-        return record.getMessage() if flood.filter(record) else None
+    def passes(line: int, message: str) -> bool:
+        return flood.filter(logging.LogRecord("dsmq", logging.INFO, "file.py", line, "%s", (message,), None))
 
-    assert [log(1, str(number)) for number in range(6)] == ["0", "1", "2", None, None, None]
+    assert [passes(1, str(number)) for number in range(6)] == [True] * 3 + [False] * 3
     # Another cause is not held back.
-    assert log(2, "other") == "other"
+    assert passes(2, "other")
+    assert [(cause.held, cause.last) for cause in flood.take_held()] == [(3, "5")]
+    assert flood.take_held() == []
+    assert not passes(1, "6")
     now += 1
-    assert log(1, "6") == "6 (and 3 lines like it since the one before)"
-    assert log(1, "7") == "7"
+    assert passes(1, "7")
+
+
+def test_the_log_of_a_flood_is_short_and_says_so() -> None:
+    with daemon("--max-log-lines-per-second", "2") as process:
+        for _ in range(20):
+            wire = Wire(("127.0.0.1", process.port))
+            wire.send(b"\x00\r\n")
+            wire.receive()
+            wire.close()
+        assert int(process.wait_for_line(r"(\d+) more lines like: client \d+ .*PROTOCOL")[1]) > 0
+        process.stop()
+    assert sum("PROTOCOL" in line for line in process.log) < 20

@@ -6,39 +6,69 @@ import logging
 import sys
 import threading
 import time
+import weakref
+from dataclasses import dataclass
 
 PERIOD_SECONDS = 1.0
 
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Cause:
+    """One logging call: a place in the code, and its level."""
+
+    level: int
+    began: float
+    """When its period began."""
+    passed: int = 0
+    held: int = 0
+    last: str = ""
+
 
 class FloodFilter(logging.Filter):
-    """Lets so many lines of one cause pass in a second; with the next that passes it says how many did not.
-
-    One cause is one logging call: the same place in the code, and the same level.
-    """
+    """Lets so many lines of one cause pass in a second, and counts the others for `summarise`."""
 
     def __init__(self, lines_per_second: int) -> None:
         super().__init__()
         self.lines_per_second = lines_per_second
-        # When its period began, lines passed in it, lines held back.
-        self._causes: dict[tuple[str, int, int], list[float]] = {}
+        self._causes: dict[tuple[str, int, int], _Cause] = {}
         self._lock = threading.Lock()
+        _filters.add(self)
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Tell whether a line passes."""
         now = time.monotonic()
+        key = record.pathname, record.lineno, record.levelno
         with self._lock:
-            cause = self._causes.setdefault((record.pathname, record.lineno, record.levelno), [now, 0, 0])
-            if now - cause[0] >= PERIOD_SECONDS:
-                cause[0], cause[1] = now, 0
-            cause[1] += 1
-            if cause[1] > self.lines_per_second:
-                cause[2] += 1
-                return False
-            held, cause[2] = int(cause[2]), 0
-        if held:
-            record.msg = f"{record.getMessage()} (and {held} lines like it since the one before)"
-            record.args = None
-        return True
+            cause = self._causes.setdefault(key, _Cause(record.levelno, now))
+            if now - cause.began >= PERIOD_SECONDS:
+                cause.began, cause.passed = now, 0
+            cause.passed += 1
+            if cause.passed <= self.lines_per_second:
+                return True
+            cause.held += 1
+            cause.last = record.getMessage()
+            return False
+
+    def take_held(self) -> list[_Cause]:
+        """Return what has been held back since the last time."""
+        with self._lock:
+            floods = [
+                _Cause(cause.level, 0, 0, cause.held, cause.last) for cause in self._causes.values() if cause.held
+            ]
+            for cause in self._causes.values():
+                cause.held = 0
+        return floods
+
+
+_filters: weakref.WeakSet[FloodFilter] = weakref.WeakSet()
+
+
+def summarise() -> None:
+    """Log how many lines have been held back, and the last of each kind. To be called once a second or so."""
+    for flood in [flood for one in list(_filters) for flood in one.take_held()]:
+        _logger.log(flood.level, "%d more lines like: %s", flood.held, flood.last)
 
 
 def to_stderr(level: str, lines_per_second: int) -> None:

@@ -253,6 +253,7 @@ class Server:
             try:
                 reason = self._orders.get(timeout=WATCH_SECONDS)
             except queue.Empty:
+                logs.summarise()
                 if dead := [thread.name for thread in self._threads() if not thread.is_alive()]:
                     raise ServerFailed(f"threads died: {', '.join(dead)}") from None
             else:
