@@ -57,7 +57,7 @@ def reason(error: Exception) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         return error.verify_message
     if isinstance(error, ssl.SSLError):
-        return (error.reason or "not in PEM format").lower().replace("_", " ")
+        return error.reason.lower().replace("_", " ") if error.reason else "not in PEM format"
     return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
