@@ -436,7 +436,7 @@ def test_protected_mode_serves_this_machine_alone(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(listening, "is_local", lambda *_: False)
         with pytest.raises(Denied, match="auth_token"):
             connect(port=server.port, retry=False)
-        assert server.counters().refused == 1
+        assert server.counters().refused == {"protected": 1}
     for settings in ({"protected_mode": False}, {"auth_token_file": str(token_file)}):
         with serving(host="0.0.0.0", **settings) as server, wire_to(server) as wire:
             assert wire.call("PING") == "PONG"

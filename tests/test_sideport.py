@@ -2,42 +2,46 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import http.client
 import json
+import platform
+import re
 import socket
-from collections.abc import Iterator
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, suppress
+from pathlib import Path
 
 import pytest
+from prometheus_client import Metric
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from conftest import SOON, UNIT, Wire, daemon, serving, wait_until, wire_to
-from dsmq import sideport
+from conftest import ROOT, SOON, UNIT, Wire, daemon, serving, wait_until, wire_to
+from dsmq import __version__, metrics, sideport, worker
 from dsmq.protocol import encode_request
 from dsmq.server import Server
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 
-# All that is shown, and what it is.
-METRICS = {
-    "dsmq_puts": "counter",
-    "dsmq_gets": "counter",
-    "dsmq_deliveries": "counter",
-    "dsmq_messages_expired": "counter",
-    "dsmq_messages": "gauge",
-    "dsmq_message_bytes": "gauge",
-    "dsmq_topics": "gauge",
-    "dsmq_connections": "gauge",
-    "dsmq_waiting_readers": "gauge",
-    "dsmq_connections_opened": "counter",
-    "dsmq_connections_refused": "counter",
-    "dsmq_requests": "counter",
-    "dsmq_received_bytes": "counter",
-    "dsmq_sent_bytes": "counter",
-    "dsmq_errors": "counter",
-    "dsmq_failures": "counter",
-}
+# What prometheus_client shows of the process.
+PROCESS = "process_"
+
+
+def shown_in_readme(*, topics: bool = False) -> dict[str, str]:
+    """The metrics that the README lists, with their types; those by topic where asked for."""
+    rows = re.findall(
+        r"^\| `(dsmq_\w+)`.*? \| (counter|gauge|histogram) \|", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    return {
+        name.removesuffix("_total") if kind == "counter" else name: kind
+        for name, kind in rows
+        if topics or not name.startswith("dsmq_topic_")
+    }
 
 
 @pytest.fixture
@@ -93,7 +97,59 @@ def served(server: Server) -> bool:
         return False
 
 
+def types(families: Iterable[Metric]) -> dict[str, str]:
+    """The types of dsmq's metrics, by name."""
+    return {family.name: family.type for family in families if not family.name.startswith(PROCESS)}
+
+
 # Metrics
+
+
+@pytest.fixture
+def server_with_topics() -> Iterator[Server]:
+    with serving(metrics_port=0, metrics_topics=2) as server, wire_to(server) as wire:
+        for topic, count in (("a", 1), ("b", 3), ("c", 2)):
+            for _ in range(count):
+                wire.call("PUT", topic, "12")
+        yield server
+
+
+def test_the_readme_lists_every_metric(server_with_topics: Server) -> None:
+    answer = Answer(server_with_topics.metrics_port, "/metrics")
+    assert types(text_string_to_metric_families(answer.text)) == shown_in_readme(topics=True)
+
+
+def test_topics_are_shown_one_by_one_where_asked_for(server: Server, server_with_topics: Server) -> None:
+    shown = {name: value for name, value in scrape(server_with_topics).items() if name.startswith("dsmq_topic_")}
+    assert {name for name in shown if "messages{" in name} == {
+        f"dsmq_topic_messages{{{t}}}" for t in ("b", "c", "other")
+    }
+    assert shown["dsmq_topic_messages{b}"] == 3
+    assert (shown["dsmq_topic_messages{other}"], shown["dsmq_topic_bytes{other}"]) == (1, 2)
+    assert shown["dsmq_topic_puts_per_second{b}"] > shown["dsmq_topic_puts_per_second{c}"] > 0
+    assert not [name for name in scrape(server) if name.startswith("dsmq_topic_")]
+
+
+def test_the_topics_shown_are_those_put_to_since_the_scrape_before() -> None:
+    rates = metrics.Rates()
+    rates.top(2, {b"a": 100, b"b": 50, b"c": 1}, 0.0)
+    top, rest = rates.top(2, {b"a": 101, b"b": 60, b"c": 21, b"d": 4}, 10.0)
+    assert top == [(b"c", 2.0), (b"b", 1.0)]
+    assert rest == pytest.approx(0.5)
+
+
+def test_a_hundred_thousand_topics_do_not_hurt_a_scrape() -> None:
+    with serving(metrics_port=0, metrics_topics=10) as server:
+        for first in range(0, 100_000, 1000):
+            server._store.append([(b"topic %d" % number, b"x", None) for number in range(first, first + 1000)])
+        seconds = []
+        for _ in range(5):
+            before = time.monotonic()
+            answer = Answer(server.metrics_port, "/metrics")
+            seconds.append(time.monotonic() - before)
+            assert len(answer.body) < 200_000
+        # On a machine that has nothing else to do it is half of that.
+        assert min(seconds) < 0.1 * max(1.0, UNIT / 0.1)
 
 
 def test_metrics_as_text(server: Server) -> None:
@@ -101,7 +157,7 @@ def test_metrics_as_text(server: Server) -> None:
     assert answer.status == 200
     assert answer.type.startswith("text/plain; version=")
     families = {family.name: family for family in text_string_to_metric_families(answer.text)}
-    assert {name: family.type for name, family in families.items()} == METRICS
+    assert types(families.values()) == shown_in_readme()
     assert all(family.documentation for family in families.values())
 
 
@@ -112,7 +168,7 @@ def test_metrics_as_openmetrics(server: Server, wire: Wire) -> None:
     assert answer.type.startswith("application/openmetrics-text; version=")
     assert answer.text.endswith("# EOF\n")
     families = {family.name: family for family in openmetrics.text_string_to_metric_families(answer.text)}
-    assert {name: family.type for name, family in families.items()} == METRICS
+    assert types(families.values()) == shown_in_readme()
     assert [(sample.name, sample.value) for sample in families["dsmq_puts"].samples] == [("dsmq_puts_total", 1)]
 
 
@@ -135,26 +191,72 @@ def test_known_traffic_gives_exact_numbers(server: Server, wire: Wire) -> None:
         wire.send(request)
         received += len(wire.socket.recv(65536))
     wait_until(lambda: scrape(server)["dsmq_sent_bytes_total"] == received)
-    assert scrape(server) == {
+    expected = {
         "dsmq_puts_total": 3,
+        "dsmq_puts_refused_total{badrequest}": 1,
         "dsmq_gets_total{message}": 2,
         "dsmq_gets_total{empty}": 2,
         "dsmq_deliveries_total": 3,
         "dsmq_messages_expired_total": 0,
+        "dsmq_messages_expired_unread_total": 0,
         "dsmq_messages": 3,
         "dsmq_message_bytes": 8,
+        "dsmq_stored_bytes": 308,
         "dsmq_topics": 2,
         "dsmq_connections": 1,
+        "dsmq_unauthenticated_connections": 0,
         "dsmq_waiting_readers": 0,
         "dsmq_connections_opened_total": 1,
-        "dsmq_connections_refused_total": 0,
-        "dsmq_requests_total": len(requests),
+        "dsmq_requests_total{PUT}": 4,
+        "dsmq_requests_total{GET}": 3,
+        "dsmq_requests_total{READ}": 2,
+        "dsmq_requests_total{PING}": 1,
         "dsmq_received_bytes_total": sum(map(len, requests)),
         "dsmq_sent_bytes_total": received,
         "dsmq_errors_total{BADREQUEST}": 2,
         "dsmq_errors_total{UNKNOWN}": 1,
         "dsmq_failures_total": 0,
+        "dsmq_auth_failures_total": 0,
+        "dsmq_request_duration_seconds_count": len(requests),
+        "dsmq_delivery_latency_seconds_count": 3,
+        "dsmq_ready": 1,
+        "dsmq_healthy": 1,
+        "dsmq_connections_limit": 10_000,
+        "dsmq_stored_bytes_limit": 1_073_741_824,
+        "dsmq_max_age_seconds": 600,
+        f"dsmq_build_info{{{platform.python_version()}}}{{{sqlite3.sqlite_version}}}{{{__version__}}}": 1,
     }
+    shown = scrape(server)
+    assert {name: shown.get(name) for name in expected} == expected
+    for name in ("puts_refused", "requests", "errors", "gets"):
+        label = f"dsmq_{name}_total{{"
+        assert {n for n in shown if n.startswith(label)} == {n for n in expected if n.startswith(label)}
+    assert 0 < shown["dsmq_oldest_message_age_seconds"] + 0.001 < SOON
+    assert shown["dsmq_start_time_seconds"] == pytest.approx(time.time(), abs=SOON)
+    assert shown["process_open_fds"] > 0
+
+
+def test_durations_fall_into_buckets() -> None:
+    histogram = metrics.Histogram((1.0, 2.0))
+    for value, times in ((0.5, 1), (1.0, 2), (1.5, 3), (9.0, 4)):
+        histogram.add(value, times)
+    other = metrics.Histogram((1.0, 2.0))
+    other.add(2.0)
+    histogram.merge(other)
+    assert histogram.buckets() == [("1.0", 3), ("2.0", 7), ("+Inf", 11)]
+    assert histogram.sum == 0.5 + 2.0 + 4.5 + 36.0 + 2.0
+
+
+def test_how_long_requests_and_deliveries_took_is_shown(server: Server, wire: Wire) -> None:
+    wire.call("PUT", "t", "x")
+    before = time.monotonic()
+    wait_until(lambda: time.monotonic() - before > 0.06)
+    wire.call("GET", "t")
+    shown = scrape(server)
+    assert 0.05 < shown["dsmq_delivery_latency_seconds_sum"] < SOON
+    assert shown["dsmq_delivery_latency_seconds_bucket{0.05}"] == 0
+    assert 0 < shown["dsmq_request_duration_seconds_sum"] < SOON
+    assert shown["dsmq_event_loop_lag_seconds_count"] >= 1
 
 
 def test_counters_do_not_go_down_when_connections_close(server: Server) -> None:
@@ -209,7 +311,7 @@ def test_refused_connections_are_counted() -> None:
         with wire_to(server) as two:
             assert two.receive().code == "BUSY"  # type: ignore[union-attr]
         shown = scrape(server)
-        assert shown["dsmq_connections_refused_total"] == 1
+        assert shown["dsmq_connections_refused_total{connections}"] == 1
         assert shown["dsmq_errors_total{BUSY}"] == 1
         assert shown["dsmq_connections_opened_total"] == 1
 
@@ -230,10 +332,11 @@ def test_dsmq_serve_has_a_side_port() -> None:
 # Health
 
 
-def test_healthz_is_ok_while_all_threads_live(server: Server) -> None:
+def test_healthz_is_ok_while_all_threads_work(server: Server) -> None:
     answer = Answer(server.metrics_port, "/healthz")
     assert (answer.status, answer.type) == (200, "application/json")
-    assert json.loads(answer.text) == {"status": "ok", "dead_threads": []}
+    assert json.loads(answer.text) == {"status": "ok", "stuck_threads": []}
+    assert answer.text.count("\n") == 1
 
 
 def test_healthz_tells_of_a_dead_thread(server: Server) -> None:
@@ -241,14 +344,138 @@ def test_healthz_tells_of_a_dead_thread(server: Server) -> None:
     wait_until(lambda: not server._expiry.thread.is_alive())
     answer = Answer(server.metrics_port, "/healthz")
     assert (answer.status, answer.type) == (503, "application/json")
-    assert json.loads(answer.text) == {"status": "failing", "dead_threads": ["dsmq-expiry"]}
+    assert json.loads(answer.text) == {"status": "failing", "stuck_threads": ["dsmq-expiry"]}
     assert Answer(server.metrics_port, "/metrics").status == 200
+
+
+def test_healthz_tells_of_a_stalled_worker(wire: Wire) -> None:
+    go = threading.Event()
+    with serving(metrics_port=0, health_timeout_seconds=2 * UNIT + worker.PULSE_SECONDS) as server:
+        assert Answer(server.metrics_port, "/healthz").status == 200
+        server._workers[0].post(lambda: go.wait(SOON))  # type: ignore[arg-type, return-value]
+        try:
+            wait_until(lambda: Answer(server.metrics_port, "/healthz").status == 503)
+            assert json.loads(Answer(server.metrics_port, "/healthz").text)["stuck_threads"] == ["dsmq-io-0"]
+            assert scrape(server)["dsmq_healthy"] == 0
+        finally:
+            go.set()
+        wait_until(lambda: Answer(server.metrics_port, "/healthz").status == 200)
+
+
+def test_healthz_tells_of_a_stalled_expiry(monkeypatch: pytest.MonkeyPatch) -> None:
+    go = threading.Event()
+    settings = {"health_timeout_seconds": 2 * UNIT, "expiry_interval_seconds": UNIT}
+    with serving(metrics_port=0, **settings) as server:
+        monkeypatch.setattr(server._store, "expire", lambda: go.wait(SOON) and 0)
+        monkeypatch.setattr(server.settings.__class__, "health_timeout_seconds", 2 * UNIT, raising=False)
+        try:
+            wait_until(lambda: "dsmq-expiry" in Answer(server.metrics_port, "/healthz").text)
+        finally:
+            go.set()
+        wait_until(lambda: "dsmq-expiry" not in Answer(server.metrics_port, "/healthz").text)
+
+
+def test_an_idle_server_stays_healthy() -> None:
+    patience = worker.PULSE_SECONDS + 3 * UNIT
+    with serving(metrics_port=0, health_timeout_seconds=patience, expiry_interval_seconds=3600) as server:
+        before = time.monotonic()
+        while time.monotonic() - before < 2 * patience:
+            assert Answer(server.metrics_port, "/healthz").status == 200
+
+
+def test_readyz_tells_whether_it_takes_clients_and_puts() -> None:
+    with serving(metrics_port=0, max_stored_messages=1, max_connections=2) as server, wire_to(server) as wire:
+        answer = Answer(server.metrics_port, "/readyz")
+        assert (answer.status, answer.type) == (200, "application/json")
+        assert json.loads(answer.text) == {"status": "ready", "reasons": []}
+        with wire_to(server) as other:
+            assert other.call("PUT", "t", "x") == 1
+            assert reasons(server) == ["full", "as many connections as may be"]
+        wait_until(lambda: reasons(server) == ["full"])
+        server.status.stopping = True
+        assert reasons(server) == ["stopping", "full"]
+        server.status.stopping = server.status.serving = False
+        assert reasons(server) == ["starting", "full"]
+        assert wire.call("PING") == "PONG"
+
+
+def reasons(server: Server) -> list[str]:
+    """Why it is not ready."""
+    answer = Answer(server.metrics_port, "/readyz")
+    assert answer.status == 503
+    found: list[str] = json.loads(answer.text)["reasons"]
+    return found
+
+
+def test_readyz_fails_while_it_stops_with_a_client_that_does_not_read() -> None:
+    with daemon() as process:
+        wire = Wire(("127.0.0.1", process.port))
+        wire.call("PUT", "t", "x" * 8_000_000)
+        wire.send(encode_request(b"READ", b"t", b"0"))
+        process.process.terminate()
+        process.wait_for_line("stopping")
+        wait_until(lambda: Answer(process.metrics_port, "/readyz").status == 503)
+        assert json.loads(Answer(process.metrics_port, "/readyz").text)["reasons"] == ["stopping"]
+        wire.close()
+
+
+# The page's data
+
+
+def test_the_status_tells_of_topics_clients_and_errors(server: Server, wire: Wire) -> None:
+    wire.call("HELLO", 2, "SETNAME", "me")
+    for body in ("secret body", "x", "y"):
+        wire.call("PUT", "t", body)
+    wire.call("READ", "t", 0, "COUNT", 1)
+    wire.error("FROBNICATE", "secret argument")
+    text = Answer(server.metrics_port, "/status.json").text
+    status = json.loads(text)
+    assert "secret" not in text
+    assert status["counters"]["puts"] == 3
+    assert status["held"]["messages"] == 3
+    topic = status["topics"][0]
+    assert (topic["name"], topic["messages"], topic["bytes"]) == ("t", 3, 13)
+    client = status["clients"][0]
+    assert (client["name"], client["topic"], client["lag"], client["waiting"]) == ("me", "t", 2, False)
+    assert status["errors"][0]["code"] == "UNKNOWN"
+    assert (status["ready"], status["healthy"], status["reasons"]) == (True, True, [])
+
+
+def test_the_page_may_run_its_own_script_and_nothing_else(server: Server) -> None:
+    answer = Answer(server.metrics_port, "/")
+    assert (answer.status, answer.type) == (200, "text/html; charset=utf-8")
+    policy = answer.headers["Content-Security-Policy"]
+    for tag in ("script", "style"):
+        inside = re.findall(f"<{tag}>(.*?)</{tag}>", answer.text, re.DOTALL)
+        assert len(inside) == 1
+        digest = base64.b64encode(hashlib.sha256(inside[0].encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy
+    assert "default-src 'none'" in policy
+    assert "http" not in answer.text.replace("http://www.w3.org/2000/svg", "")
+
+
+def test_a_token_guards_all_that_tells_more_than_whether_it_is_well() -> None:
+    with serving(metrics_port=0, metrics_token="let-me-see-it-please") as server:
+        for path, status in (("/", 200), ("/healthz", 200), ("/readyz", 200), ("/metrics", 401), ("/status.json", 401)):
+            for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic let-me-see-it-please"}):
+                answer = Answer(server.metrics_port, path, **headers)
+                assert answer.status == status
+                assert (answer.headers["WWW-Authenticate"] == "Bearer") == (status == 401)
+            assert Answer(server.metrics_port, path, Authorization="Bearer let-me-see-it-please").status == 200
+
+
+def test_the_token_of_the_side_port_may_stand_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text("let-me-see-it-please\n")
+    with serving(metrics_port=0, metrics_token_file=str(file)) as server:
+        assert Answer(server.metrics_port, "/metrics").status == 401
+        assert Answer(server.metrics_port, "/metrics", Authorization="bearer let-me-see-it-please").status == 200
 
 
 # HTTP
 
 
-@pytest.mark.parametrize("path", ["/", "/metrics/", "/metricsx", "/healthz/x", "/METRICS", "/%6detrics"])
+@pytest.mark.parametrize("path", ["/index.html", "/metrics/", "/metricsx", "/healthz/x", "/METRICS", "/%6detrics"])
 def test_there_is_nothing_else(server: Server, path: str) -> None:
     assert Answer(server.metrics_port, path).status == 404
 
@@ -258,7 +485,7 @@ def test_a_query_is_passed_over(server: Server) -> None:
     assert Answer(server.metrics_port, "/healthz?").status == 200
 
 
-@pytest.mark.parametrize("path", ["/metrics", "/healthz", "/"])
+@pytest.mark.parametrize("path", ["/metrics", "/healthz", "/readyz", "/", "/nothing"])
 def test_head_has_the_headers_of_get_and_no_body(server: Server, path: str) -> None:
     get = Answer(server.metrics_port, path)
     with hang(server) as sock, sock.makefile("rb") as stream:
@@ -357,7 +584,7 @@ def test_a_hanging_client_does_not_hold_up_the_stop(server: Server) -> None:
 def test_there_is_no_side_port_unless_asked_for() -> None:
     with serving() as server:
         assert server.metrics_port is None
-        assert server.health()[0]
+        assert server.status.health()[0]
 
 
 def test_the_metrics_host_may_be_a_name() -> None:

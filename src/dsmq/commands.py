@@ -67,6 +67,8 @@ class Client(Protocol):
     """The last id when it connected."""
     positions: dict[bytes, int]
     """Where GET goes on, by topic; the watermark for those not in it."""
+    reading: tuple[bytes, int] | None
+    """The topic it was sent messages of last, and the number of the last of them."""
 
     def put(self, put: Put) -> None:
         """Store it with all that arrived at the same time; the reply follows then."""
@@ -149,7 +151,7 @@ def _read(client: Client, request: list[bytes]) -> bytes | None:
         fetch = partial(client.services.store.latest, topic, after)
     else:
         fetch = partial(client.services.store.read, topic, after, count, size)
-    return client.wait_for(topic, wait, fetch, partial(_delivered, client))
+    return client.wait_for(topic, wait, fetch, partial(_delivered, client, topic))
 
 
 @lru_cache
@@ -161,11 +163,17 @@ def _read_options(*words: bytes) -> tuple[int, int, int, bool]:
     return wait, count, size, b"LATEST" in options
 
 
-def _delivered(client: Client, messages: list[Message]) -> bytes:
+def _delivered(client: Client, topic: bytes, messages: list[Message]) -> bytes:
     counters = client.counters
     if messages:
         counters.gets_message += 1
         counters.delivered += len(messages)
+        client.reading = topic, messages[-1].number
+        if messages[0].age_ms == messages[-1].age_ms:
+            counters.delivery_seconds.add(messages[0].age_ms / 1000, len(messages))
+        else:
+            for message in messages:
+                counters.delivery_seconds.add(message.age_ms / 1000)
     else:
         counters.gets_empty += 1
     return encode_messages(messages)
@@ -194,7 +202,7 @@ def _next(client: Client, name: bytes, wait: int, count: int) -> bytes | None:
 
 
 def _moved(client: Client, topic: bytes, messages: list[Message]) -> bytes:
-    _delivered(client, messages)
+    _delivered(client, topic, messages)
     if not messages:
         return encode_null(client.version)
     if len(client.positions) >= MAX_POSITIONS and topic not in client.positions:

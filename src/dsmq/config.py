@@ -106,14 +106,23 @@ class Settings(BaseSettings):
         "", description="Authorities, as PEM. Set: clients have to show a certificate of one of them."
     )
     metrics_host: Annotated[str, AfterValidator(_tcp_host)] = Field(
-        "127.0.0.1", description="Where the side port listens: /metrics for Prometheus, /healthz."
+        "127.0.0.1", description="Where the side port listens: a status page, /metrics, /healthz, /readyz."
     )
     metrics_token: Secret = Field(
         SecretStr(""),
-        description="What the side port wants as a bearer token, but for /healthz. Empty: nothing.",
+        description="What the side port wants as a bearer token for all that tells more than whether it is well.",
     )
     metrics_token_file: str = Field("", description="A file that holds it, in place of metrics_token.")
     metrics_port: Port | Literal["off"] = Field(30009, description='TCP port of the side port; "off" for none.')
+    metrics_topics: int = Field(
+        0,
+        ge=0,
+        le=1000,
+        description="Topics with metrics of their own: so many, those that are put to most, and the rest as `other`.",
+    )
+    health_timeout_seconds: Seconds = Field(
+        10.0, gt=0, le=600, description="A thread without a sign of life for so long makes /healthz fail."
+    )
     max_age_seconds: Seconds = Field(
         600.0, gt=0, le=31_536_000, description="Messages older than this are never delivered, and deleted soon."
     )

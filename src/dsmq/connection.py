@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import socket
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -147,6 +148,7 @@ class Connection:
         self.version = 2
         self.watermark = loop.services.store.last_id()
         self.positions: dict[bytes, int] = {}
+        self.reading: tuple[bytes, int] | None = None
         self.closed = False
         self.finishing = False
         self.scheduled = math.inf
@@ -172,7 +174,7 @@ class Connection:
         # The client has ended its sending side.
         self._ended = False
         self._linger_seconds = LINGER_SECONDS
-        self._received_at = loop.now
+        self._received_at = self.opened_at = loop.now
         self._request_since = self._unread_since = self._linger_until = math.inf
 
     def __repr__(self) -> str:
@@ -180,6 +182,11 @@ class Connection:
 
     def fileno(self) -> int:
         return self._socket.fileno()
+
+    @property
+    def waiting(self) -> bool:
+        """Whether it waits for a message."""
+        return self._wait is not None and bool(self._wait.topic)
 
     def open(self) -> None:
         """Begin to read requests."""
@@ -242,6 +249,8 @@ class Connection:
                 self._stop_waiting()
                 if self._settled():
                     self._fail(error)
+                    if request[0].upper() == b"PUT":
+                        self.counters.puts_refused[error.code] += 1
                 else:
                     requests.appendleft(request)
         if self._behind or not quota or len(self._out) >= most:
@@ -274,6 +283,7 @@ class Connection:
 
     def _execute(self, request: list[bytes]) -> None:
         command = COMMANDS.get(request[0]) or find(request[0])
+        self.counters.commands[command.name] += 1
         if self._deferred and command is not PUT and not self._settled():
             self._requests.appendleft(request)
             return
@@ -308,8 +318,13 @@ class Connection:
         self._out += reply
 
     def _fail(self, error: ReplyError) -> None:
-        self.counters.errors[error.code] += 1
+        self.note(error)
         self._send(encode_error(error))
+
+    def note(self, error: ReplyError) -> None:
+        """Count an error reply, and keep it for whoever looks at the server's state."""
+        self.counters.errors[error.code] += 1
+        self.counters.recent.append((time.time(), error.code, repr(self), str(error)))
 
     def _reject(self, error: ReplyError) -> None:
         """Reply an error behind which nothing makes sense any more, and close."""
@@ -378,10 +393,12 @@ class Connection:
 
     def _wrong_token(self, _: list[Message]) -> bytes:
         self._wrong_tokens += 1
-        self.counters.errors[WrongToken.code] += 1
+        self.counters.wrong_tokens += 1
         if self._wrong_tokens >= MAX_WRONG_TOKENS:
             self.finish()
-        return encode_error(WrongToken("this is no token of this server"))
+        error = WrongToken("this is no token of this server")
+        self.note(error)
+        return encode_error(error)
 
     def check_token(self) -> None:
         """End where the tokens have changed, and its own is none any more."""
@@ -405,6 +422,7 @@ class Connection:
     def not_stored(self, error: ReplyError) -> None:
         """Reply to a put that failed."""
         self._deferred -= 1
+        self.counters.puts_refused[error.code] += 1
         self._fail(error)
 
     def park(self) -> None:
@@ -583,7 +601,7 @@ class Connection:
 
     def send_away(self, error: ReplyError) -> None:
         """Close at once; the client may still read why."""
-        self.counters.errors[error.code] += 1
+        self.note(error)
         try:
             self._socket.send(encode_error(error))
         except OSError:

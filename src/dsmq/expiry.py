@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 
-from dsmq.store import Store
+from dsmq.store import Store, Timing
 
 # Between two slices the lock is free for this long, and for less where so much expires that this would be too slow.
 _PAUSE_SECONDS = 0.002
@@ -23,6 +23,10 @@ class Expiry:
         self._store = store
         self._interval = interval_seconds
         self._stop = threading.Event()
+        self.timing = Timing()
+        """How often and how long it has deleted, with its pauses."""
+        self.due_at = time.monotonic() + interval_seconds
+        """When it will have shown that it lives, at the latest."""
 
     def start(self) -> None:
         """Begin."""
@@ -34,15 +38,20 @@ class Expiry:
 
     def _run(self) -> None:
         while not self._stop.wait(self._interval):
+            began = self.due_at = time.monotonic()
             try:
                 self.run_once()
             except Exception:
                 # Readers pass over what is too old by themselves, so only memory is at stake. It tries again.
                 _logger.exception("expiry failed")
+            now = time.monotonic()
+            self.timing = Timing(self.timing.times + 1, self.timing.seconds + now - began)
+            self.due_at = now + self._interval
 
     def run_once(self) -> None:
         """Delete all that is too old by now."""
         hurry_at = time.monotonic() + self._interval
         while self._store.expire():
+            self.due_at = time.monotonic()
             if self._stop.wait(_PAUSE_SECONDS if time.monotonic() < hurry_at else _SHORT_PAUSE_SECONDS):
                 break

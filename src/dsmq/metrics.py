@@ -5,15 +5,75 @@ The hot path adds to plain integers, each worker to its own; they are summed whe
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator
+import heapq
+import operator
+import platform
+import sqlite3
+from bisect import bisect_left
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import TYPE_CHECKING, Protocol
+
+from dsmq import __version__
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry, Metric
 
-    from dsmq.store import Totals
+    from dsmq.store import Limits, Timing, TopicStats, Totals
+
+RECENT_ERRORS = 50
+
+_FROM_5_MICROSECONDS = (
+    5e-6,
+    1e-5,
+    2.5e-5,
+    5e-5,
+    1e-4,
+    2.5e-4,
+    5e-4,
+    1e-3,
+    2.5e-3,
+    5e-3,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    1.0,
+)
+_FROM_1_MILLISECOND = (1e-3, 2e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0, 600.0)
+
+
+class Histogram:
+    """How often values fell between bounds. To add to it costs no more than a few additions."""
+
+    __slots__ = ("bounds", "counts", "sum")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        """The upper bounds of the buckets but the last, which has none."""
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def add(self, value: float, times: int = 1) -> None:
+        """Count a value, so many times."""
+        self.counts[bisect_left(self.bounds, value)] += times
+        self.sum += value * times
+
+    def merge(self, other: Histogram) -> None:
+        """Count what another has counted."""
+        self.counts = [mine + theirs for mine, theirs in zip(self.counts, other.counts, strict=True)]
+        self.sum += other.sum
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """Return upper bounds and how many values are not above them, as Prometheus wants them."""
+        total, found = 0, []
+        for bound, count in zip((*map(str, self.bounds), "+Inf"), self.counts, strict=True):
+            total += count
+            found.append((bound, float(total)))
+        return found
 
 
 @dataclass(slots=True)
@@ -27,9 +87,24 @@ class Counters:
     bytes_in: int = 0
     bytes_out: int = 0
     opened: int = 0
-    refused: int = 0
     failures: int = 0
+    wrong_tokens: int = 0
+    commands: Counter[str] = field(default_factory=Counter)
+    """Requests, by command; those of no known one are in `errors`."""
     errors: Counter[str] = field(default_factory=Counter)
+    """Error replies, by code."""
+    puts_refused: Counter[str] = field(default_factory=Counter)
+    """Those of them that answered a PUT."""
+    refused: Counter[str] = field(default_factory=Counter)
+    """Connections not taken, by reason."""
+    recent: deque[tuple[float, str, str, str]] = field(default_factory=lambda: deque(maxlen=RECENT_ERRORS))
+    """The last error replies: when, since 1970; code; client; sentence."""
+    request_seconds: Histogram = field(default_factory=lambda: Histogram(_FROM_5_MICROSECONDS))
+    """From the begin of the turn in which requests are read to its end, when the replies have been sent."""
+    delivery_seconds: Histogram = field(default_factory=lambda: Histogram(_FROM_1_MILLISECOND))
+    """From put to delivery."""
+    lag_seconds: Histogram = field(default_factory=lambda: Histogram(_FROM_5_MICROSECONDS))
+    """How late the event loop looks at its timers, once a second."""
 
 
 def total(counters: Iterable[Counters]) -> Counters:
@@ -37,15 +112,24 @@ def total(counters: Iterable[Counters]) -> Counters:
     result = Counters()
     for one in counters:
         for name in Counters.__slots__:
-            if name != "errors":
-                setattr(result, name, getattr(result, name) + getattr(one, name))
-        # A copy, which is atomic: the worker may be adding a new code.
-        result.errors.update(one.errors.copy())
+            value, mine = getattr(one, name), getattr(result, name)
+            if isinstance(value, Histogram):
+                mine.merge(value)
+            elif isinstance(value, deque):
+                mine.extend(value.copy())
+            elif isinstance(value, Counter):
+                # A copy, which is atomic: the worker may be adding a new key.
+                mine.update(value.copy())
+            else:
+                setattr(result, name, mine + value)
     return result
 
 
 class Source(Protocol):
     """Where the numbers are read at scrape time: the server."""
+
+    started_at: float
+    """Seconds since 1970."""
 
     def counters(self) -> Counters:
         """Return what has been counted since the start."""
@@ -53,11 +137,20 @@ class Source(Protocol):
     def totals(self) -> Totals:
         """Return what the store holds."""
 
-    def connections(self) -> int:
-        """Return the number of open connections."""
+    def limits(self) -> Limits:
+        """Return what it may hold."""
 
-    def waiting(self) -> int:
-        """Return the number of waiting readers."""
+    def timings(self) -> Mapping[str, Timing]:
+        """Return how often and how long the database was used, by operation."""
+
+    def expiry(self) -> Timing:
+        """Return how often and how long what is too old was deleted."""
+
+    def gauges(self) -> Mapping[str, tuple[str, float]]:
+        """Return further gauges: by name, what they tell and their value."""
+
+    def top_topics(self) -> list[tuple[TopicStats, float]]:
+        """Return the topics to be shown one by one, with the puts a second into each; "other" sums up the rest."""
 
 
 class Collector:
@@ -67,44 +160,149 @@ class Collector:
         self._source = source
 
     def collect(self) -> Iterator[Metric]:
-        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily  # noqa: PLC0415 - see registry()
+        counted, held, limits = self._source.counters(), self._source.totals(), self._source.limits()
+        yield from _traffic(counted, held)
+        yield from _held(held, limits)
+        yield from _gauges(self._source.gauges())
+        yield from _timings(self._source.timings(), self._source.expiry())
+        yield from _histograms(counted)
+        yield from _topics(self._source.top_topics())
+        info = {
+            "version": __version__,
+            "python_version": platform.python_version(),
+            "sqlite_version": sqlite3.sqlite_version,
+        }
+        yield _family("gauge", "build_info", "What runs here; always 1.", {tuple(info.values()): 1}, tuple(info))
+        yield _family("gauge", "start_time_seconds", "When it was started, since 1970.", self._source.started_at)
 
-        def counter(name: str, about: str, value: float) -> Metric:
-            return CounterMetricFamily(f"dsmq_{name}", about, value=value)
 
-        def gauge(name: str, about: str, value: float) -> Metric:
-            return GaugeMetricFamily(f"dsmq_{name}", about, value=value)
+def _family(
+    kind: str, name: str, about: str, value: float | Mapping[tuple[str, ...], float], labels: tuple[str, ...] = ()
+) -> Metric:
+    # Imported here, because a server without a side port needs none of it.
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily  # noqa: PLC0415
 
-        counted, held = self._source.counters(), self._source.totals()
-        yield counter("puts", "Messages stored.", held.stored)
-        gets = CounterMetricFamily("dsmq_gets", "Reads answered, by what they found.", labels=["result"])
-        gets.add_metric(["message"], counted.gets_message)
-        gets.add_metric(["empty"], counted.gets_empty)
-        yield gets
-        yield counter("deliveries", "Messages sent to readers.", counted.delivered)
-        yield counter("messages_expired", "Messages deleted because of their age.", held.expired)
-        yield gauge("messages", "Messages held.", held.messages)
-        yield gauge("message_bytes", "Bytes of message bodies held.", held.bytes)
-        yield gauge("topics", "Topics that hold messages.", held.topics)
-        yield gauge("connections", "Open connections.", self._source.connections())
-        yield gauge("waiting_readers", "Readers waiting for a message.", self._source.waiting())
-        yield counter("connections_opened", "Connections accepted.", counted.opened)
-        yield counter("connections_refused", "Connections refused because there were too many.", counted.refused)
-        yield counter("requests", "Requests of all kinds.", counted.requests)
-        yield counter("received_bytes", "Bytes received from clients.", counted.bytes_in)
-        yield counter("sent_bytes", "Bytes sent to clients.", counted.bytes_out)
-        errors = CounterMetricFamily("dsmq_errors", "Error replies, by code.", labels=["code"])
-        for code, count in sorted(counted.errors.items()):
-            errors.add_metric([code], count)
-        yield errors
-        yield counter("failures", "Connections lost to a defect of the server.", counted.failures)
+    make = CounterMetricFamily if kind == "counter" else GaugeMetricFamily
+    if not isinstance(value, Mapping):
+        return make(f"dsmq_{name}", about, value=value)
+    family = make(f"dsmq_{name}", about, labels=labels)
+    for key in sorted(value):
+        family.add_metric(key, value[key])
+    return family
+
+
+def _traffic(counted: Counters, held: Totals) -> Iterator[Metric]:
+    def counter(name: str, about: str, value: float) -> Metric:
+        return _family("counter", name, about, value)
+
+    def by(label: str, name: str, about: str, values: Mapping[str, float]) -> Metric:
+        return _family("counter", name, about, {(key,): value for key, value in values.items()}, (label,))
+
+    yield counter("puts", "Messages stored.", held.stored)
+    refused = {code.lower(): count for code, count in counted.puts_refused.items()}
+    yield by("reason", "puts_refused", "Puts answered with an error, by its code.", refused)
+    gets = {"message": counted.gets_message, "empty": counted.gets_empty}
+    yield by("result", "gets", "Reads answered, by what they found.", gets)
+    yield counter("deliveries", "Messages sent to readers.", counted.delivered)
+    yield counter("messages_expired", "Messages deleted because of their age.", held.expired)
+    yield counter("messages_expired_unread", "Those of them that nobody had read.", held.expired_unread)
+    yield counter("connections_opened", "Connections accepted.", counted.opened)
+    yield by("reason", "connections_refused", "Connections not taken, by reason.", counted.refused)
+    yield by("command", "requests", "Requests of known commands.", counted.commands)
+    yield counter("received_bytes", "Bytes received from clients.", counted.bytes_in)
+    yield counter("sent_bytes", "Bytes sent to clients.", counted.bytes_out)
+    yield by("code", "errors", "Error replies, by code.", counted.errors)
+    yield counter("failures", "Connections lost to a defect of the server.", counted.failures)
+    yield counter("auth_failures", "Wrong tokens shown.", counted.wrong_tokens)
+
+
+def _held(held: Totals, limits: Limits) -> Iterator[Metric]:
+    def gauge(name: str, about: str, value: float) -> Metric:
+        return _family("gauge", name, about, value)
+
+    yield gauge("messages", "Messages held.", held.messages)
+    yield gauge("messages_limit", "Most messages held.", limits.messages)
+    yield gauge("messages_per_topic_limit", "Most messages held in one topic.", limits.messages_per_topic)
+    yield gauge("message_bytes", "Bytes of message bodies held.", held.bytes)
+    yield gauge("stored_bytes", "Bytes held, as the limit counts them.", held.cost)
+    yield gauge("stored_bytes_limit", "Most bytes held.", limits.bytes)
+    yield gauge("stored_bytes_per_topic_limit", "Most bytes held in one topic.", limits.bytes_per_topic)
+    yield gauge("topics", "Topics that hold messages.", held.topics)
+    yield gauge("topics_limit", "Most topics that hold messages.", limits.topics)
+    yield gauge("oldest_message_age_seconds", "Age of the oldest message held.", held.oldest_age_ms / 1000)
+
+
+def _gauges(values: Mapping[str, tuple[str, float]]) -> Iterator[Metric]:
+    for name, (about, value) in values.items():
+        yield _family("gauge", name, about, value)
+
+
+def _timings(store: Mapping[str, Timing], expiry: Timing) -> Iterator[Metric]:
+    yield _family(
+        "counter",
+        "store_operations",
+        "Uses of the database, by what for.",
+        {(k,): v.times for k, v in store.items()},
+        ("operation",),
+    )
+    yield _family(
+        "counter", "store_seconds", "Time they took.", {(k,): v.seconds for k, v in store.items()}, ("operation",)
+    )
+    yield _family("counter", "expiry_runs", "Times that what is too old was deleted.", expiry.times)
+    yield _family("counter", "expiry_seconds", "Time that took, with its pauses.", expiry.seconds)
+
+
+def _histograms(counted: Counters) -> Iterator[Metric]:
+    from prometheus_client.core import HistogramMetricFamily  # noqa: PLC0415 - see _family
+
+    for name, about, histogram in (
+        ("request_duration", "From when requests are read to when the replies are sent.", counted.request_seconds),
+        ("delivery_latency", "From a message's put to its delivery.", counted.delivery_seconds),
+        ("event_loop_lag", "How late an event loop looks at its timers.", counted.lag_seconds),
+    ):
+        yield HistogramMetricFamily(f"dsmq_{name}_seconds", about, histogram.buckets(), histogram.sum)
+
+
+def _topics(topics: list[tuple[TopicStats, float]]) -> Iterator[Metric]:
+    if not topics:
+        return
+    for name, about, values in (
+        ("messages", "Messages held, by topic.", [float(stats.messages) for stats, _ in topics]),
+        ("bytes", "Bytes of message bodies held, by topic.", [float(stats.bytes) for stats, _ in topics]),
+        ("oldest_message_age_seconds", "Age of the oldest, by topic.", [s.oldest_age_ms / 1000 for s, _ in topics]),
+        ("puts_per_second", "Puts, since the scrape before, by topic.", [rate for _, rate in topics]),
+    ):
+        names = [(stats.name.decode(errors="replace"),) for stats, _ in topics]
+        yield _family("gauge", f"topic_{name}", about, dict(zip(names, values, strict=True)), ("topic",))
+
+
+class Rates:
+    """Which topics are put to most, between two looks. The looks cost as much as there are topics."""
+
+    def __init__(self) -> None:
+        self._before: dict[bytes, int] = {}
+        self._at = 0.0
+
+    def top(self, count: int, last_numbers: dict[bytes, int], now: float) -> tuple[list[tuple[bytes, float]], float]:
+        """Return the names of so many topics with their rates, and the rate of the rest.
+
+        last_numbers has the number of the last message of each topic that holds some; now is in seconds.
+        """
+        seconds = max(now - self._at, 1e-9)
+        # All of it in C: there may be 100,000.
+        puts = list(map(operator.sub, last_numbers.values(), map(self._before.get, last_numbers, repeat(0))))
+        chosen = heapq.nlargest(count, zip(puts, last_numbers, strict=True))
+        self._before, self._at = last_numbers, now
+        rest = sum(puts) - sum(number for number, _ in chosen)
+        return [(name, number / seconds) for number, name in chosen], rest / seconds
 
 
 def registry(source: Source) -> CollectorRegistry:
     """Return a registry of this server's own, so that several servers fit in one process."""
     # Imported here, because a server without a side port needs none of it.
-    from prometheus_client import CollectorRegistry  # noqa: PLC0415
+    from prometheus_client import CollectorRegistry, ProcessCollector  # noqa: PLC0415
 
     registry = CollectorRegistry()
     registry.register(Collector(source))
+    ProcessCollector(registry=registry)
     return registry

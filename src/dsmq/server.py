@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import platform
 import queue
 import resource
 import signal
@@ -35,6 +34,7 @@ from dsmq.expiry import Expiry
 from dsmq.listening import Listener
 from dsmq.metrics import Counters
 from dsmq.protocol import encode_error
+from dsmq.status import Status
 from dsmq.store import Limits, SQLiteStore, Store, Totals
 from dsmq.system import expect_long_messages
 from dsmq.worker import Worker
@@ -98,7 +98,6 @@ class Server:
         self._load = load
         self.settings = settings
         self._store = store or SQLiteStore(0)
-        self._started_at = time.time()
         # Reasons to stop; None: read the configuration anew.
         self._orders: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._services = Services(settings, self._store, Gate(), self.request_stop, self.info)
@@ -110,7 +109,7 @@ class Server:
         self._side_port: Any = None
         self._numbers = itertools.count(1)
         self._max_connections = _affordable(settings.max_connections)
-        self._refused = Counters()
+        self.status = Status(self._services, self._workers, self._expiry, self._max_connections)
         self._started = self._stopped = False
 
     def __enter__(self) -> Self:
@@ -164,7 +163,7 @@ class Server:
             except RuntimeError as error:
                 raise CannotStart(str(error)) from error
             undo.pop_all()
-        self._started = True
+        self._started = self.status.serving = True
         _logger.info("dsmq %s serves on %s (process %d)", __version__, ", ".join(self.addresses), os.getpid())
         self._tell_security()
         if self._side_port:
@@ -181,7 +180,7 @@ class Server:
         token = settings.metrics_token.get_secret_value()
         if settings.metrics_token_file:
             token = auth.read_tokens(settings.metrics_token_file)[0][2]
-        return SidePort(sock, metrics.registry(self), self.health, token)
+        return SidePort(sock, metrics.registry(self.status), self.status, token)
 
     def _tell_security(self) -> None:
         settings, tokens = self.settings, len(self._services.gate.tokens)
@@ -207,8 +206,8 @@ class Server:
     def _place(self, sock: socket.socket, host: str, name: str) -> None:
         """Give an accepted connection to the worker that has the fewest, or refuse it."""
         network = auth.network(host)
-        if error := self._objection(sock, host, network):
-            self._refuse(sock, name, error)
+        if objection := self._objection(sock, host, network):
+            self._refuse(sock, name, *objection)
             return
         stream: Stream = sock
         if self._tls:
@@ -222,20 +221,21 @@ class Server:
         else:
             worker.post(adopt)
 
-    def _objection(self, sock: socket.socket, host: str, network: str) -> ReplyError | None:
-        """Return why a connection is not taken, if it is not."""
+    def _objection(self, sock: socket.socket, host: str, network: str) -> tuple[str, ReplyError] | None:
+        """Return why a connection is not taken, in a word and as the client is told; nothing where it is."""
         most = self.settings.max_connections_per_address
         if self.connections() >= self._max_connections:
-            return Busy(f"{self._max_connections} connections are open, no more are taken")
+            return "connections", Busy(f"{self._max_connections} connections are open, no more are taken")
         if sum(worker.networks[network] for worker in self._workers) >= most:
-            return Busy(f"{most} connections of this address are open, no more are taken")
+            return "address", Busy(f"{most} connections of this address are open, no more are taken")
         if self.settings.protected_mode and self._is_open and not listening.is_local(sock, host):
-            return Denied("this server has no token, and so serves only clients on its own machine: set auth_token")
+            about = "this server has no token, and so serves only clients on its own machine: set auth_token"
+            return "protected", Denied(about)
         return None
 
-    def _refuse(self, sock: socket.socket, name: str, error: ReplyError) -> None:
-        self._refused.refused += 1
-        self._refused.errors[error.code] += 1
+    def _refuse(self, sock: socket.socket, name: str, reason: str, error: ReplyError) -> None:
+        self.status.refused.refused[reason] += 1
+        self.status.refused.errors[error.code] += 1
         _logger.warning("%s is refused: %s", name, error)
         try:
             if not self._tls:
@@ -306,7 +306,7 @@ class Server:
         """
         if self._stopped:
             return []
-        self._stopped = True
+        self._stopped = self.status.stopping = True
         seconds = self.settings.stop_timeout_seconds if seconds is None else seconds
         deadline = time.monotonic() + seconds
         self._stop_accepting(deadline)
@@ -368,44 +368,19 @@ class Server:
         return self._side_port.port if self._side_port else None
 
     def counters(self) -> Counters:
-        return metrics.total([*(worker.counters for worker in self._workers), self._refused])
+        return self.status.counters()
 
     def totals(self) -> Totals:
-        return self._store.totals()
-
-    def connections(self) -> int:
-        return sum(len(worker.connections) for worker in self._workers)
-
-    def waiting(self) -> int:
-        return sum(worker.waiting for worker in self._workers)
-
-    def health(self) -> tuple[bool, dict[str, object]]:
-        """Return whether every thread lives, and the reasons for /healthz."""
-        dead = [thread.name for thread in self._threads() if not thread.is_alive()]
-        return not dead, {"status": "failing" if dead else "ok", "dead_threads": dead}
+        return self.status.totals()
 
     def info(self) -> Mapping[str, Mapping[str, object]]:
-        """Return what INFO shows."""
-        counted, held = self.counters(), self.totals()
-        return {
-            "server": {
-                "dsmq_version": __version__,
-                "python_version": platform.python_version(),
-                "process_id": os.getpid(),
-                "epoch": self._store.epoch,
-                "uptime_in_seconds": int(time.time() - self._started_at),
-            },
-            "clients": {"connected_clients": self.connections(), "blocked_clients": self.waiting()},
-            "stats": {
-                "total_connections_received": counted.opened,
-                "rejected_connections": counted.refused,
-                "total_commands_processed": counted.requests,
-                "puts": held.stored,
-                "deliveries": counted.delivered,
-                "errors": sum(counted.errors.values()),
-            },
-            "store": {**held._asdict(), "last_id": self._store.last_id()},
-        }
+        return self.status.info()
+
+    def connections(self) -> int:
+        return self.status.connections()
+
+    def waiting(self) -> int:
+        return self.status.waiting()
 
 
 @contextmanager

@@ -1,8 +1,11 @@
-"""The side port: /metrics for Prometheus and /healthz for whoever watches over the server. HTTP, GET and HEAD alone."""
+"""The side port: a status page, /metrics for Prometheus, /healthz and /readyz. HTTP, GET and HEAD alone."""
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import functools
+import hashlib
 import hmac
 import json
 import logging
@@ -10,9 +13,10 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import resources
 from socketserver import BaseServer
 from typing import Any
 
@@ -20,6 +24,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from dsmq import __version__
+from dsmq.status import Status
 
 # A scrape takes milliseconds; what hangs on longer is cut off.
 REQUEST_TIMEOUT_SECONDS = 5.0
@@ -37,11 +42,11 @@ class SidePort:
         self,
         sock: socket.socket,
         registry: CollectorRegistry,
-        health: Callable[[], tuple[bool, dict[str, object]]],
+        status: Status,
         token: str = "",
     ) -> None:
-        """With a token, all but /healthz wants it as a bearer token (RFC 6750)."""
-        self._server = _HTTPServer(sock, registry, health, token)
+        """With a token, /metrics and /status.json want it as a bearer token (RFC 6750)."""
+        self._server = _HTTPServer(sock, registry, status, token)
         self.thread = threading.Thread(
             target=self._server.serve_forever, args=(STOP_POLL_SECONDS,), name="dsmq-metrics", daemon=True
         )
@@ -70,7 +75,7 @@ class _HTTPServer(ThreadingHTTPServer):
         self,
         sock: socket.socket,
         registry: CollectorRegistry,
-        health: Callable[[], tuple[bool, dict[str, object]]],
+        status: Status,
         token: str,
     ) -> None:
         # Not that of TCPServer, which would make a socket of its own.
@@ -78,7 +83,7 @@ class _HTTPServer(ThreadingHTTPServer):
         self.socket = sock
         self.token = token.encode()
         self.registry = registry
-        self.health = health
+        self.status = status
         # Requests that are being served, with the time at which each is cut off.
         self._deadlines: dict[socket.socket, float] = {}
 
@@ -126,34 +131,88 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
-        if path != "/healthz" and not self._has_token():
-            self._reply(HTTPStatus.UNAUTHORIZED, "text/plain; charset=utf-8", b"A bearer token is wanted.\n")
-        elif path == "/metrics":
-            encode, content_type = choose_encoder(self.headers.get("Accept", ""))
-            self._reply(HTTPStatus.OK, content_type, encode(self.server.registry))
-        elif path == "/healthz":
-            healthy, reasons = self.server.health()
-            status = HTTPStatus.OK if healthy else HTTPStatus.SERVICE_UNAVAILABLE
-            self._reply(status, "application/json", json.dumps(reasons).encode() + b"\n")
+        if path in _OPEN:
+            _OPEN[path](self)
+        elif path not in _GUARDED:
+            paths = ", ".join((*_OPEN, *_GUARDED))
+            self._reply(HTTPStatus.NOT_FOUND, "text/plain; charset=utf-8", f"There are {paths}.\n".encode())
+        elif self._has_token():
+            _GUARDED[path](self)
         else:
-            self._reply(HTTPStatus.NOT_FOUND, "text/plain; charset=utf-8", b"There are /metrics and /healthz.\n")
+            self._reply(
+                HTTPStatus.UNAUTHORIZED,
+                "text/plain; charset=utf-8",
+                b"A bearer token is wanted.\n",
+                {"WWW-Authenticate": "Bearer"},
+            )
 
     do_HEAD = do_GET  # noqa: N815 - http.server's name
+
+    def metrics(self) -> None:
+        """Reply the metrics, in the format that is asked for."""
+        encode, content_type = choose_encoder(self.headers.get("Accept", ""))
+        self._reply(HTTPStatus.OK, content_type, encode(self.server.registry))
+
+    def healthz(self) -> None:
+        """Reply whether every thread does its work."""
+        self._reply_whether(*self.server.status.health())
+
+    def readyz(self) -> None:
+        """Reply whether clients and puts are taken."""
+        self._reply_whether(*self.server.status.readiness())
+
+    def status(self) -> None:
+        """Reply what the page shows."""
+        body = json.dumps(self.server.status.page()).encode()
+        self._reply(HTTPStatus.OK, "application/json", body, {"Cache-Control": "no-store"})
+
+    def page(self) -> None:
+        """Reply the page; what it shows comes by /status.json."""
+        html, policy = _page()
+        headers = {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"}
+        self._reply(HTTPStatus.OK, "text/html; charset=utf-8", html, headers)
 
     def _has_token(self) -> bool:
         scheme, _, token = self.headers.get("Authorization", "").partition(" ")
         given = token.strip().encode() if scheme.lower() == "bearer" else b""
         return not self.server.token or hmac.compare_digest(given, self.server.token)
 
-    def _reply(self, status: HTTPStatus, content_type: str, body: bytes) -> None:
+    def _reply_whether(self, yes: bool, reasons: dict[str, object]) -> None:  # noqa: FBT001 - as it comes
+        status = HTTPStatus.OK if yes else HTTPStatus.SERVICE_UNAVAILABLE
+        self._reply(status, "application/json", json.dumps(reasons).encode() + b"\n")
+
+    def _reply(
+        self, status: HTTPStatus, content_type: str, body: bytes, headers: Mapping[str, str] | None = None
+    ) -> None:
         self.send_response(status)
-        if status == HTTPStatus.UNAUTHORIZED:
-            self.send_header("WWW-Authenticate", "Bearer")
         self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(body)))
+        self.send_header("X-Content-Type-Options", "nosniff")
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - http.server's name
         _logger.debug("side port: %s: %s", self.address_string(), format % args)
+
+
+_OPEN = {"/": _Handler.page, "/healthz": _Handler.healthz, "/readyz": _Handler.readyz}
+_GUARDED = {"/metrics": _Handler.metrics, "/status.json": _Handler.status}
+
+
+@functools.cache
+def _page() -> tuple[bytes, str]:
+    """Return the page, and the Content-Security-Policy that lets its own script and style run, and nothing else."""
+    html = resources.files("dsmq").joinpath("page.html").read_text(encoding="utf-8")
+    script, style = (
+        base64.b64encode(
+            hashlib.sha256(html.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0].encode()).digest()
+        ).decode()
+        for tag in ("script", "style")
+    )
+    return html.encode(), (
+        f"default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )

@@ -10,6 +10,7 @@ enough, and the messages of one topic and millisecond as one row, a chunk: they 
 
 from __future__ import annotations
 
+import heapq
 import secrets
 import sqlite3
 import sys
@@ -20,7 +21,7 @@ from bisect import bisect_left, bisect_right
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from operator import attrgetter, itemgetter
 from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
@@ -28,6 +29,8 @@ from dsmq.errors import Full, ReplyError, StoreFailed
 
 # Topics that hold nothing but whose numbering goes on; a forgotten one starts again at 1.
 MAX_EMPTY_TOPICS = 100_000
+# Of a topic, runs of messages that are remembered as not read by anybody; older ones pass for read.
+MAX_GAPS = 64
 # What is remembered to recognise a put that is sent again.
 MAX_PRODUCERS = 10_000
 MAX_PUTS_OF_PRODUCER = 1_000
@@ -69,6 +72,7 @@ _OLDEST = "SELECT put_at, ids_and_sizes FROM chunks WHERE topic = ? ORDER BY las
 _EXPIRY = """SELECT last_id, topic, put_at, length(ids_and_sizes) / 16, length(bodies)
     FROM chunks ORDER BY last_id LIMIT ?"""
 _DELETE = "DELETE FROM chunks WHERE last_id <= ?"
+_OLDEST_OF_ALL = "SELECT put_at FROM chunks ORDER BY last_id LIMIT 1"
 _TOPICS = "SELECT id FROM topics WHERE name > ? ORDER BY name LIMIT ?"
 
 T = TypeVar("T")
@@ -109,6 +113,18 @@ class Totals(NamedTuple):
     topics: int
     stored: int
     expired: int
+    expired_unread: int = 0
+    """Those of the expired that nobody had read, nor passed over by asking for the latest."""
+    oldest_age_ms: int = 0
+    cost: int = 0
+    """Bytes held, as `Limits` counts them."""
+
+
+class Timing(NamedTuple):
+    """How often something was done, and how many seconds it took in all."""
+
+    times: int = 0
+    seconds: float = 0.0
 
 
 class Limits(NamedTuple):
@@ -156,6 +172,18 @@ class Store(Protocol):
     def totals(self) -> Totals:
         """Return the sums over all topics."""
 
+    def timings(self) -> dict[str, Timing]:
+        """Return how often and how long the database was used, by operation: write, read, expire."""
+
+    def last_numbers(self) -> dict[bytes, int]:
+        """Return the number of the last message of each topic that holds some."""
+
+    def last_number(self, topic: bytes) -> int:
+        """Return the number of the last message put into a topic, 0 where there is none."""
+
+    def deepest(self, count: int) -> list[bytes]:
+        """Return the topics that hold the most messages."""
+
     def close(self) -> None:
         """Give everything up. Idempotent."""
 
@@ -165,7 +193,18 @@ _Stored: TypeAlias = tuple[int, int, int, bytes]
 
 
 class _Topic:
-    __slots__ = ("bytes", "expired", "last_id", "last_number", "name", "row", "tail", "written_id")
+    __slots__ = (
+        "bytes",
+        "expired",
+        "gaps",
+        "last_id",
+        "last_number",
+        "name",
+        "read_number",
+        "row",
+        "tail",
+        "written_id",
+    )
 
     def __init__(self, name: bytes, row: int) -> None:
         self.name = name
@@ -173,6 +212,9 @@ class _Topic:
         self.last_id = self.last_number = self.bytes = 0
         # How many of its messages have been deleted: the first ones.
         self.expired = 0
+        # The highest number that somebody has read, and what nobody has below it: first and last numbers.
+        self.read_number = 0
+        self.gaps: list[tuple[int, int]] = []
         self.tail: list[_Stored] = []
         # The last id before the tail.
         self.written_id = 0
@@ -180,6 +222,26 @@ class _Topic:
     @property
     def messages(self) -> int:
         return self.last_number - self.expired
+
+    def note_read(self, first: int, last: int) -> None:
+        """Note that somebody has read these numbers."""
+        if first > self.read_number + 1:
+            self.gaps = [*self.gaps[1 - MAX_GAPS :], (self.read_number + 1, first - 1)]
+        elif self.gaps:
+            parts = [
+                part for low, high in self.gaps for part in ((low, min(high, first - 1)), (max(low, last + 1), high))
+            ]
+            self.gaps = [(low, high) for low, high in parts if low <= high]
+        self.read_number = max(self.read_number, last)
+
+    def expire(self, count: int) -> int:
+        """Take that many first messages out; return how many of them nobody has read."""
+        end = self.expired + count
+        unread = max(0, end - max(self.expired, self.read_number))
+        unread += sum(min(high, end) - low + 1 for low, high in self.gaps if low <= end)
+        self.gaps = [(max(low, end + 1), high) for low, high in self.gaps if high > end]
+        self.expired = end
+        return unread
 
 
 def monotonic_ms() -> int:
@@ -215,11 +277,13 @@ class SQLiteStore:
         self._retry_at = 0
         self._producers: OrderedDict[bytes, dict[int, int]] = OrderedDict()
         self._remembered = 0
-        self._stored = self._bytes = self._expired = 0
+        self._stored = self._bytes = self._expired = self._expired_unread = 0
+        self._timings = {"write": Timing(), "read": Timing(), "expire": Timing()}
 
     @contextmanager
-    def _transaction(self) -> Iterator[None]:
+    def _transaction(self, operation: str) -> Iterator[None]:
         """Do everything or nothing. The caller holds the lock."""
+        began = time.monotonic()
         self._database.execute("BEGIN")
         try:
             yield
@@ -229,6 +293,12 @@ class SQLiteStore:
             if self._database.in_transaction:
                 self._database.execute("ROLLBACK")
             raise
+        finally:
+            self._count_time(operation, began)
+
+    def _count_time(self, operation: str, began: float) -> None:
+        times, seconds = self._timings[operation]
+        self._timings[operation] = Timing(times + 1, seconds + time.monotonic() - began)
 
     def append(self, puts: Sequence[Put]) -> list[int]:
         with self._guard:
@@ -320,7 +390,7 @@ class SQLiteStore:
         if names and len(self._topics) + len(names) > self.limits.topics:
             raise Full(f"{len(self._topics)} topics hold messages, at most {self.limits.topics} may")
         topics = [self._empty.get(name) or _Topic(name, row) for row, name in enumerate(names, self._last_row + 1)]
-        with self._transaction():
+        with self._transaction("write"):
             self._database.executemany(_INSERT_TOPIC, [(topic.row, topic.name) for topic in topics])
         for topic in topics:
             self._topics[topic.name] = self._by_row[topic.row] = topic
@@ -358,7 +428,7 @@ class SQLiteStore:
         chunks = [_chunk(topic, messages) for topic in self._unwritten for messages in _portions(topic.tail)]
         chunks.sort()
         try:
-            with self._transaction():
+            with self._transaction("write"):
                 self._database.executemany(_INSERT, chunks)
         except (sqlite3.Error, MemoryError) as error:
             self._failure, self._retry_at = _told(error), self._clock() + RETRY_MS
@@ -376,11 +446,16 @@ class SQLiteStore:
         messages = []
         with self._guard:
             now = self._clock()
+            began = time.monotonic() if after < known.written_id else 0.0
             for message_id, number, put_at, body in self._behind(known, after, now - self.max_age_ms):
                 messages.append(Message(message_id, number, now - put_at, body))
                 max_bytes -= len(body)
                 if len(messages) == count or max_bytes <= 0:
                     break
+            if began:
+                self._count_time("read", began)
+            if messages:
+                known.note_read(messages[0].number, messages[-1].number)
         return messages
 
     def _behind(self, topic: _Topic, after: int, since: int) -> Iterator[_Stored]:
@@ -402,6 +477,8 @@ class SQLiteStore:
             if not held or now - held[-1][2] > self.max_age_ms:
                 return []
             message_id, number, put_at, body = held[-1]
+            # What it passes over is not wanted any more.
+            known.note_read(1, number)
             return [Message(message_id, number, now - put_at, body)]
 
     def _newest_written(self, topic: _Topic) -> list[_Stored]:
@@ -439,7 +516,7 @@ class SQLiteStore:
             # Taken out and put back, so that they stand in the order of their last messages.
             counts[topic] = counts.pop(topic, 0) + count
             sizes[topic] = sizes.get(topic, 0) + size
-        with self._transaction():
+        with self._transaction("expire"):
             self._database.execute(_DELETE, (chunks[-1][0],))
             self._end(counts)
         return self._count_out(counts, sizes)
@@ -454,7 +531,7 @@ class SQLiteStore:
                 sizes[topic] = sum(len(message[3]) for message in topic.tail[: counts[topic]])
         if not counts:
             return 0
-        with self._transaction():
+        with self._transaction("expire"):
             self._end(counts)
         for topic, count in counts.items():
             del topic.tail[:count]
@@ -470,7 +547,7 @@ class SQLiteStore:
 
     def _count_out(self, counts: dict[_Topic, int], sizes: dict[_Topic, int]) -> int:
         for topic, count in counts.items():
-            topic.expired += count
+            self._expired_unread += topic.expire(count)
             topic.bytes -= sizes[topic]
             if not topic.messages:
                 del self._topics[topic.name], self._by_row[topic.row]
@@ -503,13 +580,40 @@ class SQLiteStore:
         return array("q", chunk[1][:8])[0], chunk[0]
 
     def totals(self) -> Totals:
+        held = self._stored - self._expired
         return Totals(
-            self._stored - self._expired,
+            held,
             self._bytes,
             len(self._topics),
             self._stored,
             self._expired,
+            self._expired_unread,
+            self._oldest_age() if held else 0,
+            _cost(held, self._bytes),
         )
+
+    def _oldest_age(self) -> int:
+        with self._guard.lock, suppress(sqlite3.Error):
+            oldest = None if self._guard.closed else self._database.execute(_OLDEST_OF_ALL).fetchone()
+            # All that is written is older than what stands in a tail.
+            put_times = oldest or [topic.tail[0][2] for topic in self._unwritten]
+            return max(0, self._clock() - min(put_times)) if put_times else 0
+        return 0
+
+    def timings(self) -> dict[str, Timing]:
+        return dict(self._timings)
+
+    def last_numbers(self) -> dict[bytes, int]:
+        # A copy of the table is atomic, so the lock need not be held as long as this takes.
+        topics = list(self._topics.values())
+        return dict(zip(map(attrgetter("name"), topics), map(attrgetter("last_number"), topics), strict=True))
+
+    def last_number(self, topic: bytes) -> int:
+        known = self._topics.get(topic) or self._empty.get(topic)
+        return known.last_number if known else 0
+
+    def deepest(self, count: int) -> list[bytes]:
+        return [topic.name for topic in heapq.nlargest(count, list(self._topics.values()), attrgetter("messages"))]
 
     def close(self) -> None:
         with self._guard.lock:

@@ -28,6 +28,8 @@ from dsmq.metrics import Counters
 from dsmq.store import Answer, Put
 from dsmq.system import LONG_YIELD_PAUSE_SECONDS, LONG_YIELD_SECONDS, yield_processor
 
+# How often a worker shows that it lives, and measures how late it looks at its timers.
+PULSE_SECONDS = 1.0
 # Put within one turn before they are stored, so that a turn's messages need not all fit in memory twice.
 MAX_BATCH = 1_000
 MAX_BATCH_BYTES = 1_048_576
@@ -87,6 +89,7 @@ class Worker:
         self._posted: deque[Callable[[], None]] = deque()
         self._busy_poll_seconds = services.settings.busy_poll_microseconds / 1e6
         self._look_from = self._awake_until = 0.0
+        self._turn_ended = self.now
         self._stop_at = math.inf
         self._bell = _Bell(self._run_posted)
         self._selector.register(self._bell, selectors.EVENT_READ, self._bell)
@@ -124,6 +127,11 @@ class Worker:
                 next(iter(self._strangers)).send_away(Busy("too many others have not shown their token yet"))
         connection.open()
 
+    @property
+    def strangers(self) -> int:
+        """The number of connections that have not shown their token yet, or not finished the handshake of TLS."""
+        return len(self._strangers)
+
     def admit(self, connection: Connection) -> None:
         del self._strangers[connection]
 
@@ -143,6 +151,7 @@ class Worker:
     # The loop
 
     def _run(self) -> None:
+        _Pulse(self).on_time()
         try:
             while not (self._stop_at < math.inf and self._stopped()):
                 self._turn()
@@ -157,6 +166,7 @@ class Worker:
         self._bell.close()
 
     def _turn(self) -> None:
+        before = self.counters.requests
         ready = self._wait()
         to_run, self._to_run = self._to_run, []
         self.now = time.monotonic()
@@ -182,6 +192,9 @@ class Worker:
                 connection.flush()
             except Exception:  # noqa: BLE001
                 connection.on_failure()
+        self._turn_ended = time.monotonic()
+        if requests := self.counters.requests - before:
+            self.counters.request_seconds.add(self._turn_ended - self.now, requests)
 
     def _wait(self) -> list[tuple[selectors.SelectorKey, int]]:
         """Return the sockets that are ready, when there are some.
@@ -191,7 +204,7 @@ class Worker:
         """
         if self._to_run:
             return self._selector.select(0)
-        now = time.monotonic()
+        now = self._turn_ended
         while self._look_from <= now < self._awake_until:
             if ready := self._selector.select(0):
                 return ready
@@ -385,6 +398,26 @@ class Worker:
 
     def _stopped(self) -> bool:
         return not self.connections or time.monotonic() >= self._stop_at
+
+
+class _Pulse:
+    """Measures how late the loop looks at its timers."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.closed = False
+        self.scheduled = worker.now
+        self._worker = worker
+        self._due = worker.now
+
+    def on_time(self) -> None:
+        """Note how late it is called, and be called again."""
+        self._worker.counters.lag_seconds.add(max(0.0, self._worker.now - self._due))
+        self._due = self._worker.now + PULSE_SECONDS
+        self._worker.schedule(self, self._due)
+
+    def on_failure(self) -> None:
+        """Nothing in it can fail but by a defect of the loop."""
+        _logger.exception("the pulse failed")
 
 
 class _Bell:
