@@ -346,6 +346,7 @@ OTHERS: dict[str, Any] = {
     "metrics_port": "off",
     "remote_shutdown": False,
     "log_level": "debug",
+    "log_format": "json",
     "protected_mode": False,
     **{name: f"/etc/dsmq/{name}" for name in config.Settings.model_fields if name.endswith("_file")},
     **{name: kind["maximum"] for name, kind in NUMBERS.items() if name != "metrics_port"},

@@ -242,7 +242,7 @@ def _serve(options: argparse.Namespace) -> int:
     from dsmq import config, logs, server  # noqa: PLC0415 - see _parser
 
     settings = config.from_options(options)
-    logs.to_stderr(settings.log_level, settings.max_log_lines_per_second)
+    logs.to_stderr(settings)
     server.allow_more_files()
     server.run(settings, lambda: config.from_options(options))
     return OK

@@ -227,6 +227,11 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="The least that is logged: debug, info, warning, error."
     )
+    log_format: Literal["auto", "text", "json", "journal"] = Field(
+        "auto",
+        description="How it is logged: text for people; json, a line an event; journal, with priorities and without "
+        "times; auto is journal under systemd and else text.",
+    )
     max_log_lines_per_second: int = Field(
         10, ge=1, le=1_000_000, description="Lines logged of one cause; what exceeds it is counted, and told later."
     )

@@ -14,6 +14,7 @@ from functools import partial
 from selectors import EVENT_READ, EVENT_WRITE
 from typing import Protocol
 
+from dsmq import logs
 from dsmq.auth import Role, Token
 from dsmq.commands import COMMANDS, PUT, Fetch, Services, find
 from dsmq.errors import (
@@ -180,6 +181,9 @@ class Connection:
     def __repr__(self) -> str:
         return f"client {self.id} ({self.peer.name})"
 
+    def _event(self, name: str, **fields: object) -> dict[str, object]:
+        return logs.event(name, client=self.id, peer=self.peer.name, **fields)
+
     def fileno(self) -> int:
         return self._socket.fileno()
 
@@ -328,7 +332,7 @@ class Connection:
 
     def _reject(self, error: ReplyError) -> None:
         """Reply an error behind which nothing makes sense any more, and close."""
-        _logger.info("%r: %s %s", self, error.code, error)
+        _logger.info("%r: %s %s", self, error.code, error, extra=self._event("rejected", code=error.code))
         self._fail(error)
         self.finish()
 
@@ -386,7 +390,7 @@ class Connection:
 
     def _wait_alone(self, seconds: float) -> None:
         """Answer a wrong token, but not at once: so guessing takes long."""
-        _logger.warning("%r: wrong token", self)
+        _logger.warning("%r: wrong token", self, extra=self._event("wrong_token"))
         self._wait = _Wait(b"", self._loop.now + seconds, list, self._wrong_token)
         self._parked = True
         self._schedule()
@@ -546,7 +550,7 @@ class Connection:
         elif now >= self._linger_until:
             self.close("closed by the server")
         elif now >= self._unread_since + settings.reply_timeout_seconds:
-            _logger.info("%r: dropped, it does not read its replies", self)
+            _logger.info("%r: dropped, it does not read its replies", self, extra=self._event("dropped"))
             self.close("does not read its replies")
         elif self._wait is not None:
             self.stop_waiting()
@@ -595,7 +599,7 @@ class Connection:
 
     def on_failure(self) -> None:
         """End after an exception, which costs this connection and no other."""
-        _logger.exception("%r: dropped after a defect", self)
+        _logger.exception("%r: dropped after a defect", self, extra=self._event("defect"))
         self.counters.failures += 1
         self.send_away(InternalError("see the server's log"))
 

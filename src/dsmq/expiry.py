@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 
+from dsmq import logs
 from dsmq.store import Store, Timing
 
 # Between two slices the lock is free for this long, and for less where so much expires that this would be too slow.
@@ -43,7 +44,7 @@ class Expiry:
                 self.run_once()
             except Exception:
                 # Readers pass over what is too old by themselves, so only memory is at stake. It tries again.
-                _logger.exception("expiry failed")
+                _logger.exception("expiry failed", extra=logs.event("expiry_failed"))
             now = time.monotonic()
             self.timing = Timing(self.timing.times + 1, self.timing.seconds + now - began)
             self.due_at = now + self._interval

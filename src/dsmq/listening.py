@@ -13,6 +13,7 @@ import stat
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from dsmq import logs
 from dsmq.errors import CannotStart
 
 UNIX = "unix:"
@@ -177,7 +178,8 @@ class Listener:
 
     def _pause(self, error: OSError) -> None:
         # The connection stays in the backlog, so the selector would report it again at once, for ever.
-        _logger.warning("accepting pauses for %s s: %s", ACCEPT_PAUSE_SECONDS, error)
+        about = logs.event("accepting_paused", error=str(error))
+        _logger.warning("accepting pauses for %s s: %s", ACCEPT_PAUSE_SECONDS, error, extra=about)
         if self.loop is not None:
             self.loop.unlisten(self)
             self.loop.schedule(self, self.loop.now + ACCEPT_PAUSE_SECONDS)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import sys
 import threading
 import time
 import weakref
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from dsmq.config import Settings
 
 PERIOD_SECONDS = 1.0
 
@@ -68,14 +75,66 @@ _filters: weakref.WeakSet[FloodFilter] = weakref.WeakSet()
 def summarise() -> None:
     """Log how many lines have been held back, and the last of each kind. To be called once a second or so."""
     for flood in [flood for one in list(_filters) for flood in one.take_held()]:
-        _logger.log(flood.level, "%d more lines like: %s", flood.held, flood.last)
+        _logger.log(
+            flood.level, "%d more lines like: %s", flood.held, flood.last, extra=event("flood", lines=flood.held)
+        )
 
 
-def to_stderr(level: str, lines_per_second: int) -> None:
+def event(name: str, **fields: object) -> dict[str, object]:
+    """Return what `extra` takes, for whoever reads logs by program: the event's name, and what belongs to it."""
+    return {"event": name, "fields": fields}
+
+
+class JSONFormatter(logging.Formatter):
+    """A line of JSON for each event: time (RFC 3339), level, event, message, and the event's fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        shown: dict[str, object] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "event": getattr(record, "event", "log"),
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            shown["exception"] = self.formatException(record.exc_info)
+        return json.dumps(shown, ensure_ascii=False, default=str)
+
+
+class JournalFormatter(logging.Formatter):
+    """Lines for systemd's journal, which has the time itself: each begins with its priority (sd-daemon(3))."""
+
+    _PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line, or lines."""
+        priority = next((number for level, number in self._PRIORITIES if record.levelno >= level), 7)
+        return "\n".join(f"<{priority}>{line}" for line in super().format(record).splitlines())
+
+
+def _formatter(form: str) -> logging.Formatter:
+    if form == "json":
+        return JSONFormatter()
+    if form == "journal" or (form == "auto" and _is_journal(sys.stderr)):
+        return JournalFormatter("%(message)s")
+    return logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+
+
+def _is_journal(stream: TextIO) -> bool:
+    """Return whether a stream goes to systemd's journal: JOURNAL_STREAM names its device and inode."""
+    try:
+        stat = os.fstat(stream.fileno())
+    except (OSError, ValueError):
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{stat.st_dev}:{stat.st_ino}"
+
+
+def to_stderr(settings: Settings) -> None:
     """Log what dsmq has to say to stderr; other loggers are left alone."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    handler.addFilter(FloodFilter(lines_per_second))
+    handler.setFormatter(_formatter(settings.log_format))
+    handler.addFilter(FloodFilter(settings.max_log_lines_per_second))
     logger = logging.getLogger("dsmq")
     logger.addHandler(handler)
-    logger.setLevel(level.upper())
+    logger.setLevel(settings.log_level.upper())

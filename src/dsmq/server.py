@@ -73,7 +73,7 @@ def serve(
     """
     effective = config.load(kind=EmbeddedSettings, host=host, port=port, **settings)
     if verbose:
-        logs.to_stderr(effective.log_level, effective.max_log_lines_per_second)
+        logs.to_stderr(effective)
     run(effective)
 
 
@@ -164,10 +164,14 @@ class Server:
                 raise CannotStart(str(error)) from error
             undo.pop_all()
         self._started = self.status.serving = True
-        _logger.info("dsmq %s serves on %s (process %d)", __version__, ", ".join(self.addresses), os.getpid())
+        started = logs.event("started", version=__version__, addresses=self.addresses, process=os.getpid())
+        _logger.info(
+            "dsmq %s serves on %s (process %d)", __version__, ", ".join(self.addresses), os.getpid(), extra=started
+        )
         self._tell_security()
         if self._side_port:
-            _logger.info("metrics on http://%s/metrics", listening.shown(settings.metrics_host, self.metrics_port or 0))
+            where = f"http://{listening.shown(settings.metrics_host, self.metrics_port or 0)}/"
+            _logger.info("metrics on %smetrics, for people %s", where, where, extra=logs.event("side_port", url=where))
 
     def _open_side_port(self, host: str, port: int) -> Any:
         # Imported here, because a server without a side port needs none of it.
@@ -184,18 +188,23 @@ class Server:
 
     def _tell_security(self) -> None:
         settings, tokens = self.settings, len(self._services.gate.tokens)
-        _logger.info(
-            "tokens: %s; TLS: %s%s",
-            tokens or "none",
-            "on" if self._tls else "off",
-            ", with certificates of clients" if settings.tls_client_ca_file else "",
-        )
+        tls = "off" if not self._tls else "on, with certificates of clients" if settings.tls_client_ca_file else "on"
+        limits = {
+            "connections": self._max_connections,
+            "messages": settings.max_stored_messages,
+            "bytes": settings.max_stored_bytes,
+            "topics": settings.max_topics,
+        }
+        most = ", ".join(f"{value} {name}" for name, value in limits.items())
+        about = logs.event("configured", tokens=tokens, tls=tls, limits=limits)
+        _logger.info("tokens: %s; TLS: %s; at most %s", tokens or "none", tls, most, extra=about)
         if self._is_open and any(listening.is_exposed(listener.socket) for listener in self._listeners):
             _logger.warning(
                 "this server has no token, and listens to more than this machine: %s",
                 "it refuses clients elsewhere (protected_mode); set auth_token or auth_token_file"
                 if settings.protected_mode
                 else "whoever reaches it may read and put all there is (protected_mode is off)",
+                extra=logs.event("exposed", protected_mode=settings.protected_mode),
             )
 
     @property
@@ -236,7 +245,8 @@ class Server:
     def _refuse(self, sock: socket.socket, name: str, reason: str, error: ReplyError) -> None:
         self.status.refused.refused[reason] += 1
         self.status.refused.errors[error.code] += 1
-        _logger.warning("%s is refused: %s", name, error)
+        about = logs.event("refused", client=name, reason=reason, code=error.code)
+        _logger.warning("%s is refused: %s", name, error, extra=about)
         try:
             if not self._tls:
                 sock.send(encode_error(error))
@@ -260,7 +270,7 @@ class Server:
                 if reason is None:
                     self.reload()
                     continue
-                _logger.info("stopping: %s", reason)
+                _logger.info("stopping: %s", reason, extra=logs.event("stopping", reason=reason))
                 self.stop()
                 return
 
@@ -279,15 +289,18 @@ class Server:
             new = self._load() if self._load else before
             self._configure(new.model_copy(update={name: getattr(before, name) for name in FIXED}))
         except ConfigError as error:
-            _logger.error("nothing is changed: %s", error)
+            _logger.error("nothing is changed: %s", error, extra=logs.event("reload_failed", error=str(error)))
             return
         logging.getLogger("dsmq").setLevel(new.log_level.upper())
         for worker in self._workers:
             worker.post(worker.check_tokens)
         changed = [name for name in Settings.model_fields if getattr(new, name) != getattr(before, name)]
-        _logger.info("configuration read again; changed: %s", ", ".join(set(changed).difference(FIXED)) or "nothing")
-        if waiting := [name for name in changed if name in FIXED]:
-            _logger.warning("these change only with a new start: %s", ", ".join(waiting))
+        live, fixed = ([name for name in changed if (name in FIXED) == kept] for kept in (False, True))
+        names = ", ".join(live) or "nothing"
+        _logger.info("configuration read again; changed: %s", names, extra=logs.event("reloaded", changed=live))
+        if fixed:
+            about = logs.event("restart_needed", settings=fixed)
+            _logger.warning("these change only with a new start: %s", ", ".join(fixed), extra=about)
         self._tell_security()
 
     def _threads(self) -> list[threading.Thread]:
@@ -323,11 +336,12 @@ class Server:
             _join(self._side_port.thread, deadline)
         survivors = [thread.name for thread in self._threads() if thread.is_alive()]
         if survivors:
-            _logger.error("still running after %s s: %s", seconds, ", ".join(survivors))
+            about = logs.event("stop_incomplete", threads=survivors)
+            _logger.error("still running after %s s: %s", seconds, ", ".join(survivors), extra=about)
             return survivors
         self._store.close()
         if self._started:
-            _logger.info("stopped")
+            _logger.info("stopped", extra=logs.event("stopped"))
         return []
 
     def _stop_accepting(self, deadline: float) -> None:

@@ -20,6 +20,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Protocol
 
+from dsmq import logs
 from dsmq.commands import Services
 from dsmq.connection import Connection, Peer, Stream, result_of
 from dsmq.errors import Busy, ReplyError, StoreFailed
@@ -224,7 +225,7 @@ class Worker:
             # The put that needs it will fail, and tell its client.
             _logger.debug("nothing written: %s", error)
         except Exception:
-            _logger.exception("writing failed by a defect")
+            _logger.exception("writing failed by a defect", extra=logs.event("defect"))
             self.counters.failures += 1
 
     def _run_posted(self) -> None:
@@ -232,7 +233,7 @@ class Worker:
             try:
                 self._posted.popleft()()
             except Exception:
-                _logger.exception("a posted call failed")
+                _logger.exception("a posted call failed", extra=logs.event("defect"))
                 self.counters.failures += 1
 
     # Timers
@@ -294,7 +295,7 @@ class Worker:
         except ReplyError:
             raise
         except Exception as error:
-            _logger.exception("storing failed by a defect")
+            _logger.exception("storing failed by a defect", extra=logs.event("defect"))
             self.counters.failures += 1
             raise StoreFailed("a defect; see the server's log") from error
 

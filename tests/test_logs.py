@@ -1,0 +1,107 @@
+"""What is logged: for people, for programs, and for the journal."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from conftest import SOON, Wire, daemon, serving, wire_to
+from dsmq import logs
+
+
+def record(message: str, level: int = logging.INFO, **extra: object) -> logging.LogRecord:
+    made = logging.getLogger("dsmq").makeRecord("dsmq", level, "file.py", 1, message, (), None, extra=extra or None)
+    made.created = datetime(2026, 1, 2, 3, 4, 5, 678_000, UTC).timestamp()
+    return made
+
+
+def test_an_event_as_json() -> None:
+    line = logs.JSONFormatter().format(record("client 7: wrong token", **logs.event("wrong_token", client=7)))
+    assert json.loads(line) == {
+        "time": "2026-01-02T03:04:05.678+00:00",
+        "level": "info",
+        "event": "wrong_token",
+        "message": "client 7: wrong token",
+        "client": 7,
+    }
+
+
+def test_an_exception_as_json_is_one_line() -> None:
+    made = record("failed", logging.ERROR)
+    try:
+        raise ValueError("why\nnot")
+    except ValueError:
+        made.exc_info = sys.exc_info()
+    line = logs.JSONFormatter().format(made)
+    assert "\n" not in line
+    assert "ValueError: why" in json.loads(line)["exception"]
+
+
+@pytest.mark.parametrize(
+    ("level", "priority"), [("DEBUG", 7), ("INFO", 6), ("WARNING", 4), ("ERROR", 3), ("CRITICAL", 2)]
+)
+def test_a_line_for_the_journal_begins_with_its_priority(level: str, priority: int) -> None:
+    formatter = logs.JournalFormatter("%(message)s")
+    assert formatter.format(record("a\nb", getattr(logging, level))) == f"<{priority}>a\n<{priority}>b"
+
+
+def test_the_log_as_json_is_json_throughout() -> None:
+    with daemon("--log-format", "json", "--log-level", "debug") as process:
+        wire = Wire(("127.0.0.1", process.port))
+        wire.call("PUT", "t", "x")
+        wire.send(b"\x00\n")
+        wire.receive()
+        wire.close()
+        process.stop()
+    events = [json.loads(line) for line in "".join(process.log).splitlines()]
+    by_name = {event["event"]: event for event in events}
+    assert {"started", "configured", "side_port", "rejected", "stopping", "stopped"} <= set(by_name)
+    assert by_name["rejected"]["code"] == "PROTOCOL"
+    assert by_name["configured"]["limits"]["connections"] > 0
+    assert by_name["stopping"]["reason"] == "SIGTERM"
+
+
+def test_under_systemd_the_journal_gets_priorities_and_no_times(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with log.open("w") as stream:
+        stat = os.fstat(stream.fileno())
+        code = (
+            "import logging; from dsmq import config, logs; logs.to_stderr(config.load());"
+            "logging.getLogger('dsmq').warning('hello')"
+        )
+        for device in (stat.st_dev, stat.st_dev + 1):
+            env = {**os.environ, "JOURNAL_STREAM": f"{device}:{stat.st_ino}"}
+            subprocess.run([sys.executable, "-c", code], env=env, stderr=stream, check=True, timeout=SOON)
+    journal, other = log.read_text().splitlines()
+    assert journal == "<4>hello"
+    assert other.endswith(" WARNING hello")
+
+
+def test_nothing_is_logged_for_a_message_above_debug(caplog: pytest.LogCaptureFixture) -> None:
+    with serving() as server, wire_to(server) as wire:
+        caplog.clear()
+        caplog.set_level(logging.INFO, "dsmq")
+        wire.call("PUT", "t", "x")
+        wire.call("GET", "t")
+        wire.error("FROBNICATE")
+        assert caplog.records == []
+
+
+def test_a_program_that_embeds_a_server_keeps_its_logging() -> None:
+    code = """
+import logging
+from dsmq.config import EmbeddedSettings
+from dsmq.server import Server
+with Server(EmbeddedSettings(port=0)):
+    pass
+assert not logging.getLogger().handlers and not logging.getLogger("dsmq").handlers
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, timeout=SOON)
+    assert (done.returncode, done.stderr) == (0, b"")
