@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import threading
@@ -9,7 +10,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from conftest import SOON, Wire, daemon, serving, wait_until, wire_to
+from conftest import SOON, UNIT, Wire, daemon, serving, wait_until, wire_to
 from dsmq import logs
 from dsmq import store as store_module
 from dsmq.client import connect
@@ -128,9 +129,11 @@ def test_waiting_readers_beyond_the_limit_get_an_error() -> None:
             wire.send(encode_request(b"GETWAIT", b"t", b"60000"))
         wait_until(lambda: server.waiting() == 2)
         late = stack.enter_context(wire_to(server))
+        assert late.call("PUT", "other", "y") == 1
+        assert late.call("GETWAIT", "other", 60_000) == b"y"
         assert late.error("GETWAIT", "t", 60_000) == "BUSY"
         # It is told, and may do all else.
-        assert late.call("PUT", "t", "x") == 1
+        assert late.call("PUT", "t", "x") == 2
         assert [wire.receive() for wire in waiting] == [b"x", b"x"]
         assert late.call("GET", "t") == b"x"
         assert server.waiting() == 0
@@ -165,6 +168,38 @@ def test_all_that_is_pipelined_is_answered_however_little_runs_in_a_turn(request
         wire.send(b"PING\r\n" * requests + b"QUIT\r\n")
         assert [wire.receive() for _ in range(requests + 1)] == ["PONG"] * requests + ["OK"]
         assert wire.ended()
+
+
+def test_who_hangs_up_while_it_waits_is_noticed_however_little_runs_in_a_turn() -> None:
+    with serving(max_requests_per_turn=1) as server:
+        with wire_to(server) as wire:
+            wire.send(b"GETWAIT t 60000\r\nPING\r\n")
+            wait_until(lambda: server.waiting() == 1)
+        wait_until(lambda: server.waiting() == server.connections() == 0)
+
+
+def test_strangers_that_do_not_read_have_little_held_for_them() -> None:
+    with serving(auth_token="x" * 20) as server, wire_to(server) as wire:
+        wire.socket.settimeout(UNIT)
+        request = encode_request(b"PING", b"x" * 10_000)
+        with contextlib.suppress(TimeoutError):
+            while True:
+                wire.send(request * 10)
+        connection = next(iter(server._workers[0].connections))
+        assert len(connection._out) < 2 * 16_384
+        assert len(connection._parser) < 2 * 16_384
+
+
+@pytest.mark.parametrize("io_threads", [1, 4])
+def test_connections_are_counted_from_when_they_are_accepted(io_threads: int) -> None:
+    with serving(max_connections=10, io_threads=io_threads) as server, ExitStack() as stack:
+        wires = [stack.enter_context(wire_to(server)) for _ in range(40)]
+        replies = []
+        for wire in wires:
+            with contextlib.suppress(ConnectionError):
+                wire.send(b"PING\r\n")
+            replies.append(wire.receive())
+        assert replies.count("PONG") == 10
 
 
 def test_an_end_of_input_behind_many_requests_loses_none_of_them() -> None:

@@ -9,10 +9,13 @@ import os
 import signal
 import socket
 import ssl
+import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -23,7 +26,7 @@ from dsmq import aio, auth, config, listening
 from dsmq.auth import Gate, Role
 from dsmq.client import DSMQClientSideConnection, connect
 from dsmq.commands import COMMANDS
-from dsmq.errors import AuthRequired, BadRequest, ConfigError, Denied, NotPermitted, WrongToken
+from dsmq.errors import AuthRequired, BadRequest, ClientClosed, ConfigError, Denied, NotPermitted, WrongToken
 from dsmq.protocol import encode_request
 from dsmq.server import Server
 
@@ -46,10 +49,13 @@ def server(token_file: Path) -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def wire_as(server: Server, token: str) -> Iterator[Wire]:
-    with wire_to(server) as wire:
+def wire_as(server: Server, token: str, source: str | None = None) -> Iterator[Wire]:
+    wire = Wire(("127.0.0.1", server.port), source)
+    try:
         assert wire.call("AUTH", token) == "OK"
         yield wire
+    finally:
+        wire.close()
 
 
 # What a stranger may do
@@ -162,30 +168,47 @@ def test_only_an_admin_sees_what_others_do(server: Server) -> None:
 # Guessing
 
 
-def test_wrong_tokens_are_answered_late_and_later_each_time(token_file: Path) -> None:
+def test_after_a_wrong_token_none_of_that_address_is_looked_at_for_a_while(token_file: Path) -> None:
     with serving(auth_token_file=str(token_file), auth_delay_seconds=UNIT) as server, wire_to(server) as wire:
-        for delay in (1, 2, 4):
+        assert wire.error("AUTH", "wrong") == "WRONGPASS"
+        for delay in (1, 2):
             before = time.monotonic()
             wire.send(encode_request(b"AUTH", b"wrong") + b"PING\r\n")
-            # Another connection is not held up, and a right token not late.
-            with wire_to(server) as other:
-                assert other.call("AUTH", ADMIN) == "OK"
+            # Another address, and who is in, is not held up.
+            with wire_as(server, ADMIN, source="127.0.0.2") as other:
+                assert other.call("PING") == "PONG"
+                assert time.monotonic() - before < delay * UNIT
             assert wire.receive().code == "WRONGPASS"  # type: ignore[union-attr]
             assert delay * UNIT <= time.monotonic() - before
-            if delay < 4:
+            if delay == 1:
                 assert wire.receive() == "PONG"
-        # Three is enough.
+        # Three are enough.
         assert wire.ended()
-        assert server.counters().errors["WRONGPASS"] == 3
+        assert server.counters().wrong_tokens == server.counters().errors["WRONGPASS"] == 3
 
 
-def test_guessing_on_several_connections_takes_as_long(token_file: Path) -> None:
-    with serving(auth_token_file=str(token_file), auth_delay_seconds=UNIT) as server:
-        before = time.monotonic()
-        for _ in range(3):
+def test_a_right_token_has_to_wait_as_long_as_a_wrong_one(token_file: Path) -> None:
+    with serving(auth_token_file=str(token_file), auth_delay_seconds=2 * UNIT) as server:
+        for first in (1, 2):
             with wire_to(server) as wire:
-                assert wire.error("AUTH", "wrong") == "WRONGPASS"
-        assert time.monotonic() - before >= 7 * UNIT
+                assert wire.error("AUTH", "wrong") == "WRONGPASS", first
+        before = time.monotonic()
+        with wire_to(server) as wire:
+            wire.send(encode_request(b"AUTH", WRITER.encode()) + encode_request(b"PUT", b"t", b"x" * 100_000))
+            assert [wire.receive(), wire.receive()] == ["OK", 1]
+        assert time.monotonic() - before >= 4 * UNIT
+
+
+def test_who_hangs_up_does_not_learn_sooner_that_a_token_was_wrong(token_file: Path) -> None:
+    with serving(auth_token_file=str(token_file), auth_delay_seconds=60) as server:
+        with wire_to(server) as wire:
+            assert wire.error("AUTH", "wrong") == "WRONGPASS"
+        for token in (WRITER, "wrong"):
+            with wire_to(server) as wire:
+                wire.send(encode_request(b"AUTH", token.encode()))
+                wire.socket.shutdown(socket.SHUT_WR)
+                assert wire.ended()
+        assert server.counters().wrong_tokens == 1
 
 
 def test_a_delayed_answer_is_no_waiting_reader(token_file: Path) -> None:
@@ -194,27 +217,42 @@ def test_a_delayed_answer_is_no_waiting_reader(token_file: Path) -> None:
         wire_to(server) as guessing,
         wire_as(server, READER) as reader,
     ):
+        guessing.error("AUTH", "wrong")
         guessing.send(encode_request(b"AUTH", b"wrong"))
-        wait_until(lambda: server.counters().requests >= 2)
+        wait_until(lambda: server.counters().commands["AUTH"] == 3)
         assert server.waiting() == 0
         assert reader.call("GETWAIT", "t", 1) is None
+
+
+def test_a_token_shown_again_or_another_takes_effect(wire: Wire) -> None:
+    assert wire.call("AUTH", READER) == "OK"
+    assert wire.error("PUT", "t", "x") == "NOPERM"
+    assert wire.call("AUTH", WRITER) == "OK"
+    assert wire.call("PUT", "t", "x") == 1
+    assert wire.error("AUTH", "wrong") == "WRONGPASS"
+    assert wire.call("AUTH", READER) == "OK"
+    assert wire.error("PUT", "t", "x") == "NOPERM"
 
 
 def test_failures_are_remembered_by_network_for_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate([("a", Role.READ, "secret")], 1.0)
     now = 1000.0
     monkeypatch.setattr(auth.time, "monotonic", lambda: now)
-    assert [gate.fail("192.0.2.1", 10) for _ in range(6)] == [1, 2, 4, 8, 10, 10]
-    assert gate.fail("192.0.2.2", 10) == 1
+    penalties = []
+    for _ in range(6):
+        penalties.append(gate.penalty("192.0.2.1", 10))
+        gate.fail("192.0.2.1")
+    assert penalties == [0, 1, 2, 4, 8, 10]
+    assert gate.penalty("192.0.2.2", 10) == 0
     now += auth.MEMORY_SECONDS
-    assert gate.fail("192.0.2.1", 10) == 1
+    assert gate.penalty("192.0.2.1", 10) == 0
 
 
 def test_addresses_remembered_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auth, "MAX_ADDRESSES", 3)
     gate = Gate([("a", Role.READ, "secret")], 1.0)
     for number in range(5):
-        gate.fail(str(number), 10)
+        gate.fail(str(number))
     assert len(gate._failures) == 3
 
 
@@ -311,6 +349,48 @@ def test_tokens_are_read_again_and_those_withdrawn_end(token_file: Path) -> None
             wire.close()
 
 
+def test_all_are_let_go_of_where_others_rules_admit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "dsmq.toml"
+    file.write_text("protected_mode = false")
+    load = lambda: config.load(str(file), kind=config.EmbeddedSettings, port=0)  # noqa: E731
+    with Server(load(), load=load) as server, wire_to(server) as wire:
+        wire.send(b"GETWAIT t 60000\r\n")
+        wait_until(lambda: server.waiting() == 1)
+        file.write_text("protected_mode = true")
+        server.reload()
+        assert wire.receive() is None
+        assert wire.receive().code == "NOAUTH"  # type: ignore[union-attr]
+        assert wire.ended()
+        with wire_to(server) as again:
+            assert again.call("PING") == "PONG"
+        # Whatever goes wrong, it goes on with what it had.
+        server._load = lambda: 1 / 0  # type: ignore[assignment]
+        server.reload()
+        assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_reload_in_the_middle_of_a_handshake_of_tls_spins_nothing(files: Files) -> None:
+    settings: dict[str, object] = {"tls_cert_file": files.server}
+    load = lambda: config.load(kind=config.EmbeddedSettings, port=0, **settings)  # noqa: E731
+    with Server(load(), load=load) as server, wire_to(server) as silent:
+        wait_until(lambda: server.connections() == 1)
+        settings["auth_token"] = ADMIN
+        server.reload()
+        assert silent.ended()
+        assert server.connections() == 0
+
+
+def test_one_that_fails_does_not_keep_the_others(token_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = lambda: config.load(kind=config.EmbeddedSettings, port=0, auth_token_file=str(token_file))  # noqa: E731
+    with Server(load(), load=load) as server, wire_as(server, READER) as first, wire_as(server, READER) as second:
+        connection = next(iter(server._workers[0].connections))
+        monkeypatch.setattr(connection, "_settled", lambda: 1 / 0)
+        token_file.write_text(ADMIN)
+        server.reload()
+        assert second.receive().code == "NOAUTH"  # type: ignore[union-attr]
+        assert first.receive().code == "INTERNAL"  # type: ignore[union-attr]
+
+
 def test_a_waiting_reader_whose_token_is_withdrawn_is_told(token_file: Path) -> None:
     load = lambda: config.load(kind=config.EmbeddedSettings, port=0, auth_token_file=str(token_file))  # noqa: E731
     with Server(load(), load=load) as server, wire_as(server, READER) as reader:
@@ -355,12 +435,31 @@ def test_a_token_file_that_is_no_good_is_told_without_what_stands_in_it(tmp_path
     assert b"token more" not in done.stderr
 
 
+def test_a_token_file_as_other_programs_write_it(tmp_path: Path) -> None:
+    file = tmp_path / "tokens"
+    file.write_bytes("\ufeffabc\r\nname read def\r\n".encode())
+    assert auth.read_tokens(str(file)) == [("default", Role.ADMIN, "abc"), ("name", Role.READ, "def")]
+    for text in ("abc\nname read abc", "tök"):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match="stands there already"):
+            auth.read_tokens(str(file))
+
+
 def test_a_token_file_has_to_be_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         auth.read_tokens(str(tmp_path / "none"))
     (tmp_path / "binary").write_bytes(b"\xff")
     with pytest.raises(ConfigError, match="not UTF-8"):
         auth.read_tokens(str(tmp_path / "binary"))
+    with pytest.raises(ConfigError, match="null"):
+        auth.read_tokens("a\0b")
+
+
+def test_a_short_token_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    for token, warned in (("x" * auth.SAFE_TOKEN_BYTES, False), ("x" * (auth.SAFE_TOKEN_BYTES - 1), True)):
+        caplog.clear()
+        with serving(auth_token=token):
+            assert ("can be guessed" in caplog.text) == warned
 
 
 # Tokens are shown nowhere
@@ -389,7 +488,7 @@ def test_there_is_no_option_for_a_secret() -> None:
     assert b"--auth-token " not in run_dsmq("serve", "--help").stdout
 
 
-@pytest.mark.parametrize("value", ["two words", " before", "**********", "\n"])
+@pytest.mark.parametrize("value", ["two words", " before", "**********", "\n", "tök"])
 def test_a_bad_secret_is_told_without_it(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("DSMQ_AUTH_TOKEN", value)
     with pytest.raises(ConfigError, match=r"^DSMQ_AUTH_TOKEN: input should be") as caught:
@@ -737,6 +836,68 @@ def test_redis_py_speaks_tls_and_shows_a_token(tls_server: Server, files: Files)
 def test_the_client_without_tls_does_not_import_it() -> None:
     code = "import sys, dsmq.client, dsmq.auth; sys.exit('ssl' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=os.environ, check=False).returncode == 0
+
+
+def test_a_slow_reader_under_tls_is_not_dropped(files: Files) -> None:
+    with serving(tls_cert_file=files.server, reply_timeout_seconds=4 * UNIT) as server:
+        with connect(port=server.port, ca_file=files.ca) as mq:
+            mq.put("t", "x" * 6_000_000)
+        context = ssl.create_default_context(cafile=files.ca)
+        with socket.create_connection(("127.0.0.1", server.port)) as raw:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
+            with context.wrap_socket(raw, server_hostname="127.0.0.1") as sock:
+                sock.sendall(encode_request(b"READ", b"t", b"0"))
+                got, began = 0, time.monotonic()
+                while got < 6_000_000:
+                    data = sock.recv(16_384)
+                    assert data, f"dropped after {got} bytes"
+                    got += len(data)
+                    # In all as long as three times what it may read nothing for.
+                    time.sleep(max(0.0, began + 12 * UNIT * got / 6_000_000 - time.monotonic()))
+
+
+def test_a_client_may_be_closed_while_threads_use_it_under_tls(files: Files) -> None:
+    def use(mq: DSMQClientSideConnection) -> None:
+        while True:
+            mq.put_many("t", ["x" * 20_000] * 20)
+            mq.get_many("t", timeout=0.001)
+
+    with serving(tls_cert_file=files.server) as server, ThreadPoolExecutor(3) as threads:
+        for number in range(15):
+            mq = connect(port=server.port, ca_file=files.ca)
+            users = [threads.submit(use, mq) for _ in range(3)]
+            wait_until(lambda: server.totals().stored > 0)
+            time.sleep(number * UNIT / 100)
+            mq.close()
+            for user in users:
+                with pytest.raises(ClientClosed):
+                    user.result()
+
+
+def test_who_has_gone_before_it_was_accepted_is_no_error(files: Files, caplog: pytest.LogCaptureFixture) -> None:
+    with serving(tls_cert_file=files.server) as server:
+        held, go = threading.Event(), threading.Event()
+        server._workers[0].post(lambda: held.set() or go.wait())  # type: ignore[func-returns-value]
+        assert held.wait(SOON)
+        for data in (b"", b"x"):
+            with wire_to(server) as gone:
+                gone.send(data)
+                gone.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        go.set()
+        connect(port=server.port, ca_file=files.ca).close()
+        assert "failed" not in caplog.text
+        wait_until(lambda: server._services.census.total == 0)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"tsl": True}, {"tls": 1}, {"tls": "yes"}, {"ca_fle": "x"}, {"key_file": "x"}],
+    ids=lambda arguments: next(iter(arguments)),
+)
+def test_what_is_no_argument_is_told(server: Server, arguments: dict[str, object]) -> None:
+    with pytest.raises((TypeError, ConfigError)):
+        connect(port=server.port, retry=False, token=ADMIN, **arguments)  # type: ignore[arg-type]
+    assert server.counters().opened == 0
 
 
 # A client that closes behind the server's back

@@ -194,6 +194,8 @@ def test_known_traffic_gives_exact_numbers(server: Server, wire: Wire) -> None:
     expected = {
         "dsmq_puts_total": 3,
         "dsmq_puts_refused_total{badrequest}": 1,
+        "dsmq_puts_refused_total{full}": 0,
+        "dsmq_puts_refused_total{store}": 0,
         "dsmq_gets_total{message}": 2,
         "dsmq_gets_total{empty}": 2,
         "dsmq_deliveries_total": 3,

@@ -6,6 +6,7 @@ import enum
 import hashlib
 import hmac
 import ipaddress
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -51,6 +52,7 @@ def parse_tokens(text: str, source: str) -> list[tuple[str, Role, str]]:
     are passed over. source is named in the ConfigError, which never shows what stands in a line.
     """
     tokens: list[tuple[str, Role, str]] = []
+    seen = set()
     for number, line in enumerate(text.splitlines(), 1):
         words = line.split()
         if not words or words[0].startswith("#"):
@@ -59,6 +61,9 @@ def parse_tokens(text: str, source: str) -> list[tuple[str, Role, str]]:
             words = [DEFAULT_USER.decode(), "admin", *words]
         if len(words) != 3 or words[1] not in ROLES:
             raise ConfigError(f"{source}, line {number}: not `token`, nor `name role token` with one of {_roles()}")
+        if not words[2].isascii() or words[2] in seen:
+            raise ConfigError(f"{source}, line {number}: the token is not ASCII, or stands there already")
+        seen.add(words[2])
         tokens.append((words[0], ROLES[words[1]], words[2]))
     if not tokens:
         raise ConfigError(f"{source}: there is no token in it")
@@ -73,12 +78,15 @@ def tokens_of(token: str, file: str) -> list[tuple[str, Role, str]]:
 def read_tokens(file: str) -> list[tuple[str, Role, str]]:
     """Return the tokens in a file, as `parse_tokens` does. Raises ConfigError."""
     try:
-        with open(file, encoding="utf-8") as stream:
-            return parse_tokens(stream.read(), file)
+        with open(file, encoding="utf-8-sig") as stream:
+            text = stream.read()
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{file}: not UTF-8") from None
+    except ValueError as error:
+        raise ConfigError(f"{file!r}: {error}") from None
+    return parse_tokens(text, file)
 
 
 def _roles() -> str:
@@ -105,19 +113,28 @@ class Gate:
                 found = known
         return found
 
-    def fail(self, network: str, longest: float) -> float:
-        """Note that a client of this network has shown a wrong token; return how long it is to wait, in seconds.
-
-        That doubles with each failure within a minute of the one before, up to the longest.
-        """
-        now = time.monotonic()
+    def fail(self, network: str) -> None:
+        """Note that a client of this network has shown a wrong token."""
         with self._lock:
-            count, last = self._failures.pop(network, (0, now))
-            count = count + 1 if now - last < MEMORY_SECONDS else 1
-            self._failures[network] = count, now
+            count = self._recent(network)
+            self._failures.pop(network, None)
+            self._failures[network] = count + 1, time.monotonic()
             if len(self._failures) > MAX_ADDRESSES:
                 self._failures.popitem(last=False)
-        return min(longest, self._delay * 2.0 ** min(count - 1, 32))
+
+    def penalty(self, network: str, longest: float) -> float:
+        """Return for how many seconds no token of this network is to be looked at, right or wrong.
+
+        None without a failure within the last minute; it doubles with each, up to the longest. So who guesses does not
+        learn sooner by hanging up that a token was wrong.
+        """
+        with self._lock:
+            count = self._recent(network)
+        return min(longest, self._delay * 2.0 ** min(count - 1, 32)) if count else 0.0
+
+    def _recent(self, network: str) -> int:
+        count, last = self._failures.get(network, (0, -math.inf))
+        return count if time.monotonic() - last < MEMORY_SECONDS else 0
 
 
 def _digest(token: bytes) -> bytes:

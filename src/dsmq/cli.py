@@ -12,6 +12,7 @@ import difflib
 import json
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -239,6 +240,8 @@ def _token(options: argparse.Namespace) -> str | None:
 
 
 def _serve(options: argparse.Namespace) -> int:
+    # Until it is ready to read its configuration again, there is nothing to be done about it.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     from dsmq import config, logs, server  # noqa: PLC0415 - see _parser
 
     settings = config.from_options(options)

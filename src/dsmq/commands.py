@@ -15,6 +15,7 @@ from dsmq import __version__, config
 from dsmq.auth import DEFAULT_USER, Gate, Role
 from dsmq.config import Settings
 from dsmq.errors import AuthRequired, BadRequest, NotPermitted, TooBig, UnknownCommand, UnknownVersion
+from dsmq.listening import Census
 from dsmq.metrics import Counters
 from dsmq.protocol import (
     MAX_INTEGER,
@@ -47,6 +48,7 @@ class Services:
     settings: Settings
     store: Store
     gate: Gate
+    census: Census
     request_stop: Callable[[str], None]
     """Stop the server; takes the reason."""
     info: Callable[[], Mapping[str, Mapping[str, object]]]

@@ -38,8 +38,8 @@ def _tcp_host(value: str) -> str:
 
 def _token(value: SecretStr) -> SecretStr:
     token = value.get_secret_value()
-    if token and token.split() != [token]:
-        raise ValueError("input should be a token, without blanks")
+    if token and (token.split() != [token] or not token.isascii()):
+        raise ValueError("input should be a token: ASCII, without blanks")
     if token and not token.strip("*"):
         raise ValueError("input should be the token itself, not the mask it is shown by")
     return value
@@ -93,8 +93,8 @@ class Settings(BaseSettings):
         0.1,
         ge=0,
         le=60,
-        description="How late a wrong token is answered. Doubles with each that follows within a minute from the same "
-        "address, up to auth_timeout_seconds.",
+        description="How long after a wrong token none of the same address is looked at. Doubles with each that "
+        "follows within a minute, up to half of auth_timeout_seconds.",
     )
     tls_cert_file: str = Field(
         "",

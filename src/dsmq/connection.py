@@ -20,6 +20,7 @@ from dsmq.commands import COMMANDS, PUT, Fetch, Services, find
 from dsmq.errors import (
     AuthRequired,
     BadRequest,
+    Busy,
     Closing,
     InternalError,
     ReplyError,
@@ -154,12 +155,9 @@ class Connection:
         self.finishing = False
         self.scheduled = math.inf
         """When the loop will call `on_time` next: the loop's to keep."""
-        self._parser = RequestParser(loop.services.settings.max_message_bytes)
-        if self.role is Role.NOBODY:
-            most = loop.services.settings.max_unauthenticated_bytes
-            self._parser.max_message_bytes = self._parser.max_request_bytes = most
+        self._parser = RequestParser(0)
         self._out = bytearray()
-        self._max_unread = loop.services.settings.max_unread_reply_bytes
+        self._set_bounds()
         self._max_requests = loop.services.settings.max_requests_per_turn
         self._events = 0
         self._wait: _Wait | None = None
@@ -192,6 +190,19 @@ class Connection:
         """Whether it waits for a message."""
         return self._wait is not None and bool(self._wait.topic)
 
+    def _set_bounds(self) -> None:
+        """Say how much is held for it: little for a stranger."""
+        settings = self.services.settings
+        if self.role is Role.NOBODY:
+            most = settings.max_unauthenticated_bytes
+            self._receive_bytes = self._max_held = self._max_unread = most
+            self._parser.max_message_bytes = self._parser.max_request_bytes = most
+        else:
+            self._receive_bytes, self._max_held = RECEIVE_BYTES, MAX_HELD_BYTES
+            self._max_unread = settings.max_unread_reply_bytes
+            self._parser.max_message_bytes = settings.max_message_bytes
+            self._parser.max_request_bytes = settings.max_message_bytes + REQUEST_OVERHEAD_BYTES
+
     def open(self) -> None:
         """Begin to read requests."""
         if self.stranger:
@@ -208,7 +219,7 @@ class Connection:
             if self.closed or not events & EVENT_READ:
                 return
         try:
-            data = self._socket.recv(RECEIVE_BYTES)
+            data = self._socket.recv(self._receive_bytes)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
@@ -240,9 +251,9 @@ class Connection:
         """Run the requests that have arrived, until one is parked or the client should read its replies first."""
         if self.closed:
             return
-        requests, parser, most = self._requests, self._parser, self._max_unread
+        requests, parser = self._requests, self._parser
         quota = self._max_requests
-        while quota and not (self._parked or self.finishing) and len(self._out) < most:
+        while quota and not (self._parked or self.finishing) and len(self._out) < self._max_unread:
             if not requests and (parser.missing or not self._parse()):
                 break
             quota -= 1
@@ -257,8 +268,10 @@ class Connection:
                         self.counters.puts_refused[error.code] += 1
                 else:
                     requests.appendleft(request)
-        if self._behind or not quota or len(self._out) >= most:
-            self._mind_replies(behind=len(self._out) >= most or (not quota and bool(requests or not parser.missing)))
+        full = len(self._out) >= self._max_unread
+        if self._behind or not quota or full:
+            left = not quota and not self._parked and bool(requests or not parser.missing)
+            self._mind_replies(behind=full or left)
         if parser.incomplete:
             self._mind_request()
         if self._ended and parser.missing and not (requests or self._parked):
@@ -371,31 +384,27 @@ class Connection:
         gate = self.services.gate
         if not gate.tokens:
             raise BadRequest("this server has no tokens")
-        found = gate.admit(user, token)
+        # Well within the time for showing one, and that which clients wait.
+        seconds = gate.penalty(self.peer.network, self.services.settings.auth_timeout_seconds / 2)
+        if not seconds:
+            return self._judge(user, token, welcome)
+        self._wait = _Wait(b"", self._loop.now + seconds, list, lambda _: self._judge(user, token, welcome))
+        self._parked = True
+        self._schedule()
+        return None
+
+    def _judge(self, user: bytes, token: bytes, welcome: Callable[[], bytes]) -> bytes:
+        found = self.services.gate.admit(user, token)
         if found is None:
-            # Well within the time for showing one, and that which clients wait.
-            self._wait_alone(gate.fail(self.peer.network, self.services.settings.auth_timeout_seconds / 2))
-            return None
+            return self._wrong_token()
         self.token, self.role = found, found.role
-        settings = self.services.settings
-        self._parser.max_message_bytes = settings.max_message_bytes
-        self._parser.max_request_bytes = settings.max_message_bytes + REQUEST_OVERHEAD_BYTES
+        self._set_bounds()
         self._admit()
         return welcome()
 
-    def _admit(self) -> None:
-        self.stranger = False
-        self._stranger_until = math.inf
-        self._loop.admit(self)
-
-    def _wait_alone(self, seconds: float) -> None:
-        """Answer a wrong token, but not at once: so guessing takes long."""
+    def _wrong_token(self) -> bytes:
         _logger.warning("%r: wrong token", self, extra=self._event("wrong_token"))
-        self._wait = _Wait(b"", self._loop.now + seconds, list, self._wrong_token)
-        self._parked = True
-        self._schedule()
-
-    def _wrong_token(self, _: list[Message]) -> bytes:
+        self.services.gate.fail(self.peer.network)
         self._wrong_tokens += 1
         self.counters.wrong_tokens += 1
         if self._wrong_tokens >= MAX_WRONG_TOKENS:
@@ -404,13 +413,30 @@ class Connection:
         self.note(error)
         return encode_error(error)
 
+    def _admit(self) -> None:
+        self.stranger = False
+        self._stranger_until = math.inf
+        self._loop.admit(self)
+
     def check_token(self) -> None:
         """End where the tokens have changed, and its own is none any more."""
         tokens = self.services.gate.tokens
         if self.role is Role.NOBODY or self.token in tokens or not (self.token or tokens):
             return
-        self.stop_waiting()
-        self._reject(AuthRequired("from now on this server wants another token"))
+        self.dismiss("from now on this server wants another token")
+
+    def dismiss(self, reason: str) -> None:
+        """End, because what it was admitted by holds no longer."""
+        if self.stranger:
+            # Nothing can be said while the handshake of TLS lasts.
+            self.close(reason)
+            return
+        self.role = Role.NOBODY
+        if self._settled():
+            self.stop_waiting()
+            self._reject(AuthRequired(reason))
+        else:
+            self.finish()
 
     # Puts
 
@@ -472,8 +498,14 @@ class Connection:
     ) -> bytes | None:
         if not milliseconds:
             return self.reply_to(fetch(), encode)
-        # Joined before it looks: a put of another worker in between must not be missed.
-        self._loop.join(topic, self)
+        try:
+            # Joined before it looks: a put of another worker in between must not be missed.
+            self._loop.join(topic, self)
+        except Busy:
+            found = fetch()
+            if not found:
+                raise
+            return self.reply_to(found, encode)
         self._wait = wait = _Wait(topic, self._loop.now + milliseconds / 1000, fetch, encode)
         self._schedule()
         reply = self._look(wait)
@@ -637,7 +669,7 @@ class Connection:
 
     def _wanted(self) -> int:
         # A connection that waits is read from as well, to notice when the client goes.
-        full = self._behind or (self._parked and len(self._parser) >= MAX_HELD_BYTES)
+        full = self._behind or (self._parked and len(self._parser) >= self._max_held)
         reading = 0 if full or self._ended else EVENT_READ
         return reading | (EVENT_WRITE if self._unread_since != math.inf else 0)
 

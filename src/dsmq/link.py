@@ -12,7 +12,7 @@ from selectors import EVENT_READ, EVENT_WRITE
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from dsmq import session as wire
-from dsmq.errors import ReplyError
+from dsmq.errors import ConfigError, ReplyError
 from dsmq.protocol import Reply, ReplyParser
 from dsmq.system import LONG_YIELD_PAUSE_SECONDS, LONG_YIELD_SECONDS, expect_long_messages, yield_processor
 
@@ -76,10 +76,16 @@ class Security(TypedDict, total=False):
 
 
 def target(host: str, port: int, **security: Unpack[Security]) -> Target:
-    """Return what the arguments of `connect` describe. Raises ConfigError, or TypeError for two contexts at once."""
-    token, tls = security.get("token") or "", security.get("tls", False)
+    """Return what the arguments of `connect` describe. Raises ConfigError, or TypeError where they make no sense."""
+    if unknown := sorted(security.keys() - Security.__annotations__.keys()):
+        raise TypeError(f"unexpected arguments: {', '.join(unknown)}")
+    token, tls = security.get("token") or "", security.get("tls") or False
     files = security.get("ca_file"), security.get("cert_file"), security.get("key_file")
+    if files[2] and not files[1]:
+        raise ConfigError("key_file without cert_file")
     if not isinstance(tls, bool):
+        if not hasattr(tls, "wrap_socket"):
+            raise TypeError(f"tls is a bool or an SSLContext, not {tls!r}")
         if any(files):
             raise TypeError("an SSLContext has its files already")
         return Target(host, port, tls, token)
@@ -188,7 +194,10 @@ class Link:
     def interrupt(self) -> None:
         """Have a call in another thread fail at once."""
         try:
-            self._socket.shutdown(socket.SHUT_RDWR)
+            if isinstance(self._socket, socket.socket):
+                self._socket.shutdown(socket.SHUT_RDWR)
+            else:
+                self._socket.interrupt()
         except OSError:
             return  # It is closed already, by either side.
 

@@ -199,7 +199,8 @@ def _traffic(counted: Counters, held: Totals) -> Iterator[Metric]:
         return _family("counter", name, about, {(key,): value for key, value in values.items()}, (label,))
 
     yield counter("puts", "Messages stored.", held.stored)
-    refused = {code.lower(): count for code, count in counted.puts_refused.items()}
+    # What is likely to be asked for begins at 0: a rate does not see a number that appears as 1.
+    refused = {"full": 0, "store": 0} | {code.lower(): count for code, count in counted.puts_refused.items()}
     yield by("reason", "puts_refused", "Puts answered with an error, by its code.", refused)
     gets = {"message": counted.gets_message, "empty": counted.gets_empty}
     yield by("result", "gets", "Reads answered, by what they found.", gets)
@@ -207,7 +208,8 @@ def _traffic(counted: Counters, held: Totals) -> Iterator[Metric]:
     yield counter("messages_expired", "Messages deleted because of their age.", held.expired)
     yield counter("messages_expired_unread", "Those of them that nobody had read.", held.expired_unread)
     yield counter("connections_opened", "Connections accepted.", counted.opened)
-    yield by("reason", "connections_refused", "Connections not taken, by reason.", counted.refused)
+    not_taken = {"connections": 0, "address": 0, "protected": 0} | counted.refused
+    yield by("reason", "connections_refused", "Connections not taken, by reason.", not_taken)
     yield by("command", "requests", "Requests of known commands.", counted.commands)
     yield counter("received_bytes", "Bytes received from clients.", counted.bytes_in)
     yield counter("sent_bytes", "Bytes sent to clients.", counted.bytes_out)

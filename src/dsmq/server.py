@@ -31,7 +31,7 @@ from dsmq.config import EmbeddedSettings, Settings
 from dsmq.connection import Peer, Stream
 from dsmq.errors import Busy, CannotStart, ConfigError, Denied, DSMQError, ReplyError, ServerFailed
 from dsmq.expiry import Expiry
-from dsmq.listening import Listener
+from dsmq.listening import Census, Listener
 from dsmq.metrics import Counters
 from dsmq.protocol import encode_error
 from dsmq.status import Status
@@ -48,6 +48,8 @@ FIXED = (
     *("host", "port", "listen_backlog", "metrics_host", "metrics_port", "metrics_token", "metrics_token_file"),
     *("io_threads", "busy_poll_microseconds", "expiry_interval_seconds", "max_connections", "max_log_lines_per_second"),
 )
+# Settings by which all connections were admitted; those that are open end when one of these changes.
+ADMISSION = ("protected_mode", "tls_client_ca_file")
 # What each stage of stopping gets, even if the stages before have used up all the time.
 LEAST_STAGE_SECONDS = 0.2
 
@@ -100,7 +102,7 @@ class Server:
         self._store = store or SQLiteStore(0)
         # Reasons to stop; None: read the configuration anew.
         self._orders: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._services = Services(settings, self._store, Gate(), self.request_stop, self.info)
+        self._services = Services(settings, self._store, Gate(), Census(), self.request_stop, self.info)
         self._tls: Any = None
         self._configure(settings)
         self._workers: list[Worker] = []
@@ -125,6 +127,8 @@ class Server:
     def _configure(self, settings: Settings) -> None:
         """Make these settings those in force, but for FIXED ones. Raises ConfigError, with nothing changed."""
         tokens = auth.tokens_of(settings.auth_token.get_secret_value(), settings.auth_token_file)
+        if any(len(token) < auth.SAFE_TOKEN_BYTES for _, _, token in tokens):
+            _logger.warning("a token of less than %d characters can be guessed", auth.SAFE_TOKEN_BYTES)
         gate = Gate(tokens, settings.auth_delay_seconds)
         tls = None
         if settings.tls_cert_file:
@@ -218,11 +222,13 @@ class Server:
         if objection := self._objection(sock, host, network):
             self._refuse(sock, name, *objection)
             return
-        stream: Stream = sock
-        if self._tls:
-            from dsmq import tls  # noqa: PLC0415 - see _configure
-
-            stream = tls.accept(self._tls, sock)
+        try:
+            stream = self._stream(sock)
+        except OSError as error:
+            _logger.debug("%s was gone when it was accepted: %s", name, error)
+            sock.close()
+            return
+        self._services.census.enter(network)
         worker = min(self._workers, key=lambda worker: len(worker.connections))
         adopt = partial(worker.adopt, stream, Peer(next(self._numbers), host, network, name, bool(self._tls)))
         if worker.thread is threading.current_thread():
@@ -230,12 +236,20 @@ class Server:
         else:
             worker.post(adopt)
 
+    def _stream(self, sock: socket.socket) -> Stream:
+        if not self._tls:
+            return sock
+        from dsmq import tls  # noqa: PLC0415 - see _configure
+
+        return tls.accept(self._tls, sock)
+
     def _objection(self, sock: socket.socket, host: str, network: str) -> tuple[str, ReplyError] | None:
         """Return why a connection is not taken, in a word and as the client is told; nothing where it is."""
         most = self.settings.max_connections_per_address
-        if self.connections() >= self._max_connections:
+        census = self._services.census
+        if census.total >= self._max_connections:
             return "connections", Busy(f"{self._max_connections} connections are open, no more are taken")
-        if sum(worker.networks[network] for worker in self._workers) >= most:
+        if census.of(network) >= most:
             return "address", Busy(f"{most} connections of this address are open, no more are taken")
         if self.settings.protected_mode and self._is_open and not listening.is_local(sock, host):
             about = "this server has no token, and so serves only clients on its own machine: set auth_token"
@@ -291,9 +305,14 @@ class Server:
         except ConfigError as error:
             _logger.error("nothing is changed: %s", error, extra=logs.event("reload_failed", error=str(error)))
             return
+        except Exception as error:
+            _logger.exception("nothing is changed", extra=logs.event("reload_failed", error=str(error)))
+            return
         logging.getLogger("dsmq").setLevel(new.log_level.upper())
+        stricter = any(getattr(new, name) != getattr(before, name) for name in ADMISSION)
+        stricter = stricter or bool(new.tls_cert_file) != bool(before.tls_cert_file)
         for worker in self._workers:
-            worker.post(worker.check_tokens)
+            worker.post(worker.dismiss_all if stricter else worker.check_tokens)
         changed = [name for name in Settings.model_fields if getattr(new, name) != getattr(before, name)]
         live, fixed = ([name for name in changed if (name in FIXED) == kept] for kept in (False, True))
         names = ", ".join(live) or "nothing"

@@ -195,7 +195,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - http.server's name
-        _logger.debug("side port: %s: %s", self.address_string(), format % args)
+        _logger.debug("side port: %s: %r", self.address_string(), format % args)
 
 
 _OPEN = {"/": _Handler.page, "/healthz": _Handler.healthz, "/readyz": _Handler.readyz}

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import socket
 import ssl
+import sys
 
 from dsmq.errors import ConfigError
+
+_RECORD_BYTES = 16_384
 
 
 def server_context(cert_file: str, key_file: str, client_ca_file: str) -> ssl.SSLContext:
@@ -15,6 +18,8 @@ def server_context(cert_file: str, key_file: str, client_ca_file: str) -> ssl.SS
     The files are in PEM format; without key_file the key stands in cert_file. With client_ca_file, clients have to
     show a certificate of one of those authorities. Raises ConfigError.
     """
+    if sys.version_info < (3, 11, 5):
+        raise ConfigError("TLS takes Python 3.11.5 or later: those before can be made to skip it (CVE-2023-40217)")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
@@ -90,12 +95,22 @@ class TLSSocket:
 
     def send(self, data: bytes | bytearray | memoryview) -> int:
         """Send some of it; what was refused once has to be offered again. Raises as `recv` does."""
+        sent = 0
         try:
-            return self._socket.send(data) if data else 0
+            # In records, because OpenSSL tells of none of it before all that it was given has gone.
+            with memoryview(data) as view:
+                while sent < len(view):
+                    sent += self._socket.send(view[sent : sent + _RECORD_BYTES])
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            raise BlockingIOError from None
+            if not sent and data:
+                raise BlockingIOError from None
         except ssl.SSLError as error:
             raise ConnectionAbortedError(f"TLS: {reason(error)}") from None
+        return sent
+
+    def interrupt(self) -> None:
+        """Have a call in another thread fail. It touches nothing of OpenSSL, which that thread is using."""
+        socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
     def shutdown(self, how: int) -> None:
         """Say that nothing more comes."""
@@ -110,6 +125,8 @@ class TLSSocket:
 
 def accept(context: ssl.SSLContext, sock: socket.socket) -> TLSSocket:
     """Return the server's side of a connection; the socket belongs to it. Raises OSError."""
+    # Where the client has gone already; to find that out there, wrap_socket would leave the socket open.
+    sock.getpeername()
     return TLSSocket(context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False))
 
 

@@ -14,7 +14,7 @@ import selectors
 import socket
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -70,8 +70,7 @@ class Worker:
         self.counters = Counters()
         self.now = time.monotonic()
         self.connections: dict[Connection, None] = {}
-        # How many of them each network has; and those that are strangers still, the oldest first.
-        self.networks: Counter[str] = Counter()
+        # Those of them that are strangers still, the oldest first.
         self._strangers: dict[Connection, None] = {}
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._workers = workers
@@ -120,7 +119,6 @@ class Worker:
         """Serve this connection from now on."""
         connection = Connection(self, sock, peer)
         self.connections[connection] = None
-        self.networks[peer.network] += 1
         self.counters.opened += 1
         if connection.stranger:
             self._strangers[connection] = None
@@ -134,12 +132,22 @@ class Worker:
         return len(self._strangers)
 
     def admit(self, connection: Connection) -> None:
-        del self._strangers[connection]
+        self._strangers.pop(connection, None)
 
     def check_tokens(self) -> None:
         """Let go of those whose token is none any more. To be posted."""
+        self._for_all(Connection.check_token)
+
+    def dismiss_all(self) -> None:
+        """Let go of all, because what they were admitted by has changed. To be posted."""
+        self._for_all(partial(Connection.dismiss, reason="from now on this server admits by other rules"))
+
+    def _for_all(self, call: Callable[[Connection], None]) -> None:
         for connection in list(self.connections):
-            connection.check_token()
+            try:
+                call(connection)
+            except Exception:  # noqa: BLE001
+                connection.on_failure()
 
     def _share(self, limit: int) -> int:
         """Return this worker's part of a limit for all."""
@@ -382,20 +390,13 @@ class Worker:
         self.watch(connection, 0)
         del self.connections[connection]
         self._strangers.pop(connection, None)
-        network = connection.peer.network
-        self.networks[network] -= 1
-        if not self.networks[network]:
-            del self.networks[network]
+        self.services.census.leave(connection.peer.network)
 
     # Stopping
 
     def _drain(self, seconds: float) -> None:
         self._stop_at = self.now + seconds
-        for connection in list(self.connections):
-            try:
-                connection.drain()
-            except Exception:  # noqa: BLE001
-                connection.on_failure()
+        self._for_all(Connection.drain)
 
     def _stopped(self) -> bool:
         return not self.connections or time.monotonic() >= self._stop_at
