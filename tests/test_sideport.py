@@ -130,6 +130,15 @@ def test_topics_are_shown_one_by_one_where_asked_for(server: Server, server_with
     assert not [name for name in scrape(server) if name.startswith("dsmq_topic_")]
 
 
+def test_a_topic_of_the_name_other_is_one_of_the_others() -> None:
+    with serving(metrics_port=0, metrics_topics=2) as server, wire_to(server) as wire:
+        for topic in ("other", "other", "a"):
+            wire.call("PUT", topic, "x")
+        shown = scrape(server)
+        assert (shown["dsmq_topic_messages{other}"], shown["dsmq_topic_messages{a}"]) == (2, 1)
+        assert shown["dsmq_topic_puts_per_second{other}"] > shown["dsmq_topic_puts_per_second{a}"]
+
+
 def test_the_topics_shown_are_those_put_to_since_the_scrape_before() -> None:
     rates = metrics.Rates()
     rates.top(2, {b"a": 100, b"b": 50, b"c": 1}, 0.0)

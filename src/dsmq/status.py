@@ -18,6 +18,8 @@ from dsmq.metrics import Counters, Rates
 from dsmq.store import Limits, Timing, TopicStats, Totals
 from dsmq.worker import Worker
 
+# By what name the metrics sum up the topics that are not shown one by one.
+OTHER = b"other"
 # What the status page shows of each kind.
 MAX_SHOWN = 100
 
@@ -77,10 +79,16 @@ class Status:
         if not count:
             return []
         top, rest = self._rates.top(count, store.last_numbers(), time.monotonic())
-        shown = [(stats, rate) for name, rate in top if isinstance(stats := store.stats(name), TopicStats)]
+        shown: list[tuple[TopicStats, float]] = []
+        for name, rate in top:
+            stats = store.stats(name)
+            if name == OTHER:
+                rest += rate
+            elif isinstance(stats, TopicStats):
+                shown.append((stats, rate))
         held = self.totals()
         other = TopicStats(
-            b"other",
+            OTHER,
             max(0, held.messages - sum(stats.messages for stats, _ in shown)),
             max(0, held.bytes - sum(stats.bytes for stats, _ in shown)),
             0,
