@@ -526,6 +526,22 @@ def test_the_command_line_takes_its_token_from_a_file_or_the_environment(server:
     assert (done.returncode, done.stderr) == (2, b"dsmq: /nowhere: No such file or directory\n")
 
 
+def test_ping_finds_the_server_by_its_own_configuration(tmp_path: Path, token_file: Path, files: Files) -> None:
+    file = tmp_path / "dsmq.toml"
+    # A certificate for another name than that by which a health check reaches it.
+    named = files.issue(trustme.CA(), "named", "dsmq.example.org")
+    file.write_text(f'auth_token_file = "{token_file}"\ntls_cert_file = "{named}"\nhost = "0.0.0.0"')
+    with daemon("--config", str(file)) as process:
+        env = {"DSMQ_CONFIG": str(file), "DSMQ_PORT": str(process.port)}
+        done = run_dsmq("ping", env=env)
+        assert (done.returncode, done.stderr) == (0, b"")
+        # It trusts no other than that.
+        other = files.issue(trustme.CA(), "other", "dsmq.example.org")
+        assert run_dsmq("ping", env={**env, "DSMQ_TLS_CERT_FILE": other}).returncode == 1
+        assert run_dsmq("ping", env={**env, "DSMQ_AUTH_TOKEN": "wrong"}).returncode == 1
+        assert run_dsmq("ping", env={**env, "DSMQ_CONFIG": "/nowhere"}).returncode == 2
+
+
 # Where it listens
 
 

@@ -15,14 +15,18 @@ import os
 import signal
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
-from typing import IO, Any, NoReturn, TypeVar
+from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from dsmq import __version__
 from dsmq.client import DSMQClientSideConnection, connect
 from dsmq.errors import ConfigError, DSMQError, TooBig
 from dsmq.session import Message
+
+if TYPE_CHECKING:
+    from ssl import SSLContext
 
 N = TypeVar("N", int, float)
 
@@ -153,11 +157,15 @@ def _add_get_options(get: argparse.ArgumentParser) -> None:
 
 
 def _add_address(command: argparse.ArgumentParser) -> None:
-    host, port = os.environ.get("DSMQ_HOST") or "127.0.0.1", os.environ.get("DSMQ_PORT") or "30008"
-    command.add_argument("--host", default=host, help="address, name, or unix:/path; default: %(default)s (DSMQ_HOST)")
-    command.add_argument("--port", type=_port, default=port, help="default: %(default)s (DSMQ_PORT)")
-    security = command.add_argument_group("security", "The token itself can be given as DSMQ_AUTH_TOKEN.")
-    security.add_argument("--token-file", metavar="FILE", help="its first token is shown (DSMQ_AUTH_TOKEN_FILE)")
+    command.add_argument("--host", help="address, name, or unix:/path; default: DSMQ_HOST, or 127.0.0.1")
+    command.add_argument("--port", type=_port, help="default: DSMQ_PORT, or 30008")
+    security = command.add_argument_group(
+        "security",
+        "The token itself can be given as DSMQ_AUTH_TOKEN. Where DSMQ_CONFIG is set, the server is looked up there.",
+    )
+    security.add_argument(
+        "--token-file", metavar="FILE", help="its first token is shown; default: DSMQ_AUTH_TOKEN_FILE"
+    )
     security.add_argument("--tls", action="store_true", help="encrypt, and verify the server's certificate")
     security.add_argument(
         "--ca-file", metavar="FILE", help="authorities to trust in place of the system's, as PEM; implies --tls"
@@ -206,18 +214,21 @@ def _number(kind: Callable[[str], N], text: str, least: float, most: float, what
 
 
 def _connect(options: argparse.Namespace, timeout: float = 10.0) -> DSMQClientSideConnection:
+    known = _known()
+    options.host = options.host or known["host"]
     try:
-        return connect(
-            options.host,
-            options.port,
-            timeout=timeout,
-            retry=False,
-            token=_token(options),
-            tls=options.tls,
-            ca_file=options.ca_file,
-            cert_file=options.cert_file,
-            key_file=options.key_file,
-        )
+        options.port = options.port or _port(known["port"])
+    except argparse.ArgumentTypeError as error:
+        raise ConfigError(f"DSMQ_PORT: {error}") from None
+    files = {name: getattr(options, name) for name in ("ca_file", "cert_file", "key_file")}
+    tls: bool | SSLContext = options.tls
+    if known["tls_cert_file"] and not tls and not any(files.values()):
+        from dsmq.tls import neighbour_context  # noqa: PLC0415 - most need none of it
+
+        tls = neighbour_context(known["tls_cert_file"])
+    token = _token(options.token_file, known)
+    try:
+        return connect(options.host, options.port, timeout=timeout, retry=False, token=token, tls=tls, **files)
     except ConnectionRefusedError:
         raise
     except OSError as error:
@@ -225,10 +236,24 @@ def _connect(options: argparse.Namespace, timeout: float = 10.0) -> DSMQClientSi
         raise ConnectionError(f"cannot connect to {where}: {_reason(error)}") from error
 
 
-def _token(options: argparse.Namespace) -> str | None:
-    file = options.token_file or os.environ.get("DSMQ_AUTH_TOKEN_FILE")
-    if options.token_file is None and (token := os.environ.get("DSMQ_AUTH_TOKEN")):
-        return token
+def _known() -> dict[str, str]:
+    """Return what the environment, and the file that DSMQ_CONFIG names, say of the server."""
+    known = {"host": "127.0.0.1", "port": "30008", "auth_token": "", "auth_token_file": "", "tls_cert_file": ""}
+    file = os.environ.get("DSMQ_CONFIG")
+    said: dict[str, Any] = {}
+    if file:
+        try:
+            with open(file, "rb") as stream:
+                said = tomllib.load(stream)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{file}: {_reason(error)}") from None
+    return {name: os.environ.get(f"DSMQ_{name.upper()}") or str(said.get(name, value)) for name, value in known.items()}
+
+
+def _token(file: str | None, known: dict[str, str]) -> str | None:
+    if file is None and known["auth_token"]:
+        return known["auth_token"]
+    file = file or known["auth_token_file"]
     if not file:
         return None
     from dsmq.auth import read_tokens  # noqa: PLC0415 - most need none of it

@@ -43,6 +43,19 @@ def client_context(ca_file: str | None, cert_file: str | None, key_file: str | N
     return context
 
 
+def neighbour_context(cert_file: str) -> ssl.SSLContext:
+    """Return what a client needs that has the server's own certificate: it trusts that alone, for whatever name it is.
+
+    For health checks next to the server, which reach it by other names. Raises ConfigError.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.check_hostname = False
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    _load(context, "", "", cert_file)
+    return context
+
+
 def _load(context: ssl.SSLContext, cert_file: str, key_file: str, ca_file: str) -> None:
     files = ""
     try:
