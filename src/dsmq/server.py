@@ -167,6 +167,7 @@ class Server:
             except RuntimeError as error:
                 raise CannotStart(str(error)) from error
             undo.pop_all()
+        self.status.port = self.port if self._listeners[0].socket.family != socket.AF_UNIX else None
         self._started = self.status.serving = True
         started = logs.event("started", version=__version__, addresses=self.addresses, process=os.getpid())
         _logger.info(

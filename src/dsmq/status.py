@@ -29,6 +29,9 @@ class Status:
 
     def __init__(self, services: Services, workers: Sequence[Worker], expiry: Expiry, max_connections: int) -> None:
         self.started_at = time.time()
+        self.port: int | None = None
+        """The TCP port that clients connect to."""
+        self._began = time.monotonic()
         self.refused = Counters()
         """What was counted of connections that no worker has seen."""
         self.serving = False
@@ -151,7 +154,7 @@ class Status:
                 "python_version": platform.python_version(),
                 "process_id": os.getpid(),
                 "epoch": store.epoch,
-                "uptime_in_seconds": int(time.time() - self.started_at),
+                "uptime_in_seconds": int(time.monotonic() - self._began),
             },
             "clients": {"connected_clients": self.connections(), "blocked_clients": self.waiting()},
             "stats": {
@@ -175,7 +178,8 @@ class Status:
             "version": __version__,
             "epoch": self._services.store.epoch,
             "now": now,
-            "uptime_seconds": now - self.started_at,
+            "uptime_seconds": time.monotonic() - self._began,
+            "port": self.port,
             "ready": not self.unready(),
             "healthy": not stuck,
             "reasons": [*self.unready(), *(f"{name} is stuck" for name in stuck)],
