@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import threading
 from collections.abc import Callable
 
 import connections
@@ -38,7 +39,14 @@ ATTACKS: dict[str, Callable[[Trial], None]] = {
 def run(name: str, *, quick: bool = False) -> Trial:
     """Run an attack. Raises NotHere."""
     trial = Trial(name, quick)
-    ATTACKS[name](trial)
+    died: list[str] = []
+    before, threading.excepthook = threading.excepthook, lambda died_of: died.append(repr(died_of.exc_value))
+    try:
+        ATTACKS[name](trial)
+    finally:
+        threading.excepthook = before
+    # Without it an attack might hold because half of it never took place.
+    trial.must("the attackers themselves did not fail", "; ".join(died) or "none did", not died)
     return trial
 
 

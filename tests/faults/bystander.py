@@ -1,5 +1,6 @@
-"""A client that puts and gets all the time: `bystander.py HOST PORT SECURITY`, the last as JSON. For each line it reads it tells, as
-JSON, what it has met since the last one.
+"""A client that puts and gets all the time: `bystander.py HOST PORT SECURITY`, the last as JSON.
+
+For each line it reads it tells, as JSON, what it has met since the last one.
 """
 
 from __future__ import annotations

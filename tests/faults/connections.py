@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -33,8 +33,7 @@ from rig import (
     wait_until,
 )
 
-from dsmq.errors import ReplyError
-from dsmq.protocol import ReplyParser, encode_request
+from dsmq.protocol import encode_request
 
 TOKEN = "a-token-of-the-attacks"
 CROWD = 5000
@@ -77,14 +76,14 @@ def before_auth(trial: Trial) -> None:
         grown = daemon.peak_memory - before
         trial.must("14 strangers: memory grows by less than 20 MB", f"{megabytes(grown)}", grown < 20e6)
         trial.must(f"each has sent {each / 1e6:.0f} MB", f"{megabytes(min(sent))} at least", min(sent) >= each)
-        compare_latency(trial, daemon, lambda port: pour(port, each))
+        compare_latency(trial, daemon, lambda port: pour(port, each), in_quick=True)
 
 
 def pour(port: int, size: int) -> list[int]:
     """Have 14 strangers send so many bytes each, over one connection after the other; return what they have sent."""
     kinds = itertools.cycle(ENDLESS.values())
     sent = [0] * 14
-    threads = [threading.Thread(target=_pour, args=(port, size, *next(kinds), sent, at)) for at in range(14)]
+    threads = [threading.Thread(target=_pour, args=(port, size, next(kinds), sent, at)) for at in range(14)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -92,8 +91,9 @@ def pour(port: int, size: int) -> list[int]:
     return sent
 
 
-def _pour(port: int, size: int, head: bytes, chunk: bytes, sent: list[int], at: int) -> None:
+def _pour(port: int, size: int, kind: tuple[bytes, bytes], sent: list[int], at: int) -> None:
     until = time.monotonic() + 60
+    head, chunk = kind
     while sent[at] < size and time.monotonic() < until:
         sock = dial(port)
         with contextlib.suppress(OSError):
@@ -131,7 +131,7 @@ def strangers_requests(trial: Trial) -> None:
             ends[0] <= timeout * 1.5 + 1,
         )
         trial.state("memory of each", f"{megabytes(grown)}")
-        compare_latency(trial, daemon, attack)
+        compare_latency(trial, daemon, attack, in_quick=True)
 
 
 class Gone:
@@ -156,7 +156,7 @@ class Gone:
 
 
 def slow_loris(trial: Trial) -> None:
-    count, timeout = trial.size(CROWD, 300), trial.size(4, 0.5)
+    count, timeout = trial.size(CROWD, 300), trial.size(4, 0.4)
     needs_files(count + 500)
     settings = {"request_timeout_seconds": timeout, "auth_timeout_seconds": timeout}
     _loris(trial, "request_timeout_seconds", count, timeout, **settings)
@@ -185,9 +185,10 @@ def _loris(trial: Trial, deadline: str, count: int, timeout: float, **settings: 
         crowd = attack(daemon.port)
         peak = daemon.peak_memory
         soonest, latest = min(crowd.lived, default=0), max(crowd.lived, default=0)
+        each = (peak - before) / count
         trial.must(
             f"{count} connections that send a byte a second are dropped at {deadline}, {timeout:g} s",
-            f"{len(crowd.lived)} were, after {soonest:.2f} to {latest:.2f} s; {megabytes((peak - before) / count)} each",
+            f"{len(crowd.lived)} were, after {soonest:.2f} to {latest:.2f} s; {each / 1024:.1f} KiB each",
             len(crowd.lived) == count and timeout - 0.2 <= soonest and latest <= timeout + 1,
         )
         told = crowd.replies.get(b"-TIMEOUT", 0)
@@ -258,7 +259,7 @@ def flood(trial: Trial) -> None:
         served = serve_until(daemon)
         trial.must("served again at once", milliseconds(served), served < AT_ONCE_SECONDS)
         mq.ping()
-        compare_latency(trial, daemon, attack)
+        compare_latency(trial, daemon, attack, in_quick=True)
 
 
 def serve_until(daemon: Daemon) -> float:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import resource
+import re
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from connections import faulty, pipeline, serve_until
 from rig import AT_ONCE_SECONDS, MIB, SOON, Daemon, NotHere, Trial, Victim, megabytes, milliseconds, victim, wait_until
@@ -69,25 +70,26 @@ class Reader:
         with self.daemon.client() as mq:
             for topic in self.topics:
                 mq.seek(topic, 0)
-            more = True
-            # What was put last is read when no more is put.
-            while more or not ended.is_set():
-                more = any([self._read(mq, topic) for topic in self.topics])
+            more, ending = True, False
+            # What was put last is read once no more is put: what was there before that says nothing.
+            while more or not ending:
+                ending = ended.is_set()
+                more = bool(sum(self._read(mq, topic) for topic in self.topics))
                 if not more:
                     time.sleep(0.002)
 
-    def _read(self, mq: DSMQClientSideConnection, topic: str) -> bool:
+    def _read(self, mq: DSMQClientSideConnection, topic: str) -> int:
         began = time.monotonic()
         try:
             messages = mq.read(topic, 1000)
         except DSMQError as error:
             self.errors.append(repr(error))
-            return False
+            return 0
         self.reads += 1
         self.longest = max(self.longest, time.monotonic() - began)
         for message in messages:
             self.found[message.id] = message.body
-        return bool(messages)
+        return len(messages)
 
 
 @contextmanager
@@ -129,7 +131,7 @@ def judge(trial: Trial, writers: list[Writer], reader: Reader) -> None:
 
 
 def full(trial: Trial) -> None:
-    limit, age = int(trial.size(64 * MIB, 2 * MIB)), trial.size(4, 1)
+    limit, age = int(trial.size(64 * MIB, 2 * MIB)), trial.size(4, 0.5)
     settings = {"max_stored_bytes": limit, "max_age_seconds": age, "expiry_interval_seconds": 0.1}
     with victim(trial, **settings) as on:
         daemon = on.daemon
@@ -161,7 +163,8 @@ def full(trial: Trial) -> None:
             f"{megabytes(peak)} with a limit of {megabytes(limit)}: {peak / limit:.2f} of it",
             peak <= most,
         )
-    for topics, about in ((1, "one topic"), (1000, "1,000 topics"), (0, "a topic each")):
+    shapes = ((1, "one topic"), (1000, "1,000 topics"), (0, "a topic each"))
+    for topics, about in shapes[trial.size(0, 2) :]:
         _state_overhead(trial, int(trial.size(64 * MIB, 2 * MIB)), topics, about)
 
 
@@ -274,7 +277,8 @@ def out_of_threads(trial: Trial) -> None:
 
 def limit_of(daemon: Daemon) -> int:
     """How many threads the user of a server may have."""
-    return resource.prlimit(daemon.pid, resource.RLIMIT_NPROC)[0]
+    found = re.search(r"Max processes +(\d+)", Path(f"/proc/{daemon.pid}/limits").read_text())
+    return int(found[1]) if found else 0
 
 
 def _time(call: Callable[[], object]) -> float:
