@@ -78,7 +78,7 @@ class Crowd:
         self._due: list[tuple[float, int, Member]] = []
         self._epoll = select.epoll()
         self._opened = 0
-        self.began = 0.0
+        self.began = self.opened_last = 0.0
 
     def run(self, seconds: float, look: Callable[[], bool] = lambda: False) -> None:
         """Attack for so long, or until all have been dropped, or there is what is looked for."""
@@ -117,6 +117,7 @@ class Crowd:
             sock.setblocking(False)
             member = Member(sock, time.monotonic(), self.words())
             self._opened += 1
+            self.opened_last = member.opened_at
             self._members[sock.fileno()] = member
             self._epoll.register(sock, (select.EPOLLIN if self.reads else 0) | select.EPOLLRDHUP)
             heapq.heappush(self._due, (now, self._opened, member))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from connections import faulty, pipeline, serve_until
+from crowd import dial
 from rig import AT_ONCE_SECONDS, MIB, SOON, Daemon, NotHere, Trial, Victim, megabytes, milliseconds, victim, wait_until
 
 from dsmq.client import DSMQClientSideConnection
@@ -194,7 +195,7 @@ def _state_overhead(trial: Trial, limit: int, topics: int, about: str) -> None:
 
 def stopped(trial: Trial) -> None:
     seconds = trial.size(10, 1)
-    with victim(trial, request_timeout_seconds=2, max_age_seconds=600) as on:
+    with victim(trial, request_timeout_seconds=seconds / 2, max_age_seconds=600) as on:
         daemon = on.daemon
         outcomes: list[str] = []
         calls: list[Callable[[DSMQClientSideConnection], object]] = [
@@ -221,15 +222,25 @@ def stopped(trial: Trial) -> None:
         ]
         for thread in threads:
             thread.start()
-        with on.scraper.paused():
+        request = encode_request(b"PUT", b"t", b"in two halves")
+        with on.scraper.paused(), dial(daemon.port) as half:
+            half.sendall(request[:10])
+            wait_until(lambda: daemon.metric("dsmq_connections") == 2 * len(calls) + 1)
             daemon.signal(signal.SIGSTOP)
             wait_until(lambda: state_of(daemon) == "T")
             stop.wait()
             time.sleep(seconds)
+            half.sendall(request[10:])
             daemon.signal(signal.SIGCONT)
             served = serve_until(daemon)
+            reply = half.recv(100)
         for thread in threads:
             thread.join(SOON)
+        trial.must(
+            "a request whose end comes while it is stopped is not late",
+            reply.decode().strip(),
+            reply.startswith(b":"),
+        )
         trial.must(
             f"stopped for {seconds} s: calls that wait longer succeed, the others raise ConnectionLost",
             f"{outcomes.count('done')} succeeded, {outcomes.count('ConnectionLost')} raised",
