@@ -10,13 +10,13 @@ from contextlib import ExitStack
 
 import pytest
 
-from conftest import SOON, UNIT, Wire, daemon, serving, wait_until, wire_to
+from conftest import SOON, Wire, daemon, serving, wait_until, wire_to
 from dsmq import logs
 from dsmq import store as store_module
 from dsmq.client import connect
 from dsmq.errors import Full
 from dsmq.protocol import encode_request
-from dsmq.store import MESSAGE_OVERHEAD_BYTES, Limits, SQLiteStore
+from dsmq.store import MESSAGE_OVERHEAD_BYTES, TOPIC_OVERHEAD_BYTES, Limits, SQLiteStore
 
 # What is held
 
@@ -39,12 +39,28 @@ def test_of_one_packet_as_many_are_taken_as_fit() -> None:
 
 def test_a_shorter_message_is_taken_where_a_longer_one_was_not() -> None:
     cost = MESSAGE_OVERHEAD_BYTES
-    with serving(max_stored_bytes=2 * cost + 100) as server, wire_to(server) as wire:
+    topic = TOPIC_OVERHEAD_BYTES + len("t")
+    with serving(max_stored_bytes=topic + 2 * cost + 100) as server, wire_to(server) as wire:
         assert wire.call("PUT", "t", "x" * 80) == 1
         wire.send(encode_request(b"PUT", b"t", b"x" * 21) + encode_request(b"PUT", b"t", b"x" * 20))
         assert wire.receive().code == "FULL"  # type: ignore[union-attr]
         assert wire.receive() == 2
         assert wire.error("PUT", "t", "") == "FULL"
+
+
+def test_topics_count_as_well() -> None:
+    cost = MESSAGE_OVERHEAD_BYTES + TOPIC_OVERHEAD_BYTES + 3
+    store = SQLiteStore(60_000, limits=Limits(bytes=3 * cost))
+    store.append([(b"aaa", b"", None), (b"bbb", b"", None)])
+    assert store.totals().cost == 2 * cost
+    with pytest.raises(Full):
+        store.append([(b"ccc", b"", None), (b"ccc", b"", None)])
+    assert store.append([(b"ccc", b"", None)]) == [3]
+    store.max_age_ms = -1
+    while store.expire():
+        pass
+    assert store.totals().cost == 0
+    store.close()
 
 
 @pytest.mark.parametrize(
@@ -178,16 +194,36 @@ def test_who_hangs_up_while_it_waits_is_noticed_however_little_runs_in_a_turn() 
         wait_until(lambda: server.waiting() == server.connections() == 0)
 
 
-def test_strangers_that_do_not_read_have_little_held_for_them() -> None:
+def test_a_stranger_is_sent_away_after_some_requests() -> None:
     with serving(auth_token="x" * 20) as server, wire_to(server) as wire:
-        wire.socket.settimeout(UNIT)
-        request = encode_request(b"PING", b"x" * 10_000)
-        with contextlib.suppress(TimeoutError):
-            while True:
-                wire.send(request * 10)
-        connection = next(iter(server._workers[0].connections))
-        assert len(connection._out) < 2 * 16_384
-        assert len(connection._parser) < 2 * 16_384
+        wire.send(b"PING\r\n" * 17)
+        assert [wire.receive() for _ in range(16)] == ["PONG"] * 16
+        assert wire.receive().code == "NOAUTH"  # type: ignore[union-attr]
+        assert wire.ended()
+
+
+def test_replies_that_nobody_reads_are_bounded_for_all_together() -> None:
+    with serving(max_total_unread_reply_bytes=2_000_000) as server, ExitStack() as stack:
+        with wire_to(server) as wire:
+            for _ in range(10):
+                wire.call("PUT", "t", "x" * 100_000)
+        lazy = [stack.enter_context(wire_to(server)) for _ in range(20)]
+        for one in lazy:
+            one.send(encode_request(b"READ", b"t", b"0") * 40)
+        worker = server._workers[0]
+        wait_until(lambda: server.counters().commands["READ"] >= 20 and worker.backlog > 2_000_000)
+        # Each has a reply or two beside what filled the budget, of the 40.
+        assert worker.backlog < 2_000_000 + 20 * 2 * 300_000
+        # Who reads gets all.
+        for one in lazy:
+            for _ in range(40):
+                reply = one.receive()
+                assert isinstance(reply, list)
+        wait_until(lambda: worker.backlog == 0)
+        lazy[0].send(encode_request(b"READ", b"t", b"0") * 40)
+        wait_until(lambda: worker.backlog > 0)
+        lazy[0].close()
+        wait_until(lambda: worker.backlog == 0)
 
 
 @pytest.mark.parametrize("io_threads", [1, 4])

@@ -749,7 +749,7 @@ def test_accepting_pauses_without_file_descriptors_and_goes_on(server: Server, m
     [
         ("port", ["port"]),
         ("*_port", ["metrics_port"]),
-        ("max_t*_bytes", ["max_topic_bytes"]),
+        ("max_to*c_bytes", ["max_topic_bytes"]),
         ("m*x*age*es", ["max_message_bytes"]),
         ("port*port", []),
         ("por", []),

@@ -212,7 +212,7 @@ def test_known_traffic_gives_exact_numbers(server: Server, wire: Wire) -> None:
         "dsmq_messages_expired_unread_total": 0,
         "dsmq_messages": 3,
         "dsmq_message_bytes": 8,
-        "dsmq_stored_bytes": 308,
+        "dsmq_stored_bytes": 8 + 3 * 100 + 2 * 501,
         "dsmq_topics": 2,
         "dsmq_connections": 1,
         "dsmq_unauthenticated_connections": 0,
@@ -450,6 +450,22 @@ def test_the_status_tells_of_topics_clients_and_errors(server: Server, wire: Wir
     assert (client["name"], client["topic"], client["lag"], client["waiting"]) == ("me", "t", 2, False)
     assert status["errors"][0]["code"] == "UNKNOWN"
     assert (status["ready"], status["healthy"], status["reasons"]) == (True, True, [])
+
+
+@pytest.mark.parametrize("error", [sqlite3.OperationalError, MemoryError])
+def test_a_store_that_fails_spoils_neither_metrics_nor_page(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    class Failing:
+        def __getattr__(self, name: str) -> object:
+            raise error
+
+    with serving(metrics_port=0, metrics_topics=1) as server, wire_to(server) as wire:
+        wire.call("PUT", "t", "x")
+        with monkeypatch.context() as patch:
+            patch.setattr(server._store, "_database", Failing())
+            assert scrape(server)["dsmq_messages"] == 1
+            assert json.loads(Answer(server.metrics_port, "/status.json").text)["held"]["messages"] == 1
 
 
 def test_the_page_may_run_its_own_script_and_nothing_else(server: Server) -> None:

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from dsmq import store as store_module
 from dsmq.errors import Full, StoreFailed
-from dsmq.store import MESSAGE_OVERHEAD_BYTES, Message, Put, SQLiteStore, TopicStats, Totals
+from dsmq.store import MESSAGE_OVERHEAD_BYTES, TOPIC_OVERHEAD_BYTES, Message, Put, SQLiteStore, TopicStats, Totals
 
 MAX_AGE = 100
 
@@ -829,6 +829,7 @@ class Model:
         size = sum(len(row.body) for row in self.held)
         oldest = max((self.now - row.put_at for row in self.held), default=0)
         cost = size + len(self.held) * MESSAGE_OVERHEAD_BYTES
+        cost += sum(len(name) + TOPIC_OVERHEAD_BYTES for name in self.names())
         stored = len(self.held) + self.expired
         return Totals(len(self.held), size, len(self.names()), stored, self.expired, 0, oldest, cost)
 

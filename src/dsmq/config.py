@@ -146,7 +146,8 @@ class Settings(BaseSettings):
     )
     max_stored_bytes: Bytes = Field(
         1_073_741_824,
-        description="Bytes of messages held, each counted with 100 for what it takes beside. Bounds the memory.",
+        description="Bytes of messages and topics held, each message counted with 100 more for what it takes beside, "
+        "each topic with 500. Bounds the memory.",
     )
     max_stored_messages_per_topic: Count = Field(10_000_000, description="The same for one topic: messages.")
     max_stored_bytes_per_topic: Bytes = Field(1_073_741_824, description="The same for one topic: bytes.")
@@ -187,6 +188,10 @@ class Settings(BaseSettings):
         ge=1024,
         le=1_073_741_824,
         description="Replies kept for a client that does not read them; above it, its requests are not read either.",
+    )
+    max_total_unread_reply_bytes: Bytes = Field(
+        268_435_456,
+        description="The same for all clients together: above it, none has more than one reply waiting for it.",
     )
     request_timeout_seconds: Seconds = Field(
         30.0, gt=0, le=3600, description="Time for one request to arrive, from its first byte to its last."

@@ -38,6 +38,10 @@ RECEIVE_BYTES = 131_072
 MAX_HELD_BYTES = 65_536
 # Wrong tokens that one connection may show before it is closed.
 MAX_WRONG_TOKENS = 3
+# Requests that a client may make without having shown its token.
+MAX_REQUESTS_OF_STRANGERS = 16
+# Of a client that is being let go of, so much is read at once, to be thrown away.
+LAST_RECEIVE_BYTES = 4096
 # How long a client may take to read the last reply and hang up, when the server closes.
 LINGER_SECONDS = 1.0
 LINGER_SECONDS_AT_STOP = 0.05
@@ -84,6 +88,12 @@ class Loop(Protocol):
     counters: Counters
     now: float
     """Seconds on the monotonic clock, at the start of this turn."""
+    backlog: int
+    """Bytes of replies that clients have not taken: the connections' to keep."""
+
+    @property
+    def crowded(self) -> bool:
+        """Whether the backlog is too much."""
 
     def put(self, connection: Connection, put: Put) -> None:
         """Store it at the end of the turn, and call `stored` or `not_stored` then."""
@@ -144,7 +154,7 @@ class Connection:
         self.role = Role.NOBODY if loop.services.gate.tokens else Role.ADMIN
         self.stranger = peer.encrypted or self.role is Role.NOBODY
         """Whether it has still to show its token, or to finish the handshake of TLS."""
-        self._wrong_tokens = 0
+        self._wrong_tokens = self._asked = 0
         self._stranger_until = math.inf
         self.name = b""
         self.version = 2
@@ -157,6 +167,8 @@ class Connection:
         """When the loop will call `on_time` next: the loop's to keep."""
         self._parser = RequestParser(0)
         self._out = bytearray()
+        # What of it is part of the loop's backlog.
+        self._backlog = 0
         self._set_bounds()
         self._max_requests = loop.services.settings.max_requests_per_turn
         self._events = 0
@@ -253,7 +265,7 @@ class Connection:
             return
         requests, parser = self._requests, self._parser
         quota = self._max_requests
-        while quota and not (self._parked or self.finishing) and len(self._out) < self._max_unread:
+        while quota and not (self._parked or self.finishing) and not self._is_full():
             if not requests and (parser.missing or not self._parse()):
                 break
             quota -= 1
@@ -268,7 +280,7 @@ class Connection:
                         self.counters.puts_refused[error.code] += 1
                 else:
                     requests.appendleft(request)
-        full = len(self._out) >= self._max_unread
+        full = self._is_full()
         if self._behind or not quota or full:
             left = not quota and not self._parked and bool(requests or not parser.missing)
             self._mind_replies(behind=full or left)
@@ -277,6 +289,11 @@ class Connection:
         if self._ended and parser.missing and not (requests or self._parked):
             self.finish()
         self._watch()
+
+    def _is_full(self) -> bool:
+        """Tell whether the client should read its replies first."""
+        size = len(self._out)
+        return size >= self._max_unread or (size > 0 and self._backlog > 0 and self._loop.crowded)
 
     def _mind_replies(self, *, behind: bool) -> None:
         was_behind, self._behind = self._behind, behind
@@ -304,6 +321,8 @@ class Connection:
         if self._deferred and command is not PUT and not self._settled():
             self._requests.appendleft(request)
             return
+        if self.role is Role.NOBODY:
+            self._mind_stranger()
         if self.role < command.role:
             command.forbid(self.role)
         if not command.least < len(request) <= command.most + 1:
@@ -311,6 +330,12 @@ class Connection:
         reply = command.handler(self, request)
         if reply is not None:
             self._send(reply)
+
+    def _mind_stranger(self) -> None:
+        self._asked += 1
+        if self._asked > MAX_REQUESTS_OF_STRANGERS:
+            self.finish()
+            raise AuthRequired(f"no more than {MAX_REQUESTS_OF_STRANGERS} requests without a token")
 
     def _settled(self) -> bool:
         """Have the puts before a request answered, so that its reply does not overtake theirs.
@@ -361,6 +386,7 @@ class Connection:
             self.close(str(error))
             return
         self.counters.bytes_out += sent
+        self._count_backlog(len(self._out) - sent)
         if sent < len(self._out):
             del self._out[:sent]
             if sent or self._unread_since == math.inf:
@@ -377,6 +403,11 @@ class Connection:
             elif self.services.settings.idle_timeout_seconds:
                 self._schedule()
         self._watch()
+
+    def _count_backlog(self, size: int) -> None:
+        if size != self._backlog:
+            self._loop.backlog += size - self._backlog
+            self._backlog = size
 
     # Who it is
 
@@ -600,6 +631,7 @@ class Connection:
     def finish(self) -> None:
         """Take no more requests; close when everything has been sent."""
         self.finishing = True
+        self._receive_bytes = LAST_RECEIVE_BYTES
         if not self._out:
             self._loop.flush_soon(self)
 
@@ -652,6 +684,7 @@ class Connection:
         self._stop_waiting()
         # A timer may know this connection for hours; what it holds must not last as long.
         self._parser, self._out = RequestParser(0), bytearray()
+        self._count_backlog(0)
         self._requests.clear()
         self.positions = {}
         self._loop.forget(self)

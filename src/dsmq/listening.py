@@ -21,6 +21,8 @@ from dsmq.errors import CannotStart
 UNIX = "unix:"
 # Accepted in one turn of the loop, so that a flood of connections does not starve those that are open.
 MAX_ACCEPTS = 64
+# Of replies, the kernel takes so much more than it can send.
+MAX_NOT_SENT_BYTES = 131_072
 # How long not to accept when the process has no file descriptor left.
 ACCEPT_PAUSE_SECONDS = 0.1
 
@@ -227,6 +229,9 @@ def _peer(sock: socket.socket, address: object) -> tuple[str, str]:
     if sock.family == socket.AF_UNIX or not isinstance(address, tuple):
         return "unix", "unix"
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+        # What a client does not read is to stay here, where it is counted, and not to fill the kernel.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MAX_NOT_SENT_BYTES)
     keep_alive(sock)
     host, port = address[:2]
     return host, shown(host, port)

@@ -24,6 +24,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from dsmq import __version__
+from dsmq.listening import ACCEPT_PAUSE_SECONDS
 from dsmq.status import Status
 
 # A scrape takes milliseconds; what hangs on longer is cut off.
@@ -86,6 +87,15 @@ class _HTTPServer(ThreadingHTTPServer):
         self.status = status
         # Requests that are being served, with the time at which each is cut off.
         self._deadlines: dict[socket.socket, float] = {}
+
+    def get_request(self) -> tuple[Any, Any]:
+        """Accept a connection. Raises OSError where that fails, which the caller passes over."""
+        try:
+            return super().get_request()
+        except OSError:
+            # As when there are no file descriptors left: it would be asked again at once, for ever.
+            time.sleep(ACCEPT_PAUSE_SECONDS)
+            raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if len(self._deadlines) >= MAX_REQUESTS_AT_A_TIME:

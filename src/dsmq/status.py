@@ -13,6 +13,7 @@ from dsmq import __version__, metrics
 from dsmq.auth import Role
 from dsmq.commands import Services
 from dsmq.connection import Connection
+from dsmq.errors import ReplyError
 from dsmq.expiry import Expiry
 from dsmq.metrics import Counters, Rates
 from dsmq.store import Limits, Timing, TopicStats, Totals
@@ -84,10 +85,9 @@ class Status:
         top, rest = self._rates.top(count, store.last_numbers(), time.monotonic())
         shown: list[tuple[TopicStats, float]] = []
         for name, rate in top:
-            stats = store.stats(name)
             if name == OTHER:
                 rest += rate
-            elif isinstance(stats, TopicStats):
+            elif stats := self._stats(name):
                 shown.append((stats, rate))
         held = self.totals()
         other = TopicStats(
@@ -223,7 +223,7 @@ class Status:
         }
 
     def _deepest(self) -> list[dict[str, Any]]:
-        found = [self._services.store.stats(name) for name in self._services.store.deepest(MAX_SHOWN)]
+        found = [self._stats(name) for name in self._services.store.deepest(MAX_SHOWN)]
         return [
             {
                 "name": stats.name.decode(errors="replace"),
@@ -233,8 +233,16 @@ class Status:
                 "oldest_age_seconds": stats.oldest_age_ms / 1000,
             }
             for stats in found
-            if isinstance(stats, TopicStats)
+            if stats
         ]
+
+    def _stats(self, topic: bytes) -> TopicStats | None:
+        """Return what a topic holds; nothing where the store can't tell, or not at once."""
+        try:
+            stats = self._services.store.stats(topic)
+        except ReplyError:
+            return None
+        return stats if isinstance(stats, TopicStats) else None
 
     def _clients(self) -> list[dict[str, Any]]:
         """Return the clients that are furthest behind, those first."""

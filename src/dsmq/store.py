@@ -19,7 +19,7 @@ import time
 from array import array
 from bisect import bisect_left, bisect_right
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from operator import attrgetter, itemgetter
@@ -43,6 +43,8 @@ TAIL_MESSAGES, MAX_TAIL_MESSAGES = 32, 512
 TAIL_BYTES, MAX_TAIL_BYTES = 32_768, 262_144
 # What a message is counted with, for the limit on bytes, beside its body: about what it takes in a row of its own.
 MESSAGE_OVERHEAD_BYTES = 100
+# The same for a topic that holds messages, beside its name.
+TOPIC_OVERHEAD_BYTES = 500
 # No chunk is longer but one of a single message: to read one message is to read a chunk.
 CHUNK_MESSAGES, CHUNK_BYTES = 128, 16_384
 # After the tails could not be written, it is not tried again for so long, unless something expires.
@@ -133,7 +135,7 @@ class Limits(NamedTuple):
     topics: int = sys.maxsize
     messages: int = sys.maxsize
     bytes: int = sys.maxsize
-    """Of bodies, and MESSAGE_OVERHEAD_BYTES for each."""
+    """Of bodies, and MESSAGE_OVERHEAD_BYTES for each; of the names of topics, and TOPIC_OVERHEAD_BYTES for each."""
     messages_per_topic: int = sys.maxsize
     bytes_per_topic: int = sys.maxsize
 
@@ -278,12 +280,17 @@ class SQLiteStore:
         self._producers: OrderedDict[bytes, dict[int, int]] = OrderedDict()
         self._remembered = 0
         self._stored = self._bytes = self._expired = self._expired_unread = 0
+        # What the topics are counted as.
+        self._topic_bytes = 0
         self._timings = {"write": Timing(), "read": Timing(), "expire": Timing()}
 
     @contextmanager
     def _transaction(self, operation: str) -> Iterator[None]:
         """Do everything or nothing. The caller holds the lock."""
         began = time.monotonic()
+        if self._database.in_transaction:
+            # That of a transaction before could not be rolled back.
+            self._database.execute("ROLLBACK")
         self._database.execute("BEGIN")
         try:
             yield
@@ -303,13 +310,14 @@ class SQLiteStore:
     def append(self, puts: Sequence[Put]) -> list[int]:
         with self._guard:
             # Whatever can fail is done before a message is taken.
+            names = {put[0] for put in puts}.difference(self._topics)
             held = self._stored - self._expired + len(puts)
-            size = self._bytes + held * MESSAGE_OVERHEAD_BYTES + sum(map(len, map(_BODY, puts)))
-            if held > self._fewest_messages or size > self._fewest_bytes:
+            size = self._topic_bytes + self._bytes + held * MESSAGE_OVERHEAD_BYTES + sum(map(len, map(_BODY, puts)))
+            if held > self._fewest_messages or size + _topics_cost(names) > self._fewest_bytes:
                 self._check_limits(puts)
             if self._tail_messages >= MAX_TAIL_MESSAGES or self._tail_bytes >= MAX_TAIL_BYTES:
                 self._make_room(puts)
-            if names := {put[0] for put in puts}.difference(self._topics):
+            if names:
                 self._begin(names.intersection(put[0] for put in self._needed(puts)))
             return self._add(puts, self._clock())
 
@@ -340,7 +348,8 @@ class SQLiteStore:
         held = self._stored - self._expired
         if counts and held + counts.total() > limits.messages:
             raise Full(f"{held} messages are held, at most {limits.messages} are taken")
-        if counts and _cost(held + counts.total(), self._bytes + sizes.total()) > limits.bytes:
+        size = self._topic_bytes + _topics_cost(counts.keys() - self._topics.keys())
+        if counts and size + _cost(held + counts.total(), self._bytes + sizes.total()) > limits.bytes:
             raise Full(f"as much is held as is taken, {limits.bytes} bytes")
 
     def _make_room(self, puts: Sequence[Put]) -> None:
@@ -395,6 +404,7 @@ class SQLiteStore:
         for topic in topics:
             self._topics[topic.name] = self._by_row[topic.row] = topic
             self._empty.pop(topic.name, None)
+        self._topic_bytes += _topics_cost(names)
         self._last_row += len(topics)
 
     def _remember(self, key: tuple[bytes, int], message_id: int) -> int | None:
@@ -552,6 +562,7 @@ class SQLiteStore:
             if not topic.messages:
                 del self._topics[topic.name], self._by_row[topic.row]
                 self._empty[topic.name] = topic
+                self._topic_bytes -= _topics_cost([topic.name])
         while len(self._empty) > MAX_EMPTY_TOPICS:
             del self._empty[next(iter(self._empty))]
         expired = sum(counts.values())
@@ -589,11 +600,11 @@ class SQLiteStore:
             self._expired,
             self._expired_unread,
             self._oldest_age() if held else 0,
-            _cost(held, self._bytes),
+            self._topic_bytes + _cost(held, self._bytes),
         )
 
     def _oldest_age(self) -> int:
-        with self._guard.lock, suppress(sqlite3.Error):
+        with self._guard.lock, suppress(sqlite3.Error, MemoryError):
             oldest = None if self._guard.closed else self._database.execute(_OLDEST_OF_ALL).fetchone()
             # All that is written is older than what stands in a tail.
             put_times = oldest or [topic.tail[0][2] for topic in self._unwritten]
@@ -652,6 +663,11 @@ def _told(error: sqlite3.Error | MemoryError) -> ReplyError:
 def _cost(messages: int, size: int) -> int:
     """Return what messages are counted as, for the limits on bytes."""
     return size + messages * MESSAGE_OVERHEAD_BYTES
+
+
+def _topics_cost(names: Iterable[bytes]) -> int:
+    """Return what topics are counted as, for the limit on all bytes."""
+    return sum([len(name) + TOPIC_OVERHEAD_BYTES for name in names])
 
 
 def _stats(topic: _Topic) -> TopicStats:

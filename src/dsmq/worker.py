@@ -80,6 +80,8 @@ class Worker:
         self._putters: list[Connection] = []
         self._put_bytes = 0
         self._waiters: dict[bytes, dict[Connection, None]] = {}
+        self.backlog = 0
+        """Bytes of replies that clients have not taken."""
         self.waiting = 0
         """The number of waiting readers."""
         self._to_flush: list[Connection] = []
@@ -125,6 +127,11 @@ class Worker:
             if len(self._strangers) > self._share(self.services.settings.max_unauthenticated_connections):
                 next(iter(self._strangers)).send_away(Busy("too many others have not shown their token yet"))
         connection.open()
+
+    @property
+    def crowded(self) -> bool:
+        """Whether so many replies are not taken that no client may have more than one waiting for it."""
+        return self.backlog > self._share(self.services.settings.max_total_unread_reply_bytes)
 
     @property
     def strangers(self) -> int:
@@ -224,7 +231,9 @@ class Worker:
             if now - before > LONG_YIELD_SECONDS:
                 self._look_from = now + LONG_YIELD_PAUSE_SECONDS
         self._flush_store()
-        return self._selector.select(self._timeout())
+        # Where the process was stopped meanwhile (SIGSTOP) it returns nothing, whatever has come; then the timers would
+        # find requests late that are there.
+        return self._selector.select(self._timeout()) or self._selector.select(0)
 
     def _flush_store(self) -> None:
         try:
