@@ -898,7 +898,7 @@ def test_positions_of_one_connection_are_bounded(wire: Wire, monkeypatch: pytest
 
 
 def test_an_end_of_input_behind_quit_still_gets_the_replies_before(tmp_path: Path) -> None:
-    with serving(host=f"unix:{tmp_path}/socket") as server:
+    with serving(host=f"unix:{tmp_path}/socket", max_unread_reply_bytes=2_000_000) as server:
         wire = Wire(f"{tmp_path}/socket")
         wire.send(encode_request(b"ECHO", b"x" * 1_000_000) + encode_request(b"QUIT"))
         wire.socket.shutdown(socket.SHUT_WR)

@@ -184,14 +184,14 @@ class Settings(BaseSettings):
         description="Pipelined requests of one client that are run before the others have their turn.",
     )
     max_unread_reply_bytes: int = Field(
-        1_048_576,
+        262_144,
         ge=1024,
         le=1_073_741_824,
         description="Replies kept for a client that does not read them; above it, its requests are not read either.",
     )
     max_total_unread_reply_bytes: Bytes = Field(
         268_435_456,
-        description="The same for all clients together: above it, none has more than one reply waiting for it.",
+        description="The same for all clients together: above it, of each one request is run at a time.",
     )
     request_timeout_seconds: Seconds = Field(
         30.0, gt=0, le=3600, description="Time for one request to arrive, from its first byte to its last."

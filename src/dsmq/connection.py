@@ -12,11 +12,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from selectors import EVENT_READ, EVENT_WRITE
-from typing import Protocol
 
 from dsmq import logs
 from dsmq.auth import Role, Token
-from dsmq.commands import COMMANDS, PUT, Fetch, Services, find
+from dsmq.commands import COMMANDS, PUT, Fetch, find
 from dsmq.errors import (
     AuthRequired,
     BadRequest,
@@ -28,7 +27,7 @@ from dsmq.errors import (
     TimedOut,
     WrongToken,
 )
-from dsmq.metrics import Counters
+from dsmq.loop import Loop, Peer, Stream
 from dsmq.protocol import REQUEST_OVERHEAD_BYTES, RequestParser, encode_error, encode_integer
 from dsmq.store import Answer, Message, Put, T
 
@@ -47,86 +46,6 @@ LINGER_SECONDS = 1.0
 LINGER_SECONDS_AT_STOP = 0.05
 
 _logger = logging.getLogger(__name__)
-
-
-class Stream(Protocol):
-    """What a connection asks of its socket, which may be one under TLS. None of it waits."""
-
-    def fileno(self) -> int:
-        """Return its file descriptor."""
-
-    def recv(self, size: int, /) -> bytes:
-        """Return what has come. Raises BlockingIOError when there is nothing."""
-
-    def send(self, data: bytearray | bytes, /) -> int:
-        """Send some of it; return how much."""
-
-    def shutdown(self, how: int, /) -> None:
-        """Say that nothing more comes."""
-
-    def close(self) -> None:
-        """Close it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Peer:
-    """Who is at the other end."""
-
-    number: int
-    host: str
-    network: str
-    """What one client can have many addresses of: see `auth.network`."""
-    name: str
-    """Host and port, for people."""
-    encrypted: bool
-
-
-class Loop(Protocol):
-    """What a connection asks of the event loop that serves it."""
-
-    services: Services
-    counters: Counters
-    now: float
-    """Seconds on the monotonic clock, at the start of this turn."""
-    backlog: int
-    """Bytes of replies that clients have not taken: the connections' to keep."""
-
-    @property
-    def crowded(self) -> bool:
-        """Whether the backlog is too much."""
-
-    def put(self, connection: Connection, put: Put) -> None:
-        """Store it at the end of the turn, and call `stored` or `not_stored` then."""
-
-    def commit(self) -> None:
-        """Store what has been put so far in this turn."""
-
-    def admit(self, connection: Connection) -> None:
-        """The connection is no stranger any more."""
-
-    def join(self, topic: bytes, connection: Connection) -> None:
-        """Call `wake` after each put into the topic. Raises Busy where too many wait already."""
-
-    def leave(self, topic: bytes, connection: Connection) -> None:
-        """Do so no more."""
-
-    def post(self, call: Callable[[], None]) -> None:
-        """Run this in the loop's thread. Safe to call from any thread."""
-
-    def watch(self, connection: Connection, events: int) -> None:
-        """Call `on_ready` when its socket has these events."""
-
-    def schedule(self, connection: Connection, when: float) -> None:
-        """Call `on_time` at about this time."""
-
-    def flush_soon(self, connection: Connection) -> None:
-        """Call `flush` at the end of the turn."""
-
-    def run_soon(self, connection: Connection) -> None:
-        """Call `run` in the next turn."""
-
-    def forget(self, connection: Connection) -> None:
-        """The connection is closed."""
 
 
 @dataclass(slots=True, eq=False)
@@ -264,8 +183,8 @@ class Connection:
         if self.closed:
             return
         requests, parser = self._requests, self._parser
-        quota = self._max_requests
-        while quota and not (self._parked or self.finishing) and not self._is_full():
+        quota, most = self._max_requests, self._most_unread()
+        while quota and not (self._parked or self.finishing) and len(self._out) < most:
             if not requests and (parser.missing or not self._parse()):
                 break
             quota -= 1
@@ -280,7 +199,7 @@ class Connection:
                         self.counters.puts_refused[error.code] += 1
                 else:
                     requests.appendleft(request)
-        full = self._is_full()
+        full = len(self._out) >= most
         if self._behind or not quota or full:
             left = not quota and not self._parked and bool(requests or not parser.missing)
             self._mind_replies(behind=full or left)
@@ -290,10 +209,9 @@ class Connection:
             self.finish()
         self._watch()
 
-    def _is_full(self) -> bool:
-        """Tell whether the client should read its replies first."""
-        size = len(self._out)
-        return size >= self._max_unread or (size > 0 and self._backlog > 0 and self._loop.crowded)
+    def _most_unread(self) -> int:
+        """Return from how many bytes of replies on the client should read them first."""
+        return 1 if self._loop.crowded else self._max_unread
 
     def _mind_replies(self, *, behind: bool) -> None:
         was_behind, self._behind = self._behind, behind

@@ -20,7 +20,7 @@ from dsmq.errors import CannotStart
 
 UNIX = "unix:"
 # Accepted in one turn of the loop, so that a flood of connections does not starve those that are open.
-MAX_ACCEPTS = 64
+MAX_ACCEPTS = 16
 # Of replies, the kernel takes so much more than it can send.
 MAX_NOT_SENT_BYTES = 131_072
 # How long not to accept when the process has no file descriptor left.

@@ -30,7 +30,7 @@ class _Cause:
     """When its period began."""
     passed: int = 0
     held: int = 0
-    last: str = ""
+    last: logging.LogRecord | None = None
 
 
 class FloodFilter(logging.Filter):
@@ -55,7 +55,7 @@ class FloodFilter(logging.Filter):
             if cause.passed <= self.lines_per_second:
                 return True
             cause.held += 1
-            cause.last = record.getMessage()
+            cause.last = record
             return False
 
     def take_held(self) -> list[_Cause]:
@@ -76,7 +76,11 @@ def summarise() -> None:
     """Log how many lines have been held back, and the last of each kind. To be called once a second or so."""
     for flood in [flood for one in list(_filters) for flood in one.take_held()]:
         _logger.log(
-            flood.level, "%d more lines like: %s", flood.held, flood.last, extra=event("flood", lines=flood.held)
+            flood.level,
+            "%d more lines like: %s",
+            flood.held,
+            flood.last and flood.last.getMessage(),
+            extra=event("flood", lines=flood.held),
         )
 
 

@@ -28,10 +28,10 @@ from dsmq import __version__, auth, config, listening, logs, metrics
 from dsmq.auth import Gate
 from dsmq.commands import Services
 from dsmq.config import EmbeddedSettings, Settings
-from dsmq.connection import Peer, Stream
 from dsmq.errors import Busy, CannotStart, ConfigError, Denied, DSMQError, ReplyError, ServerFailed
 from dsmq.expiry import Expiry
 from dsmq.listening import Census, Listener
+from dsmq.loop import Peer, Stream
 from dsmq.metrics import Counters
 from dsmq.protocol import encode_error
 from dsmq.status import Status

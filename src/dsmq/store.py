@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from array import array
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -25,6 +25,7 @@ from contextlib import contextmanager, suppress
 from operator import attrgetter, itemgetter
 from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
+from dsmq.chunks import Stored, pack, portions, unpack
 from dsmq.errors import Full, ReplyError, StoreFailed
 
 # Topics that hold nothing but whose numbering goes on; a forgotten one starts again at 1.
@@ -45,8 +46,6 @@ TAIL_BYTES, MAX_TAIL_BYTES = 32_768, 262_144
 MESSAGE_OVERHEAD_BYTES = 100
 # The same for a topic that holds messages, beside its name.
 TOPIC_OVERHEAD_BYTES = 500
-# No chunk is longer but one of a single message: to read one message is to read a chunk.
-CHUNK_MESSAGES, CHUNK_BYTES = 128, 16_384
 # After the tails could not be written, it is not tried again for so long, unless something expires.
 RETRY_MS = 100
 
@@ -190,10 +189,6 @@ class Store(Protocol):
         """Give everything up. Idempotent."""
 
 
-_Stored: TypeAlias = tuple[int, int, int, bytes]
-"""A message as it is held: id, number, when it was put in milliseconds, body."""
-
-
 class _Topic:
     __slots__ = (
         "bytes",
@@ -217,7 +212,7 @@ class _Topic:
         # The highest number that somebody has read, and what nobody has below it: first and last numbers.
         self.read_number = 0
         self.gaps: list[tuple[int, int]] = []
-        self.tail: list[_Stored] = []
+        self.tail: list[Stored] = []
         # The last id before the tail.
         self.written_id = 0
 
@@ -435,7 +430,7 @@ class SQLiteStore:
     def _write_tails(self) -> None:
         if self._failure and self._clock() < self._retry_at:
             raise self._failure.with_traceback(None)
-        chunks = [_chunk(topic, messages) for topic in self._unwritten for messages in _portions(topic.tail)]
+        chunks = [pack(topic.row, messages) for topic in self._unwritten for messages in portions(topic.tail)]
         chunks.sort()
         try:
             with self._transaction("write"):
@@ -468,11 +463,11 @@ class SQLiteStore:
                 known.note_read(messages[0].number, messages[-1].number)
         return messages
 
-    def _behind(self, topic: _Topic, after: int, since: int) -> Iterator[_Stored]:
+    def _behind(self, topic: _Topic, after: int, since: int) -> Iterator[Stored]:
         """Iterate over the messages with ids above `after`, put at or after `since`."""
         if after < topic.written_id:
-            for chunk in self._database.execute(_READ, (topic.row, after, since)):
-                yield from _messages(chunk, after)
+            for row in self._database.execute(_READ, (topic.row, after, since)):
+                yield from unpack(row, after)
         for message in topic.tail[bisect_left(topic.tail, (after + 1,)) :]:
             if message[2] >= since:
                 yield message
@@ -491,9 +486,9 @@ class SQLiteStore:
             known.note_read(1, number)
             return [Message(message_id, number, now - put_at, body)]
 
-    def _newest_written(self, topic: _Topic) -> list[_Stored]:
-        chunk = self._database.execute(_LATEST, (topic.row,)).fetchone()
-        return list(_messages(chunk, topic.last_id - 1)) if chunk else []
+    def _newest_written(self, topic: _Topic) -> list[Stored]:
+        row = self._database.execute(_LATEST, (topic.row,)).fetchone()
+        return list(unpack(row, topic.last_id - 1)) if row else []
 
     def last_id(self) -> int:
         return self._last_id
@@ -672,35 +667,3 @@ def _topics_cost(names: Iterable[bytes]) -> int:
 
 def _stats(topic: _Topic) -> TopicStats:
     return TopicStats(topic.name, topic.messages, topic.bytes, topic.last_number, topic.last_id)
-
-
-def _portions(tail: list[_Stored]) -> Iterator[list[_Stored]]:
-    """Divide a tail into chunks: of one millisecond, and neither too many messages nor too long."""
-    start = size = 0
-    for at, (_, _, put_at, body) in enumerate(tail):
-        size += len(body)
-        if at > start and (put_at != tail[start][2] or at - start == CHUNK_MESSAGES or size > CHUNK_BYTES):
-            yield tail[start:at]
-            start, size = at, len(body)
-    yield tail[start:]
-
-
-def _chunk(topic: _Topic, messages: list[_Stored]) -> tuple[int, int, int, int, bytes, bytes]:
-    """Return the row that holds these messages."""
-    message_id, number, put_at, _ = messages[-1]
-    ids_and_sizes = array("q", [value for message in messages for value in (message[0], len(message[3]))])
-    bodies = b"".join([message[3] for message in messages])
-    return message_id, topic.row, put_at, number, ids_and_sizes.tobytes(), bodies
-
-
-def _messages(chunk: tuple[int, int, bytes, bytes], after: int = 0) -> Iterator[_Stored]:
-    """Iterate over the messages of a row, those with ids above `after`."""
-    put_at, last_number, packed, bodies = chunk
-    ids_and_sizes = array("q", packed)
-    ids, sizes = ids_and_sizes[::2], ids_and_sizes[1::2]
-    first = bisect_right(ids, after)
-    number, end = last_number - len(ids) + first, sum(sizes[:first])
-    for message_id, size in zip(ids[first:], sizes[first:], strict=True):
-        number += 1
-        start, end = end, end + size
-        yield message_id, number, put_at, bodies[start:end]

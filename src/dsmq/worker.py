@@ -22,9 +22,10 @@ from typing import Protocol
 
 from dsmq import logs
 from dsmq.commands import Services
-from dsmq.connection import Connection, Peer, Stream, result_of
+from dsmq.connection import Connection, result_of
 from dsmq.errors import Busy, ReplyError, StoreFailed
 from dsmq.listening import Listener
+from dsmq.loop import Peer, Stream
 from dsmq.metrics import Counters
 from dsmq.store import Answer, Put
 from dsmq.system import LONG_YIELD_PAUSE_SECONDS, LONG_YIELD_SECONDS, yield_processor

@@ -1,0 +1,94 @@
+"""What a connection asks of its surroundings: its socket, who is at the other end, and the loop that serves it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from dsmq.commands import Services
+from dsmq.metrics import Counters
+from dsmq.store import Put
+
+if TYPE_CHECKING:
+    from dsmq.connection import Connection
+
+
+class Stream(Protocol):
+    """What a connection asks of its socket, which may be one under TLS. None of it waits."""
+
+    def fileno(self) -> int:
+        """Return its file descriptor."""
+
+    def recv(self, size: int, /) -> bytes:
+        """Return what has come. Raises BlockingIOError when there is nothing."""
+
+    def send(self, data: bytearray | bytes, /) -> int:
+        """Send some of it; return how much."""
+
+    def shutdown(self, how: int, /) -> None:
+        """Say that nothing more comes."""
+
+    def close(self) -> None:
+        """Close it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who is at the other end."""
+
+    number: int
+    host: str
+    network: str
+    """What one client can have many addresses of: see `auth.network`."""
+    name: str
+    """Host and port, for people."""
+    encrypted: bool
+
+
+class Loop(Protocol):
+    """What a connection asks of the event loop that serves it."""
+
+    services: Services
+    counters: Counters
+    now: float
+    """Seconds on the monotonic clock, at the start of this turn."""
+    backlog: int
+    """Bytes of replies that clients have not taken: the connections' to keep."""
+
+    @property
+    def crowded(self) -> bool:
+        """Whether the backlog is too much."""
+
+    def put(self, connection: Connection, put: Put) -> None:
+        """Store it at the end of the turn, and call `stored` or `not_stored` then."""
+
+    def commit(self) -> None:
+        """Store what has been put so far in this turn."""
+
+    def admit(self, connection: Connection) -> None:
+        """The connection is no stranger any more."""
+
+    def join(self, topic: bytes, connection: Connection) -> None:
+        """Call `wake` after each put into the topic. Raises Busy where too many wait already."""
+
+    def leave(self, topic: bytes, connection: Connection) -> None:
+        """Do so no more."""
+
+    def post(self, call: Callable[[], None]) -> None:
+        """Run this in the loop's thread. Safe to call from any thread."""
+
+    def watch(self, connection: Connection, events: int) -> None:
+        """Call `on_ready` when its socket has these events."""
+
+    def schedule(self, connection: Connection, when: float) -> None:
+        """Call `on_time` at about this time."""
+
+    def flush_soon(self, connection: Connection) -> None:
+        """Call `flush` at the end of the turn."""
+
+    def run_soon(self, connection: Connection) -> None:
+        """Call `run` in the next turn."""
+
+    def forget(self, connection: Connection) -> None:
+        """The connection is closed."""
