@@ -306,7 +306,7 @@ def test_a_defect_in_a_command_costs_that_connection_alone(
     def broken(*_: object) -> bytes:
         raise ZeroDivisionError
 
-    monkeypatch.setitem(commands.COMMANDS, b"ECHO", commands.Command("ECHO", broken, 1, 1))
+    monkeypatch.setitem(commands.PERMITTED[commands.Role.ADMIN], b"ECHO", commands.Command("ECHO", broken, 1, 1))
     with wire_to(server) as victim:
         assert victim.error("ECHO", "x") == "INTERNAL"
         assert victim.ended()
@@ -493,7 +493,7 @@ def test_stop_reports_threads_that_survive(monkeypatch: pytest.MonkeyPatch, capl
         release.wait(SOON)
         return b"+OK\r\n"
 
-    monkeypatch.setitem(commands.COMMANDS, b"ECHO", commands.Command("ECHO", stuck, 1, 1))
+    monkeypatch.setitem(commands.PERMITTED[commands.Role.ADMIN], b"ECHO", commands.Command("ECHO", stuck, 1, 1))
     with serving(stop_timeout_seconds=2 * UNIT) as server, wire_to(server) as wire:
         wire.send(encode_request(b"ECHO", b"x"))
         wait_until(lambda: server.counters().requests == 1)
@@ -535,7 +535,7 @@ from dsmq.server import serve
 def stuck(*_):
     print("stuck", flush=True)
     threading.Event().wait()
-commands.COMMANDS[b"ECHO"] = commands.Command("ECHO", stuck, 1, 1)
+commands.PERMITTED[commands.Role.ADMIN][b"ECHO"] = commands.Command("ECHO", stuck, 1, 1)
 serve(port=0, verbose=True, stop_timeout_seconds=600)
 """
     process = subprocess.Popen(

@@ -473,3 +473,9 @@ COMMANDS: dict[bytes, Command] = {
         Command("INFO", _info, 0, 63),
     )
 }
+
+PERMITTED: dict[Role, dict[bytes, Command]] = {
+    role: {name: command for name, command in COMMANDS.items() if role >= command.role} for role in Role
+}
+"""The commands that need no further look, by role; a stranger's all do."""
+PERMITTED[Role.NOBODY] = {}

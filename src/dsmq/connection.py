@@ -15,7 +15,7 @@ from selectors import EVENT_READ, EVENT_WRITE
 
 from dsmq import logs
 from dsmq.auth import Role, Token
-from dsmq.commands import COMMANDS, PUT, Fetch, find
+from dsmq.commands import PERMITTED, PUT, Command, Fetch, find
 from dsmq.errors import (
     AuthRequired,
     BadRequest,
@@ -69,6 +69,7 @@ class Connection:
         self.id = peer.number
         self.services = loop.services
         self.counters = loop.counters
+        self._calls = loop.counters.commands
         self.token: Token | None = None
         self.role = Role.NOBODY if loop.services.gate.tokens else Role.ADMIN
         self.stranger = peer.encrypted or self.role is Role.NOBODY
@@ -124,6 +125,7 @@ class Connection:
     def _set_bounds(self) -> None:
         """Say how much is held for it: little for a stranger."""
         settings = self.services.settings
+        self._permitted = PERMITTED[self.role]
         if self.role is Role.NOBODY:
             most = settings.max_unauthenticated_bytes
             self._receive_bytes = self._max_held = self._max_unread = most
@@ -211,7 +213,8 @@ class Connection:
 
     def _most_unread(self) -> int:
         """Return from how many bytes of replies on the client should read them first."""
-        return 1 if self._loop.crowded else self._max_unread
+        # The backlog first, because it is seldom there.
+        return 1 if self._loop.backlog and self._loop.crowded else self._max_unread
 
     def _mind_replies(self, *, behind: bool) -> None:
         was_behind, self._behind = self._behind, behind
@@ -234,26 +237,29 @@ class Connection:
         return bool(requests)
 
     def _execute(self, request: list[bytes]) -> None:
-        command = COMMANDS.get(request[0]) or find(request[0])
-        self.counters.commands[command.name] += 1
+        command = self._permitted.get(request[0]) or self._restricted(request[0])
+        self._calls[command.name] += 1
         if self._deferred and command is not PUT and not self._settled():
             self._requests.appendleft(request)
             return
-        if self.role is Role.NOBODY:
-            self._mind_stranger()
-        if self.role < command.role:
-            command.forbid(self.role)
         if not command.least < len(request) <= command.most + 1:
             command.check(request)
         reply = command.handler(self, request)
         if reply is not None:
             self._send(reply)
 
-    def _mind_stranger(self) -> None:
-        self._asked += 1
-        if self._asked > MAX_REQUESTS_OF_STRANGERS:
-            self.finish()
-            raise AuthRequired(f"no more than {MAX_REQUESTS_OF_STRANGERS} requests without a token")
+    def _restricted(self, name: bytes) -> Command:
+        """Return a command that needs a further look. Raises the error for one that the client may not call."""
+        command = find(name)
+        if self.role is Role.NOBODY:
+            self._asked += 1
+            if self._asked > MAX_REQUESTS_OF_STRANGERS:
+                self.finish()
+                raise AuthRequired(f"no more than {MAX_REQUESTS_OF_STRANGERS} requests without a token")
+        if self.role < command.role:
+            self._calls[command.name] += 1
+            command.forbid(self.role)
+        return command
 
     def _settled(self) -> bool:
         """Have the puts before a request answered, so that its reply does not overtake theirs.
@@ -381,6 +387,7 @@ class Connection:
             self.close(reason)
             return
         self.role = Role.NOBODY
+        self._permitted = PERMITTED[self.role]
         if self._settled():
             self.stop_waiting()
             self._reject(AuthRequired(reason))

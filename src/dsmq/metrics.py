@@ -89,8 +89,8 @@ class Counters:
     opened: int = 0
     failures: int = 0
     wrong_tokens: int = 0
-    commands: Counter[str] = field(default_factory=Counter)
-    """Requests, by command; those of no known one are in `errors`."""
+    commands: dict[str, int] = field(default_factory=dict)
+    """Requests, by command, all of which are there from the start; those of no known one are in `errors`."""
     errors: Counter[str] = field(default_factory=Counter)
     """Error replies, by code."""
     puts_refused: Counter[str] = field(default_factory=Counter)
@@ -117,9 +117,10 @@ def total(counters: Iterable[Counters]) -> Counters:
                 mine.merge(value)
             elif isinstance(value, deque):
                 mine.extend(value.copy())
-            elif isinstance(value, Counter):
+            elif isinstance(value, dict):
                 # A copy, which is atomic: the worker may be adding a new key.
-                mine.update(value.copy())
+                for key, count in value.copy().items():
+                    mine[key] = mine.get(key, 0) + count
             else:
                 setattr(result, name, mine + value)
     return result

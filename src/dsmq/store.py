@@ -308,7 +308,9 @@ class SQLiteStore:
             names = {put[0] for put in puts}.difference(self._topics)
             held = self._stored - self._expired + len(puts)
             size = self._topic_bytes + self._bytes + held * MESSAGE_OVERHEAD_BYTES + sum(map(len, map(_BODY, puts)))
-            if held > self._fewest_messages or size + _topics_cost(names) > self._fewest_bytes:
+            if names:
+                size += _topics_cost(names)
+            if held > self._fewest_messages or size > self._fewest_bytes:
                 self._check_limits(puts)
             if self._tail_messages >= MAX_TAIL_MESSAGES or self._tail_bytes >= MAX_TAIL_BYTES:
                 self._make_room(puts)

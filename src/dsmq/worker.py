@@ -21,7 +21,7 @@ from functools import partial
 from typing import Protocol
 
 from dsmq import logs
-from dsmq.commands import Services
+from dsmq.commands import COMMANDS, Services
 from dsmq.connection import Connection, result_of
 from dsmq.errors import Busy, ReplyError, StoreFailed
 from dsmq.listening import Listener
@@ -68,7 +68,7 @@ class Worker:
     def __init__(self, name: str, services: Services, workers: Sequence[Worker]) -> None:
         """`workers` are all that share the store, this one among them."""
         self.services = services
-        self.counters = Counters()
+        self.counters = Counters(commands=dict.fromkeys((command.name for command in COMMANDS.values()), 0))
         self.now = time.monotonic()
         self.connections: dict[Connection, None] = {}
         # Those of them that are strangers still, the oldest first.
