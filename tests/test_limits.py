@@ -226,6 +226,18 @@ def test_replies_that_nobody_reads_are_bounded_for_all_together() -> None:
         wait_until(lambda: worker.backlog == 0)
 
 
+def test_replies_behind_one_that_is_not_read_count_too() -> None:
+    with serving(max_total_unread_reply_bytes=200_000, max_unread_reply_bytes=1_000_000) as server:
+        with wire_to(server) as wire:
+            wire.call("PUT", "t", "x" * 100_000)
+            wire.send(encode_request(b"READ", b"t", b"0") * 80)
+            worker = server._workers[0]
+            wait_until(lambda: worker.crowded)
+            connection = next(iter(worker.connections))
+            wait_until(lambda: worker.backlog == len(connection._out))
+        wait_until(lambda: worker.backlog == 0)
+
+
 @pytest.mark.parametrize("io_threads", [1, 4])
 def test_connections_are_counted_from_when_they_are_accepted(io_threads: int) -> None:
     with serving(max_connections=10, io_threads=io_threads) as server, ExitStack() as stack:

@@ -540,6 +540,12 @@ def test_ping_finds_the_server_by_its_own_configuration(tmp_path: Path, token_fi
         assert run_dsmq("ping", env={**env, "DSMQ_TLS_CERT_FILE": other}).returncode == 1
         assert run_dsmq("ping", env={**env, "DSMQ_AUTH_TOKEN": "wrong"}).returncode == 1
         assert run_dsmq("ping", env={**env, "DSMQ_CONFIG": "/nowhere"}).returncode == 2
+        # Another server is not shown this one's token.
+        with serving(auth_token="another-token-0123456789") as other_server:
+            options = ("--host", "127.0.0.1", "--port", str(other_server.port))
+            done = run_dsmq("ping", *options, env={"DSMQ_CONFIG": str(file)})
+            assert b"wants a token" in done.stderr
+            assert other_server.counters().wrong_tokens == 0
 
 
 # Where it listens

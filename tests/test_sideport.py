@@ -396,6 +396,13 @@ def test_an_idle_server_stays_healthy() -> None:
             assert Answer(server.metrics_port, "/healthz").status == 200
 
 
+def test_it_is_full_where_the_next_message_would_not_fit() -> None:
+    with serving(metrics_port=0, max_stored_bytes=1_000_000) as server, wire_to(server) as wire:
+        while isinstance(wire.call("PUT", "t", "x" * 900), int):
+            pass
+        assert reasons(server) == ["full"]
+
+
 def test_readyz_tells_whether_it_takes_clients_and_puts() -> None:
     with serving(metrics_port=0, max_stored_messages=1, max_connections=2) as server, wire_to(server) as wire:
         answer = Answer(server.metrics_port, "/readyz")

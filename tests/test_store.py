@@ -705,6 +705,26 @@ def test_runs_that_nobody_has_read_are_known(store: SQLiteStore, clock: Clock) -
     assert store.totals().expired_unread == 3 + 1
 
 
+def test_what_expired_unread_is_counted_once(store: SQLiteStore, clock: Clock) -> None:
+    for _ in range(2):
+        put(store, b"t", *[b"x"] * 10)
+        clock.now += MAX_AGE + 1
+        expire_all(store)
+    put(store, b"t", b"x")
+    read(store, b"t")
+    clock.now += MAX_AGE + 1
+    expire_all(store)
+    assert store.totals()[4:6] == (21, 20)
+
+
+def test_runs_that_reading_divides_are_bounded_as_well(store: SQLiteStore) -> None:
+    ids = put(store, b"t", *[b"x"] * 300)
+    store.read(b"t", ids[298], 1, 1000)
+    for at in range(0, 298, 2):
+        store.read(b"t", ids[at], 1, 1000)
+    assert len(store._topics[b"t"].gaps) == store_module.MAX_GAPS
+
+
 def test_runs_that_are_remembered_are_bounded(store: SQLiteStore) -> None:
     ids = put(store, b"t", *[b"x"] * 300)
     for at in range(0, 300, 2):

@@ -214,7 +214,8 @@ def _number(kind: Callable[[str], N], text: str, least: float, most: float, what
 
 
 def _connect(options: argparse.Namespace, timeout: float = 10.0) -> DSMQClientSideConnection:
-    known = _known()
+    # Who names another server does not show it the token of the one that is configured here.
+    known = _known(None if options.host else os.environ.get("DSMQ_CONFIG"))
     options.host = options.host or known["host"]
     try:
         options.port = options.port or _port(known["port"])
@@ -236,10 +237,9 @@ def _connect(options: argparse.Namespace, timeout: float = 10.0) -> DSMQClientSi
         raise ConnectionError(f"cannot connect to {where}: {_reason(error)}") from error
 
 
-def _known() -> dict[str, str]:
-    """Return what the environment, and the file that DSMQ_CONFIG names, say of the server."""
+def _known(file: str | None) -> dict[str, str]:
+    """Return what the environment and a server's configuration file say of the server. Raises ConfigError."""
     known = {"host": "127.0.0.1", "port": "30008", "auth_token": "", "auth_token_file": "", "tls_cert_file": ""}
-    file = os.environ.get("DSMQ_CONFIG")
     said: dict[str, Any] = {}
     if file:
         try:

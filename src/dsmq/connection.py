@@ -282,6 +282,9 @@ class Connection:
         if not self._out:
             self._loop.flush_soon(self)
         self._out += reply
+        if self._backlog:
+            # It is not flushed before the client reads.
+            self._count_backlog(len(self._out))
 
     def _fail(self, error: ReplyError) -> None:
         self.note(error)

@@ -47,6 +47,7 @@ WATCH_SECONDS = 1.0
 FIXED = (
     *("host", "port", "listen_backlog", "metrics_host", "metrics_port", "metrics_token", "metrics_token_file"),
     *("io_threads", "busy_poll_microseconds", "expiry_interval_seconds", "max_connections", "max_log_lines_per_second"),
+    "log_format",
 )
 # Settings by which all connections were admitted; those that are open end when one of these changes.
 ADMISSION = ("protected_mode", "tls_client_ca_file")

@@ -17,7 +17,7 @@ from dsmq.errors import ReplyError
 from dsmq.expiry import Expiry
 from dsmq.metrics import Counters, Rates
 from dsmq.store import Limits, Timing, TopicStats, Totals
-from dsmq.worker import Worker
+from dsmq.worker import PULSE_SECONDS, Worker
 
 # By what name the metrics sum up the topics that are not shown one by one.
 OTHER = b"other"
@@ -115,9 +115,14 @@ class Status:
     def stuck(self) -> list[str]:
         """Return the names of threads that are dead, or have shown no sign of life for too long."""
         patience, now = self._services.settings.health_timeout_seconds, time.monotonic()
-        seen = [(worker.thread, worker.now) for worker in self._workers]
+        seen = [(worker.thread, worker.now + PULSE_SECONDS) for worker in self._workers]
         seen.append((self._expiry.thread, self._expiry.due_at))
-        return [thread.name for thread, due in seen if thread.ident and (not thread.is_alive() or now - due > patience)]
+        return [
+            thread.name
+            for thread, due in seen
+            # While the server stops, one after the other ends.
+            if thread.ident and (now - due > patience if thread.is_alive() else not self.stopping)
+        ]
 
     def unready(self) -> list[str]:
         """Return why no clients or puts are taken; nothing where they are."""
@@ -127,7 +132,8 @@ class Status:
         elif not self.serving:
             reasons.append("starting")
         held, limits = self.totals(), self._services.store.limits
-        if held.messages >= limits.messages or held.cost >= limits.bytes:
+        # What does not fit has been refused before the last byte is taken.
+        if held.messages >= limits.messages or held.cost >= limits.bytes * 0.99:
             reasons.append("full")
         if self.connections() >= self._max_connections:
             reasons.append("as many connections as may be")

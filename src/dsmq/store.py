@@ -222,13 +222,14 @@ class _Topic:
 
     def note_read(self, first: int, last: int) -> None:
         """Note that somebody has read these numbers."""
-        if first > self.read_number + 1:
-            self.gaps = [*self.gaps[1 - MAX_GAPS :], (self.read_number + 1, first - 1)]
+        behind = max(self.read_number, self.expired) + 1
+        if first > behind:
+            self.gaps = [*self.gaps[1 - MAX_GAPS :], (behind, first - 1)]
         elif self.gaps:
             parts = [
                 part for low, high in self.gaps for part in ((low, min(high, first - 1)), (max(low, last + 1), high))
             ]
-            self.gaps = [(low, high) for low, high in parts if low <= high]
+            self.gaps = [(low, high) for low, high in parts if low <= high][-MAX_GAPS:]
         self.read_number = max(self.read_number, last)
 
     def expire(self, count: int) -> int:
