@@ -25,6 +25,8 @@ KNOWN = (
 )
 OLD = "dsmq14"
 OLD_VERSION = "1.4.1"
+# Between the search for a free port and its use somebody else may take it; then another is tried.
+PORTS_TRIED = 5
 
 
 class Broker:
@@ -32,17 +34,25 @@ class Broker:
 
     def __init__(self, name: str, stack: ExitStack, *options: str, python: str = sys.executable) -> None:
         self.name, self.python = name, python
-        self.port = free_port()
         self.folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dsmq-performance-"))
-        self.process = subprocess.Popen(
+        self._said = stack.enter_context(tempfile.TemporaryFile("w+", errors="replace"))  # noqa: SIM115 - by the stack
+        for _attempt in range(PORTS_TRIED):
+            self.port = free_port()
+            self.process = self._start(options)
+            stack.callback(self.stop)
+            if self._answers():
+                return
+        self._said.seek(0)
+        raise RuntimeError(f"{name} does not start: {self._said.read()[-2000:]}")
+
+    def _start(self, options: tuple[str, ...]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
             [*self._command(), *options],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stdout=self._said,
+            stderr=self._said,
             stdin=subprocess.DEVNULL,
             cwd=self.folder,
         )
-        stack.callback(self.stop)
-        self._wait()
 
     def _command(self) -> list[str]:
         port = str(self.port)
@@ -51,22 +61,24 @@ class Broker:
         if self.name == OLD:
             return [self.python, "-c", f"from dsmq.server import serve; serve('127.0.0.1', {port})"]
         if self.name == "redis":
-            return ["redis-server", "--port", port, "--save", "", "--appendonly", "no"]
+            return ["redis-server", "--bind", "127.0.0.1", "--port", port, "--save", "", "--appendonly", "no"]
         if self.name == "beanstalkd":
             return ["beanstalkd", "-l", "127.0.0.1", "-p", port, "-z", "10000000"]
         return ["nats-server", "-a", "127.0.0.1", "-p", port, "-js", "-sd", self.folder]
 
-    def _wait(self) -> None:
+    def _answers(self) -> bool:
+        """Wait until it accepts connections; False where it has ended. Raises ConnectionRefusedError after 20 s."""
         until = time.monotonic() + 20
-        while True:
+        while self.process.poll() is None:
             try:
                 socket.create_connection(("127.0.0.1", self.port)).close()
             except ConnectionRefusedError:
-                if time.monotonic() > until or self.process.poll() is not None:
+                if time.monotonic() > until:
                     raise
                 time.sleep(0.02)
             else:
-                return
+                return True
+        return False
 
     @property
     def memory(self) -> int:
