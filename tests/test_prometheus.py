@@ -256,7 +256,7 @@ def test_without_metrics_of_topics_all_other_rules_have_what_they_need(tmp_path:
     with serving(metrics_port=0) as server, prometheus(server, tmp_path) as watcher:
         asked = set().union(*(names(rule["query"]) for rule in watcher.rules()))
         missing = {name for name in asked - series(server) if name.startswith("dsmq_")}
-        assert missing == {"dsmq_topic_messages", "dsmq_topic_bytes"}
+        assert missing == {"dsmq_topic_messages", "dsmq_topic_stored_bytes"}
 
 
 # Prometheus

@@ -125,7 +125,7 @@ def test_topics_are_shown_one_by_one_where_asked_for(server: Server, server_with
         f"dsmq_topic_messages{{{t}}}" for t in ("b", "c", "other")
     }
     assert shown["dsmq_topic_messages{b}"] == 3
-    assert (shown["dsmq_topic_messages{other}"], shown["dsmq_topic_bytes{other}"]) == (1, 2)
+    assert (shown["dsmq_topic_messages{other}"], shown["dsmq_topic_stored_bytes{other}"]) == (1, 102)
     assert shown["dsmq_topic_puts_per_second{b}"] > shown["dsmq_topic_puts_per_second{c}"] > 0
     assert not [name for name in scrape(server) if name.startswith("dsmq_topic_")]
 
@@ -139,12 +139,24 @@ def test_a_topic_of_the_name_other_is_one_of_the_others() -> None:
         assert shown["dsmq_topic_puts_per_second{other}"] > shown["dsmq_topic_puts_per_second{a}"]
 
 
-def test_the_topics_shown_are_those_put_to_since_the_scrape_before() -> None:
-    rates = metrics.Rates()
-    rates.top(2, {b"a": 100, b"b": 50, b"c": 1}, 0.0)
-    top, rest = rates.top(2, {b"a": 101, b"b": 60, b"c": 21, b"d": 4}, 10.0)
+def test_the_topics_shown_are_those_put_to_lately() -> None:
+    rates = metrics.Rates(0.0)
+    rates.top(2, {b"a": 100, b"b": 50, b"c": 1}, 100.0)
+    rates.top(2, {b"a": 100, b"b": 50, b"c": 1}, 110.0)
+    top, rest = rates.top(2, {b"a": 101, b"b": 60, b"c": 21, b"d": 4}, 110.0)
     assert top == [(b"c", 2.0), (b"b", 1.0)]
     assert rest == pytest.approx(0.5)
+
+
+def test_rates_are_the_same_for_all_who_look() -> None:
+    rates = metrics.Rates(0.0)
+    for second in range(1, 100):
+        rates.top(1, {b"a": 1, b"b": second}, float(second))
+    for _ in range(3):
+        [(name, rate)], rest = rates.top(1, {b"a": 400, b"b": 99}, 100.0)
+        assert name == b"a"
+        assert 399 / 20 <= rate <= 399 / 10
+        assert 0.4 <= rest <= 1.0
 
 
 def test_a_hundred_thousand_topics_do_not_hurt_a_scrape() -> None:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from dsmq.store import Limits, Timing, TopicStats, Totals
 
 RECENT_ERRORS = 50
+# Over how long at least the rates of topics are taken, however often they are looked at, and by how many.
+RATE_SECONDS = 10.0
 
 _FROM_5_MICROSECONDS = (
     5e-6,
@@ -271,31 +273,33 @@ def _topics(topics: list[tuple[TopicStats, float]]) -> Iterator[Metric]:
         return
     for name, about, values in (
         ("messages", "Messages held, by topic.", [float(stats.messages) for stats, _ in topics]),
-        ("bytes", "Bytes of message bodies held, by topic.", [float(stats.bytes) for stats, _ in topics]),
+        ("stored_bytes", "Bytes held, as the limit counts them, by topic.", [float(stats.cost) for stats, _ in topics]),
         ("oldest_message_age_seconds", "Age of the oldest, by topic.", [s.oldest_age_ms / 1000 for s, _ in topics]),
-        ("puts_per_second", "Puts, since the scrape before, by topic.", [rate for _, rate in topics]),
+        ("puts_per_second", "Puts, over the last 10 to 20 seconds, by topic.", [rate for _, rate in topics]),
     ):
         names = [(stats.name.decode(errors="replace"),) for stats, _ in topics]
         yield _family("gauge", f"topic_{name}", about, dict(zip(names, values, strict=True)), ("topic",))
 
 
 class Rates:
-    """Which topics are put to most, between two looks. The looks cost as much as there are topics."""
+    """Which topics are put to most lately. Each look costs as much as there are topics."""
 
-    def __init__(self) -> None:
-        self._before: dict[bytes, int] = {}
-        self._at = 0.0
+    def __init__(self, now: float) -> None:
+        # When it was looked, in seconds, and what the last numbers were; the older one is compared with.
+        self._looks: deque[tuple[float, dict[bytes, int]]] = deque([(now, {})], maxlen=2)
 
     def top(self, count: int, last_numbers: dict[bytes, int], now: float) -> tuple[list[tuple[bytes, float]], float]:
         """Return the names of so many topics with their rates, and the rate of the rest.
 
         last_numbers has the number of the last message of each topic that holds some; now is in seconds.
         """
-        seconds = max(now - self._at, 1e-9)
+        began, before = self._looks[0]
+        seconds = max(now - began, 1e-9)
         # All of it in C: there may be 100,000.
-        puts = list(map(operator.sub, last_numbers.values(), map(self._before.get, last_numbers, repeat(0))))
+        puts = list(map(operator.sub, last_numbers.values(), map(before.get, last_numbers, repeat(0))))
         chosen = heapq.nlargest(count, zip(puts, last_numbers, strict=True))
-        self._before, self._at = last_numbers, now
+        if now - self._looks[-1][0] >= RATE_SECONDS:
+            self._looks.append((now, last_numbers))
         rest = sum(puts) - sum(number for number, _ in chosen)
         return [(name, number / seconds) for number, name in chosen], rest / seconds
 

@@ -41,7 +41,7 @@ class Status:
         self._workers = workers
         self._expiry = expiry
         self._max_connections = max_connections
-        self._rates = Rates()
+        self._rates = Rates(self._began)
 
     # What Prometheus asks for
 

@@ -105,6 +105,11 @@ class TopicStats(NamedTuple):
     first_id: int = 0
     oldest_age_ms: int = 0
 
+    @property
+    def cost(self) -> int:
+        """Bytes held, as `Limits` counts them."""
+        return _cost(self.messages, self.bytes)
+
 
 class Totals(NamedTuple):
     """Sums over all topics: held now, and stored and expired since the start."""
