@@ -203,27 +203,49 @@ def test_a_stranger_is_sent_away_after_some_requests() -> None:
 
 
 def test_replies_that_nobody_reads_are_bounded_for_all_together() -> None:
-    with serving(max_total_unread_reply_bytes=2_000_000) as server, ExitStack() as stack:
+    bounds = {"max_total_unread_reply_bytes": 1_000_000, "max_unread_reply_bytes": 2_000_000}
+    with serving(**bounds) as server, ExitStack() as stack:
         with wire_to(server) as wire:
             for _ in range(10):
                 wire.call("PUT", "t", "x" * 100_000)
         lazy = [stack.enter_context(wire_to(server)) for _ in range(20)]
-        for one in lazy:
-            one.send(encode_request(b"READ", b"t", b"0") * 40)
         worker = server._workers[0]
-        wait_until(lambda: server.counters().commands["READ"] >= 20 and worker.backlog > 2_000_000)
-        # Each has a reply or two beside what filled the budget, of the 40.
-        assert worker.backlog < 2_000_000 + 20 * 2 * 300_000
+        for one in lazy:
+            # One after the other: what one turn brings is counted behind it.
+            before = server.counters().commands["READ"]
+            one.send(encode_request(b"READ", b"t", b"0") * 100)
+            wait_until(lambda before=before: server.counters().commands["READ"] > before)
+        wait_until(lambda: worker.backlog > 1_000_000)
+        # One passed the budget; the others have a reply or two, of the 100. Without it, each would have 2 MB.
+        assert worker.backlog < 1_000_000 + 2_100_000 + 20 * 2 * 110_000
         # Who reads gets all.
         for one in lazy:
-            for _ in range(40):
+            for _ in range(100):
                 reply = one.receive()
                 assert isinstance(reply, list)
         wait_until(lambda: worker.backlog == 0)
-        lazy[0].send(encode_request(b"READ", b"t", b"0") * 40)
+        lazy[0].send(encode_request(b"READ", b"t", b"0") * 100)
         wait_until(lambda: worker.backlog > 0)
         lazy[0].close()
         wait_until(lambda: worker.backlog == 0)
+
+
+def test_reads_are_short_while_somebody_does_not_take_replies() -> None:
+    def read(wire: Wire) -> int:
+        reply = wire.call("READ", "t", 0, "COUNT", 1000)
+        assert isinstance(reply, list)
+        return len(reply) // 4
+
+    with serving() as server, wire_to(server) as wire, wire_to(server) as lazy:
+        for _ in range(100):
+            wire.call("PUT", "t", "x" * 10_000)
+        assert read(wire) == 27
+        lazy.send(encode_request(b"READ", b"t", b"0") * 1000)
+        wait_until(lambda: server._workers[0].backlog > 0)
+        assert read(wire) == 7
+        lazy.close()
+        wait_until(lambda: server._workers[0].backlog == 0)
+        assert read(wire) == 27
 
 
 def test_replies_behind_one_that_is_not_read_count_too() -> None:

@@ -12,6 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from dsmq.errors import ConfigError
 
@@ -141,6 +142,7 @@ def _digest(token: bytes) -> bytes:
     return hashlib.sha256(token).digest()
 
 
+@lru_cache(MAX_ADDRESSES)
 def network(host: str) -> str:
     """Return what stands for one client: an IPv4 address, but all IPv6 addresses with the same first 64 bits."""
     try:

@@ -32,6 +32,8 @@ from dsmq.store import Answer, Message, Put, Store, T, TopicStats
 DEFAULT_COUNT = 100
 MAX_COUNT = 1_000
 MAX_READ_BYTES = 262_144
+# Of one READ while there are clients who do not take their replies: most of what is read then is never sent.
+SHORT_READ_BYTES = 65_536
 MAX_WAIT_MS = 86_400_000
 MAX_NAME_BYTES = 64
 # Topics of which one connection's positions are held.
@@ -71,6 +73,10 @@ class Client(Protocol):
     """Where GET goes on, by topic; the watermark for those not in it."""
     reading: tuple[bytes, int] | None
     """The topic it was sent messages of last, and the number of the last of them."""
+
+    @property
+    def max_read_bytes(self) -> int:
+        """How many bytes of messages it is sent at once."""
 
     def put(self, put: Put) -> None:
         """Store it with all that arrived at the same time; the reply follows then."""
@@ -152,7 +158,7 @@ def _read(client: Client, request: list[bytes]) -> bytes | None:
     if latest:
         fetch = partial(client.services.store.latest, topic, after)
     else:
-        fetch = partial(client.services.store.read, topic, after, count, size)
+        fetch = partial(client.services.store.read, topic, after, count, min(size, client.max_read_bytes))
     return client.wait_for(topic, wait, fetch, partial(_delivered, client, topic))
 
 

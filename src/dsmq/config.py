@@ -184,7 +184,7 @@ class Settings(BaseSettings):
         description="Pipelined requests of one client that are run before the others have their turn.",
     )
     max_unread_reply_bytes: int = Field(
-        262_144,
+        65_536,
         ge=1024,
         le=1_073_741_824,
         description="Replies kept for a client that does not read them; above it, its requests are not read either.",

@@ -15,7 +15,7 @@ from selectors import EVENT_READ, EVENT_WRITE
 
 from dsmq import logs
 from dsmq.auth import Role, Token
-from dsmq.commands import PERMITTED, PUT, Command, Fetch, find
+from dsmq.commands import MAX_READ_BYTES, PERMITTED, PUT, SHORT_READ_BYTES, Command, Fetch, find
 from dsmq.errors import (
     AuthRequired,
     BadRequest,
@@ -121,6 +121,10 @@ class Connection:
     def waiting(self) -> bool:
         """Whether it waits for a message."""
         return self._wait is not None and bool(self._wait.topic)
+
+    @property
+    def max_read_bytes(self) -> int:
+        return SHORT_READ_BYTES if self._loop.backlog else MAX_READ_BYTES
 
     def _set_bounds(self) -> None:
         """Say how much is held for it: little for a stranger."""

@@ -13,6 +13,7 @@ import stat
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Protocol
 
 from dsmq import logs
@@ -20,7 +21,7 @@ from dsmq.errors import CannotStart
 
 UNIX = "unix:"
 # Accepted in one turn of the loop, so that a flood of connections does not starve those that are open.
-MAX_ACCEPTS = 16
+MAX_ACCEPTS = 4
 # Of replies, the kernel takes so much more than it can send.
 MAX_NOT_SENT_BYTES = 131_072
 # How long not to accept when the process has no file descriptor left.
@@ -70,6 +71,7 @@ def is_exposed(sock: socket.socket) -> bool:
     return sock.family != socket.AF_UNIX and not _is_loopback(sock.getsockname()[0])
 
 
+@lru_cache(1024)
 def _is_loopback(host: str) -> bool:
     address = ipaddress.ip_address(host.partition("%")[0])
     return (getattr(address, "ipv4_mapped", None) or address).is_loopback
