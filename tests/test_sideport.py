@@ -165,12 +165,13 @@ def test_a_hundred_thousand_topics_do_not_hurt_a_scrape() -> None:
             server._store.append([(b"topic %d" % number, b"x", None) for number in range(first, first + 1000)])
         seconds = []
         for _ in range(5):
-            before = time.monotonic()
+            # Of this process alone, which does nothing else: other programs may be at work.
+            before = time.process_time()
             answer = Answer(server.metrics_port, "/metrics")
-            seconds.append(time.monotonic() - before)
+            seconds.append(time.process_time() - before)
             assert len(answer.body) < 200_000
         # On a machine that has nothing else to do it is half of that.
-        assert min(seconds) < 0.1 * max(1.0, UNIT / 0.1)
+        assert min(seconds) < 0.1
 
 
 def test_metrics_as_text(server: Server) -> None:

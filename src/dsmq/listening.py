@@ -22,8 +22,9 @@ from dsmq.errors import CannotStart
 UNIX = "unix:"
 # Accepted in one turn of the loop, so that a flood of connections does not starve those that are open.
 MAX_ACCEPTS = 4
-# Of replies, the kernel takes so much more than it can send.
-MAX_NOT_SENT_BYTES = 131_072
+# Of replies, the kernel takes so much more than it can send: little, for most of what goes to a client that does not
+# read is made in vain.
+MAX_NOT_SENT_BYTES = 32_768
 # How long not to accept when the process has no file descriptor left.
 ACCEPT_PAUSE_SECONDS = 0.1
 
