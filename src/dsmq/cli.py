@@ -1,4 +1,4 @@
-"""The command line. Data goes to stdout, everything else to stderr.
+"""The command line. Data goes to stdout, everything else to stderr (but see log_to).
 
 Exit statuses: 0 done, 1 failed (no server, an error from it, the server can't start), 2 wrong usage or configuration,
 3 `get` found no message, 130 interrupted.
@@ -270,7 +270,7 @@ def _serve(options: argparse.Namespace) -> int:
     from dsmq import config, logs, server  # noqa: PLC0415 - see _parser
 
     settings = config.from_options(options)
-    logs.to_stderr(settings)
+    logs.start(settings)
     server.allow_more_files()
     server.run(settings, lambda: config.from_options(options))
     return OK
