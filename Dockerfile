@@ -13,11 +13,16 @@ RUN python -m venv /build \
         -r requirements.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY src src
-# Bytecode, because the file system is read-only: without it each start, and each health check, would compile again.
-# By hash, because those by time would depend on when the image was built; unchecked, because nothing changes there.
 RUN /build/bin/pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheels . \
-    && /build/bin/pip --python /opt/dsmq install --no-cache-dir --no-compile --no-deps --no-index /wheels/*.whl \
-    && /opt/dsmq/bin/python -m compileall -q --invalidation-mode unchecked-hash /opt/dsmq/lib
+    && /build/bin/pip --python /opt/dsmq install --no-cache-dir --no-compile --no-deps --no-index /wheels/*.whl
+# Bytecode of all that runs, also of Python's library, which the base has without: where nothing can be written, each
+# start and each health check would compile it again (0.7 against 0.2 s, 0.25 against 0.06 s; it takes 15 MB). By hash,
+# because those by time depend on when an image was built; unchecked, because nothing changes in there.
+ENV PYTHONPYCACHEPREFIX=/opt/dsmq/bytecode
+RUN compile="/opt/dsmq/bin/python -m compileall -qf --invalidation-mode unchecked-hash" \
+    && $compile -x '/(ensurepip|idlelib|lib2to3|pydoc_data|site-packages|test|tkinter|turtledemo|unittest)/' \
+        "$(python -c 'import os; print(os.path.dirname(os.__file__))')" \
+    && $compile /opt/dsmq/lib
 
 FROM python:${PYTHON}-slim
 LABEL org.opencontainers.image.title="dsmq" \
@@ -27,7 +32,7 @@ LABEL org.opencontainers.image.title="dsmq" \
 COPY --from=build /opt/dsmq /opt/dsmq
 # All of it is commented out. It stands where a file of one's own is mounted, so that without one none is missing.
 COPY dsmq.toml.example /etc/dsmq/dsmq.toml
-ENV PATH=/opt/dsmq/bin:$PATH DSMQ_CONFIG=/etc/dsmq/dsmq.toml
+ENV PATH=/opt/dsmq/bin:$PATH PYTHONPYCACHEPREFIX=/opt/dsmq/bytecode DSMQ_CONFIG=/etc/dsmq/dsmq.toml
 # A container has an address of its own; which of its ports are reachable is for who runs it to say.
 # Without a token it refuses all but itself: see protected_mode.
 ENV DSMQ_HOST=0.0.0.0 DSMQ_METRICS_HOST=0.0.0.0 DSMQ_REMOTE_SHUTDOWN=false DSMQ_LOG_TO=stdout

@@ -1,7 +1,7 @@
-"""A container engine for the tests: Podman with storage, networks and settings of its own, which leaves nothing behind.
+"""A container engine for the tests: Podman with storage, network and settings of its own; it leaves nothing behind.
 
-Where no registry answers, the base image is made of Debian's packages. What the build installs is fetched before, by the
-hashes it is locked to, with this machine's own pip and its settings; so the build itself needs no network.
+Where no registry answers, the base image is made of Debian's packages. What the build installs is fetched before, by
+the hashes it is locked to, with this machine's own pip and its settings; so the build itself needs no network.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import json
 import os
 import re
 import resource
-import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,9 @@ class Podman:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._environment = {**os.environ, **self._write_settings()}
+        self.environment = {**os.environ, **self._write_settings()}
         self._namespace = _namespace()
-        self._enter = ["nsenter", "--mount", "--net", f"--target={self._namespace.pid}"]
+        self.command = ["nsenter", "--mount", "--net", "--wd=.", f"--target={self._namespace.pid}", "podman"]
 
     def _write_settings(self) -> dict[str, str]:
         """Write the files that podman is configured by; return the variables that name them."""
@@ -81,11 +82,11 @@ class Podman:
     ) -> subprocess.CompletedProcess[str]:
         """Run a command of podman's; fail with what it says where it does. Only `online` it reaches the world."""
         done = subprocess.run(
-            [*(word for word in self._enter if not (online and word == "--net")), "podman", *words],
+            [word for word in (*self.command, *words) if not (online and word == "--net")],
             capture_output=True,
             text=True,
             timeout=timeout,
-            env=self._environment,
+            env=self.environment,
             check=False,
         )
         assert not check or done.returncode == 0, f"podman {' '.join(words)}\n{done.stdout}{done.stderr}"
@@ -107,6 +108,9 @@ class Podman:
     def load(self, archive: Path, name: str) -> None:
         """Take a root file system for an image."""
         self("import", "--change=ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin", str(archive), name)
+
+    def inspect(self, kind: str, name: str) -> dict[str, Any]:
+        return dict(json.loads(self("inspect", f"--type={kind}", name).stdout)[0])
 
     def close(self) -> None:
         """Remove all that it has made."""
@@ -164,6 +168,13 @@ def _remove_cgroups(name: str) -> None:
 
 
 @contextmanager
+def folder() -> Iterator[Path]:
+    """A folder for an engine. Its path is short, because those of sockets have to be."""
+    with tempfile.TemporaryDirectory(prefix="dsmq-") as path:
+        yield Path(path)
+
+
+@contextmanager
 def podman(folder: Path) -> Iterator[Podman]:
     """An engine that can run containers, or the reason to skip."""
     if os.geteuid():
@@ -177,13 +188,19 @@ def podman(folder: Path) -> Iterator[Podman]:
         engine.close()
 
 
+def kill(process: int) -> None:
+    os.kill(process, signal.SIGKILL)
+
+
 # Images
 
 
-def provide_base(engine: Podman, cache: Path) -> None:
-    """Have the base image: that of the registry, or else one made of Debian's packages, which is kept in `cache`."""
+def provide_base(engine: Podman) -> None:
+    """Have the base image: that of the registry, or else one made of Debian's packages, which is kept."""
     if engine("pull", "--quiet", BASE, check=False, online=True).returncode == 0:
         return
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsmq-tests"
+    cache.mkdir(parents=True, exist_ok=True)
     archive = cache / f"{SUITE}-python{PYTHON}.tar"
     if not archive.exists():
         _make_root(archive)
@@ -215,7 +232,9 @@ def _make_root(archive: Path) -> None:
 def _mirror() -> list[str]:
     """The mirror that this machine takes its own packages from, if that can be told."""
     for file in [*sorted(Path("/etc/apt/sources.list.d").glob("*.sources")), Path("/etc/apt/sources.list")]:
-        if file.exists() and (found := re.search(r"^(?:URIs:|deb(?: \[.*?\])?) *(http\S+)", file.read_text(), re.MULTILINE)):
+        if file.exists() and (
+            found := re.search(r"^(?:URIs:|deb(?: \[.*?\])?) *(http\S+)", file.read_text(), re.MULTILINE)
+        ):
             return [found[1]]
     return []
 
@@ -233,14 +252,19 @@ def fetch_wheels(folder: Path) -> None:
     )
 
 
-def build(engine: Podman, wheels: Path, name: str) -> None:
+def build(engine: Podman, wheels: Path, context: Path, name: str) -> None:
     """Build the image of the Dockerfile, without a network."""
+    engine("build", *offline(wheels), f"--tag={name}", str(context))
+
+
+def offline(wheels: Path) -> list[str]:
+    """The options of a build that finds in `wheels` what it installs. Without the format, HEALTHCHECK is not kept."""
     settings = wheels / "pip.conf"
     settings.write_text("[global]\nno-index = true\nfind-links = /fetched\n")
-    engine(
-        *("build", "--quiet", "--pull=never", "--network=none", "--format=docker", f"--tag={name}"),
-        *(f"--volume={wheels}:/fetched:ro", f"--volume={settings}:/etc/pip.conf:ro", str(ROOT)),
-    )
+    return [
+        *("--quiet", "--pull=never", "--network=none", "--format=docker"),
+        *(f"--volume={wheels}:/fetched:ro", f"--volume={settings}:/etc/pip.conf:ro"),
+    ]
 
 
 # Containers
@@ -252,14 +276,10 @@ class Container:
 
     engine: Podman
     id: str
-    token: str = field(default="", repr=False)
-
-    def inspect(self) -> dict[str, Any]:
-        return dict(json.loads(self.engine("inspect", "--type=container", self.id).stdout)[0])
 
     @property
     def state(self) -> dict[str, Any]:
-        return dict(self.inspect()["State"])
+        return dict(self.engine.inspect("container", self.id)["State"])
 
     def port(self, inside: int = 30008) -> int:
         """The port of this machine that leads to one of the container."""
