@@ -179,7 +179,7 @@ def podman(folder: Path) -> Iterator[Podman]:
     """An engine that can run containers, or the reason to skip."""
     if os.geteuid():
         pytest.skip("not root, and what these tests need of the machine is not allowed here")
-    for name, package in (("podman", "podman"), ("nsenter", "util-linux"), ("unshare", "util-linux")):
+    for name, package in (("podman", "podman"), ("ip", "iproute2"), ("nsenter", "util-linux")):
         tool(name, package)
     engine = Podman(folder)
     try:

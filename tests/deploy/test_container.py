@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 import tomllib
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -254,7 +256,7 @@ def test_without_a_token_it_serves_nobody_outside(engine: Podman, image: str) ->
         assert container.check_health() == "healthy"
 
 
-def test_prometheus_takes_its_metrics(engine: Podman, image: str) -> None:
+def test_promtool_finds_nothing_wrong_with_its_metrics(engine: Podman, image: str) -> None:
     promtool = tool("promtool", "prometheus")
     with started(engine, image, f"--env=DSMQ_AUTH_TOKEN={TOKEN}") as container:
         assert_works(container)
@@ -264,6 +266,33 @@ def test_prometheus_takes_its_metrics(engine: Podman, image: str) -> None:
     assert f'version="{PROJECT["project"]["version"]}"' in shown
     done = subprocess.run([promtool, "check", "metrics"], input=shown, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_prometheus_scrapes_it_as_compose_has_it(engine: Podman, image: str, tmp_path: Path) -> None:
+    with started(engine, image, f"--env=DSMQ_AUTH_TOKEN={TOKEN}") as container:
+        assert_works(container)
+        config = (HERE / "prometheus.yml").read_text().replace(": 15s", ": 1s")
+        (tmp_path / "prometheus.yml").write_text(config.replace("dsmq:30009", f"127.0.0.1:{container.port(30009)}"))
+        shutil.copy(ROOT / "deploy/prometheus/rules.yml", tmp_path)
+        words = [f"--config.file={tmp_path / 'prometheus.yml'}", f"--storage.tsdb.path={tmp_path / 'data'}"]
+        with engine.its_network():
+            process = subprocess.Popen([tool("prometheus", "prometheus"), *words], stderr=subprocess.DEVNULL)
+        try:
+            eventually(lambda: samples(engine, 'dsmq_puts_total{job="dsmq"}') == ["1"])
+            assert samples(engine, 'ALERTS{alertname="DsmqDown"}') == []
+        finally:
+            process.terminate()
+            process.wait(SOON)
+
+
+def samples(engine: Podman, expression: str) -> list[str]:
+    """The values that Prometheus has of it, once it answers."""
+    url = f"http://127.0.0.1:9090/api/v1/query?query={urllib.parse.quote(expression)}"
+    try:
+        with engine.its_network(), urllib.request.urlopen(url, timeout=SOON) as answer:
+            return [sample["value"][1] for sample in json.load(answer)["data"]["result"]]
+    except OSError:
+        return []
 
 
 def test_settings_are_in_a_file_and_secrets_in_others(engine: Podman, image: str, tmp_path: Path) -> None:
