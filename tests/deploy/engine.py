@@ -1,4 +1,4 @@
-"""A container engine for the tests: Podman with storage, network and settings of its own; it leaves nothing behind.
+"""Container engines for the tests, with storage, network and settings of their own; they leave nothing behind.
 
 Where no registry answers, the base image is made of Debian's packages. What the build installs is fetched before, by
 the hashes it is locked to, with this machine's own pip and its settings; so the build itself needs no network.
@@ -11,13 +11,14 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ import pytest
 from conftest import ROOT, tool
 
 PYTHON = "3.13"
-BASE = f"docker.io/library/python:{PYTHON}-slim"
+BASE = f"python:{PYTHON}-slim"
+IMAGE = "dsmq"
 # The release of Debian that has this Python.
 SUITE = "trixie"
 LOCKED = [ROOT / "deploy/docker/requirements.txt", ROOT / "deploy/docker/build-requirements.txt"]
@@ -43,44 +45,27 @@ def eventually(condition: Callable[[], bool], seconds: float = SOON) -> None:
         time.sleep(0.1)
 
 
-class Podman:
-    """Podman's command line, on storage in `folder`."""
+class Engine:
+    """The command line of a container engine, with a network of its own, and all that it stores in `folder`."""
+
+    remove: tuple[str, ...] = ("rm", "--force")
+    cgroups: str
+    health_options: tuple[str, ...] = ()
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.environment = {**os.environ, **self._write_settings()}
-        self._namespace = _namespace()
-        self.command = ["nsenter", "--mount", "--net", "--wd=.", f"--target={self._namespace.pid}", "podman"]
+        self.namespace = _namespace()
+        self.environment = dict(os.environ)
+        self.command: list[str] = []
 
-    def _write_settings(self) -> dict[str, str]:
-        """Write the files that podman is configured by; return the variables that name them."""
-        files, processes = (_hard_limit(kind) for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC))
-        texts = {
-            "storage": f'[storage]\ndriver = "overlay"\n'
-            f'graphroot = "{self.folder}/graphroot"\nrunroot = "{self.folder}/runroot"\n',
-            # More than the caller has can't be given to a container.
-            "containers": f'[containers]\nlog_driver = "k8s-file"\n'
-            f'default_ulimits = ["nofile={files}:{files}", "nproc={processes}:{processes}"]\n'
-            f'[network]\nnetwork_config_dir = "{self.folder}/networks"\n'
-            # There need not be a systemd.
-            f'[engine]\ncgroup_manager = "cgroupfs"\nevents_logger = "file"\ntmp_dir = "{self.folder}/libpod"\n',
-            "registries": 'unqualified-search-registries = ["docker.io"]\nshort-name-mode = "permissive"\n',
-        }
-        names = {
-            "storage": "CONTAINERS_STORAGE_CONF",
-            "containers": "CONTAINERS_CONF",
-            "registries": "CONTAINERS_REGISTRIES_CONF",
-        }
-        for name, text in texts.items():
-            (self.folder / f"{name}.conf").write_text(text)
-        paths = {variable: str(self.folder / f"{name}.conf") for name, variable in names.items()}
-        # Health checks are run by the tests, not by a timer of systemd.
-        return {**paths, "DISABLE_HC_SYSTEMD": "true"}
+    def enter(self) -> list[str]:
+        """The command that runs another where the engine is."""
+        return ["nsenter", "--mount", "--net", "--wd=.", f"--target={self.namespace.pid}"]
 
     def __call__(
         self, *words: str, check: bool = True, timeout: float = 300, online: bool = False
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command of podman's; fail with what it says where it does. Only `online` it reaches the world."""
+        """Run a command of the engine's; fail with what it says where it does. Only `online` it reaches the world."""
         done = subprocess.run(
             [word for word in (*self.command, *words) if not (online and word == "--net")],
             capture_output=True,
@@ -89,14 +74,14 @@ class Podman:
             env=self.environment,
             check=False,
         )
-        assert not check or done.returncode == 0, f"podman {' '.join(words)}\n{done.stdout}{done.stderr}"
+        assert not check or done.returncode == 0, f"{' '.join(words)}\n{done.stdout}{done.stderr}"
         return done
 
     @contextmanager
     def its_network(self) -> Iterator[None]:
         """Be in the network in which the ports of its containers are, as their host is."""
         with (
-            Path(f"/proc/{self._namespace.pid}/ns/net").open() as its,
+            Path(f"/proc/{self.namespace.pid}/ns/net").open() as its,
             Path("/proc/thread-self/ns/net").open() as ours,
         ):
             _setns(its.fileno())
@@ -105,20 +90,101 @@ class Podman:
             finally:
                 _setns(ours.fileno())
 
-    def load(self, archive: Path, name: str) -> None:
-        """Take a root file system for an image."""
-        self("import", "--change=ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin", str(archive), name)
-
     def inspect(self, kind: str, name: str) -> dict[str, Any]:
         return dict(json.loads(self("inspect", f"--type={kind}", name).stdout)[0])
 
+    def size(self, image: str) -> int:
+        return int(self("image", "inspect", "--format={{.Size}}", image).stdout)
+
     def close(self) -> None:
         """Remove all that it has made."""
+        self.namespace.kill()
+        self.namespace.wait()
+        _remove_cgroups(self.cgroups)
+
+
+class Podman(Engine):
+    remove = ("rm", "--force", "--ignore", "--time=0")
+    cgroups = "libpod_parent"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.environment |= self._write_settings()
+        self.command = [*self.enter(), "podman"]
+
+    def _write_settings(self) -> dict[str, str]:
+        """Write the files that podman is configured by; return the variables that name them."""
+        files, processes = (_hard_limit(kind) for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC))
+        storage, containers = self.folder / "storage.conf", self.folder / "containers.conf"
+        storage.write_text(
+            f'[storage]\ndriver = "overlay"\ngraphroot = "{self.folder}/graphroot"\nrunroot = "{self.folder}/runroot"\n'
+        )
+        containers.write_text(
+            # More than the caller has can't be given to a container.
+            f'[containers]\nlog_driver = "k8s-file"\n'
+            f'default_ulimits = ["nofile={files}:{files}", "nproc={processes}:{processes}"]\n'
+            f'[network]\nnetwork_config_dir = "{self.folder}/networks"\n'
+            # There need not be a systemd.
+            f'[engine]\ncgroup_manager = "cgroupfs"\nevents_logger = "file"\ntmp_dir = "{self.folder}/libpod"\n'
+        )
+        # Health checks are run by the tests, not by a timer of systemd.
+        return {
+            "CONTAINERS_STORAGE_CONF": str(storage),
+            "CONTAINERS_CONF": str(containers),
+            "DISABLE_HC_SYSTEMD": "true",
+        }
+
+    def healthcheck(self, container: str) -> None:
+        """Run the health check once."""
+        self("healthcheck", "run", container, check=False)
+
+    def close(self) -> None:
         self("rm", "--all", "--force", "--time=0", check=False)
         self("rmi", "--all", "--force", check=False)
-        self._namespace.kill()
-        self._namespace.wait()
-        _remove_cgroups("libpod_parent")
+        super().close()
+
+
+class Docker(Engine):
+    """Docker's, with a daemon of its own."""
+
+    cgroups = "dsmq-tests"
+    # It has a timer. Sooner than people need, for the sake of the tests' time.
+    health_options = ("--health-interval=1s", "--health-retries=1")
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        (folder / "daemon.json").write_text("{}")
+        (folder / "tmp").mkdir()
+        self.environment |= {
+            "DOCKER_HOST": f"unix://{folder}/docker.sock",
+            "DOCKER_CONFIG": f"{folder}/client",
+            "DOCKER_BUILDKIT": "1",
+            "TMPDIR": f"{folder}/tmp",
+        }
+        # Debian's own first: it has BuildKit in it, where others want a plug-in.
+        self.command = [shutil.which("docker", path=f"/usr/bin:{os.environ['PATH']}") or "docker"]
+        words = [f"--config-file={folder}/daemon.json", f"--data-root={folder}/data", f"--exec-root={folder}/exec"]
+        words += [f"--pidfile={folder}/pid", f"--host=unix://{folder}/docker.sock", f"--cgroup-parent=/{self.cgroups}"]
+        words += ["--exec-opt=native.cgroupdriver=cgroupfs"]
+        with (folder / "log").open("w") as log:
+            self._daemon = subprocess.Popen(
+                [*self.enter(), "dockerd", *words], stdout=log, stderr=log, env=self.environment
+            )
+
+    def is_there(self) -> bool:
+        """Whether the daemon answers."""
+        assert self._daemon.poll() is None, (self.folder / "log").read_text()
+        return self("version", check=False).returncode == 0
+
+    def healthcheck(self, container: str) -> None:
+        """It runs them itself."""
+
+    def close(self) -> None:
+        for container in self("ps", "--all", "--quiet", check=False).stdout.split():
+            self(*self.remove, container, check=False)
+        self._daemon.terminate()
+        self._daemon.wait(SOON)
+        super().close()
 
 
 def _setns(namespace: int) -> None:
@@ -168,24 +234,40 @@ def _remove_cgroups(name: str) -> None:
 
 
 @contextmanager
-def folder() -> Iterator[Path]:
+def _folder() -> Iterator[Path]:
     """A folder for an engine. Its path is short, because those of sockets have to be."""
     with tempfile.TemporaryDirectory(prefix="dsmq-") as path:
         yield Path(path)
 
 
 @contextmanager
-def podman(folder: Path) -> Iterator[Podman]:
-    """An engine that can run containers, or the reason to skip."""
+def podman() -> Iterator[Podman]:
+    """Podman, with the image, or the reason to skip."""
+    _need(("podman", "podman"), ("ip", "iproute2"), ("nsenter", "util-linux"))
+    with _folder() as folder, closing(Podman(folder)) as engine:
+        provide_base(engine)
+        yield engine
+
+
+@contextmanager
+def docker(base: Podman) -> Iterator[Docker]:
+    """Docker, with a base image that is podman's; or the reason to skip."""
+    _need(("dockerd", "docker.io"))
+    with _folder() as folder, closing(Docker(folder)) as engine:
+        eventually(engine.is_there)
+        archive = folder / "base.tar"
+        base("save", "--quiet", "--format=docker-archive", f"--output={archive}", BASE)
+        engine("load", "--quiet", f"--input={archive}")
+        loaded = engine("image", "ls", "--format={{.Repository}}:{{.Tag}}").stdout.split()
+        engine("tag", loaded[0], BASE)
+        yield engine
+
+
+def _need(*programs: tuple[str, str]) -> None:
     if os.geteuid():
         pytest.skip("not root, and what these tests need of the machine is not allowed here")
-    for name, package in (("podman", "podman"), ("ip", "iproute2"), ("nsenter", "util-linux")):
+    for name, package in programs:
         tool(name, package)
-    engine = Podman(folder)
-    try:
-        yield engine
-    finally:
-        engine.close()
 
 
 def kill(process: int) -> None:
@@ -204,7 +286,7 @@ def provide_base(engine: Podman) -> None:
     archive = cache / f"{SUITE}-python{PYTHON}.tar"
     if not archive.exists():
         _make_root(archive)
-    engine.load(archive, BASE)
+    engine("import", "--change=ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin", str(archive), BASE)
 
 
 def _make_root(archive: Path) -> None:
@@ -250,20 +332,26 @@ def fetch_wheels(folder: Path) -> None:
         check=True,
         timeout=300,
     )
+    (folder / "pip.conf").write_text("[global]\nno-index = true\nfind-links = /fetched\n")
 
 
-def build(engine: Podman, wheels: Path, context: Path, name: str) -> None:
+def build(engine: Engine, wheels: Path) -> None:
     """Build the image of the Dockerfile, without a network."""
-    engine("build", *offline(wheels), f"--tag={name}", str(context))
+    if isinstance(engine, Docker):
+        # A build of Docker's mounts no folder. So what it installs has to be in the image that it begins with.
+        (wheels / "Dockerfile").write_text(f"FROM {BASE}\nCOPY . /fetched\nCOPY pip.conf /etc/pip.conf\n")
+        engine("build", "--quiet", f"--tag={BASE}", str(wheels))
+    engine("build", *offline(engine, wheels), f"--tag={IMAGE}", str(ROOT))
 
 
-def offline(wheels: Path) -> list[str]:
-    """The options of a build that finds in `wheels` what it installs. Without the format, HEALTHCHECK is not kept."""
-    settings = wheels / "pip.conf"
-    settings.write_text("[global]\nno-index = true\nfind-links = /fetched\n")
+def offline(engine: Engine, wheels: Path) -> list[str]:
+    """The options of a build that finds in `wheels` what it installs."""
+    if isinstance(engine, Docker):
+        return ["--quiet", "--network=none"]
+    # Without the format, HEALTHCHECK is not kept.
     return [
         *("--quiet", "--pull=never", "--network=none", "--format=docker"),
-        *(f"--volume={wheels}:/fetched:ro", f"--volume={settings}:/etc/pip.conf:ro"),
+        *(f"--volume={wheels}:/fetched:ro", f"--volume={wheels / 'pip.conf'}:/etc/pip.conf:ro"),
     ]
 
 
@@ -274,7 +362,7 @@ def offline(wheels: Path) -> list[str]:
 class Container:
     """A container that runs, or has run."""
 
-    engine: Podman
+    engine: Podman | Docker
     id: str
 
     @property
@@ -294,7 +382,6 @@ class Container:
         return "serves on" in "".join(self.logs()) or not self.state["Running"]
 
     def check_health(self) -> str:
-        """Run the health check once; return what the engine takes the container for."""
-        self.engine("healthcheck", "run", self.id, check=False)
-        state = self.state
-        return str((state.get("Health") or state["Healthcheck"])["Status"])
+        """Return what the engine takes the container for: starting, healthy, or unhealthy."""
+        self.engine.healthcheck(self.id)
+        return str(self.state["Health"]["Status"])
