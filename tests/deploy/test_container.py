@@ -438,8 +438,8 @@ SERVICES: dict[str, Any] = yaml.safe_load(COMPOSE.read_text())["services"]
 
 def test_compose_reads_what_is_shipped() -> None:
     command, text = compose()
-    command += ["--file=-", f"--project-directory={HERE}", "config"]
-    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=SOON, check=False)
+    command += ["--file=-", "config"]
+    done = subprocess.run(command, cwd=HERE, input=text, capture_output=True, text=True, timeout=SOON, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert set(yaml.safe_load(done.stdout)["services"]) == set(SERVICES)
 
@@ -463,10 +463,10 @@ def test_compose_runs_it(docker: Docker, tmp_path: Path) -> None:
         (here / "secrets" / name).write_text(TOKEN)
     command, text = compose()
     docker("tag", IMAGE, SERVICES["dsmq"]["image"])
-    words = [*command, "--file=-", f"--project-directory={here}", "--project-name=dsmq"]
+    words = [*command, "--file=-", "--project-name=dsmq"]
 
     def run(*more: str) -> subprocess.CompletedProcess[str]:
-        options: dict[str, Any] = {"input": text, "env": docker.environment, "timeout": 4 * SOON}
+        options: dict[str, Any] = {"input": text, "cwd": here, "env": docker.environment, "timeout": 4 * SOON}
         return subprocess.run([*words, *more], capture_output=True, text=True, check=False, **options)
 
     try:
