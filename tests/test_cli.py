@@ -667,3 +667,17 @@ def test_the_log_level_is_the_least_that_is_logged(tmp_path: Path) -> None:
         wait_until(lambda: result("ping", "--host", host)[0] == 0)
         server.terminate()
         assert ended(server) == (0, b"", b"")
+
+
+def test_a_server_can_be_stopped_before_it_serves() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", "-m", "dsmq", "serve", "--port", "0", "--metrics-port", "off"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    # It has begun to load what it needs.
+    assert any("annotated_types" in line for line in process.stderr)
+    process.terminate()
+    process.communicate(timeout=SOON)
+    assert process.returncode == 0

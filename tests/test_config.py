@@ -347,6 +347,7 @@ OTHERS: dict[str, Any] = {
     "remote_shutdown": False,
     "log_level": "debug",
     "log_format": "json",
+    "log_to": "stdout",
     "protected_mode": False,
     **{name: f"/etc/dsmq/{name}" for name in config.Settings.model_fields if name.endswith("_file")},
     **{name: kind["maximum"] for name, kind in NUMBERS.items() if name != "metrics_port"},

@@ -73,7 +73,7 @@ def test_under_systemd_the_journal_gets_priorities_and_no_times(tmp_path: Path) 
     with log.open("w") as stream:
         stat = os.fstat(stream.fileno())
         code = (
-            "import logging; from dsmq import config, logs; logs.to_stderr(config.load());"
+            "import logging; from dsmq import config, logs; logs.start(config.load());"
             "logging.getLogger('dsmq').warning('hello')"
         )
         for device in (stat.st_dev, stat.st_dev + 1):
@@ -82,6 +82,20 @@ def test_under_systemd_the_journal_gets_priorities_and_no_times(tmp_path: Path) 
     journal, other = log.read_text().splitlines()
     assert journal == "<4>hello"
     assert other.endswith(" WARNING hello")
+
+
+def test_the_log_can_go_to_stdout() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dsmq", "serve", "--port", "0", "--metrics-port", "off", "--log-to", "stdout"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert " INFO " in process.stdout.readline()
+    process.terminate()
+    _, errors = process.communicate(timeout=SOON)
+    assert (process.returncode, errors) == (0, "")
 
 
 def test_nothing_is_logged_for_a_message_above_debug(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,4 +1,4 @@
-"""The command line. Data goes to stdout, everything else to stderr.
+"""The command line. Data goes to stdout, everything else to stderr (but see log_to).
 
 Exit statuses: 0 done, 1 failed (no server, an error from it, the server can't start), 2 wrong usage or configuration,
 3 `get` found no message, 130 interrupted.
@@ -41,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _open_closed_files()
     try:
         try:
+            if words[:1] == ["serve"]:
+                _await_settings()
             options = _parse(words)
             command: Callable[[argparse.Namespace], int] = options.run
             return command(options)
@@ -57,6 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (DSMQError, OSError) as error:
         _drop_output()
         return _complain(error, FAILED)
+
+
+def _await_settings() -> None:
+    """Handle the signals to a server while it loads what it needs."""
+    # The first process of a container is ended by no signal that it has not asked for.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(OK))
+    # Until it is ready to read its configuration again, there is nothing to be done about it.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def _drop_output() -> None:
@@ -265,12 +275,10 @@ def _token(file: str | None, known: dict[str, str]) -> str | None:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    # Until it is ready to read its configuration again, there is nothing to be done about it.
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     from dsmq import config, logs, server  # noqa: PLC0415 - see _parser
 
     settings = config.from_options(options)
-    logs.to_stderr(settings)
+    logs.start(settings)
     server.allow_more_files()
     server.run(settings, lambda: config.from_options(options))
     return OK

@@ -237,6 +237,9 @@ class Settings(BaseSettings):
         description="How it is logged: text for people; json, a line an event; journal, with priorities and without "
         "times; auto is journal under systemd and else text.",
     )
+    log_to: Literal["stderr", "stdout"] = Field(
+        "stderr", description="Where it is logged. Some that collect what containers say take all of stderr for errors."
+    )
     max_log_lines_per_second: int = Field(
         10, ge=1, le=1_000_000, description="Lines logged of one cause; what exceeds it is counted, and told later."
     )

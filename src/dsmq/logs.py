@@ -119,10 +119,10 @@ class JournalFormatter(logging.Formatter):
         return "\n".join(f"<{priority}>{line}" for line in super().format(record).splitlines())
 
 
-def _formatter(form: str) -> logging.Formatter:
+def _formatter(form: str, stream: TextIO) -> logging.Formatter:
     if form == "json":
         return JSONFormatter()
-    if form == "journal" or (form == "auto" and _is_journal(sys.stderr)):
+    if form == "journal" or (form == "auto" and _is_journal(stream)):
         return JournalFormatter("%(message)s")
     return logging.Formatter("%(asctime)s %(levelname)s %(message)s")
 
@@ -136,10 +136,11 @@ def _is_journal(stream: TextIO) -> bool:
     return os.environ.get("JOURNAL_STREAM") == f"{stat.st_dev}:{stat.st_ino}"
 
 
-def to_stderr(settings: Settings) -> None:
-    """Log what dsmq has to say to stderr; other loggers are left alone."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_formatter(settings.log_format))
+def start(settings: Settings) -> None:
+    """Log what dsmq has to say to stderr or stdout; other loggers are left alone."""
+    stream = sys.stdout if settings.log_to == "stdout" else sys.stderr
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(_formatter(settings.log_format, stream))
     handler.addFilter(FloodFilter(settings.max_log_lines_per_second))
     logger = logging.getLogger("dsmq")
     logger.addHandler(handler)

@@ -47,7 +47,7 @@ WATCH_SECONDS = 1.0
 FIXED = (
     *("host", "port", "listen_backlog", "metrics_host", "metrics_port", "metrics_token", "metrics_token_file"),
     *("io_threads", "busy_poll_microseconds", "expiry_interval_seconds", "max_connections", "max_log_lines_per_second"),
-    "log_format",
+    *("log_format", "log_to"),
 )
 # Settings by which all connections were admitted; those that are open end when one of these changes.
 ADMISSION = ("protected_mode", "tls_client_ca_file")
@@ -67,7 +67,7 @@ def serve(
 ) -> None:
     """Serve until SIGTERM, SIGINT or a client's SHUTDOWN, then stop gracefully.
 
-    host is an IPv4 or IPv6 address, a name, or `unix:/path`. verbose logs to stderr. name is accepted
+    host is an IPv4 or IPv6 address, a name, or `unix:/path`. verbose logs (see log_to). name is accepted
     for the sake of dsmq 1.4 and means nothing. Other settings (see dsmq.toml.example) come from keyword
     arguments, `DSMQ_*`, and the file that `DSMQ_CONFIG` names. There is no metrics port unless one of them asks for it.
 
@@ -76,7 +76,7 @@ def serve(
     """
     effective = config.load(kind=EmbeddedSettings, host=host, port=port, **settings)
     if verbose:
-        logs.to_stderr(effective)
+        logs.start(effective)
     run(effective)
 
 

@@ -1,0 +1,387 @@
+"""Container engines for the tests, with storage, network and settings of their own; they leave nothing behind.
+
+Where no registry answers, the base image is made of Debian's packages. What the build installs is fetched before, by
+the hashes it is locked to, with this machine's own pip and its settings; so the build itself needs no network.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import ROOT, tool
+
+PYTHON = "3.13"
+BASE = f"python:{PYTHON}-slim"
+IMAGE = "dsmq"
+# The release of Debian that has this Python.
+SUITE = "trixie"
+LOCKED = [ROOT / "deploy/docker/requirements.txt", ROOT / "deploy/docker/build-requirements.txt"]
+# What is to happen in a container has to within this, in seconds: starting one takes some.
+SOON = 30.0
+LOCKED_DOWN = ["--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges"]
+
+
+def eventually(condition: Callable[[], bool], seconds: float = SOON) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+class Engine:
+    """The command line of a container engine, with a network of its own, and all that it stores in `folder`."""
+
+    remove: tuple[str, ...] = ("rm", "--force")
+    cgroups: str
+    health_options: tuple[str, ...] = ()
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.namespace = _namespace()
+        self.environment = dict(os.environ)
+        self.command: list[str] = []
+
+    def enter(self) -> list[str]:
+        """The command that runs another where the engine is."""
+        return ["nsenter", "--mount", "--net", "--wd=.", f"--target={self.namespace.pid}"]
+
+    def __call__(
+        self, *words: str, check: bool = True, timeout: float = 300, online: bool = False
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command of the engine's; fail with what it says where it does. Only `online` it reaches the world."""
+        done = subprocess.run(
+            [word for word in (*self.command, *words) if not (online and word == "--net")],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env=self.environment,
+            check=False,
+        )
+        assert not check or done.returncode == 0, f"{' '.join(words)}\n{done.stdout}{done.stderr}"
+        return done
+
+    @contextmanager
+    def its_network(self) -> Iterator[None]:
+        """Be in the network in which the ports of its containers are, as their host is."""
+        with (
+            Path(f"/proc/{self.namespace.pid}/ns/net").open() as its,
+            Path("/proc/thread-self/ns/net").open() as ours,
+        ):
+            _setns(its.fileno())
+            try:
+                yield
+            finally:
+                _setns(ours.fileno())
+
+    def inspect(self, kind: str, name: str) -> dict[str, Any]:
+        return dict(json.loads(self("inspect", f"--type={kind}", name).stdout)[0])
+
+    def size(self, image: str) -> int:
+        return int(self("image", "inspect", "--format={{.Size}}", image).stdout)
+
+    def close(self) -> None:
+        """Remove all that it has made."""
+        self.namespace.kill()
+        self.namespace.wait()
+        _remove_cgroups(self.cgroups)
+
+
+class Podman(Engine):
+    remove = ("rm", "--force", "--ignore", "--time=0")
+    cgroups = "libpod_parent"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.environment |= self._write_settings()
+        self.command = [*self.enter(), "podman"]
+
+    def _write_settings(self) -> dict[str, str]:
+        """Write the files that podman is configured by; return the variables that name them."""
+        files, processes = (_hard_limit(kind) for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC))
+        storage, containers = self.folder / "storage.conf", self.folder / "containers.conf"
+        storage.write_text(
+            f'[storage]\ndriver = "overlay"\ngraphroot = "{self.folder}/graphroot"\nrunroot = "{self.folder}/runroot"\n'
+        )
+        containers.write_text(
+            # More than the caller has can't be given to a container.
+            f'[containers]\nlog_driver = "k8s-file"\n'
+            f'default_ulimits = ["nofile={files}:{files}", "nproc={processes}:{processes}"]\n'
+            f'[network]\nnetwork_config_dir = "{self.folder}/networks"\n'
+            # There need not be a systemd.
+            f'[engine]\ncgroup_manager = "cgroupfs"\nevents_logger = "file"\ntmp_dir = "{self.folder}/libpod"\n'
+        )
+        # Health checks are run by the tests, not by a timer of systemd.
+        return {
+            "CONTAINERS_STORAGE_CONF": str(storage),
+            "CONTAINERS_CONF": str(containers),
+            "DISABLE_HC_SYSTEMD": "true",
+        }
+
+    def healthcheck(self, container: str) -> None:
+        """Run the health check once."""
+        self("healthcheck", "run", container, check=False)
+
+    def close(self) -> None:
+        self("rm", "--all", "--force", "--time=0", check=False)
+        self("rmi", "--all", "--force", check=False)
+        super().close()
+
+
+class Docker(Engine):
+    """Docker's, with a daemon of its own."""
+
+    cgroups = "dsmq-tests"
+    # It has a timer. Sooner than people need, for the sake of the tests' time.
+    health_options = ("--health-interval=1s", "--health-retries=1")
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        (folder / "daemon.json").write_text("{}")
+        (folder / "tmp").mkdir()
+        self.environment |= {
+            "DOCKER_HOST": f"unix://{folder}/docker.sock",
+            "DOCKER_CONFIG": f"{folder}/client",
+            "DOCKER_BUILDKIT": "1",
+            "TMPDIR": f"{folder}/tmp",
+        }
+        # Debian's own first: it has BuildKit in it, where others want a plug-in.
+        self.command = [shutil.which("docker", path=f"/usr/bin:{os.environ['PATH']}") or "docker"]
+        words = [f"--config-file={folder}/daemon.json", f"--data-root={folder}/data", f"--exec-root={folder}/exec"]
+        words += [f"--pidfile={folder}/pid", f"--host=unix://{folder}/docker.sock", f"--cgroup-parent=/{self.cgroups}"]
+        words += ["--exec-opt=native.cgroupdriver=cgroupfs"]
+        with (folder / "log").open("w") as log:
+            self._daemon = subprocess.Popen(
+                [*self.enter(), "dockerd", *words], stdout=log, stderr=log, env=self.environment
+            )
+
+    def is_there(self) -> bool:
+        """Whether the daemon answers."""
+        assert self._daemon.poll() is None, (self.folder / "log").read_text()
+        return self("version", check=False).returncode == 0
+
+    def healthcheck(self, container: str) -> None:
+        """It runs them itself."""
+
+    def close(self) -> None:
+        for container in self("ps", "--all", "--quiet", check=False).stdout.split():
+            self(*self.remove, container, check=False)
+        self._daemon.terminate()
+        self._daemon.wait(SOON)
+        super().close()
+
+
+def _setns(namespace: int) -> None:
+    # os.setns is new in Python 3.12. It is this thread that enters.
+    if ctypes.CDLL(None, use_errno=True).setns(namespace, 0):
+        raise OSError(ctypes.get_errno(), "setns")
+
+
+def _hard_limit(kind: int) -> int:
+    # Podman lowers its own limit of processes to this before it starts a container.
+    most = 32768 if kind == resource.RLIMIT_NPROC else 1_048_576
+    limit = resource.getrlimit(kind)[1]
+    return most if limit == resource.RLIM_INFINITY else min(limit, most)
+
+
+def _namespace() -> subprocess.Popen[str]:
+    """A process that holds namespaces of mounts and of the network, with which all that is made in them ends."""
+    script = """
+        set -e
+        ip link set lo up
+        # What is remembered of networks.
+        mkdir -p /var/lib/cni
+        mount -t tmpfs none /var/lib/cni
+        # crun takes no tree of control groups in which version 2 stands beside version 1.
+        if mountpoint -q /sys/fs/cgroup/unified; then umount /sys/fs/cgroup/unified; fi
+        echo ready
+        exec sleep infinity
+    """
+    process = subprocess.Popen(
+        ["unshare", "--mount", "--net", "--propagation=private", "sh", "-c", script],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    if process.stdout.readline() != "ready\n":
+        pytest.skip("namespaces of mounts and of the network are not allowed here")
+    process.stdout.close()
+    return process
+
+
+def _remove_cgroups(name: str) -> None:
+    for found in Path("/sys/fs/cgroup").glob(f"*/{name}"):
+        for folder in sorted((path for path in found.rglob("*") if path.is_dir()), reverse=True):
+            folder.rmdir()
+        found.rmdir()
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """A folder for an engine. Its path is short, because those of sockets have to be."""
+    with tempfile.TemporaryDirectory(prefix="dsmq-") as path:
+        yield Path(path)
+
+
+@contextmanager
+def podman() -> Iterator[Podman]:
+    """Podman, with the image, or the reason to skip."""
+    _need(("podman", "podman"), ("ip", "iproute2"), ("nsenter", "util-linux"))
+    with _folder() as folder, closing(Podman(folder)) as engine:
+        provide_base(engine)
+        yield engine
+
+
+@contextmanager
+def docker(base: Podman) -> Iterator[Docker]:
+    """Docker, with a base image that is podman's; or the reason to skip."""
+    _need(("dockerd", "docker.io"))
+    with _folder() as folder, closing(Docker(folder)) as engine:
+        eventually(engine.is_there)
+        archive = folder / "base.tar"
+        base("save", "--quiet", "--format=docker-archive", f"--output={archive}", BASE)
+        engine("load", "--quiet", f"--input={archive}")
+        loaded = engine("image", "ls", "--format={{.Repository}}:{{.Tag}}").stdout.split()
+        engine("tag", loaded[0], BASE)
+        yield engine
+
+
+def _need(*programs: tuple[str, str]) -> None:
+    if os.geteuid():
+        pytest.skip("not root, and what these tests need of the machine is not allowed here")
+    for name, package in programs:
+        tool(name, package)
+
+
+def kill(process: int) -> None:
+    os.kill(process, signal.SIGKILL)
+
+
+# Images
+
+
+def provide_base(engine: Podman) -> None:
+    """Have the base image: that of the registry, or else one made of Debian's packages, which is kept."""
+    if engine("pull", "--quiet", BASE, check=False, online=True).returncode == 0:
+        return
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsmq-tests"
+    cache.mkdir(parents=True, exist_ok=True)
+    archive = cache / f"{SUITE}-python{PYTHON}.tar"
+    if not archive.exists():
+        _make_root(archive)
+    engine("import", "--change=ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin", str(archive), BASE)
+
+
+def _make_root(archive: Path) -> None:
+    packages = "python3,python3-venv,ca-certificates,dash,coreutils,libc-bin,base-files,media-types,netbase"
+    unfinished = archive.with_suffix(".unfinished.tar")
+    # Unpacked, not configured: that takes a third of the time, and is enough for Python. But pip wants authorities.
+    hooks = [
+        *('mkdir -p "$1/usr/local/bin"', 'mkdir -p "$1/etc/ssl/certs"'),
+        *(f'ln -s /usr/bin/python3 "$1/usr/local/bin/{name}"' for name in ("python3", "python")),
+        'cat "$1"/usr/share/ca-certificates/mozilla/*.crt >"$1/etc/ssl/certs/ca-certificates.crt"',
+    ]
+    subprocess.run(
+        [
+            *(tool("mmdebstrap", "mmdebstrap"), "--quiet", "--variant=extract", f"--include={packages}"),
+            *(f"--extract-hook={hook}" for hook in hooks),
+            *(f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in ("doc", "man", "locale")),
+            *(SUITE, str(unfinished), *_mirror()),
+        ],
+        check=True,
+        timeout=300,
+    )
+    unfinished.rename(archive)
+
+
+def _mirror() -> list[str]:
+    """The mirror that this machine takes its own packages from, if that can be told."""
+    for file in [*sorted(Path("/etc/apt/sources.list.d").glob("*.sources")), Path("/etc/apt/sources.list")]:
+        if file.exists() and (
+            found := re.search(r"^(?:URIs:|deb(?: \[.*?\])?) *(http\S+)", file.read_text(), re.MULTILINE)
+        ):
+            return [found[1]]
+    return []
+
+
+def fetch_wheels(folder: Path) -> None:
+    """Download what the build installs, by hash."""
+    files = [word for file in LOCKED for word in ("--requirement", str(file))]
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "pip", "download", "--quiet", "--require-hashes", "--no-deps"),
+            *("--only-binary=:all:", f"--python-version={PYTHON}", f"--dest={folder}", *files),
+        ],
+        check=True,
+        timeout=300,
+    )
+    (folder / "pip.conf").write_text("[global]\nno-index = true\nfind-links = /fetched\n")
+
+
+def build(engine: Engine, wheels: Path) -> None:
+    """Build the image of the Dockerfile, without a network."""
+    if isinstance(engine, Docker):
+        # A build of Docker's mounts no folder. So what it installs has to be in the image that it begins with.
+        (wheels / "Dockerfile").write_text(f"FROM {BASE}\nCOPY . /fetched\nCOPY pip.conf /etc/pip.conf\n")
+        engine("build", "--quiet", f"--tag={BASE}", str(wheels))
+    engine("build", *offline(engine, wheels), f"--tag={IMAGE}", str(ROOT))
+
+
+def offline(engine: Engine, wheels: Path) -> list[str]:
+    """The options of a build that finds in `wheels` what it installs."""
+    if isinstance(engine, Docker):
+        return ["--quiet", "--network=none"]
+    # Without the format, HEALTHCHECK is not kept.
+    return [
+        *("--quiet", "--pull=never", "--network=none", "--format=docker"),
+        *(f"--volume={wheels}:/fetched:ro", f"--volume={wheels / 'pip.conf'}:/etc/pip.conf:ro"),
+    ]
+
+
+# Containers
+
+
+@dataclass
+class Container:
+    """A container that runs, or has run."""
+
+    engine: Podman | Docker
+    id: str
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return dict(self.engine.inspect("container", self.id)["State"])
+
+    def port(self, inside: int = 30008) -> int:
+        """The port of this machine that leads to one of the container."""
+        return int(self.engine("port", self.id, str(inside)).stdout.rpartition(":")[2])
+
+    def logs(self) -> tuple[str, str]:
+        """What it has said on stdout, and on stderr."""
+        done = self.engine("logs", self.id)
+        return done.stdout, done.stderr
+
+    def is_serving(self) -> bool:
+        return "serves on" in "".join(self.logs()) or not self.state["Running"]
+
+    def check_health(self) -> str:
+        """Return what the engine takes the container for: starting, healthy, or unhealthy."""
+        self.engine.healthcheck(self.id)
+        return str(self.state["Health"]["Status"])

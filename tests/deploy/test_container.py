@@ -1,0 +1,530 @@
+"""Dockerfile and deploy/docker: built, and run by a real engine as the README says."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import engine as engines
+import pytest
+import trustme
+import yaml
+from engine import BASE, IMAGE, LOCKED, LOCKED_DOWN, SOON, Container, Docker, Podman, eventually
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from conftest import ROOT, tool
+from dsmq.client import DSMQClientSideConnection, connect
+from dsmq.errors import DSMQError
+
+HERE = ROOT / "deploy/docker"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+TOKEN = "a-token-for-the-tests"
+MEGABYTE = 1_000_000
+
+# The first test of the session waits for the image.
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="session")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the build installs."""
+    folder = tmp_path_factory.mktemp("wheels")
+    engines.fetch_wheels(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def podman(wheels: Path) -> Iterator[Podman]:
+    with engines.podman() as engine:
+        engines.build(engine, wheels)
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def docker(podman: Podman, wheels: Path) -> Iterator[Docker]:
+    with engines.docker(podman) as engine:
+        engines.build(engine, wheels)
+        yield engine
+
+
+@pytest.fixture(params=["podman", "docker"])
+def engine(request: pytest.FixtureRequest) -> Podman | Docker:
+    """Each of them."""
+    found: Podman | Docker = request.getfixturevalue(request.param)
+    return found
+
+
+@contextmanager
+def started(engine: Podman | Docker, *options: str) -> Iterator[Container]:
+    """A container on free ports, locked down, that serves."""
+    words = ["--publish=127.0.0.1::30008", "--publish=127.0.0.1::30009", *LOCKED_DOWN]
+    words += [*engine.health_options, *options, IMAGE]
+    container = Container(engine, engine("run", "--detach", *words).stdout.strip())
+    try:
+        eventually(container.is_serving)
+        assert container.state["Running"], container.logs()
+        yield container
+    finally:
+        engine(*engine.remove, container.id)
+
+
+@contextmanager
+def client(container: Container, token: str | None = TOKEN, **options: Any) -> Iterator[DSMQClientSideConnection]:
+    """A client on the container's host."""
+    with (
+        container.engine.its_network(),
+        connect("127.0.0.1", container.port(), token=token, retry=False, **options) as mq,
+    ):
+        yield mq
+
+
+def assert_works(container: Container, **options: Any) -> None:
+    with client(container, **options) as mq:
+        mq.put("greetings", "hello world!")
+        assert mq.get("greetings") == "hello world!"
+
+
+def fetch(container: Container, path: str) -> str:
+    url = f"http://127.0.0.1:{container.port(30009)}{path}"
+    with container.engine.its_network(), urllib.request.urlopen(url, timeout=SOON) as answer:
+        return str(answer.read().decode())
+
+
+# What it is built of
+
+
+def locked(file: Path) -> dict[str, Version]:
+    """The versions that a file of locked requirements names."""
+    found = re.findall(
+        r"^([\w.-]+)==(\S+) \\\n(?: +--hash=sha256:[0-9a-f]{64}(?: \\)?\n)+", file.read_text(), re.MULTILINE
+    )
+    return {name: Version(version) for name, version in found}
+
+
+@pytest.mark.parametrize(
+    ("file", "wanted"),
+    [
+        ("requirements.txt", PROJECT["project"]["dependencies"]),
+        ("build-requirements.txt", PROJECT["build-system"]["requires"]),
+    ],
+)
+def test_what_is_locked_agrees_with_what_is_asked_for(file: str, wanted: list[str]) -> None:
+    versions = locked(HERE / file)
+    for requirement in map(Requirement, wanted):
+        assert versions[requirement.name] in requirement.specifier
+
+
+@pytest.mark.parametrize("file", LOCKED, ids=lambda file: file.name)
+def test_all_that_is_locked_has_hashes_and_names_no_place(file: Path) -> None:
+    lines = [line for line in file.read_text().splitlines() if not line.lstrip().startswith(("#", "--hash=sha256:"))]
+    assert len(lines) == len(locked(file)) > 2
+    assert re.search(r"://|(^|[\s=])/|localhost", file.read_text()) is None
+
+
+def test_the_labels_say_what_the_project_says() -> None:
+    labels = dict(re.findall(r'org\.opencontainers\.image\.(\w+)="(.*)"', (ROOT / "Dockerfile").read_text()))
+    project = PROJECT["project"]
+    assert labels == {
+        "title": project["name"],
+        "description": project["description"],
+        "version": project["version"],
+        "licenses": project["license"],
+    }
+
+
+def test_the_same_sources_make_the_same_wheel(wheels: Path, tmp_path: Path) -> None:
+    python = tmp_path / "venv/bin/python"
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    locked_build = ["--no-index", f"--find-links={wheels}", "--require-hashes", f"--requirement={LOCKED[1]}"]
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *locked_build], check=True)
+    made = []
+    for number, name in enumerate(("one", "another/place")):
+        source = tmp_path / name
+        copy_context(source)
+        for path in source.rglob("*"):
+            # Of another time, and for other users.
+            path.chmod(0o755 if path.is_dir() else 0o644 if number else 0o600)
+            set_time(path, 1_700_000_000 + 1000 * number)
+        words = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", f"--wheel-dir={tmp_path / str(number)}"]
+        subprocess.run([python, "-m", "pip", *words, str(source)], check=True)
+        made.append(next((tmp_path / str(number)).glob("dsmq-*.whl")))
+    assert made[0].name == made[1].name
+    assert made[0].read_bytes() == made[1].read_bytes()
+
+
+def set_time(path: Path, seconds: int) -> None:
+    os.utime(path, (seconds, seconds))
+
+
+def copy_context(to: Path) -> None:
+    """Copy what is built from, as .dockerignore names it."""
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for line in (ROOT / ".dockerignore").read_text().splitlines():
+        source, target = ROOT / line[1:], to / line[1:]
+        if not line.startswith("!"):
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=ignored)
+        else:
+            shutil.copy2(source, target)
+    for name in ("Dockerfile", ".dockerignore"):
+        shutil.copy2(ROOT / name, to / name)
+
+
+# The image
+
+
+def test_the_context_is_small(podman: Podman, tmp_path: Path) -> None:
+    file = tmp_path / "Dockerfile"
+    file.write_text("FROM scratch\nCOPY . /\n")
+    podman("build", "--quiet", "--network=none", f"--file={file}", "--tag=context", str(ROOT))
+    assert podman.size("context") < 2 * MEGABYTE
+
+
+def test_the_image_is_small(podman: Podman) -> None:
+    over = podman.size(IMAGE) - podman.size(BASE)
+    assert MEGABYTE < over < 30 * MEGABYTE
+
+
+def test_the_image_holds_what_runs_and_no_more(podman: Podman) -> None:
+    code = """if True:
+        import importlib.metadata, importlib.util, os, sys
+        print(*sorted(found.name.lower().replace("_", "-") for found in importlib.metadata.distributions()))
+        print(*(where for where, names, _ in os.walk("/opt/dsmq") if "__pycache__" in names))
+        sys.argv = ["dsmq", "config"]
+        import dsmq.cli, dsmq.server, dsmq.tls
+        dsmq.cli.main(["config"])
+        caches = {getattr(module, "__cached__", None) for module in list(sys.modules.values())} - {None}
+        print(*(path for path in caches if not os.path.exists(path)))
+    """
+    done = podman("run", "--rm", *LOCKED_DOWN, "--entrypoint=python", IMAGE, "-c", code)
+    packages, caches_beside, *_, not_compiled = done.stdout.split("\n")[:-1]
+    assert packages.split() == sorted([*locked(LOCKED[0]), "dsmq"])
+    assert caches_beside == ""
+    assert not_compiled == ""
+
+
+def test_the_image_says_how_it_is_run(engine: Podman | Docker) -> None:
+    config = engine.inspect("image", IMAGE)["Config"]
+    assert config["User"] == "10001:10001"
+    assert config["Entrypoint"] == ["dsmq"]
+    assert config["Cmd"] == ["serve"]
+    assert config["StopSignal"] in ("SIGTERM", "15")
+    assert set(config["ExposedPorts"]) == {"30008/tcp", "30009/tcp"}
+    assert config["Labels"]["org.opencontainers.image.version"] == PROJECT["project"]["version"]
+    # Podman has it elsewhere.
+    check = config.get("Healthcheck") or engine.inspect("image", IMAGE)["Healthcheck"]
+    assert check["Test"] == ["CMD", "dsmq", "ping"]
+
+
+# Running it
+
+
+@pytest.mark.parametrize("user", ["10001:10001", "4711:4711", "0:0"])
+def test_it_serves_whoever_it_is_with_no_rights_at_all(engine: Podman | Docker, user: str) -> None:
+    options = [f"--user={user}", f"--env=DSMQ_AUTH_TOKEN={TOKEN}", "--memory=256m", "--pids-limit=64"]
+    with started(engine, *options) as container:
+        assert_works(container)
+        with pytest.raises(DSMQError, match="wants a token"), client(container, token=None) as mq:
+            mq.put("greetings", "hello")
+        look = "print(open('/proc/1/status').read()); open('/opt/dsmq/x', 'w')"
+        done = engine("exec", container.id, "python", "-c", look, check=False)
+        assert re.search(r"^CapEff:\s+0+$", done.stdout, re.MULTILINE)
+        assert re.search(r"^CapBnd:\s+0+$", done.stdout, re.MULTILINE)
+        assert re.search(r"^NoNewPrivs:\s+1$", done.stdout, re.MULTILINE)
+        assert re.search(rf"^Uid:\s+{user.partition(':')[0]}\s", done.stdout, re.MULTILINE)
+        assert "Read-only file system" in done.stderr
+        eventually(lambda: container.check_health() == "healthy")
+        out, err = container.logs()
+        assert "serves on" in out
+        assert err == ""
+
+
+def test_without_a_token_it_serves_nobody_outside(podman: Podman) -> None:
+    with started(podman) as container:
+        with pytest.raises(DSMQError, match="only clients on its own machine"), client(container, token=None) as mq:
+            mq.put("greetings", "hello")
+        eventually(lambda: container.check_health() == "healthy")
+
+
+def test_promtool_finds_nothing_wrong_with_its_metrics(podman: Podman) -> None:
+    promtool = tool("promtool", "prometheus")
+    with started(podman, f"--env=DSMQ_AUTH_TOKEN={TOKEN}") as container:
+        assert_works(container)
+        shown = fetch(container, "/metrics")
+        assert fetch(container, "/readyz")
+    assert re.search(r"^dsmq_puts_total 1\.0$", shown, re.MULTILINE)
+    assert f'version="{PROJECT["project"]["version"]}"' in shown
+    done = subprocess.run([promtool, "check", "metrics"], input=shown, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_prometheus_scrapes_it_as_compose_has_it(podman: Podman, tmp_path: Path) -> None:
+    with started(podman, f"--env=DSMQ_AUTH_TOKEN={TOKEN}") as container:
+        assert_works(container)
+        config = (HERE / "prometheus.yml").read_text().replace(": 15s", ": 1s")
+        (tmp_path / "prometheus.yml").write_text(config.replace("dsmq:30009", f"127.0.0.1:{container.port(30009)}"))
+        shutil.copy(ROOT / "deploy/prometheus/rules.yml", tmp_path)
+        words = [f"--config.file={tmp_path / 'prometheus.yml'}", f"--storage.tsdb.path={tmp_path / 'data'}"]
+        with podman.its_network():
+            process = subprocess.Popen([tool("prometheus", "prometheus"), *words], stderr=subprocess.DEVNULL)
+        try:
+            eventually(lambda: samples(podman, 'dsmq_puts_total{job="dsmq"}') == ["1"])
+            assert samples(podman, 'ALERTS{alertname="DsmqDown"}') == []
+        finally:
+            process.terminate()
+            process.wait(SOON)
+
+
+def samples(engine: Podman | Docker, expression: str) -> list[str]:
+    """The values that Prometheus has of it, once it answers."""
+    url = f"http://127.0.0.1:9090/api/v1/query?query={urllib.parse.quote(expression)}"
+    try:
+        with engine.its_network(), urllib.request.urlopen(url, timeout=SOON) as answer:
+            return [sample["value"][1] for sample in json.load(answer)["data"]["result"]]
+    except OSError:
+        return []
+
+
+def test_settings_are_in_a_file_and_secrets_in_others(podman: Podman, tmp_path: Path) -> None:
+    authority = trustme.CA()
+    certificate = authority.issue_cert("localhost", "127.0.0.1")
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    certificate.private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "server.pem"))
+    (tmp_path / "token").write_text(f"{TOKEN}\n")
+    (tmp_path / "dsmq.toml").write_text("max_message_bytes = 4711\nport = 30010\nmetrics_port = 'off'\n")
+    for path in tmp_path.iterdir():
+        path.chmod(0o644)
+    with started(
+        *(podman, "--publish=127.0.0.1::30010"),
+        f"--volume={tmp_path / 'dsmq.toml'}:/etc/dsmq/dsmq.toml:ro",
+        f"--volume={tmp_path / 'token'}:/run/secrets/dsmq-token:ro",
+        f"--volume={tmp_path / 'server.pem'}:/run/secrets/server.pem:ro",
+        *("--env=DSMQ_AUTH_TOKEN_FILE=/run/secrets/dsmq-token", "--env=DSMQ_TLS_CERT_FILE=/run/secrets/server.pem"),
+    ) as container:
+        with podman.its_network():
+            security: dict[str, Any] = {"token": TOKEN, "ca_file": str(tmp_path / "ca.pem"), "retry": False}
+            with connect("127.0.0.1", container.port(30010), **security) as mq:
+                assert mq.max_message_bytes == 4711
+        # It has found port, token and certificate.
+        eventually(lambda: container.check_health() == "healthy")
+
+
+def test_health_fails_while_the_server_does_nothing(engine: Podman | Docker) -> None:
+    with started(engine, f"--env=DSMQ_AUTH_TOKEN={TOKEN}") as container:
+        eventually(lambda: container.check_health() == "healthy")
+        engine("kill", "--signal=STOP", container.id)
+        # It takes three in a row where nothing else is said, and each waits three seconds for an answer.
+        eventually(lambda: container.check_health() == "unhealthy")
+        engine("kill", "--signal=CONT", container.id)
+        eventually(lambda: container.check_health() == "healthy")
+        assert_works(container)
+
+
+def test_stop_is_graceful_with_clients_that_wait(engine: Podman | Docker) -> None:
+    ended = []
+
+    def wait(mq: DSMQClientSideConnection) -> None:
+        try:
+            mq.get_wait("nothing", timeout=120)
+        except (DSMQError, ConnectionError) as error:
+            ended.append(error)
+
+    with started(engine, f"--env=DSMQ_AUTH_TOKEN={TOKEN}") as container, ExitStack() as stack:
+        clients = [stack.enter_context(client(container)) for _ in range(20)]
+        threads = [threading.Thread(target=wait, args=(mq,)) for mq in clients]
+        for thread in threads:
+            thread.start()
+        eventually(lambda: "dsmq_waiting_readers 20.0" in fetch(container, "/metrics"))
+        began = time.monotonic()
+        engine("stop", "--time=15", container.id)
+        took = time.monotonic() - began
+        assert container.state["ExitCode"] == 0
+        assert took < 10
+        for thread in threads:
+            thread.join(SOON)
+        assert len(ended) == 20
+        assert "stopped" in container.logs()[0]
+
+
+def test_one_that_is_killed_comes_back(engine: Podman | Docker) -> None:
+    with started(engine, f"--env=DSMQ_AUTH_TOKEN={TOKEN}", "--restart=unless-stopped") as container:
+        before = container.state["Pid"]
+        # Not by the engine, which would take it for somebody's wish.
+        engines.kill(before)
+        eventually(lambda: container.state["Running"] and container.state["Pid"] not in (0, before))
+        eventually(lambda: container.logs()[0].count("serves on") == 2)
+        assert_works(container)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--env=DSMQ_MAX_AGE_SECOND=5"], "nearest known one is 'DSMQ_MAX_AGE_SECONDS'"),
+        (["--env=DSMQ_PORT=70000"], "DSMQ_PORT: "),
+        (["--env=DSMQ_CONFIG=/etc/dsmq/other.toml"], "/etc/dsmq/other.toml: No such file"),
+        (["--env=DSMQ_AUTH_TOKEN_FILE=/run/secrets/none"], "/run/secrets/none: No such file"),
+    ],
+)
+def test_a_wrong_setting_is_told_in_one_line(podman: Podman, options: list[str], said: str) -> None:
+    done = podman("run", "--rm", *LOCKED_DOWN, *options, IMAGE, check=False)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+# The README
+
+
+def test_what_the_readme_says_just_works(engine: Podman | Docker, wheels: Path, tmp_path: Path) -> None:
+    block = re.search(r"```bash\n(docker build .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert block is not None
+    copy_context(tmp_path)
+    # What stands for docker; where it builds, without a network.
+    (tmp_path / "bin").mkdir()
+    docker = tmp_path / "bin/docker"
+    offline = shlex.join(engines.offline(engine, wheels))
+    command = shlex.join(engine.command)
+    docker.write_text(f'#!/bin/sh\ncase $1 in build) shift; set -- build {offline} "$@" ;; esac\nexec {command} "$@"\n')
+    docker.chmod(0o755)
+    # The server is there in a moment; people are slower.
+    script = block[1].replace(
+        "docker exec", "until docker logs dsmq | grep -q 'serves on'; do sleep 0.1; done; docker exec"
+    )
+    environment = {**engine.environment, "PATH": f"{docker.parent}:{engine.environment['PATH']}"}
+    try:
+        done = subprocess.run(
+            ["sh", "-euc", script],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        container = Container(engine, "dsmq")
+        assert container.port() == 30008
+        with client(container, token=(tmp_path / "token").read_text().strip()) as mq:
+            assert mq.topics() == [("greetings", 1, 5)]
+        assert "dsmq_messages 1.0" in fetch(container, "/metrics")
+        engine("stop", container.id)
+        assert container.state["ExitCode"] == 0
+    finally:
+        engine(*engine.remove, "dsmq", check=False)
+
+
+# Compose
+
+COMPOSE = HERE / "compose.yaml"
+SERVICES: dict[str, Any] = yaml.safe_load(COMPOSE.read_text())["services"]
+
+
+def test_compose_reads_what_is_shipped() -> None:
+    command, text = compose()
+    command += ["--file=-", "config"]
+    done = subprocess.run(command, cwd=HERE, input=text, capture_output=True, text=True, timeout=SOON, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert set(yaml.safe_load(done.stdout)["services"]) == set(SERVICES)
+
+
+def compose() -> tuple[list[str], str]:
+    """The command there is, and what it is to read."""
+    text = COMPOSE.read_text()
+    if shutil.which("docker"):
+        done = subprocess.run(["docker", "compose", "version"], capture_output=True, timeout=SOON, check=False)
+        if done.returncode == 0:
+            return ["docker", "compose"], text
+    # Version 1 knows no name of the whole.
+    return [tool("docker-compose", "docker-compose")], text.replace("name: dsmq\n", "")
+
+
+def test_compose_runs_it(docker: Docker, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "deploy", tmp_path / "deploy")
+    here = tmp_path / "deploy/docker"
+    (here / "secrets").mkdir(mode=0o700)
+    for name in ("dsmq-token", "grafana-password"):
+        (here / "secrets" / name).write_text(TOKEN)
+    command, text = compose()
+    docker("tag", IMAGE, SERVICES["dsmq"]["image"])
+    words = [*command, "--file=-", "--project-name=dsmq"]
+
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        options: dict[str, Any] = {"input": text, "cwd": here, "env": docker.environment, "timeout": 4 * SOON}
+        return subprocess.run([*words, *more], capture_output=True, text=True, check=False, **options)
+
+    try:
+        done = run("up", "--detach", "--no-build", "dsmq")
+        assert done.returncode == 0, done.stdout + done.stderr
+        container = Container(docker, docker("ps", "--quiet", "--filter=publish=30008").stdout.strip())
+        eventually(container.is_serving)
+        assert_works(container)
+        assert json.loads(container.logs()[0].splitlines()[0])["level"] == "info"
+        limits = docker.inspect("container", container.id)["HostConfig"]
+        assert (limits["Memory"], limits["PidsLimit"], limits["ReadonlyRootfs"]) == (2 << 30, 64, True)
+    finally:
+        run("down", "--volumes")
+
+
+def test_all_that_compose_mounts_is_there() -> None:
+    mounted = [volume.split(":") for service in SERVICES.values() for volume in service.get("volumes", [])]
+    files = [(source, target, *rest) for source, target, *rest in mounted if source.startswith(".")]
+    assert len(files) == 5
+    for source, _, *rest in files:
+        assert (HERE / source).is_file(), source
+        assert rest == ["ro"]
+    assert {source for source, *_ in mounted if not source.startswith(".")} == set(
+        yaml.safe_load(COMPOSE.read_text())["volumes"]
+    )
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_compose_pins_confines_and_watches(name: str) -> None:
+    service = SERVICES[name]
+    assert re.fullmatch(r"[a-z/]+:v?\d+\.\d+\.\d+", service["image"])
+    assert all(re.fullmatch(r"127\.0\.0\.1:\d+:\d+", port) for port in service["ports"])
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["restart"] == "unless-stopped"
+    assert service["mem_limit"]
+    assert service["pids_limit"]
+    # That of dsmq is its image's.
+    assert ("healthcheck" in service) == (name != "dsmq")
+
+
+def test_compose_runs_the_version_that_there_is() -> None:
+    assert SERVICES["dsmq"]["image"] == f"dsmq:{PROJECT['project']['version']}"
+
+
+@pytest.mark.parametrize(
+    ("ours", "shipped", "here", "there"),
+    [
+        ("prometheus.yml", "prometheus.yml", "dsmq:30009", "127.0.0.1:30009"),
+        ("datasource.yml", "grafana/datasource.yml", "prometheus:9090", "127.0.0.1:9090"),
+    ],
+)
+def test_what_compose_mounts_is_what_is_shipped_but_for_addresses(
+    ours: str, shipped: str, here: str, there: str
+) -> None:
+    text = (HERE / ours).read_text()
+    assert here in text
+    assert yaml.safe_load(text.replace(here, there)) == yaml.safe_load(
+        (ROOT / "deploy/prometheus" / shipped).read_text()
+    )
