@@ -26,7 +26,7 @@ from operator import attrgetter, itemgetter
 from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
 from dsmq.chunks import Stored, pack, portions, unpack
-from dsmq.errors import Full, ReplyError, StoreFailed
+from dsmq.errors import Forgotten, Full, ReplyError, StoreFailed
 
 # Topics that hold nothing but whose numbering goes on; a forgotten one starts again at 1.
 MAX_EMPTY_TOPICS = 100_000
@@ -36,6 +36,7 @@ MAX_GAPS = 64
 MAX_PRODUCERS = 10_000
 MAX_PUTS_OF_PRODUCER = 1_000
 MAX_REMEMBERED_PUTS = 1_000_000
+REMEMBER_MS = 600_000
 # Chunks, and bytes of messages, deleted while the lock is held once: less than 0.1 ms of work.
 EXPIRY_SLICE = 100
 EXPIRY_SLICE_BYTES = 131_072
@@ -148,11 +149,17 @@ class Store(Protocol):
     """What the server asks of a store. One elsewhere than in this process answers with futures."""
 
     epoch: str
+    """Names the ids: they mean something within one epoch alone."""
+    run: str
+    """Names what is remembered of puts: within one run, all of it, but for the bounds."""
     max_age_ms: int
     limits: Limits
 
     def append(self, puts: Sequence[Put]) -> Answer[list[int]]:
-        """Store all or nothing and return their ids, increasing. Raises Full or StoreFailed."""
+        """Store all or nothing and return their ids, increasing. Raises Full, Forgotten or StoreFailed."""
+
+    def check_producer(self, producer: bytes) -> None:
+        """Raise Forgotten where a put of this producer may have been stored and forgotten lately."""
 
     def flush(self) -> None:
         """Do what was put off, if it is much: nobody waits. Raises what `append` would when it has to be done."""
@@ -247,6 +254,34 @@ class _Topic:
         return unread
 
 
+class _Producer:
+    """What is remembered of who puts with keys: ids by sequence numbers."""
+
+    __slots__ = ("forgotten", "highest", "last_at", "older", "puts")
+
+    def __init__(self) -> None:
+        self.puts: dict[int, int] = {}
+        # Those before them. To forget many at once costs less than to forget one with each put.
+        self.older: dict[int, int] = {}
+        # The highest sequence numbers: of all, and of those that have been forgotten.
+        self.highest = self.forgotten = -1
+        self.last_at = 0
+
+    def __len__(self) -> int:
+        return len(self.puts) + len(self.older)
+
+    def find(self, seq: int) -> int | None:
+        """Return the id of a put that is remembered."""
+        return self.puts.get(seq) or self.older.get(seq)
+
+    def forget(self) -> int:
+        """Forget the older half; return how many that were."""
+        count = len(self.older)
+        self.forgotten = max(self.forgotten, max(self.older, default=-1))
+        self.older, self.puts = self.puts, {}
+        return count
+
+
 def monotonic_ms() -> int:
     """Return milliseconds that a step of the wall clock does not touch."""
     return time.monotonic_ns() // 1_000_000
@@ -262,6 +297,7 @@ class SQLiteStore:
         self.max_age_ms = max_age_ms
         self.limits = limits or Limits()
         self.epoch = secrets.token_hex(8)
+        self.run = secrets.token_hex(8)
         self._clock = clock
         self._guard = _Guard()
         # isolation_level=None: sqlite3 starts no transactions of its own.
@@ -278,7 +314,10 @@ class SQLiteStore:
         self._tail_messages = self._tail_bytes = 0
         self._failure: ReplyError | None = None
         self._retry_at = 0
-        self._producers: OrderedDict[bytes, dict[int, int]] = OrderedDict()
+        # The one heard last stands last.
+        self._producers: OrderedDict[bytes, _Producer] = OrderedDict()
+        # When the last producer was forgotten that might still send a put again.
+        self._forgot_at: int | None = None
         self._remembered = 0
         self._stored = self._bytes = self._expired = self._expired_unread = 0
         # What the topics are counted as.
@@ -311,6 +350,7 @@ class SQLiteStore:
     def append(self, puts: Sequence[Put]) -> list[int]:
         with self._guard:
             # Whatever can fail is done before a message is taken.
+            self._check_keys(puts)
             names = {put[0] for put in puts}.difference(self._topics)
             held = self._stored - self._expired + len(puts)
             size = self._topic_bytes + self._bytes + held * MESSAGE_OVERHEAD_BYTES + sum(map(len, map(_BODY, puts)))
@@ -355,20 +395,40 @@ class SQLiteStore:
         if counts and size + _cost(held + counts.total(), self._bytes + sizes.total()) > limits.bytes:
             raise Full(f"as much is held as is taken, {limits.bytes} bytes")
 
+    def _check_keys(self, puts: Sequence[Put]) -> None:
+        producers = self._producers
+        for _, _, key in puts:
+            if key is not None and (producer := producers.get(key[0])) is not None and key[1] <= producer.forgotten:
+                seq = key[1]
+                if not producer.find(seq):
+                    raise Forgotten(f"number {seq} of this producer is too old to tell whether it has been stored")
+
+    def check_producer(self, producer: bytes) -> None:
+        with self._guard:
+            forgot_at = self._forgot_at
+            if forgot_at is not None and producer not in self._producers and self._clock() - forgot_at < REMEMBER_MS:
+                raise Forgotten("too many others have put since to tell whether this has been stored")
+
     def _make_room(self, puts: Sequence[Put]) -> None:
         if any(self._needed(puts)):
             self._write_tails()
 
     def _add(self, puts: Sequence[Put], now: int) -> list[int]:
         ids = []
-        producers = set()
+        heard: dict[bytes, _Producer] = {}
         topics, last_id, size = self._topics, self._last_id, 0
         for name, body, key in puts:
             if key is not None:
-                producers.add(key[0])
-                if first_id := self._remember(key, last_id + 1):
+                producer = self._producer(key[0])
+                if producer.last_at != now or len(producer.puts) >= MAX_PUTS_OF_PRODUCER:
+                    heard[key[0]] = producer
+                if key[1] <= producer.highest and (first_id := producer.find(key[1])):
                     ids.append(first_id)
                     continue
+                producer.puts[key[1]] = last_id + 1
+                self._remembered += 1
+                if key[1] > producer.highest:  # noqa: PLR1730 - max() takes longer
+                    producer.highest = key[1]
             topic = topics[name]
             if not topic.tail:
                 self._unwritten.append(topic)
@@ -379,8 +439,8 @@ class SQLiteStore:
             topic.last_id = last_id
             size += len(body)
             ids.append(last_id)
-        if producers:
-            self._forget_puts(producers)
+        if heard:
+            self._forget_puts(heard, now)
         self._stored += last_id - self._last_id
         self._tail_messages += last_id - self._last_id
         self._tail_bytes += size
@@ -393,9 +453,13 @@ class SQLiteStore:
         keys = set()
         for put in puts:
             key = put[2]
-            if key is None or (key not in keys and key[1] not in self._producers.get(key[0], ())):
+            if key is None or (key not in keys and not self._is_stored(key)):
                 keys.add(key)
                 yield put
+
+    def _is_stored(self, key: tuple[bytes, int]) -> bool:
+        producer = self._producers.get(key[0])
+        return producer is not None and key[1] <= producer.highest and producer.find(key[1]) is not None
 
     def _begin(self, names: set[bytes]) -> None:
         """Have topics that hold nothing ready to hold something."""
@@ -410,25 +474,33 @@ class SQLiteStore:
         self._topic_bytes += _topics_cost(names)
         self._last_row += len(topics)
 
-    def _remember(self, key: tuple[bytes, int], message_id: int) -> int | None:
-        """Note the id of a put; or return that of the same put before."""
-        first_id = self._producers.setdefault(key[0], {}).setdefault(key[1], message_id)
-        if first_id == message_id:
-            self._remembered += 1
-            return None
-        return first_id
+    def _producer(self, name: bytes) -> _Producer:
+        producer = self._producers.get(name)
+        if producer is None:
+            producer = self._producers[name] = _Producer()
+        return producer
 
-    def _forget_puts(self, producers: set[bytes]) -> None:
-        """Forget the oldest puts where there are too many: behind a batch, so that all of it is judged alike."""
-        for producer in producers:
-            self._producers.move_to_end(producer)
-            puts = self._producers[producer]
-            while len(puts) > MAX_PUTS_OF_PRODUCER:
-                del puts[next(iter(puts))]
-                self._remembered -= 1
-        while len(self._producers) > MAX_PRODUCERS or self._remembered > MAX_REMEMBERED_PUTS:
-            _, puts = self._producers.popitem(last=False)
-            self._remembered -= len(puts)
+    def _forget_puts(self, heard: dict[bytes, _Producer], now: int) -> None:
+        """Forget the oldest puts where there are too many: behind a batch, so that all of it is judged alike.
+
+        Once a millisecond for each producer, and whenever one has enough to be halved.
+        """
+        producers = self._producers
+        for name, producer in heard.items():
+            producers.move_to_end(name)
+            producer.last_at = now
+            if len(producer.puts) >= MAX_PUTS_OF_PRODUCER:
+                self._remembered -= producer.forget()
+        while self._remembers_too_much(now - REMEMBER_MS):
+            _, producer = producers.popitem(last=False)
+            self._remembered -= len(producer)
+            if now - producer.last_at < REMEMBER_MS:
+                self._forgot_at = now
+
+    def _remembers_too_much(self, since: int) -> bool:
+        if len(self._producers) > MAX_PRODUCERS or self._remembered > MAX_REMEMBERED_PUTS:
+            return True
+        return next(iter(self._producers.values())).last_at < since
 
     def flush(self) -> None:
         if self._tail_messages >= TAIL_MESSAGES or self._tail_bytes >= TAIL_BYTES:
