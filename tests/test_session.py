@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -88,9 +92,7 @@ def accept(inbox: Inbox, found: list[Entry], latest: bool = False) -> None:
 
 def take(inbox: Inbox, n: int = 100) -> list[int]:
     """Take up to n of the messages that were read ahead, and return the ids."""
-    ids: list[int] = []
-    inbox.take(n, ids, lambda _, found: found.id)
-    return ids
+    return inbox.take(n, lambda _, found: found.id)
 
 
 def request(data: bytes) -> list[bytes]:
@@ -200,19 +202,65 @@ def test_take_stops_at_n_and_at_what_is_there() -> None:
 def test_what_cannot_be_converted_stays() -> None:
     inbox = an_inbox()
     accept(inbox, [entry(1), entry(2)._replace(body=b"\xff"), entry(3)])
-    taken: list[str] = []
-    with pytest.raises(MessageNotText):
-        inbox.take(3, taken, wire.text)
-    assert taken == ["1"]
+    assert inbox.take(3, wire.text) == ["1"]
+    for n in (1, 2):
+        with pytest.raises(MessageNotText):
+            inbox.take(n, wire.text)
     assert take(inbox) == [2, 3]
+
+
+def test_too_few_are_not_taken() -> None:
+    inbox = an_inbox()
+    accept(inbox, entries(1, 2, 3))
+    assert inbox.take(5, lambda _, found: found.id, 4) == []
+    assert inbox.take(1, lambda _, found: found.id, 1) == [1]
+    assert inbox.take(5, lambda _, found: found.id, 2) == [2, 3]
+    assert inbox.take(1, lambda _, found: found.id) == []
+
+
+def test_an_interrupt_leaves_no_message_twice_and_none_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever it comes: after each line that is run in the inbox, one is raised."""
+    steps = 0
+
+    def interrupt_at(limit: int) -> Callable[..., Any]:
+        def trace(frame: FrameType, event: str, _: object) -> Any:
+            nonlocal steps
+            if frame.f_code.co_filename == wire.__file__ and event == "line":
+                steps += 1
+                if steps == limit:
+                    raise KeyboardInterrupt
+            return trace
+
+        return trace
+
+    interrupted = 0
+    for limit in range(1, 200):
+        inbox, steps = an_inbox(), 0
+        accept(inbox, entries(1, 2))
+        sys.settrace(interrupt_at(limit))
+        got: list[int] = []
+        try:
+            accept(inbox, entries(3, 4))
+            got += inbox.take(2, lambda _, found: found.id)
+        except KeyboardInterrupt:
+            interrupted += 1
+        finally:
+            sys.settrace(None)
+        accept(inbox, entries(*range(inbox.position + 1, 7)))
+        rest = take(inbox)
+        # What was about to be handed out may be gone.
+        assert got + rest == [1, 2, 3, 4, 5, 6] or (not got and rest == [3, 4, 5, 6]), limit
+        if interrupted < limit:
+            break
+    assert interrupted > 10
 
 
 def test_the_position_is_the_last_id_that_came_not_the_last_taken() -> None:
     inbox = an_inbox(position=4)
     accept(inbox, [])
-    assert (inbox.position, inbox.last_number) == (4, None)
+    assert (inbox.position, inbox._place.last_number) == (4, None)
     accept(inbox, [entry(7, 2), entry(9, 3)])
-    assert (inbox.position, inbox.last_number) == (9, 3)
+    assert (inbox.position, inbox._place.last_number) == (9, 3)
     assert take(inbox) == [7, 9]
     assert inbox.position == 9
 
@@ -225,7 +273,7 @@ def test_what_two_threads_have_fetched_comes_once() -> None:
     assert take(inbox) == [2, 3, 4]
     accept(inbox, entries(3, 4))
     assert take(inbox) == []
-    assert (inbox.position, inbox.last_number, inbox.missed) == (4, 4, 0)
+    assert (inbox.position, inbox._place.last_number, inbox.missed) == (4, 4, 0)
 
 
 def test_what_was_fetched_before_get_latest_passed_over_it_does_not_come() -> None:
@@ -244,12 +292,11 @@ def test_get_latest_forgets_all_that_was_read_ahead_but_the_newest() -> None:
     assert inbox.missed == 0
 
 
-def test_drop_forgets_all_that_was_read_ahead_and_seek_moves() -> None:
+def test_a_seek_moves_and_may_drop_what_was_read_ahead() -> None:
     inbox = an_inbox()
     accept(inbox, entries(1, 2, 3))
-    inbox.drop()
+    inbox.seek(1, None, drop=True)
     assert take(inbox) == []
-    inbox.seek(1, None)
     accept(inbox, entries(2, 3))
     assert take(inbox) == [2, 3]
     assert inbox.missed == 0
@@ -260,7 +307,7 @@ def test_what_was_asked_for_before_a_seek_is_not_taken() -> None:
     accept(inbox, [entry(101, 8), entry(102, 9)])
     inbox.seek(0, 0)
     inbox.accept([entry(103, 10)], generation=0)
-    assert (inbox.position, inbox.last_number, inbox.missed) == (0, 0, 0)
+    assert (inbox.position, inbox._place.last_number, inbox.missed) == (0, 0, 0)
     accept(inbox, entries(1))
     assert take(inbox) == [101, 102, 1]
     assert inbox.missed == 0
@@ -317,7 +364,7 @@ def test_what_get_latest_passes_over_was_not_missed(caplog: pytest.LogCaptureFix
     inbox = an_inbox()
     accept(inbox, [entry(1, 1)])
     accept(inbox, [entry(9, 9)], latest=True)
-    assert (inbox.missed, inbox.last_number) == (0, 9)
+    assert (inbox.missed, inbox._place.last_number) == (0, 9)
     accept(inbox, [entry(12, 12)])
     assert inbox.missed == 2
     assert len(warnings(caplog)) == 1
@@ -389,7 +436,7 @@ def test_in_the_same_epoch_everything_goes_on(caplog: pytest.LogCaptureFixture) 
     inbox = session.inbox("t")
     accept(inbox, [entry(11, 4), entry(12, 5)])
     session.greet(hello(last_id=20))
-    assert (inbox.position, inbox.last_number) == (12, 5)
+    assert (inbox.position, inbox._place.last_number) == (12, 5)
     assert session.inbox("later").position == 10
     accept(inbox, [entry(15, 7)])
     assert (take(inbox), session.missed) == ([11, 12, 15], 1)
@@ -404,7 +451,7 @@ def test_a_new_epoch_is_read_from_its_start_and_told_once(caplog: pytest.LogCapt
     session.greet(hello("two", last_id=5))
     assert warnings(caplog) == ["the server has been started anew: the messages it held are lost"]
     for inbox in (known, other, session.inbox("new")):
-        assert (inbox.position, inbox.last_number) == (0, 0)
+        assert (inbox.position, inbox._place.last_number) == (0, 0)
         accept(inbox, [entry(1, 1), entry(2, 2)])
     assert (take(known), take(other), session.missed) == ([11, 1, 2], [1, 2], 0)
 

@@ -23,7 +23,7 @@ from typing import Any, Literal, Self, TypeGuard, TypeVar, Unpack, overload
 from dsmq import client as blocking
 from dsmq import session as wire
 from dsmq.calls import Call, Plain, Producer, Put, PutMany, Read, Request, Retries, Unsent
-from dsmq.errors import ClientClosed, ConnectionLost, MessageNotText
+from dsmq.errors import ClientClosed, ConnectionLost
 from dsmq.link import Security, Target, target
 from dsmq.protocol import Reply, ReplyParser
 from dsmq.session import Entry, Inbox, Message, Session, State
@@ -169,8 +169,7 @@ class AsyncClient:
     def seek(self, topic: str, after: int) -> None:
         """Read a topic on behind the message with this id; 0 is before all that the server still holds."""
         inbox = self._session.inbox(topic)
-        inbox.drop()
-        inbox.seek(after, None)
+        inbox.seek(after, None, drop=True)
 
     @property
     def missed(self) -> int:
@@ -218,27 +217,18 @@ class AsyncClient:
 
     async def _some(self, topic: str, n: int, seconds: float, convert: Callable[[Inbox, Entry], T]) -> list[T]:
         inbox = self._session.inbox(topic)
-        taken: list[T] = []
         until = time.monotonic() + seconds
-        try:
-            inbox.take(n, taken, convert)
-            while len(taken) < n:
-                found = await self._fetch(inbox, 0.0 if taken else until)
-                inbox.take(n, taken, convert)
-                if not found and (taken or time.monotonic() >= until):
-                    break
-        except MessageNotText:
-            if not taken:
-                raise
+        least, more = max(n, 1), n > 0
+        while not (taken := inbox.take(n, convert, least)) and (more or time.monotonic() < until):
+            more = bool(await self._fetch(inbox, 0.0 if len(inbox) else until))
+            least = n if more else 1
         return taken
 
     async def _latest(self, topic: str, convert: Callable[[Inbox, Entry], T]) -> list[T]:
         inbox = self._session.inbox(topic)
         await self._fetch(inbox, latest=True)
         inbox.skip_to_latest()
-        taken: list[T] = []
-        inbox.take(1, taken, convert)
-        return taken
+        return inbox.take(1, convert)
 
     async def _fetch(self, inbox: Inbox, until: float = 0.0, *, latest: bool = False) -> list[Entry]:
         read, reply = Read(inbox, until, latest=latest), None

@@ -24,7 +24,7 @@ from typing import Literal, Self, TypeGuard, TypeVar, Unpack, overload
 
 from dsmq import session as wire
 from dsmq.calls import Call, Plain, Producer, Put, PutMany, Read, Request, Retries
-from dsmq.errors import ClientClosed, ConnectionLost, MessageNotText
+from dsmq.errors import ClientClosed, ConnectionLost
 from dsmq.link import Link, Security, target
 from dsmq.protocol import Reply
 from dsmq.session import Entry, Inbox, Message, Session, State
@@ -250,8 +250,7 @@ class DSMQClientSideConnection:
         """Read a topic on behind the message with this id; 0 is before all that the server still holds."""
         inbox = self._session.inbox(topic)
         with self._lock:
-            inbox.drop()
-            inbox.seek(after, None)
+            inbox.seek(after, None, drop=True)
 
     @property
     def max_message_bytes(self) -> int:
@@ -269,19 +268,12 @@ class DSMQClientSideConnection:
     def _some(self, topic: str, n: int, seconds: float, convert: Callable[[Inbox, Entry], T]) -> list[T]:
         """Take up to `n` messages; where there is none, wait for the first."""
         inbox = self._session.inbox(topic)
-        taken: list[T] = []
         until = time.monotonic() + seconds
-        try:
-            self._take(inbox, n, taken, convert)
-            while len(taken) < n:
-                found = self._fetch(inbox, 0.0 if taken else until)
-                # Another thread may be faster to take what was fetched here; then there may be more to fetch.
-                self._take(inbox, n, taken, convert)
-                if not found and (taken or time.monotonic() >= until):
-                    break
-        except MessageNotText:
-            if not taken:
-                raise
+        # All at once or, when no more come, what is here: a call that fails meanwhile must not have taken some.
+        least, more = max(n, 1), n > 0
+        while not (taken := self._take(inbox, n, convert, least)) and (more or time.monotonic() < until):
+            more = bool(self._fetch(inbox, 0.0 if len(inbox) else until))
+            least = n if more else 1
         return taken
 
     def _latest(self, topic: str, convert: Callable[[Inbox, Entry], T]) -> list[T]:
@@ -289,14 +281,11 @@ class DSMQClientSideConnection:
         self._fetch(inbox, latest=True)
         with self._lock:
             inbox.skip_to_latest()
-        taken: list[T] = []
-        self._take(inbox, 1, taken, convert)
-        return taken
+        return self._take(inbox, 1, convert)
 
-    def _take(self, inbox: Inbox, n: int, taken: list[T], convert: Callable[[Inbox, Entry], T]) -> None:
-        """Take messages that are here already, until there are `n`."""
+    def _take(self, inbox: Inbox, n: int, convert: Callable[[Inbox, Entry], T], least: int = 1) -> list[T]:
         with self._lock:
-            inbox.take(n, taken, convert)
+            return inbox.take(n, convert, least)
 
     def _fetch(self, inbox: Inbox, until: float = 0.0, *, latest: bool = False) -> list[Entry]:
         """Ask for what there is, or wait for it until a time on the monotonic clock."""

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal, NamedTuple, NoReturn, TypeAlias, TypeVar
 
 from dsmq.errors import (
@@ -70,29 +71,42 @@ class Entry(NamedTuple):
     body: bytes
 
 
+class _Place(NamedTuple):
+    """Where the reading of a topic has got to."""
+
+    position: int
+    """The last id that has been fetched."""
+    last_number: int | None
+    """The number of that message, where it is known."""
+    ahead: deque[Entry]
+    """What has been fetched, and not been taken yet."""
+
+
 class Inbox:
     """The messages of one topic: where to read on, and what has been read ahead.
 
-    All its methods but `request` need the client's lock.
+    All its methods but `request` need the client's lock. A call may be interrupted anywhere, as by Ctrl-C, and must not
+    leave a message twice or not at all. So the place is changed as a whole, by one assignment.
     """
 
-    __slots__ = ("_ahead", "_prefix", "generation", "last_number", "missed", "position", "topic")
+    __slots__ = ("_place", "_prefix", "generation", "missed", "topic")
 
     def __init__(self, topic: str, name: bytes, position: int, last_number: int | None) -> None:
         self.topic = topic
-        self.position = position
-        """The last id that has been fetched."""
-        self.last_number = last_number
-        """The number of that message, where it is known."""
+        self._place = _Place(position, last_number, deque())
         self.generation = 0
         """How often it has been told to read on from elsewhere."""
         self.missed = 0
-        self._ahead: deque[Entry] = deque()
         self._prefix = b"$4\r\nREAD\r\n" + encode_bulk(name)
+
+    @property
+    def position(self) -> int:
+        """The last id that has been fetched."""
+        return self._place.position
 
     def request(self, wait_ms: int = 0, *, latest: bool = False) -> bytes:
         """Return the request for what comes behind the position."""
-        position = b"%d" % self.position
+        position = b"%d" % self._place.position
         if latest:
             return b"*4\r\n%b$%d\r\n%b\r\n$6\r\nLATEST\r\n" % (self._prefix, len(position), position)
         if not wait_ms:
@@ -107,45 +121,66 @@ class Inbox:
         """
         if generation != self.generation:
             return
+        position, last_number, ahead = self._place
+        new, missed = [], 0
         for entry in found:
-            if entry.id > self.position:
-                if not latest and self.last_number is not None and entry.number > self.last_number + 1:
-                    self._miss(entry.number - self.last_number - 1)
-                self._ahead.append(entry)
-                self.position, self.last_number = entry.id, entry.number
+            if entry.id > position:
+                if not latest and last_number is not None and entry.number > last_number + 1:
+                    missed += entry.number - last_number - 1
+                new.append(entry)
+                position, last_number = entry.id, entry.number
+        self._place = _Place(position, last_number, deque((*ahead, *new)))
+        if missed:
+            self._miss(missed)
 
-    def take(self, n: int, taken: list[T], convert: Callable[[Inbox, Entry], T]) -> None:
-        """Take messages that are here already, until there are `n`; one that can't be converted stays.
+    def __len__(self) -> int:
+        """How many messages are here, those that have become too old included."""
+        return len(self._place.ahead)
 
-        What has become too old here is passed over.
+    def take(self, n: int, convert: Callable[[Inbox, Entry], T], least: int = 1) -> list[T]:
+        """Take up to `n` messages that are here already; where there are less than `least`, none.
+
+        It stops short of one that can't be converted. Raises MessageNotText where that is the first.
         """
-        while len(taken) < n and self._has_fresh():
-            taken.append(convert(self, self._ahead[0]))
-            self._ahead.popleft()
+        self._pass_over()
+        position, last_number, ahead = self._place
+        if len(ahead) < least:
+            return []
+        if n == 1:
+            taken = [convert(self, ahead[0])]
+            ahead.popleft()
+            return taken
+        taken = []
+        for entry in islice(ahead, n):
+            try:
+                taken.append(convert(self, entry))
+            except MessageNotText:
+                if not taken:
+                    raise
+                break
+        self._place = _Place(position, last_number, deque(islice(ahead, len(taken), None)))
+        return taken
 
-    def _has_fresh(self) -> bool:
-        ahead = self._ahead
+    def _pass_over(self) -> None:
+        """Drop what has become too old here."""
+        ahead = self._place.ahead
         if ahead and ahead[0].expires <= (now := time.monotonic()):
             expired = 0
             while ahead and ahead[0].expires <= now:
                 ahead.popleft()
                 expired += 1
             self._miss(expired)
-        return bool(ahead)
 
     def skip_to_latest(self) -> None:
         """Forget all that was read ahead but the newest."""
-        while len(self._ahead) > 1:
-            self._ahead.popleft()
+        ahead = self._place.ahead
+        while len(ahead) > 1:
+            ahead.popleft()
 
-    def seek(self, position: int, last_number: int | None) -> None:
-        """Read on behind this id; what was read ahead stays."""
-        self.position, self.last_number = position, last_number
+    def seek(self, position: int, last_number: int | None, *, drop: bool = False) -> None:
+        """Read on behind this id; what was read ahead stays, or is dropped."""
+        self._place = _Place(position, last_number, deque() if drop else self._place.ahead)
         self.generation += 1
-
-    def drop(self) -> None:
-        """Forget what was read ahead."""
-        self._ahead.clear()
 
     def _miss(self, count: int) -> None:
         self.missed += count
