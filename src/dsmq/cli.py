@@ -267,12 +267,12 @@ def _token(file: str | None, known: dict[str, str]) -> str | None:
 def _serve(options: argparse.Namespace) -> int:
     # Until it is ready to read its configuration again, there is nothing to be done about it.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    from dsmq import config, logs, server  # noqa: PLC0415 - see _parser
+    from dsmq import config, logs, server, systemd  # noqa: PLC0415 - see _parser
 
     settings = config.from_options(options)
     logs.to_stderr(settings)
     server.allow_more_files()
-    server.run(settings, lambda: config.from_options(options))
+    server.run(settings, lambda: config.from_options(options), systemd.take())
     return OK
 
 
