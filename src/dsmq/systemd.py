@@ -90,7 +90,7 @@ def take() -> Systemd:
     watched = given["WATCHDOG_PID"] in ("", me) and given["WATCHDOG_USEC"].isdecimal()
     watchdog_seconds = int(given["WATCHDOG_USEC"]) / 1e6 if watched else math.inf
     count = int(given["LISTEN_FDS"]) if given["LISTEN_PID"] == me and given["LISTEN_FDS"].isdecimal() else 0
-    sockets = _sockets(count, given["LISTEN_FDNAMES"].split(":"))
+    sockets = _sockets(count, given["LISTEN_FDNAMES"])
     if sockets:
         _logger.info("systemd passes the sockets: the settings of hosts and ports are not used")
     queue = [sock for name, sock in sockets if name == QUEUE]
@@ -103,9 +103,9 @@ def take() -> Systemd:
     return Systemd(given["NOTIFY_SOCKET"], watchdog_seconds or math.inf, queue, metrics[0] if metrics else None)
 
 
-def _sockets(count: int, names: list[str]) -> list[tuple[str, socket.socket]]:
+def _sockets(count: int, given: str) -> list[tuple[str, socket.socket]]:
     """Return the passed sockets with what each is for."""
-    names = [*names[:count], *["unknown"] * (count - len(names))]
+    names = given.split(":") if given else ["unknown"] * count
     unknown = [name for name in names if name not in (QUEUE, METRICS)]
     # Without FileDescriptorName= it bears the name of its unit.
     if len(unknown) > 1 or (unknown and QUEUE in names):

@@ -30,6 +30,7 @@ PROGRAMS = {
     "nsenter": "util-linux",
     "unshare": "util-linux",
 }
+NAMESPACES = ("--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup")
 LOOK_SECONDS = 0.05
 BOOT_SECONDS = 60.0
 HALT_SECONDS = 20.0
@@ -106,7 +107,7 @@ class Box:
     """A running box. Raises what subprocess does."""
 
     def __init__(self, leader: int) -> None:
-        self._enter = ("nsenter", f"--target={leader}", *("--mount --uts --ipc --net --pid --cgroup".split()), "--")
+        self._enter = ("nsenter", f"--target={leader}", *NAMESPACES, "--")
         self.root = Path(f"/proc/{leader}/root")
         """Its files."""
 
