@@ -309,7 +309,7 @@ def registry(source: Source) -> CollectorRegistry:
     class Process(ProcessCollector):
         def _boot_time(self) -> float:
             try:
-                return float(super()._boot_time())
+                return float(super()._boot_time())  # type: ignore[no-untyped-call]
             except FileNotFoundError:
                 # Where /proc shows processes alone (ProcSubset=pid). Without this time it would tell nothing at all.
                 if not hasattr(time, "CLOCK_BOOTTIME"):

@@ -105,7 +105,8 @@ def take() -> Systemd:
 
 def _sockets(count: int, given: str) -> list[tuple[str, socket.socket]]:
     """Return the passed sockets with what each is for."""
-    names = given.split(":") if given else ["unknown"] * count
+    names = given.split(":")[:count] if given else []
+    names += ["unknown"] * (count - len(names))
     unknown = [name for name in names if name not in (QUEUE, METRICS)]
     # Without FileDescriptorName= it bears the name of its unit.
     if len(unknown) > 1 or (unknown and QUEUE in names):
