@@ -52,11 +52,12 @@ class Systemd:
 
     def notify(self, *states: str) -> None:
         """Send states as sd_notify(3) describes them; where that fails, the service goes on without."""
-        if self._socket and states:
-            try:
-                self._socket.sendto("\n".join(states).encode(), self._address)
-            except OSError as error:
-                _logger.warning("systemd can't be told %s: %s", ", ".join(states), error)
+        if not self._socket or not states:
+            return
+        try:
+            self._socket.sendto("\n".join(states).encode(), self._address)
+        except OSError as error:
+            _logger.warning("systemd can't be told %s: %s", ", ".join(states), error)
 
     @contextmanager
     def reloading(self) -> Iterator[None]:
@@ -74,6 +75,8 @@ class Systemd:
 
     def tick(self, status: Status) -> None:
         """Tell how the service is, and that it lives: only while every thread does, besides the one that calls this."""
+        if not self._socket:
+            return
         states = ["WATCHDOG=1"] if self._watchdog and not status.stuck() else []
         shown = f"STATUS={status.connections()} connections, {status.totals().messages} messages"
         if shown != self._status:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,10 @@ BOOT_SECONDS = 60.0
 HALT_SECONDS = 20.0
 
 
+class NotHere(Exception):
+    """There can be no box; says why."""
+
+
 def why_not() -> str:
     """Return why there can be no box on this machine; nothing where there can."""
     missing = [package for program, package in PROGRAMS.items() if shutil.which(program) is None]
@@ -43,8 +48,9 @@ def why_not() -> str:
         return f"not installed: Debian's packages {', '.join(sorted(set(missing)))}"
     if os.geteuid():
         return "it takes root to boot a systemd: not allowed here"
-    if subprocess.run(["unshare", "--mount", "--net", "true"], capture_output=True, check=False).returncode:
-        return "namespaces are not allowed here"
+    mount = ["unshare", "--mount", "--net", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        return "namespaces and mounts are not allowed here"
     return "" if _mirror() else "apt has no source of Debian packages: not allowed here"
 
 
@@ -62,7 +68,7 @@ class Tree:
 
     def __init__(self, suite: str) -> None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsmq-tests"
-        self.path = cache / f"{suite}-{abs(hash_of(PACKAGES)):x}"
+        self.path = cache / f"{suite}-{zlib.crc32(PACKAGES.encode()):x}"
         self._making: subprocess.Popen[bytes] | None = None
         if not self.path.exists():
             cache.mkdir(parents=True, exist_ok=True)
@@ -75,13 +81,14 @@ class Tree:
             )
 
     def wait(self) -> Path:
-        """Return where it is, as soon as it is complete."""
+        """Return where it is, as soon as it is complete. Raises NotHere."""
         if self._making:
             _, said = self._making.communicate()
             failed = self._making.returncode
             self._making = None
             if failed:
-                raise RuntimeError(f"no Debian could be made:\n{said.decode(errors='replace')}")
+                shutil.rmtree(self._new, ignore_errors=True)
+                raise NotHere(f"mmdebstrap: {said.decode(errors='replace').strip().rpartition(chr(10))[2]}")
             # Where another has been faster, that one will do.
             with contextlib.suppress(OSError):
                 self._new.rename(self.path)
@@ -94,13 +101,6 @@ class Tree:
             self._making.terminate()
             self._making.communicate()
             shutil.rmtree(self._new, ignore_errors=True)
-
-
-def hash_of(text: str) -> int:
-    """Return a number that stands for a text, the same in every process."""
-    import zlib
-
-    return zlib.crc32(text.encode())
 
 
 class Box:
