@@ -152,11 +152,13 @@ def test_it_is_ready_when_it_accepts(tmp_path: Path, address: str) -> None:
             command, stderr=subprocess.DEVNULL, env={**os.environ, "NOTIFY_SOCKET": manager.address}
         ) as process,
     ):
-        assert manager.next() == {"READY": "1"}
-        wire = Wire(where)
-        assert wire.call("PING") == "PONG"
-        wire.close()
-        process.terminate()
+        try:
+            assert manager.next() == {"READY": "1"}
+            wire = Wire(where)
+            assert wire.call("PING") == "PONG"
+            wire.close()
+        finally:
+            process.terminate()
         assert manager.wait_for("STOPPING")["STOPPING"] == "1"
 
 
@@ -234,7 +236,7 @@ def test_the_watchdog_is_fed_while_all_threads_live(manager: Manager) -> None:
 
 def test_without_a_watchdog_it_is_not_fed(manager: Manager) -> None:
     with running(manager, float("inf")) as server:
-        manager.wait_for("STATUS")
+        assert manager.wait_for("STATUS").keys() == {"STATUS"}
         server.request_reload()
         assert manager.wait_for("RELOADING", "WATCHDOG").keys() == {"RELOADING", "MONOTONIC_USEC"}
 
