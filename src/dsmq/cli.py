@@ -275,12 +275,12 @@ def _token(file: str | None, known: dict[str, str]) -> str | None:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from dsmq import config, logs, server  # noqa: PLC0415 - see _parser
+    from dsmq import config, logs, server, systemd  # noqa: PLC0415 - see _parser
 
     settings = config.from_options(options)
     logs.start(settings)
     server.allow_more_files()
-    server.run(settings, lambda: config.from_options(options))
+    server.run(settings, lambda: config.from_options(options), systemd.take())
     return OK
 
 

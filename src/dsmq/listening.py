@@ -62,6 +62,15 @@ def shown(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
 
 
+def address(sock: socket.socket) -> str:
+    """Return where a socket listens, for people."""
+    name = sock.getsockname()
+    if sock.family == socket.AF_UNIX:
+        # An abstract one begins with a zero byte.
+        return UNIX + (name if isinstance(name, str) else "@" + os.fsdecode(name[1:]))
+    return shown(*name[:2])
+
+
 def is_local(sock: socket.socket, host: str) -> bool:
     """Return whether the client of an accepted connection is on this machine."""
     return sock.family == socket.AF_UNIX or _is_loopback(host) or host == sock.getsockname()[0]

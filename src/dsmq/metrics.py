@@ -9,6 +9,7 @@ import heapq
 import operator
 import platform
 import sqlite3
+import time
 from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -309,7 +310,17 @@ def registry(source: Source) -> CollectorRegistry:
     # Imported here, because a server without a side port needs none of it.
     from prometheus_client import CollectorRegistry, ProcessCollector  # noqa: PLC0415
 
+    class Process(ProcessCollector):
+        def _boot_time(self) -> float:
+            try:
+                return float(super()._boot_time())  # type: ignore[no-untyped-call]
+            except FileNotFoundError:
+                # Where /proc shows processes alone (ProcSubset=pid). Without this time it would tell nothing at all.
+                if not hasattr(time, "CLOCK_BOOTTIME"):
+                    raise
+                return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+
     registry = CollectorRegistry()
     registry.register(Collector(source))
-    ProcessCollector(registry=registry)
+    Process(registry=registry)
     return registry

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -37,6 +37,7 @@ from dsmq.protocol import encode_error
 from dsmq.status import Status
 from dsmq.store import Limits, SQLiteStore, Store, Totals
 from dsmq.system import expect_long_messages
+from dsmq.systemd import Systemd
 from dsmq.worker import Worker
 
 # File descriptors left for other things than connections.
@@ -80,12 +81,13 @@ def serve(
     run(effective)
 
 
-def run(settings: Settings, load: Callable[[], Settings] | None = None) -> None:
+def run(settings: Settings, load: Callable[[], Settings] | None = None, systemd: Systemd | None = None) -> None:
     """Serve until a signal or a client's SHUTDOWN, then stop gracefully. Raises as `serve` does.
 
-    On SIGHUP `load` returns the settings anew; without it, that signal is left alone.
+    On SIGHUP `load` returns the settings anew; without it, that signal is left alone. What `systemd` holds is used in
+    place of sockets of its own, and it is told how the server is.
     """
-    server = Server(settings, load=load)
+    server = Server(settings, load=load, systemd=systemd)
     # Before it says that it serves: whoever reads that may send a signal at once.
     with _signals(server, reload=load is not None), server:
         server.run()
@@ -95,10 +97,16 @@ class Server:
     """A server that can be started and stopped; a context manager does both."""
 
     def __init__(
-        self, settings: Settings, store: Store | None = None, *, load: Callable[[], Settings] | None = None
+        self,
+        settings: Settings,
+        store: Store | None = None,
+        *,
+        load: Callable[[], Settings] | None = None,
+        systemd: Systemd | None = None,
     ) -> None:
         """`load` returns the settings anew. Raises ConfigError where a file of tokens or certificates can't be used."""
         self._load = load
+        self._systemd = systemd or Systemd()
         self.settings = settings
         self._store = store or SQLiteStore(0)
         # Reasons to stop; None: read the configuration anew.
@@ -155,10 +163,12 @@ class Server:
         with ExitStack() as undo:
             undo.callback(self.stop)
             settings = self.settings
-            sockets = listening.listen(settings.host, settings.port, settings.listen_backlog)
+            passed = self._systemd.queue
+            sockets = passed or listening.listen(settings.host, settings.port, settings.listen_backlog)
             self._listeners = [Listener(sock, self._place) for sock in sockets]
-            if settings.metrics_port != "off":
-                self._side_port = self._open_side_port(settings.metrics_host, settings.metrics_port)
+            # Where the sockets are passed, the process may have no network to make one in.
+            if side := self._systemd.metrics if passed else self._side_socket():
+                self._side_port = self._open_side_port(side)
             for number in range(settings.io_workers):
                 self._workers.append(Worker(f"dsmq-io-{number}", self._services, self._workers))
             self._workers[0].listen(self._listeners)
@@ -168,7 +178,8 @@ class Server:
             except RuntimeError as error:
                 raise CannotStart(str(error)) from error
             undo.pop_all()
-        self.status.port = self.port if self._listeners[0].socket.family != socket.AF_UNIX else None
+        names = [listener.socket.getsockname() for listener in self._listeners]
+        self.status.port = next((name[1] for name in names if isinstance(name, tuple)), None)
         self._started = self.status.serving = True
         started = logs.event("started", version=__version__, addresses=self.addresses, process=os.getpid())
         _logger.info(
@@ -176,16 +187,22 @@ class Server:
         )
         self._tell_security()
         if self._side_port:
-            where = f"http://{listening.shown(settings.metrics_host, self.metrics_port or 0)}/"
+            where = self._side_port.url
             _logger.info("metrics on %smetrics, for people %s", where, where, extra=logs.event("side_port", url=where))
+        self._systemd.notify("READY=1")
 
-    def _open_side_port(self, host: str, port: int) -> Any:
+    def _side_socket(self) -> socket.socket | None:
+        if self.settings.metrics_port == "off":
+            return None
+        sock, *others = listening.listen(self.settings.metrics_host, self.settings.metrics_port, 16)
+        for other in others:
+            other.close()
+        return sock
+
+    def _open_side_port(self, sock: socket.socket) -> Any:
         # Imported here, because a server without a side port needs none of it.
         from dsmq.sideport import SidePort  # noqa: PLC0415
 
-        sock, *others = listening.listen(host, port, 16)
-        for other in others:
-            other.close()
         settings = self.settings
         token = settings.metrics_token.get_secret_value()
         if settings.metrics_token_file:
@@ -276,19 +293,20 @@ class Server:
     def run(self) -> None:
         """Wait until the server is asked to stop. Raises ServerFailed if one of its threads dies."""
         while True:
-            try:
-                reason = self._orders.get(timeout=WATCH_SECONDS)
-            except queue.Empty:
-                logs.summarise()
-                if dead := [thread.name for thread in self._threads() if not thread.is_alive()]:
-                    raise ServerFailed(f"threads died: {', '.join(dead)}") from None
-            else:
-                if reason is None:
+            with suppress(queue.Empty):
+                if reason := self._orders.get(timeout=min(WATCH_SECONDS, self._systemd.most_seconds)):
+                    _logger.info("stopping: %s", reason, extra=logs.event("stopping", reason=reason))
+                    self.stop()
+                    return
+                with self._systemd.reloading():
                     self.reload()
-                    continue
-                _logger.info("stopping: %s", reason, extra=logs.event("stopping", reason=reason))
-                self.stop()
-                return
+            self._watch()
+
+    def _watch(self) -> None:
+        logs.summarise()
+        if dead := [thread.name for thread in self._threads() if not thread.is_alive()]:
+            raise ServerFailed(f"threads died: {', '.join(dead)}")
+        self._systemd.tick(self.status)
 
     def request_stop(self, reason: str) -> None:
         """Have `run` stop the server. Safe in signal handlers and threads."""
@@ -343,6 +361,7 @@ class Server:
         self._stopped = self.status.stopping = True
         seconds = self.settings.stop_timeout_seconds if seconds is None else seconds
         deadline = time.monotonic() + seconds
+        self._systemd.stopping(seconds)
         self._stop_accepting(deadline)
         for worker in self._workers:
             worker.stop(max(0.0, deadline - time.monotonic()))
@@ -378,19 +397,15 @@ class Server:
             done.wait(max(LEAST_STAGE_SECONDS, deadline - time.monotonic()))
         for listener in self._listeners:
             listener.closed = True
-            listening.close(listener.socket)
+            # The file of a socket that was passed is not its own to remove.
+            (socket.socket.close if self._systemd.queue else listening.close)(listener.socket)
 
     # What can be asked of it
 
     @property
     def addresses(self) -> list[str]:
         """Where it listens: `host:port` or `unix:/path`."""
-        return [
-            listening.UNIX + name
-            if isinstance(name := listener.socket.getsockname(), str)
-            else listening.shown(*name[:2])
-            for listener in self._listeners
-        ]
+        return [listening.address(listener.socket) for listener in self._listeners]
 
     @property
     def port(self) -> int:

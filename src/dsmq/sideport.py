@@ -23,8 +23,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
-from dsmq import __version__
-from dsmq.listening import ACCEPT_PAUSE_SECONDS
+from dsmq import __version__, listening
 from dsmq.status import Status
 
 # A scrape takes milliseconds; what hangs on longer is cut off.
@@ -56,6 +55,11 @@ class SidePort:
     def port(self) -> int:
         """The TCP port it listens on."""
         return int(self._server.socket.getsockname()[1])
+
+    @property
+    def url(self) -> str:
+        """Where the page is."""
+        return f"http://{listening.address(self._server.socket)}/"
 
     def start(self) -> None:
         """Begin to serve."""
@@ -94,7 +98,7 @@ class _HTTPServer(ThreadingHTTPServer):
             return super().get_request()
         except OSError:
             # As when there are no file descriptors left: it would be asked again at once, for ever.
-            time.sleep(ACCEPT_PAUSE_SECONDS)
+            time.sleep(listening.ACCEPT_PAUSE_SECONDS)
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -205,7 +209,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - http.server's name
-        _logger.debug("side port: %s: %r", self.address_string(), format % args)
+        _logger.debug("side port: %s: %r", self.client_address or "unix", format % args)
 
 
 _OPEN = {"/": _Handler.page, "/healthz": _Handler.healthz, "/readyz": _Handler.readyz}

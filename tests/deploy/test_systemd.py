@@ -1,0 +1,666 @@
+"""dsmq as a service of a real systemd, installed by the README's own commands, upgraded and removed by them."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from box import SUITES, Box, NotHere, Tree, boot, why_not
+
+from conftest import ROOT
+
+pytestmark = pytest.mark.timeout(150)
+
+UNITS = ("dsmq.service", "dsmq.socket", "dsmq-metrics.socket")
+PYTHON = "/opt/dsmq/bin/python"
+TOKEN = "/etc/dsmq/token"
+# What is to happen has to within this, in seconds.
+SOON = 30.0
+# For all that runs in the box.
+PRELUDE = f"""
+import os, socket, sys, time, urllib.request
+from dsmq.client import connect
+from dsmq.errors import ConnectionLost
+token = open("{TOKEN}").readline().strip()
+def say(*words):
+    print(*words, flush=True)
+def wire(message=b"PING"):
+    sock = socket.create_connection(("127.0.0.1", 30008), timeout=30)
+    sock.sendall(b"AUTH " + token.encode() + b"\\r\\n" + message + b"\\r\\n")
+    return sock
+"""
+# `dsmq serve` of which an I/O worker does nothing any more, from SIGUSR1 on.
+STALLS = """
+import signal, sys, threading
+from dsmq import cli, worker
+turn, stalled = worker.Worker._turn, threading.Event()
+def faulty(self):
+    if stalled.is_set():
+        threading.Event().wait()
+    turn(self)
+worker.Worker._turn = faulty
+signal.signal(signal.SIGUSR1, lambda *_: stalled.set())
+sys.argv[1:] = ["serve"]
+sys.exit(cli.main())
+"""
+# One that takes its time to start: until there is a file.
+HELD = """
+import os, sys, time
+from dsmq import cli
+while not os.path.exists("/var/lib/dsmq/go"):
+    time.sleep(0.05)
+sys.argv[1:] = ["serve"]
+sys.exit(cli.main())
+"""
+# What a process that has been taken over might try.
+PROBE = """
+import ctypes, errno, json, mmap, os, socket, subprocess, sys
+libc = ctypes.CDLL(None, use_errno=True)
+def call(name, *arguments):
+    if getattr(libc, name)(*arguments) == -1:
+        raise OSError(ctypes.get_errno(), name)
+def run_own():
+    with open("own", "w") as file:
+        file.write("#!/bin/sh\\n")
+    os.chmod("own", 0o700)
+    subprocess.run(["./own"], check=True)
+tries = {
+    "write to /etc": lambda: open("/etc/probe", "w"),
+    "write to /usr": lambda: open("/usr/probe", "w"),
+    "write to its own code": lambda: open("/opt/dsmq/probe", "w"),
+    "write to its state": lambda: open("probe", "w"),
+    "read root's token": lambda: open("/etc/dsmq/token"),
+    "look into /root": lambda: os.listdir("/root"),
+    "run what it has written": run_own,
+    "talk IPv4": lambda: socket.socket(socket.AF_INET),
+    "talk IPv6": lambda: socket.socket(socket.AF_INET6),
+    "talk netlink": lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW),
+    "talk packets": lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW),
+    "talk to neighbours": lambda: socket.socket(socket.AF_UNIX),
+    "have memory to write and run": lambda: mmap.mmap(-1, 4096, prot=7),
+    "make a namespace of mounts": lambda: call("unshare", 0x20000),
+    "call itself otherwise": lambda: call("sethostname", b"probe", 5),
+    "mount": lambda: call("mount", b"none", b"/mnt", b"tmpfs", 0, None),
+    "make a device": lambda: os.mknod("device", 0o20600, os.makedev(1, 1)),
+    "be somebody's file": lambda: os.chmod("probe", 0o4700),
+    "see the kernel's log": lambda: open("/dev/kmsg"),
+    "see other processes": lambda: os.stat("/proc/1"),
+    "look at the machine": lambda: open("/proc/meminfo"),
+    "be quicker than others": lambda: os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1)),
+    # The last, because whoever has done it is root no more.
+    "make a namespace of users": lambda: call("unshare", 0x10000000),
+}
+found = {}
+for name, attempt in tries.items():
+    try:
+        attempt()
+        found[name] = "done"
+    except OSError as error:
+        found[name] = errno.errorcode[error.errno]
+with open("found.json", "w") as file:
+    json.dump(found, file)
+"""
+# No more than these: what the service itself lives by.
+ALLOWED = {"write to its state", "talk to neighbours"}
+
+# What root of a container may not do anyway.
+NOT_EVEN_ROOT = {"make a device", "see the kernel's log", "be quicker than others"}
+
+
+# The box
+
+
+@pytest.fixture(scope="module")
+def trees() -> Iterator[dict[str, Tree]]:
+    """The Debians; they are made beside each other, and beside the tests of the first."""
+    if reason := why_not():
+        pytest.skip(reason)
+    trees = {suite: Tree(suite) for suite in SUITES}
+    yield trees
+    for tree in trees.values():
+        tree.abandon()
+
+
+@pytest.fixture(scope="module", params=SUITES)
+def box(
+    request: pytest.FixtureRequest, trees: dict[str, Tree], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Box]:
+    """A box in which dsmq is installed."""
+    try:
+        tree = trees[request.param].wait()
+    except NotHere as reason:
+        pytest.skip(str(reason))
+    with boot(tree) as box:
+        provide(box, tmp_path_factory.mktemp("packages"))
+        box.shell(source() + documented("python3 -m venv"))
+        box.write("/etc/dsmq/held.py", HELD)
+        box.write("/etc/dsmq/stalls.py", STALLS)
+        box.write("/etc/dsmq/probe.py", PROBE)
+        yield box
+
+
+def provide(box: Box, packages: Path) -> None:
+    """Put a checkout there, and the packages that pip would fetch from the network, for the box's Python."""
+    version = box.run("python3", "-c", "import sys; print('%d.%d' % sys.version_info[:2])")
+    wanted = re.findall(r'^    "(.*)",$', re.search(r"^dependencies = \[\n(.*?)^\]", _project(), re.M | re.S)[1], re.M)  # type: ignore[index]
+    build = re.search(r'^requires = \["(.*)"\]', _project(), re.M)
+    assert build
+    platforms = [
+        f"--platform={name}_{platform.machine()}" for name in ("manylinux_2_28", "manylinux_2_17", "manylinux2014")
+    ]
+    fetched = subprocess.run(
+        [
+            *(sys.executable, "-m", "pip", "download", "--quiet", f"--dest={packages}", "--only-binary=:all:"),
+            *(f"--python-version={version}", "--implementation=cp", *platforms, *wanted, build[1]),
+        ],
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+    if fetched.returncode:
+        pytest.skip("pip can fetch no packages for the box, see above")
+    shutil.copytree(packages, box.root / "source" / "packages")
+    for name in ("src", "deploy"):
+        shutil.copytree(ROOT / name, box.root / "source" / name)
+    for name in ("pyproject.toml", "README.md", "LICENSE", "dsmq.toml.example"):
+        shutil.copy(ROOT / name, box.root / "source")
+
+
+def _project() -> str:
+    return (ROOT / "pyproject.toml").read_text()
+
+
+def source() -> str:
+    """The beginning of a script in the checkout, where pip has no network."""
+    return "cd /source; export PIP_NO_INDEX=1 PIP_FIND_LINKS=/source/packages\n"
+
+
+def documented(beginning: str) -> str:
+    """Return the commands of the README, or of that in deploy, that begin so."""
+    text = "".join((ROOT / name).read_text() for name in ("README.md", "deploy/README.md"))
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S)
+    (block,) = [block for block in blocks if block.startswith(beginning) and "/opt/dsmq" in block]
+    return str(block)
+
+
+@contextmanager
+def drop_in(box: Box, text: str, unit: str = "dsmq.service") -> Iterator[None]:
+    """The unit with a change, which is taken back in the end. It is stopped before and after."""
+    path = f"/etc/systemd/system/{unit}.d/test.conf"
+    box.write(path, text)
+    stop(box)
+    try:
+        yield
+    finally:
+        box.shell(f"rm {path}; rmdir --ignore-fail-on-non-empty {path.rpartition('/')[0]}")
+        stop(box)
+
+
+def stop(box: Box) -> None:
+    units = " ".join(UNITS)
+    # The tests start it more often than systemd puts up with, unless it is told to forget.
+    box.shell(
+        f"systemctl daemon-reload; systemctl stop {units}; systemctl reset-failed {units}; systemctl start dsmq.socket"
+    )
+
+
+def shipped(name: str) -> str:
+    return (ROOT / "deploy" / "systemd" / name).read_text()
+
+
+@contextmanager
+def configured(box: Box, text: str) -> Iterator[None]:
+    """The configuration file, changed for a while; it is for the test to have it read."""
+    before = (box.root / "etc/dsmq/dsmq.toml").read_text()
+    box.write("/etc/dsmq/dsmq.toml", text)
+    try:
+        yield
+    finally:
+        box.write("/etc/dsmq/dsmq.toml", before)
+
+
+def python(box: Box, script: str) -> str:
+    """Run a script, with the published client, in the box but outside the service."""
+    return box.run(PYTHON, "-c", PRELUDE + script)
+
+
+@contextmanager
+def beside(box: Box, script: str) -> Iterator[subprocess.Popen[str]]:
+    """A script that runs meanwhile. It begins when it has said something."""
+    with box.popen(PYTHON, "-c", PRELUDE + script) as process:
+        try:
+            assert process.stdout
+            assert process.stdout.readline()
+            yield process
+        finally:
+            process.kill()
+
+
+def answer(process: subprocess.Popen[str]) -> str:
+    """Have such a script go on, and return what it says next."""
+    assert process.stdin
+    assert process.stdout
+    process.stdin.write("\n")
+    process.stdin.flush()
+    return process.stdout.readline().strip()
+
+
+def scrape(box: Box) -> str:
+    return python(box, 'print(urllib.request.urlopen("http://127.0.0.1:30009/metrics", timeout=10).read().decode())')
+
+
+def metric(box: Box, name: str) -> float:
+    found = re.search(rf"^{name} (\S+)$", scrape(box), re.M)
+    assert found, name
+    return float(found[1])
+
+
+class Journal:
+    """What the service has logged since now."""
+
+    def __init__(self, box: Box) -> None:
+        self._box = box
+        box.run("journalctl", "--sync")
+        shown = box.run("journalctl", "--lines=0", "--show-cursor", "--quiet")
+        self._cursor = shown.removeprefix("-- cursor: ")
+
+    def entries(self) -> list[dict[str, str]]:
+        self._box.run("journalctl", "--sync")
+        lines = self._box.run("journalctl", "--unit=dsmq.service", "--output=json", f"--after-cursor={self._cursor}")
+        return [json.loads(line) for line in lines.splitlines()]
+
+    def priority(self, pattern: str) -> int:
+        """Return that of the line of the service's own that is like this. Waits for it."""
+
+        def found() -> list[str]:
+            mine = [one for one in self.entries() if one.get("SYSLOG_IDENTIFIER") == "dsmq"]
+            return [one["PRIORITY"] for one in mine if re.match(pattern, one["MESSAGE"])]
+
+        return int(wait_for(found)[0])
+
+
+def wait_for(look: Callable[[], list[str]]) -> list[str]:
+    """Look until there is something."""
+    until = time.monotonic() + SOON
+    while not (found := look()):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    return found
+
+
+def restarts(box: Box) -> int:
+    return int(box.show("dsmq.service", "NRestarts"))
+
+
+def await_restart(box: Box, before: int) -> None:
+    """Wait until it has been started anew, and serves."""
+    wait_for(lambda: ["yes"] if restarts(box) > before and box.show("dsmq.service", "ActiveState") == "active" else [])
+
+
+def listening_inodes(box: Box) -> set[str]:
+    """Return which sockets listen on dsmq's ports."""
+    lines = [line.split() for line in box.run("cat", "/proc/net/tcp").splitlines()]
+    ports = {f"0100007F:{port:04X}" for port in (30008, 30009)}
+    return {fields[9] for fields in lines if fields[1] in ports and fields[3] == "0A"}
+
+
+def reloads(box: Box) -> list[str]:
+    """Return the changes with which a reload is to be tried: as shipped, and the drop-in where systemd knows it."""
+    version = int(box.run("systemctl", "--version").split()[1])
+    return ["[Service]\n", *([shipped("notify-reload.conf")] if version >= 253 else [])]
+
+
+# Installed
+
+
+def test_the_first_client_starts_it(box: Box) -> None:
+    stop(box)
+    assert box.try_run("systemctl", "is-active", *UNITS).stdout.split() == ["inactive", "active", "active"]
+    put_and_get = """
+with connect(token=token) as mq:
+    mq.put("greetings", "hello world!")
+    say(mq.get_wait("greetings"))
+"""
+    assert python(box, put_and_get) == "hello world!"
+    assert box.try_run("systemctl", "is-active", *UNITS).stdout.split() == ["active"] * 3
+    assert box.run("systemctl", "is-enabled", "dsmq.socket") == "enabled"
+
+
+def test_prometheus_finds_what_it_wants(box: Box) -> None:
+    shown = scrape(box)
+    assert "dsmq_healthy 1.0" in shown
+    # In its sandbox it sees less of /proc than Prometheus's client expects.
+    began = re.search(r"^process_start_time_seconds (\S+)$", shown, re.M)
+    assert began
+    assert abs(float(began[1]) - time.time()) < 300
+
+
+def test_the_status_tells_connections_and_messages(box: Box) -> None:
+    stop(box)
+    script = 'with connect(token=token) as mq:\n mq.put("a", "b"); say("ready"); sys.stdin.readline(); say("done")'
+    with beside(box, script) as client:
+        wait_for(lambda: re.findall("^1 connections, 1 messages$", box.show("dsmq.service", "StatusText")))
+        assert answer(client) == "done"
+
+
+def test_it_is_active_only_when_it_serves(box: Box) -> None:
+    with drop_in(box, f"[Service]\nExecStart=\nExecStart={PYTHON} /etc/dsmq/held.py\n"):
+        box.run("systemctl", "start", "--no-block", "dsmq.service")
+        wait_for(lambda: [box.show("dsmq.service", "MainPID")] if (box.root / "var/lib/dsmq").exists() else [])
+        # It runs, and listens: systemd has seen to that.
+        assert box.try_run("systemctl", "is-active", "dsmq.service").stdout.strip() == "activating"
+        box.run("touch", "/var/lib/dsmq/go")
+        box.run("systemctl", "start", "dsmq.service")
+        assert box.run("systemctl", "is-active", "dsmq.service") == "active"
+        assert python(box, "say(wire().recv(5))") == "b'+OK\\r\\n'"
+        box.run("rm", "/var/lib/dsmq/go")
+
+
+def test_the_units_are_without_a_flaw(box: Box) -> None:
+    shown = box.try_run("systemd-analyze", "verify", *(f"/etc/systemd/system/{unit}" for unit in UNITS))
+    assert (shown.returncode, shown.stdout, shown.stderr) == (0, "", "")
+    exposure = box.run("systemd-analyze", "security", "--no-pager", "--threshold=4", "dsmq.service").splitlines()[-1]
+    print(exposure)
+    assert float(exposure.partition(": ")[2].split()[0]) <= 0.4
+
+
+@pytest.mark.parametrize("name", ["notify-reload", "without-socket", "tls", "secrets-by-group"])
+def test_so_are_the_drop_ins(box: Box, name: str) -> None:
+    with drop_in(box, shipped(f"{name}.conf")):
+        shown = box.try_run("systemd-analyze", "verify", "/etc/systemd/system/dsmq.service")
+        lines = (shown.stdout + shown.stderr).splitlines()
+        exposure = box.run("systemd-analyze", "security", "--no-pager", "dsmq.service").splitlines()[-1]
+        print(name, exposure)
+    if name == "notify-reload" and len(reloads(box)) == 1:
+        assert "notify-reload" in lines[0]
+        return
+    assert not lines
+
+
+# At work
+
+
+def test_a_reload_keeps_connections(box: Box) -> None:
+    script = """
+mq = connect(token=token)
+number = mq.put("a", "before")
+say("ready")
+while sys.stdin.readline():
+    mq.seek("a", number - 1)
+    say(mq.get("a"), mq.get("a") or "nothing")
+"""
+    for change in reloads(box):
+        with (
+            drop_in(box, change),
+            beside(box, script) as client,
+            configured(box, 'max_age_seconds = 60\nlog_level = "debug"\n'),
+        ):
+            opened = metric(box, "dsmq_connections_opened_total")
+            assert metric(box, "dsmq_max_age_seconds") == 600
+            journal = Journal(box)
+            box.run("systemctl", "reload", "dsmq.service")
+            if "notify-reload" not in change:
+                journal.priority("configuration read again")
+            # From here on it has to have been read.
+            assert metric(box, "dsmq_max_age_seconds") == 60
+            assert answer(client) == "before nothing"
+            assert metric(box, "dsmq_connections_opened_total") == opened
+            assert journal.priority("configuration read again; changed: max_age_seconds, log_level$") == 6
+            assert journal.priority("side port: ") == 7
+            box.write("/etc/dsmq/dsmq.toml", 'max_age_seconds = 60\nlog_level = "debug"\nlisten_backlog = 7\n')
+            box.run("systemctl", "reload", "dsmq.service")
+            assert journal.priority("these change only with a new start: listen_backlog$") == 4
+            box.write("/etc/dsmq/dsmq.toml", "max_age_seconds = true")
+            box.run("systemctl", "reload", "dsmq.service")
+            assert journal.priority("nothing is changed: /etc/dsmq/dsmq.toml: max_age_seconds: ") == 3
+            assert metric(box, "dsmq_max_age_seconds") == 60
+            assert answer(client) == "before nothing"
+            wait_for(lambda: re.findall("^active$", box.show("dsmq.service", "ActiveState")))
+
+
+def test_a_kill_refuses_no_client(box: Box) -> None:
+    box.run("systemctl", "start", "dsmq.service")
+    script = """
+import threading
+over, counted = threading.Event(), [0, 0]
+def knock():
+    while not over.is_set():
+        try:
+            wire().close()
+            counted[0] += 1
+        except ConnectionRefusedError:
+            counted[1] += 1
+        time.sleep(0.01)
+threading.Thread(target=knock, daemon=True).start()
+mq = connect(token=token)
+say("ready")
+sys.stdin.readline()
+try:
+    mq.put("a", "lost with its connection")
+except ConnectionLost:
+    mq.put("a", "over another one")
+over.set()
+say(counted[0] > 10, counted[1])
+"""
+    before, sockets = restarts(box), listening_inodes(box)
+    assert len(sockets) == 2
+    with beside(box, script) as client:
+        box.run("systemctl", "kill", "--signal=KILL", "dsmq.service")
+        assert answer(client) == "True 0"
+    await_restart(box, before)
+    assert listening_inodes(box) == sockets
+
+
+def test_a_stalled_worker_is_noticed(box: Box) -> None:
+    change = f"""
+[Service]
+ExecStart=
+ExecStart={PYTHON} /etc/dsmq/stalls.py
+Environment=DSMQ_HEALTH_TIMEOUT_SECONDS=1
+WatchdogSec=3
+"""
+    with drop_in(box, change):
+        box.run("systemctl", "start", "dsmq.service")
+        journal, before = Journal(box), restarts(box)
+        box.run("systemctl", "kill", "--signal=USR1", "dsmq.service")
+        await_restart(box, before)
+        assert [one for one in journal.entries() if "Watchdog timeout (limit 3s)!" in one["MESSAGE"]]
+        assert python(box, "say(wire().recv(5))") == "b'+OK\\r\\n'"
+
+
+def test_a_stop_with_many_readers_is_a_success(box: Box) -> None:
+    box.run("systemctl", "restart", "dsmq.service")
+    script = """
+readers = [wire(b"GETWAIT nothing 600000") for _ in range(50)]
+say("ready")
+sys.stdin.readline()
+def ended(sock):
+    while data := sock.recv(1000):
+        pass
+    return True
+say(sum(ended(sock) for sock in readers))
+"""
+    with beside(box, script) as clients:
+        wait_for(lambda: ["all wait"] if metric(box, "dsmq_waiting_readers") == 50 else [])
+        began = time.monotonic()
+        box.run("systemctl", "stop", "dsmq.socket", "dsmq.service")
+        assert time.monotonic() - began < 10
+        assert answer(clients) == "50"
+    assert [box.show("dsmq.service", name) for name in ("Result", "ExecMainStatus", "ActiveState")] == [
+        *("success", "0", "inactive"),
+    ]
+
+
+def test_a_stop_gets_the_time_it_asks_for(box: Box) -> None:
+    change = "[Service]\nTimeoutStopSec=1\nEnvironment=DSMQ_STOP_TIMEOUT_SECONDS=3\n"
+    # A client that has asked for more than the kernel takes, and does not read it.
+    script = """
+with connect(token=token) as mq:
+    mq.put_many("long", [b"x" * 1_000_000] * 20)
+sock = wire(b"\\r\\n".join([b"READ long 0"] * 20))
+say(sock.recv(5))
+sys.stdin.readline()
+"""
+    with drop_in(box, change), beside(box, script):
+        wait_for(lambda: ["yes"] if metric(box, "dsmq_sent_bytes_total") > 10_000 else [])
+        began = time.monotonic()
+        box.run("systemctl", "stop", "dsmq.socket", "dsmq.service")
+        assert 2 < time.monotonic() - began < 10
+        assert box.show("dsmq.service", "Result") == "success"
+
+
+def test_other_sockets_do_as_well(box: Box) -> None:
+    with drop_in(box, "[Socket]\nListenStream=[::1]:30008\nListenStream=/run/dsmq-test.sock\n", "dsmq.socket"):
+        script = """
+for family, address in (socket.AF_INET6, ("::1", 30008)), (socket.AF_UNIX, "/run/dsmq-test.sock"):
+    with socket.socket(family) as sock:
+        sock.connect(address)
+        sock.sendall(b"AUTH " + token.encode() + b"\\r\\n")
+        say(sock.recv(5))
+"""
+        assert python(box, script).split() == ["b'+OK\\r\\n'"] * 2
+        box.run("systemctl", "restart", "dsmq.service")
+        assert python(box, script).split() == ["b'+OK\\r\\n'"] * 2
+
+
+# Secrets
+
+
+def ping(box: Box, token: str) -> tuple[int, str]:
+    done = box.try_run("env", f"DSMQ_AUTH_TOKEN={token}", "/opt/dsmq/bin/dsmq", "ping")
+    return done.returncode, done.stderr.strip()
+
+
+def test_the_token_is_a_credential(box: Box) -> None:
+    stop(box)
+    journal = Journal(box)
+    right = box.run("cat", TOKEN)
+    assert len(right) > 32
+    assert ping(box, right) == (0, "")
+    assert ping(box, "wrong-token-wrong-token") == (1, "dsmq: this is no token of this server")
+    assert journal.priority(r"client \d+ .*: wrong token") == 4
+    assert ping(box, "")[0] == 1
+    assert box.run("stat", "--format=%a %U", TOKEN) == "600 root"
+    user = box.run("stat", "--format=%U", "/var/lib/dsmq/")
+    assert box.try_run("runuser", "-u", user, "--", "cat", TOKEN).returncode
+    # It is no option, and stands in no environment.
+    process = box.show("dsmq.service", "MainPID")
+    seen = box.run("cat", f"/proc/{process}/environ", f"/proc/{process}/cmdline")
+    assert right not in seen
+    assert "SHUTDOWN" in python(box, 'sock = wire(b"SHUTDOWN"); sock.recv(5); say(sock.recv(200))')
+    assert box.run("systemctl", "is-active", "dsmq.service") == "active"
+
+
+def test_tls_by_credentials(box: Box) -> None:
+    box.shell(
+        "install -d /etc/dsmq/tls; cd /etc/dsmq/tls; umask 077; openssl req -x509 -newkey ec -nodes -days 2 "
+        "-pkeyopt ec_paramgen_curve:prime256v1 -keyout key.pem -out cert.pem -subj /CN=dsmq "
+        "-addext subjectAltName=IP:127.0.0.1"
+    )
+    with drop_in(box, shipped("tls.conf")):
+        if json.loads(box.run(PYTHON, "-c", "import sys; print(list(sys.version_info[:3]))")) < [3, 11, 5]:
+            # It is told why not, and not served without.
+            journal = Journal(box)
+            box.try_run("systemctl", "start", "dsmq.service")
+            journal.priority("dsmq: TLS takes Python 3.11.5 or later")
+            return
+        script = """
+with connect(token=token, ca_file="/etc/dsmq/tls/cert.pem") as mq:
+    mq.put("a", "b")
+    say(mq.get("a"))
+"""
+        assert python(box, script) == "b"
+
+
+def test_tokens_of_a_group_change_with_a_reload(box: Box) -> None:
+    old = box.run("cat", TOKEN)
+    comments = re.findall(r"^#   (.*)$", shipped("secrets-by-group.conf"), re.M)
+    assert len(comments) == 2
+    box.shell("\n".join(comments))
+    try:
+        with drop_in(box, shipped("secrets-by-group.conf")):
+            assert ping(box, old) == (0, "")
+            python(box, 'with connect(token=token) as mq:\n mq.put("a", "kept")')
+            journal = Journal(box)
+            box.write(TOKEN, "another-token-another-token-another\n")
+            box.run("systemctl", "reload", "dsmq.service")
+            journal.priority("configuration read again")
+            assert ping(box, old)[0] == 1
+            script = 'with connect(token=token) as mq:\n mq.seek("a", 0)\n say(mq.get("a"))'
+            assert python(box, script) == "kept"
+    finally:
+        box.write(TOKEN, old + "\n")
+        box.shell(f"chgrp root {TOKEN}; chmod 600 {TOKEN}; groupdel dsmq-secrets")
+
+
+# The sandbox
+
+
+def test_what_is_forbidden_is_forbidden(box: Box) -> None:
+    change = f"[Service]\nType=oneshot\nRestart=no\nWatchdogSec=0\nExecStart=\nExecStart={PYTHON} /etc/dsmq/probe.py\n"
+    with drop_in(box, change):
+        box.run("systemctl", "start", "dsmq.service")
+        found = json.loads(box.run("cat", "/var/lib/dsmq/found.json"))
+        print(found)
+    assert {name for name, how in found.items() if how == "done"} == ALLOWED
+    # It is the sandbox that forbids it: outside, root may do nearly all of that.
+    box.shell("mkdir /tmp/probe; cd /tmp/probe; python3 /etc/dsmq/probe.py; rm /etc/probe /usr/probe /opt/dsmq/probe")
+    free = json.loads(box.run("cat", "/tmp/probe/found.json"))
+    print(free)
+    assert {name for name, how in free.items() if how != "done"} <= NOT_EVEN_ROOT
+    box.shell("hostname box; umount /mnt 2>/dev/null || true; rm -rf /tmp/probe")
+
+
+def test_without_the_socket_units_it_has_a_network(box: Box) -> None:
+    stop(box)
+    away = "mv /etc/systemd/system/dsmq.socket /etc/systemd/system/dsmq-metrics.socket"
+    box.shell(f"systemctl stop {' '.join(UNITS)}; mkdir /away; {away} /away; systemctl daemon-reload")
+    try:
+        box.write("/etc/systemd/system/dsmq.service.d/test.conf", shipped("without-socket.conf"))
+        box.run("systemctl", "daemon-reload")
+        with configured(box, "port = 31008\nmetrics_port = 31009\n"):
+            box.run("systemctl", "start", "dsmq.service")
+            assert ping(box, box.run("cat", TOKEN))[0] == 1
+            done = box.try_run("/opt/dsmq/bin/dsmq", "ping", "--port=31008", f"--token-file={TOKEN}")
+            assert done.returncode == 0, done.stderr
+            box.run("systemctl", "stop", "dsmq.service")
+            # Without the drop-in it does not start, in place of serving nobody.
+            box.shell("rm /etc/systemd/system/dsmq.service.d/test.conf; systemctl daemon-reload")
+            journal = Journal(box)
+            assert box.try_run("systemctl", "start", "dsmq.service").returncode
+            assert journal.priority("dsmq: cannot listen on 127.0.0.1:31008: Address family not supported")
+            box.run("systemctl", "stop", "dsmq.service")
+    finally:
+        box.shell("mv /away/* /etc/systemd/system/; rmdir /away; rm -f /etc/systemd/system/dsmq.service.d/test.conf")
+        stop(box)
+
+
+# Upgraded, removed
+
+
+def test_an_upgrade_refuses_no_client(box: Box) -> None:
+    box.shell("""sed -i 's/^__version__ = .*/__version__ = "99.0"/' /source/src/dsmq/__init__.py""")
+    journal = Journal(box)
+    sockets = listening_inodes(box)
+    box.shell(source() + documented("/opt/dsmq/bin/pip install --upgrade"))
+    assert journal.priority("dsmq 99.0 serves on 127.0.0.1:30008 ") == 6
+    assert listening_inodes(box) == sockets
+    assert ping(box, box.run("cat", TOKEN)) == (0, "")
+
+
+def test_a_removal_leaves_nothing(box: Box) -> None:
+    """The last one: behind it there is no dsmq any more."""
+    box.shell(documented("systemctl disable --now"))
+    assert not listening_inodes(box)
+    elsewhere = " ".join(f"-not -path '/{name}/*'" for name in ("source", "proc", "tmp"))
+    assert box.shell(f"find / -xdev -name '*dsmq*' {elsewhere}") == ""
+    assert box.run("systemctl", "list-units", "--all", "--no-legend", "*dsmq*") == ""
+    assert box.try_run("getent", "passwd", "dsmq").returncode
