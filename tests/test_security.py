@@ -26,7 +26,7 @@ from dsmq import aio, auth, config, listening
 from dsmq.auth import Gate, Role
 from dsmq.client import DSMQClientSideConnection, connect
 from dsmq.commands import COMMANDS
-from dsmq.errors import AuthRequired, BadRequest, ClientClosed, ConfigError, Denied, NotPermitted, WrongToken
+from dsmq.errors import AuthRequired, BadRequest, Busy, ClientClosed, ConfigError, Denied, NotPermitted, WrongToken
 from dsmq.protocol import encode_request
 from dsmq.server import Server
 
@@ -168,39 +168,74 @@ def test_only_an_admin_sees_what_others_do(server: Server) -> None:
 # Guessing
 
 
+# As long as may be set, also where the unit is long.
+DELAY = min(UNIT, auth.LONGEST_DELAY_SECONDS / 2)
+
+
 def test_after_a_wrong_token_none_of_that_address_is_looked_at_for_a_while(token_file: Path) -> None:
-    with serving(auth_token_file=str(token_file), auth_delay_seconds=UNIT) as server, wire_to(server) as wire:
+    with serving(auth_token_file=str(token_file), auth_delay_seconds=DELAY) as server, wire_to(server) as wire:
+        before = time.monotonic()
         assert wire.error("AUTH", "wrong") == "WRONGPASS"
-        for delay in (1, 2):
-            before = time.monotonic()
+        for delay in (DELAY, 3 * DELAY):
             wire.send(encode_request(b"AUTH", b"wrong") + b"PING\r\n")
             # Another address, and who is in, is not held up.
             with wire_as(server, ADMIN, source="127.0.0.2") as other:
                 assert other.call("PING") == "PONG"
-                assert time.monotonic() - before < delay * UNIT
+                assert time.monotonic() - before < delay
             assert wire.receive().code == "WRONGPASS"  # type: ignore[union-attr]
-            assert delay * UNIT <= time.monotonic() - before
-            if delay == 1:
+            assert time.monotonic() - before >= delay - UNIT / 100
+            if delay == DELAY:
                 assert wire.receive() == "PONG"
         # Three are enough.
         assert wire.ended()
         assert server.counters().wrong_tokens == server.counters().errors["WRONGPASS"] == 3
 
 
+def test_tokens_of_one_address_are_looked_at_one_after_another_however_many_come_together(token_file: Path) -> None:
+    with (
+        serving(auth_token_file=str(token_file), auth_delay_seconds=DELAY, auth_timeout_seconds=8 * DELAY) as server,
+        contextlib.ExitStack() as stack,
+    ):
+        wires = [stack.enter_context(wire_to(server)) for _ in range(30)]
+        began = time.monotonic()
+        for wire in wires:
+            wire.send(encode_request(b"AUTH", b"wrong"))
+        answers = {"BUSY": 0, "WRONGPASS": 0}
+        for wire in wires:
+            answers[wire.receive().code] += 1  # type: ignore[union-attr]
+        seconds = time.monotonic() - began
+        # The first one at once; those that have to wait, for no longer than half of the time for showing a token.
+        assert answers["WRONGPASS"] == server.counters().wrong_tokens
+        assert 4 <= server.counters().wrong_tokens <= 1 + seconds / DELAY
+        assert seconds < 8 * DELAY
+        # What was not looked at is not counted as wrong, and who comes alone later has a turn.
+        assert answers["BUSY"] == server.counters().errors["BUSY"] >= 20
+        with wire_as(server, READER) as alone:
+            assert alone.call("PING") == "PONG"
+
+
+def test_ping_waits_for_its_turn_whatever_was_guessed_before(token_file: Path) -> None:
+    with serving(auth_token_file=str(token_file)) as server:
+        for _ in range(6):
+            server._services.gate.fail("127.0.0.1")
+        done = run_dsmq("ping", "--port", str(server.port), "--token-file", str(token_file))
+        assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_a_right_token_has_to_wait_as_long_as_a_wrong_one(token_file: Path) -> None:
-    with serving(auth_token_file=str(token_file), auth_delay_seconds=2 * UNIT) as server:
+    with serving(auth_token_file=str(token_file), auth_delay_seconds=DELAY) as server:
+        before = time.monotonic()
         for first in (1, 2):
             with wire_to(server) as wire:
                 assert wire.error("AUTH", "wrong") == "WRONGPASS", first
-        before = time.monotonic()
         with wire_to(server) as wire:
             wire.send(encode_request(b"AUTH", WRITER.encode()) + encode_request(b"PUT", b"t", b"x" * 100_000))
             assert [wire.receive(), wire.receive()] == ["OK", 1]
-        assert time.monotonic() - before >= 4 * UNIT
+        assert time.monotonic() - before >= 3 * DELAY - UNIT / 100
 
 
 def test_who_hangs_up_does_not_learn_sooner_that_a_token_was_wrong(token_file: Path) -> None:
-    with serving(auth_token_file=str(token_file), auth_delay_seconds=60) as server:
+    with serving(auth_token_file=str(token_file), auth_delay_seconds=1) as server:
         with wire_to(server) as wire:
             assert wire.error("AUTH", "wrong") == "WRONGPASS"
         for token in (WRITER, "wrong"):
@@ -213,7 +248,7 @@ def test_who_hangs_up_does_not_learn_sooner_that_a_token_was_wrong(token_file: P
 
 def test_a_delayed_answer_is_no_waiting_reader(token_file: Path) -> None:
     with (
-        serving(auth_token_file=str(token_file), auth_delay_seconds=60, max_waiting_readers=1) as server,
+        serving(auth_token_file=str(token_file), auth_delay_seconds=1, max_waiting_readers=1) as server,
         wire_to(server) as guessing,
         wire_as(server, READER) as reader,
     ):
@@ -234,18 +269,51 @@ def test_a_token_shown_again_or_another_takes_effect(wire: Wire) -> None:
     assert wire.error("PUT", "t", "x") == "NOPERM"
 
 
-def test_failures_are_remembered_by_network_for_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = Gate([("a", Role.READ, "secret")], 1.0)
-    now = 1000.0
-    monkeypatch.setattr(auth.time, "monotonic", lambda: now)
-    penalties = []
-    for _ in range(6):
-        penalties.append(gate.penalty("192.0.2.1", 10))
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What the gate takes for the time, to be set."""
+    now = [1000.0]
+    monkeypatch.setattr(auth.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_failures_are_remembered_by_network_for_a_minute(clock: list[float]) -> None:
+    gate = Gate([("a", Role.READ, "secret")], 0.25)
+    delays = []
+    for _ in range(5):
+        delays.append(gate.turn("192.0.2.1"))
+        clock[0] += delays[-1]
         gate.fail("192.0.2.1")
-    assert penalties == [0, 1, 2, 4, 8, 10]
-    assert gate.penalty("192.0.2.2", 10) == 0
-    now += auth.MEMORY_SECONDS
-    assert gate.penalty("192.0.2.1", 10) == 0
+    assert delays == [0, 0.25, 0.5, 1, 1]
+    assert gate.turn("192.0.2.2") == 0
+    clock[0] += auth.MEMORY_SECONDS
+    assert [gate.turn("192.0.2.1") for _ in range(3)] == [0, 0, 0]
+    gate.fail("192.0.2.1")
+    assert gate.turn("192.0.2.1") == 0.25
+
+
+def test_turns_are_given_out_one_after_another_and_not_without_end(clock: list[float]) -> None:
+    gate = Gate([("a", Role.READ, "secret")], 0.5)
+    gate.fail("x")
+    assert [gate.turn("x") for _ in range(4)] == [0.5, 1, 1.5, 2]
+    with pytest.raises(Busy, match="try again"):
+        gate.turn("x")
+    # A further failure goes behind those who have their turn.
+    clock[0] += 0.5
+    gate.fail("x")
+    assert gate.turn("x") == 2
+    with pytest.raises(Busy):
+        gate.turn("x")
+    clock[0] += 10
+    assert [gate.turn("x"), gate.turn("x")] == [0, 1]
+
+
+def test_who_comes_alone_has_a_turn_however_short_the_wait(clock: list[float]) -> None:
+    gate = Gate([("a", Role.READ, "secret")], 1.0, wait_seconds=0.25)
+    for _ in range(9):
+        gate.fail("x")
+    assert gate.turn("x") == 0.25
+    assert Gate(delay_seconds=0).turn("x") == 0
 
 
 def test_addresses_remembered_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,7 +321,7 @@ def test_addresses_remembered_are_bounded(monkeypatch: pytest.MonkeyPatch) -> No
     gate = Gate([("a", Role.READ, "secret")], 1.0)
     for number in range(5):
         gate.fail(str(number))
-    assert len(gate._failures) == 3
+    assert len(gate._guessers) == 3
 
 
 @pytest.mark.parametrize(

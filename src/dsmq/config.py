@@ -18,6 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from dsmq.auth import LONGEST_DELAY_SECONDS
 from dsmq.errors import ConfigError
 from dsmq.listening import UNIX
 
@@ -92,9 +93,9 @@ class Settings(BaseSettings):
     auth_delay_seconds: Seconds = Field(
         0.1,
         ge=0,
-        le=60,
-        description="How long after a wrong token none of the same address is looked at. Doubles with each that "
-        "follows within a minute, up to half of auth_timeout_seconds.",
+        le=LONGEST_DELAY_SECONDS,
+        description="How long after a wrong token the next of the same address is looked at, and how far apart those "
+        "that follow. Doubles with each wrong one within a minute, up to 1 s. 0: no delay.",
     )
     tls_cert_file: str = Field(
         "",

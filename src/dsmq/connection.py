@@ -346,8 +346,7 @@ class Connection:
         gate = self.services.gate
         if not gate.tokens:
             raise BadRequest("this server has no tokens")
-        # Well within the time for showing one, and that which clients wait.
-        seconds = gate.penalty(self.peer.network, self.services.settings.auth_timeout_seconds / 2)
+        seconds = gate.turn(self.peer.network)
         if not seconds:
             return self._judge(user, token, welcome)
         self._wait = _Wait(b"", self._loop.now + seconds, list, lambda _: self._judge(user, token, welcome))

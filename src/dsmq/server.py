@@ -130,7 +130,8 @@ class Server:
         tokens = auth.tokens_of(settings.auth_token.get_secret_value(), settings.auth_token_file)
         if any(len(token) < auth.SAFE_TOKEN_BYTES for _, _, token in tokens):
             _logger.warning("a token of less than %d characters can be guessed", auth.SAFE_TOKEN_BYTES)
-        gate = Gate(tokens, settings.auth_delay_seconds)
+        # A wait for one's turn ends well within the time for showing a token.
+        gate = Gate(tokens, settings.auth_delay_seconds, settings.auth_timeout_seconds / 2)
         tls = None
         if settings.tls_cert_file:
             from dsmq.tls import server_context  # noqa: PLC0415 - a server without TLS needs none of it
