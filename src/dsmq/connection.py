@@ -160,7 +160,7 @@ class Connection:
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
-            self.close(str(error))
+            self.close(error.strerror or str(error))
             return
         if not data:
             self._end_of_input()
@@ -314,7 +314,7 @@ class Connection:
         except (BlockingIOError, InterruptedError):
             sent = 0
         except OSError as error:
-            self.close(str(error))
+            self.close(error.strerror or str(error))
             return
         self.counters.bytes_out += sent
         self._count_backlog(len(self._out) - sent)
@@ -587,7 +587,7 @@ class Connection:
         try:
             self._socket.shutdown(socket.SHUT_WR)
         except OSError as error:
-            self.close(str(error))
+            self.close(error.strerror or str(error))
             return
         self._linger_until = self._loop.now + self._linger_seconds
         self._schedule()

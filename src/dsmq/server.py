@@ -363,6 +363,7 @@ class Server:
             return survivors
         self._store.close()
         if self._started:
+            logs.summarise()
             _logger.info("stopped", extra=logs.event("stopped"))
         return []
 
