@@ -246,6 +246,20 @@ def test_who_hangs_up_does_not_learn_sooner_that_a_token_was_wrong(token_file: P
         assert server.counters().wrong_tokens == 1
 
 
+def test_a_token_that_waits_for_its_turn_when_the_server_stops_is_not_looked_at(token_file: Path) -> None:
+    with serving(auth_token_file=str(token_file), auth_delay_seconds=1) as server, contextlib.ExitStack() as stack:
+        wires = [stack.enter_context(wire_to(server)) for _ in range(2)]
+        assert wires[0].error("AUTH", "wrong") == "WRONGPASS"
+        for wire, token in zip(wires, (WRITER, "wrong"), strict=True):
+            wire.send(encode_request(b"AUTH", token.encode()))
+        wait_until(lambda: server.counters().commands["AUTH"] == 3)
+        assert server.stop() == []
+        for wire in wires:
+            assert wire.receive().code == "CLOSING"  # type: ignore[union-attr]
+            assert wire.ended()
+        assert server.counters().wrong_tokens == 1
+
+
 def test_a_delayed_answer_is_no_waiting_reader(token_file: Path) -> None:
     with (
         serving(auth_token_file=str(token_file), auth_delay_seconds=1, max_waiting_readers=1) as server,

@@ -355,6 +355,9 @@ class Connection:
         return None
 
     def _judge(self, user: bytes, token: bytes, welcome: Callable[[], bytes]) -> bytes:
+        if self.finishing:
+            # The server stops, and so its turn has not come.
+            return self._refusal(Closing("the server is stopping"))
         found = self.services.gate.admit(user, token)
         if found is None:
             return self._wrong_token()
@@ -370,7 +373,9 @@ class Connection:
         self.counters.wrong_tokens += 1
         if self._wrong_tokens >= MAX_WRONG_TOKENS:
             self.finish()
-        error = WrongToken("this is no token of this server")
+        return self._refusal(WrongToken("this is no token of this server"))
+
+    def _refusal(self, error: ReplyError) -> bytes:
         self.note(error)
         return encode_error(error)
 
