@@ -390,7 +390,3 @@ def _demo(_: argparse.Namespace) -> int:
 
     demo.main()
     return OK
-
-
-if __name__ == "__main__":
-    sys.exit(main())
