@@ -537,11 +537,21 @@ def test_a_token_file_has_to_be_there(tmp_path: Path) -> None:
         auth.read_tokens("a\0b")
 
 
-def test_a_short_token_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    for token, warned in (("x" * auth.SAFE_TOKEN_BYTES, False), ("x" * (auth.SAFE_TOKEN_BYTES - 1), True)):
+def test_a_short_token_is_warned_of_by_its_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "tokens"
+    long, short = "x" * auth.SAFE_TOKEN_BYTES, "y" * (auth.SAFE_TOKEN_BYTES - 1)
+    file.write_text(f"sensors write {short}\nscreen read {long}\n")
+    for settings, names, says in [
+        ({"auth_token": long}, None, ""),
+        ({"auth_token": short}, ["default"], "default (of auth_token)"),
+        ({"auth_token_file": str(file)}, ["sensors"], f"sensors (of {file})"),
+    ]:
         caplog.clear()
-        with serving(auth_token=token):
-            assert ("can be guessed" in caplog.text) == warned
+        with serving(**settings):
+            told = [record for record in caplog.records if getattr(record, "event", "") == "short_token"]
+        assert [record.fields["tokens"] for record in told] == ([names] if names else [])  # type: ignore[attr-defined]
+        assert says in caplog.text
+        assert short not in caplog.text
 
 
 # Tokens are shown nowhere

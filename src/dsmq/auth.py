@@ -6,6 +6,7 @@ import enum
 import hashlib
 import hmac
 import ipaddress
+import logging
 import math
 import threading
 import time
@@ -14,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
+from dsmq import logs
 from dsmq.errors import Busy, ConfigError
 
 DEFAULT_USER = b"default"
@@ -27,6 +29,8 @@ LONGEST_DELAY_SECONDS = 1.0
 LONGEST_WAIT_SECONDS = 2.0
 # A shorter token can be guessed.
 SAFE_TOKEN_BYTES = 16
+
+_logger = logging.getLogger(__name__)
 
 
 class Role(enum.IntEnum):
@@ -78,6 +82,18 @@ def parse_tokens(text: str, source: str) -> list[tuple[str, Role, str]]:
 def tokens_of(token: str, file: str) -> list[tuple[str, Role, str]]:
     """Return the tokens of two settings, `auth_token` and `auth_token_file`. Raises ConfigError."""
     return ([(DEFAULT_USER.decode(), Role.ADMIN, token)] if token else []) + (read_tokens(file) if file else [])
+
+
+def warn_of_short(tokens: Iterable[tuple[str, Role, str]], *sources: str) -> None:
+    """Log which tokens are too short, and where they may stand."""
+    if short := [name for name, _, token in tokens if len(token) < SAFE_TOKEN_BYTES]:
+        _logger.warning(
+            "a token of less than %d characters can be guessed: %s (of %s)",
+            SAFE_TOKEN_BYTES,
+            ", ".join(short),
+            ", ".join(filter(None, sources)),
+            extra=logs.event("short_token", tokens=short),
+        )
 
 
 def read_tokens(file: str) -> list[tuple[str, Role, str]]:

@@ -128,8 +128,7 @@ class Server:
     def _configure(self, settings: Settings) -> None:
         """Make these settings those in force, but for FIXED ones. Raises ConfigError, with nothing changed."""
         tokens = auth.tokens_of(settings.auth_token.get_secret_value(), settings.auth_token_file)
-        if any(len(token) < auth.SAFE_TOKEN_BYTES for _, _, token in tokens):
-            _logger.warning("a token of less than %d characters can be guessed", auth.SAFE_TOKEN_BYTES)
+        auth.warn_of_short(tokens, "auth_token" if settings.auth_token else "", settings.auth_token_file)
         # A wait for one's turn ends well within the time for showing a token.
         gate = Gate(tokens, settings.auth_delay_seconds, settings.auth_timeout_seconds / 2)
         tls = None
