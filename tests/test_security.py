@@ -431,6 +431,36 @@ def test_tokens_are_read_again_and_those_withdrawn_end(token_file: Path) -> None
             wire.close()
 
 
+def test_what_came_and_went_is_logged_when_tokens_and_certificates_are_read_again(
+    token_file: Path, files: Files, authority: trustme.CA, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "dsmq")
+    settings = {"port": 0, "auth_token_file": str(token_file), "tls_cert_file": files.server}
+    load = lambda: config.load(kind=config.EmbeddedSettings, **settings)  # noqa: E731
+
+    def reloaded() -> tuple[str, dict[str, object]]:
+        caplog.clear()
+        server.reload()
+        (found,) = [record for record in caplog.records if getattr(record, "event", "") == "reloaded"]
+        return found.getMessage().partition("changed: ")[2], found.fields  # type: ignore[attr-defined]
+
+    with Server(load(), load=load) as server:
+        nothing = {"changed": [], "tokens_new": [], "tokens_gone": [], "certificates": False}
+        assert reloaded() == ("nothing", nothing)
+        token_file.write_text(f"another-token-0123456789\nsensors write new-token-0123456789\nscreen read {READER}\n")
+        message, fields = reloaded()
+        assert message == "tokens_new (default, sensors), tokens_gone (default, sensors)"
+        assert fields == {**nothing, "tokens_new": ["default", "sensors"], "tokens_gone": ["default", "sensors"]}
+        files.issue(authority, "server", "127.0.0.1")
+        os.utime(files.server, (1, 1))
+        settings["max_age_seconds"] = 60
+        assert reloaded() == (
+            "max_age_seconds, certificates",
+            {**nothing, "changed": ["max_age_seconds"], "certificates": True},
+        )
+        assert not any(token in caplog.text for token in (ADMIN, WRITER, READER, "new-token"))
+
+
 def test_all_are_let_go_of_where_others_rules_admit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "dsmq.toml"
     file.write_text("protected_mode = false")

@@ -151,6 +151,13 @@ class Gate:
                 found = known
         return found
 
+    def changes(self, before: Gate) -> dict[str, list[str]]:
+        """Return the names of the tokens that the gate before did not know, and of those that this one does not."""
+        return {
+            "tokens_new": [token.name for token in self.tokens if token not in before.tokens],
+            "tokens_gone": [token.name for token in before.tokens if token not in self.tokens],
+        }
+
     def turn(self, network: str) -> float:
         """Return in how many seconds a token of this network may be looked at, right or wrong.
 
