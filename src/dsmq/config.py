@@ -148,7 +148,7 @@ class Settings(BaseSettings):
     max_stored_bytes: Bytes = Field(
         1_073_741_824,
         description="Bytes of messages and topics held, each message counted with 100 more for what it takes beside, "
-        "each topic with 500. Bounds the memory.",
+        "each topic with 500. Bounds the memory: allow for 1.3 times as much.",
     )
     max_stored_messages_per_topic: Count = Field(10_000_000, description="The same for one topic: messages.")
     max_stored_bytes_per_topic: Bytes = Field(1_073_741_824, description="The same for one topic: bytes.")
