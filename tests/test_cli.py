@@ -362,6 +362,7 @@ def test_a_unix_socket_serves_and_is_gone_behind_the_server(tmp_path: Path) -> N
         ("get t --wait -1", "--wait"),
         ("ping --port 0", "--port"),
         ("ping --port 65536", "--port"),
+        ("ping --host [::1", "'[::1' is no address"),
         ("ping --timeout soon", "--timeout"),
         ("serve --frobnicate 1", "--frobnicate"),
         ("serve --port", "--port"),

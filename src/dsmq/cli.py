@@ -157,7 +157,7 @@ def _add_get_options(get: argparse.ArgumentParser) -> None:
 
 
 def _add_address(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--host", help="address, name, or unix:/path; default: DSMQ_HOST, or 127.0.0.1")
+    command.add_argument("--host", type=_host, help="address, name, or unix:/path; default: DSMQ_HOST, or 127.0.0.1")
     command.add_argument("--port", type=_port, help="default: DSMQ_PORT, or 30008")
     security = command.add_argument_group(
         "security",
@@ -180,6 +180,12 @@ def _topic(text: str) -> str:
     # Python carries bytes of the command line that are not UTF-8 as surrogates.
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise argparse.ArgumentTypeError(f"the topic {text!r} is not UTF-8")
+    return text
+
+
+def _host(text: str) -> str:
+    if not text.startswith("unix:") and text.startswith("[") != text.endswith("]"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no address")
     return text
 
 
