@@ -648,6 +648,26 @@ def test_the_command_line_takes_its_token_from_a_file_or_the_environment(server:
     assert (done.returncode, done.stderr) == (2, b"dsmq: /nowhere: No such file or directory\n")
 
 
+def test_the_command_line_names_its_own_options_where_one_is_missing(tls_server: Server, tmp_path: Path) -> None:
+    with serving(auth_token=ADMIN) as server:
+        done = run_dsmq("ping", "--port", str(server.port))
+        assert done.stderr == b"dsmq: this server wants a token: --token-file FILE, or DSMQ_AUTH_TOKEN\n"
+    port = ("--port", str(tls_server.port))
+    assert b"does it want TLS (--tls)?" in run_dsmq("ping", *port).stderr
+    assert b"(--ca-file FILE to trust another)" in run_dsmq("ping", *port, "--tls").stderr
+    cert, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
+    tool("openssl", "openssl")
+    # As the README does it.
+    words = "openssl req -x509 -newkey rsa:2048 -nodes -days 30 -subj /CN=localhost -addext"
+    names = "subjectAltName=DNS:localhost,IP:127.0.0.1"
+    subprocess.run([*words.split(), names, "-keyout", key, "-out", cert], capture_output=True, check=True)
+    with serving(tls_cert_file=cert, tls_key_file=key) as server:
+        port = ("--port", str(server.port))
+        done = run_dsmq("ping", *port, "--tls")
+        assert b"self-signed certificate (--ca-file FILE to trust it)" in done.stderr
+        assert run_dsmq("ping", *port, "--ca-file", cert).returncode == 0
+
+
 def test_ping_finds_the_server_by_its_own_configuration(tmp_path: Path, token_file: Path, files: Files) -> None:
     file = tmp_path / "dsmq.toml"
     # A certificate for another name than that by which a health check reaches it.
