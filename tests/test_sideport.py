@@ -467,7 +467,8 @@ def test_the_status_tells_of_topics_clients_and_errors(server: Server, wire: Wir
     assert status["counters"]["puts"] == 3
     assert status["held"]["messages"] == 3
     topic = status["topics"][0]
-    assert (topic["name"], topic["messages"], topic["bytes"]) == ("t", 3, 13)
+    assert (topic["name"], topic["messages"], topic["bytes"]) == ("t", 3, 313)
+    assert (status["host"], status["port"], status["tokens"], status["tls"]) == ("127.0.0.1", server.port, False, False)
     client = status["clients"][0]
     assert (client["name"], client["topic"], client["lag"], client["waiting"]) == ("me", "t", 2, False)
     assert status["errors"][0]["code"] == "UNKNOWN"
