@@ -413,7 +413,9 @@ def test_an_unknown_host_is_told_with_its_name(host: str) -> None:
 
 
 def test_what_is_no_dsmq_server_is_told(server: Daemon) -> None:
-    assert_one_line(result("ping", "--port", str(server.metrics_port), "--timeout", str(SOON)), 1, "closed")
+    done = result("ping", "--port", str(server.metrics_port), "--timeout", str(SOON))
+    # What it answers may be overtaken by its hanging up.
+    assert_one_line(done, 1, "closed" if b"closed" in done[2] else "'HTTP/1.0 400 Bad Request")
 
 
 @pytest.mark.parametrize("arguments", [["put", "", "x"], ["get", ""]], ids=["put", "get"])
