@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from conftest import ROOT, run_dsmq, without_privileges
 from dsmq import config
 from dsmq.errors import ConfigError
+from dsmq.server import serve
 
 PROPERTIES: dict[str, dict[str, Any]] = config.Settings.model_json_schema()["properties"]
 NUMBERS = {
@@ -33,7 +35,7 @@ def toml(folder: Path, text: str | bytes) -> str:
 def complaint(file: str | None = None, **given: object) -> str:
     """The one line that tells what is wrong with these settings."""
     with pytest.raises(ConfigError) as caught:
-        config.load(file, **given)
+        config.load(file, spelled=config.option, **given)
     line = str(caught.value)
     assert line
     assert "\n" not in line
@@ -131,17 +133,19 @@ def test_io_threads_zero_chooses() -> None:
 
 # Each: the setting, a bad value, and what the complaint has to say of it.
 BAD = [
-    ("port", "abc", "valid integer"),
+    ("port", "abc", "should be a whole number, not"),
     ("port", "65536", "65535"),
     ("port", "-1", "0"),
-    ("port", "1.5", "valid integer"),
-    ("metrics_port", "on", "'off'"),
+    ("port", "1.5", "should be a whole number, not"),
+    ("metrics_port", "on", "should be a whole number or 'off', not"),
     ("max_age_seconds", "0", "greater than 0"),
-    ("max_age_seconds", "x", "valid number"),
+    ("max_age_seconds", "x", "should be a number, not"),
     ("max_message_bytes", "0", "1"),
     ("io_threads", "65", "64"),
-    ("remote_shutdown", "maybe", "valid boolean"),
+    ("remote_shutdown", "maybe", "should be true or false, not"),
     ("log_level", "loud", "'warning'"),
+    ("host", "[::1", "should be an address"),
+    ("metrics_host", "::1]", "should be an address"),
 ]
 by_bad = pytest.mark.parametrize(("name", "value", "says"), BAD)
 
@@ -234,7 +238,25 @@ def test_an_unknown_setting_is_told_with_the_nearest_known(
 
 
 def test_a_section_in_the_file_is_an_unknown_setting(tmp_path: Path) -> None:
-    assert "unknown setting 'server'" in complaint(toml(tmp_path, "[server]\nport = 1"))
+    file = toml(tmp_path, "[server]\nport = 1")
+    assert complaint(file) == f"{file}: unknown setting 'server'; there are no sections, all settings stand above them"
+
+
+def test_nothing_is_named_where_nothing_known_is_near(tmp_path: Path) -> None:
+    file = toml(tmp_path, "frobnicate = 1")
+    assert complaint(file) == f"{file}: unknown setting 'frobnicate'"
+
+
+def test_a_call_names_its_arguments_not_the_options_of_the_command_line() -> None:
+    with pytest.raises(ConfigError, match=r"^port: should be a whole number, not 'x'$"):
+        serve("127.0.0.1", "x")  # type: ignore[arg-type]
+
+
+def test_help_shows_defaults_as_they_would_be_given() -> None:
+    said = " ".join(run_dsmq("serve", "--help").stdout.decode().split())
+    for name, default in [("metrics-topics", "0"), ("protected-mode", "true"), ("idle-timeout-seconds", "0")]:
+        assert re.search(rf"--{name} VALUE [^-]*Default: {default} --", said), name
+    assert re.search(r"--tls-cert-file VALUE [^-]*Default: none --", said)
 
 
 def test_variables_of_others_are_nothing_to_dsmq(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import runpy
 import signal
@@ -19,6 +20,7 @@ from conftest import ROOT, SOON, wait_until
 from dsmq import client as client_module
 from dsmq import demo, example_get_client, example_put_client
 from dsmq.client import connect
+from dsmq.errors import ServerFailed
 from dsmq.server import Server
 
 SOURCE = ROOT / "src" / "dsmq"
@@ -73,6 +75,32 @@ def test_demos_run_side_by_side_and_each_reader_gets_every_message() -> None:
                 got = [line for line in lines if line.startswith(f"    {reader} ")]
                 assert got == [f"    {reader} received {message}" for message in messages]
                 assert f"{reader} received 5 of 5 messages" in lines
+
+
+def test_what_is_set_for_other_servers_is_nothing_to_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DSMQ_AUTH_TOKEN", "DSMQ_TLS_CERT_FILE", "DSMQ_MAX_AGE_SECONDS", "dsmq_no"):
+        monkeypatch.setenv(name, "for-another-server")
+    with python("-m", "dsmq", "demo") as command:
+        out, err = command.communicate(timeout=3 * SOON)
+    assert (command.returncode, err) == (0, "")
+    assert out.count("received 5 of 5 messages") == len(demo.READERS)
+
+
+@pytest.mark.parametrize(("dies", "name"), [("serve", "server"), ("read", "reader")])
+def test_a_demo_whose_process_dies_says_so(dies: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, dies, die)
+    try:
+        with pytest.raises(ServerFailed, match=f"the demo's {name}.* has died, with the exit status 3"):
+            demo.main()
+    finally:
+        for process in multiprocessing.active_children():
+            process.kill()
+            process.join()
+
+
+def die(*_: object) -> None:
+    """In place of what one of its processes does."""
+    os._exit(3)
 
 
 # The examples

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
+import struct
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SOON, Wire, daemon, serving, wire_to
+from conftest import SOON, Wire, daemon, serving, wait_until, wire_to
 from dsmq import logs
 
 
@@ -66,6 +68,32 @@ def test_the_log_as_json_is_json_throughout() -> None:
     assert by_name["rejected"]["code"] == "PROTOCOL"
     assert by_name["configured"]["limits"]["connections"] > 0
     assert by_name["stopping"]["reason"] == "SIGTERM"
+
+
+def test_what_was_held_back_of_a_flood_is_told_before_the_server_has_stopped() -> None:
+    with daemon("--log-format", "json", "--max-log-lines-per-second", "1") as process:
+        for _ in range(5):
+            wire = Wire(("127.0.0.1", process.port))
+            wire.send(b"\x00\n")
+            wire.receive()
+            wire.close()
+        process.stop()
+    events = [json.loads(line) for line in "".join(process.log).splitlines() if line.startswith("{")]
+    names = [event["event"] for event in events]
+    assert names.count("rejected") + sum(event["lines"] for event in events if event["event"] == "flood") == 5
+    assert names[-1] == "stopped"
+
+
+def test_the_reason_why_a_connection_broke_is_told_plainly(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "dsmq")
+    with serving() as server:
+        with wire_to(server) as wire:
+            assert wire.call("PING") == "PONG"
+            # It resets the connection.
+            wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        wait_until(lambda: server.connections() == 0)
+    assert "closed: Connection reset by peer" in caplog.text
+    assert "Errno" not in caplog.text
 
 
 def test_under_systemd_the_journal_gets_priorities_and_no_times(tmp_path: Path) -> None:

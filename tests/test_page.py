@@ -6,10 +6,12 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import pytest
+import trustme
 
 from conftest import ROOT, SOON, serving, tool, wire_to
 from dsmq import __version__
@@ -26,6 +28,8 @@ expect = sync_api.expect
 
 HOSTILE = "<img src=x onerror=\"document.title='broken'\">"
 TOKEN = "open-sesame"
+# A name by which the browser reaches this machine, as if from another.
+ELSEWHERE = "dsmq.example"
 # What the browser itself says of a server that is gone, and of one that wants a token.
 GONE = r"Failed to load resource: net::ERR_|^failed: .*/status\.json$"
 LOCKED = r"Failed to load resource: .* 401 "
@@ -36,7 +40,9 @@ def browser() -> Iterator[Browser]:
     chromium = tool("chromium", "chromium")
     expect.set_options(timeout=SOON * 1000)
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium)
+        browser = playwright.chromium.launch(
+            executable_path=chromium, args=[f"--host-resolver-rules=MAP {ELSEWHERE} 127.0.0.1"]
+        )
         yield browser
         browser.close()
 
@@ -54,12 +60,14 @@ def mq(server: Server) -> Iterator[Client]:
 
 
 @contextmanager
-def reading(browser: Browser, server: Server, allowed: str = "nothing", **options: Any) -> Iterator[Page]:
+def reading(
+    browser: Browser, server: Server, allowed: str = "nothing", host: str = "127.0.0.1", **options: Any
+) -> Iterator[Page]:
     """The page of this server; in the end, nothing must have gone wrong in it but what is allowed (a pattern)."""
     context = browser.new_context(locale="en-US", **options)
     context.set_default_timeout(SOON * 1000)
     page = context.new_page()
-    base = f"http://127.0.0.1:{server.metrics_port}/"
+    base = f"http://{host}:{server.metrics_port}/"
     troubles: list[str] = []
     asked: list[str] = []
     page.on("console", lambda message: troubles.append(f"{message.type}: {message.text}"))
@@ -177,6 +185,9 @@ def test_numbers_move_when_messages_flow(browser: Browser, server: Server, mq: C
         expect(page.locator("#puts")).to_have_text("0/s")
         count = f"{server.totals().stored:,}"
         expect(page.locator("#held-messages")).to_have_text(count)
+        # The bytes of a topic are counted as those in all are.
+        status = server.status.page()
+        assert status["topics"][0]["bytes"] + 500 + len("greetings") == status["held"]["bytes"]
         expect(page.locator("#total-puts")).to_have_text(count)
         expect(page.locator("#total-deliveries")).to_have_text(count)
         expect(page.locator("#topics tbody td").nth(1)).to_have_text(count)
@@ -249,6 +260,34 @@ def test_without_messages_it_says_how_to_put_one(browser: Browser, mq: Client, s
         assert names(page) == ["greetings"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "options", "given"),
+    [
+        ({"host": "0.0.0.0"}, "--host dsmq.example --port N", '"dsmq.example", port=N'),
+        ({"host": "127.0.0.1"}, "--port N", "port=N"),
+        ({"host": "unix:{}/it's here"}, "--host 'unix:{}/it'\\''s here'", '"unix:{}/it\'s here"'),
+        ({"auth_token": TOKEN}, "--port N --token-file token", 'port=N, token="…"'),
+        ({"tls_cert_file": "{}/cert.pem"}, "--port N --tls", "port=N, tls=True"),
+    ],
+    ids=["everywhere", "here alone", "unix", "token", "TLS"],
+)
+def test_the_commands_it_shows_fit_the_server(
+    browser: Browser, tmp_path: Path, settings: dict[str, str], options: str, given: str
+) -> None:
+    trustme.CA().issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(tmp_path / "cert.pem")
+    fitted = {name: value.format(tmp_path) for name, value in settings.items()}
+    with serving(metrics_port=0, **fitted) as server, reading(browser, server, host=ELSEWHERE) as page:
+        options, given = (
+            text.replace("N", str(server.status.port)).replace("{}", str(tmp_path)) for text in (options, given)
+        )
+        expect(page.locator("#how-to-read")).to_have_text(f"dsmq get {options} greetings --follow")
+        expect(page.locator("#how-to-put")).to_have_text(f"dsmq put {options} greetings hello")
+        expect(page.locator("#how-to-python")).to_contain_text(f'connect({given}).put("greetings", "hello")')
+        expect(page.locator("#how-to-token")).to_be_visible(visible="auth_token" in settings)
+        expect(page.locator("#how-to-tls")).to_be_visible(visible="tls_cert_file" in settings)
+        assert TOKEN not in page.content()
+
+
 def test_a_full_server_is_seen_at_a_glance(browser: Browser) -> None:
     with (
         serving(metrics_port=0, max_stored_messages=20) as server,
@@ -303,7 +342,8 @@ def test_it_asks_for_a_token_and_keeps_it_in_memory_only(browser: Browser) -> No
         for wrong in ("wrong", "not äscii"):
             field.fill(wrong)
             field.press("Enter")
-            expect(page.locator("#ask-why")).to_have_text("That is not its token.")
+            expect(page.locator("#ask-why")).to_contain_text("That is not its token.")
+            expect(page.locator("#ask-why")).to_contain_text("metrics_token_file")
             expect(field).to_have_value("")
         field.fill(TOKEN)
         field.press("Enter")
@@ -395,6 +435,21 @@ def test_nothing_is_wider_than_the_screen(browser: Browser, server: Server, widt
                 assert box
                 assert 0 <= box["x"] <= box["x"] + box["width"] <= width
         assert sideways(page) == 0
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_numbers_stand_at_one_height_and_commands_in_one_line(browser: Browser, server: Server, width: int) -> None:
+    with reading(browser, server, viewport={"width": width, "height": 800}) as page:
+        expect(page.locator("#how-to-put")).to_be_visible()
+        height = "(pre) => (pre.clientHeight - 20) / parseFloat(getComputedStyle(pre).lineHeight)"
+        assert round(page.locator("#how-to-put").evaluate(height)) == 1
+        rows: dict[float, set[float]] = {}
+        for group in page.locator("#totals > div").all():
+            top, number = group.bounding_box(), group.locator("dd").bounding_box()
+            assert top
+            assert number
+            rows.setdefault(top["y"], set()).add(number["y"])
+        assert all(len(heights) == 1 for heights in rows.values())
 
 
 def test_it_is_dark_where_the_reader_wants_that(browser: Browser, server: Server) -> None:

@@ -26,7 +26,7 @@ from dsmq import aio, auth, config, listening
 from dsmq.auth import Gate, Role
 from dsmq.client import DSMQClientSideConnection, connect
 from dsmq.commands import COMMANDS
-from dsmq.errors import AuthRequired, BadRequest, ClientClosed, ConfigError, Denied, NotPermitted, WrongToken
+from dsmq.errors import AuthRequired, BadRequest, Busy, ClientClosed, ConfigError, Denied, NotPermitted, WrongToken
 from dsmq.protocol import encode_request
 from dsmq.server import Server
 
@@ -168,39 +168,74 @@ def test_only_an_admin_sees_what_others_do(server: Server) -> None:
 # Guessing
 
 
+# As long as may be set, also where the unit is long.
+DELAY = min(UNIT, auth.LONGEST_DELAY_SECONDS / 2)
+
+
 def test_after_a_wrong_token_none_of_that_address_is_looked_at_for_a_while(token_file: Path) -> None:
-    with serving(auth_token_file=str(token_file), auth_delay_seconds=UNIT) as server, wire_to(server) as wire:
+    with serving(auth_token_file=str(token_file), auth_delay_seconds=DELAY) as server, wire_to(server) as wire:
+        before = time.monotonic()
         assert wire.error("AUTH", "wrong") == "WRONGPASS"
-        for delay in (1, 2):
-            before = time.monotonic()
+        for delay in (DELAY, 3 * DELAY):
             wire.send(encode_request(b"AUTH", b"wrong") + b"PING\r\n")
             # Another address, and who is in, is not held up.
             with wire_as(server, ADMIN, source="127.0.0.2") as other:
                 assert other.call("PING") == "PONG"
-                assert time.monotonic() - before < delay * UNIT
+                assert time.monotonic() - before < delay
             assert wire.receive().code == "WRONGPASS"  # type: ignore[union-attr]
-            assert delay * UNIT <= time.monotonic() - before
-            if delay == 1:
+            assert time.monotonic() - before >= delay - UNIT / 100
+            if delay == DELAY:
                 assert wire.receive() == "PONG"
         # Three are enough.
         assert wire.ended()
         assert server.counters().wrong_tokens == server.counters().errors["WRONGPASS"] == 3
 
 
+def test_tokens_of_one_address_are_looked_at_one_after_another_however_many_come_together(token_file: Path) -> None:
+    with (
+        serving(auth_token_file=str(token_file), auth_delay_seconds=DELAY, auth_timeout_seconds=8 * DELAY) as server,
+        contextlib.ExitStack() as stack,
+    ):
+        wires = [stack.enter_context(wire_to(server)) for _ in range(30)]
+        began = time.monotonic()
+        for wire in wires:
+            wire.send(encode_request(b"AUTH", b"wrong"))
+        answers = {"BUSY": 0, "WRONGPASS": 0}
+        for wire in wires:
+            answers[wire.receive().code] += 1  # type: ignore[union-attr]
+        seconds = time.monotonic() - began
+        # The first one at once; those that have to wait, for no longer than half of the time for showing a token.
+        assert answers["WRONGPASS"] == server.counters().wrong_tokens
+        assert 4 <= server.counters().wrong_tokens <= 1 + seconds / DELAY
+        assert seconds < 8 * DELAY
+        # What was not looked at is not counted as wrong, and who comes alone later has a turn.
+        assert answers["BUSY"] == server.counters().errors["BUSY"] >= 20
+        with wire_as(server, READER) as alone:
+            assert alone.call("PING") == "PONG"
+
+
+def test_ping_waits_for_its_turn_whatever_was_guessed_before(token_file: Path) -> None:
+    with serving(auth_token_file=str(token_file)) as server:
+        for _ in range(6):
+            server._services.gate.fail("127.0.0.1")
+        done = run_dsmq("ping", "--port", str(server.port), "--token-file", str(token_file))
+        assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_a_right_token_has_to_wait_as_long_as_a_wrong_one(token_file: Path) -> None:
-    with serving(auth_token_file=str(token_file), auth_delay_seconds=2 * UNIT) as server:
+    with serving(auth_token_file=str(token_file), auth_delay_seconds=DELAY) as server:
+        before = time.monotonic()
         for first in (1, 2):
             with wire_to(server) as wire:
                 assert wire.error("AUTH", "wrong") == "WRONGPASS", first
-        before = time.monotonic()
         with wire_to(server) as wire:
             wire.send(encode_request(b"AUTH", WRITER.encode()) + encode_request(b"PUT", b"t", b"x" * 100_000))
             assert [wire.receive(), wire.receive()] == ["OK", 1]
-        assert time.monotonic() - before >= 4 * UNIT
+        assert time.monotonic() - before >= 3 * DELAY - UNIT / 100
 
 
 def test_who_hangs_up_does_not_learn_sooner_that_a_token_was_wrong(token_file: Path) -> None:
-    with serving(auth_token_file=str(token_file), auth_delay_seconds=60) as server:
+    with serving(auth_token_file=str(token_file), auth_delay_seconds=1) as server:
         with wire_to(server) as wire:
             assert wire.error("AUTH", "wrong") == "WRONGPASS"
         for token in (WRITER, "wrong"):
@@ -211,9 +246,23 @@ def test_who_hangs_up_does_not_learn_sooner_that_a_token_was_wrong(token_file: P
         assert server.counters().wrong_tokens == 1
 
 
+def test_a_token_that_waits_for_its_turn_when_the_server_stops_is_not_looked_at(token_file: Path) -> None:
+    with serving(auth_token_file=str(token_file), auth_delay_seconds=1) as server, contextlib.ExitStack() as stack:
+        wires = [stack.enter_context(wire_to(server)) for _ in range(2)]
+        assert wires[0].error("AUTH", "wrong") == "WRONGPASS"
+        for wire, token in zip(wires, (WRITER, "wrong"), strict=True):
+            wire.send(encode_request(b"AUTH", token.encode()))
+        wait_until(lambda: server.counters().commands["AUTH"] == 3)
+        assert server.stop() == []
+        for wire in wires:
+            assert wire.receive().code == "CLOSING"  # type: ignore[union-attr]
+            assert wire.ended()
+        assert server.counters().wrong_tokens == 1
+
+
 def test_a_delayed_answer_is_no_waiting_reader(token_file: Path) -> None:
     with (
-        serving(auth_token_file=str(token_file), auth_delay_seconds=60, max_waiting_readers=1) as server,
+        serving(auth_token_file=str(token_file), auth_delay_seconds=1, max_waiting_readers=1) as server,
         wire_to(server) as guessing,
         wire_as(server, READER) as reader,
     ):
@@ -234,18 +283,51 @@ def test_a_token_shown_again_or_another_takes_effect(wire: Wire) -> None:
     assert wire.error("PUT", "t", "x") == "NOPERM"
 
 
-def test_failures_are_remembered_by_network_for_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = Gate([("a", Role.READ, "secret")], 1.0)
-    now = 1000.0
-    monkeypatch.setattr(auth.time, "monotonic", lambda: now)
-    penalties = []
-    for _ in range(6):
-        penalties.append(gate.penalty("192.0.2.1", 10))
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What the gate takes for the time, to be set."""
+    now = [1000.0]
+    monkeypatch.setattr(auth.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_failures_are_remembered_by_network_for_a_minute(clock: list[float]) -> None:
+    gate = Gate([("a", Role.READ, "secret")], 0.25)
+    delays = []
+    for _ in range(5):
+        delays.append(gate.turn("192.0.2.1"))
+        clock[0] += delays[-1]
         gate.fail("192.0.2.1")
-    assert penalties == [0, 1, 2, 4, 8, 10]
-    assert gate.penalty("192.0.2.2", 10) == 0
-    now += auth.MEMORY_SECONDS
-    assert gate.penalty("192.0.2.1", 10) == 0
+    assert delays == [0, 0.25, 0.5, 1, 1]
+    assert gate.turn("192.0.2.2") == 0
+    clock[0] += auth.MEMORY_SECONDS
+    assert [gate.turn("192.0.2.1") for _ in range(3)] == [0, 0, 0]
+    gate.fail("192.0.2.1")
+    assert gate.turn("192.0.2.1") == 0.25
+
+
+def test_turns_are_given_out_one_after_another_and_not_without_end(clock: list[float]) -> None:
+    gate = Gate([("a", Role.READ, "secret")], 0.5)
+    gate.fail("x")
+    assert [gate.turn("x") for _ in range(4)] == [0.5, 1, 1.5, 2]
+    with pytest.raises(Busy, match="try again"):
+        gate.turn("x")
+    # A further failure goes behind those who have their turn.
+    clock[0] += 0.5
+    gate.fail("x")
+    assert gate.turn("x") == 2
+    with pytest.raises(Busy):
+        gate.turn("x")
+    clock[0] += 10
+    assert [gate.turn("x"), gate.turn("x")] == [0, 1]
+
+
+def test_who_comes_alone_has_a_turn_however_short_the_wait(clock: list[float]) -> None:
+    gate = Gate([("a", Role.READ, "secret")], 1.0, wait_seconds=0.25)
+    for _ in range(9):
+        gate.fail("x")
+    assert gate.turn("x") == 0.25
+    assert Gate(delay_seconds=0).turn("x") == 0
 
 
 def test_addresses_remembered_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,7 +335,7 @@ def test_addresses_remembered_are_bounded(monkeypatch: pytest.MonkeyPatch) -> No
     gate = Gate([("a", Role.READ, "secret")], 1.0)
     for number in range(5):
         gate.fail(str(number))
-    assert len(gate._failures) == 3
+    assert len(gate._guessers) == 3
 
 
 @pytest.mark.parametrize(
@@ -347,6 +429,36 @@ def test_tokens_are_read_again_and_those_withdrawn_end(token_file: Path) -> None
         assert stranger.call("PUT", "t", "x") == 2
         for wire in (admin, writer, stranger):
             wire.close()
+
+
+def test_what_came_and_went_is_logged_when_tokens_and_certificates_are_read_again(
+    token_file: Path, files: Files, authority: trustme.CA, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "dsmq")
+    settings = {"port": 0, "auth_token_file": str(token_file), "tls_cert_file": files.server}
+    load = lambda: config.load(kind=config.EmbeddedSettings, **settings)  # noqa: E731
+
+    def reloaded() -> tuple[str, dict[str, object]]:
+        caplog.clear()
+        server.reload()
+        (found,) = [record for record in caplog.records if getattr(record, "event", "") == "reloaded"]
+        return found.getMessage().partition("changed: ")[2], found.fields  # type: ignore[attr-defined]
+
+    with Server(load(), load=load) as server:
+        nothing = {"changed": [], "tokens_new": [], "tokens_gone": [], "certificates": False}
+        assert reloaded() == ("nothing", nothing)
+        token_file.write_text(f"another-token-0123456789\nsensors write new-token-0123456789\nscreen read {READER}\n")
+        message, fields = reloaded()
+        assert message == "tokens_new (default, sensors), tokens_gone (default, sensors)"
+        assert fields == {**nothing, "tokens_new": ["default", "sensors"], "tokens_gone": ["default", "sensors"]}
+        files.issue(authority, "server", "127.0.0.1")
+        os.utime(files.server, (1, 1))
+        settings["max_age_seconds"] = 60
+        assert reloaded() == (
+            "max_age_seconds, certificates",
+            {**nothing, "changed": ["max_age_seconds"], "certificates": True},
+        )
+        assert not any(token in caplog.text for token in (ADMIN, WRITER, READER, "new-token"))
 
 
 def test_all_are_let_go_of_where_others_rules_admit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -455,11 +567,21 @@ def test_a_token_file_has_to_be_there(tmp_path: Path) -> None:
         auth.read_tokens("a\0b")
 
 
-def test_a_short_token_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    for token, warned in (("x" * auth.SAFE_TOKEN_BYTES, False), ("x" * (auth.SAFE_TOKEN_BYTES - 1), True)):
+def test_a_short_token_is_warned_of_by_its_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "tokens"
+    long, short = "x" * auth.SAFE_TOKEN_BYTES, "y" * (auth.SAFE_TOKEN_BYTES - 1)
+    file.write_text(f"sensors write {short}\nscreen read {long}\n")
+    for settings, names, says in [
+        ({"auth_token": long}, None, ""),
+        ({"auth_token": short}, ["default"], "default (of auth_token)"),
+        ({"auth_token_file": str(file)}, ["sensors"], f"sensors (of {file})"),
+    ]:
         caplog.clear()
-        with serving(auth_token=token):
-            assert ("can be guessed" in caplog.text) == warned
+        with serving(**settings):
+            told = [record for record in caplog.records if getattr(record, "event", "") == "short_token"]
+        assert [record.fields["tokens"] for record in told] == ([names] if names else [])  # type: ignore[attr-defined]
+        assert says in caplog.text
+        assert short not in caplog.text
 
 
 # Tokens are shown nowhere
@@ -491,7 +613,7 @@ def test_there_is_no_option_for_a_secret() -> None:
 @pytest.mark.parametrize("value", ["two words", " before", "**********", "\n", "tök"])
 def test_a_bad_secret_is_told_without_it(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("DSMQ_AUTH_TOKEN", value)
-    with pytest.raises(ConfigError, match=r"^DSMQ_AUTH_TOKEN: input should be") as caught:
+    with pytest.raises(ConfigError, match=r"^DSMQ_AUTH_TOKEN: should be") as caught:
         config.load()
     assert value not in str(caught.value)
 
@@ -524,6 +646,26 @@ def test_the_command_line_takes_its_token_from_a_file_or_the_environment(server:
     assert run_dsmq("ping", *address, env={"DSMQ_AUTH_TOKEN_FILE": str(token_file)}).returncode == 0
     done = run_dsmq("ping", *address, "--token-file", "/nowhere")
     assert (done.returncode, done.stderr) == (2, b"dsmq: /nowhere: No such file or directory\n")
+
+
+def test_the_command_line_names_its_own_options_where_one_is_missing(tls_server: Server, tmp_path: Path) -> None:
+    with serving(auth_token=ADMIN) as server:
+        done = run_dsmq("ping", "--port", str(server.port))
+        assert done.stderr == b"dsmq: this server wants a token: --token-file FILE, or DSMQ_AUTH_TOKEN\n"
+    port = ("--port", str(tls_server.port))
+    assert b"does it want TLS (--tls)?" in run_dsmq("ping", *port).stderr
+    assert b"(--ca-file FILE to trust another)" in run_dsmq("ping", *port, "--tls").stderr
+    cert, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
+    tool("openssl", "openssl")
+    # As the README does it.
+    words = "openssl req -x509 -newkey rsa:2048 -nodes -days 30 -subj /CN=localhost -addext"
+    names = "subjectAltName=DNS:localhost,IP:127.0.0.1"
+    subprocess.run([*words.split(), names, "-keyout", key, "-out", cert], capture_output=True, check=True)
+    with serving(tls_cert_file=cert, tls_key_file=key) as server:
+        port = ("--port", str(server.port))
+        done = run_dsmq("ping", *port, "--tls")
+        assert b"self-signed certificate (--ca-file FILE to trust it)" in done.stderr
+        assert run_dsmq("ping", *port, "--ca-file", cert).returncode == 0
 
 
 def test_ping_finds_the_server_by_its_own_configuration(tmp_path: Path, token_file: Path, files: Files) -> None:

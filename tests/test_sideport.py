@@ -6,6 +6,7 @@ import base64
 import hashlib
 import http.client
 import json
+import logging
 import platform
 import re
 import socket
@@ -467,7 +468,8 @@ def test_the_status_tells_of_topics_clients_and_errors(server: Server, wire: Wir
     assert status["counters"]["puts"] == 3
     assert status["held"]["messages"] == 3
     topic = status["topics"][0]
-    assert (topic["name"], topic["messages"], topic["bytes"]) == ("t", 3, 13)
+    assert (topic["name"], topic["messages"], topic["bytes"]) == ("t", 3, 313)
+    assert (status["host"], status["port"], status["tokens"], status["tls"]) == ("127.0.0.1", server.port, False, False)
     client = status["clients"][0]
     assert (client["name"], client["topic"], client["lag"], client["waiting"]) == ("me", "t", 2, False)
     assert status["errors"][0]["code"] == "UNKNOWN"
@@ -551,8 +553,21 @@ def test_head_has_the_headers_of_get_and_no_body(server: Server, path: str) -> N
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "TRACE", "FROBNICATE"])
 def test_other_methods_are_refused(server: Server, method: str) -> None:
     answer = Answer(server.metrics_port, "/metrics", method)
-    assert answer.status == 501
+    assert (answer.status, answer.headers["Allow"]) == ((501, None) if method == "FROBNICATE" else (405, "GET, HEAD"))
+    assert answer.type.startswith("text/plain")
     assert "dsmq_puts" not in answer.text
+
+
+def test_a_query_is_not_logged(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "dsmq")
+    for method in ("GET", "POST", "FROBNICATE"):
+        Answer(server.metrics_port, "/metrics?token=secret", method)
+    with hang(server) as sock:
+        sock.sendall(b"GET /metrics?token=secret HTTP/9.9\r\n\r\n")
+        assert b" 505 " in sock.recv(1000)
+    wait_until(lambda: caplog.text.count("side port: ") >= 4)
+    assert "GET '/metrics': 200" in caplog.text
+    assert "secret" not in caplog.text
 
 
 def test_what_is_no_http_harms_nobody(server: Server, wire: Wire) -> None:

@@ -6,6 +6,7 @@ import enum
 import hashlib
 import hmac
 import ipaddress
+import logging
 import math
 import threading
 import time
@@ -14,15 +15,22 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from dsmq.errors import ConfigError
+from dsmq import logs
+from dsmq.errors import Busy, ConfigError
 
 DEFAULT_USER = b"default"
 """The user of clients that name none: the token alone decides."""
 # Failures are forgotten after so many seconds without a further one; so many addresses are remembered.
 MEMORY_SECONDS = 60.0
 MAX_ADDRESSES = 10_000
+# How far apart the looks at tokens of one address come to be; and how long one may have to wait for its own: less than
+# `dsmq ping` waits for the answer.
+LONGEST_DELAY_SECONDS = 1.0
+LONGEST_WAIT_SECONDS = 2.0
 # A shorter token can be guessed.
 SAFE_TOKEN_BYTES = 16
+
+_logger = logging.getLogger(__name__)
 
 
 class Role(enum.IntEnum):
@@ -76,6 +84,18 @@ def tokens_of(token: str, file: str) -> list[tuple[str, Role, str]]:
     return ([(DEFAULT_USER.decode(), Role.ADMIN, token)] if token else []) + (read_tokens(file) if file else [])
 
 
+def warn_of_short(tokens: Iterable[tuple[str, Role, str]], *sources: str) -> None:
+    """Log which tokens are too short, and where they may stand."""
+    if short := [name for name, _, token in tokens if len(token) < SAFE_TOKEN_BYTES]:
+        _logger.warning(
+            "a token of less than %d characters can be guessed: %s (of %s)",
+            SAFE_TOKEN_BYTES,
+            ", ".join(short),
+            ", ".join(filter(None, sources)),
+            extra=logs.event("short_token", tokens=short),
+        )
+
+
 def read_tokens(file: str) -> list[tuple[str, Role, str]]:
     """Return the tokens in a file, as `parse_tokens` does. Raises ConfigError."""
     try:
@@ -94,14 +114,31 @@ def _roles() -> str:
     return ", ".join(ROLES)
 
 
+@dataclass(slots=True)
+class _Guesser:
+    """A network that has shown wrong tokens lately."""
+
+    failures: int = 0
+    last: float = -math.inf
+    next_look: float = -math.inf
+    """From when on the next of its tokens may be looked at."""
+
+
 class Gate:
     """Knows the tokens, and who has guessed wrong lately. Safe to use from several threads."""
 
-    def __init__(self, tokens: Iterable[tuple[str, Role, str]] = (), delay_seconds: float = 0.1) -> None:
+    def __init__(
+        self,
+        tokens: Iterable[tuple[str, Role, str]] = (),
+        delay_seconds: float = 0.1,
+        wait_seconds: float = LONGEST_WAIT_SECONDS,
+    ) -> None:
+        """wait_seconds: see `turn`."""
         self.tokens = tuple(Token(name, role, _digest(token.encode())) for name, role, token in tokens)
         self._delay = delay_seconds
-        # How often an address has failed, and when last; in the order of the latter.
-        self._failures: OrderedDict[str, tuple[int, float]] = OrderedDict()
+        self._wait = min(wait_seconds, LONGEST_WAIT_SECONDS)
+        # In the order of their last failures.
+        self._guessers: OrderedDict[str, _Guesser] = OrderedDict()
         self._lock = threading.Lock()
 
     def admit(self, user: bytes, token: bytes) -> Token | None:
@@ -114,28 +151,52 @@ class Gate:
                 found = known
         return found
 
+    def changes(self, before: Gate) -> dict[str, list[str]]:
+        """Return the names of the tokens that the gate before did not know, and of those that this one does not."""
+        return {
+            "tokens_new": [token.name for token in self.tokens if token not in before.tokens],
+            "tokens_gone": [token.name for token in before.tokens if token not in self.tokens],
+        }
+
+    def turn(self, network: str) -> float:
+        """Return in how many seconds a token of this network may be looked at, right or wrong.
+
+        At once without a failure within the last minute. Else they take turns, however many come together: the first
+        some time after the failure, each further one as much later. That time doubles with each failure, up to
+        LONGEST_DELAY_SECONDS. Raises Busy where the wait would be longer than that for which a client has patience.
+        """
+        with self._lock:
+            now = time.monotonic()
+            guesser = self._recent(network, now)
+            if not guesser.failures:
+                return 0.0
+            look_at = max(now, guesser.next_look)
+            if look_at - now > self._wait:
+                raise Busy("wrong tokens have come from this address, and others wait to be looked at: try again later")
+            guesser.next_look = look_at + self._spacing(guesser)
+            return look_at - now
+
     def fail(self, network: str) -> None:
         """Note that a client of this network has shown a wrong token."""
         with self._lock:
-            count = self._recent(network)
-            self._failures.pop(network, None)
-            self._failures[network] = count + 1, time.monotonic()
-            if len(self._failures) > MAX_ADDRESSES:
-                self._failures.popitem(last=False)
+            now = time.monotonic()
+            guesser = self._recent(network, now)
+            guesser.failures += 1
+            guesser.last = now
+            # Behind those that have their turn already, too.
+            guesser.next_look = max(guesser.next_look, now + self._spacing(guesser))
+            self._guessers[network] = guesser
+            self._guessers.move_to_end(network)
+            if len(self._guessers) > MAX_ADDRESSES:
+                self._guessers.popitem(last=False)
 
-    def penalty(self, network: str, longest: float) -> float:
-        """Return for how many seconds no token of this network is to be looked at, right or wrong.
+    def _recent(self, network: str, now: float) -> _Guesser:
+        guesser = self._guessers.get(network)
+        return guesser if guesser and now - guesser.last < MEMORY_SECONDS else _Guesser()
 
-        None without a failure within the last minute; it doubles with each, up to the longest. So who guesses does not
-        learn sooner by hanging up that a token was wrong.
-        """
-        with self._lock:
-            count = self._recent(network)
-        return min(longest, self._delay * 2.0 ** min(count - 1, 32)) if count else 0.0
-
-    def _recent(self, network: str) -> int:
-        count, last = self._failures.get(network, (0, -math.inf))
-        return count if time.monotonic() - last < MEMORY_SECONDS else 0
+    def _spacing(self, guesser: _Guesser) -> float:
+        # No more than the wait: whoever comes alone has a turn.
+        return min(self._delay * 2.0 ** min(guesser.failures - 1, 32), LONGEST_DELAY_SECONDS, self._wait)
 
 
 def _digest(token: bytes) -> bytes:

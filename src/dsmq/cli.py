@@ -22,7 +22,7 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from dsmq import __version__
 from dsmq.client import DSMQClientSideConnection, connect
-from dsmq.errors import ConfigError, DSMQError, TooBig
+from dsmq.errors import AuthRequired, ConfigError, DSMQError, TooBig
 from dsmq.session import Message
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def _add_get_options(get: argparse.ArgumentParser) -> None:
 
 
 def _add_address(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--host", help="address, name, or unix:/path; default: DSMQ_HOST, or 127.0.0.1")
+    command.add_argument("--host", type=_host, help="address, name, or unix:/path; default: DSMQ_HOST, or 127.0.0.1")
     command.add_argument("--port", type=_port, help="default: DSMQ_PORT, or 30008")
     security = command.add_argument_group(
         "security",
@@ -190,6 +190,12 @@ def _topic(text: str) -> str:
     # Python carries bytes of the command line that are not UTF-8 as surrogates.
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise argparse.ArgumentTypeError(f"the topic {text!r} is not UTF-8")
+    return text
+
+
+def _host(text: str) -> str:
+    if not text.startswith("unix:") and text.startswith("[") != text.endswith("]"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no address")
     return text
 
 
@@ -242,9 +248,27 @@ def _connect(options: argparse.Namespace, timeout: float = 10.0) -> DSMQClientSi
         return connect(options.host, options.port, timeout=timeout, retry=False, token=token, tls=tls, **files)
     except ConnectionRefusedError:
         raise
+    except AuthRequired as error:
+        raise AuthRequired(_for_shells(str(error))) from None
     except OSError as error:
         where = options.host if options.host.startswith("unix:") else f"{options.host} port {options.port}"
-        raise ConnectionError(f"cannot connect to {where}: {_reason(error)}") from error
+        raise ConnectionError(f"cannot connect to {where}: {_for_shells(_reason(error))}") from error
+
+
+# What the client says to programs, and what to a shell.
+_HINTS = {
+    "connect(..., token=...)": "--token-file FILE, or DSMQ_AUTH_TOKEN",
+    "does it want TLS?": "does it want TLS (--tls)?",
+    "self-signed certificate": "self-signed certificate (--ca-file FILE to trust it)",
+    "unable to get local issuer certificate": "no authority that is known has issued its certificate (--ca-file FILE "
+    "to trust another)",
+}
+
+
+def _for_shells(text: str) -> str:
+    for words, instead in _HINTS.items():
+        text = text.replace(words, instead)
+    return text
 
 
 def _known(file: str | None) -> dict[str, str]:
@@ -398,7 +422,3 @@ def _demo(_: argparse.Namespace) -> int:
 
     demo.main()
     return OK
-
-
-if __name__ == "__main__":
-    sys.exit(main())

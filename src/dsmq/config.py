@@ -18,6 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from dsmq.auth import LONGEST_DELAY_SECONDS
 from dsmq.errors import ConfigError
 from dsmq.listening import UNIX
 
@@ -25,23 +26,28 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 
 
 def _host(value: str) -> str:
-    if value in ("", UNIX):
-        raise ValueError("input should be an address, a name, or unix:/path")
+    if value == UNIX or not (value.startswith(UNIX) or _is_host(value)):
+        raise ValueError("should be an address, a name, or unix:/path")
     return value
 
 
 def _tcp_host(value: str) -> str:
-    if not value or value.startswith(UNIX):
-        raise ValueError("input should be an address or a name")
+    if value.startswith(UNIX) or not _is_host(value):
+        raise ValueError("should be an address or a name")
     return value
+
+
+def _is_host(value: str) -> bool:
+    # An IPv6 address may stand in brackets.
+    return bool(value) and value.startswith("[") == value.endswith("]")
 
 
 def _token(value: SecretStr) -> SecretStr:
     token = value.get_secret_value()
     if token and (token.split() != [token] or not token.isascii()):
-        raise ValueError("input should be a token: ASCII, without blanks")
+        raise ValueError("should be a token: ASCII, without blanks")
     if token and not token.strip("*"):
-        raise ValueError("input should be the token itself, not the mask it is shown by")
+        raise ValueError("should be the token itself, not the mask it is shown by")
     return value
 
 
@@ -92,9 +98,9 @@ class Settings(BaseSettings):
     auth_delay_seconds: Seconds = Field(
         0.1,
         ge=0,
-        le=60,
-        description="How long after a wrong token none of the same address is looked at. Doubles with each that "
-        "follows within a minute, up to half of auth_timeout_seconds.",
+        le=LONGEST_DELAY_SECONDS,
+        description="How long after a wrong token the next of the same address is looked at, and how far apart those "
+        "that follow. Doubles with each wrong one within a minute, up to 1 s. 0: no delay.",
     )
     tls_cert_file: str = Field(
         "",
@@ -147,7 +153,7 @@ class Settings(BaseSettings):
     max_stored_bytes: Bytes = Field(
         1_073_741_824,
         description="Bytes of messages and topics held, each message counted with 100 more for what it takes beside, "
-        "each topic with 500. Bounds the memory.",
+        "each topic with 500. Bounds the memory: allow for 1.3 times as much.",
     )
     max_stored_messages_per_topic: Count = Field(10_000_000, description="The same for one topic: messages.")
     max_stored_bytes_per_topic: Bytes = Field(1_073_741_824, description="The same for one topic: bytes.")
@@ -260,7 +266,7 @@ class Settings(BaseSettings):
     def _no_truth(cls, value: object, info: ValidationInfo) -> object:
         # Python takes true for 1.
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError("input should not be a truth value")
+            raise ValueError("should be something else than true or false")
         return value
 
     @model_validator(mode="after")
@@ -286,8 +292,10 @@ class EmbeddedSettings(Settings):
     metrics_port: Port | Literal["off"] = "off"
 
 
-def load(file: str | None = None, kind: type[Settings] = Settings, **given: Any) -> Settings:
-    """Return the effective settings; `given` are those of the command line or call.
+def load(
+    file: str | None = None, kind: type[Settings] = Settings, *, spelled: Callable[[str], str] = str, **given: Any
+) -> Settings:
+    """Return the effective settings; `given` are those of the command line or call, where they are spelled like that.
 
     file is a TOML file's path; without it, the one that DSMQ_CONFIG names, if any. Raises ConfigError.
     """
@@ -299,7 +307,7 @@ def load(file: str | None = None, kind: type[Settings] = Settings, **given: Any)
     try:
         return kind(**given)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(error, given, file))) from None
+        raise ConfigError("; ".join(_explain(error, {name: spelled(name) for name in given}, file))) from None
 
 
 def _read(file: str) -> dict[str, Any]:
@@ -329,7 +337,16 @@ def _check_environment() -> None:
             raise ConfigError(f"{variable}: {_unknown(name, lambda known: ENV_PREFIX + known.upper())}")
 
 
-def _explain(error: ValidationError, given: dict[str, Any], file: str | None) -> list[str]:
+# What pydantic says to programmers.
+_PLAINLY = {
+    **dict.fromkeys(("int_type", "int_parsing", "int_parsing_size", "int_from_float"), "should be a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "should be a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "should be true or false"),
+    "string_type": "should be text",
+}
+
+
+def _explain(error: ValidationError, given: dict[str, str], file: str | None) -> list[str]:
     unknown = []
     wrong: dict[str, list[str]] = {}
     values = {}
@@ -340,25 +357,27 @@ def _explain(error: ValidationError, given: dict[str, Any], file: str | None) ->
             continue
         name = str(problem["loc"][0])
         if problem["type"] == "extra_forbidden":
-            unknown.append(f"{file or 'settings'}: {_unknown(name, str)}")
+            sections = isinstance(problem["input"], dict)
+            about = "there are no sections, all settings stand above them" if sections else ""
+            unknown.append(f"{file or 'settings'}: {_unknown(name, str, about)}")
         else:
-            message = problem["msg"].removeprefix("Value error, ")
-            wrong.setdefault(name, []).append(message[:1].lower() + message[1:])
+            message = _PLAINLY.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
+            wrong.setdefault(name, []).append(message.removeprefix("Input "))
             values[name] = "" if is_secret(name) else f", not {problem['input']!r}"
     return unknown + [
-        f"{_source(name, given, file)}: {' or '.join(messages)}{values[name]}" for name, messages in wrong.items()
+        f"{_source(name, given, file)}: {' or '.join(messages).replace(' or should be ', ' or ')}{values[name]}"
+        for name, messages in wrong.items()
     ]
 
 
-def _source(name: str, given: dict[str, Any], file: str | None) -> str:
-    if name in given:
-        return option(name)
-    return _variables().get(name) or f"{file}: {name}"
+def _source(name: str, given: dict[str, str], file: str | None) -> str:
+    return given.get(name) or _variables().get(name) or f"{file}: {name}"
 
 
-def _unknown(name: str, spelled: Callable[[str], str]) -> str:
-    nearest = difflib.get_close_matches(name, Settings.model_fields, n=1, cutoff=0.0)
-    return f"unknown setting '{spelled(name)}'; the nearest known one is '{spelled(nearest[0])}'"
+def _unknown(name: str, spelled: Callable[[str], str], about: str = "") -> str:
+    if not about and (nearest := difflib.get_close_matches(name, Settings.model_fields, n=1)):
+        about = f"the nearest known one is '{spelled(nearest[0])}'"
+    return f"unknown setting '{spelled(name)}'" + (f"; {about}" if about else "")
 
 
 def _has_gil() -> bool:
@@ -379,6 +398,13 @@ def _shown(default: Any) -> Any:
     return default.get_secret_value() if isinstance(default, SecretStr) else default
 
 
+def _as_option(default: Any) -> str:
+    """Return a default as it would stand on a command line."""
+    if isinstance(default, bool):
+        return str(default).lower()
+    return f"{default:g}" if isinstance(default, float) else str(default) or "none"
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Give a command the option --config, and one for each setting."""
     parser.add_argument("--config", metavar="FILE", help=f"TOML file; default: the one that {ENV_CONFIG} names")
@@ -386,14 +412,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         if is_secret(name):
             # Others can read a command line.
             continue
-        about = f"{field.description} Default: {_shown(field.default) or 'none'}".replace("%", "%%")
+        about = f"{field.description} Default: {_as_option(field.default)}".replace("%", "%%")
         parser.add_argument(option(name), metavar="VALUE", dest=name, default=argparse.SUPPRESS, help=about)
 
 
 def from_options(options: argparse.Namespace) -> Settings:
     """Return the effective settings for a command line. Raises ConfigError."""
     given = {name: value for name, value in vars(options).items() if name in Settings.model_fields}
-    return load(options.config, **given)
+    return load(options.config, spelled=option, **given)
 
 
 def as_dict(settings: Settings) -> dict[str, Any]:

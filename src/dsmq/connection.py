@@ -160,7 +160,7 @@ class Connection:
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
-            self.close(str(error))
+            self.close(error.strerror or str(error))
             return
         if not data:
             self._end_of_input()
@@ -314,7 +314,7 @@ class Connection:
         except (BlockingIOError, InterruptedError):
             sent = 0
         except OSError as error:
-            self.close(str(error))
+            self.close(error.strerror or str(error))
             return
         self.counters.bytes_out += sent
         self._count_backlog(len(self._out) - sent)
@@ -346,8 +346,7 @@ class Connection:
         gate = self.services.gate
         if not gate.tokens:
             raise BadRequest("this server has no tokens")
-        # Well within the time for showing one, and that which clients wait.
-        seconds = gate.penalty(self.peer.network, self.services.settings.auth_timeout_seconds / 2)
+        seconds = gate.turn(self.peer.network)
         if not seconds:
             return self._judge(user, token, welcome)
         self._wait = _Wait(b"", self._loop.now + seconds, list, lambda _: self._judge(user, token, welcome))
@@ -356,6 +355,9 @@ class Connection:
         return None
 
     def _judge(self, user: bytes, token: bytes, welcome: Callable[[], bytes]) -> bytes:
+        if self.finishing:
+            # The server stops, and so its turn has not come.
+            return self._refusal(Closing("the server is stopping"))
         found = self.services.gate.admit(user, token)
         if found is None:
             return self._wrong_token()
@@ -371,7 +373,9 @@ class Connection:
         self.counters.wrong_tokens += 1
         if self._wrong_tokens >= MAX_WRONG_TOKENS:
             self.finish()
-        error = WrongToken("this is no token of this server")
+        return self._refusal(WrongToken("this is no token of this server"))
+
+    def _refusal(self, error: ReplyError) -> bytes:
         self.note(error)
         return encode_error(error)
 
@@ -591,7 +595,7 @@ class Connection:
         try:
             self._socket.shutdown(socket.SHUT_WR)
         except OSError as error:
-            self.close(str(error))
+            self.close(error.strerror or str(error))
             return
         self._linger_until = self._loop.now + self._linger_seconds
         self._schedule()

@@ -147,7 +147,7 @@ class StoreFailed(ReplyError):
 
 
 class Busy(ReplyError):
-    """The server has as many connections, or waiting readers, as it takes."""
+    """The server has as many connections, waiting readers, or tokens of one address to look at, as it takes."""
 
     code = "BUSY"
 

@@ -136,15 +136,17 @@ class Server:
     def _configure(self, settings: Settings) -> None:
         """Make these settings those in force, but for FIXED ones. Raises ConfigError, with nothing changed."""
         tokens = auth.tokens_of(settings.auth_token.get_secret_value(), settings.auth_token_file)
-        if any(len(token) < auth.SAFE_TOKEN_BYTES for _, _, token in tokens):
-            _logger.warning("a token of less than %d characters can be guessed", auth.SAFE_TOKEN_BYTES)
-        gate = Gate(tokens, settings.auth_delay_seconds)
-        tls = None
+        auth.warn_of_short(tokens, "auth_token" if settings.auth_token else "", settings.auth_token_file)
+        # A wait for one's turn ends well within the time for showing a token.
+        gate = Gate(tokens, settings.auth_delay_seconds, settings.auth_timeout_seconds / 2)
+        tls, files = None, (settings.tls_cert_file, settings.tls_key_file, settings.tls_client_ca_file)
+        # Before they are read: what changes meanwhile is read the next time.
+        written = [os.stat(file).st_mtime_ns if os.path.exists(file) else 0 for file in files]
         if settings.tls_cert_file:
             from dsmq.tls import server_context  # noqa: PLC0415 - a server without TLS needs none of it
 
-            tls = server_context(settings.tls_cert_file, settings.tls_key_file, settings.tls_client_ca_file)
-        self._tls, self._services.gate = tls, gate
+            tls = server_context(*files)
+        self._tls, self._certificates_written, self._services.gate = tls, written, gate
         self.settings = self._services.settings = settings
         self._store.max_age_ms = round(settings.max_age_seconds * 1000)
         self._store.limits = Limits(
@@ -318,7 +320,7 @@ class Server:
 
     def reload(self) -> None:
         """Take over new settings, tokens and certificates; where something is wrong with them, change nothing."""
-        before = self.settings
+        before, gate, written = self.settings, self._services.gate, self._certificates_written
         try:
             new = self._load() if self._load else before
             self._configure(new.model_copy(update={name: getattr(before, name) for name in FIXED}))
@@ -335,8 +337,11 @@ class Server:
             worker.post(worker.dismiss_all if stricter else worker.check_tokens)
         changed = [name for name in Settings.model_fields if getattr(new, name) != getattr(before, name)]
         live, fixed = ([name for name in changed if (name in FIXED) == kept] for kept in (False, True))
-        names = ", ".join(live) or "nothing"
-        _logger.info("configuration read again; changed: %s", names, extra=logs.event("reloaded", changed=live))
+        tokens, renewed = self._services.gate.changes(gate), self._certificates_written != written
+        names = [*live, *(f"{what} ({', '.join(which)})" for what, which in tokens.items() if which)]
+        names += ["certificates"] * renewed
+        about = logs.event("reloaded", changed=live, certificates=renewed, **tokens)
+        _logger.info("configuration read again; changed: %s", ", ".join(names) or "nothing", extra=about)
         if fixed:
             about = logs.event("restart_needed", settings=fixed)
             _logger.warning("these change only with a new start: %s", ", ".join(fixed), extra=about)
@@ -381,6 +386,7 @@ class Server:
             return survivors
         self._store.close()
         if self._started:
+            logs.summarise()
             _logger.info("stopped", extra=logs.event("stopped"))
         return []
 

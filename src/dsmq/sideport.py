@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from http import HTTPStatus
+from http import HTTPMethod, HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from socketserver import BaseServer
@@ -149,18 +149,22 @@ class _Handler(BaseHTTPRequestHandler):
             _OPEN[path](self)
         elif path not in _GUARDED:
             paths = ", ".join((*_OPEN, *_GUARDED))
-            self._reply(HTTPStatus.NOT_FOUND, "text/plain; charset=utf-8", f"There are {paths}.\n".encode())
+            self._refuse(HTTPStatus.NOT_FOUND, f"There are {paths}.")
         elif self._has_token():
             _GUARDED[path](self)
         else:
-            self._reply(
-                HTTPStatus.UNAUTHORIZED,
-                "text/plain; charset=utf-8",
-                b"A bearer token is wanted.\n",
-                {"WWW-Authenticate": "Bearer"},
-            )
+            self._refuse(HTTPStatus.UNAUTHORIZED, "A bearer token is wanted.", {"WWW-Authenticate": "Bearer"})
 
     do_HEAD = do_GET  # noqa: N815 - http.server's name
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:  # noqa: ARG002
+        """Refuse a request that http.server does not take. It would say why in HTML, and repeat the request."""
+        # Of a line that it can't read it takes the version for 0.9, and would send no headers.
+        self.request_version = self.protocol_version
+        if code == HTTPStatus.NOT_IMPLEMENTED and self.command in HTTPMethod.__members__:
+            self._refuse(HTTPStatus.METHOD_NOT_ALLOWED, "There are GET and HEAD.", {"Allow": "GET, HEAD"})
+        else:
+            self._refuse(HTTPStatus(code), f"{HTTPStatus(code).phrase}.")
 
     def metrics(self) -> None:
         """Reply the metrics, in the format that is asked for."""
@@ -195,6 +199,9 @@ class _Handler(BaseHTTPRequestHandler):
         status = HTTPStatus.OK if yes else HTTPStatus.SERVICE_UNAVAILABLE
         self._reply(status, "application/json", json.dumps(reasons).encode() + b"\n")
 
+    def _refuse(self, status: HTTPStatus, why: str, headers: Mapping[str, str] | None = None) -> None:
+        self._reply(status, "text/plain; charset=utf-8", f"{why}\n".encode(), headers)
+
     def _reply(
         self, status: HTTPStatus, content_type: str, body: bytes, headers: Mapping[str, str] | None = None
     ) -> None:
@@ -207,6 +214,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:  # noqa: ARG002
+        """Log a request, without its query: somebody may have put a secret there."""
+        path = getattr(self, "path", "").partition("?")[0]
+        _logger.debug("side port: %s: %s %r: %s", self.address_string(), self.command, path, code)
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - http.server's name
         _logger.debug("side port: %s: %r", self.client_address or "unix", format % args)

@@ -185,7 +185,10 @@ class Status:
             "epoch": self._services.store.epoch,
             "now": now,
             "uptime_seconds": time.monotonic() - self._began,
+            "host": self._services.settings.host,
             "port": self.port,
+            "tokens": bool(self._services.gate.tokens),
+            "tls": bool(self._services.settings.tls_cert_file),
             "ready": not self.unready(),
             "healthy": not stuck,
             "reasons": [*self.unready(), *(f"{name} is stuck" for name in stuck)],
@@ -234,7 +237,7 @@ class Status:
             {
                 "name": stats.name.decode(errors="replace"),
                 "messages": stats.messages,
-                "bytes": stats.bytes,
+                "bytes": stats.cost,
                 "last_number": stats.last_number,
                 "oldest_age_seconds": stats.oldest_age_ms / 1000,
             }
