@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, SOON, UNIT, Daemon, Wire, daemon, run_dsmq, wait_until, without_privileges
+from conftest import ROOT, SOON, UNIT, Daemon, Wire, daemon, run_dsmq, serving, wait_until, without_privileges
 from dsmq import __version__
 from dsmq.client import DSMQClientSideConnection, connect
 from dsmq.errors import NotPermitted
@@ -638,13 +638,16 @@ sys.exit(main(["serve", "--port", "0", "--metrics-port", "off"]))
 
 
 def test_a_server_that_goes_is_no_empty_queue() -> None:
-    with daemon() as server, waiting(server.port, "get", "t", "--wait", "60", "--port", str(server.port)) as process:
+    with (
+        daemon() as server,
+        waiting(server.port, "get", "t", "--wait", "60", "--reconnect", "0", "--port", str(server.port)) as process,
+    ):
         assert server.stop() == 0
         assert_one_line(ended(process), 1, "server")
 
 
 def test_a_server_that_goes_is_told_to_who_puts() -> None:
-    with daemon() as server, started("put", "t", "--port", str(server.port)) as process:
+    with daemon() as server, started("put", "t", "--reconnect", "0", "--port", str(server.port)) as process:
         with connect(port=server.port) as mq:
             mq.seek("t", 0)
             type_in(process, b"1\n")
@@ -652,6 +655,26 @@ def test_a_server_that_goes_is_told_to_who_puts() -> None:
         assert server.stop() == 0
         type_in(process, b"2\n")
         assert_one_line(ended(process), 1, "server")
+
+
+def test_what_is_put_goes_on_when_the_server_is_started_anew() -> None:
+    with serving() as first, started("put", "t", "--port", str(first.port)) as process:
+        with connect(port=first.port) as mq:
+            type_in(process, b"1\n")
+            assert mq.get_wait("t", timeout=SOON) == "1"
+        first.stop()
+        type_in(process, b"2\n")
+        with serving(port=mq.port), connect(port=mq.port) as mq:
+            mq.seek("t", 0)
+            assert mq.get_wait("t", timeout=SOON) == "2"
+            assert process.stdin is not None
+            process.stdin.close()
+            process.stdin = None
+            status, out, err = ended(process)
+    assert (status, out) == (0, b"")
+    lost, anew = err.decode().splitlines()
+    assert lost.startswith(f"dsmq: connection to 127.0.0.1 port {mq.port} lost, trying again: ")
+    assert anew == "dsmq: the server has been started anew: the messages it held are lost"
 
 
 def test_a_client_may_stop_the_server() -> None:

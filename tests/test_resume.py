@@ -139,7 +139,7 @@ def test_what_is_lost_and_found_is_logged_once(
     mq.ping()
     where = f"connection to 127.0.0.1 port {server.port}"
     found = [(record.levelname, record.message) for record in caplog.records if record.name.startswith("dsmq.session")]
-    assert found == [("WARNING", f"{where} lost: a test has lost it"), ("INFO", f"{where} resumed")]
+    assert found == [("WARNING", f"{where} lost, trying again: a test has lost it"), ("INFO", f"{where} resumed")]
 
 
 # Servers that come and go
@@ -224,6 +224,7 @@ def test_another_run_of_the_same_epoch_may_have_lost_what_was_put_last(
 
 
 def test_a_client_gives_up_in_time(states: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "dsmq")
     with serving() as server:
         mq = restarted(states, server.port, reconnect_timeout=UNIT * 3)
         mq.put("t", "x")

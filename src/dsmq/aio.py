@@ -312,7 +312,8 @@ class AsyncClient:
         if self._lost == (state == "lost") and state in ("lost", "resumed"):
             return
         self._lost = state in ("lost", "given up")
-        wire.log_state(state, self._target, error and OSError(_reason(error)))
+        if state != "lost" or self._reconnect_timeout:
+            wire.log_state(state, self._target, error and OSError(_reason(error)))
         if self._on_state_change is not None:
             self._on_state_change(state)
 

@@ -10,6 +10,7 @@ import argparse
 import base64
 import difflib
 import json
+import logging
 import math
 import os
 import signal
@@ -148,6 +149,14 @@ def _parser(words: list[str]) -> argparse.ArgumentParser:
     add("demo", _demo, "Show a server, a writer and two readers at work, for a few seconds.")
     for command in (put, commands.choices["get"], topics, ping, bench):
         _add_address(command)
+    for command in (put, commands.choices["get"]):
+        command.add_argument(
+            "--reconnect",
+            type=_seconds,
+            default=30.0,
+            metavar="S",
+            help="for how many seconds to make a broken connection anew; default: 30",
+        )
     return parser
 
 
@@ -244,8 +253,10 @@ def _connect(options: argparse.Namespace, timeout: float = 10.0) -> DSMQClientSi
 
         tls = neighbour_context(known["tls_cert_file"])
     token = _token(options.token_file, known)
+    patience: dict[str, Any] = {"timeout": timeout, "reconnect_timeout": getattr(options, "reconnect", 0.0)}
+    _tell_what_happens()
     try:
-        return connect(options.host, options.port, timeout=timeout, retry=False, token=token, tls=tls, **files)
+        return connect(options.host, options.port, retry=False, token=token, tls=tls, **patience, **files)
     except ConnectionRefusedError:
         raise
     except AuthRequired as error:
@@ -253,6 +264,14 @@ def _connect(options: argparse.Namespace, timeout: float = 10.0) -> DSMQClientSi
     except OSError as error:
         where = options.host if options.host.startswith("unix:") else f"{options.host} port {options.port}"
         raise ConnectionError(f"cannot connect to {where}: {_for_shells(_reason(error))}") from error
+
+
+def _tell_what_happens() -> None:
+    """Have what the client logs look like all else that is said here: lost connections, messages that were missed."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("dsmq: %(message)s"))
+    handler.setLevel(logging.WARNING)
+    logging.getLogger("dsmq").addHandler(handler)
 
 
 # What the client says to programs, and what to a shell.

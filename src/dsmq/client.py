@@ -400,7 +400,8 @@ class DSMQClientSideConnection:
             if self._lost == (state == "lost") and state in ("lost", "resumed"):
                 return
             self._lost = state in ("lost", "given up")
-        wire.log_state(state, self._target, error)
+        if state != "lost" or self._reconnect_timeout:
+            wire.log_state(state, self._target, error)
         if self._on_state_change is not None:
             self._on_state_change(state)
 

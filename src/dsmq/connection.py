@@ -355,9 +355,6 @@ class Connection:
         return None
 
     def _judge(self, user: bytes, token: bytes, welcome: Callable[[], bytes]) -> bytes:
-        if self.finishing:
-            # The server stops, and so its turn has not come.
-            return self._refusal(Closing("the server is stopping"))
         found = self.services.gate.admit(user, token)
         if found is None:
             return self._wrong_token()
@@ -373,9 +370,7 @@ class Connection:
         self.counters.wrong_tokens += 1
         if self._wrong_tokens >= MAX_WRONG_TOKENS:
             self.finish()
-        return self._refusal(WrongToken("this is no token of this server"))
-
-    def _refusal(self, error: ReplyError) -> bytes:
+        error = WrongToken("this is no token of this server")
         self.note(error)
         return encode_error(error)
 
@@ -577,7 +572,12 @@ class Connection:
         Behind the last reply all are told, asked or not: who has sent a put meanwhile knows that it is not stored.
         """
         self._linger_seconds = LINGER_SECONDS_AT_STOP
-        self.stop_waiting()
+        if self.waiting:
+            self.stop_waiting()
+        elif self._wait is not None:
+            # The turn of its token has not come.
+            self._stop_waiting()
+            self._parked = False
         if self._parked or not self._settled():
             self.finishing = True
         elif not self.finishing:

@@ -341,13 +341,13 @@ def is_lost(error: BaseException, *, connecting: bool) -> bool:
 
 
 def log_state(state: State, target: object, error: Exception | None) -> None:
-    """Log what has happened to a connection, where `greet` has not done so."""
+    """Log what has happened to a connection, where `greet` has not done so, nor the call that notices raises it."""
     if state == "lost":
-        _logger.warning("connection to %s lost: %s", target, error)
-    elif state == "given up":
-        _logger.error("no connection to %s any more: %s", target, error)
+        _logger.warning("connection to %s lost, trying again: %s", target, error)
     elif state == "resumed":
         _logger.info("connection to %s resumed", target)
+    elif state == "given up":
+        _logger.info("no connection to %s any more: %s", target, error)
 
 
 def check(reply: Reply) -> Reply:

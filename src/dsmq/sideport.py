@@ -215,13 +215,17 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
+    def address_string(self) -> str:
+        """Return who asks; those on a Unix socket have no address."""
+        return super().address_string() if self.client_address else "unix"
+
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:  # noqa: ARG002
         """Log a request, without its query: somebody may have put a secret there."""
         path = getattr(self, "path", "").partition("?")[0]
         _logger.debug("side port: %s: %s %r: %s", self.address_string(), self.command, path, code)
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - http.server's name
-        _logger.debug("side port: %s: %r", self.client_address or "unix", format % args)
+        _logger.debug("side port: %s: %r", self.address_string(), format % args)
 
 
 _OPEN = {"/": _Handler.page, "/healthz": _Handler.healthz, "/readyz": _Handler.readyz}
