@@ -118,7 +118,7 @@ def seen(store: SQLiteStore) -> object:
 # What is done to a store: puts, time that passes, expiry, writing.
 a_key = st.none() | st.tuples(st.sampled_from([b"p", b"q"]), st.integers(0, 5))
 puts = st.lists(st.tuples(st.sampled_from(NAMES), st.binary(max_size=20), a_key), min_size=1, max_size=6)
-actions = st.one_of(puts, st.integers(1, 60_000), st.sampled_from(["expire", "write"]))
+actions = st.one_of(puts, st.integers(1, 120_000), st.sampled_from(["expire", "write"]))
 
 
 def act(store: SQLiteStore, action: list[Put] | int | str) -> None:
@@ -158,17 +158,23 @@ def test_what_is_restored_is_what_was_held(before: list[list[Put] | int | str], 
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(actions, max_size=15), st.lists(actions, min_size=10, max_size=40))
+@given(st.lists(actions, max_size=15), st.lists(st.lists(actions, max_size=4), max_size=12))
 def test_what_is_done_between_the_slices_is_in_up_to_the_instant_and_no_further(
-    before: list[list[Put] | int | str], meanwhile: list[list[Put] | int | str]
+    before: list[list[Put] | int | str], meanwhile: list[list[list[Put] | int | str]]
 ) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store_module, "COPY_CHUNKS", 2)
+        patch.setattr(store_module, "COPY_CHUNKS", 1)
         patch.setattr(store_module, "COPY_TOPICS", 2)
         store, file = new_store(), Path(folder) / "snapshot"
-        for action in [*before, "write"]:
+        for action in before:
             act(store, action)
+            store._write_tails()
         rest = iter(meanwhile)
+
+        def breathe(_: float = 0) -> None:
+            for action in next(rest, []):
+                act(store, action)
+
         at_the_instant: list[object] = []
         remembered: list[dict[bytes, dict[int, int]]] = []
         copy = store.copy
@@ -182,7 +188,7 @@ def test_what_is_done_between_the_slices_is_in_up_to_the_instant_and_no_further(
 
         patch.setattr(store, "copy", copy_and_look)
         with keeping(store, file) as keeper:
-            patch.setattr(keeper, "_breathe", lambda seconds=0: act(store, next(rest, "write")))
+            patch.setattr(keeper, "_breathe", breathe)
             assert keeper.save(keeper._copy_slowly)
         patch.setattr(SQLiteStore, "expire", lambda _: 0)
         patch.setattr(SQLiteStore, "begin_run", lambda *_: None)
@@ -193,6 +199,37 @@ def test_what_is_done_between_the_slices_is_in_up_to_the_instant_and_no_further(
                 topic.name: topic.row for topic in other._topics.values()
             }
         store.close()
+
+
+def test_a_topic_that_was_emptied_and_came_back_between_the_slices_is_one(
+    store: SQLiteStore, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "COPY_CHUNKS", 1)
+    put(store, b"t", b"old")
+    put(store, b"u", b"old")
+    store._write_tails()
+    assert isinstance(store._clock, Clock)
+
+    breaths = iter([True])
+
+    def breathe(_: float = 0) -> None:
+        # When the first slice has been copied, with the first of them.
+        if not next(breaths, False):
+            return
+        act(store, MAX_AGE + 1)
+        while store.expire():
+            pass
+        put(store, b"t", b"new")
+
+    with keeping(store, file) as keeper:
+        monkeypatch.setattr(keeper, "_breathe", breathe)
+        assert keeper.save(keeper._copy_slowly, is_last=True)
+    with snapshot.opened(file) as database:
+        assert database.execute("SELECT name FROM topics").fetchall() == [(b"t",)]
+        assert database.execute("SELECT count(*) FROM chunks").fetchone() == (1,)
+    with restored(file) as other:
+        assert seen(other) == seen(store)
+        assert (bodies(other, b"t"), other.last_number(b"t"), other.last_number(b"u")) == ([b"new"], 2, 1)
 
 
 def test_while_writers_are_at_work_a_snapshot_holds_all_up_to_an_id_and_nothing_else(

@@ -2,7 +2,8 @@
 
 With messages held, topics, idle connections, waiting readers, the size of a message; while a million messages expire,
 and while a snapshot is written. Each measurement of the first kind runs side by side on a server that holds nothing and
-on one that is loaded, in turns; a ratio is the median over the rounds of loaded / empty. Then what is paid once: start, import, metrics.
+on one that is loaded, in turns; a ratio is the median over the rounds of loaded / empty. Then what is
+paid once: start, import, metrics, a restart.
 """
 
 from __future__ import annotations
