@@ -114,7 +114,7 @@ class Keeper:
     def _refuse(self, reason: str) -> None:
         aside = snapshot.put_aside(self.path, datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ"))
         about = logs.event("snapshot_refused", file=str(self.path), kept_as=str(aside), reason=reason)
-        _logger.error("the snapshot is not used, and starts from nothing: %s; kept as %s", reason, aside, extra=about)
+        _logger.error("the snapshot can't be used, so nothing is restored: %s; kept as %s", reason, aside, extra=about)
 
     def _tell_restored(self, kept: Image, passed: float, seconds: float, *, may_lack: bool) -> None:
         held = self._store.totals()
