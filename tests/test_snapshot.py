@@ -235,6 +235,21 @@ def test_a_topic_that_was_emptied_and_came_back_between_the_slices_is_one(
         assert (bodies(other, b"t"), other.last_number(b"t"), other.last_number(b"u")) == ([b"new"], 2, 1)
 
 
+def test_what_comes_behind_the_instant_takes_no_numbers_from_what_was_empty(
+    store: SQLiteStore, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(store, b"t", b"1", b"2")
+    act(store, MAX_AGE + 1)
+    store.expire()
+    with keeping(store, file) as keeper:
+        # With nothing to copy, the first time that it breathes is behind the instant.
+        monkeypatch.setattr(keeper, "_breathe", lambda _=0: put(store, b"t", b"x"))
+        assert keeper.save(keeper._copy_slowly, is_last=True)
+    with restored(file) as other:
+        assert other.stats(b"t")[1:5] == (0, 0, 2, 2)
+        assert other.last_id() == 2
+
+
 def test_while_writers_are_at_work_a_snapshot_holds_all_up_to_an_id_and_nothing_else(
     store: SQLiteStore, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
