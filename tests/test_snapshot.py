@@ -250,6 +250,18 @@ def test_what_comes_behind_the_instant_takes_no_numbers_from_what_was_empty(
         assert other.last_id() == 2
 
 
+def test_all_topics_are_copied_though_nothing_of_them_is_written(
+    store: SQLiteStore, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "COPY_TOPICS", 1)
+    for name in NAMES:
+        put(store, name, b"x")
+    with keeping(store, file) as keeper:
+        assert keeper.save(keeper._copy_slowly, is_last=True)
+    with restored(file) as other:
+        assert seen(other) == seen(store)
+
+
 def test_while_writers_are_at_work_a_snapshot_holds_all_up_to_an_id_and_nothing_else(
     store: SQLiteStore, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
