@@ -330,7 +330,7 @@ def test_hello_tells_what_a_client_has_to_know(wire: Wire) -> None:
 
 def test_hello_3_changes_nulls_and_maps(wire: Wire) -> None:
     wire.send(encode_request(b"HELLO", b"3"))
-    assert wire.socket.recv(4) == b"%13\r"
+    assert wire.socket.recv(4) == b"%14\r"
     wire.socket.recv(65536)
     wire.send(encode_request(b"GET", b"t"))
     assert wire.socket.recv(65536) == b"_\r\n"
