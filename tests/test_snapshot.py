@@ -190,8 +190,8 @@ def test_what_is_done_between_the_slices_is_in_up_to_the_instant_and_no_further(
         remembered: list[dict[bytes, tuple[dict[int, int], int, int, int]]] = []
         copy = store.copy
 
-        def copy_and_look(place: Place) -> tuple[Part, Instant | None]:
-            part, instant = copy(place)
+        def copy_and_look(place: Place, slices: int) -> tuple[Part, Instant | None]:
+            part, instant = copy(place, slices)
             if instant:
                 at_the_instant.append(seen(store)[:4])  # type: ignore[index]
                 remembered.append(recalled(store))

@@ -200,14 +200,17 @@ class Keeper:
         """
         snapshot.create_tables(target)
         target.execute("BEGIN")
-        until, place = self._store.last_id(), Place()
+        until, place, slices = self._store.last_id(), Place(), 1
         while True:
-            part, instant = self._store.copy(place)
+            part, instant = self._store.copy(place, slices)
             image.add(target, part)
             place = part.end(place)
             if instant:
                 break
-            self._breathe(self._pause_seconds if place.chunk < until else 0)
+            if place.chunk >= until:
+                # What clients have added meanwhile: in ever larger pieces, or those who put much could outrun it.
+                until, slices = self._store.last_id(), 2 * slices
+            self._breathe(self._pause_seconds if slices == 1 else 0)
         self._be_patient()
         snapshot.create_index(target)
         target.execute("COMMIT")

@@ -717,8 +717,10 @@ class SQLiteStore:
 
     # Snapshots
 
-    def copy(self, place: Place) -> tuple[Part, Instant | None]:
+    def copy(self, place: Place, slices: int = 1) -> tuple[Part, Instant | None]:
         """Return some of the rows behind a place; with the last of them, what stood beside them in that instant.
+
+        One slice is so little that no client notices.
 
         Rows are added behind all others, and deleted in front: so what is copied slice by slice, while clients put and
         messages expire, comes to what was held in the instant of the last slice.
@@ -727,18 +729,18 @@ class SQLiteStore:
             topics = self._database.execute(_COPY_TOPICS, (place.topic, COPY_TOPICS)).fetchall()
             chunks: list[image.Row] = []
             # No chunk is copied before its topic.
-            done = len(topics) < COPY_TOPICS and self._copy_chunks(place.chunk, chunks)
+            done = len(topics) < COPY_TOPICS and self._copy_chunks(place.chunk, chunks, slices)
             return Part(topics, chunks), self._instant() if done else None
 
-    def _copy_chunks(self, after: int, chunks: list[image.Row]) -> bool:
+    def _copy_chunks(self, after: int, chunks: list[image.Row], slices: int) -> bool:
         """Add some of the chunks behind an id; return whether they are the last."""
         size = 0
-        for chunk in self._database.execute(_COPY_CHUNKS, (after, COPY_CHUNKS)):
+        for chunk in self._database.execute(_COPY_CHUNKS, (after, slices * COPY_CHUNKS)):
             chunks.append(chunk)
             size += len(chunk[5])
-            if size >= COPY_BYTES:
+            if size >= slices * COPY_BYTES:
                 return False
-        return len(chunks) < COPY_CHUNKS
+        return len(chunks) < slices * COPY_CHUNKS
 
     def copy_all(self, target: sqlite3.Connection) -> Instant:
         """Copy the database at once. Nobody else can use it meanwhile."""
