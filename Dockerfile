@@ -22,7 +22,8 @@ ENV PYTHONPYCACHEPREFIX=/opt/dsmq/bytecode
 RUN compile="/opt/dsmq/bin/python -m compileall -qf --invalidation-mode unchecked-hash" \
     && $compile -x '/(ensurepip|idlelib|lib2to3|pydoc_data|site-packages|test|tkinter|turtledemo|unittest)/' \
         "$(python -c 'import os; print(os.path.dirname(os.__file__))')" \
-    && $compile /opt/dsmq/lib
+    && $compile /opt/dsmq/lib \
+    && mkdir -p /state/lib && mkdir -m 1777 /state/lib/dsmq
 
 FROM python:${PYTHON}-slim
 LABEL org.opencontainers.image.title="dsmq" \
@@ -32,10 +33,14 @@ LABEL org.opencontainers.image.title="dsmq" \
 COPY --from=build /opt/dsmq /opt/dsmq
 # All of it is commented out. It stands where a file of one's own is mounted, so that without one none is missing.
 COPY dsmq.toml.example /etc/dsmq/dsmq.toml
+# For whoever it runs as. What it holds outlives the container in a volume there.
+COPY --from=build /state /var
+VOLUME /var/lib/dsmq
 ENV PATH=/opt/dsmq/bin:$PATH PYTHONPYCACHEPREFIX=/opt/dsmq/bytecode DSMQ_CONFIG=/etc/dsmq/dsmq.toml
 # A container has an address of its own; which of its ports are reachable is for who runs it to say.
 # Without a token it refuses all but itself: see protected_mode.
 ENV DSMQ_HOST=0.0.0.0 DSMQ_METRICS_HOST=0.0.0.0 DSMQ_REMOTE_SHUTDOWN=false DSMQ_LOG_TO=stdout
+ENV DSMQ_SNAPSHOT_FILE=/var/lib/dsmq/snapshot DSMQ_SNAPSHOT_INTERVAL_SECONDS=60
 # A number: what checks that it is not root's knows no names.
 USER 10001:10001
 EXPOSE 30008 30009

@@ -387,7 +387,7 @@ class Server:
         self._stopped = self.status.stopping = True
         seconds = self.settings.stop_timeout_seconds if seconds is None else seconds
         deadline = time.monotonic() + seconds
-        self._systemd.stopping(seconds)
+        self._systemd.stopping(seconds + (LAST_SNAPSHOT_SECONDS if self._keeper else 0))
         self._stop_accepting(deadline)
         for worker in self._workers:
             worker.stop(max(0.0, deadline - time.monotonic()))
