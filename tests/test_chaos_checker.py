@@ -1,4 +1,4 @@
-"""The checker of tests/chaos: it passes what is right, and finds each thing that can be wrong, by hand-made histories."""
+"""The checker of tests/chaos passes what is right, and finds each thing that can be wrong, by hand-made histories."""
 
 from __future__ import annotations
 
