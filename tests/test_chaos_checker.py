@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from chaos.checker import RESTORE_GAP, check
-from chaos.history import INTERRUPTED, Broken, Empty, Event, Got, History, Put, Reader, Server
+from chaos.history import INTERRUPTED, Broken, Died, Empty, Event, Got, History, Put, Reader, Server
 
 SERVER = Server("e1", "r1", 0, 0.0)
 READER = Reader("r", ("t",), "e1", 0, 0.5, 100.0)
@@ -80,6 +80,7 @@ CLEAN: dict[str, list[Event]] = {
 }
 
 WRONG: dict[str, tuple[list[str], list[Event]]] = {
+    "a client that fails": (["died"], [SERVER, Died("r", "KeyError")]),
     "lost": (["unread"], [SERVER, READER, *read(1), put(2), *read(3)]),
     "lost at the end": (["unread"], [SERVER, READER, *read(1), put(2)]),
     "not read by one of two": (

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-from chaos.history import Broken, Empty, Event, Got, History, Put, Reader, Server
+from chaos.history import Broken, Died, Empty, Event, Got, History, Put, Reader, Server
 
 # Behind a snapshot that is not the last word, ids go on so far beyond it.
 RESTORE_GAP = 2**32
@@ -68,6 +68,8 @@ class _Check:
         self._found_epochs: dict[str, list[str]] = {}
 
     def run(self) -> Iterator[Violation]:
+        for died in self.history.of(Died):
+            yield Violation("died", "a client failed", (died,))
         yield from self._strangers()
         yield from self._stored_twice()
         yield from self._ids_reused()

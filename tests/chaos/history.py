@@ -48,6 +48,7 @@ class Got:
     """Whether the reader has passed over all older ones with it."""
     thread: str = ""
     """Which of those that share the reader; each of them sees an order of its own."""
+    timeout: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +102,16 @@ class Server:
     """Puts that had returned by then have to be there in its next life: all, behind a graceful stop with a snapshot."""
 
 
-Event: TypeAlias = Put | Got | Empty | Broken | Reader | Server
-KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in (Put, Got, Empty, Broken, Reader, Server)}
+@dataclass(frozen=True, slots=True)
+class Died:
+    """A client that came to an end of its own, by what should not have happened."""
+
+    name: str
+    error: str
+
+
+Event: TypeAlias = Put | Got | Empty | Broken | Reader | Server | Died
+KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in (Put, Got, Empty, Broken, Reader, Server, Died)}
 E = TypeVar("E")
 
 
