@@ -287,6 +287,7 @@ def _greeting(client: Client, version: int, name: bytes) -> bytes:
             ("role", encode_bulk(b"master")),
             ("modules", encode_array([])),
             ("epoch", encode_bulk(store.epoch.encode())),
+            ("run", encode_bulk(store.run.encode())),
             ("last_id", encode_integer(store.last_id())),
             ("max_age_ms", encode_integer(round(settings.max_age_seconds * 1000))),
             ("max_message_bytes", encode_integer(settings.max_message_bytes)),

@@ -54,6 +54,12 @@ ENV_PREFIX = "DSMQ_"
 ENV_CONFIG = "DSMQ_CONFIG"
 
 
+def _interval(value: float) -> float:
+    if 0 < value < 1:
+        raise ValueError("input should be 0, or at least 1")
+    return value
+
+
 class Settings(BaseSettings):
     """What can be set. The description of a field is its line in `dsmq.toml.example`."""
 
@@ -128,6 +134,18 @@ class Settings(BaseSettings):
     )
     expiry_interval_seconds: Seconds = Field(
         1.0, ge=0.01, le=3600, description="How often what is too old is deleted: bounds the memory it still takes."
+    )
+    snapshot_file: str = Field(
+        "",
+        description="Where what is held outlives the server: written at a graceful stop, restored at the next start. "
+        "Nobody else may write to its folder, which also takes files named after it. Empty: nothing is kept.",
+    )
+    snapshot_interval_seconds: Annotated[Seconds, AfterValidator(_interval)] = Field(
+        0.0,
+        ge=0,
+        le=3600,
+        description="How often it is written besides: bounds what is lost where the server is killed, or the power "
+        "fails. 0: only at a graceful stop; else at least 1.",
     )
     max_message_bytes: int = Field(
         8_388_608,
@@ -262,7 +280,11 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Settings:
-        for name, needs in (("tls_key_file", "tls_cert_file"), ("tls_client_ca_file", "tls_cert_file")):
+        for name, needs in (
+            ("tls_key_file", "tls_cert_file"),
+            ("tls_client_ca_file", "tls_cert_file"),
+            ("snapshot_interval_seconds", "snapshot_file"),
+        ):
             if getattr(self, name) and not getattr(self, needs):
                 raise ValueError(f"{name} is set without {needs}")
         if self.metrics_token.get_secret_value() and self.metrics_token_file:

@@ -3,7 +3,7 @@
     DSMQError
      ├─ ConfigError         a setting is wrong (also a ValueError)
      ├─ CannotStart         the server could not start
-     ├─ ServerFailed        the server had to stop: one of its threads died
+     ├─ ServerFailed        one of the server's threads died, or what it held could not be kept
      ├─ ConnectionLost      the connection broke (also a ConnectionError)
      ├─ ClientClosed        used after close() (also a ConnectionError)
      ├─ MessageNotText      the next message is not UTF-8 (also a ValueError)
@@ -41,11 +41,11 @@ class ConfigError(DSMQError, ValueError):
 
 
 class CannotStart(DSMQError):
-    """The server could not start: its address is taken or not allowed."""
+    """The server could not start: its address is taken or not allowed, or its snapshot can't be read or written."""
 
 
 class ServerFailed(DSMQError):
-    """The server had to stop, because one of its threads died."""
+    """The server had to stop, because one of its threads died; or its last snapshot could not be written."""
 
 
 class ConnectionLost(DSMQError, ConnectionError):

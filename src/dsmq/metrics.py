@@ -21,6 +21,7 @@ from dsmq import __version__
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry, Metric
 
+    from dsmq.keeper import Tally
     from dsmq.store import Limits, Timing, TopicStats, Totals
 
 RECENT_ERRORS = 50
@@ -149,6 +150,9 @@ class Source(Protocol):
     def expiry(self) -> Timing:
         """Return how often and how long what is too old was deleted."""
 
+    def snapshots(self) -> Tally:
+        """Return what is known of snapshots."""
+
     def gauges(self) -> Mapping[str, tuple[str, float]]:
         """Return further gauges: by name, what they tell and their value."""
 
@@ -168,6 +172,7 @@ class Collector:
         yield from _held(held, limits)
         yield from _gauges(self._source.gauges())
         yield from _timings(self._source.timings(), self._source.expiry())
+        yield from _snapshots(self._source.snapshots())
         yield from _histograms(counted)
         yield from _topics(self._source.top_topics())
         info = {
@@ -255,6 +260,16 @@ def _timings(store: Mapping[str, Timing], expiry: Timing) -> Iterator[Metric]:
     )
     yield _family("counter", "expiry_runs", "Times that what is too old was deleted.", expiry.times)
     yield _family("counter", "expiry_seconds", "Time that took, with its pauses.", expiry.seconds)
+
+
+def _snapshots(tally: Tally) -> Iterator[Metric]:
+    results: dict[tuple[str, ...], float] = {("written",): tally.written, ("failed",): tally.failed}
+    yield _family("counter", "snapshots", "Snapshots, by what came of them.", results, ("result",))
+    yield _family("counter", "snapshot_seconds", "Time that those took which were written.", tally.seconds)
+    about = "When the last one was written, or the one restored, since 1970; 0: none."
+    yield _family("gauge", "snapshot_time_seconds", about, tally.last_at)
+    yield _family("gauge", "snapshot_size_bytes", "Size of the last one written.", tally.last_bytes)
+    yield _family("gauge", "restored_messages", "Messages restored from a snapshot at the start.", tally.restored)
 
 
 def _histograms(counted: Counters) -> Iterator[Metric]:

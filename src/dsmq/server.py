@@ -30,6 +30,7 @@ from dsmq.commands import Services
 from dsmq.config import EmbeddedSettings, Settings
 from dsmq.errors import Busy, CannotStart, ConfigError, Denied, DSMQError, ReplyError, ServerFailed
 from dsmq.expiry import Expiry
+from dsmq.keeper import Keeper
 from dsmq.listening import Census, Listener
 from dsmq.loop import Peer, Stream
 from dsmq.metrics import Counters
@@ -47,12 +48,14 @@ WATCH_SECONDS = 1.0
 FIXED = (
     *("host", "port", "listen_backlog", "metrics_host", "metrics_port", "metrics_token", "metrics_token_file"),
     *("io_threads", "busy_poll_microseconds", "expiry_interval_seconds", "max_connections", "max_log_lines_per_second"),
-    "log_format",
+    *("log_format", "snapshot_file", "snapshot_interval_seconds"),
 )
 # Settings by which all connections were admitted; those that are open end when one of these changes.
 ADMISSION = ("protected_mode", "tls_client_ca_file")
 # What each stage of stopping gets, even if the stages before have used up all the time.
 LEAST_STAGE_SECONDS = 0.2
+# What the last snapshot gets at least: what it holds is worth more than a stop in time.
+LAST_SNAPSHOT_SECONDS = 60.0
 
 # By its name, also where this module runs as a script.
 _logger = logging.getLogger("dsmq.server")
@@ -110,9 +113,11 @@ class Server:
         self._listeners: list[Listener] = []
         self._expiry = Expiry(self._store, settings.expiry_interval_seconds)
         self._side_port: Any = None
+        self._keeper = self._new_keeper(settings)
+        self._lost = False
         self._numbers = itertools.count(1)
         self._max_connections = _affordable(settings.max_connections)
-        self.status = Status(self._services, self._workers, self._expiry, self._max_connections)
+        self.status = Status(self._services, self._workers, self._expiry, self._keeper, self._max_connections)
         self._started = self._stopped = False
 
     def __enter__(self) -> Self:
@@ -147,6 +152,13 @@ class Server:
             settings.max_stored_bytes_per_topic,
         )
 
+    def _new_keeper(self, settings: Settings) -> Keeper | None:
+        if not settings.snapshot_file:
+            return None
+        if not isinstance(self._store, SQLiteStore):
+            raise ConfigError("snapshot_file: this store keeps what it holds by itself")
+        return Keeper(self._store, settings.snapshot_file, settings.snapshot_interval_seconds)
+
     # Start
 
     def start(self) -> None:
@@ -159,6 +171,9 @@ class Server:
             self._listeners = [Listener(sock, self._place) for sock in sockets]
             if settings.metrics_port != "off":
                 self._side_port = self._open_side_port(settings.metrics_host, settings.metrics_port)
+            if self._keeper:
+                # Clients that connect meanwhile wait in the kernel's queue.
+                self._keeper.open()
             for number in range(settings.io_workers):
                 self._workers.append(Worker(f"dsmq-io-{number}", self._services, self._workers))
             self._workers[0].listen(self._listeners)
@@ -274,7 +289,10 @@ class Server:
     # Watch
 
     def run(self) -> None:
-        """Wait until the server is asked to stop. Raises ServerFailed if one of its threads dies."""
+        """Wait until the server is asked to stop, and stop it.
+
+        Raises ServerFailed if one of its threads dies, or what it holds can't be kept.
+        """
         while True:
             try:
                 reason = self._orders.get(timeout=WATCH_SECONDS)
@@ -288,6 +306,8 @@ class Server:
                     continue
                 _logger.info("stopping: %s", reason, extra=logs.event("stopping", reason=reason))
                 self.stop()
+                if self._lost:
+                    raise ServerFailed("the last snapshot could not be written")
                 return
 
     def request_stop(self, reason: str) -> None:
@@ -329,7 +349,8 @@ class Server:
 
     def _parts(self) -> list[Any]:
         """What runs in a thread of its own."""
-        return [*self._workers, self._expiry, *([self._side_port] if self._side_port else [])]
+        keeper = [self._keeper] if self._keeper and self._keeper.interval else []
+        return [*self._workers, self._expiry, *keeper, *([self._side_port] if self._side_port else [])]
 
     # Stop
 
@@ -347,8 +368,11 @@ class Server:
         for worker in self._workers:
             worker.stop(max(0.0, deadline - time.monotonic()))
         self._expiry.stop()
-        for thread in (*(worker.thread for worker in self._workers), self._expiry.thread):
-            _join(thread, deadline)
+        if self._keeper:
+            self._keeper.stop()
+        for thread in self._threads():
+            if not self._side_port or thread is not self._side_port.thread:
+                _join(thread, deadline)
         for worker in self._workers:
             if worker.thread.ident is None:
                 worker.close()
@@ -356,6 +380,8 @@ class Server:
             self._side_port.stop()
             _join(self._side_port.thread, deadline)
         survivors = [thread.name for thread in self._threads() if thread.is_alive()]
+        if self._keeper:
+            survivors += self._save_last(self._keeper, deadline, alone=not survivors)
         if survivors:
             about = logs.event("stop_incomplete", threads=survivors)
             _logger.error("still running after %s s: %s", seconds, ", ".join(survivors), extra=about)
@@ -363,6 +389,26 @@ class Server:
         self._store.close()
         if self._started:
             _logger.info("stopped", extra=logs.event("stopped"))
+        return []
+
+    def _save_last(self, keeper: Keeper, deadline: float, *, alone: bool) -> list[str]:
+        """Write the last snapshot; return the name of the thread that does where it hangs.
+
+        Where others survive that may still use the store, it is not its last word.
+        """
+        # Where the start has failed before it was restored, the file holds more than the store.
+        self._lost = keeper.is_open
+        if keeper.is_open and not keeper.thread.is_alive():
+            done: list[bool] = []
+            thread = threading.Thread(
+                target=lambda: done.append(keeper.save_last(is_last=alone)), name="dsmq-snapshot", daemon=True
+            )
+            thread.start()
+            _join(thread, max(deadline, time.monotonic() + LAST_SNAPSHOT_SECONDS))
+            self._lost = done != [True]
+            if thread.is_alive():
+                return [thread.name]
+        keeper.close()
         return []
 
     def _stop_accepting(self, deadline: float) -> None:

@@ -15,6 +15,7 @@ from dsmq.commands import Services
 from dsmq.connection import Connection
 from dsmq.errors import ReplyError
 from dsmq.expiry import Expiry
+from dsmq.keeper import Keeper, Tally
 from dsmq.metrics import Counters, Rates
 from dsmq.store import Limits, Timing, TopicStats, Totals
 from dsmq.worker import PULSE_SECONDS, Worker
@@ -28,7 +29,14 @@ MAX_SHOWN = 100
 class Status:
     """Sees all parts of a server, and changes none. To be used from any thread."""
 
-    def __init__(self, services: Services, workers: Sequence[Worker], expiry: Expiry, max_connections: int) -> None:
+    def __init__(
+        self,
+        services: Services,
+        workers: Sequence[Worker],
+        expiry: Expiry,
+        keeper: Keeper | None,
+        max_connections: int,
+    ) -> None:
         self.started_at = time.time()
         self.port: int | None = None
         """The TCP port that clients connect to."""
@@ -40,6 +48,7 @@ class Status:
         self._services = services
         self._workers = workers
         self._expiry = expiry
+        self._keeper = keeper
         self._max_connections = max_connections
         self._rates = Rates(self._began)
 
@@ -60,6 +69,9 @@ class Status:
     def expiry(self) -> Timing:
         return self._expiry.timing
 
+    def snapshots(self) -> Tally:
+        return self._keeper.tally if self._keeper else Tally()
+
     def gauges(self) -> Mapping[str, tuple[str, float]]:
         settings = self._services.settings
         late = self.totals().oldest_age_ms / 1000 - settings.max_age_seconds
@@ -74,6 +86,7 @@ class Status:
             "message_size_limit_bytes": ("Longest message.", settings.max_message_bytes),
             "max_age_seconds": ("Age at which messages expire.", settings.max_age_seconds),
             "expiry_lag_seconds": ("How much older than that the oldest message held is.", max(0.0, late)),
+            "snapshot_interval_seconds": ("How often a snapshot is written; 0: not while it runs.", self._interval()),
             "ready": ("Whether it accepts clients and puts: 1 or 0.", not self.unready()),
             "healthy": ("Whether all of its threads do their work: 1 or 0.", not self.stuck()),
         }
@@ -107,6 +120,9 @@ class Status:
     def waiting(self) -> int:
         return sum(worker.waiting for worker in self._workers)
 
+    def _interval(self) -> float:
+        return self._keeper.interval if self._keeper else 0
+
     def _strangers(self) -> int:
         return sum(worker.strangers for worker in self._workers)
 
@@ -117,6 +133,8 @@ class Status:
         patience, now = self._services.settings.health_timeout_seconds, time.monotonic()
         seen = [(worker.thread, worker.now + PULSE_SECONDS) for worker in self._workers]
         seen.append((self._expiry.thread, self._expiry.due_at))
+        if self._keeper:
+            seen.append((self._keeper.thread, self._keeper.due_at))
         return [
             thread.name
             for thread, due in seen
@@ -160,6 +178,7 @@ class Status:
                 "python_version": platform.python_version(),
                 "process_id": os.getpid(),
                 "epoch": store.epoch,
+                "run": store.run,
                 "uptime_in_seconds": int(time.monotonic() - self._began),
             },
             "clients": {"connected_clients": self.connections(), "blocked_clients": self.waiting()},

@@ -25,8 +25,10 @@ from contextlib import contextmanager, suppress
 from operator import attrgetter, itemgetter
 from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
+from dsmq import image
 from dsmq.chunks import Stored, pack, portions, unpack
 from dsmq.errors import Full, ReplyError, StoreFailed
+from dsmq.image import INSERT_CHUNK, Image, Instant, Part, Place, Producer, State
 
 # Topics that hold nothing but whose numbering goes on; a forgotten one starts again at 1.
 MAX_EMPTY_TOPICS = 100_000
@@ -46,10 +48,12 @@ TAIL_BYTES, MAX_TAIL_BYTES = 32_768, 262_144
 MESSAGE_OVERHEAD_BYTES = 100
 # The same for a topic that holds messages, beside its name.
 TOPIC_OVERHEAD_BYTES = 500
+# Rows, and bytes of messages, copied while the lock is held once, for a snapshot.
+COPY_TOPICS, COPY_CHUNKS, COPY_BYTES = 500, 64, 65_536
 # After the tails could not be written, it is not tried again for so long, unless something expires.
 RETRY_MS = 100
 
-_SCHEMA = """
+SCHEMA = """
 CREATE TABLE topics (id INTEGER PRIMARY KEY, name BLOB NOT NULL UNIQUE) STRICT;
 CREATE TABLE chunks (
     last_id INTEGER PRIMARY KEY,
@@ -59,9 +63,9 @@ CREATE TABLE chunks (
     ids_and_sizes BLOB NOT NULL,
     bodies BLOB NOT NULL
 ) STRICT;
-CREATE INDEX chunks_by_topic ON chunks (topic);
 """
-_INSERT = "INSERT INTO chunks (last_id, topic, put_at, last_number, ids_and_sizes, bodies) VALUES (?, ?, ?, ?, ?, ?)"
+INDEX = "CREATE INDEX chunks_by_topic ON chunks (topic)"
+_INSERT = INSERT_CHUNK
 _INSERT_TOPIC = "INSERT INTO topics (id, name) VALUES (?, ?)"
 _DELETE_TOPIC = "DELETE FROM topics WHERE id = ?"
 _READ = """SELECT put_at, last_number, ids_and_sizes, bodies FROM chunks
@@ -75,6 +79,12 @@ _EXPIRY = """SELECT last_id, topic, put_at, length(ids_and_sizes) / 16, length(b
 _DELETE = "DELETE FROM chunks WHERE last_id <= ?"
 _OLDEST_OF_ALL = "SELECT put_at FROM chunks ORDER BY last_id LIMIT 1"
 _TOPICS = "SELECT id FROM topics WHERE name > ? ORDER BY name LIMIT ?"
+_COPY_TOPICS = "SELECT id, name FROM topics WHERE id > ? ORDER BY id LIMIT ?"
+_COPY_CHUNKS = """SELECT last_id, topic, put_at, last_number, ids_and_sizes, bodies
+    FROM chunks WHERE last_id > ? ORDER BY last_id LIMIT ?"""
+_FIRST_CHUNK = "SELECT min(last_id) FROM chunks"
+_HELD = """SELECT id, name, max(last_number), max(last_id), sum(length(ids_and_sizes)) / 16, sum(length(bodies))
+    FROM chunks JOIN topics ON id = topic GROUP BY topic"""
 
 T = TypeVar("T")
 Answer: TypeAlias = T | Future[T]
@@ -148,6 +158,9 @@ class Store(Protocol):
     """What the server asks of a store. One elsewhere than in this process answers with futures."""
 
     epoch: str
+    """Names the ids: those of different epochs have nothing to do with each other."""
+    run: str
+    """Names the time over which puts are remembered without a gap."""
     max_age_ms: int
     limits: Limits
 
@@ -208,17 +221,18 @@ class _Topic:
         "written_id",
     )
 
-    def __init__(self, name: bytes, row: int) -> None:
+    def __init__(self, name: bytes, row: int, last_number: int = 0, last_id: int = 0) -> None:
         self.name = name
         self.row = row
-        self.last_id = self.last_number = self.bytes = 0
+        self.last_number, self.last_id = last_number, last_id
+        self.bytes = 0
         # How many of its messages have been deleted: the first ones.
-        self.expired = 0
+        self.expired = last_number
         # The highest number that somebody has read, and what nobody has below it: first and last numbers.
         self.read_number = 0
         self.gaps: list[tuple[int, int]] = []
         self.tail: list[Stored] = []
-        # The last id before the tail.
+        # The last id before the tail; 0 where nothing stands there.
         self.written_id = 0
 
     @property
@@ -261,18 +275,19 @@ class SQLiteStore:
     def __init__(self, max_age_ms: int, clock: Callable[[], int] = monotonic_ms, limits: Limits | None = None) -> None:
         self.max_age_ms = max_age_ms
         self.limits = limits or Limits()
-        self.epoch = secrets.token_hex(8)
+        self.epoch, self.run = secrets.token_hex(8), secrets.token_hex(8)
         self._clock = clock
         self._guard = _Guard()
-        # isolation_level=None: sqlite3 starts no transactions of its own.
-        self._database = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
-        self._database.executescript(_SCHEMA)
+        self._database = _in_memory()
+        self._database.executescript(SCHEMA)
+        self._database.execute(INDEX)
         self._last_id = 0
         self._last_row = 0
-        # Those that hold messages, as the table does; and the others, in the order in which they were put to last.
+        # Those that hold messages, as the table does; and the last number and id of the others, in the order in which
+        # they were put to last.
         self._topics: dict[bytes, _Topic] = {}
         self._by_row: dict[int, _Topic] = {}
-        self._empty: dict[bytes, _Topic] = {}
+        self._empty: dict[bytes, tuple[int, int]] = {}
         # Those that have a tail.
         self._unwritten: list[_Topic] = []
         self._tail_messages = self._tail_bytes = 0
@@ -280,7 +295,8 @@ class SQLiteStore:
         self._retry_at = 0
         self._producers: OrderedDict[bytes, dict[int, int]] = OrderedDict()
         self._remembered = 0
-        self._stored = self._bytes = self._expired = self._expired_unread = 0
+        # What was stored includes what was restored.
+        self._stored = self._restored = self._bytes = self._expired = self._expired_unread = 0
         # What the topics are counted as.
         self._topic_bytes = 0
         self._timings = {"write": Timing(), "read": Timing(), "expire": Timing()}
@@ -401,7 +417,8 @@ class SQLiteStore:
         """Have topics that hold nothing ready to hold something."""
         if names and len(self._topics) + len(names) > self.limits.topics:
             raise Full(f"{len(self._topics)} topics hold messages, at most {self.limits.topics} may")
-        topics = [self._empty.get(name) or _Topic(name, row) for row, name in enumerate(names, self._last_row + 1)]
+        # No row is used again: what is copied slice by slice goes by them.
+        topics = [_Topic(name, row, *self._empty.get(name, ())) for row, name in enumerate(names, self._last_row + 1)]
         with self._transaction("write"):
             self._database.executemany(_INSERT_TOPIC, [(topic.row, topic.name) for topic in topics])
         for topic in topics:
@@ -564,7 +581,7 @@ class SQLiteStore:
             topic.bytes -= sizes[topic]
             if not topic.messages:
                 del self._topics[topic.name], self._by_row[topic.row]
-                self._empty[topic.name] = topic
+                self._empty[topic.name] = topic.last_number, topic.last_id
                 self._topic_bytes -= _topics_cost([topic.name])
         while len(self._empty) > MAX_EMPTY_TOPICS:
             del self._empty[next(iter(self._empty))]
@@ -582,7 +599,7 @@ class SQLiteStore:
         with self._guard:
             known = self._topics.get(topic)
             if known is None:
-                return _stats(self._empty.get(topic) or _Topic(topic, 0))
+                return _stats(_Topic(topic, 0, *self._empty.get(topic, ())))
             first_id, put_at = self._oldest(known)
             return _stats(known)._replace(first_id=first_id, oldest_age_ms=self._clock() - put_at)
 
@@ -599,7 +616,7 @@ class SQLiteStore:
             held,
             self._bytes,
             len(self._topics),
-            self._stored,
+            self._stored - self._restored,
             self._expired,
             self._expired_unread,
             self._oldest_age() if held else 0,
@@ -623,11 +640,102 @@ class SQLiteStore:
         return dict(zip(map(attrgetter("name"), topics), map(attrgetter("last_number"), topics), strict=True))
 
     def last_number(self, topic: bytes) -> int:
-        known = self._topics.get(topic) or self._empty.get(topic)
-        return known.last_number if known else 0
+        if known := self._topics.get(topic):
+            return known.last_number
+        return self._empty.get(topic, (0, 0))[0]
 
     def deepest(self, count: int) -> list[bytes]:
         return [topic.name for topic in heapq.nlargest(count, list(self._topics.values()), attrgetter("messages"))]
+
+    # Snapshots
+
+    def copy(self, place: Place) -> tuple[Part, Instant | None]:
+        """Return some of the rows behind a place; with the last of them, what stood beside them in that instant.
+
+        Rows are added behind all others, and deleted in front: so what is copied slice by slice, while clients put and
+        messages expire, comes to what was held in the instant of the last slice.
+        """
+        with self._guard:
+            topics = self._database.execute(_COPY_TOPICS, (place.topic, COPY_TOPICS)).fetchall()
+            chunks: list[image.Row] = []
+            # No chunk is copied before its topic.
+            done = len(topics) < COPY_TOPICS and self._copy_chunks(place.chunk, chunks)
+            return Part(topics, chunks), self._instant() if done else None
+
+    def _copy_chunks(self, after: int, chunks: list[image.Row]) -> bool:
+        """Add some of the chunks behind an id; return whether they are the last."""
+        size = 0
+        for chunk in self._database.execute(_COPY_CHUNKS, (after, COPY_CHUNKS)):
+            chunks.append(chunk)
+            size += len(chunk[5])
+            if size >= COPY_BYTES:
+                return False
+        return len(chunks) < COPY_CHUNKS
+
+    def copy_all(self, target: sqlite3.Connection) -> Instant:
+        """Copy the database at once. Nobody else can use it meanwhile."""
+        # Not with the guard, which would take the target's errors for the store's.
+        with self._guard.lock:
+            self._database.backup(target)
+            return self._instant()
+
+    def _instant(self) -> Instant:
+        # Cheap copies: a client may be waiting.
+        first_chunk = self._database.execute(_FIRST_CHUNK).fetchone()[0]
+        state = State(
+            self.epoch,
+            self.run,
+            self._clock(),
+            self._last_id,
+            self._last_row,
+            sys.maxsize if first_chunk is None else first_chunk,
+        )
+        tails = [(topic.row, topic.tail[:]) for topic in self._unwritten]
+        return Instant(state, tails, self._empty.copy(), list(self._producers))
+
+    def remembered(self, producers: Sequence[bytes], last_id: int) -> list[Producer]:
+        """Return what is remembered of these producers, but for puts with ids above `last_id`."""
+        with self._guard:
+            found = [(name, self._producers[name].copy()) for name in producers if name in self._producers]
+        return [Producer(name, {seq: at for seq, at in puts.items() if at <= last_id}) for name, puts in found]
+
+    def load(self, source: sqlite3.Connection, kept: Image, passed_ms: int) -> None:
+        """Take over what another store held, so many milliseconds ago. Nobody has used this one yet.
+
+        What is restored passes for read: it is not known who has read it.
+        """
+        database = _in_memory()
+        try:
+            source.backup(database)
+            image.drop(database)
+            held = database.execute(_HELD).fetchall()
+        except BaseException:
+            database.close()
+            raise
+        self._database.close()
+        self._database = database
+        self.epoch, self.run = kept.state.epoch, kept.state.run
+        self._last_id, self._last_row = kept.state.last_id, kept.state.last_row
+        self._clock = _shifted(self._clock, kept.state.clock + passed_ms - self._clock())
+        for row, name, last_number, last_id, count, size in held:
+            topic = self._topics[name] = self._by_row[row] = _Topic(name, row, last_number, last_id)
+            topic.written_id, topic.expired, topic.bytes = last_id, last_number - count, size
+            topic.read_number = last_number
+            self._restored += count
+            self._bytes += size
+        self._stored = self._restored
+        self._topic_bytes = _topics_cost(self._topics)
+        self._empty = kept.empty
+        self._recall(kept.producers)
+
+    def _recall(self, producers: Sequence[Producer]) -> None:
+        for producer in producers:
+            self._producers[producer.name] = producer.puts
+            self._remembered += len(producer.puts)
+
+    def begin_run(self, last_id: int) -> None:
+        """Go on as one that may have forgotten what was put last; ids go on from this one."""
+        self.run, self._last_id = secrets.token_hex(8), last_id
 
     def close(self) -> None:
         with self._guard.lock:
@@ -654,6 +762,16 @@ class _Guard:
         self.lock.release()
         if isinstance(error, sqlite3.Error | MemoryError):
             raise _told(error) from error
+
+
+def _in_memory() -> sqlite3.Connection:
+    # isolation_level=None: sqlite3 starts no transactions of its own.
+    return sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+
+
+def _shifted(clock: Callable[[], int], by: int) -> Callable[[], int]:
+    """Return a clock that is so many milliseconds ahead."""
+    return lambda: clock() + by
 
 
 def _told(error: sqlite3.Error | MemoryError) -> ReplyError:
