@@ -231,7 +231,8 @@ class _Check:
         missing = [
             put
             for put, taken in self._due(reader, topic)
-            if taken == math.inf and finished - put.began < self.history.max_age and self._loss_of(put) is None
+            if taken == math.inf and put.ended < finished < put.began + self.history.max_age
+            if self._loss_of(put) is None
         ]
         excused = self._excused(reader, topic, missing) if missing else set()
         for put in missing:
@@ -303,7 +304,7 @@ def _events(*events: Event | None) -> tuple[Event, ...]:
     return tuple(event for event in events if event is not None)
 
 
-def summary(violations: list[Violation]) -> str:
+def summary(violations: Iterable[Violation]) -> str:
     """Return how many there are of each kind."""
     counts = Counter(violation.kind for violation in violations)
     return ", ".join(f"{count} {kind}" for kind, count in counts.most_common()) or "none"

@@ -167,11 +167,12 @@ class Reading:
                 stop.wait(IDLE_SECONDS)
 
     def finish(self) -> None:
-        """Read all there is; to be called when nothing more is put, and nothing breaks."""
+        """Read all there is; to be called when nothing breaks any more."""
+        began = time.monotonic()
         for topic in self.job.topics:
             while self.read(topic, "read", None) is not False:
                 pass
-        self.history.add(replace(self.reader, finished=time.monotonic()))
+        self.history.add(replace(self.reader, finished=began))
 
     def read(self, topic: str, verb: str, chance: random.Random | None) -> bool | None:
         """Return whether a message has come; None where the call was broken."""

@@ -84,7 +84,7 @@ class Reader:
     watermark: int
     began: float
     finished: float | None = None
-    """When it had read all there was, once nothing more was put; None where it did not come to that."""
+    """When it began to read all there was left, and did so; None where it did not come to that."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,10 +92,11 @@ class Reading:
                 stop.wait(IDLE_SECONDS)
 
     def finish(self) -> None:
+        began = time.monotonic()
         for topic in self.job.topics:
             while self._read(topic, 0):
                 pass
-        self.history.add(replace(self._reader, finished=time.monotonic()))
+        self.history.add(replace(self._reader, finished=began))
 
     def _read(self, topic: str, wait_ms: int) -> int:
         began = time.monotonic()

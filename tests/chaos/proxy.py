@@ -155,6 +155,22 @@ class Proxy:
         """Reset each connection, now."""
         self._do(lambda: [self._end(connection, "reset") for connection in list(self._open)])
 
+    def disarm(self) -> None:
+        """Have no fault come any more; connections that have fallen into a hole are reset."""
+
+        def change() -> None:
+            self.plan = lambda _: ()
+            self.delay = lambda: 0.0
+            self._hole = False
+            for connection in list(self._open):
+                for stream in connection.streams:
+                    stream.fault = None
+                if connection.is_hole:
+                    self._end(connection, "reset")
+
+        self.refuse(False)
+        self._do(change)
+
     def hole(self, on: bool) -> None:
         """Have nothing move, on any connection, old or new; or have them go on."""
 

@@ -58,6 +58,7 @@ class Snapshots:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._new = path.with_name(path.name + ".new")
         self._ended = threading.Event()
         self.written = 0
         self.kept_until = -math.inf
@@ -75,7 +76,7 @@ class Snapshots:
         while not self._ended.wait(LOOK_SECONDS):
             now = time.monotonic()
             # Before the one that is there is replaced, another is written beside it.
-            begun = begun or (looked if self._is_being_written() else None)
+            begun = (begun or looked) if self._new.exists() else begun
             if (stamp := self._stamp()) != known:
                 self.kept_until, known, begun = begun or looked, stamp, None
                 self.written += 1
@@ -87,9 +88,6 @@ class Snapshots:
         except FileNotFoundError:
             return None
         return found.st_ino, found.st_mtime_ns
-
-    def _is_being_written(self) -> bool:
-        return any(path != self._path for path in self._path.parent.iterdir())
 
 
 class Lives:
@@ -121,10 +119,10 @@ class Lives:
 
     def start(self) -> None:
         began = time.monotonic()
-        if self.has_snapshot:
-            self.snapshots = Snapshots(self.path)
         self.daemon = Daemon(*self._words, port=self.port, **self.settings)
         self.start_seconds.append(time.monotonic() - began)
+        if self.has_snapshot:
+            self.snapshots = Snapshots(self.path)
         facts = hello(self.port)
         self.server = Server(facts["epoch"], facts.get("run", facts["epoch"]), facts["last_id"], began)
 

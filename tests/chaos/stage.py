@@ -23,6 +23,7 @@ from chaos.history import INTERRUPTED, Broken, Died, Empty, Got, History, Put
 from chaos.proxy import Proxy
 from chaos.servers import Lives
 from dsmq.client import DSMQClientSideConnection, connect
+from faults.rig import wait_until
 
 # Behind all faults every client comes to its end within this.
 SOON = 60.0
@@ -89,6 +90,14 @@ class Stage:
         proxy = self._stack.enter_context(Proxy(port, self.seed))
         self._proxies.append(proxy)
         return proxy
+
+    def pause(self, full: float, quick: float) -> None:
+        """Let the clients do what they do, for so many seconds."""
+        time.sleep(self.size(full, quick))
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        if not wait_until(condition, SOON):
+            raise RuntimeError(f"what is waited for has not come in {SOON:g} s")
 
     def fault(self, name: str) -> None:
         self.faults[name] += 1
@@ -165,23 +174,23 @@ class Stage:
             readings.append(reading)
             for peer in peers:
                 self._stack.callback(peer.close)
-        clients = [self._start(f"reader {one.job.name}", lambda one=one: _read(one, end)) for one in readings]
-        putting = [self._start("writer", lambda run=run: run(stop)) for run in writings]
+        clients = [self.start(f"reader {one.job.name}", lambda one=one: _read(one, end)) for one in readings]
+        putting = [self.start("writer", lambda run=run: run(stop)) for run in writings]
         try:
             yield
         finally:
             stop.set()
-            self._join(putting)
+            self.join(putting)
             end.set()
-            self._join(clients)
+            self.join(clients)
 
-    def _start(self, name: str, run: Callable[[], None]) -> Client:
+    def start(self, name: str, run: Callable[[], None]) -> Client:
         client = Client(name, self.history, run)
         client.daemon = True
         client.start()
         return client
 
-    def _join(self, clients: list[Client]) -> None:
+    def join(self, clients: list[Client]) -> None:
         until = time.monotonic() + SOON
         for client in clients:
             client.join(max(0.0, until - time.monotonic()))
@@ -235,6 +244,22 @@ class Stage:
             self.history.add(Died(f"process {child.pid}", f"it hangs; after {SOON:g} s it was killed"))
         if child.stdout is not None:
             child.stdout.close()
+
+
+@contextmanager
+def shared_reader(stage: Stage, port: int, count: int) -> Iterator[None]:
+    """One client that so many threads read with; what any of them got no other may get."""
+    job = Job("shared", port, seed=stage.seed)
+    mq = stage.client(job)
+    end = threading.Event()
+    readings = [Reading(job, stage.history, mq, thread=f"thread {number}") for number in range(count)]
+    clients = [stage.start("shared", lambda one=one: one.run(end)) for one in readings]
+    try:
+        yield
+    finally:
+        end.set()
+        stage.join(clients)
+        readings[0].finish()
 
 
 def _read(reading: Any, end: threading.Event) -> None:
