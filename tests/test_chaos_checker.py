@@ -57,6 +57,10 @@ CLEAN: dict[str, list[Event]] = {
         *(SERVER, READER, put(1), put(2), Broken("r", "t", 2.5, 2.6, INTERRUPTED, 1)),
         *(got(1, 2.2), empty(3), *read(4)),
     ],
+    "an interrupted read among messages whose ids nobody knows": [
+        *(SERVER, READER, put(1), Broken("r", "t", 2.5, 2.6, INTERRUPTED, 1)),
+        *(raised(2, error=INTERRUPTED), got(2, 3.0, id=None), *read(4)),
+    ],
     "a reader that did not come to an end": [SERVER, replace(READER, finished=None), put(1)],
     "what expired is not read": [SERVER, replace(READER, finished=900.0), put(1), empty(800)],
     "threads that share a reader": [

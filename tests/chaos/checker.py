@@ -242,13 +242,11 @@ class _Check:
     def _excused(self, reader: Reader, topic: str, missing: list[Put]) -> set[str]:
         """What may have gone with reads that were interrupted: where they stood in the topic, and no more than that."""
         excused: set[str] = set()
-        gots = self.gots[reader.name, topic]
+        gots = [(got.began, self.ids[got.body]) for got in self.gots[reader.name, topic] if got.body in self.ids]
         for call in self.broken:
             if (call.reader, call.topic) == (reader.name, topic) and call.may_take:
-                before = max((self.ids.get(got.body, 0) for got in gots if got.began <= call.began), default=0)
-                behind = min(
-                    (self.ids.get(got.body, 0) for got in gots if got.began >= call.ended), default=RESTORE_GAP**2
-                )
+                before = max((message_id for began, message_id in gots if began <= call.began), default=0)
+                behind = min((message_id for began, message_id in gots if began >= call.ended), default=RESTORE_GAP**2)
                 taken = [put.body for put in missing if before < _id(put) < behind and put.body not in excused]
                 excused.update(taken[: call.may_take])
         return excused

@@ -138,7 +138,7 @@ def kills(stage: Stage) -> None:
 
 def kills_with_snapshot(stage: Stage) -> None:
     """The server is killed, and writes a snapshot every now and then: what was put behind the last one is lost."""
-    _kill(stage, stage.lives(snapshot=True, interval=0.2))
+    _kill(stage, stage.lives(snapshot=True, interval=1))
 
 
 def _kill(stage: Stage, lives: Lives) -> None:
@@ -147,7 +147,7 @@ def _kill(stage: Stage, lives: Lives) -> None:
     proxy = stage.proxy(lives.port)
     with stage.crowd(proxy.port, redis=False):
         for _ in range(stage.size(5, 2)):
-            time.sleep(stage.random.uniform(0.1, stage.size(1.5, 0.7)))
+            time.sleep(stage.random.uniform(0.1, stage.size(2.5, 1.5)))
             _kill_once(stage, lives, proxy)
         stage.pause(0.5, 0.3)
 
@@ -184,7 +184,7 @@ def _stopped(process: subprocess.Popen[str] | subprocess.Popen[bytes]) -> Iterat
 
 def full_disk(stage: Stage) -> None:
     """Snapshots can't be written: clients do not notice, the one before stays, and those behind are written."""
-    lives = stage.lives(snapshot=True, interval=0.2)
+    lives = stage.lives(snapshot=True, interval=1)
     # The last snapshot is a stop's that could not be written: then it is like a kill.
     stage.may_raise = lambda put: put.may_be_stored
     proxy = stage.proxy(lives.port)
@@ -220,7 +220,7 @@ def _empty_disk(lives: Lives) -> None:
 
 def clock(stage: Stage) -> None:
     """The time of day jumps by a day, ahead and back, while messages are held and while a snapshot is written."""
-    lives = stage.lives(snapshot=True, interval=0.2, words=faulty("clock"))
+    lives = stage.lives(snapshot=True, interval=1, words=faulty("clock"))
     with stage.crowd(lives.port):
         for step in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGUSR2, signal.SIGUSR1):
             stage.pause(0.7, 0.2)
@@ -303,7 +303,7 @@ def cancelled(stage: Stage) -> None:
 
 def mixed(stage: Stage) -> None:
     """Whatever comes, as it comes, by the seed; nothing may be lost."""
-    lives = stage.lives(snapshot=True, interval=0.3)
+    lives = stage.lives(snapshot=True, interval=1)
     proxy = stage.proxy(lives.port)
     faults: list[Callable[[], None]] = [
         proxy.reset_all,
