@@ -19,7 +19,7 @@ import pytest
 from conftest import SOON, UNIT, Wire, daemon, serving, wait_until, wire_to
 from dsmq import commands, config, worker
 from dsmq.client import connect
-from dsmq.errors import CannotStart, Full, ServerFailed, StoreFailed
+from dsmq.errors import CannotStart, Closing, Full, ServerFailed, StoreFailed
 from dsmq.protocol import encode_request
 from dsmq.server import Server
 from dsmq.store import Message, Put, SQLiteStore
@@ -330,7 +330,7 @@ def test_hello_tells_what_a_client_has_to_know(wire: Wire) -> None:
 
 def test_hello_3_changes_nulls_and_maps(wire: Wire) -> None:
     wire.send(encode_request(b"HELLO", b"3"))
-    assert wire.socket.recv(4) == b"%13\r"
+    assert wire.socket.recv(4) == b"%14\r"
     wire.socket.recv(65536)
     wire.send(encode_request(b"GET", b"t"))
     assert wire.socket.recv(65536) == b"_\r\n"
@@ -518,6 +518,7 @@ def test_shutdown_stops_run_in_any_thread(server: Server, wire: Wire) -> None:
     assert wire.call("SHUTDOWN") == "OK"
     runner.join(SOON)
     assert not runner.is_alive()
+    assert isinstance(wire.receive(), Closing)
     assert wire.ended()
 
 

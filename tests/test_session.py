@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
@@ -25,7 +24,7 @@ from dsmq.errors import (
     TooBig,
 )
 from dsmq.protocol import Reply, RequestParser
-from dsmq.session import Batches, Entry, Inbox, Message, Session
+from dsmq.session import Entry, Inbox, Message, Session
 
 MAX_AGE = 600.0
 NEVER = float("inf")
@@ -53,7 +52,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Time:
 
 def hello(epoch: str = "one", last_id: int = 0, **others: Reply) -> Reply:
     facts = {"epoch": epoch.encode(), "last_id": last_id, "max_age_ms": round(MAX_AGE * 1000)}
-    facts |= {"max_message_bytes": 1000, "max_topic_bytes": 20, "server": b"dsmq", "modules": [], **others}
+    facts |= {
+        "run": b"first",
+        "max_message_bytes": 1000,
+        "max_topic_bytes": 20,
+        "server": b"dsmq",
+        "modules": [],
+        **others,
+    }
     return [value for name, fact in facts.items() for value in (name.encode(), fact)]
 
 
@@ -124,12 +130,12 @@ def test_the_other_requests() -> None:
 
 @pytest.mark.parametrize("body", ["café", "café".encode(), bytearray("café".encode()), memoryview("café".encode())])
 def test_a_message_is_text_or_bytes(body: str | bytes) -> None:
-    assert request(a_session().put("t", body)) == [b"PUT", b"t", "café".encode()]
+    assert request(b"*3" + a_session().put("t", body)) == [b"PUT", b"t", "café".encode()]
 
 
 @pytest.mark.parametrize("body", ["", b""])
 def test_a_message_may_be_empty(body: str | bytes) -> None:
-    assert request(a_session().put("t", body)) == [b"PUT", b"t", b""]
+    assert request(b"*3" + a_session().put("t", body)) == [b"PUT", b"t", b""]
 
 
 @pytest.mark.parametrize("body", [None, 7, ["x"], {"x": 1}])
@@ -140,7 +146,7 @@ def test_a_message_of_another_type_is_a_type_error(body: object) -> None:
 
 def test_a_message_over_the_limit_is_too_big() -> None:
     session = a_session(max_message_bytes=4)
-    assert request(session.put("t", "éé"))[2] == "éé".encode()
+    assert request(b"*3" + session.put("t", "éé"))[2] == "éé".encode()
     for body in ("ééx", b"xxxxx"):
         with pytest.raises(TooBig, match="at most 4 bytes, not 5"):
             session.put("t", body)
@@ -172,60 +178,6 @@ def test_a_topic_over_the_limit_in_bytes_is_too_big() -> None:
         use("éé")
         with pytest.raises(TooBig, match="at most 4 bytes, not 5"):
             use("ééx")
-
-
-def in_batches(batches: Batches) -> list[list[bytes]]:
-    """Return the messages put in each batch; each holds as many requests as it says."""
-    found = []
-    for count, data in batches:
-        parser = RequestParser(1_000_000)
-        parser.feed(data)
-        requests = [parser.next() for _ in range(count)]
-        assert len(parser) == 0
-        found.append([request[2] for request in requests if request and request[:2] == [b"PUT", b"t"]])
-    return found
-
-
-def test_batches_end_at_so_many_puts_or_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "PUTS_AT_ONCE", 3)
-    monkeypatch.setattr(wire, "BYTES_AT_ONCE", 100)
-    batches = Batches(a_session(), "t", ["1", "2", b"3", "4" * 100, "5", "6" * 100, "7"])
-    assert in_batches(batches) == [[b"1", b"2", b"3"], [b"4" * 100], [b"5", b"6" * 100], [b"7"]]
-    batches.check()
-
-
-def test_a_batch_ends_at_the_byte_that_reaches_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    session = a_session()
-    two = 2 * len(session.put("t", "x"))
-    monkeypatch.setattr(wire, "BYTES_AT_ONCE", two)
-    assert in_batches(Batches(session, "t", "abc")) == [[b"a", b"b"], [b"c"]]
-    monkeypatch.setattr(wire, "BYTES_AT_ONCE", two + 1)
-    assert in_batches(Batches(session, "t", "abc")) == [[b"a", b"b", b"c"]]
-
-
-def test_nothing_to_put_is_no_batch() -> None:
-    batches = Batches(a_session(), "t", [])
-    assert in_batches(batches) == []
-    batches.check()
-
-
-def test_what_comes_before_a_message_that_cannot_be_put_is_put(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "PUTS_AT_ONCE", 2)
-    batches = Batches(a_session(max_message_bytes=3), "t", ["1", "2", "3", "four", "5"])
-    assert in_batches(batches) == [[b"1", b"2"], [b"3"]]
-    with pytest.raises(TooBig):
-        batches.check()
-
-
-def test_what_comes_before_an_error_in_making_messages_is_put() -> None:
-    def messages() -> Iterator[str]:
-        yield "1"
-        raise ZeroDivisionError
-
-    batches = Batches(a_session(), "t", messages())
-    assert in_batches(batches) == [[b"1"]]
-    with pytest.raises(ZeroDivisionError):
-        batches.check()
 
 
 # What comes

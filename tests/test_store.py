@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from dsmq import store as store_module
-from dsmq.errors import Full, StoreFailed
+from dsmq.errors import Forgotten, Full, StoreFailed
 from dsmq.store import MESSAGE_OVERHEAD_BYTES, TOPIC_OVERHEAD_BYTES, Message, Put, SQLiteStore, TopicStats, Totals
 
 MAX_AGE = 100
@@ -359,8 +359,12 @@ def test_the_last_puts_of_a_producer_are_remembered(store: SQLiteStore, monkeypa
     assert store.append(puts[:2]) == [1, 2]
     assert store.append(puts[2:]) == [3, 4, 5]
     assert store.append(puts[2:]) == [3, 4, 5]
-    assert store.append(puts[1:2]) == [6]
-    assert sum(map(len, store._producers.values())) == 3
+    assert sum(len(producer.puts) for producer in store._producers.values()) == 3
+    # Whether this one was stored is not known any more; it was.
+    with pytest.raises(Forgotten, match="number 1"):
+        store.append(puts[1:2])
+    assert store.last_id() == 5
+    assert store.append([a_put(b"t", b"x", (b"me", 5))]) == [6]
 
 
 def test_the_producers_heard_last_are_remembered(store: SQLiteStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,6 +377,34 @@ def test_the_producers_heard_last_are_remembered(store: SQLiteStore, monkeypatch
     assert [put_as(b"a", 0), put_as(b"a", 1), put_as(b"c", 0)] == [1, 3, 4]
     assert put_as(b"b", 0) == 5
     assert len(store._producers) == 2
+
+
+def test_producers_are_forgotten_with_time(store: SQLiteStore, clock: Clock) -> None:
+    store.append([a_put(b"t", b"x", (b"a", 0))])
+    clock.now += store_module.REMEMBER_MS
+    store.append([a_put(b"t", b"x", (b"b", 0))])
+    assert list(store._producers) == [b"a", b"b"]
+    clock.now += 1
+    store.append([a_put(b"t", b"x", (b"b", 1))])
+    assert list(store._producers) == [b"b"]
+    assert store._remembered == 2
+    # Nobody sends a put again after so long.
+    store.check_producer(b"a")
+
+
+def test_whether_a_producer_was_forgotten_too_early_is_known(
+    store: SQLiteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "MAX_PRODUCERS", 1)
+    store.append([a_put(b"t", b"x", (b"a", 0))])
+    store.check_producer(b"b")
+    store.append([a_put(b"t", b"x", (b"b", 0))])
+    store.check_producer(b"b")
+    clock.now += store_module.REMEMBER_MS - 1
+    with pytest.raises(Forgotten, match="too many others"):
+        store.check_producer(b"a")
+    clock.now += 1
+    store.check_producer(b"a")
 
 
 def test_a_producer_that_sends_a_put_again_is_heard_too(store: SQLiteStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -572,7 +604,9 @@ def test_a_put_is_remembered_while_its_batch_makes_others_forgotten(
     store.append([a_put(b"t", b"1", (b"me", 1))])
     # The second put makes the first forgotten, but not before the third is known to be the first again.
     assert store.append([a_put(b"t", b"2", (b"me", 2)), a_put(b"new", b"1", (b"me", 1))]) == [2, 1]
-    assert store.append([a_put(b"new", b"1", (b"me", 1))]) == [3]
+    with pytest.raises(Forgotten):
+        store.append([a_put(b"new", b"1", (b"me", 1))])
+    assert store.topics(b"", 10)[-1].name == b"t"
 
 
 def test_an_interrupt_within_a_transaction_stores_nothing_and_passes_through(

@@ -15,36 +15,40 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, Unpack, overload
+from typing import Any, Literal, Self, TypeGuard, TypeVar, Unpack, overload
 
 from dsmq import client as blocking
 from dsmq import session as wire
-from dsmq.errors import ClientClosed, ConnectionLost, DSMQError, MessageNotText
+from dsmq.calls import Call, Plain, Producer, Put, PutMany, Read, Request, Retries, Unsent
+from dsmq.errors import ClientClosed, ConnectionLost, MessageNotText
 from dsmq.link import Security, Target, target
 from dsmq.protocol import Reply, ReplyParser
-from dsmq.session import Entry, Inbox, Message, Session
+from dsmq.session import Entry, Inbox, Message, Session, State
 
 __all__ = ["AsyncClient", "Message", "connect"]
 
 _RECEIVE_BYTES = 262_144
 
+C = TypeVar("C", bound=Call)
 D = TypeVar("D")
 T = TypeVar("T")
 
 
-async def connect(
+async def connect(  # noqa: PLR0913 - each may be wanted
     host: str = "127.0.0.1",
     port: int = 30008,
     *,
     timeout: float = 10.0,
     retry: bool = True,
+    reconnect_timeout: float = 30.0,
+    on_state_change: Callable[[State], None] | None = None,
     **security: Unpack[Security],
 ) -> AsyncClient:
     """Connect to a server; see `dsmq.client.connect`."""
-    mq = AsyncClient(target(host, port, **security), timeout=timeout)
+    mq = AsyncClient(target(host, port, **security), timeout, reconnect_timeout, on_state_change)
     await mq._open(retry=retry)  # noqa: SLF001 - one module
     return mq
 
@@ -52,11 +56,20 @@ async def connect(
 class AsyncClient:
     """A client for the tasks of one event loop. Made by `connect`; the methods are those of the blocking client."""
 
-    def __init__(self, target: Target, *, timeout: float = 10.0) -> None:
+    def __init__(
+        self,
+        target: Target,
+        timeout: float = 10.0,
+        reconnect_timeout: float = 30.0,
+        on_state_change: Callable[[State], None] | None = None,
+    ) -> None:
         self.host = target.host
         self.port = target.port
         self._target = target
         self._timeout = timeout
+        self._reconnect_timeout = reconnect_timeout
+        self._on_state_change = on_state_change
+        self._lost = False
         self._session = Session(target.token)
         self._closed = False
         self._idle: list[_Link] = []
@@ -64,19 +77,21 @@ class AsyncClient:
 
     async def put(self, topic: str, msg: str | bytes) -> int:
         """Put a message; when this returns it is stored. Returns its id."""
-        return wire.stored_id(await self._exchange(self._session.put(topic, msg)))
+        return wire.stored_id(await self._exchange(Put(self._session, topic, msg)))
 
     async def put_many(self, topic: str, messages: Iterable[str | bytes]) -> list[int]:
         """Put several messages in order; returns their ids."""
-        ids: list[int] = []
-        async with self._borrowed() as link:
-            batches = wire.Batches(self._session, topic, messages)
-            for count, requests in batches:
-                async with asyncio.timeout(self._timeout):
-                    await link.send(requests)
-                    ids += [wire.stored_id(await link.receive()) for _ in range(count)]
-        batches.check()
-        return ids
+        puts = PutMany(self._session, topic, messages)
+        await self._run(puts, self._put_all)
+        puts.check()
+        return puts.ids
+
+    async def _put_all(self, link: _Link, puts: PutMany) -> None:
+        for count, requests in puts.batches(link.producer):
+            async with asyncio.timeout(self._timeout):
+                await link.send(requests)
+                for _ in range(count):
+                    puts.answered(await link.receive())
 
     @overload
     async def get(self, topic: str, default: str = "", *, raw: Literal[False] = False) -> str: ...
@@ -164,12 +179,12 @@ class AsyncClient:
 
     async def ping(self) -> None:
         """Ask the server for a sign of life; raises where there is none."""
-        wire.check(await self._exchange(wire.PING))
+        wire.check(await self._exchange(Plain(wire.PING)))
 
     async def topics(self) -> list[tuple[str, int, int]]:
         """Return the topics that hold messages: name, messages and bytes held."""
         found: list[tuple[str, int, int]] = []
-        while page := wire.topics(await self._exchange(wire.topics_request(found))):
+        while page := wire.topics(await self._exchange(Plain(wire.topics_request(found)))):
             found += page
         return found
 
@@ -208,8 +223,7 @@ class AsyncClient:
         try:
             inbox.take(n, taken, convert)
             while len(taken) < n:
-                left = 0.0 if taken else until - time.monotonic()
-                found = await self._fetch(inbox, min(max(left, 0.0), wire.MAX_WAIT_SECONDS))
+                found = await self._fetch(inbox, 0.0 if taken else until)
                 inbox.take(n, taken, convert)
                 if not found and (taken or time.monotonic() >= until):
                     break
@@ -226,47 +240,91 @@ class AsyncClient:
         inbox.take(1, taken, convert)
         return taken
 
-    async def _fetch(self, inbox: Inbox, seconds: float = 0.0, *, latest: bool = False) -> list[Entry]:
-        generation, reply = -1, None
-        while generation != inbox.generation:
-            generation = inbox.generation
-            reply = await self._exchange(inbox.request(round(seconds * 1000), latest=latest), seconds)
+    async def _fetch(self, inbox: Inbox, until: float = 0.0, *, latest: bool = False) -> list[Entry]:
+        read, reply = Read(inbox, until, latest=latest), None
+        while read.generation != inbox.generation:
+            reply = await self._exchange(read)
         found = self._session.entries(reply)
-        inbox.accept(found, generation=generation, latest=latest)
+        inbox.accept(found, generation=read.generation, latest=latest)
         return found
 
     # Connections
 
-    async def _exchange(self, request: bytes, seconds: float = 0.0) -> Reply:
-        async with self._borrowed() as link, asyncio.timeout(seconds + self._timeout):
+    async def _exchange(self, call: Request) -> Reply:
+        return await self._run(call, self._ask)
+
+    async def _ask(self, link: _Link, call: Request) -> Reply:
+        request = call.request(link.producer)
+        async with asyncio.timeout(call.seconds + self._timeout):
             await link.send(request)
             return await link.receive()
 
-    @asynccontextmanager
-    async def _borrowed(self) -> AsyncIterator[_Link]:
-        """A connection for a call; one that fails or is cancelled costs the connection."""
-        link = self._idle.pop() if self._idle else await self._link()
-        try:
-            yield link
-        except BaseException as error:
-            self._drop(link, error)
-            raise
+    async def _run(self, call: C, attempt: Callable[[_Link, C], Awaitable[T]]) -> T:
+        retries = None
+        while True:
+            link = None
+            try:
+                link = await self._borrow()
+                result = await attempt(link, call)
+            except BaseException as error:
+                if not self._is_lost(error, link):
+                    raise
+                retries = retries or Retries(self._reconnect_timeout)
+                if link is not None and call.lost(error):
+                    retries.reset()
+                await self._pause(call, retries, error)
+            else:
+                await self._give_back(link)
+                return result
+
+    async def _borrow(self) -> _Link:
+        return self._idle.pop() if self._idle else await self._link()
+
+    async def _give_back(self, link: _Link) -> None:
         self._idle.append(link)
         if self._closed:
             await self.close()
 
-    def _drop(self, link: _Link, error: BaseException) -> None:
-        lost = isinstance(error, OSError) and not isinstance(error, DSMQError)
-        useless = [link]
+    @asynccontextmanager
+    async def _borrowed(self) -> AsyncIterator[_Link]:
+        """A connection for a call that is made once."""
+        link = await self._borrow()
+        try:
+            yield link
+        except BaseException as error:
+            if self._is_lost(error, link):
+                raise ConnectionLost(_reason(error)) from error
+            raise
+        await self._give_back(link)
+
+    def _is_lost(self, error: BaseException, link: _Link | None) -> TypeGuard[Exception]:
+        """Give up a connection whose call has failed, or was cancelled; return whether it had broken."""
+        lost = wire.is_lost(error, connecting=link is None)
+        useless = [link] if link else []
         while lost and self._idle:
             useless.append(self._idle.pop())
         self._links.difference_update(useless)
         for one in useless:
             one.close()
-        if lost:
-            if self._closed:
-                raise ClientClosed("the client was closed during the call") from error
-            raise ConnectionLost("no reply in time" if isinstance(error, TimeoutError) else str(error)) from error
+        if lost and self._closed:
+            raise ClientClosed("the client was closed during the call") from error
+        return lost
+
+    async def _pause(self, call: Call, retries: Retries, error: Exception) -> None:
+        self._announce("lost", error)
+        pause = retries.pause()
+        if pause is None:
+            self._announce("given up", error)
+            raise call.given_up(OSError(_reason(error))) from error
+        await asyncio.sleep(pause)
+
+    def _announce(self, state: State, error: Exception | None = None) -> None:
+        if self._lost == (state == "lost") and state in ("lost", "resumed"):
+            return
+        self._lost = state in ("lost", "given up")
+        wire.log_state(state, self._target, error and OSError(_reason(error)))
+        if self._on_state_change is not None:
+            self._on_state_change(state)
 
     async def _link(self) -> _Link:
         if self._closed:
@@ -278,11 +336,13 @@ class AsyncClient:
                 reply = await link.receive()
                 if self._closed:
                     raise ClientClosed("the client was closed during the call")
-                self._session.greet(reply)
+                state = self._session.greet(reply)
             except BaseException:
                 link.close()
                 raise
+        link.producer = Producer(self._session.run)
         self._links.add(link)
+        self._announce(state)
         return link
 
     async def _open(self, *, retry: bool) -> None:
@@ -300,11 +360,14 @@ class _Link:
     """One connection to the server."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.producer = Producer(b"")
         self._reader, self._writer = reader, writer
         self._parser = ReplyParser()
 
     async def send(self, data: bytes) -> None:
-        """Send requests."""
+        """Send requests. Raises Unsent where the server has gone already."""
+        if self._reader.at_eof():
+            raise Unsent("the server has closed the connection")
         self._writer.write(data)
         await self._writer.drain()
 
@@ -325,6 +388,11 @@ class _Link:
     def close(self) -> None:
         """Close it at once: what a cancelled call has not sent yet is not sent any more. Idempotent."""
         self._writer.transport.abort()
+
+
+def _reason(error: Exception) -> str:
+    # asyncio's time-outs say nothing.
+    return "no reply in time" if isinstance(error, TimeoutError) else str(error)
 
 
 async def _streams(target: Target) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

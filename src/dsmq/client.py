@@ -20,18 +20,14 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import Literal, Self, TypeVar, Unpack, overload
+from typing import Literal, Self, TypeGuard, TypeVar, Unpack, overload
 
 from dsmq import session as wire
-from dsmq.errors import (
-    ClientClosed,
-    ConnectionLost,
-    DSMQError,
-    MessageNotText,
-)
+from dsmq.calls import Call, Plain, Producer, Put, PutMany, Read, Request, Retries
+from dsmq.errors import ClientClosed, ConnectionLost, MessageNotText
 from dsmq.link import Link, Security, target
 from dsmq.protocol import Reply
-from dsmq.session import Entry, Inbox, Message, Session
+from dsmq.session import Entry, Inbox, Message, Session, State
 
 __all__ = ["DSMQClientSideConnection", "Message", "connect"]
 
@@ -41,17 +37,20 @@ _n_tries = 10
 _initial_retry = 0.01
 
 
+C = TypeVar("C", bound=Call)
 D = TypeVar("D")
 T = TypeVar("T")
 
 
-def connect(
+def connect(  # noqa: PLR0913 - each may be wanted
     host: str = "127.0.0.1",
     port: int = 30008,
     verbose: bool = False,  # noqa: FBT001, FBT002 - positional in dsmq 1.4
     *,
     timeout: float = 10.0,
     retry: bool = True,
+    reconnect_timeout: float = 30.0,
+    on_state_change: Callable[[State], None] | None = None,
     **security: Unpack[Security],
 ) -> DSMQClientSideConnection:
     """Connect to a server at an IPv4 or IPv6 address, a name, or `unix:/path`.
@@ -59,6 +58,11 @@ def connect(
     timeout is how long a reply may take, in seconds, beyond the time that was asked to be waited; after it the
     connection counts as lost. While nothing answers there, it is tried again for about ten seconds, so that the
     server may still be starting; retry=False does without. verbose tells of that on stderr.
+
+    A connection that breaks later is replaced behind the caller's back, and the call that noticed goes on: nothing is
+    read twice or skipped, and no put is stored twice. A call that finds no server for reconnect_timeout seconds (0:
+    at once) raises ConnectionLost. on_state_change is told of all that, in the thread of that call: see
+    `dsmq.session.State`. It must not raise.
 
     token is what the server may ask for. tls=True encrypts, and verifies the server's certificate and that it is for
     this host; ca_file names authorities to trust in place of the system's, cert_file and key_file what to show of one's
@@ -68,7 +72,16 @@ def connect(
     WrongToken without the right token, ConfigError where a file can't be used, another OSError where the address can't
     be reached or the certificate is not right.
     """
-    return DSMQClientSideConnection(host, port, verbose, timeout=timeout, retry=retry, **security)
+    return DSMQClientSideConnection(
+        host,
+        port,
+        verbose,
+        timeout=timeout,
+        retry=retry,
+        reconnect_timeout=reconnect_timeout,
+        on_state_change=on_state_change,
+        **security,
+    )
 
 
 class DSMQClientSideConnection:
@@ -77,11 +90,11 @@ class DSMQClientSideConnection:
     Threads may share it; each call has a connection for itself while it lasts. After `fork` the child goes on
     from where the parent was, as a client of its own.
 
-    Every method may raise ConnectionLost when the connection breaks, ClientClosed after `close`, and a ReplyError
-    where the server answers with one. See dsmq.errors.
+    Every method may raise ConnectionLost when the server can't be reached any more, ClientClosed after `close`, and a
+    ReplyError where the server answers with one. See dsmq.errors.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - as `connect`
         self,
         host: str,
         port: int,
@@ -89,15 +102,22 @@ class DSMQClientSideConnection:
         *,
         timeout: float = 10.0,
         retry: bool = True,
+        reconnect_timeout: float = 30.0,
+        on_state_change: Callable[[State], None] | None = None,
         **security: Unpack[Security],
     ) -> None:
         self.host = host
         self.port = port
         self._timeout = timeout
+        self._reconnect_timeout = reconnect_timeout
+        self._on_state_change = on_state_change
+        self._lost = False
         self._say = _to_stderr if verbose else _to_nobody
         self._target = target(host, port, **security)
         self._session = Session(self._target.token)
         self._closed = False
+        # Set when it is closed, for those who wait to try again.
+        self._ended = threading.Event()
         self._lock = threading.Lock()
         self._idle: list[Link] = []
         self._links: set[Link] = set()
@@ -113,29 +133,34 @@ class DSMQClientSideConnection:
     def put(self, topic: str, msg: str | bytes) -> int:
         """Put a message into a topic; when this returns it is stored. Returns its id.
 
-        Raises TooBig, or Full where the server has no room. After ConnectionLost it may or may not have been stored.
+        Raises TooBig, or Full where the server has no room; ConnectionLost, whose may_be_stored says whether it may
+        have been stored nevertheless; Forgotten where that can't be told.
         """
-        return wire.stored_id(self._exchange(self._session.put(topic, msg)))
+        return wire.stored_id(self._exchange(Put(self._session, topic, msg)))
 
     def put_many(self, topic: str, messages: Iterable[str | bytes]) -> list[int]:
         """Put several messages in order, much faster than one by one; returns their ids.
 
-        When it raises, those before the one that failed have been stored, and some behind it may have been.
+        When it raises, those before the one that failed have been stored, and some behind it may have been. It raises
+        as `put` does.
         """
-        ids: list[int] = []
-        with self._borrowed() as link:
-            outstanding = 0
-            batches = wire.Batches(self._session, topic, messages)
-            for count, requests in batches:
-                link.send(requests, self._timeout)
-                # One batch is on its way while the replies to the one before are read.
-                ids += [wire.stored_id(link.receive()) for _ in range(outstanding)]
-                outstanding = count
-            # Making the messages may have taken longer than the server may.
-            link.renew()
-            ids += [wire.stored_id(link.receive()) for _ in range(outstanding)]
-        batches.check()
-        return ids
+        puts = PutMany(self._session, topic, messages)
+        self._run(puts, self._put_all)
+        puts.check()
+        return puts.ids
+
+    def _put_all(self, link: Link, puts: PutMany) -> None:
+        outstanding = 0
+        for count, requests in puts.batches(link.producer):
+            link.send(requests, self._timeout)
+            # One batch is on its way while the replies to the one before are read.
+            for _ in range(outstanding):
+                puts.answered(link.receive())
+            outstanding = count
+        # Making the messages may have taken longer than the server may.
+        link.renew()
+        for _ in range(outstanding):
+            puts.answered(link.receive())
 
     # Messages out
 
@@ -249,8 +274,7 @@ class DSMQClientSideConnection:
         try:
             self._take(inbox, n, taken, convert)
             while len(taken) < n:
-                left = 0.0 if taken else until - time.monotonic()
-                found = self._fetch(inbox, min(max(left, 0.0), wire.MAX_WAIT_SECONDS))
+                found = self._fetch(inbox, 0.0 if taken else until)
                 # Another thread may be faster to take what was fetched here; then there may be more to fetch.
                 self._take(inbox, n, taken, convert)
                 if not found and (taken or time.monotonic() >= until):
@@ -274,29 +298,29 @@ class DSMQClientSideConnection:
         with self._lock:
             inbox.take(n, taken, convert)
 
-    def _fetch(self, inbox: Inbox, seconds: float = 0.0, *, latest: bool = False) -> list[Entry]:
-        generation, reply = -1, None
+    def _fetch(self, inbox: Inbox, until: float = 0.0, *, latest: bool = False) -> list[Entry]:
+        """Ask for what there is, or wait for it until a time on the monotonic clock."""
+        read, reply = Read(inbox, until, latest=latest), None
         # Asked again where the position has been changed meanwhile: by `seek`, or by a new epoch.
-        while generation != inbox.generation:
-            generation = inbox.generation
-            reply = self._exchange(inbox.request(round(seconds * 1000), latest=latest), seconds)
+        while read.generation != inbox.generation:
+            reply = self._exchange(read)
         if reply == []:
             return []
         found = self._session.entries(reply)
         with self._lock:
-            inbox.accept(found, generation=generation, latest=latest)
+            inbox.accept(found, generation=read.generation, latest=latest)
         return found
 
     # The server, and the end
 
     def ping(self) -> None:
         """Ask the server for a sign of life; raises where there is none."""
-        wire.check(self._exchange(wire.PING))
+        wire.check(self._exchange(Plain(wire.PING)))
 
     def topics(self) -> list[tuple[str, int, int]]:
         """Return the topics that hold messages: name, messages and bytes held."""
         found: list[tuple[str, int, int]] = []
-        while page := wire.topics(self._exchange(wire.topics_request(found))):
+        while page := wire.topics(self._exchange(Plain(wire.topics_request(found)))):
             found += page
         return found
 
@@ -312,6 +336,7 @@ class DSMQClientSideConnection:
 
     def close(self) -> None:
         """Close the client. A call that another thread is waiting in raises ClientClosed. Idempotent."""
+        self._ended.set()
         with self._lock:
             self._closed = True
             # Those in use are closed by the calls that use them.
@@ -332,26 +357,73 @@ class DSMQClientSideConnection:
 
     # Connections
 
-    def _exchange(self, request: bytes, seconds: float = 0.0) -> Reply:
-        """Send a request that the server may take so many seconds to answer; return its reply."""
-        link = self._borrow()
-        try:
-            link.send(request, seconds + self._timeout)
-            reply = link.receive()
-        except BaseException as error:
-            self._drop(link, error)
-            raise
-        self._give_back(link)
-        return reply
+    def _exchange(self, call: Request) -> Reply:
+        """Make a request and return its reply."""
+        return self._run(call, self._ask)
+
+    def _ask(self, link: Link, call: Request) -> Reply:
+        link.send(call.request(link.producer), call.seconds + self._timeout)
+        return link.receive()
+
+    def _run(self, call: C, attempt: Callable[[Link, C], T]) -> T:
+        """Do something on a connection, and while they break on the next."""
+        retries = None
+        while True:
+            link = None
+            try:
+                link = self._borrow()
+                result = attempt(link, call)
+            except BaseException as error:
+                if not self._is_lost(error, link):
+                    raise
+                retries = retries or Retries(self._reconnect_timeout)
+                if link is not None and call.lost(error):
+                    retries.reset()
+                self._pause(call, retries, error)
+            else:
+                self._give_back(link)
+                return result
+
+    def _is_lost(self, error: BaseException, link: Link | None) -> TypeGuard[Exception]:
+        """Give a connection up after an error; return whether that means that it has broken, or could not be made.
+
+        Replies may be outstanding on it, and nobody else is to read them.
+        """
+        lost = wire.is_lost(error, connecting=link is None)
+        self._drop(link, others=lost)
+        if lost and self._closed:
+            raise ClientClosed("the client was closed during the call") from error
+        return lost
+
+    def _pause(self, call: Call, retries: Retries, error: Exception) -> None:
+        """Wait until it is time for the next attempt. Raises ConnectionLost where there is to be none."""
+        self._announce("lost", error)
+        pause = retries.pause()
+        if pause is None:
+            self._announce("given up", error)
+            raise call.given_up(error) from error
+        if self._ended.wait(pause):
+            raise ClientClosed("the client was closed during the call") from error
+
+    def _announce(self, state: State, error: Exception | None = None) -> None:
+        """Tell of a new state: of each loss once, and of each end of it."""
+        with self._lock:
+            if self._lost == (state == "lost") and state in ("lost", "resumed"):
+                return
+            self._lost = state in ("lost", "given up")
+        wire.log_state(state, self._target, error)
+        if self._on_state_change is not None:
+            self._on_state_change(state)
 
     @contextmanager
     def _borrowed(self) -> Iterator[Link]:
-        """A connection for a call; if that fails, replies may be outstanding, and nobody else is to read them."""
+        """A connection for a call that is made once."""
         link = self._borrow()
         try:
             yield link
         except BaseException as error:
-            self._drop(link, error)
+            if self._is_lost(error, link):
+                raise ConnectionLost(str(error)) from error
             raise
         self._give_back(link)
 
@@ -367,23 +439,17 @@ class DSMQClientSideConnection:
         if self._closed:
             self.close()
 
-    def _drop(self, link: Link, error: BaseException) -> None:
-        """Give a connection up; what is wrong with it is told as ClientClosed or ConnectionLost."""
-        lost = isinstance(error, OSError) and not isinstance(error, DSMQError)
+    def _drop(self, link: Link | None, *, others: bool) -> None:
+        """Close a connection, and the idle ones with it: where one has broken, they have most likely broken too."""
         with self._lock:
-            useless = [link]
-            # Where one has broken, those that lie idle have most likely broken too. Taken one by one until there is
-            # none, because other threads take and give back meanwhile.
+            useless = [link] if link else []
+            # Taken one by one until there is none, because other threads take and give back meanwhile.
             with suppress(IndexError):
-                while lost:
+                while others:
                     useless.append(self._idle.pop())
             self._links.difference_update(useless)
         for one in useless:
             one.close()
-        if lost:
-            if self._closed:
-                raise ClientClosed("the client was closed during the call") from error
-            raise ConnectionLost(str(error)) from error
 
     def _link(self) -> Link:
         if self._closed:
@@ -394,11 +460,13 @@ class DSMQClientSideConnection:
             with self._lock:
                 if self._closed:
                     raise ClientClosed("the client was closed during the call")
-                self._session.greet(reply)
+                state = self._session.greet(reply)
+                link.producer = Producer(self._session.run)
                 self._links.add(link)
         except BaseException:
             link.close()
             raise
+        self._announce(state)
         return link
 
     def _greeted(self, link: Link) -> Reply:
@@ -406,7 +474,7 @@ class DSMQClientSideConnection:
             link.send(self._session.hello, self._timeout)
             return link.receive()
         except ConnectionResetError:
-            if self._target.tls:
+            if self._target.tls or self._session.epoch:
                 raise
             raise ConnectionResetError("the server has closed the connection; does it want TLS?") from None
 
@@ -422,7 +490,7 @@ class DSMQClientSideConnection:
     def _after_fork(self) -> None:
         # In the child, where other threads, which may have held the lock, do not exist. The sockets are the
         # parent's: closed here they stay open there.
-        self._lock = threading.Lock()
+        self._lock, self._ended = threading.Lock(), threading.Event()
         for link in self._links:
             link.close()
         self._links, self._idle = set(), []

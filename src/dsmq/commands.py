@@ -140,14 +140,22 @@ def _put(client: Client, request: list[bytes]) -> None:
     if len(body) > most:
         # The parser stops longer ones before they have arrived, but looks at no length below 1,024.
         raise TooBig(f"a message has at most {most} bytes, not {len(body)}")
-    client.put((_topic(client, request[1]), body, _key(request[3:]) if len(request) > 3 else None))
+    client.put((_topic(client, request[1]), body, _key(client, request[3:]) if len(request) > 3 else None))
 
 
-def _key(words: list[bytes]) -> tuple[bytes, int]:
-    producer, seq = _options(words, {b"KEY": 2})[b"KEY"]
+def _key(client: Client, words: list[bytes]) -> tuple[bytes, int]:
+    # What every put of dsmq's own client has needs no further look.
+    if len(words) != 3 or words[0] != b"KEY":
+        options = _options(words, {b"KEY": 2, b"AGAIN": 0})
+        if b"KEY" not in options:
+            raise BadRequest("AGAIN is for a put with a KEY")
+        words = [b"KEY", *options[b"KEY"]]
+        if b"AGAIN" in options:
+            client.services.store.check_producer(words[1])
+    producer = words[1]
     if not 0 < len(producer) <= MAX_NAME_BYTES:
         raise BadRequest(f"a producer has 1 to {MAX_NAME_BYTES} bytes")
-    return producer, _integer(seq, "seq")
+    return producer, _integer(words[2], "seq")
 
 
 def _read(client: Client, request: list[bytes]) -> bytes | None:
@@ -455,7 +463,7 @@ def _as_text(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-PUT = Command("PUT", _put, 2, 5, Role.WRITE)
+PUT = Command("PUT", _put, 2, 6, Role.WRITE)
 
 COMMANDS: dict[bytes, Command] = {
     command.name.encode(): command

@@ -568,14 +568,17 @@ class Connection:
             self._loop.flush_soon(self)
 
     def drain(self) -> None:
-        """Answer what waits, and finish: the server is stopping."""
+        """Answer what waits, and finish: the server is stopping.
+
+        Behind the last reply all are told, asked or not: who has sent a put meanwhile knows that it is not stored.
+        """
         self._linger_seconds = LINGER_SECONDS_AT_STOP
-        if (self._requests or len(self._parser)) and not self._parked and self._settled():
-            self._fail(Closing("the server is stopping"))
-        self.finishing = True
         self.stop_waiting()
-        if not (self._out or self._deferred or self._parked):
-            self.close("the server is stopping")
+        if self._parked or not self._settled():
+            self.finishing = True
+        elif not self.finishing:
+            self._fail(Closing("the server is stopping"))
+            self.finish()
 
     def _linger(self) -> None:
         # Closing while the client still sends would make the kernel reset the connection, and the client

@@ -18,6 +18,7 @@
          ├─ Denied            DENIED
          ├─ UnknownVersion    NOPROTO
          ├─ Full              FULL
+         ├─ Forgotten         FORGOTTEN
          ├─ StoreFailed       STORE
          ├─ Busy              BUSY
          ├─ Closing           CLOSING
@@ -49,7 +50,14 @@ class ServerFailed(DSMQError):
 
 
 class ConnectionLost(DSMQError, ConnectionError):
-    """The connection broke during a call; a put that raises this may or may not have been stored."""
+    """The connection broke, and could not be made anew in time, or not to the same server.
+
+    may_be_stored tells of a put whether it may have been stored nevertheless.
+    """
+
+    def __init__(self, about: str, *, may_be_stored: bool = False) -> None:
+        super().__init__(f"{about}; the message may have been stored" if may_be_stored else about)
+        self.may_be_stored = may_be_stored
 
 
 class ClientClosed(DSMQError, ConnectionError):
@@ -124,6 +132,12 @@ class Full(ReplyError):
     """The store has no room, or a limit is reached; the message was not stored."""
 
     code = "FULL"
+
+
+class Forgotten(ReplyError):
+    """A put was sent again, and whether it has been stored is not remembered any more; now it was not."""
+
+    code = "FORGOTTEN"
 
 
 class StoreFailed(ReplyError):

@@ -12,6 +12,7 @@ from selectors import EVENT_READ, EVENT_WRITE
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from dsmq import session as wire
+from dsmq.calls import Producer, Unsent
 from dsmq.errors import ConfigError, ReplyError
 from dsmq.protocol import Reply, ReplyParser
 from dsmq.system import LONG_YIELD_PAUSE_SECONDS, LONG_YIELD_SECONDS, expect_long_messages, yield_processor
@@ -27,6 +28,8 @@ _RECEIVE_BYTES, _RECEIVE_MORE_BYTES = 65_536, 262_144
 _LONGEST_TIMEOUT = 1e8
 # What a selector can be told to wait at once, and more.
 _LONGEST_WAIT_SECONDS = 86_400.0
+# Behind a longer pause it is looked whether a connection still stands before something is sent on it.
+_LONG_PAUSE_SECONDS = 0.1
 # How long a reply is looked for before the client goes to sleep.
 BUSY_POLL_SECONDS = 150e-6
 
@@ -100,6 +103,7 @@ class Link:
     """One connection to the server."""
 
     def __init__(self, target: Target, timeout: float) -> None:
+        self.producer = Producer(b"")
         self._parser = ReplyParser()
         self._timeout, self._deadline = timeout, math.inf
         # From when on a reply is worth looking for without going to sleep.
@@ -110,7 +114,9 @@ class Link:
         self._selector.register(self._socket, EVENT_READ)
 
     def send(self, data: bytes, timeout: float) -> None:
-        """Send requests; the replies may take `timeout` seconds."""
+        """Send requests; the replies may take `timeout` seconds. Raises Unsent where the server has gone already."""
+        if self._deadline - self._timeout < time.monotonic() - _LONG_PAUSE_SECONDS and self._has_ended():
+            raise Unsent("the server has closed the connection")
         self._timeout = timeout
         self.renew()
         try:
@@ -122,6 +128,15 @@ class Link:
             if isinstance(reply := self.receive(), ReplyError):
                 raise reply from None
             raise
+
+    def _has_ended(self) -> bool:
+        try:
+            # Under TLS there is no looking without taking.
+            return isinstance(self._socket, socket.socket) and not self._socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except ConnectionResetError:
+            return True
 
     def _send(self, data: bytes | memoryview) -> int:
         """Send what the socket takes, when it takes something."""

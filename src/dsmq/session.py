@@ -8,14 +8,15 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, NoReturn, TypeVar
+from typing import Literal, NamedTuple, NoReturn, TypeAlias, TypeVar
 
 from dsmq.errors import (
     AuthRequired,
     Busy,
     Closing,
+    DSMQError,
     InternalError,
     MessageNotText,
     ProtocolError,
@@ -25,19 +26,20 @@ from dsmq.errors import (
 )
 from dsmq.protocol import Reply, encode_bulk, encode_request
 
-# The longest wait asked of the server at once. A longer one is asked for again and again, so that both sides
-# notice soon when the other has vanished.
-MAX_WAIT_SECONDS = 15.0
-# What `put_many` sends before it reads replies: little enough that both directions fit into the kernel's buffers.
-PUTS_AT_ONCE = 500
-BYTES_AT_ONCE = 262_144
-
 SHUTDOWN = encode_request(b"SHUTDOWN")
 PING = encode_request(b"PING")
 
 _logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+State: TypeAlias = Literal["lost", "resumed", "restarted", "replaced", "given up"]
+"""What can happen to a client's connection to its server.
+
+`lost`: it broke. Then one of the others follows: `resumed`, no message is lost; `restarted`, the server was started
+anew, and what was put last may be lost; `replaced`, it has none of the messages it had, and what it has now is read
+from the start; `given up`, the call that noticed raises ConnectionLost.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +158,8 @@ class Session:
     def __init__(self, token: str = "") -> None:
         self.hello = encode_request(b"HELLO", b"2", *((b"AUTH", b"default", token.encode()) if token else ()))
         self.epoch = ""
+        self.run = b""
+        """Which run of the server it is: one that remembers all puts since its start, or since the runs before."""
         self.max_message_bytes = 0
         self.max_topic_bytes = 0
         self._max_age = 0.0
@@ -164,19 +168,21 @@ class Session:
         self._first_number: int | None = None
         self._inboxes: dict[str, Inbox] = {}
 
-    def greet(self, reply: Reply) -> None:
-        """Take the reply to HELLO, of the first connection or a later one.
+    def greet(self, reply: Reply) -> State:
+        """Take the reply to HELLO, of the first connection or a later one; return what it means for the client.
 
         A new epoch means that the server has lost its messages: all it has now is newer than this client, and is
-        read from the start.
+        read from the start. A new run means that it may have lost those that were put last.
         """
         facts = _facts(reply)
         if facts.get("access") == b"nobody":
             raise AuthRequired("this server wants a token: connect(..., token=...)")
-        epoch, last_id = _as_text(facts.get("epoch")), _as_number(facts.get("last_id"))
+        epoch, run = _as_text(facts.get("epoch")), _as_text(facts.get("run")).encode()
+        last_id = _as_number(facts.get("last_id"))
         self.max_message_bytes = _as_number(facts.get("max_message_bytes"))
         self.max_topic_bytes = _as_number(facts.get("max_topic_bytes"))
         self._max_age = _as_number(facts.get("max_age_ms")) / 1000
+        state: State = "resumed"
         if not self.epoch:
             self._watermark = last_id
         elif epoch != self.epoch:
@@ -184,7 +190,12 @@ class Session:
             self._watermark, self._first_number = 0, 0
             for inbox in self._inboxes.values():
                 inbox.seek(0, 0)
-        self.epoch = epoch
+            state = "replaced"
+        elif run != self.run:
+            _logger.warning("the server has been started anew: messages that were put last may be lost")
+            state = "restarted"
+        self.epoch, self.run = epoch, run
+        return state
 
     def inbox(self, topic: str) -> Inbox:
         """Return the inbox of a topic. Raises TypeError, ValueError or TooBig where it is none."""
@@ -209,7 +220,7 @@ class Session:
         return name
 
     def put(self, topic: str, message: str | bytes) -> bytes:
-        """Return the request that puts a message. Raises TypeError, ValueError or TooBig."""
+        """Return the request that puts a message, but for its count and key. Raises TypeError, ValueError or TooBig."""
         name = self._name(topic)
         if isinstance(message, str):
             body = message.encode()
@@ -219,7 +230,7 @@ class Session:
             raise TypeError(f"a message is a str or bytes, not {type(message).__name__}")
         if len(body) > self.max_message_bytes:
             raise TooBig(f"a message has at most {self.max_message_bytes} bytes, not {len(body)}")
-        return b"*3\r\n$3\r\nPUT\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (len(name), name, len(body), body)
+        return b"\r\n$3\r\nPUT\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (len(name), name, len(body), body)
 
     def entries(self, reply: Reply) -> list[Entry]:
         """Return the messages in the reply to READ. Raises the error that it is, or ProtocolError."""
@@ -246,39 +257,6 @@ class Session:
         """Return a message as the user sees it."""
         age = self._max_age - (entry.expires - time.monotonic())
         return Message(inbox.topic, entry.id, entry.number, time.time() - age, entry.body)
-
-
-class Batches:
-    """The requests that put several messages, joined to what is sent at once: counts, and bytes.
-
-    Where a message can't be put, or making it fails, those before it come first; then `check` raises.
-    """
-
-    def __init__(self, session: Session, topic: str, messages: Iterable[str | bytes]) -> None:
-        self._requests = (session.put(topic, message) for message in messages)
-        self._error: Exception | None = None
-
-    def __iter__(self) -> Iterator[tuple[int, bytes]]:
-        while batch := self._batch():
-            yield len(batch), b"".join(batch)
-
-    def _batch(self) -> list[bytes]:
-        batch: list[bytes] = []
-        size = 0
-        try:
-            for request in self._requests:
-                batch.append(request)
-                size += len(request)
-                if len(batch) == PUTS_AT_ONCE or size >= BYTES_AT_ONCE:
-                    break
-        except Exception as error:  # noqa: BLE001 - `check` raises it
-            self._error = error
-        return batch
-
-    def check(self) -> None:
-        """Raise the error at which the messages ended, if it was one."""
-        if self._error is not None:
-            raise self._error
 
 
 def text(inbox: Inbox, entry: Entry) -> str:
@@ -317,6 +295,24 @@ def unless_last(reply: Reply) -> Reply:
     if isinstance(reply, (ProtocolError, Busy, Closing, TimedOut, InternalError)):
         raise reply
     return reply
+
+
+def is_lost(error: BaseException, *, connecting: bool) -> bool:
+    """Return whether an error means that a connection has broken, or is to be made anew."""
+    if isinstance(error, DSMQError):
+        # A server that has too many clients now may have room soon.
+        return isinstance(error, Closing | TimedOut) or (connecting and isinstance(error, Busy))
+    return isinstance(error, OSError)
+
+
+def log_state(state: State, target: object, error: Exception | None) -> None:
+    """Log what has happened to a connection, where `greet` has not done so."""
+    if state == "lost":
+        _logger.warning("connection to %s lost: %s", target, error)
+    elif state == "given up":
+        _logger.error("no connection to %s any more: %s", target, error)
+    elif state == "resumed":
+        _logger.info("connection to %s resumed", target)
 
 
 def check(reply: Reply) -> Reply:

@@ -27,7 +27,7 @@ from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
 from dsmq import image
 from dsmq.chunks import Stored, pack, portions, unpack
-from dsmq.errors import Full, ReplyError, StoreFailed
+from dsmq.errors import Forgotten, Full, ReplyError, StoreFailed
 from dsmq.image import INSERT_CHUNK, Image, Instant, Part, Place, Producer, State
 
 # Topics that hold nothing but whose numbering goes on; a forgotten one starts again at 1.
@@ -38,6 +38,7 @@ MAX_GAPS = 64
 MAX_PRODUCERS = 10_000
 MAX_PUTS_OF_PRODUCER = 1_000
 MAX_REMEMBERED_PUTS = 1_000_000
+REMEMBER_MS = 600_000
 # Chunks, and bytes of messages, deleted while the lock is held once: less than 0.1 ms of work.
 EXPIRY_SLICE = 100
 EXPIRY_SLICE_BYTES = 131_072
@@ -165,7 +166,10 @@ class Store(Protocol):
     limits: Limits
 
     def append(self, puts: Sequence[Put]) -> Answer[list[int]]:
-        """Store all or nothing and return their ids, increasing. Raises Full or StoreFailed."""
+        """Store all or nothing and return their ids, increasing. Raises Full, Forgotten or StoreFailed."""
+
+    def check_producer(self, producer: bytes) -> None:
+        """Raise Forgotten where a put of this producer may have been stored and forgotten lately."""
 
     def flush(self) -> None:
         """Do what was put off, if it is much: nobody waits. Raises what `append` would when it has to be done."""
@@ -261,6 +265,18 @@ class _Topic:
         return unread
 
 
+class _Producer:
+    """What is remembered of who puts with keys: ids by sequence numbers, in the order of the puts."""
+
+    __slots__ = ("forgotten", "last_at", "puts")
+
+    def __init__(self) -> None:
+        self.puts: dict[int, int] = {}
+        # The highest sequence number that has been forgotten.
+        self.forgotten = -1
+        self.last_at = 0
+
+
 def monotonic_ms() -> int:
     """Return milliseconds that a step of the wall clock does not touch."""
     return time.monotonic_ns() // 1_000_000
@@ -293,7 +309,10 @@ class SQLiteStore:
         self._tail_messages = self._tail_bytes = 0
         self._failure: ReplyError | None = None
         self._retry_at = 0
-        self._producers: OrderedDict[bytes, dict[int, int]] = OrderedDict()
+        # The one heard last stands last.
+        self._producers: OrderedDict[bytes, _Producer] = OrderedDict()
+        # When the last producer was forgotten that might still send a put again.
+        self._forgot_at: int | None = None
         self._remembered = 0
         # What was stored includes what was restored.
         self._stored = self._restored = self._bytes = self._expired = self._expired_unread = 0
@@ -327,6 +346,7 @@ class SQLiteStore:
     def append(self, puts: Sequence[Put]) -> list[int]:
         with self._guard:
             # Whatever can fail is done before a message is taken.
+            self._check_keys(puts)
             names = {put[0] for put in puts}.difference(self._topics)
             held = self._stored - self._expired + len(puts)
             size = self._topic_bytes + self._bytes + held * MESSAGE_OVERHEAD_BYTES + sum(map(len, map(_BODY, puts)))
@@ -371,6 +391,20 @@ class SQLiteStore:
         if counts and size + _cost(held + counts.total(), self._bytes + sizes.total()) > limits.bytes:
             raise Full(f"as much is held as is taken, {limits.bytes} bytes")
 
+    def _check_keys(self, puts: Sequence[Put]) -> None:
+        producers = self._producers
+        for _, _, key in puts:
+            if key is not None and (producer := producers.get(key[0])) is not None:
+                _, seq = key
+                if seq <= producer.forgotten and seq not in producer.puts:
+                    raise Forgotten(f"number {seq} of this producer is too old to tell whether it has been stored")
+
+    def check_producer(self, producer: bytes) -> None:
+        with self._guard:
+            forgot_at = self._forgot_at
+            if forgot_at is not None and producer not in self._producers and self._clock() - forgot_at < REMEMBER_MS:
+                raise Forgotten("too many others have put since to tell whether this has been stored")
+
     def _make_room(self, puts: Sequence[Put]) -> None:
         if any(self._needed(puts)):
             self._write_tails()
@@ -396,7 +430,7 @@ class SQLiteStore:
             size += len(body)
             ids.append(last_id)
         if producers:
-            self._forget_puts(producers)
+            self._forget_puts(producers, now)
         self._stored += last_id - self._last_id
         self._tail_messages += last_id - self._last_id
         self._tail_bytes += size
@@ -409,9 +443,13 @@ class SQLiteStore:
         keys = set()
         for put in puts:
             key = put[2]
-            if key is None or (key not in keys and key[1] not in self._producers.get(key[0], ())):
+            if key is None or (key not in keys and not self._is_stored(key)):
                 keys.add(key)
                 yield put
+
+    def _is_stored(self, key: tuple[bytes, int]) -> bool:
+        producer = self._producers.get(key[0])
+        return producer is not None and key[1] in producer.puts
 
     def _begin(self, names: set[bytes]) -> None:
         """Have topics that hold nothing ready to hold something."""
@@ -429,23 +467,37 @@ class SQLiteStore:
 
     def _remember(self, key: tuple[bytes, int], message_id: int) -> int | None:
         """Note the id of a put; or return that of the same put before."""
-        first_id = self._producers.setdefault(key[0], {}).setdefault(key[1], message_id)
+        producer = self._producers.get(key[0])
+        if producer is None:
+            producer = self._producers[key[0]] = _Producer()
+        first_id = producer.puts.setdefault(key[1], message_id)
         if first_id == message_id:
             self._remembered += 1
             return None
         return first_id
 
-    def _forget_puts(self, producers: set[bytes]) -> None:
+    def _forget_puts(self, names: set[bytes], now: int) -> None:
         """Forget the oldest puts where there are too many: behind a batch, so that all of it is judged alike."""
-        for producer in producers:
-            self._producers.move_to_end(producer)
-            puts = self._producers[producer]
+        for name in names:
+            self._producers.move_to_end(name)
+            producer = self._producers[name]
+            producer.last_at = now
+            puts = producer.puts
             while len(puts) > MAX_PUTS_OF_PRODUCER:
-                del puts[next(iter(puts))]
+                oldest = next(iter(puts))
+                del puts[oldest]
+                producer.forgotten = max(producer.forgotten, oldest)
                 self._remembered -= 1
-        while len(self._producers) > MAX_PRODUCERS or self._remembered > MAX_REMEMBERED_PUTS:
-            _, puts = self._producers.popitem(last=False)
-            self._remembered -= len(puts)
+        while self._remembers_too_much(now - REMEMBER_MS):
+            _, producer = self._producers.popitem(last=False)
+            self._remembered -= len(producer.puts)
+            if now - producer.last_at < REMEMBER_MS:
+                self._forgot_at = now
+
+    def _remembers_too_much(self, since: int) -> bool:
+        if len(self._producers) > MAX_PRODUCERS or self._remembered > MAX_REMEMBERED_PUTS:
+            return True
+        return next(iter(self._producers.values())).last_at < since
 
     def flush(self) -> None:
         if self._tail_messages >= TAIL_MESSAGES or self._tail_bytes >= TAIL_BYTES:
@@ -689,6 +741,7 @@ class SQLiteStore:
             self._last_id,
             self._last_row,
             sys.maxsize if first_chunk is None else first_chunk,
+            self._forgot_at,
         )
         tails = [(topic.row, topic.tail[:]) for topic in self._unwritten]
         return Instant(state, tails, self._empty.copy(), list(self._producers))
@@ -696,8 +749,12 @@ class SQLiteStore:
     def remembered(self, producers: Sequence[bytes], last_id: int) -> list[Producer]:
         """Return what is remembered of these producers, but for puts with ids above `last_id`."""
         with self._guard:
-            found = [(name, self._producers[name].copy()) for name in producers if name in self._producers]
-        return [Producer(name, {seq: at for seq, at in puts.items() if at <= last_id}) for name, puts in found]
+            held = [(name, self._producers[name]) for name in producers if name in self._producers]
+            found = [(name, one.puts.copy(), one.forgotten, one.last_at) for name, one in held]
+        return [
+            Producer(name, {seq: at for seq, at in puts.items() if at <= last_id}, forgotten, last_at)
+            for name, puts, forgotten, last_at in found
+        ]
 
     def load(self, source: sqlite3.Connection, kept: Image, passed_ms: int) -> None:
         """Take over what another store held, so many milliseconds ago. Nobody has used this one yet.
@@ -727,10 +784,12 @@ class SQLiteStore:
         self._topic_bytes = _topics_cost(self._topics)
         self._empty = kept.empty
         self._recall(kept.producers)
+        self._forgot_at = kept.state.forgot_at
 
     def _recall(self, producers: Sequence[Producer]) -> None:
         for producer in producers:
-            self._producers[producer.name] = producer.puts
+            self._producers[producer.name] = one = _Producer()
+            one.puts, one.forgotten, one.last_at = producer.puts, producer.forgotten, producer.last_at
             self._remembered += len(producer.puts)
 
     def begin_run(self, last_id: int) -> None:

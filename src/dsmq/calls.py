@@ -1,0 +1,238 @@
+"""What a client asks of a server, so that it can ask again: when a connection breaks, the call goes on with another.
+
+Without any input or output. The blocking client and the asyncio client share it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import secrets
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+from dsmq.errors import Closing, ConnectionLost, TimedOut
+from dsmq.protocol import Reply, encode_bulk
+from dsmq.session import Inbox, Session, stored_id
+
+
+class Unsent(ConnectionResetError):
+    """A connection was found to have ended before anything was sent on it."""
+
+
+NOT_RUN = (Closing, TimedOut, Unsent)
+"""What says that no request was run that has no answer. Behind the first two the server hangs up."""
+
+# Between two attempts to connect: nothing, then this, and twice as long each time, with a jitter, so that many clients
+# do not come back all at once.
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.01, 1.0
+# The longest wait asked of the server at once. A longer one is asked for again and again, so that both sides
+# notice soon when the other has vanished.
+MAX_WAIT_SECONDS = 15.0
+# What `put_many` sends before it reads replies: little enough that both directions fit into the kernel's buffers, and,
+# twice, no more than a server remembers of one producer.
+PUTS_AT_ONCE = 500
+BYTES_AT_ONCE = 262_144
+
+
+class Retries:
+    """When to try again after a connection has broken."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self.reset()
+
+    def reset(self) -> None:
+        """Note that something was achieved: what breaks from now on is another matter."""
+        self._until = math.inf
+        self._pauses = _pauses()
+
+    def pause(self) -> float | None:
+        """Return for how many seconds to wait before the next attempt; None where it is time to give up."""
+        now = time.monotonic()
+        self._until = min(self._until, now + self._seconds)
+        pause = next(self._pauses)
+        return pause if now + pause < self._until else None
+
+
+def _pauses() -> Iterator[float]:
+    yield 0.0
+    for attempt in itertools.count():
+        longest = min(_LONGEST_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS * 2.0 ** min(attempt, 32))
+        yield longest * random.uniform(0.5, 1.0)  # noqa: S311 - it is no secret
+
+
+class Producer:
+    """A connection as the server knows it by its puts; they are numbered from 1."""
+
+    __slots__ = ("_prefix", "_seq", "run")
+
+    def __init__(self, run: bytes) -> None:
+        self.run = run
+        """Which run of the server it is a producer for: see PROTOCOL.md."""
+        self._prefix = b"$3\r\nKEY\r\n" + encode_bulk(secrets.token_urlsafe(9).encode())
+        self._seq = 0
+
+    def key(self) -> bytes:
+        """Return the key of the next put, as it stands in the request."""
+        self._seq += 1
+        seq = b"%d" % self._seq
+        return b"%b$%d\r\n%b\r\n" % (self._prefix, len(seq), seq)
+
+
+class Call(Protocol):
+    """What is asked of the server, and can be asked again."""
+
+    def lost(self, error: Exception) -> bool:
+        """Note that a connection broke, and why; return whether something was achieved on it."""
+
+    def given_up(self, error: Exception) -> ConnectionLost:
+        """Return what to raise where there are to be no more attempts."""
+
+
+class Request(Call, Protocol):
+    """A call that is one request."""
+
+    seconds: float
+    """How long the server may wait before it replies."""
+
+    def request(self, producer: Producer) -> bytes:
+        """Return the request for a connection, the first or another. Raises where it must not be sent there."""
+
+
+class Plain:
+    """A request that is the same each time, and changes nothing."""
+
+    __slots__ = ("_request", "seconds")
+
+    def __init__(self, request: bytes) -> None:
+        self._request = request
+        self.seconds = 0.0
+
+    def request(self, _: Producer) -> bytes:
+        return self._request
+
+    def lost(self, _: Exception) -> bool:
+        return False
+
+    def given_up(self, error: Exception) -> ConnectionLost:
+        return ConnectionLost(str(error))
+
+
+class Read(Plain):
+    """A READ from a client's position, until a time on the monotonic clock."""
+
+    __slots__ = ("_inbox", "_latest", "_until", "generation")
+
+    def __init__(self, inbox: Inbox, until: float = 0.0, *, latest: bool = False) -> None:
+        self._inbox, self._until, self._latest = inbox, until, latest
+        self.seconds = 0.0
+        self.generation = -1
+        """What the inbox's was when it was asked."""
+
+    def request(self, _: Producer) -> bytes:
+        # What is left of its time: it may have been interrupted.
+        left = self._until - time.monotonic() if self._until else 0.0
+        self.seconds = min(left, MAX_WAIT_SECONDS) if left > 0 else 0.0
+        self.generation = self._inbox.generation
+        return self._inbox.request(round(self.seconds * 1000), latest=self._latest)
+
+
+class Put:
+    """A put, which is sent again under its key, so that it is stored once."""
+
+    __slots__ = ("_keyed", "_run", "_unkeyed", "_unsure", "seconds")
+
+    def __init__(self, session: Session, topic: str, message: str | bytes) -> None:
+        """Raises TypeError, ValueError or TooBig where it can't be put."""
+        self._unkeyed = session.put(topic, message)
+        self._keyed = self._run = b""
+        # Whether it has been sent, and no answer came that says that it is not stored.
+        self._unsure = False
+        self.seconds = 0.0
+
+    def request(self, producer: Producer) -> bytes:
+        if self._unsure:
+            return _again(self._keyed, self._run, producer)
+        self._keyed, self._run = self._unkeyed + producer.key(), producer.run
+        return b"*6" + self._keyed
+
+    def lost(self, error: Exception) -> bool:
+        self._unsure = self._unsure or not isinstance(error, NOT_RUN)
+        return False
+
+    def given_up(self, error: Exception) -> ConnectionLost:
+        return ConnectionLost(str(error), may_be_stored=self._unsure)
+
+
+class PutMany:
+    """Several puts, in order. What has no answer yet is sent again on the next connection, then come the others."""
+
+    def __init__(self, session: Session, topic: str, messages: Iterable[str | bytes]) -> None:
+        self._unkeyed = (session.put(topic, message) for message in messages)
+        self._error: Exception | None = None
+        self._run = b""
+        self._unsure = False
+        # With their keys, in the order in which they were first sent.
+        self._unanswered: deque[bytes] = deque()
+        # How many had an answer when a connection broke last.
+        self._answered = 0
+        self.ids: list[int] = []
+        """The ids of those that are stored."""
+
+    def batches(self, producer: Producer) -> Iterator[tuple[int, bytes]]:
+        """Iterate over what to send at once on a connection: counts, and requests."""
+        if self._unsure:
+            old = [_again(keyed, self._run, producer) for keyed in self._unanswered]
+        else:
+            old = [b"*6" + keyed for keyed in self._unanswered]
+        self._run = producer.run
+        for first in range(0, len(old), PUTS_AT_ONCE):
+            batch = old[first : first + PUTS_AT_ONCE]
+            yield len(batch), b"".join(batch)
+        while batch := self._batch(producer):
+            yield len(batch), b"".join(batch)
+
+    def _batch(self, producer: Producer) -> list[bytes]:
+        batch: list[bytes] = []
+        size = 0
+        try:
+            for unkeyed in self._unkeyed:
+                keyed = unkeyed + producer.key()
+                self._unanswered.append(keyed)
+                batch.append(b"*6" + keyed)
+                size += len(keyed)
+                if len(batch) == PUTS_AT_ONCE or size >= BYTES_AT_ONCE:
+                    break
+        except Exception as error:  # noqa: BLE001 - `check` raises it
+            self._error = error
+        return batch
+
+    def answered(self, reply: Reply) -> None:
+        """Take the next reply. Raises the error that it is."""
+        self.ids.append(stored_id(reply))
+        self._unanswered.popleft()
+
+    def lost(self, error: Exception) -> bool:
+        self._unsure = bool(self._unanswered) and (self._unsure or not isinstance(error, NOT_RUN))
+        before, self._answered = self._answered, len(self.ids)
+        return self._answered > before
+
+    def given_up(self, error: Exception) -> ConnectionLost:
+        return ConnectionLost(str(error), may_be_stored=self._unsure)
+
+    def check(self) -> None:
+        """Raise the error at which the messages ended, if it was one: those before it are stored."""
+        if self._error is not None:
+            raise self._error
+
+
+def _again(keyed: bytes, run: bytes, producer: Producer) -> bytes:
+    """Return the request that sends a put again. Raises ConnectionLost to a server that can't know it."""
+    if producer.run != run:
+        about = "the server was started anew, and does not know what it had stored last"
+        raise ConnectionLost(about, may_be_stored=True)
+    return b"*7%b$5\r\nAGAIN\r\n" % keyed

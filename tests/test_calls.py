@@ -1,0 +1,227 @@
+"""What is asked so that it can be asked again; no sockets."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import pytest
+
+from dsmq import calls
+from dsmq.calls import Plain, Producer, Put, PutMany, Read, Retries
+from dsmq.errors import Closing, ConnectionLost, Full, TimedOut, TooBig
+from dsmq.protocol import RequestParser
+from test_session import a_session, accept, an_inbox, entries
+
+BROKEN = ConnectionResetError("broken")
+CLOSING = Closing("the server is stopping")
+
+
+def requests(data: bytes) -> list[list[bytes]]:
+    parser = RequestParser(1_000_000)
+    parser.feed(data)
+    found = []
+    while request := parser.next():
+        found.append(request)
+    assert len(parser) == 0
+    return found
+
+
+def request(data: bytes) -> list[bytes]:
+    [found] = requests(data)
+    return found
+
+
+# Puts
+
+
+def test_puts_are_numbered_on_each_connection() -> None:
+    session, one, two = a_session(), Producer(b"run"), Producer(b"run")
+    first, second, other = (request(Put(session, "t", "x").request(producer))[3:] for producer in (one, one, two))
+    assert (first[0], first[2], second[2], other[2]) == (b"KEY", b"1", b"2", b"1")
+    assert first[1] == second[1] != other[1]
+
+
+@pytest.mark.parametrize("error", [BROKEN, TimeoutError("no reply"), OSError()])
+def test_a_put_without_an_answer_is_sent_again_under_its_key(error: Exception) -> None:
+    put, producer = Put(a_session(), "t", "x"), Producer(b"run")
+    first = request(put.request(producer))
+    assert first[:3] == [b"PUT", b"t", b"x"]
+    assert put.lost(error) is False
+    for _ in range(2):
+        assert request(put.request(Producer(b"run"))) == [*first, b"AGAIN"]
+    assert put.given_up(error).may_be_stored
+
+
+def test_a_put_without_an_answer_is_not_sent_to_a_server_that_cannot_know_it() -> None:
+    put = Put(a_session(), "t", "x")
+    put.request(Producer(b"one"))
+    put.lost(BROKEN)
+    with pytest.raises(ConnectionLost, match="started anew") as told:
+        put.request(Producer(b"two"))
+    assert told.value.may_be_stored
+
+
+@pytest.mark.parametrize("error", [CLOSING, TimedOut("idle for too long")])
+def test_a_put_that_was_not_run_may_go_to_any_server(error: Exception) -> None:
+    put = Put(a_session(), "t", "x")
+    put.request(Producer(b"one"))
+    put.lost(error)
+    assert request(put.request(Producer(b"two")))[-1] == b"1"
+    assert not put.given_up(error).may_be_stored
+    # That the server is closing now says nothing of the time before.
+    put.lost(BROKEN)
+    put.request(Producer(b"two"))
+    put.lost(CLOSING)
+    assert put.given_up(CLOSING).may_be_stored
+
+
+# Many puts
+
+
+def in_batches(puts: PutMany, producer: Producer | None = None) -> list[list[bytes]]:
+    """Return the messages put in each batch; each holds as many requests as it says."""
+    found = []
+    for count, data in puts.batches(producer or Producer(b"run")):
+        batch = requests(data)
+        assert len(batch) == count
+        found.append([request[2] for request in batch if request[:2] == [b"PUT", b"t"]])
+    return found
+
+
+def test_batches_end_at_so_many_puts_or_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "PUTS_AT_ONCE", 3)
+    monkeypatch.setattr(calls, "BYTES_AT_ONCE", 250)
+    puts = PutMany(a_session(), "t", ["1", "2", b"3", "4" * 250, "5", "6" * 250, "7"])
+    assert in_batches(puts) == [[b"1", b"2", b"3"], [b"4" * 250], [b"5", b"6" * 250], [b"7"]]
+    puts.check()
+
+
+def test_nothing_to_put_is_no_batch() -> None:
+    puts = PutMany(a_session(), "t", [])
+    assert in_batches(puts) == []
+    puts.check()
+
+
+def test_what_comes_before_a_message_that_cannot_be_put_is_put(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "PUTS_AT_ONCE", 2)
+    puts = PutMany(a_session(max_message_bytes=3), "t", ["1", "2", "3", "four", "5"])
+    assert in_batches(puts) == [[b"1", b"2"], [b"3"]]
+    with pytest.raises(TooBig):
+        puts.check()
+
+
+def test_what_comes_before_an_error_in_making_messages_is_put() -> None:
+    def messages() -> Iterator[str]:
+        yield "1"
+        raise ZeroDivisionError
+
+    puts = PutMany(a_session(), "t", messages())
+    assert in_batches(puts) == [[b"1"]]
+    with pytest.raises(ZeroDivisionError):
+        puts.check()
+
+
+def test_many_puts_go_on_behind_the_last_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "PUTS_AT_ONCE", 2)
+    puts, first, second = PutMany(a_session(), "t", "abcde"), Producer(b"run"), Producer(b"run")
+    sent = [request for _, data in itertools.islice(puts.batches(first), 2) for request in requests(data)]
+    puts.answered(7)
+    assert puts.lost(BROKEN)
+    assert not puts.lost(BROKEN)
+    again = [request for _, data in puts.batches(second) for request in requests(data)]
+    assert again[:3] == [[*request, b"AGAIN"] for request in sent[1:]]
+    assert [request[2] for request in again] == [b"b", b"c", b"d", b"e"]
+    # What is new has the key of the connection it is sent on first.
+    assert (again[0][4] == sent[0][4], again[3][4] == sent[0][4], again[3][5]) == (True, False, b"1")
+    for number in range(8, 12):
+        puts.answered(number)
+    assert puts.ids == [7, 8, 9, 10, 11]
+    assert puts.lost(BROKEN)
+    assert not puts.given_up(BROKEN).may_be_stored
+
+
+def test_many_puts_without_an_answer_are_not_sent_to_a_server_that_cannot_know_them() -> None:
+    puts = PutMany(a_session(), "t", "ab")
+    in_batches(puts, Producer(b"one"))
+    puts.lost(BROKEN)
+    with pytest.raises(ConnectionLost, match="started anew") as told:
+        in_batches(puts, Producer(b"two"))
+    assert told.value.may_be_stored
+
+
+def test_many_puts_that_were_not_run_may_go_to_any_server() -> None:
+    puts = PutMany(a_session(), "t", "ab")
+    in_batches(puts, Producer(b"one"))
+    puts.lost(CLOSING)
+    assert in_batches(puts, Producer(b"two")) == [[b"a", b"b"]]
+    assert not puts.given_up(CLOSING).may_be_stored
+
+
+def test_an_error_in_the_middle_ends_it() -> None:
+    puts = PutMany(a_session(), "t", "ab")
+    in_batches(puts)
+    puts.answered(1)
+    with pytest.raises(Full):
+        puts.answered(Full("no room"))
+    assert puts.ids == [1]
+
+
+# Reads, and the rest
+
+
+def test_a_read_has_what_is_left_of_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    inbox, now = an_inbox(), 100.0
+    monkeypatch.setattr(calls.time, "monotonic", lambda: now)
+    read, producer = Read(inbox, 110.0), Producer(b"run")
+    assert request(read.request(producer)) == [b"READ", b"t", b"0", b"WAIT", b"10000"]
+    assert read.seconds == 10
+    now = 107.5
+    accept(inbox, entries(3))
+    assert request(read.request(producer)) == [b"READ", b"t", b"3", b"WAIT", b"2500"]
+    now = 111.0
+    assert request(read.request(producer)) == [b"READ", b"t", b"3"]
+    assert read.seconds == 0
+    assert not read.given_up(BROKEN).may_be_stored
+
+
+def test_a_long_wait_is_asked_for_in_parts() -> None:
+    read = Read(an_inbox(), math.inf)
+    assert request(read.request(Producer(b"run")))[-1] == b"15000"
+    assert request(Read(an_inbox(), latest=True).request(Producer(b"run"))) == [b"READ", b"t", b"0", b"LATEST"]
+
+
+def test_a_plain_request_is_the_same_each_time() -> None:
+    ping = Plain(b"*1\r\n$4\r\nPING\r\n")
+    assert ping.request(Producer(b"a")) == ping.request(Producer(b"b"))
+    assert ping.lost(BROKEN) is False
+    assert str(ping.given_up(BROKEN)) == "broken"
+
+
+# When to try again
+
+
+def test_the_first_attempt_is_made_at_once_and_the_others_ever_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(calls.time, "monotonic", lambda: now)
+    retries, taken = Retries(30.0), []
+    while (pause := retries.pause()) is not None:
+        taken.append(pause)
+        now += pause
+    assert taken[0] == 0
+    for attempt, pause in enumerate(taken[1:]):
+        longest = min(1.0, 0.01 * 2**attempt)
+        assert longest / 2 <= pause <= longest
+    assert 128.9 <= now < 130
+    assert retries.pause() is None
+    retries.reset()
+    assert retries.pause() == 0
+
+
+def test_no_time_is_no_further_attempt() -> None:
+    assert Retries(0.0).pause() is None
+
+
+def test_pauses_differ_from_client_to_client() -> None:
+    assert len({tuple(itertools.islice(calls._pauses(), 5)) for _ in range(20)}) == 20

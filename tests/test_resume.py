@@ -1,0 +1,467 @@
+"""Connections that break, and servers that are started anew, while a client is at work. Real ones, and no luck."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from conftest import SOON, UNIT, Wire, serving, wait_until, wire_to
+from dsmq import aio, calls
+from dsmq.client import DSMQClientSideConnection, connect
+from dsmq.errors import Busy, ClientClosed, Closing, ConnectionLost, Forgotten, ReplyError
+from dsmq.link import Link
+from dsmq.server import Server
+
+
+@pytest.fixture
+def states() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def mq(server: Server, states: list[str]) -> Iterator[DSMQClientSideConnection]:
+    with connect(port=server.port, on_state_change=states.append) as mq:
+        yield mq
+
+
+@pytest.fixture
+def lose_reply(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """A function: after so many replies, one is lost with its connection."""
+    left = math.inf
+
+    def receive(link: Link) -> object:
+        nonlocal left
+        reply = original(link)
+        left -= 1
+        if left < 0:
+            left = math.inf
+            raise ConnectionResetError("a test has lost it")
+        return reply
+
+    def arm(count: int = 0) -> None:
+        nonlocal left
+        left = count
+
+    original = Link.receive
+    monkeypatch.setattr(Link, "receive", receive)
+    return arm
+
+
+def test_a_put_whose_reply_is_lost_is_stored_once(
+    mq: DSMQClientSideConnection, lose_reply: Callable[..., None], states: list[str]
+) -> None:
+    assert mq.put("t", "1") == 1
+    lose_reply()
+    assert mq.put("t", "2") == 2
+    assert mq.put("t", "3") == 3
+    assert mq.get_many("t") == ["1", "2", "3"]
+    assert states == ["lost", "resumed"]
+
+
+@pytest.mark.parametrize("after", [0, 1, 499, 500, 700, 1499])
+def test_put_many_goes_on_where_it_was(
+    server: Server, mq: DSMQClientSideConnection, lose_reply: Callable[..., None], after: int
+) -> None:
+    messages = [str(number) for number in range(1500)]
+    lose_reply(after)
+    assert mq.put_many("t", iter(messages)) == list(range(1, 1501))
+    assert mq.get_many("t", 2000) == messages
+    assert server.totals().stored == 1500
+
+
+def test_reads_are_asked_for_again(
+    mq: DSMQClientSideConnection, lose_reply: Callable[..., None], states: list[str]
+) -> None:
+    mq.put_many("t", ["1", "2"])
+    got = []
+    for call in (lambda: mq.get("t"), lambda: mq.get_wait("t"), lambda: mq.get_latest("t"), mq.topics, mq.ping):
+        lose_reply()
+        got.append(call())
+    assert got[:3] == ["1", "2", ""]
+    assert got[3] == [("t", 2, 2)]
+    # The second had been read ahead; the reply that was to be lost then was that of the third.
+    assert states == ["lost", "resumed"] * 4
+
+
+def test_an_iterator_goes_on(server: Server, mq: DSMQClientSideConnection) -> None:
+    got: list[str] = []
+
+    def read() -> None:
+        for message in mq.messages("t", timeout=SOON):
+            got.append(message)
+            if message == "9":
+                return
+
+    with connect(port=server.port) as writer:
+        thread = threading.Thread(target=read)
+        thread.start()
+        for number in range(10):
+            writer.put("t", str(number))
+            wait_until(lambda number=number: len(got) == number + 1)
+            if number % 3 == 0:
+                for link in list(mq._links):
+                    link.interrupt()
+        thread.join(SOON)
+    assert got == [str(number) for number in range(10)]
+
+
+def test_an_interrupted_wait_lasts_as_long_as_it_was_to(server: Server, mq: DSMQClientSideConnection) -> None:
+    def interrupt() -> None:
+        wait_until(lambda: server.waiting() == 1)
+        began.wait(UNIT * 3)
+        for link in list(mq._links):
+            link.interrupt()
+
+    began = threading.Event()
+    thread = threading.Thread(target=interrupt)
+    before = time.monotonic()
+    thread.start()
+    assert mq.get_wait("t", timeout=UNIT * 6) == ""
+    took = time.monotonic() - before
+    thread.join(SOON)
+    assert UNIT * 6 <= took < UNIT * 8
+
+
+def test_what_is_lost_and_found_is_logged_once(
+    mq: DSMQClientSideConnection, lose_reply: Callable[..., None], caplog: pytest.LogCaptureFixture, server: Server
+) -> None:
+    caplog.set_level(logging.INFO, "dsmq")
+    caplog.clear()
+    lose_reply()
+    mq.ping()
+    where = f"connection to 127.0.0.1 port {server.port}"
+    found = [(record.levelname, record.message) for record in caplog.records if record.name.startswith("dsmq.session")]
+    assert found == [("WARNING", f"{where} lost: a test has lost it"), ("INFO", f"{where} resumed")]
+
+
+# Servers that come and go
+
+
+def restarted(states: list[str], port: int, **options: Any) -> DSMQClientSideConnection:
+    return connect(port=port, on_state_change=states.append, **options)
+
+
+def test_a_client_waits_for_a_server_that_is_started_anew(states: list[str]) -> None:
+    with serving() as first:
+        mq = restarted(states, first.port)
+        mq.put("t", "1")
+    got: list[object] = []
+    thread = threading.Thread(target=lambda: got.append(mq.put("t", "2")))
+    thread.start()
+    wait_until(lambda: states == ["lost"])
+    with serving(port=mq.port):
+        thread.join(SOON)
+        assert got == [1]
+        assert mq.get("t") == "2"
+        assert states == ["lost", "replaced"]
+        mq.close()
+
+
+def test_a_put_that_may_have_been_stored_is_not_put_into_another_server(
+    lose_reply: Callable[..., None], states: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving() as first, restarted(states, first.port) as mq:
+        mq.put("t", "1")
+
+        def replace() -> None:
+            first.stop()
+            servers.append(Server(first.settings.model_copy(update={"port": mq.port})))
+            servers[0].start()
+
+        servers: list[Server] = []
+        monkeypatch.setattr(mq, "_ended", _Before(mq._ended, replace))
+        lose_reply()
+        with pytest.raises(ConnectionLost, match="started anew") as told:
+            mq.put("t", "2")
+        assert told.value.may_be_stored
+        assert mq.get("t", None) is None
+        assert mq.put("t", "3") == 1
+        assert mq.get("t") == "3"
+        assert states == ["lost", "replaced"]
+        servers[0].stop()
+
+
+class _Before:
+    """Stands for an event; something is done before the first wait for it."""
+
+    def __init__(self, event: threading.Event, call: Callable[[], None]) -> None:
+        self._event, self._calls = event, [call]
+
+    def wait(self, seconds: float) -> bool:
+        while self._calls:
+            self._calls.pop()()
+        return self._event.wait(seconds)
+
+    def set(self) -> None:
+        self._event.set()
+
+
+def test_another_run_of_the_same_epoch_may_have_lost_what_was_put_last(
+    server: Server,
+    mq: DSMQClientSideConnection,
+    lose_reply: Callable[..., None],
+    states: list[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    mq.put("t", "1")
+    server._store.run = "another"
+    mq._idle[0].interrupt()
+    assert mq.get("t") == "1"
+    assert states == ["lost", "restarted"]
+    assert "messages that were put last may be lost" in caplog.text
+    lose_reply()
+    assert mq.put("t", "2") == 2
+    assert mq.get("t") == "2"
+    assert states == ["lost", "restarted", "lost", "resumed"]
+
+
+def test_a_client_gives_up_in_time(states: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    with serving() as server:
+        mq = restarted(states, server.port, reconnect_timeout=UNIT * 3)
+        mq.put("t", "x")
+    before = time.monotonic()
+    with pytest.raises(ConnectionLost, match="no server answers") as told:
+        mq.put("t", "y")
+    assert not told.value.may_be_stored
+    assert UNIT < time.monotonic() - before < UNIT * 3 + SOON / 10
+    assert states == ["lost", "given up"]
+    assert "no connection to" in caplog.text
+    with serving(port=mq.port):
+        assert mq.put("t", "z") == 1
+    assert states == ["lost", "given up", "replaced"]
+    mq.close()
+
+
+def test_a_put_into_silence_says_that_it_may_have_been_stored(server: Server) -> None:
+    with connect(port=server.port, timeout=UNIT, reconnect_timeout=UNIT) as mq:
+        release = threading.Event()
+        server._workers[0].post(lambda: release.wait(SOON))
+        try:
+            with pytest.raises(ConnectionLost, match="may have been stored") as told:
+                mq.put("t", "x")
+        finally:
+            release.set()
+        assert told.value.may_be_stored
+
+
+def test_a_frozen_server_is_waited_for(server: Server) -> None:
+    with connect(port=server.port, timeout=UNIT * 2) as mq:
+        release = threading.Event()
+        server._workers[0].post(lambda: release.wait(SOON))
+        got: list[object] = []
+        thread = threading.Thread(target=lambda: got.append(mq.put("t", "x")))
+        thread.start()
+        wait_until(lambda: mq._lost)
+        release.set()
+        thread.join(SOON)
+        assert got == [1]
+        assert mq.get_many("t") == ["x"]
+
+
+def test_closing_ends_the_waiting_for_a_server() -> None:
+    with serving() as server:
+        mq = connect(port=server.port, reconnect_timeout=SOON * 10)
+    raised: list[type[BaseException]] = []
+
+    def ping() -> None:
+        try:
+            mq.ping()
+        except ClientClosed as error:
+            raised.append(type(error))
+
+    thread = threading.Thread(target=ping)
+    thread.start()
+    wait_until(lambda: mq._lost)
+    mq.close()
+    thread.join(SOON)
+    assert raised == [ClientClosed]
+
+
+def test_a_server_with_too_many_clients_is_tried_again() -> None:
+    with serving(max_connections=1) as server, connect(port=server.port) as mq:
+        # Before the first connection there is nothing to resume.
+        with pytest.raises(Busy):
+            connect(port=server.port, retry=False)
+        for link in list(mq._links):
+            link.interrupt()
+        wait_until(lambda: server.connections() == 0)
+        other = connect(port=server.port)
+        thread = threading.Thread(target=mq.ping)
+        thread.start()
+        wait_until(lambda: server.status.refused.refused["connections"] > 1)
+        other.close()
+        thread.join(SOON)
+        assert not thread.is_alive()
+        mq.ping()
+
+
+def test_a_client_that_was_idle_for_too_long_is_connected_anew(states: list[str]) -> None:
+    with serving(idle_timeout_seconds=UNIT) as server, restarted(states, server.port) as mq:
+        mq.put("t", "1")
+        wait_until(lambda: server.connections() == 0)
+        assert mq.put("t", "2") == 2
+        assert states == ["lost", "resumed"]
+
+
+# What the server does for it
+
+
+def test_whoever_has_not_asked_is_told_too_that_the_server_stops() -> None:
+    with serving() as server, wire_to(server) as wire:
+        assert wire.call("PUT", "t", "x") == 1
+        server.stop()
+        wire.send(b"PUT t y\r\n")
+        assert isinstance(wire.receive(), Closing)
+        assert wire.ended()
+
+
+def test_a_waiting_reader_has_its_answer_before() -> None:
+    with serving() as server, wire_to(server) as wire:
+        wire.send(b"READ t 0 WAIT 60000\r\n")
+        wait_until(lambda: server.waiting() == 1)
+        server.stop()
+        assert wire.receive() == []
+        assert isinstance(wire.receive(), Closing)
+
+
+def test_puts_are_put_into_the_next_server_while_this_one_stops() -> None:
+    """However the two meet: what is answered is stored, what is not goes on to the next."""
+    with serving() as first:
+        server, mq, port = first, connect(port=first.port), first.port
+        ids: list[int] = []
+        ended = threading.Event()
+
+        def put() -> None:
+            while not ended.is_set():
+                ids.append(mq.put("t", "x"))
+
+        thread = threading.Thread(target=put)
+        thread.start()
+        for _ in range(5):
+            wait_until(lambda: len(ids) > 0)
+            server.stop()
+            assert server.totals().stored == max(ids)
+            ids.clear()
+            server = Server(server.settings.model_copy(update={"port": port}))
+            server.start()
+        ended.set()
+        thread.join(SOON)
+        assert not thread.is_alive()
+        server.stop()
+        mq.close()
+
+
+def test_an_old_number_of_a_producer_is_forgotten_and_not_stored_again(wire: Wire) -> None:
+    for seq in range(1, 1003):
+        assert wire.call("PUT", "t", "x", "KEY", "me", seq) == seq
+    assert wire.call("PUT", "t", "x", "KEY", "me", 3, "AGAIN") == 3
+    assert wire.error("PUT", "t", "x", "KEY", "me", 2, "AGAIN") == "FORGOTTEN"
+    assert wire.error("PUT", "t", "x", "KEY", "me", 1) == "FORGOTTEN"
+    assert wire.call("PUT", "t", "x", "KEY", "me", 1003) == 1003
+
+
+def test_again_of_a_producer_that_may_have_been_forgotten(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsmq.store.MAX_PRODUCERS", 2)
+    assert wire.call("PUT", "t", "x", "KEY", "a", 1) == 1
+    assert wire.call("PUT", "t", "x", "AGAIN", "KEY", "new", 1) == 2
+    assert wire.call("PUT", "t", "x", "KEY", "c", 1) == 3
+    assert wire.error("PUT", "t", "x", "KEY", "a", 1, "AGAIN") == "FORGOTTEN"
+    assert wire.call("PUT", "t", "x", "KEY", "new", 1, "AGAIN") == 2
+    assert wire.error("PUT", "t", "x", "AGAIN") == "BADREQUEST"
+    assert wire.call("PUT", "t", "x", "KEY", "unheard", 1) == 4
+
+
+def test_what_is_forgotten_is_an_error_and_no_guess(
+    server: Server, mq: DSMQClientSideConnection, lose_reply: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dsmq.store.MAX_PRODUCERS", 1)
+    real = calls.Put.lost
+
+    def lost(put: calls.Put, error: Exception) -> bool:
+        with wire_to(server) as other:
+            other.call("PUT", "t", "x", "KEY", "other", 1)
+        return real(put, error)
+
+    monkeypatch.setattr(calls.Put, "lost", lost)
+    lose_reply()
+    with pytest.raises(Forgotten):
+        mq.put("t", "x")
+    assert issubclass(Forgotten, ReplyError)
+
+
+# The same with asyncio
+
+
+def test_the_asyncio_client_resumes(server: Server, states: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        original, lose = aio._Link.receive, [False]
+
+        async def receive(link: aio._Link) -> object:
+            reply = await original(link)
+            if lose[0]:
+                lose[0] = False
+                raise ConnectionResetError("a test has lost it")
+            return reply
+
+        monkeypatch.setattr(aio._Link, "receive", receive)
+        async with await aio.connect(port=server.port, on_state_change=states.append) as mq:
+            for call in (
+                lambda: mq.put("t", "1"),
+                lambda: mq.put_many("t", ["2", "3"]),
+                lambda: mq.get("t"),
+                lambda: mq.get_latest("t"),
+                mq.ping,
+            ):
+                lose[0] = True
+                got.append(await call())
+
+    got: list[object] = []
+    asyncio.run(scenario())
+    assert got == [1, [2, 3], "1", "3", None]
+    assert server.totals().stored == 3
+    assert states == ["lost", "resumed"] * 5
+
+
+def test_the_asyncio_client_gives_up_in_time(states: list[str]) -> None:
+    async def scenario() -> None:
+        with serving() as server:
+            mq = await aio.connect(port=server.port, reconnect_timeout=UNIT * 3, on_state_change=states.append)
+            await mq.put("t", "x")
+        before = time.monotonic()
+        with pytest.raises(ConnectionLost) as told:
+            await mq.put("t", "y")
+        assert not told.value.may_be_stored
+        assert UNIT < time.monotonic() - before < UNIT * 3 + SOON / 10
+        await mq.close()
+
+    asyncio.run(scenario())
+    assert states == ["lost", "given up"]
+
+
+def test_the_asyncio_client_that_is_closed_while_it_waits_for_a_server() -> None:
+    async def scenario() -> None:
+        with serving() as server:
+            mq = await aio.connect(port=server.port)
+        call = asyncio.create_task(mq.ping())
+        while not mq._lost:
+            await asyncio.sleep(UNIT / 20)
+        await mq.close()
+        with pytest.raises(ClientClosed):
+            await asyncio.wait_for(call, SOON)
+
+    asyncio.run(scenario())
+
+
+def test_a_connection_refused_at_first_is_told_as_it_is() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        port = nobody.getsockname()[1]
+    with pytest.raises(ConnectionRefusedError):
+        connect(port=port, retry=False)
