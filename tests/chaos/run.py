@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from chaos import figures
 from chaos.checker import summary
 from chaos.scenarios import SCENARIOS
 from chaos.stage import NotHere, Outcome, Stage
@@ -80,15 +81,17 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0, help="each scenario has its turn, however few")
     parser.add_argument("--seed", type=int, default=1, help="of the first round; that of the next is one more")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=[*SCENARIOS], help=f"of: {' '.join(SCENARIOS)}")
+    parser.add_argument("--figures", action="store_true", help="measure restarts, resets, the pause and speed, before")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="where histories with violations go")
     options = parser.parse_args()
     # Clients log what befalls them, and here much does.
     logging.getLogger("dsmq").addHandler(logging.NullHandler())
+    measured = figures.measure(options.seed) if options.figures else []
     until = time.monotonic() + 60 * options.minutes
     outcomes = run(options.only or [*SCENARIOS], options.seed, until, options.keep)
     progress("")
-    print("\n".join(table(outcomes)))
-    return int(any(outcome.violations for outcome in outcomes))
+    print("\n".join([*table(outcomes), *(["", *figures.table(measured)] if measured else [])]))
+    return int(any(outcome.violations for outcome in outcomes) or not all(one.ok for one in measured))
 
 
 if __name__ == "__main__":

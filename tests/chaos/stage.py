@@ -47,9 +47,16 @@ class Outcome:
     read: int
     pause: float
     """The longest that a client was kept waiting, in seconds, beyond what it had asked for."""
+    seconds: float
+    """From the first put to the last."""
     violations: tuple[Violation, ...]
     kept: str = ""
     """Where the history is, if it was kept."""
+
+    @property
+    def rate(self) -> float:
+        """Puts a second."""
+        return self.returned / max(self.seconds, 1e-9)
 
 
 @dataclass
@@ -116,6 +123,7 @@ class Stage:
             sum(not put.may_be_stored for put in raised),
             sum(1 for _ in self.history.of(Got)),
             self._longest_pause(),
+            max((put.ended for put in puts), default=0.0) - min((put.began for put in puts), default=0.0),
             violations,
             self._keep(keep) if violations else "",
         )
