@@ -307,7 +307,8 @@ def test_every_number_is_bounded() -> None:
 @pytest.mark.parametrize("name", NUMBERS)
 def test_bounds_hold(name: str) -> None:
     kind = NUMBERS[name]
-    assert getattr(config.load(**{name: kind["maximum"]}), name) == kind["maximum"]
+    needed = {"snapshot_file": "it"} if name == "snapshot_interval_seconds" else {}
+    assert getattr(config.load(**{name: kind["maximum"]}, **needed), name) == kind["maximum"]
     complaint(**{name: kind["maximum"] + 1})
     if "minimum" in kind:
         assert getattr(config.load(**{name: kind["minimum"]}), name) == kind["minimum"]

@@ -1,8 +1,9 @@
 """How dsmq's costs grow: `python tests/performance/scale.py`.
 
-With messages held, topics, idle connections, waiting readers, the size of a message, and while a million messages
-expire. Each measurement runs side by side on a server that holds nothing and on one that is loaded, in turns; a ratio
-is the median over the rounds of loaded / empty. Then what is paid once: start, import, metrics.
+With messages held, topics, idle connections, waiting readers, the size of a message; while a million messages expire,
+and while a snapshot is written. Each measurement of the first kind runs side by side on a server that holds nothing and
+on one that is loaded, in turns; a ratio is the median over the rounds of loaded / empty. Then what is
+paid once: start, import, metrics, a restart.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -189,6 +191,57 @@ def expiry(count: int = 1_000_000) -> Result:
     }
 
 
+def snapshot(size: int, snapshots: int = 3) -> Result:
+    """The 99th percentile of put and empty get, between snapshots of so many bytes of messages and meanwhile."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dsmq-performance-")))
+        options = ("--snapshot-file", str(folder / "it"), "--snapshot-interval-seconds", "5")
+        options = (*options, "--max-stored-bytes", str(4 * size), "--max-stored-bytes-per-topic", str(4 * size))
+        options = (*options, "--max-age-seconds", "3600")
+        mq = Probe(Broker("dsmq", stack, *options), stack).mq
+        for _ in range(0, size, 1_000_000):
+            mq.put_many("held", ["x" * 1000] * 1000)
+        being_written = (folder / "it.new").exists
+        calm, busy, seconds = [], [], 0.0
+        for _ in range(snapshots):
+            calm += latencies(mq, lambda: not being_written())
+            began = time.monotonic()
+            busy += latencies(mq, being_written)
+            seconds += time.monotonic() - began
+    return {
+        "p99 between": percentile(calm, 99),
+        "p99 meanwhile": percentile(busy, 99),
+        "ratio": percentile(busy, 99) / percentile(calm, 99),
+        "longest between": max(calm),
+        "longest meanwhile": max(busy),
+        "operations meanwhile": len(busy),
+        "seconds each": seconds / snapshots,
+    }
+
+
+def restart(count: int, rounds: int) -> Result:
+    """Milliseconds: to stop, and from exec to accepting, with so many messages held and with none."""
+    taken: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for kind, messages in (("empty", 0), ("loaded", count)):
+            with ExitStack() as stack:
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dsmq-performance-"))
+                options = ("--snapshot-file", f"{folder}/it", "--max-age-seconds", "3600")
+                probe = Probe(Broker("dsmq", stack, *options), stack)
+                for _ in range(0, messages, 1000):
+                    probe.mq.put_many("held", [BODY] * 1000)
+                probe.broker.process.terminate()
+                taken.setdefault(f"stop {kind}", []).append(timed(probe.broker.process.wait, 1) / 1000)
+                before = time.perf_counter()
+                again = Broker("dsmq", stack, *options)
+                with connect(port=again.port) as mq:
+                    mq.ping()
+                    taken.setdefault(f"start {kind}", []).append((time.perf_counter() - before) * 1000)
+                    if messages and held(mq) != messages:
+                        raise RuntimeError("not all has been restored")
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
 def held(mq: DSMQClientSideConnection) -> int:
     """How many of the messages put at the start are held."""
     return sum(messages for name, messages, _ in mq.topics() if name == "held")
@@ -295,7 +348,7 @@ def show(title: str, result: Result) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--only", nargs="*", default=[*MEASURES, "expiry", "overheads"])
+    parser.add_argument("--only", nargs="*", default=[*MEASURES, "expiry", "snapshot", "overheads"])
     parser.add_argument("--most", type=int, default=10**9, help="leave out what is larger")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--plot", type=Path, help="draw them to this SVG or PNG file; needs matplotlib")
@@ -313,6 +366,11 @@ def main() -> None:
     if "expiry" in options.only:
         progress("a million messages expire")
         others["expiry"] = expiry()
+    if "snapshot" in options.only:
+        progress("snapshots of 1 GB")
+        others["snapshot"] = snapshot(min(options.most, 1_000_000_000))
+        progress("restarts")
+        others["restart"] = restart(min(options.most, 100_000), options.rounds)
     if "overheads" in options.only:
         others |= overheads(options.rounds)
     for name, result in others.items():
