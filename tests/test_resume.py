@@ -360,12 +360,12 @@ def test_puts_are_put_into_the_next_server_while_this_one_stops() -> None:
 
 
 def test_an_old_number_of_a_producer_is_forgotten_and_not_stored_again(wire: Wire) -> None:
-    for seq in range(1, 1003):
+    for seq in range(1, 2101):
         assert wire.call("PUT", "t", "x", "KEY", "me", seq) == seq
-    assert wire.call("PUT", "t", "x", "KEY", "me", 3, "AGAIN") == 3
-    assert wire.error("PUT", "t", "x", "KEY", "me", 2, "AGAIN") == "FORGOTTEN"
+    assert wire.call("PUT", "t", "x", "KEY", "me", 1101, "AGAIN") == 1101
+    assert wire.error("PUT", "t", "x", "KEY", "me", 1000, "AGAIN") == "FORGOTTEN"
     assert wire.error("PUT", "t", "x", "KEY", "me", 1) == "FORGOTTEN"
-    assert wire.call("PUT", "t", "x", "KEY", "me", 1003) == 1003
+    assert wire.call("PUT", "t", "x", "KEY", "me", 2101) == 2101
 
 
 def test_again_of_a_producer_that_may_have_been_forgotten(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:

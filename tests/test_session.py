@@ -130,12 +130,12 @@ def test_the_other_requests() -> None:
 
 @pytest.mark.parametrize("body", ["café", "café".encode(), bytearray("café".encode()), memoryview("café".encode())])
 def test_a_message_is_text_or_bytes(body: str | bytes) -> None:
-    assert request(b"*3" + a_session().put("t", body)) == [b"PUT", b"t", "café".encode()]
+    assert a_session().put("t", body) == (b"t", "café".encode())
 
 
 @pytest.mark.parametrize("body", ["", b""])
 def test_a_message_may_be_empty(body: str | bytes) -> None:
-    assert request(b"*3" + a_session().put("t", body)) == [b"PUT", b"t", b""]
+    assert a_session().put("t", body) == (b"t", b"")
 
 
 @pytest.mark.parametrize("body", [None, 7, ["x"], {"x": 1}])
@@ -146,7 +146,7 @@ def test_a_message_of_another_type_is_a_type_error(body: object) -> None:
 
 def test_a_message_over_the_limit_is_too_big() -> None:
     session = a_session(max_message_bytes=4)
-    assert request(b"*3" + session.put("t", "éé"))[2] == "éé".encode()
+    assert session.put("t", "éé")[1] == "éé".encode()
     for body in ("ééx", b"xxxxx"):
         with pytest.raises(TooBig, match="at most 4 bytes, not 5"):
             session.put("t", body)

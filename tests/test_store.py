@@ -355,22 +355,27 @@ def test_a_key_is_remembered_after_its_message_expired(store: SQLiteStore, clock
 
 def test_the_last_puts_of_a_producer_are_remembered(store: SQLiteStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_module, "MAX_PUTS_OF_PRODUCER", 3)
-    puts = [a_put(b"t", b"x", (b"me", seq)) for seq in range(5)]
-    assert store.append(puts[:2]) == [1, 2]
-    assert store.append(puts[2:]) == [3, 4, 5]
-    assert store.append(puts[2:]) == [3, 4, 5]
-    assert sum(len(producer.puts) for producer in store._producers.values()) == 3
+    puts = [a_put(b"t", b"x", (b"me", seq)) for seq in range(20)]
+    for count in range(1, 20):
+        assert store.append(puts[count - 1 : count]) == [count]
+        last = puts[max(0, count - 3) : count]
+        assert store.append(last) == list(range(max(1, count - 2), count + 1))
+        assert store._remembered == sum(map(len, store._producers.values())) <= 6
     # Whether this one was stored is not known any more; it was.
     with pytest.raises(Forgotten, match="number 1"):
         store.append(puts[1:2])
-    assert store.last_id() == 5
-    assert store.append([a_put(b"t", b"x", (b"me", 5))]) == [6]
+    assert store.last_id() == 19
+    assert store.append(puts[19:]) == [20]
 
 
-def test_the_producers_heard_last_are_remembered(store: SQLiteStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_producers_heard_last_are_remembered(
+    store: SQLiteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(store_module, "MAX_PRODUCERS", 2)
 
     def put_as(producer: bytes, seq: int) -> int:
+        # Which of two was heard last is known to the millisecond.
+        clock.now += 1
         return store.append([a_put(b"t", b"x", (producer, seq))])[0]
 
     assert [put_as(b"a", 0), put_as(b"b", 0), put_as(b"a", 1), put_as(b"c", 0)] == [1, 2, 3, 4]
@@ -407,10 +412,16 @@ def test_whether_a_producer_was_forgotten_too_early_is_known(
     store.check_producer(b"a")
 
 
-def test_a_producer_that_sends_a_put_again_is_heard_too(store: SQLiteStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_producer_that_sends_a_put_again_is_heard_too(
+    store: SQLiteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def append(put: Put) -> list[int]:
+        clock.now += 1
+        return store.append([put])
+
     monkeypatch.setattr(store_module, "MAX_PRODUCERS", 2)
     sent = [a_put(b"t", b"x", (producer, 0)) for producer in (b"a", b"b", b"a", b"c", b"a", b"b")]
-    assert [store.append([each]) for each in sent] == [[1], [2], [1], [3], [1], [4]]
+    assert [append(each) for each in sent] == [[1], [2], [1], [3], [1], [4]]
 
 
 # Topics

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 from dsmq.errors import Closing, ConnectionLost, TimedOut
-from dsmq.protocol import Reply, encode_bulk
+from dsmq.protocol import Reply
 from dsmq.session import Inbox, Session, stored_id
 
 
@@ -68,19 +68,20 @@ def _pauses() -> Iterator[float]:
 class Producer:
     """A connection as the server knows it by its puts; they are numbered from 1."""
 
-    __slots__ = ("_prefix", "_seq", "run")
+    __slots__ = ("_name", "_seq", "run")
 
     def __init__(self, run: bytes) -> None:
         self.run = run
         """Which run of the server it is a producer for: see PROTOCOL.md."""
-        self._prefix = b"$3\r\nKEY\r\n" + encode_bulk(secrets.token_urlsafe(9).encode())
+        self._name = secrets.token_urlsafe(9).encode()
         self._seq = 0
 
-    def key(self) -> bytes:
-        """Return the key of the next put, as it stands in the request."""
+    def put(self, name: bytes, body: bytes) -> bytes:
+        """Return the request, but for its count, that puts a message under the next number."""
         self._seq += 1
         seq = b"%d" % self._seq
-        return b"%b$%d\r\n%b\r\n" % (self._prefix, len(seq), seq)
+        parts = len(name), name, len(body), body, self._name, len(seq), seq
+        return b"\r\n$3\r\nPUT\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n$3\r\nKEY\r\n$12\r\n%b\r\n$%d\r\n%b\r\n" % parts
 
 
 class Call(Protocol):
@@ -144,11 +145,11 @@ class Read(Plain):
 class Put:
     """A put, which is sent again under its key, so that it is stored once."""
 
-    __slots__ = ("_keyed", "_run", "_unkeyed", "_unsure", "seconds")
+    __slots__ = ("_keyed", "_parts", "_run", "_unsure", "seconds")
 
     def __init__(self, session: Session, topic: str, message: str | bytes) -> None:
         """Raises TypeError, ValueError or TooBig where it can't be put."""
-        self._unkeyed = session.put(topic, message)
+        self._parts = session.put(topic, message)
         self._keyed = self._run = b""
         # Whether it has been sent, and no answer came that says that it is not stored.
         self._unsure = False
@@ -157,7 +158,7 @@ class Put:
     def request(self, producer: Producer) -> bytes:
         if self._unsure:
             return _again(self._keyed, self._run, producer)
-        self._keyed, self._run = self._unkeyed + producer.key(), producer.run
+        self._keyed, self._run = producer.put(*self._parts), producer.run
         return b"*6" + self._keyed
 
     def lost(self, error: Exception) -> bool:
@@ -172,7 +173,7 @@ class PutMany:
     """Several puts, in order. What has no answer yet is sent again on the next connection, then come the others."""
 
     def __init__(self, session: Session, topic: str, messages: Iterable[str | bytes]) -> None:
-        self._unkeyed = (session.put(topic, message) for message in messages)
+        self._parts = (session.put(topic, message) for message in messages)
         self._error: Exception | None = None
         self._run = b""
         self._unsure = False
@@ -200,8 +201,8 @@ class PutMany:
         batch: list[bytes] = []
         size = 0
         try:
-            for unkeyed in self._unkeyed:
-                keyed = unkeyed + producer.key()
+            for name, body in self._parts:
+                keyed = producer.put(name, body)
                 self._unanswered.append(keyed)
                 batch.append(b"*6" + keyed)
                 size += len(keyed)

@@ -17,7 +17,8 @@ def read(host: str, name: str, messages: int) -> None:
     """Say "ready", print the messages that come, and say how many they were."""
     # Ctrl-C is for the demo as a whole.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with suppress(ConnectionError), connect(host) as mq:
+    # Nor is there another server to wait for, when that of the demo has gone.
+    with suppress(ConnectionError), connect(host, reconnect_timeout=0) as mq:
         mq.put("ready", name)
         received = 0
         while received < messages and (message := mq.get_wait("greetings")):

@@ -219,8 +219,8 @@ class Session:
             raise TooBig(f"a topic has at most {self.max_topic_bytes} bytes, not {len(name)}")
         return name
 
-    def put(self, topic: str, message: str | bytes) -> bytes:
-        """Return the request that puts a message, but for its count and key. Raises TypeError, ValueError or TooBig."""
+    def put(self, topic: str, message: str | bytes) -> tuple[bytes, bytes]:
+        """Return what a put consists of, topic and body, as bytes. Raises TypeError, ValueError or TooBig."""
         name = self._name(topic)
         if isinstance(message, str):
             body = message.encode()
@@ -230,7 +230,7 @@ class Session:
             raise TypeError(f"a message is a str or bytes, not {type(message).__name__}")
         if len(body) > self.max_message_bytes:
             raise TooBig(f"a message has at most {self.max_message_bytes} bytes, not {len(body)}")
-        return b"\r\n$3\r\nPUT\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (len(name), name, len(body), body)
+        return name, body
 
     def entries(self, reply: Reply) -> list[Entry]:
         """Return the messages in the reply to READ. Raises the error that it is, or ProtocolError."""
