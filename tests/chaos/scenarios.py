@@ -119,6 +119,26 @@ def delays(stage: Stage) -> None:
         proxy.disarm()
 
 
+def given_up(stage: Stage) -> None:
+    """Clients that try for a moment only give up, again and again: what they say of their puts is true."""
+    lives = stage.lives()
+    proxy = stage.proxy(lives.port)
+    stage.may_raise, stage.reads_may_raise = lambda _: True, True
+    job = replace(BRIEF, options={"timeout": 0.3, "reconnect_timeout": 0.2}, pause=0.005)
+    with stage.crowd(proxy.port, job=job, redis=False):
+        for _ in range(stage.size(8, 2)):
+            stage.pause(0.3, 0.1)
+            reset_at_random(stage, proxy, 10)
+            proxy.refuse(True)
+            proxy.reset_all()
+            time.sleep(0.4)
+            proxy.refuse(False)
+            proxy.hole(True)
+            time.sleep(0.5)
+            proxy.hole(False)
+        stage.pause(0.5, 0.1)
+
+
 # Servers
 
 
@@ -242,7 +262,8 @@ def clock(stage: Stage) -> None:
 def stopped_clients(stage: Stage) -> None:
     """Clients stand still for longer than they would wait for a reply."""
     lives = stage.lives()
-    with stage.processes(["write", "write", "read", "read", "both"], at(lives, BRIEF)) as children:
+    roles = stage.size(["write", "write", "read", "read", "both"], ["write", "read", "both"])
+    with stage.processes(roles, at(lives, BRIEF)) as children:
         for _ in range(stage.size(4, 1)):
             stage.pause(0.5, 0.3)
             _stop_some(stage, children)
@@ -251,7 +272,7 @@ def stopped_clients(stage: Stage) -> None:
 
 def _stop_some(stage: Stage, children: list[subprocess.Popen[str]]) -> None:
     with contextlib.ExitStack() as stack:
-        for child in stage.random.sample(children, 3):
+        for child in stage.random.sample(children, 2):
             stage.fault("stop")
             stack.enter_context(_stopped(child))
         stage.pause(2, 0.8)
@@ -259,9 +280,9 @@ def _stop_some(stage: Stage, children: list[subprocess.Popen[str]]) -> None:
 
 def forks(stage: Stage) -> None:
     """Clients fork in the middle; both sides go on."""
-    lives = stage.lives()
-    with stage.crowd(lives.port, writers=1, readers=1, redis=False), stage.processes(["fork"] * 2, at(lives)):
-        stage.faults["fork"] += 2
+    lives, count = stage.lives(), stage.size(2, 1)
+    with stage.crowd(lives.port, writers=1, readers=1, redis=False), stage.processes(["fork"] * count, at(lives)):
+        stage.faults["fork"] += count
         stage.pause(2, 0.8)
 
 
@@ -283,7 +304,8 @@ def interrupts(stage: Stage) -> None:
     """Ctrl-C at random points of calls: of what it interrupts nothing is known, and all else is as ever."""
     lives = stage.lives()
     job = at(lives, replace(FAST, pause=0.0005))
-    with stage.processes(["write", "read", "both", "both"], job) as children:
+    roles = stage.size(["write", "read", "both", "both"], ["write", "both"])
+    with stage.processes(roles, job) as children:
         until = time.monotonic() + stage.size(4, 1)
         while time.monotonic() < until:
             time.sleep(stage.random.uniform(0, 0.02))
@@ -357,7 +379,7 @@ def _refuse(stage: Stage, proxy: Proxy) -> None:
 SCENARIOS: dict[str, Callable[[Stage], None]] = {
     run.__name__: run
     for run in (
-        *(calm, every_byte, resets, holes, delays),
+        *(calm, every_byte, resets, holes, delays, given_up),
         *(restarts, kills, kills_with_snapshot, stopped_server, full_disk, clock),
         *(stopped_clients, forks, threads, interrupts, cancelled, mixed),
     )

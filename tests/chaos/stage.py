@@ -67,7 +67,8 @@ class Stage:
     seed: int
     quick: bool
     may_raise: Callable[[Put], bool] = lambda _: False
-    """Which puts may raise; a read never may."""
+    """Which puts may raise."""
+    reads_may_raise: bool = False
     faults: Counter[str] = field(default_factory=Counter)
     history: History = field(default_factory=History)
 
@@ -85,7 +86,7 @@ class Stage:
         for proxy in self._proxies:
             self.faults.update(proxy.faults)
 
-    def size(self, full: float, quick: float) -> Any:
+    def size(self, full: Any, quick: Any) -> Any:
         return quick if self.quick else full
 
     def lives(self, **settings: Any) -> Lives:
@@ -133,7 +134,7 @@ class Stage:
             if put.error not in {"", INTERRUPTED} and not self.may_raise(put):
                 yield Violation("error", "a put raised", (put,))
         for call in self.history.of(Broken):
-            if call.error != INTERRUPTED:
+            if call.error != INTERRUPTED and not self.reads_may_raise:
                 yield Violation("error", "a read raised", (call,))
 
     def _longest_pause(self) -> float:
