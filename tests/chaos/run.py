@@ -11,6 +11,7 @@ from pathlib import Path
 
 from chaos import figures
 from chaos.checker import summary
+from chaos.mutants import MUTANTS
 from chaos.scenarios import SCENARIOS
 from chaos.stage import NotHere, Outcome, Stage
 from faults.rig import progress
@@ -19,11 +20,21 @@ from faults.rig import progress
 SHOWN = 3
 
 
-def play(name: str, seed: int, *, quick: bool = False, keep: Path | None = None) -> Outcome:
+def play(name: str, seed: int, *, quick: bool = False, keep: Path | None = None, mutant: str = "") -> Outcome:
     """Run one round of a scenario. Raises NotHere."""
-    with Stage(name, seed, quick) as stage:
+    with Stage(name, seed, quick, mutant=mutant) as stage:
         SCENARIOS[name](stage)
     return stage.outcome(keep)
+
+
+def hunt(seed: int, keep: Path | None) -> bool:
+    """Run servers with defects; return whether each was found."""
+    found = True
+    for mutant, name in MUTANTS.items():
+        outcome = play(name, seed, keep=keep, mutant=mutant.__name__)
+        found = found and bool(outcome.violations)
+        print(f"{mutant.__name__}, by {name}: {summary(outcome.violations)}", flush=True)
+    return found
 
 
 def show(outcome: Outcome) -> str:
@@ -83,9 +94,12 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=[*SCENARIOS], help=f"of: {' '.join(SCENARIOS)}")
     parser.add_argument("--figures", action="store_true", help="measure restarts, resets, the pause and speed, before")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="where histories with violations go")
+    parser.add_argument("--mutants", action="store_true", help="see that defects are found, and no more than that")
     options = parser.parse_args()
     # Clients log what befalls them, and here much does.
     logging.getLogger("dsmq").addHandler(logging.NullHandler())
+    if options.mutants:
+        return int(not hunt(options.seed, options.keep))
     measured = figures.measure(options.seed) if options.figures else []
     until = time.monotonic() + 60 * options.minutes
     outcomes = run(options.only or [*SCENARIOS], options.seed, until, options.keep)

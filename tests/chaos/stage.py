@@ -28,6 +28,7 @@ from faults.rig import wait_until
 # Behind all faults every client comes to its end within this.
 SOON = 60.0
 TESTS = Path(__file__).parent.parent
+MUTANTS = Path(__file__).with_name("mutants.py")
 
 
 class NotHere(Exception):
@@ -69,6 +70,8 @@ class Stage:
     may_raise: Callable[[Put], bool] = lambda _: False
     """Which puts may raise."""
     reads_may_raise: bool = False
+    mutant: str = ""
+    """What is wrong with the server, on purpose."""
     faults: Counter[str] = field(default_factory=Counter)
     history: History = field(default_factory=History)
 
@@ -90,6 +93,8 @@ class Stage:
         return quick if self.quick else full
 
     def lives(self, **settings: Any) -> Lives:
+        if self.mutant:
+            settings["words"] = (sys.executable, str(MUTANTS), self.mutant)
         lives = Lives(self.history, self.folder, **settings)
         self._stack.callback(lives.close)
         return lives
