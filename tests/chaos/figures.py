@@ -12,10 +12,10 @@ from chaos.checker import summary
 from chaos.clients import HOST, Job
 from chaos.scenarios import FAST, reset_at_random
 from chaos.stage import Stage
-from dsmq.calls import Producer, Put
+from dsmq.calls import Plain
 from dsmq.client import DSMQClientSideConnection, connect
 from dsmq.session import stored_id
-from faults.rig import Daemon
+from faults.rig import Daemon, progress
 
 RESTARTS = 20
 RESETS = 1_000
@@ -113,17 +113,11 @@ def speed(seed: int) -> list[Figure]:
     ]
 
 
-class _Keyless(Put):
-    """A put as it was when none had a key."""
-
-    __slots__ = ()
-
-    def request(self, producer: Producer) -> bytes:
-        return b"*3" + self._unkeyed
-
-
 def _put_without_key(mq: DSMQClientSideConnection) -> None:
-    stored_id(mq._exchange(_Keyless(mq._session, "speed", "message")))
+    """Put as it was done when no put had a key."""
+    name, body = mq._session.put("speed", "message")
+    request = b"*3\r\n$3\r\nPUT\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (len(name), name, len(body), body)
+    stored_id(mq._exchange(Plain(request)))
 
 
 def _ratio(call: Callable[[], object], other: Callable[[], object]) -> float:
@@ -140,7 +134,17 @@ def _seconds(call: Callable[[], object]) -> float:
 
 def measure(seed: int) -> list[Figure]:
     """Return all figures."""
-    return [judged("restarts", restarts, seed), judged("resets", resets, seed), pause(seed), *speed(seed)]
+    measurements: list[Callable[[int], list[Figure]]] = [
+        lambda seed: [judged("restarts", restarts, seed)],
+        lambda seed: [judged("resets", resets, seed)],
+        lambda seed: [pause(seed)],
+        speed,
+    ]
+    found = []
+    for measurement in measurements:
+        found += measurement(seed)
+        progress(found[-1].measured)
+    return found
 
 
 def table(figures: list[Figure]) -> list[str]:

@@ -20,9 +20,7 @@ def forgets_keys() -> None:
     """A put that is sent again is stored again."""
 
     def append(store: SQLiteStore, puts: Sequence[Put]) -> list[int]:
-        return _append(
-            store, [put._replace(key=None) if hasattr(put, "_replace") else (*put[:2], None) for put in puts]
-        )
+        return _append(store, [(topic, body, None) for topic, body, _ in puts])
 
     SQLiteStore.append = append  # type: ignore[method-assign,assignment]
 
