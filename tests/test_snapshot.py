@@ -9,6 +9,7 @@ import resource
 import signal
 import sqlite3
 import stat
+import subprocess
 import tempfile
 import threading
 import time
@@ -23,6 +24,7 @@ from hypothesis import strategies as st
 from conftest import SOON, UNIT, Wire, daemon, run_dsmq, serving, wait_until, wire_to, without_privileges
 from dsmq import config, snapshot
 from dsmq import keeper as keeper_module
+from dsmq import server as server_module
 from dsmq import store as store_module
 from dsmq.errors import CannotStart, ConfigError, ServerFailed
 from dsmq.image import Instant, Part, Place
@@ -165,6 +167,7 @@ def test_what_is_done_between_the_slices_is_in_up_to_the_instant_and_no_further(
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(store_module, "COPY_CHUNKS", 1)
         patch.setattr(store_module, "COPY_TOPICS", 2)
+        patch.setattr(keeper_module, "_PRODUCERS", 1)
         store, file = new_store(), Path(folder) / "snapshot"
         for action in before:
             act(store, action)
@@ -230,6 +233,21 @@ def test_a_topic_that_was_emptied_and_came_back_between_the_slices_is_one(
     with restored(file) as other:
         assert seen(other) == seen(store)
         assert (bodies(other, b"t"), other.last_number(b"t"), other.last_number(b"u")) == ([b"new"], 2, 1)
+
+
+def test_what_comes_behind_the_instant_takes_no_numbers_from_what_was_empty(
+    store: SQLiteStore, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(store, b"t", b"1", b"2")
+    act(store, MAX_AGE + 1)
+    store.expire()
+    with keeping(store, file) as keeper:
+        # With nothing to copy, the first time that it breathes is behind the instant.
+        monkeypatch.setattr(keeper, "_breathe", lambda _=0: put(store, b"t", b"x"))
+        assert keeper.save(keeper._copy_slowly, is_last=True)
+    with restored(file) as other:
+        assert other.stats(b"t")[1:5] == (0, 0, 2, 2)
+        assert other.last_id() == 2
 
 
 def test_while_writers_are_at_work_a_snapshot_holds_all_up_to_an_id_and_nothing_else(
@@ -571,6 +589,28 @@ def test_where_the_disk_is_full_the_snapshot_before_stays_and_the_server_goes_on
         assert keeper.save(keeper._copy_slowly)
 
 
+def test_a_disk_that_is_full_is_named_as_the_reason(
+    store: SQLiteStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "dsmq-test", str(tmp_path)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("nothing can be mounted here")
+    file = tmp_path / "it"
+    try:
+        with keeping(store, file) as keeper:
+            put(store, b"t", b"x" * 300_000)
+            assert keeper.save(store.copy_all)
+            before = file.read_bytes()
+            put(store, b"t", b"x" * 900_000)
+            for copy in (store.copy_all, keeper._copy_slowly):
+                caplog.clear()
+                assert not keeper.save(copy)
+                assert "disk is full" in caplog.text
+                assert file.read_bytes() == before
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
 def test_a_last_snapshot_that_fails_is_told_by_the_exit_status(file: Path) -> None:
     with daemon("--snapshot-file", str(file)) as server, wire_to(server) as wire:  # type: ignore[arg-type]
         wire.call("PUT", "t", "x")
@@ -705,6 +745,58 @@ def test_a_stop_does_not_wait_for_a_snapshot_at_an_interval(file: Path, monkeypa
     assert time.monotonic() - began < SOON / 2
     with restored(file, time.time()) as other:
         assert other.totals().messages == 3
+
+
+def test_a_stop_waits_for_a_disk_that_is_slow(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    began, write = threading.Event(), snapshot._make_durable
+
+    def slowly(folder: Path) -> None:
+        if not began.is_set():
+            began.set()
+            time.sleep(10 * UNIT)
+        write(folder)
+
+    monkeypatch.setattr(snapshot, "_make_durable", slowly)
+    settings = {"snapshot_file": str(file), "snapshot_interval_seconds": 1, "stop_timeout_seconds": UNIT}
+    with serving(**settings) as server, wire_to(server) as wire:
+        assert began.wait(SOON)
+        wire.call("PUT", "t", "x")
+        assert server.stop() == []
+        assert server._lost is False
+    with restored(file, time.time()) as other:
+        assert (other.run, bodies(other, b"t")) == (server._store.run, [b"x"])
+
+
+def test_a_disk_that_hangs_is_waited_for_no_longer_than_a_minute(
+    file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    released = threading.Event()
+    monkeypatch.setattr(snapshot, "_make_durable", lambda _: released.wait(SOON))
+    monkeypatch.setattr(server_module, "LAST_SNAPSHOT_SECONDS", UNIT)
+    with serving(snapshot_file=str(file), stop_timeout_seconds=UNIT) as server:
+        assert server.stop() == ["dsmq-snapshot"]
+        assert server._lost
+    released.set()
+    wait_until(lambda: not [thread for thread in threading.enumerate() if thread.name == "dsmq-snapshot"])
+
+
+def test_while_the_disk_is_written_to_the_thread_is_not_taken_for_stuck(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writing, released = threading.Event(), threading.Event()
+
+    def hang(_: Path) -> None:
+        writing.set()
+        released.wait(SOON)
+
+    settings = {"snapshot_file": str(file), "snapshot_interval_seconds": 1, "health_timeout_seconds": UNIT}
+    with serving(**settings) as server, monkeypatch.context() as patch:
+        patch.setattr(snapshot, "_make_durable", hang)
+        assert writing.wait(SOON)
+        time.sleep(3 * UNIT)
+        stuck = server.status.stuck()
+        released.set()
+        assert "dsmq-snapshot" not in stuck
 
 
 def test_a_defect_while_it_is_written_ends_nothing(

@@ -109,14 +109,14 @@ class Keeper:
         snapshot.mark(self.path, found)
         while self._store.expire():
             pass
-        self._tell_restored(kept, passed, gaps > 0, time.monotonic() - began)
+        self._tell_restored(kept, passed, time.monotonic() - began, may_lack=gaps > 0)
 
     def _refuse(self, reason: str) -> None:
         aside = snapshot.put_aside(self.path, datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ"))
         about = logs.event("snapshot_refused", file=str(self.path), kept_as=str(aside), reason=reason)
-        _logger.error("the snapshot is not used, and starts from nothing: %s; kept as %s", reason, aside, extra=about)
+        _logger.error("the snapshot can't be used, so nothing is restored: %s; kept as %s", reason, aside, extra=about)
 
-    def _tell_restored(self, kept: Image, passed: float, may_lack: bool, seconds: float) -> None:  # noqa: FBT001
+    def _tell_restored(self, kept: Image, passed: float, seconds: float, *, may_lack: bool) -> None:
         held = self._store.totals()
         self.tally.restored, self.tally.last_at = held.messages, kept.written_at
         about = logs.event(
@@ -154,7 +154,7 @@ class Keeper:
             self._fill(target, copy, is_last=is_last)
 
         try:
-            size = snapshot.write(self.path, fill, self._breathe)
+            size = snapshot.write(self.path, fill, self._be_patient)
         except Abandoned:
             return False
         except (OSError, sqlite3.Error, ReplyError, MemoryError) as error:
@@ -192,7 +192,6 @@ class Keeper:
             image.add_producers(target, self._store.remembered(names, instant.state.last_id))
             self._breathe(self._pause_seconds)
         target.execute("COMMIT")
-        self.due_at = time.monotonic() + _DISK_SECONDS
 
     def _copy_slowly(self, target: sqlite3.Connection) -> Instant:
         """Copy the rows slice by slice, so that no client waits.
@@ -209,6 +208,7 @@ class Keeper:
             if instant:
                 break
             self._breathe(self._pause_seconds if place.chunk < until else 0)
+        self._be_patient()
         snapshot.create_index(target)
         target.execute("COMMIT")
         return instant
@@ -218,6 +218,11 @@ class Keeper:
         self.due_at = time.monotonic()
         if self._stop.wait(seconds):
             raise Abandoned
+
+    def _be_patient(self) -> None:
+        """The same, ahead of what may take the disk long."""
+        self._breathe()
+        self.due_at += _DISK_SECONDS
 
     # Stop
 

@@ -370,16 +370,16 @@ class Server:
         self._expiry.stop()
         if self._keeper:
             self._keeper.stop()
-        for thread in self._threads():
-            if not self._side_port or thread is not self._side_port.thread:
-                _join(thread, deadline)
+        for thread in (*(worker.thread for worker in self._workers), self._expiry.thread):
+            _join(thread, deadline)
         for worker in self._workers:
             if worker.thread.ident is None:
                 worker.close()
         if self._side_port:
             self._side_port.stop()
             _join(self._side_port.thread, deadline)
-        survivors = [thread.name for thread in self._threads() if thread.is_alive()]
+        parts = [part for part in self._parts() if part is not self._keeper]
+        survivors = [part.thread.name for part in parts if part.thread.is_alive()]
         if self._keeper:
             survivors += self._save_last(self._keeper, deadline, alone=not survivors)
         if survivors:
@@ -396,15 +396,19 @@ class Server:
 
         Where others survive that may still use the store, it is not its last word.
         """
+        deadline = max(deadline, time.monotonic() + LAST_SNAPSHOT_SECONDS)
+        _join(keeper.thread, deadline)
         # Where the start has failed before it was restored, the file holds more than the store.
         self._lost = keeper.is_open
-        if keeper.is_open and not keeper.thread.is_alive():
+        if keeper.thread.is_alive():
+            return [keeper.thread.name]
+        if keeper.is_open:
             done: list[bool] = []
             thread = threading.Thread(
-                target=lambda: done.append(keeper.save_last(is_last=alone)), name="dsmq-snapshot", daemon=True
+                target=lambda: done.append(keeper.save_last(is_last=alone)), name=keeper.thread.name, daemon=True
             )
             thread.start()
-            _join(thread, max(deadline, time.monotonic() + LAST_SNAPSHOT_SECONDS))
+            _join(thread, deadline)
             self._lost = done != [True]
             if thread.is_alive():
                 return [thread.name]
