@@ -23,6 +23,8 @@ HOST = "127.0.0.1"
 # What a reader that has found nothing waits before it looks again, where it does not wait on the server.
 IDLE_SECONDS = 0.002
 TURNS_BEFORE_FORK = 20
+# How often a writer puts several at once.
+MANY_RATIO = 0.1
 
 T = TypeVar("T")
 
@@ -61,6 +63,8 @@ class Job:
     seed: int = 0
     pause: float = 0.01
     """Between two puts, in seconds."""
+    catches_up: bool = False
+    """Whether what could not be put in time is put then, so that the pause is that on average."""
     size: int = 20
     """Of a message, in bytes; it may be more by what makes it unique."""
     verbs: tuple[str, ...] = ("read", "get", "get_wait", "get_many", "read_wait")
@@ -119,12 +123,14 @@ class Writer:
     numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
 
     def run(self, stop: Stop) -> None:
-        chance = self.job.random
+        chance, due = self.job.random, time.monotonic()
         while not stop.is_set():
             topic = chance.choice(self.job.topics)
-            self.put(topic, chance.randint(2, 10) if chance.random() < 0.1 else 1)
-            if self.job.pause:
-                stop.wait(self.job.pause)
+            count = chance.randint(2, 10) if chance.random() < MANY_RATIO else 1
+            self.put(topic, count)
+            due = (due + count * self.job.pause) if self.job.catches_up else time.monotonic() + self.job.pause
+            if (left := due - time.monotonic()) > 0:
+                stop.wait(left)
 
     def put(self, topic: str, count: int = 1) -> None:
         bodies = [f"{self.job.name} {next(self.numbers)} ".ljust(self.job.size, "x") for _ in range(count)]

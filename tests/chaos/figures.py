@@ -24,7 +24,8 @@ HELD = 100_000
 PUTS_PER_SECOND = 500
 # Of a put or a get, with all of it against without.
 SPEED_RATIO = 0.95
-ROUNDS, CALLS = 15, 2_000
+ROUNDS, CALLS = 25, 1_000
+SNAPSHOT_SECONDS = 5
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Figure:
 def restarts(stage: Stage) -> None:
     """Graceful restarts under a load."""
     lives = stage.lives(snapshot=True, interval=5)
-    with stage.crowd(lives.port, redis=False, job=Job("", 0, pause=1 / PUTS_PER_SECOND)):
+    with stage.crowd(lives.port, redis=False, job=Job("", 0, pause=1 / PUTS_PER_SECOND, catches_up=True)):
         for _ in range(RESTARTS):
             time.sleep(1)
             stage.fault("restart")
@@ -99,16 +100,19 @@ def _start_seconds() -> float:
 def speed(seed: int) -> list[Figure]:
     """Puts and gets with keys and snapshots against those without, by turns."""
     with Stage("speed", seed, quick=False) as stage, ExitStack() as stack:
-        snapshot = {"snapshot_file": stage.folder / "snapshot", "snapshot_interval_seconds": 1}
+        snapshot = {"snapshot_file": stage.folder / "snapshot", "snapshot_interval_seconds": SNAPSHOT_SECONDS}
         ports = [stack.enter_context(closing(Daemon(**settings))).port for settings in (snapshot, {})]
         kept, plain = (stack.enter_context(connect(HOST, port)) for port in ports)
-        puts = _ratio(lambda: kept.put("speed", "message"), lambda: _put_without_key(plain))
-        # From a topic that always has one more: as many have been put as are got.
-        gets = _ratio(lambda: kept.get("speed"), lambda: plain.get("speed"))
-        empty = _ratio(lambda: kept.get("empty"), lambda: plain.get("empty"))
-    found = {"put": puts, "get with a backlog": gets, "get without one": empty}
+        found = {
+            "put, all of it": _ratio(lambda: kept.put("speed", "message"), lambda: _put_without_key(plain)),
+            "put, the key": _ratio(lambda: plain.put("speed", "message"), lambda: _put_without_key(plain)),
+            "put, snapshots": _ratio(lambda: kept.put("speed", "message"), lambda: plain.put("speed", "message")),
+            # As many have been put as are got, and more.
+            "get with a backlog, all of it": _ratio(lambda: kept.get("speed"), lambda: plain.get("speed")),
+            "get without one, all of it": _ratio(lambda: kept.get("empty"), lambda: plain.get("empty")),
+        }
     return [
-        Figure(f"speed of {name}, with all this against without", f">= {SPEED_RATIO}", f"{ratio:.3f}", ratio >= 0.95)
+        Figure(f"speed of {name}, against without", f">= {SPEED_RATIO}", f"{ratio:.3f}", ratio >= SPEED_RATIO)
         for name, ratio in found.items()
     ]
 
@@ -122,7 +126,13 @@ def _put_without_key(mq: DSMQClientSideConnection) -> None:
 
 def _ratio(call: Callable[[], object], other: Callable[[], object]) -> float:
     """Return how many times as fast a call is as another: the median of rounds, that come by turns."""
-    return statistics.median(_seconds(other) / _seconds(call) for _ in range(ROUNDS))
+    pairs = ((call, other), (other, call))
+    ratios = []
+    for number in range(ROUNDS):
+        # Which of them comes first must not matter.
+        took = {one: _seconds(one) for one in pairs[number % 2]}
+        ratios.append(took[other] / took[call])
+    return statistics.median(ratios)
 
 
 def _seconds(call: Callable[[], object]) -> float:
