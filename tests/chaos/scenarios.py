@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import re
 import resource
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -14,8 +16,8 @@ from dataclasses import replace
 from chaos import tasks
 from chaos.clients import Job
 from chaos.proxy import Fault, Proxy, Side
-from chaos.servers import Lives, faulty
-from chaos.stage import Stage, shared_reader
+from chaos.servers import HOST, Lives, faulty
+from chaos.stage import NotHere, Stage, shared_reader
 
 # A client that waits for a reply so long takes the connection for lost.
 BRIEF = Job("", 0, options={"timeout": 0.5})
@@ -143,8 +145,19 @@ def given_up(stage: Stage) -> None:
 
 
 def restarts(stage: Stage) -> None:
-    """The server is stopped and started, as by systemd, and keeps its messages in a snapshot."""
-    lives = stage.lives(snapshot=True)
+    """The server is stopped and started, and keeps its messages in a snapshot."""
+    _restart_often(stage, stage.lives(snapshot=True))
+
+
+def restarts_behind_socket(stage: Stage) -> None:
+    """The same, where the listening socket is not the server's own and outlives it, as with systemd."""
+    if importlib.util.find_spec("dsmq.systemd") is None:
+        raise NotHere("this dsmq takes no sockets from systemd")
+    with socket.create_server((HOST, 0)) as listener:
+        _restart_often(stage, stage.lives(snapshot=True, listener=listener))
+
+
+def _restart_often(stage: Stage, lives: Lives) -> None:
     with stage.crowd(lives.port, job=FAST):
         for _ in range(stage.size(4, 1)):
             stage.pause(1, 0.4)
@@ -380,7 +393,7 @@ SCENARIOS: dict[str, Callable[[Stage], None]] = {
     run.__name__: run
     for run in (
         *(calm, every_byte, resets, holes, delays, given_up),
-        *(restarts, kills, kills_with_snapshot, stopped_server, full_disk, clock),
+        *(restarts, restarts_behind_socket, kills, kills_with_snapshot, stopped_server, full_disk, clock),
         *(stopped_clients, forks, threads, interrupts, cancelled, mixed),
     )
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import shlex
 import signal
 import socket
 import sys
@@ -51,6 +52,12 @@ def hello(port: int) -> dict[str, Any]:
     values = iter(reply[0])  # type: ignore[arg-type]
     facts = {name.decode(): value for name, value in zip(values, values, strict=True)}  # type: ignore[union-attr]
     return {name: value.decode() if isinstance(value, bytes) else value for name, value in facts.items()}
+
+
+def _with_socket(listener: socket.socket) -> tuple[str, ...]:
+    """The command of a server that gets a listening socket, as systemd passes it."""
+    take = f"exec 3<&{listener.fileno()}; exec env LISTEN_PID=$$ LISTEN_FDS=1 LISTEN_FDNAMES=dsmq"
+    return "sh", "-c", f"{take} {shlex.quote(sys.executable)} -m dsmq serve"
 
 
 class Snapshots:
@@ -101,9 +108,10 @@ class Lives:
         snapshot: bool = False,
         interval: float = 0.0,
         words: tuple[str, ...] = (),
+        listener: socket.socket | None = None,
         **settings: object,
     ) -> None:
-        self.port = free_port()
+        self.port: int = listener.getsockname()[1] if listener else free_port()
         self.history = history
         self.has_snapshot = snapshot
         self.path = folder / "state" / "dsmq.snapshot"
@@ -111,7 +119,8 @@ class Lives:
         self.settings = dict(settings)
         if snapshot:
             self.settings |= {"snapshot_file": self.path, "snapshot_interval_seconds": interval}
-        self._words = words
+        self._words = _with_socket(listener) if listener else words
+        self._popen = {"pass_fds": (listener.fileno(),)} if listener else {}
         self.snapshots: Snapshots | None = None
         self.logs: list[str] = []
         self.start_seconds: list[float] = []
@@ -119,7 +128,7 @@ class Lives:
 
     def start(self) -> None:
         began = time.monotonic()
-        self.daemon = Daemon(*self._words, port=self.port, **self.settings)
+        self.daemon = Daemon(*self._words, popen=self._popen, port=self.port, **self.settings)
         self.start_seconds.append(time.monotonic() - began)
         if self.has_snapshot:
             self.snapshots = Snapshots(self.path)
