@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import random
-import shlex
 import signal
 import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from faults.rig import Daemon
 
 HOST = "127.0.0.1"
 SOON = 20.0
+PASSED = str(Path(__file__).with_name("passed.py"))
 FAULTY = str(Path(__file__).parent.parent / "faults" / "faulty.py")
 LOOK_SECONDS = 0.003
 
@@ -52,12 +53,6 @@ def hello(port: int) -> dict[str, Any]:
     values = iter(reply[0])  # type: ignore[arg-type]
     facts = {name.decode(): value for name, value in zip(values, values, strict=True)}  # type: ignore[union-attr]
     return {name: value.decode() if isinstance(value, bytes) else value for name, value in facts.items()}
-
-
-def _with_socket(listener: socket.socket) -> tuple[str, ...]:
-    """The command of a server that gets a listening socket, as systemd passes it."""
-    take = f"exec 3<&{listener.fileno()}; exec env LISTEN_PID=$$ LISTEN_FDS=1 LISTEN_FDNAMES=dsmq"
-    return "sh", "-c", f"{take} {shlex.quote(sys.executable)} -m dsmq serve"
 
 
 class Snapshots:
@@ -98,7 +93,10 @@ class Snapshots:
 
 
 class Lives:
-    """A server that is started again and again, on one port."""
+    """A server that is started again and again, on one port.
+
+    passed are the sockets that it gets as from systemd, for clients and for metrics.
+    """
 
     def __init__(
         self,
@@ -108,10 +106,10 @@ class Lives:
         snapshot: bool = False,
         interval: float = 0.0,
         words: tuple[str, ...] = (),
-        listener: socket.socket | None = None,
+        passed: Sequence[socket.socket] = (),
         **settings: object,
     ) -> None:
-        self.port: int = listener.getsockname()[1] if listener else free_port()
+        self.port: int = passed[0].getsockname()[1] if passed else free_port()
         self.history = history
         self.has_snapshot = snapshot
         self.path = folder / "state" / "dsmq.snapshot"
@@ -119,8 +117,9 @@ class Lives:
         self.settings = dict(settings)
         if snapshot:
             self.settings |= {"snapshot_file": self.path, "snapshot_interval_seconds": interval}
-        self._words = _with_socket(listener) if listener else words
-        self._popen = {"pass_fds": (listener.fileno(),)} if listener else {}
+        descriptors = [sock.fileno() for sock in passed]
+        self._words = (sys.executable, PASSED, *map(str, descriptors)) if passed else words
+        self._popen: dict[str, Any] = {"pass_fds": descriptors}
         self.snapshots: Snapshots | None = None
         self.logs: list[str] = []
         self.start_seconds: list[float] = []
