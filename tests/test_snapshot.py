@@ -250,6 +250,18 @@ def test_what_comes_behind_the_instant_takes_no_numbers_from_what_was_empty(
         assert other.last_id() == 2
 
 
+def test_all_topics_are_copied_though_nothing_of_them_is_written(
+    store: SQLiteStore, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "COPY_TOPICS", 1)
+    for name in NAMES:
+        put(store, name, b"x")
+    with keeping(store, file) as keeper:
+        assert keeper.save(keeper._copy_slowly, is_last=True)
+    with restored(file) as other:
+        assert seen(other) == seen(store)
+
+
 def test_while_writers_are_at_work_a_snapshot_holds_all_up_to_an_id_and_nothing_else(
     store: SQLiteStore, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -444,6 +456,7 @@ def grow(file: Path, report: int) -> None:
             os.write(report, b"%d\n" % count)
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_whenever_it_is_killed_there_is_one_whole_snapshot(file: Path) -> None:
     chance = random.Random(8)
     kept = 0
@@ -649,20 +662,19 @@ def test_what_is_not_allowed_is_told_at_the_start(tmp_path: Path, mode: str) -> 
 
 
 def test_two_servers_can_not_have_one_file(file: Path) -> None:
-    with serving(snapshot_file=str(file)):
+    with serving(snapshot_file=str(file)) as server:
         with pytest.raises(CannotStart, match="another server has"), serving(snapshot_file=str(file)):
             pass
-        child = os.fork()
-        if not child:
-            time.sleep(SOON)
-            os._exit(0)
+        assert server._keeper
+        assert server._keeper._lock is not None
+        # As a process that has been forked would have it.
+        child = subprocess.Popen(["sleep", str(SOON)], pass_fds=[server._keeper._lock])
     try:
-        # The child has inherited the lock's file.
         with serving(snapshot_file=str(file)):
             pass
     finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        child.kill()
+        child.wait()
 
 
 def test_a_start_that_fails_leaves_the_snapshot_as_it_is(file: Path) -> None:
