@@ -61,6 +61,10 @@ CLEAN: dict[str, list[Event]] = {
         *(SERVER, READER, put(1), Broken("r", "t", 2.5, 2.6, INTERRUPTED, 1)),
         *(raised(2, error=INTERRUPTED), got(2, 3.0, id=None), *read(4)),
     ],
+    "an interrupted read, and later all older ones passed over": [
+        *(SERVER, READER, put(1), Broken("r", "t", 1.5, 1.6, INTERRUPTED, 1), empty(2)),
+        *(put(3), got(3, 4.0, latest=True)),
+    ],
     "a reader that did not come to an end": [SERVER, replace(READER, finished=None), put(1)],
     "what expired is not read": [SERVER, replace(READER, finished=900.0), put(1), empty(800)],
     "threads that share a reader": [

@@ -265,7 +265,8 @@ class _Check:
                 continue
             untaken = [put for put, taken in due[:count] if taken > empty.ended and self._is_there(put, empty)]
             if untaken and excused is None:
-                never = [put for put, taken in due if taken == math.inf]
+                got = {one.body for one in self.gots[reader.name, topic]}
+                never = [put for put, _ in due if put.body not in got]
                 excused = self._excused(reader, topic, never)
             if wrong := [put for put in untaken if put.body not in (excused or ())]:
                 yield Violation("wrong empty", f"{len(wrong)} messages were there", (empty, wrong[0]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import linecache
 import os
 import random
 import signal
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol, TypeVar
 
 from chaos.history import INTERRUPTED, Broken, Died, Empty, Got, History, Put, Reader
@@ -23,6 +25,8 @@ HOST = "127.0.0.1"
 # What a reader that has found nothing waits before it looks again, where it does not wait on the server.
 IDLE_SECONDS = 0.002
 TURNS_BEFORE_FORK = 20
+# What an interrupted `get_latest` may pass over.
+ALL = 1_000_000
 # How often a writer puts several at once.
 MANY_RATIO = 0.1
 
@@ -68,6 +72,8 @@ class Job:
     size: int = 20
     """Of a message, in bytes; it may be more by what makes it unique."""
     verbs: tuple[str, ...] = ("read", "get", "get_wait", "get_many", "read_wait")
+    step: int = 1
+    """From a line at which a call is interrupted to the next."""
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -102,6 +108,37 @@ class Calls:
             self.interruptible = False
             result, raised = None, error
         return began, time.monotonic(), result, raised
+
+
+class TracedCalls(Calls):
+    """Calls that are interrupted before a certain one of the lines of dsmq that they run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = 0
+        """Which line; 0 for none."""
+        self.left = 0
+
+    def run(self, call: Callable[[], T]) -> tuple[float, float, T | None, BaseException | None]:
+        return super().run(lambda: self._traced(call)) if self.line else super().run(call)
+
+    def _traced(self, call: Callable[[], T]) -> T:
+        self.left = self.line
+        sys.settrace(self._trace)
+        try:
+            return call()
+        finally:
+            sys.settrace(None)
+
+    def _trace(self, frame: FrameType, event: str, argument: object) -> Any:
+        if event == "line" and frame.f_globals.get("__name__", "").startswith("dsmq."):
+            # At its end a `with` has a line again, before the lock is released; there Python itself never interrupts.
+            line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+            self.left -= not line.lstrip().startswith("with ")
+            if not self.left:
+                self.left = -1
+                raise KeyboardInterrupt
+        return self._trace
 
 
 def told(error: BaseException) -> dict[str, Any]:
@@ -195,7 +232,7 @@ class Reading:
         began, ended, found, error = self.calls.run(verbs[verb])
         if error is not None or found is None:
             # Between the client and its caller there is no way to take a message back.
-            at_most = 1 if verb in {"get", "get_wait", "get_latest"} else count
+            at_most = {"get": 1, "get_wait": 1, "get_latest": ALL}.get(verb, count)
             interrupted = isinstance(error, KeyboardInterrupt)
             about = INTERRUPTED if interrupted else f"{type(error).__name__}: {error}"
             self.history.add(Broken(self.name, topic, began, ended, about, at_most if interrupted else 0))
@@ -304,6 +341,33 @@ def fork_in_the_middle(orders: Orders, history: History, calls: Calls) -> Histor
         return reading.history
 
 
+def interrupted_at_every_line(orders: Orders, history: History, calls: Calls) -> History:
+    """Have each verb interrupted at one line after the other; each time, read what there is behind that."""
+    end, job = StopFile(orders.stop_reading), orders.job
+    with connect(HOST, job.port, **job.options) as mq, connect(HOST, job.port) as other:
+        traced = TracedCalls()
+        reading, writer = Reading(job, history, mq, traced), Writer(job, history, mq, traced)
+        feeding = Writer(replace(job, name=f"{job.name}-feed"), history, other)
+        print("ready", flush=True)
+        verbs: list[Callable[[str], object]] = [writer.put, lambda topic: writer.put(topic, 3)]
+        verbs += [lambda topic, verb=verb: reading.read(topic, verb, job.random) for verb in job.verbs]
+        for verb, topic in itertools.product(verbs, job.topics[:1]):
+            traced.left = 0
+            for line in itertools.count(1 + job.seed % job.step, job.step):
+                if traced.left > 0:
+                    # The call has fewer lines than that.
+                    break
+                feeding.put(topic, 3)
+                traced.line = line
+                verb(topic)
+                traced.line = 0
+                while reading.read(topic, "read", None):
+                    pass
+        _await_the_others(end)
+        reading.finish()
+    return history
+
+
 def _as_child(reading: Reading, writer: Writer) -> tuple[Reading, Writer, random.Random]:
     """What the parent has read the child will not read again: it is part of what the child has seen."""
     name = f"{reading.name}-child"
@@ -315,7 +379,13 @@ def _as_child(reading: Reading, writer: Writer) -> tuple[Reading, Writer, random
     return mine, Writer(job, history, writer.mq, writer.calls), job.random
 
 
-ROLES = {"write": write_and_read, "read": write_and_read, "both": write_and_read, "fork": fork_in_the_middle}
+ROLES = {
+    "write": write_and_read,
+    "read": write_and_read,
+    "both": write_and_read,
+    "fork": fork_in_the_middle,
+    "lines": interrupted_at_every_line,
+}
 
 
 def main() -> int:

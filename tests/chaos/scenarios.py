@@ -15,6 +15,7 @@ from dataclasses import replace
 
 from chaos import tasks
 from chaos.clients import Job
+from chaos.history import INTERRUPTED, Broken, Put
 from chaos.proxy import Fault, Proxy, Side
 from chaos.servers import HOST, Lives, faulty
 from chaos.stage import NotHere, Stage, shared_reader
@@ -326,6 +327,16 @@ def interrupts(stage: Stage) -> None:
             stage.random.choice(children).send_signal(signal.SIGINT)
 
 
+def interrupts_at_every_line(stage: Stage) -> None:
+    """The same, at one line of dsmq after the other."""
+    lives = stage.lives()
+    job = at(lives, replace(FAST, step=stage.size(1, 7), verbs=("read", "get", "get_wait", "get_many", "get_latest")))
+    with stage.processes(["lines"], job):
+        pass
+    stage.faults["interrupt"] += sum(event.error == INTERRUPTED for event in stage.history.of(Broken))
+    stage.faults["interrupt"] += sum(event.error == INTERRUPTED for event in stage.history.of(Put))
+
+
 def cancelled(stage: Stage) -> None:
     """Tasks of the asyncio client are cancelled at random points, while connections are reset."""
     lives = stage.lives()
@@ -394,6 +405,6 @@ SCENARIOS: dict[str, Callable[[Stage], None]] = {
     for run in (
         *(calm, every_byte, resets, holes, delays, given_up),
         *(restarts, restarts_behind_socket, kills, kills_with_snapshot, stopped_server, full_disk, clock),
-        *(stopped_clients, forks, threads, interrupts, cancelled, mixed),
+        *(stopped_clients, forks, threads, interrupts, interrupts_at_every_line, cancelled, mixed),
     )
 }
