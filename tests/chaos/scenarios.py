@@ -59,7 +59,7 @@ def _reset_in_turn(stage: Stage, proxy: Proxy, offsets: list[Fault]) -> list[Fau
     def plan(number: int) -> list[Fault]:
         if number % 2 and left:
             return [left.pop()]
-        return [Fault("reset", "request", stage.random.randint(300, 1500))]
+        return [Fault("reset", "request", stage.random.randint(1_000, 3_000))]
 
     proxy.plan = plan
     proxy.reset_all()
