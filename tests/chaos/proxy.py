@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import random
 import selectors
 import socket
@@ -128,7 +129,7 @@ class Proxy:
         self.port: int = self._listener.getsockname()[1]
         self._wakeup, self._waker = socket.socketpair()
         self._wakeup.setblocking(False)
-        self._thread = threading.Thread(target=self._run, name="proxy")
+        self._thread = threading.Thread(target=self._run, name="proxy", daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -255,15 +256,22 @@ class Proxy:
                 self._move(connection, ready)
 
     def _accept(self, listener: socket.socket) -> None:
-        client, _ = listener.accept()
+        try:
+            client, _ = listener.accept()
+        except OSError:
+            # Whoever was there has gone again.
+            return
         server = socket.socket()
         for sock in (client, server):
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection = _Connection(client, server)
         self._open.append(connection)
-        server.connect_ex((HOST, self.target))
+        refused = server.connect_ex((HOST, self.target)) not in {0, errno.EINPROGRESS}
         self.connections += 1
+        if refused:
+            self._end(connection, None)
+            return
         for fault in self.plan(self.connections):
             connection.arm(fault)
 
@@ -329,4 +337,5 @@ def _listener(port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((HOST, port))
     listener.listen(100)
+    listener.setblocking(False)
     return listener
