@@ -1,0 +1,165 @@
+"""The figures that were asked for: restarts, resets, the pause over a restart, and what all of it costs."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+
+from chaos.checker import summary
+from chaos.clients import HOST, Job
+from chaos.scenarios import FAST, reset_at_random
+from chaos.stage import Stage
+from dsmq.calls import Plain
+from dsmq.client import DSMQClientSideConnection, connect
+from dsmq.session import stored_id
+from faults.rig import Daemon, progress
+
+RESTARTS = 20
+RESETS = 1_000
+# A restart is measured with so many messages held.
+HELD = 100_000
+PUTS_PER_SECOND = 500
+# Of a put or a get, with all of it against without.
+SPEED_RATIO = 0.95
+ROUNDS, CALLS = 25, 1_000
+SNAPSHOT_SECONDS = 5
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A line of the table."""
+
+    what: str
+    wanted: str
+    measured: str
+    ok: bool
+
+
+def restarts(stage: Stage) -> None:
+    """Graceful restarts under a load."""
+    lives = stage.lives(snapshot=True, interval=5)
+    with stage.crowd(lives.port, redis=False, job=Job("", 0, pause=1 / PUTS_PER_SECOND, catches_up=True)):
+        for _ in range(RESTARTS):
+            time.sleep(1)
+            stage.fault("restart")
+            lives.restart()
+        time.sleep(1)
+
+
+def resets(stage: Stage) -> None:
+    """Connections are reset, one after the other, at random offsets."""
+    lives = stage.lives()
+    proxy = stage.proxy(lives.port)
+    with stage.crowd(proxy.port, job=FAST):
+        reset_at_random(stage, proxy, RESETS)
+
+
+def judged(name: str, play: Callable[[Stage], None], seed: int) -> Figure:
+    """Run what has to come to nothing at all."""
+    with Stage(f"figure_{name}", seed, quick=False) as stage:
+        play(stage)
+    outcome = stage.outcome(None)
+    measured = f"{outcome.returned:,} puts, {outcome.read:,} reads; violations: {summary(outcome.violations)}"
+    kept = f", kept in {outcome.kept}" if outcome.kept else ""
+    about = f"{outcome.faults:,} {name} under {outcome.rate:,.0f} puts/s"
+    return Figure(about, "0 lost, doubled, out of order; 0 errors", measured + kept, not outcome.violations)
+
+
+def pause(seed: int) -> Figure:
+    """How long a client waits at most while a server that holds much is restarted."""
+    with Stage("pause", seed, quick=False) as stage:
+        start = statistics.median(_start_seconds() for _ in range(5))
+        lives = stage.lives(snapshot=True)
+        with connect(HOST, lives.port) as mq:
+            for first in range(0, HELD, 10_000):
+                mq.put_many("held", (f"message {number}" for number in range(first, first + 10_000)))
+        with stage.crowd(lives.port, redis=False):
+            time.sleep(1)
+            lives.restart()
+            time.sleep(1)
+    outcome = stage.outcome(None)
+    wanted = 2 * start + 1
+    return Figure(
+        f"longest pause over a restart with {HELD:,} messages held",
+        f"<= 2 x {start:.2f} s + 1 s = {wanted:.2f} s",
+        f"{outcome.pause:.2f} s; {summary(outcome.violations)}",
+        outcome.pause <= wanted and not outcome.violations,
+    )
+
+
+def _start_seconds() -> float:
+    """From the start of a server without messages to its taking connections."""
+    began = time.monotonic()
+    with closing(Daemon()):
+        return time.monotonic() - began
+
+
+def speed(seed: int) -> list[Figure]:
+    """Puts and gets with keys and snapshots against those without, by turns."""
+    with Stage("speed", seed, quick=False) as stage, ExitStack() as stack:
+        snapshot = {"snapshot_file": stage.folder / "snapshot", "snapshot_interval_seconds": SNAPSHOT_SECONDS}
+        ports = [stack.enter_context(closing(Daemon(**settings))).port for settings in (snapshot, {})]
+        kept, plain = (stack.enter_context(connect(HOST, port)) for port in ports)
+        found = {
+            "put, all of it": _ratio(lambda: kept.put("speed", "message"), lambda: _put_without_key(plain)),
+            "put, the key": _ratio(lambda: plain.put("speed", "message"), lambda: _put_without_key(plain)),
+            "put, snapshots": _ratio(lambda: kept.put("speed", "message"), lambda: plain.put("speed", "message")),
+            # As many have been put as are got, and more.
+            "get with a backlog, all of it": _ratio(lambda: kept.get("speed"), lambda: plain.get("speed")),
+            "get without one, all of it": _ratio(lambda: kept.get("empty"), lambda: plain.get("empty")),
+        }
+    return [
+        Figure(f"speed of {name}, against without", f">= {SPEED_RATIO}", f"{ratio:.3f}", ratio >= SPEED_RATIO)
+        for name, ratio in found.items()
+    ]
+
+
+def _put_without_key(mq: DSMQClientSideConnection) -> None:
+    """Put as it was done when no put had a key."""
+    name, body = mq._session.put("speed", "message")
+    request = b"*3\r\n$3\r\nPUT\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (len(name), name, len(body), body)
+    stored_id(mq._exchange(Plain(request)))
+
+
+def _ratio(call: Callable[[], object], other: Callable[[], object]) -> float:
+    """Return how many times as fast a call is as another: the median of rounds, that come by turns."""
+    pairs = ((call, other), (other, call))
+    ratios = []
+    for number in range(ROUNDS):
+        # Which of them comes first must not matter.
+        took = {one: _seconds(one) for one in pairs[number % 2]}
+        ratios.append(took[other] / took[call])
+    return statistics.median(ratios)
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    began = time.monotonic()
+    for _ in range(CALLS):
+        call()
+    return time.monotonic() - began
+
+
+def measure(seed: int) -> list[Figure]:
+    """Return all figures."""
+    measurements: list[Callable[[int], list[Figure]]] = [
+        lambda seed: [judged("restarts", restarts, seed)],
+        lambda seed: [judged("resets", resets, seed)],
+        lambda seed: [pause(seed)],
+        speed,
+    ]
+    found = []
+    for measurement in measurements:
+        found += measurement(seed)
+        progress(found[-1].measured)
+    return found
+
+
+def table(figures: list[Figure]) -> list[str]:
+    """Return the lines of a Markdown table."""
+    lines = ["| figure | target | measured | ok |", "| --- | --- | --- | --- |"]
+    return lines + [
+        f"| {one.what} | {one.wanted} | {one.measured} | {'yes' if one.ok else '**no**'} |" for one in figures
+    ]

@@ -1,0 +1,112 @@
+"""The long run: all scenarios again and again, by seed, until the time is over; then a table."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import logging
+import sys
+import time
+from pathlib import Path
+
+from chaos import figures
+from chaos.checker import summary
+from chaos.mutants import MUTANTS
+from chaos.scenarios import SCENARIOS
+from chaos.stage import NotHere, Outcome, Stage
+from faults.rig import progress
+
+# Violations of one round that are shown; the history has them all.
+SHOWN = 3
+
+
+def play(name: str, seed: int, *, quick: bool = False, keep: Path | None = None, mutant: str = "") -> Outcome:
+    """Run one round of a scenario. Raises NotHere."""
+    with Stage(name, seed, quick, mutant=mutant) as stage:
+        SCENARIOS[name](stage)
+    return stage.outcome(keep)
+
+
+def hunt(seed: int, keep: Path | None) -> bool:
+    """Run servers with defects; return whether each was found."""
+    found = True
+    for mutant, name in MUTANTS.items():
+        outcome = play(name, seed, keep=keep, mutant=mutant.__name__)
+        found = found and bool(outcome.violations)
+        print(f"{mutant.__name__}, by {name}: {summary(outcome.violations)}", flush=True)
+    return found
+
+
+def show(outcome: Outcome) -> str:
+    """Return what has gone wrong, and where it is kept."""
+    lines = [f"{outcome.scenario}, seed {outcome.seed}: {summary(outcome.violations)}; kept in {outcome.kept}"]
+    lines += map(str, outcome.violations[:SHOWN])
+    return "\n".join(lines)
+
+
+def table(outcomes: list[Outcome]) -> list[str]:
+    """Return the lines of a Markdown table, a line for each scenario."""
+    head = "scenario", "rounds", "faults", "puts returned", "raised: maybe / not stored", "read", "pause", "violations"
+    lines = [f"| {' | '.join(head)} |", "| --- |" + " ---: |" * (len(head) - 1)]
+    for name in dict.fromkeys(one.scenario for one in outcomes):
+        rounds = [one for one in outcomes if one.scenario == name]
+        cells = (
+            f"`{name}`",
+            f"{len(rounds)}",
+            f"{sum(one.faults for one in rounds):,}",
+            f"{sum(one.returned for one in rounds):,}",
+            f"{sum(one.maybe_stored for one in rounds):,} / {sum(one.not_stored for one in rounds):,}",
+            f"{sum(one.read for one in rounds):,}",
+            f"{max(one.pause for one in rounds):.2f} s",
+            f"{sum(len(one.violations) for one in rounds):,}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def run(names: list[str], seed: int, until: float, keep: Path | None) -> list[Outcome]:
+    """Play scenarios by turns, each at least once."""
+    outcomes: list[Outcome] = []
+    for at in itertools.count():
+        name = names[at % len(names)]
+        if at >= len(names) and time.monotonic() >= until:
+            return outcomes
+        outcomes += _play(name, seed + at // len(names), keep)
+    return outcomes
+
+
+def _play(name: str, seed: int, keep: Path | None) -> list[Outcome]:
+    progress(f"{name}, seed {seed}")
+    try:
+        outcome = play(name, seed, keep=keep)
+    except NotHere as reason:
+        progress(f"{name}: skipped: {reason}")
+        return []
+    if outcome.violations:
+        print(show(outcome), flush=True)
+    return [outcome]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=10.0, help="each scenario has its turn, however few")
+    parser.add_argument("--seed", type=int, default=1, help="of the first round; that of the next is one more")
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=[*SCENARIOS], help=f"of: {' '.join(SCENARIOS)}")
+    parser.add_argument("--figures", action="store_true", help="measure restarts, resets, the pause and speed, before")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="where histories with violations go")
+    parser.add_argument("--mutants", action="store_true", help="see that defects are found, and no more than that")
+    options = parser.parse_args()
+    # Clients log what befalls them, and here much does.
+    logging.getLogger("dsmq").addHandler(logging.NullHandler())
+    if options.mutants:
+        return int(not hunt(options.seed, options.keep))
+    measured = figures.measure(options.seed) if options.figures else []
+    until = time.monotonic() + 60 * options.minutes
+    outcomes = run(options.only or [*SCENARIOS], options.seed, until, options.keep)
+    progress("")
+    print("\n".join([*table(outcomes), *(["", *figures.table(measured)] if measured else [])]))
+    return int(any(outcome.violations for outcome in outcomes) or not all(one.ok for one in measured))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

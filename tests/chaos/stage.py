@@ -1,0 +1,281 @@
+"""Where a scenario takes place: servers, proxies, and a crowd of clients under which things break."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+from chaos import others
+from chaos.checker import Violation, check
+from chaos.clients import HOST, Client, Job, Orders, Reading, StopFile, Writer, as_words
+from chaos.history import INTERRUPTED, Broken, Died, Empty, Got, History, Put
+from chaos.proxy import Proxy
+from chaos.servers import Lives
+from dsmq.client import DSMQClientSideConnection, connect
+from faults.rig import wait_until
+
+# Behind all faults every client comes to its end within this.
+SOON = 60.0
+TESTS = Path(__file__).parent.parent
+MUTANTS = Path(__file__).with_name("mutants.py")
+
+
+class NotHere(Exception):
+    """A scenario can't be run on this machine, or with this dsmq; says why."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a scenario has come to."""
+
+    scenario: str
+    seed: int
+    faults: int
+    returned: int
+    maybe_stored: int
+    not_stored: int
+    read: int
+    pause: float
+    """The longest that a client was kept waiting, in seconds, beyond what it had asked for."""
+    seconds: float
+    """From the first put to the last."""
+    violations: tuple[Violation, ...]
+    kept: str = ""
+    """Where the history is, if it was kept."""
+
+    @property
+    def rate(self) -> float:
+        """Puts a second."""
+        return self.returned / max(self.seconds, 1e-9)
+
+
+@dataclass
+class Stage:
+    """One round of a scenario."""
+
+    name: str
+    seed: int
+    quick: bool
+    may_raise: Callable[[Put], bool] = lambda _: False
+    """Which puts may raise."""
+    reads_may_raise: bool = False
+    mutant: str = ""
+    """What is wrong with the server, on purpose."""
+    faults: Counter[str] = field(default_factory=Counter)
+    history: History = field(default_factory=History)
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(f"{self.seed} {self.name}")
+        self._stack = ExitStack()
+        self._proxies: list[Proxy] = []
+
+    def __enter__(self) -> Self:
+        self.folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="dsmq-chaos-")))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+        for proxy in self._proxies:
+            self.faults.update(proxy.faults)
+
+    def size(self, full: Any, quick: Any) -> Any:
+        return quick if self.quick else full
+
+    def lives(self, **settings: Any) -> Lives:
+        if self.mutant:
+            settings["words"] = (sys.executable, str(MUTANTS), self.mutant)
+        lives = Lives(self.history, self.folder, **settings)
+        self._stack.callback(lives.close)
+        return lives
+
+    def proxy(self, port: int) -> Proxy:
+        proxy = self._stack.enter_context(Proxy(port, self.seed))
+        self._proxies.append(proxy)
+        return proxy
+
+    def pause(self, full: float, quick: float) -> None:
+        """Let the clients do what they do, for so many seconds."""
+        time.sleep(self.size(full, quick))
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        if not wait_until(condition, SOON):
+            raise RuntimeError(f"what is waited for has not come in {SOON:g} s")
+
+    def fault(self, name: str) -> None:
+        self.faults[name] += 1
+
+    def outcome(self, keep: Path | None) -> Outcome:
+        """Judge what has happened."""
+        violations = (*check(self.history), *self._errors())
+        puts = list(self.history.of(Put))
+        raised = [put for put in puts if put.error]
+        return Outcome(
+            self.name,
+            self.seed,
+            self.faults.total(),
+            len(puts) - len(raised),
+            sum(put.may_be_stored for put in raised),
+            sum(not put.may_be_stored for put in raised),
+            sum(1 for _ in self.history.of(Got)),
+            self._longest_pause(),
+            max((put.ended for put in puts), default=0.0) - min((put.began for put in puts), default=0.0),
+            violations,
+            self._keep(keep) if violations else "",
+        )
+
+    def _errors(self) -> Iterator[Violation]:
+        for put in self.history.of(Put):
+            if put.error not in {"", INTERRUPTED} and not self.may_raise(put):
+                yield Violation("error", "a put raised", (put,))
+        for call in self.history.of(Broken):
+            if call.error != INTERRUPTED and not self.reads_may_raise:
+                yield Violation("error", "a read raised", (call,))
+
+    def _longest_pause(self) -> float:
+        pauses = [0.0]
+        for event in self.history.events:
+            if isinstance(event, Put):
+                pauses.append(event.ended - event.began)
+            elif isinstance(event, Got | Empty):
+                pauses.append(event.ended - event.began - event.timeout)
+        return max(pauses)
+
+    def _keep(self, folder: Path | None) -> str:
+        folder = folder or Path(tempfile.mkdtemp(prefix="dsmq-chaos-kept-"))
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{self.name}-{self.seed}.jsonl"
+        self.history.save(path)
+        return str(path)
+
+    # Clients
+
+    def client(self, job: Job) -> DSMQClientSideConnection:
+        return self._stack.enter_context(connect(HOST, job.port, **job.options))
+
+    @contextmanager
+    def crowd(
+        self,
+        write_to: int,
+        read_from: int = 0,
+        *,
+        writers: int = 4,
+        readers: int = 4,
+        redis: bool = True,
+        job: Job | None = None,
+    ) -> Iterator[None]:
+        """Writers and readers in threads; when what breaks is over, they write no more, and read what there is."""
+        shape = replace(job or Job("", 0), seed=self.seed)
+        write, read = replace(shape, port=write_to), replace(shape, port=read_from or write_to)
+        stop, end = threading.Event(), threading.Event()
+        jobs = [replace(read, name=f"reader-{number}") for number in range(readers)]
+        readings: list[Any] = [Reading(job, self.history, self.client(job)) for job in jobs]
+        jobs = [replace(write, name=f"writer-{number}") for number in range(writers)]
+        writings = [Writer(job, self.history, self.client(job)).run for job in jobs]
+        if redis:
+            writing, reading, peers = others.pair(read, shape.options.get("timeout", 10.0), self.history)
+            writings.append(writing)
+            readings.append(reading)
+            for peer in peers:
+                self._stack.callback(peer.close)
+        clients = [self.start(f"reader {one.job.name}", lambda one=one: _read(one, end)) for one in readings]
+        putting = [self.start("writer", lambda run=run: run(stop)) for run in writings]
+        try:
+            yield
+        finally:
+            stop.set()
+            self.join(putting)
+            end.set()
+            self.join(clients)
+
+    def start(self, name: str, run: Callable[[], None]) -> Client:
+        client = Client(name, self.history, run)
+        client.daemon = True
+        client.start()
+        return client
+
+    def join(self, clients: list[Client]) -> None:
+        until = time.monotonic() + SOON
+        for client in clients:
+            client.join(max(0.0, until - time.monotonic()))
+            if client.is_alive():
+                self.history.add(Died(client.name, f"it hangs; after {SOON:g} s it was given up"))
+
+    @contextmanager
+    def processes(self, roles: list[str], job: Job) -> Iterator[list[subprocess.Popen[str]]]:
+        """Clients in processes of their own; in the end what they have seen is in the history."""
+        stop, end = (StopFile(str(self.folder / name)) for name in ("stop", "end"))
+        children: list[subprocess.Popen[str]] = []
+        for number, role in enumerate(roles):
+            one = replace(job, name=f"{role}-{number}", seed=self.seed)
+            result = str(self.folder / f"{one.name}.result")
+            words = as_words(Orders(role, one, str(self.folder / "stop"), str(self.folder / "end"), result))
+            command = [sys.executable, "-m", "chaos.clients", words]
+            children.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=TESTS))
+        try:
+            for child in children:
+                assert child.stdout is not None
+                if child.stdout.readline() != "ready\n":
+                    raise RuntimeError("a client has not started")
+            yield children
+        finally:
+            stop.set()
+            for child, role in zip(children, roles, strict=True):
+                self._await_written(child, 2 if role == "fork" else 1)
+            end.set()
+            for child in children:
+                self._reap(child)
+            for path in self.folder.glob("*.result.*"):
+                self.history.load(path)
+
+    def _await_written(self, child: subprocess.Popen[str], count: int) -> None:
+        """Wait until a process has ended what it wrote; before that nobody can have read all there is."""
+        child.send_signal(signal.SIGCONT)
+        watchdog = threading.Timer(SOON, child.kill)
+        watchdog.start()
+        assert child.stdout is not None
+        if not all(child.stdout.readline() for _ in range(count)):
+            self.history.add(Died(f"process {child.pid}", f"it has not ended its puts within {SOON:g} s"))
+        watchdog.cancel()
+
+    def _reap(self, child: subprocess.Popen[str]) -> None:
+        child.send_signal(signal.SIGCONT)
+        try:
+            child.wait(SOON)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+            self.history.add(Died(f"process {child.pid}", f"it hangs; after {SOON:g} s it was killed"))
+        if child.stdout is not None:
+            child.stdout.close()
+
+
+@contextmanager
+def shared_reader(stage: Stage, port: int, count: int) -> Iterator[None]:
+    """One client that so many threads read with; what any of them got no other may get."""
+    job = Job("shared", port, seed=stage.seed)
+    mq = stage.client(job)
+    end = threading.Event()
+    readings = [Reading(job, stage.history, mq, thread=f"thread {number}") for number in range(count)]
+    clients = [stage.start("shared", lambda one=one: one.run(end)) for one in readings]
+    try:
+        yield
+    finally:
+        end.set()
+        stage.join(clients)
+        readings[0].finish()
+
+
+def _read(reading: Any, end: threading.Event) -> None:
+    reading.run(end)
+    reading.finish()
