@@ -205,10 +205,12 @@ def drop_in(box: Box, text: str, unit: str = "dsmq.service") -> Iterator[None]:
 
 
 def stop(box: Box) -> None:
+    """Stop it, and have it forget what it holds."""
     units = " ".join(UNITS)
     # The tests start it more often than systemd puts up with, unless it is told to forget.
     box.shell(
-        f"systemctl daemon-reload; systemctl stop {units}; systemctl reset-failed {units}; systemctl start dsmq.socket"
+        f"systemctl daemon-reload; systemctl stop {units}; systemctl reset-failed {units}; "
+        "systemctl clean --what=state dsmq.service; systemctl start dsmq.socket"
     )
 
 
@@ -646,7 +648,31 @@ def test_without_the_socket_units_it_has_a_network(box: Box) -> None:
 # Upgraded, removed
 
 
-def test_an_upgrade_refuses_no_client(box: Box) -> None:
+READ_FIRST = 'with connect(token=token) as mq:\n mq.seek("kept", 0)\n say(mq.get("kept"))'
+
+
+def test_what_is_held_outlives_a_restart(box: Box) -> None:
+    stop(box)
+    python(box, 'with connect(token=token) as mq:\n mq.put("kept", "over a restart")')
+    box.run("systemctl", "restart", "dsmq.service")
+    assert python(box, READ_FIRST) == "over a restart"
+    script = """
+states = []
+with connect(token=token, on_state_change=states.append) as mq:
+    mq.put("kept", "1")
+    say("ready")
+    sys.stdin.readline()
+    mq.put("kept", "2")
+    say(f"{mq.get('kept')}{mq.get('kept')} {states}")
+"""
+    with beside(box, script) as client:
+        box.run("systemctl", "restart", "dsmq.service")
+        assert answer(client) == "12 ['lost', 'resumed']"
+
+
+def test_an_upgrade_refuses_no_client_and_keeps_what_is_held(box: Box) -> None:
+    stop(box)
+    python(box, 'with connect(token=token) as mq:\n mq.put("kept", "over an upgrade")')
     box.shell("""sed -i 's/^__version__ = .*/__version__ = "99.0"/' /source/src/dsmq/__init__.py""")
     journal = Journal(box)
     sockets = listening_inodes(box)
@@ -654,6 +680,7 @@ def test_an_upgrade_refuses_no_client(box: Box) -> None:
     assert journal.priority("dsmq 99.0 serves on 127.0.0.1:30008 ") == 6
     assert listening_inodes(box) == sockets
     assert ping(box, box.run("cat", TOKEN)) == (0, "")
+    assert python(box, READ_FIRST) == "over an upgrade"
 
 
 def test_a_removal_leaves_nothing(box: Box) -> None:
