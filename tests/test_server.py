@@ -512,6 +512,19 @@ def test_run_notices_a_dead_thread(server: Server, monkeypatch: pytest.MonkeyPat
         server.run()
 
 
+def test_connections_are_without_delay_and_found_out_when_they_are_dead(server: Server, wire: Wire) -> None:
+    wire.call("PING")
+    [connection] = server._workers[0].connections
+    assert isinstance(connection._socket, socket.socket)
+    option = connection._socket.getsockopt
+    assert option(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    assert option(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    assert option(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
+    assert option(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == 15
+    assert option(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) == 4
+    assert option(socket.IPPROTO_TCP, 25) == 32_768, "TCP_NOTSENT_LOWAT"
+
+
 def test_shutdown_stops_run_in_any_thread(server: Server, wire: Wire) -> None:
     runner = threading.Thread(target=server.run)
     runner.start()

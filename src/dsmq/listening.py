@@ -194,7 +194,7 @@ class Listener:
 
     def __init__(self, sock: socket.socket, place: Callable[[socket.socket, str, str], None]) -> None:
         """`place` takes what is accepted: the socket, the client's host, and both host and port for people."""
-        sock.setblocking(False)
+        _prepare(sock)
         self.socket = sock
         self.loop: Accepting | None = None
         self.closed = False
@@ -240,13 +240,20 @@ class Listener:
 def _peer(sock: socket.socket, address: object) -> tuple[str, str]:
     if sock.family == socket.AF_UNIX or not isinstance(address, tuple):
         return "unix", "unix"
+    host, port = address[:2]
+    return host, shown(host, port)
+
+
+def _prepare(sock: socket.socket) -> None:
+    """Set what the connections that are accepted inherit; for each of them it would cost six system calls."""
+    sock.setblocking(False)
+    if sock.family == socket.AF_UNIX:
+        return
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if hasattr(socket, "TCP_NOTSENT_LOWAT"):
         # What a client does not read is to stay here, where it is counted, and not to fill the kernel.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MAX_NOT_SENT_BYTES)
     keep_alive(sock)
-    host, port = address[:2]
-    return host, shown(host, port)
 
 
 def keep_alive(sock: socket.socket) -> None:
