@@ -11,8 +11,7 @@ from contextlib import ExitStack
 import pytest
 
 from conftest import SOON, Wire, daemon, serving, wait_until, wire_to
-from dsmq import logs
-from dsmq import store as store_module
+from dsmq import logs, producers
 from dsmq.client import connect
 from dsmq.errors import Full
 from dsmq.protocol import encode_request
@@ -125,7 +124,7 @@ def test_limits_can_be_lowered_below_what_is_held() -> None:
 
 
 def test_what_is_remembered_of_puts_is_bounded_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "MAX_REMEMBERED_PUTS", 5)
+    monkeypatch.setattr(producers, "MAX_REMEMBERED_PUTS", 5)
     store = SQLiteStore(60_000)
     for producer in (b"a", b"b", b"c"):
         store.append([(b"t", b"x", (producer, seq)) for seq in range(2)])

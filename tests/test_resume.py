@@ -370,7 +370,7 @@ def test_an_old_number_of_a_producer_is_forgotten_and_not_stored_again(wire: Wir
 
 
 def test_again_of_a_producer_that_may_have_been_forgotten(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsmq.store.MAX_PRODUCERS", 2)
+    monkeypatch.setattr("dsmq.producers.MAX_PRODUCERS", 2)
     assert wire.call("PUT", "t", "x", "KEY", "a", 1) == 1
     assert wire.call("PUT", "t", "x", "AGAIN", "KEY", "new", 1) == 2
     assert wire.call("PUT", "t", "x", "KEY", "c", 1) == 3
@@ -383,7 +383,7 @@ def test_again_of_a_producer_that_may_have_been_forgotten(wire: Wire, monkeypatc
 def test_what_is_forgotten_is_an_error_and_no_guess(
     server: Server, mq: DSMQClientSideConnection, lose_reply: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dsmq.store.MAX_PRODUCERS", 1)
+    monkeypatch.setattr("dsmq.producers.MAX_PRODUCERS", 1)
     real = calls.Put.lost
 
     def lost(put: calls.Put, error: Exception) -> bool:

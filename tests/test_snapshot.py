@@ -106,8 +106,8 @@ NAMES = [b"a", b"b", b"c", "\N{SNOWMAN}".encode()]
 def recalled(store: SQLiteStore) -> dict[bytes, tuple[dict[int, int], int, int, int]]:
     """What is remembered of each producer's puts; the one heard last stands last."""
     return {
-        name: ({**one.older, **one.puts}, one.highest, one.forgotten, one.last_at)
-        for name, one in store._producers.items()
+        name: ({**one.older, **one.newer}, one.highest, one.forgotten, one.last_at)
+        for name, one in store._producers._known.items()
     }
 
 
@@ -120,7 +120,7 @@ def seen(store: SQLiteStore) -> object:
         store.topics(b"", 100),
         list(recalled(store).items()),
         store.totals().cost,
-        store._remembered,
+        len(store._producers),
         list(store._empty.items()),
     )
 

@@ -13,6 +13,7 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from dsmq import producers
 from dsmq import store as store_module
 from dsmq.errors import Forgotten, Full, StoreFailed
 from dsmq.store import MESSAGE_OVERHEAD_BYTES, TOPIC_OVERHEAD_BYTES, Message, Put, SQLiteStore, TopicStats, Totals
@@ -324,7 +325,7 @@ def test_ages_do_not_come_from_the_time_of_day(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_is_remembered_is_bounded_as_documented() -> None:
-    assert (store_module.MAX_PRODUCERS, store_module.MAX_PUTS_OF_PRODUCER) == (10_000, 1_000)
+    assert (producers.MAX_PRODUCERS, producers.MAX_PUTS_OF_PRODUCER) == (10_000, 1_000)
     assert store_module.MAX_EMPTY_TOPICS == 100_000
 
 
@@ -354,13 +355,13 @@ def test_a_key_is_remembered_after_its_message_expired(store: SQLiteStore, clock
 
 
 def test_the_last_puts_of_a_producer_are_remembered(store: SQLiteStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "MAX_PUTS_OF_PRODUCER", 3)
+    monkeypatch.setattr(producers, "MAX_PUTS_OF_PRODUCER", 3)
     puts = [a_put(b"t", b"x", (b"me", seq)) for seq in range(20)]
     for count in range(1, 20):
         assert store.append(puts[count - 1 : count]) == [count]
         last = puts[max(0, count - 3) : count]
         assert store.append(last) == list(range(max(1, count - 2), count + 1))
-        assert store._remembered == sum(map(len, store._producers.values())) <= 6
+        assert len(store._producers) == sum(map(len, store._producers._known.values())) <= 6
     # Whether this one was stored is not known any more; it was.
     with pytest.raises(Forgotten, match="number 1"):
         store.append(puts[1:2])
@@ -371,7 +372,7 @@ def test_the_last_puts_of_a_producer_are_remembered(store: SQLiteStore, monkeypa
 def test_the_producers_heard_last_are_remembered(
     store: SQLiteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "MAX_PRODUCERS", 2)
+    monkeypatch.setattr(producers, "MAX_PRODUCERS", 2)
 
     def put_as(producer: bytes, seq: int) -> int:
         # Which of two was heard last is known to the millisecond.
@@ -381,18 +382,18 @@ def test_the_producers_heard_last_are_remembered(
     assert [put_as(b"a", 0), put_as(b"b", 0), put_as(b"a", 1), put_as(b"c", 0)] == [1, 2, 3, 4]
     assert [put_as(b"a", 0), put_as(b"a", 1), put_as(b"c", 0)] == [1, 3, 4]
     assert put_as(b"b", 0) == 5
-    assert len(store._producers) == 2
+    assert len(store._producers.names()) == 2
 
 
 def test_producers_are_forgotten_with_time(store: SQLiteStore, clock: Clock) -> None:
     store.append([a_put(b"t", b"x", (b"a", 0))])
-    clock.now += store_module.REMEMBER_MS
+    clock.now += producers.REMEMBER_MS
     store.append([a_put(b"t", b"x", (b"b", 0))])
-    assert list(store._producers) == [b"a", b"b"]
+    assert store._producers.names() == [b"a", b"b"]
     clock.now += 1
     store.append([a_put(b"t", b"x", (b"b", 1))])
-    assert list(store._producers) == [b"b"]
-    assert store._remembered == 2
+    assert store._producers.names() == [b"b"]
+    assert len(store._producers) == 2
     # Nobody sends a put again after so long.
     store.check_producer(b"a")
 
@@ -400,12 +401,12 @@ def test_producers_are_forgotten_with_time(store: SQLiteStore, clock: Clock) -> 
 def test_whether_a_producer_was_forgotten_too_early_is_known(
     store: SQLiteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "MAX_PRODUCERS", 1)
+    monkeypatch.setattr(producers, "MAX_PRODUCERS", 1)
     store.append([a_put(b"t", b"x", (b"a", 0))])
     store.check_producer(b"b")
     store.append([a_put(b"t", b"x", (b"b", 0))])
     store.check_producer(b"b")
-    clock.now += store_module.REMEMBER_MS - 1
+    clock.now += producers.REMEMBER_MS - 1
     with pytest.raises(Forgotten, match="too many others"):
         store.check_producer(b"a")
     clock.now += 1
@@ -419,7 +420,7 @@ def test_a_producer_that_sends_a_put_again_is_heard_too(
         clock.now += 1
         return store.append([put])
 
-    monkeypatch.setattr(store_module, "MAX_PRODUCERS", 2)
+    monkeypatch.setattr(producers, "MAX_PRODUCERS", 2)
     sent = [a_put(b"t", b"x", (producer, 0)) for producer in (b"a", b"b", b"a", b"c", b"a", b"b")]
     assert [append(each) for each in sent] == [[1], [2], [1], [3], [1], [4]]
 
@@ -611,7 +612,7 @@ def test_a_put_done_before_makes_no_topic(store: SQLiteStore) -> None:
 def test_a_put_is_remembered_while_its_batch_makes_others_forgotten(
     store: SQLiteStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "MAX_PUTS_OF_PRODUCER", 1)
+    monkeypatch.setattr(producers, "MAX_PUTS_OF_PRODUCER", 1)
     store.append([a_put(b"t", b"1", (b"me", 1))])
     # The second put makes the first forgotten, but not before the third is known to be the first again.
     assert store.append([a_put(b"t", b"2", (b"me", 2)), a_put(b"new", b"1", (b"me", 1))]) == [2, 1]

@@ -18,7 +18,7 @@ import threading
 import time
 from array import array
 from bisect import bisect_left
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -27,18 +27,14 @@ from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
 from dsmq import image
 from dsmq.chunks import Stored, pack, portions, unpack
-from dsmq.errors import Forgotten, Full, ReplyError, StoreFailed
+from dsmq.errors import Full, ReplyError, StoreFailed
 from dsmq.image import INSERT_CHUNK, Image, Instant, Part, Place, Producer, State
+from dsmq.producers import Producers, Puts
 
 # Topics that hold nothing but whose numbering goes on; a forgotten one starts again at 1.
 MAX_EMPTY_TOPICS = 100_000
 # Of a topic, runs of messages that are remembered as not read by anybody; older ones pass for read.
 MAX_GAPS = 64
-# What is remembered to recognise a put that is sent again.
-MAX_PRODUCERS = 10_000
-MAX_PUTS_OF_PRODUCER = 1_000
-MAX_REMEMBERED_PUTS = 1_000_000
-REMEMBER_MS = 600_000
 # Chunks, and bytes of messages, deleted while the lock is held once: less than 0.1 ms of work.
 EXPIRY_SLICE = 100
 EXPIRY_SLICE_BYTES = 131_072
@@ -265,34 +261,6 @@ class _Topic:
         return unread
 
 
-class _Producer:
-    """What is remembered of who puts with keys: ids by sequence numbers."""
-
-    __slots__ = ("forgotten", "highest", "last_at", "older", "puts")
-
-    def __init__(self) -> None:
-        self.puts: dict[int, int] = {}
-        # Those before them. To forget many at once costs less than to forget one with each put.
-        self.older: dict[int, int] = {}
-        # The highest sequence numbers: of all, and of those that have been forgotten.
-        self.highest = self.forgotten = -1
-        self.last_at = 0
-
-    def __len__(self) -> int:
-        return len(self.puts) + len(self.older)
-
-    def find(self, seq: int) -> int | None:
-        """Return the id of a put that is remembered."""
-        return self.puts.get(seq) or self.older.get(seq)
-
-    def forget(self) -> int:
-        """Forget the older half; return how many that were."""
-        count = len(self.older)
-        self.forgotten = max(self.forgotten, max(self.older, default=-1))
-        self.older, self.puts = self.puts, {}
-        return count
-
-
 def monotonic_ms() -> int:
     """Return milliseconds that a step of the wall clock does not touch."""
     return time.monotonic_ns() // 1_000_000
@@ -325,11 +293,7 @@ class SQLiteStore:
         self._tail_messages = self._tail_bytes = 0
         self._failure: ReplyError | None = None
         self._retry_at = 0
-        # The one heard last stands last.
-        self._producers: OrderedDict[bytes, _Producer] = OrderedDict()
-        # When the last producer was forgotten that might still send a put again.
-        self._forgot_at: int | None = None
-        self._remembered = 0
+        self._producers = Producers()
         # What was stored includes what was restored.
         self._stored = self._restored = self._bytes = self._expired = self._expired_unread = 0
         # What the topics are counted as.
@@ -362,7 +326,9 @@ class SQLiteStore:
     def append(self, puts: Sequence[Put]) -> list[int]:
         with self._guard:
             # Whatever can fail is done before a message is taken.
-            self._check_keys(puts)
+            for put in puts:
+                if put[2] is not None:
+                    self._producers.check(put[2])
             names = {put[0] for put in puts}.difference(self._topics)
             held = self._stored - self._expired + len(puts)
             size = self._topic_bytes + self._bytes + held * MESSAGE_OVERHEAD_BYTES + sum(map(len, map(_BODY, puts)))
@@ -407,19 +373,9 @@ class SQLiteStore:
         if counts and size + _cost(held + counts.total(), self._bytes + sizes.total()) > limits.bytes:
             raise Full(f"as much is held as is taken, {limits.bytes} bytes")
 
-    def _check_keys(self, puts: Sequence[Put]) -> None:
-        producers = self._producers
-        for _, _, key in puts:
-            if key is not None and (producer := producers.get(key[0])) is not None and key[1] <= producer.forgotten:
-                seq = key[1]
-                if not producer.find(seq):
-                    raise Forgotten(f"number {seq} of this producer is too old to tell whether it has been stored")
-
     def check_producer(self, producer: bytes) -> None:
         with self._guard:
-            forgot_at = self._forgot_at
-            if forgot_at is not None and producer not in self._producers and self._clock() - forgot_at < REMEMBER_MS:
-                raise Forgotten("too many others have put since to tell whether this has been stored")
+            self._producers.check_unknown(producer, self._clock())
 
     def _make_room(self, puts: Sequence[Put]) -> None:
         if any(self._needed(puts)):
@@ -427,20 +383,12 @@ class SQLiteStore:
 
     def _add(self, puts: Sequence[Put], now: int) -> list[int]:
         ids = []
-        heard: dict[bytes, _Producer] = {}
-        topics, last_id, size = self._topics, self._last_id, 0
+        heard: dict[bytes, Puts] = {}
+        topics, producers, last_id, size = self._topics, self._producers, self._last_id, 0
         for name, body, key in puts:
-            if key is not None:
-                producer = self._producer(key[0])
-                if producer.last_at != now or len(producer.puts) >= MAX_PUTS_OF_PRODUCER:
-                    heard[key[0]] = producer
-                if key[1] <= producer.highest and (first_id := producer.find(key[1])):
-                    ids.append(first_id)
-                    continue
-                producer.puts[key[1]] = last_id + 1
-                self._remembered += 1
-                if key[1] > producer.highest:  # noqa: PLR1730 - max() takes longer
-                    producer.highest = key[1]
+            if key is not None and (first_id := producers.note(key, last_id + 1, now, heard)):
+                ids.append(first_id)
+                continue
             topic = topics[name]
             if not topic.tail:
                 self._unwritten.append(topic)
@@ -452,7 +400,7 @@ class SQLiteStore:
             size += len(body)
             ids.append(last_id)
         if heard:
-            self._forget_puts(heard, now)
+            producers.forget(heard, now)
         self._stored += last_id - self._last_id
         self._tail_messages += last_id - self._last_id
         self._tail_bytes += size
@@ -465,13 +413,9 @@ class SQLiteStore:
         keys = set()
         for put in puts:
             key = put[2]
-            if key is None or (key not in keys and not self._is_stored(key)):
+            if key is None or (key not in keys and self._producers.find(key) is None):
                 keys.add(key)
                 yield put
-
-    def _is_stored(self, key: tuple[bytes, int]) -> bool:
-        producer = self._producers.get(key[0])
-        return producer is not None and key[1] <= producer.highest and producer.find(key[1]) is not None
 
     def _begin(self, names: set[bytes]) -> None:
         """Have topics that hold nothing ready to hold something."""
@@ -486,34 +430,6 @@ class SQLiteStore:
             self._empty.pop(topic.name, None)
         self._topic_bytes += _topics_cost(names)
         self._last_row += len(topics)
-
-    def _producer(self, name: bytes) -> _Producer:
-        producer = self._producers.get(name)
-        if producer is None:
-            producer = self._producers[name] = _Producer()
-        return producer
-
-    def _forget_puts(self, heard: dict[bytes, _Producer], now: int) -> None:
-        """Forget the oldest puts where there are too many: behind a batch, so that all of it is judged alike.
-
-        Once a millisecond for each producer, and whenever one has enough to be halved.
-        """
-        producers = self._producers
-        for name, producer in heard.items():
-            producers.move_to_end(name)
-            producer.last_at = now
-            if len(producer.puts) >= MAX_PUTS_OF_PRODUCER:
-                self._remembered -= producer.forget()
-        while self._remembers_too_much(now - REMEMBER_MS):
-            _, producer = producers.popitem(last=False)
-            self._remembered -= len(producer)
-            if now - producer.last_at < REMEMBER_MS:
-                self._forgot_at = now
-
-    def _remembers_too_much(self, since: int) -> bool:
-        if len(self._producers) > MAX_PRODUCERS or self._remembered > MAX_REMEMBERED_PUTS:
-            return True
-        return next(iter(self._producers.values())).last_at < since
 
     def flush(self) -> None:
         if self._tail_messages >= TAIL_MESSAGES or self._tail_bytes >= TAIL_BYTES:
@@ -759,20 +675,16 @@ class SQLiteStore:
             self._last_id,
             self._last_row,
             sys.maxsize if first_chunk is None else first_chunk,
-            self._forgot_at,
+            self._producers.forgot_at,
         )
         tails = [(topic.row, topic.tail[:]) for topic in self._unwritten]
-        return Instant(state, tails, self._empty.copy(), list(self._producers))
+        return Instant(state, tails, self._empty.copy(), self._producers.names())
 
     def remembered(self, producers: Sequence[bytes], last_id: int) -> list[Producer]:
         """Return what is remembered of these producers, but for puts with ids above `last_id`."""
         with self._guard:
-            held = [(name, self._producers[name]) for name in producers if name in self._producers]
-            found = [(name, {**one.older, **one.puts}, one.forgotten, one.last_at) for name, one in held]
-        return [
-            Producer(name, {seq: at for seq, at in puts.items() if at <= last_id}, forgotten, last_at)
-            for name, puts, forgotten, last_at in found
-        ]
+            found = self._producers.copy(producers)
+        return [one._replace(puts={seq: at for seq, at in one.puts.items() if at <= last_id}) for one in found]
 
     def load(self, source: sqlite3.Connection, kept: Image, passed_ms: int) -> None:
         """Take over what another store held, so many milliseconds ago. Nobody has used this one yet.
@@ -801,15 +713,7 @@ class SQLiteStore:
         self._stored = self._restored
         self._topic_bytes = _topics_cost(self._topics)
         self._empty = kept.empty
-        self._recall(kept.producers)
-        self._forgot_at = kept.state.forgot_at
-
-    def _recall(self, producers: Sequence[Producer]) -> None:
-        for producer in producers:
-            self._producers[producer.name] = one = _Producer()
-            one.puts, one.forgotten, one.last_at = producer.puts, producer.forgotten, producer.last_at
-            one.highest = max(one.puts, default=one.forgotten)
-            self._remembered += len(producer.puts)
+        self._producers.restore(kept.producers, kept.state.forgot_at)
 
     def begin_run(self, last_id: int) -> None:
         """Go on as one that may have forgotten what was put last; ids go on from this one."""
