@@ -187,6 +187,9 @@ class Proxy:
         def change() -> None:
             if on and self._listener is not None:
                 self.faults["refuse"] += 1
+                # To close the socket would reset those who wait there already.
+                while self._accept(self._listener):
+                    pass
                 self._listener.close()
                 self._listener = None
             elif not on and self._listener is None:
@@ -255,12 +258,13 @@ class Proxy:
             if not (connection.is_hole or self._hole):
                 self._move(connection, ready)
 
-    def _accept(self, listener: socket.socket) -> None:
+    def _accept(self, listener: socket.socket) -> bool:
+        """Take the next connection, and make one to the server; return whether there was one."""
         try:
             client, _ = listener.accept()
         except OSError:
             # Whoever was there has gone again.
-            return
+            return False
         server = socket.socket()
         for sock in (client, server):
             sock.setblocking(False)
@@ -271,9 +275,10 @@ class Proxy:
         self.connections += 1
         if refused:
             self._end(connection, None)
-            return
+            return True
         for fault in self.plan(self.connections):
             connection.arm(fault)
+        return True
 
     def _move(self, connection: _Connection, ready: dict[socket.socket, int]) -> None:
         try:
