@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 from dsmq import calls
-from dsmq.calls import Plain, Producer, Put, PutMany, Read, Retries
-from dsmq.errors import Closing, ConnectionLost, Full, TimedOut, TooBig
+from dsmq.calls import Once, Plain, Producer, Put, PutMany, Read, Retries
+from dsmq.errors import AuthRequired, Closing, ConnectionLost, Full, TimedOut, TooBig
 from dsmq.protocol import RequestParser
 from test_session import a_session, accept, an_inbox, entries
 
@@ -63,7 +63,25 @@ def test_a_put_without_an_answer_is_not_sent_to_a_server_that_cannot_know_it() -
     assert told.value.may_be_stored
 
 
-@pytest.mark.parametrize("error", [CLOSING, TimedOut("idle for too long")])
+def test_a_put_is_not_sent_again_when_the_server_may_have_forgotten_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    put, many, now = Put(a_session(), "t", "x"), PutMany(a_session(), "t", "ab"), 1000.0
+    monkeypatch.setattr(calls.time, "monotonic", lambda: now)
+    put.request(Producer(b"run"))
+    in_batches(many)
+    put.lost(BROKEN)
+    many.lost(BROKEN)
+    now += 300
+    assert request(put.request(Producer(b"run")))[-1] == b"AGAIN"
+    assert in_batches(many) == [[b"a", b"b"]]
+    now += 1
+    with pytest.raises(ConnectionLost, match="no answer for 300 s") as told:
+        put.request(Producer(b"run"))
+    assert told.value.may_be_stored
+    with pytest.raises(ConnectionLost, match="no answer for 300 s"):
+        in_batches(many)
+
+
+@pytest.mark.parametrize("error", [CLOSING, TimedOut("idle for too long"), AuthRequired("by other rules")])
 def test_a_put_that_was_not_run_may_go_to_any_server(error: Exception) -> None:
     put = Put(a_session(), "t", "x")
     put.request(Producer(b"one"))
@@ -159,6 +177,38 @@ def test_many_puts_that_were_not_run_may_go_to_any_server() -> None:
     assert not puts.given_up(CLOSING).may_be_stored
 
 
+def test_only_what_may_be_stored_is_sent_again_with_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "PUTS_AT_ONCE", 2)
+    puts = PutMany(a_session(), "t", "abcd")
+    next(puts.batches(Producer(b"one")))
+    puts.lost(BROKEN)
+    batches = puts.batches(Producer(b"one"))
+    next(batches)
+    puts.answered(1)
+    next(batches)
+    puts.lost(CLOSING)
+    # Of "b", what was sent first had no answer; "c" and "d" were not run.
+    sent = [request for _, data in puts.batches(Producer(b"one")) for request in requests(data)]
+    assert [(request[2], request[-1] == b"AGAIN") for request in sent] == [(b"b", True), (b"c", False), (b"d", False)]
+    puts.answered(2)
+    puts.lost(CLOSING)
+    assert not puts.given_up(CLOSING).may_be_stored
+    assert in_batches(puts, Producer(b"two")) == [[b"c", b"d"]]
+
+
+def test_messages_that_take_long_are_not_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def messages() -> Iterator[str]:
+        nonlocal now
+        for message in "abcd":
+            now += 0.06
+            yield message
+
+    now = 0.0
+    monkeypatch.setattr(calls.time, "monotonic", lambda: now)
+    # All replies are read before each.
+    assert in_batches(PutMany(a_session(), "t", messages())) == [[], [b"a", b"b"], [], [b"c", b"d"]]
+
+
 def test_an_error_in_the_middle_ends_it() -> None:
     puts = PutMany(a_session(), "t", "ab")
     in_batches(puts)
@@ -190,6 +240,14 @@ def test_a_long_wait_is_asked_for_in_parts() -> None:
     read = Read(an_inbox(), math.inf)
     assert request(read.request(Producer(b"run")))[-1] == b"15000"
     assert request(Read(an_inbox(), latest=True).request(Producer(b"run"))) == [b"READ", b"t", b"0", b"LATEST"]
+
+
+def test_what_is_asked_once_is_asked_again_where_it_was_not_run() -> None:
+    shutdown = Once(b"*1\r\n$8\r\nSHUTDOWN\r\n")
+    assert shutdown.lost(CLOSING) is False
+    assert request(shutdown.request(Producer(b"a"))) == [b"SHUTDOWN"]
+    with pytest.raises(ConnectionLost, match="broken"):
+        shutdown.lost(BROKEN)
 
 
 def test_a_plain_request_is_the_same_each_time() -> None:

@@ -6,18 +6,23 @@ import asyncio
 import logging
 import math
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Self
 
 import pytest
+from pydantic import SecretStr
 
 from conftest import SOON, UNIT, Wire, serving, wait_until, wire_to
-from dsmq import aio, calls
+from dsmq import aio, calls, config
 from dsmq.client import DSMQClientSideConnection, connect
-from dsmq.errors import Busy, ClientClosed, Closing, ConnectionLost, Forgotten, ReplyError
-from dsmq.link import Link
+from dsmq.errors import Busy, ClientClosed, Closing, ConnectionLost, Forgotten, ReplyError, WrongToken
+from dsmq.link import Link, target
+from dsmq.protocol import encode_bulk
 from dsmq.server import Server
 
 
@@ -142,7 +147,193 @@ def test_what_is_lost_and_found_is_logged_once(
     assert found == [("WARNING", f"{where} lost, trying again: a test has lost it"), ("INFO", f"{where} resumed")]
 
 
+def test_what_was_put_has_its_answer_though_the_next_message_takes_long(
+    server: Server, mq: DSMQClientSideConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection breaks meanwhile, and when the next message comes it is too late to send the first again."""
+
+    def messages() -> Iterator[str]:
+        yield "1"
+        wait_until(lambda: server.totals().stored == 1)
+        hang_up(server)
+        yield "2"
+
+    monkeypatch.setattr(calls, "_LONG_BATCH_SECONDS", 0.0)
+    monkeypatch.setattr(calls, "RESEND_SECONDS", UNIT)
+    assert mq.put_many("t", messages()) == [1, 2]
+    assert mq.get_many("t") == ["1", "2"]
+
+
+def hang_up(server: Server) -> None:
+    """Have the server close all connections."""
+    for worker in server._workers:
+        worker.post(lambda worker=worker: [one.close("a test wants it") for one in list(worker.connections)])
+    wait_until(lambda: server.connections() == 0)
+
+
+def test_a_reply_that_is_there_is_read_though_nothing_can_be_sent_any_more(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        listener.listen()
+        link = Link(target(f"unix:{tmp_path / 'socket'}", 0), SOON)
+        with listener.accept()[0] as server:
+            server.sendall(b":7\r\n")
+    link.send(b"PING\r\n", SOON)
+    assert link.receive() == 7
+    with pytest.raises(ConnectionResetError):
+        link.receive()
+    link.close()
+
+
+def test_a_call_that_gets_the_connection_of_another_thread_has_resumed(states: list[str]) -> None:
+    with serving(max_connections=1) as server, restarted(states, server.port) as mq:
+        thread = threading.Thread(target=lambda: mq.get_wait("t", timeout=UNIT * 3))
+        thread.start()
+        wait_until(lambda: server.waiting() == 1)
+        mq.ping()
+        assert states == ["lost", "resumed"]
+        thread.join(SOON)
+
+
+def test_threads_that_come_to_a_topic_first_at_once_read_each_message_once(mq: DSMQClientSideConnection) -> None:
+    class Slow(str):
+        """A topic that takes its time, unless another thread has come as far."""
+
+        __slots__ = ()
+
+        def encode(self, *_: object) -> bytes:
+            with suppress(threading.BrokenBarrierError):
+                both.wait(UNIT)
+            return str.encode(self)
+
+    both = threading.Barrier(2)
+    mq.put("t", "x")
+    got: list[object] = []
+    threads = [threading.Thread(target=lambda: got.append(mq.get(Slow("t"), None))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(SOON)
+    assert sorted(map(str, got)) == ["None", "x"]
+
+
+# Servers that admit by other rules
+
+
+def test_a_client_that_is_still_admitted_does_not_notice(states: list[str]) -> None:
+    settings = config.load(kind=config.EmbeddedSettings, port=0)
+    other = settings.model_copy(update={"protected_mode": False})
+    with Server(settings, load=lambda: other) as server, restarted(states, server.port) as mq:
+        mq.put("t", "1")
+        server.reload()
+        assert mq.put("t", "2") == 2
+        server.reload()
+        wait_until(lambda: server.counters().errors["NOAUTH"] == 1)
+        assert mq.get_many("t") == ["1", "2"]
+    assert states == ["lost", "resumed"]
+
+
+def test_a_client_that_is_not_admitted_any_more_is_told(states: list[str]) -> None:
+    settings = config.load(kind=config.EmbeddedSettings, port=0, auth_token="old" * 8)
+    other = settings.model_copy(update={"auth_token": SecretStr("new" * 8)})
+    with Server(settings, load=lambda: other) as server, restarted(states, server.port, token="old" * 8) as mq:
+        mq.put("t", "1")
+        server.reload()
+        wait_until(lambda: server.connections() == 0)
+        with pytest.raises(WrongToken):
+            mq.put("t", "2")
+    assert states == ["lost", "given up"]
+
+
+# Shutting down
+
+
+def test_a_server_is_shut_down_though_the_connection_had_ended(
+    server: Server, mq: DSMQClientSideConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dsmq.link._LONG_PAUSE_SECONDS", 0.0)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    hang_up(server)
+    mq.shutdown_server()
+    thread.join(SOON)
+    assert not thread.is_alive()
+
+
+def test_a_shutdown_that_may_have_been_run_is_not_asked_for_again(
+    server: Server, mq: DSMQClientSideConnection, lose_reply: Callable[..., None], states: list[str]
+) -> None:
+    lose_reply()
+    with pytest.raises(ConnectionLost, match="a test has lost it"):
+        mq.shutdown_server()
+    assert states == []
+
+
 # Servers that come and go
+
+
+class Impostor:
+    """A server that resets its first client's connection, and is another run for the next."""
+
+    def __init__(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self._reset, self._gone = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._listener.close()
+
+    def reset(self) -> None:
+        self._reset.set()
+        assert self._gone.wait(SOON)
+
+    def _run(self) -> None:
+        with self._greeted(b"one") as first:
+            self._reset.wait(SOON)
+            first.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._gone.set()
+        with suppress(OSError), self._greeted(b"two") as second:
+            second.recv(1000)
+            second.sendall(b":7\r\n")
+            second.recv(1000)
+
+    def _greeted(self, run: bytes) -> socket.socket:
+        client, _ = self._listener.accept()
+        client.recv(1000)
+        facts = {b"epoch": b"e", b"run": run, b"last_id": 0}
+        facts |= {b"max_message_bytes": 1000, b"max_topic_bytes": 100, b"max_age_ms": 600_000}
+        words = [word for fact in facts.items() for word in fact]
+        words = [b":%d\r\n" % word if isinstance(word, int) else encode_bulk(word) for word in words]
+        client.sendall(b"*%d\r\n" % len(words) + b"".join(words))
+        return client
+
+
+def test_a_put_that_was_not_sent_goes_to_any_server(states: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsmq.link._LONG_PAUSE_SECONDS", 0.0)
+    with Impostor() as server, restarted(states, server.port) as mq:
+        server.reset()
+        assert mq.put("t", "x") == 7
+    assert states == ["lost", "restarted"]
+
+
+def test_the_same_with_asyncio(states: list[str]) -> None:
+    async def scenario() -> None:
+        async with await aio.connect(port=server.port, on_state_change=states.append) as mq:
+            server.reset()
+            while not mq._idle[0]._reader.exception():
+                await asyncio.sleep(UNIT / 20)
+            assert await mq.put("t", "x") == 7
+
+    with Impostor() as server:
+        asyncio.run(scenario())
+    assert states == ["lost", "restarted"]
 
 
 def restarted(states: list[str], port: int, **options: Any) -> DSMQClientSideConnection:

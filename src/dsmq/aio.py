@@ -16,14 +16,13 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, Literal, Self, TypeGuard, TypeVar, Unpack, overload
 
 from dsmq import client as blocking
 from dsmq import session as wire
-from dsmq.calls import Call, Plain, Producer, Put, PutMany, Read, Request, Retries, Unsent
-from dsmq.errors import ClientClosed, ConnectionLost
+from dsmq.calls import Call, Once, Plain, Producer, Put, PutMany, Read, Request, Retries
+from dsmq.errors import ClientClosed, ReplyError
 from dsmq.link import Security, Target, target
 from dsmq.protocol import Reply, ReplyParser
 from dsmq.session import Entry, Inbox, Message, Session, State
@@ -189,9 +188,11 @@ class AsyncClient:
 
     async def shutdown_server(self) -> None:
         """Stop the server gracefully; return when it has closed the connection."""
-        async with self._borrowed() as link, asyncio.timeout(self._timeout):
-            await link.send(wire.SHUTDOWN)
-            wire.check(await link.receive())
+        await self._run(Once(wire.SHUTDOWN), self._shut_down)
+
+    async def _shut_down(self, link: _Link, call: Once) -> None:
+        wire.check(await self._ask(link, call))
+        async with asyncio.timeout(self._timeout):
             await link.await_end()
 
     async def close(self) -> None:
@@ -258,6 +259,8 @@ class AsyncClient:
                 result = await attempt(link, call)
             except BaseException as error:
                 if not self._is_lost(error, link):
+                    if retries and not link and isinstance(error, ReplyError):
+                        self._announce("given up", error)
                     raise
                 retries = retries or Retries(self._reconnect_timeout)
                 if link is not None and call.lost(error):
@@ -265,27 +268,24 @@ class AsyncClient:
                 await self._pause(call, retries, error)
             else:
                 await self._give_back(link)
+                if retries:
+                    self._announce("resumed")
                 return result
 
     async def _borrow(self) -> _Link:
-        return self._idle.pop() if self._idle else await self._link()
+        if not self._idle:
+            return await self._link()
+        link = self._idle.pop()
+        if (why := link.ended()) is not None:
+            self._links.discard(link)
+            link.close()
+            raise ConnectionResetError(why)
+        return link
 
     async def _give_back(self, link: _Link) -> None:
         self._idle.append(link)
         if self._closed:
             await self.close()
-
-    @asynccontextmanager
-    async def _borrowed(self) -> AsyncIterator[_Link]:
-        """A connection for a call that is made once."""
-        link = await self._borrow()
-        try:
-            yield link
-        except BaseException as error:
-            if self._is_lost(error, link):
-                raise ConnectionLost(_reason(error)) from error
-            raise
-        await self._give_back(link)
 
     def _is_lost(self, error: BaseException, link: _Link | None) -> TypeGuard[Exception]:
         """Give up a connection whose call has failed, or was cancelled; return whether it had broken."""
@@ -305,7 +305,7 @@ class AsyncClient:
         pause = retries.pause()
         if pause is None:
             self._announce("given up", error)
-            raise call.given_up(OSError(_reason(error))) from error
+            raise call.given_up(error) from error
         await asyncio.sleep(pause)
 
     def _announce(self, state: State, error: Exception | None = None) -> None:
@@ -313,7 +313,7 @@ class AsyncClient:
             return
         self._lost = state in ("lost", "given up")
         if state != "lost" or self._reconnect_timeout:
-            wire.log_state(state, self._target, error and OSError(_reason(error)))
+            wire.log_state(state, self._target, error)
         if self._on_state_change is not None:
             self._on_state_change(state)
 
@@ -356,11 +356,15 @@ class _Link:
         self._parser = ReplyParser()
 
     async def send(self, data: bytes) -> None:
-        """Send requests. Raises Unsent where the server has gone already."""
-        if self._reader.at_eof():
-            raise Unsent("the server has closed the connection")
+        """Send requests."""
         self._writer.write(data)
         await self._writer.drain()
+
+    def ended(self) -> str | None:
+        """Return why the connection has ended, if it has while nobody used it."""
+        if error := self._reader.exception():
+            return str(error)
+        return "the server has closed the connection" if self._reader.at_eof() else None
 
     async def receive(self) -> Reply:
         """Return the next reply. Raises OSError when the connection breaks."""
@@ -379,11 +383,6 @@ class _Link:
     def close(self) -> None:
         """Close it at once: what a cancelled call has not sent yet is not sent any more. Idempotent."""
         self._writer.transport.abort()
-
-
-def _reason(error: Exception) -> str:
-    # asyncio's time-outs say nothing.
-    return "no reply in time" if isinstance(error, TimeoutError) else str(error)
 
 
 async def _streams(target: Target) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

@@ -12,19 +12,15 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Protocol
 
-from dsmq.errors import Closing, ConnectionLost, TimedOut
+from dsmq.errors import AuthRequired, Closing, ConnectionLost, TimedOut
 from dsmq.protocol import Reply
-from dsmq.session import Inbox, Session, stored_id
+from dsmq.session import Inbox, Session, reason, stored_id
 
-
-class Unsent(ConnectionResetError):
-    """A connection was found to have ended before anything was sent on it."""
-
-
-NOT_RUN = (Closing, TimedOut, Unsent)
-"""What says that no request was run that has no answer. Behind the first two the server hangs up."""
+NOT_RUN = (Closing, TimedOut, AuthRequired)
+"""What the server says when it hangs up, and no request was run that has no answer."""
 
 # Between two attempts to connect: nothing, then this, and twice as long each time, with a jitter, so that many clients
 # do not come back all at once.
@@ -36,6 +32,10 @@ MAX_WAIT_SECONDS = 15.0
 # twice, no more than a server remembers of one producer.
 PUTS_AT_ONCE = 500
 BYTES_AT_ONCE = 262_144
+# Those that take longer to make do not wait for each other.
+_LONG_BATCH_SECONDS = 0.1
+# For how long a put is sent again: well within the 600 seconds for which the server remembers it.
+RESEND_SECONDS = 300.0
 
 
 class Retries:
@@ -88,7 +88,10 @@ class Call(Protocol):
     """What is asked of the server, and can be asked again."""
 
     def lost(self, error: Exception) -> bool:
-        """Note that a connection broke, and why; return whether something was achieved on it."""
+        """Note that a connection broke, and why; return whether something was achieved on it.
+
+        Raises ConnectionLost where it must not be asked again.
+        """
 
     def given_up(self, error: Exception) -> ConnectionLost:
         """Return what to raise where there are to be no more attempts."""
@@ -120,7 +123,16 @@ class Plain:
         return False
 
     def given_up(self, error: Exception) -> ConnectionLost:
-        return ConnectionLost(str(error))
+        return ConnectionLost(reason(error))
+
+
+class Once(Plain):
+    """A request that is sent again only where it has surely not been run."""
+
+    def lost(self, error: Exception) -> bool:
+        if not isinstance(error, NOT_RUN):
+            raise self.given_up(error) from error
+        return False
 
 
 class Read(Plain):
@@ -145,7 +157,7 @@ class Read(Plain):
 class Put:
     """A put, which is sent again under its key, so that it is stored once."""
 
-    __slots__ = ("_keyed", "_parts", "_run", "_unsure", "seconds")
+    __slots__ = ("_keyed", "_parts", "_run", "_sent_at", "_unsure", "seconds")
 
     def __init__(self, session: Session, topic: str, message: str | bytes) -> None:
         """Raises TypeError, ValueError or TooBig where it can't be put."""
@@ -153,12 +165,14 @@ class Put:
         self._keyed = self._run = b""
         # Whether it has been sent, and no answer came that says that it is not stored.
         self._unsure = False
+        self._sent_at = 0.0
         self.seconds = 0.0
 
     def request(self, producer: Producer) -> bytes:
         if self._unsure:
-            return _again(self._keyed, self._run, producer)
+            return _again(self._keyed, self._sent_at, self._run, producer)
         self._keyed, self._run = producer.put(*self._parts), producer.run
+        self._sent_at = time.monotonic()
         return b"*6" + self._keyed
 
     def lost(self, error: Exception) -> bool:
@@ -166,7 +180,7 @@ class Put:
         return False
 
     def given_up(self, error: Exception) -> ConnectionLost:
-        return ConnectionLost(str(error), may_be_stored=self._unsure)
+        return ConnectionLost(reason(error), may_be_stored=self._unsure)
 
 
 class PutMany:
@@ -176,37 +190,43 @@ class PutMany:
         self._parts = (session.put(topic, message) for message in messages)
         self._error: Exception | None = None
         self._run = b""
-        self._unsure = False
-        # With their keys, in the order in which they were first sent.
-        self._unanswered: deque[bytes] = deque()
+        # With their keys, and when they were first sent, in that order.
+        self._unanswered: deque[tuple[bytes, float]] = deque()
+        # How many of them, the first ones, may be stored.
+        self._unsure = 0
         # How many had an answer when a connection broke last.
         self._answered = 0
         self.ids: list[int] = []
         """The ids of those that are stored."""
 
     def batches(self, producer: Producer) -> Iterator[tuple[int, bytes]]:
-        """Iterate over what to send at once on a connection: counts, and requests."""
-        if self._unsure:
-            old = [_again(keyed, self._run, producer) for keyed in self._unanswered]
-        else:
-            old = [b"*6" + keyed for keyed in self._unanswered]
+        """Iterate over what to send at once on a connection: counts, and requests.
+
+        Nothing to send, `0, b""`, means that the messages took long, and that all replies are to be read first.
+        """
+        unsure = [_again(*put, self._run, producer) for put in islice(self._unanswered, self._unsure)]
+        old = unsure + [b"*6" + keyed for keyed, _ in islice(self._unanswered, self._unsure, None)]
         self._run = producer.run
         for first in range(0, len(old), PUTS_AT_ONCE):
             batch = old[first : first + PUTS_AT_ONCE]
             yield len(batch), b"".join(batch)
-        while batch := self._batch(producer):
+        began = time.monotonic()
+        while batch := self._batch(producer, began):
+            if time.monotonic() - began > _LONG_BATCH_SECONDS:
+                yield 0, b""
             yield len(batch), b"".join(batch)
+            began = time.monotonic()
 
-    def _batch(self, producer: Producer) -> list[bytes]:
+    def _batch(self, producer: Producer, began: float) -> list[bytes]:
         batch: list[bytes] = []
         size = 0
         try:
             for name, body in self._parts:
-                keyed = producer.put(name, body)
-                self._unanswered.append(keyed)
+                keyed, now = producer.put(name, body), time.monotonic()
+                self._unanswered.append((keyed, now))
                 batch.append(b"*6" + keyed)
                 size += len(keyed)
-                if len(batch) == PUTS_AT_ONCE or size >= BYTES_AT_ONCE:
+                if len(batch) == PUTS_AT_ONCE or size >= BYTES_AT_ONCE or now - began > _LONG_BATCH_SECONDS:
                     break
         except Exception as error:  # noqa: BLE001 - `check` raises it
             self._error = error
@@ -216,14 +236,17 @@ class PutMany:
         """Take the next reply. Raises the error that it is."""
         self.ids.append(stored_id(reply))
         self._unanswered.popleft()
+        if self._unsure:
+            self._unsure -= 1
 
     def lost(self, error: Exception) -> bool:
-        self._unsure = bool(self._unanswered) and (self._unsure or not isinstance(error, NOT_RUN))
+        if not isinstance(error, NOT_RUN):
+            self._unsure = len(self._unanswered)
         before, self._answered = self._answered, len(self.ids)
         return self._answered > before
 
     def given_up(self, error: Exception) -> ConnectionLost:
-        return ConnectionLost(str(error), may_be_stored=self._unsure)
+        return ConnectionLost(reason(error), may_be_stored=self._unsure > 0)
 
     def check(self) -> None:
         """Raise the error at which the messages ended, if it was one: those before it are stored."""
@@ -231,9 +254,13 @@ class PutMany:
             raise self._error
 
 
-def _again(keyed: bytes, run: bytes, producer: Producer) -> bytes:
-    """Return the request that sends a put again. Raises ConnectionLost to a server that can't know it."""
+def _again(keyed: bytes, sent_at: float, run: bytes, producer: Producer) -> bytes:
+    """Return the request that sends a put again. Raises ConnectionLost where the server may not know it any more."""
+    about = ""
     if producer.run != run:
         about = "the server was started anew, and does not know what it had stored last"
+    elif time.monotonic() - sent_at > RESEND_SECONDS:
+        about = f"no answer for {RESEND_SECONDS:g} s, and the server does not know for ever what it has stored"
+    if about:
         raise ConnectionLost(about, may_be_stored=True)
     return b"*7%b$5\r\nAGAIN\r\n" % keyed

@@ -18,13 +18,13 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from types import TracebackType
 from typing import Literal, Self, TypeGuard, TypeVar, Unpack, overload
 
 from dsmq import session as wire
-from dsmq.calls import Call, Plain, Producer, Put, PutMany, Read, Request, Retries
-from dsmq.errors import ClientClosed, ConnectionLost
+from dsmq.calls import Call, Once, Plain, Producer, Put, PutMany, Read, Request, Retries
+from dsmq.errors import ClientClosed, ReplyError
 from dsmq.link import Link, Security, target
 from dsmq.protocol import Reply
 from dsmq.session import Entry, Inbox, Message, Session, State
@@ -152,7 +152,10 @@ class DSMQClientSideConnection:
     def _put_all(self, link: Link, puts: PutMany) -> None:
         outstanding = 0
         for count, requests in puts.batches(link.producer):
-            link.send(requests, self._timeout)
+            if count:
+                link.send(requests, self._timeout)
+            else:
+                link.renew()
             # One batch is on its way while the replies to the one before are read.
             for _ in range(outstanding):
                 puts.answered(link.receive())
@@ -248,7 +251,7 @@ class DSMQClientSideConnection:
 
     def seek(self, topic: str, after: int) -> None:
         """Read a topic on behind the message with this id; 0 is before all that the server still holds."""
-        inbox = self._session.inbox(topic)
+        inbox = self._inbox(topic)
         with self._lock:
             inbox.seek(after, None, drop=True)
 
@@ -262,12 +265,19 @@ class DSMQClientSideConnection:
         """How many messages expired before this client came to them, over all topics it reads."""
         return self._session.missed
 
+    def _inbox(self, topic: str) -> Inbox:
+        inbox = self._session.inboxes.get(topic)
+        if inbox is None:
+            with self._lock:
+                inbox = self._session.inbox(topic)
+        return inbox
+
     def _one(self, topic: str, seconds: float, default: object, *, raw: bool) -> object:
         return first(self._some(topic, 1, seconds, wire.converter(raw=raw)), default, raw=raw)
 
     def _some(self, topic: str, n: int, seconds: float, convert: Callable[[Inbox, Entry], T]) -> list[T]:
         """Take up to `n` messages; where there is none, wait for the first."""
-        inbox = self._session.inbox(topic)
+        inbox = self._inbox(topic)
         until = time.monotonic() + seconds
         # All at once or, when no more come, what is here: a call that fails meanwhile must not have taken some.
         least, more = max(n, 1), n > 0
@@ -277,7 +287,7 @@ class DSMQClientSideConnection:
         return taken
 
     def _latest(self, topic: str, convert: Callable[[Inbox, Entry], T]) -> list[T]:
-        inbox = self._session.inbox(topic)
+        inbox = self._inbox(topic)
         self._fetch(inbox, latest=True)
         with self._lock:
             inbox.skip_to_latest()
@@ -318,10 +328,11 @@ class DSMQClientSideConnection:
 
         Raises NotPermitted where the server's configuration forbids it.
         """
-        with self._borrowed() as link:
-            link.send(wire.SHUTDOWN, self._timeout)
-            wire.check(link.receive())
-            link.await_end()
+        self._run(Once(wire.SHUTDOWN), self._shut_down)
+
+    def _shut_down(self, link: Link, call: Once) -> None:
+        wire.check(self._ask(link, call))
+        link.await_end()
 
     def close(self) -> None:
         """Close the client. A call that another thread is waiting in raises ClientClosed. Idempotent."""
@@ -364,6 +375,8 @@ class DSMQClientSideConnection:
                 result = attempt(link, call)
             except BaseException as error:
                 if not self._is_lost(error, link):
+                    if retries and not link and isinstance(error, ReplyError):
+                        self._announce("given up", error)
                     raise
                 retries = retries or Retries(self._reconnect_timeout)
                 if link is not None and call.lost(error):
@@ -371,6 +384,9 @@ class DSMQClientSideConnection:
                 self._pause(call, retries, error)
             else:
                 self._give_back(link)
+                if retries:
+                    # It may have had a connection that another thread has made.
+                    self._announce("resumed")
                 return result
 
     def _is_lost(self, error: BaseException, link: Link | None) -> TypeGuard[Exception]:
@@ -405,24 +421,16 @@ class DSMQClientSideConnection:
         if self._on_state_change is not None:
             self._on_state_change(state)
 
-    @contextmanager
-    def _borrowed(self) -> Iterator[Link]:
-        """A connection for a call that is made once."""
-        link = self._borrow()
-        try:
-            yield link
-        except BaseException as error:
-            if self._is_lost(error, link):
-                raise ConnectionLost(str(error)) from error
-            raise
-        self._give_back(link)
-
     def _borrow(self) -> Link:
         # Lists are safe to use from several threads.
         try:
-            return self._idle.pop()
+            link = self._idle.pop()
         except IndexError:
             return self._link()
+        if (why := link.ended()) is not None:
+            self._drop(link, others=False)
+            raise ConnectionResetError(why)
+        return link
 
     def _give_back(self, link: Link) -> None:
         self._idle.append(link)

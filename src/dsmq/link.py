@@ -7,13 +7,14 @@ import math
 import selectors
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from selectors import EVENT_READ, EVENT_WRITE
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from dsmq import session as wire
-from dsmq.calls import Producer, Unsent
-from dsmq.errors import ConfigError, ReplyError
+from dsmq.calls import Producer
+from dsmq.errors import ConfigError, DSMQError
 from dsmq.protocol import Reply, ReplyParser
 from dsmq.system import LONG_YIELD_PAUSE_SECONDS, LONG_YIELD_SECONDS, expect_long_messages, yield_processor
 
@@ -114,29 +115,30 @@ class Link:
         self._selector.register(self._socket, EVENT_READ)
 
     def send(self, data: bytes, timeout: float) -> None:
-        """Send requests; the replies may take `timeout` seconds. Raises Unsent where the server has gone already."""
-        if self._deadline - self._timeout < time.monotonic() - _LONG_PAUSE_SECONDS and self._has_ended():
-            raise Unsent("the server has closed the connection")
+        """Send requests; the replies may take `timeout` seconds."""
         self._timeout = timeout
         self.renew()
-        try:
+        with suppress(BrokenPipeError, ConnectionResetError):
+            # Where the server has hung up, the end is found behind the replies that are there, and it may say why.
             sent = self._send(data)
             while sent < len(data):
                 sent += self._send(memoryview(data)[sent:])
-        except (BrokenPipeError, ConnectionResetError):
-            # The server has hung up; it may have said why.
-            if isinstance(reply := self.receive(), ReplyError):
-                raise reply from None
-            raise
 
-    def _has_ended(self) -> bool:
+    def ended(self) -> str | None:
+        """Return why the connection has ended, if it has while nobody used it; not looked for after a short pause."""
+        if self._deadline - self._timeout > time.monotonic() - _LONG_PAUSE_SECONDS:
+            return None
         try:
             # Under TLS there is no looking without taking.
-            return isinstance(self._socket, socket.socket) and not self._socket.recv(1, socket.MSG_PEEK)
+            if isinstance(self._socket, socket.socket):
+                self._socket.recv(1, socket.MSG_PEEK)
+                # Nobody has asked for anything: it is the end, and what the server says about it.
+                return f"unexpected: {self.receive()!r}"
         except BlockingIOError:
-            return False
-        except ConnectionResetError:
-            return True
+            return None
+        except (OSError, DSMQError) as error:
+            return str(error)
+        return None
 
     def _send(self, data: bytes | memoryview) -> int:
         """Send what the socket takes, when it takes something."""

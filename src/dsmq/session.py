@@ -39,7 +39,7 @@ State: TypeAlias = Literal["lost", "resumed", "restarted", "replaced", "given up
 
 `lost`: it broke. Then one of the others follows: `resumed`, no message is lost; `restarted`, the server was started
 anew, and what was put last may be lost; `replaced`, it has none of the messages it had, and what it has now is read
-from the start; `given up`, the call that noticed raises ConnectionLost.
+from the start; `given up`, the call that noticed raises an error.
 """
 
 
@@ -201,7 +201,8 @@ class Session:
         self._watermark = 0
         # No number is known to stand at the watermark, but in a new epoch all numbers are new.
         self._first_number: int | None = None
-        self._inboxes: dict[str, Inbox] = {}
+        self.inboxes: dict[str, Inbox] = {}
+        """By topic. To add one needs the client's lock."""
 
     def greet(self, reply: Reply) -> State:
         """Take the reply to HELLO, of the first connection or a later one; return what it means for the client.
@@ -223,7 +224,7 @@ class Session:
         elif epoch != self.epoch:
             _logger.warning("the server has been started anew: the messages it held are lost")
             self._watermark, self._first_number = 0, 0
-            for inbox in self._inboxes.values():
+            for inbox in self.inboxes.values():
                 inbox.seek(0, 0)
             state = "replaced"
         elif run != self.run:
@@ -233,16 +234,16 @@ class Session:
         return state
 
     def inbox(self, topic: str) -> Inbox:
-        """Return the inbox of a topic. Raises TypeError, ValueError or TooBig where it is none."""
-        inbox = self._inboxes.get(topic)
+        """Return the inbox of a topic, old or new. Raises TypeError, ValueError or TooBig where it is none."""
+        inbox = self.inboxes.get(topic)
         if inbox is None:
-            inbox = self._inboxes[topic] = Inbox(topic, self._name(topic), self._watermark, self._first_number)
+            inbox = self.inboxes[topic] = Inbox(topic, self._name(topic), self._watermark, self._first_number)
         return inbox
 
     @property
     def missed(self) -> int:
         """How many messages expired before this client came to them."""
-        return sum(inbox.missed for inbox in list(self._inboxes.values()))
+        return sum(inbox.missed for inbox in list(self.inboxes.values()))
 
     def _name(self, topic: str) -> bytes:
         if not isinstance(topic, str):
@@ -327,7 +328,7 @@ def stored_id(reply: Reply) -> int:
 
 def unless_last(reply: Reply) -> Reply:
     """Return a reply, even an error; one behind which the server hangs up is raised."""
-    if isinstance(reply, (ProtocolError, Busy, Closing, TimedOut, InternalError)):
+    if isinstance(reply, (ProtocolError, AuthRequired, Busy, Closing, TimedOut, InternalError)):
         raise reply
     return reply
 
@@ -335,19 +336,24 @@ def unless_last(reply: Reply) -> Reply:
 def is_lost(error: BaseException, *, connecting: bool) -> bool:
     """Return whether an error means that a connection has broken, or is to be made anew."""
     if isinstance(error, DSMQError):
-        # A server that has too many clients now may have room soon.
-        return isinstance(error, Closing | TimedOut) or (connecting and isinstance(error, Busy))
+        # A server that has too many clients now may have room soon; one that admits by other rules now may admit this.
+        return isinstance(error, Closing | TimedOut | (Busy if connecting else AuthRequired))
     return isinstance(error, OSError)
+
+
+def reason(error: Exception) -> str:
+    """Return what an error says; asyncio's time-outs say nothing."""
+    return str(error) or "no reply in time"
 
 
 def log_state(state: State, target: object, error: Exception | None) -> None:
     """Log what has happened to a connection, where `greet` has not done so, nor the call that notices raises it."""
     if state == "lost":
-        _logger.warning("connection to %s lost, trying again: %s", target, error)
+        _logger.warning("connection to %s lost, trying again: %s", target, error and reason(error))
     elif state == "resumed":
         _logger.info("connection to %s resumed", target)
     elif state == "given up":
-        _logger.info("no connection to %s any more: %s", target, error)
+        _logger.info("no connection to %s any more: %s", target, error and reason(error))
 
 
 def check(reply: Reply) -> Reply:
