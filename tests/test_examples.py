@@ -178,7 +178,7 @@ def test_the_client_loads_the_standard_library_alone(module: str) -> None:
     others = {name for name in loaded if name.partition(".")[0] not in sys.stdlib_module_names}
     assert {name.partition(".")[0] for name in others} == {"dsmq"}
     assert not {"asyncio", "sqlite3"} & loaded
-    assert not {"dsmq.server", "dsmq.config", "dsmq.store"} & loaded
+    assert not {"dsmq.server", "dsmq.config", "dsmq.sqlite_store"} & loaded
 
 
 def test_the_package_alone_loads_neither_client_nor_server() -> None:

@@ -15,7 +15,8 @@ from dsmq import logs, producers
 from dsmq.client import connect
 from dsmq.errors import Full
 from dsmq.protocol import encode_request
-from dsmq.store import MESSAGE_OVERHEAD_BYTES, TOPIC_OVERHEAD_BYTES, Limits, SQLiteStore
+from dsmq.sqlite_store import SQLiteStore
+from dsmq.store import MESSAGE_OVERHEAD_BYTES, TOPIC_OVERHEAD_BYTES, Limits
 
 # What is held
 

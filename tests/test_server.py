@@ -22,7 +22,8 @@ from dsmq.client import connect
 from dsmq.errors import CannotStart, Closing, Full, ServerFailed, StoreFailed
 from dsmq.protocol import encode_request
 from dsmq.server import Server
-from dsmq.store import Message, Put, SQLiteStore
+from dsmq.sqlite_store import SQLiteStore
+from dsmq.store import Message, Put
 
 
 def as_map(reply: object) -> dict[bytes, object]:

@@ -25,12 +25,13 @@ from conftest import SOON, UNIT, Wire, daemon, run_dsmq, serving, wait_until, wi
 from dsmq import config, snapshot
 from dsmq import keeper as keeper_module
 from dsmq import server as server_module
-from dsmq import store as store_module
+from dsmq import sqlite_store as store_module
 from dsmq.errors import CannotStart, ConfigError, ServerFailed
 from dsmq.image import Instant, Part, Place
 from dsmq.keeper import RESTORE_GAP, Keeper
 from dsmq.server import Server
-from dsmq.store import Put, SQLiteStore
+from dsmq.sqlite_store import SQLiteStore
+from dsmq.store import Put
 from test_server import as_map
 from test_sideport import scrape
 

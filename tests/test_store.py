@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from dsmq import producers
-from dsmq import store as store_module
+from dsmq import sqlite_store as store_module
 from dsmq.errors import Forgotten, Full, StoreFailed
-from dsmq.store import MESSAGE_OVERHEAD_BYTES, TOPIC_OVERHEAD_BYTES, Message, Put, SQLiteStore, TopicStats, Totals
+from dsmq.sqlite_store import SQLiteStore
+from dsmq.store import MESSAGE_OVERHEAD_BYTES, TOPIC_OVERHEAD_BYTES, Message, Put, TopicStats, Totals
 
 MAX_AGE = 100
 

@@ -22,7 +22,7 @@ from dsmq import image, logs, snapshot
 from dsmq.errors import CannotStart, ReplyError
 from dsmq.image import Image, Instant, Place
 from dsmq.snapshot import Abandoned, Unusable
-from dsmq.store import SQLiteStore
+from dsmq.sqlite_store import SQLiteStore
 
 # By how much more than the snapshot's last id there may have been, each time that the server went on from it.
 RESTORE_GAP = 2**32

@@ -35,8 +35,9 @@ from dsmq.listening import Census, Listener
 from dsmq.loop import Peer, Stream
 from dsmq.metrics import Counters
 from dsmq.protocol import encode_error
+from dsmq.sqlite_store import SQLiteStore
 from dsmq.status import Status
-from dsmq.store import Limits, SQLiteStore, Store, Totals
+from dsmq.store import Limits, Store, Totals
 from dsmq.system import expect_long_messages
 from dsmq.systemd import Systemd
 from dsmq.worker import Worker

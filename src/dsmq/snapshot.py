@@ -22,7 +22,7 @@ from typing import BinaryIO, NamedTuple
 from urllib.parse import quote
 
 from dsmq import image
-from dsmq.store import INDEX, SCHEMA
+from dsmq.sqlite_store import INDEX, SCHEMA
 
 VERSION = 1
 # "dsmq", by which file(1) could tell it.

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from dsmq import cli
-from dsmq.store import Message, Put, SQLiteStore
+from dsmq.sqlite_store import SQLiteStore
+from dsmq.store import Message, Put
 
 # How often what is wrong at random goes wrong.
 RATIO = 0.02
