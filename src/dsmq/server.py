@@ -39,6 +39,7 @@ from dsmq.status import Status
 from dsmq.store import Limits, SQLiteStore, Store, Totals
 from dsmq.system import expect_long_messages
 from dsmq.systemd import Systemd
+from dsmq.threads import LEAST_STAGE_SECONDS, join
 from dsmq.worker import Worker
 
 # File descriptors left for other things than connections.
@@ -53,8 +54,6 @@ FIXED = (
 )
 # Settings by which all connections were admitted; those that are open end when one of these changes.
 ADMISSION = ("protected_mode", "tls_client_ca_file")
-# What each stage of stopping gets, even if the stages before have used up all the time.
-LEAST_STAGE_SECONDS = 0.2
 # What the last snapshot gets at least: what it holds is worth more than a stop in time.
 LAST_SNAPSHOT_SECONDS = 60.0
 
@@ -395,13 +394,13 @@ class Server:
         if self._keeper:
             self._keeper.stop()
         for thread in (*(worker.thread for worker in self._workers), self._expiry.thread):
-            _join(thread, deadline)
+            join(thread, deadline)
         for worker in self._workers:
             if worker.thread.ident is None:
                 worker.close()
         if self._side_port:
             self._side_port.stop()
-            _join(self._side_port.thread, deadline)
+            join(self._side_port.thread, deadline)
         parts = [part for part in self._parts() if part is not self._keeper]
         survivors = [part.thread.name for part in parts if part.thread.is_alive()]
         if self._keeper:
@@ -422,7 +421,7 @@ class Server:
         Where others survive that may still use the store, it is not its last word.
         """
         deadline = max(deadline, time.monotonic() + LAST_SNAPSHOT_SECONDS)
-        _join(keeper.thread, deadline)
+        join(keeper.thread, deadline)
         # Where the start has failed before it was restored, the file holds more than the store.
         self._lost = keeper.is_open
         if keeper.thread.is_alive():
@@ -433,7 +432,7 @@ class Server:
                 target=lambda: done.append(keeper.save_last(is_last=alone)), name=keeper.thread.name, daemon=True
             )
             thread.start()
-            _join(thread, deadline)
+            join(thread, deadline)
             self._lost = done != [True]
             if thread.is_alive():
                 return [thread.name]
@@ -531,13 +530,6 @@ def _affordable(connections: int) -> int:
     affordable = max(1, files - RESERVED_FILES)
     _logger.warning("only %d open files are allowed: %d connections at a time, not %d", files, affordable, connections)
     return affordable
-
-
-def _join(thread: threading.Thread, deadline: float) -> None:
-    # One that uses the time up, as a worker may whose clients don't read, must not look as if it survived, nor
-    # leave nothing for the next.
-    if thread.is_alive():
-        thread.join(max(0.0, deadline - time.monotonic()) + LEAST_STAGE_SECONDS)
 
 
 def main(arguments: Sequence[str]) -> None:
