@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import random
 import resource
 import signal
+import socket
 import sqlite3
 import stat
 import subprocess
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import SOON, UNIT, Wire, daemon, run_dsmq, serving, wait_until, wire_to, without_privileges
-from dsmq import config, snapshot
+from conftest import SOON, UNIT, Daemon, Wire, daemon, run_dsmq, serving, wait_until, wire_to, without_privileges
+from dsmq import config, snapshot, threads
 from dsmq import keeper as keeper_module
 from dsmq import server as server_module
 from dsmq import sqlite_store as store_module
-from dsmq.errors import CannotStart, ConfigError, ServerFailed
+from dsmq.cli import INTERRUPTED
+from dsmq.errors import CannotStart, ConfigError, ReplyError, ServerFailed
 from dsmq.image import Instant, Part, Place
 from dsmq.keeper import RESTORE_GAP, Keeper
+from dsmq.protocol import encode_request
 from dsmq.server import Server
 from dsmq.sqlite_store import SQLiteStore
 from dsmq.store import Put
@@ -451,6 +458,231 @@ def test_where_a_thread_survives_the_stop_the_snapshot_is_not_the_last_word(
         assert bodies(other, b"t") == [b"x"]
 
 
+# Interrupted
+
+# A server whose last snapshot waits in one of its steps, as for a disk, until there is a file.
+SLOW = """
+import os, sys, time
+from dsmq import __main__, snapshot
+step, released = sys.argv[1:3]
+real = getattr(snapshot, step)
+def slow(*arguments):
+    print("writing", file=sys.stderr, flush=True)
+    while not os.path.exists(released):
+        arguments[-1]() if step == "_seal" else None
+        time.sleep(0.01)
+    return real(*arguments)
+setattr(snapshot, step, slow)
+sys.argv = sys.argv[5:]
+sys.exit(__main__.main())
+"""
+
+
+def slow(step: str, released: Path) -> list[str]:
+    return [sys.executable, "-c", SLOW, step, str(released)]
+
+
+def ended(server: Daemon) -> str:
+    """The rest of its log, once it has been interrupted to its end."""
+    _, rest = server.process.communicate(timeout=SOON)
+    assert server.process.returncode == INTERRUPTED
+    assert "Traceback" not in rest
+    return str(rest)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_ctrl_c_twice_ends_what_is_slow_but_not_the_last_snapshot(file: Path) -> None:
+    options = ("--snapshot-file", str(file))
+    with (
+        daemon(*options, "--stop-timeout-seconds", "600") as first,
+        wire_to(first) as wire,  # type: ignore[arg-type]
+        wire_to(first) as slow,  # type: ignore[arg-type]
+    ):
+        run = as_map(wire.call("HELLO"))[b"run"]
+        wire.call("PUT", "t", b"x" * 4_000_000)
+        # More than the kernel holds for one that does not read.
+        slow.send(encode_request(b"READ", b"t", b"0") * 10)
+        wait_until(lambda: bool(slow.socket.recv(1, socket.MSG_PEEK)))
+        first.process.send_signal(signal.SIGINT)
+        assert wire.receive().code == "CLOSING"  # type: ignore[union-attr]
+        assert wire.ended()
+        first.process.send_signal(signal.SIGINT)
+        rest = ended(first)
+        assert "interrupted" in rest
+        assert "ERROR" not in rest
+    with daemon(*options) as second, wire_to(second) as wire:  # type: ignore[arg-type]
+        assert as_map(wire.call("HELLO"))[b"run"] == run
+        assert wire.call("READ", "t", 0)[3] == b"x" * 4_000_000
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("step", ["_seal", "_make_durable"])
+def test_ctrl_c_in_the_last_snapshot_does_not_end_it(file: Path, tmp_path: Path, step: str) -> None:
+    released = tmp_path / "released"
+    options = ("--snapshot-file", str(file))
+    with daemon(*options, prefix=slow(step, released)) as first, wire_to(first) as wire:  # type: ignore[arg-type]
+        run = as_map(wire.call("HELLO"))[b"run"]
+        wire.call("PUT", "t", "x")
+        first.process.send_signal(signal.SIGINT)
+        first.wait_for_line("^writing")
+        first.process.send_signal(signal.SIGINT)
+        first.wait_for_line("WARNING.*interrupted")
+        # As long as it would wait for what it does not wait for.
+        with pytest.raises(subprocess.TimeoutExpired):
+            first.process.wait(10 * UNIT)
+        released.touch()
+        assert "ERROR" not in ended(first)
+    with daemon(*options) as second, wire_to(second) as wire:  # type: ignore[arg-type]
+        assert as_map(wire.call("HELLO"))[b"run"] == run
+        assert wire.call("READ", "t", 0)[3] == b"x"
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("step", ["_seal", "create_extra_tables"])
+def test_ctrl_c_three_times_gives_the_last_snapshot_up_and_says_so(file: Path, tmp_path: Path, step: str) -> None:
+    options = ("--snapshot-file", str(file))
+    with daemon(*options) as first, wire_to(first) as wire:  # type: ignore[arg-type]
+        wire.call("PUT", "t", "kept")
+        assert first.stop() == 0
+    with (
+        daemon(*options, prefix=slow(step, tmp_path / "never")) as second,
+        wire_to(second) as wire,  # type: ignore[arg-type]
+    ):
+        run = as_map(wire.call("HELLO"))[b"run"]
+        wire.call("PUT", "t", "lost")
+        before = file.read_bytes()
+        second.process.send_signal(signal.SIGINT)
+        second.wait_for_line("^writing")
+        second.process.send_signal(signal.SIGINT)
+        second.wait_for_line("WARNING.*interrupted")
+        second.process.send_signal(signal.SIGINT)
+        [error] = [line for line in ended(second).splitlines() if "ERROR" in line]
+        assert "what was put since the one before is lost" in error
+        assert file.read_bytes() == before
+        # What can't be ended, as it hangs in a call of the system, leaves the rest of it for the next start to remove.
+        assert snapshot.temporary(file).exists() == (step != "_seal")
+    with daemon(*options) as third, wire_to(third) as wire:  # type: ignore[arg-type]
+        assert not snapshot.temporary(file).exists()
+        assert as_map(wire.call("HELLO"))[b"run"] != run
+        assert wire.call("READ", "t", 0)[3] == b"kept"
+        assert wire.call("READ", "t", 1) == []
+
+
+def test_ctrl_c_again_ahead_of_the_last_snapshot_says_what_is_lost(
+    file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serving(snapshot_file=str(file)) as server:
+        put(server._store, b"t", b"x")  # type: ignore[arg-type]
+        end = server._end_threads
+
+        def interrupt(deadline: float) -> list[str]:
+            end(deadline)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(server, "_end_threads", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            server.stop()
+        assert [record.message for record in caplog.records if record.levelname == "ERROR"] == [
+            "the last snapshot is given up: what was put since the one before is lost"
+        ]
+        # Another server may have the file at once.
+        with serving(snapshot_file=str(file)):
+            pass
+        server._store.close()
+
+
+def test_a_last_snapshot_can_be_given_up_while_it_is_copied(
+    store: SQLiteStore, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "_COPY_PAGES", 1)
+    looks: list[float] = []
+
+    def breathe(seconds: float = 0) -> None:
+        looks.append(seconds)
+        if len(looks) == 3:
+            raise snapshot.Abandoned
+
+    with keeping(store, file) as keeper:
+        put(store, b"t", *[b"x" * 10_000] * 10)
+        store._write_tails()
+        monkeypatch.setattr(keeper, "_breathe", breathe)
+        assert not keeper.save_last()
+        assert len(looks) == 3
+        assert not file.exists()
+        assert not snapshot.temporary(file).exists()
+        assert bodies(store, b"t") == [b"x" * 10_000] * 10
+
+
+def interrupted_at(point: int, call: Callable[[], object]) -> bool:
+    """Have Ctrl-C come at one of the points in what stops a server where Python looks for it; whether there is one."""
+    files = {server_module.__file__, keeper_module.__file__, threads.__file__}
+    left = point
+
+    def look(frame: FrameType, event: str, _: object) -> None:
+        nonlocal left
+        if event in ("call", "c_return") and frame.f_code.co_filename in files:
+            left -= 1
+            if left < 0:
+                sys.setprofile(None)
+                raise KeyboardInterrupt
+
+    sys.setprofile(look)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.setprofile(None)
+    return False
+
+
+def test_wherever_a_stop_is_interrupted_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # There is to be little that differs from time to time.
+    monkeypatch.setattr(threads, "_LOOK_SECONDS", UNIT / 10)
+    effective = config.load(kind=config.EmbeddedSettings, port=0, metrics_port=0, snapshot_file=str(tmp_path / "s"))
+    for point in itertools.count():
+        server = Server(effective)
+        server.start()
+        [number] = server._store.append([(b"t", b"%d" % point, None)])  # type: ignore[misc]
+        was_interrupted = interrupted_at(point, server.stop)
+        # As what it is in does.
+        assert server.stop(0) == []
+        assert not [thread for thread in server._threads() if thread.is_alive()]
+        with pytest.raises(ReplyError):
+            server._store.append([(b"t", b"more", None)])
+        with restored(tmp_path / "s", time.time()) as other:
+            assert (other.last_id(), other.run) == (number, server._store.run)
+            assert bodies(other, b"t")[-1] == b"%d" % point
+        (tmp_path / "s").unlink()
+        if not was_interrupted:
+            break
+    assert point > 20
+
+
+def test_a_stop_waits_for_the_one_that_goes_on(
+    file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "dsmq")
+    writing, released = threading.Event(), threading.Event()
+
+    def hang(_: Path) -> None:
+        writing.set()
+        released.wait(SOON)
+
+    with serving(snapshot_file=str(file)) as server, wire_to(server) as wire, ThreadPoolExecutor(2) as pool:
+        wire.call("PUT", "t", "x")
+        monkeypatch.setattr(snapshot, "_make_durable", hang)
+        first = pool.submit(server.stop)
+        assert writing.wait(SOON)
+        second = pool.submit(server.stop)
+        with pytest.raises(TimeoutError):
+            second.result(UNIT)
+        released.set()
+        assert (first.result(SOON), second.result(SOON)) == ([], [])
+    # Nor does it do anything again.
+    assert [record.message for record in caplog.records].count("stopped") == 1
+
+
 # Killed
 
 
@@ -786,7 +1018,8 @@ def test_a_stop_waits_for_a_disk_that_is_slow(file: Path, monkeypatch: pytest.Mo
         assert began.wait(SOON)
         wire.call("PUT", "t", "x")
         assert server.stop() == []
-        assert server._lost is False
+        assert server._keeper
+        assert server._keeper.is_kept
     with restored(file, time.time()) as other:
         assert (other.run, bodies(other, b"t")) == (server._store.run, [b"x"])
 
@@ -796,10 +1029,11 @@ def test_a_disk_that_hangs_is_waited_for_no_longer_than_a_minute(
 ) -> None:
     released = threading.Event()
     monkeypatch.setattr(snapshot, "_make_durable", lambda _: released.wait(SOON))
-    monkeypatch.setattr(server_module, "LAST_SNAPSHOT_SECONDS", UNIT)
+    monkeypatch.setattr(keeper_module, "LAST_SNAPSHOT_SECONDS", UNIT)
     with serving(snapshot_file=str(file), stop_timeout_seconds=UNIT) as server:
         assert server.stop() == ["dsmq-snapshot"]
-        assert server._lost
+        assert server._keeper
+        assert not server._keeper.is_kept
     released.set()
     wait_until(lambda: not [thread for thread in threading.enumerate() if thread.name == "dsmq-snapshot"])
 
@@ -827,7 +1061,7 @@ def test_a_defect_while_it_is_written_ends_nothing(
     store: SQLiteStore, file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with keeping(store, file) as keeper:
-        monkeypatch.setattr(store, "copy_all", lambda _: 1 / 0)
+        monkeypatch.setattr(store, "copy_all", lambda *_: 1 / 0)
         assert not keeper.save_last()
         assert keeper.tally.failed == 1
         assert "ZeroDivisionError" in caplog.text

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from dsmq import image, logs, snapshot
@@ -23,6 +24,7 @@ from dsmq.errors import CannotStart, ReplyError
 from dsmq.image import Image, Instant, Place
 from dsmq.snapshot import Abandoned, Unusable
 from dsmq.sqlite_store import SQLiteStore
+from dsmq.threads import join
 
 # By how much more than the snapshot's last id there may have been, each time that the server went on from it.
 RESTORE_GAP = 2**32
@@ -32,6 +34,8 @@ PAUSE_SECONDS = 0.002
 _PRODUCERS = 20
 # How long a disk may take to write what the system holds for it.
 _DISK_SECONDS = 300.0
+# What the last snapshot gets at least: what it holds is worth more than a stop in time.
+LAST_SNAPSHOT_SECONDS = 60.0
 
 _logger = logging.getLogger(__name__)
 
@@ -72,6 +76,9 @@ class Keeper:
         self._lock: int | None = None
         self.is_open = False
         """Whether the file is this server's, and holds nothing that the store does not."""
+        self.is_kept = False
+        """Whether the last snapshot is written."""
+        self._last: threading.Thread | None = None
 
     # Start
 
@@ -138,8 +145,9 @@ class Keeper:
         self.thread.start()
 
     def stop(self) -> None:
-        """End soon, in the middle of a snapshot too. Idempotent."""
-        self._stop.set()
+        """End soon, in the middle of a snapshot too, but for the last one. Idempotent."""
+        if self._last is None:
+            self._stop.set()
 
     def _run(self) -> None:
         while not self._stop.wait(self.interval):
@@ -229,14 +237,55 @@ class Keeper:
 
     # Stop
 
+    def finish(self, deadline: float, *, is_last: bool) -> list[str]:
+        """Write the last snapshot, and let others have the file; return the name of the thread where it hangs.
+
+        Where that is interrupted, it can be called again, and goes on.
+        """
+        deadline = max(deadline, time.monotonic() + LAST_SNAPSHOT_SECONDS)
+        join(self.thread, deadline)
+        # Where the start has failed before it was restored, the file holds more than the store.
+        if self.is_open and not self.thread.is_alive():
+            if self._last is None:
+                self._stop.clear()
+                save = partial(self.save_last, is_last=is_last)
+                self._last = threading.Thread(target=save, name=self.thread.name, daemon=True)
+            if self._last.ident is None:
+                self._last.start()
+            join(self._last, deadline)
+        return self._close_unless_busy()
+
     def save_last(self, *, is_last: bool = True) -> bool:
         """Write what the store holds, once nobody uses it any more; return whether that went well.
 
         With is_last it is the store's last word: the next start goes on from it as if there had been none.
         """
-        self._stop.clear()
         self._pause_seconds = 0
-        return self.save(self._store.copy_all, is_last=is_last)
+        self.is_kept = self.save(self._copy_at_once, is_last=is_last)
+        return self.is_kept
+
+    def _copy_at_once(self, target: sqlite3.Connection) -> Instant:
+        return self._store.copy_all(target, self._breathe)
+
+    def give_up(self) -> None:
+        """End the last snapshot, if it is not written yet, and say what is lost by that. Idempotent."""
+        if not self.is_open:
+            return
+        self._stop.set()
+        try:
+            if self._last:
+                join(self._last, 0)
+        finally:
+            if not self.is_kept:
+                about = logs.event("snapshot_given_up", file=str(self.path))
+                _logger.error("the last snapshot is given up: what was put since the one before is lost", extra=about)
+        self._close_unless_busy()
+
+    def _close_unless_busy(self) -> list[str]:
+        if self.thread.is_alive() or (self._last and self._last.is_alive()):
+            return [self.thread.name]
+        self.close()
+        return []
 
     def close(self) -> None:
         """Let others have the file. Idempotent."""
@@ -245,7 +294,7 @@ class Keeper:
             # Said aloud, because a process that was forked may hold the same lock.
             with suppress(OSError):
                 fcntl.flock(self._lock, fcntl.LOCK_UN)
-            os.close(self._lock)
+                os.close(self._lock)
             self._lock = None
 
 

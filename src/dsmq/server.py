@@ -30,7 +30,7 @@ from dsmq.commands import Services
 from dsmq.config import EmbeddedSettings, Settings
 from dsmq.errors import Busy, CannotStart, ConfigError, Denied, DSMQError, ReplyError, ServerFailed
 from dsmq.expiry import Expiry
-from dsmq.keeper import Keeper
+from dsmq.keeper import LAST_SNAPSHOT_SECONDS, Keeper
 from dsmq.listening import Census, Listener
 from dsmq.loop import Peer, Stream
 from dsmq.metrics import Counters
@@ -40,6 +40,7 @@ from dsmq.status import Status
 from dsmq.store import Limits, Store, Totals
 from dsmq.system import expect_long_messages
 from dsmq.systemd import Systemd
+from dsmq.threads import LEAST_STAGE_SECONDS, join
 from dsmq.worker import Worker
 
 # File descriptors left for other things than connections.
@@ -54,10 +55,6 @@ FIXED = (
 )
 # Settings by which all connections were admitted; those that are open end when one of these changes.
 ADMISSION = ("protected_mode", "tls_client_ca_file")
-# What each stage of stopping gets, even if the stages before have used up all the time.
-LEAST_STAGE_SECONDS = 0.2
-# What the last snapshot gets at least: what it holds is worth more than a stop in time.
-LAST_SNAPSHOT_SECONDS = 60.0
 
 # By its name, also where this module runs as a script.
 _logger = logging.getLogger("dsmq.server")
@@ -123,11 +120,11 @@ class Server:
         self._expiry = Expiry(self._store, settings.expiry_interval_seconds)
         self._side_port: Any = None
         self._keeper = self._new_keeper(settings)
-        self._lost = False
         self._numbers = itertools.count(1)
         self._max_connections = _affordable(settings.max_connections)
         self.status = Status(self._services, self._workers, self._expiry, self._keeper, self._max_connections)
         self._started = self._stopped = False
+        self._stopping = threading.Lock()
 
     def __enter__(self) -> Self:
         self.start()
@@ -318,7 +315,7 @@ class Server:
                 if reason := self._orders.get(timeout=min(WATCH_SECONDS, self._systemd.most_seconds)):
                     _logger.info("stopping: %s", reason, extra=logs.event("stopping", reason=reason))
                     self.stop()
-                    if self._lost:
+                    if self._keeper and not self._keeper.is_kept:
                         raise ServerFailed("the last snapshot could not be written")
                     return
                 with self._systemd.reloading():
@@ -381,32 +378,33 @@ class Server:
     def stop(self, seconds: float | None = None) -> list[str]:
         """Stop in stages, within stop_timeout_seconds unless told; return the names of threads that survived.
 
-        Idempotent.
+        Idempotent. Where Ctrl-C interrupts it, it waits for the last snapshot only; another one gives that up as well.
         """
-        if self._stopped:
-            return []
-        self._stopped = self.status.stopping = True
-        seconds = self.settings.stop_timeout_seconds if seconds is None else seconds
+        with self._stopping:
+            if self._stopped:
+                return []
+            try:
+                return self._stop_within(self.settings.stop_timeout_seconds if seconds is None else seconds)
+            except KeyboardInterrupt:
+                about = logs.event("stop_interrupted")
+                _logger.warning("interrupted: nothing but the last snapshot is waited for any more", extra=about)
+                self._stop_within(0)
+                raise
+            finally:
+                self._stopped = True
+                if self._keeper:
+                    self._keeper.give_up()
+
+    def _stop_within(self, seconds: float) -> list[str]:
+        """Go through the stages; those that are done already take no time."""
         deadline = time.monotonic() + seconds
+        self.status.stopping = True
         self._systemd.stopping(seconds + (LAST_SNAPSHOT_SECONDS if self._keeper else 0))
         self._stop_accepting(deadline)
-        for worker in self._workers:
-            worker.stop(max(0.0, deadline - time.monotonic()))
-        self._expiry.stop()
+        survivors = self._end_threads(deadline)
         if self._keeper:
-            self._keeper.stop()
-        for thread in (*(worker.thread for worker in self._workers), self._expiry.thread):
-            _join(thread, deadline)
-        for worker in self._workers:
-            if worker.thread.ident is None:
-                worker.close()
-        if self._side_port:
-            self._side_port.stop()
-            _join(self._side_port.thread, deadline)
-        parts = [part for part in self._parts() if part is not self._keeper]
-        survivors = [part.thread.name for part in parts if part.thread.is_alive()]
-        if self._keeper:
-            survivors += self._save_last(self._keeper, deadline, alone=not survivors)
+            # Where others survive that may still use the store, it is not its last word.
+            survivors += self._keeper.finish(deadline, is_last=not survivors)
         if survivors:
             about = logs.event("stop_incomplete", threads=survivors)
             _logger.error("still running after %s s: %s", seconds, ", ".join(survivors), extra=about)
@@ -417,36 +415,13 @@ class Server:
             _logger.info("stopped", extra=logs.event("stopped"))
         return []
 
-    def _save_last(self, keeper: Keeper, deadline: float, *, alone: bool) -> list[str]:
-        """Write the last snapshot; return the name of the thread that does where it hangs.
-
-        Where others survive that may still use the store, it is not its last word.
-        """
-        deadline = max(deadline, time.monotonic() + LAST_SNAPSHOT_SECONDS)
-        _join(keeper.thread, deadline)
-        # Where the start has failed before it was restored, the file holds more than the store.
-        self._lost = keeper.is_open
-        if keeper.thread.is_alive():
-            return [keeper.thread.name]
-        if keeper.is_open:
-            done: list[bool] = []
-            thread = threading.Thread(
-                target=lambda: done.append(keeper.save_last(is_last=alone)), name=keeper.thread.name, daemon=True
-            )
-            thread.start()
-            _join(thread, deadline)
-            self._lost = done != [True]
-            if thread.is_alive():
-                return [thread.name]
-        keeper.close()
-        return []
-
     def _stop_accepting(self, deadline: float) -> None:
         done = threading.Event()
 
         def unlisten() -> None:
             for listener in self._listeners:
-                self._workers[0].unlisten(listener)
+                if not listener.closed:
+                    self._workers[0].unlisten(listener)
             done.set()
 
         if self._workers and self._workers[0].thread.is_alive():
@@ -456,6 +431,23 @@ class Server:
             listener.closed = True
             # The file of a socket that was passed is not its own to remove.
             (socket.socket.close if self._systemd.queue else listening.close)(listener.socket)
+
+    def _end_threads(self, deadline: float) -> list[str]:
+        """End all threads but the keeper's, which is only told to; return the names of those that survive."""
+        for worker in self._workers:
+            worker.stop(max(0.0, deadline - time.monotonic()))
+        self._expiry.stop()
+        if self._keeper:
+            self._keeper.stop()
+        for thread in (*(worker.thread for worker in self._workers), self._expiry.thread):
+            join(thread, deadline)
+        for worker in self._workers:
+            if worker.thread.ident is None:
+                worker.close()
+        if self._side_port:
+            self._side_port.stop()
+            join(self._side_port.thread, deadline)
+        return [part.thread.name for part in self._parts() if part is not self._keeper and part.thread.is_alive()]
 
     # What can be asked of it
 
@@ -532,13 +524,6 @@ def _affordable(connections: int) -> int:
     affordable = max(1, files - RESERVED_FILES)
     _logger.warning("only %d open files are allowed: %d connections at a time, not %d", files, affordable, connections)
     return affordable
-
-
-def _join(thread: threading.Thread, deadline: float) -> None:
-    # One that uses the time up, as a worker may whose clients don't read, must not look as if it survived, nor
-    # leave nothing for the next.
-    if thread.is_alive():
-        thread.join(max(0.0, deadline - time.monotonic()) + LEAST_STAGE_SECONDS)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -42,6 +42,8 @@ TAIL_MESSAGES, MAX_TAIL_MESSAGES = 32, 512
 TAIL_BYTES, MAX_TAIL_BYTES = 32_768, 262_144
 # Rows, and bytes of messages, copied while the lock is held once, for a snapshot.
 COPY_TOPICS, COPY_CHUNKS, COPY_BYTES = 500, 64, 65_536
+# Pages of 4,096 bytes, copied at once where nobody else uses the database.
+_COPY_PAGES = 4096
 # After the tails could not be written, it is not tried again for so long, unless something expires.
 RETRY_MS = 100
 
@@ -530,11 +532,14 @@ class SQLiteStore:
                 return False
         return len(chunks) < slices * COPY_CHUNKS
 
-    def copy_all(self, target: sqlite3.Connection) -> Instant:
-        """Copy the database at once. Nobody else can use it meanwhile."""
+    def copy_all(self, target: sqlite3.Connection, alive: Callable[[], None] = lambda: None) -> Instant:
+        """Copy the database at once. Nobody else can use it meanwhile.
+
+        alive is called every now and then; what it raises ends it.
+        """
         # Not with the guard, which would take the target's errors for the store's.
         with self._guard.lock:
-            self._database.backup(target)
+            self._database.backup(target, pages=_COPY_PAGES, progress=lambda *_: alive())
             return self._instant()
 
     def _instant(self) -> Instant:
