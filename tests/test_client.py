@@ -332,6 +332,8 @@ def test_seek_reads_from_anywhere(client: MakeClient) -> None:
     mq.seek("t", 0)
     assert mq.get("t") == "1"
     mq.seek("t", 2)
+    with pytest.raises(ValueError, match="not -1"):
+        mq.seek("t", -1)
     assert mq.get_many("t") == ["3"]
 
 

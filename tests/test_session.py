@@ -609,3 +609,15 @@ def test_topics_come_in_threes() -> None:
 def test_what_holds_no_topics_is_a_protocol_error(reply: Reply) -> None:
     with pytest.raises(ProtocolError):
         wire.topics(reply)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ConnectionRefusedError(111, "no server"), "no server"),
+        (OSError("gone"), "gone"),
+        (TimeoutError(), "no reply in time"),
+    ],
+)
+def test_what_an_error_says(error: Exception, said: str) -> None:
+    assert wire.reason(error) == said

@@ -495,6 +495,7 @@ def test_a_store_that_fails_spoils_neither_metrics_nor_page(
 def test_the_page_may_run_its_own_script_and_nothing_else(server: Server) -> None:
     answer = Answer(server.metrics_port, "/")
     assert (answer.status, answer.type) == (200, "text/html; charset=utf-8")
+    assert re.fullmatch(r"dsmq/[0-9.]+", answer.headers["Server"])
     policy = answer.headers["Content-Security-Policy"]
     for tag in ("script", "style"):
         inside = re.findall(f"<{tag}>(.*?)</{tag}>", answer.text, re.DOTALL)

@@ -172,7 +172,10 @@ class AsyncClient:
 
     @property
     def missed(self) -> int:
-        """How many messages expired before this client came to them, over all topics it reads."""
+        """How many messages expired before this client came to them, over all topics it reads.
+
+        In each they are counted from the first one that it got.
+        """
         return self._session.missed
 
     async def ping(self) -> None:

@@ -126,7 +126,7 @@ class DSMQClientSideConnection:
         _clients.add(self)
 
     def __repr__(self) -> str:
-        return f"<dsmq client of {self.host} port {self.port}{', closed' if self._closed else ''}>"
+        return f"<dsmq client of {self._target}{', closed' if self._closed else ''}>"
 
     # Messages in
 
@@ -199,7 +199,8 @@ class DSMQClientSideConnection:
         """Like `get`, but wait for a message to come, for `timeout` seconds (math.inf is one of them).
 
         Without a timeout it waits about ten seconds: the sum of `_n_tries` pauses, the first of
-        `_initial_retry` seconds and each twice the one before.
+        `_initial_retry` seconds and each twice the one before. That there was none is only said by a server: where that
+        can't be reached at the end, this takes up to `reconnect_timeout` longer, and raises ConnectionLost.
         """
         return self._one(topic, patience() if timeout is None else timeout, default, raw=raw)
 
@@ -250,7 +251,10 @@ class DSMQClientSideConnection:
             yield taken[0]
 
     def seek(self, topic: str, after: int) -> None:
-        """Read a topic on behind the message with this id; 0 is before all that the server still holds."""
+        """Read a topic on behind the message with this id; 0 is before all that the server still holds.
+
+        Raises ValueError where it is negative.
+        """
         inbox = self._inbox(topic)
         with self._lock:
             inbox.seek(after, None, drop=True)
@@ -262,7 +266,10 @@ class DSMQClientSideConnection:
 
     @property
     def missed(self) -> int:
-        """How many messages expired before this client came to them, over all topics it reads."""
+        """How many messages expired before this client came to them, over all topics it reads.
+
+        In each they are counted from the first one that it got.
+        """
         return self._session.missed
 
     def _inbox(self, topic: str) -> Inbox:

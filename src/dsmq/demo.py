@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -27,7 +28,9 @@ def read(host: str, name: str, messages: int) -> None:
         mq.put("ready", name)
         received = 0
         while received < messages and (message := mq.get_wait("greetings")):
-            print(f"    {name} received {message}", flush=True)
+            # In one piece, whatever Python is told about buffers: the other reader writes to the same file.
+            sys.stdout.write(f"    {name} received {message}\n")
+            sys.stdout.flush()
             received += 1
         mq.put("done", f"{name} received {received} of {messages} messages")
 

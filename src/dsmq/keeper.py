@@ -95,7 +95,8 @@ class Keeper:
             if self.path.exists():
                 self._restore()
         except OSError as error:
-            raise CannotStart(f"snapshot_file: {error.filename or self.path}: {error.strerror}") from error
+            what = self.path.parent if isinstance(error, FileNotFoundError) else error.filename or self.path
+            raise CannotStart(f"snapshot_file: {what}: {error.strerror}") from error
         self.is_open = True
 
     def _restore(self) -> None:

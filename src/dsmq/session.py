@@ -178,7 +178,9 @@ class Inbox:
             ahead.popleft()
 
     def seek(self, position: int, last_number: int | None, *, drop: bool = False) -> None:
-        """Read on behind this id; what was read ahead stays, or is dropped."""
+        """Read on behind this id; what was read ahead stays, or is dropped. Raises ValueError where it is none."""
+        if position < 0:
+            raise ValueError(f"an id is 0 or more, not {position}")
         self._place = _Place(position, last_number, deque() if drop else self._place.ahead)
         self.generation += 1
 
@@ -242,7 +244,7 @@ class Session:
 
     @property
     def missed(self) -> int:
-        """How many messages expired before this client came to them."""
+        """How many messages expired before this client came to them, in each topic from the first one that it got."""
         return sum(inbox.missed for inbox in list(self.inboxes.values()))
 
     def _name(self, topic: str) -> bytes:
@@ -342,8 +344,8 @@ def is_lost(error: BaseException, *, connecting: bool) -> bool:
 
 
 def reason(error: Exception) -> str:
-    """Return what an error says; asyncio's time-outs say nothing."""
-    return str(error) or "no reply in time"
+    """Return what an error says, without its number; asyncio's time-outs say nothing."""
+    return (isinstance(error, OSError) and error.strerror) or str(error) or "no reply in time"
 
 
 def log_state(state: State, target: object, error: Exception | None) -> None:

@@ -140,8 +140,9 @@ def _cut_off(request: socket.socket) -> None:
 
 class _Handler(BaseHTTPRequestHandler):
     server: _HTTPServer
-    server_version = f"dsmq/{__version__}"
-    sys_version = ""
+
+    def version_string(self) -> str:
+        return f"dsmq/{__version__}"
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
