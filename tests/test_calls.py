@@ -65,7 +65,8 @@ def test_a_put_without_an_answer_is_not_sent_to_a_server_that_cannot_know_it() -
 
 def test_a_put_is_not_sent_again_when_the_server_may_have_forgotten_it(monkeypatch: pytest.MonkeyPatch) -> None:
     put, many, now = Put(a_session(), "t", "x"), PutMany(a_session(), "t", "ab"), 1000.0
-    monkeypatch.setattr(calls.time, "monotonic", lambda: now)
+    # The one that goes on while the machine sleeps.
+    monkeypatch.setattr(calls.time, "clock_gettime", lambda clock: now if clock == calls.time.CLOCK_BOOTTIME else 0)
     put.request(Producer(b"run"))
     in_batches(many)
     put.lost(BROKEN)
@@ -209,6 +210,28 @@ def test_messages_that_take_long_are_not_held_back(monkeypatch: pytest.MonkeyPat
     assert in_batches(PutMany(a_session(), "t", messages())) == [[], [b"a", b"b"], [], [b"c", b"d"]]
 
 
+def test_what_was_not_sent_is_not_old_nor_unsure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def messages() -> Iterator[str]:
+        nonlocal now
+        yield "a"
+        now += 1000.0
+        yield "b"
+
+    now = 0.0
+    monkeypatch.setattr(calls.time, "monotonic", lambda: now)
+    monkeypatch.setattr(calls.time, "clock_gettime", lambda _: now)
+    puts = PutMany(a_session(), "t", messages())
+    batches = puts.batches(Producer(b"one"))
+    # Here it is found that the connection has ended.
+    assert next(batches) == (0, b"")
+    puts.lost(BROKEN)
+    assert not puts.given_up(BROKEN).may_be_stored
+    assert next(puts.batches(Producer(b"two")))[0] == 2
+    puts.lost(BROKEN)
+    assert puts.given_up(BROKEN).may_be_stored
+    assert in_batches(puts, Producer(b"two")) == [[b"a", b"b"]]
+
+
 def test_an_error_in_the_middle_ends_it() -> None:
     puts = PutMany(a_session(), "t", "ab")
     in_batches(puts)
@@ -248,6 +271,28 @@ def test_what_is_asked_once_is_asked_again_where_it_was_not_run() -> None:
     assert request(shutdown.request(Producer(b"a"))) == [b"SHUTDOWN"]
     with pytest.raises(ConnectionLost, match="broken"):
         shutdown.lost(BROKEN)
+    # Nothing was sent.
+    assert Once(b"").lost(BROKEN) is False
+
+
+@pytest.mark.parametrize(
+    ("waited", "error", "achieved"), [(1.5, BROKEN, True), (0.5, BROKEN, False), (1.5, TimeoutError("no reply"), False)]
+)
+def test_a_read_that_waited_had_a_server(
+    monkeypatch: pytest.MonkeyPatch, waited: float, error: Exception, achieved: bool
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(calls.time, "monotonic", lambda: now)
+    read = Read(an_inbox(), 101.0)
+    assert read.lost(error) is False
+    read.request(Producer(b"run"))
+    now += waited
+    assert read.lost(error) is achieved
+    # When its time is over it waits no more.
+    now = 102.0
+    read.request(Producer(b"run"))
+    now += waited
+    assert read.lost(error) is False
 
 
 def test_a_plain_request_is_the_same_each_time() -> None:

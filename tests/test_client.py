@@ -337,6 +337,11 @@ def test_seek_reads_from_anywhere(client: MakeClient) -> None:
     assert mq.get_many("t") == ["3"]
 
 
+def test_no_messages_are_no_reason_to_ask(client: MakeClient) -> None:
+    mq = client()
+    assert mq.get_many("t", 0, timeout=math.inf) == []
+
+
 def test_topics_lists_all_pages(client: MakeClient) -> None:
     mq = client()
     for number in range(1100):

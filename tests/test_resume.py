@@ -10,7 +10,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,8 +20,8 @@ from pydantic import SecretStr
 from conftest import SOON, UNIT, Wire, serving, wait_until, wire_to
 from dsmq import aio, calls, config
 from dsmq.client import DSMQClientSideConnection, connect
-from dsmq.errors import Busy, ClientClosed, Closing, ConnectionLost, Forgotten, ReplyError, WrongToken
-from dsmq.link import Link, target
+from dsmq.errors import Busy, ClientClosed, Closing, ConnectionLost, Forgotten, Full, ReplyError, WrongToken
+from dsmq.link import LONG_PAUSE_SECONDS, Link, target
 from dsmq.protocol import encode_bulk
 from dsmq.server import Server
 
@@ -164,6 +164,30 @@ def test_what_was_put_has_its_answer_though_the_next_message_takes_long(
     assert mq.get_many("t") == ["1", "2"]
 
 
+def test_what_was_not_sent_goes_to_the_next_server_though_it_took_long_to_make(
+    monkeypatch: pytest.MonkeyPatch, states: list[str]
+) -> None:
+    def messages(other: ExitStack, first: Server) -> Iterator[str]:
+        port = first.port
+        first.stop()
+        other.enter_context(serving(port=port))
+        yield "x"
+
+    async def scenario(other: ExitStack) -> None:
+        with serving() as first:
+            async with await aio.connect(port=first.port, on_state_change=states.append) as mq:
+                await mq.put("t", "x")
+                assert await mq.put_many("t", messages(other, first)) == [1]
+
+    monkeypatch.setattr(calls, "_LONG_BATCH_SECONDS", 0.0)
+    with ExitStack() as other, serving() as first, restarted(states, first.port) as mq:
+        mq.put("t", "x")
+        assert mq.put_many("t", messages(other, first)) == [1]
+    with ExitStack() as other:
+        asyncio.run(scenario(other))
+    assert states == ["lost", "replaced"] * 2
+
+
 def hang_up(server: Server) -> None:
     """Have the server close all connections."""
     for worker in server._workers:
@@ -183,6 +207,40 @@ def test_a_reply_that_is_there_is_read_though_nothing_can_be_sent_any_more(tmp_p
     with pytest.raises(ConnectionResetError):
         link.receive()
     link.close()
+
+
+def test_a_call_that_fails_has_resumed_too(states: list[str]) -> None:
+    with serving(max_stored_messages=1) as server, restarted(states, server.port) as mq:
+        mq.put("t", "x")
+        mq._announce("lost", OSError("of another thread"))
+        with pytest.raises(Full):
+            mq.put("t", "y")
+    assert states == ["lost", "resumed"]
+
+
+def test_a_connection_that_an_interrupted_call_let_go_of_ends(server: Server, mq: DSMQClientSideConnection) -> None:
+    mq._borrow()
+    wait_until(lambda: server.connections() == 0)
+    mq.ping()
+
+
+def test_an_idle_connection_that_has_ended_is_made_anew_though_nothing_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, states: list[str]
+) -> None:
+    async def scenario() -> None:
+        options: Any = {"reconnect_timeout": 0, "on_state_change": states.append}
+        async with await aio.connect(port=server.port, **options) as mq:
+            hang_up(server)
+            await asyncio.sleep(2 * LONG_PAUSE_SECONDS)
+            await mq.ping()
+
+    monkeypatch.setattr("dsmq.link.LONG_PAUSE_SECONDS", 0.0)
+    with serving() as server:
+        with restarted(states, server.port, reconnect_timeout=0) as mq:
+            hang_up(server)
+            mq.ping()
+        asyncio.run(scenario())
+    assert states == ["lost", "resumed"] * 2
 
 
 def test_a_call_that_gets_the_connection_of_another_thread_has_resumed(states: list[str]) -> None:
@@ -251,13 +309,16 @@ def test_a_client_that_is_not_admitted_any_more_is_told(states: list[str]) -> No
 def test_a_server_is_shut_down_though_the_connection_had_ended(
     server: Server, mq: DSMQClientSideConnection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dsmq.link._LONG_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr("dsmq.link.LONG_PAUSE_SECONDS", 0.0)
     thread = threading.Thread(target=server.run)
     thread.start()
     hang_up(server)
     mq.shutdown_server()
     thread.join(SOON)
     assert not thread.is_alive()
+    # At once.
+    with serving(port=mq.port):
+        assert mq.put("t", "x") == 1
 
 
 def test_a_shutdown_that_may_have_been_run_is_not_asked_for_again(
@@ -316,7 +377,7 @@ class Impostor:
 
 
 def test_a_put_that_was_not_sent_goes_to_any_server(states: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsmq.link._LONG_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr("dsmq.link.LONG_PAUSE_SECONDS", 0.0)
     with Impostor() as server, restarted(states, server.port) as mq:
         server.reset()
         assert mq.put("t", "x") == 7
@@ -327,8 +388,7 @@ def test_the_same_with_asyncio(states: list[str]) -> None:
     async def scenario() -> None:
         async with await aio.connect(port=server.port, on_state_change=states.append) as mq:
             server.reset()
-            while not mq._idle[0]._reader.exception():
-                await asyncio.sleep(UNIT / 20)
+            await asyncio.sleep(2 * LONG_PAUSE_SECONDS)
             assert await mq.put("t", "x") == 7
 
     with Impostor() as server:
@@ -368,7 +428,7 @@ def test_a_put_that_may_have_been_stored_is_not_put_into_another_server(
             servers[0].start()
 
         servers: list[Server] = []
-        monkeypatch.setattr(mq, "_ended", _Before(mq._ended, replace))
+        monkeypatch.setattr(mq, "_closing", _Before(mq._closing, replace))
         lose_reply()
         with pytest.raises(ConnectionLost, match="started anew") as told:
             mq.put("t", "2")
@@ -426,6 +486,9 @@ def test_a_client_gives_up_in_time(states: list[str], caplog: pytest.LogCaptureF
     assert UNIT < time.monotonic() - before < UNIT * 3 + SOON / 10
     assert states == ["lost", "given up"]
     assert "no connection to" in caplog.text
+    with pytest.raises(ConnectionLost):
+        mq.put("t", "y")
+    assert states == ["lost", "given up"]
     with serving(port=mq.port):
         assert mq.put("t", "z") == 1
     assert states == ["lost", "given up", "replaced"]
@@ -451,7 +514,7 @@ def test_a_frozen_server_is_waited_for(server: Server) -> None:
         got: list[object] = []
         thread = threading.Thread(target=lambda: got.append(mq.put("t", "x")))
         thread.start()
-        wait_until(lambda: mq._lost)
+        wait_until(lambda: mq._down)
         release.set()
         thread.join(SOON)
         assert got == [1]
@@ -471,7 +534,7 @@ def test_closing_ends_the_waiting_for_a_server() -> None:
 
     thread = threading.Thread(target=ping)
     thread.start()
-    wait_until(lambda: mq._lost)
+    wait_until(lambda: mq._down)
     mq.close()
     thread.join(SOON)
     assert raised == [ClientClosed]
@@ -622,6 +685,27 @@ def test_the_asyncio_client_resumes(server: Server, states: list[str], monkeypat
     assert states == ["lost", "resumed"] * 5
 
 
+@pytest.mark.parametrize("size", [1, 6_000_000])
+def test_the_asyncio_client_hears_why_an_idle_connection_has_ended(
+    tmp_path: Path, states: list[str], size: int
+) -> None:
+    """Though it could not look while the server stopped; so it knows that nothing was sent to that one."""
+
+    async def scenario() -> None:
+        with serving(host=host) as first:
+            mq = await aio.connect(host, on_state_change=states.append)
+            await mq.put("t", "x")
+            first.stop()
+        with serving(host=host):
+            threading.Event().wait(2 * LONG_PAUSE_SECONDS)
+            assert await mq.put("t", "x" * size) == 1
+            await mq.close()
+
+    host = f"unix:{tmp_path / 'socket'}"
+    asyncio.run(scenario())
+    assert states == ["lost", "replaced"]
+
+
 def test_the_asyncio_client_gives_up_in_time(states: list[str]) -> None:
     async def scenario() -> None:
         with serving() as server:
@@ -643,7 +727,7 @@ def test_the_asyncio_client_that_is_closed_while_it_waits_for_a_server() -> None
         with serving() as server:
             mq = await aio.connect(port=server.port)
         call = asyncio.create_task(mq.ping())
-        while not mq._lost:
+        while not mq._down:
             await asyncio.sleep(UNIT / 20)
         await mq.close()
         with pytest.raises(ClientClosed):

@@ -1002,6 +1002,18 @@ def test_the_client_without_tls_does_not_import_it() -> None:
     assert subprocess.run([sys.executable, "-c", code], env=os.environ, check=False).returncode == 0
 
 
+def test_a_connection_under_tls_that_has_ended_is_noticed(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsmq.link.LONG_PAUSE_SECONDS", 0.0)
+    with contextlib.ExitStack() as stack, serving(tls_cert_file=files.server) as first:
+        mq = stack.enter_context(connect(port=first.port, ca_file=files.ca))
+        # It still stands.
+        assert [mq.put("t", "x"), mq.put("t", "x")] == [1, 2]
+        first.stop()
+        stack.enter_context(serving(port=mq.port, tls_cert_file=files.server))
+        # What is put into another run may be stored already, if it was sent before.
+        assert mq.put("t", "x" * 6_000_000) == 1
+
+
 def test_a_slow_reader_under_tls_is_not_dropped(files: Files) -> None:
     with serving(tls_cert_file=files.server, reply_timeout_seconds=4 * UNIT) as server:
         with connect(port=server.port, ca_file=files.ca) as mq:

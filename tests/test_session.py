@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
@@ -281,6 +281,24 @@ def test_what_was_fetched_before_get_latest_passed_over_it_does_not_come() -> No
     accept(inbox, entries(5), latest=True)
     accept(inbox, entries(3, 4, 5, 6))
     assert take(inbox) == [5, 6]
+
+
+def test_what_was_read_ahead_is_passed_over_with_the_rest() -> None:
+    inbox = an_inbox(1)
+    accept(inbox, entries(2, 3))
+    accept(inbox, entries(5), latest=True)
+    # Another thread that takes now must not find a hole.
+    assert take(inbox) == [5]
+    accept(inbox, entries(6, 7))
+    accept(inbox, [], latest=True)
+    assert take(inbox) == [6, 7]
+
+
+@pytest.mark.parametrize("down", ["", "lost", "given up"])
+def test_each_loss_is_told_once_and_so_is_its_end(down: str) -> None:
+    told = [state for state in get_args(wire.State) if wire.is_news(state, down)]
+    always = ["restarted", "replaced"]
+    assert set(told) == {"": {"lost"}, "lost": {"resumed", "given up"}, "given up": {"resumed"}}[down] | set(always)
 
 
 def test_get_latest_forgets_all_that_was_read_ahead_but_the_newest() -> None:

@@ -17,19 +17,17 @@ import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from types import TracebackType
-from typing import Any, Literal, Self, TypeGuard, TypeVar, Unpack, overload
+from typing import Any, Literal, Self, TypeGuard, TypeVar, Unpack, cast, overload
 
 from dsmq import client as blocking
 from dsmq import session as wire
 from dsmq.calls import Call, Once, Plain, Producer, Put, PutMany, Read, Request, Retries
-from dsmq.errors import ClientClosed, ReplyError
-from dsmq.link import Security, Target, target
+from dsmq.errors import ClientClosed, DSMQError, ReplyError
+from dsmq.link import ENDED, LONG_PAUSE_SECONDS, Security, Target, target
 from dsmq.protocol import Reply, ReplyParser
 from dsmq.session import Entry, Inbox, Message, Session, State
 
 __all__ = ["AsyncClient", "Message", "connect"]
-
-_RECEIVE_BYTES = 262_144
 
 C = TypeVar("C", bound=Call)
 D = TypeVar("D")
@@ -68,7 +66,7 @@ class AsyncClient:
         self._timeout = timeout
         self._reconnect_timeout = reconnect_timeout
         self._on_state_change = on_state_change
-        self._lost = False
+        self._down: Literal["", "lost", "given up"] = ""
         self._session = Session(target.token)
         self._closed = False
         self._idle: list[_Link] = []
@@ -88,9 +86,12 @@ class AsyncClient:
     async def _put_all(self, link: _Link, puts: PutMany) -> None:
         for count, requests in puts.batches(link.producer):
             async with asyncio.timeout(self._timeout):
-                await link.send(requests)
+                if count:
+                    link.send(requests)
                 for _ in range(count):
                     puts.answered(await link.receive())
+            if not count:
+                await self._stands(link)
 
     @overload
     async def get(self, topic: str, default: str = "", *, raw: Literal[False] = False) -> str: ...
@@ -192,8 +193,10 @@ class AsyncClient:
     async def shutdown_server(self) -> None:
         """Stop the server gracefully; return when it has closed the connection."""
         await self._run(Once(wire.SHUTDOWN), self._shut_down)
+        self._drop(None, others=True)
 
     async def _shut_down(self, link: _Link, call: Once) -> None:
+        await self._stands(link)
         wire.check(await self._ask(link, call))
         async with asyncio.timeout(self._timeout):
             await link.await_end()
@@ -222,7 +225,9 @@ class AsyncClient:
     async def _some(self, topic: str, n: int, seconds: float, convert: Callable[[Inbox, Entry], T]) -> list[T]:
         inbox = self._session.inbox(topic)
         until = time.monotonic() + seconds
-        least, more = max(n, 1), n > 0
+        if n < 1:
+            return []
+        least, more = n, True
         while not (taken := inbox.take(n, convert, least)) and (more or time.monotonic() < until):
             more = bool(await self._fetch(inbox, 0.0 if len(inbox) else until))
             least = n if more else 1
@@ -250,7 +255,7 @@ class AsyncClient:
     async def _ask(self, link: _Link, call: Request) -> Reply:
         request = call.request(link.producer)
         async with asyncio.timeout(call.seconds + self._timeout):
-            await link.send(request)
+            link.send(request)
             return await link.receive()
 
     async def _run(self, call: C, attempt: Callable[[_Link, C], Awaitable[T]]) -> T:
@@ -262,8 +267,8 @@ class AsyncClient:
                 result = await attempt(link, call)
             except BaseException as error:
                 if not self._is_lost(error, link):
-                    if retries and not link and isinstance(error, ReplyError):
-                        self._announce("given up", error)
+                    if self._down and isinstance(error, ReplyError):
+                        self._announce("resumed" if link else "given up", error)
                     raise
                 retries = retries or Retries(self._reconnect_timeout)
                 if link is not None and call.lost(error):
@@ -271,19 +276,29 @@ class AsyncClient:
                 await self._pause(call, retries, error)
             else:
                 await self._give_back(link)
-                if retries:
+                if self._down:
                     self._announce("resumed")
                 return result
 
     async def _borrow(self) -> _Link:
+        if self._idle:
+            await self._idle[-1].look()
+        # Other tasks take and give back meanwhile.
         if not self._idle:
             return await self._link()
         link = self._idle.pop()
+        why = link.ended()
+        if why is None:
+            return link
+        self._drop(link, others=True)
+        self._announce("lost", ConnectionResetError(why))
+        return await self._link()
+
+    async def _stands(self, link: _Link) -> None:
+        """Raise ConnectionResetError where a connection in use has ended. No reply may be outstanding."""
+        await link.look()
         if (why := link.ended()) is not None:
-            self._links.discard(link)
-            link.close()
             raise ConnectionResetError(why)
-        return link
 
     async def _give_back(self, link: _Link) -> None:
         self._idle.append(link)
@@ -293,15 +308,19 @@ class AsyncClient:
     def _is_lost(self, error: BaseException, link: _Link | None) -> TypeGuard[Exception]:
         """Give up a connection whose call has failed, or was cancelled; return whether it had broken."""
         lost = wire.is_lost(error, connecting=link is None)
-        useless = [link] if link else []
-        while lost and self._idle:
-            useless.append(self._idle.pop())
-        self._links.difference_update(useless)
-        for one in useless:
-            one.close()
+        self._drop(link, others=lost)
         if lost and self._closed:
             raise ClientClosed("the client was closed during the call") from error
         return lost
+
+    def _drop(self, link: _Link | None, *, others: bool) -> None:
+        useless = [link] if link else []
+        if others:
+            useless += self._idle
+            self._idle.clear()
+        self._links.difference_update(useless)
+        for one in useless:
+            one.close()
 
     async def _pause(self, call: Call, retries: Retries, error: Exception) -> None:
         self._announce("lost", error)
@@ -312,9 +331,9 @@ class AsyncClient:
         await asyncio.sleep(pause)
 
     def _announce(self, state: State, error: Exception | None = None) -> None:
-        if self._lost == (state == "lost") and state in ("lost", "resumed"):
+        if not wire.is_news(state, self._down):
             return
-        self._lost = state in ("lost", "given up")
+        self._down = state if state in ("lost", "given up") else ""
         if state != "lost" or self._reconnect_timeout:
             wire.log_state(state, self._target, error)
         if self._on_state_change is not None:
@@ -324,9 +343,9 @@ class AsyncClient:
         if self._closed:
             raise ClientClosed("the client is closed")
         async with asyncio.timeout(self._timeout):
-            link = _Link(*await _streams(self._target))
+            link = await _open(self._target)
             try:
-                await link.send(self._session.hello)
+                link.send(self._session.hello)
                 reply = await link.receive()
                 if self._closed:
                     raise ClientClosed("the client was closed during the call")
@@ -350,46 +369,88 @@ class AsyncClient:
         self._idle.append(await self._link())
 
 
-class _Link:
+class _Link(asyncio.Protocol):
     """One connection to the server."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(self) -> None:
         self.producer = Producer(b"")
-        self._reader, self._writer = reader, writer
         self._parser = ReplyParser()
+        self._transport: asyncio.Transport
+        self._used_at = 0.0
+        # What it has ended with.
+        self._end: Exception | None = None
+        # A call that waits for a reply, or for the end.
+        self._waiter: asyncio.Future[None] | None = None
 
-    async def send(self, data: bytes) -> None:
-        """Send requests."""
-        self._writer.write(data)
-        await self._writer.drain()
+    # What the event loop tells
 
-    def ended(self) -> str | None:
-        """Return why the connection has ended, if it has while nobody used it."""
-        if error := self._reader.exception():
-            return str(error)
-        return "the server has closed the connection" if self._reader.at_eof() else None
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._parser.feed(data)
+        self._wake()
+
+    def eof_received(self) -> None:
+        self.connection_lost(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end = self._end or exc or ConnectionResetError(ENDED)
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    # What a call does
+
+    def send(self, data: bytes) -> None:
+        """Send requests, as the socket takes them."""
+        self._used_at = time.monotonic()
+        self._transport.write(data)
 
     async def receive(self) -> Reply:
         """Return the next reply. Raises OSError when the connection breaks."""
         while (reply := self._parser.next()) is None:
-            data = await self._reader.read(_RECEIVE_BYTES)
-            if not data:
-                raise ConnectionResetError("the server has closed the connection")
-            self._parser.feed(data)
+            await self._more()
         return wire.unless_last(reply[0])
+
+    async def _more(self) -> None:
+        if self._end is not None:
+            raise ConnectionResetError(wire.reason(self._end)) from self._end
+        self._waiter = asyncio.get_running_loop().create_future()
+        await self._waiter
+
+    async def look(self) -> None:
+        """Let the event loop look what has come, unless it has done so lately."""
+        if time.monotonic() - self._used_at > LONG_PAUSE_SECONDS:
+            # The first looks, the second reads, and the third tells of an error.
+            for _ in range(3):
+                await asyncio.sleep(0)
+
+    def ended(self) -> str | None:
+        """Return why the connection has ended, if it has while nobody used it. No reply may be outstanding."""
+        try:
+            if reply := self._parser.next():
+                # Nobody has asked for it: it is what the server says when it hangs up.
+                return f"unexpected: {wire.unless_last(reply[0])!r}"
+        except DSMQError as error:
+            return wire.reason(error)
+        return wire.reason(self._end) if self._end else None
 
     async def await_end(self) -> None:
         """Wait until the server closes the connection."""
-        while await self._reader.read(_RECEIVE_BYTES):
-            pass
+        while self._end is None:
+            await self._more()
 
     def close(self) -> None:
         """Close it at once: what a cancelled call has not sent yet is not sent any more. Idempotent."""
-        self._writer.transport.abort()
+        self._transport.abort()
 
 
-async def _streams(target: Target) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+async def _open(target: Target) -> _Link:
+    loop = asyncio.get_running_loop()
     options: dict[str, Any] = {"ssl": target.tls, "server_hostname": target.name} if target.tls else {}
     if target.is_unix:
-        return await asyncio.open_unix_connection(target.path, **options)
-    return await asyncio.open_connection(target.host.strip("[]"), target.port, **options)
+        return (await loop.create_unix_connection(_Link, target.path, **options))[1]
+    return (await loop.create_connection(_Link, target.host.strip("[]"), target.port, **options))[1]

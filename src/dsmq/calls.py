@@ -20,7 +20,7 @@ from dsmq.protocol import Reply
 from dsmq.session import Inbox, Session, reason, stored_id
 
 NOT_RUN = (Closing, TimedOut, AuthRequired)
-"""What the server says when it hangs up, and no request was run that has no answer."""
+"""Errors behind which the server hangs up, having run no request that it has not answered."""
 
 # Between two attempts to connect: nothing, then this, and twice as long each time, with a jitter, so that many clients
 # do not come back all at once.
@@ -32,10 +32,14 @@ MAX_WAIT_SECONDS = 15.0
 # twice, no more than a server remembers of one producer.
 PUTS_AT_ONCE = 500
 BYTES_AT_ONCE = 262_144
-# Those that take longer to make do not wait for each other.
+# What takes longer to make is sent as far as it is made.
 _LONG_BATCH_SECONDS = 0.1
 # For how long a put is sent again: well within the 600 seconds for which the server remembers it.
 RESEND_SECONDS = 300.0
+# A read that has waited for longer on a connection that then broke had a server.
+_LONG_WAIT_SECONDS = 1.0
+# By a clock that goes on while this machine sleeps, where there is one.
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 class Retries:
@@ -129,29 +133,47 @@ class Plain:
 class Once(Plain):
     """A request that is sent again only where it has surely not been run."""
 
+    __slots__ = ("_is_sent",)
+
+    def __init__(self, request: bytes) -> None:
+        super().__init__(request)
+        self._is_sent = False
+
+    def request(self, producer: Producer) -> bytes:
+        self._is_sent = True
+        return super().request(producer)
+
     def lost(self, error: Exception) -> bool:
-        if not isinstance(error, NOT_RUN):
+        if self._is_sent and not isinstance(error, NOT_RUN):
             raise self.given_up(error) from error
+        self._is_sent = False
         return False
 
 
 class Read(Plain):
     """A READ from a client's position, until a time on the monotonic clock."""
 
-    __slots__ = ("_inbox", "_latest", "_until", "generation")
+    __slots__ = ("_asked_at", "_inbox", "_latest", "_until", "generation")
 
     def __init__(self, inbox: Inbox, until: float = 0.0, *, latest: bool = False) -> None:
         self._inbox, self._until, self._latest = inbox, until, latest
-        self.seconds = 0.0
+        self.seconds = self._asked_at = 0.0
         self.generation = -1
         """What the inbox's was when it was asked."""
 
     def request(self, _: Producer) -> bytes:
-        # What is left of its time: it may have been interrupted.
-        left = self._until - time.monotonic() if self._until else 0.0
-        self.seconds = min(left, MAX_WAIT_SECONDS) if left > 0 else 0.0
+        if self._until:
+            # What is left of its time: it may have been interrupted.
+            self._asked_at = time.monotonic()
+            left = self._until - self._asked_at
+            self.seconds = min(left, MAX_WAIT_SECONDS) if left > 0 else 0.0
         self.generation = self._inbox.generation
         return self._inbox.request(round(self.seconds * 1000), latest=self._latest)
+
+    def lost(self, error: Exception) -> bool:
+        # Something may cut connections on which nothing moves for a while; one that only takes them is no server.
+        waited = time.monotonic() - self._asked_at if self.seconds else 0.0
+        return waited > _LONG_WAIT_SECONDS and not isinstance(error, TimeoutError)
 
 
 class Put:
@@ -172,7 +194,7 @@ class Put:
         if self._unsure:
             return _again(self._keyed, self._sent_at, self._run, producer)
         self._keyed, self._run = producer.put(*self._parts), producer.run
-        self._sent_at = time.monotonic()
+        self._sent_at = time.clock_gettime(_CLOCK)
         return b"*6" + self._keyed
 
     def lost(self, error: Exception) -> bool:
@@ -190,8 +212,9 @@ class PutMany:
         self._parts = (session.put(topic, message) for message in messages)
         self._error: Exception | None = None
         self._run = b""
-        # With their keys, and when they were first sent, in that order.
+        # With their keys: those that were sent, and when they were first, in that order; and what is to be sent next.
         self._unanswered: deque[tuple[bytes, float]] = deque()
+        self._made: list[bytes] = []
         # How many of them, the first ones, may be stored.
         self._unsure = 0
         # How many had an answer when a connection broke last.
@@ -202,7 +225,8 @@ class PutMany:
     def batches(self, producer: Producer) -> Iterator[tuple[int, bytes]]:
         """Iterate over what to send at once on a connection: counts, and requests.
 
-        Nothing to send, `0, b""`, means that the messages took long, and that all replies are to be read first.
+        Where messages took long to make, there is first a count of 0: all replies are to be read, and it is to be
+        looked whether the connection still stands.
         """
         unsure = [_again(*put, self._run, producer) for put in islice(self._unanswered, self._unsure)]
         old = unsure + [b"*6" + keyed for keyed, _ in islice(self._unanswered, self._unsure, None)]
@@ -210,27 +234,30 @@ class PutMany:
         for first in range(0, len(old), PUTS_AT_ONCE):
             batch = old[first : first + PUTS_AT_ONCE]
             yield len(batch), b"".join(batch)
-        began = time.monotonic()
-        while batch := self._batch(producer, began):
-            if time.monotonic() - began > _LONG_BATCH_SECONDS:
+        while True:
+            if not self._made and self._make(producer) > _LONG_BATCH_SECONDS:
                 yield 0, b""
-            yield len(batch), b"".join(batch)
-            began = time.monotonic()
+            if not self._made:
+                return
+            now = time.clock_gettime(_CLOCK)
+            self._unanswered.extend([(keyed, now) for keyed in self._made])
+            batch, self._made = self._made, []
+            yield len(batch), b"*6" + b"*6".join(batch)
 
-    def _batch(self, producer: Producer, began: float) -> list[bytes]:
-        batch: list[bytes] = []
-        size = 0
+    def _make(self, producer: Producer) -> float:
+        """Take the next messages; return how many seconds that took."""
+        size, began = 0, time.monotonic()
+        now = began
         try:
             for name, body in self._parts:
                 keyed, now = producer.put(name, body), time.monotonic()
-                self._unanswered.append((keyed, now))
-                batch.append(b"*6" + keyed)
+                self._made.append(keyed)
                 size += len(keyed)
-                if len(batch) == PUTS_AT_ONCE or size >= BYTES_AT_ONCE or now - began > _LONG_BATCH_SECONDS:
+                if len(self._made) == PUTS_AT_ONCE or size >= BYTES_AT_ONCE or now - began > _LONG_BATCH_SECONDS:
                     break
         except Exception as error:  # noqa: BLE001 - `check` raises it
             self._error = error
-        return batch
+        return now - began
 
     def answered(self, reply: Reply) -> None:
         """Take the next reply. Raises the error that it is."""
@@ -259,7 +286,7 @@ def _again(keyed: bytes, sent_at: float, run: bytes, producer: Producer) -> byte
     about = ""
     if producer.run != run:
         about = "the server was started anew, and does not know what it had stored last"
-    elif time.monotonic() - sent_at > RESEND_SECONDS:
+    elif time.clock_gettime(_CLOCK) - sent_at > RESEND_SECONDS:
         about = f"no answer for {RESEND_SECONDS:g} s, and the server does not know for ever what it has stored"
     if about:
         raise ConnectionLost(about, may_be_stored=True)

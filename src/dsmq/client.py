@@ -111,16 +111,17 @@ class DSMQClientSideConnection:
         self._timeout = timeout
         self._reconnect_timeout = reconnect_timeout
         self._on_state_change = on_state_change
-        self._lost = False
+        # Whether it has no connection, as far as is known, and whether a call still tries.
+        self._down: Literal["", "lost", "given up"] = ""
         self._say = _to_stderr if verbose else _to_nobody
         self._target = target(host, port, **security)
         self._session = Session(self._target.token)
         self._closed = False
         # Set when it is closed, for those who wait to try again.
-        self._ended = threading.Event()
+        self._closing = threading.Event()
         self._lock = threading.Lock()
         self._idle: list[Link] = []
-        self._links: set[Link] = set()
+        self._links: weakref.WeakSet[Link] = weakref.WeakSet()
         self._say(f"connecting to the dsmq server at {host} port {port}")
         self._idle.append(self._first_link() if retry else self._link())
         _clients.add(self)
@@ -141,6 +142,9 @@ class DSMQClientSideConnection:
     def put_many(self, topic: str, messages: Iterable[str | bytes]) -> list[int]:
         """Put several messages in order, much faster than one by one; returns their ids.
 
+        They are sent in batches, of some hundred or of what an iterator has given in 0.1 seconds: one may wait for the
+        next.
+
         When it raises, those before the one that failed have been stored, and some behind it may have been. It raises
         as `put` does.
         """
@@ -160,6 +164,8 @@ class DSMQClientSideConnection:
             for _ in range(outstanding):
                 puts.answered(link.receive())
             outstanding = count
+            if not count and (why := link.look()) is not None:
+                raise ConnectionResetError(why)
         # Making the messages may have taken longer than the server may.
         link.renew()
         for _ in range(outstanding):
@@ -286,8 +292,10 @@ class DSMQClientSideConnection:
         """Take up to `n` messages; where there is none, wait for the first."""
         inbox = self._inbox(topic)
         until = time.monotonic() + seconds
+        if n < 1:
+            return []
         # All at once or, when no more come, what is here: a call that fails meanwhile must not have taken some.
-        least, more = max(n, 1), n > 0
+        least, more = n, True
         while not (taken := self._take(inbox, n, convert, least)) and (more or time.monotonic() < until):
             more = bool(self._fetch(inbox, 0.0 if len(inbox) else until))
             least = n if more else 1
@@ -336,14 +344,18 @@ class DSMQClientSideConnection:
         Raises NotPermitted where the server's configuration forbids it.
         """
         self._run(Once(wire.SHUTDOWN), self._shut_down)
+        # None is worth to be looked at again.
+        self._drop(None, others=True)
 
     def _shut_down(self, link: Link, call: Once) -> None:
+        if (why := link.look()) is not None:
+            raise ConnectionResetError(why)
         wire.check(self._ask(link, call))
         link.await_end()
 
     def close(self) -> None:
         """Close the client. A call that another thread is waiting in raises ClientClosed. Idempotent."""
-        self._ended.set()
+        self._closing.set()
         with self._lock:
             self._closed = True
             # Those in use are closed by the calls that use them.
@@ -382,8 +394,8 @@ class DSMQClientSideConnection:
                 result = attempt(link, call)
             except BaseException as error:
                 if not self._is_lost(error, link):
-                    if retries and not link and isinstance(error, ReplyError):
-                        self._announce("given up", error)
+                    if self._down and isinstance(error, ReplyError):
+                        self._announce("resumed" if link else "given up", error)
                     raise
                 retries = retries or Retries(self._reconnect_timeout)
                 if link is not None and call.lost(error):
@@ -391,8 +403,8 @@ class DSMQClientSideConnection:
                 self._pause(call, retries, error)
             else:
                 self._give_back(link)
-                if retries:
-                    # It may have had a connection that another thread has made.
+                if self._down:
+                    # It had a connection that another thread has made.
                     self._announce("resumed")
                 return result
 
@@ -414,15 +426,15 @@ class DSMQClientSideConnection:
         if pause is None:
             self._announce("given up", error)
             raise call.given_up(error) from error
-        if self._ended.wait(pause):
+        if self._closing.wait(pause):
             raise ClientClosed("the client was closed during the call") from error
 
     def _announce(self, state: State, error: Exception | None = None) -> None:
         """Tell of a new state: of each loss once, and of each end of it."""
         with self._lock:
-            if self._lost == (state == "lost") and state in ("lost", "resumed"):
+            if not wire.is_news(state, self._down):
                 return
-            self._lost = state in ("lost", "given up")
+            self._down = state if state in ("lost", "given up") else ""
         if state != "lost" or self._reconnect_timeout:
             wire.log_state(state, self._target, error)
         if self._on_state_change is not None:
@@ -434,10 +446,12 @@ class DSMQClientSideConnection:
             link = self._idle.pop()
         except IndexError:
             return self._link()
-        if (why := link.ended()) is not None:
-            self._drop(link, others=False)
-            raise ConnectionResetError(why)
-        return link
+        why = link.ended()
+        if why is None:
+            return link
+        self._drop(link, others=True)
+        self._announce("lost", ConnectionResetError(why))
+        return self._link()
 
     def _give_back(self, link: Link) -> None:
         self._idle.append(link)
@@ -495,10 +509,10 @@ class DSMQClientSideConnection:
     def _after_fork(self) -> None:
         # In the child, where other threads, which may have held the lock, do not exist. The sockets are the
         # parent's: closed here they stay open there.
-        self._lock, self._ended = threading.Lock(), threading.Event()
+        self._lock, self._closing = threading.Lock(), threading.Event()
         for link in self._links:
             link.close()
-        self._links, self._idle = set(), []
+        self._links, self._idle = weakref.WeakSet(), []
 
 
 def first(taken: Sequence[object], default: object, *, raw: bool) -> object:

@@ -7,7 +7,7 @@ import math
 import selectors
 import socket
 import time
-from contextlib import suppress
+import weakref
 from dataclasses import dataclass
 from selectors import EVENT_READ, EVENT_WRITE
 from typing import TYPE_CHECKING, TypedDict, Unpack
@@ -30,7 +30,8 @@ _LONGEST_TIMEOUT = 1e8
 # What a selector can be told to wait at once, and more.
 _LONGEST_WAIT_SECONDS = 86_400.0
 # Behind a longer pause it is looked whether a connection still stands before something is sent on it.
-_LONG_PAUSE_SECONDS = 0.1
+LONG_PAUSE_SECONDS = 0.1
+ENDED = "the server has closed the connection"
 # How long a reply is looked for before the client goes to sleep.
 BUSY_POLL_SECONDS = 150e-6
 
@@ -107,10 +108,13 @@ class Link:
         self.producer = Producer(b"")
         self._parser = ReplyParser()
         self._timeout, self._deadline = timeout, math.inf
+        self._used_at = math.inf
         # From when on a reply is worth looking for without going to sleep.
         self._look_from = 0.0
         self._receive_bytes = _RECEIVE_BYTES
         self._socket = _open(target, min(timeout, _LONGEST_TIMEOUT))
+        # A call that is interrupted may let go of it anywhere.
+        weakref.finalize(self, self._socket.close)
         self._selector = _Selector()
         self._selector.register(self._socket, EVENT_READ)
 
@@ -118,27 +122,30 @@ class Link:
         """Send requests; the replies may take `timeout` seconds."""
         self._timeout = timeout
         self.renew()
-        with suppress(BrokenPipeError, ConnectionResetError):
-            # Where the server has hung up, the end is found behind the replies that are there, and it may say why.
+        try:
             sent = self._send(data)
             while sent < len(data):
                 sent += self._send(memoryview(data)[sent:])
+        except ConnectionError:
+            # The server has hung up: the end stands behind the replies that are there, and it may say why.
+            return
 
     def ended(self) -> str | None:
         """Return why the connection has ended, if it has while nobody used it; not looked for after a short pause."""
-        if self._deadline - self._timeout > time.monotonic() - _LONG_PAUSE_SECONDS:
-            return None
+        return self.look() if time.monotonic() - self._used_at > LONG_PAUSE_SECONDS else None
+
+    def look(self) -> str | None:
+        """The same, also after a short pause. No reply may be outstanding."""
         try:
-            # Under TLS there is no looking without taking.
-            if isinstance(self._socket, socket.socket):
-                self._socket.recv(1, socket.MSG_PEEK)
-                # Nobody has asked for anything: it is the end, and what the server says about it.
+            if data := self._socket.recv(self._receive_bytes):
+                # Nobody has asked for it: it is what the server says when it hangs up.
+                self._parser.feed(data)
                 return f"unexpected: {self.receive()!r}"
         except BlockingIOError:
             return None
         except (OSError, DSMQError) as error:
-            return str(error)
-        return None
+            return wire.reason(error)
+        return ENDED
 
     def _send(self, data: bytes | memoryview) -> int:
         """Send what the socket takes, when it takes something."""
@@ -150,7 +157,8 @@ class Link:
 
     def renew(self) -> None:
         """Give the replies that are outstanding their whole time again."""
-        self._deadline = time.monotonic() + self._timeout
+        self._used_at = time.monotonic()
+        self._deadline = self._used_at + self._timeout
 
     def receive(self) -> Reply:
         """Return the next reply. Raises OSError when the connection breaks, or the reply takes too long."""
@@ -160,7 +168,7 @@ class Link:
                 raise TimeoutError(f"no whole reply within {self._timeout:g} s")
             data = self._receive()
             if not data:
-                raise ConnectionResetError("the server has closed the connection")
+                raise ConnectionResetError(ENDED)
             self._parser.feed(data)
         return wire.unless_last(reply[0])
 

@@ -39,7 +39,7 @@ State: TypeAlias = Literal["lost", "resumed", "restarted", "replaced", "given up
 
 `lost`: it broke. Then one of the others follows: `resumed`, no message is lost; `restarted`, the server was started
 anew, and what was put last may be lost; `replaced`, it has none of the messages it had, and what it has now is read
-from the start; `given up`, the call that noticed raises an error.
+from the start; `given up`, the call that noticed raises an error. Calls may find a connection also after that.
 """
 
 
@@ -129,7 +129,8 @@ class Inbox:
                     missed += entry.number - last_number - 1
                 new.append(entry)
                 position, last_number = entry.id, entry.number
-        self._place = _Place(position, last_number, deque((*ahead, *new)))
+        # The latest passes over what was read ahead.
+        self._place = _Place(position, last_number, deque(new if latest and new else (*ahead, *new)))
         if missed:
             self._miss(missed)
 
@@ -345,7 +346,18 @@ def is_lost(error: BaseException, *, connecting: bool) -> bool:
 
 def reason(error: Exception) -> str:
     """Return what an error says, without its number; asyncio's time-outs say nothing."""
-    return (isinstance(error, OSError) and error.strerror) or str(error) or "no reply in time"
+    if isinstance(error, TimeoutError) and not str(error):
+        return "no reply in time"
+    return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+
+
+def is_news(state: State, down: str) -> bool:
+    """Return whether a state is to be told of: each loss once, and one end of it. `down` is the last, if it was one."""
+    if state == "lost":
+        return not down
+    if state == "given up":
+        return down == "lost"
+    return state != "resumed" or bool(down)
 
 
 def log_state(state: State, target: object, error: Exception | None) -> None:
