@@ -291,8 +291,9 @@ def test_while_writers_are_at_work_a_snapshot_holds_all_up_to_an_id_and_nothing_
     returned = [0] * 4
 
     def write(number: int) -> None:
-        while not ended.is_set():
-            returned[number] = store.append([(b"t%d" % number, b"%d" % number, None)] * 3)[-1]
+        # With pauses: a lock that is never free is not given to whoever has waited longest.
+        while not ended.wait(UNIT / 1000):
+            returned[number] = store.append([(b"t%d" % number, b"%d" % number, None)] * 20)[-1]
             store.flush()
 
     writers = [threading.Thread(target=write, args=(number,)) for number in range(4)]
@@ -453,6 +454,8 @@ def test_where_a_thread_survives_the_stop_the_snapshot_is_not_the_last_word(
         assert server.stop() == [server._workers[0].thread.name]
     released.set()
     server._workers[0].thread.join()
+    # Left open for it.
+    server._store.close()
     with restored(file, time.time()) as other:
         assert (other.epoch, other.run == run) == (epoch, False)
         assert bodies(other, b"t") == [b"x"]
@@ -1036,6 +1039,8 @@ def test_a_disk_that_hangs_is_waited_for_no_longer_than_a_minute(
         assert not server._keeper.is_kept
     released.set()
     wait_until(lambda: not [thread for thread in threading.enumerate() if thread.name == "dsmq-snapshot"])
+    # Left open for it.
+    server._store.close()
 
 
 def test_while_the_disk_is_written_to_the_thread_is_not_taken_for_stuck(
