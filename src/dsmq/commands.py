@@ -140,15 +140,16 @@ def _put(client: Client, request: list[bytes]) -> None:
     if len(body) > most:
         # The parser stops longer ones before they have arrived, but looks at no length below 1,024.
         raise TooBig(f"a message has at most {most} bytes, not {len(body)}")
-    client.put((_topic(client, request[1]), body, _key(client, request[3:]) if len(request) > 3 else None))
+    client.put((_topic(client, request[1]), body, _key(client, request) if len(request) > 3 else None))
 
 
-def _key(client: Client, words: list[bytes]) -> tuple[bytes, int]:
-    if len(words) == 3 and words[0] == b"KEY" and 0 < len(words[1]) <= MAX_NAME_BYTES and words[2].isdigit():
+def _key(client: Client, request: list[bytes]) -> tuple[bytes, int]:
+    if len(request) == 6 and request[3] == b"KEY":
         # As dsmq's own client puts: there is no faster way.
-        seq = words[2]
-        return words[1], int(seq) if len(seq) < 19 else _integer(seq, "seq")
-    options = _options(words, {b"KEY": 2, b"AGAIN": 0})
+        _, _, _, _, producer, seq = request
+        if 0 < len(producer) <= MAX_NAME_BYTES and len(seq) < 19 and seq.isdigit():
+            return producer, int(seq)
+    options = _options(request[3:], {b"KEY": 2, b"AGAIN": 0})
     if b"KEY" not in options:
         raise BadRequest("AGAIN is for a put with a KEY")
     producer, seq = options[b"KEY"]

@@ -189,7 +189,7 @@ class Connection:
         if self.closed:
             return
         requests, parser = self._requests, self._parser
-        quota, most = self._max_requests, self._most_unread()
+        quota, most = self._max_requests, self._most_unread() if self._loop.backlog else self._max_unread
         while quota and not (self._parked or self.finishing) and len(self._out) < most:
             if not requests and (parser.missing or not self._parse()):
                 break
@@ -217,8 +217,7 @@ class Connection:
 
     def _most_unread(self) -> int:
         """Return from how many bytes of replies on the client should read them first."""
-        # The backlog first, because it is seldom there.
-        return 1 if self._loop.backlog and self._loop.crowded else self._max_unread
+        return 1 if self._loop.crowded else self._max_unread
 
     def _mind_replies(self, *, behind: bool) -> None:
         was_behind, self._behind = self._behind, behind
@@ -317,8 +316,10 @@ class Connection:
             self.close(error.strerror or str(error))
             return
         self.counters.bytes_out += sent
-        self._count_backlog(len(self._out) - sent)
-        if sent < len(self._out):
+        left = len(self._out) - sent
+        if left != self._backlog:
+            self._count_backlog(left)
+        if left:
             del self._out[:sent]
             if sent or self._unread_since == math.inf:
                 self._unread_since = self._loop.now
@@ -336,9 +337,8 @@ class Connection:
         self._watch()
 
     def _count_backlog(self, size: int) -> None:
-        if size != self._backlog:
-            self._loop.backlog += size - self._backlog
-            self._backlog = size
+        self._loop.backlog += size - self._backlog
+        self._backlog = size
 
     # Who it is
 

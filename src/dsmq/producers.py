@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from dsmq.errors import Forgotten
 from dsmq.image import Producer
+from dsmq.store import Put
 
 MAX_PRODUCERS = 10_000
 MAX_PUTS_OF_PRODUCER = 1_000
@@ -60,11 +61,14 @@ class Producers:
         """Return their names; the one heard last stands last."""
         return list(self._known)
 
-    def check(self, key: tuple[bytes, int]) -> None:
-        """Raise Forgotten where it can't be told whether a put has been stored."""
-        puts = self._known.get(key[0])
-        if puts is not None and key[1] <= puts.forgotten and not puts.find(key[1]):
-            raise Forgotten(f"number {key[1]} of this producer is too old to tell whether it has been stored")
+    def check(self, batch: Iterable[Put]) -> None:
+        """Raise Forgotten where it can't be told whether one of these has been stored."""
+        known = self._known
+        for _, _, key in batch:
+            if key is None or (puts := known.get(key[0])) is None or key[1] > puts.forgotten:
+                continue
+            if not puts.find(key[1]):
+                raise Forgotten(f"number {key[1]} of this producer is too old to tell whether it has been stored")
 
     def check_unknown(self, name: bytes, now: int) -> None:
         """Raise Forgotten where a producer is not known, and may have been forgotten before its time."""

@@ -140,9 +140,6 @@ def monotonic_ms() -> int:
     return time.monotonic_ns() // 1_000_000
 
 
-_BODY = itemgetter(1)
-
-
 class SQLiteStore:
     """The store in this process. Safe to use from several threads."""
 
@@ -200,12 +197,14 @@ class SQLiteStore:
     def append(self, puts: Sequence[Put]) -> list[int]:
         with self._guard:
             # Whatever can fail is done before a message is taken.
-            for put in puts:
-                if put[2] is not None:
-                    self._producers.check(put[2])
-            names = {put[0] for put in puts}.difference(self._topics)
+            self._producers.check(puts)
+            names = set()
             held = self._stored - self._expired + len(puts)
-            size = self._topic_bytes + self._bytes + held * MESSAGE_OVERHEAD_BYTES + sum(map(len, map(_BODY, puts)))
+            size = self._topic_bytes + self._bytes + held * MESSAGE_OVERHEAD_BYTES
+            for name, body, _ in puts:
+                size += len(body)
+                if name not in self._topics:
+                    names.add(name)
             if names:
                 size += topics_cost(names)
             if held > self._fewest_messages or size > self._fewest_bytes:
