@@ -7,8 +7,11 @@ import math
 import multiprocessing
 import os
 import pickle
+import platform
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -376,6 +379,25 @@ def test_the_longest_message_goes_through(client: MakeClient) -> None:
     mq = client()
     mq.put("t", "x" * 8_388_608)
     assert len(mq.get("t")) == 8_388_608
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc is told")
+def test_long_messages_are_put_without_fetching_memory_for_each(server: Server) -> None:
+    script = f"""
+import resource
+from dsmq.client import connect
+def put():
+    for _ in range(50):
+        mq.put("t", "x" * 100_000)
+with connect(port={server.port}) as mq:
+    put()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    put()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=SOON, check=True)
+    # A message takes 25 pages.
+    assert int(done.stdout) < 250
 
 
 def test_a_message_that_expires_while_read_ahead_is_not_handed_out(caplog: pytest.LogCaptureFixture) -> None:

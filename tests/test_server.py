@@ -542,11 +542,24 @@ def test_shutdown_can_be_forbidden() -> None:
         assert wire.call("PING") == "PONG"
 
 
-def test_a_second_signal_does_not_wait() -> None:
-    script = """
+EARLY = """
+class Early(logging.Handler):
+    def emit(self, record):
+        if record.getMessage() == "stopping: SIGTERM":
+            signal.raise_signal(signal.SIGINT)
+logging.getLogger("dsmq").addHandler(Early())
+"""
+
+
+@pytest.mark.parametrize("early", ["", EARLY], ids=["while it stops", "before it has begun to"])
+def test_a_second_signal_does_not_wait(early: str) -> None:
+    script = f"""
+import logging
+import signal
 import threading
 from dsmq import commands
 from dsmq.server import serve
+{early}
 def stuck(*_):
     print("stuck", flush=True)
     threading.Event().wait()
@@ -559,13 +572,17 @@ serve(port=0, verbose=True, stop_timeout_seconds=600)
     assert process.stdout is not None
     assert process.stderr is not None
     port = int(process.stderr.readline().split("127.0.0.1:")[1].split(" ")[0])
-    with socket.create_connection(("127.0.0.1", port)) as sock:
-        sock.sendall(encode_request(b"ECHO", b"x"))
-        assert process.stdout.readline() == "stuck\n"
-        process.send_signal(signal.SIGTERM)
-        assert any("stopping: SIGTERM" in line for line in process.stderr)
-        process.send_signal(signal.SIGINT)
-        _, rest = process.communicate(timeout=SOON)
+    try:
+        with socket.create_connection(("127.0.0.1", port)) as sock:
+            sock.sendall(encode_request(b"ECHO", b"x"))
+            assert process.stdout.readline() == "stuck\n"
+            process.send_signal(signal.SIGTERM)
+            if not early:
+                assert any("stopping: SIGTERM" in line for line in process.stderr)
+                process.send_signal(signal.SIGINT)
+            _, rest = process.communicate(timeout=SOON)
+    finally:
+        process.kill()
     assert process.returncode != 0
     assert "KeyboardInterrupt" in rest
 

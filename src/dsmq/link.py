@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import selectors
 import socket
@@ -35,7 +34,6 @@ ENDED = "the server has closed the connection"
 # How long a reply is looked for before the client goes to sleep.
 BUSY_POLL_SECONDS = 150e-6
 
-_expect_long_messages = functools.cache(expect_long_messages)
 _Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 
@@ -187,7 +185,7 @@ class Link:
             else:
                 self._learn(began)
                 if len(data) == _RECEIVE_BYTES:
-                    _expect_long_messages()
+                    expect_long_messages()
                     self._receive_bytes = _RECEIVE_MORE_BYTES
                 return data
             if self._look_from <= now < began + BUSY_POLL_SECONDS:

@@ -40,7 +40,7 @@ from dsmq.status import Status
 from dsmq.store import Limits, Store, Totals
 from dsmq.system import expect_long_messages
 from dsmq.systemd import Systemd
-from dsmq.threads import LEAST_STAGE_SECONDS, join
+from dsmq.threads import join, wait_until
 from dsmq.worker import Worker
 
 # File descriptors left for other things than connections.
@@ -426,7 +426,7 @@ class Server:
 
         if self._workers and self._workers[0].thread.is_alive():
             self._workers[0].post(unlisten)
-            done.wait(max(LEAST_STAGE_SECONDS, deadline - time.monotonic()))
+            wait_until(done.is_set, deadline)
         for listener in self._listeners:
             listener.closed = True
             # The file of a socket that was passed is not its own to remove.

@@ -26,6 +26,7 @@ from dsmq.errors import (
     TooBig,
 )
 from dsmq.protocol import Reply, encode_bulk, encode_request
+from dsmq.system import LONG_MESSAGE_BYTES, expect_long_messages
 
 SHUTDOWN = encode_request(b"SHUTDOWN")
 PING = encode_request(b"PING")
@@ -269,6 +270,8 @@ class Session:
             raise TypeError(f"a message is a str or bytes, not {type(message).__name__}")
         if len(body) > self.max_message_bytes:
             raise TooBig(f"a message has at most {self.max_message_bytes} bytes, not {len(body)}")
+        if len(body) > LONG_MESSAGE_BYTES:
+            expect_long_messages()
         return name, body
 
     def entries(self, reply: Reply) -> list[Entry]:
