@@ -5,10 +5,11 @@ Without any input or output. The blocking client and the asyncio client share it
 
 from __future__ import annotations
 
+import binascii
 import itertools
 import math
+import os
 import random
-import secrets
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -77,7 +78,8 @@ class Producer:
     def __init__(self, run: bytes) -> None:
         self.run = run
         """Which run of the server it is a producer for: see PROTOCOL.md."""
-        self._name = secrets.token_urlsafe(9).encode()
+        # Not by the module `secrets`, which takes longer to import than the rest of this package.
+        self._name = binascii.b2a_base64(os.urandom(9), newline=False)
         self._seq = 0
 
     def put(self, name: bytes, body: bytes) -> bytes:

@@ -7,9 +7,8 @@ import selectors
 import socket
 import time
 import weakref
-from dataclasses import dataclass
 from selectors import EVENT_READ, EVENT_WRITE
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from typing import TYPE_CHECKING, NamedTuple, TypedDict, Unpack
 
 from dsmq import session as wire
 from dsmq.calls import Producer
@@ -37,8 +36,7 @@ BUSY_POLL_SECONDS = 150e-6
 _Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """Where a client connects to, and what it shows there."""
 
     host: str

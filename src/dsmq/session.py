@@ -9,7 +9,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import islice
 from typing import Literal, NamedTuple, NoReturn, TypeAlias, TypeVar
 
@@ -44,8 +43,7 @@ from the start; `given up`, the call that noticed raises an error. Calls may fin
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(NamedTuple):
     """A message with all that is known of it."""
 
     topic: str
