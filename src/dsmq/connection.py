@@ -62,6 +62,52 @@ class _Wait:
 class Connection:
     """A connection, from the first byte to the last. Used by its loop's thread alone."""
 
+    # Python reaches so many attributes sooner in slots than in a dict.
+    __slots__ = (
+        "_asked",
+        "_backlog",
+        "_behind",
+        "_calls",
+        "_deferred",
+        "_ended",
+        "_events",
+        "_linger_seconds",
+        "_linger_until",
+        "_loop",
+        "_max_held",
+        "_max_requests",
+        "_max_unread",
+        "_out",
+        "_parked",
+        "_parser",
+        "_permitted",
+        "_receive_bytes",
+        "_received_at",
+        "_request_since",
+        "_requests",
+        "_socket",
+        "_stranger_until",
+        "_unread_since",
+        "_wait",
+        "_wrong_tokens",
+        "closed",
+        "counters",
+        "finishing",
+        "id",
+        "name",
+        "opened_at",
+        "peer",
+        "positions",
+        "reading",
+        "role",
+        "scheduled",
+        "services",
+        "stranger",
+        "token",
+        "version",
+        "watermark",
+    )
+
     def __init__(self, loop: Loop, sock: Stream, peer: Peer) -> None:
         self._loop = loop
         self._socket = sock
