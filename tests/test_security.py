@@ -26,6 +26,7 @@ from dsmq import aio, auth, config, listening
 from dsmq.auth import Gate, Role
 from dsmq.client import DSMQClientSideConnection, connect
 from dsmq.commands import COMMANDS
+from dsmq.connection import Connection
 from dsmq.errors import AuthRequired, BadRequest, Busy, ClientClosed, ConfigError, Denied, NotPermitted, WrongToken
 from dsmq.protocol import encode_request
 from dsmq.server import Server
@@ -495,8 +496,8 @@ def test_a_reload_in_the_middle_of_a_handshake_of_tls_spins_nothing(files: Files
 def test_one_that_fails_does_not_keep_the_others(token_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load = lambda: config.load(kind=config.EmbeddedSettings, port=0, auth_token_file=str(token_file))  # noqa: E731
     with Server(load(), load=load) as server, wire_as(server, READER) as first, wire_as(server, READER) as second:
-        connection = next(iter(server._workers[0].connections))
-        monkeypatch.setattr(connection, "_settled", lambda: 1 / 0)
+        broken, settled = next(iter(server._workers[0].connections)), Connection._settled
+        monkeypatch.setattr(Connection, "_settled", lambda one: 1 / 0 if one is broken else settled(one))
         token_file.write_text(ADMIN)
         server.reload()
         assert second.receive().code == "NOAUTH"  # type: ignore[union-attr]
