@@ -29,7 +29,7 @@ from dsmq.threads import join
 # By how much more than the snapshot's last id there may have been, each time that the server went on from it.
 RESTORE_GAP = 2**32
 # Between two slices the lock is free for this long; for the rest, that clients add meanwhile, not at all.
-PAUSE_SECONDS = 0.001
+PAUSE_SECONDS = 0.0007
 # Producers whose puts are copied while the lock is held once.
 _PRODUCERS = 20
 # How long a disk may take to write what the system holds for it.

@@ -41,7 +41,7 @@ EXPIRY_SLICE_BYTES = 131_072
 TAIL_MESSAGES, MAX_TAIL_MESSAGES = 32, 512
 TAIL_BYTES, MAX_TAIL_BYTES = 32_768, 262_144
 # Rows, and bytes of messages, copied while the lock is held once, for a snapshot.
-COPY_TOPICS, COPY_CHUNKS, COPY_BYTES = 500, 64, 32_768
+COPY_TOPICS, COPY_CHUNKS, COPY_BYTES = 500, 64, 16_384
 # Pages of 4,096 bytes, copied at once where nobody else uses the database.
 _COPY_PAGES = 4096
 # After the tails could not be written, it is not tried again for so long, unless something expires.
