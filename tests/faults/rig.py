@@ -175,7 +175,7 @@ class Daemon(Process):
 
         ca_file is what its clients trust.
         """
-        self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed by stop()
+        self._log = tempfile.NamedTemporaryFile("w")  # noqa: SIM115 - closed by close()
         # Whatever the caller has set for dsmq is nothing to the attacks.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("DSMQ_")}
         environment |= {"DSMQ_PORT": "0", "DSMQ_METRICS_PORT": "0"}
@@ -202,8 +202,8 @@ class Daemon(Process):
             raise
 
     def log(self) -> str:
-        self._log.seek(0)
-        return self._log.read()
+        # By a file of its own: to seek in that of the process would move where it writes.
+        return Path(self._log.name).read_text(errors="replace")
 
     def _await_line(self, pattern: str) -> str:
         found: list[str] = []
