@@ -146,7 +146,7 @@ def _put(client: Client, request: list[bytes]) -> None:
 def _key(client: Client, request: list[bytes]) -> tuple[bytes, int]:
     if len(request) == 6 and request[3] == b"KEY":
         # As dsmq's own client puts: there is no faster way.
-        _, _, _, _, producer, seq = request
+        producer, seq = request[4], request[5]
         if 0 < len(producer) <= MAX_NAME_BYTES and len(seq) < 19 and seq.isdigit():
             return producer, int(seq)
     options = _options(request[3:], {b"KEY": 2, b"AGAIN": 0})

@@ -235,7 +235,9 @@ class Connection:
         if self.closed:
             return
         requests, parser = self._requests, self._parser
-        quota, most = self._max_requests, self._most_unread() if self._loop.backlog else self._max_unread
+        quota = self._max_requests
+        # The client should read its replies first where there are so many bytes of them. The backlog is seldom there.
+        most = 1 if self._loop.backlog and self._loop.crowded else self._max_unread
         while quota and not (self._parked or self.finishing) and len(self._out) < most:
             if not requests and (parser.missing or not self._parse()):
                 break
@@ -260,10 +262,6 @@ class Connection:
         if self._ended and parser.missing and not (requests or self._parked):
             self.finish()
         self._watch()
-
-    def _most_unread(self) -> int:
-        """Return from how many bytes of replies on the client should read them first."""
-        return 1 if self._loop.crowded else self._max_unread
 
     def _mind_replies(self, *, behind: bool) -> None:
         was_behind, self._behind = self._behind, behind
