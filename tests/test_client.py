@@ -720,7 +720,7 @@ def test_a_server_that_is_closing_has_not_stored_what_it_answers_so() -> None:
 
 @pytest.mark.parametrize(
     "reply",
-    [b"*1\r\n:1\r\n", b":1\r\n", b"*4\r\n:1\r\n:1\r\n:1\r\n:1\r\n", b"*4\r\n$1\r\na\r\n:1\r\n:1\r\n$1\r\na\r\n"],
+    [b"*1\r\n:1\r\n", b":1\r\n", b"*5\r\n" + b":1\r\n" * 5, b"*5\r\n$1\r\na\r\n:1\r\n:1\r\n$1\r\na\r\n:1\r\n"],
 )
 def test_a_reply_to_read_that_is_none_raises(reply: bytes) -> None:
     with fake_server(HELLO, reply) as port, connect(port=port) as mq, pytest.raises(ProtocolError):

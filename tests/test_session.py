@@ -55,7 +55,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Time:
 
 
 def hello(epoch: str = "one", last_id: int = 0, **others: Reply) -> Reply:
-    facts = {"epoch": epoch.encode(), "last_id": last_id, "max_age_ms": round(MAX_AGE * 1000)}
+    facts = {"epoch": epoch.encode(), "last_id": last_id}
     facts |= {
         "run": b"first",
         "max_message_bytes": 1000,
@@ -123,7 +123,7 @@ def test_read_asks_for_what_is_behind_the_position() -> None:
 
 
 def test_the_other_requests() -> None:
-    assert request(Session().hello) == [b"HELLO", b"2"]
+    assert request(Session().hello) == [b"HELLO", b"2", b"NOTICES"]
     assert request(wire.PING) == [b"PING"]
     assert request(wire.SHUTDOWN) == [b"SHUTDOWN"]
     assert request(wire.topics_request([])) == [b"TOPICS"]
@@ -337,7 +337,7 @@ def test_what_was_asked_for_before_a_seek_is_not_taken() -> None:
 def test_what_passes_its_age_in_the_read_ahead_does_not_come(clock: Time) -> None:
     session = a_session()
     inbox = session.inbox("t")
-    accept(inbox, session.entries([1, 1, 595_000, b"1", 2, 2, 590_000, b"2"]))
+    accept(inbox, session.entries([1, 1, 595_000, b"1", 5_000, 2, 2, 590_000, b"2", 10_000]))
     clock.passed = 5.0
     assert take(inbox) == [2]
     assert inbox.missed == 1
@@ -507,12 +507,8 @@ NO_GREETINGS: dict[str, Reply] = {
     "an odd array": [b"epoch"],
     "an empty array": [],
     "names that are none": [1, 2],
-    **{
-        f"no {name}": without(name)
-        for name in ("epoch", "last_id", "max_age_ms", "max_message_bytes", "max_topic_bytes")
-    },
+    **{f"no {name}": without(name) for name in ("epoch", "last_id", "max_message_bytes", "max_topic_bytes")},
     "last_id that is no integer": hello(last_id=b"x"),  # type: ignore[arg-type]
-    "max_age_ms that is no integer": hello(max_age_ms=[]),
     "max_message_bytes that is no integer": hello(max_message_bytes=None),
     "max_topic_bytes that is no integer": hello(max_topic_bytes=b""),
     "a name that is not UTF-8": [b"\xff", 1, *hello()],  # type: ignore[misc]
@@ -532,8 +528,8 @@ def test_what_is_no_greeting_is_a_protocol_error(name: str) -> None:
 
 
 def test_messages_expire_as_much_later_as_they_are_younger(clock: Time) -> None:
-    found = a_session().entries([5, 1, 0, b"new", 6, 2, 600_000, b"old"])
-    assert found == [Entry(5, 1, 5600.0, b"new"), Entry(6, 2, 5000.0, b"old")]
+    found = a_session().entries([5, 1, 0, b"new", 600_000, 6, 2, 600_000, b"old", 0])
+    assert found == [Entry(5, 1, 5600.0, b"new", 5000.0), Entry(6, 2, 5000.0, b"old", 4400.0)]
 
 
 def test_no_messages_is_an_empty_array() -> None:
@@ -543,7 +539,7 @@ def test_no_messages_is_an_empty_array() -> None:
 def test_a_message_tells_when_it_was_put(clock: Time) -> None:
     session = a_session()
     inbox = session.inbox("t")
-    [found] = session.entries([5, 2, 30_000, b"x"])
+    [found] = session.entries([5, 2, 30_000, b"x", 570_000])
     clock.passed = 10.0
     message = session.message(inbox, found)
     assert message == Message("t", 5, 2, message.put_at, b"x")
@@ -563,14 +559,15 @@ def test_a_message_is_text_where_it_is_utf_8() -> None:
         _ = Message("t", 2, 2, 0.0, bad.body).text
 
 
-NO_MESSAGES: list[Reply] = [None, "OK", 1, b"x", [1], [1, 1, 0], [1, 1, 0, b"x", 2], [[1, 1, 0, b"x"]] * 4]
+NO_MESSAGES: list[Reply] = [None, "OK", 1, b"x", [1], [1, 1, 0], [1, 1, 0, b"x"], [[1, 1, 0, b"x", 1]] * 5]
 WRONG_MESSAGES: list[Reply] = [
-    [b"1", 1, 0, b"x"],
-    [1, b"1", 0, b"x"],
-    [1, 1, b"0", b"x"],
-    [1, 1, 0, "x"],
-    [1, 1, 0, None],
-    [1, 1, 0, b"x", 2, 2, 0, 0],
+    [b"1", 1, 0, b"x", 1],
+    [1, b"1", 0, b"x", 1],
+    [1, 1, b"0", b"x", 1],
+    [1, 1, 0, "x", 1],
+    [1, 1, 0, None, 1],
+    [1, 1, 0, b"x", None],
+    [1, 1, 0, b"x", 1, 2, 2, 0, 0, 1],
 ]
 
 

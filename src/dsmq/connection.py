@@ -95,6 +95,7 @@ class Connection:
         "finishing",
         "id",
         "name",
+        "notices",
         "opened_at",
         "peer",
         "positions",
@@ -124,6 +125,7 @@ class Connection:
         self._stranger_until = math.inf
         self.name = b""
         self.version = 2
+        self.notices = False
         self.watermark = loop.services.store.last_id()
         self.positions: dict[bytes, int] = {}
         self.reading: tuple[bytes, int] | None = None
@@ -551,7 +553,10 @@ class Connection:
         """Reply to a wait that it found nothing."""
         if (wait := self._wait) is not None:
             self._stop_waiting()
-            self._send(wait.encode([]))
+            try:
+                self._send(wait.encode([]))
+            except ReplyError as error:
+                self._fail(error)
             self.resume()
 
     def _stop_waiting(self) -> None:

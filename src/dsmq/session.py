@@ -62,12 +62,13 @@ class Message(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A message read ahead; `expires` is on this process's monotonic clock."""
+    """A message read ahead; times are on this process's monotonic clock."""
 
     id: int
     number: int
     expires: float
     body: bytes
+    put_at: float = 0.0
 
 
 class _Place(NamedTuple):
@@ -193,13 +194,13 @@ class Session:
     """The client's side of what HELLO has agreed on."""
 
     def __init__(self, token: str = "") -> None:
-        self.hello = encode_request(b"HELLO", b"2", *((b"AUTH", b"default", token.encode()) if token else ()))
+        auth = (b"AUTH", b"default", token.encode()) if token else ()
+        self.hello = encode_request(b"HELLO", b"2", *auth, b"NOTICES")
         self.epoch = ""
         self.run = b""
         """Which run of the server it is: one that remembers all puts since its start, or since the runs before."""
         self.max_message_bytes = 0
         self.max_topic_bytes = 0
-        self._max_age = 0.0
         self._watermark = 0
         # No number is known to stand at the watermark, but in a new epoch all numbers are new.
         self._first_number: int | None = None
@@ -219,7 +220,6 @@ class Session:
         last_id = _as_number(facts.get("last_id"))
         self.max_message_bytes = _as_number(facts.get("max_message_bytes"))
         self.max_topic_bytes = _as_number(facts.get("max_topic_bytes"))
-        self._max_age = _as_number(facts.get("max_age_ms")) / 1000
         state: State = "resumed"
         if not self.epoch:
             self._watermark = last_id
@@ -276,26 +276,26 @@ class Session:
         """Return the messages in the reply to READ. Raises the error that it is, or ProtocolError."""
         if isinstance(reply, ReplyError):
             raise reply
-        if not isinstance(reply, list) or len(reply) % 4:
-            raise ProtocolError("the reply to READ is not an array of fours")
-        # What is as old as max_age now expires now; the rest has so much longer.
-        expires = time.monotonic() + self._max_age
+        if not isinstance(reply, list) or len(reply) % 5:
+            raise ProtocolError("the reply to READ is not an array of fives")
+        now = time.monotonic()
         entries = []
         values = iter(reply)
-        for message_id, number, age, body in zip(values, values, values, values, strict=True):
+        for message_id, number, age, body, left in zip(values, values, values, values, values, strict=True):
             if not (
                 isinstance(message_id, int)
                 and isinstance(number, int)
                 and isinstance(age, int)
                 and isinstance(body, bytes)
+                and isinstance(left, int)
             ):
                 raise ProtocolError("the reply to READ does not hold messages")
-            entries.append(Entry(message_id, number, expires - age / 1000, body))
+            entries.append(Entry(message_id, number, now + left / 1000, body, now - age / 1000))
         return entries
 
     def message(self, inbox: Inbox, entry: Entry) -> Message:
         """Return a message as the user sees it."""
-        age = self._max_age - (entry.expires - time.monotonic())
+        age = time.monotonic() - entry.put_at
         return Message(inbox.topic, entry.id, entry.number, time.time() - age, entry.body)
 
 
