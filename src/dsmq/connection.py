@@ -35,9 +35,7 @@ from dsmq.store import Answer, Message, Put, T
 RECEIVE_BYTES = 131_072
 # Of a client that waits, so much is held that it has sent already.
 MAX_HELD_BYTES = 65_536
-# Wrong tokens that one connection may show before it is closed.
-MAX_WRONG_TOKENS = 3
-# Requests that a client may make without having shown its token.
+# Requests that a client may make before it is authenticated, of whatever kind.
 MAX_REQUESTS_OF_STRANGERS = 16
 # Of a client that is being let go of, so much is read at once, to be thrown away.
 LAST_RECEIVE_BYTES = 4096
@@ -53,7 +51,6 @@ class _Wait:
     """What a waiting reader waits for."""
 
     topic: bytes
-    """Empty where it waits for its time alone."""
     until: float
     fetch: Fetch
     encode: Callable[[list[Message]], bytes]
@@ -89,7 +86,6 @@ class Connection:
         "_stranger_until",
         "_unread_since",
         "_wait",
-        "_wrong_tokens",
         "closed",
         "counters",
         "finishing",
@@ -120,7 +116,7 @@ class Connection:
         self.role = Role.NOBODY if loop.services.gate.tokens else Role.ADMIN
         self.stranger = peer.encrypted or self.role is Role.NOBODY
         """Whether it has still to show its token, or to finish the handshake of TLS."""
-        self._wrong_tokens = self._asked = 0
+        self._asked = 0
         self._stranger_until = math.inf
         self.name = b""
         self.version = 2
@@ -166,7 +162,7 @@ class Connection:
     @property
     def waiting(self) -> bool:
         """Whether it waits for a message."""
-        return self._wait is not None and bool(self._wait.topic)
+        return self._wait is not None
 
     @property
     def max_read_bytes(self) -> int:
@@ -297,12 +293,13 @@ class Connection:
 
     def _restricted(self, name: bytes) -> Command:
         """Return a command that needs a further look. Raises the error for one that the client may not call."""
-        command = find(name)
         if self.role is Role.NOBODY:
+            # Before anything is looked up: an unknown command counts, too.
             self._asked += 1
             if self._asked > MAX_REQUESTS_OF_STRANGERS:
                 self.finish()
                 raise AuthRequired(f"no more than {MAX_REQUESTS_OF_STRANGERS} requests without a token")
+        command = find(name)
         if self.role < command.role:
             self._calls[command.name] += 1
             command.forbid(self.role)
@@ -386,37 +383,21 @@ class Connection:
 
     # Who it is
 
-    def authenticate(self, user: bytes, token: bytes, welcome: Callable[[], bytes]) -> bytes | None:
+    def authenticate(self, user: bytes, token: bytes, welcome: Callable[[], bytes]) -> bytes:
         gate = self.services.gate
         if not gate.tokens:
             raise BadRequest("this server has no tokens")
-        seconds = gate.turn(self.peer.network)
-        if not seconds:
-            return self._judge(user, token, welcome)
-        self._wait = _Wait(b"", self._loop.now + seconds, list, lambda _: self._judge(user, token, welcome))
-        self._parked = True
-        self._schedule()
-        return None
-
-    def _judge(self, user: bytes, token: bytes, welcome: Callable[[], bytes]) -> bytes:
-        found = self.services.gate.admit(user, token)
+        found = gate.admit(user, token)
         if found is None:
-            return self._wrong_token()
+            _logger.warning("%r: wrong token", self, extra=self._event("wrong_token"))
+            self.counters.wrong_tokens += 1
+            # One guess a connection: the client is not told more, and nothing that it has sent behind it is run.
+            self.finish()
+            raise WrongToken("invalid token")
         self.token, self.role = found, found.role
         self._set_bounds()
         self._admit()
         return welcome()
-
-    def _wrong_token(self) -> bytes:
-        _logger.warning("%r: wrong token", self, extra=self._event("wrong_token"))
-        self.services.gate.fail(self.peer.network)
-        self._wrong_tokens += 1
-        self.counters.wrong_tokens += 1
-        if self._wrong_tokens >= MAX_WRONG_TOKENS:
-            self.finish()
-        error = WrongToken("this is no token of this server")
-        self.note(error)
-        return encode_error(error)
 
     def _admit(self) -> None:
         self.stranger = False
@@ -556,8 +537,7 @@ class Connection:
 
     def _stop_waiting(self) -> None:
         if self._wait is not None:
-            if self._wait.topic:
-                self._loop.leave(self._wait.topic, self)
+            self._loop.leave(self._wait.topic, self)
             self._wait = None
 
     # Deadlines
@@ -616,12 +596,7 @@ class Connection:
         Behind the last reply all are told, asked or not: who has sent a put meanwhile knows that it is not stored.
         """
         self._linger_seconds = LINGER_SECONDS_AT_STOP
-        if self.waiting:
-            self.stop_waiting()
-        elif self._wait is not None:
-            # The turn of its token has not come.
-            self._stop_waiting()
-            self._parked = False
+        self.stop_waiting()
         if self._parked or not self._settled():
             self.finishing = True
         elif not self.finishing:
