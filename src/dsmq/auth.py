@@ -6,6 +6,7 @@ import enum
 import hashlib
 import hmac
 import ipaddress
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,6 +20,12 @@ MIN_TOKEN_CHARACTERS = 16
 TOO_SHORT = (
     f"{MIN_TOKEN_CHARACTERS} characters or more; to make one: "
     "python3 -c 'import secrets; print(secrets.token_urlsafe(32))'"
+)
+_HOST = re.compile(r"(?P<name>\[[^\[\]]*\]|[^:\[\]]*)(:[0-9]*)?")
+_NAME = re.compile(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?")
+# As /etc/hosts of common systems has them; nobody can register one of these.
+_LOOPBACK_NAMES = frozenset(
+    ("localhost", "localhost.localdomain", "localhost4", "localhost6", "ip6-localhost", "ip6-loopback")
 )
 # Addresses whose network is cached.
 _MAX_ADDRESSES = 10_000
@@ -117,6 +124,47 @@ class Gate:
             "tokens_new": [token.name for token in self.tokens if token not in before.tokens],
             "tokens_gone": [token.name for token in before.tokens if token not in self.tokens],
         }
+
+
+@dataclass(frozen=True, slots=True)
+class HTTPGate:
+    """Who may use the HTTP endpoint: its bearer token, and the host names by which it may be addressed."""
+
+    token: bytes = b""
+    names: frozenset[str] = frozenset()
+
+    def admits(self, authorization: str) -> bool:
+        """Return whether an Authorization header has the token, or none is needed."""
+        scheme, _, token = authorization.partition(" ")
+        given = token.strip().encode() if scheme.lower() == "bearer" else b""
+        return not self.token or hmac.compare_digest(given, self.token)
+
+    def answers_to(self, host: str) -> bool:
+        """Return whether a Host header has an IP address, a loopback name, or one of the names; any port.
+
+        A web page that makes its own name resolve to this machine (DNS rebinding) can send only that name.
+        """
+        match = _HOST.fullmatch(host.strip().lower())
+        if match is None:
+            return False
+        name = match["name"].removesuffix(".")
+        return name in self.names or name in _LOOPBACK_NAMES or name.endswith(".localhost") or _is_address(name)
+
+
+def host_names(text: str) -> frozenset[str]:
+    """Return the host names in a list separated by commas. Raises ValueError."""
+    names = frozenset(name.strip().lower().removesuffix(".") for name in text.split(",") if name.strip())
+    if not all(_NAME.fullmatch(name) for name in names):
+        raise ValueError("should be host names separated by commas, without ports")
+    return names
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name.strip("[]"))
+    except ValueError:
+        return False
+    return True
 
 
 def _digest(token: bytes) -> bytes:

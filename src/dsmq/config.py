@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from dsmq.auth import MIN_TOKEN_CHARACTERS, TOO_SHORT
+from dsmq.auth import MIN_TOKEN_CHARACTERS, TOO_SHORT, host_names
 from dsmq.errors import ConfigError
 from dsmq.listening import UNIX
 
@@ -50,6 +50,11 @@ def _token(value: SecretStr) -> SecretStr:
         raise ValueError("should be the token itself, not the mask it is shown by")
     if token and len(token) < MIN_TOKEN_CHARACTERS:
         raise ValueError(f"should have {TOO_SHORT}")
+    return value
+
+
+def _host_names(value: str) -> str:
+    host_names(value)
     return value
 
 
@@ -120,6 +125,12 @@ class Settings(BaseSettings):
         description="What the side port wants as a bearer token for all that tells more than whether it is well.",
     )
     metrics_token_file: str = Field("", description="A file that holds it, in place of metrics_token.")
+    http_allowed_hosts: Annotated[str, AfterValidator(_host_names)] = Field(
+        "",
+        description="Host names, separated by commas, at which the HTTP endpoint answers, besides IP addresses and "
+        "localhost. Others get 421, so that a web page can't read it through a name of its own (DNS rebinding); "
+        "/healthz and /readyz answer to any.",
+    )
     metrics_port: Port | Literal["off"] = Field(30009, description='TCP port of the side port; "off" for none.')
     metrics_topics: int = Field(
         0,

@@ -25,7 +25,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from dsmq import __version__, auth, config, listening, logs, metrics
-from dsmq.auth import Gate
+from dsmq.auth import Gate, HTTPGate
 from dsmq.commands import Services
 from dsmq.config import EmbeddedSettings, Settings
 from dsmq.errors import Busy, CannotStart, ConfigError, DSMQError, ReplyError, ServerFailed
@@ -49,7 +49,7 @@ RESERVED_FILES = 64
 WATCH_SECONDS = 1.0
 # Settings that are read once, at the start.
 FIXED = (
-    *("host", "port", "listen_backlog", "metrics_host", "metrics_port", "metrics_token", "metrics_token_file"),
+    *("host", "port", "listen_backlog", "metrics_host", "metrics_port"),
     *("io_threads", "busy_poll_microseconds", "expiry_interval_seconds", "max_connections", "max_log_lines_per_second"),
     *("log_format", "log_to", "snapshot_file", "snapshot_interval_seconds"),
 )
@@ -137,7 +137,7 @@ class Server:
     def _configure(self, settings: Settings) -> None:
         """Make these settings those in force, but for FIXED ones. Raises ConfigError, with nothing changed."""
         tokens = auth.tokens_of(settings.auth_token.get_secret_value(), settings.auth_token_file)
-        gate = Gate(tokens)
+        gate, http_gate = Gate(tokens), _http_gate(settings)
         tls, files = None, (settings.tls_cert_file, settings.tls_key_file, settings.tls_client_ca_file)
         # Before they are read: what changes meanwhile is read the next time.
         written = [os.stat(file).st_mtime_ns if os.path.exists(file) else 0 for file in files]
@@ -147,6 +147,7 @@ class Server:
             tls = server_context(*files)
         _check_exposure([listener.socket for listener in self._listeners], settings, gate)
         self._tls, self._certificates_written, self._services.gate = tls, written, gate
+        self._http_gate = http_gate
         self.settings = self._services.settings = settings
         self._store.max_age_ms = round(settings.max_age_seconds * 1000)
         self._store.limits = Limits(
@@ -219,11 +220,7 @@ class Server:
         # Imported here, because a server without a side port needs none of it.
         from dsmq.sideport import SidePort  # noqa: PLC0415
 
-        settings = self.settings
-        token = settings.metrics_token.get_secret_value()
-        if settings.metrics_token_file:
-            token = auth.read_tokens(settings.metrics_token_file)[0][2]
-        return SidePort(sock, metrics.registry(self.status), self.status, token)
+        return SidePort(sock, metrics.registry(self.status), self.status, lambda: self._http_gate)
 
     def _tell_security(self) -> None:
         settings, tokens = self.settings, len(self._services.gate.tokens)
@@ -472,6 +469,13 @@ class Server:
 
     def waiting(self) -> int:
         return self.status.waiting()
+
+
+def _http_gate(settings: Settings) -> HTTPGate:
+    token = settings.metrics_token.get_secret_value()
+    if settings.metrics_token_file:
+        token = auth.read_tokens(settings.metrics_token_file)[0][2]
+    return HTTPGate(token.encode(), auth.host_names(settings.http_allowed_hosts))
 
 
 def _exposed(sockets: Sequence[socket.socket], settings: Settings, gate: Gate) -> list[str]:
