@@ -37,6 +37,8 @@ RECEIVE_BYTES = 131_072
 MAX_HELD_BYTES = 65_536
 # Requests that a client may make before it is authenticated, of whatever kind.
 MAX_REQUESTS_OF_STRANGERS = 16
+# To read and discard what it sends behind them costs others time, so there is an end to that, too.
+MAX_DISCARDED_BYTES_OF_STRANGERS = 65_536
 # Of a client that is being let go of, so much is read at once, to be thrown away.
 LAST_RECEIVE_BYTES = 4096
 # How long a client may take to read the last reply and hang up, when the server closes.
@@ -66,6 +68,7 @@ class Connection:
         "_behind",
         "_calls",
         "_deferred",
+        "_discarded",
         "_ended",
         "_events",
         "_linger_seconds",
@@ -116,7 +119,7 @@ class Connection:
         self.role = Role.NOBODY if loop.services.gate.tokens else Role.ADMIN
         self.stranger = peer.encrypted or self.role is Role.NOBODY
         """Whether it has still to show its token, or to finish the handshake of TLS."""
-        self._asked = 0
+        self._asked = self._discarded = 0
         self._stranger_until = math.inf
         self.name = b""
         self.version = 2
@@ -214,6 +217,10 @@ class Connection:
             self._received_at = self._loop.now
             self._parser.feed(data)
             self.run()
+        elif self.role is Role.NOBODY:
+            self._discarded += len(data)
+            if self._discarded > MAX_DISCARDED_BYTES_OF_STRANGERS:
+                self.close("sends on after its last reply")
 
     def _end_of_input(self) -> None:
         self._ended = True
@@ -268,7 +275,7 @@ class Connection:
     def _parse(self) -> bool:
         """Take further requests out of the parser, if there are some."""
         try:
-            requests = self._parser.batch()
+            requests = self._parser.batch() if self._permitted else self._next_of_stranger()
         except ReplyError as error:
             if self._settled():
                 self._reject(error)
@@ -278,6 +285,11 @@ class Connection:
             self.counters.requests += len(requests)
             self._request_since = math.inf
         return bool(requests)
+
+    def _next_of_stranger(self) -> list[list[bytes]]:
+        """Parse one request at a time, so that no work is done for those beyond MAX_REQUESTS_OF_STRANGERS."""
+        request = self._parser.next()
+        return [] if request is None else [request]
 
     def _execute(self, request: list[bytes]) -> None:
         command = self._permitted.get(request[0]) or self._restricted(request[0])

@@ -254,8 +254,8 @@ class _Handler(BaseHTTPRequestHandler):
         """Return the metrics, in the format that is asked for."""
         try:
             encode, content_type = choose_encoder(" ".join(self.headers.get("Accept", "").split()))
-        except ValueError:
-            # A version that is not a number.
+        except (TypeError, ValueError):
+            # prometheus_client compares the version as numbers, whatever it is.
             encode, content_type = choose_encoder("")
         return _Reply(HTTPStatus.OK, content_type, encode(self.server.registry))
 
