@@ -372,6 +372,7 @@ OTHERS: dict[str, Any] = {
     "log_format": "json",
     "log_to": "stdout",
     "protected_mode": False,
+    "http_allowed_hosts": "dsmq, mq.example.org",
     **{name: f"/etc/dsmq/{name}" for name in config.Settings.model_fields if name.endswith("_file")},
     **{name: kind["maximum"] for name, kind in NUMBERS.items() if name != "metrics_port"},
 }
