@@ -146,6 +146,10 @@ BAD = [
     ("log_level", "loud", "'warning'"),
     ("host", "[::1", "should be an address"),
     ("metrics_host", "::1]", "should be an address"),
+    *(
+        ("http_allowed_hosts", text, "without ports")
+        for text in ("dsmq:30009", "http://dsmq", "*.dsmq", "a b", "dsmq,ö")
+    ),
 ]
 by_bad = pytest.mark.parametrize(("name", "value", "says"), BAD)
 
