@@ -146,6 +146,10 @@ BAD = [
     ("log_level", "loud", "'warning'"),
     ("host", "[::1", "should be an address"),
     ("metrics_host", "::1]", "should be an address"),
+    *(
+        ("http_allowed_hosts", text, "without ports")
+        for text in ("dsmq:30009", "http://dsmq", "*.dsmq", "a b", "dsmq,ö")
+    ),
 ]
 by_bad = pytest.mark.parametrize(("name", "value", "says"), BAD)
 
@@ -372,6 +376,7 @@ OTHERS: dict[str, Any] = {
     "log_format": "json",
     "log_to": "stdout",
     "protected_mode": False,
+    "http_allowed_hosts": "dsmq, mq.example.org",
     **{name: f"/etc/dsmq/{name}" for name in config.Settings.model_fields if name.endswith("_file")},
     **{name: kind["maximum"] for name, kind in NUMBERS.items() if name != "metrics_port"},
 }

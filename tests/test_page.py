@@ -27,7 +27,7 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not 
 expect = sync_api.expect
 
 HOSTILE = "<img src=x onerror=\"document.title='broken'\">"
-TOKEN = "open-sesame"
+TOKEN = "open-sesame-0123456789"
 # A name by which the browser reaches this machine, as if from another.
 ELSEWHERE = "dsmq.example"
 # What the browser itself says of a server that is gone, and of one that wants a token.
@@ -263,7 +263,7 @@ def test_without_messages_it_says_how_to_put_one(browser: Browser, mq: Client, s
 @pytest.mark.parametrize(
     ("settings", "options", "given"),
     [
-        ({"host": "0.0.0.0"}, "--host dsmq.example --port N", '"dsmq.example", port=N'),
+        ({"host": "0.0.0.0", "protected_mode": "off"}, "--host dsmq.example --port N", '"dsmq.example", port=N'),
         ({"host": "127.0.0.1"}, "--port N", "port=N"),
         ({"host": "unix:{}/it's here"}, "--host 'unix:{}/it'\\''s here'", '"unix:{}/it\'s here"'),
         ({"auth_token": TOKEN}, "--port N --token-file token", 'port=N, token="…"'),
@@ -276,6 +276,7 @@ def test_the_commands_it_shows_fit_the_server(
 ) -> None:
     trustme.CA().issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(tmp_path / "cert.pem")
     fitted = {name: value.format(tmp_path) for name, value in settings.items()}
+    fitted["http_allowed_hosts"] = ELSEWHERE
     with serving(metrics_port=0, **fitted) as server, reading(browser, server, host=ELSEWHERE) as page:
         options, given = (
             text.replace("N", str(server.status.port)).replace("{}", str(tmp_path)) for text in (options, given)

@@ -63,8 +63,11 @@ def series(server: Server) -> set[str]:
 
 def make_traffic(server: Server) -> None:
     """Some of all there is to count, as far as one server can be made to show it."""
-    with wire_to(server) as wire, wire_to(server) as stranger:
+    with wire_to(server) as stranger:
         assert stranger.error("AUTH", "wrong") == "WRONGPASS"
+        assert stranger.ended()
+    with wire_to(server) as wire, wire_to(server) as stranger:
+        assert stranger.call("PING") == "PONG"
         assert wire.error("PUT", "t", "x") == "NOAUTH"
         assert wire.call("AUTH", TOKEN) == "OK"
         assert wire.call("PUT", "t", "x") == 1

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
+import trustme
 from pydantic import SecretStr
 
 from conftest import SOON, UNIT, Wire, serving, wait_until, wire_to
@@ -278,10 +279,15 @@ def test_threads_that_come_to_a_topic_first_at_once_read_each_message_once(mq: D
 # Servers that admit by other rules
 
 
-def test_a_client_that_is_still_admitted_does_not_notice(states: list[str]) -> None:
-    settings = config.load(kind=config.EmbeddedSettings, port=0)
-    other = settings.model_copy(update={"protected_mode": False})
-    with Server(settings, load=lambda: other) as server, restarted(states, server.port) as mq:
+def test_a_client_that_is_still_admitted_does_not_notice(states: list[str], tmp_path: Path) -> None:
+    authority = trustme.CA()
+    ca, cert = str(tmp_path / "ca.pem"), str(tmp_path / "cert.pem")
+    authority.cert_pem.write_to_path(ca)
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(cert)
+    settings = config.load(kind=config.EmbeddedSettings, port=0, tls_cert_file=cert)
+    other = settings.model_copy(update={"tls_client_ca_file": ca})
+    shown = {"ca_file": ca, "cert_file": cert}
+    with Server(settings, load=lambda: other) as server, restarted(states, server.port, **shown) as mq:
         mq.put("t", "1")
         server.reload()
         assert mq.put("t", "2") == 2

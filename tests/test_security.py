@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import signal
 import socket
 import ssl
@@ -27,9 +28,10 @@ from dsmq.auth import Gate, Role
 from dsmq.client import DSMQClientSideConnection, connect
 from dsmq.commands import COMMANDS
 from dsmq.connection import Connection
-from dsmq.errors import AuthRequired, BadRequest, Busy, ClientClosed, ConfigError, Denied, NotPermitted, WrongToken
+from dsmq.errors import AuthRequired, BadRequest, ClientClosed, ConfigError, NotPermitted, WrongToken
 from dsmq.protocol import encode_request
-from dsmq.server import Server
+from dsmq.server import Server, serve
+from dsmq.systemd import Systemd
 
 ADMIN, WRITER, READER = "admin-token-0123456789", "write-token-0123456789", "read-token-0123456789"
 TOKENS = f"# who may do what\n\n{ADMIN}\nsensors write {WRITER}\nscreen\tread\t{READER}\n"
@@ -44,8 +46,8 @@ def token_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def server(token_file: Path) -> Iterator[Server]:
-    """One with tokens, that answers wrong ones at once."""
-    with serving(auth_token_file=str(token_file), auth_delay_seconds=0, metrics_port=0) as server:
+    """One with tokens."""
+    with serving(auth_token_file=str(token_file), metrics_port=0) as server:
         yield server
 
 
@@ -88,24 +90,21 @@ def test_a_token_lets_one_in(wire: Wire, words: list[str]) -> None:
 
 @pytest.mark.parametrize("user", ["default", "sensors"])
 def test_a_token_with_a_name_needs_it_or_none(wire: Wire, user: str) -> None:
-    assert wire.error("AUTH", "screen", WRITER) == "WRONGPASS"
     assert wire.call("AUTH", user, WRITER) == "OK"
     assert wire.call("PUT", "t", "x") == 1
+    assert wire.error("AUTH", "screen", WRITER) == "WRONGPASS"
 
 
 @pytest.mark.parametrize("token", ["", ADMIN[:-1], ADMIN + "x", ADMIN.upper(), "sensors", "write"])
 def test_what_is_no_token_does_not(wire: Wire, token: str) -> None:
     assert wire.error("AUTH", token) == "WRONGPASS"
-    assert wire.error("GET", "t") == "NOAUTH"
+    assert wire.ended()
 
 
-def test_hello_with_a_wrong_token_changes_nothing(wire: Wire) -> None:
-    assert wire.error("HELLO", 3, "AUTH", "default", "wrong", "SETNAME", "me") == "WRONGPASS"
-    assert wire.call("AUTH", ADMIN) == "OK"
-    assert wire.call("CLIENT", "GETNAME") is None
-    hello = wire.call("HELLO", 2)
+def test_hello_tells_the_role_of_the_token(wire: Wire) -> None:
+    hello = wire.call("HELLO", 2, "AUTH", "default", WRITER)
     assert isinstance(hello, list)
-    assert hello[-2:] == [b"access", b"admin"]
+    assert dict(zip(hello[::2], hello[1::2], strict=True))[b"access"] == b"write"
 
 
 def test_requests_in_the_same_packet_as_the_token_are_run_with_it(wire: Wire) -> None:
@@ -170,108 +169,43 @@ def test_only_an_admin_sees_what_others_do(server: Server) -> None:
 # Guessing
 
 
-# As long as may be set, also where the unit is long.
-DELAY = min(UNIT, auth.LONGEST_DELAY_SECONDS / 2)
+WRONG = "wrong-token-0123456789"
 
 
-def test_after_a_wrong_token_none_of_that_address_is_looked_at_for_a_while(token_file: Path) -> None:
-    with serving(auth_token_file=str(token_file), auth_delay_seconds=DELAY) as server, wire_to(server) as wire:
-        before = time.monotonic()
-        assert wire.error("AUTH", "wrong") == "WRONGPASS"
-        for delay in (DELAY, 3 * DELAY):
-            wire.send(encode_request(b"AUTH", b"wrong") + b"PING\r\n")
-            # Another address, and who is in, is not held up.
-            with wire_as(server, ADMIN, source="127.0.0.2") as other:
-                assert other.call("PING") == "PONG"
-                assert time.monotonic() - before < delay
-            assert wire.receive().code == "WRONGPASS"  # type: ignore[union-attr]
-            assert time.monotonic() - before >= delay - UNIT / 100
-            if delay == DELAY:
-                assert wire.receive() == "PONG"
-        # Three are enough.
+@pytest.mark.parametrize("words", [["AUTH", WRONG], ["HELLO", "3", "AUTH", "default", WRONG, "SETNAME", "me"]])
+def test_a_wrong_token_ends_the_connection_and_nothing_behind_it_is_run(server: Server, words: list[str]) -> None:
+    with wire_to(server) as wire:
+        wire.send(encode_request(*map(str.encode, words)) + encode_request(b"AUTH", ADMIN.encode()) + b"PUT t x\r\n")
+        assert wire.receive().code == "WRONGPASS"  # type: ignore[union-attr]
         assert wire.ended()
-        assert server.counters().wrong_tokens == server.counters().errors["WRONGPASS"] == 3
+    assert server.counters().wrong_tokens == server.counters().errors["WRONGPASS"] == 1
+    assert server.totals().stored == 0
 
 
-def test_tokens_of_one_address_are_looked_at_one_after_another_however_many_come_together(token_file: Path) -> None:
-    with (
-        serving(auth_token_file=str(token_file), auth_delay_seconds=DELAY, auth_timeout_seconds=8 * DELAY) as server,
-        contextlib.ExitStack() as stack,
-    ):
-        wires = [stack.enter_context(wire_to(server)) for _ in range(30)]
-        began = time.monotonic()
-        for wire in wires:
-            wire.send(encode_request(b"AUTH", b"wrong"))
-        answers = {"BUSY": 0, "WRONGPASS": 0}
-        for wire in wires:
-            answers[wire.receive().code] += 1  # type: ignore[union-attr]
-        seconds = time.monotonic() - began
-        # The first one at once; those that have to wait, for no longer than half of the time for showing a token.
-        assert answers["WRONGPASS"] == server.counters().wrong_tokens
-        assert 4 <= server.counters().wrong_tokens <= 1 + seconds / DELAY
-        assert seconds < 8 * DELAY
-        # What was not looked at is not counted as wrong, and who comes alone later has a turn.
-        assert answers["BUSY"] == server.counters().errors["BUSY"] >= 20
-        with wire_as(server, READER) as alone:
-            assert alone.call("PING") == "PONG"
+def test_a_wrong_token_ends_a_connection_that_had_a_right_one(server: Server) -> None:
+    with wire_as(server, READER) as wire:
+        assert wire.error("AUTH", WRONG) == "WRONGPASS"
+        assert wire.ended()
 
 
-def test_ping_waits_for_its_turn_whatever_was_guessed_before(token_file: Path) -> None:
-    with serving(auth_token_file=str(token_file)) as server:
-        for _ in range(6):
-            server._services.gate.fail("127.0.0.1")
-        done = run_dsmq("ping", "--port", str(server.port), "--token-file", str(token_file))
-        assert (done.returncode, done.stderr) == (0, b"")
-
-
-def test_a_right_token_has_to_wait_as_long_as_a_wrong_one(token_file: Path) -> None:
-    with serving(auth_token_file=str(token_file), auth_delay_seconds=DELAY) as server:
-        before = time.monotonic()
-        for first in (1, 2):
-            with wire_to(server) as wire:
-                assert wire.error("AUTH", "wrong") == "WRONGPASS", first
+def test_wrong_tokens_of_an_address_are_nothing_to_the_right_ones_of_the_same(server: Server) -> None:
+    for _ in range(30):
         with wire_to(server) as wire:
-            wire.send(encode_request(b"AUTH", WRITER.encode()) + encode_request(b"PUT", b"t", b"x" * 100_000))
-            assert [wire.receive(), wire.receive()] == ["OK", 1]
-        assert time.monotonic() - before >= 3 * DELAY - UNIT / 100
+            assert wire.error("AUTH", WRONG) == "WRONGPASS"
+        connect(port=server.port, token=ADMIN, retry=False, timeout=SOON).close()
+    assert server.counters().wrong_tokens == 30
+    assert server.counters().errors["BUSY"] == 0
 
 
-def test_who_hangs_up_does_not_learn_sooner_that_a_token_was_wrong(token_file: Path) -> None:
-    with serving(auth_token_file=str(token_file), auth_delay_seconds=1) as server:
+@pytest.mark.parametrize(("token", "reply"), [(ADMIN, "OK"), (WRONG, "WRONGPASS")])
+def test_a_client_that_half_closes_behind_its_token_gets_its_answer(server: Server, token: str, reply: str) -> None:
+    for _ in range(3):
         with wire_to(server) as wire:
-            assert wire.error("AUTH", "wrong") == "WRONGPASS"
-        for token in (WRITER, "wrong"):
-            with wire_to(server) as wire:
-                wire.send(encode_request(b"AUTH", token.encode()))
-                wire.socket.shutdown(socket.SHUT_WR)
-                assert wire.ended()
-        assert server.counters().wrong_tokens == 1
-
-
-def test_a_token_that_waits_for_its_turn_when_the_server_stops_is_not_looked_at(token_file: Path) -> None:
-    with serving(auth_token_file=str(token_file), auth_delay_seconds=1) as server, contextlib.ExitStack() as stack:
-        wires = [stack.enter_context(wire_to(server)) for _ in range(2)]
-        assert wires[0].error("AUTH", "wrong") == "WRONGPASS"
-        for wire, token in zip(wires, (WRITER, "wrong"), strict=True):
             wire.send(encode_request(b"AUTH", token.encode()))
-        wait_until(lambda: server.counters().commands["AUTH"] == 3)
-        assert server.stop() == []
-        for wire in wires:
+            wire.socket.shutdown(socket.SHUT_WR)
+            answer = wire.receive()
+            assert getattr(answer, "code", answer) == reply
             assert wire.ended()
-        assert server.counters().wrong_tokens == 1
-
-
-def test_a_delayed_answer_is_no_waiting_reader(token_file: Path) -> None:
-    with (
-        serving(auth_token_file=str(token_file), auth_delay_seconds=1, max_waiting_readers=1) as server,
-        wire_to(server) as guessing,
-        wire_as(server, READER) as reader,
-    ):
-        guessing.error("AUTH", "wrong")
-        guessing.send(encode_request(b"AUTH", b"wrong"))
-        wait_until(lambda: server.counters().commands["AUTH"] == 3)
-        assert server.waiting() == 0
-        assert reader.call("GETWAIT", "t", 1) is None
 
 
 def test_a_token_shown_again_or_another_takes_effect(wire: Wire) -> None:
@@ -279,64 +213,6 @@ def test_a_token_shown_again_or_another_takes_effect(wire: Wire) -> None:
     assert wire.error("PUT", "t", "x") == "NOPERM"
     assert wire.call("AUTH", WRITER) == "OK"
     assert wire.call("PUT", "t", "x") == 1
-    assert wire.error("AUTH", "wrong") == "WRONGPASS"
-    assert wire.call("AUTH", READER) == "OK"
-    assert wire.error("PUT", "t", "x") == "NOPERM"
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """What the gate takes for the time, to be set."""
-    now = [1000.0]
-    monkeypatch.setattr(auth.time, "monotonic", lambda: now[0])
-    return now
-
-
-def test_failures_are_remembered_by_network_for_a_minute(clock: list[float]) -> None:
-    gate = Gate([("a", Role.READ, "secret")], 0.25)
-    delays = []
-    for _ in range(5):
-        delays.append(gate.turn("192.0.2.1"))
-        clock[0] += delays[-1]
-        gate.fail("192.0.2.1")
-    assert delays == [0, 0.25, 0.5, 1, 1]
-    assert gate.turn("192.0.2.2") == 0
-    clock[0] += auth.MEMORY_SECONDS
-    assert [gate.turn("192.0.2.1") for _ in range(3)] == [0, 0, 0]
-    gate.fail("192.0.2.1")
-    assert gate.turn("192.0.2.1") == 0.25
-
-
-def test_turns_are_given_out_one_after_another_and_not_without_end(clock: list[float]) -> None:
-    gate = Gate([("a", Role.READ, "secret")], 0.5)
-    gate.fail("x")
-    assert [gate.turn("x") for _ in range(4)] == [0.5, 1, 1.5, 2]
-    with pytest.raises(Busy, match="try again"):
-        gate.turn("x")
-    # A further failure goes behind those who have their turn.
-    clock[0] += 0.5
-    gate.fail("x")
-    assert gate.turn("x") == 2
-    with pytest.raises(Busy):
-        gate.turn("x")
-    clock[0] += 10
-    assert [gate.turn("x"), gate.turn("x")] == [0, 1]
-
-
-def test_who_comes_alone_has_a_turn_however_short_the_wait(clock: list[float]) -> None:
-    gate = Gate([("a", Role.READ, "secret")], 1.0, wait_seconds=0.25)
-    for _ in range(9):
-        gate.fail("x")
-    assert gate.turn("x") == 0.25
-    assert Gate(delay_seconds=0).turn("x") == 0
-
-
-def test_addresses_remembered_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auth, "MAX_ADDRESSES", 3)
-    gate = Gate([("a", Role.READ, "secret")], 1.0)
-    for number in range(5):
-        gate.fail(str(number))
-    assert len(gate._guessers) == 3
 
 
 @pytest.mark.parametrize(
@@ -400,7 +276,7 @@ def test_with_too_many_strangers_the_oldest_goes(token_file: Path) -> None:
 
 
 def test_the_longest_request_of_a_stranger(token_file: Path) -> None:
-    with serving(auth_token_file=str(token_file), max_unauthenticated_bytes=4096, auth_delay_seconds=0) as server:
+    with serving(auth_token_file=str(token_file), max_unauthenticated_bytes=4096) as server:
         for size, code in ((4073, "WRONGPASS"), (4074, "TOOBIG")):
             request = encode_request(b"AUTH", b"x" * size)
             with wire_to(server) as wire:
@@ -467,19 +343,17 @@ def test_what_came_and_went_is_logged_when_tokens_and_certificates_are_read_agai
         assert not any(token in caplog.text for token in (ADMIN, WRITER, READER, "new-token"))
 
 
-def test_all_are_let_go_of_where_others_rules_admit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    file = tmp_path / "dsmq.toml"
-    file.write_text("protected_mode = false")
-    load = lambda: config.load(str(file), kind=config.EmbeddedSettings, port=0)  # noqa: E731
+def test_all_are_let_go_of_when_others_are_admitted(files: Files, caplog: pytest.LogCaptureFixture) -> None:
+    settings: dict[str, object] = {}
+    load = lambda: config.load(kind=config.EmbeddedSettings, port=0, **settings)  # noqa: E731
     with Server(load(), load=load) as server, wire_to(server) as wire:
         wire.send(b"GETWAIT t 60000\r\n")
         wait_until(lambda: server.waiting() == 1)
-        file.write_text("protected_mode = true")
+        settings["tls_cert_file"] = files.server
         server.reload()
         assert wire.receive() is None
         assert wire.ended()
-        with wire_to(server) as again:
-            assert again.call("PING") == "PONG"
+        connect(port=server.port, ca_file=files.ca).close()
         # Whatever goes wrong, it goes on with what it had.
         server._load = lambda: 1 / 0  # type: ignore[assignment]
         server.reload()
@@ -557,9 +431,9 @@ def test_a_token_file_that_is_no_good_is_told_without_what_stands_in_it(tmp_path
 
 def test_a_token_file_as_other_programs_write_it(tmp_path: Path) -> None:
     file = tmp_path / "tokens"
-    file.write_bytes("\ufeffabc\r\nname read def\r\n".encode())
-    assert auth.read_tokens(str(file)) == [("default", Role.ADMIN, "abc"), ("name", Role.READ, "def")]
-    for text in ("abc\nname read abc", "tök"):
+    file.write_bytes(f"\ufeff{ADMIN}\r\nname read {READER}\r\n".encode())
+    assert auth.read_tokens(str(file)) == [("default", Role.ADMIN, ADMIN), ("name", Role.READ, READER)]
+    for text in (f"{ADMIN}\nname read {ADMIN}", "tök"):
         file.write_text(text)
         with pytest.raises(ConfigError, match="stands there already"):
             auth.read_tokens(str(file))
@@ -575,21 +449,57 @@ def test_a_token_file_has_to_be_there(tmp_path: Path) -> None:
         auth.read_tokens("a\0b")
 
 
-def test_a_short_token_is_warned_of_by_its_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+LONG, SHORT = "x" * 16, "y" * 15
+TO_MAKE_ONE = "16 characters or more; to make one: python3 -c 'import secrets; print(secrets.token_urlsafe(32))'\n"
+
+
+@pytest.mark.parametrize("file", ["tokens", "token"], ids=["auth_token_file", "metrics_token_file"])
+@pytest.mark.parametrize("text", [SHORT, f"{LONG}\nsensors write {SHORT}\n"], ids=["alone", "in a later line"])
+def test_a_short_token_in_a_file_refuses_the_start(tmp_path: Path, file: str, text: str) -> None:
+    (tmp_path / file).write_text(text)
+    option = {"tokens": "--auth-token-file", "token": "--metrics-token-file"}[file]
+    done = run_dsmq("serve", "--port", "0", "--metrics-port", "0", option, str(tmp_path / file))
+    line = len(text.splitlines())
+    assert (done.returncode, done.stderr.decode()) == (
+        2,
+        f"dsmq: {tmp_path / file}, line {line}: a token should have {TO_MAKE_ONE}",
+    )
+
+
+@pytest.mark.parametrize("name", ["DSMQ_AUTH_TOKEN", "DSMQ_METRICS_TOKEN"])
+def test_a_short_token_in_a_setting_refuses_the_start(name: str) -> None:
+    done = run_dsmq("serve", "--port", "0", "--metrics-port", "0", env={name: SHORT})
+    assert (done.returncode, done.stderr.decode()) == (2, f"dsmq: {name}: should have {TO_MAKE_ONE}")
+
+
+def test_a_token_of_sixteen_characters_is_long_enough(tmp_path: Path) -> None:
     file = tmp_path / "tokens"
-    long, short = "x" * auth.SAFE_TOKEN_BYTES, "y" * (auth.SAFE_TOKEN_BYTES - 1)
-    file.write_text(f"sensors write {short}\nscreen read {long}\n")
-    for settings, names, says in [
-        ({"auth_token": long}, None, ""),
-        ({"auth_token": short}, ["default"], "default (of auth_token)"),
-        ({"auth_token_file": str(file)}, ["sensors"], f"sensors (of {file})"),
-    ]:
-        caplog.clear()
-        with serving(**settings):
-            told = [record for record in caplog.records if getattr(record, "event", "") == "short_token"]
-        assert [record.fields["tokens"] for record in told] == ([names] if names else [])  # type: ignore[attr-defined]
-        assert says in caplog.text
-        assert short not in caplog.text
+    file.write_text(f"sensors write {LONG}")
+    with serving(auth_token_file=str(file), metrics_port=0, metrics_token=LONG) as server, wire_to(server) as wire:
+        assert wire.call("AUTH", LONG) == "OK"
+
+
+@pytest.mark.parametrize("name", ["auth_token_file", "auth_token", "metrics_token_file", "metrics_token"])
+def test_a_short_token_in_a_reload_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
+    tokens, metrics_token = tmp_path / "tokens", tmp_path / "metrics-token"
+    tokens.write_text(TOKENS)
+    metrics_token.write_text(LONG)
+    settings = {"auth_token_file": str(tokens), "metrics_token_file": str(metrics_token), "max_topics": 1000}
+    load = lambda: config.load(kind=config.EmbeddedSettings, port=0, metrics_port=0, **settings)  # noqa: E731
+    with Server(load(), load=load) as server, wire_as(server, READER) as reader:
+        before = server.settings, server._services.gate, server._http_gate
+        if name.endswith("_file"):
+            Path(str(settings[name])).write_text(f"sensors write {SHORT}\n")
+        else:
+            settings.pop("metrics_token_file")
+            settings[name] = SHORT
+        settings["max_topics"] = 7
+        server.reload()
+        assert "nothing is changed" in caplog.text
+        assert TO_MAKE_ONE.strip() in caplog.text
+        assert SHORT not in caplog.text
+        assert (server.settings, server._services.gate, server._http_gate) == before
+        assert reader.call("PING") == "PONG"
 
 
 # Tokens are shown nowhere
@@ -641,7 +551,7 @@ def test_the_client_is_told_at_once_what_is_wrong_with_its_token(server: Server)
     with pytest.raises(AuthRequired, match="token="):
         connect(port=server.port, retry=False)
     with pytest.raises(WrongToken):
-        connect(port=server.port, retry=False, token="wrong")
+        connect(port=server.port, retry=False, token=WRONG)
     with serving() as other, pytest.raises(BadRequest, match="no tokens"):
         connect(port=other.port, retry=False, token=ADMIN)
 
@@ -688,7 +598,7 @@ def test_ping_finds_the_server_by_its_own_configuration(tmp_path: Path, token_fi
         # It trusts no other than that.
         other = files.issue(trustme.CA(), "other", "dsmq.example.org")
         assert run_dsmq("ping", env={**env, "DSMQ_TLS_CERT_FILE": other}).returncode == 1
-        assert run_dsmq("ping", env={**env, "DSMQ_AUTH_TOKEN": "wrong"}).returncode == 1
+        assert run_dsmq("ping", env={**env, "DSMQ_AUTH_TOKEN": WRONG}).returncode == 1
         assert run_dsmq("ping", env={**env, "DSMQ_CONFIG": "/nowhere"}).returncode == 2
         # Another server is not shown this one's token.
         with serving(auth_token="another-token-0123456789") as other_server:
@@ -701,25 +611,130 @@ def test_ping_finds_the_server_by_its_own_configuration(tmp_path: Path, token_fi
 # Where it listens
 
 
-def test_protected_mode_serves_this_machine_alone(monkeypatch: pytest.MonkeyPatch, token_file: Path) -> None:
-    with serving(host="0.0.0.0") as server, wire_to(server) as before:
-        assert before.call("PING") == "PONG"
-        monkeypatch.setattr(listening, "is_local", lambda *_: False)
-        with pytest.raises(Denied, match="auth_token"):
-            connect(port=server.port, retry=False)
-        assert server.counters().refused == {"protected": 1}
-    for settings in ({"protected_mode": False}, {"auth_token_file": str(token_file)}):
-        with serving(host="0.0.0.0", **settings) as server, wire_to(server) as wire:
-            assert wire.call("PING") == "PONG"
+PROTECTED = "without authentication: set auth_token (DSMQ_AUTH_TOKEN), auth_token_file or tls_client_ca_file, or "
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "[::]"])
+def test_listening_to_a_network_without_authentication_does_not_start(host: str) -> None:
+    done = run_dsmq("serve", "--host", host, "--port", "0")
+    said = done.stderr.decode()
+    assert (done.returncode, said.count("\n")) == (2, 1)
+    assert re.match(rf"dsmq: listening on {re.escape(listening.shown(host, 0)[:-1])}\d+ {re.escape(PROTECTED)}", said)
+    assert "protected_mode = false (DSMQ_PROTECTED_MODE)" in said
+
+
+def test_a_server_that_refuses_to_start_leaves_nothing_behind(tmp_path: Path) -> None:
+    snapshot = tmp_path / "snapshot"
+    with pytest.raises(ConfigError, match="without authentication"):
+        serve("0.0.0.0", 0, metrics_port=0, snapshot_file=str(snapshot))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("way", ["token", "token file", "certificates", "off"])
+def test_what_lets_it_listen_to_a_network(token_file: Path, files: Files, way: str) -> None:
+    settings: dict[str, object] = {
+        "token": {"auth_token": ADMIN},
+        "token file": {"auth_token_file": str(token_file)},
+        "certificates": {"tls_cert_file": files.server, "tls_client_ca_file": files.ca},
+        "off": {"protected_mode": False},
+    }[way]
+    with serving(host="0.0.0.0", **settings) as server:
+        assert server.port
+
+
+def test_tls_without_client_certificates_is_no_authentication(files: Files) -> None:
+    settings = config.load(kind=config.EmbeddedSettings, host="0.0.0.0", port=0, tls_cert_file=files.server)
+    with pytest.raises(ConfigError, match="without authentication"), Server(settings):
+        pass
+
+
+@pytest.mark.parametrize("hosts", [["127.0.0.1", "127.0.0.2"], ["127.0.0.1", "0.0.0.0"], ["0.0.0.0", "127.0.0.1"]])
+def test_one_address_of_a_name_is_enough_to_be_exposed(monkeypatch: pytest.MonkeyPatch, hosts: list[str]) -> None:
+    # Port 0 in what the name resolves to: each takes a free one.
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, 0)) for host in hosts]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    server = Server(config.load(kind=config.EmbeddedSettings, host="some-name", port=30008))
+    if "0.0.0.0" in hosts:
+        with pytest.raises(ConfigError, match=r"listening on 0\.0\.0\.0:\d+ without"), server:
+            pass
+    else:
+        with server:
+            assert len(server.addresses) == 2
+
+
+@pytest.mark.parametrize(
+    ("address", "exposed"),
+    [
+        *[("127.0.0.1", False), ("127.9.9.9", False), ("::1", False), ("::ffff:127.0.0.1", False)],
+        *[("0.0.0.0", True), ("::", True), ("\0dsmq-test-abstract", False)],
+    ],
+)
+def test_which_listening_sockets_are_exposed(address: str, exposed: bool) -> None:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET if "." in address else socket.AF_UNIX
+    with socket.socket(family) as sock:
+        sock.bind(address if family == socket.AF_UNIX else (address, 0))
+        assert listening.is_exposed(sock) == exposed
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0", "127.0.0.1", "\0dsmq-{}"])
+def test_passed_sockets_are_held_to_the_same_rule(address: str) -> None:
+    unix = address.startswith("\0")
+    with socket.socket(socket.AF_UNIX if unix else socket.AF_INET) as sock, contextlib.ExitStack() as stack:
+        sock.bind(address.format(os.getpid()) if unix else (address, 0))
+        sock.listen()
+        settings = config.load(kind=config.EmbeddedSettings)
+        if address == "0.0.0.0":
+            stack.enter_context(pytest.raises(ConfigError, match=r"listening on 0\.0\.0\.0:\d+ without"))
+        stack.enter_context(Server(settings, systemd=Systemd(queue=[sock])))
+        wire = Wire(sock.getsockname().decode() if unix else sock.getsockname())
+        assert wire.call("PUT", "t", "x") == 1
+        wire.close()
+
+
+def test_everybody_on_loopback_and_unix_sockets_is_an_admin_without_tokens(tmp_path: Path) -> None:
+    for host in ("127.0.0.1", f"unix:{tmp_path}/socket"):
+        with serving(host=host) as server:
+            wire = Wire(f"{tmp_path}/socket" if host.startswith("unix:") else (host, server.port))
+            assert wire.call("PUT", "t", "x") == 1
+            wire.send(b"SHUTDOWN\r\n")
+            assert server._orders.get(timeout=SOON)
+            wire.close()
+
+
+@pytest.mark.parametrize("given", ["auth_token", "protected_mode", "tls_client_ca_file"])
+def test_a_reload_that_would_leave_an_exposed_server_open_changes_nothing(
+    files: Files, caplog: pytest.LogCaptureFixture, given: str
+) -> None:
+    settings: dict[str, object] = {"tls_cert_file": files.server}
+    settings[given] = {"auth_token": ADMIN, "protected_mode": False, "tls_client_ca_file": files.ca}[given]
+    load = lambda: config.load(kind=config.EmbeddedSettings, host="0.0.0.0", port=0, **settings)  # noqa: E731
+    with Server(load(), load=load) as server:
+        before = server.settings, server._services.gate, server._tls
+        del settings[given]
+        settings["max_topics"] = 7
+        server.reload()
+        assert "nothing is changed: listening on 0.0.0.0:" in caplog.text
+        assert (server.settings, server._services.gate, server._tls) == before
+
+
+def test_a_reload_may_take_all_tokens_from_a_server_on_loopback() -> None:
+    settings: dict[str, object] = {"auth_token": ADMIN}
+    load = lambda: config.load(kind=config.EmbeddedSettings, port=0, **settings)  # noqa: E731
+    with Server(load(), load=load) as server, wire_as(server, ADMIN) as admin:
+        settings.clear()
+        server.reload()
+        assert admin.receive().code == "NOAUTH"  # type: ignore[union-attr]
+        with wire_to(server) as wire:
+            assert wire.call("PUT", "t", "x") == 1
 
 
 @pytest.mark.parametrize(
     ("host", "settings", "says"),
     [
-        ("0.0.0.0", {}, "refuses clients elsewhere"),
-        ("0.0.0.0", {"protected_mode": False}, "whoever reaches it"),
+        ("0.0.0.0", {"protected_mode": False}, "no authentication: any client that can reach 0.0.0.0:"),
         ("0.0.0.0", {"auth_token": ADMIN}, None),
         ("127.0.0.1", {}, None),
+        ("127.0.0.1", {"protected_mode": False}, None),
     ],
 )
 def test_an_open_server_says_so_loudly(
@@ -729,23 +744,6 @@ def test_an_open_server_says_so_loudly(
         warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert bool(warnings) == bool(says)
     assert says is None or says in warnings[0]
-
-
-def own_address() -> str:
-    """An address of this machine by which others reach it; nothing is sent to find it."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        try:
-            sock.connect(("192.0.2.1", 9))
-        except OSError:
-            pytest.skip("this machine has no address but loopback")
-        return str(sock.getsockname()[0])
-
-
-def test_a_client_that_comes_by_the_machines_own_address_is_local() -> None:
-    with serving(host="0.0.0.0") as server:
-        wire = Wire((own_address(), server.port))
-        assert wire.call("PING") == "PONG"
-        wire.close()
 
 
 @pytest.fixture
@@ -770,44 +768,17 @@ def two_machines() -> Iterator[tuple[list[str], list[str]]]:
             subprocess.run([ip, "netns", "del", name], capture_output=True, check=False)
 
 
-@pytest.mark.parametrize(
-    ("setting", "status"), [("", 1), ("auth_token_file", 0), ("protected_mode", 0)], ids=["open", "token", "off"]
-)
-def test_protected_mode_between_two_machines(
-    two_machines: tuple[list[str], list[str]], token_file: Path, setting: str, status: int
+@pytest.mark.parametrize("setting", ["auth_token_file", "protected_mode"])
+def test_a_server_on_a_network_serves_other_machines(
+    two_machines: tuple[list[str], list[str]], token_file: Path, setting: str
 ) -> None:
     here, there = two_machines
-    value = {"auth_token_file": str(token_file), "protected_mode": "off"}.get(setting, "")
-    options = [config.option(setting), value] if setting else []
-    with daemon("--host", "0.0.0.0", *options, prefix=here) as process:
+    value = {"auth_token_file": str(token_file), "protected_mode": "off"}[setting]
+    with daemon("--host", "0.0.0.0", config.option(setting), value, prefix=here) as process:
         shown = ["--token-file", str(token_file)] if setting == "auth_token_file" else []
-        address = ["--port", str(process.port), *shown]
-        assert run_dsmq("ping", *address, prefix=here).returncode == 0
-
-        def ping() -> subprocess.CompletedProcess[bytes]:
-            return run_dsmq("ping", "--host", "192.0.2.1", *address, prefix=there)
-
+        address = ["--host", "192.0.2.1", "--port", str(process.port), *shown]
         # It takes a moment until the cable is up.
-        wait_until(lambda: b"cannot connect" not in ping().stderr)
-        assert (ping().returncode, b"set auth_token" in ping().stderr) == (status, bool(status))
-
-
-class FakeSocket:
-    family = socket.AF_INET
-
-    def getsockname(self) -> tuple[str, int]:
-        return ("192.0.2.1", 30008)
-
-
-@pytest.mark.parametrize(
-    ("host", "local"),
-    [
-        *[("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("::ffff:127.0.0.1", True), ("192.0.2.1", True)],
-        *[("192.0.2.2", False), ("2001:db8::1", False), ("::ffff:192.0.2.2", False), ("fe80::1%eth0", False)],
-    ],
-)
-def test_who_is_on_this_machine(host: str, local: bool) -> None:
-    assert listening.is_local(FakeSocket(), host) == local  # type: ignore[arg-type]
+        wait_until(lambda: run_dsmq("ping", *address, prefix=there).returncode == 0)
 
 
 def test_one_address_takes_no_more_connections_than_its_share() -> None:

@@ -8,12 +8,14 @@ import http.client
 import json
 import logging
 import platform
+import random
 import re
 import socket
 import sqlite3
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from conftest import ROOT, SOON, UNIT, Wire, daemon, serving, wait_until, wire_to
-from dsmq import __version__, metrics, sideport, worker
+from dsmq import __version__, config, metrics, sideport, worker
 from dsmq.protocol import encode_request
 from dsmq.server import Server
 
@@ -578,6 +580,212 @@ def test_what_is_no_http_harms_nobody(server: Server, wire: Wire) -> None:
             sock.sendall(noise)
     assert wire.call("PING") == "PONG"
     assert served(server)
+
+
+def raw(server: Server, request: bytes) -> bytes:
+    """Send these bytes and return all that is answered; a connection that is reset is no answer."""
+    with hang(server) as sock, sock.makefile("rb") as stream:
+        sock.sendall(request)
+        return stream.read()
+
+
+STRANGE = {
+    "nothing": b"\r\n",
+    "HTTP/0.9": b"GET /metrics\r\n",
+    "HTTP/0.9, spelled out": b"GET /metrics HTTP/0.9\r\n\r\n",
+    "blanks of Latin-1": b"GET \xa0 HTTP/1.0\r\n\r\n",
+    "version that is none": b"GET /metrics HTTP/x\r\n\r\n",
+    "no colon": b"GET /metrics HTTP/1.0\r\nAccept\r\n\r\n",
+    "folded": b"GET /metrics HTTP/1.0\r\nAccept: text/plain;\r\n version=1.0.0\r\n\r\n",
+    "bytes": b"GET /metrics HTTP/1.0\r\nAuthorization: Bearer \xff\xfe\r\nAccept: \xff\r\nHost: \xff\r\n\r\n",
+    "many headers": b"GET /metrics HTTP/1.0\r\n" + b"X: y\r\n" * 200 + b"\r\n",
+    "long header": b"GET /metrics HTTP/1.0\r\nX: " + b"y" * 70_000 + b"\r\n\r\n",
+    "long line": b"GET /" + b"x" * 70_000 + b" HTTP/1.0\r\n\r\n",
+    "a body": b"POST /metrics HTTP/1.0\r\nContent-Length: 500000\r\n\r\n" + b"x" * 500_000,
+    "pipelined": b"GET /metrics HTTP/1.0\r\n\r\n" * 100,
+    "another protocol": b"*1\r\n$4\r\nPING\r\n",
+    **{
+        f"Accept: {accept}": f"GET /metrics HTTP/1.0\r\nAccept: {accept}\r\n\r\n".encode("latin-1")
+        for accept in (
+            *("text/plain; version=abc", "text/plain;version=", "text/plain;version=1.a", "text/plain;version=\xb2"),
+            *("application/openmetrics-text;version=x.y", "application/openmetrics-text;version=" + "9" * 5000),
+            *("text/plain;escaping", ";;;,,,", "=", "application/openmetrics-text; version=1.0.0; escaping=abc"),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("request_", STRANGE.values(), ids=STRANGE.keys())
+def test_every_request_gets_a_status(server: Server, request_: bytes) -> None:
+    answer = raw(server, request_)
+    assert re.match(rb"HTTP/1\.0 [2345]\d\d .*\r\n\r\n", answer, re.DOTALL)
+    assert b" 500 " not in answer[:20]
+    if b"Accept:" in request_ and b"Host" not in request_:
+        assert answer.startswith(b"HTTP/1.0 200 ")
+    assert server.counters().failures == 0
+
+
+def test_requests_of_random_pieces_get_a_status(server: Server) -> None:
+    chance = random.Random(13)
+    pieces = [
+        b"Host",
+        b"Accept",
+        b"Authorization",
+        b": ",
+        b":",
+        b"\r\n",
+        b" ",
+        b"text/plain",
+        b";",
+        b"version=",
+        b"1.0.0",
+    ]
+    pieces += [b"\xe9", b"\x00", b"[::1]", b"localhost", b",", b"Bearer", b"x" * 100, b"application/openmetrics-text"]
+    for _ in range(300):
+        line = (
+            chance.choice([b"GET", b"HEAD", b"PUT"])
+            + b" /"
+            + chance.choice([b"", b"metrics", b"readyz", b"status.json"])
+        )
+        headers = b"".join(chance.choice(pieces) for _ in range(chance.randrange(12)))
+        answer = raw(server, line + chance.choice([b" HTTP/1.0", b" HTTP/1.1", b""]) + b"\r\n" + headers + b"\r\n\r\n")
+        assert re.match(rb"HTTP/1\.0 [234]\d\d ", answer), (line, headers, answer)
+    assert server.counters().failures == 0
+
+
+def test_a_request_that_fails_by_a_defect_gets_a_status_and_is_counted(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(server.status, "page", lambda: {"not": object()})
+        answer = Answer(server.metrics_port, "/status.json")
+    assert (answer.status, answer.type) == (500, "text/plain; charset=utf-8")
+    assert "object" not in answer.text
+    assert "not JSON serializable" in caplog.text
+    assert scrape(server)["dsmq_failures_total"] == 1
+    assert Answer(server.metrics_port, "/status.json").status == 200
+
+
+# Names by which it is addressed: a web page may make its own stand for this machine
+
+
+HERE = [
+    *("127.0.0.1", "127.0.0.1:30009", "192.0.2.7:80", "[::1]", "[::1]:30009", "[2001:db8::7]", "[fe80::1%25eth0]:1"),
+    *("localhost", "localhost:30009", "LOCALHOST", "localhost.", "dsmq.localhost", "ip6-localhost", " 127.0.0.1 "),
+]
+ELSEWHERE = [
+    *("attacker.example", "attacker.example:30009", "dsmq", "localhost.attacker.example", "127.0.0.1.attacker.example"),
+    *("notlocalhost", "127.0.0.1@attacker.example", "[::1].attacker.example", "attacker.example#[::1]", "2130706433"),
+    *("0x7f.1", "[attacker.example]", "attacker.example:80:90", "", "127.0.0.1, attacker.example", "[::1"),
+]
+
+
+def asked_as(server: Server, host: str, path: str = "/metrics", version: str = "1.1") -> int:
+    """The status of a request with this Host header."""
+    return int(raw(server, f"GET {path} HTTP/{version}\r\nHost: {host}\r\n\r\n".encode()).split()[1])
+
+
+@pytest.mark.parametrize("host", HERE)
+def test_addresses_and_loopback_names_are_its_own(server: Server, host: str) -> None:
+    for path in ("/", "/metrics", "/status.json"):
+        assert asked_as(server, host, path) == 200
+
+
+@pytest.mark.parametrize("host", ELSEWHERE)
+def test_under_a_strange_name_it_tells_nothing_but_whether_it_is_well(server: Server, host: str) -> None:
+    for version in ("1.0", "1.1"):
+        for path in ("/", "/metrics", "/status.json", "/nothing"):
+            assert asked_as(server, host, path, version) == 421
+        for path in ("/healthz", "/readyz"):
+            assert asked_as(server, host, path, version) == 200
+
+
+def test_what_to_do_about_a_strange_name_is_told(server: Server) -> None:
+    answer = Answer(server.metrics_port, "/metrics", Host="mq.example.org")
+    assert (answer.status, answer.headers["Content-Length"]) == (421, str(len(answer.body)))
+    assert "http_allowed_hosts" in answer.text
+    assert "mq.example.org" not in answer.text
+
+
+def test_a_host_header_is_needed_and_only_one(server: Server) -> None:
+    one = b"Host: 127.0.0.1\r\n"
+    for version, headers, status in [
+        (b"1.0", b"", b"200"),
+        (b"1.1", b"", b"400"),
+        (b"1.1", one, b"200"),
+        (b"1.1", one * 2, b"400"),
+        (b"1.0", one + b"Host: attacker.example\r\n", b"400"),
+    ]:
+        assert raw(server, b"GET /metrics HTTP/%b\r\n%b\r\n" % (version, headers)).split()[1] == status
+
+
+def test_further_names_are_a_setting_that_a_reload_changes() -> None:
+    settings = {"http_allowed_hosts": "dsmq, MQ.example.org."}
+    load = lambda: config.load(kind=config.EmbeddedSettings, port=0, metrics_port=0, **settings)  # noqa: E731
+    with Server(load(), load=load) as server:
+        for host in ("dsmq", "dsmq:30009", "mq.example.org", "MQ.Example.org.:1", "127.0.0.1"):
+            assert asked_as(server, host) == 200
+        for host in ("example.org", "x.mq.example.org", "dsmq.example.org"):
+            assert asked_as(server, host) == 421
+        settings["http_allowed_hosts"] = ""
+        server.reload()
+        assert asked_as(server, "dsmq") == 421
+
+
+def test_its_token_changes_with_a_reload(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "token"
+    file.write_text("let-me-see-it-please")
+    load = lambda: config.load(  # noqa: E731
+        kind=config.EmbeddedSettings, port=0, metrics_port=0, metrics_token_file=str(file)
+    )
+    with Server(load(), load=load) as server:
+        file.write_text("another-token-0123456789")
+        server.reload()
+        for token, status in [("let-me-see-it-please", 401), ("another-token-0123456789", 200)]:
+            assert Answer(server.metrics_port, "/metrics", Authorization=f"Bearer {token}").status == status
+        assert "restart" not in caplog.text
+
+
+# Many at a time
+
+
+def test_none_of_many_requests_at_a_time_is_lost(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sideport, "MAX_REQUESTS_AT_A_TIME", 2)
+    with ThreadPoolExecutor(16) as threads:
+        answers = list(threads.map(lambda _: Answer(server.metrics_port, "/readyz").status, range(300)))
+    assert answers == [200] * 300
+
+
+def test_a_request_that_is_being_answered_keeps_its_place(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sideport, "MAX_REQUESTS_AT_A_TIME", 1)
+    monkeypatch.setattr(sideport, "PATIENCE_SECONDS", 0.0)
+    page, asked, go = server.status.page, threading.Event(), threading.Event()
+    monkeypatch.setattr(server.status, "page", lambda: asked.set() or (go.wait(SOON) and page()))  # type: ignore[func-returns-value]
+    with ThreadPoolExecutor(2) as threads:
+        slow = threads.submit(Answer, server.metrics_port, "/status.json")
+        assert asked.wait(SOON)
+        waits = threads.submit(Answer, server.metrics_port, "/status.json")
+        with hang(server) as third:
+            # All it sees is that the second one does not get in.
+            third.settimeout(UNIT)
+            with pytest.raises(TimeoutError):
+                third.recv(1)
+            go.set()
+            assert (slow.result().status, waits.result().status) == (200, 200)
+
+
+def test_a_stop_does_not_wait_for_a_place(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sideport, "MAX_REQUESTS_AT_A_TIME", 1)
+    monkeypatch.setattr(sideport, "REQUEST_TIMEOUT_SECONDS", 3600.0)
+    asked, go = threading.Event(), threading.Event()
+    monkeypatch.setattr(server.status, "page", lambda: asked.set() or go.wait(SOON))  # type: ignore[func-returns-value]
+    with hang(server) as busy, hang(server):
+        busy.sendall(b"GET /status.json HTTP/1.0\r\n\r\n")
+        assert asked.wait(SOON)
+        try:
+            assert server.stop() == []
+        finally:
+            go.set()
 
 
 # Clients that hang

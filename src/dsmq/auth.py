@@ -1,4 +1,4 @@
-"""Who may do what: tokens, the roles they give, and how guessing is slowed down."""
+"""Who may do what: tokens, the roles they give, and access to the HTTP endpoint."""
 
 from __future__ import annotations
 
@@ -6,31 +6,29 @@ import enum
 import hashlib
 import hmac
 import ipaddress
-import logging
-import math
-import threading
-import time
-from collections import OrderedDict
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from dsmq import logs
-from dsmq.errors import Busy, ConfigError
+from dsmq.errors import ConfigError
 
 DEFAULT_USER = b"default"
 """The user of clients that name none: the token alone decides."""
-# Failures are forgotten after so many seconds without a further one; so many addresses are remembered.
-MEMORY_SECONDS = 60.0
-MAX_ADDRESSES = 10_000
-# How far apart the looks at tokens of one address come to be; and how long one may have to wait for its own: less than
-# `dsmq ping` waits for the answer.
-LONGEST_DELAY_SECONDS = 1.0
-LONGEST_WAIT_SECONDS = 2.0
-# A shorter token can be guessed.
-SAFE_TOKEN_BYTES = 16
-
-_logger = logging.getLogger(__name__)
+MIN_TOKEN_CHARACTERS = 16
+"""A shorter token could be guessed; nothing else slows guessing down."""
+TOO_SHORT = (
+    f"{MIN_TOKEN_CHARACTERS} characters or more; to make one: "
+    "python3 -c 'import secrets; print(secrets.token_urlsafe(32))'"
+)
+_HOST = re.compile(r"(?P<name>\[[^\[\]]*\]|[^:\[\]]*)(:[0-9]*)?")
+_NAME = re.compile(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?")
+# As /etc/hosts of common systems has them; nobody can register one of these.
+_LOOPBACK_NAMES = frozenset(
+    ("localhost", "localhost.localdomain", "localhost4", "localhost6", "ip6-localhost", "ip6-loopback")
+)
+# Addresses whose network is cached.
+_MAX_ADDRESSES = 10_000
 
 
 class Role(enum.IntEnum):
@@ -72,6 +70,8 @@ def parse_tokens(text: str, source: str) -> list[tuple[str, Role, str]]:
             raise ConfigError(f"{source}, line {number}: not `token`, nor `name role token` with one of {_roles()}")
         if not words[2].isascii() or words[2] in seen:
             raise ConfigError(f"{source}, line {number}: the token is not ASCII, or stands there already")
+        if len(words[2]) < MIN_TOKEN_CHARACTERS:
+            raise ConfigError(f"{source}, line {number}: a token should have {TOO_SHORT}")
         seen.add(words[2])
         tokens.append((words[0], ROLES[words[1]], words[2]))
     if not tokens:
@@ -82,18 +82,6 @@ def parse_tokens(text: str, source: str) -> list[tuple[str, Role, str]]:
 def tokens_of(token: str, file: str) -> list[tuple[str, Role, str]]:
     """Return the tokens of two settings, `auth_token` and `auth_token_file`. Raises ConfigError."""
     return ([(DEFAULT_USER.decode(), Role.ADMIN, token)] if token else []) + (read_tokens(file) if file else [])
-
-
-def warn_of_short(tokens: Iterable[tuple[str, Role, str]], *sources: str) -> None:
-    """Log which tokens are too short, and where they may stand."""
-    if short := [name for name, _, token in tokens if len(token) < SAFE_TOKEN_BYTES]:
-        _logger.warning(
-            "a token of less than %d characters can be guessed: %s (of %s)",
-            SAFE_TOKEN_BYTES,
-            ", ".join(short),
-            ", ".join(filter(None, sources)),
-            extra=logs.event("short_token", tokens=short),
-        )
 
 
 def read_tokens(file: str) -> list[tuple[str, Role, str]]:
@@ -114,32 +102,11 @@ def _roles() -> str:
     return ", ".join(ROLES)
 
 
-@dataclass(slots=True)
-class _Guesser:
-    """A network that has shown wrong tokens lately."""
-
-    failures: int = 0
-    last: float = -math.inf
-    next_look: float = -math.inf
-    """From when on the next of its tokens may be looked at."""
-
-
 class Gate:
-    """Knows the tokens, and who has guessed wrong lately. Safe to use from several threads."""
+    """The tokens that are valid. Never changes, so it is safe to use from several threads."""
 
-    def __init__(
-        self,
-        tokens: Iterable[tuple[str, Role, str]] = (),
-        delay_seconds: float = 0.1,
-        wait_seconds: float = LONGEST_WAIT_SECONDS,
-    ) -> None:
-        """wait_seconds: see `turn`."""
+    def __init__(self, tokens: Iterable[tuple[str, Role, str]] = ()) -> None:
         self.tokens = tuple(Token(name, role, _digest(token.encode())) for name, role, token in tokens)
-        self._delay = delay_seconds
-        self._wait = min(wait_seconds, LONGEST_WAIT_SECONDS)
-        # In the order of their last failures.
-        self._guessers: OrderedDict[str, _Guesser] = OrderedDict()
-        self._lock = threading.Lock()
 
     def admit(self, user: bytes, token: bytes) -> Token | None:
         """Return what a client has shown to have, if it is one of the tokens."""
@@ -158,52 +125,53 @@ class Gate:
             "tokens_gone": [token.name for token in before.tokens if token not in self.tokens],
         }
 
-    def turn(self, network: str) -> float:
-        """Return in how many seconds a token of this network may be looked at, right or wrong.
 
-        At once without a failure within the last minute. Else they take turns, however many come together: the first
-        some time after the failure, each further one as much later. That time doubles with each failure, up to
-        LONGEST_DELAY_SECONDS. Raises Busy where the wait would be longer than that for which a client has patience.
+@dataclass(frozen=True, slots=True)
+class HTTPGate:
+    """Who may use the HTTP endpoint: its bearer token, and the host names by which it may be addressed."""
+
+    token: bytes = b""
+    names: frozenset[str] = frozenset()
+
+    def admits(self, authorization: str) -> bool:
+        """Return whether an Authorization header has the token, or none is needed."""
+        scheme, _, token = authorization.partition(" ")
+        given = token.strip().encode() if scheme.lower() == "bearer" else b""
+        return not self.token or hmac.compare_digest(given, self.token)
+
+    def answers_to(self, host: str) -> bool:
+        """Return whether a Host header has an IP address, a loopback name, or one of the names; any port.
+
+        A web page that makes its own name resolve to this machine (DNS rebinding) can send only that name.
         """
-        with self._lock:
-            now = time.monotonic()
-            guesser = self._recent(network, now)
-            if not guesser.failures:
-                return 0.0
-            look_at = max(now, guesser.next_look)
-            if look_at - now > self._wait:
-                raise Busy("wrong tokens have come from this address, and others wait to be looked at: try again later")
-            guesser.next_look = look_at + self._spacing(guesser)
-            return look_at - now
+        match = _HOST.fullmatch(host.strip().lower())
+        if match is None:
+            return False
+        name = match["name"].removesuffix(".")
+        return name in self.names or name in _LOOPBACK_NAMES or name.endswith(".localhost") or _is_address(name)
 
-    def fail(self, network: str) -> None:
-        """Note that a client of this network has shown a wrong token."""
-        with self._lock:
-            now = time.monotonic()
-            guesser = self._recent(network, now)
-            guesser.failures += 1
-            guesser.last = now
-            # Behind those that have their turn already, too.
-            guesser.next_look = max(guesser.next_look, now + self._spacing(guesser))
-            self._guessers[network] = guesser
-            self._guessers.move_to_end(network)
-            if len(self._guessers) > MAX_ADDRESSES:
-                self._guessers.popitem(last=False)
 
-    def _recent(self, network: str, now: float) -> _Guesser:
-        guesser = self._guessers.get(network)
-        return guesser if guesser and now - guesser.last < MEMORY_SECONDS else _Guesser()
+def host_names(text: str) -> frozenset[str]:
+    """Return the host names in a list separated by commas. Raises ValueError."""
+    names = frozenset(name.strip().lower().removesuffix(".") for name in text.split(",") if name.strip())
+    if not all(_NAME.fullmatch(name) for name in names):
+        raise ValueError("should be host names separated by commas, without ports")
+    return names
 
-    def _spacing(self, guesser: _Guesser) -> float:
-        # No more than the wait: whoever comes alone has a turn.
-        return min(self._delay * 2.0 ** min(guesser.failures - 1, 32), LONGEST_DELAY_SECONDS, self._wait)
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name.strip("[]"))
+    except ValueError:
+        return False
+    return True
 
 
 def _digest(token: bytes) -> bytes:
     return hashlib.sha256(token).digest()
 
 
-@lru_cache(MAX_ADDRESSES)
+@lru_cache(_MAX_ADDRESSES)
 def network(host: str) -> str:
     """Return what stands for one client: an IPv4 address, but all IPv6 addresses with the same first 64 bits."""
     try:

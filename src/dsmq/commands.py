@@ -167,8 +167,11 @@ class Client(Protocol):
     ) -> bytes | None:
         """Fetch now and after each put into the topic, until there are messages or the time is up."""
 
-    def authenticate(self, user: bytes, token: bytes, welcome: Callable[[], bytes]) -> bytes | None:
-        """Take on the role of a token and return the reply that welcomes; or reply later that there is none such."""
+    def authenticate(self, user: bytes, token: bytes, welcome: Callable[[], bytes]) -> bytes:
+        """Take on the role of a token and return the reply that welcomes.
+
+        Raises WrongToken, and ends the connection, if there is no such token.
+        """
 
     def finish(self) -> None:
         """Close the connection once what is to be sent has been."""
@@ -506,7 +509,7 @@ def _step(client: Client, request: list[bytes]) -> bytes | None:
 # Handshake and housekeeping: what clients of RESP send by themselves.
 
 
-def _hello(client: Client, request: list[bytes]) -> bytes | None:
+def _hello(client: Client, request: list[bytes]) -> bytes:
     version = client.version
     arguments = request[1:]
     if arguments:
@@ -560,7 +563,7 @@ def _quit(client: Client, _: list[bytes]) -> bytes:
     return _OK
 
 
-def _auth(client: Client, request: list[bytes]) -> bytes | None:
+def _auth(client: Client, request: list[bytes]) -> bytes:
     user = request[1] if len(request) == 3 else DEFAULT_USER
     return client.authenticate(user, request[-1], lambda: _OK)
 

@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from dsmq.auth import LONGEST_DELAY_SECONDS
+from dsmq.auth import MIN_TOKEN_CHARACTERS, TOO_SHORT, host_names
 from dsmq.errors import ConfigError
 from dsmq.listening import UNIX
 
@@ -48,6 +48,13 @@ def _token(value: SecretStr) -> SecretStr:
         raise ValueError("should be a token: ASCII, without blanks")
     if token and not token.strip("*"):
         raise ValueError("should be the token itself, not the mask it is shown by")
+    if token and len(token) < MIN_TOKEN_CHARACTERS:
+        raise ValueError(f"should have {TOO_SHORT}")
+    return value
+
+
+def _host_names(value: str) -> str:
+    host_names(value)
     return value
 
 
@@ -82,8 +89,8 @@ class Settings(BaseSettings):
     port: Port = Field(30008, description="TCP port to listen on; 0 takes a free one. Not used with unix:.")
     protected_mode: bool = Field(
         default=True,
-        description="Whether to serve clients on this machine alone, wherever it listens, while there are neither "
-        "tokens nor certificates of clients.",
+        description="Refuse to start if clients need neither a token nor a certificate and the server listens on "
+        "anything but loopback or a Unix socket.",
     )
     auth_token: Secret = Field(
         SecretStr(""),
@@ -100,13 +107,6 @@ class Settings(BaseSettings):
         gt=0,
         le=600,
         description="Time for a new connection to finish the handshake of TLS, and to show its token.",
-    )
-    auth_delay_seconds: Seconds = Field(
-        0.1,
-        ge=0,
-        le=LONGEST_DELAY_SECONDS,
-        description="How long after a wrong token the next of the same address is looked at, and how far apart those "
-        "that follow. Doubles with each wrong one within a minute, up to 1 s. 0: no delay.",
     )
     tls_cert_file: str = Field(
         "",
@@ -125,6 +125,12 @@ class Settings(BaseSettings):
         description="What the side port wants as a bearer token for all that tells more than whether it is well.",
     )
     metrics_token_file: str = Field("", description="A file that holds it, in place of metrics_token.")
+    http_allowed_hosts: Annotated[str, AfterValidator(_host_names)] = Field(
+        "",
+        description="Host names, separated by commas, at which the HTTP endpoint answers, besides IP addresses and "
+        "localhost. Others get 421, so that a web page can't read it through a name of its own (DNS rebinding); "
+        "/healthz and /readyz answer to any.",
+    )
     metrics_port: Port | Literal["off"] = Field(30009, description='TCP port of the side port; "off" for none.')
     metrics_topics: int = Field(
         0,

@@ -46,10 +46,10 @@ from dsmq.store import Answer, Message, Put, T
 RECEIVE_BYTES = 131_072
 # Of a client that waits, so much is held that it has sent already.
 MAX_HELD_BYTES = 65_536
-# Wrong tokens that one connection may show before it is closed.
-MAX_WRONG_TOKENS = 3
-# Requests that a client may make without having shown its token.
+# Requests that a client may make before it is authenticated, of whatever kind.
 MAX_REQUESTS_OF_STRANGERS = 16
+# To read and discard what it sends behind them costs others time, so there is an end to that, too.
+MAX_DISCARDED_BYTES_OF_STRANGERS = 65_536
 # Of a client that is being let go of, so much is read at once, to be thrown away.
 LAST_RECEIVE_BYTES = 4096
 # How long a client may take to read the last reply and hang up, when the server closes.
@@ -66,7 +66,6 @@ class _Wait:
     """What a waiting reader waits for."""
 
     topic: bytes
-    """Empty where it waits for its time alone."""
     until: float
     fetch: Fetch
     encode: Callable[[list[Message]], bytes]
@@ -82,6 +81,7 @@ class Connection:
         "_behind",
         "_calls",
         "_deferred",
+        "_discarded",
         "_ended",
         "_events",
         "_linger_seconds",
@@ -102,7 +102,6 @@ class Connection:
         "_stranger_until",
         "_unread_since",
         "_wait",
-        "_wrong_tokens",
         "below",
         "closed",
         "counters",
@@ -137,7 +136,7 @@ class Connection:
         self.role = Role.NOBODY if loop.services.gate.tokens else Role.ADMIN
         self.stranger = peer.encrypted or self.role is Role.NOBODY
         """Whether it has still to show its token, or to finish the handshake of TLS."""
-        self._wrong_tokens = self._asked = 0
+        self._asked = self._discarded = 0
         self._stranger_until = math.inf
         self.name = b""
         self.version = 2
@@ -186,7 +185,7 @@ class Connection:
     @property
     def waiting(self) -> bool:
         """Whether it waits for a message."""
-        return self._wait is not None and bool(self._wait.topic)
+        return self._wait is not None
 
     @property
     def max_read_bytes(self) -> int:
@@ -246,6 +245,10 @@ class Connection:
             self._received_at = self._loop.now
             self._parser.feed(data)
             self.run()
+        elif self.role is Role.NOBODY:
+            self._discarded += len(data)
+            if self._discarded > MAX_DISCARDED_BYTES_OF_STRANGERS:
+                self.close("sends on after its last reply")
 
     def _end_of_input(self) -> None:
         self._ended = True
@@ -304,7 +307,7 @@ class Connection:
     def _parse(self) -> bool:
         """Take further requests out of the parser, if there are some."""
         try:
-            requests = self._parser.batch()
+            requests = self._parser.batch() if self._permitted else self._next_of_stranger()
         except ReplyError as error:
             if self._settled():
                 self._reject(error)
@@ -314,6 +317,11 @@ class Connection:
             self.counters.requests += len(requests)
             self._request_since = math.inf
         return bool(requests)
+
+    def _next_of_stranger(self) -> list[list[bytes]]:
+        """Parse one request at a time, so that no work is done for those beyond MAX_REQUESTS_OF_STRANGERS."""
+        request = self._parser.next()
+        return [] if request is None else [request]
 
     def _execute(self, request: list[bytes]) -> None:
         command = self._permitted.get(request[0]) or self._restricted(request[0])
@@ -329,12 +337,13 @@ class Connection:
 
     def _restricted(self, name: bytes) -> Command:
         """Return a command that needs a further look. Raises the error for one that the client may not call."""
-        command = find(name)
         if self.role is Role.NOBODY:
+            # Before anything is looked up: an unknown command counts, too.
             self._asked += 1
             if self._asked > MAX_REQUESTS_OF_STRANGERS:
                 self.finish()
                 raise AuthRequired(f"no more than {MAX_REQUESTS_OF_STRANGERS} requests without a token")
+        command = find(name)
         if self.role < command.role:
             self._calls[command.name] += 1
             command.forbid(self.role)
@@ -432,37 +441,21 @@ class Connection:
 
     # Who it is
 
-    def authenticate(self, user: bytes, token: bytes, welcome: Callable[[], bytes]) -> bytes | None:
+    def authenticate(self, user: bytes, token: bytes, welcome: Callable[[], bytes]) -> bytes:
         gate = self.services.gate
         if not gate.tokens:
             raise BadRequest("this server has no tokens")
-        seconds = gate.turn(self.peer.network)
-        if not seconds:
-            return self._judge(user, token, welcome)
-        self._wait = _Wait(b"", self._loop.now + seconds, list, lambda _: self._judge(user, token, welcome))
-        self._parked = True
-        self._schedule()
-        return None
-
-    def _judge(self, user: bytes, token: bytes, welcome: Callable[[], bytes]) -> bytes:
-        found = self.services.gate.admit(user, token)
+        found = gate.admit(user, token)
         if found is None:
-            return self._wrong_token()
+            _logger.warning("%r: wrong token", self, extra=self._event("wrong_token"))
+            self.counters.wrong_tokens += 1
+            # One guess a connection: the client is not told more, and nothing that it has sent behind it is run.
+            self.finish()
+            raise WrongToken("invalid token")
         self.token, self.role = found, found.role
         self._set_bounds()
         self._admit()
         return welcome()
-
-    def _wrong_token(self) -> bytes:
-        _logger.warning("%r: wrong token", self, extra=self._event("wrong_token"))
-        self.services.gate.fail(self.peer.network)
-        self._wrong_tokens += 1
-        self.counters.wrong_tokens += 1
-        if self._wrong_tokens >= MAX_WRONG_TOKENS:
-            self.finish()
-        error = WrongToken("this is no token of this server")
-        self.note(error)
-        return encode_error(error)
 
     def _admit(self) -> None:
         self.stranger = False
@@ -643,8 +636,7 @@ class Connection:
 
     def _stop_waiting(self) -> None:
         if self._wait is not None:
-            if self._wait.topic:
-                self._loop.leave(self._wait.topic, self)
+            self._loop.leave(self._wait.topic, self)
             self._wait = None
 
     # Deadlines
@@ -710,12 +702,7 @@ class Connection:
         is not stored.
         """
         self._linger_seconds = LINGER_SECONDS_AT_STOP
-        if self.waiting:
-            self.stop_waiting()
-        elif self._wait is not None:
-            # The turn of its token has not come.
-            self._stop_waiting()
-            self._parked = False
+        self.stop_waiting()
         if self._parked or not self._settled():
             self.finishing = True
         elif not self.finishing:

@@ -15,7 +15,6 @@
          ├─ NotPermitted      NOPERM
          ├─ AuthRequired      NOAUTH
          ├─ WrongToken        WRONGPASS
-         ├─ Denied            DENIED
          ├─ UnknownVersion    NOPROTO
          ├─ Full              FULL
          ├─ Forgotten         FORGOTTEN
@@ -118,12 +117,6 @@ class WrongToken(ReplyError):
     code = "WRONGPASS"
 
 
-class Denied(ReplyError):
-    """The server has no tokens, and so serves only clients on its own machine."""
-
-    code = "DENIED"
-
-
 class UnknownVersion(ReplyError):
     """HELLO asked for a version of RESP other than 2 and 3."""
 
@@ -161,7 +154,7 @@ class StoreFailed(ReplyError):
 
 
 class Busy(ReplyError):
-    """The server has as many connections, waiting readers, or tokens of one address to look at, as it takes."""
+    """The server has as many connections or waiting readers as it takes."""
 
     code = "BUSY"
 

@@ -13,7 +13,6 @@ import stat
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Protocol
 
 from dsmq import logs
@@ -71,20 +70,14 @@ def address(sock: socket.socket) -> str:
     return shown(*name[:2])
 
 
-def is_local(sock: socket.socket, host: str) -> bool:
-    """Return whether the client of an accepted connection is on this machine."""
-    return sock.family == socket.AF_UNIX or _is_loopback(host) or host == sock.getsockname()[0]
-
-
 def is_exposed(sock: socket.socket) -> bool:
-    """Return whether a listening socket can be reached from elsewhere than this machine."""
-    return sock.family != socket.AF_UNIX and not _is_loopback(sock.getsockname()[0])
-
-
-@lru_cache(1024)
-def _is_loopback(host: str) -> bool:
-    address = ipaddress.ip_address(host.partition("%")[0])
-    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+    """Return whether a listening socket is anything but a Unix socket or one on a loopback address."""
+    if sock.family == socket.AF_UNIX:
+        return False
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return True
+    host = ipaddress.ip_address(sock.getsockname()[0].partition("%")[0])
+    return not (getattr(host, "ipv4_mapped", None) or host).is_loopback
 
 
 def close(sock: socket.socket) -> None:

@@ -217,7 +217,7 @@ def _traffic(counted: Counters, held: Totals) -> Iterator[Metric]:
     yield counter("messages_expired", "Messages deleted because of their age.", held.expired)
     yield counter("messages_expired_unread", "Those of them that nobody had read.", held.expired_unread)
     yield counter("connections_opened", "Connections accepted.", counted.opened)
-    not_taken = {"connections": 0, "address": 0, "protected": 0} | counted.refused
+    not_taken = {"connections": 0, "address": 0} | counted.refused
     yield by("reason", "connections_refused", "Connections not taken, by reason.", not_taken)
     yield by("command", "requests", "Requests of known commands.", counted.commands)
     yield counter("received_bytes", "Bytes received from clients.", counted.bytes_in)

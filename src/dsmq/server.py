@@ -25,10 +25,10 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from dsmq import __version__, auth, config, listening, logs, metrics
-from dsmq.auth import Gate
+from dsmq.auth import Gate, HTTPGate
 from dsmq.commands import Services
 from dsmq.config import EmbeddedSettings, Settings
-from dsmq.errors import Busy, CannotStart, ConfigError, Denied, DSMQError, ReplyError, ServerFailed
+from dsmq.errors import Busy, CannotStart, ConfigError, DSMQError, ReplyError, ServerFailed
 from dsmq.expiry import Expiry
 from dsmq.keeper import LAST_SNAPSHOT_SECONDS, Keeper
 from dsmq.listening import Census, Listener
@@ -49,12 +49,10 @@ RESERVED_FILES = 64
 WATCH_SECONDS = 1.0
 # Settings that are read once, at the start.
 FIXED = (
-    *("host", "port", "listen_backlog", "metrics_host", "metrics_port", "metrics_token", "metrics_token_file"),
+    *("host", "port", "listen_backlog", "metrics_host", "metrics_port"),
     *("io_threads", "busy_poll_microseconds", "expiry_interval_seconds", "max_connections", "max_log_lines_per_second"),
     *("log_format", "log_to", "snapshot_file", "snapshot_interval_seconds"),
 )
-# Settings by which all connections were admitted; those that are open end when one of these changes.
-ADMISSION = ("protected_mode", "tls_client_ca_file")
 
 # By its name, also where this module runs as a script.
 _logger = logging.getLogger("dsmq.server")
@@ -114,9 +112,9 @@ class Server:
         self._orders: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._services = Services(settings, self._store, Gate(), Census(), self.request_stop, self.info)
         self._tls: Any = None
+        self._listeners: list[Listener] = []
         self._configure(settings)
         self._workers: list[Worker] = []
-        self._listeners: list[Listener] = []
         self._expiry = Expiry(self._store, settings.expiry_interval_seconds)
         self._side_port: Any = None
         self._keeper = self._new_keeper(settings)
@@ -139,9 +137,7 @@ class Server:
     def _configure(self, settings: Settings) -> None:
         """Make these settings those in force, but for FIXED ones. Raises ConfigError, with nothing changed."""
         tokens = auth.tokens_of(settings.auth_token.get_secret_value(), settings.auth_token_file)
-        auth.warn_of_short(tokens, "auth_token" if settings.auth_token else "", settings.auth_token_file)
-        # A wait for one's turn ends well within the time for showing a token.
-        gate = Gate(tokens, settings.auth_delay_seconds, settings.auth_timeout_seconds / 2)
+        gate, http_gate = Gate(tokens), _http_gate(settings)
         tls, files = None, (settings.tls_cert_file, settings.tls_key_file, settings.tls_client_ca_file)
         # Before they are read: what changes meanwhile is read the next time.
         written = [os.stat(file).st_mtime_ns if os.path.exists(file) else 0 for file in files]
@@ -149,7 +145,9 @@ class Server:
             from dsmq.tls import server_context  # noqa: PLC0415 - a server without TLS needs none of it
 
             tls = server_context(*files)
+        _check_exposure([listener.socket for listener in self._listeners], settings, gate)
         self._tls, self._certificates_written, self._services.gate = tls, written, gate
+        self._http_gate = http_gate
         self.settings = self._services.settings = settings
         self._store.max_age_ms = round(settings.max_age_seconds * 1000)
         self._store.limits = Limits(
@@ -170,7 +168,10 @@ class Server:
     # Start
 
     def start(self) -> None:
-        """Listen and serve, in threads of its own. Raises CannotStart, with nothing left behind."""
+        """Listen and serve, in threads of its own.
+
+        Raises CannotStart, or ConfigError if it would serve anyone on a network, with nothing left behind.
+        """
         expect_long_messages()
         with ExitStack() as undo:
             undo.callback(self.stop)
@@ -178,6 +179,7 @@ class Server:
             passed = self._systemd.queue
             sockets = passed or listening.listen(settings.host, settings.port, settings.listen_backlog)
             self._listeners = [Listener(sock, self._place) for sock in sockets]
+            _check_exposure(sockets, settings, self._services.gate)
             # Where the sockets are passed, the process may have no network to make one in.
             if side := self._systemd.metrics if passed else self._side_socket():
                 self._side_port = self._open_side_port(side)
@@ -218,11 +220,7 @@ class Server:
         # Imported here, because a server without a side port needs none of it.
         from dsmq.sideport import SidePort  # noqa: PLC0415
 
-        settings = self.settings
-        token = settings.metrics_token.get_secret_value()
-        if settings.metrics_token_file:
-            token = auth.read_tokens(settings.metrics_token_file)[0][2]
-        return SidePort(sock, metrics.registry(self.status), self.status, token)
+        return SidePort(sock, metrics.registry(self.status), self.status, lambda: self._http_gate)
 
     def _tell_security(self) -> None:
         settings, tokens = self.settings, len(self._services.gate.tokens)
@@ -236,24 +234,17 @@ class Server:
         most = ", ".join(f"{value} {name}" for name, value in limits.items())
         about = logs.event("configured", tokens=tokens, tls=tls, limits=limits)
         _logger.info("tokens: %s; TLS: %s; at most %s", tokens or "none", tls, most, extra=about)
-        if self._is_open and any(listening.is_exposed(listener.socket) for listener in self._listeners):
+        if exposed := _exposed([listener.socket for listener in self._listeners], settings, self._services.gate):
             _logger.warning(
-                "this server has no token, and listens to more than this machine: %s",
-                "it refuses clients elsewhere (protected_mode); set auth_token or auth_token_file"
-                if settings.protected_mode
-                else "whoever reaches it may read and put all there is (protected_mode is off)",
-                extra=logs.event("exposed", protected_mode=settings.protected_mode),
+                "no authentication: any client that can reach %s is an admin (protected_mode = false)",
+                ", ".join(exposed),
+                extra=logs.event("exposed", addresses=exposed),
             )
-
-    @property
-    def _is_open(self) -> bool:
-        """Whether clients have to show nothing."""
-        return not (self._services.gate.tokens or self.settings.tls_client_ca_file)
 
     def _place(self, sock: socket.socket, host: str, name: str) -> None:
         """Give an accepted connection to the worker that has the fewest, or refuse it."""
         network = auth.network(host)
-        if objection := self._objection(sock, host, network):
+        if objection := self._objection(network):
             self._refuse(sock, name, *objection)
             return
         try:
@@ -277,7 +268,7 @@ class Server:
 
         return tls.accept(self._tls, sock)
 
-    def _objection(self, sock: socket.socket, host: str, network: str) -> tuple[str, ReplyError] | None:
+    def _objection(self, network: str) -> tuple[str, ReplyError] | None:
         """Return why a connection is not taken, in a word and as the client is told; nothing where it is."""
         most = self.settings.max_connections_per_address
         census = self._services.census
@@ -285,9 +276,6 @@ class Server:
             return "connections", Busy(f"{self._max_connections} connections are open, no more are taken")
         if census.of(network) >= most:
             return "address", Busy(f"{most} connections of this address are open, no more are taken")
-        if self.settings.protected_mode and self._is_open and not listening.is_local(sock, host):
-            about = "this server has no token, and so serves only clients on its own machine: set auth_token"
-            return "protected", Denied(about)
         return None
 
     def _refuse(self, sock: socket.socket, name: str, reason: str, error: ReplyError) -> None:
@@ -349,7 +337,8 @@ class Server:
             _logger.exception("nothing is changed", extra=logs.event("reload_failed", error=str(error)))
             return
         logging.getLogger("dsmq").setLevel(new.log_level.upper())
-        stricter = any(getattr(new, name) != getattr(before, name) for name in ADMISSION)
+        # All connections were admitted by these.
+        stricter = new.tls_client_ca_file != before.tls_client_ca_file
         stricter = stricter or bool(new.tls_cert_file) != bool(before.tls_cert_file)
         for worker in self._workers:
             worker.post(worker.apply_settings)
@@ -490,6 +479,29 @@ class Server:
 
     def waiting(self) -> int:
         return self.status.waiting()
+
+
+def _http_gate(settings: Settings) -> HTTPGate:
+    token = settings.metrics_token.get_secret_value()
+    if settings.metrics_token_file:
+        token = auth.read_tokens(settings.metrics_token_file)[0][2]
+    return HTTPGate(token.encode(), auth.host_names(settings.http_allowed_hosts))
+
+
+def _exposed(sockets: Sequence[socket.socket], settings: Settings, gate: Gate) -> list[str]:
+    """Return the addresses other than loopback and Unix sockets at which clients need neither token nor certificate."""
+    if gate.tokens or settings.tls_client_ca_file:
+        return []
+    return [listening.address(sock) for sock in sockets if listening.is_exposed(sock)]
+
+
+def _check_exposure(sockets: Sequence[socket.socket], settings: Settings, gate: Gate) -> None:
+    """Raise ConfigError if the server would serve anyone on a network and protected_mode is on."""
+    if settings.protected_mode and (exposed := _exposed(sockets, settings, gate)):
+        raise ConfigError(
+            f"listening on {', '.join(exposed)} without authentication: set auth_token (DSMQ_AUTH_TOKEN), "
+            "auth_token_file or tls_client_ca_file, or protected_mode = false (DSMQ_PROTECTED_MODE) to serve anyone"
+        )
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from conftest import ROOT, tool
+from dsmq.auth import HTTPGate, host_names
 from dsmq.client import DSMQClientSideConnection, connect
 from dsmq.errors import DSMQError
 
@@ -99,9 +100,9 @@ def assert_works(container: Container, **options: Any) -> None:
         assert mq.get("greetings") == "hello world!"
 
 
-def fetch(container: Container, path: str) -> str:
-    url = f"http://127.0.0.1:{container.port(30009)}{path}"
-    with container.engine.its_network(), urllib.request.urlopen(url, timeout=SOON) as answer:
+def fetch(container: Container, path: str, **headers: str) -> str:
+    request = urllib.request.Request(f"http://127.0.0.1:{container.port(30009)}{path}", headers=headers)
+    with container.engine.its_network(), urllib.request.urlopen(request, timeout=SOON) as answer:
         return str(answer.read().decode())
 
 
@@ -256,11 +257,23 @@ def test_it_serves_whoever_it_is_with_no_rights_at_all(engine: Podman | Docker, 
         assert err == ""
 
 
-def test_without_a_token_it_serves_nobody_outside(podman: Podman) -> None:
-    with started(podman) as container:
-        with pytest.raises(DSMQError, match="only clients on its own machine"), client(container, token=None) as mq:
-            mq.put("greetings", "hello")
+def test_without_a_token_it_does_not_start_unless_told_to(podman: Podman) -> None:
+    done = podman("run", "--rm", *LOCKED_DOWN, IMAGE, check=False)
+    assert done.returncode == 2
+    assert re.fullmatch(r"dsmq: listening on 0\.0\.0\.0:30008 without authentication: .*\n", done.stderr)
+    assert "DSMQ_AUTH_TOKEN" in done.stderr
+    with started(podman, "--env=DSMQ_PROTECTED_MODE=false") as container:
+        assert_works(container, token=None)
         eventually(lambda: container.check_health() == "healthy")
+
+
+def test_a_short_token_is_told_with_the_line_to_make_one(podman: Podman) -> None:
+    done = podman("run", "--rm", *LOCKED_DOWN, "--env=DSMQ_AUTH_TOKEN=short", IMAGE, check=False)
+    assert done.returncode == 2
+    make = re.search(r"^dsmq: DSMQ_AUTH_TOKEN: .*: python3 -c '(.*)'\n$", done.stderr)
+    assert make is not None
+    made = subprocess.run([sys.executable, "-c", make[1]], capture_output=True, text=True, check=True)
+    assert len(made.stdout.strip()) >= 32
 
 
 def test_promtool_finds_nothing_wrong_with_its_metrics(podman: Podman) -> None:
@@ -475,6 +488,8 @@ def test_compose_runs_it(docker: Docker, tmp_path: Path) -> None:
         container = Container(docker, docker("ps", "--quiet", "--filter=publish=30008").stdout.strip())
         eventually(container.is_serving)
         assert_works(container)
+        # As Prometheus does.
+        assert "dsmq_puts_total 1.0" in fetch(container, "/metrics", Host="dsmq:30009")
         assert json.loads(container.logs()[0].splitlines()[0])["level"] == "info"
         limits = docker.inspect("container", container.id)["HostConfig"]
         assert (limits["Memory"], limits["PidsLimit"], limits["ReadonlyRootfs"]) == (2 << 30, 64, True)
@@ -507,6 +522,13 @@ def test_compose_pins_confines_and_watches(name: str) -> None:
     assert service["pids_limit"]
     # That of dsmq is its image's.
     assert ("healthcheck" in service) == (name != "dsmq")
+
+
+def test_compose_has_prometheus_address_dsmq_by_a_name_that_is_allowed() -> None:
+    config = yaml.safe_load((HERE / "prometheus.yml").read_text())
+    (target,) = config["scrape_configs"][0]["static_configs"][0]["targets"]
+    assert HTTPGate(names=host_names(SERVICES["dsmq"]["environment"]["DSMQ_HTTP_ALLOWED_HOSTS"])).answers_to(target)
+    assert not HTTPGate().answers_to(target)
 
 
 def test_compose_runs_the_version_that_there_is() -> None:

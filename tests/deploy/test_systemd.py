@@ -547,7 +547,7 @@ def test_the_token_is_a_credential(box: Box) -> None:
     right = box.run("cat", TOKEN)
     assert len(right) > 32
     assert ping(box, right) == (0, "")
-    assert ping(box, "wrong-token-wrong-token") == (1, "dsmq: this is no token of this server")
+    assert ping(box, "wrong-token-wrong-token") == (1, "dsmq: invalid token")
     assert journal.priority(r"client \d+ .*: wrong token") == 4
     assert ping(box, "")[0] == 1
     assert box.run("stat", "--format=%a %U", TOKEN) == "600 root"
