@@ -15,7 +15,6 @@ from dsmq import __version__, config
 from dsmq.auth import DEFAULT_USER, Gate, Role
 from dsmq.config import Settings
 from dsmq.errors import AuthRequired, BadRequest, NotPermitted, TooBig, UnknownCommand, UnknownVersion
-from dsmq.listening import Census
 from dsmq.metrics import Counters
 from dsmq.protocol import (
     MAX_INTEGER,
@@ -28,6 +27,7 @@ from dsmq.protocol import (
     encode_simple,
 )
 from dsmq.store import Answer, Message, Put, Store, T, TopicStats
+from dsmq.usage import Usage
 
 DEFAULT_COUNT = 100
 MAX_COUNT = 1_000
@@ -36,8 +36,6 @@ MAX_READ_BYTES = 262_144
 SHORT_READ_BYTES = 65_536
 MAX_WAIT_MS = 86_400_000
 MAX_NAME_BYTES = 64
-# Topics of which one connection's positions are held.
-MAX_POSITIONS = 10_000
 
 _OK = encode_simple("OK")
 _PONG = encode_simple("PONG")
@@ -50,7 +48,7 @@ class Services:
     settings: Settings
     store: Store
     gate: Gate
-    census: Census
+    usage: Usage
     request_stop: Callable[[str], None]
     """Stop the server; takes the reason."""
     info: Callable[[], Mapping[str, Mapping[str, object]]]
@@ -88,6 +86,9 @@ class Client(Protocol):
         self, topic: bytes, milliseconds: int, fetch: Fetch, encode: Callable[[list[Message]], bytes]
     ) -> bytes | None:
         """Fetch now and after each put into the topic, until there are messages or the time is up."""
+
+    def set_position(self, topic: bytes, message_id: int) -> None:
+        """Let GET go on behind this message. Raises BadRequest if the positions take up too much memory."""
 
     def authenticate(self, user: bytes, token: bytes, welcome: Callable[[], bytes]) -> bytes | None:
         """Take on the role of a token and return the reply that welcomes; or reply later that there is none such."""
@@ -223,9 +224,7 @@ def _moved(client: Client, topic: bytes, messages: list[Message]) -> bytes:
     _delivered(client, topic, messages)
     if not messages:
         return encode_null(client.version)
-    if len(client.positions) >= MAX_POSITIONS and topic not in client.positions:
-        raise BadRequest(f"one connection GETs from at most {MAX_POSITIONS} topics; READ has no such limit")
-    client.positions[topic] = messages[0].id
+    client.set_position(topic, messages[0].id)
     return encode_bulk(messages[0].body)
 
 
