@@ -630,12 +630,64 @@ def test_a_reply_may_be_as_deep_and_as_long_as_its_limits() -> None:
     assert replies(data[:-2], data[-2:]) == [[bulk, line]]
 
 
-def test_incomplete_and_len_tell_what_is_held_of_a_reply() -> None:
-    data = encode_array([encode_integer(12), encode_bulk(b"hello"), encode_simple("OK")])
+def test_incomplete_and_len_count_the_bytes_of_a_reply_that_are_no_value_yet() -> None:
+    parts = [b"*3\r\n", encode_integer(12), encode_bulk(b"hello"), encode_simple("OK")]
+    data = b"".join(parts)
+    ends = list(itertools.accumulate(map(len, parts)))
     parser = ReplyParser()
     for at, byte in enumerate(bytewise(data), 1):
         parser.feed(byte)
-        assert len(parser) == at
+        assert len(parser) == at - max([0, *(end for end in ends if end < at)])
         assert (parser.next() is not None) == (at == len(data))
         assert parser.incomplete == (at < len(data))
     assert len(parser) == 0
+
+
+# What is parsed is not copied again for each byte that comes
+
+LONG = b"x" * 100_000
+CUT_BYTEWISE = {
+    "arguments behind a long one": (RequestParser(1 << 20), encode_request(b"PUT", LONG, *[b"y"] * 50)),
+    "a long argument": (RequestParser(1 << 20), encode_request(b"PUT", b"t", LONG)),
+    "a long line": (RequestParser(1 << 20), b"PUT t " + LONG[:60_000] + b"\n"),
+    "a line of blanks": (RequestParser(1 << 20), b" " * 60_000 + b"PING\n"),
+    "a long value and short ones behind it": (ReplyParser(), encode_array([encode_bulk(LONG), *[b":1\r\n"] * 500])),
+    "many values": (ReplyParser(), encode_array([encode_integer(1234)] * 10_000)),
+    "a long line in a reply": (ReplyParser(), encode_simple("x" * 60_000)),
+    "long values in arrays": (ReplyParser(), encode_array([encode_array([encode_bulk(LONG)] * 2)] * 2)),
+}
+
+
+@pytest.mark.parametrize("name", CUT_BYTEWISE)
+def test_bytes_that_come_one_by_one_are_copied_a_few_times_at_most(name: str) -> None:
+    parser, data = CUT_BYTEWISE[name]
+    copied, before, result = 0, parser._data, None
+    for byte in bytewise(data):
+        parser.feed(byte)
+        joined = parser._data
+        result = parser.next()
+        # Either is a new object only where bytes have been copied.
+        copied += len(joined) * (joined is not before) + len(parser._data) * (parser._data is not joined)
+        before = parser._data
+    assert result is not None
+    # Each byte once as it comes, once when all of a value is there; and what is begun is not begun again.
+    assert copied < 4 * len(data)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3, 100])
+def test_small_pieces_of_a_long_message_are_gathered(cut: int) -> None:
+    parser = RequestParser(1 << 20)
+    data = encode_request(b"PUT", b"t", LONG)
+    for at in range(0, len(data) - cut, cut):
+        parser.feed(data[at : at + cut])
+        assert parser.next() is None
+    assert len(parser._chunks) <= len(data) / protocol._MIN_CHUNK_BYTES + 1
+
+
+def test_the_bytes_before_an_incomplete_request_are_not_kept() -> None:
+    parser = RequestParser(1 << 20)
+    parser.feed(encode_request(b"PUT", b"t", b"x" * 2000) * 50 + b"*3\r\n$3\r\nPUT\r\n$1\r\nt\r\n$5\r\nhe")
+    while parser.batch():
+        pass
+    assert parser.incomplete
+    assert parser.buffered == len(parser) < 50

@@ -1041,7 +1041,7 @@ def test_who_has_gone_before_it_was_accepted_is_no_error(files: Files, caplog: p
         go.set()
         connect(port=server.port, ca_file=files.ca).close()
         assert "failed" not in caplog.text
-        wait_until(lambda: server._services.census.total == 0)
+        wait_until(lambda: server._services.usage.connections.total == 0)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from conftest import SOON, UNIT, Wire, daemon, serving, wait_until, wire_to
-from dsmq import commands, config, worker
+from dsmq import commands, config, connection, worker
 from dsmq.client import connect
 from dsmq.errors import CannotStart, Closing, Full, ServerFailed, StoreFailed, WrongEpoch
 from dsmq.protocol import encode_request
@@ -961,7 +961,7 @@ def test_a_put_sent_again_is_not_counted_twice(server: Server, wire: Wire) -> No
 
 
 def test_positions_of_one_connection_are_bounded(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "MAX_POSITIONS", 2)
+    monkeypatch.setattr(connection, "MAX_POSITION_BYTES", 2 * (connection.POSITION_OVERHEAD_BYTES + 1))
     for topic in ("a", "b", "c"):
         wire.call("PUT", topic, "1")
         wire.call("PUT", topic, "2")

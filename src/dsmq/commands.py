@@ -27,7 +27,6 @@ from dsmq.errors import (
     UnknownVersion,
     WrongEpoch,
 )
-from dsmq.listening import Census
 from dsmq.metrics import Counters
 from dsmq.protocol import (
     MAX_INTEGER,
@@ -41,6 +40,7 @@ from dsmq.protocol import (
 )
 from dsmq.store import Answer, Message, Put, Store, T, TopicStats
 from dsmq.syntax import arguments, bounds
+from dsmq.usage import Usage
 
 DEFAULT_COUNT = 100
 MAX_COUNT = 1_000
@@ -49,8 +49,6 @@ MAX_READ_BYTES = 262_144
 SHORT_READ_BYTES = 65_536
 MAX_WAIT_MS = 86_400_000
 MAX_NAME_BYTES = 64
-# Topics of which one connection's positions are held.
-MAX_POSITIONS = 10_000
 # Between MULTI and EXEC: requests, and bytes of their arguments.
 MAX_QUEUED_REQUESTS = 500
 MAX_QUEUED_BYTES = 524_288
@@ -74,7 +72,7 @@ class Services:
     settings: Settings
     store: Store
     gate: Gate
-    census: Census
+    usage: Usage
     request_stop: Callable[[str], None]
     """Stop the server; takes the reason."""
     info: Callable[[], Mapping[str, Mapping[str, object]]]
@@ -172,6 +170,9 @@ class Client(Protocol):
 
         Raises WrongToken, and ends the connection, if there is no such token.
         """
+
+    def set_position(self, topic: bytes, message_id: int) -> None:
+        """Let GET go on behind this message. Raises BadRequest if the positions take up too much memory."""
 
     def finish(self) -> None:
         """Close the connection once what is to be sent has been."""
@@ -364,9 +365,7 @@ def _moved(client: Client, topic: bytes, messages: list[Message]) -> bytes:
     _delivered(client, topic, messages)
     if not messages:
         return encode_null(client.version)
-    if len(client.positions) >= MAX_POSITIONS and topic not in client.positions:
-        raise BadRequest(f"one connection GETs from at most {MAX_POSITIONS} topics; READ has no such limit")
-    client.positions[topic] = messages[0].id
+    client.set_position(topic, messages[0].id)
     return encode_bulk(messages[0].body)
 
 

@@ -207,24 +207,32 @@ class Settings(BaseSettings):
     max_waiting_readers: int = Field(
         10_000, ge=1, le=1_000_000, description="Clients that wait for a message; a further one gets an error."
     )
-    max_requests_per_turn: int = Field(
-        500,
-        ge=1,
-        le=1_000_000,
-        description="Pipelined requests of one client that are run before the others have their turn.",
-    )
     max_unread_reply_bytes: int = Field(
-        65_536,
+        16_777_216,
         ge=1024,
         le=1_073_741_824,
-        description="Replies kept for a client that does not read them; above it, its requests are not read either.",
+        description="Max bytes of replies buffered for one client that has not read them; above it the server stops "
+        "reading its requests. The default lets a client send 1,000,000 short requests before it reads a reply.",
     )
     max_total_unread_reply_bytes: Bytes = Field(
         268_435_456,
-        description="The same for all clients together: above it, of each one request is run at a time.",
+        description="The same for all clients together. Beyond it, requests whose replies would add to it wait; after "
+        "1 s the clients that hold most and read at less than 16 KiB/s are disconnected. The longest message always "
+        "fits.",
+    )
+    max_total_request_bytes: Bytes = Field(
+        268_435_456,
+        description="Max bytes held for requests of all clients together: a request that has begun reserves its "
+        "declared length, and positions of GET count too. Beyond it, input stays unread, and the oldest request is "
+        "read first; after 1 s the clients that hold most and send at less than 16 KiB/s are disconnected. The longest "
+        "message always fits.",
     )
     request_timeout_seconds: Seconds = Field(
-        30.0, gt=0, le=3600, description="Time for one request to arrive, from its first byte to its last."
+        30.0,
+        gt=0,
+        le=3600,
+        description="Time for one request to arrive, from its first byte to its last; in addition, its length at "
+        "16 KiB/s.",
     )
     reply_timeout_seconds: Seconds = Field(
         30.0, gt=0, le=3600, description="A client that reads none of its replies for this long is dropped."

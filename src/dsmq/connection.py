@@ -40,12 +40,27 @@ from dsmq.errors import (
 )
 from dsmq.loop import Loop, Peer, Stream
 from dsmq.protocol import REQUEST_OVERHEAD_BYTES, RequestParser, encode_error, encode_integer
-from dsmq.store import Answer, Message, Put, T
+from dsmq.store import MESSAGE_OVERHEAD_BYTES, Answer, Message, Put, T
+from dsmq.usage import FREE_BYTES, Budget
 
-# What one connection may bring in one turn of the loop: so a greedy one lets the others have their turn.
+# Received, and sent, at once: so that one connection does not hold up the others.
 RECEIVE_BYTES = 131_072
-# Of a client that waits, so much is held that it has sent already.
+SEND_BYTES = 524_288
+# Max bytes buffered of requests behind one that waits; above it the client is not read from.
 MAX_HELD_BYTES = 65_536
+# What GET remembers of one connection: the names of its topics, and what each takes beside.
+MAX_POSITION_BYTES = 2_097_152
+POSITION_OVERHEAD_BYTES = 200
+# What a parsed request takes in memory, and each of its arguments, beside their bytes.
+REQUEST_OBJECT_BYTES = 100
+ARGUMENT_OBJECT_BYTES = 40
+# A client that is slower than this has more time for a long request, but is the first to go if memory is short and
+# it has been slower for more than a moment.
+SLOW_BYTES_PER_SECOND = 16_384
+SLOW_SECONDS = 1.0
+# Commands whose replies may be long, and what is allowed for them. Those of READ and GET are as long as their messages.
+LONG_REPLIES = frozenset({b"TOPICS", b"ECHO", b"PING", b"COMMAND", b"CONFIG", b"INFO"})
+LONG_REPLY_BYTES = 65_536
 # Requests that a client may make before it is authenticated, of whatever kind.
 MAX_REQUESTS_OF_STRANGERS = 16
 # To read and discard what it sends behind them costs others time, so there is an end to that, too.
@@ -84,20 +99,25 @@ class Connection:
         "_discarded",
         "_ended",
         "_events",
+        "_handshaking",
         "_linger_seconds",
         "_linger_until",
         "_loop",
         "_max_held",
-        "_max_requests",
         "_max_unread",
+        "_no_room",
         "_out",
         "_parked",
         "_parser",
         "_permitted",
+        "_position_bytes",
         "_receive_bytes",
         "_received_at",
         "_request_since",
         "_requests",
+        "_reserved",
+        "_resuming",
+        "_slow_from",
         "_socket",
         "_stranger_until",
         "_unread_since",
@@ -136,6 +156,7 @@ class Connection:
         self.role = Role.NOBODY if loop.services.gate.tokens else Role.ADMIN
         self.stranger = peer.encrypted or self.role is Role.NOBODY
         """Whether it has still to show its token, or to finish the handshake of TLS."""
+        self._handshaking = peer.encrypted
         self._asked = self._discarded = 0
         self._stranger_until = math.inf
         self.name = b""
@@ -143,6 +164,7 @@ class Connection:
         self.notices = False
         self.watermark = loop.services.store.last_id()
         self.positions: dict[bytes, int] = {}
+        self._position_bytes = 0
         self.reading: tuple[bytes, int] | None = None
         self.transaction: Transaction | None = None
         self.steps: deque[Step] = deque()
@@ -153,8 +175,10 @@ class Connection:
         """When the loop will call `on_time` next: the loop's to keep."""
         self._parser = RequestParser(0)
         self._out = bytearray()
-        # What of it is part of the loop's backlog.
-        self._backlog = 0
+        # What of it, and of what has come, is counted in the totals.
+        self._backlog = self._reserved = 0
+        # The total that has no room for what comes next. The loop calls `on_room` when it has.
+        self._no_room: Budget | None = None
         self._set_bounds()
         self._events = 0
         self._wait: _Wait | None = None
@@ -164,20 +188,27 @@ class Connection:
         self._requests: deque[list[bytes]] = deque()
         # Puts given to the loop whose replies are outstanding.
         self._deferred = 0
-        # Requests were left for later: until the client has read its replies, or the others have had their turn. It
-        # goes on when what there is to send has been.
+        # Requests were left for later: until the client has read some replies, or the others have had their turn.
         self._behind = False
+        # The loop will call `run` in the next turn.
+        self._resuming = False
         # The client has ended its sending side.
         self._ended = False
         self._linger_seconds = LINGER_SECONDS
         self._received_at = self.opened_at = loop.now
         self._request_since = self._unread_since = self._linger_until = math.inf
+        # When the client will have read its replies too slowly, at SLOW_BYTES_PER_SECOND.
+        self._slow_from = math.inf
 
     def __repr__(self) -> str:
         return f"client {self.id} ({self.peer.name})"
 
     def _event(self, name: str, **fields: object) -> dict[str, object]:
         return logs.event(name, client=self.id, peer=self.peer.name, **fields)
+
+    def post(self, call: Callable[[], None]) -> None:
+        """Run this in the thread of its loop. Safe to call from any thread."""
+        self._loop.post(call)
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -189,7 +220,7 @@ class Connection:
 
     @property
     def max_read_bytes(self) -> int:
-        return SHORT_READ_BYTES if self._loop.backlog else MAX_READ_BYTES
+        return SHORT_READ_BYTES if self.services.usage.replies.total else MAX_READ_BYTES
 
     def _set_bounds(self) -> None:
         """Say how much is held for it: little for a stranger."""
@@ -224,12 +255,20 @@ class Connection:
 
     def on_ready(self, events: int) -> None:
         """Read and write what the socket is ready for."""
+        if self._handshaking:
+            self._shake_hands()
+            if self._handshaking or self.closed:
+                return
         if events != EVENT_READ:
             self.flush()
-            if self.closed or not events & EVENT_READ:
+            if self.closed:
                 return
+        if not events & self._events & EVENT_READ:
+            return
         try:
-            data = self._socket.recv(self._receive_bytes)
+            # If requests take up their total, this one's part of it stays in the kernel.
+            tight = self._reserved == 0 and self.services.usage.requests.is_tight
+            data = self._socket.recv(FREE_BYTES if tight else self._receive_bytes)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
@@ -238,9 +277,6 @@ class Connection:
         if not data:
             self._end_of_input()
         elif not self.finishing:
-            if self.stranger and self.role is not Role.NOBODY:
-                # With the first byte the handshake is done.
-                self._admit()
             self.counters.bytes_in += len(data)
             self._received_at = self._loop.now
             self._parser.feed(data)
@@ -250,30 +286,50 @@ class Connection:
             if self._discarded > MAX_DISCARDED_BYTES_OF_STRANGERS:
                 self.close("sends on after its last reply")
 
+    def _shake_hands(self) -> None:
+        try:
+            waits_for = self._socket.handshake()  # type: ignore[attr-defined]
+        except OSError as error:
+            self.close(error.strerror or str(error))
+            return
+        if waits_for:
+            self._events = waits_for
+            self._loop.watch(self, waits_for)
+            return
+        self._handshaking = False
+        if self.role is not Role.NOBODY:
+            self._admit()
+        self._watch()
+
     def _end_of_input(self) -> None:
         self._ended = True
         if self._linger_until != math.inf:
             self.close("end of input")
             return
-        if self._wait is not None:
+        if self._wait is not None and not self._no_room:
             self._stop_waiting()
             self.finish()
         # Where it is finishing already, this only stops the reading; the replies before are still sent.
         self.run()
 
     def run(self) -> None:
-        """Run the requests that have arrived, until one is parked or the client should read its replies first."""
+        """Run the requests that have arrived, until one is parked, the client should read its replies first, or the
+        others should have their turn."""
         if self.closed:
             return
+        self._resuming = False
         requests, parser = self._requests, self._parser
-        quota = self._max_requests
-        # The client should read its replies first where there are so many bytes of them. The backlog is seldom there.
-        most = 1 if self._loop.backlog and self._loop.crowded else self._max_unread
-        while quota and not (self._parked or self.finishing) and len(self._out) < most:
+        replies = self.services.usage.replies
+        tight = replies.is_tight
+        most = FREE_BYTES if tight and replies.is_full else self._max_unread
+        until = 0.0
+        while not (self._parked or self.finishing or self._no_room) and len(self._out) < most:
             if not requests and (parser.missing or not self._parse()):
                 break
-            quota -= 1
             request = requests.popleft()
+            if tight and not self._has_room(request):
+                requests.appendleft(request)
+                break
             try:
                 self._execute(request)
             except ReplyError as error:
@@ -288,15 +344,34 @@ class Connection:
                     requests.appendleft(request)
             except Exception:  # noqa: BLE001
                 self._fail_by_defect()
-        full = len(self._out) >= most
-        if self._behind or not quota or full:
-            left = not quota and not self._parked and bool(requests or not parser.missing)
-            self._mind_replies(behind=full or left)
-        if parser.incomplete:
-            self._mind_request()
-        if self._ended and parser.missing and not (requests or self._parked):
+            if requests or not parser.missing:
+                # The clock is not looked at for a request that comes alone.
+                now = time.monotonic()
+                until = until or now + self._loop.slice_seconds
+                if now >= until:
+                    break
+        self._after_run(full=len(self._out) >= most)
+
+    def _after_run(self, *, full: bool) -> None:
+        requests, parser = self._requests, self._parser
+        left = bool(requests) or not parser.missing
+        behind = full or (left and not (self._parked or self.finishing or self._no_room))
+        if behind or self._behind:
+            self._mind_replies(behind=behind)
+            if behind and not full:
+                self._run_soon()
+        if left or parser.incomplete or self._reserved:
+            self._count_input()
+            if parser.incomplete:
+                self._mind_request()
+        if self._ended and parser.missing and not (requests or self._parked or self._no_room):
             self.finish()
         self._watch()
+
+    def _run_soon(self) -> None:
+        if not self._resuming:
+            self._resuming = True
+            self._loop.run_soon(self)
 
     def _mind_replies(self, *, behind: bool) -> None:
         was_behind, self._behind = self._behind, behind
@@ -365,14 +440,113 @@ class Connection:
             self._request_since = self._loop.now
             self._schedule()
 
+    # Memory
+
+    def _count_input(self) -> None:
+        """Count what is buffered of requests; and of one that has come in part, all of its length as declared.
+
+        If there is no room for that, no more of it is read until there is.
+        """
+        parser, budget = self._parser, self.services.usage.requests
+        held = parser.buffered + self._position_bytes
+        for request in self._requests:
+            held += REQUEST_OBJECT_BYTES + ARGUMENT_OBJECT_BYTES * len(request) + sum(map(len, request))
+        if parser.incomplete and not (self._parked or self.finishing) and self._no_room in (None, budget):
+            declared = _counted(held + parser.missing)
+            if declared <= self._reserved or budget.claim_in_turn(self, declared - self._reserved, self._loop.now):
+                self._reserved, self._no_room = max(declared, self._reserved), None
+                return
+            self._wait_for_room(budget)
+        more = _counted(held) - self._reserved
+        if more:
+            budget.add(self, more)
+            self._reserved += more
+            if more > 0 and budget.is_full:
+                self._loop.relieve()
+
+    def _wait_for_room(self, budget: Budget) -> None:
+        self._no_room = budget
+        self._loop.await_room(self)
+
+    def on_room(self) -> None:
+        """Try again what there was no room for."""
+        budget, self._no_room = self._no_room, None
+        if self._wait is not None:
+            self.wake()
+            self._schedule()
+            return
+        if budget is self.services.usage.requests:
+            # Its time begins only now.
+            self._request_since = math.inf
+        self.run()
+
+    def _has_room(self, request: list[bytes]) -> bool:
+        """Return whether the reply to a request fits into the total; if not, wait for room."""
+        name = request[0].upper()
+        if name not in LONG_REPLIES:
+            return True
+        size = sum(map(len, request))
+        return self._claim_reply(size if name in (b"PING", b"ECHO") else size + LONG_REPLY_BYTES)
+
+    def _claim_reply(self, size: int) -> bool:
+        replies = self.services.usage.replies
+        if not replies.is_tight or size + len(self._out) <= FREE_BYTES:
+            return True
+        if not replies.claim_in_turn(self, size, self._loop.now):
+            self._wait_for_room(replies)
+            return False
+        self._backlog += size
+        self._no_room = None
+        return True
+
+    def set_position(self, topic: bytes, message_id: int) -> None:
+        if topic not in self.positions:
+            size = self._position_bytes + POSITION_OVERHEAD_BYTES + len(topic)
+            if size > MAX_POSITION_BYTES:
+                raise BadRequest("too many topics are read with GET by one connection; READ has no such limit")
+            self._position_bytes = size
+            if size > FREE_BYTES:
+                self._count_input()
+        self.positions[topic] = message_id
+
+    def may_go(self, budget: Budget, now: float) -> bool:
+        """Return whether to close it when others need the memory: it makes no progress, or little. From any thread."""
+        if budget is self.services.usage.replies:
+            return now > self._slow_from
+        if self._no_room is budget:
+            # It waits itself: for no fault of its own, unless it holds more than comes before its length is known.
+            return self._reserved > 2 * RECEIVE_BYTES
+        if self._request_since == math.inf:
+            return not self._resuming
+        return len(self._parser) < (now - self._request_since - SLOW_SECONDS) * SLOW_BYTES_PER_SECOND
+
+    def make_way(self, budget: Budget) -> None:
+        """End, because others need the memory."""
+        if self.closed or not budget.of(self):
+            return
+        about = "memory is short, and it is slow"
+        _logger.info("%r: dropped, %s", self, about, extra=self._event("dropped"))
+        if budget is self.services.usage.replies or self._request_since == math.inf or self._parked:
+            self.close(about)
+            return
+        self._forget_input()
+        self._reject(TimedOut("the request arrives too slowly while memory is short"))
+
+    def _forget_input(self) -> None:
+        self._parser = RequestParser(0)
+        self._requests.clear()
+        self.positions = {}
+        self._reserved = self._position_bytes = 0
+        self.services.usage.requests.drop(self)
+
     # Replies
 
     def _send(self, reply: bytes) -> None:
         if not self._out:
             self._loop.flush_soon(self)
         self._out += reply
-        if self._backlog:
-            # It is not flushed before the client reads.
+        if len(self._out) - self._backlog > SEND_BYTES:
+            # Long ones count at once; short ones if they are still there at the end of the turn.
             self._count_backlog(len(self._out))
 
     def _fail(self, error: ReplyError) -> None:
@@ -408,7 +582,8 @@ class Connection:
         if self.closed:
             return
         try:
-            sent = self._socket.send(self._out)
+            out = self._out
+            sent = self._socket.send(out if len(out) <= SEND_BYTES else memoryview(out)[:SEND_BYTES])
         except (BlockingIOError, InterruptedError):
             sent = 0
         except OSError as error:
@@ -420,23 +595,29 @@ class Connection:
             self._count_backlog(left)
         if left:
             del self._out[:sent]
+            now = self._loop.now
+            if self._unread_since == math.inf:
+                self._slow_from = now + SLOW_SECONDS
             if sent or self._unread_since == math.inf:
-                self._unread_since = self._loop.now
+                self._unread_since = now
+                self._slow_from = min(self._slow_from + sent / SLOW_BYTES_PER_SECOND, now + 2 * SLOW_SECONDS)
+            if self._behind and left < self._max_unread:
+                self._run_soon()
             self._schedule()
         else:
             self._out.clear()
-            self._unread_since = math.inf
+            self._unread_since = self._slow_from = math.inf
             self._received_at = self._loop.now
             if self.finishing and not self._deferred:
                 self._linger()
             elif self._behind:
-                self._loop.run_soon(self)
+                self._run_soon()
             elif self.services.settings.idle_timeout_seconds:
                 self._schedule()
         self._watch()
 
     def _count_backlog(self, size: int) -> None:
-        self._loop.backlog += size - self._backlog
+        self.services.usage.replies.add(self, size - self._backlog)
         self._backlog = size
 
     # Who it is
@@ -544,7 +725,7 @@ class Connection:
             self._schedule()
         # Not run here and now: that could store a put, which wakes another, which runs …, without end.
         if self._requests or self._ended or len(self._parser):
-            self._loop.run_soon(self)
+            self._run_soon()
 
     # Answers that come later
 
@@ -577,16 +758,21 @@ class Connection:
             # A step of a transaction does not wait.
             return self.reply_to(_only_below(self.below, fetch()), encode)
         if not milliseconds:
-            return self.reply_to(fetch(), encode)
+            if not self.services.usage.replies.is_tight:
+                return self.reply_to(fetch(), encode)
+            # It waits for room, if for anything.
+            topic = b""
         try:
-            # Joined before it looks: a put of another worker in between must not be missed.
-            self._loop.join(topic, self)
+            if topic:
+                # Joined before it looks: a put of another worker in between must not be missed.
+                self._loop.join(topic, self)
         except Busy:
             found = fetch()
             if not found:
                 raise
             return self.reply_to(found, encode)
-        self._wait = wait = _Wait(topic, self._loop.now + milliseconds / 1000, fetch, encode)
+        until = self._loop.now + milliseconds / 1000 if topic else math.inf
+        self._wait = wait = _Wait(topic, until, fetch, encode)
         self._schedule()
         reply = self._look(wait)
         self._parked = reply is None
@@ -602,7 +788,9 @@ class Connection:
         return self._found(wait, messages)
 
     def _found(self, wait: _Wait, messages: list[Message]) -> bytes | None:
-        if not messages:
+        if not messages and wait.topic:
+            return None
+        if not self._claim_reply(sum([len(message.body) + MESSAGE_OVERHEAD_BYTES for message in messages])):
             return None
         self._stop_waiting()
         return wait.encode(messages)
@@ -647,11 +835,19 @@ class Connection:
         if self.finishing:
             return deadline
         if self._wait is not None:
-            return min(deadline, self._wait.until)
-        deadline = min(deadline, self._stranger_until, self._request_since + settings.request_timeout_seconds)
+            return deadline if self._no_room else min(deadline, self._wait.until)
+        deadline = min(deadline, self._stranger_until, self._request_deadline())
         if settings.idle_timeout_seconds and not (self._parked or self._behind or self._out):
             deadline = min(deadline, self._received_at + settings.idle_timeout_seconds)
         return deadline
+
+    def _request_deadline(self) -> float:
+        """Return until when the request that has come in part has to be whole: later, the longer it is."""
+        if self._no_room or self._request_since == math.inf:
+            return math.inf
+        length = len(self._parser) + self._parser.missing
+        timeout = self.services.settings.request_timeout_seconds
+        return self._request_since + timeout + length / SLOW_BYTES_PER_SECOND
 
     def _schedule(self) -> None:
         deadline = self._deadline()
@@ -677,7 +873,7 @@ class Connection:
                 self._reject(error)
             else:
                 self.send_away(error)
-        elif now >= self._request_since + settings.request_timeout_seconds:
+        elif now >= self._request_deadline():
             self._reject(TimedOut("the request did not arrive in time"))
         else:
             error = TimedOut("idle for too long")
@@ -760,12 +956,11 @@ class Connection:
         self.closed = True
         self._stop_waiting()
         # A timer may know this connection for hours; what it holds must not last as long.
-        self._parser, self._out = RequestParser(0), bytearray()
-        self._count_backlog(0)
-        self._requests.clear()
+        self._out = bytearray()
+        self._forget_input()
+        self._backlog = 0
         self.steps.clear()
         self.transaction = None
-        self.positions = {}
         self._loop.forget(self)
         self._socket.close()
         _logger.debug("%r: closed: %s", self, reason)
@@ -773,8 +968,11 @@ class Connection:
     def _watch(self) -> None:
         """Tell the loop what to look for, when it has changed."""
         events = EVENT_READ
-        if self._unread_since != math.inf or self._parked or self._behind or self._ended:
+        if self._unread_since != math.inf or self._parked or self._behind or self._ended or self._no_room:
             events = self._wanted()
+        if self._handshaking and self._events:
+            # The handshake says what it waits for.
+            return
         if events != self._events and not self.closed:
             self._events = events
             self._loop.watch(self, events)
@@ -782,7 +980,7 @@ class Connection:
     def _wanted(self) -> int:
         # A connection that waits is read from as well, to notice when the client goes.
         full = self._behind or (self._parked and len(self._parser) >= self._max_held)
-        reading = 0 if full or self._ended else EVENT_READ
+        reading = 0 if full or self._ended or (self._no_room and not self._parked) else EVENT_READ
         return reading | (EVENT_WRITE if self._unread_since != math.inf else 0)
 
 
@@ -790,6 +988,10 @@ def _only_below(message_id: int, answer: Answer[list[Message]]) -> Answer[list[M
     if isinstance(answer, Future):
         return answer
     return [message for message in answer if message.id < message_id]
+
+
+def _counted(size: int) -> int:
+    return size if size > FREE_BYTES else 0
 
 
 def result_of(answer: Future[T]) -> T:

@@ -10,8 +10,6 @@ import math
 import os
 import socket
 import stat
-import threading
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -138,33 +136,6 @@ def _reason(error: OSError) -> str:
         return "permission denied"
     # Without what Python adds to it.
     return os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or str(error)
-
-
-class Census:
-    """How many connections there are, in all and by network, from the moment they are accepted. Thread-safe."""
-
-    def __init__(self) -> None:
-        self.total = 0
-        self._of: Counter[str] = Counter()
-        self._lock = threading.Lock()
-
-    def of(self, network: str) -> int:
-        """Return how many connections a network has."""
-        return self._of[network]
-
-    def enter(self, network: str) -> None:
-        """Count a connection."""
-        with self._lock:
-            self.total += 1
-            self._of[network] += 1
-
-    def leave(self, network: str) -> None:
-        """Count one no more."""
-        with self._lock:
-            self.total -= 1
-            self._of[network] -= 1
-            if not self._of[network]:
-                del self._of[network]
 
 
 class Accepting(Protocol):

@@ -23,7 +23,7 @@ class Stream(Protocol):
     def recv(self, size: int, /) -> bytes:
         """Return what has come. Raises BlockingIOError when there is nothing."""
 
-    def send(self, data: bytearray | bytes, /) -> int:
+    def send(self, data: bytearray | bytes | memoryview, /) -> int:
         """Send some of it; return how much."""
 
     def shutdown(self, how: int, /) -> None:
@@ -53,12 +53,8 @@ class Loop(Protocol):
     counters: Counters
     now: float
     """Seconds on the monotonic clock, at the start of this turn."""
-    backlog: int
-    """Bytes of replies that clients have not taken: the connections' to keep."""
-
-    @property
-    def crowded(self) -> bool:
-        """Whether the backlog is too much."""
+    slice_seconds: float
+    """How long one connection may run requests before others have their turn."""
 
     def put(self, connection: Connection, put: Put) -> None:
         """Store it at the end of the turn, and call `stored` or `not_stored` then."""
@@ -80,6 +76,12 @@ class Loop(Protocol):
 
     def post(self, call: Callable[[], None]) -> None:
         """Run this in the loop's thread. Safe to call from any thread."""
+
+    def await_room(self, connection: Connection) -> None:
+        """Call `on_room` when there is room for what it has claimed of a budget."""
+
+    def relieve(self) -> None:
+        """Close the largest of the connections that make no progress, if more is held than a budget allows."""
 
     def watch(self, connection: Connection, events: int) -> None:
         """Call `on_ready` when its socket has these events."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 from dsmq.errors import ProtocolError, ReplyError, TooBig, from_reply
 
@@ -26,11 +26,16 @@ _MAX_REPLY_ELEMENTS = 1_048_576
 
 _ARRAY, _BULK, _INTEGER, _SIMPLE, _ERROR, _NULL = b"*$:+-_"
 _ZERO = ord("0")
+_RETURN = ord("\r")
 _CRLF = b"\r\n"
 # So much is split at once: little enough that it costs nothing to speak of where it is in vain. What is split is not
 # held to the limit on requests, which is at least that.
 _MAX_SPLIT_BYTES = 4096
 _MAX_SPLIT_TOKENS = 448
+# Pieces that arrive are kept as they are from this size on.
+_MIN_CHUNK_BYTES = 4096
+
+_CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
 Reply: TypeAlias = "str | int | bytes | ReplyError | list[Reply] | None"
 
@@ -38,15 +43,21 @@ Reply: TypeAlias = "str | int | bytes | ReplyError | list[Reply] | None"
 class _Input:
     """Bytes as they arrive, joined only when there are enough of them to try again.
 
-    Joining at every arrival would copy a message of n bytes n / 65,536 times.
+    Joining at every arrival would copy a message of n bytes n / 65,536 times, and n times if it comes byte by byte.
     """
 
-    __slots__ = ("_at", "_chunks", "_data", "incomplete", "missing")
+    __slots__ = ("_at", "_chunk_bytes", "_chunks", "_data", "_line_room", "incomplete", "missing")
+
+    # What ends the wait for the rest of a line.
+    _line_end: ClassVar[re.Pattern[bytes]]
 
     def __init__(self) -> None:
         self._data = b""
         self._at = 0
-        self._chunks: list[bytes] = []
+        self._chunks: list[bytes | bytearray] = []
+        self._chunk_bytes = 0
+        # While the end of a line is missing: how many bytes may come without it.
+        self._line_room = 0
         self.missing = 1
         """How many bytes must come, at least, before there is something more; 0 where there may be something now."""
         self.incomplete = False
@@ -54,21 +65,43 @@ class _Input:
 
     def feed(self, data: bytes) -> None:
         """Take bytes from the other side, as they came."""
-        if len(data) < self.missing:
-            self._chunks.append(data)
-            self.missing -= len(data)
+        size = len(data)
+        if size < self.missing:
+            self.missing -= size
+            self._keep(data)
             return
-        if self._data:
+        if size < self._line_room and not self._line_end.search(data):
+            self._line_room -= size
+            self._keep(data)
+            return
+        if self._data or self._chunks:
             data = b"".join((self._data[self._at :], *self._chunks, data))
             self._chunks = []
-            self.incomplete = False
+            self._chunk_bytes = 0
+        self.incomplete = False
         self._data = data
-        self._at = self.missing = 0
+        self._at = self.missing = self._line_room = 0
+
+    def _keep(self, data: bytes) -> None:
+        """Put bytes aside. Small pieces are gathered: as objects of their own they would take many times their size."""
+        chunks = self._chunks
+        self._chunk_bytes += len(data)
+        if not chunks or len(chunks[-1]) >= _MIN_CHUNK_BYTES:
+            chunks.append(data)
+            return
+        last = chunks[-1]
+        if not isinstance(last, bytearray):
+            last = chunks[-1] = bytearray(last)
+        last += data
 
     def _await(self, size: int) -> None:
         """Note that what stands next lacks so many bytes, at least."""
         self.missing = size
         self.incomplete = True
+        if self._at:
+            # What has been used is not kept in memory until the rest comes.
+            self._data = self._data[self._at :]
+            self._at = 0
 
     def _advance(self, end: int) -> None:
         """Note that all up to here has been used."""
@@ -79,8 +112,8 @@ class _Input:
             self._at, self.missing = 0, 1
 
     def __len__(self) -> int:
-        """The bytes held that no request or reply has used yet."""
-        return len(self._data) - self._at + sum(map(len, self._chunks))
+        """The bytes that no request or value has used yet."""
+        return len(self._data) - self._at + self._chunk_bytes
 
 
 class RequestParser(_Input):
@@ -90,62 +123,84 @@ class RequestParser(_Input):
     be changed between requests.
     """
 
-    __slots__ = ("_searched", "max_message_bytes", "max_request_bytes")
+    __slots__ = ("_arguments", "_count", "_size", "max_message_bytes", "max_request_bytes")
+
+    _line_end = _CONTROL
 
     def __init__(self, max_message_bytes: int, max_request_bytes: int | None = None) -> None:
         super().__init__()
         self.max_message_bytes = max_message_bytes
         self.max_request_bytes = max_request_bytes or max_message_bytes + REQUEST_OVERHEAD_BYTES
-        # How much of an inline line that has not ended yet is known to hold no end and nothing forbidden.
-        self._searched = 0
+        # Of a request that has come in part: the arguments that are whole, how many there will be, and the bytes that
+        # they took. They are not parsed again when more comes.
+        self._arguments: list[bytes] | None = None
+        self._count = self._size = 0
+
+    def __len__(self) -> int:
+        return len(self._data) - self._at + self._chunk_bytes + self._size
+
+    @property
+    def buffered(self) -> int:
+        """The bytes in memory, those that have been used and not been freed yet among them."""
+        return len(self._data) + self._chunk_bytes + self._size
 
     def next(self) -> list[bytes] | None:
         """Return the next whole request, name first, or None until more bytes come.
 
         Raises ProtocolError where the bytes are no request, TooBig where a length is over its limit.
         """
-        data, start = self._data, self._at
         if self.missing:
             return None
-        if data[start] != _ARRAY:
-            return self._next_line()
-        end = data.find(_CRLF, start, start + _MAX_LENGTH_LINE)
-        if end < 0:
-            self._await_length(start)
-            return None
-        count = _length(data[start + 1 : end])
-        if not 0 < count <= MAX_ARGUMENTS:
-            raise ProtocolError(f"a request has 1 to {MAX_ARGUMENTS} arguments, not {count}")
-        arguments = []
-        longest = self.max_request_bytes
-        for _ in range(count):
-            at = end + 2
+        data, at = self._data, self._at
+        arguments, count, size = self._arguments, self._count, self._size
+        if arguments is None:
+            if data[at] != _ARRAY:
+                return self._next_line()
             end = data.find(_CRLF, at, at + _MAX_LENGTH_LINE)
             if end < 0:
+                self._await_length(at)
+                return None
+            count = _length(data[at + 1 : end])
+            if not 0 < count <= MAX_ARGUMENTS:
+                raise ProtocolError(f"a request has 1 to {MAX_ARGUMENTS} arguments, not {count}")
+            arguments, size, at = [], end + 2 - at, end + 2
+        while len(arguments) < count:
+            end = data.find(_CRLF, at, at + _MAX_LENGTH_LINE)
+            if end < 0:
+                self._suspend(arguments, count, size, at)
                 self._await_length(at)
                 return None
             length = _BULK_LENGTHS.get(data[at:end])
             if length is None:
                 length = self._long_bulk_length(data[at:end])
-            at = end + 2
-            end = at + length
-            if end + 2 - start > longest:
+            start = end + 2
+            end = start + length
+            size += end + 2 - at
+            if size > self.max_request_bytes:
                 raise TooBig("the arguments of a request are too long together")
             if end + 2 > len(data):
+                self._suspend(arguments, count, size - (end + 2 - at), at)
                 self._await(end + 2 - len(data))
                 return None
             if data[end : end + 2] != _CRLF:
                 raise ProtocolError("a bulk string does not end where its length says")
-            arguments.append(data[at:end])
-        self._advance(end + 2)
+            arguments.append(data[start:end])
+            at = end + 2
+        self._arguments, self._size = None, 0
+        self._advance(at)
         return arguments
+
+    def _suspend(self, arguments: list[bytes], count: int, size: int, at: int) -> None:
+        """Remember how far a request has come that is not whole yet."""
+        self._arguments, self._count, self._size = arguments, count, size
+        self._at = at
 
     def batch(self) -> list[list[bytes]]:
         """Return whole requests, in order: many at once if they are short, none if none has come. Raises as `next`."""
         requests: list[list[bytes]] = []
         if self.missing:
             return requests
-        if self._data[self._at] == _ARRAY:
+        if self._arguments is None and self._data[self._at] == _ARRAY:
             self._split(requests)
         if not requests:
             self._one_by_one(requests)
@@ -194,22 +249,27 @@ class RequestParser(_Input):
     def _await_length(self, at: int) -> None:
         if len(self._data) - at >= _MAX_LENGTH_LINE:
             raise ProtocolError(f"no length in {_shown(self._data[at : at + _MAX_LENGTH_LINE])}")
+        self._at = at
         self._await(1)
 
     def _next_line(self) -> list[bytes] | None:
-        if not self._searched and (blank := _BLANK_LINES.match(self._data, self._at)) is not None:
+        if (blank := _BLANK_LINES.match(self._data, self._at)) is not None:
             self._advance(blank.end())
             return self.next()
         data, start = self._data, self._at
         longest = min(MAX_LINE_BYTES, self.max_request_bytes)
-        end = data.find(b"\n", start + self._searched, start + longest)
+        end = data.find(b"\n", start, start + longest)
         stop = end if end >= 0 else min(len(data), start + longest)
         # A carriage return is allowed at the end, which may not have come yet.
-        control = _CONTROL.search(data, start + self._searched, stop - (data[stop - 1 : stop] == b"\r"))
+        control = _CONTROL.search(data, start, stop - (data[stop - 1 : stop] == b"\r"))
         if control is not None:
             raise ProtocolError(f"control character {_shown(control[0])} in a line")
         if end < 0:
-            self._await_line(stop - start, longest)
+            if stop - start >= longest:
+                raise ProtocolError(f"no end of line within {longest} bytes")
+            self._await(1)
+            # Not behind a carriage return: the next byte has to be looked at.
+            self._line_room = longest - (stop - start) if data[stop - 1] != _RETURN else 0
             return None
         line = data[start:end]
         try:
@@ -219,15 +279,7 @@ class RequestParser(_Input):
         words = split_line(line)
         # Only now: an error is found again, whenever it is asked for.
         self._advance(end + 1)
-        self._searched = 0
         return words or self.next()
-
-    def _await_line(self, size: int, longest: int) -> None:
-        if size >= longest:
-            raise ProtocolError(f"no end of line within {longest} bytes")
-        # What has been searched once is not searched again, when the next byte comes.
-        self._searched = max(0, size - 1)
-        self._await(1)
 
 
 def split_line(line: bytes) -> list[bytes]:
@@ -256,7 +308,15 @@ def split_line(line: bytes) -> list[bytes]:
 class ReplyParser(_Input):
     """Replies from bytes, as Python values: see `next`."""
 
-    __slots__ = ()
+    __slots__ = ("_open",)
+
+    _line_end = re.compile(rb"\n")
+
+    def __init__(self) -> None:
+        super().__init__()
+        # The arrays that have come in part, the outermost first, and how many values each will have. What they hold
+        # already is not parsed again when more comes.
+        self._open: list[tuple[list[Reply], int]] = []
 
     def next(self) -> tuple[Reply] | None:
         """Return the next whole reply in a tuple of one, or None until more bytes come.
@@ -267,55 +327,75 @@ class ReplyParser(_Input):
         if self.missing:
             return None
         try:
-            value, end = self._value(self._at, 0)
+            value = self._fill() if self._open else self._value()
+            if self._open:
+                value = self._fill()
         except _Incomplete as incomplete:
             self._await(incomplete.missing)
+            self._line_room = incomplete.line_room
             return None
-        self._advance(end)
+        self._advance(self._at)
         return (value,)
 
-    def _value(self, at: int, depth: int) -> tuple[Reply, int]:
-        data = self._data
+    def _fill(self) -> Reply:
+        """Fill the open arrays; return the outermost."""
+        while True:
+            values, count = self._open[-1]
+            while len(values) < count:
+                self._at = self._split(self._at, count, values)
+                if len(values) < count:
+                    value = self._value()
+                    if self._open[-1][0] is not values:
+                        values, count = self._open[-1]
+                    else:
+                        values.append(value)
+            self._open.pop()
+            if not self._open:
+                return values
+            self._open[-1][0].append(values)
+
+    def _value(self) -> Reply:
+        """Return the value that stands next. Of an array it takes only the beginning, which is open then."""
+        data, at = self._data, self._at
         end = data.find(_CRLF, at)
         if end < 0:
             if len(data) - at > MAX_LINE_BYTES:
                 raise ProtocolError("no end of line in a reply")
-            raise _Incomplete(1)
+            # One more than the line may have, so that what is too long is parsed, and refused.
+            raise _Incomplete(1, MAX_LINE_BYTES - (len(data) - at) + 1)
         kind = data[at]
         line = data[at + 1 : end]
-        at = end + 2
+        end += 2
+        if kind == _BULK and line != b"-1":
+            return self._bulk(end, _length(line))
+        self._at = end
         if kind == _INTEGER:
-            return _length(line), at
-        if kind == _BULK:
-            return (None, at) if line == b"-1" else self._bulk(at, _length(line))
-        if kind == _ARRAY:
-            return (None, at) if line == b"-1" else self._array(at, _length(line), depth)
+            return _length(line)
+        if kind in (_ARRAY, _BULK):
+            if line != b"-1":
+                self._begin_array(_length(line))
+            return None
         if kind == _SIMPLE:
-            return line.decode(errors="replace"), at
+            return line.decode(errors="replace")
         if kind == _ERROR:
-            return from_reply(line.decode(errors="replace")), at
+            return from_reply(line.decode(errors="replace"))
         if kind == _NULL and not line:
-            return None, at
-        raise ProtocolError(f"{_shown(data[at - len(line) - 3 : at])} is the start of no reply")
+            return None
+        raise ProtocolError(f"{_shown(data[at:end])} is the start of no reply")
 
-    def _bulk(self, at: int, length: int) -> tuple[bytes, int]:
+    def _bulk(self, at: int, length: int) -> bytes:
         end = at + length
         if end + 2 > len(self._data):
             raise _Incomplete(end + 2 - len(self._data))
         if self._data[end : end + 2] != _CRLF:
             raise ProtocolError("a bulk string does not end where its length says")
-        return self._data[at:end], end + 2
+        self._at = end + 2
+        return self._data[at:end]
 
-    def _array(self, at: int, count: int, depth: int) -> tuple[list[Reply], int]:
-        if count > _MAX_REPLY_ELEMENTS or depth >= _MAX_DEPTH:
-            raise ProtocolError(f"an array of {count} at depth {depth}")
-        values: list[Reply] = []
-        while len(values) < count:
-            at = self._split(at, count, values)
-            if len(values) < count:
-                value, at = self._value(at, depth + 1)
-                values.append(value)
-        return values, at
+    def _begin_array(self, count: int) -> None:
+        if count > _MAX_REPLY_ELEMENTS or len(self._open) >= _MAX_DEPTH:
+            raise ProtocolError(f"an array of {count} at depth {len(self._open)}")
+        self._open.append(([], count))
 
     def _split(self, at: int, count: int, values: list[Reply]) -> int:
         """Append the integers and short bulk strings that stand next; return where they end.
@@ -341,9 +421,10 @@ class ReplyParser(_Input):
 
 
 class _Incomplete(Exception):
-    def __init__(self, missing: int) -> None:
+    def __init__(self, missing: int, line_room: int = 0) -> None:
         super().__init__()
         self.missing = missing
+        self.line_room = line_room
 
 
 def _length(digits: bytes) -> int:
@@ -361,7 +442,6 @@ def _shown(data: bytes) -> str:
 _BULK_LENGTHS = {b"$%d" % n: n for n in range(1024)}
 _COUNTS = {b"*%d" % n: n for n in range(1, MAX_ARGUMENTS + 1)}
 
-_CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 _BLANK_LINES = re.compile(rb"(?:[ \t]*\r?\n)+")
 _WORD = re.compile(
     rb"""[ \t]*(?: "(?P<double> (?:[^"\\]|\\.)* )" | '(?P<single> (?:[^'\\]|\\.)* )' | (?P<plain> [^ \t"'][^ \t]*) )

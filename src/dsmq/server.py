@@ -31,7 +31,7 @@ from dsmq.config import EmbeddedSettings, Settings
 from dsmq.errors import Busy, CannotStart, ConfigError, DSMQError, ReplyError, ServerFailed
 from dsmq.expiry import Expiry
 from dsmq.keeper import LAST_SNAPSHOT_SECONDS, Keeper
-from dsmq.listening import Census, Listener
+from dsmq.listening import Listener
 from dsmq.loop import Peer, Stream
 from dsmq.metrics import Counters
 from dsmq.protocol import encode_error
@@ -41,6 +41,7 @@ from dsmq.store import Limits, Store, Totals
 from dsmq.system import expect_long_messages
 from dsmq.systemd import Systemd
 from dsmq.threads import join, wait_until
+from dsmq.usage import Usage
 from dsmq.worker import Worker
 
 # File descriptors left for other things than connections.
@@ -110,7 +111,7 @@ class Server:
         self._store = store or SQLiteStore(0)
         # Reasons to stop; None: read the configuration anew.
         self._orders: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._services = Services(settings, self._store, Gate(), Census(), self.request_stop, self.info)
+        self._services = Services(settings, self._store, Gate(), Usage(), self.request_stop, self.info)
         self._tls: Any = None
         self._listeners: list[Listener] = []
         self._configure(settings)
@@ -149,6 +150,7 @@ class Server:
         self._tls, self._certificates_written, self._services.gate = tls, written, gate
         self._http_gate = http_gate
         self.settings = self._services.settings = settings
+        self._services.usage.set_limits(settings)
         self._store.max_age_ms = round(settings.max_age_seconds * 1000)
         self._store.limits = Limits(
             settings.max_topics,
@@ -253,7 +255,7 @@ class Server:
             _logger.debug("%s was gone when it was accepted: %s", name, error)
             sock.close()
             return
-        self._services.census.enter(network)
+        self._services.usage.connections.add(network, 1)
         worker = min(self._workers, key=lambda worker: len(worker.connections))
         adopt = partial(worker.adopt, stream, Peer(next(self._numbers), host, network, name, bool(self._tls)))
         if worker.thread is threading.current_thread():
@@ -271,10 +273,10 @@ class Server:
     def _objection(self, network: str) -> tuple[str, ReplyError] | None:
         """Return why a connection is not taken, in a word and as the client is told; nothing where it is."""
         most = self.settings.max_connections_per_address
-        census = self._services.census
-        if census.total >= self._max_connections:
+        connections = self._services.usage.connections
+        if connections.total >= self._max_connections:
             return "connections", Busy(f"{self._max_connections} connections are open, no more are taken")
-        if census.of(network) >= most:
+        if connections.of(network) >= most:
             return "address", Busy(f"{most} connections of this address are open, no more are taken")
         return None
 

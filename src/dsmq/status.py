@@ -118,13 +118,13 @@ class Status:
         return sum(len(worker.connections) for worker in self._workers)
 
     def waiting(self) -> int:
-        return sum(worker.waiting for worker in self._workers)
+        return self._services.usage.waiting.total
 
     def _interval(self) -> float:
         return self._keeper.interval if self._keeper else 0
 
     def _strangers(self) -> int:
-        return sum(worker.strangers for worker in self._workers)
+        return self._services.usage.unauthenticated.total
 
     # Health
 

@@ -6,6 +6,7 @@ import contextlib
 import socket
 import ssl
 import sys
+from selectors import EVENT_READ, EVENT_WRITE
 
 from dsmq.errors import ConfigError
 
@@ -80,10 +81,7 @@ def reason(error: Exception) -> str:
 
 
 class TLSSocket:
-    """A non-blocking connection under TLS, with the methods of a socket that dsmq uses.
-
-    The first `recv` or `send` makes the handshake, as far as it can without waiting.
-    """
+    """A non-blocking connection under TLS, with the methods of a socket that dsmq uses."""
 
     def __init__(self, sock: ssl.SSLSocket) -> None:
         self._socket = sock
@@ -92,10 +90,28 @@ class TLSSocket:
     def fileno(self) -> int:
         return self._socket.fileno()
 
-    def recv(self, size: int) -> bytes:
-        """Return some of what has come. Raises BlockingIOError when there is nothing, another OSError when it broke."""
+    def handshake(self) -> int:
+        """Continue the handshake; return the selector event it waits for, 0 once it is done. Raises OSError."""
         try:
-            return self._socket.recv(size)
+            self._socket.do_handshake()
+        except ssl.SSLWantReadError:
+            return EVENT_READ
+        except ssl.SSLWantWriteError:
+            return EVENT_WRITE
+        except ssl.SSLError as error:
+            raise ConnectionAbortedError(f"TLS: {reason(error)}") from None
+        return 0
+
+    def recv(self, size: int) -> bytes:
+        """Return some of what has come. Raises BlockingIOError when there is nothing, another OSError when it broke.
+
+        It returns all of the last record, which may be more than `size`: no selector reports what is decrypted already.
+        """
+        try:
+            data = self._socket.recv(size)
+            while decrypted := self._socket.pending():
+                data += self._socket.recv(decrypted)
+            return data
         except ssl.SSLWantReadError:
             raise BlockingIOError from None
         except (ssl.SSLZeroReturnError, ssl.SSLEOFError):

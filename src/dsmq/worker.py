@@ -22,18 +22,27 @@ from typing import Protocol
 
 from dsmq import logs
 from dsmq.commands import COMMANDS, Services
-from dsmq.connection import Connection, result_of
+from dsmq.connection import SLOW_SECONDS, Connection, result_of
 from dsmq.errors import Busy, ReplyError, StoreFailed
 from dsmq.listening import Listener
 from dsmq.loop import Peer, Stream
 from dsmq.metrics import Counters
 from dsmq.store import Answer, Put
 from dsmq.system import LONG_YIELD_PAUSE_SECONDS, LONG_YIELD_SECONDS, yield_processor
+from dsmq.usage import Budget
 
 # How often a worker shows that it lives, and measures how late it looks at its timers.
 PULSE_SECONDS = 1.0
+# A turn ends about now; how long one connection may run requests in it, at least, however many others do.
+TURN_SECONDS = 0.004
+LEAST_SLICE_SECONDS = 0.0005
+# Timers that are due and looked after in one turn.
+MAX_TIMERS = 100
+# While there is no room for somebody: how often to look for some, and to close those that are slow.
+ROOM_SECONDS = 0.005
+CLOSE_SECONDS = 0.05
 # Put within one turn before they are stored, so that a turn's messages need not all fit in memory twice.
-MAX_BATCH = 1_000
+MAX_BATCH = 500
 MAX_BATCH_BYTES = 1_048_576
 
 _logger = logging.getLogger(__name__)
@@ -71,8 +80,6 @@ class Worker:
         self.counters = Counters(commands=dict.fromkeys((command.name for command in COMMANDS.values()), 0))
         self.now = time.monotonic()
         self.connections: dict[Connection, None] = {}
-        # Those of them that are strangers still, the oldest first.
-        self._strangers: dict[Connection, None] = {}
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._workers = workers
         self._selector = selectors.DefaultSelector()
@@ -81,17 +88,19 @@ class Worker:
         self._putters: list[Connection] = []
         self._put_bytes = 0
         self._waiters: dict[bytes, dict[Connection, None]] = {}
-        self.backlog = 0
-        """Bytes of replies that clients have not taken."""
-        self.waiting = 0
-        """The number of waiting readers."""
+        # Woken by a put, but not yet looked after: they may be many.
+        self._to_wake: dict[Connection, None] = {}
+        # Those that wait for room in a budget; and whether another budget is exceeded.
+        self._cramped: dict[Connection, None] = {}
+        self._exceeded = False
+        self.slice_seconds = TURN_SECONDS
         self._to_flush: list[Connection] = []
         self._to_run: list[Connection] = []
         self._timers: list[tuple[float, int, Timed]] = []
         self._timer_number = itertools.count()
         self._posted: deque[Callable[[], None]] = deque()
         self._busy_poll_seconds = services.settings.busy_poll_microseconds / 1e6
-        self._look_from = self._awake_until = 0.0
+        self._look_from = self._awake_until = self._answer_at = self._close_at = 0.0
         self._turn_ended = self.now
         self._stop_at = math.inf
         self._bell = _Bell(self._run_posted)
@@ -124,23 +133,14 @@ class Worker:
         self.connections[connection] = None
         self.counters.opened += 1
         if connection.stranger:
-            self._strangers[connection] = None
-            if len(self._strangers) > self._share(self.services.settings.max_unauthenticated_connections):
-                next(iter(self._strangers)).send_away(Busy("too many others have not shown their token yet"))
+            unauthenticated = self.services.usage.unauthenticated
+            unauthenticated.add(connection, 1)
+            while (oldest := unauthenticated.take_excess()) is not None:
+                oldest.post(partial(oldest.send_away, Busy("too many others have not shown their token yet")))
         connection.open()
 
-    @property
-    def crowded(self) -> bool:
-        """Whether so many replies are not taken that no client may have more than one waiting for it."""
-        return self.backlog > self._share(self.services.settings.max_total_unread_reply_bytes)
-
-    @property
-    def strangers(self) -> int:
-        """The number of connections that have not shown their token yet, or not finished the handshake of TLS."""
-        return len(self._strangers)
-
     def admit(self, connection: Connection) -> None:
-        self._strangers.pop(connection, None)
+        self.services.usage.unauthenticated.drop(connection)
 
     def apply_settings(self) -> None:
         """Have all connections go by the settings in force. To be posted."""
@@ -160,10 +160,6 @@ class Worker:
                 call(connection)
             except Exception:  # noqa: BLE001
                 connection.on_failure()
-
-    def _share(self, limit: int) -> int:
-        """Return this worker's part of a limit for all."""
-        return -(-limit // len(self._workers))
 
     def stop(self, seconds: float) -> None:
         """Answer the waiting readers, close all connections, and end; give up on unsent replies after that time."""
@@ -193,18 +189,35 @@ class Worker:
         self.now = time.monotonic()
         if ready:
             self._awake_until = self.now + self._busy_poll_seconds
+        self.slice_seconds = max(LEAST_SLICE_SECONDS, TURN_SECONDS / (len(ready) + len(to_run) or 1))
+        self._answer_at = self.now + TURN_SECONDS
         # Whatever goes wrong with one connection costs that connection alone; on_failure logs and counts it.
         for key, events in ready:
             try:
                 key.data.on_ready(events)
             except Exception:  # noqa: BLE001
                 key.data.on_failure()
+            if time.monotonic() > self._answer_at:
+                self._answer()
         for connection in to_run:
             try:
                 connection.run()
             except Exception:  # noqa: BLE001
                 connection.on_failure()
+            if time.monotonic() > self._answer_at:
+                self._answer()
         self._run_timers()
+        if self._to_wake:
+            self._wake_some()
+        if self._cramped or self._exceeded:
+            self._make_room()
+        self._answer()
+        self._turn_ended = time.monotonic()
+        if requests := self.counters.requests - before:
+            self.counters.request_seconds.add(self._turn_ended - self.now, requests)
+
+    def _answer(self) -> None:
+        """Store what has been put, and send the replies. In a long turn, those who came first do not wait for all."""
         while self._puts:
             self.commit()
         to_flush, self._to_flush = self._to_flush, []
@@ -213,9 +226,7 @@ class Worker:
                 connection.flush()
             except Exception:  # noqa: BLE001
                 connection.on_failure()
-        self._turn_ended = time.monotonic()
-        if requests := self.counters.requests - before:
-            self.counters.request_seconds.add(self._turn_ended - self.now, requests)
+        self._answer_at = time.monotonic() + TURN_SECONDS
 
     def _wait(self) -> list[tuple[selectors.SelectorKey, int]]:
         """Return the sockets that are ready, when there are some.
@@ -223,7 +234,7 @@ class Worker:
         For a moment after the last one it looks without going to sleep: to wake a processor that sleeps takes longer,
         in virtual machines above all, than most requests.
         """
-        if self._to_run:
+        if self._to_run or self._to_wake:
             return self._selector.select(0)
         now = self._turn_ended
         while self._look_from <= now < self._awake_until:
@@ -262,6 +273,8 @@ class Worker:
 
     def _timeout(self) -> float | None:
         soonest = min(self._timers[0][0] if self._timers else math.inf, self._stop_at)
+        if self._cramped or self._exceeded:
+            soonest = min(soonest, self.now + ROOM_SECONDS)
         if soonest == math.inf:
             return None
         return max(0.0, soonest - time.monotonic())
@@ -275,8 +288,8 @@ class Worker:
             heapq.heapify(self._timers)
 
     def _run_timers(self) -> None:
-        due = []
-        while self._timers and self._timers[0][0] <= self.now:
+        due: list[tuple[float, int, Timed]] = []
+        while self._timers and self._timers[0][0] <= self.now and len(due) < MAX_TIMERS:
             due.append(heapq.heappop(self._timers))
         for timer in due:
             if _is_due(*timer):
@@ -375,26 +388,71 @@ class Worker:
 
     def _wake(self, topics: Iterable[bytes]) -> None:
         for topic in topics:
-            for connection in list(self._waiters.get(topic, ())):
-                try:
-                    connection.wake()
-                except Exception:  # noqa: BLE001
-                    connection.on_failure()
+            self._to_wake.update(self._waiters.get(topic, ()))
+        self._wake_some()
+
+    def _wake_some(self) -> None:
+        """Wake those that wait for what has been put, as many as there is time for; the others in the next turn."""
+        until = time.monotonic() + LEAST_SLICE_SECONDS
+        while self._to_wake:
+            connection = next(iter(self._to_wake))
+            del self._to_wake[connection]
+            try:
+                connection.wake()
+            except Exception:  # noqa: BLE001
+                connection.on_failure()
+            if time.monotonic() > until:
+                return
 
     def join(self, topic: bytes, connection: Connection) -> None:
-        if self.waiting >= self._share(self.services.settings.max_waiting_readers):
+        if not self.services.usage.waiting.claim(connection, 1):
             raise Busy("as many clients wait for messages as may")
-        self.waiting += 1
         self._waiters.setdefault(topic, {})[connection] = None
 
     def leave(self, topic: bytes, connection: Connection) -> None:
-        self.waiting -= 1
+        self.services.usage.waiting.drop(connection)
         waiters = self._waiters[topic]
         del waiters[connection]
         if not waiters:
             del self._waiters[topic]
 
     # Connections
+
+    def await_room(self, connection: Connection) -> None:
+        self._cramped[connection] = None
+
+    def relieve(self) -> None:
+        self._exceeded = True
+
+    def _make_room(self) -> None:
+        """Serve those for whom there is room now; close slow ones if others have waited too long for it."""
+        self._exceeded = False
+        for budget in (self.services.usage.replies, self.services.usage.requests):
+            self._serve_queue(budget)
+            if self.now >= self._close_at and (missing := budget.missing(self.now - SLOW_SECONDS)) > 0:
+                self._close_slow(budget, missing)
+
+    def _serve_queue(self, budget: Budget) -> None:
+        until = time.monotonic() + LEAST_SLICE_SECONDS
+        while (first := budget.first_that_fits()) in self._cramped and time.monotonic() < until:
+            del self._cramped[first]
+            try:
+                first.on_room()
+            except Exception:  # noqa: BLE001
+                first.on_failure()
+            if first not in self._cramped:
+                budget.leave(first)
+
+    def _close_slow(self, budget: Budget, missing: int) -> None:
+        self._close_at = self.now + CLOSE_SECONDS
+        self._exceeded = True
+        now = time.monotonic()
+        for connection, held in budget.largest():
+            if missing <= 0:
+                break
+            if connection.may_go(budget, now):
+                missing -= held
+                connection.post(partial(connection.make_way, budget))
 
     def watch(self, connection: Connection, events: int) -> None:
         known = connection in self._selector.get_map()
@@ -414,8 +472,11 @@ class Worker:
     def forget(self, connection: Connection) -> None:
         self.watch(connection, 0)
         del self.connections[connection]
-        self._strangers.pop(connection, None)
-        self.services.census.leave(connection.peer.network)
+        self._cramped.pop(connection, None)
+        usage = self.services.usage
+        usage.connections.add(connection.peer.network, -1)
+        for of_connections in (usage.unauthenticated, usage.replies, usage.requests):
+            of_connections.drop(connection)
 
     # Stopping
 

@@ -1,0 +1,158 @@
+"""What all connections take up together, over all workers: how many of a kind there are, and the bytes they hold."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Hashable
+from operator import itemgetter
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from dsmq.protocol import REQUEST_OVERHEAD_BYTES
+
+if TYPE_CHECKING:
+    from dsmq.config import Settings
+    from dsmq.connection import Connection
+
+# What one connection may hold of each kind without being counted or made to wait: so that short requests and replies
+# pass while others take up the total. With 10,000 connections it comes to 40 MB.
+FREE_BYTES = 4096
+
+H = TypeVar("H", bound=Hashable)
+
+
+class Count(Generic[H]):
+    """Amounts by holder, and their sum. Shared by all workers; thread-safe."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self.limit = sys.maxsize
+        self._held: dict[H, int] = {}
+        self._lock = threading.Lock()
+
+    def of(self, holder: H) -> int:
+        """Return the amount of one holder."""
+        return self._held.get(holder, 0)
+
+    def add(self, holder: H, amount: int) -> None:
+        """Add to the amount of a holder, whatever the limit."""
+        with self._lock:
+            self._add(holder, amount)
+
+    def claim(self, holder: H, amount: int) -> bool:
+        """Add to the amount of a holder unless the sum would exceed the limit; return whether it was added."""
+        with self._lock:
+            if self.total + amount > self.limit:
+                return False
+            self._add(holder, amount)
+            return True
+
+    def drop(self, holder: H) -> None:
+        """Take out all that a holder has."""
+        with self._lock:
+            self.total -= self._held.pop(holder, 0)
+
+    def take_excess(self) -> H | None:
+        """Take out the holder that came first, if the sum exceeds the limit; return it."""
+        with self._lock:
+            if self.total <= self.limit:
+                return None
+            oldest = next(iter(self._held))
+            self.total -= self._held.pop(oldest)
+            return oldest
+
+    def _add(self, holder: H, amount: int) -> None:
+        self.total += amount
+        left = self._held.get(holder, 0) + amount
+        if left:
+            self._held[holder] = left
+        else:
+            self._held.pop(holder, None)
+
+
+class Budget(Count["Connection"]):
+    """Bytes held for connections. Those that find no room wait in a queue, first come, first served."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.longest = 0
+        """The largest amount that is claimed at once."""
+        # Since when each waits, and for how much.
+        self._queue: dict[Connection, tuple[float, int]] = {}
+
+    def set_limit(self, limit: int, longest: int) -> None:
+        """Bound the sum; but not so low that the largest amount would never fit."""
+        self.limit, self.longest = max(limit, longest), longest
+
+    @property
+    def is_tight(self) -> bool:
+        """Whether the largest amount would not fit."""
+        return self.total + self.longest > self.limit
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing would fit."""
+        return self.total >= self.limit
+
+    def claim_in_turn(self, holder: Connection, amount: int, now: float) -> bool:
+        """Claim as `claim` does, but behind those that wait. If it fails, the holder waits from now on."""
+        with self._lock:
+            first = next(iter(self._queue), holder)
+            if first is not holder or self.total + amount > self.limit:
+                since = self._queue.get(holder, (now, 0))[0]
+                self._queue[holder] = since, amount
+                return False
+            self._queue.pop(holder, None)
+            self._add(holder, amount)
+            return True
+
+    def first_that_fits(self) -> Connection | None:
+        """Return who waits longest, if there is room for it now."""
+        with self._lock:
+            for holder, (_, amount) in self._queue.items():
+                return holder if self.total + amount <= self.limit else None
+            return None
+
+    def missing(self, since: float) -> int:
+        """Return how many bytes too many are held for those that have waited since then; 0 or less if there is room."""
+        with self._lock:
+            wanted = [amount for began, amount in self._queue.values() if began <= since]
+            return self.total + sum(wanted) - self.limit
+
+    def largest(self) -> list[tuple[Connection, int]]:
+        """Return the holders and what they hold, the largest first."""
+        with self._lock:
+            return sorted(self._held.items(), key=itemgetter(1), reverse=True)
+
+    def leave(self, holder: Connection) -> None:
+        """Wait no more."""
+        with self._lock:
+            self._queue.pop(holder, None)
+
+    def drop(self, holder: Connection) -> None:
+        with self._lock:
+            self.total -= self._held.pop(holder, 0)
+            self._queue.pop(holder, None)
+
+
+class Usage:
+    """All that is counted. Its limits are those of the settings in force."""
+
+    def __init__(self) -> None:
+        self.connections: Count[str] = Count()
+        """By network, from the moment they are accepted."""
+        self.unauthenticated: Count[Connection] = Count()
+        self.waiting: Count[Connection] = Count()
+        """Readers that wait for a message."""
+        self.replies = Budget()
+        """Bytes of replies that clients have not taken."""
+        self.requests = Budget()
+        """Bytes that requests take up, declared or received, until they run; and bytes of positions of GET."""
+
+    def set_limits(self, settings: Settings) -> None:
+        """Take over the limits of these settings."""
+        longest = settings.max_message_bytes + REQUEST_OVERHEAD_BYTES
+        self.unauthenticated.limit = settings.max_unauthenticated_connections
+        self.waiting.limit = settings.max_waiting_readers
+        self.replies.set_limit(settings.max_total_unread_reply_bytes, longest)
+        self.requests.set_limit(settings.max_total_request_bytes, longest)
