@@ -81,6 +81,7 @@ class _Wait:
     """What a waiting reader waits for."""
 
     topic: bytes
+    """Empty if it waits for room for its reply alone."""
     until: float
     fetch: Fetch
     encode: Callable[[list[Message]], bytes]
@@ -216,7 +217,7 @@ class Connection:
     @property
     def waiting(self) -> bool:
         """Whether it waits for a message."""
-        return self._wait is not None
+        return self._wait is not None and bool(self._wait.topic)
 
     @property
     def max_read_bytes(self) -> int:
@@ -225,7 +226,6 @@ class Connection:
     def _set_bounds(self) -> None:
         """Say how much is held for it: little for a stranger."""
         settings = self.services.settings
-        self._max_requests = settings.max_requests_per_turn
         self._permitted = (QUEUED if self.transaction else PERMITTED)[self.role]
         if self.role is Role.NOBODY:
             most = settings.max_unauthenticated_bytes
@@ -824,7 +824,8 @@ class Connection:
 
     def _stop_waiting(self) -> None:
         if self._wait is not None:
-            self._loop.leave(self._wait.topic, self)
+            if self._wait.topic:
+                self._loop.leave(self._wait.topic, self)
             self._wait = None
 
     # Deadlines
