@@ -321,6 +321,7 @@ def _serve(options: argparse.Namespace) -> int:
     from dsmq import config, logs, server, systemd  # noqa: PLC0415 - see _parser
 
     settings = config.from_options(options)
+    logs.never_block()
     logs.start(settings)
     server.allow_more_files()
     server.run(settings, lambda: config.from_options(options), systemd.take())

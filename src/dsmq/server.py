@@ -89,9 +89,13 @@ def run(settings: Settings, load: Callable[[], Settings] | None = None, systemd:
     place of sockets of its own, and it is told how the server is.
     """
     server = Server(settings, load=load, systemd=systemd)
-    # Before it says that it serves: whoever reads that may send a signal at once.
-    with _signals(server, reload=load is not None), server:
-        server.run()
+    try:
+        # Before it says that it serves: whoever reads that may send a signal at once.
+        with _signals(server, reload=load is not None), server:
+            server.run()
+    finally:
+        # A process of multiprocessing ends without the handlers of atexit.
+        logs.drain()
 
 
 class Server:
@@ -531,6 +535,7 @@ def main(arguments: Sequence[str]) -> None:
     host, port, *others = [*arguments, *("127.0.0.1", "30008")[len(arguments) :]]
     if others or not (port.isascii() and port.isdigit()):
         sys.exit("usage: server.py [host [port]]")
+    logs.never_block()
     try:
         serve(host, int(port), verbose=True)
     except DSMQError as error:
