@@ -89,11 +89,11 @@ class Keeper:
         """
         try:
             self._lock = _locked(self.path.with_name(self.path.name + ".lock"))
-            # Better now than when it stops: can the folder be written to?
-            snapshot.create(snapshot.temporary(self.path))
-            snapshot.temporary(self.path).unlink()
+            snapshot.rehearse(self.path)
             if self.path.exists():
                 self._restore()
+        except sqlite3.Error as error:
+            raise CannotStart(f"snapshot_file: {self.path}: {error}") from error
         except OSError as error:
             what = self.path.parent if isinstance(error, FileNotFoundError) else error.filename or self.path
             raise CannotStart(f"snapshot_file: {what}: {error.strerror}") from error
@@ -126,15 +126,23 @@ class Keeper:
 
     def _tell_restored(self, kept: Image, passed: float, seconds: float, *, may_lack: bool) -> None:
         held = self._store.totals()
+        lost = f"; {held.expired} more had expired" if held.expired else ""
+        lost += ": what was put after it is lost" if may_lack else ""
         self.tally.restored, self.tally.last_at = held.messages, kept.written_at
         about = logs.event(
-            "restored", messages=held.messages, topics=held.topics, seconds=seconds, age=passed, complete=not may_lack
+            "restored",
+            messages=held.messages,
+            topics=held.topics,
+            expired=held.expired,
+            seconds=seconds,
+            age=passed,
+            complete=not may_lack,
         )
         _logger.log(
             logging.WARNING if may_lack else logging.INFO,
             "restored %d messages of %d topics, up to %.1f s old, in %.2f s, from a snapshot written %.1f s ago%s",
             *(held.messages, held.topics, held.oldest_age_ms / 1000, seconds, passed),
-            ": what was put after it is lost" if may_lack else "",
+            lost,
             extra=about,
         )
 
@@ -192,7 +200,8 @@ class Keeper:
         self, target: sqlite3.Connection, copy: Callable[[sqlite3.Connection], Instant], *, is_last: bool
     ) -> None:
         instant = copy(target)
-        written_at = self._clock()
+        # Since the instant, an index has been made and written, which may have taken seconds.
+        written_at = self._clock() - self._store.elapsed_ms(instant) / 1000
         snapshot.create_extra_tables(target)
         target.execute("BEGIN")
         image.finish(target, instant, written_at, is_last=is_last)

@@ -25,7 +25,7 @@ from operator import attrgetter, itemgetter
 
 from dsmq import image
 from dsmq.chunks import Stored, pack, portions, unpack
-from dsmq.errors import Full, ReplyError, StoreFailed
+from dsmq.errors import CannotStart, Full, ReplyError, StoreFailed
 from dsmq.image import INSERT_CHUNK, Image, Instant, Part, Place, Producer, State
 from dsmq.producers import Producers, Puts
 from dsmq.store import MESSAGE_OVERHEAD_BYTES, Limits, Message, Put, Timing, TopicStats, Totals, cost, topics_cost
@@ -48,7 +48,7 @@ _COPY_PAGES = 4096
 RETRY_MS = 100
 
 SCHEMA = """
-CREATE TABLE topics (id INTEGER PRIMARY KEY, name BLOB NOT NULL UNIQUE) STRICT;
+CREATE TABLE topics (id INTEGER PRIMARY KEY, name BLOB NOT NULL UNIQUE);
 CREATE TABLE chunks (
     last_id INTEGER PRIMARY KEY,
     topic INTEGER NOT NULL,
@@ -56,7 +56,7 @@ CREATE TABLE chunks (
     last_number INTEGER NOT NULL,
     ids_and_sizes BLOB NOT NULL,
     bodies BLOB NOT NULL
-) STRICT;
+);
 """
 INDEX = "CREATE INDEX chunks_by_topic ON chunks (topic)"
 _INSERT = INSERT_CHUNK
@@ -135,9 +135,13 @@ class _Topic:
         return unread
 
 
+# On Linux, the monotonic clock stands still while the machine sleeps; this one goes on.
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", None)
+
+
 def monotonic_ms() -> int:
-    """Return milliseconds that a step of the wall clock does not touch."""
-    return time.monotonic_ns() // 1_000_000
+    """Return milliseconds on a clock that goes on while the machine sleeps, and ignores steps of the wall clock."""
+    return (time.monotonic_ns() if _CLOCK is None else time.clock_gettime_ns(_CLOCK)) // 1_000_000
 
 
 class SQLiteStore:
@@ -150,8 +154,12 @@ class SQLiteStore:
         self._clock = clock
         self._guard = _Guard()
         self._database = _in_memory()
-        self._database.executescript(SCHEMA)
-        self._database.execute(INDEX)
+        try:
+            self._database.executescript(SCHEMA)
+            self._database.execute(INDEX)
+        except sqlite3.Error as error:
+            self._database.close()
+            raise CannotStart(f"SQLite {sqlite3.sqlite_version} is too old, or lacks a feature: {error}") from error
         self._last_id = 0
         self._last_row = 0
         # Those that hold messages, as the table does; and the last number and id of the others, in the order in which
@@ -562,11 +570,17 @@ class SQLiteStore:
             found = self._producers.copy(producers)
         return [one._replace(puts={seq: at for seq, at in one.puts.items() if at <= last_id}) for one in found]
 
+    def elapsed_ms(self, instant: Instant) -> int:
+        """Return the time since the instant of a snapshot."""
+        return self._clock() - instant.state.clock
+
     def load(self, source: sqlite3.Connection, kept: Image, passed_ms: int) -> None:
         """Take over what another store held, so many milliseconds ago. Nobody has used this one yet.
 
         What is restored passes for read: it is not known who has read it.
         """
+        # Before the copy, which takes its time: passed_ms is as of now.
+        ahead_ms = kept.state.clock + passed_ms - self._clock()
         database = _in_memory()
         try:
             source.backup(database)
@@ -579,7 +593,7 @@ class SQLiteStore:
         self._database = database
         self.epoch, self.run = kept.state.epoch, kept.state.run
         self._last_id, self._last_row = kept.state.last_id, kept.state.last_row
-        self._clock = _shifted(self._clock, kept.state.clock + passed_ms - self._clock())
+        self._clock = _shifted(self._clock, ahead_ms)
         for row, name, last_number, last_id, count, size in held:
             topic = self._topics[name] = self._by_row[row] = _Topic(name, row, last_number, last_id)
             topic.written_id, topic.expired, topic.bytes = last_id, last_number - count, size
@@ -624,7 +638,10 @@ class _Guard:
 
 def _in_memory() -> sqlite3.Connection:
     # isolation_level=None: sqlite3 starts no transactions of its own.
-    return sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+    database = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+    # Large sorts would go to files in a folder for temporary ones, which may not be writable.
+    database.execute("PRAGMA temp_store = MEMORY")
+    return database
 
 
 def _shifted(clock: Callable[[], int], by: int) -> Callable[[], int]:
