@@ -307,6 +307,12 @@ class Keeper:
                 os.close(self._lock)
             self._lock = None
 
+    def abandon(self) -> None:
+        """Close the copy of the lock that a forked process has, without unlocking it."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
 
 def _locked(path: Path) -> int:
     """Return the descriptor of a file that no other server may have. It stays: to remove it would be a race."""

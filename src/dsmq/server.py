@@ -18,6 +18,7 @@ import socket
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -122,7 +123,7 @@ class Server:
         self._workers: list[Worker] = []
         self._listeners: list[Listener] = []
         self._expiry = Expiry(self._store, settings.expiry_interval_seconds)
-        self._side_port: Any = None
+        self._side_ports: list[Any] = []
         self._keeper = self._new_keeper(settings)
         self._numbers = itertools.count(1)
         self._max_connections = _affordable(settings.max_connections)
@@ -180,11 +181,12 @@ class Server:
             undo.callback(self.stop)
             settings = self.settings
             passed = self._systemd.queue
+            _servers.add(self)
             sockets = passed or listening.listen(settings.host, settings.port, settings.listen_backlog)
             self._listeners = [Listener(sock, self._place) for sock in sockets]
             # Where the sockets are passed, the process may have no network to make one in.
-            if side := self._systemd.metrics if passed else self._side_socket():
-                self._side_port = self._open_side_port(side)
+            for side in self._systemd.metrics if passed else self._side_sockets():
+                self._side_ports.append(self._open_side_port(side))
             if self._keeper:
                 # Clients that connect meanwhile wait in the kernel's queue.
                 self._keeper.open()
@@ -205,18 +207,14 @@ class Server:
             "dsmq %s serves on %s (process %d)", __version__, ", ".join(self.addresses), os.getpid(), extra=started
         )
         self._tell_security()
-        if self._side_port:
-            where = self._side_port.url
+        for where in (side_port.url for side_port in self._side_ports):
             _logger.info("metrics on %smetrics, for people %s", where, where, extra=logs.event("side_port", url=where))
         self._systemd.notify("READY=1")
 
-    def _side_socket(self) -> socket.socket | None:
+    def _side_sockets(self) -> list[socket.socket]:
         if self.settings.metrics_port == "off":
-            return None
-        sock, *others = listening.listen(self.settings.metrics_host, self.settings.metrics_port, 16)
-        for other in others:
-            other.close()
-        return sock
+            return []
+        return listening.listen(self.settings.metrics_host, self.settings.metrics_port, 16, "metrics-")
 
     def _open_side_port(self, sock: socket.socket) -> Any:
         # Imported here, because a server without a side port needs none of it.
@@ -375,7 +373,7 @@ class Server:
     def _parts(self) -> list[Any]:
         """What runs in a thread of its own."""
         keeper = [self._keeper] if self._keeper and self._keeper.interval else []
-        return [*self._workers, self._expiry, *keeper, *([self._side_port] if self._side_port else [])]
+        return [*self._workers, self._expiry, *keeper, *self._side_ports]
 
     # Stop
 
@@ -433,8 +431,11 @@ class Server:
             wait_until(done.is_set, deadline)
         for listener in self._listeners:
             listener.closed = True
-            # The file of a socket that was passed is not its own to remove.
-            (socket.socket.close if self._systemd.queue else listening.close)(listener.socket)
+            self._close(listener.socket)
+
+    def _close(self, sock: socket.socket) -> None:
+        """Close a listening socket; one that was passed outlives the server, and so does its file."""
+        (socket.socket.close if self._systemd.queue else listening.close)(sock)
 
     def _end_threads(self, deadline: float) -> list[str]:
         """End all threads but the keeper's, which is only told to; return the names of those that survive."""
@@ -448,10 +449,18 @@ class Server:
         for worker in self._workers:
             if worker.thread.ident is None:
                 worker.close()
-        if self._side_port:
-            self._side_port.stop()
-            join(self._side_port.thread, deadline)
+        for side_port in self._side_ports:
+            side_port.stop(self._close)
+            join(side_port.thread, deadline)
         return [part.thread.name for part in self._parts() if part is not self._keeper and part.thread.is_alive()]
+
+    def abandon(self) -> None:
+        """Close the copies of what a forked process has of this server: it is the parent's to stop."""
+        self._stopping, self._stopped = threading.Lock(), True
+        for listener in self._listeners:
+            listener.socket.close()
+        for part in (*self._workers, *self._side_ports, *([self._keeper] if self._keeper else [])):
+            part.abandon()
 
     # What can be asked of it
 
@@ -468,7 +477,7 @@ class Server:
     @property
     def metrics_port(self) -> int | None:
         """The TCP port of the side port, if there is one."""
-        return self._side_port.port if self._side_port else None
+        return self._side_ports[0].port if self._side_ports else None
 
     def counters(self) -> Counters:
         return self.status.counters()
@@ -484,6 +493,20 @@ class Server:
 
     def waiting(self) -> int:
         return self.status.waiting()
+
+
+# Those that have been started, for processes that are forked.
+_servers: weakref.WeakSet[Server] = weakref.WeakSet()
+
+
+def _abandon_all() -> None:
+    for server in list(_servers):
+        server.abandon()
+    _servers.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_abandon_all)
 
 
 @contextmanager

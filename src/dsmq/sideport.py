@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from http import HTTPMethod, HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
@@ -65,11 +65,15 @@ class SidePort:
         """Begin to serve."""
         self.thread.start()
 
-    def stop(self) -> None:
+    def stop(self, close: Callable[[socket.socket], None] = listening.close) -> None:
         """Stop serving, and close the socket."""
         if self.thread.is_alive():
             self._server.shutdown()
-        self._server.server_close()
+        close(self._server.socket)
+
+    def abandon(self) -> None:
+        """Close the copies of the sockets that a forked process has."""
+        self._server.abandon()
 
 
 class _HTTPServer(ThreadingHTTPServer):
@@ -127,6 +131,10 @@ class _HTTPServer(ThreadingHTTPServer):
         for request, deadline in list(self._deadlines.items()):
             if now >= deadline:
                 _cut_off(request)
+
+    def abandon(self) -> None:
+        for sock in (self.socket, *self._deadlines):
+            sock.close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
         _logger.debug("side port: %s: %s", client_address, sys.exception())
