@@ -6,7 +6,6 @@ it was written or has gone on from it before, may lack ids that clients have see
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import sqlite3
@@ -301,6 +300,8 @@ class Keeper:
         """Let others have the file. Idempotent."""
         self.is_open = False
         if self._lock is not None:
+            import fcntl  # noqa: PLC0415 - Windows has none
+
             # Said aloud, because a process that was forked may hold the same lock.
             with suppress(OSError):
                 fcntl.flock(self._lock, fcntl.LOCK_UN)
@@ -316,6 +317,8 @@ class Keeper:
 
 def _locked(path: Path) -> int:
     """Return the descriptor of a file that no other server may have. It stays: to remove it would be a race."""
+    import fcntl  # noqa: PLC0415 - Windows has none
+
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -12,7 +12,6 @@ import itertools
 import logging
 import os
 import queue
-import resource
 import signal
 import socket
 import sys
@@ -25,7 +24,7 @@ from functools import partial
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from dsmq import __version__, auth, config, listening, logs, metrics
+from dsmq import __version__, auth, config, listening, logs, metrics, system
 from dsmq.auth import Gate
 from dsmq.commands import Services
 from dsmq.config import EmbeddedSettings, Settings
@@ -39,13 +38,15 @@ from dsmq.protocol import encode_error
 from dsmq.sqlite_store import SQLiteStore
 from dsmq.status import Status
 from dsmq.store import Limits, Store, Totals
-from dsmq.system import expect_long_messages
+from dsmq.system import expect_long_messages, has_terminal
 from dsmq.systemd import Systemd
 from dsmq.threads import join, wait_until
 from dsmq.worker import Worker
 
 # File descriptors left for other things than connections.
 RESERVED_FILES = 64
+# What is asked for at most where the limit on open files is unlimited.
+MAX_FILES = 1_048_576
 # How often the main thread looks whether the others live.
 WATCH_SECONDS = 1.0
 # Settings that are read once, at the start.
@@ -110,7 +111,13 @@ class Server:
         load: Callable[[], Settings] | None = None,
         systemd: Systemd | None = None,
     ) -> None:
-        """`load` returns the settings anew. Raises ConfigError where a file of tokens or certificates can't be used."""
+        """`load` returns the settings anew.
+
+        Raises CannotStart if the system lacks what a server needs, ConfigError if a file of tokens or certificates
+        can't be used.
+        """
+        if missing := system.lacking():
+            raise CannotStart(f"the server does not run here: this system has no {', no '.join(missing)}")
         self._load = load
         self._systemd = systemd or Systemd()
         self.settings = settings
@@ -511,15 +518,20 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def _signals(server: Server, *, reload: bool) -> Iterator[None]:
-    """Turn SIGTERM and SIGINT into a request to stop; a further Ctrl-C does not wait. Only in a main thread."""
+    """Turn SIGTERM and SIGINT into a request to stop; a further Ctrl-C does not wait. Only in a main thread.
+
+    With `reload`, SIGHUP is one to read the configuration anew; or to stop, if the terminal that the process had has
+    been closed, unless the signal was ignored, as nohup has it.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     seen = False
+    had_terminal = reload and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN and has_terminal()
 
     def handle(number: int, _: FrameType | None) -> None:
         nonlocal seen
-        if number == signal.SIGHUP:
+        if number == signal.SIGHUP and not (had_terminal and not has_terminal()):
             server.request_reload()
             return
         if seen and number == signal.SIGINT:
@@ -528,23 +540,40 @@ def _signals(server: Server, *, reload: bool) -> Iterator[None]:
         server.request_stop(signal.Signals(number).name)
 
     handled = (signal.SIGTERM, signal.SIGINT, *((signal.SIGHUP,) if reload else ()))
+    # That of an asyncio loop, which a forked process has from its parent, would call the parent's handlers there.
+    wakeup = signal.set_wakeup_fd(-1)
     before = {number: signal.signal(number, handle) for number in handled}
     try:
         yield
     finally:
+        signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def allow_more_files() -> None:
     """Raise this process's limit on open files as far as it may; each connection takes one."""
+    if system.lacking():
+        return
+    import resource  # noqa: PLC0415 - Windows has none
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    # The kernel may allow less than the hard limit says: macOS calls it unlimited, and takes some 10,000.
+    most = MAX_FILES if hard == resource.RLIM_INFINITY else hard
+    while soft == resource.RLIM_INFINITY or soft < most:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        except (ValueError, OSError) as error:
+            _logger.debug("%d open files are not allowed: %s", most, error)
+            most //= 2
+        else:
+            return
 
 
 def _affordable(connections: int) -> int:
     """Return how many connections the limit on open files allows."""
+    import resource  # noqa: PLC0415 - Windows has none
+
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if files == resource.RLIM_INFINITY or connections <= files - RESERVED_FILES:
         return connections
