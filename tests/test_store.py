@@ -543,9 +543,10 @@ def test_while_there_is_no_room_a_put_fails_without_trying(store: SQLiteStore, c
             use()
     assert statements == []
     clock.now += store_module.RETRY_MS
-    with pytest.raises(Full):
+    with pytest.raises(Full, match="memory"):
         put(store, b"t", b"x")
     assert statements
+    assert [store.full(), store.full()] == [{"memory"}, set()]
 
 
 def test_a_put_sent_again_is_known_where_there_is_no_room(store: SQLiteStore) -> None:

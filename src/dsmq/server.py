@@ -135,6 +135,7 @@ class Server:
         self._numbers = itertools.count(1)
         self._max_connections = _affordable(settings.max_connections)
         self.status = Status(self._services, self._workers, self._expiry, self._keeper, self._max_connections)
+        self._full: set[str] = set()
         self._started = self._stopped = False
         self._stopping = threading.Lock()
 
@@ -335,7 +336,18 @@ class Server:
         logs.summarise()
         if dead := [thread.name for thread in self._threads() if not thread.is_alive()]:
             raise ServerFailed(f"threads died: {', '.join(dead)}")
+        self._log_full()
         self._systemd.tick(self.status)
+
+    def _log_full(self) -> None:
+        """Log which limits refuse puts, once when that begins and once when it ends."""
+        before, self._full = self._full, self._store.full()
+        for name in sorted(self._full - before):
+            limit = f"{name} = {getattr(self.settings, name)} reached" if name in Settings.model_fields else name
+            about = logs.event("full", limit=name)
+            _logger.warning("full: %s; puts are refused until messages expire", limit, extra=about)
+        for name in sorted(before - self._full):
+            _logger.info("no longer full: %s", name, extra=logs.event("no_longer_full", limit=name))
 
     def request_stop(self, reason: str) -> None:
         """Have `run` stop the server. Safe in signal handlers and threads."""
