@@ -12,10 +12,11 @@ from contextlib import ExitStack
 import pytest
 
 from conftest import SOON, Wire, daemon, serving, wait_until, wire_to
-from dsmq import connection, logs, producers, worker
+from dsmq import connection, logs, producers, sqlite_store, worker
 from dsmq.client import connect
 from dsmq.errors import Full
 from dsmq.protocol import encode_request
+from dsmq.server import Server
 from dsmq.sqlite_store import SQLiteStore
 from dsmq.store import MESSAGE_OVERHEAD_BYTES, TOPIC_OVERHEAD_BYTES, Limits
 
@@ -47,6 +48,99 @@ def test_a_shorter_message_is_taken_where_a_longer_one_was_not() -> None:
         assert wire.receive().code == "FULL"  # type: ignore[union-attr]
         assert wire.receive() == 2
         assert wire.error("PUT", "t", "") == "FULL"
+
+
+@pytest.mark.parametrize(
+    ("setting", "puts"),
+    [
+        ("max_topics", [("a", "x"), ("b", "x"), ("c", "x")]),
+        ("max_stored_messages", [("a", "x"), ("b", "x"), ("c", "x")]),
+        ("max_stored_messages_per_topic", [("a", "x"), ("a", "x"), ("a", "x")]),
+        ("max_stored_bytes", [("a", "x" * 400), ("b", "x" * 400)]),
+        ("max_stored_bytes_per_topic", [("a", "x" * 400), ("a", "x" * 400)]),
+    ],
+)
+def test_full_names_the_setting_that_is_reached(setting: str, puts: list[tuple[str, str]]) -> None:
+    limit = 1_200 if setting == "max_stored_bytes" else 800 if "bytes" in setting else 2
+    with serving(**{setting: limit}) as server, wire_to(server) as wire:
+        *before, last = [wire.call("PUT", topic, body) for topic, body in puts]
+        assert before == list(range(1, len(puts)))
+        assert isinstance(last, Full)
+        assert str(last).endswith(f"full: {setting} = {limit} reached")
+        assert server._store.full() == {setting}
+
+
+def test_limit_that_refuses_puts_is_logged_once_when_it_begins_and_once_when_it_ends(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "dsmq.server")
+    with serving(max_stored_messages=2, expiry_interval_seconds=3600) as server, wire_to(server) as wire:
+        caplog.clear()
+        for _ in range(3):
+            while not isinstance(wire.call("PUT", "t", "x"), Full):
+                pass
+            # As the main thread does each second.
+            server._log_full()
+            expire_all(server)
+        for _ in range(3):
+            server._log_full()
+        assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+            ("WARNING", "full: max_stored_messages = 2 reached; puts are refused until messages expire"),
+            ("INFO", "no longer full: max_stored_messages"),
+        ]
+
+
+def expire_all(server: Server) -> None:
+    before, server._store.max_age_ms = server._store.max_age_ms, -1
+    while server._store.expire():
+        pass
+    server._store.max_age_ms = before
+
+
+def test_server_looks_by_itself_which_limits_refuse_puts() -> None:
+    with daemon("--max-stored-messages", "1", "--max-age-seconds", "1") as server:
+        wire = Wire(("127.0.0.1", server.port))
+        while not isinstance(wire.call("PUT", "t", "x"), Full):
+            pass
+        wire.close()
+        server.wait_for_line(r"WARNING full: max_stored_messages = 1 reached; puts are refused")
+        server.wait_for_line(r"INFO no longer full: max_stored_messages$")
+
+
+def test_limit_is_full_until_there_is_room_for_what_was_refused() -> None:
+    now = 0
+    store = SQLiteStore(1_000, lambda: now, Limits(bytes_per_topic=1_000))
+    store.append([(b"t", b"x" * 300, None)])
+    now = 500
+    store.append([(b"t", b"x" * 300, None)])
+    for size in (2_000, 300):
+        with pytest.raises(Full):
+            store.append([(b"t", b"x" * size, None)])
+    assert [store.full() for _ in range(3)] == [{"max_stored_bytes_per_topic"}] * 3
+    now = 1_001
+    while store.expire():
+        pass
+    assert store.full() == set()
+    # What can never be stored is refused by a topic that is full until it is empty.
+    with pytest.raises(Full):
+        store.append([(b"t", b"x" * 2_000, None)])
+    assert [store.full() for _ in range(3)] == [{"max_stored_bytes_per_topic"}] * 3
+    now = 2_000
+    while store.expire():
+        pass
+    assert store.full() == set()
+    store.close()
+
+
+def test_topics_that_are_full_are_remembered_within_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite_store, "MAX_FULL", 3)
+    store = SQLiteStore(1_000, limits=Limits(messages_per_topic=1))
+    for number in range(9):
+        store.append([(b"%d" % number, b"x", None)])
+        with pytest.raises(Full):
+            store.append([(b"%d" % number, b"x", None)])
+    assert len(store._full) == 3
+    store.close()
 
 
 def test_topics_count_as_well() -> None:

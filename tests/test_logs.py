@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import socket
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,6 +19,7 @@ import pytest
 
 from conftest import SOON, Wire, daemon, serving, wait_until, wire_to
 from dsmq import logs
+from dsmq.client import connect
 
 
 def record(message: str, level: int = logging.INFO, **extra: object) -> logging.LogRecord:
@@ -147,3 +151,143 @@ assert not logging.getLogger().handlers and not logging.getLogger("dsmq").handle
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, timeout=SOON)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+# A log that nobody reads
+
+
+def fill(descriptor: int) -> int:
+    """Fill a pipe to the last byte; return how many that were."""
+    # Opened anew, so that only this end of it does not wait.
+    end = os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK)
+    filled = 0
+    for size in (4096, 1):
+        with suppress(BlockingIOError):
+            while True:
+                filled += os.write(end, b"\n" * size)
+    os.close(end)
+    return filled
+
+
+class Unread:
+    """`dsmq serve` whose log goes to a pipe that is full from the moment the server serves."""
+
+    def __init__(self, log_to: str, *options: str) -> None:
+        self.reader, writer = os.pipe()
+        command = [sys.executable, "-m", "dsmq", "serve", "--port", "0", "--metrics-port", "off", "--log-to", log_to]
+        self.process = subprocess.Popen([*command, *options], **{log_to: writer})  # type: ignore[call-overload]
+        text = b""
+        while b"tokens" not in text:
+            text += os.read(self.reader, 65536)
+        self.port = int(text.split(b"serves on 127.0.0.1:")[1].split()[0])
+        fill(writer)
+        os.close(writer)
+
+    def be_noisy(self, times: int) -> None:
+        """Have the server log lines, each of them of another connection."""
+        for _ in range(times):
+            wire = Wire(("127.0.0.1", self.port))
+            wire.send(b"\x00\n")
+            wire.receive()
+            wire.close()
+
+    def read_all(self) -> str:
+        with open(self.reader, closefd=False) as stream:
+            return stream.read()
+
+
+@contextmanager
+def unread(log_to: str = "stderr", *options: str) -> Iterator[Unread]:
+    server = Unread(log_to, *options)
+    try:
+        yield server
+    finally:
+        server.process.kill()
+        server.process.wait()
+        os.close(server.reader)
+
+
+@pytest.mark.parametrize("log_to", ["stderr", "stdout"])
+def test_log_that_nobody_reads_stops_neither_puts_nor_the_stop(tmp_path: Path, log_to: str) -> None:
+    file = tmp_path / "snapshot"
+    with unread(log_to, "--snapshot-file", str(file), "--max-log-lines-per-second", "1000") as server:
+        server.be_noisy(20)
+        with connect(port=server.port) as mq:
+            mq.put("t", "stored")
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(SOON) == 0
+    with serving(snapshot_file=str(file)) as restored, wire_to(restored) as wire:
+        assert wire.call("GETLATEST", "t") is None
+        assert wire.call("READ", "t", 0)[3] == b"stored"
+
+
+def test_last_lines_arrive_at_a_reader_that_reads_late() -> None:
+    with unread() as server:
+        server.be_noisy(5)
+        server.process.send_signal(signal.SIGTERM)
+        lines = server.read_all()
+        assert server.process.wait(SOON) == 0
+    assert lines.count("PROTOCOL") == 5
+    assert lines.rstrip().endswith("stopped")
+
+
+def test_last_words_of_a_server_that_fails_are_not_waited_for_for_ever(tmp_path: Path) -> None:
+    file = tmp_path / "snapshot"
+    with unread("stderr", "--snapshot-file", str(file)) as server:
+        file.mkdir()
+        (file / "full").touch()
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(SOON) == 1
+
+
+def test_lines_dropped_from_a_full_log_are_counted_and_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "MAX_UNWRITTEN", 3)
+    reader, writer = os.pipe()
+    filled = fill(writer)
+    monkeypatch.setattr(sys, "__stderr__", open(writer, "w"))  # noqa: SIM115
+    stream = logs.BackgroundStream(sys.__stderr__)  # type: ignore[arg-type]
+    logger = logging.getLogger("dsmq.test")
+    logging.getLogger("dsmq").addHandler(handler := logging.StreamHandler(stream))
+    try:
+        wait_until(lambda: (logger.warning("a line"), stream._dropped)[1] >= 5)
+        dropped = stream._dropped
+        assert os.read(reader, filled).count(b"\n") == filled
+        wait_until(stream._queue.empty)
+        logger.warning("the next line")
+        stream.drain()
+        lines = os.read(reader, 65536).decode().splitlines()
+    finally:
+        logging.getLogger("dsmq").removeHandler(handler)
+    assert lines[-2:] == [f"{dropped} log lines dropped", "the next line"]
+    assert lines[:-2] == ["a line"] * len(lines[:-2])
+    assert len(lines) - 2 in (3, 4)
+
+
+def test_log_after_a_fork_is_written_by_the_child(tmp_path: Path) -> None:
+    code = """
+import os
+from dsmq import config, logs
+logs.start(config.load())
+import logging
+logging.getLogger("dsmq").warning("parent")
+logs.drain()
+if not os.fork():
+    logging.getLogger("dsmq").warning("child")
+    logs.drain()
+    os._exit(0)
+os.wait()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=SOON)
+    assert [line.split()[-1] for line in done.stderr.splitlines()] == ["parent", "child"]
+
+
+def test_log_that_can_not_be_written_ends_nothing() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as broken, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "__stderr__", broken)
+        stream = logs.BackgroundStream(broken)
+        stream.write("a line\n")
+        stream.drain()
+        assert stream._dropped == 1
+        assert stream.write("another\n") == 8

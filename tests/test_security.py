@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -23,7 +24,7 @@ import pytest
 import trustme
 
 from conftest import SOON, UNIT, Wire, daemon, run_dsmq, serving, tool, wait_until, wire_to
-from dsmq import aio, auth, config, listening
+from dsmq import aio, auth, config, listening, tls
 from dsmq.auth import Gate, Role
 from dsmq.client import DSMQClientSideConnection, connect
 from dsmq.commands import COMMANDS
@@ -1042,6 +1043,38 @@ def test_who_has_gone_before_it_was_accepted_is_no_error(files: Files, caplog: p
         connect(port=server.port, ca_file=files.ca).close()
         assert "failed" not in caplog.text
         wait_until(lambda: server._services.usage.connections.total == 0)
+
+
+class WithoutFix(ssl.SSLSocket):
+    """What Python before 3.11.5 makes of a connection whose client has gone by then (CVE-2023-40217)."""
+
+    def getpeername(self) -> object:
+        raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+
+    def recv(self, size: int = 1024, flags: int = 0) -> bytes:
+        if size == 1:
+            # The fix looks for data that came before.
+            raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+        return super().recv(size, flags)
+
+
+@pytest.mark.parametrize("accepts", [True, False], ids=["server", "client"])
+def test_what_came_before_the_handshake_never_passes_for_what_tls_protects(files: Files, accepts: bool) -> None:
+    context = tls.server_context(files.server, "", "") if accepts else tls.client_context(None, None, None)
+    context.sslsocket_class = WithoutFix
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        client = socket.create_connection(listening.getsockname())
+        ours, _ = listening.accept()
+        with client, ours:
+            client.sendall(encode_request(b"SHUTDOWN"))
+            with pytest.raises(ConnectionAbortedError, match="before the handshake"):
+                tls.accept(context, ours) if accepts else tls.connect(context, ours, "localhost")
+
+
+def test_tls_is_not_refused_for_the_version_of_python(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "version_info", (3, 11, 2, "final", 0))
+    with serving(tls_cert_file=files.server) as server, connect(port=server.port, ca_file=files.ca) as mq:
+        assert mq.put("t", "x") == 1
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from dsmq import __version__
 from dsmq.client import DSMQClientSideConnection, connect
 from dsmq.errors import AuthRequired, ConfigError, DSMQError, TooBig
 from dsmq.session import Message
+from dsmq.system import has_terminal
 
 if TYPE_CHECKING:
     from ssl import SSLContext
@@ -66,8 +67,11 @@ def _await_settings() -> None:
     """Handle the signals to a server while it loads what it needs."""
     # The first process of a container is ended by no signal that it has not asked for.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(OK))
-    # Until it is ready to read its configuration again, there is nothing to be done about it.
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # Windows has no such signal; nohup has it ignored, which the server has to find as it was.
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        had_terminal = has_terminal()
+        # Until it is ready to read its configuration again, there is nothing to be done about another reason for it.
+        signal.signal(signal.SIGHUP, lambda *_: sys.exit(OK) if had_terminal and not has_terminal() else None)
 
 
 def _drop_output() -> None:
@@ -321,6 +325,7 @@ def _serve(options: argparse.Namespace) -> int:
     from dsmq import config, logs, server, systemd  # noqa: PLC0415 - see _parser
 
     settings = config.from_options(options)
+    logs.never_block()
     logs.start(settings)
     server.allow_more_files()
     server.run(settings, lambda: config.from_options(options), systemd.take())

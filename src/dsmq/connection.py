@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from selectors import EVENT_READ, EVENT_WRITE
@@ -963,8 +964,15 @@ class Connection:
         self.steps.clear()
         self.transaction = None
         self._loop.forget(self)
+        # A process that was forked may hold a copy of the socket; without this, the client would not see the end.
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
         _logger.debug("%r: closed: %s", self, reason)
+
+    def abandon(self) -> None:
+        """Close the copy of the socket that a forked process has."""
+        self._socket.close()
 
     def _watch(self) -> None:
         """Tell the loop what to look for, when it has changed."""

@@ -21,11 +21,15 @@ CREATE TABLE state (
     forgot_at INTEGER,
     written_at REAL NOT NULL,
     is_last INTEGER NOT NULL
-) STRICT;
-CREATE TABLE empty_topics (name BLOB NOT NULL, last_number INTEGER NOT NULL, last_id INTEGER NOT NULL) STRICT;
-CREATE TABLE producers (id INTEGER PRIMARY KEY, name BLOB NOT NULL, forgotten INTEGER NOT NULL, last_at INTEGER NOT NULL
-) STRICT;
-CREATE TABLE puts (producer INTEGER NOT NULL, seq INTEGER NOT NULL, message INTEGER NOT NULL) STRICT;
+);
+CREATE TABLE empty_topics (name BLOB NOT NULL, last_number INTEGER NOT NULL, last_id INTEGER NOT NULL);
+CREATE TABLE producers (
+    id INTEGER PRIMARY KEY,
+    name BLOB NOT NULL,
+    forgotten INTEGER NOT NULL,
+    last_at INTEGER NOT NULL
+);
+CREATE TABLE puts (producer INTEGER NOT NULL, seq INTEGER NOT NULL, message INTEGER NOT NULL);
 """
 _DROP = "DROP TABLE state; DROP TABLE empty_topics; DROP TABLE producers; DROP TABLE puts;"
 _INSERT_TOPIC = "INSERT OR REPLACE INTO topics (id, name) VALUES (?, ?)"

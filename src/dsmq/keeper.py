@@ -6,7 +6,6 @@ it was written or has gone on from it before, may lack ids that clients have see
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import sqlite3
@@ -89,11 +88,11 @@ class Keeper:
         """
         try:
             self._lock = _locked(self.path.with_name(self.path.name + ".lock"))
-            # Better now than when it stops: can the folder be written to?
-            snapshot.create(snapshot.temporary(self.path))
-            snapshot.temporary(self.path).unlink()
+            snapshot.rehearse(self.path)
             if self.path.exists():
                 self._restore()
+        except sqlite3.Error as error:
+            raise CannotStart(f"snapshot_file: {self.path}: {error}") from error
         except OSError as error:
             what = self.path.parent if isinstance(error, FileNotFoundError) else error.filename or self.path
             raise CannotStart(f"snapshot_file: {what}: {error.strerror}") from error
@@ -126,15 +125,23 @@ class Keeper:
 
     def _tell_restored(self, kept: Image, passed: float, seconds: float, *, may_lack: bool) -> None:
         held = self._store.totals()
+        lost = f"; {held.expired} more had expired" if held.expired else ""
+        lost += ": what was put after it is lost" if may_lack else ""
         self.tally.restored, self.tally.last_at = held.messages, kept.written_at
         about = logs.event(
-            "restored", messages=held.messages, topics=held.topics, seconds=seconds, age=passed, complete=not may_lack
+            "restored",
+            messages=held.messages,
+            topics=held.topics,
+            expired=held.expired,
+            seconds=seconds,
+            age=passed,
+            complete=not may_lack,
         )
         _logger.log(
             logging.WARNING if may_lack else logging.INFO,
             "restored %d messages of %d topics, up to %.1f s old, in %.2f s, from a snapshot written %.1f s ago%s",
             *(held.messages, held.topics, held.oldest_age_ms / 1000, seconds, passed),
-            ": what was put after it is lost" if may_lack else "",
+            lost,
             extra=about,
         )
 
@@ -192,7 +199,8 @@ class Keeper:
         self, target: sqlite3.Connection, copy: Callable[[sqlite3.Connection], Instant], *, is_last: bool
     ) -> None:
         instant = copy(target)
-        written_at = self._clock()
+        # Since the instant, an index has been made and written, which may have taken seconds.
+        written_at = self._clock() - self._store.elapsed_ms(instant) / 1000
         snapshot.create_extra_tables(target)
         target.execute("BEGIN")
         image.finish(target, instant, written_at, is_last=is_last)
@@ -292,15 +300,25 @@ class Keeper:
         """Let others have the file. Idempotent."""
         self.is_open = False
         if self._lock is not None:
+            import fcntl  # noqa: PLC0415 - Windows has none
+
             # Said aloud, because a process that was forked may hold the same lock.
             with suppress(OSError):
                 fcntl.flock(self._lock, fcntl.LOCK_UN)
                 os.close(self._lock)
             self._lock = None
 
+    def abandon(self) -> None:
+        """Close the copy of the lock that a forked process has, without unlocking it."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
 
 def _locked(path: Path) -> int:
     """Return the descriptor of a file that no other server may have. It stays: to remove it would be a race."""
+    import fcntl  # noqa: PLC0415 - Windows has none
+
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

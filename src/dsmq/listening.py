@@ -11,6 +11,7 @@ import os
 import socket
 import stat
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Protocol
 
 from dsmq import logs
@@ -22,33 +23,49 @@ MAX_ACCEPTS = 4
 # Of replies, the kernel takes so much more than it can send: little, for most of what goes to a client that does not
 # read is made in vain.
 MAX_NOT_SENT_BYTES = 32_768
+# To find a port that is free on all addresses of a name.
+MAX_ATTEMPTS = 20
 # How long not to accept when the process has no file descriptor left.
 ACCEPT_PAUSE_SECONDS = 0.1
 
 _logger = logging.getLogger(__name__)
 
 
-def listen(host: str, port: int, backlog: int) -> list[socket.socket]:
-    """Return sockets listening on an address, a name (all its addresses), or `unix:/path`.
+def listen(host: str, port: int, backlog: int, settings: str = "") -> list[socket.socket]:
+    """Return sockets listening on an address, a name (all its addresses that work), or `unix:/path`.
 
-    Port 0 takes a free one, on the first address alone. Raises CannotStart.
+    Port 0 takes one that is free on all of them. `settings` is what the settings' names begin with, for the error.
+    Raises CannotStart.
     """
     if host.startswith(UNIX):
         return [_listen_unix(host.removeprefix(UNIX), backlog)]
-    sockets: list[socket.socket] = []
     try:
-        addresses = _resolve(host, port)
-        for family, address in addresses[:1] if port == 0 else addresses:
-            try:
-                sockets.append(_listen_tcp(family, address, backlog))
-            except OSError as error:
-                # A name may stand for ::1 as well on a machine without IPv6.
-                if error.errno != errno.EADDRNOTAVAIL or (address == addresses[-1][1] and not sockets):
-                    raise
+        return _listen_everywhere(_resolve(host, port), backlog)
     except OSError as error:
-        for sock in sockets:
-            sock.close()
-        raise CannotStart(f"cannot listen on {shown(host, port)}: {_reason(error)}") from error
+        hint = f" (--{settings}port sets another one)" if error.errno in (errno.EADDRINUSE, errno.EACCES) else ""
+        raise CannotStart(f"cannot listen on {shown(host, port)}: {_reason(error)}{hint}") from error
+
+
+def _listen_everywhere(
+    addresses: list[tuple[int, tuple[str, int]]], backlog: int, attempts: int = MAX_ATTEMPTS
+) -> list[socket.socket]:
+    sockets: list[socket.socket] = []
+    with ExitStack() as undo:
+        for family, (host, port) in addresses:
+            # After the first address, port 0 means the port that was free there.
+            same = port or (sockets[0].getsockname()[1] if sockets else 0)
+            try:
+                sockets.append(undo.enter_context(_listen_tcp(family, (host, same), backlog)))
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE and same != port and attempts:
+                    return _listen_everywhere(addresses, backlog, attempts - 1)
+                # A name may stand for ::1 as well on a machine without IPv6.
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+                refused = error
+        if not sockets:
+            raise refused
+        undo.pop_all()
     return sockets
 
 
@@ -79,11 +96,17 @@ def is_exposed(sock: socket.socket) -> bool:
 
 
 def close(sock: socket.socket) -> None:
-    """Close a listening socket; a Unix socket's file goes with it."""
-    if sock.fileno() >= 0 and sock.family == socket.AF_UNIX:
+    """End listening, in processes that have been forked too; a Unix socket's file goes with it."""
+    if sock.fileno() < 0:
+        return
+    if sock.family == socket.AF_UNIX:
         # Before it is closed: behind that, another server may have put its own socket there.
         with contextlib.suppress(FileNotFoundError):
             os.unlink(sock.getsockname())
+    # Without this, the port would stay taken while a child process has a copy, and clients would wait there for ever.
+    # Other systems than Linux refuse it.
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
     sock.close()
 
 

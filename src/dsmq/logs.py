@@ -1,10 +1,14 @@
-"""What `dsmq serve` logs, and how much of it: a flood of one cause is summarised."""
+"""What `dsmq serve` logs, and how much of it: a flood of one cause is summarised, and no thread waits for the log."""
 
 from __future__ import annotations
 
+import atexit
+import io
 import json
 import logging
 import os
+import queue
+import select
 import sys
 import threading
 import time
@@ -17,6 +21,10 @@ if TYPE_CHECKING:
     from dsmq.config import Settings
 
 PERIOD_SECONDS = 1.0
+# Writes that wait for whoever reads the log. What comes beyond them is dropped, counted, and told later.
+MAX_UNWRITTEN = 10_000
+# How long the end of the process, or of a server, waits for the log to be read.
+DRAIN_SECONDS = 1.0
 
 _logger = logging.getLogger(__name__)
 
@@ -119,7 +127,7 @@ class JournalFormatter(logging.Formatter):
         return "\n".join(f"<{priority}>{line}" for line in super().format(record).splitlines())
 
 
-def _formatter(form: str, stream: TextIO) -> logging.Formatter:
+def _formatter(form: str, stream: io.TextIOBase) -> logging.Formatter:
     if form == "json":
         return JSONFormatter()
     if form == "journal" or (form == "auto" and _is_journal(stream)):
@@ -127,7 +135,7 @@ def _formatter(form: str, stream: TextIO) -> logging.Formatter:
     return logging.Formatter("%(asctime)s %(levelname)s %(message)s")
 
 
-def _is_journal(stream: TextIO) -> bool:
+def _is_journal(stream: io.TextIOBase) -> bool:
     """Return whether a stream goes to systemd's journal: JOURNAL_STREAM names its device and inode."""
     try:
         stat = os.fstat(stream.fileno())
@@ -136,9 +144,113 @@ def _is_journal(stream: TextIO) -> bool:
     return os.environ.get("JOURNAL_STREAM") == f"{stat.st_dev}:{stat.st_ino}"
 
 
+class BackgroundStream(io.TextIOBase):
+    """A text stream that never blocks its writers: a daemon thread writes to the stream below.
+
+    A pipe that nobody reads would otherwise stop the first thread that logs, and the others behind it. The thread
+    writes to the file descriptor, because at exit Python takes the lock of a standard stream, which a blocked write
+    holds. The standard QueueListener is no help: its stop() waits for a blocked write without a time-out.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        # A stream in place of the standard one, as in a notebook, may show its text elsewhere than its descriptor.
+        self._descriptor = stream.fileno() if stream in (sys.__stdout__, sys.__stderr__) else None
+        self._dropped, self._broken = 0, False
+        self._patience = DRAIN_SECONDS
+        self._start()
+        atexit.register(self.drain)
+
+    def _start(self) -> None:
+        self._process = os.getpid()
+        self._queue: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()
+        threading.Thread(target=self._run, args=(self._queue,), name="dsmq-log", daemon=True).start()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        """Have this written soon, or drop it if too much waits already. Safe in signal handlers."""
+        if self._process != os.getpid():
+            # A fork takes no threads along.
+            self._start()
+        if self._queue.qsize() < MAX_UNWRITTEN:
+            self._tell_dropped()
+            self._queue.put(text)
+        else:
+            self._dropped += 1
+        return len(text)
+
+    def _tell_dropped(self) -> None:
+        if self._dropped and not self._broken:
+            dropped, self._dropped = self._dropped, 0
+            _logger.warning("%d log lines dropped", dropped, extra=event("lines_dropped", lines=dropped))
+
+    def drain(self) -> None:
+        """Wait until everything has been written, for DRAIN_SECONDS at most; not again while nobody reads."""
+        if self._process != os.getpid():
+            return
+        if self._queue.qsize() < MAX_UNWRITTEN:
+            self._tell_dropped()
+        written, began = threading.Event(), time.monotonic()
+        self._queue.put(written)
+        if written.wait(self._patience):
+            self._patience = DRAIN_SECONDS
+        else:
+            self._patience = max(0.0, self._patience - (time.monotonic() - began))
+
+    def _run(self, texts: queue.SimpleQueue[str | threading.Event]) -> None:
+        while True:
+            text = texts.get()
+            if isinstance(text, threading.Event):
+                text.set()
+                continue
+            try:
+                self._write(text)
+                self._broken = False
+            except (OSError, ValueError):
+                # The reader has gone, the disk is full, or the stream has been closed.
+                self._broken = True
+                self._dropped += 1
+
+    def _write(self, text: str) -> None:
+        if self._descriptor is None:
+            self._stream.write(text)
+            self._stream.flush()
+            return
+        data = text.encode(self._stream.encoding, "backslashreplace")
+        while data:
+            try:
+                data = data[os.write(self._descriptor, data) :]
+            except BlockingIOError:
+                select.select([], [self._descriptor], [])
+
+
+def drain() -> None:
+    """Wait for what has been logged to be written: DRAIN_SECONDS at most."""
+    for handler in logging.getLogger("dsmq").handlers:
+        if isinstance(handler, logging.StreamHandler) and isinstance(handler.stream, BackgroundStream):
+            handler.stream.drain()
+
+
+def never_block() -> None:
+    """Write to stdout and stderr in the background: for a process that is a server and nothing else.
+
+    So neither the log nor a traceback can block it.
+    """
+    sys.stdout, sys.stderr = BackgroundStream(sys.stdout), BackgroundStream(sys.stderr)
+
+
 def start(settings: Settings) -> None:
     """Log what dsmq has to say to stderr or stdout; other loggers are left alone."""
-    stream = sys.stdout if settings.log_to == "stdout" else sys.stderr
+    standard = sys.stdout if settings.log_to == "stdout" else sys.stderr
+    stream = standard if isinstance(standard, BackgroundStream) else BackgroundStream(standard)
     handler = logging.StreamHandler(stream)
     handler.setFormatter(_formatter(settings.log_format, stream))
     handler.addFilter(FloodFilter(settings.max_log_lines_per_second))

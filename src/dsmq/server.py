@@ -12,19 +12,19 @@ import itertools
 import logging
 import os
 import queue
-import resource
 import signal
 import socket
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from dsmq import __version__, auth, config, listening, logs, metrics
+from dsmq import __version__, auth, config, listening, logs, metrics, system
 from dsmq.auth import Gate, HTTPGate
 from dsmq.commands import Services
 from dsmq.config import EmbeddedSettings, Settings
@@ -38,7 +38,7 @@ from dsmq.protocol import encode_error
 from dsmq.sqlite_store import SQLiteStore
 from dsmq.status import Status
 from dsmq.store import Limits, Store, Totals
-from dsmq.system import expect_long_messages
+from dsmq.system import expect_long_messages, has_terminal
 from dsmq.systemd import Systemd
 from dsmq.threads import join, wait_until
 from dsmq.usage import Usage
@@ -46,6 +46,8 @@ from dsmq.worker import Worker
 
 # File descriptors left for other things than connections.
 RESERVED_FILES = 64
+# What is asked for at most where the limit on open files is unlimited.
+MAX_FILES = 1_048_576
 # How often the main thread looks whether the others live.
 WATCH_SECONDS = 1.0
 # Settings that are read once, at the start.
@@ -88,9 +90,13 @@ def run(settings: Settings, load: Callable[[], Settings] | None = None, systemd:
     place of sockets of its own, and it is told how the server is.
     """
     server = Server(settings, load=load, systemd=systemd)
-    # Before it says that it serves: whoever reads that may send a signal at once.
-    with _signals(server, reload=load is not None), server:
-        server.run()
+    try:
+        # Before it says that it serves: whoever reads that may send a signal at once.
+        with _signals(server, reload=load is not None), server:
+            server.run()
+    finally:
+        # A process of multiprocessing ends without the handlers of atexit.
+        logs.drain()
 
 
 class Server:
@@ -104,7 +110,13 @@ class Server:
         load: Callable[[], Settings] | None = None,
         systemd: Systemd | None = None,
     ) -> None:
-        """`load` returns the settings anew. Raises ConfigError where a file of tokens or certificates can't be used."""
+        """`load` returns the settings anew.
+
+        Raises CannotStart if the system lacks what a server needs, ConfigError if a file of tokens or certificates
+        can't be used.
+        """
+        if missing := system.lacking():
+            raise CannotStart(f"the server does not run here: this system has no {', no '.join(missing)}")
         self._load = load
         self._systemd = systemd or Systemd()
         self.settings = settings
@@ -117,11 +129,12 @@ class Server:
         self._configure(settings)
         self._workers: list[Worker] = []
         self._expiry = Expiry(self._store, settings.expiry_interval_seconds)
-        self._side_port: Any = None
+        self._side_ports: list[Any] = []
         self._keeper = self._new_keeper(settings)
         self._numbers = itertools.count(1)
         self._max_connections = _affordable(settings.max_connections)
         self.status = Status(self._services, self._workers, self._expiry, self._keeper, self._max_connections)
+        self._full: set[str] = set()
         self._started = self._stopped = False
         self._stopping = threading.Lock()
 
@@ -179,12 +192,13 @@ class Server:
             undo.callback(self.stop)
             settings = self.settings
             passed = self._systemd.queue
+            _servers.add(self)
             sockets = passed or listening.listen(settings.host, settings.port, settings.listen_backlog)
             self._listeners = [Listener(sock, self._place) for sock in sockets]
             _check_exposure(sockets, settings, self._services.gate)
             # Where the sockets are passed, the process may have no network to make one in.
-            if side := self._systemd.metrics if passed else self._side_socket():
-                self._side_port = self._open_side_port(side)
+            for side in self._systemd.metrics if passed else self._side_sockets():
+                self._side_ports.append(self._open_side_port(side))
             if self._keeper:
                 # Clients that connect meanwhile wait in the kernel's queue.
                 self._keeper.open()
@@ -205,18 +219,14 @@ class Server:
             "dsmq %s serves on %s (process %d)", __version__, ", ".join(self.addresses), os.getpid(), extra=started
         )
         self._tell_security()
-        if self._side_port:
-            where = self._side_port.url
+        for where in (side_port.url for side_port in self._side_ports):
             _logger.info("metrics on %smetrics, for people %s", where, where, extra=logs.event("side_port", url=where))
         self._systemd.notify("READY=1")
 
-    def _side_socket(self) -> socket.socket | None:
+    def _side_sockets(self) -> list[socket.socket]:
         if self.settings.metrics_port == "off":
-            return None
-        sock, *others = listening.listen(self.settings.metrics_host, self.settings.metrics_port, 16)
-        for other in others:
-            other.close()
-        return sock
+            return []
+        return listening.listen(self.settings.metrics_host, self.settings.metrics_port, 16, "metrics-")
 
     def _open_side_port(self, sock: socket.socket) -> Any:
         # Imported here, because a server without a side port needs none of it.
@@ -316,7 +326,18 @@ class Server:
         logs.summarise()
         if dead := [thread.name for thread in self._threads() if not thread.is_alive()]:
             raise ServerFailed(f"threads died: {', '.join(dead)}")
+        self._log_full()
         self._systemd.tick(self.status)
+
+    def _log_full(self) -> None:
+        """Log which limits refuse puts, once when that begins and once when it ends."""
+        before, self._full = self._full, self._store.full()
+        for name in sorted(self._full - before):
+            limit = f"{name} = {getattr(self.settings, name)} reached" if name in Settings.model_fields else name
+            about = logs.event("full", limit=name)
+            _logger.warning("full: %s; puts are refused until messages expire", limit, extra=about)
+        for name in sorted(before - self._full):
+            _logger.info("no longer full: %s", name, extra=logs.event("no_longer_full", limit=name))
 
     def request_stop(self, reason: str) -> None:
         """Have `run` stop the server. Safe in signal handlers and threads."""
@@ -372,7 +393,7 @@ class Server:
     def _parts(self) -> list[Any]:
         """What runs in a thread of its own."""
         keeper = [self._keeper] if self._keeper and self._keeper.interval else []
-        return [*self._workers, self._expiry, *keeper, *([self._side_port] if self._side_port else [])]
+        return [*self._workers, self._expiry, *keeper, *self._side_ports]
 
     # Stop
 
@@ -430,8 +451,11 @@ class Server:
             wait_until(done.is_set, deadline)
         for listener in self._listeners:
             listener.closed = True
-            # The file of a socket that was passed is not its own to remove.
-            (socket.socket.close if self._systemd.queue else listening.close)(listener.socket)
+            self._close(listener.socket)
+
+    def _close(self, sock: socket.socket) -> None:
+        """Close a listening socket; one that was passed outlives the server, and so does its file."""
+        (socket.socket.close if self._systemd.queue else listening.close)(sock)
 
     def _end_threads(self, deadline: float) -> list[str]:
         """End all threads but the keeper's, which is only told to; return the names of those that survive."""
@@ -445,10 +469,18 @@ class Server:
         for worker in self._workers:
             if worker.thread.ident is None:
                 worker.close()
-        if self._side_port:
-            self._side_port.stop()
-            join(self._side_port.thread, deadline)
+        for side_port in self._side_ports:
+            side_port.stop(self._close)
+            join(side_port.thread, deadline)
         return [part.thread.name for part in self._parts() if part is not self._keeper and part.thread.is_alive()]
+
+    def abandon(self) -> None:
+        """Close the copies of what a forked process has of this server: it is the parent's to stop."""
+        self._stopping, self._stopped = threading.Lock(), True
+        for listener in self._listeners:
+            listener.socket.close()
+        for part in (*self._workers, *self._side_ports, *([self._keeper] if self._keeper else [])):
+            part.abandon()
 
     # What can be asked of it
 
@@ -465,7 +497,7 @@ class Server:
     @property
     def metrics_port(self) -> int | None:
         """The TCP port of the side port, if there is one."""
-        return self._side_port.port if self._side_port else None
+        return self._side_ports[0].port if self._side_ports else None
 
     def counters(self) -> Counters:
         return self.status.counters()
@@ -506,17 +538,36 @@ def _check_exposure(sockets: Sequence[socket.socket], settings: Settings, gate: 
         )
 
 
+# Those that have been started, for processes that are forked.
+_servers: weakref.WeakSet[Server] = weakref.WeakSet()
+
+
+def _abandon_all() -> None:
+    for server in list(_servers):
+        server.abandon()
+    _servers.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_abandon_all)
+
+
 @contextmanager
 def _signals(server: Server, *, reload: bool) -> Iterator[None]:
-    """Turn SIGTERM and SIGINT into a request to stop; a further Ctrl-C does not wait. Only in a main thread."""
+    """Turn SIGTERM and SIGINT into a request to stop; a further Ctrl-C does not wait. Only in a main thread.
+
+    With `reload`, SIGHUP is one to read the configuration anew; or to stop, if the terminal that the process had has
+    been closed, unless the signal was ignored, as nohup has it.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     seen = False
+    had_terminal = reload and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN and has_terminal()
 
     def handle(number: int, _: FrameType | None) -> None:
         nonlocal seen
-        if number == signal.SIGHUP:
+        if number == signal.SIGHUP and not (had_terminal and not has_terminal()):
             server.request_reload()
             return
         if seen and number == signal.SIGINT:
@@ -525,23 +576,40 @@ def _signals(server: Server, *, reload: bool) -> Iterator[None]:
         server.request_stop(signal.Signals(number).name)
 
     handled = (signal.SIGTERM, signal.SIGINT, *((signal.SIGHUP,) if reload else ()))
+    # That of an asyncio loop, which a forked process has from its parent, would call the parent's handlers there.
+    wakeup = signal.set_wakeup_fd(-1)
     before = {number: signal.signal(number, handle) for number in handled}
     try:
         yield
     finally:
+        signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def allow_more_files() -> None:
     """Raise this process's limit on open files as far as it may; each connection takes one."""
+    if system.lacking():
+        return
+    import resource  # noqa: PLC0415 - Windows has none
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    # The kernel may allow less than the hard limit says: macOS calls it unlimited, and takes some 10,000.
+    most = MAX_FILES if hard == resource.RLIM_INFINITY else hard
+    while soft == resource.RLIM_INFINITY or soft < most:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        except (ValueError, OSError) as error:
+            _logger.debug("%d open files are not allowed: %s", most, error)
+            most //= 2
+        else:
+            return
 
 
 def _affordable(connections: int) -> int:
     """Return how many connections the limit on open files allows."""
+    import resource  # noqa: PLC0415 - Windows has none
+
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if files == resource.RLIM_INFINITY or connections <= files - RESERVED_FILES:
         return connections
@@ -555,6 +623,7 @@ def main(arguments: Sequence[str]) -> None:
     host, port, *others = [*arguments, *("127.0.0.1", "30008")[len(arguments) :]]
     if others or not (port.isascii() and port.isdigit()):
         sys.exit("usage: server.py [host [port]]")
+    logs.never_block()
     try:
         serve(host, int(port), verbose=True)
     except DSMQError as error:

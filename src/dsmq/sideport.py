@@ -68,12 +68,16 @@ class SidePort:
         """Begin to serve."""
         self.thread.start()
 
-    def stop(self) -> None:
+    def stop(self, close: Callable[[socket.socket], None] = listening.close) -> None:
         """Stop serving, and close the socket."""
         self._server.stopping = True
         if self.thread.is_alive():
             self._server.shutdown()
-        self._server.server_close()
+        close(self._server.socket)
+
+    def abandon(self) -> None:
+        """Close the copies of the sockets that a forked process has."""
+        self._server.abandon()
 
 
 @dataclass(slots=True)
@@ -171,6 +175,10 @@ class _HTTPServer(ThreadingHTTPServer):
             while left > 0 and (data := request.recv(65_536)):
                 left -= len(data)
         self.close_request(request)
+
+    def abandon(self) -> None:
+        for sock in (self.socket, *(request.socket for request in self.requests.values())):
+            sock.close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
         error = sys.exception()

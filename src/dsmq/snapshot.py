@@ -71,8 +71,9 @@ def write(path: Path, fill: Callable[[sqlite3.Connection], None], alive: Callabl
     create(new)
     try:
         with closing(sqlite3.connect(new, isolation_level=None)) as database:
-            # What fails is thrown away, and what is written is made durable in the end.
-            for pragma in ("journal_mode = OFF", "synchronous = OFF", f"cache_size = -{_CACHE}"):
+            # What fails is thrown away, and what is written is made durable in the end. To make an index of many rows,
+            # SQLite would use a folder for temporary files, where only this one may be writable.
+            for pragma in ("journal_mode = OFF", "synchronous = OFF", "temp_store = MEMORY", f"cache_size = -{_CACHE}"):
                 database.execute(f"PRAGMA {pragma}")
             fill(database)
             database.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
@@ -85,6 +86,18 @@ def write(path: Path, fill: Callable[[sqlite3.Connection], None], alive: Callabl
             new.unlink()
         raise
     return size
+
+
+def rehearse(path: Path) -> None:
+    """Write an empty snapshot beside the real one and remove it, to find out now what would fail at the stop.
+
+    Raises OSError or sqlite3.Error.
+    """
+    trial = temporary(path)
+    try:
+        write(trial, create_tables, lambda: None)
+    finally:
+        trial.unlink(missing_ok=True)
 
 
 def create(path: Path) -> None:

@@ -25,10 +25,22 @@ from operator import attrgetter, itemgetter
 
 from dsmq import image
 from dsmq.chunks import Stored, pack, portions, unpack
-from dsmq.errors import Full, ReplyError, StoreFailed
+from dsmq.errors import CannotStart, Full, ReplyError, StoreFailed
 from dsmq.image import INSERT_CHUNK, Image, Instant, Part, Place, Producer, State
 from dsmq.producers import Producers, Puts
-from dsmq.store import MESSAGE_OVERHEAD_BYTES, Limits, Message, Put, Timing, TopicStats, Totals, cost, topics_cost
+from dsmq.store import (
+    MEMORY,
+    MESSAGE_OVERHEAD_BYTES,
+    SETTINGS,
+    Limits,
+    Message,
+    Put,
+    Timing,
+    TopicStats,
+    Totals,
+    cost,
+    topics_cost,
+)
 
 # Topics that hold nothing but whose numbering goes on; a forgotten one starts again at 1.
 MAX_EMPTY_TOPICS = 100_000
@@ -46,9 +58,11 @@ COPY_TOPICS, COPY_CHUNKS, COPY_BYTES = 500, 64, 16_384
 _COPY_PAGES = 4096
 # After the tails could not be written, it is not tried again for so long, unless something expires.
 RETRY_MS = 100
+# Topics at their limit that are remembered at a time, to log when they have room again.
+MAX_FULL = 1_000
 
 SCHEMA = """
-CREATE TABLE topics (id INTEGER PRIMARY KEY, name BLOB NOT NULL UNIQUE) STRICT;
+CREATE TABLE topics (id INTEGER PRIMARY KEY, name BLOB NOT NULL UNIQUE);
 CREATE TABLE chunks (
     last_id INTEGER PRIMARY KEY,
     topic INTEGER NOT NULL,
@@ -56,7 +70,7 @@ CREATE TABLE chunks (
     last_number INTEGER NOT NULL,
     ids_and_sizes BLOB NOT NULL,
     bodies BLOB NOT NULL
-) STRICT;
+);
 """
 INDEX = "CREATE INDEX chunks_by_topic ON chunks (topic)"
 _INSERT = INSERT_CHUNK
@@ -135,9 +149,13 @@ class _Topic:
         return unread
 
 
+# On Linux, the monotonic clock stands still while the machine sleeps; this one goes on.
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", None)
+
+
 def monotonic_ms() -> int:
-    """Return milliseconds that a step of the wall clock does not touch."""
-    return time.monotonic_ns() // 1_000_000
+    """Return milliseconds on a clock that goes on while the machine sleeps, and ignores steps of the wall clock."""
+    return (time.monotonic_ns() if _CLOCK is None else time.clock_gettime_ns(_CLOCK)) // 1_000_000
 
 
 class SQLiteStore:
@@ -153,8 +171,12 @@ class SQLiteStore:
         self._clock = clock
         self._guard = _Guard()
         self._database = _in_memory()
-        self._database.executescript(SCHEMA)
-        self._database.execute(INDEX)
+        try:
+            self._database.executescript(SCHEMA)
+            self._database.execute(INDEX)
+        except sqlite3.Error as error:
+            self._database.close()
+            raise CannotStart(f"SQLite {sqlite3.sqlite_version} is too old, or lacks a feature: {error}") from error
         self._last_id = 0
         self._last_row = 0
         # Those that hold messages, as the table does; and the last number and id of the others, in the order in which
@@ -167,6 +189,9 @@ class SQLiteStore:
         self._tail_messages = self._tail_bytes = 0
         self._failure: ReplyError | None = None
         self._retry_at = 0
+        # The limits that have refused puts, with the topic for those of one topic: how much more the last put needed,
+        # and whether that was since the last call of `full`.
+        self._full: dict[tuple[str, bytes | None], tuple[int, bool]] = {}
         self._producers = Producers()
         # What was stored includes what was restored.
         self._stored = self._restored = self._bytes = self._expired = self._expired_unread = 0
@@ -230,24 +255,51 @@ class SQLiteStore:
         self._fewest_bytes = min(limits.bytes, limits.bytes_per_topic)
 
     def _check_limits(self, puts: Sequence[Put]) -> None:
-        limits = self.limits
         counts: Counter[bytes] = Counter()
         sizes: Counter[bytes] = Counter()
         for name, body, _ in self._needed(puts):
             counts[name] += 1
             sizes[name] += len(body)
         for name, count in counts.items():
-            topic = self._topics.get(name) or _Topic(name, 0)
-            if topic.messages + count > limits.messages_per_topic:
-                raise Full(f"the topic holds {topic.messages} messages, at most {limits.messages_per_topic} are taken")
-            if cost(topic.messages + count, topic.bytes + sizes[name]) > limits.bytes_per_topic:
-                raise Full(f"the topic holds as much as is taken, {limits.bytes_per_topic} bytes")
+            self._check_limit("messages_per_topic", count, name)
+            self._check_limit("bytes_per_topic", cost(count, sizes[name]), name)
+        if counts:
+            self._check_limit("messages", counts.total())
+            topics = topics_cost(counts.keys() - self._topics.keys())
+            self._check_limit("bytes", topics + cost(counts.total(), sizes.total()))
+
+    def _check_limit(self, limit: str, more: int, topic: bytes | None = None) -> None:
+        """Raise Full if so much more would exceed a limit; `topic` is for those of one topic."""
+        most = getattr(self._limits, limit)
+        if self._held(limit, topic) + more > most:
+            self._note_full(limit, topic, more)
+            what = "server" if topic is None else "topic"
+            raise Full(f"the {what} is full: {SETTINGS[limit]} = {most} reached")
+
+    def _held(self, limit: str, topic: bytes | None) -> int:
+        """Return how much is held of what a limit bounds."""
+        if topic is not None:
+            known = self._topics.get(topic) or _Topic(topic, 0)
+            return known.messages if limit == "messages_per_topic" else cost(known.messages, known.bytes)
         held = self._stored - self._expired
-        if counts and held + counts.total() > limits.messages:
-            raise Full(f"{held} messages are held, at most {limits.messages} are taken")
-        size = self._topic_bytes + topics_cost(counts.keys() - self._topics.keys())
-        if counts and size + cost(held + counts.total(), self._bytes + sizes.total()) > limits.bytes:
-            raise Full(f"as much is held as is taken, {limits.bytes} bytes")
+        if limit == "bytes":
+            return self._topic_bytes + cost(held, self._bytes)
+        return held if limit == "messages" else len(self._topics)
+
+    def _note_full(self, limit: str, topic: bytes | None = None, more: int = 0) -> None:
+        self._full[limit, topic] = more, True
+        if len(self._full) > MAX_FULL:
+            del self._full[next(iter(self._full))]
+
+    def full(self) -> set[str]:
+        with self._guard:
+            for (limit, topic), (more, is_new) in list(self._full.items()):
+                self._full[limit, topic] = more, False
+                most = getattr(self._limits, limit, sys.maxsize)
+                # What is larger than the limit would never find room.
+                if not is_new and self._held(limit, topic) + min(more, most) <= most:
+                    del self._full[limit, topic]
+            return {SETTINGS.get(limit, limit) for limit, _ in self._full}
 
     def check_producer(self, producer: bytes) -> None:
         with self._guard:
@@ -295,8 +347,8 @@ class SQLiteStore:
 
     def _begin(self, names: set[bytes]) -> None:
         """Have topics that hold nothing ready to hold something."""
-        if names and len(self._topics) + len(names) > self.limits.topics:
-            raise Full(f"{len(self._topics)} topics hold messages, at most {self.limits.topics} may")
+        if names:
+            self._check_limit("topics", len(names))
         # No row is used again: what is copied slice by slice goes by them.
         topics = [_Topic(name, row, *self._empty.get(name, ())) for row, name in enumerate(names, self._last_row + 1)]
         with self._transaction("write"):
@@ -322,6 +374,8 @@ class SQLiteStore:
                 self._database.executemany(_INSERT, chunks)
         except (sqlite3.Error, MemoryError) as error:
             self._failure, self._retry_at = _told(error), self._clock() + RETRY_MS
+            if isinstance(self._failure, Full):
+                self._note_full(MEMORY)
             raise
         for topic in self._unwritten:
             topic.written_id = topic.last_id
@@ -576,11 +630,17 @@ class SQLiteStore:
             found = self._producers.copy(producers)
         return [one._replace(puts={seq: at for seq, at in one.puts.items() if at <= last_id}) for one in found]
 
+    def elapsed_ms(self, instant: Instant) -> int:
+        """Return the time since the instant of a snapshot."""
+        return self._clock() - instant.state.clock
+
     def load(self, source: sqlite3.Connection, kept: Image, passed_ms: int) -> None:
         """Take over what another store held, so many milliseconds ago. Nobody has used this one yet.
 
         What is restored passes for read: it is not known who has read it.
         """
+        # Before the copy, which takes its time: passed_ms is as of now.
+        ahead_ms = kept.state.clock + passed_ms - self._clock()
         database = _in_memory()
         try:
             source.backup(database)
@@ -594,7 +654,7 @@ class SQLiteStore:
         self.epoch, self.run = kept.state.epoch, kept.state.run
         self.restored_id = self._last_id = kept.state.last_id
         self._last_row = kept.state.last_row
-        self._clock = _shifted(self._clock, kept.state.clock + passed_ms - self._clock())
+        self._clock = _shifted(self._clock, ahead_ms)
         for row, name, last_number, last_id, count, size in held:
             topic = self._topics[name] = self._by_row[row] = _Topic(name, row, last_number, last_id)
             topic.written_id, topic.expired, topic.bytes = last_id, last_number - count, size
@@ -643,7 +703,10 @@ class _Guard:
 
 def _in_memory() -> sqlite3.Connection:
     # isolation_level=None: sqlite3 starts no transactions of its own.
-    return sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+    database = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+    # Large sorts would go to files in a folder for temporary ones, which may not be writable.
+    database.execute("PRAGMA temp_store = MEMORY")
+    return database
 
 
 def _shifted(clock: Callable[[], int], by: int) -> Callable[[], int]:
@@ -654,7 +717,7 @@ def _shifted(clock: Callable[[], int], by: int) -> Callable[[], int]:
 def _told(error: sqlite3.Error | MemoryError) -> ReplyError:
     """Return the error that clients are told."""
     if isinstance(error, MemoryError) or getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL:
-        return Full("no room for more messages")
+        return Full("the server is full: there is no more memory")
     return StoreFailed(f"SQLite: {error}")
 
 

@@ -84,6 +84,18 @@ class Limits(NamedTuple):
     bytes_per_topic: int = sys.maxsize
 
 
+SETTINGS = {
+    "topics": "max_topics",
+    "messages": "max_stored_messages",
+    "bytes": "max_stored_bytes",
+    "messages_per_topic": "max_stored_messages_per_topic",
+    "bytes_per_topic": "max_stored_bytes_per_topic",
+}
+"""The settings that hold the values of `Limits`."""
+MEMORY = "memory"
+"""What a store is full by, beside those, if the system has no more."""
+
+
 class Store(Protocol):
     """What the server asks of a store. One elsewhere than in this process answers with futures."""
 
@@ -125,6 +137,12 @@ class Store(Protocol):
 
     def totals(self) -> Totals:
         """Return the sums over all topics."""
+
+    def full(self) -> set[str]:
+        """Return what refuses puts at present: settings, or MEMORY. To be called once a second or so.
+
+        A limit stays in it while it refuses puts between two calls, or has no room for the last one that it refused.
+        """
 
     def timings(self) -> dict[str, Timing]:
         """Return how often and how long the database was used, by operation: write, read, expire."""

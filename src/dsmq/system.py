@@ -1,11 +1,15 @@
-"""What is asked of the operating system for the sake of speed."""
+"""What is asked of the operating system."""
 
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable
 from functools import cache, partial
+
+# The file that stands for the controlling terminal of whichever process opens it.
+_TERMINAL = "/dev/tty"
 
 yield_processor: Callable[[], None] = getattr(os, "sched_yield", partial(time.sleep, 0))
 """Let another thread run that waits for this processor; without one, go on at once."""
@@ -15,6 +19,23 @@ LONG_YIELD_PAUSE_SECONDS = 0.1
 """For so long: the kernel wakes who has slept sooner than it returns to who has yielded."""
 LONG_MESSAGE_BYTES = 65_536
 """From here on it is worth to `expect_long_messages`."""
+
+
+def lacking() -> list[str]:
+    """Return what a server needs and this system does not have, as Windows does not."""
+    from importlib.util import find_spec  # noqa: PLC0415 - the client, which loads this module too, does not need it
+
+    modules = [name for name in ("fcntl", "resource") if find_spec(name) is None]
+    return modules + ([] if hasattr(socket, "AF_UNIX") else ["Unix sockets"])
+
+
+def has_terminal() -> bool:
+    """Return whether this process has a controlling terminal that has not been closed."""
+    try:
+        os.close(os.open(_TERMINAL, os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 @cache

@@ -36,10 +36,10 @@ class Systemd:
         notify_socket: str = "",
         watchdog_seconds: float = math.inf,
         queue: list[socket.socket] | None = None,
-        metrics: socket.socket | None = None,
+        metrics: list[socket.socket] | None = None,
     ) -> None:
         self.queue = queue or []
-        self.metrics = metrics
+        self.metrics = metrics or []
         self.most_seconds = watchdog_seconds / 3
         """The longest time from one `tick` to the next, with room for one that is late."""
         self._watchdog = watchdog_seconds < math.inf
@@ -103,7 +103,7 @@ def take() -> Systemd:
             f"systemd passes {len(queue)} sockets named {QUEUE} and {len(metrics)} named {METRICS}: "
             "it takes some of the former, and at most one of the latter"
         )
-    return Systemd(given["NOTIFY_SOCKET"], watchdog_seconds or math.inf, queue, metrics[0] if metrics else None)
+    return Systemd(given["NOTIFY_SOCKET"], watchdog_seconds or math.inf, queue, metrics)
 
 
 def _sockets(count: int, given: str) -> list[tuple[str, socket.socket]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import socket
 import ssl
-import sys
 from selectors import EVENT_READ, EVENT_WRITE
 
 from dsmq.errors import ConfigError
@@ -19,8 +18,6 @@ def server_context(cert_file: str, key_file: str, client_ca_file: str) -> ssl.SS
     The files are in PEM format; without key_file the key stands in cert_file. With client_ca_file, clients have to
     show a certificate of one of those authorities. Raises ConfigError.
     """
-    if sys.version_info < (3, 11, 5):
-        raise ConfigError("TLS takes Python 3.11.5 or later: those before can be made to skip it (CVE-2023-40217)")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
@@ -84,6 +81,12 @@ class TLSSocket:
     """A non-blocking connection under TLS, with the methods of a socket that dsmq uses."""
 
     def __init__(self, sock: ssl.SSLSocket) -> None:
+        """Raises OSError if there is no TLS under it."""
+        # If the peer has closed just before, Python without the fix of CVE-2023-40217 returns a socket that passes what
+        # has come through unencrypted. Its public sign is this None.
+        if sock.session_reused is None:
+            sock.close()
+            raise ConnectionAbortedError("TLS: the connection ended before the handshake")
         self._socket = sock
         sock.setblocking(False)
 

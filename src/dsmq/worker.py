@@ -182,6 +182,13 @@ class Worker:
         self._selector.close()
         self._bell.close()
 
+    def abandon(self) -> None:
+        """Close the copies of the sockets that a forked process has."""
+        for connection in self.connections:
+            connection.abandon()
+        self._selector.close()
+        self._bell.close()
+
     def _turn(self) -> None:
         before = self.counters.requests
         ready = self._wait()

@@ -568,12 +568,6 @@ def test_tls_by_credentials(box: Box) -> None:
         "-addext subjectAltName=IP:127.0.0.1"
     )
     with drop_in(box, shipped("tls.conf")):
-        if json.loads(box.run(PYTHON, "-c", "import sys; print(list(sys.version_info[:3]))")) < [3, 11, 5]:
-            # It is told why not, and not served without.
-            journal = Journal(box)
-            box.try_run("systemctl", "start", "dsmq.service")
-            journal.priority("dsmq: TLS takes Python 3.11.5 or later")
-            return
         script = """
 with connect(token=token, ca_file="/etc/dsmq/tls/cert.pem") as mq:
     mq.put("a", "b")
