@@ -51,7 +51,10 @@ def test_an_exception_as_json_is_one_line() -> None:
 )
 def test_a_line_for_the_journal_begins_with_its_priority(level: str, priority: int) -> None:
     formatter = logs.JournalFormatter("%(message)s")
-    assert formatter.format(record("a\nb", getattr(logging, level))) == f"<{priority}>a\n<{priority}>b"
+    line = record("a\nb", getattr(logging, level))
+    assert formatter.format(line) == f"<{priority}>a\\nb"
+    line.exc_info = (ValueError, ValueError("c\x1b"), None)
+    assert formatter.format(line) == f"<{priority}>a\\nb\n<{priority}>ValueError: c\\x1b"
 
 
 def test_the_log_as_json_is_json_throughout() -> None:
