@@ -7,15 +7,21 @@ import difflib
 import math
 import re
 import shlex
-from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn, TypeAlias, TypeVar
 
+from dsmq import __version__
 from dsmq.terminal import printable, quoted
 
 USAGE = 2
 _MAX_ID = 2**63 - 1
 
 N = TypeVar("N", int, float)
+
+Command: TypeAlias = Callable[[argparse.Namespace], int]
+"""Runs a command and returns the exit status."""
+
+_EPILOG = "Exit statuses: 0 done, 1 failed, 2 wrong usage or configuration, 3 no message to get, 130 interrupted."
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,10 +66,10 @@ class Parser(argparse.ArgumentParser):
         self.exit(USAGE, printable(f"{self.prog}: {message} (see {self.prog} --help)") + "\n")
 
 
-def parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
-    """Return the options of a command, its topic and its message. What stands behind -- is no option."""
+def parse(words: list[str], run: Mapping[str, Command]) -> argparse.Namespace:
+    """Return the options of a command, its topic and message, and what runs it. Behind -- there are no options."""
     end = words.index("--") if "--" in words else len(words)
-    options, others = parser.parse_known_args(words[:end])
+    options, others = _parser(words, run).parse_known_args(words[:end])
     command: Parser = options.parser
     for word in others:
         if word.startswith("--"):
@@ -71,6 +77,103 @@ def parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespa
             command.unknown(word.partition("=")[0], about)
     command.place(options, others + words[end + 1 :])
     return options
+
+
+def _parser(words: list[str], run: Mapping[str, Command]) -> argparse.ArgumentParser:
+    parser = Parser(prog="dsmq", description="The dead simple message queue.", epilog=_EPILOG)
+    parser.add_argument("--version", action="version", version=f"dsmq {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, about: str, words: str = "") -> argparse.ArgumentParser:
+        usage = f"dsmq {name} {words}[OPTION ...]"
+        command = commands.add_parser(name, help=about, description=about, epilog=_EPILOG, usage=usage)
+        command.set_defaults(run=run[name], parser=command, takes=re.findall(r"\w+", words.lower()), message="-")
+        return command
+
+    serve = add("serve", "Run the server, until SIGTERM, Ctrl-C or a client's SHUTDOWN.")
+    config = add("config", "Print the effective configuration as TOML, secrets masked.")
+    config.add_argument("--example", action="store_true", help="print a commented dsmq.toml with all defaults instead")
+    if {"serve", "config"}.intersection(words):
+        # Only then, because the settings take longer to load than the client to run.
+        from dsmq.config import add_options  # noqa: PLC0415
+
+        add_options(serve)
+        add_options(config)
+    put = add(
+        "put", "Put a message into a topic; without a message, or with -, each line of stdin.", "TOPIC [MESSAGE] "
+    )
+    _add_get_options(add("get", "Print messages of a topic, one a line.", "TOPIC "))
+    topics = add("topics", "List the topics that hold messages: messages, bytes, topic.")
+    topics.add_argument("--json", action="store_true", help="print JSON lines")
+    ping = add("ping", "Make a round trip to the server; for scripts and health checks.")
+    ping.add_argument("--timeout", type=timeout, default=3.0, metavar="S", help="seconds to wait for it; default: 3")
+    bench = add("bench", "Measure how long typical operations take on a running server.")
+    bench.add_argument(
+        "-n",
+        type=count,
+        default=1000,
+        metavar="N",
+        help="how often each is done; default: 1000, which puts some 5 MB",
+    )
+    add("demo", "Show a server, a writer and two readers at work, for a few seconds.")
+    for command in (put, commands.choices["get"], topics, ping, bench):
+        _add_address(command)
+    for command in (put, commands.choices["get"]):
+        command.add_argument(
+            "--reconnect",
+            type=seconds,
+            default=30.0,
+            metavar="S",
+            help="for how many seconds to make a broken connection anew; default: 30",
+        )
+    return parser
+
+
+def _add_get_options(get: argparse.ArgumentParser) -> None:
+    get.add_argument("--wait", type=seconds, metavar="S", help="wait for messages, up to S seconds in all")
+    get.add_argument("--latest", action="store_true", help="start with the newest message; pass over the older ones")
+    get.add_argument("-n", type=count, metavar="N", help="print up to N messages; default: 1, with --follow all")
+    get.add_argument("--follow", action="store_true", help="go on as messages come")
+    get.add_argument(
+        "--json", action="store_true", help="print JSON lines with topic, id, number, put_at, position and message"
+    )
+    get.add_argument(
+        "--after",
+        type=position,
+        metavar="POSITION",
+        help="read on behind this id or position; 0: from the oldest message stored. Default: what is put from now on",
+    )
+    get.add_argument(
+        "--position-file",
+        type=file,
+        metavar="FILE",
+        help="read on behind the position in FILE, if it exists, and keep it up to date: no message is skipped, and "
+        "those printed last are printed again if the command is killed",
+    )
+
+
+def _add_address(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--host", type=host, help="address, name, or unix:/path; default: DSMQ_HOST, or 127.0.0.1")
+    command.add_argument("--port", type=port, help="default: DSMQ_PORT, or 30008")
+    security = command.add_argument_group(
+        "security",
+        "The token itself can be given as DSMQ_AUTH_TOKEN. Where DSMQ_CONFIG is set, the server is looked up there.",
+    )
+    security.add_argument(
+        "--token-file",
+        type=file,
+        metavar="FILE",
+        help="its first token is shown; default: DSMQ_AUTH_TOKEN_FILE",
+    )
+    security.add_argument("--tls", action="store_true", help="encrypt, and verify the server's certificate")
+    security.add_argument(
+        "--ca-file",
+        type=file,
+        metavar="FILE",
+        help="authorities to trust in place of the system's, as PEM; implies --tls",
+    )
+    security.add_argument("--cert-file", type=file, metavar="FILE", help="a certificate to show, as PEM; implies --tls")
+    security.add_argument("--key-file", type=file, metavar="FILE", help="its key, where it does not stand in that file")
 
 
 # What options take. Each raises ArgumentTypeError.

@@ -20,11 +20,10 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
-from dsmq import __version__, arguments, environment
-from dsmq.arguments import USAGE, Parser
+from dsmq import arguments, environment
+from dsmq.arguments import USAGE, Command
 from dsmq.client import DSMQClientSideConnection, connect
 from dsmq.errors import AuthRequired, ConfigError, DSMQError, TooBig
-from dsmq.position_file import PositionFile
 from dsmq.session import Message
 from dsmq.terminal import LineFormatter, as_json, printable
 
@@ -35,8 +34,6 @@ T = TypeVar("T")
 
 OK, FAILED, NOTHING, INTERRUPTED = 0, 1, 3, 130
 
-_EPILOG = "Exit statuses: 0 done, 1 failed, 2 wrong usage or configuration, 3 no message to get, 130 interrupted."
-
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run a command line; return its exit status."""
@@ -46,8 +43,8 @@ def main(words: Sequence[str] | None = None) -> int:
         try:
             if words[:1] == ["serve"]:
                 _await_settings()
-            options = arguments.parse(_parser(words), words)
-            command: Callable[[argparse.Namespace], int] = options.run
+            options = arguments.parse(words, _COMMANDS)
+            command: Command = options.run
             return command(options)
         finally:
             sys.stdout.flush()
@@ -95,115 +92,6 @@ def _complain(error: Exception, status: int) -> int:
 
 def _reason(error: Exception) -> str:
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-
-
-def _parser(words: list[str]) -> argparse.ArgumentParser:
-    parser = Parser(prog="dsmq", description="The dead simple message queue.", epilog=_EPILOG)
-    parser.add_argument("--version", action="version", version=f"dsmq {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-
-    def add(name: str, run: Callable[[argparse.Namespace], int], about: str, *takes: str) -> argparse.ArgumentParser:
-        usage = (
-            " ".join(["dsmq", name, *takes, "[OPTION ...]"]).replace("topic", "TOPIC").replace("message", "[MESSAGE]")
-        )
-        command = commands.add_parser(name, help=about, description=about, epilog=_EPILOG, usage=usage)
-        command.set_defaults(run=run, parser=command, takes=takes, message="-")
-        return command
-
-    serve = add("serve", _serve, "Run the server, until SIGTERM, Ctrl-C or a client's SHUTDOWN.")
-    config = add("config", _config, "Print the effective configuration as TOML, secrets masked.")
-    config.add_argument("--example", action="store_true", help="print a commented dsmq.toml with all defaults instead")
-    if {"serve", "config"}.intersection(words):
-        # Only then, because the settings take longer to load than the client to run.
-        from dsmq.config import add_options  # noqa: PLC0415
-
-        add_options(serve)
-        add_options(config)
-    put = add(
-        "put", _put, "Put a message into a topic; without a message, or with -, each line of stdin.", "topic", "message"
-    )
-    _add_get_options(add("get", _get, "Print messages of a topic, one a line.", "topic"))
-    topics = add("topics", _topics, "List the topics that hold messages: messages, bytes, topic.")
-    topics.add_argument("--json", action="store_true", help="print JSON lines")
-    ping = add("ping", _ping, "Make a round trip to the server; for scripts and health checks.")
-    ping.add_argument(
-        "--timeout", type=arguments.timeout, default=3.0, metavar="S", help="seconds to wait for it; default: 3"
-    )
-    bench = add("bench", _bench, "Measure how long typical operations take on a running server.")
-    bench.add_argument(
-        "-n",
-        type=arguments.count,
-        default=1000,
-        metavar="N",
-        help="how often each is done; default: 1000, which puts some 5 MB",
-    )
-    add("demo", _demo, "Show a server, a writer and two readers at work, for a few seconds.")
-    for command in (put, commands.choices["get"], topics, ping, bench):
-        _add_address(command)
-    for command in (put, commands.choices["get"]):
-        command.add_argument(
-            "--reconnect",
-            type=arguments.seconds,
-            default=30.0,
-            metavar="S",
-            help="for how many seconds to make a broken connection anew; default: 30",
-        )
-    return parser
-
-
-def _add_get_options(get: argparse.ArgumentParser) -> None:
-    get.add_argument("--wait", type=arguments.seconds, metavar="S", help="wait for messages, up to S seconds in all")
-    get.add_argument("--latest", action="store_true", help="start with the newest message; pass over the older ones")
-    get.add_argument(
-        "-n", type=arguments.count, metavar="N", help="print up to N messages; default: 1, with --follow all"
-    )
-    get.add_argument("--follow", action="store_true", help="go on as messages come")
-    get.add_argument(
-        "--json", action="store_true", help="print JSON lines with topic, id, number, put_at, position and message"
-    )
-    get.add_argument(
-        "--after",
-        type=arguments.position,
-        metavar="POSITION",
-        help="read on behind this id or position; 0: from the oldest message stored. Default: what is put from now on",
-    )
-    get.add_argument(
-        "--position-file",
-        type=arguments.file,
-        metavar="FILE",
-        help="read on behind the position in FILE, if it exists, and keep it up to date: no message is skipped, and "
-        "those printed last are printed again if the command is killed",
-    )
-
-
-def _add_address(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--host", type=arguments.host, help="address, name, or unix:/path; default: DSMQ_HOST, or 127.0.0.1"
-    )
-    command.add_argument("--port", type=arguments.port, help="default: DSMQ_PORT, or 30008")
-    security = command.add_argument_group(
-        "security",
-        "The token itself can be given as DSMQ_AUTH_TOKEN. Where DSMQ_CONFIG is set, the server is looked up there.",
-    )
-    security.add_argument(
-        "--token-file",
-        type=arguments.file,
-        metavar="FILE",
-        help="its first token is shown; default: DSMQ_AUTH_TOKEN_FILE",
-    )
-    security.add_argument("--tls", action="store_true", help="encrypt, and verify the server's certificate")
-    security.add_argument(
-        "--ca-file",
-        type=arguments.file,
-        metavar="FILE",
-        help="authorities to trust in place of the system's, as PEM; implies --tls",
-    )
-    security.add_argument(
-        "--cert-file", type=arguments.file, metavar="FILE", help="a certificate to show, as PEM; implies --tls"
-    )
-    security.add_argument(
-        "--key-file", type=arguments.file, metavar="FILE", help="its key, where it does not stand in that file"
-    )
 
 
 def _connect(options: argparse.Namespace, timeout: float = 10.0) -> DSMQClientSideConnection:
@@ -349,8 +237,12 @@ def _get(options: argparse.Namespace) -> int:
     left = options.n or (math.inf if options.follow else 1)
     seconds = options.wait if options.wait is not None else math.inf if options.follow else 0.0
     until = time.monotonic() + seconds
-    file = PositionFile(options.position_file) if options.position_file else None
-    after = file.load() if file else None
+    file, after = None, None
+    if options.position_file:
+        from dsmq.position_file import PositionFile  # noqa: PLC0415 - most need none of it
+
+        file = PositionFile(options.position_file)
+        after = file.load()
     after = options.after if after is None else after
     found, is_terminal = False, sys.stdout.isatty()
     with _connect(options) as mq:
@@ -447,3 +339,15 @@ def _demo(_: argparse.Namespace) -> int:
 
     demo.main()
     return OK
+
+
+_COMMANDS: dict[str, Command] = {
+    "serve": _serve,
+    "config": _config,
+    "put": _put,
+    "get": _get,
+    "topics": _topics,
+    "ping": _ping,
+    "bench": _bench,
+    "demo": _demo,
+}
