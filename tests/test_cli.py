@@ -616,6 +616,17 @@ def test_variables_in_small_letters_say_where_the_server_is(server: Daemon) -> N
     assert result("ping", env={"dsmq_host": "localhost", "dsmq_port": str(server.port)})[::2] == (0, b"")
 
 
+def test_a_token_file_wins_over_the_token_in_the_environment(tmp_path: Path) -> None:
+    right, wrong = "the-token-of-the-server", "the-token-of-another-one"
+    (tmp_path / "right").write_text(right)
+    with daemon(env={"DSMQ_AUTH_TOKEN": right}) as server:
+        words = ["ping", "--port", str(server.port)]
+        assert result(*words, env={"DSMQ_AUTH_TOKEN": right})[0] == 0
+        assert result(*words, env={"DSMQ_AUTH_TOKEN": wrong})[0] == 1
+        assert result(*words, "--token-file", str(tmp_path / "right"), env={"DSMQ_AUTH_TOKEN": wrong})[0] == 0
+        assert result(*words, env={"DSMQ_AUTH_TOKEN_FILE": str(tmp_path / "right")})[0] == 0
+
+
 # Files of certificates and keys
 
 

@@ -372,6 +372,53 @@ def test_the_file_may_be_named_by_a_variable_in_small_letters(tmp_path: Path, mo
     assert config.load().port == 1001
 
 
+# Settings that need others, and secrets
+
+TOKEN = "a-token-that-is-long-enough"
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"tls_key_file": "key"}, "tls_key_file is set without tls_cert_file"),
+        ({"tls_client_ca_file": "ca"}, "tls_client_ca_file is set without tls_cert_file"),
+        ({"snapshot_interval_seconds": 5}, "snapshot_interval_seconds is set without snapshot_file"),
+        ({"metrics_token": TOKEN, "metrics_token_file": "file"}, "metrics_token and metrics_token_file are both set"),
+        ({"snapshot_file": "it", "snapshot_interval_seconds": "0.99"}, "should be 0, or at least 1, not '0.99'"),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_an_error(given: dict[str, Any], says: str) -> None:
+    assert says in complaint(**given)
+
+
+@pytest.mark.parametrize("seconds", [0, 1])
+def test_the_least_interval_between_snapshots_is_a_second_or_none(seconds: float) -> None:
+    assert config.load(snapshot_file="it", snapshot_interval_seconds=seconds).snapshot_interval_seconds == seconds
+
+
+@pytest.mark.parametrize("name", ["auth_token", "metrics_token"])
+@pytest.mark.parametrize(
+    ("token", "says"),
+    [
+        (TOKEN + " two", "should be a token: ASCII, without blanks"),
+        (" " + TOKEN, "should be a token: ASCII, without blanks"),
+        (TOKEN + "ż", "should be a token: ASCII, without blanks"),
+        ("*" * 20, "should be the token itself, not the mask it is shown by"),
+    ],
+)
+def test_a_wrong_token_is_an_error_that_does_not_show_it(name: str, token: str, says: str, tmp_path: Path) -> None:
+    file = toml(tmp_path, f"{name} = {json.dumps(token)}")
+    assert complaint(file) == f"{file}: {name}: {says}"
+
+
+def test_secrets_have_no_options_and_are_masked(tmp_path: Path) -> None:
+    for name in ("auth_token", "metrics_token"):
+        assert run_dsmq("config", config.option(name), TOKEN).returncode == 2
+        settings = config.load(toml(tmp_path, f"{name} = {json.dumps(TOKEN)}"))
+        assert getattr(settings, name).get_secret_value() == TOKEN
+        assert TOKEN not in config.to_toml(settings)
+
+
 # The file
 
 
@@ -436,6 +483,10 @@ def test_a_file_in_utf_16_is_named_so(encoding: str, tmp_path: Path) -> None:
 
 def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     assert config.load(toml(tmp_path, codecs.BOM_UTF8 + b"port = 1001\r\n")).port == 1001
+
+
+def test_a_file_without_an_end_is_an_error() -> None:
+    assert complaint("/dev/zero") == "/dev/zero: longer than 1048576 bytes"
 
 
 def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:

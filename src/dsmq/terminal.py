@@ -20,10 +20,7 @@ def printable(text: str) -> str:
 def as_json(value: object, *, ascii_only: bool = False) -> str:
     """Return a value as JSON in one line, with escapes for the characters that control a terminal."""
     text = json.dumps(value, ensure_ascii=ascii_only, default=str)
-    if _UNSAFE.search(text):
-        # JSON allows DEL to stand for itself.
-        return json.dumps(value, default=str).replace("\x7f", "\\u007f")
-    return text
+    return json.dumps(value, default=str) if _UNSAFE.search(text) else text
 
 
 def quoted(value: object) -> str:
