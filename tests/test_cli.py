@@ -6,6 +6,7 @@ import base64
 import codecs
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -310,14 +311,62 @@ def test_lines_are_put_as_they_come(topic: str, mq: DSMQClientSideConnection) ->
     assert mq.get(topic) == "and a "
 
 
+def put_lines(server: Daemon, lines: bytes) -> tuple[int, bytes, bytes]:
+    return result("put", "t", "--port", str(server.port), stdin=lines)
+
+
+def stored(server: Daemon) -> list[str]:
+    with connect(port=server.port) as mq:
+        mq.seek("t", 0)
+        return mq.get_many("t", 10_000)
+
+
 def test_a_line_longer_than_a_message_is_told_and_those_before_it_are_put() -> None:
-    with daemon("--max-message-bytes", "10") as server, connect(port=server.port) as mq:
-        endless = result("put", "t", "--port", str(server.port), stdin=b"x" * 500_000)
-        assert_one_line(endless, 1, "10 bytes")
-        assert mq.get("t") == ""
-        done = result("put", "t", "--port", str(server.port), stdin=b"short\n" + b"x" * 11 + b"\nnext\n")
-        assert_one_line(done, 1, "10 bytes")
-        assert mq.get("t") == "short"
+    with daemon("--max-message-bytes", "10") as server:
+        assert_one_line(put_lines(server, b"x" * 500_000), 1, "line 1 of stdin: ")
+        assert stored(server) == []
+        done = put_lines(server, b"short\n" + b"x" * 11 + b"\nnext\n")
+        assert_one_line(done, 1, "line 2 of stdin: a message has at most 10 bytes, not 11 (lines stored: 1 before it")
+        told = re.search(rb"lines stored: 1 before it(?:, (\d+) behind it)?\)", done[2])
+        assert told is not None
+        assert stored(server) == ["short", *["next"] * int(told[1] or 0)]
+
+
+@pytest.mark.parametrize("full", [1, 999, 1000, 1999])
+def test_a_full_server_is_told_with_the_number_of_lines_that_it_has_stored(full: int) -> None:
+    lines = [str(number) for number in range(2000)]
+    with daemon("--max-stored-messages", str(full)) as server:
+        done = put_lines(server, "\n".join(lines).encode())
+        assert_one_line(done, 1, f"line {full + 1} of stdin: ")
+        assert f"(lines stored: {full} before it)" in done[2].decode()
+        assert stored(server) == lines[:full]
+
+
+def test_lines_that_are_stored_behind_one_that_is_not_are_told() -> None:
+    with daemon("--max-stored-bytes-per-topic", "1000") as server:
+        done = put_lines(server, b"1\n" + b"x" * 900 + b"\n2\n3\n")
+        assert_one_line(done, 1, "line 2 of stdin: ")
+        assert "(lines stored: 1 before it, 2 behind it)" in done[2].decode()
+        assert stored(server) == ["1", "2", "3"]
+
+
+def test_a_lost_connection_is_told_with_the_number_of_lines_that_are_stored() -> None:
+    with daemon() as server, started("put", "t", "--reconnect", "0", "--port", str(server.port)) as process:
+        type_in(process, b"1\n2\n")
+        wait_until(lambda: stored(server) == ["1", "2"])
+        server.stop()
+        type_in(process, b"3\n")
+        done = ended(process)
+    assert_one_line(done, 1, "line 3 of stdin: ")
+    assert "(lines stored: 2 before it)" in done[2].decode()
+
+
+def test_an_endless_line_is_told_before_it_fills_the_memory(server: Daemon) -> None:
+    with open("/dev/zero", "rb") as endless:
+        command = [sys.executable, "-m", "dsmq", "put", "endless", "--port", str(server.port)]
+        done = subprocess.run(command, stdin=endless, capture_output=True, timeout=3 * SOON, check=False)
+    says = f"line 1 of stdin: longer than {2**26} bytes (lines stored: 0 before it)"
+    assert_one_line((done.returncode, done.stdout, done.stderr), 1, says)
 
 
 # Topics and ping

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# What is kept of a line of stdin before the server judges it, or as much as the server has said that it takes.
+_MAX_LINE_BYTES = 67_108_864
+
 OK, FAILED, NOTHING, INTERRUPTED = 0, 1, 3, 130
 
 
@@ -212,25 +215,40 @@ def _config(options: argparse.Namespace) -> int:
 
 def _put(options: argparse.Namespace) -> int:
     with _connect(options) as mq:
-        if options.message != "-":
+        if options.message == "-":
+            _put_lines(mq, options.topic)
+        else:
             mq.put(options.topic, os.fsencode(options.message))
-            return OK
-        for lines in _lines(sys.stdin.buffer, mq.max_message_bytes):
-            mq.put_many(options.topic, lines)
     return OK
 
 
+def _put_lines(mq: DSMQClientSideConnection, topic: str) -> None:
+    stored = 0
+    try:
+        for lines in _lines(sys.stdin.buffer, max(mq.max_message_bytes, _MAX_LINE_BYTES)):
+            stored += len(mq.put_many(topic, lines))
+    except (DSMQError, OSError) as error:
+        stored += getattr(error, "stored_before", 0)
+        behind = getattr(error, "stored_behind", 0)
+        about = f"lines stored: {stored} before it" + (f", {behind} behind it" if behind else "")
+        raise DSMQError(f"line {stored + 1} of stdin: {_reason(error)} ({about})") from error
+
+
 def _lines(stream: IO[bytes], longest: int) -> Iterator[list[bytes]]:
-    """Give the lines of a stream as soon as they come, without their ends."""
-    rest = b""
+    """Give the lines of a stream as soon as they come, without their ends. Raises TooBig."""
+    rest: list[bytes] = []
+    size = 0
     while chunk := stream.read1(65_536):  # type: ignore[attr-defined]
-        *lines, rest = (rest + chunk).split(b"\n")
-        if lines:
-            yield lines
-        if len(rest) > longest:
-            raise TooBig(f"a line of stdin is longer than a message may be, {longest} bytes")
-    if rest:
-        yield [rest]
+        first, *others = chunk.split(b"\n")
+        rest.append(first)
+        if others:
+            yield [b"".join(rest), *others[:-1]]
+            rest, size = [others[-1]], 0
+        size += len(rest[-1])
+        if size > longest:
+            raise TooBig(f"longer than {longest} bytes")
+    if size:
+        yield [b"".join(rest)]
 
 
 def _get(options: argparse.Namespace) -> int:
