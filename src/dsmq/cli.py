@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
-from dsmq import arguments, environment
-from dsmq.arguments import USAGE, Command
+from dsmq import command_line, environment
+from dsmq.command_line import USAGE, Command
 from dsmq.client import DSMQClientSideConnection, connect
 from dsmq.errors import AuthRequired, ConfigError, DSMQError, TooBig
 from dsmq.session import Message
@@ -46,7 +46,7 @@ def main(words: Sequence[str] | None = None) -> int:
         try:
             if words[:1] == ["serve"]:
                 _await_settings()
-            options = arguments.parse(words, _COMMANDS)
+            options = command_line.parse(words, _COMMANDS)
             command: Command = options.run
             return command(options)
         finally:
@@ -100,8 +100,8 @@ def _reason(error: Exception) -> str:
 def _connect(options: argparse.Namespace, timeout: float = 10.0) -> DSMQClientSideConnection:
     # Who names another server does not show it the token of the one that is configured here.
     known = _known(look_into_file=not options.host)
-    options.host = options.host or _checked(arguments.host, *known["host"])
-    options.port = options.port or _checked(arguments.port, *known["port"])
+    options.host = options.host or _checked(command_line.host, *known["host"])
+    options.port = options.port or _checked(command_line.port, *known["port"])
     files = {name: getattr(options, name) for name in ("ca_file", "cert_file", "key_file")}
     tls: bool | SSLContext = options.tls
     if known["tls_cert_file"][0] and not tls and not any(files.values()):
@@ -179,7 +179,7 @@ def _checked(kind: Callable[[str], T], text: str, source: str) -> T:
 def _token(file: str | None, known: dict[str, tuple[str, str]]) -> str | None:
     token, source = known["auth_token"]
     if file is None and token:
-        return _checked(arguments.token, token, source)
+        return _checked(command_line.token, token, source)
     file = file or known["auth_token_file"][0]
     if not file:
         return None

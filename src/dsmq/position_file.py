@@ -8,7 +8,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from dsmq import arguments
+from dsmq import command_line
 from dsmq.errors import ConfigError
 
 _MAX_BYTES = 1024
@@ -29,7 +29,7 @@ class PositionFile:
                 raise ConfigError(f"{self._path}: not a regular file")
             with self._path.open("rb") as stream:
                 text = stream.read(_MAX_BYTES).decode().strip()
-            return arguments.position(text)
+            return command_line.position(text)
         except FileNotFoundError:
             return None
         except OSError as error:
