@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import io
-import json
 import logging
 import os
 import queue
@@ -16,6 +15,8 @@ import weakref
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, TextIO
+
+from dsmq.terminal import LineFormatter, as_json
 
 if TYPE_CHECKING:
     from dsmq.config import Settings
@@ -113,10 +114,10 @@ class JSONFormatter(logging.Formatter):
         }
         if record.exc_info:
             shown["exception"] = self.formatException(record.exc_info)
-        return json.dumps(shown, ensure_ascii=False, default=str)
+        return as_json(shown)
 
 
-class JournalFormatter(logging.Formatter):
+class JournalFormatter(LineFormatter):
     """Lines for systemd's journal, which has the time itself: each begins with its priority (sd-daemon(3))."""
 
     _PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
@@ -132,7 +133,7 @@ def _formatter(form: str, stream: io.TextIOBase) -> logging.Formatter:
         return JSONFormatter()
     if form == "journal" or (form == "auto" and _is_journal(stream)):
         return JournalFormatter("%(message)s")
-    return logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    return LineFormatter("%(asctime)s %(levelname)s %(message)s")
 
 
 def _is_journal(stream: io.TextIOBase) -> bool:

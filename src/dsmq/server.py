@@ -24,7 +24,7 @@ from functools import partial
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from dsmq import __version__, auth, config, listening, logs, metrics, system
+from dsmq import __version__, auth, config, environment, listening, logs, metrics, system
 from dsmq.auth import Gate, HTTPGate
 from dsmq.commands import Services
 from dsmq.config import EmbeddedSettings, Settings
@@ -218,6 +218,7 @@ class Server:
         _logger.info(
             "dsmq %s serves on %s (process %d)", __version__, ", ".join(self.addresses), os.getpid(), extra=started
         )
+        environment.log_links()
         self._tell_security()
         for where in (side_port.url for side_port in self._side_ports):
             _logger.info("metrics on %smetrics, for people %s", where, where, extra=logs.event("side_port", url=where))
