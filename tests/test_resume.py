@@ -569,8 +569,9 @@ def test_a_client_that_was_idle_for_too_long_is_connected_anew(states: list[str]
 # What the server does for it
 
 
-def test_whoever_has_not_asked_is_told_too_that_the_server_stops() -> None:
+def test_a_client_with_notices_is_told_that_the_server_stops() -> None:
     with serving() as server, wire_to(server) as wire:
+        wire.ask_for_notices()
         assert wire.call("PUT", "t", "x") == 1
         server.stop()
         wire.send(b"PUT t y\r\n")
@@ -579,12 +580,36 @@ def test_whoever_has_not_asked_is_told_too_that_the_server_stops() -> None:
 
 
 def test_a_waiting_reader_has_its_answer_before() -> None:
+    with serving() as server, wire_to(server) as told, wire_to(server) as wire:
+        told.ask_for_notices()
+        for one in (told, wire):
+            one.send(b"READ t 0 WAIT 60000\r\n")
+        wait_until(lambda: server.waiting() == 2)
+        server.stop()
+        for one in (told, wire):
+            assert one.receive() == []
+        assert isinstance(told.receive(), Closing)
+        for one in (told, wire):
+            assert one.ended()
+
+
+def test_a_stop_sends_an_idle_client_nothing_that_it_did_not_ask_for() -> None:
+    with serving() as server, wire_to(server) as fresh, wire_to(server) as wire:
+        assert wire.call("PUT", "t", "x") == 1
+        server.stop()
+        assert wire.ended()
+        assert fresh.ended()
+
+
+def test_a_request_that_a_stop_leaves_undone_has_one_reply_that_says_so() -> None:
     with serving() as server, wire_to(server) as wire:
-        wire.send(b"READ t 0 WAIT 60000\r\n")
+        wire.send(b"GETWAIT t 60000\r\nPUT t y\r\nPUT t z\r\n")
         wait_until(lambda: server.waiting() == 1)
         server.stop()
-        assert wire.receive() == []
+        assert wire.receive() is None
         assert isinstance(wire.receive(), Closing)
+        assert wire.ended()
+        assert server.totals().stored == 0
 
 
 def test_puts_are_put_into_the_next_server_while_this_one_stops() -> None:

@@ -507,7 +507,6 @@ def test_ctrl_c_twice_ends_what_is_slow_but_not_the_last_snapshot(file: Path) ->
         slow.send(encode_request(b"READ", b"t", b"0") * 10)
         wait_until(lambda: bool(slow.socket.recv(1, socket.MSG_PEEK)))
         first.process.send_signal(signal.SIGINT)
-        assert wire.receive().code == "CLOSING"  # type: ignore[union-attr]
         assert wire.ended()
         first.process.send_signal(signal.SIGINT)
         rest = ended(first)
