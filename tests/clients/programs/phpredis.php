@@ -3,20 +3,19 @@
 [, $port, , $token] = $argv;
 $redis = new Redis();
 
-// phpredis raises where a connection breaks, and some errors of the server; others it returns as false.
+// A RedisException is an error of the server or a broken connection; here the first becomes a DomainException.
 function call(string ...$words)
 {
     global $redis, $port, $token;
-    if (!$redis->isConnected()) {
-        $redis->connect('127.0.0.1', (int) $port);
-        $token === '' || $redis->auth($token);
+    try {
+        if (!$redis->isConnected()) {
+            $redis->connect('127.0.0.1', (int) $port);
+            $token === '' || $redis->auth($token);
+        }
+        return $redis->rawCommand(...$words);
+    } catch (RedisException $error) {
+        throw preg_match('/^[A-Z]+ /', $error->getMessage()) ? new DomainException($error->getMessage()) : $error;
     }
-    $redis->clearLastError();
-    $reply = $redis->rawCommand(...$words);
-    if ($reply === false && $redis->getLastError()) {
-        throw new DomainException($redis->getLastError());
-    }
-    return $reply;
 }
 
 // Print each message once: the id of the last one, and the epoch, say where to read on.
