@@ -10,7 +10,8 @@ A program is started with a port, a version of RESP and a token, which may be em
     transaction WORD ...    run commands of three words in what the library calls a transaction
     shutdown                stop the server, by the library's own method if it has one
 
-Each is answered by "= reply", an array as one line of words, or "! error".
+Each is answered by "= reply", an array as one line of words, or "! error". A line with # is what a library tells an
+error handler, and not a caller.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ class Program:
     def __init__(self, command: list[str], environment: dict[str, str], port: int, protocol: int, token: str) -> None:
         self.said: list[str] = []
         """The lines before its answers."""
+        self.errors: list[str] = []
+        """Those among its answers, and what the library told an error handler."""
         self._answers: queue.Queue[str] = queue.Queue()
         self.process = subprocess.Popen(
             [*command, str(port), str(protocol), token],
@@ -58,8 +61,10 @@ class Program:
         for line in self.process.stdout:
             if line[0] in "=!":
                 self._answers.put(line.strip())
-            else:
+            elif line[0] != "#":
                 self.said.append(line.strip())
+            if line[0] in "#!":
+                self.errors.append(line.strip())
         self._answers.put("the program has ended")
 
     def tell(self, *words: str | int) -> None:

@@ -3,7 +3,7 @@ const Redis = require(process.argv[2]);
 const { sleep, serve } = require("./serve.js");
 const [port, , token] = process.argv.slice(3);
 const client = new Redis({ port, password: token || undefined, retryStrategy: () => 50 });
-client.on("error", () => {});
+client.on("error", (error) => console.log("#", error.message));
 
 // Print each message once: the id of the last one, and the epoch, say where to read on.
 async function read(topic) {

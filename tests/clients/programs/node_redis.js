@@ -6,7 +6,7 @@ const library = redis.addCommand ? withCallbacks() : withPromises();
 
 function withCallbacks() {
   const client = redis.createClient({ port, password: token || undefined, retry_strategy: () => 50 });
-  client.on("error", () => {});
+  client.on("error", (error) => console.log("#", error.message));
   ["put", "read", "frobnicate"].forEach((name) => redis.addCommand(name));
   const promise = (call) => new Promise((resolve, reject) => call((error, reply) => (error ? reject(error) : resolve(reply))));
   const run = (multi, commands) => {
@@ -25,14 +25,15 @@ function withCallbacks() {
 function withPromises() {
   const socket = { port, reconnectStrategy: () => 50 };
   const client = redis.createClient({ socket, password: token || undefined, ...(protocol > 2 && { RESP: 3 }) });
-  client.on("error", () => {});
-  client.connect().catch(() => {});
+  const tell = (error) => console.log("#", error.message);
+  client.on("error", tell);
+  client.connect().catch(tell);
   const queue = (commands) => commands.reduce((multi, words) => multi.addCommand(words.map(String)), client.multi());
   return {
     call: (...words) => client.sendCommand(words.map(String)),
     pipeline: (commands) => queue(commands).execAsPipeline(),
     transaction: (commands) => queue(commands).exec().catch((error) => error.replies || Promise.reject(error)),
-    shutdown: () => client.shutdown(),
+    shutdown: () => client.sendCommand(["SHUTDOWN"]),
     isReply: (error) => error instanceof redis.ErrorReply,
   };
 }
