@@ -6,15 +6,27 @@ It raises a ReplyError where there is no such reply. PROTOCOL.md says what each 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from typing import NoReturn, Protocol
+from itertools import accumulate
+from typing import NamedTuple, NoReturn, Protocol, TypeAlias
 
 from dsmq import __version__, config
 from dsmq.auth import DEFAULT_USER, Gate, Role
 from dsmq.config import Settings
-from dsmq.errors import AuthRequired, BadRequest, NotPermitted, TooBig, UnknownCommand, UnknownVersion, WrongEpoch
+from dsmq.errors import (
+    Aborted,
+    AuthRequired,
+    BadRequest,
+    NotPermitted,
+    ReplyError,
+    TooBig,
+    UnknownCommand,
+    UnknownVersion,
+    WrongEpoch,
+)
 from dsmq.listening import Census
 from dsmq.metrics import Counters
 from dsmq.protocol import (
@@ -38,8 +50,16 @@ MAX_WAIT_MS = 86_400_000
 MAX_NAME_BYTES = 64
 # Topics of which one connection's positions are held.
 MAX_POSITIONS = 10_000
+# Between MULTI and EXEC: requests, and bytes of their arguments.
+MAX_QUEUED_REQUESTS = 500
+MAX_QUEUED_BYTES = 524_288
+# About what Python takes for an argument beside its bytes.
+ARGUMENT_OVERHEAD_BYTES = 48
 
 _OK = encode_simple("OK")
+_QUEUED = encode_simple("QUEUED")
+# Above all ids.
+_UNBOUNDED = MAX_INTEGER + 1
 _PONG = encode_simple("PONG")
 
 
@@ -55,6 +75,41 @@ class Services:
     """Stop the server; takes the reason."""
     info: Callable[[], Mapping[str, Mapping[str, object]]]
     """What INFO shows: sections of names and values."""
+
+
+@dataclass(slots=True)
+class Transaction:
+    """The requests since MULTI."""
+
+    requests: list[tuple[Command, list[bytes]]] = field(default_factory=list)
+    size: int = 0
+    """Bytes of their arguments."""
+    memory: int = 0
+    """About how many bytes are held for them."""
+    aborted: bool = False
+
+    def add(self, command: Command, request: list[bytes]) -> None:
+        """Queue a request. Raises TooBig if there are too many."""
+        if self.aborted:
+            return
+        self.size += sum(map(len, request))
+        if len(self.requests) == MAX_QUEUED_REQUESTS or self.size > MAX_QUEUED_BYTES:
+            raise TooBig(f"MULTI takes {MAX_QUEUED_REQUESTS} requests and {MAX_QUEUED_BYTES} bytes of arguments")
+        self.memory += sum(map(len, request)) + len(request) * ARGUMENT_OVERHEAD_BYTES
+        self.requests.append((command, request))
+
+    def abort(self) -> None:
+        """Let EXEC fail: a request was refused."""
+        self.aborted = True
+        self.requests, self.memory = [], 0
+
+
+class Step(NamedTuple):
+    """One request of a transaction, when EXEC runs it."""
+
+    run: Callable[[], bytes | None]
+    below: int
+    """It reads only messages with ids below this one: what was put after it in the transaction is stored already."""
 
 
 class Client(Protocol):
@@ -75,6 +130,14 @@ class Client(Protocol):
     """Where GET goes on, by topic; the watermark for those not in it."""
     reading: tuple[bytes, int] | None
     """The topic it was sent messages of last, and the number of the last of them."""
+    steps: deque[Step]
+    """What EXEC has still to run."""
+    below: int
+    """While a step is run: what it says."""
+
+    @property
+    def transaction(self) -> Transaction | None:
+        """The transaction between MULTI and EXEC."""
 
     @property
     def max_read_bytes(self) -> int:
@@ -82,6 +145,15 @@ class Client(Protocol):
 
     def put(self, put: Put) -> None:
         """Store it with all that arrived at the same time; the reply follows then."""
+
+    def begin(self, transaction: Transaction | None) -> None:
+        """Queue requests in a transaction from now on, or run them again."""
+
+    def put_together(self, puts: list[Put], encode: Callable[[list[int] | ReplyError], bytes]) -> bytes | None:
+        """Store all or nothing, and return the encoded ids or error, or None where the store answers later."""
+
+    def run_next(self, steps: deque[Step]) -> None:
+        """Run these before any other request: each is replied to like a request of its own."""
 
     def reply_to(self, answer: Answer[T], encode: Callable[[T], bytes]) -> bytes | None:
         """Return the encoded answer, or None where the store answers later."""
@@ -111,6 +183,8 @@ class Command:
     least: int
     most: int
     role: Role = Role.READ
+    parse: Callable[[Client, list[bytes]], object] = lambda _client, _request: None
+    """Raises the error for wrong arguments, before a transaction queues them."""
 
     def forbid(self, role: Role) -> NoReturn:
         """Raise the error for a client whose role is too low."""
@@ -137,12 +211,16 @@ def find(name: bytes) -> Command:
 
 
 def _put(client: Client, request: list[bytes]) -> None:
+    client.put(_parse_put(client, request))
+
+
+def _parse_put(client: Client, request: list[bytes]) -> Put:
     body = request[2]
     most = client.services.settings.max_message_bytes
     if len(body) > most:
         # The parser stops longer ones before they have arrived, but looks at no length below 1,024.
         raise TooBig(f"a message has at most {most} bytes, not {len(body)}")
-    client.put((_topic(client, request[1]), body, _key(client, request) if len(request) > 3 else None))
+    return _topic(client, request[1]), body, _key(client, request) if len(request) > 3 else None
 
 
 def _key(client: Client, request: list[bytes]) -> tuple[bytes, int] | None:
@@ -167,10 +245,12 @@ def _key(client: Client, request: list[bytes]) -> tuple[bytes, int] | None:
     return producer, _integer(seq, "seq")
 
 
+def _parse_read(client: Client, request: list[bytes]) -> tuple[bytes, int, _ReadOptions]:
+    return _topic(client, request[1]), _integer(request[2], "after"), _read_options(*request[3:])
+
+
 def _read(client: Client, request: list[bytes]) -> bytes | None:
-    topic = _topic(client, request[1])
-    after = _integer(request[2], "after")
-    wait, count, size, latest, epoch = _read_options(*request[3:])
+    topic, after, (wait, count, size, latest, epoch) = _parse_read(client, request)
     store = client.services.store
     if epoch is not None:
         _check_epoch(store, epoch)
@@ -178,7 +258,7 @@ def _read(client: Client, request: list[bytes]) -> bytes | None:
         raise BadRequest(f"after is above the last id, {store.last_id()}: it is of another epoch, or none")
     fetch: Fetch
     if latest:
-        fetch = partial(store.latest, topic, after)
+        fetch = _newest(client, topic, after)
     else:
         fetch = partial(store.read, topic, after, count, min(size, client.max_read_bytes))
     encode = partial(_delivered, client, topic)
@@ -196,8 +276,15 @@ def _wrong_epoch(store: Store, about: str) -> WrongEpoch:
     return WrongEpoch(f"{store.epoch} {store.run} {about}")
 
 
+def _newest(client: Client, topic: bytes, after: int) -> Fetch:
+    return partial(client.services.store.latest, topic, after, *((client.below,) if client.below else ()))
+
+
+_ReadOptions: TypeAlias = tuple[int, int, int, bool, bytes | None]
+
+
 @lru_cache
-def _read_options(*words: bytes) -> tuple[int, int, int, bool, bytes | None]:
+def _read_options(*words: bytes) -> _ReadOptions:
     options = _options(words, {b"COUNT": 1, b"BYTES": 1, b"WAIT": 1, b"LATEST": 0, b"EPOCH": 1})
     wait = _number(options, b"WAIT", 0, 0, MAX_WAIT_MS)
     count = _number(options, b"COUNT", DEFAULT_COUNT, 1, MAX_COUNT)
@@ -228,24 +315,33 @@ def _delivered(client: Client, topic: bytes, messages: list[Message]) -> bytes:
 
 
 def _get(client: Client, request: list[bytes]) -> bytes | None:
-    return _next(client, request[1], 0, 1)
+    return _next(client, _topic(client, request[1]), 0, 1)
 
 
 def _getwait(client: Client, request: list[bytes]) -> bytes | None:
-    return _next(client, request[1], _integer(request[2], "milliseconds", most=MAX_WAIT_MS), 1)
+    return _next(client, *_parse_getwait(client, request), 1)
+
+
+def _parse_getwait(client: Client, request: list[bytes]) -> tuple[bytes, int]:
+    return _topic(client, request[1]), _integer(request[2], "milliseconds", most=MAX_WAIT_MS)
+
+
+def _parse_topic(client: Client, request: list[bytes]) -> bytes:
+    return _topic(client, request[1])
 
 
 def _getlatest(client: Client, request: list[bytes]) -> bytes | None:
-    return _next(client, request[1], 0, 0)
+    return _next(client, _topic(client, request[1]), 0, 0)
 
 
-def _next(client: Client, name: bytes, wait: int, count: int) -> bytes | None:
+def _next(client: Client, topic: bytes, wait: int, count: int) -> bytes | None:
     """Reply the message behind the connection's position, or with a count of 0 the newest."""
-    topic = _topic(client, name)
-    store = client.services.store
     position = client.positions.get(topic, client.watermark)
     fetch: Fetch
-    fetch = partial(store.read, topic, position, count, 1) if count else partial(store.latest, topic, position)
+    if count:
+        fetch = partial(client.services.store.read, topic, position, count, 1)
+    else:
+        fetch = _newest(client, topic, position)
     return client.wait_for(topic, wait, fetch, partial(_moved, client, topic))
 
 
@@ -296,6 +392,100 @@ def _shutdown(client: Client, _: list[bytes]) -> bytes | None:
     # As Redis does it. Clients take any reply for that to their next command.
     client.finish()
     return None
+
+
+# Transactions
+
+
+def _multi(client: Client, _: list[bytes]) -> bytes:
+    client.begin(Transaction())
+    return _OK
+
+
+def _queue(client: Client, request: list[bytes]) -> bytes:
+    command = find(request[0])
+    command.parse(client, request)
+    if client.transaction is not None:
+        client.transaction.add(command, request)
+    return _QUEUED
+
+
+def _not_queued(_: Client, request: list[bytes]) -> NoReturn:
+    raise BadRequest(f"{find(request[0]).name} can't be part of a transaction")
+
+
+def _discard(client: Client, _: list[bytes]) -> bytes:
+    _end_transaction(client, "DISCARD")
+    return _OK
+
+
+def _end_transaction(client: Client, name: str) -> Transaction:
+    transaction = client.transaction
+    if transaction is None:
+        raise BadRequest(f"{name} without MULTI")
+    client.begin(None)
+    return transaction
+
+
+def _exec(client: Client, _: list[bytes]) -> bytes | None:
+    """Store all puts of the transaction together, then run its requests one after another.
+
+    The length of the reply is known, so it is sent in parts: each request is run like one that has just come, with the
+    same bounds on replies and on the time that others wait.
+    """
+    transaction = _end_transaction(client, "EXEC")
+    if transaction.aborted:
+        raise Aborted("nothing was run, because a request since MULTI was refused")
+    requests = transaction.requests
+    encode = partial(_run_transaction, client, requests, client.services.store.last_id())
+    try:
+        puts = [_parse_put(client, request) for command, request in requests if command is PUT]
+    except ReplyError as error:
+        # A limit has changed since.
+        return encode(error)
+    return client.put_together(puts, encode) if puts else encode([])
+
+
+def _run_transaction(
+    client: Client, requests: list[tuple[Command, list[bytes]]], last_id: int, stored: list[int] | ReplyError
+) -> bytes:
+    """Have the requests run, whose puts are stored or refused; return the head of the reply."""
+    ids = [] if isinstance(stored, ReplyError) else stored
+    # With the highest id before each: one that is not above it belongs to an earlier put with the same KEY.
+    puts = zip(reversed(ids), [*accumulate(ids, max, initial=last_id)][-2::-1], strict=True)
+    below: dict[bytes, int] = {}
+    steps: deque[Step] = deque()
+    for command, request in reversed(requests):
+        first = below.get(request[1], _UNBOUNDED) if len(request) > 1 else _UNBOUNDED
+        run: Callable[[], bytes | None] = partial(command.handler, client, request)
+        if command is PUT and isinstance(stored, ReplyError):
+            client.counters.puts_refused[stored.code] += 1
+            run = partial(_raise, stored)
+        elif command is PUT:
+            message_id, highest = next(puts)
+            if message_id > highest:
+                below[request[1]] = message_id
+            run = partial(encode_integer, message_id)
+        steps.appendleft(Step(run, first))
+    client.run_next(steps)
+    return b"*%d\r\n" % len(requests)
+
+
+def _raise(error: ReplyError) -> NoReturn:
+    raise error.with_traceback(None)
+
+
+def _step(client: Client, request: list[bytes]) -> bytes | None:
+    """Run what EXEC has still to run. Its request has an empty name, and so can't come before that from the client."""
+    if not client.steps:
+        find(request[0])
+    client.counters.commands["EXEC"] -= 1
+    step = client.steps.popleft()
+    client.below = step.below
+    try:
+        return step.run()
+    finally:
+        client.below = 0
 
 
 # Handshake and housekeeping: what clients of RESP send by themselves.
@@ -500,18 +690,23 @@ def _as_text(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-PUT = Command("PUT", _put, 2, 8, Role.WRITE)
+PUT = Command("PUT", _put, 2, 8, Role.WRITE, _parse_put)
+EXEC = Command("EXEC", _exec, 0, 0)
+DISCARD = Command("DISCARD", _discard, 0, 0)
 
 COMMANDS: dict[bytes, Command] = {
     command.name.encode(): command
     for command in (
         PUT,
-        Command("READ", _read, 2, 11),
-        Command("GET", _get, 1, 1),
-        Command("GETLATEST", _getlatest, 1, 1),
-        Command("GETWAIT", _getwait, 2, 2),
+        Command("READ", _read, 2, 11, parse=_parse_read),
+        Command("GET", _get, 1, 1, parse=_parse_topic),
+        Command("GETLATEST", _getlatest, 1, 1, parse=_parse_topic),
+        Command("GETWAIT", _getwait, 2, 2, parse=_parse_getwait),
+        Command("MULTI", _multi, 0, 0),
+        EXEC,
+        DISCARD,
         Command("TOPICS", _topics, 0, 4),
-        Command("STATS", _stats, 1, 1),
+        Command("STATS", _stats, 1, 1, parse=_parse_topic),
         Command("SHUTDOWN", _shutdown, 0, 0, Role.ADMIN),
         Command("HELLO", _hello, 0, 7, Role.NOBODY),
         Command("AUTH", _auth, 1, 2, Role.NOBODY),
@@ -527,7 +722,20 @@ COMMANDS: dict[bytes, Command] = {
 }
 
 PERMITTED: dict[Role, dict[bytes, Command]] = {
-    role: {name: command for name, command in COMMANDS.items() if role >= command.role} for role in Role
+    role: {name: command for name, command in COMMANDS.items() if role >= command.role}
+    | {b"": Command("EXEC", _step, 0, 63)}
+    for role in Role
 }
 """The commands that need no further look, by role; a stranger's all do."""
 PERMITTED[Role.NOBODY] = {}
+
+
+def _queued(command: Command) -> Command:
+    if command in (EXEC, DISCARD):
+        return command
+    alone = command.name in ("MULTI", "HELLO", "AUTH", "QUIT", "SHUTDOWN")
+    return replace(command, handler=_not_queued if alone else _queue)
+
+
+QUEUED = {role: {name: _queued(command) for name, command in PERMITTED[role].items() if name} for role in Role}
+"""The same between MULTI and EXEC."""

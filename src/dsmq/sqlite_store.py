@@ -65,7 +65,7 @@ _DELETE_TOPIC = "DELETE FROM topics WHERE id = ?"
 _READ = """SELECT put_at, last_number, ids_and_sizes, bodies FROM chunks
     WHERE topic = ? AND last_id > ? AND put_at >= ? ORDER BY last_id"""
 _LATEST = """SELECT put_at, last_number, ids_and_sizes, bodies FROM chunks
-    WHERE topic = ? ORDER BY last_id DESC LIMIT 1"""
+    WHERE topic = ? ORDER BY last_id DESC"""
 _OLDEST = "SELECT put_at, ids_and_sizes FROM chunks WHERE topic = ? ORDER BY last_id LIMIT 1"
 # A pair of 64-bit integers, an id and a size, is 16 bytes.
 _EXPIRY = """SELECT last_id, topic, put_at, length(ids_and_sizes) / 16, length(bodies)
@@ -358,24 +358,30 @@ class SQLiteStore:
             if message[2] >= since:
                 yield message
 
-    def latest(self, topic: bytes, after: int) -> list[Message]:
+    def latest(self, topic: bytes, after: int, below: int = sys.maxsize) -> list[Message]:
         known = self._topics.get(topic)
         if known is None or after >= known.last_id:
             return []
         with self._guard:
             now = self._clock()
             since = now - self.max_age_ms
-            held = known.tail or self._newest_written(known)
-            if not held or held[-1][2] < since:
+            found = known.tail[-1] if known.tail and below > known.last_id else self._newest_below(known, below)
+            if found is None or found[0] <= after or found[2] < since:
                 return []
-            message_id, number, put_at, body = held[-1]
+            message_id, number, put_at, body = found
             # What it passes over is not wanted any more.
             known.note_read(1, number)
             return [Message(message_id, number, now - put_at, body, put_at - since)]
 
-    def _newest_written(self, topic: _Topic) -> list[Stored]:
-        row = self._database.execute(_LATEST, (topic.row,)).fetchone()
-        return list(unpack(row, topic.last_id - 1)) if row else []
+    def _newest_below(self, topic: _Topic, below: int) -> Stored | None:
+        if at := bisect_left(topic.tail, (below,)):
+            return topic.tail[at - 1]
+        after = topic.last_id - 1 if below > topic.last_id else 0
+        # More than one chunk is looked at only if the last ones begin at or above it.
+        for row in self._database.execute(_LATEST, (topic.row,)):
+            if found := [message for message in unpack(row, after) if message[0] < below]:
+                return found[-1]
+        return None
 
     def last_id(self) -> int:
         return self._last_id
