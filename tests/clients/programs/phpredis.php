@@ -89,10 +89,15 @@ function transaction(string ...$words): array
     global $redis;
     call('PING');
     $redis->multi();
-    foreach (array_chunk($words, 3) as $command) {
-        $redis->rawCommand(...$command);
+    try {
+        foreach (array_chunk($words, 3) as $command) {
+            $redis->rawCommand(...$command);
+        }
+    } catch (RedisException $error) {
+        $redis->discard();
+        throw $error;
     }
-    return $redis->exec() ?: throw new DomainException($redis->getLastError() ?? 'no reply to EXEC');
+    return $redis->exec();
 }
 
 $commands = ['call' => 'call', 'read' => 'read_all', 'write' => 'write_all', 'pipeline' => 'pipeline',
@@ -101,7 +106,11 @@ while ($line = fgets(STDIN)) {
     $words = explode(' ', trim($line));
     try {
         $reply = (array) $commands[array_shift($words)](...$words);
-        echo '= ', implode(' ', array_map(fn ($one) => $one === false ? $redis->getLastError() : $one, $reply)), "\n";
+        $flat = [];
+        array_walk_recursive($reply, function ($one) use (&$flat, $redis) {
+            $flat[] = $one === false ? $redis->getLastError() : $one;
+        });
+        echo '= ', implode(' ', $flat), "\n";
     } catch (DomainException | RedisException $error) {
         echo '! ', $error->getMessage(), "\n";
     }
