@@ -117,7 +117,7 @@ class Library:
 
 def _python(version: str) -> Library:
     """redis-py of a version, or with "" of that which the tests are installed with."""
-    folder = CACHE / f"redis-py-{version}" if version else None
+    folder = CACHE / f"redis-py-{version}-{sys.implementation.cache_tag}" if version else None
 
     def prepare() -> list[str]:
         if folder:
@@ -173,7 +173,7 @@ def _go() -> list[str]:
     go = tool("go", "golang-go")
     if not REDIGO.exists():
         pytest.skip("Debian's package golang-github-gomodule-redigo-dev is not installed")
-    return _compiled("redigo.go", ["env", "GO111MODULE=off", "GOPATH=/usr/share/gocode", go, "build"], [])
+    return _compiled("redigo.go", ["env", "CGO_ENABLED=0", "GO111MODULE=off", "GOPATH=/usr/share/gocode", go, "build"], [])
 
 
 def _need(command: list[str], package: str) -> None:
@@ -186,7 +186,9 @@ def _compiled(source: str, compiler: list[str], libraries: list[str]) -> list[st
     binary = CACHE / Path(source).stem
     if not binary.exists() or binary.stat().st_mtime < (PROGRAMS / source).stat().st_mtime:
         CACHE.mkdir(parents=True, exist_ok=True)
-        subprocess.run([*compiler, "-o", str(binary), str(PROGRAMS / source), *libraries], check=True)
+        unfinished = binary.with_suffix(f".{os.getpid()}")
+        subprocess.run([*compiler, "-o", str(unfinished), str(PROGRAMS / source), *libraries], check=True)
+        unfinished.rename(binary)
     return [str(binary)]
 
 
