@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import accumulate
-from typing import NamedTuple, NoReturn, Protocol, TypeAlias
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeAlias
 
 from dsmq import __version__, config
 from dsmq.auth import DEFAULT_USER, Gate, Role
@@ -40,6 +40,7 @@ from dsmq.protocol import (
     encode_simple,
 )
 from dsmq.store import Answer, Message, Put, Store, T, TopicStats
+from dsmq.syntax import arguments, bounds
 
 DEFAULT_COUNT = 100
 MAX_COUNT = 1_000
@@ -58,6 +59,9 @@ ARGUMENT_OVERHEAD_BYTES = 48
 
 _OK = encode_simple("OK")
 _QUEUED = encode_simple("QUEUED")
+_NULL_ARRAY = {2: b"*-1\r\n", 3: encode_null(3)}
+# How Redis would call what a role may do, for those who ask what kind of command it is.
+_FLAGS = {Role.NOBODY: "no_auth", Role.READ: "readonly", Role.WRITE: "write", Role.ADMIN: "admin"}
 # Above all ids.
 _UNBOUNDED = MAX_INTEGER + 1
 _PONG = encode_simple("PONG")
@@ -180,11 +184,18 @@ class Command:
 
     name: str
     handler: Handler
-    least: int
-    most: int
+    syntax: str = ""
+    """The arguments as PROTOCOL.md writes them: see `syntax.bounds`."""
+    summary: str = ""
     role: Role = Role.READ
     parse: Callable[[Client, list[bytes]], object] = lambda _client, _request: None
     """Raises the error for wrong arguments, before a transaction queues them."""
+    least: int = field(init=False)
+    most: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        for name, value in zip(("least", "most"), bounds(self.syntax), strict=True):
+            object.__setattr__(self, name, value)
 
     def forbid(self, role: Role) -> NoReturn:
         """Raise the error for a client whose role is too low."""
@@ -196,7 +207,8 @@ class Command:
         """Raise BadRequest where the number of arguments is wrong."""
         if not self.least <= len(request) - 1 <= self.most:
             wanted = str(self.least) if self.least == self.most else f"{self.least} to {self.most}"
-            raise BadRequest(f"{self.name} takes {wanted} arguments, not {len(request) - 1}")
+            usage = f"{self.name} {self.syntax}".strip()
+            raise BadRequest(f"{self.name} takes {wanted} arguments, not {len(request) - 1}: {usage}")
 
 
 def find(name: bytes) -> Command:
@@ -383,7 +395,10 @@ def _encode_stats(version: int, stats: TopicStats) -> bytes:
     return encode_map(version, [(name, encode_integer(value)) for name, value in values.items()])
 
 
-def _shutdown(client: Client, _: list[bytes]) -> bytes | None:
+def _shutdown(client: Client, request: list[bytes]) -> bytes | None:
+    # Whether a snapshot is written is a setting, and not for clients to decide.
+    if len(request) > 1 and request[1].upper() not in (b"NOSAVE", b"SAVE"):
+        raise BadRequest("SHUTDOWN takes NOSAVE or SAVE, which change nothing")
     if not client.services.settings.remote_shutdown:
         raise NotPermitted("SHUTDOWN is off: remote_shutdown is false")
     client.services.request_stop(f"SHUTDOWN from client {client.id}")
@@ -556,6 +571,16 @@ def _select(_: Client, request: list[bytes]) -> bytes:
     return _OK
 
 
+def _readonly(_: Client, __: list[bytes]) -> bytes:
+    return _OK
+
+
+def _reset(client: Client, _: list[bytes]) -> bytes:
+    client.begin(None)
+    client.name, client.version, client.notices = b"", 2, False
+    return encode_simple("RESET")
+
+
 def _client(client: Client, request: list[bytes]) -> bytes:
     match [request[1].upper(), *request[2:]]:
         case [b"SETNAME", name]:
@@ -565,42 +590,62 @@ def _client(client: Client, request: list[bytes]) -> bytes:
             return encode_bulk(client.name) if client.name else encode_null(client.version)
         case [b"ID"]:
             return encode_integer(client.id)
-        case [b"SETINFO", _, _]:
+        case [b"SETINFO", _, _] | [b"NO-EVICT" | b"NO-TOUCH", _] | [b"MAINT_NOTIFICATIONS", *_]:
+            # There is nothing to evict or touch, and no maintenance to notify of. redis-py 8 asks at every connection.
             return _OK
-    raise BadRequest("CLIENT knows SETNAME name, GETNAME, ID, and SETINFO name value")
+    raise BadRequest(
+        "CLIENT knows SETNAME name, GETNAME, ID, SETINFO name value, NO-EVICT, NO-TOUCH and MAINT_NOTIFICATIONS"
+    )
 
 
 def _command(client: Client, request: list[bytes]) -> bytes:
     match [word.upper() for word in request[1:]]:
-        case []:
+        case [] | [b"INFO"]:
             return encode_array([_described(command) for command in COMMANDS.values()])
+        case [b"INFO", *names]:
+            known = [COMMANDS.get(name) for name in names]
+            return encode_array([_described(one) if one else _NULL_ARRAY[client.version] for one in known])
         case [b"COUNT"]:
             return encode_integer(len(COMMANDS))
         case [b"DOCS", *names]:
             wanted = [command for name, command in COMMANDS.items() if not names or name in names]
-            return encode_map(client.version, [(command.name.lower(), _documented(client)) for command in wanted])
-    raise BadRequest("COMMAND knows COUNT and DOCS [name ...]")
+            docs = [(command.name.lower(), _documented(client.version, command)) for command in wanted]
+            return encode_map(client.version, docs)
+    raise BadRequest("COMMAND knows COUNT, DOCS [name ...] and INFO [name ...]")
 
 
 def _described(command: Command) -> bytes:
-    # Redis's form: name, arity (the name counts; negative means at least), flags, first key, last key, step.
+    """Describe a command as Redis 7 does.
+
+    Name, arity (the name counts; negative means at least), flags, first key, last key, step, and lists of categories,
+    tips, key specifications and subcommands. No argument is called a key: clients of a Redis cluster hash those.
+    """
     arity = command.least + 1 if command.least == command.most else -(command.least + 1)
+    name, flags = encode_bulk(command.name.lower().encode()), encode_array([encode_simple(_FLAGS[command.role])])
     # Redis's integers have a sign; those of dsmq never do.
-    return encode_array(
-        [encode_bulk(command.name.lower().encode()), b":%d\r\n" % arity, encode_array([]), *[encode_integer(0)] * 3]
-    )
+    return encode_array([name, b":%d\r\n" % arity, flags, *[encode_integer(0)] * 3, *[encode_array([])] * 4])
 
 
-def _documented(client: Client) -> bytes:
-    return encode_map(client.version, [("summary", encode_bulk(b"see PROTOCOL.md")), ("group", encode_bulk(b"dsmq"))])
+def _documented(version: int, command: Command) -> bytes:
+    about = {"summary": command.summary, "since": "2.0.0", "group": "dsmq", "arguments": arguments(command.syntax)}
+    return _encoded(version, about)
+
+
+def _encoded(version: int, value: Any) -> bytes:
+    """Encode texts, dicts, and lists: of dicts, or of flags, which redis-cli wants as simple strings."""
+    if isinstance(value, dict):
+        return encode_map(version, [(name, _encoded(version, one)) for name, one in value.items()])
+    if isinstance(value, list):
+        return encode_array([encode_simple(one) if isinstance(one, str) else _encoded(version, one) for one in value])
+    return encode_bulk(value.encode())
 
 
 def _config(client: Client, request: list[bytes]) -> bytes:
     if request[1].upper() != b"GET":
         raise BadRequest("CONFIG knows GET pattern ...")
     settings = {name: _as_text(value) for name, value in config.as_dict(client.services.settings).items()}
-    # redis-benchmark asks for these two, to say how Redis persists.
-    settings |= {"save": "", "appendonly": "no"}
+    # redis-benchmark asks for the first two, to say how Redis persists; redis-cli --stat for the last.
+    settings |= {"save": "", "appendonly": "no", "databases": "1"}
     patterns = [pattern.decode(errors="replace").lower() for pattern in request[2:]]
     if any(len(pattern) > MAX_NAME_BYTES for pattern in patterns):
         raise BadRequest(f"a pattern has at most {MAX_NAME_BYTES} bytes")
@@ -630,7 +675,7 @@ def _info(client: Client, request: list[bytes]) -> bytes:
     lines = []
     for section, values in client.services.info().items():
         # What others do is an admin's to know.
-        if (everything or section in wanted) and (client.role is Role.ADMIN or section == "server"):
+        if (everything or section in wanted) and (client.role is Role.ADMIN or section in ("server", "replication")):
             lines += [f"# {section.capitalize()}", *(f"{name}:{_as_text(value)}" for name, value in values.items()), ""]
     return encode_bulk("\r\n".join(lines).encode())
 
@@ -690,40 +735,60 @@ def _as_text(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-PUT = Command("PUT", _put, 2, 8, Role.WRITE, _parse_put)
-EXEC = Command("EXEC", _exec, 0, 0)
-DISCARD = Command("DISCARD", _discard, 0, 0)
-
+PUT = Command(
+    "PUT",
+    _put,
+    "topic message [KEY producer seq [AGAIN]] [RUN run]",
+    "Store a message; reply its id. With KEY, storing it again changes nothing.",
+    Role.WRITE,
+    _parse_put,
+)
 COMMANDS: dict[bytes, Command] = {
     command.name.encode(): command
     for command in (
         PUT,
-        Command("READ", _read, 2, 11, parse=_parse_read),
-        Command("GET", _get, 1, 1, parse=_parse_topic),
-        Command("GETLATEST", _getlatest, 1, 1, parse=_parse_topic),
-        Command("GETWAIT", _getwait, 2, 2, parse=_parse_getwait),
-        Command("MULTI", _multi, 0, 0),
-        EXEC,
-        DISCARD,
-        Command("TOPICS", _topics, 0, 4),
-        Command("STATS", _stats, 1, 1, parse=_parse_topic),
-        Command("SHUTDOWN", _shutdown, 0, 0, Role.ADMIN),
-        Command("HELLO", _hello, 0, 7, Role.NOBODY),
-        Command("AUTH", _auth, 1, 2, Role.NOBODY),
-        Command("PING", _ping, 0, 1, Role.NOBODY),
-        Command("ECHO", _echo, 1, 1),
-        Command("QUIT", _quit, 0, 0, Role.NOBODY),
-        Command("SELECT", _select, 1, 1),
-        Command("CLIENT", _client, 1, 3),
-        Command("COMMAND", _command, 0, 63),
-        Command("CONFIG", _config, 2, 63, Role.ADMIN),
-        Command("INFO", _info, 0, 63),
+        Command(
+            "READ",
+            _read,
+            "topic after [COUNT n] [BYTES n] [WAIT ms] [LATEST] [EPOCH epoch]",
+            "Reply the messages with ids above `after`: id, number, age in ms, body, and ms left, of each.",
+            parse=_parse_read,
+        ),
+        Command("GET", _get, "topic", "Reply the next message, by this connection's own position.", parse=_parse_topic),
+        Command(
+            "GETLATEST", _getlatest, "topic", "Reply the newest message and pass over the others.", parse=_parse_topic
+        ),
+        Command("GETWAIT", _getwait, "topic milliseconds", "Wait for the next message.", parse=_parse_getwait),
+        Command("MULTI", _multi, "", "Queue the requests that follow, until EXEC."),
+        Command("EXEC", _exec, "", "Store all puts since MULTI or none, run the requests, and reply an array."),
+        Command("DISCARD", _discard, "", "Drop the requests since MULTI."),
+        Command("TOPICS", _topics, "[AFTER topic] [COUNT n]", "List topics that hold messages: name, messages, bytes."),
+        Command("STATS", _stats, "topic", "Describe what a topic holds.", parse=_parse_topic),
+        Command("SHUTDOWN", _shutdown, "[NOSAVE|SAVE]", "Stop the server gracefully.", Role.ADMIN),
+        Command(
+            "HELLO",
+            _hello,
+            "[2|3 [AUTH user token] [SETNAME name] [NOTICES]]",
+            "Choose the version of RESP, authenticate, and describe the server.",
+            Role.NOBODY,
+        ),
+        Command("AUTH", _auth, "[user] token", "Authenticate.", Role.NOBODY),
+        Command("PING", _ping, "[message]", "Reply PONG, or the message.", Role.NOBODY),
+        Command("ECHO", _echo, "message", "Reply the message."),
+        Command("QUIT", _quit, "", "Close the connection.", Role.NOBODY),
+        Command("RESET", _reset, "", "Forget MULTI, name, NOTICES and RESP 3; keep the token."),
+        Command("SELECT", _select, "0", "Do nothing: there is one database."),
+        Command("READONLY", _readonly, "", "Do nothing: all commands are always taken."),
+        Command("CLIENT", _client, "subcommand [argument ...]", "Name the connection, or describe it."),
+        Command("COMMAND", _command, "[COUNT|DOCS|INFO [name ...]]", "Describe the commands."),
+        Command("CONFIG", _config, "GET pattern ...", "Reply settings, secrets masked.", Role.ADMIN),
+        Command("INFO", _info, "[section ...]", "Describe the server's state, as lines."),
     )
 }
 
 PERMITTED: dict[Role, dict[bytes, Command]] = {
     role: {name: command for name, command in COMMANDS.items() if role >= command.role}
-    | {b"": Command("EXEC", _step, 0, 63)}
+    | {b"": Command("EXEC", _step, "[...]")}
     for role in Role
 }
 """The commands that need no further look, by role; a stranger's all do."""
@@ -731,7 +796,7 @@ PERMITTED[Role.NOBODY] = {}
 
 
 def _queued(command: Command) -> Command:
-    if command in (EXEC, DISCARD):
+    if command.name in ("EXEC", "DISCARD", "RESET"):
         return command
     alone = command.name in ("MULTI", "HELLO", "AUTH", "QUIT", "SHUTDOWN")
     return replace(command, handler=_not_queued if alone else _queue)

@@ -157,7 +157,6 @@ class Connection:
         # What of it is part of the loop's backlog.
         self._backlog = 0
         self._set_bounds()
-        self._max_requests = loop.services.settings.max_requests_per_turn
         self._events = 0
         self._wait: _Wait | None = None
         # The reply to the request before is outstanding; those behind it have to wait.
@@ -196,6 +195,7 @@ class Connection:
     def _set_bounds(self) -> None:
         """Say how much is held for it: little for a stranger."""
         settings = self.services.settings
+        self._max_requests = settings.max_requests_per_turn
         self._permitted = (QUEUED if self.transaction else PERMITTED)[self.role]
         if self.role is Role.NOBODY:
             most = settings.max_unauthenticated_bytes
@@ -209,9 +209,16 @@ class Connection:
 
     def open(self) -> None:
         """Begin to read requests."""
-        if self.stranger:
-            self._stranger_until = self._loop.now + self.services.settings.auth_timeout_seconds
+        self.apply_settings()
         self._watch()
+
+    def apply_settings(self) -> None:
+        """Go by the settings in force from now on."""
+        if self.finishing:
+            return
+        self._set_bounds()
+        if self.stranger:
+            self._stranger_until = self.opened_at + self.services.settings.auth_timeout_seconds
         self._schedule()
 
     # Bytes in

@@ -142,6 +142,10 @@ class Worker:
     def admit(self, connection: Connection) -> None:
         self._strangers.pop(connection, None)
 
+    def apply_settings(self) -> None:
+        """Have all connections go by the settings in force. To be posted."""
+        self._for_all(Connection.apply_settings)
+
     def check_tokens(self) -> None:
         """Let go of those whose token is none any more. To be posted."""
         self._for_all(Connection.check_token)
