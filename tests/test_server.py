@@ -393,6 +393,16 @@ def test_housekeeping(wire: Wire) -> None:
     assert wire.ended()
 
 
+def test_a_client_that_sends_on_behind_the_last_reply_is_not_reset(server: Server, wire: Wire) -> None:
+    with wire_to(server) as other:
+        assert wire.call("QUIT") == "OK"
+        for _ in range(3):
+            assert other.call("PING") == "PONG"
+            wire.send(b"PING\r\n")
+        assert wire.ended()
+
+
+
 def test_inline_requests(wire: Wire) -> None:
     wire.send(b'PUT greetings "hello, you"\r\n\nGET greetings\n')
     assert [wire.receive(), wire.receive()] == [1, b"hello, you"]

@@ -580,7 +580,8 @@ class Connection:
 
     def flush(self) -> None:
         """Send what the socket takes."""
-        if self.closed:
+        if self.closed or self._linger_until != math.inf:
+            # Its sending side is closed: another send would fail, and close the connection under the last reply.
             return
         try:
             out = self._out

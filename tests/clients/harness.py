@@ -1,0 +1,209 @@
+"""Other people's client libraries: the programs that use them, how each is made ready, and how it is asked.
+
+A program is started with a port, a version of RESP and a token, which may be empty. It reads requests from its input:
+
+    call WORD ...           send this command, by whatever the library has for commands that it does not know
+    read TOPIC              print "- id body" for each message, once, over all restarts, until one that says "end"
+    write TOPIC FIRST LAST  put these numbers, once, over all restarts, and print "- id number" for each; "? number" if
+                            it may have been stored in an earlier run of the server
+    pipeline TOPIC COUNT    put so many messages of 50 bytes in one pipeline, and say how many ids came back
+    transaction WORD ...    run commands of three words in what the library calls a transaction
+    shutdown                stop the server, by the library's own method if it has one
+
+Each is answered by "= reply", an array as one line of words, or "! error". A line with # is what a library tells an
+error handler, and not a caller.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from conftest import SOON, tool
+
+PROGRAMS = Path(__file__).parent / "programs"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsmq-tests" / "clients"
+REDIGO = Path("/usr/share/gocode/src/github.com/gomodule/redigo")
+
+
+class Program:
+    """A running program that uses a library."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], port: int, protocol: int, token: str) -> None:
+        self.said: list[str] = []
+        """The lines before its answers."""
+        self.errors: list[str] = []
+        """Those among its answers, and what the library told an error handler."""
+        self._answers: queue.Queue[str] = queue.Queue()
+        self.process = subprocess.Popen(
+            [*command, str(port), str(protocol), token],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+            env={**os.environ, **environment},
+        )
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line[0] in "=!":
+                self._answers.put(line.strip())
+            elif line[0] != "#":
+                self.said.append(line.strip())
+            if line[0] in "#!":
+                self.errors.append(line.strip())
+        self._answers.put("the program has ended")
+
+    def tell(self, *words: str | int) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(" ".join(map(str, words)) + "\n")
+
+    def answer(self, seconds: float = SOON) -> str:
+        return self._answers.get(timeout=seconds)
+
+    def ask(self, *words: str | int) -> str:
+        self.tell(*words)
+        return self.answer()
+
+    def call(self, *words: str | int) -> str:
+        return self.ask("call", *words)
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.kill()
+        self.process.wait()
+        self._reader.join()
+        self.process.stdout.close()
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
+
+
+@dataclass(frozen=True)
+class Library:
+    """A library of one version: what makes it ready, and returns the command that runs its program."""
+
+    name: str
+    prepare: Callable[[], list[str]]
+    path: Path | None = None
+    """Where Python finds it."""
+    protocols: tuple[int, ...] = (2,)
+
+    @contextmanager
+    def running(self, port: int, protocol: int = 2, token: str = "") -> Iterator[Program]:
+        environment = {"PYTHONPATH": str(self.path)} if self.path else {}
+        program = Program(self.prepare(), environment, port, protocol, token)
+        try:
+            yield program
+        finally:
+            program.close()
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _python(version: str) -> Library:
+    """redis-py of a version, or with "" of that which the tests are installed with."""
+    folder = CACHE / f"redis-py-{version}-{sys.implementation.cache_tag}" if version else None
+
+    def prepare() -> list[str]:
+        if folder:
+            _install(folder, sys.executable, "-m", "pip", "install", "--quiet", "--target", "{}", f"redis=={version}")
+        return [sys.executable, str(PROGRAMS / "redis_py.py")]
+
+    return Library(f"redis-py-{version or 'newest'}", prepare, folder, (2,) if version.startswith("4") else (2, 3))
+
+
+def _node(program: str, package: str, version: str, protocols: tuple[int, ...] = (2,)) -> Library:
+    name = f"{package}-{version}"
+    folder = CACHE / name
+
+    def prepare() -> list[str]:
+        options = "--silent", "--no-audit", "--no-fund", "--prefix", "{}"
+        _install(folder, tool("npm", "npm"), "install", *options, f"{package}@{version}")
+        return [tool("node", "nodejs"), str(PROGRAMS / program), str(folder / "node_modules" / package)]
+
+    return Library(name, prepare, None, protocols)
+
+
+def _install(folder: Path, *command: str) -> None:
+    """Have a folder that a command fills, once for all later runs; skip if there is no registry to fill it from."""
+    if folder.exists():
+        return
+    unfinished = folder.with_suffix(f".{os.getpid()}")
+    unfinished.mkdir(parents=True)
+    done = subprocess.run([word.format(unfinished) for word in command], capture_output=True, text=True, check=False)
+    if done.returncode:
+        shutil.rmtree(unfinished)
+        pytest.skip(f"{command[-1]} can't be installed: {done.stderr.strip()[-200:]}")
+    unfinished.rename(folder)
+
+
+def _php() -> list[str]:
+    command = [tool("php", "php-cli"), str(PROGRAMS / "phpredis.php")]
+    _need(["php", "-r", "new Redis();"], "php-redis")
+    return command
+
+
+def _ruby() -> list[str]:
+    command = [tool("ruby", "ruby"), str(PROGRAMS / "redis_rb.rb")]
+    _need(["ruby", "-e", "require 'redis'"], "ruby-redis")
+    return command
+
+
+def _c() -> list[str]:
+    _need([tool("gcc", "gcc"), "-include", "hiredis/hiredis.h", "-E", "-x", "c", "/dev/null"], "libhiredis-dev")
+    return _compiled("hiredis.c", ["gcc", "-Wall", "-Werror", "-O1"], ["-lhiredis"])
+
+
+def _go() -> list[str]:
+    go = tool("go", "golang-go")
+    if not REDIGO.exists():
+        pytest.skip("Debian's package golang-github-gomodule-redigo-dev is not installed")
+    return _compiled("redigo.go", ["env", "CGO_ENABLED=0", "GO111MODULE=off", "GOPATH=/usr/share/gocode", go, "build"], [])
+
+
+def _need(command: list[str], package: str) -> None:
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip(f"Debian's package {package} is not installed")
+
+
+def _compiled(source: str, compiler: list[str], libraries: list[str]) -> list[str]:
+    """Compile a program, if it is newer than what was compiled last."""
+    binary = CACHE / Path(source).stem
+    if not binary.exists() or binary.stat().st_mtime < (PROGRAMS / source).stat().st_mtime:
+        CACHE.mkdir(parents=True, exist_ok=True)
+        unfinished = binary.with_suffix(f".{os.getpid()}")
+        subprocess.run([*compiler, "-o", str(unfinished), str(PROGRAMS / source), *libraries], check=True)
+        unfinished.rename(binary)
+    return [str(binary)]
+
+
+LIBRARIES = [
+    _python("4.6.0"),
+    _python("5.2.0"),
+    _python(""),
+    _node("ioredis.js", "ioredis", "3"),
+    _node("ioredis.js", "ioredis", "5"),
+    _node("ioredis.js", "ioredis", "6"),
+    _node("node_redis.js", "redis", "3"),
+    _node("node_redis.js", "redis", "4.7"),
+    _node("node_redis.js", "redis", "6", (2, 3)),
+    Library("phpredis", _php),
+    Library("redis-rb", _ruby),
+    Library("hiredis", _c),
+    Library("redigo", _go),
+]

@@ -1,0 +1,70 @@
+// A client of dsmq by ioredis: see harness.py for what it is asked.
+const Redis = require(process.argv[2]);
+const { sleep, serve } = require("./serve.js");
+const [port, , token] = process.argv.slice(3);
+const client = new Redis({ port, password: token || undefined, retryStrategy: () => 50 });
+client.on("error", (error) => console.log("#", error.message));
+
+// Print each message once: the id of the last one, and the epoch, say where to read on.
+async function read(topic) {
+  let after = 0, epoch = "unknown";
+  for (;;) {
+    try {
+      const found = await client.call("READ", topic, after, "WAIT", 500, "EPOCH", epoch);
+      for (let at = 0; at < found.length; at += 5) {
+        console.log("-", found[at], found[at + 3]);
+        after = found[at];
+        if (found[at + 3] === "end") return "done";
+      }
+    } catch (error) {
+      // Another server, or one that has lost its messages: all it has is new.
+      if (error.message.startsWith("EPOCH ")) [after, epoch] = [0, error.message.split(" ")[1]];
+      else if (error.name === "ReplyError") throw error;
+      else await sleep(50);
+    }
+  }
+}
+
+// Store each message once; one that may have been stored in an earlier run of the server is told as doubtful.
+// This library sends a request again by itself when its connection breaks, so that any put may have come before.
+async function write(topic, first, last) {
+  const producer = `${process.pid}-${Date.now()}`;
+  let run = "unknown";
+  for (let seq = Number(first); seq <= last; seq++) {
+    for (;;) {
+      const again = seq > first ? ["AGAIN"] : [];
+      try {
+        console.log("-", await client.call("PUT", topic, seq, "KEY", producer, seq, ...again, "RUN", run), seq);
+        break;
+      } catch (error) {
+        if (error.message.startsWith("EPOCH ")) {
+          const isDoubtful = run !== "unknown";
+          run = error.message.split(" ")[2];
+          if (!isDoubtful) continue;
+          console.log("?", seq);
+          break;
+        }
+        if (error.name === "ReplyError") throw error;
+        await sleep(50);
+      }
+    }
+  }
+  return "done";
+}
+
+async function pipeline(topic, count) {
+  const pipe = client.pipeline();
+  for (let number = 0; number < count; number++) pipe.call("PUT", topic, String(number).padStart(50, "0"));
+  const replies = await pipe.exec();
+  for (const [error] of replies) if (error) throw error;
+  return new Set(replies.map(([, id]) => id)).size;
+}
+
+// Each three words are a command.
+async function transaction(...words) {
+  const multi = client.multi();
+  for (let at = 0; at < words.length; at += 3) multi.call(...words.slice(at, at + 3));
+  return (await multi.exec()).map(([error, id]) => (error ? error.message : id));
+}
+
+serve({ call: (...words) => client.call(...words), read, write, pipeline, transaction, shutdown: () => client.shutdown() });

@@ -1,0 +1,149 @@
+"""Client libraries that others wrote, in six languages, against a real server: see harness.py."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from harness import LIBRARIES, Library, Program
+
+from conftest import SOON, Daemon, daemon, serving, wait_until
+from dsmq.client import connect
+
+# The first test of a library may have to install it.
+pytestmark = pytest.mark.timeout(300)
+
+TOKEN = "a-token-of-more-than-16-characters"
+PIPELINED = 100_000
+MANY = 1000
+
+
+@pytest.fixture(params=LIBRARIES, ids=str)
+def library(request: pytest.FixtureRequest) -> Library:
+    library: Library = request.param
+    return library
+
+
+def check_in_step(program: Program) -> None:
+    """Check that each reply is that to its request, after connections that may have broken."""
+    for number in itertools.count():
+        answer = program.call("ECHO", number)
+        if answer == f"= {number}":
+            break
+        # What a library says of a broken connection is its own; no error may come of the server.
+        assert answer[0] == "!"
+        assert "CLOSING" not in answer
+    assert [program.call("ECHO", word) for word in "abc"] == ["= a", "= b", "= c"]
+
+
+def test_a_stop_leaves_no_reply_to_the_next_command(library: Library) -> None:
+    with ExitStack() as stack:
+        with serving() as server:
+            port = server.port
+            program = stack.enter_context(library.running(port))
+            check_in_step(program)
+        with serving(port=port):
+            check_in_step(program)
+
+
+def test_a_stop_answers_a_waiting_reader_once(library: Library) -> None:
+    with ExitStack() as stack:
+        with serving() as server:
+            port = server.port
+            program = stack.enter_context(library.running(port))
+            program.tell("call", "READ", "t", 0, "WAIT", 60_000)
+            wait_until(lambda: server.waiting() == 1)
+        assert program.answer() == "="
+        with serving(port=port):
+            check_in_step(program)
+
+
+def test_a_pipeline_is_stored_once_and_in_order(library: Library) -> None:
+    with serving() as server, library.running(server.port) as program, connect(port=server.port) as mq:
+        program.tell("pipeline", "t", PIPELINED)
+        assert program.answer(SOON * 6) == f"= {PIPELINED}"
+        assert mq.get_many("t", PIPELINED + 1) == [f"{number:050}" for number in range(PIPELINED)]
+
+
+def test_a_transaction_stores_all_or_nothing(library: Library) -> None:
+    with serving() as server, library.running(server.port) as program:
+        assert program.ask("transaction", *"PUT t a PUT t b GET t x".split()[:6]) == "= 1 2"
+        read = program.ask("transaction", "PUT", "t", "c", "READ", "t", "1").split()
+        assert (read[:2], read[5], read[10]) == (["=", "3"], "b", "c")
+        for bad in ("FROBNICATE", "t", "x"), ("PUT", "t" * 600, "x"), ("READ", "t", "zero"):
+            program.ask("transaction", "PUT", "t", "d", *bad, "PUT", "t", "e")
+        check_in_step(program)
+        assert server.totals().messages == 3
+
+
+def test_a_token_and_both_versions_of_resp(library: Library) -> None:
+    with serving(auth_token=TOKEN) as server:
+        for protocol in library.protocols:
+            with library.running(server.port, protocol, TOKEN) as program:
+                assert program.call("PUT", "t", "x")[:2] == "= "
+                assert program.call("GET", "nothing-here").rstrip() in ("=", "= None", "= null", "= <nil>")
+                check_in_step(program)
+        with library.running(server.port, token="a-wrong-token-of-16-characters") as program:
+            program.tell("call", "PUT", "t", "x")
+            # ioredis 6 passes on no error before it has all replies of the handshake, and they end with the wrong token.
+            wait_until(lambda: any("token" in error or "max retries" in error for error in program.errors))
+            assert program.said == []
+        assert server.totals().messages == len(library.protocols)
+
+
+def test_shutdown_by_the_method_of_the_library(library: Library) -> None:
+    with daemon() as server, library.running(server.port) as program:
+        # ioredis waits for the server to come back, to ask for the same again.
+        program.tell("shutdown")
+        assert server.process.wait(SOON) == 0
+
+
+def kill(server: Daemon) -> None:
+    server.process.kill()
+    server.process.communicate()
+
+
+@pytest.mark.parametrize("has_snapshot", [False, True], ids=["memory", "snapshot"])
+def test_exactly_once_over_restarts(library: Library, tmp_path: Path, has_snapshot: bool) -> None:
+    options = ("--snapshot-file", str(tmp_path / "snapshot")) if has_snapshot else ()
+    server = Daemon(*options)
+    try:
+        with library.running(server.port) as reader, library.running(server.port) as writer:
+            reader.tell("read", "t")
+            writer.tell("write", "t", 1, MANY)
+            for end in Daemon.stop, kill:
+                enough = min(len(writer.said) + MANY // 10, MANY)
+                wait_until(lambda enough=enough: len(writer.said) >= enough)
+                end(server)
+                server = Daemon("--port", str(server.port), *options)
+            assert writer.answer() == "= done"
+            assert writer.call("PUT", "t", "end")[:2] == "= "
+            assert reader.answer() == "= done"
+    finally:
+        kill(server)
+    check_history(writer.said, [line.split()[2] for line in reader.said][:-1])
+
+
+def check_history(written: list[str], read: list[str]) -> None:
+    """Check that all was read once and in order, but for what the server lost by its end: what was put last then."""
+    assert sorted(set(read), key=int) == read
+    lives: list[list[str]] = []
+    before, doubtful = -1, 0
+    for line in written:
+        *stored, number = line.split()[1:]
+        if not stored:
+            doubtful += 1
+            continue
+        # There is no other writer.
+        if int(stored[0]) != before + 1:
+            lives.append([])
+        lives[-1].append(number)
+        before = int(stored[0])
+    found = [[number for number in life if number in set(read)] for life in lives]
+    assert found == [life[: len(here)] for life, here in zip(lives, found, strict=True)]
+    assert found[-1] == lives[-1]
+    assert doubtful < len(lives)
+    assert sum(map(len, found)) + doubtful >= len(read)
