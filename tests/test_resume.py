@@ -268,7 +268,7 @@ def test_threads_that_come_to_a_topic_first_at_once_read_each_message_once(mq: D
     both = threading.Barrier(2)
     mq.put("t", "x")
     got: list[object] = []
-    threads = [threading.Thread(target=lambda: got.append(mq.get(Slow("t"), None))) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: got.append(mq.get(Slow("t"), default=None))) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -439,7 +439,7 @@ def test_a_put_that_may_have_been_stored_is_not_put_into_another_server(
         with pytest.raises(ConnectionLost, match="started anew") as told:
             mq.put("t", "2")
         assert told.value.may_be_stored
-        assert mq.get("t", None) is None
+        assert mq.get("t", default=None) is None
         assert mq.put("t", "3") == 1
         assert mq.get("t") == "3"
         assert states == ["lost", "replaced"]
@@ -447,18 +447,17 @@ def test_a_put_that_may_have_been_stored_is_not_put_into_another_server(
 
 
 class _Before:
-    """Stands for an event; something is done before the first wait for it."""
+    """Stands for the lock of a client; something is done before the first wait for it."""
 
-    def __init__(self, event: threading.Event, call: Callable[[], None]) -> None:
-        self._event, self._calls = event, [call]
+    def __init__(self, lock: Any, call: Callable[[], None]) -> None:
+        self._lock, self._calls = lock, [call]
+        self.release = lock.release
 
-    def wait(self, seconds: float) -> bool:
+    def acquire(self, *, timeout: float) -> bool:
         while self._calls:
             self._calls.pop()()
-        return self._event.wait(seconds)
-
-    def set(self) -> None:
-        self._event.set()
+        acquired: bool = self._lock.acquire(timeout=timeout)
+        return acquired
 
 
 def test_another_run_of_the_same_epoch_may_have_lost_what_was_put_last(
@@ -520,7 +519,7 @@ def test_a_frozen_server_is_waited_for(server: Server) -> None:
         got: list[object] = []
         thread = threading.Thread(target=lambda: got.append(mq.put("t", "x")))
         thread.start()
-        wait_until(lambda: mq._down)
+        wait_until(lambda: mq._states.down)
         release.set()
         thread.join(SOON)
         assert got == [1]
@@ -540,7 +539,7 @@ def test_closing_ends_the_waiting_for_a_server() -> None:
 
     thread = threading.Thread(target=ping)
     thread.start()
-    wait_until(lambda: mq._down)
+    wait_until(lambda: mq._states.down)
     mq.close()
     thread.join(SOON)
     assert raised == [ClientClosed]

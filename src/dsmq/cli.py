@@ -21,8 +21,8 @@ from datetime import UTC, datetime
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from dsmq import command_line, environment
-from dsmq.command_line import USAGE, Command
 from dsmq.client import DSMQClientSideConnection, connect
+from dsmq.command_line import USAGE, Command
 from dsmq.errors import AuthRequired, ConfigError, DSMQError, TooBig
 from dsmq.session import Message
 from dsmq.system import has_terminal

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -70,7 +69,7 @@ def test_a_pipeline_is_stored_once_and_in_order(library: Library) -> None:
 
 def test_a_transaction_stores_all_or_nothing(library: Library) -> None:
     with serving() as server, library.running(server.port) as program:
-        assert program.ask("transaction", *"PUT t a PUT t b GET t x".split()[:6]) == "= 1 2"
+        assert program.ask("transaction", *["PUT", "t", "a", "PUT", "t", "b", "GET", "t", "x"][:6]) == "= 1 2"
         read = program.ask("transaction", "PUT", "t", "c", "READ", "t", "1").split()
         assert (read[:2], read[5], read[10]) == (["=", "3"], "b", "c")
         for bad in ("FROBNICATE", "t", "x"), ("PUT", "t" * 600, "x"), ("READ", "t", "zero"):
