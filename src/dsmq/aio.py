@@ -83,7 +83,7 @@ class AsyncClient:
         puts = PutMany(self._session, topic, messages)
         batch = Batch(puts)
         # Made here and not when there is room to send it, because the messages may come from a generator.
-        while batch.make(self._here().shared.producer):
+        while batch.make(self._here().shared.batch_producer):
             await self._here().shared.add(batch)
         puts.check()
         return puts.ids
@@ -266,6 +266,7 @@ class AsyncClient:
         for pause in blocking.pauses() if retry else ():
             try:
                 return await self._here().shared.open()
-            except (ConnectionRefusedError, FileNotFoundError):
+            except (ConnectionRefusedError, ConnectionResetError, ConnectionAbortedError, FileNotFoundError):
+                # The last but one: a front that has accepted, and has no server behind it yet.
                 await asyncio.sleep(pause)
         return await self._here().shared.open()

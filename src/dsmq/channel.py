@@ -65,7 +65,7 @@ class Connector:
                     raise
         except TimeoutError as error:
             raise TimeoutError(str(error) or f"no answer within {self.timeout:g} s") from None
-        link.producer = Producer(self.session.run)
+        link.producer, link.batch_producer = Producer(self.session.run), Producer(self.session.run)
         self.announce(state)
         return link
 
@@ -124,7 +124,10 @@ class Pool:
 
     def _drop(self, channel: Channel, error: BaseException) -> None:
         self._channels.discard(channel)
-        channel.close(error)
+        if self.pid != os.getpid() or self.loop.is_closed():
+            channel.abandon()
+        else:
+            channel.close(error)
 
     def _sweep(self) -> None:
         """Close the connections that have been idle for too long."""
@@ -136,13 +139,11 @@ class Pool:
 
     def close(self, error: Exception) -> None:
         """Close all connections; calls that are being made raise this error. Idempotent."""
-        if self.pid != os.getpid() or self.loop.is_closed():
-            for channel in self._channels:
-                channel.abandon()
-        elif self.loop.is_running() and self.loop is not asyncio.get_running_loop():
-            self.loop.call_soon_threadsafe(_close, self._channels, error)
+        if self.is_in_use and self.loop is not asyncio.get_running_loop():
+            self.loop.call_soon_threadsafe(self.close, error)
         else:
-            _close(self._channels, error)
+            for channel in list(self._channels):
+                self._drop(channel, error)
 
 
 async def _closing(channels: set[Channel]) -> AsyncGenerator[None, None]:
@@ -150,12 +151,8 @@ async def _closing(channels: set[Channel]) -> AsyncGenerator[None, None]:
     try:
         yield
     finally:
-        _close(channels, ClientClosed("the event loop has ended"))
-
-
-def _close(channels: set[Channel], error: Exception) -> None:
-    while channels:
-        channels.pop().close(error)
+        for channel in channels:
+            channel.close(ClientClosed("the event loop has ended"))
 
 
 class Place:
@@ -175,8 +172,9 @@ class Place:
         """How long the server may wait before it replies."""
         return self.call.seconds
 
-    def request(self, producer: Producer) -> bytes:
-        return self.call.request(producer)
+    def request(self, link: Link) -> bytes:
+        """Return the requests for a connection, the first or another."""
+        return self.call.request(link.producer)
 
     def answer(self, reply: Reply) -> None:
         if not self.future.done():
@@ -233,10 +231,10 @@ class Batch(Place):
         self._left = self.count
         return self.count > 0
 
-    def request(self, producer: Producer) -> bytes:
-        if producer is not self._producer:
+    def request(self, link: Link) -> bytes:
+        if link.batch_producer is not self._producer:
             # Another connection: the same puts, but for those that have their answers.
-            self._next(producer)
+            self._next(link.batch_producer)
         return self._request
 
     def answer(self, reply: Reply) -> None:
@@ -271,8 +269,8 @@ class Channel:
         self._delay = 0.0
 
     @property
-    def producer(self) -> Producer:
-        return self._link.producer if self._link else Producer(b"")
+    def batch_producer(self) -> Producer:
+        return self._link.batch_producer if self._link else Producer(b"")
 
     async def open(self) -> None:
         """Connect; raises what hinders it."""
@@ -307,6 +305,9 @@ class Channel:
         try:
             while self._waiting and link.has_room(self._waiting[0].count):
                 self._send_batch(link)
+        except OSError as error:
+            # Another connection has found that the server was started anew.
+            link.fail(error)
         except BaseException:
             link.fail(ConnectionResetError("interrupted"))
             raise
@@ -317,7 +318,7 @@ class Channel:
             place = self._waiting[0]
             if not place.future.done():
                 try:
-                    request = place.request(link.producer)
+                    request = place.request(link)
                 except DSMQError as error:
                     place.fail(error)
                 else:
@@ -435,7 +436,8 @@ class Link(asyncio.Protocol):
 
     def __init__(self, sock: socket.socket, timeout: float) -> None:
         self.sock = sock
-        self.producer = Producer(b"")
+        # Batches are numbered when they are made, and other puts when they are sent; a producer's numbers only rise.
+        self.producer = self.batch_producer = Producer(b"")
         self.due: deque[Place] = deque()
         """The places whose replies are due: one entry for each reply."""
         self.end: BaseException | None = None
@@ -467,7 +469,9 @@ class Link(asyncio.Protocol):
                 value = wire.unless_last(reply[0])
                 if not due:
                     raise ProtocolError(f"unexpected: {value!r}")
-                due.popleft().answer(value)
+                # Removed behind it: whatever interrupts this, the reply is not lost.
+                due[0].answer(value)
+                due.popleft()
         except DSMQError as error:
             self.fail(error)
         except BaseException:
@@ -551,6 +555,9 @@ class Link(asyncio.Protocol):
         if self.end is not None:
             return
         self.end = error
+        # At once, also when the event loop does not run now.
+        with suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
         self._transport.abort()
         if self._watch is not None:
             self._watch.cancel()
