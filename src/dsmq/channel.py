@@ -188,10 +188,10 @@ class Place:
         else:
             self.future.set_exception(error)
 
-    def lost(self, error: Exception) -> None:
-        """Note that the connection broke before the reply came."""
+    def lost(self, error: Exception, *, achieved: bool) -> None:
+        """Note that the connection broke before the reply came, and whether others came on it."""
         try:
-            if self.call.lost(error):
+            if self.call.lost(error) or achieved:
                 self._retries = None
         except ConnectionLost as lost:
             self.fail(lost)
@@ -332,10 +332,12 @@ class Channel:
 
     def _adopt(self, link: Link) -> None:
         self._link, self._error = link, None
+        link.has_answered = False
         link.on_end, link.on_room = self._lost, self._pump
 
     def _lost(self, places: list[Place], error: Exception) -> None:
         """Take the places of a connection that has ended; the error may be the reply to the first."""
+        achieved = self._link is not None and self._link.has_answered
         self._link = None
         if not wire.is_lost(error, connecting=False):
             if places:
@@ -343,7 +345,7 @@ class Channel:
             error = ConnectionResetError(wire.reason(error))
         self._error = error
         for place in places:
-            place.lost(error)
+            place.lost(error, achieved=achieved)
         self._waiting = deque(dict.fromkeys([*places, *self._waiting]))
         if self._drop_done():
             self._retry(places, error)
@@ -440,6 +442,7 @@ class Link(asyncio.Protocol):
         self.producer = self.batch_producer = Producer(b"")
         self.due: deque[Place] = deque()
         """The places whose replies are due: one entry for each reply."""
+        self.has_answered = False
         self.end: BaseException | None = None
         """What the connection has ended with."""
         self.on_end: Callable[[list[Place], Any], None] = _fail
@@ -472,6 +475,7 @@ class Link(asyncio.Protocol):
                 # Removed behind it: whatever interrupts this, the reply is not lost.
                 due[0].answer(value)
                 due.popleft()
+                self.has_answered = True
         except DSMQError as error:
             self.fail(error)
         except BaseException:
