@@ -22,8 +22,7 @@ import dsmq.client
 from conftest import SOON, UNIT, serving, wait_until
 from dsmq import channel
 from dsmq.aio import AsyncClient, connect
-from dsmq.errors import ClientClosed, ConnectionLost, Full, InternalError, MessageNotText
-from dsmq.link import target
+from dsmq.errors import BadRequest, ClientClosed, ConnectionLost, Full, InternalError, MessageNotText
 from dsmq.server import Server
 
 
@@ -41,18 +40,129 @@ def run(server: Server, scenario: Callable[[AsyncClient], Awaitable[None]]) -> N
     asyncio.run(main())
 
 
-def test_it_has_the_verbs_of_the_blocking_client() -> None:
-    def verbs(kind: type) -> dict[str, list[str]]:
-        members = inspect.getmembers(kind, inspect.isfunction)
-        return {name: list(inspect.signature(call).parameters) for name, call in members if not name.startswith("_")}
+def test_it_has_the_attributes_and_signatures_of_the_blocking_client(server: Server) -> None:
+    async def scenario(mq: AsyncClient) -> None:
+        with dsmq.client.connect(port=server.port) as other:
+            assert public(mq) == public(other)
 
-    assert verbs(AsyncClient) == verbs(dsmq.client.DSMQClientSideConnection)
+    def public(mq: object) -> dict[str, object]:
+        found = {name: getattr(mq, name) for name in dir(mq) if not name.startswith("_")}
+        return {name: signature(value) if callable(value) else value for name, value in found.items()}
+
+    def signature(call: Callable[..., object]) -> list[inspect.Parameter]:
+        return list(inspect.signature(call).parameters.values())
+
+    run(server, scenario)
+
+
+def test_connect_takes_the_options_of_the_blocking_client() -> None:
+    parameters, others = (
+        {name: str(one) for name, one in inspect.signature(call).parameters.items()}
+        for call in (connect, dsmq.client.connect)
+    )
+    # It tells of its attempts by name or position in dsmq 1.4, which had no asyncio.
+    del others["verbose"]
+    assert parameters == others
+
+
+@pytest.mark.parametrize(
+    ("error", "call"),
+    [
+        (TypeError, lambda mq: mq.put("t", 5)),
+        (TypeError, lambda mq: mq.put(5, "x")),
+        (ValueError, lambda mq: mq.put("", "x")),
+        (TypeError, lambda mq: mq.put_many("t", "hello")),
+        (TypeError, lambda mq: mq.put_many("t", 5)),
+        (TypeError, lambda mq: mq.get_wait("t", 5)),
+        (ValueError, lambda mq: mq.get_wait("t", timeout=math.nan)),
+        (ValueError, lambda mq: mq.get_wait("t", timeout=-1)),
+        (TypeError, lambda mq: mq.get_wait("t", timeout="1")),
+        (TypeError, lambda mq: mq.get("t", None)),
+        (TypeError, lambda mq: mq.get_latest("t", None)),
+        (TypeError, lambda mq: mq.get_many("t", "5")),
+        (ValueError, lambda mq: mq.get_many("t", -5)),
+        (ValueError, lambda mq: mq.read("t", timeout=math.nan)),
+        (ValueError, lambda mq: mq.messages("t", timeout=math.nan)),
+        (ValueError, lambda mq: mq.messages("")),
+        (ValueError, lambda mq: mq.seek("t", "nowhere")),
+        (ValueError, lambda mq: mq.seek("t", -1)),
+        (TypeError, lambda mq: mq.seek("t", 1.5)),
+        (TypeError, lambda mq: mq.forget(5)),
+    ],
+)
+def test_an_impossible_argument_raises_as_in_the_blocking_client(
+    server: Server, error: type[Exception], call: Callable[[Any], Any]
+) -> None:
+    async def scenario(mq: AsyncClient) -> None:
+        with pytest.raises(error) as found:
+            await call(mq)
+        with dsmq.client.connect(port=server.port) as other, pytest.raises(error) as same:
+            call(other)
+        assert str(found.value).replace("AsyncClient", type(other).__name__) == str(same.value)
+
+    run(server, scenario)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"timeout": 0},
+        {"timeout": math.nan},
+        {"timeout": None},
+        {"port": 0},
+        {"port": 65_536},
+        {"port": "1"},
+        {"token": 5},
+        {"host": "unix:"},
+        {"host": "a\0b"},
+        {"reconnect_timeout": -1},
+        {"on_state_change": 5},
+        {"ca_file": "a\0b"},
+        {"unknown": 5},
+    ],
+)
+def test_an_impossible_option_raises_as_in_the_blocking_client(options: dict[str, Any]) -> None:
+    with pytest.raises((TypeError, ValueError)) as found:
+        asyncio.run(connect(**{"retry": False, **options}))
+    with pytest.raises((TypeError, ValueError)) as same:
+        dsmq.client.connect(**{"retry": False, **options})
+    assert (found.type, str(found.value)) == (same.type, str(same.value))
+
+
+def test_a_timeout_of_0_does_not_wait(server: Server) -> None:
+    async def scenario(mq: AsyncClient) -> None:
+        assert await mq.get_wait("t", timeout=0) == ""
+        assert await mq.read("t", timeout=0) == []
+        assert [one async for one in mq.messages("t", timeout=0)] == []
+        assert server.connections() == 1
+
+    run(server, scenario)
+
+
+def test_positions_are_the_same_for_both_clients(server: Server) -> None:
+    async def scenario(mq: AsyncClient) -> None:
+        await mq.put_many("t", ["a", "b", "c"])
+        with dsmq.client.connect(port=server.port) as other:
+            assert await mq.get("t") == "a"
+            other.seek("t", mq.position("t"))
+            assert other.get("t") == "b"
+            mq.seek("t", other.position("t"))
+            assert await mq.get("t") == "c"
+            mq.seek("t", "other-epoch:5")
+            assert await mq.get("t") == "a"
+            mq.seek("t", 2**40)
+            with pytest.raises(BadRequest):
+                await mq.get("t")
+            mq.forget("t")
+            assert await mq.get("t") == "a"
+
+    run(server, scenario)
 
 
 def test_each_verb(server: Server) -> None:
     async def scenario(mq: AsyncClient) -> None:
         assert await mq.get("t") == ""
-        assert await mq.get("t", None) is None
+        assert await mq.get("t", default=None) is None
         assert await mq.put("t", "1") == 1
         assert await mq.put_many("t", (str(number) for number in range(2, 1202))) == list(range(2, 1202))
         assert await mq.get("t") == "1"
@@ -275,6 +385,27 @@ def test_puts_keep_their_order_and_are_stored_once_though_replies_get_lost(serve
     assert server.totals().stored == 1000
 
 
+def test_a_connection_that_breaks_again_and_again_is_replaced_as_long_as_some_calls_get_their_replies(
+    server: Server,
+) -> None:
+    async def one_by_one(proxy: Proxy, data: bytes) -> bytes:
+        if not data.startswith(b":"):
+            return data
+        await asyncio.sleep(UNIT)
+        asyncio.get_running_loop().call_later(UNIT / 10, proxy.cut)
+        return data[: data.index(b"\n") + 1]
+
+    async def main() -> None:
+        async with (
+            Proxy(server, one_by_one) as proxy,
+            await connect(port=proxy.port, reconnect_timeout=4 * UNIT) as mq,
+        ):
+            ids = await asyncio.gather(*(mq.put("t", str(number)) for number in range(10)))
+            assert ids == list(range(1, 11))
+
+    asyncio.run(main())
+
+
 def test_a_cancelled_call_keeps_its_place_and_its_connection(server: Server, states: list[str]) -> None:
     async def main() -> None:
         async with Proxy(server) as proxy, await connect(port=proxy.port, on_state_change=states.append) as mq:
@@ -329,9 +460,11 @@ def test_a_server_that_takes_nothing_does_not_make_the_client_buffer_all(server:
     async def scenario(mq: AsyncClient) -> None:
         with blocked(server):
             calls = [asyncio.create_task(mq.put("t", "x" * 1_000_000)) for _ in range(50)]
+            transport = mq._here().shared._link._transport
+            while not transport.get_write_buffer_size():
+                await asyncio.sleep(UNIT / 20)
             await asyncio.sleep(UNIT)
-            buffered = mq._here().shared._link._transport.get_write_buffer_size()
-            assert 0 < buffered < 3_000_000
+            assert transport.get_write_buffer_size() < 3_000_000
         assert await asyncio.gather(*calls) == list(range(1, 51))
 
     run(server, scenario)
@@ -724,20 +857,6 @@ def test_a_name_whose_addresses_all_refuse_is_refused_in_words(monkeypatch: pyte
         resolve(monkeypatch, ("127.0.0.2", one[1]), one)
         with pytest.raises(ConnectionRefusedError, match=r"no server answers at several\.example port 5"):
             asyncio.run(connect("several.example", 5, retry=False))
-
-
-def test_addresses_are_tried_by_families_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    four, six = socket.AF_INET, socket.AF_INET6
-    found = [(six, 1), (six, 2), (six, 3), (four, 4), (four, 5)]
-
-    def look_up(*_: object, flags: int = 0, **__: object) -> list[Any]:
-        if flags:
-            raise socket.gaierror
-        return found
-
-    monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    in_turn = asyncio.run(channel._addresses(target("several.example", 1)))
-    assert [address[1] for address in in_turn] == [1, 4, 2, 5, 3]
 
 
 def test_a_connect_that_takes_too_long_says_so() -> None:

@@ -20,21 +20,25 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from types import TracebackType
-from typing import Literal, Self, TypeVar, Unpack, overload
+from typing import Generic, Literal, Self, TypeAlias, TypeVar, Unpack, overload
 
+from dsmq import arguments, calls
 from dsmq import client as blocking
 from dsmq import session as wire
-from dsmq.calls import Once, Plain, Put, PutMany, Read, Request
+from dsmq.calls import Once, Plain, Put, PutMany, Reading, Request
 from dsmq.channel import Batch, Connector, Pool
+from dsmq.dial import Target
 from dsmq.errors import ClientClosed
-from dsmq.link import Security, Target, target
+from dsmq.inbox import Claim, Entry, Inbox, give_back
+from dsmq.link import ClosedSilently, Security, target
 from dsmq.protocol import Reply
-from dsmq.session import Entry, Inbox, Message, State
+from dsmq.session import Message, State
 
 __all__ = ["AsyncClient", "Message", "connect"]
 
 D = TypeVar("D")
 T = TypeVar("T")
+Convert: TypeAlias = Callable[[Inbox, Entry], T]
 
 
 async def connect(  # noqa: PLR0913 - each may be wanted
@@ -65,7 +69,9 @@ class AsyncClient:
     ) -> None:
         self.host = target.host
         self.port = target.port
+        timeout, reconnect_timeout = arguments.options(timeout, reconnect_timeout, on_state_change)
         self._connector = Connector(target, timeout, reconnect_timeout, on_state_change)
+        self._on_state_change = on_state_change
         self._session = self._connector.session
         self._closed = False
         self._lock = threading.Lock()
@@ -80,7 +86,7 @@ class AsyncClient:
 
     async def put_many(self, topic: str, messages: Iterable[str | bytes]) -> list[int]:
         """Put several messages in order; returns their ids."""
-        puts = PutMany(self._session, topic, messages)
+        puts = PutMany(self._session, topic, arguments.messages(messages))
         batch = Batch(puts)
         # Made here and not when there is room to send it, because the messages may come from a generator.
         while batch.make(self._here().shared.batch_producer):
@@ -89,48 +95,67 @@ class AsyncClient:
         return puts.ids
 
     @overload
-    async def get(self, topic: str, default: str = "", *, raw: Literal[False] = False) -> str: ...
+    async def get(self, topic: str, *, default: str = "", raw: Literal[False] = False) -> str: ...
     @overload
-    async def get(self, topic: str, default: D, *, raw: Literal[False] = False) -> str | D: ...
+    async def get(self, topic: str, *, default: D, raw: Literal[False] = False) -> str | D: ...
     @overload
     async def get(self, topic: str, *, raw: Literal[True]) -> bytes: ...
     @overload
-    async def get(self, topic: str, default: D, *, raw: Literal[True]) -> bytes | D: ...
-    async def get(self, topic: str, default: object = "", *, raw: bool = False) -> object:
+    async def get(self, topic: str, *, default: D, raw: Literal[True]) -> bytes | D: ...
+    async def get(self, topic: str, *, default: object = "", raw: bool = False) -> object:
         """Return the oldest message that this client has not read, or `default`."""
-        return await self._one(topic, 0.0, default, raw=raw)
+        claim: Claim = []
+        try:
+            return blocking.first(await self._some(claim, topic, 1, 0.0, wire.converter(raw=raw)), default, raw=raw)
+        except BaseException:
+            give_back(claim)
+            raise
 
     @overload
     async def get_wait(
-        self, topic: str, default: str = "", *, timeout: float | None = None, raw: Literal[False] = False
+        self, topic: str, *, default: str = "", timeout: float | None = None, raw: Literal[False] = False
     ) -> str: ...
     @overload
     async def get_wait(
-        self, topic: str, default: D, *, timeout: float | None = None, raw: Literal[False] = False
+        self, topic: str, *, default: D, timeout: float | None = None, raw: Literal[False] = False
     ) -> str | D: ...
     @overload
     async def get_wait(self, topic: str, *, timeout: float | None = None, raw: Literal[True]) -> bytes: ...
     @overload
     async def get_wait(
-        self, topic: str, default: D, *, timeout: float | None = None, raw: Literal[True]
+        self, topic: str, *, default: D, timeout: float | None = None, raw: Literal[True]
     ) -> bytes | D: ...
     async def get_wait(
-        self, topic: str, default: object = "", *, timeout: float | None = None, raw: bool = False
+        self, topic: str, *, default: object = "", timeout: float | None = None, raw: bool = False
     ) -> object:
         """Like `get`, but wait for a message for so many seconds; without a timeout, about ten."""
-        return await self._one(topic, blocking.patience() if timeout is None else timeout, default, raw=raw)
+        seconds = blocking.patience() if timeout is None else arguments.seconds("timeout", timeout)
+        claim: Claim = []
+        try:
+            return blocking.first(await self._some(claim, topic, 1, seconds, wire.converter(raw=raw)), default, raw=raw)
+        except BaseException:
+            give_back(claim)
+            raise
 
     @overload
-    async def get_latest(self, topic: str, default: str = "", *, raw: Literal[False] = False) -> str: ...
+    async def get_latest(self, topic: str, *, default: str = "", raw: Literal[False] = False) -> str: ...
     @overload
-    async def get_latest(self, topic: str, default: D, *, raw: Literal[False] = False) -> str | D: ...
+    async def get_latest(self, topic: str, *, default: D, raw: Literal[False] = False) -> str | D: ...
     @overload
     async def get_latest(self, topic: str, *, raw: Literal[True]) -> bytes: ...
     @overload
-    async def get_latest(self, topic: str, default: D, *, raw: Literal[True]) -> bytes | D: ...
-    async def get_latest(self, topic: str, default: object = "", *, raw: bool = False) -> object:
+    async def get_latest(self, topic: str, *, default: D, raw: Literal[True]) -> bytes | D: ...
+    async def get_latest(self, topic: str, *, default: object = "", raw: bool = False) -> object:
         """Return the newest message that this client has not read, or `default`; pass over the older ones."""
-        return blocking.first(await self._latest(topic, wire.converter(raw=raw)), default, raw=raw)
+        claim: Claim = []
+        try:
+            convert = wire.converter(raw=raw)
+            return blocking.first(
+                await self._read(calls.latest(self._session, claim, topic, convert)), default, raw=raw
+            )
+        except BaseException:
+            give_back(claim)
+            raise
 
     @overload
     async def get_many(
@@ -142,29 +167,57 @@ class AsyncClient:
         self, topic: str, n: int = 100, *, timeout: float = 0.0, raw: bool = False
     ) -> list[str] | list[bytes]:
         """Return up to `n` messages, oldest first: those that are there, or else wait for one."""
-        if raw:
-            return await self._some(topic, n, timeout, wire.body)
-        return await self._some(topic, n, timeout, wire.text)
+        claim: Claim = []
+        try:
+            if raw:
+                return await self._many(claim, topic, n, timeout, wire.body)
+            return await self._many(claim, topic, n, timeout, wire.text)
+        except BaseException:
+            give_back(claim)
+            raise
 
     async def read(self, topic: str, n: int = 1, *, timeout: float = 0.0, latest: bool = False) -> list[Message]:
         """Return up to `n` messages with their ids, numbers and put times; latest=True returns the newest only."""
-        if latest:
-            return await self._latest(topic, self._session.message)
-        return await self._some(topic, n, timeout, self._session.message)
+        claim: Claim = []
+        try:
+            if latest:
+                return await self._read(calls.latest(self._session, claim, topic, self._session.message))
+            return await self._many(claim, topic, n, timeout, self._session.message)
+        except BaseException:
+            give_back(claim)
+            raise
 
     @overload
     def messages(self, topic: str, *, timeout: float = ..., raw: Literal[False] = False) -> AsyncIterator[str]: ...
     @overload
     def messages(self, topic: str, *, timeout: float = ..., raw: Literal[True]) -> AsyncIterator[bytes]: ...
-    async def messages(self, topic: str, *, timeout: float = math.inf, raw: bool = False) -> AsyncIterator[str | bytes]:
+    def messages(
+        self, topic: str, *, timeout: float = math.inf, raw: bool = False
+    ) -> AsyncIterator[str] | AsyncIterator[bytes]:
         """Iterate over the messages of a topic as they come; end when none has come for `timeout` seconds."""
-        while taken := await self._some(topic, 1, timeout, wire.converter(raw=raw)):
-            yield taken[0]
+        seconds = arguments.seconds("timeout", timeout)
+        self._session.inbox(topic)
+        if raw:
+            return _Messages(self, topic, seconds, wire.body)
+        return _Messages(self, topic, seconds, wire.text)
 
-    def seek(self, topic: str, after: int) -> None:
-        """Read a topic on behind the message with this id; 0 is before all that the server still holds."""
-        inbox = self._session.inbox(topic)
-        inbox.seek(after, None, drop=True)
+    def position(self, topic: str) -> str:
+        """Return where this client has read a topic to: behind the last message that was handed out."""
+        return self._session.position(topic)
+
+    def seek(self, topic: str, position: str | int) -> None:
+        """Read a topic on from a position, or behind the message with an id; 0 is before all that the server has."""
+        if not self._session.seek(topic, position) and self._on_state_change is not None:
+            self._on_state_change("replaced")
+
+    def forget(self, topic: str) -> None:
+        """Forget how far a topic was read, to save memory."""
+        self._session.forget(topic)
+
+    @property
+    def max_message_bytes(self) -> int:
+        """The longest message that the server took when this client connected."""
+        return self._session.max_message_bytes
 
     @property
     def missed(self) -> int:
@@ -204,36 +257,25 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
-    # What the verbs are made of: as in the blocking client, where each step is explained.
+    async def _some(self, claim: Claim, topic: str, n: int, seconds: float, convert: Convert[T]) -> list[T]:
+        """Take up to `n` messages; if there is none, wait for the first. What is taken is noted in `claim`."""
+        taken = self._session.inbox(topic).take(claim, n, convert) if n else []
+        if len(taken) == n:
+            return taken
+        return await self._read(calls.some(self._session, claim, topic, n, seconds, convert, taken))
 
-    async def _one(self, topic: str, seconds: float, default: object, *, raw: bool) -> object:
-        return blocking.first(await self._some(topic, 1, seconds, wire.converter(raw=raw)), default, raw=raw)
+    async def _many(self, claim: Claim, topic: str, n: int, timeout: float, convert: Convert[T]) -> list[T]:
+        return await self._some(claim, topic, arguments.count("n", n), arguments.seconds("timeout", timeout), convert)
 
-    async def _some(self, topic: str, n: int, seconds: float, convert: Callable[[Inbox, Entry], T]) -> list[T]:
-        inbox = self._session.inbox(topic)
-        until = time.monotonic() + seconds
-        if n < 1:
-            return []
-        least, more = n, True
-        while not (taken := inbox.take(n, convert, least)) and (more or time.monotonic() < until):
-            more = bool(await self._fetch(inbox, 0.0 if len(inbox) else until))
-            least = n if more else 1
-        return taken
-
-    async def _latest(self, topic: str, convert: Callable[[Inbox, Entry], T]) -> list[T]:
-        inbox = self._session.inbox(topic)
-        await self._fetch(inbox, latest=True)
-        inbox.skip_to_latest()
-        return inbox.take(1, convert)
-
-    async def _fetch(self, inbox: Inbox, until: float = 0.0, *, latest: bool = False) -> list[Entry]:
-        waits = time.monotonic() < until
-        read, reply = Read(inbox, until if waits else 0.0, latest=latest), None
-        while read.generation != inbox.generation:
-            reply = await (self._here().wait(read) if waits else self._ask(read))
-        found = self._session.entries(reply)
-        inbox.accept(found, generation=read.generation, latest=latest)
-        return found
+    async def _read(self, reading: Reading[T]) -> T:
+        """Make the calls that reading takes."""
+        try:
+            call = next(reading)
+            while True:
+                call = reading.send(await (self._here().wait(call) if call.waits else self._ask(call)))
+        except StopIteration as end:
+            found: T = end.value
+            return found
 
     # Connections
 
@@ -263,10 +305,38 @@ class AsyncClient:
             return self._pool
 
     async def _open(self, *, retry: bool) -> None:
+        until = time.monotonic() + blocking.patience()
         for pause in blocking.pauses() if retry else ():
             try:
                 return await self._here().shared.open()
-            except (ConnectionRefusedError, ConnectionResetError, ConnectionAbortedError, FileNotFoundError):
-                # The last but one: a front that has accepted, and has no server behind it yet.
+            except (ConnectionRefusedError, FileNotFoundError, ClosedSilently):
+                if time.monotonic() > until:
+                    raise
                 await asyncio.sleep(pause)
         return await self._here().shared.open()
+
+
+class _Messages(Generic[T]):
+    """Iterates over the messages of a topic. Not a generator, which a cancelled `anext` would end."""
+
+    def __init__(self, client: AsyncClient, topic: str, seconds: float, convert: Convert[T]) -> None:
+        self._client, self._topic, self._seconds, self._convert = client, topic, seconds, convert
+        self._is_over = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> T:
+        claim: Claim = []
+        try:
+            return await self._next(claim)
+        except BaseException:
+            give_back(claim)
+            raise
+
+    async def _next(self, claim: Claim) -> T:
+        if not self._is_over:
+            for message in await self._client._some(claim, self._topic, 1, self._seconds, self._convert):  # noqa: SLF001
+                return message
+        self._is_over = True
+        raise StopAsyncIteration

@@ -10,14 +10,15 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import suppress
 from functools import partial
-from itertools import repeat, zip_longest
+from itertools import repeat
 from operator import itemgetter
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, cast
 
 from dsmq import session as wire
 from dsmq.calls import BYTES_AT_ONCE, PUTS_AT_ONCE, Plain, Producer, PutMany, Request, Retries
+from dsmq.dial import REST_SECONDS, STAGGER_SECONDS, Address, Target, addresses, failure
 from dsmq.errors import ClientClosed, ConnectionLost, DSMQError, ProtocolError, ReplyError
-from dsmq.link import ENDED, LONG_PAUSE_SECONDS, Target
+from dsmq.link import ENDED, LONG_PAUSE_SECONDS, closed_silently, raise_if_known
 from dsmq.protocol import Reply, ReplyParser
 from dsmq.session import Session, State
 from dsmq.system import expect_long_messages
@@ -26,10 +27,6 @@ from dsmq.system import expect_long_messages
 _MAX_UNANSWERED = 2 * PUTS_AT_ONCE
 # A connection that was used to wait is closed when nobody has waited on it for so long.
 _IDLE_SECONDS = 5.0
-# The next address of a name is tried so long after the last, if that has not answered (RFC 8305).
-_NEXT_ADDRESS_SECONDS = 0.25
-
-_Address: TypeAlias = tuple[Any, ...]
 
 
 class Connector:
@@ -56,18 +53,30 @@ class Connector:
             async with asyncio.timeout(self.timeout):
                 link = await _open(self.target, self.timeout)
                 try:
-                    reply = await link.ask(self.session.hello)
-                    if link.end is not None:
-                        raise link.end
-                    state = self.session.greet(reply)
+                    state, era = self.session.meet(await self._greet(link))
                 except BaseException as error:
                     link.fail(error)
                     raise
         except TimeoutError as error:
-            raise TimeoutError(str(error) or f"no answer within {self.timeout:g} s") from None
-        link.producer, link.batch_producer = Producer(self.session.run), Producer(self.session.run)
+            raise TimeoutError(str(error) or f"{self.target}: no answer within {self.timeout:g} s") from None
+        except ConnectionResetError:
+            if self.session.epoch:
+                raise
+            # In a thread: it may connect, to find out what answers there.
+            raise await asyncio.get_running_loop().run_in_executor(None, closed_silently, self.target) from None
+        link.producer, link.batch_producer = Producer(era.run, era), Producer(era.run, era)
         self.announce(state)
         return link
+
+    async def _greet(self, link: Link) -> Reply:
+        try:
+            reply = await link.ask(self.session.hello)
+            if link.end is not None:
+                raise link.end
+        except (ProtocolError, ConnectionResetError):
+            raise_if_known(self.target, link.heard)
+            raise
+        return reply
 
     def announce(self, state: State, error: Exception | None = None) -> None:
         """Report a new state: each loss once, and each end of it."""
@@ -443,6 +452,8 @@ class Link(asyncio.Protocol):
         self.due: deque[Place] = deque()
         """The places whose replies are due: one entry for each reply."""
         self.has_answered = False
+        self.heard = b""
+        """What was received last."""
         self.end: BaseException | None = None
         """What the connection has ended with."""
         self.on_end: Callable[[list[Place], Any], None] = _fail
@@ -465,6 +476,7 @@ class Link(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._moved_at = self._loop.time()
+        self.heard = data
         due, parser = self.due, self._parser
         try:
             parser.feed(data)
@@ -590,28 +602,34 @@ async def _open(target: Target, timeout: float) -> Link:
 
 
 async def _dial(target: Target) -> socket.socket:
-    """Connect to the first address that answers. The next one is tried when one fails, or is slow (RFC 8305)."""
-    addresses = iter(await _addresses(target))
-    attempts: set[asyncio.Task[socket.socket]] = set()
-    errors: list[BaseException] = []
+    """Connect to the first address that answers; the next one is tried when one fails, or is slow (RFC 8305)."""
+    left = await _addresses(target)
+    attempts: dict[asyncio.Task[socket.socket], Address] = {}
+    errors: list[tuple[Address, OSError]] = []
     try:
-        while (address := next(addresses, None)) or attempts:
-            if address:
-                attempts.add(asyncio.create_task(_connected(address)))
-            patience = _NEXT_ADDRESS_SECONDS if address else None
+        while left or attempts:
+            if left:
+                address = left.pop(0)
+                attempts[asyncio.create_task(_connected(address))] = address
+            patience = STAGGER_SECONDS if left else REST_SECONDS if _is_refused(errors) else None
             done, _ = await asyncio.wait(attempts, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+            if not done and not left:
+                break
             for attempt in done:
-                attempts.remove(attempt)
-                if (error := attempt.exception()) is None:
+                address = attempts.pop(attempt)
+                try:
                     return attempt.result()
-                errors.append(error)
+                except OSError as error:
+                    errors.append((address, error))
     finally:
         for attempt in attempts:
             attempt.cancel()
             attempt.add_done_callback(_close_socket)
-    if any(isinstance(error, ConnectionRefusedError) for error in errors):
-        raise ConnectionRefusedError(errno.ECONNREFUSED, f"no server answers at {target}")
-    raise errors[0]
+    raise failure(target, [*errors, *((address, TimeoutError()) for address in attempts.values())])
+
+
+def _is_refused(errors: list[tuple[Address, OSError]]) -> bool:
+    return any(isinstance(error, ConnectionRefusedError) for _, error in errors)
 
 
 def _close_socket(attempt: asyncio.Task[socket.socket]) -> None:
@@ -619,27 +637,24 @@ def _close_socket(attempt: asyncio.Task[socket.socket]) -> None:
         attempt.result().close()
 
 
-async def _connected(address: _Address) -> socket.socket:
-    family, kind, protocol, _, where = address
-    sock = socket.socket(family, kind, protocol)
+async def _connected(address: Address) -> socket.socket:
+    sock = socket.socket(*address[:3])
     try:
         sock.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(sock, where)
+        await asyncio.get_running_loop().sock_connect(sock, address[3])
     except BaseException:
         sock.close()
         raise
     return sock
 
 
-async def _addresses(target: Target) -> list[_Address]:
-    """Return the addresses of a server, IPv6 and IPv4 by turns."""
+async def _addresses(target: Target) -> list[Address]:
     if target.is_unix:
-        return [(socket.AF_UNIX, socket.SOCK_STREAM, 0, "", target.path)]
-    look_up = partial(socket.getaddrinfo, target.host.strip("[]"), target.port, type=socket.SOCK_STREAM)
+        if not hasattr(socket, "AF_UNIX"):
+            raise OSError(errno.EAFNOSUPPORT, f"{target}: this system has no Unix sockets")
+        return [(socket.AF_UNIX, socket.SOCK_STREAM, 0, target.path)]
     try:
-        return list(look_up(flags=socket.AI_NUMERICHOST))
-    except socket.gaierror:
-        found = await asyncio.get_running_loop().run_in_executor(None, look_up)
-    families = dict.fromkeys(address[0] for address in found)
-    by_family = ([address for address in found if address[0] is family] for family in families)
-    return [address for turn in zip_longest(*by_family) for address in turn if address]
+        socket.getaddrinfo(target.name, None, flags=socket.AI_NUMERICHOST)
+    except (OSError, UnicodeError):
+        return await asyncio.get_running_loop().run_in_executor(None, addresses, target)
+    return addresses(target)
