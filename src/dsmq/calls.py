@@ -132,6 +132,11 @@ class Plain:
         self._request = request
         self.seconds = 0.0
 
+    @property
+    def waits(self) -> bool:
+        """Whether the server may be asked to wait."""
+        return False
+
     def request(self, _: Producer) -> bytes:
         return self._request
 
@@ -172,6 +177,10 @@ class Read(Plain):
         self.seconds = self._asked_at = 0.0
         self.asked: Asked
         """What it went by when it was asked last."""
+
+    @property
+    def waits(self) -> bool:
+        return time.monotonic() < self._until
 
     def request(self, producer: Producer) -> bytes:
         inbox, era = self._inbox, producer.era
