@@ -75,24 +75,29 @@ class Budget(Count["Connection"]):
 
     def __init__(self) -> None:
         super().__init__()
-        self.longest = 0
-        """The largest amount that is claimed at once."""
+        self._longest = 0
+        self.is_tight = False
+        """Whether the largest amount that is claimed at once would not fit."""
         # Since when each waits, and for how much.
         self._queue: dict[Connection, tuple[float, int]] = {}
 
     def set_limit(self, limit: int, longest: int) -> None:
         """Bound the sum; but not so low that the largest amount would never fit."""
-        self.limit, self.longest = max(limit, longest), longest
-
-    @property
-    def is_tight(self) -> bool:
-        """Whether the largest amount would not fit."""
-        return self.total + self.longest > self.limit
+        with self._lock:
+            self.limit, self._longest = max(limit, longest), longest
+            self._judge()
 
     @property
     def is_full(self) -> bool:
         """Whether nothing would fit."""
         return self.total >= self.limit
+
+    def _add(self, holder: Connection, amount: int) -> None:
+        super()._add(holder, amount)
+        self._judge()
+
+    def _judge(self) -> None:
+        self.is_tight = self.total + self._longest > self.limit
 
     def claim_in_turn(self, holder: Connection, amount: int, now: float) -> bool:
         """Claim as `claim` does, but behind those that wait. If it fails, the holder waits from now on."""
@@ -130,9 +135,10 @@ class Budget(Count["Connection"]):
             self._queue.pop(holder, None)
 
     def drop(self, holder: Connection) -> None:
+        super().drop(holder)
         with self._lock:
-            self.total -= self._held.pop(holder, 0)
             self._queue.pop(holder, None)
+            self._judge()
 
 
 class Usage:
