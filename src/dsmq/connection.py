@@ -109,6 +109,7 @@ class Connection:
         "_resuming",
         "_slow_from",
         "_socket",
+        "_stalls_from",
         "_stranger_until",
         "_unread_since",
         "_wait",
@@ -181,8 +182,8 @@ class Connection:
         self._linger_seconds = LINGER_SECONDS
         self._received_at = self.opened_at = loop.now
         self._request_since = self._unread_since = self._linger_until = math.inf
-        # When the client will have read its replies too slowly, at SLOW_BYTES_PER_SECOND.
-        self._slow_from = math.inf
+        # When the client will have read its replies, or sent its request, at less than SLOW_BYTES_PER_SECOND.
+        self._slow_from = self._stalls_from = math.inf
 
     def __repr__(self) -> str:
         return f"client {self.id} ({self.peer.name})"
@@ -252,7 +253,9 @@ class Connection:
             self._end_of_input()
         elif not self.finishing:
             self.counters.bytes_in += len(data)
-            self._received_at = self._loop.now
+            self._received_at = now = self._loop.now
+            if self._request_since != math.inf:
+                self._stalls_from = min(self._stalls_from + len(data) / SLOW_BYTES_PER_SECOND, now + 2 * SLOW_SECONDS)
             self._parser.feed(data)
             self.run()
 
@@ -418,6 +421,7 @@ class Connection:
         """Give the client a deadline: a request of it has arrived in part."""
         if self._request_since == math.inf and not (self._parked or self.finishing):
             self._request_since = self._loop.now
+            self._stalls_from = self._loop.now + SLOW_SECONDS
             self._schedule()
 
     # Memory
@@ -498,7 +502,7 @@ class Connection:
             return self._reserved > 2 * RECEIVE_BYTES
         if self._request_since == math.inf:
             return not self._resuming
-        return len(self._parser) < (now - self._request_since - SLOW_SECONDS) * SLOW_BYTES_PER_SECOND
+        return now > self._stalls_from
 
     def make_way(self, budget: Budget) -> None:
         """End, because others need the memory."""
