@@ -12,7 +12,7 @@ from contextlib import ExitStack
 import pytest
 
 from conftest import SOON, Wire, daemon, serving, wait_until, wire_to
-from dsmq import connection, logs, producers, sqlite_store, worker
+from dsmq import logs, producers, sqlite_store, worker
 from dsmq.client import connect
 from dsmq.errors import Full
 from dsmq.protocol import encode_request
@@ -273,7 +273,8 @@ def test_a_greedy_client_does_not_starve_the_others() -> None:
         go.set()
         place = modest.receive()
         assert isinstance(place, int)
-        assert place <= 3
+        # Puts run in batches: those that are parsed together.
+        assert place <= 100
         ids = [greedy.receive() for _ in range(1000)]
         assert ids == [number for number in range(1, 1002) if number != place]
 
@@ -308,8 +309,12 @@ def test_a_stranger_is_sent_away_after_some_requests() -> None:
 
 
 def test_replies_that_nobody_reads_are_bounded_for_all_together() -> None:
-    bounds = {"max_total_unread_reply_bytes": 1_000_000, "max_message_bytes": 110_000, "io_threads": 3}
-    with serving(**bounds) as server, ExitStack() as stack:
+    bounds = {
+        "max_total_unread_reply_bytes": 1_000_000,
+        "max_unread_reply_bytes": 200_000,
+        "max_message_bytes": 110_000,
+    }
+    with serving(**bounds, io_threads=3) as server, ExitStack() as stack:
         with wire_to(server) as wire:
             for _ in range(10):
                 wire.call("PUT", "t", "x" * 100_000)
@@ -325,8 +330,8 @@ def test_replies_that_nobody_reads_are_bounded_for_all_together() -> None:
                 while not done.done():
                     most = max(most, replies.total)
                 assert all(isinstance(reply, list) for reply in done.result())
-        # What a connection is sent without a claim comes to SEND_BYTES, between one look at the total and the next.
-        assert most < 1_000_000 + 3 * connection.SEND_BYTES
+        # Between one look at the total and the next, each worker may serve one connection up to its own limit.
+        assert most < 1_000_000 + 3 * 310_000
         wait_until(lambda: replies.total == 0)
         lazy[0].send(encode_request(b"READ", b"t", b"0") * 100)
         wait_until(lambda: replies.total > 0)

@@ -7,7 +7,7 @@ It raises a ReplyError where there is no such reply. PROTOCOL.md says what each 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import accumulate
@@ -648,27 +648,38 @@ def _config(client: Client, request: list[bytes]) -> bytes:
     settings = {name: _as_text(value) for name, value in config.as_dict(client.services.settings).items()}
     # redis-benchmark asks for the first two, to say how Redis persists; redis-cli --stat for the last.
     settings |= {"save": "", "appendonly": "no", "databases": "1"}
-    patterns = [pattern.decode(errors="replace").lower() for pattern in request[2:]]
-    if any(len(pattern) > MAX_NAME_BYTES for pattern in patterns):
+    if any(len(pattern) > MAX_NAME_BYTES for pattern in request[2:]):
         raise BadRequest(f"a pattern has at most {MAX_NAME_BYTES} bytes")
-    found = [name for name in settings if any(_matches(name, pattern) for pattern in patterns)]
+    patterns = {pattern.decode(errors="replace").lower() for pattern in request[2:]}
+    names = set(settings)
+    for pattern in patterns:
+        if "*" in pattern:
+            names.difference_update(_matching(names, pattern))
+    found = [name for name in settings if name in patterns or name not in names]
     return encode_map(client.version, [(name, encode_bulk(settings[name].encode())) for name in found])
 
 
-def _matches(name: str, pattern: str) -> bool:
-    """Tell whether a name matches a pattern, in which `*` stands for anything.
+def _matching(names: Iterable[str], pattern: str) -> list[str]:
+    """Return the names that match a pattern, in which `*` stands for anything.
 
     Not by a regular expression: those of strangers can take any time to compile, and to match.
     """
-    head, *parts = pattern.split("*")
-    if not parts:
-        return name == pattern
-    at = len(head)
-    for part in parts[:-1]:
-        at = name.find(part, at) + len(part)
-        if at < len(part):
-            return False
-    return name.startswith(head) and name.endswith(parts[-1]) and len(name) - len(parts[-1]) >= at
+    head, *middle, tail = pattern.split("*")
+    parts = [part for part in middle if part]
+    found = []
+    for name in names:
+        if not (name.startswith(head) and name.endswith(tail)):
+            continue
+        at = len(head)
+        for part in parts:
+            at = name.find(part, at)
+            if at < 0:
+                break
+            at += len(part)
+        else:
+            if len(name) - len(tail) >= at:
+                found.append(name)
+    return found
 
 
 def _info(client: Client, request: list[bytes]) -> bytes:

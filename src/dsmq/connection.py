@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from selectors import EVENT_READ, EVENT_WRITE
+from time import monotonic
 
 from dsmq import logs
 from dsmq.auth import Role, Token
@@ -96,6 +97,7 @@ class Connection:
         "_asked",
         "_backlog",
         "_behind",
+        "_budget",
         "_calls",
         "_deferred",
         "_discarded",
@@ -115,12 +117,14 @@ class Connection:
         "_position_bytes",
         "_receive_bytes",
         "_received_at",
+        "_replies",
         "_request_since",
         "_requests",
         "_reserved",
         "_resuming",
         "_slow_from",
         "_socket",
+        "_stalls_from",
         "_stranger_until",
         "_unread_since",
         "_wait",
@@ -167,6 +171,7 @@ class Connection:
         self.watermark = loop.services.store.last_id()
         self.positions: dict[bytes, int] = {}
         self._position_bytes = 0
+        self._replies, self._budget = self.services.usage.replies, self.services.usage.requests
         self.reading: tuple[bytes, int] | None = None
         self.transaction: Transaction | None = None
         self.steps: deque[Step] = deque()
@@ -199,8 +204,8 @@ class Connection:
         self._linger_seconds = LINGER_SECONDS
         self._received_at = self.opened_at = loop.now
         self._request_since = self._unread_since = self._linger_until = math.inf
-        # When the client will have read its replies too slowly, at SLOW_BYTES_PER_SECOND.
-        self._slow_from = math.inf
+        # When the client will have read its replies, or sent its request, at less than SLOW_BYTES_PER_SECOND.
+        self._slow_from = self._stalls_from = math.inf
 
     def __repr__(self) -> str:
         return f"client {self.id} ({self.peer.name})"
@@ -222,7 +227,7 @@ class Connection:
 
     @property
     def max_read_bytes(self) -> int:
-        return SHORT_READ_BYTES if self.services.usage.replies.total else MAX_READ_BYTES
+        return SHORT_READ_BYTES if self._replies.total else MAX_READ_BYTES
 
     def _set_bounds(self) -> None:
         """Say how much is held for it: little for a stranger."""
@@ -262,13 +267,11 @@ class Connection:
                 return
         if events != EVENT_READ:
             self.flush()
-            if self.closed:
+            if self.closed or not events & EVENT_READ:
                 return
-        if not events & self._events & EVENT_READ:
-            return
         try:
             # If requests take up their total, this one's part of it stays in the kernel.
-            tight = self._reserved == 0 and self.services.usage.requests.is_tight
+            tight = self._budget.is_tight and not self._reserved
             data = self._socket.recv(FREE_BYTES if tight else self._receive_bytes)
         except (BlockingIOError, InterruptedError):
             return
@@ -279,7 +282,9 @@ class Connection:
             self._end_of_input()
         elif not self.finishing:
             self.counters.bytes_in += len(data)
-            self._received_at = self._loop.now
+            self._received_at = now = self._loop.now
+            if self._request_since != math.inf:
+                self._stalls_from = min(self._stalls_from + len(data) / SLOW_BYTES_PER_SECOND, now + 2 * SLOW_SECONDS)
             self._parser.feed(data)
             self.run()
         elif self.role is Role.NOBODY:
@@ -320,11 +325,12 @@ class Connection:
             return
         self._resuming = False
         requests, parser = self._requests, self._parser
-        replies = self.services.usage.replies
-        tight = replies.is_tight
-        most = FREE_BYTES if tight and replies.is_full else self._max_unread
+        tight = self._replies.is_tight
+        most = FREE_BYTES if tight and self._replies.is_full else self._max_unread
         until = 0.0
-        while not (self._parked or self.finishing or self._no_room) and len(self._out) < most:
+        # What waits for room is tried again by on_room alone.
+        halted = self._no_room
+        while not (self._parked or self.finishing or halted) and len(self._out) < most:
             if not requests and (parser.missing or not self._parse()):
                 break
             request = requests.popleft()
@@ -334,26 +340,48 @@ class Connection:
             try:
                 self._execute(request)
             except ReplyError as error:
-                self._stop_waiting()
-                if self._settled():
-                    self._fail(error)
-                    if self.transaction is not None:
-                        self.transaction.abort()
-                    if request[0].upper() == b"PUT":
-                        self.counters.puts_refused[error.code] += 1
-                else:
-                    requests.appendleft(request)
+                self._refuse(request, error)
             except Exception:  # noqa: BLE001
                 self._fail_by_defect()
-            if requests or not parser.missing:
-                # The clock is not looked at for a request that comes alone.
-                now = time.monotonic()
-                until = until or now + self._loop.slice_seconds
-                if now >= until:
-                    break
-        self._after_run(full=len(self._out) >= most)
+            if requests and self._deferred:
+                # Puts take little time each: the clock is read once for a batch of them.
+                continue
+            if parser.missing and not requests:
+                break
+            now = monotonic()
+            until = until or now + self._loop.slice_seconds
+            if now >= until:
+                break
+        size = len(self._out)
+        if size > SEND_BYTES:
+            # Others count if they are still there at the end of the turn.
+            self._count_backlog(size)
+        full = size >= most
+        if (
+            requests
+            or parser.missing != 1
+            or parser.incomplete
+            or full
+            or self._behind
+            or self._reserved
+            or self._ended
+        ):
+            self._after_run(full=full)
+        self._watch()
+
+    def _refuse(self, request: list[bytes], error: ReplyError) -> None:
+        self._stop_waiting()
+        if not self._settled():
+            self._requests.appendleft(request)
+            return
+        self._fail(error)
+        if self.transaction is not None:
+            self.transaction.abort()
+        if request[0].upper() == b"PUT":
+            self.counters.puts_refused[error.code] += 1
 
     def _after_run(self, *, full: bool) -> None:
+        """Note what is left: of replies, of requests, and for the next turn."""
         requests, parser = self._requests, self._parser
         left = bool(requests) or not parser.missing
         behind = full or (left and not (self._parked or self.finishing or self._no_room))
@@ -361,13 +389,11 @@ class Connection:
             self._mind_replies(behind=behind)
             if behind and not full:
                 self._run_soon()
-        if left or parser.incomplete or self._reserved:
-            self._count_input()
-            if parser.incomplete:
-                self._mind_request()
+        self._count_input()
+        if parser.incomplete:
+            self._mind_request()
         if self._ended and parser.missing and not (requests or self._parked or self._no_room):
             self.finish()
-        self._watch()
 
     def _run_soon(self) -> None:
         if not self._resuming:
@@ -439,6 +465,7 @@ class Connection:
         """Give the client a deadline: a request of it has arrived in part."""
         if self._request_since == math.inf and not (self._parked or self.finishing):
             self._request_since = self._loop.now
+            self._stalls_from = self._loop.now + SLOW_SECONDS
             self._schedule()
 
     # Memory
@@ -448,7 +475,7 @@ class Connection:
 
         If there is no room for that, no more of it is read until there is.
         """
-        parser, budget = self._parser, self.services.usage.requests
+        parser, budget = self._parser, self._budget
         held = parser.buffered + self._position_bytes
         for request in self._requests:
             held += REQUEST_OBJECT_BYTES + ARGUMENT_OBJECT_BYTES * len(request) + sum(map(len, request))
@@ -476,7 +503,7 @@ class Connection:
             self.wake()
             self._schedule()
             return
-        if budget is self.services.usage.requests:
+        if budget is self._budget:
             # Its time begins only now.
             self._request_since = math.inf
         self.run()
@@ -490,7 +517,7 @@ class Connection:
         return self._claim_reply(size if name in (b"PING", b"ECHO") else size + LONG_REPLY_BYTES)
 
     def _claim_reply(self, size: int) -> bool:
-        replies = self.services.usage.replies
+        replies = self._replies
         if not replies.is_tight or size + len(self._out) <= FREE_BYTES:
             return True
         if not replies.claim_in_turn(self, size, self._loop.now):
@@ -512,14 +539,14 @@ class Connection:
 
     def may_go(self, budget: Budget, now: float) -> bool:
         """Return whether to close it when others need the memory: it makes no progress, or little. From any thread."""
-        if budget is self.services.usage.replies:
+        if budget is self._replies:
             return now > self._slow_from
         if self._no_room is budget:
             # It waits itself: for no fault of its own, unless it holds more than comes before its length is known.
             return self._reserved > 2 * RECEIVE_BYTES
         if self._request_since == math.inf:
             return not self._resuming
-        return len(self._parser) < (now - self._request_since - SLOW_SECONDS) * SLOW_BYTES_PER_SECOND
+        return now > self._stalls_from
 
     def make_way(self, budget: Budget) -> None:
         """End, because others need the memory."""
@@ -527,7 +554,7 @@ class Connection:
             return
         about = "memory is short, and it is slow"
         _logger.info("%r: dropped, %s", self, about, extra=self._event("dropped"))
-        if budget is self.services.usage.replies or self._request_since == math.inf or self._parked:
+        if budget is self._replies or self._request_since == math.inf or self._parked:
             self.close(about)
             return
         self._forget_input()
@@ -538,7 +565,7 @@ class Connection:
         self._requests.clear()
         self.positions = {}
         self._reserved = self._position_bytes = 0
-        self.services.usage.requests.drop(self)
+        self._budget.drop(self)
 
     # Replies
 
@@ -546,8 +573,8 @@ class Connection:
         if not self._out:
             self._loop.flush_soon(self)
         self._out += reply
-        if len(self._out) - self._backlog > SEND_BYTES:
-            # Long ones count at once; short ones if they are still there at the end of the turn.
+        if self._backlog:
+            # It is not flushed before the client reads.
             self._count_backlog(len(self._out))
 
     def _fail(self, error: ReplyError) -> None:
@@ -583,20 +610,21 @@ class Connection:
         if self.closed or self._linger_until != math.inf:
             # Its sending side is closed: another send would fail, and close the connection under the last reply.
             return
+        out = self._out
+        size = len(out)
         try:
-            out = self._out
-            sent = self._socket.send(out if len(out) <= SEND_BYTES else memoryview(out)[:SEND_BYTES])
+            sent = self._socket.send(out if size <= SEND_BYTES else memoryview(out)[:SEND_BYTES])
         except (BlockingIOError, InterruptedError):
             sent = 0
         except OSError as error:
             self.close(error.strerror or str(error))
             return
         self.counters.bytes_out += sent
-        left = len(self._out) - sent
+        left = size - sent
         if left != self._backlog:
             self._count_backlog(left)
         if left:
-            del self._out[:sent]
+            del out[:sent]
             now = self._loop.now
             if self._unread_since == math.inf:
                 self._slow_from = now + SLOW_SECONDS
@@ -607,7 +635,7 @@ class Connection:
                 self._run_soon()
             self._schedule()
         else:
-            self._out.clear()
+            out.clear()
             self._unread_since = self._slow_from = math.inf
             self._received_at = self._loop.now
             if self.finishing and not self._deferred:
@@ -619,8 +647,11 @@ class Connection:
         self._watch()
 
     def _count_backlog(self, size: int) -> None:
-        self.services.usage.replies.add(self, size - self._backlog)
-        self._backlog = size
+        more = size - self._backlog
+        if more < 0 or more > FREE_BYTES or size <= FREE_BYTES:
+            # In steps: of short replies, many are added to one that is not taken.
+            self._replies.add(self, more)
+            self._backlog = size
 
     # Who it is
 
@@ -760,7 +791,7 @@ class Connection:
             # A step of a transaction does not wait.
             return self.reply_to(_only_below(self.below, fetch()), encode)
         if not milliseconds:
-            if not self.services.usage.replies.is_tight:
+            if not self._replies.is_tight:
                 return self.reply_to(fetch(), encode)
             # It waits for room, if for anything.
             topic = b""
@@ -812,6 +843,8 @@ class Connection:
                 return
             if reply is not None:
                 self._send(reply)
+                if len(reply) > SEND_BYTES:
+                    self._count_backlog(len(self._out))
                 self.resume()
 
     def stop_waiting(self) -> None:

@@ -75,12 +75,15 @@ class _Input:
             self._keep(data)
             return
         if self._data or self._chunks:
-            data = b"".join((self._data[self._at :], *self._chunks, data))
+            data = self._join(data)
             self._chunks = []
             self._chunk_bytes = 0
         self.incomplete = False
         self._data = data
         self._at = self.missing = self._line_room = 0
+
+    def _join(self, data: bytes) -> bytes:
+        return b"".join((self._data[self._at :], *self._chunks, data))
 
     def _keep(self, data: bytes) -> None:
         """Put bytes aside. Small pieces are gathered: as objects of their own they would take many times their size."""
@@ -123,7 +126,7 @@ class RequestParser(_Input):
     be changed between requests.
     """
 
-    __slots__ = ("_arguments", "_count", "_size", "max_message_bytes", "max_request_bytes")
+    __slots__ = ("_arguments", "_body", "_count", "_size", "max_message_bytes", "max_request_bytes")
 
     _line_end = _CONTROL
 
@@ -135,6 +138,8 @@ class RequestParser(_Input):
         # they took. They are not parsed again when more comes.
         self._arguments: list[bytes] | None = None
         self._count = self._size = 0
+        # Where in the data the argument begins of which the rest is missing.
+        self._body = 0
 
     def __len__(self) -> int:
         return len(self._data) - self._at + self._chunk_bytes + self._size
@@ -181,6 +186,7 @@ class RequestParser(_Input):
             if end + 2 > len(data):
                 self._suspend(arguments, count, size - (end + 2 - at), at)
                 self._await(end + 2 - len(data))
+                self._body = start - at
                 return None
             if data[end : end + 2] != _CRLF:
                 raise ProtocolError("a bulk string does not end where its length says")
@@ -189,6 +195,21 @@ class RequestParser(_Input):
         self._arguments, self._size = None, 0
         self._advance(at)
         return arguments
+
+    def _join(self, data: bytes) -> bytes:
+        """Join the argument that was missing, alone: so a long one is copied once. What stands behind it is left."""
+        arguments, body = self._arguments, self._body
+        self._body = 0
+        if not body or arguments is None:
+            return super()._join(data)
+        end = len(data)
+        length = len(self._data) - body + self._chunk_bytes
+        needed = int(self._data[1 : body - 2]) - length
+        if not (0 <= needed <= end - 2 and data[needed : needed + 2] == _CRLF):
+            return super()._join(data)
+        arguments.append(b"".join((memoryview(self._data)[body:], *self._chunks, memoryview(data)[:needed])))
+        self._size += body + length + needed + 2
+        return data[needed + 2 :]
 
     def _suspend(self, arguments: list[bytes], count: int, size: int, at: int) -> None:
         """Remember how far a request has come that is not whole yet."""

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 # What one connection may hold of each kind without being counted or made to wait: so that short requests and replies
 # pass while others take up the total. With 10,000 connections it comes to 40 MB.
 FREE_BYTES = 4096
+# As little passes those that wait for more, so that a few long messages do not hold up all others.
+SHORT_BYTES = 262_144
 
 H = TypeVar("H", bound=Hashable)
 
@@ -75,30 +77,35 @@ class Budget(Count["Connection"]):
 
     def __init__(self) -> None:
         super().__init__()
-        self.longest = 0
-        """The largest amount that is claimed at once."""
+        self._longest = 0
+        self.is_tight = False
+        """Whether the largest amount that is claimed at once would not fit."""
         # Since when each waits, and for how much.
         self._queue: dict[Connection, tuple[float, int]] = {}
 
     def set_limit(self, limit: int, longest: int) -> None:
         """Bound the sum; but not so low that the largest amount would never fit."""
-        self.limit, self.longest = max(limit, longest), longest
-
-    @property
-    def is_tight(self) -> bool:
-        """Whether the largest amount would not fit."""
-        return self.total + self.longest > self.limit
+        with self._lock:
+            self.limit, self._longest = max(limit, longest), longest
+            self._judge()
 
     @property
     def is_full(self) -> bool:
         """Whether nothing would fit."""
         return self.total >= self.limit
 
+    def _add(self, holder: Connection, amount: int) -> None:
+        super()._add(holder, amount)
+        self._judge()
+
+    def _judge(self) -> None:
+        self.is_tight = self.total + self._longest > self.limit
+
     def claim_in_turn(self, holder: Connection, amount: int, now: float) -> bool:
-        """Claim as `claim` does, but behind those that wait. If it fails, the holder waits from now on."""
+        """Claim as `claim` does, but much only behind those that wait. If it fails, the holder waits from now on."""
         with self._lock:
-            first = next(iter(self._queue), holder)
-            if first is not holder or self.total + amount > self.limit:
+            in_turn = amount <= SHORT_BYTES or next(iter(self._queue), holder) is holder
+            if not in_turn or self.total + amount > self.limit:
                 since = self._queue.get(holder, (now, 0))[0]
                 self._queue[holder] = since, amount
                 return False
@@ -107,10 +114,14 @@ class Budget(Count["Connection"]):
             return True
 
     def first_that_fits(self) -> Connection | None:
-        """Return who waits longest, if there is room for it now."""
+        """Return who waits longest, if there is room for it now; else who waits longest for a little that fits."""
         with self._lock:
+            first = next(iter(self._queue), None)
             for holder, (_, amount) in self._queue.items():
-                return holder if self.total + amount <= self.limit else None
+                if self.total >= self.limit:
+                    break
+                if self.total + amount <= self.limit and (holder is first or amount <= SHORT_BYTES):
+                    return holder
             return None
 
     def missing(self, since: float) -> int:
@@ -130,9 +141,10 @@ class Budget(Count["Connection"]):
             self._queue.pop(holder, None)
 
     def drop(self, holder: Connection) -> None:
+        super().drop(holder)
         with self._lock:
-            self.total -= self._held.pop(holder, 0)
             self._queue.pop(holder, None)
+            self._judge()
 
 
 class Usage:

@@ -90,9 +90,9 @@ class Worker:
         self._waiters: dict[bytes, dict[Connection, None]] = {}
         # Woken by a put, but not yet looked after: they may be many.
         self._to_wake: dict[Connection, None] = {}
-        # Those that wait for room in a budget; and whether another budget is exceeded.
+        # Those that wait for room in a budget; and whether there are some, or a budget is exceeded.
         self._cramped: dict[Connection, None] = {}
-        self._exceeded = False
+        self._short_of_room = False
         self.slice_seconds = TURN_SECONDS
         self._to_flush: list[Connection] = []
         self._to_run: list[Connection] = []
@@ -100,8 +100,8 @@ class Worker:
         self._timer_number = itertools.count()
         self._posted: deque[Callable[[], None]] = deque()
         self._busy_poll_seconds = services.settings.busy_poll_microseconds / 1e6
-        self._look_from = self._awake_until = self._answer_at = self._close_at = 0.0
-        self._turn_ended = self.now
+        self._look_from = self._awake_until = self._close_at = 0.0
+        self._answered_at = self.now
         self._stop_at = math.inf
         self._bell = _Bell(self._run_posted)
         self._selector.register(self._bell, selectors.EVENT_READ, self._bell)
@@ -196,32 +196,33 @@ class Worker:
         self.now = time.monotonic()
         if ready:
             self._awake_until = self.now + self._busy_poll_seconds
-        self.slice_seconds = max(LEAST_SLICE_SECONDS, TURN_SECONDS / (len(ready) + len(to_run) or 1))
-        self._answer_at = self.now + TURN_SECONDS
+        self._answered_at = self.now
+        many = len(ready) + len(to_run) > 4
+        self.slice_seconds = LEAST_SLICE_SECONDS if many else TURN_SECONDS / 4
         # Whatever goes wrong with one connection costs that connection alone; on_failure logs and counts it.
         for key, events in ready:
             try:
                 key.data.on_ready(events)
             except Exception:  # noqa: BLE001
                 key.data.on_failure()
-            if time.monotonic() > self._answer_at:
+            if many and time.monotonic() > self._answered_at + TURN_SECONDS:
                 self._answer()
         for connection in to_run:
             try:
                 connection.run()
             except Exception:  # noqa: BLE001
                 connection.on_failure()
-            if time.monotonic() > self._answer_at:
+            if many and time.monotonic() > self._answered_at + TURN_SECONDS:
                 self._answer()
-        self._run_timers()
+        if self._timers and self._timers[0][0] <= self.now:
+            self._run_timers()
         if self._to_wake:
             self._wake_some()
-        if self._cramped or self._exceeded:
+        if self._short_of_room:
             self._make_room()
         self._answer()
-        self._turn_ended = time.monotonic()
         if requests := self.counters.requests - before:
-            self.counters.request_seconds.add(self._turn_ended - self.now, requests)
+            self.counters.request_seconds.add(self._answered_at - self.now, requests)
 
     def _answer(self) -> None:
         """Store what has been put, and send the replies. In a long turn, those who came first do not wait for all."""
@@ -233,7 +234,7 @@ class Worker:
                 connection.flush()
             except Exception:  # noqa: BLE001
                 connection.on_failure()
-        self._answer_at = time.monotonic() + TURN_SECONDS
+        self._answered_at = time.monotonic()
 
     def _wait(self) -> list[tuple[selectors.SelectorKey, int]]:
         """Return the sockets that are ready, when there are some.
@@ -243,7 +244,7 @@ class Worker:
         """
         if self._to_run or self._to_wake:
             return self._selector.select(0)
-        now = self._turn_ended
+        now = self._answered_at
         while self._look_from <= now < self._awake_until:
             if ready := self._selector.select(0):
                 return ready
@@ -280,7 +281,7 @@ class Worker:
 
     def _timeout(self) -> float | None:
         soonest = min(self._timers[0][0] if self._timers else math.inf, self._stop_at)
-        if self._cramped or self._exceeded:
+        if self._short_of_room:
             soonest = min(soonest, self.now + ROOM_SECONDS)
         if soonest == math.inf:
             return None
@@ -427,17 +428,19 @@ class Worker:
 
     def await_room(self, connection: Connection) -> None:
         self._cramped[connection] = None
+        self._short_of_room = True
 
     def relieve(self) -> None:
-        self._exceeded = True
+        self._short_of_room = True
 
     def _make_room(self) -> None:
         """Serve those for whom there is room now; close slow ones if others have waited too long for it."""
-        self._exceeded = False
+        self._short_of_room = False
         for budget in (self.services.usage.replies, self.services.usage.requests):
             self._serve_queue(budget)
             if self.now >= self._close_at and (missing := budget.missing(self.now - SLOW_SECONDS)) > 0:
                 self._close_slow(budget, missing)
+        self._short_of_room = self._short_of_room or bool(self._cramped)
 
     def _serve_queue(self, budget: Budget) -> None:
         until = time.monotonic() + LEAST_SLICE_SECONDS
@@ -452,7 +455,7 @@ class Worker:
 
     def _close_slow(self, budget: Budget, missing: int) -> None:
         self._close_at = self.now + CLOSE_SECONDS
-        self._exceeded = True
+        self._short_of_room = True
         now = time.monotonic()
         for connection, held in budget.largest():
             if missing <= 0:
