@@ -7,14 +7,14 @@ import logging
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import pytest
 
 from conftest import SOON, Wire, daemon, serving, wait_until, wire_to
-from dsmq import logs, producers, sqlite_store, worker
+from dsmq import connection, logs, producers, sqlite_store, worker
 from dsmq.client import connect
-from dsmq.errors import Full
+from dsmq.errors import Full, ReplyError
 from dsmq.protocol import encode_request
 from dsmq.server import Server
 from dsmq.sqlite_store import SQLiteStore
@@ -300,12 +300,38 @@ def test_who_hangs_up_while_it_waits_is_noticed_however_little_runs_in_a_turn() 
         wait_until(lambda: server.waiting() == server.connections() == 0)
 
 
-def test_a_stranger_is_sent_away_after_some_requests() -> None:
+@pytest.mark.parametrize(
+    ("request_", "reply"),
+    [(b"PING\r\n", "PONG"), (b"FROBNICATE\r\n", "UNKNOWN"), (b"PUT t x\r\n", "NOAUTH"), (b"AUTH\r\n", "BADREQUEST")],
+)
+def test_a_stranger_is_sent_away_after_some_requests_of_whatever_kind(request_: bytes, reply: str) -> None:
     with serving(auth_token="x" * 20) as server, wire_to(server) as wire:
-        wire.send(b"PING\r\n" * 17)
-        assert [wire.receive() for _ in range(16)] == ["PONG"] * 16
-        assert wire.receive().code == "NOAUTH"  # type: ignore[union-attr]
+        wire.send(request_ * 400)
+        answers = [wire.receive() for _ in range(17)]
+        codes = [answer.code if isinstance(answer, ReplyError) else answer for answer in answers]
+        assert codes == [reply] * 16 + ["NOAUTH"]
         assert wire.ended()
+        # Those behind them have not even been parsed.
+        assert server.counters().requests == 17
+
+
+def test_a_stranger_that_sends_on_after_its_last_reply_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "LINGER_SECONDS", 3600.0)
+    with serving(auth_token="x" * 20, reply_timeout_seconds=3600) as server, wire_to(server) as wire:
+        wire.send(b"AUTH wrong-token-0123456789\r\n")
+        assert wire.receive().code == "WRONGPASS"  # type: ignore[union-attr]
+        wire.send(b"x" * connection.MAX_DISCARDED_BYTES_OF_STRANGERS)
+        assert server.connections() == 1
+        with suppress(ConnectionError):
+            for _ in range(100):
+                wire.send(b"x" * 100_000)
+        wait_until(lambda: server.connections() == 0)
+
+
+def test_what_follows_a_token_in_the_same_packet_is_run_in_batches() -> None:
+    with serving(auth_token="x" * 20) as server, wire_to(server) as wire:
+        wire.send(b"AUTH " + b"x" * 20 + b"\r\n" + b"PING\r\n" * 500)
+        assert [wire.receive() for _ in range(501)] == ["OK"] + ["PONG"] * 500
 
 
 def test_replies_that_nobody_reads_are_bounded_for_all_together() -> None:

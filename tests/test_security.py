@@ -667,7 +667,7 @@ def test_one_address_of_a_name_is_enough_to_be_exposed(monkeypatch: pytest.Monke
     ("address", "exposed"),
     [
         *[("127.0.0.1", False), ("127.9.9.9", False), ("::1", False), ("::ffff:127.0.0.1", False)],
-        *[("0.0.0.0", True), ("::", True), ("\0dsmq-test-abstract", False)],
+        *[("0.0.0.0", True), ("::", True), ("\0dsmq-test-abstract", False), ("::ffff:0.0.0.0", True)],
     ],
 )
 def test_which_listening_sockets_are_exposed(address: str, exposed: bool) -> None:
@@ -675,6 +675,12 @@ def test_which_listening_sockets_are_exposed(address: str, exposed: bool) -> Non
     with socket.socket(family) as sock:
         sock.bind(address if family == socket.AF_UNIX else (address, 0))
         assert listening.is_exposed(sock) == exposed
+
+
+def test_a_socket_of_an_unknown_family_counts_as_exposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        monkeypatch.setattr(socket, "AF_UNIX", -1)
+        assert listening.is_exposed(sock)
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0", "127.0.0.1", "\0dsmq-{}"])

@@ -20,6 +20,7 @@ from rig import NotHere, Row, Trial, progress, table
 ATTACKS: dict[str, Callable[[Trial], None]] = {
     "before_auth": connections.before_auth,
     "strangers_requests": connections.strangers_requests,
+    "guessing": connections.guessing,
     "slow_loris": connections.slow_loris,
     "never_read": connections.never_read,
     "flood": connections.flood,

@@ -108,7 +108,7 @@ def _pour(port: int, size: int, kind: tuple[bytes, bytes], sent: list[int], at: 
 
 
 def strangers_requests(trial: Trial) -> None:
-    """Strangers may PING; so they do, and read no replies."""
+    """Strangers may PING; so they do, or send unknown commands, and read no replies."""
     count, timeout = trial.size(500, 50), trial.size(4, 1)
     needs_files(count + 500)
     with victim(trial, auth_token=TOKEN, auth_timeout_seconds=timeout) as on:
@@ -119,7 +119,8 @@ def strangers_requests(trial: Trial) -> None:
         ends: list[float] = []
 
         def attack(port: int) -> None:
-            crowd = Crowd(port, count, timeout / 2, lambda: itertools.repeat(b"PING\r\n" * 10_000), 0.05, reads=False)
+            kinds = itertools.cycle((b"PING\r\n" * 10_000, b"FROBNICATE\r\n" * 6_000))
+            crowd = Crowd(port, count, timeout / 2, lambda: itertools.repeat(next(kinds)), 0.05, reads=False)
             gone = Gone(daemon, crowd)
             crowd.run(timeout * 1.5 + (GRACE_SECONDS if port == daemon.port else 0), gone)
             ends.append(gone.after())
@@ -133,6 +134,42 @@ def strangers_requests(trial: Trial) -> None:
         )
         trial.state("memory of each", f"{megabytes(grown)}")
         compare_latency(trial, daemon, attack, in_quick=True)
+
+
+def guessing(trial: Trial) -> None:
+    """Wrong tokens, as fast as they can be shown, from the address of clients that have the right one."""
+    with victim(trial, auth_token=TOKEN) as on:
+        daemon = on.daemon
+        until = threading.Event()
+        guesses = [0] * 4
+        threads = [threading.Thread(target=_guess, args=(daemon.port, until, guesses, at)) for at in range(4)]
+        for thread in threads:
+            thread.start()
+        try:
+            wait_until(lambda: all(guesses))
+            answers = [_show(daemon.port, TOKEN) for _ in range(60)]
+        finally:
+            until.set()
+            for thread in threads:
+                thread.join()
+        trial.must(
+            "60 clients with the right token are let in meanwhile",
+            f"{answers.count(b'+OK')} of them, beside {sum(guesses):,} guesses",
+            answers == [b"+OK"] * 60,
+        )
+
+
+def _guess(port: int, until: threading.Event, guesses: list[int], at: int) -> None:
+    while not until.is_set():
+        _show(port, f"{guesses[at]:024}")
+        guesses[at] += 1
+
+
+def _show(port: int, token: str) -> bytes:
+    """Show a token; return the first word of the answer."""
+    with socket.create_connection(("127.0.0.1", port), 10) as sock:
+        sock.sendall(encode_request(b"AUTH", token.encode()))
+        return sock.recv(100).split()[0]
 
 
 class Gone:
