@@ -26,7 +26,7 @@ from operator import attrgetter, itemgetter
 from dsmq import image
 from dsmq.chunks import Stored, pack, portions, unpack
 from dsmq.errors import CannotStart, Full, ReplyError, StoreFailed
-from dsmq.image import INSERT_CHUNK, Image, Instant, Part, Place, Producer, State
+from dsmq.image import INSERT_CHUNK, Image, Instant, Part, Place, Producer, Restored, State
 from dsmq.producers import Producers, Puts
 from dsmq.store import (
     MEMORY,
@@ -166,8 +166,8 @@ class SQLiteStore:
         self.limits = limits or Limits()
         self.epoch, self.run = secrets.token_hex(8), secrets.token_hex(8)
         self.restored_id = 0
-        # The last number of each topic in the snapshot that this run started from.
-        self._restored_numbers: dict[bytes, int] = {}
+        self.restored: Restored | None = None
+        """What this run began with, if that did not hold all that was put before."""
         self._clock = clock
         self._guard = _Guard()
         self._database = _in_memory()
@@ -520,7 +520,7 @@ class SQLiteStore:
     def stats(self, topic: bytes) -> TopicStats:
         with self._guard:
             known = self._topics.get(topic)
-            restored_number = self._restored_numbers.get(topic, 0)
+            restored_number = self.restored.numbers.get(topic, 0) if self.restored else 0
             if known is None:
                 empty = _Topic(topic, 0, *self._empty.get(topic, ()))
                 return _stats(empty)._replace(restored_number=restored_number)
@@ -652,7 +652,9 @@ class SQLiteStore:
         self._database.close()
         self._database = database
         self.epoch, self.run = kept.state.epoch, kept.state.run
-        self.restored_id = self._last_id = kept.state.last_id
+        self._last_id = kept.state.last_id
+        self.restored = kept.restored
+        self.restored_id = self.restored.last_id if self.restored else self._last_id
         self._last_row = kept.state.last_row
         self._clock = _shifted(self._clock, ahead_ms)
         for row, name, last_number, last_id, count, size in held:
@@ -671,8 +673,10 @@ class SQLiteStore:
 
         Numbers go on from those of the snapshot. A reader that knows higher ones takes the snapshot's.
         """
+        empty = {name: number for name, (number, _) in self._empty.items()}
+        self.restored = Restored(self._last_id, empty | self.last_numbers())
+        self.restored_id = self._last_id
         self.run, self._last_id = secrets.token_hex(8), last_id
-        self._restored_numbers = {name: number for name, (number, _) in self._empty.items()} | self.last_numbers()
 
     def close(self) -> None:
         with self._guard.lock:
