@@ -21,10 +21,12 @@ from dsmq.errors import ClientClosed, ConnectionLost, DSMQError, ProtocolError, 
 from dsmq.link import ENDED, LONG_PAUSE_SECONDS, closed_silently, raise_if_known
 from dsmq.protocol import Reply, ReplyParser
 from dsmq.session import Session, State
-from dsmq.system import expect_long_messages
+from dsmq.system import expect_long_messages, unsent_bytes
 
 # How many requests may be unanswered on a connection: as many puts as a server surely remembers of one producer.
 _MAX_UNANSWERED = 2 * PUTS_AT_ONCE
+# What is longer may take longer to send than a reply may take.
+_LONG_BYTES = 16_384
 # A connection that was used to wait is closed when nobody has waited on it for so long.
 _IDLE_SECONDS = 5.0
 
@@ -504,7 +506,6 @@ class Link(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._is_full = True
-        self._unsent = self._transport.get_write_buffer_size()
 
     def resume_writing(self) -> None:
         self._is_full = False
@@ -534,6 +535,8 @@ class Link(asyncio.Protocol):
         """Send requests whose replies are due; the server may wait so long before it replies."""
         self._patience = seconds + self._timeout
         self._transport.write(data)
+        if len(data) > _LONG_BYTES:
+            self._unsent = self._count_unsent()
         if self._watch is None or self._watch.when() > self._moved_at + self._patience:
             self._watch_until(self._moved_at + self._patience)
 
@@ -547,7 +550,7 @@ class Link(asyncio.Protocol):
         self._watch = None
         if not self.due or self.end is not None:
             return
-        unsent = self._transport.get_write_buffer_size()
+        unsent = self._count_unsent()
         if unsent < self._unsent:
             self._moved_at = self._loop.time()
         self._unsent = unsent
@@ -555,6 +558,10 @@ class Link(asyncio.Protocol):
             self._watch_until(self._moved_at + self._patience)
         else:
             self.fail(TimeoutError(f"no reply within {self._patience:g} s"))
+
+    def _count_unsent(self) -> int:
+        """Return how many bytes the server has not taken, as far as the system tells."""
+        return self._transport.get_write_buffer_size() + unsent_bytes(self.sock)
 
     @property
     def is_stale(self) -> bool:
