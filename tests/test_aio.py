@@ -582,6 +582,23 @@ def test_a_callback_that_raises_fails_the_call_and_does_not_hang_it(server: Serv
     asyncio.run(main())
 
 
+def test_a_callback_that_raises_while_calls_are_being_made_does_not_hang_them(server: Server) -> None:
+    def refuse(state: str) -> None:
+        raise LookupError(state)
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+        async with Proxy(server) as proxy, await connect(port=proxy.port, on_state_change=refuse) as mq:
+            with blocked(server):
+                calls = asyncio.gather(mq.put("t", "1"), mq.put("t", "2"), return_exceptions=True)
+                await asyncio.sleep(UNIT)
+                proxy.cut()
+                await asyncio.sleep(UNIT)
+            await asyncio.wait_for(calls, SOON)
+
+    asyncio.run(main())
+
+
 def test_a_reply_that_comes_slowly_has_its_time_from_the_last_progress(server: Server) -> None:
     async def trickle(_: Proxy, data: bytes) -> bytes:
         if len(data) > 1000:
@@ -638,7 +655,7 @@ def test_each_wait_has_a_connection_which_is_used_again_and_closed_when_idle(
             await mq.get_wait("t", timeout=UNIT)
             assert proxy.accepted == 5
 
-    monkeypatch.setattr(channel, "_IDLE_SECONDS", 3 * UNIT)
+    monkeypatch.setattr(channel, "IDLE_SECONDS", 3 * UNIT)
     asyncio.run(main())
 
 
