@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import pytest
 
@@ -276,19 +276,25 @@ def test_a_connect_that_is_not_answered_is_given_up() -> None:
 # One connection
 
 
-class Proxy:
-    """A proxy in front of a server: counts connections, and treats the replies as a test wants."""
+Treat: TypeAlias = "Callable[[Proxy, bytes], Awaitable[bytes]]"
 
-    def __init__(self, server: Server, treat: Callable[[Proxy, bytes], Awaitable[bytes]] | None = None) -> None:
+
+class Proxy:
+    """A proxy in front of a server: counts connections, and treats replies and requests as a test wants."""
+
+    def __init__(self, server: Server, replies: Treat | None = None, requests: Treat | None = None) -> None:
         self.port = 0
         self.accepted = 0
-        self._server, self._treat = server, treat
+        self._server, self._replies, self._requests = server, replies, requests
         self._writers: list[asyncio.StreamWriter] = []
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Self:
-        self._listener = await asyncio.start_server(self._accept, "127.0.0.1", 0)
-        self.port = self._listener.sockets[0].getsockname()[1]
+        listener = socket.create_server(("127.0.0.1", 0))
+        # What a client has sent is not to lie here.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 100_000)
+        self._listener = await asyncio.start_server(self._accept, sock=listener)
+        self.port = listener.getsockname()[1]
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -305,14 +311,13 @@ class Proxy:
         self.accepted += 1
         behind, towards = await asyncio.open_connection("127.0.0.1", self._server.port)
         self._writers += [writer, towards]
-        for one in (self._pump(reader, towards, treat=False), self._pump(behind, writer, treat=True)):
-            task = asyncio.create_task(one)
-            self._tasks.add(task)
+        pumps = self._pump(reader, towards, self._requests), self._pump(behind, writer, self._replies)
+        self._tasks += map(asyncio.create_task, pumps)
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, treat: bool) -> None:
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, treat: Treat | None) -> None:
         with suppress(OSError):
             while data := await reader.read(100_000):
-                writer.write(await self._treat(self, data) if treat and self._treat else data)
+                writer.write(await treat(self, data) if treat else data)
                 await writer.drain()
         writer.transport.abort()
 
@@ -577,6 +582,23 @@ def test_a_callback_that_raises_fails_the_call_and_does_not_hang_it(server: Serv
     asyncio.run(main())
 
 
+def test_a_callback_that_raises_while_calls_are_being_made_does_not_hang_them(server: Server) -> None:
+    def refuse(state: str) -> None:
+        raise LookupError(state)
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+        async with Proxy(server) as proxy, await connect(port=proxy.port, on_state_change=refuse) as mq:
+            with blocked(server):
+                calls = asyncio.gather(mq.put("t", "1"), mq.put("t", "2"), return_exceptions=True)
+                await asyncio.sleep(UNIT)
+                proxy.cut()
+                await asyncio.sleep(UNIT)
+            await asyncio.wait_for(calls, SOON)
+
+    asyncio.run(main())
+
+
 def test_a_reply_that_comes_slowly_has_its_time_from_the_last_progress(server: Server) -> None:
     async def trickle(_: Proxy, data: bytes) -> bytes:
         if len(data) > 1000:
@@ -595,6 +617,22 @@ def test_a_reply_that_comes_slowly_has_its_time_from_the_last_progress(server: S
             assert proxy.accepted == 1
 
     proxies: list[Proxy] = []
+    asyncio.run(main())
+
+
+def test_a_long_message_has_its_time_from_the_last_progress(server: Server) -> None:
+    async def slowly(_: Proxy, data: bytes) -> bytes:
+        if len(data) > 1000:
+            await asyncio.sleep(UNIT)
+        return data
+
+    async def main() -> None:
+        async with Proxy(server, requests=slowly) as proxy, await connect(port=proxy.port, timeout=5 * UNIT) as mq:
+            before = time.monotonic()
+            assert await mq.put("t", "x" * 2_000_000) == 1
+            assert time.monotonic() - before > 10 * UNIT
+            assert proxy.accepted == 1
+
     asyncio.run(main())
 
 
@@ -617,7 +655,7 @@ def test_each_wait_has_a_connection_which_is_used_again_and_closed_when_idle(
             await mq.get_wait("t", timeout=UNIT)
             assert proxy.accepted == 5
 
-    monkeypatch.setattr(channel, "_IDLE_SECONDS", 3 * UNIT)
+    monkeypatch.setattr(channel, "IDLE_SECONDS", 3 * UNIT)
     asyncio.run(main())
 
 

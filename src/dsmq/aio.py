@@ -71,7 +71,6 @@ class AsyncClient:
         self.port = target.port
         timeout, reconnect_timeout = arguments.options(timeout, reconnect_timeout, on_state_change)
         self._connector = Connector(target, timeout, reconnect_timeout, on_state_change)
-        self._on_state_change = on_state_change
         self._session = self._connector.session
         self._closed = False
         self._lock = threading.Lock()
@@ -207,8 +206,8 @@ class AsyncClient:
 
     def seek(self, topic: str, position: str | int) -> None:
         """Read a topic on from a position, or behind the message with an id; 0 is before all that the server has."""
-        if not self._session.seek(topic, position) and self._on_state_change is not None:
-            self._on_state_change("replaced")
+        if not self._session.seek(topic, position) and self._connector.on_state_change is not None:
+            self._connector.on_state_change("replaced")
 
     def forget(self, topic: str) -> None:
         """Forget how far a topic was read, to save memory."""

@@ -16,17 +16,18 @@ from typing import Any, Literal, cast
 
 from dsmq import session as wire
 from dsmq.calls import BYTES_AT_ONCE, PUTS_AT_ONCE, Plain, Producer, PutMany, Request, Retries
+from dsmq.client import IDLE_SECONDS
 from dsmq.dial import REST_SECONDS, STAGGER_SECONDS, Address, Target, addresses, failure
 from dsmq.errors import ClientClosed, ConnectionLost, DSMQError, ProtocolError, ReplyError
 from dsmq.link import ENDED, LONG_PAUSE_SECONDS, closed_silently, raise_if_known
 from dsmq.protocol import Reply, ReplyParser
 from dsmq.session import Session, State
-from dsmq.system import expect_long_messages
+from dsmq.system import expect_long_messages, unsent_bytes
 
 # How many requests may be unanswered on a connection: as many puts as a server surely remembers of one producer.
 _MAX_UNANSWERED = 2 * PUTS_AT_ONCE
-# A connection that was used to wait is closed when nobody has waited on it for so long.
-_IDLE_SECONDS = 5.0
+# What is longer may take longer to send than a reply may take.
+_LONG_BYTES = 16_384
 
 
 class Connector:
@@ -43,7 +44,7 @@ class Connector:
         self.session = Session(target.token)
         self.timeout = timeout
         self.reconnect_timeout = reconnect_timeout
-        self._on_state_change = on_state_change
+        self.on_state_change = on_state_change
         # Whether there is no connection, as far as is known, and whether a call still tries.
         self.down: Literal["", "lost", "given up"] = ""
 
@@ -85,8 +86,8 @@ class Connector:
         self.down = state if state in ("lost", "given up") else ""
         if state != "lost" or self.reconnect_timeout:
             wire.log_state(state, self.target, error)
-        if self._on_state_change is not None:
-            self._on_state_change(state)
+        if self.on_state_change is not None:
+            self.on_state_change(state)
 
 
 class Pool:
@@ -123,7 +124,7 @@ class Pool:
         channel.idle_since = self.loop.time()
         self._idle.append(channel)
         if self._sweeper is None:
-            self._sweeper = self.loop.call_later(_IDLE_SECONDS, self._sweep)
+            self._sweeper = self.loop.call_later(IDLE_SECONDS, self._sweep)
         return reply
 
     def _channel(self) -> Channel:
@@ -140,7 +141,7 @@ class Pool:
 
     def _sweep(self) -> None:
         """Close the connections that have been idle for too long."""
-        since = self.loop.time() - _IDLE_SECONDS
+        since = self.loop.time() - IDLE_SECONDS
         while self._idle and self._idle[0].idle_since <= since:
             self._drop(self._idle.popleft(), ClientClosed("idle"))
         left = self._idle[0].idle_since - since if self._idle else 0.0
@@ -271,7 +272,7 @@ class Channel:
         self._link: Link | None = None
         # Calls to be sent, for the first time or again.
         self._waiting: deque[Place] = deque()
-        self._is_scheduled = self._is_reviving = False
+        self._is_scheduled = False
         self._reviving: asyncio.Task[None] | None = None
         # What the last connection ended with, and how long to wait before the next.
         self._error: Exception | None = None
@@ -296,7 +297,7 @@ class Channel:
         if self._is_reviving:
             return place.future
         if link is None or link.is_stale:
-            self._revive_soon()
+            self._revive()
         elif not link.due:
             self._pump()
         elif not self._is_scheduled:
@@ -357,8 +358,10 @@ class Channel:
             place.lost(error, achieved=achieved)
         self._waiting = deque(dict.fromkeys([*places, *self._waiting]))
         if self._drop_done():
-            self._retry(places, error)
-            self._revive_soon()
+            try:
+                self._retry(places, error)
+            finally:
+                self._revive()
 
     def _drop_done(self) -> bool:
         """Forget the calls that were cancelled or have failed; return whether others wait."""
@@ -373,14 +376,17 @@ class Channel:
             self._connector.announce("given up", error)
         self._delay = min((pause for pause in pauses if pause is not None), default=0.0)
 
-    def _revive_soon(self) -> None:
-        if not self._is_reviving:
-            self._is_reviving = True
-            # A task of its own: the call that needs the connection may be cancelled, and others need it too.
-            self._reviving = self._loop.create_task(self._revive())
+    @property
+    def _is_reviving(self) -> bool:
+        return self._reviving is not None and not self._reviving.done()
 
-    async def _revive(self) -> None:
-        """See that the connection stands, or make another."""
+    def _revive(self) -> None:
+        """See that the connection stands, or make another, and then send the calls that wait."""
+        if not self._is_reviving:
+            # A task of its own: the call that needs the connection may be cancelled, and others need it too.
+            self._reviving = self._loop.create_task(self._connect())
+
+    async def _connect(self) -> None:
         try:
             if self._link is not None:
                 await self._link.look()
@@ -390,9 +396,7 @@ class Channel:
             self._fail(error)
             if not isinstance(error, Exception):
                 raise
-        finally:
-            self._is_reviving = False
-        self._pump()
+        self._loop.call_soon(self._pump)
 
     async def _reconnect(self) -> None:
         if self._error is not None:
@@ -414,8 +418,12 @@ class Channel:
     async def await_end(self) -> None:
         """Wait until the server closes the connection."""
         if self._link is not None:
-            async with asyncio.timeout(self._connector.timeout):
-                await self._link.gone
+            seconds = self._connector.timeout
+            try:
+                async with asyncio.timeout(seconds):
+                    await self._link.gone
+            except TimeoutError:
+                raise TimeoutError(f"the server has not closed the connection within {seconds:g} s") from None
 
     def close(self, error: BaseException) -> None:
         """Close the connection; the calls get this error. Idempotent."""
@@ -453,7 +461,7 @@ class Link(asyncio.Protocol):
         """The places whose replies are due: one entry for each reply."""
         self.has_answered = False
         self.heard = b""
-        """What was received last."""
+        """What was received first."""
         self.end: BaseException | None = None
         """What the connection has ended with."""
         self.on_end: Callable[[list[Place], Any], None] = _fail
@@ -476,7 +484,7 @@ class Link(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._moved_at = self._loop.time()
-        self.heard = data
+        self.heard = self.heard or data[:1000]
         due, parser = self.due, self._parser
         try:
             parser.feed(data)
@@ -504,7 +512,6 @@ class Link(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._is_full = True
-        self._unsent = self._transport.get_write_buffer_size()
 
     def resume_writing(self) -> None:
         self._is_full = False
@@ -534,6 +541,8 @@ class Link(asyncio.Protocol):
         """Send requests whose replies are due; the server may wait so long before it replies."""
         self._patience = seconds + self._timeout
         self._transport.write(data)
+        if len(data) > _LONG_BYTES:
+            self._unsent = self._count_unsent()
         if self._watch is None or self._watch.when() > self._moved_at + self._patience:
             self._watch_until(self._moved_at + self._patience)
 
@@ -547,7 +556,7 @@ class Link(asyncio.Protocol):
         self._watch = None
         if not self.due or self.end is not None:
             return
-        unsent = self._transport.get_write_buffer_size()
+        unsent = self._count_unsent()
         if unsent < self._unsent:
             self._moved_at = self._loop.time()
         self._unsent = unsent
@@ -555,6 +564,10 @@ class Link(asyncio.Protocol):
             self._watch_until(self._moved_at + self._patience)
         else:
             self.fail(TimeoutError(f"no reply within {self._patience:g} s"))
+
+    def _count_unsent(self) -> int:
+        """Return how many bytes the server has not taken, as far as the system tells."""
+        return self._transport.get_write_buffer_size() + unsent_bytes(self.sock)
 
     @property
     def is_stale(self) -> bool:
