@@ -289,6 +289,23 @@ def test_lines_dropped_from_a_full_log_are_counted_and_logged(monkeypatch: pytes
     assert len(lines) - 2 in (3, 4)
 
 
+def test_second_server_of_a_program_logs_no_line_twice() -> None:
+    code = """
+import threading
+from dsmq import server
+start = server.Server.start
+def start_and_stop(self):
+    start(self)
+    self.request_stop("the test")
+server.Server.start = start_and_stop
+for _ in range(3):
+    server.serve(port=0, verbose=True)
+assert [thread.name for thread in threading.enumerate()].count("dsmq-log") == 1
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=SOON)
+    assert done.stderr.count(" stopped\n") == 3
+
+
 def test_log_after_a_fork_is_written_by_the_child(tmp_path: Path) -> None:
     code = """
 import os

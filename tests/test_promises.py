@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Iterator
-from multiprocessing.queues import SimpleQueue
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
@@ -15,10 +15,8 @@ WRITERS = READERS = 8
 MESSAGES = 400
 TOPICS = ("one", "two")
 
-spawn = multiprocessing.get_context("spawn")
-
-# What a reader saw: its name, and for each topic the ids, numbers and bodies in the order in which they came.
-Seen = tuple[int, dict[str, list[tuple[int, int, str]]]]
+# What a reader saw: for each topic the ids, numbers and bodies in the order in which they came.
+Seen = dict[str, list[tuple[int, int, str]]]
 
 
 def write(port: int, writer: int, many: bool) -> None:
@@ -33,20 +31,24 @@ def write(port: int, writer: int, many: bool) -> None:
                 last_id = message_id
 
 
-def read(port: int, reader: int, ready: SimpleQueue[int], seen: SimpleQueue[Seen]) -> None:
+def read(port: int, reader: int) -> Seen:
     """Read each topic to its last message: some readers wait, some poll, some take many at a time."""
     with connect(port=port) as mq:
-        ready.put(reader)
-        got: dict[str, list[tuple[int, int, str]]] = {}
+        mq.put("ready", str(reader))
+        got: Seen = {}
+        written = ""
         for topic in TOPICS if reader % 2 else reversed(TOPICS):
             got[topic] = []
             while len(got[topic]) < WRITERS * MESSAGES:
                 messages = mq.read(topic, 1 + reader * 7, timeout=0 if reader == 0 else SOON)
-                assert messages or reader == 0
                 got[topic] += [(message.id, message.number, message.text) for message in messages]
+                if not messages:
+                    # However slow the writers are; but once they have finished, all of it has to be there.
+                    assert not written
+                    written = mq.get("written")
             assert mq.get(topic) == ""
         assert mq.missed == 0
-        seen.put((reader, got))
+        return got
 
 
 @pytest.fixture(params=["1", "2"], ids=["one worker", "two workers"])
@@ -56,20 +58,17 @@ def server(request: pytest.FixtureRequest) -> Iterator[Daemon]:
 
 
 def test_no_message_is_lost_doubled_or_out_of_order_and_all_see_the_same(server: Daemon) -> None:
-    ready: SimpleQueue[int] = spawn.SimpleQueue()
-    seen: SimpleQueue[Seen] = spawn.SimpleQueue()
-    readers = [spawn.Process(target=read, args=(server.port, number, ready, seen)) for number in range(READERS)]
-    writers = [spawn.Process(target=write, args=(server.port, number, number % 2 == 0)) for number in range(WRITERS)]
-    for reader in readers:
-        reader.start()
-    for _ in readers:
-        ready.get()
-    for writer in writers:
-        writer.start()
-    results = dict(seen.get() for _ in readers)
-    for process in (*writers, *readers):
-        process.join(SOON)
-        assert process.exitcode == 0
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(READERS + WRITERS, spawn) as pool, connect(port=server.port) as mq:
+        readers = [pool.submit(read, server.port, number) for number in range(READERS)]
+        ready = 0
+        while ready < READERS:
+            assert not any(reader.done() for reader in readers)
+            ready += bool(mq.get_wait("ready", timeout=SOON))
+        for writer in [pool.submit(write, server.port, number, number % 2 == 0) for number in range(WRITERS)]:
+            writer.result()
+        mq.put("written", "all")
+        results = [reader.result() for reader in readers]
     ids = []
     for topic in TOPICS:
         first = results[0][topic]
@@ -80,5 +79,6 @@ def test_no_message_is_lost_doubled_or_out_of_order_and_all_see_the_same(server:
             own = [body for _, _, body in first if body.startswith(f"{writer} ")]
             assert own == [f"{writer} {number}" for number in range(MESSAGES)]
         ids += [message_id for message_id, _, _ in first]
-    assert sorted(ids) == list(range(1, WRITERS * MESSAGES * len(TOPICS) + 1))
+    # The readers have put a message each, before all others.
+    assert sorted(ids) == list(range(READERS + 1, READERS + WRITERS * MESSAGES * len(TOPICS) + 1))
     assert server.stop() == 0

@@ -276,11 +276,14 @@ def test_statements_use_the_index_and_sort_nothing(store: SQLiteStore, statement
 # Age
 
 
+@pytest.mark.parametrize("written", [False, True])
 @pytest.mark.parametrize("expire_runs", [False, True])
 def test_a_message_is_read_until_it_is_older_than_the_limit(
-    store: SQLiteStore, clock: Clock, expire_runs: bool
+    store: SQLiteStore, clock: Clock, expire_runs: bool, written: bool
 ) -> None:
     put(store, b"t", b"x")
+    if written:
+        store._write_tails()
     clock.now += MAX_AGE
     if expire_runs:
         assert store.expire() == 0

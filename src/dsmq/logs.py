@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import io
 import logging
 import os
@@ -233,11 +234,24 @@ class BackgroundStream(io.TextIOBase):
                 select.select([], [self._descriptor], [])
 
 
+class _Handler(logging.StreamHandler[BackgroundStream]):
+    """The handler that `start` adds."""
+
+
+def _handlers() -> list[_Handler]:
+    return [handler for handler in logging.getLogger("dsmq").handlers if isinstance(handler, _Handler)]
+
+
+@functools.cache
+def _in_background(stream: TextIO | BackgroundStream) -> BackgroundStream:
+    """Return the stream through which all servers of this process write to another one."""
+    return stream if isinstance(stream, BackgroundStream) else BackgroundStream(stream)
+
+
 def drain() -> None:
     """Wait for what has been logged to be written: DRAIN_SECONDS at most."""
-    for handler in logging.getLogger("dsmq").handlers:
-        if isinstance(handler, logging.StreamHandler) and isinstance(handler.stream, BackgroundStream):
-            handler.stream.drain()
+    for handler in _handlers():
+        handler.stream.drain()
 
 
 def never_block() -> None:
@@ -245,16 +259,18 @@ def never_block() -> None:
 
     So neither the log nor a traceback can block it.
     """
-    sys.stdout, sys.stderr = BackgroundStream(sys.stdout), BackgroundStream(sys.stderr)
+    sys.stdout, sys.stderr = _in_background(sys.stdout), _in_background(sys.stderr)
 
 
 def start(settings: Settings) -> None:
     """Log what dsmq has to say to stderr or stdout; other loggers are left alone."""
-    standard = sys.stdout if settings.log_to == "stdout" else sys.stderr
-    stream = standard if isinstance(standard, BackgroundStream) else BackgroundStream(standard)
-    handler = logging.StreamHandler(stream)
+    stream = _in_background(sys.stdout if settings.log_to == "stdout" else sys.stderr)
+    handler = _Handler(stream)
     handler.setFormatter(_formatter(settings.log_format, stream))
     handler.addFilter(FloodFilter(settings.max_log_lines_per_second))
     logger = logging.getLogger("dsmq")
+    # Those of servers before would log each line again.
+    for before in _handlers():
+        logger.removeHandler(before)
     logger.addHandler(handler)
     logger.setLevel(settings.log_level.upper())
