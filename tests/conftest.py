@@ -125,6 +125,10 @@ class Wire:
         assert isinstance(reply, ReplyError), reply
         return reply.code
 
+    def ask_for_notices(self) -> None:
+        """Be told, as dsmq's own clients are, what was not asked for."""
+        assert isinstance(self.call("HELLO", 2, "NOTICES"), list)
+
     def ended(self) -> bool:
         """Whether the server has closed, or does so soon."""
         try:

@@ -38,7 +38,7 @@ def test_it_has_the_verbs_of_the_blocking_client() -> None:
 def test_each_verb(server: Server) -> None:
     async def scenario(mq: AsyncClient) -> None:
         assert await mq.get("t") == ""
-        assert await mq.get("t", None) is None
+        assert await mq.get("t", default=None) is None
         assert await mq.put("t", "1") == 1
         assert await mq.put_many("t", (str(number) for number in range(2, 1202))) == list(range(2, 1202))
         assert await mq.get("t") == "1"

@@ -528,10 +528,9 @@ def test_pipelined_replies_come_out_in_order_at_any_splits(batch: list[Reply], c
     assert repr(replies(*cut(data, cuts))) == repr(batch)
 
 
-@given(messages=st.lists(st.tuples(st.integers(1), st.integers(1), st.integers(0), st.binary(max_size=9)), max_size=4))
-@settings(deadline=None)
-def test_messages_are_a_flat_array_of_fours(messages: list[tuple[int, int, int, bytes]]) -> None:
-    messages = [(i % 2**63, number % 2**63, age % 2**63, body) for i, number, age, body in messages]
+@given(messages=st.lists(st.tuples(*[st.integers(0, 2**63 - 1)] * 3, st.binary(max_size=9), st.integers(0, 2**63 - 1))))
+@settings(deadline=None, max_examples=30)
+def test_messages_are_a_flat_array_of_fives(messages: list[tuple[int, int, int, bytes, int]]) -> None:
     data = encode_messages(messages)
     for pieces in every_split(data):
         assert replies(*pieces) == [[value for message in messages for value in message]]

@@ -267,7 +267,7 @@ def test_threads_that_come_to_a_topic_first_at_once_read_each_message_once(mq: D
     both = threading.Barrier(2)
     mq.put("t", "x")
     got: list[object] = []
-    threads = [threading.Thread(target=lambda: got.append(mq.get(Slow("t"), None))) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: got.append(mq.get(Slow("t"), default=None))) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -433,7 +433,7 @@ def test_a_put_that_may_have_been_stored_is_not_put_into_another_server(
         with pytest.raises(ConnectionLost, match="started anew") as told:
             mq.put("t", "2")
         assert told.value.may_be_stored
-        assert mq.get("t", None) is None
+        assert mq.get("t", default=None) is None
         assert mq.put("t", "3") == 1
         assert mq.get("t") == "3"
         assert states == ["lost", "replaced"]
@@ -441,18 +441,17 @@ def test_a_put_that_may_have_been_stored_is_not_put_into_another_server(
 
 
 class _Before:
-    """Stands for an event; something is done before the first wait for it."""
+    """Stands for the lock of a client; something is done before the first wait for it."""
 
-    def __init__(self, event: threading.Event, call: Callable[[], None]) -> None:
-        self._event, self._calls = event, [call]
+    def __init__(self, lock: Any, call: Callable[[], None]) -> None:
+        self._lock, self._calls = lock, [call]
+        self.release = lock.release
 
-    def wait(self, seconds: float) -> bool:
+    def acquire(self, *, timeout: float) -> bool:
         while self._calls:
             self._calls.pop()()
-        return self._event.wait(seconds)
-
-    def set(self) -> None:
-        self._event.set()
+        acquired: bool = self._lock.acquire(timeout=timeout)
+        return acquired
 
 
 def test_another_run_of_the_same_epoch_may_have_lost_what_was_put_last(
@@ -514,7 +513,7 @@ def test_a_frozen_server_is_waited_for(server: Server) -> None:
         got: list[object] = []
         thread = threading.Thread(target=lambda: got.append(mq.put("t", "x")))
         thread.start()
-        wait_until(lambda: mq._down)
+        wait_until(lambda: mq._states.down)
         release.set()
         thread.join(SOON)
         assert got == [1]
@@ -534,7 +533,7 @@ def test_closing_ends_the_waiting_for_a_server() -> None:
 
     thread = threading.Thread(target=ping)
     thread.start()
-    wait_until(lambda: mq._down)
+    wait_until(lambda: mq._states.down)
     mq.close()
     thread.join(SOON)
     assert raised == [ClientClosed]
@@ -569,8 +568,9 @@ def test_a_client_that_was_idle_for_too_long_is_connected_anew(states: list[str]
 # What the server does for it
 
 
-def test_whoever_has_not_asked_is_told_too_that_the_server_stops() -> None:
+def test_a_client_with_notices_is_told_that_the_server_stops() -> None:
     with serving() as server, wire_to(server) as wire:
+        wire.ask_for_notices()
         assert wire.call("PUT", "t", "x") == 1
         server.stop()
         wire.send(b"PUT t y\r\n")
@@ -579,12 +579,36 @@ def test_whoever_has_not_asked_is_told_too_that_the_server_stops() -> None:
 
 
 def test_a_waiting_reader_has_its_answer_before() -> None:
+    with serving() as server, wire_to(server) as told, wire_to(server) as wire:
+        told.ask_for_notices()
+        for one in (told, wire):
+            one.send(b"READ t 0 WAIT 60000\r\n")
+        wait_until(lambda: server.waiting() == 2)
+        server.stop()
+        for one in (told, wire):
+            assert one.receive() == []
+        assert isinstance(told.receive(), Closing)
+        for one in (told, wire):
+            assert one.ended()
+
+
+def test_a_stop_sends_an_idle_client_nothing_that_it_did_not_ask_for() -> None:
+    with serving() as server, wire_to(server) as fresh, wire_to(server) as wire:
+        assert wire.call("PUT", "t", "x") == 1
+        server.stop()
+        assert wire.ended()
+        assert fresh.ended()
+
+
+def test_a_request_that_a_stop_leaves_undone_has_one_reply_that_says_so() -> None:
     with serving() as server, wire_to(server) as wire:
-        wire.send(b"READ t 0 WAIT 60000\r\n")
+        wire.send(b"GETWAIT t 60000\r\nPUT t y\r\nPUT t z\r\n")
         wait_until(lambda: server.waiting() == 1)
         server.stop()
-        assert wire.receive() == []
+        assert wire.receive() is None
         assert isinstance(wire.receive(), Closing)
+        assert wire.ended()
+        assert server.totals().stored == 0
 
 
 def test_puts_are_put_into_the_next_server_while_this_one_stops() -> None:

@@ -19,7 +19,7 @@ import pytest
 from conftest import SOON, UNIT, Wire, daemon, serving, wait_until, wire_to
 from dsmq import commands, config, worker
 from dsmq.client import connect
-from dsmq.errors import CannotStart, Closing, Full, ServerFailed, StoreFailed
+from dsmq.errors import CannotStart, Closing, Full, ServerFailed, StoreFailed, WrongEpoch
 from dsmq.protocol import encode_request
 from dsmq.server import Server
 from dsmq.sqlite_store import SQLiteStore
@@ -41,7 +41,7 @@ def send_for_ever(sock: socket.socket, data: bytes) -> None:
 
 def test_ids_count_over_all_topics_and_numbers_within_one(wire: Wire) -> None:
     assert [wire.call("PUT", "a", "1"), wire.call("PUT", "b", "2"), wire.call("PUT", "a", "3")] == [1, 2, 3]
-    assert [wire.call("READ", "a", 0)[i] for i in (0, 1, 3, 4, 5, 7)] == [1, 1, b"1", 3, 2, b"3"]
+    assert [wire.call("READ", "a", 0)[i] for i in (0, 1, 3, 5, 6, 8)] == [1, 1, b"1", 3, 2, b"3"]
 
 
 def test_names_of_commands_and_options_are_case_insensitive(wire: Wire) -> None:
@@ -70,12 +70,12 @@ def test_getlatest_passes_over_the_older_ones(wire: Wire) -> None:
 def test_read_stops_at_count_and_bytes(wire: Wire) -> None:
     for body in ("aaaa", "bbbb", "cccc"):
         wire.call("PUT", "t", body)
-    assert len(wire.call("READ", "t", 0, "COUNT", 2)) == 8
-    assert len(wire.call("READ", "t", 0, "BYTES", 5)) == 8
-    assert len(wire.call("READ", "t", 0, "BYTES", 1)) == 4
+    assert len(wire.call("READ", "t", 0, "COUNT", 2)) == 10
+    assert len(wire.call("READ", "t", 0, "BYTES", 5)) == 10
+    assert len(wire.call("READ", "t", 0, "BYTES", 1)) == 5
     assert wire.call("READ", "t", 0, "LATEST")[3] == b"cccc"
     assert wire.call("READ", "t", 3) == []
-    assert wire.call("READ", "t", 2**63 - 1) == []
+    assert wire.error("READ", "t", 4) == wire.error("READ", "t", 2**63 - 1) == "BADREQUEST"
 
 
 def test_a_put_sent_again_with_its_key_is_stored_once(wire: Wire) -> None:
@@ -104,7 +104,14 @@ def test_stats_of_a_topic(wire: Wire) -> None:
     wire.call("PUT", "t", "abc")
     stats = as_map(wire.call("STATS", "t"))
     assert stats.pop(b"oldest_age_ms") < SOON * 1000  # type: ignore[operator]
-    assert stats == {b"messages": 1, b"bytes": 3, b"last_number": 1, b"last_id": 2, b"first_id": 2}
+    assert stats == {
+        b"messages": 1,
+        b"bytes": 3,
+        b"last_number": 1,
+        b"last_id": 2,
+        b"first_id": 2,
+        b"restored_number": 0,
+    }
     assert as_map(wire.call("STATS", "nothing"))[b"messages"] == 0
 
 
@@ -309,11 +316,43 @@ def test_a_defect_in_a_command_costs_that_connection_alone(
 
     monkeypatch.setitem(commands.PERMITTED[commands.Role.ADMIN], b"ECHO", commands.Command("ECHO", broken, 1, 1))
     with wire_to(server) as victim:
-        assert victim.error("ECHO", "x") == "INTERNAL"
+        # The replies before it come before it.
+        victim.send(encode_request(b"PUT", b"t", b"x") + encode_request(b"ECHO", b"x") + encode_request(b"PING"))
+        assert victim.receive() == 1
+        assert victim.receive().code == "INTERNAL"  # type: ignore[union-attr]
         assert victim.ended()
-    assert wire.call("PUT", "t", "x") == 1
+    assert wire.call("PUT", "t", "x") == 2
     assert server.counters().failures == 1
     assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_defect_during_a_wait_is_the_one_reply_to_it(
+    server: Server, wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with wire_to(server) as victim:
+        victim.send(encode_request(b"GETWAIT", b"t", b"60000"))
+        wait_until(lambda: server.waiting() == 1)
+        monkeypatch.setattr(server._store, "_behind", lambda *_: 1 / 0)
+        assert wire.call("PUT", "t", "x") == 1
+        assert victim.receive().code == "INTERNAL"  # type: ignore[union-attr]
+        assert victim.ended()
+        assert (server.waiting(), server.counters().failures) == (0, 1)
+
+
+@pytest.mark.parametrize("notices", [False, True])
+def test_a_defect_behind_a_reply_is_told_to_those_who_asked_for_notices(
+    server: Server, wire: Wire, monkeypatch: pytest.MonkeyPatch, notices: bool
+) -> None:
+    if notices:
+        wire.ask_for_notices()
+    assert wire.call("PING") == "PONG"
+    worker = server._workers[0]
+    (connection,) = worker.connections
+    monkeypatch.setattr(type(connection), "_deadline", lambda _: 1 / 0)
+    worker.post(lambda: worker.schedule(connection, 0.0))
+    if notices:
+        assert wire.receive().code == "INTERNAL"  # type: ignore[union-attr]
+    assert wire.ended()
 
 
 # The handshake
@@ -331,7 +370,7 @@ def test_hello_tells_what_a_client_has_to_know(wire: Wire) -> None:
 
 def test_hello_3_changes_nulls_and_maps(wire: Wire) -> None:
     wire.send(encode_request(b"HELLO", b"3"))
-    assert wire.socket.recv(4) == b"%14\r"
+    assert wire.socket.recv(4) == b"%15\r"
     wire.socket.recv(65536)
     wire.send(encode_request(b"GET", b"t"))
     assert wire.socket.recv(65536) == b"_\r\n"
@@ -440,7 +479,7 @@ def test_many_slow_but_whole_requests_are_fine() -> None:
 def test_an_idle_connection_is_closed_but_not_one_that_waits() -> None:
     with serving(idle_timeout_seconds=2 * UNIT) as server, wire_to(server) as idle, wire_to(server) as waiter:
         waiter.send(encode_request(b"GETWAIT", b"t", b"%d" % round(UNIT * 5000)))
-        assert idle.receive().code == "TIMEOUT"  # type: ignore[union-attr]
+        # Nothing was asked, so nothing is answered.
         assert idle.ended()
         assert waiter.receive() is None
 
@@ -529,6 +568,7 @@ def test_connections_are_without_delay_and_found_out_when_they_are_dead(server: 
 def test_shutdown_stops_run_in_any_thread(server: Server, wire: Wire) -> None:
     runner = threading.Thread(target=server.run)
     runner.start()
+    wire.ask_for_notices()
     assert wire.call("SHUTDOWN") == "OK"
     runner.join(SOON)
     assert not runner.is_alive()
@@ -644,7 +684,7 @@ class SlowStore(SQLiteStore):
 def test_an_answer_that_comes_after_the_wait_is_no_second_reply() -> None:
     store = SlowStore()
     with Server(config.load(kind=config.EmbeddedSettings, port=0), store) as server, wire_to(server) as wire:  # type: ignore[arg-type]
-        for late in (StoreFailed("late"), [Message(1, 1, 0, b"late")]):
+        for late in (StoreFailed("late"), [Message(1, 1, 0, b"late", 1)]):
             assert wire.call("GETWAIT", "t", round(UNIT * 1000)) is None
             if isinstance(late, list):
                 store.reads[-1].set_result(late)
@@ -947,5 +987,72 @@ def test_who_has_read_a_long_reply_late_is_idle_again(tmp_path: Path) -> None:
         time.sleep(4 * UNIT)
         assert server.connections() == 1
         assert wire.receive() == b"x" * 5_000_000
-        assert wire.receive().code == "TIMEOUT"  # type: ignore[union-attr]
+        assert wire.ended()
         wire.close()
+
+
+# Epochs and runs
+
+
+def facts_of(wire: Wire) -> dict[bytes, object]:
+    return as_map(wire.call("HELLO"))
+
+
+def test_reading_in_another_epoch_names_the_right_one(server: Server, wire: Wire) -> None:
+    epoch, run = (str(facts_of(wire)[name], "ascii") for name in (b"epoch", b"run"))  # type: ignore[arg-type]
+    assert wire.call("PUT", "t", "x") == 1
+    assert wire.call("READ", "t", 0, "EPOCH", epoch)[3] == b"x"  # type: ignore[index]
+    # The epoch comes first: an id of another one means nothing here.
+    for words in (["0"], ["7"], ["7", "WAIT", "60000"], ["0", "LATEST"]):
+        reply = wire.call("READ", "t", *words, "EPOCH", "0123456789abcdef")
+        assert isinstance(reply, WrongEpoch)
+        assert str(reply).startswith(f"{epoch} {run} ")
+
+
+def test_an_epoch_that_ends_during_a_wait_is_found_when_the_wait_ends(server: Server, wire: Wire) -> None:
+    for end in (lambda: None, lambda: server._store.append([(b"t", b"x", None)])):
+        epoch = str(facts_of(wire)[b"epoch"], "ascii")  # type: ignore[arg-type]
+        wire.send(encode_request(b"READ", b"t", b"0", b"WAIT", b"%d" % (UNIT * 3000), b"EPOCH", epoch.encode()))
+        wait_until(lambda: server.waiting() == 1)
+        server._store.epoch = "another" + epoch
+        end()
+        assert isinstance(wire.receive(), WrongEpoch)
+        assert wire.call("PING") == "PONG"
+
+
+def test_a_put_of_another_run_is_not_stored(server: Server, wire: Wire) -> None:
+    run = facts_of(wire)[b"run"]
+    assert isinstance(run, bytes)
+    assert wire.call("PUT", "t", "x", "RUN", run) == 1
+    assert wire.call("PUT", "t", "x", "KEY", "me", 1, "RUN", run) == 2
+    assert wire.call("PUT", "t", "x", "RUN", run, "KEY", "me", 1, "AGAIN") == 2
+    # Though the key is known: it is not known whether it means the same put.
+    for words in (["KEY", "me", "1"], ["KEY", "me", "1", "AGAIN"], ["KEY", "me", "2"], []):
+        assert wire.error("PUT", "t", "x", *words, "RUN", "0123456789abcdef") == "EPOCH"
+    assert server.totals().messages == 2
+    assert server.counters().puts_refused == {"EPOCH": 4}
+
+
+def test_a_message_has_as_long_left_as_the_rule_in_force_says(server: Server, wire: Wire) -> None:
+    wire.call("PUT", "t", "x")
+    for max_age in (600_000, 100_000, 1_000_000):
+        server._store.max_age_ms = max_age
+        for words in ([], ["LATEST"]):
+            _, _, age, _, left = wire.call("READ", "t", 0, *words)  # type: ignore[misc]
+            assert age + left == max_age
+
+
+# Notices
+
+
+def test_shutdown_ends_the_connection_without_a_reply(server: Server, wire: Wire) -> None:
+    wire.send(encode_request(b"SHUTDOWN") + encode_request(b"PING"))
+    assert wire.ended()
+    assert "SHUTDOWN" in str(server._orders.get(timeout=SOON))
+
+
+def test_shutdown_replies_ok_with_notices(server: Server, wire: Wire) -> None:
+    assert as_map(wire.call("HELLO", 2, "NOTICES"))[b"server"] == b"dsmq"
+    # It stays, like a name.
+    wire.call("HELLO", 2)
+    assert wire.call("SHUTDOWN") == "OK"

@@ -47,6 +47,10 @@ def a_put(topic: bytes, body: bytes, key: tuple[bytes, int] | None = None) -> Pu
     return topic, body, key
 
 
+def a_message(message_id: int, number: int, age_ms: int, body: bytes) -> Message:
+    return Message(message_id, number, age_ms, body, MAX_AGE - age_ms)
+
+
 def put(store: SQLiteStore, topic: bytes, *bodies: bytes) -> list[int]:
     return store.append([a_put(topic, body) for body in bodies])
 
@@ -85,8 +89,8 @@ def test_ids_increase_over_all_topics_and_numbers_within_one(store: SQLiteStore)
     assert store.last_id() == 0
     assert store.append([a_put(b"a", b"1"), a_put(b"b", b"2"), a_put(b"a", b"3")]) == [1, 2, 3]
     assert put(store, b"b", b"4") == [4]
-    assert read(store, b"a") == [Message(1, 1, 0, b"1"), Message(3, 2, 0, b"3")]
-    assert read(store, b"b") == [Message(2, 1, 0, b"2"), Message(4, 2, 0, b"4")]
+    assert read(store, b"a") == [a_message(1, 1, 0, b"1"), a_message(3, 2, 0, b"3")]
+    assert read(store, b"b") == [a_message(2, 1, 0, b"2"), a_message(4, 2, 0, b"4")]
     assert store.last_id() == 4
 
 
@@ -96,7 +100,7 @@ def test_ids_and_numbers_go_on_after_everything_expired(store: SQLiteStore, cloc
     expire_all(store)
     assert store.last_id() == 2
     assert put(store, b"t", b"3") == [3]
-    assert read(store, b"t") == [Message(3, 3, 0, b"3")]
+    assert read(store, b"t") == [a_message(3, 3, 0, b"3")]
     assert store.totals()[:5] == (1, 1, 1, 3, 2)
 
 
@@ -153,7 +157,7 @@ def test_read_stops_once_the_bytes_have_been_but_returns_one_message(
 def test_latest_is_the_newest_behind_the_id(store: SQLiteStore) -> None:
     put(store, b"t", b"1", b"2")
     put(store, b"other", b"3")
-    assert store.latest(b"t", 0) == [Message(2, 2, 0, b"2")]
+    assert store.latest(b"t", 0) == [a_message(2, 2, 0, b"2")]
     assert bodies(store.latest(b"t", 1)) == [b"2"]
     assert store.latest(b"t", 2) == []
     assert store.latest(b"nothing", 0) == []
@@ -278,7 +282,7 @@ def test_a_message_is_read_until_it_is_older_than_the_limit(
     clock.now += MAX_AGE
     if expire_runs:
         assert store.expire() == 0
-    assert read(store, b"t") == store.latest(b"t", 0) == [Message(1, 1, MAX_AGE, b"x")]
+    assert read(store, b"t") == store.latest(b"t", 0) == [a_message(1, 1, MAX_AGE, b"x")]
     clock.now += 1
     if expire_runs:
         assert store.expire() == 1
@@ -316,7 +320,7 @@ def test_ages_do_not_come_from_the_time_of_day(monkeypatch: pytest.MonkeyPatch) 
     store = SQLiteStore(MAX_AGE)
     put(store, b"t", b"x")
     monotonic += 100_000_000
-    assert read(store, b"t") == [Message(1, 1, 100, b"x")]
+    assert read(store, b"t") == [a_message(1, 1, 100, b"x")]
     monotonic += 1_000_000
     assert read(store, b"t") == []
     store.close()
@@ -469,7 +473,7 @@ def test_of_too_many_empty_topics_the_one_put_to_longest_ago_is_forgotten(
     expire_all(store)
     assert [store.stats(topic).last_number for topic in (b"a", b"b", b"c", b"held")] == [2, 0, 1, 1]
     assert put(store, b"b", b"x") == [6]
-    assert read(store, b"b") == [Message(6, 1, 0, b"x")]
+    assert read(store, b"b") == [a_message(6, 1, 0, b"x")]
     assert list(store._topics) == [row.name for row in store._by_row.values()] == [b"held", b"b"]
     assert list(store._empty) == [b"c", b"a"]
     assert store._database.execute("SELECT name FROM topics ORDER BY name").fetchall() == [(b"b",), (b"held",)]
@@ -485,7 +489,7 @@ def test_topics_that_hold_messages_are_never_forgotten(
     put(store, b"held", b"y")
     expire_all(store)
     assert store.stats(b"gone").last_number == 0
-    assert read(store, b"held") == [Message(3, 2, 0, b"y")]
+    assert read(store, b"held") == [a_message(3, 2, 0, b"y")]
 
 
 # Failure
@@ -557,7 +561,7 @@ def test_what_expires_unwritten_needs_no_room(store: SQLiteStore, clock: Clock) 
     assert store.expire() == 1
     assert store.totals()[:5] == (0, 0, 0, 1, 1)
     assert put(store, b"t", b"x") == [2]
-    assert read(store, b"t") == [Message(2, 2, 0, b"x")]
+    assert read(store, b"t") == [a_message(2, 2, 0, b"x")]
 
 
 @pytest.mark.parametrize("step", ["_begin", "_write_tails"])
@@ -584,7 +588,7 @@ def test_expiry_makes_room_again(store: SQLiteStore, clock: Clock) -> None:
     clock.now += MAX_AGE + 1
     expire_all(store)
     assert put(store, b"t", BIG) == [3]
-    assert read(store, b"t") == [Message(3, 3, 0, BIG)]
+    assert read(store, b"t") == [a_message(3, 3, 0, BIG)]
 
 
 @pytest.mark.parametrize("statement", ["_INSERT", "_INSERT_TOPIC"])
@@ -860,7 +864,7 @@ class Model:
 
     def eligible(self, topic: bytes, after: int) -> list[Message]:
         return [
-            Message(row.id, row.number, self.now - row.put_at, row.body)
+            a_message(row.id, row.number, self.now - row.put_at, row.body)
             for row in self.held
             if row.topic == topic and row.id > after and self.now - row.put_at <= MAX_AGE
         ]

@@ -19,13 +19,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from types import TracebackType
 from typing import Any, Literal, Self, TypeGuard, TypeVar, Unpack, cast, overload
 
+from dsmq import arguments, calls
 from dsmq import client as blocking
 from dsmq import session as wire
-from dsmq.calls import Call, Once, Plain, Producer, Put, PutMany, Read, Request, Retries
+from dsmq.calls import Call, Once, Plain, Producer, Put, PutMany, Reading, Request, Retries
+from dsmq.dial import Target
 from dsmq.errors import ClientClosed, DSMQError, ReplyError
-from dsmq.link import ENDED, LONG_PAUSE_SECONDS, Security, Target, target
+from dsmq.inbox import Claim, Entry, Inbox, give_back
+from dsmq.link import ENDED, LONG_PAUSE_SECONDS, Security, target
 from dsmq.protocol import Reply, ReplyParser
-from dsmq.session import Entry, Inbox, Message, Session, State
+from dsmq.session import Message, Session, State
 
 __all__ = ["AsyncClient", "Message", "connect"]
 
@@ -60,6 +63,7 @@ class AsyncClient:
         reconnect_timeout: float = 30.0,
         on_state_change: Callable[[State], None] | None = None,
     ) -> None:
+        timeout, reconnect_timeout = arguments.options(timeout, reconnect_timeout, on_state_change)
         self.host = target.host
         self.port = target.port
         self._target = target
@@ -78,7 +82,7 @@ class AsyncClient:
 
     async def put_many(self, topic: str, messages: Iterable[str | bytes]) -> list[int]:
         """Put several messages in order; returns their ids."""
-        puts = PutMany(self._session, topic, messages)
+        puts = PutMany(self._session, topic, arguments.messages(messages))
         await self._run(puts, self._put_all)
         puts.check()
         return puts.ids
@@ -94,46 +98,47 @@ class AsyncClient:
                 await self._stands(link)
 
     @overload
-    async def get(self, topic: str, default: str = "", *, raw: Literal[False] = False) -> str: ...
+    async def get(self, topic: str, *, default: str = "", raw: Literal[False] = False) -> str: ...
     @overload
-    async def get(self, topic: str, default: D, *, raw: Literal[False] = False) -> str | D: ...
+    async def get(self, topic: str, *, default: D, raw: Literal[False] = False) -> str | D: ...
     @overload
     async def get(self, topic: str, *, raw: Literal[True]) -> bytes: ...
     @overload
-    async def get(self, topic: str, default: D, *, raw: Literal[True]) -> bytes | D: ...
-    async def get(self, topic: str, default: object = "", *, raw: bool = False) -> object:
+    async def get(self, topic: str, *, default: D, raw: Literal[True]) -> bytes | D: ...
+    async def get(self, topic: str, *, default: object = "", raw: bool = False) -> object:
         """Return the oldest message that this client has not read, or `default`."""
         return await self._one(topic, 0.0, default, raw=raw)
 
     @overload
     async def get_wait(
-        self, topic: str, default: str = "", *, timeout: float | None = None, raw: Literal[False] = False
+        self, topic: str, *, default: str = "", timeout: float | None = None, raw: Literal[False] = False
     ) -> str: ...
     @overload
     async def get_wait(
-        self, topic: str, default: D, *, timeout: float | None = None, raw: Literal[False] = False
+        self, topic: str, *, default: D, timeout: float | None = None, raw: Literal[False] = False
     ) -> str | D: ...
     @overload
     async def get_wait(self, topic: str, *, timeout: float | None = None, raw: Literal[True]) -> bytes: ...
     @overload
     async def get_wait(
-        self, topic: str, default: D, *, timeout: float | None = None, raw: Literal[True]
+        self, topic: str, *, default: D, timeout: float | None = None, raw: Literal[True]
     ) -> bytes | D: ...
     async def get_wait(
-        self, topic: str, default: object = "", *, timeout: float | None = None, raw: bool = False
+        self, topic: str, *, default: object = "", timeout: float | None = None, raw: bool = False
     ) -> object:
         """Like `get`, but wait for a message for so many seconds; without a timeout, about ten."""
-        return await self._one(topic, blocking.patience() if timeout is None else timeout, default, raw=raw)
+        seconds = blocking.patience() if timeout is None else arguments.seconds("timeout", timeout)
+        return await self._one(topic, seconds, default, raw=raw)
 
     @overload
-    async def get_latest(self, topic: str, default: str = "", *, raw: Literal[False] = False) -> str: ...
+    async def get_latest(self, topic: str, *, default: str = "", raw: Literal[False] = False) -> str: ...
     @overload
-    async def get_latest(self, topic: str, default: D, *, raw: Literal[False] = False) -> str | D: ...
+    async def get_latest(self, topic: str, *, default: D, raw: Literal[False] = False) -> str | D: ...
     @overload
     async def get_latest(self, topic: str, *, raw: Literal[True]) -> bytes: ...
     @overload
-    async def get_latest(self, topic: str, default: D, *, raw: Literal[True]) -> bytes | D: ...
-    async def get_latest(self, topic: str, default: object = "", *, raw: bool = False) -> object:
+    async def get_latest(self, topic: str, *, default: D, raw: Literal[True]) -> bytes | D: ...
+    async def get_latest(self, topic: str, *, default: object = "", raw: bool = False) -> object:
         """Return the newest message that this client has not read, or `default`; pass over the older ones."""
         return blocking.first(await self._latest(topic, wire.converter(raw=raw)), default, raw=raw)
 
@@ -147,15 +152,17 @@ class AsyncClient:
         self, topic: str, n: int = 100, *, timeout: float = 0.0, raw: bool = False
     ) -> list[str] | list[bytes]:
         """Return up to `n` messages, oldest first: those that are there, or else wait for one."""
+        n, seconds = arguments.count("n", n), arguments.seconds("timeout", timeout)
         if raw:
-            return await self._some(topic, n, timeout, wire.body)
-        return await self._some(topic, n, timeout, wire.text)
+            return await self._some(topic, n, seconds, wire.body)
+        return await self._some(topic, n, seconds, wire.text)
 
     async def read(self, topic: str, n: int = 1, *, timeout: float = 0.0, latest: bool = False) -> list[Message]:
         """Return up to `n` messages with their ids, numbers and put times; latest=True returns the newest only."""
         if latest:
             return await self._latest(topic, self._session.message)
-        return await self._some(topic, n, timeout, self._session.message)
+        n, seconds = arguments.count("n", n), arguments.seconds("timeout", timeout)
+        return await self._some(topic, n, seconds, self._session.message)
 
     @overload
     def messages(self, topic: str, *, timeout: float = ..., raw: Literal[False] = False) -> AsyncIterator[str]: ...
@@ -163,13 +170,22 @@ class AsyncClient:
     def messages(self, topic: str, *, timeout: float = ..., raw: Literal[True]) -> AsyncIterator[bytes]: ...
     async def messages(self, topic: str, *, timeout: float = math.inf, raw: bool = False) -> AsyncIterator[str | bytes]:
         """Iterate over the messages of a topic as they come; end when none has come for `timeout` seconds."""
-        while taken := await self._some(topic, 1, timeout, wire.converter(raw=raw)):
+        seconds = arguments.seconds("timeout", timeout)
+        while taken := await self._some(topic, 1, seconds, wire.converter(raw=raw)):
             yield taken[0]
 
-    def seek(self, topic: str, after: int) -> None:
-        """Read a topic on behind the message with this id; 0 is before all that the server still holds."""
-        inbox = self._session.inbox(topic)
-        inbox.seek(after, None, drop=True)
+    def position(self, topic: str) -> str:
+        """Return where this client has read a topic to: behind the last message that was handed out."""
+        return self._session.position(topic)
+
+    def seek(self, topic: str, position: str | int) -> None:
+        """Read a topic on from a position, or behind the message with an id; 0 is before all that the server has."""
+        if not self._session.seek(topic, position) and self._on_state_change is not None:
+            self._on_state_change("replaced")
+
+    def forget(self, topic: str) -> None:
+        """Forget how far a topic was read, to save memory."""
+        self._session.forget(topic)
 
     @property
     def missed(self) -> int:
@@ -223,29 +239,30 @@ class AsyncClient:
         return blocking.first(await self._some(topic, 1, seconds, wire.converter(raw=raw)), default, raw=raw)
 
     async def _some(self, topic: str, n: int, seconds: float, convert: Callable[[Inbox, Entry], T]) -> list[T]:
-        inbox = self._session.inbox(topic)
-        until = time.monotonic() + seconds
-        if n < 1:
-            return []
-        least, more = n, True
-        while not (taken := inbox.take(n, convert, least)) and (more or time.monotonic() < until):
-            more = bool(await self._fetch(inbox, 0.0 if len(inbox) else until))
-            least = n if more else 1
-        return taken
+        claim: Claim = []
+        try:
+            taken = self._session.inbox(topic).take(claim, n, convert) if n else []
+            return await self._read(calls.some(self._session, claim, topic, n, seconds, convert, taken))
+        except BaseException:
+            give_back(claim)
+            raise
 
     async def _latest(self, topic: str, convert: Callable[[Inbox, Entry], T]) -> list[T]:
-        inbox = self._session.inbox(topic)
-        await self._fetch(inbox, latest=True)
-        inbox.skip_to_latest()
-        return inbox.take(1, convert)
+        claim: Claim = []
+        try:
+            return await self._read(calls.latest(self._session, claim, topic, convert))
+        except BaseException:
+            give_back(claim)
+            raise
 
-    async def _fetch(self, inbox: Inbox, until: float = 0.0, *, latest: bool = False) -> list[Entry]:
-        read, reply = Read(inbox, until, latest=latest), None
-        while read.generation != inbox.generation:
-            reply = await self._exchange(read)
-        found = self._session.entries(reply)
-        inbox.accept(found, generation=read.generation, latest=latest)
-        return found
+    async def _read(self, reading: Reading[T]) -> T:
+        try:
+            call = next(reading)
+            while True:
+                call = reading.send(await self._exchange(call))
+        except StopIteration as end:
+            found: T = end.value
+            return found
 
     # Connections
 
@@ -349,11 +366,11 @@ class AsyncClient:
                 reply = await link.receive()
                 if self._closed:
                     raise ClientClosed("the client was closed during the call")
-                state = self._session.greet(reply)
+                state, era = self._session.meet(reply)
             except BaseException:
                 link.close()
                 raise
-        link.producer = Producer(self._session.run)
+        link.producer = Producer(era.run, era)
         self._links.add(link)
         self._announce(state)
         return link

@@ -12,13 +12,25 @@ import os
 import random
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import islice
-from typing import Protocol
+from typing import Protocol, TypeAlias, TypeVar
 
-from dsmq.errors import AuthRequired, Closing, ConnectionLost, DSMQError, ReplyError, TimedOut
+from dsmq.errors import AuthRequired, Closing, ConnectionLost, DSMQError, MessageNotText, ReplyError, TimedOut
+from dsmq.inbox import Claim, Entry, Era, Inbox, read_request
 from dsmq.protocol import Reply
-from dsmq.session import Inbox, Session, reason, stored_id
+from dsmq.session import (
+    MAX_READ_BYTES,
+    MIN_READ_BYTES,
+    Session,
+    reason,
+    restored_number,
+    stats_request,
+    stored_id,
+)
+from dsmq.system import boot_time
+
+T = TypeVar("T")
 
 NOT_RUN = (Closing, TimedOut, AuthRequired)
 """Errors behind which the server hangs up, having run no request that it has not answered."""
@@ -39,8 +51,6 @@ _LONG_BATCH_SECONDS = 0.1
 RESEND_SECONDS = 300.0
 # A read that has waited for longer on a connection that then broke had a server.
 _LONG_WAIT_SECONDS = 1.0
-# By a clock that goes on while this machine sleeps, where there is one.
-_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 class Retries:
@@ -71,12 +81,12 @@ def _pauses() -> Iterator[float]:
 
 
 class Producer:
-    """A connection as the server knows it by its puts; they are numbered from 1."""
+    """A connection as the server knows it by its puts, which are numbered from 1; and which server that is."""
 
-    __slots__ = ("_name", "_seq", "run")
+    __slots__ = ("_name", "_seq", "era", "run")
 
-    def __init__(self, run: bytes) -> None:
-        self.run = run
+    def __init__(self, run: bytes, era: Era | None = None) -> None:
+        self.run, self.era = run, era
         """Which run of the server it is a producer for: see PROTOCOL.md."""
         # Not by the module `secrets`, which takes longer to import than the rest of this package.
         self._name = binascii.b2a_base64(os.urandom(9), newline=False)
@@ -155,27 +165,101 @@ class Once(Plain):
 class Read(Plain):
     """A READ from a client's position, until a time on the monotonic clock."""
 
-    __slots__ = ("_asked_at", "_inbox", "_latest", "_until", "generation")
+    __slots__ = ("_asked_at", "_inbox", "_latest", "_session", "_until", "asked")
 
-    def __init__(self, inbox: Inbox, until: float = 0.0, *, latest: bool = False) -> None:
-        self._inbox, self._until, self._latest = inbox, until, latest
+    def __init__(self, session: Session, inbox: Inbox, until: float = 0.0, *, latest: bool = False) -> None:
+        self._session, self._inbox, self._until, self._latest = session, inbox, until, latest
         self.seconds = self._asked_at = 0.0
-        self.generation = -1
-        """What the inbox's was when it was asked."""
+        self.asked: tuple[Era, int, int]
+        """What it went by when it was asked last."""
 
-    def request(self, _: Producer) -> bytes:
+    def request(self, producer: Producer) -> bytes:
+        inbox, era = self._inbox, producer.era
+        if era and era.next:
+            raise ConnectionResetError("another connection has found that the server was started anew")
+        self.asked = inbox.asked_for_latest() if self._latest else inbox.asked()
+        _, generation, after = self.asked
+        if era:
+            self.asked = era, generation, after
+        if self._latest:
+            return read_request(inbox.topic, after, b"LATEST")
+        options: tuple[bytes, ...] = ()
+        if inbox.count:
+            options = b"COUNT", b"%d" % inbox.count
+        if (size := self._session.read_bytes) < MAX_READ_BYTES:
+            options += b"BYTES", b"%d" % size
         if self._until:
             # What is left of its time: it may have been interrupted.
             self._asked_at = time.monotonic()
             left = self._until - self._asked_at
             self.seconds = min(left, MAX_WAIT_SECONDS) if left > 0 else 0.0
-        self.generation = self._inbox.generation
-        return self._inbox.request(round(self.seconds * 1000), latest=self._latest)
+            if milliseconds := round(self.seconds * 1000):
+                options += b"WAIT", b"%d" % milliseconds
+        return read_request(inbox.topic, after, *options)
 
     def lost(self, error: Exception) -> bool:
+        if isinstance(error, TimeoutError):
+            # The link may be slow.
+            self._session.read_bytes = max(MIN_READ_BYTES, self._session.read_bytes // 4)
+            return False
         # Something may cut connections on which nothing moves for a while; one that only takes them is no server.
-        waited = time.monotonic() - self._asked_at if self.seconds else 0.0
-        return waited > _LONG_WAIT_SECONDS and not isinstance(error, TimeoutError)
+        return bool(self.seconds) and time.monotonic() - self._asked_at > _LONG_WAIT_SECONDS
+
+    def take_in(self, found: list[Entry]) -> bool:
+        """Take the reply in; return whether there may be more now."""
+        inbox, session = self._inbox, self._session
+        if found:
+            inbox = session.keep(inbox)
+            if session.read_bytes < MAX_READ_BYTES:
+                session.read_bytes = min(MAX_READ_BYTES, session.read_bytes + MIN_READ_BYTES)
+        return inbox.accept(self.asked, found)
+
+
+Reading: TypeAlias = "Generator[Plain, Reply, T]"
+"""Calls to be made one after another; each takes the reply to the one before. Returns what was read."""
+
+
+def some(  # noqa: PLR0913, PLR0917 - of both clients
+    session: Session,
+    claim: Claim,
+    topic: str,
+    n: int,
+    seconds: float,
+    convert: Callable[[Inbox, Entry], T],
+    taken: list[T],
+) -> Reading[list[T]]:
+    """Take up to `n` messages, with those taken already; if there is none, wait for the first.
+
+    All that was taken is noted in `claim`.
+    """
+    until = time.monotonic() + seconds
+    more = n > 0
+    while (more and len(taken) < n) or (not taken and n > 0 and time.monotonic() < until):
+        inbox = session.inbox(topic)
+        if inbox.is_unsure:
+            inbox.renumber(restored_number((yield Plain(stats_request(topic)))))
+        read = Read(session, inbox, 0.0 if taken else until)
+        more = read.take_in(session.entries((yield read)))
+        try:
+            taken += session.inbox(topic).take(claim, n - len(taken), convert)
+        except MessageNotText:
+            if not taken:
+                raise
+            break
+    return taken
+
+
+def latest(session: Session, claim: Claim, topic: str, convert: Callable[[Inbox, Entry], T]) -> Reading[list[T]]:
+    """Take the newest message, and pass over the older ones."""
+    while True:
+        inbox = session.inbox(topic)
+        read = Read(session, inbox, latest=True)
+        found = session.entries((yield read))
+        if found:
+            inbox = session.keep(inbox)
+        taken = inbox.take_latest(claim, read.asked, found, convert)
+        if taken is not None:
+            return taken
 
 
 class Put:
@@ -196,7 +280,7 @@ class Put:
         if self._unsure:
             return _again(self._keyed, self._sent_at, self._run, producer)
         self._keyed, self._run = producer.put(*self._parts), producer.run
-        self._sent_at = time.clock_gettime(_CLOCK)
+        self._sent_at = boot_time()
         return b"*6" + self._keyed
 
     def lost(self, error: Exception) -> bool:
@@ -243,7 +327,7 @@ class PutMany:
                 yield 0, b""
             if not self._made:
                 return
-            now = time.clock_gettime(_CLOCK)
+            now = boot_time()
             self._unanswered.extend([(keyed, now) for keyed in self._made])
             batch, self._made = self._made, []
             yield len(batch), b"*6" + b"*6".join(batch)
@@ -304,7 +388,7 @@ def _again(keyed: bytes, sent_at: float, run: bytes, producer: Producer) -> byte
     about = ""
     if producer.run != run:
         about = "the server was started anew, and does not know what it had stored last"
-    elif time.clock_gettime(_CLOCK) - sent_at > RESEND_SECONDS:
+    elif boot_time() - sent_at > RESEND_SECONDS:
         about = f"no answer for {RESEND_SECONDS:g} s, and the server does not know for ever what it has stored"
     if about:
         raise ConnectionLost(about, may_be_stored=True)

@@ -11,23 +11,26 @@ Importing it loads the standard library alone.
 
 from __future__ import annotations
 
+import _thread
 import math
 import os
 import sys
-import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import Literal, Self, TypeGuard, TypeVar, Unpack, overload
+from typing import Generic, Literal, Self, TypeGuard, TypeVar, Unpack, overload
 
+from dsmq import arguments, calls
 from dsmq import session as wire
-from dsmq.calls import Call, Once, Plain, Producer, Put, PutMany, Read, Request, Retries
-from dsmq.errors import ClientClosed, DSMQError, ReplyError
-from dsmq.link import Link, Security, target
+from dsmq.calls import Call, Once, Plain, Producer, Put, PutMany, Reading, Request, Retries
+from dsmq.dial import silent_program
+from dsmq.errors import ClientClosed, DSMQError, ProtocolError, ReplyError
+from dsmq.inbox import Claim, Entry, Inbox, give_back
+from dsmq.link import ClosedSilently, Link, Security, target
 from dsmq.protocol import Reply
-from dsmq.session import Entry, Inbox, Message, Session, State
+from dsmq.session import Message, Session, State
 
 __all__ = ["DSMQClientSideConnection", "Message", "connect"]
 
@@ -35,6 +38,11 @@ __all__ = ["DSMQClientSideConnection", "Message", "connect"]
 # of them after so many seconds, each pause twice the one before. Both may be adjusted.
 _n_tries = 10
 _initial_retry = 0.01
+# The name of the first in the code of dsmq 1.4; the one above is that in its documentation.
+_n_retries = _N_RETRIES = _n_tries
+
+# Of several connections that nobody has used for so long all but one are closed.
+IDLE_SECONDS = 5.0
 
 
 C = TypeVar("C", bound=Call)
@@ -106,22 +114,23 @@ class DSMQClientSideConnection:
         on_state_change: Callable[[State], None] | None = None,
         **security: Unpack[Security],
     ) -> None:
+        self._timeout, self._reconnect_timeout = arguments.options(timeout, reconnect_timeout, on_state_change)
+        self._target = target(host, port, **security)
         self.host = host
         self.port = port
-        self._timeout = timeout
-        self._reconnect_timeout = reconnect_timeout
         self._on_state_change = on_state_change
-        # Whether it has no connection, as far as is known, and whether a call still tries.
-        self._down: Literal["", "lost", "given up"] = ""
+        self._states = _States()
         self._say = _to_stderr if verbose else _to_nobody
-        self._target = target(host, port, **security)
         self._session = Session(self._target.token)
         self._closed = False
-        # Set when it is closed, for those who wait to try again.
-        self._closing = threading.Event()
-        self._lock = threading.Lock()
+        # Released when it is closed, for calls that wait to try again. No Event: its lock would hang a signal handler
+        # that closes the client.
+        self._closing = _thread.allocate_lock()
+        self._closing.acquire()
+        self._process = os.getpid()
         self._idle: list[Link] = []
-        self._links: weakref.WeakSet[Link] = weakref.WeakSet()
+        self._refs: set[weakref.ref[Link]] = set()
+        self._is_tidying = False
         self._say(f"connecting to the dsmq server at {host} port {port}")
         self._idle.append(self._first_link() if retry else self._link())
         _clients.add(self)
@@ -148,7 +157,7 @@ class DSMQClientSideConnection:
         When it raises, those before the one that failed have been stored, and some behind it may have been: the error's
         stored_before and stored_behind say how many. It raises as `put` does.
         """
-        puts = PutMany(self._session, topic, messages)
+        puts = PutMany(self._session, topic, arguments.messages(messages))
         try:
             self._run(puts, self._put_all)
             puts.check()
@@ -177,57 +186,76 @@ class DSMQClientSideConnection:
 
     # Messages out
 
+    # Each of these gives back what it has taken, wherever it is interrupted before it returns.
+
     @overload
-    def get(self, topic: str, default: str = "", *, raw: Literal[False] = False) -> str: ...
+    def get(self, topic: str, *, default: str = "", raw: Literal[False] = False) -> str: ...
     @overload
-    def get(self, topic: str, default: D, *, raw: Literal[False] = False) -> str | D: ...
+    def get(self, topic: str, *, default: D, raw: Literal[False] = False) -> str | D: ...
     @overload
     def get(self, topic: str, *, raw: Literal[True]) -> bytes: ...
     @overload
-    def get(self, topic: str, default: D, *, raw: Literal[True]) -> bytes | D: ...
-    def get(self, topic: str, default: object = "", *, raw: bool = False) -> object:
+    def get(self, topic: str, *, default: D, raw: Literal[True]) -> bytes | D: ...
+    def get(self, topic: str, *, default: object = "", raw: bool = False) -> object:
         """Return the oldest message of a topic that this client has not read, or `default` if there is none.
 
         It is a str; with raw=True it is bytes, and so is the default that is not given. Raises MessageNotText where the
         message is not UTF-8; it stays unread then.
         """
-        return self._one(topic, 0.0, default, raw=raw)
+        claim: Claim = []
+        try:
+            return first(self._some(claim, topic, 1, 0.0, wire.converter(raw=raw)), default, raw=raw)
+        except BaseException:
+            give_back(claim)
+            raise
 
     @overload
     def get_wait(
-        self, topic: str, default: str = "", *, timeout: float | None = None, raw: Literal[False] = False
+        self, topic: str, *, default: str = "", timeout: float | None = None, raw: Literal[False] = False
     ) -> str: ...
     @overload
     def get_wait(
-        self, topic: str, default: D, *, timeout: float | None = None, raw: Literal[False] = False
+        self, topic: str, *, default: D, timeout: float | None = None, raw: Literal[False] = False
     ) -> str | D: ...
     @overload
     def get_wait(self, topic: str, *, timeout: float | None = None, raw: Literal[True]) -> bytes: ...
     @overload
-    def get_wait(self, topic: str, default: D, *, timeout: float | None = None, raw: Literal[True]) -> bytes | D: ...
-    def get_wait(self, topic: str, default: object = "", *, timeout: float | None = None, raw: bool = False) -> object:
-        """Like `get`, but wait for a message to come, for `timeout` seconds (math.inf is one of them).
+    def get_wait(self, topic: str, *, default: D, timeout: float | None = None, raw: Literal[True]) -> bytes | D: ...
+    def get_wait(self, topic: str, *, default: object = "", timeout: float | None = None, raw: bool = False) -> object:
+        """Like `get`, but wait for a message to come, for `timeout` seconds (0: not at all; math.inf: for ever).
 
         Without a timeout it waits about ten seconds: the sum of `_n_tries` pauses, the first of
         `_initial_retry` seconds and each twice the one before. That there was none is only said by a server: where that
         can't be reached at the end, this takes up to `reconnect_timeout` longer, and raises ConnectionLost.
         """
-        return self._one(topic, patience() if timeout is None else timeout, default, raw=raw)
+        claim: Claim = []
+        try:
+            seconds = patience() if timeout is None else arguments.seconds("timeout", timeout)
+            return first(self._some(claim, topic, 1, seconds, wire.converter(raw=raw)), default, raw=raw)
+        except BaseException:
+            give_back(claim)
+            raise
 
     @overload
-    def get_latest(self, topic: str, default: str = "", *, raw: Literal[False] = False) -> str: ...
+    def get_latest(self, topic: str, *, default: str = "", raw: Literal[False] = False) -> str: ...
     @overload
-    def get_latest(self, topic: str, default: D, *, raw: Literal[False] = False) -> str | D: ...
+    def get_latest(self, topic: str, *, default: D, raw: Literal[False] = False) -> str | D: ...
     @overload
     def get_latest(self, topic: str, *, raw: Literal[True]) -> bytes: ...
     @overload
-    def get_latest(self, topic: str, default: D, *, raw: Literal[True]) -> bytes | D: ...
-    def get_latest(self, topic: str, default: object = "", *, raw: bool = False) -> object:
+    def get_latest(self, topic: str, *, default: D, raw: Literal[True]) -> bytes | D: ...
+    def get_latest(self, topic: str, *, default: object = "", raw: bool = False) -> object:
         """Return the newest message of a topic that this client has not read, or `default` if there is none.
 
         The older ones are passed over: this client will not read them any more.
         """
-        return first(self._latest(topic, wire.converter(raw=raw)), default, raw=raw)
+        claim: Claim = []
+        try:
+            convert = wire.converter(raw=raw)
+            return first(self._read(calls.latest(self._session, claim, topic, convert)), default, raw=raw)
+        except BaseException:
+            give_back(claim)
+            raise
 
     @overload
     def get_many(self, topic: str, n: int = 100, *, timeout: float = 0.0, raw: Literal[False] = False) -> list[str]: ...
@@ -238,40 +266,68 @@ class DSMQClientSideConnection:
 
         It stops short of a message that is not UTF-8; where that is the first, it raises MessageNotText.
         """
-        if raw:
-            return self._some(topic, n, timeout, wire.body)
-        return self._some(topic, n, timeout, wire.text)
+        claim: Claim = []
+        try:
+            if raw:
+                return self._many(claim, topic, n, timeout, wire.body)
+            return self._many(claim, topic, n, timeout, wire.text)
+        except BaseException:
+            give_back(claim)
+            raise
 
     def read(self, topic: str, n: int = 1, *, timeout: float = 0.0, latest: bool = False) -> list[Message]:
         """Return up to `n` messages with their ids, numbers and put times; otherwise like `get_many`.
 
         latest=True returns the newest only, and passes over the older ones, like `get_latest`.
         """
-        if latest:
-            return self._latest(topic, self._session.message)
-        return self._some(topic, n, timeout, self._session.message)
+        claim: Claim = []
+        try:
+            if latest:
+                return self._read(calls.latest(self._session, claim, topic, self._session.message))
+            return self._many(claim, topic, n, timeout, self._session.message)
+        except BaseException:
+            give_back(claim)
+            raise
 
     @overload
     def messages(self, topic: str, *, timeout: float = ..., raw: Literal[False] = False) -> Iterator[str]: ...
     @overload
     def messages(self, topic: str, *, timeout: float = ..., raw: Literal[True]) -> Iterator[bytes]: ...
-    def messages(self, topic: str, *, timeout: float = math.inf, raw: bool = False) -> Iterator[str | bytes]:
+    def messages(self, topic: str, *, timeout: float = math.inf, raw: bool = False) -> Iterator[str] | Iterator[bytes]:
         """Iterate over the messages of a topic as they come; end when none has come for `timeout` seconds."""
-        while taken := self._some(topic, 1, timeout, wire.converter(raw=raw)):
-            yield taken[0]
+        seconds = arguments.seconds("timeout", timeout)
+        self._session.inbox(topic)
+        if raw:
+            return _Messages(self, topic, seconds, wire.body)
+        return _Messages(self, topic, seconds, wire.text)
 
-    def seek(self, topic: str, after: int) -> None:
-        """Read a topic on behind the message with this id; 0 is before all that the server still holds.
+    def position(self, topic: str) -> str:
+        """Return where this client has read a topic to: behind the last message that was handed out.
 
-        Raises ValueError where it is negative.
+        It can be stored, and given to `seek` of any client, for this topic or another.
         """
-        inbox = self._inbox(topic)
-        with self._lock:
-            inbox.seek(after, None, drop=True)
+        return self._session.position(topic)
+
+    def seek(self, topic: str, position: str | int) -> None:
+        """Read a topic on from a position, or behind the message with an id; 0 is before all that the server has.
+
+        A position of another epoch, before the server lost its messages, is of no use: the topic is read from its
+        oldest message then, and on_state_change is told `replaced`. An id above all that the server has ever given is
+        an error of the next read, BadRequest. Raises ValueError if it is neither a position nor an id.
+        """
+        if not self._session.seek(topic, position) and self._on_state_change is not None:
+            self._on_state_change("replaced")
+
+    def forget(self, topic: str) -> None:
+        """Forget how far a topic was read, to save memory. If it is read again, all is new that was when it connected.
+
+        Topics in which nothing comes any more are forgotten anyway, when all that was read there has expired.
+        """
+        self._session.forget(topic)
 
     @property
     def max_message_bytes(self) -> int:
-        """The longest message the server takes."""
+        """The longest message that the server took when this client connected."""
         return self._session.max_message_bytes
 
     @property
@@ -282,52 +338,25 @@ class DSMQClientSideConnection:
         """
         return self._session.missed
 
-    def _inbox(self, topic: str) -> Inbox:
-        inbox = self._session.inboxes.get(topic)
-        if inbox is None:
-            with self._lock:
-                inbox = self._session.inbox(topic)
-        return inbox
+    def _many(self, claim: Claim, topic: str, n: int, timeout: float, convert: Callable[[Inbox, Entry], T]) -> list[T]:
+        return self._some(claim, topic, arguments.count("n", n), arguments.seconds("timeout", timeout), convert)
 
-    def _one(self, topic: str, seconds: float, default: object, *, raw: bool) -> object:
-        return first(self._some(topic, 1, seconds, wire.converter(raw=raw)), default, raw=raw)
-
-    def _some(self, topic: str, n: int, seconds: float, convert: Callable[[Inbox, Entry], T]) -> list[T]:
+    def _some(self, claim: Claim, topic: str, n: int, seconds: float, convert: Callable[[Inbox, Entry], T]) -> list[T]:
         """Take up to `n` messages; where there is none, wait for the first."""
-        inbox = self._inbox(topic)
-        until = time.monotonic() + seconds
-        if n < 1:
-            return []
-        # All at once or, when no more come, what is here: a call that fails meanwhile must not have taken some.
-        least, more = n, True
-        while not (taken := self._take(inbox, n, convert, least)) and (more or time.monotonic() < until):
-            more = bool(self._fetch(inbox, 0.0 if len(inbox) else until))
-            least = n if more else 1
-        return taken
+        taken = self._session.inbox(topic).take(claim, n, convert) if n else []
+        if len(taken) == n:
+            return taken
+        return self._read(calls.some(self._session, claim, topic, n, seconds, convert, taken))
 
-    def _latest(self, topic: str, convert: Callable[[Inbox, Entry], T]) -> list[T]:
-        inbox = self._inbox(topic)
-        self._fetch(inbox, latest=True)
-        with self._lock:
-            inbox.skip_to_latest()
-        return self._take(inbox, 1, convert)
-
-    def _take(self, inbox: Inbox, n: int, convert: Callable[[Inbox, Entry], T], least: int = 1) -> list[T]:
-        with self._lock:
-            return inbox.take(n, convert, least)
-
-    def _fetch(self, inbox: Inbox, until: float = 0.0, *, latest: bool = False) -> list[Entry]:
-        """Ask for what there is, or wait for it until a time on the monotonic clock."""
-        read, reply = Read(inbox, until, latest=latest), None
-        # Asked again where the position has been changed meanwhile: by `seek`, or by a new epoch.
-        while read.generation != inbox.generation:
-            reply = self._exchange(read)
-        if reply == []:
-            return []
-        found = self._session.entries(reply)
-        with self._lock:
-            inbox.accept(found, generation=read.generation, latest=latest)
-        return found
+    def _read(self, reading: Reading[T]) -> T:
+        """Make the calls that reading takes."""
+        try:
+            call = next(reading)
+            while True:
+                call = reading.send(self._exchange(call))
+        except StopIteration as end:
+            found: T = end.value
+            return found
 
     # The server, and the end
 
@@ -349,7 +378,7 @@ class DSMQClientSideConnection:
         """
         self._run(Once(wire.SHUTDOWN), self._shut_down)
         # None is worth to be looked at again.
-        self._drop(None, others=True)
+        self._close_idle()
 
     def _shut_down(self, link: Link, call: Once) -> None:
         if (why := link.look()) is not None:
@@ -359,16 +388,24 @@ class DSMQClientSideConnection:
 
     def close(self) -> None:
         """Close the client. A call that another thread is waiting in raises ClientClosed. Idempotent."""
-        self._closing.set()
-        with self._lock:
-            self._closed = True
-            # Those in use are closed by the calls that use them.
-            for link in self._links:
-                link.interrupt()
-            for link in self._idle:
-                link.close()
-            self._idle.clear()
-            self._links.clear()
+        self._closed = True
+        with suppress(RuntimeError):
+            self._closing.release()
+        # Those in use are closed by the calls that use them.
+        for link in self._links:
+            link.interrupt()
+        self._close_idle()
+
+    @property
+    def _links(self) -> list[Link]:
+        """All connections, those in use and idle ones."""
+        return [link for ref in list(self._refs) if (link := ref()) and link.is_open]
+
+    def _close_idle(self) -> None:
+        # Taken one by one until there is none, because other threads take and give back meanwhile.
+        with suppress(IndexError):
+            while True:
+                self._idle.pop().close()
 
     def __enter__(self) -> Self:
         return self
@@ -398,7 +435,7 @@ class DSMQClientSideConnection:
                 result = attempt(link, call)
             except BaseException as error:
                 if not self._is_lost(error, link):
-                    if self._down and isinstance(error, ReplyError):
+                    if self._states.down and isinstance(error, ReplyError):
                         self._announce("resumed" if link else "given up", error)
                     raise
                 retries = retries or Retries(self._reconnect_timeout)
@@ -407,7 +444,7 @@ class DSMQClientSideConnection:
                 self._pause(call, retries, error)
             else:
                 self._give_back(link)
-                if self._down:
+                if self._states.down:
                     # It had a connection that another thread has made.
                     self._announce("resumed")
                 return result
@@ -418,7 +455,11 @@ class DSMQClientSideConnection:
         Replies may be outstanding on it, and nobody else is to read them.
         """
         lost = wire.is_lost(error, connecting=link is None)
-        self._drop(link, others=lost)
+        if link:
+            link.close()
+        if lost:
+            # They have most likely broken too.
+            self._close_idle()
         if lost and self._closed:
             raise ClientClosed("the client was closed during the call") from error
         return lost
@@ -430,21 +471,24 @@ class DSMQClientSideConnection:
         if pause is None:
             self._announce("given up", error)
             raise call.given_up(error) from error
-        if self._closing.wait(pause):
+        if self._closing.acquire(timeout=pause):
+            # For the next that waits.
+            self._closing.release()
+        if self._closed:
             raise ClientClosed("the client was closed during the call") from error
 
     def _announce(self, state: State, error: Exception | None = None) -> None:
         """Tell of a new state: of each loss once, and of each end of it."""
-        with self._lock:
-            if not wire.is_news(state, self._down):
-                return
-            self._down = state if state in ("lost", "given up") else ""
+        if not self._states.enter(state):
+            return
         if state != "lost" or self._reconnect_timeout:
             wire.log_state(state, self._target, error)
         if self._on_state_change is not None:
             self._on_state_change(state)
 
     def _borrow(self) -> Link:
+        if os.getpid() != self._process:
+            self._after_fork()
         # Lists are safe to use from several threads.
         try:
             link = self._idle.pop()
@@ -453,7 +497,8 @@ class DSMQClientSideConnection:
         why = link.ended()
         if why is None:
             return link
-        self._drop(link, others=True)
+        link.close()
+        self._close_idle()
         self._announce("lost", ConnectionResetError(why))
         return self._link()
 
@@ -461,62 +506,148 @@ class DSMQClientSideConnection:
         self._idle.append(link)
         if self._closed:
             self.close()
+        elif len(self._idle) > 1 and not self._is_tidying:
+            _thread.start_new_thread(_tidy, (weakref.ref(self),))
+            self._is_tidying = True
 
-    def _drop(self, link: Link | None, *, others: bool) -> None:
-        """Close a connection, and the idle ones with it: where one has broken, they have most likely broken too."""
-        with self._lock:
-            useless = [link] if link else []
-            # Taken one by one until there is none, because other threads take and give back meanwhile.
-            with suppress(IndexError):
-                while others:
-                    useless.append(self._idle.pop())
-            self._links.difference_update(useless)
-        for one in useless:
-            one.close()
+    def _close_unused(self) -> bool:
+        """Close connections that nobody has used for a while, but one; return whether there are more."""
+        before = time.monotonic() - IDLE_SECONDS
+        with suppress(IndexError):
+            # The first was used the longest ago.
+            while len(self._idle) > 1 and self._idle[0].used_at < before:
+                self._idle.pop(0).close()
+        return len(self._idle) > 1 and not self._closed
 
     def _link(self) -> Link:
         if self._closed:
             raise ClientClosed("the client is closed")
-        link = Link(self._target, self._timeout)
+        link = self._open()
         try:
-            reply = self._greeted(link)
-            with self._lock:
-                if self._closed:
-                    raise ClientClosed("the client was closed during the call")
-                state = self._session.greet(reply)
-                link.producer = Producer(self._session.run)
-                self._links.add(link)
-        except BaseException:
+            reply = link.greet(self._session.hello)
+            if self._closed:
+                raise ClientClosed("the client was closed during the call")
+            state, era = self._session.meet(reply)
+            link.producer = Producer(era.run, era)
+            # A call that is interrupted may let go of it anywhere.
+            self._refs.add(weakref.ref(link, self._refs.discard))
+            if self._closed:
+                raise ClientClosed("the client was closed during the call")
+        except BaseException as error:
             link.close()
+            if isinstance(error, ConnectionResetError) and not self._session.epoch:
+                raise self._silent() from None
             raise
         self._announce(state)
         return link
 
-    def _greeted(self, link: Link) -> Reply:
+    def _open(self) -> Link:
         try:
-            link.send(self._session.hello, self._timeout)
-            return link.receive()
+            return Link(self._target, self._timeout)
         except ConnectionResetError:
-            if self._target.tls or self._session.epoch:
+            if self._session.epoch:
                 raise
-            raise ConnectionResetError("the server has closed the connection; does it want TLS?") from None
+            raise self._silent() from None
+
+    def _silent(self) -> Exception:
+        """Return what to raise when the first connection was closed without a word."""
+        if name := silent_program(self._target):
+            return ProtocolError(f"{self._target} is {name}")
+        about = "accepts connections and closes them at once; is the server behind it running"
+        return ClosedSilently(f"{self._target} {about}" + ("?" if self._target.tls else "; does it want TLS?"))
 
     def _first_link(self) -> Link:
+        until = time.monotonic() + patience()
         for pause in pauses():
             try:
                 return self._link()
-            except (ConnectionRefusedError, FileNotFoundError):
+            except (ConnectionRefusedError, FileNotFoundError, ClosedSilently):
+                if time.monotonic() > until:
+                    raise
                 time.sleep(pause)
                 self._say("    ...trying again")
         return self._link()
 
     def _after_fork(self) -> None:
-        # In the child, where other threads, which may have held the lock, do not exist. The sockets are the
-        # parent's: closed here they stay open there.
-        self._lock, self._closing = threading.Lock(), threading.Event()
-        for link in self._links:
+        # The sockets are the parent's: closed here they stay open there.
+        links, self._refs, self._idle = self._links, set(), []
+        self._closing, self._is_tidying = _thread.allocate_lock(), False
+        self._closing.acquire()
+        for link in links:
             link.close()
-        self._links, self._idle = weakref.WeakSet(), []
+        self._process = os.getpid()
+
+
+class _Messages(Generic[T]):
+    """Iterates over the messages of a topic. Not a generator, which an interrupt would end."""
+
+    def __init__(
+        self,
+        client: DSMQClientSideConnection,
+        topic: str,
+        seconds: float,
+        convert: Callable[[Inbox, Entry], T],
+    ) -> None:
+        self._client, self._topic, self._seconds, self._convert = client, topic, seconds, convert
+        self._is_over = False
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> T:
+        claim: Claim = []
+        try:
+            return self._next(claim)
+        except BaseException:
+            give_back(claim)
+            raise
+
+    def _next(self, claim: Claim) -> T:
+        if not self._is_over:
+            for message in self._client._some(claim, self._topic, 1, self._seconds, self._convert):  # noqa: SLF001
+                return message
+        self._is_over = True
+        raise StopIteration
+
+
+class _States:
+    """What was told last of the connection. It is superseded as a whole: see `dsmq.inbox`."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Literal["", "lost", "given up"], dict[int, object]] = "", {}
+
+    @property
+    def down(self) -> Literal["", "lost", "given up"]:
+        """Whether there is no connection, as far as is known, and whether a call still tries."""
+        return self._last[0]
+
+    def enter(self, state: State) -> bool:
+        """Enter a state; return whether it is to be told."""
+        while True:
+            last = self._last
+            if not wire.is_news(state, last[0]):
+                return False
+            new: tuple[Literal["", "lost", "given up"], dict[int, object]]
+            new = (state if state in ("lost", "given up") else "", {})
+            if last[1].setdefault(0, new) is new:
+                self._last = new
+                return True
+            self._last = last[1][0]  # type: ignore[assignment]
+
+
+def _tidy(ref: weakref.ref[DSMQClientSideConnection]) -> None:
+    """Close the connections that a burst of threads has left, in a thread of its own as long as there are some."""
+    more = True
+    while more:
+        time.sleep(IDLE_SECONDS / 5)
+        client = ref()
+        more = client is not None and client._close_unused()  # noqa: SLF001 - one module
+        if client and not more:
+            client._is_tidying = False  # noqa: SLF001
+            if len(client._idle) > 1 and not client._closed:  # noqa: SLF001
+                # Given back in between.
+                more = client._is_tidying = True  # noqa: SLF001
+        del client
 
 
 def first(taken: Sequence[object], default: object, *, raw: bool) -> object:
@@ -528,7 +659,8 @@ def first(taken: Sequence[object], default: object, *, raw: bool) -> object:
 
 def pauses() -> list[float]:
     """Return the pauses of the documented schedule, in seconds."""
-    return [_initial_retry * 2**attempt for attempt in range(_n_tries)]
+    tries = _n_tries if _n_retries == _N_RETRIES else _n_retries
+    return [_initial_retry * 2**attempt for attempt in range(tries)]
 
 
 def patience() -> float:
@@ -552,5 +684,6 @@ def _after_fork() -> None:
         client._after_fork()  # noqa: SLF001 - one module
 
 
+# A call notices by itself that it is in another process. This lets go of the parent's sockets earlier.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)

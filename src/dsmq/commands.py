@@ -14,7 +14,7 @@ from typing import NoReturn, Protocol
 from dsmq import __version__, config
 from dsmq.auth import DEFAULT_USER, Gate, Role
 from dsmq.config import Settings
-from dsmq.errors import AuthRequired, BadRequest, NotPermitted, TooBig, UnknownCommand, UnknownVersion
+from dsmq.errors import AuthRequired, BadRequest, NotPermitted, TooBig, UnknownCommand, UnknownVersion, WrongEpoch
 from dsmq.listening import Census
 from dsmq.metrics import Counters
 from dsmq.protocol import (
@@ -67,6 +67,8 @@ class Client(Protocol):
     name: bytes
     version: int
     """The version of RESP it speaks, 2 or 3."""
+    notices: bool
+    """Whether it has asked to be told what it did not ask for: that the server stops, for one."""
     watermark: int
     """The last id when it connected."""
     positions: dict[bytes, int]
@@ -143,42 +145,70 @@ def _put(client: Client, request: list[bytes]) -> None:
     client.put((_topic(client, request[1]), body, _key(client, request) if len(request) > 3 else None))
 
 
-def _key(client: Client, request: list[bytes]) -> tuple[bytes, int]:
+def _key(client: Client, request: list[bytes]) -> tuple[bytes, int] | None:
     if len(request) == 6 and request[3] == b"KEY":
         # As dsmq's own client puts: there is no faster way.
         producer, seq = request[4], request[5]
         if 0 < len(producer) <= MAX_NAME_BYTES and len(seq) < 19 and seq.isdigit():
             return producer, int(seq)
-    options = _options(request[3:], {b"KEY": 2, b"AGAIN": 0})
+    options = _options(request[3:], {b"KEY": 2, b"AGAIN": 0, b"RUN": 1})
+    store = client.services.store
+    if b"RUN" in options and options[b"RUN"][0] != store.run.encode():
+        raise _wrong_epoch(store, "this is another run")
     if b"KEY" not in options:
-        raise BadRequest("AGAIN is for a put with a KEY")
+        if b"AGAIN" in options:
+            raise BadRequest("AGAIN is for a put with a KEY")
+        return None
     producer, seq = options[b"KEY"]
     if not 0 < len(producer) <= MAX_NAME_BYTES:
         raise BadRequest(f"a producer has 1 to {MAX_NAME_BYTES} bytes")
     if b"AGAIN" in options:
-        client.services.store.check_producer(producer)
+        store.check_producer(producer)
     return producer, _integer(seq, "seq")
 
 
 def _read(client: Client, request: list[bytes]) -> bytes | None:
     topic = _topic(client, request[1])
     after = _integer(request[2], "after")
-    wait, count, size, latest = _read_options(*request[3:])
+    wait, count, size, latest, epoch = _read_options(*request[3:])
+    store = client.services.store
+    if epoch is not None:
+        _check_epoch(store, epoch)
+    if after > store.last_id():
+        raise BadRequest(f"after is above the last id, {store.last_id()}: it is of another epoch, or none")
     fetch: Fetch
     if latest:
-        fetch = partial(client.services.store.latest, topic, after)
+        fetch = partial(store.latest, topic, after)
     else:
-        fetch = partial(client.services.store.read, topic, after, count, min(size, client.max_read_bytes))
-    return client.wait_for(topic, wait, fetch, partial(_delivered, client, topic))
+        fetch = partial(store.read, topic, after, count, min(size, client.max_read_bytes))
+    encode = partial(_delivered, client, topic)
+    if epoch is not None and wait:
+        encode = partial(_delivered_in, epoch, client, topic)
+    return client.wait_for(topic, wait, fetch, encode)
+
+
+def _check_epoch(store: Store, epoch: bytes) -> None:
+    if epoch != store.epoch.encode():
+        raise _wrong_epoch(store, "this is another epoch")
+
+
+def _wrong_epoch(store: Store, about: str) -> WrongEpoch:
+    return WrongEpoch(f"{store.epoch} {store.run} {about}")
 
 
 @lru_cache
-def _read_options(*words: bytes) -> tuple[int, int, int, bool]:
-    options = _options(words, {b"COUNT": 1, b"BYTES": 1, b"WAIT": 1, b"LATEST": 0})
+def _read_options(*words: bytes) -> tuple[int, int, int, bool, bytes | None]:
+    options = _options(words, {b"COUNT": 1, b"BYTES": 1, b"WAIT": 1, b"LATEST": 0, b"EPOCH": 1})
     wait = _number(options, b"WAIT", 0, 0, MAX_WAIT_MS)
     count = _number(options, b"COUNT", DEFAULT_COUNT, 1, MAX_COUNT)
     size = _number(options, b"BYTES", MAX_READ_BYTES, 1, MAX_READ_BYTES)
-    return wait, count, size, b"LATEST" in options
+    return wait, count, size, b"LATEST" in options, options[b"EPOCH"][0] if b"EPOCH" in options else None
+
+
+def _delivered_in(epoch: bytes, client: Client, topic: bytes, messages: list[Message]) -> bytes:
+    """The same at the end of a wait, during which a store elsewhere may have begun another epoch."""
+    _check_epoch(client.services.store, epoch)
+    return _delivered(client, topic, messages)
 
 
 def _delivered(client: Client, topic: bytes, messages: list[Message]) -> bytes:
@@ -257,11 +287,15 @@ def _encode_stats(version: int, stats: TopicStats) -> bytes:
     return encode_map(version, [(name, encode_integer(value)) for name, value in values.items()])
 
 
-def _shutdown(client: Client, _: list[bytes]) -> bytes:
+def _shutdown(client: Client, _: list[bytes]) -> bytes | None:
     if not client.services.settings.remote_shutdown:
         raise NotPermitted("SHUTDOWN is off: remote_shutdown is false")
     client.services.request_stop(f"SHUTDOWN from client {client.id}")
-    return _OK
+    if client.notices:
+        return _OK
+    # As Redis does it. Clients take any reply for that to their next command.
+    client.finish()
+    return None
 
 
 # Handshake and housekeeping: what clients of RESP send by themselves.
@@ -274,17 +308,17 @@ def _hello(client: Client, request: list[bytes]) -> bytes | None:
         if arguments[0] not in (b"2", b"3"):
             raise UnknownVersion(f"RESP versions 2 and 3 are spoken, not {_shown(arguments[0])}")
         version = int(arguments[0])
-    options = _options(arguments[1:], {b"AUTH": 2, b"SETNAME": 1})
+    options = _options(arguments[1:], {b"AUTH": 2, b"SETNAME": 1, b"NOTICES": 0})
     name = _name(options[b"SETNAME"][0]) if b"SETNAME" in options else client.name
-    greeting = partial(_greeting, client, version, name)
+    greeting = partial(_greeting, client, version, name, client.notices or b"NOTICES" in options)
     if b"AUTH" not in options:
         return greeting()
     user, token = options[b"AUTH"]
     return client.authenticate(user, token, greeting)
 
 
-def _greeting(client: Client, version: int, name: bytes) -> bytes:
-    client.name, client.version = name, version
+def _greeting(client: Client, version: int, name: bytes, notices: bool) -> bytes:  # noqa: FBT001
+    client.name, client.version, client.notices = name, version, notices
     settings, store = client.services.settings, client.services.store
     return encode_map(
         version,
@@ -299,6 +333,7 @@ def _greeting(client: Client, version: int, name: bytes) -> bytes:
             ("epoch", encode_bulk(store.epoch.encode())),
             ("run", encode_bulk(store.run.encode())),
             ("last_id", encode_integer(store.last_id())),
+            ("restored_id", encode_integer(store.restored_id)),
             ("max_age_ms", encode_integer(round(settings.max_age_seconds * 1000))),
             ("max_message_bytes", encode_integer(settings.max_message_bytes)),
             ("max_topic_bytes", encode_integer(settings.max_topic_bytes)),
@@ -465,20 +500,20 @@ def _as_text(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-PUT = Command("PUT", _put, 2, 6, Role.WRITE)
+PUT = Command("PUT", _put, 2, 8, Role.WRITE)
 
 COMMANDS: dict[bytes, Command] = {
     command.name.encode(): command
     for command in (
         PUT,
-        Command("READ", _read, 2, 9),
+        Command("READ", _read, 2, 11),
         Command("GET", _get, 1, 1),
         Command("GETLATEST", _getlatest, 1, 1),
         Command("GETWAIT", _getwait, 2, 2),
         Command("TOPICS", _topics, 0, 4),
         Command("STATS", _stats, 1, 1),
         Command("SHUTDOWN", _shutdown, 0, 0, Role.ADMIN),
-        Command("HELLO", _hello, 0, 6, Role.NOBODY),
+        Command("HELLO", _hello, 0, 7, Role.NOBODY),
         Command("AUTH", _auth, 1, 2, Role.NOBODY),
         Command("PING", _ping, 0, 1, Role.NOBODY),
         Command("ECHO", _echo, 1, 1),

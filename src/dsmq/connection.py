@@ -45,6 +45,8 @@ LAST_RECEIVE_BYTES = 4096
 LINGER_SECONDS = 1.0
 LINGER_SECONDS_AT_STOP = 0.05
 
+_DEFECT = InternalError("see the server's log")
+
 _logger = logging.getLogger(__name__)
 
 
@@ -95,6 +97,7 @@ class Connection:
         "finishing",
         "id",
         "name",
+        "notices",
         "opened_at",
         "peer",
         "positions",
@@ -124,6 +127,7 @@ class Connection:
         self._stranger_until = math.inf
         self.name = b""
         self.version = 2
+        self.notices = False
         self.watermark = loop.services.store.last_id()
         self.positions: dict[bytes, int] = {}
         self.reading: tuple[bytes, int] | None = None
@@ -253,6 +257,8 @@ class Connection:
                         self.counters.puts_refused[error.code] += 1
                 else:
                     requests.appendleft(request)
+            except Exception:  # noqa: BLE001
+                self._fail_by_defect()
         full = len(self._out) >= most
         if self._behind or not quota or full:
             left = not quota and not self._parked and bool(requests or not parser.missing)
@@ -344,9 +350,22 @@ class Connection:
 
     def _reject(self, error: ReplyError) -> None:
         """Reply an error behind which nothing makes sense any more, and close."""
-        _logger.info("%r: %s %s", self, error.code, error, extra=self._event("rejected", code=error.code))
+        self._log_rejected(error)
         self._fail(error)
         self.finish()
+
+    def _end(self, error: ReplyError) -> None:
+        """Close for a reason that no request gave.
+
+        Clients of Redis crash on a line that they did not ask for, or take it for the reply to their next request. So
+        the error is sent only if the client asked for notices, or as the reply to a request that has not been run.
+        """
+        if self.notices or self._requests or len(self._parser):
+            self._fail(error)
+        self.finish()
+
+    def _log_rejected(self, error: ReplyError) -> None:
+        _logger.info("%r: %s %s", self, error.code, error, extra=self._event("rejected", code=error.code))
 
     def flush(self) -> None:
         """Send what the socket takes."""
@@ -440,7 +459,9 @@ class Connection:
         self._permitted = PERMITTED[self.role]
         if self._settled():
             self.stop_waiting()
-            self._reject(AuthRequired(reason))
+            error = AuthRequired(reason)
+            self._log_rejected(error)
+            self._end(error)
         else:
             self.finish()
 
@@ -543,6 +564,9 @@ class Connection:
                 self._fail(error)
                 self.resume()
                 return
+            except Exception:  # noqa: BLE001
+                self._fail_by_defect()
+                return
             if reply is not None:
                 self._send(reply)
                 self.resume()
@@ -551,7 +575,10 @@ class Connection:
         """Reply to a wait that it found nothing."""
         if (wait := self._wait) is not None:
             self._stop_waiting()
-            self._send(wait.encode([]))
+            try:
+                self._send(wait.encode([]))
+            except ReplyError as error:
+                self._fail(error)
             self.resume()
 
     def _stop_waiting(self) -> None:
@@ -593,11 +620,17 @@ class Connection:
         elif self._wait is not None:
             self.stop_waiting()
         elif now >= self._stranger_until:
-            self.send_away(TimedOut("no token, or no end of the handshake of TLS, has come in time"))
+            error = TimedOut("no token, or no end of the handshake of TLS, has come in time")
+            if len(self._parser):
+                self._reject(error)
+            else:
+                self.send_away(error)
         elif now >= self._request_since + settings.request_timeout_seconds:
             self._reject(TimedOut("the request did not arrive in time"))
         else:
-            self._reject(TimedOut("idle for too long"))
+            error = TimedOut("idle for too long")
+            self._log_rejected(error)
+            self._end(error)
         if not self.closed:
             self._schedule()
 
@@ -613,7 +646,8 @@ class Connection:
     def drain(self) -> None:
         """Answer what waits, and finish: the server is stopping.
 
-        Behind the last reply all are told, asked or not: who has sent a put meanwhile knows that it is not stored.
+        Behind the last reply a client that asked for notices is told: one that has sent a put meanwhile knows that it
+        is not stored.
         """
         self._linger_seconds = LINGER_SECONDS_AT_STOP
         if self.waiting:
@@ -625,8 +659,7 @@ class Connection:
         if self._parked or not self._settled():
             self.finishing = True
         elif not self.finishing:
-            self._fail(Closing("the server is stopping"))
-            self.finish()
+            self._end(Closing("the server is stopping"))
 
     def _linger(self) -> None:
         # Closing while the client still sends would make the kernel reset the connection, and the client
@@ -646,17 +679,31 @@ class Connection:
 
     def on_failure(self) -> None:
         """End after an exception, which costs this connection and no other."""
+        self._log_defect()
+        self.send_away(_DEFECT)
+
+    def _fail_by_defect(self) -> None:
+        """Reply to a request that failed by an exception, and close."""
+        self._log_defect()
+        self._stop_waiting()
+        if self._settled():
+            self._fail(_DEFECT)
+            self.finish()
+        else:
+            self.close("dropped after a defect")
+
+    def _log_defect(self) -> None:
         _logger.exception("%r: dropped after a defect", self, extra=self._event("defect"))
         self.counters.failures += 1
-        self.send_away(InternalError("see the server's log"))
 
     def send_away(self, error: ReplyError) -> None:
-        """Close at once; the client may still read why."""
-        self.note(error)
-        try:
-            self._socket.send(encode_error(error))
-        except OSError:
-            _logger.debug("%r: was gone already", self)
+        """Close at once. A client that asked for notices is told why, if no reply stands before that."""
+        if self.notices and not (self._out or self._deferred):
+            self.note(error)
+            try:
+                self._socket.send(encode_error(error))
+            except OSError:
+                _logger.debug("%r: was gone already", self)
         self.close(f"{error.code} {error}")
 
     def close(self, reason: str) -> None:

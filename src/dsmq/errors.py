@@ -19,6 +19,7 @@
          ├─ UnknownVersion    NOPROTO
          ├─ Full              FULL
          ├─ Forgotten         FORGOTTEN
+         ├─ WrongEpoch        EPOCH
          ├─ StoreFailed       STORE
          ├─ Busy              BUSY
          ├─ Closing           CLOSING
@@ -144,6 +145,12 @@ class Forgotten(ReplyError):
     """A put was sent again, and whether it has been stored is not remembered any more; now it was not."""
 
     code = "FORGOTTEN"
+
+
+class WrongEpoch(ReplyError):
+    """READ named another epoch than the server's, or PUT another run. The sentence begins with the right ones."""
+
+    code = "EPOCH"
 
 
 class StoreFailed(ReplyError):

@@ -7,63 +7,38 @@ import selectors
 import socket
 import time
 import weakref
+from os import getpid
 from selectors import EVENT_READ, EVENT_WRITE
-from typing import TYPE_CHECKING, NamedTuple, TypedDict, Unpack
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
+from dsmq import arguments
 from dsmq import session as wire
 from dsmq.calls import Producer
-from dsmq.errors import ConfigError, DSMQError
+from dsmq.dial import Target, dial, program
+from dsmq.errors import ConfigError, DSMQError, ProtocolError
 from dsmq.protocol import Reply, ReplyParser
 from dsmq.system import LONG_YIELD_PAUSE_SECONDS, LONG_YIELD_SECONDS, expect_long_messages, yield_processor
 
 if TYPE_CHECKING:
     from ssl import SSLContext
 
-    from dsmq.tls import TLSSocket
-
 # Where replies are long, more is received at once; at first it would be slower, for the system gives memory of its own
 # to an object of 128 KiB, and takes it back, each time.
 _RECEIVE_BYTES, _RECEIVE_MORE_BYTES = 65_536, 262_144
-_LONGEST_TIMEOUT = 1e8
+_TLS_ALERT = b"\x15\x03"
+# What a selector takes, in milliseconds, fits into 32 bits.
+_LONGEST_TIMEOUT = 1e6
 # What a selector can be told to wait at once, and more.
 _LONGEST_WAIT_SECONDS = 86_400.0
 # Behind a longer pause it is looked whether a connection still stands before something is sent on it.
 LONG_PAUSE_SECONDS = 0.1
 ENDED = "the server has closed the connection"
+# As slow as a link may be that takes what is sent: the server waits no longer either.
+_SLOWEST_SECONDS_PER_BYTE = 1 / 16_384
 # How long a reply is looked for before the client goes to sleep.
 BUSY_POLL_SECONDS = 150e-6
 
 _Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
-
-
-class Target(NamedTuple):
-    """Where a client connects to, and what it shows there."""
-
-    host: str
-    port: int
-    tls: SSLContext | None = None
-    token: str = ""
-
-    def __str__(self) -> str:
-        return self.host if self.is_unix else f"{self.host} port {self.port}"
-
-    def __repr__(self) -> str:
-        # Without the token.
-        return str(self)
-
-    @property
-    def is_unix(self) -> bool:
-        return self.host.startswith("unix:")
-
-    @property
-    def path(self) -> str:
-        """The path of a Unix socket."""
-        return self.host.removeprefix("unix:")
-
-    @property
-    def name(self) -> str:
-        """The name that a certificate has to be for."""
-        return "localhost" if self.is_unix else self.host.strip("[]")
 
 
 class Security(TypedDict, total=False):
@@ -77,12 +52,17 @@ class Security(TypedDict, total=False):
 
 
 def target(host: str, port: int, **security: Unpack[Security]) -> Target:
-    """Return what the arguments of `connect` describe. Raises ConfigError, or TypeError where they make no sense."""
+    """Return what the arguments of `connect` describe. Raises ConfigError, TypeError or ValueError."""
     if unknown := sorted(security.keys() - Security.__annotations__.keys()):
         raise TypeError(f"unexpected arguments: {', '.join(unknown)}")
-    token, tls = security.get("token") or "", security.get("tls") or False
-    files = security.get("ca_file"), security.get("cert_file"), security.get("key_file")
-    if files[2] and not files[1]:
+    host, port = arguments.address(host, port)
+    token, tls = security.get("token"), security.get("tls") or False
+    token = "" if token is None else arguments.text("token", token)
+    ca_file, cert_file, key_file = (
+        arguments.path(name, security.get(name)) for name in ("ca_file", "cert_file", "key_file")
+    )
+    files = ca_file, cert_file, key_file
+    if key_file and not cert_file:
         raise ConfigError("key_file without cert_file")
     if not isinstance(tls, bool):
         if not hasattr(tls, "wrap_socket"):
@@ -97,38 +77,61 @@ def target(host: str, port: int, **security: Unpack[Security]) -> Target:
     return Target(host, port, client_context(*files), token)
 
 
+class ClosedSilently(ConnectionResetError):
+    """What listens there closes connections without a word, as a forwarder does before the server has started."""
+
+
 class Link:
     """One connection to the server."""
 
     def __init__(self, target: Target, timeout: float) -> None:
         self.producer = Producer(b"")
+        self._process = getpid()
         self._parser = ReplyParser()
-        self._timeout, self._deadline = timeout, math.inf
-        self._used_at = math.inf
+        self._timeout, self._longest_pause = timeout, timeout
+        self._deadline = math.inf
+        self.used_at = math.inf
         # From when on a reply is worth looking for without going to sleep.
         self._look_from = 0.0
         self._receive_bytes = _RECEIVE_BYTES
-        self._socket = _open(target, min(timeout, _LONGEST_TIMEOUT))
+        self._heard = b""
+        self._target = target
+        self._socket = dial(target, min(timeout, _LONGEST_TIMEOUT))
         # A call that is interrupted may let go of it anywhere.
         weakref.finalize(self, self._socket.close)
         self._selector = _Selector()
         self._selector.register(self._socket, EVENT_READ)
 
     def send(self, data: bytes, timeout: float) -> None:
-        """Send requests; the replies may take `timeout` seconds."""
+        """Send requests; the first reply may begin after `timeout` seconds, and the time in which they arrive."""
         self._timeout = timeout
         self.renew()
         try:
             sent = self._send(data)
             while sent < len(data):
+                self.renew()
                 sent += self._send(memoryview(data)[sent:])
+            # The kernel may have taken more than the network has.
+            self._deadline += sent * _SLOWEST_SECONDS_PER_BYTE
         except ConnectionError:
             # The server has hung up: the end stands behind the replies that are there, and it may say why.
             return
 
+    def greet(self, hello: bytes) -> Reply:
+        """Return the reply to HELLO. Raises ProtocolError that names another program, if it is known, or OSError."""
+        try:
+            self.send(hello, self._timeout)
+            return self.receive()
+        except (ProtocolError, ConnectionResetError):
+            if name := program(self._heard):
+                raise ProtocolError(f"{self._target} is {name}") from None
+            if self._heard[:2] == _TLS_ALERT and not self._target.tls:
+                raise ConnectionAbortedError(f"{self._target} answers with TLS; does it want TLS?") from None
+            raise
+
     def ended(self) -> str | None:
         """Return why the connection has ended, if it has while nobody used it; not looked for after a short pause."""
-        return self.look() if time.monotonic() - self._used_at > LONG_PAUSE_SECONDS else None
+        return self.look() if time.monotonic() - self.used_at > LONG_PAUSE_SECONDS else None
 
     def look(self) -> str | None:
         """The same, also after a short pause. No reply may be outstanding."""
@@ -153,18 +156,17 @@ class Link:
 
     def renew(self) -> None:
         """Give the replies that are outstanding their whole time again."""
-        self._used_at = time.monotonic()
-        self._deadline = self._used_at + self._timeout
+        self.check_process()
+        self.used_at = time.monotonic()
+        self._deadline = self.used_at + self._timeout
 
     def receive(self) -> Reply:
-        """Return the next reply. Raises OSError when the connection breaks, or the reply takes too long."""
+        """Return the next reply. Raises OSError when the connection breaks, or nothing more comes for too long."""
         while (reply := self._parser.next()) is None:
-            # A reply that comes in many pieces has no more time than one that comes at once.
-            if self._parser.incomplete and time.monotonic() > self._deadline:
-                raise TimeoutError(f"no whole reply within {self._timeout:g} s")
             data = self._receive()
             if not data:
                 raise ConnectionResetError(ENDED)
+            self._heard = data
             self._parser.feed(data)
         return wire.unless_last(reply[0])
 
@@ -174,6 +176,7 @@ class Link:
         For a moment it looks without going to sleep, as the server does: to wake a processor that sleeps takes
         longer, in virtual machines above all, than most requests. Not where that was in vain the last time.
         """
+        self.check_process()
         began = now = time.monotonic()
         while True:
             try:
@@ -194,7 +197,10 @@ class Link:
 
     def _learn(self, began: float) -> None:
         """Judge by how long the reply took whether to look for the next one."""
-        now = time.monotonic()
+        now = self.used_at = time.monotonic()
+        # The link may be slow: what comes shows that it is alive.
+        if self._deadline < now + self._longest_pause:  # noqa: PLR1730 - faster
+            self._deadline = now + self._longest_pause
         if now - began > LONG_YIELD_SECONDS:
             self._look_from = now + LONG_YIELD_PAUSE_SECONDS
         else:
@@ -212,8 +218,15 @@ class Link:
         while self._receive():
             pass
 
+    def check_process(self) -> None:
+        """Raise ConnectionResetError in a child process: the replies are the parent's."""
+        if getpid() != self._process:
+            raise ConnectionResetError("this process is a child of the one that made the connection")
+
     def interrupt(self) -> None:
         """Have a call in another thread fail at once."""
+        if getpid() != self._process:
+            return
         try:
             if isinstance(self._socket, socket.socket):
                 self._socket.shutdown(socket.SHUT_RDWR)
@@ -222,39 +235,11 @@ class Link:
         except OSError:
             return  # It is closed already, by either side.
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it has not been closed on this side."""
+        return self._socket.fileno() >= 0
+
     def close(self) -> None:
         """Close it. Idempotent."""
         self._socket.close()
-
-
-def _open(target: Target, timeout: float) -> socket.socket | TLSSocket:
-    try:
-        sock = _open_unix(target.path, timeout) if target.is_unix else _open_tcp(target, timeout)
-    except ConnectionRefusedError as error:
-        raise ConnectionRefusedError(error.errno, f"no server answers at {target}") from None
-    if target.tls:
-        from dsmq import tls  # noqa: PLC0415 - see target()
-
-        return tls.connect(target.tls, sock, target.name)
-    sock.setblocking(False)
-    return sock
-
-
-def _open_tcp(target: Target, timeout: float) -> socket.socket:
-    try:
-        sock = socket.create_connection((target.host.strip("[]"), target.port), timeout)
-    except UnicodeError:
-        raise socket.gaierror(socket.EAI_NONAME, f"{target.host!r} is no host name") from None
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return sock
-
-
-def _open_unix(path: str, timeout: float) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    sock.settimeout(timeout)
-    try:
-        sock.connect(path)
-    except BaseException:
-        sock.close()
-        raise
-    return sock

@@ -417,11 +417,15 @@ def encode_map(version: int, pairs: Iterable[tuple[str, bytes]]) -> bytes:
     return encode_array(items)
 
 
-def encode_messages(messages: Iterable[tuple[int, int, int, bytes]]) -> bytes:
-    """Encode the reply to READ from tuples of id, number, age in milliseconds, and body."""
+def encode_messages(messages: Iterable[tuple[int, int, int, bytes, int]]) -> bytes:
+    """Encode the reply to READ from tuples of id, number, age, body, and time left; times are in milliseconds."""
     parts = [b""]
-    for message_id, number, age, body in messages:
+    for message_id, number, age, body, left in messages:
         # Joined once: a long body is copied once.
-        parts += (b":%d\r\n:%d\r\n:%d\r\n$%d\r\n" % (message_id, number, age, len(body)), body, _CRLF)
-    parts[0] = b"*%d\r\n" % (len(parts) // 3 * 4)
+        parts += (
+            b":%d\r\n:%d\r\n:%d\r\n$%d\r\n" % (message_id, number, age, len(body)),
+            body,
+            b"\r\n:%d\r\n" % left,
+        )
+    parts[0] = b"*%d\r\n" % (len(parts) // 3 * 5)
     return b"".join(parts)

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable
-from itertools import islice
-from typing import Literal, NamedTuple, NoReturn, TypeAlias, TypeVar
+from typing import Literal, NamedTuple, NoReturn, TypeAlias
 
 from dsmq.errors import (
     AuthRequired,
@@ -22,25 +20,35 @@ from dsmq.errors import (
     ProtocolError,
     ReplyError,
     TimedOut,
-    TooBig,
 )
-from dsmq.protocol import Reply, encode_bulk, encode_request
-from dsmq.system import LONG_MESSAGE_BYTES, expect_long_messages
+from dsmq.inbox import Entry, Era, Inbox
+from dsmq.protocol import MAX_INTEGER, Reply, encode_request
+from dsmq.system import LONG_MESSAGE_BYTES, boot_time, expect_long_messages
 
 SHUTDOWN = encode_request(b"SHUTDOWN")
 PING = encode_request(b"PING")
 
 _logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 State: TypeAlias = Literal["lost", "resumed", "restarted", "replaced", "given up"]
 """What can happen to a client's connection to its server.
 
 `lost`: it broke. Then one of the others follows: `resumed`, no message is lost; `restarted`, the server was started
-anew, and what was put last may be lost; `replaced`, it has none of the messages it had, and what it has now is read
-from the start; `given up`, the call that noticed raises an error. Calls may find a connection also after that.
+anew, and what was put last may be lost (it is not counted as missed); `replaced`, it has none of the messages it had,
+and what it has now is read from the oldest on; `given up`, the call that noticed raises an error. Calls may find a
+connection also after that. `replaced` alone follows a `seek` to a position of another epoch.
 """
+LOST: dict[State, str] = {
+    "replaced": "the messages it held are lost",
+    "restarted": "messages that were put last may be lost",
+}
+
+# What the server sends in reply to one READ, unless it is asked for less.
+MAX_READ_BYTES = 262_144
+MIN_READ_BYTES = 4096
+_MAX_NEW_INBOXES = 1000
+# Inboxes are kept for so long beyond twice the age that messages reach: the server deletes them a little later.
+MIN_SILENCE_SECONDS = 1.0
 
 
 class Message(NamedTuple):
@@ -61,213 +69,159 @@ class Message(NamedTuple):
         return _text(self.topic, self.body)
 
 
-class Entry(NamedTuple):
-    """A message read ahead; `expires` is on this process's monotonic clock."""
+class _Kept:
+    """The inboxes of topics of which messages have come: those used since `since`, and those used last before it.
 
-    id: int
-    number: int
-    expires: float
-    body: bytes
-
-
-class _Place(NamedTuple):
-    """Where the reading of a topic has got to."""
-
-    position: int
-    """The last id that has been fetched."""
-    last_number: int | None
-    """The number of that message, where it is known."""
-    ahead: deque[Entry]
-    """What has been fetched, and not been taken yet."""
-
-
-class Inbox:
-    """The messages of one topic: where to read on, and what has been read ahead.
-
-    All its methods but `request` need the client's lock. A call may be interrupted anywhere, as by Ctrl-C, and must not
-    leave a message twice or not at all. So the place is changed as a whole, by one assignment.
+    It is superseded as a whole: see `dsmq.inbox`.
     """
 
-    __slots__ = ("_place", "_prefix", "generation", "missed", "topic")
+    __slots__ = ("missed", "next", "older", "since", "young")
 
-    def __init__(self, topic: str, name: bytes, position: int, last_number: int | None) -> None:
-        self.topic = topic
-        self._place = _Place(position, last_number, deque())
-        self.generation = 0
-        """How often it has been told to read on from elsewhere."""
-        self.missed = 0
-        self._prefix = b"$4\r\nREAD\r\n" + encode_bulk(name)
-
-    @property
-    def position(self) -> int:
-        """The last id that has been fetched."""
-        return self._place.position
-
-    def request(self, wait_ms: int = 0, *, latest: bool = False) -> bytes:
-        """Return the request for what comes behind the position."""
-        position = b"%d" % self._place.position
-        if latest:
-            return b"*4\r\n%b$%d\r\n%b\r\n$6\r\nLATEST\r\n" % (self._prefix, len(position), position)
-        if not wait_ms:
-            return b"*3\r\n%b$%d\r\n%b\r\n" % (self._prefix, len(position), position)
-        wait = encode_bulk(b"%d" % wait_ms)
-        return b"*5\r\n%b$%d\r\n%b\r\n$4\r\nWAIT\r\n%b" % (self._prefix, len(position), position, wait)
-
-    def accept(self, found: list[Entry], *, generation: int, latest: bool = False) -> None:
-        """Take messages in. Those that another thread has fetched meanwhile are known by their ids.
-
-        generation is what it was when they were asked for: what was asked for before a `seek` is not wanted now.
-        """
-        if generation != self.generation:
-            return
-        position, last_number, ahead = self._place
-        new, missed = [], 0
-        for entry in found:
-            if entry.id > position:
-                if not latest and last_number is not None and entry.number > last_number + 1:
-                    missed += entry.number - last_number - 1
-                new.append(entry)
-                position, last_number = entry.id, entry.number
-        # The latest passes over what was read ahead.
-        self._place = _Place(position, last_number, deque(new if latest and new else (*ahead, *new)))
-        if missed:
-            self._miss(missed)
-
-    def __len__(self) -> int:
-        """How many messages are here, those that have become too old included."""
-        return len(self._place.ahead)
-
-    def take(self, n: int, convert: Callable[[Inbox, Entry], T], least: int = 1) -> list[T]:
-        """Take up to `n` messages that are here already; where there are less than `least`, none.
-
-        It stops short of one that can't be converted. Raises MessageNotText where that is the first.
-        """
-        self._pass_over()
-        position, last_number, ahead = self._place
-        if len(ahead) < least:
-            return []
-        if n == 1:
-            taken = [convert(self, ahead[0])]
-            ahead.popleft()
-            return taken
-        taken = []
-        for entry in islice(ahead, n):
-            try:
-                taken.append(convert(self, entry))
-            except MessageNotText:
-                if not taken:
-                    raise
-                break
-        self._place = _Place(position, last_number, deque(islice(ahead, len(taken), None)))
-        return taken
-
-    def _pass_over(self) -> None:
-        """Drop what has become too old here."""
-        ahead = self._place.ahead
-        if ahead and ahead[0].expires <= (now := time.monotonic()):
-            expired = 0
-            while ahead and ahead[0].expires <= now:
-                ahead.popleft()
-                expired += 1
-            self._miss(expired)
-
-    def skip_to_latest(self) -> None:
-        """Forget all that was read ahead but the newest."""
-        ahead = self._place.ahead
-        while len(ahead) > 1:
-            ahead.popleft()
-
-    def seek(self, position: int, last_number: int | None, *, drop: bool = False) -> None:
-        """Read on behind this id; what was read ahead stays, or is dropped. Raises ValueError where it is none."""
-        if position < 0:
-            raise ValueError(f"an id is 0 or more, not {position}")
-        self._place = _Place(position, last_number, deque() if drop else self._place.ahead)
-        self.generation += 1
-
-    def _miss(self, count: int) -> None:
-        self.missed += count
-        _logger.warning("topic %r: %d messages expired before they were read", self.topic, count)
+    def __init__(self, since: float, older: dict[str, Inbox], missed: int) -> None:
+        self.young: dict[str, Inbox] = {}
+        self.older, self.since = older, since
+        self.missed = missed
+        """What those have missed that are not kept any more."""
+        self.next: dict[int, _Kept] = {}
 
 
 class Session:
     """The client's side of what HELLO has agreed on."""
 
     def __init__(self, token: str = "") -> None:
-        self.hello = encode_request(b"HELLO", b"2", *((b"AUTH", b"default", token.encode()) if token else ()))
-        self.epoch = ""
-        self.run = b""
-        """Which run of the server it is: one that remembers all puts since its start, or since the runs before."""
+        auth = (b"AUTH", b"default", token.encode()) if token else ()
+        self.hello = encode_request(b"HELLO", b"2", *auth, b"NOTICES")
         self.max_message_bytes = 0
-        self.max_topic_bytes = 0
-        self._max_age = 0.0
-        self._watermark = 0
-        # No number is known to stand at the watermark, but in a new epoch all numbers are new.
-        self._first_number: int | None = None
-        self.inboxes: dict[str, Inbox] = {}
-        """By topic. To add one needs the client's lock."""
+        self.read_bytes = MAX_READ_BYTES
+        """How much to ask for at once: less after a reply that did not come in time."""
+        self._era = Era("", b"", 0, None)
+        self._kept = _Kept(boot_time(), {}, 0)
+        # Those of which no message has come: to forget them is no loss.
+        self._new: dict[str, Inbox] = {}
+
+    @property
+    def era(self) -> Era:
+        """The latest of the server's epochs and runs that this client knows."""
+        while self._era.next:
+            self._era = self._era.next[0]
+        return self._era
+
+    @property
+    def epoch(self) -> str:
+        return self.era.epoch
+
+    @property
+    def run(self) -> bytes:
+        """Which run of the server it is: one that remembers all puts since its start, or since the runs before."""
+        return self.era.run
 
     def greet(self, reply: Reply) -> State:
-        """Take the reply to HELLO, of the first connection or a later one; return what it means for the client.
+        """The same; return what it means for the client."""
+        return self.meet(reply)[0]
+
+    def meet(self, reply: Reply) -> tuple[State, Era]:
+        """Take the reply to HELLO, of the first connection or a later one; return what it means, and for which era.
 
         A new epoch means that the server has lost its messages: all it has now is newer than this client, and is
         read from the start. A new run means that it may have lost those that were put last.
         """
+        if isinstance(reply, ReplyError) and (type(reply) is ReplyError or "HELLO" in str(reply)):
+            raise ProtocolError(f"that is no dsmq server, but Redis or one like it; it says: {reply}")
         facts = _facts(reply)
+        if facts.get("server", b"dsmq") != b"dsmq":
+            raise ProtocolError(f"that is no dsmq server, but {facts['server']!r}")
         if facts.get("access") == b"nobody":
             raise AuthRequired("this server wants a token: connect(..., token=...)")
         epoch, run = _as_text(facts.get("epoch")), _as_text(facts.get("run")).encode()
-        last_id = _as_number(facts.get("last_id"))
+        last_id, restored_id = _as_number(facts.get("last_id")), _as_number(facts.get("restored_id", 0))
         self.max_message_bytes = _as_number(facts.get("max_message_bytes"))
-        self.max_topic_bytes = _as_number(facts.get("max_topic_bytes"))
-        self._max_age = _as_number(facts.get("max_age_ms")) / 1000
         state: State = "resumed"
-        if not self.epoch:
-            self._watermark = last_id
-        elif epoch != self.epoch:
-            _logger.warning("the server has been started anew: the messages it held are lost")
-            self._watermark, self._first_number = 0, 0
-            for inbox in self.inboxes.values():
-                inbox.seek(0, 0)
-            state = "replaced"
-        elif run != self.run:
-            _logger.warning("the server has been started anew: messages that were put last may be lost")
-            state = "restarted"
-        self.epoch, self.run = epoch, run
-        return state
+        while (era := self.era).epoch != epoch or era.run != run:
+            if not era.epoch:
+                # No number is known to stand at the last id.
+                self._era = Era(epoch, run, last_id, None)
+                return state, self._era
+            same = era.epoch == epoch
+            new = Era(epoch, run, era.start, era.number, restored_id) if same else Era(epoch, run, 0, 0)
+            if era.next.setdefault(0, new) is new:
+                state = "restarted" if same else "replaced"
+                _logger.warning("the server has been started anew: %s", LOST[state])
+        return state, era
 
     def inbox(self, topic: str) -> Inbox:
-        """Return the inbox of a topic, old or new. Raises TypeError, ValueError or TooBig where it is none."""
-        inbox = self.inboxes.get(topic)
-        if inbox is None:
-            inbox = self.inboxes[topic] = Inbox(topic, self._name(topic), self._watermark, self._first_number)
+        """Return the inbox of a topic, old or new. Raises TypeError or ValueError if it can't be a topic."""
+        inbox = self._kept.young.get(topic) if isinstance(topic, str) else None
+        return self._inbox(topic) if inbox is None else inbox
+
+    def _inbox(self, topic: str) -> Inbox:
+        topic_name(topic)
+        kept = self._kept
+        inbox = kept.older.get(topic)
+        if inbox is not None:
+            return kept.young.setdefault(topic, inbox)
+        if len(self._new) > _MAX_NEW_INBOXES:
+            self._new = {}
+        return self._new.setdefault(topic, Inbox(topic, self.era))
+
+    def keep(self, inbox: Inbox) -> Inbox:
+        """Return the inbox to go on with, after something has come for one of which nothing had come before."""
+        inbox = self._kept.young.setdefault(inbox.topic, inbox)
+        self._new.pop(inbox.topic, None)
         return inbox
+
+    def forget(self, topic: str) -> None:
+        """Forget where a topic was read."""
+        topic_name(topic)
+        kept = self._kept
+        found = (inboxes.pop(topic, None) for inboxes in (kept.young, kept.older, self._new))
+        for inbox in {id(inbox): inbox for inbox in found if inbox}.values():
+            kept.missed += inbox.missed
+
+    def _forget_silent(self, max_age: float) -> None:
+        """Forget inboxes in which nothing has come for longer than messages are kept, by the rule now in force.
+
+        All that was read there has expired: to read such a topic from the start finds what was put since.
+        """
+        kept, now = self._kept, boot_time()
+        if now - kept.since > 2 * max_age + MIN_SILENCE_SECONDS:
+            missed = sum(inbox.missed for topic, inbox in kept.older.items() if topic not in kept.young)
+            new = _Kept(now, kept.young, kept.missed + missed)
+            if kept.next.setdefault(0, new) is new:
+                self._kept = new
+
+    def position(self, topic: str) -> str:
+        """Return where a topic has been read to: the epoch, and the id of the last message handed out."""
+        inbox = self.inbox(topic)
+        return f"{self.epoch}:{inbox.position}"
+
+    def seek(self, topic: str, position: str | int) -> bool:
+        """Read a topic on from a position, or behind an id; return False if the position is of another epoch.
+
+        Then it is read from the oldest message. Raises TypeError or ValueError if it is neither.
+        """
+        epoch, after = parse_position(position)
+        known = not epoch or epoch == self.epoch
+        self.keep(self.inbox(topic)).seek(after if known else 0, None if known else 0)
+        if not known:
+            _logger.warning("topic %r: the position is of another epoch, and the messages it is for are lost", topic)
+        return known
 
     @property
     def missed(self) -> int:
         """How many messages expired before this client came to them, in each topic from the first one that it got."""
-        return sum(inbox.missed for inbox in list(self.inboxes.values()))
-
-    def _name(self, topic: str) -> bytes:
-        if not isinstance(topic, str):
-            raise TypeError(f"a topic is a str, not {type(topic).__name__}")
-        name = topic.encode()
-        if not name:
-            raise ValueError("the topic is empty")
-        if len(name) > self.max_topic_bytes:
-            raise TooBig(f"a topic has at most {self.max_topic_bytes} bytes, not {len(name)}")
-        return name
+        kept = self._kept
+        inboxes = {**kept.older, **kept.young}
+        return kept.missed + sum(inbox.missed for inbox in inboxes.values())
 
     def put(self, topic: str, message: str | bytes) -> tuple[bytes, bytes]:
-        """Return what a put consists of, topic and body, as bytes. Raises TypeError, ValueError or TooBig."""
-        name = self._name(topic)
+        """Return what a put consists of, topic and body, as bytes. Raises TypeError or ValueError."""
+        name = topic_name(topic)
         if isinstance(message, str):
             body = message.encode()
         elif isinstance(message, bytes | bytearray | memoryview):
             body = bytes(message)
         else:
             raise TypeError(f"a message is a str or bytes, not {type(message).__name__}")
-        if len(body) > self.max_message_bytes:
-            raise TooBig(f"a message has at most {self.max_message_bytes} bytes, not {len(body)}")
         if len(body) > LONG_MESSAGE_BYTES:
             expect_long_messages()
         return name, body
@@ -276,27 +230,54 @@ class Session:
         """Return the messages in the reply to READ. Raises the error that it is, or ProtocolError."""
         if isinstance(reply, ReplyError):
             raise reply
-        if not isinstance(reply, list) or len(reply) % 4:
-            raise ProtocolError("the reply to READ is not an array of fours")
-        # What is as old as max_age now expires now; the rest has so much longer.
-        expires = time.monotonic() + self._max_age
+        if not isinstance(reply, list) or len(reply) % 5:
+            raise ProtocolError("the reply to READ is not an array of fives")
+        now = boot_time()
         entries = []
         values = iter(reply)
-        for message_id, number, age, body in zip(values, values, values, values, strict=True):
+        for message_id, number, age, body, left in zip(values, values, values, values, values, strict=True):
             if not (
                 isinstance(message_id, int)
                 and isinstance(number, int)
                 and isinstance(age, int)
                 and isinstance(body, bytes)
+                and isinstance(left, int)
             ):
                 raise ProtocolError("the reply to READ does not hold messages")
-            entries.append(Entry(message_id, number, expires - age / 1000, body))
+            entries.append(Entry(message_id, number, now + left / 1000, body, now - age / 1000))
+        if entries:
+            self._forget_silent(entries[-1].expires - entries[-1].put_at)
         return entries
 
     def message(self, inbox: Inbox, entry: Entry) -> Message:
         """Return a message as the user sees it."""
-        age = self._max_age - (entry.expires - time.monotonic())
+        age = boot_time() - entry.put_at
         return Message(inbox.topic, entry.id, entry.number, time.time() - age, entry.body)
+
+
+def topic_name(topic: str) -> bytes:
+    """Return a topic as it is sent. Raises TypeError or ValueError."""
+    if not isinstance(topic, str):
+        raise TypeError(f"a topic is a str, not {type(topic).__name__}")
+    if not topic:
+        raise ValueError("the topic is empty")
+    return topic.encode()
+
+
+def parse_position(position: str | int) -> tuple[str, int]:
+    """Return the epoch, empty if there is none, and the id of a position. Raises TypeError or ValueError."""
+    if isinstance(position, int) and not isinstance(position, bool):
+        epoch, after = "", position
+    elif isinstance(position, str):
+        epoch, _, digits = position.rpartition(":")
+        if not epoch or not (digits.isascii() and digits.isdigit()):
+            raise ValueError(f"{position!r} is not a position: see position()")
+        after = int(digits)
+    else:
+        raise TypeError(f"a position is what position() returns, or an id, not {type(position).__name__}")
+    if not 0 <= after <= MAX_INTEGER:
+        raise ValueError(f"an id is 0 to {MAX_INTEGER}, not {after}")
+    return epoch, after
 
 
 def text(inbox: Inbox, entry: Entry) -> str:
@@ -378,6 +359,15 @@ def check(reply: Reply) -> Reply:
     return reply
 
 
+def stats_request(topic: str) -> bytes:
+    return encode_request(b"STATS", topic.encode())
+
+
+def restored_number(reply: Reply) -> int:
+    """Return the topic's last number in the snapshot that the server started from, out of the reply to STATS."""
+    return _as_number(_facts(reply).get("restored_number", 0))
+
+
 def topics_request(found: list[tuple[str, int, int]]) -> bytes:
     """Return the request for the page of topics behind those found already."""
     return encode_request(b"TOPICS", *((b"AFTER", found[-1][0].encode()) if found else ()))
@@ -396,10 +386,10 @@ def topics(reply: Reply) -> list[tuple[str, int, int]]:
 
 
 def _facts(reply: Reply) -> dict[str, Reply]:
-    """Return the map in the reply to HELLO. Raises the error that it is, or ProtocolError."""
+    """Return the map in a reply. Raises the error that it is, or ProtocolError."""
     values = check(reply)
     if not isinstance(values, list) or len(values) % 2:
-        raise ProtocolError("the reply to HELLO is not a map; is that a dsmq server?")
+        raise ProtocolError("a reply is not a map; is that a dsmq server?")
     return {_as_text(name): value for name, value in zip(values[::2], values[1::2], strict=True)}
 
 

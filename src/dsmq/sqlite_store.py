@@ -147,6 +147,9 @@ class SQLiteStore:
         self.max_age_ms = max_age_ms
         self.limits = limits or Limits()
         self.epoch, self.run = secrets.token_hex(8), secrets.token_hex(8)
+        self.restored_id = 0
+        # The last number of each topic in the snapshot that this run started from.
+        self._restored_numbers: dict[bytes, int] = {}
         self._clock = clock
         self._guard = _Guard()
         self._database = _in_memory()
@@ -334,8 +337,9 @@ class SQLiteStore:
         with self._guard:
             now = self._clock()
             began = time.monotonic() if after < known.written_id else 0.0
-            for message_id, number, put_at, body in self._behind(known, after, now - self.max_age_ms):
-                messages.append(Message(message_id, number, now - put_at, body))
+            since = now - self.max_age_ms
+            for message_id, number, put_at, body in self._behind(known, after, since):
+                messages.append(Message(message_id, number, now - put_at, body, put_at - since))
                 max_bytes -= len(body)
                 if len(messages) == count or max_bytes <= 0:
                     break
@@ -360,13 +364,14 @@ class SQLiteStore:
             return []
         with self._guard:
             now = self._clock()
+            since = now - self.max_age_ms
             held = known.tail or self._newest_written(known)
-            if not held or now - held[-1][2] > self.max_age_ms:
+            if not held or held[-1][2] < since:
                 return []
             message_id, number, put_at, body = held[-1]
             # What it passes over is not wanted any more.
             known.note_read(1, number)
-            return [Message(message_id, number, now - put_at, body)]
+            return [Message(message_id, number, now - put_at, body, put_at - since)]
 
     def _newest_written(self, topic: _Topic) -> list[Stored]:
         row = self._database.execute(_LATEST, (topic.row,)).fetchone()
@@ -455,10 +460,13 @@ class SQLiteStore:
     def stats(self, topic: bytes) -> TopicStats:
         with self._guard:
             known = self._topics.get(topic)
+            restored_number = self._restored_numbers.get(topic, 0)
             if known is None:
-                return _stats(_Topic(topic, 0, *self._empty.get(topic, ())))
+                empty = _Topic(topic, 0, *self._empty.get(topic, ()))
+                return _stats(empty)._replace(restored_number=restored_number)
             first_id, put_at = self._oldest(known)
-            return _stats(known)._replace(first_id=first_id, oldest_age_ms=self._clock() - put_at)
+            age = self._clock() - put_at
+            return _stats(known)._replace(first_id=first_id, oldest_age_ms=age, restored_number=restored_number)
 
     def _oldest(self, topic: _Topic) -> tuple[int, int]:
         """Return the id and the put time of the first message."""
@@ -578,7 +586,8 @@ class SQLiteStore:
         self._database.close()
         self._database = database
         self.epoch, self.run = kept.state.epoch, kept.state.run
-        self._last_id, self._last_row = kept.state.last_id, kept.state.last_row
+        self.restored_id = self._last_id = kept.state.last_id
+        self._last_row = kept.state.last_row
         self._clock = _shifted(self._clock, kept.state.clock + passed_ms - self._clock())
         for row, name, last_number, last_id, count, size in held:
             topic = self._topics[name] = self._by_row[row] = _Topic(name, row, last_number, last_id)
@@ -592,8 +601,12 @@ class SQLiteStore:
         self._producers.restore(kept.producers, kept.state.forgot_at)
 
     def begin_run(self, last_id: int) -> None:
-        """Go on as one that may have forgotten what was put last; ids go on from this one."""
+        """Go on as one that may have forgotten what was put last; ids go on from this one.
+
+        Numbers go on from those of the snapshot. A reader that knows higher ones takes the snapshot's.
+        """
         self.run, self._last_id = secrets.token_hex(8), last_id
+        self._restored_numbers = {name: number for name, (number, _) in self._empty.items()} | self.last_numbers()
 
     def close(self) -> None:
         with self._guard.lock:

@@ -18,12 +18,14 @@ Answer: TypeAlias = T | Future[T]
 
 
 class Message(NamedTuple):
-    """A stored message as READ sends it; the age is in milliseconds."""
+    """A stored message as READ sends it. Times are in milliseconds."""
 
     id: int
     number: int
     age_ms: int
     body: bytes
+    left_ms: int
+    """How much longer it may be delivered, by the rules now in force."""
 
 
 Put: TypeAlias = tuple[bytes, bytes, tuple[bytes, int] | None]
@@ -40,6 +42,8 @@ class TopicStats(NamedTuple):
     last_id: int
     first_id: int = 0
     oldest_age_ms: int = 0
+    restored_number: int = 0
+    """The topic's last number in the snapshot that this run started from, 0 if there was none."""
 
     @property
     def cost(self) -> int:
@@ -87,6 +91,8 @@ class Store(Protocol):
     """Names the ids: those of different epochs have nothing to do with each other."""
     run: str
     """Names the time over which puts are remembered without a gap."""
+    restored_id: int
+    """The last id in the snapshot that this run started from, 0 if there was none."""
     max_age_ms: int
     limits: Limits
 

@@ -1,4 +1,4 @@
-"""What is asked of the operating system for the sake of speed."""
+"""What is asked of the operating system: the time, and what makes for speed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,18 @@ from functools import cache, partial
 
 yield_processor: Callable[[], None] = getattr(os, "sched_yield", partial(time.sleep, 0))
 """Let another thread run that waits for this processor; without one, go on at once."""
+
+
+def _boot_time() -> Callable[[], float]:
+    clock = getattr(time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC", None))
+    return time.monotonic if clock is None else partial(time.clock_gettime, clock)
+
+
+boot_time = _boot_time()
+"""Return the seconds on a clock that only goes forward, and goes on while the machine sleeps.
+
+Linux has CLOCK_BOOTTIME for that; CLOCK_MONOTONIC of macOS and the monotonic time of Windows go on anyway.
+"""
 LONG_YIELD_SECONDS = 0.001
 """Who did not get the processor back for so long shares it with programs that compute: then it is better to sleep."""
 LONG_YIELD_PAUSE_SECONDS = 0.1

@@ -200,7 +200,7 @@ class Reading:
         self.name = self.name or self.job.name
         # What the client has been told when it connected; nothing shows it.
         session = self.mq._session
-        self.reader = Reader(self.name, self.job.topics, session.epoch, session._watermark, self.began)
+        self.reader = Reader(self.name, self.job.topics, session.epoch, session.era.start, self.began)
 
     def run(self, stop: Stop) -> None:
         chance = self.job.random

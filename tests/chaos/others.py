@@ -106,7 +106,7 @@ class Reading:
         shape = Got(self.job.name, topic, "", began, ended, timeout=wait_ms / 1000)
         found = [
             replace(shape, id=message_id, number=number, body=body.decode())
-            for message_id, number, _, body in zip(reply, reply, reply, reply, strict=True)
+            for message_id, number, _, body, _ in zip(*[reply] * 5, strict=True)
         ]
         if found:
             self._positions[topic] = found[-1].id or 0

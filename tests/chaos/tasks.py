@@ -87,7 +87,7 @@ class Tasks:
     async def _read(self, job: Job, mq: AsyncClient) -> None:
         chance = job.random
         session = mq._session
-        reader = Reader(job.name, job.topics, session.epoch, session._watermark, time.monotonic())
+        reader = Reader(job.name, job.topics, session.epoch, session.era.start, time.monotonic())
         while not self.end.is_set():
             if not await self._read_once(job, mq, chance.choice(job.topics), chance):
                 await asyncio.sleep(IDLE_SECONDS)

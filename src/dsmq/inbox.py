@@ -1,0 +1,443 @@
+"""The messages of one topic at a client: where to read on, and what was read ahead.
+
+There are no locks. Other threads share an inbox, and so do signal handlers, which run between any two steps of the call
+that they interrupt and may call the client themselves: a lock would not keep them out, only hang them. So a state is
+never changed. It is superseded by the state that is first to be linked to it, by `dict.setdefault`, which nothing can
+interrupt; a call that comes second looks again.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias, TypeVar
+
+from dsmq.errors import MessageNotText
+from dsmq.protocol import encode_request
+from dsmq.system import boot_time
+
+# How long messages may wait in the read-ahead before the server is asked again: a new max_age is in force then.
+FRESH_SECONDS = 1.0
+# What the server sends at most unless it is told.
+_DEFAULT_COUNT = 100
+
+_logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Entry(NamedTuple):
+    """A message read ahead; times are on the clock `boot_time`."""
+
+    id: int
+    number: int
+    expires: float
+    body: bytes
+    put_at: float = 0.0
+
+
+class Era:
+    """One run of the server in one epoch, as a client knows it. `next` holds the one that followed."""
+
+    __slots__ = ("epoch", "next", "number", "restored_id", "run", "start")
+
+    def __init__(self, epoch: str, run: bytes, start: int, number: int | None, restored_id: int = 0) -> None:
+        self.epoch, self.run, self.restored_id = epoch, run, restored_id
+        self.start, self.number = start, number
+        """Where a topic is read from, and the number of its message there, if known."""
+        self.next: dict[int, Era] = {}
+
+
+class _Stretch:
+    """A range of ids to read, and the messages in it that were read ahead."""
+
+    __slots__ = ("ahead", "ask", "end", "era", "fresh", "generation", "id", "known", "missed", "next", "number", "rest")
+
+    def __init__(  # noqa: PLR0913 - they make up the state
+        self,
+        era: Era,
+        last_id: int,
+        number: int | None,
+        *,
+        end: float = math.inf,
+        known: int | None = None,
+        ahead: Sequence[Entry] = (),
+        fresh: float = 0.0,
+        missed: int = 0,
+        generation: int = 0,
+        ask: bool = False,
+        rest: _Stretch | None = None,
+    ) -> None:
+        self.era = era
+        self.id, self.number = last_id, number
+        """The message behind which it begins: its id, and its number if known."""
+        self.end = end
+        """The last id of it; infinite for the last stretch."""
+        self.known = known
+        """The highest number that it was seen to hold, to count what expires before it is read."""
+        self.ahead = ahead
+        self.fresh = fresh
+        """Until when the read-ahead may be handed out unasked; infinite if the server can't have it any more."""
+        self.missed, self.generation, self.rest = missed, generation, rest
+        self.ask = ask
+        """Whether the server may have lost messages up to `number`, and is to be asked where the numbers go on."""
+        self.next: dict[int, _Step] = {}
+        """By how many of the read-ahead had been taken: what came then."""
+
+    def handed(self, at: int) -> tuple[int, int | None]:
+        """Return the id and number of the last message that was handed out."""
+        return self.ahead[at - 1][:2] if at else (self.id, self.number)
+
+    def missed_at(self, at: int) -> int:
+        """Return how many messages had expired unread before the last that was handed out."""
+        missed, last = self.missed, self.number
+        for entry in self.ahead[:at]:
+            missed += _hole(last, entry.number)
+            last = entry.number
+        return missed
+
+    def rest_from(self, at: int, ahead: Sequence[Entry] = (), fresh: float = 0.0) -> _Stretch:
+        """Return what is left of it, with another read-ahead."""
+        known = self.known
+        if len(self.ahead) > at:
+            known = self.ahead[-1].number
+        ask = self.ask and not at
+        return _Stretch(
+            self.era,
+            *self.handed(at),
+            end=self.end,
+            known=known,
+            ahead=ahead,
+            fresh=fresh,
+            missed=self.missed_at(at),
+            generation=self.generation,
+            ask=ask,
+            rest=self.rest,
+        )
+
+    def over(self, at: int) -> _Stretch | None:
+        """Return the state after the server had no more of it: what was known to come has expired. None: the same."""
+        number = self.handed(at)[1]
+        lost = self.known - number if number is not None and self.known is not None and self.known > number else 0
+        if self.rest is None and not lost:
+            return None
+        missed = self.missed_at(at) + lost
+        if self.rest:
+            return _rest(self.rest, missed)
+        after = self.rest_from(at)
+        after.number, after.missed = self.known, missed
+        return after
+
+
+_Step: TypeAlias = "tuple[int] | _Stretch"
+"""How many of the read-ahead have been taken, or another state."""
+Claim: TypeAlias = "list[tuple[Inbox, _Stretch, int, _Step]]"
+"""What a call has taken, noted before it is taken, so that all can be given back wherever it is interrupted."""
+
+
+def give_back(claim: Claim) -> None:
+    """Give back what a call took that could not hand it out."""
+    for inbox, stretch, at, step in reversed(claim):
+        if stretch.next.get(at) is step:
+            inbox.give_back(stretch, at, step)
+
+
+class Inbox:
+    """The messages of one topic."""
+
+    __slots__ = ("_seen", "count", "topic")
+
+    def __init__(self, topic: str, era: Era) -> None:
+        self.topic = topic
+        self._seen = _Stretch(era, era.start, era.number), 0
+        self.count = 0
+        """How many messages to ask for; 0 for as many as the server likes."""
+
+    def _place(self) -> tuple[_Stretch, int]:
+        """Return the present state, and how much of its read-ahead has been taken."""
+        stretch, at = self._seen
+        while True:
+            step = stretch.next.get(at)
+            if step is None:
+                if stretch.era.next:
+                    step = stretch.next.setdefault(at, _in_the_next_era(stretch, at))
+                elif stretch.rest and at == len(stretch.ahead) and stretch.handed(at)[0] >= stretch.end:
+                    step = stretch.next.setdefault(at, _rest(stretch.rest, stretch.missed_at(at)))
+                else:
+                    return stretch, at
+            if isinstance(step, tuple):
+                (at,) = step
+            else:
+                stretch, at = step, 0
+
+    def _move(self, stretch: _Stretch, at: int, step: _Step) -> bool:
+        """Go on from a state to the next; return False if another call was first."""
+        if stretch.next.setdefault(at, step) is not step:
+            return False
+        self._seen = (stretch, step[0]) if isinstance(step, tuple) else (step, 0)
+        return True
+
+    @property
+    def position(self) -> int:
+        """The id of the last message handed out; of several, one of which was given back, that before it."""
+        stretch, at = self._place()
+        if stretch.fresh == math.inf and stretch.rest:
+            # The server has no ids like these.
+            return stretch.rest.id
+        return stretch.handed(at)[0]
+
+    @property
+    def missed(self) -> int:
+        """How many messages expired unread before the last that was handed out."""
+        stretch, at = self._place()
+        return stretch.missed_at(at)
+
+    @property
+    def is_unsure(self) -> bool:
+        """Whether the server is to be asked for `restored_number`, before it is read from."""
+        return self._place()[0].ask
+
+    def renumber(self, restored: int) -> None:
+        """Take the topic's last number in the snapshot that the server started from: numbers go on from there."""
+        while True:
+            stretch, at = self._place()
+            if not stretch.ask:
+                return
+            after = stretch.rest_from(at, stretch.ahead[at:], stretch.fresh)
+            after.ask = False
+            if after.id > after.era.restored_id or restored < (after.number or 0):
+                after.number, after.known = restored, None
+            if self._move(stretch, at, after):
+                return
+
+    # What is asked
+
+    def asked(self) -> tuple[Era, int, int]:
+        """Return what a READ goes by: era, generation, and the id behind which to read."""
+        stretch, at = self._place()
+        after = stretch.ahead[-1].id if len(stretch.ahead) > at else stretch.handed(at)[0]
+        return stretch.era, stretch.generation, after
+
+    def asked_for_latest(self) -> tuple[Era, int, int]:
+        """Return the same for READ … LATEST, which passes over the read-ahead."""
+        stretch, at = self._place()
+        last = stretch
+        while last.rest:
+            last, at = last.rest, 0
+        return stretch.era, stretch.generation, last.handed(at)[0]
+
+    # What comes
+
+    def accept(self, asked: tuple[Era, int, int], found: list[Entry]) -> bool:
+        """Take in the reply to a READ; return whether there may be more now.
+
+        What another thread has fetched meanwhile is known by its ids. What was asked for elsewhere, before a `seek` or
+        in another epoch, is passed over.
+        """
+        while True:
+            stretch, at = self._place()
+            ahead = stretch.ahead[at:]
+            end = ahead[-1].id if ahead else stretch.handed(at)[0]
+            if (stretch.era, stretch.generation) != asked[:2] or asked[2] > end or stretch.fresh == math.inf:
+                return True
+            new = [entry for entry in found if end < entry.id <= stretch.end]
+            if new:
+                fresh = stretch.fresh if ahead else boot_time() + FRESH_SECONDS
+                after: _Stretch | None = stretch.rest_from(at, [*ahead, *new], fresh)
+            else:
+                after = None if ahead or asked[2] != end else stretch.over(at)
+            if after is None:
+                return bool(found)
+            if self._move(stretch, at, after):
+                self._learn(stretch, at, new)
+                return bool(found) or stretch.rest is not None
+
+    def _learn(self, stretch: _Stretch, at: int, new: list[Entry]) -> None:
+        """Ask for more where all that was fetched last has been read in time, and log what was missed."""
+        if self.count and at and at == len(stretch.ahead):
+            self.count = 0 if self.count > _DEFAULT_COUNT / 2 else self.count * 2
+        last = stretch.ahead[-1].number if stretch.ahead else stretch.number
+        missed = 0
+        for entry in new:
+            missed += _hole(last, entry.number)
+            last = entry.number
+        if not new and stretch.known is not None and last is not None:
+            missed = max(0, stretch.known - last)
+        if missed:
+            _logger.warning("topic %r: %d messages expired before they were read", self.topic, missed)
+
+    def take(self, claim: Claim, n: int, convert: Callable[[Inbox, Entry], T]) -> list[T]:
+        """Take up to `n` of the messages that were read ahead, and note it in `claim`.
+
+        It stops short of one that can't be converted. Raises MessageNotText if that is the first.
+        """
+        while True:
+            stretch, at = self._place()
+            if at == len(stretch.ahead):
+                return []
+            now = boot_time()
+            if now > stretch.fresh or stretch.ahead[at].expires <= now:
+                self._refresh(stretch, at, now)
+                continue
+            if n == 1:
+                taken = [convert(self, stretch.ahead[at])]
+            else:
+                taken = _converted(self, stretch.ahead[at : at + n], now, convert)
+            step = (at + len(taken),)
+            claim.append((self, stretch, at, step))
+            if self._move(stretch, at, step):
+                return taken
+
+    def _refresh(self, stretch: _Stretch, at: int, now: float) -> None:
+        """Drop what is not fresh any more; what has not expired will be fetched again."""
+        left: Sequence[Entry] = ()
+        if stretch.fresh == math.inf:
+            left = [entry for entry in stretch.ahead[at:] if entry.expires > now]
+        else:
+            self.count = max(1, at)
+        after = stretch.rest_from(at, left, stretch.fresh if left else 0.0)
+        if not left and stretch.fresh == math.inf:
+            after = stretch.over(at) or after
+        self._move(stretch, at, after)
+
+    def take_latest(
+        self, claim: Claim, asked: tuple[Era, int, int], found: list[Entry], convert: Callable[[Inbox, Entry], T]
+    ) -> list[T] | None:
+        """Take what READ … LATEST found, and pass over all before it. None if it was asked for elsewhere."""
+        while True:
+            stretch, at = self._place()
+            if (stretch.era, stretch.generation) != asked[:2]:
+                return None
+            if not found or found[-1].id <= self.asked_for_latest()[2]:
+                # What was given back, or comes from a server that is gone, may be there nevertheless.
+                return self.take(claim, 1, convert) if stretch.rest else []
+            entry = found[-1]
+            taken = [convert(self, entry)]
+            missed = stretch.missed_at(at)
+            after = _Stretch(stretch.era, entry.id, entry.number, missed=missed, generation=stretch.generation)
+            claim.append((self, stretch, at, after))
+            if self._move(stretch, at, after):
+                return taken
+
+    def give_back(self, stretch: _Stretch, at: int, step: _Step) -> None:
+        """Have messages read again that were taken from a state."""
+        ahead = stretch.ahead[at : step[0]] if isinstance(step, tuple) else ()
+        end, known = ahead[-1][:2] if isinstance(step, tuple) else (step.id, step.number)
+        last_id, number = stretch.handed(at)
+        counted = stretch.missed_at(step[0]) - stretch.missed_at(at) if isinstance(step, tuple) else 0
+        if number is None and ahead:
+            number = ahead[0].number - 1
+        while True:
+            now, now_at = self._place()
+            is_here = now.era is stretch.era
+            if now.generation != stretch.generation or not (ahead or is_here):
+                return
+            back = _Stretch(
+                now.era,
+                last_id,
+                number,
+                end=end,
+                known=known,
+                ahead=ahead,
+                fresh=stretch.fresh if is_here else math.inf,
+                missed=now.missed_at(now_at) - counted,
+                generation=now.generation,
+                rest=now.rest_from(now_at, now.ahead[now_at:], now.fresh),
+            )
+            if self._move(now, now_at, back):
+                return
+
+    def seek(self, position: int, number: int | None = None) -> None:
+        """Read on behind this id, and drop what was read ahead. Raises ValueError if it is negative."""
+        if position < 0:
+            raise ValueError(f"an id is 0 or more, not {position}")
+        while True:
+            stretch, at = self._place()
+            missed, generation = stretch.missed_at(at), stretch.generation + 1
+            if self._move(stretch, at, _Stretch(stretch.era, position, number, missed=missed, generation=generation)):
+                return
+
+
+def _rest(rest: _Stretch, missed: int) -> _Stretch:
+    """Return the next stretch when the one before it has been read."""
+    after = rest.rest_from(0, rest.ahead, rest.fresh)
+    after.missed = missed
+    return after
+
+
+def _converted(inbox: Inbox, entries: Sequence[Entry], now: float, convert: Callable[[Inbox, Entry], T]) -> list[T]:
+    """Convert messages, the first of which has not expired, up to one that can't be or has."""
+    taken = [convert(inbox, entries[0])]
+    for entry in entries[1:]:
+        if entry.expires <= now:
+            break
+        try:
+            taken.append(convert(inbox, entry))
+        except MessageNotText:
+            break
+    return taken
+
+
+def _hole(last: int | None, number: int) -> int:
+    """Return how many numbers are missing between two that were read. Numbering that was forgotten begins with 1."""
+    if last is None:
+        return 0
+    return number - last - 1 if number > last else number - 1
+
+
+def _in_the_next_era(stretch: _Stretch, at: int) -> _Stretch:
+    """Return a state in the era that has followed.
+
+    What was read ahead, and the server does not have any more, is still handed out, until it expires.
+    """
+    era = stretch.era.next[0]
+    missed = stretch.missed_at(at)
+    parts: list[_Stretch] = []
+    part: _Stretch | None = stretch.rest_from(at, stretch.ahead[at:], stretch.fresh)
+    while part:
+        parts += _replaced(part, era) if era.epoch != stretch.era.epoch else _restarted(part, era)
+        part = part.rest
+    if era.epoch != stretch.era.epoch:
+        parts.append(_Stretch(era, 0, 0))
+    for one, rest in zip(parts, [*parts[1:], None], strict=True):
+        one.rest, one.generation = rest, stretch.generation
+    parts[0].missed = missed
+    return parts[0]
+
+
+def _replaced(part: _Stretch, era: Era) -> list[_Stretch]:
+    return [_gone(part.ahead, part.number, era)] if part.ahead else []
+
+
+def _restarted(part: _Stretch, era: Era) -> list[_Stretch]:
+    """Divide a stretch: what the server may still have, what it has lost, and what it puts from now on."""
+    is_gone = part.fresh == math.inf
+    ahead = [entry for entry in part.ahead if is_gone or entry.id > era.restored_id]
+    kept = [entry.number for entry in part.ahead if not is_gone and entry.id <= era.restored_id]
+    ask = part.number is not None or bool(part.ahead)
+    known = kept[-1] if kept else None
+    if not ahead:
+        return [_Stretch(era, part.id, part.number, end=part.end, known=known, ask=ask)]
+    found = [_gone(ahead, known or part.number, era)]
+    if kept:
+        found.insert(0, _Stretch(era, part.id, part.number, end=era.restored_id, known=known, ask=ask))
+    if part.end == math.inf:
+        found.append(_Stretch(era, ahead[-1].id, ahead[-1].number, ask=True))
+    return found
+
+
+def _gone(ahead: Sequence[Entry], number: int | None, era: Era) -> _Stretch:
+    """Return a stretch of messages that the server does not have any more."""
+    if number is None or number >= ahead[0].number:
+        number = ahead[0].number - 1
+    last = ahead[-1]
+    return _Stretch(era, ahead[0].id - 1, number, end=last.id, known=last.number, ahead=ahead, fresh=math.inf)
+
+
+def read_request(topic: str, after: int, *options: bytes) -> bytes:
+    """Return a READ."""
+    name, position = topic.encode(), b"%d" % after
+    parts = 3 + len(options), len(name), name, len(position), position
+    line = b"*%d\r\n$4\r\nREAD\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % parts
+    return line + encode_request(*options)[4:] if options else line
