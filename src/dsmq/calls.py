@@ -17,7 +17,7 @@ from itertools import islice
 from typing import Protocol, TypeAlias, TypeVar
 
 from dsmq.errors import AuthRequired, Closing, ConnectionLost, DSMQError, MessageNotText, ReplyError, TimedOut
-from dsmq.inbox import Claim, Entry, Era, Inbox, read_request
+from dsmq.inbox import Asked, Claim, Entry, Era, Inbox, read_request
 from dsmq.protocol import Reply
 from dsmq.session import (
     MAX_READ_BYTES,
@@ -170,7 +170,7 @@ class Read(Plain):
     def __init__(self, session: Session, inbox: Inbox, until: float = 0.0, *, latest: bool = False) -> None:
         self._session, self._inbox, self._until, self._latest = session, inbox, until, latest
         self.seconds = self._asked_at = 0.0
-        self.asked: tuple[Era, int, int]
+        self.asked: Asked
         """What it went by when it was asked last."""
 
     def request(self, producer: Producer) -> bytes:
@@ -178,9 +178,9 @@ class Read(Plain):
         if era and era.next:
             raise ConnectionResetError("another connection has found that the server was started anew")
         self.asked = inbox.asked_for_latest() if self._latest else inbox.asked()
-        _, generation, after = self.asked
+        after = self.asked.after
         if era:
-            self.asked = era, generation, after
+            self.asked = self.asked._replace(era=era)
         if self._latest:
             return read_request(inbox.topic, after, b"LATEST")
         options: tuple[bytes, ...] = ()
