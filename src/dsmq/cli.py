@@ -115,8 +115,6 @@ def _connect(options: argparse.Namespace, timeout: float = 10.0) -> DSMQClientSi
     _tell_what_happens()
     try:
         return connect(options.host, options.port, retry=False, token=token, tls=tls, **patience, **files)
-    except ConnectionRefusedError:
-        raise
     except (TypeError, ValueError) as error:
         if isinstance(error, DSMQError):
             raise
@@ -124,7 +122,8 @@ def _connect(options: argparse.Namespace, timeout: float = 10.0) -> DSMQClientSi
     except AuthRequired as error:
         raise AuthRequired(_for_shells(str(error))) from None
     except OSError as error:
-        raise ConnectionError(f"cannot connect to {_where(options)}: {_for_shells(_reason(error))}") from error
+        about, where = _for_shells(_reason(error)), _where(options)
+        raise ConnectionError(about if where in about else f"cannot connect to {where}: {about}") from error
 
 
 def _where(options: argparse.Namespace) -> str:
