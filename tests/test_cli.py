@@ -1153,6 +1153,41 @@ def test_closed_standard_files_cause_no_traceback(
     assert process.stderr.count(b"\n") <= 1
 
 
+# Other systems
+
+# What Windows lacks, and macOS in part.
+WITHOUT = """
+import os, signal, socket, sys, time
+for module, names in (
+    (socket, ["AF_UNIX"]),
+    (signal, ["SIGHUP", "SIGKILL", "SIGUSR1", "SIGUSR2", "pthread_sigmask"]),
+    (os, ["fork", "register_at_fork", "sched_yield", "geteuid", "getuid"]),
+    (time, [name for name in dir(time) if name.lower().startswith("clock_")]),
+):
+    for name in names:
+        if hasattr(module, name):
+            delattr(module, name)
+for name in ("fcntl", "resource", "termios", "pwd", "grp"):
+    sys.modules[name] = None
+from dsmq.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def elsewhere(*words: str) -> tuple[int, bytes, bytes]:
+    done = subprocess.run([sys.executable, "-c", WITHOUT, *words], capture_output=True, timeout=SOON * 3, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_client_commands_run_on_systems_that_lack_what_unix_has(topic: str, tmp_path: Path) -> None:
+    assert elsewhere("put", topic, "hello") == (0, b"", b"")
+    file = tmp_path / "position"
+    assert elsewhere("get", topic, "--after", "0", "--position-file", str(file)) == (0, b"hello\n", b"")
+    assert file.exists()
+    assert elsewhere("ping")[::2] == elsewhere("topics")[::2] == (0, b"")
+    assert_one_line(elsewhere("ping", "--host", "unix:/socket"), 1, "this system has no Unix sockets")
+
+
 # The end of a server
 
 

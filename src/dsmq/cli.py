@@ -70,9 +70,8 @@ def _await_settings() -> None:
     """Handle the signals to a server while it loads what it needs."""
     # The first process of a container is ended by no signal that it has not asked for.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(OK))
-    if hasattr(signal, "SIGHUP"):
-        # Until it is ready to read its configuration again, there is nothing to be done about it.
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # Until it is ready to read its configuration again, there is nothing to be done about it.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def _drop_output() -> None:
