@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from collections.abc import Iterator
@@ -215,6 +216,8 @@ def test_json_tells_all_that_is_known(topic: str, mq: DSMQClientSideConnection) 
     message_id = mq.put_many(topic, ["one", 'tö "two"\n'])[1]
     shown = json.loads(result("get", topic, "--after", str(message_id - 1), "--json")[1])
     put_at = datetime.fromisoformat(shown.pop("put_at"))
+    mq.get_latest(topic)
+    assert shown.pop("position") == mq.position(topic)
     assert shown == {"topic": topic, "id": message_id, "number": 2, "message": 'tö "two"\n'}
     # Both clocks are read in milliseconds.
     assert before - 0.01 <= put_at.timestamp() <= time.time() + 0.01
@@ -225,6 +228,165 @@ def test_json_of_what_is_no_text_is_base64(topic: str, mq: DSMQClientSideConnect
     shown = json.loads(result("get", topic, "--after", "0", "--json")[1])
     assert base64.b64decode(shown["message_base64"]) == b"\xff\x00"
     assert "message" not in shown
+
+
+# Positions
+
+
+def lines_of(*arguments: str) -> list[dict[str, object]]:
+    status, out, err = result("get", *arguments, "--json")
+    assert (status, err) == (0, b"")
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_get_reads_on_behind_a_position_that_it_has_printed(topic: str, mq: DSMQClientSideConnection) -> None:
+    mq.put_many(topic, [str(number) for number in range(250)])
+    shown = lines_of(topic, "--after", "0", "-n", "250")
+    mq.seek(topic, 0)
+    for line in shown:
+        assert mq.get(topic) == line["message"]
+        assert mq.position(topic) == line["position"]
+    for at in (0, 99, 100, 248):
+        following = str(at + 1).encode() + b"\n"
+        assert result("get", topic, "--after", str(shown[at]["position"])) == (0, following, b"")
+
+
+def test_a_position_is_valid_for_any_topic(topic: str, mq: DSMQClientSideConnection) -> None:
+    mq.put(topic + "1", "before")
+    mq.put(topic + "2", "between")
+    position = str(lines_of(topic + "2", "--after", "0")[0]["position"])
+    mq.put(topic + "1", "behind")
+    assert result("get", topic + "1", "--after", position) == (0, b"behind\n", b"")
+
+
+def test_a_position_of_another_epoch_reads_from_the_oldest_and_says_so(
+    topic: str, mq: DSMQClientSideConnection
+) -> None:
+    mq.put_many(topic, ["1", "2"])
+    status, out, err = result("get", topic, "--after", "0123456789abcdef:1000000", "-n", "9")
+    assert (status, out) == (0, b"1\n2\n")
+    assert err.startswith(b"dsmq: ")
+    assert err.count(b"\n") == 1
+    assert b"another epoch" in err
+
+
+def test_an_id_above_all_that_the_server_has_given_is_an_error(topic: str, mq: DSMQClientSideConnection) -> None:
+    last = mq.put(topic, "1")
+    assert result("get", topic, "--after", str(last)) == (3, b"", b"")
+    assert_one_line(result("get", topic, "--after", str(last + 1_000_000)), 1, "last id")
+
+
+def test_a_position_file_holds_where_the_next_run_reads_on(
+    topic: str, mq: DSMQClientSideConnection, tmp_path: Path
+) -> None:
+    file = tmp_path / "position"
+    words = ["get", topic, "--position-file", str(file), "-n", "2"]
+    mq.put(topic, "before the first run")
+    # The first run stands at what was put last.
+    assert result(*words) == (3, b"", b"")
+    mq.put_many(topic, ["1", "2", "3"])
+    assert result(*words) == (0, b"1\n2\n", b"")
+    mq.seek(topic, 0)
+    mq.get_many(topic, 3)
+    assert file.read_text() == mq.position(topic) + "\n"
+    assert result(*words) == (0, b"3\n", b"")
+    assert result(*words) == (3, b"", b"")
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_after_says_where_to_begin_without_a_position_file(
+    topic: str, mq: DSMQClientSideConnection, tmp_path: Path
+) -> None:
+    words = ["get", topic, "--position-file", str(tmp_path / "position"), "--after", "0"]
+    mq.put_many(topic, ["1", "2"])
+    assert result(*words) == (0, b"1\n", b"")
+    assert result(*words) == (0, b"2\n", b"")
+
+
+def test_a_position_file_is_up_to_date_while_get_follows(
+    topic: str, mq: DSMQClientSideConnection, tmp_path: Path
+) -> None:
+    file = tmp_path / "position"
+    mq.put(topic, "1")
+    with started("get", topic, "--after", "0", "--follow", "--position-file", str(file)) as process:
+        for text in ("1", "2", "3"):
+            assert line_of(process) == text.encode() + b"\n"
+            assert mq.get_wait(topic) == text
+            wait_until(lambda: file.read_text() == mq.position(topic) + "\n")
+            mq.put(topic, str(int(text) + 1))
+        process.kill()
+        process.wait()
+    assert b"4\n" in result("get", topic, "--position-file", str(file))[1]
+
+
+def test_what_could_not_be_printed_is_printed_by_the_next_run(
+    topic: str, mq: DSMQClientSideConnection, tmp_path: Path
+) -> None:
+    if not os.path.exists("/dev/full"):
+        pytest.skip("there is no /dev/full")
+    file = tmp_path / "position"
+    mq.put(topic, "1")
+    words = ["get", topic, "--after", "0", "--position-file", str(file)]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([sys.executable, "-m", "dsmq", *words], stdout=full, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 1
+    assert file.exists()
+    assert result(*words) == (0, b"1\n", b"")
+
+
+def test_a_position_file_of_another_epoch_begins_with_the_oldest_and_is_replaced(tmp_path: Path) -> None:
+    file = tmp_path / "position"
+    for is_old in (False, True):
+        with daemon() as server, connect(port=server.port) as mq:
+            mq.put_many("t", ["1", "2"])
+            words = ["get", "t", "--after", "0", "--position-file", str(file), "--port", str(server.port)]
+            status, out, err = result(*words)
+            assert (status, out) == (0, b"1\n")
+            assert (b"another epoch" in err) == is_old
+            assert result(*words) == (0, b"2\n", b"")
+
+
+def test_a_link_to_a_position_file_stays_a_link(topic: str, mq: DSMQClientSideConnection, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    assert result("get", topic, "--position-file", str(tmp_path / "link"))[0] == 3
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_text() == mq.position(topic) + "\n"
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\n", b"hello", b"-1", b"a:b", b"\xff\xfe1", b"1 2", b"1:2\n3:4", b"1" * 2000, b"\x1b[2J"]
+)
+def test_a_file_without_a_position_is_told(content: bytes, topic: str, tmp_path: Path) -> None:
+    file = tmp_path / "position"
+    file.write_bytes(content)
+    assert_one_line(result("get", topic, "--position-file", str(file)), 2, f"{file}: there is no position in it")
+    assert file.read_bytes() == content
+
+
+def test_a_position_file_may_hold_an_id(topic: str, mq: DSMQClientSideConnection, tmp_path: Path) -> None:
+    first, _ = mq.put_many(topic, ["1", "2"])
+    (tmp_path / "position").write_text(f"{first}\n")
+    assert result("get", topic, "--position-file", str(tmp_path / "position")) == (0, b"2\n", b"")
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "says"),
+    [("folder", 2, "not a regular file"), ("secret", 2, "Permission denied"), ("missing/file", 1, "No such file")],
+)
+def test_a_position_file_that_can_not_be_used_is_told(
+    name: str, status: int, says: str, topic: str, tmp_path: Path
+) -> None:
+    assert result("put", topic, "x")[0] == 0
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "secret").touch(0)
+    words = ["get", topic, "--after", "0", "--position-file", str(tmp_path / name)]
+    done = run_dsmq(*words, prefix=without_privileges())
+    assert_one_line((done.returncode, done.stdout, done.stderr), status, f"{tmp_path / name}: {says}")
+
+
+def test_a_device_is_no_position_file(topic: str) -> None:
+    assert_one_line(result("get", topic, "--position-file", "/dev/null"), 2, "/dev/null: not a regular file")
+    assert not os.path.isfile("/dev/null")
 
 
 # Words that begin with a dash, and words too many
@@ -778,10 +940,28 @@ def test_an_unknown_host_is_told_with_its_name(host: str) -> None:
     assert_one_line(result("serve", "--port", "0", "--host", host, "--metrics-port", "off"), 1, host)
 
 
+@pytest.mark.parametrize("command", ["ping", "get t", "put t x", "topics"])
+def test_a_front_that_closes_connections_is_told(command: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as front:
+        port = front.getsockname()[1]
+
+        def close() -> None:
+            with suppress(OSError):
+                while True:
+                    front.accept()[0].close()
+
+        thread = threading.Thread(target=close)
+        thread.start()
+        done = result(*command.split(), "--port", str(port))
+        front.shutdown(socket.SHUT_RDWR)
+        thread.join()
+    assert_one_line(done, 1, f"dsmq: 127.0.0.1 port {port} accepts connections and closes them at once")
+    assert b"(--tls)" in done[2]
+
+
 def test_what_is_no_dsmq_server_is_told(server: Daemon) -> None:
     done = result("ping", "--port", str(server.metrics_port), "--timeout", str(SOON))
-    # What it answers may be overtaken by its hanging up.
-    assert_one_line(done, 1, "closed" if b"closed" in done[2] else "'HTTP/1.0 400 Bad Request")
+    assert_one_line(done, 1, f"127.0.0.1 port {server.metrics_port} is dsmq's HTTP endpoint")
 
 
 @pytest.mark.parametrize("arguments", [["put", "", "x"], ["get", ""]], ids=["put", "get"])
@@ -971,6 +1151,41 @@ def test_closed_standard_files_cause_no_traceback(
     command = f'"{sys.executable}" -m dsmq {redirection.format(topic="closed")}'
     process = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, check=False)
     assert process.stderr.count(b"\n") <= 1
+
+
+# Other systems
+
+# What Windows lacks, and macOS in part.
+WITHOUT = """
+import os, signal, socket, sys, time
+for module, names in (
+    (socket, ["AF_UNIX"]),
+    (signal, ["SIGHUP", "SIGKILL", "SIGUSR1", "SIGUSR2", "pthread_sigmask"]),
+    (os, ["fork", "register_at_fork", "sched_yield", "geteuid", "getuid"]),
+    (time, [name for name in dir(time) if name.lower().startswith("clock_")]),
+):
+    for name in names:
+        if hasattr(module, name):
+            delattr(module, name)
+for name in ("fcntl", "resource", "termios", "pwd", "grp"):
+    sys.modules[name] = None
+from dsmq.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def elsewhere(*words: str) -> tuple[int, bytes, bytes]:
+    done = subprocess.run([sys.executable, "-c", WITHOUT, *words], capture_output=True, timeout=SOON * 3, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_client_commands_run_on_systems_that_lack_what_unix_has(topic: str, tmp_path: Path) -> None:
+    assert elsewhere("put", topic, "hello") == (0, b"", b"")
+    file = tmp_path / "position"
+    assert elsewhere("get", topic, "--after", "0", "--position-file", str(file)) == (0, b"hello\n", b"")
+    assert file.exists()
+    assert elsewhere("ping")[::2] == elsewhere("topics")[::2] == (0, b"")
+    assert_one_line(elsewhere("ping", "--host", "unix:/socket"), 1, "this system has no Unix sockets")
 
 
 # The end of a server

@@ -31,6 +31,8 @@ from dsmq.terminal import LineFormatter, as_json, printable
 if TYPE_CHECKING:
     from ssl import SSLContext
 
+    from dsmq.position_file import PositionFile
+
 T = TypeVar("T")
 
 # What is kept of a line of stdin before the server judges it, or as much as the server has said that it takes.
@@ -116,8 +118,6 @@ def _connect(options: argparse.Namespace, timeout: float = 10.0) -> DSMQClientSi
     _tell_what_happens()
     try:
         return connect(options.host, options.port, retry=False, token=token, tls=tls, **patience, **files)
-    except ConnectionRefusedError:
-        raise
     except (TypeError, ValueError) as error:
         if isinstance(error, DSMQError):
             raise
@@ -125,7 +125,8 @@ def _connect(options: argparse.Namespace, timeout: float = 10.0) -> DSMQClientSi
     except AuthRequired as error:
         raise AuthRequired(_for_shells(str(error))) from None
     except OSError as error:
-        raise ConnectionError(f"cannot connect to {_where(options)}: {_for_shells(_reason(error))}") from error
+        about, where = _for_shells(_reason(error)), _where(options)
+        raise ConnectionError(about if where in about else f"cannot connect to {where}: {about}") from error
 
 
 def _where(options: argparse.Namespace) -> str:
@@ -259,46 +260,75 @@ def _get(options: argparse.Namespace) -> int:
     left = options.n or (math.inf if options.follow else 1)
     seconds = options.wait if options.wait is not None else math.inf if options.follow else 0.0
     until = time.monotonic() + seconds
-    file, after = None, None
-    if options.position_file:
-        from dsmq.position_file import PositionFile  # noqa: PLC0415 - most need none of it
-
-        file = PositionFile(options.position_file)
-        after = file.load()
-    after = options.after if after is None else after
-    found, is_terminal = False, sys.stdout.isatty()
+    file = _position_file(options)
+    found = False
     with _connect(options) as mq:
-        if after is not None:
-            mq.seek(options.topic, after)
+        _seek(mq, options)
         if file:
             file.save(mq.position(options.topic))
         while left > 0:
-            # The newest, if there is one, comes first; behind it they come in order.
-            messages = mq.read(options.topic, latest=True) if options.latest and not found else []
             timeout = max(0.0, until - time.monotonic())
-            messages = messages or mq.read(options.topic, int(min(left, 100)), timeout=timeout)
-            if not messages:
+            count = _print_messages(mq, options, int(min(left, 100)), timeout, latest=options.latest and not found)
+            if not count:
                 break
             found = True
-            position = mq.position(options.topic) if file else ""
-            for message in messages:
-                if options.json:
-                    _print_json(_described(message, position))
-                elif is_terminal:
-                    sys.stdout.write(printable(message.body.decode(errors="backslashreplace")) + "\n")
-                else:
-                    sys.stdout.buffer.write(message.body + b"\n")
             sys.stdout.flush()
             if file:
-                file.save(position)
-            left -= len(messages)
+                file.save(mq.position(options.topic))
+            left -= count
     if found or options.follow:
         return OK
-    if options.wait is None and after is None:
+    if options.wait is None and options.after is None and not file:
         sys.stderr.write(
             "dsmq: no message. A client reads what is put after it connected: use --wait, --follow, or --after 0\n"
         )
     return NOTHING
+
+
+def _position_file(options: argparse.Namespace) -> PositionFile | None:
+    """Return the file to keep the position in, and have reading begin with what it holds. Raises ConfigError."""
+    if not options.position_file:
+        return None
+    from dsmq.position_file import PositionFile  # noqa: PLC0415 - most need none of it
+
+    file = PositionFile(options.position_file)
+    saved = file.load()
+    options.after = options.after if saved is None else saved
+    return file
+
+
+def _seek(mq: DSMQClientSideConnection, options: argparse.Namespace) -> None:
+    try:
+        if options.after is not None:
+            mq.seek(options.topic, options.after)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _print_messages(
+    mq: DSMQClientSideConnection, options: argparse.Namespace, n: int, timeout: float, *, latest: bool
+) -> int:
+    """Print up to `n` messages, the newest first if there is one; return how many they were."""
+    # One by one as JSON, because each has a position then.
+    messages = mq.read(options.topic, latest=True) if latest else []
+    messages = messages or mq.read(options.topic, 1 if options.json else n, timeout=timeout)
+    if not options.json:
+        _print_bodies(messages)
+        return len(messages)
+    count = 0
+    while messages:
+        _print_json(_described(messages[0], mq.position(options.topic)))
+        count += 1
+        messages = mq.read(options.topic) if count < n else []
+    return count
+
+
+def _print_bodies(messages: list[Message]) -> None:
+    if sys.stdout.isatty():
+        for message in messages:
+            sys.stdout.write(printable(message.body.decode(errors="backslashreplace")) + "\n")
+    else:
+        sys.stdout.buffer.writelines(message.body + b"\n" for message in messages)
 
 
 def _described(message: Message, position: str) -> dict[str, object]:
@@ -307,6 +337,7 @@ def _described(message: Message, position: str) -> dict[str, object]:
         "id": message.id,
         "number": message.number,
         "put_at": datetime.fromtimestamp(message.put_at, UTC).isoformat(timespec="milliseconds"),
+        "position": position,
     }
     try:
         shown["message"] = message.body.decode()

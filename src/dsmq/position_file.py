@@ -24,12 +24,11 @@ class PositionFile:
 
     def load(self) -> int | str | None:
         """Return the position, or None if there is no such file yet. Raises ConfigError."""
+        if os.path.exists(self._path) and not os.path.isfile(self._path):
+            raise ConfigError(f"{self._path}: not a regular file")
         try:
-            if self._path.exists() and not self._path.is_file():
-                raise ConfigError(f"{self._path}: not a regular file")
             with self._path.open("rb") as stream:
-                text = stream.read(_MAX_BYTES).decode().strip()
-            return command_line.position(text)
+                return command_line.position(stream.read(_MAX_BYTES).decode().strip())
         except FileNotFoundError:
             return None
         except OSError as error:
