@@ -164,6 +164,7 @@ def test_waiting_readers_beyond_the_limit_get_an_error() -> None:
 def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Turns that are over after one request of each connection."""
     monkeypatch.setattr(worker, "TURN_SECONDS", 0.0)
+    monkeypatch.setattr(worker, "MOST_SLICE_SECONDS", 0.0)
     monkeypatch.setattr(worker, "LEAST_SLICE_SECONDS", 0.0)
 
 
