@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
+import math
 import socket
 import threading
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 
 import pytest
 
-from conftest import SOON, Wire, daemon, serving, wait_until, wire_to
+from conftest import SOON, UNIT, Wire, daemon, serving, wait_until, wire_to
 from dsmq import connection, logs, producers, sqlite_store, worker
 from dsmq.client import connect
+from dsmq.connection import MAX_HELD_BYTES, RECEIVE_BYTES, Connection
 from dsmq.errors import Full, ReplyError
 from dsmq.protocol import encode_request
 from dsmq.server import Server
@@ -255,9 +260,17 @@ def test_waiting_readers_beyond_the_limit_get_an_error() -> None:
 
 
 @pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is too slow, however busy the machine."""
+    for module in (connection, worker):
+        monkeypatch.setattr(module, "SLOW_SECONDS", 10 * SOON)
+
+
+@pytest.fixture
 def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Turns that are over after one request of each connection."""
     monkeypatch.setattr(worker, "TURN_SECONDS", 0.0)
+    monkeypatch.setattr(worker, "MOST_SLICE_SECONDS", 0.0)
     monkeypatch.setattr(worker, "LEAST_SLICE_SECONDS", 0.0)
 
 
@@ -334,6 +347,7 @@ def test_what_follows_a_token_in_the_same_packet_is_run_in_batches() -> None:
         assert [wire.receive() for _ in range(501)] == ["OK"] + ["PONG"] * 500
 
 
+@pytest.mark.usefixtures("patient")
 def test_replies_that_nobody_reads_are_bounded_for_all_together() -> None:
     bounds = {
         "max_total_unread_reply_bytes": 1_000_000,
@@ -437,3 +451,284 @@ def test_the_log_of_a_flood_is_short_and_says_so() -> None:
         assert int(process.wait_for_line(r"(\d+) more lines like: client \d+ .*PROTOCOL")[1]) > 0
         process.stop()
     assert sum("PROTOCOL" in line for line in process.log) < 20
+
+
+# All workers together
+
+
+def test_waiting_readers_are_bounded_over_all_workers_together() -> None:
+    with serving(io_threads=4, max_waiting_readers=8) as server, ExitStack() as stack:
+        waiting = [stack.enter_context(wire_to(server)) for _ in range(8)]
+        for wire in waiting:
+            wire.send(encode_request(b"GETWAIT", b"t", b"60000"))
+        wait_until(lambda: server.waiting() == 8)
+        late = [stack.enter_context(wire_to(server)) for _ in range(4)]
+        assert [wire.error("GETWAIT", "t", 60_000) for wire in late] == ["BUSY"] * 4
+        assert late[0].call("PUT", "t", "x") == 1
+        assert [wire.receive() for wire in waiting] == [b"x"] * 8
+        wait_until(lambda: server.waiting() == 0)
+
+
+def test_unauthenticated_connections_are_bounded_over_all_workers_together() -> None:
+    limits = {"auth_token": "x" * 20, "max_unauthenticated_connections": 8}
+    with serving(io_threads=4, **limits) as server, ExitStack() as stack:
+        wires = [stack.enter_context(wire_to(server)) for _ in range(8)]
+        assert [wire.call("PING") for wire in wires] == ["PONG"] * 8
+        late = stack.enter_context(wire_to(server))
+        assert late.call("PING") == "PONG"
+        # The oldest has gone, and nobody else.
+        wait_until(lambda: server.connections() == 8)
+        assert [wire.call("PING") for wire in wires[1:]] == ["PONG"] * 7
+        with contextlib.suppress(EOFError, ConnectionError):
+            assert isinstance(wires[0].receive(), ReplyError)
+        assert wires[0].ended()
+
+
+# Replies
+
+
+def test_a_pipeline_that_is_written_before_it_is_read_is_run_once() -> None:
+    count = 1_000_000
+    with daemon() as process:
+        wire = Wire(("127.0.0.1", process.port))
+        wire.socket.settimeout(20 * SOON)
+        # A slow machine may take long over it, but it is never stuck: no reply has been read when all is sent.
+        for _ in range(100):
+            wire.send(encode_request(b"PUT", b"t", b"x") * (count // 100))
+        for expected in range(1, count + 1):
+            assert wire.receive() == expected
+        assert wire.call("STATS", "t")[1] == count  # type: ignore[index]
+        wire.close()
+
+
+def test_reading_goes_on_as_soon_as_replies_are_below_the_limit() -> None:
+    with serving(max_unread_reply_bytes=1_000_000) as server, wire_to(server) as wire:
+        (served,) = wait_for_connections(server, 1)
+        wire.send(encode_request(b"PUT", b"t", b"x" * 100_000))
+        assert wire.receive() == 1
+        wire.send(encode_request(b"READ", b"t", b"0") * 1000)
+        wait_until(lambda: len(served._out) >= 1_000_000 and served._unread_since < math.inf)
+        run = server.counters().commands["READ"]
+        while server.counters().commands["READ"] == run:
+            assert len(wire.receive()[3]) == 100_000  # type: ignore[index,arg-type]
+        # It had not sent all of its replies before it ran more requests.
+        assert len(served._out) > 100_000
+        for _ in range(1000 - run):
+            wire.receive()
+
+
+def wait_for_connections(server: Server, count: int) -> list[Connection]:
+    wait_until(lambda: server.connections() == count)
+    return [client for one in server._workers for client in one.connections]
+
+
+@pytest.mark.usefixtures("patient")
+def test_a_reply_that_finds_no_room_waits_until_others_have_read() -> None:
+    with (
+        serving(max_total_unread_reply_bytes=3_000_000, max_message_bytes=1_000_000) as server,
+        wire_to(server) as writer,
+        ExitStack() as stack,
+    ):
+        lazy = stack.enter_context(wire_to(server))
+        lazy.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
+        writer.call("PUT", "t", "x" * 900_000)
+        lazy.send(encode_request(b"READ", b"t", b"0") * 20)
+        replies = server._services.usage.replies
+        wait_until(lambda: bool(replies._queue))
+        # What is short passes, what is long waits.
+        assert writer.call("PUT", "short", "y") == 2
+        assert writer.call("READ", "short", 0)[3] == b"y"  # type: ignore[index]
+        assert replies.total <= replies.limit
+        writer.send(encode_request(b"READ", b"t", b"0", b"WAIT", b"1"))
+        wait_until(lambda: len(replies._queue) == 2)
+        assert [len(lazy.receive()[3]) for _ in range(20)] == [900_000] * 20  # type: ignore[index,arg-type]
+        # Its time is over, but there was a message all along.
+        assert len(writer.receive()[3]) == 900_000  # type: ignore[index,arg-type]
+        wait_until(lambda: replies.total == 0)
+
+
+def test_of_those_that_do_not_read_the_largest_make_room() -> None:
+    with (
+        serving(max_total_unread_reply_bytes=3_000_000, max_message_bytes=1_000_000) as server,
+        wire_to(server) as writer,
+        wire_to(server) as modest,
+        wire_to(server) as greedy,
+    ):
+        writer.call("PUT", "t", "x" * 900_000)
+        for wire, size in ((modest, 40_000), (greedy, 1_000_000)):
+            wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
+            wire.send(encode_request(b"ECHO", b"x" * min(size, 900_000)) * (8_000_000 // size))
+        replies = server._services.usage.replies
+        wait_until(lambda: bool(replies._queue))
+        assert len(writer.call("READ", "t", 0)[3]) == 900_000  # type: ignore[index,arg-type]
+        assert server.connections() < 3
+        assert writer.call("PING") == "PONG"
+
+
+# Requests
+
+
+@pytest.mark.usefixtures("patient")
+def test_a_begun_request_reserves_its_length_and_the_others_wait_their_turn() -> None:
+    limits = {"max_total_request_bytes": 1_500_000, "max_message_bytes": 1_000_000}
+    with serving(**limits) as server, ExitStack() as stack:
+        first, second, third, short = (stack.enter_context(wire_to(server)) for _ in range(4))
+        budget = server._services.usage.requests
+        long = encode_request(b"PUT", b"t", b"x" * 900_000)
+        first.send(long[:100])
+        wait_until(lambda: budget.total > 900_000)
+        for number, wire in enumerate((second, third), 1):
+            wire.send(long[:100])
+            wait_until(lambda number=number: len(budget._queue) == number)
+        # Short requests pass.
+        assert short.call("PUT", "t", "x" * 3000) == 1
+        senders = [threading.Thread(target=wire.send, args=(long[100:],)) for wire in (third, second, first)]
+        for sender in senders:
+            sender.start()
+        assert sorted([wire.receive() for wire in (first, second, third)]) == [2, 3, 4]
+        for sender in senders:
+            sender.join()
+        wait_until(lambda: budget.total == 0 and not budget._queue)
+
+
+def test_a_request_that_stalls_makes_room_for_others() -> None:
+    limits = {"max_total_request_bytes": 1_500_000, "max_message_bytes": 1_000_000}
+    with serving(**limits) as server, wire_to(server) as stalled, wire_to(server) as honest:
+        stalled.send(encode_request(b"PUT", b"t", b"x" * 900_000)[:-1])
+        wait_until(lambda: server._services.usage.requests.total > 900_000)
+        assert honest.call("PUT", "t", "y" * 900_000) == 1
+        assert stalled.receive().code == "TIMEOUT"  # type: ignore[union-attr]
+        assert stalled.ended()
+
+
+def test_positions_count_until_the_connection_ends() -> None:
+    with serving() as server:
+        with wire_to(server) as wire:
+            wire.call("PING")
+            with wire_to(server) as writer:
+                for number in range(100):
+                    writer.call("PUT", f"{number:0500}", "x")
+            for number in range(100):
+                assert wire.call("GET", f"{number:0500}") == b"x"
+            assert server._services.usage.requests.total > 100 * 500
+        wait_until(lambda: server._services.usage.requests.total == 0)
+
+
+def test_requests_behind_a_wait_are_read_up_to_a_bound() -> None:
+    with serving() as server, wire_to(server) as wire:
+        (served,) = wait_for_connections(server, 1)
+        wire.send(b"GETWAIT t 60000\r\n")
+        wait_until(lambda: server.waiting() == 1)
+        wire.socket.settimeout(UNIT)
+        with pytest.raises(TimeoutError):
+            wire.send(b"PING\r\n" * 10_000_000)
+        # One receive may come on top of the bound.
+        assert MAX_HELD_BYTES <= len(served._parser) <= MAX_HELD_BYTES + RECEIVE_BYTES
+
+
+@pytest.mark.parametrize(("milliseconds", "reply"), [(86_400_000, None), (86_400_001, "BADREQUEST")])
+def test_a_wait_is_at_most_a_day(wire: Wire, milliseconds: int, reply: str | None) -> None:
+    for words in (("GETWAIT", "t", milliseconds), ("READ", "t", 0, "WAIT", milliseconds)):
+        wire.send(encode_request(*(str(word).encode() for word in words)))
+        if reply is None:
+            wire.socket.settimeout(UNIT)
+            with pytest.raises(TimeoutError):
+                wire.receive()
+            break
+        assert wire.receive().code == reply  # type: ignore[union-attr]
+
+
+# Deadlines
+
+
+def test_a_long_request_has_more_time_than_a_short_one() -> None:
+    # At 16 KiB/s, 50,000 bytes have 3 s more.
+    with serving(request_timeout_seconds=0.1) as server, wire_to(server) as long, wire_to(server) as short:
+        request = encode_request(b"PUT", b"t", b"x" * 50_000)
+        long.send(request[:100])
+        short.send(encode_request(b"PUT", b"t", b"x" * 50)[:-10])
+        assert short.receive().code == "TIMEOUT"  # type: ignore[union-attr]
+        long.send(request[100:])
+        assert long.receive() == 1
+
+
+def test_a_request_that_trickles_is_cut_off_in_time() -> None:
+    with serving(request_timeout_seconds=5 * UNIT) as server, wire_to(server) as wire:
+        began = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            for byte in encode_request(b"PUT", b"t", b"x" * 1000):
+                wire.send(bytes([byte]))
+                time.sleep(UNIT / 10)
+                if server.counters().errors["TIMEOUT"]:
+                    break
+        assert wire.receive().code == "TIMEOUT"  # type: ignore[union-attr]
+        assert time.monotonic() - began >= 5 * UNIT
+
+
+def test_a_reply_that_is_read_slowly_but_steadily_is_not_dropped() -> None:
+    with serving(reply_timeout_seconds=4 * UNIT) as server, wire_to(server) as wire:
+        wire.call("PUT", "t", "x" * 6_000_000)
+        wire.socket.close()
+        wire.socket = socket.socket()
+        wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
+        wire.socket.settimeout(SOON)
+        wire.socket.connect(("127.0.0.1", server.port))
+        wire.send(encode_request(b"READ", b"t", b"0"))
+        got, began = 0, time.monotonic()
+        while got < 6_000_000:
+            data = wire.socket.recv(16_384)
+            assert data, f"dropped after {got} bytes"
+            got += len(data)
+            # In all as long as three times what it may read nothing for.
+            time.sleep(max(0.0, began + 12 * UNIT * got / 6_000_000 - time.monotonic()))
+
+
+# Turns
+
+
+HEAVY = {
+    "CONFIG GET": encode_request(b"CONFIG", b"GET", *[b"*a*e*i*o*%d" % number for number in range(62)]),
+    "INFO": encode_request(b"INFO"),
+    "COMMAND DOCS": encode_request(b"COMMAND", b"DOCS"),
+    "TOPICS": encode_request(b"TOPICS"),
+    "READ": encode_request(b"READ", b"t", b"0", b"COUNT", b"1000"),
+    "puts": encode_request(b"PUT", b"t", b"x" * 50) * 20,
+    "lines": b"PING\r\n" * 100,
+}
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    """No garbage is collected meanwhile: with all that tests import, it takes longer than a turn."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collection")
+@pytest.mark.parametrize("name", HEAVY)
+def test_a_turn_ends_by_time_whatever_the_commands(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving() as server, wire_to(server) as greedy:
+        greedy.send(b"".join(encode_request(b"PUT", b"topic%d" % number, b"x") for number in range(1000)))
+        greedy.send(encode_request(b"PUT", b"t", b"x" * 20) * 1000)
+        for _ in range(2000):
+            greedy.receive()
+        (loop,) = server._workers
+        longest, turn = 0.0, loop._turn
+
+        def timed() -> None:
+            nonlocal longest
+            # Of this thread's own time, so that it does not matter what else the machine does.
+            began = time.thread_time()
+            turn()
+            longest = max(longest, time.thread_time() - began)
+
+        monkeypatch.setattr(loop, "_turn", timed)
+        greedy.send(HEAVY[name] * 200)
+        while loop._turn is timed and loop.counters.requests < 2000 + 200:
+            time.sleep(UNIT / 10)
+        replies = HEAVY[name].count(b"PUT") + HEAVY[name].count(b"PING") or 1
+        for _ in range(200 * replies):
+            greedy.receive()
+        # 200 of them take many times as long.
+        assert longest < 0.02

@@ -920,6 +920,41 @@ def test_a_handshake_that_does_not_end_is_cut_off_and_harms_nobody(files: Files)
         assert server.connections() == 1
 
 
+def tls_to(server: Server, files: Files) -> ssl.SSLSocket:
+    raw = socket.create_connection(("127.0.0.1", server.port), SOON)
+    return ssl.create_default_context(cafile=files.ca).wrap_socket(raw, server_hostname="127.0.0.1")
+
+
+def test_a_client_that_is_idle_after_the_handshake_is_not_unauthenticated(files: Files) -> None:
+    limits = {"auth_timeout_seconds": UNIT, "max_unauthenticated_connections": 1}
+    with serving(tls_cert_file=files.server, **limits) as server, contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(tls_to(server, files)) for _ in range(3)]
+        wait_until(lambda: server._services.usage.unauthenticated.total == 0)
+        time.sleep(3 * UNIT)
+        for sock in idle:
+            sock.sendall(b"PING\r\n")
+            assert sock.recv(100) == b"+PONG\r\n"
+
+
+def test_a_client_without_its_token_stays_unauthenticated_after_the_handshake(tls_server: Server, files: Files) -> None:
+    with tls_to(tls_server, files) as sock:
+        sock.sendall(b"PING\r\n")
+        assert sock.recv(100) == b"+PONG\r\n"
+        assert tls_server._services.usage.unauthenticated.total == 1
+
+
+def test_all_that_tls_has_decrypted_is_run_at_once(files: Files) -> None:
+    # One record is four times as long as what is received at once of a client without its token.
+    settings = {"tls_cert_file": files.server, "auth_token": ADMIN, "max_unauthenticated_bytes": 4096}
+    with serving(**settings) as server, tls_to(server, files) as sock:
+        ping = encode_request(b"PING", b"x" * 3900)
+        sock.sendall(ping * 4)
+        got = b""
+        while len(got) < 4 * 3908:
+            got += sock.recv(65_536)
+        assert got == b"$3900\r\n%b\r\n" % (b"x" * 3900) * 4
+
+
 def test_a_certificate_is_renewed_without_a_restart(files: Files, authority: trustme.CA) -> None:
     with daemon("--tls-cert-file", files.server) as process:
         where = {"port": process.port, "ca_file": files.ca, "retry": False}

@@ -33,9 +33,11 @@ from dsmq.usage import Budget
 
 # How often a worker shows that it lives, and measures how late it looks at its timers.
 PULSE_SECONDS = 1.0
-# A turn ends about now; how long one connection may run requests in it, at least, however many others do.
+# After so long the puts and replies of a turn are not held back any more; and how long one connection may run requests
+# in it: the longest if few others do, the shortest however many do.
 TURN_SECONDS = 0.004
-LEAST_SLICE_SECONDS = 0.0005
+MOST_SLICE_SECONDS = 0.001
+LEAST_SLICE_SECONDS = 0.0001
 # Timers that are due and looked after in one turn.
 MAX_TIMERS = 100
 # While there is no room for somebody: how often to look for some, and to close those that are slow.
@@ -197,8 +199,9 @@ class Worker:
         if ready:
             self._awake_until = self.now + self._busy_poll_seconds
         self._answered_at = self.now
-        many = len(ready) + len(to_run) > 4
-        self.slice_seconds = LEAST_SLICE_SECONDS if many else TURN_SECONDS / 4
+        count = len(ready) + len(to_run)
+        many = count > 4
+        self.slice_seconds = max(LEAST_SLICE_SECONDS, TURN_SECONDS / count) if many else MOST_SLICE_SECONDS
         # Whatever goes wrong with one connection costs that connection alone; on_failure logs and counts it.
         for key, events in ready:
             try:
@@ -401,7 +404,7 @@ class Worker:
 
     def _wake_some(self) -> None:
         """Wake those that wait for what has been put, as many as there is time for; the others in the next turn."""
-        until = time.monotonic() + LEAST_SLICE_SECONDS
+        until = time.monotonic() + MOST_SLICE_SECONDS
         while self._to_wake:
             connection = next(iter(self._to_wake))
             del self._to_wake[connection]
@@ -443,7 +446,7 @@ class Worker:
         self._short_of_room = self._short_of_room or bool(self._cramped)
 
     def _serve_queue(self, budget: Budget) -> None:
-        until = time.monotonic() + LEAST_SLICE_SECONDS
+        until = time.monotonic() + MOST_SLICE_SECONDS
         while (first := budget.first_that_fits()) in self._cramped and time.monotonic() < until:
             del self._cramped[first]
             try:
