@@ -214,7 +214,11 @@ def test_a_stranger_may_send_on_after_its_last_reply_but_not_for_ever(
     monkeypatch: pytest.MonkeyPatch, last: bytes
 ) -> None:
     monkeypatch.setattr(connection, "LINGER_SECONDS", 3600.0)
-    with serving(auth_token="x" * 20) as server, wire_to(server) as wire, wire_to(server) as other:
+    with (
+        serving(auth_token="x" * 20, auth_timeout_seconds=600) as server,
+        wire_to(server) as wire,
+        wire_to(server) as other,
+    ):
         wire.send(last)
         while wire.socket.recv(1000):
             pass
