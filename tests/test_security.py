@@ -724,6 +724,17 @@ def test_a_reload_that_would_leave_an_exposed_server_open_changes_nothing(
         assert (server.settings, server._services.gate, server._tls) == before
 
 
+def test_a_reload_that_brings_the_first_token_ends_connections_without_one() -> None:
+    settings: dict[str, object] = {}
+    load = lambda: config.load(kind=config.EmbeddedSettings, port=0, **settings)  # noqa: E731
+    with Server(load(), load=load) as server, wire_to(server) as wire:
+        assert wire.call("PUT", "t", "x") == 1
+        settings["auth_token"] = ADMIN
+        server.reload()
+        assert wire.receive().code == "NOAUTH"  # type: ignore[union-attr]
+        assert wire.ended()
+
+
 def test_a_reload_may_take_all_tokens_from_a_server_on_loopback() -> None:
     settings: dict[str, object] = {"auth_token": ADMIN}
     load = lambda: config.load(kind=config.EmbeddedSettings, port=0, **settings)  # noqa: E731

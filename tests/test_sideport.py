@@ -778,14 +778,15 @@ def test_a_stop_does_not_wait_for_a_place(server: Server, monkeypatch: pytest.Mo
     monkeypatch.setattr(sideport, "MAX_REQUESTS_AT_A_TIME", 1)
     monkeypatch.setattr(sideport, "REQUEST_TIMEOUT_SECONDS", 3600.0)
     asked, go = threading.Event(), threading.Event()
-    monkeypatch.setattr(server.status, "page", lambda: asked.set() or go.wait(SOON))  # type: ignore[func-returns-value]
-    with hang(server) as busy, hang(server):
+    monkeypatch.setattr(server.status, "page", lambda: asked.set() or go.wait())  # type: ignore[func-returns-value]
+    with hang(server) as busy, ThreadPoolExecutor(1) as thread:
         busy.sendall(b"GET /status.json HTTP/1.0\r\n\r\n")
         assert asked.wait(SOON)
-        try:
-            assert server.stop() == []
-        finally:
-            go.set()
+        with hang(server):
+            try:
+                assert thread.submit(server.stop).result(SOON) == []
+            finally:
+                go.set()
 
 
 # Clients that hang
