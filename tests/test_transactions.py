@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SOON, UNIT, Wire, serving, wait_until, wire_to
+from conftest import Wire, serving, wait_until, wire_to
 from dsmq import commands
 from dsmq.client import connect
 from dsmq.errors import ReplyError
@@ -79,11 +79,13 @@ def test_the_newest_message_below_an_id_is_found_in_what_is_written_too(server: 
         store.flush()
 
 
-def test_nothing_in_a_transaction_is_waited_for(wire: Wire) -> None:
-    wire.socket.settimeout(SOON)
+def test_nothing_in_a_transaction_is_waited_for(server: Server, wire: Wire) -> None:
     assert transact(wire, ("GETWAIT", "t", 86_400_000), ("READ", "t", 0, "WAIT", 86_400_000)) == [None, []]
     # Behind it, waits are waits again.
-    assert wire.call("GETWAIT", "t", round(UNIT * 1000)) is None
+    wire.send(encode_request(b"GETWAIT", b"t", b"60000"))
+    wait_until(lambda: server.waiting() == 1)
+    server._workers[0].post(lambda: server._workers[0].put_together([(b"t", b"x", None)]) and None)
+    assert wire.receive() == b"x"
 
 
 @pytest.mark.parametrize(
