@@ -636,6 +636,32 @@ def test_a_long_message_has_its_time_from_the_last_progress(server: Server) -> N
     asyncio.run(main())
 
 
+def test_an_idle_connection_is_kept_for_longer_than_a_reply_may_take(server: Server, states: list[str]) -> None:
+    async def main() -> None:
+        options: Any = {"timeout": 2 * UNIT, "on_state_change": states.append}
+        async with Proxy(server) as proxy, await connect(port=proxy.port, **options) as mq:
+            await mq.ping()
+            await asyncio.sleep(6 * UNIT)
+            await mq.ping()
+            assert proxy.accepted == 1
+
+    asyncio.run(main())
+    assert states == []
+
+
+def test_when_nobody_waits_for_a_connection_any_more_none_is_tried() -> None:
+    async def main() -> None:
+        with serving() as server:
+            mq = await connect(port=server.port)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(mq.ping(), UNIT)
+        while mq._here().shared._is_reviving:
+            await asyncio.sleep(UNIT / 20)
+        await mq.close()
+
+    asyncio.run(asyncio.wait_for(main(), SOON))
+
+
 # Waits
 
 
@@ -666,6 +692,18 @@ def test_a_wait_keeps_no_other_call_waiting(server: Server) -> None:
             await mq.ping()
         await mq.put("t", "x")
         assert await waiting == "x"
+
+    run(server, scenario)
+
+
+def test_behind_a_wait_that_was_cancelled_no_other_waits(server: Server) -> None:
+    async def scenario(mq: AsyncClient) -> None:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(mq.get_wait("none", timeout=math.inf), UNIT)
+        await mq.put("t", "x")
+        before = time.monotonic()
+        assert await mq.get_wait("t", timeout=SOON) == "x"
+        assert time.monotonic() - before < SOON / 2
 
     run(server, scenario)
 
@@ -757,12 +795,14 @@ import asyncio, ctypes, os, sys
 from dsmq.aio import connect
 
 async def begin():
-    mq = await connect(port={server.port})
+    mq = await connect(port={server.port}, on_state_change=lambda state: print(name, state))
     await mq.put_many("t", ["0"] * 3)
     assert await mq.get("t") == "0"
     return mq
 
-async def go_on(name):
+name = "parent"
+
+async def go_on():
     reads = []
     for number in range(200):
         await asyncio.gather(mq.put(name, f"{{name}} {{number}}"), mq.put("t", name))
@@ -775,12 +815,13 @@ loop = asyncio.new_event_loop()
 mq = loop.run_until_complete(begin())
 child = {fork}()
 if child:
-    loop.run_until_complete(go_on("parent"))
+    loop.run_until_complete(go_on())
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 else:
     status = 1
     try:
-        asyncio.run(go_on("child"))
+        name = "child"
+        asyncio.run(go_on())
         status = 0
     finally:
         os._exit(status)
@@ -895,6 +936,16 @@ def test_a_name_whose_addresses_all_refuse_is_refused_in_words(monkeypatch: pyte
         resolve(monkeypatch, ("127.0.0.2", one[1]), one)
         with pytest.raises(ConnectionRefusedError, match=r"no server answers at several\.example port 5"):
             asyncio.run(connect("several.example", 5, retry=False))
+
+
+def test_an_address_that_does_not_answer_keeps_nobody_from_a_server_that_is_starting_at_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(channel, "REST_SECONDS", UNIT)
+    with black_hole() as address, nobody() as refusing:
+        resolve(monkeypatch, refusing, address)
+        with pytest.raises(ConnectionRefusedError, match="no server answers"):
+            asyncio.run(connect("several.example", 5, timeout=SOON / 2, retry=False))
 
 
 def test_a_connect_that_takes_too_long_says_so() -> None:
