@@ -405,10 +405,10 @@ def test_a_connection_that_breaks_again_and_again_is_replaced_as_long_as_some_ca
     async def main() -> None:
         async with (
             Proxy(server, one_by_one) as proxy,
-            await connect(port=proxy.port, reconnect_timeout=4 * UNIT) as mq,
+            await connect(port=proxy.port, reconnect_timeout=15 * UNIT) as mq,
         ):
-            ids = await asyncio.gather(*(mq.put("t", str(number)) for number in range(10)))
-            assert ids == list(range(1, 11))
+            ids = await asyncio.gather(*(mq.put("t", str(number)) for number in range(25)))
+            assert ids == list(range(1, 26))
 
     asyncio.run(main())
 
@@ -530,7 +530,7 @@ def test_what_a_generator_gave_before_its_error_is_stored(server: Server) -> Non
 
 def test_a_defect_in_the_server_fails_one_call_and_the_others_go_on(server: Server, states: list[str]) -> None:
     async def break_one(proxy: Proxy, data: bytes) -> bytes:
-        if data.startswith(b":1\r\n:2\r\n"):
+        if data.startswith(b":") and b":2\r\n" in data and not states:
             asyncio.get_running_loop().call_later(UNIT, proxy.cut)
             return data.replace(b":2\r\n", b"-INTERNAL a defect\r\n")
         return data
@@ -836,6 +836,29 @@ else:
     found = subprocess.run(command, capture_output=True, text=True, timeout=SOON, check=False)
     assert (found.stdout, found.stderr) == ("0\n", "")
     assert server.totals().stored == 3 + 2 * 2 * 200
+
+
+def test_the_event_loop_of_the_parent_process_is_refused_in_a_child(server: Server) -> None:
+    program = f"""
+import asyncio, os
+from dsmq.aio import connect
+
+loop = asyncio.new_event_loop()
+mq = loop.run_until_complete(connect(port={server.port}, on_state_change=print))
+if not os.fork():
+    try:
+        loop.run_until_complete(mq.put("t", "x"))
+    except RuntimeError as error:
+        print(error, flush=True)
+    os._exit(0)
+os.wait()
+print(loop.run_until_complete(mq.put("t", "y")))
+"""
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=SOON, check=False)
+    told, *rest = found.stdout.splitlines()
+    assert "a child process has to run one of its own" in told
+    assert (rest, found.stderr) == (["1"], "")
 
 
 # Cancellation

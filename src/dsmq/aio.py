@@ -293,7 +293,9 @@ class AsyncClient:
     def _enter(self) -> Pool:
         """Go on in another event loop, or in a child process, with connections of its own."""
         if self._pool and self._pool.pid != os.getpid():
-            # In a child process, another thread that had the lock does not exist.
+            if self._pool.loop is asyncio.get_running_loop():
+                raise RuntimeError("this event loop is the parent process's: a child process has to run one of its own")
+            # Another thread that had the lock does not exist in a child process.
             self._lock = threading.Lock()
         with self._lock:
             if self._pool and self._pool.is_in_use:
