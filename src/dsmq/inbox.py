@@ -61,11 +61,11 @@ class _Stretch:
         number: int | None,
         *,
         end: float = math.inf,
-        known: int | None = None,
+        known: tuple[int, int] = (0, 0),
         ahead: Sequence[Entry] = (),
         fresh: float = 0.0,
         missed: int = 0,
-        generation: int = 0,
+        generation: tuple[int, int] = (0, 0),
         ask: bool = False,
         rest: _Stretch | None = None,
     ) -> None:
@@ -75,11 +75,15 @@ class _Stretch:
         self.end = end
         """The last id of it; infinite for the last stretch."""
         self.known = known
-        """The highest number that it was seen to hold, to count what expires before it is read."""
+        """Id and number of the newest message that it was seen to hold, to count what expires before it is read."""
         self.ahead = ahead
         self.fresh = fresh
         """Until when the read-ahead may be handed out unasked; infinite if the server can't have it any more."""
-        self.missed, self.generation, self.rest = missed, generation, rest
+        self.missed, self.rest = missed, rest
+        self.generation = generation
+        """How often it was told to read elsewhere, and how often messages were found to have expired since: replies to
+        what was asked before are of no use.
+        """
         self.ask = ask
         """Whether the server may have lost messages up to `number`, and is to be asked where the numbers go on."""
         self.next: dict[int, _Step] = {}
@@ -101,7 +105,7 @@ class _Stretch:
         """Return what is left of it, with another read-ahead."""
         known = self.known
         if len(self.ahead) > at:
-            known = self.ahead[-1].number
+            known = max(known, self.ahead[-1][:2])
         ask = self.ask and not at
         return _Stretch(
             self.era,
@@ -116,17 +120,30 @@ class _Stretch:
             rest=self.rest,
         )
 
+    def continues(self, before: _Stretch, behind: int) -> bool:
+        """Return whether a reply is of use that was asked for in a state before, behind this id."""
+        if self.era is not before.era or self.generation != before.generation or self.fresh == math.inf:
+            return False
+        return behind <= (self.ahead[-1].id if self.ahead else self.id)
+
+    def lost(self, at: int) -> int:
+        """Return how many messages have expired if no more of it comes."""
+        last_id, number = self.handed(at)
+        if number is None or self.known[0] <= last_id:
+            return 0
+        return max(0, self.known[1] - number)
+
     def over(self, at: int) -> _Stretch | None:
-        """Return the state after the server had no more of it: what was known to come has expired. None: the same."""
-        number = self.handed(at)[1]
-        lost = self.known - number if number is not None and self.known is not None and self.known > number else 0
-        if self.rest is None and not lost:
+        """Return the state after the server had no more of it; None if it is the same."""
+        if self.rest is None and self.known[0] <= (self.ahead[-1].id if self.ahead else self.id):
             return None
+        lost = self.lost(at)
         missed = self.missed_at(at) + lost
         if self.rest:
             return _rest(self.rest, missed)
         after = self.rest_from(at)
-        after.number, after.missed = self.known, missed
+        after.number, after.missed = self.known[1], missed
+        after.generation = self.generation[0], self.generation[1] + 1
         return after
 
 
@@ -134,6 +151,10 @@ _Step: TypeAlias = "tuple[int] | _Stretch"
 """How many of the read-ahead have been taken, or another state."""
 Claim: TypeAlias = "list[tuple[Inbox, _Stretch, int, _Step]]"
 """What a call has taken, noted before it is taken, so that all can be given back wherever it is interrupted."""
+
+
+Asked: TypeAlias = "tuple[_Stretch, int]"
+"""What a READ goes by: the state in which it is asked, and the id behind which to read."""
 
 
 def give_back(claim: Claim) -> None:
@@ -207,46 +228,48 @@ class Inbox:
             after = stretch.rest_from(at, stretch.ahead[at:], stretch.fresh)
             after.ask = False
             if after.id > after.era.restored_id or restored < (after.number or 0):
-                after.number, after.known = restored, None
+                after.number, after.known = restored, (0, 0)
             if self._move(stretch, at, after):
                 return
 
     # What is asked
 
-    def asked(self) -> tuple[Era, int, int]:
-        """Return what a READ goes by: era, generation, and the id behind which to read."""
-        stretch, at = self._place()
-        after = stretch.ahead[-1].id if len(stretch.ahead) > at else stretch.handed(at)[0]
-        return stretch.era, stretch.generation, after
+    def asked(self) -> Asked:
+        """Return what to ask by for more."""
+        stretch = self._place()[0]
+        after = stretch.ahead[-1].id if stretch.ahead else stretch.id
+        return stretch, after
 
-    def asked_for_latest(self) -> tuple[Era, int, int]:
-        """Return the same for READ … LATEST, which passes over the read-ahead."""
+    def asked_for_latest(self) -> Asked:
+        """Return what to ask by for the latest, which passes over the read-ahead."""
         stretch, at = self._place()
         last = stretch
         while last.rest:
             last, at = last.rest, 0
-        return stretch.era, stretch.generation, last.handed(at)[0]
+        return stretch, last.handed(at)[0]
 
     # What comes
 
-    def accept(self, asked: tuple[Era, int, int], found: list[Entry]) -> bool:
+    def accept(self, asked: Asked, found: list[Entry]) -> bool:
         """Take in the reply to a READ; return whether there may be more now.
 
         What another thread has fetched meanwhile is known by its ids. What was asked for elsewhere, before a `seek` or
         in another epoch, is passed over.
         """
+        before, behind = asked
         while True:
             stretch, at = self._place()
-            ahead = stretch.ahead[at:]
-            end = ahead[-1].id if ahead else stretch.handed(at)[0]
-            if (stretch.era, stretch.generation) != asked[:2] or asked[2] > end or stretch.fresh == math.inf:
+            if stretch is not before and not stretch.continues(before, behind):
                 return True
-            new = [entry for entry in found if end < entry.id <= stretch.end]
+            end = stretch.ahead[-1].id if stretch.ahead else stretch.id
+            new = [entry for entry in found if end < entry.id <= stretch.end] if found else found
             if new:
+                ahead = stretch.ahead[at:]
                 fresh = stretch.fresh if ahead else boot_time() + FRESH_SECONDS
                 after: _Stretch | None = stretch.rest_from(at, [*ahead, *new], fresh)
             else:
-                after = None if ahead or asked[2] != end else stretch.over(at)
+                # An older reply says nothing of what was known later.
+                after = stretch.over(at) if stretch is before and at == len(stretch.ahead) else None
             if after is None:
                 return bool(found)
             if self._move(stretch, at, after):
@@ -262,8 +285,8 @@ class Inbox:
         for entry in new:
             missed += _hole(last, entry.number)
             last = entry.number
-        if not new and stretch.known is not None and last is not None:
-            missed = max(0, stretch.known - last)
+        if not new:
+            missed = stretch.lost(at)
         if missed:
             _logger.warning("topic %r: %d messages expired before they were read", self.topic, missed)
 
@@ -273,20 +296,22 @@ class Inbox:
         It stops short of one that can't be converted. Raises MessageNotText if that is the first.
         """
         while True:
-            stretch, at = self._place()
-            if at == len(stretch.ahead):
-                return []
-            now = boot_time()
-            if now > stretch.fresh or stretch.ahead[at].expires <= now:
+            stretch, at = self._seen
+            if at in stretch.next or stretch.era.next or at == len(stretch.ahead):
+                stretch, at = self._place()
+                if at == len(stretch.ahead):
+                    return []
+            now, entry = boot_time(), stretch.ahead[at]
+            if now > stretch.fresh or entry.expires <= now:
                 self._refresh(stretch, at, now)
                 continue
-            if n == 1:
-                taken = [convert(self, stretch.ahead[at])]
-            else:
-                taken = _converted(self, stretch.ahead[at : at + n], now, convert)
+            taken = [convert(self, entry)]
+            if n > 1:
+                taken += _converted(self, stretch.ahead[at + 1 : at + n], now, convert)
             step = (at + len(taken),)
             claim.append((self, stretch, at, step))
-            if self._move(stretch, at, step):
+            if stretch.next.setdefault(at, step) is step:
+                self._seen = stretch, step[0]
                 return taken
 
     def _refresh(self, stretch: _Stretch, at: int, now: float) -> None:
@@ -302,14 +327,14 @@ class Inbox:
         self._move(stretch, at, after)
 
     def take_latest(
-        self, claim: Claim, asked: tuple[Era, int, int], found: list[Entry], convert: Callable[[Inbox, Entry], T]
+        self, claim: Claim, asked: Asked, found: list[Entry], convert: Callable[[Inbox, Entry], T]
     ) -> list[T] | None:
         """Take what READ … LATEST found, and pass over all before it. None if it was asked for elsewhere."""
         while True:
             stretch, at = self._place()
-            if (stretch.era, stretch.generation) != asked[:2]:
+            if stretch.era is not asked[0].era or stretch.generation != asked[0].generation:
                 return None
-            if not found or found[-1].id <= self.asked_for_latest()[2]:
+            if not found or found[-1].id <= self.asked_for_latest()[1]:
                 # What was given back, or comes from a server that is gone, may be there nevertheless.
                 return self.take(claim, 1, convert) if stretch.rest else []
             entry = found[-1]
@@ -323,7 +348,8 @@ class Inbox:
     def give_back(self, stretch: _Stretch, at: int, step: _Step) -> None:
         """Have messages read again that were taken from a state."""
         ahead = stretch.ahead[at : step[0]] if isinstance(step, tuple) else ()
-        end, known = ahead[-1][:2] if isinstance(step, tuple) else (step.id, step.number)
+        last = ahead[-1] if isinstance(step, tuple) else step
+        known = last.id, last.number or 0
         last_id, number = stretch.handed(at)
         counted = stretch.missed_at(step[0]) - stretch.missed_at(at) if isinstance(step, tuple) else 0
         if number is None and ahead:
@@ -331,21 +357,21 @@ class Inbox:
         while True:
             now, now_at = self._place()
             is_here = now.era is stretch.era
-            if now.generation != stretch.generation or not (ahead or is_here):
+            if now.generation[0] != stretch.generation[0] or not (ahead or is_here):
                 return
             back = _Stretch(
                 now.era,
                 last_id,
                 number,
-                end=end,
+                end=last.id,
                 known=known,
                 ahead=ahead,
                 fresh=stretch.fresh if is_here else math.inf,
-                missed=now.missed_at(now_at) - counted,
                 generation=now.generation,
-                rest=now.rest_from(now_at, now.ahead[now_at:], now.fresh),
             )
-            if self._move(now, now_at, back):
+            after = _inserted(now.rest_from(now_at, now.ahead[now_at:], now.fresh), back)
+            after.missed = now.missed_at(now_at) - counted
+            if self._move(now, now_at, after):
                 return
 
     def seek(self, position: int, number: int | None = None) -> None:
@@ -354,9 +380,18 @@ class Inbox:
             raise ValueError(f"an id is 0 or more, not {position}")
         while True:
             stretch, at = self._place()
-            missed, generation = stretch.missed_at(at), stretch.generation + 1
+            missed, generation = stretch.missed_at(at), (stretch.generation[0] + 1, 0)
             if self._move(stretch, at, _Stretch(stretch.era, position, number, missed=missed, generation=generation)):
                 return
+
+
+def _inserted(stretch: _Stretch, back: _Stretch) -> _Stretch:
+    """Return a chain of stretches, not in use yet, with another one at its place."""
+    if back.id < stretch.id or stretch.rest is None:
+        back.rest = stretch
+        return back
+    stretch.rest = _inserted(stretch.rest.rest_from(0, stretch.rest.ahead, stretch.rest.fresh), back)
+    return stretch
 
 
 def _rest(rest: _Stretch, missed: int) -> _Stretch:
@@ -367,9 +402,9 @@ def _rest(rest: _Stretch, missed: int) -> _Stretch:
 
 
 def _converted(inbox: Inbox, entries: Sequence[Entry], now: float, convert: Callable[[Inbox, Entry], T]) -> list[T]:
-    """Convert messages, the first of which has not expired, up to one that can't be or has."""
-    taken = [convert(inbox, entries[0])]
-    for entry in entries[1:]:
+    """Convert messages, up to one that can't be converted or has expired."""
+    taken = []
+    for entry in entries:
         if entry.expires <= now:
             break
         try:
@@ -414,12 +449,12 @@ def _restarted(part: _Stretch, era: Era) -> list[_Stretch]:
     """Divide a stretch: what the server may still have, what it has lost, and what it puts from now on."""
     is_gone = part.fresh == math.inf
     ahead = [entry for entry in part.ahead if is_gone or entry.id > era.restored_id]
-    kept = [entry.number for entry in part.ahead if not is_gone and entry.id <= era.restored_id]
+    kept = [entry[:2] for entry in part.ahead if not is_gone and entry.id <= era.restored_id]
     ask = part.number is not None or bool(part.ahead)
-    known = kept[-1] if kept else None
+    known = kept[-1] if kept else (0, 0)
     if not ahead:
         return [_Stretch(era, part.id, part.number, end=part.end, known=known, ask=ask)]
-    found = [_gone(ahead, known or part.number, era)]
+    found = [_gone(ahead, known[1] or part.number, era)]
     if kept:
         found.insert(0, _Stretch(era, part.id, part.number, end=era.restored_id, known=known, ask=ask))
     if part.end == math.inf:
@@ -432,7 +467,7 @@ def _gone(ahead: Sequence[Entry], number: int | None, era: Era) -> _Stretch:
     if number is None or number >= ahead[0].number:
         number = ahead[0].number - 1
     last = ahead[-1]
-    return _Stretch(era, ahead[0].id - 1, number, end=last.id, known=last.number, ahead=ahead, fresh=math.inf)
+    return _Stretch(era, ahead[0].id - 1, number, end=last.id, known=last[:2], ahead=ahead, fresh=math.inf)
 
 
 def read_request(topic: str, after: int, *options: bytes) -> bytes:
