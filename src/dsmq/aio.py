@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -33,6 +32,7 @@ from dsmq.inbox import Claim, Entry, Inbox, give_back
 from dsmq.link import ClosedSilently, Security, target
 from dsmq.protocol import Reply
 from dsmq.session import Message, State
+from dsmq.system import process
 
 __all__ = ["AsyncClient", "Message", "connect"]
 
@@ -149,9 +149,7 @@ class AsyncClient:
         claim: Claim = []
         try:
             convert = wire.converter(raw=raw)
-            return blocking.first(
-                await self._read(calls.latest(self._session, claim, topic, convert)), default, raw=raw
-            )
+            return blocking.first(await self._latest(claim, topic, convert), default, raw=raw)
         except BaseException:
             give_back(claim)
             raise
@@ -180,7 +178,7 @@ class AsyncClient:
         claim: Claim = []
         try:
             if latest:
-                return await self._read(calls.latest(self._session, claim, topic, self._session.message))
+                return await self._latest(claim, topic, self._session.message)
             return await self._many(claim, topic, n, timeout, self._session.message)
         except BaseException:
             give_back(claim)
@@ -258,23 +256,24 @@ class AsyncClient:
 
     async def _some(self, claim: Claim, topic: str, n: int, seconds: float, convert: Convert[T]) -> list[T]:
         """Take up to `n` messages; if there is none, wait for the first. What is taken is noted in `claim`."""
-        taken = self._session.inbox(topic).take(claim, n, convert) if n else []
-        if len(taken) == n:
-            return taken
-        return await self._read(calls.some(self._session, claim, topic, n, seconds, convert, taken))
+        inbox = self._session.inbox(topic)
+        taken = inbox.take(claim, n, convert) if n else []
+        if len(taken) < n:
+            await self._read(calls.some(self._session, inbox, claim, taken, n, seconds, convert))
+        return taken
 
     async def _many(self, claim: Claim, topic: str, n: int, timeout: float, convert: Convert[T]) -> list[T]:
         return await self._some(claim, topic, arguments.count("n", n), arguments.seconds("timeout", timeout), convert)
 
-    async def _read(self, reading: Reading[T]) -> T:
+    async def _latest(self, claim: Claim, topic: str, convert: Convert[T]) -> list[T]:
+        taken: list[T] = []
+        await self._read(calls.latest(self._session, claim, taken, topic, convert))
+        return taken
+
+    async def _read(self, reading: Reading) -> None:
         """Make the calls that reading takes."""
-        try:
-            call = next(reading)
-            while True:
-                call = reading.send(await (self._here().wait(call) if call.waits else self._ask(call)))
-        except StopIteration as end:
-            found: T = end.value
-            return found
+        while (call := next(reading, None)) is not None:
+            call.reply = await (self._here().wait(call) if call.waits else self._ask(call))
 
     # Connections
 
@@ -286,14 +285,16 @@ class AsyncClient:
         if self._closed:
             raise ClientClosed("the client is closed")
         pool = self._pool
-        if pool is None or pool.loop is not asyncio.get_running_loop() or pool.pid != os.getpid():
+        if pool is None or pool.loop is not asyncio.get_running_loop() or pool.process is not process():
             return self._enter()
         return pool
 
     def _enter(self) -> Pool:
         """Go on in another event loop, or in a child process, with connections of its own."""
-        if self._pool and self._pool.pid != os.getpid():
-            # In a child process, another thread that had the lock does not exist.
+        if self._pool and self._pool.process is not process():
+            if self._pool.loop is asyncio.get_running_loop():
+                raise RuntimeError("this event loop is the parent process's: a child process has to run one of its own")
+            # Another thread that had the lock does not exist in a child process.
             self._lock = threading.Lock()
         with self._lock:
             if self._pool and self._pool.is_in_use:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import os
 import socket
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable
@@ -22,7 +21,7 @@ from dsmq.errors import ClientClosed, ConnectionLost, DSMQError, ProtocolError, 
 from dsmq.link import ENDED, LONG_PAUSE_SECONDS, closed_silently, raise_if_known
 from dsmq.protocol import Reply, ReplyParser
 from dsmq.session import Session, State
-from dsmq.system import expect_long_messages, unsent_bytes
+from dsmq.system import expect_long_messages, process, unsent_bytes
 
 # How many requests may be unanswered on a connection: as many puts as a server surely remembers of one producer.
 _MAX_UNANSWERED = 2 * PUTS_AT_ONCE
@@ -95,7 +94,7 @@ class Pool:
 
     def __init__(self, connector: Connector) -> None:
         self.loop = asyncio.get_running_loop()
-        self.pid = os.getpid()
+        self.process = process()
         self._connector = connector
         self._channels: set[Channel] = set()
         # Those that were used to wait; the one used last stands last.
@@ -110,7 +109,7 @@ class Pool:
     @property
     def is_in_use(self) -> bool:
         """Whether its event loop is running, in another thread."""
-        return self.pid == os.getpid() and self.loop.is_running()
+        return self.process is process() and self.loop.is_running()
 
     async def wait(self, call: Request) -> Reply:
         """Make a call that waits on a connection of its own: what stands behind it would wait too."""
@@ -134,7 +133,7 @@ class Pool:
 
     def _drop(self, channel: Channel, error: BaseException) -> None:
         self._channels.discard(channel)
-        if self.pid != os.getpid() or self.loop.is_closed():
+        if self.process is not process() or self.loop.is_closed():
             channel.abandon()
         else:
             channel.close(error)
