@@ -26,7 +26,7 @@ from dsmq.server import Server
 # All timing in the tests is in this unit, in seconds: long enough that a busy machine does not matter.
 UNIT = float(os.environ.get("DSMQ_TEST_UNIT", "0.1"))
 # What is to happen has to within this.
-SOON = 100 * UNIT
+SOON = 300 * UNIT
 
 
 @pytest.fixture(autouse=True)

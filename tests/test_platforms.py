@@ -165,7 +165,7 @@ async def main(host):
     loop.add_signal_handler(signal.SIGTERM, called.set)
     server = multiprocessing.get_context("fork").Process(target=serve, args=(host,))
     server.start()
-    with connect(host) as mq:
+    with connect(host, timeout=float(sys.argv[2])) as mq:
         mq.put("t", "x")
     server.terminate()
     while server.is_alive():
@@ -179,7 +179,7 @@ asyncio.run(main(sys.argv[1]))
 
 
 def test_terminate_of_a_forked_server_calls_no_handler_of_its_parent(tmp_path: Path) -> None:
-    command = [sys.executable, "-W", "ignore", "-c", FORKED, f"unix:{tmp_path}/socket"]
+    command = [sys.executable, "-W", "ignore", "-c", FORKED, f"unix:{tmp_path}/socket", str(SOON)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SOON)
     assert (done.stdout, done.stderr) == ("exit status 0 handler called False\n", "")
 
@@ -224,7 +224,7 @@ def example() -> str:
 def test_example_of_the_readme_runs_with_every_start_method(tmp_path: Path, method: str) -> None:
     used = f"""
         from dsmq.client import connect
-        with connect("unix:{tmp_path}/socket") as mq:
+        with connect("unix:{tmp_path}/socket", timeout={SOON}) as mq:
             mq.put("greetings", "hello")
 """
     code = example().replace('("127.0.0.1", 30008)', f'("unix:{tmp_path}/socket",)')

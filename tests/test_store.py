@@ -294,6 +294,18 @@ def test_a_message_is_read_until_it_is_older_than_the_limit(
     assert read(store, b"t") == store.latest(b"t", 0) == []
 
 
+@pytest.mark.parametrize("written", [False, True])
+def test_expiry_keeps_a_message_that_is_as_old_as_it_may_be(store: SQLiteStore, clock: Clock, written: bool) -> None:
+    put(store, b"t", b"too old")
+    clock.now += 1
+    put(store, b"t", b"not yet")
+    if written:
+        store._write_tails()
+    clock.now += MAX_AGE
+    assert [store.expire(), store.expire()] == [1, 0]
+    assert read(store, b"t") == [Message(2, 2, MAX_AGE, b"not yet")]
+
+
 def test_what_is_too_old_counts_as_held_until_it_is_deleted(store: SQLiteStore, clock: Clock) -> None:
     put(store, b"t", b"old")
     clock.now += MAX_AGE + 1
