@@ -622,7 +622,7 @@ def _affordable(connections: int) -> int:
 def main(arguments: Sequence[str]) -> None:
     """Serve on the host and port of a command line; both may be left out."""
     host, port, *others = [*arguments, *("127.0.0.1", "30008")[len(arguments) :]]
-    if others or not (port.isascii() and port.isdigit()):
+    if others or not (port.isascii() and port.isdigit() and len(port) < 10):
         sys.exit("usage: server.py [host [port]]")
     logs.never_block()
     try:
