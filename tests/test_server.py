@@ -402,7 +402,6 @@ def test_a_client_that_sends_on_behind_the_last_reply_is_not_reset(server: Serve
         assert wire.ended()
 
 
-
 def test_inline_requests(wire: Wire) -> None:
     wire.send(b'PUT greetings "hello, you"\r\n\nGET greetings\n')
     assert [wire.receive(), wire.receive()] == [1, b"hello, you"]

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from harness import LIBRARIES, Library, Program
+from harness import GLIDE, LIBRARIES, Library, Program
 
 from conftest import SOON, Daemon, daemon, serving, wait_until
 from dsmq.client import connect
@@ -92,6 +92,12 @@ def test_a_token_and_both_versions_of_resp(library: Library) -> None:
             wait_until(lambda: any("token" in error or "max retries" in error for error in program.errors))
             assert program.said == []
         assert server.totals().messages == len(library.protocols)
+
+
+def test_valkey_glide_connects() -> None:
+    with serving() as server, GLIDE.running(server.port) as program:
+        assert program.call("PUT", "t", "x") == "= 1"
+        check_in_step(program)
 
 
 def test_shutdown_by_the_method_of_the_library(library: Library) -> None:
