@@ -33,7 +33,8 @@ from conftest import SOON, tool
 
 PROGRAMS = Path(__file__).parent / "programs"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsmq-tests" / "clients"
-REDIGO = Path("/usr/share/gocode/src/github.com/gomodule/redigo")
+GOPATH = Path("/usr/share/gocode")
+REDIGO = GOPATH / "src/github.com/gomodule/redigo"
 
 
 class Program:
@@ -71,7 +72,7 @@ class Program:
         assert self.process.stdin is not None
         self.process.stdin.write(" ".join(map(str, words)) + "\n")
 
-    def answer(self, seconds: float = SOON) -> str:
+    def answer(self, seconds: float = SOON * 3) -> str:
         return self._answers.get(timeout=seconds)
 
     def ask(self, *words: str | int) -> str:
@@ -173,9 +174,8 @@ def _go() -> list[str]:
     go = tool("go", "golang-go")
     if not REDIGO.exists():
         pytest.skip("Debian's package golang-github-gomodule-redigo-dev is not installed")
-    return _compiled(
-        "redigo.go", ["env", "CGO_ENABLED=0", "GO111MODULE=off", "GOPATH=/usr/share/gocode", go, "build"], []
-    )
+    settings = "CGO_ENABLED=0", "GO111MODULE=off", f"GOPATH={GOPATH}"
+    return _compiled("redigo.go", ["env", *settings, go, "build"], [])
 
 
 def _need(command: list[str], package: str) -> None:
