@@ -617,9 +617,7 @@ class Connection:
         except (BlockingIOError, InterruptedError):
             sent = 0
         except OSError as error:
-            # While it lingers there is nothing left to send, and this end is shut down.
-            if self._linger_until == math.inf:
-                self.close(error.strerror or str(error))
+            self.close(error.strerror or str(error))
             return
         self.counters.bytes_out += sent
         left = size - sent

@@ -33,7 +33,8 @@ from conftest import SOON, tool
 
 PROGRAMS = Path(__file__).parent / "programs"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsmq-tests" / "clients"
-REDIGO = Path("/usr/share/gocode/src/github.com/gomodule/redigo")
+GOPATH = Path("/usr/share/gocode")
+REDIGO = GOPATH / "src/github.com/gomodule/redigo"
 
 
 class Program:
@@ -71,7 +72,7 @@ class Program:
         assert self.process.stdin is not None
         self.process.stdin.write(" ".join(map(str, words)) + "\n")
 
-    def answer(self, seconds: float = SOON) -> str:
+    def answer(self, seconds: float = SOON * 3) -> str:
         return self._answers.get(timeout=seconds)
 
     def ask(self, *words: str | int) -> str:
@@ -115,16 +116,16 @@ class Library:
         return self.name
 
 
-def _python(version: str) -> Library:
-    """redis-py of a version, or with "" of that which the tests are installed with."""
-    folder = CACHE / f"redis-py-{version}-{sys.implementation.cache_tag}" if version else None
+def _python(program: str, package: str, protocols: tuple[int, ...] = (2,)) -> Library:
+    """A package of this version; the redis-py that the tests are installed with needs none."""
+    folder = CACHE / f"{package}-{sys.implementation.cache_tag}" if "==" in package else None
 
     def prepare() -> list[str]:
         if folder:
-            _install(folder, sys.executable, "-m", "pip", "install", "--quiet", "--target", "{}", f"redis=={version}")
-        return [sys.executable, str(PROGRAMS / "redis_py.py")]
+            _install(folder, sys.executable, "-m", "pip", "install", "--quiet", "--target", "{}", package)
+        return [sys.executable, str(PROGRAMS / program)]
 
-    return Library(f"redis-py-{version or 'newest'}", prepare, folder, (2,) if version.startswith("4") else (2, 3))
+    return Library(package.replace("redis==", "redis-py-"), prepare, folder, protocols)
 
 
 def _node(program: str, package: str, version: str, protocols: tuple[int, ...] = (2,)) -> Library:
@@ -173,7 +174,8 @@ def _go() -> list[str]:
     go = tool("go", "golang-go")
     if not REDIGO.exists():
         pytest.skip("Debian's package golang-github-gomodule-redigo-dev is not installed")
-    return _compiled("redigo.go", ["env", "CGO_ENABLED=0", "GO111MODULE=off", "GOPATH=/usr/share/gocode", go, "build"], [])
+    settings = "CGO_ENABLED=0", "GO111MODULE=off", f"GOPATH={GOPATH}"
+    return _compiled("redigo.go", ["env", *settings, go, "build"], [])
 
 
 def _need(command: list[str], package: str) -> None:
@@ -193,9 +195,9 @@ def _compiled(source: str, compiler: list[str], libraries: list[str]) -> list[st
 
 
 LIBRARIES = [
-    _python("4.6.0"),
-    _python("5.2.0"),
-    _python(""),
+    _python("redis_py.py", "redis==4.6.0"),
+    _python("redis_py.py", "redis==5.2.0", (2, 3)),
+    _python("redis_py.py", "redis-py", (2, 3)),
     _node("ioredis.js", "ioredis", "3"),
     _node("ioredis.js", "ioredis", "5"),
     _node("ioredis.js", "ioredis", "6"),
@@ -207,3 +209,4 @@ LIBRARIES = [
     Library("hiredis", _c),
     Library("redigo", _go),
 ]
+GLIDE = _python("glide.py", "valkey-glide-sync==2.6.0")

@@ -24,10 +24,12 @@ static int start(void) {
     return right;
 }
 
-/* The reply, NULL where the connection broke; up to 16 words. */
+/* The reply, NULL if the connection broke. */
 static redisReply *call(int count, const char **words) { return start() ? redisCommandArgv(context, count, words, NULL) : NULL; }
 
-static int is_epoch(redisReply *reply) { return reply->type == REDIS_REPLY_ERROR && !strncmp(reply->str, "EPOCH ", 6); }
+static int is_error(redisReply *reply, const char *code) {
+    return reply->type == REDIS_REPLY_ERROR && !strncmp(reply->str, code, strlen(code));
+}
 
 /* Print each message once: the id of the last one, and the epoch, say where to read on. Returns the error that ends it. */
 static redisReply *read_all(const char *topic) {
@@ -39,10 +41,10 @@ static redisReply *read_all(const char *topic) {
             usleep(50000);
             continue;
         }
-        if (is_epoch(reply)) { /* Another server, or one that has lost its messages: all it has is new. */
+        if (is_error(reply, "EPOCH ")) { /* Another server, or one that has lost its messages: all it has is new. */
             sscanf(reply->str, "EPOCH %79s", epoch);
             strcpy(after, "0");
-        } else if (reply->type == REDIS_REPLY_ERROR) {
+        } else if (reply->type == REDIS_REPLY_ERROR && !is_error(reply, "CLOSING ")) {
             return reply;
         }
         for (size_t at = 0; at + 5 <= reply->elements; at += 5) {
@@ -71,15 +73,16 @@ static redisReply *write_all(const char *topic, int seq, int last) {
             usleep(50000);
             continue;
         }
-        if (is_epoch(reply)) {
+        if (is_error(reply, "EPOCH ")) {
             sscanf(reply->str, "EPOCH %*s %79s", run);
             if (again) printf("? %d\n", seq++);
-        } else if (reply->type == REDIS_REPLY_ERROR) {
-            return reply;
-        } else {
+            again = 0;
+        } else if (reply->type == REDIS_REPLY_INTEGER) {
             printf("- %lld %d\n", reply->integer, seq++);
+            again = 0;
+        } else if (!is_error(reply, "CLOSING ")) {
+            return reply;
         }
-        again = 0;
         freeReplyObject(reply);
     }
     return NULL;

@@ -18,8 +18,9 @@ async function read(topic) {
       }
     } catch (error) {
       // Another server, or one that has lost its messages: all it has is new.
-      if (error.message.startsWith("EPOCH ")) [after, epoch] = [0, error.message.split(" ")[1]];
-      else if (error.name === "ReplyError") throw error;
+      const [code, current] = error.message.split(" ");
+      if (code === "EPOCH") [after, epoch] = [0, current];
+      else if (error.name === "ReplyError" && code !== "CLOSING") throw error;
       else await sleep(50);
     }
   }
@@ -37,14 +38,15 @@ async function write(topic, first, last) {
         console.log("-", await client.call("PUT", topic, seq, "KEY", producer, seq, ...again, "RUN", run), seq);
         break;
       } catch (error) {
-        if (error.message.startsWith("EPOCH ")) {
+        const [code, , current] = error.message.split(" ");
+        if (code === "EPOCH") {
           const isDoubtful = run !== "unknown";
-          run = error.message.split(" ")[2];
+          run = current;
           if (!isDoubtful) continue;
           console.log("?", seq);
           break;
         }
-        if (error.name === "ReplyError") throw error;
+        if (error.name === "ReplyError" && code !== "CLOSING") throw error;
         await sleep(50);
       }
     }

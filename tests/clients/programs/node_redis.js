@@ -51,8 +51,9 @@ async function read(topic) {
       }
     } catch (error) {
       // Another server, or one that has lost its messages: all it has is new.
-      if (error.message.startsWith("EPOCH ")) [after, epoch] = [0, error.message.split(" ")[1]];
-      else if (library.isReply(error)) throw error;
+      const [code, current] = error.message.split(" ");
+      if (code === "EPOCH") [after, epoch] = [0, current];
+      else if (library.isReply(error) && code !== "CLOSING") throw error;
       else await sleep(50);
     }
   }
@@ -68,14 +69,15 @@ async function write(topic, first, last) {
         console.log("-", await library.call("PUT", topic, seq, "KEY", producer, seq, ...again, "RUN", run), seq);
         break;
       } catch (error) {
-        if (error.message.startsWith("EPOCH ")) {
-          run = error.message.split(" ")[2];
+        const [code, , current] = error.message.split(" ");
+        if (code === "EPOCH") {
+          run = current;
           if (!again.length) continue;
           console.log("?", seq);
           break;
         }
-        if (library.isReply(error)) throw error;
-        again = ["AGAIN"];
+        if (!library.isReply(error)) again = ["AGAIN"];
+        else if (code !== "CLOSING") throw error;
         await sleep(50);
       }
     }

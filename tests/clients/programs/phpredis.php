@@ -32,11 +32,13 @@ function read_all(string $topic): string
                 }
             }
         } catch (DomainException $error) {
-            // Another server, or one that has lost its messages: all it has is new.
-            if (!str_starts_with($error->getMessage(), 'EPOCH ')) {
+            [$code, $current] = explode(' ', $error->getMessage());
+            if ($code === 'EPOCH') {
+                // Another server, or one that has lost its messages: all it has is new.
+                [$after, $epoch] = [0, $current];
+            } elseif ($code !== 'CLOSING') {
                 throw $error;
             }
-            [$after, $epoch] = [0, explode(' ', $error->getMessage())[1]];
         } catch (RedisException) {
             usleep(50_000);
         }
@@ -55,11 +57,12 @@ function write_all(string $topic, string $first, string $last): string
                 echo "- $id $seq\n";
                 break;
             } catch (DomainException $error) {
-                if (!str_starts_with($error->getMessage(), 'EPOCH ')) {
+                [$code, , $current] = explode(' ', $error->getMessage());
+                if ($code !== 'EPOCH' && $code !== 'CLOSING') {
                     throw $error;
                 }
-                $run = explode(' ', $error->getMessage())[2];
-                if ($again) {
+                $run = $code === 'EPOCH' ? $current : $run;
+                if ($code === 'EPOCH' && $again) {
                     echo "? $seq\n";
                     break;
                 }

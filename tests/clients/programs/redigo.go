@@ -33,6 +33,9 @@ func isReply(err error) bool {
 	return is
 }
 
+// isClosing tells the reply of a server that stops to a request that it has not run.
+func isClosing(err error) bool { return strings.HasPrefix(err.Error(), "CLOSING ") }
+
 // read prints each message once: the id of the last one, and the epoch, say where to read on.
 func read(topic string) (any, error) {
 	after, epoch := int64(0), "unknown"
@@ -41,7 +44,7 @@ func read(topic string) (any, error) {
 		if err != nil && strings.HasPrefix(err.Error(), "EPOCH ") {
 			// Another server, or one that has lost its messages: all it has is new.
 			after, epoch = 0, strings.Fields(err.Error())[1]
-		} else if isReply(err) {
+		} else if isReply(err) && !isClosing(err) {
 			return nil, err
 		} else if err != nil {
 			time.Sleep(50 * time.Millisecond)
@@ -75,10 +78,10 @@ func write(topic string, first, last int) (any, error) {
 				fmt.Println("?", seq)
 				seq, again = seq+1, false
 			}
-		case isReply(err):
+		case isReply(err) && !isClosing(err):
 			return nil, err
 		default:
-			again = true
+			again = again || !isClosing(err)
 			time.Sleep(50 * time.Millisecond)
 		}
 	}

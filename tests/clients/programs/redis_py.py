@@ -27,14 +27,16 @@ def read(topic):
         try:
             found = client.execute_command("READ", topic, after, "WAIT", 500, "EPOCH", epoch)
         except redis.ResponseError as error:
-            if not str(error).startswith("EPOCH "):
+            code, *words = str(error).split()
+            if code == "EPOCH":
+                # Another server, or one that has lost its messages: all it has is new.
+                after, epoch = 0, words[0]
+            elif code != "CLOSING":
                 raise
-            # Another server, or one that has lost its messages: all it has is new.
-            after, epoch = 0, str(error).split()[1]
         except (redis.ConnectionError, redis.TimeoutError):
             time.sleep(0.05)
         else:
-            for message_id, _number, _age, body, _left in zip(*[iter(found)] * 5):
+            for message_id, _number, _age, body, _left in zip(*[iter(found)] * 5, strict=True):
                 print("-", message_id, body.decode(), flush=True)
                 after = message_id
                 if body == b"end":
@@ -52,12 +54,14 @@ def write(topic, first, last):
                 print("-", stored, seq, flush=True)
                 break
             except redis.ResponseError as error:
-                if not str(error).startswith("EPOCH "):
+                code, *words = str(error).split()
+                if code == "EPOCH":
+                    run = words[1]
+                    if again:
+                        print("?", seq, flush=True)
+                        break
+                elif code != "CLOSING":
                     raise
-                run = str(error).split()[2]
-                if again:
-                    print("?", seq, flush=True)
-                    break
             except (redis.ConnectionError, redis.TimeoutError):
                 again = ["AGAIN"]
                 time.sleep(0.05)
@@ -67,14 +71,14 @@ def write(topic, first, last):
 def pipeline(topic, count):
     pipe = client.pipeline(transaction=False)
     for number in range(int(count)):
-        pipe.execute_command("PUT", topic, "%050d" % number)
+        pipe.execute_command("PUT", topic, f"{number:050}")
     return len(set(pipe.execute()))
 
 
 def transaction(*words):
     """Each three words are a command."""
     pipe = client.pipeline()
-    for command in zip(*[iter(words)] * 3):
+    for command in zip(*[iter(words)] * 3, strict=True):
         pipe.execute_command(*command)
     return pipe.execute(raise_on_error=False)
 

@@ -17,9 +17,10 @@ def read(topic)
       return "done" if body == "end"
     end
   rescue Redis::CommandError => error
+    code, current = error.message.split
     # Another server, or one that has lost its messages: all it has is new.
-    raise unless error.message.start_with?("EPOCH ")
-    after, epoch = 0, error.message.split[1]
+    after, epoch = 0, current if code == "EPOCH"
+    raise unless %w[EPOCH CLOSING].include?(code)
   rescue Redis::BaseConnectionError
     sleep 0.05
   end
@@ -33,9 +34,10 @@ def write(topic, first, last)
     begin
       puts "- #{$redis.call("PUT", topic, seq, "KEY", producer, seq, *again, "RUN", run)} #{seq}"
     rescue Redis::CommandError => error
-      raise unless error.message.start_with?("EPOCH ")
-      run = error.message.split[2]
-      retry if again.empty?
+      code, _epoch, current = error.message.split
+      raise unless %w[EPOCH CLOSING].include?(code)
+      run = current if code == "EPOCH"
+      retry if again.empty? || code == "CLOSING"
       puts "? #{seq}"
     rescue Redis::BaseConnectionError
       again = ["AGAIN"]

@@ -1,0 +1,12 @@
+"""A client of dsmq by valkey-glide: see harness.py for what it is asked."""
+
+import sys
+
+from glide_sync import GlideClient, GlideClientConfiguration, NodeAddress
+
+# Its default of 250 ms for a reply is less than a busy machine may take.
+address = NodeAddress("127.0.0.1", int(sys.argv[1]))
+client = GlideClient.create(GlideClientConfiguration([address], request_timeout=9000))
+for line in sys.stdin:
+    reply = client.custom_command(line.split()[1:])
+    print("=", reply.decode() if isinstance(reply, bytes) else reply, flush=True)
