@@ -666,6 +666,17 @@ def test_a_request_that_fails_by_a_defect_gets_a_status_and_is_counted(
     assert Answer(server.metrics_port, "/status.json").status == 200
 
 
+def test_a_request_for_which_there_is_no_thread_gets_a_status(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        assert Answer(server.metrics_port, "/readyz").status == 503
+    assert Answer(server.metrics_port, "/readyz").status == 200
+    assert server.counters().failures == 0
+
+
 # Names by which it is addressed: a web page may make its own stand for this machine
 
 

@@ -129,10 +129,12 @@ class _HTTPServer(ThreadingHTTPServer):
         self.requests[request] = _Request(request, time.monotonic())
         try:
             super().process_request(request, client_address)
-        except BaseException:
-            # No thread could be started.
+        except RuntimeError as error:
+            _logger.warning("an HTTP request is refused: %s", error, extra=logs.event("refused", reason="threads"))
+            with contextlib.suppress(OSError):
+                request.send(b"HTTP/1.0 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n")
+            self.shutdown_request(request)
             self.requests.pop(request, None)
-            raise
 
     def _make_room(self) -> None:
         """Wait until a request ends, or cut off the oldest that has had time enough to come and has not."""
