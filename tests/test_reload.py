@@ -144,9 +144,11 @@ ELSEWHERE = {
     *("max_age_seconds", "request_timeout_seconds", "reply_timeout_seconds", "log_level"),
     *("health_timeout_seconds", "stop_timeout_seconds"),
     # These are looked up whenever they matter: tests/test_limits.py.
-    *("max_total_unread_reply_bytes", "max_requests_per_turn"),
+    *("max_total_unread_reply_bytes", "max_total_request_bytes"),
     # tests/test_security.py
-    *("protected_mode", "auth_token", "auth_token_file", "auth_delay_seconds"),
+    *("protected_mode", "auth_token", "auth_token_file"),
+    # tests/test_sideport.py
+    *("http_allowed_hosts", "metrics_token", "metrics_token_file"),
     *("tls_cert_file", "tls_key_file", "tls_client_ca_file"),
 }
 

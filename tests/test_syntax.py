@@ -95,7 +95,7 @@ def test_each_command_stands_in_the_protocol_with_its_syntax() -> None:
 
 def test_the_protocol_lists_every_error_that_can_be_sent() -> None:
     _, _, table = PROTOCOL.partition("## Errors")
-    assert set(re.findall(r"^\| `([A-Z]+)` \|", table, re.MULTILINE)) == set(errors.BY_CODE) - {"DENIED"}
+    assert set(re.findall(r"^\| `([A-Z]+)` \|", table, re.MULTILINE)) == set(errors.BY_CODE)
 
 
 def test_the_protocol_is_packaged() -> None:
