@@ -272,7 +272,6 @@ def test_several_workers_serve_and_wake_each_others_readers(io_threads: int) -> 
         (["READ", "t", "0", "COUNT", "1", "COUNT", "1"], "BADREQUEST"),
         (["READ", "t", "0", "WAIT"], "BADREQUEST"),
         (["READ", "t", "0", "WAIT", "86400001"], "BADREQUEST"),
-        (["GETWAIT", "t", "86400001"], "BADREQUEST"),
         (["TOPICS", "COUNT", "x"], "BADREQUEST"),
         (["HELLO", "4"], "NOPROTO"),
         (["HELLO", "2", "AUTH", "u", "p"], "BADREQUEST"),
