@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import accumulate
-from typing import Any, NamedTuple, NoReturn, Protocol, TypeAlias
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 from dsmq import __version__, config
 from dsmq.auth import DEFAULT_USER, Gate, Role
@@ -261,12 +261,10 @@ def _key(client: Client, request: list[bytes]) -> tuple[bytes, int] | None:
     return producer, _integer(seq, "seq")
 
 
-def _parse_read(client: Client, request: list[bytes]) -> tuple[bytes, int, _ReadOptions]:
-    return _topic(client, request[1]), _integer(request[2], "after"), _read_options(*request[3:])
-
-
 def _read(client: Client, request: list[bytes]) -> bytes | None:
-    topic, after, (wait, count, size, latest, epoch) = _parse_read(client, request)
+    topic = _topic(client, request[1])
+    after = _integer(request[2], "after")
+    wait, count, size, latest, epoch = _read_options(*request[3:])
     store = client.services.store
     if epoch is not None:
         _check_epoch(store, epoch)
@@ -292,15 +290,18 @@ def _wrong_epoch(store: Store, about: str) -> WrongEpoch:
     return WrongEpoch(f"{store.epoch} {store.run} {about}")
 
 
+def _parse_read(client: Client, request: list[bytes]) -> None:
+    _topic(client, request[1])
+    _integer(request[2], "after")
+    _read_options(*request[3:])
+
+
 def _newest(client: Client, topic: bytes, after: int) -> Fetch:
     return partial(client.services.store.latest, topic, after, *((client.below,) if client.below else ()))
 
 
-_ReadOptions: TypeAlias = tuple[int, int, int, bool, bytes | None]
-
-
 @lru_cache
-def _read_options(*words: bytes) -> _ReadOptions:
+def _read_options(*words: bytes) -> tuple[int, int, int, bool, bytes | None]:
     options = _options(words, {b"COUNT": 1, b"BYTES": 1, b"WAIT": 1, b"LATEST": 0, b"EPOCH": 1})
     wait = _number(options, b"WAIT", 0, 0, MAX_WAIT_MS)
     count = _number(options, b"COUNT", DEFAULT_COUNT, 1, MAX_COUNT)

@@ -520,16 +520,16 @@ def encode_map(version: int, pairs: Iterable[tuple[str, bytes]]) -> bytes:
     return encode_array(items)
 
 
-def encode_messages(messages: Iterable[tuple[int, int, int, bytes, int]]) -> bytes:
+def encode_messages(messages: Sequence[tuple[int, int, int, bytes, int]]) -> bytes:
     """Encode the reply to READ from tuples of id, number, age, body, and time left; times are in milliseconds."""
-    # Joined once: a long body is copied once. What stands between two bodies is formatted in one go.
-    parts: list[bytes] = []
-    before = 0
-    for message_id, number, age, body, left in messages:
-        parts += (b"\r\n:%d\r\n:%d\r\n:%d\r\n:%d\r\n$%d\r\n" % (before, message_id, number, age, len(body)), body)
-        before = left
-    if not parts:
+    if not messages:
         return b"*0\r\n"
-    parts[0] = b"*%d%b" % (len(parts) // 2 * 5, parts[0].removeprefix(b"\r\n:0"))
-    parts.append(b"\r\n:%d\r\n" % before)
+    # Joined once: a long body is copied once. What stands between two bodies is formatted in one go.
+    message_id, number, age, body, left = messages[0]
+    head = b"*%d\r\n:%d\r\n:%d\r\n:%d\r\n$%d\r\n" % (5 * len(messages), message_id, number, age, len(body))
+    parts = [head, body]
+    for message_id, number, age, body, next_left in messages[1:]:
+        parts += (b"\r\n:%d\r\n:%d\r\n:%d\r\n:%d\r\n$%d\r\n" % (left, message_id, number, age, len(body)), body)
+        left = next_left
+    parts.append(b"\r\n:%d\r\n" % left)
     return b"".join(parts)
