@@ -681,7 +681,7 @@ def test_small_pieces_of_a_long_message_are_gathered(cut: int) -> None:
     for at in range(0, len(data) - cut, cut):
         parser.feed(data[at : at + cut])
         assert parser.next() is None
-    assert len(parser._chunks) <= len(data) / protocol._MIN_CHUNK_BYTES + 1
+    assert len(parser._chunks) <= len(data) / 4096 + 1
 
 
 def test_the_bytes_before_an_incomplete_request_are_not_kept() -> None:
