@@ -12,7 +12,7 @@ from dsmq import calls
 from dsmq.calls import Once, Plain, Producer, Put, PutMany, Read, Retries
 from dsmq.errors import AuthRequired, Closing, ConnectionLost, Full, TimedOut
 from dsmq.protocol import RequestParser
-from test_session import a_session, accept, an_inbox, entries
+from test_session import a_session, accept, an_inbox, entries, take
 
 BROKEN = ConnectionResetError("broken")
 CLOSING = Closing("the server is stopping")
@@ -252,6 +252,9 @@ def test_a_read_has_what_is_left_of_its_time(monkeypatch: pytest.MonkeyPatch) ->
     assert read.seconds == 10
     now = 107.5
     accept(inbox, entries(3))
+    # What another call has read ahead is not waited for.
+    assert request(read.request(producer)) == [b"READ", b"t", b"3"]
+    take(inbox)
     assert request(read.request(producer)) == [b"READ", b"t", b"3", b"WAIT", b"2500"]
     now = 111.0
     assert request(read.request(producer)) == [b"READ", b"t", b"3"]

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 import threading
+from pathlib import Path
 
 import pytest
 import redis
 import redis.asyncio
 
-from conftest import SOON, serving, tool
+from conftest import SOON, Wire, daemon, serving, tool, wire_to
+from dsmq.commands import COMMANDS
+from dsmq.protocol import encode_request
 from dsmq.server import Server
 
 
@@ -56,6 +60,99 @@ def test_redis_benchmark(server: Server, options: list[str]) -> None:
     assert "WARNING" not in output
     assert server.totals().messages == 2000
     assert server.counters().errors == {}
+
+
+def test_redis_cli_stat(server: Server, cli: tuple[str, ...]) -> None:
+    run(*cli, "PUT", "t", "hello")
+    with subprocess.Popen([*cli, "--stat", "-i", "0.01"], stdout=subprocess.PIPE, text=True) as stat:
+        assert stat.stdout is not None
+        shown = [stat.stdout.readline() for _ in range(4)]
+        stat.terminate()
+    assert shown[1].split()[:3] == ["keys", "mem", "clients"]
+    assert shown[2].split()[0] == shown[3].split()[0] == "1"
+    assert server.counters().errors == {}
+
+
+def test_redis_cli_explains_commands(server: Server, cli: tuple[str, ...]) -> None:
+    output = run(*cli, stdin="help put\nhelp hello\n")
+    for name in ("PUT", "HELLO"):
+        command = COMMANDS[name.encode()]
+        assert command.syntax in output
+        assert command.summary in output
+    assert server.counters().errors == {}
+
+
+def test_redis_cli_asks_for_commands_in_the_form_of_redis_7(cli: tuple[str, ...]) -> None:
+    put, nothing = json.loads(run(*cli, "--json", "COMMAND", "INFO", "put", "nosuch"))
+    assert put == ["put", -3, ["write"], 0, 0, 0, [], [], [], []]
+    assert nothing is None
+
+
+@pytest.mark.parametrize("words", ["READONLY", "CLIENT NO-EVICT on", "CLIENT NO-TOUCH off"])
+def test_what_redis_clients_send_for_other_servers_does_no_harm(cli: tuple[str, ...], words: str) -> None:
+    assert run(*cli, *words.split()) == "OK\n"
+
+
+def test_reset_makes_a_connection_as_it_was_but_for_its_token() -> None:
+    with serving(auth_token="x" * 20) as server, wire_to(server) as wire:
+        assert isinstance(wire.call("HELLO", 2, "AUTH", "default", "x" * 20, "SETNAME", "me", "NOTICES"), list)
+        assert wire.call("MULTI") == "OK"
+        assert wire.call("RESET") == "RESET"
+        assert wire.error("EXEC") == "BADREQUEST"
+        assert wire.call("CLIENT", "GETNAME") is None
+        assert wire.call("PUT", "t", "x") == 1
+        wire.send(encode_request(b"SHUTDOWN"))
+        assert wire.ended()
+
+
+@pytest.mark.parametrize("option", ["NOSAVE", "save"])
+def test_shutdown_takes_the_options_of_redis(server: Server, wire: Wire, option: str) -> None:
+    assert wire.error("SHUTDOWN", "ABORT") == "BADREQUEST"
+    assert server._orders.empty()
+    wire.send(encode_request(b"SHUTDOWN", option.encode()))
+    assert wire.ended()
+    assert not server._orders.empty()
+
+
+def test_a_reader_learns_that_this_server_takes_puts(tmp_path: Path) -> None:
+    file = tmp_path / "tokens"
+    file.write_text("one read reader-0123456789\n")
+    with serving(auth_token_file=str(file)) as server, wire_to(server) as wire:
+        assert wire.call("AUTH", "reader-0123456789") == "OK"
+        # valkey-glide wants this line.
+        assert b"\r\nrole:master\r\n" in wire.call("INFO", "REPLICATION")  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("protocol", [2, 3])
+def test_redis_py_connects_without_an_error(server: Server, protocol: int) -> None:
+    client = redis.Redis(port=server.port, protocol=protocol)
+    assert client.ping()
+    assert client.command()["put"]["arity"] == -3
+    assert len(client.execute_command("COMMAND DOCS")) in (len(COMMANDS), 2 * len(COMMANDS))
+    assert list(server.counters().recent) == []
+    client.close()
+
+
+def test_the_default_pipeline_of_redis_py_stores_all_or_nothing(server: Server) -> None:
+    client = redis.Redis(port=server.port)
+    pipeline = client.pipeline()
+    for number in range(100):
+        pipeline.execute_command("PUT", "t", number)
+    assert pipeline.execute() == list(range(1, 101))
+    pipeline.execute_command("PUT", "t", "x")
+    pipeline.execute_command("PUT", "t")
+    with pytest.raises(redis.RedisError):
+        pipeline.execute()
+    assert server.totals().stored == 100
+    client.close()
+
+
+def test_redis_py_shuts_the_server_down() -> None:
+    with daemon() as process:
+        client = redis.Redis(port=process.port)
+        client.shutdown(nosave=True)
+        process.wait_for_line("stopping: SHUTDOWN")
+        client.close()
 
 
 @pytest.mark.parametrize("protocol", [2, 3])

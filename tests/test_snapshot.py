@@ -1150,3 +1150,15 @@ def test_after_a_kill_a_reader_is_told_the_numbers_that_count_goes_on_from(tmp_p
         assert numbers(wire, "full") == (3, 2)
         assert numbers(wire, "empty") == (1, 1)
         assert numbers(wire, "none") == (0, 0)
+    # A graceful stop goes on with that run, also for a client that comes back only now.
+    with serving(snapshot_file=str(path)) as server, wire_to(server) as wire:
+        assert as_map(wire.call("HELLO"))[b"restored_id"] == 3
+        assert [numbers(wire, topic) for topic in ("full", "empty", "none")] == [(3, 2), (1, 1), (0, 0)]
+        server._keeper.save(server._keeper._copy_slowly)  # type: ignore[union-attr]
+        copy = path.read_bytes()
+    path.write_bytes(copy)
+    snapshot.mark(path, snapshot.examine(path))
+    with serving(snapshot_file=str(path)) as server, wire_to(server) as wire:
+        hello = as_map(wire.call("HELLO"))
+        assert hello[b"restored_id"] == server._store.restored_id > 2**32  # type: ignore[operator]
+        assert [numbers(wire, topic) for topic in ("full", "empty", "none")] == [(3, 3), (1, 1), (0, 0)]

@@ -186,9 +186,10 @@ class Read(Plain):
         return time.monotonic() < self._until
 
     def request(self, producer: Producer) -> bytes:
+        self.seconds = 0.0
         inbox, size = self._inbox, self._session.read_bytes
         self.asked = inbox.asked_for_latest() if self._latest else inbox.asked()
-        stretch, after = self.asked
+        stretch, after, may_wait = self.asked
         if producer.era and producer.era is not stretch.era:
             raise ConnectionResetError("another connection has found that the server was started anew")
         if self._latest:
@@ -196,7 +197,7 @@ class Read(Plain):
         options: tuple[bytes, ...] = (b"COUNT", b"%d" % inbox.count) if inbox.count else ()
         if size < MAX_READ_BYTES:
             options += b"BYTES", b"%d" % size
-        if self._until:
+        if self._until and may_wait:
             options += self._wait()
         return read_request(inbox.topic, after, *options)
 

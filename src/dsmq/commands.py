@@ -6,15 +6,27 @@ It raises a ReplyError where there is no such reply. PROTOCOL.md says what each 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from typing import NoReturn, Protocol
+from itertools import accumulate
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 from dsmq import __version__, config
 from dsmq.auth import DEFAULT_USER, Gate, Role
 from dsmq.config import Settings
-from dsmq.errors import AuthRequired, BadRequest, NotPermitted, TooBig, UnknownCommand, UnknownVersion, WrongEpoch
+from dsmq.errors import (
+    Aborted,
+    AuthRequired,
+    BadRequest,
+    NotPermitted,
+    ReplyError,
+    TooBig,
+    UnknownCommand,
+    UnknownVersion,
+    WrongEpoch,
+)
 from dsmq.listening import Census
 from dsmq.metrics import Counters
 from dsmq.protocol import (
@@ -28,6 +40,7 @@ from dsmq.protocol import (
     encode_simple,
 )
 from dsmq.store import Answer, Message, Put, Store, T, TopicStats
+from dsmq.syntax import arguments, bounds
 
 DEFAULT_COUNT = 100
 MAX_COUNT = 1_000
@@ -38,8 +51,19 @@ MAX_WAIT_MS = 86_400_000
 MAX_NAME_BYTES = 64
 # Topics of which one connection's positions are held.
 MAX_POSITIONS = 10_000
+# Between MULTI and EXEC: requests, and bytes of their arguments.
+MAX_QUEUED_REQUESTS = 500
+MAX_QUEUED_BYTES = 524_288
+# About what Python takes for an argument beside its bytes.
+ARGUMENT_OVERHEAD_BYTES = 48
 
 _OK = encode_simple("OK")
+_QUEUED = encode_simple("QUEUED")
+_NULL_ARRAY = {2: b"*-1\r\n", 3: encode_null(3)}
+# How Redis would call what a role may do, for those who ask what kind of command it is.
+_FLAGS = {Role.NOBODY: "no_auth", Role.READ: "readonly", Role.WRITE: "write", Role.ADMIN: "admin"}
+# Above all ids.
+_UNBOUNDED = MAX_INTEGER + 1
 _PONG = encode_simple("PONG")
 
 
@@ -55,6 +79,41 @@ class Services:
     """Stop the server; takes the reason."""
     info: Callable[[], Mapping[str, Mapping[str, object]]]
     """What INFO shows: sections of names and values."""
+
+
+@dataclass(slots=True)
+class Transaction:
+    """The requests since MULTI."""
+
+    requests: list[tuple[Command, list[bytes]]] = field(default_factory=list)
+    size: int = 0
+    """Bytes of their arguments."""
+    memory: int = 0
+    """About how many bytes are held for them."""
+    aborted: bool = False
+
+    def add(self, command: Command, request: list[bytes]) -> None:
+        """Queue a request. Raises TooBig if there are too many."""
+        if self.aborted:
+            return
+        self.size += sum(map(len, request))
+        if len(self.requests) == MAX_QUEUED_REQUESTS or self.size > MAX_QUEUED_BYTES:
+            raise TooBig(f"MULTI takes {MAX_QUEUED_REQUESTS} requests and {MAX_QUEUED_BYTES} bytes of arguments")
+        self.memory += sum(map(len, request)) + len(request) * ARGUMENT_OVERHEAD_BYTES
+        self.requests.append((command, request))
+
+    def abort(self) -> None:
+        """Let EXEC fail: a request was refused."""
+        self.aborted = True
+        self.requests, self.memory = [], 0
+
+
+class Step(NamedTuple):
+    """One request of a transaction, when EXEC runs it."""
+
+    run: Callable[[], bytes | None]
+    below: int
+    """It reads only messages with ids below this one: what was put after it in the transaction is stored already."""
 
 
 class Client(Protocol):
@@ -75,6 +134,14 @@ class Client(Protocol):
     """Where GET goes on, by topic; the watermark for those not in it."""
     reading: tuple[bytes, int] | None
     """The topic it was sent messages of last, and the number of the last of them."""
+    steps: deque[Step]
+    """What EXEC has still to run."""
+    below: int
+    """While a step is run: what it says."""
+
+    @property
+    def transaction(self) -> Transaction | None:
+        """The transaction between MULTI and EXEC."""
 
     @property
     def max_read_bytes(self) -> int:
@@ -82,6 +149,15 @@ class Client(Protocol):
 
     def put(self, put: Put) -> None:
         """Store it with all that arrived at the same time; the reply follows then."""
+
+    def begin(self, transaction: Transaction | None) -> None:
+        """Queue requests in a transaction from now on, or run them again."""
+
+    def put_together(self, puts: list[Put], encode: Callable[[list[int] | ReplyError], bytes]) -> bytes | None:
+        """Store all or nothing, and return the encoded ids or error, or None where the store answers later."""
+
+    def run_next(self, steps: deque[Step]) -> None:
+        """Run these before any other request: each is replied to like a request of its own."""
 
     def reply_to(self, answer: Answer[T], encode: Callable[[T], bytes]) -> bytes | None:
         """Return the encoded answer, or None where the store answers later."""
@@ -108,9 +184,18 @@ class Command:
 
     name: str
     handler: Handler
-    least: int
-    most: int
+    syntax: str = ""
+    """The arguments as PROTOCOL.md writes them: see `syntax.bounds`."""
+    summary: str = ""
     role: Role = Role.READ
+    parse: Callable[[Client, list[bytes]], object] = lambda _client, _request: None
+    """Raises the error for wrong arguments, before a transaction queues them."""
+    least: int = field(init=False)
+    most: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        for name, value in zip(("least", "most"), bounds(self.syntax), strict=True):
+            object.__setattr__(self, name, value)
 
     def forbid(self, role: Role) -> NoReturn:
         """Raise the error for a client whose role is too low."""
@@ -122,7 +207,8 @@ class Command:
         """Raise BadRequest where the number of arguments is wrong."""
         if not self.least <= len(request) - 1 <= self.most:
             wanted = str(self.least) if self.least == self.most else f"{self.least} to {self.most}"
-            raise BadRequest(f"{self.name} takes {wanted} arguments, not {len(request) - 1}")
+            usage = f"{self.name} {self.syntax}".strip()
+            raise BadRequest(f"{self.name} takes {wanted} arguments, not {len(request) - 1}: {usage}")
 
 
 def find(name: bytes) -> Command:
@@ -137,12 +223,16 @@ def find(name: bytes) -> Command:
 
 
 def _put(client: Client, request: list[bytes]) -> None:
+    client.put(_parse_put(client, request))
+
+
+def _parse_put(client: Client, request: list[bytes]) -> Put:
     body = request[2]
     most = client.services.settings.max_message_bytes
     if len(body) > most:
         # The parser stops longer ones before they have arrived, but looks at no length below 1,024.
         raise TooBig(f"a message has at most {most} bytes, not {len(body)}")
-    client.put((_topic(client, request[1]), body, _key(client, request) if len(request) > 3 else None))
+    return _topic(client, request[1]), body, _key(client, request) if len(request) > 3 else None
 
 
 def _key(client: Client, request: list[bytes]) -> tuple[bytes, int] | None:
@@ -178,7 +268,7 @@ def _read(client: Client, request: list[bytes]) -> bytes | None:
         raise BadRequest(f"after is above the last id, {store.last_id()}: it is of another epoch, or none")
     fetch: Fetch
     if latest:
-        fetch = partial(store.latest, topic, after)
+        fetch = _newest(client, topic, after)
     else:
         fetch = partial(store.read, topic, after, count, min(size, client.max_read_bytes))
     encode = partial(_delivered, client, topic)
@@ -194,6 +284,16 @@ def _check_epoch(store: Store, epoch: bytes) -> None:
 
 def _wrong_epoch(store: Store, about: str) -> WrongEpoch:
     return WrongEpoch(f"{store.epoch} {store.run} {about}")
+
+
+def _parse_read(client: Client, request: list[bytes]) -> None:
+    _topic(client, request[1])
+    _integer(request[2], "after")
+    _read_options(*request[3:])
+
+
+def _newest(client: Client, topic: bytes, after: int) -> Fetch:
+    return partial(client.services.store.latest, topic, after, *((client.below,) if client.below else ()))
 
 
 @lru_cache
@@ -228,24 +328,33 @@ def _delivered(client: Client, topic: bytes, messages: list[Message]) -> bytes:
 
 
 def _get(client: Client, request: list[bytes]) -> bytes | None:
-    return _next(client, request[1], 0, 1)
+    return _next(client, _topic(client, request[1]), 0, 1)
 
 
 def _getwait(client: Client, request: list[bytes]) -> bytes | None:
-    return _next(client, request[1], _integer(request[2], "milliseconds", most=MAX_WAIT_MS), 1)
+    return _next(client, *_parse_getwait(client, request), 1)
+
+
+def _parse_getwait(client: Client, request: list[bytes]) -> tuple[bytes, int]:
+    return _topic(client, request[1]), _integer(request[2], "milliseconds", most=MAX_WAIT_MS)
+
+
+def _parse_topic(client: Client, request: list[bytes]) -> bytes:
+    return _topic(client, request[1])
 
 
 def _getlatest(client: Client, request: list[bytes]) -> bytes | None:
-    return _next(client, request[1], 0, 0)
+    return _next(client, _topic(client, request[1]), 0, 0)
 
 
-def _next(client: Client, name: bytes, wait: int, count: int) -> bytes | None:
+def _next(client: Client, topic: bytes, wait: int, count: int) -> bytes | None:
     """Reply the message behind the connection's position, or with a count of 0 the newest."""
-    topic = _topic(client, name)
-    store = client.services.store
     position = client.positions.get(topic, client.watermark)
     fetch: Fetch
-    fetch = partial(store.read, topic, position, count, 1) if count else partial(store.latest, topic, position)
+    if count:
+        fetch = partial(client.services.store.read, topic, position, count, 1)
+    else:
+        fetch = _newest(client, topic, position)
     return client.wait_for(topic, wait, fetch, partial(_moved, client, topic))
 
 
@@ -287,7 +396,10 @@ def _encode_stats(version: int, stats: TopicStats) -> bytes:
     return encode_map(version, [(name, encode_integer(value)) for name, value in values.items()])
 
 
-def _shutdown(client: Client, _: list[bytes]) -> bytes | None:
+def _shutdown(client: Client, request: list[bytes]) -> bytes | None:
+    # Whether a snapshot is written is a setting, and not for clients to decide.
+    if len(request) > 1 and request[1].upper() not in (b"NOSAVE", b"SAVE"):
+        raise BadRequest("SHUTDOWN takes NOSAVE or SAVE, which change nothing")
     if not client.services.settings.remote_shutdown:
         raise NotPermitted("SHUTDOWN is off: remote_shutdown is false")
     client.services.request_stop(f"SHUTDOWN from client {client.id}")
@@ -296,6 +408,100 @@ def _shutdown(client: Client, _: list[bytes]) -> bytes | None:
     # As Redis does it. Clients take any reply for that to their next command.
     client.finish()
     return None
+
+
+# Transactions
+
+
+def _multi(client: Client, _: list[bytes]) -> bytes:
+    client.begin(Transaction())
+    return _OK
+
+
+def _queue(client: Client, request: list[bytes]) -> bytes:
+    command = find(request[0])
+    command.parse(client, request)
+    if client.transaction is not None:
+        client.transaction.add(command, request)
+    return _QUEUED
+
+
+def _not_queued(_: Client, request: list[bytes]) -> NoReturn:
+    raise BadRequest(f"{find(request[0]).name} can't be part of a transaction")
+
+
+def _discard(client: Client, _: list[bytes]) -> bytes:
+    _end_transaction(client, "DISCARD")
+    return _OK
+
+
+def _end_transaction(client: Client, name: str) -> Transaction:
+    transaction = client.transaction
+    if transaction is None:
+        raise BadRequest(f"{name} without MULTI")
+    client.begin(None)
+    return transaction
+
+
+def _exec(client: Client, _: list[bytes]) -> bytes | None:
+    """Store all puts of the transaction together, then run its requests one after another.
+
+    The length of the reply is known, so it is sent in parts: each request is run like one that has just come, with the
+    same bounds on replies and on the time that others wait.
+    """
+    transaction = _end_transaction(client, "EXEC")
+    if transaction.aborted:
+        raise Aborted("nothing was run, because a request since MULTI was refused")
+    requests = transaction.requests
+    encode = partial(_run_transaction, client, requests, client.services.store.last_id())
+    try:
+        puts = [_parse_put(client, request) for command, request in requests if command is PUT]
+    except ReplyError as error:
+        # A limit has changed since.
+        return encode(error)
+    return client.put_together(puts, encode) if puts else encode([])
+
+
+def _run_transaction(
+    client: Client, requests: list[tuple[Command, list[bytes]]], last_id: int, stored: list[int] | ReplyError
+) -> bytes:
+    """Have the requests run, whose puts are stored or refused; return the head of the reply."""
+    ids = [] if isinstance(stored, ReplyError) else stored
+    # With the highest id before each: one that is not above it belongs to an earlier put with the same KEY.
+    puts = zip(reversed(ids), [*accumulate(ids, max, initial=last_id)][-2::-1], strict=True)
+    below: dict[bytes, int] = {}
+    steps: deque[Step] = deque()
+    for command, request in reversed(requests):
+        first = below.get(request[1], _UNBOUNDED) if len(request) > 1 else _UNBOUNDED
+        run: Callable[[], bytes | None] = partial(command.handler, client, request)
+        if command is PUT and isinstance(stored, ReplyError):
+            client.counters.puts_refused[stored.code] += 1
+            run = partial(_raise, stored)
+        elif command is PUT:
+            message_id, highest = next(puts)
+            if message_id > highest:
+                below[request[1]] = message_id
+            run = partial(encode_integer, message_id)
+        steps.appendleft(Step(run, first))
+    client.run_next(steps)
+    return b"*%d\r\n" % len(requests)
+
+
+def _raise(error: ReplyError) -> NoReturn:
+    raise error.with_traceback(None)
+
+
+def _step(client: Client, request: list[bytes]) -> bytes | None:
+    """Run what EXEC has still to run. Its request has an empty name, and so can't come before that from the client."""
+    if not client.steps:
+        find(request[0])
+    client.counters.commands["EXEC"] -= 1
+    step = client.steps.popleft()
+    client.below = step.below
+    try:
+        return step.run()
+    finally:
+        client.below = 0
 
 
 # Handshake and housekeeping: what clients of RESP send by themselves.
@@ -366,6 +572,16 @@ def _select(_: Client, request: list[bytes]) -> bytes:
     return _OK
 
 
+def _readonly(_: Client, __: list[bytes]) -> bytes:
+    return _OK
+
+
+def _reset(client: Client, _: list[bytes]) -> bytes:
+    client.begin(None)
+    client.name, client.version, client.notices = b"", 2, False
+    return encode_simple("RESET")
+
+
 def _client(client: Client, request: list[bytes]) -> bytes:
     match [request[1].upper(), *request[2:]]:
         case [b"SETNAME", name]:
@@ -375,42 +591,62 @@ def _client(client: Client, request: list[bytes]) -> bytes:
             return encode_bulk(client.name) if client.name else encode_null(client.version)
         case [b"ID"]:
             return encode_integer(client.id)
-        case [b"SETINFO", _, _]:
+        case [b"SETINFO", _, _] | [b"NO-EVICT" | b"NO-TOUCH", _] | [b"MAINT_NOTIFICATIONS", *_]:
+            # There is nothing to evict or touch, and no maintenance to notify of. redis-py 8 asks at every connection.
             return _OK
-    raise BadRequest("CLIENT knows SETNAME name, GETNAME, ID, and SETINFO name value")
+    raise BadRequest(
+        "CLIENT knows SETNAME name, GETNAME, ID, SETINFO name value, NO-EVICT, NO-TOUCH and MAINT_NOTIFICATIONS"
+    )
 
 
 def _command(client: Client, request: list[bytes]) -> bytes:
     match [word.upper() for word in request[1:]]:
-        case []:
+        case [] | [b"INFO"]:
             return encode_array([_described(command) for command in COMMANDS.values()])
+        case [b"INFO", *names]:
+            known = [COMMANDS.get(name) for name in names]
+            return encode_array([_described(one) if one else _NULL_ARRAY[client.version] for one in known])
         case [b"COUNT"]:
             return encode_integer(len(COMMANDS))
         case [b"DOCS", *names]:
             wanted = [command for name, command in COMMANDS.items() if not names or name in names]
-            return encode_map(client.version, [(command.name.lower(), _documented(client)) for command in wanted])
-    raise BadRequest("COMMAND knows COUNT and DOCS [name ...]")
+            docs = [(command.name.lower(), _documented(client.version, command)) for command in wanted]
+            return encode_map(client.version, docs)
+    raise BadRequest("COMMAND knows COUNT, DOCS [name ...] and INFO [name ...]")
 
 
 def _described(command: Command) -> bytes:
-    # Redis's form: name, arity (the name counts; negative means at least), flags, first key, last key, step.
+    """Describe a command as Redis 7 does.
+
+    Name, arity (the name counts; negative means at least), flags, first key, last key, step, and lists of categories,
+    tips, key specifications and subcommands. No argument is called a key: clients of a Redis cluster hash those.
+    """
     arity = command.least + 1 if command.least == command.most else -(command.least + 1)
+    name, flags = encode_bulk(command.name.lower().encode()), encode_array([encode_simple(_FLAGS[command.role])])
     # Redis's integers have a sign; those of dsmq never do.
-    return encode_array(
-        [encode_bulk(command.name.lower().encode()), b":%d\r\n" % arity, encode_array([]), *[encode_integer(0)] * 3]
-    )
+    return encode_array([name, b":%d\r\n" % arity, flags, *[encode_integer(0)] * 3, *[encode_array([])] * 4])
 
 
-def _documented(client: Client) -> bytes:
-    return encode_map(client.version, [("summary", encode_bulk(b"see PROTOCOL.md")), ("group", encode_bulk(b"dsmq"))])
+def _documented(version: int, command: Command) -> bytes:
+    about = {"summary": command.summary, "since": "2.0.0", "group": "dsmq", "arguments": arguments(command.syntax)}
+    return _encoded(version, about)
+
+
+def _encoded(version: int, value: Any) -> bytes:
+    """Encode texts, dicts, and lists: of dicts, or of flags, which redis-cli wants as simple strings."""
+    if isinstance(value, dict):
+        return encode_map(version, [(name, _encoded(version, one)) for name, one in value.items()])
+    if isinstance(value, list):
+        return encode_array([encode_simple(one) if isinstance(one, str) else _encoded(version, one) for one in value])
+    return encode_bulk(value.encode())
 
 
 def _config(client: Client, request: list[bytes]) -> bytes:
     if request[1].upper() != b"GET":
         raise BadRequest("CONFIG knows GET pattern ...")
     settings = {name: _as_text(value) for name, value in config.as_dict(client.services.settings).items()}
-    # redis-benchmark asks for these two, to say how Redis persists.
-    settings |= {"save": "", "appendonly": "no"}
+    # redis-benchmark asks for the first two, to say how Redis persists; redis-cli --stat for the last.
+    settings |= {"save": "", "appendonly": "no", "databases": "1"}
     patterns = [pattern.decode(errors="replace").lower() for pattern in request[2:]]
     if any(len(pattern) > MAX_NAME_BYTES for pattern in patterns):
         raise BadRequest(f"a pattern has at most {MAX_NAME_BYTES} bytes")
@@ -440,7 +676,7 @@ def _info(client: Client, request: list[bytes]) -> bytes:
     lines = []
     for section, values in client.services.info().items():
         # What others do is an admin's to know.
-        if (everything or section in wanted) and (client.role is Role.ADMIN or section == "server"):
+        if (everything or section in wanted) and (client.role is Role.ADMIN or section in ("server", "replication")):
             lines += [f"# {section.capitalize()}", *(f"{name}:{_as_text(value)}" for name, value in values.items()), ""]
     return encode_bulk("\r\n".join(lines).encode())
 
@@ -500,34 +736,72 @@ def _as_text(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-PUT = Command("PUT", _put, 2, 8, Role.WRITE)
-
+PUT = Command(
+    "PUT",
+    _put,
+    "topic message [KEY producer seq [AGAIN]] [RUN run]",
+    "Store a message; reply its id. With KEY, storing it again changes nothing.",
+    Role.WRITE,
+    _parse_put,
+)
 COMMANDS: dict[bytes, Command] = {
     command.name.encode(): command
     for command in (
         PUT,
-        Command("READ", _read, 2, 11),
-        Command("GET", _get, 1, 1),
-        Command("GETLATEST", _getlatest, 1, 1),
-        Command("GETWAIT", _getwait, 2, 2),
-        Command("TOPICS", _topics, 0, 4),
-        Command("STATS", _stats, 1, 1),
-        Command("SHUTDOWN", _shutdown, 0, 0, Role.ADMIN),
-        Command("HELLO", _hello, 0, 7, Role.NOBODY),
-        Command("AUTH", _auth, 1, 2, Role.NOBODY),
-        Command("PING", _ping, 0, 1, Role.NOBODY),
-        Command("ECHO", _echo, 1, 1),
-        Command("QUIT", _quit, 0, 0, Role.NOBODY),
-        Command("SELECT", _select, 1, 1),
-        Command("CLIENT", _client, 1, 3),
-        Command("COMMAND", _command, 0, 63),
-        Command("CONFIG", _config, 2, 63, Role.ADMIN),
-        Command("INFO", _info, 0, 63),
+        Command(
+            "READ",
+            _read,
+            "topic after [COUNT n] [BYTES n] [WAIT ms] [LATEST] [EPOCH epoch]",
+            "Reply the messages with ids above `after`: id, number, age in ms, body, and ms left, of each.",
+            parse=_parse_read,
+        ),
+        Command("GET", _get, "topic", "Reply the next message, by this connection's own position.", parse=_parse_topic),
+        Command(
+            "GETLATEST", _getlatest, "topic", "Reply the newest message and pass over the others.", parse=_parse_topic
+        ),
+        Command("GETWAIT", _getwait, "topic milliseconds", "Wait for the next message.", parse=_parse_getwait),
+        Command("MULTI", _multi, "", "Queue the requests that follow, until EXEC."),
+        Command("EXEC", _exec, "", "Store all puts since MULTI or none, run the requests, and reply an array."),
+        Command("DISCARD", _discard, "", "Drop the requests since MULTI."),
+        Command("TOPICS", _topics, "[AFTER topic] [COUNT n]", "List topics that hold messages: name, messages, bytes."),
+        Command("STATS", _stats, "topic", "Describe what a topic holds.", parse=_parse_topic),
+        Command("SHUTDOWN", _shutdown, "[NOSAVE|SAVE]", "Stop the server gracefully.", Role.ADMIN),
+        Command(
+            "HELLO",
+            _hello,
+            "[2|3 [AUTH user token] [SETNAME name] [NOTICES]]",
+            "Choose the version of RESP, authenticate, and describe the server.",
+            Role.NOBODY,
+        ),
+        Command("AUTH", _auth, "[user] token", "Authenticate.", Role.NOBODY),
+        Command("PING", _ping, "[message]", "Reply PONG, or the message.", Role.NOBODY),
+        Command("ECHO", _echo, "message", "Reply the message."),
+        Command("QUIT", _quit, "", "Close the connection.", Role.NOBODY),
+        Command("RESET", _reset, "", "Forget MULTI, name, NOTICES and RESP 3; keep the token."),
+        Command("SELECT", _select, "0", "Do nothing: there is one database."),
+        Command("READONLY", _readonly, "", "Do nothing: all commands are always taken."),
+        Command("CLIENT", _client, "subcommand [argument ...]", "Name the connection, or describe it."),
+        Command("COMMAND", _command, "[COUNT|DOCS|INFO [name ...]]", "Describe the commands."),
+        Command("CONFIG", _config, "GET pattern ...", "Reply settings, secrets masked.", Role.ADMIN),
+        Command("INFO", _info, "[section ...]", "Describe the server's state, as lines."),
     )
 }
 
 PERMITTED: dict[Role, dict[bytes, Command]] = {
-    role: {name: command for name, command in COMMANDS.items() if role >= command.role} for role in Role
+    role: {name: command for name, command in COMMANDS.items() if role >= command.role}
+    | {b"": Command("EXEC", _step, "[...]")}
+    for role in Role
 }
 """The commands that need no further look, by role; a stranger's all do."""
 PERMITTED[Role.NOBODY] = {}
+
+
+def _queued(command: Command) -> Command:
+    if command.name in ("EXEC", "DISCARD", "RESET"):
+        return command
+    alone = command.name in ("MULTI", "HELLO", "AUTH", "QUIT", "SHUTDOWN")
+    return replace(command, handler=_not_queued if alone else _queue)
+
+
+QUEUED = {role: {name: _queued(command) for name, command in PERMITTED[role].items() if name} for role in Role}
+"""The same between MULTI and EXEC."""

@@ -15,7 +15,18 @@ from selectors import EVENT_READ, EVENT_WRITE
 
 from dsmq import logs
 from dsmq.auth import Role, Token
-from dsmq.commands import MAX_READ_BYTES, PERMITTED, PUT, SHORT_READ_BYTES, Command, Fetch, find
+from dsmq.commands import (
+    MAX_READ_BYTES,
+    PERMITTED,
+    PUT,
+    QUEUED,
+    SHORT_READ_BYTES,
+    Command,
+    Fetch,
+    Step,
+    Transaction,
+    find,
+)
 from dsmq.errors import (
     AuthRequired,
     BadRequest,
@@ -92,6 +103,7 @@ class Connection:
         "_unread_since",
         "_wait",
         "_wrong_tokens",
+        "below",
         "closed",
         "counters",
         "finishing",
@@ -105,8 +117,10 @@ class Connection:
         "role",
         "scheduled",
         "services",
+        "steps",
         "stranger",
         "token",
+        "transaction",
         "version",
         "watermark",
     )
@@ -131,6 +145,9 @@ class Connection:
         self.watermark = loop.services.store.last_id()
         self.positions: dict[bytes, int] = {}
         self.reading: tuple[bytes, int] | None = None
+        self.transaction: Transaction | None = None
+        self.steps: deque[Step] = deque()
+        self.below = 0
         self.closed = False
         self.finishing = False
         self.scheduled = math.inf
@@ -140,7 +157,6 @@ class Connection:
         # What of it is part of the loop's backlog.
         self._backlog = 0
         self._set_bounds()
-        self._max_requests = loop.services.settings.max_requests_per_turn
         self._events = 0
         self._wait: _Wait | None = None
         # The reply to the request before is outstanding; those behind it have to wait.
@@ -179,7 +195,8 @@ class Connection:
     def _set_bounds(self) -> None:
         """Say how much is held for it: little for a stranger."""
         settings = self.services.settings
-        self._permitted = PERMITTED[self.role]
+        self._max_requests = settings.max_requests_per_turn
+        self._permitted = (QUEUED if self.transaction else PERMITTED)[self.role]
         if self.role is Role.NOBODY:
             most = settings.max_unauthenticated_bytes
             self._receive_bytes = self._max_held = self._max_unread = most
@@ -192,9 +209,16 @@ class Connection:
 
     def open(self) -> None:
         """Begin to read requests."""
-        if self.stranger:
-            self._stranger_until = self._loop.now + self.services.settings.auth_timeout_seconds
+        self.apply_settings()
         self._watch()
+
+    def apply_settings(self) -> None:
+        """Go by the settings in force from now on."""
+        if self.finishing:
+            return
+        self._set_bounds()
+        if self.stranger:
+            self._stranger_until = self.opened_at + self.services.settings.auth_timeout_seconds
         self._schedule()
 
     # Bytes in
@@ -253,6 +277,8 @@ class Connection:
                 self._stop_waiting()
                 if self._settled():
                     self._fail(error)
+                    if self.transaction is not None:
+                        self.transaction.abort()
                     if request[0].upper() == b"PUT":
                         self.counters.puts_refused[error.code] += 1
                 else:
@@ -312,7 +338,8 @@ class Connection:
         if self.role < command.role:
             self._calls[command.name] += 1
             command.forbid(self.role)
-        return command
+        # Between MULTI and EXEC another row of the table counts.
+        return self._permitted.get(command.name.encode(), command)
 
     def _settled(self) -> bool:
         """Have the puts before a request answered, so that its reply does not overtake theirs.
@@ -482,6 +509,36 @@ class Connection:
         self.counters.puts_refused[error.code] += 1
         self._fail(error)
 
+    # Transactions
+
+    def begin(self, transaction: Transaction | None) -> None:
+        self.transaction = transaction
+        self._permitted = (QUEUED if transaction else PERMITTED)[self.role]
+
+    def put_together(self, puts: list[Put], encode: Callable[[list[int] | ReplyError], bytes]) -> bytes | None:
+        try:
+            answer = self._loop.put_together(puts)
+        except ReplyError as error:
+            return encode(error)
+        if not isinstance(answer, Future):
+            return encode(answer)
+        self._parked = True
+        answer.add_done_callback(lambda done: self._loop.post(partial(self._put_together_later, done, encode)))
+        return None
+
+    def _put_together_later(self, answer: Future[list[int]], encode: Callable[[list[int] | ReplyError], bytes]) -> None:
+        if self.closed:
+            return
+        try:
+            self._send(encode(result_of(answer)))
+        except ReplyError as error:
+            self._send(encode(error))
+        self.resume()
+
+    def run_next(self, steps: deque[Step]) -> None:
+        self.steps = steps
+        self._requests.extendleft([[b""]] * len(steps))
+
     def park(self) -> None:
         """Run no further request until `resume`."""
         self._parked = True
@@ -523,6 +580,9 @@ class Connection:
     def wait_for(
         self, topic: bytes, milliseconds: int, fetch: Fetch, encode: Callable[[list[Message]], bytes]
     ) -> bytes | None:
+        if self.below:
+            # A step of a transaction does not wait.
+            return self.reply_to(_only_below(self.below, fetch()), encode)
         if not milliseconds:
             return self.reply_to(fetch(), encode)
         try:
@@ -716,6 +776,8 @@ class Connection:
         self._parser, self._out = RequestParser(0), bytearray()
         self._count_backlog(0)
         self._requests.clear()
+        self.steps.clear()
+        self.transaction = None
         self.positions = {}
         self._loop.forget(self)
         self._socket.close()
@@ -735,6 +797,12 @@ class Connection:
         full = self._behind or (self._parked and len(self._parser) >= self._max_held)
         reading = 0 if full or self._ended else EVENT_READ
         return reading | (EVENT_WRITE if self._unread_since != math.inf else 0)
+
+
+def _only_below(message_id: int, answer: Answer[list[Message]]) -> Answer[list[Message]]:
+    if isinstance(answer, Future):
+        return answer
+    return [message for message in answer if message.id < message_id]
 
 
 def result_of(answer: Future[T]) -> T:

@@ -20,6 +20,7 @@
          ├─ Full              FULL
          ├─ Forgotten         FORGOTTEN
          ├─ WrongEpoch        EPOCH
+         ├─ Aborted           EXECABORT
          ├─ StoreFailed       STORE
          ├─ Busy              BUSY
          ├─ Closing           CLOSING
@@ -145,6 +146,12 @@ class WrongEpoch(ReplyError):
     """READ named another epoch than the server's, or PUT another run. The sentence begins with the right ones."""
 
     code = "EPOCH"
+
+
+class Aborted(ReplyError):
+    """EXEC ran nothing, because a request since MULTI was refused."""
+
+    code = "EXECABORT"
 
 
 class StoreFailed(ReplyError):

@@ -38,6 +38,12 @@ _INSERT_STATE = "INSERT INTO state VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _INSERT_EMPTY = "INSERT INTO empty_topics VALUES (?, ?, ?)"
 _INSERT_PRODUCER = "INSERT INTO producers (name, forgotten, last_at) VALUES (?, ?, ?)"
 _INSERT_PUT = "INSERT INTO puts VALUES (?, ?, ?)"
+# Only in a snapshot of a run that began from an older one: the last number of each topic there; without a name, its
+# last id.
+_RESTORED = "CREATE TABLE restored (name BLOB, number INTEGER NOT NULL)"
+_INSERT_RESTORED = "INSERT INTO restored VALUES (?, ?)"
+_HAS_RESTORED = "SELECT 1 FROM sqlite_master WHERE name = 'restored'"
+_DROP_RESTORED = "DROP TABLE IF EXISTS restored"
 _PRODUCERS = "SELECT id, name, forgotten, last_at FROM producers ORDER BY id"
 _PUTS = "SELECT producer, seq, message FROM puts ORDER BY rowid"
 
@@ -114,6 +120,15 @@ class Image(NamedTuple):
     """Whether it was written when the store had taken its last message."""
     empty: dict[bytes, tuple[int, int]]
     producers: list[Producer]
+    restored: Restored | None
+
+
+class Restored(NamedTuple):
+    """What a snapshot held that a run began from, if it did not hold all that was put before."""
+
+    last_id: int
+    numbers: dict[bytes, int]
+    """The last number of each topic."""
 
 
 def add(target: sqlite3.Connection, part: Part) -> None:
@@ -140,10 +155,23 @@ def add_producers(target: sqlite3.Connection, producers: Iterable[Producer]) -> 
         target.executemany(_INSERT_PUT, ((row, seq, message) for seq, message in puts.items()))
 
 
+def add_restored(target: sqlite3.Connection, restored: Restored) -> None:
+    target.execute(_RESTORED)
+    target.execute(_INSERT_RESTORED, (None, restored.last_id))
+    target.executemany(_INSERT_RESTORED, restored.numbers.items())
+
+
+def _read_restored(source: sqlite3.Connection) -> Restored | None:
+    if source.execute(_HAS_RESTORED).fetchone() is None:
+        return None
+    numbers = dict(source.execute("SELECT * FROM restored"))
+    return Restored(numbers.pop(None), numbers)
+
+
 def read(source: sqlite3.Connection) -> Image:
     *state, written_at, is_last = source.execute("SELECT * FROM state").fetchone()
     empty = {name: (number, last_id) for name, number, last_id in source.execute("SELECT * FROM empty_topics")}
-    return Image(State(*state), written_at, bool(is_last), empty, list(_producers(source)))
+    return Image(State(*state), written_at, bool(is_last), empty, list(_producers(source)), _read_restored(source))
 
 
 def _producers(source: sqlite3.Connection) -> Iterator[Producer]:
@@ -156,3 +184,4 @@ def _producers(source: sqlite3.Connection) -> Iterator[Producer]:
 def drop(database: sqlite3.Connection) -> None:
     """Leave the store's own tables."""
     database.executescript(_DROP)
+    database.execute(_DROP_RESTORED)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import NamedTuple, TypeAlias, TypeVar
 
 from dsmq.errors import MessageNotText
@@ -153,8 +154,8 @@ Claim: TypeAlias = "list[tuple[Inbox, _Stretch, int, _Step]]"
 """What a call has taken, noted before it is taken, so that all can be given back wherever it is interrupted."""
 
 
-Asked: TypeAlias = "tuple[_Stretch, int]"
-"""What a READ goes by: the state in which it is asked, and the id behind which to read."""
+Asked: TypeAlias = "tuple[_Stretch, int, bool]"
+"""What a READ goes by: the state in which it is asked, the id behind which to read, and whether it may wait."""
 
 
 def give_back(claim: Claim) -> None:
@@ -236,9 +237,10 @@ class Inbox:
 
     def asked(self) -> Asked:
         """Return what to ask by for more."""
-        stretch = self._place()[0]
+        stretch, at = self._place()
         after = stretch.ahead[-1].id if stretch.ahead else stretch.id
-        return stretch, after
+        # Another call may have read ahead what this one wants.
+        return stretch, after, at == len(stretch.ahead)
 
     def asked_for_latest(self) -> Asked:
         """Return what to ask by for the latest, which passes over the read-ahead."""
@@ -246,7 +248,7 @@ class Inbox:
         last = stretch
         while last.rest:
             last, at = last.rest, 0
-        return stretch, last.handed(at)[0]
+        return stretch, last.handed(at)[0], False
 
     # What comes
 
@@ -256,7 +258,7 @@ class Inbox:
         What another thread has fetched meanwhile is known by its ids. What was asked for elsewhere, before a `seek` or
         in another epoch, is passed over.
         """
-        before, behind = asked
+        before, behind, _ = asked
         while True:
             stretch, at = self._place()
             if stretch is not before and not stretch.continues(before, behind):
@@ -271,7 +273,7 @@ class Inbox:
                 # An older reply says nothing of what was known later.
                 after = stretch.over(at) if stretch is before and at == len(stretch.ahead) else None
             if after is None:
-                return bool(found)
+                return bool(found) or at < len(stretch.ahead)
             if self._move(stretch, at, after):
                 self._learn(stretch, at, new)
                 return bool(found) or stretch.rest is not None
@@ -312,6 +314,10 @@ class Inbox:
             claim.append((self, stretch, at, step))
             if stretch.next.setdefault(at, step) is step:
                 self._seen = stretch, step[0]
+                if stretch.rest and len(taken) < n:
+                    # What was given back stands in front of the rest.
+                    with suppress(MessageNotText):
+                        taken += self.take(claim, n - len(taken), convert)
                 return taken
 
     def _refresh(self, stretch: _Stretch, at: int, now: float) -> None:

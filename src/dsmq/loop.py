@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from dsmq.commands import Services
 from dsmq.metrics import Counters
-from dsmq.store import Put
+from dsmq.store import Answer, Put
 
 if TYPE_CHECKING:
     from dsmq.connection import Connection
@@ -62,6 +62,9 @@ class Loop(Protocol):
 
     def put(self, connection: Connection, put: Put) -> None:
         """Store it at the end of the turn, and call `stored` or `not_stored` then."""
+
+    def put_together(self, puts: list[Put]) -> Answer[list[int]]:
+        """Store all or nothing, now. Raises a ReplyError."""
 
     def commit(self) -> None:
         """Store what has been put so far in this turn."""

@@ -352,7 +352,9 @@ class Server:
         stricter = any(getattr(new, name) != getattr(before, name) for name in ADMISSION)
         stricter = stricter or bool(new.tls_cert_file) != bool(before.tls_cert_file)
         for worker in self._workers:
+            worker.post(worker.apply_settings)
             worker.post(worker.dismiss_all if stricter else worker.check_tokens)
+        self._await_workers()
         changed = [name for name in Settings.model_fields if getattr(new, name) != getattr(before, name)]
         live, fixed = ([name for name in changed if (name in FIXED) == kept] for kept in (False, True))
         tokens, renewed = self._services.gate.changes(gate), self._certificates_written != written
@@ -364,6 +366,14 @@ class Server:
             about = logs.event("restart_needed", settings=fixed)
             _logger.warning("these change only with a new start: %s", ", ".join(fixed), extra=about)
         self._tell_security()
+
+    def _await_workers(self) -> None:
+        """Wait until what was posted is done: what the log calls changed is in force. Not for one that hangs."""
+        done = [threading.Event() for _ in self._workers]
+        deadline = time.monotonic() + WATCH_SECONDS
+        for worker, event in zip(self._workers, done, strict=True):
+            worker.post(event.set)
+        wait_until(lambda: all(event.is_set() for event in done), deadline)
 
     def _threads(self) -> list[threading.Thread]:
         return [part.thread for part in self._parts()]

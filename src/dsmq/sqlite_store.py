@@ -26,7 +26,7 @@ from operator import attrgetter, itemgetter
 from dsmq import image
 from dsmq.chunks import Stored, pack, portions, unpack
 from dsmq.errors import Full, ReplyError, StoreFailed
-from dsmq.image import INSERT_CHUNK, Image, Instant, Part, Place, Producer, State
+from dsmq.image import INSERT_CHUNK, Image, Instant, Part, Place, Producer, Restored, State
 from dsmq.producers import Producers, Puts
 from dsmq.store import MESSAGE_OVERHEAD_BYTES, Limits, Message, Put, Timing, TopicStats, Totals, cost, topics_cost
 
@@ -65,7 +65,7 @@ _DELETE_TOPIC = "DELETE FROM topics WHERE id = ?"
 _READ = """SELECT put_at, last_number, ids_and_sizes, bodies FROM chunks
     WHERE topic = ? AND last_id > ? AND put_at >= ? ORDER BY last_id"""
 _LATEST = """SELECT put_at, last_number, ids_and_sizes, bodies FROM chunks
-    WHERE topic = ? ORDER BY last_id DESC LIMIT 1"""
+    WHERE topic = ? ORDER BY last_id DESC"""
 _OLDEST = "SELECT put_at, ids_and_sizes FROM chunks WHERE topic = ? ORDER BY last_id LIMIT 1"
 # A pair of 64-bit integers, an id and a size, is 16 bytes.
 _EXPIRY = """SELECT last_id, topic, put_at, length(ids_and_sizes) / 16, length(bodies)
@@ -148,8 +148,8 @@ class SQLiteStore:
         self.limits = limits or Limits()
         self.epoch, self.run = secrets.token_hex(8), secrets.token_hex(8)
         self.restored_id = 0
-        # The last number of each topic in the snapshot that this run started from.
-        self._restored_numbers: dict[bytes, int] = {}
+        self.restored: Restored | None = None
+        """What this run began with, if that did not hold all that was put before."""
         self._clock = clock
         self._guard = _Guard()
         self._database = _in_memory()
@@ -358,24 +358,30 @@ class SQLiteStore:
             if message[2] >= since:
                 yield message
 
-    def latest(self, topic: bytes, after: int) -> list[Message]:
+    def latest(self, topic: bytes, after: int, below: int = sys.maxsize) -> list[Message]:
         known = self._topics.get(topic)
         if known is None or after >= known.last_id:
             return []
         with self._guard:
             now = self._clock()
             since = now - self.max_age_ms
-            held = known.tail or self._newest_written(known)
-            if not held or held[-1][2] < since:
+            found = known.tail[-1] if known.tail and below > known.last_id else self._newest_below(known, below)
+            if found is None or found[0] <= after or found[2] < since:
                 return []
-            message_id, number, put_at, body = held[-1]
+            message_id, number, put_at, body = found
             # What it passes over is not wanted any more.
             known.note_read(1, number)
             return [Message(message_id, number, now - put_at, body, put_at - since)]
 
-    def _newest_written(self, topic: _Topic) -> list[Stored]:
-        row = self._database.execute(_LATEST, (topic.row,)).fetchone()
-        return list(unpack(row, topic.last_id - 1)) if row else []
+    def _newest_below(self, topic: _Topic, below: int) -> Stored | None:
+        if at := bisect_left(topic.tail, (below,)):
+            return topic.tail[at - 1]
+        after = topic.last_id - 1 if below > topic.last_id else 0
+        # More than one chunk is looked at only if the last ones begin at or above it.
+        for row in self._database.execute(_LATEST, (topic.row,)):
+            if found := [message for message in unpack(row, after) if message[0] < below]:
+                return found[-1]
+        return None
 
     def last_id(self) -> int:
         return self._last_id
@@ -460,7 +466,7 @@ class SQLiteStore:
     def stats(self, topic: bytes) -> TopicStats:
         with self._guard:
             known = self._topics.get(topic)
-            restored_number = self._restored_numbers.get(topic, 0)
+            restored_number = self.restored.numbers.get(topic, 0) if self.restored else 0
             if known is None:
                 empty = _Topic(topic, 0, *self._empty.get(topic, ()))
                 return _stats(empty)._replace(restored_number=restored_number)
@@ -586,7 +592,9 @@ class SQLiteStore:
         self._database.close()
         self._database = database
         self.epoch, self.run = kept.state.epoch, kept.state.run
-        self.restored_id = self._last_id = kept.state.last_id
+        self._last_id = kept.state.last_id
+        self.restored = kept.restored
+        self.restored_id = self.restored.last_id if self.restored else self._last_id
         self._last_row = kept.state.last_row
         self._clock = _shifted(self._clock, kept.state.clock + passed_ms - self._clock())
         for row, name, last_number, last_id, count, size in held:
@@ -605,8 +613,10 @@ class SQLiteStore:
 
         Numbers go on from those of the snapshot. A reader that knows higher ones takes the snapshot's.
         """
+        empty = {name: number for name, (number, _) in self._empty.items()}
+        self.restored = Restored(self._last_id, empty | self.last_numbers())
+        self.restored_id = self._last_id
         self.run, self._last_id = secrets.token_hex(8), last_id
-        self._restored_numbers = {name: number for name, (number, _) in self._empty.items()} | self.last_numbers()
 
     def close(self) -> None:
         with self._guard.lock:

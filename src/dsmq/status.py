@@ -181,6 +181,8 @@ class Status:
                 "run": store.run,
                 "uptime_in_seconds": int(time.monotonic() - self._began),
             },
+            # valkey-glide wants to know which server takes puts.
+            "replication": {"role": "master", "connected_slaves": 0},
             "clients": {"connected_clients": self.connections(), "blocked_clients": self.waiting()},
             "stats": {
                 "total_connections_received": counted.opened,
@@ -191,6 +193,9 @@ class Status:
                 "errors": sum(counted.errors.values()),
             },
             "store": {**held._asdict(), "last_id": store.last_id()},
+            # redis-cli --stat shows these two.
+            "memory": {"used_memory": held.cost},
+            "keyspace": {"db0": f"keys={held.topics},expires=0,avg_ttl=0"},
         }
 
     # What the status page shows

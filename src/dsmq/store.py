@@ -108,8 +108,8 @@ class Store(Protocol):
     def read(self, topic: bytes, after: int, count: int, max_bytes: int) -> Answer[list[Message]]:
         """Return the messages with ids above `after`, oldest first, none of them expired."""
 
-    def latest(self, topic: bytes, after: int) -> Answer[list[Message]]:
-        """Return the newest message with an id above `after`, or nothing."""
+    def latest(self, topic: bytes, after: int, below: int = sys.maxsize) -> Answer[list[Message]]:
+        """Return the newest message with an id above `after`, and lower than `below`; or nothing."""
 
     def last_id(self) -> int:
         """Return the id given last, 0 at first."""

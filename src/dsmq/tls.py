@@ -57,17 +57,44 @@ def neighbour_context(cert_file: str) -> ssl.SSLContext:
 
 
 def _load(context: ssl.SSLContext, cert_file: str, key_file: str, ca_file: str) -> None:
-    files = ""
     try:
         if cert_file:
-            files = f"certificate {cert_file}, key {key_file or cert_file}"
             # The empty password keeps it from asking for one.
             context.load_cert_chain(cert_file, key_file or None, "")
+    except (OSError, ValueError) as error:
+        key_file = key_file or cert_file
+        about = _wrong_pair(cert_file, key_file) or f"certificate {cert_file}, key {key_file}: {reason(error)}"
+        raise ConfigError(about) from None
+    try:
         if ca_file:
-            files = f"authorities {ca_file}"
             context.load_verify_locations(ca_file)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{files}: {reason(error)}") from None
+        raise ConfigError(f"authorities {ca_file}: {reason(error)}") from None
+
+
+def _wrong_pair(cert_file: str, key_file: str) -> str:
+    """Return what is wrong with a certificate and its key, because OpenSSL says much the same of everything."""
+    try:
+        cert, key = _read(cert_file), _read(key_file)
+    except ConfigError as error:
+        return str(error)
+    if b"PRIVATE KEY-----" not in key:
+        exchanged = b"CERTIFICATE-----" in key and b"PRIVATE KEY-----" in cert and cert_file != key_file
+        about = f"; are key and certificate exchanged? {cert_file} holds a key" if exchanged else ""
+        return f"{key_file}: no private key in PEM format found{about}"
+    if b"ENCRYPTED" in key:
+        return f"{key_file}: the private key is encrypted; give it without a passphrase"
+    if b"CERTIFICATE-----" not in cert:
+        return f"{cert_file}: no certificate in PEM format found"
+    return ""
+
+
+def _read(file: str) -> bytes:
+    try:
+        with open(file, "rb") as stream:
+            return stream.read(1_048_576)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: {reason(error)}") from None
 
 
 def reason(error: Exception) -> str:
@@ -75,6 +102,8 @@ def reason(error: Exception) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         return error.verify_message
     if isinstance(error, ssl.SSLError):
+        if error.reason == "KEY_VALUES_MISMATCH":
+            return "the key is not the one of the certificate"
         return error.reason.lower().replace("_", " ") if error.reason else "not in PEM format"
     return (isinstance(error, OSError) and error.strerror) or str(error)
 

@@ -142,6 +142,10 @@ class Worker:
     def admit(self, connection: Connection) -> None:
         self._strangers.pop(connection, None)
 
+    def apply_settings(self) -> None:
+        """Have all connections go by the settings in force. To be posted."""
+        self._for_all(Connection.apply_settings)
+
     def check_tokens(self) -> None:
         """Let go of those whose token is none any more. To be posted."""
         self._for_all(Connection.check_token)
@@ -317,6 +321,18 @@ class Worker:
             self.counters.failures += 1
             raise StoreFailed("a defect; see the server's log") from error
 
+    def put_together(self, puts: list[Put]) -> Answer[list[int]]:
+        answer = self._append(puts)
+        if isinstance(answer, Future):
+            answer.add_done_callback(lambda done: None if done.exception() else self._wake_all(puts))
+        else:
+            self._wake_all(puts)
+        return answer
+
+    def _wake_all(self, puts: Sequence[Put]) -> None:
+        for worker in self._workers:
+            worker.wake(puts)
+
     def _retry(self, puts: list[Put], putters: list[Connection], error: ReplyError) -> None:
         """Store them one by one, so that a message that can't be stored fails alone."""
         for put, connection in zip(puts, putters, strict=True):
@@ -332,8 +348,7 @@ class Worker:
 
     def _stored(self, puts: list[Put], putters: list[Connection], ids: list[int]) -> None:
         # Those who wait come first: whoever has put is not waited for by others.
-        for worker in self._workers:
-            worker.wake(puts)
+        self._wake_all(puts)
         for connection, message_id in zip(putters, ids, strict=True):
             connection.stored(message_id)
 
