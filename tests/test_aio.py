@@ -15,6 +15,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any, Self, TypeAlias
 
 import pytest
@@ -211,19 +212,25 @@ def test_a_cancelled_call_leaves_no_reply_for_the_next(server: Server) -> None:
     run(server, scenario)
 
 
-def test_closing_ends_a_call_of_another_task(server: Server) -> None:
-    async def scenario(mq: AsyncClient) -> None:
+def test_closing_ends_a_call_of_another_task(server: Server, states: list[str]) -> None:
+    async def main() -> None:
+        mq = await connect(port=server.port, on_state_change=states.append)
         waiting = asyncio.create_task(mq.get_wait("t", timeout=math.inf))
         while not server.waiting():
             await asyncio.sleep(UNIT / 20)
-        await mq.close()
-        await mq.close()
-        with pytest.raises(ClientClosed):
-            await waiting
+        with blocked(server):
+            putting = [asyncio.create_task(mq.put("t", "x")) for _ in range(2)]
+            await asyncio.sleep(UNIT)
+            await mq.close()
+            await mq.close()
+            for call in (waiting, *putting):
+                with pytest.raises(ClientClosed):
+                    await call
         with pytest.raises(ClientClosed):
             await mq.put("t", "x")
 
-    run(server, scenario)
+    asyncio.run(asyncio.wait_for(main(), SOON))
+    assert states == []
 
 
 def test_a_server_that_is_gone_is_an_error() -> None:
@@ -378,9 +385,12 @@ def test_puts_keep_their_order_and_are_stored_once_though_replies_get_lost(serve
 
     async def main() -> None:
         async with Proxy(server, lose) as proxy, await connect(port=proxy.port) as mq:
-            calls = [mq.put_many("t", numbers[at : at + batch]) for at in range(0, 3000, batch)]
-            ids = await asyncio.gather(*calls)
-            assert [one for batch in ids for one in batch] == list(range(1, 3001))
+            if batch == 1:
+                ids = await asyncio.gather(*(mq.put("t", number) for number in numbers))
+            else:
+                calls = (mq.put_many("t", numbers[at : at + batch]) for at in range(0, 3000, batch))
+                ids = [one for batch in await asyncio.gather(*calls) for one in batch]
+            assert ids == list(range(1, 3001))
             mq.seek("t", 0)
             assert await mq.get_many("t", 3000) == numbers
             assert proxy.accepted > 3
@@ -463,17 +473,18 @@ def test_the_late_reply_to_a_cancelled_call_costs_its_connection_and_no_other_ca
     assert states == ["lost", "resumed"]
 
 
-def test_a_server_that_takes_nothing_does_not_make_the_client_buffer_all(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("count", "size"), [(20, 500_000), (900, 10_000)])
+def test_a_server_that_takes_nothing_does_not_make_the_client_buffer_all(tmp_path: Path, count: int, size: int) -> None:
     async def main(server: Server, host: str) -> None:
         async with asyncio.timeout(SOON), await connect(host) as mq:
             with blocked(server):
-                calls = [asyncio.create_task(mq.put("t", "x" * 500_000)) for _ in range(20)]
+                calls = [asyncio.create_task(mq.put("t", "x" * size)) for _ in range(count)]
                 transport = mq._here().shared._link._transport
                 while not transport.get_write_buffer_size():
                     await asyncio.sleep(UNIT / 20)
                 await asyncio.sleep(UNIT)
                 assert transport.get_write_buffer_size() < 1_000_000
-            assert await asyncio.gather(*calls) == list(range(1, 21))
+            assert await asyncio.gather(*calls) == list(range(1, count + 1))
 
     # The kernel buffers less of a Unix socket.
     host = f"unix:{tmp_path / 'socket'}"
@@ -942,6 +953,60 @@ def test_a_put_that_is_cancelled_anywhere_is_stored_once_or_not(server: Server, 
                 assert ids
                 break
         assert step > 1
+
+    run(server, scenario)
+
+
+class Interrupt:
+    """Raises before the n-th line of dsmq that a coroutine runs which need not wait, as a signal handler may."""
+
+    def __init__(self, line: int) -> None:
+        self.left = line
+
+    def run(self, call: Coroutine[Any, Any, Any]) -> Any:
+        sys.settrace(self._trace)
+        try:
+            call.send(None)
+        except StopIteration as end:
+            return end.value
+        except InterruptedError:
+            return None
+        finally:
+            sys.settrace(None)
+        raise AssertionError("it waits for something")
+
+    def _trace(self, frame: FrameType, event: str, _: object) -> Any:
+        if event == "line" and frame.f_globals.get("__name__", "").startswith("dsmq."):
+            self.left -= 1
+            if not self.left:
+                raise InterruptedError
+        return self._trace
+
+
+@pytest.mark.parametrize("verb", ["get", "get_wait", "get_many", "read", "messages"])
+def test_a_read_that_is_interrupted_at_any_line_loses_nothing(server: Server, verb: str) -> None:
+    async def scenario(mq: AsyncClient) -> None:
+        verbs: dict[str, Callable[[], Coroutine[Any, Any, Any]]] = {
+            "get": lambda: mq.get("t"),
+            "get_wait": lambda: mq.get_wait("t", timeout=SOON),
+            "get_many": lambda: mq.get_many("t", 2),
+            "read": lambda: mq.read("t", 2),
+            "messages": mq.messages("t", timeout=SOON).__anext__,
+        }
+        for line in itertools.count(1):
+            sent = [f"{line} {number}" for number in range(4)]
+            await mq.put_many("t", sent)
+            # The others are read ahead.
+            assert await mq.get("t") == sent[0]
+            interrupt = Interrupt(line)
+            got = interrupt.run(verbs[verb]())
+            got = [got] if isinstance(got, str) else [getattr(one, "text", one) for one in got or ()]
+            while rest := await mq.get_many("t"):
+                got += rest
+            assert got == sent[1:]
+            if interrupt.left > 0:
+                break
+        assert line > 10
 
     run(server, scenario)
 

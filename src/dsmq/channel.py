@@ -247,8 +247,6 @@ class Batch(Place):
         return self._request
 
     def answer(self, reply: Reply) -> None:
-        if self.future.done():
-            return
         try:
             self._puts.answered(reply)
         except DSMQError as error:
