@@ -389,9 +389,9 @@ def test_a_producer_that_was_forgotten_is_refused_over_a_restart_for_as_long(
     store.append([(b"t", b"x", (b"forgotten", 1))])
     store.append([(b"t", b"x", (b"another", 1))])
     save(store, file)
-    with restored(file, KEPT_AT + (producers.REMEMBER_MS - 1) / 1000) as other:
-        with pytest.raises(Forgotten, match="too many others"):
-            other.check_producer(b"forgotten")
+    within = restored(file, KEPT_AT + (producers.REMEMBER_MS - 1) / 1000)
+    with within as other, pytest.raises(Forgotten, match="too many others"):
+        other.check_producer(b"forgotten")
     with restored(file, KEPT_AT + producers.REMEMBER_MS / 1000) as other:
         other.check_producer(b"forgotten")
 
