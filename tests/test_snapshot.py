@@ -28,12 +28,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import SOON, UNIT, Daemon, Wire, daemon, run_dsmq, serving, wait_until, wire_to, without_privileges
-from dsmq import config, snapshot, threads
+from dsmq import config, producers, snapshot, threads
 from dsmq import keeper as keeper_module
 from dsmq import server as server_module
 from dsmq import sqlite_store as store_module
 from dsmq.cli import INTERRUPTED
-from dsmq.errors import CannotStart, ConfigError, ReplyError, ServerFailed
+from dsmq.errors import CannotStart, ConfigError, Forgotten, ReplyError, ServerFailed
 from dsmq.image import Instant, Part, Place
 from dsmq.keeper import RESTORE_GAP, Keeper
 from dsmq.protocol import encode_request
@@ -361,6 +361,65 @@ def test_what_was_restored_is_not_counted_as_put_nor_as_unread(store: SQLiteStor
         while other.expire():
             pass
         assert other.totals()[:6] == (0, 0, 0, 1, 3, 0)
+
+
+@pytest.mark.parametrize("slowly", [True, False], ids=["at an interval", "the last"])
+def test_a_put_is_stored_once_over_a_restart_or_refused_where_it_was_forgotten(
+    store: SQLiteStore, file: Path, monkeypatch: pytest.MonkeyPatch, slowly: bool
+) -> None:
+    monkeypatch.setattr(producers, "MAX_PUTS_OF_PRODUCER", 2)
+    for seq in range(7):
+        assert store.append([(b"t", b"x", (b"me", seq))]) == [seq + 1]
+    with keeping(store, file) as keeper:
+        assert keeper.save(keeper._copy_slowly if slowly else store.copy_all, is_last=True)
+    with restored(file) as other:
+        # Too many, so the first half is forgotten; the others are remembered, whichever half they are in.
+        for seq in (0, 1, 2):
+            with pytest.raises(Forgotten):
+                other.append([(b"t", b"again", (b"me", seq))])
+        assert [other.append([(b"t", b"again", (b"me", seq))]) for seq in (3, 4, 5, 6)] == [[4], [5], [6], [7]]
+        assert other.append([(b"t", b"new", (b"me", 7))]) == [8]
+        assert bodies(other, b"t") == [b"x"] * 7 + [b"new"]
+
+
+def test_a_producer_that_was_forgotten_is_refused_over_a_restart_for_as_long(
+    store: SQLiteStore, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(producers, "MAX_PRODUCERS", 1)
+    store.append([(b"t", b"x", (b"forgotten", 1))])
+    store.append([(b"t", b"x", (b"another", 1))])
+    save(store, file)
+    within = restored(file, KEPT_AT + (producers.REMEMBER_MS - 1) / 1000)
+    with within as other, pytest.raises(Forgotten, match="too many others"):
+        other.check_producer(b"forgotten")
+    with restored(file, KEPT_AT + producers.REMEMBER_MS / 1000) as other:
+        other.check_producer(b"forgotten")
+
+
+def test_a_producer_is_remembered_for_as_long_over_a_restart(store: SQLiteStore, file: Path) -> None:
+    store.append([(b"t", b"x", (b"me", 1))])
+    act(store, producers.REMEMBER_MS - 10)
+    save(store, file)
+    for passed, found in ((0.009, True), (0.012, False)):
+        with restored(file, KEPT_AT + passed) as other:
+            # The put of another forgets what is too old.
+            put_id = other.append([(b"u", b"x", (b"another", 1))])[0]
+            assert (other.append([(b"t", b"x", (b"me", 1))]) == [1]) == found
+            assert put_id > 1
+
+
+def test_remembered_puts_count_towards_their_bound_after_a_restart(
+    store: SQLiteStore, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3):
+        store.append([(b"t", b"x", (b"producer %d" % number, seq)) for seq in range(3)])
+    save(store, file)
+    monkeypatch.setattr(producers, "MAX_REMEMBERED_PUTS", 9)
+    with restored(file) as other:
+        assert len(other._producers) == 9
+        other.append([(b"t", b"x", (b"one more", 1))])
+        with pytest.raises(Forgotten):
+            other.check_producer(b"producer 0")
 
 
 def test_only_the_owner_can_read_it_and_nothing_else_is_left(store: SQLiteStore, file: Path) -> None:
