@@ -513,7 +513,7 @@ def test_a_frozen_server_is_waited_for(server: Server) -> None:
         got: list[object] = []
         thread = threading.Thread(target=lambda: got.append(mq.put("t", "x")))
         thread.start()
-        wait_until(lambda: mq._states.down)
+        wait_until(lambda: mq._states.last[0])
         release.set()
         thread.join(SOON)
         assert got == [1]
@@ -533,7 +533,7 @@ def test_closing_ends_the_waiting_for_a_server() -> None:
 
     thread = threading.Thread(target=ping)
     thread.start()
-    wait_until(lambda: mq._states.down)
+    wait_until(lambda: mq._states.last[0])
     mq.close()
     thread.join(SOON)
     assert raised == [ClientClosed]

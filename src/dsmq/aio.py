@@ -241,28 +241,27 @@ class AsyncClient:
     async def _some(self, topic: str, n: int, seconds: float, convert: Callable[[Inbox, Entry], T]) -> list[T]:
         claim: Claim = []
         try:
-            taken = self._session.inbox(topic).take(claim, n, convert) if n else []
-            return await self._read(calls.some(self._session, claim, topic, n, seconds, convert, taken))
+            inbox = self._session.inbox(topic)
+            taken = inbox.take(claim, n, convert) if n else []
+            await self._read(calls.some(self._session, inbox, claim, taken, n, seconds, convert))
         except BaseException:
             give_back(claim)
             raise
+        return taken
 
     async def _latest(self, topic: str, convert: Callable[[Inbox, Entry], T]) -> list[T]:
         claim: Claim = []
+        taken: list[T] = []
         try:
-            return await self._read(calls.latest(self._session, claim, topic, convert))
+            await self._read(calls.latest(self._session, claim, taken, topic, convert))
         except BaseException:
             give_back(claim)
             raise
+        return taken
 
-    async def _read(self, reading: Reading[T]) -> T:
-        try:
-            call = next(reading)
-            while True:
-                call = reading.send(await self._exchange(call))
-        except StopIteration as end:
-            found: T = end.value
-            return found
+    async def _read(self, reading: Reading) -> None:
+        while (call := next(reading, None)) is not None:
+            call.reply = await self._exchange(call)
 
     # Connections
 

@@ -12,7 +12,7 @@ import os
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Protocol, TypeAlias, TypeVar
 
@@ -126,11 +126,13 @@ class Request(Call, Protocol):
 class Plain:
     """A request that is the same each time, and changes nothing."""
 
-    __slots__ = ("_request", "seconds")
+    __slots__ = ("_request", "reply", "seconds")
 
     def __init__(self, request: bytes) -> None:
         self._request = request
         self.seconds = 0.0
+        self.reply: Reply = None
+        """To be set by whoever asks on behalf of a `Reading`."""
 
     def request(self, _: Producer) -> bytes:
         return self._request
@@ -169,33 +171,33 @@ class Read(Plain):
 
     def __init__(self, session: Session, inbox: Inbox, until: float = 0.0, *, latest: bool = False) -> None:
         self._session, self._inbox, self._until, self._latest = session, inbox, until, latest
-        self.seconds = self._asked_at = 0.0
+        self.seconds = 0.0
+        self._asked_at: float
         self.asked: Asked
         """What it went by when it was asked last."""
 
     def request(self, producer: Producer) -> bytes:
-        inbox, era = self._inbox, producer.era
-        if era and era.next:
-            raise ConnectionResetError("another connection has found that the server was started anew")
+        inbox, size = self._inbox, self._session.read_bytes
         self.asked = inbox.asked_for_latest() if self._latest else inbox.asked()
-        after = self.asked.after
-        if era:
-            self.asked = self.asked._replace(era=era)
+        stretch, after = self.asked
+        if producer.era and producer.era is not stretch.era:
+            raise ConnectionResetError("another connection has found that the server was started anew")
         if self._latest:
             return read_request(inbox.topic, after, b"LATEST")
-        options: tuple[bytes, ...] = ()
-        if inbox.count:
-            options = b"COUNT", b"%d" % inbox.count
-        if (size := self._session.read_bytes) < MAX_READ_BYTES:
+        options: tuple[bytes, ...] = (b"COUNT", b"%d" % inbox.count) if inbox.count else ()
+        if size < MAX_READ_BYTES:
             options += b"BYTES", b"%d" % size
         if self._until:
-            # What is left of its time: it may have been interrupted.
-            self._asked_at = time.monotonic()
-            left = self._until - self._asked_at
-            self.seconds = min(left, MAX_WAIT_SECONDS) if left > 0 else 0.0
-            if milliseconds := round(self.seconds * 1000):
-                options += b"WAIT", b"%d" % milliseconds
+            options += self._wait()
         return read_request(inbox.topic, after, *options)
+
+    def _wait(self) -> tuple[bytes, ...]:
+        # What is left of its time: it may have been interrupted.
+        self._asked_at = time.monotonic()
+        left = self._until - self._asked_at
+        self.seconds = min(left, MAX_WAIT_SECONDS) if left > 0 else 0.0
+        milliseconds = round(self.seconds * 1000)
+        return (b"WAIT", b"%d" % milliseconds) if milliseconds else ()
 
     def lost(self, error: Exception) -> bool:
         if isinstance(error, TimeoutError):
@@ -215,51 +217,52 @@ class Read(Plain):
         return inbox.accept(self.asked, found)
 
 
-Reading: TypeAlias = "Generator[Plain, Reply, T]"
-"""Calls to be made one after another; each takes the reply to the one before. Returns what was read."""
+Reading: TypeAlias = "Iterator[Plain]"
+"""Calls to be made one after another; the reply to each is to be set before the next is taken."""
 
 
 def some(  # noqa: PLR0913, PLR0917 - of both clients
     session: Session,
+    inbox: Inbox,
     claim: Claim,
-    topic: str,
+    taken: list[T],
     n: int,
     seconds: float,
     convert: Callable[[Inbox, Entry], T],
-    taken: list[T],
-) -> Reading[list[T]]:
-    """Take up to `n` messages, with those taken already; if there is none, wait for the first.
+) -> Reading:
+    """Add to the messages taken up to `n`; if there is none, wait for the first.
 
     All that was taken is noted in `claim`.
     """
-    until = time.monotonic() + seconds
+    until = time.monotonic() + seconds if seconds else 0.0
     more = n > 0
-    while (more and len(taken) < n) or (not taken and n > 0 and time.monotonic() < until):
-        inbox = session.inbox(topic)
-        if inbox.is_unsure:
-            inbox.renumber(restored_number((yield Plain(stats_request(topic)))))
-        read = Read(session, inbox, 0.0 if taken else until)
-        more = read.take_in(session.entries((yield read)))
-        try:
-            taken += session.inbox(topic).take(claim, n - len(taken), convert)
-        except MessageNotText:
-            if not taken:
-                raise
-            break
-    return taken
+    while (more and len(taken) < n) or (until and not taken and n > 0 and time.monotonic() < until):
+        if session.is_restarted and inbox.is_unsure:
+            yield (stats := Plain(stats_request(inbox.topic)))
+            inbox.renumber(restored_number(stats.reply))
+        yield (read := Read(session, inbox, 0.0 if taken else until))
+        more = read.take_in(session.entries(read.reply))
+        inbox = session.inbox(inbox.topic)
+        if more:
+            try:
+                taken += inbox.take(claim, n - len(taken), convert)
+            except MessageNotText:
+                if not taken:
+                    raise
+                return
 
 
-def latest(session: Session, claim: Claim, topic: str, convert: Callable[[Inbox, Entry], T]) -> Reading[list[T]]:
+def latest(session: Session, claim: Claim, taken: list[T], topic: str, convert: Callable[[Inbox, Entry], T]) -> Reading:
     """Take the newest message, and pass over the older ones."""
-    while True:
+    found: list[T] | None = None
+    while found is None:
         inbox = session.inbox(topic)
-        read = Read(session, inbox, latest=True)
-        found = session.entries((yield read))
-        if found:
+        yield (read := Read(session, inbox, latest=True))
+        entries = session.entries(read.reply)
+        if entries:
             inbox = session.keep(inbox)
-        taken = inbox.take_latest(claim, read.asked, found, convert)
-        if taken is not None:
-            return taken
+        found = inbox.take_latest(claim, read.asked, entries, convert)
+    taken += found
 
 
 class Put:

@@ -31,6 +31,7 @@ from dsmq.inbox import Claim, Entry, Inbox, give_back
 from dsmq.link import ClosedSilently, Link, Security, target
 from dsmq.protocol import Reply
 from dsmq.session import Message, Session, State
+from dsmq.system import process
 
 __all__ = ["DSMQClientSideConnection", "Message", "connect"]
 
@@ -127,7 +128,7 @@ class DSMQClientSideConnection:
         # that closes the client.
         self._closing = _thread.allocate_lock()
         self._closing.acquire()
-        self._process = os.getpid()
+        self._process = process()
         self._idle: list[Link] = []
         self._refs: set[weakref.ref[Link]] = set()
         self._is_tidying = False
@@ -169,6 +170,7 @@ class DSMQClientSideConnection:
     def _put_all(self, link: Link, puts: PutMany) -> None:
         outstanding = 0
         for count, requests in puts.batches(link.producer):
+            link.check_process()
             if count:
                 link.send(requests, self._timeout)
             else:
@@ -252,7 +254,7 @@ class DSMQClientSideConnection:
         claim: Claim = []
         try:
             convert = wire.converter(raw=raw)
-            return first(self._read(calls.latest(self._session, claim, topic, convert)), default, raw=raw)
+            return first(self._latest(claim, topic, convert), default, raw=raw)
         except BaseException:
             give_back(claim)
             raise
@@ -283,7 +285,7 @@ class DSMQClientSideConnection:
         claim: Claim = []
         try:
             if latest:
-                return self._read(calls.latest(self._session, claim, topic, self._session.message))
+                return self._latest(claim, topic, self._session.message)
             return self._many(claim, topic, n, timeout, self._session.message)
         except BaseException:
             give_back(claim)
@@ -343,20 +345,21 @@ class DSMQClientSideConnection:
 
     def _some(self, claim: Claim, topic: str, n: int, seconds: float, convert: Callable[[Inbox, Entry], T]) -> list[T]:
         """Take up to `n` messages; where there is none, wait for the first."""
-        taken = self._session.inbox(topic).take(claim, n, convert) if n else []
-        if len(taken) == n:
-            return taken
-        return self._read(calls.some(self._session, claim, topic, n, seconds, convert, taken))
+        inbox = self._session.inbox(topic)
+        taken = inbox.take(claim, n, convert) if n else []
+        if len(taken) < n:
+            self._read(calls.some(self._session, inbox, claim, taken, n, seconds, convert))
+        return taken
 
-    def _read(self, reading: Reading[T]) -> T:
+    def _latest(self, claim: Claim, topic: str, convert: Callable[[Inbox, Entry], T]) -> list[T]:
+        taken: list[T] = []
+        self._read(calls.latest(self._session, claim, taken, topic, convert))
+        return taken
+
+    def _read(self, reading: Reading) -> None:
         """Make the calls that reading takes."""
-        try:
-            call = next(reading)
-            while True:
-                call = reading.send(self._exchange(call))
-        except StopIteration as end:
-            found: T = end.value
-            return found
+        while (call := next(reading, None)) is not None:
+            call.reply = self._exchange(call)
 
     # The server, and the end
 
@@ -435,7 +438,7 @@ class DSMQClientSideConnection:
                 result = attempt(link, call)
             except BaseException as error:
                 if not self._is_lost(error, link):
-                    if self._states.down and isinstance(error, ReplyError):
+                    if self._states.last[0] and isinstance(error, ReplyError):
                         self._announce("resumed" if link else "given up", error)
                     raise
                 retries = retries or Retries(self._reconnect_timeout)
@@ -444,7 +447,7 @@ class DSMQClientSideConnection:
                 self._pause(call, retries, error)
             else:
                 self._give_back(link)
-                if self._states.down:
+                if self._states.last[0]:
                     # It had a connection that another thread has made.
                     self._announce("resumed")
                 return result
@@ -487,7 +490,7 @@ class DSMQClientSideConnection:
             self._on_state_change(state)
 
     def _borrow(self) -> Link:
-        if os.getpid() != self._process:
+        if process() is not self._process:
             self._after_fork()
         # Lists are safe to use from several threads.
         try:
@@ -575,7 +578,7 @@ class DSMQClientSideConnection:
         self._closing.acquire()
         for link in links:
             link.close()
-        self._process = os.getpid()
+        self._process = process()
 
 
 class _Messages(Generic[T]):
@@ -614,25 +617,21 @@ class _States:
     """What was told last of the connection. It is superseded as a whole: see `dsmq.inbox`."""
 
     def __init__(self) -> None:
-        self._last: tuple[Literal["", "lost", "given up"], dict[int, object]] = "", {}
-
-    @property
-    def down(self) -> Literal["", "lost", "given up"]:
-        """Whether there is no connection, as far as is known, and whether a call still tries."""
-        return self._last[0]
+        self.last: tuple[Literal["", "lost", "given up"], dict[int, object]] = "", {}
+        """Whether there is no connection, as far as is known, and whether a call still tries; and what came next."""
 
     def enter(self, state: State) -> bool:
         """Enter a state; return whether it is to be told."""
         while True:
-            last = self._last
+            last = self.last
             if not wire.is_news(state, last[0]):
                 return False
             new: tuple[Literal["", "lost", "given up"], dict[int, object]]
             new = (state if state in ("lost", "given up") else "", {})
             if last[1].setdefault(0, new) is new:
-                self._last = new
+                self.last = new
                 return True
-            self._last = last[1][0]  # type: ignore[assignment]
+            self.last = last[1][0]  # type: ignore[assignment]
 
 
 def _tidy(ref: weakref.ref[DSMQClientSideConnection]) -> None:

@@ -120,6 +120,12 @@ class _Stretch:
             rest=self.rest,
         )
 
+    def continues(self, before: _Stretch, behind: int) -> bool:
+        """Return whether a reply is of use that was asked for in a state before, behind this id."""
+        if self.era is not before.era or self.generation != before.generation or self.fresh == math.inf:
+            return False
+        return behind <= (self.ahead[-1].id if self.ahead else self.id)
+
     def lost(self, at: int) -> int:
         """Return how many messages have expired if no more of it comes."""
         last_id, number = self.handed(at)
@@ -129,9 +135,9 @@ class _Stretch:
 
     def over(self, at: int) -> _Stretch | None:
         """Return the state after the server had no more of it; None if it is the same."""
-        lost = self.lost(at)
-        if self.rest is None and not lost:
+        if self.rest is None and self.known[0] <= (self.ahead[-1].id if self.ahead else self.id):
             return None
+        lost = self.lost(at)
         missed = self.missed_at(at) + lost
         if self.rest:
             return _rest(self.rest, missed)
@@ -147,15 +153,8 @@ Claim: TypeAlias = "list[tuple[Inbox, _Stretch, int, _Step]]"
 """What a call has taken, noted before it is taken, so that all can be given back wherever it is interrupted."""
 
 
-class Asked(NamedTuple):
-    """What a READ goes by."""
-
-    era: Era
-    generation: tuple[int, int]
-    after: int
-    """The id behind which to read."""
-    stretch: _Stretch
-    """The state in which it was asked."""
+Asked: TypeAlias = "tuple[_Stretch, int]"
+"""What a READ goes by: the state in which it is asked, and the id behind which to read."""
 
 
 def give_back(claim: Claim) -> None:
@@ -237,9 +236,9 @@ class Inbox:
 
     def asked(self) -> Asked:
         """Return what to ask by for more."""
-        stretch, at = self._place()
-        after = stretch.ahead[-1].id if len(stretch.ahead) > at else stretch.handed(at)[0]
-        return Asked(stretch.era, stretch.generation, after, stretch)
+        stretch = self._place()[0]
+        after = stretch.ahead[-1].id if stretch.ahead else stretch.id
+        return stretch, after
 
     def asked_for_latest(self) -> Asked:
         """Return what to ask by for the latest, which passes over the read-ahead."""
@@ -247,7 +246,7 @@ class Inbox:
         last = stretch
         while last.rest:
             last, at = last.rest, 0
-        return Asked(stretch.era, stretch.generation, last.handed(at)[0], stretch)
+        return stretch, last.handed(at)[0]
 
     # What comes
 
@@ -257,19 +256,20 @@ class Inbox:
         What another thread has fetched meanwhile is known by its ids. What was asked for elsewhere, before a `seek` or
         in another epoch, is passed over.
         """
+        before, behind = asked
         while True:
             stretch, at = self._place()
-            ahead = stretch.ahead[at:]
-            end = ahead[-1].id if ahead else stretch.handed(at)[0]
-            if (stretch.era, stretch.generation) != asked[:2] or asked.after > end or stretch.fresh == math.inf:
+            if stretch is not before and not stretch.continues(before, behind):
                 return True
-            new = [entry for entry in found if end < entry.id <= stretch.end]
+            end = stretch.ahead[-1].id if stretch.ahead else stretch.id
+            new = [entry for entry in found if end < entry.id <= stretch.end] if found else found
             if new:
+                ahead = stretch.ahead[at:]
                 fresh = stretch.fresh if ahead else boot_time() + FRESH_SECONDS
                 after: _Stretch | None = stretch.rest_from(at, [*ahead, *new], fresh)
             else:
                 # An older reply says nothing of what was known later.
-                after = None if ahead or asked.stretch is not stretch else stretch.over(at)
+                after = stretch.over(at) if stretch is before and at == len(stretch.ahead) else None
             if after is None:
                 return bool(found)
             if self._move(stretch, at, after):
@@ -296,20 +296,22 @@ class Inbox:
         It stops short of one that can't be converted. Raises MessageNotText if that is the first.
         """
         while True:
-            stretch, at = self._place()
-            if at == len(stretch.ahead):
-                return []
-            now = boot_time()
-            if now > stretch.fresh or stretch.ahead[at].expires <= now:
+            stretch, at = self._seen
+            if at in stretch.next or stretch.era.next or at == len(stretch.ahead):
+                stretch, at = self._place()
+                if at == len(stretch.ahead):
+                    return []
+            now, entry = boot_time(), stretch.ahead[at]
+            if now > stretch.fresh or entry.expires <= now:
                 self._refresh(stretch, at, now)
                 continue
-            if n == 1:
-                taken = [convert(self, stretch.ahead[at])]
-            else:
-                taken = _converted(self, stretch.ahead[at : at + n], now, convert)
+            taken = [convert(self, entry)]
+            if n > 1:
+                taken += _converted(self, stretch.ahead[at + 1 : at + n], now, convert)
             step = (at + len(taken),)
             claim.append((self, stretch, at, step))
-            if self._move(stretch, at, step):
+            if stretch.next.setdefault(at, step) is step:
+                self._seen = stretch, step[0]
                 return taken
 
     def _refresh(self, stretch: _Stretch, at: int, now: float) -> None:
@@ -330,9 +332,9 @@ class Inbox:
         """Take what READ … LATEST found, and pass over all before it. None if it was asked for elsewhere."""
         while True:
             stretch, at = self._place()
-            if (stretch.era, stretch.generation) != asked[:2]:
+            if stretch.era is not asked[0].era or stretch.generation != asked[0].generation:
                 return None
-            if not found or found[-1].id <= self.asked_for_latest().after:
+            if not found or found[-1].id <= self.asked_for_latest()[1]:
                 # What was given back, or comes from a server that is gone, may be there nevertheless.
                 return self.take(claim, 1, convert) if stretch.rest else []
             entry = found[-1]
@@ -400,9 +402,9 @@ def _rest(rest: _Stretch, missed: int) -> _Stretch:
 
 
 def _converted(inbox: Inbox, entries: Sequence[Entry], now: float, convert: Callable[[Inbox, Entry], T]) -> list[T]:
-    """Convert messages, the first of which has not expired, up to one that can't be or has."""
-    taken = [convert(inbox, entries[0])]
-    for entry in entries[1:]:
+    """Convert messages, up to one that can't be converted or has expired."""
+    taken = []
+    for entry in entries:
         if entry.expires <= now:
             break
         try:

@@ -7,7 +7,6 @@ import selectors
 import socket
 import time
 import weakref
-from os import getpid
 from selectors import EVENT_READ, EVENT_WRITE
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
@@ -17,7 +16,13 @@ from dsmq.calls import Producer
 from dsmq.dial import Target, dial, program
 from dsmq.errors import ConfigError, DSMQError, ProtocolError
 from dsmq.protocol import Reply, ReplyParser
-from dsmq.system import LONG_YIELD_PAUSE_SECONDS, LONG_YIELD_SECONDS, expect_long_messages, yield_processor
+from dsmq.system import (
+    LONG_YIELD_PAUSE_SECONDS,
+    LONG_YIELD_SECONDS,
+    expect_long_messages,
+    process,
+    yield_processor,
+)
 
 if TYPE_CHECKING:
     from ssl import SSLContext
@@ -32,6 +37,7 @@ _LONGEST_TIMEOUT = 1e6
 _LONGEST_WAIT_SECONDS = 86_400.0
 # Behind a longer pause it is looked whether a connection still stands before something is sent on it.
 LONG_PAUSE_SECONDS = 0.1
+FORKED = "this process is a child of the one that made the connection"
 ENDED = "the server has closed the connection"
 # As slow as a link may be that takes what is sent: the server waits no longer either.
 _SLOWEST_SECONDS_PER_BYTE = 1 / 16_384
@@ -86,7 +92,7 @@ class Link:
 
     def __init__(self, target: Target, timeout: float) -> None:
         self.producer = Producer(b"")
-        self._process = getpid()
+        self._process = process()
         self._parser = ReplyParser()
         self._timeout, self._longest_pause = timeout, timeout
         self._deadline = math.inf
@@ -156,7 +162,6 @@ class Link:
 
     def renew(self) -> None:
         """Give the replies that are outstanding their whole time again."""
-        self.check_process()
         self.used_at = time.monotonic()
         self._deadline = self.used_at + self._timeout
 
@@ -220,12 +225,12 @@ class Link:
 
     def check_process(self) -> None:
         """Raise ConnectionResetError in a child process: the replies are the parent's."""
-        if getpid() != self._process:
-            raise ConnectionResetError("this process is a child of the one that made the connection")
+        if process() is not self._process:
+            raise ConnectionResetError(FORKED)
 
     def interrupt(self) -> None:
         """Have a call in another thread fail at once."""
-        if getpid() != self._process:
+        if process() is not self._process:
             return
         try:
             if isinstance(self._socket, socket.socket):

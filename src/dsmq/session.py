@@ -94,6 +94,8 @@ class Session:
         self.max_message_bytes = 0
         self.read_bytes = MAX_READ_BYTES
         """How much to ask for at once: less after a reply that did not come in time."""
+        self.is_restarted = False
+        """Whether the server has been another run at some time, so that inboxes may be unsure of their numbers."""
         self._era = Era("", b"", 0, None)
         self._kept = _Kept(boot_time(), {}, 0)
         # Those of which no message has come: to forget them is no loss.
@@ -142,6 +144,7 @@ class Session:
                 self._era = Era(epoch, run, last_id, None)
                 return state, self._era
             same = era.epoch == epoch
+            self.is_restarted = True
             new = Era(epoch, run, era.start, era.number, restored_id) if same else Era(epoch, run, 0, 0)
             if era.next.setdefault(0, new) is new:
                 state = "restarted" if same else "replaced"
@@ -154,11 +157,13 @@ class Session:
         return self._inbox(topic) if inbox is None else inbox
 
     def _inbox(self, topic: str) -> Inbox:
-        topic_name(topic)
         kept = self._kept
-        inbox = kept.older.get(topic)
+        inbox = kept.older.get(topic) if isinstance(topic, str) else None
         if inbox is not None:
             return kept.young.setdefault(topic, inbox)
+        topic_name(topic)
+        if (inbox := self._new.get(topic)) is not None:
+            return inbox
         if len(self._new) > _MAX_NEW_INBOXES:
             self._new = {}
         return self._new.setdefault(topic, Inbox(topic, self.era))
@@ -228,6 +233,8 @@ class Session:
 
     def entries(self, reply: Reply) -> list[Entry]:
         """Return the messages in the reply to READ. Raises the error that it is, or ProtocolError."""
+        if reply == []:
+            return []
         if isinstance(reply, ReplyError):
             raise reply
         if not isinstance(reply, list) or len(reply) % 5:

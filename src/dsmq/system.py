@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from functools import cache, partial
+from typing import Any
 
 yield_processor: Callable[[], None] = getattr(os, "sched_yield", partial(time.sleep, 0))
 """Let another thread run that waits for this processor; without one, go on at once."""
@@ -21,6 +22,54 @@ boot_time = _boot_time()
 
 Linux has CLOCK_BOOTTIME for that; CLOCK_MONOTONIC of macOS and the monotonic time of Windows go on anyway.
 """
+
+
+class _Process:
+    """Tells this process from its children, however they were forked."""
+
+    __slots__ = ("_page", "_token")
+
+    def __init__(self) -> None:
+        self._page = _wiped_in_children()
+        self._token = object()
+
+    def token(self) -> object:
+        """Return an object that stands for this process; in a child it is another one."""
+        if not self._page[0]:
+            self._token = object()
+            self._page[0] = 1
+        return self._token
+
+
+def _wiped_in_children() -> Any:
+    """Return memory that holds a 1, and in a child process a 0: to ask for the process id takes longer."""
+    try:
+        import mmap  # noqa: PLC0415 - where there is none
+
+        page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        page.madvise(_MADV_WIPEONFORK)
+    except (ImportError, AttributeError, TypeError, ValueError, OSError):
+        return _ByProcessId()
+    page[0] = 1
+    return page
+
+
+class _ByProcessId:
+    """The same on systems without such memory."""
+
+    def __init__(self) -> None:
+        self._process = os.getpid()
+
+    def __getitem__(self, _: int) -> int:
+        return os.getpid() == self._process
+
+    def __setitem__(self, _: int, value: int) -> None:
+        self._process = os.getpid()
+
+
+# Of Linux, since 4.14; Python has no name for it.
+_MADV_WIPEONFORK = 18
+process = _Process().token
 LONG_YIELD_SECONDS = 0.001
 """Who did not get the processor back for so long shares it with programs that compute: then it is better to sleep."""
 LONG_YIELD_PAUSE_SECONDS = 0.1
