@@ -242,6 +242,8 @@ def lines_of(*arguments: str) -> list[dict[str, object]]:
 def test_get_reads_on_behind_a_position_that_it_has_printed(topic: str, mq: DSMQClientSideConnection) -> None:
     mq.put_many(topic, [str(number) for number in range(250)])
     shown = lines_of(topic, "--after", "0", "-n", "250")
+    assert len(shown) == 250
+    assert [line["message"] for line in lines_of(topic, "--after", "0", "-n", "2")] == ["0", "1"]
     mq.seek(topic, 0)
     for line in shown:
         assert mq.get(topic) == line["message"]

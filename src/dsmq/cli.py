@@ -318,6 +318,8 @@ def _print_messages(
     count = 0
     while messages:
         _print_json(_described(messages[0], mq.position(options.topic)))
+        # The next read may take as long as the server is away.
+        sys.stdout.flush()
         count += 1
         messages = mq.read(options.topic) if count < n else []
     return count
