@@ -96,7 +96,7 @@ class Terminal:
             "off",
         ]
         with log.open("w") as stream:
-            self.process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=stream)
+            self.process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=stream, cwd=log.parent)
         os.close(slave)
         wait_until(lambda: "tokens" in self.text)
 
