@@ -131,6 +131,13 @@ def test_many_positions(bounded: Daemon) -> None:
         serves(bounded)
 
 
+def test_many_transactions_that_are_not_run(bounded: Daemon) -> None:
+    with ExitStack() as stack:
+        request = encode_request(b"MULTI") + encode_request(b"PUT", b"t", b"x" * 65_000) * 8
+        push(opened(stack, bounded, 1000), request, SOON / 2)
+        serves(bounded)
+
+
 @pytest.mark.parametrize("cut", [1, 300])
 def test_a_message_in_small_pieces_takes_no_more_than_its_length(bounded: Daemon, cut: int) -> None:
     wire = Wire(("127.0.0.1", bounded.port))

@@ -109,6 +109,7 @@ class Transaction:
 class Step(NamedTuple):
     """One request of a transaction, when EXEC runs it."""
 
+    request: list[bytes]
     run: Callable[[], bytes | None]
     below: int
     """It reads only messages with ids below this one: what was put after it in the transaction is stored already."""
@@ -484,7 +485,7 @@ def _run_transaction(
             if message_id > highest:
                 below[request[1]] = message_id
             run = partial(encode_integer, message_id)
-        steps.appendleft(Step(run, first))
+        steps.appendleft(Step(request, run, first))
     client.run_next(steps)
     return b"*%d\r\n" % len(requests)
 

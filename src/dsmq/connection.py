@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from selectors import EVENT_READ, EVENT_WRITE
 from time import monotonic
 
@@ -365,6 +366,7 @@ class Connection:
             or self._behind
             or self._reserved
             or self._ended
+            or self.transaction
         ):
             self._after_run(full=full)
         self._watch()
@@ -476,8 +478,8 @@ class Connection:
         If there is no room for that, no more of it is read until there is.
         """
         parser, budget = self._parser, self._budget
-        held = parser.buffered + self._position_bytes
-        for request in self._requests:
+        held = parser.buffered + self._position_bytes + (self.transaction.memory if self.transaction else 0)
+        for request in chain(self._requests, (step.request for step in self.steps)):
             held += REQUEST_OBJECT_BYTES + ARGUMENT_OBJECT_BYTES * len(request) + sum(map(len, request))
         if parser.incomplete and not (self._parked or self.finishing) and self._no_room in (None, budget):
             declared = _counted(held + parser.missing)
@@ -510,6 +512,8 @@ class Connection:
 
     def _has_room(self, request: list[bytes]) -> bool:
         """Return whether the reply to a request fits into the total; if not, wait for room."""
+        if not request[0] and self.steps:
+            request = self.steps[0].request
         name = request[0].upper()
         if name not in LONG_REPLIES:
             return True
