@@ -546,8 +546,9 @@ class Connection:
         if budget is self._replies:
             return now > self._slow_from
         if self._no_room is budget:
-            # It waits itself: for no fault of its own, unless it holds more than comes before its length is known.
-            return self._reserved > 2 * RECEIVE_BYTES
+            # It waits itself: for no fault of its own, unless it holds more than comes before its length is known, or a
+            # transaction: if all hold some of theirs and wait for the rest, none gets on.
+            return self._reserved > 2 * RECEIVE_BYTES or self.transaction is not None
         if self._request_since == math.inf:
             return not self._resuming
         return now > self._stalls_from
@@ -567,6 +568,8 @@ class Connection:
     def _forget_input(self) -> None:
         self._parser = RequestParser(0)
         self._requests.clear()
+        self.steps.clear()
+        self.transaction = None
         self.positions = {}
         self._reserved = self._position_bytes = 0
         self._budget.drop(self)
@@ -999,8 +1002,6 @@ class Connection:
         self._out = bytearray()
         self._forget_input()
         self._backlog = 0
-        self.steps.clear()
-        self.transaction = None
         self._loop.forget(self)
         # A process that was forked may hold a copy of the socket; without this, the client would not see the end.
         with suppress(OSError):
