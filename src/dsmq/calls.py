@@ -28,7 +28,7 @@ from dsmq.session import (
     stats_request,
     stored_id,
 )
-from dsmq.system import boot_time
+from dsmq.system import boot_time, process
 
 T = TypeVar("T")
 
@@ -45,6 +45,8 @@ MAX_WAIT_SECONDS = 15.0
 # twice, no more than a server remembers of one producer.
 PUTS_AT_ONCE = 500
 BYTES_AT_ONCE = 262_144
+# What a put takes beside topic and message.
+_PUT_BYTES = 80
 # What takes longer to make is sent as far as it is made.
 _LONG_BATCH_SECONDS = 0.1
 # For how long a put is sent again: well within the 600 seconds for which the server remembers it.
@@ -83,7 +85,7 @@ def _pauses() -> Iterator[float]:
 class Producer:
     """A connection as the server knows it by its puts, which are numbered from 1; and which server that is."""
 
-    __slots__ = ("_name", "_seq", "era", "run")
+    __slots__ = ("_name", "_process", "_seq", "era", "run")
 
     def __init__(self, run: bytes, era: Era | None = None) -> None:
         self.run, self.era = run, era
@@ -91,6 +93,12 @@ class Producer:
         # Not by the module `secrets`, which takes longer to import than the rest of this package.
         self._name = binascii.b2a_base64(os.urandom(9), newline=False)
         self._seq = 0
+        self._process = process()
+
+    def check_process(self) -> None:
+        """Raise ConnectionResetError in a child process: connection and numbers are the parent's."""
+        if process() is not self._process:
+            raise ConnectionResetError("this process is a child of the one that made the connection")
 
     def put(self, name: bytes, body: bytes) -> bytes:
         """Return the request, but for its count, that puts a message under the next number."""
@@ -247,10 +255,11 @@ def some(  # noqa: PLR0913, PLR0917 - of both clients
     until = time.monotonic() + seconds if seconds else 0.0
     more = n > 0
     while (more and len(taken) < n) or (until and not taken and n > 0 and time.monotonic() < until):
+        yield (read := Read(session, inbox, 0.0 if taken else until))
+        # Now, because this READ may have been the first call to find that the server was restarted.
         if session.is_restarted and inbox.is_unsure:
             yield (stats := Plain(stats_request(inbox.topic)))
             inbox.renumber(restored_number(stats.reply))
-        yield (read := Read(session, inbox, 0.0 if taken else until))
         more = read.take_in(session.entries(read.reply))
         inbox = session.inbox(inbox.topic)
         if more:
@@ -313,9 +322,9 @@ class PutMany:
         # Whether that is the server's, and how many had been stored before it.
         self._is_refused, self._stored_before = False, 0
         self._run = b""
-        # With their keys: those that were sent, and when they were first, in that order; and what is to be sent next.
+        # Those that were sent, with their keys, and when they were first, in that order; and what is to be sent next.
         self._unanswered: deque[tuple[bytes, float]] = deque()
-        self._made: list[bytes] = []
+        self._made: list[tuple[bytes, bytes]] = []
         # How many of them, the first ones, may be stored.
         self._unsure = 0
         # How many had an answer when a connection broke last.
@@ -336,24 +345,27 @@ class PutMany:
             batch = old[first : first + PUTS_AT_ONCE]
             yield len(batch), b"".join(batch)
         while not self._is_refused:
-            if not self._made and self._make(producer) > _LONG_BATCH_SECONDS:
+            if not self._made and self._make() > _LONG_BATCH_SECONDS:
                 yield 0, b""
             if not self._made:
                 return
             now = boot_time()
-            self._unanswered.extend([(keyed, now) for keyed in self._made])
-            batch, self._made = self._made, []
+            # To make messages may have taken a fork.
+            producer.check_process()
+            batch = [producer.put(*parts) for parts in self._made]
+            self._made = []
+            self._unanswered.extend([(keyed, now) for keyed in batch])
             yield len(batch), b"*6" + b"*6".join(batch)
 
-    def _make(self, producer: Producer) -> float:
+    def _make(self) -> float:
         """Take the next messages; return how many seconds that took."""
         size, began = 0, time.monotonic()
         now = began
         try:
-            for name, body in self._parts:
-                keyed, now = producer.put(name, body), time.monotonic()
-                self._made.append(keyed)
-                size += len(keyed)
+            for parts in self._parts:
+                now = time.monotonic()
+                self._made.append(parts)
+                size += len(parts[0]) + len(parts[1]) + _PUT_BYTES
                 if len(self._made) == PUTS_AT_ONCE or size >= BYTES_AT_ONCE or now - began > _LONG_BATCH_SECONDS:
                     break
         except Exception as error:  # noqa: BLE001 - `check` raises it

@@ -169,7 +169,6 @@ class DSMQClientSideConnection:
     def _put_all(self, link: Link, puts: PutMany) -> None:
         outstanding = 0
         for count, requests in puts.batches(link.producer):
-            link.check_process()
             if count:
                 link.send(requests, self._timeout)
             else:

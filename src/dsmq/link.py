@@ -14,7 +14,7 @@ from dsmq import arguments
 from dsmq import session as wire
 from dsmq.calls import Producer
 from dsmq.dial import Target, dial, program, silent_program
-from dsmq.errors import ConfigError, DSMQError, ProtocolError
+from dsmq.errors import AuthRequired, ConfigError, DSMQError, ProtocolError
 from dsmq.protocol import Reply, ReplyParser
 from dsmq.system import (
     LONG_YIELD_PAUSE_SECONDS,
@@ -128,6 +128,9 @@ class Link:
         try:
             self.send(hello, self._timeout)
             return self.receive()
+        except AuthRequired as error:
+            # Redis says this too; `meet` tells them apart.
+            return error
         except (ProtocolError, ConnectionResetError):
             raise_if_known(self._target, self._heard)
             raise
