@@ -298,6 +298,13 @@ def test_a_long_wait_is_asked_for_in_parts() -> None:
     ]
 
 
+def test_a_read_asks_for_as_much_as_comes_in_time() -> None:
+    session, inbox = a_session(), an_inbox(7)
+    inbox.count, session.read_bytes = 5, 4096
+    words = request(Read(session, inbox, math.inf).request(Producer(b"run")))
+    assert words == [b"READ", b"t", b"7", b"COUNT", b"5", b"BYTES", b"4096", b"WAIT", b"15000"]
+
+
 def test_what_is_asked_once_is_asked_again_where_it_was_not_run() -> None:
     shutdown = Once(b"*1\r\n$8\r\nSHUTDOWN\r\n")
     assert shutdown.lost(CLOSING) is False

@@ -17,8 +17,8 @@ from itertools import islice
 from typing import Protocol, TypeAlias, TypeVar
 
 from dsmq.errors import AuthRequired, Closing, ConnectionLost, DSMQError, MessageNotText, ReplyError, TimedOut
-from dsmq.inbox import Asked, Claim, Entry, Era, Inbox, read_request
-from dsmq.protocol import Reply
+from dsmq.inbox import LATEST, Asked, Claim, Entry, Era, Inbox, read_request
+from dsmq.protocol import Reply, encode_bulk
 from dsmq.session import (
     MAX_READ_BYTES,
     MIN_READ_BYTES,
@@ -201,21 +201,22 @@ class Read(Plain):
         if producer.era and producer.era is not stretch.era:
             raise ConnectionResetError("another connection has found that the server was started anew")
         if self._latest:
-            return read_request(inbox.topic, after, b"LATEST")
-        options: tuple[bytes, ...] = (b"COUNT", b"%d" % inbox.count) if inbox.count else ()
+            return read_request(inbox.topic, after, LATEST, 1)
+        options, count = b"", 0
+        if inbox.count:
+            options, count = _option(b"COUNT", inbox.count), 2
         if size < MAX_READ_BYTES:
-            options += b"BYTES", b"%d" % size
-        if self._until and may_wait:
-            options += self._wait()
-        return read_request(inbox.topic, after, *options)
+            options, count = options + _option(b"BYTES", size), count + 2
+        if self._until and may_wait and (milliseconds := self._milliseconds()):
+            options, count = options + _option(b"WAIT", milliseconds), count + 2
+        return read_request(inbox.topic, after, options, count)
 
-    def _wait(self) -> tuple[bytes, ...]:
+    def _milliseconds(self) -> int:
         # What is left of its time: it may have been interrupted.
         self._asked_at = time.monotonic()
         left = self._until - self._asked_at
         self.seconds = min(left, MAX_WAIT_SECONDS) if left > 0 else 0.0
-        milliseconds = round(self.seconds * 1000)
-        return (b"WAIT", b"%d" % milliseconds) if milliseconds else ()
+        return round(self.seconds * 1000)
 
     def lost(self, error: Exception) -> bool:
         if isinstance(error, TimeoutError):
@@ -233,6 +234,10 @@ class Read(Plain):
             if session.read_bytes < MAX_READ_BYTES:
                 session.read_bytes = min(MAX_READ_BYTES, session.read_bytes + MIN_READ_BYTES)
         return inbox.accept(self.asked, found)
+
+
+def _option(name: bytes, value: int) -> bytes:
+    return encode_bulk(name) + encode_bulk(b"%d" % value)
 
 
 Reading: TypeAlias = "Iterator[Plain]"
@@ -280,6 +285,8 @@ def latest(session: Session, claim: Claim, taken: list[T], topic: str, convert: 
         entries = session.entries(read.reply)
         if entries:
             inbox = session.keep(inbox)
+        elif read.asked[0].rest is None:
+            return
         found = inbox.take_latest(claim, read.asked, entries, convert)
     taken += found
 
@@ -352,7 +359,7 @@ class PutMany:
             now = boot_time()
             # To make messages may have taken a fork.
             producer.check_process()
-            batch = [producer.put(*parts) for parts in self._made]
+            batch = [producer.put(name, body) for name, body in self._made]
             self._made = []
             self._unanswered.extend([(keyed, now) for keyed in batch])
             yield len(batch), b"*6" + b"*6".join(batch)

@@ -15,7 +15,6 @@ from contextlib import suppress
 from typing import NamedTuple, TypeAlias, TypeVar
 
 from dsmq.errors import MessageNotText
-from dsmq.protocol import encode_request
 from dsmq.system import boot_time
 
 # How long messages may wait in the read-ahead before the server is asked again: a new max_age is in force then.
@@ -96,11 +95,7 @@ class _Stretch:
 
     def missed_at(self, at: int) -> int:
         """Return how many messages had expired unread before the last that was handed out."""
-        missed, last = self.missed, self.number
-        for entry in self.ahead[:at]:
-            missed += _hole(last, entry.number)
-            last = entry.number
-        return missed
+        return self.missed + _holes(self.number, self.ahead[:at]) if at else self.missed
 
     def rest_from(self, at: int, ahead: Sequence[Entry] = (), fresh: float = 0.0) -> _Stretch:
         """Return what is left of it, with another read-ahead."""
@@ -261,7 +256,7 @@ class Inbox:
         before, behind, _ = asked
         while True:
             stretch, at = self._place()
-            if stretch is not before and not stretch.continues(before, behind):
+            if stretch.ask or (stretch is not before and not stretch.continues(before, behind)):
                 return True
             end = stretch.ahead[-1].id if stretch.ahead else stretch.id
             new = [entry for entry in found if end < entry.id <= stretch.end] if found else found
@@ -283,12 +278,7 @@ class Inbox:
         if self.count and at and at == len(stretch.ahead):
             self.count = 0 if self.count > _DEFAULT_COUNT / 2 else self.count * 2
         last = stretch.ahead[-1].number if stretch.ahead else stretch.number
-        missed = 0
-        for entry in new:
-            missed += _hole(last, entry.number)
-            last = entry.number
-        if not new:
-            missed = stretch.lost(at)
+        missed = _holes(last, new) if new else stretch.lost(at)
         if missed:
             _logger.warning("topic %r: %d messages expired before they were read", self.topic, missed)
 
@@ -420,11 +410,14 @@ def _converted(inbox: Inbox, entries: Sequence[Entry], now: float, convert: Call
     return taken
 
 
-def _hole(last: int | None, number: int) -> int:
-    """Return how many numbers are missing between two that were read. Numbering that was forgotten begins with 1."""
-    if last is None:
-        return 0
-    return number - last - 1 if number > last else number - 1
+def _holes(last: int | None, entries: Sequence[Entry]) -> int:
+    """Return how many numbers are missing in messages that follow one another, behind the last number if it is known.
+
+    Numbering that was forgotten begins again with 1; the topic was empty then, so that does not happen within them.
+    """
+    first = entries[0].number
+    before = first - 1 if last is None else last if last < first else 0
+    return entries[-1].number - before - len(entries)
 
 
 def _in_the_next_era(stretch: _Stretch, at: int) -> _Stretch:
@@ -476,9 +469,11 @@ def _gone(ahead: Sequence[Entry], number: int | None, era: Era) -> _Stretch:
     return _Stretch(era, ahead[0].id - 1, number, end=last.id, known=last[:2], ahead=ahead, fresh=math.inf)
 
 
-def read_request(topic: str, after: int, *options: bytes) -> bytes:
-    """Return a READ."""
+LATEST = b"$6\r\nLATEST\r\n"
+
+
+def read_request(topic: str, after: int, options: bytes = b"", count: int = 0) -> bytes:
+    """Return a READ, with so many words of options that are encoded already."""
     name, position = topic.encode(), b"%d" % after
-    parts = 3 + len(options), len(name), name, len(position), position
-    line = b"*%d\r\n$4\r\nREAD\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % parts
-    return line + encode_request(*options)[4:] if options else line
+    parts = 3 + count, len(name), name, len(position), position, options
+    return b"*%d\r\n$4\r\nREAD\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n%b" % parts
