@@ -5,15 +5,17 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import signal
 import socket
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
-from conftest import Wire, serving, wire_to
+from conftest import UNIT, Wire, serving, wire_to
 from dsmq.client import connect
 from dsmq.errors import CannotStart
 from dsmq.server import Server
@@ -99,11 +101,11 @@ def test_setting_of_a_port_that_is_taken_is_named(server: Server) -> None:
 
 
 @contextmanager
-def forked(run: Callable[[], object], fork: Callable[[], int] = os.fork) -> Iterator[str]:
+def forked(run: Callable[[], object] = str) -> Iterator[str]:
     """A child process that goes on until the test is done; what `run` returns there, as text."""
     said, say = os.pipe()
     wait, end = os.pipe()
-    child = fork()
+    child = os.fork()
     if not child:
         try:
             os.close(end)
@@ -121,9 +123,23 @@ def forked(run: Callable[[], object], fork: Callable[[], int] = os.fork) -> Iter
         os.close(said)
 
 
-def fork_without_hooks() -> int:
-    """Fork as a C library does."""
-    return int(ctypes.PyDLL(None).fork())
+@contextmanager
+def forked_without_hooks() -> Iterator[None]:
+    """A child process as a C library makes it, until the test is done.
+
+    It runs no Python, because it may have locks of the interpreter that other threads of its parent held.
+    """
+    libc = ctypes.PyDLL(None)
+    # So that no other thread waits for the interpreter, and asks this one to let go of it in the child.
+    time.sleep(UNIT / 20)
+    child = libc.fork()
+    if not child:
+        libc.pause()
+    try:
+        yield
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def open_sockets() -> set[str]:
@@ -136,16 +152,18 @@ def open_sockets() -> set[str]:
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-@pytest.mark.parametrize("fork", [os.fork, fork_without_hooks])
+@pytest.mark.parametrize("fork", [forked, forked_without_hooks])
 @pytest.mark.parametrize("kind", ["tcp", "unix"])
-def test_stop_ends_listening_though_a_forked_child_lives(tmp_path: Path, kind: str, fork: Callable[[], int]) -> None:
+def test_stop_ends_listening_though_a_forked_child_lives(
+    tmp_path: Path, kind: str, fork: Callable[[], AbstractContextManager[object]]
+) -> None:
     host = "127.0.0.1" if kind == "tcp" else f"unix:{tmp_path}/socket"
     with serving(host=host, metrics_port=0) as server:
         port, metrics_port = server.port if kind == "tcp" else 0, server.metrics_port
         address = ("127.0.0.1", port) if kind == "tcp" else f"{tmp_path}/socket"
         wire = Wire(address)
         assert wire.call("PING") == "PONG"
-        with forked(lambda: "", fork):
+        with fork():
             server.stop()
             with socket.socket(socket.AF_INET if port else socket.AF_UNIX) as late:
                 assert late.connect_ex(address) in (errno.ECONNREFUSED, errno.ENOENT)
@@ -160,7 +178,7 @@ def test_stop_ends_listening_though_a_forked_child_lives(tmp_path: Path, kind: s
 def test_closed_connection_ends_though_a_forked_child_has_a_copy(server: Server, wire: Wire) -> None:
     wire.call("PING")
     (connection,) = server._workers[0].connections
-    with forked(lambda: "", fork_without_hooks):
+    with forked_without_hooks():
         server._workers[0].post(lambda: connection.close("for the test"))
         assert wire.ended()
 
