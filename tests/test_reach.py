@@ -454,7 +454,7 @@ def test_idle_connections_of_a_burst_are_closed_but_one(server: Server, monkeypa
         assert server.connections() == 1
 
 
-def test_90_000_reply_topics_leave_little_in_the_client(server: Server) -> None:
+def test_reply_topics_leave_little_in_the_client(server: Server) -> None:
     script = f"""
 import tracemalloc
 from dsmq.client import connect
