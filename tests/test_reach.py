@@ -470,7 +470,7 @@ with connect(port={server.port}) as mq:
     print(tracemalloc.get_traced_memory()[0])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=SOON * 9, check=True)
-    assert int(done.stdout) < 10_000 * 800 + 1_000_000
+    assert int(done.stdout) < 10_000 * 700 + 500_000
 
 
 def test_reply_topics_are_forgotten_after_a_while() -> None:

@@ -66,8 +66,8 @@ def connect(  # noqa: PLR0913 - each may be wanted
 
     timeout is how long a reply may take to begin, in seconds, beyond the time that was asked to be waited, and how long
     it may pause; after it the connection counts as lost. All addresses of a name are tried, a new one every 0.25 s.
-    While nothing answers, or connections are closed at once, it is tried again for about ten seconds, so that the server
-    may still be starting; retry=False does without. verbose tells of that on stderr.
+    While nothing answers, or connections are closed at once, it is tried again for about ten seconds, so that the
+    server may still be starting; retry=False does without. verbose tells of that on stderr.
 
     A connection that breaks later is replaced behind the caller's back, and the call that noticed goes on: nothing is
     read twice or skipped, and no put is stored twice. A call that finds no server for reconnect_timeout seconds (0:
@@ -78,10 +78,10 @@ def connect(  # noqa: PLR0913 - each may be wanted
     this host; ca_file names authorities to trust in place of the system's, cert_file and key_file what to show of one's
     own (all in PEM format; each of them implies tls). An ssl.SSLContext does as it is told.
 
-    Raises ConnectionRefusedError if there is no server, ProtocolError if another program answers, Busy if the server has
-    too many clients, AuthRequired or WrongToken without the right token, ConfigError if a file can't be used, another
-    OSError if the address can't be reached or the certificate is not right; TypeError or ValueError at once if an
-    argument makes no sense.
+    Raises ConnectionRefusedError if there is no server, ProtocolError if another program answers, Busy if the server
+    has too many clients, AuthRequired or WrongToken without the right token, ConfigError if a file can't be used,
+    another OSError if the address can't be reached or the certificate is not right; TypeError or ValueError at once if
+    an argument makes no sense.
     """
     return DSMQClientSideConnection(
         host,
