@@ -18,7 +18,7 @@ import pytest
 from pydantic import SecretStr
 
 from conftest import SOON, UNIT, Wire, serving, wait_until, wire_to
-from dsmq import aio, calls, config
+from dsmq import aio, calls, channel, config
 from dsmq.client import DSMQClientSideConnection, connect
 from dsmq.errors import Busy, ClientClosed, Closing, ConnectionLost, Forgotten, Full, ReplyError, WrongToken
 from dsmq.link import LONG_PAUSE_SECONDS, Link, target
@@ -681,16 +681,16 @@ def test_what_is_forgotten_is_an_error_and_no_guess(
 
 def test_the_asyncio_client_resumes(server: Server, states: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
-        original, lose = aio._Link.receive, [False]
+        original, lose = channel.Link.data_received, [False]
 
-        async def receive(link: aio._Link) -> object:
-            reply = await original(link)
+        def data_received(link: channel.Link, data: bytes) -> None:
             if lose[0]:
                 lose[0] = False
-                raise ConnectionResetError("a test has lost it")
-            return reply
+                link.fail(ConnectionResetError("a test has lost it"))
+            else:
+                original(link, data)
 
-        monkeypatch.setattr(aio._Link, "receive", receive)
+        monkeypatch.setattr(channel.Link, "data_received", data_received)
         async with await aio.connect(port=server.port, on_state_change=states.append) as mq:
             for call in (
                 lambda: mq.put("t", "1"),
@@ -751,7 +751,7 @@ def test_the_asyncio_client_that_is_closed_while_it_waits_for_a_server() -> None
         with serving() as server:
             mq = await aio.connect(port=server.port)
         call = asyncio.create_task(mq.ping())
-        while not mq._down:
+        while not mq._connector.down:
             await asyncio.sleep(UNIT / 20)
         await mq.close()
         with pytest.raises(ClientClosed):

@@ -142,6 +142,11 @@ class Plain:
         self.reply: Reply = None
         """To be set by whoever asks on behalf of a `Reading`."""
 
+    @property
+    def waits(self) -> bool:
+        """Whether the server may be asked to wait."""
+        return False
+
     def request(self, _: Producer) -> bytes:
         return self._request
 
@@ -183,6 +188,10 @@ class Read(Plain):
         self._asked_at: float
         self.asked: Asked
         """What it went by when it was asked last."""
+
+    @property
+    def waits(self) -> bool:
+        return time.monotonic() < self._until
 
     def request(self, producer: Producer) -> bytes:
         self.seconds = 0.0

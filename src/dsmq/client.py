@@ -25,10 +25,9 @@ from typing import Generic, Literal, Self, TypeGuard, TypeVar, Unpack, overload
 from dsmq import arguments, calls
 from dsmq import session as wire
 from dsmq.calls import Call, Once, Plain, Producer, Put, PutMany, Reading, Request, Retries
-from dsmq.dial import silent_program
-from dsmq.errors import ClientClosed, ProtocolError, ReplyError
+from dsmq.errors import ClientClosed, ReplyError
 from dsmq.inbox import Claim, Entry, Inbox, give_back
-from dsmq.link import ClosedSilently, Link, Security, target
+from dsmq.link import ClosedSilently, Link, Security, closed_silently, target
 from dsmq.protocol import Reply
 from dsmq.session import Message, Session, State
 from dsmq.system import process
@@ -537,7 +536,7 @@ class DSMQClientSideConnection:
         except BaseException as error:
             link.close()
             if isinstance(error, ConnectionResetError) and not self._session.epoch:
-                raise self._silent() from None
+                raise closed_silently(self._target) from None
             raise
         self._announce(state)
         return link
@@ -548,14 +547,7 @@ class DSMQClientSideConnection:
         except ConnectionResetError:
             if self._session.epoch:
                 raise
-            raise self._silent() from None
-
-    def _silent(self) -> Exception:
-        """Return what to raise when the first connection was closed without a word."""
-        if name := silent_program(self._target):
-            return ProtocolError(f"{self._target} is {name}")
-        about = "accepts connections and closes them at once; is the server behind it running"
-        return ClosedSilently(f"{self._target} {about}" + ("?" if self._target.tls else "; does it want TLS?"))
+            raise closed_silently(self._target) from None
 
     def _first_link(self) -> Link:
         until = time.monotonic() + patience()

@@ -21,7 +21,7 @@ Address: TypeAlias = "tuple[int, int, int, Any]"
 STAGGER_SECONDS = 0.25
 """How long an address has before the next one is tried beside it (RFC 8305, section 5)."""
 # As soon as one address has refused, so that a server may be starting there, the others have no longer than this.
-_REST_SECONDS = 2.0
+REST_SECONDS = 2.0
 # What a selector can be told to wait at once, and more.
 _LONGEST_WAIT_SECONDS = 86_400.0
 _UNDER_WAY = {errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", errno.EWOULDBLOCK)}
@@ -133,7 +133,7 @@ class _Race:
             if (not self._under_way and not self._left) or now >= until:
                 raise self._failure()
             if any(isinstance(error, ConnectionRefusedError) for _, error in self._errors) and not self._left:
-                until = min(until, now + _REST_SECONDS)
+                until = min(until, now + REST_SECONDS)
             pause = min(STAGGER_SECONDS, until - now) if self._left else until - now
             for key, _ in self._selector.select(max(0.0, min(pause, _LONGEST_WAIT_SECONDS))) if self._under_way else ():
                 if (sock := self._end(key.fileobj)) is not None:

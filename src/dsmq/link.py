@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 from dsmq import arguments
 from dsmq import session as wire
 from dsmq.calls import Producer
-from dsmq.dial import Target, dial, program
+from dsmq.dial import Target, dial, program, silent_program
 from dsmq.errors import AuthRequired, ConfigError, DSMQError, ProtocolError
 from dsmq.protocol import Reply, ReplyParser
 from dsmq.system import (
@@ -131,10 +131,7 @@ class Link:
             # Redis says this too; `meet` tells them apart.
             return error
         except (ProtocolError, ConnectionResetError):
-            if name := program(self._heard):
-                raise ProtocolError(f"{self._target} is {name}") from None
-            if self._heard[:2] == _TLS_ALERT and not self._target.tls:
-                raise ConnectionAbortedError(f"{self._target} answers with TLS; does it want TLS?") from None
+            raise_if_known(self._target, self._heard)
             raise
 
     def ended(self) -> str | None:
@@ -250,3 +247,19 @@ class Link:
     def close(self) -> None:
         """Close it. Idempotent."""
         self._socket.close()
+
+
+def raise_if_known(target: Target, heard: bytes) -> None:
+    """Raise an error that names the program that answers so, if it is known."""
+    if name := program(heard):
+        raise ProtocolError(f"{target} is {name}") from None
+    if heard[:2] == _TLS_ALERT and not target.tls:
+        raise ConnectionAbortedError(f"{target} answers with TLS; does it want TLS?") from None
+
+
+def closed_silently(target: Target) -> Exception:
+    """Return what to raise when the first connection was closed without a word."""
+    if name := silent_program(target):
+        return ProtocolError(f"{target} is {name}")
+    about = "accepts connections and closes them at once; is the server behind it running"
+    return ClosedSilently(f"{target} {about}" + ("?" if target.tls else "; does it want TLS?"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import sys
 import time
 from collections.abc import Callable
 from functools import cache, partial
@@ -86,3 +88,14 @@ def expect_long_messages() -> None:
     Fresh memory costs a page fault for every 4 KiB.
     """
     bytes(16 << 20)
+
+
+def unsent_bytes(sock: socket.socket) -> int:
+    """Return how many bytes the other side has not received yet; 0 if the system does not tell."""
+    try:
+        from fcntl import ioctl  # noqa: PLC0415 - not everywhere
+        from termios import TIOCOUTQ  # noqa: PLC0415
+
+        return int.from_bytes(ioctl(sock, TIOCOUTQ, bytes(4)), sys.byteorder)
+    except (ImportError, OSError):
+        return 0
