@@ -10,7 +10,7 @@ import pytest
 
 from dsmq import calls
 from dsmq.calls import Once, Plain, Producer, Put, PutMany, Read, Retries
-from dsmq.errors import AuthRequired, Closing, ConnectionLost, Full, TimedOut
+from dsmq.errors import AuthRequired, Closing, ConnectionLost, Full, ProtocolError, TimedOut
 from dsmq.protocol import RequestParser
 from test_session import a_session, accept, an_inbox, entries, hello, take
 
@@ -232,13 +232,38 @@ def test_what_was_not_sent_is_not_old_nor_unsure(monkeypatch: pytest.MonkeyPatch
     assert in_batches(puts, Producer(b"two")) == [[b"a", b"b"]]
 
 
-def test_an_error_in_the_middle_ends_it() -> None:
-    puts = PutMany(a_session(), "t", "ab")
+def test_an_error_in_the_middle_ends_it_and_says_what_is_stored() -> None:
+    puts = PutMany(a_session(), "t", iter("ab" + "c" * 1000))
+    batches = puts.batches(Producer(b"one"))
+    count, _ = next(batches)
+    puts.answered(1)
+    puts.answered(Full("no room"))
+    puts.answered(Full("still no room"))
+    for number in range(2, count - 1):
+        puts.answered(number)
+    # Nothing more is sent.
+    assert list(batches) == []
+    with pytest.raises(Full, match=r"^no room$") as caught:
+        puts.check()
+    puts.count(caught.value)
+    assert (caught.value.stored_before, caught.value.stored_behind) == (1, count - 3)
+    assert len(puts.ids) == count - 2
+
+
+def test_what_was_sent_behind_an_error_is_sent_again_on_the_next_connection() -> None:
+    puts = PutMany(a_session(), "t", "abc")
     in_batches(puts)
     puts.answered(1)
-    with pytest.raises(Full):
-        puts.answered(Full("no room"))
-    assert puts.ids == [1]
+    puts.answered(Full("no room"))
+    puts.lost(CLOSING)
+    assert in_batches(puts, Producer(b"two")) == [[b"c"]]
+
+
+def test_a_reply_that_is_none_to_a_put_is_no_refusal() -> None:
+    puts = PutMany(a_session(), "t", "ab")
+    in_batches(puts)
+    with pytest.raises(ProtocolError):
+        puts.answered(b"no number")
 
 
 # Reads, and the rest

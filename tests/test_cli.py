@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import base64
+import codecs
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
 import pytest
+import trustme
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+)
 
 from conftest import ROOT, SOON, UNIT, Daemon, Wire, daemon, run_dsmq, serving, wait_until, without_privileges
 from dsmq import __version__
+from dsmq.cli import main
 from dsmq.client import DSMQClientSideConnection, connect
 from dsmq.errors import NotPermitted
 from dsmq.protocol import encode_request
@@ -205,6 +216,8 @@ def test_json_tells_all_that_is_known(topic: str, mq: DSMQClientSideConnection) 
     message_id = mq.put_many(topic, ["one", 'tö "two"\n'])[1]
     shown = json.loads(result("get", topic, "--after", str(message_id - 1), "--json")[1])
     put_at = datetime.fromisoformat(shown.pop("put_at"))
+    mq.get_latest(topic)
+    assert shown.pop("position") == mq.position(topic)
     assert shown == {"topic": topic, "id": message_id, "number": 2, "message": 'tö "two"\n'}
     # Both clocks are read in milliseconds.
     assert before - 0.01 <= put_at.timestamp() <= time.time() + 0.01
@@ -215,6 +228,214 @@ def test_json_of_what_is_no_text_is_base64(topic: str, mq: DSMQClientSideConnect
     shown = json.loads(result("get", topic, "--after", "0", "--json")[1])
     assert base64.b64decode(shown["message_base64"]) == b"\xff\x00"
     assert "message" not in shown
+
+
+# Positions
+
+
+def lines_of(*arguments: str) -> list[dict[str, object]]:
+    status, out, err = result("get", *arguments, "--json")
+    assert (status, err) == (0, b"")
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_get_reads_on_behind_a_position_that_it_has_printed(topic: str, mq: DSMQClientSideConnection) -> None:
+    mq.put_many(topic, [str(number) for number in range(250)])
+    shown = lines_of(topic, "--after", "0", "-n", "250")
+    assert len(shown) == 250
+    assert [line["message"] for line in lines_of(topic, "--after", "0", "-n", "2")] == ["0", "1"]
+    mq.seek(topic, 0)
+    for line in shown:
+        assert mq.get(topic) == line["message"]
+        assert mq.position(topic) == line["position"]
+    for at in (0, 99, 100, 248):
+        following = str(at + 1).encode() + b"\n"
+        assert result("get", topic, "--after", str(shown[at]["position"])) == (0, following, b"")
+
+
+def test_a_position_is_valid_for_any_topic(topic: str, mq: DSMQClientSideConnection) -> None:
+    mq.put(topic + "1", "before")
+    mq.put(topic + "2", "between")
+    position = str(lines_of(topic + "2", "--after", "0")[0]["position"])
+    mq.put(topic + "1", "behind")
+    assert result("get", topic + "1", "--after", position) == (0, b"behind\n", b"")
+
+
+def test_a_position_of_another_epoch_reads_from_the_oldest_and_says_so(
+    topic: str, mq: DSMQClientSideConnection
+) -> None:
+    mq.put_many(topic, ["1", "2"])
+    status, out, err = result("get", topic, "--after", "0123456789abcdef:1000000", "-n", "9")
+    assert (status, out) == (0, b"1\n2\n")
+    assert err.startswith(b"dsmq: ")
+    assert err.count(b"\n") == 1
+    assert b"another epoch" in err
+
+
+def test_an_id_above_all_that_the_server_has_given_is_an_error(topic: str, mq: DSMQClientSideConnection) -> None:
+    last = mq.put(topic, "1")
+    assert result("get", topic, "--after", str(last)) == (3, b"", b"")
+    assert_one_line(result("get", topic, "--after", str(last + 1_000_000)), 1, "last id")
+
+
+def test_a_position_file_holds_where_the_next_run_reads_on(
+    topic: str, mq: DSMQClientSideConnection, tmp_path: Path
+) -> None:
+    file = tmp_path / "position"
+    words = ["get", topic, "--position-file", str(file), "-n", "2"]
+    mq.put(topic, "before the first run")
+    # The first run stands at what was put last.
+    assert result(*words) == (3, b"", b"")
+    mq.put_many(topic, ["1", "2", "3"])
+    assert result(*words) == (0, b"1\n2\n", b"")
+    mq.seek(topic, 0)
+    mq.get_many(topic, 3)
+    assert file.read_text() == mq.position(topic) + "\n"
+    assert result(*words) == (0, b"3\n", b"")
+    assert result(*words) == (3, b"", b"")
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_after_says_where_to_begin_without_a_position_file(
+    topic: str, mq: DSMQClientSideConnection, tmp_path: Path
+) -> None:
+    words = ["get", topic, "--position-file", str(tmp_path / "position"), "--after", "0"]
+    mq.put_many(topic, ["1", "2"])
+    assert result(*words) == (0, b"1\n", b"")
+    assert result(*words) == (0, b"2\n", b"")
+
+
+def test_a_position_file_is_up_to_date_while_get_follows(
+    topic: str, mq: DSMQClientSideConnection, tmp_path: Path
+) -> None:
+    file = tmp_path / "position"
+    mq.put(topic, "1")
+    with started("get", topic, "--after", "0", "--follow", "--position-file", str(file)) as process:
+        for text in ("1", "2", "3"):
+            assert line_of(process) == text.encode() + b"\n"
+            assert mq.get_wait(topic) == text
+            wait_until(lambda: file.read_text() == mq.position(topic) + "\n")
+            mq.put(topic, str(int(text) + 1))
+        process.kill()
+        process.wait()
+    assert b"4\n" in result("get", topic, "--position-file", str(file))[1]
+
+
+def test_what_could_not_be_printed_is_printed_by_the_next_run(
+    topic: str, mq: DSMQClientSideConnection, tmp_path: Path
+) -> None:
+    if not os.path.exists("/dev/full"):
+        pytest.skip("there is no /dev/full")
+    file = tmp_path / "position"
+    mq.put(topic, "1")
+    words = ["get", topic, "--after", "0", "--position-file", str(file)]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([sys.executable, "-m", "dsmq", *words], stdout=full, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 1
+    assert file.exists()
+    assert result(*words) == (0, b"1\n", b"")
+
+
+def test_a_position_file_of_another_epoch_begins_with_the_oldest_and_is_replaced(tmp_path: Path) -> None:
+    file = tmp_path / "position"
+    for is_old in (False, True):
+        with daemon() as server, connect(port=server.port) as mq:
+            mq.put_many("t", ["1", "2"])
+            words = ["get", "t", "--after", "0", "--position-file", str(file), "--port", str(server.port)]
+            status, out, err = result(*words)
+            assert (status, out) == (0, b"1\n")
+            assert (b"another epoch" in err) == is_old
+            assert result(*words) == (0, b"2\n", b"")
+
+
+def test_a_link_to_a_position_file_stays_a_link(topic: str, mq: DSMQClientSideConnection, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    assert result("get", topic, "--position-file", str(tmp_path / "link"))[0] == 3
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_text() == mq.position(topic) + "\n"
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\n", b"hello", b"-1", b"a:b", b"\xff\xfe1", b"1 2", b"1:2\n3:4", b"1" * 2000, b"\x1b[2J"]
+)
+def test_a_file_without_a_position_is_told(content: bytes, topic: str, tmp_path: Path) -> None:
+    file = tmp_path / "position"
+    file.write_bytes(content)
+    assert_one_line(result("get", topic, "--position-file", str(file)), 2, f"{file}: there is no position in it")
+    assert file.read_bytes() == content
+
+
+def test_a_position_file_may_hold_an_id(topic: str, mq: DSMQClientSideConnection, tmp_path: Path) -> None:
+    first, _ = mq.put_many(topic, ["1", "2"])
+    (tmp_path / "position").write_text(f"{first}\n")
+    assert result("get", topic, "--position-file", str(tmp_path / "position")) == (0, b"2\n", b"")
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "says"),
+    [("folder", 2, "not a regular file"), ("secret", 2, "Permission denied"), ("missing/file", 1, "No such file")],
+)
+def test_a_position_file_that_can_not_be_used_is_told(
+    name: str, status: int, says: str, topic: str, tmp_path: Path
+) -> None:
+    assert result("put", topic, "x")[0] == 0
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "secret").touch(0)
+    words = ["get", topic, "--after", "0", "--position-file", str(tmp_path / name)]
+    done = run_dsmq(*words, prefix=without_privileges())
+    assert_one_line((done.returncode, done.stdout, done.stderr), status, f"{tmp_path / name}: {says}")
+
+
+def test_a_device_is_no_position_file(topic: str) -> None:
+    assert_one_line(result("get", topic, "--position-file", "/dev/null"), 2, "/dev/null: not a regular file")
+    assert not os.path.isfile("/dev/null")
+
+
+# Words that begin with a dash, and words too many
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("{topic} -hello", "-hello"),
+        ("{topic} -- -hello", "-hello"),
+        ("{topic} -- --hello", "--hello"),
+        ("{topic} -- --", "--"),
+        ("{topic} -- -h", "-h"),
+        ("{topic} -5", "-5"),
+        ("{topic} -1e-5", "-1e-5"),
+        ("{topic} -n", "-n"),
+        ("{topic} --reconnect 1 hello", "hello"),
+        ("{topic} --reconnect 1 -hello", "-hello"),
+        ("{topic} --reconnect=1 -- -hello", "-hello"),
+        ("--reconnect 1 {topic} hello", "hello"),
+        ("-- {topic} hello", "hello"),
+        ("{topic} -hello --reconnect 1", "-hello"),
+    ],
+)
+def test_a_message_may_begin_with_a_dash(words: str, message: str, topic: str, mq: DSMQClientSideConnection) -> None:
+    topic = topic.partition("[")[0]
+    mq.seek(topic, 0)
+    mq.get_latest(topic)
+    assert result("put", *words.format(topic=topic).split()) == (0, b"", b"")
+    assert mq.get(topic) == message
+
+
+def test_an_empty_message_is_put(topic: str, mq: DSMQClientSideConnection) -> None:
+    assert result("put", topic, "") == (0, b"", b"")
+    assert mq.get(topic, default="nothing") == ""
+
+
+def test_a_topic_may_begin_with_a_dash(address: None) -> None:
+    assert result("put", "-weird", "x")[0] == 0
+    assert result("put", "--", "--weird", "y")[0] == 0
+    assert result("get", "-weird", "--after", "0", "-n1") == (0, b"x\n", b"")
+    assert result("get", "--after", "0", "--", "--weird") == (0, b"y\n", b"")
+
+
+@pytest.mark.parametrize("words", ["a b c", "a --reconnect 1 b c", "a b -- c", "-- a b c"])
+def test_words_too_many_are_told_to_be_quoted(words: str, address: None) -> None:
+    assert_one_line(result("put", *words.split()), 2, "quote a message that has blanks: dsmq put a 'b c'")
 
 
 # Lines of stdin
@@ -254,14 +475,62 @@ def test_lines_are_put_as_they_come(topic: str, mq: DSMQClientSideConnection) ->
     assert mq.get(topic) == "and a "
 
 
+def put_lines(server: Daemon, lines: bytes) -> tuple[int, bytes, bytes]:
+    return result("put", "t", "--port", str(server.port), stdin=lines)
+
+
+def stored(server: Daemon) -> list[str]:
+    with connect(port=server.port) as mq:
+        mq.seek("t", 0)
+        return mq.get_many("t", 10_000)
+
+
 def test_a_line_longer_than_a_message_is_told_and_those_before_it_are_put() -> None:
-    with daemon("--max-message-bytes", "10") as server, connect(port=server.port) as mq:
-        endless = result("put", "t", "--port", str(server.port), stdin=b"x" * 500_000)
-        assert_one_line(endless, 1, "10 bytes")
-        assert mq.get("t") == ""
-        done = result("put", "t", "--port", str(server.port), stdin=b"short\n" + b"x" * 11 + b"\nnext\n")
-        assert_one_line(done, 1, "10 bytes")
-        assert mq.get("t") == "short"
+    with daemon("--max-message-bytes", "10") as server:
+        assert_one_line(put_lines(server, b"x" * 500_000), 1, "line 1 of stdin: ")
+        assert stored(server) == []
+        done = put_lines(server, b"short\n" + b"x" * 11 + b"\nnext\n")
+        assert_one_line(done, 1, "line 2 of stdin: a message has at most 10 bytes, not 11 (lines stored: 1 before it")
+        told = re.search(rb"lines stored: 1 before it(?:, (\d+) behind it)?\)", done[2])
+        assert told is not None
+        assert stored(server) == ["short", *["next"] * int(told[1] or 0)]
+
+
+@pytest.mark.parametrize("full", [1, 999, 1000, 1999])
+def test_a_full_server_is_told_with_the_number_of_lines_that_it_has_stored(full: int) -> None:
+    lines = [str(number) for number in range(2000)]
+    with daemon("--max-stored-messages", str(full)) as server:
+        done = put_lines(server, "\n".join(lines).encode())
+        assert_one_line(done, 1, f"line {full + 1} of stdin: ")
+        assert f"(lines stored: {full} before it)" in done[2].decode()
+        assert stored(server) == lines[:full]
+
+
+def test_lines_that_are_stored_behind_one_that_is_not_are_told() -> None:
+    with daemon("--max-stored-bytes-per-topic", "1000") as server:
+        done = put_lines(server, b"1\n" + b"x" * 900 + b"\n2\n3\n")
+        assert_one_line(done, 1, "line 2 of stdin: ")
+        assert "(lines stored: 1 before it, 2 behind it)" in done[2].decode()
+        assert stored(server) == ["1", "2", "3"]
+
+
+def test_a_lost_connection_is_told_with_the_number_of_lines_that_are_stored() -> None:
+    with daemon() as server, started("put", "t", "--reconnect", "0", "--port", str(server.port)) as process:
+        type_in(process, b"1\n2\n")
+        wait_until(lambda: stored(server) == ["1", "2"])
+        server.stop()
+        type_in(process, b"3\n")
+        done = ended(process)
+    assert_one_line(done, 1, "line 3 of stdin: ")
+    assert "(lines stored: 2 before it)" in done[2].decode()
+
+
+def test_an_endless_line_is_told_before_it_fills_the_memory(server: Daemon) -> None:
+    with open("/dev/zero", "rb") as endless:
+        command = [sys.executable, "-m", "dsmq", "put", "endless", "--port", str(server.port)]
+        done = subprocess.run(command, stdin=endless, capture_output=True, timeout=3 * SOON, check=False)
+    says = f"line 1 of stdin: longer than {2**26} bytes (lines stored: 0 before it)"
+    assert_one_line((done.returncode, done.stdout, done.stderr), 1, says)
 
 
 # Topics and ping
@@ -314,6 +583,85 @@ def test_ping_takes_a_long_timeout_or_refuses_it(timeout: str, address: None) ->
         assert_one_line((status, out, err), 2, "--timeout")
 
 
+# Terminals
+
+NASTY = "\x1b[2J\x9b\x7f\r\n\t\u202e\u2028"
+ESCAPED = r"\x1b[2J\x9b\x7f\r\n\t\u202e\u2028"
+
+
+def on_terminal(*arguments: str, env: dict[str, str] | None = None) -> tuple[int, str]:
+    """Run a command on a terminal; return its exit status and what it has written to it."""
+    master, slave = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dsmq", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=slave,
+        stderr=slave,
+        env={**os.environ, **(env or {})},
+    )
+    os.close(slave)
+    shown = b""
+    with suppress(OSError):  # That is how a terminal ends, on Linux.
+        while data := os.read(master, 65_536):
+            shown += data
+    os.close(master)
+    return process.wait(SOON), shown.decode()
+
+
+def test_a_terminal_shows_escapes_for_what_would_control_it(topic: str, mq: DSMQClientSideConnection) -> None:
+    mq.put_many(topic, [f"żółw {NASTY}", b"\xff\x80 raw"])
+    assert on_terminal("get", topic, "--after", "0", "-n", "2") == (0, f"żółw {ESCAPED}\r\n\\xff\\x80 raw\r\n")
+
+
+def test_a_terminal_shows_no_raw_control_characters_of_topics(mq: DSMQClientSideConnection, address: None) -> None:
+    mq.put("terminal" + NASTY, "x")
+    assert f"1\t1\tterminal{ESCAPED}" in on_terminal("topics")[1].split("\r\n")
+
+
+ASCII = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+
+
+def test_a_terminal_without_the_letters_shows_escapes(topic: str, mq: DSMQClientSideConnection) -> None:
+    mq.put(topic + " żółw 😀", "zażółć é 亀")
+    assert on_terminal("get", topic + " żółw 😀", "--after", "0", env=ASCII) == (
+        0,
+        "za\\u017c\\xf3\\u0142\\u0107 \\xe9 \\u4e80\r\n",
+    )
+    status, shown = on_terminal("topics", env=ASCII)
+    assert status == 0
+    assert topic + r" \u017c\xf3\u0142w \U0001f600" in shown
+
+
+@pytest.mark.parametrize("env", [{}, ASCII, {"PYTHONIOENCODING": "latin-1"}], ids=["UTF-8", "ASCII", "Latin-1"])
+@pytest.mark.parametrize("text", [NASTY, "żółw é 😀", "\x7f"], ids=["controls", "letters", "DEL"])
+def test_json_is_valid_and_harmless_on_every_terminal(
+    text: str, env: dict[str, str], topic: str, mq: DSMQClientSideConnection
+) -> None:
+    mq.put(topic + text, text)
+    _, got = on_terminal("get", topic + text, "--after", "0", "--json", env=env)
+    _, listed = on_terminal("topics", "--json", env=env)
+    line = next(line for line in listed.split("\r\n") if topic in line)
+    for shown in (got.removesuffix("\r\n"), line):
+        assert shown.isprintable()
+        assert shown.isascii() or not env
+        assert json.loads(shown)["topic"] == topic + text
+    assert json.loads(got)["message"] == text
+
+
+def test_an_error_shows_no_raw_control_characters() -> None:
+    status, shown = on_terminal("ping", "--host", "x" + NASTY)
+    assert status == 1
+    assert ESCAPED in shown
+    assert shown.removesuffix("\r\n").isprintable()
+
+
+def test_the_configuration_shows_no_raw_control_characters_and_stays_toml_in_a_file() -> None:
+    options = ["config", "--snapshot-file", "é" + NASTY]
+    assert r"é\u001b[2J\x9b" in on_terminal(*options)[1]
+    for env in ({}, ASCII):
+        assert tomllib.loads(result(*options, env=env)[1].decode())["snapshot_file"] == "é" + NASTY
+
+
 # Where the server is
 
 
@@ -358,11 +706,45 @@ def test_a_unix_socket_serves_and_is_gone_behind_the_server(tmp_path: Path) -> N
         ("get t -n 0", "-n"),
         ("get t --after -1", "--after"),
         ("get t --after 9223372036854775808", "--after"),
+        ("get t u", "quote a topic that has blanks: dsmq get 't u'"),
+        ("get t -f", "unknown argument '-f'"),
+        (
+            "put t --hello",
+            "--help; to begin a message with --, write -- before it",
+        ),
+        ("put t --prot 1", "the nearest known one is --port"),
+        ("put", "TOPIC"),
+        ("topics t", "'t'"),
+        ("topics -t", "'-t'"),
+        ("-t", "'-t'"),
         ("get t --wait nan", "--wait"),
+        ("put t x --reconnect nan", "--reconnect"),
+        ("ping --timeout nan", "--timeout"),
+        ("ping --timeout 0", "--timeout"),
+        ("bench -n 0", "-n"),
+        ("bench -n inf", "-n"),
+        ("get t --after nan", "--after"),
+        ("get t --after 1:", "--after"),
+        ("get t --after :1", "--after"),
+        ("get t --after e:1:2", "--after"),
+        ("get t --after e:" + "9" * 20, "--after"),
+        ("get t --after " + "9" * 5000, "--after"),
+        ("ping --port " + "9" * 5000, "--port"),
+        ("serve --port " + "9" * 5000, "--port"),
+        ("put t x --prot=" + "9" * 5000, "--prot"),
+        ("ping --port=", "--port"),
+        ("ping --host=", "--host: '' is not an address"),
+        ("ping --host unix:", "'unix:' is not an address"),
+        ("ping --token-file=", "--token-file: the name of the file is empty"),
+        ("ping --ca-file=", "--ca-file: the name of the file is empty"),
+        ("ping --cert-file=", "--cert-file: the name of the file is empty"),
+        ("ping --cert-file /nowhere --key-file=", "--key-file: the name of the file is empty"),
+        ("get t --position-file=", "--position-file: the name of the file is empty"),
+        ("ping --key-file /nowhere", "key_file without cert_file"),
         ("get t --wait -1", "--wait"),
         ("ping --port 0", "--port"),
         ("ping --port 65536", "--port"),
-        ("ping --host [::1", "'[::1' is no address"),
+        ("ping --host [::1", "'[::1' is not an address"),
         ("ping --timeout soon", "--timeout"),
         ("serve --frobnicate 1", "--frobnicate"),
         ("serve --port", "--port"),
@@ -371,12 +753,160 @@ def test_a_unix_socket_serves_and_is_gone_behind_the_server(tmp_path: Path) -> N
         ("serve --config /nowhere/dsmq.toml", "/nowhere/dsmq.toml: No such file"),
     ],
 )
-def test_wrong_usage_is_told(arguments: str, says: str) -> None:
-    assert_one_line(result(*arguments.split()), 2, says)
+def test_wrong_usage_is_told(arguments: str, says: str, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    words = arguments.split()
+    if words[:1] == ["serve"]:
+        # In a process of its own, because it handles signals.
+        done = result(*words)
+    else:
+        try:
+            status = main(words)
+        except SystemExit as error:
+            status = int(str(error))
+        done = status, *capfdbinary.readouterr()
+    assert_one_line(done, 2, says)
+    assert len(done[2]) < 400
 
 
-def test_a_wrong_port_in_the_environment_is_told() -> None:
-    assert_one_line(result("ping", env={"DSMQ_PORT": "abc"}), 2, "abc")
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("DSMQ_PORT", "abc"),
+        ("DSMQ_PORT", "0"),
+        ("DSMQ_PORT", "nan"),
+        ("dsmq_port", "abc"),
+        ("DSMQ_HOST", "[::1"),
+        ("DSMQ_HOST", "unix:"),
+        ("DSMQ_AUTH_TOKEN", "two words"),
+        ("DSMQ_AUTH_TOKEN", "żółw"),
+        ("DSMQ_AUTH_TOKEN", os.fsdecode(b"\xff")),
+        ("DSMQ_AUTH_TOKEN_FILE", "/nowhere"),
+        ("DSMQ_CONFIG", "/nowhere"),
+    ],
+)
+def test_a_wrong_variable_is_told(variable: str, value: str) -> None:
+    done = result("ping", env={variable: value})
+    assert_one_line(done, 2, "/nowhere: No such file" if value == "/nowhere" else f"{variable}: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (b"port = 0", "port: '0' is not a port"),
+        (b"host = 'unix:'", "host: 'unix:' is not an address"),
+        (b'host = "unix:/a\\u0000b"', "host: 'unix:/a\\x00b' is not an address"),
+        (b'host = "a\\u0000b"', "host: 'a\\x00b' is not an address"),
+        (b'auth_token = "a\\u0000 b"', "auth_token: should be a token"),
+        (b'auth_token_file = "a\\u0000b"', "embedded null"),
+        (b'tls_cert_file = "a\\u0000b"', "embedded null"),
+        ("port = 1".encode("utf-16"), "should be UTF-8; this looks like UTF-16"),
+        (b"host = " + b"[" * 5000, "nested too deeply"),
+        (b"port = " + b"9" * 5000, "too many digits"),
+    ],
+)
+def test_a_wrong_file_of_the_server_is_told(text: bytes, says: str, tmp_path: Path) -> None:
+    file = tmp_path / "dsmq.toml"
+    file.write_bytes(text)
+    done = result("ping", env={"DSMQ_CONFIG": str(file)})
+    assert_one_line(done, 2, says)
+    assert "\0" not in done[2].decode()
+
+
+def test_the_file_of_the_server_may_begin_with_a_byte_order_mark(server: Daemon, tmp_path: Path) -> None:
+    file = tmp_path / "dsmq.toml"
+    file.write_bytes(codecs.BOM_UTF8 + b"port = %d" % server.port)
+    assert result("ping", env={"DSMQ_CONFIG": str(file)})[0] == 0
+
+
+def test_service_links_are_not_taken_for_the_servers_address(server: Daemon) -> None:
+    links = {"DSMQ_PORT": "tcp://10.96.3.7:30008", "DSMQ_SERVICE_HOST": "10.96.3.7", "DSMQ_SERVICE_PORT": "30008"}
+    assert result("ping", "--port", str(server.port), env=links)[::2] == (0, b"")
+    assert_one_line(result("ping", env={**links, "DSMQ_HOST": "[::1"}), 2, "DSMQ_HOST")
+    assert_one_line(result("ping", env={"DSMQ_PORT": "http://10.96.3.7:30008"}), 2, "DSMQ_PORT")
+
+
+def test_variables_in_small_letters_say_where_the_server_is(server: Daemon) -> None:
+    assert result("ping", env={"dsmq_host": "localhost", "dsmq_port": str(server.port)})[::2] == (0, b"")
+
+
+def test_a_token_file_wins_over_the_token_in_the_environment(tmp_path: Path) -> None:
+    right, wrong = "the-token-of-the-server", "the-token-of-another-one"
+    (tmp_path / "right").write_text(right)
+    with daemon(env={"DSMQ_AUTH_TOKEN": right}) as server:
+        words = ["ping", "--port", str(server.port)]
+        assert result(*words, env={"DSMQ_AUTH_TOKEN": right})[0] == 0
+        assert result(*words, env={"DSMQ_AUTH_TOKEN": wrong})[0] == 1
+        assert result(*words, "--token-file", str(tmp_path / "right"), env={"DSMQ_AUTH_TOKEN": wrong})[0] == 0
+        assert result(*words, env={"DSMQ_AUTH_TOKEN_FILE": str(tmp_path / "right")})[0] == 0
+
+
+# Files of certificates and keys
+
+
+@pytest.fixture(scope="module")
+def pem(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a certificate, its key, the key under a passphrase, and what is none of them."""
+    folder = tmp_path_factory.mktemp("pem")
+    issued = trustme.CA().issue_cert("localhost")
+    for name, blobs in (("cert", issued.cert_chain_pems), ("key", [issued.private_key_pem])):
+        for blob in blobs:
+            blob.write_to_path(folder / name, append=True)
+    trustme.CA().issue_cert("localhost").private_key_pem.write_to_path(folder / "other")
+    key = load_pem_private_key((folder / "key").read_bytes(), None)
+    for name, kind in (("locked", PrivateFormat.PKCS8), ("locked_too", PrivateFormat.TraditionalOpenSSL)):
+        (folder / name).write_bytes(key.private_bytes(Encoding.PEM, kind, BestAvailableEncryption(b"secret")))
+    (folder / "empty").touch()
+    (folder / "folder").mkdir()
+    (folder / "secret").touch(0)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("cert", "key", "says"),
+    [
+        ("cert", "locked", "{folder}/locked: the private key is encrypted"),
+        ("cert", "locked_too", "{folder}/locked_too: the private key is encrypted"),
+        ("key", "cert", "{folder}/cert: no private key in PEM format found; are key and certificate exchanged?"),
+        ("cert", "cert", "{folder}/cert: no private key in PEM format found"),
+        ("key", "key", "{folder}/key: no certificate in PEM format found"),
+        ("cert", "other", "key {folder}/other: the key is not the one of the certificate"),
+        ("empty", "key", "{folder}/empty: no certificate in PEM format found"),
+        ("cert", "empty", "{folder}/empty: no private key in PEM format found"),
+        ("folder", "key", "{folder}/folder: Is a directory"),
+        ("cert", "folder", "{folder}/folder: Is a directory"),
+        ("cert", "missing", "{folder}/missing: No such file or directory"),
+        ("secret", "key", "{folder}/secret: Permission denied"),
+        ("cert", "secret", "{folder}/secret: Permission denied"),
+    ],
+)
+def test_a_wrong_certificate_or_key_is_told_in_plain_words(cert: str, key: str, says: str, pem: Path) -> None:
+    files = {"cert-file": str(pem / cert), "key-file": str(pem / key)}
+    client = ["ping", *(word for name, file in files.items() for word in (f"--{name}", file))]
+    server = ["serve", "--port=0", "--metrics-port=off", *(f"--tls-{name}={file}" for name, file in files.items())]
+    for words in (client, server):
+        done = run_dsmq(*words, prefix=without_privileges())
+        assert_one_line((done.returncode, done.stdout, done.stderr), 2, says.format(folder=pem))
+
+
+@pytest.mark.parametrize("name", ["empty", "key", "folder", "missing", "secret"])
+def test_wrong_authorities_are_told_in_plain_words(name: str, pem: Path) -> None:
+    server = (
+        f"serve --port 0 --metrics-port off --tls-cert-file {pem}/cert --tls-key-file {pem}/key --tls-client-ca-file"
+    )
+    for words in ("ping --ca-file", server):
+        done = run_dsmq(*words.split(), str(pem / name), prefix=without_privileges())
+        assert_one_line((done.returncode, done.stdout, done.stderr), 2, f"authorities {pem}/{name}: ")
+
+
+@pytest.mark.parametrize("name", ["auth-token-file", "metrics-token-file", "snapshot-file", "config"])
+@pytest.mark.parametrize("what", ["folder", "secret"])
+def test_a_file_of_the_server_that_can_not_be_used_is_told(name: str, what: str, pem: Path) -> None:
+    done = run_dsmq(*f"serve --port 0 --metrics-port 0 --{name} {pem}/{what}".split(), prefix=without_privileges())
+    lines = done.stderr.decode().splitlines()
+    assert done.returncode in (1, 2)
+    assert lines[-1].startswith("dsmq: ")
+    assert f"{pem}/{what}" in lines[-1]
+    assert "Traceback" not in done.stderr.decode()
 
 
 def test_an_unreadable_configuration_is_told(tmp_path: Path) -> None:
@@ -412,10 +942,28 @@ def test_an_unknown_host_is_told_with_its_name(host: str) -> None:
     assert_one_line(result("serve", "--port", "0", "--host", host, "--metrics-port", "off"), 1, host)
 
 
+@pytest.mark.parametrize("command", ["ping", "get t", "put t x", "topics"])
+def test_a_front_that_closes_connections_is_told(command: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as front:
+        port = front.getsockname()[1]
+
+        def close() -> None:
+            with suppress(OSError):
+                while True:
+                    front.accept()[0].close()
+
+        thread = threading.Thread(target=close)
+        thread.start()
+        done = result(*command.split(), "--port", str(port))
+        front.shutdown(socket.SHUT_RDWR)
+        thread.join()
+    assert_one_line(done, 1, f"dsmq: 127.0.0.1 port {port} accepts connections and closes them at once")
+    assert b"(--tls)" in done[2]
+
+
 def test_what_is_no_dsmq_server_is_told(server: Daemon) -> None:
     done = result("ping", "--port", str(server.metrics_port), "--timeout", str(SOON))
-    # What it answers may be overtaken by its hanging up.
-    assert_one_line(done, 1, "closed" if b"closed" in done[2] else "'HTTP/1.0 400 Bad Request")
+    assert_one_line(done, 1, f"127.0.0.1 port {server.metrics_port} is dsmq's HTTP endpoint")
 
 
 @pytest.mark.parametrize("arguments", [["put", "", "x"], ["get", ""]], ids=["put", "get"])
@@ -605,6 +1153,41 @@ def test_closed_standard_files_cause_no_traceback(
     command = f'"{sys.executable}" -m dsmq {redirection.format(topic="closed")}'
     process = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, check=False)
     assert process.stderr.count(b"\n") <= 1
+
+
+# Other systems
+
+# What Windows lacks, and macOS in part.
+WITHOUT = """
+import os, signal, socket, sys, time
+for module, names in (
+    (socket, ["AF_UNIX"]),
+    (signal, ["SIGHUP", "SIGKILL", "SIGUSR1", "SIGUSR2", "pthread_sigmask"]),
+    (os, ["fork", "register_at_fork", "sched_yield", "geteuid", "getuid"]),
+    (time, [name for name in dir(time) if name.lower().startswith("clock_")]),
+):
+    for name in names:
+        if hasattr(module, name):
+            delattr(module, name)
+for name in ("fcntl", "resource", "termios", "pwd", "grp"):
+    sys.modules[name] = None
+from dsmq.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def elsewhere(*words: str) -> tuple[int, bytes, bytes]:
+    done = subprocess.run([sys.executable, "-c", WITHOUT, *words], capture_output=True, timeout=SOON * 3, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_client_commands_run_on_systems_that_lack_what_unix_has(topic: str, tmp_path: Path) -> None:
+    assert elsewhere("put", topic, "hello") == (0, b"", b"")
+    file = tmp_path / "position"
+    assert elsewhere("get", topic, "--after", "0", "--position-file", str(file)) == (0, b"hello\n", b"")
+    assert file.exists()
+    assert elsewhere("ping")[::2] == elsewhere("topics")[::2] == (0, b"")
+    assert_one_line(elsewhere("ping", "--host", "unix:/socket"), 1, "this system has no Unix sockets")
 
 
 # The end of a server

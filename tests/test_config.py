@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import logging
 import os
 import re
+import signal
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conftest import ROOT, run_dsmq, without_privileges
-from dsmq import config
+from conftest import ROOT, daemon, run_dsmq, without_privileges
+from dsmq import config, environment
 from dsmq.errors import ConfigError
 from dsmq.server import serve
 
@@ -217,6 +221,22 @@ def test_seconds_are_finite(name: str, value: str, tmp_path: Path) -> None:
     assert "finite" in complaint(toml(tmp_path, f"{name} = {value}"))
 
 
+@pytest.mark.parametrize("name", [name for name, about in PROPERTIES.items() if about.get("type") == "string"])
+def test_text_with_a_nul_character_is_an_error(name: str, tmp_path: Path) -> None:
+    if not config.is_secret(name):
+        assert "NUL" in complaint(**{name: "unix:/a\0b"})
+    file = toml(tmp_path, f'{name} = "a\\u0000b"')
+    line = complaint(file)
+    assert line.startswith(f"{file}: {name}: should be text without NUL characters")
+    assert "\0" not in line
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, 16**5000, "x" * 5000], ids=["digits", "number", "letters"])
+@pytest.mark.parametrize("name", ["port", "max_age_seconds", "log_level"])
+def test_a_long_value_is_told_in_a_short_line(name: str, value: object) -> None:
+    assert len(complaint(**{name: value})) < 300
+
+
 @pytest.mark.parametrize(
     ("wrong", "nearest"),
     [
@@ -265,6 +285,140 @@ def test_variables_of_others_are_nothing_to_dsmq(monkeypatch: pytest.MonkeyPatch
     assert config.load().port == 30008
 
 
+# Variables that Kubernetes and Docker set
+
+LINKS = {
+    "DSMQ_PORT": "tcp://10.96.3.7:30008",
+    "DSMQ_SERVICE_HOST": "10.96.3.7",
+    "DSMQ_SERVICE_PORT": "30008",
+    "DSMQ_SERVICE_PORT_DSMQ": "30008",
+    "DSMQ_PORT_30008_TCP": "tcp://10.96.3.7:30008",
+    "DSMQ_PORT_30008_TCP_ADDR": "10.96.3.7",
+    "DSMQ_PORT_30008_TCP_PORT": "30008",
+    "DSMQ_PORT_30008_TCP_PROTO": "tcp",
+    "DSMQ_METRICS_PORT": "udp://10.96.3.8:30009",
+    "DSMQ_METRICS_SERVICE_HOST": "10.96.3.8",
+    "DSMQ_METRICS_SERVICE_PORT": "30009",
+    "DSMQ_METRICS_PORT_30009_TCP_ADDR": "10.96.3.8",
+    "DSMQ_X_PORT": "sctp://10.96.3.9:1",
+    "DSMQ_NAME": "/web/dsmq",
+    "DSMQ_ENV_PYTHON_VERSION": "3.13",
+    "DSMQ_1_NAME": "/web/dsmq_1",
+    "DSMQ_1_ENV_PATH": "/bin",
+}
+
+
+@pytest.mark.parametrize("change_case", [str, str.lower])
+def test_service_links_are_not_taken_for_settings(
+    change_case: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable, value in LINKS.items():
+        monkeypatch.setenv(change_case(variable), value)
+    assert config.load() == config.Settings()
+    assert (config.load().port, config.load().metrics_port) == (30008, 30009)
+    monkeypatch.setenv("DSMQ_MAX_TOPICS", "7")
+    assert config.load().max_topics == 7
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("DSMQ_PORT", "http://10.96.3.7:30008"),
+        ("DSMQ_PORT", "30008tcp://"),
+        ("DSMQ_PORTS", "tcp://10.96.3.7:30008"),
+        ("DSMQ_HOST", "[tcp://10.96.3.7:30008"),
+        ("DSMQ_PORT_TCP_ADDR", "10.96.3.7"),
+        ("DSMQ_SERVICE_HOSTS", "10.96.3.7"),
+        ("DSMQ_SERVICE", "x"),
+        ("DSMQ_HOST_NAME", "localhost"),
+        ("DSMQ_NAMES", "/web/dsmq"),
+        ("DSMQ_ENV", "x"),
+    ],
+)
+def test_variables_like_service_links_are_still_settings(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    assert complaint().startswith(variable + ": ")
+
+
+def test_service_links_are_logged_once_at_debug_level() -> None:
+    env = {"DSMQ_PORT": "tcp://10.96.3.7:30008", "DSMQ_SERVICE_HOST": "10.96.3.7"}
+    with daemon("--log-level", "debug", env=env) as server:
+        server.process.send_signal(signal.SIGHUP)
+        server.wait_for_line("configuration read again")
+        server.stop()
+    lines = [line for line in "".join(server.log).splitlines() if "DSMQ_SERVICE_HOST" in line]
+    assert len(lines) == 1
+    assert lines[0].endswith("DEBUG environment variables passed over as service links: DSMQ_PORT, DSMQ_SERVICE_HOST")
+
+
+def test_without_service_links_nothing_is_logged_of_them(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "dsmq")
+    environment.log_links()
+    assert caplog.records == []
+
+
+def test_variables_that_contradict_each_other_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSMQ_PORT", "1001")
+    monkeypatch.setenv("dsmq_port", "1001")
+    assert config.load().port == 1001
+    monkeypatch.setenv("dsmq_port", "1002")
+    assert complaint() == "DSMQ_PORT and dsmq_port are both set, to different values"
+
+
+def test_the_file_may_be_named_by_a_variable_in_small_letters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("dsmq_config", toml(tmp_path, "port = 1001"))
+    assert config.load().port == 1001
+
+
+# Settings that need others, and secrets
+
+TOKEN = "a-token-that-is-long-enough"
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"tls_key_file": "key"}, "tls_key_file is set without tls_cert_file"),
+        ({"tls_client_ca_file": "ca"}, "tls_client_ca_file is set without tls_cert_file"),
+        ({"snapshot_interval_seconds": 5}, "snapshot_interval_seconds is set without snapshot_file"),
+        ({"metrics_token": TOKEN, "metrics_token_file": "file"}, "metrics_token and metrics_token_file are both set"),
+        ({"snapshot_file": "it", "snapshot_interval_seconds": "0.99"}, "should be 0, or at least 1, not '0.99'"),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_an_error(given: dict[str, Any], says: str) -> None:
+    assert says in complaint(**given)
+
+
+@pytest.mark.parametrize("seconds", [0, 1])
+def test_the_least_interval_between_snapshots_is_a_second_or_none(seconds: float) -> None:
+    assert config.load(snapshot_file="it", snapshot_interval_seconds=seconds).snapshot_interval_seconds == seconds
+
+
+@pytest.mark.parametrize("name", ["auth_token", "metrics_token"])
+@pytest.mark.parametrize(
+    ("token", "says"),
+    [
+        (TOKEN + " two", "should be a token: ASCII, without blanks"),
+        (" " + TOKEN, "should be a token: ASCII, without blanks"),
+        (TOKEN + "ż", "should be a token: ASCII, without blanks"),
+        ("*" * 20, "should be the token itself, not the mask it is shown by"),
+    ],
+)
+def test_a_wrong_token_is_an_error_that_does_not_show_it(name: str, token: str, says: str, tmp_path: Path) -> None:
+    file = toml(tmp_path, f"{name} = {json.dumps(token)}")
+    assert complaint(file) == f"{file}: {name}: {says}"
+
+
+def test_secrets_have_no_options_and_are_masked(tmp_path: Path) -> None:
+    for name in ("auth_token", "metrics_token"):
+        assert run_dsmq("config", config.option(name), TOKEN).returncode == 2
+        settings = config.load(toml(tmp_path, f"{name} = {json.dumps(TOKEN)}"))
+        assert getattr(settings, name).get_secret_value() == TOKEN
+        assert TOKEN not in config.to_toml(settings)
+
+
 # The file
 
 
@@ -295,13 +449,44 @@ def test_a_file_has_to_be_readable(tmp_path: Path) -> None:
         b"host = '\xff'",
         b"\xff\xfep\x00o\x00r\x00t\x00",
         b"port = " + b"9" * 5000,
+        b"max_age_seconds = " + b"9" * 5000,
+        b"port = 0x" + b"f" * 5000,
+        b"#" * 2_000_000,
         b"host = " + b"[" * 5000 + b"]" * 5000,
     ],
-    ids=["no value", "YAML", "twice", "not UTF-8", "UTF-16", "long number", "deep"],
+    ids=[
+        "no value",
+        "YAML",
+        "twice",
+        "not UTF-8",
+        "UTF-16",
+        "long number",
+        "long seconds",
+        "long hexadecimal",
+        "endless",
+        "deep",
+    ],
 )
 def test_what_is_no_toml_is_told(text: bytes, tmp_path: Path) -> None:
     file = toml(tmp_path, text)
-    assert complaint(file).startswith(f"{file}: ")
+    line = complaint(file)
+    assert line.startswith(f"{file}: ")
+    assert len(line) < 300
+    assert "sys." not in line
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_a_file_in_utf_16_is_named_so(encoding: str, tmp_path: Path) -> None:
+    file = toml(tmp_path, "port = 1001".encode(encoding))
+    assert complaint(file) == f"{file}: should be UTF-8; this looks like UTF-16"
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    assert config.load(toml(tmp_path, codecs.BOM_UTF8 + b"port = 1001\r\n")).port == 1001
+
+
+def test_a_file_without_an_end_is_an_error() -> None:
+    assert complaint("/dev/zero") == "/dev/zero: longer than 1048576 bytes"
 
 
 def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:

@@ -51,7 +51,33 @@ def test_an_exception_as_json_is_one_line() -> None:
 )
 def test_a_line_for_the_journal_begins_with_its_priority(level: str, priority: int) -> None:
     formatter = logs.JournalFormatter("%(message)s")
-    assert formatter.format(record("a\nb", getattr(logging, level))) == f"<{priority}>a\n<{priority}>b"
+    line = record("a\nb", getattr(logging, level))
+    assert formatter.format(line) == f"<{priority}>a\\nb"
+    line.exc_info = (ValueError, ValueError("c\x1b"), None)
+    assert formatter.format(line) == f"<{priority}>a\\nb\n<{priority}>ValueError: c\\x1b"
+
+
+NASTY = "\x1b[2J\x9b\x7f\r\n2026-01-01 INFO forged\t\u2028\u202e\ud800"
+
+
+def test_a_client_can_neither_forge_lines_of_the_log_nor_control_a_terminal() -> None:
+    line = logging.getLogger("dsmq").makeRecord("dsmq", logging.INFO, "file.py", 1, "user %s", (NASTY,), None)
+    for form in ("text", "journal"):
+        shown = logs._formatter(form, sys.stderr).format(line)
+        assert shown.endswith("user \\x1b[2J\\x9b\\x7f\\r\\n2026-01-01 INFO forged\\t\\u2028\\u202e\\ud800")
+        assert shown.isprintable()
+
+
+def test_a_client_can_not_control_a_terminal_through_the_log_as_json() -> None:
+    shown = logs.JSONFormatter().format(record(NASTY, **logs.event("wrong_token", user=NASTY)))
+    assert shown.isprintable()
+    assert json.loads(shown)["message"] == json.loads(shown)["user"] == NASTY
+
+
+def test_letters_of_all_scripts_stay_as_they_are_in_the_log() -> None:
+    text = "żółw 亀 👩\u200d🔬 a\u00a0b"
+    assert logs._formatter("text", sys.stderr).format(record(text)).endswith(" INFO " + text)
+    assert text in logs.JSONFormatter().format(record(text))
 
 
 def test_the_log_as_json_is_json_throughout() -> None:

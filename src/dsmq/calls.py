@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Protocol, TypeAlias, TypeVar
 
-from dsmq.errors import AuthRequired, Closing, ConnectionLost, MessageNotText, TimedOut
+from dsmq.errors import AuthRequired, Closing, ConnectionLost, DSMQError, MessageNotText, ReplyError, TimedOut
 from dsmq.inbox import LATEST, Asked, Claim, Entry, Era, Inbox, read_request
 from dsmq.protocol import Reply, encode_bulk
 from dsmq.session import (
@@ -325,6 +325,8 @@ class PutMany:
     def __init__(self, session: Session, topic: str, messages: Iterable[str | bytes]) -> None:
         self._parts = (session.put(topic, message) for message in messages)
         self._error: Exception | None = None
+        # Whether that is the server's, and how many had been stored before it.
+        self._is_refused, self._stored_before = False, 0
         self._run = b""
         # Those that were sent, with their keys, and when they were first, in that order; and what is to be sent next.
         self._unanswered: deque[tuple[bytes, float]] = deque()
@@ -348,7 +350,7 @@ class PutMany:
         for first in range(0, len(old), PUTS_AT_ONCE):
             batch = old[first : first + PUTS_AT_ONCE]
             yield len(batch), b"".join(batch)
-        while True:
+        while not self._is_refused:
             if not self._made and self._make() > _LONG_BATCH_SECONDS:
                 yield 0, b""
             if not self._made:
@@ -377,8 +379,17 @@ class PutMany:
         return now - began
 
     def answered(self, reply: Reply) -> None:
-        """Take the next reply. Raises the error that it is."""
-        self.ids.append(stored_id(reply))
+        """Take the next reply. After an error nothing more is sent, and `check` raises it.
+
+        The replies to what was sent already are still taken, so that it is known what has been stored.
+        """
+        try:
+            self.ids.append(stored_id(reply))
+        except ReplyError as error:
+            if error is not reply:
+                raise
+            if not self._is_refused:
+                self._error, self._is_refused, self._stored_before = error, True, len(self.ids)
         self._unanswered.popleft()
         if self._unsure:
             self._unsure -= 1
@@ -396,6 +407,11 @@ class PutMany:
         """Raise the error at which the messages ended, if it was one: those before it are stored."""
         if self._error is not None:
             raise self._error
+
+    def count(self, error: DSMQError) -> None:
+        """Have an error say how many messages are stored."""
+        error.stored_before = self._stored_before if self._is_refused else len(self.ids)
+        error.stored_behind = len(self.ids) - error.stored_before
 
 
 def _again(keyed: bytes, sent_at: float, run: bytes, producer: Producer) -> bytes:

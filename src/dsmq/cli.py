@@ -8,44 +8,48 @@ from __future__ import annotations
 
 import argparse
 import base64
-import difflib
-import json
+import codecs
+import io
 import logging
 import math
 import os
 import signal
 import sys
 import time
-import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
-from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
-from dsmq import __version__
+from dsmq import command_line, environment
 from dsmq.client import DSMQClientSideConnection, connect
+from dsmq.command_line import USAGE, Command
 from dsmq.errors import AuthRequired, ConfigError, DSMQError, TooBig
 from dsmq.session import Message
+from dsmq.terminal import LineFormatter, as_json, printable
 
 if TYPE_CHECKING:
     from ssl import SSLContext
 
-N = TypeVar("N", int, float)
+    from dsmq.position_file import PositionFile
 
-OK, FAILED, USAGE, NOTHING, INTERRUPTED = 0, 1, 2, 3, 130
+T = TypeVar("T")
 
-_EPILOG = "Exit statuses: 0 done, 1 failed, 2 wrong usage or configuration, 3 no message to get, 130 interrupted."
+# What is kept of a line of stdin before the server judges it, or as much as the server has said that it takes.
+_MAX_LINE_BYTES = 67_108_864
+
+OK, FAILED, NOTHING, INTERRUPTED = 0, 1, 3, 130
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Run a command line; return its exit status."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    _open_closed_files()
+    words = list(sys.argv[1:] if words is None else words)
+    _prepare_files()
     try:
         try:
             if words[:1] == ["serve"]:
                 _await_settings()
-            options = _parse(words)
-            command: Callable[[argparse.Namespace], int] = options.run
+            options = command_line.parse(words, _COMMANDS)
+            command: Command = options.run
             return command(options)
         finally:
             sys.stdout.flush()
@@ -75,15 +79,18 @@ def _drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _open_closed_files() -> None:
+def _prepare_files() -> None:
     # A shell's `>&-` leaves none; else the next socket would become standard output.
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for as long as the process runs
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Not every terminal has all letters.
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _complain(error: Exception, status: int) -> int:
-    sys.stderr.write(f"dsmq: {_reason(error)}\n")
+    sys.stderr.write(f"dsmq: {printable(_reason(error))}\n")
     return status
 
 
@@ -91,185 +98,41 @@ def _reason(error: Exception) -> str:
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
-class _Parser(argparse.ArgumentParser):
-    def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, **options)
-
-    def unknown(self, word: str) -> NoReturn:
-        """Complain about an argument that is none, and name the nearest option."""
-        nearest = difflib.get_close_matches(word, self._option_string_actions, n=1) if word[:1] == "-" else []
-        self.error(f"unknown argument {word!r}" + (f"; the nearest known one is {nearest[0]}" if nearest else ""))
-
-    def error(self, message: str) -> NoReturn:
-        """Complain in one line, like everything else here."""
-        self.exit(USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
-def _parse(words: list[str]) -> argparse.Namespace:
-    options, unknown = _parser(words).parse_known_args(words)
-    if unknown:
-        parser: _Parser = options.parser
-        parser.unknown(unknown[0].partition("=")[0])
-    return options
-
-
-def _parser(words: list[str]) -> argparse.ArgumentParser:
-    parser = _Parser(prog="dsmq", description="The dead simple message queue.", epilog=_EPILOG)
-    parser.add_argument("--version", action="version", version=f"dsmq {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-
-    def add(name: str, run: Callable[[argparse.Namespace], int], about: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=about, description=about, epilog=_EPILOG)
-        command.set_defaults(run=run, parser=command)
-        return command
-
-    serve = add("serve", _serve, "Run the server, until SIGTERM, Ctrl-C or a client's SHUTDOWN.")
-    config = add("config", _config, "Print the effective configuration as TOML, secrets masked.")
-    config.add_argument("--example", action="store_true", help="print a commented dsmq.toml with all defaults instead")
-    if {"serve", "config"}.intersection(words):
-        # Only then, because the settings take longer to load than the client to run.
-        from dsmq.config import add_options  # noqa: PLC0415
-
-        add_options(serve)
-        add_options(config)
-    put = add("put", _put, "Put a message into a topic, or each line of stdin as one.")
-    put.add_argument("topic", metavar="TOPIC", type=_topic)
-    put.add_argument(
-        "message", metavar="MESSAGE", nargs="?", default="-", help="the message; - or none: lines of stdin"
-    )
-    _add_get_options(add("get", _get, "Print messages of a topic, one a line."))
-    topics = add("topics", _topics, "List the topics that hold messages: messages, bytes, topic.")
-    topics.add_argument("--json", action="store_true", help="print JSON lines")
-    ping = add("ping", _ping, "Make a round trip to the server; for scripts and health checks.")
-    ping.add_argument("--timeout", type=_timeout, default=3.0, metavar="S", help="seconds to wait for it; default: 3")
-    bench = add("bench", _bench, "Measure how long typical operations take on a running server.")
-    bench.add_argument(
-        "-n", type=_count, default=1000, metavar="N", help="how often each is done; default: 1000, which puts some 5 MB"
-    )
-    add("demo", _demo, "Show a server, a writer and two readers at work, for a few seconds.")
-    for command in (put, commands.choices["get"], topics, ping, bench):
-        _add_address(command)
-    for command in (put, commands.choices["get"]):
-        command.add_argument(
-            "--reconnect",
-            type=_seconds,
-            default=30.0,
-            metavar="S",
-            help="for how many seconds to make a broken connection anew; default: 30",
-        )
-    return parser
-
-
-def _add_get_options(get: argparse.ArgumentParser) -> None:
-    get.add_argument("topic", metavar="TOPIC", type=_topic)
-    get.add_argument("--wait", type=_seconds, metavar="S", help="wait for messages, up to S seconds in all")
-    get.add_argument("--latest", action="store_true", help="start with the newest message; pass over the older ones")
-    get.add_argument("-n", type=_count, metavar="N", help="print up to N messages; default: 1, with --follow all")
-    get.add_argument("--follow", action="store_true", help="go on as messages come")
-    get.add_argument("--json", action="store_true", help="print JSON lines with topic, id, number, put_at and message")
-    get.add_argument(
-        "--after",
-        type=_position,
-        metavar="ID",
-        help="read on behind this id; 0: from the oldest message held. Default: what is put from now on",
-    )
-
-
-def _add_address(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--host", type=_host, help="address, name, or unix:/path; default: DSMQ_HOST, or 127.0.0.1")
-    command.add_argument("--port", type=_port, help="default: DSMQ_PORT, or 30008")
-    security = command.add_argument_group(
-        "security",
-        "The token itself can be given as DSMQ_AUTH_TOKEN. Where DSMQ_CONFIG is set, the server is looked up there.",
-    )
-    security.add_argument(
-        "--token-file", metavar="FILE", help="its first token is shown; default: DSMQ_AUTH_TOKEN_FILE"
-    )
-    security.add_argument("--tls", action="store_true", help="encrypt, and verify the server's certificate")
-    security.add_argument(
-        "--ca-file", metavar="FILE", help="authorities to trust in place of the system's, as PEM; implies --tls"
-    )
-    security.add_argument("--cert-file", metavar="FILE", help="a certificate to show, as PEM; implies --tls")
-    security.add_argument("--key-file", metavar="FILE", help="its key, where it does not stand in that file")
-
-
-def _topic(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("the topic is empty")
-    # Python carries bytes of the command line that are not UTF-8 as surrogates.
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise argparse.ArgumentTypeError(f"the topic {text!r} is not UTF-8")
-    return text
-
-
-def _host(text: str) -> str:
-    if not text.startswith("unix:") and text.startswith("[") != text.endswith("]"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no address")
-    return text
-
-
-def _seconds(text: str) -> float:
-    return _number(float, text, 0, math.inf, "a number of seconds")
-
-
-def _timeout(text: str) -> float:
-    return _number(float, text, 1e-3, math.inf, "a number of seconds above 0")
-
-
-def _count(text: str) -> int:
-    return _number(int, text, 1, math.inf, "a number from 1 up")
-
-
-def _position(text: str) -> int:
-    return _number(int, text, 0, 2**63 - 1, "an id, or 0")
-
-
-def _port(text: str) -> int:
-    return _number(int, text, 1, 65535, "a port, 1 to 65535")
-
-
-def _number(kind: Callable[[str], N], text: str, least: float, most: float, what: str) -> N:
-    try:
-        number = kind(text)
-    except ValueError:
-        number = None
-    if number is None or not least <= number <= most:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-    return number
-
-
 def _connect(options: argparse.Namespace, timeout: float = 10.0) -> DSMQClientSideConnection:
     # Who names another server does not show it the token of the one that is configured here.
-    known = _known(None if options.host else os.environ.get("DSMQ_CONFIG"))
-    options.host = options.host or known["host"]
-    try:
-        options.port = options.port or _port(known["port"])
-    except argparse.ArgumentTypeError as error:
-        raise ConfigError(f"DSMQ_PORT: {error}") from None
+    known = _known(look_into_file=not options.host)
+    options.host = options.host or _checked(command_line.host, *known["host"])
+    options.port = options.port or _checked(command_line.port, *known["port"])
     files = {name: getattr(options, name) for name in ("ca_file", "cert_file", "key_file")}
     tls: bool | SSLContext = options.tls
-    if known["tls_cert_file"] and not tls and not any(files.values()):
+    if known["tls_cert_file"][0] and not tls and not any(files.values()):
         from dsmq.tls import neighbour_context  # noqa: PLC0415 - most need none of it
 
-        tls = neighbour_context(known["tls_cert_file"])
+        tls = neighbour_context(known["tls_cert_file"][0])
     token = _token(options.token_file, known)
     patience: dict[str, Any] = {"timeout": timeout, "reconnect_timeout": getattr(options, "reconnect", 0.0)}
     _tell_what_happens()
     try:
         return connect(options.host, options.port, retry=False, token=token, tls=tls, **patience, **files)
-    except ConnectionRefusedError:
-        raise
+    except (TypeError, ValueError) as error:
+        if isinstance(error, DSMQError):
+            raise
+        raise ConfigError(str(error)) from None
     except AuthRequired as error:
         raise AuthRequired(_for_shells(str(error))) from None
     except OSError as error:
-        where = options.host if options.host.startswith("unix:") else f"{options.host} port {options.port}"
-        raise ConnectionError(f"cannot connect to {where}: {_for_shells(_reason(error))}") from error
+        about, where = _for_shells(_reason(error)), _where(options)
+        raise ConnectionError(about if where in about else f"cannot connect to {where}: {about}") from error
+
+
+def _where(options: argparse.Namespace) -> str:
+    return options.host if options.host.startswith("unix:") else f"{options.host} port {options.port}"
 
 
 def _tell_what_happens() -> None:
     """Have what the client logs look like all else that is said here: lost connections, messages that were missed."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("dsmq: %(message)s"))
+    handler.setFormatter(LineFormatter("dsmq: %(message)s"))
     handler.setLevel(logging.WARNING)
     logging.getLogger("dsmq").addHandler(handler)
 
@@ -290,23 +153,34 @@ def _for_shells(text: str) -> str:
     return text
 
 
-def _known(file: str | None) -> dict[str, str]:
-    """Return what the environment and a server's configuration file say of the server. Raises ConfigError."""
-    known = {"host": "127.0.0.1", "port": "30008", "auth_token": "", "auth_token_file": "", "tls_cert_file": ""}
-    said: dict[str, Any] = {}
-    if file:
-        try:
-            with open(file, "rb") as stream:
-                said = tomllib.load(stream)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{file}: {_reason(error)}") from None
-    return {name: os.environ.get(f"DSMQ_{name.upper()}") or str(said.get(name, value)) for name, value in known.items()}
+_DEFAULTS = {"host": "127.0.0.1", "port": "30008", "auth_token": "", "auth_token_file": "", "tls_cert_file": ""}
 
 
-def _token(file: str | None, known: dict[str, str]) -> str | None:
-    if file is None and known["auth_token"]:
-        return known["auth_token"]
-    file = file or known["auth_token_file"]
+def _known(*, look_into_file: bool) -> dict[str, tuple[str, str]]:
+    """Return what is configured here about the server, and where. Raises ConfigError."""
+    variables = environment.variables()
+    file = os.environ[variables["config"]] if look_into_file and "config" in variables else ""
+    said = environment.read_toml(file) if file else {}
+    return {
+        name: (os.environ[variables[name]], variables[name])
+        if name in variables
+        else (str(said.get(name, default)), f"{file}: {name}")
+        for name, default in _DEFAULTS.items()
+    }
+
+
+def _checked(kind: Callable[[str], T], text: str, source: str) -> T:
+    try:
+        return kind(text)
+    except argparse.ArgumentTypeError as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def _token(file: str | None, known: dict[str, tuple[str, str]]) -> str | None:
+    token, source = known["auth_token"]
+    if file is None and token:
+        return _checked(command_line.token, token, source)
+    file = file or known["auth_token_file"][0]
     if not file:
         return None
     from dsmq.auth import read_tokens  # noqa: PLC0415 - most need none of it
@@ -330,85 +204,158 @@ def _serve(options: argparse.Namespace) -> int:
 def _config(options: argparse.Namespace) -> int:
     from dsmq import config  # noqa: PLC0415 - see _parser
 
-    sys.stdout.write(config.example() if options.example else config.to_toml(config.from_options(options)))
+    text = config.example() if options.example else config.to_toml(config.from_options(options))
+    if sys.stdout.isatty():
+        sys.stdout.write("\n".join(map(printable, text.split("\n"))))
+    else:
+        # TOML is UTF-8, whatever the locale.
+        sys.stdout.buffer.write(text.encode(errors="backslashreplace"))
     return OK
 
 
 def _put(options: argparse.Namespace) -> int:
     with _connect(options) as mq:
-        if options.message != "-":
+        if options.message == "-":
+            _put_lines(mq, options.topic)
+        else:
             mq.put(options.topic, os.fsencode(options.message))
-            return OK
-        for lines in _lines(sys.stdin.buffer, mq.max_message_bytes):
-            mq.put_many(options.topic, lines)
     return OK
 
 
+def _put_lines(mq: DSMQClientSideConnection, topic: str) -> None:
+    stored = 0
+    try:
+        for lines in _lines(sys.stdin.buffer, max(mq.max_message_bytes, _MAX_LINE_BYTES)):
+            stored += len(mq.put_many(topic, lines))
+    except (DSMQError, OSError) as error:
+        stored += getattr(error, "stored_before", 0)
+        behind = getattr(error, "stored_behind", 0)
+        about = f"lines stored: {stored} before it" + (f", {behind} behind it" if behind else "")
+        raise DSMQError(f"line {stored + 1} of stdin: {_reason(error)} ({about})") from error
+
+
 def _lines(stream: IO[bytes], longest: int) -> Iterator[list[bytes]]:
-    """Give the lines of a stream as soon as they come, without their ends."""
-    rest = b""
+    """Give the lines of a stream as soon as they come, without their ends. Raises TooBig."""
+    rest: list[bytes] = []
+    size = 0
     while chunk := stream.read1(65_536):  # type: ignore[attr-defined]
-        *lines, rest = (rest + chunk).split(b"\n")
-        if lines:
-            yield lines
-        if len(rest) > longest:
-            raise TooBig(f"a line of stdin is longer than a message may be, {longest} bytes")
-    if rest:
-        yield [rest]
+        first, *others = chunk.split(b"\n")
+        rest.append(first)
+        if others:
+            yield [b"".join(rest), *others[:-1]]
+            rest, size = [others[-1]], 0
+        size += len(rest[-1])
+        if size > longest:
+            raise TooBig(f"longer than {longest} bytes")
+    if size:
+        yield [b"".join(rest)]
 
 
 def _get(options: argparse.Namespace) -> int:
     left = options.n or (math.inf if options.follow else 1)
     seconds = options.wait if options.wait is not None else math.inf if options.follow else 0.0
     until = time.monotonic() + seconds
+    file = _position_file(options)
     found = False
     with _connect(options) as mq:
-        if options.after is not None:
-            mq.seek(options.topic, options.after)
+        _seek(mq, options)
+        if file:
+            file.save(mq.position(options.topic))
         while left > 0:
-            # The newest, if there is one, comes first; behind it they come in order.
-            messages = mq.read(options.topic, latest=True) if options.latest and not found else []
             timeout = max(0.0, until - time.monotonic())
-            messages = messages or mq.read(options.topic, int(min(left, 100)), timeout=timeout)
-            if not messages:
+            count = _print_messages(mq, options, int(min(left, 100)), timeout, latest=options.latest and not found)
+            if not count:
                 break
             found = True
-            for message in messages:
-                _print(message, as_json=options.json)
             sys.stdout.flush()
-            left -= len(messages)
+            if file:
+                file.save(mq.position(options.topic))
+            left -= count
     if found or options.follow:
         return OK
-    if options.wait is None and options.after is None:
+    if options.wait is None and options.after is None and not file:
         sys.stderr.write(
             "dsmq: no message. A client reads what is put after it connected: use --wait, --follow, or --after 0\n"
         )
     return NOTHING
 
 
-def _print(message: Message, *, as_json: bool) -> None:
-    if not as_json:
-        sys.stdout.buffer.write(message.body + b"\n")
-        return
-    put_at = datetime.fromtimestamp(message.put_at, UTC).isoformat(timespec="milliseconds")
-    shown: dict[str, object] = {"topic": message.topic, "id": message.id, "number": message.number, "put_at": put_at}
+def _position_file(options: argparse.Namespace) -> PositionFile | None:
+    """Return the file to keep the position in, and have reading begin with what it holds. Raises ConfigError."""
+    if not options.position_file:
+        return None
+    from dsmq.position_file import PositionFile  # noqa: PLC0415 - most need none of it
+
+    file = PositionFile(options.position_file)
+    saved = file.load()
+    options.after = options.after if saved is None else saved
+    return file
+
+
+def _seek(mq: DSMQClientSideConnection, options: argparse.Namespace) -> None:
+    try:
+        if options.after is not None:
+            mq.seek(options.topic, options.after)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _print_messages(
+    mq: DSMQClientSideConnection, options: argparse.Namespace, n: int, timeout: float, *, latest: bool
+) -> int:
+    """Print up to `n` messages, the newest first if there is one; return how many they were."""
+    # One by one as JSON, because each has a position then.
+    messages = mq.read(options.topic, latest=True) if latest else []
+    messages = messages or mq.read(options.topic, 1 if options.json else n, timeout=timeout)
+    if not options.json:
+        _print_bodies(messages)
+        return len(messages)
+    count = 0
+    while messages:
+        _print_json(_described(messages[0], mq.position(options.topic)))
+        # The next read may take as long as the server is away.
+        sys.stdout.flush()
+        count += 1
+        messages = mq.read(options.topic) if count < n else []
+    return count
+
+
+def _print_bodies(messages: list[Message]) -> None:
+    if sys.stdout.isatty():
+        for message in messages:
+            sys.stdout.write(printable(message.body.decode(errors="backslashreplace")) + "\n")
+    else:
+        sys.stdout.buffer.writelines(message.body + b"\n" for message in messages)
+
+
+def _described(message: Message, position: str) -> dict[str, object]:
+    shown: dict[str, object] = {
+        "topic": message.topic,
+        "id": message.id,
+        "number": message.number,
+        "put_at": datetime.fromtimestamp(message.put_at, UTC).isoformat(timespec="milliseconds"),
+        "position": position,
+    }
     try:
         shown["message"] = message.body.decode()
     except UnicodeDecodeError:
         shown["message_base64"] = base64.b64encode(message.body).decode()
-    sys.stdout.buffer.write(json.dumps(shown, ensure_ascii=False).encode() + b"\n")
+    return shown
+
+
+def _print_json(shown: dict[str, object]) -> None:
+    # JSON is UTF-8, or else ASCII.
+    is_utf_8 = codecs.lookup(sys.stdout.encoding).name == "utf-8"
+    sys.stdout.write(as_json(shown, ascii_only=not is_utf_8) + "\n")
 
 
 def _topics(options: argparse.Namespace) -> int:
     with _connect(options) as mq:
         for name, messages, size in mq.topics():
             if options.json:
-                line = json.dumps({"topic": name, "messages": messages, "bytes": size}, ensure_ascii=False)
+                _print_json({"topic": name, "messages": messages, "bytes": size})
             else:
-                # A topic may hold what would confuse a terminal.
-                shown = name if name.isprintable() else name.encode("unicode_escape").decode()
-                line = f"{messages}\t{size}\t{shown}"
-            sys.stdout.write(line + "\n")
+                sys.stdout.write(f"{messages}\t{size}\t{printable(name)}\n")
     return OK
 
 
@@ -416,7 +363,8 @@ def _ping(options: argparse.Namespace) -> int:
     before = time.monotonic()
     with _connect(options, timeout=options.timeout) as mq:
         mq.ping()
-    sys.stdout.write(f"PONG from {options.host} port {options.port} in {(time.monotonic() - before) * 1000:.1f} ms\n")
+    took = (time.monotonic() - before) * 1000
+    sys.stdout.write(printable(f"PONG from {_where(options)} in {took:.1f} ms") + "\n")
     return OK
 
 
@@ -441,3 +389,15 @@ def _demo(_: argparse.Namespace) -> int:
 
     demo.main()
     return OK
+
+
+_COMMANDS: dict[str, Command] = {
+    "serve": _serve,
+    "config": _config,
+    "put": _put,
+    "get": _get,
+    "topics": _topics,
+    "ping": _ping,
+    "bench": _bench,
+    "demo": _demo,
+}

@@ -25,7 +25,7 @@ from typing import Generic, Literal, Self, TypeGuard, TypeVar, Unpack, overload
 from dsmq import arguments, calls
 from dsmq import session as wire
 from dsmq.calls import Call, Once, Plain, Producer, Put, PutMany, Reading, Request, Retries
-from dsmq.errors import ClientClosed, ReplyError
+from dsmq.errors import ClientClosed, DSMQError, ReplyError
 from dsmq.inbox import Claim, Entry, Inbox, give_back
 from dsmq.link import ClosedSilently, Link, Security, closed_silently, target
 from dsmq.protocol import Reply
@@ -157,12 +157,16 @@ class DSMQClientSideConnection:
         They are sent in batches, of some hundred or of what an iterator has given in 0.1 seconds: one may wait for the
         next.
 
-        When it raises, those before the one that failed have been stored, and some behind it may have been. It raises
-        as `put` does.
+        When it raises, those before the one that failed have been stored, and some behind it may have been: the error's
+        stored_before and stored_behind say how many. It raises as `put` does.
         """
         puts = PutMany(self._session, topic, arguments.messages(messages))
-        self._run(puts, self._put_all)
-        puts.check()
+        try:
+            self._run(puts, self._put_all)
+            puts.check()
+        except DSMQError as error:
+            puts.count(error)
+            raise
         return puts.ids
 
     def _put_all(self, link: Link, puts: PutMany) -> None:

@@ -11,16 +11,17 @@ import os
 import sys
 import sysconfig
 import textwrap
-import tomllib
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from dsmq import environment
 from dsmq.auth import LONGEST_DELAY_SECONDS
 from dsmq.errors import ConfigError
 from dsmq.listening import UNIX
+from dsmq.terminal import quoted
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 
@@ -56,9 +57,6 @@ Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Bytes = Annotated[int, Field(ge=1, le=1_099_511_627_776)]
 Secret = Annotated[SecretStr, AfterValidator(_token)]
 
-ENV_PREFIX = "DSMQ_"
-ENV_CONFIG = "DSMQ_CONFIG"
-
 
 def _interval(value: float) -> float:
     if 0 < value < 1:
@@ -72,7 +70,7 @@ class Settings(BaseSettings):
     from_file: ClassVar[dict[str, Any]] = {}
     """What the TOML file says."""
 
-    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_ignore_empty=True, extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(extra="forbid", frozen=True)
 
     host: Annotated[str, AfterValidator(_host)] = Field(
         "127.0.0.1",
@@ -273,15 +271,18 @@ class Settings(BaseSettings):
         cls,
         settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - it would take service links for settings
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, InitSettingsSource(settings_cls, cls.from_file)
+        from_environment = InitSettingsSource(settings_cls, _from_environment())
+        return init_settings, from_environment, InitSettingsSource(settings_cls, cls.from_file)
 
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth(cls, value: object, info: ValidationInfo) -> object:
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("should be text without NUL characters")
         # Python takes true for 1.
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
             raise ValueError("should be something else than true or false")
@@ -321,42 +322,23 @@ def load(
 
     file is a TOML file's path; without it, the one that DSMQ_CONFIG names, if any. Raises ConfigError.
     """
-    file = file or os.environ.get(ENV_CONFIG)
+    file = file or os.environ.get(environment.variables().get("config", ""))
     if file:
         # A class of its own, because pydantic-settings makes its sources from the class alone.
-        kind = type(kind.__name__, (kind,), {"from_file": _read(file), "__module__": __name__})
-    _check_environment()
+        kind = type(kind.__name__, (kind,), {"from_file": environment.read_toml(file), "__module__": __name__})
     try:
         return kind(**given)
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(error, {name: spelled(name) for name in given}, file))) from None
 
 
-def _read(file: str) -> dict[str, Any]:
-    try:
-        with open(file, "rb") as stream:
-            return tomllib.load(stream)
-    except OSError as error:
-        raise ConfigError(f"{file}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        # TOML or UTF-8 that is none, a number of thousands of digits, arrays in arrays without end.
-        raise ConfigError(f"{file}: {error}") from None
-
-
-def _variables() -> dict[str, str]:
-    """Return the variables of the environment that are dsmq's, by the settings' names. Their case does not matter."""
-    return {
-        variable.lower().removeprefix(ENV_PREFIX.lower()): variable
-        for variable, value in os.environ.items()
-        if variable.upper().startswith(ENV_PREFIX) and variable != ENV_CONFIG and value
-    }
-
-
-def _check_environment() -> None:
-    # pydantic-settings passes over variables it does not know.
-    for name, variable in _variables().items():
+def _from_environment() -> dict[str, str]:
+    found = environment.variables()
+    found.pop("config", None)
+    for name, variable in found.items():
         if name not in Settings.model_fields:
-            raise ConfigError(f"{variable}: {_unknown(name, lambda known: ENV_PREFIX + known.upper())}")
+            raise ConfigError(f"{variable}: {_unknown(name, lambda known: environment.PREFIX + known.upper())}")
+    return {name: os.environ[variable] for name, variable in found.items()}
 
 
 # What pydantic says to programmers.
@@ -385,7 +367,7 @@ def _explain(error: ValidationError, given: dict[str, str], file: str | None) ->
         else:
             message = _PLAINLY.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
             wrong.setdefault(name, []).append(message.removeprefix("Input "))
-            values[name] = "" if is_secret(name) else f", not {problem['input']!r}"
+            values[name] = "" if is_secret(name) else f", not {quoted(problem['input'])}"
     return unknown + [
         f"{_source(name, given, file)}: {' or '.join(messages).replace(' or should be ', ' or ')}{values[name]}"
         for name, messages in wrong.items()
@@ -393,7 +375,7 @@ def _explain(error: ValidationError, given: dict[str, str], file: str | None) ->
 
 
 def _source(name: str, given: dict[str, str], file: str | None) -> str:
-    return given.get(name) or _variables().get(name) or f"{file}: {name}"
+    return given.get(name) or environment.variables().get(name) or f"{file}: {name}"
 
 
 def _unknown(name: str, spelled: Callable[[str], str], about: str = "") -> str:
@@ -429,7 +411,7 @@ def _as_option(default: Any) -> str:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Give a command the option --config, and one for each setting."""
-    parser.add_argument("--config", metavar="FILE", help=f"TOML file; default: the one that {ENV_CONFIG} names")
+    parser.add_argument("--config", metavar="FILE", help=f"TOML file; default: the one that {environment.CONFIG} names")
     for name, field in Settings.model_fields.items():
         if is_secret(name):
             # Others can read a command line.

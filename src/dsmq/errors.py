@@ -36,7 +36,13 @@ from typing import ClassVar
 
 
 class DSMQError(Exception):
-    """The base of all errors of dsmq."""
+    """The base of all errors of dsmq.
+
+    An error of `put_many` says how many messages were stored before the one that failed, and how many behind it.
+    """
+
+    stored_before = 0
+    stored_behind = 0
 
 
 class ConfigError(DSMQError, ValueError):

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 # to an object of 128 KiB, and takes it back, each time.
 _RECEIVE_BYTES, _RECEIVE_MORE_BYTES = 65_536, 262_144
 _TLS_ALERT = b"\x15\x03"
-_LONGEST_TIMEOUT = 1e8
+# What a selector takes, in milliseconds, fits into 32 bits.
+_LONGEST_TIMEOUT = 1e6
 # What a selector can be told to wait at once, and more.
 _LONGEST_WAIT_SECONDS = 86_400.0
 # Behind a longer pause it is looked whether a connection still stands before something is sent on it.

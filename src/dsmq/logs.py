@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -12,6 +11,8 @@ import weakref
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, TextIO
+
+from dsmq.terminal import LineFormatter, as_json
 
 if TYPE_CHECKING:
     from dsmq.config import Settings
@@ -105,10 +106,10 @@ class JSONFormatter(logging.Formatter):
         }
         if record.exc_info:
             shown["exception"] = self.formatException(record.exc_info)
-        return json.dumps(shown, ensure_ascii=False, default=str)
+        return as_json(shown)
 
 
-class JournalFormatter(logging.Formatter):
+class JournalFormatter(LineFormatter):
     """Lines for systemd's journal, which has the time itself: each begins with its priority (sd-daemon(3))."""
 
     _PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
@@ -124,7 +125,7 @@ def _formatter(form: str, stream: TextIO) -> logging.Formatter:
         return JSONFormatter()
     if form == "journal" or (form == "auto" and _is_journal(stream)):
         return JournalFormatter("%(message)s")
-    return logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    return LineFormatter("%(asctime)s %(levelname)s %(message)s")
 
 
 def _is_journal(stream: TextIO) -> bool:

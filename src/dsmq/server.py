@@ -24,7 +24,7 @@ from functools import partial
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from dsmq import __version__, auth, config, listening, logs, metrics
+from dsmq import __version__, auth, config, environment, listening, logs, metrics
 from dsmq.auth import Gate
 from dsmq.commands import Services
 from dsmq.config import EmbeddedSettings, Settings
@@ -200,6 +200,7 @@ class Server:
         _logger.info(
             "dsmq %s serves on %s (process %d)", __version__, ", ".join(self.addresses), os.getpid(), extra=started
         )
+        environment.log_links()
         self._tell_security()
         if self._side_port:
             where = self._side_port.url
@@ -539,7 +540,7 @@ def _affordable(connections: int) -> int:
 def main(arguments: Sequence[str]) -> None:
     """Serve on the host and port of a command line; both may be left out."""
     host, port, *others = [*arguments, *("127.0.0.1", "30008")[len(arguments) :]]
-    if others or not (port.isascii() and port.isdigit()):
+    if others or not (port.isascii() and port.isdigit() and len(port) < 10):
         sys.exit("usage: server.py [host [port]]")
     try:
         serve(host, int(port), verbose=True)

@@ -1,0 +1,57 @@
+"""Keeps a position in a file, so that the next run of a command reads on there."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from dsmq import command_line
+from dsmq.errors import ConfigError
+
+_MAX_BYTES = 1024
+
+
+class PositionFile:
+    """A file with one position in it, which is only ever replaced as a whole."""
+
+    def __init__(self, path: str) -> None:
+        # Of a symbolic link, the file is replaced, not the link.
+        self._path = Path(os.path.realpath(path))
+        self._saved = ""
+
+    def load(self) -> int | str | None:
+        """Return the position, or None if there is no such file yet. Raises ConfigError."""
+        if os.path.exists(self._path) and not os.path.isfile(self._path):
+            raise ConfigError(f"{self._path}: not a regular file")
+        try:
+            with self._path.open("rb") as stream:
+                return command_line.position(stream.read(_MAX_BYTES).decode().strip())
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise ConfigError(f"{self._path}: {error.strerror}") from None
+        except (ValueError, argparse.ArgumentTypeError):
+            raise ConfigError(f"{self._path}: there is no position in it") from None
+
+    def save(self, position: str) -> None:
+        """Replace the position; at no time is there half of one. Raises OSError."""
+        if position == self._saved:
+            return
+        try:
+            descriptor, name = tempfile.mkstemp(prefix=f".{self._path.name}.", dir=self._path.parent)
+            try:
+                with open(descriptor, "w") as stream:
+                    stream.write(position + "\n")
+                    stream.flush()
+                    os.fsync(descriptor)
+                os.replace(name, self._path)
+            except BaseException:
+                with suppress(OSError):
+                    os.unlink(name)
+                raise
+        except OSError as error:
+            raise OSError(error.errno, f"{self._path}: {error.strerror}") from None
+        self._saved = position

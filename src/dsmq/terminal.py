@@ -1,0 +1,46 @@
+"""Text for terminals and logs: what a client has sent must not control the one or forge lines in the other."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from types import TracebackType
+
+# C0, DEL and C1 controls; line separators; controls of the writing direction, which can make a text look like another;
+# and surrogates, which no encoding takes.
+_UNSAFE = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Return a text in one line, with escapes for the characters that control a terminal."""
+    return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def as_json(value: object, *, ascii_only: bool = False) -> str:
+    """Return a value as JSON in one line, with escapes for the characters that control a terminal."""
+    text = json.dumps(value, ensure_ascii=ascii_only, default=str)
+    return json.dumps(value, default=str) if _UNSAFE.search(text) else text
+
+
+def quoted(value: object) -> str:
+    """Return a value as an error message may show it, however long it is."""
+    try:
+        text = repr(value)
+    except ValueError:
+        # Python refuses to write out a number of so many digits.
+        return "a number with thousands of digits"
+    return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
+
+
+class LineFormatter(logging.Formatter):
+    """Formats each log record as one line; a traceback keeps its lines."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        return printable(super().formatMessage(record))
+
+    def formatException(  # noqa: N802 - logging's name
+        self,
+        ei: tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None],
+    ) -> str:
+        return "\n".join(map(printable, super().formatException(ei).split("\n")))
