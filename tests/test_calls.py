@@ -12,7 +12,7 @@ from dsmq import calls
 from dsmq.calls import Once, Plain, Producer, Put, PutMany, Read, Retries
 from dsmq.errors import AuthRequired, Closing, ConnectionLost, Full, ProtocolError, TimedOut
 from dsmq.protocol import RequestParser
-from test_session import a_session, accept, an_inbox, entries, take
+from test_session import a_session, accept, an_inbox, entries, hello, take
 
 BROKEN = ConnectionResetError("broken")
 CLOSING = Closing("the server is stopping")
@@ -303,6 +303,16 @@ def test_a_read_asks_for_as_much_as_comes_in_time() -> None:
     inbox.count, session.read_bytes = 5, 4096
     words = request(Read(session, inbox, math.inf).request(Producer(b"run")))
     assert words == [b"READ", b"t", b"7", b"COUNT", b"5", b"BYTES", b"4096", b"WAIT", b"15000"]
+
+
+def test_a_server_that_another_connection_found_replaced_is_not_read_from() -> None:
+    session = a_session()
+    inbox, old = session.inbox("t"), Producer(session.run, session.era)
+    session.greet(hello("two"))
+    for latest in (False, True):
+        with pytest.raises(ConnectionResetError, match="started anew"):
+            Read(session, inbox, latest=latest).request(old)
+        assert Read(session, inbox, latest=latest).request(Producer(session.run, session.era))
 
 
 def test_what_is_asked_once_is_asked_again_where_it_was_not_run() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -16,6 +17,7 @@ from dsmq import inbox as inbox_module
 from dsmq.errors import MessageNotText
 from dsmq.inbox import Claim, Entry, Era, Inbox, give_back, read_request
 from dsmq.session import text
+from dsmq.system import boot_time
 from test_session import Time, accept, an_inbox, clock, entries, entry, request, take, warnings
 
 __all__ = ["clock"]
@@ -240,6 +242,31 @@ def test_what_expires_last_is_counted_though_nothing_comes_behind_it(
     assert (take(inbox), inbox.missed) == ([9], 5)
 
 
+def test_an_old_reply_does_not_bring_back_what_has_expired_since(clock: Time) -> None:
+    inbox = an_inbox(last_number=0)
+    asked = inbox.asked()
+    accept(inbox, entries(1, 2, 3))
+    clock.passed = 1.5
+    assert take(inbox) == []
+    accept(inbox, [])
+    assert inbox.missed == 3
+    assert inbox.accept(asked, entries(1, 2, 3))
+    assert (take(inbox), inbox.missed) == ([], 3)
+
+
+def test_what_was_known_to_come_is_counted_though_less_was_asked_for_since(clock: Time) -> None:
+    inbox = an_inbox(last_number=0)
+    accept(inbox, entries(1, 2, 3))
+    for found in (entries(1), []):
+        clock.passed += 1.5
+        assert take(inbox) == []
+        accept(inbox, found)
+    clock.passed += 1.5
+    assert take(inbox) == []
+    accept(inbox, [])
+    assert inbox.missed == 3
+
+
 def test_read_ahead_is_good_for_a_second(clock: Time) -> None:
     inbox = an_inbox()
     accept(inbox, entries(1, 2, 3))
@@ -318,6 +345,12 @@ def test_a_topic_whose_numbering_was_forgotten_starts_again() -> None:
     accept(inbox, [entry(2, 2), entry(3, 3), entry(4, 5)])
     # Number 1 before them, and 4.
     assert (take(inbox), inbox.missed) == ([2, 3, 4], 2)
+
+
+@pytest.mark.skipif(not hasattr(time, "CLOCK_BOOTTIME"), reason="a clock of Linux")
+def test_ages_go_on_while_the_machine_sleeps() -> None:
+    before = time.clock_gettime(time.CLOCK_BOOTTIME)
+    assert before <= boot_time() <= time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 # What is given back
@@ -503,35 +536,35 @@ def test_a_new_epoch_has_nothing_of_what_was_given_back_but_was_fetched(clock: T
 
 
 @pytest.mark.parametrize(
-    ("read", "restored_id", "restored_number", "missed"),
+    ("read", "restored_id", "restored_number", "number", "missed"),
     [
         # All that was read is in the snapshot: numbers go on.
-        ([1, 2, 3], 3, 3, 1),
-        ([1, 2, 3], 5, 5, 1),
+        ([(1, 1), (2, 2), (3, 3)], 3, 3, 5, 1),
+        # And more, which was read by others and expired.
+        ([(1, 1), (2, 2), (3, 3)], 5, 5, 7, 3),
         # What was read last was lost: numbers come a second time.
-        ([1, 2, 3, 4, 5], 3, 3, 1),
-        ([1, 2, 3, 4, 5], 1, 0, 1),
-        # Nothing is known of the topic any more, though its messages had been in the snapshot.
-        ([1, 2, 3], 5, 0, 1),
+        ([(1, 1), (2, 2), (3, 3)], 2, 2, 4, 1),
+        ([(1, 1), (2, 2), (3, 3)], 2, 2, 3, 0),
+        # Nothing is known of the topic any more, though the snapshot is younger: its numbering was forgotten.
+        ([(1, 1), (2, 2), (3, 3)], 5, 0, 5, 4),
+        # It had been forgotten after the snapshot, which remembers it.
+        ([(8, 1)], 5, 4, 6, 1),
         # Nothing was read before.
-        ([], 5, 5, 0),
+        ([], 5, 5, 7, 0),
     ],
 )
 def test_after_a_kill_what_expired_is_counted_and_not_what_the_kill_lost(
-    read: list[int], restored_id: int, restored_number: int, missed: int
+    read: list[tuple[int, int]], restored_id: int, restored_number: int, number: int, missed: int
 ) -> None:
     inbox = an_inbox()
-    accept(inbox, entries(*read))
-    assert take(inbox) == read
+    accept(inbox, [entry(*one) for one in read])
+    assert take(inbox) == [one[0] for one in read]
     era = follow(inbox, "one", b"second", restored_id)
     assert inbox.is_unsure == bool(read)
     inbox.renumber(restored_number)
     assert not inbox.is_unsure
-    # Numbers go on from those of the snapshot, and one has expired since.
-    last = max(restored_number, read[-1] if read and read[-1] <= restored_id and restored_number else 0)
-    accept(inbox, [entry(2**32 + 9, last + 2)])
-    gone = last - read[-1] if read and read[-1] <= restored_id and restored_number else 0
-    assert (take(inbox), inbox.missed, inbox.asked()[0].era) == ([2**32 + 9], missed + gone, era)
+    accept(inbox, [entry(2**32 + 9, number)])
+    assert (take(inbox), inbox.missed, inbox.asked()[0].era) == ([2**32 + 9], missed, era)
 
 
 def test_nothing_is_taken_in_before_it_is_known_where_the_numbers_go_on() -> None:

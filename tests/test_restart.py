@@ -100,11 +100,15 @@ def test_missed_is_what_expired_over_every_kind_of_restart(restarted: Restarted,
         with connect(restarted.host) as other:
             put(other, "5", "6")
             time.sleep(6 * UNIT)
-            put(other, "7")
-            assert drain(mq) == ["7"]
+            got, late = [], -1
+            while not got:
+                # It may expire before it is read, too.
+                put(other, "7")
+                got, late = drain(mq), late + 1
+            assert got == ["7"]
         # 5 and 6 expired; of 3 and 4 only what was restored, and had not been read.
         survived = how == "graceful" and snapshot and read_first == 2
-        assert mq.missed == (4 if survived else 2), states
+        assert mq.missed == (4 if survived else 2) + late, states
         assert [state for state in states if state not in ("lost", "resumed")] == told
 
 
@@ -211,12 +215,12 @@ def test_a_lower_max_age_is_in_force_for_what_was_read_ahead(reloaded: tuple[Dae
 
 
 def test_a_higher_max_age_is_in_force_for_what_was_read_ahead(reloaded: tuple[Daemon, Path]) -> None:
-    reload(reloaded, f"max_age_seconds = {20 * UNIT}\nexpiry_interval_seconds = {UNIT}")
+    reload(reloaded, f"max_age_seconds = {50 * UNIT}\nexpiry_interval_seconds = {UNIT}")
     with connect(port=reloaded[0].port) as mq:
         put(mq, *map(str, range(10)))
         assert mq.get("t") == "0"
         reload(reloaded, "max_age_seconds = 600")
-        time.sleep(25 * UNIT)
+        time.sleep(55 * UNIT)
         assert drain(mq) == [str(number) for number in range(1, 10)]
         assert mq.missed == 0
 

@@ -287,13 +287,25 @@ def test_a_silent_topic_is_forgotten_when_all_that_was_read_there_has_expired(cl
         accept(session.keep(session.inbox(topic)), [entry(11, 1), entry(13, 3)])
         assert take(session.inbox(topic)) == [11, 13]
     assert session.missed == 2
-    for seconds in (1201, 1202, 2402, 2404):
+    for seconds in (751, 752, 1502, 1504):
         clock.passed = seconds
         session.inbox("busy")
         # By the rule now in force: a message that came tells it.
         session.entries([20, 1, 100_000, b"x", 500_000])
-        assert ("silent" in {**session._kept.older, **session._kept.young}) == (seconds < 2404), seconds
+        assert ("silent" in {**session._kept.older, **session._kept.young}) == (seconds < 1504), seconds
     assert (session.inbox("silent").position, session.inbox("busy").position, session.missed) == (10, 13, 2)
+
+
+def test_messages_that_were_handed_out_are_let_go_of_when_other_topics_are_read() -> None:
+    session = a_session()
+    for number in range(300):
+        inbox = session.keep(session.inbox(f"topic {number}"))
+        accept(inbox, entries(number + 1, 1000))
+        take(inbox, 2 if number % 3 else 1)
+    for number, inbox in enumerate(session._kept.young.values()):
+        stretch, at = inbox._place()
+        assert bool(stretch.ahead) == (number >= 200 or not number % 3)
+        assert (stretch.handed(at)[0], take(inbox)) == ((1000, []) if number % 3 else (number + 1, [1000]))
 
 
 def test_a_topic_is_forgotten_on_demand() -> None:

@@ -63,8 +63,9 @@ def connect(  # noqa: PLR0913 - each may be wanted
 ) -> DSMQClientSideConnection:
     """Connect to a server at an IPv4 or IPv6 address, a name, or `unix:/path`.
 
-    timeout is how long a reply may take, in seconds, beyond the time that was asked to be waited; after it the
-    connection counts as lost. While nothing answers there, it is tried again for about ten seconds, so that the
+    timeout is how long a reply may take to begin, in seconds, beyond the time that was asked to be waited, and how long
+    it may pause; after it the connection counts as lost. All addresses of a name are tried, a new one every 0.25 s.
+    While nothing answers, or connections are closed at once, it is tried again for about ten seconds, so that the
     server may still be starting; retry=False does without. verbose tells of that on stderr.
 
     A connection that breaks later is replaced behind the caller's back, and the call that noticed goes on: nothing is
@@ -76,9 +77,10 @@ def connect(  # noqa: PLR0913 - each may be wanted
     this host; ca_file names authorities to trust in place of the system's, cert_file and key_file what to show of one's
     own (all in PEM format; each of them implies tls). An ssl.SSLContext does as it is told.
 
-    Raises ConnectionRefusedError where there is no server, Busy where it has too many clients, AuthRequired or
-    WrongToken without the right token, ConfigError where a file can't be used, another OSError where the address can't
-    be reached or the certificate is not right.
+    Raises ConnectionRefusedError if there is no server, ProtocolError if another program answers, Busy if the server
+    has too many clients, AuthRequired or WrongToken without the right token, ConfigError if a file can't be used,
+    another OSError if the address can't be reached or the certificate is not right; TypeError or ValueError at once if
+    an argument makes no sense.
     """
     return DSMQClientSideConnection(
         host,
@@ -95,8 +97,9 @@ def connect(  # noqa: PLR0913 - each may be wanted
 class DSMQClientSideConnection:
     """A client: a reader with a position of its own in each topic, and a writer. Made by `connect`.
 
-    Threads may share it; each call has a connection for itself while it lasts. After `fork` the child goes on
-    from where the parent was, as a client of its own.
+    Threads may share it, and signal handlers may call it; each call has a connection for itself while it lasts. A call
+    that a handler interrupts by raising leaves what it has not returned unread. After a fork, by whatever means, the
+    child goes on from where the parent was, as a client of its own.
 
     Every method may raise ConnectionLost when the server can't be reached any more, ClientClosed after `close`, and a
     ReplyError where the server answers with one. See dsmq.errors.

@@ -228,6 +228,12 @@ class Inbox:
             if self._move(stretch, at, after):
                 return
 
+    def shrink(self) -> None:
+        """Let go of the messages that have been handed out."""
+        stretch, at = self._place()
+        if at and at == len(stretch.ahead):
+            self._move(stretch, at, stretch.rest_from(at))
+
     # What is asked
 
     def asked(self) -> Asked:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Literal, NamedTuple, NoReturn, TypeAlias
 
@@ -46,9 +47,9 @@ LOST: dict[State, str] = {
 # What the server sends in reply to one READ, unless it is asked for less.
 MAX_READ_BYTES = 262_144
 MIN_READ_BYTES = 4096
-_MAX_NEW_INBOXES = 1000
-# Inboxes are kept for so long beyond twice the age that messages reach: the server deletes them a little later.
-MIN_SILENCE_SECONDS = 1.0
+_MAX_NEW_INBOXES, _MAX_RECENT_INBOXES = 1000, 100
+# Inboxes are kept for longer than messages are: the server deletes those a little later.
+_SILENCE_FACTOR, _SILENCE_SECONDS = 1.25, 1.0
 
 
 class Message(NamedTuple):
@@ -98,6 +99,8 @@ class Session:
         """Whether the server has been another run at some time, so that inboxes may be unsure of their numbers."""
         self._era = Era("", b"", 0, None)
         self._kept = _Kept(boot_time(), {}, 0)
+        # Those used last, which may hold messages that have been handed out.
+        self._recent: deque[Inbox] = deque()
         # Those of which no message has come: to forget them is no loss.
         self._new: dict[str, Inbox] = {}
 
@@ -172,6 +175,10 @@ class Session:
         """Return the inbox to go on with, after something has come for one of which nothing had come before."""
         inbox = self._kept.young.setdefault(inbox.topic, inbox)
         self._new.pop(inbox.topic, None)
+        if not self._recent or self._recent[-1] is not inbox:
+            self._recent.append(inbox)
+            if len(self._recent) > _MAX_RECENT_INBOXES:
+                self._recent.popleft().shrink()
         return inbox
 
     def forget(self, topic: str) -> None:
@@ -188,7 +195,7 @@ class Session:
         All that was read there has expired: to read such a topic from the start finds what was put since.
         """
         kept, now = self._kept, boot_time()
-        if now - kept.since > 2 * max_age + MIN_SILENCE_SECONDS:
+        if now - kept.since > _SILENCE_FACTOR * max_age + _SILENCE_SECONDS:
             missed = sum(inbox.missed for topic, inbox in kept.older.items() if topic not in kept.young)
             new = _Kept(now, kept.young, kept.missed + missed)
             if kept.next.setdefault(0, new) is new:
