@@ -781,6 +781,8 @@ def test_a_request_that_is_being_answered_keeps_its_place(server: Server, monkey
             third.settimeout(UNIT)
             with pytest.raises(TimeoutError):
                 third.recv(1)
+            # From now on a request that has been accepted has time to come.
+            monkeypatch.setattr(sideport, "PATIENCE_SECONDS", SOON)
             go.set()
             assert (slow.result().status, waits.result().status) == (200, 200)
 

@@ -303,7 +303,7 @@ def test_expiry_keeps_a_message_that_is_as_old_as_it_may_be(store: SQLiteStore, 
         store._write_tails()
     clock.now += MAX_AGE
     assert [store.expire(), store.expire()] == [1, 0]
-    assert read(store, b"t") == [Message(2, 2, MAX_AGE, b"not yet")]
+    assert read(store, b"t") == [Message(2, 2, MAX_AGE, b"not yet", 0)]
 
 
 def test_what_is_too_old_counts_as_held_until_it_is_deleted(store: SQLiteStore, clock: Clock) -> None:

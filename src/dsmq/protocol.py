@@ -266,7 +266,7 @@ class RequestParser(_Input):
             raise ProtocolError(f"expected '$', got {_shown(line)}")
         length = _length(line[1:])
         if length > self.max_message_bytes:
-            raise TooBig(f"{length} bytes, at most {self.max_message_bytes} are taken")
+            raise TooBig(f"a message has at most {self.max_message_bytes} bytes, not {length}")
         return length
 
     def _await_length(self, at: int) -> None:
