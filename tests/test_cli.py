@@ -275,7 +275,7 @@ def test_a_position_of_another_epoch_reads_from_the_oldest_and_says_so(
 def test_an_id_above_all_that_the_server_has_given_is_an_error(topic: str, mq: DSMQClientSideConnection) -> None:
     last = mq.put(topic, "1")
     assert result("get", topic, "--after", str(last)) == (3, b"", b"")
-    assert_one_line(result("get", topic, "--after", str(last + 1_000_000)), 1, "last id")
+    assert_one_line(result("get", topic, "--after", str(last + 1_000_000)), 1, "no message has an id above")
 
 
 def test_a_position_file_holds_where_the_next_run_reads_on(
@@ -970,7 +970,7 @@ def test_what_is_no_dsmq_server_is_told(server: Daemon) -> None:
 def test_an_empty_topic_is_told(arguments: list[str], address: None) -> None:
     status, out, err = result(*arguments)
     assert status in (1, 2)
-    assert_one_line((status, out, err), status, "topic is empty")
+    assert_one_line((status, out, err), status, "name of the topic is empty")
 
 
 def test_a_topic_that_is_too_long_is_told(address: None) -> None:

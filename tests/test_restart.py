@@ -173,7 +173,7 @@ def test_a_position_of_another_epoch_reads_from_the_oldest_and_says_so(
         assert drain(mq) == ["new 1", "new 2"]
         assert mq.missed == 0
         mq.seek("t", 1000)
-        with pytest.raises(BadRequest, match="above the last id"):
+        with pytest.raises(BadRequest, match="no message has an id above"):
             mq.get("t")
         mq.seek("t", 1)
         assert drain(mq) == ["new 2"]

@@ -42,6 +42,8 @@ class Parser(argparse.ArgumentParser):
         if takes and not words:
             self.error(f"the following arguments are required: {takes[0].upper()}")
         if len(words) > len(takes):
+            if words[len(takes)] in self._option_string_actions:
+                self.error(f"option {words[len(takes)]} has to come before --")
             if not takes or words[len(takes)].startswith("-"):
                 self.unknown(words[len(takes)])
             first, rest = words[: len(takes) - 1], words[len(takes) - 1 :]
@@ -181,7 +183,7 @@ def _add_address(command: argparse.ArgumentParser) -> None:
 
 def topic(text: str) -> str:
     if not text:
-        raise argparse.ArgumentTypeError("the topic is empty")
+        raise argparse.ArgumentTypeError("the name of the topic is empty")
     # Python carries bytes of the command line that are not UTF-8 as surrogates.
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise argparse.ArgumentTypeError(f"the topic {quoted(text)} is not UTF-8")

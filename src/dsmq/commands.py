@@ -270,7 +270,7 @@ def _read(client: Client, request: list[bytes]) -> bytes | None:
     if epoch is not None:
         _check_epoch(store, epoch)
     if after > store.last_id():
-        raise BadRequest(f"after is above the last id, {store.last_id()}: it is of another epoch, or none")
+        raise BadRequest(f"no message has an id above {store.last_id()} yet; was the server restarted since?")
     fetch: Fetch
     if latest:
         fetch = _newest(client, topic, after)
@@ -700,7 +700,7 @@ def _info(client: Client, request: list[bytes]) -> bytes:
 
 def _topic(client: Client, name: bytes) -> bytes:
     if not name:
-        raise BadRequest("the topic is empty")
+        raise BadRequest("the name of the topic is empty")
     most = client.services.settings.max_topic_bytes
     if len(name) > most:
         raise TooBig(f"a topic has at most {most} bytes, not {len(name)}")
@@ -732,7 +732,7 @@ def _options(words: Sequence[bytes], known: dict[bytes, int]) -> dict[bytes, Seq
         option = words[at].upper()
         end = at + 1 + known.get(option, 0)
         if option not in known or option in found or end > len(words):
-            raise BadRequest(f"wrong option or arguments at {_shown(words[at])}")
+            raise BadRequest(f"wrong option or arguments at {_shown(words[at])}; quote a message that has blanks")
         found[option] = words[at + 1 : end]
         at = end
     return found

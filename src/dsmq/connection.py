@@ -665,7 +665,7 @@ class Connection:
     def authenticate(self, user: bytes, token: bytes, welcome: Callable[[], bytes]) -> bytes:
         gate = self.services.gate
         if not gate.tokens:
-            raise BadRequest("this server has no tokens")
+            raise BadRequest("a token was given, but this server has none")
         found = gate.admit(user, token)
         if found is None:
             _logger.warning("%r: wrong token", self, extra=self._event("wrong_token"))

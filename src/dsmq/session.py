@@ -274,7 +274,7 @@ def topic_name(topic: str) -> bytes:
     if not isinstance(topic, str):
         raise TypeError(f"a topic is a str, not {type(topic).__name__}")
     if not topic:
-        raise ValueError("the topic is empty")
+        raise ValueError("the name of the topic is empty")
     return topic.encode()
 
 
