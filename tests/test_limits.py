@@ -576,6 +576,25 @@ def test_of_those_that_do_not_read_the_largest_makes_room(tmp_path: Path) -> Non
             wire.close()
 
 
+@pytest.mark.usefixtures("patient")
+def test_what_a_transaction_reads_counts_in_the_total_as_well() -> None:
+    bounds = {"max_total_unread_reply_bytes": 3_000_000, "max_message_bytes": 1_000_000}
+    with serving(**bounds) as server, ExitStack() as stack:
+        writer = stack.enter_context(wire_to(server))
+        writer.call("PUT", "t", "x" * 1_000_000)
+        requests = [encode_request(*words.split()) for words in (b"MULTI", b"READ t 0", b"EXEC")]
+        readers = [stack.enter_context(wire_to(server)) for _ in range(12)]
+        for reader in readers:
+            reader.send(b"".join(requests))
+        replies = server._services.usage.replies
+        wait_until(lambda: len(replies._queue) > 0)
+        assert replies.total <= 3_000_000
+        for reader in readers[:2]:
+            assert [reader.receive() for _ in range(2)] == ["OK", "QUEUED"]
+            (messages,) = reader.receive()  # type: ignore[misc, union-attr]
+            assert len(messages[3]) == 1_000_000
+
+
 # Requests
 
 
@@ -637,6 +656,71 @@ def test_while_requests_take_up_their_total_little_is_received_of_others() -> No
         wait_until(lambda: len(budget._queue) == 1)
         (waiting,) = budget._queue
         assert 0 < waiting._parser.buffered <= FREE_BYTES
+
+
+def test_little_is_received_while_others_wait_though_much_is_free() -> None:
+    budget = Budget()
+    budget.set_limit(10_000_000, 1_000_000)
+    assert not budget.is_crowded
+    holder, waiter = Mock(Connection), Mock(Connection)
+    budget.add(holder, 9_500_000)
+    assert not budget.claim_in_turn(waiter, 600_000, 1.0)
+    budget.add(holder, -9_500_000)
+    assert budget.is_crowded
+    budget.leave(waiter)
+    assert not budget.is_crowded
+
+
+def test_of_those_that_hold_a_part_and_wait_the_largest_go_if_the_first_would_never_fit() -> None:
+    budget = Budget()
+    budget.set_limit(1_000_000, 600_000)
+    assert budget.blockers() == []
+    first, small, large = (Mock(Connection) for _ in range(3))
+    for holder, amount in ((first, 100_000), (small, 150_000), (large, 250_000)):
+        budget.add(holder, amount)
+    other = Mock(Connection)
+    budget.add(other, 500_000)
+    for holder in (first, small, large):
+        assert not budget.claim_in_turn(holder, 500_000, 1.0)
+    # Those that do not wait are done some time.
+    assert budget.blockers() == []
+    budget.add(small, 1)
+    assert budget.blockers() == [large]
+    budget.add(large, -100_000)
+    assert budget.blockers() == []
+    # Too much by itself.
+    budget.add(first, 400_001)
+    assert budget.blockers() == [first]
+
+
+def test_when_all_hold_a_part_and_wait_for_the_rest_some_get_on() -> None:
+    limits = {"max_total_request_bytes": 1_500_000, "max_message_bytes": 1_000_000, "max_age_seconds": 3600}
+    with serving(**limits) as server, ExitStack() as stack:
+        budget = server._services.usage.requests
+        holders = [stack.enter_context(wire_to(server)) for _ in range(10)]
+        for holder in holders:
+            holder.call("PING")
+        writer = stack.enter_context(wire_to(server))
+        for number in range(100):
+            writer.call("PUT", f"{number:0500}", "x")
+        # What GET remembers of each connection is what it holds.
+        for holder in holders:
+            for number in range(100):
+                holder.call("GET", f"{number:0500}")
+        assert budget.total > 600_000
+        long = encode_request(b"PUT", b"t", b"x" * 900_000)
+        for holder in holders:
+            holder.send(long[:5000])
+        # All wait. Somebody is let go of, and somebody else gets room.
+        wait_until(lambda: budget.total > 900_000)
+
+
+def test_a_client_that_reads_its_replies_makes_no_way_for_others() -> None:
+    with serving(max_unread_reply_bytes=1024) as server, wire_to(server) as wire:
+        # As if others took up the rest.
+        server._services.usage.requests.limit = 20_000
+        wire.send(encode_request(b"ECHO", b"x" * 1100) * 100)
+        assert [wire.receive() for _ in range(100)] == [b"x" * 1100] * 100
 
 
 def test_requests_that_are_parsed_count_as_what_they_take_in_memory() -> None:

@@ -247,3 +247,11 @@ def test_a_reload_in_the_middle_of_a_transaction_keeps_it() -> None:
         one.change(max_age_seconds=60)
         assert wire.call("PUT", "t", "x") == "QUEUED"
         assert wire.call("EXEC") == [1, 2]
+
+
+def test_who_has_not_shown_a_token_is_let_in_when_none_is_wanted_any_more() -> None:
+    with reloading(auth_token=TOKEN) as (one, _), wire_to(one.server) as stranger:
+        assert stranger.error("PUT", "t", "x") == "NOAUTH"
+        one.change(auth_token="")
+        assert stranger.call("PUT", "t", "x" * 20_000) == 1
+        wait_until(lambda: one.server._services.usage.unauthenticated.total == 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import signal
 import socket
@@ -924,6 +925,21 @@ def test_a_client_that_does_not_read_makes_no_survivor(tmp_path: Path) -> None:
         wire.send(encode_request(b"ECHO", b"x" * 5_000_000))
         wait_until(lambda: server.counters().requests == 1)
         assert server.stop() == []
+        wire.close()
+
+
+def test_the_time_for_a_stop_counts_from_when_it_is_asked_for(tmp_path: Path) -> None:
+    with serving(host=f"unix:{tmp_path}/socket") as server:
+        wire = Wire(f"{tmp_path}/socket")
+        wire.send(encode_request(b"ECHO", b"x" * 5_000_000))
+        wait_until(lambda: server.counters().requests == 1)
+        (worker,) = server._workers
+        # A turn that takes its time.
+        worker.post(lambda: time.sleep(2 * UNIT))
+        asked_at = time.monotonic()
+        worker.stop(3 * UNIT)
+        wait_until(lambda: worker._stop_at < math.inf)
+        assert worker._stop_at < asked_at + 4 * UNIT
         wire.close()
 
 

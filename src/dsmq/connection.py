@@ -271,9 +271,7 @@ class Connection:
             if self.closed or not events & EVENT_READ:
                 return
         try:
-            # If requests take up their total, this one's part of it stays in the kernel.
-            tight = self._budget.is_tight and not self._reserved
-            data = self._socket.recv(FREE_BYTES if tight else self._receive_bytes)
+            data = self._socket.recv(self._most_to_receive())
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
@@ -292,6 +290,13 @@ class Connection:
             self._discarded += len(data)
             if self._discarded > MAX_DISCARDED_BYTES_OF_STRANGERS:
                 self.close("sends on after its last reply")
+
+    def _most_to_receive(self) -> int:
+        """Return how many bytes to read: few beyond what is reserved, where others wait for room or soon will."""
+        if not self._budget.is_crowded:
+            return self._receive_bytes
+        reserved = self._parser.missing if self._parser.incomplete and not self._parked else 0
+        return min(self._receive_bytes, FREE_BYTES + reserved)
 
     def _shake_hands(self) -> None:
         try:
@@ -484,7 +489,8 @@ class Connection:
         if parser.incomplete and not (self._parked or self.finishing) and self._no_room in (None, budget):
             declared = _counted(held + parser.missing)
             if declared <= self._reserved or budget.claim_in_turn(self, declared - self._reserved, self._loop.now):
-                self._reserved, self._no_room = max(declared, self._reserved), None
+                self._reserved = max(declared, self._reserved)
+                self._stop_waiting_for_room()
                 return
             self._wait_for_room(budget)
         more = _counted(held) - self._reserved
@@ -497,6 +503,13 @@ class Connection:
     def _wait_for_room(self, budget: Budget) -> None:
         self._no_room = budget
         self._loop.await_room(self)
+
+    def _stop_waiting_for_room(self) -> None:
+        if self._no_room is not None:
+            # Requests behind it were held up by that alone.
+            self._no_room = None
+            self._loop.leave_queue(self)
+            self._run_soon()
 
     def on_room(self) -> None:
         """Try again what there was no room for."""
@@ -528,7 +541,7 @@ class Connection:
             self._wait_for_room(replies)
             return False
         self._backlog += size
-        self._no_room = None
+        self._stop_waiting_for_room()
         return True
 
     def set_position(self, topic: bytes, message_id: int) -> None:
@@ -550,12 +563,15 @@ class Connection:
             # transaction: if all hold some of theirs and wait for the rest, none gets on.
             return self._reserved > 2 * RECEIVE_BYTES or self.transaction is not None
         if self._request_since == math.inf:
-            return not self._resuming
+            # Where it is full of replies that the client is reading, it gets on.
+            return not self._resuming and (not self._behind or now > self._slow_from)
         return now > self._stalls_from
 
-    def make_way(self, budget: Budget) -> None:
-        """End, because others need the memory."""
-        if self.closed or not budget.of(self):
+    def make_way(self, budget: Budget, *, waits: bool = False) -> None:
+        """End, because others need the memory; `waits` if it waits itself, and holds what another one waits for."""
+        # Another thread looked, perhaps in the middle of a turn; or it got on meanwhile.
+        goes = self._no_room is budget if waits else self.may_go(budget, monotonic())
+        if self.closed or not budget.of(self) or not goes:
             return
         about = "memory is short, and it is slow"
         _logger.info("%r: dropped, %s", self, about, extra=self._event("dropped"))
@@ -563,6 +579,7 @@ class Connection:
             self.close(about)
             return
         self._forget_input()
+        self._stop_waiting_for_room()
         self._reject(TimedOut("the request arrives too slowly while memory is short"))
 
     def _forget_input(self) -> None:
@@ -684,11 +701,16 @@ class Connection:
         self._loop.admit(self)
 
     def check_token(self) -> None:
-        """End where the tokens have changed, and its own is none any more."""
+        """End where the tokens have changed, and its own is none any more; where none is wanted any more, let it in."""
         tokens = self.services.gate.tokens
-        if self.role is Role.NOBODY or self.token in tokens or not (self.token or tokens):
-            return
-        self.dismiss("from now on this server wants another token")
+        if self.role is Role.NOBODY and not (tokens or self.finishing):
+            # There is no token to wait for any more.
+            self.role = Role.ADMIN
+            self._set_bounds()
+            if not self._handshaking:
+                self._admit()
+        elif self.role is not Role.NOBODY and self.token not in tokens and (self.token or tokens):
+            self.dismiss("from now on this server wants another token")
 
     def dismiss(self, reason: str) -> None:
         """End, because what it was admitted by holds no longer."""
@@ -795,8 +817,8 @@ class Connection:
         self, topic: bytes, milliseconds: int, fetch: Fetch, encode: Callable[[list[Message]], bytes]
     ) -> bytes | None:
         if self.below:
-            # A step of a transaction does not wait.
-            return self.reply_to(_only_below(self.below, fetch()), encode)
+            # A step of a transaction does not wait for messages.
+            fetch, milliseconds = partial(_fetch_below, self.below, fetch), 0
         if not milliseconds:
             if not self._replies.is_tight:
                 return self.reply_to(fetch(), encode)
@@ -1032,7 +1054,8 @@ class Connection:
         return reading | (EVENT_WRITE if self._unread_since != math.inf else 0)
 
 
-def _only_below(message_id: int, answer: Answer[list[Message]]) -> Answer[list[Message]]:
+def _fetch_below(message_id: int, fetch: Fetch) -> Answer[list[Message]]:
+    answer = fetch()
     if isinstance(answer, Future):
         return answer
     return [message for message in answer if message.id < message_id]

@@ -80,6 +80,9 @@ class Loop(Protocol):
     def await_room(self, connection: Connection) -> None:
         """Call `on_room` when there is room for what it has claimed of a budget."""
 
+    def leave_queue(self, connection: Connection) -> None:
+        """It waits for room no more."""
+
     def relieve(self) -> None:
         """Close the largest of the connections that make no progress, if more is held than a budget allows."""
 

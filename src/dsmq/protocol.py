@@ -21,7 +21,8 @@ MAX_INTEGER = 2**63 - 1
 
 # A length line has a type byte, at most 19 digits and CR LF.
 _MAX_LENGTH_LINE = 22
-_MAX_DEPTH = 8
+# That of COMMAND DOCS, and one for EXEC around it.
+_MAX_DEPTH = 9
 _MAX_REPLY_ELEMENTS = 1_048_576
 
 _ARRAY, _BULK, _INTEGER, _SIMPLE, _ERROR, _NULL = b"*$:+-_"

@@ -90,6 +90,11 @@ class Budget(Count["Connection"]):
             self._judge()
 
     @property
+    def is_crowded(self) -> bool:
+        """Whether somebody waits, or will with the largest amount."""
+        return self.is_tight or bool(self._queue)
+
+    @property
     def is_full(self) -> bool:
         """Whether nothing would fit."""
         return self.total >= self.limit
@@ -134,6 +139,29 @@ class Budget(Count["Connection"]):
         """Return the holders and what they hold, the largest first."""
         with self._lock:
             return sorted(self._held.items(), key=itemgetter(1), reverse=True)
+
+    def blockers(self) -> list[Connection]:
+        """Return those that hold a part, wait for the rest, and have to go: else none of them would ever get on.
+
+        That is so if who waits longest would find no room even after all others were done that do not wait. The largest
+        go, and not that one unless what it holds and wants is too much by itself.
+        """
+        with self._lock:
+            if not self._queue:
+                return []
+            first, (_, amount) = next(iter(self._queue.items()))
+            room = self.limit - amount - self._held.get(first, 0)
+            if room < 0:
+                return [first]
+            others = sorted((one for one in self._queue if one is not first), key=self.of, reverse=True)
+            excess = sum(map(self.of, others)) - room
+            blockers = []
+            for one in others:
+                if excess <= 0:
+                    break
+                blockers.append(one)
+                excess -= self.of(one)
+            return blockers
 
     def leave(self, holder: Connection) -> None:
         """Wait no more."""

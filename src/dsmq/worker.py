@@ -165,7 +165,8 @@ class Worker:
 
     def stop(self, seconds: float) -> None:
         """Answer the waiting readers, close all connections, and end; give up on unsent replies after that time."""
-        self.post(partial(self._drain, seconds))
+        # Counted from now: the turn that is under way may take its time.
+        self.post(partial(self._drain, time.monotonic() + seconds))
 
     # The loop
 
@@ -208,15 +209,15 @@ class Worker:
                 key.data.on_ready(events)
             except Exception:  # noqa: BLE001
                 key.data.on_failure()
-            if many and time.monotonic() > self._answered_at + TURN_SECONDS:
-                self._answer()
+            if many and self._is_over():
+                return
         for connection in to_run:
             try:
                 connection.run()
             except Exception:  # noqa: BLE001
                 connection.on_failure()
-            if many and time.monotonic() > self._answered_at + TURN_SECONDS:
-                self._answer()
+            if many and self._is_over():
+                return
         if self._timers and self._timers[0][0] <= self.now:
             self._run_timers()
         if self._to_wake:
@@ -226,6 +227,13 @@ class Worker:
         self._answer()
         if requests := self.counters.requests - before:
             self.counters.request_seconds.add(self._answered_at - self.now, requests)
+
+    def _is_over(self) -> bool:
+        """In a long turn, answer those who came first; return whether it is too late for the others, in a stop."""
+        now = time.monotonic()
+        if now > self._answered_at + TURN_SECONDS:
+            self._answer()
+        return now >= self._stop_at
 
     def _answer(self) -> None:
         """Store what has been put, and send the replies. In a long turn, those who came first do not wait for all."""
@@ -433,6 +441,11 @@ class Worker:
         self._cramped[connection] = None
         self._short_of_room = True
 
+    def leave_queue(self, connection: Connection) -> None:
+        self._cramped.pop(connection, None)
+        for budget in (self.services.usage.replies, self.services.usage.requests):
+            budget.leave(connection)
+
     def relieve(self) -> None:
         self._short_of_room = True
 
@@ -466,6 +479,10 @@ class Worker:
             if connection.may_go(budget, now):
                 missing -= held
                 connection.post(partial(connection.make_way, budget))
+        if budget is self.services.usage.requests:
+            # Of replies, those that wait get rid of what they hold by themselves.
+            for connection in budget.blockers():
+                connection.post(partial(connection.make_way, budget, waits=True))
 
     def watch(self, connection: Connection, events: int) -> None:
         known = connection in self._selector.get_map()
@@ -493,8 +510,8 @@ class Worker:
 
     # Stopping
 
-    def _drain(self, seconds: float) -> None:
-        self._stop_at = self.now + seconds
+    def _drain(self, until: float) -> None:
+        self._stop_at = until
         self._for_all(Connection.drain)
 
     def _stopped(self) -> bool:
