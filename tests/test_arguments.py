@@ -33,6 +33,7 @@ CONNECTS = pytest.mark.parametrize("connect", [connect, connect_aio])
 
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     *[({"timeout": value}, ValueError, "timeout is more than 0") for value in (0, 0.0, -1, math.nan, -math.inf)],
+    ({"timeout": 10**400}, ValueError, "timeout is a number of seconds"),
     *[({"timeout": value}, TypeError, "timeout is a number") for value in (None, "5", True, [], b"5")],
     *[({"reconnect_timeout": value}, ValueError, "reconnect_timeout is 0 or more") for value in (-1, math.nan)],
     *[({"reconnect_timeout": value}, TypeError, "reconnect_timeout is a number") for value in (None, "5", False)],
@@ -45,6 +46,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     *[({"on_state_change": value}, TypeError, "on_state_change") for value in (5, "print", [])],
     *[({name: 5}, TypeError, f"{name} is a path") for name in ("ca_file", "cert_file", "key_file")],
     *[({name: "a\0b"}, ValueError, "NUL") for name in ("ca_file", "cert_file", "key_file")],
+    *[({name: ""}, ValueError, f"{name} is a path") for name in ("ca_file", "cert_file", "key_file")],
     ({"tls": "yes"}, TypeError, "tls"),
 ]
 
@@ -101,6 +103,19 @@ WRONG_CALLS: list[tuple[str, Callable[[Any], Any], type[Exception]]] = [
         (f"put_many {value!r}", lambda mq, value=value: mq.put_many("t", value), TypeError)
         for value in ("hello", b"hello", bytearray(b"x"), 5, None)
     ],
+    *[
+        (f"read the latest, {options}", lambda mq, options=options: mq.read("t", latest=True, **options), error)
+        for options, error in (
+            ({"n": -1}, ValueError),
+            ({"n": None}, TypeError),
+            ({"timeout": math.nan}, ValueError),
+            ({"timeout": "1"}, TypeError),
+        )
+    ],
+    *[
+        (f"put nothing into {topic!r}", lambda mq, topic=topic: mq.put_many(topic, []), error)
+        for topic, error in (("", ValueError), (None, TypeError))
+    ],
     ("put a number", lambda mq: mq.put("t", 5), TypeError),
     ("put into bytes", lambda mq: mq.put(b"t", "x"), TypeError),
     ("put_many into bytes", lambda mq: mq.put_many(b"t", ["x"]), TypeError),
@@ -149,6 +164,35 @@ def test_a_timeout_of_zero_means_not_to_wait(server: Server) -> None:
         assert list(mq.messages("t", timeout=0)) == []
     asyncio.run(scenario())
     assert server.waiting() == 0
+
+
+def test_none_of_the_latest_is_none(server: Server) -> None:
+    async def scenario() -> None:
+        async with await aio.connect(port=server.port) as mq:
+            await mq.put("t", "x")
+            assert await mq.read("t", 0, latest=True) == []
+            assert await mq.get("t") == "x"
+
+    with connect(port=server.port) as mq:
+        mq.put("t", "x")
+        assert mq.read("t", 0, latest=True) == []
+        assert mq.get("t") == "x"
+    asyncio.run(scenario())
+
+
+@CONNECTS
+@pytest.mark.parametrize(
+    ("path", "error", "about"),
+    [
+        ("/nowhere/socket", FileNotFoundError, "^.Errno 2. unix:/nowhere/socket can't be reached: No such file"),
+        ("/" + "x" * 200, OSError, "^unix:/x+ can't be reached: AF_UNIX path too long$"),
+    ],
+)
+def test_a_unix_socket_that_cannot_be_reached_is_named_alike(
+    connect: Connect, path: str, error: type[Exception], about: str
+) -> None:
+    with pytest.raises(error, match=about):
+        connect(f"unix:{path}", retry=False)
 
 
 @pytest.mark.parametrize("name", ["_n_tries", "_n_retries"])

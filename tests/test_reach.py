@@ -404,6 +404,36 @@ with connect(port=int(sys.argv[1])) as mq:
 """
 
 
+def test_a_child_that_is_forked_while_a_call_waits_leaves_the_reply_to_the_parent(server: Server) -> None:
+    script = f"""
+import ctypes, os, signal, time
+from dsmq.client import connect
+child = -1
+def fork(*_):
+    global child
+    child = ctypes.PyDLL(None).fork()
+    if child:
+        # The child is first to see the reply.
+        time.sleep({10 * UNIT})
+signal.signal(signal.SIGALRM, fork)
+states = []
+with connect(port={server.port}, on_state_change=states.append) as mq, connect(port={server.port}) as writer:
+    # By a timer of the kernel: a fork without hooks wants a process with one thread.
+    signal.setitimer(signal.ITIMER_REAL, {3 * UNIT})
+    if os.fork() == 0:
+        time.sleep({8 * UNIT})
+        writer.put("t", "x")
+        os._exit(0)
+    got = mq.get_wait("t", timeout={SOON})
+    if child == 0:
+        os._exit(got != "x")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    print(got, states)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=3 * SOON, check=False)
+    assert done.stdout == "x []\n", done.stderr
+
+
 def test_a_fork_in_the_middle_of_put_many_does_not_use_the_parents_connection(server: Server) -> None:
     with connect(port=server.port) as mq:
         subprocess.run([sys.executable, "-c", FORK_IN_PUT_MANY, str(server.port)], timeout=2 * SOON, check=True)
@@ -464,6 +494,18 @@ def test_idle_connections_of_a_burst_are_closed_but_one(server: Server, monkeypa
             wait_until(lambda: server.connections() == 1)
         mq.ping()
         assert server.connections() == 1
+
+
+def test_a_call_succeeds_where_no_thread_can_be_started(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("_thread.start_new_thread", refuse)
+    with connect(port=server.port) as mq:
+        # While one connection is in use, another is made; then there are two.
+        assert len(mq.put_many("t", (str(mq.put("u", "x")) for _ in range(3)))) == 3
+        assert mq.get_many("u") == ["x"] * 3
+        wait_until(lambda: server.connections() == 1)
 
 
 def test_reply_topics_leave_little_in_the_client(server: Server) -> None:

@@ -255,11 +255,12 @@ def test_a_seek_takes_a_position_or_an_id(caplog: pytest.LogCaptureFixture) -> N
 
 
 @pytest.mark.parametrize(
-    "position", ["", "x", "one", "one:", ":7", "one:-1", "one:1.0", "one:²", -1, 2**63, f"one:{2**63}"]
+    "position",
+    ["", "x", "one", "one:", ":7", "one:-1", "one:1.0", "one:²", -1, 2**63, f"one:{2**63}", "one:" + "9" * 5000],
 )
 def test_a_position_that_is_malformed_is_a_value_error(position: str | int) -> None:
     session = a_session(last_id=10)
-    with pytest.raises(ValueError, match=r"position|id is"):
+    with pytest.raises(ValueError, match=r"is not a position|id is"):
         session.seek("t", position)
     assert session.inbox("t").asked()[1] == 10
 

@@ -177,7 +177,8 @@ class AsyncClient:
         """Return up to `n` messages with their ids, numbers and put times; latest=True returns the newest only."""
         claim: Claim = []
         try:
-            if latest:
+            if latest and arguments.count("n", n):
+                arguments.seconds("timeout", timeout)
                 return await self._latest(claim, topic, self._session.message)
             return await self._many(claim, topic, n, timeout, self._session.message)
         except BaseException:

@@ -15,7 +15,10 @@ def seconds(name: str, value: object, *, zero: bool = True) -> float:
     """
     if isinstance(value, bool | str | bytes) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} is a number of seconds, not {value!r}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is a number of seconds, not one with hundreds of digits") from None
     if math.isnan(number) or number < 0 or not (number or zero):
         raise ValueError(f"{name} is {'0 or more' if zero else 'more than 0'} seconds, not {value!r}")
     return number
@@ -54,12 +57,16 @@ def text(name: str, value: object) -> str:
 
 
 def path(name: str, value: object) -> str | None:
-    """Return a path, or None if there is none. Raises TypeError, or ValueError if it contains NUL."""
+    """Return a path, or None if there is none. Raises TypeError, or ValueError if it is empty or contains NUL."""
     if value is None:
         return None
     if not isinstance(value, str | os.PathLike):
         raise TypeError(f"{name} is a path, not {type(value).__name__}")
-    return text(name, os.fspath(value))
+    name_of_file = text(name, os.fspath(value))
+    if not name_of_file:
+        # An empty one must not mean to do without TLS.
+        raise ValueError(f"{name} is a path, or None, not empty")
+    return name_of_file
 
 
 def callback(name: str, value: object) -> None:

@@ -27,6 +27,7 @@ from dsmq.session import (
     restored_number,
     stats_request,
     stored_id,
+    topic_name,
 )
 from dsmq.system import boot_time, process
 
@@ -324,6 +325,8 @@ class PutMany:
     """Several puts, in order. What has no answer yet is sent again on the next connection, then come the others."""
 
     def __init__(self, session: Session, topic: str, messages: Iterable[str | bytes]) -> None:
+        """Raises TypeError or ValueError if it can't be a topic."""
+        topic_name(topic)
         self._parts = (session.put(topic, message) for message in messages)
         self._error: Exception | None = None
         # Whether that is the server's, and how many had been stored before it.

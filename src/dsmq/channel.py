@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import socket
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable
@@ -16,7 +15,7 @@ from typing import Any, Literal, cast
 from dsmq import session as wire
 from dsmq.calls import BYTES_AT_ONCE, PUTS_AT_ONCE, Plain, Producer, PutMany, Request, Retries
 from dsmq.client import IDLE_SECONDS
-from dsmq.dial import REST_SECONDS, STAGGER_SECONDS, Address, Target, addresses, failure
+from dsmq.dial import REST_SECONDS, STAGGER_SECONDS, Address, Target, addresses, failure, unix_address
 from dsmq.errors import ClientClosed, ConnectionLost, DSMQError, ProtocolError, ReplyError
 from dsmq.link import ENDED, LONG_PAUSE_SECONDS, closed_silently, raise_if_known
 from dsmq.protocol import Reply, ReplyParser
@@ -660,9 +659,7 @@ async def _connected(address: Address) -> socket.socket:
 
 async def _addresses(target: Target) -> list[Address]:
     if target.is_unix:
-        if not hasattr(socket, "AF_UNIX"):
-            raise OSError(errno.EAFNOSUPPORT, f"{target}: this system has no Unix sockets")
-        return [(socket.AF_UNIX, socket.SOCK_STREAM, 0, target.path)]
+        return [unix_address(target)]
     try:
         socket.getaddrinfo(target.name, None, flags=socket.AI_NUMERICHOST)
     except (OSError, UnicodeError):

@@ -285,7 +285,8 @@ class DSMQClientSideConnection:
         """
         claim: Claim = []
         try:
-            if latest:
+            if latest and arguments.count("n", n):
+                arguments.seconds("timeout", timeout)
                 return self._latest(claim, topic, self._session.message)
             return self._many(claim, topic, n, timeout, self._session.message)
         except BaseException:
@@ -511,8 +512,13 @@ class DSMQClientSideConnection:
         if self._closed:
             self.close()
         elif len(self._idle) > 1 and not self._is_tidying:
-            _thread.start_new_thread(_tidy, (weakref.ref(self),))
-            self._is_tidying = True
+            try:
+                _thread.start_new_thread(_tidy, (weakref.ref(self),))
+                self._is_tidying = True
+            except RuntimeError:
+                # There are too many threads, or the program ends: what was achieved must not seem to have failed.
+                with suppress(IndexError):
+                    self._idle.pop(0).close()
 
     def _close_unused(self) -> bool:
         """Close connections that nobody has used for a while, but one; return whether there are more."""

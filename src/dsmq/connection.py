@@ -514,6 +514,7 @@ class Connection:
     def on_room(self) -> None:
         """Try again what there was no room for."""
         budget, self._no_room = self._no_room, None
+        self._received_at = self._loop.now
         if self._wait is not None:
             self.wake()
             self._schedule()
@@ -902,7 +903,7 @@ class Connection:
         if self._wait is not None:
             return deadline if self._no_room else min(deadline, self._wait.until)
         deadline = min(deadline, self._stranger_until, self._request_deadline())
-        if settings.idle_timeout_seconds and not (self._parked or self._behind or self._out):
+        if settings.idle_timeout_seconds and not (self._parked or self._behind or self._out or self._no_room):
             deadline = min(deadline, self._received_at + settings.idle_timeout_seconds)
         return deadline
 

@@ -60,13 +60,20 @@ class Target(NamedTuple):
 
 def dial(target: Target, timeout: float) -> socket.socket | TLSSocket:
     """Return a non-blocking connection. Raises OSError."""
-    sock = _open_unix(target.path, timeout) if target.is_unix else _open_tcp(target, timeout)
+    sock = _open_unix(target, timeout) if target.is_unix else _open_tcp(target, timeout)
     if target.tls:
         from dsmq import tls  # noqa: PLC0415 - most clients need none of it
 
         sock.settimeout(timeout)
         return tls.connect(target.tls, sock, target.name)
     return sock
+
+
+def unix_address(target: Target) -> Address:
+    """Return the address of a Unix socket. Raises OSError where there are none."""
+    if not hasattr(socket, "AF_UNIX"):
+        raise OSError(errno.EAFNOSUPPORT, f"{target}: this system has no Unix sockets")
+    return socket.AF_UNIX, socket.SOCK_STREAM, 0, target.path
 
 
 def addresses(target: Target) -> list[Address]:
@@ -92,7 +99,9 @@ def failure(target: Target, errors: list[tuple[Address, OSError]]) -> OSError:
         return ConnectionRefusedError(errno.ECONNREFUSED, f"no server answers at {target} ({about})")
     if len(errors) == 1:
         error = errors[0][1]
-        return type(error)(error.errno, f"{target} can't be reached: {error.strerror or error or 'timed out'}")
+        about = f"{target} can't be reached: {error.strerror or error or 'timed out'}"
+        # Python finds some errors itself, such as a path that is too long, and gives them no number.
+        return type(error)(error.errno, about) if error.errno else type(error)(about)
     if all(isinstance(error, TimeoutError) for _, error in errors):
         return TimeoutError(errno.ETIMEDOUT, f"{target} can't be reached ({about})")
     return OSError(errno.EHOSTUNREACH, f"{target} can't be reached ({about})")
@@ -176,20 +185,18 @@ class _Race:
         return failure(self._target, [*self._errors, *late])
 
 
-def _open_unix(path: str, timeout: float) -> socket.socket:
-    if not hasattr(socket, "AF_UNIX"):
-        raise OSError(errno.EAFNOSUPPORT, f"unix:{path}: this system has no Unix sockets")
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+def _open_unix(target: Target, timeout: float) -> socket.socket:
+    address = unix_address(target)
+    sock = socket.socket(*address[:3])
     sock.settimeout(timeout)
     try:
-        sock.connect(path)
+        sock.connect(target.path)
         sock.setblocking(False)
-    except BaseException as error:
+    except OSError as error:
         sock.close()
-        if isinstance(error, ConnectionRefusedError):
-            raise ConnectionRefusedError(error.errno, f"no server answers at unix:{path}") from None
-        if isinstance(error, OSError) and error.strerror:
-            raise type(error)(error.errno, f"unix:{path}: {error.strerror}") from None
+        raise failure(target, [(address, error)]) from None
+    except BaseException:
+        sock.close()
         raise
     return sock
 

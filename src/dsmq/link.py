@@ -181,9 +181,10 @@ class Link:
         For a moment it looks without going to sleep, as the server does: to wake a processor that sleeps takes
         longer, in virtual machines above all, than most requests. Not where that was in vain the last time.
         """
-        self.check_process()
         began = now = time.monotonic()
         while True:
+            # A signal handler may have forked while this waited.
+            self.check_process()
             try:
                 data = self._socket.recv(self._receive_bytes)
             except BlockingIOError:

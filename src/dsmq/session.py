@@ -6,6 +6,7 @@ The blocking client and the asyncio client share it.
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections import deque
 from collections.abc import Callable
@@ -284,8 +285,8 @@ def parse_position(position: str | int) -> tuple[str, int]:
         epoch, after = "", position
     elif isinstance(position, str):
         epoch, _, digits = position.rpartition(":")
-        if not epoch or not (digits.isascii() and digits.isdigit()):
-            raise ValueError(f"{position!r} is not a position: see position()")
+        if not epoch or not re.fullmatch("[0-9]{1,19}", digits):
+            raise ValueError(f"{position[:100]!r} is not a position: see position()")
         after = int(digits)
     else:
         raise TypeError(f"a position is what position() returns, or an id, not {type(position).__name__}")
