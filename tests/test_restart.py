@@ -182,6 +182,21 @@ def test_a_position_of_another_epoch_reads_from_the_oldest_and_says_so(
 # Reloads
 
 
+def test_a_position_is_good_though_the_client_has_not_noticed_yet_that_its_epoch_is_there(restarted: Restarted) -> None:
+    restarted.start()
+    with connect(restarted.host) as idle:
+        put(idle, "old")
+        assert idle.get("t") == "old"
+        restarted.end(kill=True)
+        restarted.start()
+        with connect(restarted.host) as other:
+            put(other, "1", "2", "3")
+            assert other.get("t") == "1"
+            idle.seek("t", other.position("t"))
+        assert drain(idle) == ["2", "3"]
+        restarted.end(kill=True)
+
+
 @pytest.fixture
 def reloaded(tmp_path: Path) -> Iterator[tuple[Daemon, Path]]:
     file = tmp_path / "dsmq.toml"

@@ -52,7 +52,21 @@ class Era:
 class _Stretch:
     """A range of ids to read, and the messages in it that were read ahead."""
 
-    __slots__ = ("ahead", "ask", "end", "era", "fresh", "generation", "id", "known", "missed", "next", "number", "rest")
+    __slots__ = (
+        "ahead",
+        "ask",
+        "end",
+        "era",
+        "fresh",
+        "generation",
+        "id",
+        "known",
+        "missed",
+        "next",
+        "number",
+        "rest",
+        "sought",
+    )
 
     def __init__(  # noqa: PLR0913 - they make up the state
         self,
@@ -67,6 +81,7 @@ class _Stretch:
         missed: int = 0,
         generation: tuple[int, int] = (0, 0),
         ask: bool = False,
+        sought: tuple[str, int] | None = None,
         rest: _Stretch | None = None,
     ) -> None:
         self.era = era
@@ -86,6 +101,8 @@ class _Stretch:
         """
         self.ask = ask
         """Whether the server may have lost messages up to `number`, and is to be asked where the numbers go on."""
+        self.sought = sought
+        """The position in an epoch that is not known yet, if `seek` asked for one and nothing has been read since."""
         self.next: dict[int, _Step] = {}
         """By how many of the read-ahead had been taken: what came then."""
 
@@ -196,13 +213,13 @@ class Inbox:
         return True
 
     @property
-    def position(self) -> int:
-        """The id of the last message handed out; of several, one of which was given back, that before it."""
+    def position(self) -> tuple[str, int]:
+        """The epoch and id of the last message handed out; of several, one of which was given back, that before it."""
         stretch, at = self._place()
         if stretch.fresh == math.inf and stretch.rest:
             # The server has no ids like these.
-            return stretch.rest.id
-        return stretch.handed(at)[0]
+            return stretch.era.epoch, stretch.rest.id
+        return stretch.era.epoch, stretch.handed(at)[0]
 
     @property
     def missed(self) -> int:
@@ -376,15 +393,20 @@ class Inbox:
             if self._move(now, now_at, after):
                 return
 
-    def seek(self, position: int, number: int | None = None) -> None:
-        """Read on behind this id, and drop what was read ahead. Raises ValueError if it is negative."""
-        if position < 0:
-            raise ValueError(f"an id is 0 or more, not {position}")
+    def seek(self, after: int, epoch: str = "") -> bool:
+        """Continue after an id of an epoch, or of the present one, and drop what was read ahead.
+
+        Returns False if the epoch is another one: then the oldest message is next, unless the client finds that the
+        server was restarted and has that epoch now.
+        """
         while True:
             stretch, at = self._place()
+            sought = None if epoch in ("", stretch.era.epoch) else (epoch, after)
+            start = (0, 0) if sought else (after, None)
             missed, generation = stretch.missed_at(at), (stretch.generation[0] + 1, 0)
-            if self._move(stretch, at, _Stretch(stretch.era, position, number, missed=missed, generation=generation)):
-                return
+            step = _Stretch(stretch.era, *start, missed=missed, generation=generation, sought=sought)
+            if self._move(stretch, at, step):
+                return sought is None
 
 
 def _inserted(stretch: _Stretch, back: _Stretch) -> _Stretch:
@@ -433,6 +455,8 @@ def _in_the_next_era(stretch: _Stretch, at: int) -> _Stretch:
     """
     era = stretch.era.next[0]
     missed = stretch.missed_at(at)
+    if stretch.sought and stretch.sought[0] == era.epoch:
+        return _Stretch(era, stretch.sought[1], None, missed=missed, generation=stretch.generation)
     parts: list[_Stretch] = []
     part: _Stretch | None = stretch.rest_from(at, stretch.ahead[at:], stretch.fresh)
     while part:

@@ -204,8 +204,8 @@ class Session:
 
     def position(self, topic: str) -> str:
         """Return where a topic has been read to: the epoch, and the id of the last message handed out."""
-        inbox = self.inbox(topic)
-        return f"{self.epoch}:{inbox.position}"
+        epoch, after = self.inbox(topic).position
+        return f"{epoch}:{after}"
 
     def seek(self, topic: str, position: str | int) -> bool:
         """Read a topic on from a position, or behind an id; return False if the position is of another epoch.
@@ -213,8 +213,7 @@ class Session:
         Then it is read from the oldest message. Raises TypeError or ValueError if it is neither.
         """
         epoch, after = parse_position(position)
-        known = not epoch or epoch == self.epoch
-        self.keep(self.inbox(topic)).seek(after if known else 0, None if known else 0)
+        known = self.keep(self.inbox(topic)).seek(after, epoch)
         if not known:
             _logger.warning("topic %r: the position is of another epoch, and the messages it is for are lost", topic)
         return known
