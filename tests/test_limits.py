@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -560,8 +560,8 @@ def test_a_reply_that_finds_no_room_waits_until_others_have_read() -> None:
 def test_of_those_that_do_not_read_the_largest_makes_room(tmp_path: Path) -> None:
     # The kernel buffers little of a Unix socket.
     limits = {"max_total_unread_reply_bytes": 2_500_000, "max_message_bytes": 1_000_000}
-    with serving(host=f"unix:{tmp_path}/socket", **limits) as server:
-        reader, modest, greedy = (Wire(f"{tmp_path}/socket") for _ in range(3))
+    with serving(host=f"unix:{tmp_path}/socket", **limits) as server, ExitStack() as stack:
+        reader, modest, greedy = (stack.enter_context(closing(Wire(f"{tmp_path}/socket"))) for _ in range(3))
         reader.call("PUT", "t", "x" * 900_000)
         reader.call("PUT", "modest", "x" * 500_000)
         replies = server._services.usage.replies
@@ -569,11 +569,11 @@ def test_of_those_that_do_not_read_the_largest_makes_room(tmp_path: Path) -> Non
         wait_until(lambda: replies.total > 100_000)
         greedy.send(encode_request(b"READ", b"t", b"0") * 2)
         wait_until(lambda: replies.total > 1_700_000)
+        held = {connection.id: size for connection, size in replies.largest()}
         assert len(reader.call("READ", "t", 0)[3]) == 900_000  # type: ignore[index,arg-type]
-        wait_until(lambda: server.connections() == 2)
-        assert len(modest.receive()[3]) == 500_000  # type: ignore[index,arg-type]
-        for wire in (reader, modest, greedy):
-            wire.close()
+        # Whether one of them is enough depends on how soon the reader takes what it gets; the largest is the first.
+        largest = max(held, key=lambda number: held[number])
+        wait_until(lambda: largest not in {connection.id for connection in server._workers[0].connections})
 
 
 @pytest.mark.usefixtures("patient")
@@ -844,7 +844,7 @@ def test_many_that_wait_are_woken_in_more_than_one_turn(monkeypatch: pytest.Monk
         monkeypatch.setattr(loop, "_turn", counted)
         assert writer.call("PUT", "t", "x") == 1
         assert [wire.receive() for wire in waiting] == [b"x"] * 30
-        assert max(woken) <= 4
+        assert max(woken) <= 4, woken
 
 
 HEAVY = {

@@ -231,6 +231,8 @@ def stopped(trial: Trial) -> None:
             wait_until(lambda: state_of(daemon) == "T")
             stop.wait()
             time.sleep(seconds)
+            # On a busy machine they may begin late.
+            wait_until(lambda: len(outcomes) >= len(calls))
             half.sendall(request[10:])
             daemon.signal(signal.SIGCONT)
             served = serve_until(daemon)
