@@ -441,8 +441,9 @@ def interrupt_at(limit: int, opcodes: bool) -> Callable[..., Any]:
 @pytest.mark.parametrize("opcodes", [False, True])
 @pytest.mark.parametrize("verb", ["take 1", "take 2", "latest"])
 def test_an_interrupt_anywhere_leaves_no_message_out_and_none_twice(verb: str, opcodes: bool) -> None:
-    interrupted, limit = 0, 0
-    while interrupted == limit:
+    # The first round is not interrupted: Python 3.12.1 traces no opcodes before the second.
+    interrupted, limit = 0, -1
+    while interrupted == max(0, limit):
         limit += 1
         inbox, claim, got = an_inbox(), [], []
         accept(inbox, entries(1, 2))

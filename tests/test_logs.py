@@ -320,7 +320,13 @@ if not os.fork():
     os._exit(0)
 os.wait()
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=SOON)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=SOON,
+    )
     assert [line.split()[-1] for line in done.stderr.splitlines()] == ["parent", "child"]
 
 
