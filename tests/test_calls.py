@@ -308,7 +308,7 @@ def test_a_read_asks_for_as_much_as_comes_in_time() -> None:
 def test_a_server_that_another_connection_found_replaced_is_not_read_from() -> None:
     session = a_session()
     inbox, old = session.inbox("t"), Producer(session.run, session.era)
-    session.greet(hello("two"))
+    session.meet(hello("two"))
     for latest in (False, True):
         with pytest.raises(ConnectionResetError, match="started anew"):
             Read(session, inbox, latest=latest).request(old)

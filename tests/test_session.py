@@ -67,7 +67,7 @@ def hello(epoch: str = "one", last_id: int = 0, **others: Reply) -> Reply:
 
 def a_session(epoch: str = "one", **facts: Reply) -> Session:
     session = Session()
-    session.greet(hello(epoch, **facts))  # type: ignore[arg-type]
+    session.meet(hello(epoch, **facts))  # type: ignore[arg-type]
     return session
 
 
@@ -177,9 +177,9 @@ def test_a_client_reads_what_was_put_after_it_connected() -> None:
 
 def test_greet_takes_the_epoch_and_the_limit() -> None:
     session = Session()
-    session.greet(hello("one", max_message_bytes=7))
+    session.meet(hello("one", max_message_bytes=7))
     assert (session.epoch, session.max_message_bytes) == ("one", 7)
-    session.greet(hello("two", max_message_bytes=8))
+    session.meet(hello("two", max_message_bytes=8))
     assert (session.epoch, session.max_message_bytes) == ("two", 8)
 
 
@@ -187,7 +187,7 @@ def test_in_the_same_epoch_everything_goes_on(caplog: pytest.LogCaptureFixture) 
     session = a_session(last_id=10)
     inbox = session.inbox("t")
     accept(inbox, [entry(11, 4), entry(12, 5)])
-    session.greet(hello(last_id=20))
+    session.meet(hello(last_id=20))
     assert session.inbox("later").position[1] == 10
     accept(inbox, [entry(15, 7)])
     assert (take(inbox), inbox.missed) == ([11, 12, 15], 1)
@@ -198,8 +198,8 @@ def test_a_new_epoch_is_read_from_its_start_and_told_once(caplog: pytest.LogCapt
     session = a_session(last_id=10)
     known, other = session.inbox("known"), session.inbox("other")
     accept(known, [entry(11, 4)])
-    session.greet(hello("two", last_id=3))
-    session.greet(hello("two", last_id=5))
+    session.meet(hello("two", last_id=3))
+    session.meet(hello("two", last_id=5))
     assert warnings(caplog) == ["the server has been started anew: the messages it held are lost"]
     # What had been read ahead is not lost.
     assert take(known) == [11]
@@ -213,7 +213,7 @@ def test_a_new_epoch_is_read_from_its_start_and_told_once(caplog: pytest.LogCapt
 def test_in_a_new_epoch_the_first_message_shows_what_was_missed() -> None:
     session = a_session(last_id=10)
     known = session.inbox("known")
-    session.greet(hello("two", last_id=9))
+    session.meet(hello("two", last_id=9))
     for inbox in (known, session.inbox("new")):
         accept(inbox, [entry(3, 3)])
         assert take(inbox) == [3]
@@ -227,7 +227,7 @@ def test_what_another_program_says_to_a_greeting_is_told_apart() -> None:
         hello(server=b"redis"),
     ):
         with pytest.raises(ProtocolError, match="no dsmq server"):
-            Session().greet(reply)
+            Session().meet(reply)
 
 
 # Positions
@@ -323,7 +323,7 @@ def test_a_topic_is_forgotten_on_demand() -> None:
 def test_an_error_for_a_greeting_is_raised(error: ReplyError) -> None:
     session = Session()
     with pytest.raises(type(error)) as caught:
-        session.greet(error)
+        session.meet(error)
     assert caught.value is error
     assert session.epoch == ""
 
@@ -355,7 +355,7 @@ NO_GREETINGS: dict[str, Reply] = {
 def test_what_is_no_greeting_is_a_protocol_error(name: str) -> None:
     session = Session()
     with pytest.raises(ProtocolError):
-        session.greet(NO_GREETINGS[name])
+        session.meet(NO_GREETINGS[name])
     assert session.epoch == ""
 
 

@@ -121,10 +121,6 @@ class Session:
         """Which run of the server it is: one that remembers all puts since its start, or since the runs before."""
         return self.era.run
 
-    def greet(self, reply: Reply) -> State:
-        """The same; return what it means for the client."""
-        return self.meet(reply)[0]
-
     def meet(self, reply: Reply) -> tuple[State, Era]:
         """Take the reply to HELLO, of the first connection or a later one; return what it means, and for which era.
 
