@@ -22,10 +22,10 @@ STAGGER_SECONDS = 0.25
 """How long an address has before the next one is tried beside it (RFC 8305, section 5)."""
 # As soon as one address has refused, so that a server may be starting there, the others have no longer than this.
 REST_SECONDS = 2.0
-# What a selector can be told to wait at once, and more.
-_LONGEST_WAIT_SECONDS = 86_400.0
+LONGEST_WAIT_SECONDS = 86_400.0
+"""What a selector can be told to wait at once, and more."""
 _UNDER_WAY = {errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", errno.EWOULDBLOCK)}
-_Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
+Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 
 class Target(NamedTuple):
@@ -122,7 +122,7 @@ class _Race:
         self._left = addresses(target)
         self._under_way: dict[socket.socket, Address] = {}
         self._errors: list[tuple[Address, OSError]] = []
-        self._selector = _Selector()
+        self._selector = Selector()
 
     def __enter__(self) -> Self:
         return self
@@ -144,7 +144,7 @@ class _Race:
             if any(isinstance(error, ConnectionRefusedError) for _, error in self._errors) and not self._left:
                 until = min(until, now + REST_SECONDS)
             pause = min(STAGGER_SECONDS, until - now) if self._left else until - now
-            for key, _ in self._selector.select(max(0.0, min(pause, _LONGEST_WAIT_SECONDS))) if self._under_way else ():
+            for key, _ in self._selector.select(max(0.0, min(pause, LONGEST_WAIT_SECONDS))) if self._under_way else ():
                 if (sock := self._end(key.fileobj)) is not None:
                     return sock
 

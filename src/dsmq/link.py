@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import selectors
 import socket
 import time
 import weakref
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 from dsmq import arguments
 from dsmq import session as wire
 from dsmq.calls import Producer
-from dsmq.dial import Target, dial, program, silent_program
+from dsmq.dial import LONGEST_WAIT_SECONDS, Selector, Target, dial, program, silent_program
 from dsmq.errors import AuthRequired, ConfigError, DSMQError, ProtocolError
 from dsmq.protocol import Reply, ReplyParser
 from dsmq.system import (
@@ -33,8 +32,6 @@ _RECEIVE_BYTES, _RECEIVE_MORE_BYTES = 65_536, 262_144
 _TLS_ALERT = b"\x15\x03"
 # What a selector takes, in milliseconds, fits into 32 bits.
 _LONGEST_TIMEOUT = 1e6
-# What a selector can be told to wait at once, and more.
-_LONGEST_WAIT_SECONDS = 86_400.0
 # Behind a longer pause it is looked whether a connection still stands before something is sent on it.
 LONG_PAUSE_SECONDS = 0.1
 FORKED = "this process is a child of the one that made the connection"
@@ -43,8 +40,6 @@ ENDED = "the server has closed the connection"
 _SLOWEST_SECONDS_PER_BYTE = 1 / 16_384
 # How long a reply is looked for before the client goes to sleep.
 BUSY_POLL_SECONDS = 150e-6
-
-_Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 
 class Security(TypedDict, total=False):
@@ -105,7 +100,7 @@ class Link:
         self._socket = dial(target, min(timeout, _LONGEST_TIMEOUT))
         # A call that is interrupted may let go of it anywhere.
         weakref.finalize(self, self._socket.close)
-        self._selector = _Selector()
+        self._selector = Selector()
         self._selector.register(self._socket, EVENT_READ)
 
     def send(self, data: bytes, timeout: float) -> None:
@@ -216,7 +211,7 @@ class Link:
         """Wait until the socket may take or have something. Raises TimeoutError when the reply is overdue."""
         self._selector.modify(self._socket, event)
         left = self._deadline - time.monotonic()
-        if not self._selector.select(max(0.0, min(left, _LONGEST_WAIT_SECONDS))) and left < _LONGEST_WAIT_SECONDS:
+        if not self._selector.select(max(0.0, min(left, LONGEST_WAIT_SECONDS))) and left < LONGEST_WAIT_SECONDS:
             raise TimeoutError(f"no reply within {self._timeout:g} s")
 
     def await_end(self) -> None:
