@@ -40,7 +40,7 @@ from dsmq.protocol import (
 )
 from dsmq.store import Answer, Message, Put, Store, T, TopicStats
 from dsmq.syntax import arguments, bounds
-from dsmq.usage import Usage
+from dsmq.usage import Usage, request_memory
 
 DEFAULT_COUNT = 100
 MAX_COUNT = 1_000
@@ -52,8 +52,6 @@ MAX_NAME_BYTES = 64
 # Between MULTI and EXEC: requests, and bytes of their arguments.
 MAX_QUEUED_REQUESTS = 500
 MAX_QUEUED_BYTES = 524_288
-# About what Python takes for an argument beside its bytes.
-ARGUMENT_OVERHEAD_BYTES = 48
 
 _OK = encode_simple("OK")
 _QUEUED = encode_simple("QUEUED")
@@ -97,7 +95,7 @@ class Transaction:
         self.size += sum(map(len, request))
         if len(self.requests) == MAX_QUEUED_REQUESTS or self.size > MAX_QUEUED_BYTES:
             raise TooBig(f"MULTI takes {MAX_QUEUED_REQUESTS} requests and {MAX_QUEUED_BYTES} bytes of arguments")
-        self.memory += sum(map(len, request)) + len(request) * ARGUMENT_OVERHEAD_BYTES
+        self.memory += request_memory(request)
         self.requests.append((command, request))
 
     def abort(self) -> None:

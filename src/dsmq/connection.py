@@ -44,7 +44,7 @@ from dsmq.errors import (
 from dsmq.loop import Loop, Peer, Stream
 from dsmq.protocol import REQUEST_OVERHEAD_BYTES, RequestParser, encode_error, encode_integer
 from dsmq.store import MESSAGE_OVERHEAD_BYTES, Answer, Message, Put, T
-from dsmq.usage import FREE_BYTES, Budget
+from dsmq.usage import FREE_BYTES, Budget, request_memory
 
 # Received, and sent, at once: so that one connection does not hold up the others.
 RECEIVE_BYTES = 131_072
@@ -54,9 +54,6 @@ MAX_HELD_BYTES = 65_536
 # What GET remembers of one connection: the names of its topics, and what each takes beside.
 MAX_POSITION_BYTES = 2_097_152
 POSITION_OVERHEAD_BYTES = 200
-# What a parsed request takes in memory, and each of its arguments, beside their bytes.
-REQUEST_OBJECT_BYTES = 100
-ARGUMENT_OBJECT_BYTES = 40
 # A client that is slower than this has more time for a long request, but is the first to go if memory is short and
 # it has been slower for more than a moment.
 SLOW_BYTES_PER_SECOND = 16_384
@@ -484,8 +481,7 @@ class Connection:
         """
         parser, budget = self._parser, self._budget
         held = parser.buffered + self._position_bytes + (self.transaction.memory if self.transaction else 0)
-        for request in chain(self._requests, (step.request for step in self.steps)):
-            held += REQUEST_OBJECT_BYTES + ARGUMENT_OBJECT_BYTES * len(request) + sum(map(len, request))
+        held += sum(map(request_memory, chain(self._requests, (step.request for step in self.steps))))
         if parser.incomplete and not (self._parked or self.finishing) and self._no_room in (None, budget):
             declared = _counted(held + parser.missing)
             if declared <= self._reserved or budget.claim_in_turn(self, declared - self._reserved, self._loop.now):

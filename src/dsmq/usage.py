@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from operator import itemgetter
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -20,7 +20,16 @@ FREE_BYTES = 4096
 # As little passes those that wait for more, so that a few long messages do not hold up all others.
 SHORT_BYTES = 262_144
 
+# What a parsed request takes in memory, and each of its arguments, beside their bytes.
+REQUEST_OBJECT_BYTES = 100
+ARGUMENT_OBJECT_BYTES = 40
+
 H = TypeVar("H", bound=Hashable)
+
+
+def request_memory(request: Sequence[bytes]) -> int:
+    """Return about how many bytes of memory a parsed request takes."""
+    return REQUEST_OBJECT_BYTES + ARGUMENT_OBJECT_BYTES * len(request) + sum(map(len, request))
 
 
 class Count(Generic[H]):
