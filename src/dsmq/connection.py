@@ -230,7 +230,7 @@ class Connection:
     def _set_bounds(self) -> None:
         """Say how much is held for it: little for a stranger."""
         settings = self.services.settings
-        self._permitted = (QUEUED if self.transaction else PERMITTED)[self.role]
+        self._set_permitted()
         if self.role is Role.NOBODY:
             most = settings.max_unauthenticated_bytes
             self._receive_bytes = self._max_held = self._max_unread = most
@@ -746,7 +746,10 @@ class Connection:
 
     def begin(self, transaction: Transaction | None) -> None:
         self.transaction = transaction
-        self._permitted = (QUEUED if transaction else PERMITTED)[self.role]
+        self._set_permitted()
+
+    def _set_permitted(self) -> None:
+        self._permitted = (QUEUED if self.transaction else PERMITTED)[self.role]
 
     def put_together(self, puts: list[Put], encode: Callable[[list[int] | ReplyError], bytes]) -> bytes | None:
         try:
