@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, TextIO
 
+from dsmq.system import process
 from dsmq.terminal import LineFormatter, as_json
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ class BackgroundStream(io.TextIOBase):
         atexit.register(self.drain)
 
     def _start(self) -> None:
-        self._process = os.getpid()
+        self._process = process()
         self._queue: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()
         threading.Thread(target=self._run, args=(self._queue,), name="dsmq-log", daemon=True).start()
 
@@ -179,7 +180,7 @@ class BackgroundStream(io.TextIOBase):
 
     def write(self, text: str) -> int:
         """Have this written soon, or drop it if too much waits already. Safe in signal handlers."""
-        if self._process != os.getpid():
+        if self._process is not process():
             # A fork takes no threads along.
             self._start()
         if self._queue.qsize() < MAX_UNWRITTEN:
@@ -196,7 +197,7 @@ class BackgroundStream(io.TextIOBase):
 
     def drain(self) -> None:
         """Wait until everything has been written, for DRAIN_SECONDS at most; not again while nobody reads."""
-        if self._process != os.getpid():
+        if self._process is not process():
             return
         if self._queue.qsize() < MAX_UNWRITTEN:
             self._tell_dropped()
