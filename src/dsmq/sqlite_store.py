@@ -41,6 +41,7 @@ from dsmq.store import (
     cost,
     topics_cost,
 )
+from dsmq.system import BOOT_CLOCK
 
 # Topics that hold nothing but whose numbering goes on; a forgotten one starts again at 1.
 MAX_EMPTY_TOPICS = 100_000
@@ -149,13 +150,9 @@ class _Topic:
         return unread
 
 
-# On Linux, the monotonic clock stands still while the machine sleeps; this one goes on.
-_CLOCK = getattr(time, "CLOCK_BOOTTIME", None)
-
-
 def monotonic_ms() -> int:
     """Return milliseconds on a clock that goes on while the machine sleeps, and ignores steps of the wall clock."""
-    return (time.monotonic_ns() if _CLOCK is None else time.clock_gettime_ns(_CLOCK)) // 1_000_000
+    return (time.monotonic_ns() if BOOT_CLOCK is None else time.clock_gettime_ns(BOOT_CLOCK)) // 1_000_000
 
 
 class SQLiteStore:

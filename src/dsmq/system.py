@@ -17,12 +17,9 @@ yield_processor: Callable[[], None] = getattr(os, "sched_yield", partial(time.sl
 """Let another thread run that waits for this processor; without one, go on at once."""
 
 
-def _boot_time() -> Callable[[], float]:
-    clock = getattr(time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC", None))
-    return time.monotonic if clock is None else partial(time.clock_gettime, clock)
-
-
-boot_time = _boot_time()
+BOOT_CLOCK: int | None = getattr(time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC", None))
+"""The clock of `boot_time`, if it has a number."""
+boot_time: Callable[[], float] = time.monotonic if BOOT_CLOCK is None else partial(time.clock_gettime, BOOT_CLOCK)
 """Return the seconds on a clock that only goes forward, and goes on while the machine sleeps.
 
 Linux has CLOCK_BOOTTIME for that; CLOCK_MONOTONIC of macOS and the monotonic time of Windows go on anyway.
