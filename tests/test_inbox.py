@@ -420,8 +420,8 @@ def test_what_was_given_back_and_expired_was_missed(clock: Time, reply: list[int
     assert (take(inbox), inbox.missed) == ([5], 2)
 
 
-def interrupt_at(limit: int, opcodes: bool) -> Callable[..., Any]:
-    """Return a trace function that raises at a certain step within the inbox."""
+def at_step(limit: int, opcodes: bool, act: Callable[[], object]) -> Callable[..., Any]:
+    """Return a trace function that acts at a certain step within the inbox."""
     steps = 0
 
     def trace(frame: FrameType, event: str, _: object) -> Any:
@@ -432,10 +432,14 @@ def interrupt_at(limit: int, opcodes: bool) -> Callable[..., Any]:
         if event == ("opcode" if opcodes else "line"):
             steps += 1
             if steps == limit:
-                raise KeyboardInterrupt
+                act()
         return trace
 
     return trace
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("opcodes", [False, True])
@@ -447,7 +451,7 @@ def test_an_interrupt_anywhere_leaves_no_message_out_and_none_twice(verb: str, o
         limit += 1
         inbox, claim, got = an_inbox(), [], []
         accept(inbox, entries(1, 2))
-        sys.settrace(interrupt_at(limit, opcodes))
+        sys.settrace(at_step(limit, opcodes, interrupt))
         try:
             accept(inbox, entries(3, 4))
             if verb == "latest":
@@ -473,26 +477,20 @@ def test_an_interrupt_anywhere_leaves_no_message_out_and_none_twice(verb: str, o
 def test_a_handler_that_calls_the_inbox_anywhere_gets_each_message_once(opcodes: bool) -> None:
     """It runs in the middle of a call, and all of it before that goes on."""
 
-    def handle(frame: FrameType, event: str, _: object) -> Any:
-        nonlocal steps
-        if frame.f_code.co_filename != inbox_module.__file__:
-            return None
-        frame.f_trace_opcodes = opcodes
-        if event == ("opcode" if opcodes else "line"):
-            steps += 1
-            if steps == limit:
-                accept(inbox, entries(*range(inbox.asked()[1] + 1, 6)))
-                handled.extend(take(inbox, 2))
-        return handle
+    def handle() -> None:
+        nonlocal is_handled
+        is_handled = True
+        accept(inbox, entries(*range(inbox.asked()[1] + 1, 6)))
+        handled.extend(take(inbox, 2))
 
-    limit = steps = 0
-    while steps >= limit:
+    limit, is_handled = 0, True
+    while is_handled:
         limit += 1
-        steps, handled, got = 0, [], []
+        is_handled, handled, got = False, [], []
         inbox, claim = an_inbox(), []
         accept(inbox, entries(1, 2))
         asked = inbox.asked()
-        sys.settrace(handle)
+        sys.settrace(at_step(limit, opcodes, handle))
         try:
             inbox.accept(asked, entries(3, 4))
             got += take(inbox, 2, claim)
