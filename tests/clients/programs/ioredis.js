@@ -1,30 +1,11 @@
 // A client of dsmq by ioredis: see harness.py for what it is asked.
 const Redis = require(process.argv[2]);
-const { sleep, serve } = require("./serve.js");
+const { sleep, serve, reader } = require("./serve.js");
 const [port, , token] = process.argv.slice(3);
 const client = new Redis({ port, password: token || undefined, retryStrategy: () => 50 });
 client.on("error", (error) => console.log("#", error.message));
-
-// Print each message once: the id of the last one, and the epoch, say where to read on.
-async function read(topic) {
-  let after = 0, epoch = "unknown";
-  for (;;) {
-    try {
-      const found = await client.call("READ", topic, after, "WAIT", 500, "EPOCH", epoch);
-      for (let at = 0; at < found.length; at += 5) {
-        console.log("-", found[at], found[at + 3]);
-        after = found[at];
-        if (found[at + 3] === "end") return "done";
-      }
-    } catch (error) {
-      // Another server, or one that has lost its messages: all it has is new.
-      const [code, current] = error.message.split(" ");
-      if (code === "EPOCH") [after, epoch] = [0, current];
-      else if (error.name === "ReplyError" && code !== "CLOSING") throw error;
-      else await sleep(50);
-    }
-  }
-}
+const isReply = (error) => error.name === "ReplyError";
+const library = { call: (...words) => client.call(...words), isReply };
 
 // Store each message once; one that may have been stored in an earlier run of the server is told as doubtful.
 // This library sends a request again by itself when its connection breaks, so that any put may have come before.
@@ -35,7 +16,7 @@ async function write(topic, first, last) {
     for (;;) {
       const again = seq > first ? ["AGAIN"] : [];
       try {
-        console.log("-", await client.call("PUT", topic, seq, "KEY", producer, seq, ...again, "RUN", run), seq);
+        console.log("-", await library.call("PUT", topic, seq, "KEY", producer, seq, ...again, "RUN", run), seq);
         break;
       } catch (error) {
         const [code, , current] = error.message.split(" ");
@@ -46,7 +27,7 @@ async function write(topic, first, last) {
           console.log("?", seq);
           break;
         }
-        if (error.name === "ReplyError" && code !== "CLOSING") throw error;
+        if (isReply(error) && code !== "CLOSING") throw error;
         await sleep(50);
       }
     }
@@ -69,4 +50,4 @@ async function transaction(...words) {
   return (await multi.exec()).map(([error, id]) => (error ? error.message : id));
 }
 
-serve({ call: (...words) => client.call(...words), read, write, pipeline, transaction, shutdown: () => client.shutdown() });
+serve({ call: library.call, read: reader(library), write, pipeline, transaction, shutdown: () => client.shutdown() });

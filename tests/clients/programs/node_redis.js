@@ -1,6 +1,6 @@
 // A client of dsmq by node-redis, version 3 with its callbacks or later: see harness.py for what it is asked.
 const redis = require(process.argv[2]);
-const { sleep, serve } = require("./serve.js");
+const { sleep, serve, reader } = require("./serve.js");
 const [port, protocol, token] = process.argv.slice(3);
 const library = redis.addCommand ? withCallbacks() : withPromises();
 
@@ -36,27 +36,6 @@ function withPromises() {
     shutdown: () => client.sendCommand(["SHUTDOWN"]),
     isReply: (error) => error instanceof redis.ErrorReply,
   };
-}
-
-// Print each message once: the id of the last one, and the epoch, say where to read on.
-async function read(topic) {
-  let after = 0, epoch = "unknown";
-  for (;;) {
-    try {
-      const found = await library.call("READ", topic, after, "WAIT", 500, "EPOCH", epoch);
-      for (let at = 0; at < found.length; at += 5) {
-        console.log("-", found[at], found[at + 3]);
-        after = found[at];
-        if (found[at + 3] === "end") return "done";
-      }
-    } catch (error) {
-      // Another server, or one that has lost its messages: all it has is new.
-      const [code, current] = error.message.split(" ");
-      if (code === "EPOCH") [after, epoch] = [0, current];
-      else if (library.isReply(error) && code !== "CLOSING") throw error;
-      else await sleep(50);
-    }
-  }
 }
 
 // Store each message once; one that may have been stored in an earlier run of the server is told as doubtful.
@@ -96,4 +75,4 @@ function transaction(...words) {
   return library.transaction(Array.from({ length: words.length / 3 }, (_, at) => words.slice(at * 3, at * 3 + 3)));
 }
 
-serve({ call: library.call, read, write, pipeline, transaction, shutdown: library.shutdown });
+serve({ call: library.call, read: reader(library), write, pipeline, transaction, shutdown: library.shutdown });

@@ -1,4 +1,4 @@
-// What the programs for Node have in common: they do what they are asked, one line after the other.
+// What the programs for Node have in common: they do what they are asked, one line after the other, and read alike.
 const readline = require("readline");
 
 const sleep = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
@@ -16,4 +16,25 @@ async function serve(commands) {
   process.exit();
 }
 
-module.exports = { sleep, serve };
+// Print each message once: the id of the last one, and the epoch, say where to read on.
+const reader = ({ call, isReply }) => async (topic) => {
+  let after = 0, epoch = "unknown";
+  for (;;) {
+    try {
+      const found = await call("READ", topic, after, "WAIT", 500, "EPOCH", epoch);
+      for (let at = 0; at < found.length; at += 5) {
+        console.log("-", found[at], found[at + 3]);
+        after = found[at];
+        if (found[at + 3] === "end") return "done";
+      }
+    } catch (error) {
+      // Another server, or one that has lost its messages: all it has is new.
+      const [code, current] = error.message.split(" ");
+      if (code === "EPOCH") [after, epoch] = [0, current];
+      else if (isReply(error) && code !== "CLOSING") throw error;
+      else await sleep(50);
+    }
+  }
+};
+
+module.exports = { sleep, serve, reader };
