@@ -18,7 +18,7 @@ from typing import Protocol, TypeAlias, TypeVar
 
 from dsmq.errors import AuthRequired, Closing, ConnectionLost, DSMQError, MessageNotText, ReplyError, TimedOut
 from dsmq.inbox import LATEST, Asked, Claim, Entry, Era, Inbox, read_request
-from dsmq.protocol import Reply, encode_bulk
+from dsmq.protocol import Reply
 from dsmq.session import (
     MAX_READ_BYTES,
     MIN_READ_BYTES,
@@ -208,16 +208,14 @@ class Read(Plain):
             options, count = _option(b"COUNT", inbox.count), 2
         if size < MAX_READ_BYTES:
             options, count = options + _option(b"BYTES", size), count + 2
-        if self._until and may_wait and (milliseconds := self._milliseconds()):
-            options, count = options + _option(b"WAIT", milliseconds), count + 2
+        if self._until and may_wait:
+            # What is left of its time: it may have been interrupted.
+            self._asked_at = time.monotonic()
+            left = self._until - self._asked_at
+            self.seconds = min(left, MAX_WAIT_SECONDS) if left > 0 else 0.0
+            if milliseconds := round(self.seconds * 1000):
+                options, count = options + _option(b"WAIT", milliseconds), count + 2
         return read_request(inbox.topic, after, options, count)
-
-    def _milliseconds(self) -> int:
-        # What is left of its time: it may have been interrupted.
-        self._asked_at = time.monotonic()
-        left = self._until - self._asked_at
-        self.seconds = min(left, MAX_WAIT_SECONDS) if left > 0 else 0.0
-        return round(self.seconds * 1000)
 
     def lost(self, error: Exception) -> bool:
         if isinstance(error, TimeoutError):
@@ -238,7 +236,8 @@ class Read(Plain):
 
 
 def _option(name: bytes, value: int) -> bytes:
-    return encode_bulk(name) + encode_bulk(b"%d" % value)
+    digits = b"%d" % value
+    return b"$%d\r\n%b\r\n$%d\r\n%b\r\n" % (len(name), name, len(digits), digits)
 
 
 Reading: TypeAlias = "Iterator[Plain]"

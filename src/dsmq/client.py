@@ -658,13 +658,16 @@ def first(taken: Sequence[object], default: object, *, raw: bool) -> object:
 
 def pauses() -> list[float]:
     """Return the pauses of the documented schedule, in seconds."""
-    tries = _n_tries if _n_retries == _N_RETRIES else _n_retries
-    return [_initial_retry * 2**attempt for attempt in range(tries)]
+    return [_initial_retry * 2**attempt for attempt in range(_tries())]
 
 
 def patience() -> float:
-    """Return how long `get_wait` waits, in seconds, unless it is told."""
-    return sum(pauses())
+    """Return how long `get_wait` waits by default: the sum of the pauses, in seconds."""
+    return _initial_retry * ((1 << _tries()) - 1)
+
+
+def _tries() -> int:
+    return _n_tries if _n_retries == _N_RETRIES else _n_retries
 
 
 def _to_stderr(line: str) -> None:

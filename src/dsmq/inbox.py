@@ -68,18 +68,18 @@ class _Stretch:
         "sought",
     )
 
-    def __init__(  # noqa: PLR0913 - they make up the state
+    def __init__(  # noqa: PLR0913, PLR0917 - they make up the state
         self,
         era: Era,
         last_id: int,
         number: int | None,
-        *,
         end: float = math.inf,
         known: tuple[int, int] = (0, 0),
         ahead: Sequence[Entry] = (),
         fresh: float = 0.0,
         missed: int = 0,
         generation: tuple[int, int] = (0, 0),
+        *,
         ask: bool = False,
         sought: tuple[str, int] | None = None,
         rest: _Stretch | None = None,
@@ -116,21 +116,13 @@ class _Stretch:
 
     def rest_from(self, at: int, ahead: Sequence[Entry] = (), fresh: float = 0.0) -> _Stretch:
         """Return what is left of it, with another read-ahead."""
-        known = self.known
+        known, ask, missed = self.known, self.ask and not at, self.missed_at(at)
         if len(self.ahead) > at:
             known = max(known, self.ahead[-1][:2])
-        ask = self.ask and not at
+        last_id, number = self.handed(at)
+        # By position, which is faster: each reply makes one.
         return _Stretch(
-            self.era,
-            *self.handed(at),
-            end=self.end,
-            known=known,
-            ahead=ahead,
-            fresh=fresh,
-            missed=self.missed_at(at),
-            generation=self.generation,
-            ask=ask,
-            rest=self.rest,
+            self.era, last_id, number, self.end, known, ahead, fresh, missed, self.generation, ask=ask, rest=self.rest
         )
 
     def continues(self, before: _Stretch, behind: int) -> bool:
@@ -404,7 +396,7 @@ class Inbox:
             sought = None if epoch in ("", stretch.era.epoch) else (epoch, after)
             start = (0, 0) if sought else (after, None)
             missed, generation = stretch.missed_at(at), (stretch.generation[0] + 1, 0)
-            step = _Stretch(stretch.era, *start, missed=missed, generation=generation, sought=sought)
+            step = _Stretch(stretch.era, start[0], start[1], missed=missed, generation=generation, sought=sought)
             if self._move(stretch, at, step):
                 return sought is None
 

@@ -179,7 +179,8 @@ class Link:
         began = now = time.monotonic()
         while True:
             # A signal handler may have forked while this waited.
-            self.check_process()
+            if process() is not self._process:
+                raise ConnectionResetError(FORKED)
             try:
                 data = self._socket.recv(self._receive_bytes)
             except BlockingIOError:

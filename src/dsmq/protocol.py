@@ -432,8 +432,10 @@ class ReplyParser(_Input):
         token = 0
         while token < last and len(values) < count:
             line = tokens[token]
-            digits = line[1:]
-            if line[:1] == b":" and digits.isdigit() and len(digits) < 20 and (digits[0] != _ZERO or digits == b"0"):
+            if line[:1] == b":":
+                digits = line[1:]
+                if not digits.isdigit() or len(digits) > 19 or (digits[0] == _ZERO and len(digits) > 1):
+                    break
                 values.append(int(digits))
                 token += 1
             elif _BULK_LENGTHS.get(line) == len(tokens[token + 1]) and token + 1 < last:

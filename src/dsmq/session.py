@@ -9,8 +9,8 @@ import logging
 import re
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import Literal, NamedTuple, NoReturn, TypeAlias
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias
 
 from dsmq.errors import (
     AuthRequired,
@@ -51,6 +51,8 @@ MIN_READ_BYTES = 4096
 _MAX_NEW_INBOXES, _MAX_RECENT_INBOXES = 1000, 100
 # Inboxes are kept for longer than messages are: the server deletes those a little later.
 _SILENCE_FACTOR, _SILENCE_SECONDS = 1.25, 1.0
+# Of what READ says of a message: id, number, age, body, and how long it has left.
+_MESSAGE_TYPES = [int, int, int, bytes, int]
 
 
 class Message(NamedTuple):
@@ -240,23 +242,15 @@ class Session:
             return []
         if isinstance(reply, ReplyError):
             raise reply
-        if not isinstance(reply, list) or len(reply) % 5:
-            raise ProtocolError("the reply to READ is not an array of fives")
+        if not isinstance(reply, list) or list(map(type, reply)) != _MESSAGE_TYPES * (len(reply) // 5):
+            raise ProtocolError("the reply to READ does not hold messages")
         now = boot_time()
-        entries = []
-        values = iter(reply)
-        for message_id, number, age, body, left in zip(values, values, values, values, values, strict=True):
-            if not (
-                isinstance(message_id, int)
-                and isinstance(number, int)
-                and isinstance(age, int)
-                and isinstance(body, bytes)
-                and isinstance(left, int)
-            ):
-                raise ProtocolError("the reply to READ does not hold messages")
-            entries.append(Entry(message_id, number, now + left / 1000, body, now - age / 1000))
-        if entries:
-            self._forget_silent(entries[-1].expires - entries[-1].put_at)
+        values: Iterator[Any] = iter(reply)
+        entries = [
+            Entry(message_id, number, now + left / 1000, body, now - age / 1000)
+            for message_id, number, age, body, left in zip(values, values, values, values, values, strict=True)
+        ]
+        self._forget_silent(entries[-1].expires - entries[-1].put_at)
         return entries
 
     def message(self, inbox: Inbox, entry: Entry) -> Message:
