@@ -17,11 +17,11 @@ from pathlib import Path
 
 import pytest
 
-from dsmq import config
+from dsmq import settings as config
 from dsmq.client import DSMQClientSideConnection, connect
 from dsmq.errors import ReplyError
-from dsmq.protocol import Reply, ReplyParser, encode_request
 from dsmq.server import Server
+from dsmq.wire.resp import Reply, ReplyParser, encode_request
 
 # All timing in the tests is in this unit, in seconds: long enough that a busy machine does not matter.
 UNIT = float(os.environ.get("DSMQ_TEST_UNIT", "0.1"))

@@ -22,8 +22,8 @@ import pytest
 
 import dsmq.client
 from conftest import SOON, UNIT, serving, wait_until
-from dsmq import channel
 from dsmq.aio import AsyncClient, connect
+from dsmq.client import channel
 from dsmq.errors import BadRequest, ClientClosed, ConnectionLost, Full, InternalError, MessageNotText
 from dsmq.server import Server
 
@@ -258,7 +258,7 @@ def test_shutdown_server(server: Server) -> None:
 
 
 def test_each_batch_of_put_many_has_the_time_of_a_call(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsmq.calls.PUTS_AT_ONCE", 1)
+    monkeypatch.setattr("dsmq.client.requests.PUTS_AT_ONCE", 1)
 
     async def main() -> None:
         async with await connect(port=server.port, timeout=5 * UNIT) as mq:

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from dsmq import calls
-from dsmq.calls import Once, Plain, Producer, Put, PutMany, Read, Retries
+from dsmq.client import requests as calls
+from dsmq.client.requests import Once, Plain, Producer, Put, PutMany, Read, Retries
 from dsmq.errors import AuthRequired, Closing, ConnectionLost, Full, ProtocolError, TimedOut
-from dsmq.protocol import RequestParser
+from dsmq.wire.resp import RequestParser
 from test_session import a_session, accept, an_inbox, entries, hello, take
 
 BROKEN = ConnectionResetError("broken")

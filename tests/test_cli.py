@@ -33,7 +33,7 @@ from dsmq import __version__
 from dsmq.cli import main
 from dsmq.client import DSMQClientSideConnection, connect
 from dsmq.errors import NotPermitted
-from dsmq.protocol import encode_request
+from dsmq.wire.resp import encode_request
 
 Process = subprocess.Popen[bytes]
 

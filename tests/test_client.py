@@ -21,13 +21,13 @@ from types import SimpleNamespace
 import pytest
 
 import dsmq.client
-import dsmq.link
+import dsmq.client.connection
 from conftest import SOON, UNIT, serving, wait_until
 from dsmq import errors
-from dsmq.calls import PUTS_AT_ONCE
 from dsmq.client import DSMQClientSideConnection, Message, connect
+from dsmq.client.connection import Link
+from dsmq.client.requests import PUTS_AT_ONCE
 from dsmq.errors import ClientClosed, ConnectionLost, MessageNotText, NotPermitted, ProtocolError, TooBig
-from dsmq.link import Link
 from dsmq.server import Server, serve
 
 MakeClient = Callable[[], DSMQClientSideConnection]
@@ -123,16 +123,16 @@ def test_how_long_a_reply_took_decides_whether_the_next_is_looked_for(
     mq = client()
     mq.ping()
     link = mq._idle[0]
-    monkeypatch.setattr(dsmq.link, "time", SimpleNamespace(monotonic=lambda: 1000 + took))
+    monkeypatch.setattr(dsmq.client.connection, "time", SimpleNamespace(monotonic=lambda: 1000 + took))
     link._learn(1000)
     assert link._look_from == pytest.approx(1000 + took + pause if pause else 0)
 
 
 def test_a_reply_is_not_looked_for_where_that_was_in_vain(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     looks = []
-    monkeypatch.setattr(dsmq.link, "yield_processor", lambda: looks.append(1))
-    monkeypatch.setattr(dsmq.link, "BUSY_POLL_SECONDS", UNIT / 2)
-    monkeypatch.setattr(dsmq.link, "LONG_YIELD_PAUSE_SECONDS", SOON)
+    monkeypatch.setattr(dsmq.client.connection, "yield_processor", lambda: looks.append(1))
+    monkeypatch.setattr(dsmq.client.connection, "BUSY_POLL_SECONDS", UNIT / 2)
+    monkeypatch.setattr(dsmq.client.connection, "LONG_YIELD_PAUSE_SECONDS", SOON)
     with connect(port=server.port) as mq:
         mq.get_wait("nothing", timeout=UNIT)
         looks.clear()
@@ -151,7 +151,7 @@ def test_get_wait_with_no_time_is_get(client: MakeClient) -> None:
 
 
 def test_long_waits_are_asked_for_in_parts(server: Server, client: MakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsmq.calls.MAX_WAIT_SECONDS", UNIT)
+    monkeypatch.setattr("dsmq.client.requests.MAX_WAIT_SECONDS", UNIT)
     mq, writer = client(), client()
     before = server.counters().requests
     got: list[str] = []

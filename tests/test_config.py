@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from conftest import ROOT, daemon, run_dsmq, without_privileges
-from dsmq import config, environment
+from dsmq import environment
+from dsmq import settings as config
 from dsmq.errors import ConfigError
 from dsmq.server import serve
 

@@ -178,7 +178,7 @@ def test_the_client_loads_the_standard_library_alone(module: str) -> None:
     others = {name for name in loaded if name.partition(".")[0] not in sys.stdlib_module_names}
     assert {name.partition(".")[0] for name in others} == {"dsmq"}
     assert not {"asyncio", "sqlite3"} & loaded
-    assert not {"dsmq.server", "dsmq.config", "dsmq.sqlite_store"} & loaded
+    assert not {"dsmq.server", "dsmq.settings", "dsmq.store.sqlite"} & loaded
 
 
 def test_the_package_alone_loads_neither_client_nor_server() -> None:
@@ -186,7 +186,7 @@ def test_the_package_alone_loads_neither_client_nor_server() -> None:
 
 
 def test_the_server_without_a_side_port_loads_no_http_and_no_prometheus() -> None:
-    assert not {"prometheus_client", "http.server", "dsmq.sideport"} & loaded_by("dsmq.server")
+    assert not {"prometheus_client", "http.server", "dsmq.ops.http"} & loaded_by("dsmq.server")
 
 
 @pytest.mark.parametrize("to_all", [True, False], ids=["as a terminal does", "to the demo alone"])

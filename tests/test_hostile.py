@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conftest import Daemon, Wire, daemon, serving, wire_to
-from dsmq.protocol import encode_request
 from dsmq.server import Server
+from dsmq.wire.resp import encode_request
 
 FRAMING_ERRORS = {
     "count of 2147483647": b"*2147483647\r\n",

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsmq import inbox as inbox_module
+from dsmq.client import reader as inbox_module
+from dsmq.client.reader import Claim, Entry, Era, Inbox, give_back, read_request
+from dsmq.client.session import text
 from dsmq.errors import MessageNotText
-from dsmq.inbox import Claim, Entry, Era, Inbox, give_back, read_request
-from dsmq.session import text
 from dsmq.system import boot_time
 from test_session import Time, accept, an_inbox, clock, entries, entry, request, take, warnings
 

@@ -18,15 +18,19 @@ from unittest.mock import Mock
 import pytest
 
 from conftest import SOON, UNIT, Wire, daemon, serving, wait_until, wire_to
-from dsmq import connection, logs, producers, sqlite_store, worker
+from dsmq import logs
+from dsmq.broker import connection
+from dsmq.broker import event_loop as worker
+from dsmq.broker.connection import MAX_HELD_BYTES, RECEIVE_BYTES, Connection
+from dsmq.broker.usage import FREE_BYTES, Budget
 from dsmq.client import connect
-from dsmq.connection import MAX_HELD_BYTES, RECEIVE_BYTES, Connection
 from dsmq.errors import Full, ReplyError
-from dsmq.protocol import encode_request
 from dsmq.server import Server
-from dsmq.sqlite_store import SQLiteStore
-from dsmq.store import MESSAGE_OVERHEAD_BYTES, TOPIC_OVERHEAD_BYTES, Limits
-from dsmq.usage import FREE_BYTES, Budget
+from dsmq.store import dedup as producers
+from dsmq.store import sqlite as sqlite_store
+from dsmq.store.api import MESSAGE_OVERHEAD_BYTES, TOPIC_OVERHEAD_BYTES, Limits
+from dsmq.store.sqlite import SQLiteStore
+from dsmq.wire.resp import encode_request
 
 # What is held
 

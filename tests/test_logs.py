@@ -131,7 +131,7 @@ def test_under_systemd_the_journal_gets_priorities_and_no_times(tmp_path: Path) 
     with log.open("w") as stream:
         stat = os.fstat(stream.fileno())
         code = (
-            "import logging; from dsmq import config, logs; logs.start(config.load());"
+            "import logging; from dsmq import logs; from dsmq import settings as config; logs.start(config.load());"
             "logging.getLogger('dsmq').warning('hello')"
         )
         for device in (stat.st_dev, stat.st_dev + 1):
@@ -169,7 +169,7 @@ def test_nothing_is_logged_for_a_message_above_debug(caplog: pytest.LogCaptureFi
 def test_a_program_that_embeds_a_server_keeps_its_logging() -> None:
     code = """
 import logging
-from dsmq.config import EmbeddedSettings
+from dsmq.settings import EmbeddedSettings
 from dsmq.server import Server
 with Server(EmbeddedSettings(port=0)):
     pass
@@ -309,7 +309,8 @@ assert [thread.name for thread in threading.enumerate()].count("dsmq-log") == 1
 def test_log_after_a_fork_is_written_by_the_child(tmp_path: Path) -> None:
     code = """
 import os
-from dsmq import config, logs
+from dsmq import logs
+from dsmq import settings as config
 logs.start(config.load())
 import logging
 logging.getLogger("dsmq").warning("parent")

@@ -13,7 +13,7 @@ import pytest
 
 from conftest import SOON, Daemon, Wire, daemon
 from dsmq.client import connect
-from dsmq.protocol import encode_request
+from dsmq.wire.resp import encode_request
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 

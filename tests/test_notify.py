@@ -19,9 +19,10 @@ from pathlib import Path
 import pytest
 
 from conftest import SOON, UNIT, Wire, daemon, serving, wait_until
-from dsmq import config, systemd
+from dsmq import settings as config
+from dsmq.ops import systemd
+from dsmq.ops.systemd import Systemd
 from dsmq.server import Server
-from dsmq.systemd import Systemd
 
 # Passes the sockets it has been given to `dsmq serve`, as systemd does: from descriptor 3 on, to this very process.
 LAUNCH = """

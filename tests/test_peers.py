@@ -13,9 +13,9 @@ import redis
 import redis.asyncio
 
 from conftest import SOON, Wire, daemon, serving, tool, wire_to
-from dsmq.commands import COMMANDS
-from dsmq.protocol import encode_request
+from dsmq.broker.commands import COMMANDS
 from dsmq.server import Server
+from dsmq.wire.resp import encode_request
 
 
 def run(*words: str, stdin: str = "") -> str:

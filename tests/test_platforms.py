@@ -188,7 +188,7 @@ def test_signals_of_a_program_are_as_before_once_its_server_has_stopped() -> Non
     code = """
 import signal, socket, sys, threading
 from dsmq.server import run, Server
-from dsmq.config import EmbeddedSettings
+from dsmq.settings import EmbeddedSettings
 from dsmq import server
 ours, theirs = socket.socketpair()
 ours.setblocking(False)

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from dsmq import protocol
 from dsmq.errors import BY_CODE, ProtocolError, ReplyError, TooBig
-from dsmq.protocol import (
+from dsmq.wire import resp as protocol
+from dsmq.wire.resp import (
     MAX_ARGUMENTS,
     MAX_LINE_BYTES,
     REQUEST_OVERHEAD_BYTES,

@@ -18,9 +18,9 @@ import pytest
 
 from conftest import SOON, UNIT, daemon, serving, wait_until
 from dsmq import client as client_module
-from dsmq import dial, link
-from dsmq.client import connect
-from dsmq.dial import Target, addresses
+from dsmq.client import connect, dial
+from dsmq.client import connection as link
+from dsmq.client.dial import Target, addresses
 from dsmq.errors import ConnectionLost, ProtocolError
 from dsmq.server import Server
 

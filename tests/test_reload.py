@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from conftest import SOON, UNIT, Wire, wait_until, wire_to
-from dsmq import config
+from dsmq import settings as config
 from dsmq.client import connect
-from dsmq.config import Settings
-from dsmq.protocol import encode_request
 from dsmq.server import FIXED, Server
+from dsmq.settings import Settings
+from dsmq.wire.resp import encode_request
 
 TOKEN = "0123456789abcdef"
 MESSAGE = encode_request(b"PUT", b"t", b"x" * 2000)

@@ -19,12 +19,14 @@ import trustme
 from pydantic import SecretStr
 
 from conftest import SOON, UNIT, Wire, serving, wait_until, wire_to
-from dsmq import aio, calls, channel, config
-from dsmq.client import DSMQClientSideConnection, connect
+from dsmq import aio
+from dsmq import settings as config
+from dsmq.client import DSMQClientSideConnection, channel, connect
+from dsmq.client import requests as calls
+from dsmq.client.connection import LONG_PAUSE_SECONDS, Link, target
 from dsmq.errors import Busy, ClientClosed, Closing, ConnectionLost, Forgotten, Full, ReplyError, WrongToken
-from dsmq.link import LONG_PAUSE_SECONDS, Link, target
-from dsmq.protocol import encode_bulk
 from dsmq.server import Server
+from dsmq.wire.resp import encode_bulk
 
 
 @pytest.fixture
@@ -144,7 +146,9 @@ def test_what_is_lost_and_found_is_logged_once(
     lose_reply()
     mq.ping()
     where = f"connection to 127.0.0.1 port {server.port}"
-    found = [(record.levelname, record.message) for record in caplog.records if record.name.startswith("dsmq.session")]
+    found = [
+        (record.levelname, record.message) for record in caplog.records if record.name == "dsmq.client.session"
+    ]
     assert found == [("WARNING", f"{where} lost, trying again: a test has lost it"), ("INFO", f"{where} resumed")]
 
 
@@ -235,7 +239,7 @@ def test_an_idle_connection_that_has_ended_is_made_anew_though_nothing_is_tried_
             await asyncio.sleep(2 * LONG_PAUSE_SECONDS)
             await mq.ping()
 
-    monkeypatch.setattr("dsmq.link.LONG_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr("dsmq.client.connection.LONG_PAUSE_SECONDS", 0.0)
     with serving() as server:
         with restarted(states, server.port, reconnect_timeout=0) as mq:
             hang_up(server)
@@ -315,7 +319,7 @@ def test_a_client_that_is_not_admitted_any_more_is_told(states: list[str]) -> No
 def test_a_server_is_shut_down_though_the_connection_had_ended(
     server: Server, mq: DSMQClientSideConnection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dsmq.link.LONG_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr("dsmq.client.connection.LONG_PAUSE_SECONDS", 0.0)
     thread = threading.Thread(target=server.run)
     thread.start()
     hang_up(server)
@@ -383,7 +387,7 @@ class Impostor:
 
 
 def test_a_put_that_was_not_sent_goes_to_any_server(states: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsmq.link.LONG_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr("dsmq.client.connection.LONG_PAUSE_SECONDS", 0.0)
     with Impostor() as server, restarted(states, server.port) as mq:
         server.reset()
         assert mq.put("t", "x") == 7
@@ -654,7 +658,7 @@ def test_an_old_number_of_a_producer_is_forgotten_and_not_stored_again(wire: Wir
 
 
 def test_again_of_a_producer_that_may_have_been_forgotten(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsmq.producers.MAX_PRODUCERS", 2)
+    monkeypatch.setattr("dsmq.store.dedup.MAX_PRODUCERS", 2)
     assert wire.call("PUT", "t", "x", "KEY", "a", 1) == 1
     assert wire.call("PUT", "t", "x", "AGAIN", "KEY", "new", 1) == 2
     assert wire.call("PUT", "t", "x", "KEY", "c", 1) == 3
@@ -667,7 +671,7 @@ def test_again_of_a_producer_that_may_have_been_forgotten(wire: Wire, monkeypatc
 def test_what_is_forgotten_is_an_error_and_no_guess(
     server: Server, mq: DSMQClientSideConnection, lose_reply: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dsmq.producers.MAX_PRODUCERS", 1)
+    monkeypatch.setattr("dsmq.store.dedup.MAX_PRODUCERS", 1)
     real = calls.Put.lost
 
     def lost(put: calls.Put, error: Exception) -> bool:

@@ -24,15 +24,19 @@ import pytest
 import trustme
 
 from conftest import SOON, UNIT, Wire, daemon, run_dsmq, serving, tool, wait_until, wire_to
-from dsmq import aio, auth, config, listening, tls
-from dsmq.auth import Gate, Role
+from dsmq import aio
+from dsmq import settings as config
+from dsmq.broker import auth
+from dsmq.broker import listener as listening
+from dsmq.broker.auth import Gate, Role
+from dsmq.broker.commands import COMMANDS
+from dsmq.broker.connection import Connection
 from dsmq.client import DSMQClientSideConnection, connect
-from dsmq.commands import COMMANDS
-from dsmq.connection import Connection
 from dsmq.errors import AuthRequired, BadRequest, ClientClosed, ConfigError, NotPermitted, WrongToken
-from dsmq.protocol import encode_request
+from dsmq.ops.systemd import Systemd
 from dsmq.server import Server, serve
-from dsmq.systemd import Systemd
+from dsmq.wire import tls
+from dsmq.wire.resp import encode_request
 
 ADMIN, WRITER, READER = "admin-token-0123456789", "write-token-0123456789", "read-token-0123456789"
 TOKENS = f"# who may do what\n\n{ADMIN}\nsensors write {WRITER}\nscreen\tread\t{READER}\n"
@@ -1033,12 +1037,12 @@ def test_redis_py_speaks_tls_and_shows_a_token(tls_server: Server, files: Files)
 
 
 def test_the_client_without_tls_does_not_import_it() -> None:
-    code = "import sys, dsmq.client, dsmq.auth; sys.exit('ssl' in sys.modules)"
+    code = "import sys, dsmq.client, dsmq.broker.auth; sys.exit('ssl' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=os.environ, check=False).returncode == 0
 
 
 def test_a_connection_under_tls_that_has_ended_is_noticed(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsmq.link.LONG_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr("dsmq.client.connection.LONG_PAUSE_SECONDS", 0.0)
     with contextlib.ExitStack() as stack, serving(tls_cert_file=files.server) as first:
         mq = stack.enter_context(connect(port=first.port, ca_file=files.ca))
         # It still stands.

@@ -18,13 +18,15 @@ from pathlib import Path
 import pytest
 
 from conftest import SOON, UNIT, Wire, daemon, serving, wait_until, wire_to
-from dsmq import commands, config, connection, worker
+from dsmq import settings as config
+from dsmq.broker import commands, connection
+from dsmq.broker import event_loop as worker
 from dsmq.client import connect
 from dsmq.errors import CannotStart, Closing, Full, ServerFailed, StoreFailed, WrongEpoch
-from dsmq.protocol import encode_request
 from dsmq.server import Server
-from dsmq.sqlite_store import SQLiteStore
-from dsmq.store import Message, Put
+from dsmq.store.api import Message, Put
+from dsmq.store.sqlite import SQLiteStore
+from dsmq.wire.resp import encode_request
 
 
 def as_map(reply: object) -> dict[bytes, object]:
@@ -609,7 +611,7 @@ def test_a_second_signal_does_not_wait(early: str) -> None:
 import logging
 import signal
 import threading
-from dsmq import commands
+from dsmq.broker import commands
 from dsmq.server import serve
 {early}
 def stuck(*_):
@@ -970,9 +972,9 @@ def test_a_thread_that_cannot_be_started_leaves_nothing_behind(monkeypatch: pyte
     def refuse(_: object) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr("dsmq.expiry.Expiry.start", refuse)
+    monkeypatch.setattr("dsmq.store.expiry.Expiry.start", refuse)
     before = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 0
-    for start in ("dsmq.expiry.Expiry.start", "dsmq.worker.Worker.start"):
+    for start in ("dsmq.store.expiry.Expiry.start", "dsmq.broker.event_loop.Worker.start"):
         monkeypatch.setattr(start, refuse)
         with pytest.raises(CannotStart, match="can't start new thread"):
             Server(config.load(kind=config.EmbeddedSettings, port=0)).start()

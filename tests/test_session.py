@@ -7,8 +7,10 @@ from typing import get_args
 
 import pytest
 
-from dsmq import inbox as inbox_module
-from dsmq import session as wire
+from dsmq.client import reader as inbox_module
+from dsmq.client import session as wire
+from dsmq.client.reader import Claim, Entry, Era, Inbox
+from dsmq.client.session import Message, Session
 from dsmq.errors import (
     AuthRequired,
     BadRequest,
@@ -23,9 +25,7 @@ from dsmq.errors import (
     StoreFailed,
     TimedOut,
 )
-from dsmq.inbox import Claim, Entry, Era, Inbox
-from dsmq.protocol import Reply, RequestParser
-from dsmq.session import Message, Session
+from dsmq.wire.resp import Reply, RequestParser
 
 MAX_AGE = 600.0
 NEVER = float("inf")

@@ -25,9 +25,13 @@ from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from conftest import ROOT, SOON, UNIT, Wire, daemon, serving, wait_until, wire_to
-from dsmq import __version__, config, metrics, sideport, worker
-from dsmq.protocol import encode_request
+from dsmq import __version__
+from dsmq import settings as config
+from dsmq.broker import event_loop as worker
+from dsmq.ops import http as sideport
+from dsmq.ops import metrics
 from dsmq.server import Server
+from dsmq.wire.resp import encode_request
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 

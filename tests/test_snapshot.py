@@ -28,18 +28,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import SOON, UNIT, Daemon, Wire, daemon, run_dsmq, serving, wait_until, wire_to, without_privileges
-from dsmq import config, producers, snapshot, threads
-from dsmq import keeper as keeper_module
 from dsmq import server as server_module
-from dsmq import sqlite_store as store_module
+from dsmq import settings as config
+from dsmq import threads
 from dsmq.cli import INTERRUPTED
 from dsmq.errors import CannotStart, ConfigError, Forgotten, ReplyError, ServerFailed
-from dsmq.image import Instant, Part, Place
-from dsmq.keeper import RESTORE_GAP, Keeper
-from dsmq.protocol import encode_request
 from dsmq.server import Server
-from dsmq.sqlite_store import SQLiteStore
-from dsmq.store import Put
+from dsmq.store import dedup as producers
+from dsmq.store import snapshot_file as snapshot
+from dsmq.store import snapshots as keeper_module
+from dsmq.store import sqlite as store_module
+from dsmq.store.api import Put
+from dsmq.store.image import Instant, Part, Place
+from dsmq.store.snapshots import RESTORE_GAP, Keeper
+from dsmq.store.sqlite import SQLiteStore
+from dsmq.wire.resp import encode_request
 from test_server import as_map
 from test_sideport import scrape
 
@@ -599,7 +602,8 @@ def test_where_a_thread_survives_the_stop_the_snapshot_is_not_the_last_word(
 # start does not wait.
 SLOW = """
 import os, sys, time
-from dsmq import __main__, snapshot
+from dsmq import __main__
+from dsmq.store import snapshot_file as snapshot
 step, released = sys.argv[1:3]
 real = getattr(snapshot, step)
 def slow(*arguments):
@@ -930,7 +934,7 @@ def check_refused(file: Path, epoch: str, caplog: pytest.LogCaptureFixture, reas
     [aside] = file.parent.glob(f"{file.name}.damaged-*")
     assert aside.read_bytes() == damaged
     assert not file.exists()
-    [line] = [record for record in caplog.records if record.name == "dsmq.keeper"]
+    [line] = [record for record in caplog.records if record.name == "dsmq.store.snapshots"]
     assert line.levelno == logging.ERROR
     assert str(aside) in line.getMessage()
     assert reason in line.getMessage()
@@ -940,7 +944,7 @@ def test_the_version_goes_up_with_the_tables() -> None:
     """Whoever changes what stands in the file gives it another version, and this its new digest."""
     import hashlib
 
-    from dsmq import image
+    from dsmq.store import image
 
     text = store_module.SCHEMA + store_module.INDEX + image.TABLES
     assert (snapshot.VERSION, hashlib.sha256(text.encode()).hexdigest()[:8]) == (1, "d12a9b0e")
@@ -1063,9 +1067,9 @@ def test_a_failure_of_sqlite_at_the_start_is_one_line(file: Path, monkeypatch: p
 READ_ONLY = """
 import sys
 from pathlib import Path
-from dsmq import snapshot
-from dsmq.keeper import Keeper
-from dsmq.sqlite_store import SQLiteStore
+from dsmq.store import snapshot_file as snapshot
+from dsmq.store.snapshots import Keeper
+from dsmq.store.sqlite import SQLiteStore
 
 for folder in map(Path, ("/tmp", "/var/tmp", ".")):
     try:

@@ -14,11 +14,11 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from dsmq import producers
-from dsmq import sqlite_store as store_module
 from dsmq.errors import CannotStart, Forgotten, Full, StoreFailed
-from dsmq.sqlite_store import SQLiteStore
-from dsmq.store import MESSAGE_OVERHEAD_BYTES, TOPIC_OVERHEAD_BYTES, Message, Put, TopicStats, Totals
+from dsmq.store import dedup as producers
+from dsmq.store import sqlite as store_module
+from dsmq.store.api import MESSAGE_OVERHEAD_BYTES, TOPIC_OVERHEAD_BYTES, Message, Put, TopicStats, Totals
+from dsmq.store.sqlite import SQLiteStore
 
 MAX_AGE = 100
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT, Wire
-from dsmq import commands, errors
-from dsmq.syntax import Argument, arguments, bounds
+from dsmq import errors
+from dsmq.broker import commands
+from dsmq.broker.syntax import Argument, arguments, bounds
 from test_server import as_map
 
-PROTOCOL = (ROOT / "src/dsmq/PROTOCOL.md").read_text()
+PROTOCOL = (ROOT / "src/dsmq/wire/PROTOCOL.md").read_text()
 
 
 def rendered(found: list[Argument]) -> str:

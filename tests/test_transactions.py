@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from conftest import Wire, serving, wait_until, wire_to
-from dsmq import commands
+from dsmq.broker import commands
 from dsmq.client import connect
 from dsmq.errors import ReplyError
-from dsmq.protocol import encode_request
 from dsmq.server import Server
+from dsmq.wire.resp import encode_request
 from test_server import as_map
 
 

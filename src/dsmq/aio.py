@@ -21,18 +21,19 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from types import TracebackType
 from typing import Generic, Literal, Self, TypeAlias, TypeVar, Unpack, overload
 
-from dsmq import arguments, calls
 from dsmq import client as blocking
-from dsmq import session as wire
-from dsmq.calls import Once, Plain, Put, PutMany, Reading, Request
-from dsmq.channel import Batch, Connector, Pool
-from dsmq.dial import Target
+from dsmq.client import arguments
+from dsmq.client import requests as calls
+from dsmq.client import session as wire
+from dsmq.client.channel import Batch, Connector, Pool
+from dsmq.client.connection import ClosedSilently, Security, target
+from dsmq.client.dial import Target
+from dsmq.client.reader import Claim, Entry, Inbox, give_back
+from dsmq.client.requests import Once, Plain, Put, PutMany, Reading, Request
+from dsmq.client.session import Message, State
 from dsmq.errors import ClientClosed
-from dsmq.inbox import Claim, Entry, Inbox, give_back
-from dsmq.link import ClosedSilently, Security, target
-from dsmq.protocol import Reply
-from dsmq.session import Message, State
 from dsmq.system import process
+from dsmq.wire.resp import Reply
 
 __all__ = ["AsyncClient", "Message", "connect"]
 

@@ -22,9 +22,9 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from dsmq import command_line, environment
 from dsmq.client import DSMQClientSideConnection, connect
+from dsmq.client.session import Message
 from dsmq.command_line import USAGE, Command
 from dsmq.errors import AuthRequired, ConfigError, DSMQError, TooBig
-from dsmq.session import Message
 from dsmq.system import has_terminal
 from dsmq.terminal import LineFormatter, as_json, printable
 
@@ -110,7 +110,7 @@ def _connect(options: argparse.Namespace, timeout: float = 10.0) -> DSMQClientSi
     files = {name: getattr(options, name) for name in ("ca_file", "cert_file", "key_file")}
     tls: bool | SSLContext = options.tls
     if known["tls_cert_file"][0] and not tls and not any(files.values()):
-        from dsmq.tls import neighbour_context  # noqa: PLC0415 - most need none of it
+        from dsmq.wire.tls import neighbour_context  # noqa: PLC0415 - most need none of it
 
         tls = neighbour_context(known["tls_cert_file"][0])
     token = _token(options.token_file, known)
@@ -187,7 +187,7 @@ def _token(file: str | None, known: dict[str, tuple[str, str]]) -> str | None:
     file = file or known["auth_token_file"][0]
     if not file:
         return None
-    from dsmq.auth import read_tokens  # noqa: PLC0415 - most need none of it
+    from dsmq.broker.auth import read_tokens  # noqa: PLC0415 - most need none of it
 
     return read_tokens(file)[0][2]
 
@@ -196,7 +196,9 @@ def _token(file: str | None, known: dict[str, tuple[str, str]]) -> str | None:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from dsmq import config, logs, server, systemd  # noqa: PLC0415 - see _parser
+    from dsmq import logs, server  # noqa: PLC0415 - see _parser
+    from dsmq import settings as config  # noqa: PLC0415 - see _parser
+    from dsmq.ops import systemd  # noqa: PLC0415 - see _parser
 
     settings = config.from_options(options)
     logs.never_block()
@@ -207,7 +209,7 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _config(options: argparse.Namespace) -> int:
-    from dsmq import config  # noqa: PLC0415 - see _parser
+    from dsmq import settings as config  # noqa: PLC0415 - see _parser
 
     text = config.example() if options.example else config.to_toml(config.from_options(options))
     if sys.stdout.isatty():

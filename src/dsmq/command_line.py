@@ -97,7 +97,7 @@ def _parser(words: list[str], run: Mapping[str, Command]) -> argparse.ArgumentPa
     config.add_argument("--example", action="store_true", help="print a commented dsmq.toml with all defaults instead")
     if {"serve", "config"}.intersection(words):
         # Only then, because the settings take longer to load than the client to run.
-        from dsmq.config import add_options  # noqa: PLC0415
+        from dsmq.settings import add_options  # noqa: PLC0415
 
         add_options(serve)
         add_options(config)

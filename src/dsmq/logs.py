@@ -21,7 +21,7 @@ from dsmq.system import process
 from dsmq.terminal import LineFormatter, as_json
 
 if TYPE_CHECKING:
-    from dsmq.config import Settings
+    from dsmq.settings import Settings
 
 PERIOD_SECONDS = 1.0
 # Writes that wait for whoever reads the log. What comes beyond them is dropped, counted, and told later.

@@ -24,25 +24,29 @@ from functools import partial
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from dsmq import __version__, auth, config, environment, listening, logs, metrics, system
-from dsmq.auth import Gate, HTTPGate
-from dsmq.commands import Services
-from dsmq.config import EmbeddedSettings, Settings
+from dsmq import __version__, environment, logs, system
+from dsmq import settings as config
+from dsmq.broker import auth
+from dsmq.broker import listener as listening
+from dsmq.broker.auth import Gate, HTTPGate
+from dsmq.broker.commands import Services
+from dsmq.broker.event_loop import Worker
+from dsmq.broker.listener import Listener
+from dsmq.broker.loop import Peer, Stream
+from dsmq.broker.usage import Usage
 from dsmq.errors import Busy, CannotStart, ConfigError, DSMQError, ReplyError, ServerFailed
-from dsmq.expiry import Expiry
-from dsmq.keeper import LAST_SNAPSHOT_SECONDS, Keeper
-from dsmq.listening import Listener
-from dsmq.loop import Peer, Stream
-from dsmq.metrics import Counters
-from dsmq.protocol import encode_error
-from dsmq.sqlite_store import SQLiteStore
-from dsmq.status import Status
-from dsmq.store import Limits, Store, Totals
+from dsmq.ops import metrics
+from dsmq.ops.metrics import Counters
+from dsmq.ops.status import Status
+from dsmq.ops.systemd import Systemd
+from dsmq.settings import EmbeddedSettings, Settings
+from dsmq.store.api import Limits, Store, Totals
+from dsmq.store.expiry import Expiry
+from dsmq.store.snapshots import LAST_SNAPSHOT_SECONDS, Keeper
+from dsmq.store.sqlite import SQLiteStore
 from dsmq.system import expect_long_messages, has_terminal
-from dsmq.systemd import Systemd
 from dsmq.threads import join, wait_until
-from dsmq.usage import Usage
-from dsmq.worker import Worker
+from dsmq.wire.resp import encode_error
 
 # File descriptors left for other things than connections.
 RESERVED_FILES = 64
@@ -156,7 +160,7 @@ class Server:
         # Before they are read: what changes meanwhile is read the next time.
         written = [os.stat(file).st_mtime_ns if os.path.exists(file) else 0 for file in files]
         if settings.tls_cert_file:
-            from dsmq.tls import server_context  # noqa: PLC0415 - a server without TLS needs none of it
+            from dsmq.wire.tls import server_context  # noqa: PLC0415 - a server without TLS needs none of it
 
             tls = server_context(*files)
         _check_exposure([listener.socket for listener in self._listeners], settings, gate)
@@ -231,7 +235,7 @@ class Server:
 
     def _open_side_port(self, sock: socket.socket) -> Any:
         # Imported here, because a server without a side port needs none of it.
-        from dsmq.sideport import SidePort  # noqa: PLC0415
+        from dsmq.ops.http import SidePort  # noqa: PLC0415
 
         return SidePort(sock, metrics.registry(self.status), self.status, lambda: self._http_gate)
 
@@ -277,7 +281,7 @@ class Server:
     def _stream(self, sock: socket.socket) -> Stream:
         if not self._tls:
             return sock
-        from dsmq import tls  # noqa: PLC0415 - see _configure
+        from dsmq.wire import tls  # noqa: PLC0415 - see _configure
 
         return tls.accept(self._tls, sock)
 

@@ -12,9 +12,9 @@ from chaos.checker import summary
 from chaos.clients import HOST, Job
 from chaos.scenarios import FAST, reset_at_random
 from chaos.stage import Stage
-from dsmq.calls import Plain
 from dsmq.client import DSMQClientSideConnection, connect
-from dsmq.session import stored_id
+from dsmq.client.requests import Plain
+from dsmq.client.session import stored_id
 from faults.rig import Daemon, progress
 
 RESTARTS = 20

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from dsmq import cli
-from dsmq.sqlite_store import SQLiteStore
-from dsmq.store import Message, Put
+from dsmq.store.api import Message, Put
+from dsmq.store.sqlite import SQLiteStore
 
 # How often what is wrong at random goes wrong.
 RATIO = 0.02

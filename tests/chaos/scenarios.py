@@ -152,7 +152,7 @@ def restarts(stage: Stage) -> None:
 
 def restarts_behind_socket(stage: Stage) -> None:
     """The same, where the listening sockets are not the server's own and outlive it, as with systemd."""
-    if importlib.util.find_spec("dsmq.systemd") is None:
+    if importlib.util.find_spec("dsmq.ops.systemd") is None:
         raise NotHere("this dsmq takes no sockets from systemd")
     with socket.create_server((HOST, 0)) as queue, socket.create_server((HOST, 0)) as metrics:
         _restart_often(stage, stage.lives(snapshot=True, passed=(queue, metrics)))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from chaos.history import History, Server
-from dsmq.protocol import Reply, ReplyParser, encode_request
+from dsmq.wire.resp import Reply, ReplyParser, encode_request
 from faults.rig import Daemon
 
 HOST = "127.0.0.1"

@@ -28,7 +28,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from conftest import ROOT, tool
-from dsmq.auth import HTTPGate, host_names
+from dsmq.broker.auth import HTTPGate, host_names
 from dsmq.client import DSMQClientSideConnection, connect
 from dsmq.errors import DSMQError
 
@@ -209,7 +209,7 @@ def test_the_image_holds_what_runs_and_no_more(podman: Podman) -> None:
         print(*sorted(found.name.lower().replace("_", "-") for found in importlib.metadata.distributions()))
         print(*(where for where, names, _ in os.walk("/opt/dsmq") if "__pycache__" in names))
         sys.argv = ["dsmq", "config"]
-        import dsmq.cli, dsmq.server, dsmq.tls
+        import dsmq.cli, dsmq.server, dsmq.wire.tls
         dsmq.cli.main(["config"])
         caches = {getattr(module, "__cached__", None) for module in list(sys.modules.values())} - {None}
         print(*(path for path in caches if not os.path.exists(path)))

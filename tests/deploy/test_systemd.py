@@ -41,7 +41,8 @@ def wire(message=b"PING"):
 # `dsmq serve` of which an I/O worker does nothing any more, from SIGUSR1 on.
 STALLS = """
 import signal, sys, threading
-from dsmq import cli, worker
+from dsmq import cli
+from dsmq.broker import event_loop as worker
 turn, stalled = worker.Worker._turn, threading.Event()
 def faulty(self):
     if stalled.is_set():

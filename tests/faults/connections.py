@@ -33,7 +33,7 @@ from rig import (
     wait_until,
 )
 
-from dsmq.protocol import encode_request
+from dsmq.wire.resp import encode_request
 
 TOKEN = "a-token-of-the-attacks"
 CROWD = 5000

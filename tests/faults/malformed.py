@@ -22,7 +22,7 @@ from crowd import dial, reset
 from rig import Process, Trial, Victim, compare_latency, megabytes, victim
 
 from dsmq.errors import ProtocolError, ReplyError
-from dsmq.protocol import ReplyParser, RequestParser, encode_request
+from dsmq.wire.resp import ReplyParser, RequestParser, encode_request
 
 LARGEST = 10_000
 """Bytes of a message that the parser takes here: few, so that limits are met."""
@@ -384,7 +384,7 @@ def fuzz(runs: int) -> None:
         if whole(data) != in_pieces(data, Random(len(data))):
             raise AssertionError(f"read differently in pieces: {data!r}")
 
-    with atheris.instrument_imports(include=["dsmq.protocol"]):
+    with atheris.instrument_imports(include=["dsmq.wire.resp"]):
         pass
     for function in (RequestParser.next, RequestParser.batch, RequestParser._split, RequestParser._next_line):
         function.__code__ = atheris.instrument_func(function).__code__

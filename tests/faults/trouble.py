@@ -18,8 +18,8 @@ from rig import MIB, SOON, Daemon, NotHere, Trial, Victim, megabytes, millisecon
 
 from dsmq.client import DSMQClientSideConnection
 from dsmq.errors import DSMQError, Full, StoreFailed
-from dsmq.protocol import encode_request
-from dsmq.store import MESSAGE_OVERHEAD_BYTES
+from dsmq.store.api import MESSAGE_OVERHEAD_BYTES
+from dsmq.wire.resp import encode_request
 
 # What a full store may take beside what it counts: SQLite's pages are not full, and the tails are not written yet.
 OVERHEAD_RATIO, OVERHEAD_BYTES = 0.35, 12e6

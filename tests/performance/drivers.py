@@ -277,7 +277,7 @@ class Measure:
     def fan_out(self, count: int) -> float:
         """Deliveries a second to 100 waiting readers; by sockets alone, because so many clients would be measured."""
         # Here, because dsmq 1.4 has none, which runs this file too.
-        from dsmq.protocol import encode_request
+        from dsmq.wire.resp import encode_request
 
         def send(sock: socket.socket, words: list[bytes]) -> None:
             sock.sendall(encode_request(*({b"<topic>": topic, b"<id>": last_id}.get(word, word) for word in words)))

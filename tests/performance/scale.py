@@ -28,7 +28,7 @@ from brokers import Broker, free_port, median_ratio, progress, say
 
 from dsmq import server
 from dsmq.client import DSMQClientSideConnection, connect
-from dsmq.protocol import encode_request
+from dsmq.wire.resp import encode_request
 
 LEVELS = {
     "messages": [1_000, 10_000, 100_000, 1_000_000],

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 from urllib.parse import quote
 
-from dsmq import image
-from dsmq.sqlite_store import INDEX, SCHEMA
+from dsmq.store import image
+from dsmq.store.sqlite import INDEX, SCHEMA
 
 VERSION = 1
 # "dsmq", by which file(1) could tell it.

@@ -13,9 +13,11 @@ from functools import lru_cache, partial
 from itertools import accumulate
 from typing import Any, NamedTuple, NoReturn, Protocol
 
-from dsmq import __version__, config
-from dsmq.auth import DEFAULT_USER, Gate, Role
-from dsmq.config import Settings
+from dsmq import __version__
+from dsmq import settings as config
+from dsmq.broker.auth import DEFAULT_USER, Gate, Role
+from dsmq.broker.syntax import arguments, bounds
+from dsmq.broker.usage import Usage, request_memory
 from dsmq.errors import (
     Aborted,
     AuthRequired,
@@ -27,8 +29,10 @@ from dsmq.errors import (
     UnknownVersion,
     WrongEpoch,
 )
-from dsmq.metrics import Counters
-from dsmq.protocol import (
+from dsmq.ops.metrics import Counters
+from dsmq.settings import Settings
+from dsmq.store.api import Answer, Message, Put, Store, T, TopicStats
+from dsmq.wire.resp import (
     MAX_INTEGER,
     encode_array,
     encode_bulk,
@@ -38,9 +42,6 @@ from dsmq.protocol import (
     encode_null,
     encode_simple,
 )
-from dsmq.store import Answer, Message, Put, Store, T, TopicStats
-from dsmq.syntax import arguments, bounds
-from dsmq.usage import Usage, request_memory
 
 DEFAULT_COUNT = 100
 MAX_COUNT = 1_000

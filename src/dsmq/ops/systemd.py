@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from dsmq.errors import CannotStart
-from dsmq.status import Status
+from dsmq.ops.status import Status
 
 # What FileDescriptorName= calls the sockets that clients connect to, and that of the side port.
 QUEUE = "dsmq"

@@ -6,8 +6,8 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 from dsmq.errors import Forgotten
-from dsmq.image import Producer
-from dsmq.store import Put
+from dsmq.store.api import Put
+from dsmq.store.image import Producer
 
 MAX_PRODUCERS = 10_000
 MAX_PUTS_OF_PRODUCER = 1_000

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias
 
+from dsmq.client.reader import Entry, Era, Inbox
 from dsmq.errors import (
     AuthRequired,
     Busy,
@@ -23,9 +24,8 @@ from dsmq.errors import (
     ReplyError,
     TimedOut,
 )
-from dsmq.inbox import Entry, Era, Inbox
-from dsmq.protocol import MAX_INTEGER, Reply, encode_request
 from dsmq.system import LONG_MESSAGE_BYTES, boot_time, expect_long_messages
+from dsmq.wire.resp import MAX_INTEGER, Reply, encode_request
 
 SHUTDOWN = encode_request(b"SHUTDOWN")
 PING = encode_request(b"PING")
@@ -76,7 +76,7 @@ class Message(NamedTuple):
 class _Kept:
     """The inboxes of topics of which messages have come: those used since `since`, and those used last before it.
 
-    It is superseded as a whole: see `dsmq.inbox`.
+    It is superseded as a whole: see `dsmq.client.reader`.
     """
 
     __slots__ = ("missed", "next", "older", "since", "young")

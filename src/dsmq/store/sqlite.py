@@ -23,12 +23,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from operator import attrgetter, itemgetter
 
-from dsmq import image
-from dsmq.chunks import Stored, pack, portions, unpack
 from dsmq.errors import CannotStart, Full, ReplyError, StoreFailed
-from dsmq.image import INSERT_CHUNK, Image, Instant, Part, Place, Producer, Restored, State
-from dsmq.producers import Producers, Puts
-from dsmq.store import (
+from dsmq.store import image
+from dsmq.store.api import (
     MEMORY,
     MESSAGE_OVERHEAD_BYTES,
     SETTINGS,
@@ -41,6 +38,9 @@ from dsmq.store import (
     cost,
     topics_cost,
 )
+from dsmq.store.dedup import Producers, Puts
+from dsmq.store.image import INSERT_CHUNK, Image, Instant, Part, Place, Producer, Restored, State
+from dsmq.store.packed_rows import Stored, pack, portions, unpack
 from dsmq.system import BOOT_CLOCK
 
 # Topics that hold nothing but whose numbering goes on; a forgotten one starts again at 1.

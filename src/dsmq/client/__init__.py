@@ -22,15 +22,16 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Generic, Literal, Self, TypeGuard, TypeVar, Unpack, overload
 
-from dsmq import arguments, calls
-from dsmq import session as wire
-from dsmq.calls import Call, Once, Plain, Producer, Put, PutMany, Reading, Request, Retries
+from dsmq.client import arguments
+from dsmq.client import requests as calls
+from dsmq.client import session as wire
+from dsmq.client.connection import ClosedSilently, Link, Security, closed_silently, target
+from dsmq.client.reader import Claim, Entry, Inbox, give_back
+from dsmq.client.requests import Call, Once, Plain, Producer, Put, PutMany, Reading, Request, Retries
+from dsmq.client.session import Message, Session, State
 from dsmq.errors import ClientClosed, DSMQError, ReplyError
-from dsmq.inbox import Claim, Entry, Inbox, give_back
-from dsmq.link import ClosedSilently, Link, Security, closed_silently, target
-from dsmq.protocol import Reply
-from dsmq.session import Message, Session, State
 from dsmq.system import process
+from dsmq.wire.resp import Reply
 
 __all__ = ["DSMQClientSideConnection", "Message", "connect"]
 
@@ -71,7 +72,7 @@ def connect(  # noqa: PLR0913 - each may be wanted
     A connection that breaks later is replaced behind the caller's back, and the call that noticed goes on: nothing is
     read twice or skipped, and no put is stored twice. A call that finds no server for reconnect_timeout seconds (0:
     at once) raises ConnectionLost. on_state_change is told of all that, in the thread of that call: see
-    `dsmq.session.State`. It must not raise.
+    `dsmq.client.session.State`. It must not raise.
 
     token is what the server may ask for. tls=True encrypts, and verifies the server's certificate and that it is for
     this host; ca_file names authorities to trust in place of the system's, cert_file and key_file what to show of one's
@@ -614,7 +615,7 @@ class _Messages(Generic[T]):
 
 
 class _States:
-    """What was told last of the connection. It is superseded as a whole: see `dsmq.inbox`."""
+    """What was told last of the connection. It is superseded as a whole: see `dsmq.client.reader`."""
 
     def __init__(self) -> None:
         self.last: tuple[Literal["", "lost", "given up"], dict[int, object]] = "", {}

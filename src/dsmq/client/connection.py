@@ -9,12 +9,11 @@ import weakref
 from selectors import EVENT_READ, EVENT_WRITE
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
-from dsmq import arguments
-from dsmq import session as wire
-from dsmq.calls import Producer
-from dsmq.dial import LONGEST_WAIT_SECONDS, Selector, Target, dial, program, silent_program
+from dsmq.client import arguments
+from dsmq.client import session as wire
+from dsmq.client.dial import LONGEST_WAIT_SECONDS, Selector, Target, dial, program, silent_program
+from dsmq.client.requests import Producer
 from dsmq.errors import AuthRequired, ConfigError, DSMQError, ProtocolError
-from dsmq.protocol import Reply, ReplyParser
 from dsmq.system import (
     LONG_YIELD_PAUSE_SECONDS,
     LONG_YIELD_SECONDS,
@@ -22,6 +21,7 @@ from dsmq.system import (
     process,
     yield_processor,
 )
+from dsmq.wire.resp import Reply, ReplyParser
 
 if TYPE_CHECKING:
     from ssl import SSLContext
@@ -73,7 +73,7 @@ def target(host: str, port: int, **security: Unpack[Security]) -> Target:
         return Target(host, port, tls, token)
     if not (tls or any(files)):
         return Target(host, port, None, token)
-    from dsmq.tls import client_context  # noqa: PLC0415 - most clients need none of it
+    from dsmq.wire.tls import client_context  # noqa: PLC0415 - most clients need none of it
 
     return Target(host, port, client_context(*files), token)
 

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from dsmq.commands import Services
-from dsmq.metrics import Counters
-from dsmq.store import Answer, Put
+from dsmq.broker.commands import Services
+from dsmq.ops.metrics import Counters
+from dsmq.store.api import Answer, Put
 
 if TYPE_CHECKING:
-    from dsmq.connection import Connection
+    from dsmq.broker.connection import Connection
 
 
 class Stream(Protocol):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias
 if TYPE_CHECKING:
     from ssl import SSLContext
 
-    from dsmq.tls import TLSSocket
+    from dsmq.wire.tls import TLSSocket
 
 Address: TypeAlias = "tuple[int, int, int, Any]"
 """Family, type, protocol and address, as `socket` takes them."""
@@ -62,7 +62,7 @@ def dial(target: Target, timeout: float) -> socket.socket | TLSSocket:
     """Return a non-blocking connection. Raises OSError."""
     sock = _open_unix(target, timeout) if target.is_unix else _open_tcp(target, timeout)
     if target.tls:
-        from dsmq import tls  # noqa: PLC0415 - most clients need none of it
+        from dsmq.wire import tls  # noqa: PLC0415 - most clients need none of it
 
         sock.settimeout(timeout)
         return tls.connect(target.tls, sock, target.name)

@@ -17,8 +17,8 @@ from selectors import EVENT_READ, EVENT_WRITE
 from time import monotonic
 
 from dsmq import logs
-from dsmq.auth import Role, Token
-from dsmq.commands import (
+from dsmq.broker.auth import Role, Token
+from dsmq.broker.commands import (
     MAX_READ_BYTES,
     PERMITTED,
     PUT,
@@ -30,6 +30,8 @@ from dsmq.commands import (
     Transaction,
     find,
 )
+from dsmq.broker.loop import Loop, Peer, Stream
+from dsmq.broker.usage import FREE_BYTES, Budget, request_memory
 from dsmq.errors import (
     AuthRequired,
     BadRequest,
@@ -41,10 +43,8 @@ from dsmq.errors import (
     TimedOut,
     WrongToken,
 )
-from dsmq.loop import Loop, Peer, Stream
-from dsmq.protocol import REQUEST_OVERHEAD_BYTES, RequestParser, encode_error, encode_integer
-from dsmq.store import MESSAGE_OVERHEAD_BYTES, Answer, Message, Put, T
-from dsmq.usage import FREE_BYTES, Budget, request_memory
+from dsmq.store.api import MESSAGE_OVERHEAD_BYTES, Answer, Message, Put, T
+from dsmq.wire.resp import REQUEST_OVERHEAD_BYTES, RequestParser, encode_error, encode_integer
 
 # Received, and sent, at once: so that one connection does not hold up the others.
 RECEIVE_BYTES = 131_072

@@ -9,16 +9,17 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dsmq import __version__, metrics
-from dsmq.auth import Role
-from dsmq.commands import Services
-from dsmq.connection import Connection
+from dsmq import __version__
+from dsmq.broker.auth import Role
+from dsmq.broker.commands import Services
+from dsmq.broker.connection import Connection
+from dsmq.broker.event_loop import PULSE_SECONDS, Worker
 from dsmq.errors import ReplyError
-from dsmq.expiry import Expiry
-from dsmq.keeper import Keeper, Tally
-from dsmq.metrics import Counters, Rates
-from dsmq.store import Limits, Timing, TopicStats, Totals
-from dsmq.worker import PULSE_SECONDS, Worker
+from dsmq.ops import metrics
+from dsmq.ops.metrics import Counters, Rates
+from dsmq.store.api import Limits, Timing, TopicStats, Totals
+from dsmq.store.expiry import Expiry
+from dsmq.store.snapshots import Keeper, Tally
 
 # By what name the metrics sum up the topics that are not shown one by one.
 OTHER = b"other"

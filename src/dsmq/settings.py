@@ -18,9 +18,9 @@ from pydantic import AfterValidator, Field, SecretStr, ValidationError, Validati
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from dsmq import environment
-from dsmq.auth import MIN_TOKEN_CHARACTERS, TOO_SHORT, host_names
+from dsmq.broker.auth import MIN_TOKEN_CHARACTERS, TOO_SHORT, host_names
+from dsmq.broker.listener import UNIX
 from dsmq.errors import ConfigError
-from dsmq.listening import UNIX
 from dsmq.terminal import quoted
 
 Port = Annotated[int, Field(ge=0, le=65535)]

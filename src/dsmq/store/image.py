@@ -8,7 +8,7 @@ from itertools import groupby
 from operator import itemgetter
 from typing import NamedTuple, TypeAlias
 
-from dsmq.chunks import Stored, pack, portions
+from dsmq.store.packed_rows import Stored, pack, portions
 
 TABLES = """
 CREATE TABLE state (

@@ -22,8 +22,8 @@ from dsmq import __version__
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry, Metric
 
-    from dsmq.keeper import Tally
-    from dsmq.store import Limits, Timing, TopicStats, Totals
+    from dsmq.store.api import Limits, Timing, TopicStats, Totals
+    from dsmq.store.snapshots import Tally
 
 RECENT_ERRORS = 50
 # Over how long at least the rates of topics are taken, however often they are looked at, and by how many.

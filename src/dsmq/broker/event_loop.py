@@ -21,15 +21,15 @@ from functools import partial
 from typing import Protocol
 
 from dsmq import logs
-from dsmq.commands import COMMANDS, Services
-from dsmq.connection import SLOW_SECONDS, Connection, result_of
+from dsmq.broker.commands import COMMANDS, Services
+from dsmq.broker.connection import SLOW_SECONDS, Connection, result_of
+from dsmq.broker.listener import Listener
+from dsmq.broker.loop import Peer, Stream
+from dsmq.broker.usage import Budget
 from dsmq.errors import Busy, ReplyError, StoreFailed
-from dsmq.listening import Listener
-from dsmq.loop import Peer, Stream
-from dsmq.metrics import Counters
-from dsmq.store import Answer, Put
+from dsmq.ops.metrics import Counters
+from dsmq.store.api import Answer, Put
 from dsmq.system import LONG_YIELD_PAUSE_SECONDS, LONG_YIELD_SECONDS, yield_processor
-from dsmq.usage import Budget
 
 # How often a worker shows that it lives, and measures how late it looks at its timers.
 PULSE_SECONDS = 1.0

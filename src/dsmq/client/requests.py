@@ -16,10 +16,8 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Protocol, TypeAlias, TypeVar
 
-from dsmq.errors import AuthRequired, Closing, ConnectionLost, DSMQError, MessageNotText, ReplyError, TimedOut
-from dsmq.inbox import LATEST, Asked, Claim, Entry, Era, Inbox, read_request
-from dsmq.protocol import Reply
-from dsmq.session import (
+from dsmq.client.reader import LATEST, Asked, Claim, Entry, Era, Inbox, read_request
+from dsmq.client.session import (
     MAX_READ_BYTES,
     MIN_READ_BYTES,
     Session,
@@ -29,7 +27,9 @@ from dsmq.session import (
     stored_id,
     topic_name,
 )
+from dsmq.errors import AuthRequired, Closing, ConnectionLost, DSMQError, MessageNotText, ReplyError, TimedOut
 from dsmq.system import boot_time, process
+from dsmq.wire.resp import Reply
 
 T = TypeVar("T")
 

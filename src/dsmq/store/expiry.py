@@ -7,7 +7,7 @@ import threading
 import time
 
 from dsmq import logs
-from dsmq.store import Store, Timing
+from dsmq.store.api import Store, Timing
 
 # Between two slices the lock is free for this long, and for less where so much expires that this would be too slow.
 _PAUSE_SECONDS = 0.002

@@ -8,11 +8,11 @@ from collections.abc import Hashable, Sequence
 from operator import itemgetter
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from dsmq.protocol import REQUEST_OVERHEAD_BYTES
+from dsmq.wire.resp import REQUEST_OVERHEAD_BYTES
 
 if TYPE_CHECKING:
-    from dsmq.config import Settings
-    from dsmq.connection import Connection
+    from dsmq.broker.connection import Connection
+    from dsmq.settings import Settings
 
 # What one connection may hold of each kind without being counted or made to wait: so that short requests and replies
 # pass while others take up the total. With 10,000 connections it comes to 40 MB.

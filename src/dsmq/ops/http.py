@@ -24,9 +24,10 @@ from typing import Any, NamedTuple
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
-from dsmq import __version__, listening, logs
-from dsmq.auth import HTTPGate
-from dsmq.status import Status
+from dsmq import __version__, logs
+from dsmq.broker import listener as listening
+from dsmq.broker.auth import HTTPGate
+from dsmq.ops.status import Status
 
 # A scrape takes milliseconds; what hangs on longer is cut off.
 REQUEST_TIMEOUT_SECONDS = 5.0
@@ -328,7 +329,7 @@ def _page() -> _Reply:
 
     What it shows comes by /status.json.
     """
-    html = resources.files("dsmq").joinpath("page.html").read_text(encoding="utf-8")
+    html = resources.files("dsmq.ops").joinpath("page.html").read_text(encoding="utf-8")
     script, style = (
         base64.b64encode(
             hashlib.sha256(html.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0].encode()).digest()

@@ -18,11 +18,13 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from dsmq import image, logs, snapshot
+from dsmq import logs
 from dsmq.errors import CannotStart, ReplyError
-from dsmq.image import Image, Instant, Place
-from dsmq.snapshot import Abandoned, Unusable
-from dsmq.sqlite_store import SQLiteStore
+from dsmq.store import image
+from dsmq.store import snapshot_file as snapshot
+from dsmq.store.image import Image, Instant, Place
+from dsmq.store.snapshot_file import Abandoned, Unusable
+from dsmq.store.sqlite import SQLiteStore
 from dsmq.threads import join
 
 # By how much more than the snapshot's last id there may have been, each time that the server went on from it.

@@ -12,15 +12,15 @@ from itertools import repeat
 from operator import itemgetter
 from typing import Any, Literal, cast
 
-from dsmq import session as wire
-from dsmq.calls import BYTES_AT_ONCE, PUTS_AT_ONCE, Plain, Producer, PutMany, Request, Retries
 from dsmq.client import IDLE_SECONDS
-from dsmq.dial import REST_SECONDS, STAGGER_SECONDS, Address, Target, addresses, failure, unix_address
+from dsmq.client import session as wire
+from dsmq.client.connection import ENDED, LONG_PAUSE_SECONDS, closed_silently, raise_if_known
+from dsmq.client.dial import REST_SECONDS, STAGGER_SECONDS, Address, Target, addresses, failure, unix_address
+from dsmq.client.requests import BYTES_AT_ONCE, PUTS_AT_ONCE, Plain, Producer, PutMany, Request, Retries
+from dsmq.client.session import Session, State
 from dsmq.errors import ClientClosed, ConnectionLost, DSMQError, ProtocolError, ReplyError
-from dsmq.link import ENDED, LONG_PAUSE_SECONDS, closed_silently, raise_if_known
-from dsmq.protocol import Reply, ReplyParser
-from dsmq.session import Session, State
 from dsmq.system import expect_long_messages, process, unsent_bytes
+from dsmq.wire.resp import Reply, ReplyParser
 
 # How many requests may be unanswered on a connection: as many puts as a server surely remembers of one producer.
 _MAX_UNANSWERED = 2 * PUTS_AT_ONCE

@@ -1,0 +1,1 @@
+"""The event loops, the connections that they serve, and the commands."""

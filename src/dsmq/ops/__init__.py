@@ -1,0 +1,1 @@
+"""What operators see: status, metrics, the HTTP endpoint, systemd."""

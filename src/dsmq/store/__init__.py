@@ -1,0 +1,1 @@
+"""Where messages are kept: in memory, in SQLite, with snapshots on disk."""
