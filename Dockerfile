@@ -39,7 +39,7 @@ VOLUME /var/lib/dsmq
 ENV PATH=/opt/dsmq/bin:$PATH PYTHONPYCACHEPREFIX=/opt/dsmq/bytecode DSMQ_CONFIG=/etc/dsmq/dsmq.toml
 # The container has an address of its own; whoever runs it decides which ports are published. Because it listens on that
 # address, it does not start without a token (DSMQ_AUTH_TOKEN, DSMQ_AUTH_TOKEN_FILE), unless DSMQ_PROTECTED_MODE=false.
-ENV DSMQ_HOST=0.0.0.0 DSMQ_METRICS_HOST=0.0.0.0 DSMQ_REMOTE_SHUTDOWN=false DSMQ_LOG_TO=stdout
+ENV DSMQ_HOST=0.0.0.0 DSMQ_HTTP_HOST=0.0.0.0 DSMQ_ALLOW_SHUTDOWN=false DSMQ_LOG_STREAM=stdout
 ENV DSMQ_SNAPSHOT_FILE=/var/lib/dsmq/snapshot DSMQ_SNAPSHOT_INTERVAL_SECONDS=60
 # A number: what checks that it is not root's knows no names.
 USER 10001:10001

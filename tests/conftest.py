@@ -161,14 +161,14 @@ class Daemon:
 
     def __init__(self, *options: str, env: dict[str, str] | None = None, prefix: Sequence[str] = ()) -> None:
         self.process = subprocess.Popen(
-            [*prefix, sys.executable, "-m", "dsmq", "serve", "--port", "0", "--metrics-port", "0", *options],
+            [*prefix, sys.executable, "-m", "dsmq", "serve", "--port", "0", "--http-port", "0", *options],
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, **(env or {})},
         )
         self.log: list[str] = []
         self.port = int(self.wait_for_line(r"serves on .*?:(\d+)(?: |,)")[1])
-        self.metrics_port = int(self.wait_for_line(r"metrics on http://.*?:(\d+)/")[1])
+        self.http_port = int(self.wait_for_line(r"metrics on http://.*?:(\d+)/")[1])
 
     def wait_for_line(self, pattern: str) -> re.Match[str]:
         """Return the match of the next line of the log that has one."""

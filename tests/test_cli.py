@@ -682,7 +682,7 @@ def test_empty_variables_are_none(server: Daemon) -> None:
 def test_a_unix_socket_serves_and_is_gone_behind_the_server(tmp_path: Path) -> None:
     path = tmp_path / "socket"
     host = f"unix:{path}"
-    with started("serve", "--host", host, "--metrics-port", "off") as server:
+    with started("serve", "--host", host, "--http-port", "off") as server:
         assert server.stderr is not None
         assert f"serves on {host} ".encode() in server.stderr.readline()
         assert result("put", "t", "hello", "--host", host) == (0, b"", b"")
@@ -882,7 +882,7 @@ def pem(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_wrong_certificate_or_key_is_told_in_plain_words(cert: str, key: str, says: str, pem: Path) -> None:
     files = {"cert-file": str(pem / cert), "key-file": str(pem / key)}
     client = ["ping", *(word for name, file in files.items() for word in (f"--{name}", file))]
-    server = ["serve", "--port=0", "--metrics-port=off", *(f"--tls-{name}={file}" for name, file in files.items())]
+    server = ["serve", "--port=0", "--http-port=off", *(f"--tls-{name}={file}" for name, file in files.items())]
     for words in (client, server):
         done = run_dsmq(*words, prefix=without_privileges())
         assert_one_line((done.returncode, done.stdout, done.stderr), 2, says.format(folder=pem))
@@ -890,18 +890,16 @@ def test_a_wrong_certificate_or_key_is_told_in_plain_words(cert: str, key: str, 
 
 @pytest.mark.parametrize("name", ["empty", "key", "folder", "missing", "secret"])
 def test_wrong_authorities_are_told_in_plain_words(name: str, pem: Path) -> None:
-    server = (
-        f"serve --port 0 --metrics-port off --tls-cert-file {pem}/cert --tls-key-file {pem}/key --tls-client-ca-file"
-    )
+    server = f"serve --port 0 --http-port off --tls-cert-file {pem}/cert --tls-key-file {pem}/key --tls-client-ca-file"
     for words in ("ping --ca-file", server):
         done = run_dsmq(*words.split(), str(pem / name), prefix=without_privileges())
         assert_one_line((done.returncode, done.stdout, done.stderr), 2, f"authorities {pem}/{name}: ")
 
 
-@pytest.mark.parametrize("name", ["auth-token-file", "metrics-token-file", "snapshot-file", "config"])
+@pytest.mark.parametrize("name", ["auth-token-file", "http-token-file", "snapshot-file", "config"])
 @pytest.mark.parametrize("what", ["folder", "secret"])
 def test_a_file_of_the_server_that_can_not_be_used_is_told(name: str, what: str, pem: Path) -> None:
-    done = run_dsmq(*f"serve --port 0 --metrics-port 0 --{name} {pem}/{what}".split(), prefix=without_privileges())
+    done = run_dsmq(*f"serve --port 0 --http-port 0 --{name} {pem}/{what}".split(), prefix=without_privileges())
     lines = done.stderr.decode().splitlines()
     assert done.returncode in (1, 2)
     assert lines[-1].startswith("dsmq: ")
@@ -939,7 +937,7 @@ def test_no_server_at_a_unix_socket_is_told_with_its_path(tmp_path: Path) -> Non
 @pytest.mark.parametrize("host", ["nowhere.invalid", "no..where"])
 def test_an_unknown_host_is_told_with_its_name(host: str) -> None:
     assert_one_line(result("ping", "--host", host), 1, host)
-    assert_one_line(result("serve", "--port", "0", "--host", host, "--metrics-port", "off"), 1, host)
+    assert_one_line(result("serve", "--port", "0", "--host", host, "--http-port", "off"), 1, host)
 
 
 @pytest.mark.parametrize("command", ["ping", "get t", "put t x", "topics"])
@@ -962,8 +960,8 @@ def test_a_front_that_closes_connections_is_told(command: str) -> None:
 
 
 def test_what_is_no_dsmq_server_is_told(server: Daemon) -> None:
-    done = result("ping", "--port", str(server.metrics_port), "--timeout", str(SOON))
-    assert_one_line(done, 1, f"127.0.0.1 port {server.metrics_port} is dsmq's HTTP endpoint")
+    done = result("ping", "--port", str(server.http_port), "--timeout", str(SOON))
+    assert_one_line(done, 1, f"127.0.0.1 port {server.http_port} is dsmq's HTTP endpoint")
 
 
 @pytest.mark.parametrize("arguments", [["put", "", "x"], ["get", ""]], ids=["put", "get"])
@@ -1002,21 +1000,21 @@ def test_help_is_printed_whatever_the_environment_says(command: str) -> None:
 def test_a_taken_port_is_told() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        done = result("serve", "--port", port, "--metrics-port", "0")
+        done = result("serve", "--port", port, "--http-port", "0")
         assert_one_line(done, 1, f"127.0.0.1:{port}: the address is in use")
-        done = result("serve", "--port", "0", "--metrics-port", port)
+        done = result("serve", "--port", "0", "--http-port", port)
         assert_one_line(done, 1, f"127.0.0.1:{port}: the address is in use")
 
 
 def test_an_address_of_another_machine_is_told() -> None:
-    done = result("serve", "--host", "192.0.2.1", "--port", "0", "--metrics-port", "off")
+    done = result("serve", "--host", "192.0.2.1", "--port", "0", "--http-port", "off")
     assert_one_line(done, 1, "192.0.2.1:0: Cannot assign requested address")
-    done = result("serve", "--metrics-host", "192.0.2.1", "--port", "0", "--metrics-port", "0")
+    done = result("serve", "--http-host", "192.0.2.1", "--port", "0", "--http-port", "0")
     assert_one_line(done, 1, "192.0.2.1:0: Cannot assign requested address")
 
 
 def test_a_port_for_root_alone_is_told() -> None:
-    done = run_dsmq("serve", "--port", "1", "--metrics-port", "off", prefix=without_privileges())
+    done = run_dsmq("serve", "--port", "1", "--http-port", "off", prefix=without_privileges())
     assert_one_line((done.returncode, done.stdout, done.stderr), 1, "127.0.0.1:1: permission denied")
 
 
@@ -1027,16 +1025,16 @@ def test_a_port_for_root_alone_is_told() -> None:
 def test_a_unix_path_that_cannot_be_is_told(name: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a socket")
     host = f"unix:{tmp_path / name}"
-    done = result("serve", "--host", host, "--metrics-port", "off")
+    done = result("serve", "--host", host, "--http-port", "off")
     assert_one_line(done, 1, host)
     assert says in done[2].decode()
     assert (tmp_path / "file").read_text() == "not a socket"
 
 
-@pytest.mark.parametrize("options", ["--host unix:", "--metrics-host unix:", "--metrics-host unix:{folder}/metrics"])
+@pytest.mark.parametrize("options", ["--host unix:", "--http-host unix:", "--http-host unix:{folder}/metrics"])
 def test_a_unix_socket_has_a_path_and_is_not_for_metrics(options: str, tmp_path: Path) -> None:
     words = options.format(folder=tmp_path).split()
-    with started("serve", "--port", "0", "--metrics-port", "0", *words) as process:
+    with started("serve", "--port", "0", "--http-port", "0", *words) as process:
         assert process.stderr is not None
         first = process.stderr.readline()
         assert b"serves on" not in first
@@ -1213,7 +1211,7 @@ class Stopper(logging.Handler):
         if "serves on" in record.getMessage():
             os.kill(os.getpid(), signal.SIGTERM)
 logging.getLogger("dsmq").addHandler(Stopper())
-sys.exit(main(["serve", "--port", "0", "--metrics-port", "off"]))
+sys.exit(main(["serve", "--port", "0", "--http-port", "off"]))
 """
     done = subprocess.run([sys.executable, "-c", script], stderr=subprocess.PIPE, timeout=SOON, check=False)
     assert done.returncode == 0
@@ -1268,7 +1266,7 @@ def test_a_client_may_stop_the_server() -> None:
 
 
 def test_a_client_may_not_stop_a_server_that_forbids_it() -> None:
-    with daemon("--remote-shutdown", "false") as server:
+    with daemon("--allow-shutdown", "false") as server:
         with connect(port=server.port) as mq:
             with pytest.raises(NotPermitted):
                 mq.shutdown_server()
@@ -1294,7 +1292,7 @@ def test_options_of_the_server_reach_it() -> None:
 
 def test_the_log_level_is_the_least_that_is_logged(tmp_path: Path) -> None:
     host = f"unix:{tmp_path}/socket"
-    with started("serve", "--host", host, "--metrics-port", "off", "--log-level", "error") as server:
+    with started("serve", "--host", host, "--http-port", "off", "--log-level", "error") as server:
         wait_until(lambda: result("ping", "--host", host)[0] == 0)
         server.terminate()
         assert ended(server) == (0, b"", b"")
@@ -1302,7 +1300,7 @@ def test_the_log_level_is_the_least_that_is_logged(tmp_path: Path) -> None:
 
 def test_a_server_can_be_stopped_before_it_serves() -> None:
     process = subprocess.Popen(
-        [sys.executable, "-X", "importtime", "-m", "dsmq", "serve", "--port", "0", "--metrics-port", "off"],
+        [sys.executable, "-X", "importtime", "-m", "dsmq", "serve", "--port", "0", "--http-port", "off"],
         stderr=subprocess.PIPE,
         text=True,
     )

@@ -229,7 +229,7 @@ def test_serve_in_a_process_stops_gracefully_when_terminated(method: str, tmp_pa
 
 
 def test_shutdown_that_is_not_allowed() -> None:
-    with serving(remote_shutdown=False) as server, connect(port=server.port) as mq:
+    with serving(allow_shutdown=False) as server, connect(port=server.port) as mq:
         with pytest.raises(NotPermitted):
             mq.shutdown_server()
         assert mq.put("t", "x") == 1

@@ -55,8 +55,8 @@ def test_without_any_source_there_are_the_defaults() -> None:
 
 
 def test_toml_wins_over_defaults(tmp_path: Path) -> None:
-    settings = config.load(toml(tmp_path, "port = 1001\nremote_shutdown = false"))
-    assert (settings.port, settings.remote_shutdown, settings.max_age_seconds) == (1001, False, 600)
+    settings = config.load(toml(tmp_path, "port = 1001\nallow_shutdown = false"))
+    assert (settings.port, settings.allow_shutdown, settings.max_age_seconds) == (1001, False, 600)
 
 
 def test_environment_wins_over_toml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,23 +109,23 @@ def test_settings_do_not_change() -> None:
 # The embedded server
 
 
-def test_an_embedded_server_has_no_metrics_port_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_embedded_server_has_no_http_port_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def port(file: str | None = None, **given: object) -> int | str:
-        return config.load(file, config.EmbeddedSettings, **given).metrics_port
+        return config.load(file, config.EmbeddedSettings, **given).http_port
 
     assert port() == "off"
     assert port(toml(tmp_path, "port = 1")) == "off"
-    assert port(metrics_port=1001) == 1001
-    assert port(toml(tmp_path, "metrics_port = 1002")) == 1002
-    monkeypatch.setenv("DSMQ_METRICS_PORT", "1003")
+    assert port(http_port=1001) == 1001
+    assert port(toml(tmp_path, "http_port = 1002")) == 1002
+    monkeypatch.setenv("DSMQ_HTTP_PORT", "1003")
     assert port() == 1003
 
 
-def test_dsmq_serve_has_a_metrics_port_unless_it_is_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert config.load().metrics_port == 30009
-    assert config.load(toml(tmp_path, 'metrics_port = "off"')).metrics_port == "off"
-    monkeypatch.setenv("DSMQ_METRICS_PORT", "off")
-    assert config.load().metrics_port == "off"
+def test_dsmq_serve_has_a_http_port_unless_it_is_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert config.load().http_port == 30009
+    assert config.load(toml(tmp_path, 'http_port = "off"')).http_port == "off"
+    monkeypatch.setenv("DSMQ_HTTP_PORT", "off")
+    assert config.load().http_port == "off"
 
 
 def test_io_threads_zero_chooses() -> None:
@@ -142,15 +142,15 @@ BAD = [
     ("port", "65536", "65535"),
     ("port", "-1", "0"),
     ("port", "1.5", "should be a whole number, not"),
-    ("metrics_port", "on", "should be a whole number or 'off', not"),
+    ("http_port", "on", "should be a whole number or 'off', not"),
     ("max_age_seconds", "0", "greater than 0"),
     ("max_age_seconds", "x", "should be a number, not"),
     ("max_message_bytes", "0", "1"),
     ("io_threads", "65", "64"),
-    ("remote_shutdown", "maybe", "should be true or false, not"),
+    ("allow_shutdown", "maybe", "should be true or false, not"),
     ("log_level", "loud", "'warning'"),
     ("host", "[::1", "should be an address"),
-    ("metrics_host", "::1]", "should be an address"),
+    ("http_host", "::1]", "should be an address"),
     *(
         ("http_allowed_hosts", text, "without ports")
         for text in ("dsmq:30009", "http://dsmq", "*.dsmq", "a b", "dsmq,ö")
@@ -194,9 +194,9 @@ def test_a_value_of_the_wrong_type_is_told(text: str, tmp_path: Path) -> None:
     assert complaint(file).startswith(f"{file}: {'host' if 'host' in text else 'port'}: ")
 
 
-def test_metrics_port_false_does_not_open_a_port(tmp_path: Path) -> None:
-    file = toml(tmp_path, "metrics_port = false")
-    assert "metrics_port" in complaint(file)
+def test_http_port_false_does_not_open_a_port(tmp_path: Path) -> None:
+    file = toml(tmp_path, "http_port = false")
+    assert "http_port" in complaint(file)
 
 
 def test_all_that_is_wrong_is_told_in_one_line() -> None:
@@ -301,10 +301,10 @@ LINKS = {
     "DSMQ_PORT_30008_TCP_ADDR": "10.96.3.7",
     "DSMQ_PORT_30008_TCP_PORT": "30008",
     "DSMQ_PORT_30008_TCP_PROTO": "tcp",
-    "DSMQ_METRICS_PORT": "udp://10.96.3.8:30009",
+    "DSMQ_HTTP_PORT": "udp://10.96.3.8:30009",
     "DSMQ_METRICS_SERVICE_HOST": "10.96.3.8",
     "DSMQ_METRICS_SERVICE_PORT": "30009",
-    "DSMQ_METRICS_PORT_30009_TCP_ADDR": "10.96.3.8",
+    "DSMQ_HTTP_PORT_30009_TCP_ADDR": "10.96.3.8",
     "DSMQ_X_PORT": "sctp://10.96.3.9:1",
     "DSMQ_NAME": "/web/dsmq",
     "DSMQ_ENV_PYTHON_VERSION": "3.13",
@@ -320,7 +320,7 @@ def test_service_links_are_not_taken_for_settings(
     for variable, value in LINKS.items():
         monkeypatch.setenv(change_case(variable), value)
     assert config.load() == config.Settings()
-    assert (config.load().port, config.load().metrics_port) == (30008, 30009)
+    assert (config.load().port, config.load().http_port) == (30008, 30009)
     monkeypatch.setenv("DSMQ_MAX_TOPICS", "7")
     assert config.load().max_topics == 7
 
@@ -388,7 +388,7 @@ TOKEN = "a-token-that-is-long-enough"
         ({"tls_key_file": "key"}, "tls_key_file is set without tls_cert_file"),
         ({"tls_client_ca_file": "ca"}, "tls_client_ca_file is set without tls_cert_file"),
         ({"snapshot_interval_seconds": 5}, "snapshot_interval_seconds is set without snapshot_file"),
-        ({"metrics_token": TOKEN, "metrics_token_file": "file"}, "metrics_token and metrics_token_file are both set"),
+        ({"http_token": TOKEN, "http_token_file": "file"}, "http_token and http_token_file are both set"),
         ({"snapshot_file": "it", "snapshot_interval_seconds": "0.99"}, "should be 0, or at least 1, not '0.99'"),
     ],
 )
@@ -401,7 +401,7 @@ def test_the_least_interval_between_snapshots_is_a_second_or_none(seconds: float
     assert config.load(snapshot_file="it", snapshot_interval_seconds=seconds).snapshot_interval_seconds == seconds
 
 
-@pytest.mark.parametrize("name", ["auth_token", "metrics_token"])
+@pytest.mark.parametrize("name", ["auth_token", "http_token"])
 @pytest.mark.parametrize(
     ("token", "says"),
     [
@@ -417,7 +417,7 @@ def test_a_wrong_token_is_an_error_that_does_not_show_it(name: str, token: str, 
 
 
 def test_secrets_have_no_options_and_are_masked(tmp_path: Path) -> None:
-    for name in ("auth_token", "metrics_token"):
+    for name in ("auth_token", "http_token"):
         assert run_dsmq("config", config.option(name), TOKEN).returncode == 2
         settings = config.load(toml(tmp_path, f"{name} = {json.dumps(TOKEN)}"))
         assert getattr(settings, name).get_secret_value() == TOKEN
@@ -555,16 +555,16 @@ def test_the_example_as_it_is_changes_nothing(tmp_path: Path) -> None:
 # A value other than the default for every setting; the text has what TOML has to escape.
 OTHERS: dict[str, Any] = {
     "host": 'unix:/tmp/"ö\\ 😀',
-    "metrics_host": "::1",
-    "metrics_port": "off",
-    "remote_shutdown": False,
+    "http_host": "::1",
+    "http_port": "off",
+    "allow_shutdown": False,
     "log_level": "debug",
     "log_format": "json",
-    "log_to": "stdout",
+    "log_stream": "stdout",
     "protected_mode": False,
     "http_allowed_hosts": "dsmq, mq.example.org",
     **{name: f"/etc/dsmq/{name}" for name in config.Settings.model_fields if name.endswith("_file")},
-    **{name: kind["maximum"] for name, kind in NUMBERS.items() if name != "metrics_port"},
+    **{name: kind["maximum"] for name, kind in NUMBERS.items() if name != "http_port"},
 }
 
 

@@ -36,12 +36,12 @@ def addresses_of(monkeypatch: pytest.MonkeyPatch, name: str, *addresses: str) ->
 def test_name_with_several_addresses_is_listened_on_at_each_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
     # The first belongs to no machine: as ::1 on one without IPv6.
     addresses_of(monkeypatch, "several", "192.0.2.1", "127.0.0.1", "127.0.0.2")
-    with serving(host="several", metrics_host="several", metrics_port=0) as server:
+    with serving(host="several", http_host="several", http_port=0) as server:
         assert server.addresses == [f"127.0.0.1:{server.port}", f"127.0.0.2:{server.port}"]
         for host in ("127.0.0.1", "127.0.0.2"):
             with connect(host, server.port) as mq:
                 mq.put("t", host)
-            with urllib.request.urlopen(f"http://{host}:{server.metrics_port}/healthz") as answer:
+            with urllib.request.urlopen(f"http://{host}:{server.http_port}/healthz") as answer:
                 assert answer.status == 200
 
 
@@ -70,7 +70,7 @@ def test_machine_without_ipv6_listens_on_what_else_the_name_stands_for(monkeypat
         return real(address, family=family, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(socket, "create_server", create_server)
-    with serving(host="localhost", metrics_host="localhost", metrics_port=0) as server:
+    with serving(host="localhost", http_host="localhost", http_port=0) as server:
         assert server.addresses == [f"127.0.0.1:{server.port}"]
 
 
@@ -91,7 +91,7 @@ def test_free_port_is_the_same_on_all_addresses_of_a_name(monkeypatch: pytest.Mo
 
 
 def test_setting_of_a_port_that_is_taken_is_named(server: Server) -> None:
-    with pytest.raises(CannotStart, match=r"in use.*--metrics-port"), serving(metrics_port=server.port):
+    with pytest.raises(CannotStart, match=r"in use.*--http-port"), serving(http_port=server.port):
         pass
     with pytest.raises(CannotStart, match=r"in use.*--port"), serving(port=server.port):
         pass
@@ -158,8 +158,8 @@ def test_stop_ends_listening_though_a_forked_child_lives(
     tmp_path: Path, kind: str, fork: Callable[[], AbstractContextManager[object]]
 ) -> None:
     host = "127.0.0.1" if kind == "tcp" else f"unix:{tmp_path}/socket"
-    with serving(host=host, metrics_port=0) as server:
-        port, metrics_port = server.port if kind == "tcp" else 0, server.metrics_port
+    with serving(host=host, http_port=0) as server:
+        port, http_port = server.port if kind == "tcp" else 0, server.http_port
         address = ("127.0.0.1", port) if kind == "tcp" else f"{tmp_path}/socket"
         wire = Wire(address)
         assert wire.call("PING") == "PONG"
@@ -171,7 +171,7 @@ def test_stop_ends_listening_though_a_forked_child_lives(
             with closing(wire):
                 while wire.socket.recv(65536):
                     pass
-            with serving(host=host, port=port, metrics_port=metrics_port), closing(Wire(address)) as again:
+            with serving(host=host, port=port, http_port=http_port), closing(Wire(address)) as again:
                 assert again.call("PING") == "PONG"
 
 
@@ -186,7 +186,7 @@ def test_closed_connection_ends_though_a_forked_child_has_a_copy(server: Server,
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_forked_child_has_none_of_the_sockets_of_a_server(tmp_path: Path) -> None:
     before = open_sockets()
-    with serving(metrics_port=0, snapshot_file=str(tmp_path / "it")) as server, wire_to(server) as wire:
+    with serving(http_port=0, snapshot_file=str(tmp_path / "it")) as server, wire_to(server) as wire:
         assert wire.call("PING") == "PONG"
         client_side = os.readlink(f"/proc/self/fd/{wire.socket.fileno()}")
         with forked(lambda: sorted(open_sockets() - before)) as left:

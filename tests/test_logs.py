@@ -144,7 +144,7 @@ def test_under_systemd_the_journal_gets_priorities_and_no_times(tmp_path: Path) 
 
 def test_the_log_can_go_to_stdout() -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "dsmq", "serve", "--port", "0", "--metrics-port", "off", "--log-to", "stdout"],
+        [sys.executable, "-m", "dsmq", "serve", "--port", "0", "--http-port", "off", "--log-stream", "stdout"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -198,10 +198,21 @@ def fill(descriptor: int) -> int:
 class Unread:
     """`dsmq serve` whose log goes to a pipe that is full from the moment the server serves."""
 
-    def __init__(self, log_to: str, *options: str) -> None:
+    def __init__(self, log_stream: str, *options: str) -> None:
         self.reader, writer = os.pipe()
-        command = [sys.executable, "-m", "dsmq", "serve", "--port", "0", "--metrics-port", "off", "--log-to", log_to]
-        self.process = subprocess.Popen([*command, *options], **{log_to: writer})  # type: ignore[call-overload]
+        command = [
+            sys.executable,
+            "-m",
+            "dsmq",
+            "serve",
+            "--port",
+            "0",
+            "--http-port",
+            "off",
+            "--log-stream",
+            log_stream,
+        ]
+        self.process = subprocess.Popen([*command, "--log-stream", log_stream, *options], **{log_stream: writer})  # type: ignore[call-overload]
         text = b""
         while b"tokens" not in text:
             text += os.read(self.reader, 65536)
@@ -223,8 +234,8 @@ class Unread:
 
 
 @contextmanager
-def unread(log_to: str = "stderr", *options: str) -> Iterator[Unread]:
-    server = Unread(log_to, *options)
+def unread(log_stream: str = "stderr", *options: str) -> Iterator[Unread]:
+    server = Unread(log_stream, *options)
     try:
         yield server
     finally:
@@ -233,10 +244,10 @@ def unread(log_to: str = "stderr", *options: str) -> Iterator[Unread]:
         os.close(server.reader)
 
 
-@pytest.mark.parametrize("log_to", ["stderr", "stdout"])
-def test_log_that_nobody_reads_stops_neither_puts_nor_the_stop(tmp_path: Path, log_to: str) -> None:
+@pytest.mark.parametrize("log_stream", ["stderr", "stdout"])
+def test_log_that_nobody_reads_stops_neither_puts_nor_the_stop(tmp_path: Path, log_stream: str) -> None:
     file = tmp_path / "snapshot"
-    with unread(log_to, "--snapshot-file", str(file), "--max-log-lines-per-second", "1000") as server:
+    with unread(log_stream, "--snapshot-file", str(file), "--max-log-lines-per-second", "1000") as server:
         server.be_noisy(20)
         with connect(port=server.port) as mq:
             mq.put("t", "stored")

@@ -146,7 +146,7 @@ def listening(family: int = socket.AF_INET, address: object = ("127.0.0.1", 0)) 
 def test_it_is_ready_when_it_accepts(tmp_path: Path, address: str) -> None:
     manager = Manager(address.format(path=tmp_path, pid=os.getpid()))
     where = f"{tmp_path}/queue"
-    command = [sys.executable, "-m", "dsmq", "serve", "--host", f"unix:{where}", "--metrics-port", "off"]
+    command = [sys.executable, "-m", "dsmq", "serve", "--host", f"unix:{where}", "--http-port", "off"]
     with (
         manager.socket,
         subprocess.Popen(
@@ -166,7 +166,7 @@ def test_it_is_ready_when_it_accepts(tmp_path: Path, address: str) -> None:
 def test_what_cannot_listen_is_never_ready(manager: Manager) -> None:
     with listening() as taken:
         port = str(taken.getsockname()[1])
-        command = [sys.executable, "-m", "dsmq", "serve", "--port", port, "--metrics-port", "off"]
+        command = [sys.executable, "-m", "dsmq", "serve", "--port", port, "--http-port", "off"]
         done = subprocess.run(
             command, stderr=subprocess.PIPE, env={**os.environ, "NOTIFY_SOCKET": manager.address}, check=False
         )
@@ -286,7 +286,7 @@ def test_passed_sockets_are_listened_on(tmp_path: Path) -> None:
     ):
         # The settings say otherwise.
         with launched(
-            (ipv4, side, ipv6, unix), "dsmq:metrics:dsmq:dsmq", "--port", "1", "--metrics-port", "off"
+            (ipv4, side, ipv6, unix), "dsmq:metrics:dsmq:dsmq", "--port", "1", "--http-port", "off"
         ) as process:
             port, port6, side_port = (sock.getsockname()[1] for sock in (ipv4, ipv6, side))
             log = lines_until(process, "metrics on")

@@ -49,7 +49,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with serving(metrics_port=0) as server:
+    with serving(http_port=0) as server:
         yield server
 
 
@@ -67,7 +67,7 @@ def reading(
     context = browser.new_context(locale="en-US", **options)
     context.set_default_timeout(SOON * 1000)
     page = context.new_page()
-    base = f"http://{host}:{server.metrics_port}/"
+    base = f"http://{host}:{server.http_port}/"
     troubles: list[str] = []
     asked: list[str] = []
     page.on("console", lambda message: troubles.append(f"{message.type}: {message.text}"))
@@ -277,7 +277,7 @@ def test_the_commands_it_shows_fit_the_server(
     trustme.CA().issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(tmp_path / "cert.pem")
     fitted = {name: value.format(tmp_path) for name, value in settings.items()}
     fitted["http_allowed_hosts"] = ELSEWHERE
-    with serving(metrics_port=0, **fitted) as server, reading(browser, server, host=ELSEWHERE) as page:
+    with serving(http_port=0, **fitted) as server, reading(browser, server, host=ELSEWHERE) as page:
         options, given = (
             text.replace("N", str(server.status.port)).replace("{}", str(tmp_path)) for text in (options, given)
         )
@@ -291,7 +291,7 @@ def test_the_commands_it_shows_fit_the_server(
 
 def test_a_full_server_is_seen_at_a_glance(browser: Browser) -> None:
     with (
-        serving(metrics_port=0, max_stored_messages=20) as server,
+        serving(http_port=0, max_stored_messages=20) as server,
         connect(port=server.port, retry=False) as mq,
         reading(browser, server) as page,
     ):
@@ -313,8 +313,8 @@ def test_a_full_server_is_seen_at_a_glance(browser: Browser) -> None:
 
 
 def test_a_lost_server_is_told_and_found_again(browser: Browser) -> None:
-    with serving(metrics_port=0) as server, reading(browser, server, GONE) as page:
-        port = server.metrics_port
+    with serving(http_port=0) as server, reading(browser, server, GONE) as page:
+        port = server.http_port
         with connect(port=server.port) as mq:
             mq.put("t", "x")
         expect(page.locator("#held-messages")).to_have_text("1")
@@ -326,7 +326,7 @@ def test_a_lost_server_is_told_and_found_again(browser: Browser) -> None:
         expect(page.locator("#state")).to_have_text("No answer")
         expect(page.locator("#main")).to_have_class("stale")
         expect(page.locator("#held-messages")).to_have_text("1")
-        with serving(metrics_port=port):
+        with serving(http_port=port):
             expect(page.locator("#banner")).to_be_hidden()
             expect(page.locator("#main")).not_to_have_class("stale")
             expect(page.locator("#state")).to_have_text("Ready")
@@ -335,7 +335,7 @@ def test_a_lost_server_is_told_and_found_again(browser: Browser) -> None:
 
 
 def test_it_asks_for_a_token_and_keeps_it_in_memory_only(browser: Browser) -> None:
-    with serving(metrics_port=0, metrics_token=TOKEN) as server, reading(browser, server, LOCKED) as page:
+    with serving(http_port=0, http_token=TOKEN) as server, reading(browser, server, LOCKED) as page:
         field = page.get_by_label("Token")
         expect(page.get_by_role("heading", name="This server wants a token")).to_be_visible()
         expect(page.locator("#main")).to_be_hidden()
@@ -344,7 +344,7 @@ def test_it_asks_for_a_token_and_keeps_it_in_memory_only(browser: Browser) -> No
             field.fill(wrong)
             field.press("Enter")
             expect(page.locator("#ask-why")).to_contain_text("That is not its token.")
-            expect(page.locator("#ask-why")).to_contain_text("metrics_token_file")
+            expect(page.locator("#ask-why")).to_contain_text("http_token_file")
             expect(field).to_have_value("")
         field.fill(TOKEN)
         field.press("Enter")

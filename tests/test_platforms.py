@@ -92,7 +92,7 @@ class Terminal:
             "serve",
             "--port",
             "0",
-            "--metrics-port",
+            "--http-port",
             "off",
         ]
         with log.open("w") as stream:

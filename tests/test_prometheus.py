@@ -50,7 +50,7 @@ def eventually(condition: Callable[[], bool]) -> None:
 
 
 def metrics(server: Server) -> str:
-    return get(f"http://127.0.0.1:{server.metrics_port}/metrics")
+    return get(f"http://127.0.0.1:{server.http_port}/metrics")
 
 
 def series(server: Server) -> set[str]:
@@ -83,7 +83,7 @@ def make_traffic(server: Server) -> None:
 @contextmanager
 def busy_server(**settings: object) -> Iterator[Server]:
     """A server that has seen make_traffic."""
-    fixed = {"metrics_port": 0, "auth_token": TOKEN, "max_stored_messages_per_topic": 1, "max_connections": 2}
+    fixed = {"http_port": 0, "auth_token": TOKEN, "max_stored_messages_per_topic": 1, "max_connections": 2}
     with serving(**fixed, **settings) as server:
         make_traffic(server)
         yield server
@@ -93,7 +93,7 @@ class Prometheus:
     """A Prometheus on a free port, with the shipped configuration, that scrapes one server each second."""
 
     def __init__(self, server: Server, folder: Path, config: str) -> None:
-        for shipped, ours in (("127.0.0.1:30009", f"127.0.0.1:{server.metrics_port}"), (": 15s", ": 1s")):
+        for shipped, ours in (("127.0.0.1:30009", f"127.0.0.1:{server.http_port}"), (": 15s", ": 1s")):
             assert shipped in config
             config = config.replace(shipped, ours)
         (folder / "prometheus.yml").write_text(config)
@@ -224,7 +224,7 @@ def test_every_alert_has_tests(expression: str, tmp_path: Path) -> None:
 
 
 def test_every_alert_says_what_it_is_and_what_to_do(tmp_path: Path) -> None:
-    with serving(metrics_port=0) as server, prometheus(server, tmp_path) as watcher:
+    with serving(http_port=0) as server, prometheus(server, tmp_path) as watcher:
         alerts = [rule for rule in watcher.rules() if rule["type"] == "alerting"]
         assert sorted(alert["name"] for alert in alerts) == sorted(ALERTS)
         for alert in alerts:
@@ -244,7 +244,7 @@ def test_promtool_finds_nothing_wrong_with_the_metrics() -> None:
 
 
 def test_the_rules_ask_for_what_there_is(tmp_path: Path) -> None:
-    with serving(metrics_port=0, **TOPICS) as server, wire_to(server) as wire:
+    with serving(http_port=0, **TOPICS) as server, wire_to(server) as wire:
         wire.call("PUT", "t", "x")
         with prometheus(server, tmp_path) as watcher:
             rules = watcher.rules()
@@ -256,7 +256,7 @@ def test_the_rules_ask_for_what_there_is(tmp_path: Path) -> None:
 
 
 def test_without_metrics_of_topics_all_other_rules_have_what_they_need(tmp_path: Path) -> None:
-    with serving(metrics_port=0) as server, prometheus(server, tmp_path) as watcher:
+    with serving(http_port=0) as server, prometheus(server, tmp_path) as watcher:
         asked = set().union(*(names(rule["query"]) for rule in watcher.rules()))
         missing = {name for name in asked - series(server) if name.startswith("dsmq_")}
         assert missing == {"dsmq_topic_messages", "dsmq_topic_stored_bytes"}
@@ -266,7 +266,7 @@ def test_without_metrics_of_topics_all_other_rules_have_what_they_need(tmp_path:
 
 
 def test_a_real_prometheus_scrapes_a_real_server(tmp_path: Path) -> None:
-    with serving(metrics_port=0) as server, wire_to(server) as wire, prometheus(server, tmp_path) as watcher:
+    with serving(http_port=0) as server, wire_to(server) as wire, prometheus(server, tmp_path) as watcher:
         for number in range(3):
             assert wire.call("PUT", "t", "x") == number + 1
         eventually(lambda: watcher.value("dsmq_puts_total") == 3)
@@ -286,17 +286,17 @@ def test_the_token_of_the_configuration_is_shown(tmp_path: Path) -> None:
     plain = (HERE / "prometheus.yml").read_text()
     config = plain.replace("#authorization:", "authorization:").replace("#  credentials_file:", "  credentials_file:")
     assert config != plain
-    config = config.replace("/etc/prometheus/dsmq-metrics-token", str(tmp_path / "token"))
-    with serving(metrics_port=0, metrics_token=TOKEN) as server, prometheus(server, tmp_path, config) as watcher:
+    config = config.replace("/etc/prometheus/dsmq-http-token", str(tmp_path / "token"))
+    with serving(http_port=0, http_token=TOKEN) as server, prometheus(server, tmp_path, config) as watcher:
         eventually(lambda: watcher.value("up") == 1)
 
 
 def test_without_its_token_the_target_is_down_and_an_alert_pends(tmp_path: Path) -> None:
-    with serving(metrics_port=0, metrics_token=TOKEN) as server, prometheus(server, tmp_path) as watcher:
+    with serving(http_port=0, http_token=TOKEN) as server, prometheus(server, tmp_path) as watcher:
         eventually(lambda: watcher.value("up") == 0)
         eventually(lambda: watcher.query('ALERTS{alertname="DsmqDown", alertstate="pending"}') != [])
         alert = next(one for one in watcher.api("alerts")["alerts"] if one["labels"]["alertname"] == "DsmqDown")
-        assert f"127.0.0.1:{server.metrics_port}" in alert["annotations"]["summary"]
+        assert f"127.0.0.1:{server.http_port}" in alert["annotations"]["summary"]
 
 
 def test_a_full_topic_is_named(tmp_path: Path) -> None:
@@ -304,7 +304,7 @@ def test_a_full_topic_is_named(tmp_path: Path) -> None:
         eventually(lambda: len(watcher.query('ALERTS{limit="messages of a topic"}')) == 2)
         alerts = [alert for alert in watcher.api("alerts")["alerts"] if alert["labels"].get("topic") == "t"]
         assert [alert["annotations"]["summary"] for alert in alerts] == [
-            f"dsmq 127.0.0.1:{server.metrics_port}: 100% of the limit on messages of a topic (t)"
+            f"dsmq 127.0.0.1:{server.http_port}: 100% of the limit on messages of a topic (t)"
         ]
         assert "max_stored_messages_per_topic" in alerts[0]["annotations"]["description"]
 
@@ -326,7 +326,7 @@ def as_asked(query: str) -> str:
 
 
 def test_the_dashboard_asks_for_what_there_is() -> None:
-    with serving(metrics_port=0, **TOPICS) as server, wire_to(server) as wire:
+    with serving(http_port=0, **TOPICS) as server, wire_to(server) as wire:
         wire.call("PUT", "t", "x")
         asked = set().union(*map(names, QUERIES))
         assert asked - series(server) == set()

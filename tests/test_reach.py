@@ -218,7 +218,7 @@ def test_a_tls_server_is_told_apart_at_once() -> None:
 
 def test_real_programs_are_named(tmp_path: Path) -> None:
     with daemon() as server, pytest.raises(ProtocolError, match="dsmq's HTTP endpoint"):
-        connect(port=server.metrics_port)
+        connect(port=server.http_port)
     if (redis := shutil.which("redis-server")) is None:
         pytest.skip("redis-server is not installed")
     path = tmp_path / "socket"

@@ -111,7 +111,7 @@ def ends(server: Server, wire: Wire, value: float) -> bool:
         return True
 
 
-def remote_shutdown(server: Server, wire: Wire, value: bool) -> bool:
+def allow_shutdown(server: Server, wire: Wire, value: bool) -> bool:
     return getattr(wire.call("HELLO", 2, "NOTICES") and wire.call("SHUTDOWN"), "code", "") != "NOPERM"
 
 
@@ -136,7 +136,7 @@ LIMITS: dict[str, tuple[Any, Any, Callable[[Server, Wire, Any], bool]]] = {
     "max_unread_reply_bytes": (65_536, 1024, max_unread_reply_bytes),
     "idle_timeout_seconds": (3600, UNIT, ends),
     "auth_timeout_seconds": (600, UNIT, ends),
-    "remote_shutdown": (True, False, remote_shutdown),
+    "allow_shutdown": (True, False, allow_shutdown),
     "metrics_topics": (10, 0, metrics_topics),
 }
 NEEDS_TOKEN = ("max_unauthenticated_bytes", "max_unauthenticated_connections", "auth_timeout_seconds")
@@ -148,7 +148,7 @@ ELSEWHERE = {
     # tests/test_security.py
     *("protected_mode", "auth_token", "auth_token_file"),
     # tests/test_sideport.py
-    *("http_allowed_hosts", "metrics_token", "metrics_token_file"),
+    *("http_allowed_hosts", "http_token", "http_token_file"),
     *("tls_cert_file", "tls_key_file", "tls_client_ca_file"),
 }
 

@@ -29,7 +29,7 @@ class Restarted:
         self._process: subprocess.Popen[str] | None = None
 
     def start(self, *options: str) -> None:
-        command = [sys.executable, "-m", "dsmq", "serve", "--metrics-port", "0", *self.options, *options]
+        command = [sys.executable, "-m", "dsmq", "serve", "--http-port", "0", *self.options, *options]
         self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert self._process.stderr
         for line in self._process.stderr:

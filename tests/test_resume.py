@@ -146,9 +146,7 @@ def test_what_is_lost_and_found_is_logged_once(
     lose_reply()
     mq.ping()
     where = f"connection to 127.0.0.1 port {server.port}"
-    found = [
-        (record.levelname, record.message) for record in caplog.records if record.name == "dsmq.client.session"
-    ]
+    found = [(record.levelname, record.message) for record in caplog.records if record.name == "dsmq.client.session"]
     assert found == [("WARNING", f"{where} lost, trying again: a test has lost it"), ("INFO", f"{where} resumed")]
 
 

@@ -52,7 +52,7 @@ def token_file(tmp_path: Path) -> Path:
 @pytest.fixture
 def server(token_file: Path) -> Iterator[Server]:
     """One with tokens."""
-    with serving(auth_token_file=str(token_file), metrics_port=0) as server:
+    with serving(auth_token_file=str(token_file), http_port=0) as server:
         yield server
 
 
@@ -458,12 +458,12 @@ LONG, SHORT = "x" * 16, "y" * 15
 TO_MAKE_ONE = "16 characters or more; to make one: python3 -c 'import secrets; print(secrets.token_urlsafe(32))'\n"
 
 
-@pytest.mark.parametrize("file", ["tokens", "token"], ids=["auth_token_file", "metrics_token_file"])
+@pytest.mark.parametrize("file", ["tokens", "token"], ids=["auth_token_file", "http_token_file"])
 @pytest.mark.parametrize("text", [SHORT, f"{LONG}\nsensors write {SHORT}\n"], ids=["alone", "in a later line"])
 def test_a_short_token_in_a_file_refuses_the_start(tmp_path: Path, file: str, text: str) -> None:
     (tmp_path / file).write_text(text)
-    option = {"tokens": "--auth-token-file", "token": "--metrics-token-file"}[file]
-    done = run_dsmq("serve", "--port", "0", "--metrics-port", "0", option, str(tmp_path / file))
+    option = {"tokens": "--auth-token-file", "token": "--http-token-file"}[file]
+    done = run_dsmq("serve", "--port", "0", "--http-port", "0", option, str(tmp_path / file))
     line = len(text.splitlines())
     assert (done.returncode, done.stderr.decode()) == (
         2,
@@ -471,32 +471,32 @@ def test_a_short_token_in_a_file_refuses_the_start(tmp_path: Path, file: str, te
     )
 
 
-@pytest.mark.parametrize("name", ["DSMQ_AUTH_TOKEN", "DSMQ_METRICS_TOKEN"])
+@pytest.mark.parametrize("name", ["DSMQ_AUTH_TOKEN", "DSMQ_HTTP_TOKEN"])
 def test_a_short_token_in_a_setting_refuses_the_start(name: str) -> None:
-    done = run_dsmq("serve", "--port", "0", "--metrics-port", "0", env={name: SHORT})
+    done = run_dsmq("serve", "--port", "0", "--http-port", "0", env={name: SHORT})
     assert (done.returncode, done.stderr.decode()) == (2, f"dsmq: {name}: should have {TO_MAKE_ONE}")
 
 
 def test_a_token_of_sixteen_characters_is_long_enough(tmp_path: Path) -> None:
     file = tmp_path / "tokens"
     file.write_text(f"sensors write {LONG}")
-    with serving(auth_token_file=str(file), metrics_port=0, metrics_token=LONG) as server, wire_to(server) as wire:
+    with serving(auth_token_file=str(file), http_port=0, http_token=LONG) as server, wire_to(server) as wire:
         assert wire.call("AUTH", LONG) == "OK"
 
 
-@pytest.mark.parametrize("name", ["auth_token_file", "auth_token", "metrics_token_file", "metrics_token"])
+@pytest.mark.parametrize("name", ["auth_token_file", "auth_token", "http_token_file", "http_token"])
 def test_a_short_token_in_a_reload_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
-    tokens, metrics_token = tmp_path / "tokens", tmp_path / "metrics-token"
+    tokens, http_token = tmp_path / "tokens", tmp_path / "http-token"
     tokens.write_text(TOKENS)
-    metrics_token.write_text(LONG)
-    settings = {"auth_token_file": str(tokens), "metrics_token_file": str(metrics_token), "max_topics": 1000}
-    load = lambda: config.load(kind=config.EmbeddedSettings, port=0, metrics_port=0, **settings)  # noqa: E731
+    http_token.write_text(LONG)
+    settings = {"auth_token_file": str(tokens), "http_token_file": str(http_token), "max_topics": 1000}
+    load = lambda: config.load(kind=config.EmbeddedSettings, port=0, http_port=0, **settings)  # noqa: E731
     with Server(load(), load=load) as server, wire_as(server, READER) as reader:
         before = server.settings, server._services.gate, server._http_gate
         if name.endswith("_file"):
             Path(str(settings[name])).write_text(f"sensors write {SHORT}\n")
         else:
-            settings.pop("metrics_token_file")
+            settings.pop("http_token_file")
             settings[name] = SHORT
         settings["max_topics"] = 7
         server.reload()
@@ -512,7 +512,7 @@ def test_a_short_token_in_a_reload_changes_nothing(tmp_path: Path, caplog: pytes
 
 def test_tokens_are_shown_nowhere(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "dsmq")
-    with serving(auth_token=ADMIN, metrics_token=READER, metrics_port=0) as server, wire_as(server, ADMIN) as wire:
+    with serving(auth_token=ADMIN, http_token=READER, http_port=0) as server, wire_as(server, ADMIN) as wire:
         settings = wire.call("CONFIG", "GET", "*")
         with wire_to(server) as wrong:
             refusal = wrong.call("AUTH", WRITER)
@@ -631,7 +631,7 @@ def test_listening_to_a_network_without_authentication_does_not_start(host: str)
 def test_a_server_that_refuses_to_start_leaves_nothing_behind(tmp_path: Path) -> None:
     snapshot = tmp_path / "snapshot"
     with pytest.raises(ConfigError, match="without authentication"):
-        serve("0.0.0.0", 0, metrics_port=0, snapshot_file=str(snapshot))
+        serve("0.0.0.0", 0, http_port=0, snapshot_file=str(snapshot))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -452,7 +452,7 @@ def test_a_taken_port_leaves_nothing_behind(server: Server) -> None:
     with pytest.raises(CannotStart, match=f"127.0.0.1:{server.port}: the address is in use"):
         Server(config.load(port=server.port)).start()
     with pytest.raises(CannotStart, match="in use"):
-        Server(config.load(port=0, metrics_port=server.port)).start()
+        Server(config.load(port=0, http_port=server.port)).start()
     assert threading.active_count() == before
 
 
@@ -591,7 +591,7 @@ def test_shutdown_stops_run_in_any_thread(server: Server, wire: Wire) -> None:
 
 
 def test_shutdown_can_be_forbidden() -> None:
-    with serving(remote_shutdown=False) as server, wire_to(server) as wire:
+    with serving(allow_shutdown=False) as server, wire_to(server) as wire:
         assert wire.error("SHUTDOWN") == "NOPERM"
         assert wire.call("PING") == "PONG"
 
@@ -834,7 +834,7 @@ def test_accepting_pauses_without_file_descriptors_and_goes_on(server: Server, m
     ("pattern", "found"),
     [
         ("port", ["port"]),
-        ("*_port", ["metrics_port"]),
+        ("*_port", ["http_port"]),
         ("max_to*c_bytes", ["max_topic_bytes"]),
         ("m*x*age*es", ["max_message_bytes"]),
         ("port*port", []),

@@ -53,7 +53,7 @@ def shown_in_readme(*, topics: bool = False) -> dict[str, str]:
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with serving(metrics_port=0) as server:
+    with serving(http_port=0) as server:
         yield server
 
 
@@ -74,7 +74,7 @@ class Answer:
 
 def scrape(server: Server) -> dict[str, float]:
     """All samples by name; those with a label as `name{value of the label}`."""
-    families = text_string_to_metric_families(Answer(server.metrics_port, "/metrics").text)
+    families = text_string_to_metric_families(Answer(server.http_port, "/metrics").text)
     return {
         sample.name + "".join(f"{{{value}}}" for value in sample.labels.values()): sample.value
         for family in families
@@ -84,8 +84,8 @@ def scrape(server: Server) -> dict[str, float]:
 
 def hang(server: Server) -> socket.socket:
     """A client that connects to the side port and says nothing."""
-    assert server.metrics_port
-    return socket.create_connection(("127.0.0.1", server.metrics_port), SOON)
+    assert server.http_port
+    return socket.create_connection(("127.0.0.1", server.http_port), SOON)
 
 
 def hung_up(sock: socket.socket) -> bool:
@@ -99,7 +99,7 @@ def hung_up(sock: socket.socket) -> bool:
 def served(server: Server) -> bool:
     """Whether a scrape is answered; one that finds no place is cut off at once."""
     try:
-        return Answer(server.metrics_port, "/metrics").status == 200
+        return Answer(server.http_port, "/metrics").status == 200
     except (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError):
         return False
 
@@ -114,7 +114,7 @@ def types(families: Iterable[Metric]) -> dict[str, str]:
 
 @pytest.fixture
 def server_with_topics() -> Iterator[Server]:
-    with serving(metrics_port=0, metrics_topics=2) as server, wire_to(server) as wire:
+    with serving(http_port=0, metrics_topics=2) as server, wire_to(server) as wire:
         for topic, count in (("a", 1), ("b", 3), ("c", 2)):
             for _ in range(count):
                 wire.call("PUT", topic, "12")
@@ -122,7 +122,7 @@ def server_with_topics() -> Iterator[Server]:
 
 
 def test_the_readme_lists_every_metric(server_with_topics: Server) -> None:
-    answer = Answer(server_with_topics.metrics_port, "/metrics")
+    answer = Answer(server_with_topics.http_port, "/metrics")
     assert types(text_string_to_metric_families(answer.text)) == shown_in_readme(topics=True)
 
 
@@ -138,7 +138,7 @@ def test_topics_are_shown_one_by_one_where_asked_for(server: Server, server_with
 
 
 def test_a_topic_of_the_name_other_is_one_of_the_others() -> None:
-    with serving(metrics_port=0, metrics_topics=2) as server, wire_to(server) as wire:
+    with serving(http_port=0, metrics_topics=2) as server, wire_to(server) as wire:
         for topic in ("other", "other", "a"):
             wire.call("PUT", topic, "x")
         shown = scrape(server)
@@ -167,14 +167,14 @@ def test_rates_are_the_same_for_all_who_look() -> None:
 
 
 def test_a_hundred_thousand_topics_do_not_hurt_a_scrape() -> None:
-    with serving(metrics_port=0, metrics_topics=10) as server:
+    with serving(http_port=0, metrics_topics=10) as server:
         for first in range(0, 100_000, 1000):
             server._store.append([(b"topic %d" % number, b"x", None) for number in range(first, first + 1000)])
         seconds = []
         for _ in range(5):
             # Of this process alone, which does nothing else: other programs may be at work.
             before = time.process_time()
-            answer = Answer(server.metrics_port, "/metrics")
+            answer = Answer(server.http_port, "/metrics")
             seconds.append(time.process_time() - before)
             assert len(answer.body) < 200_000
         # On a machine that has nothing else to do it is half of that.
@@ -182,7 +182,7 @@ def test_a_hundred_thousand_topics_do_not_hurt_a_scrape() -> None:
 
 
 def test_metrics_as_text(server: Server) -> None:
-    answer = Answer(server.metrics_port, "/metrics")
+    answer = Answer(server.http_port, "/metrics")
     assert answer.status == 200
     assert answer.type.startswith("text/plain; version=")
     families = {family.name: family for family in text_string_to_metric_families(answer.text)}
@@ -192,7 +192,7 @@ def test_metrics_as_text(server: Server) -> None:
 
 def test_metrics_as_openmetrics(server: Server, wire: Wire) -> None:
     assert wire.call("PUT", "t", "x") == 1
-    answer = Answer(server.metrics_port, "/metrics", Accept=OPENMETRICS)
+    answer = Answer(server.http_port, "/metrics", Accept=OPENMETRICS)
     assert answer.status == 200
     assert answer.type.startswith("application/openmetrics-text; version=")
     assert answer.text.endswith("# EOF\n")
@@ -310,7 +310,7 @@ def test_counters_do_not_go_down_when_connections_close(server: Server) -> None:
 
 
 def test_counters_are_summed_over_all_workers() -> None:
-    with serving(metrics_port=0, io_threads=3) as server, ExitStack() as stack:
+    with serving(http_port=0, io_threads=3) as server, ExitStack() as stack:
         for _ in range(3):
             wire = stack.enter_context(wire_to(server))
             wire.call("PUT", "t", "x")
@@ -329,7 +329,7 @@ def test_waiting_readers_are_shown_while_they_wait(server: Server, wire: Wire) -
 
 def test_expired_messages_are_counted_and_no_longer_held() -> None:
     settings = {"max_age_seconds": UNIT, "expiry_interval_seconds": UNIT / 2}
-    with serving(metrics_port=0, **settings) as server, wire_to(server) as wire:
+    with serving(http_port=0, **settings) as server, wire_to(server) as wire:
         wire.call("PUT", "t", "123")
         wire.call("PUT", "t", "456")
         wait_until(lambda: scrape(server)["dsmq_messages_expired_total"] == 2)
@@ -339,7 +339,7 @@ def test_expired_messages_are_counted_and_no_longer_held() -> None:
 
 
 def test_refused_connections_are_counted() -> None:
-    with serving(metrics_port=0, max_connections=1) as server, wire_to(server) as one:
+    with serving(http_port=0, max_connections=1) as server, wire_to(server) as one:
         one.call("PING")
         with wire_to(server) as two:
             assert two.receive().code == "BUSY"  # type: ignore[union-attr]
@@ -350,7 +350,7 @@ def test_refused_connections_are_counted() -> None:
 
 
 def test_servers_in_one_process_have_numbers_of_their_own(server: Server, wire: Wire) -> None:
-    with serving(metrics_port=0) as other:
+    with serving(http_port=0) as other:
         wire.call("PUT", "t", "x")
         assert scrape(server)["dsmq_puts_total"] == 1
         assert scrape(other)["dsmq_puts_total"] == 0
@@ -358,15 +358,15 @@ def test_servers_in_one_process_have_numbers_of_their_own(server: Server, wire: 
 
 def test_dsmq_serve_has_a_side_port() -> None:
     with daemon() as process:
-        assert "dsmq_puts_total 0.0" in Answer(process.metrics_port, "/metrics").text.splitlines()
-        assert Answer(process.metrics_port, "/healthz").status == 200
+        assert "dsmq_puts_total 0.0" in Answer(process.http_port, "/metrics").text.splitlines()
+        assert Answer(process.http_port, "/healthz").status == 200
 
 
 # Health
 
 
 def test_healthz_is_ok_while_all_threads_work(server: Server) -> None:
-    answer = Answer(server.metrics_port, "/healthz")
+    answer = Answer(server.http_port, "/healthz")
     assert (answer.status, answer.type) == (200, "application/json")
     assert json.loads(answer.text) == {"status": "ok", "stuck_threads": []}
     assert answer.text.count("\n") == 1
@@ -375,57 +375,57 @@ def test_healthz_is_ok_while_all_threads_work(server: Server) -> None:
 def test_healthz_tells_of_a_dead_thread(server: Server) -> None:
     server._expiry.stop()
     wait_until(lambda: not server._expiry.thread.is_alive())
-    answer = Answer(server.metrics_port, "/healthz")
+    answer = Answer(server.http_port, "/healthz")
     assert (answer.status, answer.type) == (503, "application/json")
     assert json.loads(answer.text) == {"status": "failing", "stuck_threads": ["dsmq-expiry"]}
-    assert Answer(server.metrics_port, "/metrics").status == 200
+    assert Answer(server.http_port, "/metrics").status == 200
 
 
 def test_healthz_tells_of_a_stalled_worker(wire: Wire) -> None:
     go = threading.Event()
-    with serving(metrics_port=0, health_timeout_seconds=2 * UNIT + worker.PULSE_SECONDS) as server:
-        assert Answer(server.metrics_port, "/healthz").status == 200
+    with serving(http_port=0, health_timeout_seconds=2 * UNIT + worker.PULSE_SECONDS) as server:
+        assert Answer(server.http_port, "/healthz").status == 200
         server._workers[0].post(lambda: go.wait(SOON))  # type: ignore[arg-type, return-value]
         try:
-            wait_until(lambda: Answer(server.metrics_port, "/healthz").status == 503)
-            assert json.loads(Answer(server.metrics_port, "/healthz").text)["stuck_threads"] == ["dsmq-io-0"]
+            wait_until(lambda: Answer(server.http_port, "/healthz").status == 503)
+            assert json.loads(Answer(server.http_port, "/healthz").text)["stuck_threads"] == ["dsmq-io-0"]
             assert scrape(server)["dsmq_healthy"] == 0
         finally:
             go.set()
-        wait_until(lambda: Answer(server.metrics_port, "/healthz").status == 200)
+        wait_until(lambda: Answer(server.http_port, "/healthz").status == 200)
 
 
 def test_healthz_tells_of_a_stalled_expiry(monkeypatch: pytest.MonkeyPatch) -> None:
     go = threading.Event()
     settings = {"health_timeout_seconds": 2 * UNIT, "expiry_interval_seconds": UNIT}
-    with serving(metrics_port=0, **settings) as server:
+    with serving(http_port=0, **settings) as server:
         monkeypatch.setattr(server._store, "expire", lambda: go.wait(SOON) and 0)
         monkeypatch.setattr(server.settings.__class__, "health_timeout_seconds", 2 * UNIT, raising=False)
         try:
-            wait_until(lambda: "dsmq-expiry" in Answer(server.metrics_port, "/healthz").text)
+            wait_until(lambda: "dsmq-expiry" in Answer(server.http_port, "/healthz").text)
         finally:
             go.set()
-        wait_until(lambda: "dsmq-expiry" not in Answer(server.metrics_port, "/healthz").text)
+        wait_until(lambda: "dsmq-expiry" not in Answer(server.http_port, "/healthz").text)
 
 
 def test_an_idle_server_stays_healthy() -> None:
     patience = worker.PULSE_SECONDS + 3 * UNIT
-    with serving(metrics_port=0, health_timeout_seconds=patience, expiry_interval_seconds=3600) as server:
+    with serving(http_port=0, health_timeout_seconds=patience, expiry_interval_seconds=3600) as server:
         before = time.monotonic()
         while time.monotonic() - before < 2 * patience:
-            assert Answer(server.metrics_port, "/healthz").status == 200
+            assert Answer(server.http_port, "/healthz").status == 200
 
 
 def test_it_is_full_where_the_next_message_would_not_fit() -> None:
-    with serving(metrics_port=0, max_stored_bytes=1_000_000) as server, wire_to(server) as wire:
+    with serving(http_port=0, max_stored_bytes=1_000_000) as server, wire_to(server) as wire:
         while isinstance(wire.call("PUT", "t", "x" * 900), int):
             pass
         assert reasons(server) == ["full"]
 
 
 def test_readyz_tells_whether_it_takes_clients_and_puts() -> None:
-    with serving(metrics_port=0, max_stored_messages=1, max_connections=2) as server, wire_to(server) as wire:
-        answer = Answer(server.metrics_port, "/readyz")
+    with serving(http_port=0, max_stored_messages=1, max_connections=2) as server, wire_to(server) as wire:
+        answer = Answer(server.http_port, "/readyz")
         assert (answer.status, answer.type) == (200, "application/json")
         assert json.loads(answer.text) == {"status": "ready", "reasons": []}
         with wire_to(server) as other:
@@ -441,7 +441,7 @@ def test_readyz_tells_whether_it_takes_clients_and_puts() -> None:
 
 def reasons(server: Server) -> list[str]:
     """Why it is not ready."""
-    answer = Answer(server.metrics_port, "/readyz")
+    answer = Answer(server.http_port, "/readyz")
     assert answer.status == 503
     found: list[str] = json.loads(answer.text)["reasons"]
     return found
@@ -454,8 +454,8 @@ def test_readyz_fails_while_it_stops_with_a_client_that_does_not_read() -> None:
         wire.send(encode_request(b"READ", b"t", b"0"))
         process.process.terminate()
         process.wait_for_line("stopping")
-        wait_until(lambda: Answer(process.metrics_port, "/readyz").status == 503)
-        assert json.loads(Answer(process.metrics_port, "/readyz").text)["reasons"] == ["stopping"]
+        wait_until(lambda: Answer(process.http_port, "/readyz").status == 503)
+        assert json.loads(Answer(process.http_port, "/readyz").text)["reasons"] == ["stopping"]
         wire.close()
 
 
@@ -468,7 +468,7 @@ def test_the_status_tells_of_topics_clients_and_errors(server: Server, wire: Wir
         wire.call("PUT", "t", body)
     wire.call("READ", "t", 0, "COUNT", 1)
     wire.error("FROBNICATE", "secret argument")
-    text = Answer(server.metrics_port, "/status.json").text
+    text = Answer(server.http_port, "/status.json").text
     status = json.loads(text)
     assert "secret" not in text
     assert status["counters"]["puts"] == 3
@@ -490,16 +490,16 @@ def test_a_store_that_fails_spoils_neither_metrics_nor_page(
         def __getattr__(self, name: str) -> object:
             raise error
 
-    with serving(metrics_port=0, metrics_topics=1) as server, wire_to(server) as wire:
+    with serving(http_port=0, metrics_topics=1) as server, wire_to(server) as wire:
         wire.call("PUT", "t", "x")
         with monkeypatch.context() as patch:
             patch.setattr(server._store, "_database", Failing())
             assert scrape(server)["dsmq_messages"] == 1
-            assert json.loads(Answer(server.metrics_port, "/status.json").text)["held"]["messages"] == 1
+            assert json.loads(Answer(server.http_port, "/status.json").text)["held"]["messages"] == 1
 
 
 def test_the_page_may_run_its_own_script_and_nothing_else(server: Server) -> None:
-    answer = Answer(server.metrics_port, "/")
+    answer = Answer(server.http_port, "/")
     assert (answer.status, answer.type) == (200, "text/html; charset=utf-8")
     assert re.fullmatch(r"dsmq/[0-9.]+", answer.headers["Server"])
     policy = answer.headers["Content-Security-Policy"]
@@ -513,21 +513,21 @@ def test_the_page_may_run_its_own_script_and_nothing_else(server: Server) -> Non
 
 
 def test_a_token_guards_all_that_tells_more_than_whether_it_is_well() -> None:
-    with serving(metrics_port=0, metrics_token="let-me-see-it-please") as server:
+    with serving(http_port=0, http_token="let-me-see-it-please") as server:
         for path, status in (("/", 200), ("/healthz", 200), ("/readyz", 200), ("/metrics", 401), ("/status.json", 401)):
             for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic let-me-see-it-please"}):
-                answer = Answer(server.metrics_port, path, **headers)
+                answer = Answer(server.http_port, path, **headers)
                 assert answer.status == status
                 assert (answer.headers["WWW-Authenticate"] == "Bearer") == (status == 401)
-            assert Answer(server.metrics_port, path, Authorization="Bearer let-me-see-it-please").status == 200
+            assert Answer(server.http_port, path, Authorization="Bearer let-me-see-it-please").status == 200
 
 
 def test_the_token_of_the_side_port_may_stand_in_a_file(tmp_path: Path) -> None:
     file = tmp_path / "token"
     file.write_text("let-me-see-it-please\n")
-    with serving(metrics_port=0, metrics_token_file=str(file)) as server:
-        assert Answer(server.metrics_port, "/metrics").status == 401
-        assert Answer(server.metrics_port, "/metrics", Authorization="bearer let-me-see-it-please").status == 200
+    with serving(http_port=0, http_token_file=str(file)) as server:
+        assert Answer(server.http_port, "/metrics").status == 401
+        assert Answer(server.http_port, "/metrics", Authorization="bearer let-me-see-it-please").status == 200
 
 
 # HTTP
@@ -535,17 +535,17 @@ def test_the_token_of_the_side_port_may_stand_in_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["/index.html", "/metrics/", "/metricsx", "/healthz/x", "/METRICS", "/%6detrics"])
 def test_there_is_nothing_else(server: Server, path: str) -> None:
-    assert Answer(server.metrics_port, path).status == 404
+    assert Answer(server.http_port, path).status == 404
 
 
 def test_a_query_is_passed_over(server: Server) -> None:
-    assert Answer(server.metrics_port, "/metrics?name=x").status == 200
-    assert Answer(server.metrics_port, "/healthz?").status == 200
+    assert Answer(server.http_port, "/metrics?name=x").status == 200
+    assert Answer(server.http_port, "/healthz?").status == 200
 
 
 @pytest.mark.parametrize("path", ["/metrics", "/healthz", "/readyz", "/", "/nothing"])
 def test_head_has_the_headers_of_get_and_no_body(server: Server, path: str) -> None:
-    get = Answer(server.metrics_port, path)
+    get = Answer(server.http_port, path)
     with hang(server) as sock, sock.makefile("rb") as stream:
         sock.sendall(f"HEAD {path} HTTP/1.0\r\n\r\n".encode())
         lines = stream.read().decode().split("\r\n")
@@ -559,7 +559,7 @@ def test_head_has_the_headers_of_get_and_no_body(server: Server, path: str) -> N
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "TRACE", "FROBNICATE"])
 def test_other_methods_are_refused(server: Server, method: str) -> None:
-    answer = Answer(server.metrics_port, "/metrics", method)
+    answer = Answer(server.http_port, "/metrics", method)
     assert (answer.status, answer.headers["Allow"]) == ((501, None) if method == "FROBNICATE" else (405, "GET, HEAD"))
     assert answer.type.startswith("text/plain")
     assert "dsmq_puts" not in answer.text
@@ -568,7 +568,7 @@ def test_other_methods_are_refused(server: Server, method: str) -> None:
 def test_a_query_is_not_logged(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "dsmq")
     for method in ("GET", "POST", "FROBNICATE"):
-        Answer(server.metrics_port, "/metrics?token=secret", method)
+        Answer(server.http_port, "/metrics?token=secret", method)
     with hang(server) as sock:
         sock.sendall(b"GET /metrics?token=secret HTTP/9.9\r\n\r\n")
         assert b" 505 " in sock.recv(1000)
@@ -662,12 +662,12 @@ def test_a_request_that_fails_by_a_defect_gets_a_status_and_is_counted(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(server.status, "page", lambda: {"not": object()})
-        answer = Answer(server.metrics_port, "/status.json")
+        answer = Answer(server.http_port, "/status.json")
     assert (answer.status, answer.type) == (500, "text/plain; charset=utf-8")
     assert "object" not in answer.text
     assert "not JSON serializable" in caplog.text
     assert scrape(server)["dsmq_failures_total"] == 1
-    assert Answer(server.metrics_port, "/status.json").status == 200
+    assert Answer(server.http_port, "/status.json").status == 200
 
 
 def test_a_request_for_which_there_is_no_thread_gets_a_status(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -676,8 +676,8 @@ def test_a_request_for_which_there_is_no_thread_gets_a_status(server: Server, mo
 
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", fail)
-        assert Answer(server.metrics_port, "/readyz").status == 503
-    assert Answer(server.metrics_port, "/readyz").status == 200
+        assert Answer(server.http_port, "/readyz").status == 503
+    assert Answer(server.http_port, "/readyz").status == 200
     assert server.counters().failures == 0
 
 
@@ -716,7 +716,7 @@ def test_under_a_strange_name_it_tells_nothing_but_whether_it_is_well(server: Se
 
 
 def test_what_to_do_about_a_strange_name_is_told(server: Server) -> None:
-    answer = Answer(server.metrics_port, "/metrics", Host="mq.example.org")
+    answer = Answer(server.http_port, "/metrics", Host="mq.example.org")
     assert (answer.status, answer.headers["Content-Length"]) == (421, str(len(answer.body)))
     assert "http_allowed_hosts" in answer.text
     assert "mq.example.org" not in answer.text
@@ -736,7 +736,7 @@ def test_a_host_header_is_needed_and_only_one(server: Server) -> None:
 
 def test_further_names_are_a_setting_that_a_reload_changes() -> None:
     settings = {"http_allowed_hosts": "dsmq, MQ.example.org."}
-    load = lambda: config.load(kind=config.EmbeddedSettings, port=0, metrics_port=0, **settings)  # noqa: E731
+    load = lambda: config.load(kind=config.EmbeddedSettings, port=0, http_port=0, **settings)  # noqa: E731
     with Server(load(), load=load) as server:
         for host in ("dsmq", "dsmq:30009", "mq.example.org", "MQ.Example.org.:1", "127.0.0.1"):
             assert asked_as(server, host) == 200
@@ -751,13 +751,13 @@ def test_its_token_changes_with_a_reload(tmp_path: Path, caplog: pytest.LogCaptu
     file = tmp_path / "token"
     file.write_text("let-me-see-it-please")
     load = lambda: config.load(  # noqa: E731
-        kind=config.EmbeddedSettings, port=0, metrics_port=0, metrics_token_file=str(file)
+        kind=config.EmbeddedSettings, port=0, http_port=0, http_token_file=str(file)
     )
     with Server(load(), load=load) as server:
         file.write_text("another-token-0123456789")
         server.reload()
         for token, status in [("let-me-see-it-please", 401), ("another-token-0123456789", 200)]:
-            assert Answer(server.metrics_port, "/metrics", Authorization=f"Bearer {token}").status == status
+            assert Answer(server.http_port, "/metrics", Authorization=f"Bearer {token}").status == status
         assert "restart" not in caplog.text
 
 
@@ -767,7 +767,7 @@ def test_its_token_changes_with_a_reload(tmp_path: Path, caplog: pytest.LogCaptu
 def test_none_of_many_requests_at_a_time_is_lost(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sideport, "MAX_REQUESTS_AT_A_TIME", 2)
     with ThreadPoolExecutor(16) as threads:
-        answers = list(threads.map(lambda _: Answer(server.metrics_port, "/readyz").status, range(300)))
+        answers = list(threads.map(lambda _: Answer(server.http_port, "/readyz").status, range(300)))
     assert answers == [200] * 300
 
 
@@ -777,9 +777,9 @@ def test_a_request_that_is_being_answered_keeps_its_place(server: Server, monkey
     page, asked, go = server.status.page, threading.Event(), threading.Event()
     monkeypatch.setattr(server.status, "page", lambda: asked.set() or (go.wait(SOON) and page()))  # type: ignore[func-returns-value]
     with ThreadPoolExecutor(2) as threads:
-        slow = threads.submit(Answer, server.metrics_port, "/status.json")
+        slow = threads.submit(Answer, server.http_port, "/status.json")
         assert asked.wait(SOON)
-        waits = threads.submit(Answer, server.metrics_port, "/status.json")
+        waits = threads.submit(Answer, server.http_port, "/status.json")
         with hang(server) as third:
             # All it sees is that the second one does not get in.
             third.settimeout(UNIT)
@@ -860,7 +860,7 @@ def test_a_client_that_sends_byte_by_byte_is_cut_off_in_time(server: Server, mon
 
 
 def test_the_port_is_closed_when_the_server_has_stopped(server: Server) -> None:
-    port = server.metrics_port
+    port = server.http_port
     assert port
     assert server.stop() == []
     with pytest.raises(ConnectionRefusedError):
@@ -874,13 +874,13 @@ def test_a_hanging_client_does_not_hold_up_the_stop(server: Server) -> None:
 
 def test_there_is_no_side_port_unless_asked_for() -> None:
     with serving() as server:
-        assert server.metrics_port is None
+        assert server.http_port is None
         assert server.status.health()[0]
 
 
-def test_the_metrics_host_may_be_a_name() -> None:
-    with serving(metrics_port=0, metrics_host="localhost") as server:
-        assert server.metrics_port
-        with closing(http.client.HTTPConnection("localhost", server.metrics_port, timeout=SOON)) as connection:
+def test_the_http_host_may_be_a_name() -> None:
+    with serving(http_port=0, http_host="localhost") as server:
+        assert server.http_port
+        with closing(http.client.HTTPConnection("localhost", server.http_port, timeout=SOON)) as connection:
             connection.request("GET", "/healthz")
             assert connection.getresponse().status == 200

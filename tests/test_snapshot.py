@@ -781,7 +781,7 @@ def interrupted_at(point: int, call: Callable[[], object]) -> bool:
 def test_wherever_a_stop_is_interrupted_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # There is to be little that differs from time to time.
     monkeypatch.setattr(threads, "_LOOK_SECONDS", UNIT / 10)
-    effective = config.load(kind=config.EmbeddedSettings, port=0, metrics_port=0, snapshot_file=str(tmp_path / "s"))
+    effective = config.load(kind=config.EmbeddedSettings, port=0, http_port=0, snapshot_file=str(tmp_path / "s"))
     for point in itertools.count():
         server = Server(effective)
         server.start()
@@ -1037,7 +1037,7 @@ def test_what_is_not_allowed_is_told_at_the_start(tmp_path: Path, mode: str) -> 
         assert server.stop() == 0
     kept = file.read_bytes()
     (folder if mode == "folder" else file).chmod(0o500 if mode == "folder" else 0)
-    done = run_dsmq("serve", "--port", "0", "--metrics-port", "off", "--snapshot-file", str(file), prefix=prefix)
+    done = run_dsmq("serve", "--port", "0", "--http-port", "off", "--snapshot-file", str(file), prefix=prefix)
     assert done.returncode == 1
     assert b"snapshot_file" in done.stderr
     assert b"Permission denied" in done.stderr
@@ -1164,7 +1164,7 @@ def test_a_file_that_does_not_load_though_it_is_whole_is_refused(
 
 
 def test_at_an_interval_it_is_written_while_clients_put(file: Path) -> None:
-    settings = {"snapshot_file": str(file), "snapshot_interval_seconds": 1, "metrics_port": 0}
+    settings = {"snapshot_file": str(file), "snapshot_interval_seconds": 1, "http_port": 0}
     with serving(**settings) as server, wire_to(server) as wire:
         assert scrape(server)["dsmq_snapshot_time_seconds"] == 0
         wire.call("PUT", "t", "x")

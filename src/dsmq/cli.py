@@ -1,4 +1,4 @@
-"""The command line. Data goes to stdout, everything else to stderr (but see log_to).
+"""The command line. Data goes to stdout, everything else to stderr (but see log_stream).
 
 Exit statuses: 0 done, 1 failed (no server, an error from it, the server can't start), 2 wrong usage or configuration,
 3 `get` found no message, 130 interrupted.

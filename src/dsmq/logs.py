@@ -265,7 +265,7 @@ def never_block() -> None:
 
 def start(settings: Settings) -> None:
     """Log what dsmq has to say to stderr or stdout; other loggers are left alone."""
-    stream = _in_background(sys.stdout if settings.log_to == "stdout" else sys.stderr)
+    stream = _in_background(sys.stdout if settings.log_stream == "stdout" else sys.stderr)
     handler = _Handler(stream)
     handler.setFormatter(_formatter(settings.log_format, stream))
     handler.addFilter(FloodFilter(settings.max_log_lines_per_second))

@@ -56,9 +56,9 @@ MAX_FILES = 1_048_576
 WATCH_SECONDS = 1.0
 # Settings that are read once, at the start.
 FIXED = (
-    *("host", "port", "listen_backlog", "metrics_host", "metrics_port"),
+    *("host", "port", "listen_backlog", "http_host", "http_port"),
     *("io_threads", "busy_poll_microseconds", "expiry_interval_seconds", "max_connections", "max_log_lines_per_second"),
-    *("log_format", "log_to", "snapshot_file", "snapshot_interval_seconds"),
+    *("log_format", "log_stream", "snapshot_file", "snapshot_interval_seconds"),
 )
 
 # By its name, also where this module runs as a script.
@@ -74,7 +74,7 @@ def serve(
 ) -> None:
     """Serve until SIGTERM, SIGINT or a client's SHUTDOWN, then stop gracefully.
 
-    host is an IPv4 or IPv6 address, a name, or `unix:/path`. verbose logs (see log_to). name is accepted
+    host is an IPv4 or IPv6 address, a name, or `unix:/path`. verbose logs (see log_stream). name is accepted
     for the sake of dsmq 1.4 and means nothing. Other settings (see dsmq.toml.example) come from keyword
     arguments, `DSMQ_*`, and the file that `DSMQ_CONFIG` names. There is no metrics port unless one of them asks for it.
 
@@ -229,9 +229,9 @@ class Server:
         self._systemd.notify("READY=1")
 
     def _side_sockets(self) -> list[socket.socket]:
-        if self.settings.metrics_port == "off":
+        if self.settings.http_port == "off":
             return []
-        return listening.listen(self.settings.metrics_host, self.settings.metrics_port, 16, "metrics-")
+        return listening.listen(self.settings.http_host, self.settings.http_port, 16, "metrics-")
 
     def _open_side_port(self, sock: socket.socket) -> Any:
         # Imported here, because a server without a side port needs none of it.
@@ -500,7 +500,7 @@ class Server:
         return int(self._listeners[0].socket.getsockname()[1])
 
     @property
-    def metrics_port(self) -> int | None:
+    def http_port(self) -> int | None:
         """The TCP port of the side port, if there is one."""
         return self._side_ports[0].port if self._side_ports else None
 
@@ -521,9 +521,9 @@ class Server:
 
 
 def _http_gate(settings: Settings) -> HTTPGate:
-    token = settings.metrics_token.get_secret_value()
-    if settings.metrics_token_file:
-        token = auth.read_tokens(settings.metrics_token_file)[0][2]
+    token = settings.http_token.get_secret_value()
+    if settings.http_token_file:
+        token = auth.read_tokens(settings.http_token_file)[0][2]
     return HTTPGate(token.encode(), auth.host_names(settings.http_allowed_hosts))
 
 

@@ -115,21 +115,21 @@ class Settings(BaseSettings):
     tls_client_ca_file: str = Field(
         "", description="Authorities, as PEM. Set: clients have to show a certificate of one of them."
     )
-    metrics_host: Annotated[str, AfterValidator(_tcp_host)] = Field(
+    http_host: Annotated[str, AfterValidator(_tcp_host)] = Field(
         "127.0.0.1", description="Where the side port listens: a status page, /metrics, /healthz, /readyz."
     )
-    metrics_token: Secret = Field(
+    http_token: Secret = Field(
         SecretStr(""),
         description="What the side port wants as a bearer token for all that tells more than whether it is well.",
     )
-    metrics_token_file: str = Field("", description="A file that holds it, in place of metrics_token.")
+    http_token_file: str = Field("", description="A file that holds it, in place of http_token.")
     http_allowed_hosts: Annotated[str, AfterValidator(_host_names)] = Field(
         "",
         description="Host names, separated by commas, at which the HTTP endpoint answers, besides IP addresses and "
         "localhost. Others get 421, so that a web page can't read it through a name of its own (DNS rebinding); "
         "/healthz and /readyz answer to any.",
     )
-    metrics_port: Port | Literal["off"] = Field(30009, description='TCP port of the side port; "off" for none.')
+    http_port: Port | Literal["off"] = Field(30009, description='TCP port of the side port; "off" for none.')
     metrics_topics: int = Field(
         0,
         ge=0,
@@ -262,7 +262,7 @@ class Settings(BaseSettings):
     listen_backlog: int = Field(
         1024, ge=1, le=65535, description="Connections the kernel holds while they wait to be accepted."
     )
-    remote_shutdown: bool = Field(
+    allow_shutdown: bool = Field(
         default=True, description="Whether a client may stop the server (SHUTDOWN, mq.shutdown_server())."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
@@ -273,7 +273,7 @@ class Settings(BaseSettings):
         description="How it is logged: text for people; json, a line an event; journal, with priorities and without "
         "times; auto is journal under systemd and else text.",
     )
-    log_to: Literal["stderr", "stdout"] = Field(
+    log_stream: Literal["stderr", "stdout"] = Field(
         "stderr", description="Where it is logged. Some that collect what containers say take all of stderr for errors."
     )
     max_log_lines_per_second: int = Field(
@@ -311,8 +311,8 @@ class Settings(BaseSettings):
         ):
             if getattr(self, name) and not getattr(self, needs):
                 raise ValueError(f"{name} is set without {needs}")
-        if self.metrics_token.get_secret_value() and self.metrics_token_file:
-            raise ValueError("metrics_token and metrics_token_file are both set")
+        if self.http_token.get_secret_value() and self.http_token_file:
+            raise ValueError("http_token and http_token_file are both set")
         return self
 
     @property
@@ -326,7 +326,7 @@ class Settings(BaseSettings):
 class EmbeddedSettings(Settings):
     """The settings of `serve()` called as a function: several such servers fit in one machine."""
 
-    metrics_port: Port | Literal["off"] = "off"
+    http_port: Port | Literal["off"] = "off"
 
 
 def load(

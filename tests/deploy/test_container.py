@@ -321,7 +321,7 @@ def test_settings_are_in_a_file_and_secrets_in_others(podman: Podman, tmp_path: 
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     certificate.private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "server.pem"))
     (tmp_path / "token").write_text(f"{TOKEN}\n")
-    (tmp_path / "dsmq.toml").write_text("max_message_bytes = 4711\nport = 30010\nmetrics_port = 'off'\n")
+    (tmp_path / "dsmq.toml").write_text("max_message_bytes = 4711\nport = 30010\nhttp_port = 'off'\n")
     for path in tmp_path.iterdir():
         path.chmod(0o644)
     with started(

@@ -20,7 +20,7 @@ from conftest import ROOT
 
 pytestmark = pytest.mark.timeout(150)
 
-UNITS = ("dsmq.service", "dsmq.socket", "dsmq-metrics.socket")
+UNITS = ("dsmq.service", "dsmq.socket", "dsmq-http.socket")
 PYTHON = "/opt/dsmq/bin/python"
 TOKEN = "/etc/dsmq/token"
 # What is to happen has to within this, in seconds.
@@ -618,12 +618,12 @@ def test_what_is_forbidden_is_forbidden(box: Box) -> None:
 
 def test_without_the_socket_units_it_has_a_network(box: Box) -> None:
     stop(box)
-    away = "mv /etc/systemd/system/dsmq.socket /etc/systemd/system/dsmq-metrics.socket"
+    away = "mv /etc/systemd/system/dsmq.socket /etc/systemd/system/dsmq-http.socket"
     box.shell(f"systemctl stop {' '.join(UNITS)}; mkdir /away; {away} /away; systemctl daemon-reload")
     try:
         box.write("/etc/systemd/system/dsmq.service.d/test.conf", shipped("without-socket.conf"))
         box.run("systemctl", "daemon-reload")
-        with configured(box, "port = 31008\nmetrics_port = 31009\n"):
+        with configured(box, "port = 31008\nhttp_port = 31009\n"):
             box.run("systemctl", "start", "dsmq.service")
             assert ping(box, box.run("cat", TOKEN))[0] == 1
             done = box.try_run("/opt/dsmq/bin/dsmq", "ping", "--port=31008", f"--token-file={TOKEN}")

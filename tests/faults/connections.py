@@ -341,7 +341,7 @@ def _exhaust(trial: Trial, daemon: Daemon, when: str, *, pending_scrape: bool = 
     # Those beyond what is taken at a time stay in the backlog.
     opened = [dial(daemon.port) for _ in range(400)]
     if pending_scrape:
-        opened.append(dial(daemon.metrics_port))
+        opened.append(dial(daemon.http_port))
         opened[-1].sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
     told = [_first_reply(sock) for sock in opened[-50:-1]]
     refused = sum(reply.startswith(b"-BUSY") for reply in told)

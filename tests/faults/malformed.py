@@ -324,7 +324,7 @@ def malformed(trial: Trial) -> None:
     count = trial.size(1_000_000, 5_000)
     # Of one byte there are few topics: those that are put to are remembered.
     settings = {"max_age_seconds": 1, "max_topic_bytes": 1, "max_message_bytes": LARGEST, "request_timeout_seconds": 1}
-    with victim(trial, remote_shutdown=False, **settings) as on:
+    with victim(trial, allow_shutdown=False, **settings) as on:
         began = time.monotonic()
         outcomes, differ, grown = to_parser(count, seed)
         rate = count / (time.monotonic() - began)

@@ -182,7 +182,7 @@ class Daemon(Process):
         self._log = tempfile.NamedTemporaryFile("w")  # noqa: SIM115 - closed by close()
         # Whatever the caller has set for dsmq is nothing to the attacks.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("DSMQ_")}
-        environment |= {"DSMQ_PORT": "0", "DSMQ_METRICS_PORT": "0"}
+        environment |= {"DSMQ_PORT": "0", "DSMQ_HTTP_PORT": "0"}
         environment |= {f"DSMQ_{name.upper()}": str(value) for name, value in settings.items()}
         # Into a file: a pipe that nobody reads would stop who writes, once it is full.
         self.process = subprocess.Popen(
@@ -200,7 +200,7 @@ class Daemon(Process):
         self.host = "localhost" if ca_file else HOST
         try:
             self.port = int(self._await_line(r"serves on .*?:(\d+)(?: |,)"))
-            self.metrics_port = int(self._await_line(r"metrics on http://.*?:(\d+)/"))
+            self.http_port = int(self._await_line(r"metrics on http://.*?:(\d+)/"))
         except BaseException:
             self.stop()
             raise
@@ -223,7 +223,7 @@ class Daemon(Process):
 
     def fetch(self, path: str = "/metrics", timeout: float = 5.0) -> str:
         """Return a page of the side port. Raises OSError."""
-        with urllib.request.urlopen(f"http://{HOST}:{self.metrics_port}{path}", timeout=timeout) as page:
+        with urllib.request.urlopen(f"http://{HOST}:{self.http_port}{path}", timeout=timeout) as page:
             return str(page.read().decode())
 
     def metric(self, name: str) -> float:

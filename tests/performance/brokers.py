@@ -57,7 +57,7 @@ class Broker:
     def _command(self) -> list[str]:
         port = str(self.port)
         if self.name == "dsmq":
-            return [self.python, "-m", "dsmq", "serve", "--port", port, "--metrics-port", "0", "--log-level", "error"]
+            return [self.python, "-m", "dsmq", "serve", "--port", port, "--http-port", "0", "--log-level", "error"]
         if self.name == OLD:
             return [self.python, "-c", f"from dsmq.server import serve; serve('127.0.0.1', {port})"]
         if self.name == "redis":

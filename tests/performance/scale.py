@@ -295,9 +295,9 @@ def overheads(rounds: int) -> dict[str, Result]:
 def metrics(rounds: int) -> Result:
     """Ratios of costs with metrics, scraped four times a second, to those without a metrics port."""
     with ExitStack() as stack:
-        off = Probe(Broker("dsmq", stack, "--metrics-port", "off"), stack)
+        off = Probe(Broker("dsmq", stack, "--http-port", "off"), stack)
         port = free_port()
-        on = Probe(Broker("dsmq", stack, "--metrics-port", str(port)), stack)
+        on = Probe(Broker("dsmq", stack, "--http-port", str(port)), stack)
         ended = threading.Event()
 
         def scrape() -> None:

@@ -402,8 +402,8 @@ def _shutdown(client: Client, request: list[bytes]) -> bytes | None:
     # Whether a snapshot is written is a setting, and not for clients to decide.
     if len(request) > 1 and request[1].upper() not in (b"NOSAVE", b"SAVE"):
         raise BadRequest("SHUTDOWN takes NOSAVE or SAVE, which change nothing")
-    if not client.services.settings.remote_shutdown:
-        raise NotPermitted("SHUTDOWN is off: remote_shutdown is false")
+    if not client.services.settings.allow_shutdown:
+        raise NotPermitted("SHUTDOWN is off: allow_shutdown is false")
     client.services.request_stop(f"SHUTDOWN from client {client.id}")
     if client.notices:
         return _OK
