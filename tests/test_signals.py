@@ -18,7 +18,8 @@ from dsmq.server import Server
 
 Client = DSMQClientSideConnection
 # The modules that make up a call.
-MODULES = {f"dsmq.{name}" for name in ("client", "calls", "session", "inbox", "link", "protocol", "arguments")}
+CLIENT = ("session", "requests", "reader", "connection", "arguments")
+MODULES = {"dsmq.client", "dsmq.wire.resp", *(f"dsmq.client.{name}" for name in CLIENT)}
 
 
 class Interrupted(BaseException):

@@ -11,6 +11,7 @@ from conftest import ROOT, Wire
 from dsmq import errors
 from dsmq.broker import commands
 from dsmq.broker.syntax import Argument, arguments, bounds
+from dsmq.wire import resp
 from test_server import as_map
 
 PROTOCOL = (ROOT / "src/dsmq/wire/PROTOCOL.md").read_text()
@@ -100,4 +101,4 @@ def test_the_protocol_lists_every_error_that_can_be_sent() -> None:
 
 
 def test_the_protocol_is_packaged() -> None:
-    assert Path(commands.__file__).with_name("PROTOCOL.md").exists()
+    assert Path(resp.__file__).with_name("PROTOCOL.md").exists()

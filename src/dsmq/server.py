@@ -30,13 +30,13 @@ from dsmq.broker import auth
 from dsmq.broker import listener as listening
 from dsmq.broker.auth import Gate, HTTPGate
 from dsmq.broker.commands import Services
+from dsmq.broker.connection import Peer, Stream
+from dsmq.broker.counters import Counters
 from dsmq.broker.event_loop import Worker
 from dsmq.broker.listener import Listener
-from dsmq.broker.loop import Peer, Stream
 from dsmq.broker.usage import Usage
 from dsmq.errors import Busy, CannotStart, ConfigError, DSMQError, ReplyError, ServerFailed
 from dsmq.ops import metrics
-from dsmq.ops.metrics import Counters
 from dsmq.ops.status import Status
 from dsmq.ops.systemd import Systemd
 from dsmq.settings import EmbeddedSettings, Settings
@@ -46,6 +46,7 @@ from dsmq.store.snapshots import LAST_SNAPSHOT_SECONDS, Keeper
 from dsmq.store.sqlite import SQLiteStore
 from dsmq.system import expect_long_messages, has_terminal
 from dsmq.threads import join, wait_until
+from dsmq.wire.addresses import host_names
 from dsmq.wire.resp import encode_error
 
 # File descriptors left for other things than connections.
@@ -231,7 +232,7 @@ class Server:
     def _side_sockets(self) -> list[socket.socket]:
         if self.settings.http_port == "off":
             return []
-        return listening.listen(self.settings.http_host, self.settings.http_port, 16, "metrics-")
+        return listening.listen(self.settings.http_host, self.settings.http_port, 16, "http-")
 
     def _open_side_port(self, sock: socket.socket) -> Any:
         # Imported here, because a server without a side port needs none of it.
@@ -524,7 +525,7 @@ def _http_gate(settings: Settings) -> HTTPGate:
     token = settings.http_token.get_secret_value()
     if settings.http_token_file:
         token = auth.read_tokens(settings.http_token_file)[0][2]
-    return HTTPGate(token.encode(), auth.host_names(settings.http_allowed_hosts))
+    return HTTPGate(token.encode(), host_names(settings.http_allowed_hosts))
 
 
 def _exposed(sockets: Sequence[socket.socket], settings: Settings, gate: Gate) -> list[str]:

@@ -18,10 +18,10 @@ from pydantic import AfterValidator, Field, SecretStr, ValidationError, Validati
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from dsmq import environment
-from dsmq.broker.auth import MIN_TOKEN_CHARACTERS, TOO_SHORT, host_names
-from dsmq.broker.listener import UNIX
 from dsmq.errors import ConfigError
 from dsmq.terminal import quoted
+from dsmq.tokens import MIN_TOKEN_CHARACTERS, TOO_SHORT
+from dsmq.wire.addresses import UNIX, host_names
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 

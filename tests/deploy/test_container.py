@@ -28,9 +28,10 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from conftest import ROOT, tool
-from dsmq.broker.auth import HTTPGate, host_names
+from dsmq.broker.auth import HTTPGate
 from dsmq.client import DSMQClientSideConnection, connect
 from dsmq.errors import DSMQError
+from dsmq.wire.addresses import host_names
 
 HERE = ROOT / "deploy/docker"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

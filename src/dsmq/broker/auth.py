@@ -12,17 +12,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from dsmq.errors import ConfigError
+from dsmq.tokens import MIN_TOKEN_CHARACTERS, TOO_SHORT
 
 DEFAULT_USER = b"default"
 """The user of clients that name none: the token alone decides."""
-MIN_TOKEN_CHARACTERS = 16
-"""A shorter token could be guessed; nothing else slows guessing down."""
-TOO_SHORT = (
-    f"{MIN_TOKEN_CHARACTERS} characters or more; to make one: "
-    "python3 -c 'import secrets; print(secrets.token_urlsafe(32))'"
-)
 _HOST = re.compile(r"(?P<name>\[[^\[\]]*\]|[^:\[\]]*)(:[0-9]*)?")
-_NAME = re.compile(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?")
 # As /etc/hosts of common systems has them; nobody can register one of these.
 _LOOPBACK_NAMES = frozenset(
     ("localhost", "localhost.localdomain", "localhost4", "localhost6", "ip6-localhost", "ip6-loopback")
@@ -149,14 +143,6 @@ class HTTPGate:
             return False
         name = match["name"].removesuffix(".")
         return name in self.names or name in _LOOPBACK_NAMES or name.endswith(".localhost") or _is_address(name)
-
-
-def host_names(text: str) -> frozenset[str]:
-    """Return the host names in a list separated by commas. Raises ValueError."""
-    names = frozenset(name.strip().lower().removesuffix(".") for name in text.split(",") if name.strip())
-    if not all(_NAME.fullmatch(name) for name in names):
-        raise ValueError("should be host names separated by commas, without ports")
-    return names
 
 
 def _is_address(name: str) -> bool:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 from dsmq import __version__
 from dsmq import settings as config
 from dsmq.broker.auth import DEFAULT_USER, Gate, Role
+from dsmq.broker.counters import Counters
 from dsmq.broker.syntax import arguments, bounds
 from dsmq.broker.usage import Usage, request_memory
 from dsmq.errors import (
@@ -29,7 +30,6 @@ from dsmq.errors import (
     UnknownVersion,
     WrongEpoch,
 )
-from dsmq.ops.metrics import Counters
 from dsmq.settings import Settings
 from dsmq.store.api import Answer, Message, Put, Store, T, TopicStats
 from dsmq.wire.resp import (

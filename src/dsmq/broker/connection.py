@@ -15,6 +15,7 @@ from functools import partial
 from itertools import chain
 from selectors import EVENT_READ, EVENT_WRITE
 from time import monotonic
+from typing import TYPE_CHECKING, Protocol
 
 from dsmq import logs
 from dsmq.broker.auth import Role, Token
@@ -30,7 +31,6 @@ from dsmq.broker.commands import (
     Transaction,
     find,
 )
-from dsmq.broker.loop import Loop, Peer, Stream
 from dsmq.broker.usage import FREE_BYTES, Budget, request_memory
 from dsmq.errors import (
     AuthRequired,
@@ -45,6 +45,9 @@ from dsmq.errors import (
 )
 from dsmq.store.api import MESSAGE_OVERHEAD_BYTES, Answer, Message, Put, T
 from dsmq.wire.resp import REQUEST_OVERHEAD_BYTES, RequestParser, encode_error, encode_integer
+
+if TYPE_CHECKING:
+    from dsmq.broker.event_loop import Worker
 
 # Received, and sent, at once: so that one connection does not hold up the others.
 RECEIVE_BYTES = 131_072
@@ -74,6 +77,38 @@ LINGER_SECONDS_AT_STOP = 0.05
 _DEFECT = InternalError("see the server's log")
 
 _logger = logging.getLogger(__name__)
+
+
+class Stream(Protocol):
+    """What a connection asks of its socket, which may be one under TLS. None of it waits."""
+
+    def fileno(self) -> int:
+        """Return its file descriptor."""
+
+    def recv(self, size: int, /) -> bytes:
+        """Return what has come. Raises BlockingIOError when there is nothing."""
+
+    def send(self, data: bytearray | bytes | memoryview, /) -> int:
+        """Send some of it; return how much."""
+
+    def shutdown(self, how: int, /) -> None:
+        """Say that nothing more comes."""
+
+    def close(self) -> None:
+        """Close it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who is at the other end."""
+
+    number: int
+    host: str
+    network: str
+    """What one client can have many addresses of: see `auth.network`."""
+    name: str
+    """Host and port, for people."""
+    encrypted: bool
 
 
 @dataclass(slots=True, eq=False)
@@ -148,7 +183,7 @@ class Connection:
         "watermark",
     )
 
-    def __init__(self, loop: Loop, sock: Stream, peer: Peer) -> None:
+    def __init__(self, loop: Worker, sock: Stream, peer: Peer) -> None:
         self._loop = loop
         self._socket = sock
         self.peer = peer

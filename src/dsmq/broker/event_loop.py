@@ -22,12 +22,11 @@ from typing import Protocol
 
 from dsmq import logs
 from dsmq.broker.commands import COMMANDS, Services
-from dsmq.broker.connection import SLOW_SECONDS, Connection, result_of
+from dsmq.broker.connection import SLOW_SECONDS, Connection, Peer, Stream, result_of
+from dsmq.broker.counters import Counters
 from dsmq.broker.listener import Listener
-from dsmq.broker.loop import Peer, Stream
 from dsmq.broker.usage import Budget
 from dsmq.errors import Busy, ReplyError, StoreFailed
-from dsmq.ops.metrics import Counters
 from dsmq.store.api import Answer, Put
 from dsmq.system import LONG_YIELD_PAUSE_SECONDS, LONG_YIELD_SECONDS, yield_processor
 

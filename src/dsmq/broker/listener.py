@@ -16,8 +16,8 @@ from typing import Protocol
 
 from dsmq import logs
 from dsmq.errors import CannotStart
+from dsmq.wire.addresses import UNIX
 
-UNIX = "unix:"
 # Accepted in one turn of the loop, so that a flood of connections does not starve those that are open.
 MAX_ACCEPTS = 4
 # Of replies, the kernel takes so much more than it can send: little, for most of what goes to a client that does not

@@ -1,7 +1,4 @@
-"""The numbers dsmq shows to Prometheus.
-
-The hot path adds to plain integers, each worker to its own; they are summed when Prometheus asks.
-"""
+"""The metrics that dsmq exports to Prometheus."""
 
 from __future__ import annotations
 
@@ -10,161 +7,29 @@ import operator
 import platform
 import sqlite3
 import time
-from bisect import bisect_left
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Iterator, Mapping
 from itertools import repeat
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from dsmq import __version__
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry, Metric
 
+    from dsmq.broker.counters import Counters
+    from dsmq.ops.status import Status
     from dsmq.store.api import Limits, Timing, TopicStats, Totals
     from dsmq.store.snapshots import Tally
 
-RECENT_ERRORS = 50
 # Over how long at least the rates of topics are taken, however often they are looked at, and by how many.
 RATE_SECONDS = 10.0
-
-_FROM_5_MICROSECONDS = (
-    5e-6,
-    1e-5,
-    2.5e-5,
-    5e-5,
-    1e-4,
-    2.5e-4,
-    5e-4,
-    1e-3,
-    2.5e-3,
-    5e-3,
-    0.01,
-    0.025,
-    0.05,
-    0.1,
-    0.25,
-    1.0,
-)
-_FROM_1_MILLISECOND = (1e-3, 2e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0, 600.0)
-
-
-class Histogram:
-    """How often values fell between bounds. To add to it costs no more than a few additions."""
-
-    __slots__ = ("bounds", "counts", "sum")
-
-    def __init__(self, bounds: tuple[float, ...]) -> None:
-        self.bounds = bounds
-        """The upper bounds of the buckets but the last, which has none."""
-        self.counts = [0] * (len(bounds) + 1)
-        self.sum = 0.0
-
-    def add(self, value: float, times: int = 1) -> None:
-        """Count a value, so many times."""
-        self.counts[bisect_left(self.bounds, value)] += times
-        self.sum += value * times
-
-    def merge(self, other: Histogram) -> None:
-        """Count what another has counted."""
-        self.counts = [mine + theirs for mine, theirs in zip(self.counts, other.counts, strict=True)]
-        self.sum += other.sum
-
-    def buckets(self) -> list[tuple[str, float]]:
-        """Return upper bounds and how many values are not above them, as Prometheus wants them."""
-        total, found = 0, []
-        for bound, count in zip((*map(str, self.bounds), "+Inf"), self.counts, strict=True):
-            total += count
-            found.append((bound, float(total)))
-        return found
-
-
-@dataclass(slots=True)
-class Counters:
-    """What one worker has counted since the start. Only that worker writes them."""
-
-    gets_message: int = 0
-    gets_empty: int = 0
-    delivered: int = 0
-    requests: int = 0
-    bytes_in: int = 0
-    bytes_out: int = 0
-    opened: int = 0
-    failures: int = 0
-    wrong_tokens: int = 0
-    commands: dict[str, int] = field(default_factory=dict)
-    """Requests, by command, all of which are there from the start; those of no known one are in `errors`."""
-    errors: Counter[str] = field(default_factory=Counter)
-    """Error replies, by code."""
-    puts_refused: Counter[str] = field(default_factory=Counter)
-    """Those of them that answered a PUT."""
-    refused: Counter[str] = field(default_factory=Counter)
-    """Connections not taken, by reason."""
-    recent: deque[tuple[float, str, str, str]] = field(default_factory=lambda: deque(maxlen=RECENT_ERRORS))
-    """The last error replies: when, since 1970; code; client; sentence."""
-    request_seconds: Histogram = field(default_factory=lambda: Histogram(_FROM_5_MICROSECONDS))
-    """From the begin of the turn in which requests are read to its end, when the replies have been sent."""
-    delivery_seconds: Histogram = field(default_factory=lambda: Histogram(_FROM_1_MILLISECOND))
-    """From put to delivery."""
-    lag_seconds: Histogram = field(default_factory=lambda: Histogram(_FROM_5_MICROSECONDS))
-    """How late the event loop looks at its timers, once a second."""
-
-
-def total(counters: Iterable[Counters]) -> Counters:
-    """Return the sums of what several workers have counted."""
-    result = Counters()
-    for one in counters:
-        for name in Counters.__slots__:
-            value, mine = getattr(one, name), getattr(result, name)
-            if isinstance(value, Histogram):
-                mine.merge(value)
-            elif isinstance(value, deque):
-                mine.extend(value.copy())
-            elif isinstance(value, dict):
-                # A copy, which is atomic: the worker may be adding a new key.
-                for key, count in value.copy().items():
-                    mine[key] = mine.get(key, 0) + count
-            else:
-                setattr(result, name, mine + value)
-    return result
-
-
-class Source(Protocol):
-    """Where the numbers are read at scrape time: the server."""
-
-    started_at: float
-    """Seconds since 1970."""
-
-    def counters(self) -> Counters:
-        """Return what has been counted since the start."""
-
-    def totals(self) -> Totals:
-        """Return what the store holds."""
-
-    def limits(self) -> Limits:
-        """Return what it may hold."""
-
-    def timings(self) -> Mapping[str, Timing]:
-        """Return how often and how long the database was used, by operation."""
-
-    def expiry(self) -> Timing:
-        """Return how often and how long what is too old was deleted."""
-
-    def snapshots(self) -> Tally:
-        """Return what is known of snapshots."""
-
-    def gauges(self) -> Mapping[str, tuple[str, float]]:
-        """Return further gauges: by name, what they tell and their value."""
-
-    def top_topics(self) -> list[tuple[TopicStats, float]]:
-        """Return the topics to be shown one by one, with the puts a second into each; "other" sums up the rest."""
 
 
 class Collector:
     """Prometheus's view of a server."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Status) -> None:
         self._source = source
 
     def collect(self) -> Iterator[Metric]:
@@ -320,7 +185,7 @@ class Rates:
         return [(name, number / seconds) for number, name in chosen], rest / seconds
 
 
-def registry(source: Source) -> CollectorRegistry:
+def registry(source: Status) -> CollectorRegistry:
     """Return a registry of this server's own, so that several servers fit in one process."""
     # Imported here, because a server without a side port needs none of it.
     from prometheus_client import CollectorRegistry, ProcessCollector  # noqa: PLC0415

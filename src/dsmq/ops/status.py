@@ -13,10 +13,10 @@ from dsmq import __version__
 from dsmq.broker.auth import Role
 from dsmq.broker.commands import Services
 from dsmq.broker.connection import Connection
+from dsmq.broker.counters import Counters, total
 from dsmq.broker.event_loop import PULSE_SECONDS, Worker
 from dsmq.errors import ReplyError
-from dsmq.ops import metrics
-from dsmq.ops.metrics import Counters, Rates
+from dsmq.ops.metrics import Rates
 from dsmq.store.api import Limits, Timing, TopicStats, Totals
 from dsmq.store.expiry import Expiry
 from dsmq.store.snapshots import Keeper, Tally
@@ -56,7 +56,7 @@ class Status:
     # What Prometheus asks for
 
     def counters(self) -> Counters:
-        return metrics.total([*(worker.counters for worker in self._workers), self.refused])
+        return total([*(worker.counters for worker in self._workers), self.refused])
 
     def totals(self) -> Totals:
         return self._services.store.totals()

@@ -1,0 +1,73 @@
+"""The rooms of the source, and the imports between them, which run down only."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import dsmq
+
+ROOT = Path(dsmq.__file__).parent
+# What each room may import from, itself aside. Modules outside a room are named by themselves.
+BASE = {"errors", "logs", "system", "terminal", "threads", "tokens"}
+MAY_IMPORT = {
+    "wire": {"errors"},
+    "settings": {"environment", "errors", "terminal", "tokens", "wire"},
+    "store": BASE,
+    "broker": {"store", "wire", "settings", *BASE},
+    "ops": {"broker", "store", "wire", "settings", *BASE},
+    "client": {"wire", "errors", "system"},
+    "aio": {"client", "wire", "errors", "system"},
+    "logs": {"errors", "system", "terminal"},
+    "errors": set(),
+}
+MOST_LEVELS = 13
+
+
+def modules() -> dict[str, Path]:
+    """Return the file of each module."""
+    names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in ROOT.rglob("*.py")}
+    return {name.removesuffix(".__init__"): path for path, name in names.items() if name != "__init__"}
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Return what a file imports from dsmq, also inside functions, but not for type checkers alone."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("dsmq."):
+            prefix = str(node.module)[5:]
+            for alias in node.names:
+                name = f"{prefix}.{alias.name}".strip(".")
+                yield name if name in modules() else prefix
+
+
+IMPORTS = {name: {other for other in imported(path) if other} - {name} for name, path in modules().items()}
+
+
+def room(module: str) -> str:
+    return module.partition(".")[0]
+
+
+@pytest.mark.parametrize("module", sorted(name for name in IMPORTS if room(name) in MAY_IMPORT))
+def test_a_room_imports_only_from_rooms_below_it(module: str) -> None:
+    here = room(module)
+    assert {room(other) for other in IMPORTS[module]} <= MAY_IMPORT[here] | {here}
+
+
+def test_imports_have_no_circle_and_few_levels() -> None:
+    @cache
+    def level(module: str) -> int:
+        return 1 + max(map(level, IMPORTS[module]), default=0)
+
+    try:
+        levels = {module: level(module) for module in IMPORTS}
+    except RecursionError:
+        pytest.fail("a circle of imports")
+    assert max(levels.values()) <= MOST_LEVELS, levels
