@@ -23,7 +23,7 @@ import pytest
 import dsmq.client
 from conftest import SOON, UNIT, serving, wait_until
 from dsmq.aio import AsyncClient, connect
-from dsmq.client import channel
+from dsmq.client import async_connection
 from dsmq.errors import BadRequest, ClientClosed, ConnectionLost, Full, InternalError, MessageNotText
 from dsmq.server import Server
 
@@ -479,7 +479,7 @@ def test_a_server_that_takes_nothing_does_not_make_the_client_buffer_all(tmp_pat
         async with asyncio.timeout(SOON), await connect(host) as mq:
             with blocked(server):
                 calls = [asyncio.create_task(mq.put("t", "x" * size)) for _ in range(count)]
-                transport = mq._here().shared._link._transport
+                transport = mq._here().shared._connection._transport
                 while not transport.get_write_buffer_size():
                     await asyncio.sleep(UNIT / 20)
                 await asyncio.sleep(UNIT)
@@ -499,7 +499,7 @@ def test_no_more_puts_are_unanswered_than_a_server_remembers(server: Server) -> 
             calls += [mq.put_many("t", ["x"] * 400) for _ in range(5)]
             tasks = [asyncio.create_task(call) for call in calls]
             await asyncio.sleep(UNIT)
-            assert len(mq._here().shared._link.due) <= 1000
+            assert len(mq._here().shared._connection._due) <= 1000
         await asyncio.gather(*tasks)
 
     run(server, scenario)
@@ -568,7 +568,7 @@ def test_a_reply_that_got_lost_here_makes_no_other_call_get_the_wrong_one(
 ) -> None:
     """What a signal handler raises may come anywhere."""
 
-    def answer(place: channel.Place, reply: object) -> None:
+    def answer(place: async_connection.Place, reply: object) -> None:
         if reply == 2 and errors:
             raise errors.pop()
         original(place, reply)
@@ -579,8 +579,8 @@ def test_a_reply_that_got_lost_here_makes_no_other_call_get_the_wrong_one(
         mq.seek("t", 0)
         assert await mq.get_many("t") == ["0", "1", "2", "3", "4"]
 
-    errors, original = [error], channel.Place.answer
-    monkeypatch.setattr(channel.Place, "answer", answer)
+    errors, original = [error], async_connection.Place.answer
+    monkeypatch.setattr(async_connection.Place, "answer", answer)
     run(server, scenario)
     assert not errors
 
@@ -672,7 +672,7 @@ def test_when_nobody_waits_for_a_connection_any_more_none_is_tried() -> None:
             mq = await connect(port=server.port)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(mq.ping(), UNIT)
-        while mq._here().shared._is_reviving:
+        while mq._here().shared._connecting:
             await asyncio.sleep(UNIT / 20)
         await mq.close()
 
@@ -698,7 +698,7 @@ def test_each_wait_has_a_connection_which_is_used_again_and_closed_when_idle(
             await mq.get_wait("t", timeout=UNIT)
             assert proxy.accepted == 5
 
-    monkeypatch.setattr(channel, "IDLE_SECONDS", 3 * UNIT)
+    monkeypatch.setattr("dsmq.client.async_pool.IDLE_SECONDS", 3 * UNIT)
     asyncio.run(main())
 
 
@@ -1035,7 +1035,7 @@ def test_a_name_whose_addresses_all_refuse_is_refused_in_words(monkeypatch: pyte
 def test_an_address_that_does_not_answer_keeps_nobody_from_a_server_that_is_starting_at_another(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(channel, "REST_SECONDS", UNIT)
+    monkeypatch.setattr("dsmq.client.dial.REST_SECONDS", UNIT)
     with black_hole() as address, nobody() as refusing:
         resolve(monkeypatch, refusing, address)
         with pytest.raises(ConnectionRefusedError, match="no server answers"):

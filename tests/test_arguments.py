@@ -198,7 +198,7 @@ def test_a_unix_socket_that_cannot_be_reached_is_named_alike(
 @pytest.mark.parametrize("name", ["_n_tries", "_n_retries"])
 def test_both_names_of_the_schedule_are_adjustable(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(dsmq.client, name, 3)
-    assert dsmq.client.pauses() == [0.01, 0.02, 0.04]
+    assert dsmq.client.retry_delays() == [0.01, 0.02, 0.04]
 
 
 # Files of TLS

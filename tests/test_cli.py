@@ -1255,7 +1255,7 @@ def test_what_is_put_goes_on_when_the_server_is_started_anew() -> None:
     assert (status, out) == (0, b"")
     lost, anew = err.decode().splitlines()
     assert lost.startswith(f"dsmq: connection to 127.0.0.1 port {mq.port} lost, trying again: ")
-    assert anew == "dsmq: the server has been started anew: the messages it held are lost"
+    assert anew == "dsmq: the server was restarted: the messages it held are lost"
 
 
 def test_a_client_may_stop_the_server() -> None:

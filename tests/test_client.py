@@ -25,7 +25,7 @@ import dsmq.client.connection
 from conftest import SOON, UNIT, serving, wait_until
 from dsmq import errors
 from dsmq.client import DSMQClientSideConnection, Message, connect
-from dsmq.client.connection import Link
+from dsmq.client.connection import Connection
 from dsmq.client.requests import PUTS_AT_ONCE
 from dsmq.errors import ClientClosed, ConnectionLost, MessageNotText, NotPermitted, ProtocolError, TooBig
 from dsmq.server import Server, serve
@@ -122,10 +122,10 @@ def test_how_long_a_reply_took_decides_whether_the_next_is_looked_for(
 ) -> None:
     mq = client()
     mq.ping()
-    link = mq._idle[0]
+    link = mq._pool.idle[0]
     monkeypatch.setattr(dsmq.client.connection, "time", SimpleNamespace(monotonic=lambda: 1000 + took))
-    link._learn(1000)
-    assert link._look_from == pytest.approx(1000 + took + pause if pause else 0)
+    link._adapt_polling(1000)
+    assert link._poll_not_before == pytest.approx(1000 + took + pause if pause else 0)
 
 
 def test_a_reply_is_not_looked_for_where_that_was_in_vain(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +138,7 @@ def test_a_reply_is_not_looked_for_where_that_was_in_vain(server: Server, monkey
         looks.clear()
         mq.get_wait("nothing", timeout=UNIT)
         assert not looks
-        mq._idle[0]._look_from = 0
+        mq._pool.idle[0]._poll_not_before = 0
         mq.get_wait("nothing", timeout=UNIT)
         assert looks
 
@@ -277,13 +277,13 @@ def test_put_many_may_take_long_to_make_messages(server: Server, monkeypatch: py
 
     left = []
 
-    def receive(link: Link) -> object:
+    def receive(link: Connection) -> object:
         left.append(link._deadline - time.monotonic())
         return original(link)
 
-    original = Link.receive
+    original = Connection.receive
     with connect(port=server.port, timeout=UNIT) as mq:
-        monkeypatch.setattr(Link, "receive", receive)
+        monkeypatch.setattr(Connection, "receive", receive)
         assert len(mq.put_many("t", slowly())) == PUTS_AT_ONCE
     assert left[0] > 0
 
@@ -512,7 +512,7 @@ def test_after_a_lost_connection_the_client_goes_on_where_it_was(server: Server,
     mq = client()
     mq.put_many("t", ["1", "2"])
     assert mq.get("t") == "1"
-    for link in mq._links:
+    for link in mq._pool.connections:
         link.interrupt()
     assert mq.put("t", "3") == 3
     assert [mq.get("t"), mq.get("t"), mq.get("t")] == ["2", "3", ""]
@@ -530,7 +530,7 @@ def test_a_new_epoch_is_read_from_its_start_with_one_warning(caplog: pytest.LogC
         mq.put("t", "new 2")
         assert [mq.get("t") for _ in range(4)] == ["2", "new 1", "new 2", ""]
     mq.close()
-    assert caplog.text.count("started anew") == 1
+    assert caplog.text.count("restarted") == 1
 
 
 class Interrupted(Exception):
@@ -570,10 +570,10 @@ def test_after_a_restart_all_connections_are_made_anew() -> None:
         mq.put_many("t", ["x"] * 4)
         for thread in waiting:
             thread.join(SOON)
-    assert len(mq._idle) > 1
+    assert len(mq._pool.idle) > 1
     with serving(port=port):
         mq.ping()
-        assert len(mq._links) == len(mq._idle) == 1
+        assert len(mq._pool.connections) == len(mq._pool.idle) == 1
         mq.close()
 
 
@@ -604,18 +604,18 @@ def test_a_first_call_after_a_restart_reads_from_the_start() -> None:
 
 def test_closing_during_a_connect_is_noticed(monkeypatch: pytest.MonkeyPatch, client: MakeClient) -> None:
     mq = client()
-    real = Link.receive
+    real = Connection.receive
 
-    def receive_and_close(link: Link) -> object:
+    def receive_and_close(link: Connection) -> object:
         reply = real(link)
         mq.close()
         return reply
 
-    mq._idle.pop().close()
-    monkeypatch.setattr(Link, "receive", receive_and_close)
+    mq._pool.idle.pop().close()
+    monkeypatch.setattr(Connection, "receive", receive_and_close)
     with pytest.raises(ClientClosed):
         mq.ping()
-    assert not mq._links
+    assert not mq._pool.connections
 
 
 @pytest.mark.parametrize("end", [b"\r\n", b""])

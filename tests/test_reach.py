@@ -17,10 +17,9 @@ from typing import Any, Self
 import pytest
 
 from conftest import SOON, UNIT, daemon, serving, wait_until
-from dsmq import client as client_module
 from dsmq.client import connect, dial
 from dsmq.client import connection as link
-from dsmq.client.dial import Target, addresses
+from dsmq.client.dial import Endpoint, addresses
 from dsmq.errors import ConnectionLost, ProtocolError
 from dsmq.server import Server
 
@@ -80,7 +79,7 @@ def closed_port() -> Iterator[int]:
 
 def test_families_take_turns(resolve: Callable[..., None]) -> None:
     resolve(("::1", 1), ("::2", 1), ("::3", 1), ("10.0.0.1", 1), ("10.0.0.2", 1))
-    found = [address[3][0] for address in addresses(Target("name", 1))]
+    found = [address[3][0] for address in addresses(Endpoint("name", 1))]
     assert found == ["::1", "10.0.0.1", "::2", "10.0.0.2", "::3"]
 
 
@@ -173,14 +172,12 @@ def test_a_front_that_closes_at_once_is_a_server_that_is_starting(
 def test_a_front_gives_way_to_the_server_behind_it(monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
     with front() as (port, accepted):
         monkeypatch.setattr(
-            client_module, "target", lambda *_, **__: Target("127.0.0.1", server.port if len(accepted) > 4 else port)
+            dial,
+            "addresses",
+            lambda _: [
+                (socket.AF_INET, socket.SOCK_STREAM, 0, ("127.0.0.1", server.port if len(accepted) > 4 else port))
+            ],
         )
-        real = dial._open_tcp
-
-        def open_tcp(_: Target, timeout: float) -> socket.socket:
-            return real(Target("127.0.0.1", server.port if len(accepted) > 4 else port), timeout)
-
-        monkeypatch.setattr(dial, "_open_tcp", open_tcp)
         with connect(port=port) as mq:
             mq.ping()
     assert len(accepted) == 5
@@ -307,15 +304,15 @@ def test_a_message_that_takes_longer_than_the_timeout_is_put_and_got(server: Ser
 def test_after_a_timeout_less_is_asked_for(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     with connect(port=server.port, timeout=5 * UNIT) as mq:
         mq.put_many("t", ["x" * 3000] * 50)
-        real, left = link.Link.receive, [2]
+        real, left = link.Connection.receive, [2]
 
-        def receive(one: link.Link) -> object:
+        def receive(one: link.Connection) -> object:
             if left[0]:
                 left[0] -= 1
                 raise TimeoutError("no reply")
             return real(one)
 
-        monkeypatch.setattr(link.Link, "receive", receive)
+        monkeypatch.setattr(link.Connection, "receive", receive)
         assert mq.get("t") == "x" * 3000
         # Of the last two replies one was that to HELLO.
         assert mq._session.read_bytes == 65_536 + 4096
@@ -325,9 +322,9 @@ def test_after_a_timeout_less_is_asked_for(server: Server, monkeypatch: pytest.M
 
 def test_a_server_that_is_silent_is_given_up_in_time_whatever_was_sent() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        one = link.Link(Target("127.0.0.1", listener.getsockname()[1]), UNIT)
+        one = link.Connection(Endpoint("127.0.0.1", listener.getsockname()[1]), UNIT)
         before = time.monotonic()
-        one.send(b"x" * 16_384, UNIT)
+        one.send(b"x" * 16_384)
         with pytest.raises(TimeoutError):
             one.receive()
         # 16 KiB may take a second.
@@ -480,7 +477,7 @@ except OSError as error:
 
 
 def test_idle_connections_of_a_burst_are_closed_but_one(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "IDLE_SECONDS", 3 * UNIT)
+    monkeypatch.setattr("dsmq.client.pool.IDLE_SECONDS", 3 * UNIT)
     with connect(port=server.port) as mq:
         for _ in range(2):
             threads = [threading.Thread(target=mq.get_wait, args=("t",), kwargs={"timeout": SOON}) for _ in range(20)]

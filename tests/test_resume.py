@@ -21,9 +21,10 @@ from pydantic import SecretStr
 from conftest import SOON, UNIT, Wire, serving, wait_until, wire_to
 from dsmq import aio
 from dsmq import settings as config
-from dsmq.client import DSMQClientSideConnection, channel, connect
+from dsmq.client import DSMQClientSideConnection, async_connection, connect
 from dsmq.client import requests as calls
-from dsmq.client.connection import LONG_PAUSE_SECONDS, Link, target
+from dsmq.client.connection import LONG_PAUSE_SECONDS, Connection
+from dsmq.client.dial import Endpoint
 from dsmq.errors import Busy, ClientClosed, Closing, ConnectionLost, Forgotten, Full, ReplyError, WrongToken
 from dsmq.server import Server
 from dsmq.wire.resp import encode_bulk
@@ -45,7 +46,7 @@ def lose_reply(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """A function: after so many replies, one is lost with its connection."""
     left = math.inf
 
-    def receive(link: Link) -> object:
+    def receive(link: Connection) -> object:
         nonlocal left
         reply = original(link)
         left -= 1
@@ -58,8 +59,8 @@ def lose_reply(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         nonlocal left
         left = count
 
-    original = Link.receive
-    monkeypatch.setattr(Link, "receive", receive)
+    original = Connection.receive
+    monkeypatch.setattr(Connection, "receive", receive)
     return arm
 
 
@@ -115,7 +116,7 @@ def test_an_iterator_goes_on(server: Server, mq: DSMQClientSideConnection) -> No
             writer.put("t", str(number))
             wait_until(lambda number=number: len(got) == number + 1)
             if number % 3 == 0:
-                for link in list(mq._links):
+                for link in list(mq._pool.connections):
                     link.interrupt()
         thread.join(SOON)
     assert got == [str(number) for number in range(10)]
@@ -125,7 +126,7 @@ def test_an_interrupted_wait_lasts_as_long_as_it_was_to(server: Server, mq: DSMQ
     def interrupt() -> None:
         wait_until(lambda: server.waiting() == 1)
         began.wait(UNIT * 3)
-        for link in list(mq._links):
+        for link in list(mq._pool.connections):
             link.interrupt()
 
     began = threading.Event()
@@ -146,7 +147,7 @@ def test_what_is_lost_and_found_is_logged_once(
     lose_reply()
     mq.ping()
     where = f"connection to 127.0.0.1 port {server.port}"
-    found = [(record.levelname, record.message) for record in caplog.records if record.name == "dsmq.client.session"]
+    found = [(record.levelname, record.message) for record in caplog.records if record.name == "dsmq.client.core"]
     assert found == [("WARNING", f"{where} lost, trying again: a test has lost it"), ("INFO", f"{where} resumed")]
 
 
@@ -202,10 +203,10 @@ def test_a_reply_that_is_there_is_read_though_nothing_can_be_sent_any_more(tmp_p
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "socket"))
         listener.listen()
-        link = Link(target(f"unix:{tmp_path / 'socket'}", 0), SOON)
+        link = Connection(Endpoint(f"unix:{tmp_path / 'socket'}", 0), SOON)
         with listener.accept()[0] as server:
             server.sendall(b":7\r\n")
-    link.send(b"PING\r\n", SOON)
+    link.send(b"PING\r\n")
     assert link.receive() == 7
     with pytest.raises(ConnectionResetError):
         link.receive()
@@ -215,14 +216,14 @@ def test_a_reply_that_is_there_is_read_though_nothing_can_be_sent_any_more(tmp_p
 def test_a_call_that_fails_has_resumed_too(states: list[str]) -> None:
     with serving(max_stored_messages=1) as server, restarted(states, server.port) as mq:
         mq.put("t", "x")
-        mq._announce("lost", OSError("of another thread"))
+        mq._core.announce("lost", OSError("of another thread"))
         with pytest.raises(Full):
             mq.put("t", "y")
     assert states == ["lost", "resumed"]
 
 
 def test_a_connection_that_an_interrupted_call_let_go_of_ends(server: Server, mq: DSMQClientSideConnection) -> None:
-    mq._borrow()
+    mq._pool.borrow()
     wait_until(lambda: server.connections() == 0)
     mq.ping()
 
@@ -436,9 +437,9 @@ def test_a_put_that_may_have_been_stored_is_not_put_into_another_server(
             servers[0].start()
 
         servers: list[Server] = []
-        monkeypatch.setattr(mq, "_closing", _Before(mq._closing, replace))
+        monkeypatch.setattr(mq._pool, "_closing", _Before(mq._pool._closing, replace))
         lose_reply()
-        with pytest.raises(ConnectionLost, match="started anew") as told:
+        with pytest.raises(ConnectionLost, match="restarted") as told:
             mq.put("t", "2")
         assert told.value.may_be_stored
         assert mq.get("t", default=None) is None
@@ -471,7 +472,7 @@ def test_another_run_of_the_same_epoch_may_have_lost_what_was_put_last(
 ) -> None:
     mq.put("t", "1")
     server._store.run = "another"
-    mq._idle[0].interrupt()
+    mq._pool.idle[0].interrupt()
     assert mq.get("t") == "1"
     assert states == ["lost", "restarted"]
     assert "messages that were put last may be lost" in caplog.text
@@ -521,7 +522,7 @@ def test_a_frozen_server_is_waited_for(server: Server) -> None:
         got: list[object] = []
         thread = threading.Thread(target=lambda: got.append(mq.put("t", "x")))
         thread.start()
-        wait_until(lambda: mq._states.last[0])
+        wait_until(lambda: mq._core.is_down)
         release.set()
         thread.join(SOON)
         assert got == [1]
@@ -541,7 +542,7 @@ def test_closing_ends_the_waiting_for_a_server() -> None:
 
     thread = threading.Thread(target=ping)
     thread.start()
-    wait_until(lambda: mq._states.last[0])
+    wait_until(lambda: mq._core.is_down)
     mq.close()
     thread.join(SOON)
     assert raised == [ClientClosed]
@@ -552,7 +553,7 @@ def test_a_server_with_too_many_clients_is_tried_again() -> None:
         # Before the first connection there is nothing to resume.
         with pytest.raises(Busy):
             connect(port=server.port, retry=False)
-        for link in list(mq._links):
+        for link in list(mq._pool.connections):
             link.interrupt()
         wait_until(lambda: server.connections() == 0)
         other = connect(port=server.port)
@@ -670,14 +671,14 @@ def test_what_is_forgotten_is_an_error_and_no_guess(
     server: Server, mq: DSMQClientSideConnection, lose_reply: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dsmq.store.dedup.MAX_PRODUCERS", 1)
-    real = calls.Put.lost
+    real = calls.Put.on_connection_lost
 
     def lost(put: calls.Put, error: Exception) -> bool:
         with wire_to(server) as other:
             other.call("PUT", "t", "x", "KEY", "other", 1)
         return real(put, error)
 
-    monkeypatch.setattr(calls.Put, "lost", lost)
+    monkeypatch.setattr(calls.Put, "on_connection_lost", lost)
     lose_reply()
     with pytest.raises(Forgotten):
         mq.put("t", "x")
@@ -689,16 +690,16 @@ def test_what_is_forgotten_is_an_error_and_no_guess(
 
 def test_the_asyncio_client_resumes(server: Server, states: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
-        original, lose = channel.Link.data_received, [False]
+        original, lose = async_connection.Connection.data_received, [False]
 
-        def data_received(link: channel.Link, data: bytes) -> None:
+        def data_received(link: async_connection.Connection, data: bytes) -> None:
             if lose[0]:
                 lose[0] = False
                 link.fail(ConnectionResetError("a test has lost it"))
             else:
                 original(link, data)
 
-        monkeypatch.setattr(channel.Link, "data_received", data_received)
+        monkeypatch.setattr(async_connection.Connection, "data_received", data_received)
         async with await aio.connect(port=server.port, on_state_change=states.append) as mq:
             for call in (
                 lambda: mq.put("t", "1"),
@@ -759,7 +760,7 @@ def test_the_asyncio_client_that_is_closed_while_it_waits_for_a_server() -> None
         with serving() as server:
             mq = await aio.connect(port=server.port)
         call = asyncio.create_task(mq.ping())
-        while not mq._connector.down:
+        while not mq._core.is_down:
             await asyncio.sleep(UNIT / 20)
         await mq.close()
         with pytest.raises(ClientClosed):

@@ -518,7 +518,7 @@ def test_tokens_are_shown_nowhere(caplog: pytest.LogCaptureFixture) -> None:
             refusal = wrong.call("AUTH", WRITER)
         told = [repr(settings), repr(refusal), str(wire.call("INFO")), repr(server.settings), caplog.text]
         client = connect(port=server.port, token=ADMIN)
-        told += [repr(client), repr(client._target)]
+        told += [repr(client), repr(client._core.endpoint)]
         client.close()
     told.append(config.to_toml(server.settings))
     assert "auth_token" in told[-1]

@@ -7,9 +7,10 @@ from typing import get_args
 
 import pytest
 
-from dsmq.client import reader as inbox_module
+from dsmq.client import reader as reader_module
 from dsmq.client import session as wire
-from dsmq.client.reader import Claim, Entry, Era, Inbox
+from dsmq.client.core import should_report
+from dsmq.client.reader import Claim, Entry, Era, TopicReader
 from dsmq.client.session import Message, Session
 from dsmq.errors import (
     AuthRequired,
@@ -48,7 +49,7 @@ class Time:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Time:
     clock = Time()
     monkeypatch.setattr(wire, "time", clock)
-    for module in (wire, inbox_module):
+    for module in (wire, reader_module):
         monkeypatch.setattr(module, "boot_time", clock.monotonic)
     return clock
 
@@ -67,12 +68,12 @@ def hello(epoch: str = "one", last_id: int = 0, **others: Reply) -> Reply:
 
 def a_session(epoch: str = "one", **facts: Reply) -> Session:
     session = Session()
-    session.meet(hello(epoch, **facts))  # type: ignore[arg-type]
+    session.handle_hello(hello(epoch, **facts))  # type: ignore[arg-type]
     return session
 
 
-def an_inbox(position: int = 0, last_number: int | None = None) -> Inbox:
-    return Inbox("t", Era("one", b"first", position, last_number))
+def a_reader(position: int = 0, last_number: int | None = None) -> TopicReader:
+    return TopicReader("t", Era("one", b"first", position, last_number))
 
 
 def entry(message_id: int, number: int | None = None, expires: float = NEVER) -> Entry:
@@ -83,14 +84,14 @@ def entries(*ids: int) -> list[Entry]:
     return [entry(message_id) for message_id in ids]
 
 
-def accept(inbox: Inbox, found: list[Entry]) -> bool:
-    """Give an inbox what it has asked for now."""
-    return inbox.accept(inbox.asked(), found)
+def accept(reader: TopicReader, found: list[Entry]) -> bool:
+    """Give an reader what it has asked for now."""
+    return reader.accept(reader.asked(), found)
 
 
-def take(inbox: Inbox, n: int = 100, claim: Claim | None = None) -> list[int]:
+def take(reader: TopicReader, n: int = 100, claim: Claim | None = None) -> list[int]:
     """Take up to n of the messages that were read ahead, and return the ids."""
-    return inbox.take([] if claim is None else claim, n, lambda _, found: found.id)
+    return reader.take([] if claim is None else claim, n, lambda _, found: found.id)
 
 
 def request(data: bytes) -> list[bytes]:
@@ -143,14 +144,14 @@ def test_a_message_of_half_a_character_is_a_value_error() -> None:
 @pytest.mark.parametrize("topic", [b"t", None, 7])
 def test_a_topic_that_is_no_str_is_a_type_error(topic: object) -> None:
     session = a_session()
-    for use in (session.inbox, lambda topic: session.put(topic, "x")):
+    for use in (session.reader, lambda topic: session.put(topic, "x")):
         with pytest.raises(TypeError, match=f"not {type(topic).__name__}"):
             use(topic)  # type: ignore[arg-type]
 
 
 def test_an_empty_topic_is_a_value_error() -> None:
     session = a_session()
-    for use in (session.inbox, lambda topic: session.put(topic, "x")):
+    for use in (session.reader, lambda topic: session.put(topic, "x")):
         with pytest.raises(ValueError, match="empty"):
             use("")
 
@@ -160,7 +161,7 @@ def test_an_empty_topic_is_a_value_error() -> None:
 
 @pytest.mark.parametrize("down", ["", "lost", "given up"])
 def test_each_loss_is_told_once_and_so_is_its_end(down: str) -> None:
-    told = [state for state in get_args(wire.State) if wire.is_news(state, down)]
+    told = [state for state in get_args(wire.State) if should_report(state, down)]
     always = ["restarted", "replaced"]
     assert set(told) == {"": {"lost"}, "lost": {"resumed", "given up"}, "given up": {"resumed"}}[down] | set(always)
 
@@ -170,54 +171,54 @@ def test_each_loss_is_told_once_and_so_is_its_end(down: str) -> None:
 
 def test_a_client_reads_what_was_put_after_it_connected() -> None:
     session = a_session(last_id=41)
-    assert session.inbox("t").position[1] == 41
-    assert session.inbox("t") is session.inbox("t")
-    assert session.inbox("t") is not session.inbox("u")
+    assert session.reader("t").position[1] == 41
+    assert session.reader("t") is session.reader("t")
+    assert session.reader("t") is not session.reader("u")
 
 
 def test_greet_takes_the_epoch_and_the_limit() -> None:
     session = Session()
-    session.meet(hello("one", max_message_bytes=7))
+    session.handle_hello(hello("one", max_message_bytes=7))
     assert (session.epoch, session.max_message_bytes) == ("one", 7)
-    session.meet(hello("two", max_message_bytes=8))
+    session.handle_hello(hello("two", max_message_bytes=8))
     assert (session.epoch, session.max_message_bytes) == ("two", 8)
 
 
 def test_in_the_same_epoch_everything_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     session = a_session(last_id=10)
-    inbox = session.inbox("t")
-    accept(inbox, [entry(11, 4), entry(12, 5)])
-    session.meet(hello(last_id=20))
-    assert session.inbox("later").position[1] == 10
-    accept(inbox, [entry(15, 7)])
-    assert (take(inbox), inbox.missed) == ([11, 12, 15], 1)
+    reader = session.reader("t")
+    accept(reader, [entry(11, 4), entry(12, 5)])
+    session.handle_hello(hello(last_id=20))
+    assert session.reader("later").position[1] == 10
+    accept(reader, [entry(15, 7)])
+    assert (take(reader), reader.missed) == ([11, 12, 15], 1)
     assert len(warnings(caplog)) == 1
 
 
 def test_a_new_epoch_is_read_from_its_start_and_told_once(caplog: pytest.LogCaptureFixture) -> None:
     session = a_session(last_id=10)
-    known, other = session.inbox("known"), session.inbox("other")
+    known, other = session.reader("known"), session.reader("other")
     accept(known, [entry(11, 4)])
-    session.meet(hello("two", last_id=3))
-    session.meet(hello("two", last_id=5))
-    assert warnings(caplog) == ["the server has been started anew: the messages it held are lost"]
+    session.handle_hello(hello("two", last_id=3))
+    session.handle_hello(hello("two", last_id=5))
+    assert warnings(caplog) == ["the server was restarted: the messages it held are lost"]
     # What had been read ahead is not lost.
     assert take(known) == [11]
-    for inbox in (known, other, session.inbox("new")):
-        assert inbox.asked()[1] == inbox.position[1] == 0
-        accept(inbox, [entry(1, 1), entry(2, 2)])
-        assert take(inbox) == [1, 2]
-        assert inbox.missed == 0
+    for reader in (known, other, session.reader("new")):
+        assert reader.asked()[1] == reader.position[1] == 0
+        accept(reader, [entry(1, 1), entry(2, 2)])
+        assert take(reader) == [1, 2]
+        assert reader.missed == 0
 
 
 def test_in_a_new_epoch_the_first_message_shows_what_was_missed() -> None:
     session = a_session(last_id=10)
-    known = session.inbox("known")
-    session.meet(hello("two", last_id=9))
-    for inbox in (known, session.inbox("new")):
-        accept(inbox, [entry(3, 3)])
-        assert take(inbox) == [3]
-        assert inbox.missed == 2
+    known = session.reader("known")
+    session.handle_hello(hello("two", last_id=9))
+    for reader in (known, session.reader("new")):
+        accept(reader, [entry(3, 3)])
+        assert take(reader) == [3]
+        assert reader.missed == 2
 
 
 def test_what_another_program_says_to_a_greeting_is_told_apart() -> None:
@@ -227,7 +228,7 @@ def test_what_another_program_says_to_a_greeting_is_told_apart() -> None:
         hello(server=b"redis"),
     ):
         with pytest.raises(ProtocolError, match="no dsmq server"):
-            Session().meet(reply)
+            Session().handle_hello(reply)
 
 
 # Positions
@@ -236,10 +237,10 @@ def test_what_another_program_says_to_a_greeting_is_told_apart() -> None:
 def test_a_position_is_that_of_the_last_message_handed_out() -> None:
     session = a_session("e:1", last_id=10)
     assert session.position("t") == "e:1:10"
-    inbox = session.keep(session.inbox("t"))
-    accept(inbox, entries(11, 12))
+    reader = session.keep(session.reader("t"))
+    accept(reader, entries(11, 12))
     assert session.position("t") == "e:1:10"
-    take(inbox, 1)
+    take(reader, 1)
     assert session.position("t") == "e:1:11"
 
 
@@ -247,10 +248,10 @@ def test_a_seek_takes_a_position_or_an_id(caplog: pytest.LogCaptureFixture) -> N
     session = a_session(last_id=10)
     for position, after in (("one:7", 7), (5, 5), ("one:0", 0)):
         assert session.seek("t", position)
-        assert session.inbox("t").asked()[1] == after
+        assert session.reader("t").asked()[1] == after
     assert not caplog.records
     assert not session.seek("t", "other:7")
-    assert session.inbox("t").asked()[1] == 0
+    assert session.reader("t").asked()[1] == 0
     assert "another epoch" in caplog.text
 
 
@@ -262,7 +263,7 @@ def test_a_position_that_is_malformed_is_a_value_error(position: str | int) -> N
     session = a_session(last_id=10)
     with pytest.raises(ValueError, match=r"is not a position|id is"):
         session.seek("t", position)
-    assert session.inbox("t").asked()[1] == 10
+    assert session.reader("t").asked()[1] == 10
 
 
 @pytest.mark.parametrize("position", [None, True, 7.0, b"one:7"])
@@ -277,7 +278,7 @@ def test_a_position_of_another_type_is_a_type_error(position: object) -> None:
 def test_a_topic_in_which_nothing_has_come_takes_no_memory_for_ever() -> None:
     session = a_session()
     for number in range(10_000):
-        session.inbox(f"topic {number}")
+        session.reader(f"topic {number}")
     assert len(session._new) < 2000
     assert not session._kept.young
 
@@ -285,36 +286,36 @@ def test_a_topic_in_which_nothing_has_come_takes_no_memory_for_ever() -> None:
 def test_a_silent_topic_is_forgotten_when_all_that_was_read_there_has_expired(clock: Time) -> None:
     session = a_session(last_id=10)
     for topic in ("silent", "busy"):
-        accept(session.keep(session.inbox(topic)), [entry(11, 1), entry(13, 3)])
-        assert take(session.inbox(topic)) == [11, 13]
+        accept(session.keep(session.reader(topic)), [entry(11, 1), entry(13, 3)])
+        assert take(session.reader(topic)) == [11, 13]
     assert session.missed == 2
     for seconds in (751, 752, 1502, 1504):
         clock.passed = seconds
-        session.inbox("busy")
+        session.reader("busy")
         # By the rule now in force: a message that came tells it.
         session.entries([20, 1, 100_000, b"x", 500_000])
         assert ("silent" in {**session._kept.older, **session._kept.young}) == (seconds < 1504), seconds
-    assert (session.inbox("silent").position[1], session.inbox("busy").position[1], session.missed) == (10, 13, 2)
+    assert (session.reader("silent").position[1], session.reader("busy").position[1], session.missed) == (10, 13, 2)
 
 
 def test_messages_that_were_handed_out_are_let_go_of_when_other_topics_are_read() -> None:
     session = a_session()
     for number in range(300):
-        inbox = session.keep(session.inbox(f"topic {number}"))
-        accept(inbox, entries(number + 1, 1000))
-        take(inbox, 2 if number % 3 else 1)
-    for number, inbox in enumerate(session._kept.young.values()):
-        stretch, at = inbox._place()
+        reader = session.keep(session.reader(f"topic {number}"))
+        accept(reader, entries(number + 1, 1000))
+        take(reader, 2 if number % 3 else 1)
+    for number, reader in enumerate(session._kept.young.values()):
+        stretch, at = reader._position()
         assert bool(stretch.ahead) == (number >= 200 or not number % 3)
-        assert (stretch.handed(at)[0], take(inbox)) == ((1000, []) if number % 3 else (number + 1, [1000]))
+        assert (stretch.handed(at)[0], take(reader)) == ((1000, []) if number % 3 else (number + 1, [1000]))
 
 
 def test_a_topic_is_forgotten_on_demand() -> None:
     session = a_session(last_id=10)
-    accept(session.keep(session.inbox("t")), [entry(11, 1), entry(13, 3)])
-    take(session.inbox("t"))
+    accept(session.keep(session.reader("t")), [entry(11, 1), entry(13, 3)])
+    take(session.reader("t"))
     session.forget("t")
-    assert (session.inbox("t").position[1], session.missed) == (10, 1)
+    assert (session.reader("t").position[1], session.missed) == (10, 1)
     with pytest.raises(TypeError):
         session.forget(b"t")  # type: ignore[arg-type]
 
@@ -323,7 +324,7 @@ def test_a_topic_is_forgotten_on_demand() -> None:
 def test_an_error_for_a_greeting_is_raised(error: ReplyError) -> None:
     session = Session()
     with pytest.raises(type(error)) as caught:
-        session.meet(error)
+        session.handle_hello(error)
     assert caught.value is error
     assert session.epoch == ""
 
@@ -355,7 +356,7 @@ NO_GREETINGS: dict[str, Reply] = {
 def test_what_is_no_greeting_is_a_protocol_error(name: str) -> None:
     session = Session()
     with pytest.raises(ProtocolError):
-        session.meet(NO_GREETINGS[name])
+        session.handle_hello(NO_GREETINGS[name])
     assert session.epoch == ""
 
 
@@ -373,22 +374,21 @@ def test_no_messages_is_an_empty_array() -> None:
 
 def test_a_message_tells_when_it_was_put(clock: Time) -> None:
     session = a_session()
-    inbox = session.inbox("t")
+    reader = session.reader("t")
     [found] = session.entries([5, 2, 30_000, b"x", 570_000])
     clock.passed = 10.0
-    message = session.message(inbox, found)
+    message = session.message(reader, found)
     assert message == Message("t", 5, 2, message.put_at, b"x")
     assert message.put_at == pytest.approx(1_700_000_000.0 - 30.0, abs=0.001)
 
 
 def test_a_message_is_text_where_it_is_utf_8() -> None:
-    inbox = an_inbox()
+    reader = a_reader()
     good, bad = Entry(1, 1, NEVER, "café".encode()), Entry(2, 2, NEVER, b"\xff")
-    assert (wire.text(inbox, good), wire.body(inbox, good)) == ("café", "café".encode())
-    assert wire.body(inbox, bad) == b"\xff"
+    assert (wire.text(reader, good), wire.body(reader, good)) == ("café", "café".encode())
+    assert wire.body(reader, bad) == b"\xff"
     with pytest.raises(MessageNotText, match="'t'"):
-        wire.text(inbox, bad)
-    assert (wire.converter(raw=False), wire.converter(raw=True)) == (wire.text, wire.body)
+        wire.text(reader, bad)
     assert Message("t", 1, 1, 0.0, good.body).text == "café"
     with pytest.raises(MessageNotText, match="'t'"):
         _ = Message("t", 2, 2, 0.0, bad.body).text
@@ -438,12 +438,12 @@ def test_any_other_reply_passes_the_check(reply: Reply) -> None:
 @pytest.mark.parametrize("kind", [ProtocolError, Busy, Closing, TimedOut, InternalError])
 def test_an_error_behind_which_the_server_hangs_up_is_raised_at_once(kind: type[ReplyError]) -> None:
     with pytest.raises(kind):
-        wire.unless_last(kind("bye"))
+        wire.raise_if_fatal(kind("bye"))
 
 
 @pytest.mark.parametrize("reply", [None, "OK", 1, b"x", [], Full("no room"), BadRequest("what")], ids=repr)
 def test_any_other_reply_is_not_the_last(reply: Reply) -> None:
-    assert wire.unless_last(reply) is reply
+    assert wire.raise_if_fatal(reply) is reply
 
 
 def test_topics_come_in_threes() -> None:

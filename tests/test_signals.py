@@ -18,7 +18,7 @@ from dsmq.server import Server
 
 Client = DSMQClientSideConnection
 # The modules that make up a call.
-CLIENT = ("session", "requests", "reader", "connection", "arguments")
+CLIENT = ("arguments", "connection", "core", "pool", "reader", "requests", "session")
 MODULES = {"dsmq.client", "dsmq.wire.resp", *(f"dsmq.client.{name}" for name in CLIENT)}
 
 
@@ -57,10 +57,8 @@ class Steps:
 
 
 def _is_returning(frame: FrameType) -> bool:
-    """Whether the outermost function only has to return: there Python itself never runs a handler."""
-    caller = frame.f_back
-    is_outermost = caller is None or caller.f_globals.get("__name__") not in MODULES
-    return is_outermost and frame.f_trace_opcodes and frame.f_code.co_code[frame.f_lasti] == RETURN_VALUE
+    """Whether a function only has to return: Python never runs a handler right before that."""
+    return frame.f_trace_opcodes and frame.f_code.co_code[frame.f_lasti] == RETURN_VALUE
 
 
 RETURN_VALUE = sys.modules["opcode"].opmap["RETURN_VALUE"]

@@ -13,7 +13,7 @@ from chaos.clients import HOST, Job
 from chaos.scenarios import FAST, reset_at_random
 from chaos.stage import Stage
 from dsmq.client import DSMQClientSideConnection, connect
-from dsmq.client.requests import Plain
+from dsmq.client.requests import Call
 from dsmq.client.session import stored_id
 from faults.rig import Daemon, progress
 
@@ -121,7 +121,7 @@ def _put_without_key(mq: DSMQClientSideConnection) -> None:
     """Put as it was done when no put had a key."""
     name, body = mq._session.put("speed", "message")
     request = b"*3\r\n$3\r\nPUT\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (len(name), name, len(body), body)
-    stored_id(mq._exchange(Plain(request)))
+    stored_id(mq._run(Call(request)))
 
 
 def _ratio(call: Callable[[], object], other: Callable[[], object]) -> float:

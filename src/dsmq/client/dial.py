@@ -1,4 +1,4 @@
-"""How a client reaches a server: the addresses of a name, one after another, and what else may answer there."""
+"""How a client reaches a server: endpoints, addresses, connection attempts, and other programs that may answer."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ import os
 import selectors
 import socket
 import time
+from collections.abc import Iterator
 from itertools import chain, zip_longest
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeAlias, TypedDict, Unpack
+
+from dsmq.client import arguments
+from dsmq.errors import ConfigError, ProtocolError
 
 if TYPE_CHECKING:
     from ssl import SSLContext
@@ -19,17 +23,28 @@ Address: TypeAlias = "tuple[int, int, int, Any]"
 """Family, type, protocol and address, as `socket` takes them."""
 
 STAGGER_SECONDS = 0.25
-"""How long an address has before the next one is tried beside it (RFC 8305, section 5)."""
-# As soon as one address has refused, so that a server may be starting there, the others have no longer than this.
+"""How long an address has before the next one is tried in parallel (RFC 8305, section 5)."""
+# Once one address has refused, so that a server may be starting there, the others get no longer than this.
 REST_SECONDS = 2.0
 LONGEST_WAIT_SECONDS = 86_400.0
-"""What a selector can be told to wait at once, and more."""
-_UNDER_WAY = {errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", errno.EWOULDBLOCK)}
+"""The longest wait that a selector accepts is longer than this."""
+# A Unix socket whose queue is full says EWOULDBLOCK, and does not go on connecting.
+_IN_PROGRESS = {errno.EINPROGRESS, getattr(errno, "WSAEWOULDBLOCK", errno.EINPROGRESS)}
 Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 
-class Target(NamedTuple):
-    """Where a client connects to, and what it shows there."""
+class Security(TypedDict, total=False):
+    """The arguments of `connect` for authentication and encryption."""
+
+    token: str | None
+    tls: bool | SSLContext
+    ca_file: str | None
+    cert_file: str | None
+    key_file: str | None
+
+
+class Endpoint(NamedTuple):
+    """Where a client connects to, and how it authenticates there."""
 
     host: str
     port: int
@@ -48,157 +63,158 @@ class Target(NamedTuple):
         return self.host.startswith("unix:")
 
     @property
-    def path(self) -> str:
-        """The path of a Unix socket."""
-        return self.host.removeprefix("unix:")
-
-    @property
     def name(self) -> str:
-        """The name that a certificate has to be for."""
+        """The name that the certificate must be valid for."""
         return "localhost" if self.is_unix else self.host.strip("[]")
 
 
-def dial(target: Target, timeout: float) -> socket.socket | TLSSocket:
+def parse_endpoint(host: str, port: int, **security: Unpack[Security]) -> Endpoint:
+    """Return the endpoint that the arguments of `connect` describe. Raises ConfigError, TypeError or ValueError."""
+    if unknown := sorted(security.keys() - Security.__annotations__.keys()):
+        raise TypeError(f"unexpected arguments: {', '.join(unknown)}")
+    host, port = arguments.address(host, port)
+    token, tls = security.get("token"), security.get("tls") or False
+    token = "" if token is None else arguments.text("token", token)
+    names: tuple[Literal["ca_file", "cert_file", "key_file"], ...] = ("ca_file", "cert_file", "key_file")
+    ca_file, cert_file, key_file = files = tuple(arguments.path(name, security.get(name)) for name in names)
+    if key_file and not cert_file:
+        raise ConfigError("key_file without cert_file")
+    if not isinstance(tls, bool):
+        if not hasattr(tls, "wrap_socket"):
+            raise TypeError(f"tls is a bool or an SSLContext, not {tls!r}")
+        if any(files):
+            raise TypeError("with an SSLContext, load the files into the context")
+        return Endpoint(host, port, tls, token)
+    if not (tls or any(files)):
+        return Endpoint(host, port, None, token)
+    from dsmq.wire.tls import client_context  # noqa: PLC0415 - most clients don't need it
+
+    return Endpoint(host, port, client_context(ca_file, cert_file, key_file), token)
+
+
+def dial(endpoint: Endpoint, timeout: float) -> socket.socket | TLSSocket:
     """Return a non-blocking connection. Raises OSError."""
-    sock = _open_unix(target, timeout) if target.is_unix else _open_tcp(target, timeout)
-    if target.tls:
-        from dsmq.wire import tls  # noqa: PLC0415 - most clients need none of it
+    with Race(endpoint, addresses(endpoint)) as race:
+        for seconds in race.run(timeout):
+            race.selector.select(seconds)
+    if endpoint.tls:
+        from dsmq.wire import tls  # noqa: PLC0415 - most clients don't need it
 
-        sock.settimeout(timeout)
-        return tls.connect(target.tls, sock, target.name)
-    return sock
-
-
-def unix_address(target: Target) -> Address:
-    """Return the address of a Unix socket. Raises OSError where there are none."""
-    if not hasattr(socket, "AF_UNIX"):
-        raise OSError(errno.EAFNOSUPPORT, f"{target}: this system has no Unix sockets")
-    return socket.AF_UNIX, socket.SOCK_STREAM, 0, target.path
+        race.winner.settimeout(timeout)
+        return tls.connect(endpoint.tls, race.winner, endpoint.name)
+    return race.winner
 
 
-def addresses(target: Target) -> list[Address]:
-    """Return the addresses of a host, families in turn (RFC 8305, section 4). Raises OSError."""
+def addresses(endpoint: Endpoint) -> list[Address]:
+    """Return the addresses of a host, alternating between families (RFC 8305, section 4). Raises OSError."""
+    if endpoint.is_unix:
+        if not hasattr(socket, "AF_UNIX"):
+            raise OSError(errno.EAFNOSUPPORT, f"{endpoint}: this system has no Unix sockets")
+        return [(socket.AF_UNIX, socket.SOCK_STREAM, 0, endpoint.host.removeprefix("unix:"))]
     try:
-        found = socket.getaddrinfo(target.name, target.port, type=socket.SOCK_STREAM)
+        found = socket.getaddrinfo(endpoint.name, endpoint.port, type=socket.SOCK_STREAM)
     except UnicodeError:
-        raise socket.gaierror(socket.EAI_NONAME, f"{target.host!r} is no host name") from None
+        raise socket.gaierror(socket.EAI_NONAME, f"{endpoint.host!r} is not a valid host name") from None
     families: dict[int, list[Address]] = {}
     for family, kind, protocol, _, address in found:
         families.setdefault(family, []).append((family, kind, protocol, address))
     return [one for one in chain.from_iterable(zip_longest(*families.values())) if one]
 
 
-def failure(target: Target, errors: list[tuple[Address, OSError]]) -> OSError:
-    """Return what to raise when no address of a host could be reached."""
-    refused = [error for _, error in errors if isinstance(error, ConnectionRefusedError)]
-    about = "; ".join(f"{address[3][0]}: {error.strerror or error or 'timed out'}" for address, error in errors)
-    if len(errors) == len(refused):
-        return ConnectionRefusedError(errno.ECONNREFUSED, f"no server answers at {target}")
-    if refused:
-        # One may be starting there.
-        return ConnectionRefusedError(errno.ECONNREFUSED, f"no server answers at {target} ({about})")
-    if len(errors) == 1:
-        error = errors[0][1]
-        about = f"{target} can't be reached: {error.strerror or error or 'timed out'}"
-        # Python finds some errors itself, such as a path that is too long, and gives them no number.
-        return type(error)(error.errno, about) if error.errno else type(error)(about)
-    if all(isinstance(error, TimeoutError) for _, error in errors):
-        return TimeoutError(errno.ETIMEDOUT, f"{target} can't be reached ({about})")
-    return OSError(errno.EHOSTUNREACH, f"{target} can't be reached ({about})")
+class Race:
+    """Connection attempts to the addresses of a host; the first to succeed wins (RFC 8305)."""
 
-
-def _open_tcp(target: Target, timeout: float) -> socket.socket:
-    with _Race(target) as race:
-        sock = race.run(timeout)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return sock
-
-
-class _Race:
-    """Attempts to reach a host, each by another of its addresses; the first that succeeds counts."""
-
-    def __init__(self, target: Target) -> None:
-        self._target = target
-        self._left = addresses(target)
-        self._under_way: dict[socket.socket, Address] = {}
+    def __init__(self, endpoint: Endpoint, left: list[Address]) -> None:
+        self.selector = Selector()
+        self.winner: socket.socket
+        self._endpoint = endpoint
+        self._left = left
+        self._pending: dict[socket.socket, Address] = {}
         self._errors: list[tuple[Address, OSError]] = []
-        self._selector = Selector()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for sock in self._under_way:
+        for sock in self._pending:
             sock.close()
-        self._selector.close()
+        self.selector.close()
 
-    def run(self, timeout: float) -> socket.socket:
-        """Return the first connection that stands. Raises OSError when none does in time."""
+    def run(self, timeout: float) -> Iterator[float]:
+        """Iterate until there is a winner; wait on the selector for up to the seconds yielded each time.
+
+        Raises OSError if no address can be reached in time.
+        """
         until = time.monotonic() + timeout
         while True:
             now = time.monotonic()
             if self._left and now < until:
-                self._begin(self._left.pop(0))
-            if (not self._under_way and not self._left) or now >= until:
+                self._start(self._left.pop(0))
+            if now >= until or not (self._pending or self._left):
                 raise self._failure()
-            if any(isinstance(error, ConnectionRefusedError) for _, error in self._errors) and not self._left:
+            if not self._left and any(isinstance(error, ConnectionRefusedError) for _, error in self._errors):
                 until = min(until, now + REST_SECONDS)
-            pause = min(STAGGER_SECONDS, until - now) if self._left else until - now
-            for key, _ in self._selector.select(max(0.0, min(pause, LONGEST_WAIT_SECONDS))) if self._under_way else ():
-                if (sock := self._end(key.fileobj)) is not None:
-                    return sock
+            if self._pending:
+                pause = min(STAGGER_SECONDS, until - now) if self._left else until - now
+                yield max(0.0, min(pause, LONGEST_WAIT_SECONDS))
+            for key, _ in self.selector.select(0) if self._pending else ():
+                if self._finish(key.fileobj):
+                    return
 
-    def _begin(self, address: Address) -> None:
+    def _start(self, address: Address) -> None:
         try:
             sock = socket.socket(*address[:3])
         except OSError as error:
             self._errors.append((address, error))
             return
-        self._under_way[sock] = address
+        self._pending[sock] = address
         sock.setblocking(False)
         try:
             code = sock.connect_ex(address[3])
         except OSError as error:
             self._fail(sock, error)
             return
-        if code and code not in _UNDER_WAY:
+        if code and code not in _IN_PROGRESS:
             self._fail(sock, OSError(code, os.strerror(code)))
         else:
-            self._selector.register(sock, selectors.EVENT_WRITE)
+            self.selector.register(sock, selectors.EVENT_WRITE)
 
-    def _end(self, sock: Any) -> socket.socket | None:
-        """Return a connection if it stands."""
-        self._selector.unregister(sock)
-        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if code:
+    def _finish(self, sock: Any) -> bool:
+        """Return whether an attempt has succeeded."""
+        self.selector.unregister(sock)
+        if code := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             self._fail(sock, OSError(code, os.strerror(code)))
-            return None
-        self._under_way.pop(sock)
-        return sock  # type: ignore[no-any-return]
+            return False
+        if not self._endpoint.is_unix:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.winner = sock
+        del self._pending[sock]
+        return True
 
     def _fail(self, sock: socket.socket, error: OSError) -> None:
-        self._errors.append((self._under_way.pop(sock), error))
+        self._errors.append((self._pending.pop(sock), error))
         sock.close()
 
     def _failure(self) -> OSError:
-        late = [(address, TimeoutError(errno.ETIMEDOUT, "timed out")) for address in self._under_way.values()]
-        return failure(self._target, [*self._errors, *late])
-
-
-def _open_unix(target: Target, timeout: float) -> socket.socket:
-    address = unix_address(target)
-    sock = socket.socket(*address[:3])
-    sock.settimeout(timeout)
-    try:
-        sock.connect(target.path)
-        sock.setblocking(False)
-    except OSError as error:
-        sock.close()
-        raise failure(target, [(address, error)]) from None
-    except BaseException:
-        sock.close()
-        raise
-    return sock
+        """Return the error to raise when no address could be reached."""
+        endpoint = self._endpoint
+        errors = [*self._errors]
+        errors += [(address, TimeoutError(errno.ETIMEDOUT, "timed out")) for address in self._pending.values()]
+        refused = [error for _, error in errors if isinstance(error, ConnectionRefusedError)]
+        reasons = "; ".join(f"{address[3][0]}: {error.strerror or error}" for address, error in errors)
+        if refused:
+            # Whatever happened to the others: a server may be starting there.
+            about = f" ({reasons})" if len(refused) < len(errors) else ""
+            return ConnectionRefusedError(errno.ECONNREFUSED, f"no server answers at {endpoint}{about}")
+        if len(errors) == 1:
+            error = errors[0][1]
+            about = f"{endpoint} can't be reached: {error.strerror or error}"
+            # Errors that Python itself finds, such as a path that is too long, have no number.
+            return type(error)(error.errno, about) if error.errno else type(error)(about)
+        about = f"{endpoint} can't be reached ({reasons})"
+        if all(isinstance(error, TimeoutError) for _, error in errors):
+            return TimeoutError(errno.ETIMEDOUT, about)
+        return OSError(errno.EHOSTUNREACH, about)
 
 
 # What else answers
@@ -215,24 +231,42 @@ _GREETINGS = {
     b"ERROR\r\n": "a memcached server",
     b"UNKNOWN_COMMAND": "a beanstalkd server",
 }
-# MQTT 3.1.1, of a client without a name.
+# MQTT 3.1.1, from a client without a name.
 _MQTT_CONNECT = b"\x10\x0c\x00\x04MQTT\x04\x02\x00\x05\x00\x00"
+_TLS_ALERT = b"\x15\x03"
 _PROBE_SECONDS = 1.0
 
 
 def program(data: bytes) -> str:
-    """Return which program answers so, as far as that is known; empty if it is not."""
+    """Return the name of the program that answers like this; empty if it is not known."""
     if data.startswith(b"HTTP/") and b"dsmq" in data[:1000]:
         return "dsmq's HTTP endpoint; clients connect to the other port"
     return next((name for start, name in _GREETINGS.items() if data.startswith(start)), "")
 
 
-def silent_program(target: Target) -> str:
-    """Return which program it is that closes connections without a word. It is asked in another protocol."""
+def explain_greeting(endpoint: Endpoint, received: bytes, error: Exception) -> Exception:
+    """Return what to raise if the answer to HELLO was not a server's: it names the program, if that is known."""
+    if name := program(received):
+        return ProtocolError(f"{endpoint} is {name}")
+    if received[:2] == _TLS_ALERT and not endpoint.tls:
+        return ConnectionAbortedError(f"{endpoint} answers with TLS; does it want TLS?")
+    return error
+
+
+class ClosedSilently(ConnectionResetError):
+    """The connection was closed without a word, as a forwarder does before the server behind it has started."""
+
+
+def explain_silence(endpoint: Endpoint) -> Exception:
+    """Return what to raise if the first connection was closed without a word. May connect once more to find out."""
     try:
-        with dial(target._replace(tls=None), _PROBE_SECONDS) as sock:  # type: ignore[union-attr]
+        with dial(endpoint._replace(tls=None), _PROBE_SECONDS) as sock:  # type: ignore[union-attr]
             sock.settimeout(_PROBE_SECONDS)
             sock.sendall(_MQTT_CONNECT)
-            return program(sock.recv(100))
+            name = program(sock.recv(100))
     except OSError:
-        return ""
+        name = ""
+    if name:
+        return ProtocolError(f"{endpoint} is {name}")
+    about = "accepts connections and closes them at once; is the server behind it running"
+    return ClosedSilently(f"{endpoint} {about}" + ("?" if endpoint.tls else "; does it want TLS?"))

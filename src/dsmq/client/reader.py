@@ -1,6 +1,6 @@
 """The messages of one topic at a client: where to read on, and what was read ahead.
 
-There are no locks. Other threads share an inbox, and so do signal handlers, which run between any two steps of the call
+There are no locks. Other threads share a reader, and so do signal handlers, which run between any two steps of the call
 that they interrupt and may call the client themselves: a lock would not keep them out, only hang them. So a state is
 never changed. It is superseded by the state that is first to be linked to it, by `dict.setdefault`, which nothing can
 interrupt; a call that comes second looks again.
@@ -154,7 +154,7 @@ class _Stretch:
 
 _Step: TypeAlias = "tuple[int] | _Stretch"
 """How many of the read-ahead have been taken, or another state."""
-Claim: TypeAlias = "list[tuple[Inbox, _Stretch, int, _Step]]"
+Claim: TypeAlias = "list[tuple[TopicReader, _Stretch, int, _Step]]"
 """What a call has taken, noted before it is taken, so that all can be given back wherever it is interrupted."""
 
 
@@ -164,12 +164,12 @@ Asked: TypeAlias = "tuple[_Stretch, int, bool]"
 
 def give_back(claim: Claim) -> None:
     """Give back what a call took that could not hand it out."""
-    for inbox, stretch, at, step in reversed(claim):
+    for reader, stretch, at, step in reversed(claim):
         if stretch.next.get(at) is step:
-            inbox.give_back(stretch, at, step)
+            reader.give_back(stretch, at, step)
 
 
-class Inbox:
+class TopicReader:
     """The messages of one topic."""
 
     __slots__ = ("_seen", "count", "topic")
@@ -180,7 +180,7 @@ class Inbox:
         self.count = 0
         """How many messages to ask for; 0 for as many as the server likes."""
 
-    def _place(self) -> tuple[_Stretch, int]:
+    def _position(self) -> tuple[_Stretch, int]:
         """Return the present state, and how much of its read-ahead has been taken."""
         stretch, at = self._seen
         while True:
@@ -207,7 +207,7 @@ class Inbox:
     @property
     def position(self) -> tuple[str, int]:
         """The epoch and id of the last message handed out; of several, one of which was given back, that before it."""
-        stretch, at = self._place()
+        stretch, at = self._position()
         if stretch.fresh == math.inf and stretch.rest:
             # The server has no ids like these.
             return stretch.era.epoch, stretch.rest.id
@@ -216,18 +216,18 @@ class Inbox:
     @property
     def missed(self) -> int:
         """How many messages expired unread before the last that was handed out."""
-        stretch, at = self._place()
+        stretch, at = self._position()
         return stretch.missed_at(at)
 
     @property
     def is_unsure(self) -> bool:
         """Whether the server is to be asked for `restored_number`, before it is read from."""
-        return self._place()[0].ask
+        return self._position()[0].ask
 
     def renumber(self, restored: int) -> None:
         """Take the topic's last number in the snapshot that the server started from: numbers go on from there."""
         while True:
-            stretch, at = self._place()
+            stretch, at = self._position()
             if not stretch.ask:
                 return
             after = stretch.rest_from(at, stretch.ahead[at:], stretch.fresh)
@@ -239,7 +239,7 @@ class Inbox:
 
     def shrink(self) -> None:
         """Let go of the messages that have been handed out."""
-        stretch, at = self._place()
+        stretch, at = self._position()
         if at and at == len(stretch.ahead):
             self._move(stretch, at, stretch.rest_from(at))
 
@@ -247,14 +247,14 @@ class Inbox:
 
     def asked(self) -> Asked:
         """Return what to ask by for more."""
-        stretch, at = self._place()
+        stretch, at = self._position()
         after = stretch.ahead[-1].id if stretch.ahead else stretch.id
         # Another call may have read ahead what this one wants.
         return stretch, after, at == len(stretch.ahead)
 
     def asked_for_latest(self) -> Asked:
         """Return what to ask by for the latest, which passes over the read-ahead."""
-        stretch, at = self._place()
+        stretch, at = self._position()
         last = stretch
         while last.rest:
             last, at = last.rest, 0
@@ -270,7 +270,7 @@ class Inbox:
         """
         before, behind, _ = asked
         while True:
-            stretch, at = self._place()
+            stretch, at = self._position()
             if stretch.ask or (stretch is not before and not stretch.continues(before, behind)):
                 return True
             end = stretch.ahead[-1].id if stretch.ahead else stretch.id
@@ -285,10 +285,10 @@ class Inbox:
             if after is None:
                 return bool(found) or at < len(stretch.ahead)
             if self._move(stretch, at, after):
-                self._learn(stretch, at, new)
+                self._note_progress(stretch, at, new)
                 return bool(found) or stretch.rest is not None
 
-    def _learn(self, stretch: _Stretch, at: int, new: list[Entry]) -> None:
+    def _note_progress(self, stretch: _Stretch, at: int, new: list[Entry]) -> None:
         """Ask for more where all that was fetched last has been read in time, and log what was missed."""
         if self.count and at and at == len(stretch.ahead):
             self.count = 0 if self.count > _DEFAULT_COUNT / 2 else self.count * 2
@@ -297,7 +297,7 @@ class Inbox:
         if missed:
             _logger.warning("topic %r: %d messages expired before they were read", self.topic, missed)
 
-    def take(self, claim: Claim, n: int, convert: Callable[[Inbox, Entry], T]) -> list[T]:
+    def take(self, claim: Claim, n: int, convert: Callable[[TopicReader, Entry], T]) -> list[T]:
         """Take up to `n` of the messages that were read ahead, and note it in `claim`.
 
         It stops short of one that can't be converted. Raises MessageNotText if that is the first.
@@ -305,7 +305,7 @@ class Inbox:
         while True:
             stretch, at = self._seen
             if at in stretch.next or stretch.era.next or at == len(stretch.ahead):
-                stretch, at = self._place()
+                stretch, at = self._position()
                 if at == len(stretch.ahead):
                     return []
             now, entry = boot_time(), stretch.ahead[at]
@@ -338,11 +338,11 @@ class Inbox:
         self._move(stretch, at, after)
 
     def take_latest(
-        self, claim: Claim, asked: Asked, found: list[Entry], convert: Callable[[Inbox, Entry], T]
+        self, claim: Claim, asked: Asked, found: list[Entry], convert: Callable[[TopicReader, Entry], T]
     ) -> list[T] | None:
         """Take what READ … LATEST found, and pass over all before it. None if it was asked for elsewhere."""
         while True:
-            stretch, at = self._place()
+            stretch, at = self._position()
             if stretch.era is not asked[0].era or stretch.generation != asked[0].generation:
                 return None
             if not found or found[-1].id <= self.asked_for_latest()[1]:
@@ -366,7 +366,7 @@ class Inbox:
         if number is None and ahead:
             number = ahead[0].number - 1
         while True:
-            now, now_at = self._place()
+            now, now_at = self._position()
             is_here = now.era is stretch.era
             if now.generation[0] != stretch.generation[0] or not (ahead or is_here):
                 return
@@ -392,7 +392,7 @@ class Inbox:
         server was restarted and has that epoch now.
         """
         while True:
-            stretch, at = self._place()
+            stretch, at = self._position()
             sought = None if epoch in ("", stretch.era.epoch) else (epoch, after)
             start = (0, 0) if sought else (after, None)
             missed, generation = stretch.missed_at(at), (stretch.generation[0] + 1, 0)
@@ -417,14 +417,16 @@ def _rest(rest: _Stretch, missed: int) -> _Stretch:
     return after
 
 
-def _converted(inbox: Inbox, entries: Sequence[Entry], now: float, convert: Callable[[Inbox, Entry], T]) -> list[T]:
+def _converted(
+    reader: TopicReader, entries: Sequence[Entry], now: float, convert: Callable[[TopicReader, Entry], T]
+) -> list[T]:
     """Convert messages, up to one that can't be converted or has expired."""
     taken = []
     for entry in entries:
         if entry.expires <= now:
             break
         try:
-            taken.append(convert(inbox, entry))
+            taken.append(convert(reader, entry))
         except MessageNotText:
             break
     return taken

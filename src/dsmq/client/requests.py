@@ -14,9 +14,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import Protocol, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
-from dsmq.client.reader import LATEST, Asked, Claim, Entry, Era, Inbox, read_request
+from dsmq.client import arguments
+from dsmq.client.reader import LATEST, Asked, Claim, Entry, Era, TopicReader, read_request
 from dsmq.client.session import (
     MAX_READ_BYTES,
     MIN_READ_BYTES,
@@ -26,19 +27,23 @@ from dsmq.client.session import (
     stats_request,
     stored_id,
     topic_name,
+    topics,
+    topics_request,
 )
 from dsmq.errors import AuthRequired, Closing, ConnectionLost, DSMQError, MessageNotText, ReplyError, TimedOut
 from dsmq.system import boot_time, process
 from dsmq.wire.resp import Reply
 
 T = TypeVar("T")
+Convert: TypeAlias = Callable[[TopicReader, Entry], T]
+"""Makes of a message what the user gets."""
 
 NOT_RUN = (Closing, TimedOut, AuthRequired)
 """Errors behind which the server hangs up, having run no request that it has not answered."""
 
 # Between two attempts to connect: nothing, then this, and twice as long each time, with a jitter, so that many clients
 # do not come back all at once.
-_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.01, 1.0
+_FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.01, 1.0
 # The longest wait asked of the server at once. A longer one is asked for again and again, so that both sides
 # notice soon when the other has vanished.
 MAX_WAIT_SECONDS = 15.0
@@ -64,22 +69,22 @@ class Retries:
         self.reset()
 
     def reset(self) -> None:
-        """Note that something was achieved: what breaks from now on is another matter."""
+        """Start anew, after progress."""
         self._until = math.inf
-        self._pauses = _pauses()
+        self._delays = _retry_delays()
 
-    def pause(self) -> float | None:
-        """Return for how many seconds to wait before the next attempt; None where it is time to give up."""
+    def next_delay(self) -> float | None:
+        """Return how many seconds to wait before the next attempt; None if it is time to give up."""
         now = time.monotonic()
         self._until = min(self._until, now + self._seconds)
-        pause = next(self._pauses)
-        return pause if now + pause < self._until else None
+        delay = next(self._delays)
+        return delay if now + delay < self._until else None
 
 
-def _pauses() -> Iterator[float]:
+def _retry_delays() -> Iterator[float]:
     yield 0.0
     for attempt in itertools.count():
-        longest = min(_LONGEST_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS * 2.0 ** min(attempt, 32))
+        longest = min(_LONGEST_DELAY_SECONDS, _FIRST_DELAY_SECONDS * 2.0 ** min(attempt, 32))
         yield longest * random.uniform(0.5, 1.0)  # noqa: S311 - it is no secret
 
 
@@ -109,39 +114,19 @@ class Producer:
         return b"\r\n$3\r\nPUT\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n$3\r\nKEY\r\n$12\r\n%b\r\n$%d\r\n%b\r\n" % parts
 
 
-class Call(Protocol):
-    """What is asked of the server, and can be asked again."""
+class Call:
+    """A request that is the same each time and changes nothing, so that it can be made again."""
 
-    def lost(self, error: Exception) -> bool:
-        """Note that a connection broke, and why; return whether something was achieved on it.
+    __slots__ = ("_request", "reply", "seconds", "ticket")
 
-        Raises ConnectionLost where it must not be asked again.
-        """
-
-    def given_up(self, error: Exception) -> ConnectionLost:
-        """Return what to raise where there are to be no more attempts."""
-
-
-class Request(Call, Protocol):
-    """A call that is one request."""
-
-    seconds: float
-    """How long the server may wait before it replies."""
-
-    def request(self, producer: Producer) -> bytes:
-        """Return the request for a connection, the first or another. Raises where it must not be sent there."""
-
-
-class Plain:
-    """A request that is the same each time, and changes nothing."""
-
-    __slots__ = ("_request", "reply", "seconds")
-
-    def __init__(self, request: bytes) -> None:
+    def __init__(self, request: bytes = b"") -> None:
         self._request = request
         self.seconds = 0.0
+        """How long the server may wait before it replies."""
         self.reply: Reply = None
-        """To be set by whoever asks on behalf of a `Reading`."""
+        """To be set by whoever makes the calls of a `Reading`."""
+        self.ticket = 0
+        """Its place among the calls of an asyncio client."""
 
     @property
     def waits(self) -> bool:
@@ -149,17 +134,23 @@ class Plain:
         return False
 
     def request(self, _: Producer) -> bytes:
+        """Return the request for a connection, the first or another. Raises if it must not be sent there."""
         return self._request
 
-    def lost(self, _: Exception) -> bool:
+    def on_connection_lost(self, _: Exception) -> bool:
+        """Note that a connection broke after the call got it; return whether there was progress on it.
+
+        Raises ConnectionLost if the call must not be made again.
+        """
         return False
 
-    def given_up(self, error: Exception) -> ConnectionLost:
+    def to_error(self, error: Exception) -> ConnectionLost:
+        """Return what to raise if there are to be no more attempts."""
         return ConnectionLost(reason(error))
 
 
-class Once(Plain):
-    """A request that is sent again only where it has surely not been run."""
+class NonIdempotent(Call):
+    """A request that is sent again only if it has certainly not been run."""
 
     __slots__ = ("_is_sent",)
 
@@ -167,28 +158,29 @@ class Once(Plain):
         super().__init__(request)
         self._is_sent = False
 
-    def request(self, producer: Producer) -> bytes:
+    def request(self, _: Producer) -> bytes:
         self._is_sent = True
-        return super().request(producer)
+        return self._request
 
-    def lost(self, error: Exception) -> bool:
+    def on_connection_lost(self, error: Exception) -> bool:
         if self._is_sent and not isinstance(error, NOT_RUN):
-            raise self.given_up(error) from error
+            raise self.to_error(error) from error
         self._is_sent = False
         return False
 
 
-class Read(Plain):
+class Read(Call):
     """A READ from a client's position, until a time on the monotonic clock."""
 
-    __slots__ = ("_asked_at", "_inbox", "_latest", "_session", "_until", "asked")
+    __slots__ = ("_asked_at", "_latest", "_reader", "_session", "_until", "asked")
 
-    def __init__(self, session: Session, inbox: Inbox, until: float = 0.0, *, latest: bool = False) -> None:
-        self._session, self._inbox, self._until, self._latest = session, inbox, until, latest
+    def __init__(self, session: Session, reader: TopicReader, until: float = 0.0, *, latest: bool = False) -> None:
+        self._session, self._reader, self._until, self._latest = session, reader, until, latest
         self.seconds = 0.0
+        self.ticket = 0
         self._asked_at: float
         self.asked: Asked
-        """What it went by when it was asked last."""
+        """The state in which it was asked last."""
 
     @property
     def waits(self) -> bool:
@@ -196,43 +188,43 @@ class Read(Plain):
 
     def request(self, producer: Producer) -> bytes:
         self.seconds = 0.0
-        inbox, size = self._inbox, self._session.read_bytes
-        self.asked = inbox.asked_for_latest() if self._latest else inbox.asked()
+        reader, size = self._reader, self._session.read_bytes
+        self.asked = reader.asked_for_latest() if self._latest else reader.asked()
         stretch, after, may_wait = self.asked
         if producer.era and producer.era is not stretch.era:
-            raise ConnectionResetError("another connection has found that the server was started anew")
+            raise ConnectionResetError("another connection has found that the server was restarted")
         if self._latest:
-            return read_request(inbox.topic, after, LATEST, 1)
+            return read_request(reader.topic, after, LATEST, 1)
         options, count = b"", 0
-        if inbox.count:
-            options, count = _option(b"COUNT", inbox.count), 2
+        if reader.count:
+            options, count = _option(b"COUNT", reader.count), 2
         if size < MAX_READ_BYTES:
             options, count = options + _option(b"BYTES", size), count + 2
         if self._until and may_wait:
-            # What is left of its time: it may have been interrupted.
+            # The time that is left: it may have been interrupted.
             self._asked_at = time.monotonic()
             left = self._until - self._asked_at
             self.seconds = min(left, MAX_WAIT_SECONDS) if left > 0 else 0.0
             if milliseconds := round(self.seconds * 1000):
                 options, count = options + _option(b"WAIT", milliseconds), count + 2
-        return read_request(inbox.topic, after, options, count)
+        return read_request(reader.topic, after, options, count)
 
-    def lost(self, error: Exception) -> bool:
+    def on_connection_lost(self, error: Exception) -> bool:
         if isinstance(error, TimeoutError):
             # The link may be slow.
             self._session.read_bytes = max(MIN_READ_BYTES, self._session.read_bytes // 4)
             return False
-        # Something may cut connections on which nothing moves for a while; one that only takes them is no server.
+        # Something may cut connections that are idle for a while; what only accepts connections is not a server.
         return bool(self.seconds) and time.monotonic() - self._asked_at > _LONG_WAIT_SECONDS
 
     def take_in(self, found: list[Entry]) -> bool:
-        """Take the reply in; return whether there may be more now."""
-        inbox, session = self._inbox, self._session
+        """Take in the messages of the reply; return whether there may be more now."""
+        reader, session = self._reader, self._session
         if found:
-            inbox = session.keep(inbox)
+            reader = session.keep(reader)
             if session.read_bytes < MAX_READ_BYTES:
                 session.read_bytes = min(MAX_READ_BYTES, session.read_bytes + MIN_READ_BYTES)
-        return inbox.accept(self.asked, found)
+        return reader.accept(self.asked, found)
 
 
 def _option(name: bytes, value: int) -> bytes:
@@ -240,93 +232,124 @@ def _option(name: bytes, value: int) -> bytes:
     return b"$%d\r\n%b\r\n$%d\r\n%b\r\n" % (len(name), name, len(digits), digits)
 
 
-Reading: TypeAlias = "Iterator[Plain]"
+Reading: TypeAlias = "Iterator[Call]"
 """Calls to be made one after another; the reply to each is to be set before the next is taken."""
+_NO_CALLS: Reading = iter(())
 
 
-def some(  # noqa: PLR0913, PLR0917 - of both clients
+def take(  # noqa: PLR0913, PLR0917 - what a read consists of
+    session: Session, claim: Claim, topic: str, n: int, seconds: float, convert: Convert[T], *, latest: bool
+) -> tuple[list[T], Reading]:
+    """Take up to `n` messages of a topic, noted in `claim`; return the list, and the calls that add to it."""
+    taken: list[T]
+    if latest and n:
+        taken = []
+        return taken, _take_latest(session, claim, taken, topic, convert)
+    taken = session.reader(topic).take(claim, n, convert) if n else []
+    if len(taken) == n:
+        # All was read ahead.
+        return taken, _NO_CALLS
+    return taken, _take(session, claim, taken, topic, n, seconds, convert)
+
+
+def _take(  # noqa: PLR0913, PLR0917 - what a read consists of
     session: Session,
-    inbox: Inbox,
     claim: Claim,
     taken: list[T],
+    topic: str,
     n: int,
     seconds: float,
-    convert: Callable[[Inbox, Entry], T],
+    convert: Convert[T],
 ) -> Reading:
-    """Add to the messages taken up to `n`; if there is none, wait for the first.
-
-    All that was taken is noted in `claim`.
-    """
+    """Add to the messages taken up to `n`; if there is none, wait for the first."""
+    reader = session.reader(topic)
     until = time.monotonic() + seconds if seconds else 0.0
     more = n > 0
     while (more and len(taken) < n) or (until and not taken and n > 0 and time.monotonic() < until):
-        yield (read := Read(session, inbox, 0.0 if taken else until))
+        yield (read := Read(session, reader, 0.0 if taken else until))
         # Now, because this READ may have been the first call to find that the server was restarted.
-        if session.is_restarted and inbox.is_unsure:
-            yield (stats := Plain(stats_request(inbox.topic)))
-            inbox.renumber(restored_number(stats.reply))
+        if session.is_restarted and reader.is_unsure:
+            yield (stats := Call(stats_request(reader.topic)))
+            reader.renumber(restored_number(stats.reply))
         more = read.take_in(session.entries(read.reply))
-        inbox = session.inbox(inbox.topic)
+        reader = session.reader(topic)
         if more:
             try:
-                taken += inbox.take(claim, n - len(taken), convert)
+                taken += reader.take(claim, n - len(taken), convert)
             except MessageNotText:
                 if not taken:
                     raise
                 return
 
 
-def latest(session: Session, claim: Claim, taken: list[T], topic: str, convert: Callable[[Inbox, Entry], T]) -> Reading:
-    """Take the newest message, and pass over the older ones."""
+def _take_latest(session: Session, claim: Claim, taken: list[T], topic: str, convert: Convert[T]) -> Reading:
+    """Take the newest message, and skip the older ones."""
     found: list[T] | None = None
     while found is None:
-        inbox = session.inbox(topic)
-        yield (read := Read(session, inbox, latest=True))
+        reader = session.reader(topic)
+        yield (read := Read(session, reader, latest=True))
         entries = session.entries(read.reply)
         if entries:
-            inbox = session.keep(inbox)
+            reader = session.keep(reader)
         elif read.asked[0].rest is None:
             return
-        found = inbox.take_latest(claim, read.asked, entries, convert)
+        found = reader.take_latest(claim, read.asked, entries, convert)
     taken += found
 
 
-class Put:
+def list_topics(found: list[tuple[str, int, int]]) -> Reading:
+    """Add the topics that hold messages to a list."""
+    page = None
+    while page is None or page:
+        yield (call := Call(topics_request(found)))
+        page = topics(call.reply)
+        found += page
+
+
+class Put(Call):
     """A put, which is sent again under its key, so that it is stored once."""
 
-    __slots__ = ("_keyed", "_parts", "_run", "_sent_at", "_unsure", "seconds")
+    __slots__ = ("_is_sent", "_keyed", "_parts", "_run", "_sent_at", "_unsure")
 
     def __init__(self, session: Session, topic: str, message: str | bytes) -> None:
-        """Raises TypeError, ValueError or TooBig where it can't be put."""
+        """Raises TypeError, ValueError or TooBig if it can't be put."""
         self._parts = session.put(topic, message)
         self._keyed = self._run = b""
-        # Whether it has been sent, and no answer came that says that it is not stored.
-        self._unsure = False
         self._sent_at = 0.0
+        # Whether it may be stored: it was sent, and no reply says that it was not.
+        self._unsure = False
+        self._is_sent = False
         self.seconds = 0.0
 
     def request(self, producer: Producer) -> bytes:
+        self._is_sent = True
         if self._unsure:
             return _again(self._keyed, self._sent_at, self._run, producer)
-        self._keyed, self._run = producer.put(*self._parts), producer.run
+        self._keyed = producer.put(*self._parts)
+        self._run = producer.run
         self._sent_at = boot_time()
         return b"*6" + self._keyed
 
-    def lost(self, error: Exception) -> bool:
-        self._unsure = self._unsure or not isinstance(error, NOT_RUN)
+    def on_connection_lost(self, error: Exception) -> bool:
+        self._unsure = self._unsure or (self._is_sent and not isinstance(error, NOT_RUN))
+        self._is_sent = False
         return False
 
-    def given_up(self, error: Exception) -> ConnectionLost:
+    def to_error(self, error: Exception) -> ConnectionLost:
         return ConnectionLost(reason(error), may_be_stored=self._unsure)
 
 
-class PutMany:
-    """Several puts, in order. What has no answer yet is sent again on the next connection, then come the others."""
+class PutMany(Call):
+    """Several puts, in order. On the next connection, those without a reply are sent again before the others."""
 
     def __init__(self, session: Session, topic: str, messages: Iterable[str | bytes]) -> None:
-        """Raises TypeError or ValueError if it can't be a topic."""
+        """Raises TypeError or ValueError if it can't be a topic, or these can't be messages."""
+        super().__init__()
+        messages = arguments.messages(messages)
         topic_name(topic)
         self._parts = (session.put(topic, message) for message in messages)
+        self.is_sent = True
+        """Whether the last batch has been sent. An asyncio client makes it before there is room to send it."""
         self._error: Exception | None = None
         # Whether that is the server's, and how many had been stored before it.
         self._is_refused, self._stored_before = False, 0
@@ -342,10 +365,10 @@ class PutMany:
         """The ids of those that are stored."""
 
     def batches(self, producer: Producer) -> Iterator[tuple[int, bytes]]:
-        """Iterate over what to send at once on a connection: counts, and requests.
+        """Iterate over what to send at once on a connection: how many requests, and the requests.
 
-        Where messages took long to make, there is first a count of 0: all replies are to be read, and it is to be
-        looked whether the connection still stands.
+        If messages took long to make, there is a count of 0 first: read all replies, and check that the connection is
+        still open.
         """
         unsure = [_again(*put, self._run, producer) for put in islice(self._unanswered, self._unsure)]
         old = unsure + [b"*6" + keyed for keyed, _ in islice(self._unanswered, self._unsure, None)]
@@ -359,7 +382,7 @@ class PutMany:
             if not self._made:
                 return
             now = boot_time()
-            # To make messages may have taken a fork.
+            # The process may have forked while the messages were made.
             producer.check_process()
             batch = [producer.put(name, body) for name, body in self._made]
             self._made = []
@@ -377,14 +400,14 @@ class PutMany:
                 size += len(parts[0]) + len(parts[1]) + _PUT_BYTES
                 if len(self._made) == PUTS_AT_ONCE or size >= BYTES_AT_ONCE or now - began > _LONG_BATCH_SECONDS:
                     break
-        except Exception as error:  # noqa: BLE001 - `check` raises it
+        except Exception as error:  # noqa: BLE001 - `raise_if_failed` raises it
             self._error = error
         return now - began
 
-    def answered(self, reply: Reply) -> None:
-        """Take the next reply. After an error nothing more is sent, and `check` raises it.
+    def take_reply(self, reply: Reply) -> None:
+        """Take the next reply. After an error nothing more is sent, and `raise_if_failed` raises it.
 
-        The replies to what was sent already are still taken, so that it is known what has been stored.
+        The replies to what was sent already are still taken, to know what has been stored.
         """
         try:
             self.ids.append(stored_id(reply))
@@ -397,22 +420,22 @@ class PutMany:
         if self._unsure:
             self._unsure -= 1
 
-    def lost(self, error: Exception) -> bool:
-        if not isinstance(error, NOT_RUN):
+    def on_connection_lost(self, error: Exception) -> bool:
+        if self.is_sent and not isinstance(error, NOT_RUN):
             self._unsure = len(self._unanswered)
         before, self._answered = self._answered, len(self.ids)
         return self._answered > before
 
-    def given_up(self, error: Exception) -> ConnectionLost:
+    def to_error(self, error: Exception) -> ConnectionLost:
         return ConnectionLost(reason(error), may_be_stored=self._unsure > 0)
 
-    def check(self) -> None:
+    def raise_if_failed(self) -> None:
         """Raise the error at which the messages ended, if it was one: those before it are stored."""
         if self._error is not None:
             raise self._error
 
-    def count(self, error: DSMQError) -> None:
-        """Have an error say how many messages are stored."""
+    def count_stored(self, error: DSMQError) -> None:
+        """Set the numbers of stored messages in an error."""
         error.stored_before = self._stored_before if self._is_refused else len(self.ids)
         error.stored_behind = len(self.ids) - error.stored_before
 
@@ -421,7 +444,7 @@ def _again(keyed: bytes, sent_at: float, run: bytes, producer: Producer) -> byte
     """Return the request that sends a put again. Raises ConnectionLost where the server may not know it any more."""
     about = ""
     if producer.run != run:
-        about = "the server was started anew, and does not know what it had stored last"
+        about = "the server was restarted, and does not know what it had stored last"
     elif boot_time() - sent_at > RESEND_SECONDS:
         about = f"no answer for {RESEND_SECONDS:g} s, and the server does not know for ever what it has stored"
     if about:

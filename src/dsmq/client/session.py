@@ -9,10 +9,10 @@ import logging
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias, TypeGuard
 
-from dsmq.client.reader import Entry, Era, Inbox
+from dsmq.client.reader import Entry, Era, TopicReader
 from dsmq.errors import (
     AuthRequired,
     Busy,
@@ -48,8 +48,8 @@ LOST: dict[State, str] = {
 # What the server sends in reply to one READ, unless it is asked for less.
 MAX_READ_BYTES = 262_144
 MIN_READ_BYTES = 4096
-_MAX_NEW_INBOXES, _MAX_RECENT_INBOXES = 1000, 100
-# Inboxes are kept for longer than messages are: the server deletes those a little later.
+_MAX_NEW_READERS, _MAX_RECENT_READERS = 1000, 100
+# TopicReaderes are kept for longer than messages are: the server deletes those a little later.
 _SILENCE_FACTOR, _SILENCE_SECONDS = 1.25, 1.0
 # Of what READ says of a message: id, number, age, body, and how long it has left.
 _MESSAGE_TYPES = [int, int, int, bytes, int]
@@ -74,15 +74,15 @@ class Message(NamedTuple):
 
 
 class _Kept:
-    """The inboxes of topics of which messages have come: those used since `since`, and those used last before it.
+    """The readers of topics of which messages have come: those used since `since`, and those used last before it.
 
     It is superseded as a whole: see `dsmq.client.reader`.
     """
 
     __slots__ = ("missed", "next", "older", "since", "young")
 
-    def __init__(self, since: float, older: dict[str, Inbox], missed: int) -> None:
-        self.young: dict[str, Inbox] = {}
+    def __init__(self, since: float, older: dict[str, TopicReader], missed: int) -> None:
+        self.young: dict[str, TopicReader] = {}
         self.older, self.since = older, since
         self.missed = missed
         """What those have missed that are not kept any more."""
@@ -99,13 +99,13 @@ class Session:
         self.read_bytes = MAX_READ_BYTES
         """How much to ask for at once: less after a reply that did not come in time."""
         self.is_restarted = False
-        """Whether the server has been another run at some time, so that inboxes may be unsure of their numbers."""
+        """Whether the server has been another run at some time, so that readers may be unsure of their numbers."""
         self._era = Era("", b"", 0, None)
         self._kept = _Kept(boot_time(), {}, 0)
         # Those used last, which may hold messages that have been handed out.
-        self._recent: deque[Inbox] = deque()
+        self._recent: deque[TopicReader] = deque()
         # Those of which no message has come: to forget them is no loss.
-        self._new: dict[str, Inbox] = {}
+        self._new: dict[str, TopicReader] = {}
 
     @property
     def era(self) -> Era:
@@ -118,12 +118,7 @@ class Session:
     def epoch(self) -> str:
         return self.era.epoch
 
-    @property
-    def run(self) -> bytes:
-        """Which run of the server it is: one that remembers all puts since its start, or since the runs before."""
-        return self.era.run
-
-    def meet(self, reply: Reply) -> tuple[State, Era]:
+    def handle_hello(self, reply: Reply) -> tuple[State, Era]:
         """Take the reply to HELLO, of the first connection or a later one; return what it means, and for which era.
 
         A new epoch means that the server has lost its messages: all it has now is newer than this client, and is
@@ -131,7 +126,7 @@ class Session:
         """
         if isinstance(reply, ReplyError) and (type(reply) is ReplyError or "HELLO" in str(reply)):
             raise ProtocolError(f"that is no dsmq server, but Redis or one like it; it says: {reply}")
-        facts = _facts(reply)
+        facts = _parse_hello(reply)
         if facts.get("server", b"dsmq") != b"dsmq":
             raise ProtocolError(f"that is no dsmq server, but {facts['server']!r}")
         if facts.get("access") == b"nobody":
@@ -150,59 +145,59 @@ class Session:
             new = Era(epoch, run, era.start, era.number, restored_id) if same else Era(epoch, run, 0, 0)
             if era.next.setdefault(0, new) is new:
                 state = "restarted" if same else "replaced"
-                _logger.warning("the server has been started anew: %s", LOST[state])
+                _logger.warning("the server was restarted: %s", LOST[state])
         return state, era
 
-    def inbox(self, topic: str) -> Inbox:
-        """Return the inbox of a topic, old or new. Raises TypeError or ValueError if it can't be a topic."""
-        inbox = self._kept.young.get(topic) if isinstance(topic, str) else None
-        return self._inbox(topic) if inbox is None else inbox
+    def reader(self, topic: str) -> TopicReader:
+        """Return the reader of a topic, old or new. Raises TypeError or ValueError if it can't be a topic."""
+        reader = self._kept.young.get(topic) if isinstance(topic, str) else None
+        return self._find_reader(topic) if reader is None else reader
 
-    def _inbox(self, topic: str) -> Inbox:
+    def _find_reader(self, topic: str) -> TopicReader:
         kept = self._kept
-        inbox = kept.older.get(topic) if isinstance(topic, str) else None
-        if inbox is not None:
-            return kept.young.setdefault(topic, inbox)
+        reader = kept.older.get(topic) if isinstance(topic, str) else None
+        if reader is not None:
+            return kept.young.setdefault(topic, reader)
         topic_name(topic)
-        if (inbox := self._new.get(topic)) is not None:
-            return inbox
-        if len(self._new) > _MAX_NEW_INBOXES:
+        if (reader := self._new.get(topic)) is not None:
+            return reader
+        if len(self._new) > _MAX_NEW_READERS:
             self._new = {}
-        return self._new.setdefault(topic, Inbox(topic, self.era))
+        return self._new.setdefault(topic, TopicReader(topic, self.era))
 
-    def keep(self, inbox: Inbox) -> Inbox:
-        """Return the inbox to go on with, after something has come for one of which nothing had come before."""
-        inbox = self._kept.young.setdefault(inbox.topic, inbox)
-        self._new.pop(inbox.topic, None)
-        if not self._recent or self._recent[-1] is not inbox:
-            self._recent.append(inbox)
-            if len(self._recent) > _MAX_RECENT_INBOXES:
+    def keep(self, reader: TopicReader) -> TopicReader:
+        """Return the reader to go on with, after something has come for one of which nothing had come before."""
+        reader = self._kept.young.setdefault(reader.topic, reader)
+        self._new.pop(reader.topic, None)
+        if not self._recent or self._recent[-1] is not reader:
+            self._recent.append(reader)
+            if len(self._recent) > _MAX_RECENT_READERS:
                 self._recent.popleft().shrink()
-        return inbox
+        return reader
 
     def forget(self, topic: str) -> None:
         """Forget where a topic was read."""
         topic_name(topic)
         kept = self._kept
-        found = (inboxes.pop(topic, None) for inboxes in (kept.young, kept.older, self._new))
-        for inbox in {id(inbox): inbox for inbox in found if inbox}.values():
-            kept.missed += inbox.missed
+        found = (readers.pop(topic, None) for readers in (kept.young, kept.older, self._new))
+        for reader in {id(reader): reader for reader in found if reader}.values():
+            kept.missed += reader.missed
 
     def _forget_silent(self, max_age: float) -> None:
-        """Forget inboxes in which nothing has come for longer than messages are kept, by the rule now in force.
+        """Forget readers in which nothing has come for longer than messages are kept, by the rule now in force.
 
         All that was read there has expired: to read such a topic from the start finds what was put since.
         """
         kept, now = self._kept, boot_time()
         if now - kept.since > _SILENCE_FACTOR * max_age + _SILENCE_SECONDS:
-            missed = sum(inbox.missed for topic, inbox in kept.older.items() if topic not in kept.young)
+            missed = sum(reader.missed for topic, reader in kept.older.items() if topic not in kept.young)
             new = _Kept(now, kept.young, kept.missed + missed)
             if kept.next.setdefault(0, new) is new:
                 self._kept = new
 
     def position(self, topic: str) -> str:
         """Return where a topic has been read to: the epoch, and the id of the last message handed out."""
-        epoch, after = self.inbox(topic).position
+        epoch, after = self.reader(topic).position
         return f"{epoch}:{after}"
 
     def seek(self, topic: str, position: str | int) -> bool:
@@ -211,7 +206,7 @@ class Session:
         Then it is read from the oldest message. Raises TypeError or ValueError if it is neither.
         """
         epoch, after = parse_position(position)
-        known = self.keep(self.inbox(topic)).seek(after, epoch)
+        known = self.keep(self.reader(topic)).seek(after, epoch)
         if not known:
             _logger.warning("topic %r: the position is of another epoch, and the messages it is for are lost", topic)
         return known
@@ -220,8 +215,8 @@ class Session:
     def missed(self) -> int:
         """How many messages expired before this client came to them, in each topic from the first one that it got."""
         kept = self._kept
-        inboxes = {**kept.older, **kept.young}
-        return kept.missed + sum(inbox.missed for inbox in inboxes.values())
+        readers = {**kept.older, **kept.young}
+        return kept.missed + sum(reader.missed for reader in readers.values())
 
     def put(self, topic: str, message: str | bytes) -> tuple[bytes, bytes]:
         """Return what a put consists of, topic and body, as bytes. Raises TypeError or ValueError."""
@@ -253,10 +248,10 @@ class Session:
         self._forget_silent(entries[-1].expires - entries[-1].put_at)
         return entries
 
-    def message(self, inbox: Inbox, entry: Entry) -> Message:
+    def message(self, reader: TopicReader, entry: Entry) -> Message:
         """Return a message as the user sees it."""
         age = boot_time() - entry.put_at
-        return Message(inbox.topic, entry.id, entry.number, time.time() - age, entry.body)
+        return Message(reader.topic, entry.id, entry.number, time.time() - age, entry.body)
 
 
 def topic_name(topic: str) -> bytes:
@@ -284,12 +279,12 @@ def parse_position(position: str | int) -> tuple[str, int]:
     return epoch, after
 
 
-def text(inbox: Inbox, entry: Entry) -> str:
+def text(reader: TopicReader, entry: Entry) -> str:
     """Return a message's text. Raises MessageNotText."""
-    return _text(inbox.topic, entry.body)
+    return _text(reader.topic, entry.body)
 
 
-def body(_: Inbox, entry: Entry) -> bytes:
+def body(_: TopicReader, entry: Entry) -> bytes:
     """Return a message's bytes."""
     return entry.body
 
@@ -301,11 +296,6 @@ def _text(topic: str, data: bytes) -> str:
         raise MessageNotText(f"the next message of {topic!r} is not UTF-8; read it with raw=True") from None
 
 
-def converter(*, raw: bool) -> Callable[[Inbox, Entry], str | bytes]:
-    """Return what makes of a message what the user gets."""
-    return body if raw else text
-
-
 def stored_id(reply: Reply) -> int:
     """Return the id in the reply to PUT. Raises the error that it is, or ProtocolError."""
     if isinstance(reply, int):
@@ -315,14 +305,14 @@ def stored_id(reply: Reply) -> int:
     raise ProtocolError(f"the reply to PUT is {reply!r}")
 
 
-def unless_last(reply: Reply) -> Reply:
-    """Return a reply, even an error; one behind which the server hangs up is raised."""
+def raise_if_fatal(reply: Reply) -> Reply:
+    """Return a reply, even an error. Raises an error after which the server hangs up."""
     if isinstance(reply, (ProtocolError, AuthRequired, Busy, Closing, TimedOut, InternalError)):
         raise reply
     return reply
 
 
-def is_lost(error: BaseException, *, connecting: bool) -> bool:
+def is_lost(error: BaseException, *, connecting: bool) -> TypeGuard[Exception]:
     """Return whether an error means that a connection has broken, or is to be made anew."""
     if isinstance(error, DSMQError):
         # A server that has too many clients now may have room soon; one that admits by other rules now may admit this.
@@ -330,30 +320,11 @@ def is_lost(error: BaseException, *, connecting: bool) -> bool:
     return isinstance(error, OSError)
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """Return what an error says, without its number; asyncio's time-outs say nothing."""
     if isinstance(error, TimeoutError) and not str(error):
         return "no reply in time"
     return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
-
-
-def is_news(state: State, down: str) -> bool:
-    """Return whether a state is to be told of: each loss once, and one end of it. `down` is the last, if it was one."""
-    if state == "lost":
-        return not down
-    if state == "given up":
-        return down == "lost"
-    return state != "resumed" or bool(down)
-
-
-def log_state(state: State, target: object, error: Exception | None) -> None:
-    """Log what has happened to a connection, where `greet` has not done so, nor the call that notices raises it."""
-    if state == "lost":
-        _logger.warning("connection to %s lost, trying again: %s", target, error and reason(error))
-    elif state == "resumed":
-        _logger.info("connection to %s resumed", target)
-    elif state == "given up":
-        _logger.info("no connection to %s any more: %s", target, error and reason(error))
 
 
 def check(reply: Reply) -> Reply:
@@ -369,7 +340,7 @@ def stats_request(topic: str) -> bytes:
 
 def restored_number(reply: Reply) -> int:
     """Return the topic's last number in the snapshot that the server started from, out of the reply to STATS."""
-    return _as_number(_facts(reply).get("restored_number", 0))
+    return _as_number(_parse_hello(reply).get("restored_number", 0))
 
 
 def topics_request(found: list[tuple[str, int, int]]) -> bytes:
@@ -389,7 +360,7 @@ def topics(reply: Reply) -> list[tuple[str, int, int]]:
     ]
 
 
-def _facts(reply: Reply) -> dict[str, Reply]:
+def _parse_hello(reply: Reply) -> dict[str, Reply]:
     """Return the map in a reply. Raises the error that it is, or ProtocolError."""
     values = check(reply)
     if not isinstance(values, list) or len(values) % 2:
@@ -399,14 +370,14 @@ def _facts(reply: Reply) -> dict[str, Reply]:
 
 def _as_text(value: Reply) -> str:
     try:
-        return value.decode() if isinstance(value, bytes) else _is_no("text", value)
+        return value.decode() if isinstance(value, bytes) else _wrong_type("text", value)
     except UnicodeDecodeError:
-        return _is_no("text", value)
+        return _wrong_type("text", value)
 
 
 def _as_number(value: Reply) -> int:
-    return value if isinstance(value, int) else _is_no("number", value)
+    return value if isinstance(value, int) else _wrong_type("number", value)
 
 
-def _is_no(what: str, value: Reply) -> NoReturn:
+def _wrong_type(what: str, value: Reply) -> NoReturn:
     raise ProtocolError(f"no {what} in a reply, but {value!r}; is that a dsmq server?")

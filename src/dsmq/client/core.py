@@ -1,0 +1,175 @@
+"""The core of both clients: options, session and state; what to do when a connection breaks; calls without I/O."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Literal, TypeAlias, Unpack
+
+from dsmq.client import arguments
+from dsmq.client.dial import Endpoint, Security, parse_endpoint
+from dsmq.client.requests import Call, Retries
+from dsmq.client.session import Session, State, is_lost, reason
+from dsmq.errors import ClientClosed, ReplyError
+
+# All but one of several connections are closed after having been idle for this long.
+IDLE_SECONDS = 5.0
+
+_logger = logging.getLogger(__name__)
+
+_Down: TypeAlias = Literal["", "lost", "given up"]
+
+
+class Core:
+    """What the calls of a client share."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        timeout: object,
+        reconnect_timeout: object,
+        on_state_change: Callable[[State], None] | None,
+    ) -> None:
+        self.timeout = arguments.seconds("timeout", timeout, zero=False)
+        self.reconnect_timeout = arguments.seconds("reconnect_timeout", reconnect_timeout)
+        arguments.callback("on_state_change", on_state_change)
+        self.endpoint = endpoint
+        self.session = Session(endpoint.token)
+        self.is_closed = False
+        self._on_state_change = on_state_change
+        self._down: tuple[_Down, dict[int, object]] = "", {}
+
+    # Connections
+
+    def raise_if_closed(self, about: str = "the client was closed during the call") -> None:
+        if self.is_closed:
+            raise ClientClosed(about)
+
+    def retry_delay(
+        self, call: Call, error: BaseException, retries: Retries, *, connected: bool, progress: bool = False
+    ) -> float:
+        """Return how long to wait before making a call again, on another connection.
+
+        `connected` says whether the call had a connection, `progress` whether other calls got replies on it. Raises the
+        error, or the one it leads to, if the call is not to be made again.
+        """
+        if not is_lost(error, connecting=not connected):
+            if self.is_down and isinstance(error, ReplyError):
+                self.announce("resumed" if connected else "given up", error)
+            raise error
+        if self.is_closed:
+            raise ClientClosed("the client was closed during the call") from error
+        if connected and (call.on_connection_lost(error) or progress):
+            retries.reset()
+        self.announce("lost", error)
+        delay = retries.next_delay()
+        if delay is None:
+            self.announce("given up", error)
+            raise call.to_error(error) from error
+        return delay
+
+    # States
+
+    @property
+    def is_down(self) -> bool:
+        """Whether there is no connection, as far as is known."""
+        return bool(self._down[0])
+
+    def announce(self, state: State, error: BaseException | None = None) -> None:
+        """Log and report a new state: each loss once, and each end of it once."""
+        if not self._enter(state):
+            return
+        if state == "lost" and self.reconnect_timeout:
+            _logger.warning("connection to %s lost, trying again: %s", self.endpoint, error and reason(error))
+        elif state == "resumed":
+            _logger.info("connection to %s resumed", self.endpoint)
+        elif state == "given up":
+            _logger.info("no connection to %s any more: %s", self.endpoint, error and reason(error))
+        self.report(state)
+
+    def report(self, state: State) -> None:
+        if self._on_state_change is not None:
+            self._on_state_change(state)
+
+    def _enter(self, state: State) -> bool:
+        """Enter a state; return whether it is to be reported.
+
+        The state is superseded as a whole, so that no lock is needed: see `dsmq.client.reader`.
+        """
+        while True:
+            last = self._down
+            if not should_report(state, last[0]):
+                return False
+            new: tuple[_Down, dict[int, object]] = (state if state in ("lost", "given up") else "", {})
+            if last[1].setdefault(0, new) is new:
+                self._down = new
+                return True
+            self._down = last[1][0]  # type: ignore[assignment]
+
+
+def should_report(state: State, down: str) -> bool:
+    """Return whether a state is new; `down` is the one before, if it meant that there was no connection."""
+    if state == "lost":
+        return not down
+    if state == "given up":
+        return down == "lost"
+    return state != "resumed" or bool(down)
+
+
+class Client:
+    """What needs no connection, in both clients."""
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        timeout: float = 10.0,
+        reconnect_timeout: float = 30.0,
+        on_state_change: Callable[[State], None] | None = None,
+        **security: Unpack[Security],
+    ) -> None:
+        self._core = Core(parse_endpoint(host, port, **security), timeout, reconnect_timeout, on_state_change)
+        self._session = self._core.session
+        self.host = host
+        self.port = port
+
+    def __repr__(self) -> str:
+        return f"<dsmq client of {self._core.endpoint}{', closed' if self._core.is_closed else ''}>"
+
+    def position(self, topic: str) -> str:
+        """Return where this client has read a topic to: behind the last message that was handed out.
+
+        It can be stored, and given to `seek` of any client, for this topic or another.
+        """
+        return self._session.position(topic)
+
+    def seek(self, topic: str, position: str | int) -> None:
+        """Read a topic on from a position, or behind the message with an id; 0 is before all that the server has.
+
+        A position of another epoch, before the server lost its messages, is of no use: the topic is then read from its
+        oldest message, and on_state_change is called with `replaced`. An id above all that the server has ever assigned
+        makes the next read raise BadRequest. Raises ValueError if it is neither a position nor an id.
+        """
+        if not self._session.seek(topic, position):
+            self._core.report("replaced")
+
+    def forget(self, topic: str) -> None:
+        """Forget how far a topic was read, to save memory. If read again, it starts where this client connected.
+
+        Topics in which nothing comes any more are forgotten anyway, when all that was read there has expired.
+        """
+        self._session.forget(topic)
+
+    @property
+    def max_message_bytes(self) -> int:
+        """The longest message that the server accepted when this client connected."""
+        return self._session.max_message_bytes
+
+    @property
+    def missed(self) -> int:
+        """How many messages expired before this client read them, over all topics it reads.
+
+        In each topic, they are counted from the first message that this client got.
+        """
+        return self._session.missed

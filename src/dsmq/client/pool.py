@@ -1,0 +1,170 @@
+"""The connections of the blocking client: each call has one for itself; idle ones are used again."""
+
+from __future__ import annotations
+
+import _thread
+import os
+import time
+import weakref
+from contextlib import suppress
+
+from dsmq.client import connection as one
+from dsmq.client.connection import Connection
+from dsmq.client.core import IDLE_SECONDS, Core
+from dsmq.client.dial import explain_silence
+from dsmq.client.requests import Producer
+from dsmq.client.session import is_lost
+from dsmq.system import process
+
+
+class Pool:
+    """The connections of a client. Threads and signal handlers may use it at the same time."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        # Released on closing, for calls that wait to try again. Not an Event: its lock would hang a signal handler that
+        # closes the client.
+        self._closing = _thread.allocate_lock()
+        self._closing.acquire()
+        self._process = process()
+        # Lists are safe to use from several threads.
+        self.idle: list[Connection] = []
+        self._refs: set[weakref.ref[Connection]] = set()
+        self._is_tidying = False
+        _pools.add(self)
+
+    @property
+    def connections(self) -> list[Connection]:
+        """All connections, idle or in use."""
+        return [connection for ref in list(self._refs) if (connection := ref()) and connection.is_open]
+
+    def borrow(self) -> Connection:
+        """Return a connection for one call. Raises OSError, or what the server answers, if there is none."""
+        if process() is not self._process:
+            self.after_fork()
+        try:
+            connection = self.idle.pop()
+        except IndexError:
+            return self.connect()
+        if time.monotonic() - connection.used_at < one.LONG_PAUSE_SECONDS:
+            return connection
+        why = connection.closed_reason
+        if why is None:
+            return connection
+        connection.close()
+        self.close_idle()
+        self._core.announce("lost", ConnectionResetError(why))
+        return self.connect()
+
+    def give_back(self, connection: Connection) -> None:
+        self.idle.append(connection)
+        if self._core.is_closed:
+            self.close()
+        elif len(self.idle) > 1 and not self._is_tidying:
+            try:
+                _thread.start_new_thread(_tidy, (weakref.ref(self),))
+                self._is_tidying = True
+            except RuntimeError:
+                # There are too many threads, or the program ends: the call has succeeded nevertheless.
+                with suppress(IndexError):
+                    self.idle.pop(0).close()
+
+    def discard(self, connection: Connection | None, error: BaseException) -> None:
+        """Close a connection after a call has failed on it: replies may be outstanding, which no other call may get."""
+        if connection is not None:
+            connection.close()
+        if is_lost(error, connecting=connection is None):
+            # The others have most likely broken too.
+            self.close_idle()
+
+    def connect(self) -> Connection:
+        """Return a new connection."""
+        core = self._core
+        core.raise_if_closed("the client is closed")
+        connection = None
+        try:
+            connection = Connection(core.endpoint, core.timeout)
+            reply = connection.greet(core.session.hello)
+            core.raise_if_closed()
+            state, era = core.session.handle_hello(reply)
+            connection.producer = Producer(era.run, era)
+            # An interrupted call may drop the connection at any point.
+            self._refs.add(weakref.ref(connection, self._refs.discard))
+            core.raise_if_closed()
+        except BaseException as error:
+            if connection is not None:
+                connection.close()
+            if isinstance(error, ConnectionResetError) and not core.session.epoch:
+                raise explain_silence(core.endpoint) from None
+            raise
+        core.announce(state)
+        return connection
+
+    def wait(self, seconds: float) -> None:
+        """Wait before another attempt. Raises ClientClosed if the client is closed meanwhile."""
+        if self._closing.acquire(timeout=seconds):
+            # For the next that waits.
+            self._closing.release()
+        self._core.raise_if_closed()
+
+    def close(self) -> None:
+        """Close all connections, and end the waiting for new ones. Idempotent."""
+        with suppress(RuntimeError):
+            self._closing.release()
+        # Those in use are closed by the calls that use them.
+        for connection in self.connections:
+            connection.interrupt()
+        self.close_idle()
+
+    def close_idle(self) -> None:
+        # One by one until none is left, because other threads take and give back meanwhile.
+        with suppress(IndexError):
+            while True:
+                self.idle.pop().close()
+
+    def tidy(self) -> bool:
+        """Close all but one of the connections that have been idle for long; return whether there are more."""
+        before = time.monotonic() - IDLE_SECONDS
+        with suppress(IndexError):
+            # The first has been idle the longest.
+            while len(self.idle) > 1 and self.idle[0].used_at < before:
+                self.idle.pop(0).close()
+        if len(self.idle) <= 1 or self._core.is_closed:
+            self._is_tidying = False
+        # Checked once more: another thread that found it set may have given one back in between.
+        if len(self.idle) > 1 and not self._core.is_closed:
+            self._is_tidying = True
+        return self._is_tidying
+
+    def after_fork(self) -> None:
+        """Start anew in a child process."""
+        # The sockets are the parent's: closing them here does not close them there.
+        connections, self._refs, self.idle = self.connections, set(), []
+        self._closing, self._is_tidying = _thread.allocate_lock(), False
+        self._closing.acquire()
+        for connection in connections:
+            connection.close()
+        self._process = process()
+
+
+def _tidy(ref: weakref.ref[Pool]) -> None:
+    """Close the connections that a burst of threads has left, in a thread of its own while there are any."""
+    more = True
+    while more:
+        time.sleep(IDLE_SECONDS / 5)
+        pool = ref()
+        more = pool is not None and pool.tidy()
+        del pool
+
+
+_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for pool in list(_pools):
+        pool.after_fork()
+
+
+# A call notices by itself that it is in another process. This closes the parent's sockets earlier.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
