@@ -574,7 +574,7 @@ def test_the_command_line_takes_its_token_from_a_file_or_the_environment(server:
 def test_the_command_line_names_its_own_options_where_one_is_missing(tls_server: Server, tmp_path: Path) -> None:
     with serving(auth_token=ADMIN) as server:
         done = run_dsmq("ping", "--port", str(server.port))
-        assert done.stderr == b"dsmq: this server wants a token: --token-file FILE, or DSMQ_AUTH_TOKEN\n"
+        assert done.stderr == b"dsmq: authentication required: --token-file FILE, or DSMQ_AUTH_TOKEN\n"
     port = ("--port", str(tls_server.port))
     assert b"does it want TLS (--tls)?" in run_dsmq("ping", *port).stderr
     assert b"(--ca-file FILE to trust another)" in run_dsmq("ping", *port, "--tls").stderr
@@ -609,7 +609,7 @@ def test_ping_finds_the_server_by_its_own_configuration(tmp_path: Path, token_fi
         with serving(auth_token="another-token-0123456789") as other_server:
             options = ("--host", "127.0.0.1", "--port", str(other_server.port))
             done = run_dsmq("ping", *options, env={"DSMQ_CONFIG": str(file)})
-            assert b"wants a token" in done.stderr
+            assert b"authentication required" in done.stderr
             assert other_server.counters().wrong_tokens == 0
 
 

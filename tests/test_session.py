@@ -8,6 +8,7 @@ from typing import get_args
 import pytest
 
 from dsmq.client import reader as reader_module
+from dsmq.client import replies
 from dsmq.client import session as wire
 from dsmq.client.core import should_report
 from dsmq.client.reader import Claim, Entry, Era, TopicReader
@@ -116,8 +117,8 @@ def test_the_other_requests() -> None:
     assert request(Session().hello) == [b"HELLO", b"2", b"NOTICES"]
     assert request(wire.PING) == [b"PING"]
     assert request(wire.SHUTDOWN) == [b"SHUTDOWN"]
-    assert request(wire.topics_request([])) == [b"TOPICS"]
-    assert request(wire.topics_request([("a", 1, 1), ("café", 1, 1)])) == [b"TOPICS", b"AFTER", "café".encode()]
+    assert request(replies.topics_request([])) == [b"TOPICS"]
+    assert request(replies.topics_request([("a", 1, 1), ("café", 1, 1)])) == [b"TOPICS", b"AFTER", "café".encode()]
 
 
 @pytest.mark.parametrize("body", ["café", "café".encode(), bytearray("café".encode()), memoryview("café".encode())])
@@ -227,7 +228,7 @@ def test_what_another_program_says_to_a_greeting_is_told_apart() -> None:
         AuthRequired("HELLO must be called with the client already authenticated"),
         hello(server=b"redis"),
     ):
-        with pytest.raises(ProtocolError, match="no dsmq server"):
+        with pytest.raises(ProtocolError, match="not a dsmq server"):
             Session().handle_hello(reply)
 
 
@@ -415,16 +416,16 @@ def test_what_holds_no_messages_is_a_protocol_error(reply: Reply) -> None:
 @pytest.mark.parametrize("reply", [None, "OK", b"1", [], [1]], ids=repr)
 def test_what_is_no_id_is_a_protocol_error(reply: Reply) -> None:
     with pytest.raises(ProtocolError):
-        wire.stored_id(reply)
+        replies.stored_id(reply)
 
 
 def test_an_id_is_an_integer() -> None:
-    assert wire.stored_id(7) == 7
+    assert replies.stored_id(7) == 7
 
 
 @pytest.mark.parametrize("error", [Full("no room"), StoreFailed("no"), BadRequest("what"), ReplyError("ERR")], ids=repr)
 def test_an_error_is_raised_as_it_is(error: ReplyError) -> None:
-    for use in (a_session().entries, wire.stored_id, wire.topics, wire.check):
+    for use in (a_session().entries, replies.stored_id, replies.topics, replies.check):
         with pytest.raises(type(error)) as caught:
             use(error)
         assert caught.value is error
@@ -432,23 +433,23 @@ def test_an_error_is_raised_as_it_is(error: ReplyError) -> None:
 
 @pytest.mark.parametrize("reply", [None, "OK", 1, b"x", []], ids=repr)
 def test_any_other_reply_passes_the_check(reply: Reply) -> None:
-    assert wire.check(reply) == reply
+    assert replies.check(reply) == reply
 
 
 @pytest.mark.parametrize("kind", [ProtocolError, Busy, Closing, TimedOut, InternalError])
 def test_an_error_behind_which_the_server_hangs_up_is_raised_at_once(kind: type[ReplyError]) -> None:
     with pytest.raises(kind):
-        wire.raise_if_fatal(kind("bye"))
+        replies.raise_if_fatal(kind("bye"))
 
 
 @pytest.mark.parametrize("reply", [None, "OK", 1, b"x", [], Full("no room"), BadRequest("what")], ids=repr)
 def test_any_other_reply_is_not_the_last(reply: Reply) -> None:
-    assert wire.raise_if_fatal(reply) is reply
+    assert replies.raise_if_fatal(reply) is reply
 
 
 def test_topics_come_in_threes() -> None:
-    assert wire.topics([]) == []
-    assert wire.topics([b"a", 1, 2, "é".encode(), 3, 4]) == [("a", 1, 2), ("é", 3, 4)]
+    assert replies.topics([]) == []
+    assert replies.topics([b"a", 1, 2, "é".encode(), 3, 4]) == [("a", 1, 2), ("é", 3, 4)]
 
 
 @pytest.mark.parametrize(
@@ -458,7 +459,7 @@ def test_topics_come_in_threes() -> None:
 )
 def test_what_holds_no_topics_is_a_protocol_error(reply: Reply) -> None:
     with pytest.raises(ProtocolError):
-        wire.topics(reply)
+        replies.topics(reply)
 
 
 @pytest.mark.parametrize(
@@ -470,4 +471,4 @@ def test_what_holds_no_topics_is_a_protocol_error(reply: Reply) -> None:
     ],
 )
 def test_what_an_error_says(error: Exception, said: str) -> None:
-    assert wire.reason(error) == said
+    assert replies.reason(error) == said

@@ -27,11 +27,11 @@ from dsmq.client import requests as calls
 from dsmq.client import session as wire
 from dsmq.client.async_connection import Connection
 from dsmq.client.async_pool import Pool
-from dsmq.client.core import Client
-from dsmq.client.dial import Security
+from dsmq.client.core import Client, Options
 from dsmq.client.reader import Claim, give_back
+from dsmq.client.replies import check, stored_id
 from dsmq.client.requests import Call, Convert, NonIdempotent, Put, PutMany
-from dsmq.client.session import Message, State
+from dsmq.client.session import Message
 from dsmq.errors import ClientClosed, DSMQError
 from dsmq.system import process
 
@@ -42,25 +42,11 @@ D = TypeVar("D")
 T = TypeVar("T")
 
 
-async def connect(  # noqa: PLR0913 - each may be wanted
-    host: str = "127.0.0.1",
-    port: int = 30008,
-    *,
-    timeout: float = 10.0,
-    retry: bool = True,
-    reconnect_timeout: float = 30.0,
-    on_state_change: Callable[[State], None] | None = None,
-    **security: Unpack[Security],
+async def connect(
+    host: str = "127.0.0.1", port: int = 30008, *, retry: bool = True, **options: Unpack[Options]
 ) -> AsyncClient:
     """Connect to a server; see `dsmq.client.connect`."""
-    mq = AsyncClient(
-        host,
-        port,
-        timeout=timeout,
-        reconnect_timeout=reconnect_timeout,
-        on_state_change=on_state_change,
-        **security,
-    )
+    mq = AsyncClient(host, port, options)
     await mq._connect_at_start(retry=retry)  # noqa: SLF001 - one module
     return mq
 
@@ -73,7 +59,7 @@ class AsyncClient(Client):
 
     async def put(self, topic: str, msg: str | bytes) -> int:
         """Put a message; when this returns it is stored. Returns its id."""
-        return wire.stored_id(await self._run(Put(self._session, topic, msg), Connection.ask))
+        return stored_id(await self._run(Put(self._session, topic, msg), Connection.ask))
 
     async def put_many(self, topic: str, messages: Iterable[str | bytes]) -> list[int]:
         """Put several messages in order; returns their ids."""
@@ -165,7 +151,7 @@ class AsyncClient(Client):
 
     async def ping(self) -> None:
         """Check that the server answers."""
-        wire.check(await self._run(Call(wire.PING), Connection.ask))
+        check(await self._run(Call(wire.PING), Connection.ask))
 
     async def topics(self) -> list[tuple[str, int, int]]:
         """Return the topics that hold messages: name, number of messages, and bytes."""
@@ -263,7 +249,7 @@ class AsyncClient(Client):
 
 
 async def _shut_down(connection: Connection, call: NonIdempotent) -> None:
-    wire.check(await connection.ask(call))
+    check(await connection.ask(call))
     await connection.await_end()
 
 

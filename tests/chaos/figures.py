@@ -13,8 +13,8 @@ from chaos.clients import HOST, Job
 from chaos.scenarios import FAST, reset_at_random
 from chaos.stage import Stage
 from dsmq.client import DSMQClientSideConnection, connect
+from dsmq.client.replies import stored_id
 from dsmq.client.requests import Call
-from dsmq.client.session import stored_id
 from faults.rig import Daemon, progress
 
 RESTARTS = 20

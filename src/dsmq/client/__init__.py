@@ -23,12 +23,13 @@ from dsmq.client import arguments
 from dsmq.client import requests as calls
 from dsmq.client import session as wire
 from dsmq.client.connection import Connection
-from dsmq.client.core import Client
-from dsmq.client.dial import ClosedSilently, Security
+from dsmq.client.core import Client, Options
+from dsmq.client.dial import ClosedSilently
 from dsmq.client.pool import Pool
 from dsmq.client.reader import Claim, give_back
+from dsmq.client.replies import check, stored_id
 from dsmq.client.requests import Call, Convert, NonIdempotent, Put, PutMany, Retries
-from dsmq.client.session import Message, State
+from dsmq.client.session import Message
 from dsmq.errors import DSMQError
 
 __all__ = ["DSMQClientSideConnection", "Message", "connect"]
@@ -48,48 +49,36 @@ D = TypeVar("D")
 T = TypeVar("T")
 
 
-def connect(  # noqa: PLR0913 - each may be wanted
+def connect(
     host: str = "127.0.0.1",
     port: int = 30008,
     verbose: bool = False,  # noqa: FBT001, FBT002 - positional in dsmq 1.4
     *,
-    timeout: float = 10.0,
     retry: bool = True,
-    reconnect_timeout: float = 30.0,
-    on_state_change: Callable[[State], None] | None = None,
-    **security: Unpack[Security],
+    **options: Unpack[Options],
 ) -> DSMQClientSideConnection:
     """Connect to a server at an IPv4 or IPv6 address, a name, or `unix:/path`.
 
-    timeout is how long a reply may take to begin, in seconds, beyond the time that was asked to be waited, and how long
-    it may pause; after it the connection counts as lost. All addresses of a name are tried, a new one every 0.25 s.
-    While nothing answers, or connections are closed at once, it is tried again for about ten seconds, so that the
-    server may still be starting; retry=False does without. verbose tells of that on stderr.
+    timeout=10.0: seconds until a reply must begin, beyond the time that the call may wait, and for how long it may
+    pause; then the connection counts as lost. All addresses of a name are tried, a new one every 0.25 s. While nothing
+    answers, or connections are closed at once, it tries again for about ten seconds, because the server may still be
+    starting; not with retry=False. verbose logs this to stderr.
 
-    A connection that breaks later is replaced behind the caller's back, and the call that noticed goes on: nothing is
-    read twice or skipped, and no put is stored twice. A call that finds no server for reconnect_timeout seconds (0:
-    at once) raises ConnectionLost. on_state_change is told of all that, in the thread of that call: see
-    `dsmq.client.session.State`. It must not raise.
+    A connection that breaks later is replaced behind the scenes, and calls go on: nothing is read twice or skipped, and
+    no put is stored twice. A call raises ConnectionLost if the server stays unreachable for reconnect_timeout=30.0
+    seconds (0: don't reconnect). on_state_change is called with each change of state, in the thread of the call that
+    noticed it: see `dsmq.client.session.State`. It must not raise.
 
-    token is what the server may ask for. tls=True encrypts, and verifies the server's certificate and that it is for
-    this host; ca_file names authorities to trust in place of the system's, cert_file and key_file what to show of one's
-    own (all in PEM format; each of them implies tls). An ssl.SSLContext does as it is told.
+    token authenticates. tls=True encrypts, and verifies the server's certificate for this host; ca_file replaces the
+    system's authorities, cert_file and key_file are this client's own certificate (all in PEM format; each of them
+    implies tls). An ssl.SSLContext is used as it is.
 
     Raises ConnectionRefusedError if there is no server, ProtocolError if another program answers, Busy if the server
     has too many clients, AuthRequired or WrongToken without the right token, ConfigError if a file can't be used,
-    another OSError if the address can't be reached or the certificate is not right; TypeError or ValueError at once if
+    another OSError if the address can't be reached or the certificate is not valid; TypeError or ValueError at once if
     an argument makes no sense.
     """
-    return DSMQClientSideConnection(
-        host,
-        port,
-        verbose,
-        timeout=timeout,
-        retry=retry,
-        reconnect_timeout=reconnect_timeout,
-        on_state_change=on_state_change,
-        **security,
-    )
+    return DSMQClientSideConnection(host, port, verbose, retry=retry, **options)
 
 
 class DSMQClientSideConnection(Client):
@@ -103,26 +92,16 @@ class DSMQClientSideConnection(Client):
     ReplyError if the server answers with one. See dsmq.errors.
     """
 
-    def __init__(  # noqa: PLR0913 - as `connect`
+    def __init__(
         self,
         host: str,
         port: int,
         verbose: bool = False,  # noqa: FBT001, FBT002 - as in `connect`
         *,
-        timeout: float = 10.0,
         retry: bool = True,
-        reconnect_timeout: float = 30.0,
-        on_state_change: Callable[[State], None] | None = None,
-        **security: Unpack[Security],
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(
-            host,
-            port,
-            timeout=timeout,
-            reconnect_timeout=reconnect_timeout,
-            on_state_change=on_state_change,
-            **security,
-        )
+        super().__init__(host, port, options)
         self._pool = Pool(self._core)
         self._verbose = verbose
         self._log(f"connecting to the dsmq server at {host} port {port}")
@@ -136,7 +115,7 @@ class DSMQClientSideConnection(Client):
         Raises TooBig, or Full if the server has no room; ConnectionLost, whose may_be_stored says whether it may have
         been stored nevertheless; Forgotten if the server can't tell that any more.
         """
-        return wire.stored_id(self._run(Put(self._session, topic, msg)))
+        return stored_id(self._run(Put(self._session, topic, msg)))
 
     def put_many(self, topic: str, messages: Iterable[str | bytes]) -> list[int]:
         """Put several messages in order, much faster than one by one; returns their ids.
@@ -247,7 +226,7 @@ class DSMQClientSideConnection(Client):
 
     def ping(self) -> None:
         """Check that the server answers."""
-        wire.check(self._run(Call(wire.PING)))
+        check(self._run(Call(wire.PING)))
 
     def topics(self) -> list[tuple[str, int, int]]:
         """Return the topics that hold messages: name, number of messages, and bytes."""
@@ -349,7 +328,7 @@ class DSMQClientSideConnection(Client):
 
 def _shut_down(connection: Connection, call: NonIdempotent) -> None:
     connection.probe()
-    wire.check(connection.ask(call))
+    check(connection.ask(call))
     connection.await_end()
 
 

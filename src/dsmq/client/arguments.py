@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 MAX_PORT = 65_535
 
@@ -82,11 +82,3 @@ def messages(values: Iterable[str | bytes]) -> Iterable[str | bytes]:
     if not isinstance(values, Iterable):
         raise TypeError(f"put_many takes several messages, such as a list, not {type(values).__name__}")
     return values
-
-
-def options(
-    timeout: object, reconnect_timeout: object, on_state_change: Callable[..., object] | None
-) -> tuple[float, float]:
-    """Return the times that `connect` takes. Raises TypeError or ValueError."""
-    callback("on_state_change", on_state_change)
-    return seconds("timeout", timeout, zero=False), seconds("reconnect_timeout", reconnect_timeout)

@@ -16,8 +16,8 @@ from typing import Any, cast
 from dsmq.client.connection import CLOSED_BY_SERVER, LONG_PAUSE_SECONDS
 from dsmq.client.core import Core
 from dsmq.client.dial import Endpoint, Race, addresses, explain_greeting, explain_silence
+from dsmq.client.replies import is_lost, raise_if_fatal, reason
 from dsmq.client.requests import BYTES_AT_ONCE, PUTS_AT_ONCE, Call, Producer, PutMany
-from dsmq.client.session import is_lost, raise_if_fatal, reason
 from dsmq.errors import AuthRequired, DSMQError, ProtocolError, ReplyError
 from dsmq.system import expect_long_messages, unsent_bytes
 from dsmq.wire.resp import Reply, ReplyParser

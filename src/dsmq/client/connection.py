@@ -9,8 +9,8 @@ import weakref
 from selectors import EVENT_READ, EVENT_WRITE
 
 from dsmq.client.dial import LONGEST_WAIT_SECONDS, Endpoint, Selector, dial, explain_greeting
+from dsmq.client.replies import raise_if_fatal, reason
 from dsmq.client.requests import Call, Producer, PutMany
-from dsmq.client.session import raise_if_fatal, reason
 from dsmq.errors import AuthRequired, DSMQError, ProtocolError
 from dsmq.system import (
     LONG_YIELD_PAUSE_SECONDS,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Literal, TypeAlias, Unpack
+from typing import Literal, TypeAlias
 
 from dsmq.client import arguments
 from dsmq.client.dial import Endpoint, Security, parse_endpoint
+from dsmq.client.replies import is_lost, reason
 from dsmq.client.requests import Call, Retries
-from dsmq.client.session import Session, State, is_lost, reason
+from dsmq.client.session import Session, State
 from dsmq.errors import ClientClosed, ReplyError
 
 # All but one of several connections are closed after having been idle for this long.
@@ -20,23 +21,28 @@ _logger = logging.getLogger(__name__)
 _Down: TypeAlias = Literal["", "lost", "given up"]
 
 
+class Options(Security, total=False):
+    """The options of `connect`, in both clients. The times are in seconds."""
+
+    timeout: float
+    reconnect_timeout: float
+    on_state_change: Callable[[State], None] | None
+
+
 class Core:
     """What the calls of a client share."""
 
-    def __init__(
-        self,
-        endpoint: Endpoint,
-        timeout: object,
-        reconnect_timeout: object,
-        on_state_change: Callable[[State], None] | None,
-    ) -> None:
-        self.timeout = arguments.seconds("timeout", timeout, zero=False)
-        self.reconnect_timeout = arguments.seconds("reconnect_timeout", reconnect_timeout)
-        arguments.callback("on_state_change", on_state_change)
+    def __init__(self, endpoint: Endpoint, options: Options) -> None:
+        """Raises TypeError or ValueError if an option makes no sense."""
+        if unknown := sorted(options.keys() - Options.__annotations__.keys()):
+            raise TypeError(f"unexpected arguments: {', '.join(unknown)}")
+        self.timeout = arguments.seconds("timeout", options.get("timeout", 10.0), zero=False)
+        self.reconnect_timeout = arguments.seconds("reconnect_timeout", options.get("reconnect_timeout", 30.0))
+        self._on_state_change = options.get("on_state_change")
+        arguments.callback("on_state_change", self._on_state_change)
         self.endpoint = endpoint
         self.session = Session(endpoint.token)
         self.is_closed = False
-        self._on_state_change = on_state_change
         self._down: tuple[_Down, dict[int, object]] = "", {}
 
     # Connections
@@ -119,17 +125,8 @@ def should_report(state: State, down: str) -> bool:
 class Client:
     """What needs no connection, in both clients."""
 
-    def __init__(
-        self,
-        host: str,
-        port: int,
-        *,
-        timeout: float = 10.0,
-        reconnect_timeout: float = 30.0,
-        on_state_change: Callable[[State], None] | None = None,
-        **security: Unpack[Security],
-    ) -> None:
-        self._core = Core(parse_endpoint(host, port, **security), timeout, reconnect_timeout, on_state_change)
+    def __init__(self, host: str, port: int, options: Options) -> None:
+        self._core = Core(parse_endpoint(host, port, options), options)
         self._session = self._core.session
         self.host = host
         self.port = port

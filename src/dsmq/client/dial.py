@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Iterator
 from itertools import chain, zip_longest
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeAlias, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeAlias, TypedDict
 
 from dsmq.client import arguments
 from dsmq.errors import ConfigError, ProtocolError
@@ -68,10 +68,8 @@ class Endpoint(NamedTuple):
         return "localhost" if self.is_unix else self.host.strip("[]")
 
 
-def parse_endpoint(host: str, port: int, **security: Unpack[Security]) -> Endpoint:
+def parse_endpoint(host: str, port: int, security: Security) -> Endpoint:
     """Return the endpoint that the arguments of `connect` describe. Raises ConfigError, TypeError or ValueError."""
-    if unknown := sorted(security.keys() - Security.__annotations__.keys()):
-        raise TypeError(f"unexpected arguments: {', '.join(unknown)}")
     host, port = arguments.address(host, port)
     token, tls = security.get("token"), security.get("tls") or False
     token = "" if token is None else arguments.text("token", token)

@@ -12,8 +12,8 @@ from dsmq.client import connection as one
 from dsmq.client.connection import Connection
 from dsmq.client.core import IDLE_SECONDS, Core
 from dsmq.client.dial import explain_silence
+from dsmq.client.replies import is_lost
 from dsmq.client.requests import Producer
-from dsmq.client.session import is_lost
 from dsmq.system import process
 
 

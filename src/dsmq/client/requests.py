@@ -18,21 +18,11 @@ from typing import TypeAlias, TypeVar
 
 from dsmq.client import arguments
 from dsmq.client.reader import LATEST, Asked, Claim, Entry, Era, TopicReader, read_request
-from dsmq.client.session import (
-    MAX_READ_BYTES,
-    MIN_READ_BYTES,
-    Session,
-    reason,
-    restored_number,
-    stats_request,
-    stored_id,
-    topic_name,
-    topics,
-    topics_request,
-)
+from dsmq.client.replies import reason, restored_number, stored_id, topics, topics_request
+from dsmq.client.session import MAX_READ_BYTES, MIN_READ_BYTES, Session, topic_name
 from dsmq.errors import AuthRequired, Closing, ConnectionLost, DSMQError, MessageNotText, ReplyError, TimedOut
 from dsmq.system import boot_time, process
-from dsmq.wire.resp import Reply
+from dsmq.wire.resp import Reply, encode_request
 
 T = TypeVar("T")
 Convert: TypeAlias = Callable[[TopicReader, Entry], T]
@@ -269,7 +259,7 @@ def _take(  # noqa: PLR0913, PLR0917 - what a read consists of
         yield (read := Read(session, reader, 0.0 if taken else until))
         # Now, because this READ may have been the first call to find that the server was restarted.
         if session.is_restarted and reader.is_unsure:
-            yield (stats := Call(stats_request(reader.topic)))
+            yield (stats := Call(encode_request(b"STATS", reader.topic.encode())))
             reader.renumber(restored_number(stats.reply))
         more = read.take_in(session.entries(read.reply))
         reader = session.reader(topic)

@@ -10,20 +10,11 @@ import re
 import time
 from collections import deque
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias, TypeGuard
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from dsmq.client.reader import Entry, Era, TopicReader
-from dsmq.errors import (
-    AuthRequired,
-    Busy,
-    Closing,
-    DSMQError,
-    InternalError,
-    MessageNotText,
-    ProtocolError,
-    ReplyError,
-    TimedOut,
-)
+from dsmq.client.replies import as_map, as_number, as_text, check
+from dsmq.errors import AuthRequired, MessageNotText, ProtocolError, ReplyError
 from dsmq.system import LONG_MESSAGE_BYTES, boot_time, expect_long_messages
 from dsmq.wire.resp import MAX_INTEGER, Reply, encode_request
 
@@ -49,7 +40,7 @@ LOST: dict[State, str] = {
 MAX_READ_BYTES = 262_144
 MIN_READ_BYTES = 4096
 _MAX_NEW_READERS, _MAX_RECENT_READERS = 1000, 100
-# TopicReaderes are kept for longer than messages are: the server deletes those a little later.
+# Readers are kept for longer than messages are: the server deletes those a little later.
 _SILENCE_FACTOR, _SILENCE_SECONDS = 1.25, 1.0
 # Of what READ says of a message: id, number, age, body, and how long it has left.
 _MESSAGE_TYPES = [int, int, int, bytes, int]
@@ -125,15 +116,15 @@ class Session:
         read from the start. A new run means that it may have lost those that were put last.
         """
         if isinstance(reply, ReplyError) and (type(reply) is ReplyError or "HELLO" in str(reply)):
-            raise ProtocolError(f"that is no dsmq server, but Redis or one like it; it says: {reply}")
-        facts = _parse_hello(reply)
+            raise ProtocolError(f"not a dsmq server, but Redis or one like it: {reply}")
+        facts = as_map(reply)
         if facts.get("server", b"dsmq") != b"dsmq":
-            raise ProtocolError(f"that is no dsmq server, but {facts['server']!r}")
+            raise ProtocolError(f"not a dsmq server, but {facts['server']!r}")
         if facts.get("access") == b"nobody":
-            raise AuthRequired("this server wants a token: connect(..., token=...)")
-        epoch, run = _as_text(facts.get("epoch")), _as_text(facts.get("run")).encode()
-        last_id, restored_id = _as_number(facts.get("last_id")), _as_number(facts.get("restored_id", 0))
-        self.max_message_bytes = _as_number(facts.get("max_message_bytes"))
+            raise AuthRequired("authentication required: connect(..., token=...)")
+        epoch, run = as_text(facts.get("epoch")), as_text(facts.get("run")).encode()
+        last_id, restored_id = as_number(facts.get("last_id")), as_number(facts.get("restored_id", 0))
+        self.max_message_bytes = as_number(facts.get("max_message_bytes"))
         state: State = "resumed"
         while (era := self.era).epoch != epoch or era.run != run:
             if not era.epoch:
@@ -232,11 +223,10 @@ class Session:
         return name, body
 
     def entries(self, reply: Reply) -> list[Entry]:
-        """Return the messages in the reply to READ. Raises the error that it is, or ProtocolError."""
+        """Return the messages in the reply to READ. Raises the server's error, or ProtocolError."""
         if reply == []:
             return []
-        if isinstance(reply, ReplyError):
-            raise reply
+        check(reply)
         if not isinstance(reply, list) or list(map(type, reply)) != _MESSAGE_TYPES * (len(reply) // 5):
             raise ProtocolError("the reply to READ does not hold messages")
         now = boot_time()
@@ -294,90 +284,3 @@ def _text(topic: str, data: bytes) -> str:
         return data.decode()
     except UnicodeDecodeError:
         raise MessageNotText(f"the next message of {topic!r} is not UTF-8; read it with raw=True") from None
-
-
-def stored_id(reply: Reply) -> int:
-    """Return the id in the reply to PUT. Raises the error that it is, or ProtocolError."""
-    if isinstance(reply, int):
-        return reply
-    if isinstance(reply, ReplyError):
-        raise reply
-    raise ProtocolError(f"the reply to PUT is {reply!r}")
-
-
-def raise_if_fatal(reply: Reply) -> Reply:
-    """Return a reply, even an error. Raises an error after which the server hangs up."""
-    if isinstance(reply, (ProtocolError, AuthRequired, Busy, Closing, TimedOut, InternalError)):
-        raise reply
-    return reply
-
-
-def is_lost(error: BaseException, *, connecting: bool) -> TypeGuard[Exception]:
-    """Return whether an error means that a connection has broken, or is to be made anew."""
-    if isinstance(error, DSMQError):
-        # A server that has too many clients now may have room soon; one that admits by other rules now may admit this.
-        return isinstance(error, Closing | TimedOut | (Busy if connecting else AuthRequired))
-    return isinstance(error, OSError)
-
-
-def reason(error: BaseException) -> str:
-    """Return what an error says, without its number; asyncio's time-outs say nothing."""
-    if isinstance(error, TimeoutError) and not str(error):
-        return "no reply in time"
-    return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
-
-
-def check(reply: Reply) -> Reply:
-    """Return a reply that is no error. Raises the error that it is."""
-    if isinstance(reply, ReplyError):
-        raise reply
-    return reply
-
-
-def stats_request(topic: str) -> bytes:
-    return encode_request(b"STATS", topic.encode())
-
-
-def restored_number(reply: Reply) -> int:
-    """Return the topic's last number in the snapshot that the server started from, out of the reply to STATS."""
-    return _as_number(_parse_hello(reply).get("restored_number", 0))
-
-
-def topics_request(found: list[tuple[str, int, int]]) -> bytes:
-    """Return the request for the page of topics behind those found already."""
-    return encode_request(b"TOPICS", *((b"AFTER", found[-1][0].encode()) if found else ()))
-
-
-def topics(reply: Reply) -> list[tuple[str, int, int]]:
-    """Return the topics in the reply to TOPICS. Raises the error that it is, or ProtocolError."""
-    check(reply)
-    if not isinstance(reply, list) or len(reply) % 3:
-        raise ProtocolError("the reply to TOPICS is not an array of threes")
-    values = iter(reply)
-    return [
-        (_as_text(name), _as_number(messages), _as_number(size))
-        for name, messages, size in zip(values, values, values, strict=True)
-    ]
-
-
-def _parse_hello(reply: Reply) -> dict[str, Reply]:
-    """Return the map in a reply. Raises the error that it is, or ProtocolError."""
-    values = check(reply)
-    if not isinstance(values, list) or len(values) % 2:
-        raise ProtocolError("a reply is not a map; is that a dsmq server?")
-    return {_as_text(name): value for name, value in zip(values[::2], values[1::2], strict=True)}
-
-
-def _as_text(value: Reply) -> str:
-    try:
-        return value.decode() if isinstance(value, bytes) else _wrong_type("text", value)
-    except UnicodeDecodeError:
-        return _wrong_type("text", value)
-
-
-def _as_number(value: Reply) -> int:
-    return value if isinstance(value, int) else _wrong_type("number", value)
-
-
-def _wrong_type(what: str, value: Reply) -> NoReturn:
-    raise ProtocolError(f"no {what} in a reply, but {value!r}; is that a dsmq server?")
