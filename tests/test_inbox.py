@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsmq.client import reader as reader_module
-from dsmq.client.reader import Claim, Entry, Era, TopicReader, give_back, read_request
+from dsmq.client.reader import Claim, TopicReader, give_back, read_request
 from dsmq.client.session import text
+from dsmq.client.stretch import Entry, Era
 from dsmq.errors import MessageNotText
 from dsmq.system import boot_time
 from test_session import Time, a_reader, accept, clock, entries, entry, request, take, warnings

@@ -11,8 +11,9 @@ from dsmq.client import reader as reader_module
 from dsmq.client import replies
 from dsmq.client import session as wire
 from dsmq.client.core import should_report
-from dsmq.client.reader import Claim, Entry, Era, TopicReader
+from dsmq.client.reader import Claim, TopicReader
 from dsmq.client.session import Message, Session
+from dsmq.client.stretch import Entry, Era
 from dsmq.errors import (
     AuthRequired,
     BadRequest,

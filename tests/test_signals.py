@@ -18,7 +18,7 @@ from dsmq.server import Server
 
 Client = DSMQClientSideConnection
 # The modules that make up a call.
-CLIENT = ("arguments", "connection", "core", "pool", "reader", "requests", "session")
+CLIENT = ("arguments", "connection", "core", "pool", "reader", "replies", "requests", "session", "stretch")
 MODULES = {"dsmq.client", "dsmq.wire.resp", *(f"dsmq.client.{name}" for name in CLIENT)}
 
 

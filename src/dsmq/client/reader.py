@@ -2,7 +2,7 @@
 
 There are no locks. Other threads share a reader, and so do signal handlers, which run between any two steps of the call
 that they interrupt and may call the client themselves: a lock would not keep them out, only hang them. So a state is
-never changed. It is superseded by the state that is first to be linked to it, by `dict.setdefault`, which nothing can
+never changed. It is superseded by the state that is linked to it first, by `dict.setdefault`, which nothing can
 interrupt; a call that comes second looks again.
 """
 
@@ -12,154 +12,25 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
+from dsmq.client.stretch import Entry, Era, Step, Stretch, holes, in_next_era, insert
 from dsmq.errors import MessageNotText
 from dsmq.system import boot_time
 
-# How long messages may wait in the read-ahead before the server is asked again: a new max_age is in force then.
+# How long messages may wait in the read-ahead before the server is asked again: it may have a new max_age by then.
 FRESH_SECONDS = 1.0
-# What the server sends at most unless it is told.
+# How many messages the server sends at most, unless it is told.
 _DEFAULT_COUNT = 100
 
 _logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-
-class Entry(NamedTuple):
-    """A message read ahead; times are on the clock `boot_time`."""
-
-    id: int
-    number: int
-    expires: float
-    body: bytes
-    put_at: float = 0.0
-
-
-class Era:
-    """One run of the server in one epoch, as a client knows it. `next` holds the one that followed."""
-
-    __slots__ = ("epoch", "next", "number", "restored_id", "run", "start")
-
-    def __init__(self, epoch: str, run: bytes, start: int, number: int | None, restored_id: int = 0) -> None:
-        self.epoch, self.run, self.restored_id = epoch, run, restored_id
-        self.start, self.number = start, number
-        """Where a topic is read from, and the number of its message there, if known."""
-        self.next: dict[int, Era] = {}
-
-
-class _Stretch:
-    """A range of ids to read, and the messages in it that were read ahead."""
-
-    __slots__ = (
-        "ahead",
-        "ask",
-        "end",
-        "era",
-        "fresh",
-        "generation",
-        "id",
-        "known",
-        "missed",
-        "next",
-        "number",
-        "rest",
-        "sought",
-    )
-
-    def __init__(  # noqa: PLR0913, PLR0917 - they make up the state
-        self,
-        era: Era,
-        last_id: int,
-        number: int | None,
-        end: float = math.inf,
-        known: tuple[int, int] = (0, 0),
-        ahead: Sequence[Entry] = (),
-        fresh: float = 0.0,
-        missed: int = 0,
-        generation: tuple[int, int] = (0, 0),
-        *,
-        ask: bool = False,
-        sought: tuple[str, int] | None = None,
-        rest: _Stretch | None = None,
-    ) -> None:
-        self.era = era
-        self.id, self.number = last_id, number
-        """The message behind which it begins: its id, and its number if known."""
-        self.end = end
-        """The last id of it; infinite for the last stretch."""
-        self.known = known
-        """Id and number of the newest message that it was seen to hold, to count what expires before it is read."""
-        self.ahead = ahead
-        self.fresh = fresh
-        """Until when the read-ahead may be handed out unasked; infinite if the server can't have it any more."""
-        self.missed, self.rest = missed, rest
-        self.generation = generation
-        """How often it was told to read elsewhere, and how often messages were found to have expired since: replies to
-        what was asked before are of no use.
-        """
-        self.ask = ask
-        """Whether the server may have lost messages up to `number`, and is to be asked where the numbers go on."""
-        self.sought = sought
-        """The position in an epoch that is not known yet, if `seek` asked for one and nothing has been read since."""
-        self.next: dict[int, _Step] = {}
-        """By how many of the read-ahead had been taken: what came then."""
-
-    def handed(self, at: int) -> tuple[int, int | None]:
-        """Return the id and number of the last message that was handed out."""
-        return self.ahead[at - 1][:2] if at else (self.id, self.number)
-
-    def missed_at(self, at: int) -> int:
-        """Return how many messages had expired unread before the last that was handed out."""
-        return self.missed + _holes(self.number, self.ahead[:at]) if at else self.missed
-
-    def rest_from(self, at: int, ahead: Sequence[Entry] = (), fresh: float = 0.0) -> _Stretch:
-        """Return what is left of it, with another read-ahead."""
-        known, ask, missed = self.known, self.ask and not at, self.missed_at(at)
-        if len(self.ahead) > at:
-            known = max(known, self.ahead[-1][:2])
-        last_id, number = self.handed(at)
-        # By position, which is faster: each reply makes one.
-        return _Stretch(
-            self.era, last_id, number, self.end, known, ahead, fresh, missed, self.generation, ask=ask, rest=self.rest
-        )
-
-    def continues(self, before: _Stretch, behind: int) -> bool:
-        """Return whether a reply is of use that was asked for in a state before, behind this id."""
-        if self.era is not before.era or self.generation != before.generation or self.fresh == math.inf:
-            return False
-        return behind <= (self.ahead[-1].id if self.ahead else self.id)
-
-    def lost(self, at: int) -> int:
-        """Return how many messages have expired if no more of it comes."""
-        last_id, number = self.handed(at)
-        if number is None or self.known[0] <= last_id:
-            return 0
-        return max(0, self.known[1] - number)
-
-    def over(self, at: int) -> _Stretch | None:
-        """Return the state after the server had no more of it; None if it is the same."""
-        if self.rest is None and self.known[0] <= (self.ahead[-1].id if self.ahead else self.id):
-            return None
-        lost = self.lost(at)
-        missed = self.missed_at(at) + lost
-        if self.rest:
-            return _rest(self.rest, missed)
-        after = self.rest_from(at)
-        after.number, after.missed = self.known[1], missed
-        after.generation = self.generation[0], self.generation[1] + 1
-        return after
-
-
-_Step: TypeAlias = "tuple[int] | _Stretch"
-"""How many of the read-ahead have been taken, or another state."""
-Claim: TypeAlias = "list[tuple[TopicReader, _Stretch, int, _Step]]"
+Claim: TypeAlias = "list[tuple[TopicReader, Stretch, int, Step]]"
 """What a call has taken, noted before it is taken, so that all can be given back wherever it is interrupted."""
-
-
-Asked: TypeAlias = "tuple[_Stretch, int, bool]"
-"""What a READ goes by: the state in which it is asked, the id behind which to read, and whether it may wait."""
+Asked: TypeAlias = "tuple[Stretch, int, bool]"
+"""The state in which a READ is sent, the id after which to read, and whether it may wait."""
 
 
 def give_back(claim: Claim) -> None:
@@ -176,20 +47,20 @@ class TopicReader:
 
     def __init__(self, topic: str, era: Era) -> None:
         self.topic = topic
-        self._seen = _Stretch(era, era.start, era.number), 0
+        self._seen = Stretch(era, era.start, era.number), 0
         self.count = 0
         """How many messages to ask for; 0 for as many as the server likes."""
 
-    def _position(self) -> tuple[_Stretch, int]:
+    def _position(self) -> tuple[Stretch, int]:
         """Return the present state, and how much of its read-ahead has been taken."""
         stretch, at = self._seen
         while True:
             step = stretch.next.get(at)
             if step is None:
                 if stretch.era.next:
-                    step = stretch.next.setdefault(at, _in_the_next_era(stretch, at))
+                    step = stretch.next.setdefault(at, in_next_era(stretch, at))
                 elif stretch.rest and at == len(stretch.ahead) and stretch.handed(at)[0] >= stretch.end:
-                    step = stretch.next.setdefault(at, _rest(stretch.rest, stretch.missed_at(at)))
+                    step = stretch.next.setdefault(at, stretch.left_rest(at))
                 else:
                     return stretch, at
             if isinstance(step, tuple):
@@ -197,7 +68,7 @@ class TopicReader:
             else:
                 stretch, at = step, 0
 
-    def _move(self, stretch: _Stretch, at: int, step: _Step) -> bool:
+    def _move(self, stretch: Stretch, at: int, step: Step) -> bool:
         """Go on from a state to the next; return False if another call was first."""
         if stretch.next.setdefault(at, step) is not step:
             return False
@@ -230,7 +101,7 @@ class TopicReader:
             stretch, at = self._position()
             if not stretch.ask:
                 return
-            after = stretch.rest_from(at, stretch.ahead[at:], stretch.fresh)
+            after = stretch.left(at)
             after.ask = False
             if after.id > after.era.restored_id or restored < (after.number or 0):
                 after.number, after.known = restored, (0, 0)
@@ -278,22 +149,22 @@ class TopicReader:
             if new:
                 ahead = stretch.ahead[at:]
                 fresh = stretch.fresh if ahead else boot_time() + FRESH_SECONDS
-                after: _Stretch | None = stretch.rest_from(at, [*ahead, *new], fresh)
+                after: Stretch | None = stretch.rest_from(at, [*ahead, *new], fresh)
             else:
                 # An older reply says nothing of what was known later.
-                after = stretch.over(at) if stretch is before and at == len(stretch.ahead) else None
+                after = stretch.exhausted(at) if stretch is before and at == len(stretch.ahead) else None
             if after is None:
                 return bool(found) or at < len(stretch.ahead)
             if self._move(stretch, at, after):
                 self._note_progress(stretch, at, new)
                 return bool(found) or stretch.rest is not None
 
-    def _note_progress(self, stretch: _Stretch, at: int, new: list[Entry]) -> None:
+    def _note_progress(self, stretch: Stretch, at: int, new: list[Entry]) -> None:
         """Ask for more where all that was fetched last has been read in time, and log what was missed."""
         if self.count and at and at == len(stretch.ahead):
             self.count = 0 if self.count > _DEFAULT_COUNT / 2 else self.count * 2
         last = stretch.ahead[-1].number if stretch.ahead else stretch.number
-        missed = _holes(last, new) if new else stretch.lost(at)
+        missed = holes(last, new) if new else stretch.lost(at)
         if missed:
             _logger.warning("topic %r: %d messages expired before they were read", self.topic, missed)
 
@@ -325,7 +196,7 @@ class TopicReader:
                         taken += self.take(claim, n - len(taken), convert)
                 return taken
 
-    def _refresh(self, stretch: _Stretch, at: int, now: float) -> None:
+    def _refresh(self, stretch: Stretch, at: int, now: float) -> None:
         """Drop what is not fresh any more; what has not expired will be fetched again."""
         left: Sequence[Entry] = ()
         if stretch.fresh == math.inf:
@@ -334,7 +205,7 @@ class TopicReader:
             self.count = max(1, at)
         after = stretch.rest_from(at, left, stretch.fresh if left else 0.0)
         if not left and stretch.fresh == math.inf:
-            after = stretch.over(at) or after
+            after = stretch.exhausted(at) or after
         self._move(stretch, at, after)
 
     def take_latest(
@@ -351,12 +222,12 @@ class TopicReader:
             entry = found[-1]
             taken = [convert(self, entry)]
             missed = stretch.missed_at(at)
-            after = _Stretch(stretch.era, entry.id, entry.number, missed=missed, generation=stretch.generation)
+            after = Stretch(stretch.era, entry.id, entry.number, missed=missed, generation=stretch.generation)
             claim.append((self, stretch, at, after))
             if self._move(stretch, at, after):
                 return taken
 
-    def give_back(self, stretch: _Stretch, at: int, step: _Step) -> None:
+    def give_back(self, stretch: Stretch, at: int, step: Step) -> None:
         """Have messages read again that were taken from a state."""
         ahead = stretch.ahead[at : step[0]] if isinstance(step, tuple) else ()
         last = ahead[-1] if isinstance(step, tuple) else step
@@ -370,7 +241,7 @@ class TopicReader:
             is_here = now.era is stretch.era
             if now.generation[0] != stretch.generation[0] or not (ahead or is_here):
                 return
-            back = _Stretch(
+            back = Stretch(
                 now.era,
                 last_id,
                 number,
@@ -380,7 +251,7 @@ class TopicReader:
                 fresh=stretch.fresh if is_here else math.inf,
                 generation=now.generation,
             )
-            after = _inserted(now.rest_from(now_at, now.ahead[now_at:], now.fresh), back)
+            after = insert(now.left(now_at), back)
             after.missed = now.missed_at(now_at) - counted
             if self._move(now, now_at, after):
                 return
@@ -396,25 +267,9 @@ class TopicReader:
             sought = None if epoch in ("", stretch.era.epoch) else (epoch, after)
             start = (0, 0) if sought else (after, None)
             missed, generation = stretch.missed_at(at), (stretch.generation[0] + 1, 0)
-            step = _Stretch(stretch.era, start[0], start[1], missed=missed, generation=generation, sought=sought)
+            step = Stretch(stretch.era, start[0], start[1], missed=missed, generation=generation, sought=sought)
             if self._move(stretch, at, step):
                 return sought is None
-
-
-def _inserted(stretch: _Stretch, back: _Stretch) -> _Stretch:
-    """Return a chain of stretches, not in use yet, with another one at its place."""
-    if back.id < stretch.id or stretch.rest is None:
-        back.rest = stretch
-        return back
-    stretch.rest = _inserted(stretch.rest.rest_from(0, stretch.rest.ahead, stretch.rest.fresh), back)
-    return stretch
-
-
-def _rest(rest: _Stretch, missed: int) -> _Stretch:
-    """Return the next stretch when the one before it has been read."""
-    after = rest.rest_from(0, rest.ahead, rest.fresh)
-    after.missed = missed
-    return after
 
 
 def _converted(
@@ -430,67 +285,6 @@ def _converted(
         except MessageNotText:
             break
     return taken
-
-
-def _holes(last: int | None, entries: Sequence[Entry]) -> int:
-    """Return how many numbers are missing in messages that follow one another, behind the last number if it is known.
-
-    Numbering that was forgotten begins again with 1; the topic was empty then, so that does not happen within them.
-    """
-    first = entries[0].number
-    before = first - 1 if last is None else last if last < first else 0
-    return entries[-1].number - before - len(entries)
-
-
-def _in_the_next_era(stretch: _Stretch, at: int) -> _Stretch:
-    """Return a state in the era that has followed.
-
-    What was read ahead, and the server does not have any more, is still handed out, until it expires.
-    """
-    era = stretch.era.next[0]
-    missed = stretch.missed_at(at)
-    if stretch.sought and stretch.sought[0] == era.epoch:
-        return _Stretch(era, stretch.sought[1], None, missed=missed, generation=stretch.generation)
-    parts: list[_Stretch] = []
-    part: _Stretch | None = stretch.rest_from(at, stretch.ahead[at:], stretch.fresh)
-    while part:
-        parts += _replaced(part, era) if era.epoch != stretch.era.epoch else _restarted(part, era)
-        part = part.rest
-    if era.epoch != stretch.era.epoch:
-        parts.append(_Stretch(era, 0, 0))
-    for one, rest in zip(parts, [*parts[1:], None], strict=True):
-        one.rest, one.generation = rest, stretch.generation
-    parts[0].missed = missed
-    return parts[0]
-
-
-def _replaced(part: _Stretch, era: Era) -> list[_Stretch]:
-    return [_gone(part.ahead, part.number, era)] if part.ahead else []
-
-
-def _restarted(part: _Stretch, era: Era) -> list[_Stretch]:
-    """Divide a stretch: what the server may still have, what it has lost, and what it puts from now on."""
-    is_gone = part.fresh == math.inf
-    ahead = [entry for entry in part.ahead if is_gone or entry.id > era.restored_id]
-    kept = [entry[:2] for entry in part.ahead if not is_gone and entry.id <= era.restored_id]
-    ask = part.number is not None or bool(part.ahead)
-    known = kept[-1] if kept else (0, 0)
-    if not ahead:
-        return [_Stretch(era, part.id, part.number, end=part.end, known=known, ask=ask)]
-    found = [_gone(ahead, known[1] or part.number, era)]
-    if kept:
-        found.insert(0, _Stretch(era, part.id, part.number, end=era.restored_id, known=known, ask=ask))
-    if part.end == math.inf:
-        found.append(_Stretch(era, ahead[-1].id, ahead[-1].number, ask=True))
-    return found
-
-
-def _gone(ahead: Sequence[Entry], number: int | None, era: Era) -> _Stretch:
-    """Return a stretch of messages that the server does not have any more."""
-    if number is None or number >= ahead[0].number:
-        number = ahead[0].number - 1
-    last = ahead[-1]
-    return _Stretch(era, ahead[0].id - 1, number, end=last.id, known=last[:2], ahead=ahead, fresh=math.inf)
 
 
 LATEST = b"$6\r\nLATEST\r\n"

@@ -17,9 +17,10 @@ from itertools import islice
 from typing import TypeAlias, TypeVar
 
 from dsmq.client import arguments
-from dsmq.client.reader import LATEST, Asked, Claim, Entry, Era, TopicReader, read_request
+from dsmq.client.reader import LATEST, Asked, Claim, TopicReader, read_request
 from dsmq.client.replies import reason, restored_number, stored_id, topics, topics_request
 from dsmq.client.session import MAX_READ_BYTES, MIN_READ_BYTES, Session, topic_name
+from dsmq.client.stretch import Entry, Era
 from dsmq.errors import AuthRequired, Closing, ConnectionLost, DSMQError, MessageNotText, ReplyError, TimedOut
 from dsmq.system import boot_time, process
 from dsmq.wire.resp import Reply, encode_request

@@ -12,8 +12,9 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from dsmq.client.reader import Entry, Era, TopicReader
+from dsmq.client.reader import TopicReader
 from dsmq.client.replies import as_map, as_number, as_text, check
+from dsmq.client.stretch import Entry, Era
 from dsmq.errors import AuthRequired, MessageNotText, ProtocolError, ReplyError
 from dsmq.system import LONG_MESSAGE_BYTES, boot_time, expect_long_messages
 from dsmq.wire.resp import MAX_INTEGER, Reply, encode_request

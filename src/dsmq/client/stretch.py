@@ -1,0 +1,214 @@
+"""Where a topic is read on, as states that are never changed: ranges of ids, and the messages read ahead in them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+
+class Entry(NamedTuple):
+    """A message read ahead; times are on the clock `boot_time`."""
+
+    id: int
+    number: int
+    expires: float
+    body: bytes
+    put_at: float = 0.0
+
+
+class Era:
+    """One run of the server in one epoch, as the client knows it. `next` holds the one that followed."""
+
+    __slots__ = ("epoch", "next", "number", "restored_id", "run", "start")
+
+    def __init__(self, epoch: str, run: bytes, start: int, number: int | None, restored_id: int = 0) -> None:
+        self.epoch, self.run, self.restored_id = epoch, run, restored_id
+        self.start, self.number = start, number
+        """Where a topic is read from, and the number of its message there, if known."""
+        self.next: dict[int, Era] = {}
+
+
+class Stretch:
+    """A range of ids to read, and the messages in it that were read ahead."""
+
+    __slots__ = (
+        "ahead",
+        "ask",
+        "end",
+        "era",
+        "fresh",
+        "generation",
+        "id",
+        "known",
+        "missed",
+        "next",
+        "number",
+        "rest",
+        "sought",
+    )
+
+    def __init__(  # noqa: PLR0913, PLR0917 - they make up the state
+        self,
+        era: Era,
+        last_id: int,
+        number: int | None,
+        end: float = math.inf,
+        known: tuple[int, int] = (0, 0),
+        ahead: Sequence[Entry] = (),
+        fresh: float = 0.0,
+        missed: int = 0,
+        generation: tuple[int, int] = (0, 0),
+        *,
+        ask: bool = False,
+        sought: tuple[str, int] | None = None,
+        rest: Stretch | None = None,
+    ) -> None:
+        # The messages after this one, whose number may be unknown, up to the id `end`.
+        self.era, self.id, self.number, self.end = era, last_id, number, end
+        # Id and number of the newest message known to be in it, to count those that expire before they are read.
+        self.known = known
+        # What was read ahead, and until when it may be handed out without asking the server again: infinite if the
+        # server does not have it any more.
+        self.ahead, self.fresh = ahead, fresh
+        self.missed = missed
+        # How often it was told to read elsewhere, and how often since then messages were found to have expired: replies
+        # to earlier requests are of no use.
+        self.generation = generation
+        # Whether the server may have lost messages up to `number`, and must be asked where numbering goes on.
+        self.ask = ask
+        # A position that `seek` was given, in an epoch not known yet; until something is read.
+        self.sought = sought
+        # What comes behind `end`.
+        self.rest = rest
+        # By how many of the read-ahead had been taken: the step that followed.
+        self.next: dict[int, Step] = {}
+
+    def handed(self, at: int) -> tuple[int, int | None]:
+        """Return id and number of the last message handed out, after `at` of the read-ahead have been taken."""
+        return self.ahead[at - 1][:2] if at else (self.id, self.number)
+
+    def missed_at(self, at: int) -> int:
+        """Return how many messages had expired unread before the last one handed out."""
+        return self.missed + holes(self.number, self.ahead[:at]) if at else self.missed
+
+    def rest_from(self, at: int, ahead: Sequence[Entry] = (), fresh: float = 0.0) -> Stretch:
+        """Return what is left of it then, with another read-ahead."""
+        known, ask, missed = self.known, self.ask and not at, self.missed_at(at)
+        if len(self.ahead) > at:
+            known = max(known, self.ahead[-1][:2])
+        last_id, number = self.handed(at)
+        # By position, which is faster: each reply makes one.
+        return Stretch(
+            self.era, last_id, number, self.end, known, ahead, fresh, missed, self.generation, ask=ask, rest=self.rest
+        )
+
+    def left(self, at: int) -> Stretch:
+        """Return what is left of it then, with what is left of its read-ahead."""
+        return self.rest_from(at, self.ahead[at:], self.fresh)
+
+    def left_rest(self, at: int) -> Stretch:
+        """Return the next stretch, after this one has been read. There must be one."""
+        assert self.rest is not None  # noqa: S101 - for type checkers
+        after = self.rest.left(0)
+        after.missed = self.missed_at(at)
+        return after
+
+    def continues(self, before: Stretch, behind: int) -> bool:
+        """Return whether a reply is still of use that was requested in an earlier state, for what is behind an id."""
+        if self.era is not before.era or self.generation != before.generation or self.fresh == math.inf:
+            return False
+        return behind <= (self.ahead[-1].id if self.ahead else self.id)
+
+    def lost(self, at: int) -> int:
+        """Return how many messages have expired if no more of it comes."""
+        last_id, number = self.handed(at)
+        if number is None or self.known[0] <= last_id:
+            return 0
+        return max(0, self.known[1] - number)
+
+    def exhausted(self, at: int) -> Stretch | None:
+        """Return the state if the server has no more of it; None if that changes nothing."""
+        if self.rest is None and self.known[0] <= (self.ahead[-1].id if self.ahead else self.id):
+            return None
+        if self.rest:
+            after = self.left_rest(at)
+        else:
+            after = self.rest_from(at)
+            after.number = self.known[1]
+            after.generation = self.generation[0], self.generation[1] + 1
+        after.missed = self.missed_at(at) + self.lost(at)
+        return after
+
+
+Step: TypeAlias = "tuple[int] | Stretch"
+"""How many of the read-ahead have been taken, or another state."""
+
+
+def insert(stretch: Stretch, other: Stretch) -> Stretch:
+    """Return a chain of stretches, not in use yet, with another one inserted in the order of ids."""
+    if other.id < stretch.id or stretch.rest is None:
+        other.rest = stretch
+        return other
+    stretch.rest = insert(stretch.rest.left(0), other)
+    return stretch
+
+
+def holes(last: int | None, entries: Sequence[Entry]) -> int:
+    """Return how many numbers are missing in successive messages, and before them if the last number is known.
+
+    A topic whose numbering the server forgot starts again with 1. It was empty then, so not within these messages.
+    """
+    first = entries[0].number
+    before = first - 1 if last is None else last if last < first else 0
+    return entries[-1].number - before - len(entries)
+
+
+def in_next_era(stretch: Stretch, at: int) -> Stretch:
+    """Return the state in the era that followed.
+
+    What was read ahead and the server has lost is still handed out, until it expires.
+    """
+    era = stretch.era.next[0]
+    missed = stretch.missed_at(at)
+    if stretch.sought and stretch.sought[0] == era.epoch:
+        return Stretch(era, stretch.sought[1], None, missed=missed, generation=stretch.generation)
+    parts: list[Stretch] = []
+    part: Stretch | None = stretch.left(at)
+    while part:
+        if era.epoch == stretch.era.epoch:
+            parts += _restarted(part, era)
+        elif part.ahead:
+            parts.append(_lost_by_server(part.ahead, part.number, era))
+        part = part.rest
+    if era.epoch != stretch.era.epoch:
+        parts.append(Stretch(era, 0, 0))
+    for one, rest in zip(parts, [*parts[1:], None], strict=True):
+        one.rest, one.generation = rest, stretch.generation
+    parts[0].missed = missed
+    return parts[0]
+
+
+def _restarted(part: Stretch, era: Era) -> list[Stretch]:
+    """Divide a stretch: what the server may still have, what it has lost, and what is put from now on."""
+    is_lost = part.fresh == math.inf
+    ahead = [entry for entry in part.ahead if is_lost or entry.id > era.restored_id]
+    kept = [entry[:2] for entry in part.ahead if not is_lost and entry.id <= era.restored_id]
+    ask = part.number is not None or bool(part.ahead)
+    known = kept[-1] if kept else (0, 0)
+    if not ahead:
+        return [Stretch(era, part.id, part.number, end=part.end, known=known, ask=ask)]
+    found = [_lost_by_server(ahead, known[1] or part.number, era)]
+    if kept:
+        found.insert(0, Stretch(era, part.id, part.number, end=era.restored_id, known=known, ask=ask))
+    if part.end == math.inf:
+        found.append(Stretch(era, ahead[-1].id, ahead[-1].number, ask=True))
+    return found
+
+
+def _lost_by_server(ahead: Sequence[Entry], number: int | None, era: Era) -> Stretch:
+    """Return a stretch of messages that the server has lost."""
+    if number is None or number >= ahead[0].number:
+        number = ahead[0].number - 1
+    last = ahead[-1]
+    return Stretch(era, ahead[0].id - 1, number, end=last.id, known=last[:2], ahead=ahead, fresh=math.inf)
