@@ -75,10 +75,10 @@ def test_a_put_is_not_sent_again_when_the_server_may_have_forgotten_it(monkeypat
     assert request(put.request(Producer(b"run")))[-1] == b"AGAIN"
     assert in_batches(many) == [[b"a", b"b"]]
     now += 1
-    with pytest.raises(ConnectionLost, match="no answer for 300 s") as told:
+    with pytest.raises(ConnectionLost, match="no reply for 300 s") as told:
         put.request(Producer(b"run"))
     assert told.value.may_be_stored
-    with pytest.raises(ConnectionLost, match="no answer for 300 s"):
+    with pytest.raises(ConnectionLost, match="no reply for 300 s"):
         in_batches(many)
 
 

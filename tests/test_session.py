@@ -307,7 +307,7 @@ def test_messages_that_were_handed_out_are_let_go_of_when_other_topics_are_read(
         accept(reader, entries(number + 1, 1000))
         take(reader, 2 if number % 3 else 1)
     for number, reader in enumerate(session._kept.young.values()):
-        stretch, at = reader._position()
+        stretch, at = reader._current()
         assert bool(stretch.ahead) == (number >= 200 or not number % 3)
         assert (stretch.handed(at)[0], take(reader)) == ((1000, []) if number % 3 else (number + 1, [1000]))
 

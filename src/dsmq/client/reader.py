@@ -28,13 +28,13 @@ _logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 Claim: TypeAlias = "list[tuple[TopicReader, Stretch, int, Step]]"
-"""What a call has taken, noted before it is taken, so that all can be given back wherever it is interrupted."""
+"""What a call takes, noted before it takes it, so that it can be given back wherever the call is interrupted."""
 Asked: TypeAlias = "tuple[Stretch, int, bool]"
 """The state in which a READ is sent, the id after which to read, and whether it may wait."""
 
 
 def give_back(claim: Claim) -> None:
-    """Give back what a call took that could not hand it out."""
+    """Give back what a call took and could not return."""
     for reader, stretch, at, step in reversed(claim):
         if stretch.next.get(at) is step:
             reader.give_back(stretch, at, step)
@@ -49,10 +49,10 @@ class TopicReader:
         self.topic = topic
         self._seen = Stretch(era, era.start, era.number), 0
         self.count = 0
-        """How many messages to ask for; 0 for as many as the server likes."""
+        """How many messages to request; 0 leaves that to the server."""
 
-    def _position(self) -> tuple[Stretch, int]:
-        """Return the present state, and how much of its read-ahead has been taken."""
+    def _current(self) -> tuple[Stretch, int]:
+        """Return the current state, and how many of its read-ahead have been taken."""
         stretch, at = self._seen
         while True:
             step = stretch.next.get(at)
@@ -69,7 +69,7 @@ class TopicReader:
                 stretch, at = step, 0
 
     def _move(self, stretch: Stretch, at: int, step: Step) -> bool:
-        """Go on from a state to the next; return False if another call was first."""
+        """Move from a state to the next; return False if another call was first."""
         if stretch.next.setdefault(at, step) is not step:
             return False
         self._seen = (stretch, step[0]) if isinstance(step, tuple) else (step, 0)
@@ -77,28 +77,28 @@ class TopicReader:
 
     @property
     def position(self) -> tuple[str, int]:
-        """The epoch and id of the last message handed out; of several, one of which was given back, that before it."""
-        stretch, at = self._position()
+        """Epoch and id of the last message handed out; if messages were given back, of the one before them."""
+        stretch, at = self._current()
         if stretch.fresh == math.inf and stretch.rest:
-            # The server has no ids like these.
+            # These ids are of an earlier run of the server.
             return stretch.era.epoch, stretch.rest.id
         return stretch.era.epoch, stretch.handed(at)[0]
 
     @property
     def missed(self) -> int:
-        """How many messages expired unread before the last that was handed out."""
-        stretch, at = self._position()
+        """How many messages expired unread before the last one handed out."""
+        stretch, at = self._current()
         return stretch.missed_at(at)
 
     @property
     def is_unsure(self) -> bool:
-        """Whether the server is to be asked for `restored_number`, before it is read from."""
-        return self._position()[0].ask
+        """Whether the server must be asked for `restored_number` before it is read from."""
+        return self._current()[0].ask
 
     def renumber(self, restored: int) -> None:
-        """Take the topic's last number in the snapshot that the server started from: numbers go on from there."""
+        """Continue numbering from the topic's last number in the snapshot that the server started from."""
         while True:
-            stretch, at = self._position()
+            stretch, at = self._current()
             if not stretch.ask:
                 return
             after = stretch.left(at)
@@ -109,39 +109,35 @@ class TopicReader:
                 return
 
     def shrink(self) -> None:
-        """Let go of the messages that have been handed out."""
-        stretch, at = self._position()
+        """Free the messages that have been handed out."""
+        stretch, at = self._current()
         if at and at == len(stretch.ahead):
             self._move(stretch, at, stretch.rest_from(at))
 
-    # What is asked
-
     def asked(self) -> Asked:
-        """Return what to ask by for more."""
-        stretch, at = self._position()
+        """Return what to request more messages by."""
+        stretch, at = self._current()
         after = stretch.ahead[-1].id if stretch.ahead else stretch.id
         # Another call may have read ahead what this one wants.
         return stretch, after, at == len(stretch.ahead)
 
     def asked_for_latest(self) -> Asked:
-        """Return what to ask by for the latest, which passes over the read-ahead."""
-        stretch, at = self._position()
+        """Return what to request the latest message by, which skips the read-ahead."""
+        stretch, at = self._current()
         last = stretch
         while last.rest:
             last, at = last.rest, 0
         return stretch, last.handed(at)[0], False
 
-    # What comes
-
     def accept(self, asked: Asked, found: list[Entry]) -> bool:
         """Take in the reply to a READ; return whether there may be more now.
 
-        What another thread has fetched meanwhile is known by its ids. What was asked for elsewhere, before a `seek` or
-        in another epoch, is passed over.
+        Messages that another thread has fetched meanwhile are recognised by their ids. A reply to a request from before
+        a `seek`, or from another era, is ignored.
         """
         before, behind, _ = asked
         while True:
-            stretch, at = self._position()
+            stretch, at = self._current()
             if stretch.ask or (stretch is not before and not stretch.continues(before, behind)):
                 return True
             end = stretch.ahead[-1].id if stretch.ahead else stretch.id
@@ -151,7 +147,7 @@ class TopicReader:
                 fresh = stretch.fresh if ahead else boot_time() + FRESH_SECONDS
                 after: Stretch | None = stretch.rest_from(at, [*ahead, *new], fresh)
             else:
-                # An older reply says nothing of what was known later.
+                # An older reply does not tell that what was seen later has gone.
                 after = stretch.exhausted(at) if stretch is before and at == len(stretch.ahead) else None
             if after is None:
                 return bool(found) or at < len(stretch.ahead)
@@ -160,7 +156,7 @@ class TopicReader:
                 return bool(found) or stretch.rest is not None
 
     def _note_progress(self, stretch: Stretch, at: int, new: list[Entry]) -> None:
-        """Ask for more where all that was fetched last has been read in time, and log what was missed."""
+        """Request more next time if all of the last batch was read in time; log messages that were missed."""
         if self.count and at and at == len(stretch.ahead):
             self.count = 0 if self.count > _DEFAULT_COUNT / 2 else self.count * 2
         last = stretch.ahead[-1].number if stretch.ahead else stretch.number
@@ -169,14 +165,14 @@ class TopicReader:
             _logger.warning("topic %r: %d messages expired before they were read", self.topic, missed)
 
     def take(self, claim: Claim, n: int, convert: Callable[[TopicReader, Entry], T]) -> list[T]:
-        """Take up to `n` of the messages that were read ahead, and note it in `claim`.
+        """Take up to `n` of the messages that were read ahead, and note them in `claim`.
 
         It stops short of one that can't be converted. Raises MessageNotText if that is the first.
         """
         while True:
             stretch, at = self._seen
             if at in stretch.next or stretch.era.next or at == len(stretch.ahead):
-                stretch, at = self._position()
+                stretch, at = self._current()
                 if at == len(stretch.ahead):
                     return []
             now, entry = boot_time(), stretch.ahead[at]
@@ -191,13 +187,13 @@ class TopicReader:
             if stretch.next.setdefault(at, step) is step:
                 self._seen = stretch, step[0]
                 if stretch.rest and len(taken) < n:
-                    # What was given back stands in front of the rest.
+                    # This stretch was only what had been given back.
                     with suppress(MessageNotText):
                         taken += self.take(claim, n - len(taken), convert)
                 return taken
 
     def _refresh(self, stretch: Stretch, at: int, now: float) -> None:
-        """Drop what is not fresh any more; what has not expired will be fetched again."""
+        """Drop a read-ahead that is not fresh any more; what has not expired will be fetched again."""
         left: Sequence[Entry] = ()
         if stretch.fresh == math.inf:
             left = [entry for entry in stretch.ahead[at:] if entry.expires > now]
@@ -211,13 +207,13 @@ class TopicReader:
     def take_latest(
         self, claim: Claim, asked: Asked, found: list[Entry], convert: Callable[[TopicReader, Entry], T]
     ) -> list[T] | None:
-        """Take what READ … LATEST found, and pass over all before it. None if it was asked for elsewhere."""
+        """Take what READ … LATEST found, and skip all before it. None if the request is not current any more."""
         while True:
-            stretch, at = self._position()
+            stretch, at = self._current()
             if stretch.era is not asked[0].era or stretch.generation != asked[0].generation:
                 return None
             if not found or found[-1].id <= self.asked_for_latest()[1]:
-                # What was given back, or comes from a server that is gone, may be there nevertheless.
+                # There may still be messages that were given back, or that the server has lost.
                 return self.take(claim, 1, convert) if stretch.rest else []
             entry = found[-1]
             taken = [convert(self, entry)]
@@ -228,7 +224,7 @@ class TopicReader:
                 return taken
 
     def give_back(self, stretch: Stretch, at: int, step: Step) -> None:
-        """Have messages read again that were taken from a state."""
+        """Make messages that were taken from a state unread again."""
         ahead = stretch.ahead[at : step[0]] if isinstance(step, tuple) else ()
         last = ahead[-1] if isinstance(step, tuple) else step
         known = last.id, last.number or 0
@@ -237,7 +233,7 @@ class TopicReader:
         if number is None and ahead:
             number = ahead[0].number - 1
         while True:
-            now, now_at = self._position()
+            now, now_at = self._current()
             is_here = now.era is stretch.era
             if now.generation[0] != stretch.generation[0] or not (ahead or is_here):
                 return
@@ -263,7 +259,7 @@ class TopicReader:
         server was restarted and has that epoch now.
         """
         while True:
-            stretch, at = self._position()
+            stretch, at = self._current()
             sought = None if epoch in ("", stretch.era.epoch) else (epoch, after)
             start = (0, 0) if sought else (after, None)
             missed, generation = stretch.missed_at(at), (stretch.generation[0] + 1, 0)

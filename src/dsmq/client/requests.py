@@ -1,7 +1,4 @@
-"""What a client asks of a server, so that it can ask again: when a connection breaks, the call goes on with another.
-
-Without any input or output. The blocking client and the asyncio client share it.
-"""
+"""Calls, which can be made again on another connection when one breaks. Without I/O, for both clients."""
 
 from __future__ import annotations
 
@@ -30,25 +27,25 @@ Convert: TypeAlias = Callable[[TopicReader, Entry], T]
 """Makes of a message what the user gets."""
 
 NOT_RUN = (Closing, TimedOut, AuthRequired)
-"""Errors behind which the server hangs up, having run no request that it has not answered."""
+"""Errors after which the server hangs up, having run no request that it has not answered."""
 
-# Between two attempts to connect: nothing, then this, and twice as long each time, with a jitter, so that many clients
-# do not come back all at once.
+# The second attempt to connect follows at once, the others after this delay, doubling each time, with jitter, so that
+# many clients do not all come back at once.
 _FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.01, 1.0
-# The longest wait asked of the server at once. A longer one is asked for again and again, so that both sides
-# notice soon when the other has vanished.
+# The longest wait to request at once. A longer one is requested in parts, so that both sides soon notice when the other
+# has vanished.
 MAX_WAIT_SECONDS = 15.0
-# What `put_many` sends before it reads replies: little enough that both directions fit into the kernel's buffers, and,
-# twice, no more than a server remembers of one producer.
+# How much `put_many` sends before it reads replies: little enough that both directions fit into the kernel's buffers,
+# and twice as many puts are no more than a server remembers of one producer.
 PUTS_AT_ONCE = 500
 BYTES_AT_ONCE = 262_144
-# What a put takes beside topic and message.
+# The bytes of a put besides topic and message.
 _PUT_BYTES = 80
-# What takes longer to make is sent as far as it is made.
+# A batch that takes longer to make is sent as far as it has been made.
 _LONG_BATCH_SECONDS = 0.1
-# For how long a put is sent again: well within the 600 seconds for which the server remembers it.
+# How long a put is sent again: well within the 600 seconds for which the server remembers it.
 RESEND_SECONDS = 300.0
-# A read that has waited for longer on a connection that then broke had a server.
+# If a read waited longer than this before its connection broke, a server was there.
 _LONG_WAIT_SECONDS = 1.0
 
 
@@ -80,14 +77,14 @@ def _retry_delays() -> Iterator[float]:
 
 
 class Producer:
-    """A connection as the server knows it by its puts, which are numbered from 1; and which server that is."""
+    """A source of numbered puts, by which the server recognises those that are sent again; one for each connection."""
 
     __slots__ = ("_name", "_process", "_seq", "era", "run")
 
     def __init__(self, run: bytes, era: Era | None = None) -> None:
         self.run, self.era = run, era
-        """Which run of the server it is a producer for: see PROTOCOL.md."""
-        # Not by the module `secrets`, which takes longer to import than the rest of this package.
+        """The run of the server that it is for: see PROTOCOL.md."""
+        # Not from the module `secrets`, which takes longer to import than the rest of this package.
         self._name = binascii.b2a_base64(os.urandom(9), newline=False)
         self._seq = 0
         self._process = process()
@@ -98,7 +95,7 @@ class Producer:
             raise ConnectionResetError("this process is a child of the one that made the connection")
 
     def put(self, name: bytes, body: bytes) -> bytes:
-        """Return the request, but for its count, that puts a message under the next number."""
+        """Return the request that puts a message under the next number, without its argument count."""
         self._seq += 1
         seq = b"%d" % self._seq
         parts = len(name), name, len(body), body, self._name, len(seq), seq
@@ -342,15 +339,15 @@ class PutMany(Call):
         self.is_sent = True
         """Whether the last batch has been sent. An asyncio client makes it before there is room to send it."""
         self._error: Exception | None = None
-        # Whether that is the server's, and how many had been stored before it.
+        # Whether the server sent it, and how many had been stored before.
         self._is_refused, self._stored_before = False, 0
         self._run = b""
-        # Those that were sent, with their keys, and when they were first, in that order; and what is to be sent next.
+        # Puts that were sent, in that order, each with the time when it was first sent; and what is to be sent next.
         self._unanswered: deque[tuple[bytes, float]] = deque()
         self._made: list[tuple[bytes, bytes]] = []
         # How many of them, the first ones, may be stored.
         self._unsure = 0
-        # How many had an answer when a connection broke last.
+        # How many had a reply when a connection last broke.
         self._answered = 0
         self.ids: list[int] = []
         """The ids of those that are stored."""
@@ -381,7 +378,7 @@ class PutMany(Call):
             yield len(batch), b"*6" + b"*6".join(batch)
 
     def _make(self) -> float:
-        """Take the next messages; return how many seconds that took."""
+        """Take the next messages from the iterator; return how many seconds that took."""
         size, began = 0, time.monotonic()
         now = began
         try:
@@ -432,12 +429,12 @@ class PutMany(Call):
 
 
 def _again(keyed: bytes, sent_at: float, run: bytes, producer: Producer) -> bytes:
-    """Return the request that sends a put again. Raises ConnectionLost where the server may not know it any more."""
+    """Return the request that sends a put again. Raises ConnectionLost if the server may have forgotten it."""
     about = ""
     if producer.run != run:
         about = "the server was restarted, and does not know what it had stored last"
     elif boot_time() - sent_at > RESEND_SECONDS:
-        about = f"no answer for {RESEND_SECONDS:g} s, and the server does not know for ever what it has stored"
+        about = f"no reply for {RESEND_SECONDS:g} s, and the server may have forgotten whether it is stored"
     if about:
         raise ConnectionLost(about, may_be_stored=True)
     return b"*7%b$5\r\nAGAIN\r\n" % keyed

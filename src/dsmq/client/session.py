@@ -1,7 +1,4 @@
-"""What a client knows, without any input or output: its positions, the messages read ahead, and how to ask for more.
-
-The blocking client and the asyncio client share it.
-"""
+"""What a client knows: its positions, the messages read ahead, and the server's epochs and runs. Without I/O."""
 
 from __future__ import annotations
 
@@ -27,28 +24,28 @@ _logger = logging.getLogger(__name__)
 State: TypeAlias = Literal["lost", "resumed", "restarted", "replaced", "given up"]
 """What can happen to a client's connection to its server.
 
-`lost`: it broke. Then one of the others follows: `resumed`, no message is lost; `restarted`, the server was started
-anew, and what was put last may be lost (it is not counted as missed); `replaced`, it has none of the messages it had,
-and what it has now is read from the oldest on; `given up`, the call that noticed raises an error. Calls may find a
-connection also after that. `replaced` alone follows a `seek` to a position of another epoch.
+`lost`: it broke. One of the others follows: `resumed`, no message is lost; `restarted`, the server was restarted, and
+messages that were put last may be lost (they do not count as missed); `replaced`, the server has lost its messages, and
+those that it has now are read from the oldest on; `given up`, the call that noticed raises an error. Later calls may
+connect nevertheless. `replaced` alone follows a `seek` to a position of another epoch.
 """
 LOST: dict[State, str] = {
     "replaced": "the messages it held are lost",
     "restarted": "messages that were put last may be lost",
 }
 
-# What the server sends in reply to one READ, unless it is asked for less.
+# How much the server sends in reply to one READ, unless less is requested.
 MAX_READ_BYTES = 262_144
 MIN_READ_BYTES = 4096
 _MAX_NEW_READERS, _MAX_RECENT_READERS = 1000, 100
 # Readers are kept for longer than messages are: the server deletes those a little later.
 _SILENCE_FACTOR, _SILENCE_SECONDS = 1.25, 1.0
-# Of what READ says of a message: id, number, age, body, and how long it has left.
+# What READ returns of a message: id, number, age, body, and how long it has left.
 _MESSAGE_TYPES = [int, int, int, bytes, int]
 
 
 class Message(NamedTuple):
-    """A message with all that is known of it."""
+    """A message with its metadata."""
 
     topic: str
     id: int
@@ -61,12 +58,12 @@ class Message(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The body as text. Raises MessageNotText where it is not UTF-8."""
+        """The body as text. Raises MessageNotText if it is not UTF-8."""
         return _text(self.topic, self.body)
 
 
 class _Kept:
-    """The readers of topics of which messages have come: those used since `since`, and those used last before it.
+    """The readers of topics that had messages: `young` ones, used since `since`, and `older` ones, last used before.
 
     It is superseded as a whole: see `dsmq.client.reader`.
     """
@@ -77,26 +74,26 @@ class _Kept:
         self.young: dict[str, TopicReader] = {}
         self.older, self.since = older, since
         self.missed = missed
-        """What those have missed that are not kept any more."""
+        """How many messages were missed by readers that are not kept any more."""
         self.next: dict[int, _Kept] = {}
 
 
 class Session:
-    """The client's side of what HELLO has agreed on."""
+    """A client's session with its server, over many connections."""
 
     def __init__(self, token: str = "") -> None:
         auth = (b"AUTH", b"default", token.encode()) if token else ()
         self.hello = encode_request(b"HELLO", b"2", *auth, b"NOTICES")
         self.max_message_bytes = 0
         self.read_bytes = MAX_READ_BYTES
-        """How much to ask for at once: less after a reply that did not come in time."""
+        """How many bytes to request at once: less after a reply that did not come in time."""
         self.is_restarted = False
-        """Whether the server has been another run at some time, so that readers may be unsure of their numbers."""
+        """Whether the server was ever restarted, so that readers may be unsure of their numbers."""
         self._era = Era("", b"", 0, None)
         self._kept = _Kept(boot_time(), {}, 0)
-        # Those used last, which may hold messages that have been handed out.
+        # Those used last, which may still hold messages that have been handed out.
         self._recent: deque[TopicReader] = deque()
-        # Those of which no message has come: to forget them is no loss.
+        # Those of topics that had no messages: forgetting them loses nothing.
         self._new: dict[str, TopicReader] = {}
 
     @property
@@ -111,10 +108,10 @@ class Session:
         return self.era.epoch
 
     def handle_hello(self, reply: Reply) -> tuple[State, Era]:
-        """Take the reply to HELLO, of the first connection or a later one; return what it means, and for which era.
+        """Take in the reply to HELLO, on the first connection or a later one; return what it means, and the era.
 
-        A new epoch means that the server has lost its messages: all it has now is newer than this client, and is
-        read from the start. A new run means that it may have lost those that were put last.
+        A new epoch means that the server has lost its messages: all those it has now were put after this client
+        connected, and are read from the start. A new run means that it may have lost those that were put last.
         """
         if isinstance(reply, ReplyError) and (type(reply) is ReplyError or "HELLO" in str(reply)):
             raise ProtocolError(f"not a dsmq server, but Redis or one like it: {reply}")
@@ -158,7 +155,7 @@ class Session:
         return self._new.setdefault(topic, TopicReader(topic, self.era))
 
     def keep(self, reader: TopicReader) -> TopicReader:
-        """Return the reader to go on with, after something has come for one of which nothing had come before."""
+        """Keep a reader whose topic has messages; return the one to go on with."""
         reader = self._kept.young.setdefault(reader.topic, reader)
         self._new.pop(reader.topic, None)
         if not self._recent or self._recent[-1] is not reader:
@@ -176,9 +173,9 @@ class Session:
             kept.missed += reader.missed
 
     def _forget_silent(self, max_age: float) -> None:
-        """Forget readers in which nothing has come for longer than messages are kept, by the rule now in force.
+        """Forget readers of topics that had no messages for longer than messages are kept now.
 
-        All that was read there has expired: to read such a topic from the start finds what was put since.
+        All that was read there has expired: reading such a topic from the start finds what was put since.
         """
         kept, now = self._kept, boot_time()
         if now - kept.since > _SILENCE_FACTOR * max_age + _SILENCE_SECONDS:
@@ -205,7 +202,7 @@ class Session:
 
     @property
     def missed(self) -> int:
-        """How many messages expired before this client came to them, in each topic from the first one that it got."""
+        """How many messages expired before this client read them, in each topic from the first one that it got."""
         kept = self._kept
         readers = {**kept.older, **kept.young}
         return kept.missed + sum(reader.missed for reader in readers.values())
