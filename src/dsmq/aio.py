@@ -23,14 +23,13 @@ from typing import Generic, Literal, Self, TypeVar, Unpack, overload
 
 from dsmq import client as blocking
 from dsmq.client import arguments
-from dsmq.client import requests as calls
 from dsmq.client import session as wire
 from dsmq.client.async_connection import Connection
 from dsmq.client.async_pool import Pool
 from dsmq.client.core import Client, Options
 from dsmq.client.reader import Claim, give_back
 from dsmq.client.replies import check, stored_id
-from dsmq.client.requests import Call, Convert, NonIdempotent, Put, PutMany
+from dsmq.client.requests import Call, Convert, NonIdempotent, Put, PutMany, list_topics, take
 from dsmq.client.session import Message
 from dsmq.errors import ClientClosed, DSMQError
 from dsmq.system import process
@@ -156,7 +155,7 @@ class AsyncClient(Client):
     async def topics(self) -> list[tuple[str, int, int]]:
         """Return the topics that hold messages: name, number of messages, and bytes."""
         found: list[tuple[str, int, int]] = []
-        for call in calls.list_topics(found):
+        for call in list_topics(found):
             call.reply = await self._run(call, Connection.ask)
         return found
 
@@ -201,7 +200,7 @@ class AsyncClient(Client):
     async def _take(  # noqa: PLR0913 - what a read consists of
         self, claim: Claim, topic: str, n: int, seconds: float, convert: Convert[T], *, latest: bool = False
     ) -> list[T]:
-        taken, reading = calls.take(self._session, claim, topic, n, seconds, convert, latest=latest)
+        taken, reading = take(self._session, claim, topic, n, seconds, convert, latest=latest)
         for call in reading:
             call.reply = await (self._here().wait(call) if call.waits else self._run(call, Connection.ask))
         return taken

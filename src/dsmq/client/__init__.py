@@ -20,7 +20,6 @@ from types import TracebackType
 from typing import Literal, Self, TypeVar, Unpack, overload
 
 from dsmq.client import arguments
-from dsmq.client import requests as calls
 from dsmq.client import session as wire
 from dsmq.client.connection import Connection
 from dsmq.client.core import Client, Options
@@ -28,7 +27,7 @@ from dsmq.client.dial import ClosedSilently
 from dsmq.client.pool import Pool
 from dsmq.client.reader import Claim, give_back
 from dsmq.client.replies import check, stored_id
-from dsmq.client.requests import Call, Convert, NonIdempotent, Put, PutMany, Retries
+from dsmq.client.requests import Call, Convert, NonIdempotent, Put, PutMany, Retries, list_topics, take
 from dsmq.client.session import Message
 from dsmq.errors import DSMQError
 
@@ -231,7 +230,7 @@ class DSMQClientSideConnection(Client):
     def topics(self) -> list[tuple[str, int, int]]:
         """Return the topics that hold messages: name, number of messages, and bytes."""
         found: list[tuple[str, int, int]] = []
-        for call in calls.list_topics(found):
+        for call in list_topics(found):
             call.reply = self._run(call)
         return found
 
@@ -284,7 +283,7 @@ class DSMQClientSideConnection(Client):
     def _take(  # noqa: PLR0913 - what a read consists of
         self, claim: Claim, topic: str, n: int, seconds: float, convert: Convert[T], *, latest: bool
     ) -> list[T]:
-        taken, reading = calls.take(self._session, claim, topic, n, seconds, convert, latest=latest)
+        taken, reading = take(self._session, claim, topic, n, seconds, convert, latest=latest)
         for call in reading:
             call.reply = self._run(call)
         return taken

@@ -1,4 +1,4 @@
-"""Checks of arguments, shared by both clients: wrong ones raise before anything is sent."""
+"""Checks of arguments, for both clients: invalid ones raise before anything is sent."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ MAX_PORT = 65_535
 
 
 def seconds(name: str, value: object, *, zero: bool = True) -> float:
-    """Return a time in seconds; infinity is one. Raises TypeError, or ValueError if it is negative, not a number, or 0
-    and that has no meaning.
-    """
+    """Return a time in seconds, which may be infinite. Raises TypeError, or ValueError if it is out of range."""
     if isinstance(value, bool | str | bytes) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} is a number of seconds, not {value!r}")
     try:
@@ -49,7 +47,7 @@ def address(host: object, port: object) -> tuple[str, int]:
 def text(name: str, value: object) -> str:
     """Return a str that may go to the operating system. Raises TypeError, or ValueError if it contains NUL."""
     if not isinstance(value, str):
-        # A token is not to be shown.
+        # Without the value, which may be a token.
         raise TypeError(f"{name} is a str, not {type(value).__name__}")
     if "\0" in value:
         raise ValueError(f"{name} contains a NUL character")
@@ -64,7 +62,7 @@ def path(name: str, value: object) -> str | None:
         raise TypeError(f"{name} is a path, not {type(value).__name__}")
     name_of_file = text(name, os.fspath(value))
     if not name_of_file:
-        # An empty one must not mean to do without TLS.
+        # An empty path must not disable TLS.
         raise ValueError(f"{name} is a path, or None, not empty")
     return name_of_file
 
@@ -76,7 +74,7 @@ def callback(name: str, value: object) -> None:
 
 
 def messages(values: Iterable[str | bytes]) -> Iterable[str | bytes]:
-    """Return messages to put. Raises TypeError if that is a single one, or no iterable at all."""
+    """Return messages to put. Raises TypeError if it is a single message, or not iterable."""
     if isinstance(values, str | bytes | bytearray | memoryview):
         raise TypeError(f"put_many takes several messages, such as a list, not one {type(values).__name__}: use put")
     if not isinstance(values, Iterable):

@@ -1,4 +1,4 @@
-"""The core of both clients: options, session and state; what to do when a connection breaks; calls without I/O."""
+"""The core of both clients: options, session and state, and what to do when a connection breaks."""
 
 from __future__ import annotations
 
