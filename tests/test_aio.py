@@ -423,6 +423,32 @@ def test_a_connection_that_breaks_again_and_again_is_replaced_as_long_as_some_ca
     asyncio.run(main())
 
 
+def test_calls_whose_connection_broke_are_sent_before_calls_made_after_them(server: Server) -> None:
+    async def cut_once(proxy: Proxy, data: bytes) -> bytes:
+        if b"PUT" in data and not cuts:
+            cuts.append(1)
+            proxy.cut()
+            return b""
+        return data
+
+    async def put_late(mq: AsyncClient) -> None:
+        """Put as soon as the connection has ended, before the calls that were using it run again."""
+        connection = mq._here().shared._connection
+        assert connection
+        while connection.error is None:
+            await asyncio.sleep(0)
+        await mq.put("t", "late")
+
+    async def main() -> None:
+        async with Proxy(server, requests=cut_once) as proxy, await connect(port=proxy.port) as mq:
+            await asyncio.gather(put_late(mq), *(mq.put("t", str(number)) for number in range(3)))
+            mq.seek("t", 0)
+            assert await mq.get_many("t") == ["0", "1", "2", "late"]
+
+    cuts: list[int] = []
+    asyncio.run(asyncio.wait_for(main(), SOON))
+
+
 def test_a_cancelled_call_keeps_its_place_and_its_connection(server: Server, states: list[str]) -> None:
     async def main() -> None:
         async with Proxy(server) as proxy, await connect(port=proxy.port, on_state_change=states.append) as mq:

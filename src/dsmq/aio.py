@@ -53,8 +53,10 @@ async def connect(
 class AsyncClient(Client):
     """A client for the tasks of one event loop. Made by `connect`; the methods are those of the blocking client."""
 
-    _lock = threading.Lock()
-    _pool: Pool | None = None
+    def __init__(self, host: str, port: int, options: Options) -> None:
+        super().__init__(host, port, options)
+        self._lock = threading.Lock()
+        self._pool: Pool | None = None
 
     async def put(self, topic: str, msg: str | bytes) -> int:
         """Put a message; when this returns it is stored. Returns its id."""
