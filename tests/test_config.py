@@ -351,7 +351,7 @@ def test_service_links_are_logged_once_at_debug_level() -> None:
     env = {"DSMQ_PORT": "tcp://10.96.3.7:30008", "DSMQ_SERVICE_HOST": "10.96.3.7"}
     with daemon("--log-level", "debug", env=env) as server:
         server.process.send_signal(signal.SIGHUP)
-        server.wait_for_line("configuration read again")
+        server.wait_for_line("configuration reloaded")
         server.stop()
     lines = [line for line in "".join(server.log).splitlines() if "DSMQ_SERVICE_HOST" in line]
     assert len(lines) == 1

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT, SOON, wait_until
-from dsmq import server as server_module
 from dsmq.client import connect
+from dsmq.system import allow_more_files
 
 # Systems without what Unix has
 
@@ -59,7 +59,7 @@ def test_limit_on_open_files_is_raised_as_far_as_the_kernel_allows(
 
     monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
     monkeypatch.setattr(resource, "setrlimit", setrlimit)
-    server_module.allow_more_files()
+    allow_more_files()
     assert allowed / 2 < limits[-1][0] <= allowed
     assert limits[-1][1] == hard
 
@@ -70,7 +70,7 @@ def test_limit_on_open_files_that_can_not_be_raised_stays(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(resource, "getrlimit", lambda _: (256, resource.RLIM_INFINITY))
     monkeypatch.setattr(resource, "setrlimit", refuse)
-    server_module.allow_more_files()
+    allow_more_files()
 
 
 # A terminal
@@ -133,7 +133,7 @@ def test_terminal_that_closes_stops_the_server(tmp_path: Path) -> None:
 def test_sighup_in_a_terminal_that_is_open_is_a_reload(tmp_path: Path) -> None:
     with in_terminal(tmp_path / "log") as server:
         server.process.send_signal(signal.SIGHUP)
-        wait_until(lambda: "configuration read again" in server.text)
+        wait_until(lambda: "configuration reloaded" in server.text)
         assert "stopping" not in server.text
         server.close()
         assert server.process.wait(SOON) == 0
@@ -143,7 +143,7 @@ def test_server_under_nohup_outlives_its_terminal_and_reloads(tmp_path: Path) ->
     with in_terminal(tmp_path / "log", "nohup") as server:
         server.close()
         server.process.send_signal(signal.SIGHUP)
-        wait_until(lambda: "configuration read again" in server.text)
+        wait_until(lambda: "configuration reloaded" in server.text)
         port = int(re.search(r"serves on 127.0.0.1:(\d+)", server.text)[1])  # type: ignore[index]
         with connect(port=port) as mq:
             mq.put("t", "x")

@@ -411,9 +411,9 @@ def test_reload_takes_over_what_can_change_and_names_what_can_not(
         wire = Wire(("127.0.0.1", process.port))
         file.write_text("max_age_seconds = 30\nlog_level = 'debug'\nio_threads = 2\nport = 0")
         process.process.send_signal(signal.SIGHUP)
-        changed = process.wait_for_line("configuration read again; changed: (.*)")[1]
+        changed = process.wait_for_line("configuration reloaded; changed: (.*)")[1]
         assert set(changed.split(", ")) == {"max_age_seconds", "log_level"}
-        assert process.wait_for_line("only with a new start: (.*)")[1] == "io_threads"
+        assert process.wait_for_line("restart required to apply: (.*)")[1] == "io_threads"
         hello = wire.call("HELLO", 2)
         assert isinstance(hello, list)
         assert dict(zip(hello[::2], hello[1::2], strict=True))[b"max_age_ms"] == 30_000
@@ -492,7 +492,7 @@ def test_a_short_token_in_a_reload_changes_nothing(tmp_path: Path, caplog: pytes
     settings = {"auth_token_file": str(tokens), "http_token_file": str(http_token), "max_topics": 1000}
     load = lambda: config.load(kind=config.EmbeddedSettings, port=0, http_port=0, **settings)  # noqa: E731
     with Server(load(), load=load) as server, wire_as(server, READER) as reader:
-        before = server.settings, server._services.gate, server._http_gate
+        before = server.settings, server._services.access
         if name.endswith("_file"):
             Path(str(settings[name])).write_text(f"sensors write {SHORT}\n")
         else:
@@ -503,7 +503,7 @@ def test_a_short_token_in_a_reload_changes_nothing(tmp_path: Path, caplog: pytes
         assert "nothing is changed" in caplog.text
         assert TO_MAKE_ONE.strip() in caplog.text
         assert SHORT not in caplog.text
-        assert (server.settings, server._services.gate, server._http_gate) == before
+        assert (server.settings, server._services.access) == before
         assert reader.call("PING") == "PONG"
 
 
@@ -721,12 +721,12 @@ def test_a_reload_that_would_leave_an_exposed_server_open_changes_nothing(
     settings[given] = {"auth_token": ADMIN, "protected_mode": False, "tls_client_ca_file": files.ca}[given]
     load = lambda: config.load(kind=config.EmbeddedSettings, host="0.0.0.0", port=0, **settings)  # noqa: E731
     with Server(load(), load=load) as server:
-        before = server.settings, server._services.gate, server._tls
+        before = server.settings, server._services.access
         del settings[given]
         settings["max_topics"] = 7
         server.reload()
         assert "nothing is changed: listening on 0.0.0.0:" in caplog.text
-        assert (server.settings, server._services.gate, server._tls) == before
+        assert (server.settings, server._services.access) == before
 
 
 def test_a_reload_that_brings_the_first_token_ends_connections_without_one() -> None:
@@ -983,7 +983,7 @@ def test_a_certificate_is_renewed_without_a_restart(files: Files, authority: tru
             with pytest.raises(ConnectionError):
                 connect(**where)  # type: ignore[arg-type]
             process.process.send_signal(signal.SIGHUP)
-            process.wait_for_line("configuration read again")
+            process.wait_for_line("configuration reloaded")
             with connect(**where) as after:  # type: ignore[arg-type]
                 after.put("t", "x")
             before.ping()

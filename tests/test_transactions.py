@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -243,7 +244,8 @@ def test_what_a_role_may_not_do_aborts(tmp_path: Path) -> None:
 def test_a_withdrawn_token_ends_a_transaction(server: Server, wire: Wire) -> None:
     assert wire.call("MULTI") == "OK"
     assert wire.call("PUT", "t", "x") == "QUEUED"
-    server._workers[0].post(server._workers[0].dismiss_all)
+    server._services.access = replace(server._services.access, client_ca_file="another")
+    server._workers[0].post(server._workers[0].apply_settings)
     assert wire.ended()
     assert server.totals().stored == 0
 

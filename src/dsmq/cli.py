@@ -25,7 +25,7 @@ from dsmq.client import DSMQClientSideConnection, connect
 from dsmq.client.session import Message
 from dsmq.command_line import USAGE, Command
 from dsmq.errors import AuthRequired, ConfigError, DSMQError, TooBig
-from dsmq.system import has_terminal
+from dsmq.system import allow_more_files, has_terminal
 from dsmq.terminal import LineFormatter, as_json, printable
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ def _serve(options: argparse.Namespace) -> int:
     settings = config.from_options(options)
     logs.never_block()
     logs.start(settings)
-    server.allow_more_files()
+    allow_more_files()
     server.run(settings, lambda: config.from_options(options), systemd.take())
     return OK
 

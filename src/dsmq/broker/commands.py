@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import accumulate
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 
 from dsmq import __version__
 from dsmq import settings as config
-from dsmq.broker.auth import DEFAULT_USER, Gate, Role
+from dsmq.broker.auth import DEFAULT_USER, Role
 from dsmq.broker.counters import Counters
 from dsmq.broker.syntax import arguments, bounds
 from dsmq.broker.usage import Usage, request_memory
@@ -43,6 +43,9 @@ from dsmq.wire.resp import (
     encode_simple,
 )
 
+if TYPE_CHECKING:
+    from dsmq.broker.access import Access
+
 DEFAULT_COUNT = 100
 MAX_COUNT = 1_000
 MAX_READ_BYTES = 262_144
@@ -66,11 +69,11 @@ _PONG = encode_simple("PONG")
 
 @dataclass
 class Services:
-    """What commands need of the server. settings and gate may be replaced while it runs."""
+    """What commands need of the server. settings and access may be replaced while it runs."""
 
     settings: Settings
     store: Store
-    gate: Gate
+    access: Access
     usage: Usage
     request_stop: Callable[[str], None]
     """Stop the server; takes the reason."""

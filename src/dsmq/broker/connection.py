@@ -108,7 +108,12 @@ class Peer:
     """What one client can have many addresses of: see `auth.network`."""
     name: str
     """Host and port, for people."""
-    encrypted: bool
+    admitted_by: tuple[bool, str]
+    """See `Access.connection_rules`."""
+
+    @property
+    def encrypted(self) -> bool:
+        return self.admitted_by[0]
 
 
 @dataclass(slots=True, eq=False)
@@ -192,7 +197,7 @@ class Connection:
         self.counters = loop.counters
         self._calls = loop.counters.commands
         self.token: Token | None = None
-        self.role = Role.NOBODY if loop.services.gate.tokens else Role.ADMIN
+        self.role = Role.NOBODY if loop.services.access.gate.tokens else Role.ADMIN
         self.stranger = peer.encrypted or self.role is Role.NOBODY
         """Whether it has still to show its token, or to finish the handshake of TLS."""
         self._handshaking = peer.encrypted
@@ -282,13 +287,13 @@ class Connection:
         self._watch()
 
     def apply_settings(self) -> None:
-        """Go by the settings in force from now on."""
-        if self.finishing:
-            return
-        self._set_bounds()
-        if self.stranger:
-            self._stranger_until = self.opened_at + self.services.settings.auth_timeout_seconds
-        self._schedule()
+        """Adopt the settings in force after a reload."""
+        if not self.finishing:
+            self._set_bounds()
+            if self.stranger:
+                self._stranger_until = self.opened_at + self.services.settings.auth_timeout_seconds
+            self._schedule()
+        self.apply_access()
 
     # Bytes in
 
@@ -712,7 +717,7 @@ class Connection:
     # Who it is
 
     def authenticate(self, user: bytes, token: bytes, welcome: Callable[[], bytes]) -> bytes:
-        gate = self.services.gate
+        gate = self.services.access.gate
         if not gate.tokens:
             raise BadRequest("a token was given, but this server has none")
         found = gate.admit(user, token)
@@ -732,17 +737,20 @@ class Connection:
         self._stranger_until = math.inf
         self._loop.admit(self)
 
-    def check_token(self) -> None:
-        """End where the tokens have changed, and its own is none any more; where none is wanted any more, let it in."""
-        tokens = self.services.gate.tokens
-        if self.role is Role.NOBODY and not (tokens or self.finishing):
+    def apply_access(self) -> None:
+        """Disconnect if the rules or the token that it was admitted by are gone; admit it if no token is needed."""
+        access = self.services.access
+        tokens = access.gate.tokens
+        if self.peer.admitted_by != access.connection_rules:
+            self.dismiss("the server's rules for connections have changed")
+        elif self.role is Role.NOBODY and not (tokens or self.finishing):
             # There is no token to wait for any more.
             self.role = Role.ADMIN
             self._set_bounds()
             if not self._handshaking:
                 self._admit()
         elif self.role is not Role.NOBODY and self.token not in tokens and (self.token or tokens):
-            self.dismiss("from now on this server wants another token")
+            self.dismiss("the token is no longer valid")
 
     def dismiss(self, reason: str) -> None:
         """End, because what it was admitted by holds no longer."""

@@ -139,21 +139,15 @@ class Worker:
             while (oldest := unauthenticated.take_excess()) is not None:
                 oldest.post(partial(oldest.send_away, Busy("too many others have not shown their token yet")))
         connection.open()
+        # The rules may have changed since it was accepted, in another thread.
+        connection.apply_access()
 
     def admit(self, connection: Connection) -> None:
         self.services.usage.unauthenticated.drop(connection)
 
     def apply_settings(self) -> None:
-        """Have all connections go by the settings in force. To be posted."""
+        """Apply reloaded settings to all connections. To be posted."""
         self._for_all(Connection.apply_settings)
-
-    def check_tokens(self) -> None:
-        """Let go of those whose token is none any more. To be posted."""
-        self._for_all(Connection.check_token)
-
-    def dismiss_all(self) -> None:
-        """Let go of all, because what they were admitted by has changed. To be posted."""
-        self._for_all(partial(Connection.dismiss, reason="from now on this server admits by other rules"))
 
     def _for_all(self, call: Callable[[Connection], None]) -> None:
         for connection in list(self.connections):
