@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -389,6 +390,26 @@ def test_a_position_file_that_can_not_be_used_is_told(
 def test_a_device_is_no_position_file(topic: str) -> None:
     assert_one_line(result("get", topic, "--position-file", "/dev/null"), 2, "/dev/null: not a regular file")
     assert not os.path.isfile("/dev/null")
+
+
+def test_a_new_position_file_respects_the_umask_and_an_existing_one_keeps_its_mode(topic: str, tmp_path: Path) -> None:
+    file = tmp_path / "position"
+    words = ["get", topic, "--position-file", str(file)]
+    for mask, mode in (0o022, 0o644), (0o027, 0o640):
+        before = os.umask(mask)
+        try:
+            result(*words)
+        finally:
+            os.umask(before)
+        assert stat.S_IMODE(file.stat().st_mode) == mode
+        file.unlink()
+    file.write_text("0")
+    file.chmod(0o664)
+    assert result("put", topic, "x")[0] == 0
+    assert result(*words)[0] == 0
+    assert file.read_text() != "0"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o664
+    assert os.listdir(tmp_path) == ["position"]
 
 
 # Words that begin with a dash, and words too many
