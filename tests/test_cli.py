@@ -212,6 +212,11 @@ def test_follow_ends_after_its_wait(topic: str, mq: DSMQClientSideConnection) ->
     assert result("get", topic, "--after", "0", "--follow", "--wait", str(3 * UNIT)) == (0, b"1\n", b"")
 
 
+@pytest.mark.parametrize("words", ["--wait 0.1", "--follow --wait 0.1", "--follow --wait 0.1 -n 2 --json"])
+def test_get_that_printed_nothing_exits_with_3(words: str, topic: str) -> None:
+    assert result("get", topic, *words.split()) == (3, b"", b"")
+
+
 def test_json_tells_all_that_is_known(topic: str, mq: DSMQClientSideConnection) -> None:
     before = time.time()
     message_id = mq.put_many(topic, ["one", 'tö "two"\n'])[1]

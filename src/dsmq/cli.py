@@ -1,7 +1,7 @@
 """The command line. Data goes to stdout, everything else to stderr (but see log_stream).
 
 Exit statuses: 0 done, 1 failed (no server, an error from it, the server can't start), 2 wrong usage or configuration,
-3 `get` found no message, 130 interrupted.
+3 no message printed, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -278,7 +278,7 @@ def _get(options: argparse.Namespace) -> int:
             if file:
                 file.save(mq.position(options.topic))
             left -= count
-    if found or options.follow:
+    if found:
         return OK
     if options.wait is None and options.after is None and not file:
         sys.stderr.write(
