@@ -448,7 +448,7 @@ def test_a_token_file_has_to_be_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         auth.read_tokens(str(tmp_path / "none"))
     (tmp_path / "binary").write_bytes(b"\xff")
-    with pytest.raises(ConfigError, match="not UTF-8"):
+    with pytest.raises(ConfigError, match="should be UTF-8"):
         auth.read_tokens(str(tmp_path / "binary"))
     with pytest.raises(ConfigError, match="null"):
         auth.read_tokens("a\0b")

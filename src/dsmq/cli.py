@@ -165,6 +165,8 @@ def _known(*, look_into_file: bool) -> dict[str, tuple[str, str]]:
     variables = environment.variables()
     file = os.environ[variables["config"]] if look_into_file and "config" in variables else ""
     said = environment.read_toml(file) if file else {}
+    if unknown := [name for name in said if name not in environment.SETTINGS]:
+        raise ConfigError(f"{file}: {environment.unknown(unknown[0])}")
     return {
         name: (os.environ[variables[name]], variables[name])
         if name in variables
