@@ -284,6 +284,10 @@ def test_help_shows_defaults_as_they_would_be_given() -> None:
     assert re.search(r"--tls-cert-file VALUE [^-]*Default: none --", said)
 
 
+def test_the_names_that_client_commands_know_are_those_of_the_settings() -> None:
+    assert list(config.Settings.model_fields) == environment.SETTINGS
+
+
 def test_variables_of_others_are_nothing_to_dsmq(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DSMQX_PORT", "abc")
     monkeypatch.setenv("PORT", "abc")

@@ -26,7 +26,7 @@ import trustme
 from conftest import SOON, UNIT, Wire, daemon, run_dsmq, serving, tool, wait_until, wire_to
 from dsmq import aio
 from dsmq import settings as config
-from dsmq.broker import auth
+from dsmq.broker import auth, connection
 from dsmq.broker import listener as listening
 from dsmq.broker.auth import Gate, Role
 from dsmq.broker.commands import COMMANDS
@@ -181,7 +181,7 @@ WRONG = "wrong-token-0123456789"
 def test_a_wrong_token_ends_the_connection_and_nothing_behind_it_is_run(server: Server, words: list[str]) -> None:
     with wire_to(server) as wire:
         wire.send(encode_request(*map(str.encode, words)) + encode_request(b"AUTH", ADMIN.encode()) + b"PUT t x\r\n")
-        assert wire.receive().code == "WRONGPASS"  # type: ignore[union-attr]
+        assert [wire.receive().code for _ in range(3)] == ["WRONGPASS", "NOAUTH", "NOAUTH"]  # type: ignore[union-attr]
         assert wire.ended()
     assert server.counters().wrong_tokens == server.counters().errors["WRONGPASS"] == 1
     assert server.totals().stored == 0
@@ -189,8 +189,22 @@ def test_a_wrong_token_ends_the_connection_and_nothing_behind_it_is_run(server: 
 
 def test_a_wrong_token_ends_a_connection_that_had_a_right_one(server: Server) -> None:
     with wire_as(server, READER) as wire:
-        assert wire.error("AUTH", WRONG) == "WRONGPASS"
+        wire.send(b"".join(encode_request(*words) for words in ((b"AUTH", WRONG.encode()), (b"GET", b"t"), (b"PING",))))
+        assert [wire.receive().code for _ in range(3)] == ["WRONGPASS", "NOAUTH", "NOAUTH"]  # type: ignore[union-attr]
         assert wire.ended()
+
+
+def test_requests_that_arrive_behind_a_wrong_token_get_replies(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "LINGER_SECONDS", 10 * SOON)
+    with wire_to(server) as wire:
+        assert wire.error("AUTH", WRONG) == "WRONGPASS"
+        assert [wire.error("AUTH", ADMIN), wire.error("PING")] == ["NOAUTH", "NOAUTH"]
+        wire.send(b"PING\r\n" * 100)
+        # Two have been answered; the last reply says why it is the last.
+        replies = [wire.receive() for _ in range(connection.MAX_REQUESTS_OF_STRANGERS - 2)]
+        assert "no more than" in str(replies[-1])
+        with pytest.raises(EOFError):
+            wire.receive()
 
 
 def test_wrong_tokens_of_an_address_are_nothing_to_the_right_ones_of_the_same(server: Server) -> None:
@@ -448,7 +462,7 @@ def test_a_token_file_has_to_be_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         auth.read_tokens(str(tmp_path / "none"))
     (tmp_path / "binary").write_bytes(b"\xff")
-    with pytest.raises(ConfigError, match="not UTF-8"):
+    with pytest.raises(ConfigError, match="should be UTF-8"):
         auth.read_tokens(str(tmp_path / "binary"))
     with pytest.raises(ConfigError, match="null"):
         auth.read_tokens("a\0b")
@@ -741,16 +755,19 @@ def test_a_reload_that_brings_the_first_token_ends_connections_without_one() -> 
         assert wire.ended()
 
 
-def test_a_reload_may_take_all_tokens_from_a_server_on_loopback() -> None:
+def test_a_reload_may_take_all_tokens_from_a_server_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "LINGER_SECONDS", 10 * SOON)
     settings: dict[str, object] = {"auth_token": ADMIN}
     load = lambda: config.load(kind=config.EmbeddedSettings, port=0, **settings)  # noqa: E731
-    with Server(load(), load=load) as server, wire_as(server, ADMIN) as admin:
+    with Server(load(), load=load) as server, wire_as(server, ADMIN) as admin, wire_to(server) as guesser:
         admin.ask_for_notices()
+        assert guesser.error("AUTH", WRONG) == "WRONGPASS"
         settings.clear()
         server.reload()
         assert admin.receive().code == "NOAUTH"  # type: ignore[union-attr]
         with wire_to(server) as wire:
             assert wire.call("PUT", "t", "x") == 1
+        assert guesser.error("PUT", "t", "x") == "NOAUTH"
 
 
 @pytest.mark.parametrize(

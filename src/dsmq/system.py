@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import logging
 import os
 import socket
@@ -11,6 +12,10 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
+from dsmq.errors import ConfigError
+
+# A file of tokens or settings is shorter; /dev/zero has no end.
+_MAX_TEXT_BYTES = 1_048_576
 # File descriptors that are not for connections, and the limit to ask for if the hard limit is unlimited.
 _RESERVED_FILES = 64
 _MAX_FILES = 1_048_576
@@ -101,6 +106,26 @@ def has_terminal() -> bool:
     except OSError:
         return False
     return True
+
+
+def read_text(file: str) -> str:
+    """Return the text of a short file in UTF-8. Raises ConfigError."""
+    try:
+        with open(file, "rb") as stream:
+            data = stream.read(_MAX_TEXT_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}") from None
+    except ValueError as error:
+        # The name has a NUL in it.
+        raise ConfigError(f"{file!r}: {error}") from None
+    if len(data) > _MAX_TEXT_BYTES:
+        raise ConfigError(f"{file}: longer than {_MAX_TEXT_BYTES} bytes")
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data:
+        raise ConfigError(f"{file}: should be UTF-8; this looks like UTF-16")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{file}: should be UTF-8") from None
 
 
 @cache

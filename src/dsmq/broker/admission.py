@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 from dsmq import logs
 from dsmq.broker import auth
@@ -17,6 +18,9 @@ from dsmq.broker.counters import Counters
 from dsmq.broker.event_loop import Worker
 from dsmq.errors import Busy, ReplyError
 from dsmq.wire.resp import encode_error
+
+if TYPE_CHECKING:
+    from ssl import SSLContext
 
 _logger = logging.getLogger(__name__)
 
@@ -39,7 +43,7 @@ class Admission:
             self._refuse(sock, name, *refusal)
             return
         try:
-            stream = self._stream(sock)
+            stream = _stream(sock, access.tls)
         except OSError as error:
             _logger.debug("%s disconnected before it was accepted: %s", name, error)
             sock.close()
@@ -52,13 +56,6 @@ class Admission:
             adopt()
         else:
             worker.post(adopt)
-
-    def _stream(self, sock: socket.socket) -> Stream:
-        if not (context := self._services.access.tls):
-            return sock
-        from dsmq.wire import tls  # noqa: PLC0415 - a server without TLS needs none of it
-
-        return tls.accept(context, sock)
 
     def _refusal(self, network: str) -> tuple[str, ReplyError] | None:
         """Return why a connection is refused: the reason as the metrics name it, and the error to reply with."""
@@ -82,3 +79,11 @@ class Admission:
         except OSError as gone:
             _logger.debug("%s disconnected before it was refused: %s", name, gone)
         sock.close()
+
+
+def _stream(sock: socket.socket, context: SSLContext | None) -> Stream:
+    if context is None:
+        return sock
+    from dsmq.wire import tls  # noqa: PLC0415 - a server without TLS needs none of it
+
+    return tls.accept(context, sock)

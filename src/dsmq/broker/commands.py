@@ -171,7 +171,7 @@ class Client(Protocol):
     def authenticate(self, user: bytes, token: bytes, welcome: Callable[[], bytes]) -> bytes:
         """Take on the role of a token and return the reply that welcomes.
 
-        Raises WrongToken, and ends the connection, if there is no such token.
+        Raises WrongToken if there is no such token; then no request is run any more, and the connection ends soon.
         """
 
     def set_position(self, topic: bytes, message_id: int) -> None:

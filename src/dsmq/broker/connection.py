@@ -70,7 +70,8 @@ MAX_REQUESTS_OF_STRANGERS = 16
 MAX_DISCARDED_BYTES_OF_STRANGERS = 65_536
 # Of a client that is being let go of, so much is read at once, to be thrown away.
 LAST_RECEIVE_BYTES = 4096
-# How long a client may take to read the last reply and hang up, when the server closes.
+# How long a client may take to read the last reply and hang up, when the server closes; and how long it may have sent
+# requests behind a wrong token.
 LINGER_SECONDS = 1.0
 LINGER_SECONDS_AT_STOP = 0.05
 
@@ -141,6 +142,7 @@ class Connection:
         "_discarded",
         "_ended",
         "_events",
+        "_gave_wrong_token",
         "_handshaking",
         "_linger_seconds",
         "_linger_until",
@@ -201,6 +203,7 @@ class Connection:
         self.stranger = peer.encrypted or self.role is Role.NOBODY
         """Whether it has still to show its token, or to finish the handshake of TLS."""
         self._handshaking = peer.encrypted
+        self._gave_wrong_token = False
         self._asked = self._discarded = 0
         self._stranger_until = math.inf
         self.name = b""
@@ -290,7 +293,7 @@ class Connection:
         """Adopt the settings in force after a reload."""
         if not self.finishing:
             self._set_bounds()
-            if self.stranger:
+            if self.stranger and not self._gave_wrong_token:
                 self._stranger_until = self.opened_at + self.services.settings.auth_timeout_seconds
             self._schedule()
         self.apply_access()
@@ -489,6 +492,8 @@ class Connection:
             if self._asked > MAX_REQUESTS_OF_STRANGERS:
                 self.finish()
                 raise AuthRequired(f"no more than {MAX_REQUESTS_OF_STRANGERS} requests without a token")
+            if self._gave_wrong_token:
+                raise AuthRequired("a wrong token was given on this connection")
         command = find(name)
         if self.role < command.role:
             self._calls[command.name] += 1
@@ -724,8 +729,13 @@ class Connection:
         if found is None:
             _logger.warning("%r: wrong token", self, extra=self._event("wrong_token"))
             self.counters.wrong_tokens += 1
-            # One guess a connection: the client is not told more, and nothing that it has sent behind it is run.
-            self.finish()
+            # One guess a connection: nothing behind it is run. But what was sent along with it gets replies before the
+            # end: some libraries pass the error on only when they have those to their whole handshake.
+            self._gave_wrong_token = True
+            self.role = Role.NOBODY
+            self._set_bounds()
+            self._stranger_until = self._loop.now + LINGER_SECONDS
+            self._schedule()
             raise WrongToken("invalid token")
         self.token, self.role = found, found.role
         self._set_bounds()
@@ -743,7 +753,7 @@ class Connection:
         tokens = access.gate.tokens
         if self.peer.admitted_by != access.connection_rules:
             self.dismiss("the server's rules for connections have changed")
-        elif self.role is Role.NOBODY and not (tokens or self.finishing):
+        elif self.role is Role.NOBODY and not (tokens or self.finishing or self._gave_wrong_token):
             # There is no token to wait for any more.
             self.role = Role.ADMIN
             self._set_bounds()
@@ -975,6 +985,8 @@ class Connection:
             self.close("does not read its replies")
         elif self._wait is not None:
             self.stop_waiting()
+        elif now >= self._stranger_until and self._gave_wrong_token:
+            self.finish()
         elif now >= self._stranger_until:
             error = TimedOut("no token, or no end of the handshake of TLS, has come in time")
             if len(self._parser):
