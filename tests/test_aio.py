@@ -525,6 +525,52 @@ def test_an_error_in_put_many_leaves_the_replies_to_other_calls_in_place() -> No
         run(server, scenario)
 
 
+@pytest.mark.parametrize("refused", [0, 2, 450, 700])
+def test_an_error_of_put_many_says_what_is_stored_as_in_the_blocking_client(refused: int) -> None:
+    messages = ["x"] * 900
+    messages[refused] = "x" * 200_000
+
+    async def scenario(mq: AsyncClient) -> None:
+        with pytest.raises(Full) as told:
+            await mq.put_many("one", messages)
+        with dsmq.client.connect(port=server.port) as other, pytest.raises(Full) as same:
+            other.put_many("two", messages)
+        for error, topic in ((told.value, "one"), (same.value, "two")):
+            assert error.stored_before == refused
+            held = next(count for name, count, _ in await mq.topics() if name == topic)
+            assert error.stored_before + error.stored_behind == held
+        # Of what was sent with it, all else is stored; here that is all that stands in its batch.
+        assert told.value.stored_behind == 499 - refused % 500 if refused < 500 else 199
+
+    with serving(max_stored_bytes_per_topic=150_000) as server:
+        run(server, scenario)
+
+
+def test_each_put_many_that_a_close_ends_says_what_is_stored_of_it(server: Server) -> None:
+    async def main() -> None:
+        mq = await connect(port=server.port, timeout=SOON)
+
+        def closing() -> Iterator[str]:
+            yield from ["x"] * 500
+            # What comes first is stored by now, and what comes next is not answered.
+            release.enter_context(blocked(server))
+            is_blocked.set()
+            yield "y"
+
+        is_blocked = asyncio.Event()
+        with ExitStack() as release:
+            first = asyncio.create_task(mq.put_many("t", closing()))
+            await is_blocked.wait()
+            second = asyncio.create_task(mq.put_many("u", ["z"]))
+            await asyncio.sleep(0)
+            await mq.close()
+            errors = await asyncio.gather(first, second, return_exceptions=True)
+        assert [type(error) for error in errors] == [ClientClosed, ClientClosed]
+        assert [error.stored_before for error in errors if isinstance(error, ClientClosed)] == [500, 0]
+
+    asyncio.run(main())
+
+
 def test_what_a_generator_gave_before_its_error_is_stored(server: Server) -> None:
     def failing() -> Iterator[str]:
         yield "1"

@@ -85,13 +85,13 @@ class AsyncClient:
         return wire.stored_id(await self._ask(Put(self._session, topic, msg)))
 
     async def put_many(self, topic: str, messages: Iterable[str | bytes]) -> list[int]:
-        """Put several messages in order; returns their ids."""
-        puts = PutMany(self._session, topic, arguments.messages(messages))
-        batch = Batch(puts)
-        # Made here and not when there is room to send it, because the messages may come from a generator.
-        while batch.make(self._here().shared.batch_producer):
-            await self._here().shared.add(batch)
-        puts.check()
+        """Put several messages in order; returns their ids. Errors say how many are stored, as in the other client."""
+        with PutMany(self._session, topic, arguments.messages(messages)) as puts:
+            batch = Batch(puts)
+            # Made here and not when there is room to send it, because the messages may come from a generator.
+            while batch.make(self._here().shared.batch_producer):
+                await self._here().shared.add(batch)
+            puts.check()
         return puts.ids
 
     @overload

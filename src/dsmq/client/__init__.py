@@ -29,7 +29,7 @@ from dsmq.client.connection import ClosedSilently, Link, Security, closed_silent
 from dsmq.client.reader import Claim, Entry, Inbox, give_back
 from dsmq.client.requests import Call, Once, Plain, Producer, Put, PutMany, Reading, Request, Retries
 from dsmq.client.session import Message, Session, State
-from dsmq.errors import ClientClosed, DSMQError, ReplyError
+from dsmq.errors import ClientClosed, ReplyError
 from dsmq.system import process
 from dsmq.wire.resp import Reply
 
@@ -161,13 +161,9 @@ class DSMQClientSideConnection:
         When it raises, those before the one that failed have been stored, and some behind it may have been: the error's
         stored_before and stored_behind say how many. It raises as `put` does.
         """
-        puts = PutMany(self._session, topic, arguments.messages(messages))
-        try:
+        with PutMany(self._session, topic, arguments.messages(messages)) as puts:
             self._run(puts, self._put_all)
             puts.check()
-        except DSMQError as error:
-            puts.count(error)
-            raise
         return puts.ids
 
     def _put_all(self, link: Link, puts: PutMany) -> None:
