@@ -10,7 +10,6 @@ import math
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -21,7 +20,7 @@ from typing import Any, Self, TypeAlias
 import pytest
 
 import dsmq.client
-from conftest import SOON, UNIT, serving, wait_until
+from conftest import SOON, UNIT, blocked, serving, wait_until
 from dsmq.aio import AsyncClient, connect
 from dsmq.client import channel
 from dsmq.errors import BadRequest, ClientClosed, ConnectionLost, Full, InternalError, MessageNotText
@@ -328,23 +327,6 @@ class Proxy:
                 writer.write(await treat(self, data) if treat else data)
                 await writer.drain()
         writer.transport.abort()
-
-
-@contextmanager
-def blocked(server: Server) -> Iterator[threading.Event]:
-    """A server that does nothing until the event is set."""
-    release, begun = threading.Event(), threading.Event()
-
-    def block() -> None:
-        begun.set()
-        release.wait(SOON)
-
-    server._workers[0].post(block)
-    assert begun.wait(SOON)
-    try:
-        yield release
-    finally:
-        release.set()
 
 
 def test_a_thousand_puts_at_once_use_one_connection_and_keep_their_order(server: Server) -> None:
