@@ -28,7 +28,7 @@ from dsmq.client import session as wire
 from dsmq.client.channel import Batch, Connector, Pool
 from dsmq.client.connection import ClosedSilently, Security, target
 from dsmq.client.dial import Target
-from dsmq.client.reader import Claim, Entry, Inbox, give_back
+from dsmq.client.reader import Claim, Entry, Inbox
 from dsmq.client.requests import Once, Plain, Put, PutMany, Reading, Request
 from dsmq.client.session import Message, State
 from dsmq.errors import ClientClosed
@@ -108,7 +108,7 @@ class AsyncClient:
         try:
             return blocking.first(await self._some(claim, topic, 1, 0.0, wire.converter(raw=raw)), default, raw=raw)
         except BaseException:
-            give_back(claim)
+            self._session.returned.append((claim, []))
             raise
 
     @overload
@@ -134,7 +134,7 @@ class AsyncClient:
         try:
             return blocking.first(await self._some(claim, topic, 1, seconds, wire.converter(raw=raw)), default, raw=raw)
         except BaseException:
-            give_back(claim)
+            self._session.returned.append((claim, []))
             raise
 
     @overload
@@ -152,7 +152,7 @@ class AsyncClient:
             convert = wire.converter(raw=raw)
             return blocking.first(await self._latest(claim, topic, convert), default, raw=raw)
         except BaseException:
-            give_back(claim)
+            self._session.returned.append((claim, []))
             raise
 
     @overload
@@ -171,7 +171,7 @@ class AsyncClient:
                 return await self._many(claim, topic, n, timeout, wire.body)
             return await self._many(claim, topic, n, timeout, wire.text)
         except BaseException:
-            give_back(claim)
+            self._session.returned.append((claim, []))
             raise
 
     async def read(self, topic: str, n: int = 1, *, timeout: float = 0.0, latest: bool = False) -> list[Message]:
@@ -183,7 +183,7 @@ class AsyncClient:
                 return await self._latest(claim, topic, self._session.message)
             return await self._many(claim, topic, n, timeout, self._session.message)
         except BaseException:
-            give_back(claim)
+            self._session.returned.append((claim, []))
             raise
 
     @overload
@@ -333,7 +333,7 @@ class _Messages(Generic[T]):
         try:
             return await self._next(claim)
         except BaseException:
-            give_back(claim)
+            self._client._session.returned.append((claim, []))  # noqa: SLF001
             raise
 
     async def _next(self, claim: Claim) -> T:

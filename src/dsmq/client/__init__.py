@@ -26,7 +26,7 @@ from dsmq.client import arguments
 from dsmq.client import requests as calls
 from dsmq.client import session as wire
 from dsmq.client.connection import ClosedSilently, Link, Security, closed_silently, target
-from dsmq.client.reader import Claim, Entry, Inbox, give_back
+from dsmq.client.reader import Claim, Entry, Inbox
 from dsmq.client.requests import Call, Once, Plain, Producer, Put, PutMany, Reading, Request, Retries
 from dsmq.client.session import Message, Session, State
 from dsmq.errors import ClientClosed, ReplyError
@@ -186,7 +186,8 @@ class DSMQClientSideConnection:
 
     # Messages out
 
-    # Each of these gives back what it has taken, wherever it is interrupted before it returns.
+    # Each of these gives back what it has taken, wherever it is interrupted before it returns: it appends to a list,
+    # which is one step from where it was interrupted, so that no second interrupt comes between.
 
     @overload
     def get(self, topic: str, *, default: str = "", raw: Literal[False] = False) -> str: ...
@@ -206,7 +207,7 @@ class DSMQClientSideConnection:
         try:
             return first(self._some(claim, topic, 1, 0.0, wire.converter(raw=raw)), default, raw=raw)
         except BaseException:
-            give_back(claim)
+            self._session.returned.append((claim, []))
             raise
 
     @overload
@@ -233,7 +234,7 @@ class DSMQClientSideConnection:
             seconds = patience() if timeout is None else arguments.seconds("timeout", timeout)
             return first(self._some(claim, topic, 1, seconds, wire.converter(raw=raw)), default, raw=raw)
         except BaseException:
-            give_back(claim)
+            self._session.returned.append((claim, []))
             raise
 
     @overload
@@ -254,7 +255,7 @@ class DSMQClientSideConnection:
             convert = wire.converter(raw=raw)
             return first(self._latest(claim, topic, convert), default, raw=raw)
         except BaseException:
-            give_back(claim)
+            self._session.returned.append((claim, []))
             raise
 
     @overload
@@ -272,7 +273,7 @@ class DSMQClientSideConnection:
                 return self._many(claim, topic, n, timeout, wire.body)
             return self._many(claim, topic, n, timeout, wire.text)
         except BaseException:
-            give_back(claim)
+            self._session.returned.append((claim, []))
             raise
 
     def read(self, topic: str, n: int = 1, *, timeout: float = 0.0, latest: bool = False) -> list[Message]:
@@ -287,7 +288,7 @@ class DSMQClientSideConnection:
                 return self._latest(claim, topic, self._session.message)
             return self._many(claim, topic, n, timeout, self._session.message)
         except BaseException:
-            give_back(claim)
+            self._session.returned.append((claim, []))
             raise
 
     @overload
@@ -599,7 +600,7 @@ class _Messages(Generic[T]):
         try:
             return self._next(claim)
         except BaseException:
-            give_back(claim)
+            self._client._session.returned.append((claim, []))  # noqa: SLF001
             raise
 
     def _next(self, claim: Claim) -> T:
