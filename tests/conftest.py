@@ -83,6 +83,23 @@ def client(server: Server) -> Iterator[Callable[[], DSMQClientSideConnection]]:
         one.close()
 
 
+@contextmanager
+def blocked(server: Server) -> Iterator[threading.Event]:
+    """A server that does nothing until the event is set."""
+    release, begun = threading.Event(), threading.Event()
+
+    def block() -> None:
+        begun.set()
+        release.wait(SOON)
+
+    server._workers[0].post(block)
+    assert begun.wait(SOON)
+    try:
+        yield release
+    finally:
+        release.set()
+
+
 def wait_until(condition: Callable[[], bool]) -> None:
     """For what the server does without telling: look until it is so."""
     until = time.monotonic() + SOON

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsmq.client import reader as inbox_module
-from dsmq.client.reader import Claim, Entry, Era, Inbox, give_back, read_request
+from dsmq.client.reader import Claim, Entry, Era, Inbox, Returned, read_request, take_back
 from dsmq.client.session import text
 from dsmq.errors import MessageNotText
 from dsmq.system import boot_time
@@ -26,6 +26,10 @@ __all__ = ["clock"]
 def take_latest(inbox: Inbox, found: list[Entry], claim: Claim | None = None) -> list[int] | None:
     claim = [] if claim is None else claim
     return inbox.take_latest(claim, inbox.asked_for_latest(), found, lambda _, found: found.id)
+
+
+def give_back(claim: Claim) -> None:
+    take_back([(claim, [])])
 
 
 def follow(inbox: Inbox, epoch: str, run: bytes, restored_id: int = 0) -> Era:
@@ -471,6 +475,62 @@ def test_an_interrupt_anywhere_leaves_no_message_out_and_none_twice(verb: str, o
         passed = 4 if verb == "latest" and got else 0
         assert got + rest == [number for number in range(1, 7) if number >= passed], limit
     assert interrupted > 10
+
+
+@pytest.mark.parametrize("opcodes", [False, True])
+@pytest.mark.parametrize("verb", ["take", "latest"])
+def test_an_interrupt_anywhere_while_messages_are_given_back_loses_none(verb: str, opcodes: bool) -> None:
+    interrupted, limit = 0, -1
+    while interrupted == max(0, limit):
+        limit += 1
+        inbox, claims = an_inbox(last_number=0), ([], [])
+        accept(inbox, [entry(1), entry(3), entry(4)])
+        taken = take(inbox, 2, claims[0])
+        # What is given back second stands before what was given back first.
+        taken += take_latest(inbox, entries(6), claims[1]) or [] if verb == "latest" else take(inbox, 1, claims[1])
+        assert len(taken) == 3
+        returned: Returned = [(claims[1], []), (claims[0], [])]
+        sys.settrace(at_step(limit, opcodes, interrupt))
+        try:
+            take_back(returned)
+        except KeyboardInterrupt:
+            interrupted += 1
+        finally:
+            sys.settrace(None)
+        take_back(returned)
+        assert (inbox.position[1], inbox.missed) == (0, 0)
+        rest: list[int] = []
+        while inbox.position[1] < 6:
+            accept(inbox, entries(*(one for one in (1, 3, 4, 5, 6) if one > inbox.asked()[1])))
+            rest += take(inbox)
+        assert (rest, inbox.missed) == ([1, 3, 4, 5, 6], 1), limit
+    assert interrupted > 10
+
+
+@pytest.mark.parametrize("opcodes", [False, True])
+def test_what_a_handler_gives_back_while_it_is_being_given_back_comes_once(opcodes: bool) -> None:
+    limit, is_handled = 0, True
+
+    def handle() -> None:
+        nonlocal is_handled
+        is_handled = True
+        take_back(returned)
+        got.extend(take(inbox, 1))
+
+    while is_handled:
+        limit += 1
+        inbox, claim, is_handled = an_inbox(), [], False
+        got: list[int] = []
+        accept(inbox, entries(1, 2, 3))
+        take(inbox, 2, claim)
+        returned: Returned = [(claim, [])]
+        sys.settrace(at_step(limit, opcodes, handle))
+        try:
+            take_back(returned)
+        finally:
+            sys.settrace(None)
+        assert got + take(inbox) + take(inbox) == [1, 2, 3], limit
+    assert limit > 10
 
 
 @pytest.mark.parametrize("opcodes", [False, True])
