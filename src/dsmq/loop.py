@@ -54,7 +54,7 @@ class Loop(Protocol):
     now: float
     """Seconds on the monotonic clock, at the start of this turn."""
     slice_seconds: float
-    """How long one connection may run requests before others have their turn."""
+    """How long one connection may run requests before others have their turn; 0 stands for one request."""
 
     def put(self, connection: Connection, put: Put) -> None:
         """Store it at the end of the turn, and call `stored` or `not_stored` then."""
