@@ -260,26 +260,27 @@ class Server:
         if objection := self._objection(network):
             self._refuse(sock, name, *objection)
             return
+        tls = self._tls
         try:
-            stream = self._stream(sock)
+            stream = self._stream(sock, tls)
         except OSError as error:
             _logger.debug("%s was gone when it was accepted: %s", name, error)
             sock.close()
             return
         self._services.usage.connections.add(network, 1)
         worker = min(self._workers, key=lambda worker: len(worker.connections))
-        adopt = partial(worker.adopt, stream, Peer(next(self._numbers), host, network, name, bool(self._tls)))
+        adopt = partial(worker.adopt, stream, Peer(next(self._numbers), host, network, name, bool(tls)))
         if worker.thread is threading.current_thread():
             adopt()
         else:
             worker.post(adopt)
 
-    def _stream(self, sock: socket.socket) -> Stream:
-        if not self._tls:
+    def _stream(self, sock: socket.socket, context: Any) -> Stream:
+        if not context:
             return sock
         from dsmq import tls  # noqa: PLC0415 - see _configure
 
-        return tls.accept(self._tls, sock)
+        return tls.accept(context, sock)
 
     def _objection(self, network: str) -> tuple[str, ReplyError] | None:
         """Return why a connection is not taken, in a word and as the client is told; nothing where it is."""
@@ -364,10 +365,7 @@ class Server:
         # All connections were admitted by these.
         stricter = new.tls_client_ca_file != before.tls_client_ca_file
         stricter = stricter or bool(new.tls_cert_file) != bool(before.tls_cert_file)
-        for worker in self._workers:
-            worker.post(worker.apply_settings)
-            worker.post(worker.dismiss_all if stricter else worker.check_tokens)
-        self._await_workers()
+        self._tell_workers(Worker.apply_settings, Worker.dismiss_all if stricter else Worker.check_tokens)
         changed = [name for name in Settings.model_fields if getattr(new, name) != getattr(before, name)]
         live, fixed = ([name for name in changed if (name in FIXED) == kept] for kept in (False, True))
         tokens, renewed = self._services.gate.changes(gate), self._certificates_written != written
@@ -380,12 +378,22 @@ class Server:
             _logger.warning("these change only with a new start: %s", ", ".join(fixed), extra=about)
         self._tell_security()
 
-    def _await_workers(self) -> None:
-        """Wait until what was posted is done: what the log calls changed is in force. Not for one that hangs."""
+    def _tell_workers(self, *calls: Callable[[Worker], None]) -> None:
+        """Have all workers do this, and wait for it: what the log calls changed is in force. Not for one that hangs.
+
+        The worker that accepts hands it on, behind the connections that it has given to the others by the old rules.
+        """
         done = [threading.Event() for _ in self._workers]
+
+        def hand_on() -> None:
+            for worker, event in zip(self._workers, done, strict=True):
+                for call in calls:
+                    worker.post(partial(call, worker))
+                worker.post(event.set)
+
         deadline = time.monotonic() + WATCH_SECONDS
-        for worker, event in zip(self._workers, done, strict=True):
-            worker.post(event.set)
+        for accepting in self._workers[:1]:
+            accepting.post(hand_on)
         wait_until(lambda: all(event.is_set() for event in done), deadline)
 
     def _threads(self) -> list[threading.Thread]:
