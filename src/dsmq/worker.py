@@ -45,8 +45,9 @@ MAX_TIMERS = 100
 ROOM_SECONDS = 0.005
 CLOSE_SECONDS = 0.05
 # Put within one turn before they are stored, so that a turn's messages need not all fit in memory twice.
-MAX_BATCH = 500
 MAX_BATCH_BYTES = 1_048_576
+# What each put counts there beside its message, so that no more than 500 are stored at once.
+PUT_BYTES = MAX_BATCH_BYTES // 500
 
 _logger = logging.getLogger(__name__)
 
@@ -340,8 +341,8 @@ class Worker:
     def put(self, connection: Connection, put: Put) -> None:
         self._puts.append(put)
         self._putters.append(connection)
-        self._put_bytes += len(put[1])
-        if len(self._puts) >= MAX_BATCH or self._put_bytes >= MAX_BATCH_BYTES:
+        self._put_bytes += len(put[1]) + PUT_BYTES
+        if self._put_bytes >= MAX_BATCH_BYTES:
             self.commit()
 
     def commit(self) -> None:
