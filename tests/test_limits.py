@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -281,22 +281,76 @@ def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "LEAST_SLICE_SECONDS", 0.0)
 
 
+@contextmanager
+def loop_held(server: Server) -> Iterator[None]:
+    """The loop stands still: what is sent meanwhile has come when the next turn begins."""
+    held, go = threading.Event(), threading.Event()
+    server._workers[0].post(lambda: held.set() or go.wait())  # type: ignore[func-returns-value]
+    assert held.wait(SOON)
+    try:
+        yield
+    finally:
+        go.set()
+
+
 @pytest.mark.usefixtures("short_turns")
 def test_a_greedy_client_does_not_starve_the_others() -> None:
     with serving() as server, wire_to(server) as greedy, wire_to(server) as modest:
-        held, go = threading.Event(), threading.Event()
-        server._workers[0].post(lambda: held.set() or go.wait())  # type: ignore[func-returns-value]
-        assert held.wait(SOON)
-        # Both have come when the next turn begins.
-        greedy.send(encode_request(b"PUT", b"t", b"x") * 1000)
-        modest.send(encode_request(b"PUT", b"t", b"y"))
-        go.set()
+        with loop_held(server):
+            greedy.send(encode_request(b"PUT", b"t", b"x") * 1000)
+            modest.send(encode_request(b"PUT", b"t", b"y"))
         place = modest.receive()
         assert isinstance(place, int)
         # Puts run in batches: those that are parsed together.
         assert place <= 100
         ids = [greedy.receive() for _ in range(1000)]
         assert ids == [number for number in range(1, 1002) if number != place]
+
+
+def test_in_a_crowd_each_client_is_served_one_request_before_any_gets_a_second(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(worker, "CROWD", 20)
+    with serving() as server, wire_to(server) as modest, ExitStack() as stack:
+        crowd = [stack.enter_context(wire_to(server)) for _ in range(30)]
+        wait_until(lambda: server.connections() == 31)
+        with loop_held(server):
+            for greedy in crowd:
+                greedy.send(encode_request(b"PUT", b"t", b"x") * 100)
+            modest.send(encode_request(b"PUT", b"t", b"y"))
+        place = modest.receive()
+        assert isinstance(place, int)
+        assert place <= len(crowd) + 1
+        for greedy in crowd:
+            assert all(isinstance(greedy.receive(), int) for _ in range(100))
+
+
+@pytest.mark.usefixtures("short_turns")
+def test_who_has_just_come_does_not_wait_for_all_that_others_have_pipelined(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving() as server, wire_to(server) as modest, ExitStack() as stack:
+        crowd = [stack.enter_context(wire_to(server)) for _ in range(20)]
+        wait_until(lambda: server.connections() == 21)
+        (loop,) = server._workers
+        turn, before = loop._turn, []
+
+        def arrive() -> None:
+            before.append(server.totals().stored)
+            modest.send(encode_request(b"PUT", b"t", b"y"))
+
+        def turn_and_arrive() -> None:
+            turn()
+            if loop._to_run and not before:
+                # In the next turn, before those who have requests left go on.
+                loop.post(arrive)
+
+        with loop_held(server):
+            for greedy in crowd:
+                greedy.send(encode_request(b"PUT", b"t", b"x") * 1000)
+            monkeypatch.setattr(loop, "_turn", turn_and_arrive)
+        place = modest.receive()
+        assert isinstance(place, int)
+        # One of the others runs a batch, or one request, in between.
+        assert before[0] < place <= before[0] + 100
 
 
 @pytest.mark.usefixtures("short_turns")

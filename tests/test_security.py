@@ -379,6 +379,37 @@ def test_all_are_let_go_of_when_others_are_admitted(files: Files, caplog: pytest
         assert "ZeroDivisionError" in caplog.text
 
 
+@pytest.mark.parametrize("has_tls", [False, True])
+def test_a_connection_that_is_handed_over_during_a_reload_is_let_go_of_too(
+    files: Files, monkeypatch: pytest.MonkeyPatch, has_tls: bool
+) -> None:
+    settings: dict[str, object] = {"io_threads": 2, "auth_timeout_seconds": 600}
+    settings |= {"tls_cert_file": files.server} if has_tls else {}
+    load = lambda: config.load(kind=config.EmbeddedSettings, port=0, **settings)  # noqa: E731
+    monkeypatch.setattr("dsmq.server.WATCH_SECONDS", UNIT)
+    accepted, go = threading.Event(), threading.Event()
+
+    def numbers() -> Iterator[int]:
+        yield 1
+        accepted.set()
+        go.wait()
+        yield 2
+
+    with Server(load(), load=load) as server:
+        monkeypatch.setattr(server._admission, "_numbers", numbers())
+        with wire_to(server), wire_to(server) as second:
+            try:
+                assert accepted.wait(SOON)
+                settings |= {"tls_cert_file": files.server, "tls_client_ca_file": files.ca}
+                # By now the first worker has accepted it, and the second does not know of it.
+                server.reload()
+            finally:
+                go.set()
+            assert second.ended()
+            wait_until(lambda: server.connections() == 0)
+            assert server.counters().failures == 0
+
+
 def test_a_reload_in_the_middle_of_a_handshake_of_tls_spins_nothing(files: Files) -> None:
     settings: dict[str, object] = {"tls_cert_file": files.server}
     load = lambda: config.load(kind=config.EmbeddedSettings, port=0, **settings)  # noqa: E731

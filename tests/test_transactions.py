@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from conftest import Wire, serving, wait_until, wire_to
+from conftest import SOON, Wire, serving, wait_until, wire_to
 from dsmq.broker import commands
+from dsmq.broker import event_loop as worker
 from dsmq.client import connect
 from dsmq.errors import ReplyError
 from dsmq.server import Server
@@ -227,6 +229,32 @@ def test_a_long_reply_is_sent_in_parts_and_others_are_served_meanwhile() -> None
             data += slow.socket.recv(10_000_000)
         assert data.startswith(b"+OK\r\n" + b"+QUEUED\r\n" * 500 + b"*500\r\n*5\r\n:1\r\n:1\r\n:")
         assert data.count(b"x" * 100_000) == 500
+
+
+def test_a_stop_in_the_middle_of_exec_ends_its_array_by_closing(
+    server: Server, wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (loop,) = server._workers
+    for name in ("TURN_SECONDS", "MOST_SLICE_SECONDS", "LEAST_SLICE_SECONDS"):
+        monkeypatch.setattr(worker, name, 0.0)
+    wire.send(b"".join(encode_request(*words) for words in ([b"MULTI"], [b"PUT", b"t", b"x"], *[[b"PING"]] * 100)))
+    assert [wire.receive() for _ in range(102)] == ["OK", *["QUEUED"] * 101]
+    turn = loop._turn
+
+    def turn_and_stop() -> None:
+        turn()
+        if loop._stop_at == math.inf and any(connection.steps for connection in loop.connections):
+            loop.stop(SOON)
+
+    monkeypatch.setattr(loop, "_turn", turn_and_stop)
+    wire.send(encode_request(b"EXEC"))
+    lines = b"".join(iter(lambda: wire.socket.recv(65536), b"")).split(b"\r\n")
+    # Of the array nothing comes behind the error, but its puts are stored.
+    assert lines[:2] == [b"*101", b":1"]
+    assert lines[-2:] == [b"-CLOSING the server is stopping", b""]
+    assert 2 < len(lines) < 101
+    assert server.totals().stored == 1
+    loop.thread.join()
 
 
 def test_what_a_role_may_not_do_aborts(tmp_path: Path) -> None:

@@ -234,12 +234,15 @@ def _put(client: Client, request: list[bytes]) -> None:
 
 
 def _parse_put(client: Client, request: list[bytes]) -> Put:
-    body = request[2]
-    most = client.services.settings.max_message_bytes
-    if len(body) > most:
+    topic, body = request[1], request[2]
+    settings = client.services.settings
+    if len(body) > settings.max_message_bytes:
         # The parser stops longer ones before they have arrived, but looks at no length below 1,024.
-        raise TooBig(f"a message has at most {most} bytes, not {len(body)}")
-    return _topic(client, request[1]), body, _key(client, request) if len(request) > 3 else None
+        raise TooBig(f"a message has at most {settings.max_message_bytes} bytes, not {len(body)}")
+    if not (0 < len(topic) <= settings.max_topic_bytes and topic.isascii()):
+        # A call costs as much as all this; nearly all topics need none.
+        _topic(client, topic)
+    return topic, body, _key(client, request) if len(request) > 3 else None
 
 
 def _key(client: Client, request: list[bytes]) -> tuple[bytes, int] | None:

@@ -49,8 +49,9 @@ from dsmq.wire.resp import REQUEST_OVERHEAD_BYTES, RequestParser, encode_error, 
 if TYPE_CHECKING:
     from dsmq.broker.event_loop import Worker
 
-# Received, and sent, at once: so that one connection does not hold up the others.
+# Received, and sent, at once: so that one connection does not hold up the others. In a crowd, less is received.
 RECEIVE_BYTES = 131_072
+CROWD_RECEIVE_BYTES = 16_384
 SEND_BYTES = 524_288
 # Max bytes buffered of requests behind one that waits; above it the client is not read from.
 MAX_HELD_BYTES = 65_536
@@ -333,10 +334,11 @@ class Connection:
 
     def _most_to_receive(self) -> int:
         """Return how many bytes to read: few beyond what is reserved, where others wait for room or soon will."""
+        most = self._receive_bytes if self._loop.slice_seconds else min(self._receive_bytes, CROWD_RECEIVE_BYTES)
         if not self._budget.is_crowded:
-            return self._receive_bytes
+            return most
         reserved = self._parser.missing if self._parser.incomplete and not self._parked else 0
-        return min(self._receive_bytes, FREE_BYTES + reserved)
+        return min(most, FREE_BYTES + reserved)
 
     def _shake_hands(self) -> None:
         try:
@@ -373,7 +375,7 @@ class Connection:
         requests, parser = self._requests, self._parser
         tight = self._replies.is_tight
         most = FREE_BYTES if tight and self._replies.is_full else self._max_unread
-        until = 0.0
+        until, slice_seconds = 0.0, self._loop.slice_seconds
         # What waits for room is tried again by on_room alone.
         halted = self._no_room
         while not (self._parked or self.finishing or halted) and len(self._out) < most:
@@ -389,13 +391,13 @@ class Connection:
                 self._refuse(request, error)
             except Exception:  # noqa: BLE001
                 self._fail_by_defect()
-            if requests and self._deferred:
+            if requests and self._deferred and slice_seconds:
                 # Puts take little time each: the clock is read once for a batch of them.
                 continue
             if parser.missing and not requests:
                 break
             now = monotonic()
-            until = until or now + self._loop.slice_seconds
+            until = until or now + slice_seconds
             if now >= until:
                 break
         size = len(self._out)
@@ -456,7 +458,7 @@ class Connection:
     def _parse(self) -> bool:
         """Take further requests out of the parser, if there are some."""
         try:
-            requests = self._parser.batch() if self._permitted else self._next_of_stranger()
+            requests = self._parser.batch() if self._permitted and self._loop.slice_seconds else self._next_alone()
         except ReplyError as error:
             if self._settled():
                 self._reject(error)
@@ -467,8 +469,8 @@ class Connection:
             self._request_since = math.inf
         return bool(requests)
 
-    def _next_of_stranger(self) -> list[list[bytes]]:
-        """Parse one request at a time, so that no work is done for those beyond MAX_REQUESTS_OF_STRANGERS."""
+    def _next_alone(self) -> list[list[bytes]]:
+        """Parse one request, so that no work is done for those beyond MAX_REQUESTS_OF_STRANGERS, or beyond its time."""
         request = self._parser.next()
         return [] if request is None else [request]
 

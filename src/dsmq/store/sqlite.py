@@ -320,9 +320,10 @@ class SQLiteStore:
             last_id += 1
             topic.last_number += 1
             topic.tail.append((last_id, topic.last_number, now, body))
-            topic.bytes += len(body)
+            length = len(body)
+            topic.bytes += length
             topic.last_id = last_id
-            size += len(body)
+            size += length
             ids.append(last_id)
         if heard:
             producers.forget(heard, now)
