@@ -74,6 +74,8 @@ LAST_RECEIVE_BYTES = 4096
 # How long a client may take to read the last reply and hang up, when the server closes; and how long it may have sent
 # requests behind a wrong token.
 LINGER_SECONDS = 1.0
+# After a wrong token, how long a client may go on sending its handshake, so that it gets a reply to all of it.
+HANDSHAKE_SECONDS = 0.1
 LINGER_SECONDS_AT_STOP = 0.05
 
 _DEFECT = InternalError("see the server's log")
@@ -736,7 +738,7 @@ class Connection:
             self._gave_wrong_token = True
             self.role = Role.NOBODY
             self._set_bounds()
-            self._stranger_until = self._loop.now + LINGER_SECONDS
+            self._stranger_until = self._loop.now + HANDSHAKE_SECONDS
             self._schedule()
             raise WrongToken("invalid token")
         self.token, self.role = found, found.role
