@@ -18,14 +18,14 @@ from unittest.mock import Mock
 import pytest
 
 from conftest import SOON, UNIT, Wire, daemon, serving, wait_until, wire_to
-from dsmq import connection, logs, producers, sqlite_store, worker
+from dsmq import commands, connection, logs, producers, sqlite_store, worker
 from dsmq.client import connect
 from dsmq.connection import MAX_HELD_BYTES, RECEIVE_BYTES, Connection
 from dsmq.errors import Full, ReplyError
-from dsmq.protocol import encode_request
+from dsmq.protocol import Encoded, encode_messages, encode_request
 from dsmq.server import Server
 from dsmq.sqlite_store import SQLiteStore
-from dsmq.store import MESSAGE_OVERHEAD_BYTES, TOPIC_OVERHEAD_BYTES, Limits
+from dsmq.store import MESSAGE_OVERHEAD_BYTES, TOPIC_OVERHEAD_BYTES, Limits, Message
 from dsmq.usage import FREE_BYTES, Budget
 
 # What is held
@@ -899,6 +899,22 @@ def test_many_that_wait_are_woken_in_more_than_one_turn(monkeypatch: pytest.Monk
         assert writer.call("PUT", "t", "x") == 1
         assert [wire.receive() for wire in waiting] == [b"x"] * 30
         assert max(woken) <= 4, woken
+
+
+def test_a_long_reply_is_sent_from_the_buffer_that_it_is_made_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Encoded] = []
+
+    def encode(messages: list[Message]) -> Encoded:
+        made.append(encode_messages(messages))
+        return made[-1]
+
+    monkeypatch.setattr(commands, "encode_messages", encode)
+    with serving() as server, wire_to(server) as wire:
+        (one,) = wait_for_connections(server, 1)
+        body = b"x" * (1 << 20)
+        assert wire.call("PUT", "t", body) == 1
+        assert wire.call("READ", "t", 0)[3] == body  # type: ignore[index]
+        assert one._out is made[0]
 
 
 HEAVY = {
