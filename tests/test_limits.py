@@ -19,7 +19,7 @@ import pytest
 
 from conftest import SOON, UNIT, Wire, daemon, serving, wait_until, wire_to
 from dsmq import logs
-from dsmq.broker import connection
+from dsmq.broker import commands, connection
 from dsmq.broker import event_loop as worker
 from dsmq.broker.connection import MAX_HELD_BYTES, RECEIVE_BYTES, Connection
 from dsmq.broker.usage import FREE_BYTES, Budget
@@ -28,9 +28,9 @@ from dsmq.errors import Full, ReplyError
 from dsmq.server import Server
 from dsmq.store import dedup as producers
 from dsmq.store import sqlite as sqlite_store
-from dsmq.store.api import MESSAGE_OVERHEAD_BYTES, TOPIC_OVERHEAD_BYTES, Limits
+from dsmq.store.api import MESSAGE_OVERHEAD_BYTES, TOPIC_OVERHEAD_BYTES, Limits, Message
 from dsmq.store.sqlite import SQLiteStore
-from dsmq.wire.resp import encode_request
+from dsmq.wire.resp import Encoded, encode_messages, encode_request
 
 # What is held
 
@@ -903,6 +903,22 @@ def test_many_that_wait_are_woken_in_more_than_one_turn(monkeypatch: pytest.Monk
         assert writer.call("PUT", "t", "x") == 1
         assert [wire.receive() for wire in waiting] == [b"x"] * 30
         assert max(woken) <= 4, woken
+
+
+def test_a_long_reply_is_sent_from_the_buffer_that_it_is_made_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Encoded] = []
+
+    def encode(messages: list[Message]) -> Encoded:
+        made.append(encode_messages(messages))
+        return made[-1]
+
+    monkeypatch.setattr(commands, "encode_messages", encode)
+    with serving() as server, wire_to(server) as wire:
+        (one,) = wait_for_connections(server, 1)
+        body = b"x" * (1 << 20)
+        assert wire.call("PUT", "t", body) == 1
+        assert wire.call("READ", "t", 0)[3] == body  # type: ignore[index]
+        assert one._out is made[0]
 
 
 HEAVY = {

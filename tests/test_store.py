@@ -237,6 +237,30 @@ def test_no_chunk_is_long(store: SQLiteStore, size: int, messages: int) -> None:
     assert [message.id for message in store.read(b"t", 0, 1000, 10**8)] == list(range(1, 301))
 
 
+@pytest.mark.parametrize("size", [store_module.LONG_BYTES - 1, store_module.LONG_BYTES, 8 << 20])
+def test_long_messages_among_short_ones_are_read_whole(store: SQLiteStore, size: int) -> None:
+    bodies = [b"x", (bytes(range(256)) * (size // 256 + 1))[:size], b"y"]
+    put(store, b"t", *bodies)
+    store._write_tails()
+    assert [message.body for message in store.read(b"t", 0, 1000, 10**8)] == bodies
+    assert store.latest(b"t", 0, 3)[0].body == bodies[1]
+    assert store.latest(b"t", 0)[0].body == b"y"
+
+
+def test_a_long_message_is_copied_once_when_it_is_read(store: SQLiteStore) -> None:
+    put(store, b"t", b"x" * (1 << 20))
+    store._write_tails()
+    statements = watch(store)
+    assert len(store.read(b"t", 0, 1, 1)[0].body) == 1 << 20
+    # As a row's value it would be copied into the row first.
+    (statement,) = statements
+    assert "CASE WHEN length(bodies)" in statement
+
+
+def test_what_is_deleted_is_not_overwritten(store: SQLiteStore) -> None:
+    assert store._database.execute("PRAGMA secure_delete").fetchone() == (0,)
+
+
 def test_stats_reads_no_bodies(store: SQLiteStore) -> None:
     put(store, b"t", BIG)
     store.flush()
@@ -257,6 +281,7 @@ def test_flush_without_room_raises_and_keeps_what_was_put(store: SQLiteStore) ->
 
 PLANS = {
     "_READ": "SEARCH chunks USING INDEX chunks_by_topic (topic=? AND rowid>?)",
+    "_READ_SHORT": "SEARCH chunks USING INDEX chunks_by_topic (topic=? AND rowid>?)",
     "_LATEST": "SEARCH chunks USING INDEX chunks_by_topic (topic=?)",
     "_OLDEST": "SEARCH chunks USING INDEX chunks_by_topic (topic=?)",
     "_EXPIRY": "SCAN chunks",

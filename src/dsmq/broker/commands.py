@@ -34,6 +34,7 @@ from dsmq.settings import Settings
 from dsmq.store.api import Answer, Message, Put, Store, T, TopicStats
 from dsmq.wire.resp import (
     MAX_INTEGER,
+    Encoded,
     encode_array,
     encode_bulk,
     encode_integer,
@@ -112,7 +113,7 @@ class Step(NamedTuple):
     """One request of a transaction, when EXEC runs it."""
 
     request: list[bytes]
-    run: Callable[[], bytes | None]
+    run: Callable[[], Encoded | None]
     below: int
     """It reads only messages with ids below this one: what was put after it in the transaction is stored already."""
 
@@ -160,12 +161,12 @@ class Client(Protocol):
     def run_next(self, steps: deque[Step]) -> None:
         """Run these before any other request: each is replied to like a request of its own."""
 
-    def reply_to(self, answer: Answer[T], encode: Callable[[T], bytes]) -> bytes | None:
+    def reply_to(self, answer: Answer[T], encode: Callable[[T], Encoded]) -> Encoded | None:
         """Return the encoded answer, or None where the store answers later."""
 
     def wait_for(
-        self, topic: bytes, milliseconds: int, fetch: Fetch, encode: Callable[[list[Message]], bytes]
-    ) -> bytes | None:
+        self, topic: bytes, milliseconds: int, fetch: Fetch, encode: Callable[[list[Message]], Encoded]
+    ) -> Encoded | None:
         """Fetch now and after each put into the topic, until there are messages or the time is up."""
 
     def authenticate(self, user: bytes, token: bytes, welcome: Callable[[], bytes]) -> bytes:
@@ -182,7 +183,7 @@ class Client(Protocol):
 
 
 Fetch = Callable[[], Answer[list[Message]]]
-Handler = Callable[[Client, list[bytes]], bytes | None]
+Handler = Callable[[Client, list[bytes]], Encoded | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +268,7 @@ def _key(client: Client, request: list[bytes]) -> tuple[bytes, int] | None:
     return producer, _integer(seq, "seq")
 
 
-def _read(client: Client, request: list[bytes]) -> bytes | None:
+def _read(client: Client, request: list[bytes]) -> Encoded | None:
     topic = _topic(client, request[1])
     after = _integer(request[2], "after")
     wait, count, size, latest, epoch = _read_options(*request[3:])
@@ -315,13 +316,13 @@ def _read_options(*words: bytes) -> tuple[int, int, int, bool, bytes | None]:
     return wait, count, size, b"LATEST" in options, options[b"EPOCH"][0] if b"EPOCH" in options else None
 
 
-def _delivered_in(epoch: bytes, client: Client, topic: bytes, messages: list[Message]) -> bytes:
+def _delivered_in(epoch: bytes, client: Client, topic: bytes, messages: list[Message]) -> Encoded:
     """The same at the end of a wait, during which a store elsewhere may have begun another epoch."""
     _check_epoch(client.services.store, epoch)
     return _delivered(client, topic, messages)
 
 
-def _delivered(client: Client, topic: bytes, messages: list[Message]) -> bytes:
+def _delivered(client: Client, topic: bytes, messages: list[Message]) -> Encoded:
     counters = client.counters
     if messages:
         counters.gets_message += 1
@@ -337,11 +338,11 @@ def _delivered(client: Client, topic: bytes, messages: list[Message]) -> bytes:
     return encode_messages(messages)
 
 
-def _get(client: Client, request: list[bytes]) -> bytes | None:
+def _get(client: Client, request: list[bytes]) -> Encoded | None:
     return _next(client, _topic(client, request[1]), 0, 1)
 
 
-def _getwait(client: Client, request: list[bytes]) -> bytes | None:
+def _getwait(client: Client, request: list[bytes]) -> Encoded | None:
     return _next(client, *_parse_getwait(client, request), 1)
 
 
@@ -353,11 +354,11 @@ def _parse_topic(client: Client, request: list[bytes]) -> bytes:
     return _topic(client, request[1])
 
 
-def _getlatest(client: Client, request: list[bytes]) -> bytes | None:
+def _getlatest(client: Client, request: list[bytes]) -> Encoded | None:
     return _next(client, _topic(client, request[1]), 0, 0)
 
 
-def _next(client: Client, topic: bytes, wait: int, count: int) -> bytes | None:
+def _next(client: Client, topic: bytes, wait: int, count: int) -> Encoded | None:
     """Reply the message behind the connection's position, or with a count of 0 the newest."""
     position = client.positions.get(topic, client.watermark)
     fetch: Fetch
@@ -376,7 +377,7 @@ def _moved(client: Client, topic: bytes, messages: list[Message]) -> bytes:
     return encode_bulk(messages[0].body)
 
 
-def _topics(client: Client, request: list[bytes]) -> bytes | None:
+def _topics(client: Client, request: list[bytes]) -> Encoded | None:
     options = _options(request[1:], {b"AFTER": 1, b"COUNT": 1})
     after = options.get(b"AFTER", [b""])[0]
     count = _number(options, b"COUNT", MAX_COUNT, 1, MAX_COUNT)
@@ -393,7 +394,7 @@ def _encode_topics(topics: list[TopicStats]) -> bytes:
     )
 
 
-def _stats(client: Client, request: list[bytes]) -> bytes | None:
+def _stats(client: Client, request: list[bytes]) -> Encoded | None:
     topic = _topic(client, request[1])
     return client.reply_to(client.services.store.stats(topic), partial(_encode_stats, client.version))
 
@@ -481,7 +482,7 @@ def _run_transaction(
     steps: deque[Step] = deque()
     for command, request in reversed(requests):
         first = below.get(request[1], _UNBOUNDED) if len(request) > 1 else _UNBOUNDED
-        run: Callable[[], bytes | None] = partial(command.handler, client, request)
+        run: Callable[[], Encoded | None] = partial(command.handler, client, request)
         if command is PUT and isinstance(stored, ReplyError):
             client.counters.puts_refused[stored.code] += 1
             run = partial(_raise, stored)
@@ -499,7 +500,7 @@ def _raise(error: ReplyError) -> NoReturn:
     raise error.with_traceback(None)
 
 
-def _step(client: Client, request: list[bytes]) -> bytes | None:
+def _step(client: Client, request: list[bytes]) -> Encoded | None:
     """Run what EXEC has still to run. Its request has an empty name, and so can't come before that from the client."""
     if not client.steps:
         find(request[0])

@@ -44,7 +44,7 @@ from dsmq.errors import (
     WrongToken,
 )
 from dsmq.store.api import MESSAGE_OVERHEAD_BYTES, Answer, Message, Put, T
-from dsmq.wire.resp import REQUEST_OVERHEAD_BYTES, RequestParser, encode_error, encode_integer
+from dsmq.wire.resp import REQUEST_OVERHEAD_BYTES, Encoded, RequestParser, encode_error, encode_integer
 
 if TYPE_CHECKING:
     from dsmq.broker.event_loop import Worker
@@ -71,8 +71,7 @@ MAX_REQUESTS_OF_STRANGERS = 16
 MAX_DISCARDED_BYTES_OF_STRANGERS = 65_536
 # Of a client that is being let go of, so much is read at once, to be thrown away.
 LAST_RECEIVE_BYTES = 4096
-# How long a client may take to read the last reply and hang up, when the server closes; and how long it may have sent
-# requests behind a wrong token.
+# How long a client may take to read the last reply and hang up, when the server closes.
 LINGER_SECONDS = 1.0
 # After a wrong token, how long a client may go on sending its handshake, so that it gets a reply to all of it.
 HANDSHAKE_SECONDS = 0.1
@@ -128,7 +127,7 @@ class _Wait:
     """Empty if it waits for room for its reply alone."""
     until: float
     fetch: Fetch
-    encode: Callable[[list[Message]], bytes]
+    encode: Callable[[list[Message]], Encoded]
 
 
 class Connection:
@@ -639,9 +638,13 @@ class Connection:
 
     # Replies
 
-    def _send(self, reply: bytes) -> None:
+    def _send(self, reply: Encoded) -> None:
         if not self._out:
             self._loop.flush_soon(self)
+            if type(reply) is bytearray:
+                # It is long, and so not copied again.
+                self._out = reply
+                reply = b""
         self._out += reply
         if self._backlog:
             # It is not flushed before the client reads.
@@ -848,14 +851,14 @@ class Connection:
 
     # Answers that come later
 
-    def reply_to(self, answer: Answer[T], encode: Callable[[T], bytes]) -> bytes | None:
+    def reply_to(self, answer: Answer[T], encode: Callable[[T], Encoded]) -> Encoded | None:
         if not isinstance(answer, Future):
             return encode(answer)
         self._parked = True
         answer.add_done_callback(lambda done: self._loop.post(partial(self._answered, done, encode)))
         return None
 
-    def _answered(self, answer: Future[T], encode: Callable[[T], bytes | None], wait: _Wait | None = None) -> None:
+    def _answered(self, answer: Future[T], encode: Callable[[T], Encoded | None], wait: _Wait | None = None) -> None:
         if self.closed or self._wait is not wait:
             # With a store that answers later, the wait may have ended by an earlier answer, or its time.
             return
@@ -871,8 +874,8 @@ class Connection:
         self.resume()
 
     def wait_for(
-        self, topic: bytes, milliseconds: int, fetch: Fetch, encode: Callable[[list[Message]], bytes]
-    ) -> bytes | None:
+        self, topic: bytes, milliseconds: int, fetch: Fetch, encode: Callable[[list[Message]], Encoded]
+    ) -> Encoded | None:
         if self.below:
             # A step of a transaction does not wait for messages.
             fetch, milliseconds = partial(_fetch_below, self.below, fetch), 0
@@ -897,7 +900,7 @@ class Connection:
         self._parked = reply is None
         return reply
 
-    def _look(self, wait: _Wait) -> bytes | None:
+    def _look(self, wait: _Wait) -> Encoded | None:
         messages = wait.fetch()
         if isinstance(messages, Future):
             messages.add_done_callback(
@@ -906,7 +909,7 @@ class Connection:
             return None
         return self._found(wait, messages)
 
-    def _found(self, wait: _Wait, messages: list[Message]) -> bytes | None:
+    def _found(self, wait: _Wait, messages: list[Message]) -> Encoded | None:
         if not messages and wait.topic:
             return None
         if not self._claim_reply(sum([len(message.body) + MESSAGE_OVERHEAD_BYTES for message in messages])):
