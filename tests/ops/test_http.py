@@ -24,7 +24,7 @@ from prometheus_client import Metric
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from conftest import ROOT, SOON, UNIT, Wire, daemon, serving, wait_until, wire_to
+from conftest import ROOT, SOON, UNIT, Wire, daemon, scrape, serving, wait_until, wire_to
 from dsmq import __version__
 from dsmq import settings as config
 from dsmq.broker import event_loop as worker
@@ -71,16 +71,6 @@ class Answer:
             self.type = response.headers["Content-Type"]
             self.body = response.read()
             self.text = self.body.decode()
-
-
-def scrape(server: Server) -> dict[str, float]:
-    """All samples by name; those with a label as `name{value of the label}`."""
-    families = text_string_to_metric_families(Answer(server.http_port, "/metrics").text)
-    return {
-        sample.name + "".join(f"{{{value}}}" for value in sample.labels.values()): sample.value
-        for family in families
-        for sample in family.samples
-    }
 
 
 def hang(server: Server) -> socket.socket:

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_session import Time, accept, an_inbox, clock, entries, entry, request, take, warnings
 
 from dsmq.client import reader as inbox_module
 from dsmq.client.reader import Claim, Entry, Era, Inbox, give_back, read_request
 from dsmq.client.session import text
 from dsmq.errors import MessageNotText
 from dsmq.system import boot_time
-from test_session import Time, accept, an_inbox, clock, entries, entry, request, take, warnings
 
 __all__ = ["clock"]
 

@@ -12,10 +12,9 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from connections import faulty, pipeline, serve_until
-from crowd import dial
-from rig import MIB, SOON, Daemon, NotHere, Trial, Victim, megabytes, milliseconds, victim, wait_until
-
+from attacks.connections import faulty, pipeline, serve_until
+from attacks.crowd import dial
+from attacks.rig import MIB, SOON, Daemon, NotHere, Trial, Victim, megabytes, milliseconds, victim, wait_until
 from dsmq.client import DSMQClientSideConnection
 from dsmq.errors import DSMQError, Full, StoreFailed
 from dsmq.store.api import MESSAGE_OVERHEAD_BYTES

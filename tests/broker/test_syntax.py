@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, Wire
+from conftest import ROOT, Wire, as_map
 from dsmq import errors
 from dsmq.broker import commands
 from dsmq.broker.syntax import Argument, arguments, bounds
 from dsmq.wire import resp
-from test_server import as_map
 
 PROTOCOL = (ROOT / "src/dsmq/wire/PROTOCOL.md").read_text()
 

@@ -7,12 +7,12 @@ import math
 from collections.abc import Iterator
 
 import pytest
+from test_session import a_session, accept, an_inbox, entries, hello, take
 
 from dsmq.client import requests as calls
 from dsmq.client.requests import Once, Plain, Producer, Put, PutMany, Read, Retries
 from dsmq.errors import AuthRequired, Closing, ConnectionLost, Full, ProtocolError, TimedOut
 from dsmq.wire.resp import RequestParser
-from test_session import a_session, accept, an_inbox, entries, hello, take
 
 BROKEN = ConnectionResetError("broken")
 CLOSING = Closing("the server is stopping")

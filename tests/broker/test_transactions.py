@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Wire, serving, wait_until, wire_to
+from conftest import Wire, as_map, serving, wait_until, wire_to
 from dsmq.broker import commands
 from dsmq.client import connect
 from dsmq.errors import ReplyError
 from dsmq.server import Server
 from dsmq.wire.resp import encode_request
-from test_server import as_map
 
 
 def transact(wire: Wire, *requests: tuple[object, ...]) -> object:

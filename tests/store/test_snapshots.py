@@ -27,7 +27,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import SOON, UNIT, Daemon, Wire, daemon, run_dsmq, serving, wait_until, wire_to, without_privileges
+from conftest import (
+    SOON,
+    UNIT,
+    Daemon,
+    Wire,
+    as_map,
+    daemon,
+    run_dsmq,
+    scrape,
+    serving,
+    wait_until,
+    wire_to,
+    without_privileges,
+)
 from dsmq import server as server_module
 from dsmq import settings as config
 from dsmq import threads
@@ -43,8 +56,6 @@ from dsmq.store.image import Instant, Part, Place
 from dsmq.store.snapshots import RESTORE_GAP, Keeper
 from dsmq.store.sqlite import SQLiteStore
 from dsmq.wire.resp import encode_request
-from test_server import as_map
-from test_sideport import scrape
 
 MAX_AGE = 100_000
 KEPT_AT = 1_700_000_000.0

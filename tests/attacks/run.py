@@ -1,4 +1,4 @@
-"""Attacks on dsmq, for real: `python tests/faults/attacks.py [NAME ...] [--quick]`.
+"""Attacks on dsmq, for real: `python tests/attacks [NAME ...] [--quick]`.
 
 Each starts servers of its own on free ports of this machine, attacks them, looks on as others would, and leaves
 nothing behind. In the end it prints a table; the exit status is 1 where something did not hold. Times are judged in
@@ -8,14 +8,11 @@ the full run alone: they need a machine that does nothing else.
 from __future__ import annotations
 
 import argparse
-import sys
 import threading
 from collections.abc import Callable
 
-import connections
-import malformed
-import trouble
-from rig import NotHere, Row, Trial, progress, table
+from attacks import connections, malformed, trouble
+from attacks.rig import NotHere, Row, Trial, progress, table
 
 ATTACKS: dict[str, Callable[[Trial], None]] = {
     "before_auth": connections.before_auth,
@@ -69,7 +66,3 @@ def main() -> int:
     progress("")
     print("\n".join(table(rows)))
     return int(any(row.ok is False for row in rows))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

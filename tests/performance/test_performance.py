@@ -65,7 +65,7 @@ def test_bench_says_in_a_line_that_messages_may_be_too_long() -> None:
 
 
 def test_the_suite_measures_a_system() -> None:
-    first, *lines = run_script("performance_suite.py", "--count", "20").splitlines()
+    first, *lines = run_script("performance/suite.py", "--count", "20").splitlines()
     assert first.startswith("dsmq ")
     assert [line.split("  ")[0] for line in lines] == OPERATIONS
 

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from crowd import GRACE_SECONDS, Crowd, dial, reset
-from rig import (
+from attacks.crowd import GRACE_SECONDS, Crowd, dial, reset
+from attacks.rig import (
     HERE,
     MIB,
     SOON,
@@ -32,7 +32,6 @@ from rig import (
     victim,
     wait_until,
 )
-
 from dsmq.wire.resp import encode_request
 
 TOKEN = "a-token-of-the-attacks"

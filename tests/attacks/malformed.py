@@ -1,6 +1,6 @@
 """Malformed requests: mutations of good ones, and the shapes that are known to have hurt servers.
 
-`python tests/faults/malformed.py RUNS` has atheris, which watches what the parser does, look for more.
+`python -m attacks.malformed RUNS`, in tests/, has atheris, which watches what the parser does, look for more.
 """
 
 from __future__ import annotations
@@ -16,11 +16,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib import util
-from pathlib import Path
 
-from crowd import dial, reset
-from rig import Process, Trial, Victim, compare_latency, megabytes, victim
-
+from attacks.crowd import dial, reset
+from attacks.rig import HERE, Process, Trial, Victim, compare_latency, megabytes, victim
 from dsmq.errors import ProtocolError, ReplyError
 from dsmq.wire.resp import ReplyParser, RequestParser, encode_request
 
@@ -370,8 +368,8 @@ def guided(trial: Trial, runs: int) -> None:
     if util.find_spec("atheris") is None:
         trial.state("guided by coverage", "skipped: Python's atheris is not installed")
         return
-    command = [sys.executable, str(Path(__file__)), str(runs)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    command = [sys.executable, "-m", "attacks.malformed", str(runs)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, cwd=HERE.parent)
     told = [line for line in done.stderr.splitlines() if line.startswith("Done") or "Exception" in line]
     trial.must(f"{runs:,} guided by coverage (atheris)", "; ".join(told), done.returncode == 0)
 

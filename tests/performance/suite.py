@@ -1,4 +1,4 @@
-"""The times of typical operations on one system: `python tests/performance_suite.py [SYSTEM]`.
+"""The times of typical operations on one system: `python tests/performance/suite.py [SYSTEM]`.
 
 SYSTEM is dsmq, redis, beanstalkd or nats; the server is started for it. On a server that is running already,
 `dsmq bench` measures the same.
@@ -9,9 +9,6 @@ from __future__ import annotations
 import argparse
 import sys
 from contextlib import ExitStack
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent / "performance"))
 
 import brokers
 import drivers
