@@ -600,6 +600,7 @@ logging.getLogger("dsmq").addHandler(Early())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("early", ["", EARLY], ids=["while it stops", "before it has begun to"])
 def test_a_second_signal_does_not_wait(early: str) -> None:
     script = f"""

@@ -9,7 +9,10 @@ import pytest
 from attacks import run
 from attacks.rig import NotHere
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="processes are read from /proc")
+pytestmark = [
+    pytest.mark.attacks,
+    pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="processes are read from /proc"),
+]
 
 
 @pytest.mark.parametrize("name", run.ATTACKS)

@@ -69,6 +69,7 @@ def wire_as(server: Server, token: str, source: str | None = None) -> Iterator[W
 # What a stranger may do
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name.decode() for name in COMMANDS])
 def test_a_stranger_may_say_hello_show_a_token_ping_and_quit(server: Server, wire: Wire, name: str) -> None:
     arguments = ["x"] * COMMANDS[name.encode()].least
@@ -420,6 +421,7 @@ def test_reload_takes_over_what_can_change_and_names_what_can_not(
         wire.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     ["", "# nothing\n", "name read", "name root token", "name read token more"],
@@ -619,6 +621,7 @@ def test_ping_finds_the_server_by_its_own_configuration(tmp_path: Path, token_fi
 PROTECTED = "without authentication: set auth_token (DSMQ_AUTH_TOKEN), auth_token_file or tls_client_ca_file, or "
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "[::]"])
 def test_listening_to_a_network_without_authentication_does_not_start(host: str) -> None:
     done = run_dsmq("serve", "--host", host, "--port", "0")
@@ -993,6 +996,7 @@ def test_a_certificate_is_renewed_without_a_restart(files: Files, authority: tru
             connect(**where).close()  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tls_cert_file", "tls_key_file", "tls_client_ca_file"])
 def test_a_file_of_tls_that_is_no_good_is_told(files: Files, tmp_path: Path, name: str) -> None:
     bad = tmp_path / "bad.pem"

@@ -96,6 +96,7 @@ def resident_kib(daemon: Daemon) -> int:
     return int(status.split("VmRSS:")[1].split()[0])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_attacks_leave_memory_as_it_was() -> None:
     with daemon() as process:

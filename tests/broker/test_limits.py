@@ -109,6 +109,7 @@ def expire_all(server: Server) -> None:
     server._store.max_age_ms = before
 
 
+@pytest.mark.slow
 def test_server_looks_by_itself_which_limits_refuse_puts() -> None:
     with daemon("--max-stored-messages", "1", "--max-age-seconds", "1") as server:
         wire = Wire(("127.0.0.1", server.port))
@@ -363,6 +364,7 @@ def test_what_follows_a_token_in_the_same_packet_is_run_in_batches() -> None:
         assert [wire.receive() for _ in range(501)] == ["OK"] + ["PONG"] * 500
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("patient")
 def test_replies_that_nobody_reads_are_bounded_for_all_together() -> None:
     bounds = {
@@ -457,6 +459,7 @@ def test_a_flood_of_one_cause_is_summarised(monkeypatch: pytest.MonkeyPatch) -> 
     assert passes(1, "7")
 
 
+@pytest.mark.slow
 def test_the_log_of_a_flood_is_short_and_says_so() -> None:
     with daemon("--max-log-lines-per-second", "2") as process:
         for _ in range(20):
@@ -503,6 +506,7 @@ def test_unauthenticated_connections_are_bounded_over_all_workers_together() -> 
 # Replies
 
 
+@pytest.mark.slow
 def test_a_pipeline_that_is_written_before_it_is_read_is_run_once() -> None:
     count = 1_000_000
     with daemon() as process:
@@ -561,6 +565,7 @@ def test_a_reply_that_finds_no_room_waits_until_others_have_read() -> None:
         wait_until(lambda: replies.total == 0 and not replies._queue)
 
 
+@pytest.mark.slow
 def test_of_those_that_do_not_read_the_largest_makes_room(tmp_path: Path) -> None:
     # The kernel buffers little of a Unix socket.
     limits = {"max_total_unread_reply_bytes": 2_500_000, "max_message_bytes": 1_000_000}
@@ -735,6 +740,7 @@ def test_requests_that_are_parsed_count_as_what_they_take_in_memory() -> None:
         assert server._services.usage.requests.total > 10_000
 
 
+@pytest.mark.slow
 def test_a_request_that_stalls_makes_room_for_others() -> None:
     limits = {"max_total_request_bytes": 1_500_000, "max_message_bytes": 1_000_000}
     with serving(**limits) as server, wire_to(server) as stalled, wire_to(server) as honest:
@@ -870,6 +876,7 @@ def no_collection() -> Iterator[None]:
     gc.enable()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_collection")
 @pytest.mark.parametrize("name", HEAVY)
 def test_a_turn_ends_by_time_whatever_the_commands(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

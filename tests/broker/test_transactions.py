@@ -207,6 +207,7 @@ def test_a_pipelined_transaction_behind_puts_and_before_others(wire: Wire) -> No
     assert replies[5:] == [3, b"a"]
 
 
+@pytest.mark.slow
 def test_a_long_reply_is_sent_in_parts_and_others_are_served_meanwhile() -> None:
     with serving(max_unread_reply_bytes=65_536) as server, wire_to(server) as wire, wire_to(server) as slow:
         assert wire.call("PUT", "t", "x" * 100_000) == 1

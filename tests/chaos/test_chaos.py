@@ -10,7 +10,10 @@ from chaos import run
 from chaos.scenarios import SCENARIOS
 from chaos.stage import NotHere
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="processes are read from /proc")
+pytestmark = [
+    pytest.mark.chaos,
+    pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="processes are read from /proc"),
+]
 SEED = 8
 
 

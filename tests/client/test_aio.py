@@ -402,6 +402,7 @@ def test_puts_keep_their_order_and_are_stored_once_though_replies_get_lost(serve
     assert server.totals().stored == 3000
 
 
+@pytest.mark.slow
 def test_a_connection_that_breaks_again_and_again_is_replaced_as_long_as_some_calls_get_their_replies(
     server: Server,
 ) -> None:
@@ -637,6 +638,7 @@ def test_a_reply_that_comes_slowly_has_its_time_from_the_last_progress(server: S
     asyncio.run(main())
 
 
+@pytest.mark.slow
 def test_a_long_message_has_its_time_from_the_last_progress(server: Server) -> None:
     async def slowly(_: Proxy, data: bytes) -> bytes:
         if len(data) > 1000:

@@ -618,6 +618,7 @@ def test_closing_during_a_connect_is_noticed(monkeypatch: pytest.MonkeyPatch, cl
     assert not mq._links
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [b"\r\n", b""])
 def test_a_reply_that_trickles_in_has_time_as_long_as_something_comes(end: bytes) -> None:
     def trickle() -> None:

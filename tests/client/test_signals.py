@@ -92,6 +92,7 @@ def writer(server: Server) -> Iterator[Client]:
         yield writer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opcodes", [False, True], ids=["lines", "bytecodes"])
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("ahead", [False, True], ids=["fetched", "read ahead"])
@@ -145,6 +146,7 @@ def test_a_put_that_a_handler_interrupts_anywhere_stores_at_most_what_it_was_giv
     assert interrupted > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", [*VERBS, "put", "put_many", "topics"])
 def test_a_handler_that_calls_the_client_at_any_line_does_not_hang_it(mq: Client, writer: Client, verb: str) -> None:
     handled: list[str] = []
@@ -172,6 +174,7 @@ def test_a_handler_that_calls_the_client_at_any_line_does_not_hang_it(mq: Client
     assert step > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", [*VERBS, "put", "put_many", "close"])
 def test_a_handler_that_closes_the_client_at_any_line_ends_the_call(server: Server, writer: Client, verb: str) -> None:
     calls: dict[str, Callable[[Client], object]] = {**VERBS, "put": lambda mq: mq.put("u", "x")}

@@ -157,6 +157,7 @@ def test_rates_are_the_same_for_all_who_look() -> None:
         assert 0.4 <= rest <= 1.0
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_topics_do_not_hurt_a_scrape() -> None:
     with serving(http_port=0, metrics_topics=10) as server:
         for first in range(0, 100_000, 1000):
@@ -372,6 +373,7 @@ def test_healthz_tells_of_a_dead_thread(server: Server) -> None:
     assert Answer(server.http_port, "/metrics").status == 200
 
 
+@pytest.mark.slow
 def test_healthz_tells_of_a_stalled_worker(wire: Wire) -> None:
     go = threading.Event()
     with serving(http_port=0, health_timeout_seconds=2 * UNIT + worker.PULSE_SECONDS) as server:
@@ -399,6 +401,7 @@ def test_healthz_tells_of_a_stalled_expiry(monkeypatch: pytest.MonkeyPatch) -> N
         wait_until(lambda: "dsmq-expiry" not in Answer(server.http_port, "/healthz").text)
 
 
+@pytest.mark.slow
 def test_an_idle_server_stays_healthy() -> None:
     patience = worker.PULSE_SECONDS + 3 * UNIT
     with serving(http_port=0, health_timeout_seconds=patience, expiry_interval_seconds=3600) as server:
@@ -610,6 +613,7 @@ STRANGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("request_", STRANGE.values(), ids=STRANGE.keys())
 def test_every_request_gets_a_status(server: Server, request_: bytes) -> None:
     answer = raw(server, request_)
@@ -691,12 +695,14 @@ def asked_as(server: Server, host: str, path: str = "/metrics", version: str = "
     return int(raw(server, f"GET {path} HTTP/{version}\r\nHost: {host}\r\n\r\n".encode()).split()[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", HERE)
 def test_addresses_and_loopback_names_are_its_own(server: Server, host: str) -> None:
     for path in ("/", "/metrics", "/status.json"):
         assert asked_as(server, host, path) == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", ELSEWHERE)
 def test_under_a_strange_name_it_tells_nothing_but_whether_it_is_well(server: Server, host: str) -> None:
     for version in ("1.0", "1.1"):

@@ -244,6 +244,7 @@ def unread(log_stream: str = "stderr", *options: str) -> Iterator[Unread]:
         os.close(server.reader)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("log_stream", ["stderr", "stdout"])
 def test_log_that_nobody_reads_stops_neither_puts_nor_the_stop(tmp_path: Path, log_stream: str) -> None:
     file = tmp_path / "snapshot"

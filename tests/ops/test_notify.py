@@ -219,6 +219,7 @@ def test_a_reload_that_fails_ends_too(manager: Manager, tmp_path: Path, monkeypa
         server.wait_for_line("nothing is changed: .*dsmq.toml")
 
 
+@pytest.mark.slow
 def test_the_watchdog_is_fed_while_all_threads_live(manager: Manager) -> None:
     go_on = threading.Event()
     with running(manager, watchdog_seconds=0.3, health_timeout_seconds=UNIT) as server:
@@ -341,12 +342,14 @@ def test_without_a_socket_for_it_there_is_no_side_port() -> None:
         assert "metrics on" not in log + process.stderr.read()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dsmq.socket", "unknown", ""])
 def test_one_without_a_name_is_for_clients(name: str) -> None:
     with listening() as queue, listening() as side, launched((queue, side), f"{name}:metrics") as process:
         lines_until(process, f"serves on 127.0.0.1:{queue.getsockname()[1]} ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("names", "complaint"),
     [

@@ -20,6 +20,8 @@ from dsmq.client import connect
 from dsmq.errors import Full
 from dsmq.server import Server
 
+pytestmark = pytest.mark.browser
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page, Response
 

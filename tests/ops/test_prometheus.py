@@ -19,6 +19,8 @@ import pytest
 from conftest import ROOT, SOON, UNIT, serving, tool, wire_to
 from dsmq.server import Server
 
+pytestmark = pytest.mark.deploy
+
 HERE = ROOT / "deploy/prometheus"
 RULES = (HERE / "rules.yml").read_text()
 ALERTS = re.findall(r"^ *- alert: (\w+)$", RULES, re.MULTILINE)

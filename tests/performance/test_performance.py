@@ -15,6 +15,8 @@ from dsmq import bench
 from dsmq.errors import DSMQError
 from dsmq.server import Server
 
+pytestmark = pytest.mark.slow
+
 OPERATIONS = [
     "first short write",
     "short write (12 characters)",

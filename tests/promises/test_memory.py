@@ -15,7 +15,10 @@ from conftest import SOON, Daemon, Wire, daemon
 from dsmq.client import connect
 from dsmq.wire.resp import encode_request
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc"),
+]
 
 MIB = 1 << 20
 STORED, REPLIES, REQUESTS = 40 * MIB, 64 * MIB, 64 * MIB

@@ -220,6 +220,7 @@ def example() -> str:
     return str(block)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
 def test_example_of_the_readme_runs_with_every_start_method(tmp_path: Path, method: str) -> None:
     used = f"""

@@ -11,6 +11,8 @@ import pytest
 from conftest import SOON, Daemon, daemon
 from dsmq.client import connect
 
+pytestmark = pytest.mark.slow
+
 WRITERS = READERS = 8
 MESSAGES = 400
 TOPICS = ("one", "two")
@@ -57,6 +59,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[Daemon]:
         yield process
 
 
+@pytest.mark.slow
 def test_no_message_is_lost_doubled_or_out_of_order_and_all_see_the_same(server: Daemon) -> None:
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(READERS + WRITERS, spawn) as pool, connect(port=server.port) as mq:

@@ -100,6 +100,7 @@ def test_an_address_that_refuses_is_passed_over(server: Server, resolve: Callabl
             mq.ping()
 
 
+@pytest.mark.slow
 def test_each_address_has_its_reason_in_words(resolve: Callable[..., None]) -> None:
     with closed_port() as port, black_hole() as hole:
         resolve(("127.0.0.1", hole), ("127.0.0.1", port))
@@ -286,6 +287,7 @@ class Slow:
             return
 
 
+@pytest.mark.slow
 def test_reading_goes_on_at_5_kb_a_second(server: Server) -> None:
     with (
         Slow(server.port, 5000) as slow,
@@ -297,6 +299,7 @@ def test_reading_goes_on_at_5_kb_a_second(server: Server) -> None:
         assert mq.get_many("t", 20) == ["x" * 1000] * 20
 
 
+@pytest.mark.slow
 def test_a_message_that_takes_longer_than_the_timeout_is_put_and_got(server: Server) -> None:
     message = "x" * 2_000_000
     with Slow(server.port, 600_000) as slow, connect(port=slow.port, timeout=20 * UNIT, reconnect_timeout=0) as mq:
@@ -508,6 +511,7 @@ def test_a_call_succeeds_where_no_thread_can_be_started(server: Server, monkeypa
         wait_until(lambda: server.connections() == 1)
 
 
+@pytest.mark.slow
 def test_reply_topics_leave_little_in_the_client(server: Server) -> None:
     script = f"""
 import tracemalloc

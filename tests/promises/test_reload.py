@@ -157,6 +157,7 @@ def test_every_setting_that_can_change_is_tested() -> None:
     assert set(Settings.model_fields) <= {*FIXED, *LIMITS, *ELSEWHERE}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("widens", [True, False], ids=["wider", "narrower"])
 @pytest.mark.parametrize("name", LIMITS)
 def test_a_limit_that_changes_holds_for_those_who_are_connected(name: str, widens: bool) -> None:

@@ -73,6 +73,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("read_first", [2, 4], ids=["read what the snapshot has", "read what was lost"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_missed_is_what_expired_over_every_kind_of_restart(restarted: Restarted, kind: str, read_first: int) -> None:
@@ -217,6 +218,7 @@ def reload(server: tuple[Daemon, Path], settings: str) -> None:
     daemon.wait_for_line("changed")
 
 
+@pytest.mark.slow
 def test_a_lower_max_age_is_in_force_for_what_was_read_ahead(reloaded: tuple[Daemon, Path]) -> None:
     with connect(port=reloaded[0].port) as mq:
         put(mq, *map(str, range(10)))
@@ -229,6 +231,7 @@ def test_a_lower_max_age_is_in_force_for_what_was_read_ahead(reloaded: tuple[Dae
         assert mq.missed == 9
 
 
+@pytest.mark.slow
 def test_a_higher_max_age_is_in_force_for_what_was_read_ahead(reloaded: tuple[Daemon, Path]) -> None:
     reload(reloaded, f"max_age_seconds = {50 * UNIT}\nexpiry_interval_seconds = {UNIT}")
     with connect(port=reloaded[0].port) as mq:

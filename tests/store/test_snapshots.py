@@ -668,6 +668,7 @@ def test_ctrl_c_twice_ends_what_is_slow_but_not_the_last_snapshot(file: Path) ->
         assert wire.call("READ", "t", 0)[3] == b"x" * 4_000_000
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("step", ["_seal", "_make_durable"])
 def test_ctrl_c_in_the_last_snapshot_does_not_end_it(file: Path, tmp_path: Path, step: str) -> None:
@@ -690,6 +691,7 @@ def test_ctrl_c_in_the_last_snapshot_does_not_end_it(file: Path, tmp_path: Path,
         assert wire.call("READ", "t", 0)[3] == b"x"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("step", ["_seal", "create_extra_tables"])
 def test_ctrl_c_three_times_gives_the_last_snapshot_up_and_says_so(file: Path, tmp_path: Path, step: str) -> None:
@@ -789,6 +791,7 @@ def interrupted_at(point: int, call: Callable[[], object]) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_wherever_a_stop_is_interrupted_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # There is to be little that differs from time to time.
     monkeypatch.setattr(threads, "_LOOK_SECONDS", UNIT / 10)
@@ -853,6 +856,7 @@ def grow(file: Path, report: int) -> None:
             os.write(report, b"%d\n" % count)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_whenever_it_is_killed_there_is_one_whole_snapshot(file: Path) -> None:
     chance = random.Random(8)
@@ -1039,6 +1043,7 @@ def test_a_file_or_folder_that_cannot_be_used_is_told_at_the_start(tmp_path: Pat
             pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["folder", "file"])
 def test_what_is_not_allowed_is_told_at_the_start(tmp_path: Path, mode: str) -> None:
     folder, file = tmp_path / "state", tmp_path / "state" / "it"
@@ -1100,6 +1105,7 @@ sys.exit(not keeper.save(keeper._copy_slowly) or not keeper.save_last())
 """
 
 
+@pytest.mark.slow
 def test_nothing_is_written_outside_the_folder_of_the_snapshot(tmp_path: Path) -> None:
     script = (
         "set -e; mount --make-rprivate /; mount --bind $0 /mnt; cd /proc; "
@@ -1211,6 +1217,7 @@ def test_a_stop_does_not_wait_for_a_snapshot_at_an_interval(file: Path, monkeypa
         assert other.totals().messages == 3
 
 
+@pytest.mark.slow
 def test_a_stop_waits_for_a_disk_that_is_slow(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     began, write = threading.Event(), snapshot._make_durable
 
