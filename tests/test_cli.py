@@ -522,6 +522,7 @@ def test_a_line_longer_than_a_message_is_told_and_those_before_it_are_put() -> N
         assert stored(server) == ["short", *["next"] * int(told[1] or 0)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full", [1, 999, 1000, 1999])
 def test_a_full_server_is_told_with_the_number_of_lines_that_it_has_stored(full: int) -> None:
     lines = [str(number) for number in range(2000)]
@@ -658,6 +659,7 @@ def test_a_terminal_without_the_letters_shows_escapes(topic: str, mq: DSMQClient
     assert topic + r" \u017c\xf3\u0142w \U0001f600" in shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("env", [{}, ASCII, {"PYTHONIOENCODING": "latin-1"}], ids=["UTF-8", "ASCII", "Latin-1"])
 @pytest.mark.parametrize("text", [NASTY, "żółw é 😀", "\x7f"], ids=["controls", "letters", "DEL"])
 def test_json_is_valid_and_harmless_on_every_terminal(
@@ -721,6 +723,7 @@ def test_a_unix_socket_serves_and_is_gone_behind_the_server(tmp_path: Path) -> N
 # Errors are one line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -901,6 +904,7 @@ def pem(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cert", "key", "says"),
     [
@@ -928,6 +932,7 @@ def test_a_wrong_certificate_or_key_is_told_in_plain_words(cert: str, key: str, 
         assert_one_line((done.returncode, done.stdout, done.stderr), 2, says.format(folder=pem))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["empty", "key", "folder", "missing", "secret"])
 def test_wrong_authorities_are_told_in_plain_words(name: str, pem: Path) -> None:
     server = f"serve --port 0 --http-port off --tls-cert-file {pem}/cert --tls-key-file {pem}/key --tls-client-ca-file"
@@ -936,6 +941,7 @@ def test_wrong_authorities_are_told_in_plain_words(name: str, pem: Path) -> None
         assert_one_line((done.returncode, done.stdout, done.stderr), 2, f"authorities {pem}/{name}: ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["auth-token-file", "http-token-file", "snapshot-file", "config"])
 @pytest.mark.parametrize("what", ["folder", "secret"])
 def test_a_file_of_the_server_that_can_not_be_used_is_told(name: str, what: str, pem: Path) -> None:

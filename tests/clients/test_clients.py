@@ -13,7 +13,10 @@ from conftest import SOON, Daemon, daemon, serving, wait_until
 from dsmq.client import connect
 
 # The first test of a library may have to install it.
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [
+    pytest.mark.clients,
+    pytest.mark.timeout(300),
+]
 
 TOKEN = "a-token-of-more-than-16-characters"
 PIPELINED = 100_000

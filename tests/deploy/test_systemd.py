@@ -18,7 +18,10 @@ from box import SUITES, Box, NotHere, Tree, boot, why_not
 
 from conftest import ROOT
 
-pytestmark = pytest.mark.timeout(150)
+pytestmark = [
+    pytest.mark.deploy,
+    pytest.mark.timeout(150),
+]
 
 UNITS = ("dsmq.service", "dsmq.socket", "dsmq-http.socket")
 PYTHON = "/opt/dsmq/bin/python"
