@@ -11,11 +11,13 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from dsmq import settings as config
 from dsmq.client import DSMQClientSideConnection, connect
@@ -81,6 +83,23 @@ def client(server: Server) -> Iterator[Callable[[], DSMQClientSideConnection]]:
     yield make
     for one in clients:
         one.close()
+
+
+@contextmanager
+def blocked(server: Server) -> Iterator[threading.Event]:
+    """A server that does nothing until the event is set."""
+    release, begun = threading.Event(), threading.Event()
+
+    def block() -> None:
+        begun.set()
+        release.wait(SOON)
+
+    server._workers[0].post(block)
+    assert begun.wait(SOON)
+    try:
+        yield release
+    finally:
+        release.set()
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -154,6 +173,22 @@ def wire_to(server: Server) -> Iterator[Wire]:
 def wire(server: Server) -> Iterator[Wire]:
     with wire_to(server) as wire:
         yield wire
+
+
+def as_map(reply: object) -> dict[bytes, object]:
+    assert isinstance(reply, list)
+    return dict(zip(reply[::2], reply[1::2], strict=True))
+
+
+def scrape(server: Server) -> dict[str, float]:
+    """All samples by name; those with a label as `name{value of the label}`."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.http_port}/metrics", timeout=SOON) as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+    return {
+        sample.name + "".join(f"{{{value}}}" for value in sample.labels.values()): sample.value
+        for family in families
+        for sample in family.samples
+    }
 
 
 class Daemon:

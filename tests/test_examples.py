@@ -63,6 +63,7 @@ def loaded_by(module: str) -> set[str]:
 # The demo
 
 
+@pytest.mark.slow
 def test_demos_run_side_by_side_and_each_reader_gets_every_message() -> None:
     messages = [f"{number}. Hello, world" for number in range(5)]
     with python("-m", "dsmq", "demo") as command, python(SOURCE / "demo.py") as script:
@@ -77,6 +78,7 @@ def test_demos_run_side_by_side_and_each_reader_gets_every_message() -> None:
                 assert f"{reader} received 5 of 5 messages" in lines
 
 
+@pytest.mark.slow
 def test_what_is_set_for_other_servers_is_nothing_to_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("DSMQ_AUTH_TOKEN", "DSMQ_TLS_CERT_FILE", "DSMQ_MAX_AGE_SECONDS", "dsmq_no"):
         monkeypatch.setenv(name, "for-another-server")
@@ -86,6 +88,7 @@ def test_what_is_set_for_other_servers_is_nothing_to_the_demo(monkeypatch: pytes
     assert out.count("received 5 of 5 messages") == len(demo.READERS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dies", "name"), [("serve", "server"), ("read", "reader")])
 def test_a_demo_whose_process_dies_says_so(dies: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, dies, die)
@@ -189,6 +192,7 @@ def test_the_server_without_a_side_port_loads_no_http_and_no_prometheus() -> Non
     assert not {"prometheus_client", "http.server", "dsmq.ops.http"} & loaded_by("dsmq.server")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to_all", [True, False], ids=["as a terminal does", "to the demo alone"])
 def test_ctrl_c_ends_the_demo_quietly(to_all: bool, interruptible: None) -> None:
     command = [sys.executable, "-m", "dsmq", "demo"]

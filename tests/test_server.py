@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SOON, UNIT, Wire, daemon, serving, wait_until, wire_to
+from conftest import SOON, UNIT, Wire, as_map, daemon, serving, wait_until, wire_to
 from dsmq import settings as config
 from dsmq.broker import commands, connection
 from dsmq.broker import event_loop as worker
@@ -27,11 +27,6 @@ from dsmq.server import Server
 from dsmq.store.api import Message, Put
 from dsmq.store.sqlite import SQLiteStore
 from dsmq.wire.resp import encode_request
-
-
-def as_map(reply: object) -> dict[bytes, object]:
-    assert isinstance(reply, list)
-    return dict(zip(reply[::2], reply[1::2], strict=True))
 
 
 def send_for_ever(sock: socket.socket, data: bytes) -> None:
@@ -605,6 +600,7 @@ logging.getLogger("dsmq").addHandler(Early())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("early", ["", EARLY], ids=["while it stops", "before it has begun to"])
 def test_a_second_signal_does_not_wait(early: str) -> None:
     script = f"""

@@ -9,12 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+from attacks.rig import progress
 from chaos import figures
 from chaos.checker import summary
 from chaos.mutants import MUTANTS
 from chaos.scenarios import SCENARIOS
 from chaos.stage import NotHere, Outcome, Stage
-from faults.rig import progress
 
 # Violations of one round that are shown; the history has them all.
 SHOWN = 3

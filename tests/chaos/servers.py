@@ -14,14 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from attacks.rig import Daemon
 from chaos.history import History, Server
 from dsmq.wire.resp import Reply, ReplyParser, encode_request
-from faults.rig import Daemon
 
 HOST = "127.0.0.1"
 SOON = 20.0
 PASSED = str(Path(__file__).with_name("passed.py"))
-FAULTY = str(Path(__file__).parent.parent / "faults" / "faulty.py")
+FAULTY = str(Path(__file__).parent.parent / "attacks" / "faulty.py")
 LOOK_SECONDS = 0.003
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
+from attacks.rig import wait_until
 from chaos import others
 from chaos.checker import Violation, check
 from chaos.clients import HOST, Client, Job, Orders, Reading, StopFile, Writer, as_words
@@ -23,7 +24,6 @@ from chaos.history import INTERRUPTED, Broken, Died, Empty, Got, History, Put
 from chaos.proxy import Proxy
 from chaos.servers import Lives
 from dsmq.client import DSMQClientSideConnection, connect
-from faults.rig import wait_until
 
 # Behind all faults every client comes to its end within this.
 SOON = 60.0

@@ -39,7 +39,10 @@ TOKEN = "a-token-for-the-tests"
 MEGABYTE = 1_000_000
 
 # The first test of the session waits for the image.
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [
+    pytest.mark.deploy,
+    pytest.mark.timeout(300),
+]
 
 
 @pytest.fixture(scope="session")

@@ -26,8 +26,8 @@ from pathlib import Path
 import plots
 from brokers import Broker, free_port, median_ratio, progress, say
 
-from dsmq import server
 from dsmq.client import DSMQClientSideConnection, connect
+from dsmq.system import allow_more_files
 from dsmq.wire.resp import encode_request
 
 LEVELS = {
@@ -384,7 +384,7 @@ def main() -> None:
 def prepare_files() -> None:
     """Have as many open files as idle connections need, or as few connections as there may be files."""
     # The servers inherit it.
-    server.allow_more_files()
+    allow_more_files()
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 < files < 10_100:
         LEVELS["idle"][-1] = files - 100

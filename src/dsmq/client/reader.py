@@ -156,17 +156,23 @@ _Step: TypeAlias = "tuple[int] | _Stretch"
 """How many of the read-ahead have been taken, or another state."""
 Claim: TypeAlias = "list[tuple[Inbox, _Stretch, int, _Step]]"
 """What a call has taken, noted before it is taken, so that all can be given back wherever it is interrupted."""
-
-
+Returned: TypeAlias = "list[tuple[Claim, list[tuple[_Step, _Stretch, int, _Stretch]]]]"
+"""Claims of calls that were interrupted, and for each what was tried to give it back: what was taken, and which state
+was to follow which. Such a call appends its claim, which no handler can interrupt; the next call does the rest.
+"""
 Asked: TypeAlias = "tuple[_Stretch, int, bool]"
 """What a READ goes by: the state in which it is asked, the id behind which to read, and whether it may wait."""
 
 
-def give_back(claim: Claim) -> None:
-    """Give back what a call took that could not hand it out."""
-    for inbox, stretch, at, step in reversed(claim):
-        if stretch.next.get(at) is step:
-            inbox.give_back(stretch, at, step)
+def take_back(returned: Returned) -> None:
+    """Have messages read again that calls took and could not hand out. If it is interrupted, the next one goes on."""
+    with suppress(IndexError, ValueError):
+        while True:
+            claim, tried = first = returned[0]
+            for inbox, stretch, at, step in reversed(claim):
+                if stretch.next.get(at) is step:
+                    inbox.give_back(stretch, at, step, tried)
+            returned.remove(first)
 
 
 class Inbox:
@@ -356,8 +362,10 @@ class Inbox:
             if self._move(stretch, at, after):
                 return taken
 
-    def give_back(self, stretch: _Stretch, at: int, step: _Step) -> None:
-        """Have messages read again that were taken from a state."""
+    def give_back(
+        self, stretch: _Stretch, at: int, step: _Step, tried: list[tuple[_Step, _Stretch, int, _Stretch]]
+    ) -> None:
+        """Have messages read again that were taken from a state, unless that was tried before and done."""
         ahead = stretch.ahead[at : step[0]] if isinstance(step, tuple) else ()
         last = ahead[-1] if isinstance(step, tuple) else step
         known = last.id, last.number or 0
@@ -369,6 +377,8 @@ class Inbox:
             now, now_at = self._place()
             is_here = now.era is stretch.era
             if now.generation[0] != stretch.generation[0] or not (ahead or is_here):
+                return
+            if any(one is step and state.next.get(state_at) is after for one, state, state_at, after in tried):
                 return
             back = _Stretch(
                 now.era,
@@ -382,6 +392,7 @@ class Inbox:
             )
             after = _inserted(now.rest_from(now_at, now.ahead[now_at:], now.fresh), back)
             after.missed = now.missed_at(now_at) - counted
+            tried.append((step, now, now_at, after))
             if self._move(now, now_at, after):
                 return
 

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import Protocol, TypeAlias, TypeVar
+from typing import Protocol, Self, TypeAlias, TypeVar
 
 from dsmq.client.reader import LATEST, Asked, Claim, Entry, Era, Inbox, read_request
 from dsmq.client.session import (
@@ -411,10 +411,14 @@ class PutMany:
         if self._error is not None:
             raise self._error
 
-    def count(self, error: DSMQError) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         """Have an error say how many messages are stored."""
-        error.stored_before = self._stored_before if self._is_refused else len(self.ids)
-        error.stored_behind = len(self.ids) - error.stored_before
+        if isinstance(error, DSMQError):
+            error.stored_before = self._stored_before if self._is_refused else len(self.ids)
+            error.stored_behind = len(self.ids) - error.stored_before
 
 
 def _again(keyed: bytes, sent_at: float, run: bytes, producer: Producer) -> bytes:

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias
 
-from dsmq.client.reader import Entry, Era, Inbox
+from dsmq.client.reader import Entry, Era, Inbox, Returned, take_back
 from dsmq.errors import (
     AuthRequired,
     Busy,
@@ -100,6 +100,7 @@ class Session:
         """How much to ask for at once: less after a reply that did not come in time."""
         self.is_restarted = False
         """Whether the server has been another run at some time, so that inboxes may be unsure of their numbers."""
+        self.returned: Returned = []
         self._era = Era("", b"", 0, None)
         self._kept = _Kept(boot_time(), {}, 0)
         # Those used last, which may hold messages that have been handed out.
@@ -155,6 +156,8 @@ class Session:
 
     def inbox(self, topic: str) -> Inbox:
         """Return the inbox of a topic, old or new. Raises TypeError or ValueError if it can't be a topic."""
+        if self.returned:
+            take_back(self.returned)
         inbox = self._kept.young.get(topic) if isinstance(topic, str) else None
         return self._inbox(topic) if inbox is None else inbox
 
@@ -183,6 +186,7 @@ class Session:
     def forget(self, topic: str) -> None:
         """Forget where a topic was read."""
         topic_name(topic)
+        take_back(self.returned)
         kept = self._kept
         found = (inboxes.pop(topic, None) for inboxes in (kept.young, kept.older, self._new))
         for inbox in {id(inbox): inbox for inbox in found if inbox}.values():
@@ -219,6 +223,7 @@ class Session:
     @property
     def missed(self) -> int:
         """How many messages expired before this client came to them, in each topic from the first one that it got."""
+        take_back(self.returned)
         kept = self._kept
         inboxes = {**kept.older, **kept.young}
         return kept.missed + sum(inbox.missed for inbox in inboxes.values())

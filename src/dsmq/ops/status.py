@@ -212,7 +212,7 @@ class Status:
             "uptime_seconds": time.monotonic() - self._began,
             "host": self._services.settings.host,
             "port": self.port,
-            "tokens": bool(self._services.gate.tokens),
+            "tokens": bool(self._services.access.gate.tokens),
             "tls": bool(self._services.settings.tls_cert_file),
             "ready": not self.unready(),
             "healthy": not stuck,

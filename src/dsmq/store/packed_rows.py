@@ -12,6 +12,8 @@ CHUNK_MESSAGES, CHUNK_BYTES = 128, 16_384
 
 Stored: TypeAlias = tuple[int, int, int, bytes]
 """A message as it is held: id, number, when it was put in milliseconds, body."""
+Row: TypeAlias = tuple[int, int, bytes, bytes]
+"""What is read of a row: when it was put, the last number, ids and sizes, bodies."""
 
 
 def portions(tail: list[Stored]) -> Iterator[list[Stored]]:
@@ -33,7 +35,7 @@ def pack(topic: int, messages: list[Stored]) -> tuple[int, int, int, int, bytes,
     return message_id, topic, put_at, number, ids_and_sizes.tobytes(), bodies
 
 
-def unpack(chunk: tuple[int, int, bytes, bytes], after: int = 0) -> Iterator[Stored]:
+def unpack(chunk: Row, after: int = 0) -> Iterator[Stored]:
     """Iterate over the messages of a row, those with ids above `after`."""
     put_at, last_number, packed, bodies = chunk
     ids_and_sizes = array("q", packed)

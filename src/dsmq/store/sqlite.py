@@ -40,7 +40,7 @@ from dsmq.store.api import (
 )
 from dsmq.store.dedup import Producers, Puts
 from dsmq.store.image import INSERT_CHUNK, Image, Instant, Part, Place, Producer, Restored, State
-from dsmq.store.packed_rows import Stored, pack, portions, unpack
+from dsmq.store.packed_rows import Row, Stored, pack, portions, unpack
 from dsmq.system import BOOT_CLOCK
 
 # Topics that hold nothing but whose numbering goes on; a forgotten one starts again at 1.
@@ -53,6 +53,8 @@ EXPIRY_SLICE_BYTES = 131_072
 # How long the tails get, together, before they are written: where there is nothing else to do, and at most.
 TAIL_MESSAGES, MAX_TAIL_MESSAGES = 32, 512
 TAIL_BYTES, MAX_TAIL_BYTES = 32_768, 262_144
+# From here on a message is read apart from its row.
+LONG_BYTES = 65_536
 # Rows, and bytes of messages, copied while the lock is held once, for a snapshot.
 COPY_TOPICS, COPY_CHUNKS, COPY_BYTES = 500, 64, 16_384
 # Pages of 4,096 bytes, copied at once where nobody else uses the database.
@@ -79,8 +81,11 @@ _INSERT_TOPIC = "INSERT INTO topics (id, name) VALUES (?, ?)"
 _DELETE_TOPIC = "DELETE FROM topics WHERE id = ?"
 _READ = """SELECT put_at, last_number, ids_and_sizes, bodies FROM chunks
     WHERE topic = ? AND last_id > ? AND put_at >= ? ORDER BY last_id"""
-_LATEST = """SELECT put_at, last_number, ids_and_sizes, bodies FROM chunks
-    WHERE topic = ? ORDER BY last_id DESC"""
+# The same for topics that hold long messages: those are left out, to be read by the id.
+_SHORT = f"CASE WHEN length(bodies) < {LONG_BYTES} THEN bodies END, last_id"
+_READ_SHORT = _READ.replace("bodies", _SHORT)
+_LATEST = f"""SELECT put_at, last_number, ids_and_sizes, {_SHORT} FROM chunks
+    WHERE topic = ? ORDER BY last_id DESC"""  # noqa: S608 - a constant
 _OLDEST = "SELECT put_at, ids_and_sizes FROM chunks WHERE topic = ? ORDER BY last_id LIMIT 1"
 # A pair of 64-bit integers, an id and a size, is 16 bytes.
 _EXPIRY = """SELECT last_id, topic, put_at, length(ids_and_sizes) / 16, length(bodies)
@@ -92,7 +97,8 @@ _COPY_TOPICS = "SELECT id, name FROM topics WHERE id > ? ORDER BY id LIMIT ?"
 _COPY_CHUNKS = """SELECT last_id, topic, put_at, last_number, ids_and_sizes, bodies
     FROM chunks WHERE last_id > ? ORDER BY last_id LIMIT ?"""
 _FIRST_CHUNK = "SELECT min(last_id) FROM chunks"
-_HELD = """SELECT id, name, max(last_number), max(last_id), sum(length(ids_and_sizes)) / 16, sum(length(bodies))
+_HELD = """SELECT id, name, max(last_number), max(last_id), sum(length(ids_and_sizes)) / 16, sum(length(bodies)),
+    max(length(bodies))
     FROM chunks JOIN topics ON id = topic GROUP BY topic"""
 
 
@@ -101,6 +107,7 @@ class _Topic:
         "bytes",
         "expired",
         "gaps",
+        "has_long",
         "last_id",
         "last_number",
         "name",
@@ -121,6 +128,8 @@ class _Topic:
         self.read_number = 0
         self.gaps: list[tuple[int, int]] = []
         self.tail: list[Stored] = []
+        # Whether there are, or were, rows of LONG_BYTES or more.
+        self.has_long = False
         # The last id before the tail; 0 where nothing stands there.
         self.written_id = 0
 
@@ -320,9 +329,10 @@ class SQLiteStore:
             last_id += 1
             topic.last_number += 1
             topic.tail.append((last_id, topic.last_number, now, body))
-            topic.bytes += len(body)
+            length = len(body)
+            topic.bytes += length
             topic.last_id = last_id
-            size += len(body)
+            size += length
             ids.append(last_id)
         if heard:
             producers.forget(heard, now)
@@ -374,6 +384,9 @@ class SQLiteStore:
             if isinstance(self._failure, Full):
                 self._note_full(MEMORY)
             raise
+        for chunk in chunks:
+            if len(chunk[5]) >= LONG_BYTES:
+                self._by_row[chunk[1]].has_long = True
         for topic in self._unwritten:
             topic.written_id = topic.last_id
             topic.tail = []
@@ -403,11 +416,22 @@ class SQLiteStore:
     def _behind(self, topic: _Topic, after: int, since: int) -> Iterator[Stored]:
         """Iterate over the messages with ids above `after`, put at or after `since`."""
         if after < topic.written_id:
-            for row in self._database.execute(_READ, (topic.row, after, since)):
+            values = topic.row, after, since
+            rows = self._long_rows(_READ_SHORT, *values) if topic.has_long else self._database.execute(_READ, values)
+            for row in rows:
                 yield from unpack(row, after)
         for message in topic.tail[bisect_left(topic.tail, (after + 1,)) :]:
             if message[2] >= since:
                 yield message
+
+    def _long_rows(self, query: str, *values: int) -> Iterator[Row]:
+        """Iterate over rows, long messages among them. Those are read as blobs: copied once, and not twice."""
+        for put_at, number, ids_and_sizes, bodies, row_id in self._database.execute(query, values):
+            if bodies is not None:
+                yield put_at, number, ids_and_sizes, bodies
+                continue
+            with self._database.blobopen("chunks", "bodies", row_id, readonly=True) as blob:
+                yield put_at, number, ids_and_sizes, blob.read()
 
     def latest(self, topic: bytes, after: int, below: int = sys.maxsize) -> list[Message]:
         known = self._topics.get(topic)
@@ -429,7 +453,7 @@ class SQLiteStore:
             return topic.tail[at - 1]
         after = topic.last_id - 1 if below > topic.last_id else 0
         # More than one chunk is looked at only if the last ones begin at or above it.
-        for row in self._database.execute(_LATEST, (topic.row,)):
+        for row in self._long_rows(_LATEST, topic.row):
             if found := [message for message in unpack(row, after) if message[0] < below]:
                 return found[-1]
         return None
@@ -654,10 +678,10 @@ class SQLiteStore:
         self.restored_id = self.restored.last_id if self.restored else self._last_id
         self._last_row = kept.state.last_row
         self._clock = _shifted(self._clock, ahead_ms)
-        for row, name, last_number, last_id, count, size in held:
+        for row, name, last_number, last_id, count, size, longest in held:
             topic = self._topics[name] = self._by_row[row] = _Topic(name, row, last_number, last_id)
             topic.written_id, topic.expired, topic.bytes = last_id, last_number - count, size
-            topic.read_number = last_number
+            topic.read_number, topic.has_long = last_number, longest >= LONG_BYTES
             self._restored += count
             self._bytes += size
         self._stored = self._restored
@@ -707,6 +731,8 @@ def _in_memory() -> sqlite3.Connection:
     database = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
     # Large sorts would go to files in a folder for temporary ones, which may not be writable.
     database.execute("PRAGMA temp_store = MEMORY")
+    # Some systems' SQLite overwrites what it deletes, which takes longer than all the rest of expiry.
+    database.execute("PRAGMA secure_delete = OFF")
     return database
 
 

@@ -1,0 +1,25 @@
+"""The attacks of tests/attacks, in small: what they must show holds but for times, which are judged in the full run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from attacks import run
+from attacks.rig import NotHere
+
+pytestmark = [
+    pytest.mark.attacks,
+    pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="processes are read from /proc"),
+]
+
+
+@pytest.mark.parametrize("name", run.ATTACKS)
+def test_an_attack_costs_the_attacker_alone(name: str) -> None:
+    try:
+        trial = run.run(name, quick=True)
+    except NotHere as reason:
+        pytest.skip(str(reason))
+    assert trial.rows
+    assert trial.failed == []

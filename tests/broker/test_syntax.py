@@ -1,0 +1,103 @@
+"""The table of commands, what clients are told of it, and PROTOCOL.md say the same."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT, Wire, as_map
+from dsmq import errors
+from dsmq.broker import commands
+from dsmq.broker.syntax import Argument, arguments, bounds
+from dsmq.wire import resp
+
+PROTOCOL = (ROOT / "src/dsmq/wire/PROTOCOL.md").read_text()
+
+
+def rendered(found: list[Argument]) -> str:
+    """The syntax again, from its arguments."""
+    return " ".join(map(one, found))
+
+
+def one(argument: Argument) -> str:
+    flags = argument.get("flags", [])
+    if argument["type"] == "block":
+        text = rendered(argument["arguments"])
+    elif argument["type"] == "oneof":
+        text = "|".join(choice["token"] for choice in argument["arguments"])
+    elif argument["type"] == "pure-token":
+        text = argument["token"]
+    else:
+        text = " ".join(filter(None, (argument.get("token"), argument["name"])))
+    text += " ..." * ("multiple" in flags)
+    return f"[{text}]" if "optional" in flags else text
+
+
+@pytest.mark.parametrize(
+    ("syntax", "least", "most"),
+    [
+        ("", 0, 0),
+        ("topic", 1, 1),
+        ("topic message [KEY producer seq [AGAIN]] [RUN run]", 2, 8),
+        ("[2|3 [AUTH user token] [NOTICES]]", 0, 5),
+        ("[COUNT|DOCS [name ...]]", 0, 63),
+        ("GET pattern ...", 2, 63),
+    ],
+)
+def test_the_number_of_arguments_is_that_of_the_words(syntax: str, least: int, most: int) -> None:
+    assert bounds(syntax) == (least, most)
+
+
+@pytest.mark.parametrize("name", [name.decode() for name in commands.COMMANDS])
+def test_what_clients_are_told_of_a_command_is_its_syntax(name: str) -> None:
+    syntax = commands.COMMANDS[name.encode()].syntax
+    assert rendered(arguments(syntax)) == syntax
+
+
+def test_an_argument_with_an_option_has_it_as_its_token() -> None:
+    producer = {"name": "producer", "type": "string", "token": "KEY"}
+    again = {"name": "again", "type": "pure-token", "token": "AGAIN", "flags": ["optional"]}
+    assert arguments("[KEY producer seq [AGAIN]]") == [
+        {
+            "name": "producer",
+            "type": "block",
+            "arguments": [producer, {"name": "seq", "type": "string"}, again],
+            "flags": ["optional"],
+        }
+    ]
+
+
+def test_each_command_has_a_summary_of_its_own() -> None:
+    summaries = [command.summary for command in commands.COMMANDS.values()]
+    assert all(summary.endswith(".") for summary in summaries)
+    assert len(set(summaries)) == len(summaries)
+
+
+def test_command_docs_tells_what_the_table_says(wire: Wire) -> None:
+    about = as_map(as_map(wire.call("COMMAND", "DOCS", "stats"))[b"stats"])
+    assert about[b"summary"] == commands.COMMANDS[b"STATS"].summary.encode()
+    [topic] = about[b"arguments"]  # type: ignore[misc]
+    assert as_map(topic) == {b"name": b"topic", b"type": b"string"}
+
+
+# PROTOCOL.md
+
+
+def test_each_command_stands_in_the_protocol_with_its_syntax() -> None:
+    text = PROTOCOL.replace("\\|", "|")
+    known = {f"{name.decode()} {command.syntax}".strip() for name, command in commands.COMMANDS.items()}
+    for usage in known:
+        assert f"`{usage}`" in text
+    for heading in re.findall(r"^### (.*?)(?: → .*)?$", text, re.MULTILINE):
+        assert set(re.findall("`([^`]+)`", heading)) <= known
+
+
+def test_the_protocol_lists_every_error_that_can_be_sent() -> None:
+    _, _, table = PROTOCOL.partition("## Errors")
+    assert set(re.findall(r"^\| `([A-Z]+)` \|", table, re.MULTILINE)) == set(errors.BY_CODE)
+
+
+def test_the_protocol_is_packaged() -> None:
+    assert Path(resp.__file__).with_name("PROTOCOL.md").exists()

@@ -1,0 +1,301 @@
+"""A client over real servers that are killed, restarted and reloaded: what it reads, counts as missed, and is told."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from conftest import SOON, UNIT, Daemon, serving, wait_until
+from dsmq.client import DSMQClientSideConnection, connect
+from dsmq.errors import BadRequest, TooBig
+
+PUTS = 200
+
+
+class Restarted:
+    """A server on one port that is killed and started again, with a snapshot or without one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "snapshot"
+        self.options = ["--host", f"unix:{folder / 'socket'}", "--max-age-seconds", "600"]
+        self.host = f"unix:{folder / 'socket'}"
+        self._process: subprocess.Popen[str] | None = None
+
+    def start(self, *options: str) -> None:
+        command = [sys.executable, "-m", "dsmq", "serve", "--http-port", "0", *self.options, *options]
+        self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert self._process.stderr
+        for line in self._process.stderr:
+            if "serves on" in line:
+                return
+        raise AssertionError("it did not start")
+
+    def end(self, *, kill: bool) -> None:
+        assert self._process
+        self._process.send_signal(signal.SIGKILL if kill else signal.SIGTERM)
+        self._process.communicate(timeout=SOON * 3)
+        self._process = None
+
+    def close(self) -> None:
+        if self._process:
+            self.end(kill=True)
+
+
+@pytest.fixture
+def restarted(tmp_path: Path) -> Iterator[Restarted]:
+    server = Restarted(tmp_path)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+def put(mq: DSMQClientSideConnection, *bodies: str) -> None:
+    mq.put_many("t", list(bodies))
+
+
+def drain(mq: DSMQClientSideConnection) -> list[str]:
+    return mq.get_many("t", 1000)
+
+
+KINDS = {
+    "graceful with a snapshot": ("graceful", True, []),
+    "killed with an older snapshot": ("killed", True, ["restarted"]),
+    "killed without a snapshot": ("killed", False, ["replaced"]),
+    "graceful without a snapshot": ("graceful", False, ["replaced"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("read_first", [2, 4], ids=["read what the snapshot has", "read what was lost"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_missed_is_what_expired_over_every_kind_of_restart(restarted: Restarted, kind: str, read_first: int) -> None:
+    how, snapshot, told = KINDS[kind]
+    options = ["--snapshot-file", str(restarted.file)] if snapshot else []
+    states: list[str] = []
+    restarted.start(*options)
+    with connect(restarted.host) as writer, connect(restarted.host, on_state_change=states.append) as mq:
+        put(writer, "1", "2")
+        assert drain(mq) == ["1", "2"]
+        if how == "killed" and snapshot:
+            # A graceful stop writes the snapshot that the kill goes back to.
+            restarted.end(kill=False)
+            restarted.start(*options)
+            writer.ping()
+        put(writer, "3", "4")
+        if read_first == 4:
+            assert drain(mq) == ["3", "4"]
+        else:
+            mq.ping()
+        states.clear()
+        restarted.end(kill=how == "killed")
+        # What is restored expires at once, and is deleted.
+        restarted.start(*options, "--max-age-seconds", str(3 * UNIT), "--expiry-interval-seconds", str(UNIT))
+        with connect(restarted.host) as other:
+            put(other, "5", "6")
+            time.sleep(6 * UNIT)
+            got, late = [], -1
+            while not got:
+                # It may expire before it is read, too.
+                put(other, "7")
+                got, late = drain(mq), late + 1
+            assert got == ["7"]
+        # 5 and 6 expired; of 3 and 4 only what was restored, and had not been read.
+        survived = how == "graceful" and snapshot and read_first == 2
+        assert mq.missed == (4 if survived else 2) + late, states
+        assert [state for state in states if state not in ("lost", "resumed")] == told
+
+
+def test_what_a_kill_lost_is_not_missed_though_it_was_read_ahead(restarted: Restarted) -> None:
+    options = ["--snapshot-file", str(restarted.file)]
+    restarted.start(*options)
+    with connect(restarted.host) as writer, connect(restarted.host) as mq:
+        put(writer, "1")
+        restarted.end(kill=False)
+        restarted.start(*options)
+        put(writer, "2", "3", "4")
+        assert mq.get("t") == "1"
+        restarted.end(kill=True)
+        restarted.start(*options)
+        with connect(restarted.host) as other:
+            put(other, "5")
+            # Those read ahead are handed out or not, by the time the restart took; 5 has the number of 2 again.
+            got = drain(mq)
+            assert got in (["2", "3", "4", "5"], ["5"])
+        assert mq.missed == 0
+
+
+# Positions
+
+
+def test_a_position_goes_on_in_another_process_and_over_a_restart(restarted: Restarted) -> None:
+    options = ["--snapshot-file", str(restarted.file)]
+    restarted.start(*options)
+    with connect(restarted.host) as mq:
+        put(mq, *map(str, range(10)))
+        assert mq.get_many("t", 4) == ["0", "1", "2", "3"]
+        position = mq.position("t")
+    restarted.end(kill=False)
+    restarted.start(*options)
+    states: list[str] = []
+    with connect(restarted.host, on_state_change=states.append) as mq:
+        mq.seek("t", position)
+        assert drain(mq) == ["4", "5", "6", "7", "8", "9"]
+        assert states == []
+        # Of one epoch, it is one for all topics.
+        mq.put("u", "x")
+        mq.seek("u", position)
+        assert mq.get("u") == "x"
+
+
+def test_a_position_of_another_epoch_reads_from_the_oldest_and_says_so(
+    restarted: Restarted, caplog: pytest.LogCaptureFixture
+) -> None:
+    restarted.start()
+    with connect(restarted.host) as mq:
+        put(mq, *map(str, range(1000)))
+        assert len(drain(mq)) == 1000
+        position = mq.position("t")
+    restarted.end(kill=True)
+    restarted.start()
+    states: list[str] = []
+    with connect(restarted.host, on_state_change=states.append) as mq:
+        put(mq, "new 1", "new 2")
+        mq.seek("t", position)
+        assert states == ["replaced"]
+        assert "another epoch" in caplog.text
+        assert drain(mq) == ["new 1", "new 2"]
+        assert mq.missed == 0
+        mq.seek("t", 1000)
+        with pytest.raises(BadRequest, match="no message has an id above"):
+            mq.get("t")
+        mq.seek("t", 1)
+        assert drain(mq) == ["new 2"]
+
+
+# Reloads
+
+
+def test_a_position_is_good_though_the_client_has_not_noticed_yet_that_its_epoch_is_there(restarted: Restarted) -> None:
+    restarted.start()
+    with connect(restarted.host) as idle:
+        put(idle, "old")
+        assert idle.get("t") == "old"
+        restarted.end(kill=True)
+        restarted.start()
+        with connect(restarted.host) as other:
+            put(other, "1", "2", "3")
+            assert other.get("t") == "1"
+            idle.seek("t", other.position("t"))
+        assert drain(idle) == ["2", "3"]
+        restarted.end(kill=True)
+
+
+@pytest.fixture
+def reloaded(tmp_path: Path) -> Iterator[tuple[Daemon, Path]]:
+    file = tmp_path / "dsmq.toml"
+    file.write_text("max_age_seconds = 600\n")
+    daemon = Daemon("--config", str(file))
+    try:
+        yield daemon, file
+    finally:
+        daemon.stop()
+        if daemon.process.stderr:
+            daemon.process.stderr.close()
+
+
+def reload(server: tuple[Daemon, Path], settings: str) -> None:
+    daemon, file = server
+    file.write_text(settings + "\n")
+    daemon.process.send_signal(signal.SIGHUP)
+    daemon.wait_for_line("changed")
+
+
+@pytest.mark.slow
+def test_a_lower_max_age_is_in_force_for_what_was_read_ahead(reloaded: tuple[Daemon, Path]) -> None:
+    with connect(port=reloaded[0].port) as mq:
+        put(mq, *map(str, range(10)))
+        assert mq.get("t") == "0"
+        time.sleep(3 * UNIT)
+        reload(reloaded, f"max_age_seconds = {2 * UNIT}")
+        # By a rule a second old nothing is handed out any more.
+        time.sleep(1.1)
+        assert drain(mq) == []
+        assert mq.missed == 9
+
+
+@pytest.mark.slow
+def test_a_higher_max_age_is_in_force_for_what_was_read_ahead(reloaded: tuple[Daemon, Path]) -> None:
+    reload(reloaded, f"max_age_seconds = {50 * UNIT}\nexpiry_interval_seconds = {UNIT}")
+    with connect(port=reloaded[0].port) as mq:
+        put(mq, *map(str, range(10)))
+        assert mq.get("t") == "0"
+        reload(reloaded, "max_age_seconds = 600")
+        time.sleep(55 * UNIT)
+        assert drain(mq) == [str(number) for number in range(1, 10)]
+        assert mq.missed == 0
+
+
+def test_a_message_over_a_limit_that_was_lowered_is_too_big_and_the_rest_goes_on(
+    reloaded: tuple[Daemon, Path],
+) -> None:
+    states: list[str] = []
+    with connect(port=reloaded[0].port, on_state_change=states.append) as mq:
+        mq.put("t", "x" * 5000)
+        reload(reloaded, "max_message_bytes = 1000")
+        for size in (1001, 1_000_000, 20_000_000):
+            with pytest.raises(TooBig):
+                mq.put("t", "x" * size)
+            assert mq.put("t", "y")
+        reload(reloaded, "max_message_bytes = 10000000")
+        mq.put("t", "x" * 9_000_000)
+        assert [len(message) for message in drain(mq)] == [5000, 1, 1, 1, 9_000_000]
+    assert "given up" not in states
+
+
+@pytest.mark.parametrize("size", [1001, 300_000, 20_000_000])
+def test_put_many_stores_all_before_the_message_that_is_too_big(size: int) -> None:
+    with serving(max_message_bytes=1000) as server, connect(port=server.port) as mq:
+        before = [str(number) for number in range(PUTS)]
+        with pytest.raises(TooBig):
+            mq.put_many("t", [*before, "x" * size, "behind"])
+        assert mq.get_many("t", 1000)[:PUTS] == before
+        mq.put("t", "next")
+        assert mq.get_wait("t", timeout=SOON)
+
+
+def test_a_message_that_is_too_big_harms_no_other_call() -> None:
+    with serving(max_message_bytes=100_000) as server, connect(port=server.port) as mq:
+        ended = threading.Event()
+        ids: list[int] = []
+
+        def write() -> None:
+            while not ended.is_set():
+                ids.append(mq.put("t", "x" * 1000))
+
+        threads = [threading.Thread(target=write) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for _ in range(20):
+            with pytest.raises(TooBig):
+                mq.put("t", "x" * 3_000_000)
+        wait_until(lambda: len(ids) > 20)
+        ended.set()
+        for thread in threads:
+            thread.join(SOON)
+        assert len(set(ids)) == len(ids) == server.totals().stored
+
+
+def test_a_topic_that_is_too_long_is_too_big_by_the_servers_limit() -> None:
+    with serving(max_topic_bytes=10) as server, connect(port=server.port) as mq:
+        for call in (lambda: mq.put("t" * 11, "x"), lambda: mq.get("t" * 11), lambda: mq.put_many("t" * 11, ["x"])):
+            with pytest.raises(TooBig):
+                call()
+        assert mq.put("t" * 10, "x") == 1
