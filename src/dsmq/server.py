@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -30,7 +31,7 @@ from dsmq.broker import auth
 from dsmq.broker import listener as listening
 from dsmq.broker.auth import Gate, HTTPGate
 from dsmq.broker.commands import Services
-from dsmq.broker.connection import Peer, Stream
+from dsmq.broker.connection import LINGER_SECONDS, Peer, Stream
 from dsmq.broker.counters import Counters
 from dsmq.broker.event_loop import Worker
 from dsmq.broker.listener import Listener
@@ -51,6 +52,8 @@ from dsmq.wire.resp import encode_error
 
 # File descriptors left for other things than connections.
 RESERVED_FILES = 64
+# Max refused connections kept open for LINGER_SECONDS.
+MAX_REFUSED = 16
 # What is asked for at most where the limit on open files is unlimited.
 MAX_FILES = 1_048_576
 # How often the main thread looks whether the others live.
@@ -140,6 +143,7 @@ class Server:
         self._max_connections = _affordable(settings.max_connections)
         self.status = Status(self._services, self._workers, self._expiry, self._keeper, self._max_connections)
         self._full: set[str] = set()
+        self._refused: deque[tuple[float, socket.socket]] = deque()
         self._started = self._stopped = False
         self._stopping = threading.Lock()
 
@@ -307,7 +311,16 @@ class Server:
             sock.shutdown(socket.SHUT_WR)
         except OSError as gone:
             _logger.debug("%s was gone when it was refused: %s", name, gone)
-        sock.close()
+        # If it was closed now, a client that is sending its handshake would get an error from that, not the reply.
+        self._refused.append((time.monotonic() + LINGER_SECONDS, sock))
+        self._close_refused(MAX_REFUSED)
+
+    def _close_refused(self, most: int) -> None:
+        """Close the refused connections that are due, and the oldest beyond `most`. Safe to call from any thread."""
+        now = time.monotonic()
+        with suppress(IndexError):
+            while len(self._refused) > most or self._refused[0][0] <= now:
+                self._refused.popleft()[1].close()
 
     # Watch
 
@@ -330,6 +343,7 @@ class Server:
 
     def _watch(self) -> None:
         logs.summarise()
+        self._close_refused(MAX_REFUSED)
         if dead := [thread.name for thread in self._threads() if not thread.is_alive()]:
             raise ServerFailed(f"threads died: {', '.join(dead)}")
         self._log_full()
@@ -430,6 +444,7 @@ class Server:
         self._systemd.stopping(seconds + (LAST_SNAPSHOT_SECONDS if self._keeper else 0))
         self._stop_accepting(deadline)
         survivors = self._end_threads(deadline)
+        self._close_refused(0)
         if self._keeper:
             # Where others survive that may still use the store, it is not its last word.
             survivors += self._keeper.finish(deadline, is_last=not survivors)
