@@ -41,9 +41,9 @@ PROCESS = "process_"
 
 
 def shown_in_readme(*, topics: bool = False) -> dict[str, str]:
-    """The metrics that the README lists, with their types; those by topic where asked for."""
+    """Return the metrics in the table of deploy/README.md with their types; those by topic only on request."""
     rows = re.findall(
-        r"^\| `(dsmq_\w+)`.*? \| (counter|gauge|histogram) \|", (ROOT / "README.md").read_text(), re.MULTILINE
+        r"^\| `(dsmq_\w+)`.*? \| (counter|gauge|histogram) \|", (ROOT / "deploy/README.md").read_text(), re.MULTILINE
     )
     return {
         name.removesuffix("_total") if kind == "counter" else name: kind
