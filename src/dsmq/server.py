@@ -257,6 +257,7 @@ class Server:
 
     def _watch(self) -> None:
         logs.summarise()
+        self._admission.close_refused()
         if dead := [thread.name for thread in self._threads() if not thread.is_alive()]:
             raise ServerFailed(f"threads died: {', '.join(dead)}")
         self._log_full()
@@ -348,6 +349,7 @@ class Server:
         self._systemd.stopping(seconds + (LAST_SNAPSHOT_SECONDS if self._keeper else 0))
         self._stop_accepting(deadline)
         survivors = self._end_threads(deadline)
+        self._admission.close_refused(keep=0)
         if self._keeper:
             # Where others survive that may still use the store, it is not its last word.
             survivors += self._keeper.finish(deadline, is_last=not survivors)

@@ -36,8 +36,13 @@ def follow(inbox: Inbox, epoch: str, run: bytes, restored_id: int = 0) -> Era:
     """Have an inbox find out that the server was started anew."""
     era = inbox.asked()[0].era
     same = epoch == era.epoch
-    era.next[0] = Era(epoch, run, era.start if same else 0, era.number if same else 0, restored_id)
+    era.next[0] = Era(epoch, run, era.start if same else 0, era.number if same else 0, [(restored_id, 2**31)])
     return era.next[0]
+
+
+def renumber(inbox: Inbox, restored: int) -> None:
+    if doubt := inbox.doubt:
+        inbox.renumber(doubt, restored)
 
 
 def test_a_request_has_the_options_it_is_given() -> None:
@@ -619,9 +624,9 @@ def test_after_a_kill_what_expired_is_counted_and_not_what_the_kill_lost(
     accept(inbox, [entry(*one) for one in read])
     assert take(inbox) == [one[0] for one in read]
     era = follow(inbox, "one", b"second", restored_id)
-    assert inbox.is_unsure == bool(read)
-    inbox.renumber(restored_number)
-    assert not inbox.is_unsure
+    assert bool(inbox.doubt) == bool(read)
+    renumber(inbox, restored_number)
+    assert not inbox.doubt
     accept(inbox, [entry(2**32 + 9, number)])
     assert (take(inbox), inbox.missed, inbox.asked()[0].era) == ([2**32 + 9], missed, era)
 
@@ -633,7 +638,7 @@ def test_nothing_is_taken_in_before_it_is_known_where_the_numbers_go_on() -> Non
     follow(inbox, "one", b"second", 1)
     assert accept(inbox, [entry(2**32, 2)])
     assert take(inbox) == []
-    inbox.renumber(1)
+    renumber(inbox, 1)
     accept(inbox, [entry(2**32, 2)])
     assert (take(inbox), inbox.missed) == ([2**32], 0)
 
@@ -644,14 +649,14 @@ def test_what_was_read_ahead_and_lost_by_a_kill_is_handed_out(clock: Time) -> No
     take(inbox, 1)
     follow(inbox, "one", b"second", 2)
     assert take(inbox) == []
-    assert (inbox.is_unsure, inbox.asked()[1]) == (True, 1)
-    inbox.renumber(2)
+    assert inbox.doubt == (inbox.asked()[0].era, 1)
+    renumber(inbox, 2)
     accept(inbox, entries(2))
     assert take(inbox, 1) == [2]
     clock.passed = 3.0
     assert take(inbox) == [3, 4]
-    assert (inbox.is_unsure, inbox.asked()[1]) == (True, 4)
-    inbox.renumber(2)
+    assert inbox.doubt == (inbox.asked()[0].era, 4)
+    renumber(inbox, 2)
     accept(inbox, [entry(2**32, 3)])
     assert (take(inbox), inbox.missed) == ([2**32], 0)
 

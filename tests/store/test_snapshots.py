@@ -1337,15 +1337,20 @@ def test_what_clients_put_before_it_stops_is_in_the_last_snapshot(file: Path) ->
 # Numbers that go back
 
 
-def numbers(wire: Wire, topic: str) -> tuple[object, object]:
-    stats = as_map(wire.call("STATS", topic))
+def numbers(wire: Wire, topic: str, *after: str | int) -> tuple[object, object]:
+    stats = as_map(wire.call("STATS", topic, *after))
     return stats[b"last_number"], stats[b"restored_number"]
 
 
-def test_after_a_kill_a_reader_is_told_the_numbers_that_count_goes_on_from(tmp_path: Path) -> None:
+def lost_ids(wire: Wire) -> object:
+    return as_map(wire.call("HELLO"))[b"lost_ids"]
+
+
+def test_after_kills_a_reader_is_told_what_was_lost_and_the_numbers_that_count_goes_on_from(tmp_path: Path) -> None:
     path = tmp_path / "snapshot"
+    gap = RESTORE_GAP
     with serving(snapshot_file=str(path)) as server, wire_to(server) as wire:
-        assert as_map(wire.call("HELLO"))[b"restored_id"] == 0
+        assert lost_ids(wire) == []
         wire.call("PUT", "empty", "x")
         server._store.max_age_ms = -1
         wait_until(lambda: server.totals().messages == 0)
@@ -1354,7 +1359,7 @@ def test_after_a_kill_a_reader_is_told_the_numbers_that_count_goes_on_from(tmp_p
             wire.call("PUT", "full", "x")
     with serving(snapshot_file=str(path)) as server, wire_to(server) as wire:
         # A graceful stop loses nothing: all that was put is as it was.
-        assert as_map(wire.call("HELLO"))[b"restored_id"] == 3
+        assert lost_ids(wire) == []
     # As after a kill: the snapshot is older than what was put last.
     copy = path.read_bytes()
     with serving(snapshot_file=str(path)) as server, wire_to(server) as wire:
@@ -1362,20 +1367,34 @@ def test_after_a_kill_a_reader_is_told_the_numbers_that_count_goes_on_from(tmp_p
     path.write_bytes(copy)
     snapshot.mark(path, snapshot.examine(path))
     with serving(snapshot_file=str(path)) as server, wire_to(server) as wire:
-        assert as_map(wire.call("HELLO"))[b"restored_id"] == 3
-        assert wire.call("PUT", "full", "new") > 2**32  # type: ignore[operator]
-        assert numbers(wire, "full") == (3, 2)
-        assert numbers(wire, "empty") == (1, 1)
-        assert numbers(wire, "none") == (0, 0)
+        assert lost_ids(wire) == [3, 3 + gap]
+        assert wire.call("PUT", "full", "new") == 4 + gap
+        assert [numbers(wire, topic) for topic in ("full", "empty", "none")] == [(3, 2), (1, 1), (0, 0)]
     # A graceful stop goes on with that run, also for a client that comes back only now.
     with serving(snapshot_file=str(path)) as server, wire_to(server) as wire:
-        assert as_map(wire.call("HELLO"))[b"restored_id"] == 3
+        assert lost_ids(wire) == [3, 3 + gap]
         assert [numbers(wire, topic) for topic in ("full", "empty", "none")] == [(3, 2), (1, 1), (0, 0)]
         server._keeper.save(server._keeper._copy_slowly)  # type: ignore[union-attr]
         copy = path.read_bytes()
     path.write_bytes(copy)
     snapshot.mark(path, snapshot.examine(path))
+    # It counts twice, because it was no last one. A client that was away meanwhile is told of both.
     with serving(snapshot_file=str(path)) as server, wire_to(server) as wire:
-        hello = as_map(wire.call("HELLO"))
-        assert hello[b"restored_id"] == server._store.restored_id > 2**32  # type: ignore[operator]
+        assert lost_ids(wire) == [3, 3 + gap, 4 + gap, 4 + 3 * gap]
         assert [numbers(wire, topic) for topic in ("full", "empty", "none")] == [(3, 3), (1, 1), (0, 0)]
+        ids = 3, 4, 3 + gap, 4 + gap, 5 + gap
+        assert [numbers(wire, "full", "AFTER", one)[1] for one in ids] == [3, 2, 2, 3, 3]
+        assert wire.error("STATS", "full", "AFTER", "x") == wire.error("STATS", "full", "AFTER") == "BADREQUEST"
+
+
+def test_of_many_kills_the_last_are_remembered(store: SQLiteStore) -> None:
+    for number in range(1, 300):
+        store.begin_run(store.last_id() + number)
+    assert len(store.lost_ids) == 200
+    store.append([(b"%d" % number, b"", None) for number in range(60_000)])
+    last = store.last_id()
+    for number in range(3):
+        store.begin_run(last + number + 1)
+    # One with all numbers is always there.
+    assert store.lost_ids == [last + 1, last + 2, last + 2, last + 3]
+    assert store.stats(b"59999", last + 3).restored_number == 1

@@ -6,14 +6,17 @@ import itertools
 import logging
 import socket
 import threading
+import time
+from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
 from dsmq import logs
 from dsmq.broker import auth
 from dsmq.broker.commands import Services
-from dsmq.broker.connection import Peer, Stream
+from dsmq.broker.connection import LINGER_SECONDS, Peer, Stream
 from dsmq.broker.counters import Counters
 from dsmq.broker.event_loop import Worker
 from dsmq.errors import Busy, ReplyError
@@ -21,6 +24,9 @@ from dsmq.wire.resp import encode_error
 
 if TYPE_CHECKING:
     from ssl import SSLContext
+
+# Max refused connections kept open for LINGER_SECONDS.
+MAX_REFUSED = 16
 
 _logger = logging.getLogger(__name__)
 
@@ -35,6 +41,7 @@ class Admission:
         self._services = services
         self._workers = workers
         self._numbers = itertools.count(1)
+        self._refused: deque[tuple[float, socket.socket]] = deque()
 
     def assign(self, sock: socket.socket, host: str, name: str) -> None:
         """Give a connection to the event loop that has the fewest, or refuse it."""
@@ -78,7 +85,16 @@ class Admission:
             sock.shutdown(socket.SHUT_WR)
         except OSError as gone:
             _logger.debug("%s disconnected before it was refused: %s", name, gone)
-        sock.close()
+        # To close it now would reset the connection while the client sends its handshake, and lose the reply.
+        self._refused.append((time.monotonic() + LINGER_SECONDS, sock))
+        self.close_refused()
+
+    def close_refused(self, keep: int = MAX_REFUSED) -> None:
+        """Close the refused connections that are due, and the oldest of more than `keep`. Thread-safe."""
+        now = time.monotonic()
+        with suppress(IndexError):
+            while len(self._refused) > keep or self._refused[0][0] <= now:
+                self._refused.popleft()[1].close()
 
 
 def _stream(sock: socket.socket, context: SSLContext | None) -> Stream:

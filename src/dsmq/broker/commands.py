@@ -395,8 +395,13 @@ def _encode_topics(topics: list[TopicStats]) -> bytes:
 
 
 def _stats(client: Client, request: list[bytes]) -> Encoded | None:
-    topic = _topic(client, request[1])
-    return client.reply_to(client.services.store.stats(topic), partial(_encode_stats, client.version))
+    answer = client.services.store.stats(*_parse_stats(client, request))
+    return client.reply_to(answer, partial(_encode_stats, client.version))
+
+
+def _parse_stats(client: Client, request: list[bytes]) -> tuple[bytes, int]:
+    after = _number(_options(request[2:], {b"AFTER": 1}), b"AFTER", 0, 0, MAX_INTEGER)
+    return _topic(client, request[1]), after
 
 
 def _encode_stats(version: int, stats: TopicStats) -> bytes:
@@ -548,7 +553,7 @@ def _greeting(client: Client, version: int, name: bytes, notices: bool) -> bytes
             ("epoch", encode_bulk(store.epoch.encode())),
             ("run", encode_bulk(store.run.encode())),
             ("last_id", encode_integer(store.last_id())),
-            ("restored_id", encode_integer(store.restored_id)),
+            ("lost_ids", encode_array([encode_integer(end) for end in store.lost_ids])),
             ("max_age_ms", encode_integer(round(settings.max_age_seconds * 1000))),
             ("max_message_bytes", encode_integer(settings.max_message_bytes)),
             ("max_topic_bytes", encode_integer(settings.max_topic_bytes)),
@@ -784,7 +789,7 @@ COMMANDS: dict[bytes, Command] = {
         Command("EXEC", _exec, "", "Store all puts since MULTI or none, run the requests, and reply an array."),
         Command("DISCARD", _discard, "", "Drop the requests since MULTI."),
         Command("TOPICS", _topics, "[AFTER topic] [COUNT n]", "List topics that hold messages: name, messages, bytes."),
-        Command("STATS", _stats, "topic", "Describe what a topic holds.", parse=_parse_topic),
+        Command("STATS", _stats, "topic [AFTER id]", "Describe what a topic holds.", parse=_parse_stats),
         Command("SHUTDOWN", _shutdown, "[NOSAVE|SAVE]", "Stop the server gracefully.", Role.ADMIN),
         Command(
             "HELLO",

@@ -262,9 +262,9 @@ def some(  # noqa: PLR0913, PLR0917 - of both clients
     while (more and len(taken) < n) or (until and not taken and n > 0 and time.monotonic() < until):
         yield (read := Read(session, inbox, 0.0 if taken else until))
         # Now, because this READ may have been the first call to find that the server was restarted.
-        if session.is_restarted and inbox.is_unsure:
-            yield (stats := Plain(stats_request(inbox.topic)))
-            inbox.renumber(restored_number(stats.reply))
+        if session.is_restarted and (doubt := inbox.doubt):
+            yield (stats := Plain(stats_request(inbox.topic, doubt[1])))
+            inbox.renumber(doubt, restored_number(stats.reply))
         more = read.take_in(session.entries(read.reply))
         inbox = session.inbox(inbox.topic)
         if more:

@@ -138,7 +138,7 @@ class Session:
         if facts.get("access") == b"nobody":
             raise AuthRequired("this server wants a token: connect(..., token=...)")
         epoch, run = _as_text(facts.get("epoch")), _as_text(facts.get("run")).encode()
-        last_id, restored_id = _as_number(facts.get("last_id")), _as_number(facts.get("restored_id", 0))
+        last_id, lost = _as_number(facts.get("last_id")), _as_ranges(facts.get("lost_ids", []))
         self.max_message_bytes = _as_number(facts.get("max_message_bytes"))
         state: State = "resumed"
         while (era := self.era).epoch != epoch or era.run != run:
@@ -148,7 +148,7 @@ class Session:
                 return state, self._era
             same = era.epoch == epoch
             self.is_restarted = True
-            new = Era(epoch, run, era.start, era.number, restored_id) if same else Era(epoch, run, 0, 0)
+            new = Era(epoch, run, era.start, era.number, lost) if same else Era(epoch, run, 0, 0)
             if era.next.setdefault(0, new) is new:
                 state = "restarted" if same else "replaced"
                 _logger.warning("the server has been started anew: %s", LOST[state])
@@ -368,12 +368,12 @@ def check(reply: Reply) -> Reply:
     return reply
 
 
-def stats_request(topic: str) -> bytes:
-    return encode_request(b"STATS", topic.encode())
+def stats_request(topic: str, after: int) -> bytes:
+    return encode_request(b"STATS", topic.encode(), b"AFTER", b"%d" % after)
 
 
 def restored_number(reply: Reply) -> int:
-    """Return the topic's last number in the snapshot that the server started from, out of the reply to STATS."""
+    """Return the topic's last number in the snapshot before that id was lost, out of the reply to STATS."""
     return _as_number(_facts(reply).get("restored_number", 0))
 
 
@@ -411,6 +411,11 @@ def _as_text(value: Reply) -> str:
 
 def _as_number(value: Reply) -> int:
     return value if isinstance(value, int) else _is_no("number", value)
+
+
+def _as_ranges(value: Reply) -> list[tuple[int, int]]:
+    ends = list(map(_as_number, value if isinstance(value, list) else _is_no("list", value)))
+    return list(zip(ends[::2], ends[1::2], strict=False))
 
 
 def _is_no(what: str, value: Reply) -> NoReturn:

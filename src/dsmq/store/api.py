@@ -43,7 +43,9 @@ class TopicStats(NamedTuple):
     first_id: int = 0
     oldest_age_ms: int = 0
     restored_number: int = 0
-    """The topic's last number in the snapshot that this run started from, 0 if there was none."""
+    """The topic's last number in the snapshot before the range of lost ids that the reader's id is in, or else before
+    the last range; 0 if there was none.
+    """
 
     @property
     def cost(self) -> int:
@@ -103,8 +105,6 @@ class Store(Protocol):
     """Names the ids: those of different epochs have nothing to do with each other."""
     run: str
     """Names the time over which puts are remembered without a gap."""
-    restored_id: int
-    """The last id in the snapshot that this run started from, 0 if there was none."""
     max_age_ms: int
     limits: Limits
 
@@ -132,8 +132,12 @@ class Store(Protocol):
     def topics(self, after: bytes, count: int) -> Answer[list[TopicStats]]:
         """Return topics that hold messages, in byte order, from behind the name `after`."""
 
-    def stats(self, topic: bytes) -> Answer[TopicStats]:
-        """Return what one topic holds, also where it holds nothing."""
+    @property
+    def lost_ids(self) -> list[int]:
+        """The ranges of ids of this epoch that were lost by kills: of each, the id before it and its last."""
+
+    def stats(self, topic: bytes, after: int = 0) -> Answer[TopicStats]:
+        """Return what one topic holds, also where it holds nothing, for a reader that has read up to this id."""
 
     def totals(self) -> Totals:
         """Return the sums over all topics."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable, Iterator
-from itertools import groupby
+from itertools import chain, groupby
 from operator import itemgetter
 from typing import NamedTuple, TypeAlias
 
@@ -42,12 +42,11 @@ _INSERT_STATE = "INSERT INTO state VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _INSERT_EMPTY = "INSERT INTO empty_topics VALUES (?, ?, ?)"
 _INSERT_PRODUCER = "INSERT INTO producers (name, forgotten, last_at) VALUES (?, ?, ?)"
 _INSERT_PUT = "INSERT INTO puts VALUES (?, ?, ?)"
-# Only in a snapshot of a run that began from an older one: the last number of each topic there; without a name, its
-# last id.
-_RESTORED = "CREATE TABLE restored (name BLOB, number INTEGER NOT NULL)"
-_INSERT_RESTORED = "INSERT INTO restored VALUES (?, ?)"
-_HAS_RESTORED = "SELECT 1 FROM sqlite_master WHERE name = 'restored'"
-_DROP_RESTORED = "DROP TABLE IF EXISTS restored"
+# Only if ids were lost in this epoch: for each range, without a name, the id before it and its last, then the numbers.
+_LOST = "CREATE TABLE lost (name BLOB, number INTEGER NOT NULL)"
+_INSERT_LOST = "INSERT INTO lost VALUES (?, ?)"
+_HAS_LOST = "SELECT 1 FROM sqlite_master WHERE name = 'lost'"
+_DROP_LOST = "DROP TABLE IF EXISTS lost"
 _PRODUCERS = "SELECT id, name, forgotten, last_at FROM producers ORDER BY id"
 _PUTS = "SELECT producer, seq, message FROM puts ORDER BY rowid"
 
@@ -124,15 +123,18 @@ class Image(NamedTuple):
     """Whether it was written when the store had taken its last message."""
     empty: dict[bytes, tuple[int, int]]
     producers: list[Producer]
-    restored: Restored | None
+    lost: list[Lost]
 
 
-class Restored(NamedTuple):
-    """What a snapshot held that a run began from, if it did not hold all that was put before."""
+class Lost(NamedTuple):
+    """A range of ids that were lost, because the server was killed and started again from an older snapshot."""
 
-    last_id: int
+    after: int
+    """The last id in that snapshot."""
+    last: int
+    """The last of the range. The next run goes on from here."""
     numbers: dict[bytes, int]
-    """The last number of each topic."""
+    """The last number of each topic in that snapshot, which the next run goes on from."""
 
 
 def add(target: sqlite3.Connection, part: Part) -> None:
@@ -159,23 +161,28 @@ def add_producers(target: sqlite3.Connection, producers: Iterable[Producer]) -> 
         target.executemany(_INSERT_PUT, ((row, seq, message) for seq, message in puts.items()))
 
 
-def add_restored(target: sqlite3.Connection, restored: Restored) -> None:
-    target.execute(_RESTORED)
-    target.execute(_INSERT_RESTORED, (None, restored.last_id))
-    target.executemany(_INSERT_RESTORED, restored.numbers.items())
+def add_lost(target: sqlite3.Connection, lost: Iterable[Lost]) -> None:
+    target.execute(_LOST)
+    for after, last, numbers in lost:
+        target.executemany(_INSERT_LOST, chain([(None, after), (None, last)], numbers.items()))
 
 
-def _read_restored(source: sqlite3.Connection) -> Restored | None:
-    if source.execute(_HAS_RESTORED).fetchone() is None:
-        return None
-    numbers = dict(source.execute("SELECT * FROM restored"))
-    return Restored(numbers.pop(None), numbers)
+def _read_lost(source: sqlite3.Connection) -> list[Lost]:
+    lost: list[Lost] = []
+    if source.execute(_HAS_LOST).fetchone():
+        rows = source.execute("SELECT name, number FROM lost ORDER BY rowid")
+        for name, number in rows:
+            if name is None:
+                lost.append(Lost(number, next(rows)[1], {}))
+            else:
+                lost[-1].numbers[name] = number
+    return lost
 
 
 def read(source: sqlite3.Connection) -> Image:
     *state, written_at, is_last = source.execute("SELECT * FROM state").fetchone()
     empty = {name: (number, last_id) for name, number, last_id in source.execute("SELECT * FROM empty_topics")}
-    return Image(State(*state), written_at, bool(is_last), empty, list(_producers(source)), _read_restored(source))
+    return Image(State(*state), written_at, bool(is_last), empty, list(_producers(source)), _read_lost(source))
 
 
 def _producers(source: sqlite3.Connection) -> Iterator[Producer]:
@@ -188,4 +195,4 @@ def _producers(source: sqlite3.Connection) -> Iterator[Producer]:
 def drop(database: sqlite3.Connection) -> None:
     """Leave the store's own tables."""
     database.executescript(_DROP)
-    database.execute(_DROP_RESTORED)
+    database.execute(_DROP_LOST)

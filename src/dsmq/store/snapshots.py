@@ -206,8 +206,8 @@ class Keeper:
         snapshot.create_extra_tables(target)
         target.execute("BEGIN")
         image.finish(target, instant, written_at, is_last=is_last)
-        if self._store.restored:
-            image.add_restored(target, self._store.restored)
+        if self._store.lost:
+            image.add_lost(target, self._store.lost)
         for first in range(0, len(instant.producers), _PRODUCERS):
             names = instant.producers[first : first + _PRODUCERS]
             image.add_producers(target, self._store.remembered(names, instant.state.last_id))

@@ -39,12 +39,14 @@ from dsmq.store.api import (
     topics_cost,
 )
 from dsmq.store.dedup import Producers, Puts
-from dsmq.store.image import INSERT_CHUNK, Image, Instant, Part, Place, Producer, Restored, State
+from dsmq.store.image import INSERT_CHUNK, Image, Instant, Lost, Part, Place, Producer, State
 from dsmq.store.packed_rows import Row, Stored, pack, portions, unpack
 from dsmq.system import BOOT_CLOCK
 
 # Topics that hold nothing but whose numbering goes on; a forgotten one starts again at 1.
 MAX_EMPTY_TOPICS = 100_000
+# Ranges of lost ids that are remembered, and numbers of topics with them; of the last range always all.
+_MAX_LOST, _MAX_LOST_NUMBERS = 100, 100_000
 # Of a topic, runs of messages that are remembered as not read by anybody; older ones pass for read.
 MAX_GAPS = 64
 # Chunks, and bytes of messages, deleted while the lock is held once: less than 0.1 ms of work.
@@ -171,9 +173,8 @@ class SQLiteStore:
         self.max_age_ms = max_age_ms
         self.limits = limits or Limits()
         self.epoch, self.run = secrets.token_hex(8), secrets.token_hex(8)
-        self.restored_id = 0
-        self.restored: Restored | None = None
-        """What this run began with, if that did not hold all that was put before."""
+        self.lost: list[Lost] = []
+        """The ranges of ids of this epoch that were lost, in order; of many or large ones the last."""
         self._clock = clock
         self._guard = _Guard()
         self._database = _in_memory()
@@ -538,10 +539,15 @@ class SQLiteStore:
             rows = self._database.execute(_TOPICS, (after, count)).fetchall()
             return [_stats(self._by_row[row]) for (row,) in rows]
 
-    def stats(self, topic: bytes) -> TopicStats:
+    @property
+    def lost_ids(self) -> list[int]:
+        return [end for lost in self.lost for end in lost[:2]]
+
+    def stats(self, topic: bytes, after: int = 0) -> TopicStats:
         with self._guard:
             known = self._topics.get(topic)
-            restored_number = self.restored.numbers.get(topic, 0) if self.restored else 0
+            lost = [one for one in self.lost if one.after < after <= one.last] or self.lost
+            restored_number = lost[-1].numbers.get(topic, 0) if lost else 0
             if known is None:
                 empty = _Topic(topic, 0, *self._empty.get(topic, ()))
                 return _stats(empty)._replace(restored_number=restored_number)
@@ -674,8 +680,7 @@ class SQLiteStore:
         self._database = database
         self.epoch, self.run = kept.state.epoch, kept.state.run
         self._last_id = kept.state.last_id
-        self.restored = kept.restored
-        self.restored_id = self.restored.last_id if self.restored else self._last_id
+        self.lost = kept.lost
         self._last_row = kept.state.last_row
         self._clock = _shifted(self._clock, ahead_ms)
         for row, name, last_number, last_id, count, size, longest in held:
@@ -694,9 +699,10 @@ class SQLiteStore:
 
         Numbers go on from those of the snapshot. A reader that knows higher ones takes the snapshot's.
         """
-        empty = {name: number for name, (number, _) in self._empty.items()}
-        self.restored = Restored(self._last_id, empty | self.last_numbers())
-        self.restored_id = self._last_id
+        numbers = {name: number for name, (number, _) in self._empty.items()} | self.last_numbers()
+        while len(self.lost) >= _MAX_LOST or sum(len(one.numbers) for one in self.lost) > _MAX_LOST_NUMBERS:
+            del self.lost[0]
+        self.lost.append(Lost(self._last_id, last_id, numbers))
         self.run, self._last_id = secrets.token_hex(8), last_id
 
     def close(self) -> None:
