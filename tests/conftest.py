@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -41,9 +42,15 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def no_leftovers() -> Iterator[None]:
-    """Every test ends its own threads. That of the log lives as long as the process."""
+    """Every test ends its own threads. That of the log lives as long as the process.
+
+    A handler of the log that a command left would go on writing to what was standard error in its test.
+    """
     before = set(threading.enumerate())
+    logger = logging.getLogger("dsmq")
+    handlers = logger.handlers[:]
     yield
+    logger.handlers[:] = handlers
     names = [thread.name for thread in set(threading.enumerate()) - before]
     left = [name for name in names if name.startswith("dsmq-") and name != "dsmq-log"]
     assert not left
