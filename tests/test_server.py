@@ -333,7 +333,7 @@ def test_a_defect_during_a_wait_is_the_one_reply_to_it(
     with wire_to(server) as victim:
         victim.send(encode_request(b"GETWAIT", b"t", b"60000"))
         wait_until(lambda: server.waiting() == 1)
-        monkeypatch.setattr(server._store, "_behind", lambda *_: 1 / 0)
+        monkeypatch.setattr(server._store, "_messages_after", lambda *_: 1 / 0)
         assert wire.call("PUT", "t", "x") == 1
         assert victim.receive().code == "INTERNAL"  # type: ignore[union-attr]
         assert victim.ended()

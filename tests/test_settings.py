@@ -357,7 +357,7 @@ def test_service_links_are_logged_once_at_debug_level() -> None:
         server.process.send_signal(signal.SIGHUP)
         server.wait_for_line("configuration reloaded")
         server.stop()
-    lines = [line for line in "".join(server.log).splitlines() if "DSMQ_SERVICE_HOST" in line]
+    lines = [line for line in server.log().splitlines() if "DSMQ_SERVICE_HOST" in line]
     assert len(lines) == 1
     assert lines[0].endswith("DEBUG environment variables passed over as service links: DSMQ_PORT, DSMQ_SERVICE_HOST")
 

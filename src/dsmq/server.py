@@ -38,7 +38,7 @@ from dsmq.ops.systemd import Systemd
 from dsmq.settings import EmbeddedSettings, Settings
 from dsmq.store.api import Limits, Store, Totals
 from dsmq.store.expiry import Expiry
-from dsmq.store.snapshots import LAST_SNAPSHOT_SECONDS, Keeper
+from dsmq.store.snapshots import LAST_SNAPSHOT_SECONDS, Snapshotter
 from dsmq.store.sqlite import SQLiteStore
 from dsmq.system import expect_long_messages
 from dsmq.threads import join, wait_until
@@ -154,12 +154,12 @@ class Server:
             settings.max_stored_bytes_per_topic,
         )
 
-    def _new_keeper(self, settings: Settings) -> Keeper | None:
+    def _new_keeper(self, settings: Settings) -> Snapshotter | None:
         if not settings.snapshot_file:
             return None
         if not isinstance(self._store, SQLiteStore):
             raise ConfigError("snapshot_file: this store keeps what it holds by itself")
-        return Keeper(self._store, settings.snapshot_file, settings.snapshot_interval_seconds)
+        return Snapshotter(self._store, settings.snapshot_file, settings.snapshot_interval_seconds)
 
     # Start
 
@@ -248,7 +248,7 @@ class Server:
                 if reason := self._orders.get(timeout=min(WATCH_SECONDS, self._systemd.most_seconds)):
                     _logger.info("stopping: %s", reason, extra=logs.event("stopping", reason=reason))
                     self.stop()
-                    if self._keeper and not self._keeper.is_kept:
+                    if self._keeper and not self._keeper.saved:
                         raise ServerFailed("the last snapshot could not be written")
                     return
                 with self._systemd.reloading():
@@ -340,7 +340,7 @@ class Server:
             finally:
                 self._stopped = True
                 if self._keeper:
-                    self._keeper.give_up()
+                    self._keeper.abandon()
 
     def _stop_within(self, seconds: float) -> list[str]:
         """Go through the stages; those that are done already take no time."""
@@ -405,8 +405,10 @@ class Server:
         self._stopping, self._stopped = threading.Lock(), True
         for listener in self._listeners:
             listener.socket.close()
-        for part in (*self._workers, *self._side_ports, *([self._keeper] if self._keeper else [])):
+        for part in (*self._workers, *self._side_ports):
             part.abandon()
+        if self._keeper:
+            self._keeper.close_inherited()
 
     # What can be asked of it
 

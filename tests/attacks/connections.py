@@ -20,9 +20,7 @@ from attacks.crowd import GRACE_SECONDS, Crowd, dial, reset
 from attacks.rig import (
     HERE,
     MIB,
-    SOON,
     Bystander,
-    Daemon,
     NotHere,
     Trial,
     compare_latency,
@@ -30,9 +28,9 @@ from attacks.rig import (
     milliseconds,
     serve_time,
     victim,
-    wait_until,
 )
 from dsmq.wire.resp import encode_request
+from helpers import SOON, Daemon, reached
 
 TOKEN = "a-token-of-the-attacks"
 CROWD = 5000
@@ -145,7 +143,7 @@ def guessing(trial: Trial) -> None:
         for thread in threads:
             thread.start()
         try:
-            wait_until(lambda: all(guesses))
+            reached(lambda: all(guesses))
             answers = [_show(daemon.port, TOKEN) for _ in range(60)]
         finally:
             until.set()
@@ -191,7 +189,7 @@ class Gone:
     def after(self) -> float:
         """Seconds from when the last of them came; for ever where they are still there."""
         if self._crowd.port == self._daemon.port:
-            wait_until(self, 2 * LOOK_EVERY_SECONDS)
+            reached(self, 2 * LOOK_EVERY_SECONDS)
         return self.at - self._crowd.opened_last
 
 
@@ -308,7 +306,7 @@ def flood(trial: Trial) -> None:
 def serve_until(daemon: Daemon) -> float:
     """Return the seconds until a new client is served."""
     began = time.monotonic()
-    wait_until(lambda: serve_time(daemon) < SOON)
+    reached(lambda: serve_time(daemon) < SOON)
     return time.monotonic() - began
 
 
@@ -323,10 +321,10 @@ def no_files(trial: Trial) -> None:
     # The scrapes pause before: one that begins when there are no files left is not answered.
     with victim(trial, *faulty("files"), popen=few) as on, on.scraper.paused():
         on.daemon.signal(signal.SIGUSR1)
-        wait_until(lambda: on.daemon.files == FILES)
+        reached(lambda: on.daemon.files == FILES)
         _exhaust(trial, on.daemon, "all files taken", pending_scrape=True)
         on.daemon.signal(signal.SIGUSR2)
-        wait_until(lambda: on.daemon.files < FILES)
+        reached(lambda: on.daemon.files < FILES)
         served = serve_until(on.daemon)
         trial.at_once("all files taken: served again at once", milliseconds(served), served)
 
@@ -352,7 +350,7 @@ def _exhaust(trial: Trial, daemon: Daemon, when: str, *, pending_scrape: bool = 
     )
     # It may have to finish with those connections first.
     used = [_used(daemon, trial.size(2, 0.5))]
-    wait_until(lambda: used.append(_used(daemon, trial.size(2, 0.5))) or used[-1] < 0.2)
+    reached(lambda: used.append(_used(daemon, trial.size(2, 0.5))) or used[-1] < 0.2)
     trial.must(f"{when}: it does not spin", f"{used[-1]:.0%} of a processor", used[-1] < 0.2)
     for sock in opened:
         reset(sock)
@@ -387,12 +385,12 @@ def churn(trial: Trial) -> None:
         daemon = on.daemon
         began = time.monotonic()
         rounds = _churn(daemon.port, began + seconds / 5)
-        wait_until(lambda: daemon.metric("dsmq_connections") == 0)
+        reached(lambda: daemon.metric("dsmq_connections") == 0)
         before = daemon.memory, daemon.files, daemon.threads
         rounds += _churn(daemon.port, began + seconds)
-        wait_until(lambda: daemon.metric("dsmq_connections") == 0)
+        reached(lambda: daemon.metric("dsmq_connections") == 0)
         # The side port's threads come and go.
-        wait_until(lambda: daemon.threads <= before[1] and daemon.files <= before[1], 2)
+        reached(lambda: daemon.threads <= before[1] and daemon.files <= before[1], 2)
         grown = daemon.memory - before[0]
         trial.must(
             f"connect, put, read, drop for {seconds} s: memory grows by less than 5 MB after the first fifth",
@@ -402,7 +400,7 @@ def churn(trial: Trial) -> None:
         trial.must(
             "no file and no thread more",
             f"{daemon.files - before[1]:+d} files, {daemon.threads - before[2]:+d} threads",
-            wait_until(lambda: daemon.files <= before[1] + 1 and daemon.threads <= before[2] + 1, 5),
+            reached(lambda: daemon.files <= before[1] + 1 and daemon.threads <= before[2] + 1, 5),
         )
 
 

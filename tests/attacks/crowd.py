@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from attacks.rig import HOST, LEAST_MEMORY_LEFT, NotHere, memory_left
+from attacks.rig import LEAST_MEMORY_LEFT, NotHere, memory_left
+from helpers import HOST
 
 # Addresses of this machine that attackers come from, for each has only so many ports.
 SOURCES = [f"127.0.0.{number}" for number in range(2, 102)]

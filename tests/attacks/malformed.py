@@ -18,9 +18,10 @@ from collections.abc import Callable, Iterator
 from importlib import util
 
 from attacks.crowd import dial, reset
-from attacks.rig import HERE, Process, Trial, Victim, compare_latency, megabytes, victim
+from attacks.rig import HERE, Trial, Victim, compare_latency, megabytes, victim
 from dsmq.errors import ProtocolError, ReplyError
 from dsmq.wire.resp import ReplyParser, RequestParser, encode_request
+from helpers import Process
 
 LARGEST = 10_000
 """Bytes of a message that the parser takes here: few, so that limits are met."""

@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from dsmq.client import DSMQClientSideConnection, connect
 from dsmq.errors import DSMQError
+from helpers import SOON, Daemon
 
 HERE = Path(__file__).parent
 MIB = 1 << 20
-HOST = "127.0.0.1"
-# Max seconds to wait for an expected event.
-SOON = 20.0
-# Poll interval for events without a notification.
-LOOK_SECONDS = 0.01
 SCRAPE_SECONDS = 0.2
 LONGEST_SCRAPE_SECONDS = 1.0
 # Max seconds until a client is served after an attack.
@@ -102,58 +93,6 @@ def progress(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = SOON) -> bool:
-    """Poll until the condition holds; return whether it did in time."""
-    until = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > until:
-            return False
-        time.sleep(LOOK_SECONDS)
-    return True
-
-
-# Processes
-
-
-class Process:
-    """A process, as seen in /proc."""
-
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-
-    def _status(self, name: str) -> int:
-        found = re.search(rf"^{name}:\s+(\d+)", Path(f"/proc/{self.pid}/status").read_text(), re.MULTILINE)
-        assert found is not None, name
-        return int(found[1])
-
-    @property
-    def memory(self) -> int:
-        """Resident, in bytes."""
-        return self._status("VmRSS") * 1024
-
-    @property
-    def peak_memory(self) -> int:
-        """Peak resident memory since `forget_peak`, in bytes."""
-        return self._status("VmHWM") * 1024
-
-    def forget_peak(self) -> None:
-        Path(f"/proc/{self.pid}/clear_refs").write_text("5")
-
-    @property
-    def threads(self) -> int:
-        return self._status("Threads")
-
-    @property
-    def files(self) -> int:
-        """Number of open file descriptors."""
-        return len(os.listdir(f"/proc/{self.pid}/fd"))
-
-    @property
-    def cpu_seconds(self) -> float:
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def memory_left() -> int:
     """Return the machine's available memory in bytes."""
     found = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
@@ -166,88 +105,6 @@ def megabytes(size: float) -> str:
 
 def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:,.{2 if seconds < 0.1 else 0}f} ms"
-
-
-# Servers
-
-
-class Daemon(Process):
-    """`dsmq serve` in a process of its own, on free ports."""
-
-    def __init__(self, *words: str, popen: dict[str, Any] | None = None, ca_file: str = "", **settings: object) -> None:
-        """`words` is what to run in place of `dsmq serve`; the settings go into its environment.
-
-        ca_file is what its clients trust.
-        """
-        self._log = tempfile.NamedTemporaryFile("w")  # noqa: SIM115 - closed by close()
-        # The attacks ignore the caller's settings for dsmq.
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("DSMQ_")}
-        environment |= {"DSMQ_PORT": "0", "DSMQ_HTTP_PORT": "0"}
-        environment |= {f"DSMQ_{name.upper()}": str(value) for name, value in settings.items()}
-        # To a file, because a full pipe without a reader would block the writer.
-        self.process = subprocess.Popen(
-            words or (sys.executable, "-m", "dsmq", "serve"),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=self._log,
-            env=environment,
-            **(popen or {}),
-        )
-        super().__init__(self.process.pid)
-        token = str(settings.get("auth_token", ""))
-        self.security = {name: value for name, value in (("token", token), ("ca_file", ca_file)) if value}
-        # A certificate is for a name.
-        self.host = "localhost" if ca_file else HOST
-        try:
-            self.port = int(self._await_line(r"serves on .*?:(\d+)(?: |,)"))
-            self.http_port = int(self._await_line(r"metrics on http://.*?:(\d+)/"))
-        except BaseException:
-            self.stop()
-            raise
-
-    def log(self) -> str:
-        # Opened separately: seeking in the process's file would move its write position.
-        return Path(self._log.name).read_text(errors="replace")
-
-    def _await_line(self, pattern: str) -> str:
-        found: list[str] = []
-        wait_until(
-            lambda: bool(found.extend(re.findall(pattern, self.log())) or found) or self.process.poll() is not None
-        )
-        if not found:
-            raise RuntimeError(f"the server has not started:\n{self.log()}")
-        return found[0]
-
-    def client(self, **options: Any) -> DSMQClientSideConnection:
-        return connect(self.host, self.port, **self.security, **options)
-
-    def fetch(self, path: str = "/metrics", timeout: float = 5.0) -> str:
-        """Return a page of the HTTP endpoint. Raises OSError."""
-        with urllib.request.urlopen(f"http://{HOST}:{self.http_port}{path}", timeout=timeout) as page:
-            return str(page.read().decode())
-
-    def metric(self, name: str) -> float:
-        """Return the sum of a metric over its labels; 0 if it has no samples yet."""
-        return sum(float(value) for value in re.findall(rf"^{name}(?:{{.*}})? (\S+)$", self.fetch(), re.MULTILINE))
-
-    def signal(self, number: int) -> None:
-        self.process.send_signal(number)
-
-    def stop(self) -> int:
-        """Stop it as systemd would; return its exit status. Idempotent."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGCONT)
-            self.process.terminate()
-            try:
-                self.process.wait(SOON)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-        return self.process.returncode
-
-    def close(self) -> None:
-        self.stop()
-        self._log.close()
 
 
 class Scraper:
@@ -312,7 +169,7 @@ def victim(
     """Run a server that is scraped continuously. After the attack it has to serve, without defects, and to stop."""
     progress(f"{trial.name}: starts")
     with ExitStack() as stack:
-        daemon = Daemon(*words, popen=popen, ca_file=ca_file, **settings)
+        daemon = Daemon(**({"command": words} if words else {}), popen=popen, ca_file=ca_file, **settings)
         stack.callback(daemon.close)
         with Scraper(daemon) as scraper:
             yield Victim(daemon, scraper)

@@ -14,11 +14,12 @@ from pathlib import Path
 
 from attacks.connections import faulty, pipeline, serve_until
 from attacks.crowd import dial
-from attacks.rig import MIB, SOON, Daemon, NotHere, Trial, Victim, megabytes, milliseconds, victim, wait_until
+from attacks.rig import MIB, NotHere, Trial, Victim, megabytes, milliseconds, victim
 from dsmq.client import DSMQClientSideConnection
 from dsmq.errors import DSMQError, Full, StoreFailed
 from dsmq.store.api import MESSAGE_OVERHEAD_BYTES
 from dsmq.wire.resp import encode_request
+from helpers import SOON, Daemon, reached
 
 # What a full store may take beside what it counts: SQLite's pages are not full, and the tails are not written yet.
 OVERHEAD_RATIO, OVERHEAD_BYTES = 0.35, 12e6
@@ -140,12 +141,12 @@ def full(trial: Trial) -> None:
         daemon.forget_peak()
         sizes = (100, 1000, 5000, 20_000)
         with clients(daemon, 8, sizes) as (writers, reader):
-            was_full = wait_until(lambda: all(writer.refused for writer in writers))
+            was_full = reached(lambda: all(writer.refused for writer in writers))
             reads = reader.reads
-            goes_on = wait_until(lambda: reader.reads > reads + 10)
+            goes_on = reached(lambda: reader.reads > reads + 10)
             # Space comes back, twice, and is used.
             at = time.monotonic()
-            again = wait_until(lambda: all(writer.stored_at > at + 2 * age for writer in writers))
+            again = reached(lambda: all(writer.stored_at > at + 2 * age for writer in writers))
         peak = daemon.peak_memory - base
         kinds = {name for writer in writers for name in writer.refused}
         refused = sum(count for writer in writers for count in writer.refused.values())
@@ -225,13 +226,13 @@ def stopped(trial: Trial) -> None:
         request = encode_request(b"PUT", b"t", b"in two halves")
         with on.scraper.paused(), dial(daemon.port) as half:
             half.sendall(request[:10])
-            wait_until(lambda: daemon.metric("dsmq_connections") == 3 * len(calls) + 1)
+            reached(lambda: daemon.metric("dsmq_connections") == 3 * len(calls) + 1)
             daemon.signal(signal.SIGSTOP)
-            wait_until(lambda: state_of(daemon) == "T")
+            reached(lambda: state_of(daemon) == "T")
             stop.wait()
             time.sleep(seconds)
             # On a busy machine they may begin late.
-            wait_until(lambda: len(outcomes) >= len(calls))
+            reached(lambda: len(outcomes) >= len(calls))
             half.sendall(request[10:])
             daemon.signal(signal.SIGCONT)
             served = serve_until(daemon)
@@ -267,7 +268,7 @@ def out_of_threads(trial: Trial) -> None:
             mq.ping()
             daemon.fetch()
             daemon.signal(signal.SIGUSR1)
-            if not wait_until(lambda: limit_of(daemon) == 1, 2):
+            if not reached(lambda: limit_of(daemon) == 1, 2):
                 raise NotHere("the limit on threads can't be set")
             failed, slowest = 0, 0.0
             for _ in range(20):
@@ -281,10 +282,10 @@ def out_of_threads(trial: Trial) -> None:
             served = serve_until(daemon)
             trial.at_once("new clients are served", milliseconds(served), served)
             daemon.signal(signal.SIGUSR2)
-            wait_until(lambda: limit_of(daemon) != 1)
+            reached(lambda: limit_of(daemon) != 1)
         page = daemon.fetch()
         trial.must("the side port answers when it can", f"{len(page):,} bytes", "dsmq_puts_total" in page)
-        left = wait_until(lambda: daemon.threads <= before[0] and daemon.files <= before[1])
+        left = reached(lambda: daemon.threads <= before[0] and daemon.files <= before[1])
         trial.must("nothing is left of those requests", f"{daemon.files - before[1]:+d} files", left)
 
 
@@ -327,7 +328,7 @@ def clock(trial: Trial) -> None:
                 at = time.monotonic()
                 last = mq.put("t", "y")
                 daemon.signal(step)
-                gone = wait_until(lambda: daemon.metric("dsmq_messages") == 0, 5 * age + 5)
+                gone = reached(lambda: daemon.metric("dsmq_messages") == 0, 5 * age + 5)
                 took.append(time.monotonic() - at)
                 mq.seek("t", last - 1)
                 gone = gone and not mq.get("t")
@@ -350,14 +351,14 @@ def sqlite(trial: Trial) -> None:
 def _have_fail(trial: Trial, on: Victim, fault: str, wanted: type[DSMQError]) -> None:
     daemon = on.daemon
     with clients(daemon, 4, (1000,), 0.0005) as (writers, reader):
-        wait_until(lambda: all(writer.stored for writer in writers))
+        reached(lambda: all(writer.stored for writer in writers))
         daemon.signal(signal.SIGUSR1)
-        failed = wait_until(lambda: all(writer.refused for writer in writers))
+        failed = reached(lambda: all(writer.refused for writer in writers))
         # So long that it fails in the expiry thread, in reads, and again and again.
         time.sleep(trial.size(2, 0.2))
         daemon.signal(signal.SIGUSR2)
         at = time.monotonic()
-        again = wait_until(lambda: all(writer.stored_at > at for writer in writers))
+        again = reached(lambda: all(writer.stored_at > at for writer in writers))
         took = time.monotonic() - at
     kinds = {name for writer in writers for name in writer.refused}
     trial.must(

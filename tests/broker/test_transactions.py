@@ -175,7 +175,7 @@ def test_a_put_that_is_known_replies_its_first_id_and_a_forgotten_one_refuses_al
     )
     assert isinstance(replies, list)
     assert (replies[:2], replies[2][3::5], replies[3]) == ([1, 3], [b"x", b"y"], 3)
-    server._store._producers._known[b"me"].forgotten = 0  # type: ignore[attr-defined]
+    server._store._deduplicator._producers[b"me"].forgotten = 0  # type: ignore[attr-defined]
     assert codes(transact(wire, ("PUT", "t", "z"), ("PUT", "t", "z", *key, 0))) == ["FORGOTTEN"] * 2
     assert server.totals().stored == 3
 

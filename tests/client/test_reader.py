@@ -589,6 +589,22 @@ def test_in_a_new_epoch_what_was_read_ahead_comes_until_it_expires(clock: Time) 
     assert (take(inbox), inbox.missed) == ([2], 2)
 
 
+def test_a_new_epoch_is_not_asked_behind_an_id_of_the_one_before(clock: Time) -> None:
+    inbox = an_inbox(10)
+    accept(inbox, entries(11, 12, 13))
+    take(inbox, 1)
+    follow(inbox, "one", b"second", 12)
+    # Not taken, because the server may have 12.
+    assert take(inbox) == []
+    follow(inbox, "two", b"third")
+    assert inbox.asked()[1] == inbox.asked_for_latest()[1] == 0
+    # A call that is under way has asked so.
+    assert accept(inbox, entries(1, 2))
+    assert [take(inbox), take(inbox)] == [[13], []]
+    accept(inbox, entries(1, 2))
+    assert take(inbox) == [1, 2]
+
+
 def test_a_new_epoch_has_nothing_of_what_was_given_back_but_was_fetched(clock: Time) -> None:
     inbox, claim = an_inbox(10), []
     accept(inbox, entries(11, 12))

@@ -635,7 +635,9 @@ def test_puts_are_put_into_the_next_server_while_this_one_stops() -> None:
         for _ in range(5):
             wait_until(lambda: len(ids) > 0)
             server.stop()
-            assert server.totals().stored == max(ids)
+            # The reply may have been sent, but not read yet.
+            stored = server.totals().stored
+            wait_until(lambda stored=stored: stored == max(ids))
             ids.clear()
             server = Server(server.settings.model_copy(update={"port": port}))
             server.start()

@@ -110,7 +110,7 @@ def test_shutdown_by_the_method_of_the_library(library: Library) -> None:
 
 def kill(server: Daemon) -> None:
     server.process.kill()
-    server.process.communicate()
+    server.stop()
 
 
 def test_exactly_once_over_restarts(library: Library, tmp_path: Path) -> None:

@@ -23,11 +23,11 @@ import engine as engines
 import pytest
 import trustme
 import yaml
-from engine import BASE, IMAGE, LOCKED, LOCKED_DOWN, SOON, Container, Docker, Podman, eventually
+from engine import BASE, IMAGE, LOCKED, LOCKED_DOWN, Container, Docker, Podman
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from conftest import ROOT, tool
+from conftest import ROOT, SOON, tool, wait_until
 from dsmq.broker.auth import HTTPGate
 from dsmq.client import DSMQClientSideConnection, connect
 from dsmq.errors import DSMQError
@@ -81,7 +81,7 @@ def started(engine: Podman | Docker, *options: str) -> Iterator[Container]:
     words += [*engine.health_options, *options, IMAGE]
     container = Container(engine, engine("run", "--detach", *words).stdout.strip())
     try:
-        eventually(container.is_serving)
+        wait_until(container.is_serving)
         assert container.state["Running"], container.logs()
         yield container
     finally:
@@ -255,7 +255,7 @@ def test_it_serves_whoever_it_is_with_no_rights_at_all(engine: Podman | Docker, 
         assert re.search(r"^NoNewPrivs:\s+1$", done.stdout, re.MULTILINE)
         assert re.search(rf"^Uid:\s+{user.partition(':')[0]}\s", done.stdout, re.MULTILINE)
         assert "Read-only file system" in done.stderr
-        eventually(lambda: container.check_health() == "healthy")
+        wait_until(lambda: container.check_health() == "healthy")
         out, err = container.logs()
         assert "serves on" in out
         assert err == ""
@@ -268,7 +268,7 @@ def test_without_a_token_it_does_not_start_unless_told_to(podman: Podman) -> Non
     assert "DSMQ_AUTH_TOKEN" in done.stderr
     with started(podman, "--env=DSMQ_PROTECTED_MODE=false") as container:
         assert_works(container, token=None)
-        eventually(lambda: container.check_health() == "healthy")
+        wait_until(lambda: container.check_health() == "healthy")
 
 
 def test_a_short_token_is_told_with_the_line_to_make_one(podman: Podman) -> None:
@@ -302,7 +302,7 @@ def test_prometheus_scrapes_it_as_compose_has_it(podman: Podman, tmp_path: Path)
         with podman.its_network():
             process = subprocess.Popen([tool("prometheus", "prometheus"), *words], stderr=subprocess.DEVNULL)
         try:
-            eventually(lambda: samples(podman, 'dsmq_puts_total{job="dsmq"}') == ["1"])
+            wait_until(lambda: samples(podman, 'dsmq_puts_total{job="dsmq"}') == ["1"])
             assert samples(podman, 'ALERTS{alertname="DsmqDown"}') == []
         finally:
             process.terminate()
@@ -340,17 +340,17 @@ def test_settings_are_in_a_file_and_secrets_in_others(podman: Podman, tmp_path: 
             with connect("127.0.0.1", container.port(30010), **security) as mq:
                 assert mq.max_message_bytes == 4711
         # It has found port, token and certificate.
-        eventually(lambda: container.check_health() == "healthy")
+        wait_until(lambda: container.check_health() == "healthy")
 
 
 def test_health_fails_while_the_server_does_nothing(engine: Podman | Docker) -> None:
     with started(engine, f"--env=DSMQ_AUTH_TOKEN={TOKEN}") as container:
-        eventually(lambda: container.check_health() == "healthy")
+        wait_until(lambda: container.check_health() == "healthy")
         engine("kill", "--signal=STOP", container.id)
         # It takes three in a row where nothing else is said, and each waits three seconds for an answer.
-        eventually(lambda: container.check_health() == "unhealthy")
+        wait_until(lambda: container.check_health() == "unhealthy")
         engine("kill", "--signal=CONT", container.id)
-        eventually(lambda: container.check_health() == "healthy")
+        wait_until(lambda: container.check_health() == "healthy")
         assert_works(container)
 
 
@@ -368,7 +368,7 @@ def test_stop_is_graceful_with_clients_that_wait(engine: Podman | Docker) -> Non
         threads = [threading.Thread(target=wait, args=(mq,)) for mq in clients]
         for thread in threads:
             thread.start()
-        eventually(lambda: "dsmq_waiting_readers 20.0" in fetch(container, "/metrics"))
+        wait_until(lambda: "dsmq_waiting_readers 20.0" in fetch(container, "/metrics"))
         began = time.monotonic()
         engine("stop", "--time=15", container.id)
         took = time.monotonic() - began
@@ -385,8 +385,8 @@ def test_one_that_is_killed_comes_back(engine: Podman | Docker) -> None:
         before = container.state["Pid"]
         # Not by the engine, which would take it for somebody's wish.
         engines.kill(before)
-        eventually(lambda: container.state["Running"] and container.state["Pid"] not in (0, before))
-        eventually(lambda: container.logs()[0].count("serves on") == 2)
+        wait_until(lambda: container.state["Running"] and container.state["Pid"] not in (0, before))
+        wait_until(lambda: container.logs()[0].count("serves on") == 2)
         assert_works(container)
 
 
@@ -490,7 +490,7 @@ def test_compose_runs_it(docker: Docker, tmp_path: Path) -> None:
         done = run("up", "--detach", "--no-build", "dsmq")
         assert done.returncode == 0, done.stdout + done.stderr
         container = Container(docker, docker("ps", "--quiet", "--filter=publish=30008").stdout.strip())
-        eventually(container.is_serving)
+        wait_until(container.is_serving)
         assert_works(container)
         # As Prometheus does.
         assert "dsmq_puts_total 1.0" in fetch(container, "/metrics", Host="dsmq:30009")

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from box import SUITES, Box, NotHere, Tree, boot, why_not
 
-from conftest import ROOT
+from conftest import ROOT, SOON
 
 pytestmark = [
     pytest.mark.deploy,
@@ -26,8 +26,6 @@ pytestmark = [
 UNITS = ("dsmq.service", "dsmq.socket", "dsmq-http.socket")
 PYTHON = "/opt/dsmq/bin/python"
 TOKEN = "/etc/dsmq/token"
-# What is to happen has to within this, in seconds.
-SOON = 30.0
 # For all that runs in the box.
 PRELUDE = f"""
 import os, socket, sys, time, urllib.request

@@ -487,7 +487,7 @@ def test_a_store_that_fails_spoils_neither_metrics_nor_page(
     with serving(http_port=0, metrics_topics=1) as server, wire_to(server) as wire:
         wire.call("PUT", "t", "x")
         with monkeypatch.context() as patch:
-            patch.setattr(server._store, "_database", Failing())
+            patch.setattr(server._store._database, "connection", Failing())  # type: ignore[attr-defined]
             assert scrape(server)["dsmq_messages"] == 1
             assert json.loads(Answer(server.http_port, "/status.json").text)["held"]["messages"] == 1
 

@@ -92,7 +92,7 @@ def test_the_log_as_json_is_json_throughout() -> None:
         wire.receive()
         wire.close()
         process.stop()
-    events = [json.loads(line) for line in "".join(process.log).splitlines()]
+    events = [json.loads(line) for line in process.log().splitlines()]
     by_name = {event["event"]: event for event in events}
     assert {"started", "configured", "side_port", "rejected", "stopping", "stopped"} <= set(by_name)
     assert by_name["rejected"]["code"] == "PROTOCOL"
@@ -108,7 +108,7 @@ def test_what_was_held_back_of_a_flood_is_told_before_the_server_has_stopped() -
             wire.receive()
             wire.close()
         process.stop()
-    events = [json.loads(line) for line in "".join(process.log).splitlines() if line.startswith("{")]
+    events = [json.loads(line) for line in process.log().splitlines() if line.startswith("{")]
     names = [event["event"] for event in events]
     assert names.count("rejected") + sum(event["lines"] for event in events if event["event"] == "flood") == 5
     assert names[-1] == "stopped"

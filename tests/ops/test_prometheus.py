@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conftest import ROOT, SOON, UNIT, serving, tool, wire_to
+from conftest import ROOT, SOON, serving, tool, wait_until, wire_to
 from dsmq.server import Server
 
 pytestmark = pytest.mark.deploy
@@ -24,6 +23,8 @@ pytestmark = pytest.mark.deploy
 HERE = ROOT / "deploy/prometheus"
 RULES = (HERE / "rules.yml").read_text()
 ALERTS = re.findall(r"^ *- alert: (\w+)$", RULES, re.MULTILINE)
+# Prometheus takes five seconds to find its targets.
+TARGETS_FOUND = 3 * SOON
 # Shown only where the server has metrics_topics.
 TOPICS = {"metrics_topics": 10}
 TOKEN = "a-token-for-the-tests"
@@ -41,14 +42,6 @@ def said(done: subprocess.CompletedProcess[str]) -> str:
 def get(url: str, **headers: str) -> str:
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=SOON) as answer:
         return str(answer.read().decode())
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    """As wait_until, for longer: Prometheus takes five seconds to find its targets."""
-    until = time.monotonic() + 3 * SOON
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(UNIT)
 
 
 def metrics(server: Server) -> str:
@@ -148,7 +141,7 @@ class Prometheus:
 def prometheus(server: Server, folder: Path, config: str | None = None) -> Iterator[Prometheus]:
     started = Prometheus(server, folder, config or (HERE / "prometheus.yml").read_text())
     try:
-        eventually(started.is_ready)
+        wait_until(started.is_ready, TARGETS_FOUND)
         yield started
     finally:
         started.process.terminate()
@@ -271,15 +264,15 @@ def test_a_real_prometheus_scrapes_a_real_server(tmp_path: Path) -> None:
     with serving(http_port=0) as server, wire_to(server) as wire, prometheus(server, tmp_path) as watcher:
         for number in range(3):
             assert wire.call("PUT", "t", "x") == number + 1
-        eventually(lambda: watcher.value("dsmq_puts_total") == 3)
+        wait_until(lambda: watcher.value("dsmq_puts_total") == 3, TARGETS_FOUND)
         assert watcher.value("dsmq_messages") == 3
         (target,) = watcher.api("targets")["activeTargets"]
         assert (target["health"], target["lastError"], target["labels"]["job"]) == ("up", "", "dsmq")
         assert watcher.value('up{job="dsmq"}') == 1
         wire.call("PUT", "t", "x")
-        eventually(lambda: watcher.value("dsmq_puts_total") == 4)
+        wait_until(lambda: watcher.value("dsmq_puts_total") == 4, TARGETS_FOUND)
         # DsmqAbsent pends until the first scrape.
-        eventually(lambda: watcher.api("alerts")["alerts"] == [])
+        wait_until(lambda: watcher.api("alerts")["alerts"] == [], TARGETS_FOUND)
         assert {rule["health"] for rule in watcher.rules()} <= {"ok", "unknown"}
 
 
@@ -290,20 +283,20 @@ def test_the_token_of_the_configuration_is_shown(tmp_path: Path) -> None:
     assert config != plain
     config = config.replace("/etc/prometheus/dsmq-http-token", str(tmp_path / "token"))
     with serving(http_port=0, http_token=TOKEN) as server, prometheus(server, tmp_path, config) as watcher:
-        eventually(lambda: watcher.value("up") == 1)
+        wait_until(lambda: watcher.value("up") == 1, TARGETS_FOUND)
 
 
 def test_without_its_token_the_target_is_down_and_an_alert_pends(tmp_path: Path) -> None:
     with serving(http_port=0, http_token=TOKEN) as server, prometheus(server, tmp_path) as watcher:
-        eventually(lambda: watcher.value("up") == 0)
-        eventually(lambda: watcher.query('ALERTS{alertname="DsmqDown", alertstate="pending"}') != [])
+        wait_until(lambda: watcher.value("up") == 0, TARGETS_FOUND)
+        wait_until(lambda: watcher.query('ALERTS{alertname="DsmqDown", alertstate="pending"}') != [], TARGETS_FOUND)
         alert = next(one for one in watcher.api("alerts")["alerts"] if one["labels"]["alertname"] == "DsmqDown")
         assert f"127.0.0.1:{server.http_port}" in alert["annotations"]["summary"]
 
 
 def test_a_full_topic_is_named(tmp_path: Path) -> None:
     with busy_server(**TOPICS) as server, prometheus(server, tmp_path) as watcher:
-        eventually(lambda: len(watcher.query('ALERTS{limit="messages of a topic"}')) == 2)
+        wait_until(lambda: len(watcher.query('ALERTS{limit="messages of a topic"}')) == 2, TARGETS_FOUND)
         alerts = [alert for alert in watcher.api("alerts")["alerts"] if alert["labels"].get("topic") == "t"]
         assert [alert["annotations"]["summary"] for alert in alerts] == [
             f"dsmq 127.0.0.1:{server.http_port}: 100% of the limit on messages of a topic (t)"
@@ -343,8 +336,8 @@ def test_every_query_of_the_dashboard_is_answered(tmp_path: Path) -> None:
 
     snapshots = {"snapshot_file": str(tmp_path / "snapshot"), "snapshot_interval_seconds": 1}
     with busy_server(**TOPICS, **snapshots) as server, prometheus(server, tmp_path) as watcher:
-        eventually(lambda: (watcher.value("count_over_time(up[1m])") or 0) >= 2)
-        eventually(lambda: without_answer() == never)
+        wait_until(lambda: (watcher.value("count_over_time(up[1m])") or 0) >= 2, TARGETS_FOUND)
+        wait_until(lambda: without_answer() == never, TARGETS_FOUND)
 
 
 def test_grafana_can_be_provisioned_with_the_dashboard() -> None:

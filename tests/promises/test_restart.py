@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SOON, UNIT, Daemon, serving, wait_until
+from conftest import SOON, UNIT, Daemon, daemon, serving, wait_until
 from dsmq.client import DSMQClientSideConnection, connect
 from dsmq.errors import BadRequest, TooBig
 
@@ -27,25 +25,20 @@ class Restarted:
         self.file = folder / "snapshot"
         self.options = ["--host", f"unix:{folder / 'socket'}", "--max-age-seconds", "600"]
         self.host = f"unix:{folder / 'socket'}"
-        self._process: subprocess.Popen[str] | None = None
+        self._daemon: Daemon | None = None
 
     def start(self, *options: str) -> None:
-        command = [sys.executable, "-m", "dsmq", "serve", "--http-port", "0", *self.options, *options]
-        self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        assert self._process.stderr
-        for line in self._process.stderr:
-            if "serves on" in line:
-                return
-        raise AssertionError("it did not start")
+        self._daemon = Daemon(*self.options, *options)
 
     def end(self, *, kill: bool) -> None:
-        assert self._process
-        self._process.send_signal(signal.SIGKILL if kill else signal.SIGTERM)
-        self._process.communicate(timeout=SOON * 3)
-        self._process = None
+        assert self._daemon
+        if kill:
+            self._daemon.process.kill()
+        self._daemon.stop()
+        self._daemon = None
 
     def close(self) -> None:
-        if self._process:
+        if self._daemon:
             self.end(kill=True)
 
 
@@ -308,20 +301,15 @@ def test_a_position_is_good_though_the_client_has_not_noticed_yet_that_its_epoch
 def reloaded(tmp_path: Path) -> Iterator[tuple[Daemon, Path]]:
     file = tmp_path / "dsmq.toml"
     file.write_text("max_age_seconds = 600\n")
-    daemon = Daemon("--config", str(file))
-    try:
-        yield daemon, file
-    finally:
-        daemon.stop()
-        if daemon.process.stderr:
-            daemon.process.stderr.close()
+    with daemon("--config", str(file)) as process:
+        yield process, file
 
 
 def reload(server: tuple[Daemon, Path], settings: str) -> None:
-    daemon, file = server
+    process, file = server
     file.write_text(settings + "\n")
-    daemon.process.send_signal(signal.SIGHUP)
-    daemon.wait_for_line("changed")
+    process.signal(signal.SIGHUP)
+    process.wait_for_line("changed")
 
 
 @pytest.mark.slow

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from dsmq.errors import CannotStart, Forgotten, Full, StoreFailed
+from dsmq.store import database
 from dsmq.store import dedup as producers
 from dsmq.store import sqlite as store_module
+from dsmq.store import topics as topics_module
 from dsmq.store.api import MESSAGE_OVERHEAD_BYTES, TOPIC_OVERHEAD_BYTES, Message, Put, TopicStats, Totals
 from dsmq.store.sqlite import SQLiteStore
 
@@ -79,7 +81,7 @@ def everything(store: SQLiteStore) -> object:
 def watch(store: SQLiteStore) -> list[str]:
     """The statements that the store executes from now on."""
     statements: list[str] = []
-    store._database.set_trace_callback(statements.append)
+    store._database.connection.set_trace_callback(statements.append)
     return statements
 
 
@@ -177,11 +179,11 @@ def test_a_reader_who_is_caught_up_costs_no_statement(store: SQLiteStore) -> Non
 
 
 def test_a_reader_with_a_backlog_costs_one_statement(store: SQLiteStore) -> None:
-    put(store, b"t", *[b"x"] * store_module.TAIL_MESSAGES)
+    put(store, b"t", *[b"x"] * store_module.FLUSH_MESSAGES)
     store.flush()
     put(store, b"t", b"and one in the tail")
     statements = watch(store)
-    assert len(read(store, b"t")) == store_module.TAIL_MESSAGES + 1
+    assert len(read(store, b"t")) == store_module.FLUSH_MESSAGES + 1
     assert len(statements) == 1
 
 
@@ -194,7 +196,7 @@ def test_a_put_to_a_known_topic_costs_no_statement(store: SQLiteStore) -> None:
     assert statements == []
 
 
-@pytest.mark.parametrize(("limit", "most"), [("MAX_TAIL_MESSAGES", 6), ("MAX_TAIL_BYTES", 12)])
+@pytest.mark.parametrize(("limit", "most"), [("MAX_BUFFERED_MESSAGES", 6), ("MAX_BUFFERED_BYTES", 12)])
 def test_long_tails_are_written_together_by_topic_and_millisecond(
     store: SQLiteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch, limit: str, most: int
 ) -> None:
@@ -218,7 +220,7 @@ def test_long_tails_are_written_together_by_topic_and_millisecond(
 def test_flush_writes_tails_that_are_long(store: SQLiteStore, size: int) -> None:
     for number in range(1, 40):
         put(store, b"t", b"x" * size)
-        long = number >= store_module.TAIL_MESSAGES or number * size >= store_module.TAIL_BYTES
+        long = number >= store_module.FLUSH_MESSAGES or number * size >= store_module.FLUSH_BYTES
         statements = watch(store)
         store.flush()
         assert bool(statements) == long
@@ -230,8 +232,10 @@ def test_flush_writes_tails_that_are_long(store: SQLiteStore, size: int) -> None
 @pytest.mark.parametrize(("size", "messages"), [(1, 128), (100, 128), (200, 81), (4096, 4), (9000, 1), (20_000, 1)])
 def test_no_chunk_is_long(store: SQLiteStore, size: int, messages: int) -> None:
     put(store, b"t", *[b"x" * size] * 300)
-    store._write_tails()
-    held = store._database.execute("SELECT length(ids_and_sizes) / 16, length(bodies) FROM chunks").fetchall()
+    store._flush()
+    held = store._database.connection.execute(
+        "SELECT length(ids_and_sizes) / 16, length(bodies) FROM chunks"
+    ).fetchall()
     assert held[0] == (messages, messages * size)
     assert sum(count for count, _ in held) == 300
     assert [message.id for message in store.read(b"t", 0, 1000, 10**8)] == list(range(1, 301))
@@ -241,7 +245,7 @@ def test_no_chunk_is_long(store: SQLiteStore, size: int, messages: int) -> None:
 def test_long_messages_among_short_ones_are_read_whole(store: SQLiteStore, size: int) -> None:
     bodies = [b"x", (bytes(range(256)) * (size // 256 + 1))[:size], b"y"]
     put(store, b"t", *bodies)
-    store._write_tails()
+    store._flush()
     assert [message.body for message in store.read(b"t", 0, 1000, 10**8)] == bodies
     assert store.latest(b"t", 0, 3)[0].body == bodies[1]
     assert store.latest(b"t", 0)[0].body == b"y"
@@ -249,7 +253,7 @@ def test_long_messages_among_short_ones_are_read_whole(store: SQLiteStore, size:
 
 def test_a_long_message_is_copied_once_when_it_is_read(store: SQLiteStore) -> None:
     put(store, b"t", b"x" * (1 << 20))
-    store._write_tails()
+    store._flush()
     statements = watch(store)
     assert len(store.read(b"t", 0, 1, 1)[0].body) == 1 << 20
     # As a row's value it would be copied into the row first.
@@ -258,7 +262,7 @@ def test_a_long_message_is_copied_once_when_it_is_read(store: SQLiteStore) -> No
 
 
 def test_what_is_deleted_is_not_overwritten(store: SQLiteStore) -> None:
-    assert store._database.execute("PRAGMA secure_delete").fetchone() == (0,)
+    assert store._database.connection.execute("PRAGMA secure_delete").fetchone() == (0,)
 
 
 def test_stats_reads_no_bodies(store: SQLiteStore) -> None:
@@ -280,20 +284,20 @@ def test_flush_without_room_raises_and_keeps_what_was_put(store: SQLiteStore) ->
 
 
 PLANS = {
-    "_READ": "SEARCH chunks USING INDEX chunks_by_topic (topic=? AND rowid>?)",
-    "_READ_SHORT": "SEARCH chunks USING INDEX chunks_by_topic (topic=? AND rowid>?)",
-    "_LATEST": "SEARCH chunks USING INDEX chunks_by_topic (topic=?)",
-    "_OLDEST": "SEARCH chunks USING INDEX chunks_by_topic (topic=?)",
-    "_EXPIRY": "SCAN chunks",
-    "_DELETE": "SEARCH chunks USING INTEGER PRIMARY KEY (rowid<?)",
-    "_TOPICS": "SEARCH topics USING COVERING INDEX sqlite_autoindex_topics_1 (name>?)",
+    "READ": "SEARCH chunks USING INDEX chunks_by_topic (topic=? AND rowid>?)",
+    "READ_SHORT": "SEARCH chunks USING INDEX chunks_by_topic (topic=? AND rowid>?)",
+    "LATEST": "SEARCH chunks USING INDEX chunks_by_topic (topic=?)",
+    "OLDEST": "SEARCH chunks USING INDEX chunks_by_topic (topic=?)",
+    "EXPIRY": "SEARCH chunks USING INTEGER PRIMARY KEY (rowid<?)",
+    "DELETE": "SEARCH chunks USING INTEGER PRIMARY KEY (rowid<?)",
+    "TOPICS": "SEARCH topics USING COVERING INDEX sqlite_autoindex_topics_1 (name>?)",
 }
 
 
 @pytest.mark.parametrize("statement", PLANS)
 def test_statements_use_the_index_and_sort_nothing(store: SQLiteStore, statement: str) -> None:
-    sql = getattr(store_module, statement)
-    rows = store._database.execute("EXPLAIN QUERY PLAN " + sql, [0] * sql.count("?"))
+    sql = getattr(database, statement)
+    rows = store._database.connection.execute("EXPLAIN QUERY PLAN " + sql, [0] * sql.count("?"))
     # SQLite before 3.36 names the kind of thing too.
     assert [row[3].replace(" TABLE ", " ") for row in rows] == [PLANS[statement]]
 
@@ -308,7 +312,7 @@ def test_a_message_is_read_until_it_is_older_than_the_limit(
 ) -> None:
     put(store, b"t", b"x")
     if written:
-        store._write_tails()
+        store._flush()
     clock.now += MAX_AGE
     if expire_runs:
         assert store.expire() == 0
@@ -325,7 +329,7 @@ def test_expiry_keeps_a_message_that_is_as_old_as_it_may_be(store: SQLiteStore, 
     clock.now += 1
     put(store, b"t", b"not yet")
     if written:
-        store._write_tails()
+        store._flush()
     clock.now += MAX_AGE
     assert [store.expire(), store.expire()] == [1, 0]
     assert read(store, b"t") == [Message(2, 2, MAX_AGE, b"not yet", 0)]
@@ -343,8 +347,8 @@ def test_what_is_too_old_counts_as_held_until_it_is_deleted(store: SQLiteStore, 
 
 
 def test_expire_deletes_in_slices(store: SQLiteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "EXPIRY_SLICE", 2)
-    monkeypatch.setattr(store_module, "TAIL_MESSAGES", 1)
+    monkeypatch.setattr(database, "EXPIRY_ROWS", 2)
+    monkeypatch.setattr(store_module, "FLUSH_MESSAGES", 1)
     for number in range(5):
         put(store, b"t", b"%d" % number, b"of the same millisecond")
         clock.now += 1
@@ -370,7 +374,7 @@ def test_ages_do_not_come_from_the_time_of_day(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_an_sqlite_that_is_too_old_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "SCHEMA", "CREATE TABLE t (x) FROM THE FUTURE")
+    monkeypatch.setattr(database, "SCHEMA", "CREATE TABLE t (x) FROM THE FUTURE")
     with pytest.raises(CannotStart, match=rf"^SQLite {sqlite3.sqlite_version} is too old.*FROM.*$"):
         SQLiteStore(MAX_AGE)
 
@@ -380,7 +384,7 @@ def test_an_sqlite_that_is_too_old_is_named_in_one_line(monkeypatch: pytest.Monk
 
 def test_what_is_remembered_is_bounded_as_documented() -> None:
     assert (producers.MAX_PRODUCERS, producers.MAX_PUTS_OF_PRODUCER) == (10_000, 1_000)
-    assert store_module.MAX_EMPTY_TOPICS == 100_000
+    assert topics_module.MAX_EMPTY_TOPICS == 100_000
 
 
 def test_a_put_with_the_same_key_is_stored_once(store: SQLiteStore) -> None:
@@ -415,7 +419,7 @@ def test_the_last_puts_of_a_producer_are_remembered(store: SQLiteStore, monkeypa
         assert store.append(puts[count - 1 : count]) == [count]
         last = puts[max(0, count - 3) : count]
         assert store.append(last) == list(range(max(1, count - 2), count + 1))
-        assert len(store._producers) == sum(map(len, store._producers._known.values())) <= 6
+        assert len(store._deduplicator) == sum(map(len, store._deduplicator._producers.values())) <= 6
     # Whether this one was stored is not known any more; it was.
     with pytest.raises(Forgotten, match="number 1"):
         store.append(puts[1:2])
@@ -436,18 +440,18 @@ def test_the_producers_heard_last_are_remembered(
     assert [put_as(b"a", 0), put_as(b"b", 0), put_as(b"a", 1), put_as(b"c", 0)] == [1, 2, 3, 4]
     assert [put_as(b"a", 0), put_as(b"a", 1), put_as(b"c", 0)] == [1, 3, 4]
     assert put_as(b"b", 0) == 5
-    assert len(store._producers.names()) == 2
+    assert len(store._deduplicator.names()) == 2
 
 
 def test_producers_are_forgotten_with_time(store: SQLiteStore, clock: Clock) -> None:
     store.append([a_put(b"t", b"x", (b"a", 0))])
     clock.now += producers.REMEMBER_MS
     store.append([a_put(b"t", b"x", (b"b", 0))])
-    assert store._producers.names() == [b"a", b"b"]
+    assert store._deduplicator.names() == [b"a", b"b"]
     clock.now += 1
     store.append([a_put(b"t", b"x", (b"b", 1))])
-    assert store._producers.names() == [b"b"]
-    assert len(store._producers) == 2
+    assert store._deduplicator.names() == [b"b"]
+    assert len(store._deduplicator) == 2
     # Nobody sends a put again after so long.
     store.check_producer(b"a")
 
@@ -514,7 +518,7 @@ def test_stats_of_a_topic_that_holds_nothing_keep_the_last_id_and_number(store: 
 def test_of_too_many_empty_topics_the_one_put_to_longest_ago_is_forgotten(
     store: SQLiteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "MAX_EMPTY_TOPICS", 2)
+    monkeypatch.setattr(topics_module, "MAX_EMPTY_TOPICS", 2)
     for topic in (b"a", b"b", b"c", b"a", b"held"):
         clock.now += 1
         put(store, topic, b"x")
@@ -523,15 +527,18 @@ def test_of_too_many_empty_topics_the_one_put_to_longest_ago_is_forgotten(
     assert [store.stats(topic).last_number for topic in (b"a", b"b", b"c", b"held")] == [2, 0, 1, 1]
     assert put(store, b"b", b"x") == [6]
     assert read(store, b"b") == [a_message(6, 1, 0, b"x")]
-    assert list(store._topics) == [row.name for row in store._by_row.values()] == [b"held", b"b"]
-    assert list(store._empty) == [b"c", b"a"]
-    assert store._database.execute("SELECT name FROM topics ORDER BY name").fetchall() == [(b"b",), (b"held",)]
+    assert list(store._topics.by_name) == [row.name for row in store._topics.by_row.values()] == [b"held", b"b"]
+    assert list(store._topics.empty) == [b"c", b"a"]
+    assert store._database.connection.execute("SELECT name FROM topics ORDER BY name").fetchall() == [
+        (b"b",),
+        (b"held",),
+    ]
 
 
 def test_topics_that_hold_messages_are_never_forgotten(
     store: SQLiteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "MAX_EMPTY_TOPICS", 0)
+    monkeypatch.setattr(topics_module, "MAX_EMPTY_TOPICS", 0)
     put(store, b"gone", b"x")
     put(store, b"held", b"x")
     clock.now += MAX_AGE + 1
@@ -554,7 +561,7 @@ PUTS = {
 
 def stop_growing(store: SQLiteStore) -> None:
     """Let the database have the pages that it has, and no more."""
-    store._database.execute("PRAGMA max_page_count = 1")
+    store._database.connection.execute("PRAGMA max_page_count = 1")
 
 
 @pytest.mark.parametrize("puts", PUTS.values(), ids=PUTS)
@@ -568,7 +575,7 @@ def test_a_put_without_room_stores_nothing(store: SQLiteStore, clock: Clock, put
         with pytest.raises(Full):
             store.append(puts)
         assert everything(store) == before
-    store._database.execute("PRAGMA max_page_count = 1000000")
+    store._database.connection.execute("PRAGMA max_page_count = 1000000")
     clock.now += store_module.RETRY_MS
     assert store.append(puts) == list(range(3, len(puts) + 3))
     assert [message.number for message in read(store, b"new")] in ([], [1])
@@ -614,7 +621,7 @@ def test_what_expires_unwritten_needs_no_room(store: SQLiteStore, clock: Clock) 
     assert read(store, b"t") == [a_message(2, 2, 0, b"x")]
 
 
-@pytest.mark.parametrize("step", ["_begin", "_write_tails"])
+@pytest.mark.parametrize("step", ["_create_topics", "_flush"])
 def test_out_of_memory_is_full(store: SQLiteStore, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     def fail(*_: object) -> None:
         raise MemoryError
@@ -641,7 +648,7 @@ def test_expiry_makes_room_again(store: SQLiteStore, clock: Clock) -> None:
     assert read(store, b"t") == [a_message(3, 3, 0, BIG)]
 
 
-@pytest.mark.parametrize("statement", ["_INSERT", "_INSERT_TOPIC"])
+@pytest.mark.parametrize("statement", ["INSERT_ROW", "INSERT_TOPIC"])
 def test_a_put_that_fails_stores_nothing(
     store: SQLiteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch, statement: str
 ) -> None:
@@ -649,7 +656,7 @@ def test_a_put_that_fails_stores_nothing(
     before = everything(store)
     puts = [a_put(b"t", b"1", (b"me", 1)), a_put(b"new", b"2", (b"me", 2))]
     with monkeypatch.context() as patch:
-        patch.setattr(store_module, statement, "INSERT INTO nowhere VALUES (?)")
+        patch.setattr(database, statement, "INSERT INTO nowhere VALUES (?)")
         with pytest.raises(StoreFailed):
             store.append(puts)
     assert everything(store) == before
@@ -661,7 +668,7 @@ def test_a_put_done_before_makes_no_topic(store: SQLiteStore) -> None:
     store.append([a_put(b"t", b"1", (b"me", 1))])
     puts = [a_put(b"new", b"1", (b"me", 1)), a_put(b"t", b"2", (b"me", 2)), a_put(b"newer", b"2", (b"me", 2))]
     assert store.append(puts) == [1, 2, 2]
-    assert list(store._topics) == [b"t"]
+    assert list(store._topics.by_name) == [b"t"]
 
 
 def test_a_put_is_remembered_while_its_batch_makes_others_forgotten(
@@ -683,18 +690,18 @@ def test_an_interrupt_within_a_transaction_stores_nothing_and_passes_through(
         """The database, and Ctrl-C once everything but COMMIT has been executed."""
 
         def __getattr__(self, name: str) -> object:
-            return getattr(database, name)
+            return getattr(connection, name)
 
         def execute(self, sql: str, *arguments: object) -> object:
             if sql == "COMMIT":
                 raise KeyboardInterrupt
-            return database.execute(sql, *arguments)
+            return connection.execute(sql, *arguments)
 
     put(store, b"t", b"x")
     before = everything(store)
-    database = store._database
+    connection = store._database.connection
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_database", Interrupting())
+        patch.setattr(store._database, "connection", Interrupting())
         with pytest.raises(KeyboardInterrupt):
             put(store, b"new", b"y", b"z")
     assert everything(store) == before
@@ -795,15 +802,28 @@ def test_who_has_read_what_expires_is_known(store: SQLiteStore, clock: Clock) ->
     assert store.totals().expired_unread == 4
 
 
-def test_runs_that_nobody_has_read_are_known(store: SQLiteStore, clock: Clock) -> None:
-    ids = put(store, b"t", *[b"x"] * 10)
-    store.read(b"t", ids[5], 2, 1000)
-    # 1 to 6 and 9 to 10 are left; then 4 to 6 is, and 9.
-    store.read(b"t", ids[8], 1, 1000)
-    store.read(b"t", 0, 3, 1000)
+def test_messages_that_expire_before_a_slow_reader_comes_to_them_count_as_unread(
+    store: SQLiteStore, clock: Clock
+) -> None:
+    put(store, b"t", b"1", b"2", b"3")
+    store.read(b"t", 0, 1, 1000)
+    clock.now += MAX_AGE + 1
+    put(store, b"t", b"4", b"5")
+    # Whether 2 and 3 are deleted before or after it has gone on.
+    assert bodies(read(store, b"t", 1)) == [b"4", b"5"]
+    expire_all(store)
+    assert store.totals().expired_unread == 2
     clock.now += MAX_AGE + 1
     expire_all(store)
-    assert store.totals().expired_unread == 3 + 1
+    assert store.totals()[4:6] == (5, 2)
+
+
+def test_messages_skipped_by_a_reader_that_starts_later_count_as_read(store: SQLiteStore, clock: Clock) -> None:
+    put(store, b"t", b"1", b"2", b"3", b"4")
+    assert bodies(store.read(b"t", 2, 1, 1000)) == [b"3"]
+    clock.now += MAX_AGE + 1
+    expire_all(store)
+    assert store.totals().expired_unread == 1
 
 
 def test_what_expired_unread_is_counted_once(store: SQLiteStore, clock: Clock) -> None:
@@ -818,27 +838,12 @@ def test_what_expired_unread_is_counted_once(store: SQLiteStore, clock: Clock) -
     assert store.totals()[4:6] == (21, 20)
 
 
-def test_runs_that_reading_divides_are_bounded_as_well(store: SQLiteStore) -> None:
-    ids = put(store, b"t", *[b"x"] * 300)
-    store.read(b"t", ids[298], 1, 1000)
-    for at in range(0, 298, 2):
-        store.read(b"t", ids[at], 1, 1000)
-    assert len(store._topics[b"t"].gaps) == store_module.MAX_GAPS
-
-
-def test_runs_that_are_remembered_are_bounded(store: SQLiteStore) -> None:
-    ids = put(store, b"t", *[b"x"] * 300)
-    for at in range(0, 300, 2):
-        store.read(b"t", ids[at], 1, 1000)
-    assert len(store._topics[b"t"].gaps) == store_module.MAX_GAPS
-
-
 @pytest.mark.parametrize("written", [True, False])
 def test_the_age_of_the_oldest_is_known(store: SQLiteStore, clock: Clock, written: bool) -> None:
     assert store.totals().oldest_age_ms == 0
     put(store, b"a", b"x")
     if written:
-        store._write_tails()
+        store._flush()
     clock.now += 30
     put(store, b"b", b"x")
     clock.now += 5
@@ -853,7 +858,7 @@ def test_the_use_of_the_database_is_timed(store: SQLiteStore, clock: Clock) -> N
     before = store.timings()
     read(store, b"a")
     assert store.timings() == before
-    store._write_tails()
+    store._flush()
     read(store, b"a")
     clock.now += MAX_AGE + 1
     expire_all(store)
@@ -865,7 +870,7 @@ def test_the_use_of_the_database_is_timed(store: SQLiteStore, clock: Clock) -> N
 def test_topics_by_depth_and_their_last_numbers(store: SQLiteStore) -> None:
     for topic, count in ((b"a", 2), (b"b", 5), (b"c", 1)):
         put(store, topic, *[b"x"] * count)
-    assert store.deepest(2) == [b"b", b"a"]
+    assert store.largest_topics(2) == [b"b", b"a"]
     assert store.last_numbers() == {b"a": 2, b"b": 5, b"c": 1}
     assert [store.last_number(topic) for topic in (b"b", b"none")] == [5, 0]
 
@@ -968,10 +973,10 @@ class StoreAndModel(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(store_module, "EXPIRY_SLICE", 3)
-        self.patch.setattr(store_module, "MAX_TAIL_MESSAGES", 7)
-        self.patch.setattr(store_module, "TAIL_MESSAGES", 3)
-        self.patch.setattr(store_module, "MAX_EMPTY_TOPICS", Model.empty_topics)
+        self.patch.setattr(database, "EXPIRY_ROWS", 3)
+        self.patch.setattr(store_module, "MAX_BUFFERED_MESSAGES", 7)
+        self.patch.setattr(store_module, "FLUSH_MESSAGES", 3)
+        self.patch.setattr(topics_module, "MAX_EMPTY_TOPICS", Model.empty_topics)
         self.model = Model()
         self.store = SQLiteStore(MAX_AGE, lambda: self.model.now)
 
@@ -993,18 +998,18 @@ class StoreAndModel(RuleBasedStateMachine):
     @rule(puts=puts)
     def fail(self, puts: list[Put]) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            for statement in ("_INSERT", "_INSERT_TOPIC"):
-                patch.setattr(store_module, statement, "INSERT INTO nowhere VALUES (?)")
+            for statement in ("INSERT_ROW", "INSERT_TOPIC"):
+                patch.setattr(database, statement, "INSERT INTO nowhere VALUES (?)")
             self.append_or_raise(StoreFailed, puts)
-        self.store._failure = None
+        self.store._flush_error = None
 
     @rule(puts=puts, topic=topics)
     def overflow(self, puts: list[Put], topic: bytes) -> None:
         stop_growing(self.store)
         self.append_or_raise(Full, [*puts, a_put(topic, BIG)])
         self.append_or_raise(Full, [a_put(topic, BIG)])
-        self.store._failure = None
-        self.store._database.execute("PRAGMA max_page_count = 1000000")
+        self.store._flush_error = None
+        self.store._database.connection.execute("PRAGMA max_page_count = 1000000")
 
     @rule(milliseconds=st.sampled_from([1, MAX_AGE // 2, MAX_AGE, MAX_AGE + 1]))
     def wait(self, milliseconds: int) -> None:

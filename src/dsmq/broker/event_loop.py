@@ -431,7 +431,7 @@ class Worker:
                 connection.wake()
             except Exception:  # noqa: BLE001
                 connection.on_failure()
-            if time.monotonic() > until:
+            if time.monotonic() >= until:
                 return
 
     def join(self, topic: bytes, connection: Connection) -> None:

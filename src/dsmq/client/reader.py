@@ -260,6 +260,9 @@ class Inbox:
         """Return what to ask by for more."""
         stretch, at = self._place()
         after = stretch.ahead[-1].id if stretch.ahead else stretch.id
+        if stretch.fresh == math.inf:
+            # The server may refuse an id of another epoch. What it replies is of no use.
+            after = 0
         # Another call may have read ahead what this one wants.
         return stretch, after, at == len(stretch.ahead)
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dsmq.broker.counters import Counters
     from dsmq.ops.status import Status
     from dsmq.store.api import Limits, Timing, TopicStats, Totals
-    from dsmq.store.snapshots import Tally
+    from dsmq.store.snapshots import SnapshotStats
 
 # Over how long at least the rates of topics are taken, however often they are looked at, and by how many.
 RATE_SECONDS = 10.0
@@ -80,7 +80,7 @@ def _traffic(counted: Counters, held: Totals) -> Iterator[Metric]:
     yield by("result", "gets", "Reads answered, by what they found.", gets)
     yield counter("deliveries", "Messages sent to readers.", counted.delivered)
     yield counter("messages_expired", "Messages deleted because of their age.", held.expired)
-    yield counter("messages_expired_unread", "Those of them that nobody had read.", held.expired_unread)
+    yield counter("messages_expired_unread", "Those of them that nobody had read or skipped.", held.expired_unread)
     yield counter("connections_opened", "Connections accepted.", counted.opened)
     not_taken = {"connections": 0, "address": 0} | counted.refused
     yield by("reason", "connections_refused", "Connections not taken, by reason.", not_taken)
@@ -100,7 +100,7 @@ def _held(held: Totals, limits: Limits) -> Iterator[Metric]:
     yield gauge("messages_limit", "Most messages held.", limits.messages)
     yield gauge("messages_per_topic_limit", "Most messages held in one topic.", limits.messages_per_topic)
     yield gauge("message_bytes", "Bytes of message bodies held.", held.bytes)
-    yield gauge("stored_bytes", "Bytes held, as the limit counts them.", held.cost)
+    yield gauge("stored_bytes", "Bytes held, as the limit counts them.", held.accounted_bytes)
     yield gauge("stored_bytes_limit", "Most bytes held.", limits.bytes)
     yield gauge("stored_bytes_per_topic_limit", "Most bytes held in one topic.", limits.bytes_per_topic)
     yield gauge("topics", "Topics that hold messages.", held.topics)
@@ -128,7 +128,7 @@ def _timings(store: Mapping[str, Timing], expiry: Timing) -> Iterator[Metric]:
     yield _family("counter", "expiry_seconds", "Time that took, with its pauses.", expiry.seconds)
 
 
-def _snapshots(tally: Tally) -> Iterator[Metric]:
+def _snapshots(tally: SnapshotStats) -> Iterator[Metric]:
     results: dict[tuple[str, ...], float] = {("written",): tally.written, ("failed",): tally.failed}
     yield _family("counter", "snapshots", "Snapshots, by what came of them.", results, ("result",))
     yield _family("counter", "snapshot_seconds", "Time that those took which were written.", tally.seconds)
@@ -154,7 +154,11 @@ def _topics(topics: list[tuple[TopicStats, float]]) -> Iterator[Metric]:
         return
     for name, about, values in (
         ("messages", "Messages held, by topic.", [float(stats.messages) for stats, _ in topics]),
-        ("stored_bytes", "Bytes held, as the limit counts them, by topic.", [float(stats.cost) for stats, _ in topics]),
+        (
+            "stored_bytes",
+            "Bytes held, as the limit counts them, by topic.",
+            [s.accounted_bytes for s, _ in topics],
+        ),
         ("oldest_message_age_seconds", "Age of the oldest, by topic.", [s.oldest_age_ms / 1000 for s, _ in topics]),
         ("puts_per_second", "Puts, over the last 10 to 20 seconds, by topic.", [rate for _, rate in topics]),
     ):

@@ -19,7 +19,7 @@ from dsmq.errors import ReplyError
 from dsmq.ops.metrics import Rates
 from dsmq.store.api import Limits, Timing, TopicStats, Totals
 from dsmq.store.expiry import Expiry
-from dsmq.store.snapshots import Keeper, Tally
+from dsmq.store.snapshots import SnapshotStats, Snapshotter
 
 # By what name the metrics sum up the topics that are not shown one by one.
 OTHER = b"other"
@@ -35,7 +35,7 @@ class Status:
         services: Services,
         workers: Sequence[Worker],
         expiry: Expiry,
-        keeper: Keeper | None,
+        keeper: Snapshotter | None,
         max_connections: int,
     ) -> None:
         self.started_at = time.time()
@@ -70,8 +70,8 @@ class Status:
     def expiry(self) -> Timing:
         return self._expiry.timing
 
-    def snapshots(self) -> Tally:
-        return self._keeper.tally if self._keeper else Tally()
+    def snapshots(self) -> SnapshotStats:
+        return self._keeper.stats if self._keeper else SnapshotStats()
 
     def gauges(self) -> Mapping[str, tuple[str, float]]:
         settings = self._services.settings
@@ -152,7 +152,7 @@ class Status:
             reasons.append("starting")
         held, limits = self.totals(), self._services.store.limits
         # What does not fit has been refused before the last byte is taken.
-        if held.messages >= limits.messages or held.cost >= limits.bytes * 0.99:
+        if held.messages >= limits.messages or held.accounted_bytes >= limits.bytes * 0.99:
             reasons.append("full")
         if self.connections() >= self._max_connections:
             reasons.append("as many connections as may be")
@@ -195,7 +195,7 @@ class Status:
             },
             "store": {**held._asdict(), "last_id": store.last_id()},
             # redis-cli --stat shows these two.
-            "memory": {"used_memory": held.cost},
+            "memory": {"used_memory": held.accounted_bytes},
             "keyspace": {"db0": f"keys={held.topics},expires=0,avg_ttl=0"},
         }
 
@@ -234,7 +234,7 @@ class Status:
             "held": {
                 "messages": held.messages,
                 "messages_limit": limits.messages,
-                "bytes": held.cost,
+                "bytes": held.accounted_bytes,
                 "bytes_limit": limits.bytes,
                 "topics": held.topics,
                 "topics_limit": limits.topics,
@@ -257,12 +257,12 @@ class Status:
         }
 
     def _deepest(self) -> list[dict[str, Any]]:
-        found = [self._stats(name) for name in self._services.store.deepest(MAX_SHOWN)]
+        found = [self._stats(name) for name in self._services.store.largest_topics(MAX_SHOWN)]
         return [
             {
                 "name": stats.name.decode(errors="replace"),
                 "messages": stats.messages,
-                "bytes": stats.cost,
+                "bytes": stats.accounted_bytes,
                 "last_number": stats.last_number,
                 "oldest_age_seconds": stats.oldest_age_ms / 1000,
             }
