@@ -40,7 +40,7 @@ class Systemd:
     ) -> None:
         self.queue = queue or []
         self.metrics = metrics or []
-        self.most_seconds = watchdog_seconds / 3
+        self.watchdog_interval = watchdog_seconds / 3
         """The longest time from one `tick` to the next, with room for one that is late."""
         self._watchdog = watchdog_seconds < math.inf
         self._status = ""
@@ -73,11 +73,11 @@ class Systemd:
         """Tell that the service stops, and how long that may take."""
         self.notify("STOPPING=1", f"EXTEND_TIMEOUT_USEC={round((seconds + STOP_MARGIN_SECONDS) * 1e6)}")
 
-    def tick(self, status: Status) -> None:
+    def notify_status(self, status: Status) -> None:
         """Tell how the service is, and that it lives: only while every thread does, besides the one that calls this."""
         if not self._socket:
             return
-        states = ["WATCHDOG=1"] if self._watchdog and not status.stuck() else []
+        states = ["WATCHDOG=1"] if self._watchdog and not status.stuck_threads() else []
         shown = f"STATUS={status.connections()} connections, {status.totals().messages} messages"
         if shown != self._status:
             states.append(shown)
