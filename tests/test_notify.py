@@ -246,7 +246,7 @@ def test_where_systemd_is_gone_it_goes_on(manager: Manager, caplog: pytest.LogCa
     with running(manager, 0.3) as server:
         manager.wait_for("WATCHDOG")
         os.unlink(manager.address)
-        wait_until(lambda: "systemd can't be told" in caplog.text)
+        wait_until(lambda: "cannot notify systemd" in caplog.text)
         assert not server.status.stuck_threads()
 
 
@@ -352,10 +352,10 @@ def test_one_without_a_name_is_for_clients(name: str) -> None:
     [
         (
             "dsmq.socket:dsmq.socket",
-            "sockets named dsmq.socket, dsmq.socket: FileDescriptorName= has to be dsmq or metrics",
+            "sockets named dsmq.socket, dsmq.socket: set FileDescriptorName= of each to dsmq or metrics",
         ),
-        ("dsmq:other", "sockets named dsmq, other: FileDescriptorName= has to be"),
-        ("", "sockets named unknown, unknown: FileDescriptorName= has to be"),
+        ("dsmq:other", "sockets named dsmq, other: set FileDescriptorName= of each"),
+        ("", "sockets named unknown, unknown: set FileDescriptorName= of each"),
         ("metrics:metrics", "0 sockets named dsmq and 2 named metrics"),
     ],
 )
@@ -366,9 +366,9 @@ def test_what_a_socket_is_for_has_to_be_clear(names: str, complaint: str) -> Non
 
 def test_what_does_not_listen_is_refused() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        assert "what systemd passes as dsmq does not listen" in failure((sock,), "dsmq")
+        assert "the dsmq socket passed by systemd does not listen" in failure((sock,), "dsmq")
     with listening() as queue, socket.create_connection(queue.getsockname()) as connection:
-        assert "what systemd passes as dsmq does not listen" in failure((connection,), "dsmq")
+        assert "the dsmq socket passed by systemd does not listen" in failure((connection,), "dsmq")
 
 
 def test_a_server_in_a_program_takes_nothing(manager: Manager) -> None:
