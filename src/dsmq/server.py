@@ -123,7 +123,7 @@ class Server:
         self._apply(settings)
         self._workers: list[Worker] = []
         self._expiry = Expiry(self._store, settings.expiry_interval_seconds)
-        self._side_ports: list[Any] = []
+        self._http_endpoints: list[Any] = []
         self._keeper = self._new_keeper(settings)
         connections = system.affordable_connections(settings.max_connections)
         self.status = Status(self._services, self._workers, self._expiry, self._keeper, connections)
@@ -178,8 +178,8 @@ class Server:
             self._listeners = [Listener(sock, self._admission.assign) for sock in sockets]
             self._services.access.check_exposure(sockets)
             # Where the sockets are passed, the process may have no network to make one in.
-            for side in self._systemd.metrics if passed else self._side_sockets():
-                self._side_ports.append(self._open_side_port(side))
+            for sock in self._systemd.metrics if passed else self._http_sockets():
+                self._http_endpoints.append(self._open_http_endpoint(sock))
             if self._keeper:
                 # Clients that connect meanwhile wait in the kernel's queue.
                 self._keeper.open()
@@ -201,20 +201,22 @@ class Server:
         )
         environment.log_links()
         self._log_configuration()
-        for where in (side_port.url for side_port in self._side_ports):
-            _logger.info("metrics on %smetrics, for people %s", where, where, extra=logs.event("side_port", url=where))
+        for where in (endpoint.url for endpoint in self._http_endpoints):
+            _logger.info(
+                "metrics on %smetrics, for people %s", where, where, extra=logs.event("http_endpoint", url=where)
+            )
         self._systemd.notify("READY=1")
 
-    def _side_sockets(self) -> list[socket.socket]:
+    def _http_sockets(self) -> list[socket.socket]:
         if self.settings.http_port == "off":
             return []
         return listening.listen(self.settings.http_host, self.settings.http_port, 16, "http-")
 
-    def _open_side_port(self, sock: socket.socket) -> Any:
-        # Imported here, because a server without a side port needs none of it.
-        from dsmq.ops.http import SidePort  # noqa: PLC0415
+    def _open_http_endpoint(self, sock: socket.socket) -> Any:
+        # Imported here, because a server without an HTTP endpoint does not need it.
+        from dsmq.ops.http import HTTPEndpoint  # noqa: PLC0415
 
-        return SidePort(sock, metrics.registry(self.status), self.status, lambda: self._services.access.http_gate)
+        return HTTPEndpoint(sock, metrics.registry(self.status), self.status, lambda: self._services.access.http_gate)
 
     def _log_configuration(self) -> None:
         settings, access = self.settings, self._services.access
@@ -245,7 +247,7 @@ class Server:
         """
         while True:
             with suppress(queue.Empty):
-                if reason := self._orders.get(timeout=min(WATCH_SECONDS, self._systemd.most_seconds)):
+                if reason := self._orders.get(timeout=min(WATCH_SECONDS, self._systemd.watchdog_interval)):
                     _logger.info("stopping: %s", reason, extra=logs.event("stopping", reason=reason))
                     self.stop()
                     if self._keeper and not self._keeper.saved:
@@ -261,7 +263,7 @@ class Server:
         if dead := [thread.name for thread in self._threads() if not thread.is_alive()]:
             raise ServerFailed(f"threads died: {', '.join(dead)}")
         self._log_full()
-        self._systemd.tick(self.status)
+        self._systemd.notify_status(self.status)
 
     def _log_full(self) -> None:
         """Log which limits refuse puts, once when that begins and once when it ends."""
@@ -318,7 +320,7 @@ class Server:
     def _parts(self) -> list[Any]:
         """What runs in a thread of its own."""
         keeper = [self._keeper] if self._keeper and self._keeper.interval else []
-        return [*self._workers, self._expiry, *keeper, *self._side_ports]
+        return [*self._workers, self._expiry, *keeper, *self._http_endpoints]
 
     # Stop
 
@@ -395,9 +397,9 @@ class Server:
         for worker in self._workers:
             if worker.thread.ident is None:
                 worker.close()
-        for side_port in self._side_ports:
-            side_port.stop(self._close)
-            join(side_port.thread, deadline)
+        for endpoint in self._http_endpoints:
+            endpoint.stop(self._close)
+            join(endpoint.thread, deadline)
         return [part.thread.name for part in self._parts() if part is not self._keeper and part.thread.is_alive()]
 
     def abandon(self) -> None:
@@ -405,7 +407,7 @@ class Server:
         self._stopping, self._stopped = threading.Lock(), True
         for listener in self._listeners:
             listener.socket.close()
-        for part in (*self._workers, *self._side_ports):
+        for part in (*self._workers, *self._http_endpoints):
             part.abandon()
         if self._keeper:
             self._keeper.close_inherited()
@@ -424,8 +426,8 @@ class Server:
 
     @property
     def http_port(self) -> int | None:
-        """The TCP port of the side port, if there is one."""
-        return self._side_ports[0].port if self._side_ports else None
+        """The TCP port of the HTTP endpoint, if there is one."""
+        return self._http_endpoints[0].port if self._http_endpoints else None
 
     def counters(self) -> Counters:
         return self.status.counters()

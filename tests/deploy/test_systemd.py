@@ -418,7 +418,7 @@ while sys.stdin.readline():
             assert answer(client) == "before nothing"
             assert metric(box, "dsmq_connections_opened_total") == opened
             assert journal.priority("configuration reloaded; changed: max_age_seconds, log_level$") == 6
-            assert journal.priority("side port: ") == 7
+            assert journal.priority("HTTP: ") == 7
             box.write("/etc/dsmq/dsmq.toml", 'max_age_seconds = 60\nlog_level = "debug"\nlisten_backlog = 7\n')
             box.run("systemctl", "reload", "dsmq.service")
             assert journal.priority("restart required to apply: listen_backlog$") == 4

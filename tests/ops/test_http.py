@@ -1,4 +1,4 @@
-"""The side port over real HTTP: its metrics, its health check, and clients that hang."""
+"""The HTTP endpoint over real HTTP: its metrics, its health checks, and clients that hang."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from dsmq import __version__
 from dsmq import settings as config
 from dsmq.broker import event_loop as worker
 from dsmq.broker.counters import Histogram
-from dsmq.ops import http as sideport
+from dsmq.ops import http as endpoint
 from dsmq.ops import metrics
 from dsmq.server import Server
 from dsmq.wire.resp import encode_request
@@ -59,7 +59,7 @@ def server() -> Iterator[Server]:
 
 
 class Answer:
-    """What the side port answers to one request."""
+    """The reply to one request to the HTTP endpoint."""
 
     def __init__(self, port: int | None, path: str, method: str = "GET", **headers: str) -> None:
         assert port
@@ -74,13 +74,13 @@ class Answer:
 
 
 def hang(server: Server) -> socket.socket:
-    """A client that connects to the side port and says nothing."""
+    """A client that connects to the HTTP endpoint and sends nothing."""
     assert server.http_port
     return socket.create_connection(("127.0.0.1", server.http_port), SOON)
 
 
 def hung_up(sock: socket.socket) -> bool:
-    """Whether the side port hangs up, now or soon."""
+    """Whether the HTTP endpoint hangs up, now or soon."""
     try:
         return sock.recv(1) == b""
     except ConnectionError:
@@ -348,7 +348,7 @@ def test_servers_in_one_process_have_numbers_of_their_own(server: Server, wire: 
         assert scrape(other)["dsmq_puts_total"] == 0
 
 
-def test_dsmq_serve_has_a_side_port() -> None:
+def test_dsmq_serve_has_an_http_endpoint() -> None:
     with daemon() as process:
         assert "dsmq_puts_total 0.0" in Answer(process.http_port, "/metrics").text.splitlines()
         assert Answer(process.http_port, "/healthz").status == 200
@@ -424,7 +424,7 @@ def test_readyz_tells_whether_it_takes_clients_and_puts() -> None:
         assert json.loads(answer.text) == {"status": "ready", "reasons": []}
         with wire_to(server) as other:
             assert other.call("PUT", "t", "x") == 1
-            assert reasons(server) == ["full", "as many connections as may be"]
+            assert reasons(server) == ["full", "too many connections"]
         wait_until(lambda: reasons(server) == ["full"])
         server.status.stopping = True
         assert reasons(server) == ["stopping", "full"]
@@ -516,7 +516,7 @@ def test_a_token_guards_all_that_tells_more_than_whether_it_is_well() -> None:
             assert Answer(server.http_port, path, Authorization="Bearer let-me-see-it-please").status == 200
 
 
-def test_the_token_of_the_side_port_may_stand_in_a_file(tmp_path: Path) -> None:
+def test_http_token_can_be_read_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "token"
     file.write_text("let-me-see-it-please\n")
     with serving(http_port=0, http_token_file=str(file)) as server:
@@ -566,7 +566,7 @@ def test_a_query_is_not_logged(server: Server, caplog: pytest.LogCaptureFixture)
     with hang(server) as sock:
         sock.sendall(b"GET /metrics?token=secret HTTP/9.9\r\n\r\n")
         assert b" 505 " in sock.recv(1000)
-    wait_until(lambda: caplog.text.count("side port: ") >= 4)
+    wait_until(lambda: caplog.text.count("HTTP: ") >= 4)
     assert "GET '/metrics': 200" in caplog.text
     assert "secret" not in caplog.text
 
@@ -762,15 +762,15 @@ def test_its_token_changes_with_a_reload(tmp_path: Path, caplog: pytest.LogCaptu
 
 
 def test_none_of_many_requests_at_a_time_is_lost(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sideport, "MAX_REQUESTS_AT_A_TIME", 2)
+    monkeypatch.setattr(endpoint, "MAX_CONCURRENT_REQUESTS", 2)
     with ThreadPoolExecutor(16) as threads:
         answers = list(threads.map(lambda _: Answer(server.http_port, "/readyz").status, range(300)))
     assert answers == [200] * 300
 
 
 def test_a_request_that_is_being_answered_keeps_its_place(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sideport, "MAX_REQUESTS_AT_A_TIME", 1)
-    monkeypatch.setattr(sideport, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(endpoint, "MAX_CONCURRENT_REQUESTS", 1)
+    monkeypatch.setattr(endpoint, "GRACE_SECONDS", 0.0)
     page, asked, go = server.status.page, threading.Event(), threading.Event()
     monkeypatch.setattr(server.status, "page", lambda: asked.set() or (go.wait(SOON) and page()))  # type: ignore[func-returns-value]
     with ThreadPoolExecutor(2) as threads:
@@ -783,14 +783,14 @@ def test_a_request_that_is_being_answered_keeps_its_place(server: Server, monkey
             with pytest.raises(TimeoutError):
                 third.recv(1)
             # From now on a request that has been accepted has time to come.
-            monkeypatch.setattr(sideport, "PATIENCE_SECONDS", SOON)
+            monkeypatch.setattr(endpoint, "GRACE_SECONDS", SOON)
             go.set()
             assert (slow.result().status, waits.result().status) == (200, 200)
 
 
 def test_a_stop_does_not_wait_for_a_place(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sideport, "MAX_REQUESTS_AT_A_TIME", 1)
-    monkeypatch.setattr(sideport, "REQUEST_TIMEOUT_SECONDS", 3600.0)
+    monkeypatch.setattr(endpoint, "MAX_CONCURRENT_REQUESTS", 1)
+    monkeypatch.setattr(endpoint, "REQUEST_TIMEOUT_SECONDS", 3600.0)
     asked, go = threading.Event(), threading.Event()
     monkeypatch.setattr(server.status, "page", lambda: asked.set() or go.wait())  # type: ignore[func-returns-value]
     with hang(server) as busy, ThreadPoolExecutor(1) as thread:
@@ -808,7 +808,7 @@ def test_a_stop_does_not_wait_for_a_place(server: Server, monkeypatch: pytest.Mo
 
 def test_fewer_hanging_clients_than_places_do_not_hold_up_a_scrape(server: Server) -> None:
     with ExitStack() as stack:
-        for _ in range(sideport.MAX_REQUESTS_AT_A_TIME - 1):
+        for _ in range(endpoint.MAX_CONCURRENT_REQUESTS - 1):
             stack.enter_context(hang(server))
         assert served(server)
 
@@ -816,28 +816,28 @@ def test_fewer_hanging_clients_than_places_do_not_hold_up_a_scrape(server: Serve
 def test_the_oldest_of_hanging_clients_is_cut_off_for_the_next(
     server: Server, wire: Wire, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sideport, "REQUEST_TIMEOUT_SECONDS", SOON)
+    monkeypatch.setattr(endpoint, "REQUEST_TIMEOUT_SECONDS", SOON)
     with ExitStack() as stack:
         hanging = [stack.enter_context(hang(server)) for _ in range(20)]
-        for sock in hanging[: -sideport.MAX_REQUESTS_AT_A_TIME]:
+        for sock in hanging[: -endpoint.MAX_CONCURRENT_REQUESTS]:
             assert hung_up(sock)
         assert served(server)
-        assert hung_up(hanging[-sideport.MAX_REQUESTS_AT_A_TIME])
+        assert hung_up(hanging[-endpoint.MAX_CONCURRENT_REQUESTS])
         assert wire.call("PING") == "PONG"
 
 
 def test_hanging_clients_that_have_all_places_are_cut_off_in_time(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sideport, "REQUEST_TIMEOUT_SECONDS", 2 * UNIT)
+    monkeypatch.setattr(endpoint, "REQUEST_TIMEOUT_SECONDS", 2 * UNIT)
     with ExitStack() as stack:
-        for sock in [stack.enter_context(hang(server)) for _ in range(sideport.MAX_REQUESTS_AT_A_TIME)]:
+        for sock in [stack.enter_context(hang(server)) for _ in range(endpoint.MAX_CONCURRENT_REQUESTS)]:
             assert hung_up(sock)
         wait_until(lambda: served(server))
 
 
 def test_a_client_that_sends_byte_by_byte_is_cut_off_in_time(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sideport, "REQUEST_TIMEOUT_SECONDS", 3 * UNIT)
+    monkeypatch.setattr(endpoint, "REQUEST_TIMEOUT_SECONDS", 3 * UNIT)
     with hang(server) as slow:
         slow.sendall(b"GET /metrics HTTP/1.0\r\nX: ")
         slow.settimeout(UNIT)
@@ -869,10 +869,10 @@ def test_a_hanging_client_does_not_hold_up_the_stop(server: Server) -> None:
         assert server.stop() == []
 
 
-def test_there_is_no_side_port_unless_asked_for() -> None:
+def test_embedded_server_has_no_http_endpoint_by_default() -> None:
     with serving() as server:
         assert server.http_port is None
-        assert server.status.health()[0]
+        assert not server.status.stuck_threads()
 
 
 def test_the_http_host_may_be_a_name() -> None:

@@ -226,7 +226,7 @@ def test_the_watchdog_is_fed_while_all_threads_live(manager: Manager) -> None:
         for _ in range(3):
             assert manager.wait_for("WATCHDOG")["WATCHDOG"] == "1"
         server._workers[0].post(go_on.wait)
-        wait_until(lambda: bool(server.status.stuck()))
+        wait_until(lambda: bool(server.status.stuck_threads()))
         # What was sent before, and perhaps one that was about to be.
         manager.socket.settimeout(1.0)
         while manager.tells("WATCHDOG"):
@@ -247,8 +247,8 @@ def test_where_systemd_is_gone_it_goes_on(manager: Manager, caplog: pytest.LogCa
     with running(manager, 0.3) as server:
         manager.wait_for("WATCHDOG")
         os.unlink(manager.address)
-        wait_until(lambda: "systemd can't be told" in caplog.text)
-        assert not server.status.stuck()
+        wait_until(lambda: "cannot notify systemd" in caplog.text)
+        assert not server.status.stuck_threads()
 
 
 # What is passed
@@ -261,7 +261,7 @@ def test_the_watchdog_may_be_for_another(monkeypatch: pytest.MonkeyPatch, mine: 
     monkeypatch.setenv("WATCHDOG_USEC", "3000000")
     if mine is not None:
         monkeypatch.setenv("WATCHDOG_PID", str(os.getpid() if mine else os.getppid()))
-    assert systemd.take().most_seconds == seconds
+    assert systemd.take().watchdog_interval == seconds
 
 
 def test_what_is_taken_is_for_no_other_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,10 +355,10 @@ def test_one_without_a_name_is_for_clients(name: str) -> None:
     [
         (
             "dsmq.socket:dsmq.socket",
-            "sockets named dsmq.socket, dsmq.socket: FileDescriptorName= has to be dsmq or metrics",
+            "sockets named dsmq.socket, dsmq.socket: set FileDescriptorName= of each to dsmq or metrics",
         ),
-        ("dsmq:other", "sockets named dsmq, other: FileDescriptorName= has to be"),
-        ("", "sockets named unknown, unknown: FileDescriptorName= has to be"),
+        ("dsmq:other", "sockets named dsmq, other: set FileDescriptorName= of each"),
+        ("", "sockets named unknown, unknown: set FileDescriptorName= of each"),
         ("metrics:metrics", "0 sockets named dsmq and 2 named metrics"),
     ],
 )
@@ -369,9 +369,9 @@ def test_what_a_socket_is_for_has_to_be_clear(names: str, complaint: str) -> Non
 
 def test_what_does_not_listen_is_refused() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        assert "what systemd passes as dsmq does not listen" in failure((sock,), "dsmq")
+        assert "the dsmq socket passed by systemd does not listen" in failure((sock,), "dsmq")
     with listening() as queue, socket.create_connection(queue.getsockname()) as connection:
-        assert "what systemd passes as dsmq does not listen" in failure((connection,), "dsmq")
+        assert "the dsmq socket passed by systemd does not listen" in failure((connection,), "dsmq")
 
 
 def test_a_server_in_a_program_takes_nothing(manager: Manager) -> None:

@@ -1297,7 +1297,7 @@ def test_while_the_disk_is_written_to_the_thread_is_not_taken_for_stuck(
         patch.setattr(snapshot, "_sync_folder", hang)
         assert writing.wait(SOON)
         time.sleep(3 * UNIT)
-        stuck = server.status.stuck()
+        stuck = server.status.stuck_threads()
         released.set()
         assert "dsmq-snapshot" not in stuck
 
@@ -1318,7 +1318,7 @@ def test_the_death_of_the_thread_is_noticed(file: Path, monkeypatch: pytest.Monk
     settings = {"port": 0, "snapshot_file": str(file), "snapshot_interval_seconds": 1}
     with Server(config.load(kind=config.EmbeddedSettings, **settings)) as server:
         wait_until(lambda: not server._keeper.thread.is_alive())  # type: ignore[union-attr]
-        assert server.status.stuck() == ["dsmq-snapshot"]
+        assert server.status.stuck_threads() == ["dsmq-snapshot"]
         with pytest.raises(ServerFailed, match="dsmq-snapshot"):
             server.run()
     assert file.exists()
