@@ -71,7 +71,7 @@ def wire_as(server: Server, token: str, source: str | None = None) -> Iterator[W
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name.decode() for name in COMMANDS])
-def test_a_stranger_may_say_hello_show_a_token_ping_and_quit(server: Server, wire: Wire, name: str) -> None:
+def test_unauthenticated_client_may_only_hello_auth_ping_and_quit(server: Server, wire: Wire, name: str) -> None:
     arguments = ["x"] * COMMANDS[name.encode()].least
     if name in ("HELLO", "PING", "QUIT"):
         assert wire.call(name) is not None
@@ -82,44 +82,44 @@ def test_a_stranger_may_say_hello_show_a_token_ping_and_quit(server: Server, wir
     assert server.totals().stored == 0
 
 
-def test_without_a_token_nothing_is_told_of_what_the_server_does_not_know(wire: Wire) -> None:
+def test_unknown_command_before_auth_replies_noauth(wire: Wire) -> None:
     assert wire.error("FROBNICATE") == "UNKNOWN"
 
 
 @pytest.mark.parametrize(
     "words", [["AUTH", ADMIN], ["AUTH", "default", ADMIN], ["HELLO", "2", "AUTH", "default", ADMIN]]
 )
-def test_a_token_lets_one_in(wire: Wire, words: list[str]) -> None:
+def test_valid_token_authenticates(wire: Wire, words: list[str]) -> None:
     assert wire.call(*words)
     assert wire.call("PUT", "t", "x") == 1
 
 
 @pytest.mark.parametrize("user", ["default", "sensors"])
-def test_a_token_with_a_name_needs_it_or_none(wire: Wire, user: str) -> None:
+def test_named_token_accepts_its_name_or_none(wire: Wire, user: str) -> None:
     assert wire.call("AUTH", user, WRITER) == "OK"
     assert wire.call("PUT", "t", "x") == 1
     assert wire.error("AUTH", "screen", WRITER) == "WRONGPASS"
 
 
 @pytest.mark.parametrize("token", ["", ADMIN[:-1], ADMIN + "x", ADMIN.upper(), "sensors", "write"])
-def test_what_is_no_token_does_not(wire: Wire, token: str) -> None:
+def test_invalid_token_is_refused(wire: Wire, token: str) -> None:
     assert wire.error("AUTH", token) == "WRONGPASS"
     assert wire.ended()
 
 
-def test_hello_tells_the_role_of_the_token(wire: Wire) -> None:
+def test_hello_reports_role_of_token(wire: Wire) -> None:
     hello = wire.call("HELLO", 2, "AUTH", "default", WRITER)
     assert isinstance(hello, list)
     assert dict(zip(hello[::2], hello[1::2], strict=True))[b"access"] == b"write"
 
 
-def test_requests_in_the_same_packet_as_the_token_are_run_with_it(wire: Wire) -> None:
+def test_requests_in_same_packet_as_auth_run_authenticated(wire: Wire) -> None:
     long = b"x" * 100_000
     wire.send(encode_request(b"AUTH", WRITER.encode()) + encode_request(b"PUT", b"t", long) + b"PING\r\n")
     assert [wire.receive() for _ in range(3)] == ["OK", 1, "PONG"]
 
 
-def test_a_server_without_tokens_says_so(tmp_path: Path) -> None:
+def test_auth_without_configured_tokens_is_an_error(tmp_path: Path) -> None:
     with serving() as server, wire_to(server) as wire:
         assert wire.error("AUTH", "x") == "BADREQUEST"
         assert wire.error("HELLO", 2, "AUTH", "default", "x") == "BADREQUEST"
@@ -138,7 +138,7 @@ def test_a_server_without_tokens_says_so(tmp_path: Path) -> None:
     ],
     ids=["read", "write", "admin"],
 )
-def test_what_a_role_may_do(server: Server, token: str, allowed: set[str]) -> None:
+def test_role_permits_only_its_commands(server: Server, token: str, allowed: set[str]) -> None:
     requests = {
         "PUT": ("t", "x"), "READ": ("t", 0), "GET": ("t",), "GETLATEST": ("t",), "GETWAIT": ("t", 0), "TOPICS": (),
         "STATS": ("t",), "ECHO": ("x",), "INFO": (), "CONFIG": ("GET", "port"),
@@ -152,7 +152,7 @@ def test_what_a_role_may_do(server: Server, token: str, allowed: set[str]) -> No
             assert wire.error(name, *requests[name]) == "NOPERM"
 
 
-def test_only_an_admin_may_stop_the_server(server: Server) -> None:
+def test_only_admin_may_shut_down(server: Server) -> None:
     for token in (READER, WRITER):
         with wire_as(server, token) as wire:
             assert wire.error("SHUTDOWN") == "NOPERM"
@@ -163,7 +163,7 @@ def test_only_an_admin_may_stop_the_server(server: Server) -> None:
     assert not server._orders.empty()
 
 
-def test_only_an_admin_sees_what_others_do(server: Server) -> None:
+def test_only_admin_sees_other_clients(server: Server) -> None:
     with wire_as(server, WRITER) as wire, wire_as(server, ADMIN) as admin:
         for section in ("clients", "stats", "store"):
             assert section.capitalize().encode() not in wire.call("INFO")  # type: ignore[operator]
@@ -179,7 +179,7 @@ WRONG = "wrong-token-0123456789"
 
 
 @pytest.mark.parametrize("words", [["AUTH", WRONG], ["HELLO", "3", "AUTH", "default", WRONG, "SETNAME", "me"]])
-def test_a_wrong_token_ends_the_connection_and_nothing_behind_it_is_run(server: Server, words: list[str]) -> None:
+def test_wrong_token_closes_connection_and_drops_pipelined_requests(server: Server, words: list[str]) -> None:
     with wire_to(server) as wire:
         wire.send(encode_request(*map(str.encode, words)) + encode_request(b"AUTH", ADMIN.encode()) + b"PUT t x\r\n")
         assert [wire.receive().code for _ in range(3)] == ["WRONGPASS", "NOAUTH", "NOAUTH"]  # type: ignore[union-attr]
@@ -188,7 +188,7 @@ def test_a_wrong_token_ends_the_connection_and_nothing_behind_it_is_run(server: 
     assert server.totals().stored == 0
 
 
-def test_a_wrong_token_ends_a_connection_that_had_a_right_one(server: Server) -> None:
+def test_wrong_token_closes_authenticated_connection(server: Server) -> None:
     with wire_as(server, READER) as wire:
         wire.send(b"".join(encode_request(*words) for words in ((b"AUTH", WRONG.encode()), (b"GET", b"t"), (b"PING",))))
         assert [wire.receive().code for _ in range(3)] == ["WRONGPASS", "NOAUTH", "NOAUTH"]  # type: ignore[union-attr]
@@ -208,7 +208,7 @@ def test_requests_that_arrive_behind_a_wrong_token_get_replies(server: Server, m
             wire.receive()
 
 
-def test_wrong_tokens_of_an_address_are_nothing_to_the_right_ones_of_the_same(server: Server) -> None:
+def test_wrong_tokens_do_not_delay_valid_ones_from_same_address(server: Server) -> None:
     for _ in range(30):
         with wire_to(server) as wire:
             assert wire.error("AUTH", WRONG) == "WRONGPASS"
@@ -218,7 +218,7 @@ def test_wrong_tokens_of_an_address_are_nothing_to_the_right_ones_of_the_same(se
 
 
 @pytest.mark.parametrize(("token", "reply"), [(ADMIN, "OK"), (WRONG, "WRONGPASS")])
-def test_a_client_that_half_closes_behind_its_token_gets_its_answer(server: Server, token: str, reply: str) -> None:
+def test_half_close_after_auth_is_answered(server: Server, token: str, reply: str) -> None:
     for _ in range(3):
         with wire_to(server) as wire:
             wire.send(encode_request(b"AUTH", token.encode()))
@@ -228,7 +228,7 @@ def test_a_client_that_half_closes_behind_its_token_gets_its_answer(server: Serv
             assert wire.ended()
 
 
-def test_a_token_shown_again_or_another_takes_effect(wire: Wire) -> None:
+def test_second_auth_takes_effect(wire: Wire) -> None:
     assert wire.call("AUTH", READER) == "OK"
     assert wire.error("PUT", "t", "x") == "NOPERM"
     assert wire.call("AUTH", WRITER) == "OK"
@@ -245,11 +245,11 @@ def test_a_token_shown_again_or_another_takes_effect(wire: Wire) -> None:
         ("unix", "unix"),
     ],
 )
-def test_a_network_is_what_one_client_may_have(host: str, network: str) -> None:
+def test_client_key_groups_addresses_by_network(host: str, network: str) -> None:
     assert auth.network(host) == network
 
 
-def test_all_tokens_are_compared_however_early_one_matches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_tokens_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate([(name, Role.READ, name) for name in "abc"])
     compared = []
     compare = auth.hmac.compare_digest
@@ -261,7 +261,7 @@ def test_all_tokens_are_compared_however_early_one_matches(monkeypatch: pytest.M
 # Strangers are bounded
 
 
-def test_a_stranger_is_sent_away_in_time(token_file: Path) -> None:
+def test_unauthenticated_connection_times_out(token_file: Path) -> None:
     with (
         serving(auth_token_file=str(token_file), auth_timeout_seconds=2 * UNIT) as server,
         wire_to(server) as silent,
@@ -278,7 +278,7 @@ def test_a_stranger_is_sent_away_in_time(token_file: Path) -> None:
         assert known.call("PING") == "PONG"
 
 
-def test_with_too_many_strangers_the_oldest_goes(token_file: Path) -> None:
+def test_oldest_unauthenticated_connection_is_evicted(token_file: Path) -> None:
     with (
         serving(auth_token_file=str(token_file), max_unauthenticated_connections=2) as server,
         wire_as(server, READER) as known,
@@ -295,7 +295,7 @@ def test_with_too_many_strangers_the_oldest_goes(token_file: Path) -> None:
         assert known.call("PING") == "PONG"
 
 
-def test_the_longest_request_of_a_stranger(token_file: Path) -> None:
+def test_unauthenticated_request_size_is_limited(token_file: Path) -> None:
     with serving(auth_token_file=str(token_file), max_unauthenticated_bytes=4096) as server:
         for size, code in ((4073, "WRONGPASS"), (4074, "TOOBIG")):
             request = encode_request(b"AUTH", b"x" * size)
@@ -310,7 +310,7 @@ def test_the_longest_request_of_a_stranger(token_file: Path) -> None:
 # Tokens change
 
 
-def test_tokens_are_read_again_and_those_withdrawn_end(token_file: Path) -> None:
+def test_reload_disconnects_withdrawn_tokens(token_file: Path) -> None:
     with daemon("--auth-token-file", str(token_file)) as process:
         address = ("127.0.0.1", process.port)
         admin, writer, stranger = Wire(address), Wire(address), Wire(address)
@@ -333,7 +333,7 @@ def test_tokens_are_read_again_and_those_withdrawn_end(token_file: Path) -> None
             wire.close()
 
 
-def test_what_came_and_went_is_logged_when_tokens_and_certificates_are_read_again(
+def test_reload_logs_added_and_removed_tokens_and_certificates(
     token_file: Path, files: Files, authority: trustme.CA, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "dsmq")
@@ -363,7 +363,7 @@ def test_what_came_and_went_is_logged_when_tokens_and_certificates_are_read_agai
         assert not any(token in caplog.text for token in (ADMIN, WRITER, READER, "new-token"))
 
 
-def test_all_are_let_go_of_when_others_are_admitted(files: Files, caplog: pytest.LogCaptureFixture) -> None:
+def test_reload_closes_all_connections_no_longer_admitted(files: Files, caplog: pytest.LogCaptureFixture) -> None:
     settings: dict[str, object] = {}
     load = lambda: config.load(kind=config.EmbeddedSettings, port=0, **settings)  # noqa: E731
     with Server(load(), load=load) as server, wire_to(server) as wire:
@@ -411,7 +411,7 @@ def test_a_connection_that_is_handed_over_during_a_reload_is_let_go_of_too(
             assert server.counters().failures == 0
 
 
-def test_a_reload_in_the_middle_of_a_handshake_of_tls_spins_nothing(files: Files) -> None:
+def test_reload_during_tls_handshake_does_not_spin(files: Files) -> None:
     settings: dict[str, object] = {"tls_cert_file": files.server}
     load = lambda: config.load(kind=config.EmbeddedSettings, port=0, **settings)  # noqa: E731
     with Server(load(), load=load) as server, wire_to(server) as silent:
@@ -422,7 +422,7 @@ def test_a_reload_in_the_middle_of_a_handshake_of_tls_spins_nothing(files: Files
         assert server.connections() == 0
 
 
-def test_one_that_fails_does_not_keep_the_others(token_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_connection_does_not_affect_others_on_reload(token_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load = lambda: config.load(kind=config.EmbeddedSettings, port=0, auth_token_file=str(token_file))  # noqa: E731
     with Server(load(), load=load) as server, wire_as(server, READER) as first, wire_as(server, READER) as second:
         first.ask_for_notices()
@@ -435,7 +435,7 @@ def test_one_that_fails_does_not_keep_the_others(token_file: Path, monkeypatch: 
         assert first.receive().code == "INTERNAL"  # type: ignore[union-attr]
 
 
-def test_a_waiting_reader_whose_token_is_withdrawn_is_told(token_file: Path) -> None:
+def test_withdrawn_token_ends_waiting_read_with_error(token_file: Path) -> None:
     load = lambda: config.load(kind=config.EmbeddedSettings, port=0, auth_token_file=str(token_file))  # noqa: E731
     with Server(load(), load=load) as server, wire_as(server, READER) as reader:
         reader.ask_for_notices()
@@ -448,7 +448,7 @@ def test_a_waiting_reader_whose_token_is_withdrawn_is_told(token_file: Path) -> 
         assert reader.ended()
 
 
-def test_reload_takes_over_what_can_change_and_names_what_can_not(
+def test_reload_applies_settings_and_names_those_that_need_a_restart(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = tmp_path / "dsmq.toml"
@@ -472,7 +472,7 @@ def test_reload_takes_over_what_can_change_and_names_what_can_not(
     ["", "# nothing\n", "name read", "name root token", "name read token more"],
     ids=["empty", "comment", "two words", "no role", "four words"],
 )
-def test_a_token_file_that_is_no_good_is_told_without_what_stands_in_it(tmp_path: Path, text: str) -> None:
+def test_invalid_token_file_is_reported_without_its_content(tmp_path: Path, text: str) -> None:
     file = tmp_path / "tokens"
     file.write_text(text)
     done = run_dsmq("serve", "--port", "0", "--auth-token-file", str(file))
@@ -481,7 +481,7 @@ def test_a_token_file_that_is_no_good_is_told_without_what_stands_in_it(tmp_path
     assert b"token more" not in done.stderr
 
 
-def test_a_token_file_as_other_programs_write_it(tmp_path: Path) -> None:
+def test_token_file_accepts_trailing_newline_and_crlf(tmp_path: Path) -> None:
     file = tmp_path / "tokens"
     file.write_bytes(f"\ufeff{ADMIN}\r\nname read {READER}\r\n".encode())
     assert auth.read_tokens(str(file)) == [("default", Role.ADMIN, ADMIN), ("name", Role.READ, READER)]
@@ -491,7 +491,7 @@ def test_a_token_file_as_other_programs_write_it(tmp_path: Path) -> None:
             auth.read_tokens(str(file))
 
 
-def test_a_token_file_has_to_be_there(tmp_path: Path) -> None:
+def test_missing_token_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         auth.read_tokens(str(tmp_path / "none"))
     (tmp_path / "binary").write_bytes(b"\xff")
@@ -507,7 +507,7 @@ TO_MAKE_ONE = "16 characters or more; to make one: python3 -c 'import secrets; p
 
 @pytest.mark.parametrize("file", ["tokens", "token"], ids=["auth_token_file", "http_token_file"])
 @pytest.mark.parametrize("text", [SHORT, f"{LONG}\nsensors write {SHORT}\n"], ids=["alone", "in a later line"])
-def test_a_short_token_in_a_file_refuses_the_start(tmp_path: Path, file: str, text: str) -> None:
+def test_short_token_in_file_prevents_start(tmp_path: Path, file: str, text: str) -> None:
     (tmp_path / file).write_text(text)
     option = {"tokens": "--auth-token-file", "token": "--http-token-file"}[file]
     done = run_dsmq("serve", "--port", "0", "--http-port", "0", option, str(tmp_path / file))
@@ -519,12 +519,12 @@ def test_a_short_token_in_a_file_refuses_the_start(tmp_path: Path, file: str, te
 
 
 @pytest.mark.parametrize("name", ["DSMQ_AUTH_TOKEN", "DSMQ_HTTP_TOKEN"])
-def test_a_short_token_in_a_setting_refuses_the_start(name: str) -> None:
+def test_short_token_in_setting_prevents_start(name: str) -> None:
     done = run_dsmq("serve", "--port", "0", "--http-port", "0", env={name: SHORT})
     assert (done.returncode, done.stderr.decode()) == (2, f"dsmq: {name}: should have {TO_MAKE_ONE}")
 
 
-def test_a_token_of_sixteen_characters_is_long_enough(tmp_path: Path) -> None:
+def test_sixteen_character_token_is_accepted(tmp_path: Path) -> None:
     file = tmp_path / "tokens"
     file.write_text(f"sensors write {LONG}")
     with serving(auth_token_file=str(file), http_port=0, http_token=LONG) as server, wire_to(server) as wire:
@@ -532,7 +532,7 @@ def test_a_token_of_sixteen_characters_is_long_enough(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["auth_token_file", "auth_token", "http_token_file", "http_token"])
-def test_a_short_token_in_a_reload_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
+def test_reload_with_short_token_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
     tokens, http_token = tmp_path / "tokens", tmp_path / "http-token"
     tokens.write_text(TOKENS)
     http_token.write_text(LONG)
@@ -557,7 +557,7 @@ def test_a_short_token_in_a_reload_changes_nothing(tmp_path: Path, caplog: pytes
 # Tokens are shown nowhere
 
 
-def test_tokens_are_shown_nowhere(caplog: pytest.LogCaptureFixture) -> None:
+def test_tokens_never_appear_in_output(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "dsmq")
     with serving(auth_token=ADMIN, http_token=READER, http_port=0) as server, wire_as(server, ADMIN) as wire:
         settings = wire.call("CONFIG", "GET", "*")
@@ -573,7 +573,7 @@ def test_tokens_are_shown_nowhere(caplog: pytest.LogCaptureFixture) -> None:
         assert not any(token in text for token in (ADMIN, WRITER, READER))
 
 
-def test_there_is_no_option_for_a_secret() -> None:
+def test_secrets_have_no_command_line_option() -> None:
     done = run_dsmq("serve", "--auth-token", ADMIN)
     assert done.returncode == 2
     assert ADMIN.encode() not in done.stderr
@@ -581,7 +581,7 @@ def test_there_is_no_option_for_a_secret() -> None:
 
 
 @pytest.mark.parametrize("value", ["two words", " before", "**********", "\n", "tök"])
-def test_a_bad_secret_is_told_without_it(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+def test_invalid_secret_is_reported_without_its_value(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("DSMQ_AUTH_TOKEN", value)
     with pytest.raises(ConfigError, match=r"^DSMQ_AUTH_TOKEN: should be") as caught:
         config.load()
@@ -591,7 +591,7 @@ def test_a_bad_secret_is_told_without_it(monkeypatch: pytest.MonkeyPatch, value:
 # The clients
 
 
-def test_the_client_shows_its_token(server: Server) -> None:
+def test_client_sends_its_token(server: Server) -> None:
     with connect(port=server.port, token=WRITER) as mq:
         assert mq.put("t", "x") == 1
         with pytest.raises(NotPermitted):
@@ -599,7 +599,7 @@ def test_the_client_shows_its_token(server: Server) -> None:
         assert mq.get("t") == "x"
 
 
-def test_the_client_is_told_at_once_what_is_wrong_with_its_token(server: Server) -> None:
+def test_client_raises_at_once_on_bad_token(server: Server) -> None:
     with pytest.raises(AuthRequired, match="token="):
         connect(port=server.port, retry=False)
     with pytest.raises(WrongToken):
@@ -608,7 +608,7 @@ def test_the_client_is_told_at_once_what_is_wrong_with_its_token(server: Server)
         connect(port=other.port, retry=False, token=ADMIN)
 
 
-def test_the_command_line_takes_its_token_from_a_file_or_the_environment(server: Server, token_file: Path) -> None:
+def test_cli_reads_token_from_file_or_environment(server: Server, token_file: Path) -> None:
     address = ("--port", str(server.port))
     assert run_dsmq("put", "t", "x", *address).returncode == 1
     assert run_dsmq("put", "t", "x", *address, "--token-file", str(token_file)).returncode == 0
@@ -618,7 +618,7 @@ def test_the_command_line_takes_its_token_from_a_file_or_the_environment(server:
     assert (done.returncode, done.stderr) == (2, b"dsmq: /nowhere: No such file or directory\n")
 
 
-def test_the_command_line_names_its_own_options_where_one_is_missing(tls_server: Server, tmp_path: Path) -> None:
+def test_cli_error_names_missing_option(tls_server: Server, tmp_path: Path) -> None:
     with serving(auth_token=ADMIN) as server:
         done = run_dsmq("ping", "--port", str(server.port))
         assert done.stderr == b"dsmq: this server wants a token: --token-file FILE, or DSMQ_AUTH_TOKEN\n"
@@ -638,7 +638,7 @@ def test_the_command_line_names_its_own_options_where_one_is_missing(tls_server:
         assert run_dsmq("ping", *port, "--ca-file", cert).returncode == 0
 
 
-def test_ping_finds_the_server_by_its_own_configuration(tmp_path: Path, token_file: Path, files: Files) -> None:
+def test_ping_uses_server_configuration(tmp_path: Path, token_file: Path, files: Files) -> None:
     file = tmp_path / "dsmq.toml"
     # A certificate for another name than that by which a health check reaches it.
     named = files.issue(trustme.CA(), "named", "dsmq.example.org")
@@ -668,7 +668,7 @@ PROTECTED = "without authentication: set auth_token (DSMQ_AUTH_TOKEN), auth_toke
 
 @pytest.mark.slow
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "[::]"])
-def test_listening_to_a_network_without_authentication_does_not_start(host: str) -> None:
+def test_network_listener_without_auth_does_not_start(host: str) -> None:
     done = run_dsmq("serve", "--host", host, "--port", "0")
     said = done.stderr.decode()
     assert (done.returncode, said.count("\n")) == (2, 1)
@@ -676,7 +676,7 @@ def test_listening_to_a_network_without_authentication_does_not_start(host: str)
     assert "protected_mode = false (DSMQ_PROTECTED_MODE)" in said
 
 
-def test_a_server_that_refuses_to_start_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_failed_start_leaves_nothing_behind(tmp_path: Path) -> None:
     snapshot = tmp_path / "snapshot"
     with pytest.raises(ConfigError, match="without authentication"):
         serve("0.0.0.0", 0, http_port=0, snapshot_file=str(snapshot))
@@ -684,7 +684,7 @@ def test_a_server_that_refuses_to_start_leaves_nothing_behind(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("way", ["token", "token file", "certificates", "off"])
-def test_what_lets_it_listen_to_a_network(token_file: Path, files: Files, way: str) -> None:
+def test_auth_or_protected_mode_off_allows_network_listener(token_file: Path, files: Files, way: str) -> None:
     settings: dict[str, object] = {
         "token": {"auth_token": ADMIN},
         "token file": {"auth_token_file": str(token_file)},
@@ -695,14 +695,14 @@ def test_what_lets_it_listen_to_a_network(token_file: Path, files: Files, way: s
         assert server.port
 
 
-def test_tls_without_client_certificates_is_no_authentication(files: Files) -> None:
+def test_tls_without_client_certificates_does_not_authenticate(files: Files) -> None:
     settings = config.load(kind=config.EmbeddedSettings, host="0.0.0.0", port=0, tls_cert_file=files.server)
     with pytest.raises(ConfigError, match="without authentication"), Server(settings):
         pass
 
 
 @pytest.mark.parametrize("exposed", ["", "127.0.0.1", "127.0.0.2"])
-def test_one_address_of_a_name_is_enough_to_be_exposed(monkeypatch: pytest.MonkeyPatch, exposed: str) -> None:
+def test_one_public_address_of_a_name_counts_as_exposed(monkeypatch: pytest.MonkeyPatch, exposed: str) -> None:
     # Port 0 in what the name resolves to: one that is free on both.
     found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, 0)) for host in ("127.0.0.1", "127.0.0.2")]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
@@ -723,21 +723,21 @@ def test_one_address_of_a_name_is_enough_to_be_exposed(monkeypatch: pytest.Monke
         *[("0.0.0.0", True), ("::", True), ("\0dsmq-test-abstract", False), ("::ffff:0.0.0.0", True)],
     ],
 )
-def test_which_listening_sockets_are_exposed(address: str, exposed: bool) -> None:
+def test_exposed_sockets_are_recognized(address: str, exposed: bool) -> None:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET if "." in address else socket.AF_UNIX
     with socket.socket(family) as sock:
         sock.bind(address if family == socket.AF_UNIX else (address, 0))
         assert listening.is_exposed(sock) == exposed
 
 
-def test_a_socket_of_an_unknown_family_counts_as_exposed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_socket_family_counts_as_exposed(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket(socket.AF_UNIX) as sock:
         monkeypatch.setattr(socket, "AF_UNIX", -1)
         assert listening.is_exposed(sock)
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0", "127.0.0.1", "\0dsmq-{}"])
-def test_passed_sockets_are_held_to_the_same_rule(address: str) -> None:
+def test_passed_sockets_are_checked_for_exposure(address: str) -> None:
     unix = address.startswith("\0")
     with socket.socket(socket.AF_UNIX if unix else socket.AF_INET) as sock, contextlib.ExitStack() as stack:
         sock.bind(address.format(os.getpid()) if unix else (address, 0))
@@ -751,7 +751,7 @@ def test_passed_sockets_are_held_to_the_same_rule(address: str) -> None:
         wire.close()
 
 
-def test_everybody_on_loopback_and_unix_sockets_is_an_admin_without_tokens(tmp_path: Path) -> None:
+def test_local_clients_are_admin_if_no_tokens_are_set(tmp_path: Path) -> None:
     for host in ("127.0.0.1", f"unix:{tmp_path}/socket"):
         with serving(host=host) as server:
             wire = Wire(f"{tmp_path}/socket" if host.startswith("unix:") else (host, server.port))
@@ -762,7 +762,7 @@ def test_everybody_on_loopback_and_unix_sockets_is_an_admin_without_tokens(tmp_p
 
 
 @pytest.mark.parametrize("given", ["auth_token", "protected_mode", "tls_client_ca_file"])
-def test_a_reload_that_would_leave_an_exposed_server_open_changes_nothing(
+def test_reload_that_would_open_exposed_server_changes_nothing(
     files: Files, caplog: pytest.LogCaptureFixture, given: str
 ) -> None:
     settings: dict[str, object] = {"tls_cert_file": files.server}
@@ -777,7 +777,7 @@ def test_a_reload_that_would_leave_an_exposed_server_open_changes_nothing(
         assert (server.settings, server._services.access) == before
 
 
-def test_a_reload_that_brings_the_first_token_ends_connections_without_one() -> None:
+def test_reload_with_first_token_closes_unauthenticated_connections() -> None:
     settings: dict[str, object] = {}
     load = lambda: config.load(kind=config.EmbeddedSettings, port=0, **settings)  # noqa: E731
     with Server(load(), load=load) as server, wire_to(server) as wire:
@@ -789,7 +789,7 @@ def test_a_reload_that_brings_the_first_token_ends_connections_without_one() -> 
         assert wire.ended()
 
 
-def test_a_reload_may_take_all_tokens_from_a_server_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reload_may_remove_all_tokens_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "LINGER_SECONDS", 10 * SOON)
     settings: dict[str, object] = {"auth_token": ADMIN}
     load = lambda: config.load(kind=config.EmbeddedSettings, port=0, **settings)  # noqa: E731
@@ -813,7 +813,7 @@ def test_a_reload_may_take_all_tokens_from_a_server_on_loopback(monkeypatch: pyt
         ("127.0.0.1", {"protected_mode": False}, None),
     ],
 )
-def test_an_open_server_says_so_loudly(
+def test_unprotected_server_logs_a_warning(
     caplog: pytest.LogCaptureFixture, host: str, settings: dict[str, object], says: str | None
 ) -> None:
     with serving(host=host, **settings):
@@ -845,7 +845,7 @@ def two_machines() -> Iterator[tuple[list[str], list[str]]]:
 
 
 @pytest.mark.parametrize("setting", ["auth_token_file", "protected_mode"])
-def test_a_server_on_a_network_serves_other_machines(
+def test_network_listener_serves_other_machines(
     two_machines: tuple[list[str], list[str]], token_file: Path, setting: str
 ) -> None:
     here, there = two_machines
@@ -857,7 +857,7 @@ def test_a_server_on_a_network_serves_other_machines(
         wait_until(lambda: run_dsmq("ping", *address, prefix=there).returncode == 0)
 
 
-def test_one_address_takes_no_more_connections_than_its_share() -> None:
+def test_connections_per_address_are_limited() -> None:
     with serving(max_connections_per_address=2) as server, wire_to(server) as first, wire_to(server) as second:
         assert first.call("PING") == second.call("PING") == "PONG"
         with wire_to(server) as third:
@@ -907,7 +907,7 @@ def tls_server(files: Files) -> Iterator[Server]:
         yield server
 
 
-def test_put_and_get_under_tls(tls_server: Server, files: Files) -> None:
+def test_put_and_get_over_tls(tls_server: Server, files: Files) -> None:
     with connect(port=tls_server.port, ca_file=files.ca, token=ADMIN) as mq:
         assert mq.put("t", "x") == 1
         assert mq.get("t") == "x"
@@ -919,7 +919,7 @@ def test_put_and_get_under_tls(tls_server: Server, files: Files) -> None:
         mq.ping()
 
 
-def test_put_and_get_under_tls_with_asyncio(tls_server: Server, files: Files) -> None:
+def test_asyncio_put_and_get_over_tls(tls_server: Server, files: Files) -> None:
     async def main() -> None:
         async with await aio.connect(port=tls_server.port, ca_file=files.ca, token=ADMIN) as mq:
             await mq.put("t", "x" * 300_000)
@@ -928,7 +928,7 @@ def test_put_and_get_under_tls_with_asyncio(tls_server: Server, files: Files) ->
     asyncio.run(main())
 
 
-def test_the_certificate_and_its_name_are_verified(tls_server: Server, tmp_path: Path, authority: trustme.CA) -> None:
+def test_client_verifies_certificate_and_hostname(tls_server: Server, tmp_path: Path, authority: trustme.CA) -> None:
     (tmp_path / "other").mkdir()
     strange = Files(tmp_path / "other", trustme.CA())
     with pytest.raises(ConnectionError, match="unable to get local issuer"):
@@ -941,7 +941,7 @@ def test_the_certificate_and_its_name_are_verified(tls_server: Server, tmp_path:
         connect(port=server.port, ca_file=files.ca, retry=False)
 
 
-def test_a_client_shows_a_certificate_where_one_is_wanted(files: Files, tmp_path: Path) -> None:
+def test_client_sends_certificate_if_required(files: Files, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     strange = Files(tmp_path / "other", trustme.CA())
     with serving(tls_cert_file=files.server, tls_client_ca_file=files.ca, host="0.0.0.0") as server:
@@ -952,7 +952,7 @@ def test_a_client_shows_a_certificate_where_one_is_wanted(files: Files, tmp_path
             assert mq.put("t", "x") == 1
 
 
-def test_neither_tls_nor_plain_text_takes_the_other_for_its_own(tls_server: Server) -> None:
+def test_tls_and_plain_text_mismatch_is_an_error(tls_server: Server) -> None:
     with pytest.raises(ConnectionError, match="does it want TLS"):
         connect(port=tls_server.port, token=ADMIN, retry=False)
     with serving() as plain, pytest.raises(ConnectionError, match="does the server speak TLS"):
@@ -972,7 +972,7 @@ def test_old_versions_of_tls_are_refused(tls_server: Server, files: Files) -> No
         connect(port=tls_server.port, tls=old, token=ADMIN, retry=False)
 
 
-def test_a_handshake_that_does_not_end_is_cut_off_and_harms_nobody(files: Files) -> None:
+def test_stalled_handshake_times_out_and_affects_no_one(files: Files) -> None:
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(serving(tls_cert_file=files.server, auth_timeout_seconds=2 * UNIT))
         silent, half = (stack.enter_context(wire_to(server)) for _ in range(2))
@@ -994,7 +994,7 @@ def tls_to(server: Server, files: Files) -> ssl.SSLSocket:
     return ssl.create_default_context(cafile=files.ca).wrap_socket(raw, server_hostname="127.0.0.1")
 
 
-def test_a_client_that_is_idle_after_the_handshake_is_not_unauthenticated(files: Files) -> None:
+def test_idle_client_after_handshake_is_not_evicted(files: Files) -> None:
     limits = {"auth_timeout_seconds": UNIT, "max_unauthenticated_connections": 1}
     with serving(tls_cert_file=files.server, **limits) as server, contextlib.ExitStack() as stack:
         idle = [stack.enter_context(tls_to(server, files)) for _ in range(3)]
@@ -1005,14 +1005,14 @@ def test_a_client_that_is_idle_after_the_handshake_is_not_unauthenticated(files:
             assert sock.recv(100) == b"+PONG\r\n"
 
 
-def test_a_client_without_its_token_stays_unauthenticated_after_the_handshake(tls_server: Server, files: Files) -> None:
+def test_handshake_alone_does_not_replace_token(tls_server: Server, files: Files) -> None:
     with tls_to(tls_server, files) as sock:
         sock.sendall(b"PING\r\n")
         assert sock.recv(100) == b"+PONG\r\n"
         assert tls_server._services.usage.unauthenticated.total == 1
 
 
-def test_all_that_tls_has_decrypted_is_run_at_once(files: Files) -> None:
+def test_all_decrypted_requests_run_at_once(files: Files) -> None:
     # One record is four times as long as what is received at once of a client without its token.
     settings = {"tls_cert_file": files.server, "auth_token": ADMIN, "max_unauthenticated_bytes": 4096}
     with serving(**settings) as server, tls_to(server, files) as sock:
@@ -1024,7 +1024,7 @@ def test_all_that_tls_has_decrypted_is_run_at_once(files: Files) -> None:
         assert got == b"$3900\r\n%b\r\n" % (b"x" * 3900) * 4
 
 
-def test_a_certificate_is_renewed_without_a_restart(files: Files, authority: trustme.CA) -> None:
+def test_reload_renews_certificate(files: Files, authority: trustme.CA) -> None:
     with daemon("--tls-cert-file", files.server) as process:
         where = {"port": process.port, "ca_file": files.ca, "retry": False}
         with connect(**where) as before:  # type: ignore[arg-type]
@@ -1046,7 +1046,7 @@ def test_a_certificate_is_renewed_without_a_restart(files: Files, authority: tru
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tls_cert_file", "tls_key_file", "tls_client_ca_file"])
-def test_a_file_of_tls_that_is_no_good_is_told(files: Files, tmp_path: Path, name: str) -> None:
+def test_invalid_tls_file_is_reported(files: Files, tmp_path: Path, name: str) -> None:
     bad = tmp_path / "bad.pem"
     bad.write_text("no certificate")
     for file in (str(bad), "/nowhere"):
@@ -1057,7 +1057,7 @@ def test_a_file_of_tls_that_is_no_good_is_told(files: Files, tmp_path: Path, nam
         assert file.encode() in done.stderr
 
 
-def test_an_encrypted_key_is_refused_not_asked_for(files: Files, tmp_path: Path) -> None:
+def test_encrypted_key_is_refused_without_prompt(files: Files, tmp_path: Path) -> None:
     tool("openssl", "openssl")
     key = tmp_path / "encrypted.pem"
     done = subprocess.run(
@@ -1067,33 +1067,33 @@ def test_an_encrypted_key_is_refused_not_asked_for(files: Files, tmp_path: Path)
     assert run_dsmq("serve", "--port", "0", "--tls-cert-file", files.server, "--tls-key-file", str(key)).returncode == 2
 
 
-def test_settings_of_tls_have_to_fit_together(files: Files) -> None:
+def test_inconsistent_tls_settings_are_refused(files: Files) -> None:
     with pytest.raises(ConfigError, match="tls_key_file is set without tls_cert_file"):
         config.load(tls_key_file=files.server)
     with pytest.raises(TypeError):
         connect(tls=ssl.create_default_context(), ca_file=files.ca)
 
 
-def test_redis_cli_speaks_tls_and_shows_a_token(tls_server: Server, files: Files) -> None:
+def test_redis_cli_works_with_tls_and_token(tls_server: Server, files: Files) -> None:
     redis_cli = tool("redis-cli", "redis-tools")
     command = [redis_cli, "--tls", "--cacert", files.ca, "-p", str(tls_server.port), "-a", ADMIN, "--no-auth-warning"]
     done = subprocess.run([*command, "PUT", "t", "x"], capture_output=True, text=True, timeout=SOON, check=False)
     assert done.stdout.strip() == "1"
 
 
-def test_redis_py_speaks_tls_and_shows_a_token(tls_server: Server, files: Files) -> None:
+def test_redis_py_works_with_tls_and_token(tls_server: Server, files: Files) -> None:
     redis = pytest.importorskip("redis")
     for protocol in (2, 3):
         with redis.Redis(port=tls_server.port, ssl=True, ssl_ca_certs=files.ca, password=ADMIN, protocol=protocol) as r:
             assert r.execute_command("PUT", "t", "x") > 0
 
 
-def test_the_client_without_tls_does_not_import_it() -> None:
+def test_client_without_tls_does_not_import_ssl() -> None:
     code = "import sys, dsmq.client, dsmq.broker.auth; sys.exit('ssl' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=os.environ, check=False).returncode == 0
 
 
-def test_a_connection_under_tls_that_has_ended_is_noticed(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closed_tls_connection_is_detected(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dsmq.client.connection.LONG_PAUSE_SECONDS", 0.0)
     with contextlib.ExitStack() as stack, serving(tls_cert_file=files.server) as first:
         mq = stack.enter_context(connect(port=first.port, ca_file=files.ca))
@@ -1105,7 +1105,7 @@ def test_a_connection_under_tls_that_has_ended_is_noticed(files: Files, monkeypa
         assert mq.put("t", "x" * 6_000_000) == 1
 
 
-def test_a_slow_reader_under_tls_is_not_dropped(files: Files) -> None:
+def test_slow_tls_reader_is_not_dropped(files: Files) -> None:
     with serving(tls_cert_file=files.server, reply_timeout_seconds=4 * UNIT) as server:
         with connect(port=server.port, ca_file=files.ca) as mq:
             mq.put("t", "x" * 6_000_000)
@@ -1123,7 +1123,7 @@ def test_a_slow_reader_under_tls_is_not_dropped(files: Files) -> None:
                     time.sleep(max(0.0, began + 12 * UNIT * got / 6_000_000 - time.monotonic()))
 
 
-def test_a_client_may_be_closed_while_threads_use_it_under_tls(files: Files) -> None:
+def test_closing_tls_client_in_use_by_threads_is_safe(files: Files) -> None:
     def use(mq: DSMQClientSideConnection) -> None:
         while True:
             mq.put_many("t", ["x" * 20_000] * 20)
@@ -1141,7 +1141,7 @@ def test_a_client_may_be_closed_while_threads_use_it_under_tls(files: Files) -> 
                     user.result()
 
 
-def test_who_has_gone_before_it_was_accepted_is_no_error(files: Files, caplog: pytest.LogCaptureFixture) -> None:
+def test_connection_closed_before_accept_is_not_an_error(files: Files, caplog: pytest.LogCaptureFixture) -> None:
     with serving(tls_cert_file=files.server) as server:
         held, go = threading.Event(), threading.Event()
         server._workers[0].post(lambda: held.set() or go.wait())  # type: ignore[func-returns-value]
@@ -1170,7 +1170,7 @@ class WithoutFix(ssl.SSLSocket):
 
 
 @pytest.mark.parametrize("accepts", [True, False], ids=["server", "client"])
-def test_what_came_before_the_handshake_never_passes_for_what_tls_protects(files: Files, accepts: bool) -> None:
+def test_plain_text_before_handshake_is_never_run(files: Files, accepts: bool) -> None:
     context = tls.server_context(files.server, "", "") if accepts else tls.client_context(None, None, None)
     context.sslsocket_class = WithoutFix
     with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -1182,7 +1182,7 @@ def test_what_came_before_the_handshake_never_passes_for_what_tls_protects(files
                 tls.accept(context, ours) if accepts else tls.connect(context, ours, "localhost")
 
 
-def test_tls_is_not_refused_for_the_version_of_python(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tls_works_on_any_python_version(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "version_info", (3, 11, 2, "final", 0))
     with serving(tls_cert_file=files.server) as server, connect(port=server.port, ca_file=files.ca) as mq:
         assert mq.put("t", "x") == 1
@@ -1193,7 +1193,7 @@ def test_tls_is_not_refused_for_the_version_of_python(files: Files, monkeypatch:
     [{"tsl": True}, {"tls": 1}, {"tls": "yes"}, {"ca_fle": "x"}, {"key_file": "x"}],
     ids=lambda arguments: next(iter(arguments)),
 )
-def test_what_is_no_argument_is_told(server: Server, arguments: dict[str, object]) -> None:
+def test_invalid_tls_argument_raises(server: Server, arguments: dict[str, object]) -> None:
     with pytest.raises((TypeError, ConfigError)):
         connect(port=server.port, retry=False, token=ADMIN, **arguments)  # type: ignore[arg-type]
     assert server.counters().opened == 0
@@ -1202,7 +1202,7 @@ def test_what_is_no_argument_is_told(server: Server, arguments: dict[str, object
 # A client that closes behind the server's back
 
 
-def test_a_client_after_a_fork_has_its_own_tls_connection(tls_server: Server, files: Files) -> None:
+def test_forked_client_opens_its_own_tls_connection(tls_server: Server, files: Files) -> None:
     mq: DSMQClientSideConnection
     with connect(port=tls_server.port, ca_file=files.ca, token=ADMIN) as mq:
         mq.put("t", "x")

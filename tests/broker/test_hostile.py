@@ -45,7 +45,7 @@ FRAMING_ERRORS = {
 
 
 @pytest.mark.parametrize("name", FRAMING_ERRORS)
-def test_what_is_no_request_gets_one_error_and_the_end(server: Server, wire: Wire, name: str) -> None:
+def test_framing_error_gets_one_reply_then_close(server: Server, wire: Wire, name: str) -> None:
     with wire_to(server) as bad:
         bad.send(FRAMING_ERRORS[name])
         assert bad.receive().code in ("PROTOCOL", "TOOBIG")  # type: ignore[union-attr]
@@ -54,7 +54,7 @@ def test_what_is_no_request_gets_one_error_and_the_end(server: Server, wire: Wir
     assert wire.call("TOPICS") == []
 
 
-def test_good_requests_before_a_framing_error_are_answered(wire: Wire) -> None:
+def test_requests_before_framing_error_are_answered(wire: Wire) -> None:
     wire.send(encode_request(b"PUT", b"t", b"x") + b"*-1\r\n" + encode_request(b"PUT", b"t", b"y"))
     assert wire.receive() == 1
     assert wire.receive().code == "PROTOCOL"  # type: ignore[union-attr]
@@ -63,7 +63,7 @@ def test_good_requests_before_a_framing_error_are_answered(wire: Wire) -> None:
 
 @given(noise=st.binary(max_size=300))
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_noise_never_harms_the_server(server: Server, noise: bytes) -> None:
+def test_random_bytes_do_not_harm_server(server: Server, noise: bytes) -> None:
     with wire_to(server) as bad:
         bad.send(noise)
         bad.socket.shutdown(socket.SHUT_WR)
@@ -72,7 +72,7 @@ def test_noise_never_harms_the_server(server: Server, noise: bytes) -> None:
     assert server.counters().failures == 0
 
 
-def test_a_reset_in_the_middle_harms_nobody(server: Server, wire: Wire) -> None:
+def test_reset_during_request_affects_no_one(server: Server, wire: Wire) -> None:
     request = encode_request(b"PUT", b"t", b"x" * 100)
     for cut in range(0, len(request), 7):
         with wire_to(server) as bad:
@@ -83,7 +83,7 @@ def test_a_reset_in_the_middle_harms_nobody(server: Server, wire: Wire) -> None:
     assert server.counters().failures == 0
 
 
-def test_half_a_frame_then_silence_is_closed_in_time() -> None:
+def test_stalled_request_times_out() -> None:
     with serving(request_timeout_seconds=0.2) as server, wire_to(server) as half, wire_to(server) as good:
         half.send(b"*3\r\n$3\r\nPUT\r\n$1\r\nt\r\n$5\r\nhel")
         assert half.receive().code == "TIMEOUT"  # type: ignore[union-attr]
@@ -98,7 +98,7 @@ def resident_kib(daemon: Daemon) -> int:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-def test_attacks_leave_memory_as_it_was() -> None:
+def test_memory_is_released_after_attacks() -> None:
     with daemon() as process:
         wire = Wire(("127.0.0.1", process.port))
         wire.call("PUT", "t", "x")

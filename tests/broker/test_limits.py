@@ -35,7 +35,7 @@ from dsmq.wire.resp import Encoded, encode_messages, encode_request
 # What is held
 
 
-def test_messages_beyond_the_limit_are_refused_and_what_is_held_stays() -> None:
+def test_puts_over_message_limit_are_refused_and_stored_messages_kept() -> None:
     with serving(max_stored_messages=3) as server, wire_to(server) as wire:
         assert [wire.call("PUT", topic, "x") for topic in ("a", "b", "b")] == [1, 2, 3]
         assert wire.error("PUT", "a", "x") == "FULL"
@@ -43,7 +43,7 @@ def test_messages_beyond_the_limit_are_refused_and_what_is_held_stays() -> None:
         assert server.totals().messages == 3
 
 
-def test_of_one_packet_as_many_are_taken_as_fit() -> None:
+def test_pipelined_puts_are_accepted_up_to_limit() -> None:
     with serving(max_stored_messages=3) as server, wire_to(server) as wire:
         wire.send(encode_request(b"PUT", b"t", b"x") * 5)
         replies = [wire.receive() for _ in range(5)]
@@ -51,7 +51,7 @@ def test_of_one_packet_as_many_are_taken_as_fit() -> None:
         assert [reply.code for reply in replies[3:]] == ["FULL", "FULL"]  # type: ignore[union-attr]
 
 
-def test_a_shorter_message_is_taken_where_a_longer_one_was_not() -> None:
+def test_smaller_message_is_accepted_after_larger_one_was_refused() -> None:
     cost = MESSAGE_OVERHEAD_BYTES
     topic = TOPIC_OVERHEAD_BYTES + len("t")
     with serving(max_stored_bytes=topic + 2 * cost + 100) as server, wire_to(server) as wire:
@@ -72,7 +72,7 @@ def test_a_shorter_message_is_taken_where_a_longer_one_was_not() -> None:
         ("max_stored_bytes_per_topic", [("a", "x" * 400), ("a", "x" * 400)]),
     ],
 )
-def test_full_names_the_setting_that_is_reached(setting: str, puts: list[tuple[str, str]]) -> None:
+def test_full_error_names_the_setting(setting: str, puts: list[tuple[str, str]]) -> None:
     limit = 1_200 if setting == "max_stored_bytes" else 800 if "bytes" in setting else 2
     with serving(**{setting: limit}) as server, wire_to(server) as wire:
         *before, last = [wire.call("PUT", topic, body) for topic, body in puts]
@@ -82,7 +82,7 @@ def test_full_names_the_setting_that_is_reached(setting: str, puts: list[tuple[s
         assert server._store.full() == {setting}
 
 
-def test_limit_that_refuses_puts_is_logged_once_when_it_begins_and_once_when_it_ends(
+def test_full_is_logged_once_at_begin_and_end(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO, "dsmq.server")
@@ -110,7 +110,7 @@ def expire_all(server: Server) -> None:
 
 
 @pytest.mark.slow
-def test_server_looks_by_itself_which_limits_refuse_puts() -> None:
+def test_server_notices_without_puts_that_limit_no_longer_applies() -> None:
     with daemon("--max-stored-messages", "1", "--max-age-seconds", "1") as server:
         wire = Wire(("127.0.0.1", server.port))
         while not isinstance(wire.call("PUT", "t", "x"), Full):
@@ -120,7 +120,7 @@ def test_server_looks_by_itself_which_limits_refuse_puts() -> None:
         server.wait_for_line(r"INFO no longer full: max_stored_messages$")
 
 
-def test_limit_is_full_until_there_is_room_for_what_was_refused() -> None:
+def test_limit_stays_full_until_refused_size_fits() -> None:
     now = 0
     store = SQLiteStore(1_000, lambda: now, Limits(bytes_per_topic=1_000))
     store.append([(b"t", b"x" * 300, None)])
@@ -145,7 +145,7 @@ def test_limit_is_full_until_there_is_room_for_what_was_refused() -> None:
     store.close()
 
 
-def test_topics_that_are_full_are_remembered_within_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remembered_full_topics_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_limits, "MAX_FULL", 3)
     store = SQLiteStore(1_000, limits=Limits(messages_per_topic=1))
     for number in range(9):
@@ -156,7 +156,7 @@ def test_topics_that_are_full_are_remembered_within_a_bound(monkeypatch: pytest.
     store.close()
 
 
-def test_topics_count_as_well() -> None:
+def test_topics_count_towards_stored_bytes() -> None:
     cost = MESSAGE_OVERHEAD_BYTES + TOPIC_OVERHEAD_BYTES + 3
     store = SQLiteStore(60_000, limits=Limits(bytes=3 * cost))
     store.append([(b"aaa", b"", None), (b"bbb", b"", None)])
@@ -174,7 +174,7 @@ def test_topics_count_as_well() -> None:
 @pytest.mark.parametrize(
     "limits", [{"max_stored_messages_per_topic": 2}, {"max_stored_bytes_per_topic": 2 * MESSAGE_OVERHEAD_BYTES + 20}]
 )
-def test_a_full_topic_is_no_other_topics_concern(limits: dict[str, int]) -> None:
+def test_full_topic_does_not_affect_others(limits: dict[str, int]) -> None:
     with serving(**limits) as server, wire_to(server) as wire:
         for topic in ("a", "b"):
             assert isinstance(wire.call("PUT", topic, "x" * 10), int)
@@ -183,7 +183,7 @@ def test_a_full_topic_is_no_other_topics_concern(limits: dict[str, int]) -> None
             assert wire.receive().code == "FULL"  # type: ignore[union-attr]
 
 
-def test_topics_beyond_the_limit_are_refused_but_not_messages_in_those_there_are() -> None:
+def test_new_topics_over_limit_are_refused_but_existing_accept_puts() -> None:
     with serving(max_topics=2) as server, wire_to(server) as wire:
         wire.send(b"PUT a x\r\nPUT b x\r\nPUT c x\r\nPUT a x\r\n")
         replies = [wire.receive() for _ in range(4)]
@@ -191,7 +191,7 @@ def test_topics_beyond_the_limit_are_refused_but_not_messages_in_those_there_are
         assert replies[2].code == "FULL"  # type: ignore[union-attr]
 
 
-def test_puts_go_on_when_something_has_expired() -> None:
+def test_puts_resume_after_expiry() -> None:
     with (
         serving(max_stored_messages=10, max_age_seconds=0.2, expiry_interval_seconds=0.01, port=0) as server,
         wire_to(server) as wire,
@@ -202,7 +202,7 @@ def test_puts_go_on_when_something_has_expired() -> None:
         wait_until(lambda: isinstance(wire.call("PUT", "t", "y"), int))
 
 
-def test_a_put_that_is_sent_again_finds_its_id_where_there_is_no_room() -> None:
+def test_retried_put_gets_its_id_even_if_full() -> None:
     with serving(max_stored_messages=1, max_topics=1) as server, wire_to(server) as wire:
         assert wire.call("PUT", "t", "x", "KEY", "me", 1) == 1
         assert wire.call("PUT", "t", "x", "KEY", "me", 1) == 1
@@ -210,7 +210,7 @@ def test_a_put_that_is_sent_again_finds_its_id_where_there_is_no_room() -> None:
         assert server.totals().messages == 1
 
 
-def test_the_client_raises_full() -> None:
+def test_client_raises_full() -> None:
     with serving(max_stored_messages=2) as server, connect(port=server.port) as mq:
         mq.put("t", "a")
         with pytest.raises(Full):
@@ -218,7 +218,7 @@ def test_the_client_raises_full() -> None:
         assert mq.get_many("t") == ["a", "b"]
 
 
-def test_limits_can_be_lowered_below_what_is_held() -> None:
+def test_limits_can_be_lowered_below_current_use() -> None:
     store = SQLiteStore(60_000)
     store.append([(b"t", b"x", None)] * 5)
     store.limits = Limits(messages=2)
@@ -232,7 +232,7 @@ def test_limits_can_be_lowered_below_what_is_held() -> None:
     store.close()
 
 
-def test_what_is_remembered_of_puts_is_bounded_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remembered_puts_are_bounded_in_total(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(producers, "MAX_REMEMBERED_PUTS", 5)
     store = SQLiteStore(60_000)
     for producer in (b"a", b"b", b"c"):
@@ -246,7 +246,7 @@ def test_what_is_remembered_of_puts_is_bounded_in_all(monkeypatch: pytest.Monkey
 # Who waits
 
 
-def test_waiting_readers_beyond_the_limit_get_an_error() -> None:
+def test_waiting_readers_over_limit_get_an_error() -> None:
     with serving(max_waiting_readers=2) as server, ExitStack() as stack:
         waiting = [stack.enter_context(wire_to(server)) for _ in range(2)]
         for wire in waiting:
@@ -295,7 +295,7 @@ def loop_held(server: Server) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("short_turns")
-def test_a_greedy_client_does_not_starve_the_others() -> None:
+def test_greedy_client_does_not_starve_others() -> None:
     with serving() as server, wire_to(server) as greedy, wire_to(server) as modest:
         with loop_held(server):
             greedy.send(encode_request(b"PUT", b"t", b"x") * 1000)
@@ -356,7 +356,7 @@ def test_who_has_just_come_does_not_wait_for_all_that_others_have_pipelined(monk
 
 @pytest.mark.usefixtures("short_turns")
 @pytest.mark.parametrize("requests", [1, 2, 100])
-def test_all_that_is_pipelined_is_answered_however_little_runs_in_a_turn(requests: int) -> None:
+def test_pipeline_is_answered_with_minimal_time_slices(requests: int) -> None:
     with serving() as server, wire_to(server) as wire:
         for request, reply in ((b"PING\r\n", "PONG"), (encode_request(b"GET", b"t"), None)):
             wire.send(request * requests)
@@ -367,7 +367,7 @@ def test_all_that_is_pipelined_is_answered_however_little_runs_in_a_turn(request
 
 
 @pytest.mark.usefixtures("short_turns")
-def test_who_hangs_up_while_it_waits_is_noticed_however_little_runs_in_a_turn() -> None:
+def test_hangup_while_waiting_is_noticed_with_minimal_time_slices() -> None:
     with serving() as server:
         with wire_to(server) as wire:
             wire.send(b"GETWAIT t 60000\r\nPING\r\n")
@@ -379,7 +379,7 @@ def test_who_hangs_up_while_it_waits_is_noticed_however_little_runs_in_a_turn() 
     ("request_", "reply"),
     [(b"PING\r\n", "PONG"), (b"FROBNICATE\r\n", "UNKNOWN"), (b"PUT t x\r\n", "NOAUTH"), (b"AUTH\r\n", "BADREQUEST")],
 )
-def test_a_stranger_is_sent_away_after_some_requests_of_whatever_kind(request_: bytes, reply: str) -> None:
+def test_unauthenticated_request_count_is_limited(request_: bytes, reply: str) -> None:
     with serving(auth_token="x" * 20) as server, wire_to(server) as wire:
         wire.send(request_ * 400)
         answers = [wire.receive() for _ in range(17)]
@@ -391,9 +391,7 @@ def test_a_stranger_is_sent_away_after_some_requests_of_whatever_kind(request_: 
 
 
 @pytest.mark.parametrize("last", [b"AUTH wrong-token-0123456789\r\n", b"QUIT\r\n", b"PING\r\n" * 17])
-def test_a_stranger_may_send_on_after_its_last_reply_but_not_for_ever(
-    monkeypatch: pytest.MonkeyPatch, last: bytes
-) -> None:
+def test_rejected_client_may_linger_only_briefly(monkeypatch: pytest.MonkeyPatch, last: bytes) -> None:
     monkeypatch.setattr(connection, "LINGER_SECONDS", 3600.0)
     with (
         serving(auth_token="x" * 20, auth_timeout_seconds=600) as server,
@@ -412,7 +410,7 @@ def test_a_stranger_may_send_on_after_its_last_reply_but_not_for_ever(
         wait_until(lambda: server.connections() == 1)
 
 
-def test_what_follows_a_token_in_the_same_packet_is_run_in_batches() -> None:
+def test_requests_after_auth_in_same_packet_run_in_batches() -> None:
     with serving(auth_token="x" * 20) as server, wire_to(server) as wire:
         wire.send(b"AUTH " + b"x" * 20 + b"\r\n" + b"PING\r\n" * 500)
         assert [wire.receive() for _ in range(501)] == ["OK"] + ["PONG"] * 500
@@ -420,7 +418,7 @@ def test_what_follows_a_token_in_the_same_packet_is_run_in_batches() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("patient")
-def test_replies_that_nobody_reads_are_bounded_for_all_together() -> None:
+def test_total_unread_replies_are_bounded() -> None:
     bounds = {
         "max_total_unread_reply_bytes": 1_000_000,
         "max_unread_reply_bytes": 200_000,
@@ -451,7 +449,7 @@ def test_replies_that_nobody_reads_are_bounded_for_all_together() -> None:
         wait_until(lambda: replies.total == 0)
 
 
-def test_reads_are_short_while_somebody_does_not_take_replies() -> None:
+def test_reads_are_shortened_while_replies_are_unread() -> None:
     def read(wire: Wire) -> int:
         reply = wire.call("READ", "t", 0, "COUNT", 1000)
         assert isinstance(reply, list)
@@ -472,7 +470,7 @@ def test_reads_are_short_while_somebody_does_not_take_replies() -> None:
 
 
 @pytest.mark.parametrize("io_threads", [1, 4])
-def test_connections_are_counted_from_when_they_are_accepted(io_threads: int) -> None:
+def test_connections_count_from_accept(io_threads: int) -> None:
     with serving(max_connections=10, io_threads=io_threads) as server, ExitStack() as stack:
         wires = [stack.enter_context(wire_to(server)) for _ in range(40)]
         replies = []
@@ -484,7 +482,7 @@ def test_connections_are_counted_from_when_they_are_accepted(io_threads: int) ->
 
 
 @pytest.mark.usefixtures("short_turns")
-def test_an_end_of_input_behind_many_requests_loses_none_of_them() -> None:
+def test_end_of_input_loses_no_buffered_requests() -> None:
     with serving() as server, wire_to(server) as wire:
         wire.send(encode_request(b"PUT", b"t", b"x") * 100)
         wire.socket.shutdown(socket.SHUT_WR)
@@ -495,7 +493,7 @@ def test_an_end_of_input_behind_many_requests_loses_none_of_them() -> None:
 # What is logged
 
 
-def test_a_flood_of_one_cause_is_summarised(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flood_of_one_message_is_summarised_in_log(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(logs.time, "monotonic", lambda: now)
     flood = logs.FloodFilter(3)
@@ -514,7 +512,7 @@ def test_a_flood_of_one_cause_is_summarised(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.slow
-def test_the_log_of_a_flood_is_short_and_says_so() -> None:
+def test_log_of_flood_is_short_and_reports_suppressed_lines() -> None:
     with daemon("--max-log-lines-per-second", "2") as process:
         for _ in range(20):
             wire = Wire(("127.0.0.1", process.port))
@@ -529,7 +527,7 @@ def test_the_log_of_a_flood_is_short_and_says_so() -> None:
 # All workers together
 
 
-def test_waiting_readers_are_bounded_over_all_workers_together() -> None:
+def test_waiting_readers_are_bounded_over_all_workers() -> None:
     with serving(io_threads=4, max_waiting_readers=8) as server, ExitStack() as stack:
         waiting = [stack.enter_context(wire_to(server)) for _ in range(8)]
         for wire in waiting:
@@ -542,7 +540,7 @@ def test_waiting_readers_are_bounded_over_all_workers_together() -> None:
         wait_until(lambda: server.waiting() == 0)
 
 
-def test_unauthenticated_connections_are_bounded_over_all_workers_together() -> None:
+def test_unauthenticated_connections_are_bounded_over_all_workers() -> None:
     limits = {"auth_token": "x" * 20, "max_unauthenticated_connections": 8}
     with serving(io_threads=4, **limits) as server, ExitStack() as stack:
         wires = [stack.enter_context(wire_to(server)) for _ in range(8)]
@@ -561,7 +559,7 @@ def test_unauthenticated_connections_are_bounded_over_all_workers_together() -> 
 
 
 @pytest.mark.slow
-def test_a_pipeline_that_is_written_before_it_is_read_is_run_once() -> None:
+def test_pipeline_written_before_reading_runs_once() -> None:
     count = 1_000_000
     with daemon() as process:
         wire = Wire(("127.0.0.1", process.port))
@@ -575,7 +573,7 @@ def test_a_pipeline_that_is_written_before_it_is_read_is_run_once() -> None:
         wire.close()
 
 
-def test_reading_goes_on_as_soon_as_replies_are_below_the_limit() -> None:
+def test_reading_resumes_when_replies_drop_below_limit() -> None:
     with serving(max_unread_reply_bytes=1_000_000) as server, wire_to(server) as wire:
         (served,) = wait_for_connections(server, 1)
         wire.send(encode_request(b"PUT", b"t", b"x" * 100_000))
@@ -597,7 +595,7 @@ def wait_for_connections(server: Server, count: int) -> list[Connection]:
 
 
 @pytest.mark.usefixtures("patient")
-def test_a_reply_that_finds_no_room_waits_until_others_have_read() -> None:
+def test_reply_over_total_limit_waits_for_others_to_read() -> None:
     with serving() as server, wire_to(server) as reader, wire_to(server) as waiter, wire_to(server) as writer:
         writer.call("PUT", "t", "x" * 900_000)
         replies, somebody = server._services.usage.replies, Mock(Connection)
@@ -620,7 +618,7 @@ def test_a_reply_that_finds_no_room_waits_until_others_have_read() -> None:
 
 
 @pytest.mark.slow
-def test_of_those_that_do_not_read_the_largest_makes_room(tmp_path: Path) -> None:
+def test_largest_nonreading_client_is_dropped_to_make_room(tmp_path: Path) -> None:
     # The kernel buffers little of a Unix socket.
     limits = {"max_total_unread_reply_bytes": 2_500_000, "max_message_bytes": 1_000_000}
     with serving(host=f"unix:{tmp_path}/socket", **limits) as server, ExitStack() as stack:
@@ -640,7 +638,7 @@ def test_of_those_that_do_not_read_the_largest_makes_room(tmp_path: Path) -> Non
 
 
 @pytest.mark.usefixtures("patient")
-def test_what_a_transaction_reads_counts_in_the_total_as_well() -> None:
+def test_transaction_replies_count_towards_total() -> None:
     bounds = {"max_total_unread_reply_bytes": 3_000_000, "max_message_bytes": 1_000_000}
     with serving(**bounds) as server, ExitStack() as stack:
         writer = stack.enter_context(wire_to(server))
@@ -662,7 +660,7 @@ def test_what_a_transaction_reads_counts_in_the_total_as_well() -> None:
 
 
 @pytest.mark.usefixtures("patient")
-def test_a_begun_request_reserves_its_length_and_the_others_wait_their_turn() -> None:
+def test_partial_request_reserves_its_length_and_others_wait() -> None:
     limits = {"max_total_request_bytes": 1_500_000, "max_message_bytes": 1_000_000}
     with serving(**limits) as server, ExitStack() as stack:
         first, second, third, short = (stack.enter_context(wire_to(server)) for _ in range(4))
@@ -684,7 +682,7 @@ def test_a_begun_request_reserves_its_length_and_the_others_wait_their_turn() ->
         wait_until(lambda: budget.total == 0 and not budget._queue)
 
 
-def test_much_waits_behind_what_came_first_and_a_little_passes() -> None:
+def test_large_requests_queue_while_small_ones_pass() -> None:
     budget = Budget()
     budget.set_limit(10_000_000, 1_000_000)
     holder, first, second, third = (Mock(Connection) for _ in range(4))
@@ -705,7 +703,7 @@ def test_much_waits_behind_what_came_first_and_a_little_passes() -> None:
     assert budget.total == 1_000_000
 
 
-def test_while_requests_take_up_their_total_little_is_received_of_others() -> None:
+def test_little_is_received_while_request_memory_is_used_up() -> None:
     with (
         serving(max_total_request_bytes=1_500_000, max_message_bytes=1_000_000) as server,
         wire_to(server) as first,
@@ -721,7 +719,7 @@ def test_while_requests_take_up_their_total_little_is_received_of_others() -> No
         assert 0 < waiting._parser.buffered <= FREE_BYTES
 
 
-def test_little_is_received_while_others_wait_though_much_is_free() -> None:
+def test_little_is_received_while_others_wait_for_memory() -> None:
     budget = Budget()
     budget.set_limit(10_000_000, 1_000_000)
     assert not budget.is_crowded
@@ -734,7 +732,7 @@ def test_little_is_received_while_others_wait_though_much_is_free() -> None:
     assert not budget.is_crowded
 
 
-def test_of_those_that_hold_a_part_and_wait_the_largest_go_if_the_first_would_never_fit() -> None:
+def test_largest_partial_requests_are_dropped_to_unblock_the_first() -> None:
     budget = Budget()
     budget.set_limit(1_000_000, 600_000)
     assert budget.blockers() == []
@@ -756,7 +754,7 @@ def test_of_those_that_hold_a_part_and_wait_the_largest_go_if_the_first_would_ne
     assert budget.blockers() == [first]
 
 
-def test_when_all_hold_a_part_and_wait_for_the_rest_some_get_on() -> None:
+def test_partial_requests_do_not_deadlock_on_memory() -> None:
     limits = {"max_total_request_bytes": 1_500_000, "max_message_bytes": 1_000_000, "max_age_seconds": 3600}
     with serving(**limits) as server, ExitStack() as stack:
         budget = server._services.usage.requests
@@ -778,7 +776,7 @@ def test_when_all_hold_a_part_and_wait_for_the_rest_some_get_on() -> None:
         wait_until(lambda: budget.total > 900_000)
 
 
-def test_a_client_that_reads_its_replies_makes_no_way_for_others() -> None:
+def test_reading_client_is_not_dropped_to_make_room() -> None:
     with serving(max_unread_reply_bytes=1024) as server, wire_to(server) as wire:
         # As if others took up the rest.
         server._services.usage.requests.limit = 20_000
@@ -786,7 +784,7 @@ def test_a_client_that_reads_its_replies_makes_no_way_for_others() -> None:
         assert [wire.receive() for _ in range(100)] == [b"x" * 1100] * 100
 
 
-def test_requests_that_are_parsed_count_as_what_they_take_in_memory() -> None:
+def test_parsed_requests_count_by_memory_used() -> None:
     with serving() as server, wire_to(server) as wire:
         wire.send(encode_request(b"GETWAIT", b"t", b"60000") + encode_request(b"PING") * 140)
         wait_until(lambda: server.waiting() == 1 and server._services.usage.requests.total > 0)
@@ -795,7 +793,7 @@ def test_requests_that_are_parsed_count_as_what_they_take_in_memory() -> None:
 
 
 @pytest.mark.slow
-def test_a_request_that_stalls_makes_room_for_others() -> None:
+def test_stalled_request_is_dropped_to_make_room() -> None:
     limits = {"max_total_request_bytes": 1_500_000, "max_message_bytes": 1_000_000}
     with serving(**limits) as server, wire_to(server) as stalled, wire_to(server) as honest:
         stalled.send(encode_request(b"PUT", b"t", b"x" * 900_000)[:-1])
@@ -805,7 +803,7 @@ def test_a_request_that_stalls_makes_room_for_others() -> None:
         assert stalled.ended()
 
 
-def test_positions_count_until_the_connection_ends() -> None:
+def test_positions_count_until_disconnect() -> None:
     with serving() as server:
         with wire_to(server) as wire:
             wire.call("PING")
@@ -818,7 +816,7 @@ def test_positions_count_until_the_connection_ends() -> None:
         wait_until(lambda: server._services.usage.requests.total == 0)
 
 
-def test_requests_behind_a_wait_are_read_up_to_a_bound() -> None:
+def test_buffered_requests_behind_a_wait_are_bounded() -> None:
     with serving() as server, wire_to(server) as wire:
         (served,) = wait_for_connections(server, 1)
         wire.send(b"GETWAIT t 60000\r\n")
@@ -831,7 +829,7 @@ def test_requests_behind_a_wait_are_read_up_to_a_bound() -> None:
 
 
 @pytest.mark.parametrize(("milliseconds", "reply"), [(86_400_000, None), (86_400_001, "BADREQUEST")])
-def test_a_wait_is_at_most_a_day(wire: Wire, milliseconds: int, reply: str | None) -> None:
+def test_wait_is_at_most_a_day(wire: Wire, milliseconds: int, reply: str | None) -> None:
     for words in (("GETWAIT", "t", milliseconds), ("READ", "t", 0, "WAIT", milliseconds)):
         wire.send(encode_request(*(str(word).encode() for word in words)))
         if reply is None:
@@ -845,7 +843,7 @@ def test_a_wait_is_at_most_a_day(wire: Wire, milliseconds: int, reply: str | Non
 # Deadlines
 
 
-def test_a_long_request_has_more_time_than_a_short_one() -> None:
+def test_request_timeout_grows_with_length() -> None:
     # At 16 KiB/s, 50,000 bytes have 3 s more.
     with serving(request_timeout_seconds=0.1) as server, wire_to(server) as long, wire_to(server) as short:
         request = encode_request(b"PUT", b"t", b"x" * 50_000)
@@ -856,7 +854,7 @@ def test_a_long_request_has_more_time_than_a_short_one() -> None:
         assert long.receive() == 1
 
 
-def test_a_request_that_trickles_is_cut_off_in_time() -> None:
+def test_trickling_request_times_out() -> None:
     with serving(request_timeout_seconds=5 * UNIT) as server, wire_to(server) as wire:
         began = time.monotonic()
         with contextlib.suppress(ConnectionError):
@@ -869,7 +867,7 @@ def test_a_request_that_trickles_is_cut_off_in_time() -> None:
         assert time.monotonic() - began >= 5 * UNIT
 
 
-def test_a_reply_that_is_read_slowly_but_steadily_is_not_dropped() -> None:
+def test_slow_steady_reader_is_not_dropped() -> None:
     with serving(reply_timeout_seconds=4 * UNIT) as server, wire_to(server) as wire:
         wire.call("PUT", "t", "x" * 6_000_000)
         wire.socket.close()
@@ -891,7 +889,7 @@ def test_a_reply_that_is_read_slowly_but_steadily_is_not_dropped() -> None:
 
 
 @pytest.mark.usefixtures("short_turns")
-def test_many_that_wait_are_woken_in_more_than_one_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_waiters_are_woken_over_several_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving() as server, wire_to(server) as writer, ExitStack() as stack:
         waiting = [stack.enter_context(wire_to(server)) for _ in range(30)]
         for wire in waiting:
@@ -949,7 +947,7 @@ def no_collection() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_collection")
 @pytest.mark.parametrize("name", HEAVY)
-def test_a_turn_ends_by_time_whatever_the_commands(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_event_loop_turn_is_bounded_by_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving() as server, wire_to(server) as greedy:
         greedy.send(b"".join(encode_request(b"PUT", b"topic%d" % number, b"x") for number in range(1000)))
         greedy.send(encode_request(b"PUT", b"t", b"x" * 20) * 1000)

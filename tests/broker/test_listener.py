@@ -33,7 +33,7 @@ def addresses_of(monkeypatch: pytest.MonkeyPatch, name: str, *addresses: str) ->
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
 
 
-def test_name_with_several_addresses_is_listened_on_at_each_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_name_with_several_addresses_listens_on_each_usable_one(monkeypatch: pytest.MonkeyPatch) -> None:
     # The first belongs to no machine: as ::1 on one without IPv6.
     addresses_of(monkeypatch, "several", "192.0.2.1", "127.0.0.1", "127.0.0.2")
     with serving(host="several", http_host="several", http_port=0) as server:
@@ -45,13 +45,13 @@ def test_name_with_several_addresses_is_listened_on_at_each_that_works(monkeypat
                 assert answer.status == 200
 
 
-def test_name_of_which_no_address_works_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_name_without_usable_address_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     addresses_of(monkeypatch, "several", "192.0.2.1", "198.51.100.1")
     with pytest.raises(CannotStart, match=r"several:0: .*assign"), serving(host="several"):
         pass
 
 
-def test_address_that_is_taken_on_one_address_of_a_name_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_port_in_use_on_one_address_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     addresses_of(monkeypatch, "several", "127.0.0.1", "127.0.0.2")
     with serving(host="127.0.0.2") as other:
         with pytest.raises(CannotStart, match="in use"), serving(host="several", port=other.port):
@@ -60,7 +60,7 @@ def test_address_that_is_taken_on_one_address_of_a_name_does_not_start(monkeypat
             pass
 
 
-def test_machine_without_ipv6_listens_on_what_else_the_name_stands_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_without_ipv6_listens_on_ipv4(monkeypatch: pytest.MonkeyPatch) -> None:
     addresses_of(monkeypatch, "localhost", "::1", "127.0.0.1")
     real = socket.create_server
 
@@ -74,7 +74,7 @@ def test_machine_without_ipv6_listens_on_what_else_the_name_stands_for(monkeypat
         assert server.addresses == [f"127.0.0.1:{server.port}"]
 
 
-def test_free_port_is_the_same_on_all_addresses_of_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chosen_port_is_the_same_on_all_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     addresses_of(monkeypatch, "several", "127.0.0.1", "127.0.0.2")
     real, taken = socket.create_server, []
 
@@ -90,7 +90,7 @@ def test_free_port_is_the_same_on_all_addresses_of_a_name(monkeypatch: pytest.Mo
     assert len(taken) == 3
 
 
-def test_setting_of_a_port_that_is_taken_is_named(server: Server) -> None:
+def test_port_in_use_error_names_the_setting(server: Server) -> None:
     with pytest.raises(CannotStart, match=r"in use.*--http-port"), serving(http_port=server.port):
         pass
     with pytest.raises(CannotStart, match=r"in use.*--port"), serving(port=server.port):
@@ -154,7 +154,7 @@ def open_sockets() -> set[str]:
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("fork", [forked, forked_without_hooks])
 @pytest.mark.parametrize("kind", ["tcp", "unix"])
-def test_stop_ends_listening_though_a_forked_child_lives(
+def test_stop_closes_listener_despite_forked_child(
     tmp_path: Path, kind: str, fork: Callable[[], AbstractContextManager[object]]
 ) -> None:
     host = "127.0.0.1" if kind == "tcp" else f"unix:{tmp_path}/socket"
@@ -175,7 +175,7 @@ def test_stop_ends_listening_though_a_forked_child_lives(
                 assert again.call("PING") == "PONG"
 
 
-def test_closed_connection_ends_though_a_forked_child_has_a_copy(server: Server, wire: Wire) -> None:
+def test_closed_connection_ends_despite_forked_child(server: Server, wire: Wire) -> None:
     wire.call("PING")
     (connection,) = server._workers[0].connections
     with forked_without_hooks():
@@ -184,7 +184,7 @@ def test_closed_connection_ends_though_a_forked_child_has_a_copy(server: Server,
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_forked_child_has_none_of_the_sockets_of_a_server(tmp_path: Path) -> None:
+def test_forked_child_holds_no_server_sockets(tmp_path: Path) -> None:
     before = open_sockets()
     with serving(http_port=0, snapshot_file=str(tmp_path / "it")) as server, wire_to(server) as wire:
         assert wire.call("PING") == "PONG"
@@ -195,7 +195,7 @@ def test_forked_child_has_none_of_the_sockets_of_a_server(tmp_path: Path) -> Non
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_forked_child_that_leaves_the_block_of_a_server_stops_nothing(tmp_path: Path) -> None:
+def test_forked_child_leaving_with_block_does_not_stop_server(tmp_path: Path) -> None:
     file, path = tmp_path / "snapshot", tmp_path / "socket"
     with serving(host=f"unix:{path}", snapshot_file=str(file)) as server:
         wire = Wire(str(path))

@@ -46,17 +46,17 @@ def one(argument: Argument) -> str:
         ("GET pattern ...", 2, 63),
     ],
 )
-def test_the_number_of_arguments_is_that_of_the_words(syntax: str, least: int, most: int) -> None:
+def test_argument_counts_match_syntax(syntax: str, least: int, most: int) -> None:
     assert bounds(syntax) == (least, most)
 
 
 @pytest.mark.parametrize("name", [name.decode() for name in commands.COMMANDS])
-def test_what_clients_are_told_of_a_command_is_its_syntax(name: str) -> None:
+def test_command_info_matches_syntax(name: str) -> None:
     syntax = commands.COMMANDS[name.encode()].syntax
     assert rendered(arguments(syntax)) == syntax
 
 
-def test_an_argument_with_an_option_has_it_as_its_token() -> None:
+def test_optional_argument_has_its_keyword_as_token() -> None:
     producer = {"name": "producer", "type": "string", "token": "KEY"}
     again = {"name": "again", "type": "pure-token", "token": "AGAIN", "flags": ["optional"]}
     assert arguments("[KEY producer seq [AGAIN]]") == [
@@ -69,13 +69,13 @@ def test_an_argument_with_an_option_has_it_as_its_token() -> None:
     ]
 
 
-def test_each_command_has_a_summary_of_its_own() -> None:
+def test_each_command_has_its_own_summary() -> None:
     summaries = [command.summary for command in commands.COMMANDS.values()]
     assert all(summary.endswith(".") for summary in summaries)
     assert len(set(summaries)) == len(summaries)
 
 
-def test_command_docs_tells_what_the_table_says(wire: Wire) -> None:
+def test_command_docs_match_table(wire: Wire) -> None:
     about = as_map(as_map(wire.call("COMMAND", "DOCS", "getlatest"))[b"getlatest"])
     assert about[b"summary"] == commands.COMMANDS[b"GETLATEST"].summary.encode()
     [topic] = about[b"arguments"]  # type: ignore[misc]
@@ -85,7 +85,7 @@ def test_command_docs_tells_what_the_table_says(wire: Wire) -> None:
 # PROTOCOL.md
 
 
-def test_each_command_stands_in_the_protocol_with_its_syntax() -> None:
+def test_protocol_document_lists_each_command_with_syntax() -> None:
     text = PROTOCOL.replace("\\|", "|")
     known = {f"{name.decode()} {command.syntax}".strip() for name, command in commands.COMMANDS.items()}
     for usage in known:
@@ -94,10 +94,10 @@ def test_each_command_stands_in_the_protocol_with_its_syntax() -> None:
         assert set(re.findall("`([^`]+)`", heading)) <= known
 
 
-def test_the_protocol_lists_every_error_that_can_be_sent() -> None:
+def test_protocol_document_lists_every_error() -> None:
     _, _, table = PROTOCOL.partition("## Errors")
     assert set(re.findall(r"^\| `([A-Z]+)` \|", table, re.MULTILINE)) == set(errors.BY_CODE)
 
 
-def test_the_protocol_is_packaged() -> None:
+def test_protocol_document_is_packaged() -> None:
     assert Path(resp.__file__).with_name("PROTOCOL.md").exists()

@@ -30,7 +30,7 @@ def codes(replies: object) -> list[object]:
     return [reply.code if isinstance(reply, ReplyError) else reply for reply in replies]
 
 
-def test_nothing_is_run_before_exec_and_then_all_in_order(server: Server, wire: Wire) -> None:
+def test_exec_runs_queued_requests_in_order(server: Server, wire: Wire) -> None:
     assert wire.call("MULTI") == "OK"
     for words in (["PUT", "t", "a"], ["get", "t"], ["put", "t", "b"], ["GET", "t"], ["GET", "t"], ["PING"]):
         assert wire.call(*words) == "QUEUED"
@@ -41,12 +41,12 @@ def test_nothing_is_run_before_exec_and_then_all_in_order(server: Server, wire: 
     assert server.counters().commands["PUT"] == 3
 
 
-def test_an_empty_transaction_replies_an_empty_array(wire: Wire) -> None:
+def test_empty_transaction_replies_empty_array(wire: Wire) -> None:
     assert transact(wire) == []
     assert wire.call("PING") == "PONG"
 
 
-def test_a_read_does_not_show_what_the_transaction_puts_behind_it(wire: Wire) -> None:
+def test_read_does_not_see_later_puts_of_its_transaction(wire: Wire) -> None:
     assert wire.call("PUT", "t", "before") == 1
     replies = transact(
         wire,
@@ -70,7 +70,7 @@ def test_a_read_does_not_show_what_the_transaction_puts_behind_it(wire: Wire) ->
     ]  # fmt: skip
 
 
-def test_the_newest_message_below_an_id_is_found_in_what_is_written_too(server: Server) -> None:
+def test_get_latest_below_id_finds_written_messages(server: Server) -> None:
     store = server._store
     store.append([(b"t", b"%d" % number, None) for number in range(1, 300)])
     for _ in range(2):
@@ -81,7 +81,7 @@ def test_the_newest_message_below_an_id_is_found_in_what_is_written_too(server: 
         store.flush()
 
 
-def test_nothing_in_a_transaction_is_waited_for(server: Server, wire: Wire) -> None:
+def test_blocking_reads_do_not_wait_in_transaction(server: Server, wire: Wire) -> None:
     assert transact(wire, ("GETWAIT", "t", 86_400_000), ("READ", "t", 0, "WAIT", 86_400_000)) == [None, []]
     # Behind it, waits are waits again.
     wire.send(encode_request(b"GETWAIT", b"t", b"60000"))
@@ -111,7 +111,7 @@ def test_nothing_in_a_transaction_is_waited_for(server: Server, wire: Wire) -> N
         (["SHUTDOWN"], "BADREQUEST"),
     ],
 )
-def test_one_wrong_request_and_exec_runs_nothing(words: list[str], code: str) -> None:
+def test_invalid_request_aborts_transaction(words: list[str], code: str) -> None:
     with serving(max_message_bytes=100) as server, wire_to(server) as wire:
         assert wire.call("MULTI") == "OK"
         assert wire.call("PUT", "t", "x") == "QUEUED"
@@ -123,7 +123,7 @@ def test_one_wrong_request_and_exec_runs_nothing(words: list[str], code: str) ->
         assert transact(wire, ("PUT", "t", "x")) == [2]
 
 
-def test_discard_forgets_what_was_queued(server: Server, wire: Wire) -> None:
+def test_discard_drops_queued_requests(server: Server, wire: Wire) -> None:
     assert wire.call("MULTI") == "OK"
     assert wire.call("PUT", "t", "x") == "QUEUED"
     assert wire.call("DISCARD") == "OK"
@@ -139,7 +139,7 @@ def test_discard_forgets_what_was_queued(server: Server, wire: Wire) -> None:
 @pytest.mark.parametrize(
     ("count", "size"), [(commands.MAX_QUEUED_REQUESTS, 1), (8, commands.MAX_QUEUED_BYTES // 8 - 4)], ids=repr
 )
-def test_a_transaction_is_bounded(server: Server, wire: Wire, count: int, size: int) -> None:
+def test_transaction_size_is_limited(server: Server, wire: Wire, count: int, size: int) -> None:
     body = "x" * size
     assert transact(wire, *[("PUT", "t", body)] * count) == list(range(1, count + 1))
     assert wire.call("MULTI") == "OK"
@@ -156,7 +156,7 @@ def test_a_transaction_is_bounded(server: Server, wire: Wire, count: int, size: 
     assert server.totals().stored == count
 
 
-def test_puts_that_do_not_all_fit_are_all_refused() -> None:
+def test_transaction_over_storage_limit_stores_nothing() -> None:
     with serving(max_stored_messages=3) as server, wire_to(server) as wire:
         assert wire.call("PUT", "t", "x") == 1
         replies = transact(wire, ("PUT", "t", "y"), ("GET", "t"), *[("PUT", "t", "z")] * 2)
@@ -166,7 +166,7 @@ def test_puts_that_do_not_all_fit_are_all_refused() -> None:
         assert transact(wire, ("PUT", "t", "y"), ("PUT", "t", "y")) == [2, 3]
 
 
-def test_a_put_that_is_known_replies_its_first_id_and_a_forgotten_one_refuses_all(server: Server, wire: Wire) -> None:
+def test_duplicate_put_replies_first_id_and_forgotten_one_aborts(server: Server, wire: Wire) -> None:
     key = ("KEY", "me")
     assert wire.call("PUT", "t", "x", *key, 1) == 1
     assert wire.call("PUT", "other", "x") == 2
@@ -180,7 +180,7 @@ def test_a_put_that_is_known_replies_its_first_id_and_a_forgotten_one_refuses_al
     assert server.totals().stored == 3
 
 
-def test_a_limit_that_changes_before_exec_refuses_all_puts(server: Server, wire: Wire) -> None:
+def test_limit_lowered_before_exec_refuses_all_puts(server: Server, wire: Wire) -> None:
     assert wire.call("MULTI") == "OK"
     for body in ("x", "xx"):
         assert wire.call("PUT", "t", body) == "QUEUED"
@@ -189,7 +189,7 @@ def test_a_limit_that_changes_before_exec_refuses_all_puts(server: Server, wire:
     assert server.totals().stored == 0
 
 
-def test_puts_of_a_transaction_wake_readers_of_all_workers() -> None:
+def test_transaction_puts_wake_readers_of_all_workers() -> None:
     with serving(io_threads=2) as server, wire_to(server) as wire, wire_to(server) as one, wire_to(server) as two:
         for reader in (one, two):
             reader.send(encode_request(b"GETWAIT", b"t", b"60000"))
@@ -198,7 +198,7 @@ def test_puts_of_a_transaction_wake_readers_of_all_workers() -> None:
         assert one.receive() == two.receive() == b"x"
 
 
-def test_a_pipelined_transaction_behind_puts_and_before_others(wire: Wire) -> None:
+def test_pipelined_transaction_keeps_order_with_other_puts(wire: Wire) -> None:
     requests = ("PUT t a", "MULTI", "PUT t b", "READ t 0", "EXEC", "PUT t c", "GET t")
     wire.send("".join(request + "\r\n" for request in requests).encode())
     replies = [wire.receive() for _ in requests]
@@ -211,7 +211,7 @@ def test_a_pipelined_transaction_behind_puts_and_before_others(wire: Wire) -> No
 
 
 @pytest.mark.slow
-def test_a_long_reply_is_sent_in_parts_and_others_are_served_meanwhile() -> None:
+def test_long_exec_reply_does_not_block_other_clients() -> None:
     with serving(max_unread_reply_bytes=65_536) as server, wire_to(server) as wire, wire_to(server) as slow:
         assert wire.call("PUT", "t", "x" * 100_000) == 1
         read = encode_request(b"READ", b"t", b"0")
@@ -257,7 +257,7 @@ def test_a_stop_in_the_middle_of_exec_ends_its_array_by_closing(
     loop.thread.join()
 
 
-def test_what_a_role_may_not_do_aborts(tmp_path: Path) -> None:
+def test_forbidden_command_aborts_transaction(tmp_path: Path) -> None:
     file = tmp_path / "tokens"
     file.write_text("one read reader-0123456789\n")
     with serving(auth_token_file=str(file)) as server, wire_to(server) as wire:
@@ -269,7 +269,7 @@ def test_what_a_role_may_not_do_aborts(tmp_path: Path) -> None:
         assert wire.error("EXEC") == "EXECABORT"
 
 
-def test_a_withdrawn_token_ends_a_transaction(server: Server, wire: Wire) -> None:
+def test_withdrawn_token_aborts_transaction(server: Server, wire: Wire) -> None:
     assert wire.call("MULTI") == "OK"
     assert wire.call("PUT", "t", "x") == "QUEUED"
     server._services.access = replace(server._services.access, client_ca_file="another")
@@ -278,7 +278,7 @@ def test_a_withdrawn_token_ends_a_transaction(server: Server, wire: Wire) -> Non
     assert server.totals().stored == 0
 
 
-def test_a_connection_that_ends_stores_nothing_that_it_queued(server: Server, wire: Wire) -> None:
+def test_disconnect_before_exec_stores_nothing(server: Server, wire: Wire) -> None:
     assert wire.call("MULTI") == "OK"
     assert wire.call("PUT", "t", "x") == "QUEUED"
     wire.close()
@@ -286,7 +286,7 @@ def test_a_connection_that_ends_stores_nothing_that_it_queued(server: Server, wi
         assert mq.put("t", "y") == 1
 
 
-def test_a_map_in_a_transaction_is_one_in_resp_3(wire: Wire) -> None:
+def test_map_in_transaction_is_a_resp3_map(wire: Wire) -> None:
     assert as_map(wire.call("HELLO", 2))[b"proto"] == 2
     [stats] = transact(wire, ("STATS", "t"))  # type: ignore[misc]
     assert as_map(stats)[b"messages"] == 0

@@ -112,12 +112,12 @@ def server_with_topics() -> Iterator[Server]:
         yield server
 
 
-def test_the_readme_lists_every_metric(server_with_topics: Server) -> None:
+def test_readme_lists_every_metric(server_with_topics: Server) -> None:
     answer = Answer(server_with_topics.http_port, "/metrics")
     assert types(text_string_to_metric_families(answer.text)) == shown_in_readme(topics=True)
 
 
-def test_topics_are_shown_one_by_one_where_asked_for(server: Server, server_with_topics: Server) -> None:
+def test_metrics_topics_enables_per_topic_metrics(server: Server, server_with_topics: Server) -> None:
     shown = {name: value for name, value in scrape(server_with_topics).items() if name.startswith("dsmq_topic_")}
     assert {name for name in shown if "messages{" in name} == {
         f"dsmq_topic_messages{{{t}}}" for t in ("b", "c", "other")
@@ -128,7 +128,7 @@ def test_topics_are_shown_one_by_one_where_asked_for(server: Server, server_with
     assert not [name for name in scrape(server) if name.startswith("dsmq_topic_")]
 
 
-def test_a_topic_of_the_name_other_is_one_of_the_others() -> None:
+def test_topic_named_other_counts_as_other() -> None:
     with serving(http_port=0, metrics_topics=2) as server, wire_to(server) as wire:
         for topic in ("other", "other", "a"):
             wire.call("PUT", topic, "x")
@@ -137,7 +137,7 @@ def test_a_topic_of_the_name_other_is_one_of_the_others() -> None:
         assert shown["dsmq_topic_puts_per_second{other}"] > shown["dsmq_topic_puts_per_second{a}"]
 
 
-def test_the_topics_shown_are_those_put_to_lately() -> None:
+def test_most_recent_topics_are_shown() -> None:
     rates = metrics.Rates(0.0)
     rates.top(2, {b"a": 100, b"b": 50, b"c": 1}, 100.0)
     rates.top(2, {b"a": 100, b"b": 50, b"c": 1}, 110.0)
@@ -146,7 +146,7 @@ def test_the_topics_shown_are_those_put_to_lately() -> None:
     assert rest == pytest.approx(0.5)
 
 
-def test_rates_are_the_same_for_all_who_look() -> None:
+def test_rates_are_the_same_for_every_observer() -> None:
     rates = metrics.Rates(0.0)
     for second in range(1, 100):
         rates.top(1, {b"a": 1, b"b": second}, float(second))
@@ -158,7 +158,7 @@ def test_rates_are_the_same_for_all_who_look() -> None:
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_topics_do_not_hurt_a_scrape() -> None:
+def test_scrape_with_100000_topics_is_fast() -> None:
     with serving(http_port=0, metrics_topics=10) as server:
         for first in range(0, 100_000, 1000):
             server._store.append([(b"topic %d" % number, b"x", None) for number in range(first, first + 1000)])
@@ -173,7 +173,7 @@ def test_a_hundred_thousand_topics_do_not_hurt_a_scrape() -> None:
         assert min(seconds) < 0.1
 
 
-def test_metrics_as_text(server: Server) -> None:
+def test_metrics_are_served_as_text(server: Server) -> None:
     answer = Answer(server.http_port, "/metrics")
     assert answer.status == 200
     assert answer.type.startswith("text/plain; version=")
@@ -182,7 +182,7 @@ def test_metrics_as_text(server: Server) -> None:
     assert all(family.documentation for family in families.values())
 
 
-def test_metrics_as_openmetrics(server: Server, wire: Wire) -> None:
+def test_metrics_are_served_as_openmetrics(server: Server, wire: Wire) -> None:
     assert wire.call("PUT", "t", "x") == 1
     answer = Answer(server.http_port, "/metrics", Accept=OPENMETRICS)
     assert answer.status == 200
@@ -261,7 +261,7 @@ def test_known_traffic_gives_exact_numbers(server: Server, wire: Wire) -> None:
     assert shown["process_open_fds"] > 0
 
 
-def test_durations_fall_into_buckets() -> None:
+def test_durations_are_counted_in_buckets() -> None:
     histogram = Histogram((1.0, 2.0))
     for value, times in ((0.5, 1), (1.0, 2), (1.5, 3), (9.0, 4)):
         histogram.add(value, times)
@@ -272,7 +272,7 @@ def test_durations_fall_into_buckets() -> None:
     assert histogram.sum == 0.5 + 2.0 + 4.5 + 36.0 + 2.0
 
 
-def test_how_long_requests_and_deliveries_took_is_shown(server: Server, wire: Wire) -> None:
+def test_request_and_delivery_durations_are_exposed(server: Server, wire: Wire) -> None:
     wire.call("PUT", "t", "x")
     before = time.monotonic()
     wait_until(lambda: time.monotonic() - before > 0.06)
@@ -301,7 +301,7 @@ def test_counters_do_not_go_down_when_connections_close(server: Server) -> None:
         ] == [number] * 5
 
 
-def test_counters_are_summed_over_all_workers() -> None:
+def test_counters_are_summed_over_workers() -> None:
     with serving(http_port=0, io_threads=3) as server, ExitStack() as stack:
         for _ in range(3):
             wire = stack.enter_context(wire_to(server))
@@ -310,7 +310,7 @@ def test_counters_are_summed_over_all_workers() -> None:
         assert scrape(server)["dsmq_connections"] == 3
 
 
-def test_waiting_readers_are_shown_while_they_wait(server: Server, wire: Wire) -> None:
+def test_waiting_readers_are_counted_while_waiting(server: Server, wire: Wire) -> None:
     with wire_to(server) as waiter:
         waiter.send(encode_request(b"GETWAIT", b"t", b"60000"))
         wait_until(lambda: scrape(server)["dsmq_waiting_readers"] == 1)
@@ -319,7 +319,7 @@ def test_waiting_readers_are_shown_while_they_wait(server: Server, wire: Wire) -
         assert scrape(server)["dsmq_waiting_readers"] == 0
 
 
-def test_expired_messages_are_counted_and_no_longer_held() -> None:
+def test_expired_messages_are_counted_and_no_longer_stored() -> None:
     settings = {"max_age_seconds": UNIT, "expiry_interval_seconds": UNIT / 2}
     with serving(http_port=0, **settings) as server, wire_to(server) as wire:
         wire.call("PUT", "t", "123")
@@ -341,14 +341,14 @@ def test_refused_connections_are_counted() -> None:
         assert shown["dsmq_connections_opened_total"] == 1
 
 
-def test_servers_in_one_process_have_numbers_of_their_own(server: Server, wire: Wire) -> None:
+def test_servers_in_one_process_have_separate_metrics(server: Server, wire: Wire) -> None:
     with serving(http_port=0) as other:
         wire.call("PUT", "t", "x")
         assert scrape(server)["dsmq_puts_total"] == 1
         assert scrape(other)["dsmq_puts_total"] == 0
 
 
-def test_dsmq_serve_has_an_http_endpoint() -> None:
+def test_dsmq_serve_starts_http_endpoint() -> None:
     with daemon() as process:
         assert "dsmq_puts_total 0.0" in Answer(process.http_port, "/metrics").text.splitlines()
         assert Answer(process.http_port, "/healthz").status == 200
@@ -364,7 +364,7 @@ def test_healthz_is_ok_while_all_threads_work(server: Server) -> None:
     assert answer.text.count("\n") == 1
 
 
-def test_healthz_tells_of_a_dead_thread(server: Server) -> None:
+def test_healthz_fails_if_a_thread_died(server: Server) -> None:
     server._expiry.stop()
     wait_until(lambda: not server._expiry.thread.is_alive())
     answer = Answer(server.http_port, "/healthz")
@@ -374,7 +374,7 @@ def test_healthz_tells_of_a_dead_thread(server: Server) -> None:
 
 
 @pytest.mark.slow
-def test_healthz_tells_of_a_stalled_worker(wire: Wire) -> None:
+def test_healthz_fails_if_a_worker_stalls(wire: Wire) -> None:
     go = threading.Event()
     with serving(http_port=0, health_timeout_seconds=2 * UNIT + worker.PULSE_SECONDS) as server:
         assert Answer(server.http_port, "/healthz").status == 200
@@ -388,7 +388,7 @@ def test_healthz_tells_of_a_stalled_worker(wire: Wire) -> None:
         wait_until(lambda: Answer(server.http_port, "/healthz").status == 200)
 
 
-def test_healthz_tells_of_a_stalled_expiry(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_healthz_fails_if_expiry_stalls(monkeypatch: pytest.MonkeyPatch) -> None:
     go = threading.Event()
     settings = {"health_timeout_seconds": 2 * UNIT, "expiry_interval_seconds": UNIT}
     with serving(http_port=0, **settings) as server:
@@ -402,7 +402,7 @@ def test_healthz_tells_of_a_stalled_expiry(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.slow
-def test_an_idle_server_stays_healthy() -> None:
+def test_idle_server_stays_healthy() -> None:
     patience = worker.PULSE_SECONDS + 3 * UNIT
     with serving(http_port=0, health_timeout_seconds=patience, expiry_interval_seconds=3600) as server:
         before = time.monotonic()
@@ -410,14 +410,14 @@ def test_an_idle_server_stays_healthy() -> None:
             assert Answer(server.http_port, "/healthz").status == 200
 
 
-def test_it_is_full_where_the_next_message_would_not_fit() -> None:
+def test_readyz_reports_full_if_next_message_would_not_fit() -> None:
     with serving(http_port=0, max_stored_bytes=1_000_000) as server, wire_to(server) as wire:
         while isinstance(wire.call("PUT", "t", "x" * 900), int):
             pass
         assert reasons(server) == ["full"]
 
 
-def test_readyz_tells_whether_it_takes_clients_and_puts() -> None:
+def test_readyz_reports_whether_clients_and_puts_are_accepted() -> None:
     with serving(http_port=0, max_stored_messages=1, max_connections=2) as server, wire_to(server) as wire:
         answer = Answer(server.http_port, "/readyz")
         assert (answer.status, answer.type) == (200, "application/json")
@@ -441,7 +441,7 @@ def reasons(server: Server) -> list[str]:
     return found
 
 
-def test_readyz_fails_while_it_stops_with_a_client_that_does_not_read() -> None:
+def test_readyz_fails_while_stop_waits_for_client() -> None:
     with daemon() as process:
         wire = Wire(("127.0.0.1", process.port))
         wire.call("PUT", "t", "x" * 8_000_000)
@@ -456,7 +456,7 @@ def test_readyz_fails_while_it_stops_with_a_client_that_does_not_read() -> None:
 # The page's data
 
 
-def test_the_status_tells_of_topics_clients_and_errors(server: Server, wire: Wire) -> None:
+def test_status_reports_topics_clients_and_errors(server: Server, wire: Wire) -> None:
     wire.call("HELLO", 2, "SETNAME", "me")
     for body in ("secret body", "x", "y"):
         wire.call("PUT", "t", body)
@@ -477,9 +477,7 @@ def test_the_status_tells_of_topics_clients_and_errors(server: Server, wire: Wir
 
 
 @pytest.mark.parametrize("error", [sqlite3.OperationalError, MemoryError])
-def test_a_store_that_fails_spoils_neither_metrics_nor_page(
-    monkeypatch: pytest.MonkeyPatch, error: type[Exception]
-) -> None:
+def test_failing_store_breaks_neither_metrics_nor_page(monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
     class Failing:
         def __getattr__(self, name: str) -> object:
             raise error
@@ -492,7 +490,7 @@ def test_a_store_that_fails_spoils_neither_metrics_nor_page(
             assert json.loads(Answer(server.http_port, "/status.json").text)["held"]["messages"] == 1
 
 
-def test_the_page_may_run_its_own_script_and_nothing_else(server: Server) -> None:
+def test_content_security_policy_allows_only_own_script(server: Server) -> None:
     answer = Answer(server.http_port, "/")
     assert (answer.status, answer.type) == (200, "text/html; charset=utf-8")
     assert re.fullmatch(r"dsmq/[0-9.]+", answer.headers["Server"])
@@ -506,7 +504,7 @@ def test_the_page_may_run_its_own_script_and_nothing_else(server: Server) -> Non
     assert "http" not in re.sub(r"http://www.w3.org/2000/svg|http_\w+", "", answer.text)
 
 
-def test_a_token_guards_all_that_tells_more_than_whether_it_is_well() -> None:
+def test_token_protects_all_routes_but_health() -> None:
     with serving(http_port=0, http_token="let-me-see-it-please") as server:
         for path, status in (("/", 200), ("/healthz", 200), ("/readyz", 200), ("/metrics", 401), ("/status.json", 401)):
             for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic let-me-see-it-please"}):
@@ -516,7 +514,7 @@ def test_a_token_guards_all_that_tells_more_than_whether_it_is_well() -> None:
             assert Answer(server.http_port, path, Authorization="Bearer let-me-see-it-please").status == 200
 
 
-def test_http_token_can_be_read_from_a_file(tmp_path: Path) -> None:
+def test_http_token_may_come_from_file(tmp_path: Path) -> None:
     file = tmp_path / "token"
     file.write_text("let-me-see-it-please\n")
     with serving(http_port=0, http_token_file=str(file)) as server:
@@ -528,17 +526,17 @@ def test_http_token_can_be_read_from_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["/index.html", "/metrics/", "/metricsx", "/healthz/x", "/METRICS", "/%6detrics"])
-def test_there_is_nothing_else(server: Server, path: str) -> None:
+def test_unknown_path_is_not_found(server: Server, path: str) -> None:
     assert Answer(server.http_port, path).status == 404
 
 
-def test_a_query_is_passed_over(server: Server) -> None:
+def test_query_string_is_ignored(server: Server) -> None:
     assert Answer(server.http_port, "/metrics?name=x").status == 200
     assert Answer(server.http_port, "/healthz?").status == 200
 
 
 @pytest.mark.parametrize("path", ["/metrics", "/healthz", "/readyz", "/", "/nothing"])
-def test_head_has_the_headers_of_get_and_no_body(server: Server, path: str) -> None:
+def test_head_returns_headers_without_body(server: Server, path: str) -> None:
     get = Answer(server.http_port, path)
     with hang(server) as sock, sock.makefile("rb") as stream:
         sock.sendall(f"HEAD {path} HTTP/1.0\r\n\r\n".encode())
@@ -552,14 +550,14 @@ def test_head_has_the_headers_of_get_and_no_body(server: Server, path: str) -> N
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "TRACE", "FROBNICATE"])
-def test_other_methods_are_refused(server: Server, method: str) -> None:
+def test_other_methods_are_not_allowed(server: Server, method: str) -> None:
     answer = Answer(server.http_port, "/metrics", method)
     assert (answer.status, answer.headers["Allow"]) == ((501, None) if method == "FROBNICATE" else (405, "GET, HEAD"))
     assert answer.type.startswith("text/plain")
     assert "dsmq_puts" not in answer.text
 
 
-def test_a_query_is_not_logged(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+def test_query_string_is_not_logged(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "dsmq")
     for method in ("GET", "POST", "FROBNICATE"):
         Answer(server.http_port, "/metrics?token=secret", method)
@@ -571,7 +569,7 @@ def test_a_query_is_not_logged(server: Server, caplog: pytest.LogCaptureFixture)
     assert "secret" not in caplog.text
 
 
-def test_what_is_no_http_harms_nobody(server: Server, wire: Wire) -> None:
+def test_invalid_http_affects_no_one(server: Server, wire: Wire) -> None:
     for noise in (b"\xff\x00\r\n\r\n", b"GET\r\n\r\n", b"GET /metrics HTTP/9.9\r\n\r\n", b"x" * 100_000):
         # It may hang up before all of it has come.
         with hang(server) as sock, suppress(ConnectionError):
@@ -652,7 +650,7 @@ def test_requests_of_random_pieces_get_a_status(server: Server) -> None:
     assert server.counters().failures == 0
 
 
-def test_a_request_that_fails_by_a_defect_gets_a_status_and_is_counted(
+def test_defect_in_request_gives_500_and_is_counted(
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with monkeypatch.context() as patch:
@@ -665,7 +663,7 @@ def test_a_request_that_fails_by_a_defect_gets_a_status_and_is_counted(
     assert Answer(server.http_port, "/status.json").status == 200
 
 
-def test_a_request_for_which_there_is_no_thread_gets_a_status(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_request_without_thread_gets_a_status(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
@@ -697,14 +695,14 @@ def asked_as(server: Server, host: str, path: str = "/metrics", version: str = "
 
 @pytest.mark.slow
 @pytest.mark.parametrize("host", HERE)
-def test_addresses_and_loopback_names_are_its_own(server: Server, host: str) -> None:
+def test_ip_addresses_and_loopback_names_are_accepted_hosts(server: Server, host: str) -> None:
     for path in ("/", "/metrics", "/status.json"):
         assert asked_as(server, host, path) == 200
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("host", ELSEWHERE)
-def test_under_a_strange_name_it_tells_nothing_but_whether_it_is_well(server: Server, host: str) -> None:
+def test_unknown_host_gets_health_only(server: Server, host: str) -> None:
     for version in ("1.0", "1.1"):
         for path in ("/", "/metrics", "/status.json", "/nothing"):
             assert asked_as(server, host, path, version) == 421
@@ -712,14 +710,14 @@ def test_under_a_strange_name_it_tells_nothing_but_whether_it_is_well(server: Se
             assert asked_as(server, host, path, version) == 200
 
 
-def test_what_to_do_about_a_strange_name_is_told(server: Server) -> None:
+def test_unknown_host_error_names_the_setting(server: Server) -> None:
     answer = Answer(server.http_port, "/metrics", Host="mq.example.org")
     assert (answer.status, answer.headers["Content-Length"]) == (421, str(len(answer.body)))
     assert "http_allowed_hosts" in answer.text
     assert "mq.example.org" not in answer.text
 
 
-def test_a_host_header_is_needed_and_only_one(server: Server) -> None:
+def test_exactly_one_host_header_is_required(server: Server) -> None:
     one = b"Host: 127.0.0.1\r\n"
     for version, headers, status in [
         (b"1.0", b"", b"200"),
@@ -731,7 +729,7 @@ def test_a_host_header_is_needed_and_only_one(server: Server) -> None:
         assert raw(server, b"GET /metrics HTTP/%b\r\n%b\r\n" % (version, headers)).split()[1] == status
 
 
-def test_further_names_are_a_setting_that_a_reload_changes() -> None:
+def test_reload_changes_allowed_hosts() -> None:
     settings = {"http_allowed_hosts": "dsmq, MQ.example.org."}
     load = lambda: config.load(kind=config.EmbeddedSettings, port=0, http_port=0, **settings)  # noqa: E731
     with Server(load(), load=load) as server:
@@ -744,7 +742,7 @@ def test_further_names_are_a_setting_that_a_reload_changes() -> None:
         assert asked_as(server, "dsmq") == 421
 
 
-def test_its_token_changes_with_a_reload(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_reload_changes_http_token(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "token"
     file.write_text("let-me-see-it-please")
     load = lambda: config.load(  # noqa: E731
@@ -761,14 +759,14 @@ def test_its_token_changes_with_a_reload(tmp_path: Path, caplog: pytest.LogCaptu
 # Many at a time
 
 
-def test_none_of_many_requests_at_a_time_is_lost(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_requests_are_all_answered(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint, "MAX_CONCURRENT_REQUESTS", 2)
     with ThreadPoolExecutor(16) as threads:
         answers = list(threads.map(lambda _: Answer(server.http_port, "/readyz").status, range(300)))
     assert answers == [200] * 300
 
 
-def test_a_request_that_is_being_answered_keeps_its_place(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_request_in_progress_is_not_evicted(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint, "MAX_CONCURRENT_REQUESTS", 1)
     monkeypatch.setattr(endpoint, "GRACE_SECONDS", 0.0)
     page, asked, go = server.status.page, threading.Event(), threading.Event()
@@ -788,7 +786,7 @@ def test_a_request_that_is_being_answered_keeps_its_place(server: Server, monkey
             assert (slow.result().status, waits.result().status) == (200, 200)
 
 
-def test_a_stop_does_not_wait_for_a_place(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_does_not_wait_for_request_slot(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint, "MAX_CONCURRENT_REQUESTS", 1)
     monkeypatch.setattr(endpoint, "REQUEST_TIMEOUT_SECONDS", 3600.0)
     asked, go = threading.Event(), threading.Event()
@@ -806,16 +804,14 @@ def test_a_stop_does_not_wait_for_a_place(server: Server, monkeypatch: pytest.Mo
 # Clients that hang
 
 
-def test_fewer_hanging_clients_than_places_do_not_hold_up_a_scrape(server: Server) -> None:
+def test_hanging_clients_do_not_delay_scrape(server: Server) -> None:
     with ExitStack() as stack:
         for _ in range(endpoint.MAX_CONCURRENT_REQUESTS - 1):
             stack.enter_context(hang(server))
         assert served(server)
 
 
-def test_the_oldest_of_hanging_clients_is_cut_off_for_the_next(
-    server: Server, wire: Wire, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_oldest_hanging_client_is_evicted(server: Server, wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint, "REQUEST_TIMEOUT_SECONDS", SOON)
     with ExitStack() as stack:
         hanging = [stack.enter_context(hang(server)) for _ in range(20)]
@@ -826,9 +822,7 @@ def test_the_oldest_of_hanging_clients_is_cut_off_for_the_next(
         assert wire.call("PING") == "PONG"
 
 
-def test_hanging_clients_that_have_all_places_are_cut_off_in_time(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hanging_clients_time_out(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint, "REQUEST_TIMEOUT_SECONDS", 2 * UNIT)
     with ExitStack() as stack:
         for sock in [stack.enter_context(hang(server)) for _ in range(endpoint.MAX_CONCURRENT_REQUESTS)]:
@@ -836,7 +830,7 @@ def test_hanging_clients_that_have_all_places_are_cut_off_in_time(
         wait_until(lambda: served(server))
 
 
-def test_a_client_that_sends_byte_by_byte_is_cut_off_in_time(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_client_that_sends_byte_by_byte_times_out(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint, "REQUEST_TIMEOUT_SECONDS", 3 * UNIT)
     with hang(server) as slow:
         slow.sendall(b"GET /metrics HTTP/1.0\r\nX: ")
@@ -856,7 +850,7 @@ def test_a_client_that_sends_byte_by_byte_is_cut_off_in_time(server: Server, mon
 # The end
 
 
-def test_the_port_is_closed_when_the_server_has_stopped(server: Server) -> None:
+def test_port_is_closed_after_stop(server: Server) -> None:
     port = server.http_port
     assert port
     assert server.stop() == []
@@ -864,18 +858,18 @@ def test_the_port_is_closed_when_the_server_has_stopped(server: Server) -> None:
         Answer(port, "/healthz")
 
 
-def test_a_hanging_client_does_not_hold_up_the_stop(server: Server) -> None:
+def test_hanging_client_does_not_delay_stop(server: Server) -> None:
     with hang(server):
         assert server.stop() == []
 
 
-def test_embedded_server_has_no_http_endpoint_by_default() -> None:
+def test_http_endpoint_is_off_by_default_if_embedded() -> None:
     with serving() as server:
         assert server.http_port is None
         assert not server.status.stuck_threads()
 
 
-def test_the_http_host_may_be_a_name() -> None:
+def test_http_host_may_be_a_name() -> None:
     with serving(http_port=0, http_host="localhost") as server:
         assert server.http_port
         with closing(http.client.HTTPConnection("localhost", server.http_port, timeout=SOON)) as connection:

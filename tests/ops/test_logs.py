@@ -28,7 +28,7 @@ def record(message: str, level: int = logging.INFO, **extra: object) -> logging.
     return made
 
 
-def test_an_event_as_json() -> None:
+def test_event_is_logged_as_json() -> None:
     line = logs.JSONFormatter().format(record("client 7: wrong token", **logs.event("wrong_token", client=7)))
     assert json.loads(line) == {
         "time": "2026-01-02T03:04:05.678+00:00",
@@ -39,7 +39,7 @@ def test_an_event_as_json() -> None:
     }
 
 
-def test_an_exception_as_json_is_one_line() -> None:
+def test_exception_as_json_is_one_line() -> None:
     made = record("failed", logging.ERROR)
     try:
         raise ValueError("why\nnot")
@@ -53,7 +53,7 @@ def test_an_exception_as_json_is_one_line() -> None:
 @pytest.mark.parametrize(
     ("level", "priority"), [("DEBUG", 7), ("INFO", 6), ("WARNING", 4), ("ERROR", 3), ("CRITICAL", 2)]
 )
-def test_a_line_for_the_journal_begins_with_its_priority(level: str, priority: int) -> None:
+def test_journal_line_begins_with_priority(level: str, priority: int) -> None:
     formatter = logs.JournalFormatter("%(message)s")
     line = record("a\nb", getattr(logging, level))
     assert formatter.format(line) == f"<{priority}>a\\nb"
@@ -64,7 +64,7 @@ def test_a_line_for_the_journal_begins_with_its_priority(level: str, priority: i
 NASTY = "\x1b[2J\x9b\x7f\r\n2026-01-01 INFO forged\t\u2028\u202e\ud800"
 
 
-def test_a_client_can_neither_forge_lines_of_the_log_nor_control_a_terminal() -> None:
+def test_client_cannot_forge_log_lines_or_control_terminal() -> None:
     line = logging.getLogger("dsmq").makeRecord("dsmq", logging.INFO, "file.py", 1, "user %s", (NASTY,), None)
     for form in ("text", "journal"):
         shown = logs._formatter(form, sys.stderr).format(line)
@@ -72,19 +72,19 @@ def test_a_client_can_neither_forge_lines_of_the_log_nor_control_a_terminal() ->
         assert shown.isprintable()
 
 
-def test_a_client_can_not_control_a_terminal_through_the_log_as_json() -> None:
+def test_client_cannot_control_terminal_through_json_log() -> None:
     shown = logs.JSONFormatter().format(record(NASTY, **logs.event("wrong_token", user=NASTY)))
     assert shown.isprintable()
     assert json.loads(shown)["message"] == json.loads(shown)["user"] == NASTY
 
 
-def test_letters_of_all_scripts_stay_as_they_are_in_the_log() -> None:
+def test_unicode_letters_are_logged_unchanged() -> None:
     text = "żółw 亀 👩\u200d🔬 a\u00a0b"
     assert logs._formatter("text", sys.stderr).format(record(text)).endswith(" INFO " + text)
     assert text in logs.JSONFormatter().format(record(text))
 
 
-def test_the_log_as_json_is_json_throughout() -> None:
+def test_every_json_log_line_is_json() -> None:
     with daemon("--log-format", "json", "--log-level", "debug") as process:
         wire = Wire(("127.0.0.1", process.port))
         wire.call("PUT", "t", "x")
@@ -100,7 +100,7 @@ def test_the_log_as_json_is_json_throughout() -> None:
     assert by_name["stopping"]["reason"] == "SIGTERM"
 
 
-def test_what_was_held_back_of_a_flood_is_told_before_the_server_has_stopped() -> None:
+def test_suppressed_lines_are_reported_before_stop() -> None:
     with daemon("--log-format", "json", "--max-log-lines-per-second", "1") as process:
         for _ in range(5):
             wire = Wire(("127.0.0.1", process.port))
@@ -114,7 +114,7 @@ def test_what_was_held_back_of_a_flood_is_told_before_the_server_has_stopped() -
     assert names[-1] == "stopped"
 
 
-def test_the_reason_why_a_connection_broke_is_told_plainly(caplog: pytest.LogCaptureFixture) -> None:
+def test_reason_of_broken_connection_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "dsmq")
     with serving() as server:
         with wire_to(server) as wire:
@@ -126,7 +126,7 @@ def test_the_reason_why_a_connection_broke_is_told_plainly(caplog: pytest.LogCap
     assert "Errno" not in caplog.text
 
 
-def test_under_systemd_the_journal_gets_priorities_and_no_times(tmp_path: Path) -> None:
+def test_journal_gets_priorities_and_no_timestamps(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with log.open("w") as stream:
         stat = os.fstat(stream.fileno())
@@ -142,7 +142,7 @@ def test_under_systemd_the_journal_gets_priorities_and_no_times(tmp_path: Path) 
     assert other.endswith(" WARNING hello")
 
 
-def test_the_log_can_go_to_stdout() -> None:
+def test_log_can_go_to_stdout() -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "dsmq", "serve", "--port", "0", "--http-port", "off", "--log-stream", "stdout"],
         stdout=subprocess.PIPE,
@@ -156,7 +156,7 @@ def test_the_log_can_go_to_stdout() -> None:
     assert (process.returncode, errors) == (0, "")
 
 
-def test_nothing_is_logged_for_a_message_above_debug(caplog: pytest.LogCaptureFixture) -> None:
+def test_puts_and_gets_are_logged_at_debug_only(caplog: pytest.LogCaptureFixture) -> None:
     with serving() as server, wire_to(server) as wire:
         caplog.clear()
         caplog.set_level(logging.INFO, "dsmq")
@@ -166,7 +166,7 @@ def test_nothing_is_logged_for_a_message_above_debug(caplog: pytest.LogCaptureFi
         assert caplog.records == []
 
 
-def test_a_program_that_embeds_a_server_keeps_its_logging() -> None:
+def test_embedding_program_keeps_its_logging() -> None:
     code = """
 import logging
 from dsmq.settings import EmbeddedSettings
@@ -246,7 +246,7 @@ def unread(log_stream: str = "stderr", *options: str) -> Iterator[Unread]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("log_stream", ["stderr", "stdout"])
-def test_log_that_nobody_reads_stops_neither_puts_nor_the_stop(tmp_path: Path, log_stream: str) -> None:
+def test_unread_log_blocks_neither_puts_nor_stop(tmp_path: Path, log_stream: str) -> None:
     file = tmp_path / "snapshot"
     with unread(log_stream, "--snapshot-file", str(file), "--max-log-lines-per-second", "1000") as server:
         server.be_noisy(20)
@@ -259,7 +259,7 @@ def test_log_that_nobody_reads_stops_neither_puts_nor_the_stop(tmp_path: Path, l
         assert wire.call("READ", "t", 0)[3] == b"stored"
 
 
-def test_last_lines_arrive_at_a_reader_that_reads_late() -> None:
+def test_last_lines_reach_a_late_reader() -> None:
     with unread() as server:
         server.be_noisy(5)
         server.process.send_signal(signal.SIGTERM)
@@ -269,7 +269,7 @@ def test_last_lines_arrive_at_a_reader_that_reads_late() -> None:
     assert lines.rstrip().endswith("stopped")
 
 
-def test_last_words_of_a_server_that_fails_are_not_waited_for_for_ever(tmp_path: Path) -> None:
+def test_failing_server_does_not_wait_for_log_reader_forever(tmp_path: Path) -> None:
     file = tmp_path / "snapshot"
     with unread("stderr", "--snapshot-file", str(file)) as server:
         file.mkdir()
@@ -301,7 +301,7 @@ def test_lines_dropped_from_a_full_log_are_counted_and_logged(monkeypatch: pytes
     assert len(lines) - 2 in (3, 4)
 
 
-def test_second_server_of_a_program_logs_no_line_twice() -> None:
+def test_second_server_in_process_logs_no_line_twice() -> None:
     code = """
 import threading
 from dsmq import server
@@ -343,7 +343,7 @@ os.wait()
     assert [line.split()[-1] for line in done.stderr.splitlines()] == ["parent", "child"]
 
 
-def test_log_that_can_not_be_written_ends_nothing() -> None:
+def test_unwritable_log_does_not_end_server() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w") as broken, pytest.MonkeyPatch.context() as patch:

@@ -143,7 +143,7 @@ def listening(family: int = socket.AF_INET, address: object = ("127.0.0.1", 0)) 
 
 
 @pytest.mark.parametrize("address", ["{path}/notify", "@dsmq-test-{pid}"])
-def test_it_is_ready_when_it_accepts(tmp_path: Path, address: str) -> None:
+def test_systemd_is_notified_ready_once_accepting(tmp_path: Path, address: str) -> None:
     manager = Manager(address.format(path=tmp_path, pid=os.getpid()))
     where = f"{tmp_path}/queue"
     command = [sys.executable, "-m", "dsmq", "serve", "--host", f"unix:{where}", "--http-port", "off"]
@@ -163,7 +163,7 @@ def test_it_is_ready_when_it_accepts(tmp_path: Path, address: str) -> None:
         assert manager.wait_for("STOPPING")["STOPPING"] == "1"
 
 
-def test_what_cannot_listen_is_never_ready(manager: Manager) -> None:
+def test_failed_listen_never_notifies_ready(manager: Manager) -> None:
     with listening() as taken:
         port = str(taken.getsockname()[1])
         command = [sys.executable, "-m", "dsmq", "serve", "--port", port, "--http-port", "off"]
@@ -181,7 +181,7 @@ def test_what_cannot_listen_is_never_ready(manager: Manager) -> None:
     assert not [one for one in told if "READY" in one]
 
 
-def test_the_status_tells_connections_and_messages(manager: Manager) -> None:
+def test_notify_status_reports_connections_and_messages(manager: Manager) -> None:
     with running(manager, 0.3) as server:
         assert manager.wait_for("STATUS")["STATUS"] == "0 connections, 0 messages"
         wire = Wire(("127.0.0.1", server.port))
@@ -191,14 +191,14 @@ def test_the_status_tells_connections_and_messages(manager: Manager) -> None:
         wire.close()
 
 
-def test_a_stop_asks_for_as_long_as_it_may_take(manager: Manager) -> None:
+def test_stop_extends_systemd_timeout(manager: Manager) -> None:
     with running(manager, stop_timeout_seconds=123):
         assert manager.next() == {"READY": "1"}
     told = manager.wait_for("STOPPING")
     assert int(told["EXTEND_TIMEOUT_USEC"]) > 123e6
 
 
-def test_a_reload_begins_and_ends(manager: Manager) -> None:
+def test_reload_is_notified(manager: Manager) -> None:
     with running(manager) as server:
         assert manager.next() == {"READY": "1"}
         before = time.monotonic_ns() // 1000
@@ -208,7 +208,7 @@ def test_a_reload_begins_and_ends(manager: Manager) -> None:
         assert manager.wait_for("READY") == {"READY": "1"}
 
 
-def test_a_reload_that_fails_ends_too(manager: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_reload_is_notified(manager: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "dsmq.toml"
     file.write_text("max_age_seconds = 60")
     with daemon("--config", str(file), env={"NOTIFY_SOCKET": manager.address}) as server:
@@ -220,7 +220,7 @@ def test_a_reload_that_fails_ends_too(manager: Manager, tmp_path: Path, monkeypa
 
 
 @pytest.mark.slow
-def test_the_watchdog_is_fed_while_all_threads_live(manager: Manager) -> None:
+def test_watchdog_is_fed_while_all_threads_live(manager: Manager) -> None:
     go_on = threading.Event()
     with running(manager, watchdog_seconds=0.3, health_timeout_seconds=UNIT) as server:
         for _ in range(3):
@@ -236,14 +236,14 @@ def test_the_watchdog_is_fed_while_all_threads_live(manager: Manager) -> None:
         manager.wait_for("WATCHDOG")
 
 
-def test_without_a_watchdog_it_is_not_fed(manager: Manager) -> None:
+def test_watchdog_is_not_fed_if_unset(manager: Manager) -> None:
     with running(manager, float("inf")) as server:
         assert manager.wait_for("STATUS").keys() == {"STATUS"}
         server.request_reload()
         assert manager.wait_for("RELOADING", "WATCHDOG").keys() == {"RELOADING", "MONOTONIC_USEC"}
 
 
-def test_where_systemd_is_gone_it_goes_on(manager: Manager, caplog: pytest.LogCaptureFixture) -> None:
+def test_server_continues_if_systemd_is_gone(manager: Manager, caplog: pytest.LogCaptureFixture) -> None:
     with running(manager, 0.3) as server:
         manager.wait_for("WATCHDOG")
         os.unlink(manager.address)
@@ -257,27 +257,29 @@ def test_where_systemd_is_gone_it_goes_on(manager: Manager, caplog: pytest.LogCa
 @pytest.mark.parametrize(
     ("mine", "seconds"), [(None, 3 / 3), (True, 3 / 3), (False, float("inf"))], ids=["unsaid", "mine", "another's"]
 )
-def test_the_watchdog_may_be_for_another(monkeypatch: pytest.MonkeyPatch, mine: bool | None, seconds: float) -> None:
+def test_watchdog_of_another_process_is_ignored(
+    monkeypatch: pytest.MonkeyPatch, mine: bool | None, seconds: float
+) -> None:
     monkeypatch.setenv("WATCHDOG_USEC", "3000000")
     if mine is not None:
         monkeypatch.setenv("WATCHDOG_PID", str(os.getpid() if mine else os.getppid()))
     assert systemd.take().watchdog_interval == seconds
 
 
-def test_what_is_taken_is_for_no_other_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_passed_sockets_are_not_inherited(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
         monkeypatch.setenv(name, "0")
     assert not systemd.take().queue
     assert not [name for name in os.environ if name.startswith(("NOTIFY_", "WATCHDOG_", "LISTEN_"))]
 
 
-def test_sockets_for_another_process_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sockets_for_another_process_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LISTEN_PID", str(os.getppid()))
     monkeypatch.setenv("LISTEN_FDS", "1")
     assert not systemd.take().queue
 
 
-def test_passed_sockets_are_listened_on(tmp_path: Path) -> None:
+def test_passed_sockets_are_used_for_listening(tmp_path: Path) -> None:
     path = str(tmp_path / "queue")
     with (
         listening() as ipv4,
@@ -309,7 +311,7 @@ def test_passed_sockets_are_listened_on(tmp_path: Path) -> None:
                 late.connect(address)
 
 
-def test_a_side_port_may_be_a_unix_socket(tmp_path: Path) -> None:
+def test_http_endpoint_may_be_a_unix_socket(tmp_path: Path) -> None:
     path = str(tmp_path / "side")
     with (
         listening() as queue,
@@ -323,7 +325,7 @@ def test_a_side_port_may_be_a_unix_socket(tmp_path: Path) -> None:
             assert client.recv(100).startswith(b"HTTP/1.0 200")
 
 
-def test_an_abstract_unix_socket_is_shown_as_systemd_writes_it() -> None:
+def test_abstract_unix_socket_is_shown_as_in_systemd() -> None:
     with (
         listening(socket.AF_UNIX, f"\0dsmq-queue-{os.getpid()}") as queue,
         launched((queue,), "dsmq") as process,
@@ -331,7 +333,7 @@ def test_an_abstract_unix_socket_is_shown_as_systemd_writes_it() -> None:
         lines_until(process, f"serves on unix:@dsmq-queue-{os.getpid()} ")
 
 
-def test_without_a_socket_for_it_there_is_no_side_port() -> None:
+def test_http_endpoint_requires_its_own_passed_socket() -> None:
     with listening() as queue, launched((queue,), "dsmq") as process:
         log = lines_until(process, "tokens:")
         wire = Wire(queue.getsockname())
@@ -344,7 +346,7 @@ def test_without_a_socket_for_it_there_is_no_side_port() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dsmq.socket", "unknown", ""])
-def test_one_without_a_name_is_for_clients(name: str) -> None:
+def test_unnamed_passed_socket_is_for_clients(name: str) -> None:
     with listening() as queue, listening() as side, launched((queue, side), f"{name}:metrics") as process:
         lines_until(process, f"serves on 127.0.0.1:{queue.getsockname()[1]} ")
 
@@ -362,19 +364,19 @@ def test_one_without_a_name_is_for_clients(name: str) -> None:
         ("metrics:metrics", "0 sockets named dsmq and 2 named metrics"),
     ],
 )
-def test_what_a_socket_is_for_has_to_be_clear(names: str, complaint: str) -> None:
+def test_ambiguous_passed_sockets_are_refused(names: str, complaint: str) -> None:
     with listening() as one, listening() as other:
         assert complaint in failure((one, other), names)
 
 
-def test_what_does_not_listen_is_refused() -> None:
+def test_passed_socket_that_does_not_listen_is_refused() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         assert "the dsmq socket passed by systemd does not listen" in failure((sock,), "dsmq")
     with listening() as queue, socket.create_connection(queue.getsockname()) as connection:
         assert "the dsmq socket passed by systemd does not listen" in failure((connection,), "dsmq")
 
 
-def test_a_server_in_a_program_takes_nothing(manager: Manager) -> None:
+def test_embedded_server_ignores_passed_sockets(manager: Manager) -> None:
     script = "from dsmq.server import serve; serve(port=0, verbose=True)"
     with listening() as queue:
         numbers = [fcntl.fcntl(queue, fcntl.F_DUPFD, 10)]
@@ -394,6 +396,6 @@ def test_a_server_in_a_program_takes_nothing(manager: Manager) -> None:
         manager.next()
 
 
-def test_nothing_is_told_where_nobody_asks() -> None:
+def test_nothing_is_sent_without_notify_socket() -> None:
     with serving() as server:
         assert not server._systemd._socket

@@ -122,7 +122,7 @@ def next_poll(page: Page) -> Response:
 # What it is made of
 
 
-def test_it_is_one_file_that_a_strict_policy_lets_through() -> None:
+def test_page_is_one_file_that_passes_strict_policy() -> None:
     html = (ROOT / "src" / "dsmq" / "ops" / "page.html").read_text()
     for element in ("script", "style"):
         assert len(re.findall(rf"<{element}\b", html)) == len(re.findall(f"<{element}>", html)) == 1
@@ -133,7 +133,7 @@ def test_it_is_one_file_that_a_strict_policy_lets_through() -> None:
     assert {urlsplit(url).netloc for url in re.findall(r"https?://[^'\"\s)]*", html)} == {"www.w3.org"}
 
 
-def test_its_policy_allows_nothing_else(browser: Browser, server: Server) -> None:
+def test_page_policy_blocks_everything_else(browser: Browser, server: Server) -> None:
     with reading(browser, server, "Content Security Policy") as page:
         expect(page.locator("#main")).to_be_visible()
         violated = page.evaluate(
@@ -154,7 +154,7 @@ def test_its_policy_allows_nothing_else(browser: Browser, server: Server) -> Non
 # Numbers
 
 
-def test_it_shows_a_server_that_is_ready(browser: Browser, server: Server) -> None:
+def test_page_shows_ready_server(browser: Browser, server: Server) -> None:
     with reading(browser, server) as page:
         expect(page.locator("#state")).to_have_text("Ready")
         expect(page.locator("#state")).to_have_class("ok")
@@ -165,7 +165,7 @@ def test_it_shows_a_server_that_is_ready(browser: Browser, server: Server) -> No
         expect(page.locator("#banner")).to_be_hidden()
 
 
-def test_numbers_move_when_messages_flow(browser: Browser, server: Server, mq: Client) -> None:
+def test_page_numbers_update_with_traffic(browser: Browser, server: Server, mq: Client) -> None:
     def put_and_get() -> None:
         mq.put("greetings", "x" * 1000)
         mq.get("greetings")
@@ -195,7 +195,7 @@ def test_numbers_move_when_messages_flow(browser: Browser, server: Server, mq: C
         expect(page.locator("#topics tbody td").nth(1)).to_have_text(count)
 
 
-def test_clients_are_shown_with_what_they_read(browser: Browser, server: Server) -> None:
+def test_page_lists_clients_and_what_they_read(browser: Browser, server: Server) -> None:
     with reading(browser, server) as page:
         expect(page.locator("#clients-card .none")).to_be_visible()
         with wire_to(server) as wire:
@@ -212,7 +212,7 @@ def test_clients_are_shown_with_what_they_read(browser: Browser, server: Server)
         expect(page.locator("#open")).to_have_text("0")
 
 
-def test_errors_are_shown_and_counted(browser: Browser, server: Server) -> None:
+def test_page_lists_and_counts_errors(browser: Browser, server: Server) -> None:
     with reading(browser, server) as page, wire_to(server) as wire:
         expect(page.locator("#total-errors")).to_have_text("0")
         wire.error("FROBNICATE")
@@ -224,7 +224,7 @@ def test_errors_are_shown_and_counted(browser: Browser, server: Server) -> None:
 # What others have written
 
 
-def test_hostile_names_stay_text(browser: Browser, server: Server) -> None:
+def test_page_escapes_hostile_names(browser: Browser, server: Server) -> None:
     with reading(browser, server) as page, wire_to(server) as wire:
         wire.call("CLIENT", "SETNAME", HOSTILE.replace(" ", "/"))
         wire.call("PUT", HOSTILE, "x")
@@ -234,13 +234,13 @@ def test_hostile_names_stay_text(browser: Browser, server: Server) -> None:
         expect(page).to_have_title("dsmq")
 
 
-def test_what_would_reorder_or_hide_a_name_is_shown(browser: Browser, mq: Client, server: Server) -> None:
+def test_page_shows_control_and_bidi_characters(browser: Browser, mq: Client, server: Server) -> None:
     mq.put("a\u202eb\nc", "x")
     with reading(browser, server) as page:
         expect(page.locator("#topics tbody td").first).to_have_text(r"a\u202eb\u000ac")
 
 
-def test_messages_are_never_shown(browser: Browser, mq: Client, server: Server) -> None:
+def test_page_never_shows_messages(browser: Browser, mq: Client, server: Server) -> None:
     mq.put("t", "the quick brown fox")
     with reading(browser, server) as page:
         expect(page.locator("#held-messages")).to_have_text("1")
@@ -251,7 +251,7 @@ def test_messages_are_never_shown(browser: Browser, mq: Client, server: Server) 
 # States
 
 
-def test_without_messages_it_says_how_to_put_one(browser: Browser, mq: Client, server: Server) -> None:
+def test_empty_page_shows_how_to_put_a_message(browser: Browser, mq: Client, server: Server) -> None:
     with reading(browser, server) as page:
         expect(page.locator("#empty")).to_contain_text("No messages yet")
         expect(page.locator("#how-to-put")).to_have_text(re.compile(r"^dsmq put( --port \d+)? greetings hello$"))
@@ -273,7 +273,7 @@ def test_without_messages_it_says_how_to_put_one(browser: Browser, mq: Client, s
     ],
     ids=["everywhere", "here alone", "unix", "token", "TLS"],
 )
-def test_the_commands_it_shows_fit_the_server(
+def test_page_commands_match_the_server(
     browser: Browser, tmp_path: Path, settings: dict[str, str], options: str, given: str
 ) -> None:
     trustme.CA().issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(tmp_path / "cert.pem")
@@ -291,7 +291,7 @@ def test_the_commands_it_shows_fit_the_server(
         assert TOKEN not in page.content()
 
 
-def test_a_full_server_is_seen_at_a_glance(browser: Browser) -> None:
+def test_page_highlights_full_server(browser: Browser) -> None:
     with (
         serving(http_port=0, max_stored_messages=20) as server,
         connect(port=server.port, retry=False) as mq,
@@ -314,7 +314,7 @@ def test_a_full_server_is_seen_at_a_glance(browser: Browser) -> None:
         expect(page.locator("#total-puts_refused")).to_have_text("1 +1 lately")
 
 
-def test_a_lost_server_is_told_and_found_again(browser: Browser) -> None:
+def test_page_reports_lost_server_and_recovers(browser: Browser) -> None:
     with serving(http_port=0) as server, reading(browser, server, GONE) as page:
         port = server.http_port
         with connect(port=server.port) as mq:
@@ -336,7 +336,7 @@ def test_a_lost_server_is_told_and_found_again(browser: Browser) -> None:
             expect(page.locator("#puts")).to_have_text("0/s")
 
 
-def test_it_asks_for_a_token_and_keeps_it_in_memory_only(browser: Browser) -> None:
+def test_page_keeps_token_in_memory_only(browser: Browser) -> None:
     with serving(http_port=0, http_token=TOKEN) as server, reading(browser, server, LOCKED) as page:
         field = page.get_by_label("Token")
         expect(page.get_by_role("heading", name="This server wants a token")).to_be_visible()
@@ -359,7 +359,7 @@ def test_it_asks_for_a_token_and_keeps_it_in_memory_only(browser: Browser) -> No
         expect(page.locator("#state")).to_have_text("Locked")
 
 
-def test_it_asks_nothing_while_it_is_hidden_or_paused(browser: Browser, server: Server) -> None:
+def test_page_does_not_poll_while_hidden_or_paused(browser: Browser, server: Server) -> None:
     with reading(browser, server) as page:
         expect(page.locator("#state")).to_have_text("Ready")
         page.evaluate(
@@ -395,7 +395,7 @@ def test_it_asks_nothing_while_it_is_hidden_or_paused(browser: Browser, server: 
 # Readers
 
 
-def test_topics_are_sorted_by_keyboard(browser: Browser, mq: Client, server: Server) -> None:
+def test_page_sorts_topics_by_keyboard(browser: Browser, mq: Client, server: Server) -> None:
     for topic, count, size in [("a", 1, 500), ("b", 3, 10), ("c", 2, 100)]:
         mq.put_many(topic, ["x" * size] * count)
     with reading(browser, server) as page:
@@ -423,7 +423,7 @@ def test_topics_are_sorted_by_keyboard(browser: Browser, mq: Client, server: Ser
 
 
 @pytest.mark.parametrize("width", [320, 360, 390, 768, 1280])
-def test_nothing_is_wider_than_the_screen(browser: Browser, server: Server, width: int) -> None:
+def test_page_fits_screen_width(browser: Browser, server: Server, width: int) -> None:
     with wire_to(server) as wire, reading(browser, server, viewport={"width": width, "height": 800}) as page:
         expect(page.locator("#empty")).to_be_visible()
         assert sideways(page) == 0
@@ -441,7 +441,7 @@ def test_nothing_is_wider_than_the_screen(browser: Browser, server: Server, widt
 
 
 @pytest.mark.parametrize("width", [390, 1280])
-def test_numbers_stand_at_one_height_and_commands_in_one_line(browser: Browser, server: Server, width: int) -> None:
+def test_page_aligns_numbers_and_commands(browser: Browser, server: Server, width: int) -> None:
     with reading(browser, server, viewport={"width": width, "height": 800}) as page:
         expect(page.locator("#how-to-put")).to_be_visible()
         height = "(pre) => (pre.clientHeight - 20) / parseFloat(getComputedStyle(pre).lineHeight)"
@@ -455,7 +455,7 @@ def test_numbers_stand_at_one_height_and_commands_in_one_line(browser: Browser, 
         assert all(len(heights) == 1 for heights in rows.values())
 
 
-def test_it_is_dark_where_the_reader_wants_that(browser: Browser, server: Server) -> None:
+def test_page_follows_dark_mode_preference(browser: Browser, server: Server) -> None:
     brightness = {}
     for scheme in ("light", "dark"):
         with reading(browser, server, color_scheme=scheme) as page:
@@ -467,7 +467,7 @@ def test_it_is_dark_where_the_reader_wants_that(browser: Browser, server: Server
     assert brightness["dark", "color"] - brightness["dark", "background-color"] > 150
 
 
-def test_nothing_moves_where_the_reader_wants_that(browser: Browser, server: Server) -> None:
+def test_page_follows_reduced_motion_preference(browser: Browser, server: Server) -> None:
     for wish, moves in (("no-preference", True), ("reduce", False)):
         with reading(browser, server, reduced_motion=wish) as page:
             bar = page.locator("#held-messages-bar div")

@@ -177,19 +177,19 @@ def names(expression: str) -> set[str]:
         ("time() - start_time_seconds", {"start_time_seconds"}),
     ],
 )
-def test_names_are_found(expression: str, found: set[str]) -> None:
+def test_metric_names_are_found(expression: str, found: set[str]) -> None:
     assert names(expression) == found
 
 
 # Rules
 
 
-def test_the_configuration_is_valid() -> None:
+def test_prometheus_configuration_is_valid() -> None:
     done = promtool("check", "config", str(HERE / "prometheus.yml"))
     assert done.returncode == 0, said(done)
 
 
-def test_the_rules_are_valid() -> None:
+def test_prometheus_rules_are_valid() -> None:
     done = promtool("check", "rules", "--lint=all", "--lint-fatal", str(HERE / "rules.yml"))
     assert done.returncode == 0, said(done)
 
@@ -200,7 +200,7 @@ def test_alerts_fire_when_they_should_and_not_otherwise() -> None:
 
 
 @pytest.mark.parametrize("expression", ["up < 0", "up >= 0 or absent(up)"], ids=["never", "always"])
-def test_every_alert_has_tests(expression: str, tmp_path: Path) -> None:
+def test_every_alert_has_a_rule_test(expression: str, tmp_path: Path) -> None:
     """With alerts that fire never, or always, those of the rules miss each that is to fire, or is not to."""
     changed, count = re.subn(
         r"(- alert: \w+\n(?: +#[^\n]*\n)* +expr: ).*?(?=\n +(?:for|labels):)",
@@ -218,7 +218,7 @@ def test_every_alert_has_tests(expression: str, tmp_path: Path) -> None:
     assert set(re.findall(r'alertname="(\w+)"', failed)) == set(ALERTS)
 
 
-def test_every_alert_says_what_it_is_and_what_to_do(tmp_path: Path) -> None:
+def test_every_alert_has_summary_and_description(tmp_path: Path) -> None:
     with serving(http_port=0) as server, prometheus(server, tmp_path) as watcher:
         alerts = [rule for rule in watcher.rules() if rule["type"] == "alerting"]
         assert sorted(alert["name"] for alert in alerts) == sorted(ALERTS)
@@ -232,13 +232,13 @@ def test_every_alert_says_what_it_is_and_what_to_do(tmp_path: Path) -> None:
 # Metrics
 
 
-def test_promtool_finds_nothing_wrong_with_the_metrics() -> None:
+def test_promtool_accepts_metrics() -> None:
     with busy_server(**TOPICS) as server:
         done = promtool("check", "metrics", stdin=metrics(server))
     assert (done.returncode, said(done)) == (0, "")
 
 
-def test_the_rules_ask_for_what_there_is(tmp_path: Path) -> None:
+def test_rules_use_existing_metrics(tmp_path: Path) -> None:
     with serving(http_port=0, **TOPICS) as server, wire_to(server) as wire:
         wire.call("PUT", "t", "x")
         with prometheus(server, tmp_path) as watcher:
@@ -250,7 +250,7 @@ def test_the_rules_ask_for_what_there_is(tmp_path: Path) -> None:
         assert recorded <= asked
 
 
-def test_without_metrics_of_topics_all_other_rules_have_what_they_need(tmp_path: Path) -> None:
+def test_other_rules_work_without_topic_metrics(tmp_path: Path) -> None:
     with serving(http_port=0) as server, prometheus(server, tmp_path) as watcher:
         asked = set().union(*(names(rule["query"]) for rule in watcher.rules()))
         missing = {name for name in asked - series(server) if name.startswith("dsmq_")}
@@ -260,7 +260,7 @@ def test_without_metrics_of_topics_all_other_rules_have_what_they_need(tmp_path:
 # Prometheus
 
 
-def test_a_real_prometheus_scrapes_a_real_server(tmp_path: Path) -> None:
+def test_prometheus_scrapes_server(tmp_path: Path) -> None:
     with serving(http_port=0) as server, wire_to(server) as wire, prometheus(server, tmp_path) as watcher:
         for number in range(3):
             assert wire.call("PUT", "t", "x") == number + 1
@@ -276,7 +276,7 @@ def test_a_real_prometheus_scrapes_a_real_server(tmp_path: Path) -> None:
         assert {rule["health"] for rule in watcher.rules()} <= {"ok", "unknown"}
 
 
-def test_the_token_of_the_configuration_is_shown(tmp_path: Path) -> None:
+def test_prometheus_sends_configured_token(tmp_path: Path) -> None:
     (tmp_path / "token").write_text(TOKEN)
     plain = (HERE / "prometheus.yml").read_text()
     config = plain.replace("#authorization:", "authorization:").replace("#  credentials_file:", "  credentials_file:")
@@ -286,7 +286,7 @@ def test_the_token_of_the_configuration_is_shown(tmp_path: Path) -> None:
         wait_until(lambda: watcher.value("up") == 1, TARGETS_FOUND)
 
 
-def test_without_its_token_the_target_is_down_and_an_alert_pends(tmp_path: Path) -> None:
+def test_missing_token_marks_target_down_and_alerts(tmp_path: Path) -> None:
     with serving(http_port=0, http_token=TOKEN) as server, prometheus(server, tmp_path) as watcher:
         wait_until(lambda: watcher.value("up") == 0, TARGETS_FOUND)
         wait_until(lambda: watcher.query('ALERTS{alertname="DsmqDown", alertstate="pending"}') != [], TARGETS_FOUND)
@@ -294,7 +294,7 @@ def test_without_its_token_the_target_is_down_and_an_alert_pends(tmp_path: Path)
         assert f"127.0.0.1:{server.http_port}" in alert["annotations"]["summary"]
 
 
-def test_a_full_topic_is_named(tmp_path: Path) -> None:
+def test_full_topic_alert_names_the_topic(tmp_path: Path) -> None:
     with busy_server(**TOPICS) as server, prometheus(server, tmp_path) as watcher:
         wait_until(lambda: len(watcher.query('ALERTS{limit="messages of a topic"}')) == 2, TARGETS_FOUND)
         alerts = [alert for alert in watcher.api("alerts")["alerts"] if alert["labels"].get("topic") == "t"]
@@ -320,14 +320,14 @@ def as_asked(query: str) -> str:
     return query
 
 
-def test_the_dashboard_asks_for_what_there_is() -> None:
+def test_dashboard_uses_existing_metrics() -> None:
     with serving(http_port=0, **TOPICS) as server, wire_to(server) as wire:
         wire.call("PUT", "t", "x")
         asked = set().union(*map(names, QUERIES))
         assert asked - series(server) == set()
 
 
-def test_every_query_of_the_dashboard_is_answered(tmp_path: Path) -> None:
+def test_every_dashboard_query_returns_data(tmp_path: Path) -> None:
     """Those with nothing to answer, after such traffic, ask for a label or a name that is not there."""
     never = {query for query in QUERIES if query.startswith("changes(")}
 
@@ -340,7 +340,7 @@ def test_every_query_of_the_dashboard_is_answered(tmp_path: Path) -> None:
         wait_until(lambda: without_answer() == never, TARGETS_FOUND)
 
 
-def test_grafana_can_be_provisioned_with_the_dashboard() -> None:
+def test_grafana_can_provision_dashboard() -> None:
     assert not [key for key in DASHBOARD if key.startswith("__")]
     assert "id" not in DASHBOARD
     assert DASHBOARD["uid"] == "dsmq"
@@ -354,7 +354,7 @@ def test_grafana_can_be_provisioned_with_the_dashboard() -> None:
         assert [target["refId"] for target in panel["targets"]] == list("ABCDEFGH"[: len(panel["targets"])])
 
 
-def test_the_panels_have_places_and_names_of_their_own() -> None:
+def test_panels_have_unique_places_and_names() -> None:
     panels = DASHBOARD["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     assert len({panel["title"] for panel in PANELS}) == len(PANELS)
@@ -367,7 +367,7 @@ def test_the_panels_have_places_and_names_of_their_own() -> None:
         taken |= cells
 
 
-def test_the_panels_that_alerts_point_to_are_there() -> None:
+def test_panels_linked_by_alerts_exist() -> None:
     titles = {panel["title"] for panel in PANELS}
     pointed = {
         name

@@ -176,7 +176,7 @@ def act(store: SQLiteStore, action: list[Put] | int | str) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(actions, max_size=25), st.booleans(), puts)
-def test_what_is_restored_is_what_was_held(before: list[list[Put] | int | str], slowly: bool, later: list[Put]) -> None:
+def test_restored_store_equals_saved_store(before: list[list[Put] | int | str], slowly: bool, later: list[Put]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         store, file = new_store(), Path(folder) / "snapshot"
         for action in before:
@@ -197,7 +197,7 @@ def test_what_is_restored_is_what_was_held(before: list[list[Put] | int | str], 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(actions, max_size=15), st.lists(st.lists(actions, max_size=4), max_size=12))
-def test_a_snapshot_holds_what_the_store_held_when_it_began(
+def test_snapshot_is_consistent_despite_changes_between_slices(
     before: list[list[Put] | int | str], meanwhile: list[list[list[Put] | int | str]]
 ) -> None:
     """Whatever is put or expires while it is copied in batches."""
@@ -236,7 +236,7 @@ def test_a_snapshot_holds_what_the_store_held_when_it_began(
         store.close()
 
 
-def test_nothing_is_deleted_before_it_is_copied(
+def test_topic_emptied_and_recreated_between_slices_appears_once(
     store: SQLiteStore, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A topic whose only message expires meanwhile keeps its numbers."""
@@ -307,7 +307,7 @@ def test_a_producer_forgotten_during_a_snapshot_is_refused_after_a_restart(
         other.check_producer(b"forgotten")
 
 
-def test_a_topic_that_was_empty_keeps_its_numbers_whatever_is_put_meanwhile(
+def test_puts_after_snapshot_instant_do_not_change_empty_topics(
     store: SQLiteStore, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(store, b"t", b"1", b"2")
@@ -321,7 +321,7 @@ def test_a_topic_that_was_empty_keeps_its_numbers_whatever_is_put_meanwhile(
         assert other.last_id() == 2
 
 
-def test_all_topics_are_copied_though_nothing_of_them_is_written(
+def test_topics_only_in_write_buffer_are_copied(
     store: SQLiteStore, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(database, "COPY_TOPICS", 1)
@@ -333,7 +333,7 @@ def test_all_topics_are_copied_though_nothing_of_them_is_written(
         assert seen(other) == seen(store)
 
 
-def test_while_writers_are_at_work_a_snapshot_holds_all_up_to_an_id_and_nothing_else(
+def test_snapshot_under_concurrent_puts_holds_exactly_a_prefix(
     store: SQLiteStore, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(database, "COPY_ROWS", 4)
@@ -381,7 +381,7 @@ def check_prefix(connection: sqlite3.Connection, before: int, after: int) -> Non
     assert before <= last_id <= after
 
 
-def test_a_restart_is_invisible_but_for_its_delay(file: Path) -> None:
+def test_restart_with_snapshot_is_transparent_to_clients(file: Path) -> None:
     with serving(snapshot_file=str(file)) as server, wire_to(server) as wire:
         wire.call("PUT", "t", "one", "KEY", "me", 1)
         wire.call("PUT", "u", "two")
@@ -395,7 +395,7 @@ def test_a_restart_is_invisible_but_for_its_delay(file: Path) -> None:
         assert [wire.call("READ", "t", 1)[at] for at in (0, 1, 3)] == [3, 2, b"three"]
 
 
-def test_what_was_restored_is_not_counted_as_put_nor_as_unread(store: SQLiteStore, file: Path) -> None:
+def test_restored_messages_are_not_counted_as_put_or_unread(store: SQLiteStore, file: Path) -> None:
     put(store, b"t", b"1", b"2")
     save(store, file)
     with restored(file) as other:
@@ -409,7 +409,7 @@ def test_what_was_restored_is_not_counted_as_put_nor_as_unread(store: SQLiteStor
 
 
 @pytest.mark.parametrize("slowly", [True, False], ids=["at an interval", "the last"])
-def test_a_put_is_stored_once_over_a_restart_or_refused_where_it_was_forgotten(
+def test_retried_put_over_restart_is_stored_once_or_refused(
     store: SQLiteStore, file: Path, monkeypatch: pytest.MonkeyPatch, slowly: bool
 ) -> None:
     monkeypatch.setattr(producers, "MAX_PUTS_OF_PRODUCER", 2)
@@ -427,7 +427,7 @@ def test_a_put_is_stored_once_over_a_restart_or_refused_where_it_was_forgotten(
         assert bodies(other, b"t") == [b"x"] * 7 + [b"new"]
 
 
-def test_a_producer_that_was_forgotten_is_refused_over_a_restart_for_as_long(
+def test_forgotten_producer_is_refused_after_restart(
     store: SQLiteStore, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(producers, "MAX_PRODUCERS", 1)
@@ -441,7 +441,7 @@ def test_a_producer_that_was_forgotten_is_refused_over_a_restart_for_as_long(
         other.check_producer(b"forgotten")
 
 
-def test_a_producer_is_remembered_for_as_long_over_a_restart(store: SQLiteStore, file: Path) -> None:
+def test_producer_is_remembered_equally_long_over_restart(store: SQLiteStore, file: Path) -> None:
     store.append([(b"t", b"x", (b"me", 1))])
     act(store, producers.REMEMBER_MS - 10)
     save(store, file)
@@ -453,7 +453,7 @@ def test_a_producer_is_remembered_for_as_long_over_a_restart(store: SQLiteStore,
             assert put_id > 1
 
 
-def test_remembered_puts_count_towards_their_bound_after_a_restart(
+def test_restored_puts_count_towards_dedup_bound(
     store: SQLiteStore, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number in range(3):
@@ -467,7 +467,7 @@ def test_remembered_puts_count_towards_their_bound_after_a_restart(
             other.check_producer(b"producer 0")
 
 
-def test_only_the_owner_can_read_it_and_nothing_else_is_left(store: SQLiteStore, file: Path) -> None:
+def test_snapshot_is_readable_by_owner_only_and_leaves_no_other_file(store: SQLiteStore, file: Path) -> None:
     snapshot.temporary(file).write_text("left by one that was killed")
     put(store, b"t", b"a secret")
     save(store, file)
@@ -475,7 +475,7 @@ def test_only_the_owner_can_read_it_and_nothing_else_is_left(store: SQLiteStore,
     assert {path.name for path in file.parent.iterdir()} == {file.name, f"{file.name}.lock"}
 
 
-def test_a_name_that_is_a_link_stays_one(store: SQLiteStore, file: Path, tmp_path: Path) -> None:
+def test_snapshot_symlink_is_preserved(store: SQLiteStore, file: Path, tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(file)
     save(store, link)
@@ -489,7 +489,9 @@ def test_a_name_that_is_a_link_stays_one(store: SQLiteStore, file: Path, tmp_pat
 @pytest.mark.parametrize(
     ("passed", "age_ms"), [(0, 1_000), (5, 6_000), (-3_600, 1_000), (99, 100_000), (99.001, None), (10**9, None)]
 )
-def test_ages_go_on_by_the_time_of_day(store: SQLiteStore, file: Path, passed: float, age_ms: int | None) -> None:
+def test_ages_continue_by_wall_clock_over_restart(
+    store: SQLiteStore, file: Path, passed: float, age_ms: int | None
+) -> None:
     put(store, b"t", b"x", b"y")
     assert isinstance(store._clock, Clock)
     store._clock.now += 1_000
@@ -503,7 +505,7 @@ def test_ages_go_on_by_the_time_of_day(store: SQLiteStore, file: Path, passed: f
         assert other.read(b"t", 2, 1, 100)[0].age_ms == 0
 
 
-def test_time_that_index_and_commit_take_makes_messages_no_younger(
+def test_slow_index_and_commit_do_not_rejuvenate_messages(
     store: SQLiteStore, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [KEPT_AT]
@@ -522,7 +524,7 @@ def test_time_that_index_and_commit_take_makes_messages_no_younger(
         assert other.read(b"t", 0, 1, 100)[0].age_ms == 1_600
 
 
-def test_time_that_a_restore_takes_makes_messages_no_younger(
+def test_slow_restore_does_not_rejuvenate_messages(
     store: SQLiteStore, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(store, b"t", b"x")
@@ -539,7 +541,7 @@ def test_time_that_a_restore_takes_makes_messages_no_younger(
     other.close()
 
 
-def test_messages_that_had_expired_before_the_restore_are_counted_in_the_log(
+def test_messages_expired_before_restore_are_logged(
     store: SQLiteStore, file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "dsmq")
@@ -553,7 +555,7 @@ def test_messages_that_had_expired_before_the_restore_are_counted_in_the_log(
     assert line.fields["expired"] == 3  # type: ignore[attr-defined]
 
 
-def test_ages_go_on_while_the_machine_sleeps(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ages_continue_during_suspend(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = time.clock_gettime_ns
     slept_ns = 0
 
@@ -572,7 +574,7 @@ def test_ages_go_on_while_the_machine_sleeps(file: Path, monkeypatch: pytest.Mon
 # The last word, and what is not
 
 
-def test_a_last_word_is_so_once_and_no_id_is_used_twice(store: SQLiteStore, file: Path) -> None:
+def test_clean_shutdown_is_valid_once_and_ids_are_never_reused(store: SQLiteStore, file: Path) -> None:
     put(store, b"t", b"1")
     save(store, file)
     runs, ids = {store.run}, [1]
@@ -589,7 +591,7 @@ def test_a_last_word_is_so_once_and_no_id_is_used_twice(store: SQLiteStore, file
     assert ids == sorted(set(ids))
 
 
-def test_after_a_snapshot_that_is_not_the_last_word_ids_go_on_far_above(store: SQLiteStore, file: Path) -> None:
+def test_ids_skip_ahead_after_unclean_shutdown(store: SQLiteStore, file: Path) -> None:
     put(store, b"t", b"1")
     save(store, file, is_last=False)
     for gaps in (1, 2):
@@ -600,7 +602,7 @@ def test_after_a_snapshot_that_is_not_the_last_word_ids_go_on_far_above(store: S
             assert bodies(other, b"t") == [b"1", b"2"]
 
 
-def test_a_server_that_is_killed_is_told_apart_from_one_that_was_stopped(file: Path) -> None:
+def test_kill_is_distinguished_from_graceful_stop(file: Path) -> None:
     options = ("--snapshot-file", str(file))
     with daemon(*options) as first, wire_to(first) as wire:  # type: ignore[arg-type]
         wire.call("PUT", "t", "kept")
@@ -620,9 +622,7 @@ def test_a_server_that_is_killed_is_told_apart_from_one_that_was_stopped(file: P
         assert any("WARNING" in line and "are lost" in line for line in third.log().splitlines())
 
 
-def test_where_a_thread_survives_the_stop_the_snapshot_is_not_the_last_word(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_surviving_thread_prevents_clean_shutdown_mark(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     released = threading.Event()
     with serving(snapshot_file=str(file), stop_timeout_seconds=UNIT) as server, wire_to(server) as wire:
         wire.call("PUT", "t", "x")
@@ -675,7 +675,7 @@ def ended(server: Daemon) -> str:
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_ctrl_c_twice_ends_what_is_slow_but_not_the_last_snapshot(file: Path) -> None:
+def test_second_ctrl_c_does_not_end_final_snapshot(file: Path) -> None:
     options = ("--snapshot-file", str(file))
     with (
         daemon(*options, "--stop-timeout-seconds", "600") as first,
@@ -701,7 +701,7 @@ def test_ctrl_c_twice_ends_what_is_slow_but_not_the_last_snapshot(file: Path) ->
 @pytest.mark.slow
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("step", ["_seal", "_sync_folder"])
-def test_ctrl_c_in_the_last_snapshot_does_not_end_it(file: Path, tmp_path: Path, step: str) -> None:
+def test_ctrl_c_during_final_snapshot_does_not_end_it(file: Path, tmp_path: Path, step: str) -> None:
     released = tmp_path / "released"
     options = ("--snapshot-file", str(file))
     with daemon(*options, prefix=slow(step, released)) as first, wire_to(first) as wire:  # type: ignore[arg-type]
@@ -724,7 +724,7 @@ def test_ctrl_c_in_the_last_snapshot_does_not_end_it(file: Path, tmp_path: Path,
 @pytest.mark.slow
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("step", ["_seal", "create_extra_tables"])
-def test_ctrl_c_three_times_gives_the_last_snapshot_up_and_says_so(file: Path, tmp_path: Path, step: str) -> None:
+def test_third_ctrl_c_abandons_final_snapshot_with_a_message(file: Path, tmp_path: Path, step: str) -> None:
     options = ("--snapshot-file", str(file))
     with daemon(*options) as first, wire_to(first) as wire:  # type: ignore[arg-type]
         wire.call("PUT", "t", "kept")
@@ -753,7 +753,7 @@ def test_ctrl_c_three_times_gives_the_last_snapshot_up_and_says_so(file: Path, t
         assert wire.call("READ", "t", 1) == []
 
 
-def test_ctrl_c_again_ahead_of_the_last_snapshot_says_what_is_lost(
+def test_ctrl_c_before_final_snapshot_reports_what_is_lost(
     file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with serving(snapshot_file=str(file)) as server:
@@ -776,7 +776,7 @@ def test_ctrl_c_again_ahead_of_the_last_snapshot_says_what_is_lost(
         server._store.close()
 
 
-def test_a_last_snapshot_can_be_given_up_while_it_is_copied(
+def test_final_snapshot_can_be_abandoned_while_copying(
     store: SQLiteStore, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(database, "COPY_PAGES", 1)
@@ -822,7 +822,7 @@ def interrupted_at(point: int, call: Callable[[], object]) -> bool:
 
 
 @pytest.mark.slow
-def test_wherever_a_stop_is_interrupted_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_stop_completes_from_any_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # There is to be little that differs from time to time.
     monkeypatch.setattr(threads, "_LOOK_SECONDS", UNIT / 10)
     effective = config.load(kind=config.EmbeddedSettings, port=0, http_port=0, snapshot_file=str(tmp_path / "s"))
@@ -845,7 +845,7 @@ def test_wherever_a_stop_is_interrupted_it_goes_on(tmp_path: Path, monkeypatch: 
     assert point > 20
 
 
-def test_a_stop_waits_for_the_one_that_goes_on(
+def test_concurrent_stop_waits_for_first(
     file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "dsmq")
@@ -888,7 +888,7 @@ def grow(file: Path, report: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_whenever_it_is_killed_there_is_one_whole_snapshot(file: Path) -> None:
+def test_kill_at_any_time_leaves_one_complete_snapshot(file: Path) -> None:
     chance = random.Random(8)
     kept = 0
     for _ in range(40):
@@ -949,7 +949,7 @@ DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_what_is_no_whole_snapshot_is_refused_and_kept(
+def test_incomplete_snapshot_is_refused_and_kept(
     store: SQLiteStore, file: Path, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     damage, reason = DAMAGES[kind]
@@ -960,9 +960,7 @@ def test_what_is_no_whole_snapshot_is_refused_and_kept(
 
 
 @pytest.mark.parametrize("at", [0, 20, 97, 4096, 9000, *range(-80, 0)])
-def test_a_byte_that_has_changed_is_found(
-    store: SQLiteStore, file: Path, at: int, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_changed_byte_is_detected(store: SQLiteStore, file: Path, at: int, caplog: pytest.LogCaptureFixture) -> None:
     put(store, b"t", *[b"x" * 1000] * 10)
     save(store, file)
     file.write_bytes(flip(at)(file.read_bytes()))
@@ -985,7 +983,7 @@ def check_refused(file: Path, epoch: str, caplog: pytest.LogCaptureFixture, reas
     assert reason in line.getMessage()
 
 
-def test_the_version_goes_up_with_the_tables() -> None:
+def test_schema_change_requires_new_version() -> None:
     """Whoever changes what stands in the file gives it another version, and this its new digest."""
     import hashlib
 
@@ -1009,7 +1007,7 @@ def files_of_at_most(size: int) -> Iterator[None]:
 
 # In the middle of the database, and within the trailer.
 @pytest.mark.parametrize("missing", [100_000, 10])
-def test_where_the_disk_is_full_the_snapshot_before_stays_and_the_server_goes_on(
+def test_full_disk_keeps_previous_snapshot_and_server_running(
     file: Path, missing: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     with serving(snapshot_file=str(file), snapshot_interval_seconds=3600) as server, wire_to(server) as wire:
@@ -1031,9 +1029,7 @@ def test_where_the_disk_is_full_the_snapshot_before_stays_and_the_server_goes_on
         assert keeper.save()
 
 
-def test_a_disk_that_is_full_is_named_as_the_reason(
-    store: SQLiteStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_full_disk_is_reported_as_reason(store: SQLiteStore, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "dsmq-test", str(tmp_path)]
     if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("nothing can be mounted here")
@@ -1053,7 +1049,7 @@ def test_a_disk_that_is_full_is_named_as_the_reason(
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
-def test_a_last_snapshot_that_fails_is_told_by_the_exit_status(file: Path) -> None:
+def test_failed_final_snapshot_sets_exit_status(file: Path) -> None:
     with daemon("--snapshot-file", str(file)) as server, wire_to(server) as wire:  # type: ignore[arg-type]
         wire.call("PUT", "t", "x")
         resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (1000, 1000))
@@ -1063,7 +1059,7 @@ def test_a_last_snapshot_that_fails_is_told_by_the_exit_status(file: Path) -> No
     assert not file.exists()
 
 
-def test_a_file_or_folder_that_cannot_be_used_is_told_at_the_start(tmp_path: Path) -> None:
+def test_unusable_snapshot_path_is_reported_at_start(tmp_path: Path) -> None:
     (tmp_path / "a file").touch()
     (tmp_path / "a folder").mkdir()
     for name, told in (("missing/it", "missing: No such"), ("a file/it", "Not a dir"), ("a folder", "Is a dir")):
@@ -1073,7 +1069,7 @@ def test_a_file_or_folder_that_cannot_be_used_is_told_at_the_start(tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["folder", "file"])
-def test_what_is_not_allowed_is_told_at_the_start(tmp_path: Path, mode: str) -> None:
+def test_missing_permission_is_reported_at_start(tmp_path: Path, mode: str) -> None:
     folder, file = tmp_path / "state", tmp_path / "state" / "it"
     folder.mkdir()
     prefix = without_privileges()
@@ -1091,7 +1087,7 @@ def test_what_is_not_allowed_is_told_at_the_start(tmp_path: Path, mode: str) -> 
     assert file.read_bytes() == kept
 
 
-def test_what_the_last_snapshot_will_need_is_tried_at_the_start(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_start_checks_that_snapshot_can_be_written(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: Path) -> None:
         raise OSError(errno.EINVAL, "Invalid argument")
 
@@ -1101,7 +1097,7 @@ def test_what_the_last_snapshot_will_need_is_tried_at_the_start(file: Path, monk
     assert {path.name for path in file.parent.iterdir()} == {f"{file.name}.lock"}
 
 
-def test_a_failure_of_sqlite_at_the_start_is_one_line(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sqlite_failure_at_start_is_one_line(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(snapshot, "create_tables", lambda database: database.execute("locked"))
     with pytest.raises(CannotStart, match=r"snapshot_file: .*syntax error"), serving(snapshot_file=str(file)):
         pass
@@ -1134,7 +1130,7 @@ sys.exit(not keeper.save() or not keeper.save_last())
 
 
 @pytest.mark.slow
-def test_nothing_is_written_outside_the_folder_of_the_snapshot(tmp_path: Path) -> None:
+def test_nothing_is_written_outside_snapshot_folder(tmp_path: Path) -> None:
     script = (
         "set -e; mount --make-rprivate /; mount --bind $0 /mnt; cd /proc; "
         "for folder in /tmp /var/tmp; do mount --bind $folder $folder; mount -o remount,bind,ro $folder; done; "
@@ -1147,7 +1143,7 @@ def test_nothing_is_written_outside_the_folder_of_the_snapshot(tmp_path: Path) -
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_two_servers_can_not_have_one_file(file: Path) -> None:
+def test_two_servers_cannot_share_snapshot_file(file: Path) -> None:
     with serving(snapshot_file=str(file)) as server:
         with pytest.raises(CannotStart, match="another server has"), serving(snapshot_file=str(file)):
             pass
@@ -1163,7 +1159,7 @@ def test_two_servers_can_not_have_one_file(file: Path) -> None:
         child.wait()
 
 
-def test_a_start_that_fails_leaves_the_snapshot_as_it_is(file: Path) -> None:
+def test_failed_start_leaves_snapshot_unchanged(file: Path) -> None:
     with serving(snapshot_file=str(file)) as server, wire_to(server) as wire:
         wire.call("PUT", "t", "x")
     before = file.read_bytes()
@@ -1176,7 +1172,7 @@ def test_a_start_that_fails_leaves_the_snapshot_as_it_is(file: Path) -> None:
     assert file.read_bytes() == before
 
 
-def test_a_start_that_fails_behind_the_restore_loses_nothing(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_start_after_restore_loses_nothing(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(snapshot_file=str(file)) as server, wire_to(server) as wire:
         wire.call("PUT", "t", "x")
         run = server._store.run
@@ -1192,7 +1188,7 @@ def test_a_start_that_fails_behind_the_restore_loses_nothing(file: Path, monkeyp
         assert (server._store.run, wire.call("READ", "t", 0)[3]) == (run, b"x")
 
 
-def test_a_file_that_does_not_load_though_it_is_whole_is_refused(
+def test_complete_but_unloadable_snapshot_is_refused(
     store: SQLiteStore, file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     put(store, b"t", b"x")
@@ -1208,7 +1204,7 @@ def test_a_file_that_does_not_load_though_it_is_whole_is_refused(
 # At an interval
 
 
-def test_at_an_interval_it_is_written_while_clients_put(file: Path) -> None:
+def test_periodic_snapshot_is_written_during_puts(file: Path) -> None:
     settings = {"snapshot_file": str(file), "snapshot_interval_seconds": 1, "http_port": 0}
     with serving(**settings) as server, wire_to(server) as wire:
         assert scrape(server)["dsmq_snapshot_time_seconds"] == 0
@@ -1231,7 +1227,7 @@ def test_at_an_interval_it_is_written_while_clients_put(file: Path) -> None:
         assert scrape(server)["dsmq_restored_messages"] == 1
 
 
-def test_a_stop_does_not_wait_for_a_snapshot_at_an_interval(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_does_not_wait_for_periodic_snapshot(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keeper_module, "PAUSE_SECONDS", SOON)
     monkeypatch.setattr(database, "COPY_ROWS", 1)
     with serving(snapshot_file=str(file), snapshot_interval_seconds=1) as server, wire_to(server) as wire:
@@ -1246,7 +1242,7 @@ def test_a_stop_does_not_wait_for_a_snapshot_at_an_interval(file: Path, monkeypa
 
 
 @pytest.mark.slow
-def test_a_stop_waits_for_a_disk_that_is_slow(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_waits_for_slow_disk(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     began, write = threading.Event(), snapshot._sync_folder
 
     def slowly(folder: Path) -> None:
@@ -1267,7 +1263,7 @@ def test_a_stop_waits_for_a_disk_that_is_slow(file: Path, monkeypatch: pytest.Mo
         assert (other.run, bodies(other, b"t")) == (server._store.run, [b"x"])
 
 
-def test_a_disk_that_hangs_is_waited_for_no_longer_than_a_minute(
+def test_stop_waits_at_most_a_minute_for_hanging_disk(
     file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     released = threading.Event()
@@ -1283,9 +1279,7 @@ def test_a_disk_that_hangs_is_waited_for_no_longer_than_a_minute(
     server._store.close()
 
 
-def test_while_the_disk_is_written_to_the_thread_is_not_taken_for_stuck(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_slow_disk_does_not_fail_health_check(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writing, released = threading.Event(), threading.Event()
 
     def hang(_: Path) -> None:
@@ -1302,7 +1296,7 @@ def test_while_the_disk_is_written_to_the_thread_is_not_taken_for_stuck(
         assert "dsmq-snapshot" not in stuck
 
 
-def test_a_defect_while_it_is_written_ends_nothing(
+def test_defect_in_snapshot_does_not_end_server(
     store: SQLiteStore, file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with keeping(store, file) as keeper:
@@ -1313,7 +1307,7 @@ def test_a_defect_while_it_is_written_ends_nothing(
         assert not file.exists()
 
 
-def test_the_death_of_the_thread_is_noticed(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dead_snapshot_thread_is_detected(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Snapshotter, "_run", lambda _: None)
     settings = {"port": 0, "snapshot_file": str(file), "snapshot_interval_seconds": 1}
     with Server(config.load(kind=config.EmbeddedSettings, **settings)) as server:
@@ -1324,14 +1318,14 @@ def test_the_death_of_the_thread_is_noticed(file: Path, monkeypatch: pytest.Monk
     assert file.exists()
 
 
-def test_an_interval_needs_a_file() -> None:
+def test_snapshot_interval_requires_file() -> None:
     with pytest.raises(ConfigError, match="without snapshot_file"):
         config.load(snapshot_interval_seconds=5)
     with pytest.raises(ConfigError, match="0, or at least 1"):
         config.load(snapshot_file="x", snapshot_interval_seconds=0.5)
 
 
-def test_what_clients_put_before_it_stops_is_in_the_last_snapshot(file: Path) -> None:
+def test_puts_before_stop_are_in_final_snapshot(file: Path) -> None:
     """Whatever was answered with an id is there; nothing that was refused."""
     stored: list[int] = []
 
@@ -1374,7 +1368,7 @@ def lost_ids(wire: Wire) -> object:
     return as_map(wire.call("HELLO"))[b"lost_ids"]
 
 
-def test_after_kills_a_reader_is_told_what_was_lost_and_the_numbers_that_count_goes_on_from(tmp_path: Path) -> None:
+def test_missed_count_is_exact_after_kill(tmp_path: Path) -> None:
     path = tmp_path / "snapshot"
     gap = RESTORE_GAP
     with serving(snapshot_file=str(path)) as server, wire_to(server) as wire:

@@ -88,7 +88,7 @@ def watch(store: SQLiteStore) -> list[str]:
 # Ids and numbers
 
 
-def test_ids_increase_over_all_topics_and_numbers_within_one(store: SQLiteStore) -> None:
+def test_ids_increase_over_all_topics_and_numbers_per_topic(store: SQLiteStore) -> None:
     assert store.last_id() == 0
     assert store.append([a_put(b"a", b"1"), a_put(b"b", b"2"), a_put(b"a", b"3")]) == [1, 2, 3]
     assert put(store, b"b", b"4") == [4]
@@ -97,7 +97,7 @@ def test_ids_increase_over_all_topics_and_numbers_within_one(store: SQLiteStore)
     assert store.last_id() == 4
 
 
-def test_ids_and_numbers_go_on_after_everything_expired(store: SQLiteStore, clock: Clock) -> None:
+def test_ids_and_numbers_continue_after_everything_expired(store: SQLiteStore, clock: Clock) -> None:
     put(store, b"t", b"1", b"2")
     clock.now += MAX_AGE + 1
     expire_all(store)
@@ -107,19 +107,19 @@ def test_ids_and_numbers_go_on_after_everything_expired(store: SQLiteStore, cloc
     assert store.totals()[:5] == (1, 1, 1, 3, 2)
 
 
-def test_each_life_of_a_store_has_an_epoch_of_its_own(store: SQLiteStore) -> None:
+def test_each_store_has_its_own_epoch(store: SQLiteStore) -> None:
     other = SQLiteStore(MAX_AGE)
     other.close()
     assert store.epoch
     assert store.epoch != other.epoch
 
 
-def test_nothing_put_is_nothing_stored(store: SQLiteStore) -> None:
+def test_empty_batch_stores_nothing(store: SQLiteStore) -> None:
     assert store.append([]) == []
     assert store.totals()[:5] == (0, 0, 0, 0, 0)
 
 
-def test_bodies_are_any_bytes(store: SQLiteStore) -> None:
+def test_bodies_may_be_any_bytes(store: SQLiteStore) -> None:
     given = [b"", b"\0", bytes(range(256)), b"x" * 100_000]
     put(store, b"t", *given)
     assert bodies(read(store, b"t")) == given
@@ -135,7 +135,7 @@ def test_reading_removes_nothing(store: SQLiteStore) -> None:
     assert store.totals().messages == 2
 
 
-def test_read_returns_what_is_behind_the_id_oldest_first(store: SQLiteStore) -> None:
+def test_read_returns_messages_after_id_oldest_first(store: SQLiteStore) -> None:
     put(store, b"t", b"1", b"2", b"3")
     assert bodies(read(store, b"t", 0)) == [b"1", b"2", b"3"]
     assert bodies(read(store, b"t", 1)) == [b"2", b"3"]
@@ -150,14 +150,12 @@ def test_read_stops_at_the_count(store: SQLiteStore) -> None:
 
 
 @pytest.mark.parametrize(("size", "messages"), [(1, 1), (4, 1), (5, 2), (8, 2), (9, 3), (100, 3)])
-def test_read_stops_once_the_bytes_have_been_but_returns_one_message(
-    store: SQLiteStore, size: int, messages: int
-) -> None:
+def test_read_stops_at_size_but_returns_at_least_one_message(store: SQLiteStore, size: int, messages: int) -> None:
     put(store, b"t", b"aaaa", b"bbbb", b"cccc")
     assert len(store.read(b"t", 0, 100, size)) == messages
 
 
-def test_latest_is_the_newest_behind_the_id(store: SQLiteStore) -> None:
+def test_latest_is_newest_message_after_id(store: SQLiteStore) -> None:
     put(store, b"t", b"1", b"2")
     put(store, b"other", b"3")
     assert store.latest(b"t", 0) == [a_message(2, 2, 0, b"2")]
@@ -166,7 +164,7 @@ def test_latest_is_the_newest_behind_the_id(store: SQLiteStore) -> None:
     assert store.latest(b"nothing", 0) == []
 
 
-def test_a_reader_who_is_caught_up_costs_no_statement(store: SQLiteStore) -> None:
+def test_caught_up_reader_runs_no_statement(store: SQLiteStore) -> None:
     put(store, b"t", b"1", b"2")
     put(store, b"other", b"3")
     statements = watch(store)
@@ -178,7 +176,7 @@ def test_a_reader_who_is_caught_up_costs_no_statement(store: SQLiteStore) -> Non
     assert statements == []
 
 
-def test_a_reader_with_a_backlog_costs_one_statement(store: SQLiteStore) -> None:
+def test_reader_with_backlog_runs_one_statement(store: SQLiteStore) -> None:
     put(store, b"t", *[b"x"] * store_module.FLUSH_MESSAGES)
     store.flush()
     put(store, b"t", b"and one in the tail")
@@ -187,7 +185,7 @@ def test_a_reader_with_a_backlog_costs_one_statement(store: SQLiteStore) -> None
     assert len(statements) == 1
 
 
-def test_a_put_to_a_known_topic_costs_no_statement(store: SQLiteStore) -> None:
+def test_put_to_known_topic_runs_no_statement(store: SQLiteStore) -> None:
     put(store, b"t", b"1")
     statements = watch(store)
     put(store, b"t", b"2")
@@ -197,7 +195,7 @@ def test_a_put_to_a_known_topic_costs_no_statement(store: SQLiteStore) -> None:
 
 
 @pytest.mark.parametrize(("limit", "most"), [("MAX_BUFFERED_MESSAGES", 6), ("MAX_BUFFERED_BYTES", 12)])
-def test_long_tails_are_written_together_by_topic_and_millisecond(
+def test_write_buffer_is_flushed_by_topic_and_millisecond(
     store: SQLiteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch, limit: str, most: int
 ) -> None:
     monkeypatch.setattr(store_module, limit, most)
@@ -217,7 +215,7 @@ def test_long_tails_are_written_together_by_topic_and_millisecond(
 
 
 @pytest.mark.parametrize("size", [1, 1000, 100_000])
-def test_flush_writes_tails_that_are_long(store: SQLiteStore, size: int) -> None:
+def test_flush_writes_full_buffers(store: SQLiteStore, size: int) -> None:
     for number in range(1, 40):
         put(store, b"t", b"x" * size)
         long = number >= store_module.FLUSH_MESSAGES or number * size >= store_module.FLUSH_BYTES
@@ -230,7 +228,7 @@ def test_flush_writes_tails_that_are_long(store: SQLiteStore, size: int) -> None
 
 
 @pytest.mark.parametrize(("size", "messages"), [(1, 128), (100, 128), (200, 81), (4096, 4), (9000, 1), (20_000, 1)])
-def test_no_chunk_is_long(store: SQLiteStore, size: int, messages: int) -> None:
+def test_chunks_are_bounded(store: SQLiteStore, size: int, messages: int) -> None:
     put(store, b"t", *[b"x" * size] * 300)
     store._flush()
     held = store._database.connection.execute(
@@ -273,7 +271,7 @@ def test_stats_reads_no_bodies(store: SQLiteStore) -> None:
     assert [statement for statement in statements if "bodies" in statement] == []
 
 
-def test_flush_without_room_raises_and_keeps_what_was_put(store: SQLiteStore) -> None:
+def test_flush_without_memory_raises_and_keeps_messages(store: SQLiteStore) -> None:
     put(store, b"t", b"x")
     stop_growing(store)
     put(store, b"t", BIG)
@@ -307,9 +305,7 @@ def test_statements_use_the_index_and_sort_nothing(store: SQLiteStore, statement
 
 @pytest.mark.parametrize("written", [False, True])
 @pytest.mark.parametrize("expire_runs", [False, True])
-def test_a_message_is_read_until_it_is_older_than_the_limit(
-    store: SQLiteStore, clock: Clock, expire_runs: bool, written: bool
-) -> None:
+def test_message_is_readable_until_max_age(store: SQLiteStore, clock: Clock, expire_runs: bool, written: bool) -> None:
     put(store, b"t", b"x")
     if written:
         store._flush()
@@ -324,7 +320,7 @@ def test_a_message_is_read_until_it_is_older_than_the_limit(
 
 
 @pytest.mark.parametrize("written", [False, True])
-def test_expiry_keeps_a_message_that_is_as_old_as_it_may_be(store: SQLiteStore, clock: Clock, written: bool) -> None:
+def test_expiry_keeps_message_at_max_age(store: SQLiteStore, clock: Clock, written: bool) -> None:
     put(store, b"t", b"too old")
     clock.now += 1
     put(store, b"t", b"not yet")
@@ -335,7 +331,7 @@ def test_expiry_keeps_a_message_that_is_as_old_as_it_may_be(store: SQLiteStore, 
     assert read(store, b"t") == [Message(2, 2, MAX_AGE, b"not yet", 0)]
 
 
-def test_what_is_too_old_counts_as_held_until_it_is_deleted(store: SQLiteStore, clock: Clock) -> None:
+def test_expired_messages_count_as_stored_until_deleted(store: SQLiteStore, clock: Clock) -> None:
     put(store, b"t", b"old")
     clock.now += MAX_AGE + 1
     put(store, b"t", b"newer")
@@ -359,7 +355,7 @@ def test_expire_deletes_in_slices(store: SQLiteStore, clock: Clock, monkeypatch:
     assert bodies(read(store, b"t")) == [b"6"]
 
 
-def test_ages_do_not_come_from_the_time_of_day(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ages_do_not_depend_on_wall_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monotonic = 5_000_999_999
     fake = SimpleNamespace(monotonic_ns=lambda: monotonic, clock_gettime_ns=lambda _: monotonic, monotonic=float)
     monkeypatch.setattr(store_module, "time", fake)
@@ -373,7 +369,7 @@ def test_ages_do_not_come_from_the_time_of_day(monkeypatch: pytest.MonkeyPatch) 
     store.close()
 
 
-def test_an_sqlite_that_is_too_old_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outdated_sqlite_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(database, "SCHEMA", "CREATE TABLE t (x) FROM THE FUTURE")
     with pytest.raises(CannotStart, match=rf"^SQLite {sqlite3.sqlite_version} is too old.*FROM.*$"):
         SQLiteStore(MAX_AGE)
@@ -382,12 +378,12 @@ def test_an_sqlite_that_is_too_old_is_named_in_one_line(monkeypatch: pytest.Monk
 # Idempotent puts
 
 
-def test_what_is_remembered_is_bounded_as_documented() -> None:
+def test_documented_dedup_bounds_hold() -> None:
     assert (producers.MAX_PRODUCERS, producers.MAX_PUTS_OF_PRODUCER) == (10_000, 1_000)
     assert topics_module.MAX_EMPTY_TOPICS == 100_000
 
 
-def test_a_put_with_the_same_key_is_stored_once(store: SQLiteStore) -> None:
+def test_put_with_same_key_is_stored_once(store: SQLiteStore) -> None:
     first = a_put(b"t", b"first", (b"me", 0))
     assert store.append([first]) == [1]
     assert store.append([first]) == [1]
@@ -397,14 +393,14 @@ def test_a_put_with_the_same_key_is_stored_once(store: SQLiteStore) -> None:
     assert store.stats(b"other").last_number == 0
 
 
-def test_a_put_with_the_same_key_in_the_same_batch_is_stored_once(store: SQLiteStore) -> None:
+def test_put_with_same_key_in_batch_is_stored_once(store: SQLiteStore) -> None:
     once, twice, other = a_put(b"t", b"x", (b"me", 7)), a_put(b"new", b"y", (b"me", 7)), a_put(b"t", b"z", (b"me", 8))
     assert store.append([once, twice, a_put(b"t", b"no key"), other, once]) == [1, 1, 2, 3, 1]
     assert [message[:2] for message in read(store, b"t")] == [(1, 1), (2, 2), (3, 3)]
     assert store.totals().topics == 1
 
 
-def test_a_key_is_remembered_after_its_message_expired(store: SQLiteStore, clock: Clock) -> None:
+def test_key_is_remembered_after_message_expired(store: SQLiteStore, clock: Clock) -> None:
     assert store.append([a_put(b"t", b"x", (b"me", 1))]) == [1]
     clock.now += MAX_AGE + 1
     expire_all(store)
@@ -412,7 +408,7 @@ def test_a_key_is_remembered_after_its_message_expired(store: SQLiteStore, clock
     assert read(store, b"t") == []
 
 
-def test_the_last_puts_of_a_producer_are_remembered(store: SQLiteStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_last_puts_of_producer_are_remembered(store: SQLiteStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(producers, "MAX_PUTS_OF_PRODUCER", 3)
     puts = [a_put(b"t", b"x", (b"me", seq)) for seq in range(20)]
     for count in range(1, 20):
@@ -427,7 +423,7 @@ def test_the_last_puts_of_a_producer_are_remembered(store: SQLiteStore, monkeypa
     assert store.append(puts[19:]) == [20]
 
 
-def test_the_producers_heard_last_are_remembered(
+def test_most_recent_producers_are_remembered(
     store: SQLiteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(producers, "MAX_PRODUCERS", 2)
@@ -443,7 +439,7 @@ def test_the_producers_heard_last_are_remembered(
     assert len(store._deduplicator.names()) == 2
 
 
-def test_producers_are_forgotten_with_time(store: SQLiteStore, clock: Clock) -> None:
+def test_idle_producers_are_forgotten(store: SQLiteStore, clock: Clock) -> None:
     store.append([a_put(b"t", b"x", (b"a", 0))])
     clock.now += producers.REMEMBER_MS
     store.append([a_put(b"t", b"x", (b"b", 0))])
@@ -456,7 +452,7 @@ def test_producers_are_forgotten_with_time(store: SQLiteStore, clock: Clock) -> 
     store.check_producer(b"a")
 
 
-def test_whether_a_producer_was_forgotten_too_early_is_known(
+def test_producer_forgotten_too_early_is_detected(
     store: SQLiteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(producers, "MAX_PRODUCERS", 1)
@@ -471,9 +467,7 @@ def test_whether_a_producer_was_forgotten_too_early_is_known(
     store.check_producer(b"a")
 
 
-def test_a_producer_that_sends_a_put_again_is_heard_too(
-    store: SQLiteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_retry_refreshes_producer(store: SQLiteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     def append(put: Put) -> list[int]:
         clock.now += 1
         return store.append([put])
@@ -486,7 +480,7 @@ def test_a_producer_that_sends_a_put_again_is_heard_too(
 # Topics
 
 
-def test_topics_come_in_byte_order_in_pages(store: SQLiteStore, clock: Clock) -> None:
+def test_topics_are_listed_in_byte_order_by_page(store: SQLiteStore, clock: Clock) -> None:
     put(store, b"gone", b"x")
     clock.now += MAX_AGE + 1
     for name in (b"b", b"\xc3\xa9", b"a", b"aa", b"B"):
@@ -501,13 +495,13 @@ def test_topics_come_in_byte_order_in_pages(store: SQLiteStore, clock: Clock) ->
     assert [topic[:3] for topic in store.topics(b"B", 1)] == [(b"a", 2, 3)]
 
 
-def test_stats_of_a_topic_that_never_was_are_zero(store: SQLiteStore) -> None:
+def test_stats_of_unknown_topic_are_zero(store: SQLiteStore) -> None:
     put(store, b"t", b"x")
     assert store.stats(b"nothing") == TopicStats(b"nothing", 0, 0, 0, 0, 0, 0)
     assert store.totals().topics == 1
 
 
-def test_stats_of_a_topic_that_holds_nothing_keep_the_last_id_and_number(store: SQLiteStore, clock: Clock) -> None:
+def test_stats_of_empty_topic_keep_last_id_and_number(store: SQLiteStore, clock: Clock) -> None:
     put(store, b"t", b"x", b"y")
     clock.now += MAX_AGE + 1
     expire_all(store)
@@ -515,7 +509,7 @@ def test_stats_of_a_topic_that_holds_nothing_keep_the_last_id_and_number(store: 
     assert store.totals()[:5] == (0, 0, 0, 2, 2)
 
 
-def test_of_too_many_empty_topics_the_one_put_to_longest_ago_is_forgotten(
+def test_least_recent_empty_topic_is_forgotten(
     store: SQLiteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(topics_module, "MAX_EMPTY_TOPICS", 2)
@@ -535,7 +529,7 @@ def test_of_too_many_empty_topics_the_one_put_to_longest_ago_is_forgotten(
     ]
 
 
-def test_topics_that_hold_messages_are_never_forgotten(
+def test_topics_with_messages_are_never_forgotten(
     store: SQLiteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(topics_module, "MAX_EMPTY_TOPICS", 0)
@@ -565,7 +559,7 @@ def stop_growing(store: SQLiteStore) -> None:
 
 
 @pytest.mark.parametrize("puts", PUTS.values(), ids=PUTS)
-def test_a_put_without_room_stores_nothing(store: SQLiteStore, clock: Clock, puts: list[Put]) -> None:
+def test_put_without_memory_stores_nothing(store: SQLiteStore, clock: Clock, puts: list[Put]) -> None:
     put(store, b"t", b"x")
     stop_growing(store)
     # The tail takes it; then it has to be written first.
@@ -583,7 +577,7 @@ def test_a_put_without_room_stores_nothing(store: SQLiteStore, clock: Clock, put
     assert bodies(store.read(b"t", 0, 2, 2_000_000)) == [b"x", BIG]
 
 
-def test_while_there_is_no_room_a_put_fails_without_trying(store: SQLiteStore, clock: Clock) -> None:
+def test_put_fails_fast_while_out_of_memory(store: SQLiteStore, clock: Clock) -> None:
     put(store, b"t", BIG)
     stop_growing(store)
     with pytest.raises(Full):
@@ -600,7 +594,7 @@ def test_while_there_is_no_room_a_put_fails_without_trying(store: SQLiteStore, c
     assert [store.full(), store.full()] == [{"memory"}, set()]
 
 
-def test_a_put_sent_again_is_known_where_there_is_no_room(store: SQLiteStore) -> None:
+def test_retried_put_is_recognized_while_out_of_memory(store: SQLiteStore) -> None:
     keyed = a_put(b"t", BIG, (b"me", 1))
     assert store.append([keyed]) == [1]
     stop_growing(store)
@@ -609,7 +603,7 @@ def test_a_put_sent_again_is_known_where_there_is_no_room(store: SQLiteStore) ->
     assert store.append([keyed, keyed]) == [1, 1]
 
 
-def test_what_expires_unwritten_needs_no_room(store: SQLiteStore, clock: Clock) -> None:
+def test_unwritten_messages_expire_while_out_of_memory(store: SQLiteStore, clock: Clock) -> None:
     put(store, b"t", BIG)
     stop_growing(store)
     with pytest.raises(Full):
@@ -622,7 +616,7 @@ def test_what_expires_unwritten_needs_no_room(store: SQLiteStore, clock: Clock) 
 
 
 @pytest.mark.parametrize("step", ["_create_topics", "_flush"])
-def test_out_of_memory_is_full(store: SQLiteStore, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+def test_out_of_memory_raises_full(store: SQLiteStore, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     def fail(*_: object) -> None:
         raise MemoryError
 
@@ -636,7 +630,7 @@ def test_out_of_memory_is_full(store: SQLiteStore, monkeypatch: pytest.MonkeyPat
     assert put(store, b"new", b"y") == [2]
 
 
-def test_expiry_makes_room_again(store: SQLiteStore, clock: Clock) -> None:
+def test_expiry_frees_memory(store: SQLiteStore, clock: Clock) -> None:
     put(store, b"t", BIG)
     put(store, b"t", BIG)
     stop_growing(store)
@@ -649,7 +643,7 @@ def test_expiry_makes_room_again(store: SQLiteStore, clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("statement", ["INSERT_ROW", "INSERT_TOPIC"])
-def test_a_put_that_fails_stores_nothing(
+def test_failed_put_stores_nothing(
     store: SQLiteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch, statement: str
 ) -> None:
     put(store, b"t", BIG)
@@ -664,16 +658,14 @@ def test_a_put_that_fails_stores_nothing(
     assert store.append(puts) == [2, 3]
 
 
-def test_a_put_done_before_makes_no_topic(store: SQLiteStore) -> None:
+def test_duplicate_put_creates_no_topic(store: SQLiteStore) -> None:
     store.append([a_put(b"t", b"1", (b"me", 1))])
     puts = [a_put(b"new", b"1", (b"me", 1)), a_put(b"t", b"2", (b"me", 2)), a_put(b"newer", b"2", (b"me", 2))]
     assert store.append(puts) == [1, 2, 2]
     assert list(store._topics.by_name) == [b"t"]
 
 
-def test_a_put_is_remembered_while_its_batch_makes_others_forgotten(
-    store: SQLiteStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_put_is_remembered_while_its_batch_evicts_others(store: SQLiteStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(producers, "MAX_PUTS_OF_PRODUCER", 1)
     store.append([a_put(b"t", b"1", (b"me", 1))])
     # The second put makes the first forgotten, but not before the third is known to be the first again.
@@ -683,7 +675,7 @@ def test_a_put_is_remembered_while_its_batch_makes_others_forgotten(
     assert store.topics(b"", 10)[-1].name == b"t"
 
 
-def test_an_interrupt_within_a_transaction_stores_nothing_and_passes_through(
+def test_interrupt_in_transaction_stores_nothing_and_propagates(
     store: SQLiteStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Interrupting:
@@ -715,7 +707,7 @@ def test_close_is_idempotent(store: SQLiteStore) -> None:
         put(store, b"t", b"x")
 
 
-def test_use_after_close_fails(store: SQLiteStore) -> None:
+def test_use_after_close_raises(store: SQLiteStore) -> None:
     put(store, b"t", b"x")
     store.close()
     for use in (
@@ -734,7 +726,7 @@ def test_use_after_close_fails(store: SQLiteStore) -> None:
 # Threads
 
 
-def test_threads_lose_nothing_double_nothing_and_see_the_same_order(store: SQLiteStore) -> None:
+def test_concurrent_puts_are_neither_lost_nor_duplicated_nor_reordered(store: SQLiteStore) -> None:
     topics, writers, batches = (b"a", b"b"), 4, 60
     start = threading.Barrier(2 * writers)
     written = threading.Event()
@@ -785,7 +777,7 @@ def test_threads_lose_nothing_double_nothing_and_see_the_same_order(store: SQLit
 # What is told of it
 
 
-def test_who_has_read_what_expires_is_known(store: SQLiteStore, clock: Clock) -> None:
+def test_expired_unread_messages_are_counted(store: SQLiteStore, clock: Clock) -> None:
     put(store, b"read", b"a", b"b", b"c", b"d")
     put(store, b"unread", b"x", b"y")
     put(store, b"skipped", b"x", b"y")
@@ -802,9 +794,7 @@ def test_who_has_read_what_expires_is_known(store: SQLiteStore, clock: Clock) ->
     assert store.totals().expired_unread == 4
 
 
-def test_messages_that_expire_before_a_slow_reader_comes_to_them_count_as_unread(
-    store: SQLiteStore, clock: Clock
-) -> None:
+def test_unread_ranges_are_tracked(store: SQLiteStore, clock: Clock) -> None:
     put(store, b"t", b"1", b"2", b"3")
     store.read(b"t", 0, 1, 1000)
     clock.now += MAX_AGE + 1
@@ -826,7 +816,7 @@ def test_messages_skipped_by_a_reader_that_starts_later_count_as_read(store: SQL
     assert store.totals().expired_unread == 1
 
 
-def test_what_expired_unread_is_counted_once(store: SQLiteStore, clock: Clock) -> None:
+def test_message_expired_unread_is_counted_once(store: SQLiteStore, clock: Clock) -> None:
     for _ in range(2):
         put(store, b"t", *[b"x"] * 10)
         clock.now += MAX_AGE + 1
@@ -839,7 +829,7 @@ def test_what_expired_unread_is_counted_once(store: SQLiteStore, clock: Clock) -
 
 
 @pytest.mark.parametrize("written", [True, False])
-def test_the_age_of_the_oldest_is_known(store: SQLiteStore, clock: Clock, written: bool) -> None:
+def test_age_of_oldest_message_is_reported(store: SQLiteStore, clock: Clock, written: bool) -> None:
     assert store.totals().oldest_age_ms == 0
     put(store, b"a", b"x")
     if written:
@@ -853,7 +843,7 @@ def test_the_age_of_the_oldest_is_known(store: SQLiteStore, clock: Clock, writte
     assert store.totals().oldest_age_ms == MAX_AGE - 29
 
 
-def test_the_use_of_the_database_is_timed(store: SQLiteStore, clock: Clock) -> None:
+def test_database_time_is_measured(store: SQLiteStore, clock: Clock) -> None:
     put(store, b"a", b"x")
     before = store.timings()
     read(store, b"a")
@@ -867,7 +857,7 @@ def test_the_use_of_the_database_is_timed(store: SQLiteStore, clock: Clock) -> N
     assert all(timing.seconds > 0 for timing in store.timings().values())
 
 
-def test_topics_by_depth_and_their_last_numbers(store: SQLiteStore) -> None:
+def test_largest_topics_are_listed_with_last_numbers(store: SQLiteStore) -> None:
     for topic, count in ((b"a", 2), (b"b", 5), (b"c", 1)):
         put(store, topic, *[b"x"] * count)
     assert store.largest_topics(2) == [b"b", b"a"]

@@ -119,7 +119,7 @@ cuts = st.lists(st.integers(0, 20_000), max_size=12)
 
 @given(request=whole_requests)
 @settings(max_examples=50, deadline=None)
-def test_a_request_comes_out_as_it_went_in_at_every_split(request: list[bytes]) -> None:
+def test_request_round_trips_at_every_split(request: list[bytes]) -> None:
     data = encode_request(*request)
     for pieces in every_split(data):
         assert requests(*pieces) == [request]
@@ -127,21 +127,21 @@ def test_a_request_comes_out_as_it_went_in_at_every_split(request: list[bytes]) 
 
 @given(batch=st.lists(whole_requests, max_size=5))
 @settings(max_examples=25, deadline=None)
-def test_pipelined_requests_come_out_in_order_byte_by_byte(batch: list[list[bytes]]) -> None:
+def test_pipelined_requests_parse_in_order_byte_by_byte(batch: list[list[bytes]]) -> None:
     data = b"".join(encode_request(*request) for request in batch)
     assert requests(*bytewise(data)) == batch
 
 
 @given(batch=st.lists(whole_requests, max_size=6), cuts=cuts)
 @settings(deadline=None)
-def test_pipelined_requests_come_out_in_order_at_any_splits(batch: list[list[bytes]], cuts: list[int]) -> None:
+def test_pipelined_requests_parse_in_order_at_any_split(batch: list[list[bytes]], cuts: list[int]) -> None:
     data = b"".join(encode_request(*request) for request in batch)
     assert outcome(RequestParser(LIMIT), cut(data, cuts)) == (repr(batch), None)
 
 
 @pytest.mark.parametrize("body", [b"", b"short", b"a\r\n*1\r\n$4\r\nPING\r\n", b"x" * 1023, b"x" * 1024, b"\r\n" * 600])
 @pytest.mark.parametrize("count", [1, 63, 64, 65, 300])
-def test_many_requests_at_once_come_out_in_order(body: bytes, count: int) -> None:
+def test_many_requests_at_once_parse_in_order(body: bytes, count: int) -> None:
     batch = [[b"PUT", b"t%d" % number, body] for number in range(count)]
     data = b"".join(encode_request(*request) for request in batch)
     assert outcome(RequestParser(LIMIT), [data + b"*2\r\n$4\r\nPI", b"NG\r\n$0\r\n\r\n"]) == (
@@ -152,20 +152,20 @@ def test_many_requests_at_once_come_out_in_order(body: bytes, count: int) -> Non
 
 @given(batch=st.lists(whole_requests, max_size=6), cuts=cuts)
 @settings(deadline=None)
-def test_what_was_fed_without_asking_comes_out_all_the_same(batch: list[list[bytes]], cuts: list[int]) -> None:
+def test_data_fed_without_reading_is_parsed_later(batch: list[list[bytes]], cuts: list[int]) -> None:
     parser = RequestParser(LIMIT)
     for piece in cut(b"".join(encode_request(*request) for request in batch), cuts):
         parser.feed(piece)
     assert drain(parser) == batch
 
 
-def test_a_request_is_an_array_of_bulk_strings() -> None:
+def test_request_encodes_as_array_of_bulk_strings() -> None:
     assert encode_request(b"PUT", b"greetings", b"") == b"*3\r\n$3\r\nPUT\r\n$9\r\ngreetings\r\n$0\r\n\r\n"
 
 
 @given(batch=st.lists(whole_requests, min_size=1, max_size=3))
 @settings(max_examples=15, deadline=None)
-def test_incomplete_and_len_tell_what_is_held(batch: list[list[bytes]]) -> None:
+def test_incomplete_and_len_report_buffered_data(batch: list[list[bytes]]) -> None:
     frames = [encode_request(*request) for request in batch]
     parser = RequestParser(LIMIT)
     for frame in frames:
@@ -178,14 +178,14 @@ def test_incomplete_and_len_tell_what_is_held(batch: list[list[bytes]]) -> None:
 
 
 @pytest.mark.parametrize("parser", [RequestParser(LIMIT), ReplyParser()], ids=["requests", "replies"])
-def test_from_nothing_comes_nothing(parser: Parser) -> None:
+def test_empty_input_gives_no_request(parser: Parser) -> None:
     for _ in range(2):
         assert parser.next() is None
         assert (len(parser), parser.incomplete) == (0, False)
         parser.feed(b"")
 
 
-def test_len_counts_whole_requests_that_nobody_has_taken() -> None:
+def test_len_counts_untaken_requests() -> None:
     ping = encode_request(b"PING")
     parser = RequestParser(LIMIT)
     parser.feed(ping * 3 + ping[:5])
@@ -197,7 +197,7 @@ def test_len_counts_whole_requests_that_nobody_has_taken() -> None:
 
 
 @pytest.mark.parametrize("piece", [b"P", b"PING", b"PING\r", b" ", b"\r", b"*", b"*1\r\n", b"*1\r\n$4\r\nPI"])
-def test_the_beginning_of_anything_is_incomplete(piece: bytes) -> None:
+def test_any_prefix_is_incomplete(piece: bytes) -> None:
     parser = RequestParser(LIMIT)
     parser.feed(piece)
     assert parser.next() is None
@@ -215,18 +215,18 @@ def joins(parser: Parser, pieces: list[bytes]) -> int:
     return count
 
 
-def test_a_large_request_in_many_pieces_is_joined_once() -> None:
+def test_large_request_in_pieces_is_copied_once() -> None:
     data = encode_request(b"PUT", b"t", b"x" * 1_000_000)
     # One for the first piece, which is only kept, one for the last.
     assert joins(RequestParser(1_000_000), in_pieces_of(1000, data)) == 2
 
 
-def test_a_large_reply_in_many_pieces_is_joined_once() -> None:
+def test_large_reply_in_pieces_is_copied_once() -> None:
     data = encode_array([encode_integer(1), encode_bulk(b"x" * 1_000_000)])
     assert joins(ReplyParser(), in_pieces_of(1000, data)) == 2
 
 
-def test_a_message_byte_by_byte_is_joined_for_its_head_and_its_end() -> None:
+def test_message_byte_by_byte_is_joined_twice() -> None:
     data = encode_request(b"x" * 5000)
     assert joins(RequestParser(5000), bytewise(data)) == len(b"*1\r\n$5000\r\n") + 1
 
@@ -257,9 +257,7 @@ blanks = st.sampled_from([b" ", b"\t", b"  ", b" \t "])
 
 @given(words=st.lists(words, max_size=5), blank=blanks, end=st.sampled_from([b"\n", b"\r\n", b" \r\n"]))
 @settings(deadline=None)
-def test_an_inline_request_comes_out_as_it_was_meant_at_every_split(
-    words: list[tuple[bytes, bytes]], blank: bytes, end: bytes
-) -> None:
+def test_inline_request_parses_at_every_split(words: list[tuple[bytes, bytes]], blank: bytes, end: bytes) -> None:
     meant = [b"PUT", *(word for _, word in words)]
     assume(meant[-1] not in HTTP_VERSIONS)
     data = blank.join((b"PUT", *(written for written, _ in words))) + end
@@ -285,7 +283,7 @@ def test_an_inline_request_comes_out_as_it_was_meant_at_every_split(
         (b"\\n", [b"\\n"]),
     ],
 )
-def test_words_quotes_and_escapes(line: bytes, meant: list[bytes]) -> None:
+def test_inline_words_quotes_and_escapes_are_parsed(line: bytes, meant: list[bytes]) -> None:
     assert split_line(line) == meant
 
 
@@ -305,13 +303,13 @@ def test_inline_requests_and_arrays_may_follow_each_other() -> None:
 
 
 @pytest.mark.parametrize("empty", [b"\n", b"\r\n", b" \t\r\n", b"\n\r\n  \n"])
-def test_many_empty_lines_are_passed_over_without_recursion(empty: bytes) -> None:
+def test_many_empty_lines_are_skipped_without_recursion(empty: bytes) -> None:
     data = empty * 20_000 + encode_request(b"PING")
     assert requests(data) == [[b"PING"]]
     assert requests(*in_pieces_of(7, data)) == [[b"PING"]]
 
 
-def test_empty_lines_alone_leave_nothing_behind() -> None:
+def test_empty_lines_are_not_buffered() -> None:
     parser = RequestParser(LIMIT)
     assert parse(parser, [b"\r\n \n\n"]) == []
     assert (len(parser), parser.incomplete) == (0, False)
@@ -366,31 +364,31 @@ NO_REQUESTS = {
 
 
 @pytest.mark.parametrize("name", NO_REQUESTS)
-def test_what_is_no_request_is_refused_at_its_last_byte(name: str) -> None:
+def test_invalid_request_raises_at_its_last_byte(name: str) -> None:
     data = NO_REQUESTS[name]
     assert outcome(RequestParser(LIMIT), [data]) == ("[]", ProtocolError)
     assert outcome(RequestParser(LIMIT), bytewise(data)) == ("[]", ProtocolError)
     assert outcome(RequestParser(LIMIT), [encode_request(b"PING") + data]) == ("[[b'PING']]", ProtocolError)
 
 
-def test_the_limits_are_those_that_are_documented() -> None:
+def test_limits_match_documentation() -> None:
     assert (MAX_ARGUMENTS, MAX_LINE_BYTES, REQUEST_OVERHEAD_BYTES) == (64, 65_536, 65_536)
     assert protocol.MAX_INTEGER == 9_223_372_036_854_775_807
 
 
-def test_as_many_arguments_as_allowed_are_taken() -> None:
+def test_maximum_argument_count_is_accepted() -> None:
     request = [b"x"] * MAX_ARGUMENTS
     assert requests(encode_request(*request)) == [request]
     assert requests(b" ".join(request) + b"\n") == [request]
 
 
-def test_http_is_a_message_like_any_other_in_an_array() -> None:
+def test_http_words_in_array_are_ordinary_message() -> None:
     request = [b"PUT", b"t", b"HTTP/1.1"]
     assert requests(encode_request(*request)) == [request]
 
 
 @pytest.mark.parametrize("size", [MAX_LINE_BYTES, 1000, 500])
-def test_a_line_may_be_as_long_as_its_limit_and_no_longer(size: int) -> None:
+def test_line_over_limit_raises(size: int) -> None:
     longest = b"x" * (MAX_LINE_BYTES - 1)
     assert requests(*in_pieces_of(size, longest + b"\n")) == [[longest]]
     for too_long in (longest + b"x", longest + b"x\n"):
@@ -398,12 +396,12 @@ def test_a_line_may_be_as_long_as_its_limit_and_no_longer(size: int) -> None:
         assert outcome(RequestParser(LIMIT), [too_long]) == ("[]", ProtocolError)
 
 
-def test_a_message_may_be_as_long_as_its_limit() -> None:
+def test_message_at_limit_is_accepted() -> None:
     assert requests(encode_request(b"x" * LIMIT)) == [[b"x" * LIMIT]]
 
 
 @pytest.mark.parametrize("length", [LIMIT + 1, 2_147_483_647, 9_223_372_036_854_775_807])
-def test_a_message_over_its_limit_is_refused_at_its_length_line(length: int) -> None:
+def test_message_over_limit_raises_at_its_length_line(length: int) -> None:
     parser = RequestParser(LIMIT)
     assert parse(parser, [b"*3\r\n$3\r\nPUT\r\n$1\r\nt\r\n$%d\r" % length]) == []
     with pytest.raises(TooBig):
@@ -419,14 +417,14 @@ def request_of(size: int) -> bytes:
 
 
 @pytest.mark.parametrize("size", [100_000, 1000, 77], ids="in pieces of {}".format)
-def test_a_request_may_be_as_long_as_its_limit_and_no_longer(size: int) -> None:
+def test_request_over_limit_raises(size: int) -> None:
     most = LIMIT + REQUEST_OVERHEAD_BYTES
     assert len(requests(*in_pieces_of(size, request_of(most)))) == 1
     with pytest.raises(TooBig):
         requests(*in_pieces_of(size, request_of(most + 1)))
 
 
-def test_a_request_over_its_limit_is_refused_at_the_length_line_that_passes_it() -> None:
+def test_request_over_limit_raises_at_length_line() -> None:
     data = encode_request(*[b"x" * LIMIT] * 17)
     parser = RequestParser(LIMIT)
     assert parse(parser, [data[: -LIMIT - 3]]) == []
@@ -445,7 +443,7 @@ noise = st.binary(max_size=200) | fragments
 @given(noise=noise, cuts=cuts)
 @example(noise=b"\r\n" * 50, cuts=[])
 @settings(max_examples=500, deadline=None)
-def test_any_bytes_give_requests_or_an_error_the_same_in_any_pieces(noise: bytes, cuts: list[int]) -> None:
+def test_any_bytes_parse_the_same_as_requests_in_any_pieces(noise: bytes, cuts: list[int]) -> None:
     expected = outcome(RequestParser(LIMIT), [noise])
     assert outcome(RequestParser(LIMIT), bytewise(noise)) == expected
     assert outcome(RequestParser(LIMIT), cut(noise, cuts)) == expected
@@ -453,7 +451,7 @@ def test_any_bytes_give_requests_or_an_error_the_same_in_any_pieces(noise: bytes
 
 @given(noise=noise, cuts=cuts)
 @settings(max_examples=500, deadline=None)
-def test_any_bytes_give_replies_or_an_error_the_same_in_any_pieces(noise: bytes, cuts: list[int]) -> None:
+def test_any_bytes_parse_the_same_as_replies_in_any_pieces(noise: bytes, cuts: list[int]) -> None:
     expected = outcome(ReplyParser(), [noise])
     assert outcome(ReplyParser(), bytewise(noise)) == expected
     assert outcome(ReplyParser(), cut(noise, cuts)) == expected
@@ -461,7 +459,7 @@ def test_any_bytes_give_replies_or_an_error_the_same_in_any_pieces(noise: bytes,
 
 @given(line=fragments | st.binary(max_size=50))
 @settings(max_examples=300, deadline=None)
-def test_any_line_is_split_or_refused(line: bytes) -> None:
+def test_any_inline_line_is_split_or_raises(line: bytes) -> None:
     try:
         words = split_line(line.replace(b"\n", b""))
     except ProtocolError:
@@ -471,7 +469,7 @@ def test_any_line_is_split_or_refused(line: bytes) -> None:
 
 @given(request=whole_requests, at=st.integers(0, 5000), byte=st.integers(0, 255))
 @settings(max_examples=300, deadline=None)
-def test_a_request_with_one_byte_wrong_harms_nobody(request: list[bytes], at: int, byte: int) -> None:
+def test_request_with_one_wrong_byte_affects_no_one(request: list[bytes], at: int, byte: int) -> None:
     data = bytearray(encode_request(*request))
     data[at % len(data)] = byte
     expected = outcome(RequestParser(LIMIT), [bytes(data)])
@@ -513,7 +511,7 @@ def encoded(reply: Reply, version: int) -> bytes:
 
 @given(batch=st.lists(nested(protocol._MAX_DEPTH), min_size=1, max_size=2), version=st.sampled_from([2, 3]))
 @settings(max_examples=50, deadline=None)
-def test_replies_come_out_as_they_went_in_at_every_split(batch: list[Reply], version: int) -> None:
+def test_replies_round_trip_at_every_split(batch: list[Reply], version: int) -> None:
     data = b"".join(encoded(reply, version) for reply in batch)
     # Errors are equal to themselves alone; their repr tells class and sentence.
     for pieces in every_split(data):
@@ -523,20 +521,20 @@ def test_replies_come_out_as_they_went_in_at_every_split(batch: list[Reply], ver
 
 @given(batch=st.lists(nested(2), max_size=6), cuts=cuts)
 @settings(deadline=None)
-def test_pipelined_replies_come_out_in_order_at_any_splits(batch: list[Reply], cuts: list[int]) -> None:
+def test_pipelined_replies_parse_in_order_at_any_split(batch: list[Reply], cuts: list[int]) -> None:
     data = b"".join(encoded(reply, 2) for reply in batch)
     assert repr(replies(*cut(data, cuts))) == repr(batch)
 
 
 @given(messages=st.lists(st.tuples(*[st.integers(0, 2**63 - 1)] * 3, st.binary(max_size=9), st.integers(0, 2**63 - 1))))
 @settings(deadline=None, max_examples=30)
-def test_messages_are_a_flat_array_of_fives(messages: list[tuple[int, int, int, bytes, int]]) -> None:
+def test_messages_encode_as_flat_array_of_five_fields(messages: list[tuple[int, int, int, bytes, int]]) -> None:
     data = encode_messages(messages)
     for pieces in every_split(data):
         assert replies(*pieces) == [[value for message in messages for value in message]]
 
 
-def test_each_reply_on_the_wire() -> None:
+def test_each_reply_type_is_encoded() -> None:
     assert encode_simple("OK") == b"+OK\r\n"
     assert encode_error(TooBig("too much")) == b"-TOOBIG too much\r\n"
     assert encode_integer(1) == b":1\r\n"
@@ -561,13 +559,13 @@ def test_both_nulls_are_none(version: int) -> None:
 
 
 @pytest.mark.parametrize("kind", BY_CODE.values(), ids=BY_CODE)
-def test_each_error_comes_out_as_its_own_class(kind: type[ReplyError]) -> None:
+def test_error_code_gives_its_own_class(kind: type[ReplyError]) -> None:
     [error] = replies(encode_error(kind("a sentence: with a colon")))
     assert type(error) is kind
     assert str(error) == "a sentence: with a colon"
 
 
-def test_an_error_of_another_code_is_a_reply_error_that_keeps_it() -> None:
+def test_unknown_error_code_gives_reply_error_with_code() -> None:
     [error] = replies(b"-ERR unknown\r\n")
     assert type(error) is ReplyError
     assert str(error) == "ERR unknown"
@@ -577,7 +575,7 @@ def test_an_error_of_another_code_is_a_reply_error_that_keeps_it() -> None:
 @example(sentence="x\r\n+OK")
 @example(sentence="\ud800 \x85 \u2028")
 @settings(deadline=None)
-def test_no_sentence_makes_an_error_more_than_one_line(sentence: str) -> None:
+def test_error_message_is_always_one_line(sentence: str) -> None:
     data = encode_error(ProtocolError(sentence))
     [error] = replies(data)
     assert type(error) is ProtocolError
@@ -612,13 +610,13 @@ NO_REPLIES = {
 
 
 @pytest.mark.parametrize("name", NO_REPLIES)
-def test_what_is_no_reply_is_refused(name: str) -> None:
+def test_invalid_reply_raises(name: str) -> None:
     data = NO_REPLIES[name]
     assert outcome(ReplyParser(), [data]) == ("[]", ProtocolError)
     assert outcome(ReplyParser(), in_pieces_of(1 if len(data) < 100 else 1000, data)) == ("[]", ProtocolError)
 
 
-def test_a_reply_may_be_as_deep_and_as_long_as_its_limits() -> None:
+def test_reply_over_depth_or_length_limit_raises() -> None:
     expected: Reply = 1
     for _ in range(protocol._MAX_DEPTH):
         expected = [expected]
@@ -630,7 +628,7 @@ def test_a_reply_may_be_as_deep_and_as_long_as_its_limits() -> None:
     assert replies(data[:-2], data[-2:]) == [[bulk, line]]
 
 
-def test_incomplete_and_len_count_the_bytes_of_a_reply_that_are_no_value_yet() -> None:
+def test_incomplete_and_len_count_unparsed_reply_bytes() -> None:
     parts = [b"*3\r\n", encode_integer(12), encode_bulk(b"hello"), encode_simple("OK")]
     data = b"".join(parts)
     ends = list(itertools.accumulate(map(len, parts)))
@@ -659,7 +657,7 @@ CUT_BYTEWISE = {
 
 
 @pytest.mark.parametrize("name", CUT_BYTEWISE)
-def test_bytes_that_come_one_by_one_are_copied_a_few_times_at_most(name: str) -> None:
+def test_bytes_one_by_one_are_copied_few_times(name: str) -> None:
     parser, data = CUT_BYTEWISE[name]
     copied, before, result = 0, parser._data, None
     for byte in bytewise(data):
@@ -675,7 +673,7 @@ def test_bytes_that_come_one_by_one_are_copied_a_few_times_at_most(name: str) ->
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3, 100])
-def test_small_pieces_of_a_long_message_are_gathered(cut: int) -> None:
+def test_small_pieces_of_long_message_are_gathered(cut: int) -> None:
     parser = RequestParser(1 << 20)
     data = encode_request(b"PUT", b"t", LONG)
     for at in range(0, len(data) - cut, cut):
@@ -684,7 +682,7 @@ def test_small_pieces_of_a_long_message_are_gathered(cut: int) -> None:
     assert len(parser._chunks) <= len(data) / 4096 + 1
 
 
-def test_the_bytes_before_an_incomplete_request_are_not_kept() -> None:
+def test_parsed_bytes_before_incomplete_request_are_released() -> None:
     parser = RequestParser(1 << 20)
     parser.feed(encode_request(b"PUT", b"t", b"x" * 2000) * 50 + b"*3\r\n$3\r\nPUT\r\n$1\r\nt\r\n$5\r\nhe")
     while parser.batch():
