@@ -195,7 +195,7 @@ def test_a_wrong_token_ends_a_connection_that_had_a_right_one(server: Server) ->
 
 
 def test_requests_that_arrive_behind_a_wrong_token_get_replies(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "LINGER_SECONDS", 10 * SOON)
+    monkeypatch.setattr(connection, "WRONG_TOKEN_SECONDS", 10 * SOON)
     with wire_to(server) as wire:
         assert wire.error("AUTH", WRONG) == "WRONGPASS"
         assert [wire.error("AUTH", ADMIN), wire.error("PING")] == ["NOAUTH", "NOAUTH"]
@@ -756,7 +756,7 @@ def test_a_reload_that_brings_the_first_token_ends_connections_without_one() -> 
 
 
 def test_a_reload_may_take_all_tokens_from_a_server_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "LINGER_SECONDS", 10 * SOON)
+    monkeypatch.setattr(connection, "WRONG_TOKEN_SECONDS", 10 * SOON)
     settings: dict[str, object] = {"auth_token": ADMIN}
     load = lambda: config.load(kind=config.EmbeddedSettings, port=0, **settings)  # noqa: E731
     with Server(load(), load=load) as server, wire_as(server, ADMIN) as admin, wire_to(server) as guesser:

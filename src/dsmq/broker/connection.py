@@ -70,10 +70,11 @@ MAX_REQUESTS_OF_STRANGERS = 16
 MAX_DISCARDED_BYTES_OF_STRANGERS = 65_536
 # Of a client that is being let go of, so much is read at once, to be thrown away.
 LAST_RECEIVE_BYTES = 4096
-# How long a client may take to read the last reply and hang up, when the server closes; and how long it may have sent
-# requests behind a wrong token.
+# How long a client may take to read the last reply and hang up, when the server closes.
 LINGER_SECONDS = 1.0
 LINGER_SECONDS_AT_STOP = 0.05
+# How long the rest of a handshake with a wrong token is answered.
+WRONG_TOKEN_SECONDS = 1.0
 
 _DEFECT = InternalError("see the server's log")
 
@@ -729,7 +730,7 @@ class Connection:
             self._gave_wrong_token = True
             self.role = Role.NOBODY
             self._set_bounds()
-            self._stranger_until = self._loop.now + LINGER_SECONDS
+            self._stranger_until = self._loop.now + WRONG_TOKEN_SECONDS
             self._schedule()
             raise WrongToken("invalid token")
         self.token, self.role = found, found.role
