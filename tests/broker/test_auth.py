@@ -196,7 +196,7 @@ def test_wrong_token_closes_authenticated_connection(server: Server) -> None:
 
 
 def test_requests_that_arrive_behind_a_wrong_token_get_replies(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "LINGER_SECONDS", 10 * SOON)
+    monkeypatch.setattr(connection, "WRONG_TOKEN_SECONDS", 10 * SOON)
     with wire_to(server) as wire:
         assert wire.error("AUTH", WRONG) == "WRONGPASS"
         assert [wire.error("AUTH", ADMIN), wire.error("PING")] == ["NOAUTH", "NOAUTH"]
@@ -790,7 +790,7 @@ def test_reload_with_first_token_closes_unauthenticated_connections() -> None:
 
 
 def test_reload_may_remove_all_tokens_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "LINGER_SECONDS", 10 * SOON)
+    monkeypatch.setattr(connection, "WRONG_TOKEN_SECONDS", 10 * SOON)
     settings: dict[str, object] = {"auth_token": ADMIN}
     load = lambda: config.load(kind=config.EmbeddedSettings, port=0, **settings)  # noqa: E731
     with Server(load(), load=load) as server, wire_as(server, ADMIN) as admin, wire_to(server) as guesser:

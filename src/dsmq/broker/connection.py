@@ -73,9 +73,9 @@ MAX_DISCARDED_BYTES_OF_STRANGERS = 65_536
 LAST_RECEIVE_BYTES = 4096
 # How long a client may take to read the last reply and hang up, when the server closes.
 LINGER_SECONDS = 1.0
-# After a wrong token, how long a client may go on sending its handshake, so that it gets a reply to all of it.
-HANDSHAKE_SECONDS = 0.1
 LINGER_SECONDS_AT_STOP = 0.05
+# How long the rest of a handshake with a wrong token is answered.
+WRONG_TOKEN_SECONDS = 0.1
 
 _DEFECT = InternalError("see the server's log")
 
@@ -741,7 +741,7 @@ class Connection:
             self._gave_wrong_token = True
             self.role = Role.NOBODY
             self._set_bounds()
-            self._stranger_until = self._loop.now + HANDSHAKE_SECONDS
+            self._stranger_until = self._loop.now + WRONG_TOKEN_SECONDS
             self._schedule()
             raise WrongToken("invalid token")
         self.token, self.role = found, found.role
