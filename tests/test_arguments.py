@@ -221,13 +221,13 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("files", "about"),
     [
-        ({"cert_file": "cert.pem", "key_file": "locked.pem"}, "locked.pem: the private key is encrypted"),
+        ({"cert_file": "cert.pem", "key_file": "locked.pem"}, "^key_file: .*/locked.pem: the private key is encrypted"),
         ({"cert_file": "key.pem", "key_file": "cert.pem"}, "exchanged"),
-        ({"cert_file": "cert.pem", "key_file": "none.pem"}, "no private key"),
-        ({"cert_file": "cert.pem"}, "no private key"),
-        ({"cert_file": "none.pem", "key_file": "key.pem"}, "no certificate"),
-        ({"ca_file": "none.pem"}, "no certificate"),
-        ({"ca_file": "missing.pem"}, "No such file"),
+        ({"cert_file": "cert.pem", "key_file": "none.pem"}, "^key_file: .*/none.pem: no private key"),
+        ({"cert_file": "cert.pem"}, "^cert_file: .*/cert.pem: no private key"),
+        ({"cert_file": "none.pem", "key_file": "key.pem"}, "^cert_file: .*/none.pem: no certificate"),
+        ({"ca_file": "none.pem"}, "^ca_file: .*/none.pem: no certificate"),
+        ({"ca_file": "missing.pem"}, "^ca_file: .*/missing.pem: No such file"),
         ({"key_file": "key.pem"}, "key_file without cert_file"),
     ],
 )

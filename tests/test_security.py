@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trustme
@@ -37,6 +38,7 @@ from dsmq.ops.systemd import Systemd
 from dsmq.server import Server, serve
 from dsmq.wire import tls
 from dsmq.wire.resp import encode_request
+from test_arguments import CONNECTS, Connect
 
 ADMIN, WRITER, READER = "admin-token-0123456789", "write-token-0123456789", "read-token-0123456789"
 TOKENS = f"# who may do what\n\n{ADMIN}\nsensors write {WRITER}\nscreen\tread\t{READER}\n"
@@ -833,7 +835,7 @@ class Files:
     """Certificates on disk."""
 
     def __init__(self, folder: Path, authority: trustme.CA) -> None:
-        self.folder = folder
+        self.folder, self.authority = folder, authority
         self.ca = str(folder / "ca.pem")
         authority.cert_pem.write_to_path(self.ca)
         self.server = self.issue(authority, "server", "127.0.0.1", "localhost")
@@ -854,6 +856,31 @@ def files(tmp_path: Path, authority: trustme.CA) -> Files:
 def tls_server(files: Files) -> Iterator[Server]:
     with serving(tls_cert_file=files.server, auth_token=ADMIN) as server:
         yield server
+
+
+@CONNECTS
+def test_an_error_of_tls_names_the_address_and_says_what_to_do(connect: Connect, files: Files, server: Server) -> None:
+    trustme.CA().cert_pem.write_to_path(files.folder / "other.pem")
+    named = files.issue(files.authority, "named", "a.example", "*.b.example", "10.0.0.1")
+
+    def told(port: int, **options: Any) -> str:
+        with pytest.raises(ConnectionError) as error:
+            connect(port=port, retry=False, **options)
+        assert f"127.0.0.1 port {port}: " in str(error.value)
+        return str(error.value)
+
+    with serving(tls_cert_file=files.server) as one:
+        for options in ({"tls": True}, {"ca_file": str(files.folder / "other.pem")}):
+            assert "no authority that is known has issued its certificate (ca_file=... to trust" in told(
+                one.port, **options
+            )
+    with serving(tls_cert_file=named) as one:
+        about = told(one.port, ca_file=files.ca)
+        assert "not valid for '127.0.0.1'; it is for a.example, *.b.example, 10.0.0.1" in about
+    with serving(tls_cert_file=files.server, tls_client_ca_file=files.ca) as one:
+        # The asyncio client may be refused before it has read why.
+        assert re.search("requires a certificate|Broken pipe", told(one.port, ca_file=files.ca))
+    assert "does the server speak TLS?" in told(server.port, tls=True)
 
 
 def test_put_and_get_under_tls(tls_server: Server, files: Files) -> None:
