@@ -769,7 +769,7 @@ def test_a_unix_socket_serves_and_is_gone_behind_the_server(tmp_path: Path) -> N
         ("ping --cert-file=", "--cert-file: the name of the file is empty"),
         ("ping --cert-file /nowhere --key-file=", "--key-file: the name of the file is empty"),
         ("get t --position-file=", "--position-file: the name of the file is empty"),
-        ("ping --key-file /nowhere", "key_file without cert_file"),
+        ("ping --key-file /nowhere", "--key-file without --cert-file"),
         ("get t --wait -1", "--wait"),
         ("ping --port 0", "--port"),
         ("ping --port 65536", "--port"),
@@ -908,37 +908,38 @@ def pem(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("cert", "key", "says"),
     [
-        ("cert", "locked", "{folder}/locked: the private key is encrypted"),
-        ("cert", "locked_too", "{folder}/locked_too: the private key is encrypted"),
-        ("key", "cert", "{folder}/cert: no private key in PEM format found; are key and certificate exchanged?"),
-        ("cert", "cert", "{folder}/cert: no private key in PEM format found"),
-        ("key", "key", "{folder}/key: no certificate in PEM format found"),
-        ("cert", "other", "key {folder}/other: the key is not the one of the certificate"),
-        ("empty", "key", "{folder}/empty: no certificate in PEM format found"),
-        ("cert", "empty", "{folder}/empty: no private key in PEM format found"),
-        ("folder", "key", "{folder}/folder: Is a directory"),
-        ("cert", "folder", "{folder}/folder: Is a directory"),
-        ("cert", "missing", "{folder}/missing: No such file or directory"),
-        ("secret", "key", "{folder}/secret: Permission denied"),
-        ("cert", "secret", "{folder}/secret: Permission denied"),
+        ("cert", "locked", "{key}: {folder}/locked: the private key is encrypted"),
+        ("cert", "locked_too", "{key}: {folder}/locked_too: the private key is encrypted"),
+        ("key", "cert", "{key}: {folder}/cert: no private key in PEM format found; are key and certificate exchanged?"),
+        ("cert", "cert", "{key}: {folder}/cert: no private key in PEM format found"),
+        ("key", "key", "{cert}: {folder}/key: no certificate in PEM format found"),
+        ("cert", "other", "{key}: {folder}/other: the key is not the one of the certificate"),
+        ("empty", "key", "{cert}: {folder}/empty: no certificate in PEM format found"),
+        ("cert", "empty", "{key}: {folder}/empty: no private key in PEM format found"),
+        ("folder", "key", "{cert}: {folder}/folder: Is a directory"),
+        ("cert", "folder", "{key}: {folder}/folder: Is a directory"),
+        ("cert", "missing", "{key}: {folder}/missing: No such file or directory"),
+        ("secret", "key", "{cert}: {folder}/secret: Permission denied"),
+        ("cert", "secret", "{key}: {folder}/secret: Permission denied"),
     ],
 )
 def test_a_wrong_certificate_or_key_is_told_in_plain_words(cert: str, key: str, says: str, pem: Path) -> None:
     files = {"cert-file": str(pem / cert), "key-file": str(pem / key)}
     client = ["ping", *(word for name, file in files.items() for word in (f"--{name}", file))]
     server = ["serve", "--port=0", "--http-port=off", *(f"--tls-{name}={file}" for name, file in files.items())]
-    for words in (client, server):
+    for words, name in ((client, "--{}-file"), (server, "tls_{}_file")):
         done = run_dsmq(*words, prefix=without_privileges())
-        assert_one_line((done.returncode, done.stdout, done.stderr), 2, says.format(folder=pem))
+        about = says.format(folder=pem, cert=name.format("cert"), key=name.format("key"))
+        assert_one_line((done.returncode, done.stdout, done.stderr), 2, f"dsmq: {about}")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["empty", "key", "folder", "missing", "secret"])
 def test_wrong_authorities_are_told_in_plain_words(name: str, pem: Path) -> None:
     server = f"serve --port 0 --http-port off --tls-cert-file {pem}/cert --tls-key-file {pem}/key --tls-client-ca-file"
-    for words in ("ping --ca-file", server):
+    for words, option in (("ping --ca-file", "--ca-file"), (server, "tls_client_ca_file")):
         done = run_dsmq(*words.split(), str(pem / name), prefix=without_privileges())
-        assert_one_line((done.returncode, done.stdout, done.stderr), 2, f"authorities {pem}/{name}: ")
+        assert_one_line((done.returncode, done.stdout, done.stderr), 2, f"dsmq: {option}: {pem}/{name}: ")
 
 
 @pytest.mark.slow

@@ -441,7 +441,7 @@ def test_total_unread_replies_are_bounded() -> None:
                     most = max(most, replies.total)
                 assert all(isinstance(reply, list) for reply in done.result())
         # Between two checks of the total, each event loop may serve one connection up to its own limit, and one reply.
-        assert most < 1_000_000 + 3 * (200_000 + MAX_READ_BYTES)
+        assert most < 1_000_000 + 3 * (200_000 + commands.MAX_READ_BYTES)
         wait_until(lambda: replies.total == 0)
         lazy[0].send(encode_request(b"READ", b"t", b"0") * 100)
         wait_until(lambda: replies.total > 0)

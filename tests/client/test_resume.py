@@ -487,7 +487,7 @@ def test_a_client_gives_up_in_time(states: list[str], caplog: pytest.LogCaptureF
         mq = restarted(states, server.port, reconnect_timeout=UNIT * 3)
         mq.put("t", "x")
     before = time.monotonic()
-    with pytest.raises(ConnectionLost, match="no server answers") as told:
+    with pytest.raises(ConnectionLost, match=r"no server answers .* \(tried for \d+\.\d s\)") as told:
         mq.put("t", "y")
     assert not told.value.may_be_stored
     assert UNIT < time.monotonic() - before < UNIT * 3 + SOON / 10
@@ -746,7 +746,7 @@ def test_the_asyncio_client_gives_up_in_time(states: list[str]) -> None:
             mq = await aio.connect(port=server.port, reconnect_timeout=UNIT * 3, on_state_change=states.append)
             await mq.put("t", "x")
         before = time.monotonic()
-        with pytest.raises(ConnectionLost) as told:
+        with pytest.raises(ConnectionLost, match=r"no server answers .* \(tried for \d+\.\d s\)") as told:
             await mq.put("t", "y")
         assert not told.value.may_be_stored
         assert UNIT < time.monotonic() - before < UNIT * 3 + SOON / 10

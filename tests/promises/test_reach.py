@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 import signal
 import socket
@@ -18,7 +20,7 @@ from typing import IO, Any, Self
 
 import pytest
 
-from conftest import SOON, UNIT, blocked, daemon, serving, wait_until
+from conftest import CONNECTS, SOON, UNIT, Connect, blocked, daemon, serving, wait_until
 from dsmq import client as client_module
 from dsmq.client import connect, dial
 from dsmq.client import connection as link
@@ -338,6 +340,36 @@ def test_a_server_that_is_silent_is_given_up_in_time_whatever_was_sent() -> None
         # 16 KiB may take a second.
         assert 1.0 + UNIT <= time.monotonic() - before < SOON
         one.close()
+
+
+# What is told
+
+
+@CONNECTS
+@pytest.mark.parametrize("host", ["no.such.invalid", "a..b"])
+def test_a_name_that_does_not_resolve_is_named(connect: Connect, host: str) -> None:
+    with pytest.raises(socket.gaierror, match=f"cannot resolve '{host}': .") as told:
+        connect(host)
+    assert told.value.errno == socket.EAI_NONAME
+
+
+@CONNECTS
+def test_an_attempt_to_reach_a_server_says_for_how_long_it_was_made(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "_n_tries", 4)
+    # Nobody else gets it while it is bound, and nobody listens.
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+        with pytest.raises(ConnectionRefusedError) as told:
+            connect(port=port)
+        assert told.value.errno == errno.ECONNREFUSED
+        found = re.search(rf"no server answers at 127.0.0.1 port {port} \(tried for (.*) s\)$", str(told.value))
+        assert found
+        assert float(found[1]) >= 0.1
+        with pytest.raises(ConnectionRefusedError, match=f"port {port}$"):
+            connect(port=port, retry=False)
 
 
 # Processes
