@@ -921,9 +921,7 @@ def test_an_error_of_tls_names_the_address_and_says_what_to_do(connect: Connect,
 
     with serving(tls_cert_file=files.server) as one:
         for options in ({"tls": True}, {"ca_file": str(files.folder / "other.pem")}):
-            assert "the certificate is not from a trusted authority (ca_file=" in told(
-                one.port, **options
-            )
+            assert "the certificate is not from a trusted authority (ca_file=" in told(one.port, **options)
     with serving(tls_cert_file=named) as one:
         about = told(one.port, ca_file=files.ca)
         assert "not valid for '127.0.0.1'; it is for a.example, *.b.example, 10.0.0.1" in about
