@@ -84,7 +84,7 @@ def serve(
     """
     effective = config.load(kind=EmbeddedSettings, host=host, port=port, **settings)
     if verbose:
-        logs.start(effective)
+        logs.start(*effective.logging)
     run(effective)
 
 
