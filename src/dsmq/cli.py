@@ -204,7 +204,7 @@ def _serve(options: argparse.Namespace) -> int:
 
     settings = config.from_options(options)
     logs.never_block()
-    logs.start(settings)
+    logs.start(*settings.logging)
     allow_more_files()
     server.run(settings, lambda: config.from_options(options), systemd.take())
     return OK
