@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import shutil
@@ -11,9 +12,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
+from dsmq import aio
 from dsmq import settings as config
 from dsmq.client import DSMQClientSideConnection, connect
 from dsmq.server import Server
@@ -143,3 +146,18 @@ def without_privileges() -> list[str]:
     if shutil.which("setpriv") is None:
         pytest.skip("root, and setpriv is not installed (Debian's package util-linux)")
     return ["setpriv", "--bounding-set=-net_bind_service,-dac_override,-dac_read_search"]
+
+
+# Tests of `connect`, in both clients
+
+Connect = Callable[..., Any]
+
+
+def connect_aio(*arguments: Any, **options: Any) -> None:
+    async def scenario() -> None:
+        await (await aio.connect(*arguments, **options)).close()
+
+    asyncio.run(scenario())
+
+
+CONNECTS = pytest.mark.parametrize("connect", [connect, connect_aio])

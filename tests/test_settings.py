@@ -50,7 +50,7 @@ def complaint(file: str | None = None, **given: object) -> str:
 # Which source wins
 
 
-def test_without_any_source_there_are_the_defaults() -> None:
+def test_defaults_apply_without_any_source() -> None:
     assert config.load().model_dump() == {name: f.default for name, f in config.Settings.model_fields.items()}
 
 
@@ -72,7 +72,7 @@ def test_command_line_wins_over_environment(monkeypatch: pytest.MonkeyPatch) -> 
     assert (settings.port, settings.log_level) == (1003, "error")
 
 
-def test_dsmq_config_prints_what_the_four_layers_come_to(tmp_path: Path) -> None:
+def test_dsmq_config_prints_effective_settings(tmp_path: Path) -> None:
     file = toml(tmp_path, "max_age_seconds = 2\nmax_topic_bytes = 2\nlisten_backlog = 2")
     env = {"DSMQ_CONFIG": file, "DSMQ_MAX_TOPIC_BYTES": "3", "DSMQ_LISTEN_BACKLOG": "3"}
     done = run_dsmq("config", "--listen-backlog", "4", env=env)
@@ -82,26 +82,24 @@ def test_dsmq_config_prints_what_the_four_layers_come_to(tmp_path: Path) -> None
     assert [shown[name] for name in names] == [10_000, 2, 3, 4]
 
 
-def test_the_file_of_the_command_line_wins_over_that_of_the_environment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_config_option_wins_over_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DSMQ_CONFIG", str(tmp_path / "missing.toml"))
     assert config.load(toml(tmp_path, "port = 1001")).port == 1001
 
 
-def test_an_empty_variable_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_variable_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DSMQ_PORT", "")
     monkeypatch.setenv("DSMQ_CONFIG", "")
     assert config.load().port == 30008
     assert config.load(toml(tmp_path, "port = 1001")).port == 1001
 
 
-def test_a_file_that_can_be_read_only_once_is_read() -> None:
+def test_config_may_be_a_pipe() -> None:
     done = run_dsmq("config", "--config", "/dev/stdin", stdin=b"port = 1001")
     assert tomllib.loads(done.stdout.decode())["port"] == 1001
 
 
-def test_settings_do_not_change() -> None:
+def test_settings_are_immutable() -> None:
     with pytest.raises(ValueError, match="frozen"):
         config.load().port = 1
 
@@ -109,7 +107,7 @@ def test_settings_do_not_change() -> None:
 # The embedded server
 
 
-def test_an_embedded_server_has_no_http_port_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_embedded_server_has_no_http_port_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def port(file: str | None = None, **given: object) -> int | str:
         return config.load(file, config.EmbeddedSettings, **given).http_port
 
@@ -121,14 +119,14 @@ def test_an_embedded_server_has_no_http_port_unless_asked(tmp_path: Path, monkey
     assert port() == 1003
 
 
-def test_dsmq_serve_has_a_http_port_unless_it_is_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dsmq_serve_has_http_port_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert config.load().http_port == 30009
     assert config.load(toml(tmp_path, 'http_port = "off"')).http_port == "off"
     monkeypatch.setenv("DSMQ_HTTP_PORT", "off")
     assert config.load().http_port == "off"
 
 
-def test_io_threads_zero_chooses() -> None:
+def test_io_threads_zero_chooses_a_number() -> None:
     assert config.load(io_threads=3).io_workers == 3
     assert config.load(io_threads=0).io_workers >= 1
 
@@ -160,7 +158,7 @@ by_bad = pytest.mark.parametrize(("name", "value", "says"), BAD)
 
 
 @by_bad
-def test_a_bad_option_is_told(name: str, value: str, says: str) -> None:
+def test_invalid_option_is_reported(name: str, value: str, says: str) -> None:
     line = complaint(**{name: value})
     assert line.startswith("--" + name.replace("_", "-") + ": ")
     assert says in line
@@ -168,7 +166,7 @@ def test_a_bad_option_is_told(name: str, value: str, says: str) -> None:
 
 
 @by_bad
-def test_a_bad_variable_is_told(name: str, value: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_variable_is_reported(name: str, value: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DSMQ_" + name.upper(), value)
     line = complaint()
     assert line.startswith("DSMQ_" + name.upper() + ": ")
@@ -177,7 +175,7 @@ def test_a_bad_variable_is_told(name: str, value: str, says: str, monkeypatch: p
 
 
 @by_bad
-def test_a_bad_value_in_the_file_is_told(name: str, value: str, says: str, tmp_path: Path) -> None:
+def test_invalid_value_in_file_is_reported(name: str, value: str, says: str, tmp_path: Path) -> None:
     file = toml(tmp_path, f"{name} = {json.dumps(value)}")
     line = complaint(file)
     assert line.startswith(f"{file}: {name}: ")
@@ -189,45 +187,43 @@ def test_a_bad_value_in_the_file_is_told(name: str, value: str, says: str, tmp_p
     "text",
     ["port = 99999", "port = 1.5", "port = []", "[port]\nx = 1", "host = 3", 'host = ""', "port = 2020-01-01"],
 )
-def test_a_value_of_the_wrong_type_is_told(text: str, tmp_path: Path) -> None:
+def test_value_of_wrong_type_is_reported(text: str, tmp_path: Path) -> None:
     file = toml(tmp_path, text)
     assert complaint(file).startswith(f"{file}: {'host' if 'host' in text else 'port'}: ")
 
 
-def test_http_port_false_does_not_open_a_port(tmp_path: Path) -> None:
+def test_http_port_false_is_refused(tmp_path: Path) -> None:
     file = toml(tmp_path, "http_port = false")
     assert "http_port" in complaint(file)
 
 
-def test_all_that_is_wrong_is_told_in_one_line() -> None:
+def test_all_errors_are_reported_in_one_line() -> None:
     line = complaint(port="abc", log_level="loud", bogus="1")
     assert "--port: " in line
     assert "--log-level: " in line
     assert "'bogus'" in line
 
 
-def test_a_bad_value_is_blamed_on_the_file_where_the_variable_is_empty(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_invalid_value_is_blamed_on_file_if_variable_is_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DSMQ_PORT", "")
     file = toml(tmp_path, "port = 99999")
     assert complaint(file).startswith(f"{file}: port: ")
 
 
-def test_a_bad_variable_is_told_however_it_is_spelled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_variable_is_reported_in_any_case(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("dsmq_port", "abc")
     assert complaint().lower().startswith("dsmq_port: ")
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 @pytest.mark.parametrize("name", FLOATS)
-def test_seconds_are_finite(name: str, value: str, tmp_path: Path) -> None:
+def test_infinite_seconds_are_refused(name: str, value: str, tmp_path: Path) -> None:
     assert "finite" in complaint(**{name: value})
     assert "finite" in complaint(toml(tmp_path, f"{name} = {value}"))
 
 
 @pytest.mark.parametrize("name", [name for name, about in PROPERTIES.items() if about.get("type") == "string"])
-def test_text_with_a_nul_character_is_an_error(name: str, tmp_path: Path) -> None:
+def test_text_with_nul_character_is_refused(name: str, tmp_path: Path) -> None:
     if not config.is_secret(name):
         assert "NUL" in complaint(**{name: "unix:/a\0b"})
     file = toml(tmp_path, f'{name} = "a\\u0000b"')
@@ -238,7 +234,7 @@ def test_text_with_a_nul_character_is_an_error(name: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("value", ["9" * 5000, 16**5000, "x" * 5000], ids=["digits", "number", "letters"])
 @pytest.mark.parametrize("name", ["port", "max_age_seconds", "log_level"])
-def test_a_long_value_is_told_in_a_short_line(name: str, value: object) -> None:
+def test_long_invalid_value_is_shortened(name: str, value: object) -> None:
     assert len(complaint(**{name: value})) < 300
 
 
@@ -251,7 +247,7 @@ def test_a_long_value_is_told_in_a_short_line(name: str, value: object) -> None:
         ("loglevel", "log_level"),
     ],
 )
-def test_an_unknown_setting_is_told_with_the_nearest_known(
+def test_unknown_setting_error_suggests_nearest(
     wrong: str, nearest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = toml(tmp_path, f"{wrong} = 1")
@@ -262,22 +258,22 @@ def test_an_unknown_setting_is_told_with_the_nearest_known(
     assert line.endswith(f"'DSMQ_{nearest.upper()}'")
 
 
-def test_a_section_in_the_file_is_an_unknown_setting(tmp_path: Path) -> None:
+def test_section_in_file_is_unknown_setting(tmp_path: Path) -> None:
     file = toml(tmp_path, "[server]\nport = 1")
     assert complaint(file) == f"{file}: unknown setting 'server'; there are no sections, all settings stand above them"
 
 
-def test_nothing_is_named_where_nothing_known_is_near(tmp_path: Path) -> None:
+def test_unknown_setting_without_near_match_has_no_suggestion(tmp_path: Path) -> None:
     file = toml(tmp_path, "frobnicate = 1")
     assert complaint(file) == f"{file}: unknown setting 'frobnicate'"
 
 
-def test_a_call_names_its_arguments_not_the_options_of_the_command_line() -> None:
+def test_call_error_names_arguments_not_options() -> None:
     with pytest.raises(ConfigError, match=r"^port: should be a whole number, not 'x'$"):
         serve("127.0.0.1", "x")  # type: ignore[arg-type]
 
 
-def test_help_shows_defaults_as_they_would_be_given() -> None:
+def test_help_shows_defaults_as_entered() -> None:
     said = " ".join(run_dsmq("serve", "--help").stdout.decode().split())
     for name, default in [("metrics-topics", "0"), ("protected-mode", "true"), ("idle-timeout-seconds", "0")]:
         assert re.search(rf"--{name} VALUE [^-]*Default: {default} --", said), name
@@ -288,7 +284,7 @@ def test_the_names_that_client_commands_know_are_those_of_the_settings() -> None
     assert list(config.Settings.model_fields) == environment.SETTINGS
 
 
-def test_variables_of_others_are_nothing_to_dsmq(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unrelated_variables_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DSMQX_PORT", "abc")
     monkeypatch.setenv("PORT", "abc")
     assert config.load().port == 30008
@@ -318,9 +314,7 @@ LINKS = {
 
 
 @pytest.mark.parametrize("change_case", [str, str.lower])
-def test_service_links_are_not_taken_for_settings(
-    change_case: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_service_links_are_not_settings(change_case: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
     for variable, value in LINKS.items():
         monkeypatch.setenv(change_case(variable), value)
     assert config.load() == config.Settings()
@@ -344,7 +338,7 @@ def test_service_links_are_not_taken_for_settings(
         ("DSMQ_ENV", "x"),
     ],
 )
-def test_variables_like_service_links_are_still_settings(
+def test_variables_resembling_service_links_are_settings(
     variable: str, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, value)
@@ -362,13 +356,13 @@ def test_service_links_are_logged_once_at_debug_level() -> None:
     assert lines[0].endswith("DEBUG environment variables passed over as service links: DSMQ_PORT, DSMQ_SERVICE_HOST")
 
 
-def test_without_service_links_nothing_is_logged_of_them(caplog: pytest.LogCaptureFixture) -> None:
+def test_nothing_is_logged_without_service_links(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "dsmq")
     environment.log_links()
     assert caplog.records == []
 
 
-def test_variables_that_contradict_each_other_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contradicting_variables_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DSMQ_PORT", "1001")
     monkeypatch.setenv("dsmq_port", "1001")
     assert config.load().port == 1001
@@ -376,7 +370,7 @@ def test_variables_that_contradict_each_other_are_an_error(monkeypatch: pytest.M
     assert complaint() == "DSMQ_PORT and dsmq_port are both set, to different values"
 
 
-def test_the_file_may_be_named_by_a_variable_in_small_letters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_config_variable_may_be_lower_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("dsmq_config", toml(tmp_path, "port = 1001"))
     assert config.load().port == 1001
 
@@ -396,12 +390,12 @@ TOKEN = "a-token-that-is-long-enough"
         ({"snapshot_file": "it", "snapshot_interval_seconds": "0.99"}, "should be 0, or at least 1, not '0.99'"),
     ],
 )
-def test_settings_that_do_not_fit_together_are_an_error(given: dict[str, Any], says: str) -> None:
+def test_inconsistent_settings_are_refused(given: dict[str, Any], says: str) -> None:
     assert says in complaint(**given)
 
 
 @pytest.mark.parametrize("seconds", [0, 1])
-def test_the_least_interval_between_snapshots_is_a_second_or_none(seconds: float) -> None:
+def test_snapshot_interval_is_zero_or_at_least_a_second(seconds: float) -> None:
     assert config.load(snapshot_file="it", snapshot_interval_seconds=seconds).snapshot_interval_seconds == seconds
 
 
@@ -415,7 +409,7 @@ def test_the_least_interval_between_snapshots_is_a_second_or_none(seconds: float
         ("*" * 20, "should be the token itself, not the mask it is shown by"),
     ],
 )
-def test_a_wrong_token_is_an_error_that_does_not_show_it(name: str, token: str, says: str, tmp_path: Path) -> None:
+def test_invalid_token_error_does_not_show_token(name: str, token: str, says: str, tmp_path: Path) -> None:
     file = toml(tmp_path, f"{name} = {json.dumps(token)}")
     assert complaint(file) == f"{file}: {name}: {says}"
 
@@ -431,18 +425,18 @@ def test_secrets_have_no_options_and_are_masked(tmp_path: Path) -> None:
 # The file
 
 
-def test_a_named_file_has_to_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_config_file_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = str(tmp_path / "missing.toml")
     assert complaint(file) == f"{file}: No such file or directory"
     monkeypatch.setenv("DSMQ_CONFIG", file)
     assert complaint() == f"{file}: No such file or directory"
 
 
-def test_a_directory_is_no_file(tmp_path: Path) -> None:
+def test_directory_as_config_file_is_reported(tmp_path: Path) -> None:
     assert complaint(str(tmp_path)) == f"{tmp_path}: Is a directory"
 
 
-def test_a_file_has_to_be_readable(tmp_path: Path) -> None:
+def test_unreadable_config_file_is_reported(tmp_path: Path) -> None:
     file = toml(tmp_path, "port = 1")
     os.chmod(file, 0)
     done = run_dsmq("config", "--config", file, prefix=without_privileges())
@@ -476,7 +470,7 @@ def test_a_file_has_to_be_readable(tmp_path: Path) -> None:
         "deep",
     ],
 )
-def test_what_is_no_toml_is_told(text: bytes, tmp_path: Path) -> None:
+def test_invalid_toml_is_reported(text: bytes, tmp_path: Path) -> None:
     file = toml(tmp_path, text)
     line = complaint(file)
     assert line.startswith(f"{file}: ")
@@ -485,20 +479,20 @@ def test_what_is_no_toml_is_told(text: bytes, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
-def test_a_file_in_utf_16_is_named_so(encoding: str, tmp_path: Path) -> None:
+def test_utf16_config_file_is_recognized(encoding: str, tmp_path: Path) -> None:
     file = toml(tmp_path, "port = 1001".encode(encoding))
     assert complaint(file) == f"{file}: should be UTF-8; this looks like UTF-16"
 
 
-def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+def test_config_file_may_begin_with_byte_order_mark(tmp_path: Path) -> None:
     assert config.load(toml(tmp_path, codecs.BOM_UTF8 + b"port = 1001\r\n")).port == 1001
 
 
-def test_a_file_without_an_end_is_an_error() -> None:
+def test_endless_config_file_is_refused() -> None:
     assert complaint("/dev/zero") == "/dev/zero: longer than 1048576 bytes"
 
 
-def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
+def test_empty_config_file_changes_nothing(tmp_path: Path) -> None:
     assert config.load(toml(tmp_path, "")).model_dump() == config.load().model_dump()
 
 
@@ -506,7 +500,7 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", config.Settings.model_fields)
-def test_every_setting_has_a_sentence_that_says_why(name: str) -> None:
+def test_every_setting_has_a_description(name: str) -> None:
     about = config.Settings.model_fields[name].description
     assert about
     assert about[0].isupper()
@@ -521,7 +515,7 @@ def test_every_number_is_bounded() -> None:
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-def test_bounds_hold(name: str) -> None:
+def test_out_of_bounds_numbers_are_refused(name: str) -> None:
     kind = NUMBERS[name]
     needed = {"snapshot_file": "it"} if name == "snapshot_interval_seconds" else {}
     assert getattr(config.load(**{name: kind["maximum"]}, **needed), name) == kind["maximum"]
@@ -536,23 +530,23 @@ def test_bounds_hold(name: str) -> None:
 # TOML out
 
 
-def test_the_example_in_the_repository_is_what_the_settings_say() -> None:
+def test_example_file_matches_settings() -> None:
     assert (ROOT / "dsmq.toml.example").read_text() == config.example()
 
 
-def test_dsmq_config_example_prints_the_example() -> None:
+def test_dsmq_config_example_prints_example_file() -> None:
     done = run_dsmq("config", "--example")
     assert (done.returncode, done.stdout.decode(), done.stderr) == (0, config.example(), b"")
 
 
-def test_the_example_names_every_setting_with_its_default(tmp_path: Path) -> None:
+def test_example_names_every_setting_with_default(tmp_path: Path) -> None:
     lines = config.example().splitlines()
     uncommented = "\n".join(line[1:] for line in lines if line[:1] == "#" and line[1:2] not in ("", " "))
     assert list(tomllib.loads(uncommented)) == list(config.Settings.model_fields)
     assert config.load(toml(tmp_path, uncommented)).model_dump() == config.load().model_dump()
 
 
-def test_the_example_as_it_is_changes_nothing(tmp_path: Path) -> None:
+def test_unchanged_example_changes_nothing(tmp_path: Path) -> None:
     assert config.load(toml(tmp_path, config.example())).model_dump() == config.load().model_dump()
 
 
@@ -572,7 +566,7 @@ OTHERS: dict[str, Any] = {
 }
 
 
-def test_what_dsmq_config_prints_loads_back_to_the_same(tmp_path: Path) -> None:
+def test_dsmq_config_output_loads_back_unchanged(tmp_path: Path) -> None:
     settings = config.load(**OTHERS)
     shown = {name: f for name, f in config.Settings.model_fields.items() if not config.is_secret(name)}
     assert all(getattr(settings, name) != f.default for name, f in shown.items())

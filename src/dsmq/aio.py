@@ -26,7 +26,7 @@ from dsmq.client import arguments
 from dsmq.client import requests as calls
 from dsmq.client import session as wire
 from dsmq.client.channel import Batch, Connector, Pool
-from dsmq.client.connection import ClosedSilently, Security, target
+from dsmq.client.connection import Security, target
 from dsmq.client.dial import Target
 from dsmq.client.reader import Claim, Entry, Inbox
 from dsmq.client.requests import Once, Plain, Put, PutMany, Reading, Request
@@ -307,15 +307,14 @@ class AsyncClient:
             return self._pool
 
     async def _open(self, *, retry: bool) -> None:
-        until = time.monotonic() + blocking.patience()
-        for pause in blocking.pauses() if retry else ():
+        began, schedule = time.monotonic(), iter(blocking.pauses())
+        while True:
             try:
                 return await self._here().shared.open()
-            except (ConnectionRefusedError, FileNotFoundError, ClosedSilently):
-                if time.monotonic() > until:
+            except blocking.STARTING as error:
+                if not retry:
                     raise
-                await asyncio.sleep(pause)
-        return await self._here().shared.open()
+                await asyncio.sleep(blocking.next_pause(error, began, schedule))
 
 
 class _Messages(Generic[T]):

@@ -13,6 +13,7 @@ import io
 import logging
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -112,16 +113,16 @@ def _connect(options: argparse.Namespace, timeout: float = 10.0) -> DSMQClientSi
     if known["tls_cert_file"][0] and not tls and not any(files.values()):
         from dsmq.wire.tls import neighbour_context  # noqa: PLC0415 - most need none of it
 
-        tls = neighbour_context(known["tls_cert_file"][0])
+        tls = neighbour_context(*known["tls_cert_file"])
     token = _token(options.token_file, known)
     patience: dict[str, Any] = {"timeout": timeout, "reconnect_timeout": getattr(options, "reconnect", 0.0)}
     _tell_what_happens()
     try:
         return connect(options.host, options.port, retry=False, token=token, tls=tls, **patience, **files)
     except (TypeError, ValueError) as error:
-        if isinstance(error, DSMQError):
+        if isinstance(error, DSMQError) and not isinstance(error, ConfigError):
             raise
-        raise ConfigError(str(error)) from None
+        raise ConfigError(re.sub(r"(?<!\S)(ca|cert|key)_file(?![^:\s])", r"--\1-file", str(error))) from None
     except AuthRequired as error:
         raise AuthRequired(_for_shells(str(error))) from None
     except OSError as error:
@@ -145,9 +146,8 @@ def _tell_what_happens() -> None:
 _HINTS = {
     "connect(..., token=...)": "--token-file FILE, or DSMQ_AUTH_TOKEN",
     "does it want TLS?": "does it want TLS (--tls)?",
-    "self-signed certificate": "self-signed certificate (--ca-file FILE to trust it)",
-    "unable to get local issuer certificate": "no authority that is known has issued its certificate (--ca-file FILE "
-    "to trust another)",
+    "ca_file=...": "--ca-file FILE",
+    "cert_file=..., key_file=...": "--cert-file FILE, --key-file FILE",
 }
 
 
@@ -204,7 +204,7 @@ def _serve(options: argparse.Namespace) -> int:
 
     settings = config.from_options(options)
     logs.never_block()
-    logs.start(settings)
+    logs.start(*settings.logging)
     allow_more_files()
     server.run(settings, lambda: config.from_options(options), systemd.take())
     return OK

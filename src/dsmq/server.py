@@ -74,7 +74,7 @@ def serve(
     """
     effective = config.load(kind=EmbeddedSettings, host=host, port=port, **settings)
     if verbose:
-        logs.start(effective)
+        logs.start(*effective.logging)
     run(effective)
 
 

@@ -315,6 +315,11 @@ class Settings(BaseSettings):
         return self
 
     @property
+    def logging(self) -> tuple[str, str, str, int]:
+        """The arguments of `logs.start`."""
+        return self.log_level, self.log_format, self.log_stream, self.max_log_lines_per_second
+
+    @property
     def io_workers(self) -> int:
         """The number of I/O workers that `io_threads` means here."""
         if self.io_threads:

@@ -16,7 +16,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("name", run.ATTACKS)
-def test_an_attack_costs_the_attacker_alone(name: str) -> None:
+def test_attack_affects_only_the_attacker(name: str) -> None:
     try:
         trial = run.run(name, quick=True)
     except NotHere as reason:

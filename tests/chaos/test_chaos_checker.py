@@ -188,22 +188,22 @@ WRONG: dict[str, tuple[list[str], list[Event]]] = {
 
 
 @pytest.mark.parametrize("name", CLEAN)
-def test_what_is_right_passes(name: str) -> None:
+def test_checker_accepts_correct_history(name: str) -> None:
     assert kinds(*CLEAN[name]) == []
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_wrong_is_found(name: str) -> None:
+def test_checker_finds_each_violation(name: str) -> None:
     wanted, events = WRONG[name]
     assert sorted(set(kinds(*events))) == sorted(wanted)
 
 
-def test_a_violation_shows_its_evidence() -> None:
+def test_violation_shows_evidence() -> None:
     first, second = check(History(600.0, [SERVER, READER, *read(1), put(2)]))[0].evidence
     assert (first, second) == (READER, put(2))
 
 
-def test_a_history_is_kept_whole(tmp_path: Path) -> None:
+def test_history_round_trips_through_file(tmp_path: Path) -> None:
     history = History(
         600.0, [SERVER, READER, *read(1), raised(2), empty(3), Broken("r", "t", 4.0, 4.1, INTERRUPTED, 1)]
     )

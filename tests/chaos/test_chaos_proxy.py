@@ -79,7 +79,7 @@ def receive(client: socket.socket) -> tuple[bytes, str]:
     return got, "end"
 
 
-def test_it_passes_on_what_comes_and_how_it_ends(peer: Peer, client: socket.socket) -> None:
+def test_proxy_forwards_data_and_end(peer: Peer, client: socket.socket) -> None:
     client.sendall(b"abc")
     client.shutdown(socket.SHUT_WR)
     assert receive(client) == (b"ABC", "end")
@@ -88,7 +88,7 @@ def test_it_passes_on_what_comes_and_how_it_ends(peer: Peer, client: socket.sock
 
 
 @pytest.mark.parametrize("offset", range(4))
-def test_a_reset_comes_at_the_byte_of_the_request(offset: int, peer: Peer) -> None:
+def test_proxy_resets_at_request_byte(offset: int, peer: Peer) -> None:
     with ExitStack() as stack:
         proxy = Proxy(peer.port)
         proxy.plan = lambda number: [Fault("reset", "request", offset)]
@@ -102,7 +102,7 @@ def test_a_reset_comes_at_the_byte_of_the_request(offset: int, peer: Peer) -> No
 
 
 @pytest.mark.parametrize("offset", range(4))
-def test_a_reset_comes_at_the_byte_of_the_reply(offset: int, proxy: Proxy, peer: Peer, client: socket.socket) -> None:
+def test_proxy_resets_at_reply_byte(offset: int, proxy: Proxy, peer: Peer, client: socket.socket) -> None:
     client.sendall(b"x")
     assert client.recv(1) == b"X"
     proxy.strike(Fault("reset", "reply", offset))
@@ -113,7 +113,7 @@ def test_a_reset_comes_at_the_byte_of_the_reply(offset: int, proxy: Proxy, peer:
 
 
 @pytest.mark.parametrize(("kind", "end"), [("close", "end"), ("end", "end"), ("hole", "nothing")])
-def test_other_faults(kind: str, end: str, proxy: Proxy, peer: Peer, client: socket.socket) -> None:
+def test_proxy_injects_other_faults(kind: str, end: str, proxy: Proxy, peer: Peer, client: socket.socket) -> None:
     client.settimeout(UNIT if kind == "hole" else SOON)
     client.sendall(b"x")
     assert client.recv(1) == b"X"
@@ -126,7 +126,7 @@ def test_other_faults(kind: str, end: str, proxy: Proxy, peer: Peer, client: soc
     assert peer.got == b"xabc"
 
 
-def test_nothing_moves_in_a_hole_until_it_ends(proxy: Proxy, client: socket.socket) -> None:
+def test_proxy_black_hole_forwards_nothing_until_it_ends(proxy: Proxy, client: socket.socket) -> None:
     proxy.hole(True)
     client.sendall(b"abc")
     client.settimeout(UNIT)
@@ -136,7 +136,7 @@ def test_nothing_moves_in_a_hole_until_it_ends(proxy: Proxy, client: socket.sock
     assert client.recv(3) == b"ABC"
 
 
-def test_what_comes_is_held_back(proxy: Proxy, client: socket.socket) -> None:
+def test_proxy_delays_data(proxy: Proxy, client: socket.socket) -> None:
     proxy.delay = lambda: 2 * UNIT
     client.sendall(b"abc")
     client.settimeout(UNIT)
@@ -145,7 +145,7 @@ def test_what_comes_is_held_back(proxy: Proxy, client: socket.socket) -> None:
     assert client.recv(3) == b"ABC"
 
 
-def test_it_refuses_and_takes_connections_again(proxy: Proxy, client: socket.socket) -> None:
+def test_proxy_refuses_then_accepts_connections(proxy: Proxy, client: socket.socket) -> None:
     # The one that is there goes on, even if the proxy had no time for it yet.
     proxy.refuse(True)
     with pytest.raises(ConnectionRefusedError):
@@ -156,7 +156,7 @@ def test_it_refuses_and_takes_connections_again(proxy: Proxy, client: socket.soc
     socket.create_connection((HOST, proxy.port), SOON).close()
 
 
-def test_where_nobody_listens_a_connection_is_reset() -> None:
+def test_proxy_resets_connection_without_server() -> None:
     with socket.socket() as taken:
         taken.bind((HOST, 0))
         with Proxy(taken.getsockname()[1]) as proxy, socket.socket() as client:

@@ -41,7 +41,7 @@ def run(server: Server, scenario: Callable[[AsyncClient], Awaitable[None]]) -> N
     asyncio.run(main())
 
 
-def test_it_has_the_attributes_and_signatures_of_the_blocking_client(server: Server) -> None:
+def test_asyncio_client_matches_blocking_signatures(server: Server) -> None:
     async def scenario(mq: AsyncClient) -> None:
         with dsmq.client.connect(port=server.port) as other:
             assert public(mq) == public(other)
@@ -56,7 +56,7 @@ def test_it_has_the_attributes_and_signatures_of_the_blocking_client(server: Ser
     run(server, scenario)
 
 
-def test_connect_takes_the_options_of_the_blocking_client() -> None:
+def test_asyncio_connect_accepts_blocking_options() -> None:
     parameters, others = (
         {name: str(one) for name, one in inspect.signature(call).parameters.items()}
         for call in (connect, dsmq.client.connect)
@@ -91,7 +91,7 @@ def test_connect_takes_the_options_of_the_blocking_client() -> None:
         (TypeError, lambda mq: mq.forget(5)),
     ],
 )
-def test_an_impossible_argument_raises_as_in_the_blocking_client(
+def test_invalid_argument_raises_as_in_blocking_client(
     server: Server, error: type[Exception], call: Callable[[Any], Any]
 ) -> None:
     async def scenario(mq: AsyncClient) -> None:
@@ -122,7 +122,7 @@ def test_an_impossible_argument_raises_as_in_the_blocking_client(
         {"unknown": 5},
     ],
 )
-def test_an_impossible_option_raises_as_in_the_blocking_client(options: dict[str, Any]) -> None:
+def test_invalid_option_raises_as_in_blocking_client(options: dict[str, Any]) -> None:
     with pytest.raises((TypeError, ValueError)) as found:
         asyncio.run(connect(**{"retry": False, **options}))
     with pytest.raises((TypeError, ValueError)) as same:
@@ -130,7 +130,7 @@ def test_an_impossible_option_raises_as_in_the_blocking_client(options: dict[str
     assert (found.type, str(found.value)) == (same.type, str(same.value))
 
 
-def test_a_timeout_of_0_does_not_wait(server: Server) -> None:
+def test_timeout_of_0_does_not_wait(server: Server) -> None:
     async def scenario(mq: AsyncClient) -> None:
         assert await mq.get_wait("t", timeout=0) == ""
         assert await mq.read("t", timeout=0) == []
@@ -160,7 +160,7 @@ def test_positions_are_the_same_for_both_clients(server: Server) -> None:
     run(server, scenario)
 
 
-def test_each_verb(server: Server) -> None:
+def test_each_method_works(server: Server) -> None:
     async def scenario(mq: AsyncClient) -> None:
         assert await mq.get("t") == ""
         assert await mq.get("t", default=None) is None
@@ -186,7 +186,7 @@ def test_each_verb(server: Server) -> None:
     run(server, scenario)
 
 
-def test_tasks_side_by_side(server: Server) -> None:
+def test_concurrent_tasks_share_a_client(server: Server) -> None:
     async def scenario(mq: AsyncClient) -> None:
         async def read(count: int) -> list[str]:
             return [await mq.get_wait("t", timeout=SOON) for _ in range(count)]
@@ -199,7 +199,7 @@ def test_tasks_side_by_side(server: Server) -> None:
     run(server, scenario)
 
 
-def test_a_cancelled_call_leaves_no_reply_for_the_next(server: Server) -> None:
+def test_cancelled_call_leaves_no_reply_for_next_call(server: Server) -> None:
     async def scenario(mq: AsyncClient) -> None:
         for _ in range(5):
             with pytest.raises(TimeoutError):
@@ -232,7 +232,7 @@ def test_closing_ends_a_call_of_another_task(server: Server, states: list[str]) 
     assert states == []
 
 
-def test_a_server_that_is_gone_is_an_error() -> None:
+def test_unreachable_server_raises() -> None:
     async def main() -> None:
         with serving() as server:
             mq = await connect(port=server.port, reconnect_timeout=0)
@@ -256,7 +256,7 @@ def test_shutdown_server(server: Server) -> None:
     asyncio.run(main())
 
 
-def test_each_batch_of_put_many_has_the_time_of_a_call(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_put_many_batch_has_its_own_timeout(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dsmq.client.requests.PUTS_AT_ONCE", 1)
 
     async def main() -> None:
@@ -272,7 +272,7 @@ def test_each_batch_of_put_many_has_the_time_of_a_call(server: Server, monkeypat
     asyncio.run(main())
 
 
-def test_a_connect_that_is_not_answered_is_given_up() -> None:
+def test_unanswered_connect_times_out() -> None:
     async def main() -> None:
         with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(TimeoutError):
             await connect(port=silent.getsockname()[1], timeout=2 * UNIT, retry=False)
@@ -329,7 +329,7 @@ class Proxy:
         writer.transport.abort()
 
 
-def test_a_thousand_puts_at_once_use_one_connection_and_keep_their_order(server: Server) -> None:
+def test_thousand_concurrent_puts_use_one_connection_in_order(server: Server) -> None:
     async def main() -> None:
         async with Proxy(server) as proxy, await connect(port=proxy.port) as mq:
             ids = await asyncio.gather(*(mq.put("t", str(number)) for number in range(1000)))
@@ -341,7 +341,7 @@ def test_a_thousand_puts_at_once_use_one_connection_and_keep_their_order(server:
     asyncio.run(main())
 
 
-def test_a_thousand_puts_at_once_work_with_few_open_files(server: Server) -> None:
+def test_thousand_concurrent_puts_work_with_few_files(server: Server) -> None:
     program = f"""
 import asyncio, resource
 from dsmq.aio import connect
@@ -358,7 +358,7 @@ asyncio.run(main())
 
 
 @pytest.mark.parametrize("batch", [1, 50])
-def test_puts_keep_their_order_and_are_stored_once_though_replies_get_lost(server: Server, batch: int) -> None:
+def test_puts_with_lost_replies_are_stored_once_in_order(server: Server, batch: int) -> None:
     async def lose(proxy: Proxy, data: bytes) -> bytes:
         seen.append(data)
         if len(seen) % 3 == 0 and len(seen) < 30:
@@ -385,7 +385,7 @@ def test_puts_keep_their_order_and_are_stored_once_though_replies_get_lost(serve
 
 
 @pytest.mark.slow
-def test_a_connection_that_breaks_again_and_again_is_replaced_as_long_as_some_calls_get_their_replies(
+def test_flaky_connection_is_replaced_while_calls_make_progress(
     server: Server,
 ) -> None:
     async def one_by_one(proxy: Proxy, data: bytes) -> bytes:
@@ -406,7 +406,7 @@ def test_a_connection_that_breaks_again_and_again_is_replaced_as_long_as_some_ca
     asyncio.run(main())
 
 
-def test_a_cancelled_call_keeps_its_place_and_its_connection(server: Server, states: list[str]) -> None:
+def test_cancelled_call_keeps_connection(server: Server, states: list[str]) -> None:
     async def main() -> None:
         async with Proxy(server) as proxy, await connect(port=proxy.port, on_state_change=states.append) as mq:
             with blocked(server):
@@ -424,7 +424,7 @@ def test_a_cancelled_call_keeps_its_place_and_its_connection(server: Server, sta
     assert states == []
 
 
-def test_a_call_that_is_cancelled_before_it_is_sent_is_not_sent(server: Server) -> None:
+def test_call_cancelled_before_sending_is_not_sent(server: Server) -> None:
     async def scenario(mq: AsyncClient) -> None:
         calls = [asyncio.create_task(mq.put("t", str(number))) for number in range(3)]
         # The first is sent at once, the others wait for the end of the round.
@@ -435,9 +435,7 @@ def test_a_call_that_is_cancelled_before_it_is_sent_is_not_sent(server: Server) 
     run(server, scenario)
 
 
-def test_the_late_reply_to_a_cancelled_call_costs_its_connection_and_no_other_call(
-    server: Server, states: list[str]
-) -> None:
+def test_late_reply_to_cancelled_call_affects_no_other_call(server: Server, states: list[str]) -> None:
     async def main() -> None:
         options: Any = {"timeout": 3 * UNIT, "on_state_change": states.append}
         async with await connect(port=server.port, **options) as mq:
@@ -457,7 +455,7 @@ def test_the_late_reply_to_a_cancelled_call_costs_its_connection_and_no_other_ca
 
 
 @pytest.mark.parametrize(("count", "size"), [(20, 500_000), (900, 10_000)])
-def test_a_server_that_takes_nothing_does_not_make_the_client_buffer_all(tmp_path: Path, count: int, size: int) -> None:
+def test_client_buffer_is_bounded_if_server_does_not_read(tmp_path: Path, count: int, size: int) -> None:
     async def main(server: Server, host: str) -> None:
         async with asyncio.timeout(SOON), await connect(host) as mq:
             with blocked(server):
@@ -475,7 +473,7 @@ def test_a_server_that_takes_nothing_does_not_make_the_client_buffer_all(tmp_pat
         asyncio.run(main(server, host))
 
 
-def test_no_more_puts_are_unanswered_than_a_server_remembers(server: Server) -> None:
+def test_unanswered_puts_are_bounded_by_server_memory(server: Server) -> None:
     async def scenario(mq: AsyncClient) -> None:
         with blocked(server):
             calls = [mq.put("t", str(number)) for number in range(3000)]
@@ -489,7 +487,7 @@ def test_no_more_puts_are_unanswered_than_a_server_remembers(server: Server) -> 
     assert server.totals().stored == 5000
 
 
-def test_puts_of_put_many_stand_in_the_order_of_calls(server: Server) -> None:
+def test_put_many_keeps_order_of_calls(server: Server) -> None:
     async def scenario(mq: AsyncClient) -> None:
         first, many, last = await asyncio.gather(mq.put("t", "x"), mq.put_many("t", ["x"] * 400), mq.put("t", "x"))
         assert (first, many, last) == (1, list(range(2, 402)), 402)
@@ -497,7 +495,7 @@ def test_puts_of_put_many_stand_in_the_order_of_calls(server: Server) -> None:
     run(server, scenario)
 
 
-def test_an_error_in_put_many_leaves_the_replies_to_other_calls_in_place() -> None:
+def test_error_in_put_many_does_not_shift_other_replies() -> None:
     async def scenario(mq: AsyncClient) -> None:
         calls = mq.put_many("t", ["x"] * 20), mq.ping(), mq.get("t"), mq.get("none"), mq.put_many("t", iter(["y"]))
         found = await asyncio.gather(*calls, return_exceptions=True)
@@ -554,7 +552,7 @@ def test_each_put_many_that_a_close_ends_says_what_is_stored_of_it(server: Serve
     asyncio.run(main())
 
 
-def test_what_a_generator_gave_before_its_error_is_stored(server: Server) -> None:
+def test_messages_before_generator_error_are_stored(server: Server) -> None:
     def failing() -> Iterator[str]:
         yield "1"
         yield "2"
@@ -568,7 +566,7 @@ def test_what_a_generator_gave_before_its_error_is_stored(server: Server) -> Non
     run(server, scenario)
 
 
-def test_a_defect_in_the_server_fails_one_call_and_the_others_go_on(server: Server, states: list[str]) -> None:
+def test_server_defect_fails_one_call_only(server: Server, states: list[str]) -> None:
     async def break_one(proxy: Proxy, data: bytes) -> bytes:
         if data.startswith(b":") and b":2\r\n" in data and not states:
             asyncio.get_running_loop().call_later(UNIT, proxy.cut)
@@ -592,7 +590,7 @@ def test_a_defect_in_the_server_fails_one_call_and_the_others_go_on(server: Serv
 
 
 @pytest.mark.parametrize("error", [ValueError("raised by a signal handler"), ConnectionError("the same")])
-def test_a_reply_that_got_lost_here_makes_no_other_call_get_the_wrong_one(
+def test_lost_reply_does_not_shift_other_replies(
     server: Server, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     """What a signal handler raises may come anywhere."""
@@ -614,7 +612,7 @@ def test_a_reply_that_got_lost_here_makes_no_other_call_get_the_wrong_one(
     assert not errors
 
 
-def test_a_callback_that_raises_fails_the_call_and_does_not_hang_it(server: Server) -> None:
+def test_raising_callback_fails_its_call(server: Server) -> None:
     def refuse(state: str) -> None:
         raise LookupError(state)
 
@@ -628,7 +626,7 @@ def test_a_callback_that_raises_fails_the_call_and_does_not_hang_it(server: Serv
     asyncio.run(main())
 
 
-def test_a_callback_that_raises_while_calls_are_being_made_does_not_hang_them(server: Server) -> None:
+def test_raising_callback_does_not_hang_other_calls(server: Server) -> None:
     def refuse(state: str) -> None:
         raise LookupError(state)
 
@@ -645,7 +643,7 @@ def test_a_callback_that_raises_while_calls_are_being_made_does_not_hang_them(se
     asyncio.run(main())
 
 
-def test_a_reply_that_comes_slowly_has_its_time_from_the_last_progress(server: Server) -> None:
+def test_slow_reply_timeout_restarts_with_progress(server: Server) -> None:
     async def trickle(_: Proxy, data: bytes) -> bytes:
         if len(data) > 1000:
             writer = proxies[0]._writers[0]
@@ -667,7 +665,7 @@ def test_a_reply_that_comes_slowly_has_its_time_from_the_last_progress(server: S
 
 
 @pytest.mark.slow
-def test_a_long_message_has_its_time_from_the_last_progress(server: Server) -> None:
+def test_long_message_timeout_restarts_with_progress(server: Server) -> None:
     async def slowly(_: Proxy, data: bytes) -> bytes:
         if len(data) > 1000:
             await asyncio.sleep(UNIT)
@@ -683,7 +681,7 @@ def test_a_long_message_has_its_time_from_the_last_progress(server: Server) -> N
     asyncio.run(main())
 
 
-def test_an_idle_connection_is_kept_for_longer_than_a_reply_may_take(server: Server, states: list[str]) -> None:
+def test_idle_connection_outlives_reply_timeout(server: Server, states: list[str]) -> None:
     async def main() -> None:
         options: Any = {"timeout": 2 * UNIT, "on_state_change": states.append}
         async with Proxy(server) as proxy, await connect(port=proxy.port, **options) as mq:
@@ -696,7 +694,7 @@ def test_an_idle_connection_is_kept_for_longer_than_a_reply_may_take(server: Ser
     assert states == []
 
 
-def test_when_nobody_waits_for_a_connection_any_more_none_is_tried() -> None:
+def test_reconnecting_stops_if_no_call_waits() -> None:
     async def main() -> None:
         with serving() as server:
             mq = await connect(port=server.port)
@@ -712,9 +710,7 @@ def test_when_nobody_waits_for_a_connection_any_more_none_is_tried() -> None:
 # Waits
 
 
-def test_each_wait_has_a_connection_which_is_used_again_and_closed_when_idle(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_waiting_connections_are_reused_and_closed_when_idle(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         async with Proxy(server) as proxy, await connect(port=proxy.port) as mq:
             await asyncio.gather(*(mq.get_wait("t", timeout=UNIT) for _ in range(3)))
@@ -732,7 +728,7 @@ def test_each_wait_has_a_connection_which_is_used_again_and_closed_when_idle(
     asyncio.run(main())
 
 
-def test_a_wait_keeps_no_other_call_waiting(server: Server) -> None:
+def test_wait_does_not_block_other_calls(server: Server) -> None:
     async def scenario(mq: AsyncClient) -> None:
         waiting = asyncio.create_task(mq.get_wait("t", timeout=math.inf))
         while not server.waiting():
@@ -743,7 +739,7 @@ def test_a_wait_keeps_no_other_call_waiting(server: Server) -> None:
     run(server, scenario)
 
 
-def test_behind_a_wait_that_was_cancelled_no_other_waits(server: Server) -> None:
+def test_cancelled_wait_does_not_block_next_one(server: Server) -> None:
     async def scenario(mq: AsyncClient) -> None:
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(mq.get_wait("none", timeout=math.inf), UNIT)
@@ -755,7 +751,7 @@ def test_behind_a_wait_that_was_cancelled_no_other_waits(server: Server) -> None
     run(server, scenario)
 
 
-def test_a_client_that_nobody_has_any_more_is_closed(server: Server) -> None:
+def test_unreferenced_client_is_closed(server: Server) -> None:
     async def main() -> None:
         mq = await connect(port=server.port)
         await mq.get_wait("t", timeout=UNIT / 10)
@@ -772,7 +768,7 @@ def test_a_client_that_nobody_has_any_more_is_closed(server: Server) -> None:
 # Event loops and processes
 
 
-def test_a_second_event_loop_goes_on_where_the_first_was(server: Server) -> None:
+def test_second_event_loop_resumes_positions(server: Server) -> None:
     async def first() -> AsyncClient:
         mq = await connect(port=server.port)
         assert await mq.put("t", "1") == 1
@@ -794,9 +790,7 @@ def test_a_second_event_loop_goes_on_where_the_first_was(server: Server) -> None
 
 @pytest.mark.filterwarnings("ignore:unclosed transport:ResourceWarning")
 @pytest.mark.parametrize("is_closed", [True, False])
-def test_the_connections_of_a_loop_that_has_stopped_are_closed_with_the_next_call(
-    server: Server, is_closed: bool
-) -> None:
+def test_next_call_closes_connections_of_stopped_loop(server: Server, is_closed: bool) -> None:
     first = asyncio.new_event_loop()
     mq = first.run_until_complete(connect(port=server.port))
     late = first.create_task(mq.get_wait("t", timeout=math.inf))
@@ -820,7 +814,7 @@ def test_the_connections_of_a_loop_that_has_stopped_are_closed_with_the_next_cal
     gc.collect()
 
 
-def test_a_loop_in_another_thread_gets_an_error_at_once_and_the_first_goes_on(server: Server) -> None:
+def test_loop_in_another_thread_raises_at_once(server: Server) -> None:
     async def scenario(mq: AsyncClient) -> None:
         for call in (mq.put, mq.get_wait):
             arguments = ("t", "x")[: 1 + (call == mq.put)]
@@ -836,7 +830,7 @@ def test_a_loop_in_another_thread_gets_an_error_at_once_and_the_first_goes_on(se
 
 
 @pytest.mark.parametrize("fork", ["os.fork", "ctypes.CDLL(None).fork"])
-def test_after_a_fork_parent_and_child_are_clients_of_their_own(server: Server, fork: str) -> None:
+def test_after_fork_parent_and_child_are_separate_clients(server: Server, fork: str) -> None:
     program = f"""
 import asyncio, ctypes, os, sys
 from dsmq.aio import connect
@@ -879,7 +873,7 @@ else:
     assert server.totals().stored == 3 + 2 * 2 * 200
 
 
-def test_the_event_loop_of_the_parent_process_is_refused_in_a_child(server: Server) -> None:
+def test_parent_event_loop_is_refused_in_child(server: Server) -> None:
     program = f"""
 import asyncio, os
 from dsmq.aio import connect
@@ -938,7 +932,7 @@ class CancelledAt:
 
 @pytest.mark.parametrize("behind", [False, True])
 @pytest.mark.parametrize("verb", ["get", "get_wait", "get_many", "read", "messages", "get_latest"])
-def test_a_read_that_is_cancelled_anywhere_loses_nothing(server: Server, verb: str, behind: bool) -> None:
+def test_read_cancelled_anywhere_loses_nothing(server: Server, verb: str, behind: bool) -> None:
     async def scenario(mq: AsyncClient) -> None:
         async def next_message() -> str:
             return await anext(mq.messages("t", timeout=SOON))
@@ -969,7 +963,7 @@ def test_a_read_that_is_cancelled_anywhere_loses_nothing(server: Server, verb: s
 
 @pytest.mark.parametrize("behind", [False, True])
 @pytest.mark.parametrize("count", [1, 3])
-def test_a_put_that_is_cancelled_anywhere_is_stored_once_or_not(server: Server, count: int, behind: bool) -> None:
+def test_put_cancelled_anywhere_is_stored_at_most_once(server: Server, count: int, behind: bool) -> None:
     async def scenario(mq: AsyncClient) -> None:
         for step in itertools.count(1):
             sent = [f"{step} {number}" for number in range(count)]
@@ -1014,7 +1008,7 @@ class Interrupt:
 
 
 @pytest.mark.parametrize("verb", ["get", "get_wait", "get_many", "read", "messages"])
-def test_a_read_that_is_interrupted_at_any_line_loses_nothing(server: Server, verb: str) -> None:
+def test_asyncio_read_interrupted_at_any_line_loses_nothing(server: Server, verb: str) -> None:
     async def scenario(mq: AsyncClient) -> None:
         verbs: dict[str, Callable[[], Coroutine[Any, Any, Any]]] = {
             "get": lambda: mq.get("t"),
@@ -1044,7 +1038,7 @@ def test_a_read_that_is_interrupted_at_any_line_loses_nothing(server: Server, ve
 # Addresses
 
 
-def test_of_several_addresses_the_one_that_answers_is_used(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_answering_address_is_used(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         async with asyncio.timeout(SOON), await connect("several.example", server.port, timeout=SOON * 10) as mq:
             await mq.ping()
@@ -1055,14 +1049,14 @@ def test_of_several_addresses_the_one_that_answers_is_used(server: Server, monke
     gc.collect()
 
 
-def test_a_name_whose_addresses_all_refuse_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_addresses_refusing_raises_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with nobody() as one:
         resolve(monkeypatch, ("127.0.0.2", one[1]), one)
         with pytest.raises(ConnectionRefusedError, match=r"no server answers at several\.example port 5"):
             asyncio.run(connect("several.example", 5, retry=False))
 
 
-def test_an_address_that_does_not_answer_keeps_nobody_from_a_server_that_is_starting_at_another(
+def test_silent_address_does_not_delay_starting_server_on_another(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(channel, "REST_SECONDS", UNIT)
@@ -1072,12 +1066,12 @@ def test_an_address_that_does_not_answer_keeps_nobody_from_a_server_that_is_star
             asyncio.run(connect("several.example", 5, timeout=SOON / 2, retry=False))
 
 
-def test_a_connect_that_takes_too_long_says_so() -> None:
+def test_slow_connect_raises_timeout() -> None:
     with black_hole() as (host, port), pytest.raises(TimeoutError, match="within"):
         asyncio.run(connect(host, port, timeout=UNIT, retry=False))
 
 
-def test_a_front_that_accepts_and_closes_counts_as_a_server_that_starts() -> None:
+def test_proxy_that_accepts_and_closes_counts_as_starting() -> None:
     async def main() -> None:
         front = await asyncio.start_server(accept, "127.0.0.1", 0)
         port = front.sockets[0].getsockname()[1]

@@ -36,7 +36,7 @@ MakeClient = Callable[[], DSMQClientSideConnection]
 # The API of dsmq 1.4
 
 
-def test_signatures_are_those_of_dsmq_1_4() -> None:
+def test_signatures_match_dsmq_1_4() -> None:
     assert str(inspect.signature(serve)).startswith(
         "(host: 'str' = '127.0.0.1', port: 'int' = 30008, name: 'str' = 'mqdb', verbose: 'bool' = False"
     )
@@ -62,7 +62,7 @@ def test_every_client_gets_every_message_put_after_it_connected(client: MakeClie
     assert [second.get("t") for _ in range(2)] == ["2", ""]
 
 
-def test_get_latest_passes_over_the_older_ones(client: MakeClient) -> None:
+def test_get_latest_skips_older_messages(client: MakeClient) -> None:
     mq = client()
     for number in range(300):
         mq.put("t", str(number))
@@ -75,7 +75,7 @@ def test_get_latest_passes_over_the_older_ones(client: MakeClient) -> None:
     assert mq.missed == 0
 
 
-def test_get_latest_finds_the_newest_in_what_was_read_ahead(client: MakeClient) -> None:
+def test_get_latest_finds_newest_in_read_ahead(client: MakeClient) -> None:
     mq = client()
     for number in range(3):
         mq.put("t", str(number))
@@ -94,14 +94,14 @@ def test_get_wait_returns_when_a_message_comes(server: Server, client: MakeClien
     assert got == ["x"]
 
 
-def test_get_wait_waits_on_the_server_by_one_request(server: Server, client: MakeClient) -> None:
+def test_get_wait_sends_one_request(server: Server, client: MakeClient) -> None:
     mq = client()
     before = server.counters().requests
     assert mq.get_wait("t", timeout=3 * UNIT) == ""
     assert server.counters().requests == before + 1
 
 
-def test_get_wait_waits_as_long_as_its_schedule_says(client: MakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_get_wait_follows_retry_schedule(client: MakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dsmq.client, "_n_tries", 4)
     monkeypatch.setattr(dsmq.client, "_initial_retry", UNIT / 5)
     before = time.monotonic()
@@ -117,7 +117,7 @@ def test_waiting_uses_no_processor(client: MakeClient) -> None:
 
 
 @pytest.mark.parametrize(("took", "pause"), [(0.0001, 0), (0.0005, math.inf), (0.002, 0.1)])
-def test_how_long_a_reply_took_decides_whether_the_next_is_looked_for(
+def test_busy_polling_adapts_to_reply_time(
     client: MakeClient, monkeypatch: pytest.MonkeyPatch, took: float, pause: float
 ) -> None:
     mq = client()
@@ -128,7 +128,7 @@ def test_how_long_a_reply_took_decides_whether_the_next_is_looked_for(
     assert link._look_from == pytest.approx(1000 + took + pause if pause else 0)
 
 
-def test_a_reply_is_not_looked_for_where_that_was_in_vain(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_busy_polling_stops_if_useless(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     looks = []
     monkeypatch.setattr(dsmq.client.connection, "yield_processor", lambda: looks.append(1))
     monkeypatch.setattr(dsmq.client.connection, "BUSY_POLL_SECONDS", UNIT / 2)
@@ -143,14 +143,14 @@ def test_a_reply_is_not_looked_for_where_that_was_in_vain(server: Server, monkey
         assert looks
 
 
-def test_get_wait_with_no_time_is_get(client: MakeClient) -> None:
+def test_get_wait_without_time_is_get(client: MakeClient) -> None:
     mq = client()
     assert mq.get_wait("t", timeout=0) == ""
     mq.put("t", "x")
     assert mq.get_wait("t", timeout=0) == "x"
 
 
-def test_long_waits_are_asked_for_in_parts(server: Server, client: MakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_wait_is_split_into_requests(server: Server, client: MakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dsmq.client.requests.MAX_WAIT_SECONDS", UNIT)
     mq, writer = client(), client()
     before = server.counters().requests
@@ -163,7 +163,7 @@ def test_long_waits_are_asked_for_in_parts(server: Server, client: MakeClient, m
     assert got == ["x"]
 
 
-def test_connect_waits_for_a_server_that_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connect_waits_for_starting_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "sleep", lambda _: start_listening())
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
@@ -183,7 +183,7 @@ def test_connect_waits_for_a_server_that_starts(monkeypatch: pytest.MonkeyPatch)
     listener.close()
 
 
-def test_connect_gives_up_with_connection_refused(
+def test_connect_raises_connection_refused_in_the_end(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pauses: list[float] = []
@@ -228,7 +228,7 @@ def test_serve_in_a_process_stops_gracefully_when_terminated(method: str, tmp_pa
             mq.put("t", "y")
 
 
-def test_shutdown_that_is_not_allowed() -> None:
+def test_shutdown_not_allowed_raises() -> None:
     with serving(allow_shutdown=False) as server, connect(port=server.port) as mq:
         with pytest.raises(NotPermitted):
             mq.shutdown_server()
@@ -238,7 +238,7 @@ def test_shutdown_that_is_not_allowed() -> None:
 # Beyond it
 
 
-def test_bytes_and_text(client: MakeClient) -> None:
+def test_messages_are_bytes_or_text(client: MakeClient) -> None:
     mq = client()
     for message in ("text ☃", b"bytes", bytearray(b"array"), b"\xff"):
         mq.put("t", message)  # type: ignore[arg-type]
@@ -251,7 +251,7 @@ def test_bytes_and_text(client: MakeClient) -> None:
     assert mq.get("t", raw=True) == b""
 
 
-def test_a_default_tells_no_message_from_an_empty_one(client: MakeClient) -> None:
+def test_default_distinguishes_no_message_from_empty_one(client: MakeClient) -> None:
     mq = client()
     mq.put("t", "")
     assert mq.get("t", default=None) == ""
@@ -270,7 +270,7 @@ def test_put_many_and_get_many(client: MakeClient) -> None:
     assert mq.put_many("t", []) == []
 
 
-def test_put_many_may_take_long_to_make_messages(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_put_many_accepts_slow_generator(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     def slowly() -> Iterator[str]:
         yield from ["x"] * PUTS_AT_ONCE
         time.sleep(UNIT * 2)
@@ -288,7 +288,7 @@ def test_put_many_may_take_long_to_make_messages(server: Server, monkeypatch: py
     assert left[0] > 0
 
 
-def test_get_many_stops_short_of_what_is_no_text(client: MakeClient) -> None:
+def test_get_many_stops_before_undecodable_message(client: MakeClient) -> None:
     mq = client()
     mq.put_many("t", ["1", "2", b"\xff", "4"])
     assert mq.get_many("t") == ["1", "2"]
@@ -297,13 +297,13 @@ def test_get_many_stops_short_of_what_is_no_text(client: MakeClient) -> None:
     assert mq.get_many("t", raw=True) == [b"\xff", b"4"]
 
 
-def test_put_many_of_large_messages_does_not_dead_lock(client: MakeClient) -> None:
+def test_put_many_of_large_messages_does_not_deadlock(client: MakeClient) -> None:
     mq = client()
     mq.put_many("t", ["x" * 1_000_000] * 30)
     assert sum(len(message) for message in mq.get_many("t", 100)) == 30_000_000
 
 
-def test_read_tells_ids_numbers_and_times(client: MakeClient) -> None:
+def test_read_returns_ids_numbers_and_times(client: MakeClient) -> None:
     mq = client()
     mq.put("other", "x")
     before = time.time()
@@ -321,7 +321,7 @@ def test_read_tells_ids_numbers_and_times(client: MakeClient) -> None:
     assert pickle.loads(pickle.dumps(messages[0])) == messages[0]
 
 
-def test_messages_iterates_until_nothing_comes(client: MakeClient) -> None:
+def test_messages_iterates_until_timeout(client: MakeClient) -> None:
     mq = client()
     mq.put_many("t", ["1", "2", ""])
     assert list(mq.messages("t", timeout=UNIT)) == ["1", "2", ""]
@@ -340,7 +340,7 @@ def test_seek_reads_from_anywhere(client: MakeClient) -> None:
     assert mq.get_many("t") == ["3"]
 
 
-def test_no_messages_are_no_reason_to_ask(client: MakeClient) -> None:
+def test_zero_messages_send_no_request(client: MakeClient) -> None:
     mq = client()
     assert mq.get_many("t", 0, timeout=math.inf) == []
 
@@ -375,14 +375,14 @@ def test_bad_arguments_are_refused_before_anything_is_sent(
     assert mq.put("t", "x") == 1
 
 
-def test_the_longest_message_goes_through(client: MakeClient) -> None:
+def test_longest_message_round_trips(client: MakeClient) -> None:
     mq = client()
     mq.put("t", "x" * 8_388_608)
     assert len(mq.get("t")) == 8_388_608
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc is told")
-def test_long_messages_are_put_without_fetching_memory_for_each(server: Server) -> None:
+def test_long_puts_reuse_memory(server: Server) -> None:
     script = f"""
 import resource
 from dsmq.client import connect
@@ -400,7 +400,7 @@ with connect(port={server.port}) as mq:
     assert int(done.stdout) < 250
 
 
-def test_a_message_that_expires_while_read_ahead_is_not_handed_out(caplog: pytest.LogCaptureFixture) -> None:
+def test_message_expired_in_read_ahead_is_not_returned(caplog: pytest.LogCaptureFixture) -> None:
     with serving(max_age_seconds=4 * UNIT) as server, connect(port=server.port) as mq:
         mq.put_many("t", ["1", "2", "3"])
         assert mq.get("t") == "1"
@@ -410,7 +410,7 @@ def test_a_message_that_expires_while_read_ahead_is_not_handed_out(caplog: pytes
         assert "expired before they were read" in caplog.text
 
 
-def test_what_expired_before_the_reader_came_is_counted(caplog: pytest.LogCaptureFixture) -> None:
+def test_messages_expired_before_reading_are_missed(caplog: pytest.LogCaptureFixture) -> None:
     with (
         serving(max_age_seconds=3 * UNIT) as server,
         connect(port=server.port) as mq,
@@ -447,7 +447,7 @@ def test_threads_share_a_client_and_get_each_message_once(client: MakeClient) ->
     assert all(into == sorted(into, key=int) for into in got)
 
 
-def test_a_waiting_thread_does_not_hold_up_the_others(server: Server, client: MakeClient) -> None:
+def test_waiting_thread_does_not_block_others(server: Server, client: MakeClient) -> None:
     mq = client()
     thread = threading.Thread(target=mq.get_wait, args=("never",), kwargs={"timeout": math.inf, "default": None})
     failed: list[type[BaseException]] = []
@@ -466,7 +466,7 @@ def test_a_waiting_thread_does_not_hold_up_the_others(server: Server, client: Ma
     assert failed == [ClientClosed]
 
 
-def test_after_fork_both_go_on_from_where_the_parent_was(client: MakeClient) -> None:
+def test_after_fork_both_processes_continue_from_same_position(client: MakeClient) -> None:
     mq = client()
     mq.put_many("t", ["1", "2", "3"])
     assert mq.get("t") == "1"
@@ -487,7 +487,7 @@ def test_after_fork_both_go_on_from_where_the_parent_was(client: MakeClient) -> 
     assert mq.get("u") == "from the child"
 
 
-def test_a_closed_client_says_so(client: MakeClient) -> None:
+def test_closed_client_raises(client: MakeClient) -> None:
     with client() as mq:
         mq.put("t", "x")
     for call in (lambda: mq.put("t", "x"), lambda: mq.get("t"), lambda: mq.get_wait("t"), mq.ping, mq.shutdown_server):
@@ -495,7 +495,7 @@ def test_a_closed_client_says_so(client: MakeClient) -> None:
             call()
 
 
-def test_a_server_that_is_gone_is_an_error_and_no_empty_message(client: MakeClient) -> None:
+def test_unreachable_server_raises_instead_of_empty_message(client: MakeClient) -> None:
     with serving() as server:
         mq = connect(port=server.port, reconnect_timeout=0)
         mq.put("t", "x")
@@ -508,7 +508,7 @@ def test_a_server_that_is_gone_is_an_error_and_no_empty_message(client: MakeClie
     mq.close()
 
 
-def test_after_a_lost_connection_the_client_goes_on_where_it_was(server: Server, client: MakeClient) -> None:
+def test_client_resumes_at_its_position_after_lost_connection(server: Server, client: MakeClient) -> None:
     mq = client()
     mq.put_many("t", ["1", "2"])
     assert mq.get("t") == "1"
@@ -518,7 +518,7 @@ def test_after_a_lost_connection_the_client_goes_on_where_it_was(server: Server,
     assert [mq.get("t"), mq.get("t"), mq.get("t")] == ["2", "3", ""]
 
 
-def test_a_new_epoch_is_read_from_its_start_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_new_epoch_is_read_from_start_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     with serving() as first:
         port = first.port
         mq = connect(port=port)
@@ -537,7 +537,7 @@ class Interrupted(Exception):
     """What the signal handler raises below."""
 
 
-def test_an_interrupted_call_leaves_no_reply_for_the_next(server: Server, client: MakeClient) -> None:
+def test_interrupted_call_leaves_no_reply_for_next_call(server: Server, client: MakeClient) -> None:
     mq, writer = client(), client()
 
     def interrupt(*_: object) -> None:
@@ -559,7 +559,7 @@ def test_an_interrupted_call_leaves_no_reply_for_the_next(server: Server, client
     wait_until(lambda: server.connections() == 2)
 
 
-def test_after_a_restart_all_connections_are_made_anew() -> None:
+def test_all_connections_are_renewed_after_restart() -> None:
     with serving() as first:
         port = first.port
         mq = connect(port=port)
@@ -577,7 +577,7 @@ def test_after_a_restart_all_connections_are_made_anew() -> None:
         mq.close()
 
 
-def test_a_seek_is_not_undone_by_a_read_on_its_way(server: Server, client: MakeClient) -> None:
+def test_seek_is_not_undone_by_pending_read(server: Server, client: MakeClient) -> None:
     client().put_many("t", ["1", "2", "3"])
     mq = client()
     got: list[str] = []
@@ -590,7 +590,7 @@ def test_a_seek_is_not_undone_by_a_read_on_its_way(server: Server, client: MakeC
     assert got + mq.get_many("t") == ["1", "2", "3", "4"]
 
 
-def test_a_first_call_after_a_restart_reads_from_the_start() -> None:
+def test_first_call_after_restart_reads_from_start() -> None:
     with serving() as first:
         port = first.port
         mq = connect(port=port)
@@ -620,7 +620,7 @@ def test_closing_during_a_connect_is_noticed(monkeypatch: pytest.MonkeyPatch, cl
 
 @pytest.mark.slow
 @pytest.mark.parametrize("end", [b"\r\n", b""])
-def test_a_reply_that_trickles_in_has_time_as_long_as_something_comes(end: bytes) -> None:
+def test_trickling_reply_extends_timeout(end: bytes) -> None:
     def trickle() -> None:
         sock, _ = listener.accept()
         with sock:
@@ -680,7 +680,7 @@ HELLO = (
 @pytest.mark.parametrize(
     "reply", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"*2\r\n$3\r\nfoo\r\n$3\r\nbar\r\n", b"+OK\r\n"]
 )
-def test_what_is_no_dsmq_server_is_told_apart(reply: bytes) -> None:
+def test_other_server_is_recognized_as_not_dsmq(reply: bytes) -> None:
     with fake_server(reply) as port, pytest.raises(ProtocolError):
         connect(port=port, retry=False)
 
@@ -697,7 +697,7 @@ def test_what_is_no_dsmq_server_is_told_apart(reply: bytes) -> None:
         (b"?\r\n", ProtocolError),
     ],
 )
-def test_each_reply_to_a_put_has_its_exception(reply: bytes, error: type[Exception]) -> None:
+def test_each_error_reply_to_put_raises_its_class(reply: bytes, error: type[Exception]) -> None:
     with (
         fake_server(HELLO, reply) as port,
         connect(port=port, reconnect_timeout=0) as mq,
@@ -707,7 +707,7 @@ def test_each_reply_to_a_put_has_its_exception(reply: bytes, error: type[Excepti
     assert getattr(told.value, "may_be_stored", True)
 
 
-def test_a_server_that_is_closing_has_not_stored_what_it_answers_so() -> None:
+def test_closing_reply_means_not_stored() -> None:
     with (
         fake_server(HELLO, b"-CLOSING bye\r\n") as port,
         connect(port=port, reconnect_timeout=0) as mq,
@@ -721,12 +721,12 @@ def test_a_server_that_is_closing_has_not_stored_what_it_answers_so() -> None:
     "reply",
     [b"*1\r\n:1\r\n", b":1\r\n", b"*5\r\n" + b":1\r\n" * 5, b"*5\r\n$1\r\na\r\n:1\r\n:1\r\n$1\r\na\r\n:1\r\n"],
 )
-def test_a_reply_to_read_that_is_none_raises(reply: bytes) -> None:
+def test_invalid_read_reply_raises(reply: bytes) -> None:
     with fake_server(HELLO, reply) as port, connect(port=port) as mq, pytest.raises(ProtocolError):
         mq.get("t")
 
 
-def test_a_server_that_does_not_answer_is_given_up_on() -> None:
+def test_unresponsive_server_times_out() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         before = time.monotonic()
         with pytest.raises(TimeoutError):
@@ -734,7 +734,7 @@ def test_a_server_that_does_not_answer_is_given_up_on() -> None:
         assert time.monotonic() - before < SOON
 
 
-def test_a_frozen_server_does_not_hang_a_call(server: Server) -> None:
+def test_frozen_server_does_not_hang_call(server: Server) -> None:
     with connect(port=server.port, timeout=2 * UNIT, reconnect_timeout=0) as mq:
         release = threading.Event()
         server._workers[0].post(lambda: release.wait(SOON))
@@ -747,7 +747,7 @@ def test_a_frozen_server_does_not_hang_a_call(server: Server) -> None:
         assert mq.get("t") == "x"
 
 
-def test_every_error_is_one_of_dsmq() -> None:
+def test_every_error_is_a_dsmq_error() -> None:
     for code, error in errors.BY_CODE.items():
         assert issubclass(error, errors.DSMQError)
         assert type(errors.from_reply(f"{code} why")) is error

@@ -45,7 +45,7 @@ def renumber(inbox: Inbox, restored: int) -> None:
         inbox.renumber(doubt, restored)
 
 
-def test_a_request_has_the_options_it_is_given() -> None:
+def test_read_request_has_given_options() -> None:
     assert request(read_request("café", 12)) == [b"READ", "café".encode(), b"12"]
     assert request(read_request("t", 0, inbox_module.LATEST, 1)) == [b"READ", b"t", b"0", b"LATEST"]
 
@@ -53,7 +53,7 @@ def test_a_request_has_the_options_it_is_given() -> None:
 # What comes
 
 
-def test_messages_come_out_in_the_order_in_which_they_came() -> None:
+def test_messages_are_returned_in_order_received() -> None:
     inbox = an_inbox()
     accept(inbox, entries(1, 2))
     accept(inbox, entries(3))
@@ -61,13 +61,13 @@ def test_messages_come_out_in_the_order_in_which_they_came() -> None:
     assert take(inbox) == []
 
 
-def test_take_stops_at_n_and_at_what_is_there() -> None:
+def test_take_stops_at_n_and_at_end() -> None:
     inbox = an_inbox()
     accept(inbox, entries(1, 2, 3))
     assert [take(inbox, 2), take(inbox, 2), take(inbox, 2)] == [[1, 2], [3], []]
 
 
-def test_what_cannot_be_converted_stays() -> None:
+def test_unconvertible_message_stays() -> None:
     inbox = an_inbox()
     accept(inbox, [entry(1), entry(2)._replace(body=b"\xff"), entry(3)])
     assert inbox.take([], 3, text) == ["1"]
@@ -77,7 +77,7 @@ def test_what_cannot_be_converted_stays() -> None:
     assert take(inbox) == [2, 3]
 
 
-def test_a_latest_that_cannot_be_converted_stays_and_passes_over_nothing() -> None:
+def test_unconvertible_latest_stays_and_skips_nothing() -> None:
     inbox = an_inbox()
     bad = entry(3)._replace(body=b"\xff")
     with pytest.raises(MessageNotText):
@@ -86,7 +86,7 @@ def test_a_latest_that_cannot_be_converted_stays_and_passes_over_nothing() -> No
     assert take(inbox) == [1, 2, 3]
 
 
-def test_there_may_be_more_until_nothing_comes() -> None:
+def test_more_is_expected_until_an_empty_reply() -> None:
     inbox = an_inbox()
     assert accept(inbox, entries(1))
     # Another call may have fetched it.
@@ -95,7 +95,7 @@ def test_there_may_be_more_until_nothing_comes() -> None:
     assert not accept(inbox, [])
 
 
-def test_the_position_is_the_last_id_handed_out_and_what_is_asked_for_is_behind_the_last_fetched() -> None:
+def test_position_is_last_returned_id_and_request_starts_after_last_fetched() -> None:
     inbox = an_inbox(position=4)
     accept(inbox, [entry(7, 2), entry(9, 3)])
     assert (inbox.position[1], inbox.asked()[1], inbox.asked_for_latest()[1]) == (4, 9, 4)
@@ -105,7 +105,7 @@ def test_the_position_is_the_last_id_handed_out_and_what_is_asked_for_is_behind_
     assert (inbox.position[1], inbox.asked()[1], inbox.asked_for_latest()[1]) == (9, 9, 9)
 
 
-def test_what_two_threads_have_fetched_comes_once() -> None:
+def test_messages_fetched_by_two_threads_are_returned_once() -> None:
     inbox = an_inbox(position=1)
     asked = inbox.asked()
     inbox.accept(asked, entries(2, 3))
@@ -117,7 +117,7 @@ def test_what_two_threads_have_fetched_comes_once() -> None:
     assert (inbox.position[1], inbox.missed) == (4, 0)
 
 
-def test_an_empty_reply_to_an_older_question_says_nothing_of_what_came_since(clock: Time) -> None:
+def test_empty_reply_to_older_request_is_ignored(clock: Time) -> None:
     inbox = an_inbox(position=1, last_number=1)
     asked = inbox.asked()
     accept(inbox, entries(2, 3))
@@ -125,7 +125,7 @@ def test_an_empty_reply_to_an_older_question_says_nothing_of_what_came_since(clo
     assert (take(inbox), inbox.missed) == ([2, 3], 0)
 
 
-def test_what_was_asked_for_behind_messages_that_were_given_back_is_not_taken() -> None:
+def test_reply_to_request_after_given_back_messages_is_dropped() -> None:
     inbox, claim = an_inbox(), []
     accept(inbox, entries(1, 2))
     take(inbox, 2, claim)
@@ -137,7 +137,7 @@ def test_what_was_asked_for_behind_messages_that_were_given_back_is_not_taken() 
     assert take(inbox) == [3]
 
 
-def test_a_take_stops_at_what_cannot_be_converted_behind_what_was_given_back() -> None:
+def test_take_stops_at_unconvertible_message_after_given_back_ones() -> None:
     inbox, claim = an_inbox(), []
     accept(inbox, [entry(1), entry(2), entry(3)._replace(body=b"\xff")])
     take(inbox, 1, claim)
@@ -149,7 +149,7 @@ def test_a_take_stops_at_what_cannot_be_converted_behind_what_was_given_back() -
 # The latest
 
 
-def test_get_latest_passes_over_what_was_read_ahead() -> None:
+def test_get_latest_skips_read_ahead() -> None:
     inbox = an_inbox(1)
     accept(inbox, entries(2, 3))
     assert take_latest(inbox, entries(5)) == [5]
@@ -159,7 +159,7 @@ def test_get_latest_passes_over_what_was_read_ahead() -> None:
     assert inbox.missed == 0
 
 
-def test_the_latest_is_handed_out_once() -> None:
+def test_latest_is_returned_once() -> None:
     inbox = an_inbox()
     asked = inbox.asked_for_latest()
     accept(inbox, entries(1, 2))
@@ -168,7 +168,7 @@ def test_the_latest_is_handed_out_once() -> None:
     assert inbox.take_latest([], asked, entries(2), lambda _, found: found.id) == []
 
 
-def test_what_was_fetched_before_get_latest_passed_over_it_does_not_come() -> None:
+def test_messages_skipped_by_get_latest_are_not_returned() -> None:
     inbox = an_inbox()
     asked = inbox.asked()
     take_latest(inbox, entries(5))
@@ -176,7 +176,7 @@ def test_what_was_fetched_before_get_latest_passed_over_it_does_not_come() -> No
     assert take(inbox) == [6]
 
 
-def test_a_latest_that_was_given_back_comes_again_with_all_before_it() -> None:
+def test_given_back_latest_is_returned_again_with_all_before_it() -> None:
     inbox, claim = an_inbox(1, 1), []
     accept(inbox, entries(2, 3))
     assert take_latest(inbox, entries(5), claim) == [5]
@@ -191,7 +191,7 @@ def test_a_latest_that_was_given_back_comes_again_with_all_before_it() -> None:
 # A seek
 
 
-def test_a_seek_moves_and_drops_what_was_read_ahead() -> None:
+def test_seek_moves_and_drops_read_ahead() -> None:
     inbox = an_inbox()
     accept(inbox, entries(1, 2, 3))
     inbox.seek(1)
@@ -200,7 +200,7 @@ def test_a_seek_moves_and_drops_what_was_read_ahead() -> None:
     assert (take(inbox), inbox.missed) == ([2, 3], 0)
 
 
-def test_what_was_asked_for_before_a_seek_is_not_taken() -> None:
+def test_reply_to_request_before_seek_is_dropped() -> None:
     inbox = an_inbox(position=100, last_number=7)
     asked, latest = inbox.asked(), inbox.asked_for_latest()
     inbox.seek(0)
@@ -222,9 +222,7 @@ def test_nothing_is_given_back_after_a_seek() -> None:
 # What expires
 
 
-def test_what_expires_in_the_read_ahead_is_asked_for_again_and_counted(
-    clock: Time, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_expired_read_ahead_is_refetched_and_counted(clock: Time, caplog: pytest.LogCaptureFixture) -> None:
     inbox = an_inbox()
     accept(inbox, [entry(1), entry(2, expires=5000.5), entry(3, expires=5000.5), entry(4)])
     assert take(inbox, 1) == [1]
@@ -236,9 +234,7 @@ def test_what_expires_in_the_read_ahead_is_asked_for_again_and_counted(
     assert warnings(caplog) == ["topic 't': 2 messages expired before they were read"]
 
 
-def test_what_expires_last_is_counted_though_nothing_comes_behind_it(
-    clock: Time, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_expired_last_message_is_counted_without_successor(clock: Time, caplog: pytest.LogCaptureFixture) -> None:
     inbox = an_inbox()
     accept(inbox, [entry(1, 1), *(entry(number, number, 5000.5) for number in (2, 3, 5))])
     assert take(inbox, 1) == [1]
@@ -251,7 +247,7 @@ def test_what_expires_last_is_counted_though_nothing_comes_behind_it(
     assert (take(inbox), inbox.missed) == ([9], 5)
 
 
-def test_an_old_reply_does_not_bring_back_what_has_expired_since(clock: Time) -> None:
+def test_old_reply_does_not_bring_back_expired_messages(clock: Time) -> None:
     inbox = an_inbox(last_number=0)
     asked = inbox.asked()
     accept(inbox, entries(1, 2, 3))
@@ -263,7 +259,7 @@ def test_an_old_reply_does_not_bring_back_what_has_expired_since(clock: Time) ->
     assert (take(inbox), inbox.missed) == ([], 3)
 
 
-def test_what_was_known_to_come_is_counted_though_less_was_asked_for_since(clock: Time) -> None:
+def test_expected_messages_are_counted_after_smaller_request(clock: Time) -> None:
     inbox = an_inbox(last_number=0)
     accept(inbox, entries(1, 2, 3))
     for found in (entries(1), []):
@@ -276,7 +272,7 @@ def test_what_was_known_to_come_is_counted_though_less_was_asked_for_since(clock
     assert inbox.missed == 3
 
 
-def test_read_ahead_is_good_for_a_second(clock: Time) -> None:
+def test_read_ahead_is_fresh_for_a_second(clock: Time) -> None:
     inbox = an_inbox()
     accept(inbox, entries(1, 2, 3))
     clock.passed = 1.0
@@ -289,7 +285,7 @@ def test_read_ahead_is_good_for_a_second(clock: Time) -> None:
     assert (take(inbox), inbox.missed) == ([3], 1)
 
 
-def test_what_is_added_to_the_read_ahead_does_not_make_the_older_fresh(clock: Time) -> None:
+def test_new_read_ahead_does_not_refresh_older(clock: Time) -> None:
     inbox = an_inbox()
     accept(inbox, entries(1, 2))
     clock.passed = 0.6
@@ -298,7 +294,7 @@ def test_what_is_added_to_the_read_ahead_does_not_make_the_older_fresh(clock: Ti
     assert take(inbox) == []
 
 
-def test_a_slow_reader_asks_for_fewer_and_a_fast_one_for_more_again(clock: Time) -> None:
+def test_read_ahead_size_adapts_to_reader_speed(clock: Time) -> None:
     inbox, counts = an_inbox(), []
     accept(inbox, entries(*range(1, 101)))
     take(inbox, 20)
@@ -312,7 +308,7 @@ def test_a_slow_reader_asks_for_fewer_and_a_fast_one_for_more_again(clock: Time)
     assert {2, 4, 8, 16, 32, 64, 0} < {*counts}
 
 
-def test_a_hole_in_the_numbers_is_what_was_missed(caplog: pytest.LogCaptureFixture) -> None:
+def test_gap_in_numbers_counts_as_missed(caplog: pytest.LogCaptureFixture) -> None:
     inbox = an_inbox()
     accept(inbox, [entry(10, 3), entry(20, 4), entry(30, 9)])
     assert inbox.missed == 0
@@ -325,19 +321,19 @@ def test_a_hole_in_the_numbers_is_what_was_missed(caplog: pytest.LogCaptureFixtu
     ]
 
 
-def test_before_the_first_message_no_number_is_known_so_nothing_was_missed() -> None:
+def test_nothing_is_missed_before_first_message() -> None:
     inbox = an_inbox(position=50)
     accept(inbox, [entry(60, 7)])
     assert (take(inbox), inbox.missed) == ([60], 0)
 
 
-def test_where_the_number_is_known_the_first_message_may_show_a_hole() -> None:
+def test_first_message_shows_gap_if_number_is_known() -> None:
     inbox = an_inbox(last_number=0)
     accept(inbox, [entry(60, 7)])
     assert (take(inbox), inbox.missed) == ([60], 6)
 
 
-def test_what_get_latest_passes_over_was_not_missed(caplog: pytest.LogCaptureFixture) -> None:
+def test_messages_skipped_by_get_latest_are_not_missed(caplog: pytest.LogCaptureFixture) -> None:
     inbox = an_inbox()
     accept(inbox, [entry(1, 1)])
     assert take_latest(inbox, [entry(9, 9)]) == [9]
@@ -347,7 +343,7 @@ def test_what_get_latest_passes_over_was_not_missed(caplog: pytest.LogCaptureFix
     assert len(warnings(caplog)) == 1
 
 
-def test_a_topic_whose_numbering_was_forgotten_starts_again() -> None:
+def test_topic_with_forgotten_numbering_starts_again() -> None:
     inbox = an_inbox()
     accept(inbox, [entry(1, 5)])
     assert take(inbox) == [1]
@@ -357,7 +353,7 @@ def test_a_topic_whose_numbering_was_forgotten_starts_again() -> None:
 
 
 @pytest.mark.skipif(not hasattr(time, "CLOCK_BOOTTIME"), reason="a clock of Linux")
-def test_ages_go_on_while_the_machine_sleeps() -> None:
+def test_ages_continue_during_suspend() -> None:
     before = time.clock_gettime(time.CLOCK_BOOTTIME)
     assert before <= boot_time() <= time.clock_gettime(time.CLOCK_BOOTTIME)
 
@@ -365,7 +361,7 @@ def test_ages_go_on_while_the_machine_sleeps() -> None:
 # What is given back
 
 
-def test_what_was_taken_and_not_handed_out_comes_again_in_order() -> None:
+def test_taken_but_unreturned_messages_are_returned_again_in_order() -> None:
     inbox, claim = an_inbox(last_number=0), []
     accept(inbox, [entry(1), entry(3), entry(4)])
     assert take(inbox, 2, claim) == [1, 3]
@@ -378,7 +374,7 @@ def test_what_was_taken_and_not_handed_out_comes_again_in_order() -> None:
     assert (inbox.position[1], inbox.missed) == (5, 1)
 
 
-def test_two_calls_give_back_in_any_order() -> None:
+def test_two_calls_may_give_back_in_any_order() -> None:
     for first in (0, 1):
         inbox, claims = an_inbox(last_number=0), ([], [])
         accept(inbox, entries(1, 2, 4, 5))
@@ -391,7 +387,7 @@ def test_two_calls_give_back_in_any_order() -> None:
         assert (inbox.position[1], inbox.missed) == (5, 1)
 
 
-def test_what_others_took_meanwhile_does_not_come_again(clock: Time) -> None:
+def test_messages_taken_by_others_are_not_returned_again(clock: Time) -> None:
     for stale in (False, True):
         clock.passed = 0
         inbox, claim = an_inbox(last_number=0), []
@@ -415,7 +411,7 @@ def test_what_others_took_meanwhile_does_not_come_again(clock: Time) -> None:
 
 
 @pytest.mark.parametrize("reply", [[], [5], [2, 3, 5]])
-def test_what_was_given_back_and_expired_was_missed(clock: Time, reply: list[int]) -> None:
+def test_given_back_messages_that_expire_are_missed(clock: Time, reply: list[int]) -> None:
     inbox, claim = an_inbox(), []
     accept(inbox, entries(1, 2, 3))
     take(inbox, 1, claim)
@@ -453,7 +449,7 @@ def interrupt() -> None:
 
 @pytest.mark.parametrize("opcodes", [False, True])
 @pytest.mark.parametrize("verb", ["take 1", "take 2", "latest"])
-def test_an_interrupt_anywhere_leaves_no_message_out_and_none_twice(verb: str, opcodes: bool) -> None:
+def test_interrupt_at_any_line_neither_loses_nor_repeats_messages(verb: str, opcodes: bool) -> None:
     # The first round is not interrupted: Python 3.12.1 traces no opcodes before the second.
     interrupted, limit = 0, -1
     while interrupted == max(0, limit):
@@ -539,7 +535,7 @@ def test_what_a_handler_gives_back_while_it_is_being_given_back_comes_once(opcod
 
 
 @pytest.mark.parametrize("opcodes", [False, True])
-def test_a_handler_that_calls_the_inbox_anywhere_gets_each_message_once(opcodes: bool) -> None:
+def test_reentrant_call_at_any_line_gets_each_message_once(opcodes: bool) -> None:
     """It runs in the middle of a call, and all of it before that goes on."""
 
     def handle() -> None:
@@ -574,7 +570,7 @@ def test_a_handler_that_calls_the_inbox_anywhere_gets_each_message_once(opcodes:
 # Restarts
 
 
-def test_in_a_new_epoch_what_was_read_ahead_comes_until_it_expires(clock: Time) -> None:
+def test_read_ahead_of_old_epoch_is_returned_until_expiry(clock: Time) -> None:
     inbox = an_inbox(10)
     accept(inbox, [entry(11, 1, 5005.0), entry(12, 2, 5010.0), entry(13, 3, 5010.0)])
     take(inbox, 1)
@@ -605,7 +601,7 @@ def test_a_new_epoch_is_not_asked_behind_an_id_of_the_one_before(clock: Time) ->
     assert take(inbox) == [1, 2]
 
 
-def test_a_new_epoch_has_nothing_of_what_was_given_back_but_was_fetched(clock: Time) -> None:
+def test_new_epoch_drops_given_back_messages(clock: Time) -> None:
     inbox, claim = an_inbox(10), []
     accept(inbox, entries(11, 12))
     take(inbox, 1, claim)
@@ -633,7 +629,7 @@ def test_a_new_epoch_has_nothing_of_what_was_given_back_but_was_fetched(clock: T
         ([], 5, 5, 7, 0),
     ],
 )
-def test_after_a_kill_what_expired_is_counted_and_not_what_the_kill_lost(
+def test_after_kill_expired_messages_are_missed_but_lost_ones_are_not(
     read: list[tuple[int, int]], restored_id: int, restored_number: int, number: int, missed: int
 ) -> None:
     inbox = an_inbox()
@@ -647,7 +643,7 @@ def test_after_a_kill_what_expired_is_counted_and_not_what_the_kill_lost(
     assert (take(inbox), inbox.missed, inbox.asked()[0].era) == ([2**32 + 9], missed, era)
 
 
-def test_nothing_is_taken_in_before_it_is_known_where_the_numbers_go_on() -> None:
+def test_replies_are_held_until_numbering_is_known() -> None:
     inbox = an_inbox()
     accept(inbox, entries(1, 2))
     take(inbox)
@@ -659,7 +655,7 @@ def test_nothing_is_taken_in_before_it_is_known_where_the_numbers_go_on() -> Non
     assert (take(inbox), inbox.missed) == ([2**32], 0)
 
 
-def test_what_was_read_ahead_and_lost_by_a_kill_is_handed_out(clock: Time) -> None:
+def test_read_ahead_lost_by_server_kill_is_returned(clock: Time) -> None:
     inbox = an_inbox(last_number=0)
     accept(inbox, entries(1, 2, 3, 4))
     take(inbox, 1)
@@ -744,7 +740,7 @@ class Model:
 
 @given(seed=st.integers(0, 2**32), steps=st.integers(5, 60))
 @settings(deadline=None, max_examples=400)
-def test_each_message_is_handed_out_once_or_missed_whatever_happens(seed: int, steps: int) -> None:
+def test_each_message_is_returned_once_or_missed(seed: int, steps: int) -> None:
     clock, before = Time(), inbox_module.boot_time
     inbox_module.boot_time = clock.monotonic  # type: ignore[assignment]
     try:

@@ -44,7 +44,7 @@ def test_puts_are_numbered_on_each_connection() -> None:
 
 
 @pytest.mark.parametrize("error", [BROKEN, TimeoutError("no reply"), OSError()])
-def test_a_put_without_an_answer_is_sent_again_under_its_key(error: Exception) -> None:
+def test_unanswered_put_is_retried_with_its_key(error: Exception) -> None:
     put, producer = Put(a_session(), "t", "x"), Producer(b"run")
     first = request(put.request(producer))
     assert first[:3] == [b"PUT", b"t", b"x"]
@@ -54,7 +54,7 @@ def test_a_put_without_an_answer_is_sent_again_under_its_key(error: Exception) -
     assert put.given_up(error).may_be_stored
 
 
-def test_a_put_without_an_answer_is_not_sent_to_a_server_that_cannot_know_it() -> None:
+def test_unanswered_put_is_not_sent_to_another_server() -> None:
     put = Put(a_session(), "t", "x")
     put.request(Producer(b"one"))
     put.lost(BROKEN)
@@ -63,7 +63,7 @@ def test_a_put_without_an_answer_is_not_sent_to_a_server_that_cannot_know_it() -
     assert told.value.may_be_stored
 
 
-def test_a_put_is_not_sent_again_when_the_server_may_have_forgotten_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_put_is_not_retried_after_server_may_have_forgotten_it(monkeypatch: pytest.MonkeyPatch) -> None:
     put, many, now = Put(a_session(), "t", "x"), PutMany(a_session(), "t", "ab"), 1000.0
     # The one that goes on while the machine sleeps.
     monkeypatch.setattr(calls, "boot_time", lambda: now)
@@ -83,7 +83,7 @@ def test_a_put_is_not_sent_again_when_the_server_may_have_forgotten_it(monkeypat
 
 
 @pytest.mark.parametrize("error", [CLOSING, TimedOut("idle for too long"), AuthRequired("by other rules")])
-def test_a_put_that_was_not_run_may_go_to_any_server(error: Exception) -> None:
+def test_refused_put_may_go_to_any_server(error: Exception) -> None:
     put = Put(a_session(), "t", "x")
     put.request(Producer(b"one"))
     put.lost(error)
@@ -109,7 +109,7 @@ def in_batches(puts: PutMany, producer: Producer | None = None) -> list[list[byt
     return found
 
 
-def test_batches_end_at_so_many_puts_or_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_are_bounded_by_puts_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calls, "PUTS_AT_ONCE", 3)
     monkeypatch.setattr(calls, "BYTES_AT_ONCE", 250)
     puts = PutMany(a_session(), "t", ["1", "2", b"3", "4" * 250, "5", "6" * 250, "7"])
@@ -117,13 +117,13 @@ def test_batches_end_at_so_many_puts_or_bytes(monkeypatch: pytest.MonkeyPatch) -
     puts.check()
 
 
-def test_nothing_to_put_is_no_batch() -> None:
+def test_empty_put_many_sends_no_batch() -> None:
     puts = PutMany(a_session(), "t", [])
     assert in_batches(puts) == []
     puts.check()
 
 
-def test_what_comes_before_a_message_that_cannot_be_put_is_put(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_before_invalid_one_are_put(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calls, "PUTS_AT_ONCE", 2)
     puts = PutMany(a_session(), "t", ["1", "2", "3", 4, "5"])  # type: ignore[list-item]
     assert in_batches(puts) == [[b"1", b"2"], [b"3"]]
@@ -131,7 +131,7 @@ def test_what_comes_before_a_message_that_cannot_be_put_is_put(monkeypatch: pyte
         puts.check()
 
 
-def test_what_comes_before_an_error_in_making_messages_is_put() -> None:
+def test_messages_before_failed_generator_are_put() -> None:
     def messages() -> Iterator[str]:
         yield "1"
         raise ZeroDivisionError
@@ -142,7 +142,7 @@ def test_what_comes_before_an_error_in_making_messages_is_put() -> None:
         puts.check()
 
 
-def test_many_puts_go_on_behind_the_last_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_put_many_resumes_after_last_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calls, "PUTS_AT_ONCE", 2)
     puts, first, second = PutMany(a_session(), "t", "abcde"), Producer(b"run"), Producer(b"run")
     sent = [request for _, data in itertools.islice(puts.batches(first), 2) for request in requests(data)]
@@ -161,7 +161,7 @@ def test_many_puts_go_on_behind_the_last_answer(monkeypatch: pytest.MonkeyPatch)
     assert not puts.given_up(BROKEN).may_be_stored
 
 
-def test_many_puts_without_an_answer_are_not_sent_to_a_server_that_cannot_know_them() -> None:
+def test_unanswered_put_many_is_not_sent_to_another_server() -> None:
     puts = PutMany(a_session(), "t", "ab")
     in_batches(puts, Producer(b"one"))
     puts.lost(BROKEN)
@@ -170,7 +170,7 @@ def test_many_puts_without_an_answer_are_not_sent_to_a_server_that_cannot_know_t
     assert told.value.may_be_stored
 
 
-def test_many_puts_that_were_not_run_may_go_to_any_server() -> None:
+def test_refused_put_many_may_go_to_any_server() -> None:
     puts = PutMany(a_session(), "t", "ab")
     in_batches(puts, Producer(b"one"))
     puts.lost(CLOSING)
@@ -178,7 +178,7 @@ def test_many_puts_that_were_not_run_may_go_to_any_server() -> None:
     assert not puts.given_up(CLOSING).may_be_stored
 
 
-def test_only_what_may_be_stored_is_sent_again_with_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_possibly_stored_puts_are_retried_with_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calls, "PUTS_AT_ONCE", 2)
     puts = PutMany(a_session(), "t", "abcd")
     next(puts.batches(Producer(b"one")))
@@ -197,7 +197,7 @@ def test_only_what_may_be_stored_is_sent_again_with_again(monkeypatch: pytest.Mo
     assert in_batches(puts, Producer(b"two")) == [[b"c", b"d"]]
 
 
-def test_messages_that_take_long_are_not_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_messages_are_not_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
     def messages() -> Iterator[str]:
         nonlocal now
         for message in "abcd":
@@ -210,7 +210,7 @@ def test_messages_that_take_long_are_not_held_back(monkeypatch: pytest.MonkeyPat
     assert in_batches(PutMany(a_session(), "t", messages())) == [[], [b"a", b"b"], [], [b"c", b"d"]]
 
 
-def test_what_was_not_sent_is_not_old_nor_unsure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsent_puts_are_neither_old_nor_unsure(monkeypatch: pytest.MonkeyPatch) -> None:
     def messages() -> Iterator[str]:
         nonlocal now
         yield "a"
@@ -232,7 +232,7 @@ def test_what_was_not_sent_is_not_old_nor_unsure(monkeypatch: pytest.MonkeyPatch
     assert in_batches(puts, Producer(b"two")) == [[b"a", b"b"]]
 
 
-def test_an_error_in_the_middle_ends_it_and_says_what_is_stored() -> None:
+def test_error_in_put_many_reports_what_is_stored() -> None:
     puts = PutMany(a_session(), "t", iter("ab" + "c" * 1000))
     batches = puts.batches(Producer(b"one"))
     count, _ = next(batches)
@@ -249,7 +249,7 @@ def test_an_error_in_the_middle_ends_it_and_says_what_is_stored() -> None:
     assert len(puts.ids) == count - 2
 
 
-def test_what_was_sent_behind_an_error_is_sent_again_on_the_next_connection() -> None:
+def test_puts_after_error_are_resent_on_next_connection() -> None:
     puts = PutMany(a_session(), "t", "abc")
     in_batches(puts)
     puts.answered(1)
@@ -258,7 +258,7 @@ def test_what_was_sent_behind_an_error_is_sent_again_on_the_next_connection() ->
     assert in_batches(puts, Producer(b"two")) == [[b"c"]]
 
 
-def test_a_reply_that_is_none_to_a_put_is_no_refusal() -> None:
+def test_invalid_put_reply_is_not_a_refusal() -> None:
     puts = PutMany(a_session(), "t", "ab")
     in_batches(puts)
     with pytest.raises(ProtocolError):
@@ -268,7 +268,7 @@ def test_a_reply_that_is_none_to_a_put_is_no_refusal() -> None:
 # Reads, and the rest
 
 
-def test_a_read_has_what_is_left_of_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retried_read_has_remaining_time(monkeypatch: pytest.MonkeyPatch) -> None:
     inbox, now = an_inbox(), 100.0
     monkeypatch.setattr(calls.time, "monotonic", lambda: now)
     read, producer = Read(a_session(), inbox, 110.0), Producer(b"run")
@@ -286,7 +286,7 @@ def test_a_read_has_what_is_left_of_its_time(monkeypatch: pytest.MonkeyPatch) ->
     assert not read.given_up(BROKEN).may_be_stored
 
 
-def test_a_long_wait_is_asked_for_in_parts() -> None:
+def test_long_wait_is_split_into_requests() -> None:
     read = Read(a_session(), an_inbox(), math.inf)
     assert request(read.request(Producer(b"run")))[-1] == b"15000"
     assert request(Read(a_session(), an_inbox(), latest=True).request(Producer(b"run"))) == [
@@ -297,14 +297,14 @@ def test_a_long_wait_is_asked_for_in_parts() -> None:
     ]
 
 
-def test_a_read_asks_for_as_much_as_comes_in_time() -> None:
+def test_read_size_adapts_to_connection_speed() -> None:
     session, inbox = a_session(), an_inbox(7)
     inbox.count, session.read_bytes = 5, 4096
     words = request(Read(session, inbox, math.inf).request(Producer(b"run")))
     assert words == [b"READ", b"t", b"7", b"COUNT", b"5", b"BYTES", b"4096", b"WAIT", b"15000"]
 
 
-def test_a_server_that_another_connection_found_replaced_is_not_read_from() -> None:
+def test_replaced_server_is_not_read_from() -> None:
     session = a_session()
     inbox, old = session.inbox("t"), Producer(session.run, session.era)
     session.meet(hello("two"))
@@ -314,7 +314,7 @@ def test_a_server_that_another_connection_found_replaced_is_not_read_from() -> N
         assert Read(session, inbox, latest=latest).request(Producer(session.run, session.era))
 
 
-def test_what_is_asked_once_is_asked_again_where_it_was_not_run() -> None:
+def test_non_idempotent_request_is_retried_only_if_not_run() -> None:
     shutdown = Once(b"*1\r\n$8\r\nSHUTDOWN\r\n")
     assert shutdown.lost(CLOSING) is False
     assert request(shutdown.request(Producer(b"a"))) == [b"SHUTDOWN"]
@@ -327,7 +327,7 @@ def test_what_is_asked_once_is_asked_again_where_it_was_not_run() -> None:
 @pytest.mark.parametrize(
     ("waited", "error", "achieved"), [(1.5, BROKEN, True), (0.5, BROKEN, False), (1.5, TimeoutError("no reply"), False)]
 )
-def test_a_read_that_waited_had_a_server(
+def test_waited_read_counts_as_having_a_server(
     monkeypatch: pytest.MonkeyPatch, waited: float, error: Exception, achieved: bool
 ) -> None:
     now = 100.0
@@ -344,7 +344,7 @@ def test_a_read_that_waited_had_a_server(
     assert read.lost(error) is False
 
 
-def test_a_plain_request_is_the_same_each_time() -> None:
+def test_idempotent_request_is_resent_unchanged() -> None:
     ping = Plain(b"*1\r\n$4\r\nPING\r\n")
     assert ping.request(Producer(b"a")) == ping.request(Producer(b"b"))
     assert ping.lost(BROKEN) is False
@@ -354,7 +354,7 @@ def test_a_plain_request_is_the_same_each_time() -> None:
 # When to try again
 
 
-def test_the_first_attempt_is_made_at_once_and_the_others_ever_later(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_retry_is_immediate_then_backs_off(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(calls.time, "monotonic", lambda: now)
     retries, taken = Retries(30.0), []
@@ -372,9 +372,9 @@ def test_the_first_attempt_is_made_at_once_and_the_others_ever_later(monkeypatch
     assert retries.pause() == 0
 
 
-def test_no_time_is_no_further_attempt() -> None:
+def test_no_time_means_no_retry() -> None:
     assert Retries(0.0).pause() is None
 
 
-def test_pauses_differ_from_client_to_client() -> None:
+def test_retry_pauses_are_randomized() -> None:
     assert len({tuple(itertools.islice(calls._pauses(), 5)) for _ in range(20)}) == 20

@@ -111,7 +111,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 # What is asked for
 
 
-def test_the_other_requests() -> None:
+def test_other_requests_are_encoded() -> None:
     assert request(Session().hello) == [b"HELLO", b"2", b"NOTICES"]
     assert request(wire.PING) == [b"PING"]
     assert request(wire.SHUTDOWN) == [b"SHUTDOWN"]
@@ -130,25 +130,25 @@ def test_a_message_may_be_empty(body: str | bytes) -> None:
 
 
 @pytest.mark.parametrize("body", [None, 7, ["x"], {"x": 1}])
-def test_a_message_of_another_type_is_a_type_error(body: object) -> None:
+def test_message_of_other_type_raises_type_error(body: object) -> None:
     with pytest.raises(TypeError, match=f"not {type(body).__name__}"):
         a_session().put("t", body)  # type: ignore[arg-type]
 
 
-def test_a_message_of_half_a_character_is_a_value_error() -> None:
+def test_message_with_lone_surrogate_raises_value_error() -> None:
     with pytest.raises(ValueError, match="surrogates"):
         a_session().put("t", "\ud800")
 
 
 @pytest.mark.parametrize("topic", [b"t", None, 7])
-def test_a_topic_that_is_no_str_is_a_type_error(topic: object) -> None:
+def test_topic_of_other_type_raises_type_error(topic: object) -> None:
     session = a_session()
     for use in (session.inbox, lambda topic: session.put(topic, "x")):
         with pytest.raises(TypeError, match=f"not {type(topic).__name__}"):
             use(topic)  # type: ignore[arg-type]
 
 
-def test_an_empty_topic_is_a_value_error() -> None:
+def test_empty_topic_raises_value_error() -> None:
     session = a_session()
     for use in (session.inbox, lambda topic: session.put(topic, "x")):
         with pytest.raises(ValueError, match="empty"):
@@ -159,7 +159,7 @@ def test_an_empty_topic_is_a_value_error() -> None:
 
 
 @pytest.mark.parametrize("down", ["", "lost", "given up"])
-def test_each_loss_is_told_once_and_so_is_its_end(down: str) -> None:
+def test_lost_and_restored_connection_are_each_logged_once(down: str) -> None:
     told = [state for state in get_args(wire.State) if wire.is_news(state, down)]
     always = ["restarted", "replaced"]
     assert set(told) == {"": {"lost"}, "lost": {"resumed", "given up"}, "given up": {"resumed"}}[down] | set(always)
@@ -175,7 +175,7 @@ def test_a_client_reads_what_was_put_after_it_connected() -> None:
     assert session.inbox("t") is not session.inbox("u")
 
 
-def test_greet_takes_the_epoch_and_the_limit() -> None:
+def test_hello_sets_epoch_and_limit() -> None:
     session = Session()
     session.meet(hello("one", max_message_bytes=7))
     assert (session.epoch, session.max_message_bytes) == ("one", 7)
@@ -183,7 +183,7 @@ def test_greet_takes_the_epoch_and_the_limit() -> None:
     assert (session.epoch, session.max_message_bytes) == ("two", 8)
 
 
-def test_in_the_same_epoch_everything_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+def test_same_epoch_keeps_positions(caplog: pytest.LogCaptureFixture) -> None:
     session = a_session(last_id=10)
     inbox = session.inbox("t")
     accept(inbox, [entry(11, 4), entry(12, 5)])
@@ -194,7 +194,7 @@ def test_in_the_same_epoch_everything_goes_on(caplog: pytest.LogCaptureFixture) 
     assert len(warnings(caplog)) == 1
 
 
-def test_a_new_epoch_is_read_from_its_start_and_told_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_new_epoch_is_read_from_start_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     session = a_session(last_id=10)
     known, other = session.inbox("known"), session.inbox("other")
     accept(known, [entry(11, 4)])
@@ -210,7 +210,7 @@ def test_a_new_epoch_is_read_from_its_start_and_told_once(caplog: pytest.LogCapt
         assert inbox.missed == 0
 
 
-def test_in_a_new_epoch_the_first_message_shows_what_was_missed() -> None:
+def test_first_message_of_new_epoch_shows_missed_count() -> None:
     session = a_session(last_id=10)
     known = session.inbox("known")
     session.meet(hello("two", last_id=9))
@@ -220,7 +220,7 @@ def test_in_a_new_epoch_the_first_message_shows_what_was_missed() -> None:
         assert inbox.missed == 2
 
 
-def test_what_another_program_says_to_a_greeting_is_told_apart() -> None:
+def test_reply_of_another_program_to_hello_is_recognized() -> None:
     for reply in (
         ReplyError("ERR unknown command 'HELLO'"),
         AuthRequired("HELLO must be called with the client already authenticated"),
@@ -233,7 +233,7 @@ def test_what_another_program_says_to_a_greeting_is_told_apart() -> None:
 # Positions
 
 
-def test_a_position_is_that_of_the_last_message_handed_out() -> None:
+def test_position_is_that_of_last_returned_message() -> None:
     session = a_session("e:1", last_id=10)
     assert session.position("t") == "e:1:10"
     inbox = session.keep(session.inbox("t"))
@@ -258,7 +258,7 @@ def test_a_seek_takes_a_position_or_an_id(caplog: pytest.LogCaptureFixture) -> N
     "position",
     ["", "x", "one", "one:", ":7", "one:-1", "one:1.0", "one:²", -1, 2**63, f"one:{2**63}", "one:" + "9" * 5000],
 )
-def test_a_position_that_is_malformed_is_a_value_error(position: str | int) -> None:
+def test_malformed_position_raises_value_error(position: str | int) -> None:
     session = a_session(last_id=10)
     with pytest.raises(ValueError, match=r"is not a position|id is"):
         session.seek("t", position)
@@ -266,7 +266,7 @@ def test_a_position_that_is_malformed_is_a_value_error(position: str | int) -> N
 
 
 @pytest.mark.parametrize("position", [None, True, 7.0, b"one:7"])
-def test_a_position_of_another_type_is_a_type_error(position: object) -> None:
+def test_position_of_other_type_raises_type_error(position: object) -> None:
     with pytest.raises(TypeError):
         a_session().seek("t", position)  # type: ignore[arg-type]
 
@@ -274,7 +274,7 @@ def test_a_position_of_another_type_is_a_type_error(position: object) -> None:
 # What is kept of topics
 
 
-def test_a_topic_in_which_nothing_has_come_takes_no_memory_for_ever() -> None:
+def test_silent_topic_is_eventually_forgotten() -> None:
     session = a_session()
     for number in range(10_000):
         session.inbox(f"topic {number}")
@@ -282,7 +282,7 @@ def test_a_topic_in_which_nothing_has_come_takes_no_memory_for_ever() -> None:
     assert not session._kept.young
 
 
-def test_a_silent_topic_is_forgotten_when_all_that_was_read_there_has_expired(clock: Time) -> None:
+def test_topic_is_forgotten_once_all_its_messages_expired(clock: Time) -> None:
     session = a_session(last_id=10)
     for topic in ("silent", "busy"):
         accept(session.keep(session.inbox(topic)), [entry(11, 1), entry(13, 3)])
@@ -297,7 +297,7 @@ def test_a_silent_topic_is_forgotten_when_all_that_was_read_there_has_expired(cl
     assert (session.inbox("silent").position[1], session.inbox("busy").position[1], session.missed) == (10, 13, 2)
 
 
-def test_messages_that_were_handed_out_are_let_go_of_when_other_topics_are_read() -> None:
+def test_returned_messages_are_released_when_other_topics_are_read() -> None:
     session = a_session()
     for number in range(300):
         inbox = session.keep(session.inbox(f"topic {number}"))
@@ -320,7 +320,7 @@ def test_a_topic_is_forgotten_on_demand() -> None:
 
 
 @pytest.mark.parametrize("error", [Full("no"), NotPermitted("no")], ids=repr)
-def test_an_error_for_a_greeting_is_raised(error: ReplyError) -> None:
+def test_error_reply_to_hello_is_raised(error: ReplyError) -> None:
     session = Session()
     with pytest.raises(type(error)) as caught:
         session.meet(error)
@@ -352,7 +352,7 @@ NO_GREETINGS: dict[str, Reply] = {
 
 
 @pytest.mark.parametrize("name", NO_GREETINGS)
-def test_what_is_no_greeting_is_a_protocol_error(name: str) -> None:
+def test_invalid_hello_reply_raises_protocol_error(name: str) -> None:
     session = Session()
     with pytest.raises(ProtocolError):
         session.meet(NO_GREETINGS[name])
@@ -362,16 +362,16 @@ def test_what_is_no_greeting_is_a_protocol_error(name: str) -> None:
 # Replies
 
 
-def test_messages_expire_as_much_later_as_they_are_younger(clock: Time) -> None:
+def test_read_ahead_messages_expire_by_their_own_age(clock: Time) -> None:
     found = a_session().entries([5, 1, 0, b"new", 600_000, 6, 2, 600_000, b"old", 0])
     assert found == [Entry(5, 1, 5600.0, b"new", 5000.0), Entry(6, 2, 5000.0, b"old", 4400.0)]
 
 
-def test_no_messages_is_an_empty_array() -> None:
+def test_empty_array_is_no_messages() -> None:
     assert a_session().entries([]) == []
 
 
-def test_a_message_tells_when_it_was_put(clock: Time) -> None:
+def test_message_has_put_time(clock: Time) -> None:
     session = a_session()
     inbox = session.inbox("t")
     [found] = session.entries([5, 2, 30_000, b"x", 570_000])
@@ -381,7 +381,7 @@ def test_a_message_tells_when_it_was_put(clock: Time) -> None:
     assert message.put_at == pytest.approx(1_700_000_000.0 - 30.0, abs=0.001)
 
 
-def test_a_message_is_text_where_it_is_utf_8() -> None:
+def test_utf8_message_is_text() -> None:
     inbox = an_inbox()
     good, bad = Entry(1, 1, NEVER, "café".encode()), Entry(2, 2, NEVER, b"\xff")
     assert (wire.text(inbox, good), wire.body(inbox, good)) == ("café", "café".encode())
@@ -407,13 +407,13 @@ WRONG_MESSAGES: list[Reply] = [
 
 
 @pytest.mark.parametrize("reply", [*NO_MESSAGES, *WRONG_MESSAGES], ids=repr)
-def test_what_holds_no_messages_is_a_protocol_error(reply: Reply) -> None:
+def test_invalid_messages_reply_raises_protocol_error(reply: Reply) -> None:
     with pytest.raises(ProtocolError):
         a_session().entries(reply)
 
 
 @pytest.mark.parametrize("reply", [None, "OK", b"1", [], [1]], ids=repr)
-def test_what_is_no_id_is_a_protocol_error(reply: Reply) -> None:
+def test_invalid_id_raises_protocol_error(reply: Reply) -> None:
     with pytest.raises(ProtocolError):
         wire.stored_id(reply)
 
@@ -423,7 +423,7 @@ def test_an_id_is_an_integer() -> None:
 
 
 @pytest.mark.parametrize("error", [Full("no room"), StoreFailed("no"), BadRequest("what"), ReplyError("ERR")], ids=repr)
-def test_an_error_is_raised_as_it_is(error: ReplyError) -> None:
+def test_error_reply_is_raised_unchanged(error: ReplyError) -> None:
     for use in (a_session().entries, wire.stored_id, wire.topics, wire.check):
         with pytest.raises(type(error)) as caught:
             use(error)
@@ -431,22 +431,22 @@ def test_an_error_is_raised_as_it_is(error: ReplyError) -> None:
 
 
 @pytest.mark.parametrize("reply", [None, "OK", 1, b"x", []], ids=repr)
-def test_any_other_reply_passes_the_check(reply: Reply) -> None:
+def test_ordinary_reply_passes_check(reply: Reply) -> None:
     assert wire.check(reply) == reply
 
 
 @pytest.mark.parametrize("kind", [ProtocolError, Busy, Closing, TimedOut, InternalError])
-def test_an_error_behind_which_the_server_hangs_up_is_raised_at_once(kind: type[ReplyError]) -> None:
+def test_fatal_error_reply_is_raised_at_once(kind: type[ReplyError]) -> None:
     with pytest.raises(kind):
         wire.unless_last(kind("bye"))
 
 
 @pytest.mark.parametrize("reply", [None, "OK", 1, b"x", [], Full("no room"), BadRequest("what")], ids=repr)
-def test_any_other_reply_is_not_the_last(reply: Reply) -> None:
+def test_ordinary_reply_is_not_fatal(reply: Reply) -> None:
     assert wire.unless_last(reply) is reply
 
 
-def test_topics_come_in_threes() -> None:
+def test_topics_are_parsed_in_threes() -> None:
     assert wire.topics([]) == []
     assert wire.topics([b"a", 1, 2, "é".encode(), 3, 4]) == [("a", 1, 2), ("é", 3, 4)]
 
@@ -456,7 +456,7 @@ def test_topics_come_in_threes() -> None:
     [None, "OK", 1, b"x", [b"a"], [b"a", 1, 2, b"b"], [b"a", 1, b"2"], [b"a", b"1", 2], [1, 2, 3], [b"\xff", 1, 2]],
     ids=repr,
 )
-def test_what_holds_no_topics_is_a_protocol_error(reply: Reply) -> None:
+def test_invalid_topics_reply_raises_protocol_error(reply: Reply) -> None:
     with pytest.raises(ProtocolError):
         wire.topics(reply)
 
@@ -469,5 +469,5 @@ def test_what_holds_no_topics_is_a_protocol_error(reply: Reply) -> None:
         (TimeoutError(), "no reply in time"),
     ],
 )
-def test_what_an_error_says(error: Exception, said: str) -> None:
+def test_error_has_code_and_message(error: Exception, said: str) -> None:
     assert wire.reason(error) == said

@@ -101,7 +101,7 @@ def writer(server: Server) -> Iterator[Client]:
 @pytest.mark.parametrize("opcodes", [False, True], ids=["lines", "bytecodes"])
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("ahead", [False, True], ids=["fetched", "read ahead"])
-def test_a_read_that_a_handler_interrupts_anywhere_loses_nothing(
+def test_read_interrupted_at_any_line_loses_nothing(
     mq: Client, writer: Client, verb: str, opcodes: bool, ahead: bool
 ) -> None:
     steps, step, interrupted = Steps(interrupt, opcodes=opcodes), 0, 0
@@ -186,7 +186,7 @@ def test_an_interrupt_of_what_gives_back_loses_nothing(
 
 @pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize("opcodes", [False, True], ids=["lines", "bytecodes"])
-def test_a_put_that_a_handler_interrupts_anywhere_stores_at_most_what_it_was_given(
+def test_put_interrupted_at_any_line_stores_at_most_its_messages(
     mq: Client, writer: Client, many: bool, opcodes: bool
 ) -> None:
     steps, step, interrupted = Steps(interrupt, opcodes=opcodes), 0, 0
@@ -210,7 +210,7 @@ def test_a_put_that_a_handler_interrupts_anywhere_stores_at_most_what_it_was_giv
 
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", [*VERBS, "put", "put_many", "topics"])
-def test_a_handler_that_calls_the_client_at_any_line_does_not_hang_it(mq: Client, writer: Client, verb: str) -> None:
+def test_signal_handler_may_call_client_at_any_line(mq: Client, writer: Client, verb: str) -> None:
     handled: list[str] = []
 
     def handle() -> None:
@@ -238,7 +238,7 @@ def test_a_handler_that_calls_the_client_at_any_line_does_not_hang_it(mq: Client
 
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", [*VERBS, "put", "put_many", "close"])
-def test_a_handler_that_closes_the_client_at_any_line_ends_the_call(server: Server, writer: Client, verb: str) -> None:
+def test_signal_handler_may_close_client_at_any_line(server: Server, writer: Client, verb: str) -> None:
     calls: dict[str, Callable[[Client], object]] = {**VERBS, "put": lambda mq: mq.put("u", "x")}
     calls |= {"put_many": lambda mq: mq.put_many("u", ["x", "y"]), "close": lambda mq: mq.close()}
     ended, step = False, 0
@@ -300,7 +300,7 @@ def test_real_signals_lose_nothing(server: Server, writer: Client, calls: bool) 
         assert len(sent) - len(got) <= interrupted
 
 
-def test_a_handler_may_close_while_a_call_waits_to_try_again() -> None:
+def test_signal_handler_may_close_client_during_retry_pause() -> None:
     with serving() as server:
         mq = connect(port=server.port, reconnect_timeout=SOON * 10)
     before = signal.signal(signal.SIGALRM, lambda *_: mq.close())

@@ -41,7 +41,7 @@ def check_in_step(program: Program) -> None:
     assert [program.call("ECHO", word) for word in "abc"] == ["= a", "= b", "= c"]
 
 
-def test_a_stop_leaves_no_reply_to_the_next_command(library: Library) -> None:
+def test_stop_leaves_no_reply_for_next_command(library: Library) -> None:
     with ExitStack() as stack:
         with serving() as server:
             port = server.port
@@ -51,7 +51,7 @@ def test_a_stop_leaves_no_reply_to_the_next_command(library: Library) -> None:
             check_in_step(program)
 
 
-def test_a_stop_answers_a_waiting_reader_once(library: Library) -> None:
+def test_stop_answers_waiting_reader_once(library: Library) -> None:
     with ExitStack() as stack:
         with serving() as server:
             port = server.port
@@ -63,14 +63,14 @@ def test_a_stop_answers_a_waiting_reader_once(library: Library) -> None:
             check_in_step(program)
 
 
-def test_a_pipeline_is_stored_once_and_in_order(library: Library) -> None:
+def test_pipeline_is_stored_once_in_order(library: Library) -> None:
     with serving() as server, library.running(server.port) as program, connect(port=server.port) as mq:
         program.tell("pipeline", "t", PIPELINED)
         assert program.answer(SOON * 6) == f"= {PIPELINED}"
         assert mq.get_many("t", PIPELINED + 1) == [f"{number:050}" for number in range(PIPELINED)]
 
 
-def test_a_transaction_stores_all_or_nothing(library: Library) -> None:
+def test_transaction_stores_all_or_nothing(library: Library) -> None:
     with serving() as server, library.running(server.port) as program:
         assert program.ask("transaction", "PUT", "t", "a", "PUT", "t", "b") == "= 1 2"
         read = program.ask("transaction", "PUT", "t", "c", "READ", "t", "1").split()
@@ -81,7 +81,7 @@ def test_a_transaction_stores_all_or_nothing(library: Library) -> None:
         assert server.totals().messages == 3
 
 
-def test_a_token_and_both_versions_of_resp(library: Library) -> None:
+def test_token_works_with_both_resp_versions(library: Library) -> None:
     with serving(auth_token=TOKEN) as server:
         for protocol in library.protocols:
             with library.running(server.port, protocol, TOKEN) as program:
@@ -101,7 +101,7 @@ def test_valkey_glide_connects() -> None:
         check_in_step(program)
 
 
-def test_shutdown_by_the_method_of_the_library(library: Library) -> None:
+def test_library_shutdown_method_works(library: Library) -> None:
     with daemon() as server, library.running(server.port) as program:
         # ioredis waits for the server to come back, to ask for the same again.
         program.tell("shutdown")

@@ -28,7 +28,7 @@ def cli(server: Server) -> tuple[str, ...]:
     return (tool("redis-cli", "redis-tools"), "-p", str(server.port))
 
 
-def test_redis_cli_one_command(cli: tuple[str, ...]) -> None:
+def test_redis_cli_runs_one_command(cli: tuple[str, ...]) -> None:
     assert run(*cli, "PUT", "t", "hello you") == "1\n"
     assert run(*cli, "--raw", "READ", "t", "0").splitlines()[:4:3] == ["1", "hello you"]
     assert run(*cli, "GET", "t") == "\n"
@@ -36,7 +36,7 @@ def test_redis_cli_one_command(cli: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("version", ["-2", "-3"])
-def test_redis_cli_session(cli: tuple[str, ...], version: str) -> None:
+def test_redis_cli_runs_a_session(cli: tuple[str, ...], version: str) -> None:
     session = "PUT t hello\nGET t\nGET t\nSTATS t\nHELLO\nINFO server\nCONFIG GET max_age_seconds\nCOMMAND DOCS\nquit\n"
     output = run(*cli, version, stdin=session)
     assert "hello" in output
@@ -45,7 +45,7 @@ def test_redis_cli_session(cli: tuple[str, ...], version: str) -> None:
     assert "Error" not in output
 
 
-def test_redis_cli_pipe(cli: tuple[str, ...]) -> None:
+def test_redis_cli_pipe_mode_works(cli: tuple[str, ...]) -> None:
     output = run(*cli, "--pipe", stdin="PUT t hello\r\n" * 1000)
     assert "errors: 0, replies: 1000" in output
 
@@ -53,7 +53,7 @@ def test_redis_cli_pipe(cli: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     "options", [["-c", "1"], ["-c", "50"], ["-c", "50", "-P", "16"], ["-c", "20", "--threads", "2"]]
 )
-def test_redis_benchmark(server: Server, options: list[str]) -> None:
+def test_redis_benchmark_runs(server: Server, options: list[str]) -> None:
     benchmark = tool("redis-benchmark", "redis-tools")
     output = run(benchmark, "-p", str(server.port), "-n", "2000", "-q", *options, "PUT", "t", "m")
     assert "requests per second" in output
@@ -62,7 +62,7 @@ def test_redis_benchmark(server: Server, options: list[str]) -> None:
     assert server.counters().errors == {}
 
 
-def test_redis_cli_stat(server: Server, cli: tuple[str, ...]) -> None:
+def test_redis_cli_stat_mode_works(server: Server, cli: tuple[str, ...]) -> None:
     run(*cli, "PUT", "t", "hello")
     with subprocess.Popen([*cli, "--stat", "-i", "0.01"], stdout=subprocess.PIPE, text=True) as stat:
         assert stat.stdout is not None
@@ -82,18 +82,18 @@ def test_redis_cli_explains_commands(server: Server, cli: tuple[str, ...]) -> No
     assert server.counters().errors == {}
 
 
-def test_redis_cli_asks_for_commands_in_the_form_of_redis_7(cli: tuple[str, ...]) -> None:
+def test_command_docs_have_redis_7_form(cli: tuple[str, ...]) -> None:
     put, nothing = json.loads(run(*cli, "--json", "COMMAND", "INFO", "put", "nosuch"))
     assert put == ["put", -3, ["write"], 0, 0, 0, [], [], [], []]
     assert nothing is None
 
 
 @pytest.mark.parametrize("words", ["READONLY", "CLIENT NO-EVICT on", "CLIENT NO-TOUCH off"])
-def test_what_redis_clients_send_for_other_servers_does_no_harm(cli: tuple[str, ...], words: str) -> None:
+def test_redis_specific_setup_commands_are_harmless(cli: tuple[str, ...], words: str) -> None:
     assert run(*cli, *words.split()) == "OK\n"
 
 
-def test_reset_makes_a_connection_as_it_was_but_for_its_token() -> None:
+def test_reset_restores_connection_but_keeps_token() -> None:
     with serving(auth_token="x" * 20) as server, wire_to(server) as wire:
         assert isinstance(wire.call("HELLO", 2, "AUTH", "default", "x" * 20, "SETNAME", "me", "NOTICES"), list)
         assert wire.call("MULTI") == "OK"
@@ -106,7 +106,7 @@ def test_reset_makes_a_connection_as_it_was_but_for_its_token() -> None:
 
 
 @pytest.mark.parametrize("option", ["NOSAVE", "save"])
-def test_shutdown_takes_the_options_of_redis(server: Server, wire: Wire, option: str) -> None:
+def test_shutdown_accepts_redis_options(server: Server, wire: Wire, option: str) -> None:
     assert wire.error("SHUTDOWN", "ABORT") == "BADREQUEST"
     assert server._orders.empty()
     wire.send(encode_request(b"SHUTDOWN", option.encode()))
@@ -114,7 +114,7 @@ def test_shutdown_takes_the_options_of_redis(server: Server, wire: Wire, option:
     assert not server._orders.empty()
 
 
-def test_a_reader_learns_that_this_server_takes_puts(tmp_path: Path) -> None:
+def test_role_reports_a_writable_server(tmp_path: Path) -> None:
     file = tmp_path / "tokens"
     file.write_text("one read reader-0123456789\n")
     with serving(auth_token_file=str(file)) as server, wire_to(server) as wire:
@@ -133,7 +133,7 @@ def test_redis_py_connects_without_an_error(server: Server, protocol: int) -> No
     client.close()
 
 
-def test_the_default_pipeline_of_redis_py_stores_all_or_nothing(server: Server) -> None:
+def test_redis_py_default_pipeline_stores_all_or_nothing(server: Server) -> None:
     client = redis.Redis(port=server.port)
     pipeline = client.pipeline()
     for number in range(100):
@@ -147,7 +147,7 @@ def test_the_default_pipeline_of_redis_py_stores_all_or_nothing(server: Server) 
     client.close()
 
 
-def test_redis_py_shuts_the_server_down() -> None:
+def test_redis_py_shuts_server_down() -> None:
     with daemon() as process:
         client = redis.Redis(port=process.port)
         client.shutdown(nosave=True)
@@ -156,7 +156,7 @@ def test_redis_py_shuts_the_server_down() -> None:
 
 
 @pytest.mark.parametrize("protocol", [2, 3])
-def test_redis_py(server: Server, protocol: int) -> None:
+def test_redis_py_puts_and_gets(server: Server, protocol: int) -> None:
     client = redis.Redis(port=server.port, protocol=protocol, client_name="tester", single_connection_client=True)
     assert client.ping()
     assert client.execute_command("PUT", "t", "hello") == 1
@@ -175,7 +175,7 @@ def test_redis_py(server: Server, protocol: int) -> None:
 
 
 @pytest.mark.parametrize("protocol", [2, 3])
-def test_redis_py_pipeline_and_pool(server: Server, protocol: int) -> None:
+def test_redis_py_pipeline_and_pool_work(server: Server, protocol: int) -> None:
     client = redis.Redis(port=server.port, protocol=protocol)
     pipeline = client.pipeline(transaction=False)
     for number in range(500):
@@ -190,7 +190,7 @@ def test_redis_py_pipeline_and_pool(server: Server, protocol: int) -> None:
     client.close()
 
 
-def test_redis_asyncio(server: Server) -> None:
+def test_redis_asyncio_puts_and_gets(server: Server) -> None:
     async def talk() -> None:
         client = redis.asyncio.Redis(port=server.port, protocol=3)
         assert await client.execute_command("PUT", "t", "hello") == 1
@@ -200,7 +200,7 @@ def test_redis_asyncio(server: Server) -> None:
     asyncio.run(talk())
 
 
-def test_nc(server: Server) -> None:
+def test_nc_puts_and_gets(server: Server) -> None:
     nc = tool("nc", "netcat-openbsd")
     session = 'PUT greetings hello\r\nPUT greetings "hello again"\nGET greetings\nREAD greetings 2\nFROBNICATE\nQUIT\n'
     expected = ":1\r\n:2\r\n$5\r\nhello\r\n*0\r\n-UNKNOWN unknown command 'FROBNICATE'\r\n+OK\r\n"
@@ -214,7 +214,7 @@ def test_nc(server: Server) -> None:
     assert done.stdout.decode() == expected
 
 
-def test_nc_that_ends_its_input_gets_all_replies(server: Server) -> None:
+def test_nc_gets_all_replies_after_half_close(server: Server) -> None:
     nc = tool("nc", "netcat-openbsd")
     done = subprocess.run(
         [nc, "-N", "127.0.0.1", str(server.port)],
@@ -226,7 +226,7 @@ def test_nc_that_ends_its_input_gets_all_replies(server: Server) -> None:
     assert done.stdout == b"".join(b":%d\r\n" % number for number in range(1, 3001))
 
 
-def test_several_servers_in_one_process() -> None:
+def test_several_servers_share_a_process() -> None:
     with serving() as one, serving() as two:
         for server in (one, two):
             client = redis.Redis(port=server.port)

@@ -130,10 +130,7 @@ def test_journal_gets_priorities_and_no_timestamps(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with log.open("w") as stream:
         stat = os.fstat(stream.fileno())
-        code = (
-            "import logging; from dsmq import logs; from dsmq import settings as config; logs.start(config.load());"
-            "logging.getLogger('dsmq').warning('hello')"
-        )
+        code = "import logging; from dsmq import logs; logs.start();logging.getLogger('dsmq').warning('hello')"
         for device in (stat.st_dev, stat.st_dev + 1):
             env = {**os.environ, "JOURNAL_STREAM": f"{device}:{stat.st_ino}"}
             subprocess.run([sys.executable, "-c", code], env=env, stderr=stream, check=True, timeout=SOON)
@@ -322,8 +319,7 @@ def test_log_after_a_fork_is_written_by_the_child(tmp_path: Path) -> None:
     code = """
 import os
 from dsmq import logs
-from dsmq import settings as config
-logs.start(config.load())
+logs.start()
 import logging
 logging.getLogger("dsmq").warning("parent")
 logs.drain()

@@ -47,7 +47,7 @@ def test_bench_measures_each_operation_on_a_running_server(server: Server) -> No
     assert server.counters().gets_empty == 20
 
 
-def test_bench_tells_when_messages_do_not_come_back() -> None:
+def test_bench_reports_lost_messages() -> None:
     class Forgetful:
         def put(self, topic: str, msg: str, /) -> None:
             pass
@@ -59,20 +59,20 @@ def test_bench_tells_when_messages_do_not_come_back() -> None:
         list(bench.measure(Forgetful(), 2, lambda _: None))
 
 
-def test_bench_says_in_a_line_that_messages_may_be_too_long() -> None:
+def test_bench_reports_too_long_messages_in_one_line() -> None:
     with serving(max_message_bytes=1000) as server:
         done = run_dsmq("bench", "--port", str(server.port), "-n", "2")
     assert done.returncode == 1
     assert done.stderr == b"dsmq: a message has at most 1000 bytes, not 100000\n"
 
 
-def test_the_suite_measures_a_system() -> None:
+def test_suite_measures_a_system() -> None:
     first, *lines = run_script("performance/suite.py", "--count", "20").splitlines()
     assert first.startswith("dsmq ")
     assert [line.split("  ")[0] for line in lines] == OPERATIONS
 
 
-def test_the_comparison_gives_ratios_to_redis(tmp_path: Path) -> None:
+def test_comparison_gives_ratios_to_redis(tmp_path: Path) -> None:
     tool("redis-server", "redis-server")
     figures = tmp_path / "figures.json"
     arguments = ["--systems", "dsmq", "redis", "--rounds", "1", "--requests", "0", "--operations", "put", "get"]
@@ -84,7 +84,7 @@ def test_the_comparison_gives_ratios_to_redis(tmp_path: Path) -> None:
     assert re.search(rf"\| put \| [\d.]+ \| {ratio:.2f} \|", shown)
 
 
-def test_the_costs_are_measured_at_each_level(tmp_path: Path) -> None:
+def test_costs_are_measured_at_each_level(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     run_script(
         "performance/scale.py", "--rounds", "1", "--most", "10", "--only", "topics", "waiting", "--json", str(figures)

@@ -80,7 +80,7 @@ def serves(process: Daemon) -> None:
         assert mq.get("longer", raw=True) == b"y" * 100_000
 
 
-def test_many_that_read_a_long_message_and_do_not_take_it(bounded: Daemon) -> None:
+def test_memory_is_bounded_if_many_do_not_read_a_long_message(bounded: Daemon) -> None:
     put_something_long(bounded)
     with ExitStack() as stack:
         for sock in opened(stack, bounded, 120):
@@ -88,7 +88,7 @@ def test_many_that_read_a_long_message_and_do_not_take_it(bounded: Daemon) -> No
         serves(bounded)
 
 
-def test_many_that_wait_for_a_long_message_and_do_not_take_it(bounded: Daemon) -> None:
+def test_memory_is_bounded_if_many_waiters_do_not_read_a_long_message(bounded: Daemon) -> None:
     with ExitStack() as stack:
         for sock in opened(stack, bounded, 120):
             sock.send(encode_request(b"READ", b"long", b"0", b"WAIT", b"60000"))
@@ -98,26 +98,26 @@ def test_many_that_wait_for_a_long_message_and_do_not_take_it(bounded: Daemon) -
         serves(bounded)
 
 
-def test_many_echoes_that_are_not_taken(bounded: Daemon) -> None:
+def test_memory_is_bounded_if_echoes_are_not_read(bounded: Daemon) -> None:
     with ExitStack() as stack:
         push(opened(stack, bounded, 60), encode_request(b"ECHO", b"x" * LONGEST), SOON)
         serves(bounded)
 
 
-def test_many_that_send_all_but_the_last_byte_of_a_long_message(bounded: Daemon) -> None:
+def test_memory_is_bounded_with_many_incomplete_messages(bounded: Daemon) -> None:
     with ExitStack() as stack:
         push(opened(stack, bounded, 100), encode_request(b"PUT", b"t", b"x" * LONGEST)[:-1], SOON / 2)
         serves(bounded)
 
 
-def test_many_that_send_much_behind_a_wait(bounded: Daemon) -> None:
+def test_memory_is_bounded_with_requests_behind_waits(bounded: Daemon) -> None:
     with ExitStack() as stack:
         request = encode_request(b"GETWAIT", b"t", b"60000") + b"PING\r\n" * 40_000
         push(opened(stack, bounded, 800), request, SOON / 2)
         serves(bounded)
 
 
-def test_many_positions(bounded: Daemon) -> None:
+def test_memory_is_bounded_with_many_positions(bounded: Daemon) -> None:
     names = [b"%0500d" % number for number in range(2000)]
     with connect(port=bounded.port) as mq, ExitStack() as stack:
         socks = opened(stack, bounded, 150)
@@ -134,7 +134,7 @@ def test_many_positions(bounded: Daemon) -> None:
         serves(bounded)
 
 
-def test_many_transactions_that_are_not_run(bounded: Daemon) -> None:
+def test_memory_is_bounded_with_open_transactions(bounded: Daemon) -> None:
     with ExitStack() as stack:
         request = encode_request(b"MULTI") + encode_request(b"PUT", b"t", b"x" * 65_000) * 8
         push(opened(stack, bounded, 1000), request, SOON / 2)
@@ -142,7 +142,7 @@ def test_many_transactions_that_are_not_run(bounded: Daemon) -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 300])
-def test_a_message_in_small_pieces_takes_no_more_than_its_length(bounded: Daemon, cut: int) -> None:
+def test_message_in_small_pieces_takes_no_more_than_its_length(bounded: Daemon, cut: int) -> None:
     wire = Wire(("127.0.0.1", bounded.port))
     wire.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     data = encode_request(b"PUT", b"t", b"x" * 200 * cut)

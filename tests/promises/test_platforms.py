@@ -36,7 +36,7 @@ def without_unix(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=SOON)
 
 
-def test_server_on_windows_names_what_it_lacks_in_one_line() -> None:
+def test_unsupported_platform_is_reported_in_one_line() -> None:
     done = without_unix("sys.argv = ['dsmq', 'serve', '--port', '0']; from dsmq.__main__ import main; sys.exit(main())")
     assert done.returncode == 1
     reason = "the server does not run here: this system has no fcntl, no resource, no Unix sockets"
@@ -47,9 +47,7 @@ def test_server_on_windows_names_what_it_lacks_in_one_line() -> None:
 
 
 @pytest.mark.parametrize(("allowed", "hard"), [(10_240, resource.RLIM_INFINITY), (3_000, 8_192)])
-def test_limit_on_open_files_is_raised_as_far_as_the_kernel_allows(
-    monkeypatch: pytest.MonkeyPatch, allowed: int, hard: int
-) -> None:
+def test_open_file_limit_is_raised_as_far_as_allowed(monkeypatch: pytest.MonkeyPatch, allowed: int, hard: int) -> None:
     limits = [(256, hard)]
 
     def setrlimit(_: int, wanted: tuple[int, int]) -> None:
@@ -64,7 +62,7 @@ def test_limit_on_open_files_is_raised_as_far_as_the_kernel_allows(
     assert limits[-1][1] == hard
 
 
-def test_limit_on_open_files_that_can_not_be_raised_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_file_limit_that_cannot_be_raised_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.EPERM, "Operation not permitted")
 
@@ -122,7 +120,7 @@ def in_terminal(log: Path, *prefix: str) -> Iterator[Terminal]:
         server.process.wait()
 
 
-def test_terminal_that_closes_stops_the_server(tmp_path: Path) -> None:
+def test_closing_terminal_stops_server(tmp_path: Path) -> None:
     with in_terminal(tmp_path / "log") as server:
         server.close()
         assert server.process.wait(SOON) == 0
@@ -130,7 +128,7 @@ def test_terminal_that_closes_stops_the_server(tmp_path: Path) -> None:
         assert server.text.endswith("stopped\n")
 
 
-def test_sighup_in_a_terminal_that_is_open_is_a_reload(tmp_path: Path) -> None:
+def test_sighup_with_open_terminal_reloads(tmp_path: Path) -> None:
     with in_terminal(tmp_path / "log") as server:
         server.process.send_signal(signal.SIGHUP)
         wait_until(lambda: "configuration reloaded" in server.text)
@@ -178,13 +176,13 @@ asyncio.run(main(sys.argv[1]))
 """
 
 
-def test_terminate_of_a_forked_server_calls_no_handler_of_its_parent(tmp_path: Path) -> None:
+def test_terminating_forked_server_calls_no_parent_handler(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-c", FORKED, f"unix:{tmp_path}/socket", str(SOON)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SOON)
     assert (done.stdout, done.stderr) == ("exit status 0 handler called False\n", "")
 
 
-def test_signals_of_a_program_are_as_before_once_its_server_has_stopped() -> None:
+def test_signal_handlers_are_restored_after_stop() -> None:
     code = """
 import signal, socket, sys, threading
 from dsmq.server import run, Server
@@ -222,7 +220,7 @@ def example() -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
-def test_example_of_the_readme_runs_with_every_start_method(tmp_path: Path, method: str) -> None:
+def test_readme_example_runs_with_every_start_method(tmp_path: Path, method: str) -> None:
     used = f"""
         from dsmq.client import connect
         with connect("unix:{tmp_path}/socket", timeout={SOON}) as mq:

@@ -60,7 +60,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[Daemon]:
 
 
 @pytest.mark.slow
-def test_no_message_is_lost_doubled_or_out_of_order_and_all_see_the_same(server: Daemon) -> None:
+def test_no_message_is_lost_duplicated_or_reordered(server: Daemon) -> None:
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(READERS + WRITERS, spawn) as pool, connect(port=server.port) as mq:
         readers = [pool.submit(read, server.port, number) for number in range(READERS)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 import signal
 import socket
@@ -18,7 +20,7 @@ from typing import IO, Any, Self
 
 import pytest
 
-from conftest import SOON, UNIT, blocked, daemon, serving, wait_until
+from conftest import CONNECTS, SOON, UNIT, Connect, blocked, daemon, serving, wait_until
 from dsmq import client as client_module
 from dsmq.client import connect, dial
 from dsmq.client import connection as link
@@ -80,13 +82,13 @@ def closed_port() -> Iterator[int]:
         yield nobody.getsockname()[1]
 
 
-def test_families_take_turns(resolve: Callable[..., None]) -> None:
+def test_address_families_alternate(resolve: Callable[..., None]) -> None:
     resolve(("::1", 1), ("::2", 1), ("::3", 1), ("10.0.0.1", 1), ("10.0.0.2", 1))
     found = [address[3][0] for address in addresses(Target("name", 1))]
     assert found == ["::1", "10.0.0.1", "::2", "10.0.0.2", "::3"]
 
 
-def test_an_address_that_answers_nothing_does_not_eat_the_time(server: Server, resolve: Callable[..., None]) -> None:
+def test_silent_address_does_not_use_up_timeout(server: Server, resolve: Callable[..., None]) -> None:
     with black_hole() as hole:
         resolve(("127.0.0.1", hole), ("127.0.0.1", server.port))
         before = time.monotonic()
@@ -95,7 +97,7 @@ def test_an_address_that_answers_nothing_does_not_eat_the_time(server: Server, r
         assert 0.2 < time.monotonic() - before < SOON / 2
 
 
-def test_an_address_that_refuses_is_passed_over(server: Server, resolve: Callable[..., None]) -> None:
+def test_refusing_address_is_skipped(server: Server, resolve: Callable[..., None]) -> None:
     with closed_port() as port:
         resolve(("::1", port), ("127.0.0.1", port), ("127.0.0.1", server.port))
         with connect("name", timeout=SOON, retry=False) as mq:
@@ -103,7 +105,7 @@ def test_an_address_that_refuses_is_passed_over(server: Server, resolve: Callabl
 
 
 @pytest.mark.slow
-def test_each_address_has_its_reason_in_words(resolve: Callable[..., None]) -> None:
+def test_error_names_reason_per_address(resolve: Callable[..., None]) -> None:
     with closed_port() as port, black_hole() as hole:
         resolve(("127.0.0.1", hole), ("127.0.0.1", port))
         before = time.monotonic()
@@ -117,7 +119,7 @@ def test_each_address_has_its_reason_in_words(resolve: Callable[..., None]) -> N
             connect("name", timeout=UNIT, retry=False)
 
 
-def test_a_server_that_starts_is_waited_for_at_all_addresses(resolve: Callable[..., None]) -> None:
+def test_starting_server_is_waited_for_at_all_addresses(resolve: Callable[..., None]) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -162,7 +164,7 @@ def front(*replies: bytes) -> Iterator[tuple[int, list[int]]]:
 
 
 @pytest.mark.parametrize("replies", [(), (b"",)])
-def test_a_front_that_closes_at_once_is_a_server_that_is_starting(
+def test_proxy_that_closes_at_once_counts_as_starting(
     monkeypatch: pytest.MonkeyPatch, replies: tuple[bytes, ...]
 ) -> None:
     pauses: list[float] = []
@@ -173,7 +175,7 @@ def test_a_front_that_closes_at_once_is_a_server_that_is_starting(
     assert "does it want TLS?" in str(told.value)
 
 
-def test_a_front_gives_way_to_the_server_behind_it(monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
+def test_proxy_is_retried_until_server_answers(monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
     with front() as (port, accepted):
         monkeypatch.setattr(
             client_module, "target", lambda *_, **__: Target("127.0.0.1", server.port if len(accepted) > 4 else port)
@@ -201,25 +203,25 @@ def test_a_front_gives_way_to_the_server_behind_it(monkeypatch: pytest.MonkeyPat
         (b"*2\r\n$6\r\nserver\r\n$6\r\nvalkey\r\n", "valkey"),
     ],
 )
-def test_another_program_is_named_at_once(reply: bytes, name: str) -> None:
+def test_other_program_is_named_at_once(reply: bytes, name: str) -> None:
     with front(reply) as (port, accepted), pytest.raises(ProtocolError, match=name):
         connect(port=port)
     assert len(accepted) == 1
 
 
-def test_a_broker_that_closes_is_asked_in_its_own_protocol() -> None:
+def test_closing_broker_is_probed_in_its_own_protocol() -> None:
     # As mosquitto does: it closes unless the first thing is a CONNECT.
     with front(b"", b"\x20\x02\x00\x00") as (port, _), pytest.raises(ProtocolError, match="MQTT broker"):
         connect(port=port)
 
 
-def test_a_tls_server_is_told_apart_at_once() -> None:
+def test_tls_server_is_recognized_at_once() -> None:
     with front(b"\x15\x03\x03\x00\x02\x02\x46") as (port, accepted), pytest.raises(ConnectionError, match="want TLS"):
         connect(port=port)
     assert len(accepted) == 1
 
 
-def test_real_programs_are_named(tmp_path: Path) -> None:
+def test_real_programs_are_recognized(tmp_path: Path) -> None:
     with daemon() as server, pytest.raises(ProtocolError, match="dsmq's HTTP endpoint"):
         connect(port=server.http_port)
     if (redis := shutil.which("redis-server")) is None:
@@ -290,7 +292,7 @@ class Slow:
 
 
 @pytest.mark.slow
-def test_reading_goes_on_at_5_kb_a_second(server: Server) -> None:
+def test_reading_continues_at_5_kb_per_second(server: Server) -> None:
     with (
         Slow(server.port, 5000) as slow,
         connect(port=server.port) as writer,
@@ -302,14 +304,14 @@ def test_reading_goes_on_at_5_kb_a_second(server: Server) -> None:
 
 
 @pytest.mark.slow
-def test_a_message_that_takes_longer_than_the_timeout_is_put_and_got(server: Server) -> None:
+def test_message_slower_than_timeout_round_trips(server: Server) -> None:
     message = "x" * 2_000_000
     with Slow(server.port, 600_000) as slow, connect(port=slow.port, timeout=20 * UNIT, reconnect_timeout=0) as mq:
         mq.put("t", message)
         assert mq.get("t") == message
 
 
-def test_after_a_timeout_less_is_asked_for(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_size_shrinks_after_timeout(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     with connect(port=server.port, timeout=5 * UNIT) as mq:
         mq.put_many("t", ["x" * 3000] * 50)
         real, left = link.Link.receive, [2]
@@ -328,7 +330,7 @@ def test_after_a_timeout_less_is_asked_for(server: Server, monkeypatch: pytest.M
         assert mq._session.read_bytes > 65_536 + 4096
 
 
-def test_a_server_that_is_silent_is_given_up_in_time_whatever_was_sent() -> None:
+def test_silent_server_times_out_for_every_call() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         one = link.Link(Target("127.0.0.1", listener.getsockname()[1]), UNIT)
         before = time.monotonic()
@@ -338,6 +340,36 @@ def test_a_server_that_is_silent_is_given_up_in_time_whatever_was_sent() -> None
         # 16 KiB may take a second.
         assert 1.0 + UNIT <= time.monotonic() - before < SOON
         one.close()
+
+
+# What is told
+
+
+@CONNECTS
+@pytest.mark.parametrize("host", ["no.such.invalid", "a..b"])
+def test_a_name_that_does_not_resolve_is_named(connect: Connect, host: str) -> None:
+    with pytest.raises(socket.gaierror, match=f"cannot resolve '{host}': .") as told:
+        connect(host)
+    assert told.value.errno == socket.EAI_NONAME
+
+
+@CONNECTS
+def test_an_attempt_to_reach_a_server_says_for_how_long_it_was_made(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "_n_tries", 4)
+    # Nobody else gets it while it is bound, and nobody listens.
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+        with pytest.raises(ConnectionRefusedError) as told:
+            connect(port=port)
+        assert told.value.errno == errno.ECONNREFUSED
+        found = re.search(rf"no server answers at 127.0.0.1 port {port} \(tried for (.*) s\)$", str(told.value))
+        assert found
+        assert float(found[1]) >= 0.1
+        with pytest.raises(ConnectionRefusedError, match=f"port {port}$"):
+            connect(port=port, retry=False)
 
 
 # Processes
@@ -381,7 +413,7 @@ with connect(port=int(sys.argv[1])) as mq, connect(port=int(sys.argv[1])) as wri
 
 
 @pytest.mark.parametrize("fork", ["os.fork", "without hooks"])
-def test_a_child_is_a_client_of_its_own_however_it_was_forked(server: Server, fork: str) -> None:
+def test_forked_child_is_a_separate_client(server: Server, fork: str) -> None:
     subprocess.run([sys.executable, "-c", CHILDREN, str(server.port), fork], timeout=2 * SOON, check=True)
     assert server.totals().stored == 3 + 5 * 200
 
@@ -409,7 +441,7 @@ with connect(port=int(sys.argv[1])) as mq:
 """
 
 
-def test_a_child_that_is_forked_while_a_call_waits_leaves_the_reply_to_the_parent(server: Server) -> None:
+def test_child_forked_during_call_leaves_reply_to_parent(server: Server) -> None:
     script = f"""
 import ctypes, os, signal, time
 from dsmq.client import connect
@@ -515,7 +547,7 @@ with connect(port={server.port}, timeout={SOON}) as mq:
     assert server.totals().stored == 1
 
 
-def test_a_fork_in_the_middle_of_put_many_does_not_use_the_parents_connection(server: Server) -> None:
+def test_fork_during_put_many_does_not_use_parent_connection(server: Server) -> None:
     with connect(port=server.port) as mq:
         subprocess.run([sys.executable, "-c", FORK_IN_PUT_MANY, str(server.port)], timeout=2 * SOON, check=True)
         got = mq.get_many("t", 3000)
@@ -528,7 +560,7 @@ def test_a_fork_in_the_middle_of_put_many_does_not_use_the_parents_connection(se
 # Other systems
 
 
-def test_the_client_runs_without_what_only_unix_has(server: Server) -> None:
+def test_client_runs_without_unix_only_modules(server: Server) -> None:
     """Names that Windows or macOS lack are deleted before the import."""
     script = f"""
 import os, select, socket, sys, time
@@ -577,7 +609,7 @@ def test_idle_connections_of_a_burst_are_closed_but_one(server: Server, monkeypa
         assert server.connections() == 1
 
 
-def test_a_call_succeeds_where_no_thread_can_be_started(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_call_succeeds_if_no_thread_can_start(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise RuntimeError("can't start new thread")
 
@@ -590,7 +622,7 @@ def test_a_call_succeeds_where_no_thread_can_be_started(server: Server, monkeypa
 
 
 @pytest.mark.slow
-def test_reply_topics_leave_little_in_the_client(server: Server) -> None:
+def test_reply_topics_use_little_client_memory(server: Server) -> None:
     script = f"""
 import tracemalloc
 from dsmq.client import connect
@@ -609,7 +641,7 @@ with connect(port={server.port}) as mq:
     assert int(done.stdout) < 10_000 * 700 + 500_000
 
 
-def test_reply_topics_are_forgotten_after_a_while() -> None:
+def test_idle_reply_topics_are_forgotten() -> None:
     with serving(max_age_seconds=UNIT) as server, connect(port=server.port) as mq:
         until = time.monotonic() + SOON
         number = most = 0
@@ -622,7 +654,7 @@ def test_reply_topics_are_forgotten_after_a_while() -> None:
         assert mq.missed == 0
 
 
-def test_a_connection_lost_says_which(server: Server) -> None:
+def test_connection_lost_names_server(server: Server) -> None:
     with connect(port=server.port, reconnect_timeout=0) as mq:
         server.stop()
         with pytest.raises(ConnectionLost):

@@ -154,14 +154,14 @@ ELSEWHERE = {
 }
 
 
-def test_every_setting_that_can_change_is_tested() -> None:
+def test_every_reloadable_setting_is_tested() -> None:
     assert set(Settings.model_fields) <= {*RESTART_REQUIRED, *LIMITS, *ELSEWHERE}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("widens", [True, False], ids=["wider", "narrower"])
 @pytest.mark.parametrize("name", LIMITS)
-def test_a_limit_that_changes_holds_for_those_who_are_connected(name: str, widens: bool) -> None:
+def test_reloaded_limit_applies_to_existing_connections(name: str, widens: bool) -> None:
     wide, narrow, allows = LIMITS[name]
     before, after = (narrow, wide) if widens else (wide, narrow)
     if widens and allows is ends:
@@ -189,7 +189,7 @@ def test_max_age_raised_loses_nothing_and_lowered_delivers_nothing_too_old() -> 
         assert wire.call("READ", "t", 1)[3] == b"second"  # type: ignore[index]
 
 
-def test_a_request_that_has_begun_has_the_time_that_is_in_force() -> None:
+def test_reloaded_request_timeout_applies_to_started_request() -> None:
     with reloading(request_timeout_seconds=600) as (one, wire):
         wire.send(b"*1\r\n")
         wait_until(lambda: one.server.counters().bytes_in > 14)
@@ -197,7 +197,7 @@ def test_a_request_that_has_begun_has_the_time_that_is_in_force() -> None:
         assert wire.receive().code == "TIMEOUT"  # type: ignore[union-attr]
 
 
-def test_a_client_that_does_not_read_has_the_time_that_is_in_force(tmp_path: Path) -> None:
+def test_reloaded_reply_timeout_applies_to_nonreading_client(tmp_path: Path) -> None:
     one = Reloading(host=f"unix:{tmp_path}/socket", reply_timeout_seconds=600)
     with one.server:
         wire = Wire(f"{tmp_path}/socket")
@@ -208,7 +208,7 @@ def test_a_client_that_does_not_read_has_the_time_that_is_in_force(tmp_path: Pat
         wire.close()
 
 
-def test_the_time_that_a_thread_may_hang_changes_at_once() -> None:
+def test_reloaded_health_timeout_applies_at_once() -> None:
     with reloading(health_timeout_seconds=600) as (one, _):
         one.server._workers[0].now -= 100
         one.change(health_timeout_seconds=50)
@@ -216,7 +216,7 @@ def test_the_time_that_a_thread_may_hang_changes_at_once() -> None:
         assert one.server.status.stuck_threads() == ["dsmq-expiry"]
 
 
-def test_the_time_for_a_stop_changes_at_once(tmp_path: Path) -> None:
+def test_reloaded_stop_timeout_applies_at_once(tmp_path: Path) -> None:
     one = Reloading(host=f"unix:{tmp_path}/socket", stop_timeout_seconds=600)
     with one.server:
         wire = Wire(f"{tmp_path}/socket")
@@ -229,7 +229,7 @@ def test_the_time_for_a_stop_changes_at_once(tmp_path: Path) -> None:
         wire.close()
 
 
-def test_the_log_level_changes_at_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_reloaded_log_level_applies_at_once(caplog: pytest.LogCaptureFixture) -> None:
     logger = logging.getLogger("dsmq")
     before = logger.level
     try:
@@ -242,7 +242,7 @@ def test_the_log_level_changes_at_once(caplog: pytest.LogCaptureFixture) -> None
         logger.setLevel(before)
 
 
-def test_a_reload_in_the_middle_of_a_transaction_keeps_it() -> None:
+def test_reload_keeps_open_transaction() -> None:
     with reloading() as (one, wire):
         assert wire.call("MULTI") == "OK"
         assert wire.call("PUT", "t", "x") == "QUEUED"
@@ -251,7 +251,7 @@ def test_a_reload_in_the_middle_of_a_transaction_keeps_it() -> None:
         assert wire.call("EXEC") == [1, 2]
 
 
-def test_who_has_not_shown_a_token_is_let_in_when_none_is_wanted_any_more() -> None:
+def test_reload_without_tokens_admits_unauthenticated_connections() -> None:
     with reloading(auth_token=TOKEN) as (one, _), wire_to(one.server) as stranger:
         assert stranger.error("PUT", "t", "x") == "NOAUTH"
         one.change(auth_token="")

@@ -70,7 +70,7 @@ KINDS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("read_first", [2, 4], ids=["read what the snapshot has", "read what was lost"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_missed_is_what_expired_over_every_kind_of_restart(restarted: Restarted, kind: str, read_first: int) -> None:
+def test_missed_counts_expired_messages_over_every_restart(restarted: Restarted, kind: str, read_first: int) -> None:
     how, snapshot, told = KINDS[kind]
     options = ["--snapshot-file", str(restarted.file)] if snapshot else []
     states: list[str] = []
@@ -107,7 +107,7 @@ def test_missed_is_what_expired_over_every_kind_of_restart(restarted: Restarted,
         assert [state for state in states if state not in ("lost", "resumed")] == told
 
 
-def test_what_a_kill_lost_is_not_missed_though_it_was_read_ahead(restarted: Restarted) -> None:
+def test_messages_lost_by_kill_are_not_missed(restarted: Restarted) -> None:
     options = ["--snapshot-file", str(restarted.file)]
     restarted.start(*options)
     with connect(restarted.host) as writer, connect(restarted.host) as mq:
@@ -234,7 +234,7 @@ def test_missed_is_exact_whatever_runs_a_client_was_away_for(restarted: Restarte
 # Positions
 
 
-def test_a_position_goes_on_in_another_process_and_over_a_restart(restarted: Restarted) -> None:
+def test_position_resumes_in_another_process_and_after_restart(restarted: Restarted) -> None:
     options = ["--snapshot-file", str(restarted.file)]
     restarted.start(*options)
     with connect(restarted.host) as mq:
@@ -254,7 +254,7 @@ def test_a_position_goes_on_in_another_process_and_over_a_restart(restarted: Res
         assert mq.get("u") == "x"
 
 
-def test_a_position_of_another_epoch_reads_from_the_oldest_and_says_so(
+def test_position_of_another_epoch_reads_from_oldest_and_warns(
     restarted: Restarted, caplog: pytest.LogCaptureFixture
 ) -> None:
     restarted.start()
@@ -282,7 +282,7 @@ def test_a_position_of_another_epoch_reads_from_the_oldest_and_says_so(
 # Reloads
 
 
-def test_a_position_is_good_though_the_client_has_not_noticed_yet_that_its_epoch_is_there(restarted: Restarted) -> None:
+def test_position_is_valid_before_client_notices_new_epoch(restarted: Restarted) -> None:
     restarted.start()
     with connect(restarted.host) as idle:
         put(idle, "old")
@@ -313,7 +313,7 @@ def reload(server: tuple[Daemon, Path], settings: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_lower_max_age_is_in_force_for_what_was_read_ahead(reloaded: tuple[Daemon, Path]) -> None:
+def test_lowered_max_age_applies_to_read_ahead(reloaded: tuple[Daemon, Path]) -> None:
     with connect(port=reloaded[0].port) as mq:
         put(mq, *map(str, range(10)))
         assert mq.get("t") == "0"
@@ -326,7 +326,7 @@ def test_a_lower_max_age_is_in_force_for_what_was_read_ahead(reloaded: tuple[Dae
 
 
 @pytest.mark.slow
-def test_a_higher_max_age_is_in_force_for_what_was_read_ahead(reloaded: tuple[Daemon, Path]) -> None:
+def test_raised_max_age_applies_to_read_ahead(reloaded: tuple[Daemon, Path]) -> None:
     reload(reloaded, f"max_age_seconds = {50 * UNIT}\nexpiry_interval_seconds = {UNIT}")
     with connect(port=reloaded[0].port) as mq:
         put(mq, *map(str, range(10)))
@@ -337,7 +337,7 @@ def test_a_higher_max_age_is_in_force_for_what_was_read_ahead(reloaded: tuple[Da
         assert mq.missed == 0
 
 
-def test_a_message_over_a_limit_that_was_lowered_is_too_big_and_the_rest_goes_on(
+def test_message_over_lowered_limit_raises_too_big_only_for_itself(
     reloaded: tuple[Daemon, Path],
 ) -> None:
     states: list[str] = []
@@ -355,7 +355,7 @@ def test_a_message_over_a_limit_that_was_lowered_is_too_big_and_the_rest_goes_on
 
 
 @pytest.mark.parametrize("size", [1001, 300_000, 20_000_000])
-def test_put_many_stores_all_before_the_message_that_is_too_big(size: int) -> None:
+def test_put_many_stores_messages_before_too_big_one(size: int) -> None:
     with serving(max_message_bytes=1000) as server, connect(port=server.port) as mq:
         before = [str(number) for number in range(PUTS)]
         with pytest.raises(TooBig):
@@ -365,7 +365,7 @@ def test_put_many_stores_all_before_the_message_that_is_too_big(size: int) -> No
         assert mq.get_wait("t", timeout=SOON)
 
 
-def test_a_message_that_is_too_big_harms_no_other_call() -> None:
+def test_too_big_message_affects_no_other_call() -> None:
     with serving(max_message_bytes=100_000) as server, connect(port=server.port) as mq:
         ended = threading.Event()
         ids: list[int] = []
@@ -387,7 +387,7 @@ def test_a_message_that_is_too_big_harms_no_other_call() -> None:
         assert len(set(ids)) == len(ids) == server.totals().stored
 
 
-def test_a_topic_that_is_too_long_is_too_big_by_the_servers_limit() -> None:
+def test_too_long_topic_raises_too_big() -> None:
     with serving(max_topic_bytes=10) as server, connect(port=server.port) as mq:
         for call in (lambda: mq.put("t" * 11, "x"), lambda: mq.get("t" * 11), lambda: mq.put_many("t" * 11, ["x"])):
             with pytest.raises(TooBig):

@@ -26,6 +26,7 @@ from dsmq.client import arguments
 from dsmq.client import requests as calls
 from dsmq.client import session as wire
 from dsmq.client.connection import ClosedSilently, Link, Security, closed_silently, target
+from dsmq.client.dial import alike
 from dsmq.client.reader import Claim, Entry, Inbox
 from dsmq.client.requests import Call, Once, Plain, Producer, Put, PutMany, Reading, Request, Retries
 from dsmq.client.session import Message, Session, State
@@ -41,6 +42,9 @@ _n_tries = 10
 _initial_retry = 0.01
 # The name of the first in the code of dsmq 1.4; the one above is that in its documentation.
 _n_retries = _N_RETRIES = _n_tries
+
+# Errors of a server that may be starting.
+STARTING = ConnectionRefusedError, FileNotFoundError, ClosedSilently
 
 # Of several connections that nobody has used for so long all but one are closed.
 IDLE_SECONDS = 5.0
@@ -473,7 +477,7 @@ class DSMQClientSideConnection:
         pause = retries.pause()
         if pause is None:
             self._announce("given up", error)
-            raise call.given_up(error) from error
+            raise call.given_up(retries.tried(error)) from error
         if self._closing.acquire(timeout=pause):
             # For the next that waits.
             self._closing.release()
@@ -558,16 +562,13 @@ class DSMQClientSideConnection:
             raise closed_silently(self._target) from None
 
     def _first_link(self) -> Link:
-        until = time.monotonic() + patience()
-        for pause in pauses():
+        began, schedule = time.monotonic(), iter(pauses())
+        while True:
             try:
                 return self._link()
-            except (ConnectionRefusedError, FileNotFoundError, ClosedSilently):
-                if time.monotonic() > until:
-                    raise
-                time.sleep(pause)
+            except STARTING as error:
+                time.sleep(next_pause(error, began, schedule))
                 self._say("    ...trying again")
-        return self._link()
 
     def _after_fork(self) -> None:
         # The sockets are the parent's: closed here they stay open there.
@@ -657,6 +658,14 @@ def first(taken: Sequence[object], default: object, *, raw: bool) -> object:
 def pauses() -> list[float]:
     """Return the pauses of the documented schedule, in seconds."""
     return [_initial_retry * 2**attempt for attempt in range(_tries())]
+
+
+def next_pause(error: OSError, began: float, schedule: Iterator[float]) -> float:
+    """Return how long to wait for a server that may be starting. Raises the error when it was tried for long enough."""
+    seconds, pause = time.monotonic() - began, next(schedule, None)
+    if pause is None or seconds > patience():
+        raise alike(error, f"{wire.reason(error)} (tried for {seconds:.1f} s)") from None
+    return pause
 
 
 def patience() -> float:

@@ -16,7 +16,17 @@ from typing import Any, Literal, cast
 from dsmq.client import IDLE_SECONDS
 from dsmq.client import session as wire
 from dsmq.client.connection import ENDED, LONG_PAUSE_SECONDS, closed_silently, raise_if_known
-from dsmq.client.dial import REST_SECONDS, STAGGER_SECONDS, Address, Target, addresses, failure, unix_address
+from dsmq.client.dial import (
+    REST_SECONDS,
+    STAGGER_SECONDS,
+    Address,
+    Target,
+    addresses,
+    alike,
+    failure,
+    tls_failure,
+    unix_address,
+)
 from dsmq.client.requests import BYTES_AT_ONCE, PUTS_AT_ONCE, Plain, Producer, PutMany, Request, Retries
 from dsmq.client.session import Session, State
 from dsmq.errors import ClientClosed, ConnectionLost, DSMQError, ProtocolError, ReplyError
@@ -59,14 +69,20 @@ class Connector:
                     raise
         except TimeoutError as error:
             raise TimeoutError(str(error) or f"{self.target}: no answer within {self.timeout:g} s") from None
-        except ConnectionResetError:
-            if self.session.epoch:
-                raise
+        except OSError as error:
             # In a thread: it may connect, to find out what answers there.
-            raise await asyncio.get_running_loop().run_in_executor(None, closed_silently, self.target) from None
+            explain = partial(self._explained, error)
+            raise await asyncio.get_running_loop().run_in_executor(None, explain) from None
         link.producer, link.batch_producer = Producer(era.run, era), Producer(era.run, era)
         self.announce(state)
         return link
+
+    def _explained(self, error: OSError) -> Exception:
+        if isinstance(error, ConnectionResetError):
+            return error if self.session.epoch else closed_silently(self.target)
+        if isinstance(error, BrokenPipeError):
+            return alike(error, f"{self.target}: {wire.reason(error)}")
+        return tls_failure(self.target, error)
 
     async def _greet(self, link: Link) -> Reply:
         try:
@@ -210,7 +226,7 @@ class Place:
         self._retries = self._retries or Retries(seconds)
         pause = self._retries.pause()
         if pause is None:
-            lost = self.call.given_up(error)
+            lost = self.call.given_up(self._retries.tried(error))
             lost.__cause__ = error
             self.fail(lost)
         return pause

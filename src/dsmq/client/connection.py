@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from dsmq.client import arguments
 from dsmq.client import session as wire
-from dsmq.client.dial import Selector, Target, dial, program, silent_program
+from dsmq.client.dial import Selector, Target, alike, dial, program, silent_program
 from dsmq.client.requests import Producer
 from dsmq.errors import AuthRequired, ConfigError, DSMQError, ProtocolError
 from dsmq.system import (
@@ -129,6 +129,8 @@ class Link:
         except AuthRequired as error:
             # Redis says this too; `meet` tells them apart.
             return error
+        except ConnectionAbortedError as error:
+            raise alike(error, f"{self._target}: {wire.reason(error)}") from None
         except (ProtocolError, ConnectionResetError):
             raise_if_known(self._target, self._heard)
             raise

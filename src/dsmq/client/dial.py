@@ -7,6 +7,7 @@ import os
 import selectors
 import socket
 import time
+from contextlib import suppress
 from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias
 
@@ -24,6 +25,8 @@ STAGGER_SECONDS = 0.25
 REST_SECONDS = 2.0
 LONGEST_WAIT_SECONDS = 86_400.0
 """What a selector can be told to wait at once, and more."""
+# OpenSSL's codes for a certificate that is not for this host, by name or by address.
+_OTHER_NAME = 62, 64
 _UNDER_WAY = {errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", errno.EWOULDBLOCK)}
 Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
@@ -65,8 +68,28 @@ def dial(target: Target, timeout: float) -> socket.socket | TLSSocket:
         from dsmq.wire import tls  # noqa: PLC0415 - most clients need none of it
 
         sock.settimeout(timeout)
-        return tls.connect(target.tls, sock, target.name)
+        try:
+            return tls.connect(target.tls, sock, target.name)
+        except OSError as error:
+            sock.close()
+            raise tls_failure(target, error) from None
     return sock
+
+
+def tls_failure(target: Target, error: Exception) -> Exception:
+    """Return what to raise when TLS failed. It may connect again, to find out whom the server's certificate is for."""
+    import ssl  # noqa: PLC0415 - most clients need none of it
+
+    from dsmq.wire import tls  # noqa: PLC0415
+
+    if not isinstance(error, ssl.SSLError):
+        return error
+    about = tls.advice(error)
+    if isinstance(error, ssl.SSLCertVerificationError) and error.verify_code in _OTHER_NAME:
+        with suppress(OSError, ValueError, KeyError), dial(target._replace(tls=None), _PROBE_SECONDS) as sock:  # type: ignore[union-attr]
+            sock.settimeout(_PROBE_SECONDS)
+            about += f"; it is for {', '.join(tls.certificate_names(target.tls, sock, target.name))}"  # type: ignore[arg-type]
+    return ConnectionAbortedError(f"{target}: TLS: {about}")
 
 
 def unix_address(target: Target) -> Address:
@@ -81,7 +104,9 @@ def addresses(target: Target) -> list[Address]:
     try:
         found = socket.getaddrinfo(target.name, target.port, type=socket.SOCK_STREAM)
     except UnicodeError:
-        raise socket.gaierror(socket.EAI_NONAME, f"{target.host!r} is no host name") from None
+        raise socket.gaierror(socket.EAI_NONAME, f"cannot resolve {target.host!r}: it is no host name") from None
+    except socket.gaierror as error:
+        raise socket.gaierror(error.errno, f"cannot resolve {target.host!r}: {error.strerror}") from None
     families: dict[int, list[Address]] = {}
     for family, kind, protocol, _, address in found:
         families.setdefault(family, []).append((family, kind, protocol, address))
@@ -100,11 +125,16 @@ def failure(target: Target, errors: list[tuple[Address, OSError]]) -> OSError:
     if len(errors) == 1:
         error = errors[0][1]
         about = f"{target} can't be reached: {error.strerror or error or 'timed out'}"
-        # Python finds some errors itself, such as a path that is too long, and gives them no number.
-        return type(error)(error.errno, about) if error.errno else type(error)(about)
+        return alike(error, about)
     if all(isinstance(error, TimeoutError) for _, error in errors):
         return TimeoutError(errno.ETIMEDOUT, f"{target} can't be reached ({about})")
     return OSError(errno.EHOSTUNREACH, f"{target} can't be reached ({about})")
+
+
+def alike(error: OSError, about: str) -> OSError:
+    """Return an error of the same kind that says something else."""
+    # Python finds some errors itself, such as a path that is too long, and gives them no number.
+    return type(error)(error.errno, about) if error.errno else type(error)(about)
 
 
 def _open_tcp(target: Target, timeout: float) -> socket.socket:

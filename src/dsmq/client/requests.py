@@ -75,6 +75,11 @@ class Retries:
         pause = next(self._pauses)
         return pause if now + pause < self._until else None
 
+    def tried(self, error: Exception) -> Exception:
+        """Return what to give up with: the error, and for how long it was tried."""
+        seconds = time.monotonic() - (self._until - self._seconds)
+        return ConnectionError(f"{reason(error)} (tried for {seconds:.1f} s)") if self._seconds else error
+
 
 def _pauses() -> Iterator[float]:
     yield 0.0
