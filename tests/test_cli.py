@@ -869,7 +869,7 @@ def pem(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("key", "cert", "{folder}/cert: no private key in PEM format found; are key and certificate exchanged?"),
         ("cert", "cert", "{folder}/cert: no private key in PEM format found"),
         ("key", "key", "{folder}/key: no certificate in PEM format found"),
-        ("cert", "other", "key {folder}/other: the key is not the one of the certificate"),
+        ("cert", "other", "key {folder}/other: the key does not match the certificate"),
         ("empty", "key", "{folder}/empty: no certificate in PEM format found"),
         ("cert", "empty", "{folder}/empty: no private key in PEM format found"),
         ("folder", "key", "{folder}/folder: Is a directory"),
