@@ -901,7 +901,7 @@ def pem(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("key", "cert", "{key}: {folder}/cert: no private key in PEM format found; are key and certificate exchanged?"),
         ("cert", "cert", "{key}: {folder}/cert: no private key in PEM format found"),
         ("key", "key", "{cert}: {folder}/key: no certificate in PEM format found"),
-        ("cert", "other", "{key}: {folder}/other: the key is not the one of the certificate"),
+        ("cert", "other", "{key}: {folder}/other: the key does not match the certificate"),
         ("empty", "key", "{cert}: {folder}/empty: no certificate in PEM format found"),
         ("cert", "empty", "{key}: {folder}/empty: no private key in PEM format found"),
         ("folder", "key", "{cert}: {folder}/folder: Is a directory"),

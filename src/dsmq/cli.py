@@ -111,9 +111,9 @@ def _connect(options: argparse.Namespace, timeout: float = 10.0) -> DSMQClientSi
     files = {name: getattr(options, name) for name in ("ca_file", "cert_file", "key_file")}
     tls: bool | SSLContext = options.tls
     if known["tls_cert_file"][0] and not tls and not any(files.values()):
-        from dsmq.wire.tls import neighbour_context  # noqa: PLC0415 - most need none of it
+        from dsmq.wire.tls import pinned_context  # noqa: PLC0415 - most need none of it
 
-        tls = neighbour_context(*known["tls_cert_file"])
+        tls = pinned_context(*known["tls_cert_file"])
     token = _token(options.token_file, known)
     patience: dict[str, Any] = {"timeout": timeout, "reconnect_timeout": getattr(options, "reconnect", 0.0)}
     _tell_what_happens()

@@ -20,26 +20,20 @@ from dsmq import environment
 from dsmq.errors import ConfigError
 from dsmq.terminal import quoted
 from dsmq.tokens import MIN_TOKEN_CHARACTERS, TOO_SHORT
-from dsmq.wire.addresses import UNIX, host_names
+from dsmq.wire.addresses import UNIX, host_names, parse_endpoint
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
 def _host(value: str) -> str:
-    if value == UNIX or not (value.startswith(UNIX) or _is_host(value)):
-        raise ValueError("should be an address, a name, or unix:/path")
+    parse_endpoint(value)
     return value
 
 
 def _tcp_host(value: str) -> str:
-    if value.startswith(UNIX) or not _is_host(value):
+    if value.startswith(UNIX) or not value:
         raise ValueError("should be an address or a name")
-    return value
-
-
-def _is_host(value: str) -> bool:
-    # An IPv6 address may stand in brackets.
-    return bool(value) and value.startswith("[") == value.endswith("]")
+    return _host(value)
 
 
 def _token(value: SecretStr) -> SecretStr:

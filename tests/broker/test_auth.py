@@ -37,6 +37,7 @@ from dsmq.errors import AuthRequired, BadRequest, ClientClosed, ConfigError, Not
 from dsmq.ops.systemd import Systemd
 from dsmq.server import Server, serve
 from dsmq.wire import tls
+from dsmq.wire.addresses import parse_endpoint
 from dsmq.wire.resp import encode_request
 
 ADMIN, WRITER, READER = "admin-token-0123456789", "write-token-0123456789", "read-token-0123456789"
@@ -673,7 +674,7 @@ def test_network_listener_without_auth_does_not_start(host: str) -> None:
     done = run_dsmq("serve", "--host", host, "--port", "0")
     said = done.stderr.decode()
     assert (done.returncode, said.count("\n")) == (2, 1)
-    assert re.match(rf"dsmq: listening on {re.escape(listening.shown(host, 0)[:-1])}\d+ {re.escape(PROTECTED)}", said)
+    assert re.match(rf"dsmq: listening on {re.escape(str(parse_endpoint(host))[:-1])}\d+ {re.escape(PROTECTED)}", said)
     assert "protected_mode = false (DSMQ_PROTECTED_MODE)" in said
 
 

@@ -32,7 +32,7 @@ HOSTILE = "<img src=x onerror=\"document.title='broken'\">"
 TOKEN = "open-sesame-0123456789"
 # A name by which the browser reaches this machine, as if from another.
 ELSEWHERE = "dsmq.example"
-# What the browser itself says of a server that is gone, and of one that wants a token.
+# What the browser itself says of a server that is gone, and of one that requires a token.
 GONE = r"Failed to load resource: net::ERR_|^failed: .*/status\.json$"
 LOCKED = r"Failed to load resource: .* 401 "
 
@@ -218,7 +218,7 @@ def test_page_lists_and_counts_errors(browser: Browser, server: Server) -> None:
         wire.error("FROBNICATE")
         expect(page.locator("#errors tbody td").nth(1)).to_have_text("UNKNOWN")
         expect(page.locator("#errors tbody td").nth(2)).to_have_text(re.compile(r"127\.0\.0\.1:\d+"))
-        expect(page.locator("#total-errors")).to_have_text("1 +1 lately")
+        expect(page.locator("#total-errors")).to_have_text("1 +1 recently")
 
 
 # What others have written
@@ -310,8 +310,8 @@ def test_page_highlights_full_server(browser: Browser) -> None:
         expect(page.locator("#reasons")).to_contain_text("Puts are refused until messages expire")
         expect(page).to_have_title(re.compile("^Full .* dsmq$"))
         expect(page.locator("#held-messages-note")).to_have_text("Full: 100% of 20")
-        expect(page.get_by_role("meter", name="Messages held")).to_have_attribute("aria-valuenow", "20")
-        expect(page.locator("#total-puts_refused")).to_have_text("1 +1 lately")
+        expect(page.get_by_role("meter", name="Stored messages")).to_have_attribute("aria-valuenow", "20")
+        expect(page.locator("#total-puts_refused")).to_have_text("1 +1 recently")
 
 
 def test_page_reports_lost_server_and_recovers(browser: Browser) -> None:
@@ -321,11 +321,9 @@ def test_page_reports_lost_server_and_recovers(browser: Browser) -> None:
             mq.put("t", "x")
         expect(page.locator("#held-messages")).to_have_text("1")
         server.stop()
-        expect(page.locator("#problem")).to_have_text("No answer from the server.")
-        expect(page.locator("#since")).to_have_text(
-            re.compile(r"^Last heard \d+\ss ago; what is shown is from then\.$")
-        )
-        expect(page.locator("#state")).to_have_text("No answer")
+        expect(page.locator("#problem")).to_have_text("No response from the server.")
+        expect(page.locator("#since")).to_have_text(re.compile(r"^Last update \d+\ss ago\.$"))
+        expect(page.locator("#state")).to_have_text("No response")
         expect(page.locator("#main")).to_have_class("stale")
         expect(page.locator("#held-messages")).to_have_text("1")
         with serving(http_port=port):
@@ -339,13 +337,13 @@ def test_page_reports_lost_server_and_recovers(browser: Browser) -> None:
 def test_page_keeps_token_in_memory_only(browser: Browser) -> None:
     with serving(http_port=0, http_token=TOKEN) as server, reading(browser, server, LOCKED) as page:
         field = page.get_by_label("Token")
-        expect(page.get_by_role("heading", name="This server wants a token")).to_be_visible()
+        expect(page.get_by_role("heading", name="Token required")).to_be_visible()
         expect(page.locator("#main")).to_be_hidden()
         expect(field).to_be_focused()
         for wrong in ("wrong", "not äscii"):
             field.fill(wrong)
             field.press("Enter")
-            expect(page.locator("#ask-why")).to_contain_text("That is not its token.")
+            expect(page.locator("#ask-why")).to_contain_text("Invalid token.")
             expect(page.locator("#ask-why")).to_contain_text("http_token_file")
             expect(field).to_have_value("")
         field.fill(TOKEN)

@@ -156,10 +156,7 @@ class RequestParser(_Input):
         return len(self._data) + self._chunk_bytes + self._size
 
     def next(self) -> list[bytes] | None:
-        """Return the next complete request, name first, or None if there is none yet.
-
-        Raises ProtocolError if it is malformed, TooBig if a length exceeds its limit.
-        """
+        """Return the next complete request, name first, or None if there is none. Raises ProtocolError or TooBig."""
         if self.missing:
             return None
         data, at = self._data, self._at
@@ -194,8 +191,7 @@ class RequestParser(_Input):
             if data[end - 2 : end] != _CRLF:
                 raise ProtocolError("a bulk string does not end where its length says")
             arguments.append(data[start : end - 2])
-            size += end - at
-            at = end
+            size, at = size + end - at, end
         self._arguments, self._size = None, 0
         self._advance(at)
         return arguments
