@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -31,9 +32,15 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def no_leftovers() -> Iterator[None]:
-    """Every test ends its own threads. That of the log lives as long as the process."""
+    """Every test ends its own threads. That of the log lives as long as the process.
+
+    A handler of the log that a command left would go on writing to what was standard error in its test.
+    """
     before = set(threading.enumerate())
+    logger = logging.getLogger("dsmq")
+    handlers = logger.handlers[:]
     yield
+    logger.handlers[:] = handlers
     names = [thread.name for thread in set(threading.enumerate()) - before]
     left = [name for name in names if name.startswith("dsmq-") and name != "dsmq-log"]
     assert not left
@@ -73,6 +80,23 @@ def client(server: Server) -> Iterator[Callable[[], DSMQClientSideConnection]]:
     yield make
     for one in clients:
         one.close()
+
+
+@contextmanager
+def blocked(server: Server) -> Iterator[threading.Event]:
+    """A server that does nothing until the event is set."""
+    release, begun = threading.Event(), threading.Event()
+
+    def block() -> None:
+        begun.set()
+        release.wait(SOON)
+
+    server._workers[0].post(block)
+    assert begun.wait(SOON)
+    try:
+        yield release
+    finally:
+        release.set()
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -211,6 +212,11 @@ def test_follow_ends_at_timeout(topic: str, mq: DSMQClientSideConnection) -> Non
     assert result("get", topic, "--after", "0", "--follow", "--wait", str(3 * UNIT)) == (0, b"1\n", b"")
 
 
+@pytest.mark.parametrize("words", ["--wait 0.1", "--follow --wait 0.1", "--follow --wait 0.1 -n 2 --json"])
+def test_get_that_printed_nothing_exits_with_3(words: str, topic: str) -> None:
+    assert result("get", topic, *words.split()) == (3, b"", b"")
+
+
 def test_json_includes_all_fields(topic: str, mq: DSMQClientSideConnection) -> None:
     before = time.time()
     message_id = mq.put_many(topic, ["one", 'tö "two"\n'])[1]
@@ -372,6 +378,26 @@ def test_unusable_position_file_is_reported(name: str, status: int, says: str, t
     words = ["get", topic, "--after", "0", "--position-file", str(tmp_path / name)]
     done = run_dsmq(*words, prefix=without_privileges())
     assert_one_line((done.returncode, done.stdout, done.stderr), status, f"{tmp_path / name}: {says}")
+
+
+def test_a_new_position_file_respects_the_umask_and_an_existing_one_keeps_its_mode(topic: str, tmp_path: Path) -> None:
+    file = tmp_path / "position"
+    words = ["get", topic, "--position-file", str(file)]
+    for mask, mode in (0o022, 0o644), (0o027, 0o640):
+        before = os.umask(mask)
+        try:
+            result(*words)
+        finally:
+            os.umask(before)
+        assert stat.S_IMODE(file.stat().st_mode) == mode
+        file.unlink()
+    file.write_text("0")
+    file.chmod(0o664)
+    assert result("put", topic, "x")[0] == 0
+    assert result(*words)[0] == 0
+    assert file.read_text() != "0"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o664
+    assert os.listdir(tmp_path) == ["position"]
 
 
 def test_device_is_refused_as_position_file(topic: str) -> None:
@@ -784,6 +810,7 @@ def test_invalid_variable_is_reported(variable: str, value: str) -> None:
     ("text", "says"),
     [
         (b"port = 0", "port: '0' is not a port"),
+        (b"max_topics = 1\nprot = 1", "unknown setting 'prot'; the nearest known one is 'port'"),
         (b"host = 'unix:'", "host: 'unix:' is not an address"),
         (b'host = "unix:/a\\u0000b"', "host: 'unix:/a\\x00b' is not an address"),
         (b'host = "a\\u0000b"', "host: 'a\\x00b' is not an address"),
@@ -814,6 +841,19 @@ def test_service_links_are_not_server_address(server: Daemon) -> None:
     assert result("ping", "--port", str(server.port), env=links)[::2] == (0, b"")
     assert_one_line(result("ping", env={**links, "DSMQ_HOST": "[::1"}), 2, "DSMQ_HOST")
     assert_one_line(result("ping", env={"DSMQ_PORT": "http://10.96.3.7:30008"}), 2, "DSMQ_PORT")
+
+
+@pytest.mark.parametrize("command", ["put t x", "get t", "topics", "ping --host localhost", "bench"])
+def test_an_unknown_variable_is_an_error_in_client_commands(command: str) -> None:
+    says = "DSMQ_HOSTT: unknown setting 'DSMQ_HOSTT'; the nearest known one is 'DSMQ_HOST'"
+    assert_one_line(result(*command.split(), env={"DSMQ_HOSTT": "elsewhere"}), 2, says)
+
+
+def test_settings_of_the_server_are_no_error_in_client_commands(server: Daemon, tmp_path: Path) -> None:
+    file = tmp_path / "dsmq.toml"
+    file.write_text("max_topics = 5")
+    env = {"DSMQ_CONFIG": str(file), "DSMQ_LOG_LEVEL": "error", "dsmq_max_topics": "5"}
+    assert result("ping", "--port", str(server.port), env=env)[::2] == (0, b"")
 
 
 def test_lower_case_variables_set_server_address(server: Daemon) -> None:
@@ -899,6 +939,26 @@ def test_unusable_server_file_is_reported(name: str, what: str, pem: Path) -> No
     assert lines[-1].startswith("dsmq: ")
     assert f"{pem}/{what}" in lines[-1]
     assert "Traceback" not in done.stderr.decode()
+
+
+@pytest.mark.parametrize("name", ["auth-token-file", "http-token-file"])
+def test_a_token_file_without_an_end_is_an_error_of_the_server(name: str) -> None:
+    done = run_dsmq("serve", "--port=0", "--http-port=0", f"--{name}=/dev/zero")
+    assert done.returncode in (1, 2)
+    assert done.stderr.decode().splitlines()[-1] == "dsmq: /dev/zero: longer than 1048576 bytes"
+
+
+def test_a_token_file_without_an_end_is_an_error_of_the_command() -> None:
+    assert_one_line(result("ping", "--token-file", "/dev/zero"), 2, "/dev/zero: longer than 1048576 bytes")
+
+
+@pytest.mark.parametrize("option", ["ca-file", "cert-file", "key-file"])
+def test_a_file_too_long_for_a_certificate_is_an_error(option: str, pem: Path, tmp_path: Path) -> None:
+    file = tmp_path / "long"
+    with file.open("wb") as stream:
+        stream.truncate(2**24 + 1)
+    words = ["ping", f"--{option}", str(file), *(["--cert-file", str(pem / "cert")] if option == "key-file" else [])]
+    assert_one_line(result(*words), 2, f"{file}: longer than 16777216 bytes")
 
 
 def test_unreadable_config_is_reported(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from conftest import SOON, UNIT, Wire, as_map, daemon, serving, wait_until, wire
 from dsmq import settings as config
 from dsmq.broker import commands, connection
 from dsmq.broker import event_loop as worker
+from dsmq.broker.admission import MAX_REFUSED
 from dsmq.client import connect
 from dsmq.errors import CannotStart, Closing, Full, ServerFailed, StoreFailed, WrongEpoch
 from dsmq.server import Server
@@ -329,7 +331,7 @@ def test_defect_during_wait_gives_one_error_reply(server: Server, wire: Wire, mo
     with wire_to(server) as victim:
         victim.send(encode_request(b"GETWAIT", b"t", b"60000"))
         wait_until(lambda: server.waiting() == 1)
-        monkeypatch.setattr(server._store, "_behind", lambda *_: 1 / 0)
+        monkeypatch.setattr(server._store, "_messages_after", lambda *_: 1 / 0)
         assert wire.call("PUT", "t", "x") == 1
         assert victim.receive().code == "INTERNAL"  # type: ignore[union-attr]
         assert victim.ended()
@@ -463,6 +465,27 @@ def test_connections_over_limit_are_refused_until_one_closes() -> None:
         with wire_to(server) as four:
             assert four.call("PING") == "PONG"
         assert server.counters().refused == {"connections": 1}
+
+
+def test_a_refused_client_can_finish_sending_its_handshake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsmq.broker.admission.LINGER_SECONDS", 10 * SOON)
+    # If it could not, it would get an error from sending before it reads -BUSY.
+    with serving(max_connections=1) as server, wire_to(server) as one, ExitStack() as stack:
+        assert one.call("PING") == "PONG"
+        refused = [stack.enter_context(wire_to(server)) for _ in range(2 * MAX_REFUSED)]
+        assert [wire.receive().code for wire in refused] == ["BUSY"] * len(refused)  # type: ignore[union-attr]
+        assert len(server._admission._refused) == MAX_REFUSED
+        for _ in range(2):
+            refused[-1].send(encode_request(b"CLIENT", b"SETINFO", b"LIB-NAME", b"x"))
+        assert refused[-1].ended()
+    assert not server._admission._refused
+
+
+def test_refused_connections_are_closed_by_and_by() -> None:
+    with serving(max_connections=1) as server, wire_to(server) as one, wire_to(server) as refused:
+        assert one.call("PING") == "PONG"
+        assert refused.receive().code == "BUSY"  # type: ignore[union-attr]
+        wait_until(lambda: (server._watch(), not server._admission._refused)[1])
 
 
 def test_incomplete_request_times_out() -> None:

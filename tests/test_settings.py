@@ -280,6 +280,10 @@ def test_help_shows_defaults_as_entered() -> None:
     assert re.search(r"--tls-cert-file VALUE [^-]*Default: none --", said)
 
 
+def test_the_names_that_client_commands_know_are_those_of_the_settings() -> None:
+    assert list(config.Settings.model_fields) == environment.SETTINGS
+
+
 def test_unrelated_variables_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DSMQX_PORT", "abc")
     monkeypatch.setenv("PORT", "abc")
@@ -345,7 +349,7 @@ def test_service_links_are_logged_once_at_debug_level() -> None:
     env = {"DSMQ_PORT": "tcp://10.96.3.7:30008", "DSMQ_SERVICE_HOST": "10.96.3.7"}
     with daemon("--log-level", "debug", env=env) as server:
         server.process.send_signal(signal.SIGHUP)
-        server.wait_for_line("configuration read again")
+        server.wait_for_line("configuration reloaded")
         server.stop()
     lines = [line for line in server.log().splitlines() if "DSMQ_SERVICE_HOST" in line]
     assert len(lines) == 1

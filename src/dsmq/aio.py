@@ -28,7 +28,7 @@ from dsmq.client import session as wire
 from dsmq.client.channel import Batch, Connector, Pool
 from dsmq.client.connection import ClosedSilently, Security, target
 from dsmq.client.dial import Target
-from dsmq.client.reader import Claim, Entry, Inbox, give_back
+from dsmq.client.reader import Claim, Entry, Inbox
 from dsmq.client.requests import Once, Plain, Put, PutMany, Reading, Request
 from dsmq.client.session import Message, State
 from dsmq.errors import ClientClosed
@@ -85,13 +85,13 @@ class AsyncClient:
         return wire.stored_id(await self._ask(Put(self._session, topic, msg)))
 
     async def put_many(self, topic: str, messages: Iterable[str | bytes]) -> list[int]:
-        """Put several messages in order; returns their ids."""
-        puts = PutMany(self._session, topic, arguments.messages(messages))
-        batch = Batch(puts)
-        # Made here and not when there is room to send it, because the messages may come from a generator.
-        while batch.make(self._here().shared.batch_producer):
-            await self._here().shared.add(batch)
-        puts.check()
+        """Put several messages in order; returns their ids. Errors say how many are stored, as in the other client."""
+        with PutMany(self._session, topic, arguments.messages(messages)) as puts:
+            batch = Batch(puts)
+            # Made here and not when there is room to send it, because the messages may come from a generator.
+            while batch.make(self._here().shared.batch_producer):
+                await self._here().shared.add(batch)
+            puts.check()
         return puts.ids
 
     @overload
@@ -108,7 +108,7 @@ class AsyncClient:
         try:
             return blocking.first(await self._some(claim, topic, 1, 0.0, wire.converter(raw=raw)), default, raw=raw)
         except BaseException:
-            give_back(claim)
+            self._session.returned.append((claim, []))
             raise
 
     @overload
@@ -134,7 +134,7 @@ class AsyncClient:
         try:
             return blocking.first(await self._some(claim, topic, 1, seconds, wire.converter(raw=raw)), default, raw=raw)
         except BaseException:
-            give_back(claim)
+            self._session.returned.append((claim, []))
             raise
 
     @overload
@@ -152,7 +152,7 @@ class AsyncClient:
             convert = wire.converter(raw=raw)
             return blocking.first(await self._latest(claim, topic, convert), default, raw=raw)
         except BaseException:
-            give_back(claim)
+            self._session.returned.append((claim, []))
             raise
 
     @overload
@@ -171,7 +171,7 @@ class AsyncClient:
                 return await self._many(claim, topic, n, timeout, wire.body)
             return await self._many(claim, topic, n, timeout, wire.text)
         except BaseException:
-            give_back(claim)
+            self._session.returned.append((claim, []))
             raise
 
     async def read(self, topic: str, n: int = 1, *, timeout: float = 0.0, latest: bool = False) -> list[Message]:
@@ -183,7 +183,7 @@ class AsyncClient:
                 return await self._latest(claim, topic, self._session.message)
             return await self._many(claim, topic, n, timeout, self._session.message)
         except BaseException:
-            give_back(claim)
+            self._session.returned.append((claim, []))
             raise
 
     @overload
@@ -333,7 +333,7 @@ class _Messages(Generic[T]):
         try:
             return await self._next(claim)
         except BaseException:
-            give_back(claim)
+            self._client._session.returned.append((claim, []))  # noqa: SLF001
             raise
 
     async def _next(self, claim: Claim) -> T:

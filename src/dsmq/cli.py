@@ -1,7 +1,7 @@
 """The command line. Data goes to stdout, everything else to stderr (but see log_stream).
 
 Exit statuses: 0 done, 1 failed (no server, an error from it, the server can't start), 2 wrong usage or configuration,
-3 `get` found no message, 130 interrupted.
+3 no message printed, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dsmq.client import DSMQClientSideConnection, connect
 from dsmq.client.session import Message
 from dsmq.command_line import USAGE, Command
 from dsmq.errors import AuthRequired, ConfigError, DSMQError, TooBig
-from dsmq.system import has_terminal
+from dsmq.system import allow_more_files, has_terminal
 from dsmq.terminal import LineFormatter, as_json, printable
 
 if TYPE_CHECKING:
@@ -165,6 +165,8 @@ def _known(*, look_into_file: bool) -> dict[str, tuple[str, str]]:
     variables = environment.variables()
     file = os.environ[variables["config"]] if look_into_file and "config" in variables else ""
     said = environment.read_toml(file) if file else {}
+    if unknown := [name for name in said if name not in environment.SETTINGS]:
+        raise ConfigError(f"{file}: {environment.unknown(unknown[0])}")
     return {
         name: (os.environ[variables[name]], variables[name])
         if name in variables
@@ -203,7 +205,7 @@ def _serve(options: argparse.Namespace) -> int:
     settings = config.from_options(options)
     logs.never_block()
     logs.start(settings)
-    server.allow_more_files()
+    allow_more_files()
     server.run(settings, lambda: config.from_options(options), systemd.take())
     return OK
 
@@ -278,7 +280,7 @@ def _get(options: argparse.Namespace) -> int:
             if file:
                 file.save(mq.position(options.topic))
             left -= count
-    if found or options.follow:
+    if found:
         return OK
     if options.wait is None and options.after is None and not file:
         sys.stderr.write(

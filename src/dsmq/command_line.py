@@ -21,7 +21,7 @@ N = TypeVar("N", int, float)
 Command: TypeAlias = Callable[[argparse.Namespace], int]
 """Runs a command and returns the exit status."""
 
-_EPILOG = "Exit statuses: 0 done, 1 failed, 2 wrong usage or configuration, 3 no message to get, 130 interrupted."
+_EPILOG = "Exit statuses: 0 done, 1 failed, 2 wrong usage or configuration, 3 no message printed, 130 interrupted."
 
 
 class Parser(argparse.ArgumentParser):

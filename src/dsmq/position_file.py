@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import tempfile
+import stat
 from contextlib import suppress
 from pathlib import Path
 
@@ -40,13 +40,17 @@ class PositionFile:
         """Replace the position; at no time is there half of one. Raises OSError."""
         if position == self._saved:
             return
+        name = self._path.with_name(f".{self._path.name}.{os.urandom(8).hex()}")
         try:
-            descriptor, name = tempfile.mkstemp(prefix=f".{self._path.name}.", dir=self._path.parent)
+            # A new file gets the mode that the umask leaves.
+            descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             try:
                 with open(descriptor, "w") as stream:
                     stream.write(position + "\n")
                     stream.flush()
                     os.fsync(descriptor)
+                with suppress(FileNotFoundError):
+                    os.chmod(name, stat.S_IMODE(self._path.stat().st_mode))
                 os.replace(name, self._path)
             except BaseException:
                 with suppress(OSError):

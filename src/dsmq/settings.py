@@ -6,7 +6,6 @@ Later ones win: defaults, the TOML file, the environment (`DSMQ_` and the name i
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import sys
 import sysconfig
@@ -347,12 +346,7 @@ def load(
 
 
 def _from_environment() -> dict[str, str]:
-    found = environment.variables()
-    found.pop("config", None)
-    for name, variable in found.items():
-        if name not in Settings.model_fields:
-            raise ConfigError(f"{variable}: {_unknown(name, lambda known: environment.PREFIX + known.upper())}")
-    return {name: os.environ[variable] for name, variable in found.items()}
+    return {name: os.environ[variable] for name, variable in environment.variables().items() if name != "config"}
 
 
 # What pydantic says to programmers.
@@ -377,7 +371,7 @@ def _explain(error: ValidationError, given: dict[str, str], file: str | None) ->
         if problem["type"] == "extra_forbidden":
             sections = isinstance(problem["input"], dict)
             about = "there are no sections, all settings stand above them" if sections else ""
-            unknown.append(f"{file or 'settings'}: {_unknown(name, str, about)}")
+            unknown.append(f"{file or 'settings'}: {environment.unknown(name, str, about)}")
         else:
             message = _PLAINLY.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
             wrong.setdefault(name, []).append(message.removeprefix("Input "))
@@ -390,12 +384,6 @@ def _explain(error: ValidationError, given: dict[str, str], file: str | None) ->
 
 def _source(name: str, given: dict[str, str], file: str | None) -> str:
     return given.get(name) or environment.variables().get(name) or f"{file}: {name}"
-
-
-def _unknown(name: str, spelled: Callable[[str], str], about: str = "") -> str:
-    if not about and (nearest := difflib.get_close_matches(name, Settings.model_fields, n=1)):
-        about = f"the nearest known one is '{spelled(nearest[0])}'"
-    return f"unknown setting '{spelled(name)}'" + (f"; {about}" if about else "")
 
 
 def _has_gil() -> bool:

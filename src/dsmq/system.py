@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import logging
 import os
 import socket
 import sys
@@ -10,8 +12,17 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
+from dsmq.errors import ConfigError
+
+# A file of tokens or settings is shorter; /dev/zero has no end.
+_MAX_TEXT_BYTES = 1_048_576
+# File descriptors that are not for connections, and the limit to ask for if the hard limit is unlimited.
+_RESERVED_FILES = 64
+_MAX_FILES = 1_048_576
 # The file that stands for the controlling terminal of whichever process opens it.
 _TERMINAL = "/dev/tty"
+
+_logger = logging.getLogger(__name__)
 
 yield_processor: Callable[[], None] = getattr(os, "sched_yield", partial(time.sleep, 0))
 """Let another thread run that waits for this processor; without one, go on at once."""
@@ -97,6 +108,26 @@ def has_terminal() -> bool:
     return True
 
 
+def read_text(file: str) -> str:
+    """Return the text of a short file in UTF-8. Raises ConfigError."""
+    try:
+        with open(file, "rb") as stream:
+            data = stream.read(_MAX_TEXT_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}") from None
+    except ValueError as error:
+        # The name has a NUL in it.
+        raise ConfigError(f"{file!r}: {error}") from None
+    if len(data) > _MAX_TEXT_BYTES:
+        raise ConfigError(f"{file}: longer than {_MAX_TEXT_BYTES} bytes")
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data:
+        raise ConfigError(f"{file}: should be UTF-8; this looks like UTF-16")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{file}: should be UTF-8") from None
+
+
 @cache
 def expect_long_messages() -> None:
     """Have the C library keep freed memory for the next long message, in place of fetching it anew each time.
@@ -116,3 +147,34 @@ def unsent_bytes(sock: socket.socket) -> int:
         return int.from_bytes(ioctl(sock, TIOCOUTQ, bytes(4)), sys.byteorder)
     except (ImportError, OSError):
         return 0
+
+
+def allow_more_files() -> None:
+    """Raise this process's limit on open files as far as the system allows; each connection takes one."""
+    if lacking():
+        return
+    import resource  # noqa: PLC0415 - Windows has none
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # The kernel may allow less than the hard limit says: macOS calls it unlimited, and takes some 10,000.
+    most = _MAX_FILES if hard == resource.RLIM_INFINITY else hard
+    while soft == resource.RLIM_INFINITY or soft < most:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        except (ValueError, OSError) as error:
+            _logger.debug("%d open files are not allowed: %s", most, error)
+            most //= 2
+        else:
+            return
+
+
+def affordable_connections(connections: int) -> int:
+    """Return how many connections the limit on open files allows, at most this many."""
+    import resource  # noqa: PLC0415 - Windows has none
+
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files == resource.RLIM_INFINITY or connections <= files - _RESERVED_FILES:
+        return connections
+    affordable = max(1, files - _RESERVED_FILES)
+    _logger.warning("only %d open files are allowed: %d connections at a time, not %d", files, affordable, connections)
+    return affordable

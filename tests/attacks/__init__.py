@@ -1,1 +1,1 @@
-"""Attacks on a server in a process of its own, and what they must not cost others: `python tests/attacks`."""
+"""Attacks on a server in its own process, and limits on what they cost others: `python tests/attacks`."""

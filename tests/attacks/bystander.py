@@ -1,6 +1,6 @@
-"""A client that puts and gets all the time: `bystander.py HOST PORT SECURITY`, the last as JSON.
+"""A client that puts and gets continuously: `bystander.py HOST PORT SECURITY`, the last one as JSON.
 
-For each line it reads it tells, as JSON, what it has met since the last one.
+For each line on stdin, it prints its results since the previous one, as JSON.
 """
 
 from __future__ import annotations

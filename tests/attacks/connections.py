@@ -1,4 +1,4 @@
-"""Attacks with connections: too many, too slow, too greedy, or by strangers."""
+"""Attacks with connections that are too many, too slow, too greedy, or unauthenticated."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ZEROS = bytes(MIB)
 
 
 def needs_files(count: int) -> None:
-    """Have as many open files as an attacker needs, and the servers it starts. Raises NotHere."""
+    """Raise the limit on open files for the attacker and its servers. Raises NotHere."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard < count:
         raise NotHere(f"{count} open files are needed, {hard} are allowed")
@@ -79,7 +79,7 @@ def before_auth(trial: Trial) -> None:
 
 
 def pour(port: int, size: int) -> list[int]:
-    """Have 14 strangers send so many bytes each, over one connection after the other; return what they have sent."""
+    """Let 14 unauthenticated clients send this many bytes each, over many connections; return the bytes sent."""
     kinds = itertools.cycle(ENDLESS.values())
     sent = [0] * 14
     threads = [threading.Thread(target=_pour, args=(port, size, next(kinds), sent, at)) for at in range(14)]
@@ -105,7 +105,7 @@ def _pour(port: int, size: int, kind: tuple[bytes, bytes], sent: list[int], at: 
 
 
 def strangers_requests(trial: Trial) -> None:
-    """Strangers may PING; so they do, or send unknown commands, and read no replies."""
+    """Unauthenticated clients send PING or unknown commands, and read no replies."""
     count, timeout = trial.size(500, 50), trial.size(4, 1)
     needs_files(count + 500)
     with victim(trial, auth_token=TOKEN, auth_timeout_seconds=timeout) as on:
@@ -134,7 +134,7 @@ def strangers_requests(trial: Trial) -> None:
 
 
 def guessing(trial: Trial) -> None:
-    """Wrong tokens, as fast as they can be shown, from the address of clients that have the right one."""
+    """Send wrong tokens as fast as possible, from the address of clients with the right one."""
     with victim(trial, auth_token=TOKEN) as on:
         daemon = on.daemon
         until = threading.Event()
@@ -163,14 +163,14 @@ def _guess(port: int, until: threading.Event, guesses: list[int], at: int) -> No
 
 
 def _show(port: int, token: str) -> bytes:
-    """Show a token; return the first word of the answer."""
+    """Authenticate; return the first word of the reply."""
     with socket.create_connection(("127.0.0.1", port), 10) as sock:
         sock.sendall(encode_request(b"AUTH", token.encode()))
         return sock.recv(100).split()[0]
 
 
 class Gone:
-    """Whether the server has dropped a crowd: it has no connections left but those of lookers-on."""
+    """Whether the server has closed all connections of a crowd."""
 
     def __init__(self, daemon: Daemon, crowd: Crowd) -> None:
         self._daemon, self._crowd = daemon, crowd
@@ -238,7 +238,7 @@ def _loris(trial: Trial, deadline: str, count: int, timeout: float, **settings: 
 
 
 def _letters() -> Iterator[bytes]:
-    """Bytes of a request that never ends."""
+    """Yield the bytes of an endless request."""
     yield from (b"%c" % byte for byte in b"*3\r\n$3\r\nPUT\r\n$1\r\nt\r\n$5000\r\n")
     yield from itertools.repeat(b"x")
 
@@ -304,7 +304,7 @@ def flood(trial: Trial) -> None:
 
 
 def serve_until(daemon: Daemon) -> float:
-    """Return how long it takes until a new client is served."""
+    """Return the seconds until a new client is served."""
     began = time.monotonic()
     reached(lambda: serve_time(daemon) < SOON)
     return time.monotonic() - began
@@ -330,7 +330,7 @@ def no_files(trial: Trial) -> None:
 
 
 def faulty(*words: str) -> list[str]:
-    """The command of a server in which something goes wrong."""
+    """Return the command of a server with a fault."""
     return [sys.executable, str(HERE / "faulty.py"), *words]
 
 
@@ -360,7 +360,7 @@ def _exhaust(trial: Trial, daemon: Daemon, when: str, *, pending_scrape: bool = 
 
 
 def _used(daemon: Daemon, seconds: float) -> float:
-    """The part of a processor's time that it uses."""
+    """Return the fraction of a processor that the process uses."""
     before, began = daemon.cpu_seconds, time.monotonic()
     time.sleep(seconds)
     return (daemon.cpu_seconds - before) / (time.monotonic() - began)
@@ -405,7 +405,7 @@ def churn(trial: Trial) -> None:
 
 
 def _churn(port: int, until: float) -> int:
-    """Connect, put, read and drop, in turns with a good-bye, a reset, and a reset within a request."""
+    """Connect, put, read and disconnect: in turns by QUIT, by a reset, and by a reset within a request."""
     request = encode_request(b"PUT", b"t", b"x" * 100) + encode_request(b"READ", b"t", b"0", b"COUNT", b"1")
     rounds = 0
     while time.monotonic() < until:
@@ -454,9 +454,9 @@ def greedy(trial: Trial, count: int = 200_000, bound: float = 0.02) -> None:
 
 
 def pipeline(port: int, blob: bytes, seconds: float, most: int = 1 << 62) -> int:
-    """Send requests again and again without waiting for replies, but read these; return how many came.
+    """Send requests continuously without waiting for replies, but read these; return their number.
 
-    It ends after so many seconds, or replies.
+    It ends after this many seconds or replies.
     """
     until = time.monotonic() + seconds
     received = 0

@@ -25,7 +25,7 @@ _sources = itertools.cycle(SOURCES)
 
 
 def dial(port: int, *, receive_buffer: int = 0, timeout: float | None = 5.0) -> socket.socket:
-    """Connect from one of many addresses."""
+    """Connect from one of many source addresses."""
     sock = socket.socket()
     try:
         if receive_buffer:
@@ -40,7 +40,7 @@ def dial(port: int, *, receive_buffer: int = 0, timeout: float | None = 5.0) -> 
 
 
 def reset(sock: socket.socket) -> None:
-    """Close without a good-bye."""
+    """Close with a reset."""
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
     sock.close()
@@ -57,7 +57,7 @@ class Member:
 
 @dataclass
 class Crowd:
-    """Connections that are opened and fed at an even pace, by one thread, until the server has dropped them all."""
+    """Connections opened and fed at an even pace by one thread, until the server has closed them all."""
 
     port: int
     count: int
@@ -82,7 +82,7 @@ class Crowd:
         self.began = self.opened_last = 0.0
 
     def run(self, seconds: float, look: Callable[[], bool] = lambda: False) -> None:
-        """Attack for so long, or until all have been dropped, or there is what is looked for."""
+        """Attack until the time is up, all connections are closed, or the condition holds."""
         began = self.began = time.monotonic()
         try:
             while (now := time.monotonic()) < began + seconds and not look():

@@ -1,6 +1,6 @@
-"""`dsmq serve` in which something goes wrong from SIGUSR1 on, until SIGUSR2: `faulty.py FAULT`.
+"""Run `dsmq serve` with a fault that SIGUSR1 turns on and SIGUSR2 off: `faulty.py FAULT`.
 
-A fault is `files`, `threads`, `clock`, or one of those of SQL: `error`, `memory`, `rollback`.
+FAULT is `files`, `threads`, `clock`, or a fault of SQLite: `error`, `memory`, `rollback`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def on_signals(begin: Callable[[], None], end: Callable[[], None]) -> None:
 
 
 def files() -> None:
-    """Something else in the process takes all the file descriptors there are."""
+    """Use up all file descriptors of the process."""
     taken: list[int] = []
 
     def take() -> None:
@@ -43,7 +43,7 @@ def files() -> None:
 
 
 def threads() -> None:
-    """The user, whom it becomes with the fault, may have no further thread."""
+    """Switch to a user that can't start further threads."""
     hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
 
     def forbid() -> None:
@@ -58,7 +58,7 @@ def threads() -> None:
 
 
 def clock() -> None:
-    """The time of day steps, with SIGUSR1 a day ahead and with SIGUSR2 a day back."""
+    """Set the wall clock forward by a day, and back."""
     now, now_ns = time.time, time.time_ns
     shift = 0
 
@@ -72,7 +72,7 @@ def clock() -> None:
 
 
 class Database:
-    """A connection to SQLite whose statements may fail."""
+    """A connection to SQLite whose statements can fail."""
 
     def __init__(self, database: sqlite3.Connection, fault: str) -> None:
         self._database = database
@@ -96,7 +96,7 @@ class Database:
 
 
 def sql(fault: str) -> None:
-    """The store's statements fail."""
+    """Let the store's statements fail."""
     connect = sqlite3.connect
     databases: list[Database] = []
 

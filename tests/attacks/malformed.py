@@ -1,6 +1,6 @@
-"""Malformed requests: mutations of good ones, and the shapes that are known to have hurt servers.
+"""Malformed requests: mutations of valid ones, and patterns known to have broken servers.
 
-`python -m attacks.malformed RUNS`, in tests/, has atheris, which watches what the parser does, look for more.
+`python -m attacks.malformed RUNS`, in tests/, searches for more with atheris, guided by coverage.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Random = random.Random
 
 
 def requests(rng: Random) -> Iterator[bytes]:
-    """Malformed requests, for ever."""
+    """Yield malformed requests endlessly."""
     while True:
         yield rng.choice(SHAPES)(rng) if rng.random() < 0.4 else mutated(rng)
 
@@ -49,7 +49,7 @@ def requests(rng: Random) -> Iterator[bytes]:
 
 
 def good(rng: Random) -> bytes:
-    """A request, or a few, as they should be."""
+    """Return one or a few valid requests."""
     body = rng.randbytes(rng.choice((0, 1, 20, 1500)))
     frames = (
         encode_request(b"PUT", b"t", body),
@@ -101,7 +101,7 @@ def _cut(rng: Random, data: bytes) -> bytes:
 
 
 def _renumber(rng: Random, data: bytes) -> bytes:
-    """Put another number in the place of a count or a length."""
+    """Replace a count or a length."""
     lines = data.split(b"\r\n")
     marked = [at for at, line in enumerate(lines) if line[:1] in (b"*", b"$")]
     if marked:
@@ -165,7 +165,7 @@ def _long_line(rng: Random) -> bytes:
 
 
 def _desynced(rng: Random) -> bytes:
-    """A body that looks like requests, in a frame that is a little too short or too long."""
+    """Return a body that looks like requests, in a frame that is slightly too short or too long."""
     body = encode_request(b"PUT", b"t", encode_request(b"GET", b"t"))
     return b"*3\r\n$3\r\nPUT\r\n$1\r\nt\r\n$%d\r\n%b\r\n" % (len(body) + rng.choice((-2, -1, 1, 2, 3)), body) + good(
         rng
@@ -178,7 +178,7 @@ def _web(rng: Random) -> bytes:
 
 
 def _other_protocol(rng: Random) -> bytes:
-    """What clients of MQTT, memcached, TLS, SSH, SMTP and X11 begin with, well or not."""
+    """Return what clients of MQTT, memcached, TLS, SSH, SMTP and X11 send first, valid or not."""
     name = b"MQTT" * rng.choice((1, 200))
     packet = b"\0" + bytes((len(name) % 256,)) + name + bytes((rng.randrange(7), rng.randrange(256), 0, 10, 255, 255))
     return rng.choice(
@@ -203,7 +203,7 @@ def _noise(rng: Random) -> bytes:
 
 
 def _wrong_words(rng: Random) -> bytes:
-    """A sound frame in which the command makes no sense."""
+    """Return a valid frame with an invalid command."""
     names = (b"", b"PUT", b"READ", b"GETWAIT", b"TOPICS", b"HELLO", b"CLIENT", b"CONFIG", b"COMMAND", b"INFO", b"\xff")
     words = (b"", b"t", b"\xff", b"-1", b"WAIT", b"COUNT", b"KEY", b"AFTER", b"9" * 19, b"GET", b"*" * 60, b"\0")
     return encode_request(rng.choice(names), *rng.choices(words, k=rng.randrange(12)))
@@ -218,7 +218,7 @@ SHAPES: tuple[Callable[[Random], bytes], ...] = (
 
 
 def whole(data: bytes) -> tuple[list[list[bytes]], str]:
-    """The requests in these bytes that come at once, and the code of the error behind them."""
+    """Parse the bytes at once; return the requests and the code of the error after them."""
     parser = RequestParser(LARGEST)
     found: list[list[bytes]] = []
     try:
@@ -231,7 +231,7 @@ def whole(data: bytes) -> tuple[list[list[bytes]], str]:
 
 
 def in_pieces(data: bytes, rng: Random) -> tuple[list[list[bytes]], str]:
-    """The same where the bytes arrive in pieces."""
+    """The same, with the bytes arriving in pieces."""
     parser = RequestParser(LARGEST)
     found: list[list[bytes]] = []
     at = 0
@@ -248,7 +248,7 @@ def in_pieces(data: bytes, rng: Random) -> tuple[list[list[bytes]], str]:
 
 
 def to_parser(count: int, seed: int) -> tuple[Counter[str], list[bytes], int]:
-    """Parse so many; return the outcomes, what was read differently in pieces, and how much memory grew."""
+    """Parse `count` requests; return the outcomes, those that differ in pieces, and the growth of memory."""
     rng = Random(seed)
     outcomes: Counter[str] = Counter()
     differ: list[bytes] = []
@@ -267,7 +267,7 @@ def to_parser(count: int, seed: int) -> tuple[Counter[str], list[bytes], int]:
 
 
 def to_server(port: int, count: int, seed: int) -> tuple[Counter[str], list[bytes]]:
-    """Send so many, each on a connection of its own; return what came back, and what had no end."""
+    """Send `count` requests, each on its own connection; return the replies, and those without an end."""
     rng = Random(seed)
     outcomes: Counter[str] = Counter()
     hung: list[bytes] = []
@@ -376,7 +376,7 @@ def guided(trial: Trial, runs: int) -> None:
 
 
 def fuzz(runs: int) -> None:
-    """Let atheris look for bytes that the parser reads differently in pieces, or fails on."""
+    """Let atheris search for bytes that the parser fails on, or parses differently in pieces."""
     import atheris
 
     def check(data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""What the attacks share: servers in processes of their own, what the kernel says of them, lookers-on, the table."""
+"""Shared by the attacks: server processes, their resources, other clients, the table."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ HERE = Path(__file__).parent
 MIB = 1 << 20
 SCRAPE_SECONDS = 0.2
 LONGEST_SCRAPE_SECONDS = 1.0
-# Within which a client is served after an attack.
+# Max seconds until a client is served after an attack.
 AT_ONCE_SECONDS = 1.0
-# Below this much memory left on the machine no attack goes on.
+# Attacks stop if the machine has less free memory than this.
 LEAST_MEMORY_LEFT = 3 << 30
 
 
 class NotHere(Exception):
-    """An attack can't be run on this machine; says why."""
+    """An attack can't run on this machine; the message says why."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table; ok is None where it was measured but is not judged."""
+    """A row of the table; ok is None if it was measured but not checked."""
 
     attack: str
     wanted: str
@@ -44,29 +44,29 @@ class Row:
 
 @dataclass
 class Trial:
-    """A run of one attack: how large it is, and what has been found."""
+    """A run of one attack, and its results."""
 
     name: str
     quick: bool
     rows: list[Row] = field(default_factory=list)
 
     def size(self, full: float, quick: float) -> Any:
-        """Return how much of something the attack takes."""
+        """Return the size of something in a full or in a quick run."""
         return quick if self.quick else full
 
     def must(self, wanted: str, measured: str, ok: bool) -> None:
         self._note(wanted, measured, bool(ok))
 
     def timing(self, wanted: str, measured: str, ok: bool) -> None:
-        """Note what depends on how busy the machine is: judged in the full run alone."""
+        """Record a figure that depends on the load of the machine: checked only in a full run."""
         self._note(wanted, measured, None if self.quick else bool(ok))
 
     def at_once(self, wanted: str, measured: str, seconds: float) -> None:
-        """Note how long a client had to wait; how long it may depends on the machine in the full run alone."""
+        """Record how long a client had to wait; a quick run allows more."""
         self._note(wanted, measured, seconds < (SOON if self.quick else AT_ONCE_SECONDS))
 
     def state(self, about: str, measured: str) -> None:
-        """Note a figure that there is no bound for."""
+        """Record a figure without a limit."""
         self._note(about, measured, None)
 
     def _note(self, wanted: str, measured: str, ok: bool | None) -> None:
@@ -80,13 +80,13 @@ class Trial:
 
 def table(rows: list[Row]) -> list[str]:
     """Return the lines of a Markdown table."""
-    lines = ["| attack | what must show | measured | ok |", "| --- | --- | --- | --- |"]
+    lines = ["| attack | expected | measured | ok |", "| --- | --- | --- | --- |"]
     shown = {True: "yes", False: "**no**", None: "-"}
     return lines + [f"| `{row.attack}` | {row.wanted} | {row.measured} | {shown[row.ok]} |" for row in rows]
 
 
 def progress(line: str) -> None:
-    """Show what is going on: over the line before on a terminal, else below it."""
+    """Print the current step; on a terminal, over the previous one."""
     if sys.stderr.isatty():
         print(f"\r\033[K{line[:150]}", end="", file=sys.stderr, flush=True)
     else:
@@ -94,7 +94,7 @@ def progress(line: str) -> None:
 
 
 def memory_left() -> int:
-    """Bytes that processes can still have before the machine is out of memory."""
+    """Return the machine's available memory in bytes."""
     found = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
     return int(found[1]) * 1024 if found else sys.maxsize
 
@@ -108,7 +108,7 @@ def milliseconds(seconds: float) -> str:
 
 
 class Scraper:
-    """Asks for /metrics all the time, in a thread of its own."""
+    """Requests /metrics continuously, in its own thread."""
 
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
@@ -131,7 +131,7 @@ class Scraper:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """For what the side port can't answer in: its process is stopped, or may start no thread."""
+        """Pause scraping while the HTTP endpoint can't answer: its process is stopped, or can't start threads."""
         self._may_go_on.clear()
         self._idle.wait(SOON)
         try:
@@ -166,7 +166,7 @@ class Victim:
 def victim(
     trial: Trial, *words: str, popen: dict[str, Any] | None = None, ca_file: str = "", **settings: object
 ) -> Iterator[Victim]:
-    """A server that is scraped all the while; behind the attack it has to serve, without a defect, and to stop."""
+    """Run a server that is scraped continuously. After the attack it has to serve, without defects, and to stop."""
     progress(f"{trial.name}: starts")
     with ExitStack() as stack:
         daemon = Daemon(**({"command": words} if words else {}), popen=popen, ca_file=ca_file, **settings)
@@ -177,7 +177,7 @@ def victim(
             failures = daemon.metric("dsmq_failures_total")
         scrapes, slowest = len(scraper.taken), max(scraper.taken, default=0.0)
         status = daemon.stop()
-        # That expiry fails while SQLite does is no defect.
+        # If SQLite fails, a failing expiry is not a defect.
         errors = re.findall(r"^.* ERROR (?!expiry failed).*", daemon.log(), re.MULTILINE)
         trial.must(
             "afterwards: served at once, no defect, every scrape answered within 1 s, stops with status 0",
@@ -205,11 +205,11 @@ def serve_time(daemon: Daemon) -> float:
     return time.monotonic() - began
 
 
-# Lookers-on
+# Other clients
 
 
 class Bystander:
-    """A client in a process of its own, which puts and gets all the time and knows how long that takes."""
+    """A client in its own process that puts and gets continuously, and measures the latency."""
 
     def __init__(self, stack: ExitStack, daemon: Daemon) -> None:
         self._process = stack.enter_context(
@@ -241,11 +241,11 @@ class Bystander:
         return dict(json.loads(answer))
 
     def take(self) -> dict[str, Any]:
-        """Return what it has met since the last time: count, median, p99, longest (seconds), errors."""
+        """Return results since the last call: count, median, p99, longest (seconds), errors."""
         return self._ask("take")
 
     def during(self, call: Callable[[], object]) -> dict[str, Any]:
-        """Return what it meets while this runs."""
+        """Return the results during a call."""
         self.take()
         call()
         return self.take()
@@ -253,7 +253,7 @@ class Bystander:
 
 @contextmanager
 def sink() -> Iterator[int]:
-    """The port of a process that accepts, reads and forgets: what an attacker costs the machine by itself."""
+    """Run a process that accepts, reads and discards, as a control; return its port."""
     with ExitStack() as stack:
         process = stack.enter_context(
             subprocess.Popen([sys.executable, str(HERE / "sink.py")], stdout=subprocess.PIPE, text=True)
@@ -272,9 +272,9 @@ def compare_latency(
     calm_seconds: float = 3.0,
     in_quick: bool = False,
 ) -> None:
-    """Run an attack on the server and, as a control, on a sink; note what others meet, in ratios of their p99.
+    """Run an attack on the server and, as a control, on a sink; record the ratio of other clients' p99.
 
-    On few processors the attacker alone makes others wait. So the control, with the server at rest, is the baseline.
+    On few cores the attacker alone slows others down. So the control, during which the server is idle, is the baseline.
     """
     if trial.quick and not in_quick:
         return
@@ -283,7 +283,7 @@ def compare_latency(
     with ExitStack() as stack:
         looker_on = Bystander(stack, daemon)
         calm_seconds = trial.size(calm_seconds, 0.1)
-        # The first calls of a client are not like the others.
+        # A client's first calls are slower.
         looker_on.during(lambda: time.sleep(calm_seconds / 3))
         for number in range(rounds):
             progress(f"{trial.name}: round {number + 1} of {rounds}")
@@ -314,5 +314,5 @@ def _note_ratios(trial: Trial, met: dict[str, list[dict[str, Any]]], most: float
 
 
 def _spread(values: list[float]) -> str:
-    """Return a median with what it is the median of."""
+    """Return a median with its values."""
     return f"{statistics.median(values):.2f} of {' '.join(f'{value:.2f}' for value in sorted(values))}"

@@ -1,4 +1,4 @@
-"""Accepts connections, reads and forgets what comes, and never replies. Prints the port it listens on."""
+"""Accept connections, read and discard, and never reply. Prints its port."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The attacks of tests/attacks, in small: what they must show holds but for times, which are judged in the full run."""
+"""The attacks on a small scale: all their checks, except of latencies, which only a full run checks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes wrong around the server, or in it: no room, no threads, a stopped process, a stepping clock, SQLite."""
+"""Faults in or around the server: no memory, no threads, a stopped process, a clock that jumps, SQLite errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OVERHEAD_RATIO, OVERHEAD_BYTES = 0.35, 12e6
 
 @dataclass
 class Writer:
-    """Puts as fast as it can, and knows what it was told."""
+    """Puts as fast as it can, and records the results."""
 
     daemon: Daemon
     topic: str
@@ -98,7 +98,7 @@ class Reader:
 def clients(
     daemon: Daemon, count: int, sizes: tuple[int, ...], pause: float = 0.0
 ) -> Iterator[tuple[list[Writer], Reader]]:
-    """Writers, and one that reads all they put; in the end they have done what they began."""
+    """Run writers, and a reader of all their messages, to completion."""
     writers = [Writer(daemon, f"topic {number}", sizes, pause) for number in range(count)]
     reader = Reader(daemon, [writer.topic for writer in writers])
     writing_ended, reading_ended = threading.Event(), threading.Event()
@@ -117,7 +117,7 @@ def clients(
 
 
 def judge(trial: Trial, writers: list[Writer], reader: Reader) -> None:
-    """Note whether each message that was accepted has been read, and none else."""
+    """Check that exactly the accepted messages have been read."""
     stored = {number: body for writer in writers for number, body in writer.stored.items()}
     lost = len(stored.keys() - reader.found.keys())
     strange = len(reader.found.keys() - stored.keys())
@@ -171,7 +171,7 @@ def full(trial: Trial) -> None:
 
 
 def _state_overhead(trial: Trial, limit: int, topics: int, about: str) -> None:
-    """Fill a server with messages of one byte; state what a counted byte takes."""
+    """Fill a server with one-byte messages; record the memory per counted byte."""
     with closing(Daemon(max_stored_bytes=limit)) as daemon:
         before = daemon.memory
         count = limit // (MESSAGE_OVERHEAD_BYTES + 1) + 1000
@@ -290,7 +290,7 @@ def out_of_threads(trial: Trial) -> None:
 
 
 def limit_of(daemon: Daemon) -> int:
-    """How many threads the user of a server may have."""
+    """Return how many threads the user of a server may have."""
     found = re.search(r"Max processes +(\d+)", Path(f"/proc/{daemon.pid}/limits").read_text())
     return int(found[1]) if found else 0
 

@@ -26,7 +26,7 @@ import trustme
 from conftest import SOON, UNIT, Wire, daemon, run_dsmq, serving, tool, wait_until, wire_to
 from dsmq import aio
 from dsmq import settings as config
-from dsmq.broker import auth
+from dsmq.broker import auth, connection
 from dsmq.broker import listener as listening
 from dsmq.broker.auth import Gate, Role
 from dsmq.broker.commands import COMMANDS
@@ -182,7 +182,7 @@ WRONG = "wrong-token-0123456789"
 def test_wrong_token_closes_connection_and_drops_pipelined_requests(server: Server, words: list[str]) -> None:
     with wire_to(server) as wire:
         wire.send(encode_request(*map(str.encode, words)) + encode_request(b"AUTH", ADMIN.encode()) + b"PUT t x\r\n")
-        assert wire.receive().code == "WRONGPASS"  # type: ignore[union-attr]
+        assert [wire.receive().code for _ in range(3)] == ["WRONGPASS", "NOAUTH", "NOAUTH"]  # type: ignore[union-attr]
         assert wire.ended()
     assert server.counters().wrong_tokens == server.counters().errors["WRONGPASS"] == 1
     assert server.totals().stored == 0
@@ -190,8 +190,22 @@ def test_wrong_token_closes_connection_and_drops_pipelined_requests(server: Serv
 
 def test_wrong_token_closes_authenticated_connection(server: Server) -> None:
     with wire_as(server, READER) as wire:
-        assert wire.error("AUTH", WRONG) == "WRONGPASS"
+        wire.send(b"".join(encode_request(*words) for words in ((b"AUTH", WRONG.encode()), (b"GET", b"t"), (b"PING",))))
+        assert [wire.receive().code for _ in range(3)] == ["WRONGPASS", "NOAUTH", "NOAUTH"]  # type: ignore[union-attr]
         assert wire.ended()
+
+
+def test_requests_that_arrive_behind_a_wrong_token_get_replies(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "WRONG_TOKEN_SECONDS", 10 * SOON)
+    with wire_to(server) as wire:
+        assert wire.error("AUTH", WRONG) == "WRONGPASS"
+        assert [wire.error("AUTH", ADMIN), wire.error("PING")] == ["NOAUTH", "NOAUTH"]
+        wire.send(b"PING\r\n" * 100)
+        # Two have been answered; the last reply says why it is the last.
+        replies = [wire.receive() for _ in range(connection.MAX_REQUESTS_OF_STRANGERS - 2)]
+        assert "no more than" in str(replies[-1])
+        with pytest.raises(EOFError):
+            wire.receive()
 
 
 def test_wrong_tokens_do_not_delay_valid_ones_from_same_address(server: Server) -> None:
@@ -366,6 +380,37 @@ def test_reload_closes_all_connections_no_longer_admitted(files: Files, caplog: 
         assert "ZeroDivisionError" in caplog.text
 
 
+@pytest.mark.parametrize("has_tls", [False, True])
+def test_a_connection_that_is_handed_over_during_a_reload_is_let_go_of_too(
+    files: Files, monkeypatch: pytest.MonkeyPatch, has_tls: bool
+) -> None:
+    settings: dict[str, object] = {"io_threads": 2, "auth_timeout_seconds": 600}
+    settings |= {"tls_cert_file": files.server} if has_tls else {}
+    load = lambda: config.load(kind=config.EmbeddedSettings, port=0, **settings)  # noqa: E731
+    monkeypatch.setattr("dsmq.server.WATCH_SECONDS", UNIT)
+    accepted, go = threading.Event(), threading.Event()
+
+    def numbers() -> Iterator[int]:
+        yield 1
+        accepted.set()
+        go.wait()
+        yield 2
+
+    with Server(load(), load=load) as server:
+        monkeypatch.setattr(server._admission, "_numbers", numbers())
+        with wire_to(server), wire_to(server) as second:
+            try:
+                assert accepted.wait(SOON)
+                settings |= {"tls_cert_file": files.server, "tls_client_ca_file": files.ca}
+                # By now the first worker has accepted it, and the second does not know of it.
+                server.reload()
+            finally:
+                go.set()
+            assert second.ended()
+            wait_until(lambda: server.connections() == 0)
+            assert server.counters().failures == 0
+
+
 def test_reload_during_tls_handshake_does_not_spin(files: Files) -> None:
     settings: dict[str, object] = {"tls_cert_file": files.server}
     load = lambda: config.load(kind=config.EmbeddedSettings, port=0, **settings)  # noqa: E731
@@ -412,9 +457,9 @@ def test_reload_applies_settings_and_names_those_that_need_a_restart(
         wire = Wire(("127.0.0.1", process.port))
         file.write_text("max_age_seconds = 30\nlog_level = 'debug'\nio_threads = 2\nport = 0")
         process.process.send_signal(signal.SIGHUP)
-        changed = process.wait_for_line("configuration read again; changed: (.*)")[1]
+        changed = process.wait_for_line("configuration reloaded; changed: (.*)")[1]
         assert set(changed.split(", ")) == {"max_age_seconds", "log_level"}
-        assert process.wait_for_line("only with a new start: (.*)")[1] == "io_threads"
+        assert process.wait_for_line("restart required to apply: (.*)")[1] == "io_threads"
         hello = wire.call("HELLO", 2)
         assert isinstance(hello, list)
         assert dict(zip(hello[::2], hello[1::2], strict=True))[b"max_age_ms"] == 30_000
@@ -450,7 +495,7 @@ def test_missing_token_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         auth.read_tokens(str(tmp_path / "none"))
     (tmp_path / "binary").write_bytes(b"\xff")
-    with pytest.raises(ConfigError, match="not UTF-8"):
+    with pytest.raises(ConfigError, match="should be UTF-8"):
         auth.read_tokens(str(tmp_path / "binary"))
     with pytest.raises(ConfigError, match="null"):
         auth.read_tokens("a\0b")
@@ -494,7 +539,7 @@ def test_reload_with_short_token_changes_nothing(tmp_path: Path, caplog: pytest.
     settings = {"auth_token_file": str(tokens), "http_token_file": str(http_token), "max_topics": 1000}
     load = lambda: config.load(kind=config.EmbeddedSettings, port=0, http_port=0, **settings)  # noqa: E731
     with Server(load(), load=load) as server, wire_as(server, READER) as reader:
-        before = server.settings, server._services.gate, server._http_gate
+        before = server.settings, server._services.access
         if name.endswith("_file"):
             Path(str(settings[name])).write_text(f"sensors write {SHORT}\n")
         else:
@@ -505,7 +550,7 @@ def test_reload_with_short_token_changes_nothing(tmp_path: Path, caplog: pytest.
         assert "nothing is changed" in caplog.text
         assert TO_MAKE_ONE.strip() in caplog.text
         assert SHORT not in caplog.text
-        assert (server.settings, server._services.gate, server._http_gate) == before
+        assert (server.settings, server._services.access) == before
         assert reader.call("PING") == "PONG"
 
 
@@ -724,12 +769,12 @@ def test_reload_that_would_open_exposed_server_changes_nothing(
     settings[given] = {"auth_token": ADMIN, "protected_mode": False, "tls_client_ca_file": files.ca}[given]
     load = lambda: config.load(kind=config.EmbeddedSettings, host="0.0.0.0", port=0, **settings)  # noqa: E731
     with Server(load(), load=load) as server:
-        before = server.settings, server._services.gate, server._tls
+        before = server.settings, server._services.access
         del settings[given]
         settings["max_topics"] = 7
         server.reload()
         assert "nothing is changed: listening on 0.0.0.0:" in caplog.text
-        assert (server.settings, server._services.gate, server._tls) == before
+        assert (server.settings, server._services.access) == before
 
 
 def test_reload_with_first_token_closes_unauthenticated_connections() -> None:
@@ -744,16 +789,19 @@ def test_reload_with_first_token_closes_unauthenticated_connections() -> None:
         assert wire.ended()
 
 
-def test_reload_may_remove_all_tokens_on_loopback() -> None:
+def test_reload_may_remove_all_tokens_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "WRONG_TOKEN_SECONDS", 10 * SOON)
     settings: dict[str, object] = {"auth_token": ADMIN}
     load = lambda: config.load(kind=config.EmbeddedSettings, port=0, **settings)  # noqa: E731
-    with Server(load(), load=load) as server, wire_as(server, ADMIN) as admin:
+    with Server(load(), load=load) as server, wire_as(server, ADMIN) as admin, wire_to(server) as guesser:
         admin.ask_for_notices()
+        assert guesser.error("AUTH", WRONG) == "WRONGPASS"
         settings.clear()
         server.reload()
         assert admin.receive().code == "NOAUTH"  # type: ignore[union-attr]
         with wire_to(server) as wire:
             assert wire.call("PUT", "t", "x") == 1
+        assert guesser.error("PUT", "t", "x") == "NOAUTH"
 
 
 @pytest.mark.parametrize(
@@ -986,7 +1034,7 @@ def test_reload_renews_certificate(files: Files, authority: trustme.CA) -> None:
             with pytest.raises(ConnectionError):
                 connect(**where)  # type: ignore[arg-type]
             process.process.send_signal(signal.SIGHUP)
-            process.wait_for_line("configuration read again")
+            process.wait_for_line("configuration reloaded")
             with connect(**where) as after:  # type: ignore[arg-type]
                 after.put("t", "x")
             before.ping()

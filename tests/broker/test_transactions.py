@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from conftest import Wire, as_map, serving, wait_until, wire_to
+from conftest import SOON, Wire, as_map, serving, wait_until, wire_to
 from dsmq.broker import commands
+from dsmq.broker import event_loop as worker
 from dsmq.client import connect
 from dsmq.errors import ReplyError
 from dsmq.server import Server
@@ -172,7 +175,7 @@ def test_duplicate_put_replies_first_id_and_forgotten_one_aborts(server: Server,
     )
     assert isinstance(replies, list)
     assert (replies[:2], replies[2][3::5], replies[3]) == ([1, 3], [b"x", b"y"], 3)
-    server._store._producers._known[b"me"].forgotten = 0  # type: ignore[attr-defined]
+    server._store._deduplicator._producers[b"me"].forgotten = 0  # type: ignore[attr-defined]
     assert codes(transact(wire, ("PUT", "t", "z"), ("PUT", "t", "z", *key, 0))) == ["FORGOTTEN"] * 2
     assert server.totals().stored == 3
 
@@ -228,6 +231,32 @@ def test_long_exec_reply_does_not_block_other_clients() -> None:
         assert data.count(b"x" * 100_000) == 500
 
 
+def test_a_stop_in_the_middle_of_exec_ends_its_array_by_closing(
+    server: Server, wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (loop,) = server._workers
+    for name in ("TURN_SECONDS", "MOST_SLICE_SECONDS", "LEAST_SLICE_SECONDS"):
+        monkeypatch.setattr(worker, name, 0.0)
+    wire.send(b"".join(encode_request(*words) for words in ([b"MULTI"], [b"PUT", b"t", b"x"], *[[b"PING"]] * 100)))
+    assert [wire.receive() for _ in range(102)] == ["OK", *["QUEUED"] * 101]
+    turn = loop._turn
+
+    def turn_and_stop() -> None:
+        turn()
+        if loop._stop_at == math.inf and any(connection.steps for connection in loop.connections):
+            loop.stop(SOON)
+
+    monkeypatch.setattr(loop, "_turn", turn_and_stop)
+    wire.send(encode_request(b"EXEC"))
+    lines = b"".join(iter(lambda: wire.socket.recv(65536), b"")).split(b"\r\n")
+    # Of the array nothing comes behind the error, but its puts are stored.
+    assert lines[:2] == [b"*101", b":1"]
+    assert lines[-2:] == [b"-CLOSING the server is stopping", b""]
+    assert 2 < len(lines) < 101
+    assert server.totals().stored == 1
+    loop.thread.join()
+
+
 def test_forbidden_command_aborts_transaction(tmp_path: Path) -> None:
     file = tmp_path / "tokens"
     file.write_text("one read reader-0123456789\n")
@@ -243,7 +272,8 @@ def test_forbidden_command_aborts_transaction(tmp_path: Path) -> None:
 def test_withdrawn_token_aborts_transaction(server: Server, wire: Wire) -> None:
     assert wire.call("MULTI") == "OK"
     assert wire.call("PUT", "t", "x") == "QUEUED"
-    server._workers[0].post(server._workers[0].dismiss_all)
+    server._services.access = replace(server._services.access, client_ca_file="another")
+    server._workers[0].post(server._workers[0].apply_settings)
     assert wire.ended()
     assert server.totals().stored == 0
 

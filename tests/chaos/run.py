@@ -1,4 +1,4 @@
-"""The long run: all scenarios again and again, by seed, until the time is over; then a table."""
+"""The long run: all scenarios repeatedly, by seed, until the time is up; then a table."""
 
 from __future__ import annotations
 

@@ -10,7 +10,6 @@ import math
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -21,7 +20,7 @@ from typing import Any, Self, TypeAlias
 import pytest
 
 import dsmq.client
-from conftest import SOON, UNIT, serving, wait_until
+from conftest import SOON, UNIT, blocked, serving, wait_until
 from dsmq.aio import AsyncClient, connect
 from dsmq.client import channel
 from dsmq.errors import BadRequest, ClientClosed, ConnectionLost, Full, InternalError, MessageNotText
@@ -330,23 +329,6 @@ class Proxy:
         writer.transport.abort()
 
 
-@contextmanager
-def blocked(server: Server) -> Iterator[threading.Event]:
-    """A server that does nothing until the event is set."""
-    release, begun = threading.Event(), threading.Event()
-
-    def block() -> None:
-        begun.set()
-        release.wait(SOON)
-
-    server._workers[0].post(block)
-    assert begun.wait(SOON)
-    try:
-        yield release
-    finally:
-        release.set()
-
-
 def test_thousand_concurrent_puts_use_one_connection_in_order(server: Server) -> None:
     async def main() -> None:
         async with Proxy(server) as proxy, await connect(port=proxy.port) as mq:
@@ -522,6 +504,52 @@ def test_error_in_put_many_does_not_shift_other_replies() -> None:
 
     with serving(max_stored_messages=10) as server:
         run(server, scenario)
+
+
+@pytest.mark.parametrize("refused", [0, 2, 450, 700])
+def test_an_error_of_put_many_says_what_is_stored_as_in_the_blocking_client(refused: int) -> None:
+    messages = ["x"] * 900
+    messages[refused] = "x" * 200_000
+
+    async def scenario(mq: AsyncClient) -> None:
+        with pytest.raises(Full) as told:
+            await mq.put_many("one", messages)
+        with dsmq.client.connect(port=server.port) as other, pytest.raises(Full) as same:
+            other.put_many("two", messages)
+        for error, topic in ((told.value, "one"), (same.value, "two")):
+            assert error.stored_before == refused
+            held = next(count for name, count, _ in await mq.topics() if name == topic)
+            assert error.stored_before + error.stored_behind == held
+        # Of what was sent with it, all else is stored; here that is all that stands in its batch.
+        assert told.value.stored_behind == 499 - refused % 500 if refused < 500 else 199
+
+    with serving(max_stored_bytes_per_topic=150_000) as server:
+        run(server, scenario)
+
+
+def test_each_put_many_that_a_close_ends_says_what_is_stored_of_it(server: Server) -> None:
+    async def main() -> None:
+        mq = await connect(port=server.port, timeout=SOON)
+
+        def closing() -> Iterator[str]:
+            yield from ["x"] * 500
+            # What comes first is stored by now, and what comes next is not answered.
+            release.enter_context(blocked(server))
+            is_blocked.set()
+            yield "y"
+
+        is_blocked = asyncio.Event()
+        with ExitStack() as release:
+            first = asyncio.create_task(mq.put_many("t", closing()))
+            await is_blocked.wait()
+            second = asyncio.create_task(mq.put_many("u", ["z"]))
+            await asyncio.sleep(0)
+            await mq.close()
+            errors = await asyncio.gather(first, second, return_exceptions=True)
+        assert [type(error) for error in errors] == [ClientClosed, ClientClosed]
+        assert [error.stored_before for error in errors if isinstance(error, ClientClosed)] == [500, 0]
+
+    asyncio.run(main())
 
 
 def test_messages_before_generator_error_are_stored(server: Server) -> None:

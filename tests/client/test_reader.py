@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from test_session import Time, accept, an_inbox, clock, entries, entry, request, take, warnings
 
 from dsmq.client import reader as inbox_module
-from dsmq.client.reader import Claim, Entry, Era, Inbox, give_back, read_request
+from dsmq.client.reader import Claim, Entry, Era, Inbox, Returned, read_request, take_back
 from dsmq.client.session import text
 from dsmq.errors import MessageNotText
 from dsmq.system import boot_time
@@ -28,12 +28,21 @@ def take_latest(inbox: Inbox, found: list[Entry], claim: Claim | None = None) ->
     return inbox.take_latest(claim, inbox.asked_for_latest(), found, lambda _, found: found.id)
 
 
+def give_back(claim: Claim) -> None:
+    take_back([(claim, [])])
+
+
 def follow(inbox: Inbox, epoch: str, run: bytes, restored_id: int = 0) -> Era:
     """Have an inbox find out that the server was started anew."""
     era = inbox.asked()[0].era
     same = epoch == era.epoch
-    era.next[0] = Era(epoch, run, era.start if same else 0, era.number if same else 0, restored_id)
+    era.next[0] = Era(epoch, run, era.start if same else 0, era.number if same else 0, [(restored_id, 2**31)])
     return era.next[0]
+
+
+def renumber(inbox: Inbox, restored: int) -> None:
+    if doubt := inbox.doubt:
+        inbox.renumber(doubt, restored)
 
 
 def test_read_request_has_given_options() -> None:
@@ -470,6 +479,62 @@ def test_interrupt_at_any_line_neither_loses_nor_repeats_messages(verb: str, opc
 
 
 @pytest.mark.parametrize("opcodes", [False, True])
+@pytest.mark.parametrize("verb", ["take", "latest"])
+def test_an_interrupt_anywhere_while_messages_are_given_back_loses_none(verb: str, opcodes: bool) -> None:
+    interrupted, limit = 0, -1
+    while interrupted == max(0, limit):
+        limit += 1
+        inbox, claims = an_inbox(last_number=0), ([], [])
+        accept(inbox, [entry(1), entry(3), entry(4)])
+        taken = take(inbox, 2, claims[0])
+        # What is given back second stands before what was given back first.
+        taken += take_latest(inbox, entries(6), claims[1]) or [] if verb == "latest" else take(inbox, 1, claims[1])
+        assert len(taken) == 3
+        returned: Returned = [(claims[1], []), (claims[0], [])]
+        sys.settrace(at_step(limit, opcodes, interrupt))
+        try:
+            take_back(returned)
+        except KeyboardInterrupt:
+            interrupted += 1
+        finally:
+            sys.settrace(None)
+        take_back(returned)
+        assert (inbox.position[1], inbox.missed) == (0, 0)
+        rest: list[int] = []
+        while inbox.position[1] < 6:
+            accept(inbox, entries(*(one for one in (1, 3, 4, 5, 6) if one > inbox.asked()[1])))
+            rest += take(inbox)
+        assert (rest, inbox.missed) == ([1, 3, 4, 5, 6], 1), limit
+    assert interrupted > 10
+
+
+@pytest.mark.parametrize("opcodes", [False, True])
+def test_what_a_handler_gives_back_while_it_is_being_given_back_comes_once(opcodes: bool) -> None:
+    limit, is_handled = 0, True
+
+    def handle() -> None:
+        nonlocal is_handled
+        is_handled = True
+        take_back(returned)
+        got.extend(take(inbox, 1))
+
+    while is_handled:
+        limit += 1
+        inbox, claim, is_handled = an_inbox(), [], False
+        got: list[int] = []
+        accept(inbox, entries(1, 2, 3))
+        take(inbox, 2, claim)
+        returned: Returned = [(claim, [])]
+        sys.settrace(at_step(limit, opcodes, handle))
+        try:
+            take_back(returned)
+        finally:
+            sys.settrace(None)
+        assert got + take(inbox) + take(inbox) == [1, 2, 3], limit
+    assert limit > 10
+
+
+@pytest.mark.parametrize("opcodes", [False, True])
 def test_reentrant_call_at_any_line_gets_each_message_once(opcodes: bool) -> None:
     """It runs in the middle of a call, and all of it before that goes on."""
 
@@ -520,6 +585,22 @@ def test_read_ahead_of_old_epoch_is_returned_until_expiry(clock: Time) -> None:
     assert (take(inbox), inbox.missed) == ([2], 2)
 
 
+def test_a_new_epoch_is_not_asked_behind_an_id_of_the_one_before(clock: Time) -> None:
+    inbox = an_inbox(10)
+    accept(inbox, entries(11, 12, 13))
+    take(inbox, 1)
+    follow(inbox, "one", b"second", 12)
+    # Not taken, because the server may have 12.
+    assert take(inbox) == []
+    follow(inbox, "two", b"third")
+    assert inbox.asked()[1] == inbox.asked_for_latest()[1] == 0
+    # A call that is under way has asked so.
+    assert accept(inbox, entries(1, 2))
+    assert [take(inbox), take(inbox)] == [[13], []]
+    accept(inbox, entries(1, 2))
+    assert take(inbox) == [1, 2]
+
+
 def test_new_epoch_drops_given_back_messages(clock: Time) -> None:
     inbox, claim = an_inbox(10), []
     accept(inbox, entries(11, 12))
@@ -555,9 +636,9 @@ def test_after_kill_expired_messages_are_missed_but_lost_ones_are_not(
     accept(inbox, [entry(*one) for one in read])
     assert take(inbox) == [one[0] for one in read]
     era = follow(inbox, "one", b"second", restored_id)
-    assert inbox.is_unsure == bool(read)
-    inbox.renumber(restored_number)
-    assert not inbox.is_unsure
+    assert bool(inbox.doubt) == bool(read)
+    renumber(inbox, restored_number)
+    assert not inbox.doubt
     accept(inbox, [entry(2**32 + 9, number)])
     assert (take(inbox), inbox.missed, inbox.asked()[0].era) == ([2**32 + 9], missed, era)
 
@@ -569,7 +650,7 @@ def test_replies_are_held_until_numbering_is_known() -> None:
     follow(inbox, "one", b"second", 1)
     assert accept(inbox, [entry(2**32, 2)])
     assert take(inbox) == []
-    inbox.renumber(1)
+    renumber(inbox, 1)
     accept(inbox, [entry(2**32, 2)])
     assert (take(inbox), inbox.missed) == ([2**32], 0)
 
@@ -580,14 +661,14 @@ def test_read_ahead_lost_by_server_kill_is_returned(clock: Time) -> None:
     take(inbox, 1)
     follow(inbox, "one", b"second", 2)
     assert take(inbox) == []
-    assert (inbox.is_unsure, inbox.asked()[1]) == (True, 1)
-    inbox.renumber(2)
+    assert inbox.doubt == (inbox.asked()[0].era, 1)
+    renumber(inbox, 2)
     accept(inbox, entries(2))
     assert take(inbox, 1) == [2]
     clock.passed = 3.0
     assert take(inbox) == [3, 4]
-    assert (inbox.is_unsure, inbox.asked()[1]) == (True, 4)
-    inbox.renumber(2)
+    assert inbox.doubt == (inbox.asked()[0].era, 4)
+    renumber(inbox, 2)
     accept(inbox, [entry(2**32, 3)])
     assert (take(inbox), inbox.missed) == ([2**32], 0)
 

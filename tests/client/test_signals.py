@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from types import FrameType
 from typing import Any
@@ -12,7 +14,10 @@ from typing import Any
 import pytest
 
 from conftest import SOON, UNIT, serving
+from dsmq import aio
+from dsmq import client as client_module
 from dsmq.client import DSMQClientSideConnection, connect
+from dsmq.client.reader import Inbox
 from dsmq.errors import ClientClosed
 from dsmq.server import Server
 
@@ -120,6 +125,63 @@ def test_read_interrupted_at_any_line_loses_nothing(
         assert mq.get("t", default=None) is None
     assert interrupted > 10
     assert mq.missed == 0
+
+
+@pytest.mark.parametrize("verb", ["get", "get_many", "get_latest"])
+def test_a_second_interrupt_anywhere_in_the_next_call_loses_nothing(mq: Client, writer: Client, verb: str) -> None:
+    """There it is given back what the first call has taken."""
+    steps, interrupted = Steps(interrupt, opcodes=False), 0
+    sent = [str(number) for number in range(4)]
+    for first in itertools.count(1):
+        for second in itertools.count(first % 7 + 1, 7):
+            writer.put_many("t", sent)
+            got = [mq.get("t")]
+            with suppress(Interrupted):
+                got += steps.run(lambda: VERBS[verb](mq), first)
+            if steps.ended_before:
+                assert interrupted > 100
+                assert mq.missed == 0
+                return
+            with suppress(Interrupted):
+                got += steps.run(lambda: VERBS["get"](mq), second)
+            is_last = steps.ended_before
+            got += mq.get_many("t", 100)
+            assert got == sent, (first, second)
+            if is_last:
+                break
+            interrupted += 1
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_an_interrupt_of_what_gives_back_loses_nothing(
+    server: Server, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
+) -> None:
+    def once(call: Callable[..., Any]) -> Callable[..., Any]:
+        left = [Interrupted()]
+
+        def interrupted(*arguments: Any, **options: Any) -> Any:
+            if left:
+                raise left.pop()
+            return call(*arguments, **options)
+
+        return interrupted
+
+    async def main() -> None:
+        mq = await aio.connect(port=server.port) if asynchronous else connect(port=server.port)
+        with connect(port=server.port) as writer:
+            writer.put_many("t", ["1", "2"])
+        got: list[Any] = []
+        while len(got) < 2:
+            with suppress(Interrupted):
+                message = mq.get("t")
+                got.append(await message if isinstance(message, Awaitable) else message)
+        assert got == ["1", "2"]
+        if (closed := mq.close()) is not None:
+            await closed
+
+    monkeypatch.setattr(client_module, "first", once(client_module.first))
+    monkeypatch.setattr(Inbox, "give_back", once(Inbox.give_back))
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("many", [False, True])

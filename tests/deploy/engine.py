@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -217,10 +217,16 @@ def _namespace() -> subprocess.Popen[str]:
 
 
 def _remove_cgroups(name: str) -> None:
-    for found in Path("/sys/fs/cgroup").glob(f"*/{name}"):
-        for folder in sorted((path for path in found.rglob("*") if path.is_dir()), reverse=True):
-            folder.rmdir()
-        found.rmdir()
+    """Remove the control groups of an engine, which are busy until the last of its processes has ended."""
+
+    def are_gone() -> bool:
+        for found in Path("/sys/fs/cgroup").glob(f"*/{name}"):
+            for folder, _, _ in os.walk(found, topdown=False):
+                with suppress(OSError):
+                    os.rmdir(folder)
+        return not list(Path("/sys/fs/cgroup").glob(f"*/{name}"))
+
+    wait_until(are_gone)
 
 
 @contextmanager

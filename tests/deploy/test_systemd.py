@@ -412,16 +412,16 @@ while sys.stdin.readline():
             journal = Journal(box)
             box.run("systemctl", "reload", "dsmq.service")
             if "notify-reload" not in change:
-                journal.priority("configuration read again")
+                journal.priority("configuration reloaded")
             # From here on it has to have been read.
             assert metric(box, "dsmq_max_age_seconds") == 60
             assert answer(client) == "before nothing"
             assert metric(box, "dsmq_connections_opened_total") == opened
-            assert journal.priority("configuration read again; changed: max_age_seconds, log_level$") == 6
-            assert journal.priority("side port: ") == 7
+            assert journal.priority("configuration reloaded; changed: max_age_seconds, log_level$") == 6
+            assert journal.priority("HTTP: ") == 7
             box.write("/etc/dsmq/dsmq.toml", 'max_age_seconds = 60\nlog_level = "debug"\nlisten_backlog = 7\n')
             box.run("systemctl", "reload", "dsmq.service")
-            assert journal.priority("these change only with a new start: listen_backlog$") == 4
+            assert journal.priority("restart required to apply: listen_backlog$") == 4
             box.write("/etc/dsmq/dsmq.toml", "max_age_seconds = true")
             box.run("systemctl", "reload", "dsmq.service")
             assert journal.priority("nothing is changed: /etc/dsmq/dsmq.toml: max_age_seconds: ") == 3
@@ -590,7 +590,7 @@ def test_reload_changes_tokens_of_a_group(box: Box) -> None:
             journal = Journal(box)
             box.write(TOKEN, "another-token-another-token-another\n")
             box.run("systemctl", "reload", "dsmq.service")
-            journal.priority("configuration read again")
+            journal.priority("configuration reloaded")
             assert ping(box, old)[0] == 1
             script = 'with connect(token=token) as mq:\n mq.seek("a", 0)\n say(mq.get("a"))'
             assert python(box, script) == "kept"

@@ -1,4 +1,4 @@
-"""The side port over real HTTP: its metrics, its health check, and clients that hang."""
+"""The HTTP endpoint over real HTTP: its metrics, its health checks, and clients that hang."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from dsmq import __version__
 from dsmq import settings as config
 from dsmq.broker import event_loop as worker
 from dsmq.broker.counters import Histogram
-from dsmq.ops import http as sideport
+from dsmq.ops import http as endpoint
 from dsmq.ops import metrics
 from dsmq.server import Server
 from dsmq.wire.resp import encode_request
@@ -41,9 +41,9 @@ PROCESS = "process_"
 
 
 def shown_in_readme(*, topics: bool = False) -> dict[str, str]:
-    """The metrics that the README lists, with their types; those by topic where asked for."""
+    """Return the metrics in the table of deploy/README.md with their types; those by topic only on request."""
     rows = re.findall(
-        r"^\| `(dsmq_\w+)`.*? \| (counter|gauge|histogram) \|", (ROOT / "README.md").read_text(), re.MULTILINE
+        r"^\| `(dsmq_\w+)`.*? \| (counter|gauge|histogram) \|", (ROOT / "deploy/README.md").read_text(), re.MULTILINE
     )
     return {
         name.removesuffix("_total") if kind == "counter" else name: kind
@@ -59,7 +59,7 @@ def server() -> Iterator[Server]:
 
 
 class Answer:
-    """What the side port answers to one request."""
+    """The reply to one request to the HTTP endpoint."""
 
     def __init__(self, port: int | None, path: str, method: str = "GET", **headers: str) -> None:
         assert port
@@ -74,13 +74,13 @@ class Answer:
 
 
 def hang(server: Server) -> socket.socket:
-    """A client that connects to the side port and says nothing."""
+    """A client that connects to the HTTP endpoint and sends nothing."""
     assert server.http_port
     return socket.create_connection(("127.0.0.1", server.http_port), SOON)
 
 
 def hung_up(sock: socket.socket) -> bool:
-    """Whether the side port hangs up, now or soon."""
+    """Whether the HTTP endpoint hangs up, now or soon."""
     try:
         return sock.recv(1) == b""
     except ConnectionError:
@@ -424,7 +424,7 @@ def test_readyz_reports_whether_clients_and_puts_are_accepted() -> None:
         assert json.loads(answer.text) == {"status": "ready", "reasons": []}
         with wire_to(server) as other:
             assert other.call("PUT", "t", "x") == 1
-            assert reasons(server) == ["full", "as many connections as may be"]
+            assert reasons(server) == ["full", "too many connections"]
         wait_until(lambda: reasons(server) == ["full"])
         server.status.stopping = True
         assert reasons(server) == ["stopping", "full"]
@@ -485,7 +485,7 @@ def test_failing_store_breaks_neither_metrics_nor_page(monkeypatch: pytest.Monke
     with serving(http_port=0, metrics_topics=1) as server, wire_to(server) as wire:
         wire.call("PUT", "t", "x")
         with monkeypatch.context() as patch:
-            patch.setattr(server._store, "_database", Failing())
+            patch.setattr(server._store._database, "connection", Failing())  # type: ignore[attr-defined]
             assert scrape(server)["dsmq_messages"] == 1
             assert json.loads(Answer(server.http_port, "/status.json").text)["held"]["messages"] == 1
 
@@ -564,7 +564,7 @@ def test_query_string_is_not_logged(server: Server, caplog: pytest.LogCaptureFix
     with hang(server) as sock:
         sock.sendall(b"GET /metrics?token=secret HTTP/9.9\r\n\r\n")
         assert b" 505 " in sock.recv(1000)
-    wait_until(lambda: caplog.text.count("side port: ") >= 4)
+    wait_until(lambda: caplog.text.count("HTTP: ") >= 4)
     assert "GET '/metrics': 200" in caplog.text
     assert "secret" not in caplog.text
 
@@ -760,15 +760,15 @@ def test_reload_changes_http_token(tmp_path: Path, caplog: pytest.LogCaptureFixt
 
 
 def test_concurrent_requests_are_all_answered(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sideport, "MAX_REQUESTS_AT_A_TIME", 2)
+    monkeypatch.setattr(endpoint, "MAX_CONCURRENT_REQUESTS", 2)
     with ThreadPoolExecutor(16) as threads:
         answers = list(threads.map(lambda _: Answer(server.http_port, "/readyz").status, range(300)))
     assert answers == [200] * 300
 
 
 def test_request_in_progress_is_not_evicted(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sideport, "MAX_REQUESTS_AT_A_TIME", 1)
-    monkeypatch.setattr(sideport, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(endpoint, "MAX_CONCURRENT_REQUESTS", 1)
+    monkeypatch.setattr(endpoint, "GRACE_SECONDS", 0.0)
     page, asked, go = server.status.page, threading.Event(), threading.Event()
     monkeypatch.setattr(server.status, "page", lambda: asked.set() or (go.wait(SOON) and page()))  # type: ignore[func-returns-value]
     with ThreadPoolExecutor(2) as threads:
@@ -781,14 +781,14 @@ def test_request_in_progress_is_not_evicted(server: Server, monkeypatch: pytest.
             with pytest.raises(TimeoutError):
                 third.recv(1)
             # From now on a request that has been accepted has time to come.
-            monkeypatch.setattr(sideport, "PATIENCE_SECONDS", SOON)
+            monkeypatch.setattr(endpoint, "GRACE_SECONDS", SOON)
             go.set()
             assert (slow.result().status, waits.result().status) == (200, 200)
 
 
 def test_stop_does_not_wait_for_request_slot(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sideport, "MAX_REQUESTS_AT_A_TIME", 1)
-    monkeypatch.setattr(sideport, "REQUEST_TIMEOUT_SECONDS", 3600.0)
+    monkeypatch.setattr(endpoint, "MAX_CONCURRENT_REQUESTS", 1)
+    monkeypatch.setattr(endpoint, "REQUEST_TIMEOUT_SECONDS", 3600.0)
     asked, go = threading.Event(), threading.Event()
     monkeypatch.setattr(server.status, "page", lambda: asked.set() or go.wait())  # type: ignore[func-returns-value]
     with hang(server) as busy, ThreadPoolExecutor(1) as thread:
@@ -806,32 +806,32 @@ def test_stop_does_not_wait_for_request_slot(server: Server, monkeypatch: pytest
 
 def test_hanging_clients_do_not_delay_scrape(server: Server) -> None:
     with ExitStack() as stack:
-        for _ in range(sideport.MAX_REQUESTS_AT_A_TIME - 1):
+        for _ in range(endpoint.MAX_CONCURRENT_REQUESTS - 1):
             stack.enter_context(hang(server))
         assert served(server)
 
 
 def test_oldest_hanging_client_is_evicted(server: Server, wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sideport, "REQUEST_TIMEOUT_SECONDS", SOON)
+    monkeypatch.setattr(endpoint, "REQUEST_TIMEOUT_SECONDS", SOON)
     with ExitStack() as stack:
         hanging = [stack.enter_context(hang(server)) for _ in range(20)]
-        for sock in hanging[: -sideport.MAX_REQUESTS_AT_A_TIME]:
+        for sock in hanging[: -endpoint.MAX_CONCURRENT_REQUESTS]:
             assert hung_up(sock)
         assert served(server)
-        assert hung_up(hanging[-sideport.MAX_REQUESTS_AT_A_TIME])
+        assert hung_up(hanging[-endpoint.MAX_CONCURRENT_REQUESTS])
         assert wire.call("PING") == "PONG"
 
 
 def test_hanging_clients_time_out(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sideport, "REQUEST_TIMEOUT_SECONDS", 2 * UNIT)
+    monkeypatch.setattr(endpoint, "REQUEST_TIMEOUT_SECONDS", 2 * UNIT)
     with ExitStack() as stack:
-        for sock in [stack.enter_context(hang(server)) for _ in range(sideport.MAX_REQUESTS_AT_A_TIME)]:
+        for sock in [stack.enter_context(hang(server)) for _ in range(endpoint.MAX_CONCURRENT_REQUESTS)]:
             assert hung_up(sock)
         wait_until(lambda: served(server))
 
 
 def test_client_that_sends_byte_by_byte_times_out(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sideport, "REQUEST_TIMEOUT_SECONDS", 3 * UNIT)
+    monkeypatch.setattr(endpoint, "REQUEST_TIMEOUT_SECONDS", 3 * UNIT)
     with hang(server) as slow:
         slow.sendall(b"GET /metrics HTTP/1.0\r\nX: ")
         slow.settimeout(UNIT)
@@ -866,7 +866,7 @@ def test_hanging_client_does_not_delay_stop(server: Server) -> None:
 def test_http_endpoint_is_off_by_default_if_embedded() -> None:
     with serving() as server:
         assert server.http_port is None
-        assert server.status.health()[0]
+        assert not server.status.stuck_threads()
 
 
 def test_http_host_may_be_a_name() -> None:

@@ -94,7 +94,7 @@ def test_every_json_log_line_is_json() -> None:
         process.stop()
     events = [json.loads(line) for line in process.log().splitlines()]
     by_name = {event["event"]: event for event in events}
-    assert {"started", "configured", "side_port", "rejected", "stopping", "stopped"} <= set(by_name)
+    assert {"started", "configured", "http_endpoint", "rejected", "stopping", "stopped"} <= set(by_name)
     assert by_name["rejected"]["code"] == "PROTOCOL"
     assert by_name["configured"]["limits"]["connections"] > 0
     assert by_name["stopping"]["reason"] == "SIGTERM"

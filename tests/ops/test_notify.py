@@ -226,7 +226,7 @@ def test_watchdog_is_fed_while_all_threads_live(manager: Manager) -> None:
         for _ in range(3):
             assert manager.wait_for("WATCHDOG")["WATCHDOG"] == "1"
         server._workers[0].post(go_on.wait)
-        wait_until(lambda: bool(server.status.stuck()))
+        wait_until(lambda: bool(server.status.stuck_threads()))
         # What was sent before, and perhaps one that was about to be.
         manager.socket.settimeout(1.0)
         while manager.tells("WATCHDOG"):
@@ -247,8 +247,8 @@ def test_server_continues_if_systemd_is_gone(manager: Manager, caplog: pytest.Lo
     with running(manager, 0.3) as server:
         manager.wait_for("WATCHDOG")
         os.unlink(manager.address)
-        wait_until(lambda: "systemd can't be told" in caplog.text)
-        assert not server.status.stuck()
+        wait_until(lambda: "cannot notify systemd" in caplog.text)
+        assert not server.status.stuck_threads()
 
 
 # What is passed
@@ -263,7 +263,7 @@ def test_watchdog_of_another_process_is_ignored(
     monkeypatch.setenv("WATCHDOG_USEC", "3000000")
     if mine is not None:
         monkeypatch.setenv("WATCHDOG_PID", str(os.getpid() if mine else os.getppid()))
-    assert systemd.take().most_seconds == seconds
+    assert systemd.take().watchdog_interval == seconds
 
 
 def test_passed_sockets_are_not_inherited(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,10 +357,10 @@ def test_unnamed_passed_socket_is_for_clients(name: str) -> None:
     [
         (
             "dsmq.socket:dsmq.socket",
-            "sockets named dsmq.socket, dsmq.socket: FileDescriptorName= has to be dsmq or metrics",
+            "sockets named dsmq.socket, dsmq.socket: set FileDescriptorName= of each to dsmq or metrics",
         ),
-        ("dsmq:other", "sockets named dsmq, other: FileDescriptorName= has to be"),
-        ("", "sockets named unknown, unknown: FileDescriptorName= has to be"),
+        ("dsmq:other", "sockets named dsmq, other: set FileDescriptorName= of each"),
+        ("", "sockets named unknown, unknown: set FileDescriptorName= of each"),
         ("metrics:metrics", "0 sockets named dsmq and 2 named metrics"),
     ],
 )
@@ -371,9 +371,9 @@ def test_ambiguous_passed_sockets_are_refused(names: str, complaint: str) -> Non
 
 def test_passed_socket_that_does_not_listen_is_refused() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        assert "what systemd passes as dsmq does not listen" in failure((sock,), "dsmq")
+        assert "the dsmq socket passed by systemd does not listen" in failure((sock,), "dsmq")
     with listening() as queue, socket.create_connection(queue.getsockname()) as connection:
-        assert "what systemd passes as dsmq does not listen" in failure((connection,), "dsmq")
+        assert "the dsmq socket passed by systemd does not listen" in failure((connection,), "dsmq")
 
 
 def test_embedded_server_ignores_passed_sockets(manager: Manager) -> None:

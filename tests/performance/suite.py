@@ -1,7 +1,6 @@
-"""The times of typical operations on one system: `python tests/performance/suite.py [SYSTEM]`.
+"""Time typical operations on one system: `python tests/performance/suite.py [SYSTEM]`.
 
-SYSTEM is dsmq, redis, beanstalkd or nats; the server is started for it. On a server that is running already,
-`dsmq bench` measures the same.
+SYSTEM is dsmq, redis, beanstalkd or nats; its server is started. `dsmq bench` measures the same on a running dsmq.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT, SOON, wait_until
-from dsmq import server as server_module
 from dsmq.client import connect
+from dsmq.system import allow_more_files
 
 # Systems without what Unix has
 
@@ -57,7 +57,7 @@ def test_open_file_limit_is_raised_as_far_as_allowed(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
     monkeypatch.setattr(resource, "setrlimit", setrlimit)
-    server_module.allow_more_files()
+    allow_more_files()
     assert allowed / 2 < limits[-1][0] <= allowed
     assert limits[-1][1] == hard
 
@@ -68,7 +68,7 @@ def test_open_file_limit_that_cannot_be_raised_stays(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(resource, "getrlimit", lambda _: (256, resource.RLIM_INFINITY))
     monkeypatch.setattr(resource, "setrlimit", refuse)
-    server_module.allow_more_files()
+    allow_more_files()
 
 
 # A terminal
@@ -131,7 +131,7 @@ def test_closing_terminal_stops_server(tmp_path: Path) -> None:
 def test_sighup_with_open_terminal_reloads(tmp_path: Path) -> None:
     with in_terminal(tmp_path / "log") as server:
         server.process.send_signal(signal.SIGHUP)
-        wait_until(lambda: "configuration read again" in server.text)
+        wait_until(lambda: "configuration reloaded" in server.text)
         assert "stopping" not in server.text
         server.close()
         assert server.process.wait(SOON) == 0
@@ -141,7 +141,7 @@ def test_server_under_nohup_outlives_its_terminal_and_reloads(tmp_path: Path) ->
     with in_terminal(tmp_path / "log", "nohup") as server:
         server.close()
         server.process.send_signal(signal.SIGHUP)
-        wait_until(lambda: "configuration read again" in server.text)
+        wait_until(lambda: "configuration reloaded" in server.text)
         port = int(re.search(r"serves on 127.0.0.1:(\d+)", server.text)[1])  # type: ignore[index]
         with connect(port=port) as mq:
             mq.put("t", "x")

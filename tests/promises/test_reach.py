@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -10,13 +12,13 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import pytest
 
-from conftest import SOON, UNIT, daemon, serving, wait_until
+from conftest import SOON, UNIT, blocked, daemon, serving, wait_until
 from dsmq import client as client_module
 from dsmq.client import connect, dial
 from dsmq.client import connection as link
@@ -435,6 +437,82 @@ with connect(port={server.port}, on_state_change=states.append) as mq, connect(p
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=3 * SOON, check=False)
     assert done.stdout == "x []\n", done.stderr
+
+
+@contextmanager
+def running(script: str) -> Iterator[tuple[IO[str], IO[str]]]:
+    """A program, with all that it forks: its input and its output."""
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True) as process:
+        assert process.stdin
+        assert process.stdout
+        try:
+            yield process.stdin, process.stdout
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("fork", ["os.fork", "ctypes.PyDLL(None).fork"])
+def test_a_call_goes_on_in_a_child_in_which_the_signal_handler_that_forked_has_called_the_client(
+    server: Server, fork: str
+) -> None:
+    """It must not wait on a descriptor that is another connection's now; its own deadline is far."""
+    script = f"""
+import ctypes, os, signal
+from dsmq.client import connect
+child = -1
+def handle(*_):
+    global child
+    child = {fork}()
+    if child == 0:
+        mq.put("u", "from the child")
+signal.signal(signal.SIGALRM, handle)
+with connect(port={server.port}, timeout={10 * SOON}) as mq:
+    signal.setitimer(signal.ITIMER_REAL, {3 * UNIT})
+    got = mq.get_wait("t", timeout={10 * SOON})
+    if child == 0:
+        os._exit(got != "x")
+    print(got, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    with running(script) as (_, output), connect(port=server.port) as writer:
+        wait_until(lambda: server.totals().stored == 1)
+        # The parent and the child each wait for it.
+        wait_until(lambda: server.waiting() == 2)
+        writer.put("t", "x")
+        assert output.readline() == "x 0\n"
+
+
+def test_a_child_that_is_forked_while_a_request_is_sent_leaves_the_connection_to_the_parent(server: Server) -> None:
+    script = f"""
+import ctypes, os, signal, sys
+from dsmq.client import connect
+child = -1
+def handle(*_):
+    global child
+    child = ctypes.PyDLL(None).fork()
+    if child:
+        print("forked", flush=True)
+signal.signal(signal.SIGALRM, handle)
+with connect(port={server.port}, timeout={SOON}) as mq:
+    print("connected", flush=True)
+    sys.stdin.readline()
+    signal.setitimer(signal.ITIMER_REAL, {3 * UNIT})
+    stored = mq.put("t", "x" * 8_000_000)
+    if child == 0:
+        os._exit(stored != 1)
+    print(stored, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    with connect(port=server.port) as mq, running(script) as (begin, output):
+        assert output.readline() == "connected\n"
+        with blocked(server):
+            begin.write("\n")
+            begin.flush()
+            assert output.readline() == "forked\n"
+        assert output.readline() == "1 0\n"
+        assert len(mq.get("t")) == 8_000_000
+    assert server.totals().stored == 1
 
 
 def test_fork_during_put_many_does_not_use_parent_connection(server: Server) -> None:

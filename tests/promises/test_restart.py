@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import threading
 import time
@@ -123,6 +124,111 @@ def test_messages_lost_by_kill_are_not_missed(restarted: Restarted) -> None:
             got = drain(mq)
             assert got in (["2", "3", "4", "5"], ["5"])
         assert mq.missed == 0
+
+
+class History:
+    """A server through several runs, and what it has of all that was put: the rest was lost with a run."""
+
+    def __init__(self, server: Restarted) -> None:
+        self._server = server
+        self._options = ["--snapshot-file", str(server.file)]
+        self.held: list[str] = []
+        # What the snapshot has that the next start after a kill goes on from, and its file if that was overwritten.
+        self._saved: list[str] = []
+        self._file = b""
+
+    def start(self, *options: str) -> None:
+        self._server.start(*self._options, *options)
+
+    def put(self, *bodies: str) -> None:
+        with connect(self._server.host) as writer:
+            put(writer, *bodies)
+        self.held += bodies
+
+    def save(self) -> None:
+        """Wait for a snapshot that was begun after the last put."""
+        for _ in range(2):
+            before = self._server.file.stat() if self._server.file.exists() else None
+            wait_until(lambda before=before: self._server.file.exists() and self._server.file.stat() != before)
+        self._file, self._saved = self._server.file.read_bytes(), list(self.held)
+
+    def end(self, how: str) -> None:
+        self._server.end(kill=how != "graceful")
+        if how == "graceful":
+            self._saved, self._file = list(self.held), b""
+        elif how == "all is lost":
+            self._server.file.unlink(missing_ok=True)
+            self._saved = []
+        if self._file:
+            # Later snapshots of this run are as if it had been killed before they were written.
+            self._server.file.write_bytes(self._file)
+        self._file, self.held = b"", list(self._saved)
+
+
+class Reader:
+    """A client that reads at some time in the first run, and in the second is away, or looks in, or reads on."""
+
+    def __init__(self, host: str, when: str, later: str) -> None:
+        self._mq = connect(host)
+        self._when, self._later = when, later
+        self.got: list[str] = []
+
+    def begin(self) -> None:
+        # What is put before the first message that it gets is not counted.
+        self.got += drain(self._mq)
+
+    def act(self, when: str, run: int) -> None:
+        is_time, later = when == self._when.split()[0], self._later if run else "reads"
+        if later == "looks in":
+            self._mq.ping()
+        elif later == "reads" and is_time:
+            # One message, and the rest is fetched with it.
+            self.got += [self._mq.get("t")] if self._when.endswith("ahead") else drain(self._mq)
+
+    def check(self, history: History) -> None:
+        """Have it read on; what it did not get of what was held before has expired."""
+        while not (got := drain(self._mq)) or got[-1] != history.held[-1]:
+            self.got += got
+            history.put(f"end {len(history.held)}")
+        self.got += got
+        assert self._mq.missed == len(set(history.held) - {*self.got}), (self._when, self._later, self.got)
+        self._mq.close()
+
+
+ENDS = ("graceful", "killed", "killed after a snapshot", "all is lost")
+
+
+@pytest.mark.parametrize("ends", list(itertools.product(ENDS, repeat=2)), ids=", ".join)
+def test_missed_is_exact_whatever_runs_a_client_was_away_for(restarted: Restarted, ends: tuple[str, ...]) -> None:
+    history = History(restarted)
+    history.start()
+    readers = [
+        Reader(restarted.host, when, later)
+        for when in ("early", "early and ahead", "late", "late and ahead")
+        for later in ("is away", "looks in", "reads")
+    ]
+    history.put("first")
+    for reader in readers:
+        reader.begin()
+    history.end("graceful")
+    for run, end in enumerate(ends):
+        saves = end == "killed after a snapshot"
+        history.start(*(["--snapshot-interval-seconds", "1"] if saves else []))
+        history.put(f"{run} a", f"{run} b", f"{run} c")
+        for reader in readers:
+            reader.act("early", run)
+        if saves:
+            history.save()
+        history.put(f"{run} d", f"{run} e")
+        for reader in readers:
+            reader.act("late", run)
+        history.end(end)
+    history.start("--max-age-seconds", str(3 * UNIT), "--expiry-interval-seconds", str(UNIT))
+    history.put("last")
+    with connect(restarted.host) as mq:
+        wait_until(lambda: not mq.topics())
+    for reader in readers:
+        reader.check(history)
 
 
 # Positions

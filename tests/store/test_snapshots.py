@@ -47,13 +47,15 @@ from dsmq import threads
 from dsmq.cli import INTERRUPTED
 from dsmq.errors import CannotStart, ConfigError, Forgotten, ReplyError, ServerFailed
 from dsmq.server import Server
+from dsmq.store import database
 from dsmq.store import dedup as producers
 from dsmq.store import snapshot_file as snapshot
 from dsmq.store import snapshots as keeper_module
 from dsmq.store import sqlite as store_module
 from dsmq.store.api import Put
-from dsmq.store.image import Instant, Part, Place
-from dsmq.store.snapshots import RESTORE_GAP, Keeper
+from dsmq.store.schema import INDEX, SCHEMA, unpack
+from dsmq.store.snapshot_contents import TABLES
+from dsmq.store.snapshots import RESTORE_GAP, Snapshotter
 from dsmq.store.sqlite import SQLiteStore
 from dsmq.wire.resp import encode_request
 
@@ -88,9 +90,9 @@ def file(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def keeping(store: SQLiteStore, file: Path, at: float = KEPT_AT) -> Iterator[Keeper]:
+def keeping(store: SQLiteStore, file: Path, at: float = KEPT_AT) -> Iterator[Snapshotter]:
     """A keeper of the file that has restored what there was."""
-    keeper = Keeper(store, str(file), clock=lambda: at)
+    keeper = Snapshotter(store, str(file), clock=lambda: at)
     try:
         keeper.open()
         keeper._pause_seconds = 0
@@ -126,11 +128,14 @@ def bodies(store: SQLiteStore, topic: bytes) -> list[bytes]:
 NAMES = [b"a", b"b", b"c", "\N{SNOWMAN}".encode()]
 
 
-def recalled(store: SQLiteStore) -> dict[bytes, tuple[dict[int, int], int, int, int]]:
+Remembered = tuple[dict[int, int], int, int, int]
+
+
+def recalled(store: SQLiteStore) -> dict[bytes, Remembered]:
     """What is remembered of each producer's puts; the one heard last stands last."""
     return {
         name: ({**one.older, **one.newer}, one.highest, one.forgotten, one.last_at)
-        for name, one in store._producers._known.items()
+        for name, one in store._deduplicator._producers.items()
     }
 
 
@@ -142,9 +147,9 @@ def seen(store: SQLiteStore) -> object:
         [(store.stats(name), store.read(name, 0, 1000, 10**9), store.latest(name, 0)) for name in NAMES],
         store.topics(b"", 100),
         list(recalled(store).items()),
-        store.totals().cost,
-        len(store._producers),
-        list(store._empty.items()),
+        store.totals().accounted_bytes,
+        len(store._deduplicator),
+        list(store._topics.empty.items()),
     )
 
 
@@ -163,7 +168,7 @@ def act(store: SQLiteStore, action: list[Put] | int | str) -> None:
     elif action == "expire":
         store.expire()
     else:
-        store._write_tails()
+        store._flush()
 
 
 # What is restored
@@ -180,7 +185,7 @@ def test_restored_store_equals_saved_store(before: list[list[Put] | int | str], 
         while store.expire():
             pass
         with keeping(store, file) as keeper:
-            assert keeper.save(keeper._copy_slowly if slowly else store.copy_all, is_last=True)
+            assert keeper.save(at_once=not slowly, is_last=True)
         with restored(file) as other:
             assert seen(other) == seen(store)
             assert other.run == store.run
@@ -195,51 +200,38 @@ def test_restored_store_equals_saved_store(before: list[list[Put] | int | str], 
 def test_snapshot_is_consistent_despite_changes_between_slices(
     before: list[list[Put] | int | str], meanwhile: list[list[list[Put] | int | str]]
 ) -> None:
+    """Whatever is put or expires while it is copied in batches."""
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store_module, "COPY_CHUNKS", 1)
-        patch.setattr(store_module, "COPY_TOPICS", 2)
-        patch.setattr(keeper_module, "_PRODUCERS", 1)
+        patch.setattr(database, "COPY_ROWS", 1)
+        patch.setattr(database, "COPY_TOPICS", 2)
+        patch.setattr(store_module, "COPY_PRODUCERS", 1)
         store, file = new_store(), Path(folder) / "snapshot"
         for action in before:
             act(store, action)
-            store._write_tails()
+            store._flush()
         rest = iter(meanwhile)
 
-        def breathe(_: float = 0) -> None:
+        def go_on(_: float = 0) -> None:
             for action in next(rest, []):
                 act(store, action)
 
-        at_the_instant: list[object] = []
-        remembered: list[dict[bytes, tuple[dict[int, int], int, int, int]]] = []
-        clock = store._clock
-        instant_at = clock()
-        copy = store.copy
-
-        def copy_and_look(place: Place, slices: int) -> tuple[Part, Instant | None]:
-            nonlocal instant_at
-            part, instant = copy(place, slices)
-            if instant:
-                instant_at = clock()
-                at_the_instant.append(seen(store)[:4])  # type: ignore[index]
-                remembered.append(recalled(store))
-            return part, instant
-
-        patch.setattr(store, "copy", copy_and_look)
+        at_start, remembered, clock = seen(store)[:4], recalled(store), store._clock  # type: ignore[index]
+        start = clock()
         with keeping(store, file) as keeper:
             # The time of day goes on with the store's clock.
-            patch.setattr(keeper, "_clock", lambda: KEPT_AT + (clock() - instant_at) / 1000)
-            patch.setattr(keeper, "_breathe", breathe)
-            assert keeper.save(keeper._copy_slowly)
+            patch.setattr(keeper, "_clock", lambda: KEPT_AT + (clock() - start) / 1000)
+            patch.setattr(keeper, "_checkpoint", go_on)
+            assert keeper.save()
         patch.setattr(SQLiteStore, "expire", lambda _: 0)
         patch.setattr(SQLiteStore, "begin_run", lambda *_: None)
         with restored(file) as other:
-            assert seen(other)[:4] == at_the_instant[0]  # type: ignore[index]
-            # When it was heard last may be told of a later time.
-            assert {n: one[:3] for n, one in recalled(other).items()} == {
-                n: one[:3] for n, one in remembered[0].items()
+            assert seen(other)[:4] == at_start  # type: ignore[index]
+            # But for producers that are forgotten after so long.
+            assert {name: one[:3] for name, one in recalled(other).items()} == {
+                name: one[:3] for name, one in remembered.items() if name in recalled(store)
             }
-            assert dict(other._database.execute("SELECT name, id FROM topics")) == {
-                topic.name: topic.row for topic in other._topics.values()
+            assert dict(other._database.connection.execute("SELECT name, id FROM topics")) == {
+                topic.name: topic.row for topic in other._topics.by_name.values()
             }
         store.close()
 
@@ -247,32 +239,72 @@ def test_snapshot_is_consistent_despite_changes_between_slices(
 def test_topic_emptied_and_recreated_between_slices_appears_once(
     store: SQLiteStore, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "COPY_CHUNKS", 1)
-    put(store, b"t", b"old")
-    put(store, b"u", b"old")
-    store._write_tails()
-    assert isinstance(store._clock, Clock)
+    """A topic whose only message expires meanwhile keeps its numbers."""
+    monkeypatch.setattr(database, "COPY_ROWS", 1)
+    monkeypatch.setattr(database, "COPY_TOPICS", 1)
+    for name in NAMES[:3]:
+        put(store, name, b"old")
+    store._flush()
+    put(store, NAMES[3], b"buffered")
+    expired: list[int] = []
 
-    breaths = iter([True])
-
-    def breathe(_: float = 0) -> None:
-        # When the first slice has been copied, with the first of them.
-        if not next(breaths, False):
-            return
+    def go_on(_: float = 0) -> None:
         act(store, MAX_AGE + 1)
-        while store.expire():
-            pass
-        put(store, b"t", b"new")
+        expired.append(store.expire())
+        put(store, b"a", b"new")
+        store._flush()
 
     with keeping(store, file) as keeper:
-        monkeypatch.setattr(keeper, "_breathe", breathe)
-        assert keeper.save(keeper._copy_slowly, is_last=True)
-    with snapshot.opened(file) as database:
-        assert database.execute("SELECT name FROM topics").fetchall() == [(b"t",)]
-        assert database.execute("SELECT count(*) FROM chunks").fetchone() == (1,)
-    with restored(file) as other:
-        assert seen(other) == seen(store)
-        assert (bodies(other, b"t"), other.last_number(b"t"), other.last_number(b"u")) == ([b"new"], 2, 1)
+        monkeypatch.setattr(keeper, "_checkpoint", go_on)
+        assert keeper.save()
+        # What has been copied is deleted meanwhile.
+        assert sum(expired) > 0
+        assert expired[0] == 0
+    with snapshot.opened(file) as connection:
+        assert connection.execute("SELECT count(*) FROM topics").fetchone() == (4,)
+        assert connection.execute("SELECT count(*), max(last_number) FROM chunks").fetchone() == (4, 1)
+    # Expiry goes on behind it.
+    act(store, MAX_AGE + 1)
+    while store.expire():
+        pass
+    assert store.totals().messages == 0
+
+
+def test_a_snapshot_that_is_abandoned_lets_expiry_go_on(
+    store: SQLiteStore, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(store, b"t", b"x")
+    store._flush()
+
+    def abandon(_: float = 0) -> None:
+        raise snapshot.Abandoned
+
+    with keeping(store, file) as keeper:
+        monkeypatch.setattr(keeper, "_checkpoint", abandon)
+        assert not keeper.save()
+    act(store, MAX_AGE + 1)
+    assert store.expire() == 1
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_producer_forgotten_during_a_snapshot_is_refused_after_a_restart(
+    store: SQLiteStore, file: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool
+) -> None:
+    monkeypatch.setattr(producers, "MAX_PRODUCERS", 1)
+    store.append([(b"t", b"x", (b"forgotten", 1))])
+    store._flush()
+    with keeping(store, file) as keeper:
+        real = store._database.copy_topics, store.back_up
+        monkeypatch.setattr(store._database, "copy_topics", lambda *_: another() or real[0](*_))
+        monkeypatch.setattr(store, "back_up", lambda *_: another(1) or real[1](*_))
+
+        def another(locked: int = 0) -> None:
+            store._deduplicator.remember((b"another", 1), 2, store._clock(), touched := {})
+            store._deduplicator.forget(touched, store._clock())
+
+        assert keeper.save(at_once=at_once)
+    with restored(file) as other, pytest.raises(Forgotten, match="too many others"):
+        other.check_producer(b"forgotten")
 
 
 def test_puts_after_snapshot_instant_do_not_change_empty_topics(
@@ -282,9 +314,8 @@ def test_puts_after_snapshot_instant_do_not_change_empty_topics(
     act(store, MAX_AGE + 1)
     store.expire()
     with keeping(store, file) as keeper:
-        # With nothing to copy, the first time that it breathes is behind the instant.
-        monkeypatch.setattr(keeper, "_breathe", lambda _=0: put(store, b"t", b"x"))
-        assert keeper.save(keeper._copy_slowly, is_last=True)
+        monkeypatch.setattr(keeper, "_checkpoint", lambda _=0: put(store, b"t", b"x"))
+        assert keeper.save(is_last=True)
     with restored(file) as other:
         assert other.stats(b"t")[1:5] == (0, 0, 2, 2)
         assert other.last_id() == 2
@@ -293,11 +324,11 @@ def test_puts_after_snapshot_instant_do_not_change_empty_topics(
 def test_topics_only_in_write_buffer_are_copied(
     store: SQLiteStore, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "COPY_TOPICS", 1)
+    monkeypatch.setattr(database, "COPY_TOPICS", 1)
     for name in NAMES:
         put(store, name, b"x")
     with keeping(store, file) as keeper:
-        assert keeper.save(keeper._copy_slowly, is_last=True)
+        assert keeper.save(is_last=True)
     with restored(file) as other:
         assert seen(other) == seen(store)
 
@@ -305,9 +336,9 @@ def test_topics_only_in_write_buffer_are_copied(
 def test_snapshot_under_concurrent_puts_holds_exactly_a_prefix(
     store: SQLiteStore, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "COPY_CHUNKS", 4)
+    monkeypatch.setattr(database, "COPY_ROWS", 4)
     put(store, b"t0", *[b"x" * 500] * 2000)
-    store._write_tails()
+    store._flush()
     ended = threading.Event()
     returned = [0] * 4
 
@@ -324,28 +355,28 @@ def test_snapshot_under_concurrent_puts_holds_exactly_a_prefix(
         try:
             for _ in range(3):
                 before = max(returned)
-                assert keeper.save(keeper._copy_slowly)
+                assert keeper.save()
                 after = store.last_id()
-                with snapshot.opened(file) as database:
-                    check_prefix(database, before, after)
+                with snapshot.opened(file) as connection:
+                    check_prefix(connection, before, after)
         finally:
             ended.set()
             for writer in writers:
                 writer.join()
 
 
-def check_prefix(database: sqlite3.Connection, before: int, after: int) -> None:
+def check_prefix(connection: sqlite3.Connection, before: int, after: int) -> None:
     """All ids up to one between the two are there, once, and each topic's numbers in their order."""
     found: list[int] = []
     numbers: dict[int, int] = {}
-    for row, *chunk in database.execute(
+    for row, *chunk in connection.execute(
         "SELECT topic, put_at, last_number, ids_and_sizes, bodies FROM chunks ORDER BY last_id"
     ):
-        for message_id, number, *_ in store_module.unpack(tuple(chunk)):  # type: ignore[arg-type]
+        for message_id, number, *_ in unpack(tuple(chunk)):  # type: ignore[arg-type]
             found.append(message_id)
             assert number == numbers.get(row, 0) + 1
             numbers[row] = number
-    (last_id,) = database.execute("SELECT last_id FROM state").fetchone()
+    (last_id,) = connection.execute("SELECT last_id FROM state").fetchone()
     assert sorted(found) == list(range(1, last_id + 1))
     assert before <= last_id <= after
 
@@ -385,7 +416,7 @@ def test_retried_put_over_restart_is_stored_once_or_refused(
     for seq in range(7):
         assert store.append([(b"t", b"x", (b"me", seq))]) == [seq + 1]
     with keeping(store, file) as keeper:
-        assert keeper.save(keeper._copy_slowly if slowly else store.copy_all, is_last=True)
+        assert keeper.save(at_once=not slowly, is_last=True)
     with restored(file) as other:
         # Too many, so the first half is forgotten; the others are remembered, whichever half they are in.
         for seq in (0, 1, 2):
@@ -430,7 +461,7 @@ def test_restored_puts_count_towards_dedup_bound(
     save(store, file)
     monkeypatch.setattr(producers, "MAX_REMEMBERED_PUTS", 9)
     with restored(file) as other:
-        assert len(other._producers) == 9
+        assert len(other._deduplicator) == 9
         other.append([(b"t", b"x", (b"one more", 1))])
         with pytest.raises(Forgotten):
             other.check_producer(b"producer 0")
@@ -481,14 +512,14 @@ def test_slow_index_and_commit_do_not_rejuvenate_messages(
     put(store, b"t", b"x")
     create_index = snapshot.create_index
 
-    def create_slowly(database: sqlite3.Connection) -> None:
-        create_index(database)
+    def create_slowly(target: sqlite3.Connection) -> None:
+        create_index(target)
         act(store, 1_600)
         now[0] += 1.6
 
     monkeypatch.setattr(snapshot, "create_index", create_slowly)
-    keeper = Keeper(store, str(file), clock=lambda: now[0])
-    assert keeper.save(keeper._copy_slowly)
+    keeper = Snapshotter(store, str(file), clock=lambda: now[0])
+    assert keeper.save()
     with restored(file, now[0]) as other:
         assert other.read(b"t", 0, 1, 100)[0].age_ms == 1_600
 
@@ -498,13 +529,13 @@ def test_slow_restore_does_not_rejuvenate_messages(
 ) -> None:
     put(store, b"t", b"x")
     save(store, file)
-    other, drop = new_store(5_000), store_module.image.drop
+    other, drop = new_store(5_000), store_module.drop_extra_tables
 
-    def drop_slowly(database: sqlite3.Connection) -> None:
-        drop(database)
+    def drop_slowly(target: sqlite3.Connection) -> None:
+        drop(target)
         act(other, 2_000)
 
-    monkeypatch.setattr(store_module.image, "drop", drop_slowly)
+    monkeypatch.setattr(store_module, "drop_extra_tables", drop_slowly)
     with keeping(other, file):
         assert other.read(b"t", 0, 1, 100)[0].age_ms == 2_000
     other.close()
@@ -588,7 +619,7 @@ def test_kill_is_distinguished_from_graceful_stop(file: Path) -> None:
         assert (again[b"epoch"], again[b"last_id"]) == (hello[b"epoch"], 1 + RESTORE_GAP)
         assert again[b"run"] != hello[b"run"]
         assert wire.call("READ", "t", 0)[3] == b"kept"
-        assert any("WARNING" in line and "is lost" in line for line in third.log().splitlines())
+        assert any("WARNING" in line and "are lost" in line for line in third.log().splitlines())
 
 
 def test_surviving_thread_prevents_clean_shutdown_mark(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -626,7 +657,7 @@ def slower(*arguments):
         arguments[-1]() if step == "_seal" else None
         time.sleep(0.01)
     return real(*arguments)
-setattr(snapshot, step, slow if step in ("_seal", "_make_durable") else slower)
+setattr(snapshot, step, slow if step in ("_seal", "_sync_folder") else slower)
 sys.argv = sys.argv[5:]
 sys.exit(__main__.main())
 """
@@ -669,7 +700,7 @@ def test_second_ctrl_c_does_not_end_final_snapshot(file: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("interruptible")
-@pytest.mark.parametrize("step", ["_seal", "_make_durable"])
+@pytest.mark.parametrize("step", ["_seal", "_sync_folder"])
 def test_ctrl_c_during_final_snapshot_does_not_end_it(file: Path, tmp_path: Path, step: str) -> None:
     released = tmp_path / "released"
     options = ("--snapshot-file", str(file))
@@ -711,7 +742,7 @@ def test_third_ctrl_c_abandons_final_snapshot_with_a_message(file: Path, tmp_pat
         second.wait_for_line("WARNING.*interrupted")
         second.process.send_signal(signal.SIGINT)
         [error] = [line for line in ended(second).splitlines() if "ERROR" in line]
-        assert "what was put since the one before is lost" in error
+        assert "messages put since the previous one are lost" in error
         assert file.read_bytes() == before
         # What can't be ended, as it hangs in a call of the system, leaves the rest of it for the next start to remove.
         assert snapshot.temporary(file).exists() == (step != "_seal")
@@ -737,7 +768,7 @@ def test_ctrl_c_before_final_snapshot_reports_what_is_lost(
         with pytest.raises(KeyboardInterrupt):
             server.stop()
         assert [record.message for record in caplog.records if record.levelname == "ERROR"] == [
-            "the last snapshot is given up: what was put since the one before is lost"
+            "last snapshot abandoned: messages put since the previous one are lost"
         ]
         # Another server may have the file at once.
         with serving(snapshot_file=str(file)):
@@ -748,7 +779,7 @@ def test_ctrl_c_before_final_snapshot_reports_what_is_lost(
 def test_final_snapshot_can_be_abandoned_while_copying(
     store: SQLiteStore, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "_COPY_PAGES", 1)
+    monkeypatch.setattr(database, "COPY_PAGES", 1)
     looks: list[float] = []
 
     def breathe(seconds: float = 0) -> None:
@@ -758,8 +789,8 @@ def test_final_snapshot_can_be_abandoned_while_copying(
 
     with keeping(store, file) as keeper:
         put(store, b"t", *[b"x" * 10_000] * 10)
-        store._write_tails()
-        monkeypatch.setattr(keeper, "_breathe", breathe)
+        store._flush()
+        monkeypatch.setattr(keeper, "_checkpoint", breathe)
         assert not keeper.save_last()
         assert len(looks) == 3
         assert not file.exists()
@@ -826,7 +857,7 @@ def test_concurrent_stop_waits_for_first(
 
     with serving(snapshot_file=str(file)) as server, wire_to(server) as wire, ThreadPoolExecutor(2) as pool:
         wire.call("PUT", "t", "x")
-        monkeypatch.setattr(snapshot, "_make_durable", hang)
+        monkeypatch.setattr(snapshot, "_sync_folder", hang)
         first = pool.submit(server.stop)
         assert writing.wait(SOON)
         second = pool.submit(server.stop)
@@ -849,9 +880,9 @@ def grow(file: Path, report: int) -> None:
         while True:
             put(store, b"t", *[b"%d" % number for number in range(count, count + 7)])
             put(store, b"other %d" % count, os.urandom(2000))
-            store._write_tails()
+            store._flush()
             count += 7
-            assert keeper.save(store.copy_all if count % 2 else keeper._copy_slowly, is_last=count % 3 == 0)
+            assert keeper.save(at_once=bool(count % 2), is_last=count % 3 == 0)
             os.write(report, b"%d\n" % count)
 
 
@@ -906,12 +937,12 @@ def flip(at: int) -> Callable[[bytes], bytes]:
 
 DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "empty": (lambda data: b"", "empty"),
-    "text": (lambda data: b"messages = 3\n" * 100, "no snapshot"),
-    "short text": (lambda data: b"hello", "no snapshot"),
-    "a database": (lambda data: data[:-80], "no snapshot"),
+    "text": (lambda data: b"messages = 3\n" * 100, "not a snapshot"),
+    "short text": (lambda data: b"hello", "not a snapshot"),
+    "a database": (lambda data: data[:-80], "not a snapshot"),
     "the trailer alone": (lambda data: data[-80:], "damaged"),
-    "one byte less": (lambda data: data[:-1], "cut off"),
-    "half": (lambda data: data[: len(data) // 2], "cut off"),
+    "one byte less": (lambda data: data[:-1], "truncated"),
+    "half": (lambda data: data[: len(data) // 2], "truncated"),
     "a byte more in the middle": (lambda data: data[:5000] + b"x" + data[5000:], "damaged"),
     "of a later version": (lambda data: data[:-2] + b"02", "version 2"),
 }
@@ -956,10 +987,8 @@ def test_schema_change_requires_new_version() -> None:
     """Whoever changes what stands in the file gives it another version, and this its new digest."""
     import hashlib
 
-    from dsmq.store import image
-
-    text = store_module.SCHEMA + store_module.INDEX + image.TABLES
-    assert (snapshot.VERSION, hashlib.sha256(text.encode()).hexdigest()[:8]) == (1, "d12a9b0e")
+    text = SCHEMA + INDEX + TABLES
+    assert (snapshot.VERSION, hashlib.sha256(text.encode()).hexdigest()[:8]) == (1, "c7ae3bc1")
 
 
 # It can't be written
@@ -985,19 +1014,19 @@ def test_full_disk_keeps_previous_snapshot_and_server_running(
         keeper = server._keeper
         assert keeper
         wire.call("PUT", "t", "x" * 200_000)
-        assert keeper.save(keeper._copy_slowly)
+        assert keeper.save()
         before = file.read_bytes()
-        for copy in (keeper._copy_slowly, server._store.copy_all):  # type: ignore[attr-defined]
+        for at_once in (False, True):
             caplog.clear()
             with files_of_at_most(len(before) - missing):
-                assert not keeper.save(copy)
+                assert not keeper.save(at_once=at_once)
             [line] = [record for record in caplog.records if record.levelno == logging.ERROR]
-            assert f"can be written to {file}" in line.getMessage()
+            assert f"can't write a snapshot to {file}" in line.getMessage()
             assert file.read_bytes() == before
             assert not snapshot.temporary(file).exists()
         assert wire.call("PUT", "t", "y") == 2
-        assert (keeper.tally.written, keeper.tally.failed) == (1, 2)
-        assert keeper.save(keeper._copy_slowly)
+        assert (keeper.stats.written, keeper.stats.failed) == (1, 2)
+        assert keeper.save()
 
 
 def test_full_disk_is_reported_as_reason(store: SQLiteStore, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -1008,12 +1037,12 @@ def test_full_disk_is_reported_as_reason(store: SQLiteStore, tmp_path: Path, cap
     try:
         with keeping(store, file) as keeper:
             put(store, b"t", b"x" * 300_000)
-            assert keeper.save(store.copy_all)
+            assert keeper.save(at_once=True)
             before = file.read_bytes()
             put(store, b"t", b"x" * 900_000)
-            for copy in (store.copy_all, keeper._copy_slowly):
+            for at_once in (True, False):
                 caplog.clear()
-                assert not keeper.save(copy)
+                assert not keeper.save(at_once=at_once)
                 assert "disk is full" in caplog.text
                 assert file.read_bytes() == before
     finally:
@@ -1025,7 +1054,7 @@ def test_failed_final_snapshot_sets_exit_status(file: Path) -> None:
         wire.call("PUT", "t", "x")
         resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (1000, 1000))
         assert server.stop() == 1
-        assert "no snapshot can be written" in server.log()
+        assert "can't write a snapshot" in server.log()
         assert "Traceback" not in server.log()
     assert not file.exists()
 
@@ -1062,7 +1091,7 @@ def test_start_checks_that_snapshot_can_be_written(file: Path, monkeypatch: pyte
     def fail(_: Path) -> None:
         raise OSError(errno.EINVAL, "Invalid argument")
 
-    monkeypatch.setattr(snapshot, "_make_durable", fail)
+    monkeypatch.setattr(snapshot, "_sync_folder", fail)
     with pytest.raises(CannotStart, match=r"snapshot_file: .*Invalid argument"), serving(snapshot_file=str(file)):
         pass
     assert {path.name for path in file.parent.iterdir()} == {f"{file.name}.lock"}
@@ -1079,7 +1108,7 @@ READ_ONLY = """
 import sys
 from pathlib import Path
 from dsmq.store import snapshot_file as snapshot
-from dsmq.store.snapshots import Keeper
+from dsmq.store.snapshots import Snapshotter
 from dsmq.store.sqlite import SQLiteStore
 
 for folder in map(Path, ("/tmp", "/var/tmp", ".")):
@@ -1088,15 +1117,15 @@ for folder in map(Path, ("/tmp", "/var/tmp", ".")):
         sys.exit(f"{folder} can be written to")
     except OSError:
         pass
-snapshot._CACHE = 100
+snapshot._CACHE_KIB = 100
 store = SQLiteStore(600_000)
 store.append([(b"t", b"x", None)])
 rows = ((number, 1, 1, 1, bytes(16), b"x") for number in range(2, 200_000))
-store._database.executemany("INSERT INTO chunks VALUES (?, ?, ?, ?, ?, ?)", rows)
-store._last_id = 200_000
-keeper = Keeper(store, sys.argv[1] + "/snapshot")
+store._database.connection.executemany("INSERT INTO chunks VALUES (?, ?, ?, ?, ?, ?)", rows)
+store._last_id = store._written_id = 200_000
+keeper = Snapshotter(store, sys.argv[1] + "/snapshot")
 keeper.open()
-sys.exit(not keeper.save(keeper._copy_slowly) or not keeper.save_last())
+sys.exit(not keeper.save() or not keeper.save_last())
 """
 
 
@@ -1200,11 +1229,11 @@ def test_periodic_snapshot_is_written_during_puts(file: Path) -> None:
 
 def test_stop_does_not_wait_for_periodic_snapshot(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keeper_module, "PAUSE_SECONDS", SOON)
-    monkeypatch.setattr(store_module, "COPY_CHUNKS", 1)
+    monkeypatch.setattr(database, "COPY_ROWS", 1)
     with serving(snapshot_file=str(file), snapshot_interval_seconds=1) as server, wire_to(server) as wire:
         for body in ("1", "2", "3"):
             wire.call("PUT", body, body)
-            server._store._write_tails()  # type: ignore[attr-defined]
+            server._store._flush()  # type: ignore[attr-defined]
         wait_until(snapshot.temporary(file).exists)
         began = time.monotonic()
     assert time.monotonic() - began < SOON / 2
@@ -1214,7 +1243,7 @@ def test_stop_does_not_wait_for_periodic_snapshot(file: Path, monkeypatch: pytes
 
 @pytest.mark.slow
 def test_stop_waits_for_slow_disk(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    began, write = threading.Event(), snapshot._make_durable
+    began, write = threading.Event(), snapshot._sync_folder
 
     def slowly(folder: Path) -> None:
         if not began.is_set():
@@ -1224,12 +1253,12 @@ def test_stop_waits_for_slow_disk(file: Path, monkeypatch: pytest.MonkeyPatch) -
 
     settings = {"snapshot_file": str(file), "snapshot_interval_seconds": 1, "stop_timeout_seconds": UNIT}
     with serving(**settings) as server, wire_to(server) as wire:
-        monkeypatch.setattr(snapshot, "_make_durable", slowly)
+        monkeypatch.setattr(snapshot, "_sync_folder", slowly)
         assert began.wait(SOON)
         wire.call("PUT", "t", "x")
         assert server.stop() == []
         assert server._keeper
-        assert server._keeper.is_kept
+        assert server._keeper.saved
     with restored(file, time.time()) as other:
         assert (other.run, bodies(other, b"t")) == (server._store.run, [b"x"])
 
@@ -1240,10 +1269,10 @@ def test_stop_waits_at_most_a_minute_for_hanging_disk(
     released = threading.Event()
     monkeypatch.setattr(keeper_module, "LAST_SNAPSHOT_SECONDS", UNIT)
     with serving(snapshot_file=str(file), stop_timeout_seconds=UNIT) as server:
-        monkeypatch.setattr(snapshot, "_make_durable", lambda _: released.wait(SOON))
+        monkeypatch.setattr(snapshot, "_sync_folder", lambda _: released.wait(SOON))
         assert server.stop() == ["dsmq-snapshot"]
         assert server._keeper
-        assert not server._keeper.is_kept
+        assert not server._keeper.saved
     released.set()
     wait_until(lambda: not [thread for thread in threading.enumerate() if thread.name == "dsmq-snapshot"])
     # Left open for it.
@@ -1259,10 +1288,10 @@ def test_slow_disk_does_not_fail_health_check(file: Path, monkeypatch: pytest.Mo
 
     settings = {"snapshot_file": str(file), "snapshot_interval_seconds": 1, "health_timeout_seconds": UNIT}
     with serving(**settings) as server, monkeypatch.context() as patch:
-        patch.setattr(snapshot, "_make_durable", hang)
+        patch.setattr(snapshot, "_sync_folder", hang)
         assert writing.wait(SOON)
         time.sleep(3 * UNIT)
-        stuck = server.status.stuck()
+        stuck = server.status.stuck_threads()
         released.set()
         assert "dsmq-snapshot" not in stuck
 
@@ -1271,19 +1300,19 @@ def test_defect_in_snapshot_does_not_end_server(
     store: SQLiteStore, file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with keeping(store, file) as keeper:
-        monkeypatch.setattr(store, "copy_all", lambda *_: 1 / 0)
+        monkeypatch.setattr(store, "back_up", lambda *_: 1 / 0)
         assert not keeper.save_last()
-        assert keeper.tally.failed == 1
+        assert keeper.stats.failed == 1
         assert "ZeroDivisionError" in caplog.text
         assert not file.exists()
 
 
 def test_dead_snapshot_thread_is_detected(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Keeper, "_run", lambda _: None)
+    monkeypatch.setattr(Snapshotter, "_run", lambda _: None)
     settings = {"port": 0, "snapshot_file": str(file), "snapshot_interval_seconds": 1}
     with Server(config.load(kind=config.EmbeddedSettings, **settings)) as server:
         wait_until(lambda: not server._keeper.thread.is_alive())  # type: ignore[union-attr]
-        assert server.status.stuck() == ["dsmq-snapshot"]
+        assert server.status.stuck_threads() == ["dsmq-snapshot"]
         with pytest.raises(ServerFailed, match="dsmq-snapshot"):
             server.run()
     assert file.exists()
@@ -1330,15 +1359,20 @@ def test_puts_before_stop_are_in_final_snapshot(file: Path) -> None:
 # Numbers that go back
 
 
-def numbers(wire: Wire, topic: str) -> tuple[object, object]:
-    stats = as_map(wire.call("STATS", topic))
+def numbers(wire: Wire, topic: str, *after: str | int) -> tuple[object, object]:
+    stats = as_map(wire.call("STATS", topic, *after))
     return stats[b"last_number"], stats[b"restored_number"]
+
+
+def lost_ids(wire: Wire) -> object:
+    return as_map(wire.call("HELLO"))[b"lost_ids"]
 
 
 def test_missed_count_is_exact_after_kill(tmp_path: Path) -> None:
     path = tmp_path / "snapshot"
+    gap = RESTORE_GAP
     with serving(snapshot_file=str(path)) as server, wire_to(server) as wire:
-        assert as_map(wire.call("HELLO"))[b"restored_id"] == 0
+        assert lost_ids(wire) == []
         wire.call("PUT", "empty", "x")
         server._store.max_age_ms = -1
         wait_until(lambda: server.totals().messages == 0)
@@ -1347,28 +1381,42 @@ def test_missed_count_is_exact_after_kill(tmp_path: Path) -> None:
             wire.call("PUT", "full", "x")
     with serving(snapshot_file=str(path)) as server, wire_to(server) as wire:
         # A graceful stop loses nothing: all that was put is as it was.
-        assert as_map(wire.call("HELLO"))[b"restored_id"] == 3
+        assert lost_ids(wire) == []
     # As after a kill: the snapshot is older than what was put last.
     copy = path.read_bytes()
     with serving(snapshot_file=str(path)) as server, wire_to(server) as wire:
         wire.call("PUT", "full", "lost")
     path.write_bytes(copy)
-    snapshot.mark(path, snapshot.examine(path))
+    snapshot.record_restore(path, snapshot.verify(path))
     with serving(snapshot_file=str(path)) as server, wire_to(server) as wire:
-        assert as_map(wire.call("HELLO"))[b"restored_id"] == 3
-        assert wire.call("PUT", "full", "new") > 2**32  # type: ignore[operator]
-        assert numbers(wire, "full") == (3, 2)
-        assert numbers(wire, "empty") == (1, 1)
-        assert numbers(wire, "none") == (0, 0)
+        assert lost_ids(wire) == [3, 3 + gap]
+        assert wire.call("PUT", "full", "new") == 4 + gap
+        assert [numbers(wire, topic) for topic in ("full", "empty", "none")] == [(3, 2), (1, 1), (0, 0)]
     # A graceful stop goes on with that run, also for a client that comes back only now.
     with serving(snapshot_file=str(path)) as server, wire_to(server) as wire:
-        assert as_map(wire.call("HELLO"))[b"restored_id"] == 3
+        assert lost_ids(wire) == [3, 3 + gap]
         assert [numbers(wire, topic) for topic in ("full", "empty", "none")] == [(3, 2), (1, 1), (0, 0)]
-        server._keeper.save(server._keeper._copy_slowly)  # type: ignore[union-attr]
+        server._keeper.save()  # type: ignore[union-attr]
         copy = path.read_bytes()
     path.write_bytes(copy)
-    snapshot.mark(path, snapshot.examine(path))
+    snapshot.record_restore(path, snapshot.verify(path))
+    # It counts twice, because it was no last one. A client that was away meanwhile is told of both.
     with serving(snapshot_file=str(path)) as server, wire_to(server) as wire:
-        hello = as_map(wire.call("HELLO"))
-        assert hello[b"restored_id"] == server._store.restored_id > 2**32  # type: ignore[operator]
+        assert lost_ids(wire) == [3, 3 + gap, 4 + gap, 4 + 3 * gap]
         assert [numbers(wire, topic) for topic in ("full", "empty", "none")] == [(3, 3), (1, 1), (0, 0)]
+        ids = 3, 4, 3 + gap, 4 + gap, 5 + gap
+        assert [numbers(wire, "full", "AFTER", one)[1] for one in ids] == [3, 2, 2, 3, 3]
+        assert wire.error("STATS", "full", "AFTER", "x") == wire.error("STATS", "full", "AFTER") == "BADREQUEST"
+
+
+def test_of_many_kills_the_last_are_remembered(store: SQLiteStore) -> None:
+    for number in range(1, 300):
+        store.begin_run(store.last_id() + number)
+    assert len(store.lost_ids) == 200
+    store.append([(b"%d" % number, b"", None) for number in range(60_000)])
+    last = store.last_id()
+    for number in range(3):
+        store.begin_run(last + number + 1)
+    # One with all numbers is always there.
+    assert store.lost_ids == [last + 1, last + 2, last + 2, last + 3]
+    assert store.stats(b"59999", last + 3).restored_number == 1

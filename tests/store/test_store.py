@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from dsmq.errors import CannotStart, Forgotten, Full, StoreFailed
+from dsmq.store import database
 from dsmq.store import dedup as producers
 from dsmq.store import sqlite as store_module
+from dsmq.store import topics as topics_module
 from dsmq.store.api import MESSAGE_OVERHEAD_BYTES, TOPIC_OVERHEAD_BYTES, Message, Put, TopicStats, Totals
 from dsmq.store.sqlite import SQLiteStore
 
@@ -79,7 +81,7 @@ def everything(store: SQLiteStore) -> object:
 def watch(store: SQLiteStore) -> list[str]:
     """The statements that the store executes from now on."""
     statements: list[str] = []
-    store._database.set_trace_callback(statements.append)
+    store._database.connection.set_trace_callback(statements.append)
     return statements
 
 
@@ -175,11 +177,11 @@ def test_caught_up_reader_runs_no_statement(store: SQLiteStore) -> None:
 
 
 def test_reader_with_backlog_runs_one_statement(store: SQLiteStore) -> None:
-    put(store, b"t", *[b"x"] * store_module.TAIL_MESSAGES)
+    put(store, b"t", *[b"x"] * store_module.FLUSH_MESSAGES)
     store.flush()
     put(store, b"t", b"and one in the tail")
     statements = watch(store)
-    assert len(read(store, b"t")) == store_module.TAIL_MESSAGES + 1
+    assert len(read(store, b"t")) == store_module.FLUSH_MESSAGES + 1
     assert len(statements) == 1
 
 
@@ -192,7 +194,7 @@ def test_put_to_known_topic_runs_no_statement(store: SQLiteStore) -> None:
     assert statements == []
 
 
-@pytest.mark.parametrize(("limit", "most"), [("MAX_TAIL_MESSAGES", 6), ("MAX_TAIL_BYTES", 12)])
+@pytest.mark.parametrize(("limit", "most"), [("MAX_BUFFERED_MESSAGES", 6), ("MAX_BUFFERED_BYTES", 12)])
 def test_write_buffer_is_flushed_by_topic_and_millisecond(
     store: SQLiteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch, limit: str, most: int
 ) -> None:
@@ -216,7 +218,7 @@ def test_write_buffer_is_flushed_by_topic_and_millisecond(
 def test_flush_writes_full_buffers(store: SQLiteStore, size: int) -> None:
     for number in range(1, 40):
         put(store, b"t", b"x" * size)
-        long = number >= store_module.TAIL_MESSAGES or number * size >= store_module.TAIL_BYTES
+        long = number >= store_module.FLUSH_MESSAGES or number * size >= store_module.FLUSH_BYTES
         statements = watch(store)
         store.flush()
         assert bool(statements) == long
@@ -228,11 +230,37 @@ def test_flush_writes_full_buffers(store: SQLiteStore, size: int) -> None:
 @pytest.mark.parametrize(("size", "messages"), [(1, 128), (100, 128), (200, 81), (4096, 4), (9000, 1), (20_000, 1)])
 def test_chunks_are_bounded(store: SQLiteStore, size: int, messages: int) -> None:
     put(store, b"t", *[b"x" * size] * 300)
-    store._write_tails()
-    held = store._database.execute("SELECT length(ids_and_sizes) / 16, length(bodies) FROM chunks").fetchall()
+    store._flush()
+    held = store._database.connection.execute(
+        "SELECT length(ids_and_sizes) / 16, length(bodies) FROM chunks"
+    ).fetchall()
     assert held[0] == (messages, messages * size)
     assert sum(count for count, _ in held) == 300
     assert [message.id for message in store.read(b"t", 0, 1000, 10**8)] == list(range(1, 301))
+
+
+@pytest.mark.parametrize("size", [store_module.LONG_BYTES - 1, store_module.LONG_BYTES, 8 << 20])
+def test_long_messages_among_short_ones_are_read_whole(store: SQLiteStore, size: int) -> None:
+    bodies = [b"x", (bytes(range(256)) * (size // 256 + 1))[:size], b"y"]
+    put(store, b"t", *bodies)
+    store._flush()
+    assert [message.body for message in store.read(b"t", 0, 1000, 10**8)] == bodies
+    assert store.latest(b"t", 0, 3)[0].body == bodies[1]
+    assert store.latest(b"t", 0)[0].body == b"y"
+
+
+def test_a_long_message_is_copied_once_when_it_is_read(store: SQLiteStore) -> None:
+    put(store, b"t", b"x" * (1 << 20))
+    store._flush()
+    statements = watch(store)
+    assert len(store.read(b"t", 0, 1, 1)[0].body) == 1 << 20
+    # As a row's value it would be copied into the row first.
+    (statement,) = statements
+    assert "CASE WHEN length(bodies)" in statement
+
+
+def test_what_is_deleted_is_not_overwritten(store: SQLiteStore) -> None:
+    assert store._database.connection.execute("PRAGMA secure_delete").fetchone() == (0,)
 
 
 def test_stats_reads_no_bodies(store: SQLiteStore) -> None:
@@ -254,19 +282,20 @@ def test_flush_without_memory_raises_and_keeps_messages(store: SQLiteStore) -> N
 
 
 PLANS = {
-    "_READ": "SEARCH chunks USING INDEX chunks_by_topic (topic=? AND rowid>?)",
-    "_LATEST": "SEARCH chunks USING INDEX chunks_by_topic (topic=?)",
-    "_OLDEST": "SEARCH chunks USING INDEX chunks_by_topic (topic=?)",
-    "_EXPIRY": "SCAN chunks",
-    "_DELETE": "SEARCH chunks USING INTEGER PRIMARY KEY (rowid<?)",
-    "_TOPICS": "SEARCH topics USING COVERING INDEX sqlite_autoindex_topics_1 (name>?)",
+    "READ": "SEARCH chunks USING INDEX chunks_by_topic (topic=? AND rowid>?)",
+    "READ_SHORT": "SEARCH chunks USING INDEX chunks_by_topic (topic=? AND rowid>?)",
+    "LATEST": "SEARCH chunks USING INDEX chunks_by_topic (topic=?)",
+    "OLDEST": "SEARCH chunks USING INDEX chunks_by_topic (topic=?)",
+    "EXPIRY": "SEARCH chunks USING INTEGER PRIMARY KEY (rowid<?)",
+    "DELETE": "SEARCH chunks USING INTEGER PRIMARY KEY (rowid<?)",
+    "TOPICS": "SEARCH topics USING COVERING INDEX sqlite_autoindex_topics_1 (name>?)",
 }
 
 
 @pytest.mark.parametrize("statement", PLANS)
 def test_statements_use_the_index_and_sort_nothing(store: SQLiteStore, statement: str) -> None:
-    sql = getattr(store_module, statement)
-    rows = store._database.execute("EXPLAIN QUERY PLAN " + sql, [0] * sql.count("?"))
+    sql = getattr(database, statement)
+    rows = store._database.connection.execute("EXPLAIN QUERY PLAN " + sql, [0] * sql.count("?"))
     # SQLite before 3.36 names the kind of thing too.
     assert [row[3].replace(" TABLE ", " ") for row in rows] == [PLANS[statement]]
 
@@ -279,7 +308,7 @@ def test_statements_use_the_index_and_sort_nothing(store: SQLiteStore, statement
 def test_message_is_readable_until_max_age(store: SQLiteStore, clock: Clock, expire_runs: bool, written: bool) -> None:
     put(store, b"t", b"x")
     if written:
-        store._write_tails()
+        store._flush()
     clock.now += MAX_AGE
     if expire_runs:
         assert store.expire() == 0
@@ -296,7 +325,7 @@ def test_expiry_keeps_message_at_max_age(store: SQLiteStore, clock: Clock, writt
     clock.now += 1
     put(store, b"t", b"not yet")
     if written:
-        store._write_tails()
+        store._flush()
     clock.now += MAX_AGE
     assert [store.expire(), store.expire()] == [1, 0]
     assert read(store, b"t") == [Message(2, 2, MAX_AGE, b"not yet", 0)]
@@ -314,8 +343,8 @@ def test_expired_messages_count_as_stored_until_deleted(store: SQLiteStore, cloc
 
 
 def test_expire_deletes_in_slices(store: SQLiteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "EXPIRY_SLICE", 2)
-    monkeypatch.setattr(store_module, "TAIL_MESSAGES", 1)
+    monkeypatch.setattr(database, "EXPIRY_ROWS", 2)
+    monkeypatch.setattr(store_module, "FLUSH_MESSAGES", 1)
     for number in range(5):
         put(store, b"t", b"%d" % number, b"of the same millisecond")
         clock.now += 1
@@ -341,7 +370,7 @@ def test_ages_do_not_depend_on_wall_clock(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_outdated_sqlite_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "SCHEMA", "CREATE TABLE t (x) FROM THE FUTURE")
+    monkeypatch.setattr(database, "SCHEMA", "CREATE TABLE t (x) FROM THE FUTURE")
     with pytest.raises(CannotStart, match=rf"^SQLite {sqlite3.sqlite_version} is too old.*FROM.*$"):
         SQLiteStore(MAX_AGE)
 
@@ -351,7 +380,7 @@ def test_outdated_sqlite_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch
 
 def test_documented_dedup_bounds_hold() -> None:
     assert (producers.MAX_PRODUCERS, producers.MAX_PUTS_OF_PRODUCER) == (10_000, 1_000)
-    assert store_module.MAX_EMPTY_TOPICS == 100_000
+    assert topics_module.MAX_EMPTY_TOPICS == 100_000
 
 
 def test_put_with_same_key_is_stored_once(store: SQLiteStore) -> None:
@@ -386,7 +415,7 @@ def test_last_puts_of_producer_are_remembered(store: SQLiteStore, monkeypatch: p
         assert store.append(puts[count - 1 : count]) == [count]
         last = puts[max(0, count - 3) : count]
         assert store.append(last) == list(range(max(1, count - 2), count + 1))
-        assert len(store._producers) == sum(map(len, store._producers._known.values())) <= 6
+        assert len(store._deduplicator) == sum(map(len, store._deduplicator._producers.values())) <= 6
     # Whether this one was stored is not known any more; it was.
     with pytest.raises(Forgotten, match="number 1"):
         store.append(puts[1:2])
@@ -407,18 +436,18 @@ def test_most_recent_producers_are_remembered(
     assert [put_as(b"a", 0), put_as(b"b", 0), put_as(b"a", 1), put_as(b"c", 0)] == [1, 2, 3, 4]
     assert [put_as(b"a", 0), put_as(b"a", 1), put_as(b"c", 0)] == [1, 3, 4]
     assert put_as(b"b", 0) == 5
-    assert len(store._producers.names()) == 2
+    assert len(store._deduplicator.names()) == 2
 
 
 def test_idle_producers_are_forgotten(store: SQLiteStore, clock: Clock) -> None:
     store.append([a_put(b"t", b"x", (b"a", 0))])
     clock.now += producers.REMEMBER_MS
     store.append([a_put(b"t", b"x", (b"b", 0))])
-    assert store._producers.names() == [b"a", b"b"]
+    assert store._deduplicator.names() == [b"a", b"b"]
     clock.now += 1
     store.append([a_put(b"t", b"x", (b"b", 1))])
-    assert store._producers.names() == [b"b"]
-    assert len(store._producers) == 2
+    assert store._deduplicator.names() == [b"b"]
+    assert len(store._deduplicator) == 2
     # Nobody sends a put again after so long.
     store.check_producer(b"a")
 
@@ -483,7 +512,7 @@ def test_stats_of_empty_topic_keep_last_id_and_number(store: SQLiteStore, clock:
 def test_least_recent_empty_topic_is_forgotten(
     store: SQLiteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "MAX_EMPTY_TOPICS", 2)
+    monkeypatch.setattr(topics_module, "MAX_EMPTY_TOPICS", 2)
     for topic in (b"a", b"b", b"c", b"a", b"held"):
         clock.now += 1
         put(store, topic, b"x")
@@ -492,15 +521,18 @@ def test_least_recent_empty_topic_is_forgotten(
     assert [store.stats(topic).last_number for topic in (b"a", b"b", b"c", b"held")] == [2, 0, 1, 1]
     assert put(store, b"b", b"x") == [6]
     assert read(store, b"b") == [a_message(6, 1, 0, b"x")]
-    assert list(store._topics) == [row.name for row in store._by_row.values()] == [b"held", b"b"]
-    assert list(store._empty) == [b"c", b"a"]
-    assert store._database.execute("SELECT name FROM topics ORDER BY name").fetchall() == [(b"b",), (b"held",)]
+    assert list(store._topics.by_name) == [row.name for row in store._topics.by_row.values()] == [b"held", b"b"]
+    assert list(store._topics.empty) == [b"c", b"a"]
+    assert store._database.connection.execute("SELECT name FROM topics ORDER BY name").fetchall() == [
+        (b"b",),
+        (b"held",),
+    ]
 
 
 def test_topics_with_messages_are_never_forgotten(
     store: SQLiteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "MAX_EMPTY_TOPICS", 0)
+    monkeypatch.setattr(topics_module, "MAX_EMPTY_TOPICS", 0)
     put(store, b"gone", b"x")
     put(store, b"held", b"x")
     clock.now += MAX_AGE + 1
@@ -523,7 +555,7 @@ PUTS = {
 
 def stop_growing(store: SQLiteStore) -> None:
     """Let the database have the pages that it has, and no more."""
-    store._database.execute("PRAGMA max_page_count = 1")
+    store._database.connection.execute("PRAGMA max_page_count = 1")
 
 
 @pytest.mark.parametrize("puts", PUTS.values(), ids=PUTS)
@@ -537,7 +569,7 @@ def test_put_without_memory_stores_nothing(store: SQLiteStore, clock: Clock, put
         with pytest.raises(Full):
             store.append(puts)
         assert everything(store) == before
-    store._database.execute("PRAGMA max_page_count = 1000000")
+    store._database.connection.execute("PRAGMA max_page_count = 1000000")
     clock.now += store_module.RETRY_MS
     assert store.append(puts) == list(range(3, len(puts) + 3))
     assert [message.number for message in read(store, b"new")] in ([], [1])
@@ -583,7 +615,7 @@ def test_unwritten_messages_expire_while_out_of_memory(store: SQLiteStore, clock
     assert read(store, b"t") == [a_message(2, 2, 0, b"x")]
 
 
-@pytest.mark.parametrize("step", ["_begin", "_write_tails"])
+@pytest.mark.parametrize("step", ["_create_topics", "_flush"])
 def test_out_of_memory_raises_full(store: SQLiteStore, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     def fail(*_: object) -> None:
         raise MemoryError
@@ -610,7 +642,7 @@ def test_expiry_frees_memory(store: SQLiteStore, clock: Clock) -> None:
     assert read(store, b"t") == [a_message(3, 3, 0, BIG)]
 
 
-@pytest.mark.parametrize("statement", ["_INSERT", "_INSERT_TOPIC"])
+@pytest.mark.parametrize("statement", ["INSERT_ROW", "INSERT_TOPIC"])
 def test_failed_put_stores_nothing(
     store: SQLiteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch, statement: str
 ) -> None:
@@ -618,7 +650,7 @@ def test_failed_put_stores_nothing(
     before = everything(store)
     puts = [a_put(b"t", b"1", (b"me", 1)), a_put(b"new", b"2", (b"me", 2))]
     with monkeypatch.context() as patch:
-        patch.setattr(store_module, statement, "INSERT INTO nowhere VALUES (?)")
+        patch.setattr(database, statement, "INSERT INTO nowhere VALUES (?)")
         with pytest.raises(StoreFailed):
             store.append(puts)
     assert everything(store) == before
@@ -630,7 +662,7 @@ def test_duplicate_put_creates_no_topic(store: SQLiteStore) -> None:
     store.append([a_put(b"t", b"1", (b"me", 1))])
     puts = [a_put(b"new", b"1", (b"me", 1)), a_put(b"t", b"2", (b"me", 2)), a_put(b"newer", b"2", (b"me", 2))]
     assert store.append(puts) == [1, 2, 2]
-    assert list(store._topics) == [b"t"]
+    assert list(store._topics.by_name) == [b"t"]
 
 
 def test_put_is_remembered_while_its_batch_evicts_others(store: SQLiteStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -650,18 +682,18 @@ def test_interrupt_in_transaction_stores_nothing_and_propagates(
         """The database, and Ctrl-C once everything but COMMIT has been executed."""
 
         def __getattr__(self, name: str) -> object:
-            return getattr(database, name)
+            return getattr(connection, name)
 
         def execute(self, sql: str, *arguments: object) -> object:
             if sql == "COMMIT":
                 raise KeyboardInterrupt
-            return database.execute(sql, *arguments)
+            return connection.execute(sql, *arguments)
 
     put(store, b"t", b"x")
     before = everything(store)
-    database = store._database
+    connection = store._database.connection
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_database", Interrupting())
+        patch.setattr(store._database, "connection", Interrupting())
         with pytest.raises(KeyboardInterrupt):
             put(store, b"new", b"y", b"z")
     assert everything(store) == before
@@ -763,14 +795,25 @@ def test_expired_unread_messages_are_counted(store: SQLiteStore, clock: Clock) -
 
 
 def test_unread_ranges_are_tracked(store: SQLiteStore, clock: Clock) -> None:
-    ids = put(store, b"t", *[b"x"] * 10)
-    store.read(b"t", ids[5], 2, 1000)
-    # 1 to 6 and 9 to 10 are left; then 4 to 6 is, and 9.
-    store.read(b"t", ids[8], 1, 1000)
-    store.read(b"t", 0, 3, 1000)
+    put(store, b"t", b"1", b"2", b"3")
+    store.read(b"t", 0, 1, 1000)
+    clock.now += MAX_AGE + 1
+    put(store, b"t", b"4", b"5")
+    # Whether 2 and 3 are deleted before or after it has gone on.
+    assert bodies(read(store, b"t", 1)) == [b"4", b"5"]
+    expire_all(store)
+    assert store.totals().expired_unread == 2
     clock.now += MAX_AGE + 1
     expire_all(store)
-    assert store.totals().expired_unread == 3 + 1
+    assert store.totals()[4:6] == (5, 2)
+
+
+def test_messages_skipped_by_a_reader_that_starts_later_count_as_read(store: SQLiteStore, clock: Clock) -> None:
+    put(store, b"t", b"1", b"2", b"3", b"4")
+    assert bodies(store.read(b"t", 2, 1, 1000)) == [b"3"]
+    clock.now += MAX_AGE + 1
+    expire_all(store)
+    assert store.totals().expired_unread == 1
 
 
 def test_message_expired_unread_is_counted_once(store: SQLiteStore, clock: Clock) -> None:
@@ -785,27 +828,12 @@ def test_message_expired_unread_is_counted_once(store: SQLiteStore, clock: Clock
     assert store.totals()[4:6] == (21, 20)
 
 
-def test_unread_ranges_split_by_reading_are_bounded(store: SQLiteStore) -> None:
-    ids = put(store, b"t", *[b"x"] * 300)
-    store.read(b"t", ids[298], 1, 1000)
-    for at in range(0, 298, 2):
-        store.read(b"t", ids[at], 1, 1000)
-    assert len(store._topics[b"t"].gaps) == store_module.MAX_GAPS
-
-
-def test_unread_ranges_are_bounded(store: SQLiteStore) -> None:
-    ids = put(store, b"t", *[b"x"] * 300)
-    for at in range(0, 300, 2):
-        store.read(b"t", ids[at], 1, 1000)
-    assert len(store._topics[b"t"].gaps) == store_module.MAX_GAPS
-
-
 @pytest.mark.parametrize("written", [True, False])
 def test_age_of_oldest_message_is_reported(store: SQLiteStore, clock: Clock, written: bool) -> None:
     assert store.totals().oldest_age_ms == 0
     put(store, b"a", b"x")
     if written:
-        store._write_tails()
+        store._flush()
     clock.now += 30
     put(store, b"b", b"x")
     clock.now += 5
@@ -820,7 +848,7 @@ def test_database_time_is_measured(store: SQLiteStore, clock: Clock) -> None:
     before = store.timings()
     read(store, b"a")
     assert store.timings() == before
-    store._write_tails()
+    store._flush()
     read(store, b"a")
     clock.now += MAX_AGE + 1
     expire_all(store)
@@ -832,7 +860,7 @@ def test_database_time_is_measured(store: SQLiteStore, clock: Clock) -> None:
 def test_largest_topics_are_listed_with_last_numbers(store: SQLiteStore) -> None:
     for topic, count in ((b"a", 2), (b"b", 5), (b"c", 1)):
         put(store, topic, *[b"x"] * count)
-    assert store.deepest(2) == [b"b", b"a"]
+    assert store.largest_topics(2) == [b"b", b"a"]
     assert store.last_numbers() == {b"a": 2, b"b": 5, b"c": 1}
     assert [store.last_number(topic) for topic in (b"b", b"none")] == [5, 0]
 
@@ -935,10 +963,10 @@ class StoreAndModel(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(store_module, "EXPIRY_SLICE", 3)
-        self.patch.setattr(store_module, "MAX_TAIL_MESSAGES", 7)
-        self.patch.setattr(store_module, "TAIL_MESSAGES", 3)
-        self.patch.setattr(store_module, "MAX_EMPTY_TOPICS", Model.empty_topics)
+        self.patch.setattr(database, "EXPIRY_ROWS", 3)
+        self.patch.setattr(store_module, "MAX_BUFFERED_MESSAGES", 7)
+        self.patch.setattr(store_module, "FLUSH_MESSAGES", 3)
+        self.patch.setattr(topics_module, "MAX_EMPTY_TOPICS", Model.empty_topics)
         self.model = Model()
         self.store = SQLiteStore(MAX_AGE, lambda: self.model.now)
 
@@ -960,18 +988,18 @@ class StoreAndModel(RuleBasedStateMachine):
     @rule(puts=puts)
     def fail(self, puts: list[Put]) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            for statement in ("_INSERT", "_INSERT_TOPIC"):
-                patch.setattr(store_module, statement, "INSERT INTO nowhere VALUES (?)")
+            for statement in ("INSERT_ROW", "INSERT_TOPIC"):
+                patch.setattr(database, statement, "INSERT INTO nowhere VALUES (?)")
             self.append_or_raise(StoreFailed, puts)
-        self.store._failure = None
+        self.store._flush_error = None
 
     @rule(puts=puts, topic=topics)
     def overflow(self, puts: list[Put], topic: bytes) -> None:
         stop_growing(self.store)
         self.append_or_raise(Full, [*puts, a_put(topic, BIG)])
         self.append_or_raise(Full, [a_put(topic, BIG)])
-        self.store._failure = None
-        self.store._database.execute("PRAGMA max_page_count = 1000000")
+        self.store._flush_error = None
+        self.store._database.connection.execute("PRAGMA max_page_count = 1000000")
 
     @rule(milliseconds=st.sampled_from([1, MAX_AGE // 2, MAX_AGE, MAX_AGE + 1]))
     def wait(self, milliseconds: int) -> None:

@@ -26,10 +26,10 @@ from dsmq.client import arguments
 from dsmq.client import requests as calls
 from dsmq.client import session as wire
 from dsmq.client.connection import ClosedSilently, Link, Security, closed_silently, target
-from dsmq.client.reader import Claim, Entry, Inbox, give_back
+from dsmq.client.reader import Claim, Entry, Inbox
 from dsmq.client.requests import Call, Once, Plain, Producer, Put, PutMany, Reading, Request, Retries
 from dsmq.client.session import Message, Session, State
-from dsmq.errors import ClientClosed, DSMQError, ReplyError
+from dsmq.errors import ClientClosed, ReplyError
 from dsmq.system import process
 from dsmq.wire.resp import Reply
 
@@ -161,13 +161,9 @@ class DSMQClientSideConnection:
         When it raises, those before the one that failed have been stored, and some behind it may have been: the error's
         stored_before and stored_behind say how many. It raises as `put` does.
         """
-        puts = PutMany(self._session, topic, arguments.messages(messages))
-        try:
+        with PutMany(self._session, topic, arguments.messages(messages)) as puts:
             self._run(puts, self._put_all)
             puts.check()
-        except DSMQError as error:
-            puts.count(error)
-            raise
         return puts.ids
 
     def _put_all(self, link: Link, puts: PutMany) -> None:
@@ -190,7 +186,8 @@ class DSMQClientSideConnection:
 
     # Messages out
 
-    # Each of these gives back what it has taken, wherever it is interrupted before it returns.
+    # Each of these gives back what it has taken, wherever it is interrupted before it returns: it appends to a list,
+    # which is one step from where it was interrupted, so that no second interrupt comes between.
 
     @overload
     def get(self, topic: str, *, default: str = "", raw: Literal[False] = False) -> str: ...
@@ -210,7 +207,7 @@ class DSMQClientSideConnection:
         try:
             return first(self._some(claim, topic, 1, 0.0, wire.converter(raw=raw)), default, raw=raw)
         except BaseException:
-            give_back(claim)
+            self._session.returned.append((claim, []))
             raise
 
     @overload
@@ -237,7 +234,7 @@ class DSMQClientSideConnection:
             seconds = patience() if timeout is None else arguments.seconds("timeout", timeout)
             return first(self._some(claim, topic, 1, seconds, wire.converter(raw=raw)), default, raw=raw)
         except BaseException:
-            give_back(claim)
+            self._session.returned.append((claim, []))
             raise
 
     @overload
@@ -258,7 +255,7 @@ class DSMQClientSideConnection:
             convert = wire.converter(raw=raw)
             return first(self._latest(claim, topic, convert), default, raw=raw)
         except BaseException:
-            give_back(claim)
+            self._session.returned.append((claim, []))
             raise
 
     @overload
@@ -276,7 +273,7 @@ class DSMQClientSideConnection:
                 return self._many(claim, topic, n, timeout, wire.body)
             return self._many(claim, topic, n, timeout, wire.text)
         except BaseException:
-            give_back(claim)
+            self._session.returned.append((claim, []))
             raise
 
     def read(self, topic: str, n: int = 1, *, timeout: float = 0.0, latest: bool = False) -> list[Message]:
@@ -291,7 +288,7 @@ class DSMQClientSideConnection:
                 return self._latest(claim, topic, self._session.message)
             return self._many(claim, topic, n, timeout, self._session.message)
         except BaseException:
-            give_back(claim)
+            self._session.returned.append((claim, []))
             raise
 
     @overload
@@ -603,7 +600,7 @@ class _Messages(Generic[T]):
         try:
             return self._next(claim)
         except BaseException:
-            give_back(claim)
+            self._client._session.returned.append((claim, []))  # noqa: SLF001
             raise
 
     def _next(self, claim: Claim) -> T:

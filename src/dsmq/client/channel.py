@@ -7,6 +7,7 @@ import socket
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import suppress
+from copy import copy
 from functools import partial
 from itertools import repeat
 from operator import itemgetter
@@ -432,8 +433,8 @@ class Channel:
         self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
-        while self._waiting:
-            self._waiting.popleft().fail(error)
+        places, self._waiting = list(self._waiting), deque()
+        _fail(places, error)
 
     def abandon(self) -> None:
         """Close the descriptor alone: the event loop is closed, or that of the parent process."""
@@ -443,7 +444,8 @@ class Channel:
 
 def _fail(places: list[Place], error: BaseException) -> None:
     for place in places:
-        place.fail(error)
+        # Each gets its own: `put_many` notes on it how many messages are stored.
+        place.fail(copy(error) if isinstance(error, DSMQError) else error)
 
 
 class Link(asyncio.Protocol):

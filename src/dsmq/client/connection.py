@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from dsmq.client import arguments
 from dsmq.client import session as wire
-from dsmq.client.dial import LONGEST_WAIT_SECONDS, Selector, Target, dial, program, silent_program
+from dsmq.client.dial import Selector, Target, dial, program, silent_program
 from dsmq.client.requests import Producer
 from dsmq.errors import AuthRequired, ConfigError, DSMQError, ProtocolError
 from dsmq.system import (
@@ -40,6 +40,9 @@ ENDED = "the server has closed the connection"
 _SLOWEST_SECONDS_PER_BYTE = 1 / 16_384
 # How long a reply is looked for before the client goes to sleep.
 BUSY_POLL_SECONDS = 150e-6
+# A signal handler may fork without Python's hooks. The call that it interrupts goes on waiting in the child for what
+# goes to the parent, and on a descriptor that may belong to another connection by then. So it looks up now and then.
+_LONGEST_SLEEP_SECONDS = 1.0
 
 
 class Security(TypedDict, total=False):
@@ -150,6 +153,9 @@ class Link:
     def _send(self, data: bytes | memoryview) -> int:
         """Send what the socket takes, when it takes something."""
         while True:
+            # A signal handler may have forked a moment ago: the parent's connection is not the child's to write to.
+            if process() is not self._process:
+                raise ConnectionResetError(FORKED)
             try:
                 return self._socket.send(data)
             except BlockingIOError:
@@ -212,18 +218,13 @@ class Link:
         """Wait until the socket may take or have something. Raises TimeoutError when the reply is overdue."""
         self._selector.modify(self._socket, event)
         left = self._deadline - time.monotonic()
-        if not self._selector.select(max(0.0, min(left, LONGEST_WAIT_SECONDS))) and left < LONGEST_WAIT_SECONDS:
+        if not self._selector.select(max(0.0, min(left, _LONGEST_SLEEP_SECONDS))) and left < _LONGEST_SLEEP_SECONDS:
             raise TimeoutError(f"no reply within {self._timeout:g} s")
 
     def await_end(self) -> None:
         """Wait until the server closes the connection."""
         while self._receive():
             pass
-
-    def check_process(self) -> None:
-        """Raise ConnectionResetError in a child process: the replies are the parent's."""
-        if process() is not self._process:
-            raise ConnectionResetError(FORKED)
 
     def interrupt(self) -> None:
         """Have a call in another thread fail at once."""

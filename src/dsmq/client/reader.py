@@ -40,13 +40,19 @@ class Entry(NamedTuple):
 class Era:
     """One run of the server in one epoch, as a client knows it. `next` holds the one that followed."""
 
-    __slots__ = ("epoch", "next", "number", "restored_id", "run", "start")
+    __slots__ = ("_lost", "epoch", "next", "number", "run", "start")
 
-    def __init__(self, epoch: str, run: bytes, start: int, number: int | None, restored_id: int = 0) -> None:
-        self.epoch, self.run, self.restored_id = epoch, run, restored_id
+    def __init__(
+        self, epoch: str, run: bytes, start: int, number: int | None, lost: Sequence[tuple[int, int]] = ()
+    ) -> None:
+        self.epoch, self.run, self._lost = epoch, run, lost
         self.start, self.number = start, number
         """Where a topic is read from, and the number of its message there, if known."""
         self.next: dict[int, Era] = {}
+
+    def lost(self, message_id: int) -> tuple[int, int] | None:
+        """Return the range of lost ids that an id is in: the id before it, and its last."""
+        return next((lost for lost in self._lost if lost[0] < message_id <= lost[1]), None)
 
 
 class _Stretch:
@@ -156,17 +162,23 @@ _Step: TypeAlias = "tuple[int] | _Stretch"
 """How many of the read-ahead have been taken, or another state."""
 Claim: TypeAlias = "list[tuple[Inbox, _Stretch, int, _Step]]"
 """What a call has taken, noted before it is taken, so that all can be given back wherever it is interrupted."""
-
-
+Returned: TypeAlias = "list[tuple[Claim, list[tuple[_Step, _Stretch, int, _Stretch]]]]"
+"""Claims of calls that were interrupted, and for each what was tried to give it back: what was taken, and which state
+was to follow which. Such a call appends its claim, which no handler can interrupt; the next call does the rest.
+"""
 Asked: TypeAlias = "tuple[_Stretch, int, bool]"
 """What a READ goes by: the state in which it is asked, the id behind which to read, and whether it may wait."""
 
 
-def give_back(claim: Claim) -> None:
-    """Give back what a call took that could not hand it out."""
-    for inbox, stretch, at, step in reversed(claim):
-        if stretch.next.get(at) is step:
-            inbox.give_back(stretch, at, step)
+def take_back(returned: Returned) -> None:
+    """Have messages read again that calls took and could not hand out. If it is interrupted, the next one goes on."""
+    with suppress(IndexError, ValueError):
+        while True:
+            claim, tried = first = returned[0]
+            for inbox, stretch, at, step in reversed(claim):
+                if stretch.next.get(at) is step:
+                    inbox.give_back(stretch, at, step, tried)
+            returned.remove(first)
 
 
 class Inbox:
@@ -220,19 +232,18 @@ class Inbox:
         return stretch.missed_at(at)
 
     @property
-    def is_unsure(self) -> bool:
-        """Whether the server is to be asked for `restored_number`, before it is read from."""
-        return self._place()[0].ask
+    def doubt(self) -> tuple[Era, int] | None:
+        """The era and the id for which the server is to be asked for `restored_number`, before it is read from."""
+        stretch, at = self._place()
+        return (stretch.era, stretch.handed(at)[0]) if stretch.ask else None
 
-    def renumber(self, restored: int) -> None:
-        """Take the topic's last number in the snapshot that the server started from: numbers go on from there."""
-        while True:
+    def renumber(self, doubt: tuple[Era, int], restored: int) -> None:
+        """Take the topic's last number before the id was lost: numbers go on from there."""
+        while self.doubt == doubt:
             stretch, at = self._place()
-            if not stretch.ask:
-                return
             after = stretch.rest_from(at, stretch.ahead[at:], stretch.fresh)
             after.ask = False
-            if after.id > after.era.restored_id or restored < (after.number or 0):
+            if after.era.lost(after.id) or restored < (after.number or 0):
                 after.number, after.known = restored, (0, 0)
             if self._move(stretch, at, after):
                 return
@@ -249,6 +260,9 @@ class Inbox:
         """Return what to ask by for more."""
         stretch, at = self._place()
         after = stretch.ahead[-1].id if stretch.ahead else stretch.id
+        if stretch.fresh == math.inf:
+            # The server may refuse an id of another epoch. What it replies is of no use.
+            after = 0
         # Another call may have read ahead what this one wants.
         return stretch, after, at == len(stretch.ahead)
 
@@ -356,8 +370,10 @@ class Inbox:
             if self._move(stretch, at, after):
                 return taken
 
-    def give_back(self, stretch: _Stretch, at: int, step: _Step) -> None:
-        """Have messages read again that were taken from a state."""
+    def give_back(
+        self, stretch: _Stretch, at: int, step: _Step, tried: list[tuple[_Step, _Stretch, int, _Stretch]]
+    ) -> None:
+        """Have messages read again that were taken from a state, unless that was tried before and done."""
         ahead = stretch.ahead[at : step[0]] if isinstance(step, tuple) else ()
         last = ahead[-1] if isinstance(step, tuple) else step
         known = last.id, last.number or 0
@@ -369,6 +385,8 @@ class Inbox:
             now, now_at = self._place()
             is_here = now.era is stretch.era
             if now.generation[0] != stretch.generation[0] or not (ahead or is_here):
+                return
+            if any(one is step and state.next.get(state_at) is after for one, state, state_at, after in tried):
                 return
             back = _Stretch(
                 now.era,
@@ -382,6 +400,7 @@ class Inbox:
             )
             after = _inserted(now.rest_from(now_at, now.ahead[now_at:], now.fresh), back)
             after.missed = now.missed_at(now_at) - counted
+            tried.append((step, now, now_at, after))
             if self._move(now, now_at, after):
                 return
 
@@ -469,15 +488,15 @@ def _replaced(part: _Stretch, era: Era) -> list[_Stretch]:
 def _restarted(part: _Stretch, era: Era) -> list[_Stretch]:
     """Divide a stretch: what the server may still have, what it has lost, and what it puts from now on."""
     is_gone = part.fresh == math.inf
-    ahead = [entry for entry in part.ahead if is_gone or entry.id > era.restored_id]
-    kept = [entry[:2] for entry in part.ahead if not is_gone and entry.id <= era.restored_id]
+    ahead = [entry for entry in part.ahead if is_gone or era.lost(entry.id)]
+    kept = [entry[:2] for entry in part.ahead[: len(part.ahead) - len(ahead)]]
     ask = part.number is not None or bool(part.ahead)
-    known = kept[-1] if kept else (0, 0)
+    known = (kept[-1] if kept else (0, 0)) if era.lost(part.known[0]) else part.known
     if not ahead:
         return [_Stretch(era, part.id, part.number, end=part.end, known=known, ask=ask)]
     found = [_gone(ahead, known[1] or part.number, era)]
     if kept:
-        found.insert(0, _Stretch(era, part.id, part.number, end=era.restored_id, known=known, ask=ask))
+        found.insert(0, _Stretch(era, part.id, part.number, end=ahead[0].id - 1, known=known, ask=ask))
     if part.end == math.inf:
         found.append(_Stretch(era, ahead[-1].id, ahead[-1].number, ask=True))
     return found

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import Protocol, TypeAlias, TypeVar
+from typing import Protocol, Self, TypeAlias, TypeVar
 
 from dsmq.client.reader import LATEST, Asked, Claim, Entry, Era, Inbox, read_request
 from dsmq.client.session import (
@@ -262,9 +262,9 @@ def some(  # noqa: PLR0913, PLR0917 - of both clients
     while (more and len(taken) < n) or (until and not taken and n > 0 and time.monotonic() < until):
         yield (read := Read(session, inbox, 0.0 if taken else until))
         # Now, because this READ may have been the first call to find that the server was restarted.
-        if session.is_restarted and inbox.is_unsure:
-            yield (stats := Plain(stats_request(inbox.topic)))
-            inbox.renumber(restored_number(stats.reply))
+        if session.is_restarted and (doubt := inbox.doubt):
+            yield (stats := Plain(stats_request(inbox.topic, doubt[1])))
+            inbox.renumber(doubt, restored_number(stats.reply))
         more = read.take_in(session.entries(read.reply))
         inbox = session.inbox(inbox.topic)
         if more:
@@ -411,10 +411,14 @@ class PutMany:
         if self._error is not None:
             raise self._error
 
-    def count(self, error: DSMQError) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         """Have an error say how many messages are stored."""
-        error.stored_before = self._stored_before if self._is_refused else len(self.ids)
-        error.stored_behind = len(self.ids) - error.stored_before
+        if isinstance(error, DSMQError):
+            error.stored_before = self._stored_before if self._is_refused else len(self.ids)
+            error.stored_behind = len(self.ids) - error.stored_before
 
 
 def _again(keyed: bytes, sent_at: float, run: bytes, producer: Producer) -> bytes:

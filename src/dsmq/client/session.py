@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias
 
-from dsmq.client.reader import Entry, Era, Inbox
+from dsmq.client.reader import Entry, Era, Inbox, Returned, take_back
 from dsmq.errors import (
     AuthRequired,
     Busy,
@@ -100,6 +100,7 @@ class Session:
         """How much to ask for at once: less after a reply that did not come in time."""
         self.is_restarted = False
         """Whether the server has been another run at some time, so that inboxes may be unsure of their numbers."""
+        self.returned: Returned = []
         self._era = Era("", b"", 0, None)
         self._kept = _Kept(boot_time(), {}, 0)
         # Those used last, which may hold messages that have been handed out.
@@ -137,7 +138,7 @@ class Session:
         if facts.get("access") == b"nobody":
             raise AuthRequired("this server wants a token: connect(..., token=...)")
         epoch, run = _as_text(facts.get("epoch")), _as_text(facts.get("run")).encode()
-        last_id, restored_id = _as_number(facts.get("last_id")), _as_number(facts.get("restored_id", 0))
+        last_id, lost = _as_number(facts.get("last_id")), _as_ranges(facts.get("lost_ids", []))
         self.max_message_bytes = _as_number(facts.get("max_message_bytes"))
         state: State = "resumed"
         while (era := self.era).epoch != epoch or era.run != run:
@@ -147,7 +148,7 @@ class Session:
                 return state, self._era
             same = era.epoch == epoch
             self.is_restarted = True
-            new = Era(epoch, run, era.start, era.number, restored_id) if same else Era(epoch, run, 0, 0)
+            new = Era(epoch, run, era.start, era.number, lost) if same else Era(epoch, run, 0, 0)
             if era.next.setdefault(0, new) is new:
                 state = "restarted" if same else "replaced"
                 _logger.warning("the server has been started anew: %s", LOST[state])
@@ -155,6 +156,8 @@ class Session:
 
     def inbox(self, topic: str) -> Inbox:
         """Return the inbox of a topic, old or new. Raises TypeError or ValueError if it can't be a topic."""
+        if self.returned:
+            take_back(self.returned)
         inbox = self._kept.young.get(topic) if isinstance(topic, str) else None
         return self._inbox(topic) if inbox is None else inbox
 
@@ -183,6 +186,7 @@ class Session:
     def forget(self, topic: str) -> None:
         """Forget where a topic was read."""
         topic_name(topic)
+        take_back(self.returned)
         kept = self._kept
         found = (inboxes.pop(topic, None) for inboxes in (kept.young, kept.older, self._new))
         for inbox in {id(inbox): inbox for inbox in found if inbox}.values():
@@ -219,6 +223,7 @@ class Session:
     @property
     def missed(self) -> int:
         """How many messages expired before this client came to them, in each topic from the first one that it got."""
+        take_back(self.returned)
         kept = self._kept
         inboxes = {**kept.older, **kept.young}
         return kept.missed + sum(inbox.missed for inbox in inboxes.values())
@@ -363,12 +368,12 @@ def check(reply: Reply) -> Reply:
     return reply
 
 
-def stats_request(topic: str) -> bytes:
-    return encode_request(b"STATS", topic.encode())
+def stats_request(topic: str, after: int) -> bytes:
+    return encode_request(b"STATS", topic.encode(), b"AFTER", b"%d" % after)
 
 
 def restored_number(reply: Reply) -> int:
-    """Return the topic's last number in the snapshot that the server started from, out of the reply to STATS."""
+    """Return the topic's last number in the snapshot before that id was lost, out of the reply to STATS."""
     return _as_number(_facts(reply).get("restored_number", 0))
 
 
@@ -406,6 +411,11 @@ def _as_text(value: Reply) -> str:
 
 def _as_number(value: Reply) -> int:
     return value if isinstance(value, int) else _is_no("number", value)
+
+
+def _as_ranges(value: Reply) -> list[tuple[int, int]]:
+    ends = list(map(_as_number, value if isinstance(value, list) else _is_no("list", value)))
+    return list(zip(ends[::2], ends[1::2], strict=False))
 
 
 def _is_no(what: str, value: Reply) -> NoReturn:

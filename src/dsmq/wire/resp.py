@@ -40,6 +40,10 @@ _MIN_CHUNK_BYTES = 4096
 
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
+# Above this, a reply is made in the kind of buffer that a connection sends from, so that it is not copied once more.
+_LONG_REPLY_BYTES = 65_536
+
+Encoded: TypeAlias = bytes | bytearray
 Reply: TypeAlias = "str | int | bytes | ReplyError | list[Reply] | None"
 
 
@@ -523,7 +527,7 @@ def encode_map(version: int, pairs: Iterable[tuple[str, bytes]]) -> bytes:
     return encode_array(items)
 
 
-def encode_messages(messages: Sequence[tuple[int, int, int, bytes, int]]) -> bytes:
+def encode_messages(messages: Sequence[tuple[int, int, int, bytes, int]]) -> Encoded:
     """Encode the reply to READ from tuples of id, number, age, body, and time left; times are in milliseconds."""
     if not messages:
         return b"*0\r\n"
@@ -535,4 +539,4 @@ def encode_messages(messages: Sequence[tuple[int, int, int, bytes, int]]) -> byt
         parts += (b"\r\n:%d\r\n:%d\r\n:%d\r\n:%d\r\n$%d\r\n" % (left, message_id, number, age, len(body)), body)
         left = next_left
     parts.append(b"\r\n:%d\r\n" % left)
-    return b"".join(parts)
+    return (bytearray() if len(parts[1]) > _LONG_REPLY_BYTES else b"").join(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import ssl
 from selectors import EVENT_READ, EVENT_WRITE
@@ -10,6 +11,8 @@ from selectors import EVENT_READ, EVENT_WRITE
 from dsmq.errors import ConfigError
 
 _RECORD_BYTES = 16_384
+# OpenSSL would search a longer file for a certificate to its end, however long that takes.
+_MAX_FILE_BYTES = 16_777_216
 
 
 def server_context(cert_file: str, key_file: str, client_ca_file: str) -> ssl.SSLContext:
@@ -55,6 +58,8 @@ def neighbour_context(cert_file: str) -> ssl.SSLContext:
 
 
 def _load(context: ssl.SSLContext, cert_file: str, key_file: str, ca_file: str) -> None:
+    for file in (cert_file, key_file, ca_file):
+        _check_size(file)
     try:
         if cert_file:
             # The empty password keeps it from asking for one.
@@ -68,6 +73,15 @@ def _load(context: ssl.SSLContext, cert_file: str, key_file: str, ca_file: str) 
             context.load_verify_locations(ca_file)
     except (OSError, ValueError) as error:
         raise ConfigError(f"authorities {ca_file}: {reason(error)}") from None
+
+
+def _check_size(file: str) -> None:
+    try:
+        size = os.stat(file).st_size if file else 0
+    except (OSError, ValueError):
+        return  # An error that names it follows.
+    if size > _MAX_FILE_BYTES:
+        raise ConfigError(f"{file}: longer than {_MAX_FILE_BYTES} bytes")
 
 
 def _wrong_pair(cert_file: str, key_file: str) -> str:
