@@ -21,6 +21,7 @@ from conftest import SOON, UNIT, Wire, daemon, serving, wait_until, wire_to
 from dsmq import logs
 from dsmq.broker import commands, connection
 from dsmq.broker import event_loop as worker
+from dsmq.broker.commands import MAX_READ_BYTES
 from dsmq.broker.connection import MAX_HELD_BYTES, RECEIVE_BYTES, Connection
 from dsmq.broker.usage import FREE_BYTES, Budget
 from dsmq.client import connect
