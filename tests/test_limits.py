@@ -503,9 +503,11 @@ def test_unauthenticated_connections_are_bounded_over_all_workers_together() -> 
 # Replies
 
 
+@pytest.mark.timeout(1200)
 def test_a_pipeline_that_is_written_before_it_is_read_is_run_once() -> None:
     count = 1_000_000
-    with daemon() as process:
+    # To send all that takes a slow machine longer than a client may leave its replies unread.
+    with daemon("--reply-timeout-seconds", "3600", "--request-timeout-seconds", "3600") as process:
         wire = Wire(("127.0.0.1", process.port))
         wire.socket.settimeout(20 * SOON)
         # A slow machine may take long over it, but it is never stuck: no reply has been read when all is sent.
