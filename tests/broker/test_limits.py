@@ -21,7 +21,6 @@ from conftest import SOON, UNIT, Wire, daemon, serving, wait_until, wire_to
 from dsmq import logs
 from dsmq.broker import commands, connection
 from dsmq.broker import event_loop as worker
-from dsmq.broker.commands import MAX_READ_BYTES
 from dsmq.broker.connection import MAX_HELD_BYTES, RECEIVE_BYTES, Connection
 from dsmq.broker.usage import FREE_BYTES, Budget
 from dsmq.client import connect
@@ -560,9 +559,11 @@ def test_unauthenticated_connections_are_bounded_over_all_workers() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_pipeline_written_before_reading_runs_once() -> None:
     count = 1_000_000
-    with daemon() as process:
+    # To send all that takes a slow machine longer than a client may leave its replies unread.
+    with daemon("--reply-timeout-seconds", "3600", "--request-timeout-seconds", "3600") as process:
         wire = Wire(("127.0.0.1", process.port))
         wire.socket.settimeout(20 * SOON)
         # A slow machine may take long over it, but it is never stuck: no reply has been read when all is sent.
