@@ -85,192 +85,214 @@ class Settings(BaseSettings):
     )
     auth_token: Secret = Field(
         SecretStr(""),
-        description="The token that clients have to show, as an admin's; empty: see auth_token_file. There is no "
-        "option for it, because others on the machine can read command lines.",
+        description="Admin token that clients must present. Empty: see auth_token_file. It has no command-line "
+        "option, because other users on the machine can read command lines.",
     )
     auth_token_file: str = Field(
         "",
-        description="A file of tokens, read again on SIGHUP: a line each, `name role token` with the role read, write "
-        "(put and read) or admin; or the token alone, an admin's.",
+        description="File of tokens, reloaded on SIGHUP. One per line: `name role token`, with role read, write "
+        "(put and read) or admin; or a token alone, which is an admin's.",
     )
     auth_timeout_seconds: Seconds = Field(
         10.0,
         gt=0,
         le=600,
-        description="Time for a new connection to finish the handshake of TLS, and to show its token.",
+        description="Time for a new connection to finish the TLS handshake and authenticate.",
     )
     tls_cert_file: str = Field(
         "",
-        description="The server's certificate and those that vouch for it, as PEM, read again on SIGHUP. "
-        "Set: it speaks TLS, and nothing else.",
+        description="The server's certificate chain, as PEM; reloaded on SIGHUP. If set, the server accepts TLS "
+        "connections only.",
     )
-    tls_key_file: str = Field("", description="Its private key, as PEM; empty where it stands in tls_cert_file.")
+    tls_key_file: str = Field("", description="The certificate's private key, as PEM. Empty: it is in tls_cert_file.")
     tls_client_ca_file: str = Field(
-        "", description="Authorities, as PEM. Set: clients have to show a certificate of one of them."
+        "", description="CA certificates, as PEM. If set, clients must present a certificate signed by one of them."
     )
     http_host: Annotated[str, AfterValidator(_tcp_host)] = Field(
-        "127.0.0.1", description="Where the side port listens: a status page, /metrics, /healthz, /readyz."
+        "127.0.0.1",
+        description="Where the HTTP endpoint listens. It serves a status page, /metrics, /healthz and /readyz.",
     )
     http_token: Secret = Field(
         SecretStr(""),
-        description="What the side port wants as a bearer token for all that tells more than whether it is well.",
+        description="Bearer token required for /metrics and for /status.json, the status page's data.",
     )
-    http_token_file: str = Field("", description="A file that holds it, in place of http_token.")
+    http_token_file: str = Field("", description="File that contains the bearer token, instead of http_token.")
     http_allowed_hosts: Annotated[str, AfterValidator(_host_names)] = Field(
         "",
-        description="Host names, separated by commas, at which the HTTP endpoint answers, besides IP addresses and "
-        "localhost. Others get 421, so that a web page can't read it through a name of its own (DNS rebinding); "
-        "/healthz and /readyz answer to any.",
+        description="Comma-separated host names at which the HTTP endpoint answers, besides IP addresses and "
+        "localhost. Other names get 421, which protects against DNS rebinding; /healthz and /readyz "
+        "answer to any name.",
     )
-    http_port: Port | Literal["off"] = Field(30009, description='TCP port of the side port; "off" for none.')
+    http_port: Port | Literal["off"] = Field(30009, description='TCP port of the HTTP endpoint; "off" disables it.')
     metrics_topics: int = Field(
         0,
         ge=0,
         le=1000,
-        description="Topics with metrics of their own: so many, those that are put to most, and the rest as `other`.",
+        description="How many topics get their own metrics: those with the most puts. The rest are counted as `other`.",
     )
     health_timeout_seconds: Seconds = Field(
-        10.0, gt=0, le=600, description="A thread without a sign of life for so long makes /healthz fail."
+        10.0, gt=0, le=600, description="How long a thread may be unresponsive before /healthz fails."
     )
     max_age_seconds: Seconds = Field(
-        600.0, gt=0, le=31_536_000, description="Messages older than this are never delivered, and deleted soon."
+        600.0,
+        gt=0,
+        le=31_536_000,
+        description="Messages older than this are never delivered, and are deleted soon after.",
     )
     expiry_interval_seconds: Seconds = Field(
-        1.0, ge=0.01, le=3600, description="How often what is too old is deleted: bounds the memory it still takes."
+        1.0,
+        ge=0.01,
+        le=3600,
+        description="How often expired messages are deleted. A shorter interval frees their memory sooner.",
     )
     snapshot_file: str = Field(
         "",
-        description="Where what is held outlives the server: written at a graceful stop, restored at the next start. "
-        "Nobody else may write to its folder, which also takes files named after it. Empty: nothing is kept.",
+        description="Snapshot file: written on a graceful stop, loaded at start. Empty: no snapshots. Its "
+        "directory must not be writable by other users; temporary files with similar names are "
+        "created there.",
     )
     snapshot_interval_seconds: Annotated[Seconds, AfterValidator(_interval)] = Field(
         0.0,
         ge=0,
         le=3600,
-        description="How often it is written besides: bounds what is lost where the server is killed, or the power "
-        "fails. 0: only at a graceful stop; else at least 1.",
+        description="How often a snapshot is also written while the server runs, which limits what a crash or a "
+        "power failure can lose. 0: only on a graceful stop; otherwise at least 1.",
     )
     max_message_bytes: int = Field(
         8_388_608,
         ge=1,
         le=536_870_912,
-        description="Longest message. A connection may make the server buffer one, and each is held in memory.",
+        description="Max size of a message. Each connection may make the server buffer one message of this size "
+        "in memory.",
     )
     max_topic_bytes: int = Field(
-        512, ge=1, le=4096, description="Longest topic, as UTF-8. Topics are remembered after their messages are gone."
+        512,
+        ge=1,
+        le=4096,
+        description="Max length of a topic name in UTF-8. Topic names are remembered after their messages are gone.",
     )
     max_topics: Count = Field(
-        1_000_000, description="Topics that hold messages. Each takes some 600 bytes beside its name."
+        1_000_000, description="Max topics with stored messages. Each takes about 600 bytes plus its name."
     )
     max_stored_messages: Count = Field(
-        10_000_000, description="Messages held; a further one is refused until some have expired."
+        10_000_000, description="Max stored messages. When it is reached, puts are refused until messages expire."
     )
     max_stored_bytes: Bytes = Field(
         1_073_741_824,
-        description="Bytes of messages and topics held, each message counted with 100 more for what it takes beside, "
-        "each topic with 500. Bounds the memory: allow for 1.3 times as much.",
+        description="Max bytes of stored messages and topic names, plus 100 bytes of overhead per message and 500"
+        " per topic. Allow for 1.3 times as much memory.",
     )
-    max_stored_messages_per_topic: Count = Field(10_000_000, description="The same for one topic: messages.")
-    max_stored_bytes_per_topic: Bytes = Field(1_073_741_824, description="The same for one topic: bytes.")
+    max_stored_messages_per_topic: Count = Field(10_000_000, description="Max stored messages in one topic.")
+    max_stored_bytes_per_topic: Bytes = Field(
+        1_073_741_824, description="Max stored bytes in one topic, counted as for max_stored_bytes."
+    )
     max_connections: int = Field(
         10_000,
         ge=1,
         le=1_000_000,
-        description="Connections at a time; a further one is refused with an error. "
-        "Less where the limit on open files (ulimit -n) is lower.",
+        description="Max open connections; further ones are refused with an error. A lower limit on open files "
+        "(ulimit -n) lowers it.",
     )
     max_connections_per_address: int = Field(
         10_000,
         ge=1,
         le=1_000_000,
-        description="The same for one address of clients; an IPv6 address is its first 64 bits.",
+        description="Max open connections from one client address; IPv6 addresses count by their first 64 bits.",
     )
     max_unauthenticated_connections: int = Field(
         1_000,
         ge=1,
         le=1_000_000,
-        description="Connections that have not shown their token yet, or not finished the handshake of TLS. With a "
-        "further one, the oldest goes.",
+        description="Max connections that have not authenticated or finished the TLS handshake. When it is "
+        "exceeded, the oldest is closed.",
     )
     max_unauthenticated_bytes: int = Field(
-        16_384, ge=4096, le=1_048_576, description="Longest request of a client that has not shown its token."
+        16_384, ge=4096, le=1_048_576, description="Max size of a request from a client that has not authenticated."
     )
     max_waiting_readers: int = Field(
-        10_000, ge=1, le=1_000_000, description="Clients that wait for a message; a further one gets an error."
+        10_000, ge=1, le=1_000_000, description="Max clients waiting for a message; further ones get an error."
     )
     max_unread_reply_bytes: int = Field(
         16_777_216,
         ge=1024,
         le=1_073_741_824,
-        description="Max bytes of replies buffered for one client that has not read them; above it the server stops "
-        "reading its requests. The default lets a client send 1,000,000 short requests before it reads a reply.",
+        description="Max unread reply bytes buffered for one client; above it, the server stops reading the "
+        "client's requests. The default lets a client send 1,000,000 short requests before it reads a"
+        " reply.",
     )
     max_total_unread_reply_bytes: Bytes = Field(
         268_435_456,
-        description="The same for all clients together. Beyond it, requests whose replies would add to it wait; after "
-        "1 s the clients that hold most and read at less than 16 KiB/s are disconnected. The longest message always "
-        "fits.",
+        description="Max unread reply bytes buffered for all clients together. Above it, requests that would add "
+        "to it wait; after 1 s, the clients that hold the most and read slower than 16 KiB/s are "
+        "disconnected. One message of the maximum size always fits.",
     )
     max_total_request_bytes: Bytes = Field(
         268_435_456,
-        description="Max bytes held for requests of all clients together: a request that has begun reserves its "
-        "declared length, and positions of GET count too. Beyond it, input stays unread, and the oldest request is "
-        "read first; after 1 s the clients that hold most and send at less than 16 KiB/s are disconnected. The longest "
-        "message always fits.",
+        description="Max bytes buffered for the requests of all clients together. A request reserves its declared"
+        " length when it begins; the positions of GET count too. Above it, input stays unread and the"
+        " oldest request is read first; after 1 s, the clients that hold the most and send slower "
+        "than 16 KiB/s are disconnected. One message of the maximum size always fits.",
     )
     request_timeout_seconds: Seconds = Field(
         30.0,
         gt=0,
         le=3600,
-        description="Time for one request to arrive, from its first byte to its last; in addition, its length at "
-        "16 KiB/s.",
+        description="Time from the first byte of a request to its last, plus the time its length takes at 16 KiB/s.",
     )
     reply_timeout_seconds: Seconds = Field(
-        30.0, gt=0, le=3600, description="A client that reads none of its replies for this long is dropped."
+        30.0, gt=0, le=3600, description="A client that does not read its replies for this long is disconnected."
     )
     idle_timeout_seconds: Seconds = Field(
         0.0,
         ge=0,
         le=31_536_000,
-        description="A connection that sends nothing for this long, and waits for nothing, is closed. 0: never. "
-        "Clients gone without a word are found by TCP keepalive.",
+        description="A connection that sends no request for this long, and is not waiting for a message, is "
+        "closed. 0: never. TCP keepalive detects clients that vanished.",
     )
     stop_timeout_seconds: Seconds = Field(
-        10.0, gt=0, le=600, description="Time for a graceful stop; what still runs after it is reported and left."
+        10.0,
+        gt=0,
+        le=600,
+        description="Time limit for a graceful stop; whatever is still running after it is logged and abandoned.",
     )
     io_threads: int = Field(
         0,
         ge=0,
         le=64,
-        description="Threads that serve connections. 0 chooses: one where Python has a GIL (more are slower there), "
-        "else one a core.",
+        description="Threads that serve connections. 0: one if Python has a GIL (more would be slower), otherwise"
+        " one per core.",
     )
     busy_poll_microseconds: int = Field(
         100,
         ge=0,
         le=100_000,
-        description="How long a worker looks for the next request before it sleeps: to wake a processor takes longer "
-        "than most requests. Costs so much processor time whenever the clients pause; 0 costs none.",
+        description="How long a thread polls for the next request before it sleeps, since waking a processor "
+        "takes longer than most requests. Uses that much CPU time whenever clients pause. 0: no "
+        "polling.",
     )
     listen_backlog: int = Field(
-        1024, ge=1, le=65535, description="Connections the kernel holds while they wait to be accepted."
+        1024, ge=1, le=65535, description="Max connections that the kernel queues until they are accepted."
     )
     allow_shutdown: bool = Field(
-        default=True, description="Whether a client may stop the server (SHUTDOWN, mq.shutdown_server())."
+        default=True, description="Whether clients may stop the server (SHUTDOWN, mq.shutdown_server())."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="The least that is logged: debug, info, warning, error."
+        "info", description="Lowest level that is logged: debug, info, warning or error."
     )
     log_format: Literal["auto", "text", "json", "journal"] = Field(
         "auto",
-        description="How it is logged: text for people; json, a line an event; journal, with priorities and without "
-        "times; auto is journal under systemd and else text.",
+        description="Log format: text; json, one object per line; journal, with priorities and without times; "
+        "auto is journal under systemd, otherwise text.",
     )
     log_stream: Literal["stderr", "stdout"] = Field(
-        "stderr", description="Where it is logged. Some that collect what containers say take all of stderr for errors."
+        "stderr",
+        description="Where to log: stderr or stdout. Some container log collectors treat all of stderr as errors.",
     )
     max_log_lines_per_second: int = Field(
-        10, ge=1, le=1_000_000, description="Lines logged of one cause; what exceeds it is counted, and told later."
+        10,
+        ge=1,
+        le=1_000_000,
+        description="Max lines logged per second for the same cause; the rest are counted and summarised later.",
     )
 
     @classmethod
