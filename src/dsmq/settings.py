@@ -60,6 +60,8 @@ def _host_names(value: str) -> str:
 
 Seconds = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
+Limit = Annotated[int, Field(ge=1, le=1_000_000)]
+Timeout = Annotated[float, Field(gt=0, le=600, allow_inf_nan=False)]
 Bytes = Annotated[int, Field(ge=1, le=1_099_511_627_776)]
 Secret = Annotated[SecretStr, AfterValidator(_token)]
 
@@ -99,11 +101,8 @@ class Settings(BaseSettings):
         description="File of tokens, reloaded on SIGHUP. One per line: `name role token`, with role read, write "
         "(put and read) or admin; or a token alone, which is an admin's.",
     )
-    auth_timeout_seconds: Seconds = Field(
-        10.0,
-        gt=0,
-        le=600,
-        description="Time for a new connection to finish the TLS handshake and authenticate.",
+    auth_timeout_seconds: Timeout = Field(
+        10.0, description="Time for a new connection to finish the TLS handshake and authenticate."
     )
     tls_cert_file: str = Field(
         "",
@@ -119,8 +118,7 @@ class Settings(BaseSettings):
         description="Where the HTTP endpoint listens. It serves a status page, /metrics, /healthz and /readyz.",
     )
     http_token: Secret = Field(
-        SecretStr(""),
-        description="Bearer token required for /metrics and for /status.json, the status page's data.",
+        SecretStr(""), description="Bearer token required for /metrics and for /status.json, the status page's data."
     )
     http_token_file: str = Field("", description="File that contains the bearer token, instead of http_token.")
     http_allowed_hosts: Annotated[str, AfterValidator(_host_names)] = Field(
@@ -136,8 +134,8 @@ class Settings(BaseSettings):
         le=1000,
         description="How many topics get their own metrics: those with the most puts. The rest are counted as `other`.",
     )
-    health_timeout_seconds: Seconds = Field(
-        10.0, gt=0, le=600, description="How long a thread may be unresponsive before /healthz fails."
+    health_timeout_seconds: Timeout = Field(
+        10.0, description="How long a thread may be unresponsive before /healthz fails."
     )
     max_age_seconds: Seconds = Field(
         600.0,
@@ -192,31 +190,24 @@ class Settings(BaseSettings):
     max_stored_bytes_per_topic: Bytes = Field(
         1_073_741_824, description="Max stored bytes in one topic, counted as for max_stored_bytes."
     )
-    max_connections: int = Field(
+    max_connections: Limit = Field(
         10_000,
-        ge=1,
-        le=1_000_000,
         description="Max open connections; further ones are refused with an error. A lower limit on open files "
         "(ulimit -n) lowers it.",
     )
-    max_connections_per_address: int = Field(
-        10_000,
-        ge=1,
-        le=1_000_000,
-        description="Max open connections from one client address; IPv6 addresses count by their first 64 bits.",
+    max_connections_per_address: Limit = Field(
+        10_000, description="Max open connections from one client address; IPv6 addresses count by their first 64 bits."
     )
-    max_unauthenticated_connections: int = Field(
+    max_unauthenticated_connections: Limit = Field(
         1_000,
-        ge=1,
-        le=1_000_000,
         description="Max connections that have not authenticated or finished the TLS handshake. When it is "
         "exceeded, the oldest is closed.",
     )
     max_unauthenticated_bytes: int = Field(
         16_384, ge=4096, le=1_048_576, description="Max size of a request from a client that has not authenticated."
     )
-    max_waiting_readers: int = Field(
-        10_000, ge=1, le=1_000_000, description="Max clients waiting for a message; further ones get an error."
+    max_waiting_readers: Limit = Field(
+        10_000, description="Max clients waiting for a message; further ones get an error."
     )
     max_unread_reply_bytes: int = Field(
         16_777_216,
@@ -255,11 +246,8 @@ class Settings(BaseSettings):
         description="A connection that sends no request for this long, and is not waiting for a message, is "
         "closed. 0: never. TCP keepalive detects clients that vanished.",
     )
-    stop_timeout_seconds: Seconds = Field(
-        10.0,
-        gt=0,
-        le=600,
-        description="Time limit for a graceful stop; whatever is still running after it is logged and abandoned.",
+    stop_timeout_seconds: Timeout = Field(
+        10.0, description="Time limit for a graceful stop; whatever is still running after it is logged and abandoned."
     )
     io_threads: int = Field(
         0,
@@ -294,11 +282,8 @@ class Settings(BaseSettings):
         "stderr",
         description="Where to log: stderr or stdout. Some container log collectors treat all of stderr as errors.",
     )
-    max_log_lines_per_second: int = Field(
-        10,
-        ge=1,
-        le=1_000_000,
-        description="Max lines logged per second for the same cause; the rest are counted and summarised later.",
+    max_log_lines_per_second: Limit = Field(
+        10, description="Max lines logged per second for the same cause; the rest are counted and summarised later."
     )
 
     @classmethod
