@@ -40,7 +40,7 @@ def toml(folder: Path, text: str | bytes) -> str:
 def complaint(file: str | None = None, **given: object) -> str:
     """The one line that tells what is wrong with these settings."""
     with pytest.raises(ConfigError) as caught:
-        config.load(file, spelled=config.option, **given)
+        config.load(file, name_of=config.option, **given)
     line = str(caught.value)
     assert line
     assert "\n" not in line

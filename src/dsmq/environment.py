@@ -1,4 +1,4 @@
-"""What environment variables and the configuration file say, for the server and for the command line.
+"""Reads environment variables and the configuration file, for the server and the command line.
 
 Imports the standard library alone, so that the client commands start fast.
 """
@@ -46,10 +46,9 @@ _logger = logging.getLogger(__name__)
 
 
 def variables() -> dict[str, str]:
-    """Return dsmq's environment variables by the names of the settings, whose case does not matter.
+    """Return dsmq's environment variables by setting name, ignoring case.
 
-    Leaves out empty ones, and those of service links. Raises ConfigError if one is unknown, or if two contradict each
-    other.
+    Skips empty variables and service links. Raises ConfigError if one is unknown or two contradict each other.
     """
     found: dict[str, str] = {}
     for variable in sorted(_ours()):
@@ -64,15 +63,15 @@ def variables() -> dict[str, str]:
     return found
 
 
-def unknown(name: str, spelled: Callable[[str], str] = str, about: str = "") -> str:
-    """Return a complaint about an unknown setting. It names the nearest known one unless it is told what to say."""
+def unknown(name: str, name_of: Callable[[str], str] = str, about: str = "") -> str:
+    """Return the error for an unknown setting, with `about` or the closest known name as a hint."""
     if not about and (nearest := difflib.get_close_matches(name, SETTINGS, n=1)):
-        about = f"the nearest known one is '{spelled(nearest[0])}'"
-    return f"unknown setting '{spelled(name)}'" + (f"; {about}" if about else "")
+        about = f"the nearest known one is '{name_of(nearest[0])}'"
+    return f"unknown setting '{name_of(name)}'" + (f"; {about}" if about else "")
 
 
 def log_links() -> None:
-    """Log which environment variables are passed over."""
+    """Log which environment variables are ignored as service links."""
     if links := sorted(filter(_is_link, _ours())):
         _logger.debug("environment variables passed over as service links: %s", ", ".join(links))
 
@@ -86,7 +85,7 @@ def _is_link(variable: str) -> bool:
 
 
 def read_toml(file: str) -> dict[str, Any]:
-    """Return what a TOML file says. Raises ConfigError."""
+    """Return the contents of a TOML file. Raises ConfigError."""
     text = read_text(file)
     try:
         return tomllib.loads(text)

@@ -54,6 +54,8 @@ def _host_names(value: str) -> str:
 
 Seconds = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
+Limit = Annotated[int, Field(ge=1, le=1_000_000)]
+Timeout = Annotated[float, Field(gt=0, le=600, allow_inf_nan=False)]
 Bytes = Annotated[int, Field(ge=1, le=1_099_511_627_776)]
 Secret = Annotated[SecretStr, AfterValidator(_token)]
 
@@ -65,10 +67,10 @@ def _interval(value: float) -> float:
 
 
 class Settings(BaseSettings):
-    """What can be set. The description of a field is its line in `dsmq.toml.example`."""
+    """All settings. The descriptions also appear in `--help` and `dsmq.toml.example`."""
 
     from_file: ClassVar[dict[str, Any]] = {}
-    """What the TOML file says."""
+    """The contents of the TOML file."""
 
     model_config = SettingsConfigDict(extra="forbid", frozen=True)
 
@@ -93,11 +95,8 @@ class Settings(BaseSettings):
         description="File of tokens, reloaded on SIGHUP. One per line: `name role token`, with role read, write "
         "(put and read) or admin; or a token alone, which is an admin's.",
     )
-    auth_timeout_seconds: Seconds = Field(
-        10.0,
-        gt=0,
-        le=600,
-        description="Time for a new connection to finish the TLS handshake and authenticate.",
+    auth_timeout_seconds: Timeout = Field(
+        10.0, description="Time for a new connection to finish the TLS handshake and authenticate."
     )
     tls_cert_file: str = Field(
         "",
@@ -113,8 +112,7 @@ class Settings(BaseSettings):
         description="Where the HTTP endpoint listens. It serves a status page, /metrics, /healthz and /readyz.",
     )
     http_token: Secret = Field(
-        SecretStr(""),
-        description="Bearer token required for /metrics and for /status.json, the status page's data.",
+        SecretStr(""), description="Bearer token required for /metrics and for /status.json, the status page's data."
     )
     http_token_file: str = Field("", description="File that contains the bearer token, instead of http_token.")
     http_allowed_hosts: Annotated[str, AfterValidator(_host_names)] = Field(
@@ -130,8 +128,8 @@ class Settings(BaseSettings):
         le=1000,
         description="How many topics get their own metrics: those with the most puts. The rest are counted as `other`.",
     )
-    health_timeout_seconds: Seconds = Field(
-        10.0, gt=0, le=600, description="How long a thread may be unresponsive before /healthz fails."
+    health_timeout_seconds: Timeout = Field(
+        10.0, description="How long a thread may be unresponsive before /healthz fails."
     )
     max_age_seconds: Seconds = Field(
         600.0,
@@ -186,31 +184,24 @@ class Settings(BaseSettings):
     max_stored_bytes_per_topic: Bytes = Field(
         1_073_741_824, description="Max stored bytes in one topic, counted as for max_stored_bytes."
     )
-    max_connections: int = Field(
+    max_connections: Limit = Field(
         10_000,
-        ge=1,
-        le=1_000_000,
         description="Max open connections; further ones are refused with an error. A lower limit on open files "
         "(ulimit -n) lowers it.",
     )
-    max_connections_per_address: int = Field(
-        10_000,
-        ge=1,
-        le=1_000_000,
-        description="Max open connections from one client address; IPv6 addresses count by their first 64 bits.",
+    max_connections_per_address: Limit = Field(
+        10_000, description="Max open connections from one client address; IPv6 addresses count by their first 64 bits."
     )
-    max_unauthenticated_connections: int = Field(
+    max_unauthenticated_connections: Limit = Field(
         1_000,
-        ge=1,
-        le=1_000_000,
         description="Max connections that have not authenticated or finished the TLS handshake. When it is "
         "exceeded, the oldest is closed.",
     )
     max_unauthenticated_bytes: int = Field(
         16_384, ge=4096, le=1_048_576, description="Max size of a request from a client that has not authenticated."
     )
-    max_waiting_readers: int = Field(
-        10_000, ge=1, le=1_000_000, description="Max clients waiting for a message; further ones get an error."
+    max_waiting_readers: Limit = Field(
+        10_000, description="Max clients waiting for a message; further ones get an error."
     )
     max_unread_reply_bytes: int = Field(
         16_777_216,
@@ -249,11 +240,8 @@ class Settings(BaseSettings):
         description="A connection that sends no request for this long, and is not waiting for a message, is "
         "closed. 0: never. TCP keepalive detects clients that vanished.",
     )
-    stop_timeout_seconds: Seconds = Field(
-        10.0,
-        gt=0,
-        le=600,
-        description="Time limit for a graceful stop; whatever is still running after it is logged and abandoned.",
+    stop_timeout_seconds: Timeout = Field(
+        10.0, description="Time limit for a graceful stop; whatever is still running after it is logged and abandoned."
     )
     io_threads: int = Field(
         0,
@@ -288,11 +276,8 @@ class Settings(BaseSettings):
         "stderr",
         description="Where to log: stderr or stdout. Some container log collectors treat all of stderr as errors.",
     )
-    max_log_lines_per_second: int = Field(
-        10,
-        ge=1,
-        le=1_000_000,
-        description="Max lines logged per second for the same cause; the rest are counted and summarised later.",
+    max_log_lines_per_second: Limit = Field(
+        10, description="Max lines logged per second for the same cause; the rest are counted and summarised later."
     )
 
     @classmethod
@@ -300,7 +285,7 @@ class Settings(BaseSettings):
         cls,
         settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - it would take service links for settings
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - it would read service links as settings
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
@@ -309,10 +294,10 @@ class Settings(BaseSettings):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth(cls, value: object, info: ValidationInfo) -> object:
+    def _reject_bool(cls, value: object, info: ValidationInfo) -> object:
         if isinstance(value, str) and "\0" in value:
             raise ValueError("should be text without NUL characters")
-        # Python takes true for 1.
+        # Python treats True as 1.
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
             raise ValueError("should be something else than true or false")
         return value
@@ -337,41 +322,41 @@ class Settings(BaseSettings):
 
     @property
     def io_workers(self) -> int:
-        """The number of I/O workers that `io_threads` means here."""
+        """The number of I/O threads, with io_threads = 0 resolved."""
         if self.io_threads:
             return self.io_threads
         return (os.cpu_count() or 1) if not _has_gil() else 1
 
 
 class EmbeddedSettings(Settings):
-    """The settings of `serve()` called as a function: several such servers fit in one machine."""
+    """The settings of `serve()` called as a function; no HTTP port, so that several servers can share a machine."""
 
     http_port: Port | Literal["off"] = "off"
 
 
 def load(
-    file: str | None = None, kind: type[Settings] = Settings, *, spelled: Callable[[str], str] = str, **given: Any
+    file: str | None = None, kind: type[Settings] = Settings, *, name_of: Callable[[str], str] = str, **given: Any
 ) -> Settings:
-    """Return the effective settings; `given` are those of the command line or call, where they are spelled like that.
+    """Return the effective settings; name_of maps the names of those `given` to what the caller calls them.
 
-    file is a TOML file's path; without it, the one that DSMQ_CONFIG names, if any. Raises ConfigError.
+    file is the path of a TOML file; default: the one that DSMQ_CONFIG names, if any. Raises ConfigError.
     """
     file = file or os.environ.get(environment.variables().get("config", ""))
     if file:
-        # A class of its own, because pydantic-settings makes its sources from the class alone.
+        # pydantic-settings builds its sources from the class, so the file needs a subclass.
         kind = type(kind.__name__, (kind,), {"from_file": environment.read_toml(file), "__module__": __name__})
     try:
         return kind(**given)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(error, {name: spelled(name) for name in given}, file))) from None
+        raise ConfigError("; ".join(_explain(error, {name: name_of(name) for name in given}, file))) from None
 
 
 def _from_environment() -> dict[str, str]:
     return {name: os.environ[variable] for name, variable in environment.variables().items() if name != "config"}
 
 
-# What pydantic says to programmers.
-_PLAINLY = {
+# Replacements for pydantic's messages, which are written for programmers.
+_MESSAGES = {
     **dict.fromkeys(("int_type", "int_parsing", "int_parsing_size", "int_from_float"), "should be a whole number"),
     **dict.fromkeys(("float_type", "float_parsing"), "should be a number"),
     **dict.fromkeys(("bool_type", "bool_parsing"), "should be true or false"),
@@ -385,7 +370,7 @@ def _explain(error: ValidationError, given: dict[str, str], file: str | None) ->
     values = {}
     for problem in error.errors(include_url=False):
         if not problem["loc"]:
-            # Of settings that don't fit together.
+            # Settings that contradict each other have no location.
             unknown.append(problem["msg"].removeprefix("Value error, "))
             continue
         name = str(problem["loc"][0])
@@ -394,7 +379,7 @@ def _explain(error: ValidationError, given: dict[str, str], file: str | None) ->
             about = "there are no sections, all settings stand above them" if sections else ""
             unknown.append(f"{file or 'settings'}: {environment.unknown(name, str, about)}")
         else:
-            message = _PLAINLY.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
+            message = _MESSAGES.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
             wrong.setdefault(name, []).append(message.removeprefix("Input "))
             values[name] = "" if is_secret(name) else f", not {quoted(problem['input'])}"
     return unknown + [
@@ -412,7 +397,7 @@ def _has_gil() -> bool:
 
 
 def is_secret(name: str) -> bool:
-    """Return whether a setting must not be shown."""
+    """Return whether a setting's value must not be displayed."""
     return Settings.model_fields[name].annotation is SecretStr
 
 
@@ -426,18 +411,18 @@ def _shown(default: Any) -> Any:
 
 
 def _as_option(default: Any) -> str:
-    """Return a default as it would stand on a command line."""
+    """Return a default as written on a command line."""
     if isinstance(default, bool):
         return str(default).lower()
     return f"{default:g}" if isinstance(default, float) else str(default) or "none"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Give a command the option --config, and one for each setting."""
+    """Add --config and one option per setting to a command."""
     parser.add_argument("--config", metavar="FILE", help=f"TOML file; default: the one that {environment.CONFIG} names")
     for name, field in Settings.model_fields.items():
         if is_secret(name):
-            # Others can read a command line.
+            # Other users on the machine can read command lines.
             continue
         about = f"{field.description} Default: {_as_option(field.default)}".replace("%", "%%")
         parser.add_argument(option(name), metavar="VALUE", dest=name, default=argparse.SUPPRESS, help=about)
@@ -446,7 +431,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def from_options(options: argparse.Namespace) -> Settings:
     """Return the effective settings for a command line. Raises ConfigError."""
     given = {name: value for name, value in vars(options).items() if name in Settings.model_fields}
-    return load(options.config, spelled=option, **given)
+    return load(options.config, name_of=option, **given)
 
 
 def as_dict(settings: Settings) -> dict[str, Any]:
@@ -456,14 +441,14 @@ def as_dict(settings: Settings) -> dict[str, Any]:
 
 def to_toml(settings: Settings) -> str:
     """Return the settings as TOML, secrets masked."""
-    import tomli_w  # noqa: PLC0415 - a server needs it never
+    import tomli_w  # noqa: PLC0415 - servers never need it
 
     return tomli_w.dumps(as_dict(settings))
 
 
 def example() -> str:
     """Return `dsmq.toml.example`: every setting, explained, with its default, commented out."""
-    import tomli_w  # noqa: PLC0415 - a server needs it never
+    import tomli_w  # noqa: PLC0415 - servers never need it
 
     parts = [
         "# dsmq.toml: the settings of `dsmq serve`, all with their defaults. Use it with --config or DSMQ_CONFIG.\n"

@@ -1,4 +1,4 @@
-"""What is asked of the operating system: the time, what makes for speed, and the terminal."""
+"""Operating-system services: clocks, process identity, memory, files and the terminal."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from typing import Any
 
 from dsmq.errors import ConfigError
 
-# A file of tokens or settings is shorter; /dev/zero has no end.
+# Files of tokens or settings are shorter; this guards against files such as /dev/zero.
 _MAX_TEXT_BYTES = 1_048_576
-# File descriptors that are not for connections, and the limit to ask for if the hard limit is unlimited.
+# File descriptors reserved for other purposes than connections; the limit to request if the hard one is unlimited.
 _RESERVED_FILES = 64
 _MAX_FILES = 1_048_576
-# The file that stands for the controlling terminal of whichever process opens it.
+# The controlling terminal of the process that opens it.
 _TERMINAL = "/dev/tty"
 
 _logger = logging.getLogger(__name__)
 
 yield_processor: Callable[[], None] = getattr(os, "sched_yield", partial(time.sleep, 0))
-"""Let another thread run that waits for this processor; without one, go on at once."""
+"""Let another runnable thread use this processor; return at once if there is none."""
 
 
 BOOT_CLOCK: int | None = getattr(time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC", None))
 """The clock of `boot_time`, if it has a number."""
 boot_time: Callable[[], float] = time.monotonic if BOOT_CLOCK is None else partial(time.clock_gettime, BOOT_CLOCK)
-"""Return the seconds on a clock that only goes forward, and goes on while the machine sleeps.
+"""Return the seconds of a monotonic clock that includes time asleep.
 
-Linux has CLOCK_BOOTTIME for that; CLOCK_MONOTONIC of macOS and the monotonic time of Windows go on anyway.
+CLOCK_BOOTTIME on Linux; the monotonic clocks of macOS and Windows include it anyway.
 """
 
 
 class _Process:
-    """Tells this process from its children, however they were forked."""
+    """Distinguishes this process from its forked children."""
 
     __slots__ = ("_page", "_token")
 
@@ -47,7 +47,7 @@ class _Process:
         self._token = object()
 
     def token(self) -> object:
-        """Return an object that stands for this process; in a child it is another one."""
+        """Return an object that identifies this process; a forked child gets a different one."""
         if not self._page[0]:
             self._token = object()
             self._page[0] = 1
@@ -55,7 +55,7 @@ class _Process:
 
 
 def _wiped_in_children() -> Any:
-    """Return memory that holds a 1, and in a child process a 0: to ask for the process id takes longer."""
+    """Return memory that contains 1, and 0 in a forked child; reading it is faster than getpid()."""
     try:
         import mmap  # noqa: PLC0415 - where there is none
 
@@ -68,7 +68,7 @@ def _wiped_in_children() -> Any:
 
 
 class _ByProcessId:
-    """The same on systems without such memory."""
+    """Replacement on systems without such memory."""
 
     def __init__(self) -> None:
         self._process = os.getpid()
@@ -80,19 +80,19 @@ class _ByProcessId:
         self._process = os.getpid()
 
 
-# Of Linux, since 4.14; Python has no name for it.
+# Linux 4.14 or later; Python does not define it.
 _MADV_WIPEONFORK = 18
 process = _Process().token
 LONG_YIELD_SECONDS = 0.001
-"""Who did not get the processor back for so long shares it with programs that compute: then it is better to sleep."""
+"""If a yield takes longer, the processor is shared with CPU-bound programs, and sleeping is better."""
 LONG_YIELD_PAUSE_SECONDS = 0.1
-"""For so long: the kernel wakes who has slept sooner than it returns to who has yielded."""
+"""How long to sleep instead of yielding: the kernel favours threads that slept."""
 LONG_MESSAGE_BYTES = 65_536
-"""From here on it is worth to `expect_long_messages`."""
+"""Messages from this size on justify `expect_long_messages`."""
 
 
 def lacking() -> list[str]:
-    """Return what a server needs and this system does not have, as Windows does not."""
+    """Return what a server needs but this system lacks, such as Windows."""
     from importlib.util import find_spec  # noqa: PLC0415 - the client, which loads this module too, does not need it
 
     modules = [name for name in ("fcntl", "resource") if find_spec(name) is None]
@@ -130,16 +130,16 @@ def read_text(file: str) -> str:
 
 @cache
 def expect_long_messages() -> None:
-    """Have the C library keep freed memory for the next long message, in place of fetching it anew each time.
+    """Make the C library keep freed memory for the next long message instead of returning it to the kernel.
 
-    glibc's malloc learns from what it is given back: from then on it keeps up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD).
+    glibc's malloc raises its threshold when a large block is freed (mallopt(3), M_MMAP_THRESHOLD), to at most 32 MiB.
     Fresh memory costs a page fault for every 4 KiB.
     """
     bytes(16 << 20)
 
 
 def unsent_bytes(sock: socket.socket) -> int:
-    """Return how many bytes the other side has not received yet; 0 if the system does not tell."""
+    """Return how many bytes the peer has not acknowledged; 0 if the system can't tell."""
     try:
         from fcntl import ioctl  # noqa: PLC0415 - not everywhere
         from termios import TIOCOUTQ  # noqa: PLC0415
@@ -150,13 +150,13 @@ def unsent_bytes(sock: socket.socket) -> int:
 
 
 def allow_more_files() -> None:
-    """Raise this process's limit on open files as far as the system allows; each connection takes one."""
+    """Raise the limit on open files as far as possible; each connection needs one."""
     if lacking():
         return
     import resource  # noqa: PLC0415 - Windows has none
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # The kernel may allow less than the hard limit says: macOS calls it unlimited, and takes some 10,000.
+    # The kernel may allow less than the hard limit: macOS says unlimited but allows about 10,000.
     most = _MAX_FILES if hard == resource.RLIM_INFINITY else hard
     while soft == resource.RLIM_INFINITY or soft < most:
         try:
@@ -169,7 +169,7 @@ def allow_more_files() -> None:
 
 
 def affordable_connections(connections: int) -> int:
-    """Return how many connections the limit on open files allows, at most this many."""
+    """Return how many of these connections the limit on open files allows."""
     import resource  # noqa: PLC0415 - Windows has none
 
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
