@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
-import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from typing import Any
 
 import pytest
 
+from dsmq import aio
 from dsmq import settings as config
 from dsmq.client import DSMQClientSideConnection, connect
-from dsmq.errors import ReplyError
 from dsmq.server import Server
-from dsmq.wire.resp import Reply, ReplyParser, encode_request
+from helpers import HOST, ROOT, SOON, UNIT, Daemon, Wire, as_map, daemon, reached, scrape, wait_until
 
-# All timing in the tests is in this unit, in seconds: long enough that a busy machine does not matter.
-UNIT = float(os.environ.get("DSMQ_TEST_UNIT", "0.1"))
-# What is to happen has to within this.
-SOON = 300 * UNIT
+__all__ = ["HOST", "ROOT", "SOON", "UNIT", "Daemon", "Wire", "as_map", "daemon", "reached", "scrape", "wait_until"]
 
 
 @pytest.fixture(autouse=True)
@@ -39,9 +35,15 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def no_leftovers() -> Iterator[None]:
-    """Every test ends its own threads. That of the log lives as long as the process."""
+    """Every test ends its own threads. That of the log lives as long as the process.
+
+    A handler of the log that a command left would go on writing to what was standard error in its test.
+    """
     before = set(threading.enumerate())
+    logger = logging.getLogger("dsmq")
+    handlers = logger.handlers[:]
     yield
+    logger.handlers[:] = handlers
     names = [thread.name for thread in set(threading.enumerate()) - before]
     left = [name for name in names if name.startswith("dsmq-") and name != "dsmq-log"]
     assert not left
@@ -83,62 +85,21 @@ def client(server: Server) -> Iterator[Callable[[], DSMQClientSideConnection]]:
         one.close()
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    """For what the server does without telling: look until it is so."""
-    until = time.monotonic() + SOON
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(UNIT / 20)
+@contextmanager
+def blocked(server: Server) -> Iterator[threading.Event]:
+    """A server that does nothing until the event is set."""
+    release, begun = threading.Event(), threading.Event()
 
+    def block() -> None:
+        begun.set()
+        release.wait(SOON)
 
-class Wire:
-    """A connection on which a test says what it likes, byte by byte."""
-
-    def __init__(self, address: tuple[str, int] | str, source: str | None = None) -> None:
-        family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
-        self.socket = socket.socket(family)
-        self.socket.settimeout(SOON)
-        if source:
-            self.socket.bind((source, 0))
-        self.socket.connect(address)
-        self._parser = ReplyParser()
-
-    def send(self, data: bytes) -> None:
-        self.socket.sendall(data)
-
-    def receive(self) -> Reply:
-        while (reply := self._parser.next()) is None:
-            data = self.socket.recv(65536)
-            if not data:
-                raise EOFError
-            self._parser.feed(data)
-        return reply[0]
-
-    def call(self, *arguments: bytes | str | int) -> Reply:
-        """Send a request and return its reply; an error is returned, not raised."""
-        words = [word if isinstance(word, bytes) else str(word).encode() for word in arguments]
-        self.send(encode_request(*words))
-        return self.receive()
-
-    def error(self, *arguments: bytes | str | int) -> str:
-        """Send a request and return the code of the error that answers it."""
-        reply = self.call(*arguments)
-        assert isinstance(reply, ReplyError), reply
-        return reply.code
-
-    def ask_for_notices(self) -> None:
-        """Be told, as dsmq's own clients are, what was not asked for."""
-        assert isinstance(self.call("HELLO", 2, "NOTICES"), list)
-
-    def ended(self) -> bool:
-        """Whether the server has closed, or does so soon."""
-        try:
-            return self.socket.recv(1) == b""
-        except ConnectionResetError:
-            return True
-
-    def close(self) -> None:
-        self.socket.close()
+    server._workers[0].post(block)
+    assert begun.wait(SOON)
+    try:
+        yield release
+    finally:
+        release.set()
 
 
 @contextmanager
@@ -154,49 +115,6 @@ def wire_to(server: Server) -> Iterator[Wire]:
 def wire(server: Server) -> Iterator[Wire]:
     with wire_to(server) as wire:
         yield wire
-
-
-class Daemon:
-    """`dsmq serve` in a process of its own, on free ports."""
-
-    def __init__(self, *options: str, env: dict[str, str] | None = None, prefix: Sequence[str] = ()) -> None:
-        self.process = subprocess.Popen(
-            [*prefix, sys.executable, "-m", "dsmq", "serve", "--port", "0", "--http-port", "0", *options],
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **(env or {})},
-        )
-        self.log: list[str] = []
-        self.port = int(self.wait_for_line(r"serves on .*?:(\d+)(?: |,)")[1])
-        self.http_port = int(self.wait_for_line(r"metrics on http://.*?:(\d+)/")[1])
-
-    def wait_for_line(self, pattern: str) -> re.Match[str]:
-        """Return the match of the next line of the log that has one."""
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.log.append(line)
-            if match := re.search(pattern, line):
-                return match
-        raise AssertionError(f"no line like {pattern!r} in:\n{''.join(self.log)}")
-
-    def stop(self) -> int:
-        """Stop it as systemd would; return its exit status."""
-        self.process.terminate()
-        _, rest = self.process.communicate(timeout=SOON)
-        self.log.append(rest)
-        return self.process.returncode
-
-
-@contextmanager
-def daemon(*options: str, env: dict[str, str] | None = None, prefix: Sequence[str] = ()) -> Iterator[Daemon]:
-    daemon = Daemon(*options, env=env, prefix=prefix)
-    try:
-        yield daemon
-    finally:
-        if daemon.process.poll() is None:
-            daemon.stop()
-        if daemon.process.stderr:
-            daemon.process.stderr.close()
 
 
 def run_dsmq(
@@ -230,4 +148,16 @@ def without_privileges() -> list[str]:
     return ["setpriv", "--bounding-set=-net_bind_service,-dac_override,-dac_read_search"]
 
 
-ROOT = Path(__file__).parent.parent
+# Tests of `connect`, in both clients
+
+Connect = Callable[..., Any]
+
+
+def connect_aio(*arguments: Any, **options: Any) -> None:
+    async def scenario() -> None:
+        await (await aio.connect(*arguments, **options)).close()
+
+    asyncio.run(scenario())
+
+
+CONNECTS = pytest.mark.parametrize("connect", [connect, connect_aio])

@@ -63,7 +63,8 @@ def loaded_by(module: str) -> set[str]:
 # The demo
 
 
-def test_demos_run_side_by_side_and_each_reader_gets_every_message() -> None:
+@pytest.mark.slow
+def test_demos_run_concurrently_and_each_reader_gets_every_message() -> None:
     messages = [f"{number}. Hello, world" for number in range(5)]
     with python("-m", "dsmq", "demo") as command, python(SOURCE / "demo.py") as script:
         for process in (command, script):
@@ -77,7 +78,8 @@ def test_demos_run_side_by_side_and_each_reader_gets_every_message() -> None:
                 assert f"{reader} received 5 of 5 messages" in lines
 
 
-def test_what_is_set_for_other_servers_is_nothing_to_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_demo_ignores_settings_of_other_servers(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("DSMQ_AUTH_TOKEN", "DSMQ_TLS_CERT_FILE", "DSMQ_MAX_AGE_SECONDS", "dsmq_no"):
         monkeypatch.setenv(name, "for-another-server")
     with python("-m", "dsmq", "demo") as command:
@@ -86,8 +88,9 @@ def test_what_is_set_for_other_servers_is_nothing_to_the_demo(monkeypatch: pytes
     assert out.count("received 5 of 5 messages") == len(demo.READERS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dies", "name"), [("serve", "server"), ("read", "reader")])
-def test_a_demo_whose_process_dies_says_so(dies: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_reports_dead_process(dies: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, dies, die)
     try:
         with pytest.raises(ServerFailed, match=f"the demo's {name}.* has died, with the exit status 3"):
@@ -106,7 +109,7 @@ def die(*_: object) -> None:
 # The examples
 
 
-def test_what_one_example_puts_the_other_gets(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+def test_get_example_reads_put_example(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     getter = threading.Thread(target=example_get_client.run, args=("127.0.0.1", server.port, 3, "me"))
     getter.start()
     wait_until(lambda: server.waiting() == 1)
@@ -118,7 +121,7 @@ def test_what_one_example_puts_the_other_gets(server: Server, capsys: pytest.Cap
         assert [line for line in lines if line.startswith(said)] == [f"{said} {n}. Hello, world" for n in range(3)]
 
 
-def test_the_getting_example_ends_when_nothing_comes(
+def test_get_example_ends_at_timeout(
     server: Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client_module, "_n_tries", 1)
@@ -127,7 +130,7 @@ def test_the_getting_example_ends_when_nothing_comes(
     assert server.counters().gets_empty >= 1
 
 
-def test_the_example_server_serves_where_the_clients_look(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_example_server_uses_address_of_example_clients(monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[dict[str, object]] = []
     monkeypatch.setattr("dsmq.server.serve", lambda **settings: served.append(settings))
     runpy.run_path(str(SOURCE / "example_server.py"), run_name="__main__")
@@ -140,7 +143,7 @@ def test_the_example_server_serves_where_the_clients_look(monkeypatch: pytest.Mo
 # The server as a script
 
 
-def test_the_server_runs_as_a_script_and_says_so() -> None:
+def test_server_runs_as_script() -> None:
     with socket.create_server(("127.0.0.1", 0)) as sock:
         port = sock.getsockname()[1]
     with python(SOURCE / "server.py", "127.0.0.1", str(port)) as process:
@@ -155,11 +158,11 @@ def test_the_server_runs_as_a_script_and_says_so() -> None:
 
 
 @pytest.mark.parametrize("arguments", ["127.0.0.1 port", "127.0.0.1 -1", "127.0.0.1 1 name", "127.0.0.1 ²"])
-def test_the_script_tells_how_it_is_used(arguments: str) -> None:
+def test_script_prints_usage(arguments: str) -> None:
     assert result(SOURCE / "server.py", *arguments.split()) == (1, "", "usage: server.py [host [port]]\n")
 
 
-def test_the_script_tells_in_one_line_why_it_cannot_start(server: Server) -> None:
+def test_script_reports_failed_start_in_one_line(server: Server) -> None:
     for port, reason in ((server.port, "the address is in use"), (65536, "65535")):
         status, out, err = result(SOURCE / "server.py", "127.0.0.1", str(port))
         assert (status, out) == (1, "")
@@ -172,7 +175,7 @@ def test_the_script_tells_in_one_line_why_it_cannot_start(server: Server) -> Non
 
 
 @pytest.mark.parametrize("module", ["dsmq.client", "dsmq.cli"])
-def test_the_client_loads_the_standard_library_alone(module: str) -> None:
+def test_client_imports_only_standard_library(module: str) -> None:
     loaded = loaded_by(module)
     assert module in loaded
     others = {name for name in loaded if name.partition(".")[0] not in sys.stdlib_module_names}
@@ -181,16 +184,17 @@ def test_the_client_loads_the_standard_library_alone(module: str) -> None:
     assert not {"dsmq.server", "dsmq.settings", "dsmq.store.sqlite"} & loaded
 
 
-def test_the_package_alone_loads_neither_client_nor_server() -> None:
+def test_package_import_loads_neither_client_nor_server() -> None:
     assert loaded_by("dsmq") == {"dsmq"}
 
 
-def test_the_server_without_a_side_port_loads_no_http_and_no_prometheus() -> None:
+def test_server_without_http_endpoint_imports_no_prometheus() -> None:
     assert not {"prometheus_client", "http.server", "dsmq.ops.http"} & loaded_by("dsmq.server")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to_all", [True, False], ids=["as a terminal does", "to the demo alone"])
-def test_ctrl_c_ends_the_demo_quietly(to_all: bool, interruptible: None) -> None:
+def test_ctrl_c_ends_demo_without_traceback(to_all: bool, interruptible: None) -> None:
     command = [sys.executable, "-m", "dsmq", "demo"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True

@@ -56,12 +56,12 @@ def room(module: str) -> str:
 
 
 @pytest.mark.parametrize("module", sorted(name for name in IMPORTS if room(name) in MAY_IMPORT))
-def test_a_room_imports_only_from_rooms_below_it(module: str) -> None:
+def test_room_imports_only_from_rooms_below(module: str) -> None:
     here = room(module)
     assert {room(other) for other in IMPORTS[module]} <= MAY_IMPORT[here] | {here}
 
 
-def test_imports_have_no_circle_and_few_levels() -> None:
+def test_imports_are_acyclic_and_at_most_the_levels_allowed() -> None:
     @cache
     def level(module: str) -> int:
         return 1 + max(map(level, IMPORTS[module]), default=0)

@@ -13,25 +13,22 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from conftest import SOON, UNIT, Wire, daemon, serving, wait_until, wire_to
+from conftest import SOON, UNIT, Wire, as_map, daemon, serving, wait_until, wire_to
 from dsmq import settings as config
 from dsmq.broker import commands, connection
 from dsmq.broker import event_loop as worker
+from dsmq.broker.admission import MAX_REFUSED
 from dsmq.client import connect
 from dsmq.errors import CannotStart, Closing, Full, ServerFailed, StoreFailed, WrongEpoch
 from dsmq.server import Server
 from dsmq.store.api import Message, Put
 from dsmq.store.sqlite import SQLiteStore
 from dsmq.wire.resp import encode_request
-
-
-def as_map(reply: object) -> dict[bytes, object]:
-    assert isinstance(reply, list)
-    return dict(zip(reply[::2], reply[1::2], strict=True))
 
 
 def send_for_ever(sock: socket.socket, data: bytes) -> None:
@@ -42,17 +39,17 @@ def send_for_ever(sock: socket.socket, data: bytes) -> None:
 # Messages
 
 
-def test_ids_count_over_all_topics_and_numbers_within_one(wire: Wire) -> None:
+def test_ids_count_over_all_topics_and_numbers_per_topic(wire: Wire) -> None:
     assert [wire.call("PUT", "a", "1"), wire.call("PUT", "b", "2"), wire.call("PUT", "a", "3")] == [1, 2, 3]
     assert [wire.call("READ", "a", 0)[i] for i in (0, 1, 3, 5, 6, 8)] == [1, 1, b"1", 3, 2, b"3"]
 
 
-def test_names_of_commands_and_options_are_case_insensitive(wire: Wire) -> None:
+def test_commands_and_options_are_case_insensitive(wire: Wire) -> None:
     assert wire.call("put", "t", "x") == 1
     assert wire.call("ReaD", "t", 0, "count", 1)[0] == 1
 
 
-def test_get_reads_what_was_put_after_the_connection_came(server: Server, wire: Wire) -> None:
+def test_get_reads_messages_put_after_connect(server: Server, wire: Wire) -> None:
     wire.call("PUT", "t", "before")
     with wire_to(server) as late:
         assert late.call("GET", "t") is None
@@ -62,7 +59,7 @@ def test_get_reads_what_was_put_after_the_connection_came(server: Server, wire: 
     assert [wire.call("GET", "t") for _ in range(4)] == [b"before", b"after 1", b"after 2", None]
 
 
-def test_getlatest_passes_over_the_older_ones(wire: Wire) -> None:
+def test_getlatest_skips_older_messages(wire: Wire) -> None:
     for body in ("1", "2", "3"):
         wire.call("PUT", "t", body)
     assert [wire.call("GETLATEST", "t"), wire.call("GETLATEST", "t"), wire.call("GET", "t")] == [b"3", None, None]
@@ -70,7 +67,7 @@ def test_getlatest_passes_over_the_older_ones(wire: Wire) -> None:
     assert wire.call("GET", "t") == b"4"
 
 
-def test_read_stops_at_count_and_bytes(wire: Wire) -> None:
+def test_read_stops_at_count_and_size(wire: Wire) -> None:
     for body in ("aaaa", "bbbb", "cccc"):
         wire.call("PUT", "t", body)
     assert len(wire.call("READ", "t", 0, "COUNT", 2)) == 10
@@ -81,20 +78,20 @@ def test_read_stops_at_count_and_bytes(wire: Wire) -> None:
     assert wire.error("READ", "t", 4) == wire.error("READ", "t", 2**63 - 1) == "BADREQUEST"
 
 
-def test_a_put_sent_again_with_its_key_is_stored_once(wire: Wire) -> None:
+def test_put_retried_with_key_is_stored_once(wire: Wire) -> None:
     assert wire.call("PUT", "t", "x", "KEY", "me", 7) == 1
     assert wire.call("PUT", "t", "x", "KEY", "me", 7) == 1
     assert wire.call("PUT", "t", "y", "KEY", "me", 8) == 2
     assert wire.call("PUT", "t", "z", "KEY", "you", 7) == 3
 
 
-def test_empty_and_binary_messages_are_messages(wire: Wire) -> None:
+def test_empty_and_binary_messages_are_stored(wire: Wire) -> None:
     for body in (b"", b"\r\n", bytes(range(256))):
         wire.call("PUT", "t", body)
     assert [wire.call("GET", "t") for _ in range(3)] == [b"", b"\r\n", bytes(range(256))]
 
 
-def test_topics_lists_what_is_held_in_pages(wire: Wire) -> None:
+def test_topics_are_listed_by_page(wire: Wire) -> None:
     for topic in ("b", "a", "c", "a"):
         wire.call("PUT", topic, "xy")
     assert wire.call("TOPICS") == [b"a", 2, 4, b"b", 1, 2, b"c", 1, 2]
@@ -102,7 +99,7 @@ def test_topics_lists_what_is_held_in_pages(wire: Wire) -> None:
     assert wire.call("TOPICS", "AFTER", "c") == []
 
 
-def test_stats_of_a_topic(wire: Wire) -> None:
+def test_stats_report_topic(wire: Wire) -> None:
     wire.call("PUT", "other", "x")
     wire.call("PUT", "t", "abc")
     stats = as_map(wire.call("STATS", "t"))
@@ -118,7 +115,7 @@ def test_stats_of_a_topic(wire: Wire) -> None:
     assert as_map(wire.call("STATS", "nothing"))[b"messages"] == 0
 
 
-def test_expired_messages_are_not_delivered_though_nothing_has_deleted_them() -> None:
+def test_expired_messages_are_not_delivered_before_deletion() -> None:
     with serving(max_age_seconds=2 * UNIT, expiry_interval_seconds=3600) as server, wire_to(server) as wire:
         wire.call("PUT", "t", "old")
         wait_until(lambda: wire.call("READ", "t", 0) == [])
@@ -127,7 +124,7 @@ def test_expired_messages_are_not_delivered_though_nothing_has_deleted_them() ->
         assert server.totals().messages == 1
 
 
-def test_the_expiry_thread_deletes() -> None:
+def test_expiry_thread_deletes_messages() -> None:
     with serving(max_age_seconds=UNIT, expiry_interval_seconds=UNIT) as server, wire_to(server) as wire:
         for number in range(3):
             wire.call("PUT", "t", number)
@@ -136,7 +133,7 @@ def test_the_expiry_thread_deletes() -> None:
         assert wire.call("PUT", "t", "new") == 4
 
 
-def test_an_expiry_that_fails_is_tried_again(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_failed_expiry_is_retried(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     failures = iter([StoreFailed("SQLite: disk I/O error"), ZeroDivisionError()])
     real = SQLiteStore.expire
 
@@ -155,7 +152,7 @@ def test_an_expiry_that_fails_is_tried_again(monkeypatch: pytest.MonkeyPatch, ca
 # Waiting
 
 
-def test_a_put_wakes_those_who_wait_for_its_topic(server: Server, wire: Wire) -> None:
+def test_put_wakes_waiters_of_its_topic(server: Server, wire: Wire) -> None:
     with wire_to(server) as getter, wire_to(server) as reader, wire_to(server) as other:
         getter.send(encode_request(b"GETWAIT", b"t", b"60000"))
         reader.send(encode_request(b"READ", b"t", b"0", b"WAIT", b"60000"))
@@ -167,14 +164,14 @@ def test_a_put_wakes_those_who_wait_for_its_topic(server: Server, wire: Wire) ->
         assert server.waiting() == 1
 
 
-def test_a_wait_ends_with_nothing_when_its_time_is_up(wire: Wire) -> None:
+def test_wait_returns_nothing_at_timeout(wire: Wire) -> None:
     before = time.monotonic()
     assert wire.call("GETWAIT", "t", round(UNIT * 1000)) is None
     assert wire.call("READ", "t", 0, "WAIT", round(UNIT * 1000)) == []
     assert 2 * UNIT * 0.9 <= time.monotonic() - before < SOON
 
 
-def test_what_is_pipelined_behind_a_wait_runs_after_it(server: Server, wire: Wire) -> None:
+def test_requests_pipelined_behind_wait_run_after_it(server: Server, wire: Wire) -> None:
     with wire_to(server) as waiter:
         waiter.send(encode_request(b"GETWAIT", b"t", b"60000") + encode_request(b"PING") + encode_request(b"GET", b"t"))
         wait_until(lambda: server.waiting() == 1)
@@ -182,14 +179,14 @@ def test_what_is_pipelined_behind_a_wait_runs_after_it(server: Server, wire: Wir
         assert [waiter.receive() for _ in range(3)] == [b"1", "PONG", None]
 
 
-def test_a_waiter_who_leaves_is_forgotten(server: Server) -> None:
+def test_disconnected_waiter_is_removed(server: Server) -> None:
     with wire_to(server) as waiter:
         waiter.send(encode_request(b"GETWAIT", b"t", b"60000"))
         wait_until(lambda: server.waiting() == 1)
     wait_until(lambda: server.waiting() == 0 and server.connections() == 0)
 
 
-def test_chains_of_waiters_that_put_do_not_nest(server: Server, wire: Wire) -> None:
+def test_chains_of_waiters_do_not_recurse(server: Server, wire: Wire) -> None:
     # Each that is woken puts and gets, which stores the put and wakes the next: by recursion this would not end well.
     waiters = [Wire(("127.0.0.1", server.port)) for _ in range(200)]
     for waiter in waiters:
@@ -211,7 +208,7 @@ def test_chains_of_waiters_that_put_do_not_nest(server: Server, wire: Wire) -> N
 # Pipelining and order
 
 
-def test_replies_come_in_the_order_of_the_requests(wire: Wire) -> None:
+def test_replies_keep_request_order(wire: Wire) -> None:
     requests, expected = [], []
     for number in range(300):
         requests += [encode_request(b"PUT", b"t", b"%d" % number), encode_request(b"ECHO", b"%d" % number)]
@@ -223,12 +220,12 @@ def test_replies_come_in_the_order_of_the_requests(wire: Wire) -> None:
     assert replies == expected
 
 
-def test_a_get_sees_the_put_before_it_in_the_same_packet(wire: Wire) -> None:
+def test_get_sees_earlier_put_of_same_packet(wire: Wire) -> None:
     wire.send(encode_request(b"PUT", b"t", b"x") + encode_request(b"GET", b"t"))
     assert [wire.receive(), wire.receive()] == [1, b"x"]
 
 
-def test_an_end_of_input_still_gets_the_replies(wire: Wire) -> None:
+def test_replies_are_sent_after_half_close(wire: Wire) -> None:
     wire.send(encode_request(b"PUT", b"t", b"x") * 5000 + encode_request(b"PING"))
     wire.socket.shutdown(socket.SHUT_WR)
     assert [wire.receive() for _ in range(5001)] == [*range(1, 5001), "PONG"]
@@ -236,7 +233,7 @@ def test_an_end_of_input_still_gets_the_replies(wire: Wire) -> None:
 
 
 @pytest.mark.parametrize("io_threads", [1, 3])
-def test_several_workers_serve_and_wake_each_others_readers(io_threads: int) -> None:
+def test_workers_wake_readers_of_other_workers(io_threads: int) -> None:
     with serving(io_threads=io_threads) as server:
         wires = [Wire(("127.0.0.1", server.port)) for _ in range(7)]
         for wire in wires[1:]:
@@ -287,13 +284,13 @@ def test_several_workers_serve_and_wake_each_others_readers(io_threads: int) -> 
         (["CONFIG", "SET", "a"], "BADREQUEST"),
     ],
 )
-def test_bad_requests_get_their_error_and_keep_the_connection(wire: Wire, request_: list[str], code: str) -> None:
+def test_invalid_requests_get_error_and_keep_connection(wire: Wire, request_: list[str], code: str) -> None:
     assert wire.error(*request_) == code
     assert wire.call("PING") == "PONG"
     assert wire.call("TOPICS") == []
 
 
-def test_the_limits_of_topics_and_messages_are_exact() -> None:
+def test_topic_and_message_limits_are_exact() -> None:
     with serving(max_topic_bytes=10, max_message_bytes=2000) as server, wire_to(server) as wire:
         assert wire.call("PUT", "t" * 10, "m" * 2000) == 1
         assert wire.error("PUT", "t" * 11, "m") == "TOOBIG"
@@ -312,7 +309,7 @@ def test_errors_are_counted_by_code(server: Server, wire: Wire) -> None:
     assert server.counters().errors == {"UNKNOWN": 1, "BADREQUEST": 2}
 
 
-def test_a_defect_in_a_command_costs_that_connection_alone(
+def test_defect_in_command_closes_that_connection_only(
     server: Server, wire: Wire, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(*_: object) -> bytes:
@@ -330,13 +327,11 @@ def test_a_defect_in_a_command_costs_that_connection_alone(
     assert "ZeroDivisionError" in caplog.text
 
 
-def test_a_defect_during_a_wait_is_the_one_reply_to_it(
-    server: Server, wire: Wire, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_defect_during_wait_gives_one_error_reply(server: Server, wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
     with wire_to(server) as victim:
         victim.send(encode_request(b"GETWAIT", b"t", b"60000"))
         wait_until(lambda: server.waiting() == 1)
-        monkeypatch.setattr(server._store, "_behind", lambda *_: 1 / 0)
+        monkeypatch.setattr(server._store, "_messages_after", lambda *_: 1 / 0)
         assert wire.call("PUT", "t", "x") == 1
         assert victim.receive().code == "INTERNAL"  # type: ignore[union-attr]
         assert victim.ended()
@@ -344,7 +339,7 @@ def test_a_defect_during_a_wait_is_the_one_reply_to_it(
 
 
 @pytest.mark.parametrize("notices", [False, True])
-def test_a_defect_behind_a_reply_is_told_to_those_who_asked_for_notices(
+def test_defect_after_reply_is_reported_with_notices_only(
     server: Server, wire: Wire, monkeypatch: pytest.MonkeyPatch, notices: bool
 ) -> None:
     if notices:
@@ -362,7 +357,7 @@ def test_a_defect_behind_a_reply_is_told_to_those_who_asked_for_notices(
 # The handshake
 
 
-def test_hello_tells_what_a_client_has_to_know(wire: Wire) -> None:
+def test_hello_reports_server_facts(wire: Wire) -> None:
     wire.call("PUT", "t", "x")
     hello = as_map(wire.call("HELLO", 2, "SETNAME", "me"))
     assert hello[b"server"] == b"dsmq"
@@ -382,7 +377,7 @@ def test_hello_3_changes_nulls_and_maps(wire: Wire) -> None:
     assert wire.socket.recv(65536) == b"_\r\n"
 
 
-def test_housekeeping(wire: Wire) -> None:
+def test_housekeeping_commands_reply(wire: Wire) -> None:
     assert wire.call("PING", "hi") == b"hi"
     assert wire.call("ECHO", "hi") == b"hi"
     assert wire.call("SELECT", "0") == "OK"
@@ -397,7 +392,7 @@ def test_housekeeping(wire: Wire) -> None:
     assert wire.ended()
 
 
-def test_a_client_that_sends_on_behind_the_last_reply_is_not_reset(server: Server, wire: Wire) -> None:
+def test_client_sending_after_final_reply_is_not_reset(server: Server, wire: Wire) -> None:
     with wire_to(server) as other:
         assert wire.call("QUIT") == "OK"
         for _ in range(3):
@@ -406,7 +401,7 @@ def test_a_client_that_sends_on_behind_the_last_reply_is_not_reset(server: Serve
         assert wire.ended()
 
 
-def test_inline_requests(wire: Wire) -> None:
+def test_inline_requests_are_answered(wire: Wire) -> None:
     wire.send(b'PUT greetings "hello, you"\r\n\nGET greetings\n')
     assert [wire.receive(), wire.receive()] == [1, b"hello, you"]
 
@@ -414,7 +409,7 @@ def test_inline_requests(wire: Wire) -> None:
 # Where it listens
 
 
-def test_ipv6() -> None:
+def test_server_listens_on_ipv6() -> None:
     try:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError as error:
@@ -424,7 +419,7 @@ def test_ipv6() -> None:
         assert server.addresses == [f"[::1]:{server.port}"]
 
 
-def test_a_unix_socket_is_removed_at_the_end_and_replaced_after_a_kill(tmp_path: Path) -> None:
+def test_unix_socket_is_removed_on_stop_and_replaced_after_kill(tmp_path: Path) -> None:
     path = tmp_path / "socket"
     with serving(host=f"unix:{path}") as server, connect(f"unix:{path}") as mq:
         assert mq.put("t", "x") == 1
@@ -439,7 +434,7 @@ def test_a_unix_socket_is_removed_at_the_end_and_replaced_after_a_kill(tmp_path:
         assert mq.put("t", "x") == 1
 
 
-def test_a_unix_socket_does_not_replace_a_file(tmp_path: Path) -> None:
+def test_unix_socket_does_not_replace_file(tmp_path: Path) -> None:
     path = tmp_path / "precious"
     path.write_text("data")
     with pytest.raises(CannotStart), serving(host=f"unix:{path}"):
@@ -447,7 +442,7 @@ def test_a_unix_socket_does_not_replace_a_file(tmp_path: Path) -> None:
     assert path.read_text() == "data"
 
 
-def test_a_taken_port_leaves_nothing_behind(server: Server) -> None:
+def test_port_in_use_leaves_nothing_behind(server: Server) -> None:
     before = threading.active_count()
     with pytest.raises(CannotStart, match=f"127.0.0.1:{server.port}: the address is in use"):
         Server(config.load(port=server.port)).start()
@@ -459,7 +454,7 @@ def test_a_taken_port_leaves_nothing_behind(server: Server) -> None:
 # Limits of connections
 
 
-def test_more_connections_than_allowed_are_refused_until_one_goes() -> None:
+def test_connections_over_limit_are_refused_until_one_closes() -> None:
     with serving(max_connections=2) as server, wire_to(server) as one:
         with wire_to(server) as two:
             assert one.call("PING") == two.call("PING") == "PONG"
@@ -472,7 +467,28 @@ def test_more_connections_than_allowed_are_refused_until_one_goes() -> None:
         assert server.counters().refused == {"connections": 1}
 
 
-def test_a_request_has_to_arrive_in_time() -> None:
+def test_a_refused_client_can_finish_sending_its_handshake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsmq.broker.admission.LINGER_SECONDS", 10 * SOON)
+    # If it could not, it would get an error from sending before it reads -BUSY.
+    with serving(max_connections=1) as server, wire_to(server) as one, ExitStack() as stack:
+        assert one.call("PING") == "PONG"
+        refused = [stack.enter_context(wire_to(server)) for _ in range(2 * MAX_REFUSED)]
+        assert [wire.receive().code for wire in refused] == ["BUSY"] * len(refused)  # type: ignore[union-attr]
+        assert len(server._admission._refused) == MAX_REFUSED
+        for _ in range(2):
+            refused[-1].send(encode_request(b"CLIENT", b"SETINFO", b"LIB-NAME", b"x"))
+        assert refused[-1].ended()
+    assert not server._admission._refused
+
+
+def test_refused_connections_are_closed_by_and_by() -> None:
+    with serving(max_connections=1) as server, wire_to(server) as one, wire_to(server) as refused:
+        assert one.call("PING") == "PONG"
+        assert refused.receive().code == "BUSY"  # type: ignore[union-attr]
+        wait_until(lambda: (server._watch(), not server._admission._refused)[1])
+
+
+def test_incomplete_request_times_out() -> None:
     with serving(request_timeout_seconds=2 * UNIT) as server, wire_to(server) as slow, wire_to(server) as idle:
         slow.send(b"*2\r\n$4\r\nPING\r\n$10\r\nx")
         assert slow.receive().code == "TIMEOUT"  # type: ignore[union-attr]
@@ -480,7 +496,7 @@ def test_a_request_has_to_arrive_in_time() -> None:
         assert idle.call("PING") == "PONG"
 
 
-def test_many_slow_but_whole_requests_are_fine() -> None:
+def test_many_slow_complete_requests_are_served() -> None:
     with serving(request_timeout_seconds=4 * UNIT) as server, wire_to(server) as slow:
         request = encode_request(b"PING")
         slow.send(request[:5])
@@ -490,7 +506,7 @@ def test_many_slow_but_whole_requests_are_fine() -> None:
             assert slow.receive() == "PONG"
 
 
-def test_an_idle_connection_is_closed_but_not_one_that_waits() -> None:
+def test_idle_connection_is_closed_but_waiting_one_is_not() -> None:
     with serving(idle_timeout_seconds=2 * UNIT) as server, wire_to(server) as idle, wire_to(server) as waiter:
         waiter.send(encode_request(b"GETWAIT", b"t", b"%d" % round(UNIT * 5000)))
         # Nothing was asked, so nothing is answered.
@@ -498,7 +514,7 @@ def test_an_idle_connection_is_closed_but_not_one_that_waits() -> None:
         assert waiter.receive() is None
 
 
-def test_a_client_that_reads_no_replies_is_dropped_and_harms_nobody() -> None:
+def test_nonreading_client_is_dropped_and_affects_no_one() -> None:
     with serving(reply_timeout_seconds=3 * UNIT, max_unread_reply_bytes=65536) as server, wire_to(server) as wire:
         wire.call("PUT", "t", "x" * 200_000)
         with wire_to(server) as deaf:
@@ -511,7 +527,7 @@ def test_a_client_that_reads_no_replies_is_dropped_and_harms_nobody() -> None:
             wait_until(lambda: server.connections() == 1)
 
 
-def test_unread_replies_stop_the_reading_but_lose_nothing() -> None:
+def test_unread_replies_pause_reading_without_loss() -> None:
     with serving(max_unread_reply_bytes=1024) as server, wire_to(server) as wire:
         wire.call("PUT", "t", "x" * 100_000)
         request = encode_request(b"READ", b"t", b"0")
@@ -559,14 +575,14 @@ def test_stop_reports_threads_that_survive(monkeypatch: pytest.MonkeyPatch, capl
         server._store.close()
 
 
-def test_run_notices_a_dead_thread(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_detects_dead_thread(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dsmq.server.WATCH_SECONDS", UNIT)
     server._expiry.stop()
     with pytest.raises(ServerFailed, match="dsmq-expiry"):
         server.run()
 
 
-def test_connections_are_without_delay_and_found_out_when_they_are_dead(server: Server, wire: Wire) -> None:
+def test_connections_use_nodelay_and_keepalive(server: Server, wire: Wire) -> None:
     wire.call("PING")
     [connection] = server._workers[0].connections
     assert isinstance(connection._socket, socket.socket)
@@ -605,8 +621,9 @@ logging.getLogger("dsmq").addHandler(Early())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("early", ["", EARLY], ids=["while it stops", "before it has begun to"])
-def test_a_second_signal_does_not_wait(early: str) -> None:
+def test_second_signal_stops_at_once(early: str) -> None:
     script = f"""
 import logging
 import signal
@@ -665,7 +682,7 @@ class LaterStore(SQLiteStore):
         super().close()
 
 
-def test_a_store_that_answers_later_parks_the_connection() -> None:
+def test_asynchronous_store_blocks_connection_until_answer() -> None:
     settings = config.load(kind=config.EmbeddedSettings, port=0)
     with Server(settings, LaterStore()) as server, wire_to(server) as wire, wire_to(server) as waiter:  # type: ignore[arg-type]
         waiter.send(encode_request(b"GETWAIT", b"t", b"60000") + encode_request(b"GET", b"t"))
@@ -695,7 +712,7 @@ class SlowStore(SQLiteStore):
         return self.reads[-1]
 
 
-def test_an_answer_that_comes_after_the_wait_is_no_second_reply() -> None:
+def test_late_store_answer_gives_no_second_reply() -> None:
     store = SlowStore()
     with Server(config.load(kind=config.EmbeddedSettings, port=0), store) as server, wire_to(server) as wire:  # type: ignore[arg-type]
         for late in (StoreFailed("late"), [Message(1, 1, 0, b"late", 1)]):
@@ -707,7 +724,7 @@ def test_an_answer_that_comes_after_the_wait_is_no_second_reply() -> None:
             assert [wire.call("ECHO", "1"), wire.call("ECHO", "2")] == [b"1", b"2"]
 
 
-def test_whatever_a_later_answer_fails_with_is_told() -> None:
+def test_failed_store_answer_is_reported() -> None:
     store = SlowStore()
     with Server(config.load(kind=config.EmbeddedSettings, port=0), store) as server, wire_to(server) as wire:  # type: ignore[arg-type]
         wire.send(encode_request(b"GET", b"t") + encode_request(b"PING"))
@@ -717,7 +734,7 @@ def test_whatever_a_later_answer_fails_with_is_told() -> None:
         assert wire.receive() == "PONG"
 
 
-def test_a_bad_line_behind_a_put_that_is_stored_later_is_refused() -> None:
+def test_invalid_line_behind_pending_put_is_refused() -> None:
     settings = config.load(kind=config.EmbeddedSettings, port=0)
     with Server(settings, LaterStore()) as server, wire_to(server) as wire:  # type: ignore[arg-type]
         wire.send(encode_request(b"PUT", b"t", b"x") + b"GET / HTTP/1.1\r\nPUT t evil\r\n")
@@ -741,7 +758,7 @@ class FailingStore(SQLiteStore):
         return super().append(puts)
 
 
-def test_a_message_that_cannot_be_stored_fails_alone() -> None:
+def test_unstorable_message_fails_alone() -> None:
     settings = config.load(kind=config.EmbeddedSettings, port=0)
     with Server(settings, FailingStore(600_000)) as server, wire_to(server) as wire:
         wire.send(b"".join(encode_request(b"PUT", b"t", body) for body in (b"1", b"full", b"2", b"broken", b"3")))
@@ -755,7 +772,7 @@ def test_a_message_that_cannot_be_stored_fails_alone() -> None:
 
 
 @pytest.mark.parametrize("error", [Full("no room"), ZeroDivisionError()])
-def test_what_can_not_be_written_for_now_costs_no_connection(
+def test_failed_flush_closes_no_connection(
     server: Server, wire: Wire, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     tried = threading.Event()
@@ -772,7 +789,7 @@ def test_what_can_not_be_written_for_now_costs_no_connection(
     assert wire.call("PUT", "t", "2") == 2
 
 
-def test_where_others_need_the_processor_the_worker_sleeps(
+def test_worker_stops_busy_polling_on_busy_processor(
     server: Server, wire: Wire, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     yields = []
@@ -791,7 +808,7 @@ def test_where_others_need_the_processor_the_worker_sleeps(
     assert len(yields) == 1
 
 
-def test_an_idle_server_uses_no_processor() -> None:
+def test_idle_server_uses_no_processor() -> None:
     with daemon() as server, connect(port=server.port) as mq:
         mq.put("t", "hello")
         stat = Path(f"/proc/{server.process.pid}/stat")
@@ -805,7 +822,7 @@ def test_an_idle_server_uses_no_processor() -> None:
         assert ticks() - before < UNIT * 4 * 100 / 4
 
 
-def test_accepting_pauses_without_file_descriptors_and_goes_on(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accept_pauses_without_file_descriptors_and_resumes(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     listener = server._listeners[0]
     attempts = []
 
@@ -842,15 +859,15 @@ def test_accepting_pauses_without_file_descriptors_and_goes_on(server: Server, m
         ("[a-z]*", []),
     ],
 )
-def test_config_get_knows_the_star(wire: Wire, pattern: str, found: list[str]) -> None:
+def test_config_get_accepts_star(wire: Wire, pattern: str, found: list[str]) -> None:
     assert sorted(name.decode() for name in as_map(wire.call("CONFIG", "GET", pattern))) == found
 
 
-def test_config_get_takes_no_long_patterns(wire: Wire) -> None:
+def test_config_get_refuses_long_patterns(wire: Wire) -> None:
     assert wire.error("CONFIG", "GET", "[" * 4000) == "BADREQUEST"
 
 
-def test_a_closed_connection_gives_its_buffers_back(server: Server) -> None:
+def test_closed_connection_releases_buffers(server: Server) -> None:
     with wire_to(server) as wire:
         wire.send(encode_request(b"GETWAIT", b"t", b"86400000"))
         wait_until(lambda: server.waiting() == 1)
@@ -861,7 +878,7 @@ def test_a_closed_connection_gives_its_buffers_back(server: Server) -> None:
     assert len(connection._parser) == 0
 
 
-def test_a_closed_connection_runs_nothing_more(server: Server) -> None:
+def test_closed_connection_runs_no_more_requests(server: Server) -> None:
     with wire_to(server) as wire:
         wire.call("PING")
         (connection,) = server._workers[0].connections
@@ -880,7 +897,7 @@ def test_a_closed_connection_runs_nothing_more(server: Server) -> None:
         assert server.waiting() == 0
 
 
-def test_an_end_of_input_while_it_waits_still_gets_the_replies_before(server: Server, tmp_path: Path) -> None:
+def test_half_close_during_wait_gets_earlier_replies(server: Server, tmp_path: Path) -> None:
     # A Unix socket holds less than a reply of a megabyte.
     with serving(host=f"unix:{tmp_path}/socket") as unix:
         wire = Wire(f"{tmp_path}/socket")
@@ -892,7 +909,7 @@ def test_an_end_of_input_while_it_waits_still_gets_the_replies_before(server: Se
         assert unix.waiting() == 0
 
 
-def test_idle_is_not_who_is_reading_what_was_asked_for(tmp_path: Path) -> None:
+def test_client_reading_a_reply_is_not_idle(tmp_path: Path) -> None:
     settings = {"host": f"unix:{tmp_path}/socket", "idle_timeout_seconds": 3 * UNIT, "max_unread_reply_bytes": 1024}
     with serving(**settings):
         wire = Wire(f"{tmp_path}/socket")
@@ -905,7 +922,7 @@ def test_idle_is_not_who_is_reading_what_was_asked_for(tmp_path: Path) -> None:
         wire.close()
 
 
-def test_closing_does_not_overtake_the_replies_before(server: Server) -> None:
+def test_close_notice_comes_after_earlier_replies(server: Server) -> None:
     with wire_to(server) as wire:
         wire.call("PING")
         worker = server._workers[0]
@@ -921,7 +938,7 @@ def test_closing_does_not_overtake_the_replies_before(server: Server) -> None:
         assert wire.receive().code == "CLOSING"  # type: ignore[union-attr]
 
 
-def test_a_client_that_does_not_read_makes_no_survivor(tmp_path: Path) -> None:
+def test_nonreading_client_leaves_no_thread_at_stop(tmp_path: Path) -> None:
     with serving(host=f"unix:{tmp_path}/socket", stop_timeout_seconds=3 * UNIT) as server:
         wire = Wire(f"{tmp_path}/socket")
         wire.send(encode_request(b"ECHO", b"x" * 5_000_000))
@@ -930,7 +947,7 @@ def test_a_client_that_does_not_read_makes_no_survivor(tmp_path: Path) -> None:
         wire.close()
 
 
-def test_the_time_for_a_stop_counts_from_when_it_is_asked_for(tmp_path: Path) -> None:
+def test_stop_timeout_counts_from_request(tmp_path: Path) -> None:
     with serving(host=f"unix:{tmp_path}/socket") as server:
         wire = Wire(f"{tmp_path}/socket")
         wire.send(encode_request(b"ECHO", b"x" * 5_000_000))
@@ -945,9 +962,7 @@ def test_the_time_for_a_stop_counts_from_when_it_is_asked_for(tmp_path: Path) ->
         wire.close()
 
 
-def test_a_unix_socket_is_removed_while_its_server_still_has_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unix_socket_is_removed_before_close(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # After that, another server may have put its own socket there.
     had: list[bool] = []
     with serving(host=f"unix:{tmp_path}/socket") as server:
@@ -958,7 +973,7 @@ def test_a_unix_socket_is_removed_while_its_server_still_has_it(
     assert had == [True]
 
 
-def test_a_unix_socket_that_nobody_accepts_from_is_in_use(tmp_path: Path) -> None:
+def test_unix_socket_with_full_backlog_is_in_use(tmp_path: Path) -> None:
     path = f"{tmp_path}/socket"
     with socket.socket(socket.AF_UNIX) as busy, socket.socket(socket.AF_UNIX) as waiting:
         busy.bind(path)
@@ -968,7 +983,7 @@ def test_a_unix_socket_that_nobody_accepts_from_is_in_use(tmp_path: Path) -> Non
             pass
 
 
-def test_a_thread_that_cannot_be_started_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_thread_start_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_: object) -> None:
         raise RuntimeError("can't start new thread")
 
@@ -982,13 +997,13 @@ def test_a_thread_that_cannot_be_started_leaves_nothing_behind(monkeypatch: pyte
         assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_put_sent_again_is_not_counted_twice(server: Server, wire: Wire) -> None:
+def test_retried_put_is_counted_once(server: Server, wire: Wire) -> None:
     for _ in range(3):
         wire.call("PUT", "t", "x", "KEY", "me", 1)
     assert server.totals().stored == 1
 
 
-def test_positions_of_one_connection_are_bounded(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_positions_per_connection_are_bounded(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "MAX_POSITION_BYTES", 2 * (connection.POSITION_OVERHEAD_BYTES + 1))
     for topic in ("a", "b", "c"):
         wire.call("PUT", topic, "1")
@@ -998,7 +1013,7 @@ def test_positions_of_one_connection_are_bounded(wire: Wire, monkeypatch: pytest
     assert wire.call("GET", "a") == b"2"
 
 
-def test_an_end_of_input_behind_quit_still_gets_the_replies_before(tmp_path: Path) -> None:
+def test_half_close_after_quit_gets_earlier_replies(tmp_path: Path) -> None:
     with serving(host=f"unix:{tmp_path}/socket", max_unread_reply_bytes=2_000_000) as server:
         wire = Wire(f"{tmp_path}/socket")
         wire.send(encode_request(b"ECHO", b"x" * 1_000_000) + encode_request(b"QUIT"))
@@ -1009,7 +1024,7 @@ def test_an_end_of_input_behind_quit_still_gets_the_replies_before(tmp_path: Pat
         wire.close()
 
 
-def test_who_has_read_a_long_reply_late_is_idle_again(tmp_path: Path) -> None:
+def test_late_reader_of_long_reply_becomes_idle_again(tmp_path: Path) -> None:
     with serving(host=f"unix:{tmp_path}/socket", idle_timeout_seconds=2 * UNIT) as server:
         wire = Wire(f"{tmp_path}/socket")
         wire.send(encode_request(b"ECHO", b"x" * 5_000_000))
@@ -1027,7 +1042,7 @@ def facts_of(wire: Wire) -> dict[bytes, object]:
     return as_map(wire.call("HELLO"))
 
 
-def test_reading_in_another_epoch_names_the_right_one(server: Server, wire: Wire) -> None:
+def test_read_in_wrong_epoch_reports_current_epoch(server: Server, wire: Wire) -> None:
     epoch, run = (str(facts_of(wire)[name], "ascii") for name in (b"epoch", b"run"))  # type: ignore[arg-type]
     assert wire.call("PUT", "t", "x") == 1
     assert wire.call("READ", "t", 0, "EPOCH", epoch)[3] == b"x"  # type: ignore[index]
@@ -1038,7 +1053,7 @@ def test_reading_in_another_epoch_names_the_right_one(server: Server, wire: Wire
         assert str(reply).startswith(f"{epoch} {run} ")
 
 
-def test_an_epoch_that_ends_during_a_wait_is_found_when_the_wait_ends(server: Server, wire: Wire) -> None:
+def test_epoch_change_during_wait_is_reported_at_its_end(server: Server, wire: Wire) -> None:
     for end in (lambda: None, lambda: server._store.append([(b"t", b"x", None)])):
         epoch = str(facts_of(wire)[b"epoch"], "ascii")  # type: ignore[arg-type]
         wire.send(encode_request(b"READ", b"t", b"0", b"WAIT", b"%d" % (UNIT * 3000), b"EPOCH", epoch.encode()))
@@ -1049,7 +1064,7 @@ def test_an_epoch_that_ends_during_a_wait_is_found_when_the_wait_ends(server: Se
         assert wire.call("PING") == "PONG"
 
 
-def test_a_put_of_another_run_is_not_stored(server: Server, wire: Wire) -> None:
+def test_put_for_another_run_is_not_stored(server: Server, wire: Wire) -> None:
     run = facts_of(wire)[b"run"]
     assert isinstance(run, bytes)
     assert wire.call("PUT", "t", "x", "RUN", run) == 1
@@ -1062,7 +1077,7 @@ def test_a_put_of_another_run_is_not_stored(server: Server, wire: Wire) -> None:
     assert server.counters().puts_refused == {"EPOCH": 4}
 
 
-def test_a_message_has_as_long_left_as_the_rule_in_force_says(server: Server, wire: Wire) -> None:
+def test_remaining_age_follows_current_max_age(server: Server, wire: Wire) -> None:
     wire.call("PUT", "t", "x")
     for max_age in (600_000, 100_000, 1_000_000):
         server._store.max_age_ms = max_age
@@ -1074,7 +1089,7 @@ def test_a_message_has_as_long_left_as_the_rule_in_force_says(server: Server, wi
 # Notices
 
 
-def test_shutdown_ends_the_connection_without_a_reply(server: Server, wire: Wire) -> None:
+def test_shutdown_closes_connection_without_reply(server: Server, wire: Wire) -> None:
     wire.send(encode_request(b"SHUTDOWN") + encode_request(b"PING"))
     assert wire.ended()
     assert "SHUTDOWN" in str(server._orders.get(timeout=SOON))

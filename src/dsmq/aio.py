@@ -27,11 +27,11 @@ from dsmq.client import session as wire
 from dsmq.client.async_connection import Connection
 from dsmq.client.async_pool import Pool
 from dsmq.client.core import Client, Options
-from dsmq.client.reader import Claim, give_back
+from dsmq.client.reader import Claim
 from dsmq.client.replies import check, stored_id
 from dsmq.client.requests import Call, Convert, NonIdempotent, Put, PutMany, list_topics, take
 from dsmq.client.session import Message
-from dsmq.errors import ClientClosed, DSMQError
+from dsmq.errors import ClientClosed
 from dsmq.system import process
 
 __all__ = ["AsyncClient", "Message", "connect"]
@@ -63,14 +63,10 @@ class AsyncClient(Client):
         return stored_id(await self._run(Put(self._session, topic, msg), Connection.ask))
 
     async def put_many(self, topic: str, messages: Iterable[str | bytes]) -> list[int]:
-        """Put several messages in order; returns their ids."""
-        puts = PutMany(self._session, topic, messages)
-        try:
+        """Put several messages in order; returns their ids. Errors say how many are stored, as in the other client."""
+        with PutMany(self._session, topic, messages) as puts:
             await self._run(puts, Connection.ask_all)
             puts.raise_if_failed()
-        except DSMQError as error:
-            puts.count_stored(error)
-            raise
         return puts.ids
 
     @overload
@@ -187,7 +183,7 @@ class AsyncClient(Client):
                 return taken[0]
             return b"" if raw and default == "" else default
         except BaseException:
-            give_back(claim)
+            self._session.returned.append((claim, []))
             raise
 
     async def _many(self, topic: str, n: int, timeout: float, convert: Convert[T], *, latest: bool = False) -> list[T]:
@@ -196,7 +192,7 @@ class AsyncClient(Client):
             n, seconds = arguments.count("n", n), arguments.seconds("timeout", timeout)
             return await self._take(claim, topic, n, seconds, convert, latest=latest)
         except BaseException:
-            give_back(claim)
+            self._session.returned.append((claim, []))
             raise
 
     async def _take(  # noqa: PLR0913 - what a read consists of
@@ -236,17 +232,16 @@ class AsyncClient(Client):
             return self._pool
 
     async def _connect_at_start(self, *, retry: bool) -> None:
-        until = time.monotonic() + blocking.default_wait()
-        for delay in blocking.retry_delays() if retry else ():
+        began, delays = time.monotonic(), iter(blocking.retry_delays())
+        while True:
             try:
                 await self._here().shared.connected()
-            except blocking.NOT_STARTED:
-                if time.monotonic() > until:
+            except blocking.NOT_STARTED as error:
+                if not retry:
                     raise
-                await asyncio.sleep(delay)
+                await asyncio.sleep(blocking.next_delay(error, began, delays))
             else:
                 return
-        await self._here().shared.connected()
 
 
 async def _shut_down(connection: Connection, call: NonIdempotent) -> None:
@@ -278,6 +273,6 @@ class _Messages(Generic[T]):
             if taken:
                 return taken[0]
         except BaseException:
-            give_back(claim)
+            self._client._session.returned.append((claim, []))  # noqa: SLF001
             raise
         raise StopAsyncIteration

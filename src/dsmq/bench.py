@@ -1,4 +1,4 @@
-"""How long the typical operations take: `dsmq bench` on a running server, and the performance suite of the tests."""
+"""Measures typical operations, for `dsmq bench` and for the performance tests."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from dsmq.errors import DSMQError
 
 SHORT = "hello world!"
 LONG = "x" * 100_000
-# There is one long message for so many short ones.
+# Short messages per long message.
 _SHORT_TO_LONG = 20
 
 
 class Client(Protocol):
-    """What is measured."""
+    """The client to measure."""
 
     def put(self, topic: str, msg: str, /) -> object:
         """Put a message."""
@@ -26,12 +26,12 @@ class Client(Protocol):
 
 
 class Figure(NamedTuple):
-    """What an operation took, on average."""
+    """The average duration of an operation."""
 
     name: str
     microseconds: float
     characters: int
-    """How long the message was."""
+    """The length of the message."""
 
     def __str__(self) -> str:
         line = f"{self.name:<34}{self.microseconds:>12,.1f} µs"
@@ -41,10 +41,10 @@ class Figure(NamedTuple):
 
 
 def measure(client: Client, count: int, progress: Callable[[str], None]) -> Iterator[Figure]:
-    """Measure each operation `count` times, those with long messages less often; tell what comes next.
+    """Measure each operation `count` times, less often with long messages; report progress by operation.
 
-    Uses topics of its own, whose messages stay on the server until they expire. Raises DSMQError where a message does
-    not come back, and what the client raises.
+    Uses its own topics, whose messages stay on the server until they expire. Raises DSMQError if a message does not
+    come back, and the client's errors.
     """
     topic = f"dsmq-bench-{secrets.token_hex(4)}"
     few = max(1, count // _SHORT_TO_LONG)

@@ -1,7 +1,7 @@
 """The command line. Data goes to stdout, everything else to stderr (but see log_stream).
 
 Exit statuses: 0 done, 1 failed (no server, an error from it, the server can't start), 2 wrong usage or configuration,
-3 `get` found no message, 130 interrupted.
+3 no message printed, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import io
 import logging
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -25,7 +26,7 @@ from dsmq.client import DSMQClientSideConnection, connect
 from dsmq.client.session import Message
 from dsmq.command_line import USAGE, Command
 from dsmq.errors import AuthRequired, ConfigError, DSMQError, TooBig
-from dsmq.system import has_terminal
+from dsmq.system import allow_more_files, has_terminal
 from dsmq.terminal import LineFormatter, as_json, printable
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# What is kept of a line of stdin before the server judges it, or as much as the server has said that it takes.
+# Max length of a line of stdin, unless the server has announced a larger limit on messages.
 _MAX_LINE_BYTES = 67_108_864
 
 OK, FAILED, NOTHING, INTERRUPTED = 0, 1, 3, 130
@@ -44,11 +45,11 @@ OK, FAILED, NOTHING, INTERRUPTED = 0, 1, 3, 130
 def main(words: Sequence[str] | None = None) -> int:
     """Run a command line; return its exit status."""
     words = list(sys.argv[1:] if words is None else words)
-    _prepare_files()
+    _prepare_streams()
     try:
         try:
             if words[:1] == ["serve"]:
-                _await_settings()
+                _early_signals()
             options = command_line.parse(words, _COMMANDS)
             command: Command = options.run
             return command(options)
@@ -57,43 +58,43 @@ def main(words: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # Whoever read the output has gone, and knows why.
-        _drop_output()
+        # The reader of the output, such as `head`, has exited.
+        _discard_output()
         return FAILED
     except ConfigError as error:
-        return _complain(error, USAGE)
+        return _report(error, USAGE)
     except (DSMQError, OSError) as error:
-        _drop_output()
-        return _complain(error, FAILED)
+        _discard_output()
+        return _report(error, FAILED)
 
 
-def _await_settings() -> None:
-    """Handle the signals to a server while it loads what it needs."""
-    # The first process of a container is ended by no signal that it has not asked for.
+def _early_signals() -> None:
+    """Handle signals while the server is still loading its modules."""
+    # The first process of a container ignores every signal it has no handler for.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(OK))
-    # Windows has no such signal; nohup has it ignored, which the server has to find as it was.
+    # Windows has no SIGHUP. nohup ignores it, which the server must still be able to detect later.
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         had_terminal = has_terminal()
-        # Until it is ready to read its configuration again, there is nothing to be done about another reason for it.
+        # A request to reload the configuration is ignored while it is being loaded for the first time.
         signal.signal(signal.SIGHUP, lambda *_: sys.exit(OK) if had_terminal and not has_terminal() else None)
 
 
-def _drop_output() -> None:
-    # What is still buffered must not make Python complain when it ends.
+def _discard_output() -> None:
+    # Otherwise Python fails to flush its buffers at exit and prints an error.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _prepare_files() -> None:
-    # A shell's `>&-` leaves none; else the next socket would become standard output.
+def _prepare_streams() -> None:
+    # `>&-` in a shell closes a stream; the next socket would take its descriptor.
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for as long as the process runs
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # Not every terminal has all letters.
+        # The terminal's encoding may lack some characters.
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def _complain(error: Exception, status: int) -> int:
+def _report(error: Exception, status: int) -> int:
     sys.stderr.write(f"dsmq: {printable(_reason(error))}\n")
     return status
 
@@ -103,29 +104,29 @@ def _reason(error: Exception) -> str:
 
 
 def _connect(options: argparse.Namespace, timeout: float = 10.0) -> DSMQClientSideConnection:
-    # Who names another server does not show it the token of the one that is configured here.
-    known = _known(look_into_file=not options.host)
+    # Never send the token of the configured server to another one that --host names.
+    known = _server_settings(use_file=not options.host)
     options.host = options.host or _checked(command_line.host, *known["host"])
     options.port = options.port or _checked(command_line.port, *known["port"])
     files = {name: getattr(options, name) for name in ("ca_file", "cert_file", "key_file")}
     tls: bool | SSLContext = options.tls
     if known["tls_cert_file"][0] and not tls and not any(files.values()):
-        from dsmq.wire.tls import neighbour_context  # noqa: PLC0415 - most need none of it
+        from dsmq.wire.tls import pinned_context  # noqa: PLC0415 - rarely needed
 
-        tls = neighbour_context(known["tls_cert_file"][0])
+        tls = pinned_context(*known["tls_cert_file"])
     token = _token(options.token_file, known)
     patience: dict[str, Any] = {"timeout": timeout, "reconnect_timeout": getattr(options, "reconnect", 0.0)}
-    _tell_what_happens()
+    _log_to_stderr()
     try:
         return connect(options.host, options.port, retry=False, token=token, tls=tls, **patience, **files)
     except (TypeError, ValueError) as error:
-        if isinstance(error, DSMQError):
+        if isinstance(error, DSMQError) and not isinstance(error, ConfigError):
             raise
-        raise ConfigError(str(error)) from None
+        raise ConfigError(re.sub(r"(?<!\S)(ca|cert|key)_file(?![^:\s])", r"--\1-file", str(error))) from None
     except AuthRequired as error:
-        raise AuthRequired(_for_shells(str(error))) from None
+        raise AuthRequired(_cli_hint(str(error))) from None
     except OSError as error:
-        about, where = _for_shells(_reason(error)), _where(options)
+        about, where = _cli_hint(_reason(error)), _where(options)
         raise ConnectionError(about if where in about else f"cannot connect to {where}: {about}") from error
 
 
@@ -133,25 +134,24 @@ def _where(options: argparse.Namespace) -> str:
     return options.host if options.host.startswith("unix:") else f"{options.host} port {options.port}"
 
 
-def _tell_what_happens() -> None:
-    """Have what the client logs look like all else that is said here: lost connections, messages that were missed."""
+def _log_to_stderr() -> None:
+    """Print the client's warnings, such as lost connections and missed messages, in the style of this command."""
     handler = logging.StreamHandler()
     handler.setFormatter(LineFormatter("dsmq: %(message)s"))
     handler.setLevel(logging.WARNING)
     logging.getLogger("dsmq").addHandler(handler)
 
 
-# What the client says to programs, and what to a shell.
+# Advice for programs in the client's errors, and the same advice for the command line.
 _HINTS = {
     "connect(..., token=...)": "--token-file FILE, or DSMQ_AUTH_TOKEN",
     "does it want TLS?": "does it want TLS (--tls)?",
-    "self-signed certificate": "self-signed certificate (--ca-file FILE to trust it)",
-    "unable to get local issuer certificate": "no authority that is known has issued its certificate (--ca-file FILE "
-    "to trust another)",
+    "ca_file=...": "--ca-file FILE",
+    "cert_file=..., key_file=...": "--cert-file FILE, --key-file FILE",
 }
 
 
-def _for_shells(text: str) -> str:
+def _cli_hint(text: str) -> str:
     for words, instead in _HINTS.items():
         text = text.replace(words, instead)
     return text
@@ -160,11 +160,13 @@ def _for_shells(text: str) -> str:
 _DEFAULTS = {"host": "127.0.0.1", "port": "30008", "auth_token": "", "auth_token_file": "", "tls_cert_file": ""}
 
 
-def _known(*, look_into_file: bool) -> dict[str, tuple[str, str]]:
-    """Return what is configured here about the server, and where. Raises ConfigError."""
+def _server_settings(*, use_file: bool) -> dict[str, tuple[str, str]]:
+    """Return the settings that locate the server, each with its source for error messages. Raises ConfigError."""
     variables = environment.variables()
-    file = os.environ[variables["config"]] if look_into_file and "config" in variables else ""
+    file = os.environ[variables["config"]] if use_file and "config" in variables else ""
     said = environment.read_toml(file) if file else {}
+    if unknown := [name for name in said if name not in environment.SETTINGS]:
+        raise ConfigError(f"{file}: {environment.unknown(unknown[0])}")
     return {
         name: (os.environ[variables[name]], variables[name])
         if name in variables
@@ -187,7 +189,7 @@ def _token(file: str | None, known: dict[str, tuple[str, str]]) -> str | None:
     file = file or known["auth_token_file"][0]
     if not file:
         return None
-    from dsmq.broker.auth import read_tokens  # noqa: PLC0415 - most need none of it
+    from dsmq.broker.auth import read_tokens  # noqa: PLC0415 - rarely needed
 
     return read_tokens(file)[0][2]
 
@@ -202,8 +204,8 @@ def _serve(options: argparse.Namespace) -> int:
 
     settings = config.from_options(options)
     logs.never_block()
-    logs.start(settings)
-    server.allow_more_files()
+    logs.start(*settings.logging)
+    allow_more_files()
     server.run(settings, lambda: config.from_options(options), systemd.take())
     return OK
 
@@ -215,7 +217,7 @@ def _config(options: argparse.Namespace) -> int:
     if sys.stdout.isatty():
         sys.stdout.write("\n".join(map(printable, text.split("\n"))))
     else:
-        # TOML is UTF-8, whatever the locale.
+        # TOML is always UTF-8, regardless of the locale.
         sys.stdout.buffer.write(text.encode(errors="backslashreplace"))
     return OK
 
@@ -241,8 +243,8 @@ def _put_lines(mq: DSMQClientSideConnection, topic: str) -> None:
         raise DSMQError(f"line {stored + 1} of stdin: {_reason(error)} ({about})") from error
 
 
-def _lines(stream: IO[bytes], longest: int) -> Iterator[list[bytes]]:
-    """Give the lines of a stream as soon as they come, without their ends. Raises TooBig."""
+def _lines(stream: IO[bytes], max_bytes: int) -> Iterator[list[bytes]]:
+    """Yield lines of a stream as they arrive, without line ends. Raises TooBig."""
     rest: list[bytes] = []
     size = 0
     while chunk := stream.read1(65_536):  # type: ignore[attr-defined]
@@ -252,8 +254,8 @@ def _lines(stream: IO[bytes], longest: int) -> Iterator[list[bytes]]:
             yield [b"".join(rest), *others[:-1]]
             rest, size = [others[-1]], 0
         size += len(rest[-1])
-        if size > longest:
-            raise TooBig(f"longer than {longest} bytes")
+        if size > max_bytes:
+            raise TooBig(f"longer than {max_bytes} bytes")
     if size:
         yield [b"".join(rest)]
 
@@ -278,20 +280,21 @@ def _get(options: argparse.Namespace) -> int:
             if file:
                 file.save(mq.position(options.topic))
             left -= count
-    if found or options.follow:
+    if found:
         return OK
     if options.wait is None and options.after is None and not file:
         sys.stderr.write(
-            "dsmq: no message. A client reads what is put after it connected: use --wait, --follow, or --after 0\n"
+            "dsmq: no message. Only messages put after connecting are read by default: "
+            "use --wait, --follow, or --after 0\n"
         )
     return NOTHING
 
 
 def _position_file(options: argparse.Namespace) -> PositionFile | None:
-    """Return the file to keep the position in, and have reading begin with what it holds. Raises ConfigError."""
+    """Open the position file, if any, and start reading at its position. Raises ConfigError."""
     if not options.position_file:
         return None
-    from dsmq.position_file import PositionFile  # noqa: PLC0415 - most need none of it
+    from dsmq.position_file import PositionFile  # noqa: PLC0415 - rarely needed
 
     file = PositionFile(options.position_file)
     saved = file.load()
@@ -310,8 +313,8 @@ def _seek(mq: DSMQClientSideConnection, options: argparse.Namespace) -> None:
 def _print_messages(
     mq: DSMQClientSideConnection, options: argparse.Namespace, n: int, timeout: float, *, latest: bool
 ) -> int:
-    """Print up to `n` messages, the newest first if there is one; return how many they were."""
-    # One by one as JSON, because each has a position then.
+    """Print up to `n` messages and return their number; with `latest`, start with the newest."""
+    # JSON needs the position after each message, so these are read one at a time.
     messages = mq.read(options.topic, latest=True) if latest else []
     messages = messages or mq.read(options.topic, 1 if options.json else n, timeout=timeout)
     if not options.json:
@@ -319,8 +322,8 @@ def _print_messages(
         return len(messages)
     count = 0
     while messages:
-        _print_json(_described(messages[0], mq.position(options.topic)))
-        # The next read may take as long as the server is away.
+        _print_json(_message_fields(messages[0], mq.position(options.topic)))
+        # The next read may block until the server is reachable again.
         sys.stdout.flush()
         count += 1
         messages = mq.read(options.topic) if count < n else []
@@ -335,7 +338,7 @@ def _print_bodies(messages: list[Message]) -> None:
         sys.stdout.buffer.writelines(message.body + b"\n" for message in messages)
 
 
-def _described(message: Message, position: str) -> dict[str, object]:
+def _message_fields(message: Message, position: str) -> dict[str, object]:
     shown: dict[str, object] = {
         "topic": message.topic,
         "id": message.id,
@@ -351,7 +354,7 @@ def _described(message: Message, position: str) -> dict[str, object]:
 
 
 def _print_json(shown: dict[str, object]) -> None:
-    # JSON is UTF-8, or else ASCII.
+    # JSON must be UTF-8; in any other locale, write ASCII.
     is_utf_8 = codecs.lookup(sys.stdout.encoding).name == "utf-8"
     sys.stdout.write(as_json(shown, ascii_only=not is_utf_8) + "\n")
 

@@ -1,4 +1,4 @@
-"""Parses command lines: options stand anywhere, messages may begin with a dash, errors take one line."""
+"""Parses command lines. Options may appear anywhere, messages may begin with a dash, errors fit on one line."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ N = TypeVar("N", int, float)
 Command: TypeAlias = Callable[[argparse.Namespace], int]
 """Runs a command and returns the exit status."""
 
-_EPILOG = "Exit statuses: 0 done, 1 failed, 2 wrong usage or configuration, 3 no message to get, 130 interrupted."
+_EPILOG = "Exit statuses: 0 done, 1 failed, 2 wrong usage or configuration, 3 no message printed, 130 interrupted."
 
 
 class Parser(argparse.ArgumentParser):
-    """Parses options. All other words are for `place`."""
+    """Parses options; `place` assigns the other words."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
 
     def _parse_optional(self, arg_string: str) -> Any:
-        """Tell argparse not to take -hello for -h: behind a single dash there is a known option, or a message."""
+        """Keep argparse from reading -hello as -h: after a single dash comes a known option or a message."""
         option = self._option_string_actions.get(arg_string[:2])
         is_known = arg_string in self._option_string_actions or (option and option.nargs != 0)
         return super()._parse_optional(arg_string) if arg_string.startswith("--") or is_known else None
 
     def place(self, options: argparse.Namespace, words: list[str]) -> None:
-        """Set topic and message, as far as the command takes them, to the words that are not options."""
+        """Assign the words that are not options to the command's topic and message."""
         takes: list[str] = options.takes
         if takes and not words:
             self.error(f"the following arguments are required: {takes[0].upper()}")
@@ -58,18 +58,18 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"argument TOPIC: {error}")
 
     def unknown(self, word: str, about: str = "") -> NoReturn:
-        """Complain about an argument, and name the nearest option."""
+        """Reject an argument, suggesting the closest option."""
         nearest = difflib.get_close_matches(word, self._option_string_actions, n=1) if word[:1] == "-" else []
         hint = f"; the nearest known one is {nearest[0]}" if nearest else ""
         self.error(f"unknown argument {quoted(word)}{hint}{about}")
 
     def error(self, message: str) -> NoReturn:
-        """Complain in one line."""
+        """Print the error on one line and exit."""
         self.exit(USAGE, printable(f"{self.prog}: {message} (see {self.prog} --help)") + "\n")
 
 
 def parse(words: list[str], run: Mapping[str, Command]) -> argparse.Namespace:
-    """Return the options of a command, its topic and message, and what runs it. Behind -- there are no options."""
+    """Return a command's options and arguments, and the function that runs it. After -- there are no options."""
     end = words.index("--") if "--" in words else len(words)
     options, others = _parser(words, run).parse_known_args(words[:end])
     command: Parser = options.parser
@@ -96,28 +96,30 @@ def _parser(words: list[str], run: Mapping[str, Command]) -> argparse.ArgumentPa
     config = add("config", "Print the effective configuration as TOML, secrets masked.")
     config.add_argument("--example", action="store_true", help="print a commented dsmq.toml with all defaults instead")
     if {"serve", "config"}.intersection(words):
-        # Only then, because the settings take longer to load than the client to run.
+        # Only for these, because loading the settings takes longer than running a client command.
         from dsmq.settings import add_options  # noqa: PLC0415
 
         add_options(serve)
         add_options(config)
     put = add(
-        "put", "Put a message into a topic; without a message, or with -, each line of stdin.", "TOPIC [MESSAGE] "
+        "put", "Put a message into a topic; without MESSAGE, or with -, put each line of stdin.", "TOPIC [MESSAGE] "
     )
-    _add_get_options(add("get", "Print messages of a topic, one a line.", "TOPIC "))
-    topics = add("topics", "List the topics that hold messages: messages, bytes, topic.")
+    _add_get_options(add("get", "Print messages of a topic, one per line.", "TOPIC "))
+    topics = add("topics", "List topics with stored messages: message count, bytes, topic.")
     topics.add_argument("--json", action="store_true", help="print JSON lines")
-    ping = add("ping", "Make a round trip to the server; for scripts and health checks.")
-    ping.add_argument("--timeout", type=timeout, default=3.0, metavar="S", help="seconds to wait for it; default: 3")
+    ping = add("ping", "Check that the server answers; for scripts and health checks.")
+    ping.add_argument(
+        "--timeout", type=timeout, default=3.0, metavar="S", help="seconds to wait for the reply; default: 3"
+    )
     bench = add("bench", "Measure how long typical operations take on a running server.")
     bench.add_argument(
         "-n",
         type=count,
         default=1000,
         metavar="N",
-        help="how often each is done; default: 1000, which puts some 5 MB",
+        help="repetitions of each operation; default: 1000, which stores about 5 MB",
     )
-    add("demo", "Show a server, a writer and two readers at work, for a few seconds.")
+    add("demo", "Run a server, a writer and two readers for a few seconds.")
     for command in (put, commands.choices["get"], topics, ping, bench):
         _add_address(command)
     for command in (put, commands.choices["get"]):
@@ -126,16 +128,16 @@ def _parser(words: list[str], run: Mapping[str, Command]) -> argparse.ArgumentPa
             type=seconds,
             default=30.0,
             metavar="S",
-            help="for how many seconds to make a broken connection anew; default: 30",
+            help="seconds to try to restore a broken connection; default: 30",
         )
     return parser
 
 
 def _add_get_options(get: argparse.ArgumentParser) -> None:
-    get.add_argument("--wait", type=seconds, metavar="S", help="wait for messages, up to S seconds in all")
-    get.add_argument("--latest", action="store_true", help="start with the newest message; pass over the older ones")
-    get.add_argument("-n", type=count, metavar="N", help="print up to N messages; default: 1, with --follow all")
-    get.add_argument("--follow", action="store_true", help="go on as messages come")
+    get.add_argument("--wait", type=seconds, metavar="S", help="wait for messages, up to S seconds in total")
+    get.add_argument("--latest", action="store_true", help="start with the newest message, skipping older ones")
+    get.add_argument("-n", type=count, metavar="N", help="print up to N messages; default: 1, or all with --follow")
+    get.add_argument("--follow", action="store_true", help="keep printing messages as they arrive")
     get.add_argument(
         "--json", action="store_true", help="print JSON lines with topic, id, number, put_at, position and message"
     )
@@ -143,14 +145,14 @@ def _add_get_options(get: argparse.ArgumentParser) -> None:
         "--after",
         type=position,
         metavar="POSITION",
-        help="read on behind this id or position; 0: from the oldest message stored. Default: what is put from now on",
+        help="start after this id or position; 0: at the oldest stored message. Default: messages put from now on",
     )
     get.add_argument(
         "--position-file",
         type=file,
         metavar="FILE",
-        help="read on behind the position in FILE, if it exists, and keep it up to date: no message is skipped, and "
-        "those printed last are printed again if the command is killed",
+        help="start after the position in FILE, if it exists, and keep it up to date. No message is skipped; the "
+        "last ones may be printed again if the command is killed",
     )
 
 
@@ -159,26 +161,29 @@ def _add_address(command: argparse.ArgumentParser) -> None:
     command.add_argument("--port", type=port, help="default: DSMQ_PORT, or 30008")
     security = command.add_argument_group(
         "security",
-        "The token itself can be given as DSMQ_AUTH_TOKEN. Where DSMQ_CONFIG is set, the server is looked up there.",
+        "The token itself can be set as DSMQ_AUTH_TOKEN. Without --host, address and token also "
+        "come from the file that DSMQ_CONFIG names, if it is set.",
     )
     security.add_argument(
         "--token-file",
         type=file,
         metavar="FILE",
-        help="its first token is shown; default: DSMQ_AUTH_TOKEN_FILE",
+        help="authenticate with the first token in FILE; default: DSMQ_AUTH_TOKEN_FILE",
     )
-    security.add_argument("--tls", action="store_true", help="encrypt, and verify the server's certificate")
+    security.add_argument("--tls", action="store_true", help="use TLS and verify the server's certificate")
     security.add_argument(
         "--ca-file",
         type=file,
         metavar="FILE",
-        help="authorities to trust in place of the system's, as PEM; implies --tls",
+        help="CA certificates to trust instead of the system's, as PEM; implies --tls",
     )
-    security.add_argument("--cert-file", type=file, metavar="FILE", help="a certificate to show, as PEM; implies --tls")
-    security.add_argument("--key-file", type=file, metavar="FILE", help="its key, where it does not stand in that file")
+    security.add_argument("--cert-file", type=file, metavar="FILE", help="client certificate, as PEM; implies --tls")
+    security.add_argument(
+        "--key-file", type=file, metavar="FILE", help="private key of the client certificate, if not in the same file"
+    )
 
 
-# What options take. Each raises ArgumentTypeError.
+# Types of arguments. Each raises ArgumentTypeError.
 
 
 def topic(text: str) -> str:

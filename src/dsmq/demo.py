@@ -1,4 +1,4 @@
-"""All at once: a server, a client that puts, and two that get. Each of the two gets every message."""
+"""Runs a server, a writer and two readers, each of which gets every message."""
 
 import multiprocessing
 import os
@@ -17,18 +17,18 @@ from dsmq.errors import ServerFailed
 from dsmq.server import serve
 
 READERS = ("reader 1", "reader 2")
-# How often it looks whether a process that was started is there.
+# How often to check whether a started process is ready or has died.
 POLL_SECONDS = 0.05
 
 
 def read(host: str, name: str, messages: int) -> None:
-    """Say "ready", print the messages that come, and say how many they were."""
-    # There is no other server to wait for, when that of the demo has gone.
+    """Put "ready", print messages as they arrive, and put how many there were."""
+    # If the demo's server is gone, there is no point in reconnecting.
     with suppress(ConnectionError), connect(host, reconnect_timeout=0) as mq:
         mq.put("ready", name)
         received = 0
         while received < messages and (message := mq.get_wait("greetings")):
-            # In one piece, whatever Python is told about buffers: the other reader writes to the same file.
+            # A single write, because the other reader writes to the same file.
             sys.stdout.write(f"    {name} received {message}\n")
             sys.stdout.flush()
             received += 1
@@ -36,11 +36,11 @@ def read(host: str, name: str, messages: int) -> None:
 
 
 def main(messages: int = 5, pause: float = 0.5) -> None:
-    """Run the demo, and end by itself. Raises ServerFailed where one of its processes has died."""
-    _forget_settings()
-    # Spawned processes inherit nothing, as processes on different machines would not.
+    """Run the demo. Raises ServerFailed if one of its processes dies."""
+    _clear_settings()
+    # Spawned processes share no state, like processes on different machines.
     spawn = multiprocessing.get_context("spawn")
-    # A Unix socket of its own: the demo takes no port from anybody.
+    # A private Unix socket, so that the demo occupies no port.
     with TemporaryDirectory(prefix="dsmq-demo-") as folder:
         host = f"unix:{Path(folder) / 'socket'}"
         print("starting a server, a client that puts, and two that get", flush=True)
@@ -52,26 +52,26 @@ def main(messages: int = 5, pause: float = 0.5) -> None:
             ]
             for reader in readers:
                 _start(reader)
-            # A client gets what is put after it connected, so the readers have to be there first.
+            # Clients get messages put after they connected, so wait for the readers.
             for _ in readers:
-                _hear(mq, "ready", readers)
+                _receive(mq, "ready", readers)
             example_put_client.run(host, n_iter=messages, pause=pause)
             for _ in readers:
-                print(_hear(mq, "done", readers), flush=True)
+                print(_receive(mq, "done", readers), flush=True)
             mq.shutdown_server()
         for process in (*readers, server):
             process.join()
 
 
-def _forget_settings() -> None:
-    # What is set for another server would fit neither this one nor its clients.
+def _clear_settings() -> None:
+    # Settings meant for another server don't apply to the demo's.
     for name in list(os.environ):
         if name.upper().startswith("DSMQ_"):
             del os.environ[name]
 
 
 def _start(process: BaseProcess) -> None:
-    # Ctrl-C is for the demo as a whole: what is started inherits that it ignores it.
+    # Only the main process handles Ctrl-C; the others inherit that it is ignored.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         process.start()
@@ -88,7 +88,7 @@ def _connect(host: str, server: BaseProcess) -> DSMQClientSideConnection:
             time.sleep(POLL_SECONDS)
 
 
-def _hear(mq: DSMQClientSideConnection, topic: str, readers: Sequence[BaseProcess]) -> str:
+def _receive(mq: DSMQClientSideConnection, topic: str, readers: Sequence[BaseProcess]) -> str:
     while not (message := mq.get_wait(topic, timeout=POLL_SECONDS)):
         _check(readers)
     return message

@@ -3,7 +3,7 @@
     DSMQError
      ├─ ConfigError         a setting is wrong (also a ValueError)
      ├─ CannotStart         the server could not start
-     ├─ ServerFailed        one of the server's threads died, or what it held could not be kept
+     ├─ ServerFailed        a server thread died, or the last snapshot could not be written
      ├─ ConnectionLost      the connection broke (also a ConnectionError)
      ├─ ClientClosed        used after close() (also a ConnectionError)
      ├─ MessageNotText      the next message is not UTF-8 (also a ValueError)
@@ -26,7 +26,7 @@
          ├─ TimedOut          TIMEOUT
          └─ InternalError     INTERNAL
 
-The codes are those of PROTOCOL.md. A server that is not there raises the built-in ConnectionRefusedError.
+PROTOCOL.md lists the codes. Connecting to a server that is not running raises the built-in ConnectionRefusedError.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from typing import ClassVar
 
 
 class DSMQError(Exception):
-    """The base of all errors of dsmq.
+    """Base class of dsmq's errors.
 
-    An error of `put_many` says how many messages were stored before the one that failed, and how many behind it.
+    If `put_many` raises it: how many messages were stored before the one that failed, and how many after it.
     """
 
     stored_before = 0
@@ -49,17 +49,17 @@ class ConfigError(DSMQError, ValueError):
 
 
 class CannotStart(DSMQError):
-    """The server could not start: its address is taken or not allowed, or its snapshot can't be read or written."""
+    """The server could not start: its address is in use or not allowed, or its snapshot can't be read or written."""
 
 
 class ServerFailed(DSMQError):
-    """The server had to stop, because one of its threads died; or its last snapshot could not be written."""
+    """The server stopped because one of its threads died, or could not write its last snapshot."""
 
 
 class ConnectionLost(DSMQError, ConnectionError):
-    """The connection broke, and could not be made anew in time, or not to the same server.
+    """The connection broke and could not be restored in time, or only to a different server.
 
-    may_be_stored tells of a put whether it may have been stored nevertheless.
+    may_be_stored: whether the message of a failed put may have been stored.
     """
 
     def __init__(self, about: str, *, may_be_stored: bool = False) -> None:
@@ -68,117 +68,117 @@ class ConnectionLost(DSMQError, ConnectionError):
 
 
 class ClientClosed(DSMQError, ConnectionError):
-    """The client was used after `close()`, or closed by another thread during the call."""
+    """The client was used after `close()`, or another thread closed it during the call."""
 
 
 class MessageNotText(DSMQError, ValueError):
-    """The next message of the topic is not UTF-8. It stays unread: `raw=True` reads it as bytes."""
+    """The next message is not UTF-8. It stays unread; read it as bytes with `raw=True`."""
 
 
 class ReplyError(DSMQError):
-    """The server's answer was an error. `code` is the code on the wire."""
+    """The server replied with an error. `code` is its code in the protocol."""
 
     code: ClassVar[str] = "ERROR"
 
 
 class ProtocolError(ReplyError):
-    """What came is not RESP; sent by a server, or raised by a client that can't read the reply."""
+    """Invalid RESP: the server could not parse the request, or the client could not parse the reply."""
 
     code = "PROTOCOL"
 
 
 class TooBig(ReplyError, ValueError):
-    """A message, a topic or a request is over its limit."""
+    """A message, a topic or a request exceeds its size limit."""
 
     code = "TOOBIG"
 
 
 class UnknownCommand(ReplyError):
-    """There is no such command."""
+    """Unknown command."""
 
     code = "UNKNOWN"
 
 
 class BadRequest(ReplyError, ValueError):
-    """A command has the wrong number of arguments, or one that is not what it must be."""
+    """A command has the wrong number of arguments, or an invalid one."""
 
     code = "BADREQUEST"
 
 
 class NotPermitted(ReplyError):
-    """The server's configuration does not allow it, or not to the role of this client's token."""
+    """The server's configuration, or the role of the client's token, does not allow the command."""
 
     code = "NOPERM"
 
 
 class AuthRequired(ReplyError):
-    """The server wants a token first; or the one shown has been withdrawn."""
+    """Authentication is required, or the client's token has been revoked."""
 
     code = "NOAUTH"
 
 
 class WrongToken(ReplyError):
-    """The token is none that the server knows."""
+    """Invalid token."""
 
     code = "WRONGPASS"
 
 
 class UnknownVersion(ReplyError):
-    """HELLO asked for a version of RESP other than 2 and 3."""
+    """HELLO requested a RESP version other than 2 or 3."""
 
     code = "NOPROTO"
 
 
 class Full(ReplyError):
-    """The store has no room, or a limit is reached; the message was not stored."""
+    """A storage limit is reached; the message was not stored."""
 
     code = "FULL"
 
 
 class Forgotten(ReplyError):
-    """A put was sent again, and whether it has been stored is not remembered any more; now it was not."""
+    """The server no longer remembers whether a retried put was stored; it did not store it now."""
 
     code = "FORGOTTEN"
 
 
 class WrongEpoch(ReplyError):
-    """READ named another epoch than the server's, or PUT another run. The sentence begins with the right ones."""
+    """READ named another epoch, or PUT another run, than the server's; the message begins with the correct one."""
 
     code = "EPOCH"
 
 
 class Aborted(ReplyError):
-    """EXEC ran nothing, because a request since MULTI was refused."""
+    """EXEC ran no command, because one queued since MULTI was refused."""
 
     code = "EXECABORT"
 
 
 class StoreFailed(ReplyError):
-    """The store failed; a put answered so was not stored."""
+    """The store failed. If a put gets this reply, its message was not stored."""
 
     code = "STORE"
 
 
 class Busy(ReplyError):
-    """The server has as many connections or waiting readers as it takes."""
+    """The limit on connections or waiting readers is reached."""
 
     code = "BUSY"
 
 
 class Closing(ReplyError):
-    """The server is stopping; a put answered so was not stored."""
+    """The server is shutting down. If a put gets this reply, its message was not stored."""
 
     code = "CLOSING"
 
 
 class TimedOut(ReplyError):
-    """A request did not arrive in time, or the connection was idle for too long."""
+    """A request did not arrive in time, or the connection was idle too long."""
 
     code = "TIMEOUT"
 
 
 class InternalError(ReplyError):
-    """A defect in the server."""
+    """A bug in the server."""
 
     code = "INTERNAL"
 
@@ -187,7 +187,7 @@ BY_CODE: dict[str, type[ReplyError]] = {error.code: error for error in ReplyErro
 
 
 def from_reply(line: str) -> ReplyError:
-    """Make the exception for an error reply, given without its leading `-`."""
+    """Return the exception for an error reply, given without its leading `-`."""
     code, _, sentence = line.partition(" ")
     error = BY_CODE.get(code)
     return error(sentence) if error else ReplyError(line)

@@ -1,4 +1,4 @@
-"""What `dsmq serve` logs, and how much of it: a flood of one cause is summarised, and no thread waits for the log."""
+"""The log of `dsmq serve`: repeated lines are rate-limited, and logging never blocks a thread."""
 
 from __future__ import annotations
 
@@ -12,101 +12,82 @@ import select
 import sys
 import threading
 import time
-import weakref
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 from dsmq.system import process
 from dsmq.terminal import LineFormatter, as_json
 
-if TYPE_CHECKING:
-    from dsmq.settings import Settings
-
 PERIOD_SECONDS = 1.0
-# Writes that wait for whoever reads the log. What comes beyond them is dropped, counted, and told later.
+# Max lines that wait to be written. Further ones are dropped and counted.
 MAX_UNWRITTEN = 10_000
-# How long the end of the process, or of a server, waits for the log to be read.
+# How long a process, or a server, that ends waits for its log to be written.
 DRAIN_SECONDS = 1.0
 
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
-class _Cause:
-    """One logging call: a place in the code, and its level."""
+def event(name: str, **fields: object) -> dict[str, object]:
+    """Return `extra` for a logging call: the event's name and fields, for programs that read the log."""
+    return {"event": name, "fields": fields}
 
-    level: int
+
+@dataclass(slots=True)
+class _Source:
+    """The lines of one logging call in the code."""
+
     began: float
-    """When its period began."""
     passed: int = 0
-    held: int = 0
+    suppressed: int = 0
     last: logging.LogRecord | None = None
 
 
 class FloodFilter(logging.Filter):
-    """Lets so many lines of one cause pass in a second, and counts the others for `summarise`."""
+    """Passes so many lines a second of each logging call, and counts the others."""
 
     def __init__(self, lines_per_second: int) -> None:
         super().__init__()
-        self.lines_per_second = lines_per_second
-        self._causes: dict[tuple[str, int, int], _Cause] = {}
+        self._lines_per_second = lines_per_second
+        self._sources: dict[tuple[str, int, int], _Source] = {}
         self._lock = threading.Lock()
-        _filters.add(self)
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Tell whether a line passes."""
         if getattr(record, "event", "") == "flood":
             return True
         now = time.monotonic()
-        key = record.pathname, record.lineno, record.levelno
         with self._lock:
-            cause = self._causes.setdefault(key, _Cause(record.levelno, now))
-            if now - cause.began >= PERIOD_SECONDS:
-                cause.began, cause.passed = now, 0
-            cause.passed += 1
-            if cause.passed <= self.lines_per_second:
+            source = self._sources.setdefault((record.pathname, record.lineno, record.levelno), _Source(now))
+            if now - source.began >= PERIOD_SECONDS:
+                source.began, source.passed = now, 0
+            source.passed += 1
+            if source.passed <= self._lines_per_second:
                 return True
-            cause.held += 1
-            cause.last = record
+            source.suppressed += 1
+            source.last = record
             return False
 
-    def take_held(self) -> list[_Cause]:
-        """Return what has been held back since the last time."""
+    def take_suppressed(self) -> list[tuple[int, logging.LogRecord]]:
+        """Return how many lines each logging call has suppressed since the last call of this, with the last of them."""
         with self._lock:
-            floods = [
-                _Cause(cause.level, 0, 0, cause.held, cause.last) for cause in self._causes.values() if cause.held
-            ]
-            for cause in self._causes.values():
-                cause.held = 0
-        return floods
-
-
-_filters: weakref.WeakSet[FloodFilter] = weakref.WeakSet()
+            taken = [(source.suppressed, source.last) for source in self._sources.values() if source.last]
+            for source in self._sources.values():
+                source.suppressed, source.last = 0, None
+        return taken
 
 
 def summarise() -> None:
-    """Log how many lines have been held back, and the last of each kind. To be called once a second or so."""
-    for flood in [flood for one in list(_filters) for flood in one.take_held()]:
-        _logger.log(
-            flood.level,
-            "%d more lines like: %s",
-            flood.held,
-            flood.last and flood.last.getMessage(),
-            extra=event("flood", lines=flood.held),
-        )
-
-
-def event(name: str, **fields: object) -> dict[str, object]:
-    """Return what `extra` takes, for whoever reads logs by program: the event's name, and what belongs to it."""
-    return {"event": name, "fields": fields}
+    """Log how many lines were suppressed. To be called about once a second."""
+    filters = [one for handler in _handlers() for one in handler.filters if isinstance(one, FloodFilter)]
+    for count, last in [suppressed for one in filters for suppressed in one.take_suppressed()]:
+        extra = event("flood", lines=count)
+        _logger.log(last.levelno, "%d more lines like: %s", count, last.getMessage(), extra=extra)
 
 
 class JSONFormatter(logging.Formatter):
-    """A line of JSON for each event: time (RFC 3339), level, event, message, and the event's fields."""
+    """One line of JSON per event: time (RFC 3339), level, event, message, and the event's fields."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line."""
         shown: dict[str, object] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -120,12 +101,11 @@ class JSONFormatter(logging.Formatter):
 
 
 class JournalFormatter(LineFormatter):
-    """Lines for systemd's journal, which has the time itself: each begins with its priority (sd-daemon(3))."""
+    """Lines for systemd's journal: each begins with its priority (sd-daemon(3)), and has no time."""
 
     _PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line, or lines."""
         priority = next((number for level, number in self._PRIORITIES if record.levelno >= level), 7)
         return "\n".join(f"<{priority}>{line}" for line in super().format(record).splitlines())
 
@@ -139,7 +119,7 @@ def _formatter(form: str, stream: io.TextIOBase) -> logging.Formatter:
 
 
 def _is_journal(stream: io.TextIOBase) -> bool:
-    """Return whether a stream goes to systemd's journal: JOURNAL_STREAM names its device and inode."""
+    # The device and inode of the journal's end of the stream.
     try:
         stat = os.fstat(stream.fileno())
     except (OSError, ValueError):
@@ -150,17 +130,17 @@ def _is_journal(stream: io.TextIOBase) -> bool:
 class BackgroundStream(io.TextIOBase):
     """A text stream that never blocks its writers: a daemon thread writes to the stream below.
 
-    A pipe that nobody reads would otherwise stop the first thread that logs, and the others behind it. The thread
-    writes to the file descriptor, because at exit Python takes the lock of a standard stream, which a blocked write
-    holds. The standard QueueListener is no help: its stop() waits for a blocked write without a time-out.
+    Otherwise a pipe that nobody reads would block every thread that logs. The daemon thread writes to the file
+    descriptor, because Python locks a standard stream at exit, and a blocked write holds that lock. QueueListener from
+    the standard library does not help: its stop() waits for a blocked write without a timeout.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        # A stream in place of the standard one, as in a notebook, may show its text elsewhere than its descriptor.
+        # A replacement for a standard stream, such as a notebook's, may not write to its file descriptor.
         self._descriptor = stream.fileno() if stream in (sys.__stdout__, sys.__stderr__) else None
         self._dropped, self._broken = 0, False
-        self._patience = DRAIN_SECONDS
+        self._drain_seconds = DRAIN_SECONDS
         self._start()
         atexit.register(self.drain)
 
@@ -179,34 +159,34 @@ class BackgroundStream(io.TextIOBase):
         return True
 
     def write(self, text: str) -> int:
-        """Have this written soon, or drop it if too much waits already. Safe in signal handlers."""
+        """Queue a line, or drop it if the queue is full. Safe in signal handlers."""
         if self._process is not process():
-            # A fork takes no threads along.
+            # Threads don't survive a fork.
             self._start()
         if self._queue.qsize() < MAX_UNWRITTEN:
-            self._tell_dropped()
+            self._log_dropped()
             self._queue.put(text)
         else:
             self._dropped += 1
         return len(text)
 
-    def _tell_dropped(self) -> None:
+    def _log_dropped(self) -> None:
         if self._dropped and not self._broken:
             dropped, self._dropped = self._dropped, 0
             _logger.warning("%d log lines dropped", dropped, extra=event("lines_dropped", lines=dropped))
 
     def drain(self) -> None:
-        """Wait until everything has been written, for DRAIN_SECONDS at most; not again while nobody reads."""
+        """Wait until everything has been written, for DRAIN_SECONDS in total while nobody reads."""
         if self._process is not process():
             return
         if self._queue.qsize() < MAX_UNWRITTEN:
-            self._tell_dropped()
+            self._log_dropped()
         written, began = threading.Event(), time.monotonic()
         self._queue.put(written)
-        if written.wait(self._patience):
-            self._patience = DRAIN_SECONDS
+        if written.wait(self._drain_seconds):
+            self._drain_seconds = DRAIN_SECONDS
         else:
-            self._patience = max(0.0, self._patience - (time.monotonic() - began))
+            self._drain_seconds = max(0.0, self._drain_seconds - (time.monotonic() - began))
 
     def _run(self, texts: queue.SimpleQueue[str | threading.Event]) -> None:
         while True:
@@ -218,7 +198,7 @@ class BackgroundStream(io.TextIOBase):
                 self._write(text)
                 self._broken = False
             except (OSError, ValueError):
-                # The reader has gone, the disk is full, or the stream has been closed.
+                # The reader is gone, the disk is full, or the stream is closed.
                 self._broken = True
                 self._dropped += 1
 
@@ -245,33 +225,36 @@ def _handlers() -> list[_Handler]:
 
 @functools.cache
 def _in_background(stream: TextIO | BackgroundStream) -> BackgroundStream:
-    """Return the stream through which all servers of this process write to another one."""
+    # Cached, so that all servers of this process write to a stream through the same thread.
     return stream if isinstance(stream, BackgroundStream) else BackgroundStream(stream)
 
 
 def drain() -> None:
-    """Wait for what has been logged to be written: DRAIN_SECONDS at most."""
+    """Wait until the log has been written, for DRAIN_SECONDS at most."""
     for handler in _handlers():
         handler.stream.drain()
 
 
 def never_block() -> None:
-    """Write to stdout and stderr in the background: for a process that is a server and nothing else.
+    """Write stdout and stderr in the background, so that neither the log nor a traceback blocks.
 
-    So neither the log nor a traceback can block it.
+    Only for a process that is a server and nothing else.
     """
     sys.stdout, sys.stderr = _in_background(sys.stdout), _in_background(sys.stderr)
 
 
-def start(settings: Settings) -> None:
-    """Log what dsmq has to say to stderr or stdout; other loggers are left alone."""
-    stream = _in_background(sys.stdout if settings.log_stream == "stdout" else sys.stderr)
-    handler = _Handler(stream)
-    handler.setFormatter(_formatter(settings.log_format, stream))
-    handler.addFilter(FloodFilter(settings.max_log_lines_per_second))
+def start(level: str = "info", format: str = "auto", stream: str = "stderr", rate: int = 10) -> None:  # noqa: A002
+    """Log dsmq's messages to stderr or stdout; other loggers are not touched.
+
+    level, format and stream are values of log_level, log_format and log_stream; rate is max_log_lines_per_second.
+    """
+    output = _in_background(sys.stdout if stream == "stdout" else sys.stderr)
+    handler = _Handler(output)
+    handler.setFormatter(_formatter(format, output))
+    handler.addFilter(FloodFilter(rate))
     logger = logging.getLogger("dsmq")
-    # Those of servers before would log each line again.
+    # The handlers of earlier servers would log each line again.
     for before in _handlers():
         logger.removeHandler(before)
     logger.addHandler(handler)
-    logger.setLevel(settings.log_level.upper())
+    logger.setLevel(level.upper())

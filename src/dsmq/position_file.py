@@ -1,10 +1,10 @@
-"""Keeps a position in a file, so that the next run of a command reads on there."""
+"""Keeps a position in a file, from which the next run of a command continues."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import tempfile
+import stat
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,15 +15,15 @@ _MAX_BYTES = 1024
 
 
 class PositionFile:
-    """A file with one position in it, which is only ever replaced as a whole."""
+    """A file that contains one position and is replaced atomically."""
 
     def __init__(self, path: str) -> None:
-        # Of a symbolic link, the file is replaced, not the link.
+        # If it is a symbolic link, replace the target, not the link.
         self._path = Path(os.path.realpath(path))
         self._saved = ""
 
     def load(self) -> int | str | None:
-        """Return the position, or None if there is no such file yet. Raises ConfigError."""
+        """Return the position, or None if the file does not exist. Raises ConfigError."""
         if os.path.exists(self._path) and not os.path.isfile(self._path):
             raise ConfigError(f"{self._path}: not a regular file")
         try:
@@ -37,16 +37,20 @@ class PositionFile:
             raise ConfigError(f"{self._path}: there is no position in it") from None
 
     def save(self, position: str) -> None:
-        """Replace the position; at no time is there half of one. Raises OSError."""
+        """Replace the position atomically. Raises OSError."""
         if position == self._saved:
             return
+        name = self._path.with_name(f".{self._path.name}.{os.urandom(8).hex()}")
         try:
-            descriptor, name = tempfile.mkstemp(prefix=f".{self._path.name}.", dir=self._path.parent)
+            # The umask determines the mode of a new file.
+            descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             try:
                 with open(descriptor, "w") as stream:
                     stream.write(position + "\n")
                     stream.flush()
                     os.fsync(descriptor)
+                with suppress(FileNotFoundError):
+                    os.chmod(name, stat.S_IMODE(self._path.stat().st_mode))
                 os.replace(name, self._path)
             except BaseException:
                 with suppress(OSError):

@@ -8,55 +8,45 @@ As a script: python server.py [host [port]]
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import queue
-import signal
 import socket
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
-from types import FrameType, TracebackType
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from types import TracebackType
 from typing import Any, Self
 
-from dsmq import __version__, environment, logs, system
+from dsmq import __version__, environment, logs, signals, system
 from dsmq import settings as config
-from dsmq.broker import auth
 from dsmq.broker import listener as listening
-from dsmq.broker.auth import Gate, HTTPGate
+from dsmq.broker.access import Access
+from dsmq.broker.admission import Admission
 from dsmq.broker.commands import Services
-from dsmq.broker.connection import Peer, Stream
 from dsmq.broker.counters import Counters
 from dsmq.broker.event_loop import Worker
 from dsmq.broker.listener import Listener
 from dsmq.broker.usage import Usage
-from dsmq.errors import Busy, CannotStart, ConfigError, DSMQError, ReplyError, ServerFailed
+from dsmq.errors import CannotStart, ConfigError, DSMQError, ServerFailed
 from dsmq.ops import metrics
 from dsmq.ops.status import Status
 from dsmq.ops.systemd import Systemd
 from dsmq.settings import EmbeddedSettings, Settings
 from dsmq.store.api import Limits, Store, Totals
 from dsmq.store.expiry import Expiry
-from dsmq.store.snapshots import LAST_SNAPSHOT_SECONDS, Keeper
+from dsmq.store.snapshots import LAST_SNAPSHOT_SECONDS, Snapshotter
 from dsmq.store.sqlite import SQLiteStore
-from dsmq.system import expect_long_messages, has_terminal
+from dsmq.system import expect_long_messages
 from dsmq.threads import join, wait_until
-from dsmq.wire.addresses import host_names
-from dsmq.wire.resp import encode_error
 
-# File descriptors left for other things than connections.
-RESERVED_FILES = 64
-# What is asked for at most where the limit on open files is unlimited.
-MAX_FILES = 1_048_576
-# How often the main thread looks whether the others live.
+# How often the main thread checks that the others live.
 WATCH_SECONDS = 1.0
-# Settings that are read once, at the start.
-FIXED = (
+# Settings that a reload does not change.
+RESTART_REQUIRED = (
     *("host", "port", "listen_backlog", "http_host", "http_port"),
     *("io_threads", "busy_poll_microseconds", "expiry_interval_seconds", "max_connections", "max_log_lines_per_second"),
     *("log_format", "log_stream", "snapshot_file", "snapshot_interval_seconds"),
@@ -84,7 +74,7 @@ def serve(
     """
     effective = config.load(kind=EmbeddedSettings, host=host, port=port, **settings)
     if verbose:
-        logs.start(effective)
+        logs.start(*effective.logging)
     run(effective)
 
 
@@ -97,7 +87,7 @@ def run(settings: Settings, load: Callable[[], Settings] | None = None, systemd:
     server = Server(settings, load=load, systemd=systemd)
     try:
         # Before it says that it serves: whoever reads that may send a signal at once.
-        with _signals(server, reload=load is not None), server:
+        with signals.handled(server.request_stop, server.request_reload if load else None), server:
             server.run()
     finally:
         # A process of multiprocessing ends without the handlers of atexit.
@@ -128,17 +118,16 @@ class Server:
         self._store = store or SQLiteStore(0)
         # Reasons to stop; None: read the configuration anew.
         self._orders: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._services = Services(settings, self._store, Gate(), Usage(), self.request_stop, self.info)
-        self._tls: Any = None
+        self._services = Services(settings, self._store, Access.load(settings), Usage(), self.request_stop, self.info)
         self._listeners: list[Listener] = []
-        self._configure(settings)
+        self._apply(settings)
         self._workers: list[Worker] = []
         self._expiry = Expiry(self._store, settings.expiry_interval_seconds)
-        self._side_ports: list[Any] = []
+        self._http_endpoints: list[Any] = []
         self._keeper = self._new_keeper(settings)
-        self._numbers = itertools.count(1)
-        self._max_connections = _affordable(settings.max_connections)
-        self.status = Status(self._services, self._workers, self._expiry, self._keeper, self._max_connections)
+        connections = system.affordable_connections(settings.max_connections)
+        self.status = Status(self._services, self._workers, self._expiry, self._keeper, connections)
+        self._admission = Admission(self._services, self._workers, connections, self.status.refused)
         self._full: set[str] = set()
         self._started = self._stopped = False
         self._stopping = threading.Lock()
@@ -153,20 +142,7 @@ class Server:
         # Whoever interrupts it twice does not want to wait for it.
         self.stop(0 if isinstance(error, KeyboardInterrupt) else None)
 
-    def _configure(self, settings: Settings) -> None:
-        """Make these settings those in force, but for FIXED ones. Raises ConfigError, with nothing changed."""
-        tokens = auth.tokens_of(settings.auth_token.get_secret_value(), settings.auth_token_file)
-        gate, http_gate = Gate(tokens), _http_gate(settings)
-        tls, files = None, (settings.tls_cert_file, settings.tls_key_file, settings.tls_client_ca_file)
-        # Before they are read: what changes meanwhile is read the next time.
-        written = [os.stat(file).st_mtime_ns if os.path.exists(file) else 0 for file in files]
-        if settings.tls_cert_file:
-            from dsmq.wire.tls import server_context  # noqa: PLC0415 - a server without TLS needs none of it
-
-            tls = server_context(*files)
-        _check_exposure([listener.socket for listener in self._listeners], settings, gate)
-        self._tls, self._certificates_written, self._services.gate = tls, written, gate
-        self._http_gate = http_gate
+    def _apply(self, settings: Settings) -> None:
         self.settings = self._services.settings = settings
         self._services.usage.set_limits(settings)
         self._store.max_age_ms = round(settings.max_age_seconds * 1000)
@@ -178,12 +154,12 @@ class Server:
             settings.max_stored_bytes_per_topic,
         )
 
-    def _new_keeper(self, settings: Settings) -> Keeper | None:
+    def _new_keeper(self, settings: Settings) -> Snapshotter | None:
         if not settings.snapshot_file:
             return None
         if not isinstance(self._store, SQLiteStore):
             raise ConfigError("snapshot_file: this store keeps what it holds by itself")
-        return Keeper(self._store, settings.snapshot_file, settings.snapshot_interval_seconds)
+        return Snapshotter(self._store, settings.snapshot_file, settings.snapshot_interval_seconds)
 
     # Start
 
@@ -199,11 +175,11 @@ class Server:
             passed = self._systemd.queue
             _servers.add(self)
             sockets = passed or listening.listen(settings.host, settings.port, settings.listen_backlog)
-            self._listeners = [Listener(sock, self._place) for sock in sockets]
-            _check_exposure(sockets, settings, self._services.gate)
+            self._listeners = [Listener(sock, self._admission.assign) for sock in sockets]
+            self._services.access.check_exposure(sockets)
             # Where the sockets are passed, the process may have no network to make one in.
-            for side in self._systemd.metrics if passed else self._side_sockets():
-                self._side_ports.append(self._open_side_port(side))
+            for sock in self._systemd.metrics if passed else self._http_sockets():
+                self._http_endpoints.append(self._open_http_endpoint(sock))
             if self._keeper:
                 # Clients that connect meanwhile wait in the kernel's queue.
                 self._keeper.open()
@@ -224,90 +200,43 @@ class Server:
             "dsmq %s serves on %s (process %d)", __version__, ", ".join(self.addresses), os.getpid(), extra=started
         )
         environment.log_links()
-        self._tell_security()
-        for where in (side_port.url for side_port in self._side_ports):
-            _logger.info("metrics on %smetrics, for people %s", where, where, extra=logs.event("side_port", url=where))
+        self._log_configuration()
+        for where in (endpoint.url for endpoint in self._http_endpoints):
+            _logger.info(
+                "metrics on %smetrics, for people %s", where, where, extra=logs.event("http_endpoint", url=where)
+            )
         self._systemd.notify("READY=1")
 
-    def _side_sockets(self) -> list[socket.socket]:
+    def _http_sockets(self) -> list[socket.socket]:
         if self.settings.http_port == "off":
             return []
         return listening.listen(self.settings.http_host, self.settings.http_port, 16, "http-")
 
-    def _open_side_port(self, sock: socket.socket) -> Any:
-        # Imported here, because a server without a side port needs none of it.
-        from dsmq.ops.http import SidePort  # noqa: PLC0415
+    def _open_http_endpoint(self, sock: socket.socket) -> Any:
+        # Imported here, because a server without an HTTP endpoint does not need it.
+        from dsmq.ops.http import HTTPEndpoint  # noqa: PLC0415
 
-        return SidePort(sock, metrics.registry(self.status), self.status, lambda: self._http_gate)
+        return HTTPEndpoint(sock, metrics.registry(self.status), self.status, lambda: self._services.access.http_gate)
 
-    def _tell_security(self) -> None:
-        settings, tokens = self.settings, len(self._services.gate.tokens)
-        tls = "off" if not self._tls else "on, with certificates of clients" if settings.tls_client_ca_file else "on"
+    def _log_configuration(self) -> None:
+        settings, access = self.settings, self._services.access
+        tokens = len(access.gate.tokens)
+        tls = "off" if not access.tls else "on, with client certificates" if access.client_ca_file else "on"
         limits = {
-            "connections": self._max_connections,
+            "connections": self._admission.max_connections,
             "messages": settings.max_stored_messages,
             "bytes": settings.max_stored_bytes,
             "topics": settings.max_topics,
         }
-        most = ", ".join(f"{value} {name}" for name, value in limits.items())
+        shown = ", ".join(f"{value} {name}" for name, value in limits.items())
         about = logs.event("configured", tokens=tokens, tls=tls, limits=limits)
-        _logger.info("tokens: %s; TLS: %s; at most %s", tokens or "none", tls, most, extra=about)
-        if exposed := _exposed([listener.socket for listener in self._listeners], settings, self._services.gate):
+        _logger.info("tokens: %s; TLS: %s; limits: %s", tokens or "none", tls, shown, extra=about)
+        if exposed := access.exposed(listener.socket for listener in self._listeners):
             _logger.warning(
                 "no authentication: any client that can reach %s is an admin (protected_mode = false)",
                 ", ".join(exposed),
                 extra=logs.event("exposed", addresses=exposed),
             )
-
-    def _place(self, sock: socket.socket, host: str, name: str) -> None:
-        """Give an accepted connection to the worker that has the fewest, or refuse it."""
-        network = auth.network(host)
-        if objection := self._objection(network):
-            self._refuse(sock, name, *objection)
-            return
-        try:
-            stream = self._stream(sock)
-        except OSError as error:
-            _logger.debug("%s was gone when it was accepted: %s", name, error)
-            sock.close()
-            return
-        self._services.usage.connections.add(network, 1)
-        worker = min(self._workers, key=lambda worker: len(worker.connections))
-        adopt = partial(worker.adopt, stream, Peer(next(self._numbers), host, network, name, bool(self._tls)))
-        if worker.thread is threading.current_thread():
-            adopt()
-        else:
-            worker.post(adopt)
-
-    def _stream(self, sock: socket.socket) -> Stream:
-        if not self._tls:
-            return sock
-        from dsmq.wire import tls  # noqa: PLC0415 - see _configure
-
-        return tls.accept(self._tls, sock)
-
-    def _objection(self, network: str) -> tuple[str, ReplyError] | None:
-        """Return why a connection is not taken, in a word and as the client is told; nothing where it is."""
-        most = self.settings.max_connections_per_address
-        connections = self._services.usage.connections
-        if connections.total >= self._max_connections:
-            return "connections", Busy(f"{self._max_connections} connections are open, no more are taken")
-        if connections.of(network) >= most:
-            return "address", Busy(f"{most} connections of this address are open, no more are taken")
-        return None
-
-    def _refuse(self, sock: socket.socket, name: str, reason: str, error: ReplyError) -> None:
-        self.status.refused.refused[reason] += 1
-        self.status.refused.errors[error.code] += 1
-        about = logs.event("refused", client=name, reason=reason, code=error.code)
-        _logger.warning("%s is refused: %s", name, error, extra=about)
-        try:
-            if not self._tls:
-                sock.send(encode_error(error))
-            sock.shutdown(socket.SHUT_WR)
-        except OSError as gone:
-            _logger.debug("%s was gone when it was refused: %s", name, gone)
-        sock.close()
 
     # Watch
 
@@ -318,10 +247,10 @@ class Server:
         """
         while True:
             with suppress(queue.Empty):
-                if reason := self._orders.get(timeout=min(WATCH_SECONDS, self._systemd.most_seconds)):
+                if reason := self._orders.get(timeout=min(WATCH_SECONDS, self._systemd.watchdog_interval)):
                     _logger.info("stopping: %s", reason, extra=logs.event("stopping", reason=reason))
                     self.stop()
-                    if self._keeper and not self._keeper.is_kept:
+                    if self._keeper and not self._keeper.saved:
                         raise ServerFailed("the last snapshot could not be written")
                     return
                 with self._systemd.reloading():
@@ -330,10 +259,11 @@ class Server:
 
     def _watch(self) -> None:
         logs.summarise()
+        self._admission.close_refused()
         if dead := [thread.name for thread in self._threads() if not thread.is_alive()]:
             raise ServerFailed(f"threads died: {', '.join(dead)}")
         self._log_full()
-        self._systemd.tick(self.status)
+        self._systemd.notify_status(self.status)
 
     def _log_full(self) -> None:
         """Log which limits refuse puts, once when that begins and once when it ends."""
@@ -354,39 +284,30 @@ class Server:
         self._orders.put(None)
 
     def reload(self) -> None:
-        """Take over new settings, tokens and certificates; where something is wrong with them, change nothing."""
-        before, gate, written = self.settings, self._services.gate, self._certificates_written
+        """Apply new settings, tokens and certificates; if any of them is invalid, change nothing."""
+        before, access_before = self.settings, self._services.access
         try:
             new = self._load() if self._load else before
-            self._configure(new.model_copy(update={name: getattr(before, name) for name in FIXED}))
+            kept = {name: getattr(before, name) for name in RESTART_REQUIRED}
+            access = Access.load(new)
+            access.check_exposure(listener.socket for listener in self._listeners)
         except ConfigError as error:
             _logger.error("nothing is changed: %s", error, extra=logs.event("reload_failed", error=str(error)))
             return
         except Exception as error:
             _logger.exception("nothing is changed", extra=logs.event("reload_failed", error=str(error)))
             return
+        self._services.access = access
+        self._apply(new.model_copy(update=kept))
         logging.getLogger("dsmq").setLevel(new.log_level.upper())
-        # All connections were admitted by these.
-        stricter = new.tls_client_ca_file != before.tls_client_ca_file
-        stricter = stricter or bool(new.tls_cert_file) != bool(before.tls_cert_file)
         for worker in self._workers:
             worker.post(worker.apply_settings)
-            worker.post(worker.dismiss_all if stricter else worker.check_tokens)
         self._await_workers()
-        changed = [name for name in Settings.model_fields if getattr(new, name) != getattr(before, name)]
-        live, fixed = ([name for name in changed if (name in FIXED) == kept] for kept in (False, True))
-        tokens, renewed = self._services.gate.changes(gate), self._certificates_written != written
-        names = [*live, *(f"{what} ({', '.join(which)})" for what, which in tokens.items() if which)]
-        names += ["certificates"] * renewed
-        about = logs.event("reloaded", changed=live, certificates=renewed, **tokens)
-        _logger.info("configuration read again; changed: %s", ", ".join(names) or "nothing", extra=about)
-        if fixed:
-            about = logs.event("restart_needed", settings=fixed)
-            _logger.warning("these change only with a new start: %s", ", ".join(fixed), extra=about)
-        self._tell_security()
+        _log_reload(before, new, access_before, access)
+        self._log_configuration()
 
     def _await_workers(self) -> None:
-        """Wait until what was posted is done: what the log calls changed is in force. Not for one that hangs."""
+        """Wait until the event loops have applied the settings, so that the log is right; not for one that hangs."""
         done = [threading.Event() for _ in self._workers]
         deadline = time.monotonic() + WATCH_SECONDS
         for worker, event in zip(self._workers, done, strict=True):
@@ -399,7 +320,7 @@ class Server:
     def _parts(self) -> list[Any]:
         """What runs in a thread of its own."""
         keeper = [self._keeper] if self._keeper and self._keeper.interval else []
-        return [*self._workers, self._expiry, *keeper, *self._side_ports]
+        return [*self._workers, self._expiry, *keeper, *self._http_endpoints]
 
     # Stop
 
@@ -421,7 +342,7 @@ class Server:
             finally:
                 self._stopped = True
                 if self._keeper:
-                    self._keeper.give_up()
+                    self._keeper.abandon()
 
     def _stop_within(self, seconds: float) -> list[str]:
         """Go through the stages; those that are done already take no time."""
@@ -430,6 +351,7 @@ class Server:
         self._systemd.stopping(seconds + (LAST_SNAPSHOT_SECONDS if self._keeper else 0))
         self._stop_accepting(deadline)
         survivors = self._end_threads(deadline)
+        self._admission.close_refused(keep=0)
         if self._keeper:
             # Where others survive that may still use the store, it is not its last word.
             survivors += self._keeper.finish(deadline, is_last=not survivors)
@@ -475,9 +397,9 @@ class Server:
         for worker in self._workers:
             if worker.thread.ident is None:
                 worker.close()
-        for side_port in self._side_ports:
-            side_port.stop(self._close)
-            join(side_port.thread, deadline)
+        for endpoint in self._http_endpoints:
+            endpoint.stop(self._close)
+            join(endpoint.thread, deadline)
         return [part.thread.name for part in self._parts() if part is not self._keeper and part.thread.is_alive()]
 
     def abandon(self) -> None:
@@ -485,8 +407,10 @@ class Server:
         self._stopping, self._stopped = threading.Lock(), True
         for listener in self._listeners:
             listener.socket.close()
-        for part in (*self._workers, *self._side_ports, *([self._keeper] if self._keeper else [])):
+        for part in (*self._workers, *self._http_endpoints):
             part.abandon()
+        if self._keeper:
+            self._keeper.close_inherited()
 
     # What can be asked of it
 
@@ -502,8 +426,8 @@ class Server:
 
     @property
     def http_port(self) -> int | None:
-        """The TCP port of the side port, if there is one."""
-        return self._side_ports[0].port if self._side_ports else None
+        """The TCP port of the HTTP endpoint, if there is one."""
+        return self._http_endpoints[0].port if self._http_endpoints else None
 
     def counters(self) -> Counters:
         return self.status.counters()
@@ -521,27 +445,18 @@ class Server:
         return self.status.waiting()
 
 
-def _http_gate(settings: Settings) -> HTTPGate:
-    token = settings.http_token.get_secret_value()
-    if settings.http_token_file:
-        token = auth.read_tokens(settings.http_token_file)[0][2]
-    return HTTPGate(token.encode(), host_names(settings.http_allowed_hosts))
-
-
-def _exposed(sockets: Sequence[socket.socket], settings: Settings, gate: Gate) -> list[str]:
-    """Return the addresses other than loopback and Unix sockets at which clients need neither token nor certificate."""
-    if gate.tokens or settings.tls_client_ca_file:
-        return []
-    return [listening.address(sock) for sock in sockets if listening.is_exposed(sock)]
-
-
-def _check_exposure(sockets: Sequence[socket.socket], settings: Settings, gate: Gate) -> None:
-    """Raise ConfigError if the server would serve anyone on a network and protected_mode is on."""
-    if settings.protected_mode and (exposed := _exposed(sockets, settings, gate)):
-        raise ConfigError(
-            f"listening on {', '.join(exposed)} without authentication: set auth_token (DSMQ_AUTH_TOKEN), "
-            "auth_token_file or tls_client_ca_file, or protected_mode = false (DSMQ_PROTECTED_MODE) to serve anyone"
-        )
+def _log_reload(before: Settings, after: Settings, access_before: Access, access: Access) -> None:
+    changed = [name for name in Settings.model_fields if getattr(after, name) != getattr(before, name)]
+    live, fixed = ([name for name in changed if (name in RESTART_REQUIRED) == kept] for kept in (False, True))
+    tokens = access.gate.changes(access_before.gate)
+    renewed = access.certificates_modified_ns != access_before.certificates_modified_ns
+    names = [*live, *(f"{what} ({', '.join(which)})" for what, which in tokens.items() if which)]
+    names += ["certificates"] * renewed
+    about = logs.event("reloaded", changed=live, certificates=renewed, **tokens)
+    _logger.info("configuration reloaded; changed: %s", ", ".join(names) or "nothing", extra=about)
+    if fixed:
+        about = logs.event("restart_needed", settings=fixed)
+        _logger.warning("restart required to apply: %s", ", ".join(fixed), extra=about)
 
 
 # Those that have been started, for processes that are forked.
@@ -556,72 +471,6 @@ def _abandon_all() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_abandon_all)
-
-
-@contextmanager
-def _signals(server: Server, *, reload: bool) -> Iterator[None]:
-    """Turn SIGTERM and SIGINT into a request to stop; a further Ctrl-C does not wait. Only in a main thread.
-
-    With `reload`, SIGHUP is one to read the configuration anew; or to stop, if the terminal that the process had has
-    been closed, unless the signal was ignored, as nohup has it.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    seen = False
-    had_terminal = reload and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN and has_terminal()
-
-    def handle(number: int, _: FrameType | None) -> None:
-        nonlocal seen
-        if number == signal.SIGHUP and not (had_terminal and not has_terminal()):
-            server.request_reload()
-            return
-        if seen and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        seen = True
-        server.request_stop(signal.Signals(number).name)
-
-    handled = (signal.SIGTERM, signal.SIGINT, *((signal.SIGHUP,) if reload else ()))
-    # That of an asyncio loop, which a forked process has from its parent, would call the parent's handlers there.
-    wakeup = signal.set_wakeup_fd(-1)
-    before = {number: signal.signal(number, handle) for number in handled}
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def allow_more_files() -> None:
-    """Raise this process's limit on open files as far as it may; each connection takes one."""
-    if system.lacking():
-        return
-    import resource  # noqa: PLC0415 - Windows has none
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # The kernel may allow less than the hard limit says: macOS calls it unlimited, and takes some 10,000.
-    most = MAX_FILES if hard == resource.RLIM_INFINITY else hard
-    while soft == resource.RLIM_INFINITY or soft < most:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-        except (ValueError, OSError) as error:
-            _logger.debug("%d open files are not allowed: %s", most, error)
-            most //= 2
-        else:
-            return
-
-
-def _affordable(connections: int) -> int:
-    """Return how many connections the limit on open files allows."""
-    import resource  # noqa: PLC0415 - Windows has none
-
-    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if files == resource.RLIM_INFINITY or connections <= files - RESERVED_FILES:
-        return connections
-    affordable = max(1, files - RESERVED_FILES)
-    _logger.warning("only %d open files are allowed: %d connections at a time, not %d", files, affordable, connections)
-    return affordable
 
 
 def main(arguments: Sequence[str]) -> None:

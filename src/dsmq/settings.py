@@ -6,7 +6,6 @@ Later ones win: defaults, the TOML file, the environment (`DSMQ_` and the name i
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import sys
 import sysconfig
@@ -21,26 +20,20 @@ from dsmq import environment
 from dsmq.errors import ConfigError
 from dsmq.terminal import quoted
 from dsmq.tokens import MIN_TOKEN_CHARACTERS, TOO_SHORT
-from dsmq.wire.addresses import UNIX, host_names
+from dsmq.wire.addresses import UNIX, host_names, parse_endpoint
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
 def _host(value: str) -> str:
-    if value == UNIX or not (value.startswith(UNIX) or _is_host(value)):
-        raise ValueError("should be an address, a name, or unix:/path")
+    parse_endpoint(value)
     return value
 
 
 def _tcp_host(value: str) -> str:
-    if value.startswith(UNIX) or not _is_host(value):
+    if value.startswith(UNIX) or not value:
         raise ValueError("should be an address or a name")
-    return value
-
-
-def _is_host(value: str) -> bool:
-    # An IPv6 address may stand in brackets.
-    return bool(value) and value.startswith("[") == value.endswith("]")
+    return _host(value)
 
 
 def _token(value: SecretStr) -> SecretStr:
@@ -61,6 +54,8 @@ def _host_names(value: str) -> str:
 
 Seconds = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
+Limit = Annotated[int, Field(ge=1, le=1_000_000)]
+Timeout = Annotated[float, Field(gt=0, le=600, allow_inf_nan=False)]
 Bytes = Annotated[int, Field(ge=1, le=1_099_511_627_776)]
 Secret = Annotated[SecretStr, AfterValidator(_token)]
 
@@ -72,10 +67,10 @@ def _interval(value: float) -> float:
 
 
 class Settings(BaseSettings):
-    """What can be set. The description of a field is its line in `dsmq.toml.example`."""
+    """All settings. The descriptions also appear in `--help` and `dsmq.toml.example`."""
 
     from_file: ClassVar[dict[str, Any]] = {}
-    """What the TOML file says."""
+    """The contents of the TOML file."""
 
     model_config = SettingsConfigDict(extra="forbid", frozen=True)
 
@@ -92,192 +87,197 @@ class Settings(BaseSettings):
     )
     auth_token: Secret = Field(
         SecretStr(""),
-        description="The token that clients have to show, as an admin's; empty: see auth_token_file. There is no "
-        "option for it, because others on the machine can read command lines.",
+        description="Admin token that clients must present. Empty: see auth_token_file. It has no command-line "
+        "option, because other users on the machine can read command lines.",
     )
     auth_token_file: str = Field(
         "",
-        description="A file of tokens, read again on SIGHUP: a line each, `name role token` with the role read, write "
-        "(put and read) or admin; or the token alone, an admin's.",
+        description="File of tokens, reloaded on SIGHUP. One per line: `name role token`, with role read, write "
+        "(put and read) or admin; or a token alone, which is an admin's.",
     )
-    auth_timeout_seconds: Seconds = Field(
-        10.0,
-        gt=0,
-        le=600,
-        description="Time for a new connection to finish the handshake of TLS, and to show its token.",
+    auth_timeout_seconds: Timeout = Field(
+        10.0, description="Time for a new connection to finish the TLS handshake and authenticate."
     )
     tls_cert_file: str = Field(
         "",
-        description="The server's certificate and those that vouch for it, as PEM, read again on SIGHUP. "
-        "Set: it speaks TLS, and nothing else.",
+        description="The server's certificate chain, as PEM; reloaded on SIGHUP. If set, the server accepts TLS "
+        "connections only.",
     )
-    tls_key_file: str = Field("", description="Its private key, as PEM; empty where it stands in tls_cert_file.")
+    tls_key_file: str = Field("", description="The certificate's private key, as PEM. Empty: it is in tls_cert_file.")
     tls_client_ca_file: str = Field(
-        "", description="Authorities, as PEM. Set: clients have to show a certificate of one of them."
+        "", description="CA certificates, as PEM. If set, clients must present a certificate signed by one of them."
     )
     http_host: Annotated[str, AfterValidator(_tcp_host)] = Field(
-        "127.0.0.1", description="Where the side port listens: a status page, /metrics, /healthz, /readyz."
+        "127.0.0.1",
+        description="Where the HTTP endpoint listens. It serves a status page, /metrics, /healthz and /readyz.",
     )
     http_token: Secret = Field(
-        SecretStr(""),
-        description="What the side port wants as a bearer token for all that tells more than whether it is well.",
+        SecretStr(""), description="Bearer token required for /metrics and for /status.json, the status page's data."
     )
-    http_token_file: str = Field("", description="A file that holds it, in place of http_token.")
+    http_token_file: str = Field("", description="File that contains the bearer token, instead of http_token.")
     http_allowed_hosts: Annotated[str, AfterValidator(_host_names)] = Field(
         "",
-        description="Host names, separated by commas, at which the HTTP endpoint answers, besides IP addresses and "
-        "localhost. Others get 421, so that a web page can't read it through a name of its own (DNS rebinding); "
-        "/healthz and /readyz answer to any.",
+        description="Comma-separated host names at which the HTTP endpoint answers, besides IP addresses and "
+        "localhost. Other names get 421, which protects against DNS rebinding; /healthz and /readyz "
+        "answer to any name.",
     )
-    http_port: Port | Literal["off"] = Field(30009, description='TCP port of the side port; "off" for none.')
+    http_port: Port | Literal["off"] = Field(30009, description='TCP port of the HTTP endpoint; "off" disables it.')
     metrics_topics: int = Field(
         0,
         ge=0,
         le=1000,
-        description="Topics with metrics of their own: so many, those that are put to most, and the rest as `other`.",
+        description="How many topics get their own metrics: those with the most puts. The rest are counted as `other`.",
     )
-    health_timeout_seconds: Seconds = Field(
-        10.0, gt=0, le=600, description="A thread without a sign of life for so long makes /healthz fail."
+    health_timeout_seconds: Timeout = Field(
+        10.0, description="How long a thread may be unresponsive before /healthz fails."
     )
     max_age_seconds: Seconds = Field(
-        600.0, gt=0, le=31_536_000, description="Messages older than this are never delivered, and deleted soon."
+        600.0,
+        gt=0,
+        le=31_536_000,
+        description="Messages older than this are never delivered, and are deleted soon after.",
     )
     expiry_interval_seconds: Seconds = Field(
-        1.0, ge=0.01, le=3600, description="How often what is too old is deleted: bounds the memory it still takes."
+        1.0,
+        ge=0.01,
+        le=3600,
+        description="How often expired messages are deleted. A shorter interval frees their memory sooner.",
     )
     snapshot_file: str = Field(
         "",
-        description="Where what is held outlives the server: written at a graceful stop, restored at the next start. "
-        "Nobody else may write to its folder, which also takes files named after it. Empty: nothing is kept.",
+        description="Snapshot file: written on a graceful stop, loaded at start. Empty: no snapshots. Its "
+        "directory must not be writable by other users; temporary files with similar names are "
+        "created there.",
     )
     snapshot_interval_seconds: Annotated[Seconds, AfterValidator(_interval)] = Field(
         0.0,
         ge=0,
         le=3600,
-        description="How often it is written besides: bounds what is lost where the server is killed, or the power "
-        "fails. 0: only at a graceful stop; else at least 1.",
+        description="How often a snapshot is also written while the server runs, which limits what a crash or a "
+        "power failure can lose. 0: only on a graceful stop; otherwise at least 1.",
     )
     max_message_bytes: int = Field(
         8_388_608,
         ge=1,
         le=536_870_912,
-        description="Longest message. A connection may make the server buffer one, and each is held in memory.",
+        description="Max size of a message. Each connection may make the server buffer one message of this size "
+        "in memory.",
     )
     max_topic_bytes: int = Field(
-        512, ge=1, le=4096, description="Longest topic, as UTF-8. Topics are remembered after their messages are gone."
+        512,
+        ge=1,
+        le=4096,
+        description="Max length of a topic name in UTF-8. Topic names are remembered after their messages are gone.",
     )
     max_topics: Count = Field(
-        1_000_000, description="Topics that hold messages. Each takes some 600 bytes beside its name."
+        1_000_000, description="Max topics with stored messages. Each takes about 600 bytes plus its name."
     )
     max_stored_messages: Count = Field(
-        10_000_000, description="Messages held; a further one is refused until some have expired."
+        10_000_000, description="Max stored messages. When it is reached, puts are refused until messages expire."
     )
     max_stored_bytes: Bytes = Field(
         1_073_741_824,
-        description="Bytes of messages and topics held, each message counted with 100 more for what it takes beside, "
-        "each topic with 500. Bounds the memory: allow for 1.3 times as much.",
+        description="Max bytes of stored messages and topic names, plus 100 bytes of overhead per message and 500"
+        " per topic. Allow for 1.3 times as much memory.",
     )
-    max_stored_messages_per_topic: Count = Field(10_000_000, description="The same for one topic: messages.")
-    max_stored_bytes_per_topic: Bytes = Field(1_073_741_824, description="The same for one topic: bytes.")
-    max_connections: int = Field(
+    max_stored_messages_per_topic: Count = Field(10_000_000, description="Max stored messages in one topic.")
+    max_stored_bytes_per_topic: Bytes = Field(
+        1_073_741_824, description="Max stored bytes in one topic, counted as for max_stored_bytes."
+    )
+    max_connections: Limit = Field(
         10_000,
-        ge=1,
-        le=1_000_000,
-        description="Connections at a time; a further one is refused with an error. "
-        "Less where the limit on open files (ulimit -n) is lower.",
+        description="Max open connections; further ones are refused with an error. A lower limit on open files "
+        "(ulimit -n) lowers it.",
     )
-    max_connections_per_address: int = Field(
-        10_000,
-        ge=1,
-        le=1_000_000,
-        description="The same for one address of clients; an IPv6 address is its first 64 bits.",
+    max_connections_per_address: Limit = Field(
+        10_000, description="Max open connections from one client address; IPv6 addresses count by their first 64 bits."
     )
-    max_unauthenticated_connections: int = Field(
+    max_unauthenticated_connections: Limit = Field(
         1_000,
-        ge=1,
-        le=1_000_000,
-        description="Connections that have not shown their token yet, or not finished the handshake of TLS. With a "
-        "further one, the oldest goes.",
+        description="Max connections that have not authenticated or finished the TLS handshake. When it is "
+        "exceeded, the oldest is closed.",
     )
     max_unauthenticated_bytes: int = Field(
-        16_384, ge=4096, le=1_048_576, description="Longest request of a client that has not shown its token."
+        16_384, ge=4096, le=1_048_576, description="Max size of a request from a client that has not authenticated."
     )
-    max_waiting_readers: int = Field(
-        10_000, ge=1, le=1_000_000, description="Clients that wait for a message; a further one gets an error."
+    max_waiting_readers: Limit = Field(
+        10_000, description="Max clients waiting for a message; further ones get an error."
     )
     max_unread_reply_bytes: int = Field(
         16_777_216,
         ge=1024,
         le=1_073_741_824,
-        description="Max bytes of replies buffered for one client that has not read them; above it the server stops "
-        "reading its requests. The default lets a client send 1,000,000 short requests before it reads a reply.",
+        description="Max unread reply bytes buffered for one client; above it, the server stops reading the "
+        "client's requests. The default lets a client send 1,000,000 short requests before it reads a"
+        " reply.",
     )
     max_total_unread_reply_bytes: Bytes = Field(
         268_435_456,
-        description="The same for all clients together. Beyond it, requests whose replies would add to it wait; after "
-        "1 s the clients that hold most and read at less than 16 KiB/s are disconnected. The longest message always "
-        "fits.",
+        description="Max unread reply bytes buffered for all clients together. Above it, requests that would add "
+        "to it wait; after 1 s, the clients that hold the most and read slower than 16 KiB/s are "
+        "disconnected. One message of the maximum size always fits.",
     )
     max_total_request_bytes: Bytes = Field(
         268_435_456,
-        description="Max bytes held for requests of all clients together: a request that has begun reserves its "
-        "declared length, and positions of GET count too. Beyond it, input stays unread, and the oldest request is "
-        "read first; after 1 s the clients that hold most and send at less than 16 KiB/s are disconnected. The longest "
-        "message always fits.",
+        description="Max bytes buffered for the requests of all clients together. A request reserves its declared"
+        " length when it begins; the positions of GET count too. Above it, input stays unread and the"
+        " oldest request is read first; after 1 s, the clients that hold the most and send slower "
+        "than 16 KiB/s are disconnected. One message of the maximum size always fits.",
     )
     request_timeout_seconds: Seconds = Field(
         30.0,
         gt=0,
         le=3600,
-        description="Time for one request to arrive, from its first byte to its last; in addition, its length at "
-        "16 KiB/s.",
+        description="Time from the first byte of a request to its last, plus the time its length takes at 16 KiB/s.",
     )
     reply_timeout_seconds: Seconds = Field(
-        30.0, gt=0, le=3600, description="A client that reads none of its replies for this long is dropped."
+        30.0, gt=0, le=3600, description="A client that does not read its replies for this long is disconnected."
     )
     idle_timeout_seconds: Seconds = Field(
         0.0,
         ge=0,
         le=31_536_000,
-        description="A connection that sends nothing for this long, and waits for nothing, is closed. 0: never. "
-        "Clients gone without a word are found by TCP keepalive.",
+        description="A connection that sends no request for this long, and is not waiting for a message, is "
+        "closed. 0: never. TCP keepalive detects clients that vanished.",
     )
-    stop_timeout_seconds: Seconds = Field(
-        10.0, gt=0, le=600, description="Time for a graceful stop; what still runs after it is reported and left."
+    stop_timeout_seconds: Timeout = Field(
+        10.0, description="Time limit for a graceful stop; whatever is still running after it is logged and abandoned."
     )
     io_threads: int = Field(
         0,
         ge=0,
         le=64,
-        description="Threads that serve connections. 0 chooses: one where Python has a GIL (more are slower there), "
-        "else one a core.",
+        description="Threads that serve connections. 0: one if Python has a GIL (more would be slower), otherwise"
+        " one per core.",
     )
     busy_poll_microseconds: int = Field(
         100,
         ge=0,
         le=100_000,
-        description="How long a worker looks for the next request before it sleeps: to wake a processor takes longer "
-        "than most requests. Costs so much processor time whenever the clients pause; 0 costs none.",
+        description="How long a thread polls for the next request before it sleeps, since waking a processor "
+        "takes longer than most requests. Uses that much CPU time whenever clients pause. 0: no "
+        "polling.",
     )
     listen_backlog: int = Field(
-        1024, ge=1, le=65535, description="Connections the kernel holds while they wait to be accepted."
+        1024, ge=1, le=65535, description="Max connections that the kernel queues until they are accepted."
     )
     allow_shutdown: bool = Field(
-        default=True, description="Whether a client may stop the server (SHUTDOWN, mq.shutdown_server())."
+        default=True, description="Whether clients may stop the server (SHUTDOWN, mq.shutdown_server())."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="The least that is logged: debug, info, warning, error."
+        "info", description="Lowest level that is logged: debug, info, warning or error."
     )
     log_format: Literal["auto", "text", "json", "journal"] = Field(
         "auto",
-        description="How it is logged: text for people; json, a line an event; journal, with priorities and without "
-        "times; auto is journal under systemd and else text.",
+        description="Log format: text; json, one object per line; journal, with priorities and without times; "
+        "auto is journal under systemd, otherwise text.",
     )
     log_stream: Literal["stderr", "stdout"] = Field(
-        "stderr", description="Where it is logged. Some that collect what containers say take all of stderr for errors."
+        "stderr",
+        description="Where to log: stderr or stdout. Some container log collectors treat all of stderr as errors.",
     )
-    max_log_lines_per_second: int = Field(
-        10, ge=1, le=1_000_000, description="Lines logged of one cause; what exceeds it is counted, and told later."
+    max_log_lines_per_second: Limit = Field(
+        10, description="Max lines logged per second for the same cause; the rest are counted and summarised later."
     )
 
     @classmethod
@@ -285,7 +285,7 @@ class Settings(BaseSettings):
         cls,
         settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - it would take service links for settings
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - it would read service links as settings
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
@@ -294,10 +294,10 @@ class Settings(BaseSettings):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth(cls, value: object, info: ValidationInfo) -> object:
+    def _reject_bool(cls, value: object, info: ValidationInfo) -> object:
         if isinstance(value, str) and "\0" in value:
             raise ValueError("should be text without NUL characters")
-        # Python takes true for 1.
+        # Python treats True as 1.
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
             raise ValueError("should be something else than true or false")
         return value
@@ -316,47 +316,47 @@ class Settings(BaseSettings):
         return self
 
     @property
+    def logging(self) -> tuple[str, str, str, int]:
+        """The arguments of `logs.start`."""
+        return self.log_level, self.log_format, self.log_stream, self.max_log_lines_per_second
+
+    @property
     def io_workers(self) -> int:
-        """The number of I/O workers that `io_threads` means here."""
+        """The number of I/O threads, with io_threads = 0 resolved."""
         if self.io_threads:
             return self.io_threads
         return (os.cpu_count() or 1) if not _has_gil() else 1
 
 
 class EmbeddedSettings(Settings):
-    """The settings of `serve()` called as a function: several such servers fit in one machine."""
+    """The settings of `serve()` called as a function; no HTTP port, so that several servers can share a machine."""
 
     http_port: Port | Literal["off"] = "off"
 
 
 def load(
-    file: str | None = None, kind: type[Settings] = Settings, *, spelled: Callable[[str], str] = str, **given: Any
+    file: str | None = None, kind: type[Settings] = Settings, *, name_of: Callable[[str], str] = str, **given: Any
 ) -> Settings:
-    """Return the effective settings; `given` are those of the command line or call, where they are spelled like that.
+    """Return the effective settings; name_of maps the names of those `given` to what the caller calls them.
 
-    file is a TOML file's path; without it, the one that DSMQ_CONFIG names, if any. Raises ConfigError.
+    file is the path of a TOML file; default: the one that DSMQ_CONFIG names, if any. Raises ConfigError.
     """
     file = file or os.environ.get(environment.variables().get("config", ""))
     if file:
-        # A class of its own, because pydantic-settings makes its sources from the class alone.
+        # pydantic-settings builds its sources from the class, so the file needs a subclass.
         kind = type(kind.__name__, (kind,), {"from_file": environment.read_toml(file), "__module__": __name__})
     try:
         return kind(**given)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(error, {name: spelled(name) for name in given}, file))) from None
+        raise ConfigError("; ".join(_explain(error, {name: name_of(name) for name in given}, file))) from None
 
 
 def _from_environment() -> dict[str, str]:
-    found = environment.variables()
-    found.pop("config", None)
-    for name, variable in found.items():
-        if name not in Settings.model_fields:
-            raise ConfigError(f"{variable}: {_unknown(name, lambda known: environment.PREFIX + known.upper())}")
-    return {name: os.environ[variable] for name, variable in found.items()}
+    return {name: os.environ[variable] for name, variable in environment.variables().items() if name != "config"}
 
 
-# What pydantic says to programmers.
-_PLAINLY = {
+# Replacements for pydantic's messages, which are written for programmers.
+_MESSAGES = {
     **dict.fromkeys(("int_type", "int_parsing", "int_parsing_size", "int_from_float"), "should be a whole number"),
     **dict.fromkeys(("float_type", "float_parsing"), "should be a number"),
     **dict.fromkeys(("bool_type", "bool_parsing"), "should be true or false"),
@@ -370,16 +370,16 @@ def _explain(error: ValidationError, given: dict[str, str], file: str | None) ->
     values = {}
     for problem in error.errors(include_url=False):
         if not problem["loc"]:
-            # Of settings that don't fit together.
+            # Settings that contradict each other have no location.
             unknown.append(problem["msg"].removeprefix("Value error, "))
             continue
         name = str(problem["loc"][0])
         if problem["type"] == "extra_forbidden":
             sections = isinstance(problem["input"], dict)
             about = "there are no sections, all settings stand above them" if sections else ""
-            unknown.append(f"{file or 'settings'}: {_unknown(name, str, about)}")
+            unknown.append(f"{file or 'settings'}: {environment.unknown(name, str, about)}")
         else:
-            message = _PLAINLY.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
+            message = _MESSAGES.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
             wrong.setdefault(name, []).append(message.removeprefix("Input "))
             values[name] = "" if is_secret(name) else f", not {quoted(problem['input'])}"
     return unknown + [
@@ -392,18 +392,12 @@ def _source(name: str, given: dict[str, str], file: str | None) -> str:
     return given.get(name) or environment.variables().get(name) or f"{file}: {name}"
 
 
-def _unknown(name: str, spelled: Callable[[str], str], about: str = "") -> str:
-    if not about and (nearest := difflib.get_close_matches(name, Settings.model_fields, n=1)):
-        about = f"the nearest known one is '{spelled(nearest[0])}'"
-    return f"unknown setting '{spelled(name)}'" + (f"; {about}" if about else "")
-
-
 def _has_gil() -> bool:
     return not sysconfig.get_config_var("Py_GIL_DISABLED") or getattr(sys, "_is_gil_enabled", lambda: True)()
 
 
 def is_secret(name: str) -> bool:
-    """Return whether a setting must not be shown."""
+    """Return whether a setting's value must not be displayed."""
     return Settings.model_fields[name].annotation is SecretStr
 
 
@@ -417,18 +411,18 @@ def _shown(default: Any) -> Any:
 
 
 def _as_option(default: Any) -> str:
-    """Return a default as it would stand on a command line."""
+    """Return a default as written on a command line."""
     if isinstance(default, bool):
         return str(default).lower()
     return f"{default:g}" if isinstance(default, float) else str(default) or "none"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Give a command the option --config, and one for each setting."""
+    """Add --config and one option per setting to a command."""
     parser.add_argument("--config", metavar="FILE", help=f"TOML file; default: the one that {environment.CONFIG} names")
     for name, field in Settings.model_fields.items():
         if is_secret(name):
-            # Others can read a command line.
+            # Other users on the machine can read command lines.
             continue
         about = f"{field.description} Default: {_as_option(field.default)}".replace("%", "%%")
         parser.add_argument(option(name), metavar="VALUE", dest=name, default=argparse.SUPPRESS, help=about)
@@ -437,7 +431,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def from_options(options: argparse.Namespace) -> Settings:
     """Return the effective settings for a command line. Raises ConfigError."""
     given = {name: value for name, value in vars(options).items() if name in Settings.model_fields}
-    return load(options.config, spelled=option, **given)
+    return load(options.config, name_of=option, **given)
 
 
 def as_dict(settings: Settings) -> dict[str, Any]:
@@ -447,14 +441,14 @@ def as_dict(settings: Settings) -> dict[str, Any]:
 
 def to_toml(settings: Settings) -> str:
     """Return the settings as TOML, secrets masked."""
-    import tomli_w  # noqa: PLC0415 - a server needs it never
+    import tomli_w  # noqa: PLC0415 - servers never need it
 
     return tomli_w.dumps(as_dict(settings))
 
 
 def example() -> str:
     """Return `dsmq.toml.example`: every setting, explained, with its default, commented out."""
-    import tomli_w  # noqa: PLC0415 - a server needs it never
+    import tomli_w  # noqa: PLC0415 - servers never need it
 
     parts = [
         "# dsmq.toml: the settings of `dsmq serve`, all with their defaults. Use it with --config or DSMQ_CONFIG.\n"

@@ -1,7 +1,9 @@
-"""What is asked of the operating system: the time, what makes for speed, and the terminal."""
+"""Operating-system services: clocks, process identity, memory, files and the terminal."""
 
 from __future__ import annotations
 
+import codecs
+import logging
 import os
 import socket
 import sys
@@ -10,24 +12,33 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
-# The file that stands for the controlling terminal of whichever process opens it.
+from dsmq.errors import ConfigError
+
+# Files of tokens or settings are shorter; this guards against files such as /dev/zero.
+_MAX_TEXT_BYTES = 1_048_576
+# File descriptors reserved for other purposes than connections; the limit to request if the hard one is unlimited.
+_RESERVED_FILES = 64
+_MAX_FILES = 1_048_576
+# The controlling terminal of the process that opens it.
 _TERMINAL = "/dev/tty"
 
+_logger = logging.getLogger(__name__)
+
 yield_processor: Callable[[], None] = getattr(os, "sched_yield", partial(time.sleep, 0))
-"""Let another thread run that waits for this processor; without one, go on at once."""
+"""Let another runnable thread use this processor; return at once if there is none."""
 
 
 BOOT_CLOCK: int | None = getattr(time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC", None))
 """The clock of `boot_time`, if it has a number."""
 boot_time: Callable[[], float] = time.monotonic if BOOT_CLOCK is None else partial(time.clock_gettime, BOOT_CLOCK)
-"""Return the seconds on a clock that only goes forward, and goes on while the machine sleeps.
+"""Return the seconds of a monotonic clock that includes time asleep.
 
-Linux has CLOCK_BOOTTIME for that; CLOCK_MONOTONIC of macOS and the monotonic time of Windows go on anyway.
+CLOCK_BOOTTIME on Linux; the monotonic clocks of macOS and Windows include it anyway.
 """
 
 
 class _Process:
-    """Tells this process from its children, however they were forked."""
+    """Distinguishes this process from its forked children."""
 
     __slots__ = ("_page", "_token")
 
@@ -36,7 +47,7 @@ class _Process:
         self._token = object()
 
     def token(self) -> object:
-        """Return an object that stands for this process; in a child it is another one."""
+        """Return an object that identifies this process; a forked child gets a different one."""
         if not self._page[0]:
             self._token = object()
             self._page[0] = 1
@@ -44,7 +55,7 @@ class _Process:
 
 
 def _wiped_in_children() -> Any:
-    """Return memory that holds a 1, and in a child process a 0: to ask for the process id takes longer."""
+    """Return memory that contains 1, and 0 in a forked child; reading it is faster than getpid()."""
     try:
         import mmap  # noqa: PLC0415 - where there is none
 
@@ -57,7 +68,7 @@ def _wiped_in_children() -> Any:
 
 
 class _ByProcessId:
-    """The same on systems without such memory."""
+    """Replacement on systems without such memory."""
 
     def __init__(self) -> None:
         self._process = os.getpid()
@@ -69,19 +80,19 @@ class _ByProcessId:
         self._process = os.getpid()
 
 
-# Of Linux, since 4.14; Python has no name for it.
+# Linux 4.14 or later; Python does not define it.
 _MADV_WIPEONFORK = 18
 process = _Process().token
 LONG_YIELD_SECONDS = 0.001
-"""Who did not get the processor back for so long shares it with programs that compute: then it is better to sleep."""
+"""If a yield takes longer, the processor is shared with CPU-bound programs, and sleeping is better."""
 LONG_YIELD_PAUSE_SECONDS = 0.1
-"""For so long: the kernel wakes who has slept sooner than it returns to who has yielded."""
+"""How long to sleep instead of yielding: the kernel favours threads that slept."""
 LONG_MESSAGE_BYTES = 65_536
-"""From here on it is worth to `expect_long_messages`."""
+"""Messages from this size on justify `expect_long_messages`."""
 
 
 def lacking() -> list[str]:
-    """Return what a server needs and this system does not have, as Windows does not."""
+    """Return what a server needs but this system lacks, such as Windows."""
     from importlib.util import find_spec  # noqa: PLC0415 - the client, which loads this module too, does not need it
 
     modules = [name for name in ("fcntl", "resource") if find_spec(name) is None]
@@ -97,18 +108,38 @@ def has_terminal() -> bool:
     return True
 
 
+def read_text(file: str) -> str:
+    """Return the text of a short file in UTF-8. Raises ConfigError."""
+    try:
+        with open(file, "rb") as stream:
+            data = stream.read(_MAX_TEXT_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}") from None
+    except ValueError as error:
+        # The name has a NUL in it.
+        raise ConfigError(f"{file!r}: {error}") from None
+    if len(data) > _MAX_TEXT_BYTES:
+        raise ConfigError(f"{file}: longer than {_MAX_TEXT_BYTES} bytes")
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data:
+        raise ConfigError(f"{file}: should be UTF-8; this looks like UTF-16")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{file}: should be UTF-8") from None
+
+
 @cache
 def expect_long_messages() -> None:
-    """Have the C library keep freed memory for the next long message, in place of fetching it anew each time.
+    """Make the C library keep freed memory for the next long message instead of returning it to the kernel.
 
-    glibc's malloc learns from what it is given back: from then on it keeps up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD).
+    glibc's malloc raises its threshold when a large block is freed (mallopt(3), M_MMAP_THRESHOLD), to at most 32 MiB.
     Fresh memory costs a page fault for every 4 KiB.
     """
     bytes(16 << 20)
 
 
 def unsent_bytes(sock: socket.socket) -> int:
-    """Return how many bytes the other side has not received yet; 0 if the system does not tell."""
+    """Return how many bytes the peer has not acknowledged; 0 if the system can't tell."""
     try:
         from fcntl import ioctl  # noqa: PLC0415 - not everywhere
         from termios import TIOCOUTQ  # noqa: PLC0415
@@ -116,3 +147,34 @@ def unsent_bytes(sock: socket.socket) -> int:
         return int.from_bytes(ioctl(sock, TIOCOUTQ, bytes(4)), sys.byteorder)
     except (ImportError, OSError):
         return 0
+
+
+def allow_more_files() -> None:
+    """Raise the limit on open files as far as possible; each connection needs one."""
+    if lacking():
+        return
+    import resource  # noqa: PLC0415 - Windows has none
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # The kernel may allow less than the hard limit: macOS says unlimited but allows about 10,000.
+    most = _MAX_FILES if hard == resource.RLIM_INFINITY else hard
+    while soft == resource.RLIM_INFINITY or soft < most:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        except (ValueError, OSError) as error:
+            _logger.debug("%d open files are not allowed: %s", most, error)
+            most //= 2
+        else:
+            return
+
+
+def affordable_connections(connections: int) -> int:
+    """Return how many of these connections the limit on open files allows."""
+    import resource  # noqa: PLC0415 - Windows has none
+
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files == resource.RLIM_INFINITY or connections <= files - _RESERVED_FILES:
+        return connections
+    affordable = max(1, files - _RESERVED_FILES)
+    _logger.warning("only %d open files are allowed: %d connections at a time, not %d", files, affordable, connections)
+    return affordable

@@ -1,4 +1,4 @@
-"""Text for terminals and logs: what a client has sent must not control the one or forge lines in the other."""
+"""Escapes text, so that clients can't control terminals or forge log lines with it."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ import logging
 import re
 from types import TracebackType
 
-# C0, DEL and C1 controls; line separators; controls of the writing direction, which can make a text look like another;
-# and surrogates, which no encoding takes.
+# C0, DEL and C1 controls; line separators; bidirectional controls, which can disguise text; and surrogates, which
+# can't be encoded.
 _UNSAFE = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    """Return a text in one line, with escapes for the characters that control a terminal."""
+    """Return text on one line, with control characters escaped."""
     return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def as_json(value: object, *, ascii_only: bool = False) -> str:
-    """Return a value as JSON in one line, with escapes for the characters that control a terminal."""
+    """Return a value as JSON on one line, with control characters escaped."""
     text = json.dumps(value, ensure_ascii=ascii_only, default=str)
     return json.dumps(value, default=str) if _UNSAFE.search(text) else text
 
 
 def quoted(value: object) -> str:
-    """Return a value as an error message may show it, however long it is."""
+    """Return a value for an error message, shortened if necessary."""
     try:
         text = repr(value)
     except ValueError:
-        # Python refuses to write out a number of so many digits.
+        # Python refuses to convert huge integers to text.
         return "a number with thousands of digits"
     return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
 

@@ -1,4 +1,4 @@
-"""`python -m tests.chaos`."""
+"""`python tests/chaos`."""
 
 from __future__ import annotations
 

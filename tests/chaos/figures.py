@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
+from attacks.rig import progress
 from chaos.checker import summary
 from chaos.clients import HOST, Job
 from chaos.scenarios import FAST, reset_at_random
@@ -15,7 +16,7 @@ from chaos.stage import Stage
 from dsmq.client import DSMQClientSideConnection, connect
 from dsmq.client.replies import stored_id
 from dsmq.client.requests import Call
-from faults.rig import Daemon, progress
+from helpers import Daemon
 
 RESTARTS = 20
 RESETS = 1_000

@@ -32,9 +32,9 @@ def loses_puts() -> None:
     def append(store: SQLiteStore, puts: Sequence[Put]) -> list[int]:
         ids = _append(store, puts)
         if random.random() < RATIO:
-            for topic in store._topics.values():
-                if topic.tail:
-                    topic.tail.pop()
+            for topic in store._topics.by_name.values():
+                if topic.buffered:
+                    topic.buffered.pop()
         return ids
 
     SQLiteStore.append = append  # type: ignore[method-assign]

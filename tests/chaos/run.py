@@ -1,4 +1,4 @@
-"""The long run: all scenarios again and again, by seed, until the time is over; then a table."""
+"""The long run: all scenarios repeatedly, by seed, until the time is up; then a table."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+from attacks.rig import progress
 from chaos import figures
 from chaos.checker import summary
 from chaos.mutants import MUTANTS
 from chaos.scenarios import SCENARIOS
 from chaos.stage import NotHere, Outcome, Stage
-from faults.rig import progress
 
 # Violations of one round that are shown; the history has them all.
 SHOWN = 3

@@ -16,12 +16,10 @@ from typing import Any
 
 from chaos.history import History, Server
 from dsmq.wire.resp import Reply, ReplyParser, encode_request
-from faults.rig import Daemon
+from helpers import HOST, SOON, Daemon
 
-HOST = "127.0.0.1"
-SOON = 20.0
 PASSED = str(Path(__file__).with_name("passed.py"))
-FAULTY = str(Path(__file__).parent.parent / "faults" / "faulty.py")
+FAULTY = str(Path(__file__).parent.parent / "attacks" / "faulty.py")
 LOOK_SECONDS = 0.003
 
 
@@ -118,7 +116,8 @@ class Lives:
         if snapshot:
             self.settings |= {"snapshot_file": self.path, "snapshot_interval_seconds": interval}
         descriptors = [sock.fileno() for sock in passed]
-        self._words = (sys.executable, PASSED, *map(str, descriptors)) if passed else words
+        words = (sys.executable, PASSED, *map(str, descriptors)) if passed else words
+        self._command: dict[str, Any] = {"command": words} if words else {}
         self._popen: dict[str, Any] = {"pass_fds": descriptors}
         self.snapshots: Snapshots | None = None
         self.logs: list[str] = []
@@ -127,7 +126,7 @@ class Lives:
 
     def start(self) -> None:
         began = time.monotonic()
-        self.daemon = Daemon(*self._words, popen=self._popen, port=self.port, **self.settings)
+        self.daemon = Daemon(**self._command, popen=self._popen, port=self.port, **self.settings)
         self.start_seconds.append(time.monotonic() - began)
         if self.has_snapshot:
             self.snapshots = Snapshots(self.path)

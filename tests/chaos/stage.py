@@ -23,7 +23,7 @@ from chaos.history import INTERRUPTED, Broken, Died, Empty, Got, History, Put
 from chaos.proxy import Proxy
 from chaos.servers import Lives
 from dsmq.client import DSMQClientSideConnection, connect
-from faults.rig import wait_until
+from helpers import wait_until
 
 # Behind all faults every client comes to its end within this.
 SOON = 60.0
@@ -109,8 +109,7 @@ class Stage:
         time.sleep(self.size(full, quick))
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
-        if not wait_until(condition, SOON):
-            raise RuntimeError(f"what is waited for has not come in {SOON:g} s")
+        wait_until(condition, SOON)
 
     def fault(self, name: str) -> None:
         self.faults[name] += 1

@@ -34,7 +34,6 @@ from conftest import SOON, tool
 PROGRAMS = Path(__file__).parent / "programs"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsmq-tests" / "clients"
 GOPATH = Path("/usr/share/gocode")
-REDIGO = GOPATH / "src/github.com/gomodule/redigo"
 
 
 class Program:
@@ -170,12 +169,17 @@ def _c() -> list[str]:
     return _compiled("hiredis.c", ["gcc", "-Wall", "-Werror", "-O1"], ["-lhiredis"])
 
 
-def _go() -> list[str]:
-    go = tool("go", "golang-go")
-    if not REDIGO.exists():
-        pytest.skip("Debian's package golang-github-gomodule-redigo-dev is not installed")
-    settings = "CGO_ENABLED=0", "GO111MODULE=off", f"GOPATH={GOPATH}"
-    return _compiled("redigo.go", ["env", *settings, go, "build"], [])
+def _go(program: str, package: str, debian: str) -> Library:
+    """A package of Debian's, of the version that it has."""
+
+    def prepare() -> list[str]:
+        go = tool("go", "golang-go")
+        if not (GOPATH / "src" / package).exists():
+            pytest.skip(f"Debian's package {debian} is not installed")
+        settings = "CGO_ENABLED=0", "GO111MODULE=off", f"GOPATH={GOPATH}"
+        return _compiled(program, ["env", *settings, go, "build"], [str(PROGRAMS / "serve.go")])
+
+    return Library(Path(program).stem.replace("_", "-"), prepare)
 
 
 def _need(command: list[str], package: str) -> None:
@@ -183,13 +187,14 @@ def _need(command: list[str], package: str) -> None:
         pytest.skip(f"Debian's package {package} is not installed")
 
 
-def _compiled(source: str, compiler: list[str], libraries: list[str]) -> list[str]:
-    """Compile a program, if it is newer than what was compiled last."""
+def _compiled(source: str, compiler: list[str], more: list[str]) -> list[str]:
+    """Compile a program with more files or libraries, unless it was compiled after each of these files was written."""
     binary = CACHE / Path(source).stem
-    if not binary.exists() or binary.stat().st_mtime < (PROGRAMS / source).stat().st_mtime:
+    files = [PROGRAMS / source, *(Path(name) for name in more if Path(name).exists())]
+    if not binary.exists() or binary.stat().st_mtime < max(file.stat().st_mtime for file in files):
         CACHE.mkdir(parents=True, exist_ok=True)
         unfinished = binary.with_suffix(f".{os.getpid()}")
-        subprocess.run([*compiler, "-o", str(unfinished), str(PROGRAMS / source), *libraries], check=True)
+        subprocess.run([*compiler, "-o", str(unfinished), str(PROGRAMS / source), *more], check=True)
         unfinished.rename(binary)
     return [str(binary)]
 
@@ -207,6 +212,7 @@ LIBRARIES = [
     Library("phpredis", _php),
     Library("redis-rb", _ruby),
     Library("hiredis", _c),
-    Library("redigo", _go),
+    _go("redigo.go", "github.com/gomodule/redigo", "golang-github-gomodule-redigo-dev"),
+    _go("go_redis.go", "gopkg.in/redis.v5", "golang-gopkg-redis.v5-dev"),
 ]
 GLIDE = _python("glide.py", "valkey-glide-sync==2.6.0")

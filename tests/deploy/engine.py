@@ -16,16 +16,15 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conftest import ROOT, tool
+from conftest import ROOT, SOON, tool, wait_until
 
 PYTHON = "3.13"
 BASE = f"python:{PYTHON}-slim"
@@ -33,16 +32,7 @@ IMAGE = "dsmq"
 # The release of Debian that has this Python.
 SUITE = "trixie"
 LOCKED = [ROOT / "deploy/docker/requirements.txt", ROOT / "deploy/docker/build-requirements.txt"]
-# What is to happen in a container has to within this, in seconds: starting one takes some.
-SOON = 30.0
 LOCKED_DOWN = ["--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges"]
-
-
-def eventually(condition: Callable[[], bool], seconds: float = SOON) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.1)
 
 
 class Engine:
@@ -227,10 +217,16 @@ def _namespace() -> subprocess.Popen[str]:
 
 
 def _remove_cgroups(name: str) -> None:
-    for found in Path("/sys/fs/cgroup").glob(f"*/{name}"):
-        for folder in sorted((path for path in found.rglob("*") if path.is_dir()), reverse=True):
-            folder.rmdir()
-        found.rmdir()
+    """Remove the control groups of an engine, which are busy until the last of its processes has ended."""
+
+    def are_gone() -> bool:
+        for found in Path("/sys/fs/cgroup").glob(f"*/{name}"):
+            for folder, _, _ in os.walk(found, topdown=False):
+                with suppress(OSError):
+                    os.rmdir(folder)
+        return not list(Path("/sys/fs/cgroup").glob(f"*/{name}"))
+
+    wait_until(are_gone)
 
 
 @contextmanager
@@ -254,7 +250,7 @@ def docker(base: Podman) -> Iterator[Docker]:
     """Docker, with a base image that is podman's; or the reason to skip."""
     _need(("dockerd", "docker.io"))
     with _folder() as folder, closing(Docker(folder)) as engine:
-        eventually(engine.is_there)
+        wait_until(engine.is_there)
         archive = folder / "base.tar"
         base("save", "--quiet", "--format=docker-archive", f"--output={archive}", BASE)
         engine("load", "--quiet", f"--input={archive}")

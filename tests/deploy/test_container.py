@@ -23,11 +23,11 @@ import engine as engines
 import pytest
 import trustme
 import yaml
-from engine import BASE, IMAGE, LOCKED, LOCKED_DOWN, SOON, Container, Docker, Podman, eventually
+from engine import BASE, IMAGE, LOCKED, LOCKED_DOWN, Container, Docker, Podman
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from conftest import ROOT, tool
+from conftest import ROOT, SOON, tool, wait_until
 from dsmq.broker.auth import HTTPGate
 from dsmq.client import DSMQClientSideConnection, connect
 from dsmq.errors import DSMQError
@@ -39,7 +39,10 @@ TOKEN = "a-token-for-the-tests"
 MEGABYTE = 1_000_000
 
 # The first test of the session waits for the image.
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [
+    pytest.mark.deploy,
+    pytest.mark.timeout(300),
+]
 
 
 @pytest.fixture(scope="session")
@@ -78,7 +81,7 @@ def started(engine: Podman | Docker, *options: str) -> Iterator[Container]:
     words += [*engine.health_options, *options, IMAGE]
     container = Container(engine, engine("run", "--detach", *words).stdout.strip())
     try:
-        eventually(container.is_serving)
+        wait_until(container.is_serving)
         assert container.state["Running"], container.logs()
         yield container
     finally:
@@ -125,20 +128,20 @@ def locked(file: Path) -> dict[str, Version]:
         ("build-requirements.txt", PROJECT["build-system"]["requires"]),
     ],
 )
-def test_what_is_locked_agrees_with_what_is_asked_for(file: str, wanted: list[str]) -> None:
+def test_locked_versions_satisfy_requirements(file: str, wanted: list[str]) -> None:
     versions = locked(HERE / file)
     for requirement in map(Requirement, wanted):
         assert versions[requirement.name] in requirement.specifier
 
 
 @pytest.mark.parametrize("file", LOCKED, ids=lambda file: file.name)
-def test_all_that_is_locked_has_hashes_and_names_no_place(file: Path) -> None:
+def test_locked_packages_have_hashes_and_no_paths(file: Path) -> None:
     lines = [line for line in file.read_text().splitlines() if not line.lstrip().startswith(("#", "--hash=sha256:"))]
     assert len(lines) == len(locked(file)) > 2
     assert re.search(r"://|(^|[\s=])/|localhost", file.read_text()) is None
 
 
-def test_the_labels_say_what_the_project_says() -> None:
+def test_image_labels_match_project() -> None:
     labels = dict(re.findall(r'org\.opencontainers\.image\.(\w+)="(.*)"', (ROOT / "Dockerfile").read_text()))
     project = PROJECT["project"]
     assert labels == {
@@ -149,7 +152,7 @@ def test_the_labels_say_what_the_project_says() -> None:
     }
 
 
-def test_the_same_sources_make_the_same_wheel(wheels: Path, tmp_path: Path) -> None:
+def test_wheel_is_reproducible(wheels: Path, tmp_path: Path) -> None:
     python = tmp_path / "venv/bin/python"
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
     locked_build = ["--no-index", f"--find-links={wheels}", "--require-hashes", f"--requirement={LOCKED[1]}"]
@@ -192,19 +195,19 @@ def copy_context(to: Path) -> None:
 # The image
 
 
-def test_the_context_is_small(podman: Podman, tmp_path: Path) -> None:
+def test_build_context_is_small(podman: Podman, tmp_path: Path) -> None:
     file = tmp_path / "Dockerfile"
     file.write_text("FROM scratch\nCOPY . /\n")
     podman("build", "--quiet", "--network=none", f"--file={file}", "--tag=context", str(ROOT))
     assert podman.size("context") < 2 * MEGABYTE
 
 
-def test_the_image_is_small(podman: Podman) -> None:
+def test_image_is_small(podman: Podman) -> None:
     over = podman.size(IMAGE) - podman.size(BASE)
     assert MEGABYTE < over < 30 * MEGABYTE
 
 
-def test_the_image_holds_what_runs_and_no_more(podman: Podman) -> None:
+def test_image_holds_only_runtime_files(podman: Podman) -> None:
     code = """if True:
         import importlib.metadata, importlib.util, os, sys
         print(*sorted(found.name.lower().replace("_", "-") for found in importlib.metadata.distributions()))
@@ -222,7 +225,7 @@ def test_the_image_holds_what_runs_and_no_more(podman: Podman) -> None:
     assert not_compiled == ""
 
 
-def test_the_image_says_how_it_is_run(engine: Podman | Docker) -> None:
+def test_image_metadata_shows_how_to_run_it(engine: Podman | Docker) -> None:
     config = engine.inspect("image", IMAGE)["Config"]
     assert config["User"] == "10001:10001"
     assert config["Entrypoint"] == ["dsmq"]
@@ -239,7 +242,7 @@ def test_the_image_says_how_it_is_run(engine: Podman | Docker) -> None:
 
 
 @pytest.mark.parametrize("user", ["10001:10001", "4711:4711", "0:0"])
-def test_it_serves_whoever_it_is_with_no_rights_at_all(engine: Podman | Docker, user: str) -> None:
+def test_container_runs_as_any_user_without_capabilities(engine: Podman | Docker, user: str) -> None:
     options = [f"--user={user}", f"--env=DSMQ_AUTH_TOKEN={TOKEN}", "--memory=256m", "--pids-limit=64"]
     with started(engine, *options) as container:
         assert_works(container)
@@ -252,23 +255,23 @@ def test_it_serves_whoever_it_is_with_no_rights_at_all(engine: Podman | Docker, 
         assert re.search(r"^NoNewPrivs:\s+1$", done.stdout, re.MULTILINE)
         assert re.search(rf"^Uid:\s+{user.partition(':')[0]}\s", done.stdout, re.MULTILINE)
         assert "Read-only file system" in done.stderr
-        eventually(lambda: container.check_health() == "healthy")
+        wait_until(lambda: container.check_health() == "healthy")
         out, err = container.logs()
         assert "serves on" in out
         assert err == ""
 
 
-def test_without_a_token_it_does_not_start_unless_told_to(podman: Podman) -> None:
+def test_container_without_token_does_not_start(podman: Podman) -> None:
     done = podman("run", "--rm", *LOCKED_DOWN, IMAGE, check=False)
     assert done.returncode == 2
     assert re.fullmatch(r"dsmq: listening on 0\.0\.0\.0:30008 without authentication: .*\n", done.stderr)
     assert "DSMQ_AUTH_TOKEN" in done.stderr
     with started(podman, "--env=DSMQ_PROTECTED_MODE=false") as container:
         assert_works(container, token=None)
-        eventually(lambda: container.check_health() == "healthy")
+        wait_until(lambda: container.check_health() == "healthy")
 
 
-def test_a_short_token_is_told_with_the_line_to_make_one(podman: Podman) -> None:
+def test_short_token_error_shows_how_to_make_one(podman: Podman) -> None:
     done = podman("run", "--rm", *LOCKED_DOWN, "--env=DSMQ_AUTH_TOKEN=short", IMAGE, check=False)
     assert done.returncode == 2
     make = re.search(r"^dsmq: DSMQ_AUTH_TOKEN: .*: python3 -c '(.*)'\n$", done.stderr)
@@ -277,7 +280,7 @@ def test_a_short_token_is_told_with_the_line_to_make_one(podman: Podman) -> None
     assert len(made.stdout.strip()) >= 32
 
 
-def test_promtool_finds_nothing_wrong_with_its_metrics(podman: Podman) -> None:
+def test_promtool_accepts_container_metrics(podman: Podman) -> None:
     promtool = tool("promtool", "prometheus")
     with started(podman, f"--env=DSMQ_AUTH_TOKEN={TOKEN}") as container:
         assert_works(container)
@@ -289,7 +292,7 @@ def test_promtool_finds_nothing_wrong_with_its_metrics(podman: Podman) -> None:
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
-def test_prometheus_scrapes_it_as_compose_has_it(podman: Podman, tmp_path: Path) -> None:
+def test_prometheus_scrapes_container_as_in_compose(podman: Podman, tmp_path: Path) -> None:
     with started(podman, f"--env=DSMQ_AUTH_TOKEN={TOKEN}") as container:
         assert_works(container)
         config = (HERE / "prometheus.yml").read_text().replace(": 15s", ": 1s")
@@ -299,7 +302,7 @@ def test_prometheus_scrapes_it_as_compose_has_it(podman: Podman, tmp_path: Path)
         with podman.its_network():
             process = subprocess.Popen([tool("prometheus", "prometheus"), *words], stderr=subprocess.DEVNULL)
         try:
-            eventually(lambda: samples(podman, 'dsmq_puts_total{job="dsmq"}') == ["1"])
+            wait_until(lambda: samples(podman, 'dsmq_puts_total{job="dsmq"}') == ["1"])
             assert samples(podman, 'ALERTS{alertname="DsmqDown"}') == []
         finally:
             process.terminate()
@@ -316,7 +319,7 @@ def samples(engine: Podman | Docker, expression: str) -> list[str]:
         return []
 
 
-def test_settings_are_in_a_file_and_secrets_in_others(podman: Podman, tmp_path: Path) -> None:
+def test_settings_and_secrets_come_from_files(podman: Podman, tmp_path: Path) -> None:
     authority = trustme.CA()
     certificate = authority.issue_cert("localhost", "127.0.0.1")
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
@@ -337,21 +340,21 @@ def test_settings_are_in_a_file_and_secrets_in_others(podman: Podman, tmp_path: 
             with connect("127.0.0.1", container.port(30010), **security) as mq:
                 assert mq.max_message_bytes == 4711
         # It has found port, token and certificate.
-        eventually(lambda: container.check_health() == "healthy")
+        wait_until(lambda: container.check_health() == "healthy")
 
 
-def test_health_fails_while_the_server_does_nothing(engine: Podman | Docker) -> None:
+def test_health_check_fails_while_server_is_stuck(engine: Podman | Docker) -> None:
     with started(engine, f"--env=DSMQ_AUTH_TOKEN={TOKEN}") as container:
-        eventually(lambda: container.check_health() == "healthy")
+        wait_until(lambda: container.check_health() == "healthy")
         engine("kill", "--signal=STOP", container.id)
         # It takes three in a row where nothing else is said, and each waits three seconds for an answer.
-        eventually(lambda: container.check_health() == "unhealthy")
+        wait_until(lambda: container.check_health() == "unhealthy")
         engine("kill", "--signal=CONT", container.id)
-        eventually(lambda: container.check_health() == "healthy")
+        wait_until(lambda: container.check_health() == "healthy")
         assert_works(container)
 
 
-def test_stop_is_graceful_with_clients_that_wait(engine: Podman | Docker) -> None:
+def test_stop_is_graceful_with_waiting_clients(engine: Podman | Docker) -> None:
     ended = []
 
     def wait(mq: DSMQClientSideConnection) -> None:
@@ -365,7 +368,7 @@ def test_stop_is_graceful_with_clients_that_wait(engine: Podman | Docker) -> Non
         threads = [threading.Thread(target=wait, args=(mq,)) for mq in clients]
         for thread in threads:
             thread.start()
-        eventually(lambda: "dsmq_waiting_readers 20.0" in fetch(container, "/metrics"))
+        wait_until(lambda: "dsmq_waiting_readers 20.0" in fetch(container, "/metrics"))
         began = time.monotonic()
         engine("stop", "--time=15", container.id)
         took = time.monotonic() - began
@@ -377,13 +380,13 @@ def test_stop_is_graceful_with_clients_that_wait(engine: Podman | Docker) -> Non
         assert "stopped" in container.logs()[0]
 
 
-def test_one_that_is_killed_comes_back(engine: Podman | Docker) -> None:
+def test_killed_container_restarts(engine: Podman | Docker) -> None:
     with started(engine, f"--env=DSMQ_AUTH_TOKEN={TOKEN}", "--restart=unless-stopped") as container:
         before = container.state["Pid"]
         # Not by the engine, which would take it for somebody's wish.
         engines.kill(before)
-        eventually(lambda: container.state["Running"] and container.state["Pid"] not in (0, before))
-        eventually(lambda: container.logs()[0].count("serves on") == 2)
+        wait_until(lambda: container.state["Running"] and container.state["Pid"] not in (0, before))
+        wait_until(lambda: container.logs()[0].count("serves on") == 2)
         assert_works(container)
 
 
@@ -396,7 +399,7 @@ def test_one_that_is_killed_comes_back(engine: Podman | Docker) -> None:
         (["--env=DSMQ_AUTH_TOKEN_FILE=/run/secrets/none"], "/run/secrets/none: No such file"),
     ],
 )
-def test_a_wrong_setting_is_told_in_one_line(podman: Podman, options: list[str], said: str) -> None:
+def test_invalid_setting_is_reported_in_one_line(podman: Podman, options: list[str], said: str) -> None:
     done = podman("run", "--rm", *LOCKED_DOWN, *options, IMAGE, check=False)
     assert done.returncode == 2
     assert said in done.stderr
@@ -406,7 +409,7 @@ def test_a_wrong_setting_is_told_in_one_line(podman: Podman, options: list[str],
 # The README
 
 
-def test_what_the_readme_says_just_works(engine: Podman | Docker, wheels: Path, tmp_path: Path) -> None:
+def test_readme_container_commands_work(engine: Podman | Docker, wheels: Path, tmp_path: Path) -> None:
     block = re.search(r"```bash\n(docker build .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert block is not None
     copy_context(tmp_path)
@@ -450,7 +453,7 @@ COMPOSE = HERE / "compose.yaml"
 SERVICES: dict[str, Any] = yaml.safe_load(COMPOSE.read_text())["services"]
 
 
-def test_compose_reads_what_is_shipped() -> None:
+def test_compose_accepts_shipped_file() -> None:
     command, text = compose()
     command += ["--file=-", "config"]
     done = subprocess.run(command, cwd=HERE, input=text, capture_output=True, text=True, timeout=SOON, check=False)
@@ -469,7 +472,7 @@ def compose() -> tuple[list[str], str]:
     return [tool("docker-compose", "docker-compose")], text.replace("name: dsmq\n", "")
 
 
-def test_compose_runs_it(docker: Docker, tmp_path: Path) -> None:
+def test_compose_runs_server(docker: Docker, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "deploy", tmp_path / "deploy")
     here = tmp_path / "deploy/docker"
     (here / "secrets").mkdir(mode=0o700)
@@ -487,7 +490,7 @@ def test_compose_runs_it(docker: Docker, tmp_path: Path) -> None:
         done = run("up", "--detach", "--no-build", "dsmq")
         assert done.returncode == 0, done.stdout + done.stderr
         container = Container(docker, docker("ps", "--quiet", "--filter=publish=30008").stdout.strip())
-        eventually(container.is_serving)
+        wait_until(container.is_serving)
         assert_works(container)
         # As Prometheus does.
         assert "dsmq_puts_total 1.0" in fetch(container, "/metrics", Host="dsmq:30009")
@@ -498,7 +501,7 @@ def test_compose_runs_it(docker: Docker, tmp_path: Path) -> None:
         run("down", "--volumes")
 
 
-def test_all_that_compose_mounts_is_there() -> None:
+def test_files_mounted_by_compose_exist() -> None:
     mounted = [volume.split(":") for service in SERVICES.values() for volume in service.get("volumes", [])]
     files = [(source, target, *rest) for source, target, *rest in mounted if source.startswith(".")]
     assert len(files) == 5
@@ -511,7 +514,7 @@ def test_all_that_compose_mounts_is_there() -> None:
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_compose_pins_confines_and_watches(name: str) -> None:
+def test_compose_pins_confines_and_health_checks(name: str) -> None:
     service = SERVICES[name]
     assert re.fullmatch(r"[a-z/]+:v?\d+\.\d+\.\d+", service["image"])
     assert all(re.fullmatch(r"127\.0\.0\.1:\d+:\d+", port) for port in service["ports"])
@@ -525,14 +528,14 @@ def test_compose_pins_confines_and_watches(name: str) -> None:
     assert ("healthcheck" in service) == (name != "dsmq")
 
 
-def test_compose_has_prometheus_address_dsmq_by_a_name_that_is_allowed() -> None:
+def test_compose_prometheus_uses_an_allowed_host_name() -> None:
     config = yaml.safe_load((HERE / "prometheus.yml").read_text())
     (target,) = config["scrape_configs"][0]["static_configs"][0]["targets"]
     assert HTTPGate(names=host_names(SERVICES["dsmq"]["environment"]["DSMQ_HTTP_ALLOWED_HOSTS"])).answers_to(target)
     assert not HTTPGate().answers_to(target)
 
 
-def test_compose_runs_the_version_that_there_is() -> None:
+def test_compose_runs_current_version() -> None:
     assert SERVICES["dsmq"]["image"] == f"dsmq:{PROJECT['project']['version']}"
 
 
@@ -543,7 +546,7 @@ def test_compose_runs_the_version_that_there_is() -> None:
         ("datasource.yml", "grafana/datasource.yml", "prometheus:9090", "127.0.0.1:9090"),
     ],
 )
-def test_what_compose_mounts_is_what_is_shipped_but_for_addresses(
+def test_files_mounted_by_compose_match_shipped_but_for_addresses(
     ours: str, shipped: str, here: str, there: str
 ) -> None:
     text = (HERE / ours).read_text()

@@ -16,15 +16,16 @@ from pathlib import Path
 import pytest
 from box import SUITES, Box, NotHere, Tree, boot, why_not
 
-from conftest import ROOT
+from conftest import ROOT, SOON
 
-pytestmark = pytest.mark.timeout(150)
+pytestmark = [
+    pytest.mark.deploy,
+    pytest.mark.timeout(150),
+]
 
 UNITS = ("dsmq.service", "dsmq.socket", "dsmq-http.socket")
 PYTHON = "/opt/dsmq/bin/python"
 TOKEN = "/etc/dsmq/token"
-# What is to happen has to within this, in seconds.
-SOON = 30.0
 # For all that runs in the box.
 PRELUDE = f"""
 import os, socket, sys, time, urllib.request
@@ -324,7 +325,7 @@ def reloads(box: Box) -> list[str]:
 # Installed
 
 
-def test_the_first_client_starts_it(box: Box) -> None:
+def test_first_client_activates_service(box: Box) -> None:
     stop(box)
     assert box.try_run("systemctl", "is-active", *UNITS).stdout.split() == ["inactive", "active", "active"]
     put_and_get = """
@@ -337,7 +338,7 @@ with connect(token=token) as mq:
     assert box.run("systemctl", "is-enabled", "dsmq.socket") == "enabled"
 
 
-def test_prometheus_finds_what_it_wants(box: Box) -> None:
+def test_prometheus_finds_metrics(box: Box) -> None:
     shown = scrape(box)
     assert "dsmq_healthy 1.0" in shown
     # In its sandbox it sees less of /proc than Prometheus's client expects.
@@ -346,7 +347,7 @@ def test_prometheus_finds_what_it_wants(box: Box) -> None:
     assert abs(float(began[1]) - time.time()) < 300
 
 
-def test_the_status_tells_connections_and_messages(box: Box) -> None:
+def test_status_shows_connections_and_messages(box: Box) -> None:
     stop(box)
     script = 'with connect(token=token) as mq:\n mq.put("a", "b"); say("ready"); sys.stdin.readline(); say("done")'
     with beside(box, script) as client:
@@ -354,7 +355,7 @@ def test_the_status_tells_connections_and_messages(box: Box) -> None:
         assert answer(client) == "done"
 
 
-def test_it_is_active_only_when_it_serves(box: Box) -> None:
+def test_unit_is_active_only_once_serving(box: Box) -> None:
     with drop_in(box, f"[Service]\nExecStart=\nExecStart={PYTHON} /etc/dsmq/held.py\n"):
         box.run("systemctl", "start", "--no-block", "dsmq.service")
         wait_for(lambda: [box.show("dsmq.service", "MainPID")] if (box.root / "var/lib/dsmq").exists() else [])
@@ -367,7 +368,7 @@ def test_it_is_active_only_when_it_serves(box: Box) -> None:
         box.run("rm", "/var/lib/dsmq/go")
 
 
-def test_the_units_are_without_a_flaw(box: Box) -> None:
+def test_units_pass_verification(box: Box) -> None:
     shown = box.try_run("systemd-analyze", "verify", *(f"/etc/systemd/system/{unit}" for unit in UNITS))
     assert (shown.returncode, shown.stdout, shown.stderr) == (0, "", "")
     exposure = box.run("systemd-analyze", "security", "--no-pager", "--threshold=4", "dsmq.service").splitlines()[-1]
@@ -376,7 +377,7 @@ def test_the_units_are_without_a_flaw(box: Box) -> None:
 
 
 @pytest.mark.parametrize("name", ["notify-reload", "without-socket", "tls", "secrets-by-group"])
-def test_so_are_the_drop_ins(box: Box, name: str) -> None:
+def test_drop_ins_pass_verification(box: Box, name: str) -> None:
     with drop_in(box, shipped(f"{name}.conf")):
         shown = box.try_run("systemd-analyze", "verify", "/etc/systemd/system/dsmq.service")
         lines = (shown.stdout + shown.stderr).splitlines()
@@ -391,7 +392,7 @@ def test_so_are_the_drop_ins(box: Box, name: str) -> None:
 # At work
 
 
-def test_a_reload_keeps_connections(box: Box) -> None:
+def test_reload_keeps_connections(box: Box) -> None:
     script = """
 mq = connect(token=token)
 number = mq.put("a", "before")
@@ -411,16 +412,16 @@ while sys.stdin.readline():
             journal = Journal(box)
             box.run("systemctl", "reload", "dsmq.service")
             if "notify-reload" not in change:
-                journal.priority("configuration read again")
+                journal.priority("configuration reloaded")
             # From here on it has to have been read.
             assert metric(box, "dsmq_max_age_seconds") == 60
             assert answer(client) == "before nothing"
             assert metric(box, "dsmq_connections_opened_total") == opened
-            assert journal.priority("configuration read again; changed: max_age_seconds, log_level$") == 6
-            assert journal.priority("side port: ") == 7
+            assert journal.priority("configuration reloaded; changed: max_age_seconds, log_level$") == 6
+            assert journal.priority("HTTP: ") == 7
             box.write("/etc/dsmq/dsmq.toml", 'max_age_seconds = 60\nlog_level = "debug"\nlisten_backlog = 7\n')
             box.run("systemctl", "reload", "dsmq.service")
-            assert journal.priority("these change only with a new start: listen_backlog$") == 4
+            assert journal.priority("restart required to apply: listen_backlog$") == 4
             box.write("/etc/dsmq/dsmq.toml", "max_age_seconds = true")
             box.run("systemctl", "reload", "dsmq.service")
             assert journal.priority("nothing is changed: /etc/dsmq/dsmq.toml: max_age_seconds: ") == 3
@@ -429,7 +430,7 @@ while sys.stdin.readline():
             wait_for(lambda: re.findall("^active$", box.show("dsmq.service", "ActiveState")))
 
 
-def test_a_kill_refuses_no_client(box: Box) -> None:
+def test_kill_refuses_no_client(box: Box) -> None:
     box.run("systemctl", "start", "dsmq.service")
     script = """
 import threading
@@ -462,7 +463,7 @@ say(counted[0] > 10, counted[1])
     assert listening_inodes(box) == sockets
 
 
-def test_a_stalled_worker_is_noticed(box: Box) -> None:
+def test_watchdog_restarts_stalled_worker(box: Box) -> None:
     change = f"""
 [Service]
 ExecStart=
@@ -479,7 +480,7 @@ WatchdogSec=3
         assert python(box, "say(wire().recv(5))") == "b'+OK\\r\\n'"
 
 
-def test_a_stop_with_many_readers_is_a_success(box: Box) -> None:
+def test_stop_with_many_readers_succeeds(box: Box) -> None:
     box.run("systemctl", "restart", "dsmq.service")
     script = """
 readers = [wire(b"GETWAIT nothing 600000") for _ in range(50)]
@@ -502,7 +503,7 @@ say(sum(ended(sock) for sock in readers))
     ]
 
 
-def test_a_stop_gets_the_time_it_asks_for(box: Box) -> None:
+def test_stop_gets_requested_time(box: Box) -> None:
     change = "[Service]\nTimeoutStopSec=1\nEnvironment=DSMQ_STOP_TIMEOUT_SECONDS=3\n"
     # A client that has asked for more than the kernel takes, and does not read it.
     script = """
@@ -520,7 +521,7 @@ sys.stdin.readline()
         assert box.show("dsmq.service", "Result") == "success"
 
 
-def test_other_sockets_do_as_well(box: Box) -> None:
+def test_other_socket_units_work(box: Box) -> None:
     with drop_in(box, "[Socket]\nListenStream=[::1]:30008\nListenStream=/run/dsmq-test.sock\n", "dsmq.socket"):
         script = """
 for family, address in (socket.AF_INET6, ("::1", 30008)), (socket.AF_UNIX, "/run/dsmq-test.sock"):
@@ -542,7 +543,7 @@ def ping(box: Box, token: str) -> tuple[int, str]:
     return done.returncode, done.stderr.strip()
 
 
-def test_the_token_is_a_credential(box: Box) -> None:
+def test_token_is_a_credential(box: Box) -> None:
     stop(box)
     journal = Journal(box)
     right = box.run("cat", TOKEN)
@@ -562,7 +563,7 @@ def test_the_token_is_a_credential(box: Box) -> None:
     assert box.run("systemctl", "is-active", "dsmq.service") == "active"
 
 
-def test_tls_by_credentials(box: Box) -> None:
+def test_tls_files_are_credentials(box: Box) -> None:
     box.shell(
         "install -d /etc/dsmq/tls; cd /etc/dsmq/tls; umask 077; openssl req -x509 -newkey ec -nodes -days 2 "
         "-pkeyopt ec_paramgen_curve:prime256v1 -keyout key.pem -out cert.pem -subj /CN=dsmq "
@@ -577,7 +578,7 @@ with connect(token=token, ca_file="/etc/dsmq/tls/cert.pem") as mq:
         assert python(box, script) == "b"
 
 
-def test_tokens_of_a_group_change_with_a_reload(box: Box) -> None:
+def test_reload_changes_tokens_of_a_group(box: Box) -> None:
     old = box.run("cat", TOKEN)
     comments = re.findall(r"^#   (.*)$", shipped("secrets-by-group.conf"), re.M)
     assert len(comments) == 2
@@ -589,7 +590,7 @@ def test_tokens_of_a_group_change_with_a_reload(box: Box) -> None:
             journal = Journal(box)
             box.write(TOKEN, "another-token-another-token-another\n")
             box.run("systemctl", "reload", "dsmq.service")
-            journal.priority("configuration read again")
+            journal.priority("configuration reloaded")
             assert ping(box, old)[0] == 1
             script = 'with connect(token=token) as mq:\n mq.seek("a", 0)\n say(mq.get("a"))'
             assert python(box, script) == "kept"
@@ -601,7 +602,7 @@ def test_tokens_of_a_group_change_with_a_reload(box: Box) -> None:
 # The sandbox
 
 
-def test_what_is_forbidden_is_forbidden(box: Box) -> None:
+def test_sandbox_forbids_what_it_should(box: Box) -> None:
     change = f"[Service]\nType=oneshot\nRestart=no\nWatchdogSec=0\nExecStart=\nExecStart={PYTHON} /etc/dsmq/probe.py\n"
     with drop_in(box, change):
         box.run("systemctl", "start", "dsmq.service")
@@ -616,7 +617,7 @@ def test_what_is_forbidden_is_forbidden(box: Box) -> None:
     box.shell("hostname box; umount /mnt 2>/dev/null || true; rm -rf /tmp/probe")
 
 
-def test_without_the_socket_units_it_has_a_network(box: Box) -> None:
+def test_service_without_socket_units_has_network(box: Box) -> None:
     stop(box)
     away = "mv /etc/systemd/system/dsmq.socket /etc/systemd/system/dsmq-http.socket"
     box.shell(f"systemctl stop {' '.join(UNITS)}; mkdir /away; {away} /away; systemctl daemon-reload")
@@ -646,7 +647,7 @@ def test_without_the_socket_units_it_has_a_network(box: Box) -> None:
 READ_FIRST = 'with connect(token=token) as mq:\n mq.seek("kept", 0)\n say(mq.get("kept"))'
 
 
-def test_what_is_held_outlives_a_restart(box: Box) -> None:
+def test_messages_survive_restart(box: Box) -> None:
     stop(box)
     python(box, 'with connect(token=token) as mq:\n mq.put("kept", "over a restart")')
     box.run("systemctl", "restart", "dsmq.service")
@@ -665,7 +666,7 @@ with connect(token=token, on_state_change=states.append) as mq:
         assert answer(client) == "12 ['lost', 'resumed']"
 
 
-def test_an_upgrade_refuses_no_client_and_keeps_what_is_held(box: Box) -> None:
+def test_upgrade_refuses_no_client_and_keeps_messages(box: Box) -> None:
     stop(box)
     python(box, 'with connect(token=token) as mq:\n mq.put("kept", "over an upgrade")')
     box.shell("""sed -i 's/^__version__ = .*/__version__ = "99.0"/' /source/src/dsmq/__init__.py""")
@@ -678,7 +679,7 @@ def test_an_upgrade_refuses_no_client_and_keeps_what_is_held(box: Box) -> None:
     assert python(box, READ_FIRST) == "over an upgrade"
 
 
-def test_a_removal_leaves_nothing(box: Box) -> None:
+def test_removal_leaves_nothing(box: Box) -> None:
     """The last one: behind it there is no dsmq any more."""
     box.shell(documented("systemctl disable --now"))
     assert not listening_inodes(box)

@@ -1,4 +1,4 @@
-"""The servers that are compared: what starts each, which are here, and what is said meanwhile."""
+"""The servers that are compared: how to start each, which are installed, and progress on the terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 
-# Name, program, how it is asked for its version, the Python package of its usual client.
+# Name, program, option that prints its version, Python package of its usual client.
 KNOWN = (
     ("dsmq", sys.executable, "", "dsmq"),
     ("redis", "redis-server", "--version", "redis"),
@@ -25,7 +25,7 @@ KNOWN = (
 )
 OLD = "dsmq14"
 OLD_VERSION = "1.4.1"
-# Between the search for a free port and its use somebody else may take it; then another is tried.
+# Another program may take a free port before it is used; then try another one.
 PORTS_TRIED = 5
 
 
@@ -67,7 +67,7 @@ class Broker:
         return ["nats-server", "-a", "127.0.0.1", "-p", port, "-js", "-sd", self.folder]
 
     def _answers(self) -> bool:
-        """Wait until it accepts connections; False where it has ended. Raises ConnectionRefusedError after 20 s."""
+        """Wait until it accepts connections; False if it has ended. Raises ConnectionRefusedError after 20 s."""
         until = time.monotonic() + 20
         while self.process.poll() is None:
             try:
@@ -82,25 +82,25 @@ class Broker:
 
     @property
     def memory(self) -> int:
-        """The bytes of memory that it occupies."""
+        """Resident memory in bytes."""
         found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{self.process.pid}/status").read_text())
         assert found is not None
         return int(found[1]) * 1024
 
     def stop(self) -> None:
-        """Stop it, at once. Idempotent."""
+        """Kill it. Idempotent."""
         self.process.kill()
         self.process.wait()
 
 
 def free_port() -> int:
-    """Return a port that nobody has at the moment."""
+    """Return a port that is free at the moment."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
 
 
 def find(stack: ExitStack, wanted: list[str]) -> list[Broker]:
-    """Start what is here, and say what is not; nothing is wanted means everything."""
+    """Start the wanted servers (none given: all), and report those that are not installed."""
     brokers = []
     for name, program, _, package in KNOWN:
         if wanted and name not in wanted:
@@ -125,7 +125,7 @@ def _has(package: str) -> bool:
 
 
 def _old_python(stack: ExitStack) -> str | None:
-    """Python of a virtual environment with dsmq 1.4.1, another project's, which bears the same name."""
+    """Return the Python of a virtual environment with dsmq 1.4.1 from PyPI, a different project."""
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dsmq-performance-"))
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     python = f"{folder}/bin/python"
@@ -137,7 +137,7 @@ def _old_python(stack: ExitStack) -> str | None:
 
 
 def versions(names: list[str]) -> dict[str, str]:
-    """Return, by name, the versions of server and client."""
+    """Return the versions of server and client by name."""
     found = {}
     for name, program, option, package in KNOWN:
         if name in names:
@@ -156,7 +156,7 @@ def _version_of(command: list[str]) -> str:
 
 @contextmanager
 def on_cores(cores: set[int] | None) -> Iterator[None]:
-    """Have what is started here run on these cores, or where the kernel likes."""
+    """Run processes started here on these cores; None: on any."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores or before)
     try:
@@ -166,7 +166,7 @@ def on_cores(cores: set[int] | None) -> Iterator[None]:
 
 
 def median_ratio(ours: Iterable[float], theirs: Iterable[float]) -> float:
-    """Return the median over the rounds of our figure divided by theirs."""
+    """Return the median over all rounds of our figure divided by theirs."""
     return statistics.median(our / their for our, their in zip(ours, theirs, strict=True))
 
 
@@ -177,6 +177,6 @@ def say(line: str) -> None:
 
 
 def progress(line: str) -> None:
-    """Show what is going on, on a terminal."""
+    """Show the current step, on a terminal only."""
     if sys.stderr.isatty():
         print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)

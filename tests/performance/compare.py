@@ -1,9 +1,10 @@
-"""How fast dsmq is beside what people would pick instead, as ratios: `python tests/performance/compare.py`.
+"""Compare the speed of dsmq with that of its alternatives, as ratios: `python tests/performance/compare.py`.
 
-Starts every server it finds on this machine, each on a free port, and runs the same work on each through its usual
-Python client, one after the other in rounds; a figure is the median of the rounds' ratios. What is missing is skipped,
-by name.
-Absolute times mean little on a shared machine; ratios of the same minute do. So does where the kernel lets things run:
+Starts every installed server on a free port, and runs the same work on each through its usual Python client, in
+interleaved rounds. A figure is the median of the rounds' ratios. Servers that are not installed are skipped, by name.
+README.md has the results.
+
+Absolute times mean little on a shared machine; ratios measured in the same minute are stable. Placement matters too:
 `--apart` gives the servers one core and the clients the others, as on two machines.
 """
 
@@ -27,7 +28,7 @@ import plots
 from brokers import Broker, median_ratio, progress, say
 
 HERE = Path(__file__).parent
-# Operation, how often a round does it, and what it is called in the table.
+# Operation: repetitions per round, and label in the table.
 OPERATIONS = {
     "put": (2000, "put"),
     "get": (2000, "get with a backlog"),
@@ -38,18 +39,18 @@ OPERATIONS = {
     "ping_pong": (1000, "ping-pong between two processes"),
 }
 FAN_OUT = 200
-# These are slow enough to be measured by fewer.
+# Fraction of the repetitions for systems that are slow.
 FEWER = {"nats": 0.2, brokers.OLD: 0.2}
 BENCHMARKS = [["-c", "1"], ["-c", "10"], ["-c", "50"], ["-c", "50", "-P", "16"]]
 PUT = {"dsmq": ["PUT", "t", "m"], "redis": ["XADD", "t", "*", "m", "m"]}
 MESSAGES_HELD = 1_000_000
 
-# By row and system, a figure for each round.
+# By row and system, one figure per round.
 Figures = dict[str, dict[str, list[float]]]
 
 
 class Table(NamedTuple):
-    """Figures of one unit."""
+    """Figures with the same unit."""
 
     unit: str
     better: str
@@ -57,7 +58,7 @@ class Table(NamedTuple):
 
 
 class System:
-    """A broker and a client process that drives it."""
+    """A broker, and the client process that drives it."""
 
     def __init__(self, broker: Broker, stack: ExitStack) -> None:
         self.name, self.port, self.broker = broker.name, broker.port, broker
@@ -88,7 +89,7 @@ def add(figures: Figures, row: str, system: str, value: float) -> None:
 
 
 def run_operations(systems: list[System], rounds: int, operations: list[str]) -> Figures:
-    """Return the microseconds of each operation."""
+    """Return microseconds per operation."""
     figures: Figures = {}
     for number in range(rounds + 1):
         for operation in operations:
@@ -96,7 +97,7 @@ def run_operations(systems: list[System], rounds: int, operations: list[str]) ->
             for system in systems:
                 progress(f"round {number} of {rounds}: {label}, {system.name}")
                 answer = system.measure(operation, count)
-                # The first round is to warm up.
+                # The first round warms up.
                 if number and answer is not None:
                     for name, value in answer.items() if isinstance(answer, dict) else [("", answer)]:
                         add(figures, f"{label} {name}".strip(), system.name, value)
@@ -127,7 +128,7 @@ def run_rates(systems: list[System], rounds: int, requests: int) -> Figures:
 
 
 def run_memory(names: list[str]) -> Figures:
-    """Return how many bytes of memory a message of 100 bytes takes when a million are held."""
+    """Return the bytes of memory per message of 100 bytes, with a million stored."""
     figures: Figures = {}
     for name in names:
         if name in PUT:
@@ -146,7 +147,7 @@ def run_memory(names: list[str]) -> Figures:
 
 
 def ratios(figures: Figures) -> dict[str, dict[str, float]]:
-    """Return, by row and peer, the median over the rounds of dsmq's figure divided by the peer's."""
+    """Return by row and peer the median over all rounds of dsmq's figure divided by the peer's."""
     return {
         row: {name: median_ratio(by_system["dsmq"], values) for name, values in by_system.items() if name != "dsmq"}
         for row, by_system in figures.items()
@@ -192,8 +193,8 @@ def plot(tables: list[Table], title: str, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--requests", type=int, default=100_000, help="of redis-benchmark, each time; 0: without it")
-    parser.add_argument("--apart", action="store_true", help="the servers on one core, the clients on the others")
+    parser.add_argument("--requests", type=int, default=100_000, help="requests per run of redis-benchmark; 0: skip it")
+    parser.add_argument("--apart", action="store_true", help="run servers on one core, clients on the others")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--plot", type=Path, help="draw the ratios to this SVG or PNG file; needs matplotlib")
     parser.add_argument("--systems", nargs="*", default=[], help="dsmq redis beanstalkd nats dsmq14; default: all")
@@ -218,7 +219,7 @@ def main() -> None:
         Table("bytes", "lower", memory),
     ]
     tables = [table for table in tables if table.figures]
-    where = "servers on one core, clients on the other" if options.apart else "wherever the kernel lets them run"
+    where = "servers on one core, clients on the other" if options.apart else "placed by the kernel"
     about = (
         f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}, {len(cores)} cores,\n{where}, "
         f"medians of {options.rounds} rounds"

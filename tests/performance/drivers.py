@@ -1,7 +1,7 @@
 """One client of one broker, driven by `compare.py` line by line: `python drivers.py SYSTEM PORT`.
 
-It reads lines `operation count` and answers each with a line of JSON. Every broker is used through its usual Python
-client, in the way its users would; the clients run in processes of their own, one for each system.
+It reads lines `operation count`, and answers each with a line of JSON. Every broker is used through its usual Python
+client, as its users would do, in a process of its own.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Dsmq:
 
 
 class Dsmq14:
-    """dsmq 1.4: its put is not acknowledged, and it has no waiting but polling."""
+    """dsmq 1.4: puts are not acknowledged, and readers wait by polling."""
 
     def __init__(self, port: int) -> None:
         from dsmq.client import connect
@@ -64,7 +64,7 @@ class Dsmq14:
 
 
 class Redis:
-    """Redis streams, by redis-py with hiredis."""
+    """Redis streams, through redis-py with hiredis."""
 
     def __init__(self, port: int) -> None:
         import redis
@@ -98,7 +98,7 @@ class Redis:
 
 
 class Beanstalk:
-    """beanstalkd, by greenstalk: a queue, whose messages go to one reader each."""
+    """beanstalkd, through greenstalk: a work queue, each message goes to one reader."""
 
     def __init__(self, port: int) -> None:
         import greenstalk
@@ -142,7 +142,7 @@ class Beanstalk:
 
 
 class Nats:
-    """NATS with JetStream in memory, by nats-py, which is asynchronous."""
+    """NATS with JetStream in memory, through nats-py, which is asynchronous."""
 
     def __init__(self, port: int) -> None:
         self.loop = asyncio.new_event_loop()
@@ -186,7 +186,7 @@ class Nats:
         self.loop.close()
 
 
-# How a message is put, and how one behind a position is waited for.
+# The requests that put a message, and that wait for one after a position.
 FAN_OUT = {
     "dsmq": ([b"PUT", b"<topic>", SHORT.encode()], [b"READ", b"<topic>", b"<id>", b"WAIT", b"60000"]),
     "redis": (
@@ -205,7 +205,7 @@ SYSTEMS = {"dsmq": Dsmq, "dsmq14": Dsmq14, "redis": Redis, "beanstalkd": Beansta
 
 
 class Measure:
-    """The operations; each returns microseconds an operation, or several figures."""
+    """The operations. Each returns microseconds per operation, or several figures."""
 
     def __init__(self, system: str, port: int) -> None:
         self.system, self.port = system, port
@@ -213,7 +213,7 @@ class Measure:
         self.round = 0
 
     def topic(self, operation: str) -> str:
-        """A fresh topic, so that no backlog of an earlier round is in the way."""
+        """Return a new topic, so that no backlog of an earlier round interferes."""
         self.round += 1
         return f"{operation}{self.round}"
 
@@ -237,7 +237,7 @@ class Measure:
         for _ in range(count):
             got += get(topic) == message
         taken = since(before, count)
-        # dsmq 1.4 deletes all but ten messages, so it has nothing to give for most of these.
+        # dsmq 1.4 deletes all but ten messages, so most of these reads would find nothing.
         if got != count and self.system != "dsmq14":
             raise AssertionError(f"{got} of {count} messages")
         return taken
@@ -270,13 +270,13 @@ class Measure:
         return since(before, count)
 
     def fill(self, count: int) -> None:
-        """Put so many messages of 100 bytes."""
+        """Put `count` messages of 100 bytes."""
         for _ in range(0, count, 10_000):
             self.client.put_many("held", ["x" * 100] * 10_000)
 
     def fan_out(self, count: int) -> float:
-        """Deliveries a second to 100 waiting readers; by sockets alone, because so many clients would be measured."""
-        # Here, because dsmq 1.4 has none, which runs this file too.
+        """Return deliveries per second to 100 waiting readers, over plain sockets: so many clients would dominate."""
+        # Imported here, because this file also runs with dsmq 1.4, which does not have it.
         from dsmq.wire.resp import encode_request
 
         def send(sock: socket.socket, words: list[bytes]) -> None:
@@ -306,7 +306,7 @@ class Measure:
 
     def ping_pong(self, count: int) -> dict[str, float]:
         here, there = self.topic("here"), self.topic("there")
-        # Read once, so that nothing but the exchange itself is timed.
+        # Read once first, so that only the exchange is timed.
         words = [sys.executable, __file__, self.system, str(self.port), "echo", there, here, str(count)]
         with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as other:
             assert other.stdout is not None
@@ -321,14 +321,14 @@ class Measure:
         return {"p50": statistics.median(taken), "p99": taken[round(len(taken) * 0.99) - 1]}
 
     def echo(self, there: str, here: str, count: int) -> None:
-        """The other side of ping_pong."""
+        """Answer ping_pong in the other process."""
         print("ready", flush=True)
         for _ in range(count):
             self.client.put(here, self.client.wait(there))
 
 
 def since(before: float, count: int) -> float:
-    """Microseconds an operation."""
+    """Return microseconds per operation."""
     return (time.perf_counter() - before) / count * 1e6
 
 

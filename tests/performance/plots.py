@@ -1,4 +1,4 @@
-"""What the plots have in common."""
+"""Shared by the plots."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 
 def pyplot() -> Any:
-    """Return matplotlib's pyplot, which draws without a screen, and the same file for the same figures."""
+    """Return matplotlib's pyplot, set up to draw without a screen, and the same file for the same figures."""
     import matplotlib as mpl
 
     mpl.use("Agg")
-    # Else the names in an SVG file are random.
+    # Otherwise the names in SVG files are random.
     mpl.rcParams["svg.hashsalt"] = "dsmq"
     from matplotlib import pyplot as plt
 

@@ -1,9 +1,9 @@
-"""How dsmq's costs grow: `python tests/performance/scale.py`.
+"""Measure how dsmq's costs grow: `python tests/performance/scale.py`. README.md has the results.
 
-With messages held, topics, idle connections, waiting readers, the size of a message; while a million messages expire,
-and while a snapshot is written. Each measurement of the first kind runs side by side on a server that holds nothing and
-on one that is loaded, in turns; a ratio is the median over the rounds of loaded / empty. Then what is
-paid once: start, import, metrics, a restart.
+They may grow with stored messages, topics, idle connections, waiting readers and message size. Each is measured in
+turns on a loaded and on an empty server; a ratio is the median over all rounds of loaded / empty. Further figures:
+latencies while a million messages expire and while a snapshot is written, and one-off costs (start, import, metrics,
+restart).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from pathlib import Path
 import plots
 from brokers import Broker, free_port, median_ratio, progress, say
 
-from dsmq import server
 from dsmq.client import DSMQClientSideConnection, connect
+from dsmq.system import allow_more_files
 from dsmq.wire.resp import encode_request
 
 LEVELS = {
@@ -40,12 +40,12 @@ LEVELS = {
 COUNT = 500
 BODY = "x" * 100
 
-# By what is measured, then by level or by kind.
+# Figures by level or kind.
 Result = dict[str, float]
 
 
 class Probe:
-    """Clients that measure the cost of an operation on one server."""
+    """A client that measures the costs of operations on one server."""
 
     def __init__(self, broker: Broker, stack: ExitStack) -> None:
         self.broker = broker
@@ -53,7 +53,7 @@ class Probe:
         self.round = 0
 
     def costs(self) -> Result:
-        """Microseconds of each operation, in topics of its own."""
+        """Return microseconds per operation, in new topics."""
         self.round += 1
         topic = f"probe {self.round}"
         self.mq.get(topic)
@@ -65,7 +65,7 @@ class Probe:
 
 
 def timed(call: Callable[[], object], count: int = COUNT) -> float:
-    """Microseconds a call."""
+    """Return microseconds per call."""
     before = time.perf_counter()
     for _ in range(count):
         call()
@@ -73,11 +73,11 @@ def timed(call: Callable[[], object], count: int = COUNT) -> float:
 
 
 def compare(loaded: Probe, empty: Probe, rounds: int) -> Result:
-    """Ratios of the costs, loaded / empty, and the costs when loaded."""
+    """Return the ratios of the costs, loaded / empty, and the costs when loaded."""
     pairs = []
     for number in range(rounds + 1):
         pair = (loaded.costs(), empty.costs()) if number % 2 else (empty.costs(), loaded.costs())[::-1]
-        # The first is to warm up.
+        # The first round warms up.
         if number:
             pairs.append(pair)
     result = {}
@@ -117,7 +117,7 @@ def idle(level: int, rounds: int) -> Result:
 
 
 def connections(port: int, count: int, request: bytes, stack: ExitStack) -> list[socket.socket]:
-    """Open connections that each send a request."""
+    """Open connections, and send a request on each."""
     opened = [stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=60)) for _ in range(count)]
     for one in opened:
         one.sendall(request)
@@ -125,14 +125,14 @@ def connections(port: int, count: int, request: bytes, stack: ExitStack) -> list
 
 
 def waiting(level: int, rounds: int) -> Result:
-    """Beside the costs of others, the time until all the waiting readers have a message."""
+    """Measure others' costs, and the time until all waiting readers have a message."""
     request = encode_request(b"GETWAIT", b"waited for", b"60000")
     with servers() as (loaded, empty), ExitStack() as stack:
         readers = connections(loaded.broker.port, level, request, stack)
         result = compare(loaded, empty, rounds)
         taken = []
         for _ in range(rounds):
-            # What the readers sent has been read when this is answered: they are served in one loop.
+            # One loop serves all connections: after this reply it has read the readers' requests.
             loaded.mq.ping()
             before = time.perf_counter()
             loaded.mq.put("waited for", "hello world!")
@@ -145,7 +145,7 @@ def waiting(level: int, rounds: int) -> Result:
 
 
 def size(level: int, rounds: int) -> Result:
-    """The cost of messages of this size."""
+    """Measure the costs of messages of this size."""
     body, count = b"x" * level, max(3, min(COUNT, 20_000_000 // level))
     taken: dict[str, list[float]] = {"put": [], "get": []}
     with servers() as (_, empty):
@@ -159,7 +159,7 @@ def size(level: int, rounds: int) -> Result:
 
 @contextmanager
 def servers() -> Iterator[tuple[Probe, Probe]]:
-    """Two servers and a probe of each: one to be loaded, one to stay empty."""
+    """Start two servers with a probe each: one to be loaded, one to stay empty."""
     with ExitStack() as stack:
         yield Probe(Broker("dsmq", stack), stack), Probe(Broker("dsmq", stack), stack)
 
@@ -168,7 +168,7 @@ MEASURES = {"messages": messages, "topics": topics, "idle": idle, "waiting": wai
 
 
 def expiry(count: int = 1_000_000) -> Result:
-    """The 99th percentile of put and empty get, before and while so many messages expire."""
+    """Measure the 99th percentile of put and empty get, before and while messages expire."""
     with ExitStack() as stack:
         probe = Probe(Broker("dsmq", stack, "--max-age-seconds", "20"), stack)
         began = time.monotonic()
@@ -192,7 +192,7 @@ def expiry(count: int = 1_000_000) -> Result:
 
 
 def snapshot(size: int, snapshots: int = 3) -> Result:
-    """The 99th percentile of put and empty get, between snapshots of so many bytes of messages and meanwhile."""
+    """Measure the 99th percentile of put and empty get, between and during snapshots of this many bytes."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dsmq-performance-")))
         options = ("--snapshot-file", str(folder / "it"), "--snapshot-interval-seconds", "5")
@@ -220,7 +220,7 @@ def snapshot(size: int, snapshots: int = 3) -> Result:
 
 
 def restart(count: int, rounds: int) -> Result:
-    """Milliseconds: to stop, and from exec to accepting, with so many messages held and with none."""
+    """Measure the milliseconds of a stop and of a start until it accepts, with these messages and without."""
     taken: dict[str, list[float]] = {}
     for _ in range(rounds):
         for kind, messages in (("empty", 0), ("loaded", count)):
@@ -243,12 +243,12 @@ def restart(count: int, rounds: int) -> Result:
 
 
 def held(mq: DSMQClientSideConnection) -> int:
-    """How many of the messages put at the start are held."""
+    """Return how many of the messages put at the start are still stored."""
     return sum(messages for name, messages, _ in mq.topics() if name == "held")
 
 
 def latencies(mq: DSMQClientSideConnection, going_on: Callable[[], bool]) -> list[float]:
-    """Microseconds of each put and get, as long as it goes on."""
+    """Collect the microseconds of each put and get, until stopped."""
     taken = []
     while going_on():
         for _ in range(20):
@@ -258,12 +258,12 @@ def latencies(mq: DSMQClientSideConnection, going_on: Callable[[], bool]) -> lis
 
 
 def percentile(values: list[float], percent: int) -> float:
-    """Return the value below which so many percent lie."""
+    """Return a percentile."""
     return statistics.quantiles(values, n=100)[percent - 1]
 
 
 def overheads(rounds: int) -> dict[str, Result]:
-    """What is paid once, or by default: import, start, metrics."""
+    """Measure the costs of import, start and metrics."""
     commands = {
         "import dsmq.client": [sys.executable, "-c", "import dsmq.client"],
         "python": [sys.executable, "-c", "pass"],
@@ -293,7 +293,7 @@ def overheads(rounds: int) -> dict[str, Result]:
 
 
 def metrics(rounds: int) -> Result:
-    """Ratios of costs with metrics, scraped four times a second, to those without a metrics port."""
+    """Return the ratios of costs with metrics, scraped four times a second, to those without an HTTP endpoint."""
     with ExitStack() as stack:
         off = Probe(Broker("dsmq", stack, "--http-port", "off"), stack)
         port = free_port()
@@ -315,7 +315,7 @@ def metrics(rounds: int) -> Result:
 
 
 def plot(results: dict[str, dict[int, Result]], path: Path) -> None:
-    """Draw a panel for each measure."""
+    """Draw one panel per measure."""
     titles = {
         "messages": "messages held",
         "topics": "topics",
@@ -349,7 +349,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", nargs="*", default=[*MEASURES, "expiry", "snapshot", "overheads"])
-    parser.add_argument("--most", type=int, default=10**9, help="leave out what is larger")
+    parser.add_argument("--most", type=int, default=10**9, help="skip larger levels")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--plot", type=Path, help="draw them to this SVG or PNG file; needs matplotlib")
     options = parser.parse_args()
@@ -382,9 +382,9 @@ def main() -> None:
 
 
 def prepare_files() -> None:
-    """Have as many open files as idle connections need, or as few connections as there may be files."""
+    """Raise the limit on open files to what idle connections need, or reduce their number."""
     # The servers inherit it.
-    server.allow_more_files()
+    allow_more_files()
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 < files < 10_100:
         LEVELS["idle"][-1] = files - 100

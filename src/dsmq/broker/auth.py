@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from dsmq.errors import ConfigError
+from dsmq.system import read_text
 from dsmq.tokens import MIN_TOKEN_CHARACTERS, TOO_SHORT
 
 DEFAULT_USER = b"default"
@@ -80,16 +81,7 @@ def tokens_of(token: str, file: str) -> list[tuple[str, Role, str]]:
 
 def read_tokens(file: str) -> list[tuple[str, Role, str]]:
     """Return the tokens in a file, as `parse_tokens` does. Raises ConfigError."""
-    try:
-        with open(file, encoding="utf-8-sig") as stream:
-            text = stream.read()
-    except OSError as error:
-        raise ConfigError(f"{file}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{file}: not UTF-8") from None
-    except ValueError as error:
-        raise ConfigError(f"{file!r}: {error}") from None
-    return parse_tokens(text, file)
+    return parse_tokens(read_text(file), file)
 
 
 def _roles() -> str:

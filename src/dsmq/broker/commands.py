@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import accumulate
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 
 from dsmq import __version__
 from dsmq import settings as config
-from dsmq.broker.auth import DEFAULT_USER, Gate, Role
+from dsmq.broker.auth import DEFAULT_USER, Role
 from dsmq.broker.counters import Counters
 from dsmq.broker.syntax import arguments, bounds
 from dsmq.broker.usage import Usage, request_memory
@@ -34,6 +34,7 @@ from dsmq.settings import Settings
 from dsmq.store.api import Answer, Message, Put, Store, T, TopicStats
 from dsmq.wire.resp import (
     MAX_INTEGER,
+    Encoded,
     encode_array,
     encode_bulk,
     encode_integer,
@@ -42,6 +43,9 @@ from dsmq.wire.resp import (
     encode_null,
     encode_simple,
 )
+
+if TYPE_CHECKING:
+    from dsmq.broker.access import Access
 
 DEFAULT_COUNT = 100
 MAX_COUNT = 1_000
@@ -66,11 +70,11 @@ _PONG = encode_simple("PONG")
 
 @dataclass
 class Services:
-    """What commands need of the server. settings and gate may be replaced while it runs."""
+    """What commands need of the server. settings and access may be replaced while it runs."""
 
     settings: Settings
     store: Store
-    gate: Gate
+    access: Access
     usage: Usage
     request_stop: Callable[[str], None]
     """Stop the server; takes the reason."""
@@ -109,7 +113,7 @@ class Step(NamedTuple):
     """One request of a transaction, when EXEC runs it."""
 
     request: list[bytes]
-    run: Callable[[], bytes | None]
+    run: Callable[[], Encoded | None]
     below: int
     """It reads only messages with ids below this one: what was put after it in the transaction is stored already."""
 
@@ -157,18 +161,18 @@ class Client(Protocol):
     def run_next(self, steps: deque[Step]) -> None:
         """Run these before any other request: each is replied to like a request of its own."""
 
-    def reply_to(self, answer: Answer[T], encode: Callable[[T], bytes]) -> bytes | None:
+    def reply_to(self, answer: Answer[T], encode: Callable[[T], Encoded]) -> Encoded | None:
         """Return the encoded answer, or None where the store answers later."""
 
     def wait_for(
-        self, topic: bytes, milliseconds: int, fetch: Fetch, encode: Callable[[list[Message]], bytes]
-    ) -> bytes | None:
+        self, topic: bytes, milliseconds: int, fetch: Fetch, encode: Callable[[list[Message]], Encoded]
+    ) -> Encoded | None:
         """Fetch now and after each put into the topic, until there are messages or the time is up."""
 
     def authenticate(self, user: bytes, token: bytes, welcome: Callable[[], bytes]) -> bytes:
         """Take on the role of a token and return the reply that welcomes.
 
-        Raises WrongToken, and ends the connection, if there is no such token.
+        Raises WrongToken if there is no such token; then no request is run any more, and the connection ends soon.
         """
 
     def set_position(self, topic: bytes, message_id: int) -> None:
@@ -179,7 +183,7 @@ class Client(Protocol):
 
 
 Fetch = Callable[[], Answer[list[Message]]]
-Handler = Callable[[Client, list[bytes]], bytes | None]
+Handler = Callable[[Client, list[bytes]], Encoded | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,12 +235,15 @@ def _put(client: Client, request: list[bytes]) -> None:
 
 
 def _parse_put(client: Client, request: list[bytes]) -> Put:
-    body = request[2]
-    most = client.services.settings.max_message_bytes
-    if len(body) > most:
+    topic, body = request[1], request[2]
+    settings = client.services.settings
+    if len(body) > settings.max_message_bytes:
         # The parser stops longer ones before they have arrived, but looks at no length below 1,024.
-        raise TooBig(f"a message has at most {most} bytes, not {len(body)}")
-    return _topic(client, request[1]), body, _key(client, request) if len(request) > 3 else None
+        raise TooBig(f"a message has at most {settings.max_message_bytes} bytes, not {len(body)}")
+    if not (0 < len(topic) <= settings.max_topic_bytes and topic.isascii()):
+        # A call costs as much as all this; nearly all topics need none.
+        _topic(client, topic)
+    return topic, body, _key(client, request) if len(request) > 3 else None
 
 
 def _key(client: Client, request: list[bytes]) -> tuple[bytes, int] | None:
@@ -261,7 +268,7 @@ def _key(client: Client, request: list[bytes]) -> tuple[bytes, int] | None:
     return producer, _integer(seq, "seq")
 
 
-def _read(client: Client, request: list[bytes]) -> bytes | None:
+def _read(client: Client, request: list[bytes]) -> Encoded | None:
     topic = _topic(client, request[1])
     after = _integer(request[2], "after")
     wait, count, size, latest, epoch = _read_options(*request[3:])
@@ -309,13 +316,13 @@ def _read_options(*words: bytes) -> tuple[int, int, int, bool, bytes | None]:
     return wait, count, size, b"LATEST" in options, options[b"EPOCH"][0] if b"EPOCH" in options else None
 
 
-def _delivered_in(epoch: bytes, client: Client, topic: bytes, messages: list[Message]) -> bytes:
+def _delivered_in(epoch: bytes, client: Client, topic: bytes, messages: list[Message]) -> Encoded:
     """The same at the end of a wait, during which a store elsewhere may have begun another epoch."""
     _check_epoch(client.services.store, epoch)
     return _delivered(client, topic, messages)
 
 
-def _delivered(client: Client, topic: bytes, messages: list[Message]) -> bytes:
+def _delivered(client: Client, topic: bytes, messages: list[Message]) -> Encoded:
     counters = client.counters
     if messages:
         counters.gets_message += 1
@@ -331,11 +338,11 @@ def _delivered(client: Client, topic: bytes, messages: list[Message]) -> bytes:
     return encode_messages(messages)
 
 
-def _get(client: Client, request: list[bytes]) -> bytes | None:
+def _get(client: Client, request: list[bytes]) -> Encoded | None:
     return _next(client, _topic(client, request[1]), 0, 1)
 
 
-def _getwait(client: Client, request: list[bytes]) -> bytes | None:
+def _getwait(client: Client, request: list[bytes]) -> Encoded | None:
     return _next(client, *_parse_getwait(client, request), 1)
 
 
@@ -347,11 +354,11 @@ def _parse_topic(client: Client, request: list[bytes]) -> bytes:
     return _topic(client, request[1])
 
 
-def _getlatest(client: Client, request: list[bytes]) -> bytes | None:
+def _getlatest(client: Client, request: list[bytes]) -> Encoded | None:
     return _next(client, _topic(client, request[1]), 0, 0)
 
 
-def _next(client: Client, topic: bytes, wait: int, count: int) -> bytes | None:
+def _next(client: Client, topic: bytes, wait: int, count: int) -> Encoded | None:
     """Reply the message behind the connection's position, or with a count of 0 the newest."""
     position = client.positions.get(topic, client.watermark)
     fetch: Fetch
@@ -370,7 +377,7 @@ def _moved(client: Client, topic: bytes, messages: list[Message]) -> bytes:
     return encode_bulk(messages[0].body)
 
 
-def _topics(client: Client, request: list[bytes]) -> bytes | None:
+def _topics(client: Client, request: list[bytes]) -> Encoded | None:
     options = _options(request[1:], {b"AFTER": 1, b"COUNT": 1})
     after = options.get(b"AFTER", [b""])[0]
     count = _number(options, b"COUNT", MAX_COUNT, 1, MAX_COUNT)
@@ -387,9 +394,14 @@ def _encode_topics(topics: list[TopicStats]) -> bytes:
     )
 
 
-def _stats(client: Client, request: list[bytes]) -> bytes | None:
-    topic = _topic(client, request[1])
-    return client.reply_to(client.services.store.stats(topic), partial(_encode_stats, client.version))
+def _stats(client: Client, request: list[bytes]) -> Encoded | None:
+    answer = client.services.store.stats(*_parse_stats(client, request))
+    return client.reply_to(answer, partial(_encode_stats, client.version))
+
+
+def _parse_stats(client: Client, request: list[bytes]) -> tuple[bytes, int]:
+    after = _number(_options(request[2:], {b"AFTER": 1}), b"AFTER", 0, 0, MAX_INTEGER)
+    return _topic(client, request[1]), after
 
 
 def _encode_stats(version: int, stats: TopicStats) -> bytes:
@@ -475,7 +487,7 @@ def _run_transaction(
     steps: deque[Step] = deque()
     for command, request in reversed(requests):
         first = below.get(request[1], _UNBOUNDED) if len(request) > 1 else _UNBOUNDED
-        run: Callable[[], bytes | None] = partial(command.handler, client, request)
+        run: Callable[[], Encoded | None] = partial(command.handler, client, request)
         if command is PUT and isinstance(stored, ReplyError):
             client.counters.puts_refused[stored.code] += 1
             run = partial(_raise, stored)
@@ -493,7 +505,7 @@ def _raise(error: ReplyError) -> NoReturn:
     raise error.with_traceback(None)
 
 
-def _step(client: Client, request: list[bytes]) -> bytes | None:
+def _step(client: Client, request: list[bytes]) -> Encoded | None:
     """Run what EXEC has still to run. Its request has an empty name, and so can't come before that from the client."""
     if not client.steps:
         find(request[0])
@@ -541,7 +553,7 @@ def _greeting(client: Client, version: int, name: bytes, notices: bool) -> bytes
             ("epoch", encode_bulk(store.epoch.encode())),
             ("run", encode_bulk(store.run.encode())),
             ("last_id", encode_integer(store.last_id())),
-            ("restored_id", encode_integer(store.restored_id)),
+            ("lost_ids", encode_array([encode_integer(end) for end in store.lost_ids])),
             ("max_age_ms", encode_integer(round(settings.max_age_seconds * 1000))),
             ("max_message_bytes", encode_integer(settings.max_message_bytes)),
             ("max_topic_bytes", encode_integer(settings.max_topic_bytes)),
@@ -777,7 +789,7 @@ COMMANDS: dict[bytes, Command] = {
         Command("EXEC", _exec, "", "Store all puts since MULTI or none, run the requests, and reply an array."),
         Command("DISCARD", _discard, "", "Drop the requests since MULTI."),
         Command("TOPICS", _topics, "[AFTER topic] [COUNT n]", "List topics that hold messages: name, messages, bytes."),
-        Command("STATS", _stats, "topic", "Describe what a topic holds.", parse=_parse_topic),
+        Command("STATS", _stats, "topic [AFTER id]", "Describe what a topic holds.", parse=_parse_stats),
         Command("SHUTDOWN", _shutdown, "[NOSAVE|SAVE]", "Stop the server gracefully.", Role.ADMIN),
         Command(
             "HELLO",

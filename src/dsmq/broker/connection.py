@@ -44,13 +44,14 @@ from dsmq.errors import (
     WrongToken,
 )
 from dsmq.store.api import MESSAGE_OVERHEAD_BYTES, Answer, Message, Put, T
-from dsmq.wire.resp import REQUEST_OVERHEAD_BYTES, RequestParser, encode_error, encode_integer
+from dsmq.wire.resp import REQUEST_OVERHEAD_BYTES, Encoded, RequestParser, encode_error, encode_integer
 
 if TYPE_CHECKING:
     from dsmq.broker.event_loop import Worker
 
-# Received, and sent, at once: so that one connection does not hold up the others.
+# Received, and sent, at once: so that one connection does not hold up the others. In a crowd, less is received.
 RECEIVE_BYTES = 131_072
+CROWD_RECEIVE_BYTES = 16_384
 SEND_BYTES = 524_288
 # Max bytes buffered of requests behind one that waits; above it the client is not read from.
 MAX_HELD_BYTES = 65_536
@@ -73,6 +74,8 @@ LAST_RECEIVE_BYTES = 4096
 # How long a client may take to read the last reply and hang up, when the server closes.
 LINGER_SECONDS = 1.0
 LINGER_SECONDS_AT_STOP = 0.05
+# How long the rest of a handshake with a wrong token is answered.
+WRONG_TOKEN_SECONDS = 0.1
 
 _DEFECT = InternalError("see the server's log")
 
@@ -108,7 +111,12 @@ class Peer:
     """What one client can have many addresses of: see `auth.network`."""
     name: str
     """Host and port, for people."""
-    encrypted: bool
+    admitted_by: tuple[bool, str]
+    """See `Access.connection_rules`."""
+
+    @property
+    def encrypted(self) -> bool:
+        return self.admitted_by[0]
 
 
 @dataclass(slots=True, eq=False)
@@ -119,7 +127,7 @@ class _Wait:
     """Empty if it waits for room for its reply alone."""
     until: float
     fetch: Fetch
-    encode: Callable[[list[Message]], bytes]
+    encode: Callable[[list[Message]], Encoded]
 
 
 class Connection:
@@ -136,6 +144,7 @@ class Connection:
         "_discarded",
         "_ended",
         "_events",
+        "_gave_wrong_token",
         "_handshaking",
         "_linger_seconds",
         "_linger_until",
@@ -192,10 +201,11 @@ class Connection:
         self.counters = loop.counters
         self._calls = loop.counters.commands
         self.token: Token | None = None
-        self.role = Role.NOBODY if loop.services.gate.tokens else Role.ADMIN
+        self.role = Role.NOBODY if loop.services.access.gate.tokens else Role.ADMIN
         self.stranger = peer.encrypted or self.role is Role.NOBODY
         """Whether it has still to show its token, or to finish the handshake of TLS."""
         self._handshaking = peer.encrypted
+        self._gave_wrong_token = False
         self._asked = self._discarded = 0
         self._stranger_until = math.inf
         self.name = b""
@@ -282,13 +292,13 @@ class Connection:
         self._watch()
 
     def apply_settings(self) -> None:
-        """Go by the settings in force from now on."""
-        if self.finishing:
-            return
-        self._set_bounds()
-        if self.stranger:
-            self._stranger_until = self.opened_at + self.services.settings.auth_timeout_seconds
-        self._schedule()
+        """Adopt the settings in force after a reload."""
+        if not self.finishing:
+            self._set_bounds()
+            if self.stranger and not self._gave_wrong_token:
+                self._stranger_until = self.opened_at + self.services.settings.auth_timeout_seconds
+            self._schedule()
+        self.apply_access()
 
     # Bytes in
 
@@ -325,10 +335,11 @@ class Connection:
 
     def _most_to_receive(self) -> int:
         """Return how many bytes to read: few beyond what is reserved, where others wait for room or soon will."""
+        most = self._receive_bytes if self._loop.slice_seconds else min(self._receive_bytes, CROWD_RECEIVE_BYTES)
         if not self._budget.is_crowded:
-            return self._receive_bytes
+            return most
         reserved = self._parser.missing if self._parser.incomplete and not self._parked else 0
-        return min(self._receive_bytes, FREE_BYTES + reserved)
+        return min(most, FREE_BYTES + reserved)
 
     def _shake_hands(self) -> None:
         try:
@@ -365,7 +376,7 @@ class Connection:
         requests, parser = self._requests, self._parser
         tight = self._replies.is_tight
         most = FREE_BYTES if tight and self._replies.is_full else self._max_unread
-        until = 0.0
+        until, slice_seconds = 0.0, self._loop.slice_seconds
         # What waits for room is tried again by on_room alone.
         halted = self._no_room
         while not (self._parked or self.finishing or halted) and len(self._out) < most:
@@ -381,13 +392,13 @@ class Connection:
                 self._refuse(request, error)
             except Exception:  # noqa: BLE001
                 self._fail_by_defect()
-            if requests and self._deferred:
+            if requests and self._deferred and slice_seconds:
                 # Puts take little time each: the clock is read once for a batch of them.
                 continue
             if parser.missing and not requests:
                 break
             now = monotonic()
-            until = until or now + self._loop.slice_seconds
+            until = until or now + slice_seconds
             if now >= until:
                 break
         size = len(self._out)
@@ -448,7 +459,7 @@ class Connection:
     def _parse(self) -> bool:
         """Take further requests out of the parser, if there are some."""
         try:
-            requests = self._parser.batch() if self._permitted else self._next_of_stranger()
+            requests = self._parser.batch() if self._permitted and self._loop.slice_seconds else self._next_alone()
         except ReplyError as error:
             if self._settled():
                 self._reject(error)
@@ -459,8 +470,8 @@ class Connection:
             self._request_since = math.inf
         return bool(requests)
 
-    def _next_of_stranger(self) -> list[list[bytes]]:
-        """Parse one request at a time, so that no work is done for those beyond MAX_REQUESTS_OF_STRANGERS."""
+    def _next_alone(self) -> list[list[bytes]]:
+        """Parse one request, so that no work is done for those beyond MAX_REQUESTS_OF_STRANGERS, or beyond its time."""
         request = self._parser.next()
         return [] if request is None else [request]
 
@@ -484,6 +495,8 @@ class Connection:
             if self._asked > MAX_REQUESTS_OF_STRANGERS:
                 self.finish()
                 raise AuthRequired(f"no more than {MAX_REQUESTS_OF_STRANGERS} requests without a token")
+            if self._gave_wrong_token:
+                raise AuthRequired("a wrong token was given on this connection")
         command = find(name)
         if self.role < command.role:
             self._calls[command.name] += 1
@@ -625,9 +638,13 @@ class Connection:
 
     # Replies
 
-    def _send(self, reply: bytes) -> None:
+    def _send(self, reply: Encoded) -> None:
         if not self._out:
             self._loop.flush_soon(self)
+            if type(reply) is bytearray:
+                # It is long, and so not copied again.
+                self._out = reply
+                reply = b""
         self._out += reply
         if self._backlog:
             # It is not flushed before the client reads.
@@ -712,15 +729,20 @@ class Connection:
     # Who it is
 
     def authenticate(self, user: bytes, token: bytes, welcome: Callable[[], bytes]) -> bytes:
-        gate = self.services.gate
+        gate = self.services.access.gate
         if not gate.tokens:
             raise BadRequest("a token was given, but this server has none")
         found = gate.admit(user, token)
         if found is None:
             _logger.warning("%r: wrong token", self, extra=self._event("wrong_token"))
             self.counters.wrong_tokens += 1
-            # One guess a connection: the client is not told more, and nothing that it has sent behind it is run.
-            self.finish()
+            # One guess a connection: nothing behind it is run. But what was sent along with it gets replies before the
+            # end: some libraries pass the error on only when they have those to their whole handshake.
+            self._gave_wrong_token = True
+            self.role = Role.NOBODY
+            self._set_bounds()
+            self._stranger_until = self._loop.now + WRONG_TOKEN_SECONDS
+            self._schedule()
             raise WrongToken("invalid token")
         self.token, self.role = found, found.role
         self._set_bounds()
@@ -732,17 +754,20 @@ class Connection:
         self._stranger_until = math.inf
         self._loop.admit(self)
 
-    def check_token(self) -> None:
-        """End where the tokens have changed, and its own is none any more; where none is wanted any more, let it in."""
-        tokens = self.services.gate.tokens
-        if self.role is Role.NOBODY and not (tokens or self.finishing):
+    def apply_access(self) -> None:
+        """Disconnect if the rules or the token that it was admitted by are gone; admit it if no token is needed."""
+        access = self.services.access
+        tokens = access.gate.tokens
+        if self.peer.admitted_by != access.connection_rules:
+            self.dismiss("the server's rules for connections have changed")
+        elif self.role is Role.NOBODY and not (tokens or self.finishing or self._gave_wrong_token):
             # There is no token to wait for any more.
             self.role = Role.ADMIN
             self._set_bounds()
             if not self._handshaking:
                 self._admit()
         elif self.role is not Role.NOBODY and self.token not in tokens and (self.token or tokens):
-            self.dismiss("from now on this server wants another token")
+            self.dismiss("the token is no longer valid")
 
     def dismiss(self, reason: str) -> None:
         """End, because what it was admitted by holds no longer."""
@@ -826,14 +851,14 @@ class Connection:
 
     # Answers that come later
 
-    def reply_to(self, answer: Answer[T], encode: Callable[[T], bytes]) -> bytes | None:
+    def reply_to(self, answer: Answer[T], encode: Callable[[T], Encoded]) -> Encoded | None:
         if not isinstance(answer, Future):
             return encode(answer)
         self._parked = True
         answer.add_done_callback(lambda done: self._loop.post(partial(self._answered, done, encode)))
         return None
 
-    def _answered(self, answer: Future[T], encode: Callable[[T], bytes | None], wait: _Wait | None = None) -> None:
+    def _answered(self, answer: Future[T], encode: Callable[[T], Encoded | None], wait: _Wait | None = None) -> None:
         if self.closed or self._wait is not wait:
             # With a store that answers later, the wait may have ended by an earlier answer, or its time.
             return
@@ -849,8 +874,8 @@ class Connection:
         self.resume()
 
     def wait_for(
-        self, topic: bytes, milliseconds: int, fetch: Fetch, encode: Callable[[list[Message]], bytes]
-    ) -> bytes | None:
+        self, topic: bytes, milliseconds: int, fetch: Fetch, encode: Callable[[list[Message]], Encoded]
+    ) -> Encoded | None:
         if self.below:
             # A step of a transaction does not wait for messages.
             fetch, milliseconds = partial(_fetch_below, self.below, fetch), 0
@@ -875,7 +900,7 @@ class Connection:
         self._parked = reply is None
         return reply
 
-    def _look(self, wait: _Wait) -> bytes | None:
+    def _look(self, wait: _Wait) -> Encoded | None:
         messages = wait.fetch()
         if isinstance(messages, Future):
             messages.add_done_callback(
@@ -884,7 +909,7 @@ class Connection:
             return None
         return self._found(wait, messages)
 
-    def _found(self, wait: _Wait, messages: list[Message]) -> bytes | None:
+    def _found(self, wait: _Wait, messages: list[Message]) -> Encoded | None:
         if not messages and wait.topic:
             return None
         if not self._claim_reply(sum([len(message.body) + MESSAGE_OVERHEAD_BYTES for message in messages])):
@@ -967,6 +992,8 @@ class Connection:
             self.close("does not read its replies")
         elif self._wait is not None:
             self.stop_waiting()
+        elif now >= self._stranger_until and self._gave_wrong_token:
+            self.finish()
         elif now >= self._stranger_until:
             error = TimedOut("no token, or no end of the handshake of TLS, has come in time")
             if len(self._parser):

@@ -33,18 +33,20 @@ from dsmq.system import LONG_YIELD_PAUSE_SECONDS, LONG_YIELD_SECONDS, yield_proc
 # How often a worker shows that it lives, and measures how late it looks at its timers.
 PULSE_SECONDS = 1.0
 # After so long the puts and replies of a turn are not held back any more; and how long one connection may run requests
-# in it: the longest if few others do, the shortest however many do.
+# in it: the longest if few others do, the shortest if many do. In a crowd, each runs one of those that have just come.
 TURN_SECONDS = 0.004
-MOST_SLICE_SECONDS = 0.001
+MOST_SLICE_SECONDS = TURN_SECONDS / 4
 LEAST_SLICE_SECONDS = 0.0001
+CROWD = 200
 # Timers that are due and looked after in one turn.
 MAX_TIMERS = 100
 # While there is no room for somebody: how often to look for some, and to close those that are slow.
 ROOM_SECONDS = 0.005
 CLOSE_SECONDS = 0.05
 # Put within one turn before they are stored, so that a turn's messages need not all fit in memory twice.
-MAX_BATCH = 500
 MAX_BATCH_BYTES = 1_048_576
+# What each put counts there beside its message, so that no more than 500 are stored at once.
+PUT_BYTES = MAX_BATCH_BYTES // 500
 
 _logger = logging.getLogger(__name__)
 
@@ -95,8 +97,10 @@ class Worker:
         self._cramped: dict[Connection, None] = {}
         self._short_of_room = False
         self.slice_seconds = TURN_SECONDS
+        """How long one connection may run requests before others have their turn; 0 stands for one request."""
         self._to_flush: list[Connection] = []
-        self._to_run: list[Connection] = []
+        # Those that have more requests than they could run in their time, in the order in which they go on.
+        self._to_run: deque[Connection] = deque()
         self._timers: list[tuple[float, int, Timed]] = []
         self._timer_number = itertools.count()
         self._posted: deque[Callable[[], None]] = deque()
@@ -139,21 +143,15 @@ class Worker:
             while (oldest := unauthenticated.take_excess()) is not None:
                 oldest.post(partial(oldest.send_away, Busy("too many others have not shown their token yet")))
         connection.open()
+        # The rules may have changed since it was accepted, in another thread.
+        connection.apply_access()
 
     def admit(self, connection: Connection) -> None:
         self.services.usage.unauthenticated.drop(connection)
 
     def apply_settings(self) -> None:
-        """Have all connections go by the settings in force. To be posted."""
+        """Apply reloaded settings to all connections. To be posted."""
         self._for_all(Connection.apply_settings)
-
-    def check_tokens(self) -> None:
-        """Let go of those whose token is none any more. To be posted."""
-        self._for_all(Connection.check_token)
-
-    def dismiss_all(self) -> None:
-        """Let go of all, because what they were admitted by has changed. To be posted."""
-        self._for_all(partial(Connection.dismiss, reason="from now on this server admits by other rules"))
 
     def _for_all(self, call: Callable[[Connection], None]) -> None:
         for connection in list(self.connections):
@@ -194,14 +192,12 @@ class Worker:
     def _turn(self) -> None:
         before = self.counters.requests
         ready = self._wait()
-        to_run, self._to_run = self._to_run, []
         self.now = time.monotonic()
         if ready:
             self._awake_until = self.now + self._busy_poll_seconds
         self._answered_at = self.now
-        count = len(ready) + len(to_run)
-        many = count > 4
-        self.slice_seconds = max(LEAST_SLICE_SECONDS, TURN_SECONDS / count) if many else MOST_SLICE_SECONDS
+        many = len(ready) + len(self._to_run) > 4
+        self.slice_seconds = _slice_seconds(len(ready)) if many else MOST_SLICE_SECONDS
         # Whatever goes wrong with one connection costs that connection alone; on_failure logs and counts it.
         for key, events in ready:
             try:
@@ -210,13 +206,8 @@ class Worker:
                 key.data.on_failure()
             if many and self._is_over():
                 return
-        for connection in to_run:
-            try:
-                connection.run()
-            except Exception:  # noqa: BLE001
-                connection.on_failure()
-            if many and self._is_over():
-                return
+        if self._to_run and self._go_on(many=many):
+            return
         if self._timers and self._timers[0][0] <= self.now:
             self._run_timers()
         if self._to_wake:
@@ -226,6 +217,27 @@ class Worker:
         self._answer()
         if requests := self.counters.requests - before:
             self.counters.request_seconds.add(self._answered_at - self.now, requests)
+
+    def _go_on(self, *, many: bool) -> bool:
+        """Let connections run the requests that they have left, for as long as it took to serve those that were ready.
+
+        So who sends a request now and then does not wait for all who send many at once. Return whether it is too late.
+        """
+        self.slice_seconds = max(LEAST_SLICE_SECONDS, _slice_seconds(len(self._to_run)))
+        now = time.monotonic()
+        until = now + max(TURN_SECONDS, now - self.now)
+        # Each once: who has still some left stands at the end of the queue again.
+        for _ in range(len(self._to_run)):
+            connection = self._to_run.popleft()
+            try:
+                connection.run()
+            except Exception:  # noqa: BLE001
+                connection.on_failure()
+            if many and self._is_over():
+                return True
+            if time.monotonic() >= until:
+                break
+        return False
 
     def _is_over(self) -> bool:
         """In a long turn, answer those who came first; return whether it is too late for the others, in a stop."""
@@ -323,8 +335,8 @@ class Worker:
     def put(self, connection: Connection, put: Put) -> None:
         self._puts.append(put)
         self._putters.append(connection)
-        self._put_bytes += len(put[1])
-        if len(self._puts) >= MAX_BATCH or self._put_bytes >= MAX_BATCH_BYTES:
+        self._put_bytes += len(put[1]) + PUT_BYTES
+        if self._put_bytes >= MAX_BATCH_BYTES:
             self.commit()
 
     def commit(self) -> None:
@@ -419,7 +431,7 @@ class Worker:
                 connection.wake()
             except Exception:  # noqa: BLE001
                 connection.on_failure()
-            if time.monotonic() > until:
+            if time.monotonic() >= until:
                 return
 
     def join(self, topic: bytes, connection: Connection) -> None:
@@ -571,6 +583,13 @@ class _Bell:
     def close(self) -> None:
         self._inside.close()
         self._outside.close()
+
+
+def _slice_seconds(count: int) -> float:
+    """Return how long each of so many connections may run requests in one turn; 0 stands for one request."""
+    if count > CROWD:
+        return 0.0
+    return max(LEAST_SLICE_SECONDS, TURN_SECONDS / max(4, count))
 
 
 def _is_due(when: float, _: int, subject: Timed) -> bool:

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from dsmq import logs
 from dsmq.errors import CannotStart
-from dsmq.wire.addresses import UNIX
+from dsmq.wire.addresses import UNIX, Endpoint, parse_endpoint
 
 # Accepted in one turn of the loop, so that a flood of connections does not starve those that are open.
 MAX_ACCEPTS = 4
@@ -37,13 +37,14 @@ def listen(host: str, port: int, backlog: int, settings: str = "") -> list[socke
     Port 0 takes one that is free on all of them. `settings` is what the settings' names begin with, for the error.
     Raises CannotStart.
     """
-    if host.startswith(UNIX):
-        return [_listen_unix(host.removeprefix(UNIX), backlog)]
+    endpoint = parse_endpoint(host, port)
+    if endpoint.path:
+        return [_listen_unix(endpoint.path, backlog)]
     try:
-        return _listen_everywhere(_resolve(host, port), backlog)
+        return _listen_everywhere(_resolve(endpoint), backlog)
     except OSError as error:
         hint = f" (--{settings}port sets another one)" if error.errno in (errno.EADDRINUSE, errno.EACCES) else ""
-        raise CannotStart(f"cannot listen on {shown(host, port)}: {_reason(error)}{hint}") from error
+        raise CannotStart(f"cannot listen on {endpoint}: {_reason(error)}{hint}") from error
 
 
 def _listen_everywhere(
@@ -69,20 +70,13 @@ def _listen_everywhere(
     return sockets
 
 
-def shown(host: str, port: int) -> str:
-    """Return an address for people: `127.0.0.1:30008`, `[::1]:30008`, `unix:/path`."""
-    if host.startswith(UNIX):
-        return host
-    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
-
-
 def address(sock: socket.socket) -> str:
     """Return where a socket listens, for people."""
     name = sock.getsockname()
     if sock.family == socket.AF_UNIX:
         # An abstract one begins with a zero byte.
         return UNIX + (name if isinstance(name, str) else "@" + os.fsdecode(name[1:]))
-    return shown(*name[:2])
+    return str(Endpoint(*name[:2]))
 
 
 def is_exposed(sock: socket.socket) -> bool:
@@ -110,9 +104,9 @@ def close(sock: socket.socket) -> None:
     sock.close()
 
 
-def _resolve(host: str, port: int) -> list[tuple[int, tuple[str, int]]]:
+def _resolve(endpoint: Endpoint) -> list[tuple[int, tuple[str, int]]]:
     try:
-        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        found = socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except UnicodeError:
         raise socket.gaierror(socket.EAI_NONAME, "that is no host name") from None
     return list(dict.fromkeys((int(family), address[:2]) for family, _, _, _, address in found))  # type: ignore[misc]
@@ -228,7 +222,7 @@ def _peer(sock: socket.socket, address: object) -> tuple[str, str]:
     if sock.family == socket.AF_UNIX or not isinstance(address, tuple):
         return "unix", "unix"
     host, port = address[:2]
-    return host, shown(host, port)
+    return host, str(Endpoint(host, port))
 
 
 def _prepare(sock: socket.socket) -> None:

@@ -23,13 +23,12 @@ from dsmq.client import arguments
 from dsmq.client import session as wire
 from dsmq.client.connection import Connection
 from dsmq.client.core import Client, Options
-from dsmq.client.dial import ClosedSilently
+from dsmq.client.dial import ClosedSilently, alike
 from dsmq.client.pool import Pool
-from dsmq.client.reader import Claim, give_back
-from dsmq.client.replies import check, stored_id
+from dsmq.client.reader import Claim
+from dsmq.client.replies import check, reason, stored_id
 from dsmq.client.requests import Call, Convert, NonIdempotent, Put, PutMany, Retries, list_topics, take
 from dsmq.client.session import Message
-from dsmq.errors import DSMQError
 
 __all__ = ["DSMQClientSideConnection", "Message", "connect"]
 
@@ -125,13 +124,9 @@ class DSMQClientSideConnection(Client):
         If it raises, the messages before the one that failed have been stored, and some behind it may have been: the
         error's stored_before and stored_behind say how many. It raises as `put` does.
         """
-        puts = PutMany(self._session, topic, messages)
-        try:
+        with PutMany(self._session, topic, messages) as puts:
             self._run(puts, Connection.ask_all)
             puts.raise_if_failed()
-        except DSMQError as error:
-            puts.count_stored(error)
-            raise
         return puts.ids
 
     # Messages out
@@ -267,7 +262,9 @@ class DSMQClientSideConnection(Client):
                 return taken[0]
             return b"" if raw and default == "" else default
         except BaseException:
-            give_back(claim)
+            # It could not return what it has taken, wherever it was interrupted. Appending is a single step, so that a
+            # second interrupt can't come before it.
+            self._session.returned.append((claim, []))
             raise
 
     def _many(self, topic: str, n: int, timeout: float, convert: Convert[T], *, latest: bool = False) -> list[T]:
@@ -276,8 +273,7 @@ class DSMQClientSideConnection(Client):
             n, seconds = arguments.count("n", n), arguments.seconds("timeout", timeout)
             return self._take(claim, topic, n, seconds, convert, latest=latest)
         except BaseException:
-            # It could not return what it has taken, wherever it was interrupted.
-            give_back(claim)
+            self._session.returned.append((claim, []))
             raise
 
     def _take(  # noqa: PLR0913 - what a read consists of
@@ -309,16 +305,13 @@ class DSMQClientSideConnection(Client):
                 return result
 
     def _connect_at_start(self) -> Connection:
-        until = time.monotonic() + default_wait()
-        for delay in retry_delays():
+        began, delays = time.monotonic(), iter(retry_delays())
+        while True:
             try:
                 return self._pool.connect()
-            except NOT_STARTED:
-                if time.monotonic() > until:
-                    raise
-                time.sleep(delay)
+            except NOT_STARTED as error:
+                time.sleep(next_delay(error, began, delays))
                 self._log("    ...trying again")
-        return self._pool.connect()
 
     def _log(self, line: str) -> None:
         if self._verbose:
@@ -334,6 +327,14 @@ def _shut_down(connection: Connection, call: NonIdempotent) -> None:
 def retry_delays() -> list[float]:
     """Return the delays of the documented schedule, in seconds."""
     return [_initial_retry * 2**attempt for attempt in range(_tries())]
+
+
+def next_delay(error: OSError, began: float, delays: Iterator[float]) -> float:
+    """Return how long to wait for a server that may be starting. Raises the error if that took too long."""
+    seconds, delay = time.monotonic() - began, next(delays, None)
+    if delay is None or seconds > default_wait():
+        raise alike(error, f"{reason(error)} (tried for {seconds:.1f} s)") from None
+    return delay
 
 
 def default_wait() -> float:

@@ -9,13 +9,14 @@ import socket
 from bisect import insort
 from collections import deque
 from contextlib import suppress
+from copy import copy
 from functools import partial
 from operator import attrgetter
 from typing import Any, cast
 
 from dsmq.client.connection import CLOSED_BY_SERVER, LONG_PAUSE_SECONDS
 from dsmq.client.core import Core
-from dsmq.client.dial import Endpoint, Race, addresses, explain_greeting, explain_silence
+from dsmq.client.dial import Endpoint, Race, addresses, alike, explain_greeting, explain_silence, tls_failure
 from dsmq.client.replies import is_lost, raise_if_fatal, reason
 from dsmq.client.requests import BYTES_AT_ONCE, PUTS_AT_ONCE, Call, Producer, PutMany
 from dsmq.errors import AuthRequired, DSMQError, ProtocolError, ReplyError
@@ -299,7 +300,8 @@ class Connection(asyncio.Protocol):
         self._due.clear()
         self._queue.clear()
         for place in places:
-            place.fail(error)
+            # Each gets its own: `put_many` notes in it how many messages are stored.
+            place.fail(copy(error) if isinstance(error, DSMQError) else error)
             error = lost
 
 
@@ -315,15 +317,21 @@ async def connect(core: Core) -> Connection:
                 raise
     except TimeoutError as error:
         raise TimeoutError(str(error) or f"{core.endpoint}: no answer within {core.timeout:g} s") from None
-    except ConnectionResetError:
-        if core.session.epoch:
-            raise
+    except OSError as error:
         # In a thread: it may connect, to find out what answers there.
-        raise await asyncio.get_running_loop().run_in_executor(None, explain_silence, core.endpoint) from None
+        raise await asyncio.get_running_loop().run_in_executor(None, _explain, core, error) from None
     connection.producer, connection.batch_producer = Producer(era.run, era), Producer(era.run, era)
     connection.has_answered = False
     core.announce(state)
     return connection
+
+
+def _explain(core: Core, error: OSError) -> Exception:
+    if isinstance(error, ConnectionResetError):
+        return error if core.session.epoch else explain_silence(core.endpoint)
+    if isinstance(error, BrokenPipeError):
+        return alike(error, f"{core.endpoint}: {reason(error)}")
+    return tls_failure(core.endpoint, error)
 
 
 async def _greet(connection: Connection, core: Core) -> Reply:

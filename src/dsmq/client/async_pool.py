@@ -6,12 +6,13 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
+from copy import copy
 from typing import TypeVar
 
 from dsmq.client.async_connection import Connection, connect, next_ticket
 from dsmq.client.core import IDLE_SECONDS, Core
 from dsmq.client.requests import Call, Retries
-from dsmq.errors import ClientClosed
+from dsmq.errors import ClientClosed, DSMQError
 from dsmq.system import process
 from dsmq.wire.resp import Reply
 
@@ -62,6 +63,9 @@ class Channel:
         self._waiting += 1
         try:
             return await asyncio.shield(connecting)
+        except DSMQError as error:
+            # Each call gets its own: `put_many` notes in it how many messages are stored.
+            raise copy(error) from None
         except asyncio.CancelledError:
             if connecting.cancelled():
                 self._core.raise_if_closed()

@@ -8,7 +8,7 @@ import time
 import weakref
 from selectors import EVENT_READ, EVENT_WRITE
 
-from dsmq.client.dial import LONGEST_WAIT_SECONDS, Endpoint, Selector, dial, explain_greeting
+from dsmq.client.dial import Endpoint, Selector, alike, dial, explain_greeting
 from dsmq.client.replies import raise_if_fatal, reason
 from dsmq.client.requests import Call, Producer, PutMany
 from dsmq.errors import AuthRequired, DSMQError, ProtocolError
@@ -34,6 +34,9 @@ CLOSED_BY_SERVER = "the server has closed the connection"
 _SLOWEST_SECONDS_PER_BYTE = 1 / 16_384
 # How long to poll for a reply before going to sleep.
 BUSY_POLL_SECONDS = 150e-6
+# A signal handler may fork without Python's hooks. In the child, the interrupted call would wait for a reply that goes
+# to the parent, on a descriptor that may belong to another connection by then. So it wakes up now and then to check.
+_LONGEST_SLEEP_SECONDS = 1.0
 
 
 class Connection:
@@ -65,6 +68,8 @@ class Connection:
         except AuthRequired as error:
             # Redis answers this as well; the session tells them apart.
             return error
+        except ConnectionAbortedError as error:
+            raise alike(error, f"{self._endpoint}: {reason(error)}") from None
         except (ProtocolError, ConnectionResetError) as error:
             raise explain_greeting(self._endpoint, self._received, error) from None
 
@@ -110,6 +115,9 @@ class Connection:
     def _send(self, data: bytes | memoryview) -> int:
         """Send as much as the socket takes, at least something."""
         while True:
+            # A signal handler may have forked: the child must not write to the parent's connection.
+            if process() is not self._process:
+                raise ConnectionResetError(FORKED)
             try:
                 return self._socket.send(data)
             except BlockingIOError:
@@ -172,7 +180,7 @@ class Connection:
         """Wait until the socket can be read or written. Raises TimeoutError if the reply is overdue."""
         self._selector.modify(self._socket, event)
         left = self._deadline - time.monotonic()
-        if not self._selector.select(max(0.0, min(left, LONGEST_WAIT_SECONDS))) and left < LONGEST_WAIT_SECONDS:
+        if not self._selector.select(max(0.0, min(left, _LONGEST_SLEEP_SECONDS))) and left < _LONGEST_SLEEP_SECONDS:
             raise TimeoutError(f"no reply within {self._timeout:g} s")
 
     @property

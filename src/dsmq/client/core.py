@@ -71,7 +71,7 @@ class Core:
         delay = retries.next_delay()
         if delay is None:
             self.announce("given up", error)
-            raise call.to_error(error) from error
+            raise call.to_error(retries.tried(error)) from error
         return delay
 
     # States

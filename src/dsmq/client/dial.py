@@ -8,6 +8,7 @@ import selectors
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeAlias, TypedDict
 
@@ -28,6 +29,8 @@ STAGGER_SECONDS = 0.25
 REST_SECONDS = 2.0
 LONGEST_WAIT_SECONDS = 86_400.0
 """The longest wait that a selector accepts is longer than this."""
+# OpenSSL's codes for a certificate that is for another host, by name or by address.
+_OTHER_NAME = 62, 64
 # A Unix socket whose queue is full says EWOULDBLOCK, and does not go on connecting.
 _IN_PROGRESS = {errno.EINPROGRESS, getattr(errno, "WSAEWOULDBLOCK", errno.EINPROGRESS)}
 Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
@@ -99,8 +102,31 @@ def dial(endpoint: Endpoint, timeout: float) -> socket.socket | TLSSocket:
         from dsmq.wire import tls  # noqa: PLC0415 - most clients don't need it
 
         race.winner.settimeout(timeout)
-        return tls.connect(endpoint.tls, race.winner, endpoint.name)
+        try:
+            return tls.connect(endpoint.tls, race.winner, endpoint.name)
+        except OSError as error:
+            race.winner.close()
+            raise tls_failure(endpoint, error) from None
     return race.winner
+
+
+def tls_failure(endpoint: Endpoint, error: Exception) -> Exception:
+    """Return what to raise if TLS failed. May connect again, to find out which host the certificate is for."""
+    import ssl  # noqa: PLC0415 - most clients don't need it
+
+    from dsmq.wire import tls  # noqa: PLC0415
+
+    if not isinstance(error, ssl.SSLError):
+        return error
+    about = tls.advice(error)
+    if isinstance(error, ssl.SSLCertVerificationError) and error.verify_code in _OTHER_NAME:
+        with (
+            suppress(OSError, ValueError, KeyError),
+            dial(endpoint._replace(tls=None), _PROBE_SECONDS) as sock,  # type: ignore[union-attr]
+        ):
+            sock.settimeout(_PROBE_SECONDS)
+            about += f"; it is for {', '.join(tls.certificate_names(endpoint.tls, sock, endpoint.name))}"  # type: ignore[arg-type]
+    return ConnectionAbortedError(f"{endpoint}: TLS: {about}")
 
 
 def addresses(endpoint: Endpoint) -> list[Address]:
@@ -112,7 +138,9 @@ def addresses(endpoint: Endpoint) -> list[Address]:
     try:
         found = socket.getaddrinfo(endpoint.name, endpoint.port, type=socket.SOCK_STREAM)
     except UnicodeError:
-        raise socket.gaierror(socket.EAI_NONAME, f"{endpoint.host!r} is not a valid host name") from None
+        raise socket.gaierror(socket.EAI_NONAME, f"cannot resolve {endpoint.host!r}: invalid host name") from None
+    except socket.gaierror as error:
+        raise socket.gaierror(error.errno, f"cannot resolve {endpoint.host!r}: {error.strerror}") from None
     families: dict[int, list[Address]] = {}
     for family, kind, protocol, _, address in found:
         families.setdefault(family, []).append((family, kind, protocol, address))
@@ -206,13 +234,17 @@ class Race:
             return ConnectionRefusedError(errno.ECONNREFUSED, f"no server answers at {endpoint}{about}")
         if len(errors) == 1:
             error = errors[0][1]
-            about = f"{endpoint} can't be reached: {error.strerror or error}"
-            # Errors that Python itself finds, such as a path that is too long, have no number.
-            return type(error)(error.errno, about) if error.errno else type(error)(about)
+            return alike(error, f"{endpoint} can't be reached: {error.strerror or error}")
         about = f"{endpoint} can't be reached ({reasons})"
         if all(isinstance(error, TimeoutError) for _, error in errors):
             return TimeoutError(errno.ETIMEDOUT, about)
         return OSError(errno.EHOSTUNREACH, about)
+
+
+def alike(error: OSError, about: str) -> OSError:
+    """Return an error of the same type with another message."""
+    # Errors that Python itself finds, such as a path that is too long, have no number.
+    return type(error)(error.errno, about) if error.errno else type(error)(about)
 
 
 # What else answers

@@ -29,15 +29,26 @@ T = TypeVar("T")
 
 Claim: TypeAlias = "list[tuple[TopicReader, Stretch, int, Step]]"
 """What a call takes, noted before it takes it, so that it can be given back wherever the call is interrupted."""
+Tried: TypeAlias = "list[tuple[Step, Stretch, int, Stretch]]"
+"""What was tried to give back a claim: what was taken, and which state was to follow which."""
+Returned: TypeAlias = "list[tuple[Claim, Tried]]"
+"""Claims of calls that were interrupted.
+
+Such a call only appends its claim, which no second interrupt can prevent; the next call gives back the messages.
+"""
 Asked: TypeAlias = "tuple[Stretch, int, bool]"
 """The state in which a READ is sent, the id after which to read, and whether it may wait."""
 
 
-def give_back(claim: Claim) -> None:
-    """Give back what a call took and could not return."""
-    for reader, stretch, at, step in reversed(claim):
-        if stretch.next.get(at) is step:
-            reader.give_back(stretch, at, step)
+def take_back(returned: Returned) -> None:
+    """Make messages unread again that calls took and could not return. If this is interrupted, the next one goes on."""
+    with suppress(IndexError, ValueError):
+        while True:
+            claim, tried = first = returned[0]
+            for reader, stretch, at, step in reversed(claim):
+                if stretch.next.get(at) is step:
+                    reader.give_back(stretch, at, step, tried)
+            returned.remove(first)
 
 
 class TopicReader:
@@ -91,19 +102,18 @@ class TopicReader:
         return stretch.missed_at(at)
 
     @property
-    def is_unsure(self) -> bool:
-        """Whether the server must be asked for `restored_number` before it is read from."""
-        return self._current()[0].ask
+    def doubt(self) -> tuple[Era, int] | None:
+        """The era and the id for which the server must be asked for `restored_number` before it is read from."""
+        stretch, at = self._current()
+        return (stretch.era, stretch.handed(at)[0]) if stretch.ask else None
 
-    def renumber(self, restored: int) -> None:
-        """Continue numbering from the topic's last number in the snapshot that the server started from."""
-        while True:
+    def renumber(self, doubt: tuple[Era, int], restored: int) -> None:
+        """Continue numbering from the topic's last number before the id was lost."""
+        while self.doubt == doubt:
             stretch, at = self._current()
-            if not stretch.ask:
-                return
             after = stretch.left(at)
             after.ask = False
-            if after.id > after.era.restored_id or restored < (after.number or 0):
+            if after.era.lost(after.id) or restored < (after.number or 0):
                 after.number, after.known = restored, (0, 0)
             if self._move(stretch, at, after):
                 return
@@ -118,6 +128,9 @@ class TopicReader:
         """Return what to request more messages by."""
         stretch, at = self._current()
         after = stretch.ahead[-1].id if stretch.ahead else stretch.id
+        if stretch.fresh == math.inf:
+            # The server may refuse an id of another epoch. Its reply is not used.
+            after = 0
         # Another call may have read ahead what this one wants.
         return stretch, after, at == len(stretch.ahead)
 
@@ -223,8 +236,8 @@ class TopicReader:
             if self._move(stretch, at, after):
                 return taken
 
-    def give_back(self, stretch: Stretch, at: int, step: Step) -> None:
-        """Make messages that were taken from a state unread again."""
+    def give_back(self, stretch: Stretch, at: int, step: Step, tried: Tried) -> None:
+        """Make messages that were taken from a state unread again, unless an earlier try has done so."""
         ahead = stretch.ahead[at : step[0]] if isinstance(step, tuple) else ()
         last = ahead[-1] if isinstance(step, tuple) else step
         known = last.id, last.number or 0
@@ -236,6 +249,8 @@ class TopicReader:
             now, now_at = self._current()
             is_here = now.era is stretch.era
             if now.generation[0] != stretch.generation[0] or not (ahead or is_here):
+                return
+            if any(one is step and state.next.get(state_at) is after for one, state, state_at, after in tried):
                 return
             back = Stretch(
                 now.era,
@@ -249,6 +264,7 @@ class TopicReader:
             )
             after = insert(now.left(now_at), back)
             after.missed = now.missed_at(now_at) - counted
+            tried.append((step, now, now_at, after))
             if self._move(now, now_at, after):
                 return
 

@@ -46,7 +46,7 @@ def check(reply: Reply) -> Reply:
 
 
 def restored_number(reply: Reply) -> int:
-    """Return the topic's last number in the snapshot that the server started from, out of the reply to STATS."""
+    """Return the topic's last number before an id was lost, out of the reply to STATS topic AFTER id."""
     return as_number(as_map(reply).get("restored_number", 0))
 
 
@@ -84,6 +84,11 @@ def as_text(value: Reply) -> str:
 
 def as_number(value: Reply) -> int:
     return value if isinstance(value, int) else _wrong_type("number", value)
+
+
+def as_ranges(value: Reply) -> list[tuple[int, int]]:
+    ends = [as_number(end) for end in (value if isinstance(value, list) else _wrong_type("list", value))]
+    return list(zip(ends[::2], ends[1::2], strict=False))
 
 
 def _wrong_type(what: str, value: Reply) -> NoReturn:

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import TypeAlias, TypeVar
+from typing import Self, TypeAlias, TypeVar
 
 from dsmq.client import arguments
 from dsmq.client.reader import LATEST, Asked, Claim, TopicReader, read_request
@@ -67,6 +67,11 @@ class Retries:
         self._until = min(self._until, now + self._seconds)
         delay = next(self._delays)
         return delay if now + delay < self._until else None
+
+    def tried(self, error: Exception) -> Exception:
+        """Return the error to give up with: this one, and for how long it was tried."""
+        seconds = time.monotonic() - (self._until - self._seconds)
+        return ConnectionError(f"{reason(error)} (tried for {seconds:.1f} s)") if self._seconds else error
 
 
 def _retry_delays() -> Iterator[float]:
@@ -256,9 +261,9 @@ def _take(  # noqa: PLR0913, PLR0917 - what a read consists of
     while (more and len(taken) < n) or (until and not taken and n > 0 and time.monotonic() < until):
         yield (read := Read(session, reader, 0.0 if taken else until))
         # Now, because this READ may have been the first call to find that the server was restarted.
-        if session.is_restarted and reader.is_unsure:
-            yield (stats := Call(encode_request(b"STATS", reader.topic.encode())))
-            reader.renumber(restored_number(stats.reply))
+        if session.is_restarted and (doubt := reader.doubt):
+            yield (stats := Call(encode_request(b"STATS", reader.topic.encode(), b"AFTER", b"%d" % doubt[1])))
+            reader.renumber(doubt, restored_number(stats.reply))
         more = read.take_in(session.entries(read.reply))
         reader = session.reader(topic)
         if more:
@@ -422,10 +427,14 @@ class PutMany(Call):
         if self._error is not None:
             raise self._error
 
-    def count_stored(self, error: DSMQError) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         """Set the numbers of stored messages in an error."""
-        error.stored_before = self._stored_before if self._is_refused else len(self.ids)
-        error.stored_behind = len(self.ids) - error.stored_before
+        if isinstance(error, DSMQError):
+            error.stored_before = self._stored_before if self._is_refused else len(self.ids)
+            error.stored_behind = len(self.ids) - error.stored_before
 
 
 def _again(keyed: bytes, sent_at: float, run: bytes, producer: Producer) -> bytes:

@@ -9,8 +9,8 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from dsmq.client.reader import TopicReader
-from dsmq.client.replies import as_map, as_number, as_text, check
+from dsmq.client.reader import Returned, TopicReader, take_back
+from dsmq.client.replies import as_map, as_number, as_ranges, as_text, check
 from dsmq.client.stretch import Entry, Era
 from dsmq.errors import AuthRequired, MessageNotText, ProtocolError, ReplyError
 from dsmq.system import LONG_MESSAGE_BYTES, boot_time, expect_long_messages
@@ -89,6 +89,7 @@ class Session:
         """How many bytes to request at once: less after a reply that did not come in time."""
         self.is_restarted = False
         """Whether the server was ever restarted, so that readers may be unsure of their numbers."""
+        self.returned: Returned = []
         self._era = Era("", b"", 0, None)
         self._kept = _Kept(boot_time(), {}, 0)
         # Those used last, which may still hold messages that have been handed out.
@@ -121,7 +122,7 @@ class Session:
         if facts.get("access") == b"nobody":
             raise AuthRequired("authentication required: connect(..., token=...)")
         epoch, run = as_text(facts.get("epoch")), as_text(facts.get("run")).encode()
-        last_id, restored_id = as_number(facts.get("last_id")), as_number(facts.get("restored_id", 0))
+        last_id, lost = as_number(facts.get("last_id")), as_ranges(facts.get("lost_ids", []))
         self.max_message_bytes = as_number(facts.get("max_message_bytes"))
         state: State = "resumed"
         while (era := self.era).epoch != epoch or era.run != run:
@@ -131,7 +132,7 @@ class Session:
                 return state, self._era
             same = era.epoch == epoch
             self.is_restarted = True
-            new = Era(epoch, run, era.start, era.number, restored_id) if same else Era(epoch, run, 0, 0)
+            new = Era(epoch, run, era.start, era.number, lost) if same else Era(epoch, run, 0, 0)
             if era.next.setdefault(0, new) is new:
                 state = "restarted" if same else "replaced"
                 _logger.warning("the server was restarted: %s", LOST[state])
@@ -139,6 +140,8 @@ class Session:
 
     def reader(self, topic: str) -> TopicReader:
         """Return the reader of a topic, old or new. Raises TypeError or ValueError if it can't be a topic."""
+        if self.returned:
+            take_back(self.returned)
         reader = self._kept.young.get(topic) if isinstance(topic, str) else None
         return self._find_reader(topic) if reader is None else reader
 
@@ -167,6 +170,7 @@ class Session:
     def forget(self, topic: str) -> None:
         """Forget where a topic was read."""
         topic_name(topic)
+        take_back(self.returned)
         kept = self._kept
         found = (readers.pop(topic, None) for readers in (kept.young, kept.older, self._new))
         for reader in {id(reader): reader for reader in found if reader}.values():
@@ -203,6 +207,7 @@ class Session:
     @property
     def missed(self) -> int:
         """How many messages expired before this client read them, in each topic from the first one that it got."""
+        take_back(self.returned)
         kept = self._kept
         readers = {**kept.older, **kept.young}
         return kept.missed + sum(reader.missed for reader in readers.values())

@@ -20,13 +20,19 @@ class Entry(NamedTuple):
 class Era:
     """One run of the server in one epoch, as the client knows it. `next` holds the one that followed."""
 
-    __slots__ = ("epoch", "next", "number", "restored_id", "run", "start")
+    __slots__ = ("_lost", "epoch", "next", "number", "run", "start")
 
-    def __init__(self, epoch: str, run: bytes, start: int, number: int | None, restored_id: int = 0) -> None:
-        self.epoch, self.run, self.restored_id = epoch, run, restored_id
+    def __init__(
+        self, epoch: str, run: bytes, start: int, number: int | None, lost: Sequence[tuple[int, int]] = ()
+    ) -> None:
+        self.epoch, self.run, self._lost = epoch, run, lost
         self.start, self.number = start, number
         """Where a topic is read from, and the number of its message there, if known."""
         self.next: dict[int, Era] = {}
+
+    def lost(self, message_id: int) -> tuple[int, int] | None:
+        """Return the range of lost ids that contains an id: the id before it, and its last."""
+        return next((lost for lost in self._lost if lost[0] < message_id <= lost[1]), None)
 
 
 class Stretch:
@@ -192,15 +198,15 @@ def in_next_era(stretch: Stretch, at: int) -> Stretch:
 def _restarted(part: Stretch, era: Era) -> list[Stretch]:
     """Divide a stretch: what the server may still have, what it has lost, and what is put from now on."""
     is_lost = part.fresh == math.inf
-    ahead = [entry for entry in part.ahead if is_lost or entry.id > era.restored_id]
-    kept = [entry[:2] for entry in part.ahead if not is_lost and entry.id <= era.restored_id]
+    ahead = [entry for entry in part.ahead if is_lost or era.lost(entry.id)]
+    kept = [entry[:2] for entry in part.ahead[: len(part.ahead) - len(ahead)]]
     ask = part.number is not None or bool(part.ahead)
-    known = kept[-1] if kept else (0, 0)
+    known = (kept[-1] if kept else (0, 0)) if era.lost(part.known[0]) else part.known
     if not ahead:
         return [Stretch(era, part.id, part.number, end=part.end, known=known, ask=ask)]
     found = [_lost_by_server(ahead, known[1] or part.number, era)]
     if kept:
-        found.insert(0, Stretch(era, part.id, part.number, end=era.restored_id, known=known, ask=ask))
+        found.insert(0, Stretch(era, part.id, part.number, end=ahead[0].id - 1, known=known, ask=ask))
     if part.end == math.inf:
         found.append(Stretch(era, ahead[-1].id, ahead[-1].number, ask=True))
     return found

@@ -1,6 +1,6 @@
-"""What systemd passes to a service, and is told by it: sd_listen_fds(3), sd_notify(3), sd_watchdog_enabled(3).
+"""The interface to systemd: sd_listen_fds(3), sd_notify(3), sd_watchdog_enabled(3).
 
-Where it was not systemd that started the process, there is nothing to take, and what is told goes nowhere.
+If systemd did not start the process, no sockets are passed, and notifications go nowhere.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from contextlib import contextmanager
 from dsmq.errors import CannotStart
 from dsmq.ops.status import Status
 
-# What FileDescriptorName= calls the sockets that clients connect to, and that of the side port.
+# FileDescriptorName= of the sockets for clients, and of the one for the HTTP endpoint.
 QUEUE = "dsmq"
 METRICS = "metrics"
 FIRST_DESCRIPTOR = 3
-# Where systemd itself hangs, the main thread is not to hang with it for longer than this.
+# If systemd itself hangs, it must not block the main thread for longer than this.
 NOTIFY_TIMEOUT_SECONDS = 2.0
-# Beyond stop_timeout_seconds, for the last stages of a stop and for Python's own end.
+# Requested beyond stop_timeout_seconds, for the last stages of a stop and for Python's own exit.
 STOP_MARGIN_SECONDS = 5.0
 
 _logger = logging.getLogger(__name__)
 
 
 class Systemd:
-    """Holds the passed sockets, and tells how the service is. Without arguments: nobody is there to be told."""
+    """The sockets that systemd passed, and notifications to it. Without arguments: not started by systemd."""
 
     def __init__(
         self,
@@ -40,29 +40,29 @@ class Systemd:
     ) -> None:
         self.queue = queue or []
         self.metrics = metrics or []
-        self.most_seconds = watchdog_seconds / 3
-        """The longest time from one `tick` to the next, with room for one that is late."""
+        self.watchdog_interval = watchdog_seconds / 3
+        """Max seconds between calls of `notify_status`, so that one may be late."""
         self._watchdog = watchdog_seconds < math.inf
         self._status = ""
         self._address = "\0" + notify_socket[1:] if notify_socket.startswith("@") else notify_socket
-        # Opened now: the watchdog has to be fed also when there is no file descriptor left.
+        # Opened in advance: the watchdog has to be notified even if there is no file descriptor left.
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if notify_socket[:1] in ("@", "/") else None
         if self._socket:
             self._socket.settimeout(NOTIFY_TIMEOUT_SECONDS)
 
     def notify(self, *states: str) -> None:
-        """Send states as sd_notify(3) describes them; where that fails, the service goes on without."""
+        """Send states as described in sd_notify(3). A failure is only logged."""
         if not self._socket or not states:
             return
         try:
             self._socket.sendto("\n".join(states).encode(), self._address)
         except OSError as error:
-            _logger.warning("systemd can't be told %s: %s", ", ".join(states), error)
+            _logger.warning("cannot notify systemd of %s: %s", ", ".join(states), error)
 
     @contextmanager
     def reloading(self) -> Iterator[None]:
-        """Tell that the configuration is read anew, and when that is done, well or not."""
-        # systemd compares it with its own clock, CLOCK_MONOTONIC, to know for which order this is.
+        """Notify systemd that a reload begins, and, whether it succeeds or not, that it has ended."""
+        # systemd matches the time with its request, by CLOCK_MONOTONIC.
         self.notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
             yield
@@ -70,53 +70,55 @@ class Systemd:
             self.notify("READY=1")
 
     def stopping(self, seconds: float) -> None:
-        """Tell that the service stops, and how long that may take."""
+        """Notify systemd that the service stops, and how long that may take."""
         self.notify("STOPPING=1", f"EXTEND_TIMEOUT_USEC={round((seconds + STOP_MARGIN_SECONDS) * 1e6)}")
 
-    def tick(self, status: Status) -> None:
-        """Tell how the service is, and that it lives: only while every thread does, besides the one that calls this."""
+    def notify_status(self, status: Status) -> None:
+        """Send the status if it has changed, and reset the watchdog unless a thread is stuck."""
         if not self._socket:
             return
-        states = ["WATCHDOG=1"] if self._watchdog and not status.stuck() else []
-        shown = f"STATUS={status.connections()} connections, {status.totals().messages} messages"
-        if shown != self._status:
-            states.append(shown)
-            self._status = shown
+        states = ["WATCHDOG=1"] if self._watchdog and not status.stuck_threads() else []
+        text = f"STATUS={status.connections()} connections, {status.totals().messages} messages"
+        if text != self._status:
+            states.append(text)
+            self._status = text
         self.notify(*states)
 
 
 def take() -> Systemd:
-    """Take what systemd has passed, once; child processes find nothing of it. Raises CannotStart."""
+    """Take what systemd passed, and remove it from the environment of child processes. Raises CannotStart."""
     names = ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
     given = {name: os.environ.pop(name, "") for name in (*names, "LISTEN_PIDFDID")}
     me = str(os.getpid())
     watched = given["WATCHDOG_PID"] in ("", me) and given["WATCHDOG_USEC"].isdecimal()
     watchdog_seconds = int(given["WATCHDOG_USEC"]) / 1e6 if watched else math.inf
     count = int(given["LISTEN_FDS"]) if given["LISTEN_PID"] == me and given["LISTEN_FDS"].isdecimal() else 0
-    sockets = _sockets(count, given["LISTEN_FDNAMES"])
+    purposes = _purposes(given["LISTEN_FDNAMES"].split(":")[:count] if given["LISTEN_FDNAMES"] else [], count)
+    sockets = [_listening(FIRST_DESCRIPTOR + number, purpose) for number, purpose in enumerate(purposes)]
     if sockets:
-        _logger.info("systemd passes the sockets: the settings of hosts and ports are not used")
-    queue = [sock for name, sock in sockets if name == QUEUE]
-    metrics = [sock for name, sock in sockets if name == METRICS]
+        _logger.info("using the sockets passed by systemd instead of the host and port settings")
+    queue, metrics = (
+        [sock for sock, purpose in zip(sockets, purposes, strict=True) if purpose == wanted]
+        for wanted in (QUEUE, METRICS)
+    )
     if (metrics and not queue) or len(metrics) > 1:
         raise CannotStart(
-            f"systemd passes {len(queue)} sockets named {QUEUE} and {len(metrics)} named {METRICS}: "
-            "it takes some of the former, and at most one of the latter"
+            f"systemd passed {len(queue)} sockets named {QUEUE} and {len(metrics)} named {METRICS}: "
+            f"at least one {QUEUE} socket and at most one {METRICS} socket are required"
         )
     return Systemd(given["NOTIFY_SOCKET"], watchdog_seconds or math.inf, queue, metrics)
 
 
-def _sockets(count: int, given: str) -> list[tuple[str, socket.socket]]:
-    """Return the passed sockets with what each is for."""
-    names = given.split(":")[:count] if given else []
-    names += ["unknown"] * (count - len(names))
+def _purposes(names: list[str], count: int) -> list[str]:
+    """Return QUEUE or METRICS for each passed socket."""
+    names = names + ["unknown"] * (count - len(names))
     unknown = [name for name in names if name not in (QUEUE, METRICS)]
-    # Without FileDescriptorName= it bears the name of its unit.
+    # Without FileDescriptorName= a socket has the name of its unit; a single one is for clients.
     if len(unknown) > 1 or (unknown and QUEUE in names):
-        about = f"systemd passes sockets named {', '.join(names)}"
-        raise CannotStart(f"{about}: FileDescriptorName= has to be {QUEUE} or {METRICS}, for what each is")
-    purposes = [name if name == METRICS else QUEUE for name in names]
-    return [(name, _listening(FIRST_DESCRIPTOR + number, name)) for number, name in enumerate(purposes)]
+        raise CannotStart(
+            f"systemd passed sockets named {', '.join(names)}: set FileDescriptorName= of each to {QUEUE} or {METRICS}"
+        )
+    return [name if name == METRICS else QUEUE for name in names]
 
 
 def _listening(descriptor: int, name: str) -> socket.socket:
@@ -124,10 +126,10 @@ def _listening(descriptor: int, name: str) -> socket.socket:
         sock = socket.socket(fileno=descriptor)
         listens = sock.type == socket.SOCK_STREAM and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
         sock.set_inheritable(False)
-        # Whoever had it before may have left it otherwise.
+        # A previous owner may have made it non-blocking.
         sock.setblocking(True)
     except OSError as error:
-        raise CannotStart(f"what systemd passes as {name} can't be used: {error.strerror}") from error
+        raise CannotStart(f"the {name} socket passed by systemd can't be used: {error.strerror}") from error
     if not listens:
-        raise CannotStart(f"what systemd passes as {name} does not listen: ListenStream= and Accept=no are wanted")
+        raise CannotStart(f"the {name} socket passed by systemd does not listen: set ListenStream= and Accept=no")
     return sock

@@ -1,4 +1,4 @@
-"""What the server asks of a store of messages, and what it gets from it."""
+"""The interface between the server and a store of messages."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
-# What a message is counted with, for the limit on bytes, beside its body: about what it takes in a row of its own.
+# What a message counts towards the limits on bytes, besides its body: about what it takes in a row of its own.
 MESSAGE_OVERHEAD_BYTES = 100
-# The same for a topic that holds messages, beside its name.
+# The same for a topic that holds messages, besides its name.
 TOPIC_OVERHEAD_BYTES = 500
 
 T = TypeVar("T")
 Answer: TypeAlias = T | Future[T]
-"""What a store replies: the value, or a future where the value comes later."""
+"""A store's answer: the value, or a future if the value comes later."""
 
 
 class Message(NamedTuple):
@@ -25,16 +25,14 @@ class Message(NamedTuple):
     age_ms: int
     body: bytes
     left_ms: int
-    """How much longer it may be delivered, by the rules now in force."""
+    """Remaining lifetime, by the max_age_ms in force."""
 
 
 Put: TypeAlias = tuple[bytes, bytes, tuple[bytes, int] | None]
-"""A message to store: topic, body, and where the put is idempotent its key, a producer and its sequence number."""
+"""A message to store: topic, body and, if the put is idempotent, its key: a producer and a sequence number."""
 
 
 class TopicStats(NamedTuple):
-    """What a topic holds."""
-
     name: bytes
     messages: int
     bytes: int
@@ -43,16 +41,18 @@ class TopicStats(NamedTuple):
     first_id: int = 0
     oldest_age_ms: int = 0
     restored_number: int = 0
-    """The topic's last number in the snapshot that this run started from, 0 if there was none."""
+    """The topic's last number in the snapshot before the range of lost ids that the reader's id is in, or else before
+    the last range; 0 if there was none.
+    """
 
     @property
-    def cost(self) -> int:
-        """Bytes held, as `Limits` counts them."""
-        return cost(self.messages, self.bytes)
+    def accounted_bytes(self) -> int:
+        """Bytes stored, as `Limits` counts them."""
+        return accounted_bytes(self.messages, self.bytes)
 
 
 class Totals(NamedTuple):
-    """Sums over all topics: held now, and stored and expired since the start."""
+    """Sums over all topics: stored now, and put and expired since the start."""
 
     messages: int
     bytes: int
@@ -60,10 +60,10 @@ class Totals(NamedTuple):
     stored: int
     expired: int
     expired_unread: int = 0
-    """Those of the expired that nobody had read, nor passed over by asking for the latest."""
+    """Expired messages that nobody had read, or skipped by starting at a newer one."""
     oldest_age_ms: int = 0
-    cost: int = 0
-    """Bytes held, as `Limits` counts them."""
+    accounted_bytes: int = 0
+    """Bytes stored, as `Limits` counts them."""
 
 
 class Timing(NamedTuple):
@@ -74,12 +74,12 @@ class Timing(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """How much a store holds. A put beyond it raises Full."""
+    """How much a store may hold. A put beyond it raises Full."""
 
     topics: int = sys.maxsize
     messages: int = sys.maxsize
     bytes: int = sys.maxsize
-    """Of bodies, and MESSAGE_OVERHEAD_BYTES for each; of the names of topics, and TOPIC_OVERHEAD_BYTES for each."""
+    """Bodies plus MESSAGE_OVERHEAD_BYTES each, and topic names plus TOPIC_OVERHEAD_BYTES each."""
     messages_per_topic: int = sys.maxsize
     bytes_per_topic: int = sys.maxsize
 
@@ -91,20 +91,18 @@ SETTINGS = {
     "messages_per_topic": "max_stored_messages_per_topic",
     "bytes_per_topic": "max_stored_bytes_per_topic",
 }
-"""The settings that hold the values of `Limits`."""
+"""The setting for each of `Limits`."""
 MEMORY = "memory"
-"""What a store is full by, beside those, if the system has no more."""
+"""Reported by `Store.full`, beside settings, if the system has no more memory."""
 
 
 class Store(Protocol):
-    """What the server asks of a store. One elsewhere than in this process answers with futures."""
+    """What the server requires of a store. A remote one answers with futures."""
 
     epoch: str
-    """Names the ids: those of different epochs have nothing to do with each other."""
+    """Identifies the sequence of ids: ids of different epochs are unrelated."""
     run: str
-    """Names the time over which puts are remembered without a gap."""
-    restored_id: int
-    """The last id in the snapshot that this run started from, 0 if there was none."""
+    """Identifies the time over which puts are remembered without a gap."""
     max_age_ms: int
     limits: Limits
 
@@ -112,59 +110,62 @@ class Store(Protocol):
         """Store all or nothing and return their ids, increasing. Raises Full, Forgotten or StoreFailed."""
 
     def check_producer(self, producer: bytes) -> None:
-        """Raise Forgotten where a put of this producer may have been stored and forgotten lately."""
+        """Raise Forgotten if a recent put of this producer may have been stored and forgotten."""
 
     def flush(self) -> None:
-        """Do what was put off, if it is much: nobody waits. Raises what `append` would when it has to be done."""
+        """Do postponed work if there is much of it; called when nobody waits. Raises the same as `append`."""
 
     def read(self, topic: bytes, after: int, count: int, max_bytes: int) -> Answer[list[Message]]:
-        """Return the messages with ids above `after`, oldest first, none of them expired."""
+        """Return the unexpired messages with ids above `after`, oldest first."""
 
     def latest(self, topic: bytes, after: int, below: int = sys.maxsize) -> Answer[list[Message]]:
-        """Return the newest message with an id above `after`, and lower than `below`; or nothing."""
+        """Return the newest unexpired message with an id above `after` and lower than `below`, if there is one."""
 
     def last_id(self) -> int:
         """Return the id given last, 0 at first."""
 
     def expire(self) -> int:
-        """Delete some messages that are too old; return how many, 0 when there are none left."""
+        """Delete some expired messages; return how many, 0 if there are none left."""
 
     def topics(self, after: bytes, count: int) -> Answer[list[TopicStats]]:
-        """Return topics that hold messages, in byte order, from behind the name `after`."""
+        """Return topics that hold messages, in byte order, with names above `after`."""
 
-    def stats(self, topic: bytes) -> Answer[TopicStats]:
-        """Return what one topic holds, also where it holds nothing."""
+    @property
+    def lost_ids(self) -> list[int]:
+        """The ranges of ids of this epoch that were lost by kills: of each, the id before it and its last."""
 
-    def totals(self) -> Totals:
-        """Return the sums over all topics."""
+    def stats(self, topic: bytes, after: int = 0) -> Answer[TopicStats]:
+        """Return the topic's statistics, for a reader that has read up to this id; zeros if the topic is empty."""
+
+    def totals(self) -> Totals: ...
 
     def full(self) -> set[str]:
-        """Return what refuses puts at present: settings, or MEMORY. To be called once a second or so.
+        """Return what refuses puts at present: settings, or MEMORY. To be called about once a second.
 
-        A limit stays in it while it refuses puts between two calls, or has no room for the last one that it refused.
+        A limit is reported until no put was refused between two calls, and there is room for the last one refused.
         """
 
     def timings(self) -> dict[str, Timing]:
         """Return how often and how long the database was used, by operation: write, read, expire."""
 
     def last_numbers(self) -> dict[bytes, int]:
-        """Return the number of the last message of each topic that holds some."""
+        """Return the number of the last message of each topic that holds messages."""
 
     def last_number(self, topic: bytes) -> int:
-        """Return the number of the last message put into a topic, 0 where there is none."""
+        """Return the number of the last message put into a topic, 0 if there is none."""
 
-    def deepest(self, count: int) -> list[bytes]:
+    def largest_topics(self, count: int) -> list[bytes]:
         """Return the topics that hold the most messages."""
 
     def close(self) -> None:
-        """Give everything up. Idempotent."""
+        """Idempotent. After it, other methods raise StoreFailed."""
 
 
-def cost(messages: int, size: int) -> int:
-    """Return what messages are counted as, for the limits on bytes."""
+def accounted_bytes(messages: int, size: int) -> int:
+    """Return what messages with bodies of `size` bytes in all count towards the limits on bytes."""
     return size + messages * MESSAGE_OVERHEAD_BYTES
 
 
-def topics_cost(names: Iterable[bytes]) -> int:
-    """Return what topics are counted as, for the limit on all bytes."""
+def accounted_topic_bytes(names: Iterable[bytes]) -> int:
+    """Return what topics count towards the limit on all bytes."""
     return sum([len(name) + TOPIC_OVERHEAD_BYTES for name in names])

@@ -1,13 +1,13 @@
-"""What is remembered of puts, to recognise one that is sent again: ids, by producer and sequence number."""
+"""Recognises puts that are sent again: remembers message ids by producer and sequence number, within bounds."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from dsmq.errors import Forgotten
 from dsmq.store.api import Put
-from dsmq.store.image import Producer
 
 MAX_PRODUCERS = 10_000
 MAX_PUTS_OF_PRODUCER = 1_000
@@ -15,121 +15,136 @@ MAX_REMEMBERED_PUTS = 1_000_000
 REMEMBER_MS = 600_000
 
 
-class Puts:
-    """What is remembered of one producer."""
+class Producer(NamedTuple):
+    """What a snapshot keeps of a producer."""
+
+    name: bytes
+    puts: dict[int, int]
+    """Message ids by sequence number, in the order of the puts."""
+    forgotten: int = -1
+    last_at: int = 0
+
+
+class ProducerState:
+    """The puts of one producer."""
 
     __slots__ = ("forgotten", "highest", "last_at", "newer", "older")
 
     def __init__(self) -> None:
+        # Message ids by sequence number. Forgetting many at once is cheaper than forgetting one at each put.
         self.newer: dict[int, int] = {}
-        # To forget many at once costs less than to forget one with each put.
         self.older: dict[int, int] = {}
-        # The highest sequence numbers: of all, and of those that have been forgotten.
+        # The highest sequence numbers: of all puts, and of the forgotten ones.
         self.highest = self.forgotten = -1
+        # When it put last, in milliseconds.
         self.last_at = 0
 
     def __len__(self) -> int:
         return len(self.newer) + len(self.older)
 
     def find(self, seq: int) -> int | None:
-        """Return the id of a put that is remembered."""
         return self.newer.get(seq) or self.older.get(seq)
 
-    def forget(self) -> int:
-        """Forget the older half; return how many that were."""
+    def forget_older_half(self) -> int:
+        """Return how many puts were forgotten."""
         count = len(self.older)
         self.forgotten = max(self.forgotten, max(self.older, default=-1))
         self.older, self.newer = self.newer, {}
         return count
 
 
-class Producers:
-    """All producers that are remembered. All its methods need the store's lock."""
+class Deduplicator:
+    """The puts of all producers. Every method requires the store's lock."""
 
     def __init__(self) -> None:
-        # The one heard last stands last.
-        self._known: OrderedDict[bytes, Puts] = OrderedDict()
+        # Ordered by last put, the most recent at the end.
+        self._producers: OrderedDict[bytes, ProducerState] = OrderedDict()
         self._count = 0
         self.forgot_at: int | None = None
-        """When the last one was forgotten that might still send a put again."""
+        """When a producer was last forgotten that might still resend a put."""
 
     def __len__(self) -> int:
-        """How many puts are remembered."""
+        """Return the number of remembered puts."""
         return self._count
 
     def names(self) -> list[bytes]:
-        """Return their names; the one heard last stands last."""
-        return list(self._known)
+        """Return the producers' names, by last put, the most recent at the end."""
+        return list(self._producers)
 
-    def check(self, batch: Iterable[Put]) -> None:
-        """Raise Forgotten where it can't be told whether one of these has been stored."""
-        known = self._known
-        for _, _, key in batch:
-            if key is None or (puts := known.get(key[0])) is None or key[1] > puts.forgotten:
+    def check(self, puts: Iterable[Put]) -> None:
+        """Raise Forgotten if one of these is too old to know whether it was stored."""
+        producers = self._producers
+        for _, _, key in puts:
+            if key is None or (producer := producers.get(key[0])) is None or key[1] > producer.forgotten:
                 continue
-            if not puts.find(key[1]):
+            if not producer.find(key[1]):
                 raise Forgotten(f"number {key[1]} of this producer is too old to tell whether it has been stored")
 
     def check_unknown(self, name: bytes, now: int) -> None:
-        """Raise Forgotten where a producer is not known, and may have been forgotten before its time."""
-        if self.forgot_at is not None and name not in self._known and now - self.forgot_at < REMEMBER_MS:
+        """Raise Forgotten if a producer is unknown, and may have been forgotten within REMEMBER_MS."""
+        if self.forgot_at is not None and name not in self._producers and now - self.forgot_at < REMEMBER_MS:
             raise Forgotten("too many others have put since to tell whether this has been stored")
 
     def find(self, key: tuple[bytes, int]) -> int | None:
-        """Return the id of a put that is remembered."""
-        puts = self._known.get(key[0])
-        return puts.find(key[1]) if puts is not None and key[1] <= puts.highest else None
+        """Return the message id of a remembered put."""
+        producer = self._producers.get(key[0])
+        return producer.find(key[1]) if producer is not None and key[1] <= producer.highest else None
 
-    def note(self, key: tuple[bytes, int], message_id: int, now: int, heard: dict[bytes, Puts]) -> int | None:
-        """Note the id of a put; or return that of the same put before. `heard` is for `forget`, behind the batch."""
+    def remember(
+        self, key: tuple[bytes, int], message_id: int, now: int, touched: dict[bytes, ProducerState]
+    ) -> int | None:
+        """Remember a put, or return the message id of the same put before.
+
+        Adds the producer to `touched` if `forget` needs to see it after the batch.
+        """
         name, seq = key
-        puts = self._known.get(name)
-        if puts is None:
-            puts = self._known[name] = Puts()
-        if puts.last_at != now or len(puts.newer) >= MAX_PUTS_OF_PRODUCER:
-            heard[name] = puts
-        if seq > puts.highest:
-            puts.highest = seq
-        elif first_id := puts.find(seq):
+        producer = self._producers.get(name)
+        if producer is None:
+            producer = self._producers[name] = ProducerState()
+        if producer.last_at != now or len(producer.newer) >= MAX_PUTS_OF_PRODUCER:
+            touched[name] = producer
+        if seq > producer.highest:
+            producer.highest = seq
+        elif first_id := producer.find(seq):
             return first_id
-        puts.newer[seq] = message_id
+        producer.newer[seq] = message_id
         self._count += 1
         return None
 
-    def forget(self, heard: dict[bytes, Puts], now: int) -> None:
-        """Forget the oldest puts where there are too many: behind a batch, so that all of it is judged alike.
-
-        Once a millisecond for each producer, and whenever one has enough to be halved.
-        """
-        for name, puts in heard.items():
-            self._known.move_to_end(name)
-            puts.last_at = now
-            if len(puts.newer) >= MAX_PUTS_OF_PRODUCER:
-                self._count -= puts.forget()
-        while self._too_much(now - REMEMBER_MS):
-            _, puts = self._known.popitem(last=False)
-            self._count -= len(puts)
-            if now - puts.last_at < REMEMBER_MS:
+    def forget(self, touched: dict[bytes, ProducerState], now: int) -> None:
+        """Forget the oldest puts beyond the bounds: after a batch, so that all its puts are treated alike."""
+        for name, producer in touched.items():
+            self._producers.move_to_end(name)
+            producer.last_at = now
+            if len(producer.newer) >= MAX_PUTS_OF_PRODUCER:
+                self._count -= producer.forget_older_half()
+        while self._exceeds_bounds(now - REMEMBER_MS):
+            _, producer = self._producers.popitem(last=False)
+            self._count -= len(producer)
+            if now - producer.last_at < REMEMBER_MS:
                 self.forgot_at = now
 
-    def _too_much(self, since: int) -> bool:
-        if len(self._known) > MAX_PRODUCERS or self._count > MAX_REMEMBERED_PUTS:
+    def _exceeds_bounds(self, since: int) -> bool:
+        if len(self._producers) > MAX_PRODUCERS or self._count > MAX_REMEMBERED_PUTS:
             return True
-        oldest = next(iter(self._known.values()), None)
+        oldest = next(iter(self._producers.values()), None)
         return oldest is not None and oldest.last_at < since
 
-    # Over a restart
+    def copy(self, names: Sequence[bytes], last_id: int) -> list[Producer]:
+        """Return these producers for a snapshot, without puts of messages with ids above `last_id`."""
+        copies = []
+        for name in names:
+            if (state := self._producers.get(name)) is None:
+                continue
+            puts = {seq: at for half in (state.older, state.newer) for seq, at in half.items() if at <= last_id}
+            if puts or state.forgotten >= 0:
+                copies.append(Producer(name, puts, state.forgotten, state.last_at))
+        return copies
 
-    def copy(self, names: Sequence[bytes]) -> list[Producer]:
-        """Return what is remembered of these."""
-        held = [(name, self._known[name]) for name in names if name in self._known]
-        return [Producer(name, {**puts.older, **puts.newer}, puts.forgotten, puts.last_at) for name, puts in held]
-
-    def restore(self, kept: Iterable[Producer], forgot_at: int | None) -> None:
-        """Take over what was remembered before."""
+    def restore(self, producers: Iterable[Producer], forgot_at: int | None) -> None:
         self.forgot_at = forgot_at
-        for producer in kept:
-            puts = self._known[producer.name] = Puts()
-            puts.newer, puts.forgotten, puts.last_at = producer.puts, producer.forgotten, producer.last_at
-            puts.highest = max(puts.newer, default=puts.forgotten)
-            self._count += len(puts.newer)
+        for name, puts, forgotten, last_at in producers:
+            state = self._producers[name] = ProducerState()
+            state.newer, state.forgotten, state.last_at = puts, forgotten, last_at
+            state.highest = max(puts, default=forgotten)
+            self._count += len(puts)

@@ -1,4 +1,4 @@
-"""The thread that deletes what is too old, in slices so short that no client notices."""
+"""The thread that deletes expired messages, in slices so short that no client notices."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from dsmq import logs
 from dsmq.store.api import Store, Timing
 
-# Between two slices the lock is free for this long, and for less where so much expires that this would be too slow.
+# Between two slices the store is free for the first time, or the second if the first would be too slow.
 _PAUSE_SECONDS = 0.002
 _SHORT_PAUSE_SECONDS = 0.0002
 
@@ -25,16 +25,15 @@ class Expiry:
         self._interval = interval_seconds
         self._stop = threading.Event()
         self.timing = Timing()
-        """How often and how long it has deleted, with its pauses."""
+        """Runs and their seconds, pauses included."""
         self.due_at = time.monotonic() + interval_seconds
-        """When it will have shown that it lives, at the latest."""
+        """When the thread should have shown a sign of life, at the latest."""
 
     def start(self) -> None:
-        """Begin."""
         self.thread.start()
 
     def stop(self) -> None:
-        """End soon. Idempotent."""
+        """End the thread soon. Idempotent."""
         self._stop.set()
 
     def _run(self) -> None:
@@ -43,14 +42,14 @@ class Expiry:
             try:
                 self.run_once()
             except Exception:
-                # Readers pass over what is too old by themselves, so only memory is at stake. It tries again.
+                # Readers skip expired messages anyway, so only memory is at stake until the next try.
                 _logger.exception("expiry failed", extra=logs.event("expiry_failed"))
             now = time.monotonic()
             self.timing = Timing(self.timing.times + 1, self.timing.seconds + now - began)
             self.due_at = now + self._interval
 
     def run_once(self) -> None:
-        """Delete all that is too old by now."""
+        """Delete everything that has expired by now."""
         hurry_at = time.monotonic() + self._interval
         while self._store.expire():
             self.due_at = time.monotonic()

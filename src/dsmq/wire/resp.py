@@ -1,27 +1,27 @@
-"""The codec of PROTOCOL.md: bytes in, requests or replies out, and the other way round.
+"""The codec for PROTOCOL.md: it turns bytes into requests or replies, and back.
 
-Nothing here touches a socket. The server parses requests and encodes replies, the client does the reverse.
-Both parsers are incremental and strict. That of requests, which come from strangers, knows its limits before it
-buffers: a length is checked when it is read, not when its bytes have come.
+Nothing here touches a socket. The server parses requests and encodes replies; the client does the reverse.
+Both parsers are incremental and strict. The request parser, which faces untrusted input, checks each length when it
+reads it, before it buffers any of the bytes.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import ClassVar, TypeAlias
+from typing import ClassVar, NoReturn, TypeAlias
 
 from dsmq.errors import ProtocolError, ReplyError, TooBig, from_reply
 
 MAX_ARGUMENTS = 64
 MAX_LINE_BYTES = 65_536
-# What one request may take beside its message: names, options, topic and framing.
+# Max size of a request apart from its message: names, options, topic and framing.
 REQUEST_OVERHEAD_BYTES = 65_536
 MAX_INTEGER = 2**63 - 1
 
-# A length line has a type byte, at most 19 digits and CR LF.
+# A type byte, up to 19 digits, and CR LF.
 _MAX_LENGTH_LINE = 22
-# That of COMMAND DOCS, and one for EXEC around it.
+# The depth of COMMAND DOCS, plus one for EXEC around it.
 _MAX_DEPTH = 9
 _MAX_REPLY_ELEMENTS = 1_048_576
 
@@ -29,29 +29,33 @@ _ARRAY, _BULK, _INTEGER, _SIMPLE, _ERROR, _NULL = b"*$:+-_"
 _ZERO = ord("0")
 _RETURN = ord("\r")
 _CRLF = b"\r\n"
-# So much is split at once: little enough that it costs nothing to speak of where it is in vain. What is split is not
-# held to the limit on requests, which is at least that.
+# Max bytes split at once, so that splitting in vain costs little. No limit on the size of a request is lower than this,
+# so it need not be checked for requests that were split.
 _MAX_SPLIT_BYTES = 4096
 _MAX_SPLIT_TOKENS = 448
-# Lines are slower to parse: as many at once take about 0.1 ms.
+# Requests that can't be split are slower to parse: this many take about 0.1 ms.
 _MAX_ONE_BY_ONE = 16
-# Pieces that arrive are kept as they are from this size on.
+# Smaller chunks of input are gathered.
 _MIN_CHUNK_BYTES = 4096
 
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
+# Above this, a reply is made in the kind of buffer that a connection sends from, so that it is not copied once more.
+_LONG_REPLY_BYTES = 65_536
+
+Encoded: TypeAlias = bytes | bytearray
 Reply: TypeAlias = "str | int | bytes | ReplyError | list[Reply] | None"
 
 
 class _Input:
-    """Bytes as they arrive, joined only when there are enough of them to try again.
+    """A buffer of input that is joined only when there is enough of it to try parsing again.
 
-    Joining at every arrival would copy a message of n bytes n / 65,536 times, and n times if it comes byte by byte.
+    Joining on every arrival would copy a message of n bytes n / 65,536 times, or n times if it arrives byte by byte.
     """
 
     __slots__ = ("_at", "_chunk_bytes", "_chunks", "_data", "_line_room", "incomplete", "missing")
 
-    # What ends the wait for the rest of a line.
+    # Ends the wait for the rest of a line.
     _line_end: ClassVar[re.Pattern[bytes]]
 
     def __init__(self) -> None:
@@ -59,15 +63,14 @@ class _Input:
         self._at = 0
         self._chunks: list[bytes | bytearray] = []
         self._chunk_bytes = 0
-        # While the end of a line is missing: how many bytes may come without it.
+        # While a line is incomplete: how many more bytes it may have.
         self._line_room = 0
         self.missing = 1
-        """How many bytes must come, at least, before there is something more; 0 where there may be something now."""
+        """Min bytes to feed before the next item can be complete; 0 if it may be complete already."""
         self.incomplete = False
-        """Whether the beginning of something has come, but not its end."""
+        """Whether the buffer ends within an item."""
 
     def feed(self, data: bytes) -> None:
-        """Take bytes from the other side, as they came."""
         size = len(data)
         if size < self.missing:
             self.missing -= size
@@ -89,7 +92,7 @@ class _Input:
         return b"".join((self._data[self._at :], *self._chunks, data))
 
     def _keep(self, data: bytes) -> None:
-        """Put bytes aside. Small pieces are gathered: as objects of their own they would take many times their size."""
+        """Buffer a chunk. Small ones are gathered: as separate objects they would take many times their size."""
         chunks = self._chunks
         self._chunk_bytes += len(data)
         if not chunks or len(chunks[-1]) >= _MIN_CHUNK_BYTES:
@@ -101,16 +104,16 @@ class _Input:
         last += data
 
     def _await(self, size: int) -> None:
-        """Note that what stands next lacks so many bytes, at least."""
+        """Note that the next item lacks at least `size` bytes."""
         self.missing = size
         self.incomplete = True
         if self._at:
-            # What has been used is not kept in memory until the rest comes.
+            # Don't keep consumed bytes in memory until the rest arrives.
             self._data = self._data[self._at :]
             self._at = 0
 
     def _advance(self, end: int) -> None:
-        """Note that all up to here has been used."""
+        """Mark the bytes up to `end` as consumed."""
         if end < len(self._data):
             self._at = end
         else:
@@ -118,15 +121,15 @@ class _Input:
             self._at, self.missing = 0, 1
 
     def __len__(self) -> int:
-        """The bytes that no request or value has used yet."""
+        """The number of bytes not consumed yet."""
         return len(self._data) - self._at + self._chunk_bytes
 
 
 class RequestParser(_Input):
-    """Requests from bytes. After an error it is of no more use: close the connection.
+    """Parses requests. After an error it can't go on: close the connection.
 
-    max_message_bytes bounds a single argument, max_request_bytes all of a request (64 KiB more, unless given). Both may
-    be changed between requests.
+    max_message_bytes limits each argument, max_request_bytes the whole request (default: 64 KiB more). Both may be
+    changed between requests.
     """
 
     __slots__ = ("_arguments", "_body", "_count", "_size", "max_message_bytes", "max_request_bytes")
@@ -137,11 +140,11 @@ class RequestParser(_Input):
         super().__init__()
         self.max_message_bytes = max_message_bytes
         self.max_request_bytes = max_request_bytes or max_message_bytes + REQUEST_OVERHEAD_BYTES
-        # Of a request that has come in part: the arguments that are whole, how many there will be, and the bytes that
-        # they took. They are not parsed again when more comes.
+        # For an incomplete request: its complete arguments, which are not parsed again, the count of all its arguments,
+        # and the bytes consumed.
         self._arguments: list[bytes] | None = None
         self._count = self._size = 0
-        # Where in the data the argument begins of which the rest is missing.
+        # Where in the data the incomplete argument begins.
         self._body = 0
 
     def __len__(self) -> int:
@@ -149,14 +152,11 @@ class RequestParser(_Input):
 
     @property
     def buffered(self) -> int:
-        """The bytes in memory, those that have been used and not been freed yet among them."""
+        """The bytes in memory, including consumed ones not freed yet."""
         return len(self._data) + self._chunk_bytes + self._size
 
     def next(self) -> list[bytes] | None:
-        """Return the next whole request, name first, or None until more bytes come.
-
-        Raises ProtocolError where the bytes are no request, TooBig where a length is over its limit.
-        """
+        """Return the next complete request, name first, or None if there is none. Raises ProtocolError or TooBig."""
         if self.missing:
             return None
         data, at = self._data, self._at
@@ -168,39 +168,36 @@ class RequestParser(_Input):
             if end < 0:
                 self._await_length(at)
                 return None
-            count = _length(data[at + 1 : end])
-            if not 0 < count <= MAX_ARGUMENTS:
-                raise ProtocolError(f"a request has 1 to {MAX_ARGUMENTS} arguments, not {count}")
+            count = _COUNTS.get(data[at:end]) or _bad_count(data[at + 1 : end])
             arguments, size, at = [], end + 2 - at, end + 2
         while len(arguments) < count:
             end = data.find(_CRLF, at, at + _MAX_LENGTH_LINE)
             if end < 0:
-                self._suspend(arguments, count, size, at)
+                self._arguments, self._count, self._size = arguments, count, size
                 self._await_length(at)
                 return None
             length = _BULK_LENGTHS.get(data[at:end])
             if length is None:
                 length = self._long_bulk_length(data[at:end])
             start = end + 2
-            end = start + length
-            size += end + 2 - at
-            if size > self.max_request_bytes:
+            end = start + length + 2
+            if size + end - at > self.max_request_bytes:
                 raise TooBig("the arguments of a request are too long together")
-            if end + 2 > len(data):
-                self._suspend(arguments, count, size - (end + 2 - at), at)
-                self._await(end + 2 - len(data))
-                self._body = start - at
+            if end > len(data):
+                self._arguments, self._count, self._size = arguments, count, size
+                self._at, self._body = at, start - at
+                self._await(end - len(data))
                 return None
-            if data[end : end + 2] != _CRLF:
+            if data[end - 2 : end] != _CRLF:
                 raise ProtocolError("a bulk string does not end where its length says")
-            arguments.append(data[start:end])
-            at = end + 2
+            arguments.append(data[start : end - 2])
+            size, at = size + end - at, end
         self._arguments, self._size = None, 0
         self._advance(at)
         return arguments
 
     def _join(self, data: bytes) -> bytes:
-        """Join the argument that was missing, alone: so a long one is copied once. What stands behind it is left."""
+        """Join the incomplete argument by itself, so that a long one is copied only once; return the bytes after it."""
         arguments, body = self._arguments, self._body
         self._body = 0
         if not body or arguments is None:
@@ -214,13 +211,8 @@ class RequestParser(_Input):
         self._size += body + length + needed + 2
         return data[needed + 2 :]
 
-    def _suspend(self, arguments: list[bytes], count: int, size: int, at: int) -> None:
-        """Remember how far a request has come that is not whole yet."""
-        self._arguments, self._count, self._size = arguments, count, size
-        self._at = at
-
     def batch(self) -> list[list[bytes]]:
-        """Return whole requests, in order: many at once if they are short, none if none has come. Raises as `next`."""
+        """Return some complete requests, in order; empty if there are none yet. Raises as `next`."""
         requests: list[list[bytes]] = []
         if self.missing:
             return requests
@@ -231,24 +223,24 @@ class RequestParser(_Input):
         return requests
 
     def _one_by_one(self, requests: list[list[bytes]]) -> None:
-        """Append the requests that stand where splitting is in vain, so that it is not tried for each of them."""
+        """Append several requests that can't be split, so that splitting is not tried for each of them."""
         end = self._at + _MAX_SPLIT_BYTES
         try:
             while self._at < end and len(requests) < _MAX_ONE_BY_ONE and (request := self.next()) is not None:
                 requests.append(request)
         except ReplyError:
-            # What stands before the error comes first; then it is found again.
+            # The requests before the error come first; the next call finds it again.
             if not requests:
                 raise
 
     def _split(self, requests: list[list[bytes]]) -> None:
-        """Append the short requests that stand in front: those whose parts the line ends alone tell apart.
+        """Append the leading requests that are short and have no line ends within arguments.
 
-        Several times as fast as `next`, which takes all the others.
+        Several times as fast as `next`, which parses all others.
         """
         data = self._data[self._at : self._at + _MAX_SPLIT_BYTES]
         tokens = data.split(_CRLF, _MAX_SPLIT_TOKENS)
-        # Behind the last line end stands what has not been split, or not come.
+        # The last token is incomplete, or was not split.
         last = len(tokens) - 1
         at, count = 0, _COUNTS.get(tokens[0])
         while count and (end := at + 1 + 2 * count) <= last:
@@ -284,7 +276,7 @@ class RequestParser(_Input):
         longest = min(MAX_LINE_BYTES, self.max_request_bytes)
         end = data.find(b"\n", start, start + longest)
         stop = end if end >= 0 else min(len(data), start + longest)
-        # A carriage return is allowed at the end, which may not have come yet.
+        # A carriage return is allowed at the end of the line, which may be the end of the data so far.
         control = _CONTROL.search(data, start, stop - (data[stop - 1 : stop] == b"\r"))
         if control is not None:
             raise ProtocolError(f"control character {_shown(control[0])} in a line")
@@ -292,7 +284,7 @@ class RequestParser(_Input):
             if stop - start >= longest:
                 raise ProtocolError(f"no end of line within {longest} bytes")
             self._await(1)
-            # Not behind a carriage return: the next byte has to be looked at.
+            # After a carriage return, the next byte has to be checked.
             self._line_room = longest - (stop - start) if data[stop - 1] != _RETURN else 0
             return None
         line = data[start:end]
@@ -301,13 +293,13 @@ class RequestParser(_Input):
         except UnicodeDecodeError:
             raise ProtocolError("a line is not UTF-8") from None
         words = split_line(line)
-        # Only now: an error is found again, whenever it is asked for.
+        # Only now, so that another call finds an error again.
         self._advance(end + 1)
         return words or self.next()
 
 
 def split_line(line: bytes) -> list[bytes]:
-    """Split an inline request into its words, quotes and escapes undone. Raises ProtocolError."""
+    """Split an inline request into words, and resolve quotes and escapes. Raises ProtocolError."""
     words = []
     at = 0
     line = line.strip(b" \t\r")
@@ -330,7 +322,7 @@ def split_line(line: bytes) -> list[bytes]:
 
 
 class ReplyParser(_Input):
-    """Replies from bytes, as Python values: see `next`."""
+    """Parses replies into Python values; see `next`."""
 
     __slots__ = ("_open",)
 
@@ -338,15 +330,15 @@ class ReplyParser(_Input):
 
     def __init__(self) -> None:
         super().__init__()
-        # The arrays that have come in part, the outermost first, and how many values each will have. What they hold
-        # already is not parsed again when more comes.
+        # The incomplete arrays, outermost first, with the count of values that each will have. Their values so far are
+        # not parsed again when more bytes arrive.
         self._open: list[tuple[list[Reply], int]] = []
 
     def next(self) -> tuple[Reply] | None:
-        """Return the next whole reply in a tuple of one, or None until more bytes come.
+        """Return the next complete reply, in a tuple of one, or None if there is none yet.
 
-        Simple strings are str, integers int, bulk strings bytes, arrays lists, null None, and errors
-        instances of ReplyError, not raised. Raises ProtocolError where the bytes are no reply.
+        Simple strings become str, integers int, bulk strings bytes, arrays list, null None, and errors instances of
+        ReplyError, which are not raised. Raises ProtocolError if the reply is malformed.
         """
         if self.missing:
             return None
@@ -379,13 +371,13 @@ class ReplyParser(_Input):
             self._open[-1][0].append(values)
 
     def _value(self) -> Reply:
-        """Return the value that stands next. Of an array it takes only the beginning, which is open then."""
+        """Return the next value. For an array, only parse its header, and add it to the open arrays."""
         data, at = self._data, self._at
         end = data.find(_CRLF, at)
         if end < 0:
             if len(data) - at > MAX_LINE_BYTES:
                 raise ProtocolError("no end of line in a reply")
-            # One more than the line may have, so that what is too long is parsed, and refused.
+            # One more than the line may have, so that a line that is too long is parsed, and rejected.
             raise _Incomplete(1, MAX_LINE_BYTES - (len(data) - at) + 1)
         kind = data[at]
         line = data[at + 1 : end]
@@ -405,7 +397,7 @@ class ReplyParser(_Input):
             return from_reply(line.decode(errors="replace"))
         if kind == _NULL and not line:
             return None
-        raise ProtocolError(f"{_shown(data[at:end])} is the start of no reply")
+        raise ProtocolError(f"not a reply: {_shown(data[at:end])}")
 
     def _bulk(self, at: int, length: int) -> bytes:
         end = at + length
@@ -422,12 +414,12 @@ class ReplyParser(_Input):
         self._open.append(([], count))
 
     def _split(self, at: int, count: int, values: list[Reply]) -> int:
-        """Append the integers and short bulk strings that stand next; return where they end.
+        """Append the integers and short bulk strings that come next; return where they end.
 
-        Several times as fast as `_value`, which takes all the others.
+        Several times as fast as `_value`, which parses all others.
         """
         tokens = self._data[at : at + _MAX_SPLIT_BYTES].split(_CRLF)
-        # Behind the last line end stands what has not been split, or not come.
+        # The last token is incomplete, or was not split.
         last = len(tokens) - 1
         token = 0
         while token < last and len(values) < count:
@@ -454,17 +446,21 @@ class _Incomplete(Exception):
 
 
 def _length(digits: bytes) -> int:
-    """Return a length or an integer, canonical: digits alone, without leading zeros."""
+    """Parse a length or an integer: only digits, without leading zeros."""
     if not digits.isdigit() or len(digits) > 19 or (digits[0] == _ZERO and digits != b"0"):
-        raise ProtocolError(f"{_shown(digits)} is not a length")
+        raise ProtocolError(f"invalid length {_shown(digits)}")
     return int(digits)
+
+
+def _bad_count(digits: bytes) -> NoReturn:
+    raise ProtocolError(f"a request has 1 to {MAX_ARGUMENTS} arguments, not {_length(digits)}")
 
 
 def _shown(data: bytes) -> str:
     return repr(data[:32])[1:]
 
 
-# Looking a short length line up is both the check and the conversion.
+# Looking up a short length line both checks and converts it.
 _BULK_LENGTHS = {b"$%d" % n: n for n in range(1024)}
 _COUNTS = {b"*%d" % n: n for n in range(1, MAX_ARGUMENTS + 1)}
 
@@ -493,7 +489,7 @@ def encode_simple(text: str) -> bytes:
 
 
 def encode_error(error: ReplyError) -> bytes:
-    """Encode an error as one line, whatever its sentence holds."""
+    """Encode an error as one line, whatever characters its sentence has."""
     sentence = "".join(c if c.isprintable() else "?" for c in str(error))
     return b"-%b %b\r\n" % (error.code.encode(), sentence.encode(errors="replace"))
 
@@ -511,23 +507,23 @@ def encode_null(version: int) -> bytes:
 
 
 def encode_array(items: Sequence[bytes]) -> bytes:
-    """Encode an array of items that are encoded already."""
+    """Encode an array of encoded items."""
     return b"*%d\r\n%b" % (len(items), b"".join(items))
 
 
 def encode_map(version: int, pairs: Iterable[tuple[str, bytes]]) -> bytes:
-    """Encode a map from names to encoded values; in RESP 2 it is a flat array."""
+    """Encode a map from names to encoded values; as a flat array in RESP 2."""
     items = [item for name, value in pairs for item in (encode_bulk(name.encode()), value)]
     if version == 3:
         return b"%%%d\r\n%b" % (len(items) // 2, b"".join(items))
     return encode_array(items)
 
 
-def encode_messages(messages: Sequence[tuple[int, int, int, bytes, int]]) -> bytes:
-    """Encode the reply to READ from tuples of id, number, age, body, and time left; times are in milliseconds."""
+def encode_messages(messages: Sequence[tuple[int, int, int, bytes, int]]) -> Encoded:
+    """Encode a reply to READ from tuples of id, number, age, body, and time to expiry; times are in milliseconds."""
     if not messages:
         return b"*0\r\n"
-    # Joined once: a long body is copied once. What stands between two bodies is formatted in one go.
+    # Joined only once, so that a long body is copied once. The parts between two bodies are formatted together.
     message_id, number, age, body, left = messages[0]
     head = b"*%d\r\n:%d\r\n:%d\r\n:%d\r\n$%d\r\n" % (5 * len(messages), message_id, number, age, len(body))
     parts = [head, body]
@@ -535,4 +531,4 @@ def encode_messages(messages: Sequence[tuple[int, int, int, bytes, int]]) -> byt
         parts += (b"\r\n:%d\r\n:%d\r\n:%d\r\n:%d\r\n$%d\r\n" % (left, message_id, number, age, len(body)), body)
         left = next_left
     parts.append(b"\r\n:%d\r\n" % left)
-    return b"".join(parts)
+    return (bytearray() if len(parts[1]) > _LONG_REPLY_BYTES else b"").join(parts)

@@ -1,0 +1,66 @@
+"""Who may connect: the tokens, the HTTP endpoint's access and TLS, which a reload replaces as a whole."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dsmq.broker import auth, listener
+from dsmq.broker.auth import Gate, HTTPGate
+from dsmq.errors import ConfigError
+from dsmq.settings import Settings
+from dsmq.wire.addresses import host_names
+
+if TYPE_CHECKING:
+    from ssl import SSLContext
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """What the settings and the files that they name allow. Never changes; a reload makes another one."""
+
+    gate: Gate
+    http_gate: HTTPGate
+    tls: SSLContext | None
+    client_ca_file: str
+    certificates_modified_ns: tuple[int, ...]
+    protected_mode: bool
+
+    @classmethod
+    def load(cls, settings: Settings) -> Access:
+        """Read the files that settings name. Raises ConfigError."""
+        gate = Gate(auth.tokens_of(settings.auth_token.get_secret_value(), settings.auth_token_file))
+        token = settings.http_token.get_secret_value()
+        if settings.http_token_file:
+            token = auth.read_tokens(settings.http_token_file)[0][2]
+        http_gate = HTTPGate(token.encode(), host_names(settings.http_allowed_hosts))
+        tls, files = None, (settings.tls_cert_file, settings.tls_key_file, settings.tls_client_ca_file)
+        # Taken before the files are read, so that the next reload notices a change in between.
+        modified = tuple(os.stat(file).st_mtime_ns if os.path.exists(file) else 0 for file in files)
+        if settings.tls_cert_file:
+            from dsmq.wire.tls import server_context  # noqa: PLC0415 - a server without TLS needs none of it
+
+            tls = server_context(*files)
+        return cls(gate, http_gate, tls, settings.tls_client_ca_file, modified, settings.protected_mode)
+
+    @property
+    def connection_rules(self) -> tuple[bool, str]:
+        """What a connection was admitted by: if this changes, it is disconnected."""
+        return self.tls is not None, self.client_ca_file
+
+    def exposed(self, sockets: Iterable[socket.socket]) -> list[str]:
+        """Return the addresses other than loopback and Unix sockets at which no authentication is required."""
+        if self.gate.tokens or self.client_ca_file:
+            return []
+        return [listener.address(sock) for sock in sockets if listener.is_exposed(sock)]
+
+    def check_exposure(self, sockets: Iterable[socket.socket]) -> None:
+        """Raise ConfigError if anyone on a network would be served and protected_mode is on."""
+        if self.protected_mode and (exposed := self.exposed(sockets)):
+            raise ConfigError(
+                f"listening on {', '.join(exposed)} without authentication: set auth_token (DSMQ_AUTH_TOKEN), "
+                "auth_token_file or tls_client_ca_file, or protected_mode = false (DSMQ_PROTECTED_MODE) to serve anyone"
+            )

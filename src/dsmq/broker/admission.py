@@ -1,0 +1,105 @@
+"""Accepted connections: each goes to an event loop, or is refused."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING
+
+from dsmq import logs
+from dsmq.broker import auth
+from dsmq.broker.commands import Services
+from dsmq.broker.connection import LINGER_SECONDS, Peer, Stream
+from dsmq.broker.counters import Counters
+from dsmq.broker.event_loop import Worker
+from dsmq.errors import Busy, ReplyError
+from dsmq.wire.resp import encode_error
+
+if TYPE_CHECKING:
+    from ssl import SSLContext
+
+# Max refused connections kept open for LINGER_SECONDS.
+MAX_REFUSED = 16
+
+_logger = logging.getLogger(__name__)
+
+
+class Admission:
+    """Assigns accepted connections to the event loops, within the limits."""
+
+    def __init__(self, services: Services, workers: Sequence[Worker], max_connections: int, refused: Counters) -> None:
+        """`refused` counts the connections that no event loop has seen."""
+        self.max_connections = max_connections
+        self.refused = refused
+        self._services = services
+        self._workers = workers
+        self._numbers = itertools.count(1)
+        self._refused: deque[tuple[float, socket.socket]] = deque()
+
+    def assign(self, sock: socket.socket, host: str, name: str) -> None:
+        """Give a connection to the event loop that has the fewest, or refuse it."""
+        network, access = auth.network(host), self._services.access
+        if refusal := self._refusal(network):
+            self._refuse(sock, name, *refusal)
+            return
+        try:
+            stream = _stream(sock, access.tls)
+        except OSError as error:
+            _logger.debug("%s disconnected before it was accepted: %s", name, error)
+            sock.close()
+            return
+        self._services.usage.connections.add(network, 1)
+        worker = min(self._workers, key=lambda worker: len(worker.connections))
+        peer = Peer(next(self._numbers), host, network, name, access.connection_rules)
+        adopt = partial(worker.adopt, stream, peer)
+        if worker.thread is threading.current_thread():
+            adopt()
+        else:
+            worker.post(adopt)
+
+    def _refusal(self, network: str) -> tuple[str, ReplyError] | None:
+        """Return why a connection is refused: the reason as the metrics name it, and the error to reply with."""
+        per_address = self._services.settings.max_connections_per_address
+        connections = self._services.usage.connections
+        if connections.total >= self.max_connections:
+            return "connections", Busy(f"too many connections (max_connections = {self.max_connections})")
+        if connections.of(network) >= per_address:
+            return "address", Busy(f"too many connections from this address (limit: {per_address})")
+        return None
+
+    def _refuse(self, sock: socket.socket, name: str, reason: str, error: ReplyError) -> None:
+        self.refused.refused[reason] += 1
+        self.refused.errors[error.code] += 1
+        about = logs.event("refused", client=name, reason=reason, code=error.code)
+        _logger.warning("%s refused: %s", name, error, extra=about)
+        try:
+            if not self._services.access.tls:
+                sock.send(encode_error(error))
+            sock.shutdown(socket.SHUT_WR)
+        except OSError as gone:
+            _logger.debug("%s disconnected before it was refused: %s", name, gone)
+        # To close it now would reset the connection while the client sends its handshake, and lose the reply.
+        self._refused.append((time.monotonic() + LINGER_SECONDS, sock))
+        self.close_refused()
+
+    def close_refused(self, keep: int = MAX_REFUSED) -> None:
+        """Close the refused connections that are due, and the oldest of more than `keep`. Thread-safe."""
+        now = time.monotonic()
+        with suppress(IndexError):
+            while len(self._refused) > keep or self._refused[0][0] <= now:
+                self._refused.popleft()[1].close()
+
+
+def _stream(sock: socket.socket, context: SSLContext | None) -> Stream:
+    if context is None:
+        return sock
+    from dsmq.wire import tls  # noqa: PLC0415 - a server without TLS needs none of it
+
+    return tls.accept(context, sock)

@@ -1,0 +1,225 @@
+"""The SQLite database in memory: one connection, one lock, and all statements."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+from dsmq.errors import CannotStart, Full, ReplyError, StoreFailed
+from dsmq.store.api import Timing
+from dsmq.store.schema import INDEX, INSERT_ROW, INSERT_TOPIC, LONG_BYTES, SCHEMA, Columns, Row, StoredMessage, unpack
+
+# Rows, and bytes of messages, deleted while the lock is held once: less than 0.1 ms of work.
+EXPIRY_ROWS, EXPIRY_BYTES = 100, 131_072
+# The same for a snapshot: topics, rows, and bytes of messages copied.
+COPY_TOPICS, COPY_ROWS, COPY_BYTES = 500, 64, 16_384
+# Pages of 4,096 bytes, copied between two calls of on_progress.
+COPY_PAGES = 4096
+
+READ = """SELECT put_at, last_number, ids_and_sizes, bodies FROM chunks
+    WHERE topic = ? AND last_id > ? AND put_at >= ? ORDER BY last_id"""
+_SHORT_BODIES = f"CASE WHEN length(bodies) < {LONG_BYTES} THEN bodies END, last_id"
+READ_SHORT = READ.replace("bodies", _SHORT_BODIES)
+LATEST = f"""SELECT put_at, last_number, ids_and_sizes, {_SHORT_BODIES} FROM chunks
+    WHERE topic = ? ORDER BY last_id DESC"""  # noqa: S608 - a constant
+OLDEST = "SELECT put_at, ids_and_sizes FROM chunks WHERE topic = ? ORDER BY last_id LIMIT 1"
+# An id and a size take 16 bytes.
+EXPIRY = """SELECT last_id, topic, put_at, length(ids_and_sizes) / 16, length(bodies)
+    FROM chunks WHERE last_id <= ? ORDER BY last_id LIMIT ?"""
+DELETE = "DELETE FROM chunks WHERE last_id <= ?"
+TOPICS = "SELECT id FROM topics WHERE name > ? ORDER BY name LIMIT ?"
+COPY = """SELECT last_id, topic, put_at, last_number, ids_and_sizes, bodies
+    FROM chunks WHERE last_id > ? AND last_id <= ? ORDER BY last_id LIMIT ?"""
+_HELD = """SELECT id, name, max(last_number), max(last_id), sum(length(ids_and_sizes)) / 16, sum(length(bodies)),
+    max(length(bodies))
+    FROM chunks JOIN topics ON id = topic GROUP BY topic"""
+
+ExpiredRow: TypeAlias = tuple[int, int, int, int, int]
+"""Last id, topic id, put time, number of messages, bytes of their bodies."""
+
+
+class Database:
+    """Every method requires the lock, which `with` takes.
+
+    `with` raises StoreFailed if the database is closed, and turns errors of SQLite into StoreFailed, or Full if there
+    is no more memory.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.closed = False
+        self.timings = {"write": Timing(), "read": Timing(), "expire": Timing()}
+        self.connection = _open_in_memory()
+        try:
+            self.connection.executescript(SCHEMA)
+            self.connection.execute(INDEX)
+        except sqlite3.Error as error:
+            self.connection.close()
+            raise CannotStart(f"SQLite {sqlite3.sqlite_version} is too old, or lacks a feature: {error}") from error
+
+    def __enter__(self) -> None:
+        self.lock.acquire()
+        if self.closed:
+            self.lock.release()
+            raise StoreFailed("the store is closed")
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.lock.release()
+        if isinstance(error, sqlite3.Error | MemoryError):
+            raise to_reply_error(error) from error
+
+    def close(self) -> None:
+        with self.lock:
+            self.closed = True
+            self.connection.close()
+
+    @contextmanager
+    def transaction(self, operation: str) -> Iterator[None]:
+        """Do everything or nothing."""
+        began = time.monotonic()
+        if self.connection.in_transaction:
+            # The rollback of an earlier transaction failed.
+            self.connection.execute("ROLLBACK")
+        self.connection.execute("BEGIN")
+        try:
+            yield
+            self.connection.execute("COMMIT")
+        except BaseException:
+            # After some errors, such as being out of memory, SQLite has rolled back by itself.
+            if self.connection.in_transaction:
+                self.connection.execute("ROLLBACK")
+            raise
+        finally:
+            self.count_time(operation, began)
+
+    def count_time(self, operation: str, began: float) -> None:
+        times, seconds = self.timings[operation]
+        self.timings[operation] = Timing(times + 1, seconds + time.monotonic() - began)
+
+    # Writing
+
+    def insert_rows(self, rows: list[Row]) -> None:
+        with self.transaction("write"):
+            self.connection.executemany(INSERT_ROW, rows)
+
+    def insert_topics(self, topics: list[tuple[int, bytes]]) -> None:
+        with self.transaction("write"):
+            self.connection.executemany(INSERT_TOPIC, topics)
+
+    def delete(self, last_id: int, empty_topics: list[int]) -> None:
+        """Delete the rows up to an id, and topics that have no messages left."""
+        with self.transaction("expire"):
+            self.connection.execute(DELETE, (last_id,))
+            self.connection.executemany("DELETE FROM topics WHERE id = ?", [(topic,) for topic in empty_topics])
+
+    # Reading
+
+    def read(self, topic: int, after: int, since: int, *, has_long: bool) -> Iterator[StoredMessage]:
+        """Iterate over the messages with ids above `after`, put at or after `since`."""
+        values = topic, after, since
+        for row in self._read_long(READ_SHORT, *values) if has_long else self.connection.execute(READ, values):
+            yield from unpack(row, after)
+
+    def _read_long(self, query: str, *values: int) -> Iterator[Columns]:
+        """Iterate over rows, and read long messages as blobs, which copies them once instead of twice."""
+        for put_at, number, ids_and_sizes, bodies, last_id in self.connection.execute(query, values):
+            if bodies is not None:
+                yield put_at, number, ids_and_sizes, bodies
+                continue
+            with self.connection.blobopen("chunks", "bodies", last_id, readonly=True) as blob:
+                yield put_at, number, ids_and_sizes, blob.read()
+
+    def newest_below(self, topic: int, after: int, below: int) -> StoredMessage | None:
+        """Return the newest message with an id above `after` and lower than `below`."""
+        # Reads more than one row only if the last ones begin at or above `below`.
+        for row in self._read_long(LATEST, topic):
+            if found := [message for message in unpack(row, after) if message[0] < below]:
+                return found[-1]
+        return None
+
+    def oldest(self, topic: int) -> tuple[int, int] | None:
+        """Return id and put time of the topic's first message."""
+        row = self.connection.execute(OLDEST, (topic,)).fetchone()
+        return row and (array("q", row[1][:8])[0], row[0])
+
+    def oldest_put_at(self) -> int | None:
+        row = self.connection.execute("SELECT put_at FROM chunks ORDER BY last_id LIMIT 1").fetchone()
+        return row and int(row[0])
+
+    def expired(self, oldest: int, last_id: int) -> list[ExpiredRow]:
+        """Return a few rows put before `oldest`, from the first one on, with keys up to `last_id`."""
+        found, size = [], 0
+        for row in self.connection.execute(EXPIRY, (last_id, EXPIRY_ROWS)):
+            # Put times increase with the ids, so that expired rows come first.
+            if row[2] >= oldest or size >= EXPIRY_BYTES:
+                break
+            found.append(row)
+            size += row[4]
+        return found
+
+    def topics(self, after: bytes, count: int) -> list[int]:
+        """Return ids of topics, in the order of their names, with names above `after`."""
+        return [topic for (topic,) in self.connection.execute(TOPICS, (after, count))]
+
+    # Snapshots
+
+    def copy_topics(self, after: int, last: int) -> list[tuple[int, bytes]]:
+        """Return a few topics with ids above `after`, up to `last`."""
+        sql = "SELECT id, name FROM topics WHERE id > ? AND id <= ? ORDER BY id LIMIT ?"
+        return self.connection.execute(sql, (after, last, COPY_TOPICS)).fetchall()
+
+    def copy_rows(self, after: int, last: int) -> list[Row]:
+        """Return a few rows with keys above `after`, up to `last`."""
+        found, size = [], 0
+        for row in self.connection.execute(COPY, (after, last, COPY_ROWS)):
+            found.append(row)
+            size += len(row[5])
+            if size >= COPY_BYTES:
+                break
+        return found
+
+    def back_up(self, target: sqlite3.Connection, on_progress: Callable[[], None]) -> None:
+        """Copy all tables at once. Exceptions of on_progress, which is called every now and then, end it."""
+        self.connection.backup(target, pages=COPY_PAGES, progress=lambda *_: on_progress())
+
+    def load(
+        self, source: sqlite3.Connection, prepare: Callable[[sqlite3.Connection], object]
+    ) -> list[tuple[int, bytes, int, int, int, int, int]]:
+        """Take over the tables of another database, once `prepare` has reduced them to those of the store.
+
+        Returns what the topics hold: id, name, last number, last id, messages, bytes, longest row. If it fails, nothing
+        changes.
+        """
+        connection = _open_in_memory()
+        try:
+            source.backup(connection)
+            prepare(connection)
+            held: list[Any] = connection.execute(_HELD).fetchall()
+        except BaseException:
+            connection.close()
+            raise
+        self.connection.close()
+        self.connection = connection
+        return held
+
+
+def _open_in_memory() -> sqlite3.Connection:
+    # isolation_level=None: sqlite3 starts no transactions by itself.
+    connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+    # Otherwise, large sorts use a folder for temporary files, which may not be writable.
+    connection.execute("PRAGMA temp_store = MEMORY")
+    # Some systems' SQLite overwrites deleted data, which takes longer than the rest of expiry.
+    connection.execute("PRAGMA secure_delete = OFF")
+    return connection
+
+
+def to_reply_error(error: sqlite3.Error | MemoryError) -> ReplyError:
+    """Return the error that clients get."""
+    if isinstance(error, MemoryError) or getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL:
+        return Full("the server is full: there is no more memory")
+    return StoreFailed(f"SQLite: {error}")

@@ -1,0 +1,76 @@
+"""The tables of the database, and how messages are packed into rows.
+
+Messages of one topic that were put in the same millisecond share a row of `chunks`: they expire together, and a row
+costs more than a message. A row is keyed by the id of its last message.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from typing import TypeAlias
+
+# Reading one message unpacks a whole row, so rows are kept short. Only a row of a single message may be longer.
+MAX_ROW_MESSAGES, MAX_ROW_BYTES = 128, 16_384
+# From this size on, a message is read apart from its row.
+LONG_BYTES = 65_536
+
+SCHEMA = """
+CREATE TABLE topics (id INTEGER PRIMARY KEY, name BLOB NOT NULL UNIQUE);
+CREATE TABLE chunks (
+    last_id INTEGER PRIMARY KEY,
+    topic INTEGER NOT NULL,
+    put_at INTEGER NOT NULL,
+    last_number INTEGER NOT NULL,
+    ids_and_sizes BLOB NOT NULL,
+    bodies BLOB NOT NULL
+);
+"""
+INDEX = "CREATE INDEX chunks_by_topic ON chunks (topic)"
+INSERT_TOPIC = "INSERT INTO topics (id, name) VALUES (?, ?)"
+INSERT_ROW = "INSERT INTO chunks (last_id, topic, put_at, last_number, ids_and_sizes, bodies) VALUES (?, ?, ?, ?, ?, ?)"
+
+StoredMessage: TypeAlias = tuple[int, int, int, bytes]
+"""Id, number within the topic, put time in milliseconds, body."""
+Row: TypeAlias = tuple[int, int, int, int, bytes, bytes]
+"""The columns of `chunks`."""
+Columns: TypeAlias = tuple[int, int, bytes, bytes]
+"""What is read of a row: put time, last number, ids and sizes, bodies."""
+
+
+def pack(messages_by_topic: Iterable[tuple[int, list[StoredMessage]]]) -> list[Row]:
+    """Return the rows that hold these messages, given by topic id, in the order of their keys."""
+    return sorted(
+        [_pack_row(topic, part) for topic, messages in messages_by_topic for part in split_into_rows(messages)]
+    )
+
+
+def split_into_rows(messages: list[StoredMessage]) -> Iterator[list[StoredMessage]]:
+    """Split one topic's messages at each change of millisecond, and where a row would get too long."""
+    start = size = 0
+    for at, (_, _, put_at, body) in enumerate(messages):
+        size += len(body)
+        if at > start and (put_at != messages[start][2] or at - start == MAX_ROW_MESSAGES or size > MAX_ROW_BYTES):
+            yield messages[start:at]
+            start, size = at, len(body)
+    yield messages[start:]
+
+
+def _pack_row(topic: int, messages: list[StoredMessage]) -> Row:
+    last_id, last_number, put_at, _ = messages[-1]
+    ids_and_sizes = array("q", [value for message in messages for value in (message[0], len(message[3]))])
+    return last_id, topic, put_at, last_number, ids_and_sizes.tobytes(), b"".join([message[3] for message in messages])
+
+
+def unpack(columns: Columns, after: int = 0) -> Iterator[StoredMessage]:
+    """Iterate over the messages with ids above `after`."""
+    put_at, last_number, packed, bodies = columns
+    ids_and_sizes = array("q", packed)
+    ids, sizes = ids_and_sizes[::2], ids_and_sizes[1::2]
+    first = bisect_right(ids, after)
+    number, end = last_number - len(ids) + first, sum(sizes[:first])
+    for message_id, size in zip(ids[first:], sizes[first:], strict=True):
+        number += 1
+        start, end = end, end + size
+        yield message_id, number, put_at, bodies[start:end]

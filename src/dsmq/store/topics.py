@@ -1,0 +1,188 @@
+"""What the store knows of its topics without a statement to SQLite."""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left
+from collections.abc import Iterable
+from operator import attrgetter, itemgetter
+
+from dsmq.store.api import Message, TopicStats, accounted_bytes, accounted_topic_bytes
+from dsmq.store.schema import LONG_BYTES, Row, StoredMessage, pack
+
+# Topics without messages whose numbering goes on; a forgotten topic starts again at 1.
+MAX_EMPTY_TOPICS = 100_000
+
+
+class Topic:
+    """A topic that holds messages."""
+
+    __slots__ = (
+        "buffered",
+        "bytes",
+        "deleted",
+        "has_long",
+        "last_id",
+        "last_number",
+        "name",
+        "read_id",
+        "read_number",
+        "row",
+        "written_id",
+    )
+
+    def __init__(self, name: bytes, row: int, last_number: int = 0, last_id: int = 0) -> None:
+        self.name = name
+        self.row = row
+        self.last_number, self.last_id = last_number, last_id
+        # Of the message bodies.
+        self.bytes = 0
+        # How many of its messages have been deleted: always the first ones.
+        self.deleted = last_number
+        # Whether there are, or were, rows of LONG_BYTES or more.
+        self.has_long = False
+        # The newest message that somebody has read.
+        self.read_number = self.read_id = 0
+        # The newest messages, which are in the write buffer, and the last id before them; 0 if there is none.
+        self.buffered: list[StoredMessage] = []
+        self.written_id = 0
+
+    @property
+    def messages(self) -> int:
+        return self.last_number - self.deleted
+
+    @property
+    def accounted_bytes(self) -> int:
+        return accounted_bytes(self.messages, self.bytes)
+
+    def mark_read(self, after: int, first: Message, last: Message) -> int:
+        """Mark messages as read; return how many older ones nobody can read any more.
+
+        If the reader goes on from a message read before, what it did not find has expired. Otherwise it skips
+        messages, which count as read.
+        """
+        if last.number <= self.read_number:
+            return 0
+        missed = first.number - 1 - max(self.read_number, self.deleted) if after <= self.read_id else 0
+        self.read_number, self.read_id = last.number, last.id
+        return max(0, missed)
+
+    def delete_first(self, count: int, size: int) -> int:
+        """Count out the first messages, of so many bytes; return how many of them were unread."""
+        first_unread = max(self.deleted, self.read_number)
+        self.deleted += count
+        self.bytes -= size
+        return max(0, self.deleted - first_unread)
+
+    def stats(self) -> TopicStats:
+        return TopicStats(self.name, self.messages, self.bytes, self.last_number, self.last_id)
+
+
+class TopicTable:
+    """All topics, and the sums over them."""
+
+    def __init__(self) -> None:
+        self.by_name: dict[bytes, Topic] = {}
+        self.by_row: dict[int, Topic] = {}
+        # The last number and id of each topic without messages, ordered by last put.
+        self.empty: dict[bytes, tuple[int, int]] = {}
+        self.last_row = 0
+        # Since the start, and restored at the start. `stored` includes `restored`.
+        self.stored = self.restored = self.deleted = self.deleted_unread = 0
+        # Of the message bodies; and what the topics themselves count towards the limit.
+        self.bytes = self.topic_bytes = 0
+
+    @property
+    def messages(self) -> int:
+        return self.stored - self.deleted
+
+    @property
+    def accounted_bytes(self) -> int:
+        return self.topic_bytes + accounted_bytes(self.messages, self.bytes)
+
+    def new(self, names: Iterable[bytes]) -> list[Topic]:
+        """Return topics to be added. Their rows are never used again, so that a snapshot can go by them."""
+        return [Topic(name, row, *self.empty.get(name, ())) for row, name in enumerate(names, self.last_row + 1)]
+
+    def add(self, topics: list[Topic]) -> None:
+        for topic in topics:
+            self.by_name[topic.name] = self.by_row[topic.row] = topic
+            self.empty.pop(topic.name, None)
+        self.topic_bytes += accounted_topic_bytes(topic.name for topic in topics)
+        self.last_row += len(topics)
+
+    def delete_first(self, deleted: dict[Topic, tuple[int, int]]) -> int:
+        """Count out the first messages of topics, ordered by last put: how many, and their bytes; return the sum."""
+        for topic, (count, size) in deleted.items():
+            self.deleted_unread += topic.delete_first(count, size)
+            self.deleted += count
+            self.bytes -= size
+            if not topic.messages:
+                del self.by_name[topic.name], self.by_row[topic.row]
+                self.empty[topic.name] = topic.last_number, topic.last_id
+                self.topic_bytes -= accounted_topic_bytes([topic.name])
+        while len(self.empty) > MAX_EMPTY_TOPICS:
+            del self.empty[next(iter(self.empty))]
+        return sum(count for count, _ in deleted.values())
+
+    def restore(self, rows: Iterable[tuple[int, bytes, int, int, int, int, int]]) -> None:
+        """Add topics of a snapshot, as `Database.load` returns them. They count as read."""
+        for row, name, last_number, last_id, count, size, longest in rows:
+            topic = self.by_name[name] = self.by_row[row] = Topic(name, row, last_number, last_id)
+            topic.written_id, topic.deleted, topic.bytes = last_id, last_number - count, size
+            topic.read_number, topic.read_id = last_number, last_id
+            topic.has_long = longest >= LONG_BYTES
+            self.restored += count
+            self.bytes += size
+        self.stored = self.restored
+        self.topic_bytes = accounted_topic_bytes(self.by_name)
+
+    def largest(self, count: int) -> list[bytes]:
+        return [topic.name for topic in heapq.nlargest(count, list(self.by_name.values()), attrgetter("messages"))]
+
+    def last_numbers(self) -> dict[bytes, int]:
+        # Copying the values is atomic, so that the lock is not needed for as long as this takes.
+        topics = list(self.by_name.values())
+        return dict(zip(map(attrgetter("name"), topics), map(attrgetter("last_number"), topics), strict=True))
+
+    def last_number(self, name: bytes) -> int:
+        topic = self.by_name.get(name)
+        return topic.last_number if topic else self.empty.get(name, (0, 0))[0]
+
+
+class WriteBuffer:
+    """The messages that are not in SQLite yet. They stand in their topics; here is which topics, and how much."""
+
+    def __init__(self) -> None:
+        self.dirty_topics: list[Topic] = []
+        self.messages = self.bytes = 0
+
+    def contents(self) -> list[tuple[int, list[StoredMessage]]]:
+        """Return a copy of the messages, by the topics' rows."""
+        return [(topic.row, topic.buffered[:]) for topic in self.dirty_topics]
+
+    def rows(self) -> list[Row]:
+        return pack((topic.row, topic.buffered) for topic in self.dirty_topics)
+
+    def clear(self) -> None:
+        """Forget the messages once they are written."""
+        for topic in self.dirty_topics:
+            topic.written_id = topic.last_id
+            topic.buffered = []
+        self.dirty_topics = []
+        self.messages = self.bytes = 0
+
+    def find_older(self, oldest: int) -> dict[Topic, tuple[int, int]]:
+        """Return how many messages of which topics were put before `oldest`, and their bytes."""
+        found = {}
+        for topic in sorted(self.dirty_topics, key=attrgetter("last_id")):
+            if count := bisect_left(topic.buffered, oldest, key=itemgetter(2)):
+                found[topic] = count, sum(len(message[3]) for message in topic.buffered[:count])
+        return found
+
+    def delete_first(self, deleted: dict[Topic, tuple[int, int]]) -> None:
+        for topic, (count, size) in deleted.items():
+            del topic.buffered[:count]
+            self.messages -= count
+            self.bytes -= size
+        self.dirty_topics = [topic for topic in self.dirty_topics if topic.buffered]

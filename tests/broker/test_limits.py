@@ -1,0 +1,976 @@
+"""How much one client, one topic and all together may take: each limit at its edge, on real sockets."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import math
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+
+from conftest import SOON, UNIT, Wire, daemon, serving, wait_until, wire_to
+from dsmq import logs
+from dsmq.broker import commands, connection
+from dsmq.broker import event_loop as worker
+from dsmq.broker.connection import MAX_HELD_BYTES, RECEIVE_BYTES, Connection
+from dsmq.broker.usage import FREE_BYTES, Budget
+from dsmq.client import connect
+from dsmq.errors import Full, ReplyError
+from dsmq.server import Server
+from dsmq.store import dedup as producers
+from dsmq.store import limits as store_limits
+from dsmq.store.api import MESSAGE_OVERHEAD_BYTES, TOPIC_OVERHEAD_BYTES, Limits, Message
+from dsmq.store.sqlite import SQLiteStore
+from dsmq.wire.resp import Encoded, encode_messages, encode_request
+
+# What is held
+
+
+def test_puts_over_message_limit_are_refused_and_stored_messages_kept() -> None:
+    with serving(max_stored_messages=3) as server, wire_to(server) as wire:
+        assert [wire.call("PUT", topic, "x") for topic in ("a", "b", "b")] == [1, 2, 3]
+        assert wire.error("PUT", "a", "x") == "FULL"
+        assert wire.call("READ", "b", 0)[::5] == [2, 3]  # type: ignore[index]
+        assert server.totals().messages == 3
+
+
+def test_pipelined_puts_are_accepted_up_to_limit() -> None:
+    with serving(max_stored_messages=3) as server, wire_to(server) as wire:
+        wire.send(encode_request(b"PUT", b"t", b"x") * 5)
+        replies = [wire.receive() for _ in range(5)]
+        assert replies[:3] == [1, 2, 3]
+        assert [reply.code for reply in replies[3:]] == ["FULL", "FULL"]  # type: ignore[union-attr]
+
+
+def test_smaller_message_is_accepted_after_larger_one_was_refused() -> None:
+    cost = MESSAGE_OVERHEAD_BYTES
+    topic = TOPIC_OVERHEAD_BYTES + len("t")
+    with serving(max_stored_bytes=topic + 2 * cost + 100) as server, wire_to(server) as wire:
+        assert wire.call("PUT", "t", "x" * 80) == 1
+        wire.send(encode_request(b"PUT", b"t", b"x" * 21) + encode_request(b"PUT", b"t", b"x" * 20))
+        assert wire.receive().code == "FULL"  # type: ignore[union-attr]
+        assert wire.receive() == 2
+        assert wire.error("PUT", "t", "") == "FULL"
+
+
+@pytest.mark.parametrize(
+    ("setting", "puts"),
+    [
+        ("max_topics", [("a", "x"), ("b", "x"), ("c", "x")]),
+        ("max_stored_messages", [("a", "x"), ("b", "x"), ("c", "x")]),
+        ("max_stored_messages_per_topic", [("a", "x"), ("a", "x"), ("a", "x")]),
+        ("max_stored_bytes", [("a", "x" * 400), ("b", "x" * 400)]),
+        ("max_stored_bytes_per_topic", [("a", "x" * 400), ("a", "x" * 400)]),
+    ],
+)
+def test_full_error_names_the_setting(setting: str, puts: list[tuple[str, str]]) -> None:
+    limit = 1_200 if setting == "max_stored_bytes" else 800 if "bytes" in setting else 2
+    with serving(**{setting: limit}) as server, wire_to(server) as wire:
+        *before, last = [wire.call("PUT", topic, body) for topic, body in puts]
+        assert before == list(range(1, len(puts)))
+        assert isinstance(last, Full)
+        assert str(last).endswith(f"full: {setting} = {limit} reached")
+        assert server._store.full() == {setting}
+
+
+def test_full_is_logged_once_at_begin_and_end(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "dsmq.server")
+    with serving(max_stored_messages=2, expiry_interval_seconds=3600) as server, wire_to(server) as wire:
+        caplog.clear()
+        for _ in range(3):
+            while not isinstance(wire.call("PUT", "t", "x"), Full):
+                pass
+            # As the main thread does each second.
+            server._log_full()
+            expire_all(server)
+        for _ in range(3):
+            server._log_full()
+        assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+            ("WARNING", "full: max_stored_messages = 2 reached; puts are refused until messages expire"),
+            ("INFO", "no longer full: max_stored_messages"),
+        ]
+
+
+def expire_all(server: Server) -> None:
+    before, server._store.max_age_ms = server._store.max_age_ms, -1
+    while server._store.expire():
+        pass
+    server._store.max_age_ms = before
+
+
+@pytest.mark.slow
+def test_server_notices_without_puts_that_limit_no_longer_applies() -> None:
+    with daemon("--max-stored-messages", "1", "--max-age-seconds", "1") as server:
+        wire = Wire(("127.0.0.1", server.port))
+        while not isinstance(wire.call("PUT", "t", "x"), Full):
+            pass
+        wire.close()
+        server.wait_for_line(r"WARNING full: max_stored_messages = 1 reached; puts are refused")
+        server.wait_for_line(r"INFO no longer full: max_stored_messages$")
+
+
+def test_limit_stays_full_until_refused_size_fits() -> None:
+    now = 0
+    store = SQLiteStore(1_000, lambda: now, Limits(bytes_per_topic=1_000))
+    store.append([(b"t", b"x" * 300, None)])
+    now = 500
+    store.append([(b"t", b"x" * 300, None)])
+    for size in (2_000, 300):
+        with pytest.raises(Full):
+            store.append([(b"t", b"x" * size, None)])
+    assert [store.full() for _ in range(3)] == [{"max_stored_bytes_per_topic"}] * 3
+    now = 1_001
+    while store.expire():
+        pass
+    assert store.full() == set()
+    # What can never be stored is refused by a topic that is full until it is empty.
+    with pytest.raises(Full):
+        store.append([(b"t", b"x" * 2_000, None)])
+    assert [store.full() for _ in range(3)] == [{"max_stored_bytes_per_topic"}] * 3
+    now = 2_000
+    while store.expire():
+        pass
+    assert store.full() == set()
+    store.close()
+
+
+def test_remembered_full_topics_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_limits, "MAX_FULL", 3)
+    store = SQLiteStore(1_000, limits=Limits(messages_per_topic=1))
+    for number in range(9):
+        store.append([(b"%d" % number, b"x", None)])
+        with pytest.raises(Full):
+            store.append([(b"%d" % number, b"x", None)])
+    assert len(store._limits._full) == 3
+    store.close()
+
+
+def test_topics_count_towards_stored_bytes() -> None:
+    cost = MESSAGE_OVERHEAD_BYTES + TOPIC_OVERHEAD_BYTES + 3
+    store = SQLiteStore(60_000, limits=Limits(bytes=3 * cost))
+    store.append([(b"aaa", b"", None), (b"bbb", b"", None)])
+    assert store.totals().accounted_bytes == 2 * cost
+    with pytest.raises(Full):
+        store.append([(b"ccc", b"", None), (b"ccc", b"", None)])
+    assert store.append([(b"ccc", b"", None)]) == [3]
+    store.max_age_ms = -1
+    while store.expire():
+        pass
+    assert store.totals().accounted_bytes == 0
+    store.close()
+
+
+@pytest.mark.parametrize(
+    "limits", [{"max_stored_messages_per_topic": 2}, {"max_stored_bytes_per_topic": 2 * MESSAGE_OVERHEAD_BYTES + 20}]
+)
+def test_full_topic_does_not_affect_others(limits: dict[str, int]) -> None:
+    with serving(**limits) as server, wire_to(server) as wire:
+        for topic in ("a", "b"):
+            assert isinstance(wire.call("PUT", topic, "x" * 10), int)
+            wire.send(encode_request(b"PUT", topic.encode(), b"x" * 10) * 2)
+            assert isinstance(wire.receive(), int)
+            assert wire.receive().code == "FULL"  # type: ignore[union-attr]
+
+
+def test_new_topics_over_limit_are_refused_but_existing_accept_puts() -> None:
+    with serving(max_topics=2) as server, wire_to(server) as wire:
+        wire.send(b"PUT a x\r\nPUT b x\r\nPUT c x\r\nPUT a x\r\n")
+        replies = [wire.receive() for _ in range(4)]
+        assert [replies[0], replies[1], replies[3]] == [1, 2, 3]
+        assert replies[2].code == "FULL"  # type: ignore[union-attr]
+
+
+def test_puts_resume_after_expiry() -> None:
+    with (
+        serving(max_stored_messages=10, max_age_seconds=0.2, expiry_interval_seconds=0.01, port=0) as server,
+        wire_to(server) as wire,
+    ):
+        wire.send(encode_request(b"PUT", b"t", b"x") * 11)
+        assert [wire.receive() for _ in range(10)] == list(range(1, 11))
+        assert wire.receive().code == "FULL"  # type: ignore[union-attr]
+        wait_until(lambda: isinstance(wire.call("PUT", "t", "y"), int))
+
+
+def test_retried_put_gets_its_id_even_if_full() -> None:
+    with serving(max_stored_messages=1, max_topics=1) as server, wire_to(server) as wire:
+        assert wire.call("PUT", "t", "x", "KEY", "me", 1) == 1
+        assert wire.call("PUT", "t", "x", "KEY", "me", 1) == 1
+        assert wire.error("PUT", "t", "x", "KEY", "me", 2) == "FULL"
+        assert server.totals().messages == 1
+
+
+def test_client_raises_full() -> None:
+    with serving(max_stored_messages=2) as server, connect(port=server.port) as mq:
+        mq.put("t", "a")
+        with pytest.raises(Full):
+            mq.put_many("t", ["b", "c", "d"])
+        assert mq.get_many("t") == ["a", "b"]
+
+
+def test_limits_can_be_lowered_below_current_use() -> None:
+    store = SQLiteStore(60_000)
+    store.append([(b"t", b"x", None)] * 5)
+    store.limits = Limits(messages=2)
+    with pytest.raises(Full):
+        store.append([(b"t", b"x", None)])
+    assert len(store.read(b"t", 0, 10, 100)) == 5
+    store.limits = Limits()
+    store.append([(b"t", b"x", (b"me", 1))])
+    store.limits = Limits(messages=2, messages_per_topic=2, bytes=10, bytes_per_topic=10)
+    assert store.append([(b"t", b"x", (b"me", 1))]) == [6]
+    store.close()
+
+
+def test_remembered_puts_are_bounded_in_total(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(producers, "MAX_REMEMBERED_PUTS", 5)
+    store = SQLiteStore(60_000)
+    for producer in (b"a", b"b", b"c"):
+        store.append([(b"t", b"x", (producer, seq)) for seq in range(2)])
+    # a, heard longest ago, is forgotten; the others are known.
+    assert store.append([(b"t", b"x", (b"b", 1)), (b"t", b"x", (b"c", 1))]) == [4, 6]
+    assert store.append([(b"t", b"x", (b"a", 1))]) == [7]
+    store.close()
+
+
+# Who waits
+
+
+def test_waiting_readers_over_limit_get_an_error() -> None:
+    with serving(max_waiting_readers=2) as server, ExitStack() as stack:
+        waiting = [stack.enter_context(wire_to(server)) for _ in range(2)]
+        for wire in waiting:
+            wire.send(encode_request(b"GETWAIT", b"t", b"60000"))
+        wait_until(lambda: server.waiting() == 2)
+        late = stack.enter_context(wire_to(server))
+        assert late.call("PUT", "other", "y") == 1
+        assert late.call("GETWAIT", "other", 60_000) == b"y"
+        assert late.error("GETWAIT", "t", 60_000) == "BUSY"
+        # It is told, and may do all else.
+        assert late.call("PUT", "t", "x") == 2
+        assert [wire.receive() for wire in waiting] == [b"x", b"x"]
+        assert late.call("GET", "t") == b"x"
+        assert server.waiting() == 0
+        assert late.call("GETWAIT", "t", 1) is None
+
+
+# Who pipelines
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is too slow, however busy the machine."""
+    for module in (connection, worker):
+        monkeypatch.setattr(module, "SLOW_SECONDS", 10 * SOON)
+
+
+@pytest.fixture
+def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Turns that are over after one request of each connection."""
+    monkeypatch.setattr(worker, "TURN_SECONDS", 0.0)
+    monkeypatch.setattr(worker, "MOST_SLICE_SECONDS", 0.0)
+    monkeypatch.setattr(worker, "LEAST_SLICE_SECONDS", 0.0)
+
+
+@contextmanager
+def loop_held(server: Server) -> Iterator[None]:
+    """The loop stands still: what is sent meanwhile has come when the next turn begins."""
+    held, go = threading.Event(), threading.Event()
+    server._workers[0].post(lambda: held.set() or go.wait())  # type: ignore[func-returns-value]
+    assert held.wait(SOON)
+    try:
+        yield
+    finally:
+        go.set()
+
+
+@pytest.mark.usefixtures("short_turns")
+def test_greedy_client_does_not_starve_others() -> None:
+    with serving() as server, wire_to(server) as greedy, wire_to(server) as modest:
+        with loop_held(server):
+            greedy.send(encode_request(b"PUT", b"t", b"x") * 1000)
+            modest.send(encode_request(b"PUT", b"t", b"y"))
+        place = modest.receive()
+        assert isinstance(place, int)
+        # Puts run in batches: those that are parsed together.
+        assert place <= 100
+        ids = [greedy.receive() for _ in range(1000)]
+        assert ids == [number for number in range(1, 1002) if number != place]
+
+
+def test_in_a_crowd_each_client_is_served_one_request_before_any_gets_a_second(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(worker, "CROWD", 20)
+    with serving() as server, wire_to(server) as modest, ExitStack() as stack:
+        crowd = [stack.enter_context(wire_to(server)) for _ in range(30)]
+        wait_until(lambda: server.connections() == 31)
+        with loop_held(server):
+            for greedy in crowd:
+                greedy.send(encode_request(b"PUT", b"t", b"x") * 100)
+            modest.send(encode_request(b"PUT", b"t", b"y"))
+        place = modest.receive()
+        assert isinstance(place, int)
+        assert place <= len(crowd) + 1
+        for greedy in crowd:
+            assert all(isinstance(greedy.receive(), int) for _ in range(100))
+
+
+@pytest.mark.usefixtures("short_turns")
+def test_who_has_just_come_does_not_wait_for_all_that_others_have_pipelined(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving() as server, wire_to(server) as modest, ExitStack() as stack:
+        crowd = [stack.enter_context(wire_to(server)) for _ in range(20)]
+        wait_until(lambda: server.connections() == 21)
+        (loop,) = server._workers
+        turn, before = loop._turn, []
+
+        def arrive() -> None:
+            before.append(server.totals().stored)
+            modest.send(encode_request(b"PUT", b"t", b"y"))
+
+        def turn_and_arrive() -> None:
+            turn()
+            if loop._to_run and not before:
+                # In the next turn, before those who have requests left go on.
+                loop.post(arrive)
+
+        with loop_held(server):
+            for greedy in crowd:
+                greedy.send(encode_request(b"PUT", b"t", b"x") * 1000)
+            monkeypatch.setattr(loop, "_turn", turn_and_arrive)
+        place = modest.receive()
+        assert isinstance(place, int)
+        # One of the others runs a batch, or one request, in between.
+        assert before[0] < place <= before[0] + 100
+
+
+@pytest.mark.usefixtures("short_turns")
+@pytest.mark.parametrize("requests", [1, 2, 100])
+def test_pipeline_is_answered_with_minimal_time_slices(requests: int) -> None:
+    with serving() as server, wire_to(server) as wire:
+        for request, reply in ((b"PING\r\n", "PONG"), (encode_request(b"GET", b"t"), None)):
+            wire.send(request * requests)
+            assert [wire.receive() for _ in range(requests)] == [reply] * requests
+        wire.send(b"PING\r\n" * requests + b"QUIT\r\n")
+        assert [wire.receive() for _ in range(requests + 1)] == ["PONG"] * requests + ["OK"]
+        assert wire.ended()
+
+
+@pytest.mark.usefixtures("short_turns")
+def test_hangup_while_waiting_is_noticed_with_minimal_time_slices() -> None:
+    with serving() as server:
+        with wire_to(server) as wire:
+            wire.send(b"GETWAIT t 60000\r\nPING\r\n")
+            wait_until(lambda: server.waiting() == 1)
+        wait_until(lambda: server.waiting() == server.connections() == 0)
+
+
+@pytest.mark.parametrize(
+    ("request_", "reply"),
+    [(b"PING\r\n", "PONG"), (b"FROBNICATE\r\n", "UNKNOWN"), (b"PUT t x\r\n", "NOAUTH"), (b"AUTH\r\n", "BADREQUEST")],
+)
+def test_unauthenticated_request_count_is_limited(request_: bytes, reply: str) -> None:
+    with serving(auth_token="x" * 20) as server, wire_to(server) as wire:
+        wire.send(request_ * 400)
+        answers = [wire.receive() for _ in range(17)]
+        codes = [answer.code if isinstance(answer, ReplyError) else answer for answer in answers]
+        assert codes == [reply] * 16 + ["NOAUTH"]
+        assert wire.ended()
+        # Those behind them have not even been parsed.
+        assert server.counters().requests == 17
+
+
+@pytest.mark.parametrize("last", [b"AUTH wrong-token-0123456789\r\n", b"QUIT\r\n", b"PING\r\n" * 17])
+def test_rejected_client_may_linger_only_briefly(monkeypatch: pytest.MonkeyPatch, last: bytes) -> None:
+    monkeypatch.setattr(connection, "LINGER_SECONDS", 3600.0)
+    with (
+        serving(auth_token="x" * 20, auth_timeout_seconds=600) as server,
+        wire_to(server) as wire,
+        wire_to(server) as other,
+    ):
+        wire.send(last)
+        while wire.socket.recv(1000):
+            pass
+        # To close at once would reset the connection, and the client might lose the reply.
+        for _ in range(2):
+            wire.send(b"x" * (connection.MAX_DISCARDED_BYTES_OF_STRANGERS // 2))
+            assert other.call("PING") == "PONG"
+        assert server.connections() == 2
+        wire.send(b"x" * 1000)
+        wait_until(lambda: server.connections() == 1)
+
+
+def test_requests_after_auth_in_same_packet_run_in_batches() -> None:
+    with serving(auth_token="x" * 20) as server, wire_to(server) as wire:
+        wire.send(b"AUTH " + b"x" * 20 + b"\r\n" + b"PING\r\n" * 500)
+        assert [wire.receive() for _ in range(501)] == ["OK"] + ["PONG"] * 500
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("patient")
+def test_total_unread_replies_are_bounded() -> None:
+    bounds = {
+        "max_total_unread_reply_bytes": 1_000_000,
+        "max_unread_reply_bytes": 200_000,
+        "max_message_bytes": 110_000,
+    }
+    with serving(**bounds, io_threads=3) as server, ExitStack() as stack:
+        with wire_to(server) as wire:
+            for _ in range(10):
+                wire.call("PUT", "t", "x" * 100_000)
+        replies = server._services.usage.replies
+        most = 0
+        lazy = [stack.enter_context(wire_to(server)) for _ in range(20)]
+        for one in lazy:
+            one.send(encode_request(b"READ", b"t", b"0") * 100)
+        wait_until(lambda: replies.is_tight)
+        # Those that read make room for the others. Nobody has to wait so long that one is dropped.
+        with ThreadPoolExecutor(20) as readers:
+            for done in [readers.submit(lambda one=one: [one.receive() for _ in range(100)]) for one in lazy]:
+                while not done.done():
+                    most = max(most, replies.total)
+                assert all(isinstance(reply, list) for reply in done.result())
+        # Between two checks of the total, each event loop may serve one connection up to its own limit, and one reply.
+        assert most < 1_000_000 + 3 * (200_000 + commands.MAX_READ_BYTES)
+        wait_until(lambda: replies.total == 0)
+        lazy[0].send(encode_request(b"READ", b"t", b"0") * 100)
+        wait_until(lambda: replies.total > 0)
+        lazy[0].close()
+        wait_until(lambda: replies.total == 0)
+
+
+def test_reads_are_shortened_while_replies_are_unread() -> None:
+    def read(wire: Wire) -> int:
+        reply = wire.call("READ", "t", 0, "COUNT", 1000)
+        assert isinstance(reply, list)
+        return len(reply) // 5
+
+    with serving() as server, wire_to(server) as wire, wire_to(server) as lazy:
+        for _ in range(100):
+            wire.call("PUT", "t", "x" * 10_000)
+        assert read(wire) == 27
+        lazy.send(encode_request(b"READ", b"t", b"0") * 1000)
+        replies = server._services.usage.replies
+        # Not what is only on its way.
+        wait_until(lambda: replies.total > 1_000_000)
+        assert read(wire) == 7
+        lazy.close()
+        wait_until(lambda: replies.total == 0)
+        assert read(wire) == 27
+
+
+@pytest.mark.parametrize("io_threads", [1, 4])
+def test_connections_count_from_accept(io_threads: int) -> None:
+    with serving(max_connections=10, io_threads=io_threads) as server, ExitStack() as stack:
+        wires = [stack.enter_context(wire_to(server)) for _ in range(40)]
+        replies = []
+        for wire in wires:
+            with contextlib.suppress(ConnectionError):
+                wire.send(b"PING\r\n")
+            replies.append(wire.receive())
+        assert replies.count("PONG") == 10
+
+
+@pytest.mark.usefixtures("short_turns")
+def test_end_of_input_loses_no_buffered_requests() -> None:
+    with serving() as server, wire_to(server) as wire:
+        wire.send(encode_request(b"PUT", b"t", b"x") * 100)
+        wire.socket.shutdown(socket.SHUT_WR)
+        assert [wire.receive() for _ in range(100)] == list(range(1, 101))
+        assert wire.ended()
+
+
+# What is logged
+
+
+def test_flood_of_one_message_is_summarised_in_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(logs.time, "monotonic", lambda: now)
+    flood = logs.FloodFilter(3)
+
+    def passes(line: int, message: str) -> bool:
+        return flood.filter(logging.LogRecord("dsmq", logging.INFO, "file.py", line, "%s", (message,), None))
+
+    assert [passes(1, str(number)) for number in range(6)] == [True] * 3 + [False] * 3
+    # Another cause is not held back.
+    assert passes(2, "other")
+    assert [(count, last.getMessage()) for count, last in flood.take_suppressed()] == [(3, "5")]
+    assert flood.take_suppressed() == []
+    assert not passes(1, "6")
+    now += 1
+    assert passes(1, "7")
+
+
+@pytest.mark.slow
+def test_log_of_flood_is_short_and_reports_suppressed_lines() -> None:
+    with daemon("--max-log-lines-per-second", "2") as process:
+        for _ in range(20):
+            wire = Wire(("127.0.0.1", process.port))
+            wire.send(b"\x00\r\n")
+            wire.receive()
+            wire.close()
+        assert int(process.wait_for_line(r"(\d+) more lines like: client \d+ .*PROTOCOL")[1]) > 0
+        process.stop()
+    assert sum("PROTOCOL" in line for line in process.log().splitlines()) < 20
+
+
+# All workers together
+
+
+def test_waiting_readers_are_bounded_over_all_workers() -> None:
+    with serving(io_threads=4, max_waiting_readers=8) as server, ExitStack() as stack:
+        waiting = [stack.enter_context(wire_to(server)) for _ in range(8)]
+        for wire in waiting:
+            wire.send(encode_request(b"GETWAIT", b"t", b"60000"))
+        wait_until(lambda: server.waiting() == 8)
+        late = [stack.enter_context(wire_to(server)) for _ in range(4)]
+        assert [wire.error("GETWAIT", "t", 60_000) for wire in late] == ["BUSY"] * 4
+        assert late[0].call("PUT", "t", "x") == 1
+        assert [wire.receive() for wire in waiting] == [b"x"] * 8
+        wait_until(lambda: server.waiting() == 0)
+
+
+def test_unauthenticated_connections_are_bounded_over_all_workers() -> None:
+    limits = {"auth_token": "x" * 20, "max_unauthenticated_connections": 8}
+    with serving(io_threads=4, **limits) as server, ExitStack() as stack:
+        wires = [stack.enter_context(wire_to(server)) for _ in range(8)]
+        assert [wire.call("PING") for wire in wires] == ["PONG"] * 8
+        late = stack.enter_context(wire_to(server))
+        assert late.call("PING") == "PONG"
+        # The oldest has gone, and nobody else.
+        wait_until(lambda: server.connections() == 8)
+        assert [wire.call("PING") for wire in wires[1:]] == ["PONG"] * 7
+        with contextlib.suppress(EOFError, ConnectionError):
+            assert isinstance(wires[0].receive(), ReplyError)
+        assert wires[0].ended()
+
+
+# Replies
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_pipeline_written_before_reading_runs_once() -> None:
+    count = 1_000_000
+    # To send all that takes a slow machine longer than a client may leave its replies unread.
+    with daemon("--reply-timeout-seconds", "3600", "--request-timeout-seconds", "3600") as process:
+        wire = Wire(("127.0.0.1", process.port))
+        wire.socket.settimeout(20 * SOON)
+        # A slow machine may take long over it, but it is never stuck: no reply has been read when all is sent.
+        for _ in range(100):
+            wire.send(encode_request(b"PUT", b"t", b"x") * (count // 100))
+        for expected in range(1, count + 1):
+            assert wire.receive() == expected
+        assert wire.call("STATS", "t")[1] == count  # type: ignore[index]
+        wire.close()
+
+
+def test_reading_resumes_when_replies_drop_below_limit() -> None:
+    with serving(max_unread_reply_bytes=1_000_000) as server, wire_to(server) as wire:
+        (served,) = wait_for_connections(server, 1)
+        wire.send(encode_request(b"PUT", b"t", b"x" * 100_000))
+        assert wire.receive() == 1
+        wire.send(encode_request(b"READ", b"t", b"0") * 1000)
+        wait_until(lambda: len(served._out) >= 1_000_000 and served._unread_since < math.inf)
+        run = server.counters().commands["READ"]
+        while server.counters().commands["READ"] == run:
+            assert len(wire.receive()[3]) == 100_000  # type: ignore[index,arg-type]
+        # It had not sent all of its replies before it ran more requests.
+        assert len(served._out) > 100_000
+        for _ in range(1000 - run):
+            wire.receive()
+
+
+def wait_for_connections(server: Server, count: int) -> list[Connection]:
+    wait_until(lambda: server.connections() == count)
+    return [client for one in server._workers for client in one.connections]
+
+
+@pytest.mark.usefixtures("patient")
+def test_reply_over_total_limit_waits_for_others_to_read() -> None:
+    with serving() as server, wire_to(server) as reader, wire_to(server) as waiter, wire_to(server) as writer:
+        writer.call("PUT", "t", "x" * 900_000)
+        replies, somebody = server._services.usage.replies, Mock(Connection)
+        replies.add(somebody, replies.limit - 500_000)
+        reader.send(encode_request(b"READ", b"t", b"0"))
+        waiter.send(encode_request(b"READ", b"t", b"0", b"WAIT", b"1"))
+        wait_until(lambda: len(replies._queue) == 2)
+        writer.send(encode_request(b"TOPICS") * 10)
+        # What is short passes, what is long waits.
+        assert isinstance(writer.receive(), list)
+        with wire_to(server) as other:
+            assert other.call("PUT", "short", "y") == 2
+            assert other.call("READ", "short", 0)[3] == b"y"  # type: ignore[index]
+        assert len(replies._queue) >= 2
+        replies.drop(somebody)
+        # Its time is over, but there was a message all along.
+        assert [len(wire.receive()[3]) for wire in (reader, waiter)] == [900_000] * 2  # type: ignore[index,arg-type]
+        assert all(isinstance(writer.receive(), list) for _ in range(9))
+        wait_until(lambda: replies.total == 0 and not replies._queue)
+
+
+@pytest.mark.slow
+def test_largest_nonreading_client_is_dropped_to_make_room(tmp_path: Path) -> None:
+    # The kernel buffers little of a Unix socket.
+    limits = {"max_total_unread_reply_bytes": 2_500_000, "max_message_bytes": 1_000_000}
+    with serving(host=f"unix:{tmp_path}/socket", **limits) as server, ExitStack() as stack:
+        reader, modest, greedy = (stack.enter_context(closing(Wire(f"{tmp_path}/socket"))) for _ in range(3))
+        reader.call("PUT", "t", "x" * 900_000)
+        reader.call("PUT", "modest", "x" * 500_000)
+        replies = server._services.usage.replies
+        modest.send(encode_request(b"READ", b"modest", b"0"))
+        wait_until(lambda: replies.total > 100_000)
+        greedy.send(encode_request(b"READ", b"t", b"0") * 2)
+        wait_until(lambda: replies.total > 1_700_000)
+        held = {connection.id: size for connection, size in replies.largest()}
+        assert len(reader.call("READ", "t", 0)[3]) == 900_000  # type: ignore[index,arg-type]
+        # Whether one of them is enough depends on how soon the reader takes what it gets; the largest is the first.
+        largest = max(held, key=lambda number: held[number])
+        wait_until(lambda: largest not in {connection.id for connection in server._workers[0].connections})
+
+
+@pytest.mark.usefixtures("patient")
+def test_transaction_replies_count_towards_total() -> None:
+    bounds = {"max_total_unread_reply_bytes": 3_000_000, "max_message_bytes": 1_000_000}
+    with serving(**bounds) as server, ExitStack() as stack:
+        writer = stack.enter_context(wire_to(server))
+        writer.call("PUT", "t", "x" * 1_000_000)
+        requests = [encode_request(*words.split()) for words in (b"MULTI", b"READ t 0", b"EXEC")]
+        readers = [stack.enter_context(wire_to(server)) for _ in range(12)]
+        for reader in readers:
+            reader.send(b"".join(requests))
+        replies = server._services.usage.replies
+        wait_until(lambda: len(replies._queue) > 0)
+        assert replies.total <= 3_000_000
+        for reader in readers[:2]:
+            assert [reader.receive() for _ in range(2)] == ["OK", "QUEUED"]
+            (messages,) = reader.receive()  # type: ignore[misc, union-attr]
+            assert len(messages[3]) == 1_000_000
+
+
+# Requests
+
+
+@pytest.mark.usefixtures("patient")
+def test_partial_request_reserves_its_length_and_others_wait() -> None:
+    limits = {"max_total_request_bytes": 1_500_000, "max_message_bytes": 1_000_000}
+    with serving(**limits) as server, ExitStack() as stack:
+        first, second, third, short = (stack.enter_context(wire_to(server)) for _ in range(4))
+        budget = server._services.usage.requests
+        long = encode_request(b"PUT", b"t", b"x" * 900_000)
+        first.send(long[:100])
+        wait_until(lambda: budget.total > 900_000)
+        for number, wire in enumerate((second, third), 1):
+            wire.send(long[:100])
+            wait_until(lambda number=number: len(budget._queue) == number)
+        # Short requests pass.
+        assert short.call("PUT", "t", "x" * 3000) == 1
+        senders = [threading.Thread(target=wire.send, args=(long[100:],)) for wire in (third, second, first)]
+        for sender in senders:
+            sender.start()
+        assert sorted([wire.receive() for wire in (first, second, third)]) == [2, 3, 4]
+        for sender in senders:
+            sender.join()
+        wait_until(lambda: budget.total == 0 and not budget._queue)
+
+
+def test_large_requests_queue_while_small_ones_pass() -> None:
+    budget = Budget()
+    budget.set_limit(10_000_000, 1_000_000)
+    holder, first, second, third = (Mock(Connection) for _ in range(4))
+    budget.add(holder, 9_500_000)
+    assert not budget.claim_in_turn(first, 600_000, 1.0)
+    assert not budget.claim_in_turn(second, 400_000, 2.0)
+    assert budget.first_that_fits() is None
+    assert budget.claim_in_turn(third, 200_000, 3.0)
+    assert (budget.missing(0.9), budget.missing(1.0), budget.missing(2.0)) == (-300_000, 300_000, 700_000)
+    budget.drop(third)
+    budget.add(holder, -100_000)
+    assert budget.first_that_fits() is first
+    assert budget.claim_in_turn(first, 600_000, 4.0)
+    assert not budget.claim_in_turn(second, 400_000, 4.0)
+    budget.drop(holder)
+    assert budget.first_that_fits() is second
+    assert budget.claim_in_turn(second, 400_000, 5.0)
+    assert budget.total == 1_000_000
+
+
+def test_little_is_received_while_request_memory_is_used_up() -> None:
+    with (
+        serving(max_total_request_bytes=1_500_000, max_message_bytes=1_000_000) as server,
+        wire_to(server) as first,
+        wire_to(server) as second,
+    ):
+        budget = server._services.usage.requests
+        long = encode_request(b"PUT", b"t", b"x" * 900_000)
+        first.send(long[:100])
+        wait_until(lambda: budget.total > 900_000)
+        second.send(long[:100_000])
+        wait_until(lambda: len(budget._queue) == 1)
+        (waiting,) = budget._queue
+        assert 0 < waiting._parser.buffered <= FREE_BYTES
+
+
+def test_little_is_received_while_others_wait_for_memory() -> None:
+    budget = Budget()
+    budget.set_limit(10_000_000, 1_000_000)
+    assert not budget.is_crowded
+    holder, waiter = Mock(Connection), Mock(Connection)
+    budget.add(holder, 9_500_000)
+    assert not budget.claim_in_turn(waiter, 600_000, 1.0)
+    budget.add(holder, -9_500_000)
+    assert budget.is_crowded
+    budget.leave(waiter)
+    assert not budget.is_crowded
+
+
+def test_largest_partial_requests_are_dropped_to_unblock_the_first() -> None:
+    budget = Budget()
+    budget.set_limit(1_000_000, 600_000)
+    assert budget.blockers() == []
+    first, small, large = (Mock(Connection) for _ in range(3))
+    for holder, amount in ((first, 100_000), (small, 150_000), (large, 250_000)):
+        budget.add(holder, amount)
+    other = Mock(Connection)
+    budget.add(other, 500_000)
+    for holder in (first, small, large):
+        assert not budget.claim_in_turn(holder, 500_000, 1.0)
+    # Those that do not wait are done some time.
+    assert budget.blockers() == []
+    budget.add(small, 1)
+    assert budget.blockers() == [large]
+    budget.add(large, -100_000)
+    assert budget.blockers() == []
+    # Too much by itself.
+    budget.add(first, 400_001)
+    assert budget.blockers() == [first]
+
+
+def test_partial_requests_do_not_deadlock_on_memory() -> None:
+    limits = {"max_total_request_bytes": 1_500_000, "max_message_bytes": 1_000_000, "max_age_seconds": 3600}
+    with serving(**limits) as server, ExitStack() as stack:
+        budget = server._services.usage.requests
+        holders = [stack.enter_context(wire_to(server)) for _ in range(10)]
+        for holder in holders:
+            holder.call("PING")
+        writer = stack.enter_context(wire_to(server))
+        for number in range(100):
+            writer.call("PUT", f"{number:0500}", "x")
+        # What GET remembers of each connection is what it holds.
+        for holder in holders:
+            for number in range(100):
+                holder.call("GET", f"{number:0500}")
+        assert budget.total > 600_000
+        long = encode_request(b"PUT", b"t", b"x" * 900_000)
+        for holder in holders:
+            holder.send(long[:5000])
+        # All wait. Somebody is let go of, and somebody else gets room.
+        wait_until(lambda: budget.total > 900_000)
+
+
+def test_reading_client_is_not_dropped_to_make_room() -> None:
+    with serving(max_unread_reply_bytes=1024) as server, wire_to(server) as wire:
+        # As if others took up the rest.
+        server._services.usage.requests.limit = 20_000
+        wire.send(encode_request(b"ECHO", b"x" * 1100) * 100)
+        assert [wire.receive() for _ in range(100)] == [b"x" * 1100] * 100
+
+
+def test_parsed_requests_count_by_memory_used() -> None:
+    with serving() as server, wire_to(server) as wire:
+        wire.send(encode_request(b"GETWAIT", b"t", b"60000") + encode_request(b"PING") * 140)
+        wait_until(lambda: server.waiting() == 1 and server._services.usage.requests.total > 0)
+        # As bytes they would be 1,960.
+        assert server._services.usage.requests.total > 10_000
+
+
+@pytest.mark.slow
+def test_stalled_request_is_dropped_to_make_room() -> None:
+    limits = {"max_total_request_bytes": 1_500_000, "max_message_bytes": 1_000_000}
+    with serving(**limits) as server, wire_to(server) as stalled, wire_to(server) as honest:
+        stalled.send(encode_request(b"PUT", b"t", b"x" * 900_000)[:-1])
+        wait_until(lambda: server._services.usage.requests.total > 900_000)
+        assert honest.call("PUT", "t", "y" * 900_000) == 1
+        assert stalled.receive().code == "TIMEOUT"  # type: ignore[union-attr]
+        assert stalled.ended()
+
+
+def test_positions_count_until_disconnect() -> None:
+    with serving() as server:
+        with wire_to(server) as wire:
+            wire.call("PING")
+            with wire_to(server) as writer:
+                for number in range(100):
+                    writer.call("PUT", f"{number:0500}", "x")
+            for number in range(100):
+                assert wire.call("GET", f"{number:0500}") == b"x"
+            assert server._services.usage.requests.total > 100 * 500
+        wait_until(lambda: server._services.usage.requests.total == 0)
+
+
+def test_buffered_requests_behind_a_wait_are_bounded() -> None:
+    with serving() as server, wire_to(server) as wire:
+        (served,) = wait_for_connections(server, 1)
+        wire.send(b"GETWAIT t 60000\r\n")
+        wait_until(lambda: server.waiting() == 1)
+        wire.socket.settimeout(UNIT)
+        with pytest.raises(TimeoutError):
+            wire.send(b"PING\r\n" * 10_000_000)
+        # One receive may come on top of the bound.
+        assert MAX_HELD_BYTES <= len(served._parser) <= MAX_HELD_BYTES + RECEIVE_BYTES
+
+
+@pytest.mark.parametrize(("milliseconds", "reply"), [(86_400_000, None), (86_400_001, "BADREQUEST")])
+def test_wait_is_at_most_a_day(wire: Wire, milliseconds: int, reply: str | None) -> None:
+    for words in (("GETWAIT", "t", milliseconds), ("READ", "t", 0, "WAIT", milliseconds)):
+        wire.send(encode_request(*(str(word).encode() for word in words)))
+        if reply is None:
+            wire.socket.settimeout(UNIT)
+            with pytest.raises(TimeoutError):
+                wire.receive()
+            break
+        assert wire.receive().code == reply  # type: ignore[union-attr]
+
+
+# Deadlines
+
+
+def test_request_timeout_grows_with_length() -> None:
+    # At 16 KiB/s, 50,000 bytes have 3 s more.
+    with serving(request_timeout_seconds=0.1) as server, wire_to(server) as long, wire_to(server) as short:
+        request = encode_request(b"PUT", b"t", b"x" * 50_000)
+        long.send(request[:100])
+        short.send(encode_request(b"PUT", b"t", b"x" * 50)[:-10])
+        assert short.receive().code == "TIMEOUT"  # type: ignore[union-attr]
+        long.send(request[100:])
+        assert long.receive() == 1
+
+
+def test_trickling_request_times_out() -> None:
+    with serving(request_timeout_seconds=5 * UNIT) as server, wire_to(server) as wire:
+        began = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            for byte in encode_request(b"PUT", b"t", b"x" * 1000):
+                wire.send(bytes([byte]))
+                time.sleep(UNIT / 10)
+                if server.counters().errors["TIMEOUT"]:
+                    break
+        assert "did not arrive in time" in str(wire.receive())
+        assert time.monotonic() - began >= 5 * UNIT
+
+
+def test_slow_steady_reader_is_not_dropped() -> None:
+    with serving(reply_timeout_seconds=4 * UNIT) as server, wire_to(server) as wire:
+        wire.call("PUT", "t", "x" * 6_000_000)
+        wire.socket.close()
+        wire.socket = socket.socket()
+        wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
+        wire.socket.settimeout(SOON)
+        wire.socket.connect(("127.0.0.1", server.port))
+        wire.send(encode_request(b"READ", b"t", b"0"))
+        got, began = 0, time.monotonic()
+        while got < 6_000_000:
+            data = wire.socket.recv(16_384)
+            assert data, f"dropped after {got} bytes"
+            got += len(data)
+            # In all as long as three times what it may read nothing for.
+            time.sleep(max(0.0, began + 12 * UNIT * got / 6_000_000 - time.monotonic()))
+
+
+# Turns
+
+
+@pytest.mark.usefixtures("short_turns")
+def test_many_waiters_are_woken_over_several_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving() as server, wire_to(server) as writer, ExitStack() as stack:
+        waiting = [stack.enter_context(wire_to(server)) for _ in range(30)]
+        for wire in waiting:
+            wire.send(encode_request(b"GETWAIT", b"t", b"60000"))
+        wait_until(lambda: server.waiting() == 30)
+        (loop,) = server._workers
+        woken, turn = [], loop._turn
+
+        def counted() -> None:
+            before = server.waiting()
+            turn()
+            woken.append(before - server.waiting())
+
+        monkeypatch.setattr(loop, "_turn", counted)
+        assert writer.call("PUT", "t", "x") == 1
+        assert [wire.receive() for wire in waiting] == [b"x"] * 30
+        assert max(woken) <= 4, woken
+
+
+def test_a_long_reply_is_sent_from_the_buffer_that_it_is_made_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Encoded] = []
+
+    def encode(messages: list[Message]) -> Encoded:
+        made.append(encode_messages(messages))
+        return made[-1]
+
+    monkeypatch.setattr(commands, "encode_messages", encode)
+    with serving() as server, wire_to(server) as wire:
+        (one,) = wait_for_connections(server, 1)
+        body = b"x" * (1 << 20)
+        assert wire.call("PUT", "t", body) == 1
+        assert wire.call("READ", "t", 0)[3] == body  # type: ignore[index]
+        assert one._out is made[0]
+
+
+HEAVY = {
+    "CONFIG GET": encode_request(b"CONFIG", b"GET", *[b"*a*e*i*o*%d" % number for number in range(62)]),
+    "INFO": encode_request(b"INFO"),
+    "COMMAND DOCS": encode_request(b"COMMAND", b"DOCS"),
+    "TOPICS": encode_request(b"TOPICS"),
+    "READ": encode_request(b"READ", b"t", b"0", b"COUNT", b"1000"),
+    "puts": encode_request(b"PUT", b"t", b"x" * 50) * 20,
+    "lines": b"PING\r\n" * 100,
+}
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    """No garbage is collected meanwhile: with all that tests import, it takes longer than a turn."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_collection")
+@pytest.mark.parametrize("name", HEAVY)
+def test_event_loop_turn_is_bounded_by_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving() as server, wire_to(server) as greedy:
+        greedy.send(b"".join(encode_request(b"PUT", b"topic%d" % number, b"x") for number in range(1000)))
+        greedy.send(encode_request(b"PUT", b"t", b"x" * 20) * 1000)
+        for _ in range(2000):
+            greedy.receive()
+        (loop,) = server._workers
+        longest, turn = 0.0, loop._turn
+
+        def timed() -> None:
+            nonlocal longest
+            # Of this thread's own time, so that it does not matter what else the machine does.
+            began = time.thread_time()
+            turn()
+            longest = max(longest, time.thread_time() - began)
+
+        monkeypatch.setattr(loop, "_turn", timed)
+        greedy.send(HEAVY[name] * 200)
+        while loop._turn is timed and loop.counters.requests < 2000 + 200:
+            time.sleep(UNIT / 10)
+        replies = HEAVY[name].count(b"PUT") + HEAVY[name].count(b"PING") or 1
+        for _ in range(200 * replies):
+            greedy.receive()
+        # 200 of them take many times as long.
+        assert longest < 0.02

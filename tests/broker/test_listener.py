@@ -1,0 +1,210 @@
+"""Where a server listens, and what processes that are forked have of it."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import signal
+import socket
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from conftest import UNIT, Wire, serving, wire_to
+from dsmq.client import connect
+from dsmq.errors import CannotStart
+from dsmq.server import Server
+
+# Names with several addresses
+
+
+def addresses_of(monkeypatch: pytest.MonkeyPatch, name: str, *addresses: str) -> None:
+    """Have a name stand for these addresses."""
+    real = socket.getaddrinfo
+
+    def resolve(host: str, port: int, *kind: int, **options: int) -> list[object]:
+        return [one for at in (addresses if host == name else [host]) for one in real(at, port, *kind, **options)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+
+
+def test_name_with_several_addresses_listens_on_each_usable_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The first belongs to no machine: as ::1 on one without IPv6.
+    addresses_of(monkeypatch, "several", "192.0.2.1", "127.0.0.1", "127.0.0.2")
+    with serving(host="several", http_host="several", http_port=0) as server:
+        assert server.addresses == [f"127.0.0.1:{server.port}", f"127.0.0.2:{server.port}"]
+        for host in ("127.0.0.1", "127.0.0.2"):
+            with connect(host, server.port) as mq:
+                mq.put("t", host)
+            with urllib.request.urlopen(f"http://{host}:{server.http_port}/healthz") as answer:
+                assert answer.status == 200
+
+
+def test_name_without_usable_address_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    addresses_of(monkeypatch, "several", "192.0.2.1", "198.51.100.1")
+    with pytest.raises(CannotStart, match=r"several:0: .*assign"), serving(host="several"):
+        pass
+
+
+def test_port_in_use_on_one_address_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    addresses_of(monkeypatch, "several", "127.0.0.1", "127.0.0.2")
+    with serving(host="127.0.0.2") as other:
+        with pytest.raises(CannotStart, match="in use"), serving(host="several", port=other.port):
+            pass
+        with serving(host="127.0.0.1", port=other.port):
+            pass
+
+
+def test_machine_without_ipv6_listens_on_ipv4(monkeypatch: pytest.MonkeyPatch) -> None:
+    addresses_of(monkeypatch, "localhost", "::1", "127.0.0.1")
+    real = socket.create_server
+
+    def create_server(address: tuple[str, int], *, family: int, **options: int) -> socket.socket:
+        if family == socket.AF_INET6:
+            raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+        return real(address, family=family, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket, "create_server", create_server)
+    with serving(host="localhost", http_host="localhost", http_port=0) as server:
+        assert server.addresses == [f"127.0.0.1:{server.port}"]
+
+
+def test_chosen_port_is_the_same_on_all_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    addresses_of(monkeypatch, "several", "127.0.0.1", "127.0.0.2")
+    real, taken = socket.create_server, []
+
+    def create_server(address: tuple[str, int], **options: int) -> socket.socket:
+        if address[0] == "127.0.0.2" and len(taken) < 3:
+            taken.append(address[1])
+            raise OSError(errno.EADDRINUSE, "Address already in use")
+        return real(address, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket, "create_server", create_server)
+    with serving(host="several") as server:
+        assert server.addresses == [f"127.0.0.1:{server.port}", f"127.0.0.2:{server.port}"]
+    assert len(taken) == 3
+
+
+def test_port_in_use_error_names_the_setting(server: Server) -> None:
+    with pytest.raises(CannotStart, match=r"in use.*--http-port"), serving(http_port=server.port):
+        pass
+    with pytest.raises(CannotStart, match=r"in use.*--port"), serving(port=server.port):
+        pass
+
+
+# Processes that are forked
+
+
+@contextmanager
+def forked(run: Callable[[], object] = str) -> Iterator[str]:
+    """A child process that goes on until the test is done; what `run` returns there, as text."""
+    said, say = os.pipe()
+    wait, end = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.close(end)
+            os.write(say, str(run()).encode() or b" ")
+            os.read(wait, 1)
+        finally:
+            os._exit(0)
+    os.close(say)
+    os.close(wait)
+    try:
+        yield os.read(said, 65536).decode()
+    finally:
+        os.close(end)
+        os.waitpid(child, 0)
+        os.close(said)
+
+
+@contextmanager
+def forked_without_hooks() -> Iterator[None]:
+    """A child process as a C library makes it, until the test is done.
+
+    It runs no Python, because it may have locks of the interpreter that other threads of its parent held.
+    """
+    libc = ctypes.PyDLL(None)
+    # So that no other thread waits for the interpreter, and asks this one to let go of it in the child.
+    time.sleep(UNIT / 20)
+    child = libc.fork()
+    if not child:
+        libc.pause()
+    try:
+        yield
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def open_sockets() -> set[str]:
+    """The sockets that this process has, by inode."""
+    links = []
+    for descriptor in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):
+            links.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+    return {link for link in links if link.startswith("socket:")}
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("fork", [forked, forked_without_hooks])
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+def test_stop_closes_listener_despite_forked_child(
+    tmp_path: Path, kind: str, fork: Callable[[], AbstractContextManager[object]]
+) -> None:
+    host = "127.0.0.1" if kind == "tcp" else f"unix:{tmp_path}/socket"
+    with serving(host=host, http_port=0) as server:
+        port, http_port = server.port if kind == "tcp" else 0, server.http_port
+        address = ("127.0.0.1", port) if kind == "tcp" else f"{tmp_path}/socket"
+        wire = Wire(address)
+        assert wire.call("PING") == "PONG"
+        with fork():
+            server.stop()
+            with socket.socket(socket.AF_INET if port else socket.AF_UNIX) as late:
+                assert late.connect_ex(address) in (errno.ECONNREFUSED, errno.ENOENT)
+            # To the end of the stream, which a copy in the child would keep open.
+            with closing(wire):
+                while wire.socket.recv(65536):
+                    pass
+            with serving(host=host, port=port, http_port=http_port), closing(Wire(address)) as again:
+                assert again.call("PING") == "PONG"
+
+
+def test_closed_connection_ends_despite_forked_child(server: Server, wire: Wire) -> None:
+    wire.call("PING")
+    (connection,) = server._workers[0].connections
+    with forked_without_hooks():
+        server._workers[0].post(lambda: connection.close("for the test"))
+        assert wire.ended()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_forked_child_holds_no_server_sockets(tmp_path: Path) -> None:
+    before = open_sockets()
+    with serving(http_port=0, snapshot_file=str(tmp_path / "it")) as server, wire_to(server) as wire:
+        assert wire.call("PING") == "PONG"
+        client_side = os.readlink(f"/proc/self/fd/{wire.socket.fileno()}")
+        with forked(lambda: sorted(open_sockets() - before)) as left:
+            assert left == str([client_side])
+        assert wire.call("PING") == "PONG"
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_forked_child_leaving_with_block_does_not_stop_server(tmp_path: Path) -> None:
+    file, path = tmp_path / "snapshot", tmp_path / "socket"
+    with serving(host=f"unix:{path}", snapshot_file=str(file)) as server:
+        wire = Wire(str(path))
+        wire.call("PUT", "t", "x")
+        with forked(lambda: server.__exit__(None, None, None)) as result:
+            assert result == "None"
+        assert path.exists()
+        assert not file.exists()
+        with pytest.raises(CannotStart, match="another server"), serving(snapshot_file=str(file)):
+            pass
+        assert wire.call("READ", "t", 0)[3] == b"x"
+        wire.close()

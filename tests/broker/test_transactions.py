@@ -1,0 +1,292 @@
+"""MULTI and EXEC: what is queued, what is refused, and that puts are stored all or not at all."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from conftest import SOON, Wire, as_map, serving, wait_until, wire_to
+from dsmq.broker import commands
+from dsmq.broker import event_loop as worker
+from dsmq.client import connect
+from dsmq.errors import ReplyError
+from dsmq.server import Server
+from dsmq.wire.resp import encode_request
+
+
+def transact(wire: Wire, *requests: tuple[object, ...]) -> object:
+    """Queue these, each of which is to be accepted, and return the reply to EXEC."""
+    assert wire.call("MULTI") == "OK"
+    for request in requests:
+        assert wire.call(*request) == "QUEUED"  # type: ignore[arg-type]
+    return wire.call("EXEC")
+
+
+def codes(replies: object) -> list[object]:
+    assert isinstance(replies, list)
+    return [reply.code if isinstance(reply, ReplyError) else reply for reply in replies]
+
+
+def test_exec_runs_queued_requests_in_order(server: Server, wire: Wire) -> None:
+    assert wire.call("MULTI") == "OK"
+    for words in (["PUT", "t", "a"], ["get", "t"], ["put", "t", "b"], ["GET", "t"], ["GET", "t"], ["PING"]):
+        assert wire.call(*words) == "QUEUED"
+    assert server.totals().stored == 0
+    assert wire.call("EXEC") == [1, b"a", 2, b"b", None, "PONG"]
+    assert wire.call("PUT", "t", "c") == 3
+    assert server.counters().commands["EXEC"] == 1
+    assert server.counters().commands["PUT"] == 3
+
+
+def test_empty_transaction_replies_empty_array(wire: Wire) -> None:
+    assert transact(wire) == []
+    assert wire.call("PING") == "PONG"
+
+
+def test_read_does_not_see_later_puts_of_its_transaction(wire: Wire) -> None:
+    assert wire.call("PUT", "t", "before") == 1
+    replies = transact(
+        wire,
+        ("READ", "t", 0, "LATEST"),
+        ("GETLATEST", "t"),
+        ("PUT", "t", "a"),
+        ("READ", "t", 0),
+        ("READ", "t", 0, "LATEST"),
+        ("READ", "u", 0),
+        ("PUT", "u", "x"),
+        ("GETLATEST", "t"),
+        ("PUT", "t", "b"),
+        ("READ", "t", 0),
+        ("READ", "u", 0),
+        ("GETLATEST", "t"),
+    )
+    found = [reply[3::5] if isinstance(reply, list) else reply for reply in replies]  # type: ignore[attr-defined]
+    before = [[b"before"], b"before"]
+    assert found == [
+        *before, 2, [b"before", b"a"], [b"a"], [], 3, b"a", 4, [b"before", b"a", b"b"], [b"x"], b"b"
+    ]  # fmt: skip
+
+
+def test_get_latest_below_id_finds_written_messages(server: Server) -> None:
+    store = server._store
+    store.append([(b"t", b"%d" % number, None) for number in range(1, 300)])
+    for _ in range(2):
+        for below in (2, 128, 129, 150, 299, 300):
+            [found] = store.latest(b"t", 0, below)  # type: ignore[misc,union-attr]
+            assert found.id == below - 1
+        assert store.latest(b"t", 0, 1) == store.latest(b"t", 5, 6) == []
+        store.flush()
+
+
+def test_blocking_reads_do_not_wait_in_transaction(server: Server, wire: Wire) -> None:
+    assert transact(wire, ("GETWAIT", "t", 86_400_000), ("READ", "t", 0, "WAIT", 86_400_000)) == [None, []]
+    # Behind it, waits are waits again.
+    wire.send(encode_request(b"GETWAIT", b"t", b"60000"))
+    wait_until(lambda: server.waiting() == 1)
+    server._workers[0].post(lambda: server._workers[0].put_together([(b"t", b"x", None)]) and None)
+    assert wire.receive() == b"x"
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["NOSUCH"], "UNKNOWN"),
+        ([""], "UNKNOWN"),
+        (["PUT", "t"], "BADREQUEST"),
+        (["PUT", "", "x"], "BADREQUEST"),
+        (["PUT", "t", "x", "KEY", "me", "one"], "BADREQUEST"),
+        (["PUT", "t", "x" * 101], "TOOBIG"),
+        (["PUT", "t", "x", "RUN", "another"], "EPOCH"),
+        (["READ", "t", "x"], "BADREQUEST"),
+        (["READ", "t", "0", "COUNT", "0"], "BADREQUEST"),
+        (["GETWAIT", "t", "x"], "BADREQUEST"),
+        (["GET", b"\xff"], "BADREQUEST"),
+        (["multi"], "BADREQUEST"),
+        (["HELLO", "3"], "BADREQUEST"),
+        (["AUTH", "x"], "BADREQUEST"),
+        (["QUIT"], "BADREQUEST"),
+        (["SHUTDOWN"], "BADREQUEST"),
+    ],
+)
+def test_invalid_request_aborts_transaction(words: list[str], code: str) -> None:
+    with serving(max_message_bytes=100) as server, wire_to(server) as wire:
+        assert wire.call("MULTI") == "OK"
+        assert wire.call("PUT", "t", "x") == "QUEUED"
+        assert wire.error(*words) == code
+        assert wire.call("PUT", "t", "x") == "QUEUED"
+        assert wire.error("EXEC") == "EXECABORT"
+        assert server.totals().stored == 0
+        assert wire.call("PUT", "t", "x") == 1
+        assert transact(wire, ("PUT", "t", "x")) == [2]
+
+
+def test_discard_drops_queued_requests(server: Server, wire: Wire) -> None:
+    assert wire.call("MULTI") == "OK"
+    assert wire.call("PUT", "t", "x") == "QUEUED"
+    assert wire.call("DISCARD") == "OK"
+    assert wire.error("EXEC") == wire.error("DISCARD") == "BADREQUEST"
+    assert server.totals().stored == 0
+    # Also if something was refused.
+    assert wire.call("MULTI") == "OK"
+    wire.error("NOSUCH")
+    assert wire.call("DISCARD") == "OK"
+    assert transact(wire, ("PUT", "t", "x")) == [1]
+
+
+@pytest.mark.parametrize(
+    ("count", "size"), [(commands.MAX_QUEUED_REQUESTS, 1), (8, commands.MAX_QUEUED_BYTES // 8 - 4)], ids=repr
+)
+def test_transaction_size_is_limited(server: Server, wire: Wire, count: int, size: int) -> None:
+    body = "x" * size
+    assert transact(wire, *[("PUT", "t", body)] * count) == list(range(1, count + 1))
+    assert wire.call("MULTI") == "OK"
+    for _ in range(count):
+        assert wire.call("PUT", "t", body) == "QUEUED"
+    (connection,) = server._workers[0].connections
+    assert connection.transaction
+    assert connection.transaction.memory >= count * size
+    assert wire.error("PUT", "t", "x") == "TOOBIG"
+    assert connection.transaction.memory == 0
+    assert wire.call("PUT", "t", body) == "QUEUED"
+    assert connection.transaction.memory == 0
+    assert wire.error("EXEC") == "EXECABORT"
+    assert server.totals().stored == count
+
+
+def test_transaction_over_storage_limit_stores_nothing() -> None:
+    with serving(max_stored_messages=3) as server, wire_to(server) as wire:
+        assert wire.call("PUT", "t", "x") == 1
+        replies = transact(wire, ("PUT", "t", "y"), ("GET", "t"), *[("PUT", "t", "z")] * 2)
+        assert codes(replies) == ["FULL", b"x", "FULL", "FULL"]
+        assert server.totals().stored == 1
+        assert server.counters().puts_refused == {"FULL": 3}
+        assert transact(wire, ("PUT", "t", "y"), ("PUT", "t", "y")) == [2, 3]
+
+
+def test_duplicate_put_replies_first_id_and_forgotten_one_aborts(server: Server, wire: Wire) -> None:
+    key = ("KEY", "me")
+    assert wire.call("PUT", "t", "x", *key, 1) == 1
+    assert wire.call("PUT", "other", "x") == 2
+    replies = transact(
+        wire, ("PUT", "t", "x", *key, 1), ("PUT", "t", "y", *key, 2), ("READ", "t", 0), ("PUT", "t", "y", *key, 2)
+    )
+    assert isinstance(replies, list)
+    assert (replies[:2], replies[2][3::5], replies[3]) == ([1, 3], [b"x", b"y"], 3)
+    server._store._deduplicator._producers[b"me"].forgotten = 0  # type: ignore[attr-defined]
+    assert codes(transact(wire, ("PUT", "t", "z"), ("PUT", "t", "z", *key, 0))) == ["FORGOTTEN"] * 2
+    assert server.totals().stored == 3
+
+
+def test_limit_lowered_before_exec_refuses_all_puts(server: Server, wire: Wire) -> None:
+    assert wire.call("MULTI") == "OK"
+    for body in ("x", "xx"):
+        assert wire.call("PUT", "t", body) == "QUEUED"
+    server._services.settings = server.settings.model_copy(update={"max_message_bytes": 1})
+    assert codes(wire.call("EXEC")) == ["TOOBIG"] * 2
+    assert server.totals().stored == 0
+
+
+def test_transaction_puts_wake_readers_of_all_workers() -> None:
+    with serving(io_threads=2) as server, wire_to(server) as wire, wire_to(server) as one, wire_to(server) as two:
+        for reader in (one, two):
+            reader.send(encode_request(b"GETWAIT", b"t", b"60000"))
+        wait_until(lambda: server.waiting() == 2)
+        assert transact(wire, ("PUT", "t", "x")) == [1]
+        assert one.receive() == two.receive() == b"x"
+
+
+def test_pipelined_transaction_keeps_order_with_other_puts(wire: Wire) -> None:
+    requests = ("PUT t a", "MULTI", "PUT t b", "READ t 0", "EXEC", "PUT t c", "GET t")
+    wire.send("".join(request + "\r\n" for request in requests).encode())
+    replies = [wire.receive() for _ in requests]
+    assert replies[:4] == [1, "OK", "QUEUED", "QUEUED"]
+    found = replies[4]
+    assert isinstance(found, list)
+    assert found[0] == 2
+    assert found[1][3::5] == [b"a", b"b"]  # type: ignore[index]
+    assert replies[5:] == [3, b"a"]
+
+
+@pytest.mark.slow
+def test_long_exec_reply_does_not_block_other_clients() -> None:
+    with serving(max_unread_reply_bytes=65_536) as server, wire_to(server) as wire, wire_to(server) as slow:
+        assert wire.call("PUT", "t", "x" * 100_000) == 1
+        read = encode_request(b"READ", b"t", b"0")
+        slow.send(encode_request(b"MULTI") + read * 500 + encode_request(b"EXEC") + encode_request(b"PING"))
+        wait_until(lambda: server.counters().commands["EXEC"] == 1)
+        (connection,) = [one for one in server._workers[0].connections if one.steps]
+        left = 0
+        while left != len(connection.steps):
+            left = len(connection.steps)
+            assert wire.call("PING") == "PONG"
+            assert len(connection._out) < 65_536 + 100_100
+        assert left > 300
+        data = b""
+        while not data.endswith(b"+PONG\r\n"):
+            data += slow.socket.recv(10_000_000)
+        assert data.startswith(b"+OK\r\n" + b"+QUEUED\r\n" * 500 + b"*500\r\n*5\r\n:1\r\n:1\r\n:")
+        assert data.count(b"x" * 100_000) == 500
+
+
+def test_a_stop_in_the_middle_of_exec_ends_its_array_by_closing(
+    server: Server, wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (loop,) = server._workers
+    for name in ("TURN_SECONDS", "MOST_SLICE_SECONDS", "LEAST_SLICE_SECONDS"):
+        monkeypatch.setattr(worker, name, 0.0)
+    wire.send(b"".join(encode_request(*words) for words in ([b"MULTI"], [b"PUT", b"t", b"x"], *[[b"PING"]] * 100)))
+    assert [wire.receive() for _ in range(102)] == ["OK", *["QUEUED"] * 101]
+    turn = loop._turn
+
+    def turn_and_stop() -> None:
+        turn()
+        if loop._stop_at == math.inf and any(connection.steps for connection in loop.connections):
+            loop.stop(SOON)
+
+    monkeypatch.setattr(loop, "_turn", turn_and_stop)
+    wire.send(encode_request(b"EXEC"))
+    lines = b"".join(iter(lambda: wire.socket.recv(65536), b"")).split(b"\r\n")
+    # Of the array nothing comes behind the error, but its puts are stored.
+    assert lines[:2] == [b"*101", b":1"]
+    assert lines[-2:] == [b"-CLOSING the server is stopping", b""]
+    assert 2 < len(lines) < 101
+    assert server.totals().stored == 1
+    loop.thread.join()
+
+
+def test_forbidden_command_aborts_transaction(tmp_path: Path) -> None:
+    file = tmp_path / "tokens"
+    file.write_text("one read reader-0123456789\n")
+    with serving(auth_token_file=str(file)) as server, wire_to(server) as wire:
+        assert wire.error("MULTI") == "NOAUTH"
+        assert wire.call("AUTH", "reader-0123456789") == "OK"
+        assert transact(wire, ("GET", "t")) == [None]
+        assert wire.call("MULTI") == "OK"
+        assert wire.error("PUT", "t", "x") == "NOPERM"
+        assert wire.error("EXEC") == "EXECABORT"
+
+
+def test_withdrawn_token_aborts_transaction(server: Server, wire: Wire) -> None:
+    assert wire.call("MULTI") == "OK"
+    assert wire.call("PUT", "t", "x") == "QUEUED"
+    server._services.access = replace(server._services.access, client_ca_file="another")
+    server._workers[0].post(server._workers[0].apply_settings)
+    assert wire.ended()
+    assert server.totals().stored == 0
+
+
+def test_disconnect_before_exec_stores_nothing(server: Server, wire: Wire) -> None:
+    assert wire.call("MULTI") == "OK"
+    assert wire.call("PUT", "t", "x") == "QUEUED"
+    wire.close()
+    with connect(port=server.port) as mq:
+        assert mq.put("t", "y") == 1
+
+
+def test_map_in_transaction_is_a_resp3_map(wire: Wire) -> None:
+    assert as_map(wire.call("HELLO", 2))[b"proto"] == 2
+    [stats] = transact(wire, ("STATS", "t"))  # type: ignore[misc]
+    assert as_map(stats)[b"messages"] == 0

@@ -1,0 +1,28 @@
+"""The scenarios of tests/chaos, in small: whatever breaks, no promise does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from chaos import run
+from chaos.scenarios import SCENARIOS
+from chaos.stage import NotHere
+
+pytestmark = [
+    pytest.mark.chaos,
+    pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="processes are read from /proc"),
+]
+SEED = 8
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_no_promise_breaks(name: str) -> None:
+    try:
+        outcome = run.play(name, SEED, quick=True)
+    except NotHere as reason:
+        pytest.skip(str(reason))
+    assert outcome.returned
+    assert outcome.read
+    assert not outcome.violations, run.show(outcome)

@@ -1,0 +1,380 @@
+"""What is asked so that it can be asked again; no sockets."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import pytest
+from test_session import a_reader, a_session, accept, entries, hello, take
+
+from dsmq.client import requests as calls
+from dsmq.client.requests import Call, NonIdempotent, Producer, Put, PutMany, Read, Retries
+from dsmq.errors import AuthRequired, Closing, ConnectionLost, Full, ProtocolError, TimedOut
+from dsmq.wire.resp import RequestParser
+
+BROKEN = ConnectionResetError("broken")
+CLOSING = Closing("the server is stopping")
+
+
+def requests(data: bytes) -> list[list[bytes]]:
+    parser = RequestParser(1_000_000)
+    parser.feed(data)
+    found = []
+    while request := parser.next():
+        found.append(request)
+    assert len(parser) == 0
+    return found
+
+
+def request(data: bytes) -> list[bytes]:
+    [found] = requests(data)
+    return found
+
+
+# Puts
+
+
+def test_puts_are_numbered_on_each_connection() -> None:
+    session, one, two = a_session(), Producer(b"run"), Producer(b"run")
+    first, second, other = (request(Put(session, "t", "x").request(producer))[3:] for producer in (one, one, two))
+    assert (first[0], first[2], second[2], other[2]) == (b"KEY", b"1", b"2", b"1")
+    assert first[1] == second[1] != other[1]
+
+
+@pytest.mark.parametrize("error", [BROKEN, TimeoutError("no reply"), OSError()])
+def test_unanswered_put_is_retried_with_its_key(error: Exception) -> None:
+    put, producer = Put(a_session(), "t", "x"), Producer(b"run")
+    first = request(put.request(producer))
+    assert first[:3] == [b"PUT", b"t", b"x"]
+    assert put.on_connection_lost(error) is False
+    for _ in range(2):
+        assert request(put.request(Producer(b"run"))) == [*first, b"AGAIN"]
+    assert put.to_error(error).may_be_stored
+
+
+def test_unanswered_put_is_not_sent_to_another_server() -> None:
+    put = Put(a_session(), "t", "x")
+    put.request(Producer(b"one"))
+    put.on_connection_lost(BROKEN)
+    with pytest.raises(ConnectionLost, match="restarted") as told:
+        put.request(Producer(b"two"))
+    assert told.value.may_be_stored
+
+
+def test_put_is_not_retried_after_server_may_have_forgotten_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    put, many, now = Put(a_session(), "t", "x"), PutMany(a_session(), "t", [*"ab"]), 1000.0
+    # The one that goes on while the machine sleeps.
+    monkeypatch.setattr(calls, "boot_time", lambda: now)
+    put.request(Producer(b"run"))
+    in_batches(many)
+    put.on_connection_lost(BROKEN)
+    many.on_connection_lost(BROKEN)
+    now += 300
+    assert request(put.request(Producer(b"run")))[-1] == b"AGAIN"
+    assert in_batches(many) == [[b"a", b"b"]]
+    now += 1
+    with pytest.raises(ConnectionLost, match="no reply for 300 s") as told:
+        put.request(Producer(b"run"))
+    assert told.value.may_be_stored
+    with pytest.raises(ConnectionLost, match="no reply for 300 s"):
+        in_batches(many)
+
+
+@pytest.mark.parametrize("error", [CLOSING, TimedOut("idle for too long"), AuthRequired("by other rules")])
+def test_refused_put_may_go_to_any_server(error: Exception) -> None:
+    put = Put(a_session(), "t", "x")
+    put.request(Producer(b"one"))
+    put.on_connection_lost(error)
+    assert request(put.request(Producer(b"two")))[-1] == b"1"
+    assert not put.to_error(error).may_be_stored
+    # That the server is closing now says nothing of the time before.
+    put.on_connection_lost(BROKEN)
+    put.request(Producer(b"two"))
+    put.on_connection_lost(CLOSING)
+    assert put.to_error(CLOSING).may_be_stored
+
+
+# Many puts
+
+
+def in_batches(puts: PutMany, producer: Producer | None = None) -> list[list[bytes]]:
+    """Return the messages put in each batch; each holds as many requests as it says."""
+    found = []
+    for count, data in puts.batches(producer or Producer(b"run")):
+        batch = requests(data)
+        assert len(batch) == count
+        found.append([request[2] for request in batch if request[:2] == [b"PUT", b"t"]])
+    return found
+
+
+def test_batches_are_bounded_by_puts_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "PUTS_AT_ONCE", 3)
+    monkeypatch.setattr(calls, "BYTES_AT_ONCE", 250)
+    puts = PutMany(a_session(), "t", ["1", "2", b"3", "4" * 250, "5", "6" * 250, "7"])
+    assert in_batches(puts) == [[b"1", b"2", b"3"], [b"4" * 250], [b"5", b"6" * 250], [b"7"]]
+    puts.raise_if_failed()
+
+
+def test_empty_put_many_sends_no_batch() -> None:
+    puts = PutMany(a_session(), "t", [])
+    assert in_batches(puts) == []
+    puts.raise_if_failed()
+
+
+def test_messages_before_invalid_one_are_put(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "PUTS_AT_ONCE", 2)
+    puts = PutMany(a_session(), "t", ["1", "2", "3", 4, "5"])  # type: ignore[list-item]
+    assert in_batches(puts) == [[b"1", b"2"], [b"3"]]
+    with pytest.raises(TypeError):
+        puts.raise_if_failed()
+
+
+def test_messages_before_failed_generator_are_put() -> None:
+    def messages() -> Iterator[str]:
+        yield "1"
+        raise ZeroDivisionError
+
+    puts = PutMany(a_session(), "t", messages())
+    assert in_batches(puts) == [[b"1"]]
+    with pytest.raises(ZeroDivisionError):
+        puts.raise_if_failed()
+
+
+def test_put_many_resumes_after_last_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "PUTS_AT_ONCE", 2)
+    puts, first, second = PutMany(a_session(), "t", [*"abcde"]), Producer(b"run"), Producer(b"run")
+    sent = [request for _, data in itertools.islice(puts.batches(first), 2) for request in requests(data)]
+    puts.take_reply(7)
+    assert puts.on_connection_lost(BROKEN)
+    assert not puts.on_connection_lost(BROKEN)
+    again = [request for _, data in puts.batches(second) for request in requests(data)]
+    assert again[:3] == [[*request, b"AGAIN"] for request in sent[1:]]
+    assert [request[2] for request in again] == [b"b", b"c", b"d", b"e"]
+    # What is new has the key of the connection it is sent on first.
+    assert (again[0][4] == sent[0][4], again[3][4] == sent[0][4], again[3][5]) == (True, False, b"1")
+    for number in range(8, 12):
+        puts.take_reply(number)
+    assert puts.ids == [7, 8, 9, 10, 11]
+    assert puts.on_connection_lost(BROKEN)
+    assert not puts.to_error(BROKEN).may_be_stored
+
+
+def test_unanswered_put_many_is_not_sent_to_another_server() -> None:
+    puts = PutMany(a_session(), "t", [*"ab"])
+    in_batches(puts, Producer(b"one"))
+    puts.on_connection_lost(BROKEN)
+    with pytest.raises(ConnectionLost, match="restarted") as told:
+        in_batches(puts, Producer(b"two"))
+    assert told.value.may_be_stored
+
+
+def test_refused_put_many_may_go_to_any_server() -> None:
+    puts = PutMany(a_session(), "t", [*"ab"])
+    in_batches(puts, Producer(b"one"))
+    puts.on_connection_lost(CLOSING)
+    assert in_batches(puts, Producer(b"two")) == [[b"a", b"b"]]
+    assert not puts.to_error(CLOSING).may_be_stored
+
+
+def test_only_possibly_stored_puts_are_retried_with_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "PUTS_AT_ONCE", 2)
+    puts = PutMany(a_session(), "t", [*"abcd"])
+    next(puts.batches(Producer(b"one")))
+    puts.on_connection_lost(BROKEN)
+    batches = puts.batches(Producer(b"one"))
+    next(batches)
+    puts.take_reply(1)
+    next(batches)
+    puts.on_connection_lost(CLOSING)
+    # Of "b", what was sent first had no answer; "c" and "d" were not run.
+    sent = [request for _, data in puts.batches(Producer(b"one")) for request in requests(data)]
+    assert [(request[2], request[-1] == b"AGAIN") for request in sent] == [(b"b", True), (b"c", False), (b"d", False)]
+    puts.take_reply(2)
+    puts.on_connection_lost(CLOSING)
+    assert not puts.to_error(CLOSING).may_be_stored
+    assert in_batches(puts, Producer(b"two")) == [[b"c", b"d"]]
+
+
+def test_slow_messages_are_not_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def messages() -> Iterator[str]:
+        nonlocal now
+        for message in "abcd":
+            now += 0.06
+            yield message
+
+    now = 0.0
+    monkeypatch.setattr(calls.time, "monotonic", lambda: now)
+    # All replies are read before each.
+    assert in_batches(PutMany(a_session(), "t", messages())) == [[], [b"a", b"b"], [], [b"c", b"d"]]
+
+
+def test_unsent_puts_are_neither_old_nor_unsure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def messages() -> Iterator[str]:
+        nonlocal now
+        yield "a"
+        now += 1000.0
+        yield "b"
+
+    now = 0.0
+    monkeypatch.setattr(calls.time, "monotonic", lambda: now)
+    monkeypatch.setattr(calls, "boot_time", lambda: now)
+    puts = PutMany(a_session(), "t", messages())
+    batches = puts.batches(Producer(b"one"))
+    # Here it is found that the connection has ended.
+    assert next(batches) == (0, b"")
+    puts.on_connection_lost(BROKEN)
+    assert not puts.to_error(BROKEN).may_be_stored
+    assert next(puts.batches(Producer(b"two")))[0] == 2
+    puts.on_connection_lost(BROKEN)
+    assert puts.to_error(BROKEN).may_be_stored
+    assert in_batches(puts, Producer(b"two")) == [[b"a", b"b"]]
+
+
+def test_error_in_put_many_reports_what_is_stored() -> None:
+    puts = PutMany(a_session(), "t", iter("ab" + "c" * 1000))
+    batches = puts.batches(Producer(b"one"))
+    count, _ = next(batches)
+    puts.take_reply(1)
+    puts.take_reply(Full("no room"))
+    puts.take_reply(Full("still no room"))
+    for number in range(2, count - 1):
+        puts.take_reply(number)
+    # Nothing more is sent.
+    assert list(batches) == []
+    with pytest.raises(Full, match=r"^no room$") as caught, puts:
+        puts.raise_if_failed()
+    assert (caught.value.stored_before, caught.value.stored_behind) == (1, count - 3)
+    assert len(puts.ids) == count - 2
+
+
+def test_puts_after_error_are_resent_on_next_connection() -> None:
+    puts = PutMany(a_session(), "t", [*"abc"])
+    in_batches(puts)
+    puts.take_reply(1)
+    puts.take_reply(Full("no room"))
+    puts.on_connection_lost(CLOSING)
+    assert in_batches(puts, Producer(b"two")) == [[b"c"]]
+
+
+def test_invalid_put_reply_is_not_a_refusal() -> None:
+    puts = PutMany(a_session(), "t", [*"ab"])
+    in_batches(puts)
+    with pytest.raises(ProtocolError):
+        puts.take_reply(b"no number")
+
+
+# Reads, and the rest
+
+
+def test_retried_read_has_remaining_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, now = a_reader(), 100.0
+    monkeypatch.setattr(calls.time, "monotonic", lambda: now)
+    read, producer = Read(a_session(), reader, 110.0), Producer(b"run")
+    assert request(read.request(producer)) == [b"READ", b"t", b"0", b"WAIT", b"10000"]
+    assert read.seconds == 10
+    now = 107.5
+    accept(reader, entries(3))
+    # What another call has read ahead is not waited for.
+    assert request(read.request(producer)) == [b"READ", b"t", b"3"]
+    take(reader)
+    assert request(read.request(producer)) == [b"READ", b"t", b"3", b"WAIT", b"2500"]
+    now = 111.0
+    assert request(read.request(producer)) == [b"READ", b"t", b"3"]
+    assert read.seconds == 0
+    assert not read.to_error(BROKEN).may_be_stored
+
+
+def test_long_wait_is_split_into_requests() -> None:
+    read = Read(a_session(), a_reader(), math.inf)
+    assert request(read.request(Producer(b"run")))[-1] == b"15000"
+    assert request(Read(a_session(), a_reader(), latest=True).request(Producer(b"run"))) == [
+        b"READ",
+        b"t",
+        b"0",
+        b"LATEST",
+    ]
+
+
+def test_read_size_adapts_to_connection_speed() -> None:
+    session, reader = a_session(), a_reader(7)
+    reader.count, session.read_bytes = 5, 4096
+    words = request(Read(session, reader, math.inf).request(Producer(b"run")))
+    assert words == [b"READ", b"t", b"7", b"COUNT", b"5", b"BYTES", b"4096", b"WAIT", b"15000"]
+
+
+def test_replaced_server_is_not_read_from() -> None:
+    session = a_session()
+    reader, old = session.reader("t"), Producer(session.era.run, session.era)
+    session.handle_hello(hello("two"))
+    for latest in (False, True):
+        with pytest.raises(ConnectionResetError, match="restarted"):
+            Read(session, reader, latest=latest).request(old)
+        assert Read(session, reader, latest=latest).request(Producer(session.era.run, session.era))
+
+
+def test_non_idempotent_request_is_retried_only_if_not_run() -> None:
+    shutdown = NonIdempotent(b"*1\r\n$8\r\nSHUTDOWN\r\n")
+    assert shutdown.on_connection_lost(CLOSING) is False
+    assert request(shutdown.request(Producer(b"a"))) == [b"SHUTDOWN"]
+    with pytest.raises(ConnectionLost, match="broken"):
+        shutdown.on_connection_lost(BROKEN)
+    # Nothing was sent.
+    assert NonIdempotent(b"").on_connection_lost(BROKEN) is False
+
+
+@pytest.mark.parametrize(
+    ("waited", "error", "achieved"), [(1.5, BROKEN, True), (0.5, BROKEN, False), (1.5, TimeoutError("no reply"), False)]
+)
+def test_waited_read_counts_as_having_a_server(
+    monkeypatch: pytest.MonkeyPatch, waited: float, error: Exception, achieved: bool
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(calls.time, "monotonic", lambda: now)
+    read = Read(a_session(), a_reader(), 101.0)
+    assert read.on_connection_lost(error) is False
+    read.request(Producer(b"run"))
+    now += waited
+    assert read.on_connection_lost(error) is achieved
+    # When its time is over it waits no more.
+    now = 102.0
+    read.request(Producer(b"run"))
+    now += waited
+    assert read.on_connection_lost(error) is False
+
+
+def test_idempotent_request_is_resent_unchanged() -> None:
+    ping = Call(b"*1\r\n$4\r\nPING\r\n")
+    assert ping.request(Producer(b"a")) == ping.request(Producer(b"b"))
+    assert ping.on_connection_lost(BROKEN) is False
+    assert str(ping.to_error(BROKEN)) == "broken"
+
+
+# When to try again
+
+
+def test_first_retry_is_immediate_then_backs_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(calls.time, "monotonic", lambda: now)
+    retries, taken = Retries(30.0), []
+    while (pause := retries.next_delay()) is not None:
+        taken.append(pause)
+        now += pause
+    assert taken[0] == 0
+    for attempt, pause in enumerate(taken[1:]):
+        longest = min(1.0, 0.01 * 2**attempt)
+        assert longest / 2 <= pause <= longest
+    assert 128.9 <= now < 130
+    now = 130.0
+    assert retries.next_delay() is None
+    retries.reset()
+    assert retries.next_delay() == 0
+
+
+def test_no_time_means_no_retry() -> None:
+    assert Retries(0.0).next_delay() is None
+
+
+def test_retry_pauses_are_randomized() -> None:
+    assert len({tuple(itertools.islice(calls._retry_delays(), 5)) for _ in range(20)}) == 20

@@ -1,0 +1,770 @@
+"""Connections that break, and servers that are started anew, while a client is at work. Real ones, and no luck."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+import trustme
+from pydantic import SecretStr
+
+from conftest import SOON, UNIT, Wire, serving, wait_until, wire_to
+from dsmq import aio
+from dsmq import settings as config
+from dsmq.client import DSMQClientSideConnection, async_connection, connect
+from dsmq.client import requests as calls
+from dsmq.client.connection import LONG_PAUSE_SECONDS, Connection
+from dsmq.client.dial import Endpoint
+from dsmq.errors import Busy, ClientClosed, Closing, ConnectionLost, Forgotten, Full, ReplyError, WrongToken
+from dsmq.server import Server
+from dsmq.wire.resp import encode_bulk
+
+
+@pytest.fixture
+def states() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def mq(server: Server, states: list[str]) -> Iterator[DSMQClientSideConnection]:
+    with connect(port=server.port, on_state_change=states.append) as mq:
+        yield mq
+
+
+@pytest.fixture
+def lose_reply(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """A function: after so many replies, one is lost with its connection."""
+    left = math.inf
+
+    def receive(link: Connection) -> object:
+        nonlocal left
+        reply = original(link)
+        left -= 1
+        if left < 0:
+            left = math.inf
+            raise ConnectionResetError("a test has lost it")
+        return reply
+
+    def arm(count: int = 0) -> None:
+        nonlocal left
+        left = count
+
+    original = Connection.receive
+    monkeypatch.setattr(Connection, "receive", receive)
+    return arm
+
+
+def test_put_with_lost_reply_is_stored_once(
+    mq: DSMQClientSideConnection, lose_reply: Callable[..., None], states: list[str]
+) -> None:
+    assert mq.put("t", "1") == 1
+    lose_reply()
+    assert mq.put("t", "2") == 2
+    assert mq.put("t", "3") == 3
+    assert mq.get_many("t") == ["1", "2", "3"]
+    assert states == ["lost", "resumed"]
+
+
+@pytest.mark.parametrize("after", [0, 1, 499, 500, 700, 1499])
+def test_put_many_resumes(
+    server: Server, mq: DSMQClientSideConnection, lose_reply: Callable[..., None], after: int
+) -> None:
+    messages = [str(number) for number in range(1500)]
+    lose_reply(after)
+    assert mq.put_many("t", iter(messages)) == list(range(1, 1501))
+    assert mq.get_many("t", 2000) == messages
+    assert server.totals().stored == 1500
+
+
+def test_reads_are_retried(mq: DSMQClientSideConnection, lose_reply: Callable[..., None], states: list[str]) -> None:
+    mq.put_many("t", ["1", "2"])
+    got = []
+    for call in (lambda: mq.get("t"), lambda: mq.get_wait("t"), lambda: mq.get_latest("t"), mq.topics, mq.ping):
+        lose_reply()
+        got.append(call())
+    assert got[:3] == ["1", "2", ""]
+    assert got[3] == [("t", 2, 2)]
+    # The second had been read ahead; the reply that was to be lost then was that of the third.
+    assert states == ["lost", "resumed"] * 4
+
+
+def test_iterator_resumes(server: Server, mq: DSMQClientSideConnection) -> None:
+    got: list[str] = []
+
+    def read() -> None:
+        for message in mq.messages("t", timeout=SOON):
+            got.append(message)
+            if message == "9":
+                return
+
+    with connect(port=server.port) as writer:
+        thread = threading.Thread(target=read)
+        thread.start()
+        for number in range(10):
+            writer.put("t", str(number))
+            wait_until(lambda number=number: len(got) == number + 1)
+            if number % 3 == 0:
+                for link in list(mq._pool.connections):
+                    link.interrupt()
+        thread.join(SOON)
+    assert got == [str(number) for number in range(10)]
+
+
+def test_wait_keeps_its_deadline_over_reconnect(server: Server, mq: DSMQClientSideConnection) -> None:
+    def interrupt() -> None:
+        wait_until(lambda: server.waiting() == 1)
+        began.wait(UNIT * 3)
+        for link in list(mq._pool.connections):
+            link.interrupt()
+
+    began = threading.Event()
+    thread = threading.Thread(target=interrupt)
+    before = time.monotonic()
+    thread.start()
+    assert mq.get_wait("t", timeout=UNIT * 6) == ""
+    took = time.monotonic() - before
+    thread.join(SOON)
+    assert UNIT * 6 <= took < UNIT * 8
+
+
+def test_lost_and_restored_connection_is_logged_once(
+    mq: DSMQClientSideConnection, lose_reply: Callable[..., None], caplog: pytest.LogCaptureFixture, server: Server
+) -> None:
+    caplog.set_level(logging.INFO, "dsmq")
+    caplog.clear()
+    lose_reply()
+    mq.ping()
+    where = f"connection to 127.0.0.1 port {server.port}"
+    found = [(record.levelname, record.message) for record in caplog.records if record.name == "dsmq.client.core"]
+    assert found == [("WARNING", f"{where} lost, trying again: a test has lost it"), ("INFO", f"{where} resumed")]
+
+
+def test_put_is_answered_while_next_message_is_slow(
+    server: Server, mq: DSMQClientSideConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection breaks meanwhile, and when the next message comes it is too late to send the first again."""
+
+    def messages() -> Iterator[str]:
+        yield "1"
+        wait_until(lambda: server.totals().stored == 1)
+        hang_up(server)
+        yield "2"
+
+    monkeypatch.setattr(calls, "_LONG_BATCH_SECONDS", 0.0)
+    monkeypatch.setattr(calls, "RESEND_SECONDS", UNIT)
+    assert mq.put_many("t", messages()) == [1, 2]
+    assert mq.get_many("t") == ["1", "2"]
+
+
+def test_unsent_slow_messages_go_to_next_server(monkeypatch: pytest.MonkeyPatch, states: list[str]) -> None:
+    def messages(other: ExitStack, first: Server) -> Iterator[str]:
+        port = first.port
+        first.stop()
+        other.enter_context(serving(port=port))
+        yield "x"
+
+    async def scenario(other: ExitStack) -> None:
+        with serving() as first:
+            async with await aio.connect(port=first.port, on_state_change=states.append) as mq:
+                await mq.put("t", "x")
+                assert await mq.put_many("t", messages(other, first)) == [1]
+
+    monkeypatch.setattr(calls, "_LONG_BATCH_SECONDS", 0.0)
+    with ExitStack() as other, serving() as first, restarted(states, first.port) as mq:
+        mq.put("t", "x")
+        assert mq.put_many("t", messages(other, first)) == [1]
+    with ExitStack() as other:
+        asyncio.run(scenario(other))
+    assert states == ["lost", "replaced"] * 2
+
+
+def hang_up(server: Server) -> None:
+    """Have the server close all connections."""
+    for worker in server._workers:
+        worker.post(lambda worker=worker: [one.close("a test wants it") for one in list(worker.connections)])
+    wait_until(lambda: server.connections() == 0)
+
+
+def test_buffered_reply_is_read_if_sending_fails(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        listener.listen()
+        link = Connection(Endpoint(f"unix:{tmp_path / 'socket'}", 0), SOON)
+        with listener.accept()[0] as server:
+            server.sendall(b":7\r\n")
+    link.send(b"PING\r\n")
+    assert link.receive() == 7
+    with pytest.raises(ConnectionResetError):
+        link.receive()
+    link.close()
+
+
+def test_failed_call_has_resumed(states: list[str]) -> None:
+    with serving(max_stored_messages=1) as server, restarted(states, server.port) as mq:
+        mq.put("t", "x")
+        mq._core.announce("lost", OSError("of another thread"))
+        with pytest.raises(Full):
+            mq.put("t", "y")
+    assert states == ["lost", "resumed"]
+
+
+def test_connection_of_interrupted_call_is_closed(server: Server, mq: DSMQClientSideConnection) -> None:
+    mq._pool.borrow()
+    wait_until(lambda: server.connections() == 0)
+    mq.ping()
+
+
+def test_ended_idle_connection_is_renewed_without_retry(monkeypatch: pytest.MonkeyPatch, states: list[str]) -> None:
+    async def scenario() -> None:
+        options: Any = {"reconnect_timeout": 0, "on_state_change": states.append}
+        async with await aio.connect(port=server.port, **options) as mq:
+            hang_up(server)
+            await asyncio.sleep(2 * LONG_PAUSE_SECONDS)
+            await mq.ping()
+
+    monkeypatch.setattr("dsmq.client.connection.LONG_PAUSE_SECONDS", 0.0)
+    with serving() as server:
+        with restarted(states, server.port, reconnect_timeout=0) as mq:
+            hang_up(server)
+            mq.ping()
+        asyncio.run(scenario())
+    assert states == ["lost", "resumed"] * 2
+
+
+def test_call_on_connection_of_another_thread_has_resumed(states: list[str]) -> None:
+    with serving(max_connections=1) as server, restarted(states, server.port) as mq:
+        thread = threading.Thread(target=lambda: mq.get_wait("t", timeout=UNIT * 3))
+        thread.start()
+        wait_until(lambda: server.waiting() == 1)
+        mq.ping()
+        assert states == ["lost", "resumed"]
+        thread.join(SOON)
+
+
+def test_concurrent_first_reads_get_each_message_once(mq: DSMQClientSideConnection) -> None:
+    class Slow(str):
+        """A topic that takes its time, unless another thread has come as far."""
+
+        __slots__ = ()
+
+        def encode(self, *_: object) -> bytes:
+            with suppress(threading.BrokenBarrierError):
+                both.wait(UNIT)
+            return str.encode(self)
+
+    both = threading.Barrier(2)
+    mq.put("t", "x")
+    got: list[object] = []
+    threads = [threading.Thread(target=lambda: got.append(mq.get(Slow("t"), default=None))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(SOON)
+    assert sorted(map(str, got)) == ["None", "x"]
+
+
+# Servers that admit by other rules
+
+
+def test_reload_is_transparent_to_admitted_client(states: list[str], tmp_path: Path) -> None:
+    authority = trustme.CA()
+    ca, cert = str(tmp_path / "ca.pem"), str(tmp_path / "cert.pem")
+    authority.cert_pem.write_to_path(ca)
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(cert)
+    settings = config.load(kind=config.EmbeddedSettings, port=0, tls_cert_file=cert)
+    other = settings.model_copy(update={"tls_client_ca_file": ca})
+    shown = {"ca_file": ca, "cert_file": cert}
+    with Server(settings, load=lambda: other) as server, restarted(states, server.port, **shown) as mq:
+        mq.put("t", "1")
+        server.reload()
+        assert mq.put("t", "2") == 2
+        server.reload()
+        wait_until(lambda: server.counters().errors["NOAUTH"] == 1)
+        assert mq.get_many("t") == ["1", "2"]
+    assert states == ["lost", "resumed"]
+
+
+def test_client_with_withdrawn_token_raises(states: list[str]) -> None:
+    settings = config.load(kind=config.EmbeddedSettings, port=0, auth_token="old" * 8)
+    other = settings.model_copy(update={"auth_token": SecretStr("new" * 8)})
+    with Server(settings, load=lambda: other) as server, restarted(states, server.port, token="old" * 8) as mq:
+        mq.put("t", "1")
+        server.reload()
+        wait_until(lambda: server.connections() == 0)
+        with pytest.raises(WrongToken):
+            mq.put("t", "2")
+    assert states == ["lost", "given up"]
+
+
+# Shutting down
+
+
+def test_shutdown_works_on_ended_connection(
+    server: Server, mq: DSMQClientSideConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dsmq.client.connection.LONG_PAUSE_SECONDS", 0.0)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    hang_up(server)
+    mq.shutdown_server()
+    thread.join(SOON)
+    assert not thread.is_alive()
+    # At once.
+    with serving(port=mq.port):
+        assert mq.put("t", "x") == 1
+
+
+def test_shutdown_is_not_retried_if_it_may_have_run(
+    server: Server, mq: DSMQClientSideConnection, lose_reply: Callable[..., None], states: list[str]
+) -> None:
+    lose_reply()
+    with pytest.raises(ConnectionLost, match="a test has lost it"):
+        mq.shutdown_server()
+    assert states == []
+
+
+# Servers that come and go
+
+
+class Impostor:
+    """A server that resets its first client's connection, and is another run for the next."""
+
+    def __init__(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self._reset, self._gone = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._listener.close()
+
+    def reset(self) -> None:
+        self._reset.set()
+        assert self._gone.wait(SOON)
+
+    def _run(self) -> None:
+        with self._greeted(b"one") as first:
+            self._reset.wait(SOON)
+            first.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._gone.set()
+        with suppress(OSError), self._greeted(b"two") as second:
+            second.recv(1000)
+            second.sendall(b":7\r\n")
+            second.recv(1000)
+
+    def _greeted(self, run: bytes) -> socket.socket:
+        client, _ = self._listener.accept()
+        client.recv(1000)
+        facts = {b"epoch": b"e", b"run": run, b"last_id": 0}
+        facts |= {b"max_message_bytes": 1000, b"max_topic_bytes": 100, b"max_age_ms": 600_000}
+        words = [word for fact in facts.items() for word in fact]
+        words = [b":%d\r\n" % word if isinstance(word, int) else encode_bulk(word) for word in words]
+        client.sendall(b"*%d\r\n" % len(words) + b"".join(words))
+        return client
+
+
+def test_unsent_put_goes_to_any_server(states: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsmq.client.connection.LONG_PAUSE_SECONDS", 0.0)
+    with Impostor() as server, restarted(states, server.port) as mq:
+        server.reset()
+        assert mq.put("t", "x") == 7
+    assert states == ["lost", "restarted"]
+
+
+def test_asyncio_unsent_put_goes_to_any_server(states: list[str]) -> None:
+    async def scenario() -> None:
+        async with await aio.connect(port=server.port, on_state_change=states.append) as mq:
+            server.reset()
+            await asyncio.sleep(2 * LONG_PAUSE_SECONDS)
+            assert await mq.put("t", "x") == 7
+
+    with Impostor() as server:
+        asyncio.run(scenario())
+    assert states == ["lost", "restarted"]
+
+
+def restarted(states: list[str], port: int, **options: Any) -> DSMQClientSideConnection:
+    return connect(port=port, on_state_change=states.append, **options)
+
+
+def test_client_waits_for_restarting_server(states: list[str]) -> None:
+    with serving() as first:
+        mq = restarted(states, first.port)
+        mq.put("t", "1")
+    got: list[object] = []
+    thread = threading.Thread(target=lambda: got.append(mq.put("t", "2")))
+    thread.start()
+    wait_until(lambda: states == ["lost"])
+    with serving(port=mq.port):
+        thread.join(SOON)
+        assert got == [1]
+        assert mq.get("t") == "2"
+        assert states == ["lost", "replaced"]
+        mq.close()
+
+
+def test_possibly_stored_put_is_not_sent_to_another_server(
+    lose_reply: Callable[..., None], states: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving() as first, restarted(states, first.port) as mq:
+        mq.put("t", "1")
+
+        def replace() -> None:
+            first.stop()
+            servers.append(Server(first.settings.model_copy(update={"port": mq.port})))
+            servers[0].start()
+
+        servers: list[Server] = []
+        monkeypatch.setattr(mq._pool, "_closing", _Before(mq._pool._closing, replace))
+        lose_reply()
+        with pytest.raises(ConnectionLost, match="restarted") as told:
+            mq.put("t", "2")
+        assert told.value.may_be_stored
+        assert mq.get("t", default=None) is None
+        assert mq.put("t", "3") == 1
+        assert mq.get("t") == "3"
+        assert states == ["lost", "replaced"]
+        servers[0].stop()
+
+
+class _Before:
+    """Stands for the lock of a client; something is done before the first wait for it."""
+
+    def __init__(self, lock: Any, call: Callable[[], None]) -> None:
+        self._lock, self._calls = lock, [call]
+        self.release = lock.release
+
+    def acquire(self, *, timeout: float) -> bool:
+        while self._calls:
+            self._calls.pop()()
+        acquired: bool = self._lock.acquire(timeout=timeout)
+        return acquired
+
+
+def test_put_is_unsure_in_another_run_of_same_epoch(
+    server: Server,
+    mq: DSMQClientSideConnection,
+    lose_reply: Callable[..., None],
+    states: list[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    mq.put("t", "1")
+    server._store.run = "another"
+    mq._pool.idle[0].interrupt()
+    assert mq.get("t") == "1"
+    assert states == ["lost", "restarted"]
+    assert "messages that were put last may be lost" in caplog.text
+    lose_reply()
+    assert mq.put("t", "2") == 2
+    assert mq.get("t") == "2"
+    assert states == ["lost", "restarted", "lost", "resumed"]
+
+
+def test_client_gives_up_in_time(states: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "dsmq")
+    with serving() as server:
+        mq = restarted(states, server.port, reconnect_timeout=UNIT * 3)
+        mq.put("t", "x")
+    before = time.monotonic()
+    with pytest.raises(ConnectionLost, match=r"no server answers .* \(tried for \d+\.\d s\)") as told:
+        mq.put("t", "y")
+    assert not told.value.may_be_stored
+    assert UNIT < time.monotonic() - before < UNIT * 3 + SOON / 10
+    assert states == ["lost", "given up"]
+    assert "no connection to" in caplog.text
+    with pytest.raises(ConnectionLost):
+        mq.put("t", "y")
+    assert states == ["lost", "given up"]
+    with serving(port=mq.port):
+        assert mq.put("t", "z") == 1
+    assert states == ["lost", "given up", "replaced"]
+    mq.close()
+
+
+def test_unanswered_put_raises_maybe_stored(server: Server) -> None:
+    with connect(port=server.port, timeout=UNIT, reconnect_timeout=UNIT) as mq:
+        release = threading.Event()
+        server._workers[0].post(lambda: release.wait(SOON))
+        try:
+            with pytest.raises(ConnectionLost, match="may have been stored") as told:
+                mq.put("t", "x")
+        finally:
+            release.set()
+        assert told.value.may_be_stored
+
+
+def test_frozen_server_is_waited_for(server: Server) -> None:
+    with connect(port=server.port, timeout=UNIT * 2) as mq:
+        release = threading.Event()
+        server._workers[0].post(lambda: release.wait(SOON))
+        got: list[object] = []
+        thread = threading.Thread(target=lambda: got.append(mq.put("t", "x")))
+        thread.start()
+        wait_until(lambda: mq._core.is_down)
+        release.set()
+        thread.join(SOON)
+        assert got == [1]
+        assert mq.get_many("t") == ["x"]
+
+
+def test_close_ends_waiting_for_server() -> None:
+    with serving() as server:
+        mq = connect(port=server.port, reconnect_timeout=SOON * 10)
+    raised: list[type[BaseException]] = []
+
+    def ping() -> None:
+        try:
+            mq.ping()
+        except ClientClosed as error:
+            raised.append(type(error))
+
+    thread = threading.Thread(target=ping)
+    thread.start()
+    wait_until(lambda: mq._core.is_down)
+    mq.close()
+    thread.join(SOON)
+    assert raised == [ClientClosed]
+
+
+def test_busy_server_is_retried() -> None:
+    with serving(max_connections=1) as server, connect(port=server.port) as mq:
+        # Before the first connection there is nothing to resume.
+        with pytest.raises(Busy):
+            connect(port=server.port, retry=False)
+        for link in list(mq._pool.connections):
+            link.interrupt()
+        wait_until(lambda: server.connections() == 0)
+        other = connect(port=server.port)
+        thread = threading.Thread(target=mq.ping)
+        thread.start()
+        wait_until(lambda: server.status.refused.refused["connections"] > 1)
+        other.close()
+        thread.join(SOON)
+        assert not thread.is_alive()
+        mq.ping()
+
+
+def test_client_idle_too_long_reconnects(states: list[str]) -> None:
+    with serving(idle_timeout_seconds=UNIT) as server, restarted(states, server.port) as mq:
+        mq.put("t", "1")
+        wait_until(lambda: server.connections() == 0)
+        assert mq.put("t", "2") == 2
+        assert states == ["lost", "resumed"]
+
+
+# What the server does for it
+
+
+def test_client_with_notices_is_told_of_stop() -> None:
+    with serving() as server, wire_to(server) as wire:
+        wire.ask_for_notices()
+        assert wire.call("PUT", "t", "x") == 1
+        server.stop()
+        wire.send(b"PUT t y\r\n")
+        assert isinstance(wire.receive(), Closing)
+        assert wire.ended()
+
+
+def test_waiting_reader_is_answered_before_stop() -> None:
+    with serving() as server, wire_to(server) as told, wire_to(server) as wire:
+        told.ask_for_notices()
+        for one in (told, wire):
+            one.send(b"READ t 0 WAIT 60000\r\n")
+        wait_until(lambda: server.waiting() == 2)
+        server.stop()
+        for one in (told, wire):
+            assert one.receive() == []
+        assert isinstance(told.receive(), Closing)
+        for one in (told, wire):
+            assert one.ended()
+
+
+def test_stop_sends_nothing_unrequested_to_idle_client() -> None:
+    with serving() as server, wire_to(server) as fresh, wire_to(server) as wire:
+        assert wire.call("PUT", "t", "x") == 1
+        server.stop()
+        assert wire.ended()
+        assert fresh.ended()
+
+
+def test_request_left_by_stop_gets_one_closing_reply() -> None:
+    with serving() as server, wire_to(server) as wire:
+        wire.send(b"GETWAIT t 60000\r\nPUT t y\r\nPUT t z\r\n")
+        wait_until(lambda: server.waiting() == 1)
+        server.stop()
+        assert wire.receive() is None
+        assert isinstance(wire.receive(), Closing)
+        assert wire.ended()
+        assert server.totals().stored == 0
+
+
+def test_puts_during_stop_go_to_next_server() -> None:
+    """However the two meet: what is answered is stored, what is not goes on to the next."""
+    with serving() as first:
+        server, mq, port = first, connect(port=first.port), first.port
+        ids: list[int] = []
+        ended = threading.Event()
+
+        def put() -> None:
+            while not ended.is_set():
+                ids.append(mq.put("t", "x"))
+
+        thread = threading.Thread(target=put)
+        thread.start()
+        for _ in range(5):
+            wait_until(lambda: len(ids) > 0)
+            server.stop()
+            # The reply may have been sent, but not read yet.
+            stored = server.totals().stored
+            wait_until(lambda stored=stored: stored == max(ids))
+            ids.clear()
+            server = Server(server.settings.model_copy(update={"port": port}))
+            server.start()
+        ended.set()
+        thread.join(SOON)
+        assert not thread.is_alive()
+        server.stop()
+        mq.close()
+
+
+def test_forgotten_producer_number_is_not_stored_again(wire: Wire) -> None:
+    for seq in range(1, 2101):
+        assert wire.call("PUT", "t", "x", "KEY", "me", seq) == seq
+    assert wire.call("PUT", "t", "x", "KEY", "me", 1101, "AGAIN") == 1101
+    assert wire.error("PUT", "t", "x", "KEY", "me", 1000, "AGAIN") == "FORGOTTEN"
+    assert wire.error("PUT", "t", "x", "KEY", "me", 1) == "FORGOTTEN"
+    assert wire.call("PUT", "t", "x", "KEY", "me", 2101) == 2101
+
+
+def test_retry_of_possibly_forgotten_producer_is_refused(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsmq.store.dedup.MAX_PRODUCERS", 2)
+    assert wire.call("PUT", "t", "x", "KEY", "a", 1) == 1
+    assert wire.call("PUT", "t", "x", "AGAIN", "KEY", "new", 1) == 2
+    assert wire.call("PUT", "t", "x", "KEY", "c", 1) == 3
+    assert wire.error("PUT", "t", "x", "KEY", "a", 1, "AGAIN") == "FORGOTTEN"
+    assert wire.call("PUT", "t", "x", "KEY", "new", 1, "AGAIN") == 2
+    assert wire.error("PUT", "t", "x", "AGAIN") == "BADREQUEST"
+    assert wire.call("PUT", "t", "x", "KEY", "unheard", 1) == 4
+
+
+def test_forgotten_put_raises(
+    server: Server, mq: DSMQClientSideConnection, lose_reply: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dsmq.store.dedup.MAX_PRODUCERS", 1)
+    real = calls.Put.on_connection_lost
+
+    def lost(put: calls.Put, error: Exception) -> bool:
+        with wire_to(server) as other:
+            other.call("PUT", "t", "x", "KEY", "other", 1)
+        return real(put, error)
+
+    monkeypatch.setattr(calls.Put, "on_connection_lost", lost)
+    lose_reply()
+    with pytest.raises(Forgotten):
+        mq.put("t", "x")
+    assert issubclass(Forgotten, ReplyError)
+
+
+# The same with asyncio
+
+
+def test_asyncio_client_resumes(server: Server, states: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        original, lose = async_connection.Connection.data_received, [False]
+
+        def data_received(link: async_connection.Connection, data: bytes) -> None:
+            if lose[0]:
+                lose[0] = False
+                link.fail(ConnectionResetError("a test has lost it"))
+            else:
+                original(link, data)
+
+        monkeypatch.setattr(async_connection.Connection, "data_received", data_received)
+        async with await aio.connect(port=server.port, on_state_change=states.append) as mq:
+            for call in (
+                lambda: mq.put("t", "1"),
+                lambda: mq.put_many("t", ["2", "3"]),
+                lambda: mq.get("t"),
+                lambda: mq.get_latest("t"),
+                mq.ping,
+            ):
+                lose[0] = True
+                got.append(await call())
+
+    got: list[object] = []
+    asyncio.run(scenario())
+    assert got == [1, [2, 3], "1", "3", None]
+    assert server.totals().stored == 3
+    assert states == ["lost", "resumed"] * 5
+
+
+@pytest.mark.parametrize("size", [1, 6_000_000])
+def test_asyncio_client_learns_why_idle_connection_ended(tmp_path: Path, states: list[str], size: int) -> None:
+    """Though it could not look while the server stopped; so it knows that nothing was sent to that one."""
+
+    async def scenario() -> None:
+        with serving(host=host) as first:
+            mq = await aio.connect(host, on_state_change=states.append)
+            await mq.put("t", "x")
+            first.stop()
+        with serving(host=host):
+            threading.Event().wait(2 * LONG_PAUSE_SECONDS)
+            assert await mq.put("t", "x" * size) == 1
+            await mq.close()
+
+    host = f"unix:{tmp_path / 'socket'}"
+    asyncio.run(scenario())
+    assert states == ["lost", "replaced"]
+
+
+def test_asyncio_client_gives_up_in_time(states: list[str]) -> None:
+    async def scenario() -> None:
+        with serving() as server:
+            mq = await aio.connect(port=server.port, reconnect_timeout=UNIT * 3, on_state_change=states.append)
+            await mq.put("t", "x")
+        before = time.monotonic()
+        with pytest.raises(ConnectionLost, match=r"no server answers .* \(tried for \d+\.\d s\)") as told:
+            await mq.put("t", "y")
+        assert not told.value.may_be_stored
+        assert UNIT < time.monotonic() - before < UNIT * 3 + SOON / 10
+        await mq.close()
+
+    asyncio.run(scenario())
+    assert states == ["lost", "given up"]
+
+
+def test_asyncio_close_ends_waiting_for_server() -> None:
+    async def scenario() -> None:
+        with serving() as server:
+            mq = await aio.connect(port=server.port)
+        call = asyncio.create_task(mq.ping())
+        while not mq._core.is_down:
+            await asyncio.sleep(UNIT / 20)
+        await mq.close()
+        with pytest.raises(ClientClosed):
+            await asyncio.wait_for(call, SOON)
+
+    asyncio.run(scenario())
+
+
+def test_first_refused_connection_is_raised_unchanged() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        port = nobody.getsockname()[1]
+    with pytest.raises(ConnectionRefusedError):
+        connect(port=port, retry=False)

@@ -1,0 +1,877 @@
+"""The HTTP endpoint over real HTTP: its metrics, its health checks, and clients that hang."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import http.client
+import json
+import logging
+import platform
+import random
+import re
+import socket
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, suppress
+from pathlib import Path
+
+import pytest
+from prometheus_client import Metric
+from prometheus_client.openmetrics import parser as openmetrics
+from prometheus_client.parser import text_string_to_metric_families
+
+from conftest import ROOT, SOON, UNIT, Wire, daemon, scrape, serving, wait_until, wire_to
+from dsmq import __version__
+from dsmq import settings as config
+from dsmq.broker import event_loop as worker
+from dsmq.broker.counters import Histogram
+from dsmq.ops import http as endpoint
+from dsmq.ops import metrics
+from dsmq.server import Server
+from dsmq.wire.resp import encode_request
+
+OPENMETRICS = "application/openmetrics-text; version=1.0.0"
+
+# What prometheus_client shows of the process.
+PROCESS = "process_"
+
+
+def shown_in_readme(*, topics: bool = False) -> dict[str, str]:
+    """Return the metrics in the table of deploy/README.md with their types; those by topic only on request."""
+    rows = re.findall(
+        r"^\| `(dsmq_\w+)`.*? \| (counter|gauge|histogram) \|", (ROOT / "deploy/README.md").read_text(), re.MULTILINE
+    )
+    return {
+        name.removesuffix("_total") if kind == "counter" else name: kind
+        for name, kind in rows
+        if topics or not name.startswith("dsmq_topic_")
+    }
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with serving(http_port=0) as server:
+        yield server
+
+
+class Answer:
+    """The reply to one request to the HTTP endpoint."""
+
+    def __init__(self, port: int | None, path: str, method: str = "GET", **headers: str) -> None:
+        assert port
+        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=SOON)) as connection:
+            connection.request(method, path, headers=headers)
+            response = connection.getresponse()
+            self.status = response.status
+            self.headers = response.headers
+            self.type = response.headers["Content-Type"]
+            self.body = response.read()
+            self.text = self.body.decode()
+
+
+def hang(server: Server) -> socket.socket:
+    """A client that connects to the HTTP endpoint and sends nothing."""
+    assert server.http_port
+    return socket.create_connection(("127.0.0.1", server.http_port), SOON)
+
+
+def hung_up(sock: socket.socket) -> bool:
+    """Whether the HTTP endpoint hangs up, now or soon."""
+    try:
+        return sock.recv(1) == b""
+    except ConnectionError:
+        return True
+
+
+def served(server: Server) -> bool:
+    """Whether a scrape is answered; one that finds no place is cut off at once."""
+    try:
+        return Answer(server.http_port, "/metrics").status == 200
+    except (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError):
+        return False
+
+
+def types(families: Iterable[Metric]) -> dict[str, str]:
+    """The types of dsmq's metrics, by name."""
+    return {family.name: family.type for family in families if not family.name.startswith(PROCESS)}
+
+
+# Metrics
+
+
+@pytest.fixture
+def server_with_topics() -> Iterator[Server]:
+    with serving(http_port=0, metrics_topics=2) as server, wire_to(server) as wire:
+        for topic, count in (("a", 1), ("b", 3), ("c", 2)):
+            for _ in range(count):
+                wire.call("PUT", topic, "12")
+        yield server
+
+
+def test_readme_lists_every_metric(server_with_topics: Server) -> None:
+    answer = Answer(server_with_topics.http_port, "/metrics")
+    assert types(text_string_to_metric_families(answer.text)) == shown_in_readme(topics=True)
+
+
+def test_metrics_topics_enables_per_topic_metrics(server: Server, server_with_topics: Server) -> None:
+    shown = {name: value for name, value in scrape(server_with_topics).items() if name.startswith("dsmq_topic_")}
+    assert {name for name in shown if "messages{" in name} == {
+        f"dsmq_topic_messages{{{t}}}" for t in ("b", "c", "other")
+    }
+    assert shown["dsmq_topic_messages{b}"] == 3
+    assert (shown["dsmq_topic_messages{other}"], shown["dsmq_topic_stored_bytes{other}"]) == (1, 102)
+    assert shown["dsmq_topic_puts_per_second{b}"] > shown["dsmq_topic_puts_per_second{c}"] > 0
+    assert not [name for name in scrape(server) if name.startswith("dsmq_topic_")]
+
+
+def test_topic_named_other_counts_as_other() -> None:
+    with serving(http_port=0, metrics_topics=2) as server, wire_to(server) as wire:
+        for topic in ("other", "other", "a"):
+            wire.call("PUT", topic, "x")
+        shown = scrape(server)
+        assert (shown["dsmq_topic_messages{other}"], shown["dsmq_topic_messages{a}"]) == (2, 1)
+        assert shown["dsmq_topic_puts_per_second{other}"] > shown["dsmq_topic_puts_per_second{a}"]
+
+
+def test_most_recent_topics_are_shown() -> None:
+    rates = metrics.Rates(0.0)
+    rates.top(2, {b"a": 100, b"b": 50, b"c": 1}, 100.0)
+    rates.top(2, {b"a": 100, b"b": 50, b"c": 1}, 110.0)
+    top, rest = rates.top(2, {b"a": 101, b"b": 60, b"c": 21, b"d": 4}, 110.0)
+    assert top == [(b"c", 2.0), (b"b", 1.0)]
+    assert rest == pytest.approx(0.5)
+
+
+def test_rates_are_the_same_for_every_observer() -> None:
+    rates = metrics.Rates(0.0)
+    for second in range(1, 100):
+        rates.top(1, {b"a": 1, b"b": second}, float(second))
+    for _ in range(3):
+        [(name, rate)], rest = rates.top(1, {b"a": 400, b"b": 99}, 100.0)
+        assert name == b"a"
+        assert 399 / 20 <= rate <= 399 / 10
+        assert 0.4 <= rest <= 1.0
+
+
+@pytest.mark.slow
+def test_scrape_with_100000_topics_is_fast() -> None:
+    with serving(http_port=0, metrics_topics=10) as server:
+        for first in range(0, 100_000, 1000):
+            server._store.append([(b"topic %d" % number, b"x", None) for number in range(first, first + 1000)])
+        seconds = []
+        for _ in range(5):
+            # Of this process alone, which does nothing else: other programs may be at work.
+            before = time.process_time()
+            answer = Answer(server.http_port, "/metrics")
+            seconds.append(time.process_time() - before)
+            assert len(answer.body) < 200_000
+        # On a machine that has nothing else to do it is half of that.
+        assert min(seconds) < 0.1
+
+
+def test_metrics_are_served_as_text(server: Server) -> None:
+    answer = Answer(server.http_port, "/metrics")
+    assert answer.status == 200
+    assert answer.type.startswith("text/plain; version=")
+    families = {family.name: family for family in text_string_to_metric_families(answer.text)}
+    assert types(families.values()) == shown_in_readme()
+    assert all(family.documentation for family in families.values())
+
+
+def test_metrics_are_served_as_openmetrics(server: Server, wire: Wire) -> None:
+    assert wire.call("PUT", "t", "x") == 1
+    answer = Answer(server.http_port, "/metrics", Accept=OPENMETRICS)
+    assert answer.status == 200
+    assert answer.type.startswith("application/openmetrics-text; version=")
+    assert answer.text.endswith("# EOF\n")
+    families = {family.name: family for family in openmetrics.text_string_to_metric_families(answer.text)}
+    assert types(families.values()) == shown_in_readme()
+    assert [(sample.name, sample.value) for sample in families["dsmq_puts"].samples] == [("dsmq_puts_total", 1)]
+
+
+def test_known_traffic_gives_exact_numbers(server: Server, wire: Wire) -> None:
+    requests = [
+        encode_request(b"PUT", b"a", b"12345"),
+        encode_request(b"PUT", b"a", b"678"),
+        encode_request(b"PUT", b"b", b""),
+        encode_request(b"GET", b"a"),
+        encode_request(b"GET", b"nothing"),
+        encode_request(b"READ", b"a", b"0"),
+        encode_request(b"READ", b"b", b"3"),
+        encode_request(b"PING"),
+        encode_request(b"FROBNICATE"),
+        encode_request(b"GET"),
+        encode_request(b"PUT", b"", b"x"),
+    ]
+    received = 0
+    for request in requests:
+        wire.send(request)
+        received += len(wire.socket.recv(65536))
+    wait_until(lambda: scrape(server)["dsmq_sent_bytes_total"] == received)
+    expected = {
+        "dsmq_puts_total": 3,
+        "dsmq_puts_refused_total{badrequest}": 1,
+        "dsmq_puts_refused_total{full}": 0,
+        "dsmq_puts_refused_total{store}": 0,
+        "dsmq_gets_total{message}": 2,
+        "dsmq_gets_total{empty}": 2,
+        "dsmq_deliveries_total": 3,
+        "dsmq_messages_expired_total": 0,
+        "dsmq_messages_expired_unread_total": 0,
+        "dsmq_messages": 3,
+        "dsmq_message_bytes": 8,
+        "dsmq_stored_bytes": 8 + 3 * 100 + 2 * 501,
+        "dsmq_topics": 2,
+        "dsmq_connections": 1,
+        "dsmq_unauthenticated_connections": 0,
+        "dsmq_waiting_readers": 0,
+        "dsmq_connections_opened_total": 1,
+        "dsmq_requests_total{PUT}": 4,
+        "dsmq_requests_total{GET}": 3,
+        "dsmq_requests_total{READ}": 2,
+        "dsmq_requests_total{PING}": 1,
+        "dsmq_received_bytes_total": sum(map(len, requests)),
+        "dsmq_sent_bytes_total": received,
+        "dsmq_errors_total{BADREQUEST}": 2,
+        "dsmq_errors_total{UNKNOWN}": 1,
+        "dsmq_failures_total": 0,
+        "dsmq_auth_failures_total": 0,
+        "dsmq_request_duration_seconds_count": len(requests),
+        "dsmq_delivery_latency_seconds_count": 3,
+        "dsmq_ready": 1,
+        "dsmq_healthy": 1,
+        "dsmq_connections_limit": 10_000,
+        "dsmq_stored_bytes_limit": 1_073_741_824,
+        "dsmq_max_age_seconds": 600,
+        f"dsmq_build_info{{{platform.python_version()}}}{{{sqlite3.sqlite_version}}}{{{__version__}}}": 1,
+    }
+    shown = scrape(server)
+    assert {name: shown.get(name) for name in expected} == expected
+    for name in ("puts_refused", "requests", "errors", "gets"):
+        label = f"dsmq_{name}_total{{"
+        assert {n for n in shown if n.startswith(label) and shown[n]} == {
+            n for n in expected if n.startswith(label) and expected[n]
+        }
+    assert 0 < shown["dsmq_oldest_message_age_seconds"] + 0.001 < SOON
+    assert shown["dsmq_start_time_seconds"] == pytest.approx(time.time(), abs=SOON)
+    assert shown["process_open_fds"] > 0
+
+
+def test_durations_are_counted_in_buckets() -> None:
+    histogram = Histogram((1.0, 2.0))
+    for value, times in ((0.5, 1), (1.0, 2), (1.5, 3), (9.0, 4)):
+        histogram.add(value, times)
+    other = Histogram((1.0, 2.0))
+    other.add(2.0)
+    histogram.merge(other)
+    assert histogram.buckets() == [("1.0", 3), ("2.0", 7), ("+Inf", 11)]
+    assert histogram.sum == 0.5 + 2.0 + 4.5 + 36.0 + 2.0
+
+
+def test_request_and_delivery_durations_are_exposed(server: Server, wire: Wire) -> None:
+    wire.call("PUT", "t", "x")
+    before = time.monotonic()
+    wait_until(lambda: time.monotonic() - before > 0.06)
+    wire.call("GET", "t")
+    shown = scrape(server)
+    assert 0.05 < shown["dsmq_delivery_latency_seconds_sum"] < SOON
+    assert shown["dsmq_delivery_latency_seconds_bucket{0.05}"] == 0
+    assert 0 < shown["dsmq_request_duration_seconds_sum"] < SOON
+    assert shown["dsmq_event_loop_lag_seconds_count"] >= 1
+
+
+def test_counters_do_not_go_down_when_connections_close(server: Server) -> None:
+    for number in range(1, 4):
+        with wire_to(server) as wire:
+            wire.call("PUT", "t", "x")
+            wire.call("GET", "t")
+            wire.error("FROBNICATE")
+        wait_until(lambda: scrape(server)["dsmq_connections"] == 0)
+        shown = scrape(server)
+        assert [
+            shown["dsmq_connections_opened_total"],
+            shown["dsmq_puts_total"],
+            shown["dsmq_gets_total{message}"],
+            shown["dsmq_deliveries_total"],
+            shown["dsmq_errors_total{UNKNOWN}"],
+        ] == [number] * 5
+
+
+def test_counters_are_summed_over_workers() -> None:
+    with serving(http_port=0, io_threads=3) as server, ExitStack() as stack:
+        for _ in range(3):
+            wire = stack.enter_context(wire_to(server))
+            wire.call("PUT", "t", "x")
+        assert scrape(server)["dsmq_puts_total"] == 3
+        assert scrape(server)["dsmq_connections"] == 3
+
+
+def test_waiting_readers_are_counted_while_waiting(server: Server, wire: Wire) -> None:
+    with wire_to(server) as waiter:
+        waiter.send(encode_request(b"GETWAIT", b"t", b"60000"))
+        wait_until(lambda: scrape(server)["dsmq_waiting_readers"] == 1)
+        wire.call("PUT", "t", "x")
+        assert waiter.receive() == b"x"
+        assert scrape(server)["dsmq_waiting_readers"] == 0
+
+
+def test_expired_messages_are_counted_and_no_longer_stored() -> None:
+    settings = {"max_age_seconds": UNIT, "expiry_interval_seconds": UNIT / 2}
+    with serving(http_port=0, **settings) as server, wire_to(server) as wire:
+        wire.call("PUT", "t", "123")
+        wire.call("PUT", "t", "456")
+        wait_until(lambda: scrape(server)["dsmq_messages_expired_total"] == 2)
+        shown = scrape(server)
+        assert [shown[f"dsmq_{name}"] for name in ("messages", "message_bytes", "topics")] == [0, 0, 0]
+        assert shown["dsmq_puts_total"] == 2
+
+
+def test_refused_connections_are_counted() -> None:
+    with serving(http_port=0, max_connections=1) as server, wire_to(server) as one:
+        one.call("PING")
+        with wire_to(server) as two:
+            assert two.receive().code == "BUSY"  # type: ignore[union-attr]
+        shown = scrape(server)
+        assert shown["dsmq_connections_refused_total{connections}"] == 1
+        assert shown["dsmq_errors_total{BUSY}"] == 1
+        assert shown["dsmq_connections_opened_total"] == 1
+
+
+def test_servers_in_one_process_have_separate_metrics(server: Server, wire: Wire) -> None:
+    with serving(http_port=0) as other:
+        wire.call("PUT", "t", "x")
+        assert scrape(server)["dsmq_puts_total"] == 1
+        assert scrape(other)["dsmq_puts_total"] == 0
+
+
+def test_dsmq_serve_starts_http_endpoint() -> None:
+    with daemon() as process:
+        assert "dsmq_puts_total 0.0" in Answer(process.http_port, "/metrics").text.splitlines()
+        assert Answer(process.http_port, "/healthz").status == 200
+
+
+# Health
+
+
+def test_healthz_is_ok_while_all_threads_work(server: Server) -> None:
+    answer = Answer(server.http_port, "/healthz")
+    assert (answer.status, answer.type) == (200, "application/json")
+    assert json.loads(answer.text) == {"status": "ok", "stuck_threads": []}
+    assert answer.text.count("\n") == 1
+
+
+def test_healthz_fails_if_a_thread_died(server: Server) -> None:
+    server._expiry.stop()
+    wait_until(lambda: not server._expiry.thread.is_alive())
+    answer = Answer(server.http_port, "/healthz")
+    assert (answer.status, answer.type) == (503, "application/json")
+    assert json.loads(answer.text) == {"status": "failing", "stuck_threads": ["dsmq-expiry"]}
+    assert Answer(server.http_port, "/metrics").status == 200
+
+
+@pytest.mark.slow
+def test_healthz_fails_if_a_worker_stalls(wire: Wire) -> None:
+    go = threading.Event()
+    with serving(http_port=0, health_timeout_seconds=2 * UNIT + worker.PULSE_SECONDS) as server:
+        assert Answer(server.http_port, "/healthz").status == 200
+        server._workers[0].post(lambda: go.wait(SOON))  # type: ignore[arg-type, return-value]
+        try:
+            wait_until(lambda: Answer(server.http_port, "/healthz").status == 503)
+            assert json.loads(Answer(server.http_port, "/healthz").text)["stuck_threads"] == ["dsmq-io-0"]
+            assert scrape(server)["dsmq_healthy"] == 0
+        finally:
+            go.set()
+        wait_until(lambda: Answer(server.http_port, "/healthz").status == 200)
+
+
+def test_healthz_fails_if_expiry_stalls(monkeypatch: pytest.MonkeyPatch) -> None:
+    go = threading.Event()
+    settings = {"health_timeout_seconds": 2 * UNIT, "expiry_interval_seconds": UNIT}
+    with serving(http_port=0, **settings) as server:
+        monkeypatch.setattr(server._store, "expire", lambda: go.wait(SOON) and 0)
+        monkeypatch.setattr(server.settings.__class__, "health_timeout_seconds", 2 * UNIT, raising=False)
+        try:
+            wait_until(lambda: "dsmq-expiry" in Answer(server.http_port, "/healthz").text)
+        finally:
+            go.set()
+        wait_until(lambda: "dsmq-expiry" not in Answer(server.http_port, "/healthz").text)
+
+
+@pytest.mark.slow
+def test_idle_server_stays_healthy() -> None:
+    patience = worker.PULSE_SECONDS + 3 * UNIT
+    with serving(http_port=0, health_timeout_seconds=patience, expiry_interval_seconds=3600) as server:
+        before = time.monotonic()
+        while time.monotonic() - before < 2 * patience:
+            assert Answer(server.http_port, "/healthz").status == 200
+
+
+def test_readyz_reports_full_if_next_message_would_not_fit() -> None:
+    with serving(http_port=0, max_stored_bytes=1_000_000) as server, wire_to(server) as wire:
+        while isinstance(wire.call("PUT", "t", "x" * 900), int):
+            pass
+        assert reasons(server) == ["full"]
+
+
+def test_readyz_reports_whether_clients_and_puts_are_accepted() -> None:
+    with serving(http_port=0, max_stored_messages=1, max_connections=2) as server, wire_to(server) as wire:
+        answer = Answer(server.http_port, "/readyz")
+        assert (answer.status, answer.type) == (200, "application/json")
+        assert json.loads(answer.text) == {"status": "ready", "reasons": []}
+        with wire_to(server) as other:
+            assert other.call("PUT", "t", "x") == 1
+            assert reasons(server) == ["full", "too many connections"]
+        wait_until(lambda: reasons(server) == ["full"])
+        server.status.stopping = True
+        assert reasons(server) == ["stopping", "full"]
+        server.status.stopping = server.status.serving = False
+        assert reasons(server) == ["starting", "full"]
+        assert wire.call("PING") == "PONG"
+
+
+def reasons(server: Server) -> list[str]:
+    """Why it is not ready."""
+    answer = Answer(server.http_port, "/readyz")
+    assert answer.status == 503
+    found: list[str] = json.loads(answer.text)["reasons"]
+    return found
+
+
+def test_readyz_fails_while_stop_waits_for_client() -> None:
+    with daemon() as process:
+        wire = Wire(("127.0.0.1", process.port))
+        wire.call("PUT", "t", "x" * 8_000_000)
+        wire.send(encode_request(b"READ", b"t", b"0"))
+        process.process.terminate()
+        process.wait_for_line("stopping")
+        wait_until(lambda: Answer(process.http_port, "/readyz").status == 503)
+        assert json.loads(Answer(process.http_port, "/readyz").text)["reasons"] == ["stopping"]
+        wire.close()
+
+
+# The page's data
+
+
+def test_status_reports_topics_clients_and_errors(server: Server, wire: Wire) -> None:
+    wire.call("HELLO", 2, "SETNAME", "me")
+    for body in ("secret body", "x", "y"):
+        wire.call("PUT", "t", body)
+    wire.call("READ", "t", 0, "COUNT", 1)
+    wire.error("FROBNICATE", "secret argument")
+    text = Answer(server.http_port, "/status.json").text
+    status = json.loads(text)
+    assert "secret" not in text
+    assert status["counters"]["puts"] == 3
+    assert status["held"]["messages"] == 3
+    topic = status["topics"][0]
+    assert (topic["name"], topic["messages"], topic["bytes"]) == ("t", 3, 313)
+    assert (status["host"], status["port"], status["tokens"], status["tls"]) == ("127.0.0.1", server.port, False, False)
+    client = status["clients"][0]
+    assert (client["name"], client["topic"], client["lag"], client["waiting"]) == ("me", "t", 2, False)
+    assert status["errors"][0]["code"] == "UNKNOWN"
+    assert (status["ready"], status["healthy"], status["reasons"]) == (True, True, [])
+
+
+@pytest.mark.parametrize("error", [sqlite3.OperationalError, MemoryError])
+def test_failing_store_breaks_neither_metrics_nor_page(monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
+    class Failing:
+        def __getattr__(self, name: str) -> object:
+            raise error
+
+    with serving(http_port=0, metrics_topics=1) as server, wire_to(server) as wire:
+        wire.call("PUT", "t", "x")
+        with monkeypatch.context() as patch:
+            patch.setattr(server._store._database, "connection", Failing())  # type: ignore[attr-defined]
+            assert scrape(server)["dsmq_messages"] == 1
+            assert json.loads(Answer(server.http_port, "/status.json").text)["held"]["messages"] == 1
+
+
+def test_content_security_policy_allows_only_own_script(server: Server) -> None:
+    answer = Answer(server.http_port, "/")
+    assert (answer.status, answer.type) == (200, "text/html; charset=utf-8")
+    assert re.fullmatch(r"dsmq/[0-9.]+", answer.headers["Server"])
+    policy = answer.headers["Content-Security-Policy"]
+    for tag in ("script", "style"):
+        inside = re.findall(f"<{tag}>(.*?)</{tag}>", answer.text, re.DOTALL)
+        assert len(inside) == 1
+        digest = base64.b64encode(hashlib.sha256(inside[0].encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy
+    assert "default-src 'none'" in policy
+    assert "http" not in re.sub(r"http://www.w3.org/2000/svg|http_\w+", "", answer.text)
+
+
+def test_token_protects_all_routes_but_health() -> None:
+    with serving(http_port=0, http_token="let-me-see-it-please") as server:
+        for path, status in (("/", 200), ("/healthz", 200), ("/readyz", 200), ("/metrics", 401), ("/status.json", 401)):
+            for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic let-me-see-it-please"}):
+                answer = Answer(server.http_port, path, **headers)
+                assert answer.status == status
+                assert (answer.headers["WWW-Authenticate"] == "Bearer") == (status == 401)
+            assert Answer(server.http_port, path, Authorization="Bearer let-me-see-it-please").status == 200
+
+
+def test_http_token_may_come_from_file(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text("let-me-see-it-please\n")
+    with serving(http_port=0, http_token_file=str(file)) as server:
+        assert Answer(server.http_port, "/metrics").status == 401
+        assert Answer(server.http_port, "/metrics", Authorization="bearer let-me-see-it-please").status == 200
+
+
+# HTTP
+
+
+@pytest.mark.parametrize("path", ["/index.html", "/metrics/", "/metricsx", "/healthz/x", "/METRICS", "/%6detrics"])
+def test_unknown_path_is_not_found(server: Server, path: str) -> None:
+    assert Answer(server.http_port, path).status == 404
+
+
+def test_query_string_is_ignored(server: Server) -> None:
+    assert Answer(server.http_port, "/metrics?name=x").status == 200
+    assert Answer(server.http_port, "/healthz?").status == 200
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/healthz", "/readyz", "/", "/nothing"])
+def test_head_returns_headers_without_body(server: Server, path: str) -> None:
+    get = Answer(server.http_port, path)
+    with hang(server) as sock, sock.makefile("rb") as stream:
+        sock.sendall(f"HEAD {path} HTTP/1.0\r\n\r\n".encode())
+        lines = stream.read().decode().split("\r\n")
+    assert lines[0].split()[1] == str(get.status)
+    assert f"Content-Type: {get.type}" in lines
+    assert "Content-Length: " in "".join(lines)
+    # The end of the headers, and nothing behind.
+    assert lines[-2:] == ["", ""]
+    assert int(get.headers["Content-Length"]) == len(get.body) > 0
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "TRACE", "FROBNICATE"])
+def test_other_methods_are_not_allowed(server: Server, method: str) -> None:
+    answer = Answer(server.http_port, "/metrics", method)
+    assert (answer.status, answer.headers["Allow"]) == ((501, None) if method == "FROBNICATE" else (405, "GET, HEAD"))
+    assert answer.type.startswith("text/plain")
+    assert "dsmq_puts" not in answer.text
+
+
+def test_query_string_is_not_logged(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "dsmq")
+    for method in ("GET", "POST", "FROBNICATE"):
+        Answer(server.http_port, "/metrics?token=secret", method)
+    with hang(server) as sock:
+        sock.sendall(b"GET /metrics?token=secret HTTP/9.9\r\n\r\n")
+        assert b" 505 " in sock.recv(1000)
+    wait_until(lambda: caplog.text.count("HTTP: ") >= 4)
+    assert "GET '/metrics': 200" in caplog.text
+    assert "secret" not in caplog.text
+
+
+def test_invalid_http_affects_no_one(server: Server, wire: Wire) -> None:
+    for noise in (b"\xff\x00\r\n\r\n", b"GET\r\n\r\n", b"GET /metrics HTTP/9.9\r\n\r\n", b"x" * 100_000):
+        # It may hang up before all of it has come.
+        with hang(server) as sock, suppress(ConnectionError):
+            sock.sendall(noise)
+    assert wire.call("PING") == "PONG"
+    assert served(server)
+
+
+def raw(server: Server, request: bytes) -> bytes:
+    """Send these bytes and return all that is answered; a connection that is reset is no answer."""
+    with hang(server) as sock, sock.makefile("rb") as stream:
+        sock.sendall(request)
+        return stream.read()
+
+
+STRANGE = {
+    "nothing": b"\r\n",
+    "HTTP/0.9": b"GET /metrics\r\n",
+    "HTTP/0.9, spelled out": b"GET /metrics HTTP/0.9\r\n\r\n",
+    "blanks of Latin-1": b"GET \xa0 HTTP/1.0\r\n\r\n",
+    "version that is none": b"GET /metrics HTTP/x\r\n\r\n",
+    "no colon": b"GET /metrics HTTP/1.0\r\nAccept\r\n\r\n",
+    "folded": b"GET /metrics HTTP/1.0\r\nAccept: text/plain;\r\n version=1.0.0\r\n\r\n",
+    "bytes": b"GET /metrics HTTP/1.0\r\nAuthorization: Bearer \xff\xfe\r\nAccept: \xff\r\nHost: \xff\r\n\r\n",
+    "many headers": b"GET /metrics HTTP/1.0\r\n" + b"X: y\r\n" * 200 + b"\r\n",
+    "long header": b"GET /metrics HTTP/1.0\r\nX: " + b"y" * 70_000 + b"\r\n\r\n",
+    "long line": b"GET /" + b"x" * 70_000 + b" HTTP/1.0\r\n\r\n",
+    "a body": b"POST /metrics HTTP/1.0\r\nContent-Length: 500000\r\n\r\n" + b"x" * 500_000,
+    "pipelined": b"GET /metrics HTTP/1.0\r\n\r\n" * 100,
+    "another protocol": b"*1\r\n$4\r\nPING\r\n",
+    **{
+        f"Accept: {accept}": f"GET /metrics HTTP/1.0\r\nAccept: {accept}\r\n\r\n".encode("latin-1")
+        for accept in (
+            *("text/plain; version=abc", "text/plain;version=", "text/plain;version=1.a", "text/plain;version=\xb2"),
+            *("application/openmetrics-text;version=x.y", "application/openmetrics-text;version=" + "9" * 5000),
+            *("text/plain;escaping", ";;;,,,", "=", "application/openmetrics-text; version=1.0.0; escaping=abc"),
+        )
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("request_", STRANGE.values(), ids=STRANGE.keys())
+def test_every_request_gets_a_status(server: Server, request_: bytes) -> None:
+    answer = raw(server, request_)
+    assert re.match(rb"HTTP/1\.0 [2345]\d\d .*\r\n\r\n", answer, re.DOTALL)
+    assert b" 500 " not in answer[:20]
+    if b"Accept:" in request_ and b"Host" not in request_:
+        assert answer.startswith(b"HTTP/1.0 200 ")
+    assert server.counters().failures == 0
+
+
+def test_requests_of_random_pieces_get_a_status(server: Server) -> None:
+    chance = random.Random(13)
+    pieces = [
+        b"Host",
+        b"Accept",
+        b"Authorization",
+        b": ",
+        b":",
+        b"\r\n",
+        b" ",
+        b"text/plain",
+        b";",
+        b"version=",
+        b"1.0.0",
+    ]
+    pieces += [b"\xe9", b"\x00", b"[::1]", b"localhost", b",", b"Bearer", b"x" * 100, b"application/openmetrics-text"]
+    for _ in range(300):
+        line = (
+            chance.choice([b"GET", b"HEAD", b"PUT"])
+            + b" /"
+            + chance.choice([b"", b"metrics", b"readyz", b"status.json"])
+        )
+        headers = b"".join(chance.choice(pieces) for _ in range(chance.randrange(12)))
+        answer = raw(server, line + chance.choice([b" HTTP/1.0", b" HTTP/1.1", b""]) + b"\r\n" + headers + b"\r\n\r\n")
+        assert re.match(rb"HTTP/1\.0 [234]\d\d ", answer), (line, headers, answer)
+    assert server.counters().failures == 0
+
+
+def test_defect_in_request_gives_500_and_is_counted(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(server.status, "page", lambda: {"not": object()})
+        answer = Answer(server.http_port, "/status.json")
+    assert (answer.status, answer.type) == (500, "text/plain; charset=utf-8")
+    assert "object" not in answer.text
+    assert "not JSON serializable" in caplog.text
+    assert scrape(server)["dsmq_failures_total"] == 1
+    assert Answer(server.http_port, "/status.json").status == 200
+
+
+def test_request_without_thread_gets_a_status(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        assert Answer(server.http_port, "/readyz").status == 503
+    assert Answer(server.http_port, "/readyz").status == 200
+    assert server.counters().failures == 0
+
+
+# Names by which it is addressed: a web page may make its own stand for this machine
+
+
+HERE = [
+    *("127.0.0.1", "127.0.0.1:30009", "192.0.2.7:80", "[::1]", "[::1]:30009", "[2001:db8::7]", "[fe80::1%25eth0]:1"),
+    *("localhost", "localhost:30009", "LOCALHOST", "localhost.", "dsmq.localhost", "ip6-localhost", " 127.0.0.1 "),
+]
+ELSEWHERE = [
+    *("attacker.example", "attacker.example:30009", "dsmq", "localhost.attacker.example", "127.0.0.1.attacker.example"),
+    *("notlocalhost", "127.0.0.1@attacker.example", "[::1].attacker.example", "attacker.example#[::1]", "2130706433"),
+    *("0x7f.1", "[attacker.example]", "attacker.example:80:90", "", "127.0.0.1, attacker.example", "[::1"),
+]
+
+
+def asked_as(server: Server, host: str, path: str = "/metrics", version: str = "1.1") -> int:
+    """The status of a request with this Host header."""
+    return int(raw(server, f"GET {path} HTTP/{version}\r\nHost: {host}\r\n\r\n".encode()).split()[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("host", HERE)
+def test_ip_addresses_and_loopback_names_are_accepted_hosts(server: Server, host: str) -> None:
+    for path in ("/", "/metrics", "/status.json"):
+        assert asked_as(server, host, path) == 200
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("host", ELSEWHERE)
+def test_unknown_host_gets_health_only(server: Server, host: str) -> None:
+    for version in ("1.0", "1.1"):
+        for path in ("/", "/metrics", "/status.json", "/nothing"):
+            assert asked_as(server, host, path, version) == 421
+        for path in ("/healthz", "/readyz"):
+            assert asked_as(server, host, path, version) == 200
+
+
+def test_unknown_host_error_names_the_setting(server: Server) -> None:
+    answer = Answer(server.http_port, "/metrics", Host="mq.example.org")
+    assert (answer.status, answer.headers["Content-Length"]) == (421, str(len(answer.body)))
+    assert "http_allowed_hosts" in answer.text
+    assert "mq.example.org" not in answer.text
+
+
+def test_exactly_one_host_header_is_required(server: Server) -> None:
+    one = b"Host: 127.0.0.1\r\n"
+    for version, headers, status in [
+        (b"1.0", b"", b"200"),
+        (b"1.1", b"", b"400"),
+        (b"1.1", one, b"200"),
+        (b"1.1", one * 2, b"400"),
+        (b"1.0", one + b"Host: attacker.example\r\n", b"400"),
+    ]:
+        assert raw(server, b"GET /metrics HTTP/%b\r\n%b\r\n" % (version, headers)).split()[1] == status
+
+
+def test_reload_changes_allowed_hosts() -> None:
+    settings = {"http_allowed_hosts": "dsmq, MQ.example.org."}
+    load = lambda: config.load(kind=config.EmbeddedSettings, port=0, http_port=0, **settings)  # noqa: E731
+    with Server(load(), load=load) as server:
+        for host in ("dsmq", "dsmq:30009", "mq.example.org", "MQ.Example.org.:1", "127.0.0.1"):
+            assert asked_as(server, host) == 200
+        for host in ("example.org", "x.mq.example.org", "dsmq.example.org"):
+            assert asked_as(server, host) == 421
+        settings["http_allowed_hosts"] = ""
+        server.reload()
+        assert asked_as(server, "dsmq") == 421
+
+
+def test_reload_changes_http_token(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "token"
+    file.write_text("let-me-see-it-please")
+    load = lambda: config.load(  # noqa: E731
+        kind=config.EmbeddedSettings, port=0, http_port=0, http_token_file=str(file)
+    )
+    with Server(load(), load=load) as server:
+        file.write_text("another-token-0123456789")
+        server.reload()
+        for token, status in [("let-me-see-it-please", 401), ("another-token-0123456789", 200)]:
+            assert Answer(server.http_port, "/metrics", Authorization=f"Bearer {token}").status == status
+        assert "restart" not in caplog.text
+
+
+# Many at a time
+
+
+def test_concurrent_requests_are_all_answered(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "MAX_CONCURRENT_REQUESTS", 2)
+    with ThreadPoolExecutor(16) as threads:
+        answers = list(threads.map(lambda _: Answer(server.http_port, "/readyz").status, range(300)))
+    assert answers == [200] * 300
+
+
+def test_request_in_progress_is_not_evicted(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "MAX_CONCURRENT_REQUESTS", 1)
+    monkeypatch.setattr(endpoint, "GRACE_SECONDS", 0.0)
+    page, asked, go = server.status.page, threading.Event(), threading.Event()
+    monkeypatch.setattr(server.status, "page", lambda: asked.set() or (go.wait(SOON) and page()))  # type: ignore[func-returns-value]
+    with ThreadPoolExecutor(2) as threads:
+        slow = threads.submit(Answer, server.http_port, "/status.json")
+        assert asked.wait(SOON)
+        waits = threads.submit(Answer, server.http_port, "/status.json")
+        with hang(server) as third:
+            # All it sees is that the second one does not get in.
+            third.settimeout(UNIT)
+            with pytest.raises(TimeoutError):
+                third.recv(1)
+            # From now on a request that has been accepted has time to come.
+            monkeypatch.setattr(endpoint, "GRACE_SECONDS", SOON)
+            go.set()
+            assert (slow.result().status, waits.result().status) == (200, 200)
+
+
+def test_stop_does_not_wait_for_request_slot(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "MAX_CONCURRENT_REQUESTS", 1)
+    monkeypatch.setattr(endpoint, "REQUEST_TIMEOUT_SECONDS", 3600.0)
+    asked, go = threading.Event(), threading.Event()
+    monkeypatch.setattr(server.status, "page", lambda: asked.set() or go.wait())  # type: ignore[func-returns-value]
+    with hang(server) as busy, ThreadPoolExecutor(1) as thread:
+        busy.sendall(b"GET /status.json HTTP/1.0\r\n\r\n")
+        assert asked.wait(SOON)
+        with hang(server):
+            try:
+                assert thread.submit(server.stop).result(SOON) == []
+            finally:
+                go.set()
+
+
+# Clients that hang
+
+
+def test_hanging_clients_do_not_delay_scrape(server: Server) -> None:
+    with ExitStack() as stack:
+        for _ in range(endpoint.MAX_CONCURRENT_REQUESTS - 1):
+            stack.enter_context(hang(server))
+        assert served(server)
+
+
+def test_oldest_hanging_client_is_evicted(server: Server, wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "REQUEST_TIMEOUT_SECONDS", SOON)
+    with ExitStack() as stack:
+        hanging = [stack.enter_context(hang(server)) for _ in range(20)]
+        for sock in hanging[: -endpoint.MAX_CONCURRENT_REQUESTS]:
+            assert hung_up(sock)
+        assert served(server)
+        assert hung_up(hanging[-endpoint.MAX_CONCURRENT_REQUESTS])
+        assert wire.call("PING") == "PONG"
+
+
+def test_hanging_clients_time_out(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "REQUEST_TIMEOUT_SECONDS", 2 * UNIT)
+    with ExitStack() as stack:
+        for sock in [stack.enter_context(hang(server)) for _ in range(endpoint.MAX_CONCURRENT_REQUESTS)]:
+            assert hung_up(sock)
+        wait_until(lambda: served(server))
+
+
+def test_client_that_sends_byte_by_byte_times_out(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "REQUEST_TIMEOUT_SECONDS", 3 * UNIT)
+    with hang(server) as slow:
+        slow.sendall(b"GET /metrics HTTP/1.0\r\nX: ")
+        slow.settimeout(UNIT)
+        for _ in range(20):
+            try:
+                slow.sendall(b"x")
+                if slow.recv(1) == b"":
+                    return
+            except TimeoutError:
+                continue
+            except ConnectionError:
+                return
+        pytest.fail("it still holds a place")
+
+
+# The end
+
+
+def test_port_is_closed_after_stop(server: Server) -> None:
+    port = server.http_port
+    assert port
+    assert server.stop() == []
+    with pytest.raises(ConnectionRefusedError):
+        Answer(port, "/healthz")
+
+
+def test_hanging_client_does_not_delay_stop(server: Server) -> None:
+    with hang(server):
+        assert server.stop() == []
+
+
+def test_http_endpoint_is_off_by_default_if_embedded() -> None:
+    with serving() as server:
+        assert server.http_port is None
+        assert not server.status.stuck_threads()
+
+
+def test_http_host_may_be_a_name() -> None:
+    with serving(http_port=0, http_host="localhost") as server:
+        assert server.http_port
+        with closing(http.client.HTTPConnection("localhost", server.http_port, timeout=SOON)) as connection:
+            connection.request("GET", "/healthz")
+            assert connection.getresponse().status == 200

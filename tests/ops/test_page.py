@@ -1,0 +1,473 @@
+"""The status page, in a headless Chromium: each test looks at the page of a real server, as a reader would."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import pytest
+import trustme
+
+from conftest import ROOT, SOON, serving, tool, wire_to
+from dsmq import __version__
+from dsmq.client import DSMQClientSideConnection as Client
+from dsmq.client import connect
+from dsmq.errors import Full
+from dsmq.server import Server
+
+pytestmark = pytest.mark.browser
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page, Response
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+expect = sync_api.expect
+
+HOSTILE = "<img src=x onerror=\"document.title='broken'\">"
+TOKEN = "open-sesame-0123456789"
+# A name by which the browser reaches this machine, as if from another.
+ELSEWHERE = "dsmq.example"
+# What the browser itself says of a server that is gone, and of one that requires a token.
+GONE = r"Failed to load resource: net::ERR_|^failed: .*/status\.json$"
+LOCKED = r"Failed to load resource: .* 401 "
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    chromium = tool("chromium", "chromium")
+    expect.set_options(timeout=SOON * 1000)
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=chromium, args=[f"--host-resolver-rules=MAP {ELSEWHERE} 127.0.0.1"]
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with serving(http_port=0) as server:
+        yield server
+
+
+@pytest.fixture
+def mq(server: Server) -> Iterator[Client]:
+    with connect(port=server.port, retry=False) as mq:
+        yield mq
+
+
+@contextmanager
+def reading(
+    browser: Browser, server: Server, allowed: str = "nothing", host: str = "127.0.0.1", **options: Any
+) -> Iterator[Page]:
+    """The page of this server; in the end, nothing must have gone wrong in it but what is allowed (a pattern)."""
+    context = browser.new_context(locale="en-US", **options)
+    context.set_default_timeout(SOON * 1000)
+    page = context.new_page()
+    base = f"http://{host}:{server.http_port}/"
+    troubles: list[str] = []
+    asked: list[str] = []
+    page.on("console", lambda message: troubles.append(f"{message.type}: {message.text}"))
+    page.on("pageerror", lambda error: troubles.append(f"exception: {error}"))
+    page.on("requestfailed", lambda request: troubles.append(f"failed: {request.url}"))
+    page.on("request", lambda request: asked.append(request.url))
+    try:
+        page.goto(base)
+        yield page
+        assert [trouble for trouble in troubles if not re.search(allowed, trouble)] == []
+        assert {url for url in asked if not url.startswith("data:")} <= {base, f"{base}status.json"}
+    finally:
+        context.close()
+
+
+@contextmanager
+def repeating(call: Callable[[], object]) -> Iterator[None]:
+    """Call it again and again, in a thread, meanwhile."""
+    done = threading.Event()
+
+    def run() -> None:
+        while not done.wait(0.01):
+            call()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(SOON)
+
+
+def sideways(page: Page) -> int:
+    """How far the page can be scrolled sideways, in pixels."""
+    return int(page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth"))
+
+
+def names(page: Page) -> list[str]:
+    """The topics as they are shown, from the top."""
+    return page.locator("#topics tbody td:first-child").all_inner_texts()
+
+
+def next_poll(page: Page) -> Response:
+    with page.expect_response("**/status.json") as answer:
+        pass
+    return answer.value
+
+
+# What it is made of
+
+
+def test_page_is_one_file_that_passes_strict_policy() -> None:
+    html = (ROOT / "src" / "dsmq" / "ops" / "page.html").read_text()
+    for element in ("script", "style"):
+        assert len(re.findall(rf"<{element}\b", html)) == len(re.findall(f"<{element}>", html)) == 1
+    markup = re.sub("<(script|style)>.*?</\\1>", "", html, flags=re.DOTALL)
+    assert not re.search(r"\s(on\w+|style|srcset)\s*=", markup)
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|Storage|cookie", html)
+    # No address but the name of SVG.
+    assert {urlsplit(url).netloc for url in re.findall(r"https?://[^'\"\s)]*", html)} == {"www.w3.org"}
+
+
+def test_page_policy_blocks_everything_else(browser: Browser, server: Server) -> None:
+    with reading(browser, server, "Content Security Policy") as page:
+        expect(page.locator("#main")).to_be_visible()
+        violated = page.evaluate(
+            """new Promise((resolve) => {
+                const all = new Set();
+                document.addEventListener("securitypolicyviolation", (event) => {
+                    all.add(event.effectiveDirective);
+                    if (all.size === 3) resolve([...all].sort());
+                });
+                fetch("http://127.0.0.2:9/").catch(() => {});
+                document.body.setAttribute("onclick", "document.title = 'run'");
+                document.body.setAttribute("style", "color: red");
+            })"""
+        )
+        assert violated == ["connect-src", "script-src-attr", "style-src-attr"]
+
+
+# Numbers
+
+
+def test_page_shows_ready_server(browser: Browser, server: Server) -> None:
+    with reading(browser, server) as page:
+        expect(page.locator("#state")).to_have_text("Ready")
+        expect(page.locator("#state")).to_have_class("ok")
+        expect(page.locator("#reasons")).to_be_empty()
+        expect(page.locator("#about")).to_have_text(re.compile(rf"^up\s\d+\ss · version {re.escape(__version__)}$"))
+        expect(page).to_have_title("dsmq")
+        expect(page.locator("#connecting")).to_be_hidden()
+        expect(page.locator("#banner")).to_be_hidden()
+
+
+def test_page_numbers_update_with_traffic(browser: Browser, server: Server, mq: Client) -> None:
+    def put_and_get() -> None:
+        mq.put("greetings", "x" * 1000)
+        mq.get("greetings")
+
+    with reading(browser, server) as page:
+        expect(page.locator("#puts")).to_have_text("0/s")
+        expect(page.locator("#sent_bytes")).to_have_text("0 B/s")
+        with repeating(put_and_get):
+            for name in ("puts", "deliveries"):
+                expect(page.locator(f"#{name}")).to_have_text(re.compile(r"^[1-9][\d,.]*/s$"))
+            for name in ("received_bytes", "sent_bytes"):
+                expect(page.locator(f"#{name}")).to_have_text(re.compile(r"^[1-9][\d,.]*\s[KM]iB/s$"))
+            expect(page.locator("#topics tbody td").nth(3)).to_have_text(re.compile(r"^[1-9][\d,.]*/s$"))
+            for plot in ("#messages-plot", "#bytes-plot"):
+                expect(page.locator(plot)).to_have_attribute(
+                    "aria-label", re.compile("at most [1-9].* in, [1-9].* out")
+                )
+                expect(page.locator(f"{plot} path.in")).to_have_attribute("d", re.compile(r"^M[\d.]+ [\d.]+L"))
+        expect(page.locator("#puts")).to_have_text("0/s")
+        count = f"{server.totals().stored:,}"
+        expect(page.locator("#held-messages")).to_have_text(count)
+        # The bytes of a topic are counted as those in all are.
+        status = server.status.page()
+        assert status["topics"][0]["bytes"] + 500 + len("greetings") == status["held"]["bytes"]
+        expect(page.locator("#total-puts")).to_have_text(count)
+        expect(page.locator("#total-deliveries")).to_have_text(count)
+        expect(page.locator("#topics tbody td").nth(1)).to_have_text(count)
+
+
+def test_page_lists_clients_and_what_they_read(browser: Browser, server: Server) -> None:
+    with reading(browser, server) as page:
+        expect(page.locator("#clients-card .none")).to_be_visible()
+        with wire_to(server) as wire:
+            wire.call("CLIENT", "SETNAME", "indexer")
+            for _ in range(3):
+                wire.call("PUT", "t", "x")
+            wire.call("GET", "t")
+            cells = page.locator("#clients tbody td")
+            expect(cells.nth(0)).to_have_text(re.compile(r"^indexer 127\.0\.0\.1:\d+$"))
+            expect(cells.nth(1)).to_have_text("t")
+            expect(cells.nth(2)).to_have_text("2")
+            expect(page.locator("#open")).to_have_text("1")
+        expect(page.locator("#clients tbody tr")).to_have_count(0)
+        expect(page.locator("#open")).to_have_text("0")
+
+
+def test_page_lists_and_counts_errors(browser: Browser, server: Server) -> None:
+    with reading(browser, server) as page, wire_to(server) as wire:
+        expect(page.locator("#total-errors")).to_have_text("0")
+        wire.error("FROBNICATE")
+        expect(page.locator("#errors tbody td").nth(1)).to_have_text("UNKNOWN")
+        expect(page.locator("#errors tbody td").nth(2)).to_have_text(re.compile(r"127\.0\.0\.1:\d+"))
+        expect(page.locator("#total-errors")).to_have_text("1 +1 recently")
+
+
+# What others have written
+
+
+def test_page_escapes_hostile_names(browser: Browser, server: Server) -> None:
+    with reading(browser, server) as page, wire_to(server) as wire:
+        wire.call("CLIENT", "SETNAME", HOSTILE.replace(" ", "/"))
+        wire.call("PUT", HOSTILE, "x")
+        expect(page.locator("#topics tbody td").first).to_have_text(HOSTILE)
+        expect(page.locator("#clients tbody td").first).to_contain_text(HOSTILE.replace(" ", "/"))
+        expect(page.locator("img")).to_have_count(0)
+        expect(page).to_have_title("dsmq")
+
+
+def test_page_shows_control_and_bidi_characters(browser: Browser, mq: Client, server: Server) -> None:
+    mq.put("a\u202eb\nc", "x")
+    with reading(browser, server) as page:
+        expect(page.locator("#topics tbody td").first).to_have_text(r"a\u202eb\u000ac")
+
+
+def test_page_never_shows_messages(browser: Browser, mq: Client, server: Server) -> None:
+    mq.put("t", "the quick brown fox")
+    with reading(browser, server) as page:
+        expect(page.locator("#held-messages")).to_have_text("1")
+        assert "brown" not in page.content()
+        assert "brown" not in next_poll(page).text()
+
+
+# States
+
+
+def test_empty_page_shows_how_to_put_a_message(browser: Browser, mq: Client, server: Server) -> None:
+    with reading(browser, server) as page:
+        expect(page.locator("#empty")).to_contain_text("No messages yet")
+        expect(page.locator("#how-to-put")).to_have_text(re.compile(r"^dsmq put( --port \d+)? greetings hello$"))
+        expect(page.locator("#topics-card")).to_be_hidden()
+        mq.put("greetings", "hello")
+        expect(page.locator("#empty")).to_be_hidden()
+        expect(page.locator("#topics-card")).to_be_visible()
+        assert names(page) == ["greetings"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "given"),
+    [
+        ({"host": "0.0.0.0", "protected_mode": "off"}, "--host dsmq.example --port N", '"dsmq.example", port=N'),
+        ({"host": "127.0.0.1"}, "--port N", "port=N"),
+        ({"host": "unix:{}/it's here"}, "--host 'unix:{}/it'\\''s here'", '"unix:{}/it\'s here"'),
+        ({"auth_token": TOKEN}, "--port N --token-file token", 'port=N, token="…"'),
+        ({"tls_cert_file": "{}/cert.pem"}, "--port N --tls", "port=N, tls=True"),
+    ],
+    ids=["everywhere", "here alone", "unix", "token", "TLS"],
+)
+def test_page_commands_match_the_server(
+    browser: Browser, tmp_path: Path, settings: dict[str, str], options: str, given: str
+) -> None:
+    trustme.CA().issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(tmp_path / "cert.pem")
+    fitted = {name: value.format(tmp_path) for name, value in settings.items()}
+    fitted["http_allowed_hosts"] = ELSEWHERE
+    with serving(http_port=0, **fitted) as server, reading(browser, server, host=ELSEWHERE) as page:
+        options, given = (
+            text.replace("N", str(server.status.port)).replace("{}", str(tmp_path)) for text in (options, given)
+        )
+        expect(page.locator("#how-to-read")).to_have_text(f"dsmq get {options} greetings --follow")
+        expect(page.locator("#how-to-put")).to_have_text(f"dsmq put {options} greetings hello")
+        expect(page.locator("#how-to-python")).to_contain_text(f'connect({given}).put("greetings", "hello")')
+        expect(page.locator("#how-to-token")).to_be_visible(visible="auth_token" in settings)
+        expect(page.locator("#how-to-tls")).to_be_visible(visible="tls_cert_file" in settings)
+        assert TOKEN not in page.content()
+
+
+def test_page_highlights_full_server(browser: Browser) -> None:
+    with (
+        serving(http_port=0, max_stored_messages=20) as server,
+        connect(port=server.port, retry=False) as mq,
+        reading(browser, server) as page,
+    ):
+        for held, note, kind in [(15, "75% of 20", "bar"), (16, "Filling: 80% of 20", "bar warn")]:
+            mq.put_many("t", ["x"] * (held - server.totals().messages))
+            expect(page.locator("#held-messages-note")).to_have_text(note)
+            expect(page.locator("#held-messages-bar")).to_have_class(re.compile(f"^{kind} ?$"))
+        expect(page.locator("#state")).to_have_text("Ready")
+        mq.put_many("t", ["x"] * 4)
+        with pytest.raises(Full):
+            mq.put("t", "x")
+        expect(page.locator("#state")).to_have_text("Full")
+        expect(page.locator("#state")).to_have_class("bad")
+        expect(page.locator("#reasons")).to_contain_text("Puts are refused until messages expire")
+        expect(page).to_have_title(re.compile("^Full .* dsmq$"))
+        expect(page.locator("#held-messages-note")).to_have_text("Full: 100% of 20")
+        expect(page.get_by_role("meter", name="Stored messages")).to_have_attribute("aria-valuenow", "20")
+        expect(page.locator("#total-puts_refused")).to_have_text("1 +1 recently")
+
+
+def test_page_reports_lost_server_and_recovers(browser: Browser) -> None:
+    with serving(http_port=0) as server, reading(browser, server, GONE) as page:
+        port = server.http_port
+        with connect(port=server.port) as mq:
+            mq.put("t", "x")
+        expect(page.locator("#held-messages")).to_have_text("1")
+        server.stop()
+        expect(page.locator("#problem")).to_have_text("No response from the server.")
+        expect(page.locator("#since")).to_have_text(re.compile(r"^Last update \d+\ss ago\.$"))
+        expect(page.locator("#state")).to_have_text("No response")
+        expect(page.locator("#main")).to_have_class("stale")
+        expect(page.locator("#held-messages")).to_have_text("1")
+        with serving(http_port=port):
+            expect(page.locator("#banner")).to_be_hidden()
+            expect(page.locator("#main")).not_to_have_class("stale")
+            expect(page.locator("#state")).to_have_text("Ready")
+            expect(page.locator("#held-messages")).to_have_text("0")
+            expect(page.locator("#puts")).to_have_text("0/s")
+
+
+def test_page_keeps_token_in_memory_only(browser: Browser) -> None:
+    with serving(http_port=0, http_token=TOKEN) as server, reading(browser, server, LOCKED) as page:
+        field = page.get_by_label("Token")
+        expect(page.get_by_role("heading", name="Token required")).to_be_visible()
+        expect(page.locator("#main")).to_be_hidden()
+        expect(field).to_be_focused()
+        for wrong in ("wrong", "not äscii"):
+            field.fill(wrong)
+            field.press("Enter")
+            expect(page.locator("#ask-why")).to_contain_text("Invalid token.")
+            expect(page.locator("#ask-why")).to_contain_text("http_token_file")
+            expect(field).to_have_value("")
+        field.fill(TOKEN)
+        field.press("Enter")
+        expect(page.locator("#state")).to_have_text("Ready")
+        expect(page.locator("#ask")).to_be_hidden()
+        assert next_poll(page).request.headers["authorization"] == f"Bearer {TOKEN}"
+        assert TOKEN not in page.content()
+        assert page.evaluate("localStorage.length + sessionStorage.length + document.cookie.length") == 0
+        page.reload()
+        expect(page.locator("#state")).to_have_text("Locked")
+
+
+def test_page_does_not_poll_while_hidden_or_paused(browser: Browser, server: Server) -> None:
+    with reading(browser, server) as page:
+        expect(page.locator("#state")).to_have_text("Ready")
+        page.evaluate(
+            """() => {
+                let hidden = false;
+                Object.defineProperty(document, "hidden", { get: () => hidden });
+                window.hide = (now) => { hidden = now; document.dispatchEvent(new Event("visibilitychange")); };
+                window.asked = 0;
+                const ask = fetch;
+                window.fetch = (...all) => { asked++; return ask(...all); };
+                // tick() is what its timer calls; while a request is being answered it makes no other.
+                window.asksNow = async (first = () => {}) => {
+                    while (asking) await new Promise((resume) => setTimeout(resume, 1));
+                    asked = 0;
+                    first();
+                    tick();
+                    return asked;
+                };
+            }"""
+        )
+        assert page.evaluate("asksNow()") == 1
+        assert page.evaluate("asksNow(() => hide(true))") == 0
+        page.evaluate("hide(false)")
+        next_poll(page)
+        page.get_by_role("button", name="Pause").click()
+        expect(page.locator("#state")).to_have_text("Paused")
+        assert page.evaluate("asksNow()") == 0
+        page.get_by_role("button", name="Resume").click()
+        expect(page.locator("#state")).to_have_text("Ready")
+        assert page.evaluate("asked") > 0
+
+
+# Readers
+
+
+def test_page_sorts_topics_by_keyboard(browser: Browser, mq: Client, server: Server) -> None:
+    for topic, count, size in [("a", 1, 500), ("b", 3, 10), ("c", 2, 100)]:
+        mq.put_many(topic, ["x" * size] * count)
+    with reading(browser, server) as page:
+        headers = page.locator("#topics th")
+        expect(page.locator("#topics tbody tr")).to_have_count(3)
+        assert names(page) == ["b", "c", "a"]
+        expect(headers.nth(1)).to_have_attribute("aria-sort", "descending")
+        button = page.get_by_role("button", name="Topic")
+        button.focus()
+        for order, direction in [(["a", "b", "c"], "ascending"), (["c", "b", "a"], "descending")]:
+            page.keyboard.press("Enter")
+            assert names(page) == order
+            expect(headers.nth(0)).to_have_attribute("aria-sort", direction)
+            expect(page.locator("#topics th[aria-sort]")).to_have_count(1)
+        # New numbers take neither the focus nor the order away.
+        mq.put("d", "x")
+        expect(page.locator("#topics tbody tr")).to_have_count(4)
+        assert names(page) == ["d", "c", "b", "a"]
+        expect(button).to_be_focused()
+        page.keyboard.press("Tab")
+        page.keyboard.press("Tab")
+        page.keyboard.press("Space")
+        assert names(page) == ["a", "c", "b", "d"]
+        expect(headers.nth(2)).to_have_attribute("aria-sort", "descending")
+
+
+@pytest.mark.parametrize("width", [320, 360, 390, 768, 1280])
+def test_page_fits_screen_width(browser: Browser, server: Server, width: int) -> None:
+    with wire_to(server) as wire, reading(browser, server, viewport={"width": width, "height": 800}) as page:
+        expect(page.locator("#empty")).to_be_visible()
+        assert sideways(page) == 0
+        wire.call("CLIENT", "SETNAME", "n" * 60)
+        wire.call("PUT", "t" * 500, "x")
+        wire.error("FROBNICATE" * 20)
+        for table in ("topics", "clients", "errors"):
+            expect(page.locator(f"#{table} tbody tr")).to_have_count(1)
+            cells = page.locator(f"#{table} tbody td")
+            for cell in cells.all():
+                box = cell.bounding_box()
+                assert box
+                assert 0 <= box["x"] <= box["x"] + box["width"] <= width
+        assert sideways(page) == 0
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_page_aligns_numbers_and_commands(browser: Browser, server: Server, width: int) -> None:
+    with reading(browser, server, viewport={"width": width, "height": 800}) as page:
+        expect(page.locator("#how-to-put")).to_be_visible()
+        height = "(pre) => (pre.clientHeight - 20) / parseFloat(getComputedStyle(pre).lineHeight)"
+        assert round(page.locator("#how-to-put").evaluate(height)) == 1
+        rows: dict[float, set[float]] = {}
+        for group in page.locator("#totals > div").all():
+            top, number = group.bounding_box(), group.locator("dd").bounding_box()
+            assert top
+            assert number
+            rows.setdefault(top["y"], set()).add(number["y"])
+        assert all(len(heights) == 1 for heights in rows.values())
+
+
+def test_page_follows_dark_mode_preference(browser: Browser, server: Server) -> None:
+    brightness = {}
+    for scheme in ("light", "dark"):
+        with reading(browser, server, color_scheme=scheme) as page:
+            expect(page.locator("#main")).to_be_visible()
+            for name in ("background-color", "color"):
+                color = page.locator("body").evaluate(f"(body) => getComputedStyle(body).getPropertyValue('{name}')")
+                brightness[scheme, name] = sum(map(int, re.findall(r"\d+", color)[:3])) / 3
+    assert brightness["light", "background-color"] - brightness["light", "color"] > 150
+    assert brightness["dark", "color"] - brightness["dark", "background-color"] > 150
+
+
+def test_page_follows_reduced_motion_preference(browser: Browser, server: Server) -> None:
+    for wish, moves in (("no-preference", True), ("reduce", False)):
+        with reading(browser, server, reduced_motion=wish) as page:
+            bar = page.locator("#held-messages-bar div")
+            took = bar.evaluate("(bar) => parseFloat(getComputedStyle(bar).transitionDuration)")
+            assert (took > 0) is moves

@@ -1,0 +1,659 @@
+"""How a client reaches a server: names with several addresses, servers that start, slow links, and other programs."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any, Self
+
+import pytest
+
+from conftest import CONNECTS, SOON, UNIT, Connect, blocked, daemon, serving, wait_until
+from dsmq import client as client_module
+from dsmq.client import connect, dial
+from dsmq.client import connection as link
+from dsmq.client.dial import Endpoint, addresses
+from dsmq.errors import ConnectionLost, ProtocolError
+from dsmq.server import Server
+
+# Names with several addresses
+
+
+@pytest.fixture
+def resolve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A function: every name has these addresses from now on, each with a port."""
+
+    real = socket.getaddrinfo
+
+    def to(*found: tuple[str, int]) -> None:
+        def getaddrinfo(host: str, *arguments: Any, **options: Any) -> list[Any]:
+            if host != "name":
+                return real(host, *arguments, **options)
+            families = [socket.AF_INET6 if ":" in address else socket.AF_INET for address, _ in found]
+            return [
+                (family, socket.SOCK_STREAM, 6, "", (*one, 0, 0) if ":" in one[0] else one)
+                for family, one in zip(families, found, strict=True)
+            ]
+
+        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+
+    return to
+
+
+@contextmanager
+def black_hole() -> Iterator[int]:
+    """A port that answers nothing to those who connect: its queue is full."""
+    with socket.socket() as listener, socket.socket() as first, socket.socket() as second:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for one in (first, second):
+            one.setblocking(False)
+            one.connect_ex(listener.getsockname())
+        wait_until(lambda: _is_full(listener.getsockname()))
+        yield listener.getsockname()[1]
+
+
+def _is_full(address: tuple[str, int]) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(UNIT)
+        try:
+            probe.connect(address)
+        except TimeoutError:
+            return True
+        return False
+
+
+@contextmanager
+def closed_port() -> Iterator[int]:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        yield nobody.getsockname()[1]
+
+
+def test_address_families_alternate(resolve: Callable[..., None]) -> None:
+    resolve(("::1", 1), ("::2", 1), ("::3", 1), ("10.0.0.1", 1), ("10.0.0.2", 1))
+    found = [address[3][0] for address in addresses(Endpoint("name", 1))]
+    assert found == ["::1", "10.0.0.1", "::2", "10.0.0.2", "::3"]
+
+
+def test_silent_address_does_not_use_up_timeout(server: Server, resolve: Callable[..., None]) -> None:
+    with black_hole() as hole:
+        resolve(("127.0.0.1", hole), ("127.0.0.1", server.port))
+        before = time.monotonic()
+        with connect("name", timeout=SOON, retry=False) as mq:
+            mq.ping()
+        assert 0.2 < time.monotonic() - before < SOON / 2
+
+
+def test_refusing_address_is_skipped(server: Server, resolve: Callable[..., None]) -> None:
+    with closed_port() as port:
+        resolve(("::1", port), ("127.0.0.1", port), ("127.0.0.1", server.port))
+        with connect("name", timeout=SOON, retry=False) as mq:
+            mq.ping()
+
+
+@pytest.mark.slow
+def test_error_names_reason_per_address(resolve: Callable[..., None]) -> None:
+    with closed_port() as port, black_hole() as hole:
+        resolve(("127.0.0.1", hole), ("127.0.0.1", port))
+        before = time.monotonic()
+        with pytest.raises(ConnectionRefusedError) as told:
+            connect("name", timeout=SOON * 10, retry=False)
+        # One has refused: a server may be starting there, so it is soon time for the next attempt.
+        assert time.monotonic() - before < SOON
+        assert "127.0.0.1: Connection refused; 127.0.0.1: timed out" in str(told.value)
+        resolve(("127.0.0.1", hole))
+        with pytest.raises(TimeoutError, match="name port 30008 can't be reached: timed out"):
+            connect("name", timeout=UNIT, retry=False)
+
+
+def test_starting_server_is_waited_for_at_all_addresses(resolve: Callable[..., None]) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    resolve(("::1", port), ("127.0.0.1", port))
+    with ExitStack() as stack:
+        thread = threading.Timer(UNIT, lambda: stack.enter_context(serving(port=port)))
+        thread.start()
+        with connect("name", port) as mq:
+            mq.ping()
+        thread.join(SOON)
+
+
+# What accepts and closes, and what else answers
+
+
+@contextmanager
+def front(*replies: bytes) -> Iterator[tuple[int, list[int]]]:
+    """A listener that gives each connection a reply to the first thing that comes, and closes it."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    accepted: list[int] = []
+
+    def run() -> None:
+        while True:
+            try:
+                sock, _ = listener.accept()
+            except OSError:
+                return
+            accepted.append(1)
+            with sock:
+                if replies:
+                    sock.recv(65_536)
+                    sock.sendall(replies[min(len(accepted), len(replies)) - 1])
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield listener.getsockname()[1], accepted
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join(SOON)
+        listener.close()
+
+
+@pytest.mark.parametrize("replies", [(), (b"",)])
+def test_proxy_that_closes_at_once_counts_as_starting(
+    monkeypatch: pytest.MonkeyPatch, replies: tuple[bytes, ...]
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    with front(*replies) as (port, _), pytest.raises(ConnectionResetError, match="closes them at once") as told:
+        connect(port=port)
+    assert len(pauses) == 10
+    assert "does it want TLS?" in str(told.value)
+
+
+def test_proxy_is_retried_until_server_answers(monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
+    with front() as (port, accepted):
+        monkeypatch.setattr(
+            dial,
+            "addresses",
+            lambda _: [
+                (socket.AF_INET, socket.SOCK_STREAM, 0, ("127.0.0.1", server.port if len(accepted) > 4 else port))
+            ],
+        )
+        with connect(port=port) as mq:
+            mq.ping()
+    assert len(accepted) == 5
+
+
+@pytest.mark.parametrize(
+    ("reply", "name"),
+    [
+        (b"HTTP/1.1 400 Bad Request\r\nServer: nginx\r\n\r\n", "an HTTP server"),
+        (b"HTTP/1.0 400 Bad Request\r\nServer: dsmq\r\n\r\n", "dsmq's HTTP endpoint"),
+        (b"<!DOCTYPE HTML>\r\n", "an HTTP server"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "an SSH server"),
+        (b"-ERR unknown command 'HELLO'\r\n", "Redis"),
+        (b"-NOAUTH HELLO must be called with the client already authenticated, otherwise ...\r\n", "Redis"),
+        (b"*2\r\n$6\r\nserver\r\n$6\r\nvalkey\r\n", "valkey"),
+    ],
+)
+def test_other_program_is_named_at_once(reply: bytes, name: str) -> None:
+    with front(reply) as (port, accepted), pytest.raises(ProtocolError, match=name):
+        connect(port=port)
+    assert len(accepted) == 1
+
+
+def test_closing_broker_is_probed_in_its_own_protocol() -> None:
+    # As mosquitto does: it closes unless the first thing is a CONNECT.
+    with front(b"", b"\x20\x02\x00\x00") as (port, _), pytest.raises(ProtocolError, match="MQTT broker"):
+        connect(port=port)
+
+
+def test_tls_server_is_recognized_at_once() -> None:
+    with front(b"\x15\x03\x03\x00\x02\x02\x46") as (port, accepted), pytest.raises(ConnectionError, match="want TLS"):
+        connect(port=port)
+    assert len(accepted) == 1
+
+
+def test_real_programs_are_recognized(tmp_path: Path) -> None:
+    with daemon() as server, pytest.raises(ProtocolError, match="dsmq's HTTP endpoint"):
+        connect(port=server.http_port)
+    if (redis := shutil.which("redis-server")) is None:
+        pytest.skip("redis-server is not installed")
+    path = tmp_path / "socket"
+    process = subprocess.Popen(
+        [redis, "--port", "0", "--unixsocket", str(path), "--save", ""], stdout=subprocess.DEVNULL
+    )
+    try:
+        wait_until(path.exists)
+        for _ in range(2):
+            with pytest.raises(ProtocolError, match="Redis"):
+                connect(f"unix:{path}")
+            subprocess.run(["redis-cli", "-s", str(path), "CONFIG", "SET", "requirepass", "x"], check=True)
+    finally:
+        process.terminate()
+        process.wait(SOON)
+
+
+# Slow links
+
+
+class Slow:
+    """A proxy that passes so many bytes a second, each way."""
+
+    def __init__(self, port: int, rate: int) -> None:
+        self._port, self._rate = port, rate
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self._threads = [threading.Thread(target=self._accept)]
+        self._sockets: list[socket.socket] = []
+        self.bytes = 0
+
+    def __enter__(self) -> Self:
+        self._threads[0].start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        for sock in list(self._sockets):
+            sock.close()
+        for thread in self._threads:
+            thread.join(SOON)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                here, _ = self._listener.accept()
+            except OSError:
+                return
+            there = socket.create_connection(("127.0.0.1", self._port))
+            self._sockets += here, there
+            for source, sink in ((here, there), (there, here)):
+                self._threads.append(threading.Thread(target=self._pass, args=(source, sink)))
+                self._threads[-1].start()
+
+    def _pass(self, source: socket.socket, sink: socket.socket) -> None:
+        piece = max(1, self._rate // 20)
+        try:
+            while data := source.recv(piece):
+                sink.sendall(data)
+                self.bytes += len(data)
+                time.sleep(len(data) / self._rate)
+            sink.shutdown(socket.SHUT_WR)
+        except OSError:
+            return
+
+
+@pytest.mark.slow
+def test_reading_continues_at_5_kb_per_second(server: Server) -> None:
+    with (
+        Slow(server.port, 5000) as slow,
+        connect(port=server.port) as writer,
+        connect(port=slow.port, timeout=10 * UNIT, reconnect_timeout=0) as mq,
+    ):
+        # One reply takes longer than the timeout.
+        writer.put_many("t", ["x" * 1000] * 20)
+        assert mq.get_many("t", 20) == ["x" * 1000] * 20
+
+
+@pytest.mark.slow
+def test_message_slower_than_timeout_round_trips(server: Server) -> None:
+    message = "x" * 2_000_000
+    with Slow(server.port, 600_000) as slow, connect(port=slow.port, timeout=20 * UNIT, reconnect_timeout=0) as mq:
+        mq.put("t", message)
+        assert mq.get("t") == message
+
+
+def test_read_size_shrinks_after_timeout(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    with connect(port=server.port, timeout=5 * UNIT) as mq:
+        mq.put_many("t", ["x" * 3000] * 50)
+        real, left = link.Connection.receive, [2]
+
+        def receive(one: link.Connection) -> object:
+            if left[0]:
+                left[0] -= 1
+                raise TimeoutError("no reply")
+            return real(one)
+
+        monkeypatch.setattr(link.Connection, "receive", receive)
+        assert mq.get("t") == "x" * 3000
+        # Of the last two replies one was that to HELLO.
+        assert mq._session.read_bytes == 65_536 + 4096
+        assert mq.get_many("t", 49) == ["x" * 3000] * 49
+        assert mq._session.read_bytes > 65_536 + 4096
+
+
+def test_silent_server_times_out_for_every_call() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        one = link.Connection(Endpoint("127.0.0.1", listener.getsockname()[1]), UNIT)
+        before = time.monotonic()
+        one.send(b"x" * 16_384)
+        with pytest.raises(TimeoutError):
+            one.receive()
+        # 16 KiB may take a second.
+        assert 1.0 + UNIT <= time.monotonic() - before < SOON
+        one.close()
+
+
+# What is told
+
+
+@CONNECTS
+@pytest.mark.parametrize("host", ["no.such.invalid", "a..b"])
+def test_a_name_that_does_not_resolve_is_named(connect: Connect, host: str) -> None:
+    with pytest.raises(socket.gaierror, match=f"cannot resolve '{host}': .") as told:
+        connect(host)
+    assert told.value.errno == socket.EAI_NONAME
+
+
+@CONNECTS
+def test_an_attempt_to_reach_a_server_says_for_how_long_it_was_made(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "_n_tries", 4)
+    # Nobody else gets it while it is bound, and nobody listens.
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+        with pytest.raises(ConnectionRefusedError) as told:
+            connect(port=port)
+        assert told.value.errno == errno.ECONNREFUSED
+        found = re.search(rf"no server answers at 127.0.0.1 port {port} \(tried for (.*) s\)$", str(told.value))
+        assert found
+        assert float(found[1]) >= 0.1
+        with pytest.raises(ConnectionRefusedError, match=f"port {port}$"):
+            connect(port=port, retry=False)
+
+
+# Processes
+
+
+# In a process of their own, which has one thread: after a fork without Python's hooks a child has whatever locks of the
+# interpreter other threads held at that moment.
+CHILDREN = """
+import ctypes, os, sys
+from dsmq.client import connect
+fork = os.fork if sys.argv[2] == "os.fork" else ctypes.PyDLL(None).fork
+with connect(port=int(sys.argv[1])) as mq, connect(port=int(sys.argv[1])) as writer:
+    writer.put_many("t", ["1", "2", "3"])
+    assert mq.get("t") == "1"
+    messages = mq.messages("t", timeout=30)
+    reading, writing = os.pipe()
+    children = []
+    for number in range(4):
+        child = fork()
+        if child == 0:
+            status = 1
+            try:
+                got = [next(messages), mq.get("t"), mq.get("t", default="none")]
+                ids = mq.put_many("u", [f"{number} {count}" for count in range(200)])
+                got.append(str(len(set(ids))))
+                mq.close()
+                os.write(writing, (" ".join(got) + "\\n").encode())
+                status = 0
+            finally:
+                os._exit(status)
+        children.append(child)
+    # The parent goes on on its connection all the while.
+    for count in range(200):
+        mq.put("u", f"parent {count}")
+        assert mq.get("u")
+    for child in children:
+        assert os.waitpid(child, 0)[1] == 0
+    assert os.read(reading, 1000).decode().splitlines() == ["2 3 none 200"] * 4
+    assert [next(messages), mq.get("t"), mq.get("t")] == ["2", "3", ""]
+"""
+
+
+@pytest.mark.parametrize("fork", ["os.fork", "without hooks"])
+def test_forked_child_is_a_separate_client(server: Server, fork: str) -> None:
+    subprocess.run([sys.executable, "-c", CHILDREN, str(server.port), fork], timeout=2 * SOON, check=True)
+    assert server.totals().stored == 3 + 5 * 200
+
+
+FORK_IN_PUT_MANY = """
+import ctypes, os, sys
+from dsmq.client import connect
+child = -1
+def messages():
+    global child
+    for number in range(1200):
+        if number == 600:
+            child = ctypes.PyDLL(None).fork()
+        yield f"{child == 0} {number}"
+with connect(port=int(sys.argv[1])) as mq:
+    status = 1
+    try:
+        ids = mq.put_many("t", messages())
+        status = 0
+    finally:
+        if child == 0:
+            os._exit(0 if not status and len(set(ids)) == 1200 else 1)
+    assert len(set(ids)) == 1200
+    assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_child_forked_during_call_leaves_reply_to_parent(server: Server) -> None:
+    script = f"""
+import ctypes, os, signal, time
+from dsmq.client import connect
+child = -1
+def fork(*_):
+    global child
+    child = ctypes.PyDLL(None).fork()
+    if child:
+        # The child is first to see the reply.
+        time.sleep({10 * UNIT})
+signal.signal(signal.SIGALRM, fork)
+states = []
+with connect(port={server.port}, on_state_change=states.append) as mq, connect(port={server.port}) as writer:
+    # By a timer of the kernel: a fork without hooks wants a process with one thread.
+    signal.setitimer(signal.ITIMER_REAL, {3 * UNIT})
+    if os.fork() == 0:
+        time.sleep({8 * UNIT})
+        writer.put("t", "x")
+        os._exit(0)
+    got = mq.get_wait("t", timeout={SOON})
+    if child == 0:
+        os._exit(got != "x")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    print(got, states)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=3 * SOON, check=False)
+    assert done.stdout == "x []\n", done.stderr
+
+
+@contextmanager
+def running(script: str) -> Iterator[tuple[IO[str], IO[str]]]:
+    """A program, with all that it forks: its input and its output."""
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True) as process:
+        assert process.stdin
+        assert process.stdout
+        try:
+            yield process.stdin, process.stdout
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("fork", ["os.fork", "ctypes.PyDLL(None).fork"])
+def test_a_call_goes_on_in_a_child_in_which_the_signal_handler_that_forked_has_called_the_client(
+    server: Server, fork: str
+) -> None:
+    """It must not wait on a descriptor that is another connection's now; its own deadline is far."""
+    script = f"""
+import ctypes, os, signal
+from dsmq.client import connect
+child = -1
+def handle(*_):
+    global child
+    child = {fork}()
+    if child == 0:
+        mq.put("u", "from the child")
+signal.signal(signal.SIGALRM, handle)
+with connect(port={server.port}, timeout={10 * SOON}) as mq:
+    signal.setitimer(signal.ITIMER_REAL, {3 * UNIT})
+    got = mq.get_wait("t", timeout={10 * SOON})
+    if child == 0:
+        os._exit(got != "x")
+    print(got, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    with running(script) as (_, output), connect(port=server.port) as writer:
+        wait_until(lambda: server.totals().stored == 1)
+        # The parent and the child each wait for it.
+        wait_until(lambda: server.waiting() == 2)
+        writer.put("t", "x")
+        assert output.readline() == "x 0\n"
+
+
+def test_a_child_that_is_forked_while_a_request_is_sent_leaves_the_connection_to_the_parent(server: Server) -> None:
+    script = f"""
+import ctypes, os, signal, sys
+from dsmq.client import connect
+child = -1
+def handle(*_):
+    global child
+    child = ctypes.PyDLL(None).fork()
+    if child:
+        print("forked", flush=True)
+signal.signal(signal.SIGALRM, handle)
+with connect(port={server.port}, timeout={SOON}) as mq:
+    print("connected", flush=True)
+    sys.stdin.readline()
+    signal.setitimer(signal.ITIMER_REAL, {3 * UNIT})
+    stored = mq.put("t", "x" * 8_000_000)
+    if child == 0:
+        os._exit(stored != 1)
+    print(stored, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    with connect(port=server.port) as mq, running(script) as (begin, output):
+        assert output.readline() == "connected\n"
+        with blocked(server):
+            begin.write("\n")
+            begin.flush()
+            assert output.readline() == "forked\n"
+        assert output.readline() == "1 0\n"
+        assert len(mq.get("t")) == 8_000_000
+    assert server.totals().stored == 1
+
+
+def test_fork_during_put_many_does_not_use_parent_connection(server: Server) -> None:
+    with connect(port=server.port) as mq:
+        subprocess.run([sys.executable, "-c", FORK_IN_PUT_MANY, str(server.port)], timeout=2 * SOON, check=True)
+        got = mq.get_many("t", 3000)
+    # What had been sent when it forked is stored once; what had been made, and not been sent, each has put.
+    twice = [one for one, count in Counter(got).items() if count == 2]
+    assert twice == [f"False {number}" for number in range(500, 600)]
+    assert len(got) == 1200 + 600 + 100
+
+
+# Other systems
+
+
+def test_client_runs_without_unix_only_modules(server: Server) -> None:
+    """Names that Windows or macOS lack are deleted before the import."""
+    script = f"""
+import os, select, socket, sys, time
+for name in [name for name in dir(time) if name.startswith("CLOCK_")] + ["clock_gettime"]:
+    delattr(time, name)
+unix = (socket, ["AF_UNIX"]), (os, ["register_at_fork", "fork", "sched_yield"]), (select, ["poll", "epoll"])
+for module, names in unix:
+    for name in names:
+        delattr(module, name)
+for name in ("fcntl", "resource", "pwd", "grp", "mmap", "termios"):
+    sys.modules[name] = None
+from dsmq.client import connect
+with connect(port={server.port}) as mq:
+    mq.put_many("t", ["1", "2"])
+    assert mq.get("t") == "1" and mq.get_wait("t") == "2" and mq.get_latest("t") == ""
+    assert mq.position("t").endswith(":2")
+    mq.seek("t", 0)
+    assert len(mq.read("t", 5)) == 2
+import dsmq.aio
+try:
+    connect("unix:/tmp/x", retry=False)
+except OSError as error:
+    assert "no Unix sockets" in str(error), error
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=SOON * 3, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# What a client holds
+
+
+def test_idle_connections_of_a_burst_are_closed_but_one(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsmq.client.pool.IDLE_SECONDS", 3 * UNIT)
+    with connect(port=server.port) as mq:
+        for _ in range(2):
+            threads = [threading.Thread(target=mq.get_wait, args=("t",), kwargs={"timeout": SOON}) for _ in range(20)]
+            for thread in threads:
+                thread.start()
+            wait_until(lambda: server.waiting() == 20)
+            mq.put_many("t", ["x"] * 20)
+            for thread in threads:
+                thread.join(SOON)
+            # Nobody calls it meanwhile.
+            wait_until(lambda: server.connections() == 1)
+        mq.ping()
+        assert server.connections() == 1
+
+
+def test_call_succeeds_if_no_thread_can_start(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("_thread.start_new_thread", refuse)
+    with connect(port=server.port) as mq:
+        # While one connection is in use, another is made; then there are two.
+        assert len(mq.put_many("t", (str(mq.put("u", "x")) for _ in range(3)))) == 3
+        assert mq.get_many("u") == ["x"] * 3
+        wait_until(lambda: server.connections() == 1)
+
+
+@pytest.mark.slow
+def test_reply_topics_use_little_client_memory(server: Server) -> None:
+    script = f"""
+import tracemalloc
+from dsmq.client import connect
+with connect(port={server.port}) as mq:
+    tracemalloc.start()
+    for number in range(20_000):
+        topic = f"reply {{number}}"
+        if number % 2:
+            mq.get(topic)
+        else:
+            mq.put(topic, "x")
+            assert mq.get(topic) == "x"
+    print(tracemalloc.get_traced_memory()[0])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=SOON * 9, check=True)
+    assert int(done.stdout) < 10_000 * 700 + 500_000
+
+
+def test_idle_reply_topics_are_forgotten() -> None:
+    with serving(max_age_seconds=UNIT) as server, connect(port=server.port) as mq:
+        until = time.monotonic() + SOON
+        number = most = 0
+        while time.monotonic() < until and not (number > 500 and len(mq._session._kept.young) < most / 4):
+            number += 1
+            mq.put(f"reply {number}", "x")
+            assert mq.get(f"reply {number}", default=None) in ("x", None)
+            most = max(most, len(mq._session._kept.young))
+        assert number > len(mq._session._kept.young) * 4
+        assert mq.missed == 0
+
+
+def test_connection_lost_names_server(server: Server) -> None:
+    with connect(port=server.port, reconnect_timeout=0) as mq:
+        server.stop()
+        with pytest.raises(ConnectionLost):
+            mq.ping()

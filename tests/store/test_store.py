@@ -1,0 +1,1051 @@
+"""The store alone, on a clock of the test's: each rule by itself, and all of them against a model in plain Python."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+from hypothesis import Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from dsmq.errors import CannotStart, Forgotten, Full, StoreFailed
+from dsmq.store import database
+from dsmq.store import dedup as producers
+from dsmq.store import sqlite as store_module
+from dsmq.store import topics as topics_module
+from dsmq.store.api import MESSAGE_OVERHEAD_BYTES, TOPIC_OVERHEAD_BYTES, Message, Put, TopicStats, Totals
+from dsmq.store.sqlite import SQLiteStore
+
+MAX_AGE = 100
+
+
+class Clock:
+    """Milliseconds that pass when the test says so."""
+
+    now = 1_000_000
+
+    def __call__(self) -> int:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def store(clock: Clock) -> Iterator[SQLiteStore]:
+    store = SQLiteStore(MAX_AGE, clock)
+    yield store
+    store.close()
+
+
+def a_put(topic: bytes, body: bytes, key: tuple[bytes, int] | None = None) -> Put:
+    return topic, body, key
+
+
+def a_message(message_id: int, number: int, age_ms: int, body: bytes) -> Message:
+    return Message(message_id, number, age_ms, body, MAX_AGE - age_ms)
+
+
+def put(store: SQLiteStore, topic: bytes, *bodies: bytes) -> list[int]:
+    return store.append([a_put(topic, body) for body in bodies])
+
+
+def read(store: SQLiteStore, topic: bytes, after: int = 0) -> list[Message]:
+    return store.read(topic, after, 1000, 1_000_000)
+
+
+def bodies(messages: list[Message]) -> list[bytes]:
+    return [message.body for message in messages]
+
+
+def expire_all(store: SQLiteStore) -> None:
+    while store.expire():
+        pass
+
+
+def everything(store: SQLiteStore) -> object:
+    """All that can be seen from outside."""
+    names = [topic.name for topic in store.topics(b"", 1000)]
+    held = [(store.stats(name), read(store, name)) for name in names]
+    return store.last_id(), store.totals(), store.stats(b"new"), held
+
+
+def watch(store: SQLiteStore) -> list[str]:
+    """The statements that the store executes from now on."""
+    statements: list[str] = []
+    store._database.connection.set_trace_callback(statements.append)
+    return statements
+
+
+# Ids and numbers
+
+
+def test_ids_increase_over_all_topics_and_numbers_per_topic(store: SQLiteStore) -> None:
+    assert store.last_id() == 0
+    assert store.append([a_put(b"a", b"1"), a_put(b"b", b"2"), a_put(b"a", b"3")]) == [1, 2, 3]
+    assert put(store, b"b", b"4") == [4]
+    assert read(store, b"a") == [a_message(1, 1, 0, b"1"), a_message(3, 2, 0, b"3")]
+    assert read(store, b"b") == [a_message(2, 1, 0, b"2"), a_message(4, 2, 0, b"4")]
+    assert store.last_id() == 4
+
+
+def test_ids_and_numbers_continue_after_everything_expired(store: SQLiteStore, clock: Clock) -> None:
+    put(store, b"t", b"1", b"2")
+    clock.now += MAX_AGE + 1
+    expire_all(store)
+    assert store.last_id() == 2
+    assert put(store, b"t", b"3") == [3]
+    assert read(store, b"t") == [a_message(3, 3, 0, b"3")]
+    assert store.totals()[:5] == (1, 1, 1, 3, 2)
+
+
+def test_each_store_has_its_own_epoch(store: SQLiteStore) -> None:
+    other = SQLiteStore(MAX_AGE)
+    other.close()
+    assert store.epoch
+    assert store.epoch != other.epoch
+
+
+def test_empty_batch_stores_nothing(store: SQLiteStore) -> None:
+    assert store.append([]) == []
+    assert store.totals()[:5] == (0, 0, 0, 0, 0)
+
+
+def test_bodies_may_be_any_bytes(store: SQLiteStore) -> None:
+    given = [b"", b"\0", bytes(range(256)), b"x" * 100_000]
+    put(store, b"t", *given)
+    assert bodies(read(store, b"t")) == given
+
+
+# Reading
+
+
+def test_reading_removes_nothing(store: SQLiteStore) -> None:
+    put(store, b"t", b"1", b"2")
+    assert read(store, b"t") == read(store, b"t")
+    assert store.latest(b"t", 0) == store.latest(b"t", 0)
+    assert store.totals().messages == 2
+
+
+def test_read_returns_messages_after_id_oldest_first(store: SQLiteStore) -> None:
+    put(store, b"t", b"1", b"2", b"3")
+    assert bodies(read(store, b"t", 0)) == [b"1", b"2", b"3"]
+    assert bodies(read(store, b"t", 1)) == [b"2", b"3"]
+    assert read(store, b"t", 3) == []
+    assert read(store, b"t", 2**63 - 1) == []
+    assert read(store, b"other", 0) == []
+
+
+def test_read_stops_at_the_count(store: SQLiteStore) -> None:
+    put(store, b"t", b"1", b"2", b"3")
+    assert bodies(store.read(b"t", 0, 2, 100)) == [b"1", b"2"]
+
+
+@pytest.mark.parametrize(("size", "messages"), [(1, 1), (4, 1), (5, 2), (8, 2), (9, 3), (100, 3)])
+def test_read_stops_at_size_but_returns_at_least_one_message(store: SQLiteStore, size: int, messages: int) -> None:
+    put(store, b"t", b"aaaa", b"bbbb", b"cccc")
+    assert len(store.read(b"t", 0, 100, size)) == messages
+
+
+def test_latest_is_newest_message_after_id(store: SQLiteStore) -> None:
+    put(store, b"t", b"1", b"2")
+    put(store, b"other", b"3")
+    assert store.latest(b"t", 0) == [a_message(2, 2, 0, b"2")]
+    assert bodies(store.latest(b"t", 1)) == [b"2"]
+    assert store.latest(b"t", 2) == []
+    assert store.latest(b"nothing", 0) == []
+
+
+def test_caught_up_reader_runs_no_statement(store: SQLiteStore) -> None:
+    put(store, b"t", b"1", b"2")
+    put(store, b"other", b"3")
+    statements = watch(store)
+    for after in (2, 3, 2**63 - 1):
+        assert read(store, b"t", after) == []
+        assert store.latest(b"t", after) == []
+    assert read(store, b"nothing") == []
+    assert store.latest(b"nothing", 0) == []
+    assert statements == []
+
+
+def test_reader_with_backlog_runs_one_statement(store: SQLiteStore) -> None:
+    put(store, b"t", *[b"x"] * store_module.FLUSH_MESSAGES)
+    store.flush()
+    put(store, b"t", b"and one in the tail")
+    statements = watch(store)
+    assert len(read(store, b"t")) == store_module.FLUSH_MESSAGES + 1
+    assert len(statements) == 1
+
+
+def test_put_to_known_topic_runs_no_statement(store: SQLiteStore) -> None:
+    put(store, b"t", b"1")
+    statements = watch(store)
+    put(store, b"t", b"2")
+    assert bodies(read(store, b"t")) == [b"1", b"2"]
+    assert bodies(store.latest(b"t", 0)) == [b"2"]
+    assert statements == []
+
+
+@pytest.mark.parametrize(("limit", "most"), [("MAX_BUFFERED_MESSAGES", 6), ("MAX_BUFFERED_BYTES", 12)])
+def test_write_buffer_is_flushed_by_topic_and_millisecond(
+    store: SQLiteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch, limit: str, most: int
+) -> None:
+    monkeypatch.setattr(store_module, limit, most)
+    put(store, b"a", b"a1", b"a2")
+    put(store, b"b", b"b1", b"b2")
+    clock.now += 1
+    put(store, b"a", b"a3", b"a4")
+    statements = watch(store)
+    put(store, b"a", b"a5")
+    assert [statement.split(" (")[0] for statement in statements] == [
+        "BEGIN", *["INSERT INTO chunks"] * 3, "COMMIT",
+    ]  # fmt: skip
+    assert bodies(read(store, b"a")) == [b"a1", b"a2", b"a3", b"a4", b"a5"]
+    assert bodies(read(store, b"a", 2)) == [b"a3", b"a4", b"a5"]
+    assert bodies(read(store, b"b", 3)) == [b"b2"]
+    assert bodies(store.latest(b"b", 0)) == [b"b2"]
+
+
+@pytest.mark.parametrize("size", [1, 1000, 100_000])
+def test_flush_writes_full_buffers(store: SQLiteStore, size: int) -> None:
+    for number in range(1, 40):
+        put(store, b"t", b"x" * size)
+        long = number >= store_module.FLUSH_MESSAGES or number * size >= store_module.FLUSH_BYTES
+        statements = watch(store)
+        store.flush()
+        assert bool(statements) == long
+        if long:
+            assert len(read(store, b"t")) == number
+            return
+
+
+@pytest.mark.parametrize(("size", "messages"), [(1, 128), (100, 128), (200, 81), (4096, 4), (9000, 1), (20_000, 1)])
+def test_chunks_are_bounded(store: SQLiteStore, size: int, messages: int) -> None:
+    put(store, b"t", *[b"x" * size] * 300)
+    store._flush()
+    held = store._database.connection.execute(
+        "SELECT length(ids_and_sizes) / 16, length(bodies) FROM chunks"
+    ).fetchall()
+    assert held[0] == (messages, messages * size)
+    assert sum(count for count, _ in held) == 300
+    assert [message.id for message in store.read(b"t", 0, 1000, 10**8)] == list(range(1, 301))
+
+
+@pytest.mark.parametrize("size", [store_module.LONG_BYTES - 1, store_module.LONG_BYTES, 8 << 20])
+def test_long_messages_among_short_ones_are_read_whole(store: SQLiteStore, size: int) -> None:
+    bodies = [b"x", (bytes(range(256)) * (size // 256 + 1))[:size], b"y"]
+    put(store, b"t", *bodies)
+    store._flush()
+    assert [message.body for message in store.read(b"t", 0, 1000, 10**8)] == bodies
+    assert store.latest(b"t", 0, 3)[0].body == bodies[1]
+    assert store.latest(b"t", 0)[0].body == b"y"
+
+
+def test_a_long_message_is_copied_once_when_it_is_read(store: SQLiteStore) -> None:
+    put(store, b"t", b"x" * (1 << 20))
+    store._flush()
+    statements = watch(store)
+    assert len(store.read(b"t", 0, 1, 1)[0].body) == 1 << 20
+    # As a row's value it would be copied into the row first.
+    (statement,) = statements
+    assert "CASE WHEN length(bodies)" in statement
+
+
+def test_what_is_deleted_is_not_overwritten(store: SQLiteStore) -> None:
+    assert store._database.connection.execute("PRAGMA secure_delete").fetchone() == (0,)
+
+
+def test_stats_reads_no_bodies(store: SQLiteStore) -> None:
+    put(store, b"t", BIG)
+    store.flush()
+    statements = watch(store)
+    assert store.stats(b"t").first_id == 1
+    assert [statement for statement in statements if "bodies" in statement] == []
+
+
+def test_flush_without_memory_raises_and_keeps_messages(store: SQLiteStore) -> None:
+    put(store, b"t", b"x")
+    stop_growing(store)
+    put(store, b"t", BIG)
+    before = everything(store)
+    with pytest.raises(Full):
+        store.flush()
+    assert everything(store) == before
+
+
+PLANS = {
+    "READ": "SEARCH chunks USING INDEX chunks_by_topic (topic=? AND rowid>?)",
+    "READ_SHORT": "SEARCH chunks USING INDEX chunks_by_topic (topic=? AND rowid>?)",
+    "LATEST": "SEARCH chunks USING INDEX chunks_by_topic (topic=?)",
+    "OLDEST": "SEARCH chunks USING INDEX chunks_by_topic (topic=?)",
+    "EXPIRY": "SEARCH chunks USING INTEGER PRIMARY KEY (rowid<?)",
+    "DELETE": "SEARCH chunks USING INTEGER PRIMARY KEY (rowid<?)",
+    "TOPICS": "SEARCH topics USING COVERING INDEX sqlite_autoindex_topics_1 (name>?)",
+}
+
+
+@pytest.mark.parametrize("statement", PLANS)
+def test_statements_use_the_index_and_sort_nothing(store: SQLiteStore, statement: str) -> None:
+    sql = getattr(database, statement)
+    rows = store._database.connection.execute("EXPLAIN QUERY PLAN " + sql, [0] * sql.count("?"))
+    # SQLite before 3.36 names the kind of thing too.
+    assert [row[3].replace(" TABLE ", " ") for row in rows] == [PLANS[statement]]
+
+
+# Age
+
+
+@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize("expire_runs", [False, True])
+def test_message_is_readable_until_max_age(store: SQLiteStore, clock: Clock, expire_runs: bool, written: bool) -> None:
+    put(store, b"t", b"x")
+    if written:
+        store._flush()
+    clock.now += MAX_AGE
+    if expire_runs:
+        assert store.expire() == 0
+    assert read(store, b"t") == store.latest(b"t", 0) == [a_message(1, 1, MAX_AGE, b"x")]
+    clock.now += 1
+    if expire_runs:
+        assert store.expire() == 1
+    assert read(store, b"t") == store.latest(b"t", 0) == []
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_expiry_keeps_message_at_max_age(store: SQLiteStore, clock: Clock, written: bool) -> None:
+    put(store, b"t", b"too old")
+    clock.now += 1
+    put(store, b"t", b"not yet")
+    if written:
+        store._flush()
+    clock.now += MAX_AGE
+    assert [store.expire(), store.expire()] == [1, 0]
+    assert read(store, b"t") == [Message(2, 2, MAX_AGE, b"not yet", 0)]
+
+
+def test_expired_messages_count_as_stored_until_deleted(store: SQLiteStore, clock: Clock) -> None:
+    put(store, b"t", b"old")
+    clock.now += MAX_AGE + 1
+    put(store, b"t", b"newer")
+    assert store.totals()[:5] == (2, 8, 1, 2, 0)
+    assert store.stats(b"t") == TopicStats(b"t", 2, 8, 2, 2, 1, MAX_AGE + 1)
+    assert store.expire() == 1
+    assert store.totals()[:5] == (1, 5, 1, 2, 1)
+    assert store.stats(b"t") == TopicStats(b"t", 1, 5, 2, 2, 2, 0)
+
+
+def test_expire_deletes_in_slices(store: SQLiteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "EXPIRY_ROWS", 2)
+    monkeypatch.setattr(store_module, "FLUSH_MESSAGES", 1)
+    for number in range(5):
+        put(store, b"t", b"%d" % number, b"of the same millisecond")
+        clock.now += 1
+    store.flush()
+    clock.now += MAX_AGE
+    put(store, b"t", b"6")
+    assert [store.expire() for _ in range(4)] == [4, 4, 2, 0]
+    assert bodies(read(store, b"t")) == [b"6"]
+
+
+def test_ages_do_not_depend_on_wall_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monotonic = 5_000_999_999
+    fake = SimpleNamespace(monotonic_ns=lambda: monotonic, clock_gettime_ns=lambda _: monotonic, monotonic=float)
+    monkeypatch.setattr(store_module, "time", fake)
+    assert store_module.monotonic_ms() == 5000
+    store = SQLiteStore(MAX_AGE)
+    put(store, b"t", b"x")
+    monotonic += 100_000_000
+    assert read(store, b"t") == [a_message(1, 1, 100, b"x")]
+    monotonic += 1_000_000
+    assert read(store, b"t") == []
+    store.close()
+
+
+def test_outdated_sqlite_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "SCHEMA", "CREATE TABLE t (x) FROM THE FUTURE")
+    with pytest.raises(CannotStart, match=rf"^SQLite {sqlite3.sqlite_version} is too old.*FROM.*$"):
+        SQLiteStore(MAX_AGE)
+
+
+# Idempotent puts
+
+
+def test_documented_dedup_bounds_hold() -> None:
+    assert (producers.MAX_PRODUCERS, producers.MAX_PUTS_OF_PRODUCER) == (10_000, 1_000)
+    assert topics_module.MAX_EMPTY_TOPICS == 100_000
+
+
+def test_put_with_same_key_is_stored_once(store: SQLiteStore) -> None:
+    first = a_put(b"t", b"first", (b"me", 0))
+    assert store.append([first]) == [1]
+    assert store.append([first]) == [1]
+    assert store.append([a_put(b"other", b"whatever else it says", (b"me", 0))]) == [1]
+    assert store.append([a_put(b"t", b"second", (b"me", 1)), a_put(b"t", b"third", (b"you", 0))]) == [2, 3]
+    assert bodies(read(store, b"t")) == [b"first", b"second", b"third"]
+    assert store.stats(b"other").last_number == 0
+
+
+def test_put_with_same_key_in_batch_is_stored_once(store: SQLiteStore) -> None:
+    once, twice, other = a_put(b"t", b"x", (b"me", 7)), a_put(b"new", b"y", (b"me", 7)), a_put(b"t", b"z", (b"me", 8))
+    assert store.append([once, twice, a_put(b"t", b"no key"), other, once]) == [1, 1, 2, 3, 1]
+    assert [message[:2] for message in read(store, b"t")] == [(1, 1), (2, 2), (3, 3)]
+    assert store.totals().topics == 1
+
+
+def test_key_is_remembered_after_message_expired(store: SQLiteStore, clock: Clock) -> None:
+    assert store.append([a_put(b"t", b"x", (b"me", 1))]) == [1]
+    clock.now += MAX_AGE + 1
+    expire_all(store)
+    assert store.append([a_put(b"t", b"x", (b"me", 1))]) == [1]
+    assert read(store, b"t") == []
+
+
+def test_last_puts_of_producer_are_remembered(store: SQLiteStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(producers, "MAX_PUTS_OF_PRODUCER", 3)
+    puts = [a_put(b"t", b"x", (b"me", seq)) for seq in range(20)]
+    for count in range(1, 20):
+        assert store.append(puts[count - 1 : count]) == [count]
+        last = puts[max(0, count - 3) : count]
+        assert store.append(last) == list(range(max(1, count - 2), count + 1))
+        assert len(store._deduplicator) == sum(map(len, store._deduplicator._producers.values())) <= 6
+    # Whether this one was stored is not known any more; it was.
+    with pytest.raises(Forgotten, match="number 1"):
+        store.append(puts[1:2])
+    assert store.last_id() == 19
+    assert store.append(puts[19:]) == [20]
+
+
+def test_most_recent_producers_are_remembered(
+    store: SQLiteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(producers, "MAX_PRODUCERS", 2)
+
+    def put_as(producer: bytes, seq: int) -> int:
+        # Which of two was heard last is known to the millisecond.
+        clock.now += 1
+        return store.append([a_put(b"t", b"x", (producer, seq))])[0]
+
+    assert [put_as(b"a", 0), put_as(b"b", 0), put_as(b"a", 1), put_as(b"c", 0)] == [1, 2, 3, 4]
+    assert [put_as(b"a", 0), put_as(b"a", 1), put_as(b"c", 0)] == [1, 3, 4]
+    assert put_as(b"b", 0) == 5
+    assert len(store._deduplicator.names()) == 2
+
+
+def test_idle_producers_are_forgotten(store: SQLiteStore, clock: Clock) -> None:
+    store.append([a_put(b"t", b"x", (b"a", 0))])
+    clock.now += producers.REMEMBER_MS
+    store.append([a_put(b"t", b"x", (b"b", 0))])
+    assert store._deduplicator.names() == [b"a", b"b"]
+    clock.now += 1
+    store.append([a_put(b"t", b"x", (b"b", 1))])
+    assert store._deduplicator.names() == [b"b"]
+    assert len(store._deduplicator) == 2
+    # Nobody sends a put again after so long.
+    store.check_producer(b"a")
+
+
+def test_producer_forgotten_too_early_is_detected(
+    store: SQLiteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(producers, "MAX_PRODUCERS", 1)
+    store.append([a_put(b"t", b"x", (b"a", 0))])
+    store.check_producer(b"b")
+    store.append([a_put(b"t", b"x", (b"b", 0))])
+    store.check_producer(b"b")
+    clock.now += producers.REMEMBER_MS - 1
+    with pytest.raises(Forgotten, match="too many others"):
+        store.check_producer(b"a")
+    clock.now += 1
+    store.check_producer(b"a")
+
+
+def test_retry_refreshes_producer(store: SQLiteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    def append(put: Put) -> list[int]:
+        clock.now += 1
+        return store.append([put])
+
+    monkeypatch.setattr(producers, "MAX_PRODUCERS", 2)
+    sent = [a_put(b"t", b"x", (producer, 0)) for producer in (b"a", b"b", b"a", b"c", b"a", b"b")]
+    assert [append(each) for each in sent] == [[1], [2], [1], [3], [1], [4]]
+
+
+# Topics
+
+
+def test_topics_are_listed_in_byte_order_by_page(store: SQLiteStore, clock: Clock) -> None:
+    put(store, b"gone", b"x")
+    clock.now += MAX_AGE + 1
+    for name in (b"b", b"\xc3\xa9", b"a", b"aa", b"B"):
+        put(store, name, b"xy")
+    put(store, b"a", b"z")
+    store.expire()
+    in_order = [b"B", b"a", b"aa", b"b", b"\xc3\xa9"]
+    assert [topic.name for topic in store.topics(b"", 100)] == in_order
+    assert [topic.name for topic in store.topics(b"a", 2)] == in_order[2:4]
+    assert [topic.name for topic in store.topics(b"ab", 100)] == in_order[3:]
+    assert store.topics(b"\xc3\xa9", 100) == []
+    assert [topic[:3] for topic in store.topics(b"B", 1)] == [(b"a", 2, 3)]
+
+
+def test_stats_of_unknown_topic_are_zero(store: SQLiteStore) -> None:
+    put(store, b"t", b"x")
+    assert store.stats(b"nothing") == TopicStats(b"nothing", 0, 0, 0, 0, 0, 0)
+    assert store.totals().topics == 1
+
+
+def test_stats_of_empty_topic_keep_last_id_and_number(store: SQLiteStore, clock: Clock) -> None:
+    put(store, b"t", b"x", b"y")
+    clock.now += MAX_AGE + 1
+    expire_all(store)
+    assert store.stats(b"t") == TopicStats(b"t", 0, 0, 2, 2, 0, 0)
+    assert store.totals()[:5] == (0, 0, 0, 2, 2)
+
+
+def test_least_recent_empty_topic_is_forgotten(
+    store: SQLiteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(topics_module, "MAX_EMPTY_TOPICS", 2)
+    for topic in (b"a", b"b", b"c", b"a", b"held"):
+        clock.now += 1
+        put(store, topic, b"x")
+    clock.now += MAX_AGE
+    expire_all(store)
+    assert [store.stats(topic).last_number for topic in (b"a", b"b", b"c", b"held")] == [2, 0, 1, 1]
+    assert put(store, b"b", b"x") == [6]
+    assert read(store, b"b") == [a_message(6, 1, 0, b"x")]
+    assert list(store._topics.by_name) == [row.name for row in store._topics.by_row.values()] == [b"held", b"b"]
+    assert list(store._topics.empty) == [b"c", b"a"]
+    assert store._database.connection.execute("SELECT name FROM topics ORDER BY name").fetchall() == [
+        (b"b",),
+        (b"held",),
+    ]
+
+
+def test_topics_with_messages_are_never_forgotten(
+    store: SQLiteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(topics_module, "MAX_EMPTY_TOPICS", 0)
+    put(store, b"gone", b"x")
+    put(store, b"held", b"x")
+    clock.now += MAX_AGE + 1
+    put(store, b"held", b"y")
+    expire_all(store)
+    assert store.stats(b"gone").last_number == 0
+    assert read(store, b"held") == [a_message(3, 2, 0, b"y")]
+
+
+# Failure
+
+BIG = b"x" * 1_000_000
+PUTS = {
+    "one to a known topic": [a_put(b"t", b"y")],
+    "one to a new topic": [a_put(b"new", b"y")],
+    "several": [a_put(b"t", b"y"), a_put(b"new", b"y"), a_put(b"t", b"z")],
+    "with a key": [a_put(b"t", b"y", (b"me", 1))],
+}
+
+
+def stop_growing(store: SQLiteStore) -> None:
+    """Let the database have the pages that it has, and no more."""
+    store._database.connection.execute("PRAGMA max_page_count = 1")
+
+
+@pytest.mark.parametrize("puts", PUTS.values(), ids=PUTS)
+def test_put_without_memory_stores_nothing(store: SQLiteStore, clock: Clock, puts: list[Put]) -> None:
+    put(store, b"t", b"x")
+    stop_growing(store)
+    # The tail takes it; then it has to be written first.
+    put(store, b"t", BIG)
+    before = everything(store)
+    for _ in range(2):
+        with pytest.raises(Full):
+            store.append(puts)
+        assert everything(store) == before
+    store._database.connection.execute("PRAGMA max_page_count = 1000000")
+    clock.now += store_module.RETRY_MS
+    assert store.append(puts) == list(range(3, len(puts) + 3))
+    assert [message.number for message in read(store, b"new")] in ([], [1])
+    assert bodies(read(store, b"t", 2)) in ([], [b"y"], [b"y", b"z"])
+    assert bodies(store.read(b"t", 0, 2, 2_000_000)) == [b"x", BIG]
+
+
+def test_put_fails_fast_while_out_of_memory(store: SQLiteStore, clock: Clock) -> None:
+    put(store, b"t", BIG)
+    stop_growing(store)
+    with pytest.raises(Full):
+        put(store, b"t", b"x")
+    statements = watch(store)
+    for use in (lambda: put(store, b"t", b"x"), lambda: put(store, b"new", b"x"), store.flush):
+        with pytest.raises(Full):
+            use()
+    assert statements == []
+    clock.now += store_module.RETRY_MS
+    with pytest.raises(Full, match="memory"):
+        put(store, b"t", b"x")
+    assert statements
+    assert [store.full(), store.full()] == [{"memory"}, set()]
+
+
+def test_retried_put_is_recognized_while_out_of_memory(store: SQLiteStore) -> None:
+    keyed = a_put(b"t", BIG, (b"me", 1))
+    assert store.append([keyed]) == [1]
+    stop_growing(store)
+    with pytest.raises(Full):
+        store.append([keyed, a_put(b"t", b"x")])
+    assert store.append([keyed, keyed]) == [1, 1]
+
+
+def test_unwritten_messages_expire_while_out_of_memory(store: SQLiteStore, clock: Clock) -> None:
+    put(store, b"t", BIG)
+    stop_growing(store)
+    with pytest.raises(Full):
+        put(store, b"t", b"x")
+    clock.now += MAX_AGE + 1
+    assert store.expire() == 1
+    assert store.totals()[:5] == (0, 0, 0, 1, 1)
+    assert put(store, b"t", b"x") == [2]
+    assert read(store, b"t") == [a_message(2, 2, 0, b"x")]
+
+
+@pytest.mark.parametrize("step", ["_create_topics", "_flush"])
+def test_out_of_memory_raises_full(store: SQLiteStore, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    put(store, b"t", BIG)
+    before = everything(store)
+    with monkeypatch.context() as patch:
+        patch.setattr(store, step, fail)
+        with pytest.raises(Full):
+            put(store, b"new", b"y")
+    assert everything(store) == before
+    assert put(store, b"new", b"y") == [2]
+
+
+def test_expiry_frees_memory(store: SQLiteStore, clock: Clock) -> None:
+    put(store, b"t", BIG)
+    put(store, b"t", BIG)
+    stop_growing(store)
+    with pytest.raises(Full):
+        put(store, b"t", BIG)
+    clock.now += MAX_AGE + 1
+    expire_all(store)
+    assert put(store, b"t", BIG) == [3]
+    assert read(store, b"t") == [a_message(3, 3, 0, BIG)]
+
+
+@pytest.mark.parametrize("statement", ["INSERT_ROW", "INSERT_TOPIC"])
+def test_failed_put_stores_nothing(
+    store: SQLiteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch, statement: str
+) -> None:
+    put(store, b"t", BIG)
+    before = everything(store)
+    puts = [a_put(b"t", b"1", (b"me", 1)), a_put(b"new", b"2", (b"me", 2))]
+    with monkeypatch.context() as patch:
+        patch.setattr(database, statement, "INSERT INTO nowhere VALUES (?)")
+        with pytest.raises(StoreFailed):
+            store.append(puts)
+    assert everything(store) == before
+    clock.now += store_module.RETRY_MS
+    assert store.append(puts) == [2, 3]
+
+
+def test_duplicate_put_creates_no_topic(store: SQLiteStore) -> None:
+    store.append([a_put(b"t", b"1", (b"me", 1))])
+    puts = [a_put(b"new", b"1", (b"me", 1)), a_put(b"t", b"2", (b"me", 2)), a_put(b"newer", b"2", (b"me", 2))]
+    assert store.append(puts) == [1, 2, 2]
+    assert list(store._topics.by_name) == [b"t"]
+
+
+def test_put_is_remembered_while_its_batch_evicts_others(store: SQLiteStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(producers, "MAX_PUTS_OF_PRODUCER", 1)
+    store.append([a_put(b"t", b"1", (b"me", 1))])
+    # The second put makes the first forgotten, but not before the third is known to be the first again.
+    assert store.append([a_put(b"t", b"2", (b"me", 2)), a_put(b"new", b"1", (b"me", 1))]) == [2, 1]
+    with pytest.raises(Forgotten):
+        store.append([a_put(b"new", b"1", (b"me", 1))])
+    assert store.topics(b"", 10)[-1].name == b"t"
+
+
+def test_interrupt_in_transaction_stores_nothing_and_propagates(
+    store: SQLiteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupting:
+        """The database, and Ctrl-C once everything but COMMIT has been executed."""
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(connection, name)
+
+        def execute(self, sql: str, *arguments: object) -> object:
+            if sql == "COMMIT":
+                raise KeyboardInterrupt
+            return connection.execute(sql, *arguments)
+
+    put(store, b"t", b"x")
+    before = everything(store)
+    connection = store._database.connection
+    with monkeypatch.context() as patch:
+        patch.setattr(store._database, "connection", Interrupting())
+        with pytest.raises(KeyboardInterrupt):
+            put(store, b"new", b"y", b"z")
+    assert everything(store) == before
+    assert put(store, b"new", b"y") == [2]
+
+
+def test_close_is_idempotent(store: SQLiteStore) -> None:
+    store.close()
+    store.close()
+    with pytest.raises(StoreFailed):
+        put(store, b"t", b"x")
+
+
+def test_use_after_close_raises(store: SQLiteStore) -> None:
+    put(store, b"t", b"x")
+    store.close()
+    for use in (
+        lambda: put(store, b"t", b"y"),
+        lambda: put(store, b"new", b"y"),
+        lambda: read(store, b"t"),
+        lambda: store.latest(b"t", 0),
+        store.expire,
+        lambda: store.topics(b"", 1),
+        lambda: store.stats(b"t"),
+    ):
+        with pytest.raises(StoreFailed):
+            use()
+
+
+# Threads
+
+
+def test_concurrent_puts_are_neither_lost_nor_duplicated_nor_reordered(store: SQLiteStore) -> None:
+    topics, writers, batches = (b"a", b"b"), 4, 60
+    start = threading.Barrier(2 * writers)
+    written = threading.Event()
+
+    def write(writer: int) -> list[int]:
+        start.wait()
+        ids: list[int] = []
+        for batch in range(batches):
+            names = [b"%d %d %d" % (writer, batch, number) for number in range(batch % 4 + 1)]
+            ids += store.append([a_put(topics[batch % 2], name, (name, 0)) for name in names])
+        return ids
+
+    def read_all(topic: bytes, count: int) -> list[Message]:
+        start.wait()
+        seen: list[Message] = []
+        found = []
+        end = False
+        while found or not end:
+            # In this order: what is stored when the writers are done is found after that.
+            end = written.is_set()
+            found = store.read(topic, seen[-1].id if seen else 0, count, 1_000_000)
+            seen += found
+        return seen
+
+    with ThreadPoolExecutor(2 * writers) as threads:
+        reading = {(topic, count): threads.submit(read_all, topic, count) for topic in topics for count in (1, 1000)}
+        writing = [threads.submit(write, writer) for writer in range(writers)]
+        try:
+            given = [future.result() for future in writing]
+        finally:
+            written.set()
+        seen = {key: future.result() for key, future in reading.items()}
+    ids = sorted(message_id for ids in given for message_id in ids)
+    assert ids == list(range(1, len(ids) + 1))
+    assert all(ids == sorted(ids) for ids in given)
+    for topic in topics:
+        messages = seen[topic, 1000]
+        assert seen[topic, 1] == messages
+        assert [message.number for message in messages] == list(range(1, len(messages) + 1))
+        assert [message.id for message in messages] == sorted(message.id for message in messages)
+        for writer, own_ids in enumerate(given):
+            own = [message for message in messages if message.body.startswith(b"%d " % writer)]
+            assert own == sorted(own, key=lambda message: tuple(map(int, message.body.split())))
+            assert {message.id for message in own} <= set(own_ids)
+    assert sorted(message.id for topic in topics for message in seen[topic, 1]) == ids
+
+
+# What is told of it
+
+
+def test_expired_unread_messages_are_counted(store: SQLiteStore, clock: Clock) -> None:
+    put(store, b"read", b"a", b"b", b"c", b"d")
+    put(store, b"unread", b"x", b"y")
+    put(store, b"skipped", b"x", b"y")
+    store.read(b"read", 0, 2, 1000)
+    store.latest(b"skipped", 0)
+    clock.now += MAX_AGE + 1
+    # Numbers go on, and what is read of the new counts for none of the old.
+    put(store, b"unread", b"z")
+    read(store, b"unread")
+    expire_all(store)
+    assert store.totals().expired_unread == 2 + 2
+    clock.now += MAX_AGE + 1
+    expire_all(store)
+    assert store.totals().expired_unread == 4
+
+
+def test_unread_ranges_are_tracked(store: SQLiteStore, clock: Clock) -> None:
+    put(store, b"t", b"1", b"2", b"3")
+    store.read(b"t", 0, 1, 1000)
+    clock.now += MAX_AGE + 1
+    put(store, b"t", b"4", b"5")
+    # Whether 2 and 3 are deleted before or after it has gone on.
+    assert bodies(read(store, b"t", 1)) == [b"4", b"5"]
+    expire_all(store)
+    assert store.totals().expired_unread == 2
+    clock.now += MAX_AGE + 1
+    expire_all(store)
+    assert store.totals()[4:6] == (5, 2)
+
+
+def test_messages_skipped_by_a_reader_that_starts_later_count_as_read(store: SQLiteStore, clock: Clock) -> None:
+    put(store, b"t", b"1", b"2", b"3", b"4")
+    assert bodies(store.read(b"t", 2, 1, 1000)) == [b"3"]
+    clock.now += MAX_AGE + 1
+    expire_all(store)
+    assert store.totals().expired_unread == 1
+
+
+def test_message_expired_unread_is_counted_once(store: SQLiteStore, clock: Clock) -> None:
+    for _ in range(2):
+        put(store, b"t", *[b"x"] * 10)
+        clock.now += MAX_AGE + 1
+        expire_all(store)
+    put(store, b"t", b"x")
+    read(store, b"t")
+    clock.now += MAX_AGE + 1
+    expire_all(store)
+    assert store.totals()[4:6] == (21, 20)
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_age_of_oldest_message_is_reported(store: SQLiteStore, clock: Clock, written: bool) -> None:
+    assert store.totals().oldest_age_ms == 0
+    put(store, b"a", b"x")
+    if written:
+        store._flush()
+    clock.now += 30
+    put(store, b"b", b"x")
+    clock.now += 5
+    assert store.totals().oldest_age_ms == 35
+    clock.now += MAX_AGE - 34
+    expire_all(store)
+    assert store.totals().oldest_age_ms == MAX_AGE - 29
+
+
+def test_database_time_is_measured(store: SQLiteStore, clock: Clock) -> None:
+    put(store, b"a", b"x")
+    before = store.timings()
+    read(store, b"a")
+    assert store.timings() == before
+    store._flush()
+    read(store, b"a")
+    clock.now += MAX_AGE + 1
+    expire_all(store)
+    times = {name: store.timings()[name].times - before[name].times for name in before}
+    assert times == {"write": 1, "read": 1, "expire": 1}
+    assert all(timing.seconds > 0 for timing in store.timings().values())
+
+
+def test_largest_topics_are_listed_with_last_numbers(store: SQLiteStore) -> None:
+    for topic, count in ((b"a", 2), (b"b", 5), (b"c", 1)):
+        put(store, topic, *[b"x"] * count)
+    assert store.largest_topics(2) == [b"b", b"a"]
+    assert store.last_numbers() == {b"a": 2, b"b": 5, b"c": 1}
+    assert [store.last_number(topic) for topic in (b"b", b"none")] == [5, 0]
+
+
+# Everything together
+
+
+class Row(NamedTuple):
+    """A message as the model holds it."""
+
+    id: int
+    topic: bytes
+    number: int
+    put_at: int
+    body: bytes
+
+
+class Model:
+    """What a store must do, without a thought of speed."""
+
+    empty_topics = 1
+
+    def __init__(self) -> None:
+        self.now = Clock.now
+        self.last_id = 0
+        self.held: list[Row] = []
+        # The last number and id of each topic that is not forgotten.
+        self.last: dict[bytes, tuple[int, int]] = {}
+        self.keys: dict[tuple[bytes, int], int] = {}
+        self.expired = 0
+
+    def append(self, puts: list[Put]) -> list[int]:
+        ids = []
+        for topic, body, key in puts:
+            if key is not None and key in self.keys:
+                ids.append(self.keys[key])
+                continue
+            self.last_id += 1
+            number = self.last.get(topic, (0, 0))[0] + 1
+            self.last[topic] = number, self.last_id
+            self.held.append(Row(self.last_id, topic, number, self.now, body))
+            if key is not None:
+                self.keys[key] = self.last_id
+            ids.append(self.last_id)
+        return ids
+
+    def eligible(self, topic: bytes, after: int) -> list[Message]:
+        return [
+            a_message(row.id, row.number, self.now - row.put_at, row.body)
+            for row in self.held
+            if row.topic == topic and row.id > after and self.now - row.put_at <= MAX_AGE
+        ]
+
+    def read(self, topic: bytes, after: int, count: int, max_bytes: int) -> list[Message]:
+        found: list[Message] = []
+        for message in self.eligible(topic, after)[:count]:
+            if sum(len(other.body) for other in found) >= max_bytes:
+                break
+            found.append(message)
+        return found
+
+    def expire(self) -> int:
+        old = [row for row in self.held if self.now - row.put_at > MAX_AGE]
+        self.held = [row for row in self.held if row not in old]
+        self.expired += len(old)
+        empty = sorted(set(self.last) - self.names(), key=lambda topic: self.last[topic][1])
+        if old:
+            for topic in empty[: max(0, len(empty) - self.empty_topics)]:
+                del self.last[topic]
+        return len(old)
+
+    def names(self) -> set[bytes]:
+        return {row.topic for row in self.held}
+
+    def stats(self, topic: bytes) -> TopicStats:
+        rows = [row for row in self.held if row.topic == topic]
+        first_id, oldest = (rows[0].id, self.now - rows[0].put_at) if rows else (0, 0)
+        size = sum(len(row.body) for row in rows)
+        return TopicStats(topic, len(rows), size, *self.last.get(topic, (0, 0)), first_id, oldest)
+
+    def totals(self) -> Totals:
+        size = sum(len(row.body) for row in self.held)
+        oldest = max((self.now - row.put_at for row in self.held), default=0)
+        cost = size + len(self.held) * MESSAGE_OVERHEAD_BYTES
+        cost += sum(len(name) + TOPIC_OVERHEAD_BYTES for name in self.names())
+        stored = len(self.held) + self.expired
+        return Totals(len(self.held), size, len(self.names()), stored, self.expired, 0, oldest, cost)
+
+
+TOPICS = (b"a", b"b", b"\xc3\xa9", b"ab")
+topics = st.sampled_from(TOPICS)
+keys = st.none() | st.tuples(st.sampled_from([b"me", b"you"]), st.integers(0, 3))
+puts = st.lists(st.builds(a_put, topics, st.binary(max_size=5), keys), max_size=6)
+positions = st.integers(0, 40)
+
+
+class StoreAndModel(RuleBasedStateMachine):
+    """Does the same to both, and compares all that they reply."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(database, "EXPIRY_ROWS", 3)
+        self.patch.setattr(store_module, "MAX_BUFFERED_MESSAGES", 7)
+        self.patch.setattr(store_module, "FLUSH_MESSAGES", 3)
+        self.patch.setattr(topics_module, "MAX_EMPTY_TOPICS", Model.empty_topics)
+        self.model = Model()
+        self.store = SQLiteStore(MAX_AGE, lambda: self.model.now)
+
+    def teardown(self) -> None:
+        self.store.close()
+        self.patch.undo()
+
+    @rule(puts=puts)
+    def append(self, puts: list[Put]) -> None:
+        assert self.store.append(puts) == self.model.append(puts)
+
+    def append_or_raise(self, error: type[Exception], puts: list[Put]) -> None:
+        try:
+            ids = self.store.append(puts)
+        except error:
+            return
+        assert ids == self.model.append(puts)
+
+    @rule(puts=puts)
+    def fail(self, puts: list[Put]) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            for statement in ("INSERT_ROW", "INSERT_TOPIC"):
+                patch.setattr(database, statement, "INSERT INTO nowhere VALUES (?)")
+            self.append_or_raise(StoreFailed, puts)
+        self.store._flush_error = None
+
+    @rule(puts=puts, topic=topics)
+    def overflow(self, puts: list[Put], topic: bytes) -> None:
+        stop_growing(self.store)
+        self.append_or_raise(Full, [*puts, a_put(topic, BIG)])
+        self.append_or_raise(Full, [a_put(topic, BIG)])
+        self.store._flush_error = None
+        self.store._database.connection.execute("PRAGMA max_page_count = 1000000")
+
+    @rule(milliseconds=st.sampled_from([1, MAX_AGE // 2, MAX_AGE, MAX_AGE + 1]))
+    def wait(self, milliseconds: int) -> None:
+        self.model.now += milliseconds
+
+    @rule()
+    def flush(self) -> None:
+        self.store.flush()
+
+    @rule()
+    def expire(self) -> None:
+        deleted = 0
+        while slice_ := self.store.expire():
+            deleted += slice_
+        assert deleted == self.model.expire()
+
+    @rule(topic=topics, after=positions, count=st.integers(1, 5), size=st.integers(1, 12))
+    def read(self, topic: bytes, after: int, count: int, size: int) -> None:
+        assert self.store.read(topic, after, count, size) == self.model.read(topic, after, count, size)
+
+    @rule(topic=topics, after=positions)
+    def latest(self, topic: bytes, after: int) -> None:
+        assert self.store.latest(topic, after) == self.model.eligible(topic, after)[-1:]
+
+    @rule(after=topics | st.just(b""), count=st.integers(1, 5))
+    def page(self, after: bytes, count: int) -> None:
+        names = sorted(name for name in self.model.names() if name > after)[:count]
+        assert [topic[:3] for topic in self.store.topics(after, count)] == [
+            self.model.stats(name)[:3] for name in names
+        ]
+
+    @invariant()
+    def agree(self) -> None:
+        assert self.store.last_id() == self.model.last_id
+        # Which it knows of runs alone, and has tests of its own.
+        assert self.store.totals()._replace(expired_unread=0) == self.model.totals()
+        for topic in TOPICS:
+            assert self.store.stats(topic) == self.model.stats(topic)
+            assert read(self.store, topic) == self.model.read(topic, 0, 1000, 1_000_000)
+
+
+TestStoreAndModel = StoreAndModel.TestCase
+TestStoreAndModel.settings = settings(
+    # To explain what it finds takes it a minute.
+    phases=[phase for phase in Phase if phase is not Phase.explain],
+    max_examples=60,
+    stateful_step_count=40,
+    deadline=None,
+)

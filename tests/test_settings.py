@@ -1,0 +1,576 @@
+"""The settings: where they come from, which source wins, and what is said of those that are wrong."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import logging
+import os
+import re
+import signal
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import ROOT, daemon, run_dsmq, without_privileges
+from dsmq import environment
+from dsmq import settings as config
+from dsmq.errors import ConfigError
+from dsmq.server import serve
+
+PROPERTIES: dict[str, dict[str, Any]] = config.Settings.model_json_schema()["properties"]
+NUMBERS = {
+    name: kind
+    for name, about in PROPERTIES.items()
+    for kind in about.get("anyOf", [about])
+    if kind.get("type") in ("integer", "number")
+}
+FLOATS = [name for name, kind in NUMBERS.items() if kind["type"] == "number"]
+
+
+def toml(folder: Path, text: str | bytes) -> str:
+    file = folder / "dsmq.toml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(file)
+
+
+def complaint(file: str | None = None, **given: object) -> str:
+    """The one line that tells what is wrong with these settings."""
+    with pytest.raises(ConfigError) as caught:
+        config.load(file, name_of=config.option, **given)
+    line = str(caught.value)
+    assert line
+    assert "\n" not in line
+    return line
+
+
+# Which source wins
+
+
+def test_defaults_apply_without_any_source() -> None:
+    assert config.load().model_dump() == {name: f.default for name, f in config.Settings.model_fields.items()}
+
+
+def test_toml_wins_over_defaults(tmp_path: Path) -> None:
+    settings = config.load(toml(tmp_path, "port = 1001\nallow_shutdown = false"))
+    assert (settings.port, settings.allow_shutdown, settings.max_age_seconds) == (1001, False, 600)
+
+
+def test_environment_wins_over_toml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSMQ_PORT", "1002")
+    settings = config.load(toml(tmp_path, "port = 1001\nmax_age_seconds = 7"))
+    assert (settings.port, settings.max_age_seconds) == (1002, 7)
+
+
+def test_command_line_wins_over_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSMQ_PORT", "1002")
+    monkeypatch.setenv("DSMQ_LOG_LEVEL", "error")
+    settings = config.load(port="1003")
+    assert (settings.port, settings.log_level) == (1003, "error")
+
+
+def test_dsmq_config_prints_effective_settings(tmp_path: Path) -> None:
+    file = toml(tmp_path, "max_age_seconds = 2\nmax_topic_bytes = 2\nlisten_backlog = 2")
+    env = {"DSMQ_CONFIG": file, "DSMQ_MAX_TOPIC_BYTES": "3", "DSMQ_LISTEN_BACKLOG": "3"}
+    done = run_dsmq("config", "--listen-backlog", "4", env=env)
+    assert (done.returncode, done.stderr) == (0, b"")
+    shown = tomllib.loads(done.stdout.decode())
+    names = ("max_connections", "max_age_seconds", "max_topic_bytes", "listen_backlog")
+    assert [shown[name] for name in names] == [10_000, 2, 3, 4]
+
+
+def test_config_option_wins_over_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSMQ_CONFIG", str(tmp_path / "missing.toml"))
+    assert config.load(toml(tmp_path, "port = 1001")).port == 1001
+
+
+def test_empty_variable_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSMQ_PORT", "")
+    monkeypatch.setenv("DSMQ_CONFIG", "")
+    assert config.load().port == 30008
+    assert config.load(toml(tmp_path, "port = 1001")).port == 1001
+
+
+def test_config_may_be_a_pipe() -> None:
+    done = run_dsmq("config", "--config", "/dev/stdin", stdin=b"port = 1001")
+    assert tomllib.loads(done.stdout.decode())["port"] == 1001
+
+
+def test_settings_are_immutable() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        config.load().port = 1
+
+
+# The embedded server
+
+
+def test_embedded_server_has_no_http_port_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def port(file: str | None = None, **given: object) -> int | str:
+        return config.load(file, config.EmbeddedSettings, **given).http_port
+
+    assert port() == "off"
+    assert port(toml(tmp_path, "port = 1")) == "off"
+    assert port(http_port=1001) == 1001
+    assert port(toml(tmp_path, "http_port = 1002")) == 1002
+    monkeypatch.setenv("DSMQ_HTTP_PORT", "1003")
+    assert port() == 1003
+
+
+def test_dsmq_serve_has_http_port_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert config.load().http_port == 30009
+    assert config.load(toml(tmp_path, 'http_port = "off"')).http_port == "off"
+    monkeypatch.setenv("DSMQ_HTTP_PORT", "off")
+    assert config.load().http_port == "off"
+
+
+def test_io_threads_zero_chooses_a_number() -> None:
+    assert config.load(io_threads=3).io_workers == 3
+    assert config.load(io_threads=0).io_workers >= 1
+
+
+# What is wrong
+
+
+# Each: the setting, a bad value, and what the complaint has to say of it.
+BAD = [
+    ("port", "abc", "should be a whole number, not"),
+    ("port", "65536", "65535"),
+    ("port", "-1", "0"),
+    ("port", "1.5", "should be a whole number, not"),
+    ("http_port", "on", "should be a whole number or 'off', not"),
+    ("max_age_seconds", "0", "greater than 0"),
+    ("max_age_seconds", "x", "should be a number, not"),
+    ("max_message_bytes", "0", "1"),
+    ("io_threads", "65", "64"),
+    ("allow_shutdown", "maybe", "should be true or false, not"),
+    ("log_level", "loud", "'warning'"),
+    ("host", "[::1", "should be an address"),
+    ("http_host", "::1]", "should be an address"),
+    *(
+        ("http_allowed_hosts", text, "without ports")
+        for text in ("dsmq:30009", "http://dsmq", "*.dsmq", "a b", "dsmq,ö")
+    ),
+]
+by_bad = pytest.mark.parametrize(("name", "value", "says"), BAD)
+
+
+@by_bad
+def test_invalid_option_is_reported(name: str, value: str, says: str) -> None:
+    line = complaint(**{name: value})
+    assert line.startswith("--" + name.replace("_", "-") + ": ")
+    assert says in line
+    assert repr(value) in line
+
+
+@by_bad
+def test_invalid_variable_is_reported(name: str, value: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSMQ_" + name.upper(), value)
+    line = complaint()
+    assert line.startswith("DSMQ_" + name.upper() + ": ")
+    assert says in line
+    assert repr(value) in line
+
+
+@by_bad
+def test_invalid_value_in_file_is_reported(name: str, value: str, says: str, tmp_path: Path) -> None:
+    file = toml(tmp_path, f"{name} = {json.dumps(value)}")
+    line = complaint(file)
+    assert line.startswith(f"{file}: {name}: ")
+    assert says in line
+    assert repr(value) in line
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["port = 99999", "port = 1.5", "port = []", "[port]\nx = 1", "host = 3", 'host = ""', "port = 2020-01-01"],
+)
+def test_value_of_wrong_type_is_reported(text: str, tmp_path: Path) -> None:
+    file = toml(tmp_path, text)
+    assert complaint(file).startswith(f"{file}: {'host' if 'host' in text else 'port'}: ")
+
+
+def test_http_port_false_is_refused(tmp_path: Path) -> None:
+    file = toml(tmp_path, "http_port = false")
+    assert "http_port" in complaint(file)
+
+
+def test_all_errors_are_reported_in_one_line() -> None:
+    line = complaint(port="abc", log_level="loud", bogus="1")
+    assert "--port: " in line
+    assert "--log-level: " in line
+    assert "'bogus'" in line
+
+
+def test_invalid_value_is_blamed_on_file_if_variable_is_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSMQ_PORT", "")
+    file = toml(tmp_path, "port = 99999")
+    assert complaint(file).startswith(f"{file}: port: ")
+
+
+def test_invalid_variable_is_reported_in_any_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("dsmq_port", "abc")
+    assert complaint().lower().startswith("dsmq_port: ")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("name", FLOATS)
+def test_infinite_seconds_are_refused(name: str, value: str, tmp_path: Path) -> None:
+    assert "finite" in complaint(**{name: value})
+    assert "finite" in complaint(toml(tmp_path, f"{name} = {value}"))
+
+
+@pytest.mark.parametrize("name", [name for name, about in PROPERTIES.items() if about.get("type") == "string"])
+def test_text_with_nul_character_is_refused(name: str, tmp_path: Path) -> None:
+    if not config.is_secret(name):
+        assert "NUL" in complaint(**{name: "unix:/a\0b"})
+    file = toml(tmp_path, f'{name} = "a\\u0000b"')
+    line = complaint(file)
+    assert line.startswith(f"{file}: {name}: should be text without NUL characters")
+    assert "\0" not in line
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, 16**5000, "x" * 5000], ids=["digits", "number", "letters"])
+@pytest.mark.parametrize("name", ["port", "max_age_seconds", "log_level"])
+def test_long_invalid_value_is_shortened(name: str, value: object) -> None:
+    assert len(complaint(**{name: value})) < 300
+
+
+@pytest.mark.parametrize(
+    ("wrong", "nearest"),
+    [
+        ("prot", "port"),
+        ("max_age", "max_age_seconds"),
+        ("max_mesage_bytes", "max_message_bytes"),
+        ("loglevel", "log_level"),
+    ],
+)
+def test_unknown_setting_error_suggests_nearest(
+    wrong: str, nearest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = toml(tmp_path, f"{wrong} = 1")
+    assert complaint(file) == f"{file}: unknown setting '{wrong}'; the nearest known one is '{nearest}'"
+    monkeypatch.setenv("DSMQ_" + wrong.upper(), "1")
+    line = complaint()
+    assert line.startswith(f"DSMQ_{wrong.upper()}: unknown setting")
+    assert line.endswith(f"'DSMQ_{nearest.upper()}'")
+
+
+def test_section_in_file_is_unknown_setting(tmp_path: Path) -> None:
+    file = toml(tmp_path, "[server]\nport = 1")
+    assert complaint(file) == f"{file}: unknown setting 'server'; there are no sections, all settings stand above them"
+
+
+def test_unknown_setting_without_near_match_has_no_suggestion(tmp_path: Path) -> None:
+    file = toml(tmp_path, "frobnicate = 1")
+    assert complaint(file) == f"{file}: unknown setting 'frobnicate'"
+
+
+def test_call_error_names_arguments_not_options() -> None:
+    with pytest.raises(ConfigError, match=r"^port: should be a whole number, not 'x'$"):
+        serve("127.0.0.1", "x")  # type: ignore[arg-type]
+
+
+def test_help_shows_defaults_as_entered() -> None:
+    said = " ".join(run_dsmq("serve", "--help").stdout.decode().split())
+    for name, default in [("metrics-topics", "0"), ("protected-mode", "true"), ("idle-timeout-seconds", "0")]:
+        assert re.search(rf"--{name} VALUE [^-]*Default: {default} --", said), name
+    assert re.search(r"--tls-cert-file VALUE [^-]*Default: none --", said)
+
+
+def test_the_names_that_client_commands_know_are_those_of_the_settings() -> None:
+    assert list(config.Settings.model_fields) == environment.SETTINGS
+
+
+def test_unrelated_variables_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSMQX_PORT", "abc")
+    monkeypatch.setenv("PORT", "abc")
+    assert config.load().port == 30008
+
+
+# Variables that Kubernetes and Docker set
+
+LINKS = {
+    "DSMQ_PORT": "tcp://10.96.3.7:30008",
+    "DSMQ_SERVICE_HOST": "10.96.3.7",
+    "DSMQ_SERVICE_PORT": "30008",
+    "DSMQ_SERVICE_PORT_DSMQ": "30008",
+    "DSMQ_PORT_30008_TCP": "tcp://10.96.3.7:30008",
+    "DSMQ_PORT_30008_TCP_ADDR": "10.96.3.7",
+    "DSMQ_PORT_30008_TCP_PORT": "30008",
+    "DSMQ_PORT_30008_TCP_PROTO": "tcp",
+    "DSMQ_HTTP_PORT": "udp://10.96.3.8:30009",
+    "DSMQ_METRICS_SERVICE_HOST": "10.96.3.8",
+    "DSMQ_METRICS_SERVICE_PORT": "30009",
+    "DSMQ_HTTP_PORT_30009_TCP_ADDR": "10.96.3.8",
+    "DSMQ_X_PORT": "sctp://10.96.3.9:1",
+    "DSMQ_NAME": "/web/dsmq",
+    "DSMQ_ENV_PYTHON_VERSION": "3.13",
+    "DSMQ_1_NAME": "/web/dsmq_1",
+    "DSMQ_1_ENV_PATH": "/bin",
+}
+
+
+@pytest.mark.parametrize("change_case", [str, str.lower])
+def test_service_links_are_not_settings(change_case: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable, value in LINKS.items():
+        monkeypatch.setenv(change_case(variable), value)
+    assert config.load() == config.Settings()
+    assert (config.load().port, config.load().http_port) == (30008, 30009)
+    monkeypatch.setenv("DSMQ_MAX_TOPICS", "7")
+    assert config.load().max_topics == 7
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("DSMQ_PORT", "http://10.96.3.7:30008"),
+        ("DSMQ_PORT", "30008tcp://"),
+        ("DSMQ_PORTS", "tcp://10.96.3.7:30008"),
+        ("DSMQ_HOST", "[tcp://10.96.3.7:30008"),
+        ("DSMQ_PORT_TCP_ADDR", "10.96.3.7"),
+        ("DSMQ_SERVICE_HOSTS", "10.96.3.7"),
+        ("DSMQ_SERVICE", "x"),
+        ("DSMQ_HOST_NAME", "localhost"),
+        ("DSMQ_NAMES", "/web/dsmq"),
+        ("DSMQ_ENV", "x"),
+    ],
+)
+def test_variables_resembling_service_links_are_settings(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    assert complaint().startswith(variable + ": ")
+
+
+def test_service_links_are_logged_once_at_debug_level() -> None:
+    env = {"DSMQ_PORT": "tcp://10.96.3.7:30008", "DSMQ_SERVICE_HOST": "10.96.3.7"}
+    with daemon("--log-level", "debug", env=env) as server:
+        server.process.send_signal(signal.SIGHUP)
+        server.wait_for_line("configuration reloaded")
+        server.stop()
+    lines = [line for line in server.log().splitlines() if "DSMQ_SERVICE_HOST" in line]
+    assert len(lines) == 1
+    assert lines[0].endswith("DEBUG environment variables passed over as service links: DSMQ_PORT, DSMQ_SERVICE_HOST")
+
+
+def test_nothing_is_logged_without_service_links(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "dsmq")
+    environment.log_links()
+    assert caplog.records == []
+
+
+def test_contradicting_variables_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSMQ_PORT", "1001")
+    monkeypatch.setenv("dsmq_port", "1001")
+    assert config.load().port == 1001
+    monkeypatch.setenv("dsmq_port", "1002")
+    assert complaint() == "DSMQ_PORT and dsmq_port are both set, to different values"
+
+
+def test_config_variable_may_be_lower_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("dsmq_config", toml(tmp_path, "port = 1001"))
+    assert config.load().port == 1001
+
+
+# Settings that need others, and secrets
+
+TOKEN = "a-token-that-is-long-enough"
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"tls_key_file": "key"}, "tls_key_file is set without tls_cert_file"),
+        ({"tls_client_ca_file": "ca"}, "tls_client_ca_file is set without tls_cert_file"),
+        ({"snapshot_interval_seconds": 5}, "snapshot_interval_seconds is set without snapshot_file"),
+        ({"http_token": TOKEN, "http_token_file": "file"}, "http_token and http_token_file are both set"),
+        ({"snapshot_file": "it", "snapshot_interval_seconds": "0.99"}, "should be 0, or at least 1, not '0.99'"),
+    ],
+)
+def test_inconsistent_settings_are_refused(given: dict[str, Any], says: str) -> None:
+    assert says in complaint(**given)
+
+
+@pytest.mark.parametrize("seconds", [0, 1])
+def test_snapshot_interval_is_zero_or_at_least_a_second(seconds: float) -> None:
+    assert config.load(snapshot_file="it", snapshot_interval_seconds=seconds).snapshot_interval_seconds == seconds
+
+
+@pytest.mark.parametrize("name", ["auth_token", "http_token"])
+@pytest.mark.parametrize(
+    ("token", "says"),
+    [
+        (TOKEN + " two", "should be a token: ASCII, without blanks"),
+        (" " + TOKEN, "should be a token: ASCII, without blanks"),
+        (TOKEN + "ż", "should be a token: ASCII, without blanks"),
+        ("*" * 20, "should be the token itself, not the mask it is shown by"),
+    ],
+)
+def test_invalid_token_error_does_not_show_token(name: str, token: str, says: str, tmp_path: Path) -> None:
+    file = toml(tmp_path, f"{name} = {json.dumps(token)}")
+    assert complaint(file) == f"{file}: {name}: {says}"
+
+
+def test_secrets_have_no_options_and_are_masked(tmp_path: Path) -> None:
+    for name in ("auth_token", "http_token"):
+        assert run_dsmq("config", config.option(name), TOKEN).returncode == 2
+        settings = config.load(toml(tmp_path, f"{name} = {json.dumps(TOKEN)}"))
+        assert getattr(settings, name).get_secret_value() == TOKEN
+        assert TOKEN not in config.to_toml(settings)
+
+
+# The file
+
+
+def test_missing_config_file_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = str(tmp_path / "missing.toml")
+    assert complaint(file) == f"{file}: No such file or directory"
+    monkeypatch.setenv("DSMQ_CONFIG", file)
+    assert complaint() == f"{file}: No such file or directory"
+
+
+def test_directory_as_config_file_is_reported(tmp_path: Path) -> None:
+    assert complaint(str(tmp_path)) == f"{tmp_path}: Is a directory"
+
+
+def test_unreadable_config_file_is_reported(tmp_path: Path) -> None:
+    file = toml(tmp_path, "port = 1")
+    os.chmod(file, 0)
+    done = run_dsmq("config", "--config", file, prefix=without_privileges())
+    assert (done.returncode, done.stdout, done.stderr.decode()) == (2, b"", f"dsmq: {file}: Permission denied\n")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"port = ",
+        b"port: 5\n",
+        b"port = 1\nport = 2\n",
+        b"host = '\xff'",
+        b"\xff\xfep\x00o\x00r\x00t\x00",
+        b"port = " + b"9" * 5000,
+        b"max_age_seconds = " + b"9" * 5000,
+        b"port = 0x" + b"f" * 5000,
+        b"#" * 2_000_000,
+        b"host = " + b"[" * 5000 + b"]" * 5000,
+    ],
+    ids=[
+        "no value",
+        "YAML",
+        "twice",
+        "not UTF-8",
+        "UTF-16",
+        "long number",
+        "long seconds",
+        "long hexadecimal",
+        "endless",
+        "deep",
+    ],
+)
+def test_invalid_toml_is_reported(text: bytes, tmp_path: Path) -> None:
+    file = toml(tmp_path, text)
+    line = complaint(file)
+    assert line.startswith(f"{file}: ")
+    assert len(line) < 300
+    assert "sys." not in line
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf16_config_file_is_recognized(encoding: str, tmp_path: Path) -> None:
+    file = toml(tmp_path, "port = 1001".encode(encoding))
+    assert complaint(file) == f"{file}: should be UTF-8; this looks like UTF-16"
+
+
+def test_config_file_may_begin_with_byte_order_mark(tmp_path: Path) -> None:
+    assert config.load(toml(tmp_path, codecs.BOM_UTF8 + b"port = 1001\r\n")).port == 1001
+
+
+def test_endless_config_file_is_refused() -> None:
+    assert complaint("/dev/zero") == "/dev/zero: longer than 1048576 bytes"
+
+
+def test_empty_config_file_changes_nothing(tmp_path: Path) -> None:
+    assert config.load(toml(tmp_path, "")).model_dump() == config.load().model_dump()
+
+
+# What each setting has
+
+
+@pytest.mark.parametrize("name", config.Settings.model_fields)
+def test_every_setting_has_a_description(name: str) -> None:
+    about = config.Settings.model_fields[name].description
+    assert about
+    assert about[0].isupper()
+    assert about.endswith(".")
+
+
+def test_every_number_is_bounded() -> None:
+    assert len(NUMBERS) > 10
+    for name, kind in NUMBERS.items():
+        assert {"minimum", "exclusiveMinimum"} & set(kind), name
+        assert "maximum" in kind, name
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_out_of_bounds_numbers_are_refused(name: str) -> None:
+    kind = NUMBERS[name]
+    needed = {"snapshot_file": "it"} if name == "snapshot_interval_seconds" else {}
+    assert getattr(config.load(**{name: kind["maximum"]}, **needed), name) == kind["maximum"]
+    complaint(**{name: kind["maximum"] + 1})
+    if "minimum" in kind:
+        assert getattr(config.load(**{name: kind["minimum"]}), name) == kind["minimum"]
+        complaint(**{name: kind["minimum"] - 1})
+    else:
+        complaint(**{name: kind["exclusiveMinimum"]})
+
+
+# TOML out
+
+
+def test_example_file_matches_settings() -> None:
+    assert (ROOT / "dsmq.toml.example").read_text() == config.example()
+
+
+def test_dsmq_config_example_prints_example_file() -> None:
+    done = run_dsmq("config", "--example")
+    assert (done.returncode, done.stdout.decode(), done.stderr) == (0, config.example(), b"")
+
+
+def test_example_names_every_setting_with_default(tmp_path: Path) -> None:
+    lines = config.example().splitlines()
+    uncommented = "\n".join(line[1:] for line in lines if line[:1] == "#" and line[1:2] not in ("", " "))
+    assert list(tomllib.loads(uncommented)) == list(config.Settings.model_fields)
+    assert config.load(toml(tmp_path, uncommented)).model_dump() == config.load().model_dump()
+
+
+def test_unchanged_example_changes_nothing(tmp_path: Path) -> None:
+    assert config.load(toml(tmp_path, config.example())).model_dump() == config.load().model_dump()
+
+
+# A value other than the default for every setting; the text has what TOML has to escape.
+OTHERS: dict[str, Any] = {
+    "host": 'unix:/tmp/"ö\\ 😀',
+    "http_host": "::1",
+    "http_port": "off",
+    "allow_shutdown": False,
+    "log_level": "debug",
+    "log_format": "json",
+    "log_stream": "stdout",
+    "protected_mode": False,
+    "http_allowed_hosts": "dsmq, mq.example.org",
+    **{name: f"/etc/dsmq/{name}" for name in config.Settings.model_fields if name.endswith("_file")},
+    **{name: kind["maximum"] for name, kind in NUMBERS.items() if name != "http_port"},
+}
+
+
+def test_dsmq_config_output_loads_back_unchanged(tmp_path: Path) -> None:
+    settings = config.load(**OTHERS)
+    shown = {name: f for name, f in config.Settings.model_fields.items() if not config.is_secret(name)}
+    assert all(getattr(settings, name) != f.default for name, f in shown.items())
+    options = [word for name, value in OTHERS.items() for word in (config.option(name), str(value))]
+    done = run_dsmq("config", *options)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert config.load(toml(tmp_path, done.stdout)).model_dump() == settings.model_dump()
