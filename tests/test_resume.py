@@ -124,7 +124,7 @@ def test_an_iterator_goes_on(server: Server, mq: DSMQClientSideConnection) -> No
 def test_an_interrupted_wait_lasts_as_long_as_it_was_to(server: Server, mq: DSMQClientSideConnection) -> None:
     def interrupt() -> None:
         wait_until(lambda: server.waiting() == 1)
-        began.wait(UNIT * 3)
+        began.wait(UNIT * 20)
         for link in list(mq._links):
             link.interrupt()
 
@@ -132,10 +132,11 @@ def test_an_interrupted_wait_lasts_as_long_as_it_was_to(server: Server, mq: DSMQ
     thread = threading.Thread(target=interrupt)
     before = time.monotonic()
     thread.start()
-    assert mq.get_wait("t", timeout=UNIT * 6) == ""
+    assert mq.get_wait("t", timeout=UNIT * 40) == ""
     took = time.monotonic() - before
     thread.join(SOON)
-    assert UNIT * 6 <= took < UNIT * 8
+    # If it had begun anew, it would have taken 60.
+    assert UNIT * 40 <= took < UNIT * 58
 
 
 def test_what_is_lost_and_found_is_logged_once(
@@ -490,7 +491,7 @@ def test_a_client_gives_up_in_time(states: list[str], caplog: pytest.LogCaptureF
     with pytest.raises(ConnectionLost, match="no server answers") as told:
         mq.put("t", "y")
     assert not told.value.may_be_stored
-    assert UNIT < time.monotonic() - before < UNIT * 3 + SOON / 10
+    assert UNIT < time.monotonic() - before < SOON / 2
     assert states == ["lost", "given up"]
     assert "no connection to" in caplog.text
     with pytest.raises(ConnectionLost):
@@ -747,7 +748,7 @@ def test_the_asyncio_client_gives_up_in_time(states: list[str]) -> None:
         with pytest.raises(ConnectionLost) as told:
             await mq.put("t", "y")
         assert not told.value.may_be_stored
-        assert UNIT < time.monotonic() - before < UNIT * 3 + SOON / 10
+        assert UNIT < time.monotonic() - before < SOON / 2
         await mq.close()
 
     asyncio.run(scenario())

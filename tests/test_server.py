@@ -944,7 +944,7 @@ def test_closing_does_not_overtake_the_replies_before(server: Server) -> None:
 
 
 def test_a_client_that_does_not_read_makes_no_survivor(tmp_path: Path) -> None:
-    with serving(host=f"unix:{tmp_path}/socket", stop_timeout_seconds=3 * UNIT) as server:
+    with serving(host=f"unix:{tmp_path}/socket", stop_timeout_seconds=20 * UNIT) as server:
         wire = Wire(f"{tmp_path}/socket")
         wire.send(encode_request(b"ECHO", b"x" * 5_000_000))
         wait_until(lambda: server.counters().requests == 1)

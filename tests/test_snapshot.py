@@ -1206,10 +1206,10 @@ def test_a_stop_waits_for_a_disk_that_is_slow(file: Path, monkeypatch: pytest.Mo
     def slowly(folder: Path) -> None:
         if not began.is_set():
             began.set()
-            time.sleep(10 * UNIT)
+            time.sleep(30 * UNIT)
         write(folder)
 
-    settings = {"snapshot_file": str(file), "snapshot_interval_seconds": 1, "stop_timeout_seconds": UNIT}
+    settings = {"snapshot_file": str(file), "snapshot_interval_seconds": 1, "stop_timeout_seconds": 20 * UNIT}
     with serving(**settings) as server, wire_to(server) as wire:
         monkeypatch.setattr(snapshot, "_make_durable", slowly)
         assert began.wait(SOON)
@@ -1226,7 +1226,7 @@ def test_a_disk_that_hangs_is_waited_for_no_longer_than_a_minute(
 ) -> None:
     released = threading.Event()
     monkeypatch.setattr(keeper_module, "LAST_SNAPSHOT_SECONDS", UNIT)
-    with serving(snapshot_file=str(file), stop_timeout_seconds=UNIT) as server:
+    with serving(snapshot_file=str(file), stop_timeout_seconds=20 * UNIT) as server:
         monkeypatch.setattr(snapshot, "_make_durable", lambda _: released.wait(SOON))
         assert server.stop() == ["dsmq-snapshot"]
         assert server._keeper
