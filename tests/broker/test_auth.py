@@ -626,7 +626,7 @@ def test_cli_error_names_missing_option(tls_server: Server, tmp_path: Path) -> N
         assert done.stderr == b"dsmq: this server wants a token: --token-file FILE, or DSMQ_AUTH_TOKEN\n"
     port = ("--port", str(tls_server.port))
     assert b"does it want TLS (--tls)?" in run_dsmq("ping", *port).stderr
-    assert b"(--ca-file FILE to trust another)" in run_dsmq("ping", *port, "--tls").stderr
+    assert b"(--ca-file FILE names others to trust)" in run_dsmq("ping", *port, "--tls").stderr
     cert, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
     tool("openssl", "openssl")
     # As the README does it.
