@@ -939,7 +939,7 @@ def test_close_notice_comes_after_earlier_replies(server: Server) -> None:
 
 
 def test_nonreading_client_leaves_no_thread_at_stop(tmp_path: Path) -> None:
-    with serving(host=f"unix:{tmp_path}/socket", stop_timeout_seconds=3 * UNIT) as server:
+    with serving(host=f"unix:{tmp_path}/socket", stop_timeout_seconds=20 * UNIT) as server:
         wire = Wire(f"{tmp_path}/socket")
         wire.send(encode_request(b"ECHO", b"x" * 5_000_000))
         wait_until(lambda: server.counters().requests == 1)

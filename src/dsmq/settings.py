@@ -76,8 +76,8 @@ class Settings(BaseSettings):
 
     host: Annotated[str, AfterValidator(_host)] = Field(
         "127.0.0.1",
-        description="Where to listen: an IPv4 or IPv6 address, a host name, or unix:/path/of/socket. "
-        "The default serves this machine only.",
+        description="Where to listen: an IPv4 or IPv6 address, a host name, or unix:/path/of/socket. The default "
+        "serves this machine only.",
     )
     port: Port = Field(30008, description="TCP port to listen on; 0 takes a free one. Not used with unix:.")
     protected_mode: bool = Field(
@@ -92,8 +92,8 @@ class Settings(BaseSettings):
     )
     auth_token_file: str = Field(
         "",
-        description="File of tokens, reloaded on SIGHUP. One per line: `name role token`, with role read, write "
-        "(put and read) or admin; or a token alone, which is an admin's.",
+        description="File of tokens, reloaded on SIGHUP. One per line: `name role token`, with role read, write (put "
+        "and read) or admin; or a token alone, which is an admin's.",
     )
     auth_timeout_seconds: Timeout = Field(
         10.0, description="Time for a new connection to finish the TLS handshake and authenticate."
@@ -118,8 +118,8 @@ class Settings(BaseSettings):
     http_allowed_hosts: Annotated[str, AfterValidator(_host_names)] = Field(
         "",
         description="Comma-separated host names at which the HTTP endpoint answers, besides IP addresses and "
-        "localhost. Other names get 421, which protects against DNS rebinding; /healthz and /readyz "
-        "answer to any name.",
+        "localhost. Other names get 421, which protects against DNS rebinding; /healthz and /readyz answer to any "
+        "name.",
     )
     http_port: Port | Literal["off"] = Field(30009, description='TCP port of the HTTP endpoint; "off" disables it.')
     metrics_topics: int = Field(
@@ -145,23 +145,22 @@ class Settings(BaseSettings):
     )
     snapshot_file: str = Field(
         "",
-        description="Snapshot file: written on a graceful stop, loaded at start. Empty: no snapshots. Its "
-        "directory must not be writable by other users; temporary files with similar names are "
-        "created there.",
+        description="Snapshot file: written on a graceful stop, loaded at start. Empty: no snapshots. Its directory "
+        "must not be writable by other users; temporary files with similar names are created there.",
     )
     snapshot_interval_seconds: Annotated[Seconds, AfterValidator(_interval)] = Field(
         0.0,
         ge=0,
         le=3600,
-        description="How often a snapshot is also written while the server runs, which limits what a crash or a "
-        "power failure can lose. 0: only on a graceful stop; otherwise at least 1.",
+        description="How often a snapshot is also written while the server runs, which limits what a crash or a power"
+        " failure can lose. 0: only on a graceful stop; otherwise at least 1.",
     )
     max_message_bytes: int = Field(
         8_388_608,
         ge=1,
         le=536_870_912,
-        description="Max size of a message. Each connection may make the server buffer one message of this size "
-        "in memory.",
+        description="Max size of a message. Each connection may make the server buffer one message of this size in "
+        "memory.",
     )
     max_topic_bytes: int = Field(
         512,
@@ -177,8 +176,8 @@ class Settings(BaseSettings):
     )
     max_stored_bytes: Bytes = Field(
         1_073_741_824,
-        description="Max bytes of stored messages and topic names, plus 100 bytes of overhead per message and 500"
-        " per topic. Allow for 1.3 times as much memory.",
+        description="Max bytes of stored messages and topic names, plus 100 bytes of overhead per message and 500 per"
+        " topic. Allow for 1.3 times as much memory.",
     )
     max_stored_messages_per_topic: Count = Field(10_000_000, description="Max stored messages in one topic.")
     max_stored_bytes_per_topic: Bytes = Field(
@@ -194,8 +193,8 @@ class Settings(BaseSettings):
     )
     max_unauthenticated_connections: Limit = Field(
         1_000,
-        description="Max connections that have not authenticated or finished the TLS handshake. When it is "
-        "exceeded, the oldest is closed.",
+        description="Max connections that have not authenticated or finished the TLS handshake. When it is exceeded, "
+        "the oldest is closed.",
     )
     max_unauthenticated_bytes: int = Field(
         16_384, ge=4096, le=1_048_576, description="Max size of a request from a client that has not authenticated."
@@ -207,22 +206,21 @@ class Settings(BaseSettings):
         16_777_216,
         ge=1024,
         le=1_073_741_824,
-        description="Max unread reply bytes buffered for one client; above it, the server stops reading the "
-        "client's requests. The default lets a client send 1,000,000 short requests before it reads a"
-        " reply.",
+        description="Max unread reply bytes buffered for one client; above it, the server stops reading the client's "
+        "requests. The default lets a client send 1,000,000 short requests before it reads a reply.",
     )
     max_total_unread_reply_bytes: Bytes = Field(
         268_435_456,
-        description="Max unread reply bytes buffered for all clients together. Above it, requests that would add "
-        "to it wait; after 1 s, the clients that hold the most and read slower than 16 KiB/s are "
-        "disconnected. One message of the maximum size always fits.",
+        description="Max unread reply bytes buffered for all clients together. Above it, requests that would add to "
+        "it wait; after 1 s, the clients that hold the most and read slower than 16 KiB/s are disconnected. One "
+        "message of the maximum size always fits.",
     )
     max_total_request_bytes: Bytes = Field(
         268_435_456,
-        description="Max bytes buffered for the requests of all clients together. A request reserves its declared"
-        " length when it begins; the positions of GET count too. Above it, input stays unread and the"
-        " oldest request is read first; after 1 s, the clients that hold the most and send slower "
-        "than 16 KiB/s are disconnected. One message of the maximum size always fits.",
+        description="Max bytes buffered for the requests of all clients together. A request reserves its declared "
+        "length when it begins; the positions of GET count too. Above it, input stays unread and the oldest request "
+        "is read first; after 1 s, the clients that hold the most and send slower than 16 KiB/s are disconnected. One"
+        " message of the maximum size always fits.",
     )
     request_timeout_seconds: Seconds = Field(
         30.0,
@@ -237,8 +235,8 @@ class Settings(BaseSettings):
         0.0,
         ge=0,
         le=31_536_000,
-        description="A connection that sends no request for this long, and is not waiting for a message, is "
-        "closed. 0: never. TCP keepalive detects clients that vanished.",
+        description="A connection that sends no request for this long, and is not waiting for a message, is closed. "
+        "0: never. TCP keepalive detects clients that vanished.",
     )
     stop_timeout_seconds: Timeout = Field(
         10.0, description="Time limit for a graceful stop; whatever is still running after it is logged and abandoned."
@@ -247,16 +245,15 @@ class Settings(BaseSettings):
         0,
         ge=0,
         le=64,
-        description="Threads that serve connections. 0: one if Python has a GIL (more would be slower), otherwise"
-        " one per core.",
+        description="Threads that serve connections. 0: one if Python has a GIL (more would be slower), otherwise one"
+        " per core.",
     )
     busy_poll_microseconds: int = Field(
         100,
         ge=0,
         le=100_000,
-        description="How long a thread polls for the next request before it sleeps, since waking a processor "
-        "takes longer than most requests. Uses that much CPU time whenever clients pause. 0: no "
-        "polling.",
+        description="How long a thread polls for the next request before it sleeps, since waking a processor takes "
+        "longer than most requests. Uses that much CPU time whenever clients pause. 0: no polling.",
     )
     listen_backlog: int = Field(
         1024, ge=1, le=65535, description="Max connections that the kernel queues until they are accepted."
@@ -269,8 +266,8 @@ class Settings(BaseSettings):
     )
     log_format: Literal["auto", "text", "json", "journal"] = Field(
         "auto",
-        description="Log format: text; json, one object per line; journal, with priorities and without times; "
-        "auto is journal under systemd, otherwise text.",
+        description="Log format: text; json, one object per line; journal, with priorities and without times; auto is"
+        " journal under systemd, otherwise text.",
     )
     log_stream: Literal["stderr", "stdout"] = Field(
         "stderr",
@@ -289,8 +286,8 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        from_environment = InitSettingsSource(settings_cls, _from_environment())
-        return init_settings, from_environment, InitSettingsSource(settings_cls, cls.from_file)
+        variables = {name: os.environ[given] for name, given in environment.variables().items() if name != "config"}
+        return (init_settings, *(InitSettingsSource(settings_cls, values) for values in (variables, cls.from_file)))
 
     @field_validator("*", mode="before")
     @classmethod
@@ -325,7 +322,8 @@ class Settings(BaseSettings):
         """The number of I/O threads, with io_threads = 0 resolved."""
         if self.io_threads:
             return self.io_threads
-        return (os.cpu_count() or 1) if not _has_gil() else 1
+        has_gil = not sysconfig.get_config_var("Py_GIL_DISABLED") or getattr(sys, "_is_gil_enabled", lambda: True)()
+        return 1 if has_gil else os.cpu_count() or 1
 
 
 class EmbeddedSettings(Settings):
@@ -349,10 +347,6 @@ def load(
         return kind(**given)
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(error, {name: name_of(name) for name in given}, file))) from None
-
-
-def _from_environment() -> dict[str, str]:
-    return {name: os.environ[variable] for name, variable in environment.variables().items() if name != "config"}
 
 
 # Replacements for pydantic's messages, which are written for programmers.
@@ -382,18 +376,12 @@ def _explain(error: ValidationError, given: dict[str, str], file: str | None) ->
             message = _MESSAGES.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
             wrong.setdefault(name, []).append(message.removeprefix("Input "))
             values[name] = "" if is_secret(name) else f", not {quoted(problem['input'])}"
+    sources = environment.variables() | given
     return unknown + [
-        f"{_source(name, given, file)}: {' or '.join(messages).replace(' or should be ', ' or ')}{values[name]}"
+        f"{sources.get(name, f'{file}: {name}')}: "
+        f"{' or '.join(messages).replace(' or should be ', ' or ')}{values[name]}"
         for name, messages in wrong.items()
     ]
-
-
-def _source(name: str, given: dict[str, str], file: str | None) -> str:
-    return given.get(name) or environment.variables().get(name) or f"{file}: {name}"
-
-
-def _has_gil() -> bool:
-    return not sysconfig.get_config_var("Py_GIL_DISABLED") or getattr(sys, "_is_gil_enabled", lambda: True)()
 
 
 def is_secret(name: str) -> bool:

@@ -273,7 +273,7 @@ def test_put_many_and_get_many(client: MakeClient) -> None:
 def test_put_many_accepts_slow_generator(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     def slowly() -> Iterator[str]:
         yield from ["x"] * PUTS_AT_ONCE
-        time.sleep(UNIT * 2)
+        time.sleep(UNIT * 18)
 
     left = []
 
@@ -282,7 +282,7 @@ def test_put_many_accepts_slow_generator(server: Server, monkeypatch: pytest.Mon
         return original(link)
 
     original = Connection.receive
-    with connect(port=server.port, timeout=UNIT) as mq:
+    with connect(port=server.port, timeout=15 * UNIT) as mq:
         monkeypatch.setattr(Connection, "receive", receive)
         assert len(mq.put_many("t", slowly())) == PUTS_AT_ONCE
     assert left[0] > 0
@@ -401,10 +401,10 @@ with connect(port={server.port}) as mq:
 
 
 def test_message_expired_in_read_ahead_is_not_returned(caplog: pytest.LogCaptureFixture) -> None:
-    with serving(max_age_seconds=4 * UNIT) as server, connect(port=server.port) as mq:
+    with serving(max_age_seconds=20 * UNIT) as server, connect(port=server.port) as mq:
         mq.put_many("t", ["1", "2", "3"])
         assert mq.get("t") == "1"
-        time.sleep(5 * UNIT)
+        time.sleep(21 * UNIT)
         assert mq.get("t") == ""
         assert mq.missed == 2
         assert "expired before they were read" in caplog.text
@@ -412,14 +412,14 @@ def test_message_expired_in_read_ahead_is_not_returned(caplog: pytest.LogCapture
 
 def test_messages_expired_before_reading_are_missed(caplog: pytest.LogCaptureFixture) -> None:
     with (
-        serving(max_age_seconds=3 * UNIT) as server,
+        serving(max_age_seconds=20 * UNIT) as server,
         connect(port=server.port) as mq,
         connect(port=server.port) as writer,
     ):
         writer.put("t", "1")
         assert mq.get("t") == "1"
         writer.put_many("t", ["2", "3", "4"])
-        time.sleep(4 * UNIT)
+        time.sleep(21 * UNIT)
         writer.put("t", "5")
         assert mq.get("t") == "5"
         assert mq.missed == 3
@@ -629,7 +629,7 @@ def test_trickling_reply_extends_timeout(end: bytes) -> None:
             sock.recv(65536)
             for data in (b":", *[b"1"] * 9, end):
                 sock.sendall(data)
-                time.sleep(UNIT)
+                time.sleep(3 * UNIT)
             # When nothing comes any more the client goes.
             assert sock.recv(1) == b""
 
@@ -637,13 +637,13 @@ def test_trickling_reply_extends_timeout(end: bytes) -> None:
         thread = threading.Thread(target=trickle)
         thread.start()
         before = time.monotonic()
-        with connect(port=listener.getsockname()[1], timeout=5 * UNIT, reconnect_timeout=0) as mq:
+        with connect(port=listener.getsockname()[1], timeout=20 * UNIT, reconnect_timeout=0) as mq:
             if end:
                 assert mq.put("t", "x") == 111_111_111
             else:
                 with pytest.raises(ConnectionLost, match=r"no reply within .* may have been stored"):
                     mq.put("t", "x")
-                assert 13 * UNIT < time.monotonic() - before < SOON
+                assert 45 * UNIT < time.monotonic() - before < SOON
         thread.join(SOON)
 
 
@@ -735,7 +735,7 @@ def test_unresponsive_server_times_out() -> None:
 
 
 def test_frozen_server_does_not_hang_call(server: Server) -> None:
-    with connect(port=server.port, timeout=2 * UNIT, reconnect_timeout=0) as mq:
+    with connect(port=server.port, timeout=20 * UNIT, reconnect_timeout=0) as mq:
         release = threading.Event()
         server._workers[0].post(lambda: release.wait(SOON))
         try:

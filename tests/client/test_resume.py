@@ -123,7 +123,7 @@ def test_iterator_resumes(server: Server, mq: DSMQClientSideConnection) -> None:
 def test_wait_keeps_its_deadline_over_reconnect(server: Server, mq: DSMQClientSideConnection) -> None:
     def interrupt() -> None:
         wait_until(lambda: server.waiting() == 1)
-        began.wait(UNIT * 3)
+        began.wait(UNIT * 20)
         for link in list(mq._pool.connections):
             link.interrupt()
 
@@ -131,10 +131,11 @@ def test_wait_keeps_its_deadline_over_reconnect(server: Server, mq: DSMQClientSi
     thread = threading.Thread(target=interrupt)
     before = time.monotonic()
     thread.start()
-    assert mq.get_wait("t", timeout=UNIT * 6) == ""
+    assert mq.get_wait("t", timeout=UNIT * 40) == ""
     took = time.monotonic() - before
     thread.join(SOON)
-    assert UNIT * 6 <= took < UNIT * 8
+    # If it had begun anew, it would have taken 60.
+    assert UNIT * 40 <= took < UNIT * 58
 
 
 def test_lost_and_restored_connection_is_logged_once(
@@ -485,7 +486,7 @@ def test_client_gives_up_in_time(states: list[str], caplog: pytest.LogCaptureFix
     with pytest.raises(ConnectionLost, match=r"no server answers .* \(tried for \d+\.\d s\)") as told:
         mq.put("t", "y")
     assert not told.value.may_be_stored
-    assert UNIT < time.monotonic() - before < UNIT * 3 + SOON / 10
+    assert UNIT < time.monotonic() - before < SOON / 2
     assert states == ["lost", "given up"]
     assert "no connection to" in caplog.text
     with pytest.raises(ConnectionLost):
@@ -742,7 +743,7 @@ def test_asyncio_client_gives_up_in_time(states: list[str]) -> None:
         with pytest.raises(ConnectionLost, match=r"no server answers .* \(tried for \d+\.\d s\)") as told:
             await mq.put("t", "y")
         assert not told.value.may_be_stored
-        assert UNIT < time.monotonic() - before < UNIT * 3 + SOON / 10
+        assert UNIT < time.monotonic() - before < SOON / 2
         await mq.close()
 
     asyncio.run(scenario())

@@ -294,7 +294,7 @@ def test_reading_continues_at_5_kb_per_second(server: Server) -> None:
     with (
         Slow(server.port, 5000) as slow,
         connect(port=server.port) as writer,
-        connect(port=slow.port, timeout=10 * UNIT, reconnect_timeout=0) as mq,
+        connect(port=slow.port, timeout=25 * UNIT, reconnect_timeout=0) as mq,
     ):
         # One reply takes longer than the timeout.
         writer.put_many("t", ["x" * 1000] * 20)

@@ -1248,10 +1248,10 @@ def test_stop_waits_for_slow_disk(file: Path, monkeypatch: pytest.MonkeyPatch) -
     def slowly(folder: Path) -> None:
         if not began.is_set():
             began.set()
-            time.sleep(10 * UNIT)
+            time.sleep(30 * UNIT)
         write(folder)
 
-    settings = {"snapshot_file": str(file), "snapshot_interval_seconds": 1, "stop_timeout_seconds": UNIT}
+    settings = {"snapshot_file": str(file), "snapshot_interval_seconds": 1, "stop_timeout_seconds": 20 * UNIT}
     with serving(**settings) as server, wire_to(server) as wire:
         monkeypatch.setattr(snapshot, "_sync_folder", slowly)
         assert began.wait(SOON)
@@ -1268,7 +1268,7 @@ def test_stop_waits_at_most_a_minute_for_hanging_disk(
 ) -> None:
     released = threading.Event()
     monkeypatch.setattr(keeper_module, "LAST_SNAPSHOT_SECONDS", UNIT)
-    with serving(snapshot_file=str(file), stop_timeout_seconds=UNIT) as server:
+    with serving(snapshot_file=str(file), stop_timeout_seconds=20 * UNIT) as server:
         monkeypatch.setattr(snapshot, "_sync_folder", lambda _: released.wait(SOON))
         assert server.stop() == ["dsmq-snapshot"]
         assert server._keeper
