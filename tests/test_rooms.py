@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "logs": {"errors", "system", "terminal"},
     "errors": set(),
 }
-MOST_LEVELS = 13
+MOST_LEVELS, MOST_CLIENT_LEVELS = 13, 8
 
 
 def modules() -> dict[str, Path]:
@@ -71,3 +71,4 @@ def test_imports_are_acyclic_and_at_most_the_levels_allowed() -> None:
     except RecursionError:
         pytest.fail("a circle of imports")
     assert max(levels.values()) <= MOST_LEVELS, levels
+    assert levels["aio"] <= MOST_CLIENT_LEVELS, levels

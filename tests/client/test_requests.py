@@ -9,8 +9,10 @@ from collections.abc import Iterator
 import pytest
 from test_session import a_reader, a_session, accept, entries, hello, take
 
+from dsmq.client import core
 from dsmq.client import requests as calls
-from dsmq.client.requests import Call, NonIdempotent, Producer, Put, PutMany, Read, Retries
+from dsmq.client.core import Retries
+from dsmq.client.requests import Call, NonIdempotent, Producer, Put, PutMany, Read
 from dsmq.errors import AuthRequired, Closing, ConnectionLost, Full, ProtocolError, TimedOut
 from dsmq.wire.resp import RequestParser
 
@@ -377,4 +379,4 @@ def test_no_time_means_no_retry() -> None:
 
 
 def test_retry_pauses_are_randomized() -> None:
-    assert len({tuple(itertools.islice(calls._retry_delays(), 5)) for _ in range(20)}) == 20
+    assert len({tuple(itertools.islice(core._retry_delays(), 5)) for _ in range(20)}) == 20

@@ -22,12 +22,12 @@ from typing import Literal, Self, TypeVar, Unpack, overload
 from dsmq.client import arguments
 from dsmq.client import session as wire
 from dsmq.client.connection import Connection
-from dsmq.client.core import Client, Options
+from dsmq.client.core import Client, Options, Retries
 from dsmq.client.dial import ClosedSilently, alike
 from dsmq.client.pool import Pool
 from dsmq.client.reader import Claim
 from dsmq.client.replies import check, reason, stored_id
-from dsmq.client.requests import Call, Convert, NonIdempotent, Put, PutMany, Retries, list_topics, take
+from dsmq.client.requests import Call, Convert, NonIdempotent, Put, PutMany, list_topics, take
 from dsmq.client.session import Message
 
 __all__ = ["DSMQClientSideConnection", "Message", "connect"]

@@ -44,6 +44,15 @@ def address(host: object, port: object) -> tuple[str, int]:
     return name, port
 
 
+def topic_name(topic: str) -> bytes:
+    """Return a topic as it is sent. Raises TypeError or ValueError."""
+    if not isinstance(topic, str):
+        raise TypeError(f"a topic is a str, not {type(topic).__name__}")
+    if not topic:
+        raise ValueError("the name of the topic is empty")
+    return topic.encode()
+
+
 def text(name: str, value: object) -> str:
     """Return a str that may go to the operating system. Raises TypeError, or ValueError if it contains NUL."""
     if not isinstance(value, str):

@@ -10,8 +10,8 @@ from copy import copy
 from typing import TypeVar
 
 from dsmq.client.async_connection import Connection, connect, next_ticket
-from dsmq.client.core import IDLE_SECONDS, Core
-from dsmq.client.requests import Call, Retries
+from dsmq.client.core import IDLE_SECONDS, Core, Retries
+from dsmq.client.requests import Call
 from dsmq.errors import ClientClosed, DSMQError
 from dsmq.system import process
 from dsmq.wire.resp import Reply

@@ -10,7 +10,7 @@ from selectors import EVENT_READ, EVENT_WRITE
 
 from dsmq.client.dial import Endpoint, Selector, alike, dial, explain_greeting
 from dsmq.client.replies import raise_if_fatal, reason
-from dsmq.client.requests import Call, Producer, PutMany
+from dsmq.client.requests import FORKED, Call, Producer, PutMany
 from dsmq.errors import AuthRequired, DSMQError, ProtocolError
 from dsmq.system import (
     LONG_YIELD_PAUSE_SECONDS,
@@ -28,7 +28,6 @@ _RECEIVE_BYTES, _RECEIVE_MORE_BYTES = 65_536, 262_144
 _LONGEST_TIMEOUT = 1e6
 # After a longer pause, check that a connection is still open before sending on it.
 LONG_PAUSE_SECONDS = 0.1
-FORKED = "this process is a child of the one that made the connection"
 CLOSED_BY_SERVER = "the server has closed the connection"
 # The slowest link that is not given up; the server waits no longer either.
 _SLOWEST_SECONDS_PER_BYTE = 1 / 16_384

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Callable
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
 from typing import Literal, TypeAlias
 
 from dsmq.client import arguments
 from dsmq.client.dial import Endpoint, Security, parse_endpoint
 from dsmq.client.replies import is_lost, reason
-from dsmq.client.requests import Call, Retries
+from dsmq.client.requests import Call
 from dsmq.client.session import Session, State
 from dsmq.errors import ClientClosed, ReplyError
 
 # All but one of several connections are closed after having been idle for this long.
 IDLE_SECONDS = 5.0
+# The second attempt to connect follows at once, the others after this delay, doubling each time, with jitter, so that
+# many clients do not all come back at once.
+_FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.01, 1.0
 
 _logger = logging.getLogger(__name__)
 
@@ -27,6 +34,38 @@ class Options(Security, total=False):
     timeout: float
     reconnect_timeout: float
     on_state_change: Callable[[State], None] | None
+
+
+class Retries:
+    """When to try again after a connection has broken."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self.reset()
+
+    def reset(self) -> None:
+        """Start anew, after progress."""
+        self._until = math.inf
+        self._delays = _retry_delays()
+
+    def next_delay(self) -> float | None:
+        """Return how many seconds to wait before the next attempt; None if it is time to give up."""
+        now = time.monotonic()
+        self._until = min(self._until, now + self._seconds)
+        delay = next(self._delays)
+        return delay if now + delay < self._until else None
+
+    def tried(self, error: Exception) -> Exception:
+        """Return the error to give up with: this one, and for how long it was tried."""
+        seconds = time.monotonic() - (self._until - self._seconds)
+        return ConnectionError(f"{reason(error)} (tried for {seconds:.1f} s)") if self._seconds else error
+
+
+def _retry_delays() -> Iterator[float]:
+    yield 0.0
+    for attempt in itertools.count():
+        longest = min(_LONGEST_DELAY_SECONDS, _FIRST_DELAY_SECONDS * 2.0 ** min(attempt, 32))
+        yield longest * random.uniform(0.5, 1.0)  # noqa: S311 - it is no secret
 
 
 class Core:

@@ -20,8 +20,10 @@ from dsmq.system import boot_time
 
 # How long messages may wait in the read-ahead before the server is asked again: it may have a new max_age by then.
 FRESH_SECONDS = 1.0
-# How many messages the server sends at most, unless it is told.
+# How many messages the server sends in reply to one READ, and how many bytes, unless fewer are requested.
 _DEFAULT_COUNT = 100
+MAX_READ_BYTES = 262_144
+MIN_READ_BYTES = 4096
 
 _logger = logging.getLogger(__name__)
 

@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 import binascii
-import itertools
-import math
 import os
-import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import Self, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Self, TypeAlias, TypeVar
 
 from dsmq.client import arguments
-from dsmq.client.reader import LATEST, Asked, Claim, TopicReader, read_request
+from dsmq.client.reader import LATEST, MAX_READ_BYTES, MIN_READ_BYTES, Asked, Claim, TopicReader, read_request
 from dsmq.client.replies import reason, restored_number, stored_id, topics, topics_request
-from dsmq.client.session import MAX_READ_BYTES, MIN_READ_BYTES, Session, topic_name
 from dsmq.client.stretch import Entry, Era
 from dsmq.errors import AuthRequired, Closing, ConnectionLost, DSMQError, MessageNotText, ReplyError, TimedOut
 from dsmq.system import boot_time, process
 from dsmq.wire.resp import Reply, encode_request
 
+if TYPE_CHECKING:
+    from dsmq.client.session import Session
+
 T = TypeVar("T")
 Convert: TypeAlias = Callable[[TopicReader, Entry], T]
 """Makes of a message what the user gets."""
 
+FORKED = "this process is a child of the one that made the connection"
 NOT_RUN = (Closing, TimedOut, AuthRequired)
 """Errors after which the server hangs up, having run no request that it has not answered."""
 
-# The second attempt to connect follows at once, the others after this delay, doubling each time, with jitter, so that
-# many clients do not all come back at once.
-_FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.01, 1.0
 # The longest wait to request at once. A longer one is requested in parts, so that both sides soon notice when the other
 # has vanished.
 MAX_WAIT_SECONDS = 15.0
@@ -47,38 +44,6 @@ _LONG_BATCH_SECONDS = 0.1
 RESEND_SECONDS = 300.0
 # If a read waited longer than this before its connection broke, a server was there.
 _LONG_WAIT_SECONDS = 1.0
-
-
-class Retries:
-    """When to try again after a connection has broken."""
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self.reset()
-
-    def reset(self) -> None:
-        """Start anew, after progress."""
-        self._until = math.inf
-        self._delays = _retry_delays()
-
-    def next_delay(self) -> float | None:
-        """Return how many seconds to wait before the next attempt; None if it is time to give up."""
-        now = time.monotonic()
-        self._until = min(self._until, now + self._seconds)
-        delay = next(self._delays)
-        return delay if now + delay < self._until else None
-
-    def tried(self, error: Exception) -> Exception:
-        """Return the error to give up with: this one, and for how long it was tried."""
-        seconds = time.monotonic() - (self._until - self._seconds)
-        return ConnectionError(f"{reason(error)} (tried for {seconds:.1f} s)") if self._seconds else error
-
-
-def _retry_delays() -> Iterator[float]:
-    yield 0.0
-    for attempt in itertools.count():
-        longest = min(_LONGEST_DELAY_SECONDS, _FIRST_DELAY_SECONDS * 2.0 ** min(attempt, 32))
-        yield longest * random.uniform(0.5, 1.0)  # noqa: S311 - it is no secret
 
 
 class Producer:
@@ -97,7 +62,7 @@ class Producer:
     def check_process(self) -> None:
         """Raise ConnectionResetError in a child process: connection and numbers are the parent's."""
         if process() is not self._process:
-            raise ConnectionResetError("this process is a child of the one that made the connection")
+            raise ConnectionResetError(FORKED)
 
     def put(self, name: bytes, body: bytes) -> bytes:
         """Return the request that puts a message under the next number, without its argument count."""
@@ -339,7 +304,7 @@ class PutMany(Call):
         """Raises TypeError or ValueError if it can't be a topic, or these can't be messages."""
         super().__init__()
         messages = arguments.messages(messages)
-        topic_name(topic)
+        arguments.topic_name(topic)
         self._parts = (session.put(topic, message) for message in messages)
         self.is_sent = True
         """Whether the last batch has been sent. An asyncio client makes it before there is room to send it."""

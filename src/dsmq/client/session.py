@@ -9,7 +9,8 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from dsmq.client.reader import Returned, TopicReader, take_back
+from dsmq.client.arguments import topic_name
+from dsmq.client.reader import MAX_READ_BYTES, Returned, TopicReader, take_back
 from dsmq.client.replies import as_map, as_number, as_ranges, as_text, check
 from dsmq.client.stretch import Entry, Era
 from dsmq.errors import AuthRequired, MessageNotText, ProtocolError, ReplyError
@@ -34,9 +35,6 @@ LOST: dict[State, str] = {
     "restarted": "messages that were put last may be lost",
 }
 
-# How much the server sends in reply to one READ, unless less is requested.
-MAX_READ_BYTES = 262_144
-MIN_READ_BYTES = 4096
 _MAX_NEW_READERS, _MAX_RECENT_READERS = 1000, 100
 # Readers are kept for longer than messages are: the server deletes those a little later.
 _SILENCE_FACTOR, _SILENCE_SECONDS = 1.25, 1.0
@@ -245,15 +243,6 @@ class Session:
         """Return a message as the user sees it."""
         age = boot_time() - entry.put_at
         return Message(reader.topic, entry.id, entry.number, time.time() - age, entry.body)
-
-
-def topic_name(topic: str) -> bytes:
-    """Return a topic as it is sent. Raises TypeError or ValueError."""
-    if not isinstance(topic, str):
-        raise TypeError(f"a topic is a str, not {type(topic).__name__}")
-    if not topic:
-        raise ValueError("the name of the topic is empty")
-    return topic.encode()
 
 
 def parse_position(position: str | int) -> tuple[str, int]:
