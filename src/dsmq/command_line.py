@@ -104,7 +104,8 @@ def _parser(words: list[str], run: Mapping[str, Command]) -> argparse.ArgumentPa
     put = add(
         "put", "Put a message into a topic; without MESSAGE, or with -, put each line of stdin.", "TOPIC [MESSAGE] "
     )
-    _add_get_options(add("get", "Print messages of a topic, one per line.", "TOPIC "))
+    about = "Print messages of a topic, one per line. On a terminal, control characters are shown as escapes."
+    _add_get_options(add("get", about, "TOPIC "))
     topics = add("topics", "List topics with stored messages: message count, bytes, topic.")
     topics.add_argument("--json", action="store_true", help="print JSON lines")
     ping = add("ping", "Check that the server answers; for scripts and health checks.")

@@ -198,7 +198,10 @@ def serve_time(daemon: Daemon) -> float:
     try:
         with daemon.client(retry=False, timeout=SOON) as mq:
             mq.seek("a", mq.put("a", "hello world!") - 1)
-            assert mq.get("a") == "hello world!"
+            while not mq.get("a"):
+                # If max_age_seconds is short and the machine busy, it expires before it is read.
+                assert time.monotonic() < began + SOON
+                mq.seek("a", mq.put("a", "hello world!") - 1)
     except (OSError, DSMQError, AssertionError) as error:
         progress(f"not served: {error!r}")
         return 1e9

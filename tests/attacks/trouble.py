@@ -277,14 +277,14 @@ def out_of_threads(trial: Trial) -> None:
                 except urllib.error.HTTPError as error:
                     failed += error.code == 503
                 slowest = max(slowest, _time(lambda: mq.put("t", "x")))
-            trial.must("the side port can start no thread, and says so", f"503 for {failed} of 20", failed == 20)
+            trial.must("the HTTP endpoint can start no thread, and says so", f"503 for {failed} of 20", failed == 20)
             trial.at_once("others are served", f"slowest put {milliseconds(slowest)}", slowest)
             served = serve_until(daemon)
             trial.at_once("new clients are served", milliseconds(served), served)
             daemon.signal(signal.SIGUSR2)
             reached(lambda: limit_of(daemon) != 1)
         page = daemon.fetch()
-        trial.must("the side port answers when it can", f"{len(page):,} bytes", "dsmq_puts_total" in page)
+        trial.must("the HTTP endpoint answers when it can", f"{len(page):,} bytes", "dsmq_puts_total" in page)
         left = reached(lambda: daemon.threads <= before[0] and daemon.files <= before[1])
         trial.must("nothing is left of those requests", f"{daemon.files - before[1]:+d} files", left)
 

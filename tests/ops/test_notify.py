@@ -291,10 +291,10 @@ def test_passed_sockets_are_used_for_listening(tmp_path: Path) -> None:
         with launched(
             (ipv4, side, ipv6, unix), "dsmq:metrics:dsmq:dsmq", "--port", "1", "--http-port", "off"
         ) as process:
-            port, port6, side_port = (sock.getsockname()[1] for sock in (ipv4, ipv6, side))
+            port, port6, http_port = (sock.getsockname()[1] for sock in (ipv4, ipv6, side))
             log = lines_until(process, "metrics on")
             assert f"serves on 127.0.0.1:{port}, [::1]:{port6}, unix:{path} " in log
-            assert f"metrics on http://127.0.0.1:{side_port}/metrics" in log
+            assert f"metrics on http://127.0.0.1:{http_port}/metrics" in log
             with socket.create_connection(("::1", port6)) as wire6:
                 wire6.sendall(b"PING\r\n")
                 assert wire6.recv(100) == b"+PONG\r\n"
@@ -302,7 +302,7 @@ def test_passed_sockets_are_used_for_listening(tmp_path: Path) -> None:
                 wire = Wire(address)
                 assert wire.call("PING") == "PONG"
                 wire.close()
-            with urllib.request.urlopen(f"http://127.0.0.1:{side_port}/healthz") as page:
+            with urllib.request.urlopen(f"http://127.0.0.1:{http_port}/healthz") as page:
                 assert page.status == 200
         # They are systemd's, and wait for the next server.
         assert os.path.exists(path)
