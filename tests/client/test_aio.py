@@ -23,7 +23,7 @@ import dsmq.client
 from conftest import SOON, UNIT, blocked, serving, wait_until
 from dsmq.aio import AsyncClient, connect
 from dsmq.client import async_connection
-from dsmq.errors import BadRequest, ClientClosed, ConnectionLost, Full, InternalError, MessageNotText
+from dsmq.errors import BadRequest, ClientClosed, ConnectionLost, Full, InternalError, MessageNotText, WrongToken
 from dsmq.server import Server
 
 
@@ -574,6 +574,20 @@ def test_each_put_many_that_a_close_ends_says_what_is_stored_of_it(server: Serve
             errors = await asyncio.gather(first, second, return_exceptions=True)
         assert [type(error) for error in errors] == [ClientClosed, ClientClosed]
         assert [error.stored_before for error in errors if isinstance(error, ClientClosed)] == [500, 0]
+
+    asyncio.run(main())
+
+
+def test_each_put_many_that_cannot_reconnect_has_its_own_error() -> None:
+    async def main() -> None:
+        with serving(auth_token="old" * 8) as server:
+            port = server.port
+            mq = await connect(port=port, token="old" * 8)
+        with serving(port=port, auth_token="new" * 8):
+            errors = await asyncio.gather(mq.put_many("t", ["x"]), mq.put_many("u", ["y"]), return_exceptions=True)
+        await mq.close()
+        assert [type(error) for error in errors] == [WrongToken, WrongToken]
+        assert errors[0] is not errors[1]
 
     asyncio.run(main())
 
