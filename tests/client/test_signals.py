@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import signal
 import sys
+import weakref
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from types import FrameType
@@ -16,6 +18,7 @@ import pytest
 from conftest import SOON, UNIT, serving
 from dsmq import aio
 from dsmq.client import DSMQClientSideConnection, connect
+from dsmq.client.connection import Connection
 from dsmq.client.reader import TopicReader
 from dsmq.errors import ClientClosed
 from dsmq.server import Server
@@ -308,6 +311,24 @@ def test_real_signals_lose_nothing(server: Server, writer: Client, calls: bool) 
         assert sorted(got + handled, key=int) == sent
     else:
         assert len(sent) - len(got) <= interrupted
+
+
+def test_error_of_interrupted_call_is_freed_at_once(mq: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the connection: otherwise a garbage collection closes it, at a time when a handler may raise again."""
+
+    def send(*_: object) -> None:
+        raise Interrupted
+
+    monkeypatch.setattr(Connection, "send", send)
+    gc.disable()
+    try:
+        try:
+            mq.ping()
+        except Interrupted as error:
+            ref = weakref.ref(error)
+        assert ref() is None
+    finally:
+        gc.enable()
 
 
 def test_signal_handler_may_close_client_during_retry_pause() -> None:

@@ -292,11 +292,14 @@ class DSMQClientSideConnection(Client):
             try:
                 connection = self._pool.borrow()
                 result = attempt(connection, call)
-            except BaseException as error:  # noqa: BLE001 - `retry_delay` raises it
+            except BaseException as error:
                 self._pool.discard(connection, error)
                 retries = retries or Retries(self._core.reconnect_timeout)
                 connected = connection is not None
-                self._pool.wait(self._core.retry_delay(call, error, retries, connected=connected))
+                delay = self._core.retry_delay(call, error, retries, connected=connected)
+                if delay is None:
+                    raise
+                self._pool.wait(delay)
             else:
                 self._pool.give_back(connection)
                 if self._core.is_down:

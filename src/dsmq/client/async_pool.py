@@ -44,11 +44,14 @@ class Channel:
             try:
                 connection = await self.connected()
                 return await attempt(connection, call)
-            except BaseException as error:  # noqa: BLE001 - `retry_delay` raises it
+            except BaseException as error:
                 retries = retries or Retries(self._core.reconnect_timeout)
                 connected = connection is not None
                 progress = connection is not None and connection.has_answered
-                self._delay = self._core.retry_delay(call, error, retries, connected=connected, progress=progress)
+                delay = self._core.retry_delay(call, error, retries, connected=connected, progress=progress)
+                if delay is None:
+                    raise
+                self._delay = delay
 
     async def connected(self) -> Connection:
         """Return the connection, when it stands. Raises what hinders it."""

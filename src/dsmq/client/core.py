@@ -92,16 +92,18 @@ class Core:
 
     def retry_delay(
         self, call: Call, error: BaseException, retries: Retries, *, connected: bool, progress: bool = False
-    ) -> float:
-        """Return how long to wait before making a call again, on another connection.
+    ) -> float | None:
+        """Return how long to wait before making a call again, on another connection; None if the error is to be raised.
 
-        `connected` says whether the call had a connection, `progress` whether other calls got replies on it. Raises the
-        error, or the one it leads to, if the call is not to be made again.
+        `connected` says whether the call had a connection, `progress` whether other calls got replies on it. Raises
+        another error if the call is not to be made again because of this one.
         """
         if not is_lost(error, connecting=not connected):
             if self.is_down and isinstance(error, ReplyError):
                 self.announce("resumed" if connected else "given up", error)
-            raise error
+            # Raised here, it would refer to itself by way of this frame, and keep its connection until garbage is
+            # collected.
+            return None
         if self.is_closed:
             raise ClientClosed("the client was closed during the call") from error
         if connected and (call.on_connection_lost(error) or progress):
