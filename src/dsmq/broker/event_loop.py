@@ -51,16 +51,6 @@ PUT_BYTES = MAX_BATCH_BYTES // 500
 _logger = logging.getLogger(__name__)
 
 
-class Ready(Protocol):
-    """What the selector knows a socket by."""
-
-    def on_ready(self, events: int) -> None:
-        """Do what the socket is ready for."""
-
-    def on_failure(self) -> None:
-        """Deal with the exception that `on_ready` has just raised."""
-
-
 class Timed(Protocol):
     """What the timers know."""
 
