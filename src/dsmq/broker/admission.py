@@ -47,7 +47,7 @@ class Admission:
         """Give a connection to the event loop that has the fewest, or refuse it."""
         network, access = auth.network(host), self._services.access
         if refusal := self._refusal(network):
-            self._refuse(sock, name, *refusal)
+            self._refuse(sock, name, *refusal, speaks_tls=access.tls is not None)
             return
         try:
             stream = _stream(sock, access.tls)
@@ -74,13 +74,13 @@ class Admission:
             return "address", Busy(f"too many connections from this address (limit: {per_address})")
         return None
 
-    def _refuse(self, sock: socket.socket, name: str, reason: str, error: ReplyError) -> None:
+    def _refuse(self, sock: socket.socket, name: str, reason: str, error: ReplyError, *, speaks_tls: bool) -> None:
         self.refused.refused[reason] += 1
         self.refused.errors[error.code] += 1
         about = logs.event("refused", client=name, reason=reason, code=error.code)
         _logger.warning("%s refused: %s", name, error, extra=about)
         try:
-            if not self._services.access.tls:
+            if not speaks_tls:
                 sock.send(encode_error(error))
             sock.shutdown(socket.SHUT_WR)
         except OSError as gone:
