@@ -23,6 +23,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from dsmq import command_line, environment
 from dsmq.client import DSMQClientSideConnection, connect
+from dsmq.client.dial import Endpoint
 from dsmq.client.session import Message
 from dsmq.command_line import USAGE, Command
 from dsmq.errors import AuthRequired, ConfigError, DSMQError, TooBig
@@ -131,7 +132,7 @@ def _connect(options: argparse.Namespace, timeout: float = 10.0) -> DSMQClientSi
 
 
 def _where(options: argparse.Namespace) -> str:
-    return options.host if options.host.startswith("unix:") else f"{options.host} port {options.port}"
+    return str(Endpoint(options.host, options.port))
 
 
 def _log_to_stderr() -> None:

@@ -12,6 +12,7 @@ from typing import Any, NoReturn, TypeAlias, TypeVar
 
 from dsmq import __version__
 from dsmq.terminal import printable, quoted
+from dsmq.wire.addresses import parse_endpoint
 
 USAGE = 2
 _MAX_ID = 2**63 - 1
@@ -197,9 +198,12 @@ def topic(text: str) -> str:
 
 
 def host(text: str) -> str:
-    path = text.removeprefix("unix:")
-    if not path or "\0" in text or (path == text and text.startswith("[") != text.endswith("]")):
-        raise argparse.ArgumentTypeError(f"{quoted(text)} is not an address")
+    try:
+        if "\0" in text:
+            raise ValueError
+        parse_endpoint(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is not an address") from None
     return text
 
 

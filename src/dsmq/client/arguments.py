@@ -6,6 +6,8 @@ import math
 import os
 from collections.abc import Iterable
 
+from dsmq.wire.addresses import UNIX
+
 MAX_PORT = 65_535
 
 
@@ -35,11 +37,11 @@ def count(name: str, value: object) -> int:
 def address(host: object, port: object) -> tuple[str, int]:
     """Return a host, or `unix:` and a path, and a port (not used with a path). Raises TypeError or ValueError."""
     name = text("host", host)
-    if not name.removeprefix("unix:"):
+    if not name.removeprefix(UNIX):
         raise ValueError(f"host is an address, a name, or unix:/path, not {name!r}")
     if isinstance(port, bool) or not isinstance(port, int):
         raise TypeError(f"port is an int, not {port!r}")
-    if not name.startswith("unix:") and not 0 < port <= MAX_PORT:
+    if not name.startswith(UNIX) and not 0 < port <= MAX_PORT:
         raise ValueError(f"port is 1 to {MAX_PORT}, not {port}")
     return name, port
 

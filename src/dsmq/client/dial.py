@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeAlias, Typ
 
 from dsmq.client import arguments
 from dsmq.errors import ConfigError, ProtocolError
+from dsmq.wire.addresses import UNIX
 
 if TYPE_CHECKING:
     from ssl import SSLContext
@@ -63,7 +64,7 @@ class Endpoint(NamedTuple):
 
     @property
     def is_unix(self) -> bool:
-        return self.host.startswith("unix:")
+        return self.host.startswith(UNIX)
 
     @property
     def name(self) -> str:
@@ -134,7 +135,7 @@ def addresses(endpoint: Endpoint) -> list[Address]:
     if endpoint.is_unix:
         if not hasattr(socket, "AF_UNIX"):
             raise OSError(errno.EAFNOSUPPORT, f"{endpoint}: this system has no Unix sockets")
-        return [(socket.AF_UNIX, socket.SOCK_STREAM, 0, endpoint.host.removeprefix("unix:"))]
+        return [(socket.AF_UNIX, socket.SOCK_STREAM, 0, endpoint.host.removeprefix(UNIX))]
     try:
         found = socket.getaddrinfo(endpoint.name, endpoint.port, type=socket.SOCK_STREAM)
     except UnicodeError:
