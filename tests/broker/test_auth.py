@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 import trustme
 
-from conftest import CONNECTS, SOON, UNIT, Connect, Wire, daemon, run_dsmq, serving, tool, wait_until, wire_to
+from conftest import CONNECTS, SOON, UNIT, Connect, Wire, blocked, daemon, run_dsmq, serving, tool, wait_until, wire_to
 from dsmq import aio
 from dsmq import settings as config
 from dsmq.broker import auth, connection
@@ -1168,14 +1168,11 @@ def test_closing_tls_client_in_use_by_threads_is_safe(files: Files) -> None:
 
 def test_connection_closed_before_accept_is_not_an_error(files: Files, caplog: pytest.LogCaptureFixture) -> None:
     with serving(tls_cert_file=files.server) as server:
-        held, go = threading.Event(), threading.Event()
-        server._workers[0].post(lambda: held.set() or go.wait())  # type: ignore[func-returns-value]
-        assert held.wait(SOON)
-        for data in (b"", b"x"):
-            with wire_to(server) as gone:
-                gone.send(data)
-                gone.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        go.set()
+        with blocked(server):
+            for data in (b"", b"x"):
+                with wire_to(server) as gone:
+                    gone.send(data)
+                    gone.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         connect(port=server.port, ca_file=files.ca).close()
         assert "failed" not in caplog.text
         wait_until(lambda: server._services.usage.connections.total == 0)

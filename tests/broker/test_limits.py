@@ -11,13 +11,13 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 
-from conftest import SOON, UNIT, Wire, daemon, serving, wait_until, wire_to
+from conftest import SOON, UNIT, Wire, blocked, daemon, serving, wait_until, wire_to
 from dsmq import logs
 from dsmq.broker import commands, connection
 from dsmq.broker import event_loop as worker
@@ -282,22 +282,10 @@ def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "LEAST_SLICE_SECONDS", 0.0)
 
 
-@contextmanager
-def loop_held(server: Server) -> Iterator[None]:
-    """The loop stands still: what is sent meanwhile has come when the next turn begins."""
-    held, go = threading.Event(), threading.Event()
-    server._workers[0].post(lambda: held.set() or go.wait())  # type: ignore[func-returns-value]
-    assert held.wait(SOON)
-    try:
-        yield
-    finally:
-        go.set()
-
-
 @pytest.mark.usefixtures("short_turns")
 def test_greedy_client_does_not_starve_others() -> None:
     with serving() as server, wire_to(server) as greedy, wire_to(server) as modest:
-        with loop_held(server):
+        with blocked(server):
             greedy.send(encode_request(b"PUT", b"t", b"x") * 1000)
             modest.send(encode_request(b"PUT", b"t", b"y"))
         place = modest.receive()
@@ -315,7 +303,7 @@ def test_in_a_crowd_each_client_is_served_one_request_before_any_gets_a_second(
     with serving() as server, wire_to(server) as modest, ExitStack() as stack:
         crowd = [stack.enter_context(wire_to(server)) for _ in range(30)]
         wait_until(lambda: server.connections() == 31)
-        with loop_held(server):
+        with blocked(server):
             for greedy in crowd:
                 greedy.send(encode_request(b"PUT", b"t", b"x") * 100)
             modest.send(encode_request(b"PUT", b"t", b"y"))
@@ -344,7 +332,7 @@ def test_who_has_just_come_does_not_wait_for_all_that_others_have_pipelined(monk
                 # In the next turn, before those who have requests left go on.
                 loop.post(arrive)
 
-        with loop_held(server):
+        with blocked(server):
             for greedy in crowd:
                 greedy.send(encode_request(b"PUT", b"t", b"x") * 1000)
             monkeypatch.setattr(loop, "_turn", turn_and_arrive)

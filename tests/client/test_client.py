@@ -22,7 +22,7 @@ import pytest
 
 import dsmq.client
 import dsmq.client.connection
-from conftest import SOON, UNIT, serving, wait_until
+from conftest import SOON, UNIT, blocked, serving, wait_until
 from dsmq import errors
 from dsmq.client import DSMQClientSideConnection, Message, connect
 from dsmq.client.connection import Connection
@@ -736,13 +736,8 @@ def test_unresponsive_server_times_out() -> None:
 
 def test_frozen_server_does_not_hang_call(server: Server) -> None:
     with connect(port=server.port, timeout=20 * UNIT, reconnect_timeout=0) as mq:
-        release = threading.Event()
-        server._workers[0].post(lambda: release.wait(SOON))
-        try:
-            with pytest.raises(ConnectionLost, match="no reply within"):
-                mq.get_wait("t", timeout=UNIT)
-        finally:
-            release.set()
+        with blocked(server), pytest.raises(ConnectionLost, match="no reply within"):
+            mq.get_wait("t", timeout=UNIT)
         assert mq.put("t", "x") == 1
         assert mq.get("t") == "x"
 

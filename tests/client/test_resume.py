@@ -18,7 +18,7 @@ import pytest
 import trustme
 from pydantic import SecretStr
 
-from conftest import SOON, UNIT, Wire, serving, wait_until, wire_to
+from conftest import SOON, UNIT, Wire, blocked, serving, wait_until, wire_to
 from dsmq import aio
 from dsmq import settings as config
 from dsmq.client import DSMQClientSideConnection, async_connection, connect
@@ -500,25 +500,18 @@ def test_client_gives_up_in_time(states: list[str], caplog: pytest.LogCaptureFix
 
 def test_unanswered_put_raises_maybe_stored(server: Server) -> None:
     with connect(port=server.port, timeout=UNIT, reconnect_timeout=UNIT) as mq:
-        release = threading.Event()
-        server._workers[0].post(lambda: release.wait(SOON))
-        try:
-            with pytest.raises(ConnectionLost, match="may have been stored") as told:
-                mq.put("t", "x")
-        finally:
-            release.set()
+        with blocked(server), pytest.raises(ConnectionLost, match="may have been stored") as told:
+            mq.put("t", "x")
         assert told.value.may_be_stored
 
 
 def test_frozen_server_is_waited_for(server: Server) -> None:
     with connect(port=server.port, timeout=UNIT * 2) as mq:
-        release = threading.Event()
-        server._workers[0].post(lambda: release.wait(SOON))
         got: list[object] = []
         thread = threading.Thread(target=lambda: got.append(mq.put("t", "x")))
-        thread.start()
-        wait_until(lambda: mq._core.is_down)
-        release.set()
+        with blocked(server):
+            thread.start()
+            wait_until(lambda: mq._core.is_down)
         thread.join(SOON)
         assert got == [1]
         assert mq.get_many("t") == ["x"]
