@@ -24,7 +24,7 @@ from dsmq.broker import commands, connection
 from dsmq.broker import event_loop as worker
 from dsmq.broker.admission import MAX_REFUSED
 from dsmq.client import connect
-from dsmq.errors import CannotStart, Closing, Full, ServerFailed, StoreFailed, WrongEpoch
+from dsmq.errors import Full, ServerFailed, ShuttingDown, StartupError, StoreFailed, WrongEpoch
 from dsmq.server import Server
 from dsmq.store.api import Message, Put
 from dsmq.store.sqlite import SQLiteStore
@@ -315,7 +315,9 @@ def test_defect_in_command_closes_that_connection_only(
     def broken(*_: object) -> bytes:
         raise ZeroDivisionError
 
-    monkeypatch.setitem(commands.PERMITTED[commands.Role.ADMIN], b"ECHO", commands.Command("ECHO", broken, "message"))
+    monkeypatch.setitem(
+        commands.COMMANDS_BY_ROLE[commands.Role.ADMIN], b"ECHO", commands.Command("ECHO", broken, "message")
+    )
     with wire_to(server) as victim:
         # The replies before it come before it.
         victim.send(encode_request(b"PUT", b"t", b"x") + encode_request(b"ECHO", b"x") + encode_request(b"PING"))
@@ -423,7 +425,7 @@ def test_unix_socket_is_removed_on_stop_and_replaced_after_kill(tmp_path: Path) 
     path = tmp_path / "socket"
     with serving(host=f"unix:{path}") as server, connect(f"unix:{path}") as mq:
         assert mq.put("t", "x") == 1
-        with pytest.raises(CannotStart, match="in use"), serving(host=f"unix:{path}"):
+        with pytest.raises(StartupError, match="in use"), serving(host=f"unix:{path}"):
             pass
         assert mq.put("t", "x") == 2
         assert server.addresses == [f"unix:{path}"]
@@ -437,16 +439,16 @@ def test_unix_socket_is_removed_on_stop_and_replaced_after_kill(tmp_path: Path) 
 def test_unix_socket_does_not_replace_file(tmp_path: Path) -> None:
     path = tmp_path / "precious"
     path.write_text("data")
-    with pytest.raises(CannotStart), serving(host=f"unix:{path}"):
+    with pytest.raises(StartupError), serving(host=f"unix:{path}"):
         pass
     assert path.read_text() == "data"
 
 
 def test_port_in_use_leaves_nothing_behind(server: Server) -> None:
     before = threading.active_count()
-    with pytest.raises(CannotStart, match=f"127.0.0.1:{server.port}: the address is in use"):
+    with pytest.raises(StartupError, match=f"127.0.0.1:{server.port}: the address is in use"):
         Server(config.load(port=server.port)).start()
-    with pytest.raises(CannotStart, match="in use"):
+    with pytest.raises(StartupError, match="in use"):
         Server(config.load(port=0, http_port=server.port)).start()
     assert threading.active_count() == before
 
@@ -563,7 +565,9 @@ def test_stop_reports_threads_that_survive(monkeypatch: pytest.MonkeyPatch, capl
         release.wait(SOON)
         return b"+OK\r\n"
 
-    monkeypatch.setitem(commands.PERMITTED[commands.Role.ADMIN], b"ECHO", commands.Command("ECHO", stuck, "message"))
+    monkeypatch.setitem(
+        commands.COMMANDS_BY_ROLE[commands.Role.ADMIN], b"ECHO", commands.Command("ECHO", stuck, "message")
+    )
     with serving(stop_timeout_seconds=2 * UNIT) as server, wire_to(server) as wire:
         wire.send(encode_request(b"ECHO", b"x"))
         wait_until(lambda: server.counters().requests == 1)
@@ -602,7 +606,7 @@ def test_shutdown_stops_run_in_any_thread(server: Server, wire: Wire) -> None:
     assert wire.call("SHUTDOWN") == "OK"
     runner.join(SOON)
     assert not runner.is_alive()
-    assert isinstance(wire.receive(), Closing)
+    assert isinstance(wire.receive(), ShuttingDown)
     assert wire.ended()
 
 
@@ -634,7 +638,7 @@ from dsmq.server import serve
 def stuck(*_):
     print("stuck", flush=True)
     threading.Event().wait()
-commands.PERMITTED[commands.Role.ADMIN][b"ECHO"] = commands.Command("ECHO", stuck, "message")
+commands.COMMANDS_BY_ROLE[commands.Role.ADMIN][b"ECHO"] = commands.Command("ECHO", stuck, "message")
 serve(port=0, verbose=True, stop_timeout_seconds=600)
 """
     process = subprocess.Popen(
@@ -979,7 +983,7 @@ def test_unix_socket_with_full_backlog_is_in_use(tmp_path: Path) -> None:
         busy.bind(path)
         busy.listen(0)
         waiting.connect(path)
-        with pytest.raises(CannotStart, match="in use"), serving(host=f"unix:{path}"):
+        with pytest.raises(StartupError, match="in use"), serving(host=f"unix:{path}"):
             pass
 
 
@@ -989,9 +993,9 @@ def test_failed_thread_start_leaves_nothing_behind(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("dsmq.store.expiry.Expiry.start", refuse)
     before = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 0
-    for start in ("dsmq.store.expiry.Expiry.start", "dsmq.broker.event_loop.Worker.start"):
+    for start in ("dsmq.store.expiry.Expiry.start", "dsmq.broker.event_loop.EventLoop.start"):
         monkeypatch.setattr(start, refuse)
-        with pytest.raises(CannotStart, match="can't start new thread"):
+        with pytest.raises(StartupError, match="can't start new thread"):
             Server(config.load(kind=config.EmbeddedSettings, port=0)).start()
     if before:
         assert len(os.listdir("/proc/self/fd")) == before
@@ -1018,7 +1022,7 @@ def test_half_close_after_quit_gets_earlier_replies(tmp_path: Path) -> None:
         wire = Wire(f"{tmp_path}/socket")
         wire.send(encode_request(b"ECHO", b"x" * 1_000_000) + encode_request(b"QUIT"))
         wire.socket.shutdown(socket.SHUT_WR)
-        wait_until(lambda: all(connection._ended for connection in server._workers[0].connections))
+        wait_until(lambda: all(connection._eof_received for connection in server._workers[0].connections))
         assert [wire.receive(), wire.receive()] == [b"x" * 1_000_000, "OK"]
         assert wire.ended()
         wire.close()

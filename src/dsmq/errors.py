@@ -2,7 +2,7 @@
 
     DSMQError
      ├─ ConfigError         a setting is wrong (also a ValueError)
-     ├─ CannotStart         the server could not start
+     ├─ StartupError         the server could not start
      ├─ ServerFailed        a server thread died, or the last snapshot could not be written
      ├─ ConnectionLost      the connection broke (also a ConnectionError)
      ├─ ClientClosed        used after close() (also a ConnectionError)
@@ -22,7 +22,7 @@
          ├─ Aborted           EXECABORT
          ├─ StoreFailed       STORE
          ├─ Busy              BUSY
-         ├─ Closing           CLOSING
+         ├─ ShuttingDown      CLOSING
          ├─ TimedOut          TIMEOUT
          └─ InternalError     INTERNAL
 
@@ -48,7 +48,7 @@ class ConfigError(DSMQError, ValueError):
     """A setting is unknown or out of bounds, or the configuration file can't be read."""
 
 
-class CannotStart(DSMQError):
+class StartupError(DSMQError):
     """The server could not start: its address is in use or not allowed, or its snapshot can't be read or written."""
 
 
@@ -165,7 +165,7 @@ class Busy(ReplyError):
     code = "BUSY"
 
 
-class Closing(ReplyError):
+class ShuttingDown(ReplyError):
     """The server is shutting down. If a put gets this reply, its message was not stored."""
 
     code = "CLOSING"

@@ -26,12 +26,12 @@ from dsmq import settings as config
 from dsmq.broker import listener as listening
 from dsmq.broker.access import Access
 from dsmq.broker.admission import Admission
-from dsmq.broker.commands import Services
+from dsmq.broker.commands import ServerContext
 from dsmq.broker.counters import Counters
-from dsmq.broker.event_loop import Worker
+from dsmq.broker.event_loop import EventLoop
 from dsmq.broker.listener import Listener
 from dsmq.broker.usage import Usage
-from dsmq.errors import CannotStart, ConfigError, DSMQError, ServerFailed
+from dsmq.errors import ConfigError, DSMQError, ServerFailed, StartupError
 from dsmq.ops import metrics
 from dsmq.ops.status import Status
 from dsmq.ops.systemd import Systemd
@@ -70,7 +70,7 @@ def serve(
     arguments, `DSMQ_*`, and the file that `DSMQ_CONFIG` names. There is no metrics port unless one of them asks for it.
 
     It may run in any thread or process; signals are handled in a main thread only. Raises ConfigError,
-    CannotStart, or ServerFailed.
+    StartupError, or ServerFailed.
     """
     effective = config.load(kind=EmbeddedSettings, host=host, port=port, **settings)
     if verbose:
@@ -107,27 +107,29 @@ class Server:
     ) -> None:
         """`load` returns the settings anew.
 
-        Raises CannotStart if the system lacks what a server needs, ConfigError if a file of tokens or certificates
+        Raises StartupError if the system lacks what a server needs, ConfigError if a file of tokens or certificates
         can't be used.
         """
         if missing := system.lacking():
-            raise CannotStart(f"the server does not run here: this system has no {', no '.join(missing)}")
+            raise StartupError(f"the server does not run here: this system has no {', no '.join(missing)}")
         self._load = load
         self._systemd = systemd or Systemd()
         self.settings = settings
         self._store = store or SQLiteStore(0)
         # Reasons to stop; None: read the configuration anew.
         self._orders: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._services = Services(settings, self._store, Access.load(settings), Usage(), self.request_stop, self.info)
+        self.context = ServerContext(
+            settings, self._store, Access.load(settings), Usage(), self.request_stop, self.info
+        )
         self._listeners: list[Listener] = []
         self._apply(settings)
-        self._workers: list[Worker] = []
+        self._workers: list[EventLoop] = []
         self._expiry = Expiry(self._store, settings.expiry_interval_seconds)
         self._http_endpoints: list[Any] = []
-        self._keeper = self._new_keeper(settings)
+        self._snapshotter = self._new_snapshotter(settings)
         connections = system.affordable_connections(settings.max_connections)
-        self.status = Status(self._services, self._workers, self._expiry, self._keeper, connections)
-        self._admission = Admission(self._services, self._workers, connections, self.status.refused)
+        self.status = Status(self.context, self._workers, self._expiry, self._snapshotter, connections)
+        self._admission = Admission(self.context, self._workers, connections, self.status.refused)
         self._full: set[str] = set()
         self._started = self._stopped = False
         self._stopping = threading.Lock()
@@ -143,8 +145,8 @@ class Server:
         self.stop(0 if isinstance(error, KeyboardInterrupt) else None)
 
     def _apply(self, settings: Settings) -> None:
-        self.settings = self._services.settings = settings
-        self._services.usage.set_limits(settings)
+        self.settings = self.context.settings = settings
+        self.context.usage.set_limits(settings)
         self._store.max_age_ms = round(settings.max_age_seconds * 1000)
         self._store.limits = Limits(
             settings.max_topics,
@@ -154,7 +156,7 @@ class Server:
             settings.max_stored_bytes_per_topic,
         )
 
-    def _new_keeper(self, settings: Settings) -> Snapshotter | None:
+    def _new_snapshotter(self, settings: Settings) -> Snapshotter | None:
         if not settings.snapshot_file:
             return None
         if not isinstance(self._store, SQLiteStore):
@@ -166,7 +168,7 @@ class Server:
     def start(self) -> None:
         """Listen and serve, in threads of its own.
 
-        Raises CannotStart, or ConfigError if it would serve anyone on a network, with nothing left behind.
+        Raises StartupError, or ConfigError if it would serve anyone on a network, with nothing left behind.
         """
         expect_long_messages()
         with ExitStack() as undo:
@@ -176,21 +178,21 @@ class Server:
             _servers.add(self)
             sockets = passed or listening.listen(settings.host, settings.port, settings.listen_backlog)
             self._listeners = [Listener(sock, self._admission.assign) for sock in sockets]
-            self._services.access.check_exposure(sockets)
+            self.context.access.check_exposure(sockets)
             # Where the sockets are passed, the process may have no network to make one in.
             for sock in self._systemd.metrics if passed else self._http_sockets():
                 self._http_endpoints.append(self._open_http_endpoint(sock))
-            if self._keeper:
+            if self._snapshotter:
                 # Clients that connect meanwhile wait in the kernel's queue.
-                self._keeper.open()
+                self._snapshotter.open()
             for number in range(settings.io_workers):
-                self._workers.append(Worker(f"dsmq-io-{number}", self._services, self._workers))
+                self._workers.append(EventLoop(f"dsmq-io-{number}", self.context, self._workers))
             self._workers[0].listen(self._listeners)
             try:
                 for part in self._parts():
                     part.start()
             except RuntimeError as error:
-                raise CannotStart(str(error)) from error
+                raise StartupError(str(error)) from error
             undo.pop_all()
         names = [listener.socket.getsockname() for listener in self._listeners]
         self.status.port = next((name[1] for name in names if isinstance(name, tuple)), None)
@@ -216,11 +218,12 @@ class Server:
         # Imported here, because a server without an HTTP endpoint does not need it.
         from dsmq.ops.http import HTTPEndpoint  # noqa: PLC0415
 
-        return HTTPEndpoint(sock, metrics.registry(self.status), self.status, lambda: self._services.access.http_gate)
+        registry, context = metrics.registry(self.status), self.context
+        return HTTPEndpoint(sock, registry, self.status, lambda: context.access.http_authenticator)
 
     def _log_configuration(self) -> None:
-        settings, access = self.settings, self._services.access
-        tokens = len(access.gate.tokens)
+        settings, access = self.settings, self.context.access
+        tokens = len(access.authenticator.tokens)
         tls = "off" if not access.tls else "on, with client certificates" if access.client_ca_file else "on"
         limits = {
             "connections": self._admission.max_connections,
@@ -250,7 +253,7 @@ class Server:
                 if reason := self._orders.get(timeout=min(WATCH_SECONDS, self._systemd.watchdog_interval)):
                     _logger.info("stopping: %s", reason, extra=logs.event("stopping", reason=reason))
                     self.stop()
-                    if self._keeper and not self._keeper.saved:
+                    if self._snapshotter and not self._snapshotter.saved:
                         raise ServerFailed("the last snapshot could not be written")
                     return
                 with self._systemd.reloading():
@@ -285,7 +288,7 @@ class Server:
 
     def reload(self) -> None:
         """Apply new settings, tokens and certificates; if any of them is invalid, change nothing."""
-        before, access_before = self.settings, self._services.access
+        before, access_before = self.settings, self.context.access
         try:
             new = self._load() if self._load else before
             kept = {name: getattr(before, name) for name in RESTART_REQUIRED}
@@ -297,7 +300,7 @@ class Server:
         except Exception as error:
             _logger.exception("nothing is changed", extra=logs.event("reload_failed", error=str(error)))
             return
-        self._services.access = access
+        self.context.access = access
         self._apply(new.model_copy(update=kept))
         logging.getLogger("dsmq").setLevel(new.log_level.upper())
         for worker in self._workers:
@@ -319,7 +322,7 @@ class Server:
 
     def _parts(self) -> list[Any]:
         """What runs in a thread of its own."""
-        keeper = [self._keeper] if self._keeper and self._keeper.interval else []
+        keeper = [self._snapshotter] if self._snapshotter and self._snapshotter.interval else []
         return [*self._workers, self._expiry, *keeper, *self._http_endpoints]
 
     # Stop
@@ -341,20 +344,20 @@ class Server:
                 raise
             finally:
                 self._stopped = True
-                if self._keeper:
-                    self._keeper.abandon()
+                if self._snapshotter:
+                    self._snapshotter.abandon()
 
     def _stop_within(self, seconds: float) -> list[str]:
         """Go through the stages; those that are done already take no time."""
         deadline = time.monotonic() + seconds
         self.status.stopping = True
-        self._systemd.stopping(seconds + (LAST_SNAPSHOT_SECONDS if self._keeper else 0))
+        self._systemd.stopping(seconds + (LAST_SNAPSHOT_SECONDS if self._snapshotter else 0))
         self._stop_accepting(deadline)
         survivors = self._end_threads(deadline)
         self._admission.close_refused(keep=0)
-        if self._keeper:
+        if self._snapshotter:
             # Where others survive that may still use the store, it is not its last word.
-            survivors += self._keeper.finish(deadline, is_last=not survivors)
+            survivors += self._snapshotter.finish(deadline, is_last=not survivors)
         if survivors:
             about = logs.event("stop_incomplete", threads=survivors)
             _logger.error("still running after %s s: %s", seconds, ", ".join(survivors), extra=about)
@@ -390,8 +393,8 @@ class Server:
         for worker in self._workers:
             worker.stop(max(0.0, deadline - time.monotonic()))
         self._expiry.stop()
-        if self._keeper:
-            self._keeper.stop()
+        if self._snapshotter:
+            self._snapshotter.stop()
         for thread in (*(worker.thread for worker in self._workers), self._expiry.thread):
             join(thread, deadline)
         for worker in self._workers:
@@ -400,7 +403,7 @@ class Server:
         for endpoint in self._http_endpoints:
             endpoint.stop(self._close)
             join(endpoint.thread, deadline)
-        return [part.thread.name for part in self._parts() if part is not self._keeper and part.thread.is_alive()]
+        return [part.thread.name for part in self._parts() if part is not self._snapshotter and part.thread.is_alive()]
 
     def abandon(self) -> None:
         """Close the copies of what a forked process has of this server: it is the parent's to stop."""
@@ -409,8 +412,8 @@ class Server:
             listener.socket.close()
         for part in (*self._workers, *self._http_endpoints):
             part.abandon()
-        if self._keeper:
-            self._keeper.close_inherited()
+        if self._snapshotter:
+            self._snapshotter.close_inherited()
 
     # What can be asked of it
 
@@ -448,7 +451,7 @@ class Server:
 def _log_reload(before: Settings, after: Settings, access_before: Access, access: Access) -> None:
     changed = [name for name in Settings.model_fields if getattr(after, name) != getattr(before, name)]
     live, fixed = ([name for name in changed if (name in RESTART_REQUIRED) == kept] for kept in (False, True))
-    tokens = access.gate.changes(access_before.gate)
+    tokens = access.authenticator.changes(access_before.authenticator)
     renewed = access.certificates_modified_ns != access_before.certificates_modified_ns
     names = [*live, *(f"{what} ({', '.join(which)})" for what, which in tokens.items() if which)]
     names += ["certificates"] * renewed

@@ -29,7 +29,7 @@ from dsmq import aio
 from dsmq import settings as config
 from dsmq.broker import auth, connection
 from dsmq.broker import listener as listening
-from dsmq.broker.auth import Gate, Role
+from dsmq.broker.auth import Authenticator, Role
 from dsmq.broker.commands import COMMANDS
 from dsmq.broker.connection import Connection
 from dsmq.client import DSMQClientSideConnection, connect
@@ -248,11 +248,11 @@ def test_second_auth_takes_effect(wire: Wire) -> None:
     ],
 )
 def test_client_key_groups_addresses_by_network(host: str, network: str) -> None:
-    assert auth.network(host) == network
+    assert auth.client_key(host) == network
 
 
 def test_all_tokens_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = Gate([(name, Role.READ, name) for name in "abc"])
+    gate = Authenticator([(name, Role.READ, name) for name in "abc"])
     compared = []
     compare = auth.hmac.compare_digest
     monkeypatch.setattr(auth.hmac, "compare_digest", lambda *pair: compared.append(pair) or compare(*pair))
@@ -429,8 +429,8 @@ def test_failing_connection_does_not_affect_others_on_reload(token_file: Path, m
     with Server(load(), load=load) as server, wire_as(server, READER) as first, wire_as(server, READER) as second:
         first.ask_for_notices()
         second.ask_for_notices()
-        broken, settled = next(iter(server._workers[0].connections)), Connection._settled
-        monkeypatch.setattr(Connection, "_settled", lambda one: 1 / 0 if one is broken else settled(one))
+        broken, settled = next(iter(server._workers[0].connections)), Connection._commit_pending_puts
+        monkeypatch.setattr(Connection, "_commit_pending_puts", lambda one: 1 / 0 if one is broken else settled(one))
         token_file.write_text(ADMIN)
         server.reload()
         assert second.receive().code == "NOAUTH"  # type: ignore[union-attr]
@@ -541,7 +541,7 @@ def test_reload_with_short_token_changes_nothing(tmp_path: Path, caplog: pytest.
     settings = {"auth_token_file": str(tokens), "http_token_file": str(http_token), "max_topics": 1000}
     load = lambda: config.load(kind=config.EmbeddedSettings, port=0, http_port=0, **settings)  # noqa: E731
     with Server(load(), load=load) as server, wire_as(server, READER) as reader:
-        before = server.settings, server._services.access
+        before = server.settings, server.context.access
         if name.endswith("_file"):
             Path(str(settings[name])).write_text(f"sensors write {SHORT}\n")
         else:
@@ -552,7 +552,7 @@ def test_reload_with_short_token_changes_nothing(tmp_path: Path, caplog: pytest.
         assert "nothing is changed" in caplog.text
         assert TO_MAKE_ONE.strip() in caplog.text
         assert SHORT not in caplog.text
-        assert (server.settings, server._services.access) == before
+        assert (server.settings, server.context.access) == before
         assert reader.call("PING") == "PONG"
 
 
@@ -771,12 +771,12 @@ def test_reload_that_would_open_exposed_server_changes_nothing(
     settings[given] = {"auth_token": ADMIN, "protected_mode": False, "tls_client_ca_file": files.ca}[given]
     load = lambda: config.load(kind=config.EmbeddedSettings, host="0.0.0.0", port=0, **settings)  # noqa: E731
     with Server(load(), load=load) as server:
-        before = server.settings, server._services.access
+        before = server.settings, server.context.access
         del settings[given]
         settings["max_topics"] = 7
         server.reload()
         assert "nothing is changed: listening on 0.0.0.0:" in caplog.text
-        assert (server.settings, server._services.access) == before
+        assert (server.settings, server.context.access) == before
 
 
 def test_reload_with_first_token_closes_unauthenticated_connections() -> None:
@@ -1023,7 +1023,7 @@ def test_idle_client_after_handshake_is_not_evicted(files: Files) -> None:
     limits = {"auth_timeout_seconds": UNIT, "max_unauthenticated_connections": 1}
     with serving(tls_cert_file=files.server, **limits) as server, contextlib.ExitStack() as stack:
         idle = [stack.enter_context(tls_to(server, files)) for _ in range(3)]
-        wait_until(lambda: server._services.usage.unauthenticated.total == 0)
+        wait_until(lambda: server.context.usage.unauthenticated.total == 0)
         time.sleep(3 * UNIT)
         for sock in idle:
             sock.sendall(b"PING\r\n")
@@ -1034,7 +1034,7 @@ def test_handshake_alone_does_not_replace_token(tls_server: Server, files: Files
     with tls_to(tls_server, files) as sock:
         sock.sendall(b"PING\r\n")
         assert sock.recv(100) == b"+PONG\r\n"
-        assert tls_server._services.usage.unauthenticated.total == 1
+        assert tls_server.context.usage.unauthenticated.total == 1
 
 
 def test_all_decrypted_requests_run_at_once(files: Files) -> None:
@@ -1175,7 +1175,7 @@ def test_connection_closed_before_accept_is_not_an_error(files: Files, caplog: p
                     gone.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         connect(port=server.port, ca_file=files.ca).close()
         assert "failed" not in caplog.text
-        wait_until(lambda: server._services.usage.connections.total == 0)
+        wait_until(lambda: server.context.usage.connections.total == 0)
 
 
 class WithoutFix(ssl.SSLSocket):

@@ -416,7 +416,7 @@ def test_total_unread_replies_are_bounded() -> None:
         with wire_to(server) as wire:
             for _ in range(10):
                 wire.call("PUT", "t", "x" * 100_000)
-        replies = server._services.usage.replies
+        replies = server.context.usage.replies
         most = 0
         lazy = [stack.enter_context(wire_to(server)) for _ in range(20)]
         for one in lazy:
@@ -450,7 +450,7 @@ def test_reads_are_shortened_while_replies_are_unread() -> None:
             wire.call("PUT", "t", "x" * 10_000)
         assert read(wire) == 27
         lazy.send(encode_request(b"READ", b"t", b"0") * 1000)
-        replies = server._services.usage.replies
+        replies = server.context.usage.replies
         # Not what is only on its way.
         wait_until(lambda: replies.total > 1_000_000)
         assert read(wire) == 7
@@ -590,7 +590,7 @@ def wait_for_connections(server: Server, count: int) -> list[Connection]:
 def test_reply_over_total_limit_waits_for_others_to_read() -> None:
     with serving() as server, wire_to(server) as reader, wire_to(server) as waiter, wire_to(server) as writer:
         writer.call("PUT", "t", "x" * 900_000)
-        replies, somebody = server._services.usage.replies, Mock(Connection)
+        replies, somebody = server.context.usage.replies, Mock(Connection)
         replies.add(somebody, replies.limit - 500_000)
         reader.send(encode_request(b"READ", b"t", b"0"))
         waiter.send(encode_request(b"READ", b"t", b"0", b"WAIT", b"1"))
@@ -617,7 +617,7 @@ def test_largest_nonreading_client_is_dropped_to_make_room(tmp_path: Path) -> No
         reader, modest, greedy = (stack.enter_context(closing(Wire(f"{tmp_path}/socket"))) for _ in range(3))
         reader.call("PUT", "t", "x" * 900_000)
         reader.call("PUT", "modest", "x" * 500_000)
-        replies = server._services.usage.replies
+        replies = server.context.usage.replies
         modest.send(encode_request(b"READ", b"modest", b"0"))
         wait_until(lambda: replies.total > 100_000)
         greedy.send(encode_request(b"READ", b"t", b"0") * 2)
@@ -639,7 +639,7 @@ def test_transaction_replies_count_towards_total() -> None:
         readers = [stack.enter_context(wire_to(server)) for _ in range(12)]
         for reader in readers:
             reader.send(b"".join(requests))
-        replies = server._services.usage.replies
+        replies = server.context.usage.replies
         wait_until(lambda: len(replies._queue) > 0)
         assert replies.total <= 3_000_000
         for reader in readers[:2]:
@@ -656,7 +656,7 @@ def test_partial_request_reserves_its_length_and_others_wait() -> None:
     limits = {"max_total_request_bytes": 1_500_000, "max_message_bytes": 1_000_000}
     with serving(**limits) as server, ExitStack() as stack:
         first, second, third, short = (stack.enter_context(wire_to(server)) for _ in range(4))
-        budget = server._services.usage.requests
+        budget = server.context.usage.requests
         long = encode_request(b"PUT", b"t", b"x" * 900_000)
         first.send(long[:100])
         wait_until(lambda: budget.total > 900_000)
@@ -701,7 +701,7 @@ def test_little_is_received_while_request_memory_is_used_up() -> None:
         wire_to(server) as first,
         wire_to(server) as second,
     ):
-        budget = server._services.usage.requests
+        budget = server.context.usage.requests
         long = encode_request(b"PUT", b"t", b"x" * 900_000)
         first.send(long[:100])
         wait_until(lambda: budget.total > 900_000)
@@ -749,7 +749,7 @@ def test_largest_partial_requests_are_dropped_to_unblock_the_first() -> None:
 def test_partial_requests_do_not_deadlock_on_memory() -> None:
     limits = {"max_total_request_bytes": 1_500_000, "max_message_bytes": 1_000_000, "max_age_seconds": 3600}
     with serving(**limits) as server, ExitStack() as stack:
-        budget = server._services.usage.requests
+        budget = server.context.usage.requests
         holders = [stack.enter_context(wire_to(server)) for _ in range(10)]
         for holder in holders:
             holder.call("PING")
@@ -771,7 +771,7 @@ def test_partial_requests_do_not_deadlock_on_memory() -> None:
 def test_reading_client_is_not_dropped_to_make_room() -> None:
     with serving(max_unread_reply_bytes=1024) as server, wire_to(server) as wire:
         # As if others took up the rest.
-        server._services.usage.requests.limit = 20_000
+        server.context.usage.requests.limit = 20_000
         wire.send(encode_request(b"ECHO", b"x" * 1100) * 100)
         assert [wire.receive() for _ in range(100)] == [b"x" * 1100] * 100
 
@@ -779,9 +779,9 @@ def test_reading_client_is_not_dropped_to_make_room() -> None:
 def test_parsed_requests_count_by_memory_used() -> None:
     with serving() as server, wire_to(server) as wire:
         wire.send(encode_request(b"GETWAIT", b"t", b"60000") + encode_request(b"PING") * 140)
-        wait_until(lambda: server.waiting() == 1 and server._services.usage.requests.total > 0)
+        wait_until(lambda: server.waiting() == 1 and server.context.usage.requests.total > 0)
         # As bytes they would be 1,960.
-        assert server._services.usage.requests.total > 10_000
+        assert server.context.usage.requests.total > 10_000
 
 
 @pytest.mark.slow
@@ -789,7 +789,7 @@ def test_stalled_request_is_dropped_to_make_room() -> None:
     limits = {"max_total_request_bytes": 1_500_000, "max_message_bytes": 1_000_000}
     with serving(**limits) as server, wire_to(server) as stalled, wire_to(server) as honest:
         stalled.send(encode_request(b"PUT", b"t", b"x" * 900_000)[:-1])
-        wait_until(lambda: server._services.usage.requests.total > 900_000)
+        wait_until(lambda: server.context.usage.requests.total > 900_000)
         assert honest.call("PUT", "t", "y" * 900_000) == 1
         assert stalled.receive().code == "TIMEOUT"  # type: ignore[union-attr]
         assert stalled.ended()
@@ -804,8 +804,8 @@ def test_positions_count_until_disconnect() -> None:
                     writer.call("PUT", f"{number:0500}", "x")
             for number in range(100):
                 assert wire.call("GET", f"{number:0500}") == b"x"
-            assert server._services.usage.requests.total > 100 * 500
-        wait_until(lambda: server._services.usage.requests.total == 0)
+            assert server.context.usage.requests.total > 100 * 500
+        wait_until(lambda: server.context.usage.requests.total == 0)
 
 
 def test_buffered_requests_behind_a_wait_are_bounded() -> None:

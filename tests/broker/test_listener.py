@@ -17,7 +17,7 @@ import pytest
 
 from conftest import UNIT, Wire, serving, wire_to
 from dsmq.client import connect
-from dsmq.errors import CannotStart
+from dsmq.errors import StartupError
 from dsmq.server import Server
 
 # Names with several addresses
@@ -47,14 +47,14 @@ def test_name_with_several_addresses_listens_on_each_usable_one(monkeypatch: pyt
 
 def test_name_without_usable_address_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     addresses_of(monkeypatch, "several", "192.0.2.1", "198.51.100.1")
-    with pytest.raises(CannotStart, match=r"several:0: .*assign"), serving(host="several"):
+    with pytest.raises(StartupError, match=r"several:0: .*assign"), serving(host="several"):
         pass
 
 
 def test_port_in_use_on_one_address_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     addresses_of(monkeypatch, "several", "127.0.0.1", "127.0.0.2")
     with serving(host="127.0.0.2") as other:
-        with pytest.raises(CannotStart, match="in use"), serving(host="several", port=other.port):
+        with pytest.raises(StartupError, match="in use"), serving(host="several", port=other.port):
             pass
         with serving(host="127.0.0.1", port=other.port):
             pass
@@ -91,9 +91,9 @@ def test_chosen_port_is_the_same_on_all_addresses(monkeypatch: pytest.MonkeyPatc
 
 
 def test_port_in_use_error_names_the_setting(server: Server) -> None:
-    with pytest.raises(CannotStart, match=r"in use.*--http-port"), serving(http_port=server.port):
+    with pytest.raises(StartupError, match=r"in use.*--http-port"), serving(http_port=server.port):
         pass
-    with pytest.raises(CannotStart, match=r"in use.*--port"), serving(port=server.port):
+    with pytest.raises(StartupError, match=r"in use.*--port"), serving(port=server.port):
         pass
 
 
@@ -204,7 +204,7 @@ def test_forked_child_leaving_with_block_does_not_stop_server(tmp_path: Path) ->
             assert result == "None"
         assert path.exists()
         assert not file.exists()
-        with pytest.raises(CannotStart, match="another server"), serving(snapshot_file=str(file)):
+        with pytest.raises(StartupError, match="another server"), serving(snapshot_file=str(file)):
             pass
         assert wire.call("READ", "t", 0)[3] == b"x"
         wire.close()

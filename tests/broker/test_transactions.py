@@ -184,7 +184,7 @@ def test_limit_lowered_before_exec_refuses_all_puts(server: Server, wire: Wire) 
     assert wire.call("MULTI") == "OK"
     for body in ("x", "xx"):
         assert wire.call("PUT", "t", body) == "QUEUED"
-    server._services.settings = server.settings.model_copy(update={"max_message_bytes": 1})
+    server.context.settings = server.settings.model_copy(update={"max_message_bytes": 1})
     assert codes(wire.call("EXEC")) == ["TOOBIG"] * 2
     assert server.totals().stored == 0
 
@@ -272,7 +272,7 @@ def test_forbidden_command_aborts_transaction(tmp_path: Path) -> None:
 def test_withdrawn_token_aborts_transaction(server: Server, wire: Wire) -> None:
     assert wire.call("MULTI") == "OK"
     assert wire.call("PUT", "t", "x") == "QUEUED"
-    server._services.access = replace(server._services.access, client_ca_file="another")
+    server.context.access = replace(server.context.access, client_ca_file="another")
     server._workers[0].post(server._workers[0].apply_settings)
     assert wire.ended()
     assert server.totals().stored == 0

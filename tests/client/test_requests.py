@@ -13,11 +13,11 @@ from dsmq.client import core
 from dsmq.client import requests as calls
 from dsmq.client.core import Retries
 from dsmq.client.requests import Call, NonIdempotent, Producer, Put, PutMany, Read
-from dsmq.errors import AuthRequired, Closing, ConnectionLost, Full, ProtocolError, TimedOut
+from dsmq.errors import AuthRequired, ConnectionLost, Full, ProtocolError, ShuttingDown, TimedOut
 from dsmq.wire.resp import RequestParser
 
 BROKEN = ConnectionResetError("broken")
-CLOSING = Closing("the server is stopping")
+CLOSING = ShuttingDown("the server is stopping")
 
 
 def requests(data: bytes) -> list[list[bytes]]:

@@ -25,7 +25,7 @@ from dsmq.client import DSMQClientSideConnection, async_connection, connect
 from dsmq.client import requests as calls
 from dsmq.client.connection import LONG_PAUSE_SECONDS, Connection
 from dsmq.client.dial import Endpoint
-from dsmq.errors import Busy, ClientClosed, Closing, ConnectionLost, Forgotten, Full, ReplyError, WrongToken
+from dsmq.errors import Busy, ClientClosed, ConnectionLost, Forgotten, Full, ReplyError, ShuttingDown, WrongToken
 from dsmq.server import Server
 from dsmq.wire.resp import encode_bulk
 
@@ -571,7 +571,7 @@ def test_client_with_notices_is_told_of_stop() -> None:
         assert wire.call("PUT", "t", "x") == 1
         server.stop()
         wire.send(b"PUT t y\r\n")
-        assert isinstance(wire.receive(), Closing)
+        assert isinstance(wire.receive(), ShuttingDown)
         assert wire.ended()
 
 
@@ -584,7 +584,7 @@ def test_waiting_reader_is_answered_before_stop() -> None:
         server.stop()
         for one in (told, wire):
             assert one.receive() == []
-        assert isinstance(told.receive(), Closing)
+        assert isinstance(told.receive(), ShuttingDown)
         for one in (told, wire):
             assert one.ended()
 
@@ -603,7 +603,7 @@ def test_request_left_by_stop_gets_one_closing_reply() -> None:
         wait_until(lambda: server.waiting() == 1)
         server.stop()
         assert wire.receive() is None
-        assert isinstance(wire.receive(), Closing)
+        assert isinstance(wire.receive(), ShuttingDown)
         assert wire.ended()
         assert server.totals().stored == 0
 

@@ -18,13 +18,13 @@ from dsmq.errors import (
     AuthRequired,
     BadRequest,
     Busy,
-    Closing,
     Full,
     InternalError,
     MessageNotText,
     NotPermitted,
     ProtocolError,
     ReplyError,
+    ShuttingDown,
     StoreFailed,
     TimedOut,
 )
@@ -437,7 +437,7 @@ def test_ordinary_reply_passes_check(reply: Reply) -> None:
     assert replies.check(reply) == reply
 
 
-@pytest.mark.parametrize("kind", [ProtocolError, Busy, Closing, TimedOut, InternalError])
+@pytest.mark.parametrize("kind", [ProtocolError, Busy, ShuttingDown, TimedOut, InternalError])
 def test_fatal_error_reply_is_raised_at_once(kind: type[ReplyError]) -> None:
     with pytest.raises(kind):
         replies.raise_if_fatal(kind("bye"))

@@ -28,7 +28,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from conftest import ROOT, SOON, tool, wait_until
-from dsmq.broker.auth import HTTPGate
+from dsmq.broker.auth import HTTPAuthenticator
 from dsmq.client import DSMQClientSideConnection, connect
 from dsmq.errors import DSMQError
 from dsmq.wire.addresses import host_names
@@ -531,8 +531,10 @@ def test_compose_pins_confines_and_health_checks(name: str) -> None:
 def test_compose_prometheus_uses_an_allowed_host_name() -> None:
     config = yaml.safe_load((HERE / "prometheus.yml").read_text())
     (target,) = config["scrape_configs"][0]["static_configs"][0]["targets"]
-    assert HTTPGate(names=host_names(SERVICES["dsmq"]["environment"]["DSMQ_HTTP_ALLOWED_HOSTS"])).answers_to(target)
-    assert not HTTPGate().answers_to(target)
+    assert HTTPAuthenticator(names=host_names(SERVICES["dsmq"]["environment"]["DSMQ_HTTP_ALLOWED_HOSTS"])).answers_to(
+        target
+    )
+    assert not HTTPAuthenticator().answers_to(target)
 
 
 def test_compose_runs_current_version() -> None:

@@ -44,12 +44,12 @@ STALLS = """
 import signal, sys, threading
 from dsmq import cli
 from dsmq.broker import event_loop as worker
-turn, stalled = worker.Worker._turn, threading.Event()
+turn, stalled = worker.EventLoop._turn, threading.Event()
 def faulty(self):
     if stalled.is_set():
         threading.Event().wait()
     turn(self)
-worker.Worker._turn = faulty
+worker.EventLoop._turn = faulty
 signal.signal(signal.SIGUSR1, lambda *_: stalled.set())
 sys.argv[1:] = ["serve"]
 sys.exit(cli.main())

@@ -43,7 +43,7 @@ def test_unsupported_platform_is_reported_in_one_line() -> None:
     assert done.stderr == f"dsmq: {reason}\n"
     code = "from dsmq.server import serve\ntry: serve()\nexcept Exception as error: print(type(error).__name__, error)"
     done = without_unix(code)
-    assert (done.stdout, done.stderr) == (f"CannotStart {reason}\n", "")
+    assert (done.stdout, done.stderr) == (f"StartupError {reason}\n", "")
 
 
 @pytest.mark.parametrize(("allowed", "hard"), [(10_240, resource.RLIM_INFINITY), (3_000, 8_192)])

@@ -170,7 +170,7 @@ def test_reloaded_limit_applies_to_existing_connections(name: str, widens: bool)
     token = {"auth_token": TOKEN} if name in NEEDS_TOKEN else {}
     with reloading(**token, **{name: before}) as (one, wire):
         one.change(**{name: after})
-        assert getattr(one.server._services.settings, name) == after
+        assert getattr(one.server.context.settings, name) == after
         assert allows(one.server, wire, after) is widens
 
 
@@ -256,4 +256,4 @@ def test_reload_without_tokens_admits_unauthenticated_connections() -> None:
         assert stranger.error("PUT", "t", "x") == "NOAUTH"
         one.change(auth_token="")
         assert stranger.call("PUT", "t", "x" * 20_000) == 1
-        wait_until(lambda: one.server._services.usage.unauthenticated.total == 0)
+        wait_until(lambda: one.server.context.usage.unauthenticated.total == 0)

@@ -45,7 +45,7 @@ from dsmq import server as server_module
 from dsmq import settings as config
 from dsmq import threads
 from dsmq.cli import INTERRUPTED
-from dsmq.errors import CannotStart, ConfigError, Forgotten, ReplyError, ServerFailed
+from dsmq.errors import ConfigError, Forgotten, ReplyError, ServerFailed, StartupError
 from dsmq.server import Server
 from dsmq.store import database
 from dsmq.store import dedup as producers
@@ -1011,7 +1011,7 @@ def test_full_disk_keeps_previous_snapshot_and_server_running(
     file: Path, missing: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     with serving(snapshot_file=str(file), snapshot_interval_seconds=3600) as server, wire_to(server) as wire:
-        keeper = server._keeper
+        keeper = server._snapshotter
         assert keeper
         wire.call("PUT", "t", "x" * 200_000)
         assert keeper.save()
@@ -1063,7 +1063,7 @@ def test_unusable_snapshot_path_is_reported_at_start(tmp_path: Path) -> None:
     (tmp_path / "a file").touch()
     (tmp_path / "a folder").mkdir()
     for name, told in (("missing/it", "missing: No such"), ("a file/it", "Not a dir"), ("a folder", "Is a dir")):
-        with pytest.raises(CannotStart, match=f"snapshot_file: .*{told}"), serving(snapshot_file=str(tmp_path / name)):
+        with pytest.raises(StartupError, match=f"snapshot_file: .*{told}"), serving(snapshot_file=str(tmp_path / name)):
             pass
 
 
@@ -1092,14 +1092,14 @@ def test_start_checks_that_snapshot_can_be_written(file: Path, monkeypatch: pyte
         raise OSError(errno.EINVAL, "Invalid argument")
 
     monkeypatch.setattr(snapshot, "_sync_folder", fail)
-    with pytest.raises(CannotStart, match=r"snapshot_file: .*Invalid argument"), serving(snapshot_file=str(file)):
+    with pytest.raises(StartupError, match=r"snapshot_file: .*Invalid argument"), serving(snapshot_file=str(file)):
         pass
     assert {path.name for path in file.parent.iterdir()} == {f"{file.name}.lock"}
 
 
 def test_sqlite_failure_at_start_is_one_line(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(snapshot, "create_tables", lambda database: database.execute("locked"))
-    with pytest.raises(CannotStart, match=r"snapshot_file: .*syntax error"), serving(snapshot_file=str(file)):
+    with pytest.raises(StartupError, match=r"snapshot_file: .*syntax error"), serving(snapshot_file=str(file)):
         pass
 
 
@@ -1145,12 +1145,12 @@ def test_nothing_is_written_outside_snapshot_folder(tmp_path: Path) -> None:
 
 def test_two_servers_cannot_share_snapshot_file(file: Path) -> None:
     with serving(snapshot_file=str(file)) as server:
-        with pytest.raises(CannotStart, match="another server has"), serving(snapshot_file=str(file)):
+        with pytest.raises(StartupError, match="another server has"), serving(snapshot_file=str(file)):
             pass
-        assert server._keeper
-        assert server._keeper._lock is not None
+        assert server._snapshotter
+        assert server._snapshotter._lock is not None
         # As a process that has been forked would have it.
-        child = subprocess.Popen(["sleep", str(SOON)], pass_fds=[server._keeper._lock])
+        child = subprocess.Popen(["sleep", str(SOON)], pass_fds=[server._snapshotter._lock])
     try:
         with serving(snapshot_file=str(file)):
             pass
@@ -1165,7 +1165,7 @@ def test_failed_start_leaves_snapshot_unchanged(file: Path) -> None:
     before = file.read_bytes()
     with (
         serving() as other,
-        pytest.raises(CannotStart),
+        pytest.raises(StartupError),
         serving(port=other.port, snapshot_file=str(file)),
     ):
         pass
@@ -1182,7 +1182,7 @@ def test_failed_start_after_restore_loses_nothing(file: Path, monkeypatch: pytes
 
     with monkeypatch.context() as patch:
         patch.setattr(server._expiry.__class__, "start", fail)
-        with pytest.raises(CannotStart), serving(snapshot_file=str(file)):
+        with pytest.raises(StartupError), serving(snapshot_file=str(file)):
             pass
     with serving(snapshot_file=str(file)) as server, wire_to(server) as wire:
         assert (server._store.run, wire.call("READ", "t", 0)[3]) == (run, b"x")
@@ -1257,8 +1257,8 @@ def test_stop_waits_for_slow_disk(file: Path, monkeypatch: pytest.MonkeyPatch) -
         assert began.wait(SOON)
         wire.call("PUT", "t", "x")
         assert server.stop() == []
-        assert server._keeper
-        assert server._keeper.saved
+        assert server._snapshotter
+        assert server._snapshotter.saved
     with restored(file, time.time()) as other:
         assert (other.run, bodies(other, b"t")) == (server._store.run, [b"x"])
 
@@ -1271,8 +1271,8 @@ def test_stop_waits_at_most_a_minute_for_hanging_disk(
     with serving(snapshot_file=str(file), stop_timeout_seconds=20 * UNIT) as server:
         monkeypatch.setattr(snapshot, "_sync_folder", lambda _: released.wait(SOON))
         assert server.stop() == ["dsmq-snapshot"]
-        assert server._keeper
-        assert not server._keeper.saved
+        assert server._snapshotter
+        assert not server._snapshotter.saved
     released.set()
     wait_until(lambda: not [thread for thread in threading.enumerate() if thread.name == "dsmq-snapshot"])
     # Left open for it.
@@ -1311,7 +1311,7 @@ def test_dead_snapshot_thread_is_detected(file: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(Snapshotter, "_run", lambda _: None)
     settings = {"port": 0, "snapshot_file": str(file), "snapshot_interval_seconds": 1}
     with Server(config.load(kind=config.EmbeddedSettings, **settings)) as server:
-        wait_until(lambda: not server._keeper.thread.is_alive())  # type: ignore[union-attr]
+        wait_until(lambda: not server._snapshotter.thread.is_alive())  # type: ignore[union-attr]
         assert server.status.stuck_threads() == ["dsmq-snapshot"]
         with pytest.raises(ServerFailed, match="dsmq-snapshot"):
             server.run()
@@ -1396,7 +1396,7 @@ def test_missed_count_is_exact_after_kill(tmp_path: Path) -> None:
     with serving(snapshot_file=str(path)) as server, wire_to(server) as wire:
         assert lost_ids(wire) == [3, 3 + gap]
         assert [numbers(wire, topic) for topic in ("full", "empty", "none")] == [(3, 2), (1, 1), (0, 0)]
-        server._keeper.save()  # type: ignore[union-attr]
+        server._snapshotter.save()  # type: ignore[union-attr]
         copy = path.read_bytes()
     path.write_bytes(copy)
     snapshot.record_restore(path, snapshot.verify(path))

@@ -14,7 +14,7 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from dsmq.errors import CannotStart, Forgotten, Full, StoreFailed
+from dsmq.errors import Forgotten, Full, StartupError, StoreFailed
 from dsmq.store import database
 from dsmq.store import dedup as producers
 from dsmq.store import sqlite as store_module
@@ -371,7 +371,7 @@ def test_ages_do_not_depend_on_wall_clock(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_outdated_sqlite_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(database, "SCHEMA", "CREATE TABLE t (x) FROM THE FUTURE")
-    with pytest.raises(CannotStart, match=rf"^SQLite {sqlite3.sqlite_version} is too old.*FROM.*$"):
+    with pytest.raises(StartupError, match=rf"^SQLite {sqlite3.sqlite_version} is too old.*FROM.*$"):
         SQLiteStore(MAX_AGE)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dsmq.broker import auth, listener
-from dsmq.broker.auth import Gate, HTTPGate
+from dsmq.broker.auth import Authenticator, HTTPAuthenticator
 from dsmq.errors import ConfigError
 from dsmq.settings import Settings
 from dsmq.wire.addresses import host_names
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class Access:
     """What the settings and the files that they name allow. Never changes; a reload makes another one."""
 
-    gate: Gate
-    http_gate: HTTPGate
+    authenticator: Authenticator
+    http_authenticator: HTTPAuthenticator
     tls: SSLContext | None
     client_ca_file: str
     certificates_modified_ns: tuple[int, ...]
@@ -32,11 +32,11 @@ class Access:
     @classmethod
     def load(cls, settings: Settings) -> Access:
         """Read the files that settings name. Raises ConfigError."""
-        gate = Gate(auth.tokens_of(settings.auth_token.get_secret_value(), settings.auth_token_file))
+        authenticator = Authenticator(auth.tokens_of(settings.auth_token.get_secret_value(), settings.auth_token_file))
         token = settings.http_token.get_secret_value()
         if settings.http_token_file:
             token = auth.read_tokens(settings.http_token_file)[0][2]
-        http_gate = HTTPGate(token.encode(), host_names(settings.http_allowed_hosts))
+        http_authenticator = HTTPAuthenticator(token.encode(), host_names(settings.http_allowed_hosts))
         tls, files = None, (settings.tls_cert_file, settings.tls_key_file, settings.tls_client_ca_file)
         # Taken before the files are read, so that the next reload notices a change in between.
         modified = tuple(os.stat(file).st_mtime_ns if os.path.exists(file) else 0 for file in files)
@@ -44,7 +44,9 @@ class Access:
             from dsmq.wire.tls import server_context  # noqa: PLC0415 - a server without TLS needs none of it
 
             tls = server_context(*files)
-        return cls(gate, http_gate, tls, settings.tls_client_ca_file, modified, settings.protected_mode)
+        return cls(
+            authenticator, http_authenticator, tls, settings.tls_client_ca_file, modified, settings.protected_mode
+        )
 
     @property
     def connection_rules(self) -> tuple[bool, str]:
@@ -53,7 +55,7 @@ class Access:
 
     def exposed(self, sockets: Iterable[socket.socket]) -> list[str]:
         """Return the addresses other than loopback and Unix sockets at which no authentication is required."""
-        if self.gate.tokens or self.client_ca_file:
+        if self.authenticator.tokens or self.client_ca_file:
             return []
         return [listener.address(sock) for sock in sockets if listener.is_exposed(sock)]
 

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 
 from dsmq import logs
 from dsmq.broker import auth
-from dsmq.broker.commands import Services
+from dsmq.broker.commands import ServerContext
 from dsmq.broker.connection import LINGER_SECONDS, Peer, Stream
 from dsmq.broker.counters import Counters
-from dsmq.broker.event_loop import Worker
+from dsmq.broker.event_loop import EventLoop
 from dsmq.errors import Busy, ReplyError
 from dsmq.wire.resp import encode_error
 
@@ -34,19 +34,21 @@ _logger = logging.getLogger(__name__)
 class Admission:
     """Assigns accepted connections to the event loops, within the limits."""
 
-    def __init__(self, services: Services, workers: Sequence[Worker], max_connections: int, refused: Counters) -> None:
+    def __init__(
+        self, context: ServerContext, workers: Sequence[EventLoop], max_connections: int, refused: Counters
+    ) -> None:
         """`refused` counts the connections that no event loop has seen."""
         self.max_connections = max_connections
         self.refused = refused
-        self._services = services
+        self._context = context
         self._workers = workers
         self._numbers = itertools.count(1)
         self._refused: deque[tuple[float, socket.socket]] = deque()
 
     def assign(self, sock: socket.socket, host: str, name: str) -> None:
         """Give a connection to the event loop that has the fewest, or refuse it."""
-        network, access = auth.network(host), self._services.access
-        if refusal := self._refusal(network):
+        client_key, access = auth.client_key(host), self._context.access
+        if refusal := self._refusal(client_key):
             self._refuse(sock, name, *refusal, speaks_tls=access.tls is not None)
             return
         try:
@@ -55,22 +57,22 @@ class Admission:
             _logger.debug("%s disconnected before it was accepted: %s", name, error)
             sock.close()
             return
-        self._services.usage.connections.add(network, 1)
+        self._context.usage.connections.add(client_key, 1)
         worker = min(self._workers, key=lambda worker: len(worker.connections))
-        peer = Peer(next(self._numbers), host, network, name, access.connection_rules)
-        adopt = partial(worker.adopt, stream, peer)
+        peer = Peer(next(self._numbers), host, client_key, name, access.connection_rules)
+        add_connection = partial(worker.add_connection, stream, peer)
         if worker.thread is threading.current_thread():
-            adopt()
+            add_connection()
         else:
-            worker.post(adopt)
+            worker.post(add_connection)
 
-    def _refusal(self, network: str) -> tuple[str, ReplyError] | None:
+    def _refusal(self, client_key: str) -> tuple[str, ReplyError] | None:
         """Return why a connection is refused: the reason as the metrics name it, and the error to reply with."""
-        per_address = self._services.settings.max_connections_per_address
-        connections = self._services.usage.connections
+        per_address = self._context.settings.max_connections_per_address
+        connections = self._context.usage.connections
         if connections.total >= self.max_connections:
             return "connections", Busy(f"too many connections (max_connections = {self.max_connections})")
-        if connections.of(network) >= per_address:
+        if connections.of(client_key) >= per_address:
             return "address", Busy(f"too many connections from this address (limit: {per_address})")
         return None
 

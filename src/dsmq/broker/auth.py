@@ -88,7 +88,7 @@ def _roles() -> str:
     return ", ".join(ROLES)
 
 
-class Gate:
+class Authenticator:
     """The tokens that are valid. Never changes, so it is safe to use from several threads."""
 
     def __init__(self, tokens: Iterable[tuple[str, Role, str]] = ()) -> None:
@@ -104,7 +104,7 @@ class Gate:
                 found = known
         return found
 
-    def changes(self, before: Gate) -> dict[str, list[str]]:
+    def changes(self, before: Authenticator) -> dict[str, list[str]]:
         """Return the names of the tokens that the gate before did not know, and of those that this one does not."""
         return {
             "tokens_new": [token.name for token in self.tokens if token not in before.tokens],
@@ -113,7 +113,7 @@ class Gate:
 
 
 @dataclass(frozen=True, slots=True)
-class HTTPGate:
+class HTTPAuthenticator:
     """Who may use the HTTP endpoint: its bearer token, and the host names by which it may be addressed."""
 
     token: bytes = b""
@@ -150,7 +150,7 @@ def _digest(token: bytes) -> bytes:
 
 
 @lru_cache(_MAX_ADDRESSES)
-def network(host: str) -> str:
+def client_key(host: str) -> str:
     """Return what stands for one client: an IPv4 address, but all IPv6 addresses with the same first 64 bits."""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])

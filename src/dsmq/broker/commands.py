@@ -69,7 +69,7 @@ _PONG = encode_simple("PONG")
 
 
 @dataclass
-class Services:
+class ServerContext:
     """What commands need of the server. settings and access may be replaced while it runs."""
 
     settings: Settings
@@ -121,7 +121,7 @@ class Step(NamedTuple):
 class Client(Protocol):
     """What commands may do to the connection they came from."""
 
-    services: Services
+    context: ServerContext
     counters: Counters
     id: int
     role: Role
@@ -130,11 +130,11 @@ class Client(Protocol):
     """The version of RESP it speaks, 2 or 3."""
     notices: bool
     """Whether it has asked to be told what it did not ask for: that the server stops, for one."""
-    watermark: int
+    start_id: int
     """The last id when it connected."""
     positions: dict[bytes, int]
-    """Where GET goes on, by topic; the watermark for those not in it."""
-    reading: tuple[bytes, int] | None
+    """Where GET goes on, by topic; `start_id` for those not in it."""
+    last_read: tuple[bytes, int] | None
     """The topic it was sent messages of last, and the number of the last of them."""
     steps: deque[Step]
     """What EXEC has still to run."""
@@ -188,7 +188,7 @@ Handler = Callable[[Client, list[bytes]], Encoded | None]
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A row of the table; the bounds count the arguments behind the name, the role is the least that may call it."""
+    """A row of the table; the bounds count the arguments behind the name, the role is the lowest that may call it."""
 
     name: str
     handler: Handler
@@ -198,11 +198,11 @@ class Command:
     role: Role = Role.READ
     parse: Callable[[Client, list[bytes]], object] = lambda _client, _request: None
     """Raises the error for wrong arguments, before a transaction queues them."""
-    least: int = field(init=False)
-    most: int = field(init=False)
+    min_args: int = field(init=False)
+    max_args: int = field(init=False)
 
     def __post_init__(self) -> None:
-        for name, value in zip(("least", "most"), bounds(self.syntax), strict=True):
+        for name, value in zip(("min_args", "max_args"), bounds(self.syntax), strict=True):
             object.__setattr__(self, name, value)
 
     def forbid(self, role: Role) -> NoReturn:
@@ -213,8 +213,8 @@ class Command:
 
     def check(self, request: list[bytes]) -> None:
         """Raise BadRequest where the number of arguments is wrong."""
-        if not self.least <= len(request) - 1 <= self.most:
-            wanted = str(self.least) if self.least == self.most else f"{self.least} to {self.most}"
+        if not self.min_args <= len(request) - 1 <= self.max_args:
+            wanted = str(self.min_args) if self.min_args == self.max_args else f"{self.min_args} to {self.max_args}"
             usage = f"{self.name} {self.syntax}".strip()
             raise BadRequest(f"{self.name} takes {wanted} arguments, not {len(request) - 1}: {usage}")
 
@@ -236,7 +236,7 @@ def _put(client: Client, request: list[bytes]) -> None:
 
 def _parse_put(client: Client, request: list[bytes]) -> Put:
     topic, body = request[1], request[2]
-    settings = client.services.settings
+    settings = client.context.settings
     if len(body) > settings.max_message_bytes:
         # The parser stops longer ones before they have arrived, but looks at no length below 1,024.
         raise TooBig(f"a message has at most {settings.max_message_bytes} bytes, not {len(body)}")
@@ -253,7 +253,7 @@ def _key(client: Client, request: list[bytes]) -> tuple[bytes, int] | None:
         if 0 < len(producer) <= MAX_NAME_BYTES and len(seq) < 19 and seq.isdigit():
             return producer, int(seq)
     options = _options(request[3:], {b"KEY": 2, b"AGAIN": 0, b"RUN": 1})
-    store = client.services.store
+    store = client.context.store
     if b"RUN" in options and options[b"RUN"][0] != store.run.encode():
         raise _wrong_epoch(store, "this is another run")
     if b"KEY" not in options:
@@ -272,7 +272,7 @@ def _read(client: Client, request: list[bytes]) -> Encoded | None:
     topic = _topic(client, request[1])
     after = _integer(request[2], "after")
     wait, count, size, latest, epoch = _read_options(*request[3:])
-    store = client.services.store
+    store = client.context.store
     if epoch is not None:
         _check_epoch(store, epoch)
     if after > store.last_id():
@@ -304,7 +304,7 @@ def _parse_read(client: Client, request: list[bytes]) -> None:
 
 
 def _newest(client: Client, topic: bytes, after: int) -> Fetch:
-    return partial(client.services.store.latest, topic, after, *((client.below,) if client.below else ()))
+    return partial(client.context.store.latest, topic, after, *((client.below,) if client.below else ()))
 
 
 @lru_cache
@@ -318,7 +318,7 @@ def _read_options(*words: bytes) -> tuple[int, int, int, bool, bytes | None]:
 
 def _delivered_in(epoch: bytes, client: Client, topic: bytes, messages: list[Message]) -> Encoded:
     """The same at the end of a wait, during which a store elsewhere may have begun another epoch."""
-    _check_epoch(client.services.store, epoch)
+    _check_epoch(client.context.store, epoch)
     return _delivered(client, topic, messages)
 
 
@@ -327,7 +327,7 @@ def _delivered(client: Client, topic: bytes, messages: list[Message]) -> Encoded
     if messages:
         counters.gets_message += 1
         counters.delivered += len(messages)
-        client.reading = topic, messages[-1].number
+        client.last_read = topic, messages[-1].number
         if messages[0].age_ms == messages[-1].age_ms:
             counters.delivery_seconds.add(messages[0].age_ms / 1000, len(messages))
         else:
@@ -360,12 +360,9 @@ def _getlatest(client: Client, request: list[bytes]) -> Encoded | None:
 
 def _next(client: Client, topic: bytes, wait: int, count: int) -> Encoded | None:
     """Reply the message behind the connection's position, or with a count of 0 the newest."""
-    position = client.positions.get(topic, client.watermark)
+    position = client.positions.get(topic, client.start_id)
     fetch: Fetch
-    if count:
-        fetch = partial(client.services.store.read, topic, position, count, 1)
-    else:
-        fetch = _newest(client, topic, position)
+    fetch = partial(client.context.store.read, topic, position, count, 1) if count else _newest(client, topic, position)
     return client.wait_for(topic, wait, fetch, partial(_moved, client, topic))
 
 
@@ -381,7 +378,7 @@ def _topics(client: Client, request: list[bytes]) -> Encoded | None:
     options = _options(request[1:], {b"AFTER": 1, b"COUNT": 1})
     after = options.get(b"AFTER", [b""])[0]
     count = _number(options, b"COUNT", MAX_COUNT, 1, MAX_COUNT)
-    return client.reply_to(client.services.store.topics(after, count), _encode_topics)
+    return client.reply_to(client.context.store.topics(after, count), _encode_topics)
 
 
 def _encode_topics(topics: list[TopicStats]) -> bytes:
@@ -395,7 +392,7 @@ def _encode_topics(topics: list[TopicStats]) -> bytes:
 
 
 def _stats(client: Client, request: list[bytes]) -> Encoded | None:
-    answer = client.services.store.stats(*_parse_stats(client, request))
+    answer = client.context.store.stats(*_parse_stats(client, request))
     return client.reply_to(answer, partial(_encode_stats, client.version))
 
 
@@ -414,9 +411,9 @@ def _shutdown(client: Client, request: list[bytes]) -> bytes | None:
     # Whether a snapshot is written is a setting, and not for clients to decide.
     if len(request) > 1 and request[1].upper() not in (b"NOSAVE", b"SAVE"):
         raise BadRequest("SHUTDOWN takes NOSAVE or SAVE, which change nothing")
-    if not client.services.settings.allow_shutdown:
+    if not client.context.settings.allow_shutdown:
         raise NotPermitted("SHUTDOWN is off: allow_shutdown is false")
-    client.services.request_stop(f"SHUTDOWN from client {client.id}")
+    client.context.request_stop(f"SHUTDOWN from client {client.id}")
     if client.notices:
         return _OK
     # As Redis does it. Clients take any reply for that to their next command.
@@ -467,7 +464,7 @@ def _exec(client: Client, _: list[bytes]) -> bytes | None:
     if transaction.aborted:
         raise Aborted("nothing was run, because a request since MULTI was refused")
     requests = transaction.requests
-    encode = partial(_run_transaction, client, requests, client.services.store.last_id())
+    encode = partial(_run_transaction, client, requests, client.context.store.last_id())
     try:
         puts = [_parse_put(client, request) for command, request in requests if command is PUT]
     except ReplyError as error:
@@ -539,7 +536,7 @@ def _hello(client: Client, request: list[bytes]) -> bytes:
 
 def _greeting(client: Client, version: int, name: bytes, notices: bool) -> bytes:  # noqa: FBT001
     client.name, client.version, client.notices = name, version, notices
-    settings, store = client.services.settings, client.services.store
+    settings, store = client.context.settings, client.context.store
     return encode_map(
         version,
         [
@@ -635,7 +632,7 @@ def _described(command: Command) -> bytes:
     Name, arity (the name counts; negative means at least), flags, first key, last key, step, and lists of categories,
     tips, key specifications and subcommands. No argument is called a key: clients of a Redis cluster hash those.
     """
-    arity = command.least + 1 if command.least == command.most else -(command.least + 1)
+    arity = command.min_args + 1 if command.min_args == command.max_args else -(command.min_args + 1)
     name, flags = encode_bulk(command.name.lower().encode()), encode_array([encode_simple(_FLAGS[command.role])])
     # Redis's integers have a sign; those of dsmq never do.
     return encode_array([name, b":%d\r\n" % arity, flags, *[encode_integer(0)] * 3, *[encode_array([])] * 4])
@@ -658,7 +655,7 @@ def _encoded(version: int, value: Any) -> bytes:
 def _config(client: Client, request: list[bytes]) -> bytes:
     if request[1].upper() != b"GET":
         raise BadRequest("CONFIG knows GET pattern ...")
-    settings = {name: _as_text(value) for name, value in config.as_dict(client.services.settings).items()}
+    settings = {name: _as_text(value) for name, value in config.as_dict(client.context.settings).items()}
     # redis-benchmark asks for the first two, to say how Redis persists; redis-cli --stat for the last.
     settings |= {"save": "", "appendonly": "no", "databases": "1"}
     if any(len(pattern) > MAX_NAME_BYTES for pattern in request[2:]):
@@ -699,7 +696,7 @@ def _info(client: Client, request: list[bytes]) -> bytes:
     wanted = [section.decode(errors="replace").lower() for section in request[1:]]
     everything = {"all", "default", "everything"}.intersection(wanted) or not wanted
     lines = []
-    for section, values in client.services.info().items():
+    for section, values in client.context.info().items():
         # What others do is an admin's to know.
         if (everything or section in wanted) and (client.role is Role.ADMIN or section in ("server", "replication")):
             lines += [f"# {section.capitalize()}", *(f"{name}:{_as_text(value)}" for name, value in values.items()), ""]
@@ -712,7 +709,7 @@ def _info(client: Client, request: list[bytes]) -> bytes:
 def _topic(client: Client, name: bytes) -> bytes:
     if not name:
         raise BadRequest("the name of the topic is empty")
-    most = client.services.settings.max_topic_bytes
+    most = client.context.settings.max_topic_bytes
     if len(name) > most:
         raise TooBig(f"a topic has at most {most} bytes, not {len(name)}")
     if not name.isascii():
@@ -812,13 +809,13 @@ COMMANDS: dict[bytes, Command] = {
     )
 }
 
-PERMITTED: dict[Role, dict[bytes, Command]] = {
+COMMANDS_BY_ROLE: dict[Role, dict[bytes, Command]] = {
     role: {name: command for name, command in COMMANDS.items() if role >= command.role}
     | {b"": Command("EXEC", _step, "[...]")}
     for role in Role
 }
 """The commands that need no further look, by role; a stranger's all do."""
-PERMITTED[Role.NOBODY] = {}
+COMMANDS_BY_ROLE[Role.NOBODY] = {}
 
 
 def _queued(command: Command) -> Command:
@@ -828,5 +825,5 @@ def _queued(command: Command) -> Command:
     return replace(command, handler=_not_queued if alone else _queue)
 
 
-QUEUED = {role: {name: _queued(command) for name, command in PERMITTED[role].items() if name} for role in Role}
+QUEUED = {role: {name: _queued(command) for name, command in COMMANDS_BY_ROLE[role].items() if name} for role in Role}
 """The same between MULTI and EXEC."""

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Protocol
 from dsmq import logs
 from dsmq.broker.auth import Role, Token
 from dsmq.broker.commands import (
+    COMMANDS_BY_ROLE,
     MAX_READ_BYTES,
-    PERMITTED,
     PUT,
     QUEUED,
     SHORT_READ_BYTES,
@@ -36,9 +36,9 @@ from dsmq.errors import (
     AuthRequired,
     BadRequest,
     Busy,
-    Closing,
     InternalError,
     ReplyError,
+    ShuttingDown,
     StoreFailed,
     TimedOut,
     WrongToken,
@@ -47,7 +47,7 @@ from dsmq.store.api import MESSAGE_OVERHEAD_BYTES, Answer, Message, Put, T
 from dsmq.wire.resp import REQUEST_OVERHEAD_BYTES, Encoded, RequestParser, encode_error, encode_integer
 
 if TYPE_CHECKING:
-    from dsmq.broker.event_loop import Worker
+    from dsmq.broker.event_loop import EventLoop
 
 # Received, and sent, at once: so that one connection does not hold up the others. In a crowd, less is received.
 RECEIVE_BYTES = 131_072
@@ -107,8 +107,8 @@ class Peer:
 
     number: int
     host: str
-    network: str
-    """What one client can have many addresses of: see `auth.network`."""
+    client_key: str
+    """What one client can have many addresses of: see `auth.client_key`."""
     name: str
     """Host and port, for people."""
     admitted_by: tuple[bool, str]
@@ -137,15 +137,14 @@ class Connection:
     __slots__ = (
         "_asked",
         "_backlog",
-        "_behind",
         "_budget",
-        "_calls",
-        "_deferred",
+        "_command_counts",
         "_discarded",
-        "_ended",
+        "_eof_received",
         "_events",
         "_gave_wrong_token",
         "_handshaking",
+        "_has_unparsed",
         "_linger_seconds",
         "_linger_until",
         "_loop",
@@ -155,6 +154,7 @@ class Connection:
         "_out",
         "_parked",
         "_parser",
+        "_pending_puts",
         "_permitted",
         "_position_bytes",
         "_receive_bytes",
@@ -172,37 +172,37 @@ class Connection:
         "_wait",
         "below",
         "closed",
+        "context",
         "counters",
         "finishing",
         "id",
+        "last_read",
         "name",
         "notices",
         "opened_at",
         "peer",
         "positions",
-        "reading",
         "role",
         "scheduled",
-        "services",
+        "start_id",
         "steps",
-        "stranger",
         "token",
         "transaction",
+        "unauthenticated",
         "version",
-        "watermark",
     )
 
-    def __init__(self, loop: Worker, sock: Stream, peer: Peer) -> None:
+    def __init__(self, loop: EventLoop, sock: Stream, peer: Peer) -> None:
         self._loop = loop
         self._socket = sock
         self.peer = peer
         self.id = peer.number
-        self.services = loop.services
+        self.context = loop.context
         self.counters = loop.counters
-        self._calls = loop.counters.commands
+        self._command_counts = loop.counters.commands
         self.token: Token | None = None
-        self.role = Role.NOBODY if loop.services.access.gate.tokens else Role.ADMIN
-        self.stranger = peer.encrypted or self.role is Role.NOBODY
+        self.role = Role.NOBODY if loop.context.access.authenticator.tokens else Role.ADMIN
+        self.unauthenticated = peer.encrypted or self.role is Role.NOBODY
         """Whether it has still to show its token, or to finish the handshake of TLS."""
         self._handshaking = peer.encrypted
         self._gave_wrong_token = False
@@ -211,18 +211,18 @@ class Connection:
         self.name = b""
         self.version = 2
         self.notices = False
-        self.watermark = loop.services.store.last_id()
+        self.start_id = loop.context.store.last_id()
         self.positions: dict[bytes, int] = {}
         self._position_bytes = 0
-        self._replies, self._budget = self.services.usage.replies, self.services.usage.requests
-        self.reading: tuple[bytes, int] | None = None
+        self._replies, self._budget = self.context.usage.replies, self.context.usage.requests
+        self.last_read: tuple[bytes, int] | None = None
         self.transaction: Transaction | None = None
         self.steps: deque[Step] = deque()
         self.below = 0
         self.closed = False
         self.finishing = False
         self.scheduled = math.inf
-        """When the loop will call `on_time` next: the loop's to keep."""
+        """When the loop will call `on_timer` next: the loop's to keep."""
         self._parser = RequestParser(0)
         self._out = bytearray()
         # What of it, and of what has come, is counted in the totals.
@@ -237,13 +237,13 @@ class Connection:
         # Parsed, but not run yet; the rest stays in the parser.
         self._requests: deque[list[bytes]] = deque()
         # Puts given to the loop whose replies are outstanding.
-        self._deferred = 0
+        self._pending_puts = 0
         # Requests were left for later: until the client has read some replies, or the others have had their turn.
-        self._behind = False
+        self._has_unparsed = False
         # The loop will call `run` in the next turn.
         self._resuming = False
         # The client has ended its sending side.
-        self._ended = False
+        self._eof_received = False
         self._linger_seconds = LINGER_SECONDS
         self._received_at = self.opened_at = loop.now
         self._request_since = self._unread_since = self._linger_until = math.inf
@@ -274,7 +274,7 @@ class Connection:
 
     def _set_bounds(self) -> None:
         """Say how much is held for it: little for a stranger."""
-        settings = self.services.settings
+        settings = self.context.settings
         self._set_permitted()
         if self.role is Role.NOBODY:
             most = settings.max_unauthenticated_bytes
@@ -295,8 +295,8 @@ class Connection:
         """Adopt the settings in force after a reload."""
         if not self.finishing:
             self._set_bounds()
-            if self.stranger and not self._gave_wrong_token:
-                self._stranger_until = self.opened_at + self.services.settings.auth_timeout_seconds
+            if self.unauthenticated and not self._gave_wrong_token:
+                self._stranger_until = self.opened_at + self.context.settings.auth_timeout_seconds
             self._schedule()
         self.apply_access()
 
@@ -357,7 +357,7 @@ class Connection:
         self._watch()
 
     def _end_of_input(self) -> None:
-        self._ended = True
+        self._eof_received = True
         if self._linger_until != math.inf:
             self.close("end of input")
             return
@@ -392,7 +392,7 @@ class Connection:
                 self._refuse(request, error)
             except Exception:  # noqa: BLE001
                 self._fail_by_defect()
-            if requests and self._deferred and slice_seconds:
+            if requests and self._pending_puts and slice_seconds:
                 # Puts take little time each: the clock is read once for a batch of them.
                 continue
             if parser.missing and not requests:
@@ -411,9 +411,9 @@ class Connection:
             or parser.missing != 1
             or parser.incomplete
             or full
-            or self._behind
+            or self._has_unparsed
             or self._reserved
-            or self._ended
+            or self._eof_received
             or self.transaction
         ):
             self._after_run(full=full)
@@ -421,7 +421,7 @@ class Connection:
 
     def _refuse(self, request: list[bytes], error: ReplyError) -> None:
         self._stop_waiting()
-        if not self._settled():
+        if not self._commit_pending_puts():
             self._requests.appendleft(request)
             return
         self._fail(error)
@@ -435,14 +435,14 @@ class Connection:
         requests, parser = self._requests, self._parser
         left = bool(requests) or not parser.missing
         behind = full or (left and not (self._parked or self.finishing or self._no_room))
-        if behind or self._behind:
-            self._mind_replies(behind=behind)
+        if behind or self._has_unparsed:
+            self._update_backpressure(behind=behind)
             if behind and not full:
                 self._run_soon()
         self._count_input()
         if parser.incomplete:
-            self._mind_request()
-        if self._ended and parser.missing and not (requests or self._parked or self._no_room):
+            self._start_request_timer()
+        if self._eof_received and parser.missing and not (requests or self._parked or self._no_room):
             self.finish()
 
     def _run_soon(self) -> None:
@@ -450,8 +450,8 @@ class Connection:
             self._resuming = True
             self._loop.run_soon(self)
 
-    def _mind_replies(self, *, behind: bool) -> None:
-        was_behind, self._behind = self._behind, behind
+    def _update_backpressure(self, *, behind: bool) -> None:
+        was_behind, self._has_unparsed = self._has_unparsed, behind
         if was_behind:
             # Its time for being idle begins only now.
             self._schedule()
@@ -461,7 +461,7 @@ class Connection:
         try:
             requests = self._parser.batch() if self._permitted and self._loop.slice_seconds else self._next_alone()
         except ReplyError as error:
-            if self._settled():
+            if self._commit_pending_puts():
                 self._reject(error)
             return False
         if requests:
@@ -477,11 +477,11 @@ class Connection:
 
     def _execute(self, request: list[bytes]) -> None:
         command = self._permitted.get(request[0]) or self._restricted(request[0])
-        self._calls[command.name] += 1
-        if self._deferred and command is not PUT and not self._settled():
+        self._command_counts[command.name] += 1
+        if self._pending_puts and command is not PUT and not self._commit_pending_puts():
             self._requests.appendleft(request)
             return
-        if not command.least < len(request) <= command.most + 1:
+        if not command.min_args < len(request) <= command.max_args + 1:
             command.check(request)
         reply = command.handler(self, request)
         if reply is not None:
@@ -499,21 +499,21 @@ class Connection:
                 raise AuthRequired("a wrong token was given on this connection")
         command = find(name)
         if self.role < command.role:
-            self._calls[command.name] += 1
+            self._command_counts[command.name] += 1
             command.forbid(self.role)
         # Between MULTI and EXEC another row of the table counts.
         return self._permitted.get(command.name.encode(), command)
 
-    def _settled(self) -> bool:
+    def _commit_pending_puts(self) -> bool:
         """Have the puts before a request answered, so that its reply does not overtake theirs.
 
         False where the store answers later: the connection is parked until then, and the request has to be held.
         """
-        if self._deferred:
+        if self._pending_puts:
             self._loop.commit()
-        return not self._deferred
+        return not self._pending_puts
 
-    def _mind_request(self) -> None:
+    def _start_request_timer(self) -> None:
         """Give the client a deadline: a request of it has arrived in part."""
         if self._request_since == math.inf and not (self._parked or self.finishing):
             self._request_since = self._loop.now
@@ -609,7 +609,7 @@ class Connection:
             return self._reserved > 2 * RECEIVE_BYTES or self.transaction is not None
         if self._request_since == math.inf:
             # Where it is full of replies that the client is reading, it gets on.
-            return not self._resuming and (not self._behind or now > self._slow_from)
+            return not self._resuming and (not self._has_unparsed or now > self._slow_from)
         return now > self._stalls_from
 
     def make_way(self, budget: Budget, *, waits: bool = False) -> None:
@@ -704,18 +704,18 @@ class Connection:
             if sent or self._unread_since == math.inf:
                 self._unread_since = now
                 self._slow_from = min(self._slow_from + sent / SLOW_BYTES_PER_SECOND, now + 2 * SLOW_SECONDS)
-            if self._behind and left < self._max_unread:
+            if self._has_unparsed and left < self._max_unread:
                 self._run_soon()
             self._schedule()
         else:
             out.clear()
             self._unread_since = self._slow_from = math.inf
             self._received_at = self._loop.now
-            if self.finishing and not self._deferred:
+            if self.finishing and not self._pending_puts:
                 self._linger()
-            elif self._behind:
+            elif self._has_unparsed:
                 self._run_soon()
-            elif self.services.settings.idle_timeout_seconds:
+            elif self.context.settings.idle_timeout_seconds:
                 self._schedule()
         self._watch()
 
@@ -729,7 +729,7 @@ class Connection:
     # Who it is
 
     def authenticate(self, user: bytes, token: bytes, welcome: Callable[[], bytes]) -> bytes:
-        gate = self.services.access.gate
+        gate = self.context.access.authenticator
         if not gate.tokens:
             raise BadRequest("a token was given, but this server has none")
         found = gate.admit(user, token)
@@ -750,16 +750,16 @@ class Connection:
         return welcome()
 
     def _admit(self) -> None:
-        self.stranger = False
+        self.unauthenticated = False
         self._stranger_until = math.inf
         self._loop.admit(self)
 
     def apply_access(self) -> None:
         """Disconnect if the rules or the token that it was admitted by are gone; admit it if no token is needed."""
-        access = self.services.access
-        tokens = access.gate.tokens
+        access = self.context.access
+        tokens = access.authenticator.tokens
         if self.peer.admitted_by != access.connection_rules:
-            self.dismiss("the server's rules for connections have changed")
+            self.disconnect("the server's rules for connections have changed")
         elif self.role is Role.NOBODY and not (tokens or self.finishing or self._gave_wrong_token):
             # There is no token to wait for any more.
             self.role = Role.ADMIN
@@ -767,17 +767,17 @@ class Connection:
             if not self._handshaking:
                 self._admit()
         elif self.role is not Role.NOBODY and self.token not in tokens and (self.token or tokens):
-            self.dismiss("the token is no longer valid")
+            self.disconnect("the token is no longer valid")
 
-    def dismiss(self, reason: str) -> None:
+    def disconnect(self, reason: str) -> None:
         """End, because what it was admitted by holds no longer."""
-        if self.stranger:
+        if self.unauthenticated:
             # Nothing can be said while the handshake of TLS lasts.
             self.close(reason)
             return
         self.role = Role.NOBODY
-        self._permitted = PERMITTED[self.role]
-        if self._settled():
+        self._permitted = COMMANDS_BY_ROLE[self.role]
+        if self._commit_pending_puts():
             self.stop_waiting()
             error = AuthRequired(reason)
             self._log_rejected(error)
@@ -788,17 +788,17 @@ class Connection:
     # Puts
 
     def put(self, put: Put) -> None:
-        self._deferred += 1
+        self._pending_puts += 1
         self._loop.put(self, put)
 
     def stored(self, message_id: int) -> None:
         """Reply to a put."""
-        self._deferred -= 1
+        self._pending_puts -= 1
         self._send(encode_integer(message_id))
 
     def not_stored(self, error: ReplyError) -> None:
         """Reply to a put that failed."""
-        self._deferred -= 1
+        self._pending_puts -= 1
         self.counters.puts_refused[error.code] += 1
         self._fail(error)
 
@@ -809,7 +809,7 @@ class Connection:
         self._set_permitted()
 
     def _set_permitted(self) -> None:
-        self._permitted = (QUEUED if self.transaction else PERMITTED)[self.role]
+        self._permitted = (QUEUED if self.transaction else COMMANDS_BY_ROLE)[self.role]
 
     def put_together(self, puts: list[Put], encode: Callable[[list[int] | ReplyError], bytes]) -> bytes | None:
         try:
@@ -843,10 +843,10 @@ class Connection:
         """Go on behind the request that was parked."""
         self._parked = False
         self._received_at = self._loop.now
-        if self.services.settings.idle_timeout_seconds:
+        if self.context.settings.idle_timeout_seconds:
             self._schedule()
         # Not run here and now: that could store a put, which wakes another, which runs …, without end.
-        if self._requests or self._ended or len(self._parser):
+        if self._requests or self._eof_received or len(self._parser):
             self._run_soon()
 
     # Answers that come later
@@ -887,7 +887,7 @@ class Connection:
         try:
             if topic:
                 # Joined before it looks: a put of another worker in between must not be missed.
-                self._loop.join(topic, self)
+                self._loop.add_waiter(topic, self)
         except Busy:
             found = fetch()
             if not found:
@@ -949,20 +949,20 @@ class Connection:
     def _stop_waiting(self) -> None:
         if self._wait is not None:
             if self._wait.topic:
-                self._loop.leave(self._wait.topic, self)
+                self._loop.remove_waiter(self._wait.topic, self)
             self._wait = None
 
     # Deadlines
 
     def _deadline(self) -> float:
-        settings = self.services.settings
+        settings = self.context.settings
         deadline = min(self._linger_until, self._unread_since + settings.reply_timeout_seconds)
         if self.finishing:
             return deadline
         if self._wait is not None:
             return deadline if self._no_room else min(deadline, self._wait.until)
         deadline = min(deadline, self._stranger_until, self._request_deadline())
-        if settings.idle_timeout_seconds and not (self._parked or self._behind or self._out or self._no_room):
+        if settings.idle_timeout_seconds and not (self._parked or self._has_unparsed or self._out or self._no_room):
             deadline = min(deadline, self._received_at + settings.idle_timeout_seconds)
         return deadline
 
@@ -971,7 +971,7 @@ class Connection:
         if self._no_room or self._request_since == math.inf:
             return math.inf
         length = len(self._parser) + self._parser.missing
-        timeout = self.services.settings.request_timeout_seconds
+        timeout = self.context.settings.request_timeout_seconds
         return self._request_since + timeout + length / SLOW_BYTES_PER_SECOND
 
     def _schedule(self) -> None:
@@ -979,10 +979,10 @@ class Connection:
         if deadline < self.scheduled:
             self._loop.schedule(self, deadline)
 
-    def on_time(self) -> None:
+    def on_timer(self) -> None:
         """Do what a deadline asks for, if one has passed."""
         now = self._loop.now
-        settings = self.services.settings
+        settings = self.context.settings
         if now < self._deadline():
             pass  # It was put off; nothing is due yet.
         elif now >= self._linger_until:
@@ -999,7 +999,7 @@ class Connection:
             if len(self._parser):
                 self._reject(error)
             else:
-                self.send_away(error)
+                self.close_with_error(error)
         elif now >= self._request_deadline():
             self._reject(TimedOut("the request did not arrive in time"))
         else:
@@ -1026,17 +1026,17 @@ class Connection:
         """
         self._linger_seconds = LINGER_SECONDS_AT_STOP
         self.stop_waiting()
-        if self._parked or not self._settled():
+        if self._parked or not self._commit_pending_puts():
             self.finishing = True
         elif not self.finishing:
-            self._end(Closing("the server is stopping"))
+            self._end(ShuttingDown("the server is stopping"))
 
     def _linger(self) -> None:
         # Closing while the client still sends would make the kernel reset the connection, and the client
         # might lose the last reply. So it gets the end of the stream first, and a moment to hang up.
         if self._linger_until != math.inf:
             return
-        if self._ended:
+        if self._eof_received:
             self.close("end of input")
             return
         try:
@@ -1050,13 +1050,13 @@ class Connection:
     def on_failure(self) -> None:
         """End after an exception, which costs this connection and no other."""
         self._log_defect()
-        self.send_away(_DEFECT)
+        self.close_with_error(_DEFECT)
 
     def _fail_by_defect(self) -> None:
         """Reply to a request that failed by an exception, and close."""
         self._log_defect()
         self._stop_waiting()
-        if self._settled():
+        if self._commit_pending_puts():
             self._fail(_DEFECT)
             self.finish()
         else:
@@ -1066,9 +1066,9 @@ class Connection:
         _logger.exception("%r: dropped after a defect", self, extra=self._event("defect"))
         self.counters.failures += 1
 
-    def send_away(self, error: ReplyError) -> None:
+    def close_with_error(self, error: ReplyError) -> None:
         """Close at once. A client that asked for notices is told why, if no reply stands before that."""
-        if self.notices and not (self._out or self._deferred):
+        if self.notices and not (self._out or self._pending_puts):
             self.note(error)
             try:
                 self._socket.send(encode_error(error))
@@ -1086,7 +1086,7 @@ class Connection:
         self._out = bytearray()
         self._forget_input()
         self._backlog = 0
-        self._loop.forget(self)
+        self._loop.remove_connection(self)
         # A process that was forked may hold a copy of the socket; without this, the client would not see the end.
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
@@ -1100,7 +1100,7 @@ class Connection:
     def _watch(self) -> None:
         """Tell the loop what to look for, when it has changed."""
         events = EVENT_READ
-        if self._unread_since != math.inf or self._parked or self._behind or self._ended or self._no_room:
+        if self._unread_since != math.inf or self._parked or self._has_unparsed or self._eof_received or self._no_room:
             events = self._wanted()
         if self._handshaking and self._events:
             # The handshake says what it waits for.
@@ -1111,8 +1111,8 @@ class Connection:
 
     def _wanted(self) -> int:
         # A connection that waits is read from as well, to notice when the client goes.
-        full = self._behind or (self._parked and len(self._parser) >= self._max_held)
-        reading = 0 if full or self._ended or (self._no_room and not self._parked) else EVENT_READ
+        full = self._has_unparsed or (self._parked and len(self._parser) >= self._max_held)
+        reading = 0 if full or self._eof_received or (self._no_room and not self._parked) else EVENT_READ
         return reading | (EVENT_WRITE if self._unread_since != math.inf else 0)
 
 

@@ -21,7 +21,7 @@ from functools import partial
 from typing import Protocol
 
 from dsmq import logs
-from dsmq.broker.commands import COMMANDS, Services
+from dsmq.broker.commands import COMMANDS, ServerContext
 from dsmq.broker.connection import SLOW_SECONDS, Connection, Peer, Stream, result_of
 from dsmq.broker.counters import Counters
 from dsmq.broker.listener import Listener
@@ -51,25 +51,25 @@ PUT_BYTES = MAX_BATCH_BYTES // 500
 _logger = logging.getLogger(__name__)
 
 
-class Timed(Protocol):
+class TimerTarget(Protocol):
     """What the timers know."""
 
     closed: bool
     scheduled: float
 
-    def on_time(self) -> None:
+    def on_timer(self) -> None:
         """Do what is due."""
 
     def on_failure(self) -> None:
-        """Deal with the exception that `on_time` has just raised."""
+        """Deal with the exception that `on_timer` has just raised."""
 
 
-class Worker:
+class EventLoop:
     """One I/O worker. `post` and `wake` may be called from any thread, the rest is its own."""
 
-    def __init__(self, name: str, services: Services, workers: Sequence[Worker]) -> None:
+    def __init__(self, name: str, context: ServerContext, workers: Sequence[EventLoop]) -> None:
         """`workers` are all that share the store, this one among them."""
-        self.services = services
+        self.context = context
         self.counters = Counters(commands=dict.fromkeys((command.name for command in COMMANDS.values()), 0))
         self.now = time.monotonic()
         self.connections: dict[Connection, None] = {}
@@ -91,15 +91,15 @@ class Worker:
         self._to_flush: list[Connection] = []
         # Those that have more requests than they could run in their time, in the order in which they go on.
         self._to_run: deque[Connection] = deque()
-        self._timers: list[tuple[float, int, Timed]] = []
+        self._timers: list[tuple[float, int, TimerTarget]] = []
         self._timer_number = itertools.count()
         self._posted: deque[Callable[[], None]] = deque()
-        self._busy_poll_seconds = services.settings.busy_poll_microseconds / 1e6
-        self._look_from = self._awake_until = self._close_at = 0.0
+        self._busy_poll_seconds = context.settings.busy_poll_microseconds / 1e6
+        self._poll_not_before = self._poll_until = self._close_at = 0.0
         self._answered_at = self.now
         self._stop_at = math.inf
-        self._bell = _Bell(self._run_posted)
-        self._selector.register(self._bell, selectors.EVENT_READ, self._bell)
+        self._waker = _Waker(self._run_posted)
+        self._selector.register(self._waker, selectors.EVENT_READ, self._waker)
 
     # From other threads
 
@@ -109,7 +109,7 @@ class Worker:
 
     def post(self, call: Callable[[], None]) -> None:
         self._posted.append(call)
-        self._bell.ring()
+        self._waker.ring()
 
     def listen(self, listeners: Sequence[Listener]) -> None:
         """Accept connections from these listeners. To be called before `start`, or posted."""
@@ -122,22 +122,22 @@ class Worker:
         if listener in self._selector.get_map():
             self._selector.unregister(listener)
 
-    def adopt(self, sock: Stream, peer: Peer) -> None:
+    def add_connection(self, sock: Stream, peer: Peer) -> None:
         """Serve this connection from now on."""
         connection = Connection(self, sock, peer)
         self.connections[connection] = None
         self.counters.opened += 1
-        if connection.stranger:
-            unauthenticated = self.services.usage.unauthenticated
+        if connection.unauthenticated:
+            unauthenticated = self.context.usage.unauthenticated
             unauthenticated.add(connection, 1)
             while (oldest := unauthenticated.take_excess()) is not None:
-                oldest.post(partial(oldest.send_away, Busy("too many others have not shown their token yet")))
+                oldest.post(partial(oldest.close_with_error, Busy("too many others have not shown their token yet")))
         connection.open()
         # The rules may have changed since it was accepted, in another thread.
         connection.apply_access()
 
     def admit(self, connection: Connection) -> None:
-        self.services.usage.unauthenticated.drop(connection)
+        self.context.usage.unauthenticated.drop(connection)
 
     def apply_settings(self) -> None:
         """Apply reloaded settings to all connections. To be posted."""
@@ -158,7 +158,7 @@ class Worker:
     # The loop
 
     def _run(self) -> None:
-        _Pulse(self).on_time()
+        _LagProbe(self).on_timer()
         try:
             while not (self._stop_at < math.inf and self._stopped()):
                 self._turn()
@@ -170,21 +170,21 @@ class Worker:
         for connection in list(self.connections):
             connection.close("the server has stopped")
         self._selector.close()
-        self._bell.close()
+        self._waker.close()
 
     def abandon(self) -> None:
         """Close the copies of the sockets that a forked process has."""
         for connection in self.connections:
             connection.abandon()
         self._selector.close()
-        self._bell.close()
+        self._waker.close()
 
     def _turn(self) -> None:
         before = self.counters.requests
         ready = self._wait()
         self.now = time.monotonic()
         if ready:
-            self._awake_until = self.now + self._busy_poll_seconds
+            self._poll_until = self.now + self._busy_poll_seconds
         self._answered_at = self.now
         many = len(ready) + len(self._to_run) > 4
         self.slice_seconds = _slice_seconds(len(ready)) if many else MOST_SLICE_SECONDS
@@ -257,7 +257,7 @@ class Worker:
         if self._to_run or self._to_wake:
             return self._selector.select(0)
         now = self._answered_at
-        while self._look_from <= now < self._awake_until:
+        while self._poll_not_before <= now < self._poll_until:
             if ready := self._selector.select(0):
                 return ready
             self._flush_store()
@@ -265,7 +265,7 @@ class Worker:
             yield_processor()
             before, now = now, time.monotonic()
             if now - before > LONG_YIELD_SECONDS:
-                self._look_from = now + LONG_YIELD_PAUSE_SECONDS
+                self._poll_not_before = now + LONG_YIELD_PAUSE_SECONDS
         self._flush_store()
         # Where the process was stopped meanwhile (SIGSTOP) it returns nothing, whatever has come; then the timers would
         # find requests late that are there.
@@ -273,7 +273,7 @@ class Worker:
 
     def _flush_store(self) -> None:
         try:
-            self.services.store.flush()
+            self.context.store.flush()
         except ReplyError as error:
             # The put that needs it will fail, and tell its client.
             _logger.debug("nothing written: %s", error)
@@ -299,7 +299,7 @@ class Worker:
             return None
         return max(0.0, soonest - time.monotonic())
 
-    def schedule(self, subject: Timed, when: float) -> None:
+    def schedule(self, subject: TimerTarget, when: float) -> None:
         subject.scheduled = when
         heapq.heappush(self._timers, (when, next(self._timer_number), subject))
         if len(self._timers) > 2 * len(self.connections) + 64:
@@ -308,7 +308,7 @@ class Worker:
             heapq.heapify(self._timers)
 
     def _run_timers(self) -> None:
-        due: list[tuple[float, int, Timed]] = []
+        due: list[tuple[float, int, TimerTarget]] = []
         while self._timers and self._timers[0][0] <= self.now and len(due) < MAX_TIMERS:
             due.append(heapq.heappop(self._timers))
         for timer in due:
@@ -316,7 +316,7 @@ class Worker:
                 subject = timer[2]
                 subject.scheduled = math.inf
                 try:
-                    subject.on_time()
+                    subject.on_timer()
                 except Exception:  # noqa: BLE001
                     subject.on_failure()
 
@@ -346,7 +346,7 @@ class Worker:
 
     def _append(self, puts: list[Put]) -> Answer[list[int]]:
         try:
-            return self.services.store.append(puts)
+            return self.context.store.append(puts)
         except ReplyError:
             raise
         except Exception as error:
@@ -424,13 +424,13 @@ class Worker:
             if time.monotonic() >= until:
                 return
 
-    def join(self, topic: bytes, connection: Connection) -> None:
-        if not self.services.usage.waiting.claim(connection, 1):
+    def add_waiter(self, topic: bytes, connection: Connection) -> None:
+        if not self.context.usage.waiting.claim(connection, 1):
             raise Busy("as many clients wait for messages as may")
         self._waiters.setdefault(topic, {})[connection] = None
 
-    def leave(self, topic: bytes, connection: Connection) -> None:
-        self.services.usage.waiting.drop(connection)
+    def remove_waiter(self, topic: bytes, connection: Connection) -> None:
+        self.context.usage.waiting.drop(connection)
         waiters = self._waiters[topic]
         del waiters[connection]
         if not waiters:
@@ -444,7 +444,7 @@ class Worker:
 
     def leave_queue(self, connection: Connection) -> None:
         self._cramped.pop(connection, None)
-        for budget in (self.services.usage.replies, self.services.usage.requests):
+        for budget in (self.context.usage.replies, self.context.usage.requests):
             budget.leave(connection)
 
     def relieve(self) -> None:
@@ -453,7 +453,7 @@ class Worker:
     def _make_room(self) -> None:
         """Serve those for whom there is room now; close slow ones if others have waited too long for it."""
         self._short_of_room = False
-        for budget in (self.services.usage.replies, self.services.usage.requests):
+        for budget in (self.context.usage.replies, self.context.usage.requests):
             self._serve_queue(budget)
             if self.now >= self._close_at and (missing := budget.missing(self.now - SLOW_SECONDS)) > 0:
                 self._close_slow(budget, missing)
@@ -480,7 +480,7 @@ class Worker:
             if connection.may_go(budget, now):
                 missing -= held
                 connection.post(partial(connection.make_way, budget))
-        if budget is self.services.usage.requests:
+        if budget is self.context.usage.requests:
             # Of replies, those that wait get rid of what they hold by themselves.
             for connection in budget.blockers():
                 connection.post(partial(connection.make_way, budget, waits=True))
@@ -500,12 +500,12 @@ class Worker:
     def run_soon(self, connection: Connection) -> None:
         self._to_run.append(connection)
 
-    def forget(self, connection: Connection) -> None:
+    def remove_connection(self, connection: Connection) -> None:
         self.watch(connection, 0)
         del self.connections[connection]
         self._cramped.pop(connection, None)
-        usage = self.services.usage
-        usage.connections.add(connection.peer.network, -1)
+        usage = self.context.usage
+        usage.connections.add(connection.peer.client_key, -1)
         for of_connections in (usage.unauthenticated, usage.replies, usage.requests):
             of_connections.drop(connection)
 
@@ -519,16 +519,16 @@ class Worker:
         return not self.connections or time.monotonic() >= self._stop_at
 
 
-class _Pulse:
+class _LagProbe:
     """Measures how late the loop looks at its timers."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: EventLoop) -> None:
         self.closed = False
         self.scheduled = worker.now
         self._worker = worker
         self._due = worker.now
 
-    def on_time(self) -> None:
+    def on_timer(self) -> None:
         """Note how late it is called, and be called again."""
         self._worker.counters.lag_seconds.add(max(0.0, self._worker.now - self._due))
         self._due = self._worker.now + PULSE_SECONDS
@@ -539,7 +539,7 @@ class _Pulse:
         _logger.exception("the pulse failed")
 
 
-class _Bell:
+class _Waker:
     """Wakes a selector from another thread."""
 
     def __init__(self, answer: Callable[[], None]) -> None:
@@ -582,5 +582,5 @@ def _slice_seconds(count: int) -> float:
     return max(LEAST_SLICE_SECONDS, TURN_SECONDS / max(4, count))
 
 
-def _is_due(when: float, _: int, subject: Timed) -> bool:
+def _is_due(when: float, _: int, subject: TimerTarget) -> bool:
     return not subject.closed and when == subject.scheduled

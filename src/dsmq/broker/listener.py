@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from typing import Protocol
 
 from dsmq import logs
-from dsmq.errors import CannotStart
+from dsmq.errors import StartupError
 from dsmq.wire.addresses import UNIX, Endpoint, parse_endpoint
 
 # Accepted in one turn of the loop, so that a flood of connections does not starve those that are open.
@@ -35,7 +35,7 @@ def listen(host: str, port: int, backlog: int, settings: str = "") -> list[socke
     """Return sockets listening on an address, a name (all its addresses that work), or `unix:/path`.
 
     Port 0 takes one that is free on all of them. `settings` is what the settings' names begin with, for the error.
-    Raises CannotStart.
+    Raises StartupError.
     """
     endpoint = parse_endpoint(host, port)
     if endpoint.path:
@@ -44,7 +44,7 @@ def listen(host: str, port: int, backlog: int, settings: str = "") -> list[socke
         return _listen_everywhere(_resolve(endpoint), backlog)
     except OSError as error:
         hint = f" (--{settings}port sets another one)" if error.errno in (errno.EADDRINUSE, errno.EACCES) else ""
-        raise CannotStart(f"cannot listen on {endpoint}: {_reason(error)}{hint}") from error
+        raise StartupError(f"cannot listen on {endpoint}: {_reason(error)}{hint}") from error
 
 
 def _listen_everywhere(
@@ -125,7 +125,7 @@ def _listen_unix(path: str, backlog: int) -> socket.socket:
         sock.listen(backlog)
     except OSError as error:
         sock.close()
-        raise CannotStart(f"cannot listen on {UNIX}{path}: {_reason(error)}") from error
+        raise StartupError(f"cannot listen on {UNIX}{path}: {_reason(error)}") from error
     return sock
 
 
@@ -167,7 +167,7 @@ class Accepting(Protocol):
         """Do so no more."""
 
     def schedule(self, subject: Listener, when: float) -> None:
-        """Call `on_time` at about this time."""
+        """Call `on_timer` at about this time."""
 
 
 class Listener:
@@ -208,7 +208,7 @@ class Listener:
             self.loop.unlisten(self)
             self.loop.schedule(self, self.loop.now + ACCEPT_PAUSE_SECONDS)
 
-    def on_time(self) -> None:
+    def on_timer(self) -> None:
         """Accept again."""
         if self.loop is not None:
             self.loop.listen([self])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NoReturn, TypeGuard
 
-from dsmq.errors import AuthRequired, Busy, Closing, DSMQError, InternalError, ProtocolError, ReplyError, TimedOut
+from dsmq.errors import AuthRequired, Busy, DSMQError, InternalError, ProtocolError, ReplyError, ShuttingDown, TimedOut
 from dsmq.wire.resp import Reply, encode_request
 
 
@@ -18,7 +18,7 @@ def stored_id(reply: Reply) -> int:
 
 def raise_if_fatal(reply: Reply) -> Reply:
     """Return a reply, even an error. Raises an error after which the server hangs up."""
-    if isinstance(reply, (ProtocolError, AuthRequired, Busy, Closing, TimedOut, InternalError)):
+    if isinstance(reply, (ProtocolError, AuthRequired, Busy, ShuttingDown, TimedOut, InternalError)):
         raise reply
     return reply
 
@@ -27,7 +27,7 @@ def is_lost(error: BaseException, *, connecting: bool) -> TypeGuard[Exception]:
     """Return whether an error means that a connection has broken, so that another is to be made."""
     if isinstance(error, DSMQError):
         # A server with too many clients may have room soon; one whose tokens have changed may accept this client's.
-        return isinstance(error, Closing | TimedOut | (Busy if connecting else AuthRequired))
+        return isinstance(error, ShuttingDown | TimedOut | (Busy if connecting else AuthRequired))
     return isinstance(error, OSError)
 
 

@@ -14,7 +14,7 @@ from dsmq.client import arguments
 from dsmq.client.reader import LATEST, MAX_READ_BYTES, MIN_READ_BYTES, Asked, Claim, TopicReader, read_request
 from dsmq.client.replies import reason, restored_number, stored_id, topics, topics_request
 from dsmq.client.stretch import Entry, Era
-from dsmq.errors import AuthRequired, Closing, ConnectionLost, DSMQError, MessageNotText, ReplyError, TimedOut
+from dsmq.errors import AuthRequired, ConnectionLost, DSMQError, MessageNotText, ReplyError, ShuttingDown, TimedOut
 from dsmq.system import boot_time, process
 from dsmq.wire.resp import Reply, encode_request
 
@@ -26,7 +26,7 @@ Convert: TypeAlias = Callable[[TopicReader, Entry], T]
 """Makes of a message what the user gets."""
 
 FORKED = "this process is a child of the one that made the connection"
-NOT_RUN = (Closing, TimedOut, AuthRequired)
+NOT_RUN = (ShuttingDown, TimedOut, AuthRequired)
 """Errors after which the server hangs up, having run no request that it has not answered."""
 
 # The longest wait to request at once. A longer one is requested in parts, so that both sides soon notice when the other

@@ -26,7 +26,7 @@ from prometheus_client.exposition import choose_encoder
 
 from dsmq import __version__, logs
 from dsmq.broker import listener as listening
-from dsmq.broker.auth import HTTPGate
+from dsmq.broker.auth import HTTPAuthenticator
 from dsmq.ops.status import Status
 
 # How long a client may take to send its request, and to read the reply. A scrape takes milliseconds.
@@ -50,13 +50,17 @@ class HTTPEndpoint(ThreadingHTTPServer):
     block_on_close = False
 
     def __init__(
-        self, sock: socket.socket, registry: CollectorRegistry, status: Status, gate: Callable[[], HTTPGate]
+        self,
+        sock: socket.socket,
+        registry: CollectorRegistry,
+        status: Status,
+        authenticator: Callable[[], HTTPAuthenticator],
     ) -> None:
-        """`gate` returns the access rules in force."""
+        """`authenticator` returns the access rules in force."""
         # Skips TCPServer.__init__, which would create another socket.
         BaseServer.__init__(self, sock.getsockname()[:2], _Handler)
         self.socket = sock
-        self.gate = gate
+        self.authenticator = authenticator
         self.registry = registry
         self.status = status
         self.waiting_since: dict[socket.socket, float] = {}
@@ -223,7 +227,7 @@ class _Handler(BaseHTTPRequestHandler):
             return _page()
         if path not in PROTECTED_ROUTES:
             return _text(HTTPStatus.NOT_FOUND, f"Not found. Try {', '.join(('/', *PUBLIC_ROUTES, *PROTECTED_ROUTES))}.")
-        if not self.server.gate().admits(self.headers.get("Authorization", "")):
+        if not self.server.authenticator().admits(self.headers.get("Authorization", "")):
             return _text(HTTPStatus.UNAUTHORIZED, "Bearer token required.", {"WWW-Authenticate": "Bearer"})
         return PROTECTED_ROUTES[path](self)
 
@@ -232,7 +236,7 @@ class _Handler(BaseHTTPRequestHandler):
         hosts = self.headers.get_all("Host", [])
         if len(hosts) > 1 or (not hosts and self.request_version != "HTTP/1.0"):
             return _text(HTTPStatus.BAD_REQUEST, "Exactly one Host header is required.")
-        if hosts and not self.server.gate().answers_to(hosts[0]):
+        if hosts and not self.server.authenticator().answers_to(hosts[0]):
             return _text(HTTPStatus.MISDIRECTED_REQUEST, "Unknown host name: add it to http_allowed_hosts.")
         return None
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from dsmq import __version__
 from dsmq.broker.auth import Role
-from dsmq.broker.commands import Services
+from dsmq.broker.commands import ServerContext
 from dsmq.broker.connection import Connection
 from dsmq.broker.counters import Counters, total
-from dsmq.broker.event_loop import PULSE_SECONDS, Worker
+from dsmq.broker.event_loop import PULSE_SECONDS, EventLoop
 from dsmq.errors import ReplyError
 from dsmq.settings import Settings
 from dsmq.store.api import Store, Timing, TopicStats, Totals
@@ -30,8 +30,8 @@ class Status:
 
     def __init__(
         self,
-        services: Services,
-        workers: Sequence[Worker],
+        context: ServerContext,
+        workers: Sequence[EventLoop],
         expiry: Expiry,
         keeper: Snapshotter | None,
         max_connections: int,
@@ -43,18 +43,18 @@ class Status:
         """Counts connections that were refused before a worker got them."""
         self.serving = False
         self.stopping = False
-        self.store: Store = services.store
+        self.store: Store = context.store
         self.max_connections = max_connections
         self._began = time.monotonic()
-        self._services = services
+        self._context = context
         self._workers = workers
         self._expiry = expiry
-        self._keeper = keeper
+        self._snapshotter = keeper
 
     @property
     def settings(self) -> Settings:
         """The settings in force, which a reload may change."""
-        return self._services.settings
+        return self._context.settings
 
     def counters(self) -> Counters:
         return total([*(worker.counters for worker in self._workers), self.refused])
@@ -66,19 +66,19 @@ class Status:
         return self._expiry.timing
 
     def snapshots(self) -> SnapshotStats:
-        return self._keeper.stats if self._keeper else SnapshotStats()
+        return self._snapshotter.stats if self._snapshotter else SnapshotStats()
 
     def snapshot_interval(self) -> float:
-        return self._keeper.interval if self._keeper else 0
+        return self._snapshotter.interval if self._snapshotter else 0
 
     def connections(self) -> int:
         return sum(len(worker.connections) for worker in self._workers)
 
     def waiting(self) -> int:
-        return self._services.usage.waiting.total
+        return self._context.usage.waiting.total
 
     def unauthenticated(self) -> int:
-        return self._services.usage.unauthenticated.total
+        return self._context.usage.unauthenticated.total
 
     def topic_stats(self, topic: bytes) -> TopicStats | None:
         """Return the stats of a topic, or None if the store fails, or can't answer at once."""
@@ -95,8 +95,8 @@ class Status:
         timeout, now = self.settings.health_timeout_seconds, time.monotonic()
         due = [(worker.thread, worker.now + PULSE_SECONDS) for worker in self._workers]
         due.append((self._expiry.thread, self._expiry.due_at))
-        if self._keeper:
-            due.append((self._keeper.thread, self._keeper.due_at))
+        if self._snapshotter:
+            due.append((self._snapshotter.thread, self._snapshotter.due_at))
         return [
             thread.name
             for thread, due_at in due
@@ -163,7 +163,7 @@ class Status:
             "uptime_seconds": time.monotonic() - self._began,
             "host": self.settings.host,
             "port": self.port,
-            "tokens": bool(self._services.access.gate.tokens),
+            "tokens": bool(self._context.access.authenticator.tokens),
             "tls": bool(self.settings.tls_cert_file),
             "ready": not not_ready,
             "healthy": not stuck,
@@ -224,7 +224,7 @@ class Status:
                 "peer": client.peer.name,
                 "connected_seconds": max(0.0, now - client.opened_at),
                 "waiting": client.waiting,
-                "topic": client.reading[0].decode(errors="replace") if client.reading else None,
+                "topic": client.last_read[0].decode(errors="replace") if client.last_read else None,
                 "lag": lag,
                 "role": "" if client.role is Role.NOBODY else client.role.name.lower(),
             }
@@ -233,9 +233,9 @@ class Status:
 
     def _lag(self, client: Connection) -> int | None:
         """Return how many messages of the topic it last read a client has not received yet."""
-        if client.reading is None:
+        if client.last_read is None:
             return None
-        topic, number = client.reading
+        topic, number = client.last_read
         return max(0, self.store.last_number(topic) - number)
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from dsmq.errors import CannotStart
+from dsmq.errors import StartupError
 from dsmq.ops.status import Status
 
 # FileDescriptorName= of the sockets for clients, and of the one for the HTTP endpoint.
@@ -86,7 +86,7 @@ class Systemd:
 
 
 def take() -> Systemd:
-    """Take what systemd passed, and remove it from the environment of child processes. Raises CannotStart."""
+    """Take what systemd passed, and remove it from the environment of child processes. Raises StartupError."""
     names = ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
     given = {name: os.environ.pop(name, "") for name in (*names, "LISTEN_PIDFDID")}
     me = str(os.getpid())
@@ -102,7 +102,7 @@ def take() -> Systemd:
         for wanted in (QUEUE, METRICS)
     )
     if (metrics and not queue) or len(metrics) > 1:
-        raise CannotStart(
+        raise StartupError(
             f"systemd passed {len(queue)} sockets named {QUEUE} and {len(metrics)} named {METRICS}: "
             f"at least one {QUEUE} socket and at most one {METRICS} socket are required"
         )
@@ -115,7 +115,7 @@ def _purposes(names: list[str], count: int) -> list[str]:
     unknown = [name for name in names if name not in (QUEUE, METRICS)]
     # Without FileDescriptorName= a socket has the name of its unit; a single one is for clients.
     if len(unknown) > 1 or (unknown and QUEUE in names):
-        raise CannotStart(
+        raise StartupError(
             f"systemd passed sockets named {', '.join(names)}: set FileDescriptorName= of each to {QUEUE} or {METRICS}"
         )
     return [name if name == METRICS else QUEUE for name in names]
@@ -129,7 +129,7 @@ def _listening(descriptor: int, name: str) -> socket.socket:
         # A previous owner may have made it non-blocking.
         sock.setblocking(True)
     except OSError as error:
-        raise CannotStart(f"the {name} socket passed by systemd can't be used: {error.strerror}") from error
+        raise StartupError(f"the {name} socket passed by systemd can't be used: {error.strerror}") from error
     if not listens:
-        raise CannotStart(f"the {name} socket passed by systemd does not listen: set ListenStream= and Accept=no")
+        raise StartupError(f"the {name} socket passed by systemd does not listen: set ListenStream= and Accept=no")
     return sock

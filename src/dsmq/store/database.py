@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
-from dsmq.errors import CannotStart, Full, ReplyError, StoreFailed
+from dsmq.errors import Full, ReplyError, StartupError, StoreFailed
 from dsmq.store.api import Timing
 from dsmq.store.schema import INDEX, INSERT_ROW, INSERT_TOPIC, LONG_BYTES, SCHEMA, Columns, Row, StoredMessage, unpack
 
@@ -60,7 +60,7 @@ class Database:
             self.connection.execute(INDEX)
         except sqlite3.Error as error:
             self.connection.close()
-            raise CannotStart(f"SQLite {sqlite3.sqlite_version} is too old, or lacks a feature: {error}") from error
+            raise StartupError(f"SQLite {sqlite3.sqlite_version} is too old, or lacks a feature: {error}") from error
 
     def __enter__(self) -> None:
         self.lock.acquire()

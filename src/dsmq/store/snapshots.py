@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from dsmq import logs
-from dsmq.errors import CannotStart, ReplyError
+from dsmq.errors import ReplyError, StartupError
 from dsmq.store import snapshot_contents, snapshot_file
 from dsmq.store.snapshot_contents import SnapshotContents, StoreState
 from dsmq.store.snapshot_file import Abandoned, Unusable
@@ -79,7 +79,7 @@ class Snapshotter:
     # Start
 
     def open(self) -> None:
-        """Restore the file, if it exists. Raises CannotStart if a snapshot could not be read or written.
+        """Restore the file, if it exists. Raises StartupError if a snapshot could not be read or written.
 
         A file that is damaged is renamed, and the store stays new.
         """
@@ -89,10 +89,10 @@ class Snapshotter:
             if self.path.exists():
                 self._restore()
         except sqlite3.Error as error:
-            raise CannotStart(f"snapshot_file: {self.path}: {error}") from error
+            raise StartupError(f"snapshot_file: {self.path}: {error}") from error
         except OSError as error:
             what = self.path.parent if isinstance(error, FileNotFoundError) else error.filename or self.path
-            raise CannotStart(f"snapshot_file: {what}: {error.strerror}") from error
+            raise StartupError(f"snapshot_file: {what}: {error.strerror}") from error
         self._is_open = True
 
     def _restore(self) -> None:
@@ -304,6 +304,6 @@ def _lock_file(path: Path) -> int:
     except OSError as error:
         os.close(descriptor)
         if isinstance(error, BlockingIOError):
-            raise CannotStart(f"snapshot_file: another server has {path}") from None
+            raise StartupError(f"snapshot_file: another server has {path}") from None
         raise
     return descriptor
