@@ -27,7 +27,7 @@ import trustme
 from conftest import CONNECTS, SOON, UNIT, Connect, Wire, blocked, daemon, run_dsmq, serving, tool, wait_until, wire_to
 from dsmq import aio
 from dsmq import settings as config
-from dsmq.broker import auth, connection
+from dsmq.broker import auth, login
 from dsmq.broker import listener as listening
 from dsmq.broker.auth import Authenticator, Role
 from dsmq.broker.commands import COMMANDS
@@ -198,13 +198,13 @@ def test_wrong_token_closes_authenticated_connection(server: Server) -> None:
 
 
 def test_requests_that_arrive_behind_a_wrong_token_get_replies(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "WRONG_TOKEN_SECONDS", 10 * SOON)
+    monkeypatch.setattr(login, "WRONG_TOKEN_SECONDS", 10 * SOON)
     with wire_to(server) as wire:
         assert wire.error("AUTH", WRONG) == "WRONGPASS"
         assert [wire.error("AUTH", ADMIN), wire.error("PING")] == ["NOAUTH", "NOAUTH"]
         wire.send(b"PING\r\n" * 100)
         # Two have been answered; the last reply says why it is the last.
-        replies = [wire.receive() for _ in range(connection.MAX_REQUESTS_OF_STRANGERS - 2)]
+        replies = [wire.receive() for _ in range(login.MAX_UNAUTHENTICATED_REQUESTS - 2)]
         assert "no more than" in str(replies[-1])
         with pytest.raises(EOFError):
             wire.receive()
@@ -429,8 +429,8 @@ def test_failing_connection_does_not_affect_others_on_reload(token_file: Path, m
     with Server(load(), load=load) as server, wire_as(server, READER) as first, wire_as(server, READER) as second:
         first.ask_for_notices()
         second.ask_for_notices()
-        broken, settled = next(iter(server._workers[0].connections)), Connection._commit_pending_puts
-        monkeypatch.setattr(Connection, "_commit_pending_puts", lambda one: 1 / 0 if one is broken else settled(one))
+        broken, settled = next(iter(server._workers[0].connections)), Connection.commit_puts
+        monkeypatch.setattr(Connection, "commit_puts", lambda one: 1 / 0 if one is broken else settled(one))
         token_file.write_text(ADMIN)
         server.reload()
         assert second.receive().code == "NOAUTH"  # type: ignore[union-attr]
@@ -792,7 +792,7 @@ def test_reload_with_first_token_closes_unauthenticated_connections() -> None:
 
 
 def test_reload_may_remove_all_tokens_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "WRONG_TOKEN_SECONDS", 10 * SOON)
+    monkeypatch.setattr(login, "WRONG_TOKEN_SECONDS", 10 * SOON)
     settings: dict[str, object] = {"auth_token": ADMIN}
     load = lambda: config.load(kind=config.EmbeddedSettings, port=0, **settings)  # noqa: E731
     with Server(load(), load=load) as server, wire_as(server, ADMIN) as admin, wire_to(server) as guesser:

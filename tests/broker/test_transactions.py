@@ -223,7 +223,7 @@ def test_long_exec_reply_does_not_block_other_clients() -> None:
         while left != len(connection.steps):
             left = len(connection.steps)
             assert wire.call("PING") == "PONG"
-            assert len(connection._out) < 65_536 + 100_100
+            assert len(connection.transport.data) < 65_536 + 100_100
         assert left > 300
         data = b""
         while not data.endswith(b"+PONG\r\n"):

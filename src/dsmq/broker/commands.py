@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias
 
 from dsmq import __version__
 from dsmq import settings as config
 from dsmq.broker.auth import DEFAULT_USER, Role
-from dsmq.broker.counters import Counters
 from dsmq.broker.reads import PendingRead
 from dsmq.broker.syntax import arguments, bounds
 from dsmq.broker.usage import Usage, request_memory
@@ -47,6 +46,7 @@ from dsmq.wire.resp import (
 
 if TYPE_CHECKING:
     from dsmq.broker.access import Access
+    from dsmq.broker.connection import Connection as Client
 
 DEFAULT_COUNT = 100
 MAX_COUNT = 1_000
@@ -119,66 +119,7 @@ class Step(NamedTuple):
     """It reads only messages with ids below this one: what was put after it in the transaction is stored already."""
 
 
-class Client(Protocol):
-    """What commands may do to the connection they came from."""
-
-    context: ServerContext
-    counters: Counters
-    id: int
-    role: Role
-    name: bytes
-    version: int
-    """The version of RESP it speaks, 2 or 3."""
-    notices: bool
-    """Whether it has asked to be told what it did not ask for: that the server stops, for one."""
-    start_id: int
-    """The last id when it connected."""
-    positions: dict[bytes, int]
-    """Where GET goes on, by topic; `start_id` for those not in it."""
-    last_read: tuple[bytes, int] | None
-    """The topic it was sent messages of last, and the number of the last of them."""
-    steps: deque[Step]
-    """What EXEC has still to run."""
-    below: int
-    """While a step is run: what it says."""
-
-    @property
-    def transaction(self) -> Transaction | None:
-        """The transaction between MULTI and EXEC."""
-
-    @property
-    def max_read_bytes(self) -> int:
-        """How many bytes of messages it is sent at once."""
-
-    def put(self, put: Put) -> None:
-        """Store it with all that arrived at the same time; the reply follows then."""
-
-    def begin(self, transaction: Transaction | None) -> None:
-        """Queue requests in a transaction from now on, or run them again."""
-
-    def put_together(self, puts: list[Put], encode: Callable[[list[int] | ReplyError], bytes]) -> bytes | None:
-        """Store all or nothing, and return the encoded ids or error, or None where the store answers later."""
-
-    def run_next(self, steps: deque[Step]) -> None:
-        """Run these before any other request: each is replied to like a request of its own."""
-
-    def read(self, read: PendingRead) -> Encoded | None:
-        """Fetch now and after each put into the topic, until there are messages or the time is up."""
-
-    def authenticate(self, user: bytes, token: bytes, welcome: Callable[[], bytes]) -> bytes:
-        """Take on the role of a token and return the reply that welcomes.
-
-        Raises WrongToken if there is no such token; then no request is run any more, and the connection ends soon.
-        """
-
-    def set_position(self, topic: bytes, message_id: int) -> None:
-        """Let GET go on behind this message. Raises BadRequest if the positions take up too much memory."""
-
-    def finish(self) -> None:
-        """Close the connection once what is to be sent has been."""
-
-
-Handler = Callable[[Client, list[bytes]], Encoded | None]
+Handler: TypeAlias = "Callable[[Client, list[bytes]], Encoded | None]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,7 +214,7 @@ def _read(client: Client, request: list[bytes]) -> Encoded | None:
     if after > store.last_id():
         raise BadRequest(f"no message has an id above {store.last_id()} yet; was the server restarted since?")
     size = min(size, client.max_read_bytes)
-    return client.read(PendingRead(topic, after, 0 if latest else count, size, wait, _delivered, epoch))
+    return client.reads.start(PendingRead(topic, after, 0 if latest else count, size, wait, _delivered, epoch))
 
 
 def _check_epoch(store: Store, epoch: bytes) -> None:
@@ -342,7 +283,7 @@ def _getlatest(client: Client, request: list[bytes]) -> Encoded | None:
 def _next(client: Client, topic: bytes, wait: int, count: int) -> Encoded | None:
     """Reply the message behind the connection's position, or with a count of 0 the newest."""
     position = client.positions.get(topic, client.start_id)
-    return client.read(PendingRead(topic, position, count, 1, wait, _moved))
+    return client.reads.start(PendingRead(topic, position, count, 1, wait, _moved))
 
 
 def _moved(client: Client, read: PendingRead, messages: list[Message]) -> bytes:
