@@ -116,13 +116,13 @@ COMMANDS: dict[bytes, Command] = {
             "Return the messages with ids above `after`: id, number, age in ms, body and ms left of each.",
             parse=messages.parse_read,
         ),
-        Command("GET", messages.get, "topic", "Return the next message.", parse=messages.parse_get),
+        Command("GET", messages.get, "topic", "Return the next message.", parse=messages.parse_topic),
         Command(
             "GETLATEST",
             messages.get_latest,
             "topic",
             "Return the newest message, and skip the others.",
-            parse=messages.parse_get,
+            parse=messages.parse_topic,
         ),
         Command(
             "GETWAIT",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, TypeAlias
 
-from dsmq.broker.arguments import MAX_NAME_BYTES, parse_integer, parse_number, parse_options, parse_topic
+from dsmq.broker.arguments import MAX_NAME_BYTES, parse_integer, parse_number, parse_options
 from dsmq.errors import BadRequest, TooBig, WrongEpoch
 from dsmq.store.api import Answer, Message, Put, Store, TopicStats
 from dsmq.wire.limits import MAX_INTEGER
@@ -31,7 +31,6 @@ MAX_READ_BYTES = 262_144
 # Max size of one READ while replies are unread: clients that don't read would never be sent most of a longer one.
 SHORT_READ_BYTES = 65_536
 MAX_WAIT_MS = 86_400_000
-_UNBOUNDED = sys.maxsize
 
 Fetch: TypeAlias = Callable[[], Answer[list[Message]]]
 
@@ -48,8 +47,22 @@ def parse_put(client: Connection, request: list[bytes]) -> Put:
         raise TooBig(f"a message has at most {settings.max_message_bytes} bytes, not {len(body)}")
     if not (0 < len(topic) <= settings.max_topic_bytes and topic.isascii()):
         # For most topics this saves the call, which takes as long as the other checks together.
-        parse_topic(topic, settings.max_topic_bytes)
+        parse_topic(client, request)
     return topic, body, _parse_key(client.context.store, request) if len(request) > 3 else None
+
+
+def parse_topic(client: Connection, request: list[bytes]) -> bytes:
+    topic, max_bytes = request[1], client.context.settings.max_topic_bytes
+    if not topic:
+        raise BadRequest("the name of the topic is empty")
+    if len(topic) > max_bytes:
+        raise TooBig(f"a topic has at most {max_bytes} bytes, not {len(topic)}")
+    if not topic.isascii():
+        try:
+            topic.decode()
+        except UnicodeDecodeError:
+            raise BadRequest("the topic is not UTF-8") from None
+    return topic
 
 
 def _parse_key(store: Store, request: list[bytes]) -> tuple[bytes, int] | None:
@@ -75,115 +88,109 @@ def _parse_key(store: Store, request: list[bytes]) -> tuple[bytes, int] | None:
 
 @dataclass(slots=True)
 class PendingRead:
-    """A READ until it is answered, which may take as long as its wait."""
+    """A request for messages, until it is answered."""
 
-    client: Connection
     topic: bytes
     after: int
     count: int
-    """Max messages; 0 for the newest one."""
-    size: int
-    """Max bytes of bodies, beyond the first one."""
+    """Max messages; 0 for the newest one only."""
+    max_bytes: int
     wait_ms: int
-    epoch: bytes | None
-    below: int
-    """The id that ends what EXEC lets it read."""
-
-    def start(self) -> Encoded | None:
-        return self.client.wait_for(self.topic, self.wait_ms, self.fetch, self.encode)
-
-    def fetch(self) -> Answer[list[Message]]:
-        store = self.client.context.store
-        if self.count:
-            return store.read(self.topic, self.after, self.count, self.size)
-        return store.latest(self.topic, self.after, self.below)
-
-    def encode(self, messages: list[Message]) -> Encoded:
-        # Checked again, because the epoch may have changed during the wait if the store is on another machine.
-        self.check_epoch()
-        self.record(messages)
-        return encode_messages(messages)
-
-    def check_epoch(self) -> None:
-        store = self.client.context.store
-        if self.epoch is not None and self.epoch != store.epoch.encode():
-            raise WrongEpoch(f"{store.epoch} {store.run} this is another epoch")
-
-    def record(self, messages: list[Message]) -> None:
-        """Count a delivery."""
-        counters = self.client.counters
-        if not messages:
-            counters.gets_empty += 1
-            return
-        counters.gets_message += 1
-        counters.delivered += len(messages)
-        self.client.last_read = self.topic, messages[-1].number
-        if messages[0].age_ms == messages[-1].age_ms:
-            counters.delivery_seconds.add(messages[0].age_ms / 1000, len(messages))
-            return
-        for message in messages:
-            counters.delivery_seconds.add(message.age_ms / 1000)
+    encode: Callable[[Connection, PendingRead, list[Message]], Encoded]
+    epoch: bytes | None = None
 
 
-class PendingGet(PendingRead):
-    """A GET: it reads from the connection's position, and moves it."""
-
-    __slots__ = ()
-
-    def encode(self, messages: list[Message]) -> Encoded:
-        self.record(messages)
-        if not messages:
-            return encode_null(self.client.version)
-        self.client.set_position(self.topic, messages[0].id)
-        return encode_bulk(messages[0].body)
+def _start(client: Connection, read: PendingRead) -> Encoded | None:
+    store = client.context.store
+    if read.count:
+        fetch = partial(store.read, read.topic, read.after, read.count, read.max_bytes)
+    else:
+        fetch = partial(store.latest, read.topic, read.after, client.below or sys.maxsize)
+    return client.wait_for(read.topic, read.wait_ms, fetch, partial(read.encode, client, read))
 
 
 def read(client: Connection, request: list[bytes]) -> Encoded | None:
     pending = parse_read(client, request)
-    pending.check_epoch()
-    last_id = client.context.store.last_id()
-    if pending.after > last_id:
-        raise BadRequest(f"no message has an id above {last_id} yet; was the server restarted since?")
-    return pending.start()
+    store = client.context.store
+    if pending.epoch is not None:
+        _check_epoch(store, pending.epoch)
+    if pending.after > store.last_id():
+        raise BadRequest(f"no message has an id above {store.last_id()} yet; was the server restarted since?")
+    return _start(client, pending)
 
 
 def parse_read(client: Connection, request: list[bytes]) -> PendingRead:
-    topic = _parse_topic(client, request)
+    topic = parse_topic(client, request)
     after = parse_integer(request[2], "after")
-    count, size, wait_ms, epoch = _read_options(*request[3:])
-    below = client.below or _UNBOUNDED
-    return PendingRead(client, topic, after, count, min(size, client.max_read_bytes), wait_ms, epoch, below)
+    count, max_bytes, wait_ms, epoch = _read_options(*request[3:])
+    return PendingRead(topic, after, count, min(max_bytes, client.max_read_bytes), wait_ms, _encode_read, epoch)
 
 
 @lru_cache
 def _read_options(*words: bytes) -> tuple[int, int, int, bytes | None]:
     options = parse_options(words, {b"COUNT": 1, b"BYTES": 1, b"WAIT": 1, b"LATEST": 0, b"EPOCH": 1})
     count = parse_number(options, b"COUNT", DEFAULT_COUNT, 1, MAX_COUNT)
-    size = parse_number(options, b"BYTES", MAX_READ_BYTES, 1, MAX_READ_BYTES)
+    max_bytes = parse_number(options, b"BYTES", MAX_READ_BYTES, 1, MAX_READ_BYTES)
     wait_ms = parse_number(options, b"WAIT", 0, 0, MAX_WAIT_MS)
-    return 0 if b"LATEST" in options else count, size, wait_ms, options.get(b"EPOCH", [None])[0]
+    return 0 if b"LATEST" in options else count, max_bytes, wait_ms, options.get(b"EPOCH", [None])[0]
+
+
+def _encode_read(client: Connection, read: PendingRead, messages: list[Message]) -> Encoded:
+    if read.epoch is not None:
+        # Checked again, because a store on another machine may have begun another epoch during the wait.
+        _check_epoch(client.context.store, read.epoch)
+    _count_delivery(client, read.topic, messages)
+    return encode_messages(messages)
+
+
+def _check_epoch(store: Store, epoch: bytes) -> None:
+    if epoch != store.epoch.encode():
+        raise WrongEpoch(f"{store.epoch} {store.run} this is another epoch")
+
+
+def _count_delivery(client: Connection, topic: bytes, messages: list[Message]) -> None:
+    counters = client.counters
+    if not messages:
+        counters.gets_empty += 1
+        return
+    counters.gets_message += 1
+    counters.delivered += len(messages)
+    client.last_read = topic, messages[-1].number
+    if messages[0].age_ms == messages[-1].age_ms:
+        counters.delivery_seconds.add(messages[0].age_ms / 1000, len(messages))
+        return
+    for message in messages:
+        counters.delivery_seconds.add(message.age_ms / 1000)
 
 
 def get(client: Connection, request: list[bytes]) -> Encoded | None:
-    return parse_get(client, request).start()
+    return _get_at_position(client, parse_topic(client, request), 1, 0)
 
 
 def get_latest(client: Connection, request: list[bytes]) -> Encoded | None:
-    return parse_get(client, request, count=0).start()
+    return _get_at_position(client, parse_topic(client, request), 0, 0)
 
 
 def get_wait(client: Connection, request: list[bytes]) -> Encoded | None:
-    return parse_get_wait(client, request).start()
+    topic, wait_ms = parse_get_wait(client, request)
+    return _get_at_position(client, topic, 1, wait_ms)
 
 
-def parse_get_wait(client: Connection, request: list[bytes]) -> PendingGet:
-    return parse_get(client, request, wait_ms=parse_integer(request[2], "milliseconds", most=MAX_WAIT_MS))
+def parse_get_wait(client: Connection, request: list[bytes]) -> tuple[bytes, int]:
+    return parse_topic(client, request), parse_integer(request[2], "milliseconds", most=MAX_WAIT_MS)
 
 
-def parse_get(client: Connection, request: list[bytes], count: int = 1, wait_ms: int = 0) -> PendingGet:
-    topic = _parse_topic(client, request)
+def _get_at_position(client: Connection, topic: bytes, count: int, wait_ms: int) -> Encoded | None:
     position = client.positions.get(topic, client.start_id)
-    return PendingGet(client, topic, position, count, 1, wait_ms, None, client.below or _UNBOUNDED)
+    return _start(client, PendingRead(topic, position, count, 1, wait_ms, _advance_position))
+
+
+def _advance_position(client: Connection, read: PendingRead, messages: list[Message]) -> Encoded:
+    _count_delivery(client, read.topic, messages)
+    if not messages:
+        return encode_null(client.version)
+    client.set_position(read.topic, messages[0].id)
+    return encode_bulk(messages[0].body)
 
 
 def topics(client: Connection, request: list[bytes]) -> Encoded | None:
@@ -207,14 +214,10 @@ def stats(client: Connection, request: list[bytes]) -> Encoded | None:
 
 def parse_stats(client: Connection, request: list[bytes]) -> tuple[bytes, int]:
     options = parse_options(request[2:], {b"AFTER": 1})
-    return _parse_topic(client, request), parse_number(options, b"AFTER", 0, 0, MAX_INTEGER)
+    return parse_topic(client, request), parse_number(options, b"AFTER", 0, 0, MAX_INTEGER)
 
 
 def _encode_stats(version: int, stats: TopicStats) -> bytes:
     values = stats._asdict()
     del values["name"]
     return encode_value(version, values)
-
-
-def _parse_topic(client: Connection, request: list[bytes]) -> bytes:
-    return parse_topic(request[1], client.context.settings.max_topic_bytes)
