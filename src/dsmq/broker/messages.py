@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -104,8 +103,10 @@ def _start(client: Connection, read: PendingRead) -> Encoded | None:
     store = client.context.store
     if read.count:
         fetch = partial(store.read, read.topic, read.after, read.count, read.max_bytes)
+    elif client.below:
+        fetch = partial(store.latest, read.topic, read.after, client.below)
     else:
-        fetch = partial(store.latest, read.topic, read.after, client.below or sys.maxsize)
+        fetch = partial(store.latest, read.topic, read.after)
     return client.wait_for(read.topic, read.wait_ms, fetch, partial(read.encode, client, read))
 
 
