@@ -249,7 +249,20 @@ def shown(data: bytes) -> str:
 
 def encode_request(*arguments: bytes) -> bytes:
     """Encode a request, name first, as an array of bulk strings."""
-    return b"*%d\r\n%b" % (len(arguments), b"".join(map(encode_bulk, arguments)))
+    return encode_array([encode_bulk(argument) for argument in arguments])
+
+
+def encode_read(topic: str, after: int, options: bytes = b"", words: int = 0) -> bytes:
+    """Encode a READ as `encode_request` does, but faster. The options are encoded, and consist of so many words."""
+    name, position = topic.encode(), b"%d" % after
+    parts = 3 + words, len(name), name, len(position), position, options
+    return b"*%d\r\n$4\r\nREAD\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n%b" % parts
+
+
+def encode_option(name: bytes, value: int) -> bytes:
+    """Encode an option of READ, two words."""
+    digits = b"%d" % value
+    return b"$%d\r\n%b\r\n$%d\r\n%b\r\n" % (len(name), name, len(digits), digits)
 
 
 def encode_simple(text: str) -> bytes:
