@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 
 from dsmq import logs
 from dsmq.broker.auth import Role
-from dsmq.broker.commands import MAX_READ_BYTES, SHORT_READ_BYTES, Step, Transaction
 from dsmq.broker.login import Login, Peer
+from dsmq.broker.messages import MAX_READ_BYTES, SHORT_READ_BYTES
 from dsmq.broker.reads import Reads
 from dsmq.broker.requests import Requests
 from dsmq.broker.states import BEHIND, CLOSED, FINISHING, HANDSHAKE, LINGERING, NO_ROOM, OPEN, WAITING
+from dsmq.broker.transactions import Step, Transaction
 from dsmq.broker.transport import (
     LAST_RECEIVE_BYTES,
     LINGER_SECONDS_AT_STOP,
@@ -29,7 +30,8 @@ from dsmq.broker.transport import (
 from dsmq.broker.usage import FREE_BYTES, Budget
 from dsmq.errors import AuthRequired, BadRequest, InternalError, ReplyError, ShuttingDown, TimedOut
 from dsmq.store.api import Put
-from dsmq.wire.resp import REQUEST_OVERHEAD_BYTES, encode_error, encode_integer
+from dsmq.wire.limits import REQUEST_OVERHEAD_BYTES
+from dsmq.wire.resp import encode_error, encode_integer
 
 if TYPE_CHECKING:
     from dsmq.broker.event_loop import EventLoop

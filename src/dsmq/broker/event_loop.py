@@ -19,7 +19,8 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from dsmq import logs
-from dsmq.broker.commands import COMMANDS, ServerContext
+from dsmq.broker.commands import COMMANDS
+from dsmq.broker.context import ServerContext
 from dsmq.broker.counters import Counters
 from dsmq.broker.listener import Listener
 from dsmq.broker.memory import MemoryQueue

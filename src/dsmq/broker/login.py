@@ -58,7 +58,7 @@ class Login:
         authenticator = connection.context.access.authenticator
         if not authenticator.tokens:
             raise BadRequest("a token was given, but this server has none")
-        found = authenticator.admit(user, token)
+        found = authenticator.authenticate(user, token)
         if found is None:
             _logger.warning("%r: wrong token", connection, extra=connection.event("wrong_token"))
             connection.counters.wrong_tokens += 1

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 from dsmq.broker import usage
 from dsmq.broker.auth import Role
-from dsmq.broker.commands import COMMANDS_BY_ROLE, PUT, QUEUED, Command, Step, Transaction, find
+from dsmq.broker.commands import COMMANDS_BY_ROLE, PUT, QUEUED, Command, find
 from dsmq.broker.states import BEHIND, CLOSED, FINISHING, OPEN, WAITING
+from dsmq.broker.transactions import Step, Transaction
 from dsmq.broker.transport import Transport
 from dsmq.broker.usage import FREE_BYTES, SLOW_BYTES_PER_SECOND, Budget, request_memory
 from dsmq.errors import ReplyError
-from dsmq.wire.resp import RequestParser
+from dsmq.wire.request_parser import RequestParser
 
 if TYPE_CHECKING:
     from dsmq.broker.connection import Connection
