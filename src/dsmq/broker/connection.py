@@ -64,7 +64,7 @@ class Connection:
         self.state = HANDSHAKE if peer.encrypted else OPEN
         self.login = Login(self, Role.NOBODY if context.access.authenticator.tokens else Role.ADMIN)
         self.transport = Transport(self, loop, sock, context.usage.replies)
-        self.requests = Requests(self, loop, self.transport, context.usage.requests)
+        self.requests = Requests(self, loop, self.transport, context.usage.requests, loop.counters.commands)
         self.reads = Reads(self)
         self.pending_puts = 0
         self.scheduled = math.inf
@@ -140,11 +140,6 @@ class Connection:
     @property
     def max_read_bytes(self) -> int:
         return SHORT_READ_BYTES if self.transport.budget.total else MAX_READ_BYTES
-
-    def put(self, put: Put) -> None:
-        """Store a message at the end of the turn; the reply follows then."""
-        self.pending_puts += 1
-        self.loop.batch.add(self, put)
 
     def begin(self, transaction: Transaction | None) -> None:
         """Queue requests in a transaction from now on; with None, run them again."""
@@ -290,7 +285,7 @@ class Connection:
         self.state = max(self.state, FINISHING)
         self.transport.max_receive = LAST_RECEIVE_BYTES
         if not self.transport.data:
-            self.loop.flush_soon(self.transport)
+            self.loop.to_flush.append(self.transport)
 
     def drain(self) -> None:
         """Answer what waits, and finish: the server is stopping.

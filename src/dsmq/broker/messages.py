@@ -32,7 +32,7 @@ MAX_WAIT_MS = 86_400_000
 
 
 def put(client: Connection, request: list[bytes]) -> None:
-    client.put(parse_put(client, request))
+    client.loop.batch.add(client, parse_put(client, request))
 
 
 def parse_put(client: Connection, request: list[bytes]) -> Put:

@@ -152,28 +152,28 @@ class Waiters:
         self.to_wake: dict[Connection, None] = {}
         """Woken by a put, but not served yet: they may be many."""
         self._count = count
-        self._by_topic: dict[bytes, dict[Connection, None]] = {}
+        self.by_topic: dict[bytes, dict[Connection, None]] = {}
 
     def add(self, topic: bytes, connection: Connection) -> None:
         """Raises Busy if there are too many."""
         if not self._count.claim(connection, 1):
             raise Busy(f"too many waiting readers (max_waiting_readers = {self._count.limit})")
-        self._by_topic.setdefault(topic, {})[connection] = None
+        self.by_topic.setdefault(topic, {})[connection] = None
 
     def remove(self, topic: bytes, connection: Connection) -> None:
         self._count.drop(connection)
-        waiters = self._by_topic[topic]
+        waiters = self.by_topic[topic]
         del waiters[connection]
         if not waiters:
-            del self._by_topic[topic]
+            del self.by_topic[topic]
 
     def topics_of(self, puts: Iterable[Put]) -> set[bytes]:
         """Return the topics among these puts that somebody waits for. Thread-safe."""
-        return {put[0] for put in puts if put[0] in self._by_topic} if self._by_topic else set()
+        return {put[0] for put in puts if put[0] in self.by_topic}
 
     def wake(self, topics: Iterable[bytes]) -> None:
         for topic in topics:
-            self.to_wake.update(self._by_topic.get(topic, ()))
+            self.to_wake.update(self.by_topic.get(topic, ()))
 
     def serve(self, seconds: float) -> None:
         """Serve as many as there is time for."""

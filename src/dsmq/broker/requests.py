@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass, field
+from selectors import EVENT_READ
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,7 @@ class Requests:
     loop: EventLoop
     transport: Transport
     budget: Budget
+    counts: dict[str, int]
     parser: RequestParser = field(default_factory=lambda: RequestParser(0))
     queue: deque[list[bytes]] = field(default_factory=deque)
     """Parsed, but not run yet."""
@@ -83,7 +85,9 @@ class Requests:
             or self.transport.eof_received
         ):
             self._after_run()
-        self.transport.update_events()
+            self.transport.update_events()
+        elif self.transport.events != EVENT_READ:
+            self.transport.update_events()
 
     def _run(self) -> None:
         connection, transport, queue, parser = self.connection, self.transport, self.queue, self.parser
@@ -142,7 +146,7 @@ class Requests:
 
     def _execute(self, request: list[bytes]) -> None:
         command = self.permitted.get(request[0]) or self._authorize(request[0])
-        self.loop.counters.commands[command.name] += 1
+        self.counts[command.name] += 1
         if command is not PUT and self.connection.pending_puts and not self.connection.commit_puts():
             self.queue.appendleft(request)
             return
@@ -160,7 +164,7 @@ class Requests:
             self.connection.login.count_request()
         command = find(name)
         if role < command.role:
-            self.loop.counters.commands[command.name] += 1
+            self.counts[command.name] += 1
             command.forbid(role)
         # Between MULTI and EXEC it is queued.
         return self.permitted.get(command.name.encode(), command)

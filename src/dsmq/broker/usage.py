@@ -94,6 +94,8 @@ class Budget(Count["Connection"]):
         self._longest = 0
         self.is_tight = False
         """Whether the largest amount that is claimed at once would not fit."""
+        self.is_crowded = False
+        """Whether somebody waits, or will with the largest amount."""
         # Since when each waits, and for how much.
         self._queue: dict[Connection, tuple[float, int]] = {}
 
@@ -102,11 +104,6 @@ class Budget(Count["Connection"]):
         with self._lock:
             self.limit, self._longest = max(limit, longest), longest
             self._judge()
-
-    @property
-    def is_crowded(self) -> bool:
-        """Whether somebody waits, or will with the largest amount."""
-        return self.is_tight or bool(self._queue)
 
     @property
     def is_full(self) -> bool:
@@ -119,6 +116,7 @@ class Budget(Count["Connection"]):
 
     def _judge(self) -> None:
         self.is_tight = self.total + self._longest > self.limit
+        self.is_crowded = self.is_tight or bool(self._queue)
 
     def claim_in_turn(self, holder: Connection, amount: int, now: float) -> bool:
         """Claim as `claim` does, but much only behind those that wait. If it fails, the holder waits from now on."""
@@ -127,6 +125,7 @@ class Budget(Count["Connection"]):
             if not in_turn or self.total + amount > self.limit:
                 since = self._queue.get(holder, (now, 0))[0]
                 self._queue[holder] = since, amount
+                self.is_crowded = True
                 return False
             self._queue.pop(holder, None)
             self._add(holder, amount)
@@ -184,6 +183,7 @@ class Budget(Count["Connection"]):
         """Wait no more."""
         with self._lock:
             self._queue.pop(holder, None)
+            self._judge()
 
     def drop(self, holder: Connection) -> None:
         super().drop(holder)
