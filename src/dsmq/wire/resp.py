@@ -10,10 +10,8 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, TypeAlias
 
 from dsmq.errors import ProtocolError, ReplyError, from_reply
-from dsmq.wire.limits import MAX_LINE_BYTES
+from dsmq.wire.limits import MAX_DEPTH, MAX_LINE_BYTES
 
-# The depth of COMMAND DOCS, plus one for EXEC around it.
-_MAX_DEPTH = 9
 _MAX_REPLY_ELEMENTS = 1_048_576
 
 ARRAY, _BULK, _INTEGER, _SIMPLE, _ERROR, _NULL = b"*$:+-_"
@@ -200,7 +198,7 @@ class ReplyParser(Input):
         return self._data[at:end]
 
     def _begin_array(self, count: int) -> None:
-        if count > _MAX_REPLY_ELEMENTS or len(self._open) >= _MAX_DEPTH:
+        if count > _MAX_REPLY_ELEMENTS or len(self._open) >= MAX_DEPTH:
             raise ProtocolError(f"an array of {count} at depth {len(self._open)}")
         self._open.append(([], count))
 
