@@ -453,9 +453,11 @@ class EventLoop:
     def _make_room(self) -> None:
         """Serve those for whom there is room now; close slow ones if others have waited too long for it."""
         self._short_of_room = False
+        if closes := self.now >= self._close_at:
+            self._close_at = self.now + CLOSE_SECONDS
         for budget in (self.context.usage.replies, self.context.usage.requests):
             self._serve_queue(budget)
-            if self.now >= self._close_at and (missing := budget.missing(self.now - SLOW_SECONDS)) > 0:
+            if closes and (missing := budget.missing(self.now - SLOW_SECONDS)) > 0:
                 self._close_slow(budget, missing)
         self._short_of_room = self._short_of_room or bool(self._cramped)
 
@@ -471,11 +473,11 @@ class EventLoop:
                 budget.leave(first)
 
     def _close_slow(self, budget: Budget, missing: int) -> None:
-        self._close_at = self.now + CLOSE_SECONDS
         self._short_of_room = True
         now = time.monotonic()
+        until = now + MOST_SLICE_SECONDS
         for connection, held in budget.largest():
-            if missing <= 0:
+            if missing <= 0 or time.monotonic() >= until:
                 break
             if connection.may_go(budget, now):
                 missing -= held
