@@ -25,6 +25,18 @@ from helpers import HOST, ROOT, SOON, UNIT, Daemon, Wire, as_map, daemon, reache
 __all__ = ["HOST", "ROOT", "SOON", "UNIT", "Daemon", "Wire", "as_map", "daemon", "reached", "scrape", "wait_until"]
 
 
+# Tests that share what they install, build or start run in one process.
+GROUPS = ("browser", "clients", "deploy")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for name in GROUPS:
+            if item.get_closest_marker(name):
+                item.add_marker(pytest.mark.xdist_group(name))
+
+
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the caller has set for dsmq is nothing to the tests."""

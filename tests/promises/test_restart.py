@@ -198,7 +198,13 @@ class Reader:
 ENDS = ("graceful", "killed", "killed after a snapshot", "all is lost")
 
 
-@pytest.mark.parametrize("ends", list(itertools.product(ENDS, repeat=2)), ids=", ".join)
+@pytest.mark.parametrize(
+    "ends",
+    [
+        pytest.param(ends, id=", ".join(ends), marks=[pytest.mark.slow] if ends[0] != ends[1] else [])
+        for ends in itertools.product(ENDS, repeat=2)
+    ],
+)
 def test_missed_is_exact_whatever_runs_a_client_was_away_for(restarted: Restarted, ends: tuple[str, ...]) -> None:
     history = History(restarted)
     history.start()
