@@ -86,7 +86,8 @@ def test_blocking_reads_do_not_wait_in_transaction(server: Server, wire: Wire) -
     # Behind it, waits are waits again.
     wire.send(encode_request(b"GETWAIT", b"t", b"60000"))
     wait_until(lambda: server.waiting() == 1)
-    server._workers[0].post(lambda: server._workers[0].put_together([(b"t", b"x", None)]) and None)
+    with wire_to(server) as writer:
+        assert transact(writer, ("PUT", "t", "x")) == [1]
     assert wire.receive() == b"x"
 
 

@@ -17,6 +17,7 @@ from dsmq import __version__
 from dsmq import settings as config
 from dsmq.broker.auth import DEFAULT_USER, Role
 from dsmq.broker.counters import Counters
+from dsmq.broker.reads import PendingRead
 from dsmq.broker.syntax import arguments, bounds
 from dsmq.broker.usage import Usage, request_memory
 from dsmq.errors import (
@@ -31,7 +32,7 @@ from dsmq.errors import (
     WrongEpoch,
 )
 from dsmq.settings import Settings
-from dsmq.store.api import Answer, Message, Put, Store, T, TopicStats
+from dsmq.store.api import Message, Put, Store, TopicStats
 from dsmq.wire.resp import (
     MAX_INTEGER,
     Encoded,
@@ -161,12 +162,7 @@ class Client(Protocol):
     def run_next(self, steps: deque[Step]) -> None:
         """Run these before any other request: each is replied to like a request of its own."""
 
-    def reply_to(self, answer: Answer[T], encode: Callable[[T], Encoded]) -> Encoded | None:
-        """Return the encoded answer, or None where the store answers later."""
-
-    def wait_for(
-        self, topic: bytes, milliseconds: int, fetch: Fetch, encode: Callable[[list[Message]], Encoded]
-    ) -> Encoded | None:
+    def read(self, read: PendingRead) -> Encoded | None:
         """Fetch now and after each put into the topic, until there are messages or the time is up."""
 
     def authenticate(self, user: bytes, token: bytes, welcome: Callable[[], bytes]) -> bytes:
@@ -182,7 +178,6 @@ class Client(Protocol):
         """Close the connection once what is to be sent has been."""
 
 
-Fetch = Callable[[], Answer[list[Message]]]
 Handler = Callable[[Client, list[bytes]], Encoded | None]
 
 
@@ -277,15 +272,8 @@ def _read(client: Client, request: list[bytes]) -> Encoded | None:
         _check_epoch(store, epoch)
     if after > store.last_id():
         raise BadRequest(f"no message has an id above {store.last_id()} yet; was the server restarted since?")
-    fetch: Fetch
-    if latest:
-        fetch = _newest(client, topic, after)
-    else:
-        fetch = partial(store.read, topic, after, count, min(size, client.max_read_bytes))
-    encode = partial(_delivered, client, topic)
-    if epoch is not None and wait:
-        encode = partial(_delivered_in, epoch, client, topic)
-    return client.wait_for(topic, wait, fetch, encode)
+    size = min(size, client.max_read_bytes)
+    return client.read(PendingRead(topic, after, 0 if latest else count, size, wait, _delivered, epoch))
 
 
 def _check_epoch(store: Store, epoch: bytes) -> None:
@@ -303,10 +291,6 @@ def _parse_read(client: Client, request: list[bytes]) -> None:
     _read_options(*request[3:])
 
 
-def _newest(client: Client, topic: bytes, after: int) -> Fetch:
-    return partial(client.context.store.latest, topic, after, *((client.below,) if client.below else ()))
-
-
 @lru_cache
 def _read_options(*words: bytes) -> tuple[int, int, int, bool, bytes | None]:
     options = _options(words, {b"COUNT": 1, b"BYTES": 1, b"WAIT": 1, b"LATEST": 0, b"EPOCH": 1})
@@ -316,18 +300,15 @@ def _read_options(*words: bytes) -> tuple[int, int, int, bool, bytes | None]:
     return wait, count, size, b"LATEST" in options, options[b"EPOCH"][0] if b"EPOCH" in options else None
 
 
-def _delivered_in(epoch: bytes, client: Client, topic: bytes, messages: list[Message]) -> Encoded:
-    """The same at the end of a wait, during which a store elsewhere may have begun another epoch."""
-    _check_epoch(client.context.store, epoch)
-    return _delivered(client, topic, messages)
-
-
-def _delivered(client: Client, topic: bytes, messages: list[Message]) -> Encoded:
+def _delivered(client: Client, read: PendingRead, messages: list[Message]) -> Encoded:
     counters = client.counters
+    if read.wait_ms and read.epoch is not None:
+        # A store elsewhere may have begun another epoch meanwhile.
+        _check_epoch(client.context.store, read.epoch)
     if messages:
         counters.gets_message += 1
         counters.delivered += len(messages)
-        client.last_read = topic, messages[-1].number
+        client.last_read = read.topic, messages[-1].number
         if messages[0].age_ms == messages[-1].age_ms:
             counters.delivery_seconds.add(messages[0].age_ms / 1000, len(messages))
         else:
@@ -361,24 +342,22 @@ def _getlatest(client: Client, request: list[bytes]) -> Encoded | None:
 def _next(client: Client, topic: bytes, wait: int, count: int) -> Encoded | None:
     """Reply the message behind the connection's position, or with a count of 0 the newest."""
     position = client.positions.get(topic, client.start_id)
-    fetch: Fetch
-    fetch = partial(client.context.store.read, topic, position, count, 1) if count else _newest(client, topic, position)
-    return client.wait_for(topic, wait, fetch, partial(_moved, client, topic))
+    return client.read(PendingRead(topic, position, count, 1, wait, _moved))
 
 
-def _moved(client: Client, topic: bytes, messages: list[Message]) -> bytes:
-    _delivered(client, topic, messages)
+def _moved(client: Client, read: PendingRead, messages: list[Message]) -> bytes:
+    _delivered(client, read, messages)
     if not messages:
         return encode_null(client.version)
-    client.set_position(topic, messages[0].id)
+    client.set_position(read.topic, messages[0].id)
     return encode_bulk(messages[0].body)
 
 
-def _topics(client: Client, request: list[bytes]) -> Encoded | None:
+def _topics(client: Client, request: list[bytes]) -> bytes:
     options = _options(request[1:], {b"AFTER": 1, b"COUNT": 1})
     after = options.get(b"AFTER", [b""])[0]
     count = _number(options, b"COUNT", MAX_COUNT, 1, MAX_COUNT)
-    return client.reply_to(client.context.store.topics(after, count), _encode_topics)
+    return _encode_topics(client.context.store.topics(after, count))
 
 
 def _encode_topics(topics: list[TopicStats]) -> bytes:
@@ -391,9 +370,8 @@ def _encode_topics(topics: list[TopicStats]) -> bytes:
     )
 
 
-def _stats(client: Client, request: list[bytes]) -> Encoded | None:
-    answer = client.context.store.stats(*_parse_stats(client, request))
-    return client.reply_to(answer, partial(_encode_stats, client.version))
+def _stats(client: Client, request: list[bytes]) -> bytes:
+    return _encode_stats(client.version, client.context.store.stats(*_parse_stats(client, request)))
 
 
 def _parse_stats(client: Client, request: list[bytes]) -> tuple[bytes, int]:

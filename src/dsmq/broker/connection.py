@@ -26,24 +26,22 @@ from dsmq.broker.commands import (
     QUEUED,
     SHORT_READ_BYTES,
     Command,
-    Fetch,
     Step,
     Transaction,
     find,
 )
+from dsmq.broker.reads import PendingRead
 from dsmq.broker.usage import FREE_BYTES, Budget, request_memory
 from dsmq.errors import (
     AuthRequired,
     BadRequest,
-    Busy,
     InternalError,
     ReplyError,
     ShuttingDown,
-    StoreFailed,
     TimedOut,
     WrongToken,
 )
-from dsmq.store.api import MESSAGE_OVERHEAD_BYTES, Answer, Message, Put, T
+from dsmq.store.api import MESSAGE_OVERHEAD_BYTES, Answer, Message, Put
 from dsmq.wire.resp import REQUEST_OVERHEAD_BYTES, Encoded, RequestParser, encode_error, encode_integer
 
 if TYPE_CHECKING:
@@ -119,17 +117,6 @@ class Peer:
         return self.admitted_by[0]
 
 
-@dataclass(slots=True, eq=False)
-class _Wait:
-    """What a waiting reader waits for."""
-
-    topic: bytes
-    """Empty if it waits for room for its reply alone."""
-    until: float
-    fetch: Fetch
-    encode: Callable[[list[Message]], Encoded]
-
-
 class Connection:
     """A connection, from the first byte to the last. Used by its loop's thread alone."""
 
@@ -157,6 +144,7 @@ class Connection:
         "_pending_puts",
         "_permitted",
         "_position_bytes",
+        "_read",
         "_receive_bytes",
         "_received_at",
         "_replies",
@@ -169,7 +157,6 @@ class Connection:
         "_stalls_from",
         "_stranger_until",
         "_unread_since",
-        "_wait",
         "below",
         "closed",
         "context",
@@ -231,7 +218,7 @@ class Connection:
         self._no_room: Budget | None = None
         self._set_bounds()
         self._events = 0
-        self._wait: _Wait | None = None
+        self._read: PendingRead | None = None
         # The reply to the request before is outstanding; those behind it have to wait.
         self._parked = False
         # Parsed, but not run yet; the rest stays in the parser.
@@ -266,7 +253,7 @@ class Connection:
     @property
     def waiting(self) -> bool:
         """Whether it waits for a message."""
-        return self._wait is not None and bool(self._wait.topic)
+        return self._read is not None and self._read.registered
 
     @property
     def max_read_bytes(self) -> int:
@@ -361,8 +348,8 @@ class Connection:
         if self._linger_until != math.inf:
             self.close("end of input")
             return
-        if self._wait is not None and not self._no_room:
-            self._stop_waiting()
+        if self._read is not None and not self._no_room:
+            self._end_read()
             self.finish()
         # Where it is finishing already, this only stops the reading; the replies before are still sent.
         self.run()
@@ -420,7 +407,7 @@ class Connection:
         self._watch()
 
     def _refuse(self, request: list[bytes], error: ReplyError) -> None:
-        self._stop_waiting()
+        self._end_read()
         if not self._commit_pending_puts():
             self._requests.appendleft(request)
             return
@@ -559,7 +546,7 @@ class Connection:
         """Try again what there was no room for."""
         budget, self._no_room = self._no_room, None
         self._received_at = self._loop.now
-        if self._wait is not None:
+        if self._read is not None:
             self.wake()
             self._schedule()
             return
@@ -671,7 +658,8 @@ class Connection:
         Clients of Redis crash on a line that they did not ask for, or take it for the reply to their next request. So
         the error is sent only if the client asked for notices, or as the reply to a request that has not been run.
         """
-        if self.notices or self._requests or len(self._parser):
+        if self.notices or self._read is not None or self._requests or len(self._parser):
+            self._end_read()
             self._fail(error)
         self.finish()
 
@@ -812,24 +800,22 @@ class Connection:
         self._permitted = (QUEUED if self.transaction else COMMANDS_BY_ROLE)[self.role]
 
     def put_together(self, puts: list[Put], encode: Callable[[list[int] | ReplyError], bytes]) -> bytes | None:
-        try:
-            answer = self._loop.put_together(puts)
-        except ReplyError as error:
-            return encode(error)
-        if not isinstance(answer, Future):
-            return encode(answer)
-        self._parked = True
-        answer.add_done_callback(lambda done: self._loop.post(partial(self._put_together_later, done, encode)))
+        """Store all or nothing; return the encoded ids or error, or None if the store answers later."""
+        stored = self._loop.append(puts)
+        if not isinstance(stored, Future):
+            return encode(stored)
+        self._pending_puts += 1
+        self.park()
+        self._loop.when_done(stored, partial(self._stored_together, encode))
         return None
 
-    def _put_together_later(self, answer: Future[list[int]], encode: Callable[[list[int] | ReplyError], bytes]) -> None:
-        if self.closed:
-            return
-        try:
-            self._send(encode(result_of(answer)))
-        except ReplyError as error:
-            self._send(encode(error))
-        self.resume()
+    def _stored_together(
+        self, encode: Callable[[list[int] | ReplyError], bytes], stored: list[int] | ReplyError
+    ) -> None:
+        if not self.closed:
+            self._pending_puts -= 1
+            self._send(encode(stored))
+            self.resume()
 
     def run_next(self, steps: deque[Step]) -> None:
         self.steps = steps
@@ -849,108 +835,85 @@ class Connection:
         if self._requests or self._eof_received or len(self._parser):
             self._run_soon()
 
-    # Answers that come later
+    # Reads
 
-    def reply_to(self, answer: Answer[T], encode: Callable[[T], Encoded]) -> Encoded | None:
-        if not isinstance(answer, Future):
-            return encode(answer)
-        self._parked = True
-        answer.add_done_callback(lambda done: self._loop.post(partial(self._answered, done, encode)))
-        return None
+    def read(self, read: PendingRead) -> Encoded | None:
+        """Return the reply to a read; None if it comes later: with a message, or when there is room for it."""
+        if self.below:
+            # A step of a transaction does not wait for messages.
+            read.below, read.wait_ms = self.below, 0
+        self._read = read
+        reply = self._reply_to(read, read.fetch(self.context.store))
+        if reply is None:
+            self._parked = True
+            if read.wait_ms:
+                read.deadline = self._loop.now + read.wait_ms / 1000
+                self._schedule()
+        return reply
 
-    def _answered(self, answer: Future[T], encode: Callable[[T], Encoded | None], wait: _Wait | None = None) -> None:
-        if self.closed or self._wait is not wait:
-            # With a store that answers later, the wait may have ended by an earlier answer, or its time.
+    def _reply_to(self, read: PendingRead, messages: Answer[list[Message]]) -> Encoded | None:
+        if isinstance(messages, Future):
+            self._loop.when_done(messages, partial(self._try_read, read))
+            return None
+        if read.below:
+            messages = [message for message in messages if message.id < read.below]
+        if not messages and read.wait_ms:
+            if read.registered:
+                return None
+            # Register first, then check again, so that a put in between is not missed.
+            self._loop.add_waiter(read.topic, self)
+            read.registered = True
+            return self._reply_to(read, read.fetch(self.context.store))
+        if self._replies.is_tight and not self._claim_reply(
+            sum([len(message.body) + MESSAGE_OVERHEAD_BYTES for message in messages])
+        ):
+            return None
+        self._end_read()
+        return read.encode(self, read, messages)
+
+    def wake(self) -> None:
+        """Try the pending read again: there is a new message, or room for the reply."""
+        if self._read is not None:
+            self._try_read(self._read)
+
+    def _try_read(self, read: PendingRead, found: list[Message] | ReplyError | None = None) -> None:
+        """Reply to a read if that is possible now; `found` is what the store has answered, if it answered later."""
+        if self._read is not read:
+            # Its time was up, or another answer came first.
             return
         try:
-            reply = encode(result_of(answer))
+            if isinstance(found, ReplyError):
+                raise found
+            reply = self._reply_to(read, read.fetch(self.context.store) if found is None else found)
         except ReplyError as error:
-            self._stop_waiting()
+            self._end_read()
             self._fail(error)
+        except Exception:  # noqa: BLE001
+            self._fail_by_defect()
+            return
         else:
             if reply is None:
                 return
             self._send(reply)
+            if len(reply) > SEND_BYTES:
+                self._count_backlog(len(self._out))
         self.resume()
 
-    def wait_for(
-        self, topic: bytes, milliseconds: int, fetch: Fetch, encode: Callable[[list[Message]], Encoded]
-    ) -> Encoded | None:
-        if self.below:
-            # A step of a transaction does not wait for messages.
-            fetch, milliseconds = partial(_fetch_below, self.below, fetch), 0
-        if not milliseconds:
-            if not self._replies.is_tight:
-                return self.reply_to(fetch(), encode)
-            # It waits for room, if for anything.
-            topic = b""
-        try:
-            if topic:
-                # Joined before it looks: a put of another worker in between must not be missed.
-                self._loop.add_waiter(topic, self)
-        except Busy:
-            found = fetch()
-            if not found:
-                raise
-            return self.reply_to(found, encode)
-        until = self._loop.now + milliseconds / 1000 if topic else math.inf
-        self._wait = wait = _Wait(topic, until, fetch, encode)
-        self._schedule()
-        reply = self._look(wait)
-        self._parked = reply is None
-        return reply
-
-    def _look(self, wait: _Wait) -> Encoded | None:
-        messages = wait.fetch()
-        if isinstance(messages, Future):
-            messages.add_done_callback(
-                lambda done: self._loop.post(partial(self._answered, done, partial(self._found, wait), wait))
-            )
-            return None
-        return self._found(wait, messages)
-
-    def _found(self, wait: _Wait, messages: list[Message]) -> Encoded | None:
-        if not messages and wait.topic:
-            return None
-        if not self._claim_reply(sum([len(message.body) + MESSAGE_OVERHEAD_BYTES for message in messages])):
-            return None
-        self._stop_waiting()
-        return wait.encode(messages)
-
-    def wake(self) -> None:
-        """Look whether there is a message now."""
-        if self._wait is not None:
-            try:
-                reply = self._look(self._wait)
-            except ReplyError as error:
-                self._stop_waiting()
-                self._fail(error)
-                self.resume()
-                return
-            except Exception:  # noqa: BLE001
-                self._fail_by_defect()
-                return
-            if reply is not None:
-                self._send(reply)
-                if len(reply) > SEND_BYTES:
-                    self._count_backlog(len(self._out))
-                self.resume()
-
     def stop_waiting(self) -> None:
-        """Reply to a wait that it found nothing."""
-        if (wait := self._wait) is not None:
-            self._stop_waiting()
+        """Reply to a waiting read that there are no messages."""
+        read = self._read
+        if read is not None and read.wait_ms and not self._no_room:
+            self._end_read()
             try:
-                self._send(wait.encode([]))
+                self._send(read.encode(self, read, []))
             except ReplyError as error:
                 self._fail(error)
             self.resume()
 
-    def _stop_waiting(self) -> None:
-        if self._wait is not None:
-            if self._wait.topic:
-                self._loop.remove_waiter(self._wait.topic, self)
-            self._wait = None
+    def _end_read(self) -> None:
+        read, self._read = self._read, None
+        if read is not None and read.registered:
+            self._loop.remove_waiter(read.topic, self)
 
     # Deadlines
 
@@ -959,8 +922,8 @@ class Connection:
         deadline = min(self._linger_until, self._unread_since + settings.reply_timeout_seconds)
         if self.finishing:
             return deadline
-        if self._wait is not None:
-            return deadline if self._no_room else min(deadline, self._wait.until)
+        if self._read is not None:
+            return deadline if self._no_room else min(deadline, self._read.deadline)
         deadline = min(deadline, self._stranger_until, self._request_deadline())
         if settings.idle_timeout_seconds and not (self._parked or self._has_unparsed or self._out or self._no_room):
             deadline = min(deadline, self._received_at + settings.idle_timeout_seconds)
@@ -990,7 +953,7 @@ class Connection:
         elif now >= self._unread_since + settings.reply_timeout_seconds:
             _logger.info("%r: dropped, it does not read its replies", self, extra=self._event("dropped"))
             self.close("does not read its replies")
-        elif self._wait is not None:
+        elif self._read is not None:
             self.stop_waiting()
         elif now >= self._stranger_until and self._gave_wrong_token:
             self.finish()
@@ -1026,7 +989,7 @@ class Connection:
         """
         self._linger_seconds = LINGER_SECONDS_AT_STOP
         self.stop_waiting()
-        if self._parked or not self._commit_pending_puts():
+        if not self._commit_pending_puts():
             self.finishing = True
         elif not self.finishing:
             self._end(ShuttingDown("the server is stopping"))
@@ -1055,7 +1018,7 @@ class Connection:
     def _fail_by_defect(self) -> None:
         """Reply to a request that failed by an exception, and close."""
         self._log_defect()
-        self._stop_waiting()
+        self._end_read()
         if self._commit_pending_puts():
             self._fail(_DEFECT)
             self.finish()
@@ -1081,7 +1044,7 @@ class Connection:
         if self.closed:
             return
         self.closed = True
-        self._stop_waiting()
+        self._end_read()
         # A timer may know this connection for hours; what it holds must not last as long.
         self._out = bytearray()
         self._forget_input()
@@ -1116,22 +1079,5 @@ class Connection:
         return reading | (EVENT_WRITE if self._unread_since != math.inf else 0)
 
 
-def _fetch_below(message_id: int, fetch: Fetch) -> Answer[list[Message]]:
-    answer = fetch()
-    if isinstance(answer, Future):
-        return answer
-    return [message for message in answer if message.id < message_id]
-
-
 def _counted(size: int) -> int:
     return size if size > FREE_BYTES else 0
-
-
-def result_of(answer: Future[T]) -> T:
-    """Return what a store has answered. Raises a ReplyError, whatever went wrong."""
-    try:
-        return answer.result()
-    except ReplyError:
-        raise
-    except Exception as error:
-        raise StoreFailed(str(error)) from error

@@ -22,9 +22,10 @@ from typing import Protocol
 
 from dsmq import logs
 from dsmq.broker.commands import COMMANDS, ServerContext
-from dsmq.broker.connection import SLOW_SECONDS, Connection, Peer, Stream, result_of
+from dsmq.broker.connection import SLOW_SECONDS, Connection, Peer, Stream
 from dsmq.broker.counters import Counters
 from dsmq.broker.listener import Listener
+from dsmq.broker.reads import T, outcome
 from dsmq.broker.usage import Budget
 from dsmq.errors import Busy, ReplyError, StoreFailed
 from dsmq.store.api import Answer, Put
@@ -330,71 +331,58 @@ class EventLoop:
             self.commit()
 
     def commit(self) -> None:
+        """Store and answer all puts of this turn."""
         puts, putters = self._puts, self._putters
         self._puts, self._putters, self._put_bytes = [], [], 0
-        try:
-            answer = self._append(puts)
-        except ReplyError as error:
-            self._retry(puts, putters, error)
-            return
-        if not isinstance(answer, Future):
-            self._stored(puts, putters, answer)
-            return
-        for connection in putters:
-            connection.park()
-        answer.add_done_callback(lambda done: self.post(partial(self._stored_later, puts, putters, done)))
+        if puts:
+            self._store(puts, putters)
 
-    def _append(self, puts: list[Put]) -> Answer[list[int]]:
+    def _store(self, puts: list[Put], putters: list[Connection]) -> None:
+        stored = self.append(puts)
+        if isinstance(stored, Future):
+            for connection in putters:
+                connection.park()
+            self.when_done(stored, partial(self._answer_later, putters))
+        elif isinstance(stored, ReplyError) and len(puts) > 1:
+            # One by one, so that a message that can't be stored fails alone.
+            for put, connection in zip(puts, putters, strict=True):
+                self._store([put], [connection])
+        else:
+            _answer_puts(putters, stored)
+
+    def _answer_later(self, putters: list[Connection], stored: list[int] | ReplyError) -> None:
+        _answer_puts(putters, stored)
+        for connection in dict.fromkeys(putters):
+            connection.resume()
+
+    def append(self, puts: list[Put]) -> Answer[list[int]] | ReplyError:
+        """Store all of these puts or none, and wake the readers that wait for them; return the ids or the error."""
         try:
-            return self.context.store.append(puts)
-        except ReplyError:
-            raise
-        except Exception as error:
+            stored = self.context.store.append(puts)
+        except ReplyError as error:
+            return error
+        except Exception:
             _logger.exception("storing failed by a defect", extra=logs.event("defect"))
             self.counters.failures += 1
-            raise StoreFailed("a defect; see the server's log") from error
-
-    def put_together(self, puts: list[Put]) -> Answer[list[int]]:
-        answer = self._append(puts)
-        if isinstance(answer, Future):
-            answer.add_done_callback(lambda done: None if done.exception() else self._wake_all(puts))
+            return StoreFailed("a defect; see the server's log")
+        if isinstance(stored, Future):
+            stored.add_done_callback(lambda done: None if done.exception() else self._wake_all(puts))
         else:
             self._wake_all(puts)
-        return answer
+        return stored
+
+    def when_done(self, answer: Future[T], call: Callable[[T | ReplyError], None]) -> None:
+        """Call with what a store answers later, or with the error to reply with, in this thread."""
+
+        def pass_on(done: Future[T]) -> None:
+            result = outcome(done)
+            self.post(partial(call, result))
+
+        answer.add_done_callback(pass_on)
 
     def _wake_all(self, puts: Sequence[Put]) -> None:
         for worker in self._workers:
             worker.wake(puts)
-
-    def _retry(self, puts: list[Put], putters: list[Connection], error: ReplyError) -> None:
-        """Store them one by one, so that a message that can't be stored fails alone."""
-        for put, connection in zip(puts, putters, strict=True):
-            try:
-                answer = self._append([put]) if len(puts) > 1 else None
-            except ReplyError as its_own:
-                connection.not_stored(its_own)
-                continue
-            if isinstance(answer, list):
-                self._stored([put], [connection], answer)
-            else:
-                connection.not_stored(error)
-
-    def _stored(self, puts: list[Put], putters: list[Connection], ids: list[int]) -> None:
-        # Those who wait come first: whoever has put is not waited for by others.
-        self._wake_all(puts)
-        for connection, message_id in zip(putters, ids, strict=True):
-            connection.stored(message_id)
-
-    def _stored_later(self, puts: list[Put], putters: list[Connection], answer: Future[list[int]]) -> None:
-        try:
-            ids = result_of(answer)
-        except ReplyError as error:
-            for connection in putters:
-                connection.not_stored(error)
-        else:
-            self._stored(puts, putters, ids)
-        for connection in dict.fromkeys(putters):
-            connection.resume()
 
     def wake(self, puts: Sequence[Put]) -> None:
         """Have its waiting readers look for what has been put. Safe to call from any thread."""
@@ -575,6 +563,15 @@ class _Waker:
     def close(self) -> None:
         self._inside.close()
         self._outside.close()
+
+
+def _answer_puts(putters: list[Connection], stored: list[int] | ReplyError) -> None:
+    if isinstance(stored, ReplyError):
+        for connection in putters:
+            connection.not_stored(stored)
+        return
+    for connection, message_id in zip(putters, stored, strict=True):
+        connection.stored(message_id)
 
 
 def _slice_seconds(count: int) -> float:
