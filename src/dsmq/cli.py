@@ -190,7 +190,7 @@ def _token(file: str | None, known: dict[str, tuple[str, str]]) -> str | None:
     file = file or known["auth_token_file"][0]
     if not file:
         return None
-    from dsmq.broker.auth import read_tokens  # noqa: PLC0415 - rarely needed
+    from dsmq.broker.token_files import read_tokens  # noqa: PLC0415 - rarely needed
 
     return read_tokens(file)[0][2]
 

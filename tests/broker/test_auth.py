@@ -27,7 +27,7 @@ import trustme
 from conftest import CONNECTS, SOON, UNIT, Connect, Wire, blocked, daemon, run_dsmq, serving, tool, wait_until, wire_to
 from dsmq import aio
 from dsmq import settings as config
-from dsmq.broker import auth, connection
+from dsmq.broker import auth, connection, token_files
 from dsmq.broker import listener as listening
 from dsmq.broker.auth import Authenticator, Role
 from dsmq.broker.commands import COMMANDS
@@ -74,7 +74,7 @@ def wire_as(server: Server, token: str, source: str | None = None) -> Iterator[W
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name.decode() for name in COMMANDS])
 def test_unauthenticated_client_may_only_hello_auth_ping_and_quit(server: Server, wire: Wire, name: str) -> None:
-    arguments = ["x"] * COMMANDS[name.encode()].least
+    arguments = ["x"] * COMMANDS[name.encode()].min_args
     if name in ("HELLO", "PING", "QUIT"):
         assert wire.call(name) is not None
     elif name == "AUTH":
@@ -256,7 +256,7 @@ def test_all_tokens_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatc
     compared = []
     compare = auth.hmac.compare_digest
     monkeypatch.setattr(auth.hmac, "compare_digest", lambda *pair: compared.append(pair) or compare(*pair))
-    assert gate.admit(b"default", b"a") == gate.tokens[0]
+    assert gate.authenticate(b"default", b"a") == gate.tokens[0]
     assert len(compared) == 3
 
 
@@ -486,21 +486,21 @@ def test_invalid_token_file_is_reported_without_its_content(tmp_path: Path, text
 def test_token_file_accepts_trailing_newline_and_crlf(tmp_path: Path) -> None:
     file = tmp_path / "tokens"
     file.write_bytes(f"\ufeff{ADMIN}\r\nname read {READER}\r\n".encode())
-    assert auth.read_tokens(str(file)) == [("default", Role.ADMIN, ADMIN), ("name", Role.READ, READER)]
+    assert token_files.read_tokens(str(file)) == [("default", Role.ADMIN, ADMIN), ("name", Role.READ, READER)]
     for text in (f"{ADMIN}\nname read {ADMIN}", "tök"):
         file.write_text(text)
-        with pytest.raises(ConfigError, match="stands there already"):
-            auth.read_tokens(str(file))
+        with pytest.raises(ConfigError, match="is a duplicate"):
+            token_files.read_tokens(str(file))
 
 
 def test_missing_token_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
-        auth.read_tokens(str(tmp_path / "none"))
+        token_files.read_tokens(str(tmp_path / "none"))
     (tmp_path / "binary").write_bytes(b"\xff")
     with pytest.raises(ConfigError, match="should be UTF-8"):
-        auth.read_tokens(str(tmp_path / "binary"))
+        token_files.read_tokens(str(tmp_path / "binary"))
     with pytest.raises(ConfigError, match="null"):
-        auth.read_tokens("a\0b")
+        token_files.read_tokens("a\0b")
 
 
 LONG, SHORT = "x" * 16, "y" * 15

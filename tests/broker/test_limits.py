@@ -20,7 +20,7 @@ import pytest
 
 from conftest import SOON, UNIT, Wire, blocked, daemon, serving, wait_until, wire_to
 from dsmq import logs
-from dsmq.broker import commands, connection
+from dsmq.broker import connection, messages
 from dsmq.broker import event_loop as worker
 from dsmq.broker.connection import MAX_HELD_BYTES, RECEIVE_BYTES, Connection
 from dsmq.broker.event_loop import EventLoop
@@ -433,7 +433,7 @@ def test_total_unread_replies_are_bounded() -> None:
                     time.sleep(UNIT / 100)
                 assert all(isinstance(reply, list) for reply in done.result())
         # Between two checks of the total, each event loop may serve one connection up to its own limit, and one reply.
-        assert most < 1_000_000 + 3 * (200_000 + commands.MAX_READ_BYTES)
+        assert most < 1_000_000 + 3 * (200_000 + messages.MAX_READ_BYTES)
         wait_until(lambda: replies.total == 0)
         lazy[0].send(encode_request(b"READ", b"t", b"0") * 100)
         wait_until(lambda: replies.total > 0)
@@ -910,7 +910,7 @@ def test_a_long_reply_is_sent_from_the_buffer_that_it_is_made_in(monkeypatch: py
         made.append(encode_messages(messages))
         return made[-1]
 
-    monkeypatch.setattr(commands, "encode_messages", encode)
+    monkeypatch.setattr(messages, "encode_messages", encode)
     with serving() as server, wire_to(server) as wire:
         (one,) = wait_for_connections(server, 1)
         body = b"x" * (1 << 20)

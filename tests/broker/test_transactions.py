@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from conftest import SOON, Wire, as_map, serving, wait_until, wire_to
-from dsmq.broker import commands
 from dsmq.broker import event_loop as worker
+from dsmq.broker import transactions
 from dsmq.client import connect
 from dsmq.errors import ReplyError
 from dsmq.server import Server
@@ -138,7 +138,7 @@ def test_discard_drops_queued_requests(server: Server, wire: Wire) -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "size"), [(commands.MAX_QUEUED_REQUESTS, 1), (8, commands.MAX_QUEUED_BYTES // 8 - 4)], ids=repr
+    ("count", "size"), [(transactions.MAX_QUEUED_REQUESTS, 1), (8, transactions.MAX_QUEUED_BYTES // 8 - 4)], ids=repr
 )
 def test_transaction_size_is_limited(server: Server, wire: Wire, count: int, size: int) -> None:
     body = "x" * size

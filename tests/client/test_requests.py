@@ -14,7 +14,7 @@ from dsmq.client import requests as calls
 from dsmq.client.core import Retries
 from dsmq.client.requests import Call, NonIdempotent, Producer, Put, PutMany, Read
 from dsmq.errors import AuthRequired, ConnectionLost, Full, ProtocolError, ShuttingDown, TimedOut
-from dsmq.wire.resp import RequestParser
+from dsmq.wire.request_parser import RequestParser
 
 BROKEN = ConnectionResetError("broken")
 CLOSING = ShuttingDown("the server is stopping")

@@ -28,7 +28,8 @@ from dsmq.errors import (
     StoreFailed,
     TimedOut,
 )
-from dsmq.wire.resp import Reply, RequestParser
+from dsmq.wire.request_parser import RequestParser
+from dsmq.wire.resp import Reply
 
 MAX_AGE = 600.0
 NEVER = float("inf")

@@ -12,23 +12,20 @@ from hypothesis import strategies as st
 
 from dsmq.errors import BY_CODE, ProtocolError, ReplyError, TooBig
 from dsmq.wire import resp as protocol
+from dsmq.wire.limits import MAX_ARGUMENTS, MAX_INTEGER, MAX_LINE_BYTES, REQUEST_OVERHEAD_BYTES
+from dsmq.wire.request_parser import RequestParser, split_line
 from dsmq.wire.resp import (
-    MAX_ARGUMENTS,
-    MAX_LINE_BYTES,
-    REQUEST_OVERHEAD_BYTES,
     Reply,
     ReplyParser,
-    RequestParser,
     encode_array,
     encode_bulk,
     encode_error,
     encode_integer,
-    encode_map,
     encode_messages,
     encode_null,
     encode_request,
     encode_simple,
-    split_line,
+    encode_value,
 )
 
 LIMIT = 4096
@@ -373,7 +370,7 @@ def test_invalid_request_raises_at_its_last_byte(name: str) -> None:
 
 def test_limits_match_documentation() -> None:
     assert (MAX_ARGUMENTS, MAX_LINE_BYTES, REQUEST_OVERHEAD_BYTES) == (64, 65_536, 65_536)
-    assert protocol.MAX_INTEGER == 9_223_372_036_854_775_807
+    assert MAX_INTEGER == 9_223_372_036_854_775_807
 
 
 def test_maximum_argument_count_is_accepted() -> None:
@@ -544,11 +541,10 @@ def test_each_reply_type_is_encoded() -> None:
 
 
 def test_a_map_is_flat_in_resp_2_and_a_map_in_resp_3() -> None:
-    pairs = [("server", encode_bulk(b"dsmq")), ("proto", encode_integer(2)), ("modules", encode_array([]))]
-    flat = encode_map(2, pairs)
-    assert replies(flat) == [[b"server", b"dsmq", b"proto", 2, b"modules", []]]
-    assert encode_map(3, pairs) == flat.replace(b"*6", b"%3", 1)
-    assert (encode_map(2, []), encode_map(3, [])) == (b"*0\r\n", b"%0\r\n")
+    value = {"server": "dsmq", "proto": 2, "modules": [], "flags": ["x"], "empty": {}}
+    flat = encode_value(2, value)
+    assert replies(flat) == [[b"server", b"dsmq", b"proto", 2, b"modules", [], b"flags", ["x"], b"empty", []]]
+    assert encode_value(3, value) == flat.replace(b"*10", b"%5", 1).removesuffix(b"*0\r\n") + b"%0\r\n"
 
 
 @pytest.mark.parametrize("version", [2, 3])

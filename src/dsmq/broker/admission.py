@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from dsmq import logs
 from dsmq.broker import auth
-from dsmq.broker.commands import ServerContext
 from dsmq.broker.connection import LINGER_SECONDS, Peer, Stream
+from dsmq.broker.context import ServerContext
 from dsmq.broker.counters import Counters
 from dsmq.broker.event_loop import EventLoop
 from dsmq.errors import Busy, ReplyError

@@ -19,18 +19,10 @@ from typing import TYPE_CHECKING, Protocol
 
 from dsmq import logs
 from dsmq.broker.auth import Role, Token
-from dsmq.broker.commands import (
-    COMMANDS_BY_ROLE,
-    MAX_READ_BYTES,
-    PUT,
-    QUEUED,
-    SHORT_READ_BYTES,
-    Command,
-    Step,
-    Transaction,
-    find,
-)
+from dsmq.broker.commands import COMMANDS_BY_ROLE, PUT, QUEUED, Command, find
+from dsmq.broker.messages import MAX_READ_BYTES, SHORT_READ_BYTES
 from dsmq.broker.reads import PendingRead
+from dsmq.broker.transactions import Step, Transaction
 from dsmq.broker.usage import FREE_BYTES, Budget, request_memory
 from dsmq.errors import (
     AuthRequired,
@@ -42,7 +34,9 @@ from dsmq.errors import (
     WrongToken,
 )
 from dsmq.store.api import MESSAGE_OVERHEAD_BYTES, Answer, Message, Put
-from dsmq.wire.resp import REQUEST_OVERHEAD_BYTES, Encoded, RequestParser, encode_error, encode_integer
+from dsmq.wire.limits import REQUEST_OVERHEAD_BYTES
+from dsmq.wire.request_parser import RequestParser
+from dsmq.wire.resp import Encoded, encode_error, encode_integer
 
 if TYPE_CHECKING:
     from dsmq.broker.event_loop import EventLoop
@@ -720,7 +714,7 @@ class Connection:
         gate = self.context.access.authenticator
         if not gate.tokens:
             raise BadRequest("a token was given, but this server has none")
-        found = gate.admit(user, token)
+        found = gate.authenticate(user, token)
         if found is None:
             _logger.warning("%r: wrong token", self, extra=self._event("wrong_token"))
             self.counters.wrong_tokens += 1

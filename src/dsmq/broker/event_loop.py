@@ -21,8 +21,9 @@ from functools import partial
 from typing import Protocol
 
 from dsmq import logs
-from dsmq.broker.commands import COMMANDS, ServerContext
+from dsmq.broker.commands import COMMANDS
 from dsmq.broker.connection import SLOW_SECONDS, Connection, Peer, Stream
+from dsmq.broker.context import ServerContext
 from dsmq.broker.counters import Counters
 from dsmq.broker.listener import Listener
 from dsmq.broker.reads import T, outcome

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
-from dsmq.wire.resp import MAX_ARGUMENTS
+from dsmq.wire.limits import MAX_ARGUMENTS
 
 _WORD = re.compile(r"[\[\]]|[^\s\[\]]+")
 

@@ -8,7 +8,7 @@ from collections.abc import Hashable, Sequence
 from operator import itemgetter
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from dsmq.wire.resp import REQUEST_OVERHEAD_BYTES
+from dsmq.wire.limits import REQUEST_OVERHEAD_BYTES
 
 if TYPE_CHECKING:
     from dsmq.broker.connection import Connection

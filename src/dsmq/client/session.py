@@ -15,7 +15,8 @@ from dsmq.client.replies import as_map, as_number, as_ranges, as_text, check
 from dsmq.client.stretch import Entry, Era
 from dsmq.errors import AuthRequired, MessageNotText, ProtocolError, ReplyError
 from dsmq.system import LONG_MESSAGE_BYTES, boot_time, expect_long_messages
-from dsmq.wire.resp import MAX_INTEGER, Reply, encode_request
+from dsmq.wire.limits import MAX_INTEGER
+from dsmq.wire.resp import Reply, encode_request
 
 SHUTDOWN = encode_request(b"SHUTDOWN")
 PING = encode_request(b"PING")

@@ -11,8 +11,8 @@ from typing import Any
 
 from dsmq import __version__
 from dsmq.broker.auth import Role
-from dsmq.broker.commands import ServerContext
 from dsmq.broker.connection import Connection
+from dsmq.broker.context import ServerContext
 from dsmq.broker.counters import Counters, total
 from dsmq.broker.event_loop import PULSE_SECONDS, EventLoop
 from dsmq.errors import ReplyError
