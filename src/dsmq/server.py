@@ -40,7 +40,7 @@ from dsmq.store.api import Limits, Store, Totals
 from dsmq.store.expiry import Expiry
 from dsmq.store.snapshots import LAST_SNAPSHOT_SECONDS, Snapshotter
 from dsmq.store.sqlite import SQLiteStore
-from dsmq.system import expect_long_messages
+from dsmq.system import raise_malloc_threshold
 from dsmq.threads import join, wait_until
 
 # How often the main thread checks that the others live.
@@ -170,7 +170,7 @@ class Server:
 
         Raises StartupError, or ConfigError if it would serve anyone on a network, with nothing left behind.
         """
-        expect_long_messages()
+        raise_malloc_threshold()
         with ExitStack() as undo:
             undo.callback(self.stop)
             settings = self.settings

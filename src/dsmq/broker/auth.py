@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
+from dsmq.environment import read_text
 from dsmq.errors import ConfigError
-from dsmq.system import read_text
 from dsmq.tokens import MIN_TOKEN_CHARACTERS, TOO_SHORT
 
 DEFAULT_USER = b"default"
