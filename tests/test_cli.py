@@ -1075,7 +1075,7 @@ def test_privileged_port_is_reported() -> None:
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("missing/socket", "No such file"), ("file", "something else than a socket"), ("x" * 200, "too long")],
+    [("missing/socket", "No such file"), ("file", "not a socket"), ("x" * 200, "too long")],
 )
 def test_invalid_unix_path_is_reported(name: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a socket")

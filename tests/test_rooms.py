@@ -13,7 +13,7 @@ import dsmq
 
 ROOT = Path(dsmq.__file__).parent
 # What each room may import from, itself aside. Modules outside a room are named by themselves.
-BASE = {"errors", "logs", "system", "terminal", "threads", "tokens"}
+BASE = {"environment", "errors", "logs", "system", "terminal", "threads", "tokens"}
 MAY_IMPORT = {
     "wire": {"errors"},
     "settings": {"environment", "errors", "terminal", "tokens", "wire"},

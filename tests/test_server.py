@@ -121,15 +121,15 @@ def test_expired_messages_are_not_delivered_before_deletion() -> None:
         wait_until(lambda: wire.call("READ", "t", 0) == [])
         assert wire.call("GET", "t") is None
         assert wire.call("GETLATEST", "t") is None
-        assert server.totals().messages == 1
+        assert server.status.totals().messages == 1
 
 
 def test_expiry_thread_deletes_messages() -> None:
     with serving(max_age_seconds=UNIT, expiry_interval_seconds=UNIT) as server, wire_to(server) as wire:
         for number in range(3):
             wire.call("PUT", "t", number)
-        wait_until(lambda: server.totals().messages == 0)
-        assert server.totals().expired == 3
+        wait_until(lambda: server.status.totals().messages == 0)
+        assert server.status.totals().expired == 3
         assert wire.call("PUT", "t", "new") == 4
 
 
@@ -145,7 +145,7 @@ def test_failed_expiry_is_retried(monkeypatch: pytest.MonkeyPatch, caplog: pytes
     monkeypatch.setattr(SQLiteStore, "expire", expire)
     with serving(max_age_seconds=UNIT, expiry_interval_seconds=UNIT / 5) as server, wire_to(server) as wire:
         wire.call("PUT", "t", "x")
-        wait_until(lambda: server.totals().expired == 1)
+        wait_until(lambda: server.status.totals().expired == 1)
     assert caplog.text.count("expiry failed") == 2
 
 
@@ -157,11 +157,11 @@ def test_put_wakes_waiters_of_its_topic(server: Server, wire: Wire) -> None:
         getter.send(encode_request(b"GETWAIT", b"t", b"60000"))
         reader.send(encode_request(b"READ", b"t", b"0", b"WAIT", b"60000"))
         other.send(encode_request(b"GETWAIT", b"u", b"60000"))
-        wait_until(lambda: server.waiting() == 3)
+        wait_until(lambda: server.status.waiting() == 3)
         wire.call("PUT", "t", "x")
         assert getter.receive() == b"x"
         assert reader.receive()[3] == b"x"  # type: ignore[index]
-        assert server.waiting() == 1
+        assert server.status.waiting() == 1
 
 
 def test_wait_returns_nothing_at_timeout(wire: Wire) -> None:
@@ -174,7 +174,7 @@ def test_wait_returns_nothing_at_timeout(wire: Wire) -> None:
 def test_requests_pipelined_behind_wait_run_after_it(server: Server, wire: Wire) -> None:
     with wire_to(server) as waiter:
         waiter.send(encode_request(b"GETWAIT", b"t", b"60000") + encode_request(b"PING") + encode_request(b"GET", b"t"))
-        wait_until(lambda: server.waiting() == 1)
+        wait_until(lambda: server.status.waiting() == 1)
         wire.call("PUT", "t", "1")
         assert [waiter.receive() for _ in range(3)] == [b"1", "PONG", None]
 
@@ -182,8 +182,8 @@ def test_requests_pipelined_behind_wait_run_after_it(server: Server, wire: Wire)
 def test_disconnected_waiter_is_removed(server: Server) -> None:
     with wire_to(server) as waiter:
         waiter.send(encode_request(b"GETWAIT", b"t", b"60000"))
-        wait_until(lambda: server.waiting() == 1)
-    wait_until(lambda: server.waiting() == 0 and server.connections() == 0)
+        wait_until(lambda: server.status.waiting() == 1)
+    wait_until(lambda: server.status.waiting() == 0 and server.status.connections() == 0)
 
 
 def test_chains_of_waiters_do_not_recurse(server: Server, wire: Wire) -> None:
@@ -195,14 +195,14 @@ def test_chains_of_waiters_do_not_recurse(server: Server, wire: Wire) -> None:
             + encode_request(b"PUT", b"t", b"x")
             + encode_request(b"PING")
         )
-    wait_until(lambda: server.waiting() == len(waiters))
+    wait_until(lambda: server.status.waiting() == len(waiters))
     wire.call("PUT", "t", "go")
     for waiter in waiters:
         assert isinstance(waiter.receive(), list)
         assert isinstance(waiter.receive(), int)
         assert waiter.receive() == "PONG"
         waiter.close()
-    assert server.counters().failures == 0
+    assert server.status.counters().failures == 0
 
 
 # Pipelining and order
@@ -238,7 +238,7 @@ def test_workers_wake_readers_of_other_workers(io_threads: int) -> None:
         wires = [Wire(("127.0.0.1", server.port)) for _ in range(7)]
         for wire in wires[1:]:
             wire.send(encode_request(b"GETWAIT", b"t", b"60000"))
-        wait_until(lambda: server.waiting() == 6)
+        wait_until(lambda: server.status.waiting() == 6)
         wires[0].call("PUT", "t", "x")
         assert [wire.receive() for wire in wires[1:]] == [b"x"] * 6
         for wire in wires:
@@ -306,7 +306,7 @@ def test_errors_are_counted_by_code(server: Server, wire: Wire) -> None:
     wire.error("NOSUCH")
     wire.error("PUT", "", "")
     wire.error("PUT", "", "")
-    assert server.counters().errors == {"UNKNOWN": 1, "BADREQUEST": 2}
+    assert server.status.counters().errors == {"UNKNOWN": 1, "BADREQUEST": 2}
 
 
 def test_defect_in_command_closes_that_connection_only(
@@ -325,19 +325,19 @@ def test_defect_in_command_closes_that_connection_only(
         assert victim.receive().code == "INTERNAL"  # type: ignore[union-attr]
         assert victim.ended()
     assert wire.call("PUT", "t", "x") == 2
-    assert server.counters().failures == 1
+    assert server.status.counters().failures == 1
     assert "ZeroDivisionError" in caplog.text
 
 
 def test_defect_during_wait_gives_one_error_reply(server: Server, wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
     with wire_to(server) as victim:
         victim.send(encode_request(b"GETWAIT", b"t", b"60000"))
-        wait_until(lambda: server.waiting() == 1)
+        wait_until(lambda: server.status.waiting() == 1)
         monkeypatch.setattr(server._store, "_messages_after", lambda *_: 1 / 0)
         assert wire.call("PUT", "t", "x") == 1
         assert victim.receive().code == "INTERNAL"  # type: ignore[union-attr]
         assert victim.ended()
-        assert (server.waiting(), server.counters().failures) == (0, 1)
+        assert (server.status.waiting(), server.status.counters().failures) == (0, 1)
 
 
 @pytest.mark.parametrize("notices", [False, True])
@@ -463,10 +463,10 @@ def test_connections_over_limit_are_refused_until_one_closes() -> None:
             with wire_to(server) as three:
                 assert three.receive().code == "BUSY"  # type: ignore[union-attr]
                 assert three.ended()
-        wait_until(lambda: server.connections() == 1)
+        wait_until(lambda: server.status.connections() == 1)
         with wire_to(server) as four:
             assert four.call("PING") == "PONG"
-        assert server.counters().refused == {"connections": 1}
+        assert server.status.counters().refused == {"connections": 1}
 
 
 def test_a_refused_client_can_finish_sending_its_handshake(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -526,7 +526,7 @@ def test_nonreading_client_is_dropped_and_affects_no_one() -> None:
             with pytest.raises(BlockingIOError):
                 send_for_ever(deaf.socket, request)
             assert wire.call("PING") == "PONG"
-            wait_until(lambda: server.connections() == 1)
+            wait_until(lambda: server.status.connections() == 1)
 
 
 def test_unread_replies_pause_reading_without_loss() -> None:
@@ -548,7 +548,7 @@ def test_stop_answers_waiting_readers_then_closes(server: Server) -> None:
         waiter.send(encode_request(b"GETWAIT", b"t", b"60000"))
         half.send(b"*3\r\n$3\r\nPUT")
         port = server.port
-        wait_until(lambda: server.waiting() == 1 and server.counters().bytes_in > 40)
+        wait_until(lambda: server.status.waiting() == 1 and server.status.counters().bytes_in > 40)
         assert server.stop() == []
         assert waiter.receive() is None
         assert waiter.ended()
@@ -570,11 +570,11 @@ def test_stop_reports_threads_that_survive(monkeypatch: pytest.MonkeyPatch, capl
     )
     with serving(stop_timeout_seconds=2 * UNIT) as server, wire_to(server) as wire:
         wire.send(encode_request(b"ECHO", b"x"))
-        wait_until(lambda: server.counters().requests == 1)
+        wait_until(lambda: server.status.counters().requests == 1)
         assert server.stop() == ["dsmq-io-0"]
         assert "still running" in caplog.text
         release.set()
-        wait_until(lambda: not any(thread.is_alive() for thread in server._threads()))
+        wait_until(lambda: "dsmq-io-0" not in [thread.name for thread in threading.enumerate()])
         # A store that a thread may still use is left open.
         server._store.close()
 
@@ -690,7 +690,7 @@ def test_asynchronous_store_blocks_connection_until_answer() -> None:
     settings = config.load(kind=config.EmbeddedSettings, port=0)
     with Server(settings, LaterStore()) as server, wire_to(server) as wire, wire_to(server) as waiter:  # type: ignore[arg-type]
         waiter.send(encode_request(b"GETWAIT", b"t", b"60000") + encode_request(b"GET", b"t"))
-        wait_until(lambda: server.waiting() == 1)
+        wait_until(lambda: server.status.waiting() == 1)
         requests = [encode_request(b"PUT", b"t", b"%d" % number) for number in range(50)]
         requests += [
             encode_request(b"PUT", b"", b"x"),
@@ -745,7 +745,7 @@ def test_invalid_line_behind_pending_put_is_refused() -> None:
         assert wire.receive() == 1
         assert wire.receive().code == "PROTOCOL"  # type: ignore[union-attr]
         assert wire.ended()
-        assert server.totals().messages == 1
+        assert server.status.totals().messages == 1
 
 
 class FailingStore(SQLiteStore):
@@ -772,7 +772,7 @@ def test_unstorable_message_fails_alone() -> None:
         assert wire.error("PUT", "t", "full") == "FULL"
         assert wire.error("PUT", "t", "defect") == "STORE"
         assert wire.call("PUT", "t", "4") == 4
-        assert server.counters().failures == 1
+        assert server.status.counters().failures == 1
 
 
 @pytest.mark.parametrize("error", [Full("no room"), ZeroDivisionError()])
@@ -874,11 +874,11 @@ def test_config_get_refuses_long_patterns(wire: Wire) -> None:
 def test_closed_connection_releases_buffers(server: Server) -> None:
     with wire_to(server) as wire:
         wire.send(encode_request(b"GETWAIT", b"t", b"86400000"))
-        wait_until(lambda: server.waiting() == 1)
+        wait_until(lambda: server.status.waiting() == 1)
         (connection,) = server._workers[0].connections
         wire.send(b"*3\r\n$3\r\nPUT\r\n$1\r\nt\r\n$50000\r\n" + bytes(30_000))
         wait_until(lambda: len(connection._parser) > 30_000)
-    wait_until(lambda: server.connections() == 0)
+    wait_until(lambda: server.status.connections() == 0)
     assert len(connection._parser) == 0
 
 
@@ -898,7 +898,7 @@ def test_closed_connection_runs_no_more_requests(server: Server) -> None:
 
         server._workers[0].post(close_and_run)
         assert done.wait(SOON)
-        assert server.waiting() == 0
+        assert server.status.waiting() == 0
 
 
 def test_half_close_during_wait_gets_earlier_replies(server: Server, tmp_path: Path) -> None:
@@ -910,7 +910,7 @@ def test_half_close_during_wait_gets_earlier_replies(server: Server, tmp_path: P
         assert wire.receive() == b"x" * 1_000_000
         assert wire.ended()
         wire.close()
-        assert unix.waiting() == 0
+        assert unix.status.waiting() == 0
 
 
 def test_client_reading_a_reply_is_not_idle(tmp_path: Path) -> None:
@@ -946,7 +946,7 @@ def test_nonreading_client_leaves_no_thread_at_stop(tmp_path: Path) -> None:
     with serving(host=f"unix:{tmp_path}/socket", stop_timeout_seconds=20 * UNIT) as server:
         wire = Wire(f"{tmp_path}/socket")
         wire.send(encode_request(b"ECHO", b"x" * 5_000_000))
-        wait_until(lambda: server.counters().requests == 1)
+        wait_until(lambda: server.status.counters().requests == 1)
         assert server.stop() == []
         wire.close()
 
@@ -955,7 +955,7 @@ def test_stop_timeout_counts_from_request(tmp_path: Path) -> None:
     with serving(host=f"unix:{tmp_path}/socket") as server:
         wire = Wire(f"{tmp_path}/socket")
         wire.send(encode_request(b"ECHO", b"x" * 5_000_000))
-        wait_until(lambda: server.counters().requests == 1)
+        wait_until(lambda: server.status.counters().requests == 1)
         (worker,) = server._workers
         # A turn that takes its time.
         worker.post(lambda: time.sleep(2 * UNIT))
@@ -1004,7 +1004,7 @@ def test_failed_thread_start_leaves_nothing_behind(monkeypatch: pytest.MonkeyPat
 def test_retried_put_is_counted_once(server: Server, wire: Wire) -> None:
     for _ in range(3):
         wire.call("PUT", "t", "x", "KEY", "me", 1)
-    assert server.totals().stored == 1
+    assert server.status.totals().stored == 1
 
 
 def test_positions_per_connection_are_bounded(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1033,7 +1033,7 @@ def test_late_reader_of_long_reply_becomes_idle_again(tmp_path: Path) -> None:
         wire = Wire(f"{tmp_path}/socket")
         wire.send(encode_request(b"ECHO", b"x" * 5_000_000))
         time.sleep(4 * UNIT)
-        assert server.connections() == 1
+        assert server.status.connections() == 1
         assert wire.receive() == b"x" * 5_000_000
         assert wire.ended()
         wire.close()
@@ -1061,7 +1061,7 @@ def test_epoch_change_during_wait_is_reported_at_its_end(server: Server, wire: W
     for end in (lambda: None, lambda: server._store.append([(b"t", b"x", None)])):
         epoch = str(facts_of(wire)[b"epoch"], "ascii")  # type: ignore[arg-type]
         wire.send(encode_request(b"READ", b"t", b"0", b"WAIT", b"%d" % (UNIT * 3000), b"EPOCH", epoch.encode()))
-        wait_until(lambda: server.waiting() == 1)
+        wait_until(lambda: server.status.waiting() == 1)
         server._store.epoch = "another" + epoch
         end()
         assert isinstance(wire.receive(), WrongEpoch)
@@ -1077,8 +1077,8 @@ def test_put_for_another_run_is_not_stored(server: Server, wire: Wire) -> None:
     # Though the key is known: it is not known whether it means the same put.
     for words in (["KEY", "me", "1"], ["KEY", "me", "1", "AGAIN"], ["KEY", "me", "2"], []):
         assert wire.error("PUT", "t", "x", *words, "RUN", "0123456789abcdef") == "EPOCH"
-    assert server.totals().messages == 2
-    assert server.counters().puts_refused == {"EPOCH": 4}
+    assert server.status.totals().messages == 2
+    assert server.status.counters().puts_refused == {"EPOCH": 4}
 
 
 def test_remaining_age_follows_current_max_age(server: Server, wire: Wire) -> None:
@@ -1096,7 +1096,7 @@ def test_remaining_age_follows_current_max_age(server: Server, wire: Wire) -> No
 def test_shutdown_closes_connection_without_reply(server: Server, wire: Wire) -> None:
     wire.send(encode_request(b"SHUTDOWN") + encode_request(b"PING"))
     assert wire.ended()
-    assert "SHUTDOWN" in str(server._orders.get(timeout=SOON))
+    assert server.status.stopping
 
 
 def test_shutdown_replies_ok_with_notices(server: Server, wire: Wire) -> None:

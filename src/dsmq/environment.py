@@ -5,6 +5,7 @@ Imports the standard library alone, so that the client commands start fast.
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import logging
 import os
@@ -14,8 +15,9 @@ from collections.abc import Callable
 from typing import Any
 
 from dsmq.errors import ConfigError
-from dsmq.system import read_text
 
+# Files of settings or tokens are shorter; this guards against files such as /dev/zero.
+_MAX_TEXT_BYTES = 1_048_576
 PREFIX = "DSMQ_"
 CONFIG = "DSMQ_CONFIG"
 
@@ -94,3 +96,23 @@ def read_toml(file: str) -> dict[str, Any]:
     except ValueError as error:
         about = str(error)
         raise ConfigError(f"{file}: {'a number has too many digits' if 'int_max_str' in about else about}") from None
+
+
+def read_text(file: str) -> str:
+    """Return the text of a short file in UTF-8. Raises ConfigError."""
+    try:
+        with open(file, "rb") as stream:
+            data = stream.read(_MAX_TEXT_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}") from None
+    except ValueError as error:
+        # The name contains a NUL.
+        raise ConfigError(f"{file!r}: {error}") from None
+    if len(data) > _MAX_TEXT_BYTES:
+        raise ConfigError(f"{file}: longer than {_MAX_TEXT_BYTES} bytes")
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data:
+        raise ConfigError(f"{file}: should be UTF-8; this looks like UTF-16")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{file}: should be UTF-8") from None

@@ -81,7 +81,7 @@ def test_unauthenticated_client_may_only_hello_auth_ping_and_quit(server: Server
         assert wire.error(name, *arguments) == "WRONGPASS"
     else:
         assert wire.error(name, *arguments) == "NOAUTH"
-    assert server.totals().stored == 0
+    assert server.status.totals().stored == 0
 
 
 def test_unknown_command_before_auth_replies_noauth(wire: Wire) -> None:
@@ -149,7 +149,7 @@ def test_role_permits_only_its_commands(server: Server, token: str, allowed: set
         for name, arguments in requests.items():
             if name in allowed:
                 wire.call(name, *arguments)
-                assert server.counters().errors["NOPERM"] == 0
+                assert server.status.counters().errors["NOPERM"] == 0
         for name in requests.keys() - allowed:
             assert wire.error(name, *requests[name]) == "NOPERM"
 
@@ -158,11 +158,11 @@ def test_only_admin_may_shut_down(server: Server) -> None:
     for token in (READER, WRITER):
         with wire_as(server, token) as wire:
             assert wire.error("SHUTDOWN") == "NOPERM"
-    assert server._orders.empty()
+    assert not server.status.stopping
     with wire_as(server, ADMIN) as wire:
         wire.send(encode_request(b"SHUTDOWN"))
         assert wire.ended()
-    assert not server._orders.empty()
+    assert server.status.stopping
 
 
 def test_only_admin_sees_other_clients(server: Server) -> None:
@@ -186,8 +186,8 @@ def test_wrong_token_closes_connection_and_drops_pipelined_requests(server: Serv
         wire.send(encode_request(*map(str.encode, words)) + encode_request(b"AUTH", ADMIN.encode()) + b"PUT t x\r\n")
         assert [wire.receive().code for _ in range(3)] == ["WRONGPASS", "NOAUTH", "NOAUTH"]  # type: ignore[union-attr]
         assert wire.ended()
-    assert server.counters().wrong_tokens == server.counters().errors["WRONGPASS"] == 1
-    assert server.totals().stored == 0
+    assert server.status.counters().wrong_tokens == server.status.counters().errors["WRONGPASS"] == 1
+    assert server.status.totals().stored == 0
 
 
 def test_wrong_token_closes_authenticated_connection(server: Server) -> None:
@@ -215,8 +215,8 @@ def test_wrong_tokens_do_not_delay_valid_ones_from_same_address(server: Server) 
         with wire_to(server) as wire:
             assert wire.error("AUTH", WRONG) == "WRONGPASS"
         connect(port=server.port, token=ADMIN, retry=False, timeout=SOON).close()
-    assert server.counters().wrong_tokens == 30
-    assert server.counters().errors["BUSY"] == 0
+    assert server.status.counters().wrong_tokens == 30
+    assert server.status.counters().errors["BUSY"] == 0
 
 
 @pytest.mark.parametrize(("token", "reply"), [(ADMIN, "OK"), (WRONG, "WRONGPASS")])
@@ -370,7 +370,7 @@ def test_reload_closes_all_connections_no_longer_admitted(files: Files, caplog: 
     load = lambda: config.load(kind=config.EmbeddedSettings, port=0, **settings)  # noqa: E731
     with Server(load(), load=load) as server, wire_to(server) as wire:
         wire.send(b"GETWAIT t 60000\r\n")
-        wait_until(lambda: server.waiting() == 1)
+        wait_until(lambda: server.status.waiting() == 1)
         settings["tls_cert_file"] = files.server
         server.reload()
         assert wire.receive() is None
@@ -409,19 +409,19 @@ def test_a_connection_that_is_handed_over_during_a_reload_is_let_go_of_too(
             finally:
                 go.set()
             assert second.ended()
-            wait_until(lambda: server.connections() == 0)
-            assert server.counters().failures == 0
+            wait_until(lambda: server.status.connections() == 0)
+            assert server.status.counters().failures == 0
 
 
 def test_reload_during_tls_handshake_does_not_spin(files: Files) -> None:
     settings: dict[str, object] = {"tls_cert_file": files.server}
     load = lambda: config.load(kind=config.EmbeddedSettings, port=0, **settings)  # noqa: E731
     with Server(load(), load=load) as server, wire_to(server) as silent:
-        wait_until(lambda: server.connections() == 1)
+        wait_until(lambda: server.status.connections() == 1)
         settings["auth_token"] = ADMIN
         server.reload()
         assert silent.ended()
-        assert server.connections() == 0
+        assert server.status.connections() == 0
 
 
 def test_failing_connection_does_not_affect_others_on_reload(token_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -442,7 +442,7 @@ def test_withdrawn_token_ends_waiting_read_with_error(token_file: Path) -> None:
     with Server(load(), load=load) as server, wire_as(server, READER) as reader:
         reader.ask_for_notices()
         reader.send(encode_request(b"GETWAIT", b"t", b"60000"))
-        wait_until(lambda: server.waiting() == 1)
+        wait_until(lambda: server.status.waiting() == 1)
         token_file.write_text(ADMIN)
         server.reload()
         assert reader.receive() is None
@@ -541,7 +541,7 @@ def test_reload_with_short_token_changes_nothing(tmp_path: Path, caplog: pytest.
     settings = {"auth_token_file": str(tokens), "http_token_file": str(http_token), "max_topics": 1000}
     load = lambda: config.load(kind=config.EmbeddedSettings, port=0, http_port=0, **settings)  # noqa: E731
     with Server(load(), load=load) as server, wire_as(server, READER) as reader:
-        before = server.settings, server.context.access
+        before = server.context.settings, server.context.access
         if name.endswith("_file"):
             Path(str(settings[name])).write_text(f"sensors write {SHORT}\n")
         else:
@@ -552,7 +552,7 @@ def test_reload_with_short_token_changes_nothing(tmp_path: Path, caplog: pytest.
         assert "nothing is changed" in caplog.text
         assert TO_MAKE_ONE.strip() in caplog.text
         assert SHORT not in caplog.text
-        assert (server.settings, server.context.access) == before
+        assert (server.context.settings, server.context.access) == before
         assert reader.call("PING") == "PONG"
 
 
@@ -565,11 +565,11 @@ def test_tokens_never_appear_in_output(caplog: pytest.LogCaptureFixture) -> None
         settings = wire.call("CONFIG", "GET", "*")
         with wire_to(server) as wrong:
             refusal = wrong.call("AUTH", WRITER)
-        told = [repr(settings), repr(refusal), str(wire.call("INFO")), repr(server.settings), caplog.text]
+        told = [repr(settings), repr(refusal), str(wire.call("INFO")), repr(server.context.settings), caplog.text]
         client = connect(port=server.port, token=ADMIN)
         told += [repr(client), repr(client._core.endpoint)]
         client.close()
-    told.append(config.to_toml(server.settings))
+    told.append(config.to_toml(server.context.settings))
     assert "auth_token" in told[-1]
     for text in told:
         assert not any(token in text for token in (ADMIN, WRITER, READER))
@@ -659,7 +659,7 @@ def test_ping_uses_server_configuration(tmp_path: Path, token_file: Path, files:
             options = ("--host", "127.0.0.1", "--port", str(other_server.port))
             done = run_dsmq("ping", *options, env={"DSMQ_CONFIG": str(file)})
             assert b"authentication required" in done.stderr
-            assert other_server.counters().wrong_tokens == 0
+            assert other_server.status.counters().wrong_tokens == 0
 
 
 # Where it listens
@@ -759,7 +759,7 @@ def test_local_clients_are_admin_if_no_tokens_are_set(tmp_path: Path) -> None:
             wire = Wire(f"{tmp_path}/socket" if host.startswith("unix:") else (host, server.port))
             assert wire.call("PUT", "t", "x") == 1
             wire.send(b"SHUTDOWN\r\n")
-            assert server._orders.get(timeout=SOON)
+            wait_until(lambda: server.status.stopping)
             wire.close()
 
 
@@ -771,12 +771,12 @@ def test_reload_that_would_open_exposed_server_changes_nothing(
     settings[given] = {"auth_token": ADMIN, "protected_mode": False, "tls_client_ca_file": files.ca}[given]
     load = lambda: config.load(kind=config.EmbeddedSettings, host="0.0.0.0", port=0, **settings)  # noqa: E731
     with Server(load(), load=load) as server:
-        before = server.settings, server.context.access
+        before = server.context.settings, server.context.access
         del settings[given]
         settings["max_topics"] = 7
         server.reload()
         assert "nothing is changed: listening on 0.0.0.0:" in caplog.text
-        assert (server.settings, server.context.access) == before
+        assert (server.context.settings, server.context.access) == before
 
 
 def test_reload_with_first_token_closes_unauthenticated_connections() -> None:
@@ -869,7 +869,7 @@ def test_connections_per_address_are_limited() -> None:
         assert other.call("PING") == "PONG"
         other.close()
         first.close()
-        wait_until(lambda: server.connections() == 1)
+        wait_until(lambda: server.status.connections() == 1)
         with wire_to(server) as fourth:
             assert fourth.call("PING") == "PONG"
 
@@ -1011,7 +1011,7 @@ def test_stalled_handshake_times_out_and_affects_no_one(files: Files) -> None:
                     pass
         mq.ping()
         # Who has come in may stay.
-        assert server.connections() == 1
+        assert server.status.connections() == 1
 
 
 def tls_to(server: Server, files: Files) -> ssl.SSLSocket:
@@ -1158,7 +1158,7 @@ def test_closing_tls_client_in_use_by_threads_is_safe(files: Files) -> None:
         for number in range(15):
             mq = connect(port=server.port, ca_file=files.ca)
             users = [threads.submit(use, mq) for _ in range(3)]
-            wait_until(lambda: server.totals().stored > 0)
+            wait_until(lambda: server.status.totals().stored > 0)
             time.sleep(number * UNIT / 100)
             mq.close()
             for user in users:
@@ -1218,7 +1218,7 @@ def test_tls_works_on_any_python_version(files: Files, monkeypatch: pytest.Monke
 def test_invalid_tls_argument_raises(server: Server, arguments: dict[str, object]) -> None:
     with pytest.raises((TypeError, ConfigError)):
         connect(port=server.port, retry=False, token=ADMIN, **arguments)  # type: ignore[arg-type]
-    assert server.counters().opened == 0
+    assert server.status.counters().opened == 0
 
 
 # A client that closes behind the server's back

@@ -42,7 +42,7 @@ def test_puts_over_message_limit_are_refused_and_stored_messages_kept() -> None:
         assert [wire.call("PUT", topic, "x") for topic in ("a", "b", "b")] == [1, 2, 3]
         assert wire.error("PUT", "a", "x") == "FULL"
         assert wire.call("READ", "b", 0)[::5] == [2, 3]  # type: ignore[index]
-        assert server.totals().messages == 3
+        assert server.status.totals().messages == 3
 
 
 def test_pipelined_puts_are_accepted_up_to_limit() -> None:
@@ -209,7 +209,7 @@ def test_retried_put_gets_its_id_even_if_full() -> None:
         assert wire.call("PUT", "t", "x", "KEY", "me", 1) == 1
         assert wire.call("PUT", "t", "x", "KEY", "me", 1) == 1
         assert wire.error("PUT", "t", "x", "KEY", "me", 2) == "FULL"
-        assert server.totals().messages == 1
+        assert server.status.totals().messages == 1
 
 
 def test_client_raises_full() -> None:
@@ -253,7 +253,7 @@ def test_waiting_readers_over_limit_get_an_error() -> None:
         waiting = [stack.enter_context(wire_to(server)) for _ in range(2)]
         for wire in waiting:
             wire.send(encode_request(b"GETWAIT", b"t", b"60000"))
-        wait_until(lambda: server.waiting() == 2)
+        wait_until(lambda: server.status.waiting() == 2)
         late = stack.enter_context(wire_to(server))
         assert late.call("PUT", "other", "y") == 1
         assert late.call("GETWAIT", "other", 60_000) == b"y"
@@ -262,7 +262,7 @@ def test_waiting_readers_over_limit_get_an_error() -> None:
         assert late.call("PUT", "t", "x") == 2
         assert [wire.receive() for wire in waiting] == [b"x", b"x"]
         assert late.call("GET", "t") == b"x"
-        assert server.waiting() == 0
+        assert server.status.waiting() == 0
         assert late.call("GETWAIT", "t", 1) is None
 
 
@@ -304,7 +304,7 @@ def test_in_a_crowd_each_client_is_served_one_request_before_any_gets_a_second(
     monkeypatch.setattr(worker, "CROWD", 20)
     with serving() as server, wire_to(server) as modest, ExitStack() as stack:
         crowd = [stack.enter_context(wire_to(server)) for _ in range(30)]
-        wait_until(lambda: server.connections() == 31)
+        wait_until(lambda: server.status.connections() == 31)
         with blocked(server):
             for greedy in crowd:
                 greedy.send(encode_request(b"PUT", b"t", b"x") * 100)
@@ -320,12 +320,12 @@ def test_in_a_crowd_each_client_is_served_one_request_before_any_gets_a_second(
 def test_who_has_just_come_does_not_wait_for_all_that_others_have_pipelined(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving() as server, wire_to(server) as modest, ExitStack() as stack:
         crowd = [stack.enter_context(wire_to(server)) for _ in range(20)]
-        wait_until(lambda: server.connections() == 21)
+        wait_until(lambda: server.status.connections() == 21)
         (loop,) = server._workers
         turn, before = loop._turn, []
 
         def arrive() -> None:
-            before.append(server.totals().stored)
+            before.append(server.status.totals().stored)
             modest.send(encode_request(b"PUT", b"t", b"y"))
 
         def turn_and_arrive() -> None:
@@ -361,8 +361,8 @@ def test_hangup_while_waiting_is_noticed_with_minimal_time_slices() -> None:
     with serving() as server:
         with wire_to(server) as wire:
             wire.send(b"GETWAIT t 60000\r\nPING\r\n")
-            wait_until(lambda: server.waiting() == 1)
-        wait_until(lambda: server.waiting() == server.connections() == 0)
+            wait_until(lambda: server.status.waiting() == 1)
+        wait_until(lambda: server.status.waiting() == server.status.connections() == 0)
 
 
 @pytest.mark.parametrize(
@@ -377,7 +377,7 @@ def test_unauthenticated_request_count_is_limited(request_: bytes, reply: str) -
         assert codes == [reply] * 16 + ["NOAUTH"]
         assert wire.ended()
         # Those behind them have not even been parsed.
-        assert server.counters().requests == 17
+        assert server.status.counters().requests == 17
 
 
 @pytest.mark.parametrize("last", [b"AUTH wrong-token-0123456789\r\n", b"QUIT\r\n", b"PING\r\n" * 17])
@@ -395,9 +395,9 @@ def test_rejected_client_may_linger_only_briefly(monkeypatch: pytest.MonkeyPatch
         for _ in range(2):
             wire.send(b"x" * (connection.MAX_DISCARDED_BYTES_OF_STRANGERS // 2))
             assert other.call("PING") == "PONG"
-        assert server.connections() == 2
+        assert server.status.connections() == 2
         wire.send(b"x" * 1000)
-        wait_until(lambda: server.connections() == 1)
+        wait_until(lambda: server.status.connections() == 1)
 
 
 def test_requests_after_auth_in_same_packet_run_in_batches() -> None:
@@ -524,12 +524,12 @@ def test_waiting_readers_are_bounded_over_all_workers() -> None:
         waiting = [stack.enter_context(wire_to(server)) for _ in range(8)]
         for wire in waiting:
             wire.send(encode_request(b"GETWAIT", b"t", b"60000"))
-        wait_until(lambda: server.waiting() == 8)
+        wait_until(lambda: server.status.waiting() == 8)
         late = [stack.enter_context(wire_to(server)) for _ in range(4)]
         assert [wire.error("GETWAIT", "t", 60_000) for wire in late] == ["BUSY"] * 4
         assert late[0].call("PUT", "t", "x") == 1
         assert [wire.receive() for wire in waiting] == [b"x"] * 8
-        wait_until(lambda: server.waiting() == 0)
+        wait_until(lambda: server.status.waiting() == 0)
 
 
 def test_unauthenticated_connections_are_bounded_over_all_workers() -> None:
@@ -540,7 +540,7 @@ def test_unauthenticated_connections_are_bounded_over_all_workers() -> None:
         late = stack.enter_context(wire_to(server))
         assert late.call("PING") == "PONG"
         # The oldest has gone, and nobody else.
-        wait_until(lambda: server.connections() == 8)
+        wait_until(lambda: server.status.connections() == 8)
         assert [wire.call("PING") for wire in wires[1:]] == ["PONG"] * 7
         with contextlib.suppress(EOFError, ConnectionError):
             assert isinstance(wires[0].receive(), ReplyError)
@@ -574,8 +574,8 @@ def test_reading_resumes_when_replies_drop_below_limit() -> None:
         assert wire.receive() == 1
         wire.send(encode_request(b"READ", b"t", b"0") * 1000)
         wait_until(lambda: len(served._out) >= 1_000_000 and served._unread_since < math.inf)
-        run = server.counters().commands["READ"]
-        while server.counters().commands["READ"] == run:
+        run = server.status.counters().commands["READ"]
+        while server.status.counters().commands["READ"] == run:
             assert len(wire.receive()[3]) == 100_000  # type: ignore[index,arg-type]
         # It had not sent all of its replies before it ran more requests.
         assert len(served._out) > 100_000
@@ -584,7 +584,7 @@ def test_reading_resumes_when_replies_drop_below_limit() -> None:
 
 
 def wait_for_connections(server: Server, count: int) -> list[Connection]:
-    wait_until(lambda: server.connections() == count)
+    wait_until(lambda: server.status.connections() == count)
     return [client for one in server._workers for client in one.connections]
 
 
@@ -781,7 +781,7 @@ def test_reading_client_is_not_dropped_to_make_room() -> None:
 def test_parsed_requests_count_by_memory_used() -> None:
     with serving() as server, wire_to(server) as wire:
         wire.send(encode_request(b"GETWAIT", b"t", b"60000") + encode_request(b"PING") * 140)
-        wait_until(lambda: server.waiting() == 1 and server.context.usage.requests.total > 0)
+        wait_until(lambda: server.status.waiting() == 1 and server.context.usage.requests.total > 0)
         # As bytes they would be 1,960.
         assert server.context.usage.requests.total > 10_000
 
@@ -814,7 +814,7 @@ def test_buffered_requests_behind_a_wait_are_bounded() -> None:
     with serving() as server, wire_to(server) as wire:
         (served,) = wait_for_connections(server, 1)
         wire.send(b"GETWAIT t 60000\r\n")
-        wait_until(lambda: server.waiting() == 1)
+        wait_until(lambda: server.status.waiting() == 1)
         wire.socket.settimeout(UNIT)
         with pytest.raises(TimeoutError):
             wire.send(b"PING\r\n" * 10_000_000)
@@ -855,7 +855,7 @@ def test_trickling_request_times_out() -> None:
             for byte in encode_request(b"PUT", b"t", b"x" * 1000):
                 wire.send(bytes([byte]))
                 time.sleep(UNIT / 10)
-                if server.counters().errors["TIMEOUT"]:
+                if server.status.counters().errors["TIMEOUT"]:
                     break
         assert "did not arrive in time" in str(wire.receive())
         assert time.monotonic() - began >= 5 * UNIT
@@ -888,14 +888,14 @@ def test_many_waiters_are_woken_over_several_turns(monkeypatch: pytest.MonkeyPat
         waiting = [stack.enter_context(wire_to(server)) for _ in range(30)]
         for wire in waiting:
             wire.send(encode_request(b"GETWAIT", b"t", b"60000"))
-        wait_until(lambda: server.waiting() == 30)
+        wait_until(lambda: server.status.waiting() == 30)
         (loop,) = server._workers
         woken, turn = [], loop._turn
 
         def counted() -> None:
-            before = server.waiting()
+            before = server.status.waiting()
             turn()
-            woken.append(before - server.waiting())
+            woken.append(before - server.status.waiting())
 
         monkeypatch.setattr(loop, "_turn", counted)
         assert writer.call("PUT", "t", "x") == 1

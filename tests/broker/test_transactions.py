@@ -34,11 +34,11 @@ def test_exec_runs_queued_requests_in_order(server: Server, wire: Wire) -> None:
     assert wire.call("MULTI") == "OK"
     for words in (["PUT", "t", "a"], ["get", "t"], ["put", "t", "b"], ["GET", "t"], ["GET", "t"], ["PING"]):
         assert wire.call(*words) == "QUEUED"
-    assert server.totals().stored == 0
+    assert server.status.totals().stored == 0
     assert wire.call("EXEC") == [1, b"a", 2, b"b", None, "PONG"]
     assert wire.call("PUT", "t", "c") == 3
-    assert server.counters().commands["EXEC"] == 1
-    assert server.counters().commands["PUT"] == 3
+    assert server.status.counters().commands["EXEC"] == 1
+    assert server.status.counters().commands["PUT"] == 3
 
 
 def test_empty_transaction_replies_empty_array(wire: Wire) -> None:
@@ -85,7 +85,7 @@ def test_blocking_reads_do_not_wait_in_transaction(server: Server, wire: Wire) -
     assert transact(wire, ("GETWAIT", "t", 86_400_000), ("READ", "t", 0, "WAIT", 86_400_000)) == [None, []]
     # Behind it, waits are waits again.
     wire.send(encode_request(b"GETWAIT", b"t", b"60000"))
-    wait_until(lambda: server.waiting() == 1)
+    wait_until(lambda: server.status.waiting() == 1)
     with wire_to(server) as writer:
         assert transact(writer, ("PUT", "t", "x")) == [1]
     assert wire.receive() == b"x"
@@ -119,7 +119,7 @@ def test_invalid_request_aborts_transaction(words: list[str], code: str) -> None
         assert wire.error(*words) == code
         assert wire.call("PUT", "t", "x") == "QUEUED"
         assert wire.error("EXEC") == "EXECABORT"
-        assert server.totals().stored == 0
+        assert server.status.totals().stored == 0
         assert wire.call("PUT", "t", "x") == 1
         assert transact(wire, ("PUT", "t", "x")) == [2]
 
@@ -129,7 +129,7 @@ def test_discard_drops_queued_requests(server: Server, wire: Wire) -> None:
     assert wire.call("PUT", "t", "x") == "QUEUED"
     assert wire.call("DISCARD") == "OK"
     assert wire.error("EXEC") == wire.error("DISCARD") == "BADREQUEST"
-    assert server.totals().stored == 0
+    assert server.status.totals().stored == 0
     # Also if something was refused.
     assert wire.call("MULTI") == "OK"
     wire.error("NOSUCH")
@@ -154,7 +154,7 @@ def test_transaction_size_is_limited(server: Server, wire: Wire, count: int, siz
     assert wire.call("PUT", "t", body) == "QUEUED"
     assert connection.transaction.memory == 0
     assert wire.error("EXEC") == "EXECABORT"
-    assert server.totals().stored == count
+    assert server.status.totals().stored == count
 
 
 def test_transaction_over_storage_limit_stores_nothing() -> None:
@@ -162,8 +162,8 @@ def test_transaction_over_storage_limit_stores_nothing() -> None:
         assert wire.call("PUT", "t", "x") == 1
         replies = transact(wire, ("PUT", "t", "y"), ("GET", "t"), *[("PUT", "t", "z")] * 2)
         assert codes(replies) == ["FULL", b"x", "FULL", "FULL"]
-        assert server.totals().stored == 1
-        assert server.counters().puts_refused == {"FULL": 3}
+        assert server.status.totals().stored == 1
+        assert server.status.counters().puts_refused == {"FULL": 3}
         assert transact(wire, ("PUT", "t", "y"), ("PUT", "t", "y")) == [2, 3]
 
 
@@ -178,23 +178,23 @@ def test_duplicate_put_replies_first_id_and_forgotten_one_aborts(server: Server,
     assert (replies[:2], replies[2][3::5], replies[3]) == ([1, 3], [b"x", b"y"], 3)
     server._store._deduplicator._producers[b"me"].forgotten = 0  # type: ignore[attr-defined]
     assert codes(transact(wire, ("PUT", "t", "z"), ("PUT", "t", "z", *key, 0))) == ["FORGOTTEN"] * 2
-    assert server.totals().stored == 3
+    assert server.status.totals().stored == 3
 
 
 def test_limit_lowered_before_exec_refuses_all_puts(server: Server, wire: Wire) -> None:
     assert wire.call("MULTI") == "OK"
     for body in ("x", "xx"):
         assert wire.call("PUT", "t", body) == "QUEUED"
-    server.context.settings = server.settings.model_copy(update={"max_message_bytes": 1})
+    server.context.settings = server.context.settings.model_copy(update={"max_message_bytes": 1})
     assert codes(wire.call("EXEC")) == ["TOOBIG"] * 2
-    assert server.totals().stored == 0
+    assert server.status.totals().stored == 0
 
 
 def test_transaction_puts_wake_readers_of_all_workers() -> None:
     with serving(io_threads=2) as server, wire_to(server) as wire, wire_to(server) as one, wire_to(server) as two:
         for reader in (one, two):
             reader.send(encode_request(b"GETWAIT", b"t", b"60000"))
-        wait_until(lambda: server.waiting() == 2)
+        wait_until(lambda: server.status.waiting() == 2)
         assert transact(wire, ("PUT", "t", "x")) == [1]
         assert one.receive() == two.receive() == b"x"
 
@@ -217,7 +217,7 @@ def test_long_exec_reply_does_not_block_other_clients() -> None:
         assert wire.call("PUT", "t", "x" * 100_000) == 1
         read = encode_request(b"READ", b"t", b"0")
         slow.send(encode_request(b"MULTI") + read * 500 + encode_request(b"EXEC") + encode_request(b"PING"))
-        wait_until(lambda: server.counters().commands["EXEC"] == 1)
+        wait_until(lambda: server.status.counters().commands["EXEC"] == 1)
         (connection,) = [one for one in server._workers[0].connections if one.steps]
         left = 0
         while left != len(connection.steps):
@@ -254,7 +254,7 @@ def test_a_stop_in_the_middle_of_exec_ends_its_array_by_closing(
     assert lines[:2] == [b"*101", b":1"]
     assert lines[-2:] == [b"-CLOSING the server is stopping", b""]
     assert 2 < len(lines) < 101
-    assert server.totals().stored == 1
+    assert server.status.totals().stored == 1
     loop.thread.join()
 
 
@@ -276,7 +276,7 @@ def test_withdrawn_token_aborts_transaction(server: Server, wire: Wire) -> None:
     server.context.access = replace(server.context.access, client_ca_file="another")
     server._workers[0].post(server._workers[0].apply_settings)
     assert wire.ended()
-    assert server.totals().stored == 0
+    assert server.status.totals().stored == 0
 
 
 def test_disconnect_before_exec_stores_nothing(server: Server, wire: Wire) -> None:

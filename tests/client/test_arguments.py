@@ -124,16 +124,16 @@ def test_call_with_invalid_argument_raises_and_sends_nothing(
 
     async def scenario() -> None:
         async with await aio.connect(port=server.port) as mq:
-            before = server.counters().requests
+            before = server.status.counters().requests
             with pytest.raises(call[1]):
                 await awaited(mq)
-            assert server.counters().requests == before
+            assert server.status.counters().requests == before
 
     with connect(port=server.port) as mq:
-        before = server.counters().requests
+        before = server.status.counters().requests
         with pytest.raises(call[1]):
             call[0](mq)
-        assert server.counters().requests == before
+        assert server.status.counters().requests == before
     asyncio.run(scenario())
 
 
@@ -151,7 +151,7 @@ def test_zero_timeout_does_not_wait(server: Server) -> None:
         assert mq.read("t", timeout=0) == []
         assert list(mq.messages("t", timeout=0)) == []
     asyncio.run(scenario())
-    assert server.waiting() == 0
+    assert server.status.waiting() == 0
 
 
 def test_get_latest_default_is_returned_if_there_is_none(server: Server) -> None:

@@ -393,7 +393,7 @@ def test_healthz_fails_if_expiry_stalls(monkeypatch: pytest.MonkeyPatch) -> None
     settings = {"health_timeout_seconds": 2 * UNIT, "expiry_interval_seconds": UNIT}
     with serving(http_port=0, **settings) as server:
         monkeypatch.setattr(server._store, "expire", lambda: go.wait(SOON) and 0)
-        monkeypatch.setattr(server.settings.__class__, "health_timeout_seconds", 2 * UNIT, raising=False)
+        monkeypatch.setattr(server.context.settings.__class__, "health_timeout_seconds", 2 * UNIT, raising=False)
         try:
             wait_until(lambda: "dsmq-expiry" in Answer(server.http_port, "/healthz").text)
         finally:
@@ -466,7 +466,7 @@ def test_status_reports_topics_clients_and_errors(server: Server, wire: Wire) ->
     status = json.loads(text)
     assert "secret" not in text
     assert status["counters"]["puts"] == 3
-    assert status["held"]["messages"] == 3
+    assert status["gauges"]["messages"] == 3
     topic = status["topics"][0]
     assert (topic["name"], topic["messages"], topic["bytes"]) == ("t", 3, 313)
     assert (status["host"], status["port"], status["tokens"], status["tls"]) == ("127.0.0.1", server.port, False, False)
@@ -487,7 +487,7 @@ def test_failing_store_breaks_neither_metrics_nor_page(monkeypatch: pytest.Monke
         with monkeypatch.context() as patch:
             patch.setattr(server._store._database, "connection", Failing())  # type: ignore[attr-defined]
             assert scrape(server)["dsmq_messages"] == 1
-            assert json.loads(Answer(server.http_port, "/status.json").text)["held"]["messages"] == 1
+            assert json.loads(Answer(server.http_port, "/status.json").text)["gauges"]["messages"] == 1
 
 
 def test_content_security_policy_allows_only_own_script(server: Server) -> None:
@@ -619,7 +619,7 @@ def test_every_request_gets_a_status(server: Server, request_: bytes) -> None:
     assert b" 500 " not in answer[:20]
     if b"Accept:" in request_ and b"Host" not in request_:
         assert answer.startswith(b"HTTP/1.0 200 ")
-    assert server.counters().failures == 0
+    assert server.status.counters().failures == 0
 
 
 def test_requests_of_random_pieces_get_a_status(server: Server) -> None:
@@ -647,7 +647,7 @@ def test_requests_of_random_pieces_get_a_status(server: Server) -> None:
         headers = b"".join(chance.choice(pieces) for _ in range(chance.randrange(12)))
         answer = raw(server, line + chance.choice([b" HTTP/1.0", b" HTTP/1.1", b""]) + b"\r\n" + headers + b"\r\n\r\n")
         assert re.match(rb"HTTP/1\.0 [234]\d\d ", answer), (line, headers, answer)
-    assert server.counters().failures == 0
+    assert server.status.counters().failures == 0
 
 
 def test_defect_in_request_gives_500_and_is_counted(
@@ -671,7 +671,7 @@ def test_request_without_thread_gets_a_status(server: Server, monkeypatch: pytes
         patch.setattr(threading.Thread, "start", fail)
         assert Answer(server.http_port, "/readyz").status == 503
     assert Answer(server.http_port, "/readyz").status == 200
-    assert server.counters().failures == 0
+    assert server.status.counters().failures == 0
 
 
 # Names by which it is addressed: a web page may make its own stand for this machine

@@ -185,11 +185,11 @@ def test_page_numbers_update_with_traffic(browser: Browser, server: Server, mq: 
                 )
                 expect(page.locator(f"{plot} path.in")).to_have_attribute("d", re.compile(r"^M[\d.]+ [\d.]+L"))
         expect(page.locator("#puts")).to_have_text("0/s")
-        count = f"{server.totals().stored:,}"
-        expect(page.locator("#held-messages")).to_have_text(count)
+        count = f"{server.status.totals().stored:,}"
+        expect(page.locator("#stored-messages")).to_have_text(count)
         # The bytes of a topic are counted as those in all are.
         status = server.status.page()
-        assert status["topics"][0]["bytes"] + 500 + len("greetings") == status["held"]["bytes"]
+        assert status["topics"][0]["bytes"] + 500 + len("greetings") == status["gauges"]["stored_bytes"]
         expect(page.locator("#total-puts")).to_have_text(count)
         expect(page.locator("#total-deliveries")).to_have_text(count)
         expect(page.locator("#topics tbody td").nth(1)).to_have_text(count)
@@ -243,7 +243,7 @@ def test_page_shows_control_and_bidi_characters(browser: Browser, mq: Client, se
 def test_page_never_shows_messages(browser: Browser, mq: Client, server: Server) -> None:
     mq.put("t", "the quick brown fox")
     with reading(browser, server) as page:
-        expect(page.locator("#held-messages")).to_have_text("1")
+        expect(page.locator("#stored-messages")).to_have_text("1")
         assert "brown" not in page.content()
         assert "brown" not in next_poll(page).text()
 
@@ -298,9 +298,9 @@ def test_page_highlights_full_server(browser: Browser) -> None:
         reading(browser, server) as page,
     ):
         for held, note, kind in [(15, "75% of 20", "bar"), (16, "Filling: 80% of 20", "bar warn")]:
-            mq.put_many("t", ["x"] * (held - server.totals().messages))
-            expect(page.locator("#held-messages-note")).to_have_text(note)
-            expect(page.locator("#held-messages-bar")).to_have_class(re.compile(f"^{kind} ?$"))
+            mq.put_many("t", ["x"] * (held - server.status.totals().messages))
+            expect(page.locator("#stored-messages-note")).to_have_text(note)
+            expect(page.locator("#stored-messages-bar")).to_have_class(re.compile(f"^{kind} ?$"))
         expect(page.locator("#state")).to_have_text("Ready")
         mq.put_many("t", ["x"] * 4)
         with pytest.raises(Full):
@@ -309,7 +309,7 @@ def test_page_highlights_full_server(browser: Browser) -> None:
         expect(page.locator("#state")).to_have_class("bad")
         expect(page.locator("#reasons")).to_contain_text("Puts are refused until messages expire")
         expect(page).to_have_title(re.compile("^Full .* dsmq$"))
-        expect(page.locator("#held-messages-note")).to_have_text("Full: 100% of 20")
+        expect(page.locator("#stored-messages-note")).to_have_text("Full: 100% of 20")
         expect(page.get_by_role("meter", name="Stored messages")).to_have_attribute("aria-valuenow", "20")
         expect(page.locator("#total-puts_refused")).to_have_text("1 +1 recently")
 
@@ -319,18 +319,18 @@ def test_page_reports_lost_server_and_recovers(browser: Browser) -> None:
         port = server.http_port
         with connect(port=server.port) as mq:
             mq.put("t", "x")
-        expect(page.locator("#held-messages")).to_have_text("1")
+        expect(page.locator("#stored-messages")).to_have_text("1")
         server.stop()
         expect(page.locator("#problem")).to_have_text("No response from the server.")
         expect(page.locator("#since")).to_have_text(re.compile(r"^Last update \d+\ss ago\.$"))
         expect(page.locator("#state")).to_have_text("No response")
         expect(page.locator("#main")).to_have_class("stale")
-        expect(page.locator("#held-messages")).to_have_text("1")
+        expect(page.locator("#stored-messages")).to_have_text("1")
         with serving(http_port=port):
             expect(page.locator("#banner")).to_be_hidden()
             expect(page.locator("#main")).not_to_have_class("stale")
             expect(page.locator("#state")).to_have_text("Ready")
-            expect(page.locator("#held-messages")).to_have_text("0")
+            expect(page.locator("#stored-messages")).to_have_text("0")
             expect(page.locator("#puts")).to_have_text("0/s")
 
 
@@ -468,6 +468,6 @@ def test_page_follows_dark_mode_preference(browser: Browser, server: Server) -> 
 def test_page_follows_reduced_motion_preference(browser: Browser, server: Server) -> None:
     for wish, moves in (("no-preference", True), ("reduce", False)):
         with reading(browser, server, reduced_motion=wish) as page:
-            bar = page.locator("#held-messages-bar div")
+            bar = page.locator("#stored-messages-bar div")
             took = bar.evaluate("(bar) => parseFloat(getComputedStyle(bar).transitionDuration)")
             assert (took > 0) is moves

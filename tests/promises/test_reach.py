@@ -413,7 +413,7 @@ with connect(port=int(sys.argv[1])) as mq, connect(port=int(sys.argv[1])) as wri
 @pytest.mark.parametrize("fork", ["os.fork", "without hooks"])
 def test_forked_child_is_a_separate_client(server: Server, fork: str) -> None:
     subprocess.run([sys.executable, "-c", CHILDREN, str(server.port), fork], timeout=2 * SOON, check=True)
-    assert server.totals().stored == 3 + 5 * 200
+    assert server.status.totals().stored == 3 + 5 * 200
 
 
 FORK_IN_PUT_MANY = """
@@ -507,9 +507,9 @@ with connect(port={server.port}, timeout={10 * SOON}) as mq:
     print(got, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     with running(script) as (_, output), connect(port=server.port) as writer:
-        wait_until(lambda: server.totals().stored == 1)
+        wait_until(lambda: server.status.totals().stored == 1)
         # The parent and the child each wait for it.
-        wait_until(lambda: server.waiting() == 2)
+        wait_until(lambda: server.status.waiting() == 2)
         writer.put("t", "x")
         assert output.readline() == "x 0\n"
 
@@ -542,7 +542,7 @@ with connect(port={server.port}, timeout={SOON}) as mq:
             assert output.readline() == "forked\n"
         assert output.readline() == "1 0\n"
         assert len(mq.get("t")) == 8_000_000
-    assert server.totals().stored == 1
+    assert server.status.totals().stored == 1
 
 
 def test_fork_during_put_many_does_not_use_parent_connection(server: Server) -> None:
@@ -597,14 +597,14 @@ def test_idle_connections_of_a_burst_are_closed_but_one(server: Server, monkeypa
             threads = [threading.Thread(target=mq.get_wait, args=("t",), kwargs={"timeout": SOON}) for _ in range(20)]
             for thread in threads:
                 thread.start()
-            wait_until(lambda: server.waiting() == 20)
+            wait_until(lambda: server.status.waiting() == 20)
             mq.put_many("t", ["x"] * 20)
             for thread in threads:
                 thread.join(SOON)
             # Nobody calls it meanwhile.
-            wait_until(lambda: server.connections() == 1)
+            wait_until(lambda: server.status.connections() == 1)
         mq.ping()
-        assert server.connections() == 1
+        assert server.status.connections() == 1
 
 
 def test_call_succeeds_if_no_thread_can_start(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -616,7 +616,7 @@ def test_call_succeeds_if_no_thread_can_start(server: Server, monkeypatch: pytes
         # While one connection is in use, another is made; then there are two.
         assert len(mq.put_many("t", (str(mq.put("u", "x")) for _ in range(3)))) == 3
         assert mq.get_many("u") == ["x"] * 3
-        wait_until(lambda: server.connections() == 1)
+        wait_until(lambda: server.status.connections() == 1)
 
 
 @pytest.mark.slow

@@ -390,7 +390,7 @@ def test_too_big_message_affects_no_other_call() -> None:
         ended.set()
         for thread in threads:
             thread.join(SOON)
-        assert len(set(ids)) == len(ids) == server.totals().stored
+        assert len(set(ids)) == len(ids) == server.status.totals().stored
 
 
 def test_too_long_topic_raises_too_big() -> None:

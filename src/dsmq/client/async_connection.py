@@ -20,7 +20,7 @@ from dsmq.client.dial import Endpoint, Race, addresses, alike, explain_greeting,
 from dsmq.client.replies import is_lost, raise_if_fatal, reason
 from dsmq.client.requests import BYTES_AT_ONCE, PUTS_AT_ONCE, Call, Producer, PutMany
 from dsmq.errors import AuthRequired, DSMQError, ProtocolError, ReplyError
-from dsmq.system import expect_long_messages, unsent_bytes
+from dsmq.system import raise_malloc_threshold, unsent_bytes
 from dsmq.wire.resp import Reply, ReplyParser
 
 # How many requests may be unanswered on a connection: as many puts as a server surely remembers of one producer.
@@ -349,7 +349,7 @@ async def _open(endpoint: Endpoint, timeout: float) -> Connection:
         for seconds in race.run(math.inf):
             await _select(race, seconds)
     # asyncio allocates 256 KiB each time it receives something.
-    expect_long_messages()
+    raise_malloc_threshold()
     options: dict[str, Any] = {"ssl": endpoint.tls, "server_hostname": endpoint.name} if endpoint.tls else {}
     try:
         make = partial(Connection, race.winner, timeout)

@@ -15,8 +15,8 @@ from dsmq.errors import AuthRequired, DSMQError, ProtocolError
 from dsmq.system import (
     LONG_YIELD_PAUSE_SECONDS,
     LONG_YIELD_SECONDS,
-    expect_long_messages,
     process,
+    raise_malloc_threshold,
     yield_processor,
 )
 from dsmq.wire.resp import Reply, ReplyParser
@@ -155,7 +155,7 @@ class Connection:
             else:
                 self._adapt_polling(began)
                 if len(data) == _RECEIVE_BYTES:
-                    expect_long_messages()
+                    raise_malloc_threshold()
                     self._receive_bytes = _RECEIVE_MORE_BYTES
                 return data
             if self._poll_not_before <= now < began + BUSY_POLL_SECONDS:

@@ -14,7 +14,7 @@ from dsmq.client.reader import MAX_READ_BYTES, Returned, TopicReader, take_back
 from dsmq.client.replies import as_map, as_number, as_ranges, as_text, check
 from dsmq.client.stretch import Entry, Era
 from dsmq.errors import AuthRequired, MessageNotText, ProtocolError, ReplyError
-from dsmq.system import LONG_MESSAGE_BYTES, boot_time, expect_long_messages
+from dsmq.system import LONG_MESSAGE_BYTES, boot_time, raise_malloc_threshold
 from dsmq.wire.limits import MAX_INTEGER
 from dsmq.wire.resp import Reply, encode_request
 
@@ -221,7 +221,7 @@ class Session:
         else:
             raise TypeError(f"a message is a str or bytes, not {type(message).__name__}")
         if len(body) > LONG_MESSAGE_BYTES:
-            expect_long_messages()
+            raise_malloc_threshold()
         return name, body
 
     def entries(self, reply: Reply) -> list[Entry]:
