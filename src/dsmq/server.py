@@ -21,7 +21,7 @@ from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import Any, Self
 
-from dsmq import __version__, environment, logs, signals, system
+from dsmq import __version__, logs, signals, system
 from dsmq import settings as config
 from dsmq.broker import listener as listening
 from dsmq.broker.access import Access
@@ -201,7 +201,6 @@ class Server:
         _logger.info(
             "dsmq %s serves on %s (process %d)", __version__, ", ".join(self.addresses), os.getpid(), extra=started
         )
-        environment.log_links()
         self._log_configuration()
         for where in (endpoint.url for endpoint in self._http_endpoints):
             _logger.info(
