@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import codecs
 import json
-import logging
 import os
 import re
-import signal
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from conftest import ROOT, daemon, run_dsmq, without_privileges
+from conftest import ROOT, run_dsmq, without_privileges
 from dsmq import environment
 from dsmq import settings as config
 from dsmq.errors import ConfigError
@@ -260,7 +258,7 @@ def test_unknown_setting_error_suggests_nearest(
 
 def test_section_in_file_is_unknown_setting(tmp_path: Path) -> None:
     file = toml(tmp_path, "[server]\nport = 1")
-    assert complaint(file) == f"{file}: unknown setting 'server'; there are no sections, all settings stand above them"
+    assert complaint(file) == f"{file}: server: unknown section; settings are not divided into sections"
 
 
 def test_unknown_setting_without_near_match_has_no_suggestion(tmp_path: Path) -> None:
@@ -280,8 +278,8 @@ def test_help_shows_defaults_as_entered() -> None:
     assert re.search(r"--tls-cert-file VALUE [^-]*Default: none --", said)
 
 
-def test_the_names_that_client_commands_know_are_those_of_the_settings() -> None:
-    assert list(config.Settings.model_fields) == environment.SETTINGS
+def test_client_commands_know_all_setting_names() -> None:
+    assert environment.setting_names() == list(config.Settings.model_fields)
 
 
 def test_unrelated_variables_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,23 +341,6 @@ def test_variables_resembling_service_links_are_settings(
 ) -> None:
     monkeypatch.setenv(variable, value)
     assert complaint().startswith(variable + ": ")
-
-
-def test_service_links_are_logged_once_at_debug_level() -> None:
-    env = {"DSMQ_PORT": "tcp://10.96.3.7:30008", "DSMQ_SERVICE_HOST": "10.96.3.7"}
-    with daemon("--log-level", "debug", env=env) as server:
-        server.process.send_signal(signal.SIGHUP)
-        server.wait_for_line("configuration reloaded")
-        server.stop()
-    lines = [line for line in server.log().splitlines() if "DSMQ_SERVICE_HOST" in line]
-    assert len(lines) == 1
-    assert lines[0].endswith("DEBUG environment variables passed over as service links: DSMQ_PORT, DSMQ_SERVICE_HOST")
-
-
-def test_nothing_is_logged_without_service_links(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG, "dsmq")
-    environment.log_links()
-    assert caplog.records == []
 
 
 def test_contradicting_variables_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,7 +166,7 @@ def _server_settings(*, use_file: bool) -> dict[str, tuple[str, str]]:
     variables = environment.variables()
     file = os.environ[variables["config"]] if use_file and "config" in variables else ""
     said = environment.read_toml(file) if file else {}
-    if unknown := [name for name in said if name not in environment.SETTINGS]:
+    if unknown := [name for name in said if name not in environment.setting_names()]:
         raise ConfigError(f"{file}: {environment.unknown(unknown[0])}")
     return {
         name: (os.environ[variables[name]], variables[name])

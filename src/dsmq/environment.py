@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import codecs
 import difflib
-import logging
 import os
 import re
 import tomllib
-from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from dsmq.errors import ConfigError
@@ -20,19 +20,6 @@ from dsmq.errors import ConfigError
 _MAX_TEXT_BYTES = 1_048_576
 PREFIX = "DSMQ_"
 CONFIG = "DSMQ_CONFIG"
-
-# The names of `settings.Settings`, which takes longer to import than a client command runs.
-SETTINGS = """
-    host port protected_mode auth_token auth_token_file auth_timeout_seconds tls_cert_file tls_key_file
-    tls_client_ca_file http_host http_token http_token_file http_allowed_hosts http_port metrics_topics
-    health_timeout_seconds max_age_seconds expiry_interval_seconds snapshot_file snapshot_interval_seconds
-    max_message_bytes max_topic_bytes max_topics max_stored_messages max_stored_bytes max_stored_messages_per_topic
-    max_stored_bytes_per_topic max_connections max_connections_per_address max_unauthenticated_connections
-    max_unauthenticated_bytes max_waiting_readers max_unread_reply_bytes max_total_unread_reply_bytes
-    max_total_request_bytes request_timeout_seconds reply_timeout_seconds idle_timeout_seconds stop_timeout_seconds
-    io_threads busy_poll_microseconds listen_backlog allow_shutdown log_level log_format log_stream
-    max_log_lines_per_second
-""".split()  # noqa: SIM905 - a literal would take 49 lines
 
 # NAME=value, as Kubernetes sets it in every container for a Service called dsmq or dsmq-…, and `docker --link` and
 # Compose's `links` for a container of such a name.
@@ -44,7 +31,16 @@ _LINKS = re.compile(
     re.DOTALL | re.VERBOSE,
 )
 
-_logger = logging.getLogger(__name__)
+
+@cache
+def setting_names() -> list[str]:
+    """Return the names of all settings.
+
+    They are read from the source of `dsmq.settings`, because importing it takes longer than a client command runs.
+    """
+    source = Path(__file__).with_name("settings.py").read_text()
+    fields = source.partition("\nclass Settings(")[2].partition("\n    @")[0]
+    return re.findall(r"^    ([a-z_]+): .* = ", fields, re.MULTILINE)
 
 
 def variables() -> dict[str, str]:
@@ -53,37 +49,23 @@ def variables() -> dict[str, str]:
     Skips empty variables and service links. Raises ConfigError if one is unknown or two contradict each other.
     """
     found: dict[str, str] = {}
-    for variable in sorted(_ours()):
-        name = variable[len(PREFIX) :].lower()
-        if _is_link(variable):
+    for variable, value in sorted(os.environ.items()):
+        prefix, name = variable[: len(PREFIX)].upper(), variable[len(PREFIX) :].lower()
+        if not value or prefix != PREFIX or _LINKS.fullmatch(f"{name.upper()}={value}"):
             continue
-        if name not in (*SETTINGS, "config"):
-            raise ConfigError(f"{variable}: {unknown(name, lambda known: PREFIX + known.upper())}")
+        if name not in (*setting_names(), "config"):
+            raise ConfigError(f"{variable}: {unknown(name, PREFIX)}")
         other = found.setdefault(name, variable)
-        if os.environ[other] != os.environ[variable]:
+        if os.environ[other] != value:
             raise ConfigError(f"{other} and {variable} are both set, to different values")
     return found
 
 
-def unknown(name: str, name_of: Callable[[str], str] = str, about: str = "") -> str:
-    """Return the error for an unknown setting, with `about` or the closest known name as a hint."""
-    if not about and (nearest := difflib.get_close_matches(name, SETTINGS, n=1)):
-        about = f"the nearest known one is '{name_of(nearest[0])}'"
-    return f"unknown setting '{name_of(name)}'" + (f"; {about}" if about else "")
-
-
-def log_links() -> None:
-    """Log which environment variables are ignored as service links."""
-    if links := sorted(filter(_is_link, _ours())):
-        _logger.debug("environment variables passed over as service links: %s", ", ".join(links))
-
-
-def _ours() -> list[str]:
-    return [variable for variable, value in os.environ.items() if value and variable.upper().startswith(PREFIX)]
-
-
-def _is_link(variable: str) -> bool:
-    return bool(_LINKS.fullmatch(f"{variable[len(PREFIX) :].upper()}={os.environ[variable]}"))
+def unknown(name: str, prefix: str = "") -> str:
+    """Return the error for an unknown setting; with a prefix, for an unknown variable."""
+    known = difflib.get_close_matches(name, setting_names(), n=1)
+    shown, *nearest = (f"'{prefix}{word.upper() if prefix else word}'" for word in (name, *known))
+    return f"unknown setting {shown}" + "".join(f"; the nearest known one is {word}" for word in nearest)
 
 
 def read_toml(file: str) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from unittest.mock import Mock
 import pytest
 
 from conftest import SOON, UNIT, Wire, blocked, daemon, serving, wait_until, wire_to
-from dsmq import logs
 from dsmq.broker import connection, messages
 from dsmq.broker import event_loop as worker
 from dsmq.broker.connection import MAX_HELD_BYTES, RECEIVE_BYTES, Connection
@@ -483,24 +482,6 @@ def test_end_of_input_loses_no_buffered_requests() -> None:
 
 
 # What is logged
-
-
-def test_flood_of_one_message_is_summarised_in_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 100.0
-    monkeypatch.setattr(logs.time, "monotonic", lambda: now)
-    flood = logs.FloodFilter(3)
-
-    def passes(line: int, message: str) -> bool:
-        return flood.filter(logging.LogRecord("dsmq", logging.INFO, "file.py", line, "%s", (message,), None))
-
-    assert [passes(1, str(number)) for number in range(6)] == [True] * 3 + [False] * 3
-    # Another cause is not held back.
-    assert passes(2, "other")
-    assert [(count, last.getMessage()) for count, last in flood.take_suppressed()] == [(3, "5")]
-    assert flood.take_suppressed() == []
-    assert not passes(1, "6")
-    now += 1
-    assert passes(1, "7")
 
 
 @pytest.mark.slow
