@@ -23,12 +23,12 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from dsmq import command_line, environment
 from dsmq.client import DSMQClientSideConnection, connect
-from dsmq.client.dial import Endpoint
 from dsmq.client.session import Message
 from dsmq.command_line import USAGE, Command
 from dsmq.errors import AuthRequired, ConfigError, DSMQError, TooBig
 from dsmq.system import allow_more_files, has_terminal
 from dsmq.terminal import LineFormatter, as_json, printable
+from dsmq.wire.addresses import parse_endpoint
 
 if TYPE_CHECKING:
     from ssl import SSLContext
@@ -132,7 +132,7 @@ def _connect(options: argparse.Namespace, timeout: float = 10.0) -> DSMQClientSi
 
 
 def _where(options: argparse.Namespace) -> str:
-    return str(Endpoint(options.host, options.port))
+    return str(parse_endpoint(options.host, options.port))
 
 
 def _log_to_stderr() -> None:
@@ -146,7 +146,7 @@ def _log_to_stderr() -> None:
 # Advice for programs in the client's errors, and the same advice for the command line.
 _HINTS = {
     "connect(..., token=...)": "--token-file FILE, or DSMQ_AUTH_TOKEN",
-    "does it want TLS?": "does it want TLS (--tls)?",
+    "does it require TLS?": "does it require TLS (--tls)?",
     "ca_file=...": "--ca-file FILE",
     "cert_file=..., key_file=...": "--cert-file FILE, --key-file FILE",
 }

@@ -625,7 +625,7 @@ def test_cli_error_names_missing_option(tls_server: Server, tmp_path: Path) -> N
         done = run_dsmq("ping", "--port", str(server.port))
         assert done.stderr == b"dsmq: authentication required: --token-file FILE, or DSMQ_AUTH_TOKEN\n"
     port = ("--port", str(tls_server.port))
-    assert b"does it want TLS (--tls)?" in run_dsmq("ping", *port).stderr
+    assert b"does it require TLS (--tls)?" in run_dsmq("ping", *port).stderr
     assert b"(--ca-file FILE names others to trust)" in run_dsmq("ping", *port, "--tls").stderr
     cert, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
     tool("openssl", "openssl")
@@ -917,15 +917,14 @@ def test_an_error_of_tls_names_the_address_and_says_what_to_do(connect: Connect,
     def told(port: int, **options: Any) -> str:
         with pytest.raises(ConnectionError) as error:
             connect(port=port, retry=False, **options)
-        assert f"127.0.0.1 port {port}: " in str(error.value)
+        assert f"127.0.0.1:{port}: " in str(error.value)
         return str(error.value)
 
     with serving(tls_cert_file=files.server) as one:
         for options in ({"tls": True}, {"ca_file": str(files.folder / "other.pem")}):
             assert "the certificate is not from a trusted authority (ca_file=" in told(one.port, **options)
     with serving(tls_cert_file=named) as one:
-        about = told(one.port, ca_file=files.ca)
-        assert "not valid for '127.0.0.1'; it is for a.example, *.b.example, 10.0.0.1" in about
+        assert "not valid for '127.0.0.1'" in told(one.port, ca_file=files.ca)
     with serving(tls_cert_file=files.server, tls_client_ca_file=files.ca) as one:
         # The asyncio client may be refused before it has read why.
         assert re.search("requires a certificate|Broken pipe", told(one.port, ca_file=files.ca))
@@ -978,7 +977,7 @@ def test_client_sends_certificate_if_required(files: Files, tmp_path: Path) -> N
 
 
 def test_tls_and_plain_text_mismatch_is_an_error(tls_server: Server) -> None:
-    with pytest.raises(ConnectionError, match="does it want TLS"):
+    with pytest.raises(ConnectionError, match="does it require TLS"):
         connect(port=tls_server.port, token=ADMIN, retry=False)
     with serving() as plain, pytest.raises(ConnectionError, match="does the server speak TLS"):
         connect(port=plain.port, tls=True, retry=False)

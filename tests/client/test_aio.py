@@ -1092,7 +1092,7 @@ def test_first_answering_address_is_used(server: Server, monkeypatch: pytest.Mon
 def test_all_addresses_refusing_raises_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with nobody() as one:
         resolve(monkeypatch, ("127.0.0.2", one[1]), one)
-        with pytest.raises(ConnectionRefusedError, match=r"no server answers at several\.example port 5"):
+        with pytest.raises(ConnectionRefusedError, match=r"no server answers at several\.example:5"):
             asyncio.run(connect("several.example", 5, retry=False))
 
 

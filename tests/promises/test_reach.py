@@ -24,9 +24,10 @@ from conftest import CONNECTS, SOON, UNIT, Connect, blocked, daemon, serving, wa
 from dsmq import client as client_module
 from dsmq.client import connect, dial
 from dsmq.client import connection as link
-from dsmq.client.dial import Endpoint, addresses
+from dsmq.client.dial import addresses
 from dsmq.errors import ConnectionLost, ProtocolError
 from dsmq.server import Server
+from dsmq.wire.addresses import Endpoint
 
 # Names with several addresses
 
@@ -115,7 +116,7 @@ def test_error_names_reason_per_address(resolve: Callable[..., None]) -> None:
         assert time.monotonic() - before < SOON
         assert "127.0.0.1: Connection refused; 127.0.0.1: timed out" in str(told.value)
         resolve(("127.0.0.1", hole))
-        with pytest.raises(TimeoutError, match="name port 30008 can't be reached: timed out"):
+        with pytest.raises(TimeoutError, match="name:30008 can't be reached: timed out"):
             connect("name", timeout=UNIT, retry=False)
 
 
@@ -172,7 +173,7 @@ def test_proxy_that_closes_at_once_counts_as_starting(
     with front(*replies) as (port, _), pytest.raises(ConnectionResetError, match="closes them at once") as told:
         connect(port=port)
     assert len(pauses) == 10
-    assert "does it want TLS?" in str(told.value)
+    assert "does it require TLS?" in str(told.value)
 
 
 def test_proxy_is_retried_until_server_answers(monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
@@ -189,38 +190,37 @@ def test_proxy_is_retried_until_server_answers(monkeypatch: pytest.MonkeyPatch, 
     assert len(accepted) == 5
 
 
+@CONNECTS
 @pytest.mark.parametrize(
-    ("reply", "name"),
+    "reply",
     [
-        (b"HTTP/1.1 400 Bad Request\r\nServer: nginx\r\n\r\n", "an HTTP server"),
-        (b"HTTP/1.0 400 Bad Request\r\nServer: dsmq\r\n\r\n", "dsmq's HTTP endpoint"),
-        (b"<!DOCTYPE HTML>\r\n", "an HTTP server"),
-        (b"SSH-2.0-OpenSSH_9.2\r\n", "an SSH server"),
-        (b"-ERR unknown command 'HELLO'\r\n", "Redis"),
-        (b"-NOAUTH HELLO must be called with the client already authenticated, otherwise ...\r\n", "Redis"),
-        (b"*2\r\n$6\r\nserver\r\n$6\r\nvalkey\r\n", "valkey"),
+        b"HTTP/1.1 400 Bad Request\r\nServer: nginx\r\n\r\n",
+        b"<!DOCTYPE HTML>\r\n",
+        b"SSH-2.0-OpenSSH_9.2\r\n",
+        b"-ERR unknown command 'HELLO'\r\n",
+        b"-NOAUTH HELLO must be called with the client already authenticated, otherwise ...\r\n",
+        b"*2\r\n$6\r\nserver\r\n$6\r\nvalkey\r\n",
     ],
 )
-def test_other_program_is_named_at_once(reply: bytes, name: str) -> None:
-    with front(reply) as (port, accepted), pytest.raises(ProtocolError, match=name):
+def test_answer_of_another_program_is_quoted_at_once(connect: Connect, reply: bytes) -> None:
+    with front(reply) as (port, accepted), pytest.raises(ProtocolError, match="is not a dsmq server") as told:
         connect(port=port)
+    first_line = reply.partition(b"\r")[0].decode()
+    assert f"(it answered {first_line!r})" in str(told.value)
     assert len(accepted) == 1
 
 
-def test_closing_broker_is_probed_in_its_own_protocol() -> None:
-    # As mosquitto does: it closes unless the first thing is a CONNECT.
-    with front(b"", b"\x20\x02\x00\x00") as (port, _), pytest.raises(ProtocolError, match="MQTT broker"):
-        connect(port=port)
-
-
 def test_tls_server_is_recognized_at_once() -> None:
-    with front(b"\x15\x03\x03\x00\x02\x02\x46") as (port, accepted), pytest.raises(ConnectionError, match="want TLS"):
+    with (
+        front(b"\x15\x03\x03\x00\x02\x02\x46") as (port, accepted),
+        pytest.raises(ConnectionError, match="require TLS"),
+    ):
         connect(port=port)
     assert len(accepted) == 1
 
 
 def test_real_programs_are_recognized(tmp_path: Path) -> None:
-    with daemon() as server, pytest.raises(ProtocolError, match="dsmq's HTTP endpoint"):
+    with daemon() as server, pytest.raises(ProtocolError, match="it is dsmq's HTTP endpoint"):
         connect(port=server.http_port)
     if (redis := shutil.which("redis-server")) is None:
         pytest.skip("redis-server is not installed")
@@ -231,7 +231,7 @@ def test_real_programs_are_recognized(tmp_path: Path) -> None:
     try:
         wait_until(path.exists)
         for _ in range(2):
-            with pytest.raises(ProtocolError, match="Redis"):
+            with pytest.raises(ProtocolError, match="is not a dsmq server"):
                 connect(f"unix:{path}")
             subprocess.run(["redis-cli", "-s", str(path), "CONFIG", "SET", "requirepass", "x"], check=True)
     finally:
@@ -330,7 +330,7 @@ def test_read_size_shrinks_after_timeout(server: Server, monkeypatch: pytest.Mon
 
 def test_silent_server_times_out_for_every_call() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        one = link.Connection(Endpoint("127.0.0.1", listener.getsockname()[1]), UNIT)
+        one = link.Connection(Endpoint("127.0.0.1", listener.getsockname()[1]), None, UNIT)
         before = time.monotonic()
         one.send(b"x" * 16_384)
         with pytest.raises(TimeoutError):
@@ -363,10 +363,10 @@ def test_an_attempt_to_reach_a_server_says_for_how_long_it_was_made(
         with pytest.raises(ConnectionRefusedError) as told:
             connect(port=port)
         assert told.value.errno == errno.ECONNREFUSED
-        found = re.search(rf"no server answers at 127.0.0.1 port {port} \(tried for (.*) s\)$", str(told.value))
+        found = re.search(rf"no server answers at 127.0.0.1:{port} \(tried for (.*) s\)$", str(told.value))
         assert found
         assert float(found[1]) >= 0.1
-        with pytest.raises(ConnectionRefusedError, match=f"port {port}$"):
+        with pytest.raises(ConnectionRefusedError, match=f":{port}$"):
             connect(port=port, retry=False)
 
 

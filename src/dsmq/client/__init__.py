@@ -23,7 +23,7 @@ from dsmq.client import arguments
 from dsmq.client import session as wire
 from dsmq.client.connection import Connection
 from dsmq.client.core import Client, Options, Retries
-from dsmq.client.dial import ClosedSilently, alike
+from dsmq.client.dial import ClosedSilently, with_text
 from dsmq.client.pool import Pool
 from dsmq.client.reader import Claim
 from dsmq.client.replies import check, reason, stored_id
@@ -102,7 +102,7 @@ class DSMQClientSideConnection(Client):
         super().__init__(host, port, options)
         self._pool = Pool(self._core)
         self._verbose = verbose
-        self._log(f"connecting to the dsmq server at {host} port {port}")
+        self._log(f"connecting to the dsmq server at {self._core.endpoint}")
         self._pool.give_back(self._connect_at_start() if retry else self._pool.connect())
 
     # Messages in
@@ -336,7 +336,7 @@ def next_delay(error: OSError, began: float, delays: Iterator[float]) -> float:
     """Return how long to wait for a server that may be starting. Raises the error if that took too long."""
     seconds, delay = time.monotonic() - began, next(delays, None)
     if delay is None or seconds > default_wait():
-        raise alike(error, f"{reason(error)} (tried for {seconds:.1f} s)") from None
+        raise with_text(error, f"{reason(error)} (tried for {seconds:.1f} s)") from None
     return delay
 
 

@@ -16,11 +16,12 @@ from typing import Any, cast
 
 from dsmq.client.connection import CLOSED_BY_SERVER, LONG_PAUSE_SECONDS
 from dsmq.client.core import Core
-from dsmq.client.dial import Endpoint, Race, addresses, alike, explain_greeting, explain_silence, tls_failure
+from dsmq.client.dial import Race, addresses, certified_name, explain_failure, explain_greeting
 from dsmq.client.replies import is_lost, raise_if_fatal, reason
 from dsmq.client.requests import BYTES_AT_ONCE, PUTS_AT_ONCE, Call, Producer, PutMany
-from dsmq.errors import AuthRequired, DSMQError, ProtocolError, ReplyError
+from dsmq.errors import DSMQError, ProtocolError, ReplyError
 from dsmq.system import raise_malloc_threshold, unsent_bytes
+from dsmq.wire.addresses import Endpoint
 from dsmq.wire.resp import Reply, ReplyParser
 
 # How many requests may be unanswered on a connection: as many puts as a server surely remembers of one producer.
@@ -309,51 +310,36 @@ async def connect(core: Core) -> Connection:
     """Return a new connection. Raises OSError, or what the server answers, if there is none."""
     try:
         async with asyncio.timeout(core.timeout):
-            connection = await _open(core.endpoint, core.timeout)
+            connection = await _open(core)
             try:
-                state, era = core.session.handle_hello(await _greet(connection, core))
+                state, era = core.session.handle_hello(await connection.ask(Call(core.session.hello)))
             except BaseException as error:
                 connection.fail(error)
+                if isinstance(error, ReplyError | OSError):
+                    raise explain_greeting(core.endpoint, connection.received, error) from None
                 raise
     except TimeoutError as error:
         raise TimeoutError(str(error) or f"{core.endpoint}: no answer within {core.timeout:g} s") from None
-    except OSError as error:
-        # In a thread: it may connect, to find out what answers there.
-        raise await asyncio.get_running_loop().run_in_executor(None, _explain, core, error) from None
     connection.producer, connection.batch_producer = Producer(era.run, era), Producer(era.run, era)
     connection.has_answered = False
     core.announce(state)
     return connection
 
 
-def _explain(core: Core, error: OSError) -> Exception:
-    if isinstance(error, ConnectionResetError):
-        return error if core.session.epoch else explain_silence(core.endpoint)
-    if isinstance(error, BrokenPipeError):
-        return alike(error, f"{core.endpoint}: {reason(error)}")
-    return tls_failure(core.endpoint, error)
-
-
-async def _greet(connection: Connection, core: Core) -> Reply:
-    try:
-        return await connection.ask(Call(core.session.hello))
-    except AuthRequired as error:
-        # Redis answers this as well; the session tells them apart.
-        return error
-    except (ProtocolError, ConnectionResetError) as error:
-        raise explain_greeting(core.endpoint, connection.received, error) from None
-
-
-async def _open(endpoint: Endpoint, timeout: float) -> Connection:
+async def _open(core: Core) -> Connection:
+    endpoint = core.endpoint
     with Race(endpoint, await _addresses(endpoint)) as race:
         for seconds in race.run(math.inf):
             await _select(race, seconds)
     # asyncio allocates 256 KiB each time it receives something.
     raise_malloc_threshold()
-    options: dict[str, Any] = {"ssl": endpoint.tls, "server_hostname": endpoint.name} if endpoint.tls else {}
+    options: dict[str, Any] = {"ssl": core.tls, "server_hostname": certified_name(endpoint)} if core.tls else {}
     try:
-        make = partial(Connection, race.winner, timeout)
+        make = partial(Connection, race.winner, core.timeout)
         return (await asyncio.get_running_loop().create_connection(make, sock=race.winner, **options))[1]
+    except OSError as error:
+        race.winner.close()
+        raise explain_failure(endpoint, error) from None
     except BaseException:
         race.winner.close()
         raise
@@ -370,8 +356,8 @@ async def _select(race: Race, seconds: float) -> None:
 
 async def _addresses(endpoint: Endpoint) -> list[tuple[int, int, int, Any]]:
     try:
-        if not endpoint.is_unix:
-            socket.getaddrinfo(endpoint.name, None, flags=socket.AI_NUMERICHOST)
+        if endpoint.host:
+            socket.getaddrinfo(endpoint.host, None, flags=socket.AI_NUMERICHOST)
     except (OSError, UnicodeError):
         return await asyncio.get_running_loop().run_in_executor(None, addresses, endpoint)
     return addresses(endpoint)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Literal, TypeAlias
 
 from dsmq.client import arguments
-from dsmq.client.dial import Endpoint, Security, parse_endpoint
+from dsmq.client.dial import Security, tls_context
 from dsmq.client.replies import is_lost, reason
 from dsmq.client.requests import Call
 from dsmq.client.session import Session, State
@@ -71,16 +71,19 @@ def _retry_delays() -> Iterator[float]:
 class Core:
     """What the calls of a client share."""
 
-    def __init__(self, endpoint: Endpoint, options: Options) -> None:
+    def __init__(self, host: str, port: int, options: Options) -> None:
         """Raises TypeError or ValueError if an option makes no sense."""
         if unknown := sorted(options.keys() - Options.__annotations__.keys()):
             raise TypeError(f"unexpected arguments: {', '.join(unknown)}")
         self.timeout = arguments.seconds("timeout", options.get("timeout", 10.0), zero=False)
         self.reconnect_timeout = arguments.seconds("reconnect_timeout", options.get("reconnect_timeout", 30.0))
         self._on_state_change = options.get("on_state_change")
-        arguments.callback("on_state_change", self._on_state_change)
-        self.endpoint = endpoint
-        self.session = Session(endpoint.token)
+        if self._on_state_change is not None and not callable(self._on_state_change):
+            raise TypeError(f"on_state_change should be a function, not {self._on_state_change!r}")
+        self.endpoint = arguments.endpoint(host, port)
+        self.tls = tls_context(options)
+        token = options.get("token")
+        self.session = Session("" if token is None else arguments.text("token", token))
         self.is_closed = False
         self._down: tuple[_Down, dict[int, object]] = "", {}
 
@@ -167,7 +170,7 @@ class Client:
     """What needs no connection, in both clients."""
 
     def __init__(self, host: str, port: int, options: Options) -> None:
-        self._core = Core(parse_endpoint(host, port, options), options)
+        self._core = Core(host, port, options)
         self._session = self._core.session
         self.host = host
         self.port = port

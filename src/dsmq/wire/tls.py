@@ -8,7 +8,6 @@ import socket
 import ssl
 from collections.abc import Sequence
 from selectors import EVENT_READ, EVENT_WRITE
-from typing import Any
 
 from dsmq.errors import ConfigError
 
@@ -145,17 +144,6 @@ def advice(error: ssl.SSLError) -> str:
     """Return what went wrong for a client, and what to do about it."""
     code = error.verify_code if isinstance(error, ssl.SSLCertVerificationError) else error.reason
     return _ADVICE.get(code) or reason(error)
-
-
-def certificate_names(context: ssl.SSLContext, sock: socket.socket, host: str) -> list[str]:
-    """Return the names in a server's certificate, if it is one to trust. Raises OSError, ValueError or KeyError."""
-    other = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    other.check_hostname = False
-    other.verify_flags = context.verify_flags
-    other.load_verify_locations(cadata=b"".join(context.get_ca_certs(binary_form=True)))
-    with other.wrap_socket(sock, server_hostname=host) as secured:
-        found: Any = secured.getpeercert()
-        return [value for _, value in found["subjectAltName"]]
 
 
 class TLSSocket:
