@@ -1,25 +1,13 @@
-"""Parsing of the arguments of requests. Invalid ones raise BadRequest or TooBig."""
+"""Parsing of the arguments of requests. Invalid ones raise BadRequest."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dsmq.errors import BadRequest, TooBig
+from dsmq.errors import BadRequest
 from dsmq.wire.limits import MAX_INTEGER
 
 MAX_NAME_BYTES = 64
-
-
-def parse_topic(name: bytes, max_bytes: int) -> bytes:
-    if not name:
-        raise BadRequest("the name of the topic is empty")
-    if len(name) > max_bytes:
-        raise TooBig(f"a topic has at most {max_bytes} bytes, not {len(name)}")
-    try:
-        name.decode()
-    except UnicodeDecodeError:
-        raise BadRequest("the topic is not UTF-8") from None
-    return name
 
 
 def parse_name(name: bytes) -> bytes:

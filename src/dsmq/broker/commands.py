@@ -6,6 +6,7 @@ raises a ReplyError to reply with an error. PROTOCOL.md explains each command.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 from dsmq.broker import handshake, messages, transactions
 from dsmq.broker.arguments import shown
 from dsmq.broker.auth import Role
-from dsmq.broker.syntax import arguments, bounds
 from dsmq.errors import AuthRequired, BadRequest, NotPermitted, UnknownCommand
+from dsmq.wire.limits import MAX_ARGUMENTS
 from dsmq.wire.resp import Encoded, encode_array, encode_integer, encode_null, encode_value
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 # What Redis calls commands of these roles.
 _FLAGS = {Role.NOBODY: "no_auth", Role.READ: "readonly", Role.WRITE: "write", Role.ADMIN: "admin"}
+
+# An argument, or all within a pair of brackets, which may contain others.
+_ARGUMENT = re.compile(r"(?:\[(?:[^\[\]]|\[[^\[\]]*\])*\]|\S+)(?: \.\.\.)?")
 
 Handler: TypeAlias = "Callable[[Connection, list[bytes]], Encoded | None]"
 
@@ -32,7 +36,7 @@ class Command:
     name: str
     handler: Handler
     syntax: str = ""
-    """The arguments as PROTOCOL.md writes them: see `syntax.bounds`."""
+    """The arguments as PROTOCOL.md writes them: words in brackets are optional, and `...` repeats the word before."""
     summary: str = ""
     role: Role = Role.READ
     """The lowest role that may run it."""
@@ -42,7 +46,10 @@ class Command:
     max_args: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.min_args, self.max_args = bounds(self.syntax)
+        words = self.syntax.replace("[", "").replace("]", "").split()
+        required = [word for word in _ARGUMENT.findall(self.syntax) if word[0] != "["]
+        self.min_args = len(required)
+        self.max_args = MAX_ARGUMENTS - 1 if "..." in words else len(words)
 
     def forbid(self, role: Role) -> NoReturn:
         """Raise the error for a client whose role is too low."""
@@ -55,9 +62,7 @@ class Command:
     def check(self, request: list[bytes]) -> None:
         """Raise BadRequest if the number of arguments is wrong."""
         if not self.min_args <= len(request) - 1 <= self.max_args:
-            wanted = str(self.min_args) if self.min_args == self.max_args else f"{self.min_args} to {self.max_args}"
-            usage = f"{self.name} {self.syntax}".strip()
-            raise BadRequest(f"{self.name} takes {wanted} arguments, not {len(request) - 1}: {usage}")
+            raise BadRequest(f"wrong number of arguments, should be: {self.name} {self.syntax}".rstrip())
 
 
 def find(name: bytes) -> Command:
@@ -94,7 +99,11 @@ def _info(command: Command) -> bytes:
 
 
 def _docs(command: Command) -> dict[str, Any]:
-    return {"summary": command.summary, "since": "2.0.0", "group": "dsmq", "arguments": arguments(command.syntax)}
+    arguments: list[Any] = []
+    for word in _ARGUMENT.findall(command.syntax):
+        name, flags = (word[1:-1], ["optional"]) if word[0] == "[" else (word, [])
+        arguments.append({"name": name, "type": "string", "flags": flags})
+    return {"summary": command.summary, "since": "2.0.0", "group": "dsmq", "arguments": arguments}
 
 
 PUT = Command(
