@@ -18,7 +18,8 @@ from dsmq.store.schema import INDEX, INSERT_ROW, INSERT_TOPIC, LONG_BYTES, SCHEM
 EXPIRY_ROWS, EXPIRY_BYTES = 100, 131_072
 # The same for a snapshot: topics, rows, and bytes of messages copied.
 COPY_TOPICS, COPY_ROWS, COPY_BYTES = 500, 64, 16_384
-# Pages of 4,096 bytes, copied between two calls of on_progress.
+PAGE_BYTES = 4096
+# Pages copied between two calls of on_progress.
 COPY_PAGES = 4096
 
 READ = """SELECT put_at, last_number, ids_and_sizes, bodies FROM chunks
@@ -162,6 +163,12 @@ class Database:
             size += row[4]
         return found
 
+    def page_bytes(self) -> int:
+        """Return the size of all pages in use."""
+        [(pages,)] = self.connection.execute("PRAGMA page_count")
+        [(free,)] = self.connection.execute("PRAGMA freelist_count")
+        return int(pages - free) * PAGE_BYTES
+
     def topics(self, after: bytes, count: int) -> list[int]:
         """Return ids of topics, in the order of their names, with names above `after`."""
         return [topic for (topic,) in self.connection.execute(TOPICS, (after, count))]
@@ -211,6 +218,7 @@ class Database:
 def _open_in_memory() -> sqlite3.Connection:
     # isolation_level=None: sqlite3 starts no transactions by itself.
     connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+    connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
     # Otherwise, large sorts use a folder for temporary files, which may not be writable.
     connection.execute("PRAGMA temp_store = MEMORY")
     # Some systems' SQLite overwrites deleted data, which takes longer than the rest of expiry.

@@ -97,7 +97,7 @@ class SQLiteStore:
             topics, buffer, limits = self._topics, self._buffer, self._limits
             names = set()
             messages = topics.stored - topics.deleted + len(puts)
-            size = topics.topic_bytes + topics.bytes + messages * MESSAGE_OVERHEAD_BYTES
+            size = topics.topic_bytes + topics.padding_bytes + topics.bytes + messages * MESSAGE_OVERHEAD_BYTES
             for name, body, _ in puts:
                 size += len(body)
                 if name not in topics.by_name:
@@ -186,6 +186,7 @@ class SQLiteStore:
                 self._topics.by_row[row[1]].has_long = True
         self._buffer.clear()
         self._written_id = self._last_id
+        self._topics.set_page_bytes(self._database.page_bytes())
 
     # Reads
 
@@ -267,7 +268,9 @@ class SQLiteStore:
             messages, total = deleted.pop(topic, (0, 0))
             deleted[topic] = messages + count, total + size
         self._database.delete(rows[-1][0], self._emptied(deleted))
-        return self._topics.delete_first(deleted)
+        count = self._topics.delete_first(deleted)
+        self._topics.set_page_bytes(self._database.page_bytes())
+        return count
 
     def _delete_buffered(self, oldest: int) -> int:
         deleted = self._buffer.find_older(oldest)
@@ -420,6 +423,7 @@ class SQLiteStore:
         ahead_ms = state.clock + passed_ms - clock()
         with self._database.lock:
             self._topics.restore(self._database.load(source, drop_extra_tables))
+            self._topics.set_page_bytes(self._database.page_bytes())
         self._clock = lambda: clock() + ahead_ms
         self.epoch, self.run, self.lost = state.epoch, state.run, state.lost
         self._last_id = self._written_id = state.last_id

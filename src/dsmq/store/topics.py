@@ -12,6 +12,8 @@ from dsmq.store.schema import LONG_BYTES, Row, StoredMessage, pack
 
 # Topics without messages whose numbering goes on; a forgotten topic starts again at 1.
 MAX_EMPTY_TOPICS = 100_000
+# Pages that are not counted, so that small limits are exact.
+FREE_PAGE_BYTES = 1_048_576
 
 
 class Topic:
@@ -89,8 +91,8 @@ class TopicTable:
         self.last_row = 0
         # Since the start, and restored at the start. `stored` includes `restored`.
         self.stored = self.restored = self.deleted = self.deleted_unread = 0
-        # Of the message bodies; and what the topics themselves count towards the limit.
-        self.bytes = self.topic_bytes = 0
+        # Of the message bodies. Also counted towards the limit: topics, and what pages take beyond their messages.
+        self.bytes = self.topic_bytes = self.padding_bytes = 0
 
     @property
     def messages(self) -> int:
@@ -98,7 +100,12 @@ class TopicTable:
 
     @property
     def accounted_bytes(self) -> int:
-        return self.topic_bytes + accounted_bytes(self.messages, self.bytes)
+        return self.topic_bytes + self.padding_bytes + accounted_bytes(self.messages, self.bytes)
+
+    def set_page_bytes(self, page_bytes: int) -> None:
+        """Count the database's pages if they take more than the messages count: a page may be half empty."""
+        padding = (page_bytes - FREE_PAGE_BYTES) * 5 // 6 - accounted_bytes(self.messages, self.bytes)
+        self.padding_bytes = max(0, padding)
 
     def new(self, names: Iterable[bytes]) -> list[Topic]:
         """Return topics to be added. Their rows are never used again, so that a snapshot can go by them."""
