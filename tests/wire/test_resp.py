@@ -23,6 +23,8 @@ from dsmq.wire.resp import (
     encode_integer,
     encode_messages,
     encode_null,
+    encode_option,
+    encode_read,
     encode_request,
     encode_simple,
     encode_value,
@@ -158,6 +160,12 @@ def test_data_fed_without_reading_is_parsed_later(batch: list[list[bytes]], cuts
 
 def test_request_encodes_as_array_of_bulk_strings() -> None:
     assert encode_request(b"PUT", b"greetings", b"") == b"*3\r\n$3\r\nPUT\r\n$9\r\ngreetings\r\n$0\r\n\r\n"
+
+
+def test_read_encodes_as_any_request() -> None:
+    assert encode_read("café", 12) == encode_request(b"READ", "café".encode(), b"12")
+    options = encode_option(b"COUNT", 10) + encode_bulk(b"LATEST")
+    assert encode_read("t", 0, options, 3) == encode_request(b"READ", b"t", b"0", b"COUNT", b"10", b"LATEST")
 
 
 @given(batch=st.lists(whole_requests, min_size=1, max_size=3))

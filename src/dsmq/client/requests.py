@@ -11,12 +11,12 @@ from itertools import islice
 from typing import TYPE_CHECKING, Self, TypeAlias, TypeVar
 
 from dsmq.client import arguments
-from dsmq.client.reader import LATEST, MAX_READ_BYTES, MIN_READ_BYTES, Asked, Claim, TopicReader, read_request
+from dsmq.client.reader import MAX_READ_BYTES, MIN_READ_BYTES, Asked, Claim, TopicReader
 from dsmq.client.replies import reason, restored_number, stored_id, topics, topics_request
 from dsmq.client.stretch import Entry, Era
 from dsmq.errors import AuthRequired, ConnectionLost, DSMQError, MessageNotText, ReplyError, ShuttingDown, TimedOut
 from dsmq.system import boot_time, process
-from dsmq.wire.resp import Reply, encode_request
+from dsmq.wire.resp import Reply, encode_bulk, encode_option, encode_read, encode_request
 
 if TYPE_CHECKING:
     from dsmq.client.session import Session
@@ -44,6 +44,8 @@ _LONG_BATCH_SECONDS = 0.1
 RESEND_SECONDS = 300.0
 # If a read waited longer than this before its connection broke, a server was there.
 _LONG_WAIT_SECONDS = 1.0
+
+_LATEST = encode_bulk(b"LATEST")
 
 
 class Producer:
@@ -152,20 +154,20 @@ class Read(Call):
         if producer.era and producer.era is not stretch.era:
             raise ConnectionResetError("another connection has found that the server was restarted")
         if self._latest:
-            return read_request(reader.topic, after, LATEST, 1)
+            return encode_read(reader.topic, after, _LATEST, 1)
         options, count = b"", 0
         if reader.count:
-            options, count = _option(b"COUNT", reader.count), 2
+            options, count = encode_option(b"COUNT", reader.count), 2
         if size < MAX_READ_BYTES:
-            options, count = options + _option(b"BYTES", size), count + 2
+            options, count = options + encode_option(b"BYTES", size), count + 2
         if self._until and may_wait:
             # The time that is left: it may have been interrupted.
             self._asked_at = time.monotonic()
             left = self._until - self._asked_at
             self.seconds = min(left, MAX_WAIT_SECONDS) if left > 0 else 0.0
             if milliseconds := round(self.seconds * 1000):
-                options, count = options + _option(b"WAIT", milliseconds), count + 2
-        return read_request(reader.topic, after, options, count)
+                options, count = options + encode_option(b"WAIT", milliseconds), count + 2
+        return encode_read(reader.topic, after, options, count)
 
     def on_connection_lost(self, error: Exception) -> bool:
         if isinstance(error, TimeoutError):
@@ -183,11 +185,6 @@ class Read(Call):
             if session.read_bytes < MAX_READ_BYTES:
                 session.read_bytes = min(MAX_READ_BYTES, session.read_bytes + MIN_READ_BYTES)
         return reader.accept(self.asked, found)
-
-
-def _option(name: bytes, value: int) -> bytes:
-    digits = b"%d" % value
-    return b"$%d\r\n%b\r\n$%d\r\n%b\r\n" % (len(name), name, len(digits), digits)
 
 
 Reading: TypeAlias = "Iterator[Call]"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from typing import NoReturn
 
 from dsmq.errors import ProtocolError, ReplyError, TooBig
 from dsmq.wire.limits import MAX_ARGUMENTS, MAX_LINE_BYTES, REQUEST_OVERHEAD_BYTES
-from dsmq.wire.resp import ARRAY, BULK_LENGTHS, CRLF, MAX_SPLIT_BYTES, Input, parse_length, shown
+from dsmq.wire.resp import ARRAY, CRLF, MAX_SPLIT_BYTES, Input, parse_length, short_length, shown
 
 # A type byte, up to 19 digits, and CR LF.
 _MAX_LENGTH_LINE = 22
@@ -14,7 +15,7 @@ _MAX_SPLIT_TOKENS = 448
 _RETURN = ord("\r")
 # Requests that can't be split are slower to parse: this many take about 0.1 ms.
 _MAX_ONE_BY_ONE = 16
-_COUNTS = {b"*%d" % n: n for n in range(1, MAX_ARGUMENTS + 1)}
+_count = {b"*%d" % n: n for n in range(1, MAX_ARGUMENTS + 1)}.get
 
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 _BLANK_LINES = re.compile(rb"(?:[ \t]*\r?\n)+")
@@ -42,15 +43,14 @@ class RequestParser(Input):
         super().__init__()
         self.max_message_bytes = max_message_bytes
         self.max_request_bytes = max_request_bytes or max_message_bytes + REQUEST_OVERHEAD_BYTES
-        # For an incomplete request: its complete arguments, which are not parsed again, the count of all its arguments,
-        # and the bytes consumed.
-        self._arguments: list[bytes] | None = None
+        # Of an incomplete request: the complete arguments, how many there will be, and the bytes consumed.
+        self._arguments: list[bytes] = []
         self._count = self._size = 0
-        # Where in the data the incomplete argument begins.
+        # The size of the length line of the incomplete argument that the data begins with; 0 if there is none.
         self._body = 0
 
     def __len__(self) -> int:
-        return len(self._data) - self._at + self._chunk_bytes + self._size
+        return super().__len__() + self._size
 
     @property
     def buffered(self) -> int:
@@ -61,58 +61,71 @@ class RequestParser(Input):
         """Return the next complete request, name first, or None if there is none. Raises ProtocolError or TooBig."""
         if self.missing:
             return None
-        data, at = self._data, self._at
-        arguments, count, size = self._arguments, self._count, self._size
-        if arguments is None:
-            if data[at] != ARRAY:
+        if not self._count:
+            if self._data[self._at] != ARRAY:
                 return self._next_line()
+            if not self._parse_count():
+                return None
+        data, arguments = self._data, self._arguments
+        while len(arguments) < self._count:
+            at = self._at
             end = data.find(CRLF, at, at + _MAX_LENGTH_LINE)
             if end < 0:
-                self._await_length(at)
+                self._await_length()
                 return None
-            count = _COUNTS.get(data[at:end], 0)
-            if not count:
-                raise _wrong_count(parse_length(data[at + 1 : end]))
-            arguments, size, at = [], end + 2 - at, end + 2
-        while len(arguments) < count:
-            end = data.find(CRLF, at, at + _MAX_LENGTH_LINE)
-            if end < 0:
-                self._arguments, self._count, self._size = arguments, count, size
-                self._await_length(at)
-                return None
-            length = BULK_LENGTHS.get(data[at:end])
+            length = short_length(data[at:end])
             if length is None:
-                length = self._long_bulk_length(data[at:end])
-            start = end + 2
-            end = start + length + 2
-            if size + end - at > self.max_request_bytes:
+                length = self._long_length(data[at:end])
+            start, end = end + 2, end + 2 + length + 2
+            if self._size + end - at > self.max_request_bytes:
                 raise TooBig("the arguments of a request are too long together")
             if end > len(data):
-                self._arguments, self._count, self._size = arguments, count, size
-                self._at, self._body = at, start - at
+                self._body = start - at
                 self._await(end - len(data))
                 return None
             if data[end - 2 : end] != CRLF:
                 raise ProtocolError("a bulk string does not end where its length says")
             arguments.append(data[start : end - 2])
-            size, at = size + end - at, end
-        self._arguments, self._size = None, 0
-        self._advance(at)
+            self._at = end
+            self._size += end - at
+        self._arguments, self._count, self._size = [], 0, 0
+        self._advance(self._at)
         return arguments
+
+    def _parse_count(self) -> bool:
+        """Begin an array; return whether its first line was complete."""
+        at = self._at
+        end = self._data.find(CRLF, at, at + _MAX_LENGTH_LINE)
+        if end < 0:
+            self._await_length()
+            return False
+        self._count = _count(self._data[at:end]) or _wrong_count(parse_length(self._data[at + 1 : end]))
+        self._at, self._size = end + 2, end + 2 - at
+        return True
+
+    def _await_length(self) -> None:
+        start = self._data[self._at : self._at + _MAX_LENGTH_LINE]
+        if len(start) == _MAX_LENGTH_LINE:
+            raise ProtocolError(f"no length in {shown(start)}")
+        self._await(1)
+
+    def _long_length(self, line: bytes) -> int:
+        if line[:1] != b"$":
+            raise ProtocolError(f"expected '$', got {shown(line)}")
+        length = parse_length(line[1:])
+        if length > self.max_message_bytes:
+            raise TooBig(f"a message has at most {self.max_message_bytes} bytes, not {length}")
+        return length
 
     def _join(self, data: bytes) -> bytes:
         """Join the incomplete argument by itself, so that a long one is copied only once; return the bytes after it."""
-        arguments, body = self._arguments, self._body
-        self._body = 0
-        if not body or arguments is None:
+        body, self._body = self._body, 0
+        held = len(self._data) + self._chunk_bytes
+        needed = body + int(self._data[1 : body - 2]) - held if body else -1
+        if not (0 <= needed <= len(data) - 2 and data[needed : needed + 2] == CRLF):
             return super()._join(data)
-        end = len(data)
-        length = len(self._data) - body + self._chunk_bytes
-        needed = int(self._data[1 : body - 2]) - length
-        if not (0 <= needed <= end - 2 and data[needed : needed + 2] == CRLF):
-            return super()._join(data)
-        arguments.append(b"".join((memoryview(self._data)[body:], *self._chunks, memoryview(data)[:needed])))
-        self._size += body + length + needed + 2
+        self._arguments.append(b"".join((memoryview(self._data)[body:], *self._chunks, memoryview(data)[:needed])))
+        self._size += held + needed + 2
         return data[needed + 2 :]
 
     def batch(self) -> list[list[bytes]]:
@@ -120,7 +133,7 @@ class RequestParser(Input):
         requests: list[list[bytes]] = []
         if self.missing:
             return requests
-        if self._arguments is None and self._data[self._at] == ARRAY:
+        if not self._count and self._data[self._at] == ARRAY:
             self._split(requests)
         if not requests:
             self._one_by_one(requests)
@@ -146,31 +159,17 @@ class RequestParser(Input):
         tokens = data.split(CRLF, _MAX_SPLIT_TOKENS)
         # The last token is incomplete, or was not split.
         last = len(tokens) - 1
-        at, count = 0, _COUNTS.get(tokens[0])
+        at, count = 0, _count(tokens[0])
         while count and (end := at + 1 + 2 * count) <= last:
             for length in range(at + 1, end, 2):
-                if BULK_LENGTHS.get(tokens[length]) != len(tokens[length + 1]):
+                if short_length(tokens[length]) != len(tokens[length + 1]):
                     count = None
                     break
             else:
                 requests.append(tokens[at + 2 : end : 2])
-                at, count = end, _COUNTS.get(tokens[end])
+                at, count = end, _count(tokens[end])
         left = len(tokens[last]) if at == last else sum(map(len, tokens[at:])) + 2 * (last - at)
         self._advance(self._at + len(data) - left)
-
-    def _long_bulk_length(self, line: bytes) -> int:
-        if line[:1] != b"$":
-            raise ProtocolError(f"expected '$', got {shown(line)}")
-        length = parse_length(line[1:])
-        if length > self.max_message_bytes:
-            raise TooBig(f"a message has at most {self.max_message_bytes} bytes, not {length}")
-        return length
-
-    def _await_length(self, at: int) -> None:
-        if len(self._data) - at >= _MAX_LENGTH_LINE:
-            raise ProtocolError(f"no length in {shown(self._data[at : at + _MAX_LENGTH_LINE])}")
-        self._at = at
-        self._await(1)
 
     def _next_line(self) -> list[bytes] | None:
         if (blank := _BLANK_LINES.match(self._data, self._at)) is not None:
@@ -219,14 +218,14 @@ def split_line(line: bytes) -> list[bytes]:
             words.append(word["plain"])
         at = word.end()
     if len(words) > MAX_ARGUMENTS:
-        raise _wrong_count(len(words))
+        _wrong_count(len(words))
     if words and words[-1] in (b"HTTP/1.0", b"HTTP/1.1"):
         raise ProtocolError("this is not an HTTP server")
     return words
 
 
-def _wrong_count(count: int) -> ProtocolError:
-    return ProtocolError(f"a request has 1 to {MAX_ARGUMENTS} arguments, not {count}")
+def _wrong_count(count: int) -> NoReturn:
+    raise ProtocolError(f"a request has 1 to {MAX_ARGUMENTS} arguments, not {count}")
 
 
 def _unescape(escape: re.Match[bytes]) -> bytes:

@@ -27,8 +27,8 @@ MAX_SPLIT_BYTES = 4096
 _MIN_CHUNK_BYTES = 4096
 # Longer replies are made in the kind of buffer that a connection sends from, so that they are not copied once more.
 _LONG_REPLY_BYTES = 65_536
-# Looking up a short length line both checks and converts it.
-BULK_LENGTHS = {b"$%d" % n: n for n in range(1024)}
+short_length = {b"$%d" % n: n for n in range(1024)}.get
+"""Parse a short length line; None if it is another one. Looking it up both checks and converts it."""
 
 Encoded: TypeAlias = bytes | bytearray
 Reply: TypeAlias = "str | int | bytes | ReplyError | list[Reply] | None"
@@ -221,7 +221,7 @@ class ReplyParser(Input):
                     break
                 values.append(int(digits))
                 token += 1
-            elif BULK_LENGTHS.get(line) == len(tokens[token + 1]) and token + 1 < last:
+            elif short_length(line) == len(tokens[token + 1]) and token + 1 < last:
                 values.append(tokens[token + 1])
                 token += 2
             else:
@@ -249,7 +249,20 @@ def shown(data: bytes) -> str:
 
 def encode_request(*arguments: bytes) -> bytes:
     """Encode a request, name first, as an array of bulk strings."""
-    return b"*%d\r\n%b" % (len(arguments), b"".join(map(encode_bulk, arguments)))
+    return encode_array([encode_bulk(argument) for argument in arguments])
+
+
+def encode_read(topic: str, after: int, options: bytes = b"", words: int = 0) -> bytes:
+    """Encode a READ as `encode_request` does, but faster. The options are encoded, and consist of so many words."""
+    name, position = topic.encode(), b"%d" % after
+    parts = 3 + words, len(name), name, len(position), position, options
+    return b"*%d\r\n$4\r\nREAD\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n%b" % parts
+
+
+def encode_option(name: bytes, value: int) -> bytes:
+    """Encode an option of READ, two words."""
+    digits = b"%d" % value
+    return b"$%d\r\n%b\r\n$%d\r\n%b\r\n" % (len(name), name, len(digits), digits)
 
 
 def encode_simple(text: str) -> bytes:
