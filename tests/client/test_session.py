@@ -10,7 +10,7 @@ import pytest
 from dsmq.client import reader as reader_module
 from dsmq.client import replies
 from dsmq.client import session as wire
-from dsmq.client.core import should_report
+from dsmq.client.core import Core
 from dsmq.client.reader import Claim, TopicReader
 from dsmq.client.session import Message, Session
 from dsmq.client.stretch import Entry, Era
@@ -162,10 +162,19 @@ def test_empty_topic_raises_value_error() -> None:
 
 
 @pytest.mark.parametrize("down", ["", "lost", "given up"])
-def test_lost_and_restored_connection_are_each_logged_once(down: str) -> None:
-    told = [state for state in get_args(wire.State) if should_report(state, down)]
+def test_lost_and_restored_connection_are_each_reported_once(down: str) -> None:
     always = ["restarted", "replaced"]
-    assert set(told) == {"": {"lost"}, "lost": {"resumed", "given up"}, "given up": {"resumed"}}[down] | set(always)
+    expected = {"": ["lost"], "lost": ["resumed", "given up"], "given up": ["resumed"]}[down] + always
+    for state in get_args(wire.State):
+        reported: list[str] = []
+        core = Core("localhost", 1, {"on_state_change": reported.append})
+        if down:
+            core.announce("lost")
+        if down == "given up":
+            core.announce("given up")
+        reported.clear()
+        core.announce(state)
+        assert bool(reported) == (state in expected)
 
 
 # The handshake

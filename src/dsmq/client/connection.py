@@ -64,29 +64,34 @@ class Connection:
         self._selector = Selector()
         self._selector.register(self._socket, EVENT_READ)
 
-    def ask(self, call: Call) -> Reply:
-        """Make a call that is one request, and return the reply."""
+    def ask(self, call: Call) -> None:
+        """Make a call that gets one reply."""
         self.send(call.request(self.producer), call.seconds)
-        return self.receive()
+        call.take_reply(self.receive())
 
     def ask_all(self, puts: PutMany) -> None:
-        """Send puts in batches and take in the replies."""
-        outstanding = 0
-        for count, requests in puts.batches(self.producer):
-            if count:
-                self.send(requests)
+        """Send puts in batches; one is on its way while the replies to the one before are read."""
+        for sent in puts.unanswered:
+            self.send(sent.request(self.producer))
+        for batch in puts.batches:
+            if batch:
+                puts.unanswered.append(batch)
+                self.send(batch.request(self.producer))
+                self._receive_all(puts, but=1)
             else:
+                # Making the messages may have taken longer than the server may.
                 self.reset_deadline()
-            # One batch is on its way while the replies to the one before are read.
-            for _ in range(outstanding):
-                puts.take_reply(self.receive())
-            outstanding = count
-            if not count:
+                self._receive_all(puts)
                 self.probe()
-        # Making the messages may have taken longer than the server may.
-        self.reset_deadline()
-        for _ in range(outstanding):
-            puts.take_reply(self.receive())
+        self._receive_all(puts)
+
+    def _receive_all(self, puts: PutMany, but: int = 0) -> None:
+        """Receive the replies to all batches but the newest."""
+        while len(puts.unanswered) > but:
+            batch = puts.unanswered[0]
+            while batch.replies:
+                batch.take_reply(self.receive())
+            puts.unanswered.popleft()
 
     def send(self, data: bytes, seconds: float = 0.0) -> None:
         """Send requests; the server may wait for `seconds` before it replies."""

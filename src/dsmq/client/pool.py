@@ -85,9 +85,9 @@ class Pool:
         connection = None
         try:
             connection = Connection(core.endpoint, core.tls, core.timeout)
-            reply = connection.ask(Call(core.session.hello))
+            connection.ask(hello := Call(core.session.hello))
             core.raise_if_closed()
-            state, era = core.session.handle_hello(reply)
+            state, era = core.session.handle_hello(hello.reply)
             connection.producer = Producer(era.run, era)
             # An interrupted call may drop the connection at any point.
             self._refs.add(weakref.ref(connection, self._refs.discard))
