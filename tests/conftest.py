@@ -18,8 +18,11 @@ import pytest
 
 from dsmq import aio
 from dsmq import settings as config
+from dsmq.broker.event_loop import EventLoop
 from dsmq.client import DSMQClientSideConnection, connect
 from dsmq.server import Server
+from dsmq.store.api import Store
+from dsmq.store.sqlite import SQLiteStore
 from helpers import HOST, ROOT, SOON, UNIT, Daemon, Wire, as_map, daemon, reached, scrape, wait_until
 
 __all__ = ["HOST", "ROOT", "SOON", "UNIT", "Daemon", "Wire", "as_map", "daemon", "reached", "scrape", "wait_until"]
@@ -70,10 +73,10 @@ def interruptible() -> Iterator[None]:
 
 
 @contextmanager
-def serving(**settings: object) -> Iterator[Server]:
+def serving(store: Store | None = None, **settings: object) -> Iterator[Server]:
     """A server in this process, on a free port, that serves in threads of its own."""
     effective = config.load(kind=config.EmbeddedSettings, **{"port": 0, **settings})
-    with Server(effective) as server:
+    with Server(effective, store) as server:
         yield server
 
 
@@ -97,6 +100,18 @@ def client(server: Server) -> Iterator[Callable[[], DSMQClientSideConnection]]:
         one.close()
 
 
+class LethalStore(SQLiteStore):
+    """Ends the expiry thread."""
+
+    def expire(self) -> int:
+        raise SystemExit
+
+
+def loop_of(server: Server) -> EventLoop:
+    """The server's first event loop."""
+    return server._workers[0]
+
+
 @contextmanager
 def blocked(server: Server) -> Iterator[threading.Event]:
     """A server that does nothing until the event is set."""
@@ -106,7 +121,7 @@ def blocked(server: Server) -> Iterator[threading.Event]:
         begun.set()
         release.wait(SOON)
 
-    server._workers[0].post(block)
+    loop_of(server).post(block)
     assert begun.wait(SOON)
     try:
         yield release

@@ -193,16 +193,14 @@ class Server:
         sockets = passed or listening.listen(settings.host, settings.port, settings.listen_backlog)
         self._listeners = [Listener(sock, self._admission.assign, close) for sock in sockets]
         self.context.access.check_exposure(sockets)
-        if passed:
-            # The process may have no network to listen on.
-            http_sockets = self._systemd.metrics
-        elif settings.http_port == "off":
-            return
-        else:
+        # If systemd passes the sockets, the process may have no network to listen on.
+        http_sockets = self._systemd.metrics
+        if not passed and settings.http_port != "off":
             http_sockets = listening.listen(settings.http_host, settings.http_port, 16, "http-")
-        from dsmq.ops.http import HTTPEndpoint  # noqa: PLC0415 - without an HTTP endpoint it is not needed
+        if http_sockets:
+            from dsmq.ops.http import HTTPEndpoint  # noqa: PLC0415 - takes long, and may not be needed
 
-        self._http_endpoints = [HTTPEndpoint(sock, self.status, close) for sock in http_sockets]
+            self._http_endpoints = [HTTPEndpoint(sock, self.status, close) for sock in http_sockets]
 
     def _start_threads(self) -> None:
         for number in range(self.context.settings.io_workers):
@@ -275,11 +273,7 @@ class Server:
             worker.post(partial(applying.discard, worker))
         # So that what the log says is true; but not for ever, since a thread may hang.
         wait_until(lambda: not applying, time.monotonic() + WATCH_SECONDS)
-        changed = [name for name in Settings.model_fields if getattr(new, name) != getattr(before, name)]
-        applied, pending = (
-            [name for name in changed if (name in RESTART_REQUIRED) == later] for later in (False, True)
-        )
-        reports.log_reload(applied, pending, access_before, access)
+        reports.log_reload(before, new, RESTART_REQUIRED, access_before, access)
         self._log_configuration()
 
     def _apply(self, settings: Settings) -> None:

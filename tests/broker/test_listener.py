@@ -7,6 +7,7 @@ import errno
 import os
 import signal
 import socket
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -15,7 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from conftest import UNIT, Wire, serving, wire_to
+from conftest import SOON, UNIT, Wire, loop_of, serving, wait_until, wire_to
+from dsmq.broker import listener
+from dsmq.broker.listener import Listener
 from dsmq.client import connect
 from dsmq.errors import StartupError
 from dsmq.server import Server
@@ -95,6 +98,65 @@ def test_port_in_use_error_names_the_setting(server: Server) -> None:
         pass
     with pytest.raises(StartupError, match=r"in use.*--port"), serving(port=server.port):
         pass
+
+
+def test_unix_socket_is_removed_before_close(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Afterwards, another server may have put its own socket there.
+    was_open: list[bool] = []
+    [sock] = listener.listen(f"unix:{tmp_path}/socket", 0, 1)
+    monkeypatch.setattr(os, "unlink", lambda _: was_open.append(sock.fileno() >= 0))
+    listener.close(sock)
+    assert was_open == [True]
+    assert sock.fileno() < 0
+
+
+# Accepting
+
+
+def test_connections_use_nodelay_and_keepalive() -> None:
+    accepted: list[socket.socket] = []
+    [sock] = listener.listen("127.0.0.1", 0, 1)
+    listening = Listener(sock, lambda sock, *_: accepted.append(sock))
+    with sock, socket.create_connection(sock.getsockname()):
+        wait_until(lambda: bool((listening.on_ready(0), accepted)[1]))
+    with accepted[0] as connection:
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == 15
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) == 4
+        assert connection.getsockopt(socket.IPPROTO_TCP, 25) == 32_768, "TCP_NOTSENT_LOWAT"
+
+
+class Exhausted(socket.socket):
+    """A listening socket of a process without file descriptors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attempts = 0
+        self.exhausted = True
+
+    def accept(self) -> tuple[socket.socket, object]:
+        self.attempts += 1
+        if self.exhausted:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return super().accept()
+
+
+def test_accept_pauses_without_file_descriptors_and_resumes(server: Server) -> None:
+    loop, accepted = loop_of(server), threading.Event()
+    with Exhausted() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        listening = Listener(sock, lambda sock, *_: (sock.close(), accepted.set())[1])
+        loop.post(lambda: loop.listen([listening]))
+        with socket.create_connection(sock.getsockname()):
+            wait_until(lambda: sock.attempts >= 2)
+            assert sock.attempts < 20
+            sock.exhausted = False
+            assert accepted.wait(SOON)
+        loop.post(listening.stop_accepting)
+        assert server.stop() == []
 
 
 # Processes that are forked
@@ -177,9 +239,9 @@ def test_stop_closes_listener_despite_forked_child(
 
 def test_closed_connection_ends_despite_forked_child(server: Server, wire: Wire) -> None:
     wire.call("PING")
-    (connection,) = server._workers[0].connections
+    (connection,) = loop_of(server).connections
     with forked_without_hooks():
-        server._workers[0].post(lambda: connection.close("for the test"))
+        loop_of(server).post(lambda: connection.close("for the test"))
         assert wire.ended()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 from dsmq import __version__, logs
 from dsmq.broker.access import Access
@@ -45,15 +45,19 @@ def log_configuration(
         _logger.warning(warning, ", ".join(exposed), extra=about)
 
 
-def log_reload(applied: list[str], pending: list[str], before: Access, after: Access) -> None:
-    """Log the settings that a reload has applied, those that require a restart, and changed tokens and certificates."""
-    tokens = after.authenticator.changes(before.authenticator)
-    renewed = after.certificates_modified_ns != before.certificates_modified_ns
+def log_reload(
+    before: Settings, after: Settings, restart_required: Container[str], access_before: Access, access: Access
+) -> None:
+    """Log the settings, tokens and certificates that a reload has changed."""
+    changed = [name for name in Settings.model_fields if getattr(after, name) != getattr(before, name)]
+    applied = [name for name in changed if name not in restart_required]
+    tokens = access.authenticator.changes(access_before.authenticator)
+    renewed = access.certificates_modified_ns != access_before.certificates_modified_ns
     changes = [*applied, *(f"{change} ({', '.join(names)})" for change, names in tokens.items() if names)]
     changes += ["certificates"] * renewed
     about = logs.event("reloaded", changed=applied, certificates=renewed, **tokens)
     _logger.info("configuration reloaded; changed: %s", ", ".join(changes) or "nothing", extra=about)
-    if pending:
+    if pending := [name for name in changed if name in restart_required]:
         about = logs.event("restart_needed", settings=pending)
         _logger.warning("restart required to apply: %s", ", ".join(pending), extra=about)
 
