@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the caller has set for dsmq is nothing to the tests."""
+    """Ignore dsmq's settings in the caller's environment."""
     for name in list(os.environ):
         if name.startswith("DSMQ_"):
             monkeypatch.delenv(name)
@@ -50,9 +50,9 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def no_leftovers() -> Iterator[None]:
-    """Every test ends its own threads. That of the log lives as long as the process.
+    """Every test must end its own threads, except the log's, which lives as long as the process.
 
-    A handler of the log that a command left would go on writing to what was standard error in its test.
+    Removes log handlers left by a command, which would go on writing to their test's standard error.
     """
     before = set(threading.enumerate())
     logger = logging.getLogger("dsmq")
@@ -66,7 +66,7 @@ def no_leftovers() -> Iterator[None]:
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """Whoever runs the tests in the background ignores SIGINT, and so would what they start."""
+    """Handle SIGINT: in a background job it is ignored, also by the processes that tests start."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -74,7 +74,7 @@ def interruptible() -> Iterator[None]:
 
 @contextmanager
 def serving(store: Store | None = None, **settings: object) -> Iterator[Server]:
-    """A server in this process, on a free port, that serves in threads of its own."""
+    """Run a server in this process, on a free port."""
     effective = config.load(kind=config.EmbeddedSettings, **{"port": 0, **settings})
     with Server(effective, store) as server:
         yield server
@@ -88,7 +88,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def client(server: Server) -> Iterator[Callable[[], DSMQClientSideConnection]]:
-    """A function that makes clients, which are closed in the end."""
+    """Return a function that connects clients; they are closed after the test."""
     clients: list[DSMQClientSideConnection] = []
 
     def make() -> DSMQClientSideConnection:
@@ -114,7 +114,7 @@ def loop_of(server: Server) -> EventLoop:
 
 @contextmanager
 def blocked(server: Server) -> Iterator[threading.Event]:
-    """A server that does nothing until the event is set."""
+    """Block a server's event loop until the event is set."""
     release, begun = threading.Event(), threading.Event()
 
     def block() -> None:

@@ -199,7 +199,7 @@ def test_all_errors_are_reported_in_one_line() -> None:
     line = complaint(port="abc", log_level="loud", bogus="1")
     assert "--port: " in line
     assert "--log-level: " in line
-    assert "'bogus'" in line
+    assert "bogus: unknown setting" in line
 
 
 def test_invalid_value_is_blamed_on_file_if_variable_is_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,11 +249,9 @@ def test_unknown_setting_error_suggests_nearest(
     wrong: str, nearest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = toml(tmp_path, f"{wrong} = 1")
-    assert complaint(file) == f"{file}: unknown setting '{wrong}'; the nearest known one is '{nearest}'"
+    assert complaint(file) == f"{file}: {wrong}: unknown setting; did you mean {nearest}?"
     monkeypatch.setenv("DSMQ_" + wrong.upper(), "1")
-    line = complaint()
-    assert line.startswith(f"DSMQ_{wrong.upper()}: unknown setting")
-    assert line.endswith(f"'DSMQ_{nearest.upper()}'")
+    assert complaint() == f"DSMQ_{wrong.upper()}: unknown setting; did you mean DSMQ_{nearest.upper()}?"
 
 
 def test_section_in_file_is_unknown_setting(tmp_path: Path) -> None:
@@ -263,7 +261,7 @@ def test_section_in_file_is_unknown_setting(tmp_path: Path) -> None:
 
 def test_unknown_setting_without_near_match_has_no_suggestion(tmp_path: Path) -> None:
     file = toml(tmp_path, "frobnicate = 1")
-    assert complaint(file) == f"{file}: unknown setting 'frobnicate'"
+    assert complaint(file) == f"{file}: frobnicate: unknown setting"
 
 
 def test_call_error_names_arguments_not_options() -> None:

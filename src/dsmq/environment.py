@@ -10,6 +10,7 @@ import difflib
 import os
 import re
 import tomllib
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -43,29 +44,38 @@ def setting_names() -> list[str]:
     return re.findall(r"^    ([a-z_]+): .* = ", fields, re.MULTILINE)
 
 
-def variables() -> dict[str, str]:
-    """Return dsmq's environment variables by setting name, ignoring case.
+def read(file: str | None = None) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the settings in a TOML file and the environment, and the source of each for error messages.
 
-    Skips empty variables and service links. Raises ConfigError if one is unknown or two contradict each other.
+    By default, the file is the one that DSMQ_CONFIG names, if any. Raises ConfigError.
     """
+    variables = _variables()
+    default_file = os.environ.get(variables.pop("config", ""), "")
+    file = default_file if file is None else file
+    values = read_toml(file) if file else {}
+    sources = {name: f"{file}: {name}" for name in values} | variables
+    return values | {name: os.environ[variable] for name, variable in variables.items()}, sources
+
+
+def _variables() -> dict[str, str]:
+    """Return dsmq's environment variables by setting name, ignoring case, empty ones and service links."""
     found: dict[str, str] = {}
     for variable, value in sorted(os.environ.items()):
         prefix, name = variable[: len(PREFIX)].upper(), variable[len(PREFIX) :].lower()
         if not value or prefix != PREFIX or _LINKS.fullmatch(f"{name.upper()}={value}"):
             continue
         if name not in (*setting_names(), "config"):
-            raise ConfigError(f"{variable}: {unknown(name, PREFIX)}")
+            raise ConfigError(f"{variable}: {unknown(name, lambda known: PREFIX + known.upper())}")
         other = found.setdefault(name, variable)
         if os.environ[other] != value:
             raise ConfigError(f"{other} and {variable} are both set, to different values")
     return found
 
 
-def unknown(name: str, prefix: str = "") -> str:
-    """Return the error for an unknown setting; with a prefix, for an unknown variable."""
-    known = difflib.get_close_matches(name, setting_names(), n=1)
-    shown, *nearest = (f"'{prefix}{word.upper() if prefix else word}'" for word in (name, *known))
-    return f"unknown setting {shown}" + "".join(f"; the nearest known one is {word}" for word in nearest)
+def unknown(name: str, spell: Callable[[str], str] = str) -> str:
+    """Return the error for an unknown setting; spell writes the name of a known one."""
+    nearest = difflib.get_close_matches(name, setting_names(), n=1)
+    return "unknown setting" + "".join(f"; did you mean {spell(known)}?" for known in nearest)
 
 
 def read_toml(file: str) -> dict[str, Any]:

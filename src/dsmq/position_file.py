@@ -8,7 +8,7 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
-from dsmq import command_line
+from dsmq import cli_parser
 from dsmq.errors import ConfigError
 
 _MAX_BYTES = 1024
@@ -28,7 +28,7 @@ class PositionFile:
             raise ConfigError(f"{self._path}: not a regular file")
         try:
             with self._path.open("rb") as stream:
-                return command_line.position(stream.read(_MAX_BYTES).decode().strip())
+                return cli_parser.position(stream.read(_MAX_BYTES).decode().strip())
         except FileNotFoundError:
             return None
         except OSError as error:

@@ -243,14 +243,10 @@ def load(
 
     file is the path of a TOML file; default: the one that DSMQ_CONFIG names, if any. Raises ConfigError.
     """
-    variables = environment.variables()
-    default_file = os.environ.get(variables.pop("config", ""))
-    file = file or default_file
-    values = environment.read_toml(file) if file else {}
-    values |= {name: os.environ[variable] for name, variable in variables.items()} | given
-    sources = {name: f"{file}: {name}" for name in values} | variables | {name: name_of(name) for name in given}
+    values, sources = environment.read(file)
+    sources |= {name: name_of(name) for name in given}
     try:
-        return kind(**values)
+        return kind(**(values | given))
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(error, sources))) from None
 
@@ -281,7 +277,7 @@ def _explain(error: ValidationError, sources: dict[str, str]) -> Iterator[str]:
         elif isinstance(problem["input"], dict):
             yield f"{sources[name]}: unknown section; settings are not divided into sections"
         else:
-            yield f"{sources[name].removesuffix(f': {name}')}: {environment.unknown(name)}"
+            yield f"{sources[name]}: {environment.unknown(name)}"
     yield from (f"{sources[name]}: {message}" for name, message in messages.items())
 
 

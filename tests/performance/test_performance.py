@@ -55,7 +55,7 @@ def test_bench_reports_lost_messages() -> None:
         def get(self, topic: str, /) -> str:
             return ""
 
-    with pytest.raises(DSMQError, match="did not come back"):
+    with pytest.raises(DSMQError, match="was not returned"):
         list(bench.measure(Forgetful(), 2, lambda _: None))
 
 

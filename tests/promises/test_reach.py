@@ -1,4 +1,4 @@
-"""How a client reaches a server: names with several addresses, servers that start, slow links, and other programs."""
+"""How clients reach a server: several addresses per name, starting servers, slow links, other programs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from dsmq.wire.addresses import Endpoint
 
 @pytest.fixture
 def resolve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """A function: every name has these addresses from now on, each with a port."""
+    """Return a function that makes every host name resolve to these addresses and ports."""
 
     real = socket.getaddrinfo
 
@@ -55,7 +55,7 @@ def resolve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @contextmanager
 def black_hole() -> Iterator[int]:
-    """A port that answers nothing to those who connect: its queue is full."""
+    """A port that does not answer, because its listen queue is full."""
     with socket.socket() as listener, socket.socket() as first, socket.socket() as second:
         listener.bind(("127.0.0.1", 0))
         listener.listen(0)
@@ -112,7 +112,7 @@ def test_error_names_reason_per_address(resolve: Callable[..., None]) -> None:
         before = time.monotonic()
         with pytest.raises(ConnectionRefusedError) as told:
             connect("name", timeout=SOON * 10, retry=False)
-        # One has refused: a server may be starting there, so it is soon time for the next attempt.
+        # One has refused, so a server may be starting there: try again soon.
         assert time.monotonic() - before < SOON
         assert "127.0.0.1: Connection refused; 127.0.0.1: timed out" in str(told.value)
         resolve(("127.0.0.1", hole))
@@ -133,12 +133,12 @@ def test_starting_server_is_waited_for_at_all_addresses(resolve: Callable[..., N
         thread.join(SOON)
 
 
-# What accepts and closes, and what else answers
+# Proxies and other programs
 
 
 @contextmanager
 def front(*replies: bytes) -> Iterator[tuple[int, list[int]]]:
-    """A listener that gives each connection a reply to the first thing that comes, and closes it."""
+    """A listener that replies to the first data on each connection, and closes it."""
     listener = socket.create_server(("127.0.0.1", 0))
     accepted: list[int] = []
 
@@ -210,6 +210,12 @@ def test_answer_of_another_program_is_quoted_at_once(connect: Connect, reply: by
     assert len(accepted) == 1
 
 
+def test_closing_broker_is_probed_in_its_own_protocol() -> None:
+    # mosquitto closes connections that don't begin with CONNECT.
+    with front(b"", b"\x20\x02\x00\x00") as (port, _), pytest.raises(ProtocolError, match="MQTT broker"):
+        connect(port=port)
+
+
 def test_tls_server_is_recognized_at_once() -> None:
     with (
         front(b"\x15\x03\x03\x00\x02\x02\x46") as (port, accepted),
@@ -243,7 +249,7 @@ def test_real_programs_are_recognized(tmp_path: Path) -> None:
 
 
 class Slow:
-    """A proxy that passes so many bytes a second, each way."""
+    """A proxy that forwards a limited number of bytes per second each way."""
 
     def __init__(self, port: int, rate: int) -> None:
         self._port, self._rate = port, rate
@@ -322,7 +328,7 @@ def test_read_size_shrinks_after_timeout(server: Server, monkeypatch: pytest.Mon
 
         monkeypatch.setattr(link.Connection, "receive", receive)
         assert mq.get("t") == "x" * 3000
-        # Of the last two replies one was that to HELLO.
+        # One of the last two replies was HELLO's.
         assert mq._session.read_bytes == 65_536 + 4096
         assert mq.get_many("t", 49) == ["x" * 3000] * 49
         assert mq._session.read_bytes > 65_536 + 4096
@@ -335,28 +341,26 @@ def test_silent_server_times_out_for_every_call() -> None:
         one.send(b"x" * 16_384)
         with pytest.raises(TimeoutError):
             one.receive()
-        # 16 KiB may take a second.
+        # 16 KiB are allowed to take a second.
         assert 1.0 + UNIT <= time.monotonic() - before < SOON
         one.close()
 
 
-# What is told
+# Error messages
 
 
 @CONNECTS
 @pytest.mark.parametrize("host", ["no.such.invalid", "a..b"])
-def test_a_name_that_does_not_resolve_is_named(connect: Connect, host: str) -> None:
+def test_unresolvable_host_is_named_in_error(connect: Connect, host: str) -> None:
     with pytest.raises(socket.gaierror, match=f"cannot resolve '{host}': .") as told:
         connect(host)
     assert told.value.errno == socket.EAI_NONAME
 
 
 @CONNECTS
-def test_an_attempt_to_reach_a_server_says_for_how_long_it_was_made(
-    connect: Connect, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_connection_error_reports_how_long_it_tried(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_module, "_n_tries", 4)
-    # Nobody else gets it while it is bound, and nobody listens.
+    # While it is bound, no other process gets the port; but nobody listens.
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
@@ -373,8 +377,8 @@ def test_an_attempt_to_reach_a_server_says_for_how_long_it_was_made(
 # Processes
 
 
-# In a process of their own, which has one thread: after a fork without Python's hooks a child has whatever locks of the
-# interpreter other threads held at that moment.
+# In a separate process with a single thread: after a fork without Python's hooks, a child inherits any locks that other
+# threads held.
 CHILDREN = """
 import ctypes, os, sys
 from dsmq.client import connect
@@ -399,7 +403,7 @@ with connect(port=int(sys.argv[1])) as mq, connect(port=int(sys.argv[1])) as wri
             finally:
                 os._exit(status)
         children.append(child)
-    # The parent goes on on its connection all the while.
+    # The parent keeps using its connection.
     for count in range(200):
         mq.put("u", f"parent {count}")
         assert mq.get("u")
@@ -448,12 +452,12 @@ def fork(*_):
     global child
     child = ctypes.PyDLL(None).fork()
     if child:
-        # The child is first to see the reply.
+        # The child would be first to see the reply.
         time.sleep({10 * UNIT})
 signal.signal(signal.SIGALRM, fork)
 states = []
 with connect(port={server.port}, on_state_change=states.append) as mq, connect(port={server.port}) as writer:
-    # By a timer of the kernel: a fork without hooks wants a process with one thread.
+    # Uses a kernel timer, because a fork without hooks requires a process with a single thread.
     signal.setitimer(signal.ITIMER_REAL, {3 * UNIT})
     if os.fork() == 0:
         time.sleep({8 * UNIT})
@@ -471,7 +475,7 @@ with connect(port={server.port}, on_state_change=states.append) as mq, connect(p
 
 @contextmanager
 def running(script: str) -> Iterator[tuple[IO[str], IO[str]]]:
-    """A program, with all that it forks: its input and its output."""
+    """A program and its forked children, with their input and output."""
     pipe = subprocess.PIPE
     command = [sys.executable, "-c", script]
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True) as process:
@@ -485,10 +489,8 @@ def running(script: str) -> Iterator[tuple[IO[str], IO[str]]]:
 
 
 @pytest.mark.parametrize("fork", ["os.fork", "ctypes.PyDLL(None).fork"])
-def test_a_call_goes_on_in_a_child_in_which_the_signal_handler_that_forked_has_called_the_client(
-    server: Server, fork: str
-) -> None:
-    """It must not wait on a descriptor that is another connection's now; its own deadline is far."""
+def test_call_continues_in_child_forked_by_signal_handler_that_used_client(server: Server, fork: str) -> None:
+    """The child must not wait on a descriptor that now belongs to another connection."""
     script = f"""
 import ctypes, os, signal
 from dsmq.client import connect
@@ -508,13 +510,13 @@ with connect(port={server.port}, timeout={10 * SOON}) as mq:
 """
     with running(script) as (_, output), connect(port=server.port) as writer:
         wait_until(lambda: server.status.totals().stored == 1)
-        # The parent and the child each wait for it.
+        # Parent and child each wait for it.
         wait_until(lambda: server.status.waiting() == 2)
         writer.put("t", "x")
         assert output.readline() == "x 0\n"
 
 
-def test_a_child_that_is_forked_while_a_request_is_sent_leaves_the_connection_to_the_parent(server: Server) -> None:
+def test_child_forked_during_send_leaves_connection_to_parent(server: Server) -> None:
     script = f"""
 import ctypes, os, signal, sys
 from dsmq.client import connect
@@ -549,7 +551,7 @@ def test_fork_during_put_many_does_not_use_parent_connection(server: Server) -> 
     with connect(port=server.port) as mq:
         subprocess.run([sys.executable, "-c", FORK_IN_PUT_MANY, str(server.port)], timeout=2 * SOON, check=True)
         got = mq.get_many("t", 3000)
-    # What had been sent when it forked is stored once; what had been made, and not been sent, each has put.
+    # Messages sent before the fork are stored once; those prepared but not sent are put by both.
     twice = [one for one, count in Counter(got).items() if count == 2]
     assert twice == [f"False {number}" for number in range(500, 600)]
     assert len(got) == 1200 + 600 + 100
@@ -587,7 +589,7 @@ except OSError as error:
     assert done.returncode == 0, done.stderr
 
 
-# What a client holds
+# Resources of a client
 
 
 def test_idle_connections_of_a_burst_are_closed_but_one(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -601,7 +603,7 @@ def test_idle_connections_of_a_burst_are_closed_but_one(server: Server, monkeypa
             mq.put_many("t", ["x"] * 20)
             for thread in threads:
                 thread.join(SOON)
-            # Nobody calls it meanwhile.
+            # It is not used meanwhile.
             wait_until(lambda: server.status.connections() == 1)
         mq.ping()
         assert server.status.connections() == 1
@@ -613,7 +615,7 @@ def test_call_succeeds_if_no_thread_can_start(server: Server, monkeypatch: pytes
 
     monkeypatch.setattr("_thread.start_new_thread", refuse)
     with connect(port=server.port) as mq:
-        # While one connection is in use, another is made; then there are two.
+        # While one connection is in use, a second one is opened.
         assert len(mq.put_many("t", (str(mq.put("u", "x")) for _ in range(3)))) == 3
         assert mq.get_many("u") == ["x"] * 3
         wait_until(lambda: server.status.connections() == 1)
