@@ -192,25 +192,29 @@ def test_proxy_is_retried_until_server_answers(monkeypatch: pytest.MonkeyPatch, 
 
 @CONNECTS
 @pytest.mark.parametrize(
-    "reply",
+    ("reply", "name"),
     [
-        b"HTTP/1.1 400 Bad Request\r\nServer: nginx\r\n\r\n",
-        b"<!DOCTYPE HTML>\r\n",
-        b"SSH-2.0-OpenSSH_9.2\r\n",
-        b"-ERR unknown command 'HELLO'\r\n",
-        b"-NOAUTH HELLO must be called with the client already authenticated, otherwise ...\r\n",
-        b"*2\r\n$6\r\nserver\r\n$6\r\nvalkey\r\n",
+        (b"HTTP/1.1 400 Bad Request\r\nServer: nginx\r\n\r\n", " but an HTTP server"),
+        (b"<!DOCTYPE HTML>\r\n", " but an HTTP server"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", " but an SSH server"),
+        (b"INFO {}\r\n", " but a NATS server"),
+        (b"-ERR unknown command 'HELLO'\r\n", " but Redis or one like it"),
+        (b"-NOAUTH HELLO must be called with the client already authenticated, otherwise ...\r\n", " but Redis"),
+        (b"*2\r\n$6\r\nserver\r\n$6\r\nvalkey\r\n", " but valkey"),
+        (b"Good morning\r\n", ""),
     ],
 )
-def test_answer_of_another_program_is_quoted_at_once(connect: Connect, reply: bytes) -> None:
-    with front(reply) as (port, accepted), pytest.raises(ProtocolError, match="is not a dsmq server") as told:
+def test_other_program_is_named_and_quoted_at_once(connect: Connect, reply: bytes, name: str) -> None:
+    with front(reply) as (port, accepted), pytest.raises(ProtocolError) as told:
         connect(port=port)
     first_line = reply.partition(b"\r")[0].decode()
+    assert f"127.0.0.1:{port} is not a dsmq server{name}" in str(told.value)
     assert f"(it answered {first_line!r})" in str(told.value)
     assert len(accepted) == 1
 
 
-def test_closing_broker_is_probed_in_its_own_protocol() -> None:
+@CONNECTS
+def test_closing_broker_is_probed_in_its_own_protocol(connect: Connect) -> None:
     # mosquitto closes connections that don't begin with CONNECT.
     with front(b"", b"\x20\x02\x00\x00") as (port, _), pytest.raises(ProtocolError, match="MQTT broker"):
         connect(port=port)
@@ -226,7 +230,7 @@ def test_tls_server_is_recognized_at_once() -> None:
 
 
 def test_real_programs_are_recognized(tmp_path: Path) -> None:
-    with daemon() as server, pytest.raises(ProtocolError, match="it is dsmq's HTTP endpoint"):
+    with daemon() as server, pytest.raises(ProtocolError, match="but dsmq's HTTP endpoint"):
         connect(port=server.http_port)
     if (redis := shutil.which("redis-server")) is None:
         pytest.skip("redis-server is not installed")
@@ -237,7 +241,7 @@ def test_real_programs_are_recognized(tmp_path: Path) -> None:
     try:
         wait_until(path.exists)
         for _ in range(2):
-            with pytest.raises(ProtocolError, match="is not a dsmq server"):
+            with pytest.raises(ProtocolError, match="not a dsmq server but Redis"):
                 connect(f"unix:{path}")
             subprocess.run(["redis-cli", "-s", str(path), "CONFIG", "SET", "requirepass", "x"], check=True)
     finally:

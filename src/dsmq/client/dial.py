@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import selectors
 import socket
 import time
@@ -33,6 +34,23 @@ _LONGEST_WAIT_SECONDS = 86_400.0
 # A Unix socket whose queue is full says EWOULDBLOCK, and does not go on connecting.
 _IN_PROGRESS = {errno.EINPROGRESS, getattr(errno, "WSAEWOULDBLOCK", errno.EINPROGRESS)}
 _TLS_ALERT = b"\x15\x03"
+# The first bytes from other programs that users mistake for a server.
+_PROGRAMS = {
+    b"HTTP/": "an HTTP server",
+    b"<": "an HTTP server",
+    b"SSH-": "an SSH server",
+    b"220 ": "a mail or FTP server",
+    b"INFO {": "a NATS server",
+    b"AMQP": "an AMQP server, such as RabbitMQ",
+    b" \x02": "an MQTT broker, such as mosquitto",
+    b"ERROR\r\n": "a memcached server",
+    b"UNKNOWN_COMMAND": "a beanstalkd server",
+    b"-ERR unknown command": "Redis or one like it",
+    b"-NOAUTH HELLO": "Redis or one like it",
+}
+# MQTT 3.1.1, from a client without a name. A broker closes a connection that begins with anything else.
+_MQTT_CONNECT = b"\x10\x0c\x00\x04MQTT\x04\x02\x00\x05\x00\x00"
+_PROBE_SECONDS = 1.0
 Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 
@@ -223,15 +241,41 @@ class ClosedSilently(ConnectionResetError):
 
 
 def explain_greeting(endpoint: Endpoint, received: bytes, error: Exception) -> Exception:
-    """Return what to raise after this error, if `received` is what came instead of a server's reply to HELLO."""
+    """Return what to raise after this error, if `received` is what came instead of a server's reply to HELLO.
+
+    If nothing came, this may connect again to find out whether it is an MQTT broker.
+    """
     if isinstance(error, ConnectionResetError) and not received:
-        about = "accepts connections and closes them at once; is the server behind it running? does it require TLS?"
-        return ClosedSilently(f"{endpoint} {about}")
+        received = _ask_for_mqtt(endpoint)
+        if not received:
+            about = "accepts connections and closes them at once; is the server behind it running? does it require TLS?"
+            return ClosedSilently(f"{endpoint} {about}")
+        error = ProtocolError(str(error))
     if received.startswith(_TLS_ALERT):
         return ConnectionAbortedError(f"{endpoint} answers with a TLS alert; does it require TLS?")
     # Redis replies to HELLO with either error.
     if isinstance(error, ProtocolError) or type(error) is ReplyError or received.startswith(b"-NOAUTH HELLO"):
-        answer = received.partition(b"\n")[0][:100].decode(errors="replace").rstrip()
-        hint = "; it is dsmq's HTTP endpoint, and clients connect to the other port" if b"dsmq" in received else ""
-        return ProtocolError(f"{endpoint} is not a dsmq server (it answered {answer!r}{hint})")
+        return ProtocolError(f"{endpoint} is {_program(received)}")
     return explain_failure(endpoint, error) if isinstance(error, OSError) else error
+
+
+def _ask_for_mqtt(endpoint: Endpoint) -> bytes:
+    try:
+        with dial(endpoint, None, _PROBE_SECONDS) as sock:
+            sock.settimeout(_PROBE_SECONDS)
+            sock.sendall(_MQTT_CONNECT)
+            answer = sock.recv(100)
+    except OSError:
+        return b""
+    return answer if answer.startswith(b" \x02") else b""
+
+
+def _program(received: bytes) -> str:
+    answer = received.partition(b"\n")[0][:100].decode(errors="replace").rstrip()
+    names = [name for start, name in _PROGRAMS.items() if received.startswith(start)]
+    if received.startswith(b"HTTP/") and b"dsmq" in received:
+        names = ["dsmq's HTTP endpoint; clients connect to the other port"]
+    elif found := re.search(rb"\r\nserver\r\n\$\d+\r\n(\w+)", received):
+        # The reply of a server of Redis's kind, such as Valkey, to HELLO.
+        names = [found[1].decode()]
+    return f"not a dsmq server{' but ' + names[0] if names else ''} (it answered {answer!r})"
