@@ -45,7 +45,7 @@ _PROGRAMS = {
     b" \x02": "an MQTT broker, such as mosquitto",
     b"ERROR\r\n": "a memcached server",
     b"UNKNOWN_COMMAND": "a beanstalkd server",
-    b"-ERR unknown command": "Redis or one like it",
+    b"-ERR ": "Redis or one like it",
     b"-NOAUTH HELLO": "Redis or one like it",
 }
 # MQTT 3.1.1, from a client without a name. A broker closes a connection that begins with anything else.
@@ -261,7 +261,10 @@ def explain_greeting(endpoint: Endpoint, received: bytes, error: Exception) -> E
 
 def _ask_for_mqtt(endpoint: Endpoint) -> bytes:
     try:
-        with dial(endpoint, None, _PROBE_SECONDS) as sock:
+        with Race(endpoint, addresses(endpoint)) as race:
+            for seconds in race.run(_PROBE_SECONDS):
+                race.selector.select(seconds)
+        with race.winner as sock:
             sock.settimeout(_PROBE_SECONDS)
             sock.sendall(_MQTT_CONNECT)
             answer = sock.recv(100)
