@@ -186,7 +186,7 @@ def test_disconnected_waiter_is_removed(server: Server) -> None:
 
 
 def test_chains_of_waiters_do_not_recurse(server: Server, wire: Wire) -> None:
-    # Each that is woken puts and gets, which stores the put and wakes the next: by recursion this would not end well.
+    # Each waiter that is woken puts, which wakes the next; recursion would exceed the limit.
     waiters = [Wire(("127.0.0.1", server.port)) for _ in range(200)]
     for waiter in waiters:
         waiter.send(
@@ -318,7 +318,7 @@ def test_defect_in_command_closes_that_connection_only(
         commands.COMMANDS_BY_ROLE[commands.Role.ADMIN], b"ECHO", commands.Command("ECHO", broken, "message")
     )
     with wire_to(server) as victim:
-        # The replies before it come before it.
+        # Earlier replies are sent first.
         victim.send(encode_request(b"PUT", b"t", b"x") + encode_request(b"ECHO", b"x") + encode_request(b"PING"))
         assert victim.receive() == 1
         assert victim.receive().code == "INTERNAL"  # type: ignore[union-attr]
@@ -407,7 +407,7 @@ def test_inline_requests_are_answered(wire: Wire) -> None:
     assert [wire.receive(), wire.receive()] == [1, b"hello, you"]
 
 
-# Where it listens
+# Listening
 
 
 def test_server_listens_on_ipv6() -> None:
@@ -452,7 +452,7 @@ def test_port_in_use_leaves_nothing_behind(server: Server) -> None:
     assert threading.active_count() == before
 
 
-# Limits of connections
+# Connection limits
 
 
 def test_connections_over_limit_are_refused_until_one_closes() -> None:
@@ -524,7 +524,7 @@ def test_many_slow_complete_requests_are_served() -> None:
 def test_idle_connection_is_closed_but_waiting_one_is_not() -> None:
     with serving(idle_timeout_seconds=2 * UNIT) as server, wire_to(server) as idle, wire_to(server) as waiter:
         waiter.send(encode_request(b"GETWAIT", b"t", b"%d" % round(UNIT * 5000)))
-        # Nothing was asked, so nothing is answered.
+        # There is no request, so there is no reply.
         assert idle.ended()
         assert waiter.receive() is None
 
@@ -534,7 +534,7 @@ def test_nonreading_client_is_dropped_and_affects_no_one() -> None:
         wire.call("PUT", "t", "x" * 200_000)
         with wire_to(server) as deaf:
             deaf.socket.setblocking(False)
-            # More replies than the kernel holds, and then more requests than anyone would buffer.
+            # More replies than the kernel buffers, then more requests than the server buffers.
             request = encode_request(b"READ", b"t", b"0") * 1000
             with pytest.raises(BlockingIOError):
                 send_for_ever(deaf.socket, request)
@@ -588,7 +588,7 @@ def test_stop_reports_threads_that_survive(monkeypatch: pytest.MonkeyPatch, capl
         assert "still running" in caplog.text
         release.set()
         wait_until(lambda: "dsmq-io-0" not in [thread.name for thread in threading.enumerate()])
-        # A store that a thread may still use is left open.
+        # A store that a surviving thread may use is left open.
         server.context.store.close()
 
 
@@ -662,11 +662,11 @@ serve(port=0, verbose=True, stop_timeout_seconds=600)
     assert "KeyboardInterrupt" in rest
 
 
-# A store that answers later, or fails
+# An asynchronous store, and a failing one
 
 
 class LaterStore(SQLiteStore):
-    """Answers every question a little later, from another thread."""
+    """Answers each call later, from another thread."""
 
     def __init__(self) -> None:
         super().__init__(600_000)
@@ -705,7 +705,7 @@ def test_asynchronous_store_blocks_connection_until_answer() -> None:
 
 
 class SlowStore(SQLiteStore):
-    """Answers reads when the test says so."""
+    """Answers reads when the test sets their results."""
 
     def __init__(self) -> None:
         super().__init__(600_000)
@@ -749,7 +749,7 @@ def test_invalid_line_behind_pending_put_is_refused() -> None:
 
 
 class FailingStore(SQLiteStore):
-    """Has no room for messages that say so."""
+    """Fails to store messages with certain bodies."""
 
     def append(self, puts: Sequence[Put]) -> list[int]:
         for put in puts:
@@ -804,7 +804,7 @@ def test_worker_stops_busy_polling_on_busy_processor(
 
     monkeypatch.setattr(worker, "yield_processor", give_it_away)
     monkeypatch.setattr(worker, "LONG_YIELD_PAUSE_SECONDS", 100 * SOON)
-    # It looks for 0.1 ms, which may pass before it comes to yield.
+    # The default of 0.1 ms may pass before it yields.
     server._workers[0]._busy_poll_seconds = SOON
     wire.call("PING")
     wait_until(lambda: bool(yields))
@@ -818,7 +818,7 @@ def test_idle_server_uses_no_processor() -> None:
         stat = Path(f"/proc/{server.process.pid}/stat")
 
         def ticks() -> int:
-            """Hundredths of a second of processor time."""
+            """Return the processor time used, in hundredths of a second."""
             return sum(map(int, stat.read_text().rpartition(")")[2].split()[11:13]))
 
         before = ticks()
@@ -826,7 +826,7 @@ def test_idle_server_uses_no_processor() -> None:
         assert ticks() - before < UNIT * 4 * 100 / 4
 
 
-# What a review has found
+# Regressions
 
 
 @pytest.mark.parametrize(
@@ -880,7 +880,7 @@ def test_closed_connection_runs_no_more_requests(server: Server) -> None:
 
 
 def test_half_close_during_wait_gets_earlier_replies(server: Server, tmp_path: Path) -> None:
-    # A Unix socket holds less than a reply of a megabyte.
+    # A Unix socket buffers less than a reply of a megabyte.
     with serving(host=f"unix:{tmp_path}/socket") as unix:
         wire = Wire(f"{tmp_path}/socket")
         wire.send(encode_request(b"ECHO", b"x" * 1_000_000) + encode_request(b"GETWAIT", b"t", b"60000"))
@@ -935,7 +935,7 @@ def test_stop_timeout_counts_from_request(tmp_path: Path) -> None:
         wire.send(encode_request(b"ECHO", b"x" * 5_000_000))
         wait_until(lambda: server.status.counters().requests == 1)
         (worker,) = server._workers
-        # A turn that takes its time.
+        # A slow turn of the loop.
         worker.post(lambda: time.sleep(2 * UNIT))
         asked_at = time.monotonic()
         worker.stop(3 * UNIT)
@@ -1017,7 +1017,7 @@ def test_read_in_wrong_epoch_reports_current_epoch(server: Server, wire: Wire) -
     epoch, run = (str(facts_of(wire)[name], "ascii") for name in (b"epoch", b"run"))  # type: ignore[arg-type]
     assert wire.call("PUT", "t", "x") == 1
     assert wire.call("READ", "t", 0, "EPOCH", epoch)[3] == b"x"  # type: ignore[index]
-    # The epoch comes first: an id of another one means nothing here.
+    # The epoch is checked first: an id of another epoch is meaningless.
     for words in (["0"], ["7"], ["7", "WAIT", "60000"], ["0", "LATEST"]):
         reply = wire.call("READ", "t", *words, "EPOCH", "0123456789abcdef")
         assert isinstance(reply, WrongEpoch)
@@ -1041,7 +1041,7 @@ def test_put_for_another_run_is_not_stored(server: Server, wire: Wire) -> None:
     assert wire.call("PUT", "t", "x", "RUN", run) == 1
     assert wire.call("PUT", "t", "x", "KEY", "me", 1, "RUN", run) == 2
     assert wire.call("PUT", "t", "x", "RUN", run, "KEY", "me", 1, "AGAIN") == 2
-    # Though the key is known: it is not known whether it means the same put.
+    # Even with a known key: it may have been another put.
     for words in (["KEY", "me", "1"], ["KEY", "me", "1", "AGAIN"], ["KEY", "me", "2"], []):
         assert wire.error("PUT", "t", "x", *words, "RUN", "0123456789abcdef") == "EPOCH"
     assert server.status.totals().messages == 2
@@ -1068,6 +1068,6 @@ def test_shutdown_closes_connection_without_reply(server: Server, wire: Wire) ->
 
 def test_shutdown_replies_ok_with_notices(server: Server, wire: Wire) -> None:
     assert as_map(wire.call("HELLO", 2, "NOTICES"))[b"server"] == b"dsmq"
-    # It stays, like a name.
+    # It persists, like the name.
     wire.call("HELLO", 2)
     assert wire.call("SHUTDOWN") == "OK"

@@ -1,4 +1,4 @@
-"""Where a server listens, and what processes that are forked have of it."""
+"""Listening, accepting, and forked processes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from dsmq.server import Server
 
 
 def addresses_of(monkeypatch: pytest.MonkeyPatch, name: str, *addresses: str) -> None:
-    """Have a name stand for these addresses."""
+    """Make a name resolve to these addresses."""
     real = socket.getaddrinfo
 
     def resolve(host: str, port: int, *kind: int, **options: int) -> list[object]:
@@ -37,7 +37,7 @@ def addresses_of(monkeypatch: pytest.MonkeyPatch, name: str, *addresses: str) ->
 
 
 def test_name_with_several_addresses_listens_on_each_usable_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The first belongs to no machine: as ::1 on one without IPv6.
+    # The first is not an address of this machine, like ::1 without IPv6.
     addresses_of(monkeypatch, "several", "192.0.2.1", "127.0.0.1", "127.0.0.2")
     with serving(host="several", http_host="several", http_port=0) as server:
         assert server.addresses == [f"127.0.0.1:{server.port}", f"127.0.0.2:{server.port}"]
@@ -159,40 +159,40 @@ def test_accept_pauses_without_file_descriptors_and_resumes(server: Server) -> N
         assert server.stop() == []
 
 
-# Processes that are forked
+# Forked processes
 
 
 @contextmanager
 def forked(run: Callable[[], object] = str) -> Iterator[str]:
-    """A child process that goes on until the test is done; what `run` returns there, as text."""
-    said, say = os.pipe()
+    """Fork a child process that lives until the end of the block; return the result of `run` in it, as text."""
+    result, output = os.pipe()
     wait, end = os.pipe()
     child = os.fork()
     if not child:
         try:
             os.close(end)
-            os.write(say, str(run()).encode() or b" ")
+            os.write(output, str(run()).encode() or b" ")
             os.read(wait, 1)
         finally:
             os._exit(0)
-    os.close(say)
+    os.close(output)
     os.close(wait)
     try:
-        yield os.read(said, 65536).decode()
+        yield os.read(result, 65536).decode()
     finally:
         os.close(end)
         os.waitpid(child, 0)
-        os.close(said)
+        os.close(result)
 
 
 @contextmanager
 def forked_without_hooks() -> Iterator[None]:
-    """A child process as a C library makes it, until the test is done.
+    """Fork a child process as a C library does, until the end of the block.
 
-    It runs no Python, because it may have locks of the interpreter that other threads of its parent held.
+    It runs no Python, because other threads may have held locks of the interpreter.
     """
     libc = ctypes.PyDLL(None)
-    # So that no other thread waits for the interpreter, and asks this one to let go of it in the child.
+    # So that no other thread waits for the GIL, and requests it in the child.
     time.sleep(UNIT / 20)
     child = libc.fork()
     if not child:
@@ -205,7 +205,7 @@ def forked_without_hooks() -> Iterator[None]:
 
 
 def open_sockets() -> set[str]:
-    """The sockets that this process has, by inode."""
+    """Return the open sockets of this process, by inode."""
     links = []
     for descriptor in os.listdir("/proc/self/fd"):
         with suppress(FileNotFoundError):
@@ -229,7 +229,7 @@ def test_stop_closes_listener_despite_forked_child(
             server.stop()
             with socket.socket(socket.AF_INET if port else socket.AF_UNIX) as late:
                 assert late.connect_ex(address) in (errno.ECONNREFUSED, errno.ENOENT)
-            # To the end of the stream, which a copy in the child would keep open.
+            # Until the end of the stream: a copy in the child would keep it open.
             with closing(wire):
                 while wire.socket.recv(65536):
                     pass

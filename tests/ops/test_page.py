@@ -1,4 +1,4 @@
-"""The status page, in a headless Chromium: each test looks at the page of a real server, as a reader would."""
+"""The status page of a real server, in a headless Chromium."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ expect = sync_api.expect
 
 HOSTILE = "<img src=x onerror=\"document.title='broken'\">"
 TOKEN = "open-sesame-0123456789"
-# A name by which the browser reaches this machine, as if from another.
+# A host name that resolves to this machine in the browser.
 ELSEWHERE = "dsmq.example"
-# What the browser itself says of a server that is gone, and of one that requires a token.
+# Console messages of the browser if the server is gone, and if it requires a token.
 GONE = r"Failed to load resource: net::ERR_|^failed: .*/status\.json$"
 LOCKED = r"Failed to load resource: .* 401 "
 
@@ -65,7 +65,7 @@ def mq(server: Server) -> Iterator[Client]:
 def reading(
     browser: Browser, server: Server, allowed: str = "nothing", host: str = "127.0.0.1", **options: Any
 ) -> Iterator[Page]:
-    """The page of this server; in the end, nothing must have gone wrong in it but what is allowed (a pattern)."""
+    """Open the page of this server; at the end, fail on browser messages that don't match the pattern `allowed`."""
     context = browser.new_context(locale="en-US", **options)
     context.set_default_timeout(SOON * 1000)
     page = context.new_page()
@@ -87,7 +87,7 @@ def reading(
 
 @contextmanager
 def repeating(call: Callable[[], object]) -> Iterator[None]:
-    """Call it again and again, in a thread, meanwhile."""
+    """Call repeatedly, in another thread."""
     done = threading.Event()
 
     def run() -> None:
@@ -104,12 +104,12 @@ def repeating(call: Callable[[], object]) -> Iterator[None]:
 
 
 def sideways(page: Page) -> int:
-    """How far the page can be scrolled sideways, in pixels."""
+    """Return how many pixels the page can be scrolled sideways."""
     return int(page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth"))
 
 
 def names(page: Page) -> list[str]:
-    """The topics as they are shown, from the top."""
+    """Return the topics in the order shown."""
     return page.locator("#topics tbody td:first-child").all_inner_texts()
 
 
@@ -119,7 +119,7 @@ def next_poll(page: Page) -> Response:
     return answer.value
 
 
-# What it is made of
+# Security
 
 
 def test_page_is_one_file_that_passes_strict_policy() -> None:
@@ -129,7 +129,7 @@ def test_page_is_one_file_that_passes_strict_policy() -> None:
     markup = re.sub("<(script|style)>.*?</\\1>", "", html, flags=re.DOTALL)
     assert not re.search(r"\s(on\w+|style|srcset)\s*=", markup)
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|Storage|cookie", html)
-    # No address but the name of SVG.
+    # No URL but the namespace of SVG.
     assert {urlsplit(url).netloc for url in re.findall(r"https?://[^'\"\s)]*", html)} == {"www.w3.org"}
 
 
@@ -187,7 +187,7 @@ def test_page_numbers_update_with_traffic(browser: Browser, server: Server, mq: 
         expect(page.locator("#puts")).to_have_text("0/s")
         count = f"{server.status.totals().stored:,}"
         expect(page.locator("#stored-messages")).to_have_text(count)
-        # The bytes of a topic are counted as those in all are.
+        # The bytes of topics add up to the total.
         status = server.status.page()
         assert status["topics"][0]["bytes"] + 500 + len("greetings") == status["gauges"]["stored_bytes"]
         expect(page.locator("#total-puts")).to_have_text(count)
@@ -221,7 +221,7 @@ def test_page_lists_and_counts_errors(browser: Browser, server: Server) -> None:
         expect(page.locator("#total-errors")).to_have_text("1 +1 recently")
 
 
-# What others have written
+# Names and messages
 
 
 def test_page_escapes_hostile_names(browser: Browser, server: Server) -> None:
@@ -271,7 +271,7 @@ def test_empty_page_shows_how_to_put_a_message(browser: Browser, mq: Client, ser
         ({"auth_token": TOKEN}, "--port N --token-file token", 'port=N, token="…"'),
         ({"tls_cert_file": "{}/cert.pem"}, "--port N --tls", "port=N, tls=True"),
     ],
-    ids=["everywhere", "here alone", "unix", "token", "TLS"],
+    ids=["all addresses", "loopback", "unix", "token", "TLS"],
 )
 def test_page_commands_match_the_server(
     browser: Browser, tmp_path: Path, settings: dict[str, str], options: str, given: str
@@ -368,7 +368,7 @@ def test_page_does_not_poll_while_hidden_or_paused(browser: Browser, server: Ser
                 window.asked = 0;
                 const ask = fetch;
                 window.fetch = (...all) => { asked++; return ask(...all); };
-                // tick() is what its timer calls; while a request is being answered it makes no other.
+                // The timer calls tick(), which sends no request during another.
                 window.asksNow = async (first = () => {}) => {
                     while (asking) await new Promise((resume) => setTimeout(resume, 1));
                     asked = 0;
@@ -390,7 +390,7 @@ def test_page_does_not_poll_while_hidden_or_paused(browser: Browser, server: Ser
         assert page.evaluate("asked") > 0
 
 
-# Readers
+# Use
 
 
 def test_page_sorts_topics_by_keyboard(browser: Browser, mq: Client, server: Server) -> None:
@@ -408,7 +408,7 @@ def test_page_sorts_topics_by_keyboard(browser: Browser, mq: Client, server: Ser
             assert names(page) == order
             expect(headers.nth(0)).to_have_attribute("aria-sort", direction)
             expect(page.locator("#topics th[aria-sort]")).to_have_count(1)
-        # New numbers take neither the focus nor the order away.
+        # Updates keep the focus and the order.
         mq.put("d", "x")
         expect(page.locator("#topics tbody tr")).to_have_count(4)
         assert names(page) == ["d", "c", "b", "a"]
