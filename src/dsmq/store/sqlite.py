@@ -17,7 +17,9 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from itertools import chain
+from pathlib import Path
+from typing import Any
 
 from dsmq.errors import Full, ReplyError
 from dsmq.store.api import (
@@ -32,10 +34,17 @@ from dsmq.store.api import (
     accounted_topic_bytes,
 )
 from dsmq.store.database import Database, to_reply_error
-from dsmq.store.dedup import Deduplicator, Producer, ProducerState
+from dsmq.store.dedup import Deduplicator, Producer
 from dsmq.store.limits import LimitChecker
-from dsmq.store.schema import INSERT_ROW, INSERT_TOPIC, LONG_BYTES, StoredMessage
-from dsmq.store.snapshot_contents import Lost, SnapshotContents, StoreState, drop_extra_tables
+from dsmq.store.schema import INSERT_ROW, INSERT_TOPIC, Batch, StoredMessage
+from dsmq.store.snapshot_contents import (
+    Lost,
+    SnapshotState,
+    producer_batches,
+    read_producers,
+    read_state,
+    state_batches,
+)
 from dsmq.store.topics import Topic, TopicTable, WriteBuffer
 from dsmq.system import BOOT_CLOCK
 
@@ -49,8 +58,6 @@ COPY_PRODUCERS = 20
 
 # Ranges of lost ids that are remembered, and numbers of topics with them; of the last range always all.
 MAX_LOST, MAX_LOST_NUMBERS = 100, 100_000
-
-T = TypeVar("T")
 
 
 def monotonic_ms() -> int:
@@ -69,8 +76,8 @@ class SQLiteStore:
         self._clock = clock
         self._database = Database()
         self._last_id = 0
-        # The last id when the write buffer was last flushed.
-        self._written_id = 0
+        # The last id, and the last topic's row, when the write buffer was last flushed.
+        self._written_id = self._written_row = 0
         # While a snapshot is written, nothing behind this id may be deleted: it is still to be copied.
         self._deletable_id = sys.maxsize
         self._topics = TopicTable()
@@ -109,7 +116,7 @@ class SQLiteStore:
             if buffer.messages >= MAX_BUFFERED_MESSAGES or buffer.bytes >= MAX_BUFFERED_BYTES:
                 self._make_room(puts)
             if names:
-                self._create_topics(names.intersection(put[0] for put in self._new_puts(puts)))
+                self._add_topics(names.intersection(put[0] for put in self._new_puts(puts)))
             return self._add(puts, self._clock())
 
     def _new_puts(self, puts: Sequence[Put]) -> Iterator[Put]:
@@ -125,16 +132,14 @@ class SQLiteStore:
         if any(self._new_puts(puts)):
             self._flush()
 
-    def _create_topics(self, names: set[bytes]) -> None:
+    def _add_topics(self, names: set[bytes]) -> None:
         if names:
             self._limits.check_topics(len(names))
-        topics = self._topics.new(names)
-        self._database.insert_topics([(topic.row, topic.name) for topic in topics])
-        self._topics.add(topics)
+        self._topics.add(names)
 
     def _add(self, puts: Sequence[Put], now: int) -> list[int]:
         ids = []
-        touched: dict[bytes, ProducerState] = {}
+        touched: dict[bytes, Producer] = {}
         topics, buffer, deduplicator = self._topics, self._buffer, self._deduplicator
         by_name, last_id, size = topics.by_name, self._last_id, 0
         for name, body, key in puts:
@@ -174,19 +179,19 @@ class SQLiteStore:
         if self._flush_error and self._clock() < self._retry_at:
             raise self._flush_error.with_traceback(None)
         try:
-            rows = self._buffer.rows()
-            self._database.insert_rows(rows)
+            self._database.insert(self._new_topics(), self._buffer.rows())
         except (sqlite3.Error, MemoryError) as error:
             self._flush_error, self._retry_at = to_reply_error(error), self._clock() + RETRY_MS
             if isinstance(self._flush_error, Full):
                 self._limits.record_full(MEMORY)
             raise
-        for row in rows:
-            if len(row[5]) >= LONG_BYTES:
-                self._topics.by_row[row[1]].has_long = True
         self._buffer.clear()
-        self._written_id = self._last_id
+        self._written_id, self._written_row = self._last_id, self._topics.last_row
         self._topics.set_page_bytes(self._database.page_bytes())
+
+    def _new_topics(self) -> list[tuple[int, bytes]]:
+        """Return row and name of the topics that are not in the database yet."""
+        return [(topic.row, topic.name) for topic in self._buffer.dirty_topics if topic.row > self._written_row]
 
     # Reads
 
@@ -213,7 +218,7 @@ class SQLiteStore:
     def _messages_after(self, topic: Topic, after: int, since: int) -> Iterator[StoredMessage]:
         """Iterate over the messages with ids above `after`, put at or after `since`."""
         if after < topic.written_id:
-            yield from self._database.read(topic.row, after, since, has_long=topic.has_long)
+            yield from self._database.read(topic.row, after, since)
         for message in topic.buffered[bisect_left(topic.buffered, (after + 1,)) :]:
             if message[2] >= since:
                 yield message
@@ -288,7 +293,9 @@ class SQLiteStore:
 
     def topics(self, after: bytes, count: int) -> list[TopicStats]:
         with self._database:
-            return [self._topics.by_row[row].stats() for row in self._database.topics(after, count)]
+            unwritten = [name for _, name in self._new_topics() if name > after]
+            names = sorted(self._database.topics(after, count) + unwritten)
+            return [self._topics.by_name[name].stats() for name in names[:count]]
 
     @property
     def lost_ids(self) -> list[int]:
@@ -350,85 +357,78 @@ class SQLiteStore:
     # Snapshots
 
     @contextmanager
-    def snapshot(self) -> Iterator[StoreState]:
-        """Fix the instant of a snapshot: yields what the store holds, besides the rows that `copy_rows` returns.
+    def snapshot(
+        self, unix_time: float, *, is_last: bool, file: Path | None, on_progress: Callable[[], None]
+    ) -> Iterator[Iterator[Batch]]:
+        """Fix the instant of a snapshot, and yield its rows, for tables of `SCHEMA` and `SNAPSHOT_SCHEMA`.
 
-        Later puts are no part of it. Until the end, nothing is deleted before it has been copied.
+        Later puts are not part of it. The lock is held for one batch at a time, too short for a client to notice. Until
+        the end, nothing is deleted before it has been copied.
+
+        If an empty file is given, the messages in the database are copied to it at once, which is quicker, but nobody
+        else can use the store meanwhile. on_progress is called every now and then; its exceptions end the copy.
         """
-        with self._database:
-            self._deletable_id = 0
-            state = StoreState(
-                self.epoch,
-                self.run,
-                self._clock(),
-                self._last_id,
-                self._topics.last_row,
-                self._topics.empty.copy(),
-                self.lost,
-                self._written_id,
-                self._buffer.contents(),
+        # Not with `with self._database`, which would take errors of the file for the store's.
+        with self._database.lock:
+            topics = self._topics
+            state = SnapshotState(
+                *(self.epoch, self.run, self._clock(), self._last_id, topics.last_row, None, unix_time, is_last),
+                *(topics.empty.copy(), self.lost),
             )
+            buffered: list[Batch] = [(INSERT_TOPIC, self._new_topics()), (INSERT_ROW, self._buffer.rows())]
+            written_id, written_row = self._written_id, self._written_row
+            if file:
+                self._database.copy_to(file, on_progress)
+            else:
+                self._deletable_id = 0
         try:
-            yield state
+            copied = () if file else self._copy_rows(written_id, written_row)
+            yield chain(copied, buffered, self._copy_state(state))
         finally:
             self._deletable_id = sys.maxsize
 
-    def copy_rows(self, state: StoreState) -> Iterator[tuple[str, Sequence[tuple[Any, ...]]]]:
-        """Iterate over the rows that were in the database at the instant, in batches, each with its INSERT statement.
+    def _copy_rows(self, written_id: int, written_row: int) -> Iterator[Batch]:
+        for insert, last in ((INSERT_TOPIC, written_row), (INSERT_ROW, written_id)):
+            after = 0
+            while rows := self._copy(insert, after, last):
+                after = rows[-1][0]
+                if insert == INSERT_ROW:
+                    self._deletable_id = after
+                yield insert, rows
 
-        The lock is held for one batch at a time, which is too short for a client to notice.
-        """
-        after = 0
-        while topics := self._copy(self._database.copy_topics, after, state.last_row):
-            after = topics[-1][0]
-            yield INSERT_TOPIC, topics
-        after = 0
-        while rows := self._copy(self._database.copy_rows, after, state.written_id):
-            after = self._deletable_id = rows[-1][0]
-            yield INSERT_ROW, rows
-
-    def _copy(self, copy: Callable[[int, int], list[T]], after: int, last: int) -> list[T]:
+    def _copy(self, insert: str, after: int, last: int) -> list[tuple[Any, ...]]:
         with self._database:
-            return copy(after, last)
+            return self._database.copy(insert, after, last)
 
-    def back_up(self, target: sqlite3.Connection, state: StoreState, on_progress: Callable[[], None]) -> None:
-        """Copy the rows at once, which is quicker. Nobody else can use the store meanwhile."""
-        # Not with `with`, which would take the target's errors for the store's.
-        with self._database.lock:
-            self._database.back_up(target, on_progress)
-        target.execute("DELETE FROM chunks WHERE last_id > ?", (state.written_id,))
-        target.execute("DELETE FROM topics WHERE id > ?", (state.last_row,))
-
-    def copy_producers(self, last_id: int) -> Iterator[list[Producer]]:
-        """Iterate over what is remembered of puts up to an id, in batches, as `copy_rows`."""
+    def _copy_state(self, state: SnapshotState) -> Iterator[Batch]:
         with self._database:
             names = self._deduplicator.names()
         for first in range(0, len(names), COPY_PRODUCERS):
             with self._database:
-                batch = self._deduplicator.copy(names[first : first + COPY_PRODUCERS], last_id)
-            yield batch
+                producers = self._deduplicator.copy(names[first : first + COPY_PRODUCERS], state.last_id)
+            yield from producer_batches(producers, first)
+        # Last, in case a producer has been forgotten before it was copied.
+        yield from state_batches(state._replace(forgot_at=self._deduplicator.forgot_at))
 
-    @property
-    def forgot_at(self) -> int | None:
-        """When a producer was last forgotten that might still resend a put, in milliseconds on the store's clock."""
-        return self._deduplicator.forgot_at
-
-    def load(self, source: sqlite3.Connection, contents: SnapshotContents, passed_ms: int) -> None:
-        """Take over a snapshot taken so many milliseconds ago. The store must be new.
+    def load(self, source: sqlite3.Connection, unix_time: float) -> SnapshotState:
+        """Take over a snapshot, and return its state. The store must be new.
 
         Restored messages count as read: whether they were is unknown.
         """
-        state, clock = contents.state, self._clock
+        state, clock = read_state(source), self._clock
+        producers = read_producers(source)
         # Before the tables are copied, which takes time.
-        ahead_ms = state.clock + passed_ms - clock()
+        ahead_ms = state.clock + round(max(0.0, unix_time - state.written_at) * 1000) - clock()
         with self._database.lock:
-            self._topics.restore(self._database.load(source, drop_extra_tables))
+            self._topics.restore(self._database.load(source))
             self._topics.set_page_bytes(self._database.page_bytes())
         self._clock = lambda: clock() + ahead_ms
         self.epoch, self.run, self.lost = state.epoch, state.run, state.lost
         self._last_id = self._written_id = state.last_id
-        self._topics.last_row, self._topics.empty = state.last_row, state.empty_topics
-        self._deduplicator.restore(contents.producers, contents.forgot_at)
+        self._topics.last_row = self._written_row = state.last_row
+        self._topics.empty = state.empty_topics
+        self._deduplicator.restore(producers, state.forgot_at)
+        return state
 
     def begin_run(self, last_id: int) -> None:
         """Begin a new run, after the loaded snapshot may have lacked the last messages. Ids go on from `last_id`.

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from operator import attrgetter, itemgetter
 
 from dsmq.store.api import Message, TopicStats, accounted_bytes, accounted_topic_bytes
-from dsmq.store.schema import LONG_BYTES, Row, StoredMessage, pack
+from dsmq.store.schema import Row, StoredMessage, pack
 
 # Topics without messages whose numbering goes on; a forgotten topic starts again at 1.
 MAX_EMPTY_TOPICS = 100_000
@@ -23,7 +23,6 @@ class Topic:
         "buffered",
         "bytes",
         "deleted",
-        "has_long",
         "last_id",
         "last_number",
         "name",
@@ -41,8 +40,6 @@ class Topic:
         self.bytes = 0
         # How many of its messages have been deleted: always the first ones.
         self.deleted = last_number
-        # Whether there are, or were, rows of LONG_BYTES or more.
-        self.has_long = False
         # The newest message that somebody has read.
         self.read_number = self.read_id = 0
         # The newest messages, which are in the write buffer, and the last id before them; 0 if there is none.
@@ -107,16 +104,13 @@ class TopicTable:
         padding = (page_bytes - FREE_PAGE_BYTES) * 5 // 6 - accounted_bytes(self.messages, self.bytes)
         self.padding_bytes = max(0, padding)
 
-    def new(self, names: Iterable[bytes]) -> list[Topic]:
-        """Return topics to be added. Their rows are never used again, so that a snapshot can go by them."""
-        return [Topic(name, row, *self.empty.get(name, ())) for row, name in enumerate(names, self.last_row + 1)]
-
-    def add(self, topics: list[Topic]) -> None:
-        for topic in topics:
-            self.by_name[topic.name] = self.by_row[topic.row] = topic
-            self.empty.pop(topic.name, None)
-        self.topic_bytes += accounted_topic_bytes(topic.name for topic in topics)
-        self.last_row += len(topics)
+    def add(self, names: Iterable[bytes]) -> None:
+        """Add topics. Their rows are never used again, so that a snapshot can go by them."""
+        for name in names:
+            self.last_row += 1
+            topic = Topic(name, self.last_row, *self.empty.pop(name, ()))
+            self.by_name[name] = self.by_row[topic.row] = topic
+            self.topic_bytes += accounted_topic_bytes([name])
 
     def delete_first(self, deleted: dict[Topic, tuple[int, int]]) -> int:
         """Count out the first messages of topics, ordered by last put: how many, and their bytes; return the sum."""
@@ -132,13 +126,12 @@ class TopicTable:
             del self.empty[next(iter(self.empty))]
         return sum(count for count, _ in deleted.values())
 
-    def restore(self, rows: Iterable[tuple[int, bytes, int, int, int, int, int]]) -> None:
+    def restore(self, rows: Iterable[tuple[int, bytes, int, int, int, int]]) -> None:
         """Add topics of a snapshot, as `Database.load` returns them. They count as read."""
-        for row, name, last_number, last_id, count, size, longest in rows:
+        for row, name, last_number, last_id, count, size in rows:
             topic = self.by_name[name] = self.by_row[row] = Topic(name, row, last_number, last_id)
             topic.written_id, topic.deleted, topic.bytes = last_id, last_number - count, size
             topic.read_number, topic.read_id = last_number, last_id
-            topic.has_long = longest >= LONG_BYTES
             self.restored += count
             self.bytes += size
         self.stored = self.restored
@@ -163,10 +156,6 @@ class WriteBuffer:
     def __init__(self) -> None:
         self.dirty_topics: list[Topic] = []
         self.messages = self.bytes = 0
-
-    def contents(self) -> list[tuple[int, list[StoredMessage]]]:
-        """Return a copy of the messages, by the topics' rows."""
-        return [(topic.row, topic.buffered[:]) for topic in self.dirty_topics]
 
     def rows(self) -> list[Row]:
         return pack((topic.row, topic.buffered) for topic in self.dirty_topics)
