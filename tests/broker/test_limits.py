@@ -92,10 +92,10 @@ def test_full_is_logged_once_at_begin_and_end(
             while not isinstance(wire.call("PUT", "t", "x"), Full):
                 pass
             # As the main thread does each second.
-            server._log_full()
+            server._watch()
             expire_all(server)
         for _ in range(3):
-            server._log_full()
+            server._watch()
         assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
             ("WARNING", "full: max_stored_messages = 2 reached; puts are refused until messages expire"),
             ("INFO", "no longer full: max_stored_messages"),
