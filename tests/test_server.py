@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SOON, UNIT, LethalStore, Wire, as_map, daemon, serving, wait_until, wire_to
+from conftest import SOON, UNIT, LethalStore, Wire, as_map, blocked, daemon, serving, wait_until, wire_to
 from dsmq import settings as config
 from dsmq.broker import commands, connection
 from dsmq.broker import event_loop as worker
@@ -132,17 +132,22 @@ def test_expiry_thread_deletes_messages() -> None:
         assert wire.call("PUT", "t", "new") == 4
 
 
-def test_failed_expiry_is_retried(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    failures = iter([StoreFailed("SQLite: disk I/O error"), ZeroDivisionError()])
-    real = SQLiteStore.expire
+class FailingExpiry(SQLiteStore):
+    """Fails to expire messages twice."""
 
-    def expire(store: SQLiteStore) -> int:
-        for failure in failures:
-            raise failure
-        return real(store)
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.failures = [StoreFailed("SQLite: disk I/O error"), ZeroDivisionError()]
 
-    monkeypatch.setattr(SQLiteStore, "expire", expire)
-    with serving(max_age_seconds=UNIT, expiry_interval_seconds=UNIT / 5) as server, wire_to(server) as wire:
+    def expire(self) -> int:
+        if self.failures:
+            raise self.failures.pop()
+        return super().expire()
+
+
+def test_failed_expiry_is_retried(caplog: pytest.LogCaptureFixture) -> None:
+    settings = {"max_age_seconds": UNIT, "expiry_interval_seconds": UNIT / 5}
+    with serving(FailingExpiry(), **settings) as server, wire_to(server) as wire:
         wire.call("PUT", "t", "x")
         wait_until(lambda: server.status.totals().expired == 1)
     assert caplog.text.count("expiry failed") == 2
@@ -571,22 +576,11 @@ def test_stop_answers_waiting_readers_then_closes(server: Server) -> None:
     assert server.stop() == []
 
 
-def test_stop_reports_threads_that_survive(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    release = threading.Event()
-
-    def stuck(*_: object) -> bytes:
-        release.wait(SOON)
-        return b"+OK\r\n"
-
-    monkeypatch.setitem(
-        commands.COMMANDS_BY_ROLE[commands.Role.ADMIN], b"ECHO", commands.Command("ECHO", stuck, "message")
-    )
-    with serving(stop_timeout_seconds=2 * UNIT) as server, wire_to(server) as wire:
-        wire.send(encode_request(b"ECHO", b"x"))
-        wait_until(lambda: server.status.counters().requests == 1)
-        assert server.stop() == ["dsmq-io-0"]
-        assert "still running" in caplog.text
-        release.set()
+def test_stop_reports_threads_that_survive(caplog: pytest.LogCaptureFixture) -> None:
+    with serving(stop_timeout_seconds=2 * UNIT) as server:
+        with blocked(server):
+            assert server.stop() == ["dsmq-io-0"]
+            assert "still running" in caplog.text
         wait_until(lambda: "dsmq-io-0" not in [thread.name for thread in threading.enumerate()])
         # A store that a surviving thread may use is left open.
         server.context.store.close()
@@ -775,22 +769,30 @@ def test_unstorable_message_fails_alone() -> None:
         assert server.status.counters().failures == 1
 
 
+class FailingFlush(SQLiteStore):
+    """Fails to write its buffer while there is an error."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(600_000)
+        self.error: Exception | None = error
+        self.failed = threading.Event()
+
+    def flush(self) -> None:
+        if self.error:
+            self.failed.set()
+            raise self.error
+        super().flush()
+
+
 @pytest.mark.parametrize("error", [Full("no room"), ZeroDivisionError()])
-def test_failed_flush_closes_no_connection(
-    server: Server, wire: Wire, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
-    tried = threading.Event()
-
-    def fail() -> None:
-        tried.set()
-        raise error
-
-    with monkeypatch.context() as patch:
-        patch.setattr(server.context.store, "flush", fail)
+def test_failed_flush_closes_no_connection(error: Exception) -> None:
+    store = FailingFlush(error)
+    with serving(store) as server, wire_to(server) as wire:
         assert wire.call("PUT", "t", "1") == 1
-        assert tried.wait(SOON)
+        assert store.failed.wait(SOON)
         assert wire.call("GET", "t") == b"1"
-    assert wire.call("PUT", "t", "2") == 2
+        store.error = None
+        assert wire.call("PUT", "t", "2") == 2
 
 
 def test_worker_stops_busy_polling_on_busy_processor(

@@ -818,7 +818,7 @@ def interrupted_at(point: int, call: Callable[[], object]) -> bool:
 @pytest.mark.slow
 def test_interrupted_stop_ends_all_threads_from_any_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Fewer steps that differ from time to time.
-    monkeypatch.setattr(threads, "_LOOK_SECONDS", UNIT / 10)
+    monkeypatch.setattr(threads, "_POLL_SECONDS", UNIT / 10)
     effective = config.load(kind=config.EmbeddedSettings, port=0, http_port=0, snapshot_file=str(tmp_path / "s"))
     for point in itertools.count():
         server = Server(effective)
