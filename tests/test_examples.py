@@ -1,4 +1,4 @@
-"""The demo, the examples, the server as a script, and what importing the client costs."""
+"""The demo, the examples, the server as a script, and what imports load."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ SOURCE = ROOT / "src" / "dsmq"
 
 @pytest.fixture(autouse=True)
 def buffered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unbuffered, Python writes a line in two parts, and those of several processes mix."""
+    """Buffer output: unbuffered, Python writes lines in two parts, which mix between processes."""
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
 
 
 @contextmanager
 def python(*arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
-    """A Python that runs this; it does not outlive the test."""
+    """Run Python; it does not outlive the test."""
     process = subprocess.Popen(
         [sys.executable, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -45,14 +45,14 @@ def python(*arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def result(*arguments: str | Path) -> tuple[int, str, str]:
-    """The exit status, stdout and stderr of a Python that runs this to its end."""
+    """Run Python to its end; return its exit status, stdout and stderr."""
     with python(*arguments) as process:
         out, err = process.communicate(timeout=SOON)
         return process.returncode, out, err
 
 
 def loaded_by(module: str) -> set[str]:
-    """What is loaded with a module, beyond what Python has loaded at its start."""
+    """Return the modules that an import loads, beyond those that Python loads at start."""
     script = f"import sys; before = set(sys.modules); import {module}; print(*(set(sys.modules) - before))"
     status, out, err = result("-c", script)
     assert (status, err) == (0, "")
@@ -160,7 +160,7 @@ def test_script_reports_failed_start_in_one_line(server: Server) -> None:
         assert reason in err
 
 
-# What an import loads
+# What imports load
 
 
 @pytest.mark.parametrize("module", ["dsmq.client", "dsmq.cli"])

@@ -59,7 +59,7 @@ class JournalFormatter(LineFormatter):
         return "\n".join(f"<{priority}>{line}" for line in super().format(record).splitlines())
 
 
-def _formatter(form: str, stream: io.TextIOBase) -> logging.Formatter:
+def formatter(form: str, stream: io.TextIOBase) -> logging.Formatter:
     if form == "json":
         return JSONFormatter()
     if form == "journal" or (form == "auto" and _is_journal(stream)):
@@ -224,7 +224,7 @@ def start(level: str = "info", format: str = "auto", stream: str = "stderr", rat
     """
     output = _in_background(sys.stdout if stream == "stdout" else sys.stderr)
     handler = Handler(output, rate)
-    handler.setFormatter(_formatter(format, output))
+    handler.setFormatter(formatter(format, output))
     logger = logging.getLogger("dsmq")
     for before in _handlers():
         logger.removeHandler(before)

@@ -70,7 +70,7 @@ class _Check:
     def run(self) -> Iterator[Violation]:
         for died in self.history.of(Died):
             yield Violation("died", "a client failed", (died,))
-        yield from self._strangers()
+        yield from self._strange_reads()
         yield from self._stored_twice()
         yield from self._ids_reused()
         yield from self._order_of_puts()
@@ -86,16 +86,16 @@ class _Check:
 
     # Contents of the store
 
-    def _strangers(self) -> Iterator[Violation]:
+    def _strange_reads(self) -> Iterator[Violation]:
         """Every message read was put into that topic, and not by a put that reported it as not stored."""
         for got in self.history.of(Got):
             put = self.puts.get(got.body)
             if put is None or put.topic != got.topic or got.ended < put.began:
-                yield Violation("strange", "a message that nobody has put into this topic", _events(got, put))
+                yield Violation("strange", "a message that nobody put into this topic", _events(got, put))
             elif put.error and not put.may_be_stored:
-                yield Violation("not stored", "a put that surely was not stored is read", (put, got))
+                yield Violation("not stored", "a message is read although its put was not stored", (put, got))
             elif got.began - put.ended > self.history.max_age + AGE_SLACK_SECONDS:
-                yield Violation("expired", "a message is read beyond its age", (put, got))
+                yield Violation("expired", "a message is read after it expired", (put, got))
 
     def _told_ids(self) -> Iterator[tuple[str, int, Event]]:
         """Return bodies and their ids, as reported to any client."""
@@ -167,10 +167,10 @@ class _Check:
     def _losses(self) -> Iterator[Violation]:
         for put in self.puts.values():
             if put.id is not None and (loss := self._loss_of(put)) and put.ended < loss.server.kept_until:
-                yield Violation("lost", "a put is lost that the next life had to keep", (put, loss.server))
+                yield Violation("lost", "a put that the next life must keep is lost", (put, loss.server))
         for one, following in pairwise(self.servers):
             if one.kept_until == math.inf and (one.epoch, one.run) != (following.epoch, following.run):
-                yield Violation("identity", "epoch or run is another behind a graceful stop", (one, following))
+                yield Violation("identity", "epoch or run changed over a graceful stop", (one, following))
 
     # Reads
 
@@ -191,7 +191,7 @@ class _Check:
             known = last.get(got.thread)
             at = next((at for at in epochs if known is None or (at, message_id) > known[:2]), None)
             if known is not None and at is None:
-                yield Violation("order of reads", "a message comes behind a later one", (known[2], got))
+                yield Violation("order of reads", "a message follows a later one", (known[2], got))
                 continue
             last[got.thread] = (at or 0, message_id, got)
 
@@ -199,12 +199,12 @@ class _Check:
         for got in gots:
             put, message_id = self.puts.get(got.body), self.ids.get(got.body)
             if put and message_id is not None and self._is_eligible(reader, put, message_id) is False:
-                yield Violation("not eligible", "a reader got what was put before it connected", (reader, put, got))
+                yield Violation("not eligible", "a reader got a message put before it connected", (reader, put, got))
 
     def _is_eligible(self, reader: Reader, put: Put, message_id: int) -> bool | None:
         """Return whether a reader must read a message; None if it is uncertain."""
         answers = {
-            message_id > reader.watermark if epoch == reader.epoch else self._is_later(epoch, reader.epoch)
+            message_id > reader.start_id if epoch == reader.epoch else self._is_later(epoch, reader.epoch)
             for epoch in self._epochs_of(put.body)
         }
         return answers.pop() if len(answers) == 1 else None

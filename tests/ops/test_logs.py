@@ -1,4 +1,4 @@
-"""What is logged: for people, for programs, and for the journal."""
+"""The log: as text, as JSON, for the journal; floods; a reader that does not read."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ NASTY = "\x1b[2J\x9b\x7f\r\n2026-01-01 INFO forged\t\u2028\u202e\ud800"
 def test_client_cannot_forge_log_lines_or_control_terminal() -> None:
     line = logging.getLogger("dsmq").makeRecord("dsmq", logging.INFO, "file.py", 1, "user %s", (NASTY,), None)
     for form in ("text", "journal"):
-        shown = logs._formatter(form, sys.stderr).format(line)
+        shown = logs.formatter(form, sys.stderr).format(line)
         assert shown.endswith("user \\x1b[2J\\x9b\\x7f\\r\\n2026-01-01 INFO forged\\t\\u2028\\u202e\\ud800")
         assert shown.isprintable()
 
@@ -82,7 +82,7 @@ def test_client_cannot_control_terminal_through_json_log() -> None:
 
 def test_unicode_letters_are_logged_unchanged() -> None:
     text = "żółw 亀 👩\u200d🔬 a\u00a0b"
-    assert logs._formatter("text", sys.stderr).format(record(text)).endswith(" INFO " + text)
+    assert logs.formatter("text", sys.stderr).format(record(text)).endswith(" INFO " + text)
     assert text in logs.JSONFormatter().format(record(text))
 
 
@@ -182,8 +182,8 @@ assert not logging.getLogger().handlers and not logging.getLogger("dsmq").handle
 
 
 def fill(descriptor: int) -> int:
-    """Fill a pipe to the last byte; return how many that were."""
-    # Opened anew, so that only this end of it does not wait.
+    """Fill a pipe; return how many bytes it took."""
+    # Opened again, so that only this descriptor is non-blocking.
     end = os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK)
     filled = 0
     for size in (4096, 1):
@@ -195,7 +195,7 @@ def fill(descriptor: int) -> int:
 
 
 class Unread:
-    """`dsmq serve` whose log goes to a pipe that is full from the moment the server serves."""
+    """`dsmq serve` logging to a pipe that is full as soon as the server serves."""
 
     def __init__(self, log_stream: str, *options: str) -> None:
         self.reader, writer = os.pipe()
@@ -220,7 +220,7 @@ class Unread:
         os.close(writer)
 
     def be_noisy(self, times: int) -> None:
-        """Have the server log lines, each of them of another connection."""
+        """Make the server log lines, one per connection."""
         for _ in range(times):
             wire = Wire(("127.0.0.1", self.port))
             wire.send(b"\x00\n")
