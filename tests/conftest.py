@@ -12,9 +12,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 
 from dsmq import aio
 from dsmq import settings as config
@@ -24,6 +26,7 @@ from dsmq.server import Server
 from dsmq.store.api import Store
 from dsmq.store.sqlite import SQLiteStore
 from helpers import HOST, ROOT, SOON, UNIT, Daemon, Wire, as_map, daemon, reached, scrape, wait_until
+from security import ADMIN, TOKENS, Files
 
 __all__ = ["HOST", "ROOT", "SOON", "UNIT", "Daemon", "Wire", "as_map", "daemon", "reached", "scrape", "wait_until"]
 
@@ -188,3 +191,26 @@ def connect_aio(*arguments: Any, **options: Any) -> None:
 
 
 CONNECTS = pytest.mark.parametrize("connect", [connect, connect_aio])
+
+
+@pytest.fixture
+def token_file(tmp_path: Path) -> Path:
+    file = tmp_path / "tokens"
+    file.write_text(TOKENS)
+    return file
+
+
+@pytest.fixture(scope="session")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture
+def files(tmp_path: Path, authority: trustme.CA) -> Files:
+    return Files(tmp_path, authority)
+
+
+@pytest.fixture
+def tls_server(files: Files) -> Iterator[Server]:
+    with serving(tls_cert_file=files.server, auth_token=ADMIN) as server:
+        yield server
