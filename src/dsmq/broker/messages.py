@@ -89,7 +89,7 @@ def read(client: Connection, request: list[bytes]) -> Encoded | None:
         _check_epoch(store, pending.epoch)
     if pending.after > store.last_id():
         raise BadRequest(f"no message has an id above {store.last_id()} yet; was the server restarted since?")
-    return client.read(pending)
+    return client.reads.start(pending)
 
 
 def parse_read(client: Connection, request: list[bytes]) -> PendingRead:
@@ -109,7 +109,7 @@ def _read_options(*words: bytes) -> tuple[int, int, int, bytes | None]:
 
 
 def _encode_read(client: Connection, read: PendingRead, messages: list[Message]) -> Encoded:
-    if read.wait_ms and read.epoch is not None:
+    if read.epoch is not None:
         # Checked again, because a store on another machine may have begun another epoch during the wait.
         _check_epoch(client.context.store, read.epoch)
     _count_delivery(client, read.topic, messages)
@@ -155,7 +155,7 @@ def parse_get_wait(client: Connection, request: list[bytes]) -> tuple[bytes, int
 
 def _get_at_position(client: Connection, topic: bytes, count: int, wait_ms: int) -> Encoded | None:
     position = client.positions.get(topic, client.start_id)
-    return client.read(PendingRead(topic, position, count, 1, wait_ms, _advance_position))
+    return client.reads.start(PendingRead(topic, position, count, 1, wait_ms, _advance_position))
 
 
 def _advance_position(client: Connection, read: PendingRead, messages: list[Message]) -> Encoded:

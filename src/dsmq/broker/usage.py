@@ -20,6 +20,11 @@ FREE_BYTES = 4096
 # As little passes those that wait for more, so that a few long messages do not hold up all others.
 SHORT_BYTES = 262_144
 
+# A client that is slower than this has more time for a long request, but is dropped first if memory is short and it has
+# been slower for more than a moment.
+SLOW_BYTES_PER_SECOND = 16_384
+SLOW_SECONDS = 1.0
+
 # What a parsed request takes in memory, and each of its arguments, beside their bytes.
 REQUEST_OBJECT_BYTES = 100
 ARGUMENT_OBJECT_BYTES = 40
@@ -174,6 +179,9 @@ class Budget(Count["Connection"]):
                 blockers.append(one)
                 excess -= self.of(one)
             return blockers
+
+    def is_waiting(self, holder: Connection) -> bool:
+        return holder in self._queue
 
     def leave(self, holder: Connection) -> None:
         """Wait no more."""
