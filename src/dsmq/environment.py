@@ -61,8 +61,8 @@ def _variables() -> dict[str, str]:
     """Return dsmq's environment variables by setting name, ignoring case, empty ones and service links."""
     found: dict[str, str] = {}
     for variable, value in sorted(os.environ.items()):
-        prefix, name = variable[: len(PREFIX)].upper(), variable[len(PREFIX) :].lower()
-        if not value or prefix != PREFIX or _LINKS.fullmatch(f"{name.upper()}={value}"):
+        name = variable[len(PREFIX) :].lower()
+        if not value or not variable.upper().startswith(PREFIX) or _is_link(variable, value):
             continue
         if name not in (*setting_names(), "config"):
             raise ConfigError(f"{variable}: {unknown(name, lambda known: PREFIX + known.upper())}")
@@ -70,6 +70,16 @@ def _variables() -> dict[str, str]:
         if os.environ[other] != value:
             raise ConfigError(f"{other} and {variable} are both set, to different values")
     return found
+
+
+def service_links() -> list[str]:
+    """Return the environment variables that are ignored, because they describe a service or container named dsmq."""
+    return [variable for variable, value in sorted(os.environ.items()) if _is_link(variable, value)]
+
+
+def _is_link(variable: str, value: str) -> bool:
+    name = variable.upper()
+    return name.startswith(PREFIX) and bool(_LINKS.fullmatch(f"{name.removeprefix(PREFIX)}={value}"))
 
 
 def unknown(name: str, spell: Callable[[str], str] = str) -> str:
