@@ -26,19 +26,26 @@ from dsmq.server import Server
 # Names with several addresses
 
 
-def addresses_of(monkeypatch: pytest.MonkeyPatch, name: str, *addresses: str) -> None:
-    """Make a name resolve to these addresses."""
+Resolve = Callable[..., None]
+
+
+@pytest.fixture
+def resolve(monkeypatch: pytest.MonkeyPatch) -> Resolve:
+    """A function that makes a name resolve to these addresses."""
     real = socket.getaddrinfo
 
-    def resolve(host: str, port: int, *kind: int, **options: int) -> list[object]:
-        return [one for at in (addresses if host == name else [host]) for one in real(at, port, *kind, **options)]
+    def resolve(name: str, *addresses: str) -> None:
+        def getaddrinfo(host: str, port: int, *kind: int, **options: int) -> list[object]:
+            return [one for at in (addresses if host == name else [host]) for one in real(at, port, *kind, **options)]
 
-    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+
+    return resolve
 
 
-def test_name_with_several_addresses_listens_on_each_usable_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_name_with_several_addresses_listens_on_each_usable_one(resolve: Resolve) -> None:
     # The first is not an address of this machine, like ::1 without IPv6.
-    addresses_of(monkeypatch, "several", "192.0.2.1", "127.0.0.1", "127.0.0.2")
+    resolve("several", "192.0.2.1", "127.0.0.1", "127.0.0.2")
     with serving(host="several", http_host="several", http_port=0) as server:
         assert server.addresses == [f"127.0.0.1:{server.port}", f"127.0.0.2:{server.port}"]
         for host in ("127.0.0.1", "127.0.0.2"):
@@ -48,14 +55,14 @@ def test_name_with_several_addresses_listens_on_each_usable_one(monkeypatch: pyt
                 assert answer.status == 200
 
 
-def test_name_without_usable_address_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    addresses_of(monkeypatch, "several", "192.0.2.1", "198.51.100.1")
+def test_name_without_usable_address_does_not_start(resolve: Resolve) -> None:
+    resolve("several", "192.0.2.1", "198.51.100.1")
     with pytest.raises(StartupError, match=r"several:0: .*assign"), serving(host="several"):
         pass
 
 
-def test_port_in_use_on_one_address_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    addresses_of(monkeypatch, "several", "127.0.0.1", "127.0.0.2")
+def test_port_in_use_on_one_address_does_not_start(resolve: Resolve) -> None:
+    resolve("several", "127.0.0.1", "127.0.0.2")
     with serving(host="127.0.0.2") as other:
         with pytest.raises(StartupError, match="in use"), serving(host="several", port=other.port):
             pass
@@ -63,8 +70,8 @@ def test_port_in_use_on_one_address_does_not_start(monkeypatch: pytest.MonkeyPat
             pass
 
 
-def test_machine_without_ipv6_listens_on_ipv4(monkeypatch: pytest.MonkeyPatch) -> None:
-    addresses_of(monkeypatch, "localhost", "::1", "127.0.0.1")
+def test_machine_without_ipv6_listens_on_ipv4(resolve: Resolve, monkeypatch: pytest.MonkeyPatch) -> None:
+    resolve("localhost", "::1", "127.0.0.1")
     real = socket.create_server
 
     def create_server(address: tuple[str, int], *, family: int, **options: int) -> socket.socket:
@@ -77,8 +84,8 @@ def test_machine_without_ipv6_listens_on_ipv4(monkeypatch: pytest.MonkeyPatch) -
         assert server.addresses == [f"127.0.0.1:{server.port}"]
 
 
-def test_chosen_port_is_the_same_on_all_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
-    addresses_of(monkeypatch, "several", "127.0.0.1", "127.0.0.2")
+def test_chosen_port_is_the_same_on_all_addresses(resolve: Resolve, monkeypatch: pytest.MonkeyPatch) -> None:
+    resolve("several", "127.0.0.1", "127.0.0.2")
     real, taken = socket.create_server, []
 
     def create_server(address: tuple[str, int], **options: int) -> socket.socket:

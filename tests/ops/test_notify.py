@@ -208,7 +208,7 @@ def test_reload_is_notified(manager: Manager) -> None:
         assert manager.wait_for("READY") == {"READY": "1"}
 
 
-def test_failed_reload_is_notified(manager: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_reload_is_notified(manager: Manager, tmp_path: Path) -> None:
     file = tmp_path / "dsmq.toml"
     file.write_text("max_age_seconds = 60")
     with daemon("--config", str(file), env={"NOTIFY_SOCKET": manager.address}) as server:
@@ -255,30 +255,22 @@ def test_server_continues_if_systemd_is_gone(manager: Manager, caplog: pytest.Lo
 
 
 @pytest.mark.parametrize(
-    ("mine", "seconds"),
-    [(None, 3 / 3), (True, 3 / 3), (False, float("inf"))],
-    ids=["unset", "this process", "other process"],
+    ("process", "seconds"), [("", 3 / 3), (str(os.getpid()), 3 / 3), (str(os.getppid()), float("inf"))]
 )
-def test_watchdog_of_another_process_is_ignored(
-    monkeypatch: pytest.MonkeyPatch, mine: bool | None, seconds: float
-) -> None:
-    monkeypatch.setenv("WATCHDOG_USEC", "3000000")
-    if mine is not None:
-        monkeypatch.setenv("WATCHDOG_PID", str(os.getpid() if mine else os.getppid()))
-    assert systemd.take().watchdog_interval == seconds
+def test_watchdog_of_another_process_is_ignored(process: str, seconds: float) -> None:
+    assert systemd.take({"WATCHDOG_USEC": "3000000", "WATCHDOG_PID": process}).watchdog_interval == seconds
 
 
-def test_passed_sockets_are_not_inherited(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
-        monkeypatch.setenv(name, "0")
-    assert not systemd.take().queue
-    assert not [name for name in os.environ if name.startswith(("NOTIFY_", "WATCHDOG_", "LISTEN_"))]
+def test_child_processes_do_not_inherit_what_systemd_passed() -> None:
+    environment = dict.fromkeys(
+        ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "OTHER"), "0"
+    )
+    assert not systemd.take(environment).queue
+    assert environment == {"OTHER": "0"}
 
 
-def test_sockets_for_another_process_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LISTEN_PID", str(os.getppid()))
-    monkeypatch.setenv("LISTEN_FDS", "1")
-    assert not systemd.take().queue
+def test_sockets_for_another_process_are_ignored() -> None:
+    assert not systemd.take({"LISTEN_PID": str(os.getppid()), "LISTEN_FDS": "1"}).queue
 
 
 def test_passed_sockets_are_used_for_listening(tmp_path: Path) -> None:

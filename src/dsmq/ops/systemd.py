@@ -10,7 +10,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -92,9 +92,9 @@ class Systemd:
         self.notify(*states)
 
 
-def take() -> Systemd:
+def take(environment: MutableMapping[str, str] = os.environ) -> Systemd:
     """Take what systemd passed, and remove it from the environment of child processes. Raises StartupError."""
-    given = {name: os.environ.pop(name, "") for name in VARIABLES}
+    given = {name: environment.pop(name, "") for name in VARIABLES}
     me = str(os.getpid())
     watched = given["WATCHDOG_PID"] in ("", me) and given["WATCHDOG_USEC"].isdecimal()
     watchdog_seconds = int(given["WATCHDOG_USEC"]) / 1e6 if watched else 0
