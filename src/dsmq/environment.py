@@ -18,7 +18,6 @@ from dsmq.errors import ConfigError
 from dsmq.system import read_text
 
 PREFIX = "DSMQ_"
-CONFIG = "DSMQ_CONFIG"
 
 # NAME=value, as Kubernetes sets it in every container for a Service called dsmq or dsmq-…, and `docker --link` and
 # Compose's `links` for a container of such a name.
