@@ -59,7 +59,7 @@ def interruptible() -> Iterator[None]:
 
 @contextmanager
 def serving(**settings: object) -> Iterator[Server]:
-    """Run a server in this process, on a free port."""
+    """A server in this process, on a free port, that serves in threads of its own."""
     effective = config.load(kind=config.EmbeddedSettings, **{"port": 0, **settings})
     with Server(effective) as server:
         yield server

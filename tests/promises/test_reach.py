@@ -208,7 +208,7 @@ def test_other_program_is_named_at_once(reply: bytes, name: str) -> None:
 
 
 def test_closing_broker_is_probed_in_its_own_protocol() -> None:
-    # mosquitto closes connections that don't begin with CONNECT.
+    # As mosquitto does: it closes unless the first thing is a CONNECT.
     with front(b"", b"\x20\x02\x00\x00") as (port, _), pytest.raises(ProtocolError, match="MQTT broker"):
         connect(port=port)
 
@@ -504,7 +504,7 @@ with connect(port={server.port}, timeout={10 * SOON}) as mq:
 """
     with running(script) as (_, output), connect(port=server.port) as writer:
         wait_until(lambda: server.totals().stored == 1)
-        # Parent and child each wait for it.
+        # The parent and the child each wait for it.
         wait_until(lambda: server.waiting() == 2)
         writer.put("t", "x")
         assert output.readline() == "x 0\n"
@@ -597,7 +597,7 @@ def test_idle_connections_of_a_burst_are_closed_but_one(server: Server, monkeypa
             mq.put_many("t", ["x"] * 20)
             for thread in threads:
                 thread.join(SOON)
-            # It is not used meanwhile.
+            # Nobody calls it meanwhile.
             wait_until(lambda: server.connections() == 1)
         mq.ping()
         assert server.connections() == 1
