@@ -357,7 +357,7 @@ def test_position_file_symlink_is_preserved(topic: str, mq: DSMQClientSideConnec
 def test_invalid_position_file_is_reported(content: bytes, topic: str, tmp_path: Path) -> None:
     file = tmp_path / "position"
     file.write_bytes(content)
-    assert_one_line(result("get", topic, "--position-file", str(file)), 2, f"{file}: there is no position in it")
+    assert_one_line(result("get", topic, "--position-file", str(file)), 2, f"{file}: contains no position")
     assert file.read_bytes() == content
 
 
@@ -449,7 +449,7 @@ def test_topic_may_begin_with_dash(address: None) -> None:
 
 @pytest.mark.parametrize("words", ["a b c", "a --reconnect 1 b c", "a b -- c", "-- a b c"])
 def test_too_many_words_suggest_quoting(words: str, address: None) -> None:
-    assert_one_line(result("put", *words.split()), 2, "quote a message that has blanks: dsmq put a 'b c'")
+    assert_one_line(result("put", *words.split()), 2, "quote a message with blanks: dsmq put a 'b c'")
 
 
 # Lines of stdin
@@ -723,7 +723,7 @@ def test_unix_socket_is_removed_on_stop(tmp_path: Path) -> None:
         ("get t -n 0", "-n"),
         ("get t --after -1", "--after"),
         ("get t --after 9223372036854775808", "--after"),
-        ("get t u", "quote a topic that has blanks: dsmq get 't u'"),
+        ("get t u", "quote a topic with blanks: dsmq get 't u'"),
         ("get t -f", "unknown argument '-f'"),
         (
             "put t --hello",

@@ -91,7 +91,7 @@ def test_demo_ignores_settings_of_other_servers(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(("words", "name"), [("SERVER", "server"), ("READER", "reader 1")])
 def test_demo_reports_dead_process(words: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, words, ("-c", "raise SystemExit(3)"))
-    with pytest.raises(ServerFailed, match=f"the demo's {name} has died, with the exit status 3"):
+    with pytest.raises(ServerFailed, match=f"the demo's {name} died with exit status 3"):
         demo.main()
 
 

@@ -399,7 +399,7 @@ def test_snapshot_interval_is_zero_or_at_least_a_second(seconds: float) -> None:
         (TOKEN + " two", "should be a token: ASCII, without blanks"),
         (" " + TOKEN, "should be a token: ASCII, without blanks"),
         (TOKEN + "ż", "should be a token: ASCII, without blanks"),
-        ("*" * 20, "should be the token itself, not the mask it is shown by"),
+        ("*" * 20, "should be the token itself, not its mask"),
     ],
 )
 def test_invalid_token_error_does_not_show_token(name: str, token: str, says: str, tmp_path: Path) -> None:

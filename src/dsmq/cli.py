@@ -22,12 +22,13 @@ from datetime import UTC, datetime
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from dsmq import cli_parser, environment
-from dsmq.cli_parser import USAGE, Command
+from dsmq.cli_parser import USAGE
 from dsmq.client import DSMQClientSideConnection, connect
 from dsmq.client.session import Message
 from dsmq.errors import AuthRequired, ConfigError, DSMQError, TooBig
 from dsmq.system import allow_more_files, has_terminal
 from dsmq.terminal import LineFormatter, printable
+from dsmq.tokens import check_token
 from dsmq.wire.addresses import parse_endpoint
 
 if TYPE_CHECKING:
@@ -49,9 +50,8 @@ def main(words: Sequence[str] | None = None) -> int:
         try:
             if words[:1] == ["serve"]:
                 _early_signals()
-            options = cli_parser.parse(words, _COMMANDS)
-            command: Command = options.run
-            return command(options)
+            options = cli_parser.parse(words)
+            return _COMMANDS[options.command](options)
         finally:
             sys.stdout.flush()
     except KeyboardInterrupt:
@@ -166,7 +166,7 @@ class _Setting(NamedTuple):
     def parse(self, kind: Callable[[str], T]) -> T:
         try:
             return kind(self.text)
-        except argparse.ArgumentTypeError as error:
+        except (argparse.ArgumentTypeError, ValueError) as error:
             raise ConfigError(f"{self.source}: {error}") from None
 
 
@@ -185,7 +185,7 @@ def _server_settings(*, use_file: bool) -> dict[str, _Setting]:
 
 def _token(file: str | None, known: dict[str, _Setting]) -> str | None:
     if file is None and known["auth_token"].text:
-        return known["auth_token"].parse(cli_parser.token)
+        return known["auth_token"].parse(check_token)
     file = file or known["auth_token_file"].text
     if not file:
         return None
@@ -400,7 +400,7 @@ def _demo(_: argparse.Namespace) -> int:
     return OK
 
 
-_COMMANDS: dict[str, Command] = {
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "serve": _serve,
     "config": _config,
     "put": _put,

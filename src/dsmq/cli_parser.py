@@ -7,8 +7,8 @@ import difflib
 import math
 import re
 import shlex
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, NoReturn, TypeAlias, TypeVar
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from dsmq import __version__
 from dsmq.terminal import printable, quoted
@@ -18,9 +18,6 @@ USAGE = 2
 _MAX_ID = 2**63 - 1
 
 N = TypeVar("N", int, float)
-
-Command: TypeAlias = Callable[[argparse.Namespace], int]
-"""Runs a command and returns the exit status."""
 
 # Types of arguments. Each raises ArgumentTypeError.
 
@@ -50,14 +47,8 @@ def file(text: str) -> str:
     return text
 
 
-def token(text: str) -> str:
-    if text.split() != [text] or not text.isascii():
-        raise argparse.ArgumentTypeError("should be a token: ASCII, without blanks")
-    return text
-
-
 def position(text: str) -> int | str:
-    """An id, or a position as `dsmq get --json` prints it."""
+    """Parse an id, or a position as printed by `dsmq get --json`."""
     if re.fullmatch(r"[^\s:]+:[0-9]{1,19}", text):
         return text
     return _number(int, text, 0, _MAX_ID, "an id, 0, or a position")
@@ -72,11 +63,11 @@ def timeout(text: str) -> float:
 
 
 def count(text: str) -> int:
-    return _number(int, text, 1, math.inf, "a number from 1 up")
+    return _number(int, text, 1, math.inf, "a whole number of at least 1")
 
 
 def port(text: str) -> int:
-    return _number(int, text, 1, 65535, "a port, 1 to 65535")
+    return _number(int, text, 1, 65535, "a port number from 1 to 65535")
 
 
 def _number(kind: Callable[[str], N], text: str, least: float, most: float, what: str) -> N:
@@ -197,7 +188,7 @@ class Parser(argparse.ArgumentParser):
                 self.unknown(words[len(takes)])
             first, rest = words[: len(takes) - 1], words[len(takes) - 1 :]
             quotes = shlex.join([*first, " ".join(rest)])
-            self.error(f"too many arguments; quote a {takes[-1]} that has blanks: {self.prog} {quotes}")
+            self.error(f"too many arguments; quote a {takes[-1]} with blanks: {self.prog} {quotes}")
         for name, word in zip(takes, words, strict=False):
             setattr(options, name, word)
         if takes:
@@ -217,10 +208,10 @@ class Parser(argparse.ArgumentParser):
         self.exit(USAGE, printable(f"{self.prog}: {message} (see {self.prog} --help)") + "\n")
 
 
-def parse(words: list[str], run: Mapping[str, Command]) -> argparse.Namespace:
-    """Return a command's options and arguments, and the function that runs it. After -- there are no options."""
+def parse(words: list[str]) -> argparse.Namespace:
+    """Return the command with its options and arguments. After -- there are no options."""
     end = words.index("--") if "--" in words else len(words)
-    options, others = _parser(words, run).parse_known_args(words[:end])
+    options, others = _parser(words).parse_known_args(words[:end])
     command: Parser = options.parser
     for word in others:
         if word.startswith("--"):
@@ -230,13 +221,13 @@ def parse(words: list[str], run: Mapping[str, Command]) -> argparse.Namespace:
     return options
 
 
-def _parser(words: list[str], run: Mapping[str, Command]) -> Parser:
+def _parser(words: list[str]) -> Parser:
     parser = Parser(prog="dsmq", description="The dead simple message queue.")
     parser.add_argument("--version", action="version", version=f"dsmq {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     for name, (about, takes, options) in COMMANDS.items():
         command = commands.add_parser(name, help=about, description=about, usage=f"dsmq {name} {takes}[OPTION ...]")
-        command.set_defaults(run=run[name], parser=command, takes=re.findall(r"\w+", takes.lower()), message="-")
+        command.set_defaults(parser=command, takes=re.findall(r"\w+", takes.lower()), message="-")
         for option in options:
             command.add_option(option)
         if name in ("serve", "config") and name in words:

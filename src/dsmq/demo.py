@@ -82,7 +82,7 @@ def _receive(mq: DSMQClientSideConnection, topic: str, readers: Processes) -> st
 def _check(processes: Processes) -> None:
     for name, process in processes.items():
         if process.poll():
-            raise ServerFailed(f"the demo's {name} has died, with the exit status {process.returncode}")
+            raise ServerFailed(f"the demo's {name} died with exit status {process.returncode}")
 
 
 if __name__ == "__main__":

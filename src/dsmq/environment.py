@@ -20,7 +20,6 @@ from dsmq.errors import ConfigError
 # Files of settings or tokens are shorter; this guards against files such as /dev/zero.
 _MAX_TEXT_BYTES = 1_048_576
 PREFIX = "DSMQ_"
-CONFIG = "DSMQ_CONFIG"
 
 # NAME=value, as Kubernetes sets it in every container for a Service called dsmq or dsmq-…, and `docker --link` and
 # Compose's `links` for a container of such a name.

@@ -1,4 +1,4 @@
-"""The log of `dsmq serve`: repeated lines are rate-limited, and logging never blocks a thread."""
+"""The log of a server. Repeated lines are limited, and logging never blocks a thread."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def event(name: str, **fields: object) -> dict[str, object]:
 
 
 class JSONFormatter(logging.Formatter):
-    """One line of JSON per event: time (RFC 3339), level, event, message, and the event's fields."""
+    """Formats records as lines of JSON: time (RFC 3339), level, event, message, and the event's fields."""
 
     def format(self, record: logging.LogRecord) -> str:
-        shown: dict[str, object] = {
+        fields: dict[str, object] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "event": getattr(record, "event", "log"),
@@ -45,12 +45,12 @@ class JSONFormatter(logging.Formatter):
             **getattr(record, "fields", {}),
         }
         if record.exc_info:
-            shown["exception"] = self.formatException(record.exc_info)
-        return as_json(shown)
+            fields["exception"] = self.formatException(record.exc_info)
+        return as_json(fields)
 
 
 class JournalFormatter(LineFormatter):
-    """Lines for systemd's journal: each begins with its priority (sd-daemon(3)), and has no time."""
+    """Formats records for systemd's journal: lines with a priority (sd-daemon(3)) and without a time."""
 
     _PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
 
@@ -99,12 +99,6 @@ class BackgroundStream(io.TextIOBase):
 
     def fileno(self) -> int:
         return self._stream.fileno()
-
-    def isatty(self) -> bool:
-        return self._stream.isatty()
-
-    def writable(self) -> bool:
-        return True
 
     def write(self, text: str) -> int:
         """Queue a line, or drop it if the queue is full. Safe in signal handlers."""

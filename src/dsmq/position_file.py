@@ -34,7 +34,7 @@ class PositionFile:
         except OSError as error:
             raise ConfigError(f"{self._path}: {error.strerror}") from None
         except (ValueError, argparse.ArgumentTypeError):
-            raise ConfigError(f"{self._path}: there is no position in it") from None
+            raise ConfigError(f"{self._path}: contains no position") from None
 
     def save(self, position: str) -> None:
         """Replace the position atomically. Raises OSError."""

@@ -19,7 +19,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from dsmq import environment
 from dsmq.errors import ConfigError
 from dsmq.terminal import quoted
-from dsmq.tokens import MIN_TOKEN_CHARACTERS, TOO_SHORT
+from dsmq.tokens import check_token
 from dsmq.wire.addresses import UNIX, host_names, parse_endpoint
 
 
@@ -39,20 +39,15 @@ def _not_unix(host: str) -> str:
     return host
 
 
-def _check_token(value: SecretStr) -> SecretStr:
-    token = value.get_secret_value()
-    if token and (token.split() != [token] or not token.isascii()):
-        raise ValueError("should be a token: ASCII, without blanks")
-    if token and not token.strip("*"):
-        raise ValueError("should be the token itself, not the mask it is shown by")
-    if token and len(token) < MIN_TOKEN_CHARACTERS:
-        raise ValueError(f"should have {TOO_SHORT}")
+def _check_secret(value: SecretStr) -> SecretStr:
+    if token := value.get_secret_value():
+        check_token(token)
     return value
 
 
 def _check_interval(value: float) -> float:
     if 0 < value < 1:
-        raise ValueError("input should be 0, or at least 1")
+        raise ValueError("should be 0, or at least 1")
     return value
 
 
@@ -61,7 +56,7 @@ TCPHost = Annotated[Host, AfterValidator(_not_unix)]
 HostNames = Annotated[str, _parses(host_names)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 HTTPPort = Port | Literal["off"]
-Token = Annotated[SecretStr, AfterValidator(_check_token)]
+Token = Annotated[SecretStr, AfterValidator(_check_secret)]
 Seconds = Annotated[float, Field(allow_inf_nan=False)]
 Timeout = Annotated[Seconds, Field(gt=0, le=600)]
 ClientTimeout = Annotated[Seconds, Field(gt=0, le=3600)]
@@ -199,7 +194,7 @@ class Settings(BaseSettings):
             raise ValueError("should be text without NUL characters")
         # Python treats True as 1.
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError("should be something else than true or false")
+            raise ValueError("should not be true or false")
         return value
 
     @model_validator(mode="after")
@@ -300,7 +295,7 @@ def _as_option(default: Any) -> str:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add --config and one option per setting to a command."""
-    parser.add_argument("--config", metavar="FILE", help=f"TOML file; default: the one that {environment.CONFIG} names")
+    parser.add_argument("--config", metavar="FILE", help="TOML file; default: the one that DSMQ_CONFIG names")
     for name, field in Settings.model_fields.items():
         if is_secret(name):
             # Other users on the machine can read command lines.
