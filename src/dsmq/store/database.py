@@ -118,7 +118,8 @@ class Database:
 
     def insert(self, topics: list[tuple[int, bytes]], rows: list[Row]) -> None:
         with self.transaction("write"):
-            self.connection.executemany(INSERT_TOPIC, topics)
+            if topics:
+                self.connection.executemany(INSERT_TOPIC, topics)
             self.connection.executemany(INSERT_ROW, rows)
 
     def delete(self, last_id: int, empty_topics: list[int]) -> None:

@@ -33,7 +33,7 @@ from dsmq.store.api import (
     Totals,
     accounted_topic_bytes,
 )
-from dsmq.store.database import Database, to_reply_error
+from dsmq.store.database import Database, ExpiredRow, to_reply_error
 from dsmq.store.dedup import Deduplicator, Producer
 from dsmq.store.limits import LimitChecker
 from dsmq.store.schema import INSERT_ROW, INSERT_TOPIC, Batch, StoredMessage
@@ -113,10 +113,13 @@ class SQLiteStore:
                 size += accounted_topic_bytes(names)
             if messages > limits.safe_messages or size > limits.safe_bytes:
                 limits.check(self._new_puts(puts))
-            if buffer.messages >= MAX_BUFFERED_MESSAGES or buffer.bytes >= MAX_BUFFERED_BYTES:
-                self._make_room(puts)
-            if names:
-                self._add_topics(names.intersection(put[0] for put in self._new_puts(puts)))
+            if (buffer.messages >= MAX_BUFFERED_MESSAGES or buffer.bytes >= MAX_BUFFERED_BYTES) and any(
+                self._new_puts(puts)
+            ):
+                self._flush()
+            if names and (names := names.intersection(put[0] for put in self._new_puts(puts))):
+                limits.check_topics(len(names))
+                topics.add(names)
             return self._add(puts, self._clock())
 
     def _new_puts(self, puts: Sequence[Put]) -> Iterator[Put]:
@@ -127,15 +130,6 @@ class SQLiteStore:
             if key is None or (key not in keys and self._deduplicator.find(key) is None):
                 keys.add(key)
                 yield put
-
-    def _make_room(self, puts: Sequence[Put]) -> None:
-        if any(self._new_puts(puts)):
-            self._flush()
-
-    def _add_topics(self, names: set[bytes]) -> None:
-        if names:
-            self._limits.check_topics(len(names))
-        self._topics.add(names)
 
     def _add(self, puts: Sequence[Put], now: int) -> list[int]:
         ids = []
@@ -187,7 +181,7 @@ class SQLiteStore:
             raise
         self._buffer.clear()
         self._written_id, self._written_row = self._last_id, self._topics.last_row
-        self._topics.set_page_bytes(self._database.page_bytes())
+        self._topics.count_pages(self._database.page_bytes)
 
     def _new_topics(self) -> list[tuple[int, bytes]]:
         """Return row and name of the topics that are not in the database yet."""
@@ -254,40 +248,28 @@ class SQLiteStore:
         with self._database:
             oldest = self._clock() - self.max_age_ms
             rows = self._database.expired(oldest, self._deletable_id)
-            if rows:
-                deleted = self._delete_rows(rows)
-            elif self._deletable_id == sys.maxsize:
-                # The buffer is not flushed for it: that needs memory, which there may be none of.
-                deleted = self._delete_buffered(oldest)
-            else:
-                deleted = 0
-            if deleted:
-                self._flush_error = None
-        return deleted
+            # The buffer is not flushed for it: that needs memory, which there may be none of.
+            is_buffered = not rows and self._deletable_id == sys.maxsize
+            deleted = self._buffer.find_older(oldest) if is_buffered else self._sum_by_topic(rows)
+            if not deleted:
+                return 0
+            emptied = [topic.row for topic, (count, _) in deleted.items() if topic.messages == count]
+            self._database.delete(rows[-1][0] if rows else 0, emptied)
+            if is_buffered:
+                self._buffer.delete_first(deleted)
+            self._flush_error = None
+            count = self._topics.delete_first(deleted)
+            self._topics.count_pages(self._database.page_bytes)
+            return count
 
-    def _delete_rows(self, rows: list[tuple[int, int, int, int, int]]) -> int:
-        deleted: dict[Topic, tuple[int, int]] = {}
+    def _sum_by_topic(self, rows: list[ExpiredRow]) -> dict[Topic, tuple[int, int]]:
+        found: dict[Topic, tuple[int, int]] = {}
         for _, row, _, count, size in rows:
             topic = self._topics.by_row[row]
             # Removed and added again, so that the topics are ordered by their last messages.
-            messages, total = deleted.pop(topic, (0, 0))
-            deleted[topic] = messages + count, total + size
-        self._database.delete(rows[-1][0], self._emptied(deleted))
-        count = self._topics.delete_first(deleted)
-        self._topics.set_page_bytes(self._database.page_bytes())
-        return count
-
-    def _delete_buffered(self, oldest: int) -> int:
-        deleted = self._buffer.find_older(oldest)
-        if deleted:
-            self._database.delete(0, self._emptied(deleted))
-            self._buffer.delete_first(deleted)
-        return self._topics.delete_first(deleted)
-
-    @staticmethod
-    def _emptied(deleted: dict[Topic, tuple[int, int]]) -> list[int]:
-        """Return the rows of the topics that have no messages left without so many."""
-        return [topic.row for topic, (count, _) in deleted.items() if topic.messages == count]
+            messages, total = found.pop(topic, (0, 0))
+            found[topic] = messages + count, total + size
+        return found
 
     # Statistics
 
@@ -305,16 +287,12 @@ class SQLiteStore:
         with self._database:
             lost = [one for one in self.lost if one.after < after <= one.last] or self.lost
             restored_number = lost[-1].numbers.get(topic, 0) if lost else 0
-            known = self._topics.by_name.get(topic)
-            if known is None:
-                return (
-                    Topic(topic, 0, *self._topics.empty.get(topic, ()))
-                    .stats()
-                    ._replace(restored_number=restored_number)
-                )
-            first_id, put_at = self._database.oldest(known.row) or (known.buffered[0][0], known.buffered[0][2])
-            age = self._clock() - put_at
-            return known.stats()._replace(first_id=first_id, oldest_age_ms=age, restored_number=restored_number)
+            known = self._topics.find(topic)
+            stats = known.stats()._replace(restored_number=restored_number)
+            if known.messages:
+                first_id, put_at = self._database.oldest(known.row) or (known.buffered[0][0], known.buffered[0][2])
+                stats = stats._replace(first_id=first_id, oldest_age_ms=self._clock() - put_at)
+            return stats
 
     def totals(self) -> Totals:
         topics = self._topics
@@ -349,7 +327,7 @@ class SQLiteStore:
         return self._topics.last_numbers()
 
     def last_number(self, topic: bytes) -> int:
-        return self._topics.last_number(topic)
+        return self._topics.find(topic).last_number
 
     def largest_topics(self, count: int) -> list[bytes]:
         return self._topics.largest(count)
@@ -421,7 +399,7 @@ class SQLiteStore:
         ahead_ms = state.clock + round(max(0.0, unix_time - state.written_at) * 1000) - clock()
         with self._database.lock:
             self._topics.restore(self._database.load(source))
-            self._topics.set_page_bytes(self._database.page_bytes())
+            self._topics.count_pages(self._database.page_bytes)
         self._clock = lambda: clock() + ahead_ms
         self.epoch, self.run, self.lost = state.epoch, state.run, state.lost
         self._last_id = self._written_id = state.last_id

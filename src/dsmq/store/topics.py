@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from operator import attrgetter, itemgetter
 
 from dsmq.store.api import Message, TopicStats, accounted_bytes, accounted_topic_bytes
@@ -14,6 +14,8 @@ from dsmq.store.schema import Row, StoredMessage, pack
 MAX_EMPTY_TOPICS = 100_000
 # Pages that are not counted, so that small limits are exact.
 FREE_PAGE_BYTES = 1_048_576
+# Pages are counted when so many bytes of messages have come or gone.
+COUNT_PAGES_BYTES = 65_536
 
 
 class Topic:
@@ -90,6 +92,7 @@ class TopicTable:
         self.stored = self.restored = self.deleted = self.deleted_unread = 0
         # Of the message bodies. Also counted towards the limit: topics, and what pages take beyond their messages.
         self.bytes = self.topic_bytes = self.padding_bytes = 0
+        self._counted_bytes = 0
 
     @property
     def messages(self) -> int:
@@ -99,10 +102,17 @@ class TopicTable:
     def accounted_bytes(self) -> int:
         return self.topic_bytes + self.padding_bytes + accounted_bytes(self.messages, self.bytes)
 
-    def set_page_bytes(self, page_bytes: int) -> None:
+    def count_pages(self, page_bytes: Callable[[], int]) -> None:
         """Count the database's pages if they take more than the messages count: a page may be half empty."""
-        padding = (page_bytes - FREE_PAGE_BYTES) * 5 // 6 - accounted_bytes(self.messages, self.bytes)
-        self.padding_bytes = max(0, padding)
+        counted = accounted_bytes(self.messages, self.bytes)
+        # Not each time, because it costs as much as an INSERT.
+        if abs(counted - self._counted_bytes) >= COUNT_PAGES_BYTES:
+            self._counted_bytes = counted
+            self.padding_bytes = max(0, (page_bytes() - FREE_PAGE_BYTES) * 5 // 6 - counted)
+
+    def find(self, name: bytes) -> Topic:
+        """Return a topic, which may have no messages."""
+        return self.by_name.get(name) or Topic(name, 0, *self.empty.get(name, ()))
 
     def add(self, names: Iterable[bytes]) -> None:
         """Add topics. Their rows are never used again, so that a snapshot can go by them."""
@@ -144,10 +154,6 @@ class TopicTable:
         # Copying the values is atomic, so that the lock is not needed for as long as this takes.
         topics = list(self.by_name.values())
         return dict(zip(map(attrgetter("name"), topics), map(attrgetter("last_number"), topics), strict=True))
-
-    def last_number(self, name: bytes) -> int:
-        topic = self.by_name.get(name)
-        return topic.last_number if topic else self.empty.get(name, (0, 0))[0]
 
 
 class WriteBuffer:
