@@ -6,6 +6,7 @@ import heapq
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from operator import attrgetter, itemgetter
+from typing import TypeAlias
 
 from dsmq.store.api import Message, TopicStats, accounted_bytes, accounted_topic_bytes
 from dsmq.store.schema import Row, StoredMessage, pack
@@ -79,6 +80,10 @@ class Topic:
         return TopicStats(self.name, self.messages, self.bytes, self.last_number, self.last_id)
 
 
+Counts: TypeAlias = dict[Topic, tuple[int, int]]
+"""How many messages of which topics, and their bytes; ordered by last put."""
+
+
 class TopicTable:
     """All topics, and the sums over them."""
 
@@ -122,8 +127,18 @@ class TopicTable:
             self.by_name[name] = self.by_row[topic.row] = topic
             self.topic_bytes += accounted_topic_bytes([name])
 
-    def delete_first(self, deleted: dict[Topic, tuple[int, int]]) -> int:
-        """Count out the first messages of topics, ordered by last put: how many, and their bytes; return the sum."""
+    def sum_rows(self, rows: Iterable[tuple[int, int, int, int, int]]) -> Counts:
+        """Return how many messages of which topics are in rows, as `Database.expired` returns them, and their bytes."""
+        found: Counts = {}
+        for _, row, _, count, size in rows:
+            topic = self.by_row[row]
+            # Removed and added again, so that the topics are ordered by their last messages.
+            messages, total = found.pop(topic, (0, 0))
+            found[topic] = messages + count, total + size
+        return found
+
+    def delete_first(self, deleted: Counts) -> int:
+        """Count out the first messages of topics; return how many."""
         for topic, (count, size) in deleted.items():
             self.deleted_unread += topic.delete_first(count, size)
             self.deleted += count
@@ -162,19 +177,26 @@ class WriteBuffer:
     def __init__(self) -> None:
         self.dirty_topics: list[Topic] = []
         self.messages = self.bytes = 0
+        # The last id, and the last topic's row, when the buffer was last written.
+        self.written_id = self.written_row = 0
+
+    def new_topics(self) -> list[tuple[int, bytes]]:
+        """Return row and name of the topics that are not in the database yet."""
+        return [(topic.row, topic.name) for topic in self.dirty_topics if topic.row > self.written_row]
 
     def rows(self) -> list[Row]:
         return pack((topic.row, topic.buffered) for topic in self.dirty_topics)
 
-    def clear(self) -> None:
-        """Forget the messages once they are written."""
+    def clear(self, last_id: int, last_row: int) -> None:
+        """Forget the messages once they are written, up to this id and topic."""
+        self.written_id, self.written_row = last_id, last_row
         for topic in self.dirty_topics:
             topic.written_id = topic.last_id
             topic.buffered = []
         self.dirty_topics = []
         self.messages = self.bytes = 0
 
-    def find_older(self, oldest: int) -> dict[Topic, tuple[int, int]]:
+    def find_older(self, oldest: int) -> Counts:
         """Return how many messages of which topics were put before `oldest`, and their bytes."""
         found = {}
         for topic in sorted(self.dirty_topics, key=attrgetter("last_id")):
@@ -182,7 +204,7 @@ class WriteBuffer:
                 found[topic] = count, sum(len(message[3]) for message in topic.buffered[:count])
         return found
 
-    def delete_first(self, deleted: dict[Topic, tuple[int, int]]) -> None:
+    def delete_first(self, deleted: Counts) -> None:
         for topic, (count, size) in deleted.items():
             del topic.buffered[:count]
             self.messages -= count
