@@ -47,11 +47,10 @@ from dsmq import threads
 from dsmq.cli import INTERRUPTED
 from dsmq.errors import ConfigError, Forgotten, ReplyError, ServerFailed, StartupError
 from dsmq.server import Server
-from dsmq.store import database
+from dsmq.store import database, snapshot_contents
 from dsmq.store import dedup as producers
 from dsmq.store import snapshot_file as snapshot
 from dsmq.store import snapshots as keeper_module
-from dsmq.store import sqlite as store_module
 from dsmq.store.api import Put
 from dsmq.store.dedup import Producer
 from dsmq.store.schema import INDEX, SCHEMA, SNAPSHOT_SCHEMA, unpack
@@ -195,7 +194,7 @@ def test_snapshot_is_consistent_despite_changes_between_slices(
     """Whatever is put or expires while it is copied in batches."""
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(database, "COPY_ROWS", 1)
-        patch.setattr(store_module, "COPY_PRODUCERS", 1)
+        patch.setattr(snapshot_contents, "COPY_PRODUCERS", 1)
         store, file = new_store(), Path(folder) / "snapshot"
         for action in before:
             act(store, action)
@@ -1118,8 +1117,8 @@ store = SQLiteStore(600_000)
 store.append([(b"t", b"x", None)])
 rows = ((number, 1, 1, 1, bytes(16), b"x") for number in range(2, 200_000))
 store._database.connection.executemany("INSERT INTO chunks VALUES (?, ?, ?, ?, ?, ?)", rows)
-store._last_id = store._written_id = 200_000
-store._written_row = 1
+store._last_id = 200_000
+store._buffer.clear(200_000, 1)
 keeper = Snapshotter(store, sys.argv[1] + "/snapshot")
 keeper.open()
 sys.exit(not keeper.save() or not keeper.save_last())

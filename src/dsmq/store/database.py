@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import sys
 import threading
 import time
 from array import array
@@ -20,6 +21,7 @@ from dsmq.store.schema import (
     INSERT_TOPIC,
     LONG_BYTES,
     SCHEMA,
+    Batch,
     Columns,
     Row,
     StoredMessage,
@@ -57,7 +59,7 @@ ExpiredRow: TypeAlias = tuple[int, int, int, int, int]
 
 
 class Database:
-    """Every method requires the lock, which `with` takes.
+    """Its methods require the lock, which `with` takes.
 
     `with` raises StoreFailed if the database is closed, and turns errors of SQLite into StoreFailed, or Full if there
     is no more memory.
@@ -66,6 +68,8 @@ class Database:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.closed = False
+        self.deletable_id = sys.maxsize
+        """While a snapshot is written, nothing behind this id may be deleted: it is still to be copied."""
         self.timings = {"write": Timing(), "read": Timing(), "expire": Timing()}
         self.connection = _open_in_memory()
         try:
@@ -118,7 +122,8 @@ class Database:
 
     def insert(self, topics: list[tuple[int, bytes]], rows: list[Row]) -> None:
         with self.transaction("write"):
-            self.connection.executemany(INSERT_TOPIC, topics)
+            if topics:
+                self.connection.executemany(INSERT_TOPIC, topics)
             self.connection.executemany(INSERT_ROW, rows)
 
     def delete(self, last_id: int, empty_topics: list[int]) -> None:
@@ -157,10 +162,10 @@ class Database:
         row = self.connection.execute("SELECT put_at FROM chunks ORDER BY last_id LIMIT 1").fetchone()
         return row and int(row[0])
 
-    def expired(self, oldest: int, last_id: int) -> list[ExpiredRow]:
-        """Return a few rows put before `oldest`, from the first one on, with keys up to `last_id`."""
+    def expired(self, oldest: int) -> list[ExpiredRow]:
+        """Return a few rows put before `oldest`, from the first one on, that may be deleted."""
         found, size = [], 0
-        for row in self.connection.execute(EXPIRY, (last_id, EXPIRY_ROWS)):
+        for row in self.connection.execute(EXPIRY, (self.deletable_id, EXPIRY_ROWS)):
             # Put times increase with the ids, so that expired rows come first.
             if row[2] >= oldest or size >= EXPIRY_BYTES:
                 break
@@ -180,14 +185,24 @@ class Database:
 
     # Snapshots
 
-    def copy(self, insert: str, after: int, last: int) -> list[tuple[Any, ...]]:
-        """Return a few rows for this INSERT statement, with keys above `after`, up to `last`."""
+    def copy_rows(self, last_id: int, last_topic: int) -> Iterator[Batch]:
+        """Iterate over topics and rows up to these ids. Takes the lock itself, for one batch at a time."""
+        for insert, last in ((INSERT_TOPIC, last_topic), (INSERT_ROW, last_id)):
+            after = 0
+            while batch := self._copy(insert, after, last):
+                after = batch[-1][0]
+                if insert == INSERT_ROW:
+                    self.deletable_id = after
+                yield insert, batch
+
+    def _copy(self, insert: str, after: int, last: int) -> list[tuple[Any, ...]]:
         found, size = [], 0
-        for row in self.connection.execute(COPY[insert], (after, last, COPY_ROWS)):
-            found.append(row)
-            size += len(row[-1])
-            if size >= COPY_BYTES:
-                break
+        with self:
+            for row in self.connection.execute(COPY[insert], (after, last, COPY_ROWS)):
+                found.append(row)
+                size += len(row[-1])
+                if size >= COPY_BYTES:
+                    break
         return found
 
     def copy_to(self, file: Path, on_progress: Callable[[], None]) -> None:

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from itertools import groupby
 from operator import itemgetter
 from typing import NamedTuple
 
-from dsmq.store.dedup import Producer
+from dsmq.store.dedup import Deduplicator, Producer
 from dsmq.store.schema import Batch
 
+# Producers copied while the lock is held once.
+COPY_PRODUCERS = 20
+
+_INSERT_STATE = "INSERT INTO state VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 _SELECT_STATE = "SELECT epoch, run, clock, last_id, last_row, forgot_at, written_at, is_last FROM state"
+_INSERT_PRODUCER = "INSERT INTO producers (id, name, forgotten, last_at) VALUES (?, ?, ?, ?)"
+_INSERT_PUT = "INSERT INTO puts VALUES (?, ?, ?)"
 
 
 class Lost(NamedTuple):
@@ -46,22 +53,26 @@ class SnapshotState(NamedTuple):
     lost: list[Lost]
 
 
-def state_batches(state: SnapshotState) -> Iterator[Batch]:
-    yield "INSERT INTO state VALUES (?, ?, ?, ?, ?, ?, ?, ?)", [state[:8]]
+def copy_state(lock: AbstractContextManager[None], state: SnapshotState, puts: Deduplicator) -> Iterator[Batch]:
+    """Iterate over the rows of the tables of `SNAPSHOT_SCHEMA`. Takes the store's lock, for one batch at a time."""
+    with lock:
+        names = puts.names()
+    for first in range(0, len(names), COPY_PRODUCERS):
+        with lock:
+            producers = puts.copy(names[first : first + COPY_PRODUCERS], state.last_id)
+        yield from _producer_batches(producers, first)
+    # Last, in case a producer has been forgotten before it was copied.
+    yield _INSERT_STATE, [state._replace(forgot_at=puts.forgot_at)[:8]]
     empty = [(name, *last) for name, last in state.empty_topics.items()]
     yield "INSERT INTO empty_topics VALUES (?, ?, ?)", empty
     for after, last, numbers in state.lost:
         yield "INSERT INTO lost VALUES (?, ?)", [(None, after), (None, last), *numbers.items()]
 
 
-def producer_batches(producers: dict[bytes, Producer], first_row: int) -> Iterator[Batch]:
-    rows = list(enumerate(producers.items(), first_row))
-    yield (
-        "INSERT INTO producers (id, name, forgotten, last_at) VALUES (?, ?, ?, ?)",
-        [(row, name, producer.forgotten, producer.last_at) for row, (name, producer) in rows],
-    )
-    puts = [(row, *put) for row, (_, producer) in rows for put in producer.puts.items()]
-    yield "INSERT INTO puts VALUES (?, ?, ?)", puts
+def _producer_batches(producers: dict[bytes, Producer], first_row: int) -> Iterator[Batch]:
+    rows = [(row, name, producer) for row, (name, producer) in enumerate(producers.items(), first_row)]
+    yield _INSERT_PRODUCER, [(row, name, producer.forgotten, producer.last_at) for row, name, producer in rows]
+    yield _INSERT_PUT, [(row, *put) for row, _, producer in rows for put in producer.puts.items()]
 
 
 def read_state(source: sqlite3.Connection) -> SnapshotState:

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from dsmq.errors import Full, ReplyError
 from dsmq.store.api import (
@@ -28,7 +27,6 @@ from dsmq.store.api import (
     Limits,
     Message,
     Put,
-    Timing,
     TopicStats,
     Totals,
     accounted_topic_bytes,
@@ -37,14 +35,7 @@ from dsmq.store.database import Database, to_reply_error
 from dsmq.store.dedup import Deduplicator, Producer
 from dsmq.store.limits import LimitChecker
 from dsmq.store.schema import INSERT_ROW, INSERT_TOPIC, Batch, StoredMessage
-from dsmq.store.snapshot_contents import (
-    Lost,
-    SnapshotState,
-    producer_batches,
-    read_producers,
-    read_state,
-    state_batches,
-)
+from dsmq.store.snapshot_contents import Lost, SnapshotState, copy_state, read_producers, read_state
 from dsmq.store.topics import Topic, TopicTable, WriteBuffer
 from dsmq.system import BOOT_CLOCK
 
@@ -53,9 +44,6 @@ FLUSH_MESSAGES, MAX_BUFFERED_MESSAGES = 32, 512
 FLUSH_BYTES, MAX_BUFFERED_BYTES = 32_768, 262_144
 # After a failed flush, the next one is not tried sooner, unless something expires.
 RETRY_MS = 100
-# Producers copied for a snapshot while the lock is held once.
-COPY_PRODUCERS = 20
-
 # Ranges of lost ids that are remembered, and numbers of topics with them; of the last range always all.
 MAX_LOST, MAX_LOST_NUMBERS = 100, 100_000
 
@@ -71,16 +59,14 @@ class SQLiteStore:
     def __init__(self, max_age_ms: int, clock: Callable[[], int] = monotonic_ms, limits: Limits | None = None) -> None:
         self.max_age_ms = max_age_ms
         self.epoch, self.run = secrets.token_hex(8), secrets.token_hex(8)
-        self.lost: list[Lost] = []
-        """The ranges of ids of this epoch that were lost, oldest first; not all, if there are many."""
+        # The ranges of ids of this epoch that were lost, oldest first; not all, if there are many.
+        self._lost: list[Lost] = []
         self._clock = clock
         self._database = Database()
         self._last_id = 0
-        # The last id, and the last topic's row, when the write buffer was last flushed.
-        self._written_id = self._written_row = 0
-        # While a snapshot is written, nothing behind this id may be deleted: it is still to be copied.
-        self._deletable_id = sys.maxsize
         self._topics = TopicTable()
+        self.last_numbers, self.largest_topics = self._topics.last_numbers, self._topics.largest
+        self.timings = self._database.timings.copy
         self._buffer = WriteBuffer()
         self._flush_error: ReplyError | None = None
         self._retry_at = 0
@@ -113,10 +99,12 @@ class SQLiteStore:
                 size += accounted_topic_bytes(names)
             if messages > limits.safe_messages or size > limits.safe_bytes:
                 limits.check(self._new_puts(puts))
-            if buffer.messages >= MAX_BUFFERED_MESSAGES or buffer.bytes >= MAX_BUFFERED_BYTES:
-                self._make_room(puts)
-            if names:
-                self._add_topics(names.intersection(put[0] for put in self._new_puts(puts)))
+            is_full = buffer.messages >= MAX_BUFFERED_MESSAGES or buffer.bytes >= MAX_BUFFERED_BYTES
+            if is_full and any(self._new_puts(puts)):
+                self._flush()
+            if names and (names := names.intersection(put[0] for put in self._new_puts(puts))):
+                limits.check_topics(len(names))
+                topics.add(names)
             return self._add(puts, self._clock())
 
     def _new_puts(self, puts: Sequence[Put]) -> Iterator[Put]:
@@ -127,15 +115,6 @@ class SQLiteStore:
             if key is None or (key not in keys and self._deduplicator.find(key) is None):
                 keys.add(key)
                 yield put
-
-    def _make_room(self, puts: Sequence[Put]) -> None:
-        if any(self._new_puts(puts)):
-            self._flush()
-
-    def _add_topics(self, names: set[bytes]) -> None:
-        if names:
-            self._limits.check_topics(len(names))
-        self._topics.add(names)
 
     def _add(self, puts: Sequence[Put], now: int) -> list[int]:
         ids = []
@@ -179,19 +158,14 @@ class SQLiteStore:
         if self._flush_error and self._clock() < self._retry_at:
             raise self._flush_error.with_traceback(None)
         try:
-            self._database.insert(self._new_topics(), self._buffer.rows())
+            self._database.insert(self._buffer.new_topics(), self._buffer.rows())
         except (sqlite3.Error, MemoryError) as error:
             self._flush_error, self._retry_at = to_reply_error(error), self._clock() + RETRY_MS
             if isinstance(self._flush_error, Full):
                 self._limits.record_full(MEMORY)
             raise
-        self._buffer.clear()
-        self._written_id, self._written_row = self._last_id, self._topics.last_row
-        self._topics.set_page_bytes(self._database.page_bytes())
-
-    def _new_topics(self) -> list[tuple[int, bytes]]:
-        """Return row and name of the topics that are not in the database yet."""
-        return [(topic.row, topic.name) for topic in self._buffer.dirty_topics if topic.row > self._written_row]
+        self._buffer.clear(self._last_id, self._topics.last_row)
+        self._topics.count_pages(self._database.page_bytes)
 
     # Reads
 
@@ -253,68 +227,43 @@ class SQLiteStore:
     def expire(self) -> int:
         with self._database:
             oldest = self._clock() - self.max_age_ms
-            rows = self._database.expired(oldest, self._deletable_id)
-            if rows:
-                deleted = self._delete_rows(rows)
-            elif self._deletable_id == sys.maxsize:
-                # The buffer is not flushed for it: that needs memory, which there may be none of.
-                deleted = self._delete_buffered(oldest)
-            else:
-                deleted = 0
-            if deleted:
-                self._flush_error = None
-        return deleted
-
-    def _delete_rows(self, rows: list[tuple[int, int, int, int, int]]) -> int:
-        deleted: dict[Topic, tuple[int, int]] = {}
-        for _, row, _, count, size in rows:
-            topic = self._topics.by_row[row]
-            # Removed and added again, so that the topics are ordered by their last messages.
-            messages, total = deleted.pop(topic, (0, 0))
-            deleted[topic] = messages + count, total + size
-        self._database.delete(rows[-1][0], self._emptied(deleted))
-        count = self._topics.delete_first(deleted)
-        self._topics.set_page_bytes(self._database.page_bytes())
-        return count
-
-    def _delete_buffered(self, oldest: int) -> int:
-        deleted = self._buffer.find_older(oldest)
-        if deleted:
-            self._database.delete(0, self._emptied(deleted))
-            self._buffer.delete_first(deleted)
-        return self._topics.delete_first(deleted)
-
-    @staticmethod
-    def _emptied(deleted: dict[Topic, tuple[int, int]]) -> list[int]:
-        """Return the rows of the topics that have no messages left without so many."""
-        return [topic.row for topic, (count, _) in deleted.items() if topic.messages == count]
+            rows = self._database.expired(oldest)
+            # The buffer is not flushed for it: that needs memory, which there may be none of.
+            is_buffered = not rows and self._database.deletable_id == sys.maxsize
+            deleted = self._buffer.find_older(oldest) if is_buffered else self._topics.sum_rows(rows)
+            if not deleted:
+                return 0
+            emptied = [topic.row for topic, (count, _) in deleted.items() if topic.messages == count]
+            self._database.delete(rows[-1][0] if rows else 0, emptied)
+            if is_buffered:
+                self._buffer.delete_first(deleted)
+            self._flush_error = None
+            count = self._topics.delete_first(deleted)
+            self._topics.count_pages(self._database.page_bytes)
+            return count
 
     # Statistics
 
     def topics(self, after: bytes, count: int) -> list[TopicStats]:
         with self._database:
-            unwritten = [name for _, name in self._new_topics() if name > after]
+            unwritten = [name for _, name in self._buffer.new_topics() if name > after]
             names = sorted(self._database.topics(after, count) + unwritten)
             return [self._topics.by_name[name].stats() for name in names[:count]]
 
     @property
     def lost_ids(self) -> list[int]:
-        return [end for lost in self.lost for end in lost[:2]]
+        return [end for lost in self._lost for end in lost[:2]]
 
     def stats(self, topic: bytes, after: int = 0) -> TopicStats:
         with self._database:
-            lost = [one for one in self.lost if one.after < after <= one.last] or self.lost
+            lost = [one for one in self._lost if one.after < after <= one.last] or self._lost
             restored_number = lost[-1].numbers.get(topic, 0) if lost else 0
-            known = self._topics.by_name.get(topic)
-            if known is None:
-                return (
-                    Topic(topic, 0, *self._topics.empty.get(topic, ()))
-                    .stats()
-                    ._replace(restored_number=restored_number)
-                )
-            first_id, put_at = self._database.oldest(known.row) or (known.buffered[0][0], known.buffered[0][2])
-            age = self._clock() - put_at
-            return known.stats()._replace(first_id=first_id, oldest_age_ms=age, restored_number=restored_number)
+            known = self._topics.find(topic)
+            stats = known.stats()._replace(restored_number=restored_number)
+            if known.messages:
+                first_id, put_at = self._database.oldest(known.row) or (known.buffered[0][0], known.buffered[0][2])
+                stats = stats._replace(first_id=first_id, oldest_age_ms=self._clock() - put_at)
+            return stats
 
     def totals(self) -> Totals:
         topics = self._topics
@@ -331,28 +280,18 @@ class SQLiteStore:
 
     def _oldest_age(self) -> int:
         with suppress(ReplyError), self._database:
-            put_at = self._database.oldest_put_at()
-            if put_at is None:
-                # Everything written is older than what is in the buffer.
-                put_at = min([topic.buffered[0][2] for topic in self._buffer.dirty_topics], default=self._clock())
-            return max(0, self._clock() - put_at)
+            now = self._clock()
+            # Everything written is older than what is in the buffer.
+            buffered = [topic.buffered[0][2] for topic in self._buffer.dirty_topics]
+            return max(0, now - (self._database.oldest_put_at() or min(buffered, default=now)))
         return 0
 
     def full(self) -> set[str]:
         with self._database:
             return self._limits.full()
 
-    def timings(self) -> dict[str, Timing]:
-        return dict(self._database.timings)
-
-    def last_numbers(self) -> dict[bytes, int]:
-        return self._topics.last_numbers()
-
     def last_number(self, topic: bytes) -> int:
-        return self._topics.last_number(topic)
-
-    def largest_topics(self, count: int) -> list[bytes]:
-        return self._topics.largest(count)
+        return self._topics.find(topic).last_number
 
     # Snapshots
 
@@ -360,55 +299,28 @@ class SQLiteStore:
     def snapshot(
         self, unix_time: float, *, is_last: bool, file: Path | None, on_progress: Callable[[], None]
     ) -> Iterator[Iterator[Batch]]:
-        """Fix the instant of a snapshot, and yield its rows, for tables of `SCHEMA` and `SNAPSHOT_SCHEMA`.
+        """Take a snapshot of this instant: yield its rows, in batches short enough for no client to notice.
 
-        Later puts are not part of it. The lock is held for one batch at a time, too short for a client to notice. Until
-        the end, nothing is deleted before it has been copied.
-
-        If an empty file is given, the messages in the database are copied to it at once, which is quicker, but nobody
-        else can use the store meanwhile. on_progress is called every now and then; its exceptions end the copy.
+        Later puts are not part of it, and nothing is deleted before it has been copied. If an empty file is given,
+        tables are copied to it first, which is quicker than by rows, but blocks the store; on_progress is called every
+        now and then, and its exceptions end the copy.
         """
-        # Not with `with self._database`, which would take errors of the file for the store's.
-        with self._database.lock:
-            topics = self._topics
-            state = SnapshotState(
-                *(self.epoch, self.run, self._clock(), self._last_id, topics.last_row, None, unix_time, is_last),
-                *(topics.empty.copy(), self.lost),
-            )
-            buffered: list[Batch] = [(INSERT_TOPIC, self._new_topics()), (INSERT_ROW, self._buffer.rows())]
-            written_id, written_row = self._written_id, self._written_row
-            if file:
-                self._database.copy_to(file, on_progress)
-            else:
-                self._deletable_id = 0
+        database, topics, buffer = self._database, self._topics, self._buffer
         try:
-            copied = () if file else self._copy_rows(written_id, written_row)
-            yield chain(copied, buffered, self._copy_state(state))
+            # Not with `with database`, which would take errors of the file for the store's.
+            with database.lock:
+                state = SnapshotState(
+                    *(self.epoch, self.run, self._clock(), self._last_id, topics.last_row, None, unix_time, is_last),
+                    *(topics.empty.copy(), self._lost),
+                )
+                database.deletable_id = 0
+                copied = () if file else database.copy_rows(buffer.written_id, buffer.written_row)
+                buffered: list[Batch] = [(INSERT_TOPIC, buffer.new_topics()), (INSERT_ROW, buffer.rows())]
+                if file:
+                    database.copy_to(file, on_progress)
+            yield chain(copied, buffered, copy_state(database, state, self._deduplicator))
         finally:
-            self._deletable_id = sys.maxsize
-
-    def _copy_rows(self, written_id: int, written_row: int) -> Iterator[Batch]:
-        for insert, last in ((INSERT_TOPIC, written_row), (INSERT_ROW, written_id)):
-            after = 0
-            while rows := self._copy(insert, after, last):
-                after = rows[-1][0]
-                if insert == INSERT_ROW:
-                    self._deletable_id = after
-                yield insert, rows
-
-    def _copy(self, insert: str, after: int, last: int) -> list[tuple[Any, ...]]:
-        with self._database:
-            return self._database.copy(insert, after, last)
-
-    def _copy_state(self, state: SnapshotState) -> Iterator[Batch]:
-        with self._database:
-            names = self._deduplicator.names()
-        for first in range(0, len(names), COPY_PRODUCERS):
-            with self._database:
-                producers = self._deduplicator.copy(names[first : first + COPY_PRODUCERS], state.last_id)
-            yield from producer_batches(producers, first)
-        # Last, in case a producer has been forgotten before it was copied.
-        yield from state_batches(state._replace(forgot_at=self._deduplicator.forgot_at))
+            database.deletable_id = sys.maxsize
 
     def load(self, source: sqlite3.Connection, unix_time: float) -> SnapshotState:
         """Take over a snapshot, and return its state. The store must be new.
@@ -416,17 +328,16 @@ class SQLiteStore:
         Restored messages count as read: whether they were is unknown.
         """
         state, clock = read_state(source), self._clock
-        producers = read_producers(source)
-        # Before the tables are copied, which takes time.
+        # First, because the rest takes time.
         ahead_ms = state.clock + round(max(0.0, unix_time - state.written_at) * 1000) - clock()
+        producers = read_producers(source)
         with self._database.lock:
             self._topics.restore(self._database.load(source))
-            self._topics.set_page_bytes(self._database.page_bytes())
+            self._topics.count_pages(self._database.page_bytes)
         self._clock = lambda: clock() + ahead_ms
-        self.epoch, self.run, self.lost = state.epoch, state.run, state.lost
-        self._last_id = self._written_id = state.last_id
-        self._topics.last_row = self._written_row = state.last_row
-        self._topics.empty = state.empty_topics
+        self.epoch, self.run, self._lost = state.epoch, state.run, state.lost
+        self._last_id, self._topics.last_row, self._topics.empty = state.last_id, state.last_row, state.empty_topics
+        self._buffer.clear(state.last_id, state.last_row)
         self._deduplicator.restore(producers, state.forgot_at)
         return state
 
@@ -436,9 +347,9 @@ class SQLiteStore:
         Numbers go on from those of the snapshot. A reader that knows higher ones takes the snapshot's.
         """
         numbers = {name: number for name, (number, _) in self._topics.empty.items()} | self.last_numbers()
-        while len(self.lost) >= MAX_LOST or sum(len(one.numbers) for one in self.lost) > MAX_LOST_NUMBERS:
-            del self.lost[0]
-        self.lost.append(Lost(self._last_id, last_id, numbers))
+        while len(self._lost) >= MAX_LOST or sum(len(one.numbers) for one in self._lost) > MAX_LOST_NUMBERS:
+            del self._lost[0]
+        self._lost.append(Lost(self._last_id, last_id, numbers))
         self.run, self._last_id = secrets.token_hex(8), last_id
 
     def close(self) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from operator import attrgetter, itemgetter
+from typing import TypeAlias
 
 from dsmq.store.api import Message, TopicStats, accounted_bytes, accounted_topic_bytes
 from dsmq.store.schema import Row, StoredMessage, pack
@@ -14,6 +15,8 @@ from dsmq.store.schema import Row, StoredMessage, pack
 MAX_EMPTY_TOPICS = 100_000
 # Pages that are not counted, so that small limits are exact.
 FREE_PAGE_BYTES = 1_048_576
+# Pages are counted when so many bytes of messages have come or gone.
+COUNT_PAGES_BYTES = 65_536
 
 
 class Topic:
@@ -77,6 +80,10 @@ class Topic:
         return TopicStats(self.name, self.messages, self.bytes, self.last_number, self.last_id)
 
 
+Counts: TypeAlias = dict[Topic, tuple[int, int]]
+"""How many messages of which topics, and their bytes; ordered by last put."""
+
+
 class TopicTable:
     """All topics, and the sums over them."""
 
@@ -90,6 +97,7 @@ class TopicTable:
         self.stored = self.restored = self.deleted = self.deleted_unread = 0
         # Of the message bodies. Also counted towards the limit: topics, and what pages take beyond their messages.
         self.bytes = self.topic_bytes = self.padding_bytes = 0
+        self._counted_bytes = 0
 
     @property
     def messages(self) -> int:
@@ -99,10 +107,17 @@ class TopicTable:
     def accounted_bytes(self) -> int:
         return self.topic_bytes + self.padding_bytes + accounted_bytes(self.messages, self.bytes)
 
-    def set_page_bytes(self, page_bytes: int) -> None:
+    def count_pages(self, page_bytes: Callable[[], int]) -> None:
         """Count the database's pages if they take more than the messages count: a page may be half empty."""
-        padding = (page_bytes - FREE_PAGE_BYTES) * 5 // 6 - accounted_bytes(self.messages, self.bytes)
-        self.padding_bytes = max(0, padding)
+        counted = accounted_bytes(self.messages, self.bytes)
+        # Not each time, because it costs as much as an INSERT.
+        if abs(counted - self._counted_bytes) >= COUNT_PAGES_BYTES:
+            self._counted_bytes = counted
+            self.padding_bytes = max(0, (page_bytes() - FREE_PAGE_BYTES) * 5 // 6 - counted)
+
+    def find(self, name: bytes) -> Topic:
+        """Return a topic, which may have no messages."""
+        return self.by_name.get(name) or Topic(name, 0, *self.empty.get(name, ()))
 
     def add(self, names: Iterable[bytes]) -> None:
         """Add topics. Their rows are never used again, so that a snapshot can go by them."""
@@ -112,8 +127,18 @@ class TopicTable:
             self.by_name[name] = self.by_row[topic.row] = topic
             self.topic_bytes += accounted_topic_bytes([name])
 
-    def delete_first(self, deleted: dict[Topic, tuple[int, int]]) -> int:
-        """Count out the first messages of topics, ordered by last put: how many, and their bytes; return the sum."""
+    def sum_rows(self, rows: Iterable[tuple[int, int, int, int, int]]) -> Counts:
+        """Return how many messages of which topics are in rows, as `Database.expired` returns them, and their bytes."""
+        found: Counts = {}
+        for _, row, _, count, size in rows:
+            topic = self.by_row[row]
+            # Removed and added again, so that the topics are ordered by their last messages.
+            messages, total = found.pop(topic, (0, 0))
+            found[topic] = messages + count, total + size
+        return found
+
+    def delete_first(self, deleted: Counts) -> int:
+        """Count out the first messages of topics; return how many."""
         for topic, (count, size) in deleted.items():
             self.deleted_unread += topic.delete_first(count, size)
             self.deleted += count
@@ -145,10 +170,6 @@ class TopicTable:
         topics = list(self.by_name.values())
         return dict(zip(map(attrgetter("name"), topics), map(attrgetter("last_number"), topics), strict=True))
 
-    def last_number(self, name: bytes) -> int:
-        topic = self.by_name.get(name)
-        return topic.last_number if topic else self.empty.get(name, (0, 0))[0]
-
 
 class WriteBuffer:
     """The messages that are not in SQLite yet. They stand in their topics; here is which topics, and how much."""
@@ -156,19 +177,26 @@ class WriteBuffer:
     def __init__(self) -> None:
         self.dirty_topics: list[Topic] = []
         self.messages = self.bytes = 0
+        # The last id, and the last topic's row, when the buffer was last written.
+        self.written_id = self.written_row = 0
+
+    def new_topics(self) -> list[tuple[int, bytes]]:
+        """Return row and name of the topics that are not in the database yet."""
+        return [(topic.row, topic.name) for topic in self.dirty_topics if topic.row > self.written_row]
 
     def rows(self) -> list[Row]:
         return pack((topic.row, topic.buffered) for topic in self.dirty_topics)
 
-    def clear(self) -> None:
-        """Forget the messages once they are written."""
+    def clear(self, last_id: int, last_row: int) -> None:
+        """Forget the messages once they are written, up to this id and topic."""
+        self.written_id, self.written_row = last_id, last_row
         for topic in self.dirty_topics:
             topic.written_id = topic.last_id
             topic.buffered = []
         self.dirty_topics = []
         self.messages = self.bytes = 0
 
-    def find_older(self, oldest: int) -> dict[Topic, tuple[int, int]]:
+    def find_older(self, oldest: int) -> Counts:
         """Return how many messages of which topics were put before `oldest`, and their bytes."""
         found = {}
         for topic in sorted(self.dirty_topics, key=attrgetter("last_id")):
@@ -176,7 +204,7 @@ class WriteBuffer:
                 found[topic] = count, sum(len(message[3]) for message in topic.buffered[:count])
         return found
 
-    def delete_first(self, deleted: dict[Topic, tuple[int, int]]) -> None:
+    def delete_first(self, deleted: Counts) -> None:
         for topic, (count, size) in deleted.items():
             del topic.buffered[:count]
             self.messages -= count
