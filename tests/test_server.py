@@ -353,7 +353,7 @@ def test_defect_after_reply_is_reported_with_notices_only(
     assert wire.call("PING") == "PONG"
     worker = server._workers[0]
     (connection,) = worker.connections
-    monkeypatch.setattr(type(connection), "_deadlines", lambda _: 1 / 0)
+    monkeypatch.setattr("dsmq.broker.connection.deadlines", lambda _: 1 / 0)
     worker.post(lambda: worker.schedule(connection, 0.0))
     if notices:
         assert wire.receive().code == "INTERNAL"  # type: ignore[union-attr]

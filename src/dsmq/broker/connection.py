@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 from selectors import EVENT_READ
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from dsmq import logs
 from dsmq.broker.auth import Role
+from dsmq.broker.deadlines import deadlines
 from dsmq.broker.login import Login, Peer
 from dsmq.broker.messages import MAX_READ_BYTES, SHORT_READ_BYTES
 from dsmq.broker.reads import Reads
@@ -28,7 +29,7 @@ from dsmq.broker.transport import (
     Transport,
 )
 from dsmq.broker.usage import FREE_BYTES, Budget
-from dsmq.errors import AuthRequired, BadRequest, InternalError, ReplyError, ShuttingDown, TimedOut
+from dsmq.errors import AuthRequired, BadRequest, InternalError, ReplyError, ShuttingDown
 from dsmq.store.api import Put
 from dsmq.wire.limits import REQUEST_OVERHEAD_BYTES
 from dsmq.wire.resp import encode_error, encode_integer
@@ -143,7 +144,7 @@ class Connection:
     def put(self, put: Put) -> None:
         """Store a message at the end of the turn; the reply follows then."""
         self.pending_puts += 1
-        self.loop.put(self, put)
+        self.loop.batch.add(self, put)
 
     def begin(self, transaction: Transaction | None) -> None:
         """Queue requests in a transaction from now on; with None, run them again."""
@@ -152,7 +153,7 @@ class Connection:
 
     def put_together(self, puts: list[Put], encode: Callable[[list[int] | ReplyError], bytes]) -> bytes | None:
         """Store all or nothing; return the encoded ids or error, or None if the store answers later."""
-        stored = self.loop.append(puts)
+        stored = self.loop.batch.append(puts)
         if not isinstance(stored, Future):
             return encode(stored)
         self.pending_puts += 1
@@ -203,7 +204,7 @@ class Connection:
     def commit_puts(self) -> bool:
         """Store pending puts, so that replies go out in order; return False if the store answers later."""
         if self.pending_puts:
-            self.loop.commit()
+            self.loop.batch.commit()
         return not self.pending_puts
 
     def fail(self, error: ReplyError) -> None:
@@ -253,63 +254,22 @@ class Connection:
 
     # Deadlines
 
-    def _deadlines(self) -> Iterator[tuple[float, Callable[[], None]]]:
-        """Generate what to do at which time, in order of precedence."""
-        settings, state, transport = self.context.settings, self.state, self.transport
-        if state is LINGERING:
-            yield transport.active_at + transport.linger_seconds, partial(self.close, "closed by the server")
-        yield transport.unread_since + settings.reply_timeout_seconds, self._on_reply_timeout
-        if state >= FINISHING:
-            return
-        yield self.login.deadline, self._on_auth_timeout
-        if state is WAITING and self.reads.pending is not None:
-            yield self.reads.pending.deadline, self.reads.stop_waiting
-        if state is OPEN:
-            yield self.requests.deadline(), self._on_request_timeout
-        if settings.idle_timeout_seconds:
-            is_idle = state is OPEN and not transport.data
-            yield (
-                (transport.active_at if is_idle else self.loop.now) + settings.idle_timeout_seconds,
-                self._on_idle_timeout,
-            )
-
     def schedule(self, when: float) -> None:
         """Have the deadlines checked at this time, or earlier."""
         if when < self.scheduled:
             self.loop.schedule(self, when)
 
-    def _reschedule(self) -> None:
-        if not self.closed:
-            self.schedule(min(when for when, _ in self._deadlines()))
-
     def on_timer(self) -> None:
         """Do what is due, if it has not been put off."""
-        for when, action in self._deadlines():
+        for when, action in deadlines(self):
             if when <= self.loop.now:
                 action()
                 break
         self._reschedule()
 
-    def _on_reply_timeout(self) -> None:
-        _logger.info("%r: dropped, it does not read its replies", self, extra=self.event("dropped"))
-        self.close("does not read its replies")
-
-    def _on_auth_timeout(self) -> None:
-        error = TimedOut("no token, or no end of the handshake of TLS, has come in time")
-        if self.login.gave_wrong_token:
-            self.finish()
-        elif len(self.requests.parser):
-            self.reject(error)
-        else:
-            self.close_with_error(error)
-
-    def _on_request_timeout(self) -> None:
-        self.reject(TimedOut("the request did not arrive in time"))
-
-    def _on_idle_timeout(self) -> None:
-        error = TimedOut("idle for too long")
-        self._log_rejected(error)
-        self._end(error)
+    def _reschedule(self) -> None:
+        if not self.closed:
+            self.schedule(min(when for when, _ in deadlines(self)))
 
     # The end
 
@@ -345,7 +305,7 @@ class Connection:
         """Finish because what admitted the client is no longer valid."""
         self.login.role = Role.NOBODY
         error = AuthRequired(reason)
-        self._log_rejected(error)
+        self.log_rejected(error)
         self._stop(error)
 
     def _stop(self, error: ReplyError) -> None:
@@ -355,15 +315,15 @@ class Connection:
             self.finish()
         elif self.state < FINISHING:
             self.reads.stop_waiting()
-            self._end(error)
+            self.end(error)
 
     def reject(self, error: ReplyError) -> None:
         """Reply an error behind which nothing makes sense any more, and close."""
-        self._log_rejected(error)
+        self.log_rejected(error)
         self.fail(error)
         self.finish()
 
-    def _end(self, error: ReplyError) -> None:
+    def end(self, error: ReplyError) -> None:
         """Close for a reason that no request gave.
 
         Clients of Redis crash on an error that they did not ask for, or take it for the reply to their next request. So
@@ -374,7 +334,7 @@ class Connection:
             self.fail(error)
         self.finish()
 
-    def _log_rejected(self, error: ReplyError) -> None:
+    def log_rejected(self, error: ReplyError) -> None:
         _logger.info("%r: %s %s", self, error.code, error, extra=self.event("rejected", code=error.code))
 
     def on_failure(self) -> None:

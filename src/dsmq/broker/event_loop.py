@@ -22,12 +22,13 @@ from dsmq import logs
 from dsmq.broker.commands import COMMANDS
 from dsmq.broker.context import ServerContext
 from dsmq.broker.counters import Counters
+from dsmq.broker.deadlines import Timers, TimerTarget
 from dsmq.broker.listener import Listener
 from dsmq.broker.memory import MemoryQueue
+from dsmq.broker.puts import PutBatch
 from dsmq.broker.reads import Waiters
-from dsmq.broker.timers import Timers, TimerTarget
 from dsmq.errors import Busy, ReplyError, StoreFailed
-from dsmq.store.api import Answer, Put
+from dsmq.store.api import Put
 from dsmq.system import LONG_YIELD_PAUSE_SECONDS, LONG_YIELD_SECONDS, yield_processor
 
 if TYPE_CHECKING:
@@ -44,10 +45,6 @@ LEAST_SLICE_SECONDS = 0.0001
 CROWD = 200
 # How often to look for room while a connection waits for it.
 ROOM_SECONDS = 0.005
-# Max bytes put in one turn before they are stored, so that a turn's messages need not all fit in memory twice.
-MAX_BATCH_BYTES = 1_048_576
-# What each put counts there besides its message, so that no more than 500 are stored at once.
-PUT_BYTES = MAX_BATCH_BYTES // 500
 
 T = TypeVar("T")
 
@@ -68,12 +65,9 @@ class EventLoop:
         """How long one connection may run requests before others have their turn; 0 stands for one request."""
         self.memory = MemoryQueue(context.usage)
         self.waiters = Waiters(context.usage.waiting)
+        self.batch = PutBatch(self)
         self._workers = workers
         self._selector = selectors.DefaultSelector()
-        # What has been put in this turn, and by whom.
-        self._puts: list[Put] = []
-        self._putters: list[Connection] = []
-        self._put_bytes = 0
         self._to_flush: list[Transport] = []
         # Those that have more requests than they could run in their time, in the order in which they go on.
         self._to_run: dict[Connection, None] = {}
@@ -262,8 +256,8 @@ class EventLoop:
 
     def _answer(self) -> None:
         """Store what has been put, and send the replies."""
-        while self._puts:
-            self.commit()
+        while self.batch.puts:
+            self.batch.commit()
         to_flush, self._to_flush = self._to_flush, []
         for transport in to_flush:
             try:
@@ -318,51 +312,7 @@ class EventLoop:
         _logger.exception(message, extra=logs.event("defect"))
         self.counters.failures += 1
 
-    # Messages
-
-    def put(self, connection: Connection, put: Put) -> None:
-        """Store this at the end of the turn."""
-        self._puts.append(put)
-        self._putters.append(connection)
-        self._put_bytes += len(put[1]) + PUT_BYTES
-        if self._put_bytes >= MAX_BATCH_BYTES:
-            self.commit()
-
-    def commit(self) -> None:
-        """Store all that has been put in this turn, and answer."""
-        puts, putters = self._puts, self._putters
-        self._puts, self._putters, self._put_bytes = [], [], 0
-        if puts:
-            self._store(puts, putters)
-
-    def _store(self, puts: list[Put], putters: list[Connection]) -> None:
-        stored = self.append(puts)
-        if isinstance(stored, Future):
-            for connection in putters:
-                connection.park()
-            self.when_done(stored, partial(_answer_later, putters))
-        elif isinstance(stored, ReplyError) and len(puts) > 1:
-            # One by one, so that a message that can't be stored fails alone.
-            for put, connection in zip(puts, putters, strict=True):
-                self._store([put], [connection])
-        else:
-            _answer_puts(putters, stored)
-
-    def append(self, puts: list[Put]) -> Answer[list[int]] | ReplyError:
-        """Store all of these puts or none, and wake the readers that wait for them; return the ids or the error."""
-        try:
-            stored = self.context.store.append(puts)
-        except ReplyError as error:
-            return error
-        except Exception:  # noqa: BLE001
-            self._log_defect("storing failed by a defect")
-            return StoreFailed("a defect; see the server's log")
-        if isinstance(stored, Future):
-            stored.add_done_callback(lambda done: None if done.exception() else self._wake_all(puts))
-        else:
-            # Before the replies, so that readers do not wait for those who have put.
-            self._wake_all(puts)
-        return stored
+    # Stores and readers
 
     def when_done(self, answer: Future[T], call: Callable[[T | ReplyError], None]) -> None:
         """Call with what a store answers later, or with the error to reply with, in the thread of the loop."""
@@ -373,7 +323,8 @@ class EventLoop:
 
         answer.add_done_callback(pass_on)
 
-    def _wake_all(self, puts: Sequence[Put]) -> None:
+    def wake_all(self, puts: Sequence[Put]) -> None:
+        """Have the readers of all event loops that wait for these puts woken. Thread-safe."""
         for worker in self._workers:
             worker.wake(puts)
 
@@ -424,21 +375,6 @@ class _Waker:
     def close(self) -> None:
         self._inside.close()
         self._outside.close()
-
-
-def _answer_puts(putters: list[Connection], stored: list[int] | ReplyError) -> None:
-    if isinstance(stored, ReplyError):
-        for connection in putters:
-            connection.not_stored(stored)
-        return
-    for connection, message_id in zip(putters, stored, strict=True):
-        connection.stored(message_id)
-
-
-def _answer_later(putters: list[Connection], stored: list[int] | ReplyError) -> None:
-    _answer_puts(putters, stored)
-    for connection in dict.fromkeys(putters):
-        connection.resume()
 
 
 def _result(answer: Future[T]) -> T | ReplyError:
