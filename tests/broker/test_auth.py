@@ -292,7 +292,7 @@ def test_cli_error_names_missing_option(tls_server: Server, tmp_path: Path) -> N
     assert b"(--ca-file FILE names others to trust)" in run_dsmq("ping", *port, "--tls").stderr
     cert, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
     tool("openssl", "openssl")
-    # As the README does it.
+    # As in the README.
     words = "openssl req -x509 -newkey rsa:2048 -nodes -days 30 -subj /CN=localhost -addext"
     names = "subjectAltName=DNS:localhost,IP:127.0.0.1"
     subprocess.run([*words.split(), names, "-keyout", key, "-out", cert], capture_output=True, check=True)
@@ -305,19 +305,19 @@ def test_cli_error_names_missing_option(tls_server: Server, tmp_path: Path) -> N
 
 def test_ping_uses_server_configuration(tmp_path: Path, token_file: Path, files: Files) -> None:
     file = tmp_path / "dsmq.toml"
-    # A certificate for another name than that by which a health check reaches it.
+    # The certificate is for a name other than the one used by a health check.
     named = files.issue(trustme.CA(), "named", "dsmq.example.org")
     file.write_text(f'auth_token_file = "{token_file}"\ntls_cert_file = "{named}"\nhost = "0.0.0.0"')
     with daemon("--config", str(file)) as process:
         env = {"DSMQ_CONFIG": str(file), "DSMQ_PORT": str(process.port)}
         done = run_dsmq("ping", env=env)
         assert (done.returncode, done.stderr) == (0, b"")
-        # It trusts no other than that.
+        # It trusts no other certificate.
         other = files.issue(trustme.CA(), "other", "dsmq.example.org")
         assert run_dsmq("ping", env={**env, "DSMQ_TLS_CERT_FILE": other}).returncode == 1
         assert run_dsmq("ping", env={**env, "DSMQ_AUTH_TOKEN": WRONG}).returncode == 1
         assert run_dsmq("ping", env={**env, "DSMQ_CONFIG": "/nowhere"}).returncode == 2
-        # Another server is not shown this one's token.
+        # The token is not sent to another server.
         with serving(auth_token="another-token-0123456789") as other_server:
             options = ("--host", "127.0.0.1", "--port", str(other_server.port))
             done = run_dsmq("ping", *options, env={"DSMQ_CONFIG": str(file)})

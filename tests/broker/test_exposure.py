@@ -159,7 +159,7 @@ def test_unprotected_server_logs_a_warning(
 
 @pytest.fixture
 def two_machines() -> Iterator[tuple[list[str], list[str]]]:
-    """Two network namespaces with a cable between; the commands that run something in each."""
+    """Two connected network namespaces; yields the prefixes of commands to run in each."""
     ip = tool("ip", "iproute2")
     names = [f"dsmq-{os.getpid()}-{end}" for end in "ab"]
     commands = [

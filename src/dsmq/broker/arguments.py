@@ -13,7 +13,7 @@ MAX_NAME_BYTES = 64
 def parse_name(name: bytes) -> bytes:
     """Parse the name of a connection."""
     if len(name) > MAX_NAME_BYTES or not all(0x21 <= byte <= 0x7E for byte in name):
-        raise BadRequest(f"a name has at most {MAX_NAME_BYTES} printable ASCII characters, no blanks")
+        raise BadRequest(f"a name has at most {MAX_NAME_BYTES} printable ASCII characters, no spaces")
     return name
 
 
@@ -31,7 +31,7 @@ def parse_options(words: Sequence[bytes], known: dict[bytes, int]) -> dict[bytes
         option = words[at].upper()
         end = at + 1 + known.get(option, 0)
         if option not in known or option in found or end > len(words):
-            raise BadRequest(f"invalid option or arguments at {shown(words[at])}; quote messages that contain blanks")
+            raise BadRequest(f"invalid option or arguments at {shown(words[at])}; quote messages that contain spaces")
         found[option] = words[at + 1 : end]
         at = end
     return found

@@ -10,10 +10,8 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, TypeAlias
 
 from dsmq.errors import ProtocolError, ReplyError, from_reply
-from dsmq.wire.limits import MAX_LINE_BYTES
+from dsmq.wire.limits import MAX_DEPTH, MAX_LINE_BYTES
 
-# The depth of COMMAND DOCS, plus one for EXEC around it.
-_MAX_DEPTH = 9
 _MAX_REPLY_ELEMENTS = 1_048_576
 
 ARRAY, _BULK, _INTEGER, _SIMPLE, _ERROR, _NULL = b"*$:+-_"
@@ -134,12 +132,12 @@ class ReplyParser(Input):
         if self.missing:
             return None
         try:
-            value = self._fill() if self._open else self._value()
+            value = None if self._open else self._value()
             if self._open:
                 value = self._fill()
         except _Incomplete as incomplete:
-            self._await(incomplete.missing)
-            self._line_room = incomplete.line_room
+            missing, self._line_room = incomplete.args
+            self._await(missing)
             return None
         self._advance(self._at)
         return (value,)
@@ -148,14 +146,13 @@ class ReplyParser(Input):
         """Fill the open arrays; return the outermost."""
         while True:
             values, count = self._open[-1]
-            while len(values) < count:
-                self._at = self._split(self._at, count, values)
-                if len(values) < count:
-                    value = self._value()
-                    if self._open[-1][0] is not values:
-                        values, count = self._open[-1]
-                    else:
-                        values.append(value)
+            if len(values) < count:
+                self._split(count, values)
+            if len(values) < count:
+                value = self._value()
+                if self._open[-1][0] is values:
+                    values.append(value)
+                continue
             self._open.pop()
             if not self._open:
                 return values
@@ -168,7 +165,7 @@ class ReplyParser(Input):
         if end < 0:
             if len(data) - at > MAX_LINE_BYTES:
                 raise ProtocolError("no end of line in a reply")
-            # One more than the line may have, so that a line that is too long is parsed, and rejected.
+            # One more than allowed, so that a line that is too long is parsed, and rejected.
             raise _Incomplete(1, MAX_LINE_BYTES - (len(data) - at) + 1)
         kind = data[at]
         line = data[at + 1 : end]
@@ -193,23 +190,23 @@ class ReplyParser(Input):
     def _bulk(self, at: int, length: int) -> bytes:
         end = at + length
         if end + 2 > len(self._data):
-            raise _Incomplete(end + 2 - len(self._data))
+            raise _Incomplete(end + 2 - len(self._data), 0)
         if self._data[end : end + 2] != CRLF:
             raise ProtocolError("a bulk string does not end where its length says")
         self._at = end + 2
         return self._data[at:end]
 
     def _begin_array(self, count: int) -> None:
-        if count > _MAX_REPLY_ELEMENTS or len(self._open) >= _MAX_DEPTH:
+        if count > _MAX_REPLY_ELEMENTS or len(self._open) >= MAX_DEPTH:
             raise ProtocolError(f"an array of {count} at depth {len(self._open)}")
         self._open.append(([], count))
 
-    def _split(self, at: int, count: int, values: list[Reply]) -> int:
-        """Append the integers and short bulk strings that come next; return where they end.
+    def _split(self, count: int, values: list[Reply]) -> None:
+        """Append the integers and short bulk strings that come next.
 
         Several times as fast as `_value`, which parses all others.
         """
-        tokens = self._data[at : at + MAX_SPLIT_BYTES].split(CRLF)
+        tokens = self._data[self._at : self._at + MAX_SPLIT_BYTES].split(CRLF)
         # The last token is incomplete, or was not split.
         last = len(tokens) - 1
         token = 0
@@ -226,14 +223,11 @@ class ReplyParser(Input):
                 token += 2
             else:
                 break
-        return at + sum(map(len, tokens[:token])) + 2 * token
+        self._at += sum(map(len, tokens[:token])) + 2 * token
 
 
 class _Incomplete(Exception):
-    def __init__(self, missing: int, line_room: int = 0) -> None:
-        super().__init__()
-        self.missing = missing
-        self.line_room = line_room
+    """Takes how many bytes are missing at least, and how many more the line may have."""
 
 
 def parse_length(digits: bytes) -> int:

@@ -1,4 +1,4 @@
-"""The table of commands, what clients are told of it, and PROTOCOL.md say the same."""
+"""The table of commands agrees with PROTOCOL.md and with COMMAND."""
 
 from __future__ import annotations
 
