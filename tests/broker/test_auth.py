@@ -288,7 +288,7 @@ def test_cli_error_names_missing_option(tls_server: Server, tmp_path: Path) -> N
         done = run_dsmq("ping", "--port", str(server.port))
         assert done.stderr == b"dsmq: authentication required: --token-file FILE, or DSMQ_AUTH_TOKEN\n"
     port = ("--port", str(tls_server.port))
-    assert b"does it want TLS (--tls)?" in run_dsmq("ping", *port).stderr
+    assert b"does it require TLS (--tls)?" in run_dsmq("ping", *port).stderr
     assert b"(--ca-file FILE names others to trust)" in run_dsmq("ping", *port, "--tls").stderr
     cert, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
     tool("openssl", "openssl")
@@ -322,4 +322,4 @@ def test_ping_uses_server_configuration(tmp_path: Path, token_file: Path, files:
             options = ("--host", "127.0.0.1", "--port", str(other_server.port))
             done = run_dsmq("ping", *options, env={"DSMQ_CONFIG": str(file)})
             assert b"authentication required" in done.stderr
-            assert other_server.counters().wrong_tokens == 0
+            assert other_server.status.counters().wrong_tokens == 0

@@ -81,6 +81,11 @@ class EventLoop:
         self._waker = _Waker(self._run_posted)
         self._selector.register(self._waker, selectors.EVENT_READ, self._waker)
 
+    @property
+    def due_at(self) -> float:
+        """When the loop should have begun another turn, at the latest."""
+        return self.now + PULSE_SECONDS
+
     # From other threads
 
     def post(self, call: Callable[[], None]) -> None:

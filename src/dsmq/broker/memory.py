@@ -44,12 +44,13 @@ class MemoryQueue:
     def serve(self, now: float, seconds: float) -> None:
         """Serve those for whom there is room now; close slow clients if others have waited too long for it."""
         self.is_short = False
+        if closes := now >= self._close_at:
+            self._close_at = now + CLOSE_SECONDS
         for budget in self._budgets:
             self._serve(budget, seconds)
-            if now >= self._close_at and (missing := budget.missing(now - usage.SLOW_SECONDS)) > 0:
-                self._close_at = now + CLOSE_SECONDS
+            if closes and (missing := budget.missing(now - usage.SLOW_SECONDS)) > 0:
                 self.is_short = True
-                _close_slow(budget, missing)
+                _close_slow(budget, missing, seconds)
                 if budget is self._budgets[1]:
                     # Those that wait for room for a reply need no help: they hold nothing of that budget.
                     for connection in budget.blockers():
@@ -68,10 +69,10 @@ class MemoryQueue:
                 budget.leave(first)
 
 
-def _close_slow(budget: Budget, missing: int) -> None:
+def _close_slow(budget: Budget, missing: int, seconds: float) -> None:
     now = time.monotonic()
     for connection, held in budget.largest():
-        if missing <= 0:
+        if missing <= 0 or time.monotonic() >= now + seconds:
             break
         if _is_slow(connection, budget, now):
             missing -= held

@@ -96,8 +96,9 @@ class Budget(Count["Connection"]):
         """Whether the largest amount that is claimed at once would not fit."""
         self.is_crowded = False
         """Whether somebody waits, or will with the largest amount."""
-        # Since when each waits, and for how much.
+        # When each began to wait, and for how much; and those among them that wait for a little.
         self._queue: dict[Connection, tuple[float, int]] = {}
+        self._short: dict[Connection, None] = {}
 
     def set_limit(self, limit: int, longest: int) -> None:
         """Bound the sum; but not so low that the largest amount would never fit."""
@@ -126,20 +127,22 @@ class Budget(Count["Connection"]):
                 since = self._queue.get(holder, (now, 0))[0]
                 self._queue[holder] = since, amount
                 self.is_crowded = True
+                if amount <= SHORT_BYTES:
+                    self._short[holder] = None
+                else:
+                    self._short.pop(holder, None)
                 return False
-            self._queue.pop(holder, None)
+            self._leave(holder)
             self._add(holder, amount)
             return True
 
     def first_that_fits(self) -> Connection | None:
         """Return who waits longest, if there is room for it now; else who waits longest for a little that fits."""
         with self._lock:
-            first = next(iter(self._queue), None)
-            for holder, (_, amount) in self._queue.items():
-                if self.total >= self.limit:
-                    break
-                if self.total + amount <= self.limit and (holder is first or amount <= SHORT_BYTES):
-                    return holder
+            for queue in (self._queue, self._short):
+                first = next(iter(queue), None)
+                if first is not None and self.total + self._queue[first][1] <= self.limit:
+                    return first
             return None
 
     def missing(self, since: float) -> int:
@@ -182,13 +185,17 @@ class Budget(Count["Connection"]):
     def leave(self, holder: Connection) -> None:
         """Wait no more."""
         with self._lock:
-            self._queue.pop(holder, None)
+            self._leave(holder)
             self._judge()
+
+    def _leave(self, holder: Connection) -> None:
+        self._queue.pop(holder, None)
+        self._short.pop(holder, None)
 
     def drop(self, holder: Connection) -> None:
         super().drop(holder)
         with self._lock:
-            self._queue.pop(holder, None)
+            self._leave(holder)
             self._judge()
 
 

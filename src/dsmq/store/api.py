@@ -79,7 +79,9 @@ class Limits(NamedTuple):
     topics: int = sys.maxsize
     messages: int = sys.maxsize
     bytes: int = sys.maxsize
-    """Bodies plus MESSAGE_OVERHEAD_BYTES each, and topic names plus TOPIC_OVERHEAD_BYTES each."""
+    """Bodies plus MESSAGE_OVERHEAD_BYTES each, or 5/6 of the database if that is more; and topic names plus
+    TOPIC_OVERHEAD_BYTES each.
+    """
     messages_per_topic: int = sys.maxsize
     bytes_per_topic: int = sys.maxsize
 

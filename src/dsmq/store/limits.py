@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from dsmq.errors import Full
 from dsmq.store.api import SETTINGS, Limits, Put, accounted_bytes, accounted_topic_bytes
-from dsmq.store.topics import Topic, TopicTable
+from dsmq.store.topics import TopicTable
 
 # Full topics that are remembered at a time, to log when they have room again.
 MAX_FULL = 1_000
@@ -59,7 +59,7 @@ class LimitChecker:
     def _held(self, limit: str, topic: bytes | None) -> int:
         """Return how much is stored of what a limit bounds."""
         if topic is not None:
-            known = self._topics.by_name.get(topic) or Topic(topic, 0)
+            known = self._topics.find(topic)
             return known.messages if limit == "messages_per_topic" else known.accounted_bytes
         if limit == "bytes":
             return self._topics.accounted_bytes

@@ -1,4 +1,4 @@
-"""The tables of the database, and how messages are packed into rows.
+"""The tables of the database and of a snapshot, and how messages are packed into rows.
 
 Messages of one topic that were put in the same millisecond share a row of `chunks`: they expire together, and a row
 costs more than a message. A row is keyed by the id of its last message.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
-from typing import TypeAlias
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 # Reading one message unpacks a whole row, so rows are kept short. Only a row of a single message may be longer.
 MAX_ROW_MESSAGES, MAX_ROW_BYTES = 128, 16_384
@@ -17,8 +17,8 @@ MAX_ROW_MESSAGES, MAX_ROW_BYTES = 128, 16_384
 LONG_BYTES = 65_536
 
 SCHEMA = """
-CREATE TABLE topics (id INTEGER PRIMARY KEY, name BLOB NOT NULL UNIQUE);
-CREATE TABLE chunks (
+CREATE TABLE IF NOT EXISTS topics (id INTEGER PRIMARY KEY, name BLOB NOT NULL UNIQUE);
+CREATE TABLE IF NOT EXISTS chunks (
     last_id INTEGER PRIMARY KEY,
     topic INTEGER NOT NULL,
     put_at INTEGER NOT NULL,
@@ -27,7 +27,33 @@ CREATE TABLE chunks (
     bodies BLOB NOT NULL
 );
 """
-INDEX = "CREATE INDEX chunks_by_topic ON chunks (topic)"
+INDEX = "CREATE INDEX IF NOT EXISTS chunks_by_topic ON chunks (topic)"
+# In a snapshot, beside the others. In `lost`, each range has two rows without a name, the id before it and its last,
+# followed by its numbers.
+SNAPSHOT_SCHEMA = """
+CREATE TABLE state (
+    epoch TEXT NOT NULL,
+    run TEXT NOT NULL,
+    clock INTEGER NOT NULL,
+    last_id INTEGER NOT NULL,
+    last_row INTEGER NOT NULL,
+    forgot_at INTEGER,
+    written_at REAL NOT NULL,
+    is_last INTEGER NOT NULL
+);
+CREATE TABLE empty_topics (name BLOB NOT NULL, last_number INTEGER NOT NULL, last_id INTEGER NOT NULL);
+CREATE TABLE producers (
+    id INTEGER PRIMARY KEY,
+    name BLOB NOT NULL,
+    forgotten INTEGER NOT NULL,
+    last_at INTEGER NOT NULL
+);
+CREATE TABLE puts (producer INTEGER NOT NULL, seq INTEGER NOT NULL, message INTEGER NOT NULL);
+CREATE TABLE lost (name BLOB, number INTEGER NOT NULL);
+"""
+DROP_SNAPSHOT_SCHEMA = """
+DROP TABLE state; DROP TABLE empty_topics; DROP TABLE producers; DROP TABLE puts; DROP TABLE IF EXISTS lost;
+"""
 INSERT_TOPIC = "INSERT INTO topics (id, name) VALUES (?, ?)"
 INSERT_ROW = "INSERT INTO chunks (last_id, topic, put_at, last_number, ids_and_sizes, bodies) VALUES (?, ?, ?, ?, ?, ?)"
 
@@ -37,6 +63,8 @@ Row: TypeAlias = tuple[int, int, int, int, bytes, bytes]
 """The columns of `chunks`."""
 Columns: TypeAlias = tuple[int, int, bytes, bytes]
 """What is read of a row: put time, last number, ids and sizes, bodies."""
+Batch: TypeAlias = tuple[str, Sequence[tuple[Any, ...]]]
+"""An INSERT statement, and rows for it."""
 
 
 def pack(messages_by_topic: Iterable[tuple[int, list[StoredMessage]]]) -> list[Row]:

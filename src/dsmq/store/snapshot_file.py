@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 from urllib.parse import quote
 
-from dsmq.store.schema import INDEX, SCHEMA
-from dsmq.store.snapshot_contents import TABLES
+from dsmq.store.schema import SCHEMA, SNAPSHOT_SCHEMA
 
 VERSION = 1
 # "dsmq", for file(1).
@@ -35,8 +34,9 @@ _TRAILER = struct.Struct(">Q32sQ8s16s")
 _RESTORES_AT = 40
 _RESTORES = struct.Struct(">Q8s")
 _READ_BYTES = 1_048_576
-# SQLite's page cache while writing.
-_CACHE_KIB = 16_384
+# A file that fails is deleted, and a whole one is synced at the end. To create a large index, SQLite would use a folder
+# for temporary files, but only the snapshot's own may be writable.
+_PRAGMAS = "journal_mode = OFF", "synchronous = OFF", "temp_store = MEMORY", "cache_size = -16384"
 
 
 class Unusable(Exception):
@@ -60,7 +60,7 @@ def temporary(path: Path) -> Path:
     return path.with_name(path.name + ".new")
 
 
-def write(path: Path, fill: Callable[[sqlite3.Connection], None], on_progress: Callable[[], None]) -> int:
+def write(path: Path, fill: Callable[[sqlite3.Connection], object], on_progress: Callable[[], None]) -> int:
     """Write a snapshot that `fill` makes, and replace the previous one; return the size of the file.
 
     If anything fails, such as on_progress, which is called every now and then, the previous one stays. Raises OSError
@@ -70,14 +70,7 @@ def write(path: Path, fill: Callable[[sqlite3.Connection], None], on_progress: C
     create(new)
     try:
         with closing(sqlite3.connect(new, isolation_level=None)) as database:
-            # A file that fails is deleted, and a whole one is synced at the end. To create a large index, SQLite would
-            # use a folder for temporary files, but only this one may be writable.
-            for pragma in (
-                "journal_mode = OFF",
-                "synchronous = OFF",
-                "temp_store = MEMORY",
-                f"cache_size = -{_CACHE_KIB}",
-            ):
+            for pragma in _PRAGMAS:
                 database.execute(f"PRAGMA {pragma}")
             fill(database)
             database.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
@@ -111,16 +104,8 @@ def create(path: Path) -> None:
 
 
 def create_tables(database: sqlite3.Connection) -> None:
-    """Create the store's tables without the index, which is created quicker at the end."""
-    database.executescript(SCHEMA)
-
-
-def create_index(database: sqlite3.Connection) -> None:
-    database.execute(INDEX)
-
-
-def create_extra_tables(database: sqlite3.Connection) -> None:
-    database.executescript(TABLES)
+    """Create the tables that are not there, without the index, which is created quicker at the end."""
+    database.executescript(SCHEMA + SNAPSHOT_SCHEMA)
 
 
 def _seal(path: Path, on_progress: Callable[[], None]) -> int:

@@ -12,21 +12,21 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from dsmq import logs
 from dsmq.errors import ReplyError, StartupError
-from dsmq.store import snapshot_contents, snapshot_file
-from dsmq.store.snapshot_contents import SnapshotContents, StoreState
+from dsmq.store import snapshot_file
+from dsmq.store.schema import INDEX
 from dsmq.store.snapshot_file import Abandoned, Unusable
 from dsmq.store.sqlite import SQLiteStore
 from dsmq.threads import join
 
 # How many ids may have been given since the snapshot was written, each time that the server went on from it.
 RESTORE_GAP = 2**32
-# Between two batches, the store is free for this long.
 PAUSE_SECONDS = 0.0007
 # How long a disk may take to write what the system has buffered for it.
 _DISK_SECONDS = 300.0
@@ -55,9 +55,15 @@ class Snapshotter:
     """Writes snapshots of a store to a file, and restores it from there."""
 
     def __init__(
-        self, store: SQLiteStore, file: str, interval_seconds: float = 0, clock: Callable[[], float] = time.time
+        self,
+        store: SQLiteStore,
+        file: str,
+        interval_seconds: float = 0,
+        *,
+        clock: Callable[[], float] = time.time,
+        pause_seconds: float = PAUSE_SECONDS,
     ) -> None:
-        """clock returns Unix time."""
+        """clock returns Unix time. Between two batches, the store is free for pause_seconds."""
         self.thread = threading.Thread(target=self._run, name="dsmq-snapshot", daemon=True)
         self.stats = SnapshotStats()
         self.interval = interval_seconds
@@ -68,7 +74,7 @@ class Snapshotter:
         self.path = Path(os.path.realpath(file))
         self._clock = clock
         self._stop = threading.Event()
-        self._pause_seconds = PAUSE_SECONDS
+        self._pause_seconds = pause_seconds
         self._lock: int | None = None
         # Whether the file is this server's, and has been restored.
         self._is_open = False
@@ -100,28 +106,28 @@ class Snapshotter:
         try:
             found = snapshot_file.verify(self.path)
             with snapshot_file.opened(self.path) as database:
-                contents = snapshot_contents.read(database)
-                age = max(0.0, self._clock() - contents.written_at)
-                self._store.load(database, contents, round(age * 1000))
+                now = self._clock()
+                state = self._store.load(database, now)
         except (Unusable, sqlite3.DatabaseError) as error:
             self._quarantine(str(error))
             return
-        gaps = found.restores + (not contents.is_last)
+        gaps = found.restores + (not state.is_last)
         if gaps:
-            self._store.begin_run(contents.state.last_id + gaps * RESTORE_GAP)
+            self._store.begin_run(state.last_id + gaps * RESTORE_GAP)
         snapshot_file.record_restore(self.path, found)
         while self._store.expire():
             pass
-        self._log_restored(contents, age, time.monotonic() - began, is_complete=not gaps)
+        self.stats.last_at = state.written_at
+        self._log_restored(max(0.0, now - state.written_at), time.monotonic() - began, is_complete=not gaps)
 
     def _quarantine(self, reason: str) -> None:
         aside = snapshot_file.quarantine(self.path, datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ"))
         about = logs.event("snapshot_refused", file=str(self.path), kept_as=str(aside), reason=reason)
         _logger.error("nothing restored, the snapshot is unusable: %s; kept as %s", reason, aside, extra=about)
 
-    def _log_restored(self, contents: SnapshotContents, age: float, seconds: float, *, is_complete: bool) -> None:
+    def _log_restored(self, age: float, seconds: float, *, is_complete: bool) -> None:
         totals = self._store.totals()
-        self.stats.restored, self.stats.last_at = totals.messages, contents.written_at
+        self.stats.restored = totals.messages
         about = logs.event(
             "restored",
             messages=totals.messages,
@@ -191,30 +197,20 @@ class Snapshotter:
         _logger.log(level, "snapshot of %d bytes in %.2f s", size, seconds, extra=about)
 
     def _fill(self, target: sqlite3.Connection, *, at_once: bool, is_last: bool) -> None:
-        with self._store.snapshot() as state:
-            written_at = self._clock()
-            if at_once:
-                self._store.back_up(target, state, self._checkpoint)
-            else:
-                self._copy_rows(target, state)
-        snapshot_file.create_extra_tables(target)
-        target.execute("BEGIN")
-        for producers in self._store.copy_producers(state.last_id):
-            snapshot_contents.write_producers(target, producers)
-            self._checkpoint(self._pause_seconds)
-        # Last, in case a producer has been forgotten before it was copied.
-        snapshot_contents.write_state(target, state, written_at, self._store.forgot_at, is_last=is_last)
-        target.execute("COMMIT")
-
-    def _copy_rows(self, target: sqlite3.Connection, state: StoreState) -> None:
-        """Copy batch by batch. SQLite's backup would start again at each commit to a database in memory."""
-        snapshot_file.create_tables(target)
-        target.execute("BEGIN")
-        for insert, rows in self._store.copy_rows(state):
-            target.executemany(insert, rows)
-            self._checkpoint(self._pause_seconds)
+        pause = 0 if at_once else self._pause_seconds
+        # Expired messages must not get into the file. If they can't be deleted, better they than no snapshot.
+        with suppress(ReplyError):
+            while self._store.expire():
+                self._checkpoint(pause)
+        file = snapshot_file.temporary(self.path) if at_once else None
+        with self._store.snapshot(self._clock(), is_last=is_last, file=file, on_progress=self._checkpoint) as batches:
+            snapshot_file.create_tables(target)
+            target.execute("BEGIN")
+            for insert, rows in batches:
+                target.executemany(insert, rows)
+                self._checkpoint(pause)
         self._allow_slow_disk()
-        snapshot_file.create_index(target)
+        target.execute(INDEX)
         target.execute("COMMIT")
 
     def _checkpoint(self, seconds: float = 0) -> None:
@@ -252,14 +248,16 @@ class Snapshotter:
 
     def save_last(self, *, is_last: bool = True) -> bool:
         """Write a snapshot once nobody uses the store any more; return whether that succeeded."""
-        self._pause_seconds = 0
         self.saved = self.save(at_once=True, is_last=is_last)
         return self.saved
 
-    def abandon(self) -> None:
-        """End the last snapshot if it is not written yet, and log that messages are lost. Idempotent."""
+    def abandon(self) -> list[str]:
+        """End the last snapshot if it is not written yet, and log that messages are lost. Idempotent.
+
+        Return the name of the thread if it hangs.
+        """
         if not self._is_open:
-            return
+            return []
         self._stop.set()
         try:
             if self._last:
@@ -268,7 +266,7 @@ class Snapshotter:
             if not self.saved:
                 about = logs.event("snapshot_given_up", file=str(self.path))
                 _logger.error("last snapshot abandoned: messages put since the previous one are lost", extra=about)
-        self._close_unless_busy()
+        return self._close_unless_busy()
 
     def _close_unless_busy(self) -> list[str]:
         if self.thread.is_alive() or (self._last and self._last.is_alive()):

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from operator import attrgetter, itemgetter
+from typing import TypeAlias
 
 from dsmq.store.api import Message, TopicStats, accounted_bytes, accounted_topic_bytes
-from dsmq.store.schema import LONG_BYTES, Row, StoredMessage, pack
+from dsmq.store.schema import Row, StoredMessage, pack
 
 # Topics without messages whose numbering goes on; a forgotten topic starts again at 1.
 MAX_EMPTY_TOPICS = 100_000
+# Pages that are not counted, so that small limits are exact.
+FREE_PAGE_BYTES = 1_048_576
+# Pages are counted when so many bytes of messages have come or gone.
+COUNT_PAGES_BYTES = 65_536
 
 
 class Topic:
@@ -21,7 +26,6 @@ class Topic:
         "buffered",
         "bytes",
         "deleted",
-        "has_long",
         "last_id",
         "last_number",
         "name",
@@ -39,8 +43,6 @@ class Topic:
         self.bytes = 0
         # How many of its messages have been deleted: always the first ones.
         self.deleted = last_number
-        # Whether there are, or were, rows of LONG_BYTES or more.
-        self.has_long = False
         # The newest message that somebody has read.
         self.read_number = self.read_id = 0
         # The newest messages, which are in the write buffer, and the last id before them; 0 if there is none.
@@ -78,6 +80,10 @@ class Topic:
         return TopicStats(self.name, self.messages, self.bytes, self.last_number, self.last_id)
 
 
+Counts: TypeAlias = dict[Topic, tuple[int, int]]
+"""How many messages of which topics, and their bytes; ordered by last put."""
+
+
 class TopicTable:
     """All topics, and the sums over them."""
 
@@ -89,8 +95,9 @@ class TopicTable:
         self.last_row = 0
         # Since the start, and restored at the start. `stored` includes `restored`.
         self.stored = self.restored = self.deleted = self.deleted_unread = 0
-        # Of the message bodies; and what the topics themselves count towards the limit.
-        self.bytes = self.topic_bytes = 0
+        # Of the message bodies. Also counted towards the limit: topics, and what pages take beyond their messages.
+        self.bytes = self.topic_bytes = self.padding_bytes = 0
+        self._counted_bytes = 0
 
     @property
     def messages(self) -> int:
@@ -98,21 +105,40 @@ class TopicTable:
 
     @property
     def accounted_bytes(self) -> int:
-        return self.topic_bytes + accounted_bytes(self.messages, self.bytes)
+        return self.topic_bytes + self.padding_bytes + accounted_bytes(self.messages, self.bytes)
 
-    def new(self, names: Iterable[bytes]) -> list[Topic]:
-        """Return topics to be added. Their rows are never used again, so that a snapshot can go by them."""
-        return [Topic(name, row, *self.empty.get(name, ())) for row, name in enumerate(names, self.last_row + 1)]
+    def count_pages(self, page_bytes: Callable[[], int]) -> None:
+        """Count the database's pages if they take more than the messages count: a page may be half empty."""
+        counted = accounted_bytes(self.messages, self.bytes)
+        # Not each time, because it costs as much as an INSERT.
+        if abs(counted - self._counted_bytes) >= COUNT_PAGES_BYTES:
+            self._counted_bytes = counted
+            self.padding_bytes = max(0, (page_bytes() - FREE_PAGE_BYTES) * 5 // 6 - counted)
 
-    def add(self, topics: list[Topic]) -> None:
-        for topic in topics:
-            self.by_name[topic.name] = self.by_row[topic.row] = topic
-            self.empty.pop(topic.name, None)
-        self.topic_bytes += accounted_topic_bytes(topic.name for topic in topics)
-        self.last_row += len(topics)
+    def find(self, name: bytes) -> Topic:
+        """Return a topic, which may have no messages."""
+        return self.by_name.get(name) or Topic(name, 0, *self.empty.get(name, ()))
 
-    def delete_first(self, deleted: dict[Topic, tuple[int, int]]) -> int:
-        """Count out the first messages of topics, ordered by last put: how many, and their bytes; return the sum."""
+    def add(self, names: Iterable[bytes]) -> None:
+        """Add topics. Their rows are never used again, so that a snapshot can go by them."""
+        for name in names:
+            self.last_row += 1
+            topic = Topic(name, self.last_row, *self.empty.pop(name, ()))
+            self.by_name[name] = self.by_row[topic.row] = topic
+            self.topic_bytes += accounted_topic_bytes([name])
+
+    def sum_rows(self, rows: Iterable[tuple[int, int, int, int, int]]) -> Counts:
+        """Return how many messages of which topics are in rows, as `Database.expired` returns them, and their bytes."""
+        found: Counts = {}
+        for _, row, _, count, size in rows:
+            topic = self.by_row[row]
+            # Removed and added again, so that the topics are ordered by their last messages.
+            messages, total = found.pop(topic, (0, 0))
+            found[topic] = messages + count, total + size
+        return found
+
+    def delete_first(self, deleted: Counts) -> int:
+        """Count out the first messages of topics; return how many."""
         for topic, (count, size) in deleted.items():
             self.deleted_unread += topic.delete_first(count, size)
             self.deleted += count
@@ -125,13 +151,12 @@ class TopicTable:
             del self.empty[next(iter(self.empty))]
         return sum(count for count, _ in deleted.values())
 
-    def restore(self, rows: Iterable[tuple[int, bytes, int, int, int, int, int]]) -> None:
+    def restore(self, rows: Iterable[tuple[int, bytes, int, int, int, int]]) -> None:
         """Add topics of a snapshot, as `Database.load` returns them. They count as read."""
-        for row, name, last_number, last_id, count, size, longest in rows:
+        for row, name, last_number, last_id, count, size in rows:
             topic = self.by_name[name] = self.by_row[row] = Topic(name, row, last_number, last_id)
             topic.written_id, topic.deleted, topic.bytes = last_id, last_number - count, size
             topic.read_number, topic.read_id = last_number, last_id
-            topic.has_long = longest >= LONG_BYTES
             self.restored += count
             self.bytes += size
         self.stored = self.restored
@@ -145,10 +170,6 @@ class TopicTable:
         topics = list(self.by_name.values())
         return dict(zip(map(attrgetter("name"), topics), map(attrgetter("last_number"), topics), strict=True))
 
-    def last_number(self, name: bytes) -> int:
-        topic = self.by_name.get(name)
-        return topic.last_number if topic else self.empty.get(name, (0, 0))[0]
-
 
 class WriteBuffer:
     """The messages that are not in SQLite yet. They stand in their topics; here is which topics, and how much."""
@@ -156,23 +177,26 @@ class WriteBuffer:
     def __init__(self) -> None:
         self.dirty_topics: list[Topic] = []
         self.messages = self.bytes = 0
+        # The last id, and the last topic's row, when the buffer was last written.
+        self.written_id = self.written_row = 0
 
-    def contents(self) -> list[tuple[int, list[StoredMessage]]]:
-        """Return a copy of the messages, by the topics' rows."""
-        return [(topic.row, topic.buffered[:]) for topic in self.dirty_topics]
+    def new_topics(self) -> list[tuple[int, bytes]]:
+        """Return row and name of the topics that are not in the database yet."""
+        return [(topic.row, topic.name) for topic in self.dirty_topics if topic.row > self.written_row]
 
     def rows(self) -> list[Row]:
         return pack((topic.row, topic.buffered) for topic in self.dirty_topics)
 
-    def clear(self) -> None:
-        """Forget the messages once they are written."""
+    def clear(self, last_id: int, last_row: int) -> None:
+        """Forget the messages once they are written, up to this id and topic."""
+        self.written_id, self.written_row = last_id, last_row
         for topic in self.dirty_topics:
             topic.written_id = topic.last_id
             topic.buffered = []
         self.dirty_topics = []
         self.messages = self.bytes = 0
 
-    def find_older(self, oldest: int) -> dict[Topic, tuple[int, int]]:
+    def find_older(self, oldest: int) -> Counts:
         """Return how many messages of which topics were put before `oldest`, and their bytes."""
         found = {}
         for topic in sorted(self.dirty_topics, key=attrgetter("last_id")):
@@ -180,7 +204,7 @@ class WriteBuffer:
                 found[topic] = count, sum(len(message[3]) for message in topic.buffered[:count])
         return found
 
-    def delete_first(self, deleted: dict[Topic, tuple[int, int]]) -> None:
+    def delete_first(self, deleted: Counts) -> None:
         for topic, (count, size) in deleted.items():
             del topic.buffered[:count]
             self.messages -= count
