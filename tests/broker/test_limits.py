@@ -23,8 +23,8 @@ from dsmq.broker import event_loop as worker
 from dsmq.broker import messages, transport, usage
 from dsmq.broker.connection import Connection
 from dsmq.broker.event_loop import EventLoop
-from dsmq.broker.transport import MAX_HELD_BYTES, RECEIVE_BYTES
-from dsmq.broker.usage import FREE_BYTES, Budget
+from dsmq.broker.transport import MAX_HELD_BYTES
+from dsmq.broker.usage import FREE_BYTES, RECEIVE_BYTES, Budget
 from dsmq.client import connect
 from dsmq.errors import Full, ReplyError
 from dsmq.server import Server
