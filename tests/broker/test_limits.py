@@ -18,7 +18,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from conftest import SOON, UNIT, Wire, blocked, daemon, serving, wait_until, wire_to
+from conftest import SOON, UNIT, Wire, blocked, daemon, loop_of, serving, wait_until, wire_to
 from dsmq.broker import event_loop as worker
 from dsmq.broker import messages, transport, usage
 from dsmq.broker.connection import Connection
@@ -81,7 +81,7 @@ def test_full_error_names_the_setting(setting: str, puts: list[tuple[str, str]])
         assert before == list(range(1, len(puts)))
         assert isinstance(last, Full)
         assert str(last).endswith(f"full: {setting} = {limit} reached")
-        assert server._store.full() == {setting}
+        assert server.context.store.full() == {setting}
 
 
 def test_full_is_logged_once_at_begin_and_end(
@@ -105,10 +105,11 @@ def test_full_is_logged_once_at_begin_and_end(
 
 
 def expire_all(server: Server) -> None:
-    before, server._store.max_age_ms = server._store.max_age_ms, -1
-    while server._store.expire():
+    store = server.context.store
+    before, store.max_age_ms = store.max_age_ms, -1
+    while store.expire():
         pass
-    server._store.max_age_ms = before
+    store.max_age_ms = before
 
 
 @pytest.mark.slow
@@ -278,9 +279,8 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Turns that are over after one request of each connection."""
-    monkeypatch.setattr(worker, "TURN_SECONDS", 0.0)
-    monkeypatch.setattr(worker, "MOST_SLICE_SECONDS", 0.0)
-    monkeypatch.setattr(worker, "LEAST_SLICE_SECONDS", 0.0)
+    for name in ("TURN_SECONDS", "MOST_SLICE_SECONDS", "LEAST_SLICE_SECONDS"):
+        monkeypatch.setattr(worker, name, 0.0)
 
 
 @pytest.mark.usefixtures("short_turns")
@@ -320,7 +320,7 @@ def test_who_has_just_come_does_not_wait_for_all_that_others_have_pipelined(monk
     with serving() as server, wire_to(server) as modest, ExitStack() as stack:
         crowd = [stack.enter_context(wire_to(server)) for _ in range(20)]
         wait_until(lambda: server.status.connections() == 21)
-        (loop,) = server._workers
+        loop = loop_of(server)
         turn, before = loop._turn, []
 
         def arrive() -> None:
@@ -566,7 +566,7 @@ def test_reading_resumes_when_replies_drop_below_limit() -> None:
 
 def wait_for_connections(server: Server, count: int) -> list[Connection]:
     wait_until(lambda: server.status.connections() == count)
-    return [client for one in server._workers for client in one.connections]
+    return list(loop_of(server).connections)
 
 
 @pytest.mark.usefixtures("patient")
@@ -577,19 +577,19 @@ def test_reply_over_total_limit_waits_for_others_to_read() -> None:
         replies.add(somebody, replies.limit - 500_000)
         reader.send(encode_request(b"READ", b"t", b"0"))
         waiter.send(encode_request(b"READ", b"t", b"0", b"WAIT", b"1"))
-        wait_until(lambda: len(replies._queue) == 2)
+        wait_until(lambda: len(replies.queue) == 2)
         writer.send(encode_request(b"TOPICS") * 10)
         # What is short passes, what is long waits.
         assert isinstance(writer.receive(), list)
         with wire_to(server) as other:
             assert other.call("PUT", "short", "y") == 2
             assert other.call("READ", "short", 0)[3] == b"y"  # type: ignore[index]
-        assert len(replies._queue) >= 2
+        assert len(replies.queue) >= 2
         replies.drop(somebody)
         # Its time is over, but there was a message all along.
         assert [len(wire.receive()[3]) for wire in (reader, waiter)] == [900_000] * 2  # type: ignore[index,arg-type]
         assert all(isinstance(writer.receive(), list) for _ in range(9))
-        wait_until(lambda: replies.total == 0 and not replies._queue)
+        wait_until(lambda: replies.total == 0 and not replies.queue)
 
 
 @pytest.mark.slow
@@ -609,7 +609,7 @@ def test_largest_nonreading_client_is_dropped_to_make_room(tmp_path: Path) -> No
         assert len(reader.call("READ", "t", 0)[3]) == 900_000  # type: ignore[index,arg-type]
         # Whether one of them is enough depends on how soon the reader takes what it gets; the largest is the first.
         largest = max(held, key=lambda number: held[number])
-        wait_until(lambda: largest not in {connection.id for connection in server._workers[0].connections})
+        wait_until(lambda: largest not in {connection.id for connection in loop_of(server).connections})
 
 
 @pytest.mark.usefixtures("patient")
@@ -623,7 +623,7 @@ def test_transaction_replies_count_towards_total() -> None:
         for reader in readers:
             reader.send(b"".join(requests))
         replies = server.context.usage.replies
-        wait_until(lambda: len(replies._queue) > 0)
+        wait_until(lambda: len(replies.queue) > 0)
         assert replies.total <= 3_000_000
         for reader in readers[:2]:
             assert [reader.receive() for _ in range(2)] == ["OK", "QUEUED"]
@@ -645,7 +645,7 @@ def test_partial_request_reserves_its_length_and_others_wait() -> None:
         wait_until(lambda: budget.total > 900_000)
         for number, wire in enumerate((second, third), 1):
             wire.send(long[:100])
-            wait_until(lambda number=number: len(budget._queue) == number)
+            wait_until(lambda number=number: len(budget.queue) == number)
         # Short requests pass.
         assert short.call("PUT", "t", "x" * 3000) == 1
         senders = [threading.Thread(target=wire.send, args=(long[100:],)) for wire in (third, second, first)]
@@ -654,7 +654,7 @@ def test_partial_request_reserves_its_length_and_others_wait() -> None:
         assert sorted([wire.receive() for wire in (first, second, third)]) == [2, 3, 4]
         for sender in senders:
             sender.join()
-        wait_until(lambda: budget.total == 0 and not budget._queue)
+        wait_until(lambda: budget.total == 0 and not budget.queue)
 
 
 def test_large_requests_queue_while_small_ones_pass() -> None:
@@ -689,8 +689,8 @@ def test_little_is_received_while_request_memory_is_used_up() -> None:
         first.send(long[:100])
         wait_until(lambda: budget.total > 900_000)
         second.send(long[:100_000])
-        wait_until(lambda: len(budget._queue) == 1)
-        (waiting,) = budget._queue
+        wait_until(lambda: len(budget.queue) == 1)
+        (waiting,) = budget.queue
         assert 0 < waiting.requests.parser.buffered <= FREE_BYTES
 
 
@@ -870,7 +870,7 @@ def test_many_waiters_are_woken_over_several_turns(monkeypatch: pytest.MonkeyPat
         for wire in waiting:
             wire.send(encode_request(b"GETWAIT", b"t", b"60000"))
         wait_until(lambda: server.status.waiting() == 30)
-        (loop,) = server._workers
+        loop = loop_of(server)
         woken, turn = [], loop._turn
 
         def counted() -> None:
@@ -923,7 +923,7 @@ def test_event_loop_turn_is_bounded_by_time(name: str, monkeypatch: pytest.Monke
         greedy.send(b"".join(encode_request(b"PUT", b"topic%d" % number, b"x") for number in range(1000)))
         for _ in range(1000):
             greedy.receive()
-        (loop,) = server._workers
+        loop = loop_of(server)
         # A processor that is taken away for a moment may make any one of them long.
         assert statistics.median(longest_turn(loop, greedy, *HEAVY[name], monkeypatch) for _ in range(5)) < 0.02
 

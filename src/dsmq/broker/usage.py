@@ -108,7 +108,7 @@ class Budget(Count["Connection"]):
         self.is_crowded = False
         """Whether a connection waits, or would with the largest possible claim."""
         # When each began to wait, and for how much; and those among them that wait for a little.
-        self._queue: dict[Connection, tuple[float, int]] = {}
+        self.queue: dict[Connection, tuple[float, int]] = {}
         self._short: dict[Connection, None] = {}
 
     def set_limit(self, limit: int, longest: int) -> None:
@@ -128,15 +128,15 @@ class Budget(Count["Connection"]):
 
     def _judge(self) -> None:
         self.is_tight = self.total + self._longest > self.limit
-        self.is_crowded = self.is_tight or bool(self._queue)
+        self.is_crowded = self.is_tight or bool(self.queue)
 
     def claim_in_turn(self, holder: Connection, amount: int, now: float) -> bool:
         """Claim as `claim` does, but a large amount only in turn. If it fails, the holder waits from now on."""
         with self._lock:
-            in_turn = amount <= SHORT_BYTES or next(iter(self._queue), holder) is holder
+            in_turn = amount <= SHORT_BYTES or next(iter(self.queue), holder) is holder
             if not in_turn or self.total + amount > self.limit:
-                since = self._queue.get(holder, (now, 0))[0]
-                self._queue[holder] = since, amount
+                since = self.queue.get(holder, (now, 0))[0]
+                self.queue[holder] = since, amount
                 self.is_crowded = True
                 if amount <= SHORT_BYTES:
                     self._short[holder] = None
@@ -150,16 +150,16 @@ class Budget(Count["Connection"]):
     def first_that_fits(self) -> Connection | None:
         """Return the connection that waits longest if its claim fits now; else the first whose short claim fits."""
         with self._lock:
-            for queue in (self._queue, self._short):
+            for queue in (self.queue, self._short):
                 first = next(iter(queue), None)
-                if first is not None and self.total + self._queue[first][1] <= self.limit:
+                if first is not None and self.total + self.queue[first][1] <= self.limit:
                     return first
             return None
 
     def missing(self, since: float) -> int:
         """Return the bytes that have to be freed for those that have waited since then; 0 or less if there is room."""
         with self._lock:
-            wanted = [amount for began, amount in self._queue.values() if began <= since]
+            wanted = [amount for began, amount in self.queue.values() if began <= since]
             return self.total + sum(wanted) - self.limit
 
     def largest(self) -> list[tuple[Connection, int]]:
@@ -174,13 +174,13 @@ class Budget(Count["Connection"]):
         dropped; the first only if what it holds and claims is too much by itself.
         """
         with self._lock:
-            if not self._queue:
+            if not self.queue:
                 return []
-            first, (_, amount) = next(iter(self._queue.items()))
+            first, (_, amount) = next(iter(self.queue.items()))
             room = self.limit - amount - self._held.get(first, 0)
             if room < 0:
                 return [first]
-            others = sorted((one for one in self._queue if one is not first), key=self.of, reverse=True)
+            others = sorted((one for one in self.queue if one is not first), key=self.of, reverse=True)
             excess = sum(map(self.of, others)) - room
             blockers = []
             for one in others:
@@ -190,9 +190,6 @@ class Budget(Count["Connection"]):
                 excess -= self.of(one)
             return blockers
 
-    def is_waiting(self, holder: Connection) -> bool:
-        return holder in self._queue
-
     def leave(self, holder: Connection) -> None:
         """Remove it from the queue."""
         with self._lock:
@@ -200,7 +197,7 @@ class Budget(Count["Connection"]):
             self._judge()
 
     def _leave(self, holder: Connection) -> None:
-        self._queue.pop(holder, None)
+        self.queue.pop(holder, None)
         self._short.pop(holder, None)
 
     def drop(self, holder: Connection) -> None:
@@ -293,7 +290,7 @@ def _is_slow(connection: Connection, budget: Budget, now: float) -> bool:
     requests, transport = connection.requests, connection.transport
     if budget is transport.budget:
         return now > transport.slow_from
-    if budget.is_waiting(connection):
+    if connection in budget.queue:
         # It waits itself, through no fault of its own, unless it holds a transaction, or more than arrives before the
         # length of a request is known: if all held some and waited for the rest, none would get on.
         return requests.reserved > 2 * RECEIVE_BYTES or requests.transaction is not None
@@ -305,7 +302,7 @@ def _is_slow(connection: Connection, budget: Budget, now: float) -> bool:
 
 def _make_way(connection: Connection, budget: Budget, *, is_blocker: bool = False) -> None:
     """Drop a client because others need memory, unless it has made progress meanwhile."""
-    goes = budget.is_waiting(connection) if is_blocker else _is_slow(connection, budget, time.monotonic())
+    goes = connection in budget.queue if is_blocker else _is_slow(connection, budget, time.monotonic())
     if connection.closed or not budget.of(connection) or not goes:
         return
     about = "memory is short and it is slow"
