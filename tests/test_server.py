@@ -19,7 +19,7 @@ import pytest
 
 from conftest import SOON, UNIT, LethalStore, Wire, as_map, blocked, daemon, serving, wait_until, wire_to
 from dsmq import settings as config
-from dsmq.broker import commands, connection
+from dsmq.broker import commands, reads
 from dsmq.broker import event_loop as worker
 from dsmq.broker.admission import MAX_REFUSED
 from dsmq.client import connect
@@ -981,7 +981,7 @@ def test_retried_put_is_counted_once(server: Server, wire: Wire) -> None:
 
 
 def test_positions_per_connection_are_bounded(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "MAX_POSITION_BYTES", 2 * (connection.POSITION_OVERHEAD_BYTES + 1))
+    monkeypatch.setattr(reads, "MAX_POSITION_BYTES", 2 * (reads.POSITION_OVERHEAD_BYTES + 1))
     for topic in ("a", "b", "c"):
         wire.call("PUT", topic, "1")
         wire.call("PUT", topic, "2")

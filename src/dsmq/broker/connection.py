@@ -5,10 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future
-from functools import partial
 from selectors import EVENT_READ
 from typing import TYPE_CHECKING
 
@@ -20,7 +16,6 @@ from dsmq.broker.messages import MAX_READ_BYTES, SHORT_READ_BYTES
 from dsmq.broker.reads import Reads
 from dsmq.broker.requests import Requests
 from dsmq.broker.states import BEHIND, CLOSED, FINISHING, HANDSHAKE, LINGERING, NO_ROOM, OPEN, WAITING
-from dsmq.broker.transactions import Step, Transaction
 from dsmq.broker.transport import (
     LAST_RECEIVE_BYTES,
     LINGER_SECONDS_AT_STOP,
@@ -28,18 +23,13 @@ from dsmq.broker.transport import (
     Stream,
     Transport,
 )
-from dsmq.broker.usage import FREE_BYTES, Budget
-from dsmq.errors import AuthRequired, BadRequest, InternalError, ReplyError, ShuttingDown
-from dsmq.store.api import Put
+from dsmq.broker.usage import Budget
+from dsmq.errors import AuthRequired, InternalError, ReplyError, ShuttingDown
 from dsmq.wire.limits import REQUEST_OVERHEAD_BYTES
 from dsmq.wire.resp import encode_error, encode_integer
 
 if TYPE_CHECKING:
     from dsmq.broker.event_loop import EventLoop
-
-# Max memory for the positions of GET of one connection, and what each takes besides its topic.
-MAX_POSITION_BYTES = 2_097_152
-POSITION_OVERHEAD_BYTES = 200
 
 _DEFECT = InternalError("see the server's log")
 
@@ -51,8 +41,8 @@ class Connection:
 
     # Python reads this many attributes faster from slots than from a dict.
     __slots__ = (
-        *("below", "context", "counters", "id", "last_read", "login", "loop", "name", "notices", "opened_at", "peer"),
-        *("pending_puts", "positions", "reads", "requests", "scheduled", "start_id", "state", "transport", "version"),
+        *("context", "counters", "id", "last_read", "login", "loop", "name", "notices", "opened_at", "peer"),
+        *("pending_puts", "reads", "requests", "scheduled", "start_id", "state", "transport", "version"),
     )
 
     def __init__(self, loop: EventLoop, sock: Stream, peer: Peer) -> None:
@@ -64,16 +54,14 @@ class Connection:
         self.state = HANDSHAKE if peer.encrypted else OPEN
         self.login = Login(self, Role.NOBODY if context.access.authenticator.tokens else Role.ADMIN)
         self.transport = Transport(self, loop, sock, context.usage.replies)
-        self.requests = Requests(self, loop, self.transport, context.usage.requests)
+        self.requests = Requests(self, loop, self.transport, context.usage.requests, loop.counters.commands)
         self.reads = Reads(self)
         self.pending_puts = 0
         self.scheduled = math.inf
         self.name = b""
         self.version = 2
         self.notices = False
-        self.positions: dict[bytes, int] = {}
         self.last_read: tuple[bytes, int] | None = None
-        self.below = 0
         self.start_id = context.store.last_id()
         self.opened_at = 0.0
 
@@ -127,60 +115,9 @@ class Connection:
         parser.max_request_bytes = most or settings.max_message_bytes + REQUEST_OVERHEAD_BYTES
         self.requests.permit(self.role)
 
-    # What commands use
-
-    @property
-    def transaction(self) -> Transaction | None:
-        return self.requests.transaction
-
-    @property
-    def steps(self) -> deque[Step]:
-        return self.requests.steps
-
     @property
     def max_read_bytes(self) -> int:
         return SHORT_READ_BYTES if self.transport.budget.total else MAX_READ_BYTES
-
-    def put(self, put: Put) -> None:
-        """Store a message at the end of the turn; the reply follows then."""
-        self.pending_puts += 1
-        self.loop.batch.add(self, put)
-
-    def begin(self, transaction: Transaction | None) -> None:
-        """Queue requests in a transaction from now on; with None, run them again."""
-        self.requests.transaction = transaction
-        self.requests.permit(self.role)
-
-    def put_together(self, puts: list[Put], encode: Callable[[list[int] | ReplyError], bytes]) -> bytes | None:
-        """Store all or nothing; return the encoded ids or error, or None if the store answers later."""
-        stored = self.loop.batch.append(puts)
-        if not isinstance(stored, Future):
-            return encode(stored)
-        self.pending_puts += 1
-        self.park()
-        self.loop.when_done(stored, partial(self._stored_together, encode))
-        return None
-
-    def run_next(self, steps: deque[Step]) -> None:
-        """Run these steps of a transaction before any other request."""
-        self.requests.steps = steps
-        self.requests.queue.extendleft([[b""]] * len(steps))
-
-    def authenticate(self, user: bytes, token: bytes, welcome: Callable[[], bytes]) -> bytes:
-        """Take on the role of a token; return the reply `welcome` makes. Raises WrongToken or BadRequest."""
-        self.login.authenticate(user, token)
-        return welcome()
-
-    def set_position(self, topic: bytes, message_id: int) -> None:
-        """Let GET go on behind this message. Raises BadRequest if the positions take too much memory."""
-        if topic not in self.positions:
-            size = self.requests.position_bytes + POSITION_OVERHEAD_BYTES + len(topic)
-            if size > MAX_POSITION_BYTES:
-                raise BadRequest("too many topics are read with GET by one connection; READ has no such limit")
-            self.requests.position_bytes = size
-            if size > FREE_BYTES:
-                self.requests.count()
-        self.positions[topic] = message_id
 
     # Replies
 
@@ -192,14 +129,6 @@ class Connection:
         self.pending_puts -= 1
         self.counters.puts_refused[error.code] += 1
         self.fail(error)
-
-    def _stored_together(
-        self, encode: Callable[[list[int] | ReplyError], bytes], stored: list[int] | ReplyError
-    ) -> None:
-        if not self.closed:
-            self.pending_puts -= 1
-            self.transport.send(encode(stored))
-            self.resume()
 
     def commit_puts(self) -> bool:
         """Store pending puts, so that replies go out in order; return False if the store answers later."""
@@ -290,7 +219,7 @@ class Connection:
         self.state = max(self.state, FINISHING)
         self.transport.max_receive = LAST_RECEIVE_BYTES
         if not self.transport.data:
-            self.loop.flush_soon(self.transport)
+            self.loop.to_flush.append(self.transport)
 
     def drain(self) -> None:
         """Answer what waits, and finish: the server is stopping.
@@ -368,9 +297,8 @@ class Connection:
         if self.closed:
             return
         self.state = CLOSED
-        self.reads.end()
+        self.reads.close()
         self.requests.clear()
-        self.positions = {}
         self.transport.close()
         self.loop.remove_connection(self)
         _logger.debug("%r: closed: %s", self, reason)

@@ -68,7 +68,8 @@ class EventLoop:
         self.batch = PutBatch(self)
         self._workers = workers
         self._selector = selectors.DefaultSelector()
-        self._to_flush: list[Transport] = []
+        self.to_flush: list[Transport] = []
+        """Have replies to send at the end of the turn."""
         # Those that have more requests than they could run in their time, in the order in which they go on.
         self._to_run: dict[Connection, None] = {}
         self._timers = Timers()
@@ -163,9 +164,6 @@ class EventLoop:
         else:
             self._selector.register(transport, events, transport)
 
-    def flush_soon(self, transport: Transport) -> None:
-        self._to_flush.append(transport)
-
     def run_soon(self, connection: Connection) -> None:
         self._to_run[connection] = None
 
@@ -258,7 +256,7 @@ class EventLoop:
         """Store what has been put, and send the replies."""
         while self.batch.puts:
             self.batch.commit()
-        to_flush, self._to_flush = self._to_flush, []
+        to_flush, self.to_flush = self.to_flush, []
         for transport in to_flush:
             try:
                 transport.flush()
@@ -330,7 +328,7 @@ class EventLoop:
 
     def wake(self, puts: Sequence[Put]) -> None:
         """Have waiting readers check for what has been put."""
-        if topics := self.waiters.topics_of(puts):
+        if self.waiters.by_topic and (topics := self.waiters.topics_of(puts)):
             if threading.get_ident() == self.thread.ident:
                 self._wake(topics)
             else:

@@ -32,7 +32,7 @@ MAX_WAIT_MS = 86_400_000
 
 
 def put(client: Connection, request: list[bytes]) -> None:
-    client.put(parse_put(client, request))
+    client.loop.batch.add(client, parse_put(client, request))
 
 
 def parse_put(client: Connection, request: list[bytes]) -> Put:
@@ -154,7 +154,7 @@ def parse_get_wait(client: Connection, request: list[bytes]) -> tuple[bytes, int
 
 
 def _get_at_position(client: Connection, topic: bytes, count: int, wait_ms: int) -> Encoded | None:
-    position = client.positions.get(topic, client.start_id)
+    position = client.reads.positions.get(topic, client.start_id)
     return client.reads.start(PendingRead(topic, position, count, 1, wait_ms, _advance_position))
 
 
@@ -162,7 +162,7 @@ def _advance_position(client: Connection, read: PendingRead, messages: list[Mess
     _count_delivery(client, read.topic, messages)
     if not messages:
         return encode_null(client.version)
-    client.set_position(read.topic, messages[0].id)
+    client.reads.set_position(read.topic, messages[0].id)
     return encode_bulk(messages[0].body)
 
 

@@ -33,6 +33,8 @@ class PutBatch:
         self._loop = loop
 
     def add(self, connection: Connection, put: Put) -> None:
+        """Store this at the end of the turn; the reply follows then."""
+        connection.pending_puts += 1
         self.puts.append(put)
         self._connections.append(connection)
         self._bytes += len(put[1]) + PUT_BYTES

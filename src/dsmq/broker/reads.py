@@ -11,13 +11,17 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from dsmq.broker.states import OPEN, WAITING
-from dsmq.broker.usage import Count
-from dsmq.errors import Busy, ReplyError
+from dsmq.broker.usage import FREE_BYTES, Count
+from dsmq.errors import BadRequest, Busy, ReplyError
 from dsmq.store.api import MESSAGE_OVERHEAD_BYTES, Answer, Message, Put, Store
 from dsmq.wire.resp import Encoded
 
 if TYPE_CHECKING:
     from dsmq.broker.connection import Connection
+
+# Max memory for the positions of GET of one connection, and what each takes besides its topic.
+MAX_POSITION_BYTES = 2_097_152
+POSITION_OVERHEAD_BYTES = 200
 
 
 @dataclass(slots=True, eq=False)
@@ -49,20 +53,36 @@ class PendingRead:
 
 
 class Reads:
-    """The read that a connection owes the reply to, if any: while there is one, no other request runs."""
+    """What a connection has read, and the read that it owes the reply to: meanwhile, no other request runs."""
 
-    __slots__ = ("_connection", "pending")
+    __slots__ = ("_connection", "below", "pending", "position_bytes", "positions")
 
     def __init__(self, connection: Connection) -> None:
         self.pending: PendingRead | None = None
+        self.positions: dict[bytes, int] = {}
+        """The id behind which GET goes on, by topic."""
+        self.position_bytes = 0
+        self.below = 0
+        """While a step of a transaction runs: `PendingRead.below`."""
         self._connection = connection
+
+    def set_position(self, topic: bytes, message_id: int) -> None:
+        """Let GET go on behind this message. Raises BadRequest if the positions take too much memory."""
+        if topic not in self.positions:
+            size = self.position_bytes + POSITION_OVERHEAD_BYTES + len(topic)
+            if size > MAX_POSITION_BYTES:
+                raise BadRequest("too many topics are read with GET by one connection; READ has no such limit")
+            self.position_bytes = size
+            if size > FREE_BYTES:
+                self._connection.requests.count()
+        self.positions[topic] = message_id
 
     def start(self, read: PendingRead) -> Encoded | None:
         """Return the reply, or None if it comes later."""
         connection = self._connection
-        if connection.below:
+        if self.below:
             # A step of a transaction does not wait for messages.
-            read.below, read.wait_ms = connection.below, 0
+            read.below, read.wait_ms = self.below, 0
         messages = read.fetch(connection.context.store)
         if not (read.wait_ms or read.below or connection.transport.budget.is_tight or isinstance(messages, Future)):
             return read.encode(connection, read, messages)
@@ -143,6 +163,10 @@ class Reads:
         if read is not None and read.registered:
             self._connection.loop.waiters.remove(read.topic, self._connection)
 
+    def close(self) -> None:
+        self.end()
+        self.positions, self.position_bytes = {}, 0
+
 
 class Waiters:
     """The connections of one event loop that wait for messages, by topic."""
@@ -152,28 +176,28 @@ class Waiters:
         self.to_wake: dict[Connection, None] = {}
         """Woken by a put, but not served yet: they may be many."""
         self._count = count
-        self._by_topic: dict[bytes, dict[Connection, None]] = {}
+        self.by_topic: dict[bytes, dict[Connection, None]] = {}
 
     def add(self, topic: bytes, connection: Connection) -> None:
         """Raises Busy if there are too many."""
         if not self._count.claim(connection, 1):
             raise Busy(f"too many waiting readers (max_waiting_readers = {self._count.limit})")
-        self._by_topic.setdefault(topic, {})[connection] = None
+        self.by_topic.setdefault(topic, {})[connection] = None
 
     def remove(self, topic: bytes, connection: Connection) -> None:
         self._count.drop(connection)
-        waiters = self._by_topic[topic]
+        waiters = self.by_topic[topic]
         del waiters[connection]
         if not waiters:
-            del self._by_topic[topic]
+            del self.by_topic[topic]
 
     def topics_of(self, puts: Iterable[Put]) -> set[bytes]:
         """Return the topics among these puts that somebody waits for. Thread-safe."""
-        return {put[0] for put in puts if put[0] in self._by_topic} if self._by_topic else set()
+        return {put[0] for put in puts if put[0] in self.by_topic}
 
     def wake(self, topics: Iterable[bytes]) -> None:
         for topic in topics:
-            self.to_wake.update(self._by_topic.get(topic, ()))
+            self.to_wake.update(self.by_topic.get(topic, ()))
 
     def serve(self, seconds: float) -> None:
         """Serve as many as there is time for."""

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
+from selectors import EVENT_READ
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -16,6 +20,7 @@ from dsmq.broker.transactions import Step, Transaction
 from dsmq.broker.transport import Transport
 from dsmq.broker.usage import FREE_BYTES, SLOW_BYTES_PER_SECOND, Budget, request_memory
 from dsmq.errors import ReplyError
+from dsmq.store.api import Put
 from dsmq.wire.request_parser import RequestParser
 
 if TYPE_CHECKING:
@@ -35,6 +40,7 @@ class Requests:
     loop: EventLoop
     transport: Transport
     budget: Budget
+    counts: dict[str, int]
     parser: RequestParser = field(default_factory=lambda: RequestParser(0))
     queue: deque[list[bytes]] = field(default_factory=deque)
     """Parsed, but not run yet."""
@@ -44,7 +50,6 @@ class Requests:
     permitted: dict[bytes, Command] = field(default_factory=dict)
     reserved: int = 0
     """The part of the total: an incomplete request counts with its declared length."""
-    position_bytes: int = 0
     incomplete_since: float = math.inf
     slow_from: float = math.inf
     """When an incomplete request will have arrived at less than SLOW_BYTES_PER_SECOND."""
@@ -61,6 +66,32 @@ class Requests:
 
     def permit(self, role: Role) -> None:
         self.permitted = (QUEUED if self.transaction else COMMANDS_BY_ROLE)[role]
+
+    def begin(self, transaction: Transaction | None) -> None:
+        """Queue requests in a transaction from now on; with None, run them again."""
+        self.transaction = transaction
+        self.permit(self.connection.role)
+
+    def put_together(self, puts: list[Put], encode: Callable[[list[int] | ReplyError], bytes]) -> bytes | None:
+        """Store all or nothing; return the encoded ids or error, or None if the store answers later."""
+        stored = self.loop.batch.append(puts)
+        if not isinstance(stored, Future):
+            return encode(stored)
+        self.connection.pending_puts += 1
+        self.connection.park()
+        self.loop.when_done(stored, partial(self._reply_later, encode))
+        return None
+
+    def _reply_later(self, encode: Callable[[list[int] | ReplyError], bytes], stored: list[int] | ReplyError) -> None:
+        if not self.connection.closed:
+            self.connection.pending_puts -= 1
+            self.transport.send(encode(stored))
+            self.connection.resume()
+
+    def run_next(self, steps: deque[Step]) -> None:
+        """Run these steps of a transaction before any other request."""
+        self.steps = steps
+        self.queue.extendleft([[b""]] * len(steps))
 
     def note_progress(self, size: int) -> None:
         """Put off the deadline of an incomplete request of which more has arrived."""
@@ -83,7 +114,9 @@ class Requests:
             or self.transport.eof_received
         ):
             self._after_run()
-        self.transport.update_events()
+            self.transport.update_events()
+        elif self.transport.events != EVENT_READ:
+            self.transport.update_events()
 
     def _run(self) -> None:
         connection, transport, queue, parser = self.connection, self.transport, self.queue, self.parser
@@ -142,7 +175,7 @@ class Requests:
 
     def _execute(self, request: list[bytes]) -> None:
         command = self.permitted.get(request[0]) or self._authorize(request[0])
-        self.loop.counters.commands[command.name] += 1
+        self.counts[command.name] += 1
         if command is not PUT and self.connection.pending_puts and not self.connection.commit_puts():
             self.queue.appendleft(request)
             return
@@ -160,7 +193,7 @@ class Requests:
             self.connection.login.count_request()
         command = find(name)
         if role < command.role:
-            self.loop.counters.commands[command.name] += 1
+            self.counts[command.name] += 1
             command.forbid(role)
         # Between MULTI and EXEC it is queued.
         return self.permitted.get(command.name.encode(), command)
@@ -207,7 +240,11 @@ class Requests:
     def count(self) -> None:
         """Count what is buffered, and the rest of an incomplete request; if there is no room for that, wait for it."""
         parser, connection = self.parser, self.connection
-        held = parser.buffered + self.position_bytes + (self.transaction.memory if self.transaction else 0)
+        held = (
+            parser.buffered
+            + self.connection.reads.position_bytes
+            + (self.transaction.memory if self.transaction else 0)
+        )
         held += sum(map(request_memory, self.queue)) + sum([request_memory(step.request) for step in self.steps])
         if parser.incomplete and connection.state in (OPEN, BEHIND):
             more = _counted(held + parser.missing) - self.reserved
@@ -229,7 +266,7 @@ class Requests:
         self.queue.clear()
         self.steps.clear()
         self.transaction = None
-        self.reserved = self.position_bytes = 0
+        self.reserved = 0
         self.incomplete_since = self.slow_from = math.inf
         self.budget.drop(self.connection)
 

@@ -63,7 +63,8 @@ class Transport:
     """When it last received something, or sent the last of the replies."""
     linger_seconds: float = LINGER_SECONDS
     eof_received: bool = False
-    _events: int = 0
+    events: int = 0
+    """What the event loop watches the socket for."""
     _discarded: int = 0
 
     def fileno(self) -> int:
@@ -82,7 +83,8 @@ class Transport:
             if connection.state is CLOSED or not events & EVENT_READ:
                 return
         try:
-            data = self.socket.recv(self._max_receive())
+            is_scarce = connection.requests.budget.is_crowded or not self.loop.slice_seconds
+            data = self.socket.recv(self._scarce_bytes() if is_scarce else self.max_receive)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
@@ -107,8 +109,8 @@ class Transport:
     def on_failure(self) -> None:
         self.connection.on_failure()
 
-    def _max_receive(self) -> int:
-        """Return how much to receive: little beyond what is reserved if others wait for memory, or soon will."""
+    def _scarce_bytes(self) -> int:
+        """Return how much to receive in a crowd; beyond what is reserved, little if others wait for memory."""
         most = self.max_receive if self.loop.slice_seconds else min(self.max_receive, CROWD_RECEIVE_BYTES)
         requests = self.connection.requests
         return min(most, FREE_BYTES + requests.missing) if requests.budget.is_crowded else most
@@ -131,7 +133,7 @@ class Transport:
     def send(self, reply: Encoded) -> None:
         """Send this at the end of the turn."""
         if not self.data:
-            self.loop.flush_soon(self)
+            self.loop.to_flush.append(self)
             if type(reply) is bytearray:
                 # It is long, so it is not copied again.
                 self.data = reply
@@ -176,7 +178,8 @@ class Transport:
                 self.loop.run_soon(connection)
         elif connection.state is FINISHING and not (data or connection.pending_puts):
             self._linger()
-        self.update_events()
+        if sent < size or self.events != EVENT_READ or connection.state is not OPEN:
+            self.update_events()
 
     def _note_unread(self, sent: int) -> None:
         now = self.loop.now
@@ -240,7 +243,7 @@ class Transport:
             events = EVENT_READ if self._can_receive() else 0
             if self.unread_since != math.inf:
                 events |= EVENT_WRITE
-        if events != self._events:
+        if events != self.events:
             self.watch(events)
 
     def _can_receive(self) -> bool:
@@ -253,7 +256,7 @@ class Transport:
         return connection.state is not NO_ROOM
 
     def watch(self, events: int) -> None:
-        before, self._events = self._events, events
+        before, self.events = self.events, events
         self.loop.watch(self, before, events)
 
     def close(self) -> None:

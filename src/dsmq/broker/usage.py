@@ -94,6 +94,8 @@ class Budget(Count["Connection"]):
         self._longest = 0
         self.is_tight = False
         """Whether the largest amount that is claimed at once would not fit."""
+        self.is_crowded = False
+        """Whether somebody waits, or will with the largest amount."""
         # When each began to wait, and for how much; and those among them that wait for a little.
         self._queue: dict[Connection, tuple[float, int]] = {}
         self._short: dict[Connection, None] = {}
@@ -103,11 +105,6 @@ class Budget(Count["Connection"]):
         with self._lock:
             self.limit, self._longest = max(limit, longest), longest
             self._judge()
-
-    @property
-    def is_crowded(self) -> bool:
-        """Whether somebody waits, or will with the largest amount."""
-        return self.is_tight or bool(self._queue)
 
     @property
     def is_full(self) -> bool:
@@ -120,6 +117,7 @@ class Budget(Count["Connection"]):
 
     def _judge(self) -> None:
         self.is_tight = self.total + self._longest > self.limit
+        self.is_crowded = self.is_tight or bool(self._queue)
 
     def claim_in_turn(self, holder: Connection, amount: int, now: float) -> bool:
         """Claim as `claim` does, but much only behind those that wait. If it fails, the holder waits from now on."""
@@ -128,6 +126,7 @@ class Budget(Count["Connection"]):
             if not in_turn or self.total + amount > self.limit:
                 since = self._queue.get(holder, (now, 0))[0]
                 self._queue[holder] = since, amount
+                self.is_crowded = True
                 if amount <= SHORT_BYTES:
                     self._short[holder] = None
                 else:
@@ -187,6 +186,7 @@ class Budget(Count["Connection"]):
         """Wait no more."""
         with self._lock:
             self._leave(holder)
+            self._judge()
 
     def _leave(self, holder: Connection) -> None:
         self._queue.pop(holder, None)
