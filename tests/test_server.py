@@ -592,9 +592,13 @@ def test_stop_reports_threads_that_survive(caplog: pytest.LogCaptureFixture) -> 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_run_detects_dead_thread() -> None:
-    store = LethalStore(0)
-    with serving(store, expiry_interval_seconds=UNIT) as server, pytest.raises(ServerFailed, match="dsmq-expiry"):
-        server.run()
+    with serving(LethalStore(0), expiry_interval_seconds=UNIT) as server, ThreadPoolExecutor(1) as pool:
+        run = pool.submit(server.run)
+        try:
+            with pytest.raises(ServerFailed, match="dsmq-expiry"):
+                run.result(SOON)
+        finally:
+            server.request_stop("the test ends")
 
 
 def test_shutdown_stops_run_in_any_thread(server: Server, wire: Wire) -> None:

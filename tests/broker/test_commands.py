@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,27 @@ def test_each_command_has_its_own_summary() -> None:
 def test_command_docs_match_table(wire: Wire) -> None:
     about = as_map(as_map(wire.call("COMMAND", "DOCS", "getlatest"))[b"getlatest"])
     assert about[b"summary"] == COMMANDS[b"GETLATEST"].summary.encode()
+
+
+def test_asterisk_in_config_pattern_matches_anything(wire: Wire) -> None:
+    names = list(as_map(wire.call("CONFIG", "GET", "*")))
+    assert b"max_age_seconds" in names
+    for pattern in (
+        "port",
+        "PORT",
+        "max*",
+        "*bytes",
+        "*_*_*_*",
+        "m*x*s",
+        "max_age_seconds*",
+        "*o*o*t*t*",
+        "p*ort*t",
+        "**",
+    ):
+        matches = [name for name in names if fnmatchcase(name.decode(), pattern.lower())]
+        assert list(as_map(wire.call("CONFIG", "GET", pattern))) == matches
+    assert list(as_map(wire.call("CONFIG", "GET", "nosuch", "port", "*_age_*", "po*"))) == [b"port", b"max_age_seconds"]
+    assert wire.error("CONFIG", "GET", "*" * 65) == wire.error("CONFIG", "SET", "port") == "BADREQUEST"
 
 
 # PROTOCOL.md

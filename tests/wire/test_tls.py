@@ -306,12 +306,6 @@ def test_plain_text_before_handshake_is_never_run(files: Files, accepts: bool) -
                 tls.accept(context, ours) if accepts else tls.connect(context, ours, "localhost")
 
 
-def test_tls_works_on_any_python_version(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "version_info", (3, 11, 2, "final", 0))
-    with serving(tls_cert_file=files.server) as server, connect(port=server.port, ca_file=files.ca) as mq:
-        assert mq.put("t", "x") == 1
-
-
 @pytest.mark.parametrize(
     "arguments",
     [{"tsl": True}, {"tls": 1}, {"tls": "yes"}, {"ca_fle": "x"}, {"key_file": "x"}],

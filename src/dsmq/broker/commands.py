@@ -126,29 +126,13 @@ COMMANDS: dict[bytes, Command] = {
             parse=messages.parse_read,
         ),
         Command("GET", messages.get, "topic", "Return the next message.", parse=messages.parse_topic),
-        Command(
-            "GETLATEST",
-            messages.get_latest,
-            "topic",
-            "Return the newest message, and skip the others.",
-            parse=messages.parse_topic,
-        ),
-        Command(
-            "GETWAIT",
-            messages.get_wait,
-            "topic milliseconds",
-            "Wait for the next message.",
-            parse=messages.parse_get_wait,
-        ),
+        Command("GETLATEST", messages.get_latest, "topic", "Return the newest message.", parse=messages.parse_topic),
+        Command("GETWAIT", messages.get_wait, "topic milliseconds", "Await a message.", parse=messages.parse_get_wait),
         Command("MULTI", transactions.multi, "", "Queue the following requests until EXEC."),
         Command("EXEC", transactions.execute, "", "Run the requests since MULTI; return an array of replies."),
         Command("DISCARD", transactions.discard, "", "Drop the requests since MULTI."),
-        Command(
-            "TOPICS", messages.topics, "[AFTER topic] [COUNT n]", "List topics with messages: name, messages, bytes."
-        ),
-        Command(
-            "STATS", messages.stats, "topic [AFTER id]", "Return the statistics of a topic.", parse=messages.parse_stats
-        ),
+        Command("TOPICS", messages.topics, "[AFTER topic] [COUNT n]", "List topics, their messages and bytes."),
+        Command("STATS", messages.stats, "topic [AFTER id]", "Describe a topic.", parse=messages.parse_stats),
         Command("SHUTDOWN", handshake.shutdown, "[NOSAVE|SAVE]", "Stop the server gracefully.", Role.ADMIN),
         Command(
             "HELLO",

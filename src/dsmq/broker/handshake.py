@@ -141,13 +141,12 @@ def _matches(name: str, pattern: str) -> bool:
     if not others:
         return name == pattern
     *middle, last = others
-    at = len(first)
-    for part in middle:
-        found = name.find(part, at)
-        if found < 0:
+    at, end = len(first), len(name) - len(last)
+    for part in filter(None, middle):
+        at = name.find(part, at) + len(part)
+        if at < len(part):
             return False
-        at = found + len(part)
-    return name.startswith(first) and name.endswith(last) and len(name) - len(last) >= at
+    return at <= end and name.startswith(first) and name.endswith(last)
 
 
 def info(client: Connection, request: list[bytes]) -> bytes:

@@ -28,15 +28,15 @@ from dsmq.store.schema import (
     unpack,
 )
 
-# Rows, and bytes of messages, deleted while the lock is held once: less than 0.1 ms of work.
+# Max rows and bytes deleted while the lock is held: less than 0.1 ms of work.
 EXPIRY_ROWS, EXPIRY_BYTES = 100, 131_072
-# Rows, and bytes of messages or names, copied for a snapshot while the lock is held once.
+# Max rows and bytes copied for a snapshot while the lock is held.
 COPY_ROWS, COPY_BYTES = 64, 16_384
 PAGE_BYTES = 4096
-# How often a copy at once reports progress: every so many of SQLite's instructions.
+# Instructions of SQLite's virtual machine between two reports of progress.
 PROGRESS_INSTRUCTIONS = 1000
 
-# Long bodies are left out, to be read as blobs, which copies them once instead of twice.
+# Without long bodies, which are read as blobs.
 _COLUMNS = f"put_at, last_number, ids_and_sizes, CASE WHEN length(bodies) < {LONG_BYTES} THEN bodies END"
 READ = f"SELECT {_COLUMNS} FROM chunks WHERE topic = ? AND last_id > ? AND put_at >= ? ORDER BY last_id"  # noqa: S608
 LATEST = f"SELECT {_COLUMNS} FROM chunks WHERE topic = ? ORDER BY last_id DESC"  # noqa: S608
@@ -69,7 +69,7 @@ class Database:
         self.lock = threading.Lock()
         self.closed = False
         self.deletable_id = sys.maxsize
-        """While a snapshot is written, nothing behind this id may be deleted: it is still to be copied."""
+        """While a snapshot is written, rows after this id must not be deleted: they are not copied yet."""
         self.timings = {"write": Timing(), "read": Timing(), "expire": Timing()}
         self.connection = _open_in_memory()
         try:
@@ -97,7 +97,6 @@ class Database:
 
     @contextmanager
     def transaction(self, operation: str) -> Iterator[None]:
-        """Do everything or nothing."""
         began = time.monotonic()
         if self.connection.in_transaction:
             # The rollback of an earlier transaction failed.
@@ -127,7 +126,7 @@ class Database:
             self.connection.executemany(INSERT_ROW, rows)
 
     def delete(self, last_id: int, empty_topics: list[int]) -> None:
-        """Delete the rows up to an id, and topics that have no messages left."""
+        """Delete rows up to an id, and topics without messages."""
         with self.transaction("expire"):
             self.connection.execute(DELETE, (last_id,))
             self.connection.executemany("DELETE FROM topics WHERE id = ?", [(topic,) for topic in empty_topics])
@@ -140,8 +139,8 @@ class Database:
             yield from unpack(row if row[3] is not None else self._with_long_bodies(row), after)
 
     def newest_below(self, topic: int, after: int, below: int) -> StoredMessage | None:
-        """Return the newest message with an id above `after` and lower than `below`."""
-        # Reads more than one row only if the last ones begin at or above `below`.
+        """Return the newest message with an id above `after` and below `below`."""
+        # Usually reads one row only; more if the last ones start at or above `below`.
         for row in self.connection.execute(LATEST, (topic,)):
             columns = row if row[3] is not None else self._with_long_bodies(row)
             if found := [message for message in unpack(columns, after) if message[0] < below]:
@@ -154,7 +153,7 @@ class Database:
             return (*row[:3], blob.read())
 
     def oldest(self, topic: int) -> tuple[int, int] | None:
-        """Return id and put time of the topic's first message."""
+        """Return id and put time of the topic's oldest message."""
         row = self.connection.execute(OLDEST, (topic,)).fetchone()
         return row and (array("q", row[1][:8])[0], row[0])
 
@@ -163,10 +162,10 @@ class Database:
         return row and int(row[0])
 
     def expired(self, oldest: int) -> list[ExpiredRow]:
-        """Return a few rows put before `oldest`, from the first one on, that may be deleted."""
+        """Return the first rows that were put before `oldest` and may be deleted."""
         found, size = [], 0
         for row in self.connection.execute(EXPIRY, (self.deletable_id, EXPIRY_ROWS)):
-            # Put times increase with the ids, so that expired rows come first.
+            # Put times increase with ids, so that expired rows come first.
             if row[2] >= oldest or size >= EXPIRY_BYTES:
                 break
             found.append(row)
@@ -186,7 +185,7 @@ class Database:
     # Snapshots
 
     def copy_rows(self, last_id: int, last_topic: int) -> Iterator[Batch]:
-        """Iterate over topics and rows up to these ids. Takes the lock itself, for one batch at a time."""
+        """Iterate over topics and rows up to these ids. Takes the lock itself, batch by batch."""
         for insert, last in ((INSERT_TOPIC, last_topic), (INSERT_ROW, last_id)):
             after = 0
             while batch := self._copy(insert, after, last):
@@ -206,24 +205,24 @@ class Database:
         return found
 
     def copy_to(self, file: Path, on_progress: Callable[[], None]) -> None:
-        """Copy all tables to an empty file, quicker than row by row, and without remains of deleted messages.
+        """Copy all tables to an empty file, faster than row by row, and without remains of deleted messages.
 
-        on_progress is called every now and then; its exceptions end the copy.
+        on_progress is called periodically; its exceptions end the copy.
         """
         self.connection.set_progress_handler(on_progress, PROGRESS_INSTRUCTIONS)
         try:
             self.connection.execute("VACUUM INTO ?", (str(file),))
         except sqlite3.OperationalError:
-            # SQLite does not pass on exceptions of the handler, so that it is called again.
+            # SQLite does not propagate exceptions of the handler, so call it again to raise its exception.
             on_progress()
             raise
         finally:
             self.connection.set_progress_handler(None, 0)
 
     def load(self, source: sqlite3.Connection) -> list[tuple[int, bytes, int, int, int, int]]:
-        """Take over the tables of a snapshot; if that fails, nothing changes.
+        """Replace the database by that of a snapshot; if that fails, nothing changes.
 
-        Returns what the topics hold: id, name, last number, last id, messages, bytes.
+        Returns for each topic: id, name, last number, last id, messages, bytes.
         """
         connection = _open_in_memory()
         try:
@@ -242,9 +241,9 @@ def _open_in_memory() -> sqlite3.Connection:
     # isolation_level=None: sqlite3 starts no transactions by itself.
     connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
     connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
-    # Otherwise, large sorts use a folder for temporary files, which may not be writable.
+    # Otherwise, SQLite writes large sorts to a folder for temporary files, which may not be writable.
     connection.execute("PRAGMA temp_store = MEMORY")
-    # Some systems' SQLite overwrites deleted data, which takes longer than the rest of expiry.
+    # On some systems, SQLite overwrites deleted data by default, which takes longer than the rest of expiry.
     connection.execute("PRAGMA secure_delete = OFF")
     return connection
 

@@ -1,4 +1,4 @@
-"""Recognises puts that are sent again: remembers message ids by producer and sequence number, within bounds."""
+"""Recognises retried puts: remembers message ids by producer and sequence number, within bounds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dsmq.errors import Forgotten
 from dsmq.store.api import Put
 
 MAX_PRODUCERS = 10_000
-# So many are remembered at least, and twice as many at most: forgetting many at once is cheaper than one at each put.
+# At least this number is remembered, at most twice as many: forgetting many at once is cheaper than one at each put.
 MAX_PUTS_OF_PRODUCER = 1_000
 MAX_REMEMBERED_PUTS = 1_000_000
 REMEMBER_MS = 600_000
@@ -24,10 +24,10 @@ class Producer:
     forgotten: int = -1
     """The highest forgotten sequence number."""
     last_at: int = 0
-    """When it put last, in milliseconds."""
+    """Time of its last put, in milliseconds."""
 
     def forget_oldest(self) -> int:
-        """Forget all but the last MAX_PUTS_OF_PRODUCER puts; return how many."""
+        """Forget all but the last MAX_PUTS_OF_PRODUCER puts; return the number of forgotten ones."""
         count = len(self.puts) - MAX_PUTS_OF_PRODUCER
         self.forgotten = max(self.forgotten, *islice(self.puts, count))
         self.puts = dict(islice(self.puts.items(), count, None))
@@ -42,7 +42,7 @@ class Deduplicator:
         self._producers: OrderedDict[bytes, Producer] = OrderedDict()
         self._count = 0
         self.forgot_at: int | None = None
-        """When a producer was last forgotten that might still resend a put."""
+        """When a producer was last forgotten that may still retry a put."""
 
     def __len__(self) -> int:
         """Return the number of remembered puts."""
@@ -53,7 +53,7 @@ class Deduplicator:
         return list(self._producers)
 
     def check(self, puts: Iterable[Put]) -> None:
-        """Raise Forgotten if one of these is too old to know whether it was stored."""
+        """Raise Forgotten if one of these puts may be a retry of a forgotten one."""
         producers = self._producers
         for _, _, key in puts:
             if key is None or (producer := producers.get(key[0])) is None or key[1] > producer.forgotten:
@@ -62,7 +62,7 @@ class Deduplicator:
                 raise Forgotten(f"number {key[1]} of this producer is too old to tell whether it has been stored")
 
     def check_unknown(self, name: bytes, now: int) -> None:
-        """Raise Forgotten if a producer is unknown, and may have been forgotten within REMEMBER_MS."""
+        """Raise Forgotten if a producer is unknown because it may have been forgotten within REMEMBER_MS."""
         if self.forgot_at is not None and name not in self._producers and now - self.forgot_at < REMEMBER_MS:
             raise Forgotten("too many others have put since to tell whether this has been stored")
 
@@ -72,9 +72,9 @@ class Deduplicator:
         return producer.puts.get(key[1]) if producer else None
 
     def remember(self, key: tuple[bytes, int], message_id: int, now: int, touched: dict[bytes, Producer]) -> int | None:
-        """Remember a put, or return the message id of the same put before.
+        """Remember a put, or return the message id if it is a retry.
 
-        Adds the producer to `touched` if `forget` needs to see it after the batch.
+        Adds the producer to `touched` if it is to be passed to `forget` after the batch.
         """
         name, seq = key
         producer = self._producers.get(name)
@@ -90,7 +90,7 @@ class Deduplicator:
         return None
 
     def forget(self, touched: dict[bytes, Producer], now: int) -> None:
-        """Forget the oldest puts beyond the bounds: after a batch, so that all its puts are treated alike."""
+        """Enforce the bounds, after a whole batch, so that all its puts are treated alike."""
         for name, producer in touched.items():
             self._producers.move_to_end(name)
             producer.last_at = now

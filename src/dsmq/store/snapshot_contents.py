@@ -1,4 +1,4 @@
-"""What a snapshot contains besides the messages: the store's state, in a few tables of its own."""
+"""The tables of a snapshot beside the messages: the store's state, and remembered puts."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _INSERT_PUT = "INSERT INTO puts VALUES (?, ?, ?)"
 
 
 class Lost(NamedTuple):
-    """A range of ids that were lost, because the server was killed and started again from an older snapshot."""
+    """A range of ids that were lost when the server was killed and restarted from an older snapshot."""
 
     after: int
     """The last id in that snapshot."""
     last: int
-    """The last of the range. The next run goes on from here."""
+    """The last id of the range. The next run continues from here."""
     numbers: dict[bytes, int]
-    """The last number of each topic in that snapshot, which the next run goes on from."""
+    """Each topic's last number in that snapshot. The next run continues from these."""
 
 
 class SnapshotState(NamedTuple):
@@ -47,7 +47,7 @@ class SnapshotState(NamedTuple):
     written_at: float
     """Unix time of the instant."""
     is_last: bool
-    """Whether it was written on a clean shutdown: nothing was put after it."""
+    """Written on a clean shutdown: no message was put after it."""
     empty_topics: dict[bytes, tuple[int, int]]
     """The last number and id of each topic without messages."""
     lost: list[Lost]
@@ -61,7 +61,7 @@ def copy_state(lock: AbstractContextManager[None], state: SnapshotState, puts: D
         with lock:
             producers = puts.copy(names[first : first + COPY_PRODUCERS], state.last_id)
         yield from _producer_batches(producers, first)
-    # Last, in case a producer has been forgotten before it was copied.
+    # At the end, in case a producer was forgotten before it was copied.
     yield _INSERT_STATE, [state._replace(forgot_at=puts.forgot_at)[:8]]
     empty = [(name, *last) for name, last in state.empty_topics.items()]
     yield "INSERT INTO empty_topics VALUES (?, ?, ?)", empty
@@ -83,7 +83,7 @@ def read_state(source: sqlite3.Connection) -> SnapshotState:
 
 def _read_lost(source: sqlite3.Connection) -> list[Lost]:
     lost: list[Lost] = []
-    # Snapshots did not always have this table.
+    # Snapshots of older versions may lack this table.
     if source.execute("SELECT 1 FROM sqlite_master WHERE name = 'lost'").fetchone():
         rows = source.execute("SELECT name, number FROM lost ORDER BY rowid")
         for name, number in rows:

@@ -1,7 +1,7 @@
-"""Snapshots: restores the store from a file at start, and writes it at an interval and on a graceful stop.
+"""Snapshots: loads the store from a file at start, and writes it at an interval and on a graceful stop.
 
-Ids are never used twice in an epoch. Only a snapshot written on a clean shutdown, and only the first time it is
-restored, holds every id that clients may have seen. After any other, ids go on far above.
+Ids are never used twice in an epoch. A snapshot contains every id that clients may have seen only if it was written on
+a clean shutdown and is restored for the first time. Otherwise, ids continue far above.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from dsmq import logs
@@ -25,12 +25,13 @@ from dsmq.store.snapshot_file import Abandoned, Unusable
 from dsmq.store.sqlite import SQLiteStore
 from dsmq.threads import join
 
-# How many ids may have been given since the snapshot was written, each time that the server went on from it.
+# Max ids assigned between a snapshot and a kill.
 RESTORE_GAP = 2**32
+# Between two batches of rows, so that clients get the store's lock.
 PAUSE_SECONDS = 0.0007
-# How long a disk may take to write what the system has buffered for it.
+# How long a disk may take to flush the system's write cache.
 _DISK_SECONDS = 300.0
-# The last snapshot gets at least this long: the messages are worth more than a stop in time.
+# The final snapshot gets at least this long: messages are worth more than a stop in time.
 LAST_SNAPSHOT_SECONDS = 60.0
 
 _logger = logging.getLogger(__name__)
@@ -38,21 +39,21 @@ _logger = logging.getLogger(__name__)
 
 @dataclass
 class SnapshotStats:
-    """What metrics show."""
+    """Figures for metrics."""
 
     written: int = 0
     failed: int = 0
     seconds: float = 0.0
-    """Spent on those that were written."""
+    """Time spent on written snapshots."""
     last_at: float = 0.0
-    """Unix time at which the last one was written, or the restored one."""
+    """Unix time of the last snapshot, written or restored."""
     last_bytes: int = 0
     restored: int = 0
-    """Messages."""
+    """Restored messages."""
 
 
 class Snapshotter:
-    """Writes snapshots of a store to a file, and restores it from there."""
+    """Writes snapshots of a store to a file, and restores the store from it."""
 
     def __init__(
         self,
@@ -63,31 +64,31 @@ class Snapshotter:
         clock: Callable[[], float] = time.time,
         pause_seconds: float = PAUSE_SECONDS,
     ) -> None:
-        """clock returns Unix time. Between two batches, the store is free for pause_seconds."""
+        """clock returns Unix time."""
         self.thread = threading.Thread(target=self._run, name="dsmq-snapshot", daemon=True)
         self.stats = SnapshotStats()
         self.interval = interval_seconds
         self.due_at = time.monotonic() + interval_seconds
-        """When the thread should have shown a sign of life, at the latest."""
+        """The thread hangs if it makes no progress by then."""
         self._store = store
-        # Resolved, in case the process changes its working directory, or the name is a link.
+        # Resolved, in case the process changes its working directory, or the file is a symbolic link.
         self.path = Path(os.path.realpath(file))
         self._clock = clock
         self._stop = threading.Event()
         self._pause_seconds = pause_seconds
         self._lock: int | None = None
-        # Whether the file is this server's, and has been restored.
+        # Whether the file is locked by this server, and has been restored.
         self._is_open = False
         self.saved = False
-        """Whether the last snapshot is written."""
+        """Whether the final snapshot is written."""
         self._last: threading.Thread | None = None
 
     # Start
 
     def open(self) -> None:
-        """Restore the file, if it exists. Raises StartupError if a snapshot could not be read or written.
+        """Restore the file, if it exists. Raises StartupError if snapshots can't be read or written.
 
-        A file that is damaged is renamed, and the store stays new.
+        A damaged file is renamed, and the store stays empty.
         """
         try:
             self._lock = _lock_file(self.path.with_name(self.path.name + ".lock"))
@@ -109,7 +110,9 @@ class Snapshotter:
                 now = self._clock()
                 state = self._store.load(database, now)
         except (Unusable, sqlite3.DatabaseError) as error:
-            self._quarantine(str(error))
+            aside = snapshot_file.quarantine(self.path)
+            about = logs.event("snapshot_refused", file=str(self.path), kept_as=str(aside), reason=str(error))
+            _logger.error("nothing restored, the snapshot is unusable: %s; kept as %s", error, aside, extra=about)
             return
         gaps = found.restores + (not state.is_last)
         if gaps:
@@ -119,11 +122,6 @@ class Snapshotter:
             pass
         self.stats.last_at = state.written_at
         self._log_restored(max(0.0, now - state.written_at), time.monotonic() - began, is_complete=not gaps)
-
-    def _quarantine(self, reason: str) -> None:
-        aside = snapshot_file.quarantine(self.path, datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ"))
-        about = logs.event("snapshot_refused", file=str(self.path), kept_as=str(aside), reason=reason)
-        _logger.error("nothing restored, the snapshot is unusable: %s; kept as %s", reason, aside, extra=about)
 
     def _log_restored(self, age: float, seconds: float, *, is_complete: bool) -> None:
         totals = self._store.totals()
@@ -153,7 +151,7 @@ class Snapshotter:
         self.thread.start()
 
     def stop(self) -> None:
-        """End the thread soon, even during a snapshot, but not the last one. Idempotent."""
+        """Make the thread end soon, even during a snapshot, except the final one. Idempotent."""
         if self._last is None:
             self._stop.set()
 
@@ -165,40 +163,36 @@ class Snapshotter:
     def save(self, *, at_once: bool = False, is_last: bool = False) -> bool:
         """Write a snapshot; return whether that succeeded. Failures are logged.
 
-        at_once is quicker, but blocks the store. is_last says that this is a clean shutdown: nobody puts any more.
+        at_once is quicker, but blocks the store. is_last marks a clean shutdown: there will be no more puts.
         """
         began = time.monotonic()
         try:
-            size = snapshot_file.write(
-                self.path, lambda target: self._fill(target, at_once=at_once, is_last=is_last), self._allow_slow_disk
-            )
+            fill = partial(self._fill, at_once=at_once, is_last=is_last)
+            size = snapshot_file.write(self.path, fill, self._allow_slow_disk)
         except Abandoned:
             return False
         except Exception as error:
             self.stats.failed += 1
-            about = logs.event("snapshot_failed", file=str(self.path), error=str(error))
-            expected = isinstance(error, OSError | sqlite3.Error | ReplyError | MemoryError)
+            is_expected = isinstance(error, OSError | sqlite3.Error | ReplyError | MemoryError)
             _logger.error(
                 "can't write a snapshot to %s: %s; the previous one is kept",
                 *(self.path, error),
-                extra=about,
-                exc_info=not expected,
+                extra=logs.event("snapshot_failed", file=str(self.path), error=str(error)),
+                exc_info=not is_expected,
             )
             return False
-        self._record_written(size, time.monotonic() - began, is_last=is_last)
-        return True
-
-    def _record_written(self, size: int, seconds: float, *, is_last: bool) -> None:
+        seconds = time.monotonic() - began
         self.stats.written += 1
         self.stats.seconds += seconds
         self.stats.last_at, self.stats.last_bytes = self._clock(), size
         about = logs.event("snapshot", bytes=size, seconds=seconds, last=is_last)
         level = logging.INFO if is_last else logging.DEBUG
         _logger.log(level, "snapshot of %d bytes in %.2f s", size, seconds, extra=about)
+        return True
 
     def _fill(self, target: sqlite3.Connection, *, at_once: bool, is_last: bool) -> None:
         pause = 0 if at_once else self._pause_seconds
-        # Expired messages must not get into the file. If they can't be deleted, better they than no snapshot.
+        # Expired messages don't belong in the file, but a snapshot with them is better than none.
         with suppress(ReplyError):
             while self._store.expire():
                 self._checkpoint(pause)
@@ -214,30 +208,30 @@ class Snapshotter:
         target.execute("COMMIT")
 
     def _checkpoint(self, seconds: float = 0) -> None:
-        """Show a sign of life, and leave the store to others for so long. Raises Abandoned on a stop."""
+        """Report progress, and release the store for this long. Raises Abandoned on a stop."""
         self.due_at = time.monotonic()
         if self._stop.wait(seconds):
             raise Abandoned
 
     def _allow_slow_disk(self) -> None:
-        """The same, before something that may take the disk a long time."""
+        """Do the same before an operation for which the disk may need a long time."""
         self._checkpoint()
         self.due_at += _DISK_SECONDS
 
     # Stop
 
     def finish(self, deadline: float, *, is_last: bool) -> list[str]:
-        """Write the last snapshot, and release the file; return the name of the thread if it hangs.
+        """Write the final snapshot, and release the file; return the name of the thread if it hangs.
 
-        If interrupted, it can be called again, and goes on.
+        If interrupted, it can be called again to continue.
         """
         deadline = max(deadline, time.monotonic() + LAST_SNAPSHOT_SECONDS)
         join(self.thread, deadline)
-        # If the start failed before the file was restored, it holds more than the store.
+        # If the start failed before the file was restored, the file is all there is.
         if self._is_open and not self.thread.is_alive():
             if self._last is None:
                 self._stop.clear()
-                # In a thread, so that Ctrl-C does not end it.
+                # In a thread, so that Ctrl-C does not interrupt it.
                 self._last = threading.Thread(
                     target=self.save_last, kwargs={"is_last": is_last}, name=self.thread.name, daemon=True
                 )
@@ -247,12 +241,12 @@ class Snapshotter:
         return self._close_unless_busy()
 
     def save_last(self, *, is_last: bool = True) -> bool:
-        """Write a snapshot once nobody uses the store any more; return whether that succeeded."""
+        """Write the final snapshot, once nobody uses the store; return whether that succeeded."""
         self.saved = self.save(at_once=True, is_last=is_last)
         return self.saved
 
     def abandon(self) -> list[str]:
-        """End the last snapshot if it is not written yet, and log that messages are lost. Idempotent.
+        """Abort the final snapshot if it is not written yet, and log that messages are lost. Idempotent.
 
         Return the name of the thread if it hangs.
         """
@@ -280,20 +274,20 @@ class Snapshotter:
         if self._lock is not None:
             import fcntl  # noqa: PLC0415 - Windows has none
 
-            # Unlocked explicitly, because a forked process may hold the same lock.
+            # Unlocked explicitly, because a forked process may have a copy of the descriptor.
             fcntl.flock(self._lock, fcntl.LOCK_UN)
             self.close_inherited()
 
     def close_inherited(self) -> None:
-        """Close the descriptor that a forked process has of the lock, without unlocking it."""
+        """Close a forked process's copy of the lock's descriptor, without unlocking the file."""
         if self._lock is not None:
-            # In this order: if it is interrupted in between, the number must not be closed twice.
+            # In this order, because an interrupt in between must not lead to closing the descriptor twice.
             descriptor, self._lock = self._lock, None
             os.close(descriptor)
 
 
 def _lock_file(path: Path) -> int:
-    """Lock a file, and return its descriptor. The file is never removed, which would be a race."""
+    """Lock a file, and return its descriptor. The file is never removed: another server may be about to lock it."""
     import fcntl  # noqa: PLC0415 - Windows has none
 
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)

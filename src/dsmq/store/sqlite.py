@@ -1,11 +1,11 @@
 """The store: messages in an in-memory SQLite database, behind a write buffer.
 
-A new message is not written to SQLite at once. It waits in the write buffer, in memory too, until the buffer is large
-enough to be flushed; readers see both. A row for each message was measured to cost 2 to 10 µs a put and half of the
-throughput with pipelining. Flushed together, messages of one topic and millisecond share a row.
+A new message is not written to SQLite at once. It waits in the write buffer, also in memory, until the buffer is large
+enough to be flushed; readers see both. Writing a row per message takes 2 to 10 µs more per put and halves the
+throughput of pipelined puts. When the buffer is flushed, messages of one topic and millisecond share a row.
 
-The last id and number of each topic are known without SQLite as well, so that a reader that has read everything costs
-no statement. Ids are assigned here: SQLite would give the id of a deleted newest row to the next one.
+Each topic's last id and number are kept outside SQLite as well, so that a reader that is up to date needs no statement.
+Ids are assigned here, because SQLite would reuse the id of the newest row after it is deleted.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from dsmq.store.api import (
     Limits,
     Message,
     Put,
+    Timing,
     TopicStats,
     Totals,
     accounted_topic_bytes,
@@ -42,9 +43,9 @@ from dsmq.system import BOOT_CLOCK
 # Flush the write buffer at the first size when idle, at the second in any case.
 FLUSH_MESSAGES, MAX_BUFFERED_MESSAGES = 32, 512
 FLUSH_BYTES, MAX_BUFFERED_BYTES = 32_768, 262_144
-# After a failed flush, the next one is not tried sooner, unless something expires.
+# After a failed flush, the next one is tried after this time, or after messages have expired.
 RETRY_MS = 100
-# Ranges of lost ids that are remembered, and numbers of topics with them; of the last range always all.
+# Remembered ranges of lost ids, and last numbers in them. The last range is always complete.
 MAX_LOST, MAX_LOST_NUMBERS = 100, 100_000
 
 
@@ -54,20 +55,17 @@ def monotonic_ms() -> int:
 
 
 class SQLiteStore:
-    """The store in this process. Thread-safe."""
+    """A store in this process. Thread-safe."""
 
     def __init__(self, max_age_ms: int, clock: Callable[[], int] = monotonic_ms, limits: Limits | None = None) -> None:
         self.max_age_ms = max_age_ms
         self.epoch, self.run = secrets.token_hex(8), secrets.token_hex(8)
-        # The ranges of ids of this epoch that were lost, oldest first; not all, if there are many.
+        # Oldest first; the oldest are dropped if there are many.
         self._lost: list[Lost] = []
         self._clock = clock
         self._database = Database()
         self._last_id = 0
-        self._topics = TopicTable()
-        self.last_numbers, self.largest_topics = self._topics.last_numbers, self._topics.largest
-        self.timings = self._database.timings.copy
-        self._buffer = WriteBuffer()
+        self._topics, self._buffer = TopicTable(), WriteBuffer()
         self._flush_error: ReplyError | None = None
         self._retry_at = 0
         self._limits = LimitChecker(self._topics, limits or Limits())
@@ -85,7 +83,7 @@ class SQLiteStore:
 
     def append(self, puts: Sequence[Put]) -> list[int]:
         with self._database:
-            # Everything that can fail comes before the first message is stored.
+            # Everything that can fail comes before the first message is added.
             self._deduplicator.check(puts)
             topics, buffer, limits = self._topics, self._buffer, self._limits
             names = set()
@@ -209,14 +207,14 @@ class SQLiteStore:
                 return []
             message_id, number, put_at, body = found
             message = Message(message_id, number, now - put_at, body, put_at - since)
-            # Whatever it skips is not wanted any more.
+            # The messages that it skips count as read.
             known.mark_read(message_id, message, message)
             return [message]
 
     def _newest_below(self, topic: Topic, below: int) -> StoredMessage | None:
         if at := bisect_left(topic.buffered, (below,)):
             return topic.buffered[at - 1]
-        # Of the last row, only the last message is unpacked if it is the one.
+        # If it is the last message, unpack only that one of its row.
         return self._database.newest_below(topic.row, topic.last_id - 1 if below > topic.last_id else 0, below)
 
     def last_id(self) -> int:
@@ -228,7 +226,7 @@ class SQLiteStore:
         with self._database:
             oldest = self._clock() - self.max_age_ms
             rows = self._database.expired(oldest)
-            # The buffer is not flushed for it: that needs memory, which there may be none of.
+            # Don't flush the buffer for this, because there may be no memory left.
             is_buffered = not rows and self._database.deletable_id == sys.maxsize
             deleted = self._buffer.find_older(oldest) if is_buffered else self._topics.sum_rows(rows)
             if not deleted:
@@ -281,7 +279,7 @@ class SQLiteStore:
     def _oldest_age(self) -> int:
         with suppress(ReplyError), self._database:
             now = self._clock()
-            # Everything written is older than what is in the buffer.
+            # Rows are older than messages in the buffer.
             buffered = [topic.buffered[0][2] for topic in self._buffer.dirty_topics]
             return max(0, now - (self._database.oldest_put_at() or min(buffered, default=now)))
         return 0
@@ -290,8 +288,17 @@ class SQLiteStore:
         with self._database:
             return self._limits.full()
 
+    def timings(self) -> dict[str, Timing]:
+        return self._database.timings.copy()
+
+    def last_numbers(self) -> dict[bytes, int]:
+        return self._topics.last_numbers()
+
     def last_number(self, topic: bytes) -> int:
         return self._topics.find(topic).last_number
+
+    def largest_topics(self, count: int) -> list[bytes]:
+        return self._topics.largest(count)
 
     # Snapshots
 
@@ -299,15 +306,15 @@ class SQLiteStore:
     def snapshot(
         self, unix_time: float, *, is_last: bool, file: Path | None, on_progress: Callable[[], None]
     ) -> Iterator[Iterator[Batch]]:
-        """Take a snapshot of this instant: yield its rows, in batches short enough for no client to notice.
+        """Take a snapshot of this instant: yield its rows, in batches too short to delay clients.
 
-        Later puts are not part of it, and nothing is deleted before it has been copied. If an empty file is given,
-        tables are copied to it first, which is quicker than by rows, but blocks the store; on_progress is called every
-        now and then, and its exceptions end the copy.
+        Later puts are not part of it, and nothing is deleted before it is copied. If `file` is given, an empty one,
+        tables are copied to it first, which is faster than by rows, but blocks the store; on_progress is called
+        periodically, and its exceptions end the copy.
         """
         database, topics, buffer = self._database, self._topics, self._buffer
         try:
-            # Not with `with database`, which would take errors of the file for the store's.
+            # Not `with database`, which would convert errors of the file as if they were the store's.
             with database.lock:
                 state = SnapshotState(
                     *(self.epoch, self.run, self._clock(), self._last_id, topics.last_row, None, unix_time, is_last),
@@ -323,12 +330,12 @@ class SQLiteStore:
             database.deletable_id = sys.maxsize
 
     def load(self, source: sqlite3.Connection, unix_time: float) -> SnapshotState:
-        """Take over a snapshot, and return its state. The store must be new.
+        """Load a snapshot into a new store, and return its state.
 
-        Restored messages count as read: whether they were is unknown.
+        Restored messages count as read, because it is unknown whether they were.
         """
         state, clock = read_state(source), self._clock
-        # First, because the rest takes time.
+        # Computed first, because the rest takes time.
         ahead_ms = state.clock + round(max(0.0, unix_time - state.written_at) * 1000) - clock()
         producers = read_producers(source)
         with self._database.lock:
@@ -342,9 +349,9 @@ class SQLiteStore:
         return state
 
     def begin_run(self, last_id: int) -> None:
-        """Begin a new run, after the loaded snapshot may have lacked the last messages. Ids go on from `last_id`.
+        """Begin a new run because the last messages before a kill are lost. Ids continue from `last_id`.
 
-        Numbers go on from those of the snapshot. A reader that knows higher ones takes the snapshot's.
+        Numbers continue from the snapshot. A reader that knows higher ones falls back to the snapshot's.
         """
         numbers = {name: number for name, (number, _) in self._topics.empty.items()} | self.last_numbers()
         while len(self._lost) >= MAX_LOST or sum(len(one.numbers) for one in self._lost) > MAX_LOST_NUMBERS:
