@@ -718,6 +718,43 @@ class SlowStore(SQLiteStore):
         return self.reads[-1]
 
 
+def test_unanswered_read_gets_error_at_stop() -> None:
+    store = SlowStore()
+    with serving(store) as server, wire_to(server) as wire:  # type: ignore[arg-type]
+        wire.send(encode_request(b"GET", b"t"))
+        wait_until(lambda: bool(store.reads))
+        assert server.stop() == []
+        # An empty reply would mean that there is no message.
+        assert isinstance(wire.receive(), ShuttingDown)
+        assert wire.ended()
+
+
+def test_asynchronous_store_answers_transaction() -> None:
+    with serving(LaterStore()) as server, wire_to(server) as wire:  # type: ignore[arg-type]
+        requests = ("PUT t 1", "MULTI", "PUT t 2", "GET t", "PUT t 3", "GET t", "GET t", "EXEC", "PUT t 4")
+        wire.send("".join(f"{request}\r\n" for request in requests).encode())
+        replies = [wire.receive() for _ in requests]
+        assert replies == [1, "OK", *["QUEUED"] * 5, [2, b"1", 3, b"2", b"3"], 4]
+
+
+class LimitedStore(LaterStore):
+    """Refuses several puts at once, but stores each of them later."""
+
+    def append(self, puts: Sequence[Put]) -> Future[list[int]]:
+        if len(puts) > 1:
+            raise Full("no room")
+        return super().append(puts)
+
+
+def test_puts_retried_one_by_one_are_answered_later() -> None:
+    with serving(LimitedStore()) as server, wire_to(server) as wire:  # type: ignore[arg-type]
+        wire.send(encode_request(b"PUT", b"t", b"x") * 5 + encode_request(b"PING"))
+        replies = [wire.receive() for _ in range(6)]
+        # Several threads store them.
+        assert sorted(map(str, replies)) == ["1", "2", "3", "4", "5", "PONG"]
+        assert replies[-1] == "PONG"
+
+
 def test_late_store_answer_gives_no_second_reply() -> None:
     store = SlowStore()
     with Server(config.load(kind=config.EmbeddedSettings, port=0), store) as server, wire_to(server) as wire:  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from contextlib import suppress
 from selectors import EVENT_READ
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from dsmq.broker.login import Login, Peer
 from dsmq.broker.reads import Reads
 from dsmq.broker.requests import Requests
 from dsmq.broker.states import BEHIND, CLOSED, FINISHING, HANDSHAKE, LINGERING, NO_ROOM, OPEN, WAITING
-from dsmq.broker.transport import LAST_RECEIVE_BYTES, LINGER_SECONDS_AT_STOP, Stream, Transport
+from dsmq.broker.transport import LINGER_SECONDS_AT_STOP, Stream, Transport
 from dsmq.broker.usage import RECEIVE_BYTES, Budget
 from dsmq.errors import AuthRequired, InternalError, ReplyError, ShuttingDown
 from dsmq.wire.limits import REQUEST_OVERHEAD_BYTES
@@ -206,7 +207,6 @@ class Connection:
         if self.state is NO_ROOM:
             self.loop.memory.remove(self)
         self.state = max(self.state, FINISHING)
-        self.transport.max_receive = LAST_RECEIVE_BYTES
         if not self.transport.data:
             self.loop.to_flush.append(self.transport)
 
@@ -254,30 +254,23 @@ class Connection:
     def log_rejected(self, error: ReplyError) -> None:
         _logger.info("%r: %s %s", self, error.code, error, extra=self.event("rejected", code=error.code))
 
-    def on_failure(self) -> None:
-        """Close after an exception, which costs this connection and no other."""
-        self._log_defect()
-        self.close_with_error(_DEFECT)
-
-    def fail_by_defect(self) -> None:
-        """Reply to a request that failed by an exception, and close."""
-        self._log_defect()
+    def on_failure(self, *, in_request: bool = False) -> None:
+        """Close after a defect, which costs this connection and no other; in a request, with a reply."""
+        _logger.exception("%r: dropped after a defect", self, extra=self.event("defect"))
+        self.counters.failures += 1
         self.reads.end()
-        if self.commit_puts():
+        if in_request and self.commit_puts():
             self.fail(_DEFECT)
             self.finish()
         else:
-            self.close("dropped after a defect")
-
-    def _log_defect(self) -> None:
-        _logger.exception("%r: dropped after a defect", self, extra=self.event("defect"))
-        self.counters.failures += 1
+            self.close_with_error(_DEFECT)
 
     def close_with_error(self, error: ReplyError) -> None:
         """Close at once. A client that asked for notices gets the error, unless another reply is due first."""
         if self.notices and not (self.transport.data or self.pending_puts):
             self._note(error)
-            self.transport.send_at_once(error)
+            with suppress(OSError):
+                self.transport.socket.send(encode_error(error))
         self.close(f"{error.code} {error}")
 
     def close(self, reason: str) -> None:

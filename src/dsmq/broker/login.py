@@ -27,7 +27,6 @@ class Peer:
     """The other end of a connection."""
 
     number: int
-    host: str
     client_key: str
     """Identifies a client with many addresses: see `auth.client_key`."""
     name: str

@@ -137,7 +137,7 @@ class Reads:
             self.end()
             connection.fail(error)
         except Exception:  # noqa: BLE001
-            connection.fail_by_defect()
+            connection.on_failure(in_request=True)
             return
         else:
             if reply is None:

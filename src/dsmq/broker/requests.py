@@ -135,7 +135,7 @@ class Requests:
             except ReplyError as error:
                 self._refuse(request, error)
             except Exception:  # noqa: BLE001
-                connection.fail_by_defect()
+                connection.on_failure(in_request=True)
             if queue and connection.pending_puts and slice_seconds:
                 # Puts are so fast that the clock is read once for a batch of them.
                 continue
@@ -237,12 +237,8 @@ class Requests:
 
     def count(self) -> None:
         """Update the total. If there is no room for the rest of an incomplete request, the connection has to wait."""
-        parser, connection = self.parser, self.connection
-        held = (
-            parser.buffered
-            + self.connection.reads.position_bytes
-            + (self.transaction.memory if self.transaction else 0)
-        )
+        parser, connection, transaction = self.parser, self.connection, self.transaction
+        held = parser.buffered + connection.reads.position_bytes + (transaction.memory if transaction else 0)
         held += sum(map(request_memory, self.queue)) + sum([request_memory(step.request) for step in self.steps])
         if parser.incomplete and connection.state in (OPEN, BEHIND):
             more = _counted(held + parser.missing) - self.reserved

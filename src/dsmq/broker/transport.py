@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from dsmq.broker import usage
 from dsmq.broker.states import BEHIND, CLOSED, FINISHING, HANDSHAKE, LINGERING, NO_ROOM, OPEN, WAITING
 from dsmq.broker.usage import FREE_BYTES, RECEIVE_BYTES, SLOW_BYTES_PER_SECOND, Budget
-from dsmq.errors import ReplyError
-from dsmq.wire.resp import Encoded, encode_error
+from dsmq.wire.resp import Encoded
 
 if TYPE_CHECKING:
     from dsmq.broker.connection import Connection
@@ -27,8 +26,7 @@ Stream: TypeAlias = "socket.socket | TLSSocket"
 # Max bytes received at once from each of many connections, and sent at once, so that one does not hold up the others.
 CROWD_RECEIVE_BYTES = 16_384
 SEND_BYTES = 524_288
-# Max bytes received, and discarded, at once while a connection closes, and in total if the client is unauthenticated.
-LAST_RECEIVE_BYTES = 4096
+# Max bytes received from an unauthenticated client, and discarded, while its connection closes.
 MAX_DISCARDED_BYTES = 65_536
 # Max unparsed bytes buffered while a client is waiting.
 MAX_HELD_BYTES = 65_536
@@ -141,11 +139,6 @@ class Transport:
         if self.counted:
             # The client reads slowly, so this may stay for long.
             self.count()
-
-    def send_at_once(self, error: ReplyError) -> None:
-        """Try to send this before closing."""
-        with suppress(OSError):
-            self.socket.send(encode_error(error))
 
     def flush(self) -> None:
         """Send what the socket takes."""
