@@ -15,7 +15,7 @@ _MAX_SPLIT_TOKENS = 448
 _RETURN = ord("\r")
 # Requests that can't be split are slower to parse: this many take about 0.1 ms.
 _MAX_ONE_BY_ONE = 16
-_count = {b"*%d" % n: n for n in range(1, MAX_ARGUMENTS + 1)}.get
+_short_count = {b"*%d" % n: n for n in range(1, MAX_ARGUMENTS + 1)}.get
 
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 _BLANK_LINES = re.compile(rb"(?:[ \t]*\r?\n)+")
@@ -46,7 +46,7 @@ class RequestParser(Input):
         # Of an incomplete request: the complete arguments, how many there will be, and the bytes consumed.
         self._arguments: list[bytes] = []
         self._count = self._size = 0
-        # The size of the length line of the incomplete argument that the data begins with; 0 if there is none.
+        # Where the body begins in the incomplete argument that the data begins with; 0 if there is none.
         self._body = 0
 
     def __len__(self) -> int:
@@ -99,7 +99,7 @@ class RequestParser(Input):
         if end < 0:
             self._await_length()
             return False
-        self._count = _count(self._data[at:end]) or _wrong_count(parse_length(self._data[at + 1 : end]))
+        self._count = _short_count(self._data[at:end]) or _wrong_count(parse_length(self._data[at + 1 : end]))
         self._at, self._size = end + 2, end + 2 - at
         return True
 
@@ -159,7 +159,7 @@ class RequestParser(Input):
         tokens = data.split(CRLF, _MAX_SPLIT_TOKENS)
         # The last token is incomplete, or was not split.
         last = len(tokens) - 1
-        at, count = 0, _count(tokens[0])
+        at, count = 0, _short_count(tokens[0])
         while count and (end := at + 1 + 2 * count) <= last:
             for length in range(at + 1, end, 2):
                 if short_length(tokens[length]) != len(tokens[length + 1]):
@@ -167,7 +167,7 @@ class RequestParser(Input):
                     break
             else:
                 requests.append(tokens[at + 2 : end : 2])
-                at, count = end, _count(tokens[end])
+                at, count = end, _short_count(tokens[end])
         left = len(tokens[last]) if at == last else sum(map(len, tokens[at:])) + 2 * (last - at)
         self._advance(self._at + len(data) - left)
 
