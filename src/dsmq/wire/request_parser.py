@@ -66,8 +66,8 @@ class RequestParser(Input):
                 return self._next_line()
             if not self._parse_count():
                 return None
-        data, arguments = self._data, self._arguments
-        while len(arguments) < self._count:
+        data, arguments, count = self._data, self._arguments, self._count
+        while len(arguments) < count:
             at = self._at
             end = data.find(CRLF, at, at + _MAX_LENGTH_LINE)
             if end < 0:

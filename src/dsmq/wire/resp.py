@@ -18,8 +18,8 @@ ARRAY, _BULK, _INTEGER, _SIMPLE, _ERROR, _NULL = b"*$:+-_"
 _ZERO = ord("0")
 CRLF = b"\r\n"
 OK = b"+OK\r\n"
-# Max bytes split at once, so that splitting in vain costs little. No limit on the size of a request is lower, so requests
-# that were split need no check.
+# Max bytes split at once, so that splitting in vain costs little. No limit on the size of a request is lower, so that
+# requests that were split need no check.
 MAX_SPLIT_BYTES = 4096
 # Smaller chunks of input are gathered.
 _MIN_CHUNK_BYTES = 4096
