@@ -14,7 +14,7 @@ import trustme
 
 from conftest import SOON, UNIT, Wire, daemon, wait_until, wire_to
 from dsmq import settings as config
-from dsmq.broker import connection
+from dsmq.broker import login
 from dsmq.broker.connection import Connection
 from dsmq.client import connect
 from dsmq.server import Server
@@ -144,8 +144,8 @@ def test_failing_connection_does_not_affect_others_on_reload(token_file: Path, m
     with Server(load(), load=load) as server, wire_as(server, READER) as first, wire_as(server, READER) as second:
         first.ask_for_notices()
         second.ask_for_notices()
-        broken, settled = next(iter(server._workers[0].connections)), Connection._commit_pending_puts
-        monkeypatch.setattr(Connection, "_commit_pending_puts", lambda one: 1 / 0 if one is broken else settled(one))
+        broken, settled = next(iter(server._workers[0].connections)), Connection.commit_puts
+        monkeypatch.setattr(Connection, "commit_puts", lambda one: 1 / 0 if one is broken else settled(one))
         token_file.write_text(ADMIN)
         server.reload()
         assert second.receive().code == "NOAUTH"  # type: ignore[union-attr]
@@ -196,7 +196,7 @@ def test_reload_with_first_token_closes_unauthenticated_connections() -> None:
 
 
 def test_reload_may_remove_all_tokens_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "WRONG_TOKEN_SECONDS", 10 * SOON)
+    monkeypatch.setattr(login, "WRONG_TOKEN_SECONDS", 10 * SOON)
     settings: dict[str, object] = {"auth_token": ADMIN}
     load = lambda: config.load(kind=config.EmbeddedSettings, port=0, **settings)  # noqa: E731
     with Server(load(), load=load) as server, wire_as(server, ADMIN) as admin, wire_to(server) as guesser:

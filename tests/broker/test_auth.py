@@ -11,7 +11,7 @@ import pytest
 import trustme
 
 from conftest import SOON, UNIT, Wire, daemon, run_dsmq, serving, tool, wire_to
-from dsmq.broker import auth, connection
+from dsmq.broker import auth, login
 from dsmq.broker.auth import Authenticator, Role
 from dsmq.broker.commands import COMMANDS
 from dsmq.client import connect
@@ -148,13 +148,13 @@ def test_wrong_token_closes_authenticated_connection(server: Server) -> None:
 
 
 def test_requests_that_arrive_behind_a_wrong_token_get_replies(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "WRONG_TOKEN_SECONDS", 10 * SOON)
+    monkeypatch.setattr(login, "WRONG_TOKEN_SECONDS", 10 * SOON)
     with wire_to(server) as wire:
         assert wire.error("AUTH", WRONG) == "WRONGPASS"
         assert [wire.error("AUTH", ADMIN), wire.error("PING")] == ["NOAUTH", "NOAUTH"]
         wire.send(b"PING\r\n" * 100)
         # Two have been answered.
-        replies = [wire.receive() for _ in range(connection.MAX_REQUESTS_OF_STRANGERS - 2)]
+        replies = [wire.receive() for _ in range(login.MAX_UNAUTHENTICATED_REQUESTS - 2)]
         assert "no more than" in str(replies[-1])
         with pytest.raises(EOFError):
             wire.receive()
@@ -288,7 +288,7 @@ def test_cli_error_names_missing_option(tls_server: Server, tmp_path: Path) -> N
         done = run_dsmq("ping", "--port", str(server.port))
         assert done.stderr == b"dsmq: authentication required: --token-file FILE, or DSMQ_AUTH_TOKEN\n"
     port = ("--port", str(tls_server.port))
-    assert b"does it want TLS (--tls)?" in run_dsmq("ping", *port).stderr
+    assert b"does it require TLS (--tls)?" in run_dsmq("ping", *port).stderr
     assert b"(--ca-file FILE names others to trust)" in run_dsmq("ping", *port, "--tls").stderr
     cert, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
     tool("openssl", "openssl")
@@ -322,4 +322,4 @@ def test_ping_uses_server_configuration(tmp_path: Path, token_file: Path, files:
             options = ("--host", "127.0.0.1", "--port", str(other_server.port))
             done = run_dsmq("ping", *options, env={"DSMQ_CONFIG": str(file)})
             assert b"authentication required" in done.stderr
-            assert other_server.counters().wrong_tokens == 0
+            assert other_server.status.counters().wrong_tokens == 0

@@ -393,7 +393,7 @@ def test_killed_container_restarts(engine: Podman | Docker) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--env=DSMQ_MAX_AGE_SECOND=5"], "nearest known one is 'DSMQ_MAX_AGE_SECONDS'"),
+        (["--env=DSMQ_MAX_AGE_SECOND=5"], "did you mean DSMQ_MAX_AGE_SECONDS?"),
         (["--env=DSMQ_PORT=70000"], "DSMQ_PORT: "),
         (["--env=DSMQ_CONFIG=/etc/dsmq/other.toml"], "/etc/dsmq/other.toml: No such file"),
         (["--env=DSMQ_AUTH_TOKEN_FILE=/run/secrets/none"], "/run/secrets/none: No such file"),

@@ -39,7 +39,7 @@ def test_tls_error_names_address_and_remedy(connect: Connect, files: Files, serv
     def error_of(port: int, **options: Any) -> str:
         with pytest.raises(ConnectionError) as error:
             connect(port=port, retry=False, **options)
-        assert f"127.0.0.1 port {port}: " in str(error.value)
+        assert f"127.0.0.1:{port}: " in str(error.value)
         return str(error.value)
 
     with serving(tls_cert_file=files.server) as one:
@@ -47,7 +47,7 @@ def test_tls_error_names_address_and_remedy(connect: Connect, files: Files, serv
             assert "the certificate is not from a trusted authority (ca_file=" in error_of(one.port, **options)
     with serving(tls_cert_file=named) as one:
         about = error_of(one.port, ca_file=files.ca)
-        assert "not valid for '127.0.0.1'; it is for a.example, *.b.example, 10.0.0.1" in about
+        assert "not valid for '127.0.0.1'" in about
     with serving(tls_cert_file=files.server, tls_client_ca_file=files.ca) as one:
         # The asyncio client may be refused before it has read why.
         assert re.search("requires a certificate|Broken pipe", error_of(one.port, ca_file=files.ca))
@@ -100,7 +100,7 @@ def test_client_sends_certificate_if_required(files: Files, tmp_path: Path) -> N
 
 
 def test_tls_and_plain_text_mismatch_is_an_error(tls_server: Server) -> None:
-    with pytest.raises(ConnectionError, match="does it want TLS"):
+    with pytest.raises(ConnectionError, match="does it require TLS"):
         connect(port=tls_server.port, token=ADMIN, retry=False)
     with serving() as plain, pytest.raises(ConnectionError, match="does the server speak TLS"):
         connect(port=plain.port, tls=True, retry=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 from dsmq import __version__
@@ -25,20 +24,18 @@ def hello(client: Connection, request: list[bytes]) -> bytes:
         version = int(request[1])
     options = parse_options(request[2:], {b"AUTH": 2, b"SETNAME": 1, b"NOTICES": 0})
     name = parse_name(options[b"SETNAME"][0]) if b"SETNAME" in options else client.name
-    greet = partial(_greet, client, version, name, notices=client.notices or b"NOTICES" in options)
-    if b"AUTH" not in options:
-        return greet()
-    user, token = options[b"AUTH"]
-    return client.authenticate(user, token, greet)
+    if b"AUTH" in options:
+        client.login.authenticate(*options[b"AUTH"])
+    client.name, client.version, client.notices = name, version, client.notices or b"NOTICES" in options
+    return _describe(client)
 
 
-def _greet(client: Connection, version: int, name: bytes, *, notices: bool) -> bytes:
-    client.name, client.version, client.notices = name, version, notices
+def _describe(client: Connection) -> bytes:
     settings, store = client.context.settings, client.context.store
     values: dict[str, str | int | list[int]] = {
         "server": "dsmq",
         "version": __version__,
-        "proto": version,
+        "proto": client.version,
         "id": client.id,
         "mode": "standalone",
         "role": "master",
@@ -52,12 +49,13 @@ def _greet(client: Connection, version: int, name: bytes, *, notices: bool) -> b
         "max_topic_bytes": settings.max_topic_bytes,
         "access": client.role.name.lower(),
     }
-    return encode_value(version, values)
+    return encode_value(client.version, values)
 
 
 def auth(client: Connection, request: list[bytes]) -> bytes:
     user = request[1] if len(request) == 3 else DEFAULT_USER
-    return client.authenticate(user, request[-1], lambda: OK)
+    client.login.authenticate(user, request[-1])
+    return OK
 
 
 def ping(_: Connection, request: list[bytes]) -> bytes:
@@ -74,7 +72,7 @@ def quit_(client: Connection, _: list[bytes]) -> bytes:
 
 
 def reset(client: Connection, _: list[bytes]) -> bytes:
-    client.begin(None)
+    client.requests.begin(None)
     client.name, client.version, client.notices = b"", 2, False
     return encode_simple("RESET")
 

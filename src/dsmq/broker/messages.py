@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import TYPE_CHECKING, TypeAlias
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from dsmq.broker.arguments import MAX_NAME_BYTES, parse_integer, parse_number, parse_options
+from dsmq.broker.reads import PendingRead
 from dsmq.errors import BadRequest, TooBig, WrongEpoch
-from dsmq.store.api import Answer, Message, Put, Store, TopicStats
+from dsmq.store.api import Message, Put, Store, TopicStats
 from dsmq.wire.limits import MAX_INTEGER
 from dsmq.wire.resp import (
     Encoded,
@@ -31,11 +30,9 @@ MAX_READ_BYTES = 262_144
 SHORT_READ_BYTES = 65_536
 MAX_WAIT_MS = 86_400_000
 
-Fetch: TypeAlias = Callable[[], Answer[list[Message]]]
-
 
 def put(client: Connection, request: list[bytes]) -> None:
-    client.put(parse_put(client, request))
+    client.loop.batch.add(client, parse_put(client, request))
 
 
 def parse_put(client: Connection, request: list[bytes]) -> Put:
@@ -85,31 +82,6 @@ def _parse_key(store: Store, request: list[bytes]) -> tuple[bytes, int] | None:
     return producer, parse_integer(seq, "seq")
 
 
-@dataclass(slots=True)
-class PendingRead:
-    """A request for messages, until it is answered."""
-
-    topic: bytes
-    after: int
-    count: int
-    """Max messages; 0 for the newest one only."""
-    max_bytes: int
-    wait_ms: int
-    encode: Callable[[Connection, PendingRead, list[Message]], Encoded]
-    epoch: bytes | None = None
-
-
-def _start(client: Connection, read: PendingRead) -> Encoded | None:
-    store = client.context.store
-    if read.count:
-        fetch = partial(store.read, read.topic, read.after, read.count, read.max_bytes)
-    elif client.below:
-        fetch = partial(store.latest, read.topic, read.after, client.below)
-    else:
-        fetch = partial(store.latest, read.topic, read.after)
-    return client.wait_for(read.topic, read.wait_ms, fetch, partial(read.encode, client, read))
-
-
 def read(client: Connection, request: list[bytes]) -> Encoded | None:
     pending = parse_read(client, request)
     store = client.context.store
@@ -117,7 +89,7 @@ def read(client: Connection, request: list[bytes]) -> Encoded | None:
         _check_epoch(store, pending.epoch)
     if pending.after > store.last_id():
         raise BadRequest(f"no message has an id above {store.last_id()} yet; was the server restarted since?")
-    return _start(client, pending)
+    return client.reads.start(pending)
 
 
 def parse_read(client: Connection, request: list[bytes]) -> PendingRead:
@@ -182,23 +154,23 @@ def parse_get_wait(client: Connection, request: list[bytes]) -> tuple[bytes, int
 
 
 def _get_at_position(client: Connection, topic: bytes, count: int, wait_ms: int) -> Encoded | None:
-    position = client.positions.get(topic, client.start_id)
-    return _start(client, PendingRead(topic, position, count, 1, wait_ms, _advance_position))
+    position = client.reads.positions.get(topic, client.start_id)
+    return client.reads.start(PendingRead(topic, position, count, 1, wait_ms, _advance_position))
 
 
 def _advance_position(client: Connection, read: PendingRead, messages: list[Message]) -> Encoded:
     _count_delivery(client, read.topic, messages)
     if not messages:
         return encode_null(client.version)
-    client.set_position(read.topic, messages[0].id)
+    client.reads.set_position(read.topic, messages[0].id)
     return encode_bulk(messages[0].body)
 
 
-def topics(client: Connection, request: list[bytes]) -> Encoded | None:
+def topics(client: Connection, request: list[bytes]) -> bytes:
     options = parse_options(request[1:], {b"AFTER": 1, b"COUNT": 1})
     after = options.get(b"AFTER", [b""])[0]
     count = parse_number(options, b"COUNT", MAX_COUNT, 1, MAX_COUNT)
-    return client.reply_to(client.context.store.topics(after, count), _encode_topics)
+    return _encode_topics(client.context.store.topics(after, count))
 
 
 def _encode_topics(topics: list[TopicStats]) -> bytes:
@@ -208,9 +180,8 @@ def _encode_topics(topics: list[TopicStats]) -> bytes:
     return encode_array(items)
 
 
-def stats(client: Connection, request: list[bytes]) -> Encoded | None:
-    answer = client.context.store.stats(*parse_stats(client, request))
-    return client.reply_to(answer, partial(_encode_stats, client.version))
+def stats(client: Connection, request: list[bytes]) -> bytes:
+    return _encode_stats(client.version, client.context.store.stats(*parse_stats(client, request)))
 
 
 def parse_stats(client: Connection, request: list[bytes]) -> tuple[bytes, int]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dsmq.broker.auth import DEFAULT_USER, Role
+from dsmq.environment import read_text
 from dsmq.errors import ConfigError
-from dsmq.system import read_text
 from dsmq.tokens import MIN_TOKEN_CHARACTERS, TOO_SHORT
 
 _ROLES = {"read": Role.READ, "write": Role.WRITE, "admin": Role.ADMIN}

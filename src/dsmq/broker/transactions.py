@@ -66,14 +66,14 @@ class Step(NamedTuple):
 
 
 def multi(client: Connection, _: list[bytes]) -> bytes:
-    client.begin(Transaction())
+    client.requests.begin(Transaction())
     return OK
 
 
 def queue(command: Command, client: Connection, request: list[bytes]) -> bytes:
     command.parse(client, request)
-    if client.transaction is not None:
-        client.transaction.add(command, request)
+    if client.requests.transaction is not None:
+        client.requests.transaction.add(command, request)
     return _QUEUED
 
 
@@ -87,10 +87,10 @@ def discard(client: Connection, _: list[bytes]) -> bytes:
 
 
 def _end_transaction(client: Connection, name: str) -> Transaction:
-    transaction = client.transaction
+    transaction = client.requests.transaction
     if transaction is None:
         raise BadRequest(f"{name} without MULTI")
-    client.begin(None)
+    client.requests.begin(None)
     return transaction
 
 
@@ -110,7 +110,7 @@ def execute(client: Connection, _: list[bytes]) -> bytes | None:
     except ReplyError as error:
         # A limit was lowered after the put was queued.
         return encode(error)
-    return client.put_together(puts, encode) if puts else encode([])
+    return client.requests.put_together(puts, encode) if puts else encode([])
 
 
 def _begin_steps(
@@ -135,23 +135,23 @@ def _begin_steps(
             if message_id > highest[len(ids)]:
                 first_later[topic] = message_id
         steps.appendleft(Step(command, request, reply, below))
-    client.run_next(steps)
+    client.requests.run_next(steps)
     return b"*%d\r\n" % len(requests)
 
 
 def run_step(client: Connection, _: list[bytes]) -> Encoded | None:
     """Run the next step of EXEC. Its request has an empty name, which a client can't send before the last step."""
-    if not client.steps:
+    if not client.requests.steps:
         raise UnknownCommand("unknown command ''")
     # Each step counts as an EXEC otherwise.
     client.counters.commands["EXEC"] -= 1
-    command, request, reply, below = client.steps.popleft()
+    command, request, reply, below = client.requests.steps.popleft()
     if isinstance(reply, ReplyError):
         raise reply.with_traceback(None)
     if reply is not None:
         return reply
-    client.below = below
+    client.reads.below = below
     try:
         return command.handler(client, request)
     finally:
-        client.below = 0
+        client.reads.below = 0

@@ -7,7 +7,7 @@ import os
 import socket
 import ssl
 from selectors import EVENT_READ, EVENT_WRITE
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from dsmq.errors import ConfigError
 
@@ -151,17 +151,6 @@ def advice(error: ssl.SSLError) -> str:
     """Return a description for users of the client."""
     code = error.verify_code if isinstance(error, ssl.SSLCertVerificationError) else error.reason
     return _ADVICE.get(code) or reason(error)
-
-
-def certificate_names(context: ssl.SSLContext, sock: socket.socket, host: str) -> list[str]:
-    """Return the names in a server's certificate, if it is one to trust. Raises OSError, ValueError or KeyError."""
-    other = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    other.check_hostname = False
-    other.verify_flags = context.verify_flags
-    other.load_verify_locations(cadata=b"".join(context.get_ca_certs(binary_form=True)))
-    with other.wrap_socket(sock, server_hostname=host) as secured:
-        found: Any = secured.getpeercert()
-        return [value for _, value in found["subjectAltName"]]
 
 
 class TLSSocket:
