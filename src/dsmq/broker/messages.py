@@ -1,4 +1,4 @@
-"""The commands that put and read messages, and those that describe topics."""
+"""The commands that put messages, read them, and describe topics."""
 
 from __future__ import annotations
 

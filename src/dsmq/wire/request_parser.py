@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from dsmq.errors import ProtocolError, ReplyError, TooBig
 from dsmq.wire.limits import MAX_ARGUMENTS, MAX_LINE_BYTES, REQUEST_OVERHEAD_BYTES
-from dsmq.wire.resp import ARRAY, CRLF, MAX_SPLIT_BYTES, Input, parse_length, short_length, shown
+from dsmq.wire.resp import ARRAY, CRLF, MAX_SPLIT_BYTES, Input, parse_length, short_length, quoted
 
 # A type byte, up to 19 digits, and CR LF.
 _MAX_LENGTH_LINE = 22
@@ -84,7 +84,7 @@ class RequestParser(Input):
                 self._await(end - len(data))
                 return None
             if data[end - 2 : end] != CRLF:
-                raise ProtocolError("a bulk string does not end where its length says")
+                raise ProtocolError("no CR LF after a bulk string")
             arguments.append(data[start : end - 2])
             self._at = end
             self._size += end - at
@@ -106,12 +106,12 @@ class RequestParser(Input):
     def _await_length(self) -> None:
         start = self._data[self._at : self._at + _MAX_LENGTH_LINE]
         if len(start) == _MAX_LENGTH_LINE:
-            raise ProtocolError(f"no length in {shown(start)}")
+            raise ProtocolError(f"no length in {quoted(start)}")
         self._await(1)
 
     def _long_length(self, line: bytes) -> int:
         if line[:1] != b"$":
-            raise ProtocolError(f"expected '$', got {shown(line)}")
+            raise ProtocolError(f"expected '$', got {quoted(line)}")
         length = parse_length(line[1:])
         if length > self.max_message_bytes:
             raise TooBig(f"a message has at most {self.max_message_bytes} bytes, not {length}")
@@ -182,7 +182,7 @@ class RequestParser(Input):
         # A carriage return is allowed at the end of the line, which may be the end of the data so far.
         control = _CONTROL.search(data, start, stop - (data[stop - 1 : stop] == b"\r"))
         if control is not None:
-            raise ProtocolError(f"control character {shown(control[0])} in a line")
+            raise ProtocolError(f"control character {quoted(control[0])} in a line")
         if end < 0:
             if stop - start >= longest:
                 raise ProtocolError(f"no end of line within {longest} bytes")
