@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from dsmq.errors import ProtocolError, ReplyError, TooBig
 from dsmq.wire.limits import MAX_ARGUMENTS, MAX_LINE_BYTES, REQUEST_OVERHEAD_BYTES
-from dsmq.wire.resp import ARRAY, CRLF, MAX_SPLIT_BYTES, Input, parse_length, short_length, quoted
+from dsmq.wire.resp import ARRAY, CRLF, MAX_SPLIT_BYTES, Input, parse_length, quoted, short_length
 
 # A type byte, up to 19 digits, and CR LF.
 _MAX_LENGTH_LINE = 22
