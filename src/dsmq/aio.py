@@ -216,7 +216,7 @@ class AsyncClient(Client):
         reader = self._session.reader(topic)
         taken = reader.take(claim, n, convert) if n and not latest else []
         if len(taken) < n:
-            for call in read(self._session, claim, taken, topic, n, seconds, convert, latest):
+            for call in read(self._session, reader, claim, taken, n, seconds, convert, latest):
                 await (self._here().wait(call) if call.waits else self._run(call))
         return taken
 

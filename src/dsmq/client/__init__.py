@@ -145,7 +145,9 @@ class DSMQClientSideConnection(Client):
         It is a str; with raw=True it is bytes, and so is the default that is not given. Raises MessageNotText where the
         message is not UTF-8; it stays unread then.
         """
-        return self._one(topic, 0.0, default, raw)
+        if raw:
+            return self._one(topic, 0.0, default, raw)
+        return self._read(topic, 1, 0.0, wire.text, default)
 
     @overload
     def get_wait(
@@ -275,7 +277,7 @@ class DSMQClientSideConnection(Client):
             reader = self._session.reader(topic)
             taken = reader.take(claim, n, convert) if n and not latest else []
             if len(taken) < n:
-                for call in read(self._session, claim, taken, topic, n, seconds, convert, latest):
+                for call in read(self._session, reader, claim, taken, n, seconds, convert, latest):
                     self._run(call)
             return taken if default is ALL else taken[0] if taken else default
         except BaseException:

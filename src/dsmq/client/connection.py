@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from dsmq.client.dial import Selector, dial
 from dsmq.client.replies import raise_if_fatal, reason
 from dsmq.client.requests import FORKED, Call, Producer, PutMany
-from dsmq.errors import DSMQError
+from dsmq.errors import DSMQError, ReplyError
 from dsmq.system import (
     LONG_YIELD_PAUSE_SECONDS,
     LONG_YIELD_SECONDS,
@@ -67,7 +67,7 @@ class Connection:
     def ask(self, call: Call) -> None:
         """Make a call that gets one reply."""
         self.send(call.request(self.producer), call.seconds)
-        call.take_reply(self.receive())
+        call.reply = self.receive()
 
     def ask_all(self, puts: PutMany) -> None:
         """Send puts in batches; one is on its way while the replies to the one before are read."""
@@ -96,7 +96,8 @@ class Connection:
     def send(self, data: bytes, seconds: float = 0.0) -> None:
         """Send requests; the server may wait for `seconds` before it replies."""
         self._timeout = seconds + self._base_timeout
-        self.reset_deadline()
+        now = self.used_at = time.monotonic()
+        self._deadline = now + self._timeout
         try:
             sent = self._send(data)
             while sent < len(data):
@@ -126,13 +127,18 @@ class Connection:
 
     def receive(self) -> Reply:
         """Return the next reply. Raises OSError if the connection breaks or the reply is overdue."""
-        while (reply := self._parser.next()) is None:
+        parser = self._parser
+        # An empty parser would raise an error internally, which takes long.
+        found = parser.next() if len(parser) else None
+        while found is None:
             data = self._receive()
             if not data:
                 raise ConnectionResetError(CLOSED_BY_SERVER)
             self.received = data
-            self._parser.feed(data)
-        return raise_if_fatal(reply[0])
+            parser.feed(data)
+            found = parser.next()
+        reply = found[0]
+        return raise_if_fatal(reply) if isinstance(reply, ReplyError) else reply
 
     def _receive(self) -> bytes:
         """Wait for data and return it; empty at the end of the connection.

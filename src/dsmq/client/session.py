@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from dsmq.client.arguments import topic_name
-from dsmq.client.reader import MAX_READ_BYTES, Returned, TopicReader, take_back
+from dsmq.client.reader import MAX_READ_BYTES, MIN_READ_BYTES, Returned, TopicReader, take_back
 from dsmq.client.replies import as_map, as_number, as_ranges, as_text, check
 from dsmq.client.stretch import Entry, Era
 from dsmq.errors import AuthRequired, MessageNotText, ProtocolError
@@ -57,7 +57,10 @@ class Message(NamedTuple):
     @property
     def text(self) -> str:
         """The body as text. Raises MessageNotText if it is not UTF-8."""
-        return _text(self.topic, self.body)
+        try:
+            return self.body.decode()
+        except UnicodeDecodeError:
+            raise _not_text(self.topic) from None
 
 
 class _Kept:
@@ -235,6 +238,8 @@ class Session:
             for message_id, number, age, body, left in zip(values, values, values, values, values, strict=True)
         ]
         self._forget_silent(entries[-1].expires - entries[-1].put_at)
+        if self.read_bytes < MAX_READ_BYTES:
+            self.read_bytes = min(MAX_READ_BYTES, self.read_bytes + MIN_READ_BYTES)
         return entries
 
     def message(self, reader: TopicReader, entry: Entry) -> Message:
@@ -261,7 +266,10 @@ def parse_position(position: str | int) -> tuple[str, int]:
 
 def text(reader: TopicReader, entry: Entry) -> str:
     """Return a message's text. Raises MessageNotText."""
-    return _text(reader.topic, entry.body)
+    try:
+        return entry.body.decode()
+    except UnicodeDecodeError:
+        raise _not_text(reader.topic) from None
 
 
 def body(_: TopicReader, entry: Entry) -> bytes:
@@ -269,8 +277,5 @@ def body(_: TopicReader, entry: Entry) -> bytes:
     return entry.body
 
 
-def _text(topic: str, data: bytes) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        raise MessageNotText(f"the next message of {topic!r} is not UTF-8; read it with raw=True") from None
+def _not_text(topic: str) -> MessageNotText:
+    return MessageNotText(f"the next message of {topic!r} is not UTF-8; read it with raw=True")
