@@ -16,7 +16,7 @@ from dsmq.client.requests import Retryable
 from dsmq.client.session import Session, State
 from dsmq.errors import ClientClosed, ReplyError
 
-# All but one of several connections are closed after having been idle for this long.
+# Surplus connections are closed after having been idle for this long, with the next call.
 IDLE_SECONDS = 5.0
 # The second attempt to connect follows at once, the others after this delay, doubling each time, with jitter, so that
 # many clients do not all come back at once.
@@ -181,7 +181,8 @@ class Client:
     def forget(self, topic: str) -> None:
         """Forget how far a topic was read, to save memory. If read again, it starts where this client connected.
 
-        Topics in which nothing comes any more are forgotten anyway, when all that was read there has expired.
+        With more than a thousand topics, those in which nothing comes any more are forgotten anyway, when all that was
+        read there has expired.
         """
         self._session.forget(topic)
 

@@ -31,7 +31,6 @@ class Pool:
         # Lists are safe to use from several threads.
         self.idle: list[Connection] = []
         self._refs: set[weakref.ref[Connection]] = set()
-        self._is_tidying = False
         _pools.add(self)
 
     @property
@@ -61,13 +60,11 @@ class Pool:
         self.idle.append(connection)
         if self._core.is_closed:
             self.close()
-        elif len(self.idle) > 1 and not self._is_tidying:
-            try:
-                _thread.start_new_thread(_tidy, (weakref.ref(self),))
-                self._is_tidying = True
-            except RuntimeError:
-                # There are too many threads, or the program ends: the call has succeeded nevertheless.
-                with suppress(IndexError):
+        elif len(self.idle) > 1:
+            # A burst of threads may have left more than are needed now. The first has been idle the longest.
+            before = connection.used_at - IDLE_SECONDS
+            with suppress(IndexError):
+                while self.idle[0].used_at < before:
                     self.idle.pop(0).close()
 
     def discard(self, connection: Connection | None, error: BaseException) -> None:
@@ -123,39 +120,15 @@ class Pool:
             while True:
                 self.idle.pop().close()
 
-    def tidy(self) -> bool:
-        """Close all but one of the connections that have been idle for long; return whether there are more."""
-        before = time.monotonic() - IDLE_SECONDS
-        with suppress(IndexError):
-            # The first has been idle the longest.
-            while len(self.idle) > 1 and self.idle[0].used_at < before:
-                self.idle.pop(0).close()
-        if len(self.idle) <= 1 or self._core.is_closed:
-            self._is_tidying = False
-        # Checked once more: another thread that found it set may have given one back in between.
-        if len(self.idle) > 1 and not self._core.is_closed:
-            self._is_tidying = True
-        return self._is_tidying
-
     def after_fork(self) -> None:
         """Start anew in a child process."""
         # The sockets are the parent's: closing them here does not close them there.
         connections, self._refs, self.idle = self.connections, set(), []
-        self._closing, self._is_tidying = _thread.allocate_lock(), False
+        self._closing = _thread.allocate_lock()
         self._closing.acquire()
         for connection in connections:
             connection.close()
         self._process = process()
-
-
-def _tidy(ref: weakref.ref[Pool]) -> None:
-    """Close the connections that a burst of threads has left, in a thread of its own while there are any."""
-    more = True
-    while more:
-        time.sleep(IDLE_SECONDS / 5)
-        pool = ref()
-        more = pool is not None and pool.tidy()
-        del pool
 
 
 _pools: weakref.WeakSet[Pool] = weakref.WeakSet()

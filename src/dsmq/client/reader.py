@@ -56,13 +56,15 @@ def take_back(returned: Returned) -> None:
 class TopicReader:
     """The messages of one topic."""
 
-    __slots__ = ("_seen", "count", "topic")
+    __slots__ = ("_seen", "count", "topic", "used_at")
 
     def __init__(self, topic: str, era: Era) -> None:
         self.topic = topic
         self._seen = Stretch(era, era.start, era.number), 0
         self.count = 0
         """How many messages to request; 0 leaves that to the server."""
+        self.used_at = -math.inf
+        """When messages came last."""
 
     def _current(self) -> tuple[Stretch, int]:
         """Return the current state, and how many of its read-ahead have been taken."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import time
 from collections import deque
@@ -35,7 +36,7 @@ LOST: dict[State, str] = {
     "restarted": "messages that were put last may be lost",
 }
 
-_MAX_NEW_READERS, _MAX_RECENT_READERS = 1000, 100
+_MIN_READERS, _MAX_RECENT_READERS = 1000, 100
 # Readers are kept for longer than messages are: the server deletes those a little later.
 _SILENCE_FACTOR, _SILENCE_SECONDS = 1.25, 1.0
 # What READ returns of a message: id, number, age, body, and how long it has left.
@@ -63,22 +64,6 @@ class Message(NamedTuple):
             raise _not_text(self.topic) from None
 
 
-class _Kept:
-    """The readers of topics that had messages: `young` ones, used since `since`, and `older` ones, last used before.
-
-    It is superseded as a whole: see `dsmq.client.reader`.
-    """
-
-    __slots__ = ("missed", "next", "older", "since", "young")
-
-    def __init__(self, since: float, older: dict[str, TopicReader], missed: int) -> None:
-        self.young: dict[str, TopicReader] = {}
-        self.older, self.since = older, since
-        self.missed = missed
-        """How many messages were missed by readers that are not kept any more."""
-        self.next: dict[int, _Kept] = {}
-
-
 class Session:
     """A client's session with its server, over many connections."""
 
@@ -92,11 +77,13 @@ class Session:
         """Whether the server was ever restarted, so that readers may be unsure of their numbers."""
         self.returned: Returned = []
         self._era = Era("", b"", 0, None)
-        self._kept = _Kept(boot_time(), {}, 0)
+        self._readers: dict[str, TopicReader] = {}
+        # With more readers than this, those of silent topics are forgotten.
+        self._max_readers = _MIN_READERS
+        # How many messages were missed by readers that are forgotten.
+        self._missed_before = 0
         # Those used last, which may still hold messages that have been handed out.
         self._recent: deque[TopicReader] = deque()
-        # Those of topics that had no messages: forgetting them loses nothing.
-        self._new: dict[str, TopicReader] = {}
 
     @property
     def era(self) -> Era:
@@ -141,25 +128,20 @@ class Session:
         """Return the reader of a topic, old or new. Raises TypeError or ValueError if it can't be a topic."""
         if self.returned:
             take_back(self.returned)
-        reader = self._kept.young.get(topic) if isinstance(topic, str) else None
-        return self._find_reader(topic) if reader is None else reader
+        reader = self._readers.get(topic) if isinstance(topic, str) else None
+        return self._new_reader(topic) if reader is None else reader
 
-    def _find_reader(self, topic: str) -> TopicReader:
-        kept = self._kept
-        reader = kept.older.get(topic) if isinstance(topic, str) else None
-        if reader is not None:
-            return kept.young.setdefault(topic, reader)
+    def _new_reader(self, topic: str) -> TopicReader:
         topic_name(topic)
-        if (reader := self._new.get(topic)) is not None:
-            return reader
-        if len(self._new) > _MAX_NEW_READERS:
-            self._new = {}
-        return self._new.setdefault(topic, TopicReader(topic, self.era))
+        if len(self._readers) >= self._max_readers:
+            # Those of topics that had no messages: forgetting them loses nothing.
+            self._forget_silent(math.inf)
+        return self._readers.setdefault(topic, TopicReader(topic, self.era))
 
     def keep(self, reader: TopicReader) -> TopicReader:
         """Keep a reader whose topic has messages; return the one to go on with."""
-        reader = self._kept.young.setdefault(reader.topic, reader)
-        self._new.pop(reader.topic, None)
+        reader = self._readers.setdefault(reader.topic, reader)
+        reader.used_at = boot_time()
         if not self._recent or self._recent[-1] is not reader:
             self._recent.append(reader)
             if len(self._recent) > _MAX_RECENT_READERS:
@@ -170,22 +152,18 @@ class Session:
         """Forget where a topic was read."""
         topic_name(topic)
         take_back(self.returned)
-        kept = self._kept
-        found = (readers.pop(topic, None) for readers in (kept.young, kept.older, self._new))
-        for reader in {id(reader): reader for reader in found if reader}.values():
-            kept.missed += reader.missed
+        if reader := self._readers.pop(topic, None):
+            self._missed_before += reader.missed
 
     def _forget_silent(self, max_age: float) -> None:
         """Forget readers of topics that had no messages for longer than messages are kept now.
 
         All that was read there has expired: reading such a topic from the start finds what was put since.
         """
-        kept, now = self._kept, boot_time()
-        if now - kept.since > _SILENCE_FACTOR * max_age + _SILENCE_SECONDS:
-            missed = sum(reader.missed for topic, reader in kept.older.items() if topic not in kept.young)
-            new = _Kept(now, kept.young, kept.missed + missed)
-            if kept.next.setdefault(0, new) is new:
-                self._kept = new
+        since = boot_time() - _SILENCE_FACTOR * max_age - _SILENCE_SECONDS
+        for topic in [topic for topic, reader in list(self._readers.items()) if reader.used_at <= since]:
+            self.forget(topic)
+        self._max_readers = max(_MIN_READERS, 2 * len(self._readers))
 
     def position(self, topic: str) -> str:
         """Return where a topic has been read to: the epoch, and the id of the last message handed out."""
@@ -207,9 +185,7 @@ class Session:
     def missed(self) -> int:
         """How many messages expired before this client read them, in each topic from the first one that it got."""
         take_back(self.returned)
-        kept = self._kept
-        readers = {**kept.older, **kept.young}
-        return kept.missed + sum(reader.missed for reader in readers.values())
+        return self._missed_before + sum(reader.missed for reader in list(self._readers.values()))
 
     def put(self, topic: str, message: str | bytes) -> tuple[bytes, bytes]:
         """Return what a put consists of, topic and body, as bytes. Raises TypeError or ValueError."""
@@ -237,7 +213,8 @@ class Session:
             Entry(message_id, number, now + left / 1000, body, now - age / 1000)
             for message_id, number, age, body, left in zip(values, values, values, values, values, strict=True)
         ]
-        self._forget_silent(entries[-1].expires - entries[-1].put_at)
+        if len(self._readers) >= self._max_readers:
+            self._forget_silent(entries[-1].expires - entries[-1].put_at)
         if self.read_bytes < MAX_READ_BYTES:
             self.read_bytes = min(MAX_READ_BYTES, self.read_bytes + MIN_READ_BYTES)
         return entries
