@@ -261,7 +261,7 @@ def test_a_seek_takes_a_position_or_an_id(caplog: pytest.LogCaptureFixture) -> N
 )
 def test_malformed_position_raises_value_error(position: str | int) -> None:
     session = a_session(last_id=10)
-    with pytest.raises(ValueError, match=r"is not a position|id is"):
+    with pytest.raises(ValueError, match=r"is not a position|id should be"):
         session.seek("t", position)
     assert session.reader("t").asked()[1] == 10
 

@@ -22,26 +22,24 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Convert: TypeAlias = Callable[[TopicReader, Entry], T]
-"""Makes of a message what the user gets."""
+"""Converts a message to what the caller gets."""
 
 FORKED = "this process is a child of the one that made the connection"
 NOT_RUN = (ShuttingDown, TimedOut, AuthRequired)
-"""Errors after which the server hangs up, having run no request that it has not answered."""
+"""Errors after which the server hangs up without having run the unanswered requests."""
 
-# The longest wait to request at once. A longer one is requested in parts, so that both sides soon notice when the other
-# has vanished.
+# A longer wait is requested in parts, so that both sides soon notice if the other has vanished.
 MAX_WAIT_SECONDS = 15.0
-# How much `put_many` sends before it reads replies: little enough that both directions fit into the kernel's buffers,
-# and twice as many puts are no more than a server remembers of one producer.
+# The size of a batch of `put_many`: both directions fit into the kernel's buffers, and twice as many puts are no more
+# than a server remembers of one producer.
 PUTS_AT_ONCE = 500
 BYTES_AT_ONCE = 262_144
 # The bytes of a put besides topic and message.
 _PUT_BYTES = 80
-# A batch that takes longer to make is sent as far as it has been made.
+# A batch whose messages take longer to come is sent as far as it has them.
 _LONG_BATCH_SECONDS = 0.1
-# Sends a put again, without its argument count.
 _AGAIN = b"*7%b$5\r\nAGAIN\r\n"
-# How long a put is sent again: well within the 600 seconds for which the server remembers it.
+# How long a put is retried: well within the 600 seconds for which the server remembers it.
 RESEND_SECONDS = 300.0
 # If a read waited longer than this before its connection broke, a server was there.
 _LONG_WAIT_SECONDS = 1.0
@@ -54,8 +52,7 @@ class Producer:
 
     def __init__(self, run: bytes, era: Era | None = None) -> None:
         self.run, self.era = run, era
-        """The run of the server that it is for: see PROTOCOL.md."""
-        # Not from the module `secrets`, which takes longer to import than the rest of this package.
+        # Importing the module `secrets` takes longer than importing the rest of this package.
         self._name = binascii.b2a_base64(os.urandom(9), newline=False)
         self._seq = 0
         self._process = process()
@@ -149,7 +146,7 @@ class Read(Call):
         self.seconds = 0.0
         self._asked_at: float
         self.asked: Asked
-        """The state in which it was asked last."""
+        """What was requested last."""
 
     @property
     def waits(self) -> bool:
@@ -170,7 +167,6 @@ class Read(Call):
         if size < MAX_READ_BYTES:
             options, count = options + _option(b"BYTES", size), count + 2
         if self._until and may_wait:
-            # The time that is left: it may have been interrupted.
             self._asked_at = time.monotonic()
             left = self._until - self._asked_at
             self.seconds = min(left, MAX_WAIT_SECONDS) if left > 0 else 0.0
@@ -183,7 +179,7 @@ class Read(Call):
             # The link may be slow.
             self._session.read_bytes = max(MIN_READ_BYTES, self._session.read_bytes // 4)
             return False
-        # Something may cut connections that are idle for a while; what only accepts connections is not a server.
+        # Something may cut idle connections; but what only accepts connections and closes them is not a server.
         return bool(self.seconds) and time.monotonic() - self._asked_at > _LONG_WAIT_SECONDS
 
 
