@@ -118,7 +118,7 @@ class DSMQClientSideConnection(Client):
 
         They are sent in batches of 500 messages or 256 KiB, or of what an iterator yields in 0.1 seconds.
 
-        Raises what `put` raises. Messages before the failed one have been stored, and some after it may have been, up to
+        Raises what `put` raises. Messages before the failed one have been stored, and some after it may have been, to
         the end of the next batch: the error's stored_before and stored_behind are their numbers.
         """
         with PutMany(self._session, topic, messages) as puts:
