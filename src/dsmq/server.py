@@ -113,7 +113,7 @@ class Server:
         can't be used.
         """
         if missing := system.lacking():
-            raise StartupError(f"the server does not run here: this system has no {', no '.join(missing)}")
+            raise StartupError(f"this system can't run a dsmq server: it has no {', no '.join(missing)}")
         self._load = load
         self._systemd = systemd or Systemd()
         self._store = store or SQLiteStore(0)

@@ -428,7 +428,7 @@ def test_possibly_stored_put_is_not_sent_to_another_server(
 
         def replace() -> None:
             first.stop()
-            servers.append(Server(first.settings.model_copy(update={"port": mq.port})))
+            servers.append(Server(first.context.settings.model_copy(update={"port": mq.port})))
             servers[0].start()
 
         servers: list[Server] = []
@@ -628,7 +628,7 @@ def test_puts_during_stop_go_to_next_server() -> None:
             stored = server.status.totals().stored
             wait_until(lambda stored=stored: stored == max(ids))
             ids.clear()
-            server = Server(server.settings.model_copy(update={"port": port}))
+            server = Server(server.context.settings.model_copy(update={"port": port}))
             server.start()
         ended.set()
         thread.join(SOON)
