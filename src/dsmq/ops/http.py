@@ -78,7 +78,7 @@ class HTTPEndpoint(ThreadingHTTPServer):
             self.shutdown()
         self._close(self.socket)
 
-    def abandon(self) -> None:
+    def close_inherited(self) -> None:
         """Close a forked process's copies of the sockets."""
         for sock in (self.socket, *self.waiting_since):
             sock.close()
