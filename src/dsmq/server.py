@@ -285,7 +285,7 @@ class Server:
     # Stop
 
     def stop(self, seconds: float | None = None, *, abandon: bool = False) -> list[str]:
-        """Stop in stages, within stop_timeout_seconds unless told; return the names of threads that survived.
+        """Stop in stages, by default within stop_timeout_seconds; return the names of threads that survived.
 
         Idempotent. `abandon`, or a KeyboardInterrupt meanwhile, gives up what is left, including the last snapshot.
         """

@@ -286,7 +286,7 @@ class _Handler(BaseHTTPRequestHandler):
         _logger.debug("HTTP: %s: %r", self.address_string(), format % args)
 
 
-# Answered whatever the Host header says: health checks use any name.
+# Answered for any Host header: health checks use arbitrary names.
 PUBLIC_ROUTES = {"/healthz": _Handler.healthz, "/readyz": _Handler.readyz}
 # Need the token, if one is configured.
 PROTECTED_ROUTES = {"/metrics": _Handler.metrics, "/status.json": _Handler.status}
