@@ -19,7 +19,7 @@ import pytest
 
 from conftest import SOON, UNIT, LethalStore, Wire, as_map, blocked, daemon, serving, wait_until, wire_to
 from dsmq import settings as config
-from dsmq.broker import commands, connection
+from dsmq.broker import commands, reads
 from dsmq.broker import event_loop as worker
 from dsmq.broker.admission import MAX_REFUSED
 from dsmq.client import connect
@@ -353,7 +353,7 @@ def test_defect_after_reply_is_reported_with_notices_only(
     assert wire.call("PING") == "PONG"
     worker = server._workers[0]
     (connection,) = worker.connections
-    monkeypatch.setattr(type(connection), "_deadline", lambda _: 1 / 0)
+    monkeypatch.setattr("dsmq.broker.connection.deadlines", lambda _: 1 / 0)
     worker.post(lambda: worker.schedule(connection, 0.0))
     if notices:
         assert wire.receive().code == "INTERNAL"  # type: ignore[union-attr]
@@ -861,23 +861,23 @@ def test_closed_connection_releases_buffers(server: Server) -> None:
         wait_until(lambda: server.status.waiting() == 1)
         (connection,) = server._workers[0].connections
         wire.send(b"*3\r\n$3\r\nPUT\r\n$1\r\nt\r\n$50000\r\n" + bytes(30_000))
-        wait_until(lambda: len(connection._parser) > 30_000)
+        wait_until(lambda: len(connection.requests.parser) > 30_000)
     wait_until(lambda: server.status.connections() == 0)
-    assert len(connection._parser) == 0
+    assert len(connection.requests.parser) == 0
 
 
 def test_closed_connection_runs_no_more_requests(server: Server) -> None:
     with wire_to(server) as wire:
         wire.call("PING")
         (connection,) = server._workers[0].connections
-        connection._parser.feed(encode_request(b"GETWAIT", b"t", b"60000"))
+        connection.requests.parser.feed(encode_request(b"GETWAIT", b"t", b"60000"))
         done = threading.Event()
 
         def close_and_run() -> None:
-            parser = connection._parser
+            parser = connection.requests.parser
             connection.close("for the test")
-            connection._parser = parser
-            connection.run()
+            connection.requests.parser = parser
+            connection.requests.run()
             done.set()
 
         server._workers[0].post(close_and_run)
@@ -917,8 +917,8 @@ def test_close_notice_comes_after_earlier_replies(server: Server) -> None:
         (connection,) = worker.connections
 
         def put_and_drain() -> None:
-            connection._parser.feed(encode_request(b"PUT", b"t", b"stored") + b"*3\r\n$3\r\nPUT")
-            connection.run()
+            connection.requests.parser.feed(encode_request(b"PUT", b"t", b"stored") + b"*3\r\n$3\r\nPUT")
+            connection.requests.run()
             connection.drain()
 
         worker.post(put_and_drain)
@@ -981,7 +981,7 @@ def test_retried_put_is_counted_once(server: Server, wire: Wire) -> None:
 
 
 def test_positions_per_connection_are_bounded(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "MAX_POSITION_BYTES", 2 * (connection.POSITION_OVERHEAD_BYTES + 1))
+    monkeypatch.setattr(reads, "MAX_POSITION_BYTES", 2 * (reads.POSITION_OVERHEAD_BYTES + 1))
     for topic in ("a", "b", "c"):
         wire.call("PUT", topic, "1")
         wire.call("PUT", topic, "2")
@@ -995,7 +995,7 @@ def test_half_close_after_quit_gets_earlier_replies(tmp_path: Path) -> None:
         wire = Wire(f"{tmp_path}/socket")
         wire.send(encode_request(b"ECHO", b"x" * 1_000_000) + encode_request(b"QUIT"))
         wire.socket.shutdown(socket.SHUT_WR)
-        wait_until(lambda: all(connection._eof_received for connection in server._workers[0].connections))
+        wait_until(lambda: all(connection.transport.eof_received for connection in server._workers[0].connections))
         assert [wire.receive(), wire.receive()] == [b"x" * 1_000_000, "OK"]
         assert wire.ended()
         wire.close()

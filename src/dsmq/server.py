@@ -26,7 +26,7 @@ from dsmq import settings as config
 from dsmq.broker import listener as listening
 from dsmq.broker.access import Access
 from dsmq.broker.admission import Admission
-from dsmq.broker.commands import ServerContext
+from dsmq.broker.context import ServerContext
 from dsmq.broker.event_loop import EventLoop
 from dsmq.broker.listener import Listener
 from dsmq.broker.usage import Usage

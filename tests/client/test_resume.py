@@ -24,9 +24,9 @@ from dsmq import settings as config
 from dsmq.client import DSMQClientSideConnection, async_connection, connect
 from dsmq.client import requests as calls
 from dsmq.client.connection import LONG_PAUSE_SECONDS, Connection
-from dsmq.client.dial import Endpoint
 from dsmq.errors import Busy, ClientClosed, ConnectionLost, Forgotten, Full, ReplyError, ShuttingDown, WrongToken
 from dsmq.server import Server
+from dsmq.wire.addresses import Endpoint
 from dsmq.wire.resp import encode_bulk
 
 
@@ -145,7 +145,7 @@ def test_lost_and_restored_connection_is_logged_once(
     caplog.clear()
     lose_reply()
     mq.ping()
-    where = f"connection to 127.0.0.1 port {server.port}"
+    where = f"connection to 127.0.0.1:{server.port}"
     found = [(record.levelname, record.message) for record in caplog.records if record.name == "dsmq.client.core"]
     assert found == [("WARNING", f"{where} lost, trying again: a test has lost it"), ("INFO", f"{where} resumed")]
 
@@ -200,7 +200,7 @@ def test_buffered_reply_is_read_if_sending_fails(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "socket"))
         listener.listen()
-        link = Connection(Endpoint(f"unix:{tmp_path / 'socket'}", 0), SOON)
+        link = Connection(Endpoint("", 0, str(tmp_path / "socket")), None, SOON)
         with listener.accept()[0] as server:
             server.sendall(b":7\r\n")
     link.send(b"PING\r\n")
@@ -248,8 +248,9 @@ def test_call_on_connection_of_another_thread_has_resumed(states: list[str]) -> 
         thread.start()
         wait_until(lambda: server.status.waiting() == 1)
         mq.ping()
-        assert states == ["lost", "resumed"]
         thread.join(SOON)
+        # An attempt that began before the other thread was done may be refused after it.
+        assert states == ["lost", "resumed"] * max(1, len(states) // 2)
 
 
 def test_concurrent_first_reads_get_each_message_once(mq: DSMQClientSideConnection) -> None:

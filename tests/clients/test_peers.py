@@ -107,11 +107,13 @@ def test_reset_restores_connection_but_keeps_token() -> None:
 
 @pytest.mark.parametrize("option", ["NOSAVE", "save"])
 def test_shutdown_accepts_redis_options(server: Server, wire: Wire, option: str) -> None:
+    stops: list[str] = []
+    server.context.request_stop = stops.append
     assert wire.error("SHUTDOWN", "ABORT") == "BADREQUEST"
-    assert not server.status.stopping
+    assert stops == []
     wire.send(encode_request(b"SHUTDOWN", option.encode()))
     assert wire.ended()
-    assert server.status.stopping
+    assert len(stops) == 1
 
 
 def test_role_reports_a_writable_server(tmp_path: Path) -> None:

@@ -255,7 +255,9 @@ def test_server_continues_if_systemd_is_gone(manager: Manager, caplog: pytest.Lo
 
 
 @pytest.mark.parametrize(
-    ("process", "seconds"), [("", 3 / 3), (str(os.getpid()), 3 / 3), (str(os.getppid()), float("inf"))]
+    ("process", "seconds"),
+    [("", 3 / 3), (str(os.getpid()), 3 / 3), (str(os.getppid()), float("inf"))],
+    ids=["any", "this", "parent"],
 )
 def test_watchdog_of_another_process_is_ignored(process: str, seconds: float) -> None:
     assert systemd.take({"WATCHDOG_USEC": "3000000", "WATCHDOG_PID": process}).watchdog_interval == seconds

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dsmq.broker import auth, listener
+from dsmq.broker import listener, token_files
 from dsmq.broker.auth import Authenticator, HTTPAuthenticator
 from dsmq.errors import ConfigError
 from dsmq.settings import Settings
@@ -32,10 +32,12 @@ class Access:
     @classmethod
     def load(cls, settings: Settings) -> Access:
         """Read the files that the settings name. Raises ConfigError."""
-        authenticator = Authenticator(auth.tokens_of(settings.auth_token.get_secret_value(), settings.auth_token_file))
+        authenticator = Authenticator(
+            token_files.load_tokens(settings.auth_token.get_secret_value(), settings.auth_token_file)
+        )
         token = settings.http_token.get_secret_value()
         if settings.http_token_file:
-            token = auth.read_tokens(settings.http_token_file)[0][2]
+            token = token_files.read_tokens(settings.http_token_file)[0][2]
         http_authenticator = HTTPAuthenticator(token.encode(), host_names(settings.http_allowed_hosts))
         tls, files = None, (settings.tls_cert_file, settings.tls_key_file, settings.tls_client_ca_file)
         # Before the files are read, so that the next reload notices a change in between.

@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING
 
 from dsmq import logs
 from dsmq.broker import auth
-from dsmq.broker.connection import LINGER_SECONDS, Peer, Stream
+from dsmq.broker.connection import Connection
+from dsmq.broker.login import Peer
+from dsmq.broker.transport import LINGER_SECONDS, Stream
 from dsmq.errors import Busy, ReplyError
 from dsmq.wire.resp import encode_error
 
 if TYPE_CHECKING:
     from ssl import SSLContext
 
-    from dsmq.broker.commands import ServerContext
+    from dsmq.broker.context import ServerContext
     from dsmq.broker.counters import Counters
     from dsmq.broker.event_loop import EventLoop
 
@@ -58,7 +60,7 @@ class Admission:
         self._context.usage.connections.add(client_key, 1)
         worker = min(self._workers, key=lambda worker: len(worker.connections))
         peer = Peer(next(self._numbers), host, client_key, name, access.connection_rules)
-        add_connection = partial(worker.add_connection, stream, peer)
+        add_connection = partial(worker.add_connection, Connection(worker, stream, peer))
         if worker.thread is threading.current_thread():
             add_connection()
         else:

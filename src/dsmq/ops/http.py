@@ -210,7 +210,7 @@ class _Handler(BaseHTTPRequestHandler):
             return _page()
         if path not in PROTECTED_ROUTES:
             return _text(HTTPStatus.NOT_FOUND, f"Not found. Try {', '.join(('/', *PUBLIC_ROUTES, *PROTECTED_ROUTES))}.")
-        if not self.server.authenticator.admits(self.headers.get("Authorization", "")):
+        if not self.server.authenticator.is_authorized(self.headers.get("Authorization", "")):
             return _text(HTTPStatus.UNAUTHORIZED, "Bearer token required.", ("WWW-Authenticate", "Bearer"))
         return PROTECTED_ROUTES[path](self)
 
@@ -219,7 +219,7 @@ class _Handler(BaseHTTPRequestHandler):
         hosts = self.headers.get_all("Host", [])
         if len(hosts) > 1 or (not hosts and self.request_version != "HTTP/1.0"):
             return _text(HTTPStatus.BAD_REQUEST, "Exactly one Host header is required.")
-        if hosts and not self.server.authenticator.answers_to(hosts[0]):
+        if hosts and not self.server.authenticator.accepts_host(hosts[0]):
             return _text(HTTPStatus.MISDIRECTED_REQUEST, "Unknown host name: add it to http_allowed_hosts.")
         return None
 

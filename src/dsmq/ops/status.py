@@ -15,8 +15,8 @@ from dsmq.errors import ReplyError
 from dsmq.store.api import TopicStats, Totals
 
 if TYPE_CHECKING:
-    from dsmq.broker.commands import ServerContext
     from dsmq.broker.connection import Connection
+    from dsmq.broker.context import ServerContext
     from dsmq.broker.event_loop import EventLoop
     from dsmq.store.expiry import Expiry
     from dsmq.store.snapshots import SnapshotStats, Snapshotter
@@ -77,12 +77,11 @@ class Status:
         return self.context.usage.waiting.total
 
     def topic_stats(self, topic: bytes) -> TopicStats | None:
-        """Return the stats of a topic, or None if the store fails, or can't answer at once."""
+        """Return the stats of a topic, or None if the store fails."""
         try:
-            stats = self.context.store.stats(topic)
+            return self.context.store.stats(topic)
         except ReplyError:
             return None
-        return stats if isinstance(stats, TopicStats) else None
 
     # Health
 
