@@ -26,6 +26,7 @@ from dsmq import settings as config
 from dsmq.broker import listener as listening
 from dsmq.broker.access import Access
 from dsmq.broker.admission import Admission
+from dsmq.broker.connection import Connection
 from dsmq.broker.context import ServerContext
 from dsmq.broker.event_loop import EventLoop
 from dsmq.broker.listener import Listener
@@ -134,7 +135,7 @@ class Server:
         snapshots = self._snapshotter.stats if self._snapshotter else SnapshotStats()
         self.context.usage.connections.limit = system.affordable_connections(settings.max_connections)
         self.status = Status(self.context, self._workers, self._expiry, self._snapshotter, snapshots)
-        self._admission = Admission(self.context, self._workers, self.status.own_counters)
+        self._admission = Admission(self.context, self._workers, self.status.own_counters, Connection)
         self._full: set[str] = set()
         self._stopped = False
         self._stopping = threading.Lock()
