@@ -615,7 +615,7 @@ def test_close_during_a_connect_is_noticed(server: Server, monkeypatch: pytest.M
     monkeypatch.setattr(Connection, "receive", receive_and_close)
     with pytest.raises(ClientClosed):
         mq.ping()
-    wait_until(lambda: server.connections() == 0)
+    wait_until(lambda: server.status.connections() == 0)
 
 
 @pytest.mark.slow
