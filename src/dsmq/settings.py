@@ -67,9 +67,9 @@ YEAR_SECONDS = 31_536_000
 
 
 class Settings(BaseSettings):
-    """All settings. Their docstrings also appear in `--help` and `dsmq.toml.example`."""
+    """All settings. `environment.settings` reads their docstrings for `--help` and `dsmq.toml.example`."""
 
-    model_config = SettingsConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = SettingsConfigDict(extra="forbid", frozen=True)
 
     host: Host = "127.0.0.1"
     """Address to listen on: IPv4, IPv6, a host name, or unix:/path/of/socket. Default: this machine only."""
@@ -228,7 +228,6 @@ class EmbeddedSettings(Settings):
     """The settings of `serve()` called as a function; no HTTP port, so that several servers can share a machine."""
 
     http_port: HTTPPort = "off"
-    """TCP port of the HTTP endpoint."""
 
 
 def load(
@@ -300,7 +299,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         if is_secret(name):
             # Other users on the machine can read command lines.
             continue
-        about = f"{field.description} Default: {_as_option(field.default)}".replace("%", "%%")
+        about = f"{environment.settings()[name]} Default: {_as_option(field.default)}".replace("%", "%%")
         parser.add_argument(option(name), metavar="VALUE", dest=name, default=argparse.SUPPRESS, help=about)
 
 
@@ -331,6 +330,6 @@ def example() -> str:
         "# Each can also be given as DSMQ_NAME in the environment, or as --name on the command line; the last wins.\n"
     ]
     for name, field in Settings.model_fields.items():
-        about = textwrap.fill(field.description or "", 110, initial_indent="# ", subsequent_indent="# ")
+        about = textwrap.fill(environment.settings()[name], 110, initial_indent="# ", subsequent_indent="# ")
         parts.append(f"{about}\n#{tomli_w.dumps({name: '' if is_secret(name) else field.default})}")
     return "\n".join(parts)
