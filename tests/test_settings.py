@@ -263,6 +263,12 @@ def test_section_in_file_is_unknown_setting(tmp_path: Path) -> None:
     assert complaint(file) == f"{file}: server: unknown section; settings are not divided into sections"
 
 
+def test_names_of_pydantic_arguments_are_unknown_settings(tmp_path: Path) -> None:
+    line = complaint(toml(tmp_path, '_env_file = "x"\n_secrets_dir = "y"'))
+    assert "_env_file: unknown setting" in line
+    assert "_secrets_dir: unknown setting" in line
+
+
 def test_unknown_setting_without_near_match_has_no_suggestion(tmp_path: Path) -> None:
     file = toml(tmp_path, "frobnicate = 1")
     assert complaint(file) == f"{file}: frobnicate: unknown setting"

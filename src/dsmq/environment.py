@@ -50,6 +50,8 @@ def read(file: str | None = None) -> tuple[dict[str, Any], dict[str, str]]:
     default_file = os.environ.get(variables.pop("config", ""), "")
     file = default_file if file is None else file
     values = read_toml(file) if file else {}
+    if wrong := [f"{file}: {name}: {_refusal(name, values[name])}" for name in values if name not in settings()]:
+        raise ConfigError("; ".join(wrong))
     sources = {name: f"{file}: {name}" for name in values} | variables
     return values | {name: os.environ[variable] for name, variable in variables.items()}, sources
 
@@ -67,6 +69,11 @@ def _variables() -> dict[str, str]:
         if os.environ[other] != value:
             raise ConfigError(f"{other} and {variable} are both set, to different values")
     return found
+
+
+def _refusal(name: str, value: object) -> str:
+    is_section = isinstance(value, dict)
+    return "unknown section; settings are not divided into sections" if is_section else unknown(name)
 
 
 def unknown(name: str, spell: Callable[[str], str] = str) -> str:

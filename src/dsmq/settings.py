@@ -268,8 +268,6 @@ def _explain(error: ValidationError, sources: dict[str, str]) -> Iterator[str]:
             # Of a union, each member gives its reason.
             before = messages.get(name, "").removesuffix(value)
             messages[name] = (f"{before} or {message.removeprefix('should be ')}" if before else message) + value
-        elif isinstance(problem["input"], dict):
-            yield f"{sources[name]}: unknown section; settings are not divided into sections"
         else:
             yield f"{sources[name]}: {environment.unknown(name)}"
     yield from (f"{sources[name]}: {message}" for name, message in messages.items())
