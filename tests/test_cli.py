@@ -33,7 +33,6 @@ from conftest import ROOT, SOON, UNIT, Daemon, Wire, daemon, run_dsmq, serving, 
 from dsmq import __version__
 from dsmq.cli import main
 from dsmq.client import DSMQClientSideConnection, connect
-from dsmq.errors import NotPermitted
 from dsmq.wire.resp import encode_request
 
 Process = subprocess.Popen[bytes]
@@ -962,21 +961,6 @@ def test_too_long_certificate_file_is_reported(option: str, pem: Path, tmp_path:
     assert_one_line(result(*words), 2, f"{file}: longer than 16777216 bytes")
 
 
-def test_unreadable_config_is_reported(tmp_path: Path) -> None:
-    # Root may read every file, but nobody a directory.
-    file = tmp_path if os.geteuid() == 0 else tmp_path / "dsmq.toml"
-    if file != tmp_path:
-        file.touch(0)
-    assert_one_line(result("serve", "--config", str(file)), 2, str(file))
-
-
-def test_unknown_setting_is_reported(tmp_path: Path) -> None:
-    file = tmp_path / "dsmq.toml"
-    file.write_text("prot = 1")
-    assert_one_line(result("serve", "--config", str(file)), 2, "prot: unknown setting; did you mean port?")
-    assert_one_line(result("serve", env={"DSMQ_PROT": "1"}), 2, "DSMQ_PROT: unknown setting; did you mean DSMQ_PORT?")
-
-
 @pytest.mark.parametrize("command", ["put t x", "put t", "get t", "get t --follow", "topics", "ping"])
 def test_missing_server_is_reported(command: str) -> None:
     port = unused_port()
@@ -1310,22 +1294,6 @@ def test_put_resumes_after_server_restart() -> None:
     lost, anew = err.decode().splitlines()
     assert lost.startswith(f"dsmq: connection to 127.0.0.1 port {mq.port} lost, trying again: ")
     assert anew == "dsmq: the server was restarted: the messages it held are lost"
-
-
-def test_client_may_stop_server() -> None:
-    with daemon() as server:
-        with connect(port=server.port) as mq:
-            mq.shutdown_server()
-        assert server.process.wait(SOON) == 0
-
-
-def test_client_may_not_stop_server_if_forbidden() -> None:
-    with daemon("--allow-shutdown", "false") as server:
-        with connect(port=server.port) as mq:
-            with pytest.raises(NotPermitted):
-                mq.shutdown_server()
-            mq.ping()
-        assert server.stop() == 0
 
 
 # Others
