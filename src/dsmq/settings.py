@@ -80,7 +80,7 @@ class Settings(BaseSettings):
     auth_token: Token = SecretStr("")
     """Admin token. Set it in the environment or a file: other users on the machine can read command lines."""
     auth_token_file: str = ""
-    """File of tokens, one per line: `token` (an admin) or `name role token`. Roles: read, write (also reads), admin."""
+    """Token file, one per line: `token` (an admin) or `name role token`. Roles: read, write (reads too), admin."""
     auth_timeout_seconds: Timeout = 10.0
     """Time limit for a new connection to finish the TLS handshake and authenticate."""
     tls_cert_file: str = ""
