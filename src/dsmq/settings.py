@@ -72,7 +72,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(extra="forbid", frozen=True)
 
     host: Host = "127.0.0.1"
-    """Address to listen on: IPv4, IPv6, a host name, or unix:/path/of/socket. Default: this machine only."""
+    """Address to listen on: IPv4, IPv6, a host name, or unix:/path/of/socket. 127.0.0.1 is local only."""
     port: Port = 30008
     """TCP port to listen on. 0: any free port. Not used with unix:."""
     protected_mode: bool = True
@@ -86,7 +86,7 @@ class Settings(BaseSettings):
     tls_cert_file: str = ""
     """The server's certificate chain, as PEM. If set, the server accepts TLS connections only."""
     tls_key_file: str = ""
-    """The certificate's private key, as PEM. Default: it is in tls_cert_file."""
+    """The certificate's private key, as PEM. If empty, it is in tls_cert_file."""
     tls_client_ca_file: str = ""
     """CA certificates, as PEM. If set, clients must present a certificate signed by one of them."""
     http_host: TCPHost = "127.0.0.1"
