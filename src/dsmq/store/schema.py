@@ -28,7 +28,7 @@ CREATE TABLE IF NOT EXISTS chunks (
 );
 """
 INDEX = "CREATE INDEX IF NOT EXISTS chunks_by_topic ON chunks (topic)"
-# Further tables of a snapshot. In `lost`, each range has two rows without a name, with the id before it and its last id,
+# Further tables of a snapshot. In `lost`, each range has two rows without a name, with the id before it and its last,
 # and then its numbers.
 SNAPSHOT_SCHEMA = """
 CREATE TABLE state (

@@ -245,10 +245,13 @@ class Snapshotter:
         self.saved = self.save(at_once=True, is_last=is_last)
         return self.saved
 
-    def abandon(self) -> None:
-        """Abort the final snapshot if it is not written yet, and log that messages are lost. Idempotent."""
+    def abandon(self) -> list[str]:
+        """End the last snapshot if it is not written yet, and log that messages are lost. Idempotent.
+
+        Return the name of the thread if it hangs.
+        """
         if not self._is_open:
-            return
+            return []
         self._stop.set()
         try:
             if self._last:
@@ -257,7 +260,7 @@ class Snapshotter:
             if not self.saved:
                 about = logs.event("snapshot_given_up", file=str(self.path))
                 _logger.error("last snapshot abandoned: messages put since the previous one are lost", extra=about)
-        self._close_unless_busy()
+        return self._close_unless_busy()
 
     def _close_unless_busy(self) -> list[str]:
         if self.thread.is_alive() or (self._last and self._last.is_alive()):

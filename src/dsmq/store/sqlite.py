@@ -102,7 +102,7 @@ class SQLiteStore:
             if is_full and any(self._new_puts(puts)):
                 self._flush()
             if names and (names := names.intersection(put[0] for put in self._new_puts(puts))):
-                limits.check_topics(len(names))
+                limits.check_limit("topics", len(names))
                 topics.add(names)
             return self._add(puts, self._clock())
 
@@ -326,10 +326,10 @@ class SQLiteStore:
 
         Restored messages count as read, because it is unknown whether they were.
         """
-        state, clock = read_state(source), self._clock
-        # Computed first, because the rest takes time.
-        ahead_ms = state.clock + round(max(0.0, unix_time - state.written_at) * 1000) - clock()
-        producers = read_producers(source)
+        # The clock is read first, because the rest takes time.
+        clock, now = self._clock, self._clock()
+        state, producers = read_state(source), read_producers(source)
+        ahead_ms = state.clock + round(max(0.0, unix_time - state.written_at) * 1000) - now
         with self._database.lock:
             self._topics.restore(self._database.load(source))
             self._topics.count_pages(self._database.page_bytes)
