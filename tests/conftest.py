@@ -12,22 +12,40 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 
 from dsmq import aio
 from dsmq import settings as config
+from dsmq.broker.event_loop import EventLoop
 from dsmq.client import DSMQClientSideConnection, connect
 from dsmq.server import Server
+from dsmq.store.api import Store
+from dsmq.store.sqlite import SQLiteStore
 from helpers import HOST, ROOT, SOON, UNIT, Daemon, Wire, as_map, daemon, reached, scrape, wait_until
+from security import ADMIN, TOKENS, Files
 
 __all__ = ["HOST", "ROOT", "SOON", "UNIT", "Daemon", "Wire", "as_map", "daemon", "reached", "scrape", "wait_until"]
 
 
+# Tests that share what they install, build or start run in one process.
+GROUPS = ("browser", "clients", "deploy")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for name in GROUPS:
+            if item.get_closest_marker(name):
+                item.add_marker(pytest.mark.xdist_group(name))
+
+
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the caller has set for dsmq is nothing to the tests."""
+    """Ignore dsmq's settings in the caller's environment."""
     for name in list(os.environ):
         if name.startswith("DSMQ_"):
             monkeypatch.delenv(name)
@@ -35,9 +53,9 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def no_leftovers() -> Iterator[None]:
-    """Every test ends its own threads. That of the log lives as long as the process.
+    """Every test must end its own threads, except the log's, which lives as long as the process.
 
-    A handler of the log that a command left would go on writing to what was standard error in its test.
+    Removes log handlers left by a command, which would go on writing to their test's standard error.
     """
     before = set(threading.enumerate())
     logger = logging.getLogger("dsmq")
@@ -51,17 +69,17 @@ def no_leftovers() -> Iterator[None]:
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """Whoever runs the tests in the background ignores SIGINT, and so would what they start."""
+    """Handle SIGINT: in a background job it is ignored, also by the processes that tests start."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
-def serving(**settings: object) -> Iterator[Server]:
-    """A server in this process, on a free port, that serves in threads of its own."""
+def serving(store: Store | None = None, **settings: object) -> Iterator[Server]:
+    """Run a server in this process, on a free port."""
     effective = config.load(kind=config.EmbeddedSettings, **{"port": 0, **settings})
-    with Server(effective) as server:
+    with Server(effective, store) as server:
         yield server
 
 
@@ -73,7 +91,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def client(server: Server) -> Iterator[Callable[[], DSMQClientSideConnection]]:
-    """A function that makes clients, which are closed in the end."""
+    """Return a function that connects clients; they are closed after the test."""
     clients: list[DSMQClientSideConnection] = []
 
     def make() -> DSMQClientSideConnection:
@@ -85,16 +103,28 @@ def client(server: Server) -> Iterator[Callable[[], DSMQClientSideConnection]]:
         one.close()
 
 
+class LethalStore(SQLiteStore):
+    """Ends the expiry thread."""
+
+    def expire(self) -> int:
+        raise SystemExit
+
+
+def loop_of(server: Server) -> EventLoop:
+    """The server's first event loop."""
+    return server._workers[0]
+
+
 @contextmanager
 def blocked(server: Server) -> Iterator[threading.Event]:
-    """A server that does nothing until the event is set."""
+    """Block a server's event loop until the event is set."""
     release, begun = threading.Event(), threading.Event()
 
     def block() -> None:
         begun.set()
         release.wait(SOON)
 
-    server._workers[0].post(block)
+    loop_of(server).post(block)
     assert begun.wait(SOON)
     try:
         yield release
@@ -161,3 +191,26 @@ def connect_aio(*arguments: Any, **options: Any) -> None:
 
 
 CONNECTS = pytest.mark.parametrize("connect", [connect, connect_aio])
+
+
+@pytest.fixture
+def token_file(tmp_path: Path) -> Path:
+    file = tmp_path / "tokens"
+    file.write_text(TOKENS)
+    return file
+
+
+@pytest.fixture(scope="session")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture
+def files(tmp_path: Path, authority: trustme.CA) -> Files:
+    return Files(tmp_path, authority)
+
+
+@pytest.fixture
+def tls_server(files: Files) -> Iterator[Server]:
+    with serving(tls_cert_file=files.server, auth_token=ADMIN) as server:
+        yield server

@@ -1,4 +1,4 @@
-"""What the tests of all rooms share, and what runs without pytest: servers in a process, connections, and waiting."""
+"""Helpers that need no pytest: servers in a process of their own, raw connections, waiting."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from dsmq.wire.resp import Reply, ReplyParser, encode_request
 
 ROOT = Path(__file__).parent.parent
 HOST = "127.0.0.1"
-# The unit of all timing in the tests, in seconds: long enough that a busy machine does not matter.
+# The unit of all timing in the tests, in seconds; long enough for a busy machine.
 UNIT = float(os.environ.get("DSMQ_TEST_UNIT", "0.1"))
-# The longest that a test waits for something that has to happen.
+# How long to wait for something that must happen.
 SOON = 300 * UNIT
 
 
@@ -47,7 +47,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = SOON) -> None:
 
 
 class Wire:
-    """A connection on which a test says what it likes, byte by byte."""
+    """A raw connection to a server."""
 
     def __init__(self, address: tuple[str, int] | str, source: str | None = None) -> None:
         family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
@@ -82,11 +82,11 @@ class Wire:
         return reply.code
 
     def ask_for_notices(self) -> None:
-        """Be told, as dsmq's own clients are, what was not asked for."""
+        """Receive notices, as dsmq's own clients do."""
         assert isinstance(self.call("HELLO", 2, "NOTICES"), list)
 
     def ended(self) -> bool:
-        """Whether the server has closed, or does so soon."""
+        """Return whether the server closes the connection."""
         try:
             return self.socket.recv(1) == b""
         except ConnectionResetError:
@@ -102,7 +102,7 @@ def as_map(reply: object) -> dict[bytes, object]:
 
 
 def scrape(server: Server) -> dict[str, float]:
-    """All samples by name; those with a label as `name{value of the label}`."""
+    """Return all samples by name; those with a label as `name{value of the label}`."""
     with urllib.request.urlopen(f"http://127.0.0.1:{server.http_port}/metrics", timeout=SOON) as answer:
         families = text_string_to_metric_families(answer.read().decode())
     return {
@@ -113,7 +113,7 @@ def scrape(server: Server) -> dict[str, float]:
 
 
 class Process:
-    """A process as /proc shows it."""
+    """A running process, measured through /proc."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -125,12 +125,12 @@ class Process:
 
     @property
     def memory(self) -> int:
-        """Resident, in bytes."""
+        """Resident memory in bytes."""
         return self._status("VmRSS") * 1024
 
     @property
     def peak_memory(self) -> int:
-        """The most that has been resident since `forget_peak`, in bytes."""
+        """Peak resident memory since `forget_peak`, in bytes."""
         return self._status("VmHWM") * 1024
 
     def forget_peak(self) -> None:
@@ -142,7 +142,7 @@ class Process:
 
     @property
     def files(self) -> int:
-        """How many file descriptors are open."""
+        """Number of open file descriptors."""
         return len(os.listdir(f"/proc/{self.pid}/fd"))
 
     @property
@@ -152,7 +152,7 @@ class Process:
 
 
 class Daemon(Process):
-    """`dsmq serve` in a process of its own, on free ports. It logs to a file."""
+    """`dsmq serve` in its own process, on free ports, logging to a file."""
 
     def __init__(
         self,
@@ -164,7 +164,7 @@ class Daemon(Process):
         ca_file: str = "",
         **settings: object,
     ) -> None:
-        """Settings are passed by the environment; ca_file is what its clients trust."""
+        """Settings are passed through the environment; clients trust ca_file."""
         self._file = tempfile.NamedTemporaryFile("w")  # noqa: SIM115 - closed by stop()
         environment = {name: value for name, value in os.environ.items() if not name.startswith("DSMQ_")}
         environment |= {"DSMQ_PORT": "0", "DSMQ_HTTP_PORT": "0"}
@@ -193,14 +193,14 @@ class Daemon(Process):
             raise
 
     def log(self) -> str:
-        """Return all that it has logged, also after it has stopped."""
+        """Return its log, also after it has stopped."""
         if self._file.closed:
             return self._last_log
-        # A file object of its own: seeking in the other would move where the process writes.
+        # Seeking in the process's own file would move its write position.
         return Path(self._file.name).read_text(errors="replace")
 
     def wait_for_line(self, pattern: str) -> re.Match[str]:
-        """Return the match of the next line of the log that has one."""
+        """Return the match in the next matching line of the log."""
         found: list[re.Match[str]] = []
 
         def look() -> bool:
@@ -254,7 +254,7 @@ class Daemon(Process):
 
 @contextmanager
 def daemon(*options: str, **others: Any) -> Iterator[Daemon]:
-    """Run a Daemon of these arguments; its log can still be read when it has stopped."""
+    """Run a Daemon; its log can still be read after it has stopped."""
     daemon = Daemon(*options, **others)
     try:
         yield daemon

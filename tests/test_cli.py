@@ -1,4 +1,4 @@
-"""The command line, run as a user runs it, against a real server."""
+"""The command line, run as users run it, against a real server."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ Process = subprocess.Popen[bytes]
 
 @pytest.fixture(autouse=True)
 def buffered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python buffers its output, as it does unless told otherwise."""
+    """Let Python buffer its output, which is the default."""
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Daemon]:
-    """One server for all tests that don't stop it; each has a topic of its own."""
+    """One server for all tests that don't stop it; each test has its own topic."""
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("DSMQ_")]:
             patch.delenv(name)
@@ -57,7 +57,7 @@ def server() -> Iterator[Daemon]:
 
 @pytest.fixture
 def address(server: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the commands find the server."""
+    """Make the commands use the server."""
     monkeypatch.setenv("DSMQ_PORT", str(server.port))
 
 
@@ -74,7 +74,7 @@ def mq(server: Daemon) -> Iterator[DSMQClientSideConnection]:
 
 @contextmanager
 def started(*arguments: str) -> Iterator[Process]:
-    """A command that runs, with pipes to it and from it."""
+    """Start a command with pipes."""
     process = subprocess.Popen(
         [sys.executable, "-m", "dsmq", *arguments],
         stdin=subprocess.PIPE,
@@ -90,7 +90,7 @@ def started(*arguments: str) -> Iterator[Process]:
 
 @contextmanager
 def waiting(port: int, *arguments: str) -> Iterator[Process]:
-    """A command that waits at the server for a message."""
+    """Start a command, and wait until it is waiting for a message."""
     wait_until(lambda: waiters(port) == 0)
     with started(*arguments) as process:
         wait_until(lambda: waiters(port) == 1)
@@ -116,7 +116,7 @@ def type_in(process: Process, data: bytes) -> None:
 
 
 def ended(process: Process) -> tuple[int, bytes, bytes]:
-    """What a command has left behind: its exit status, and the rest of stdout and stderr."""
+    """Return a command's exit status and the rest of its stdout and stderr."""
     out, err = process.communicate(timeout=SOON)
     return process.returncode, out, err
 
@@ -127,7 +127,7 @@ def result(*arguments: str, stdin: bytes = b"", env: dict[str, str] | None = Non
 
 
 def assert_one_line(done: tuple[int, bytes, bytes], status: int, says: str) -> None:
-    """Errors are one line for people."""
+    """Check that a command printed a one-line error, and nothing else."""
     returned, out, err = done
     text = err.decode()
     assert text.startswith("dsmq"), text
@@ -286,7 +286,7 @@ def test_position_file_resumes_next_run(topic: str, mq: DSMQClientSideConnection
     file = tmp_path / "position"
     words = ["get", topic, "--position-file", str(file), "-n", "2"]
     mq.put(topic, "before the first run")
-    # The first run stands at what was put last.
+    # The first run starts after the last message.
     assert result(*words) == (3, b"", b"")
     mq.put_many(topic, ["1", "2", "3"])
     assert result(*words) == (0, b"1\n2\n", b"")
@@ -357,7 +357,7 @@ def test_position_file_symlink_is_preserved(topic: str, mq: DSMQClientSideConnec
 def test_invalid_position_file_is_reported(content: bytes, topic: str, tmp_path: Path) -> None:
     file = tmp_path / "position"
     file.write_bytes(content)
-    assert_one_line(result("get", topic, "--position-file", str(file)), 2, f"{file}: there is no position in it")
+    assert_one_line(result("get", topic, "--position-file", str(file)), 2, f"{file}: contains no position")
     assert file.read_bytes() == content
 
 
@@ -380,7 +380,7 @@ def test_unusable_position_file_is_reported(name: str, status: int, says: str, t
     assert_one_line((done.returncode, done.stdout, done.stderr), status, f"{tmp_path / name}: {says}")
 
 
-def test_a_new_position_file_respects_the_umask_and_an_existing_one_keeps_its_mode(topic: str, tmp_path: Path) -> None:
+def test_position_file_respects_umask_when_new_and_keeps_its_mode(topic: str, tmp_path: Path) -> None:
     file = tmp_path / "position"
     words = ["get", topic, "--position-file", str(file)]
     for mask, mode in (0o022, 0o644), (0o027, 0o640):
@@ -405,7 +405,7 @@ def test_device_is_refused_as_position_file(topic: str) -> None:
     assert not os.path.isfile("/dev/null")
 
 
-# Words that begin with a dash, and words too many
+# Messages that begin with a dash, and too many arguments
 
 
 @pytest.mark.parametrize(
@@ -449,7 +449,7 @@ def test_topic_may_begin_with_dash(address: None) -> None:
 
 @pytest.mark.parametrize("words", ["a b c", "a --reconnect 1 b c", "a b -- c", "-- a b c"])
 def test_too_many_words_suggest_quoting(words: str, address: None) -> None:
-    assert_one_line(result("put", *words.split()), 2, "quote a message that has blanks: dsmq put a 'b c'")
+    assert_one_line(result("put", *words.split()), 2, "quote a message with blanks: dsmq put a 'b c'")
 
 
 # Lines of stdin
@@ -505,7 +505,7 @@ def test_too_long_line_is_reported_and_earlier_lines_are_put() -> None:
         assert stored(server) == []
         done = put_lines(server, b"short\n" + b"x" * 11 + b"\nnext\n")
         assert_one_line(done, 1, "line 2 of stdin: a message has at most 10 bytes, not 11 (lines stored: 1 before it")
-        told = re.search(rb"lines stored: 1 before it(?:, (\d+) behind it)?\)", done[2])
+        told = re.search(rb"lines stored: 1 before it(?:, (\d+) after it)?\)", done[2])
         assert told is not None
         assert stored(server) == ["short", *["next"] * int(told[1] or 0)]
 
@@ -525,7 +525,7 @@ def test_lines_stored_after_a_failed_one_are_reported() -> None:
     with daemon("--max-stored-bytes-per-topic", "1000") as server:
         done = put_lines(server, b"1\n" + b"x" * 900 + b"\n2\n3\n")
         assert_one_line(done, 1, "line 2 of stdin: ")
-        assert "(lines stored: 1 before it, 2 behind it)" in done[2].decode()
+        assert "(lines stored: 1 before it, 2 after it)" in done[2].decode()
         assert stored(server) == ["1", "2", "3"]
 
 
@@ -579,7 +579,7 @@ def test_topics_prints_json(topic: str, mq: DSMQClientSideConnection) -> None:
 def test_ping_reports_that_server_answers(address: None, server: Daemon) -> None:
     status, out, err = result("ping")
     assert (status, err) == (0, b"")
-    assert out.startswith(b"PONG from 127.0.0.1 port %d in " % server.port)
+    assert out.startswith(b"PONG from 127.0.0.1:%d in " % server.port)
     assert out.count(b"\n") == 1
 
 
@@ -605,7 +605,7 @@ ESCAPED = r"\x1b[2J\x9b\x7f\r\n\t\u202e\u2028"
 
 
 def on_terminal(*arguments: str, env: dict[str, str] | None = None) -> tuple[int, str]:
-    """Run a command on a terminal; return its exit status and what it has written to it."""
+    """Run a command on a terminal; return its exit status and output."""
     master, slave = os.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "dsmq", *arguments],
@@ -616,7 +616,7 @@ def on_terminal(*arguments: str, env: dict[str, str] | None = None) -> tuple[int
     )
     os.close(slave)
     shown = b""
-    with suppress(OSError):  # That is how a terminal ends, on Linux.
+    with suppress(OSError):  # The end of a terminal on Linux.
         while data := os.read(master, 65_536):
             shown += data
     os.close(master)
@@ -678,12 +678,12 @@ def test_config_escapes_control_characters_and_stays_toml() -> None:
         assert tomllib.loads(result(*options, env=env)[1].decode())["snapshot_file"] == "é" + NASTY
 
 
-# Where the server is
+# The server's address
 
 
 def test_host_and_port_come_from_the_environment(server: Daemon) -> None:
     env = {"DSMQ_HOST": "localhost", "DSMQ_PORT": str(server.port)}
-    assert result("ping", env=env)[1].startswith(b"PONG from localhost port %d " % server.port)
+    assert result("ping", env=env)[1].startswith(b"PONG from localhost:%d " % server.port)
 
 
 def test_options_win_over_environment(server: Daemon) -> None:
@@ -723,13 +723,13 @@ def test_unix_socket_is_removed_on_stop(tmp_path: Path) -> None:
         ("get t -n 0", "-n"),
         ("get t --after -1", "--after"),
         ("get t --after 9223372036854775808", "--after"),
-        ("get t u", "quote a topic that has blanks: dsmq get 't u'"),
+        ("get t u", "quote a topic with blanks: dsmq get 't u'"),
         ("get t -f", "unknown argument '-f'"),
         (
             "put t --hello",
-            "--help; to begin a message with --, write -- before it",
+            "did you mean --help?; to begin a message with --, write -- before it",
         ),
-        ("put t --prot 1", "the nearest known one is --port"),
+        ("put t --prot 1", "did you mean --port?"),
         ("put", "TOPIC"),
         ("topics t", "'t'"),
         ("topics -t", "'-t'"),
@@ -773,7 +773,7 @@ def test_unix_socket_is_removed_on_stop(tmp_path: Path) -> None:
 def test_invalid_usage_is_reported(arguments: str, says: str, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     words = arguments.split()
     if words[:1] == ["serve"]:
-        # In a process of its own, because it handles signals.
+        # In a separate process, because it handles signals.
         done = result(*words)
     else:
         try:
@@ -810,7 +810,7 @@ def test_invalid_variable_is_reported(variable: str, value: str) -> None:
     ("text", "says"),
     [
         (b"port = 0", "port: '0' is not a port"),
-        (b"max_topics = 1\nprot = 1", "unknown setting 'prot'; the nearest known one is 'port'"),
+        (b"max_topics = 1\nprot = 1", "prot: unknown setting; did you mean port?"),
         (b"host = 'unix:'", "host: 'unix:' is not an address"),
         (b'host = "unix:/a\\u0000b"', "host: 'unix:/a\\x00b' is not an address"),
         (b'host = "a\\u0000b"', "host: 'a\\x00b' is not an address"),
@@ -844,12 +844,12 @@ def test_service_links_are_not_server_address(server: Daemon) -> None:
 
 
 @pytest.mark.parametrize("command", ["put t x", "get t", "topics", "ping --host localhost", "bench"])
-def test_an_unknown_variable_is_an_error_in_client_commands(command: str) -> None:
-    says = "DSMQ_HOSTT: unknown setting 'DSMQ_HOSTT'; the nearest known one is 'DSMQ_HOST'"
+def test_client_commands_reject_unknown_variables(command: str) -> None:
+    says = "DSMQ_HOSTT: unknown setting; did you mean DSMQ_HOST?"
     assert_one_line(result(*command.split(), env={"DSMQ_HOSTT": "elsewhere"}), 2, says)
 
 
-def test_settings_of_the_server_are_no_error_in_client_commands(server: Daemon, tmp_path: Path) -> None:
+def test_client_commands_accept_server_settings(server: Daemon, tmp_path: Path) -> None:
     file = tmp_path / "dsmq.toml"
     file.write_text("max_topics = 5")
     env = {"DSMQ_CONFIG": str(file), "DSMQ_LOG_LEVEL": "error", "dsmq_max_topics": "5"}
@@ -876,7 +876,7 @@ def test_token_file_wins_over_token_variable(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def pem(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a certificate, its key, the key under a passphrase, and what is none of them."""
+    """A folder with a certificate, its key, encrypted copies of the key, and invalid files."""
     folder = tmp_path_factory.mktemp("pem")
     issued = trustme.CA().issue_cert("localhost")
     for name, blobs in (("cert", issued.cert_chain_pems), ("key", [issued.private_key_pem])):
@@ -943,18 +943,18 @@ def test_unusable_server_file_is_reported(name: str, what: str, pem: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["auth-token-file", "http-token-file"])
-def test_a_token_file_without_an_end_is_an_error_of_the_server(name: str) -> None:
+def test_server_rejects_endless_token_file(name: str) -> None:
     done = run_dsmq("serve", "--port=0", "--http-port=0", f"--{name}=/dev/zero")
     assert done.returncode in (1, 2)
     assert done.stderr.decode().splitlines()[-1] == "dsmq: /dev/zero: longer than 1048576 bytes"
 
 
-def test_a_token_file_without_an_end_is_an_error_of_the_command() -> None:
+def test_client_command_rejects_endless_token_file() -> None:
     assert_one_line(result("ping", "--token-file", "/dev/zero"), 2, "/dev/zero: longer than 1048576 bytes")
 
 
 @pytest.mark.parametrize("option", ["ca-file", "cert-file", "key-file"])
-def test_a_file_too_long_for_a_certificate_is_an_error(option: str, pem: Path, tmp_path: Path) -> None:
+def test_too_long_certificate_file_is_reported(option: str, pem: Path, tmp_path: Path) -> None:
     file = tmp_path / "long"
     with file.open("wb") as stream:
         stream.truncate(2**24 + 1)
@@ -973,15 +973,15 @@ def test_unreadable_config_is_reported(tmp_path: Path) -> None:
 def test_unknown_setting_is_reported(tmp_path: Path) -> None:
     file = tmp_path / "dsmq.toml"
     file.write_text("prot = 1")
-    assert_one_line(result("serve", "--config", str(file)), 2, "'prot'; the nearest known one is 'port'")
-    assert_one_line(result("serve", env={"DSMQ_PROT": "1"}), 2, "'DSMQ_PROT'; the nearest known one is 'DSMQ_PORT'")
+    assert_one_line(result("serve", "--config", str(file)), 2, "prot: unknown setting; did you mean port?")
+    assert_one_line(result("serve", env={"DSMQ_PROT": "1"}), 2, "DSMQ_PROT: unknown setting; did you mean DSMQ_PORT?")
 
 
 @pytest.mark.parametrize("command", ["put t x", "put t", "get t", "get t --follow", "topics", "ping"])
 def test_missing_server_is_reported(command: str) -> None:
     port = unused_port()
     done = result(*command.split(), "--port", str(port), stdin=b"x\n")
-    assert_one_line(done, 1, f"no server answers at 127.0.0.1 port {port}")
+    assert_one_line(done, 1, f"no server answers at 127.0.0.1:{port}")
 
 
 def test_missing_unix_socket_server_is_reported_with_path(tmp_path: Path) -> None:
@@ -1010,13 +1010,13 @@ def test_proxy_that_closes_connections_is_reported(command: str) -> None:
         done = result(*command.split(), "--port", str(port))
         front.shutdown(socket.SHUT_RDWR)
         thread.join()
-    assert_one_line(done, 1, f"dsmq: 127.0.0.1 port {port} accepts connections and closes them at once")
+    assert_one_line(done, 1, f"dsmq: 127.0.0.1:{port} accepts connections and closes them at once")
     assert b"(--tls)" in done[2]
 
 
 def test_other_server_is_reported_as_not_dsmq(server: Daemon) -> None:
     done = result("ping", "--port", str(server.http_port), "--timeout", str(SOON))
-    assert_one_line(done, 1, f"127.0.0.1 port {server.http_port} is dsmq's HTTP endpoint")
+    assert_one_line(done, 1, f"127.0.0.1:{server.http_port} is not a dsmq server but dsmq's HTTP endpoint")
 
 
 @pytest.mark.parametrize("arguments", [["put", "", "x"], ["get", ""]], ids=["put", "get"])
@@ -1049,7 +1049,7 @@ def test_help_ignores_invalid_environment(command: str) -> None:
     assert b"Exit statuses: 0 done" in out
 
 
-# A server that can't start
+# Servers that can't start
 
 
 def test_port_in_use_is_reported() -> None:
@@ -1075,7 +1075,7 @@ def test_privileged_port_is_reported() -> None:
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("missing/socket", "No such file"), ("file", "something else than a socket"), ("x" * 200, "too long")],
+    [("missing/socket", "No such file"), ("file", "not a socket"), ("x" * 200, "too long")],
 )
 def test_invalid_unix_path_is_reported(name: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a socket")
@@ -1136,7 +1136,7 @@ def test_ctrl_c_ends_put_without_losing_lines(topic: str, mq: DSMQClientSideConn
         type_in(process, b"line\n")
         assert mq.get_wait(topic, timeout=SOON) == "line"
         process.send_signal(signal.SIGINT)
-        # Its stdin is still open: it does not wait for the end.
+        # It must not wait for the end of stdin, which is still open.
         assert process.wait(SOON) == 130
         assert ended(process) == (130, b"", b"")
 
@@ -1150,7 +1150,7 @@ def test_ctrl_c_stops_server_without_traceback() -> None:
         assert "stopping: SIGINT" in server.log()
 
 
-# Pipes and files that are closed
+# Closed pipes and files
 
 
 def test_closed_output_pipe_is_not_an_error(topic: str, mq: DSMQClientSideConnection) -> None:
@@ -1209,7 +1209,7 @@ def test_closed_standard_files_cause_no_traceback(
 
 # Other systems
 
-# What Windows lacks, and macOS in part.
+# Names that Windows lacks; macOS lacks some of them.
 WITHOUT = """
 import os, signal, socket, sys, time
 for module, names in (
@@ -1242,7 +1242,7 @@ def test_client_commands_run_without_unix_only_modules(topic: str, tmp_path: Pat
     assert_one_line(elsewhere("ping", "--host", "unix:/socket"), 1, "this system has no Unix sockets")
 
 
-# The end of a server
+# Stopping a server
 
 
 def test_sigterm_stops_server_and_answers_waiting_readers() -> None:
@@ -1308,7 +1308,7 @@ def test_put_resumes_after_server_restart() -> None:
             status, out, err = ended(process)
     assert (status, out) == (0, b"")
     lost, anew = err.decode().splitlines()
-    assert lost.startswith(f"dsmq: connection to 127.0.0.1 port {mq.port} lost, trying again: ")
+    assert lost.startswith(f"dsmq: connection to 127.0.0.1:{mq.port} lost, trying again: ")
     assert anew == "dsmq: the server was restarted: the messages it held are lost"
 
 
@@ -1328,7 +1328,7 @@ def test_client_may_not_stop_server_if_forbidden() -> None:
         assert server.stop() == 0
 
 
-# The rest
+# Others
 
 
 def test_version_is_printed() -> None:
@@ -1359,7 +1359,7 @@ def test_server_can_be_stopped_before_it_serves() -> None:
         text=True,
     )
     assert process.stderr is not None
-    # It has begun to load what it needs.
+    # It has begun to load its modules.
     assert any("annotated_types" in line for line in process.stderr)
     process.terminate()
     process.communicate(timeout=SOON)

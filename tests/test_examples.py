@@ -1,8 +1,7 @@
-"""The demo, the examples, the server as a script, and what importing the client costs."""
+"""The demo, the examples, the server as a script, and what imports load."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import runpy
 import signal
@@ -28,13 +27,13 @@ SOURCE = ROOT / "src" / "dsmq"
 
 @pytest.fixture(autouse=True)
 def buffered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unbuffered, Python writes a line in two parts, and those of several processes mix."""
+    """Buffer output: unbuffered, Python writes lines in two parts, which mix between processes."""
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
 
 
 @contextmanager
 def python(*arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
-    """A Python that runs this; it does not outlive the test."""
+    """Run Python; it does not outlive the test."""
     process = subprocess.Popen(
         [sys.executable, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -46,14 +45,14 @@ def python(*arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def result(*arguments: str | Path) -> tuple[int, str, str]:
-    """The exit status, stdout and stderr of a Python that runs this to its end."""
+    """Run Python to its end; return its exit status, stdout and stderr."""
     with python(*arguments) as process:
         out, err = process.communicate(timeout=SOON)
         return process.returncode, out, err
 
 
 def loaded_by(module: str) -> set[str]:
-    """What is loaded with a module, beyond what Python has loaded at its start."""
+    """Return the modules that an import loads, beyond those that Python loads at start."""
     script = f"import sys; before = set(sys.modules); import {module}; print(*(set(sys.modules) - before))"
     status, out, err = result("-c", script)
     assert (status, err) == (0, "")
@@ -89,21 +88,11 @@ def test_demo_ignores_settings_of_other_servers(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dies", "name"), [("serve", "server"), ("read", "reader")])
-def test_demo_reports_dead_process(dies: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, dies, die)
-    try:
-        with pytest.raises(ServerFailed, match=f"the demo's {name}.* has died, with the exit status 3"):
-            demo.main()
-    finally:
-        for process in multiprocessing.active_children():
-            process.kill()
-            process.join()
-
-
-def die(*_: object) -> None:
-    """In place of what one of its processes does."""
-    os._exit(3)
+@pytest.mark.parametrize(("words", "name"), [("SERVER", "server"), ("READER", "reader 1")])
+def test_demo_reports_dead_process(words: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, words, ("-c", "raise SystemExit(3)"))
+    with pytest.raises(ServerFailed, match=f"the demo's {name} died with exit status 3"):
+        demo.main()
 
 
 # The examples
@@ -112,7 +101,7 @@ def die(*_: object) -> None:
 def test_get_example_reads_put_example(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     getter = threading.Thread(target=example_get_client.run, args=("127.0.0.1", server.port, 3, "me"))
     getter.start()
-    wait_until(lambda: server.waiting() == 1)
+    wait_until(lambda: server.status.waiting() == 1)
     example_put_client.run("127.0.0.1", server.port, n_iter=3, pause=0)
     getter.join(SOON)
     assert not getter.is_alive()
@@ -127,7 +116,7 @@ def test_get_example_ends_at_timeout(
     monkeypatch.setattr(client_module, "_n_tries", 1)
     example_get_client.run(port=server.port)
     assert capsys.readouterr().out == ""
-    assert server.counters().gets_empty >= 1
+    assert server.status.counters().gets_empty >= 1
 
 
 def test_example_server_uses_address_of_example_clients(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +160,7 @@ def test_script_reports_failed_start_in_one_line(server: Server) -> None:
         assert reason in err
 
 
-# What an import loads
+# What imports load
 
 
 @pytest.mark.parametrize("module", ["dsmq.client", "dsmq.cli"])

@@ -1,4 +1,4 @@
-"""The rooms of the source, and the imports between them, which run down only."""
+"""Rooms of the source import only from rooms below them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 import dsmq
 
 ROOT = Path(dsmq.__file__).parent
-# What each room may import from, itself aside. Modules outside a room are named by themselves.
-BASE = {"errors", "logs", "system", "terminal", "threads", "tokens"}
+# What each room may import from, besides itself. A module outside all rooms is a room of its own.
+BASE = {"environment", "errors", "logs", "system", "terminal", "threads", "tokens"}
 MAY_IMPORT = {
     "wire": {"errors"},
     "settings": {"environment", "errors", "terminal", "tokens", "wire"},
@@ -35,7 +35,7 @@ def modules() -> dict[str, Path]:
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Return what a file imports from dsmq, also inside functions, but not for type checkers alone."""
+    """Yield what a file imports from dsmq, also within functions, but not only for type checkers."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":

@@ -1,4 +1,4 @@
-"""The program `dsmq`, which is `python -m dsmq` as well."""
+"""The `dsmq` command, also `python -m dsmq`."""
 
 import sys
 
@@ -6,7 +6,7 @@ import sys
 def main() -> int:
     """Run the command line of this process; return its exit status."""
     try:
-        # Here, because Ctrl-C may come while it loads, too.
+        # Imported here, so that Ctrl-C is also handled while it loads.
         from dsmq.cli import main as run  # noqa: PLC0415
 
         return run()

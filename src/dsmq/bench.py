@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from dsmq.errors import DSMQError
 
@@ -13,16 +13,6 @@ SHORT = "hello world!"
 LONG = "x" * 100_000
 # Short messages per long message.
 _SHORT_TO_LONG = 20
-
-
-class Client(Protocol):
-    """The client to measure."""
-
-    def put(self, topic: str, msg: str, /) -> object:
-        """Put a message."""
-
-    def get(self, topic: str, /) -> object:
-        """Return a message, or something false."""
 
 
 class Figure(NamedTuple):
@@ -40,8 +30,8 @@ class Figure(NamedTuple):
         return line
 
 
-def measure(client: Client, count: int, progress: Callable[[str], None]) -> Iterator[Figure]:
-    """Measure each operation `count` times, less often with long messages; report progress by operation.
+def measure(client: Any, count: int, progress: Callable[[str], None]) -> Iterator[Figure]:
+    """Measure a client's `put` and `get` `count` times, less often with long messages; `progress` gets each name.
 
     Uses its own topics, whose messages stay on the server until they expire. Raises DSMQError if a message does not
     come back, and the client's errors.
@@ -59,9 +49,7 @@ def measure(client: Client, count: int, progress: Callable[[str], None]) -> Iter
     def read(suffix: str, expected: str) -> Callable[[], None]:
         def call() -> None:
             if (client.get(topic + suffix) or "") != expected:
-                raise DSMQError(
-                    f"what was put into {topic + suffix} did not come back; do messages expire too soon here?"
-                )
+                raise DSMQError(f"a message put into {topic + suffix} was not returned; has it expired?")
 
         return call
 

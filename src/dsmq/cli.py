@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 import base64
-import codecs
 import io
+import json
 import logging
 import math
 import os
@@ -19,20 +19,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from dsmq import command_line, environment
+from dsmq import cli_parser, environment
+from dsmq.cli_parser import USAGE
 from dsmq.client import DSMQClientSideConnection, connect
-from dsmq.client.dial import Endpoint
 from dsmq.client.session import Message
-from dsmq.command_line import USAGE, Command
 from dsmq.errors import AuthRequired, ConfigError, DSMQError, TooBig
 from dsmq.system import allow_more_files, has_terminal
-from dsmq.terminal import LineFormatter, as_json, printable
+from dsmq.terminal import LineFormatter, printable
+from dsmq.tokens import check_token
+from dsmq.wire.addresses import parse_endpoint
 
 if TYPE_CHECKING:
-    from ssl import SSLContext
-
     from dsmq.position_file import PositionFile
 
 T = TypeVar("T")
@@ -51,9 +50,8 @@ def main(words: Sequence[str] | None = None) -> int:
         try:
             if words[:1] == ["serve"]:
                 _early_signals()
-            options = command_line.parse(words, _COMMANDS)
-            command: Command = options.run
-            return command(options)
+            options = cli_parser.parse(words)
+            return _COMMANDS[options.command](options)
         finally:
             sys.stdout.flush()
     except KeyboardInterrupt:
@@ -107,19 +105,20 @@ def _reason(error: Exception) -> str:
 def _connect(options: argparse.Namespace, timeout: float = 10.0) -> DSMQClientSideConnection:
     # Never send the token of the configured server to another one that --host names.
     known = _server_settings(use_file=not options.host)
-    options.host = options.host or _checked(command_line.host, *known["host"])
-    options.port = options.port or _checked(command_line.port, *known["port"])
-    files = {name: getattr(options, name) for name in ("ca_file", "cert_file", "key_file")}
-    tls: bool | SSLContext = options.tls
-    if known["tls_cert_file"][0] and not tls and not any(files.values()):
+    options.host = options.host or known["host"].parse(cli_parser.host)
+    options.port = options.port or known["port"].parse(cli_parser.port)
+    security: dict[str, Any] = {name: getattr(options, name) for name in ("tls", "ca_file", "cert_file", "key_file")}
+    if known["tls_cert_file"].text and not any(security.values()):
         from dsmq.wire.tls import pinned_context  # noqa: PLC0415 - rarely needed
 
-        tls = pinned_context(*known["tls_cert_file"])
-    token = _token(options.token_file, known)
-    patience: dict[str, Any] = {"timeout": timeout, "reconnect_timeout": getattr(options, "reconnect", 0.0)}
+        security["tls"] = pinned_context(*known["tls_cert_file"])
+    security["token"] = _token(options.token_file, known)
+    reconnect = getattr(options, "reconnect", 0.0)
     _log_to_stderr()
     try:
-        return connect(options.host, options.port, retry=False, token=token, tls=tls, **patience, **files)
+        return connect(
+            options.host, options.port, timeout=timeout, retry=False, reconnect_timeout=reconnect, **security
+        )
     except (TypeError, ValueError) as error:
         if isinstance(error, DSMQError) and not isinstance(error, ConfigError):
             raise
@@ -132,7 +131,7 @@ def _connect(options: argparse.Namespace, timeout: float = 10.0) -> DSMQClientSi
 
 
 def _where(options: argparse.Namespace) -> str:
-    return str(Endpoint(options.host, options.port))
+    return str(parse_endpoint(options.host, options.port))
 
 
 def _log_to_stderr() -> None:
@@ -146,7 +145,7 @@ def _log_to_stderr() -> None:
 # Advice for programs in the client's errors, and the same advice for the command line.
 _HINTS = {
     "connect(..., token=...)": "--token-file FILE, or DSMQ_AUTH_TOKEN",
-    "does it want TLS?": "does it want TLS (--tls)?",
+    "does it require TLS?": "does it require TLS (--tls)?",
     "ca_file=...": "--ca-file FILE",
     "cert_file=..., key_file=...": "--cert-file FILE, --key-file FILE",
 }
@@ -158,39 +157,39 @@ def _cli_hint(text: str) -> str:
     return text
 
 
+class _Setting(NamedTuple):
+    """A setting of the server, and its source for error messages."""
+
+    text: str
+    source: str
+
+    def parse(self, kind: Callable[[str], T]) -> T:
+        try:
+            return kind(self.text)
+        except (argparse.ArgumentTypeError, ValueError) as error:
+            raise ConfigError(f"{self.source}: {error}") from None
+
+
 _DEFAULTS = {"host": "127.0.0.1", "port": "30008", "auth_token": "", "auth_token_file": "", "tls_cert_file": ""}
 
 
-def _server_settings(*, use_file: bool) -> dict[str, tuple[str, str]]:
-    """Return the settings that locate the server, each with its source for error messages. Raises ConfigError."""
-    variables = environment.variables()
-    file = os.environ[variables["config"]] if use_file and "config" in variables else ""
-    said = environment.read_toml(file) if file else {}
-    if unknown := [name for name in said if name not in environment.SETTINGS]:
-        raise ConfigError(f"{file}: {environment.unknown(unknown[0])}")
+def _server_settings(*, use_file: bool) -> dict[str, _Setting]:
+    """Return the settings that locate the server. Raises ConfigError."""
+    values, sources = environment.read(None if use_file else "")
+    if unknown := [name for name in values if name not in environment.setting_names()]:
+        raise ConfigError(f"{sources[unknown[0]]}: {environment.unknown(unknown[0])}")
     return {
-        name: (os.environ[variables[name]], variables[name])
-        if name in variables
-        else (str(said.get(name, default)), f"{file}: {name}")
-        for name, default in _DEFAULTS.items()
+        name: _Setting(str(values.get(name, default)), sources.get(name, "")) for name, default in _DEFAULTS.items()
     }
 
 
-def _checked(kind: Callable[[str], T], text: str, source: str) -> T:
-    try:
-        return kind(text)
-    except argparse.ArgumentTypeError as error:
-        raise ConfigError(f"{source}: {error}") from None
-
-
-def _token(file: str | None, known: dict[str, tuple[str, str]]) -> str | None:
-    token, source = known["auth_token"]
-    if file is None and token:
-        return _checked(command_line.token, token, source)
-    file = file or known["auth_token_file"][0]
+def _token(file: str | None, known: dict[str, _Setting]) -> str | None:
+    if file is None and known["auth_token"].text:
+        return known["auth_token"].parse(check_token)
+    file = file or known["auth_token_file"].text
     if not file:
         return None
-    from dsmq.broker.auth import read_tokens  # noqa: PLC0415 - rarely needed
+    from dsmq.broker.token_files import read_tokens  # noqa: PLC0415 - rarely needed
 
     return read_tokens(file)[0][2]
 
@@ -199,9 +198,9 @@ def _token(file: str | None, known: dict[str, tuple[str, str]]) -> str | None:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from dsmq import logs, server  # noqa: PLC0415 - see _parser
-    from dsmq import settings as config  # noqa: PLC0415 - see _parser
-    from dsmq.ops import systemd  # noqa: PLC0415 - see _parser
+    from dsmq import logs, server  # noqa: PLC0415 - only a server needs it
+    from dsmq import settings as config  # noqa: PLC0415 - slow to load
+    from dsmq.ops import systemd  # noqa: PLC0415 - only a server needs it
 
     settings = config.from_options(options)
     logs.never_block()
@@ -212,7 +211,7 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _config(options: argparse.Namespace) -> int:
-    from dsmq import settings as config  # noqa: PLC0415 - see _parser
+    from dsmq import settings as config  # noqa: PLC0415 - slow to load
 
     text = config.example() if options.example else config.to_toml(config.from_options(options))
     if sys.stdout.isatty():
@@ -239,8 +238,8 @@ def _put_lines(mq: DSMQClientSideConnection, topic: str) -> None:
             stored += len(mq.put_many(topic, lines))
     except (DSMQError, OSError) as error:
         stored += getattr(error, "stored_before", 0)
-        behind = getattr(error, "stored_behind", 0)
-        about = f"lines stored: {stored} before it" + (f", {behind} behind it" if behind else "")
+        after = getattr(error, "stored_behind", 0)
+        about = f"lines stored: {stored} before it" + (f", {after} after it" if after else "")
         raise DSMQError(f"line {stored + 1} of stdin: {_reason(error)} ({about})") from error
 
 
@@ -340,7 +339,7 @@ def _print_bodies(messages: list[Message]) -> None:
 
 
 def _message_fields(message: Message, position: str) -> dict[str, object]:
-    shown: dict[str, object] = {
+    fields: dict[str, object] = {
         "topic": message.topic,
         "id": message.id,
         "number": message.number,
@@ -348,16 +347,15 @@ def _message_fields(message: Message, position: str) -> dict[str, object]:
         "position": position,
     }
     try:
-        shown["message"] = message.body.decode()
+        fields["message"] = message.body.decode()
     except UnicodeDecodeError:
-        shown["message_base64"] = base64.b64encode(message.body).decode()
-    return shown
+        fields["message_base64"] = base64.b64encode(message.body).decode()
+    return fields
 
 
-def _print_json(shown: dict[str, object]) -> None:
-    # JSON must be UTF-8; in any other locale, write ASCII.
-    is_utf_8 = codecs.lookup(sys.stdout.encoding).name == "utf-8"
-    sys.stdout.write(as_json(shown, ascii_only=not is_utf_8) + "\n")
+def _print_json(fields: dict[str, object]) -> None:
+    # In ASCII, which is valid in every locale and leaves no control characters unescaped.
+    sys.stdout.write(json.dumps(fields) + "\n")
 
 
 def _topics(options: argparse.Namespace) -> int:
@@ -396,13 +394,13 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _demo(_: argparse.Namespace) -> int:
-    from dsmq import demo  # noqa: PLC0415 - see _parser
+    from dsmq import demo  # noqa: PLC0415 - only here
 
     demo.main()
     return OK
 
 
-_COMMANDS: dict[str, Command] = {
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "serve": _serve,
     "config": _config,
     "put": _put,

@@ -1,24 +1,41 @@
 """Runs a server, a writer and two readers, each of which gets every message."""
 
-import multiprocessing
 import os
-import signal
+import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
-from multiprocessing.process import BaseProcess
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from tempfile import TemporaryDirectory
 
 from dsmq import example_put_client
 from dsmq.client import DSMQClientSideConnection, connect
 from dsmq.errors import ServerFailed
-from dsmq.server import serve
 
 READERS = ("reader 1", "reader 2")
+SERVER = ("-m", "dsmq", "serve", "--http-port", "off", "--log-level", "error")
+READER = ("-m", "dsmq.demo")
 # How often to check whether a started process is ready or has died.
 POLL_SECONDS = 0.05
+
+Processes = Mapping[str, subprocess.Popen[bytes]]
+
+
+def main(messages: int = 5, pause: float = 0.5) -> None:
+    """Run the demo. Raises ServerFailed if one of its processes dies."""
+    # A private Unix socket, so that the demo occupies no port.
+    with TemporaryDirectory(prefix="dsmq-demo-") as folder, ExitStack() as stack:
+        host = f"unix:{folder}/socket"
+        print("starting a server, a client that puts, and two that get", flush=True)
+        server = {"server": stack.enter_context(_running(*SERVER, "--host", host))}
+        mq = stack.enter_context(_connect(host, server))
+        readers = {name: stack.enter_context(_running(*READER, host, name, str(messages))) for name in READERS}
+        # Clients get messages put after they connected, so wait for the readers.
+        for _ in readers:
+            _receive(mq, "ready", readers)
+        example_put_client.run(host, n_iter=messages, pause=pause)
+        for _ in readers:
+            print(_receive(mq, "done", readers), flush=True)
 
 
 def read(host: str, name: str, messages: int) -> None:
@@ -35,70 +52,41 @@ def read(host: str, name: str, messages: int) -> None:
         mq.put("done", f"{name} received {received} of {messages} messages")
 
 
-def main(messages: int = 5, pause: float = 0.5) -> None:
-    """Run the demo. Raises ServerFailed if one of its processes dies."""
-    _clear_settings()
-    # Spawned processes share no state, like processes on different machines.
-    spawn = multiprocessing.get_context("spawn")
-    # A private Unix socket, so that the demo occupies no port.
-    with TemporaryDirectory(prefix="dsmq-demo-") as folder:
-        host = f"unix:{Path(folder) / 'socket'}"
-        print("starting a server, a client that puts, and two that get", flush=True)
-        server = spawn.Process(target=serve, args=(host,), name="server", daemon=True)
-        _start(server)
-        with _connect(host, server) as mq:
-            readers = [
-                spawn.Process(target=read, args=(host, name, messages), name=name, daemon=True) for name in READERS
-            ]
-            for reader in readers:
-                _start(reader)
-            # Clients get messages put after they connected, so wait for the readers.
-            for _ in readers:
-                _receive(mq, "ready", readers)
-            example_put_client.run(host, n_iter=messages, pause=pause)
-            for _ in readers:
-                print(_receive(mq, "done", readers), flush=True)
-            mq.shutdown_server()
-        for process in (*readers, server):
-            process.join()
-
-
-def _clear_settings() -> None:
+@contextmanager
+def _running(*words: str) -> Iterator[subprocess.Popen[bytes]]:
     # Settings meant for another server don't apply to the demo's.
-    for name in list(os.environ):
-        if name.upper().startswith("DSMQ_"):
-            del os.environ[name]
+    env = {name: value for name, value in os.environ.items() if not name.upper().startswith("DSMQ_")}
+    # A process group of its own, so that Ctrl-C interrupts this process alone.
+    with subprocess.Popen([sys.executable, *words], env=env, process_group=0) as process:  # noqa: S603 - no shell
+        try:
+            yield process
+        finally:
+            process.terminate()
 
 
-def _start(process: BaseProcess) -> None:
-    # Only the main process handles Ctrl-C; the others inherit that it is ignored.
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        process.start()
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _connect(host: str, server: BaseProcess) -> DSMQClientSideConnection:
+def _connect(host: str, server: Processes) -> DSMQClientSideConnection:
     while True:
         try:
             return connect(host, retry=False)
         except (ConnectionRefusedError, FileNotFoundError):
-            _check([server])
+            _check(server)
             time.sleep(POLL_SECONDS)
 
 
-def _receive(mq: DSMQClientSideConnection, topic: str, readers: Sequence[BaseProcess]) -> str:
+def _receive(mq: DSMQClientSideConnection, topic: str, readers: Processes) -> str:
     while not (message := mq.get_wait(topic, timeout=POLL_SECONDS)):
         _check(readers)
     return message
 
 
-def _check(processes: Sequence[BaseProcess]) -> None:
-    for process in processes:
-        if process.exitcode:
-            raise ServerFailed(f"the demo's {process.name} has died, with the exit status {process.exitcode}")
+def _check(processes: Processes) -> None:
+    for name, process in processes.items():
+        if process.poll():
+            raise ServerFailed(f"the demo's {name} died with exit status {process.returncode}")
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:]:
+        read(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    else:
+        main()

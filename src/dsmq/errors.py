@@ -1,32 +1,6 @@
-"""Every error dsmq raises or sends.
+"""Every error dsmq raises or sends, all of them a DSMQError.
 
-    DSMQError
-     ├─ ConfigError         a setting is wrong (also a ValueError)
-     ├─ StartupError         the server could not start
-     ├─ ServerFailed        a server thread died, or the last snapshot could not be written
-     ├─ ConnectionLost      the connection broke (also a ConnectionError)
-     ├─ ClientClosed        used after close() (also a ConnectionError)
-     ├─ MessageNotText      the next message is not UTF-8 (also a ValueError)
-     └─ ReplyError          the server answered with an error, by code:
-         ├─ ProtocolError     PROTOCOL
-         ├─ TooBig            TOOBIG (also a ValueError)
-         ├─ UnknownCommand    UNKNOWN
-         ├─ BadRequest        BADREQUEST (also a ValueError)
-         ├─ NotPermitted      NOPERM
-         ├─ AuthRequired      NOAUTH
-         ├─ WrongToken        WRONGPASS
-         ├─ UnknownVersion    NOPROTO
-         ├─ Full              FULL
-         ├─ Forgotten         FORGOTTEN
-         ├─ WrongEpoch        EPOCH
-         ├─ Aborted           EXECABORT
-         ├─ StoreFailed       STORE
-         ├─ Busy              BUSY
-         ├─ ShuttingDown      CLOSING
-         ├─ TimedOut          TIMEOUT
-         └─ InternalError     INTERNAL
-
-PROTOCOL.md lists the codes. Connecting to a server that is not running raises the built-in ConnectionRefusedError.
+Connecting to a server that is not running raises the built-in ConnectionRefusedError.
 """
 
 from __future__ import annotations
@@ -76,111 +50,80 @@ class MessageNotText(DSMQError, ValueError):
 
 
 class ReplyError(DSMQError):
-    """The server replied with an error. `code` is its code in the protocol."""
+    """The server replied with an error. PROTOCOL.md lists the codes."""
 
     code: ClassVar[str] = "ERROR"
 
+    def __init_subclass__(cls, *, code: str) -> None:
+        cls.code = code
 
-class ProtocolError(ReplyError):
+
+class ProtocolError(ReplyError, code="PROTOCOL"):
     """Invalid RESP: the server could not parse the request, or the client could not parse the reply."""
 
-    code = "PROTOCOL"
 
-
-class TooBig(ReplyError, ValueError):
+class TooBig(ReplyError, ValueError, code="TOOBIG"):
     """A message, a topic or a request exceeds its size limit."""
 
-    code = "TOOBIG"
 
-
-class UnknownCommand(ReplyError):
+class UnknownCommand(ReplyError, code="UNKNOWN"):
     """Unknown command."""
 
-    code = "UNKNOWN"
 
-
-class BadRequest(ReplyError, ValueError):
+class BadRequest(ReplyError, ValueError, code="BADREQUEST"):
     """A command has the wrong number of arguments, or an invalid one."""
 
-    code = "BADREQUEST"
 
-
-class NotPermitted(ReplyError):
+class NotPermitted(ReplyError, code="NOPERM"):
     """The server's configuration, or the role of the client's token, does not allow the command."""
 
-    code = "NOPERM"
 
-
-class AuthRequired(ReplyError):
+class AuthRequired(ReplyError, code="NOAUTH"):
     """Authentication is required, or the client's token has been revoked."""
 
-    code = "NOAUTH"
 
-
-class WrongToken(ReplyError):
+class WrongToken(ReplyError, code="WRONGPASS"):
     """Invalid token."""
 
-    code = "WRONGPASS"
 
-
-class UnknownVersion(ReplyError):
+class UnknownVersion(ReplyError, code="NOPROTO"):
     """HELLO requested a RESP version other than 2 or 3."""
 
-    code = "NOPROTO"
 
-
-class Full(ReplyError):
+class Full(ReplyError, code="FULL"):
     """A storage limit is reached; the message was not stored."""
 
-    code = "FULL"
 
-
-class Forgotten(ReplyError):
+class Forgotten(ReplyError, code="FORGOTTEN"):
     """The server no longer remembers whether a retried put was stored; it did not store it now."""
 
-    code = "FORGOTTEN"
 
-
-class WrongEpoch(ReplyError):
+class WrongEpoch(ReplyError, code="EPOCH"):
     """READ named another epoch, or PUT another run, than the server's; the message begins with the correct one."""
 
-    code = "EPOCH"
 
-
-class Aborted(ReplyError):
+class Aborted(ReplyError, code="EXECABORT"):
     """EXEC ran no command, because one queued since MULTI was refused."""
 
-    code = "EXECABORT"
 
-
-class StoreFailed(ReplyError):
+class StoreFailed(ReplyError, code="STORE"):
     """The store failed. If a put gets this reply, its message was not stored."""
 
-    code = "STORE"
 
-
-class Busy(ReplyError):
+class Busy(ReplyError, code="BUSY"):
     """The limit on connections or waiting readers is reached."""
 
-    code = "BUSY"
 
-
-class ShuttingDown(ReplyError):
+class ShuttingDown(ReplyError, code="CLOSING"):
     """The server is shutting down. If a put gets this reply, its message was not stored."""
 
-    code = "CLOSING"
 
-
-class TimedOut(ReplyError):
+class TimedOut(ReplyError, code="TIMEOUT"):
     """A request did not arrive in time, or the connection was idle too long."""
 
-    code = "TIMEOUT"
 
-
-class InternalError(ReplyError):
+class InternalError(ReplyError, code="INTERNAL"):
     """A bug in the server."""
-
-    code = "INTERNAL"
 
 
 BY_CODE: dict[str, type[ReplyError]] = {error.code: error for error in ReplyError.__subclasses__()}

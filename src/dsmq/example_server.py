@@ -1,4 +1,4 @@
-"""A server, until Ctrl-C. The examples for putting and getting talk to it."""
+"""Run a server until Ctrl-C, for the examples that put and get."""
 
 from dsmq.server import serve
 

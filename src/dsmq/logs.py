@@ -1,4 +1,4 @@
-"""The log of `dsmq serve`: repeated lines are rate-limited, and logging never blocks a thread."""
+"""The log of a server. Repeated lines are limited, and logging never blocks a thread."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import queue
 import select
 import sys
 import threading
-import time
-from dataclasses import dataclass
+from collections import Counter
 from datetime import UTC, datetime
 from typing import TextIO
 
 from dsmq.system import process
 from dsmq.terminal import LineFormatter, as_json
 
-PERIOD_SECONDS = 1.0
-# Max lines that wait to be written. Further ones are dropped and counted.
-MAX_UNWRITTEN = 10_000
-# How long a process, or a server, that ends waits for its log to be written.
+# Further lines are dropped and counted.
+MAX_QUEUED_LINES = 10_000
+# How long a server or process waits for its log to be written before it ends.
 DRAIN_SECONDS = 1.0
+# A logging call in the code, at a level.
+_Call = tuple[str, int, int]
 
 _logger = logging.getLogger(__name__)
 
@@ -33,62 +33,11 @@ def event(name: str, **fields: object) -> dict[str, object]:
     return {"event": name, "fields": fields}
 
 
-@dataclass(slots=True)
-class _Source:
-    """The lines of one logging call in the code."""
-
-    began: float
-    passed: int = 0
-    suppressed: int = 0
-    last: logging.LogRecord | None = None
-
-
-class FloodFilter(logging.Filter):
-    """Passes so many lines a second of each logging call, and counts the others."""
-
-    def __init__(self, lines_per_second: int) -> None:
-        super().__init__()
-        self._lines_per_second = lines_per_second
-        self._sources: dict[tuple[str, int, int], _Source] = {}
-        self._lock = threading.Lock()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if getattr(record, "event", "") == "flood":
-            return True
-        now = time.monotonic()
-        with self._lock:
-            source = self._sources.setdefault((record.pathname, record.lineno, record.levelno), _Source(now))
-            if now - source.began >= PERIOD_SECONDS:
-                source.began, source.passed = now, 0
-            source.passed += 1
-            if source.passed <= self._lines_per_second:
-                return True
-            source.suppressed += 1
-            source.last = record
-            return False
-
-    def take_suppressed(self) -> list[tuple[int, logging.LogRecord]]:
-        """Return how many lines each logging call has suppressed since the last call of this, with the last of them."""
-        with self._lock:
-            taken = [(source.suppressed, source.last) for source in self._sources.values() if source.last]
-            for source in self._sources.values():
-                source.suppressed, source.last = 0, None
-        return taken
-
-
-def summarise() -> None:
-    """Log how many lines were suppressed. To be called about once a second."""
-    filters = [one for handler in _handlers() for one in handler.filters if isinstance(one, FloodFilter)]
-    for count, last in [suppressed for one in filters for suppressed in one.take_suppressed()]:
-        extra = event("flood", lines=count)
-        _logger.log(last.levelno, "%d more lines like: %s", count, last.getMessage(), extra=extra)
-
-
 class JSONFormatter(logging.Formatter):
-    """One line of JSON per event: time (RFC 3339), level, event, message, and the event's fields."""
+    """Formats records as lines of JSON: time (RFC 3339), level, event, message, and the event's fields."""
 
     def format(self, record: logging.LogRecord) -> str:
-        shown: dict[str, object] = {
+        fields: dict[str, object] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "event": getattr(record, "event", "log"),
@@ -96,12 +45,12 @@ class JSONFormatter(logging.Formatter):
             **getattr(record, "fields", {}),
         }
         if record.exc_info:
-            shown["exception"] = self.formatException(record.exc_info)
-        return as_json(shown)
+            fields["exception"] = self.formatException(record.exc_info)
+        return as_json(fields)
 
 
 class JournalFormatter(LineFormatter):
-    """Lines for systemd's journal: each begins with its priority (sd-daemon(3)), and has no time."""
+    """Formats records for systemd's journal: lines with a priority (sd-daemon(3)) and without a time."""
 
     _PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
 
@@ -110,7 +59,7 @@ class JournalFormatter(LineFormatter):
         return "\n".join(f"<{priority}>{line}" for line in super().format(record).splitlines())
 
 
-def _formatter(form: str, stream: io.TextIOBase) -> logging.Formatter:
+def formatter(form: str, stream: io.TextIOBase) -> logging.Formatter:
     if form == "json":
         return JSONFormatter()
     if form == "journal" or (form == "auto" and _is_journal(stream)):
@@ -139,8 +88,7 @@ class BackgroundStream(io.TextIOBase):
         self._stream = stream
         # A replacement for a standard stream, such as a notebook's, may not write to its file descriptor.
         self._descriptor = stream.fileno() if stream in (sys.__stdout__, sys.__stderr__) else None
-        self._dropped, self._broken = 0, False
-        self._drain_seconds = DRAIN_SECONDS
+        self._dropped = 0
         self._start()
         atexit.register(self.drain)
 
@@ -152,41 +100,28 @@ class BackgroundStream(io.TextIOBase):
     def fileno(self) -> int:
         return self._stream.fileno()
 
-    def isatty(self) -> bool:
-        return self._stream.isatty()
-
-    def writable(self) -> bool:
-        return True
-
     def write(self, text: str) -> int:
         """Queue a line, or drop it if the queue is full. Safe in signal handlers."""
         if self._process is not process():
             # Threads don't survive a fork.
             self._start()
-        if self._queue.qsize() < MAX_UNWRITTEN:
-            self._log_dropped()
+        if self._queue.qsize() < MAX_QUEUED_LINES:
             self._queue.put(text)
         else:
             self._dropped += 1
         return len(text)
 
-    def _log_dropped(self) -> None:
-        if self._dropped and not self._broken:
-            dropped, self._dropped = self._dropped, 0
-            _logger.warning("%d log lines dropped", dropped, extra=event("lines_dropped", lines=dropped))
+    def take_dropped(self) -> int:
+        """Return how many lines have been dropped since the last call."""
+        dropped, self._dropped = self._dropped, 0
+        return dropped
 
     def drain(self) -> None:
-        """Wait until everything has been written, for DRAIN_SECONDS in total while nobody reads."""
-        if self._process is not process():
-            return
-        if self._queue.qsize() < MAX_UNWRITTEN:
-            self._log_dropped()
-        written, began = threading.Event(), time.monotonic()
-        self._queue.put(written)
-        if written.wait(self._drain_seconds):
-            self._drain_seconds = DRAIN_SECONDS
-        else:
-            self._drain_seconds = max(0.0, self._drain_seconds - (time.monotonic() - began))
+        """Wait until everything has been written, for DRAIN_SECONDS at most."""
+        if self._process is process():
+            written = threading.Event()
+            self._queue.put(written)
+            written.wait(DRAIN_SECONDS)
 
     def _run(self, texts: queue.SimpleQueue[str | threading.Event]) -> None:
         while True:
@@ -196,10 +131,8 @@ class BackgroundStream(io.TextIOBase):
                 continue
             try:
                 self._write(text)
-                self._broken = False
             except (OSError, ValueError):
                 # The reader is gone, the disk is full, or the stream is closed.
-                self._broken = True
                 self._dropped += 1
 
     def _write(self, text: str) -> None:
@@ -215,12 +148,47 @@ class BackgroundStream(io.TextIOBase):
                 select.select([], [self._descriptor], [])
 
 
-class _Handler(logging.StreamHandler[BackgroundStream]):
-    """The handler that `start` adds."""
+class Handler(logging.StreamHandler[BackgroundStream]):
+    """Between two summaries, writes up to `rate` lines of each logging call, and counts the rest."""
+
+    def __init__(self, stream: BackgroundStream, rate: int) -> None:
+        super().__init__(stream)
+        self._rate = rate
+        self._lines: Counter[_Call] = Counter()
+        self._last_suppressed: dict[_Call, logging.LogRecord] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        call = record.pathname, record.lineno, record.levelno
+        self._lines[call] += 1
+        if self._lines[call] <= self._rate:
+            super().emit(record)
+        else:
+            self._last_suppressed[call] = record
+
+    def summarise(self) -> None:
+        """Write how many lines were suppressed or dropped."""
+        with self.lock:  # type: ignore[union-attr]  # made by the base class
+            lines, self._lines = self._lines, Counter()
+            last, self._last_suppressed = self._last_suppressed, {}
+            for call, record in last.items():
+                count = lines[call] - self._rate
+                self._write("flood", count, f"{count} more lines like: {record.getMessage()}", record.levelno)
+            if dropped := self.stream.take_dropped():
+                self._write("lines_dropped", dropped, f"{dropped} log lines dropped", logging.WARNING)
+
+    def _write(self, name: str, lines: int, message: str, level: int) -> None:
+        extra = event(name, lines=lines)
+        super().emit(_logger.makeRecord(_logger.name, level, __file__, 0, message, (), None, extra=extra))
 
 
-def _handlers() -> list[_Handler]:
-    return [handler for handler in logging.getLogger("dsmq").handlers if isinstance(handler, _Handler)]
+def _handlers() -> list[Handler]:
+    return [handler for handler in logging.getLogger("dsmq").handlers if isinstance(handler, Handler)]
+
+
+def summarise() -> None:
+    """Log how many lines were suppressed. To be called about once a second."""
+    for handler in _handlers():
+        handler.summarise()
 
 
 @functools.cache
@@ -244,16 +212,14 @@ def never_block() -> None:
 
 
 def start(level: str = "info", format: str = "auto", stream: str = "stderr", rate: int = 10) -> None:  # noqa: A002
-    """Log dsmq's messages to stderr or stdout; other loggers are not touched.
+    """Log dsmq's messages to stderr or stdout, in place of an earlier call; other loggers are not touched.
 
     level, format and stream are values of log_level, log_format and log_stream; rate is max_log_lines_per_second.
     """
     output = _in_background(sys.stdout if stream == "stdout" else sys.stderr)
-    handler = _Handler(output)
-    handler.setFormatter(_formatter(format, output))
-    handler.addFilter(FloodFilter(rate))
+    handler = Handler(output, rate)
+    handler.setFormatter(formatter(format, output))
     logger = logging.getLogger("dsmq")
-    # The handlers of earlier servers would log each line again.
     for before in _handlers():
         logger.removeHandler(before)
     logger.addHandler(handler)

@@ -8,7 +8,7 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
-from dsmq import command_line
+from dsmq import cli_parser
 from dsmq.errors import ConfigError
 
 _MAX_BYTES = 1024
@@ -28,13 +28,13 @@ class PositionFile:
             raise ConfigError(f"{self._path}: not a regular file")
         try:
             with self._path.open("rb") as stream:
-                return command_line.position(stream.read(_MAX_BYTES).decode().strip())
+                return cli_parser.position(stream.read(_MAX_BYTES).decode().strip())
         except FileNotFoundError:
             return None
         except OSError as error:
             raise ConfigError(f"{self._path}: {error.strerror}") from None
         except (ValueError, argparse.ArgumentTypeError):
-            raise ConfigError(f"{self._path}: there is no position in it") from None
+            raise ConfigError(f"{self._path}: contains no position") from None
 
     def save(self, position: str) -> None:
         """Replace the position atomically. Raises OSError."""

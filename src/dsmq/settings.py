@@ -10,285 +10,182 @@ import os
 import sys
 import sysconfig
 import textwrap
-from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
-from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from dsmq import environment
 from dsmq.errors import ConfigError
 from dsmq.terminal import quoted
-from dsmq.tokens import MIN_TOKEN_CHARACTERS, TOO_SHORT
+from dsmq.tokens import check_token
 from dsmq.wire.addresses import UNIX, host_names, parse_endpoint
 
-Port = Annotated[int, Field(ge=0, le=65535)]
+
+def _parses(parse: Callable[[str], object]) -> AfterValidator:
+    """Require that a text can be parsed, but keep it as it is."""
+
+    def check(text: str) -> str:
+        parse(text)
+        return text
+
+    return AfterValidator(check)
 
 
-def _host(value: str) -> str:
-    parse_endpoint(value)
-    return value
-
-
-def _tcp_host(value: str) -> str:
-    if value.startswith(UNIX) or not value:
+def _not_unix(host: str) -> str:
+    if host.startswith(UNIX) or not host:
         raise ValueError("should be an address or a name")
-    return _host(value)
+    return host
 
 
-def _token(value: SecretStr) -> SecretStr:
-    token = value.get_secret_value()
-    if token and (token.split() != [token] or not token.isascii()):
-        raise ValueError("should be a token: ASCII, without blanks")
-    if token and not token.strip("*"):
-        raise ValueError("should be the token itself, not the mask it is shown by")
-    if token and len(token) < MIN_TOKEN_CHARACTERS:
-        raise ValueError(f"should have {TOO_SHORT}")
+def _check_secret(value: SecretStr) -> SecretStr:
+    if token := value.get_secret_value():
+        check_token(token)
     return value
 
 
-def _host_names(value: str) -> str:
-    host_names(value)
-    return value
-
-
-Seconds = Annotated[float, Field(allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
-Limit = Annotated[int, Field(ge=1, le=1_000_000)]
-Timeout = Annotated[float, Field(gt=0, le=600, allow_inf_nan=False)]
-Bytes = Annotated[int, Field(ge=1, le=1_099_511_627_776)]
-Secret = Annotated[SecretStr, AfterValidator(_token)]
-
-
-def _interval(value: float) -> float:
+def _check_interval(value: float) -> float:
     if 0 < value < 1:
-        raise ValueError("input should be 0, or at least 1")
+        raise ValueError("should be 0, or at least 1")
     return value
+
+
+Host = Annotated[str, _parses(parse_endpoint)]
+TCPHost = Annotated[Host, AfterValidator(_not_unix)]
+HostNames = Annotated[str, _parses(host_names)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+HTTPPort = Port | Literal["off"]
+Token = Annotated[SecretStr, AfterValidator(_check_secret)]
+Seconds = Annotated[float, Field(allow_inf_nan=False)]
+Timeout = Annotated[Seconds, Field(gt=0, le=600)]
+ClientTimeout = Annotated[Seconds, Field(gt=0, le=3600)]
+Connections = Annotated[int, Field(ge=1, le=1_000_000)]
+Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
+Bytes = Annotated[int, Field(ge=1, le=1_099_511_627_776)]
+YEAR_SECONDS = 31_536_000
 
 
 class Settings(BaseSettings):
-    """All settings. The descriptions also appear in `--help` and `dsmq.toml.example`."""
+    """All settings. Their docstrings also appear in `--help` and `dsmq.toml.example`."""
 
-    from_file: ClassVar[dict[str, Any]] = {}
-    """The contents of the TOML file."""
+    model_config = SettingsConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    model_config = SettingsConfigDict(extra="forbid", frozen=True)
-
-    host: Annotated[str, AfterValidator(_host)] = Field(
-        "127.0.0.1",
-        description="Where to listen: an IPv4 or IPv6 address, a host name, or unix:/path/of/socket. The default "
-        "serves this machine only.",
-    )
-    port: Port = Field(30008, description="TCP port to listen on; 0 takes a free one. Not used with unix:.")
-    protected_mode: bool = Field(
-        default=True,
-        description="Refuse to start if clients need neither a token nor a certificate and the server listens on "
-        "anything but loopback or a Unix socket.",
-    )
-    auth_token: Secret = Field(
-        SecretStr(""),
-        description="Admin token that clients must present. Empty: see auth_token_file. It has no command-line "
-        "option, because other users on the machine can read command lines.",
-    )
-    auth_token_file: str = Field(
-        "",
-        description="File of tokens, reloaded on SIGHUP. One per line: `name role token`, with role read, write (put "
-        "and read) or admin; or a token alone, which is an admin's.",
-    )
-    auth_timeout_seconds: Timeout = Field(
-        10.0, description="Time for a new connection to finish the TLS handshake and authenticate."
-    )
-    tls_cert_file: str = Field(
-        "",
-        description="The server's certificate chain, as PEM; reloaded on SIGHUP. If set, the server accepts TLS "
-        "connections only.",
-    )
-    tls_key_file: str = Field("", description="The certificate's private key, as PEM. Empty: it is in tls_cert_file.")
-    tls_client_ca_file: str = Field(
-        "", description="CA certificates, as PEM. If set, clients must present a certificate signed by one of them."
-    )
-    http_host: Annotated[str, AfterValidator(_tcp_host)] = Field(
-        "127.0.0.1",
-        description="Where the HTTP endpoint listens. It serves a status page, /metrics, /healthz and /readyz.",
-    )
-    http_token: Secret = Field(
-        SecretStr(""), description="Bearer token required for /metrics and for /status.json, the status page's data."
-    )
-    http_token_file: str = Field("", description="File that contains the bearer token, instead of http_token.")
-    http_allowed_hosts: Annotated[str, AfterValidator(_host_names)] = Field(
-        "",
-        description="Comma-separated host names at which the HTTP endpoint answers, besides IP addresses and "
-        "localhost. Other names get 421, which protects against DNS rebinding; /healthz and /readyz answer to any "
-        "name.",
-    )
-    http_port: Port | Literal["off"] = Field(30009, description='TCP port of the HTTP endpoint; "off" disables it.')
-    metrics_topics: int = Field(
-        0,
-        ge=0,
-        le=1000,
-        description="How many topics get their own metrics: those with the most puts. The rest are counted as `other`.",
-    )
-    health_timeout_seconds: Timeout = Field(
-        10.0, description="How long a thread may be unresponsive before /healthz fails."
-    )
-    max_age_seconds: Seconds = Field(
-        600.0,
-        gt=0,
-        le=31_536_000,
-        description="Messages older than this are never delivered, and are deleted soon after.",
-    )
-    expiry_interval_seconds: Seconds = Field(
-        1.0,
-        ge=0.01,
-        le=3600,
-        description="How often expired messages are deleted. A shorter interval frees their memory sooner.",
-    )
-    snapshot_file: str = Field(
-        "",
-        description="Snapshot file: written on a graceful stop, loaded at start. Empty: no snapshots. Its directory "
-        "must not be writable by other users; temporary files with similar names are created there.",
-    )
-    snapshot_interval_seconds: Annotated[Seconds, AfterValidator(_interval)] = Field(
-        0.0,
-        ge=0,
-        le=3600,
-        description="How often a snapshot is also written while the server runs, which limits what a crash or a power"
-        " failure can lose. 0: only on a graceful stop; otherwise at least 1.",
-    )
-    max_message_bytes: int = Field(
-        8_388_608,
-        ge=1,
-        le=536_870_912,
-        description="Max size of a message. Each connection may make the server buffer one message of this size in "
-        "memory.",
-    )
-    max_topic_bytes: int = Field(
-        512,
-        ge=1,
-        le=4096,
-        description="Max length of a topic name in UTF-8. Topic names are remembered after their messages are gone.",
-    )
-    max_topics: Count = Field(
-        1_000_000, description="Max topics with stored messages. Each takes about 600 bytes plus its name."
-    )
-    max_stored_messages: Count = Field(
-        10_000_000, description="Max stored messages. When it is reached, puts are refused until messages expire."
-    )
-    max_stored_bytes: Bytes = Field(
-        1_073_741_824,
-        description="Max bytes of stored messages and topic names, plus 100 bytes of overhead per message and 500 per"
-        " topic. Messages of 1 to 7 KB may count up to 60 % more, because they leave part of their memory pages unused."
-        " Allow for 1.3 times as much memory.",
-    )
-    max_stored_messages_per_topic: Count = Field(10_000_000, description="Max stored messages in one topic.")
-    max_stored_bytes_per_topic: Bytes = Field(
-        1_073_741_824, description="Max stored bytes in one topic, counted as for max_stored_bytes."
-    )
-    max_connections: Limit = Field(
-        10_000,
-        description="Max open connections; further ones are refused with an error. A lower limit on open files "
-        "(ulimit -n) lowers it.",
-    )
-    max_connections_per_address: Limit = Field(
-        10_000, description="Max open connections from one client address; IPv6 addresses count by their first 64 bits."
-    )
-    max_unauthenticated_connections: Limit = Field(
-        1_000,
-        description="Max connections that have not authenticated or finished the TLS handshake. When it is exceeded, "
-        "the oldest is closed.",
-    )
-    max_unauthenticated_bytes: int = Field(
-        16_384, ge=4096, le=1_048_576, description="Max size of a request from a client that has not authenticated."
-    )
-    max_waiting_readers: Limit = Field(
-        10_000, description="Max clients waiting for a message; further ones get an error."
-    )
-    max_unread_reply_bytes: int = Field(
-        16_777_216,
-        ge=1024,
-        le=1_073_741_824,
-        description="Max unread reply bytes buffered for one client; above it, the server stops reading the client's "
-        "requests. The default lets a client send 1,000,000 short requests before it reads a reply.",
-    )
-    max_total_unread_reply_bytes: Bytes = Field(
-        268_435_456,
-        description="Max unread reply bytes buffered for all clients together. Above it, requests that would add to "
-        "it wait; after 1 s, the clients that hold the most and read slower than 16 KiB/s are disconnected. One "
-        "message of the maximum size always fits.",
-    )
-    max_total_request_bytes: Bytes = Field(
-        268_435_456,
-        description="Max bytes buffered for the requests of all clients together. A request reserves its declared "
-        "length when it begins; the positions of GET count too. Above it, input stays unread and the oldest request "
-        "is read first; after 1 s, the clients that hold the most and send slower than 16 KiB/s are disconnected. One"
-        " message of the maximum size always fits.",
-    )
-    request_timeout_seconds: Seconds = Field(
-        30.0,
-        gt=0,
-        le=3600,
-        description="Time from the first byte of a request to its last, plus the time its length takes at 16 KiB/s.",
-    )
-    reply_timeout_seconds: Seconds = Field(
-        30.0, gt=0, le=3600, description="A client that does not read its replies for this long is disconnected."
-    )
-    idle_timeout_seconds: Seconds = Field(
-        0.0,
-        ge=0,
-        le=31_536_000,
-        description="A connection that sends no request for this long, and is not waiting for a message, is closed. "
-        "0: never. TCP keepalive detects clients that vanished.",
-    )
-    stop_timeout_seconds: Timeout = Field(
-        10.0, description="Time limit for a graceful stop; whatever is still running after it is logged and abandoned."
-    )
-    io_threads: int = Field(
-        0,
-        ge=0,
-        le=64,
-        description="Threads that serve connections. 0: one if Python has a GIL (more would be slower), otherwise one"
-        " per core.",
-    )
-    busy_poll_microseconds: int = Field(
-        100,
-        ge=0,
-        le=100_000,
-        description="How long a thread polls for the next request before it sleeps, since waking a processor takes "
-        "longer than most requests. Uses that much CPU time whenever clients pause. 0: no polling.",
-    )
-    listen_backlog: int = Field(
-        1024, ge=1, le=65535, description="Max connections that the kernel queues until they are accepted."
-    )
-    allow_shutdown: bool = Field(
-        default=True, description="Whether clients may stop the server (SHUTDOWN, mq.shutdown_server())."
-    )
-    log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="Lowest level that is logged: debug, info, warning or error."
-    )
-    log_format: Literal["auto", "text", "json", "journal"] = Field(
-        "auto",
-        description="Log format: text; json, one object per line; journal, with priorities and without times; auto is"
-        " journal under systemd, otherwise text.",
-    )
-    log_stream: Literal["stderr", "stdout"] = Field(
-        "stderr",
-        description="Where to log: stderr or stdout. Some container log collectors treat all of stderr as errors.",
-    )
-    max_log_lines_per_second: Limit = Field(
-        10, description="Max lines logged per second for the same cause; the rest are counted and summarised later."
-    )
+    host: Host = "127.0.0.1"
+    """Address to listen on: IPv4, IPv6, a host name, or unix:/path/of/socket. Default: this machine only."""
+    port: Port = 30008
+    """TCP port to listen on. 0: any free port. Not used with unix:."""
+    protected_mode: bool = True
+    """Don't start without tokens or client certificates, unless listening on loopback or a Unix socket only."""
+    auth_token: Token = SecretStr("")
+    """Admin token. Set it in the environment or a file: other users on the machine can read command lines."""
+    auth_token_file: str = ""
+    """File of tokens, one per line: `token` (an admin) or `name role token`. Roles: read, write, admin."""
+    auth_timeout_seconds: Timeout = 10.0
+    """Time limit for a new connection to finish the TLS handshake and authenticate."""
+    tls_cert_file: str = ""
+    """The server's certificate chain, as PEM. If set, the server accepts TLS connections only."""
+    tls_key_file: str = ""
+    """The certificate's private key, as PEM. Default: it is in tls_cert_file."""
+    tls_client_ca_file: str = ""
+    """CA certificates, as PEM. If set, clients must present a certificate signed by one of them."""
+    http_host: TCPHost = "127.0.0.1"
+    """Address of the HTTP endpoint, which serves the status page, /metrics, /healthz and /readyz."""
+    http_token: Token = SecretStr("")
+    """Bearer token required for /metrics and for /status.json, the status page's data."""
+    http_token_file: str = ""
+    """File that contains the bearer token, instead of http_token."""
+    http_allowed_hosts: HostNames = ""
+    """Comma-separated host names of the HTTP endpoint, besides localhost; guards against DNS rebinding."""
+    http_port: HTTPPort = 30009
+    """TCP port of the HTTP endpoint. 0: any free port. "off": no HTTP endpoint."""
+    metrics_topics: Annotated[int, Field(ge=0, le=1000)] = 0
+    """Number of topics with metrics of their own: those with the most puts. The rest are counted as `other`."""
+    health_timeout_seconds: Timeout = 10.0
+    """How long a thread may be unresponsive before /healthz fails."""
+    max_age_seconds: Annotated[Seconds, Field(gt=0, le=YEAR_SECONDS)] = 600.0
+    """Messages older than this are never delivered, and are deleted soon after."""
+    expiry_interval_seconds: Annotated[Seconds, Field(ge=0.01, le=3600)] = 1.0
+    """How often expired messages are deleted. A shorter interval frees their memory sooner."""
+    snapshot_file: str = ""
+    """File to which messages are written on a graceful stop, and from which they are loaded at start. Empty: none. Its
+    directory must not be writable by other users."""
+    snapshot_interval_seconds: Annotated[Seconds, Field(ge=0, le=3600), AfterValidator(_check_interval)] = 0.0
+    """Interval of snapshots while running, which limits what a crash or power failure can lose: 0 (a snapshot only on a
+    graceful stop), or at least 1."""
+    max_message_bytes: Annotated[int, Field(ge=1, le=536_870_912)] = 8_388_608
+    """Max size of a message. Each connection may buffer one message of this size."""
+    max_topic_bytes: Annotated[int, Field(ge=1, le=4096)] = 512
+    """Max length of a topic name in UTF-8. Topic names are remembered after their messages are gone."""
+    max_topics: Count = 1_000_000
+    """Max topics with stored messages. Each takes about 600 bytes plus its name."""
+    max_stored_messages: Count = 10_000_000
+    """Max stored messages. When it is reached, puts are refused until messages expire."""
+    max_stored_bytes: Bytes = 1_073_741_824
+    """Max bytes of stored messages and topic names, plus 100 per message and 500 per topic. Messages of 1 to 7 KB may
+    count up to 60 % more, because they leave part of their memory pages unused. Allow 1.3 times as much memory."""
+    max_stored_messages_per_topic: Count = 10_000_000
+    """Max stored messages in one topic."""
+    max_stored_bytes_per_topic: Bytes = 1_073_741_824
+    """Max stored bytes in one topic, counted as for max_stored_bytes."""
+    max_connections: Connections = 10_000
+    """Max open connections; further ones are refused. Lowered to fit the limit on open files (ulimit -n)."""
+    max_connections_per_address: Connections = 10_000
+    """Max open connections from one client address. IPv6 addresses count by their first 64 bits."""
+    max_unauthenticated_connections: Connections = 1_000
+    """Max connections that have not authenticated. When it is exceeded, the oldest is closed."""
+    max_unauthenticated_bytes: Annotated[int, Field(ge=4096, le=1_048_576)] = 16_384
+    """Max size of a request from a client that has not authenticated."""
+    max_waiting_readers: Connections = 10_000
+    """Max clients waiting for a message; further ones get an error."""
+    max_unread_reply_bytes: Annotated[int, Field(ge=1024, le=1_073_741_824)] = 16_777_216
+    """Max unread reply bytes buffered for a client; above it, its requests are not read. The default is enough for
+    1,000,000 short requests sent at once."""
+    max_total_unread_reply_bytes: Bytes = 268_435_456
+    """Max unread reply bytes buffered for all clients. Above it, requests that would add to it wait; after 1 s, the
+    clients that hold the most and read slower than 16 KiB/s are disconnected. A message of any allowed size fits."""
+    max_total_request_bytes: Bytes = 268_435_456
+    """Max bytes buffered for the requests of all clients: their declared lengths, and the positions of GET. Above it,
+    only the oldest request is read; after 1 s, the clients that hold the most and send slower than 16 KiB/s are
+    disconnected. A message of any allowed size fits."""
+    request_timeout_seconds: ClientTimeout = 30.0
+    """Time limit from the first byte of a request to its last, plus its declared length at 16 KiB/s."""
+    reply_timeout_seconds: ClientTimeout = 30.0
+    """A client that does not read its replies for this long is disconnected."""
+    idle_timeout_seconds: Annotated[Seconds, Field(ge=0, le=YEAR_SECONDS)] = 0.0
+    """A connection without a request for this long is closed, unless it is waiting for a message. 0: never, because TCP
+    keepalive detects clients that vanished."""
+    stop_timeout_seconds: Timeout = 10.0
+    """Time limit for a graceful stop. Whatever is still running after it is logged and abandoned."""
+    io_threads: Annotated[int, Field(ge=0, le=64)] = 0
+    """Threads that serve connections. 0: one if Python has a GIL, because more are slower, else one per core."""
+    busy_poll_microseconds: Annotated[int, Field(ge=0, le=100_000)] = 100
+    """How long a thread polls for the next request before it sleeps: faster than waking up, but uses CPU time whenever
+    clients pause. 0: no polling."""
+    listen_backlog: Annotated[int, Field(ge=1, le=65535)] = 1024
+    """Max connections that the kernel queues until they are accepted."""
+    allow_shutdown: bool = True
+    """Whether clients may stop the server (SHUTDOWN, mq.shutdown_server())."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Lowest level that is logged: debug, info, warning or error."""
+    log_format: Literal["auto", "text", "json", "journal"] = "auto"
+    """Log format: text; json, one object per line; journal, with priorities and without times; auto is journal under
+    systemd, otherwise text."""
+    log_stream: Literal["stderr", "stdout"] = "stderr"
+    """Log to stderr or stdout. Some container log collectors treat all of stderr as errors."""
+    max_log_lines_per_second: Connections = 10
+    """Max lines logged per second for the same cause. The rest are counted and summarised."""
 
     @classmethod
     def settings_customise_sources(
         cls,
-        settings_cls: type[BaseSettings],
+        settings_cls: type[BaseSettings],  # noqa: ARG003
         init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - it would read service links as settings
-        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        *_: Any,
+        **__: Any,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        variables = {name: os.environ[given] for name, given in environment.variables().items() if name != "config"}
-        return (init_settings, *(InitSettingsSource(settings_cls, values) for values in (variables, cls.from_file)))
+        # `load` reads the other sources: pydantic-settings would take service links for settings.
+        return (init_settings,)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -297,7 +194,7 @@ class Settings(BaseSettings):
             raise ValueError("should be text without NUL characters")
         # Python treats True as 1.
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError("should be something else than true or false")
+            raise ValueError("should not be true or false")
         return value
 
     @model_validator(mode="after")
@@ -330,7 +227,8 @@ class Settings(BaseSettings):
 class EmbeddedSettings(Settings):
     """The settings of `serve()` called as a function; no HTTP port, so that several servers can share a machine."""
 
-    http_port: Port | Literal["off"] = "off"
+    http_port: HTTPPort = "off"
+    """TCP port of the HTTP endpoint."""
 
 
 def load(
@@ -340,17 +238,15 @@ def load(
 
     file is the path of a TOML file; default: the one that DSMQ_CONFIG names, if any. Raises ConfigError.
     """
-    file = file or os.environ.get(environment.variables().get("config", ""))
-    if file:
-        # pydantic-settings builds its sources from the class, so the file needs a subclass.
-        kind = type(kind.__name__, (kind,), {"from_file": environment.read_toml(file), "__module__": __name__})
+    values, sources = environment.read(file)
+    sources |= {name: name_of(name) for name in given}
     try:
-        return kind(**given)
+        return kind(**(values | given))
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(error, {name: name_of(name) for name in given}, file))) from None
+        raise ConfigError("; ".join(_explain(error, sources))) from None
 
 
-# Replacements for pydantic's messages, which are written for programmers.
+# In place of pydantic's messages, which are written for programmers.
 _MESSAGES = {
     **dict.fromkeys(("int_type", "int_parsing", "int_parsing_size", "int_from_float"), "should be a whole number"),
     **dict.fromkeys(("float_type", "float_parsing"), "should be a number"),
@@ -359,30 +255,25 @@ _MESSAGES = {
 }
 
 
-def _explain(error: ValidationError, given: dict[str, str], file: str | None) -> list[str]:
-    unknown = []
-    wrong: dict[str, list[str]] = {}
-    values = {}
+def _explain(error: ValidationError, sources: dict[str, str]) -> Iterator[str]:
+    """Yield one explanation per setting; sources says where each comes from."""
+    messages: dict[str, str] = {}
     for problem in error.errors(include_url=False):
-        if not problem["loc"]:
+        name = str(problem["loc"][0]) if problem["loc"] else ""
+        message = _MESSAGES.get(problem["type"]) or problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        if not name:
             # Settings that contradict each other have no location.
-            unknown.append(problem["msg"].removeprefix("Value error, "))
-            continue
-        name = str(problem["loc"][0])
-        if problem["type"] == "extra_forbidden":
-            sections = isinstance(problem["input"], dict)
-            about = "there are no sections, all settings stand above them" if sections else ""
-            unknown.append(f"{file or 'settings'}: {environment.unknown(name, str, about)}")
+            yield message
+        elif problem["type"] != "extra_forbidden":
+            value = "" if is_secret(name) else f", not {quoted(problem['input'])}"
+            # Of a union, each member gives its reason.
+            before = messages.get(name, "").removesuffix(value)
+            messages[name] = (f"{before} or {message.removeprefix('should be ')}" if before else message) + value
+        elif isinstance(problem["input"], dict):
+            yield f"{sources[name]}: unknown section; settings are not divided into sections"
         else:
-            message = _MESSAGES.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
-            wrong.setdefault(name, []).append(message.removeprefix("Input "))
-            values[name] = "" if is_secret(name) else f", not {quoted(problem['input'])}"
-    sources = environment.variables() | given
-    return unknown + [
-        f"{sources.get(name, f'{file}: {name}')}: "
-        f"{' or '.join(messages).replace(' or should be ', ' or ')}{values[name]}"
-        for name, messages in wrong.items()
-    ]
+            yield f"{sources[name]}: {environment.unknown(name)}"
+    yield from (f"{sources[name]}: {message}" for name, message in messages.items())
 
 
 def is_secret(name: str) -> bool:
@@ -395,10 +286,6 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _shown(default: Any) -> Any:
-    return default.get_secret_value() if isinstance(default, SecretStr) else default
-
-
 def _as_option(default: Any) -> str:
     """Return a default as written on a command line."""
     if isinstance(default, bool):
@@ -408,7 +295,7 @@ def _as_option(default: Any) -> str:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add --config and one option per setting to a command."""
-    parser.add_argument("--config", metavar="FILE", help=f"TOML file; default: the one that {environment.CONFIG} names")
+    parser.add_argument("--config", metavar="FILE", help="TOML file; default: the one that DSMQ_CONFIG names")
     for name, field in Settings.model_fields.items():
         if is_secret(name):
             # Other users on the machine can read command lines.
@@ -445,5 +332,5 @@ def example() -> str:
     ]
     for name, field in Settings.model_fields.items():
         about = textwrap.fill(field.description or "", 110, initial_indent="# ", subsequent_indent="# ")
-        parts.append(f"{about}\n#{tomli_w.dumps({name: _shown(field.default)})}")
+        parts.append(f"{about}\n#{tomli_w.dumps({name: '' if is_secret(name) else field.default})}")
     return "\n".join(parts)

@@ -17,9 +17,9 @@ def printable(text: str) -> str:
     return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-def as_json(value: object, *, ascii_only: bool = False) -> str:
+def as_json(value: object) -> str:
     """Return a value as JSON on one line, with control characters escaped."""
-    text = json.dumps(value, ensure_ascii=ascii_only, default=str)
+    text = json.dumps(value, ensure_ascii=False, default=str)
     return json.dumps(value, default=str) if _UNSAFE.search(text) else text
 
 

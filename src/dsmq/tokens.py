@@ -1,4 +1,4 @@
-"""What a token has to be."""
+"""Requirements on tokens."""
 
 MIN_TOKEN_CHARACTERS = 16
 """A shorter token could be guessed; nothing else slows guessing down."""
@@ -6,3 +6,14 @@ TOO_SHORT = (
     f"{MIN_TOKEN_CHARACTERS} characters or more; to make one: "
     "python3 -c 'import secrets; print(secrets.token_urlsafe(32))'"
 )
+
+
+def check_token(token: str) -> str:
+    """Return a token that meets them. Raises ValueError."""
+    if token.split() != [token] or not token.isascii():
+        raise ValueError("should be a token: ASCII, without blanks")
+    if not token.strip("*"):
+        raise ValueError("should be the token itself, not its mask")
+    if len(token) < MIN_TOKEN_CHARACTERS:
+        raise ValueError(f"should have {TOO_SHORT}")
+    return token

@@ -14,7 +14,7 @@ import time
 from dsmq.client import connect
 from dsmq.errors import DSMQError
 
-# Between two rounds, so that it is not itself what keeps the machine busy.
+# Pause between rounds, so that it does not keep the machine busy itself.
 PAUSE_SECONDS = 0.001
 TOPIC = "b"
 

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from attacks.rig import LEAST_MEMORY_LEFT, NotHere, memory_left
 from helpers import HOST
 
-# Addresses of this machine that attackers come from, for each has only so many ports.
+# Source addresses of attackers; each has a limited number of ports.
 SOURCES = [f"127.0.0.{number}" for number in range(2, 102)]
-# SO_LINGER with time 0: closing is a reset.
+# SO_LINGER with time 0: closing resets the connection.
 RESET = struct.pack("ii", 1, 0)
-# For a machine that is not quite punctual: an attacker waits so much longer than it should have to.
+# How much longer than necessary an attacker waits, for slow machines.
 GRACE_SECONDS = 5.0
 _sources = itertools.cycle(SOURCES)
 
@@ -61,18 +61,18 @@ class Crowd:
 
     port: int
     count: int
-    """How many there will be."""
+    """Number of connections to open."""
     opening_seconds: float
-    """The time over which they are opened."""
+    """Time in which to open them."""
     words: Callable[[], Iterator[bytes]]
-    """What one sends: at once, and each `every` seconds."""
+    """What each sends: at once, and then every `every` seconds."""
     every: float = 1.0
     reads: bool = True
     receive_buffer: int = 0
     lived: list[float] = field(default_factory=list)
-    """How long those lived that were dropped, in seconds."""
+    """Lifetimes of dropped connections, in seconds."""
     replies: dict[bytes, int] = field(default_factory=dict)
-    """The first words of what they were told last."""
+    """First words of the last replies, counted."""
 
     def __post_init__(self) -> None:
         self._members: dict[int, Member] = {}
@@ -110,7 +110,7 @@ class Crowd:
 
     def _open(self, now: float) -> None:
         wanted = min(self.count, 1 + int(self.count * (now - self.began) / self.opening_seconds))
-        # Not more at a time: those that are open want to be fed.
+        # Not more at a time, so that open connections are fed in between.
         for _ in range(min(20, wanted - self._opened)):
             if self._opened % 100 == 0 and memory_left() < LEAST_MEMORY_LEFT:
                 raise NotHere("the machine runs out of memory")
@@ -129,7 +129,7 @@ class Crowd:
             data = next(member.words, b"")
             if not data or member.socket.fileno() < 0:
                 continue
-            # What has been dropped is noticed when it is watched.
+            # Polling also detects dropped connections.
             with contextlib.suppress(OSError):
                 member.socket.send(data)
             heapq.heappush(self._due, (when + self.every, number, member))

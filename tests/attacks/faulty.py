@@ -48,7 +48,7 @@ def threads() -> None:
 
     def forbid() -> None:
         if not os.geteuid():
-            # The limit does not count for root.
+            # The limit does not apply to root.
             os.setgroups([])
             os.setgid(NOBODY)
             os.setuid(NOBODY)
@@ -80,7 +80,7 @@ class Database:
         self.fails = False
 
     def _run(self, name: str, statement: str, *arguments: Any) -> Any:
-        # Where nothing at all could be done, the transaction would not even begin.
+        # If every statement failed, no transaction would even begin.
         if self.fails and not (self._fault == "rollback" and statement.startswith(("BEGIN", "SELECT"))):
             raise MemoryError if self._fault == "memory" else sqlite3.OperationalError("disk I/O error")
         return getattr(self._database, name)(statement, *arguments)

@@ -20,13 +20,14 @@ from importlib import util
 from attacks.crowd import dial, reset
 from attacks.rig import HERE, Trial, Victim, compare_latency, megabytes, victim
 from dsmq.errors import ProtocolError, ReplyError
-from dsmq.wire.resp import ReplyParser, RequestParser, encode_request
+from dsmq.wire.request_parser import RequestParser
+from dsmq.wire.resp import ReplyParser, encode_request
 from helpers import Process
 
 LARGEST = 10_000
-"""Bytes of a message that the parser takes here: few, so that limits are met."""
+"""Max message size here: small, so that limits are reached."""
 LATE_SECONDS = 5.0
-"""Whoever has had no end of the stream by then hangs."""
+"""A connection not closed within this many seconds counts as hanging."""
 VERBS = (b"GET", b"POST", b"PUT", b"HEAD", b"OPTIONS", b"CONNECT", b"get", b"Put", b"READ")
 NUMBERS = (
     *(b"-1", b"-0", b"+1", b"00", b"01", b"1.0", b"1e3", b"0x10", b" 1", b"1 ", b"", b"a", b"\xb2", b"1_000"),
@@ -276,12 +277,12 @@ def to_server(port: int, count: int, seed: int) -> tuple[Counter[str], list[byte
         try:
             outcomes[_exchange(sock, data, rng)] += 1
         except ProtocolError:
-            # dsmq's own client asks for neither RESP 3 nor COMMAND, and so does not know what only these reply.
+            # dsmq's parser knows only what its own client requests, which excludes RESP 3 and COMMAND.
             outcomes["not for this parser" if re.search(b"HELLO|COMMAND", data, re.I) else "no reply"] += 1
         except TimeoutError:
             hung.append(data)
         except OSError:
-            # A reset: the server has closed with bytes unread, as it may where they are too many.
+            # A reset: the server closed with unread bytes, as it may.
             outcomes["reset"] += 1
         reset(sock)
     return outcomes, hung
@@ -321,18 +322,18 @@ def to_server_by_many(port: int, count: int, seed: int) -> tuple[Counter[str], l
 def malformed(trial: Trial) -> None:
     seed = int(time.time())
     count = trial.size(1_000_000, 5_000)
-    # Of one byte there are few topics: those that are put to are remembered.
+    # Topics of one byte are few; the server remembers topics.
     settings = {"max_age_seconds": 1, "max_topic_bytes": 1, "max_message_bytes": LARGEST, "request_timeout_seconds": 1}
     with victim(trial, allow_shutdown=False, **settings) as on:
         began = time.monotonic()
         outcomes, differ, grown = to_parser(count, seed)
         rate = count / (time.monotonic() - began)
         trial.must(
-            f"{count:,} to the parser (seed {seed}): none but PROTOCOL and TOOBIG raised",
+            f"{count:,} to the parser (seed {seed}): only PROTOCOL and TOOBIG raised",
             f"{_shown(outcomes)}; {rate:,.0f}/s",
             set(outcomes) <= {"", "PROTOCOL", "TOOBIG"} and min(outcomes.values()) > 0,
         )
-        trial.must("the same however the bytes are cut", _examples(differ), not differ)
+        trial.must("the same in pieces of any size", _examples(differ), not differ)
         trial.must("parser: memory grows by less than 5 MB", megabytes(grown), grown < 5e6)
         _attack_server(trial, on, trial.size(200_000, 2_000), seed)
     guided(trial, trial.size(1_000_000, 20_000))
@@ -346,7 +347,11 @@ def _attack_server(trial: Trial, on: Victim, count: int, seed: int) -> None:
     outcomes, hung = to_server_by_many(daemon.port, count, seed)
     rate = count / (time.monotonic() - began)
     ended = not hung and not outcomes["no reply"] and outcomes.total() == count
-    trial.must(f"{count:,} to the server: each has replies, and an end", f"{_shown(outcomes)}; {rate:,.0f}/s", ended)
+    trial.must(
+        f"{count:,} to the server: each gets replies, and the connection ends",
+        f"{_shown(outcomes)}; {rate:,.0f}/s",
+        ended,
+    )
     trial.must("no defect", f"failures {daemon.metric('dsmq_failures_total'):.0f}", "INTERNAL" not in outcomes)
     grown = daemon.memory - before
     trial.must("server: memory grows by less than 5 MB", megabytes(grown), grown < 5e6)
@@ -383,7 +388,7 @@ def fuzz(runs: int) -> None:
         if whole(data) != in_pieces(data, Random(len(data))):
             raise AssertionError(f"read differently in pieces: {data!r}")
 
-    with atheris.instrument_imports(include=["dsmq.wire.resp"]):
+    with atheris.instrument_imports(include=["dsmq.wire.request_parser", "dsmq.wire.resp"]):
         pass
     for function in (RequestParser.next, RequestParser.batch, RequestParser._split, RequestParser._next_line):
         function.__code__ = atheris.instrument_func(function).__code__

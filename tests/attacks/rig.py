@@ -166,8 +166,8 @@ class Victim:
 def victim(
     trial: Trial, *words: str, popen: dict[str, Any] | None = None, ca_file: str = "", **settings: object
 ) -> Iterator[Victim]:
-    """Run a server that is scraped continuously. After the attack it has to serve, without defects, and to stop."""
-    progress(f"{trial.name}: starts")
+    """Run a server that is scraped continuously. After the attack it must serve without defects, and stop."""
+    progress(f"{trial.name}: starting")
     with ExitStack() as stack:
         daemon = Daemon(**({"command": words} if words else {}), popen=popen, ca_file=ca_file, **settings)
         stack.callback(daemon.close)
@@ -193,13 +193,13 @@ def victim(
 
 
 def serve_time(daemon: Daemon) -> float:
-    """Return how long a new client takes to put a message and to have it; as good as for ever where it can't."""
+    """Return how long a new client takes to put and get a message; a very long time if it fails."""
     began = time.monotonic()
     try:
         with daemon.client(retry=False, timeout=SOON) as mq:
             mq.seek("a", mq.put("a", "hello world!") - 1)
             while not mq.get("a"):
-                # If max_age_seconds is short and the machine busy, it expires before it is read.
+                # If max_age_seconds is short and the machine is busy, it may expire before it is read.
                 assert time.monotonic() < began + SOON
                 mq.seek("a", mq.put("a", "hello world!") - 1)
     except (OSError, DSMQError, AssertionError) as error:
@@ -296,7 +296,7 @@ def compare_latency(
                     met["control"].append(looker_on.during(lambda: attack(port)))
             met["attack"].append(looker_on.during(lambda: attack(daemon.port)))
     errors = sum(one["errors"] for ones in met.values() for one in ones)
-    trial.must("others are served all the while", f"{errors} of their calls failed", not errors)
+    trial.must("others are served meanwhile", f"{errors} of their calls failed", not errors)
     if not trial.quick:
         _note_ratios(trial, met, most)
 

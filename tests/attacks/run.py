@@ -16,7 +16,7 @@ from attacks.rig import NotHere, Row, Trial, progress, table
 
 ATTACKS: dict[str, Callable[[Trial], None]] = {
     "before_auth": connections.before_auth,
-    "strangers_requests": connections.strangers_requests,
+    "unauthenticated_requests": connections.unauthenticated_requests,
     "guessing": connections.guessing,
     "slow_loris": connections.slow_loris,
     "never_read": connections.never_read,

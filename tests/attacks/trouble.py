@@ -21,20 +21,20 @@ from dsmq.store.api import MESSAGE_OVERHEAD_BYTES
 from dsmq.wire.resp import encode_request
 from helpers import SOON, Daemon, reached
 
-# What a full store may take beside what it counts: SQLite's pages are not full, and the tails are not written yet.
+# Allowed memory of a full store beyond the bytes it counts: half-empty SQLite pages, and the write buffer.
 OVERHEAD_RATIO, OVERHEAD_BYTES = 0.35, 12e6
 
 
 @dataclass
 class Writer:
-    """Puts as fast as it can, and records the results."""
+    """Puts continuously, and records the results."""
 
     daemon: Daemon
     topic: str
     sizes: tuple[int, ...]
     pause: float = 0.0
     stored: dict[int, bytes] = field(default_factory=dict)
-    """By id, what a put returned for."""
+    """Stored bodies by id."""
     refused: dict[str, int] = field(default_factory=dict)
     refused_at: float = 0.0
     stored_at: float = 0.0
@@ -53,13 +53,13 @@ class Writer:
                     name = type(error).__name__
                     self.refused[name] = self.refused.get(name, 0) + 1
                     self.refused_at = time.monotonic()
-                    # It is not to be an attack on the processor.
+                    # Don't attack the processor.
                     ended.wait(0.001)
 
 
 @dataclass
 class Reader:
-    """Reads all topics from the first message on."""
+    """Reads all topics from their first message."""
 
     daemon: Daemon
     topics: list[str]
@@ -73,7 +73,7 @@ class Reader:
             for topic in self.topics:
                 mq.seek(topic, 0)
             more, ending = True, False
-            # What was put last is read once no more is put: what was there before that says nothing.
+            # An empty read counts only after the last put.
             while more or not ending:
                 ending = ended.is_set()
                 more = bool(sum(self._read(mq, topic) for topic in self.topics))
@@ -129,7 +129,7 @@ def judge(trial: Trial, writers: list[Writer], reader: Reader) -> None:
     )
 
 
-# No room
+# Full store
 
 
 def full(trial: Trial) -> None:
@@ -144,7 +144,7 @@ def full(trial: Trial) -> None:
             was_full = reached(lambda: all(writer.refused for writer in writers))
             reads = reader.reads
             goes_on = reached(lambda: reader.reads > reads + 10)
-            # Space comes back, twice, and is used.
+            # Space is freed and reused twice.
             at = time.monotonic()
             again = reached(lambda: all(writer.stored_at > at + 2 * age for writer in writers))
         peak = daemon.peak_memory - base
@@ -158,7 +158,7 @@ def full(trial: Trial) -> None:
             f"{reader.reads:,}, {len(reader.errors)} failed, longest {milliseconds(reader.longest)}",
             goes_on and not reader.errors,
         )
-        trial.must("puts go on when messages have expired", f"{again}", again)
+        trial.must("puts succeed again after messages have expired", f"{again}", again)
         most = limit * (1 + OVERHEAD_RATIO) + OVERHEAD_BYTES
         trial.must(
             f"memory grows by the limit, {OVERHEAD_RATIO:.0%} and {megabytes(OVERHEAD_BYTES)} at most",
@@ -181,7 +181,7 @@ def _state_overhead(trial: Trial, limit: int, topics: int, about: str) -> None:
         counted = held * (MESSAGE_OVERHEAD_BYTES + 1)
         grown = daemon.memory - before
         trial.must(
-            f"messages of 1 byte in {about} are refused at the limit as well",
+            f"messages of 1 byte in {about} are refused at the limit too",
             f"{held:,.0f} held, {daemon.metric('dsmq_errors_total'):.0f} refused",
             counted <= limit and daemon.metric("dsmq_errors_total") > 0,
         )
@@ -231,7 +231,7 @@ def stopped(trial: Trial) -> None:
             reached(lambda: state_of(daemon) == "T")
             stop.wait()
             time.sleep(seconds)
-            # On a busy machine they may begin late.
+            # On a busy machine the calls may begin late.
             reached(lambda: len(outcomes) >= len(calls))
             half.sendall(request[10:])
             daemon.signal(signal.SIGCONT)
@@ -240,16 +240,16 @@ def stopped(trial: Trial) -> None:
         for thread in threads:
             thread.join(SOON)
         trial.must(
-            "a request whose end comes while it is stopped is not late",
+            "a request completed while it is stopped is not late",
             reply.decode().strip(),
             reply.startswith(b":"),
         )
         trial.must(
-            f"stopped for {seconds} s: calls that wait longer, or may connect anew, succeed, the others raise",
+            f"stopped for {seconds} s: calls that wait longer or may reconnect succeed, others raise",
             f"{outcomes.count('done')} succeeded, {outcomes.count('ConnectionLost')} raised ConnectionLost",
             outcomes.count("done") == 2 * outcomes.count("ConnectionLost") == 2 * len(calls),
         )
-        trial.at_once("served at once when it goes on", milliseconds(served), served)
+        trial.at_once("served at once when resumed", milliseconds(served), served)
 
 
 def state_of(daemon: Daemon) -> str:
@@ -277,20 +277,20 @@ def out_of_threads(trial: Trial) -> None:
                 except urllib.error.HTTPError as error:
                     failed += error.code == 503
                 slowest = max(slowest, _time(lambda: mq.put("t", "x")))
-            trial.must("the HTTP endpoint can start no thread, and says so", f"503 for {failed} of 20", failed == 20)
+            trial.must("without threads, the HTTP endpoint answers 503", f"503 for {failed} of 20", failed == 20)
             trial.at_once("others are served", f"slowest put {milliseconds(slowest)}", slowest)
             served = serve_until(daemon)
             trial.at_once("new clients are served", milliseconds(served), served)
             daemon.signal(signal.SIGUSR2)
             reached(lambda: limit_of(daemon) != 1)
         page = daemon.fetch()
-        trial.must("the HTTP endpoint answers when it can", f"{len(page):,} bytes", "dsmq_puts_total" in page)
+        trial.must("then the HTTP endpoint answers again", f"{len(page):,} bytes", "dsmq_puts_total" in page)
         left = reached(lambda: daemon.threads <= before[0] and daemon.files <= before[1])
-        trial.must("nothing is left of those requests", f"{daemon.files - before[1]:+d} files", left)
+        trial.must("those requests leak no files", f"{daemon.files - before[1]:+d} files", left)
 
 
 def limit_of(daemon: Daemon) -> int:
-    """Return how many threads the user of a server may have."""
+    """Return the limit on threads for a server's user."""
     found = re.search(r"Max processes +(\d+)", Path(f"/proc/{daemon.pid}/limits").read_text())
     return int(found[1]) if found else 0
 
@@ -301,7 +301,7 @@ def _time(call: Callable[[], object]) -> float:
     return time.monotonic() - began
 
 
-# The time of day
+# Wall clock
 
 
 def clock(trial: Trial) -> None:
@@ -314,13 +314,13 @@ def clock(trial: Trial) -> None:
             held, took = [], []
             for step in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGUSR2, signal.SIGUSR1):
                 daemon.signal(step)
-                # It has come to pass where the server's own clock shows it.
+                # The reply shows that the server has handled the signal.
                 mq.put("t", "x")
                 mq.seek("t", first - 1)
                 held.append(mq.get("t") == "before")
             in_time = time.monotonic() - put_at < age
             trial.must(
-                "steps of a day, ahead and back: messages do not die",
+                "steps of a day, forward and back: no message is lost",
                 f"{sum(held)} of 4 steps",
                 all(held) and in_time,
             )
@@ -333,7 +333,7 @@ def clock(trial: Trial) -> None:
                 mq.seek("t", last - 1)
                 gone = gone and not mq.get("t")
                 trial.must(
-                    f"nor live for ever: gone after {age:g} s",
+                    f"and messages still expire after {age:g} s",
                     f"{took[-1]:.2f} s",
                     gone and age <= took[-1] < age + 1,
                 )
@@ -354,7 +354,7 @@ def _have_fail(trial: Trial, on: Victim, fault: str, wanted: type[DSMQError]) ->
         reached(lambda: all(writer.stored for writer in writers))
         daemon.signal(signal.SIGUSR1)
         failed = reached(lambda: all(writer.refused for writer in writers))
-        # So long that it fails in the expiry thread, in reads, and again and again.
+        # Long enough to fail repeatedly, in the expiry thread and in reads.
         time.sleep(trial.size(2, 0.2))
         daemon.signal(signal.SIGUSR2)
         at = time.monotonic()
@@ -366,6 +366,6 @@ def _have_fail(trial: Trial, on: Victim, fault: str, wanted: type[DSMQError]) ->
         f"{sum(sum(writer.refused.values()) for writer in writers):,} {kinds}",
         failed and kinds == {wanted.__name__},
     )
-    trial.must("then normal service", "of all writers", again)
+    trial.must("then all writers are served", f"{again}", again)
     trial.at_once("then normal service", f"after {milliseconds(took)}", took)
     judge(trial, writers, reader)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-# Under pytest, and in the processes that are started, the package is found there too, under the same name.
+# The package has the same name here as under pytest and in the processes that it starts.
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from chaos.run import main

@@ -1,4 +1,4 @@
-"""The promises of dsmq, tested on a history of what clients have seen. Without any input or output."""
+"""Checks dsmq's promises on a history of what clients saw. Does no input or output."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from itertools import pairwise
 
 from chaos.history import Broken, Died, Empty, Event, Got, History, Put, Reader, Server
 
-# Behind a snapshot that is not the last word, ids go on so far beyond it.
+# After a snapshot that is not from a clean shutdown, ids continue this far beyond it.
 RESTORE_GAP = 2**32
-# How much earlier than it was asked a wait may end: what rounding to milliseconds and the loops may make of it.
+# How much too early a wait may end, because of rounding to milliseconds.
 WAIT_SLACK_SECONDS = 0.05
 AGE_SLACK_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
 class Violation:
-    """A promise that does not hold for this history, and the events that show it."""
+    """A broken promise, and the events that prove it."""
 
     kind: str
     what: str
@@ -33,7 +33,7 @@ class Violation:
 
 @dataclass(frozen=True)
 class Loss:
-    """What a server took with it: all of its epoch, or the ids between what was restored and what came then."""
+    """Ids lost with a server: all of its epoch, or those after the restored snapshot."""
 
     server: Server
     first_id: int
@@ -44,7 +44,7 @@ class Loss:
 
 
 def check(history: History) -> list[Violation]:
-    """Return what is wrong in a history; nothing, where all promises hold."""
+    """Return the violations in a history."""
     return list(_Check(history).run())
 
 
@@ -70,7 +70,7 @@ class _Check:
     def run(self) -> Iterator[Violation]:
         for died in self.history.of(Died):
             yield Violation("died", "a client failed", (died,))
-        yield from self._strangers()
+        yield from self._strange_reads()
         yield from self._stored_twice()
         yield from self._ids_reused()
         yield from self._order_of_puts()
@@ -84,21 +84,21 @@ class _Check:
                 yield from self._unread(reader, topic)
                 yield from self._empty(reader, topic)
 
-    # What is in the store
+    # Contents of the store
 
-    def _strangers(self) -> Iterator[Violation]:
-        """All that is read has been put, where it is read, and no put that says it was not stored is read."""
+    def _strange_reads(self) -> Iterator[Violation]:
+        """Every message read was put into that topic, and not by a put that reported it as not stored."""
         for got in self.history.of(Got):
             put = self.puts.get(got.body)
             if put is None or put.topic != got.topic or got.ended < put.began:
-                yield Violation("strange", "a message that nobody has put into this topic", _events(got, put))
+                yield Violation("strange", "a message that nobody put into this topic", _events(got, put))
             elif put.error and not put.may_be_stored:
-                yield Violation("not stored", "a put that surely was not stored is read", (put, got))
+                yield Violation("not stored", "a message is read although its put was not stored", (put, got))
             elif got.began - put.ended > self.history.max_age + AGE_SLACK_SECONDS:
-                yield Violation("expired", "a message is read beyond its age", (put, got))
+                yield Violation("expired", "a message is read after it expired", (put, got))
 
     def _told_ids(self) -> Iterator[tuple[str, int, Event]]:
-        """Bodies and their ids, by whoever has been told them."""
+        """Return bodies and their ids, as reported to any client."""
         for put in self.puts.values():
             if put.id is not None:
                 yield put.body, put.id, put
@@ -112,7 +112,7 @@ class _Check:
             known_id, known = first.setdefault(body, (message_id, event))
             if known_id != message_id:
                 yield Violation("stored twice", f"one put has the ids {known_id} and {message_id}", (known, event))
-                # Once is enough, however many have read it.
+                # Report each only once.
                 first[body] = message_id, event
 
     def _ids_reused(self) -> Iterator[Violation]:
@@ -125,7 +125,7 @@ class _Check:
                     yield Violation("id reused", f"the id {message_id} belongs to two messages", (known, event))
 
     def _order_of_puts(self) -> Iterator[Violation]:
-        """What is put after another put has returned has the higher id; so one writer's puts keep their order."""
+        """A put made after another has returned gets a higher id, so each writer's puts keep their order."""
         for epoch in self.epochs:
             puts = [put for put in self.puts.values() if put.id is not None and self._epochs_of(put.body) == [epoch]]
             returned: list[tuple[float, int, str]] = []
@@ -139,10 +139,10 @@ class _Check:
                     yield Violation("order of puts", "a later put has a lower id", (last, put))
                 heapq.heappush(returned, (put.ended, _id(put), put.body))
 
-    # What is lost with a server
+    # Losses with a server
 
     def _epochs_of(self, body: str) -> list[str]:
-        """The epochs in which a put may have been stored: two, where it was under way between them."""
+        """Return the epochs in which a put may have been stored: two, if it was in flight between them."""
         if body not in self._found_epochs:
             self._found_epochs[body] = self._find_epochs(self.puts.get(body))
         return self._found_epochs[body]
@@ -150,16 +150,16 @@ class _Check:
     def _find_epochs(self, put: Put | None) -> list[str]:
         if put is None:
             return []
-        # One that raised may have been on its way still.
+        # One that raised may still have been in flight.
         ended = put.ended if put.id is not None else math.inf
         found = (one.epoch for one in self.servers if put.began < one.ended and ended > one.began)
         return list(dict.fromkeys(found))
 
     def _loss_of(self, put: Put) -> Loss | None:
-        """What may have taken a put that has returned."""
+        """Return the losses that may include a put that has returned."""
         epochs = self._epochs_of(put.body)
         for loss in self.losses:
-            # Its reply may have been read after the server was killed.
+            # Its reply may have been read only after the server was killed.
             if put.began < loss.server.ended and loss.server.epoch in epochs and loss.takes(_id(put)):
                 return loss
         return None
@@ -167,12 +167,12 @@ class _Check:
     def _losses(self) -> Iterator[Violation]:
         for put in self.puts.values():
             if put.id is not None and (loss := self._loss_of(put)) and put.ended < loss.server.kept_until:
-                yield Violation("lost", "a put is lost that the next life had to keep", (put, loss.server))
+                yield Violation("lost", "a put that the next life must keep is lost", (put, loss.server))
         for one, following in pairwise(self.servers):
             if one.kept_until == math.inf and (one.epoch, one.run) != (following.epoch, following.run):
-                yield Violation("identity", "epoch or run is another behind a graceful stop", (one, following))
+                yield Violation("identity", "epoch or run changed over a graceful stop", (one, following))
 
-    # What readers see
+    # Reads
 
     def _read_twice(self, gots: list[Got]) -> Iterator[Violation]:
         first: dict[str, Got] = {}
@@ -181,7 +181,7 @@ class _Check:
                 yield Violation("read twice", "a reader got a message twice", (first[got.body], got))
 
     def _order_of_reads(self, gots: list[Got]) -> Iterator[Violation]:
-        """Ids only increase, but for a new epoch. With each id one message's, the order is the same for all."""
+        """Ids increase within an epoch. As each belongs to one message, all readers see the same order."""
         last: dict[str, tuple[int, int, Got]] = {}
         for got in gots:
             message_id = self.ids.get(got.body)
@@ -191,7 +191,7 @@ class _Check:
             known = last.get(got.thread)
             at = next((at for at in epochs if known is None or (at, message_id) > known[:2]), None)
             if known is not None and at is None:
-                yield Violation("order of reads", "a message comes behind a later one", (known[2], got))
+                yield Violation("order of reads", "a message follows a later one", (known[2], got))
                 continue
             last[got.thread] = (at or 0, message_id, got)
 
@@ -199,12 +199,12 @@ class _Check:
         for got in gots:
             put, message_id = self.puts.get(got.body), self.ids.get(got.body)
             if put and message_id is not None and self._is_eligible(reader, put, message_id) is False:
-                yield Violation("not eligible", "a reader got what was put before it connected", (reader, put, got))
+                yield Violation("not eligible", "a reader got a message put before it connected", (reader, put, got))
 
     def _is_eligible(self, reader: Reader, put: Put, message_id: int) -> bool | None:
-        """Whether a reader has to read a message; None where it can't be told."""
+        """Return whether a reader must read a message; None if it is uncertain."""
         answers = {
-            message_id > reader.watermark if epoch == reader.epoch else self._is_later(epoch, reader.epoch)
+            message_id > reader.start_id if epoch == reader.epoch else self._is_later(epoch, reader.epoch)
             for epoch in self._epochs_of(put.body)
         }
         return answers.pop() if len(answers) == 1 else None
@@ -213,7 +213,7 @@ class _Check:
         return self.epochs.index(epoch) > self.epochs.index(than)
 
     def _due(self, reader: Reader, topic: str) -> list[tuple[Put, float]]:
-        """The puts that a reader has to see, with the time at which the call began that got it: inf for none."""
+        """Return the puts that a reader must see, each with the start of the call that got it, or inf."""
         gots = self.gots[reader.name, topic]
         taken = {got.body: got.began for got in gots}
         latest = [(got.began, self.ids.get(got.body, 0)) for got in gots if got.latest]
@@ -240,7 +240,7 @@ class _Check:
                 yield Violation("unread", "a reader never got a message", (reader, put))
 
     def _excused(self, reader: Reader, topic: str, missing: list[Put]) -> set[str]:
-        """What may have gone with reads that were interrupted: where they stood in the topic, and no more than that."""
+        """Return messages that interrupted reads may have consumed: at their position, up to their count."""
         excused: set[str] = set()
         gots = [(got.began, self.ids[got.body]) for got in self.gots[reader.name, topic] if got.body in self.ids]
         for call in self.broken:
@@ -252,7 +252,7 @@ class _Check:
         return excused
 
     def _empty(self, reader: Reader, topic: str) -> Iterator[Violation]:
-        """An answer that there is no message, where there was one that had been put before the call ended its wait."""
+        """A read returned no message although one had been put before its wait ended."""
         empties = self.empties[reader.name, topic]
         due = sorted(self._due(reader, topic), key=lambda one: one[0].ended) if empties else []
         ended = [put.ended for put, _ in due]
@@ -272,11 +272,11 @@ class _Check:
                 yield Violation("wrong empty", f"{len(wrong)} messages were there", (empty, wrong[0]))
 
     def _is_there(self, put: Put, empty: Empty) -> bool:
-        """Whether a put that had returned was held still, all through the call."""
+        """Return whether a completed put was stored throughout the call."""
         if empty.ended - put.began >= self.history.max_age:
             return False
         loss = self._loss_of(put)
-        # A killed server has died somewhere before it is known to have ended.
+        # A killed server died some time before its end was noticed.
         return loss is None or empty.ended < loss.server.ended - AGE_SLACK_SECONDS
 
 
@@ -304,6 +304,6 @@ def _events(*events: Event | None) -> tuple[Event, ...]:
 
 
 def summary(violations: Iterable[Violation]) -> str:
-    """Return how many there are of each kind."""
+    """Return the number of violations of each kind."""
     counts = Counter(violation.kind for violation in violations)
     return ", ".join(f"{count} {kind}" for kind, count in counts.most_common()) or "none"

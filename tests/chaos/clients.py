@@ -1,4 +1,4 @@
-"""Writers and readers that tell a history all they see; in threads, or in processes: `python -m chaos.clients JOB`."""
+"""Writers and readers that record what they see, in threads or in processes: `python -m chaos.clients JOB`."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from dsmq.client import DSMQClientSideConnection, connect
 from dsmq.errors import DSMQError, Full, StoreFailed, TooBig
 
 HOST = "127.0.0.1"
-# What a reader that has found nothing waits before it looks again, where it does not wait on the server.
+# Pause of a polling reader after an empty read.
 IDLE_SECONDS = 0.002
 TURNS_BEFORE_FORK = 20
-# What an interrupted `get_latest` may pass over.
+# How many messages an interrupted `get_latest` may skip.
 ALL = 1_000_000
-# How often a writer puts several at once.
+# How often a writer uses put_many.
 MANY_RATIO = 0.1
 
 T = TypeVar("T")
 
 
 class Stop(Protocol):
-    """An event, of threads or of processes."""
+    """A stop event for threads or processes."""
 
     def is_set(self) -> bool: ...
     def wait(self, timeout: float) -> bool: ...
 
 
 class StopFile:
-    """A stop for processes, however they are interrupted or stopped: that a file is there."""
+    """A stop event for processes: the existence of a file, which works however they are interrupted."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -59,21 +59,21 @@ class StopFile:
 
 @dataclass(frozen=True)
 class Job:
-    """What one client does."""
+    """The job of a client."""
 
     name: str
     port: int
     topics: tuple[str, ...] = ("t0", "t1")
     seed: int = 0
     pause: float = 0.01
-    """Between two puts, in seconds."""
+    """Pause between puts, in seconds."""
     catches_up: bool = False
-    """Whether what could not be put in time is put then, so that the pause is that on average."""
+    """Whether delayed puts are caught up on, so that the pause holds on average."""
     size: int = 20
-    """Of a message, in bytes; it may be more by what makes it unique."""
+    """Message size in bytes, plus what makes the message unique."""
     verbs: tuple[str, ...] = ("read", "get", "get_wait", "get_many", "read_wait")
     step: int = 1
-    """From a line at which a call is interrupted to the next."""
+    """Distance between the lines at which a call is interrupted."""
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -82,7 +82,7 @@ class Job:
 
 
 class Calls:
-    """Calls to a client, timed; SIGINT interrupts them, and nothing else."""
+    """Timed calls to a client; SIGINT interrupts only these."""
 
     def __init__(self) -> None:
         self.interruptible = False
@@ -96,7 +96,7 @@ class Calls:
             raise KeyboardInterrupt
 
     def run(self, call: Callable[[], T]) -> tuple[float, float, T | None, BaseException | None]:
-        """Return when the call began and ended, what it returned, and what it raised."""
+        """Return the start and end of a call, and what it returned or raised."""
         result: T | None = None
         raised: BaseException | None = None
         began = time.monotonic()
@@ -111,12 +111,12 @@ class Calls:
 
 
 class TracedCalls(Calls):
-    """Calls that are interrupted before a certain one of the lines of dsmq that they run."""
+    """Calls interrupted before a given line of dsmq's code."""
 
     def __init__(self) -> None:
         super().__init__()
         self.line = 0
-        """Which line; 0 for none."""
+        """The line; 0: none."""
         self.left = 0
 
     def run(self, call: Callable[[], T]) -> tuple[float, float, T | None, BaseException | None]:
@@ -132,7 +132,7 @@ class TracedCalls(Calls):
 
     def _trace(self, frame: FrameType, event: str, argument: object) -> Any:
         if event == "line" and frame.f_globals.get("__name__", "").startswith("dsmq."):
-            # At its end a `with` has a line again, before the lock is released; there Python itself never interrupts.
+            # A `with` statement runs its line again before it releases the lock; Python never interrupts there.
             line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
             self.left -= not line.lstrip().startswith("with ")
             if not self.left:
@@ -142,7 +142,7 @@ class TracedCalls(Calls):
 
 
 def told(error: BaseException) -> dict[str, Any]:
-    """Return what an error says of a put."""
+    """Return what an error says about a put."""
     if isinstance(error, KeyboardInterrupt):
         return {"error": INTERRUPTED}
     surely_not = isinstance(error, Full | StoreFailed | TooBig) or not getattr(error, "may_be_stored", True)
@@ -151,7 +151,7 @@ def told(error: BaseException) -> dict[str, Any]:
 
 @dataclass
 class Writer:
-    """Puts one message behind the other, sometimes several at once, and notes what becomes of them."""
+    """Puts messages, sometimes several at once, and records the results."""
 
     job: Job
     history: History
@@ -178,7 +178,7 @@ class Writer:
             began, ended, ids, error = self.calls.run(lambda: mq.put_many(topic, bodies))
         told_of = [{"id": one} for one in ids] if ids is not None else [told(error)] * count if error else []
         if count > 1 and error:
-            # It says that of the one that failed; those before it are stored.
+            # This concerns the failed one; those before it are stored.
             told_of = [{**one, "may_be_stored": True} for one in told_of]
         puts = [Put(self.job.name, topic, body, began, ended) for body in bodies]
         self.history.add(*(replace(put, **one) for put, one in zip(puts, told_of, strict=True)))
@@ -186,7 +186,7 @@ class Writer:
 
 @dataclass
 class Reading:
-    """Reads topics in all the ways there are, and notes what comes."""
+    """Reads topics in all possible ways, and records the messages."""
 
     job: Job
     history: History
@@ -198,7 +198,7 @@ class Reading:
 
     def __post_init__(self) -> None:
         self.name = self.name or self.job.name
-        # What the client has been told when it connected; nothing shows it.
+        # The last id at connect; it has no public accessor.
         session = self.mq._session
         self.reader = Reader(self.name, self.job.topics, session.epoch, session.era.start, self.began)
 
@@ -210,7 +210,7 @@ class Reading:
                 stop.wait(IDLE_SECONDS)
 
     def finish(self) -> None:
-        """Read all there is; to be called when nothing breaks any more."""
+        """Read everything left. To be called once the faults have ended."""
         began = time.monotonic()
         for topic in self.job.topics:
             while self.read(topic, "read", None) is not False:
@@ -218,7 +218,7 @@ class Reading:
         self.history.add(replace(self.reader, finished=began))
 
     def read(self, topic: str, verb: str, chance: random.Random | None) -> bool | None:
-        """Return whether a message has come; None where the call was broken."""
+        """Return whether a message was read; None if the call failed."""
         count = chance.choice((1, 1, 5, 50)) if chance else 100
         timeout = chance.choice((0.01, 0.05, 0.2)) if chance and verb in {"get_wait", "read_wait", "get_many"} else 0.0
         verbs: dict[str, Callable[[], list[Any]]] = {
@@ -231,7 +231,7 @@ class Reading:
         }
         began, ended, found, error = self.calls.run(verbs[verb])
         if error is not None or found is None:
-            # Between the client and its caller there is no way to take a message back.
+            # A message on its way from the client to its caller can't be taken back.
             at_most = {"get": 1, "get_wait": 1, "get_latest": ALL}.get(verb, count)
             interrupted = isinstance(error, KeyboardInterrupt)
             about = INTERRUPTED if interrupted else f"{type(error).__name__}: {error}"
@@ -254,11 +254,11 @@ def _facts(message: Any) -> dict[str, Any]:
     return {"body": message.text, "id": message.id, "number": message.number}
 
 
-# In threads
+# Threads
 
 
 class Client(threading.Thread):
-    """A writer or a reader in a thread of its own."""
+    """A writer or reader in its own thread."""
 
     def __init__(self, name: str, history: History, run: Callable[[], None]) -> None:
         super().__init__(name=f"client {name}")
@@ -268,16 +268,16 @@ class Client(threading.Thread):
     def run(self) -> None:
         try:
             self._run()
-        except BaseException as error:  # noqa: BLE001 - it is to be told of, not to go by
+        except BaseException as error:  # noqa: BLE001 - recorded, not raised
             self._history.add(Died(self.name, repr(error)))
 
 
-# In processes
+# Processes
 
 
 @dataclass(frozen=True)
 class Orders:
-    """What a process has to do: both what writers and what readers do, and where to put its history."""
+    """The job of a process: writing, reading, and where to store its history."""
 
     role: str
     job: Job
@@ -287,7 +287,7 @@ class Orders:
 
 
 def write_and_read(orders: Orders, history: History, calls: Calls) -> History:
-    """Write, read, or both by turns, until it is told to stop; then read the rest."""
+    """Write, read, or both in turn until stopped; then read the rest."""
     stop, end = StopFile(orders.stop_writing), StopFile(orders.stop_reading)
     job = orders.job
     with connect(HOST, job.port, **job.options) as mq:
@@ -304,7 +304,7 @@ def write_and_read(orders: Orders, history: History, calls: Calls) -> History:
 
 
 def _await_the_others(end: Stop) -> None:
-    """Wait until nobody writes any more."""
+    """Wait until all writers have finished."""
     print("written", flush=True)
     while not end.is_set():
         end.wait(IDLE_SECONDS)
@@ -319,7 +319,7 @@ def _turn(writer: Writer | None, reading: Reading | None, chance: random.Random)
 
 
 def fork_in_the_middle(orders: Orders, history: History, calls: Calls) -> History:
-    """Write and read; fork; both go on, each as a client of its own that has read what came before the fork."""
+    """Write and read; fork; both processes continue as separate clients with the same history."""
     stop, end = StopFile(orders.stop_writing), StopFile(orders.stop_reading)
     job, child = orders.job, -1
     with connect(HOST, job.port, **job.options) as mq:
@@ -342,7 +342,7 @@ def fork_in_the_middle(orders: Orders, history: History, calls: Calls) -> Histor
 
 
 def interrupted_at_every_line(orders: Orders, history: History, calls: Calls) -> History:
-    """Have each verb interrupted at one line after the other; each time, read what there is behind that."""
+    """Interrupt each method at one line after another; after each interrupt, read what follows."""
     end, job = StopFile(orders.stop_reading), orders.job
     with connect(HOST, job.port, **job.options) as mq, connect(HOST, job.port) as other:
         traced = TracedCalls()
@@ -355,7 +355,7 @@ def interrupted_at_every_line(orders: Orders, history: History, calls: Calls) ->
             traced.left = 0
             for line in itertools.count(1 + job.seed % job.step, job.step):
                 if traced.left > 0:
-                    # The call has fewer lines than that.
+                    # The call has fewer lines.
                     break
                 feeding.put(topic, 3)
                 traced.line = line
@@ -369,7 +369,7 @@ def interrupted_at_every_line(orders: Orders, history: History, calls: Calls) ->
 
 
 def _as_child(reading: Reading, writer: Writer) -> tuple[Reading, Writer, random.Random]:
-    """What the parent has read the child will not read again: it is part of what the child has seen."""
+    """Copy the parent's reads to the child, which will not read those messages again."""
     name = f"{reading.name}-child"
     history = History()
     history.add(*(replace(event, reader=name) for event in reading.history.events if isinstance(event, Got | Empty)))
@@ -396,14 +396,14 @@ def main() -> int:
     calls.catch_interrupts()
     try:
         history = ROLES[orders.role](orders, history, calls)
-    except BaseException as error:  # noqa: BLE001 - it is to be told of, not to go by
+    except BaseException as error:  # noqa: BLE001 - recorded, not raised
         history.add(Died(job.name, repr(error)))
     history.save(Path(f"{orders.result}.{os.getpid()}"))
     return 0
 
 
 def as_words(orders: Orders) -> str:
-    """Return what `main` makes orders of."""
+    """Return an order as arguments for `main`."""
     values = asdict(orders)
     return json.dumps({**values, "topics": values["job"].pop("topics"), "verbs": values["job"].pop("verbs")})
 

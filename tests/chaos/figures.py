@@ -1,4 +1,4 @@
-"""The figures that were asked for: restarts, resets, the pause over a restart, and what all of it costs."""
+"""Measures restarts, resets, the pause during a restart, and the costs of keys and snapshots."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from helpers import Daemon
 
 RESTARTS = 20
 RESETS = 1_000
-# A restart is measured with so many messages held.
+# Stored messages when a restart is measured.
 HELD = 100_000
 PUTS_PER_SECOND = 500
-# Of a put or a get, with all of it against without.
+# Min speed of puts and gets with keys and snapshots, relative to without.
 SPEED_RATIO = 0.95
 ROUNDS, CALLS = 25, 1_000
 SNAPSHOT_SECONDS = 5
@@ -31,7 +31,7 @@ SNAPSHOT_SECONDS = 5
 
 @dataclass(frozen=True)
 class Figure:
-    """A line of the table."""
+    """A row of the table."""
 
     what: str
     wanted: str
@@ -40,7 +40,7 @@ class Figure:
 
 
 def restarts(stage: Stage) -> None:
-    """Graceful restarts under a load."""
+    """Restart the server gracefully under load."""
     lives = stage.lives(snapshot=True, interval=5)
     with stage.crowd(lives.port, redis=False, job=Job("", 0, pause=1 / PUTS_PER_SECOND, catches_up=True)):
         for _ in range(RESTARTS):
@@ -51,7 +51,7 @@ def restarts(stage: Stage) -> None:
 
 
 def resets(stage: Stage) -> None:
-    """Connections are reset, one after the other, at random offsets."""
+    """Reset connections one after another at random offsets."""
     lives = stage.lives()
     proxy = stage.proxy(lives.port)
     with stage.crowd(proxy.port, job=FAST):
@@ -59,7 +59,7 @@ def resets(stage: Stage) -> None:
 
 
 def judged(name: str, play: Callable[[Stage], None], seed: int) -> Figure:
-    """Run what has to come to nothing at all."""
+    """Run a scenario that must cause no violation."""
     with Stage(f"figure_{name}", seed, quick=False) as stage:
         play(stage)
     outcome = stage.outcome(None)
@@ -70,7 +70,7 @@ def judged(name: str, play: Callable[[Stage], None], seed: int) -> Figure:
 
 
 def pause(seed: int) -> Figure:
-    """How long a client waits at most while a server that holds much is restarted."""
+    """Measure the longest a client is blocked while a server with many messages restarts."""
     with Stage("pause", seed, quick=False) as stage:
         start = statistics.median(_start_seconds() for _ in range(5))
         lives = stage.lives(snapshot=True)
@@ -92,14 +92,14 @@ def pause(seed: int) -> Figure:
 
 
 def _start_seconds() -> float:
-    """From the start of a server without messages to its taking connections."""
+    """Measure the start of a server without messages until it accepts connections."""
     began = time.monotonic()
     with closing(Daemon()):
         return time.monotonic() - began
 
 
 def speed(seed: int) -> list[Figure]:
-    """Puts and gets with keys and snapshots against those without, by turns."""
+    """Compare puts and gets with keys and snapshots to those without, alternating."""
     with Stage("speed", seed, quick=False) as stage, ExitStack() as stack:
         snapshot = {"snapshot_file": stage.folder / "snapshot", "snapshot_interval_seconds": SNAPSHOT_SECONDS}
         ports = [stack.enter_context(closing(Daemon(**settings))).port for settings in (snapshot, {})]
@@ -108,7 +108,7 @@ def speed(seed: int) -> list[Figure]:
             "put, all of it": _ratio(lambda: kept.put("speed", "message"), lambda: _put_without_key(plain)),
             "put, the key": _ratio(lambda: plain.put("speed", "message"), lambda: _put_without_key(plain)),
             "put, snapshots": _ratio(lambda: kept.put("speed", "message"), lambda: plain.put("speed", "message")),
-            # As many have been put as are got, and more.
+            # More messages have been put than are read.
             "get with a backlog, all of it": _ratio(lambda: kept.get("speed"), lambda: plain.get("speed")),
             "get without one, all of it": _ratio(lambda: kept.get("empty"), lambda: plain.get("empty")),
         }
@@ -119,18 +119,18 @@ def speed(seed: int) -> list[Figure]:
 
 
 def _put_without_key(mq: DSMQClientSideConnection) -> None:
-    """Put as it was done when no put had a key."""
+    """Put without a key, as earlier versions did."""
     name, body = mq._session.put("speed", "message")
     request = b"*3\r\n$3\r\nPUT\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (len(name), name, len(body), body)
     stored_id(mq._run(Call(request)))
 
 
 def _ratio(call: Callable[[], object], other: Callable[[], object]) -> float:
-    """Return how many times as fast a call is as another: the median of rounds, that come by turns."""
+    """Return how many times as fast as another a call is: the median of alternating rounds."""
     pairs = ((call, other), (other, call))
     ratios = []
     for number in range(ROUNDS):
-        # Which of them comes first must not matter.
+        # The order must not matter.
         took = {one: _seconds(one) for one in pairs[number % 2]}
         ratios.append(took[other] / took[call])
     return statistics.median(ratios)

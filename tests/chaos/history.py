@@ -1,6 +1,6 @@
-"""What has happened, for the checker: every put, every read, every life of a server. Kept as lines of JSON.
+"""The history for the checker: every put, every read, every life of a server, stored as lines of JSON.
 
-All times are of the monotonic clock, which the processes of a machine share.
+Times are those of the monotonic clock, which all processes of a machine share.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ INTERRUPTED = "interrupted"
 
 @dataclass(frozen=True, slots=True)
 class Put:
-    """A put, whatever has become of it. No two have the same body."""
+    """A put and its result. All bodies are unique."""
 
     writer: str
     topic: str
@@ -26,16 +26,16 @@ class Put:
     began: float
     ended: float
     id: int | None = None
-    """What it returned."""
+    """The id it returned."""
     error: str = ""
-    """What it raised in place of that."""
+    """The error it raised instead."""
     may_be_stored: bool = True
-    """What the error said of it."""
+    """What the error says about the message."""
 
 
 @dataclass(frozen=True, slots=True)
 class Got:
-    """A message that a reader got."""
+    """A message read."""
 
     reader: str
     topic: str
@@ -45,15 +45,15 @@ class Got:
     id: int | None = None
     number: int | None = None
     latest: bool = False
-    """Whether the reader has passed over all older ones with it."""
+    """Whether older messages were skipped."""
     thread: str = ""
-    """Which of those that share the reader; each of them sees an order of its own."""
+    """The thread, if several share the reader; each sees its own order."""
     timeout: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Empty:
-    """The answer that there is no message."""
+    """A read that found no message."""
 
     reader: str
     topic: str
@@ -64,7 +64,7 @@ class Empty:
 
 @dataclass(frozen=True, slots=True)
 class Broken:
-    """A read that raised, or was interrupted: then so many messages may have gone with it."""
+    """A read that raised or was interrupted, and may have consumed some messages."""
 
     reader: str
     topic: str
@@ -76,35 +76,35 @@ class Broken:
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """A client that reads, from a watermark of an epoch on."""
+    """A reading client, with the last id and epoch when it connected."""
 
     name: str
     topics: tuple[str, ...]
     epoch: str
-    watermark: int
+    start_id: int
     began: float
     finished: float | None = None
-    """When it began to read all there was left, and did so; None where it did not come to that."""
+    """When it began to read everything left; None if it failed to."""
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """One life of a server. Of one address, they do not overlap."""
+    """One life of a server. Lives on one address don't overlap."""
 
     epoch: str
     run: str
     last_id: int
-    """What it told the first who asked, before anything was put."""
+    """Its last id before the first put."""
     began: float
     ended: float = math.inf
-    """When it certainly was no more."""
+    """When it had certainly ended."""
     kept_until: float = math.inf
-    """Puts that had returned by then have to be there in its next life: all, behind a graceful stop with a snapshot."""
+    """Puts that returned before this must survive into the next life; inf after a graceful stop with a snapshot."""
 
 
 @dataclass(frozen=True, slots=True)
 class Died:
-    """A client that came to an end of its own, by what should not have happened."""
+    """A client that died from an unexpected error."""
 
     name: str
     error: str
@@ -117,7 +117,7 @@ E = TypeVar("E")
 
 @dataclass
 class History:
-    """Events, in the order in which each thread has told them."""
+    """Events, in the order in which each thread recorded them."""
 
     max_age: float = 600.0
     events: list[Event] = field(default_factory=list)
@@ -134,7 +134,7 @@ class History:
         path.write_text("".join(line + "\n" for line in _lines(self.events)))
 
     def load(self, path: Path) -> None:
-        """Add what has been saved to a file."""
+        """Add events saved to a file."""
         self.add(*map(_event, path.read_text().splitlines()))
 
 

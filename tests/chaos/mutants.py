@@ -1,4 +1,4 @@
-"""`dsmq serve` with a defect on purpose, which the scenarios have to find: `mutants.py NAME`."""
+"""`dsmq serve` with a deliberate defect that the scenarios must find: `mutants.py NAME`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from dsmq import cli
 from dsmq.store.api import Message, Put
 from dsmq.store.sqlite import SQLiteStore
 
-# How often what is wrong at random goes wrong.
+# Probability of random defects.
 RATIO = 0.02
 
 _append, _read = SQLiteStore.append, SQLiteStore.read
 
 
 def forgets_keys() -> None:
-    """A put that is sent again is stored again."""
+    """A repeated put is stored again."""
 
     def append(store: SQLiteStore, puts: Sequence[Put]) -> list[int]:
         return _append(store, [(topic, body, None) for topic, body, _ in puts])
@@ -27,7 +27,7 @@ def forgets_keys() -> None:
 
 
 def loses_puts() -> None:
-    """A put is answered, and not stored."""
+    """A put is acknowledged but not stored."""
 
     def append(store: SQLiteStore, puts: Sequence[Put]) -> list[int]:
         ids = _append(store, puts)
@@ -41,7 +41,7 @@ def loses_puts() -> None:
 
 
 def reuses_ids() -> None:
-    """Behind a kill, ids go on where the snapshot ended."""
+    """After a kill, ids continue from the snapshot."""
 
     def begin_run(store: SQLiteStore, last_id: int) -> None:
         store.run = f"another {random.random()}"
@@ -58,17 +58,17 @@ def _change_reads(change: Any) -> None:
 
 
 def skips() -> None:
-    """A message is passed over."""
+    """A message is skipped."""
     _change_reads(lambda _store, _topic, _after, found: found[1:])
 
 
 def swaps() -> None:
-    """Two messages change places."""
+    """Two messages swap places."""
     _change_reads(lambda _store, _topic, _after, found: found[::-1])
 
 
 def repeats() -> None:
-    """A message is sent to who has it."""
+    """A message is delivered again."""
 
     def change(store: SQLiteStore, topic: bytes, after: int, found: list[Message]) -> list[Message]:
         return _read(store, topic, max(0, after - 3), 100, 10_000) or found
@@ -77,11 +77,11 @@ def repeats() -> None:
 
 
 def renames() -> None:
-    """A message has another id for each who reads it."""
+    """Each reader sees a different id for a message."""
     _change_reads(lambda _store, _topic, _after, found: [*found[:-1], found[-1]._replace(id=found[-1].id + 1)])
 
 
-# What is wrong, and the scenario that has to find it.
+# Defects, and the scenario that must find each.
 MUTANTS = {
     forgets_keys: "resets",
     loses_puts: "calm",

@@ -1,4 +1,4 @@
-"""A writer and a reader with redis-py, that do for exactness what PROTOCOL.md says: KEY, and READ."""
+"""A writer and a reader with redis-py that use KEY and READ as PROTOCOL.md recommends."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from redis.retry import Retry
 from chaos.clients import IDLE_SECONDS, Job, Stop
 from chaos.history import Empty, Got, History, Put, Reader
 
-# How long it tries to reach the server.
+# How long they try to reach the server, in seconds.
 PATIENCE_SECONDS = 30.0
 PAUSE_SECONDS = 0.01
 
 
 class Peer:
-    """One connection of redis-py, that is made anew where it breaks: then what was asked is asked again."""
+    """A redis-py connection that reconnects, and then repeats the request."""
 
     def __init__(self, port: int, timeout: float) -> None:
-        # It would try again on its own, and not tell.
+        # redis-py would retry silently.
         self._connection = Connection(
             host="127.0.0.1", port=port, socket_timeout=timeout, retry=Retry(NoBackoff(), 0), protocol=2
         )
@@ -81,9 +81,9 @@ def write(job: Job, history: History, stop: Stop, peer: Peer) -> None:
 class Reading:
     def __init__(self, job: Job, history: History, peer: Peer) -> None:
         self.job, self.history, self._peer = job, history, peer
-        watermark = peer.facts["last_id"]
-        self._positions = dict.fromkeys(job.topics, watermark)
-        self._reader = Reader(job.name, job.topics, peer.facts["epoch"].decode(), watermark, time.monotonic())
+        start_id = peer.facts["last_id"]
+        self._positions = dict.fromkeys(job.topics, start_id)
+        self._reader = Reader(job.name, job.topics, peer.facts["epoch"].decode(), start_id, time.monotonic())
 
     def run(self, stop: Stop) -> None:
         chance = self.job.random
@@ -111,14 +111,14 @@ class Reading:
         if found:
             self._positions[topic] = found[-1].id or 0
         else:
-            # The wait may have been cut short, and asked for anew.
+            # The wait may have been interrupted and repeated.
             self.history.add(Empty(self.job.name, topic, began, ended))
         self.history.add(*found)
         return len(found)
 
 
 def pair(job: Job, timeout: float, history: History) -> tuple[Callable[[Stop], None], Reading, list[Peer]]:
-    """Return what writes, what reads, and what to close, all of it connected."""
+    """Return a connected writer and reader, and what to close."""
     peers = [Peer(job.port, timeout) for _ in range(2)]
     reading = Reading(replace(job, name="redis-reader"), history, peers[1])
     writer = replace(job, name="redis-writer")

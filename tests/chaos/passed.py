@@ -1,4 +1,4 @@
-"""`dsmq serve` that gets its listening sockets as from systemd: `passed.py QUEUE METRICS`, two file descriptors."""
+"""`dsmq serve` with sockets passed as systemd does: `passed.py QUEUE HTTP`, two file descriptors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from dsmq import cli
 
 FIRST_DESCRIPTOR = 3
-# Above those that they are to have.
+# Above the descriptors they are moved to.
 SPARE_DESCRIPTOR = 10
 
 if __name__ == "__main__":

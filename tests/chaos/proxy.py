@@ -1,4 +1,4 @@
-"""A TCP proxy that breaks connections where it is told to, to the byte."""
+"""A TCP proxy that breaks connections at given bytes."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from typing import Literal, Self
 
 HOST = "127.0.0.1"
 RECEIVE_BYTES = 65_536
-# What one direction holds back before it reads no more.
+# Max bytes buffered per direction.
 MAX_HELD_BYTES = 262_144
-# With it, closing a socket resets its connection.
+# With this option, closing a socket resets its connection.
 LINGER = struct.pack("ii", 1, 0)
-# The proxy does what it is told within this.
+# The proxy obeys within this many seconds.
 SOON = 20.0
 
 Kind = Literal["reset", "close", "end", "hole"]
@@ -30,10 +30,10 @@ Side = Literal["request", "reply"]
 
 @dataclass(frozen=True)
 class Fault:
-    """What befalls a connection once so many bytes of one of its streams have been passed on; at 0, with the first.
+    """A fault in a connection after a number of forwarded bytes in one direction; 0: at the first byte.
 
-    `reset` and `close` take both sides; `end` closes the stream and leaves the other one; in a `hole` nothing moves
-    any more, and nothing is closed.
+    `reset` and `close` affect both sides; `end` closes one direction and leaves the other; in a `hole` nothing is
+    forwarded any more, and nothing is closed.
     """
 
     kind: Kind
@@ -42,7 +42,7 @@ class Fault:
 
 
 class _Stream:
-    """One direction of a connection: bytes that have come, and when they may go."""
+    """One direction of a connection: buffered bytes, and when to forward them."""
 
     def __init__(self, side: Side, source: socket.socket, sink: socket.socket) -> None:
         self.side = side
@@ -64,7 +64,7 @@ class _Stream:
         return sum(len(data) for _, data in self.held)
 
     def move(self, now: float) -> bool:
-        """Pass on what may go; return whether the fault has come."""
+        """Forward bytes that are due; return whether the fault has occurred."""
         while self.held and self.held[0][0] <= now:
             due, data = self.held.popleft()
             room = len(data) if self.fault is None else min(len(data), self.fault_at - self.passed)
@@ -96,7 +96,7 @@ class _Connection:
         self.streams[fault.side == "reply"].arm(fault)
 
     def events(self, sock: socket.socket, hole: bool) -> int:
-        """What to wait for at one of the sockets."""
+        """Return the events to wait for on a socket."""
         if self.is_hole or hole:
             return 0
         found = 0
@@ -109,7 +109,7 @@ class _Connection:
 
 
 class Proxy:
-    """Passes on what goes to a server and comes back, in a thread of its own, with faults."""
+    """Forwards connections to a server, in its own thread, with faults."""
 
     def __init__(self, port: int, seed: int = 0) -> None:
         self.target = port
@@ -117,13 +117,13 @@ class Proxy:
         self.faults: Counter[str] = Counter()
         self.connections = 0
         self.plan: Callable[[int], Iterable[Fault]] = lambda _: ()
-        """Asked for each new connection, by its number."""
+        """Called for each new connection, with its number."""
         self.delay: Callable[[], float] = lambda: 0.0
-        """Asked for each piece that comes, for how long to hold it back, in seconds."""
+        """Called for each chunk; returns the delay in seconds."""
         self._hole = False
         self._open: list[_Connection] = []
         self._ended = False
-        # Everything but what the counters tell is done in the proxy's own thread.
+        # Everything except the counters is only used in the proxy's thread.
         self._orders: deque[tuple[Callable[[], object], threading.Event]] = deque()
         self._listener: socket.socket | None = _listener(0)
         self.port: int = self._listener.getsockname()[1]
@@ -146,18 +146,18 @@ class Proxy:
             for sock in connection.sockets:
                 sock.close()
 
-    # What the tests steer it by; each has been done when it returns
+    # Commands for the tests; each has taken effect when it returns
 
     def strike(self, fault: Fault) -> None:
-        """Have a fault come to each connection that is open, counted from now."""
+        """Schedule a fault for each open connection, counted from now."""
         self._do(lambda: [connection.arm(fault) for connection in self._open])
 
     def reset_all(self) -> None:
-        """Reset each connection, now."""
+        """Reset all connections."""
         self._do(lambda: [self._end(connection, "reset") for connection in list(self._open)])
 
     def disarm(self) -> None:
-        """Have no fault come any more; connections that have fallen into a hole are reset."""
+        """Cancel all faults, and reset connections in a hole."""
 
         def change() -> None:
             self.plan = lambda _: ()
@@ -173,7 +173,7 @@ class Proxy:
         self._do(change)
 
     def hole(self, on: bool) -> None:
-        """Have nothing move, on any connection, old or new; or have them go on."""
+        """Stop forwarding on all connections, including new ones; or resume."""
 
         def change() -> None:
             self.faults["hole"] += len(self._open) if on else 0
@@ -182,12 +182,12 @@ class Proxy:
         self._do(change)
 
     def refuse(self, on: bool) -> None:
-        """Refuse new connections, or take them again."""
+        """Refuse new connections, or accept them again."""
 
         def change() -> None:
             if on and self._listener is not None:
                 self.faults["refuse"] += 1
-                # To close the socket would reset those who wait there already.
+                # Closing the socket would reset connections in its queue.
                 while self._accept(self._listener):
                     pass
                 self._listener.close()
@@ -198,7 +198,7 @@ class Proxy:
         self._do(change)
 
     def passed(self) -> dict[Side, int]:
-        """How many bytes the connections that are open have passed on."""
+        """Number of bytes forwarded on open connections."""
         found: dict[Side, int] = {"request": 0, "reply": 0}
 
         def count() -> None:
@@ -219,7 +219,7 @@ class Proxy:
     def _wake(self) -> None:
         self._waker.send(b"x")
 
-    # Its thread
+    # The proxy's thread
 
     def _run(self) -> None:
         while not self._ended:
@@ -243,7 +243,7 @@ class Proxy:
         return {key.fileobj: events for key, events in found}  # type: ignore[misc]
 
     def _until_due(self) -> float | None:
-        """How long nothing has to move."""
+        """Seconds until something has to be forwarded."""
         moving = [one for one in self._open if not (one.is_hole or self._hole)]
         dues = [one.held[0][0] for connection in moving for one in connection.streams if one.held and not one.blocked]
         return max(0.0, min(dues) - time.monotonic()) if dues else None
@@ -259,11 +259,11 @@ class Proxy:
                 self._move(connection, ready)
 
     def _accept(self, listener: socket.socket) -> bool:
-        """Take the next connection, and make one to the server; return whether there was one."""
+        """Accept the next connection, and connect to the server; return whether there was one."""
         try:
             client, _ = listener.accept()
         except OSError:
-            # Whoever was there has gone again.
+            # The client has disconnected again.
             return False
         server = socket.socket()
         for sock in (client, server):
@@ -294,7 +294,7 @@ class Proxy:
                     stream.told_end = True
                     stream.sink.shutdown(socket.SHUT_WR)
         except OSError:
-            # One side has gone; so goes the other.
+            # One side is gone, so close the other.
             self._end(connection, None)
             return
         if all(stream.told_end for stream in connection.streams):

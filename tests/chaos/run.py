@@ -1,4 +1,4 @@
-"""The long run: all scenarios repeatedly, by seed, until the time is up; then a table."""
+"""The long run: repeats all scenarios with new seeds until the time is up, then prints a table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from chaos.mutants import MUTANTS
 from chaos.scenarios import SCENARIOS
 from chaos.stage import NotHere, Outcome, Stage
 
-# Violations of one round that are shown; the history has them all.
+# Violations shown per round; the history has all of them.
 SHOWN = 3
 
 
@@ -38,14 +38,14 @@ def hunt(seed: int, keep: Path | None) -> bool:
 
 
 def show(outcome: Outcome) -> str:
-    """Return what has gone wrong, and where it is kept."""
+    """Return the violations, and where the history is kept."""
     lines = [f"{outcome.scenario}, seed {outcome.seed}: {summary(outcome.violations)}; kept in {outcome.kept}"]
     lines += map(str, outcome.violations[:SHOWN])
     return "\n".join(lines)
 
 
 def table(outcomes: list[Outcome]) -> list[str]:
-    """Return the lines of a Markdown table, a line for each scenario."""
+    """Return the lines of a Markdown table, one per scenario."""
     head = "scenario", "rounds", "faults", "puts returned", "raised: maybe / not stored", "read", "pause", "violations"
     lines = [f"| {' | '.join(head)} |", "| --- |" + " ---: |" * (len(head) - 1)]
     for name in dict.fromkeys(one.scenario for one in outcomes):
@@ -65,7 +65,7 @@ def table(outcomes: list[Outcome]) -> list[str]:
 
 
 def run(names: list[str], seed: int, until: float, keep: Path | None) -> list[Outcome]:
-    """Play scenarios by turns, each at least once."""
+    """Run the scenarios in turn, each at least once."""
     outcomes: list[Outcome] = []
     for at in itertools.count():
         name = names[at % len(names)]
@@ -96,7 +96,7 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, metavar="DIR", help="where histories with violations go")
     parser.add_argument("--mutants", action="store_true", help="see that defects are found, and no more than that")
     options = parser.parse_args()
-    # Clients log what befalls them, and here much does.
+    # Clients would log each fault.
     logging.getLogger("dsmq").addHandler(logging.NullHandler())
     if options.mutants:
         return int(not hunt(options.seed, options.keep))

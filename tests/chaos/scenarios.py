@@ -1,4 +1,4 @@
-"""What is done to connections, servers and clients, under four writers and four readers."""
+"""Faults in connections, servers and clients, while four writers and four readers work."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from chaos.proxy import Fault, Proxy, Side
 from chaos.servers import HOST, Lives, faulty
 from chaos.stage import NotHere, Stage, shared_reader
 
-# A client that waits for a reply so long takes the connection for lost.
+# After waiting this long for a reply, a client considers the connection lost.
 BRIEF = Job("", 0, options={"timeout": 0.5})
 FAST = Job("", 0, pause=0.002)
-# What HELLO and a put or a read behind it take, and what answers them, in bytes; a little more than that.
+# Bytes of HELLO with a put or read, and of their replies; a little more.
 OFFSETS: tuple[tuple[Side, int], ...] = (("request", 170), ("reply", 560))
 SMALL_FILE_BYTES = 16_384
 FAILED_SNAPSHOT = re.compile(r'^dsmq_snapshots_total{result="failed"} [1-9]', re.MULTILINE)
 
 
 def calm(stage: Stage) -> None:
-    """Nothing happens: what the others are to be compared with."""
+    """No faults, for comparison."""
     lives = stage.lives()
     with stage.crowd(lives.port):
         stage.pause(2, 0.3)
@@ -40,7 +40,7 @@ def calm(stage: Stage) -> None:
 
 
 def every_byte(stage: Stage) -> None:
-    """One connection after the other is reset at the next byte of what it sends, and then of what it gets."""
+    """Connections are reset one after another, each at the next byte sent, then of the bytes received."""
     lives = stage.lives()
     step = stage.size(1, 29)
     offsets = [Fault("reset", side, at) for side, most in OFFSETS for at in range(stage.seed % step, most, step)]
@@ -53,7 +53,7 @@ def every_byte(stage: Stage) -> None:
 
 
 def _reset_in_turn(stage: Stage, proxy: Proxy, offsets: list[Fault]) -> list[Fault]:
-    """Have each other connection befallen by the next fault; those between get somewhere first. Return what is left."""
+    """Give every other connection the next fault, so that those in between make progress. Return the faults left."""
     left = offsets[::-1]
 
     def plan(number: int) -> list[Fault]:
@@ -78,7 +78,7 @@ def reset_at_random(stage: Stage, proxy: Proxy, count: int) -> None:
     before = proxy.faults["reset"]
 
     def plan(_: int) -> list[Fault]:
-        # Some are so far away that who has fallen behind comes to read what has piled up.
+        # Some are far enough away that slow readers catch up.
         mean = stage.random.choice((200, 2_000, 20_000))
         return [Fault("reset", stage.random.choice(("request", "reply")), int(stage.random.expovariate(1 / mean)))]
 
@@ -89,7 +89,7 @@ def reset_at_random(stage: Stage, proxy: Proxy, count: int) -> None:
 
 
 def holes(stage: Stage) -> None:
-    """Connections go dead without a word: single ones in the middle of a stream, and all at once."""
+    """Connections go silent: single ones in the middle of a stream, and all at once."""
     lives = stage.lives()
     proxy = stage.proxy(lives.port)
     with stage.crowd(proxy.port, job=BRIEF):
@@ -104,7 +104,7 @@ def holes(stage: Stage) -> None:
 
 
 def delays(stage: Stage) -> None:
-    """What comes is held back, sometimes for longer than clients wait; and streams end on one side."""
+    """Data is delayed, sometimes for longer than clients wait; and connections are closed in one direction."""
     lives = stage.lives()
     proxy = stage.proxy(lives.port)
     with stage.crowd(proxy.port, job=BRIEF):
@@ -123,7 +123,7 @@ def delays(stage: Stage) -> None:
 
 
 def given_up(stage: Stage) -> None:
-    """Clients that try for a moment only give up, again and again: what they say of their puts is true."""
+    """Clients with a short timeout give up repeatedly; their errors are right about whether puts were stored."""
     lives = stage.lives()
     proxy = stage.proxy(lives.port)
     stage.may_raise, stage.reads_may_raise = lambda _: True, True
@@ -146,12 +146,12 @@ def given_up(stage: Stage) -> None:
 
 
 def restarts(stage: Stage) -> None:
-    """The server is stopped and started, and keeps its messages in a snapshot."""
+    """The server is restarted, and keeps its messages in a snapshot."""
     _restart_often(stage, stage.lives(snapshot=True))
 
 
 def restarts_behind_socket(stage: Stage) -> None:
-    """The same, where the listening sockets are not the server's own and outlive it, as with systemd."""
+    """The same with listening sockets that outlive the server, as under systemd."""
     if importlib.util.find_spec("dsmq.ops.systemd") is None:
         raise NotHere("this dsmq takes no sockets from systemd")
     with socket.create_server((HOST, 0)) as queue, socket.create_server((HOST, 0)) as metrics:
@@ -168,17 +168,17 @@ def _restart_often(stage: Stage, lives: Lives) -> None:
 
 
 def kills(stage: Stage) -> None:
-    """The server is killed, and has no snapshot: all it held is lost, and nothing else."""
+    """The server is killed without a snapshot: its messages are lost, and nothing else."""
     _kill(stage, stage.lives())
 
 
 def kills_with_snapshot(stage: Stage) -> None:
-    """The server is killed, and writes a snapshot every now and then: what was put behind the last one is lost."""
+    """The server is killed, and writes snapshots at intervals: only puts after the last one are lost."""
     _kill(stage, stage.lives(snapshot=True, interval=1))
 
 
 def _kill(stage: Stage, lives: Lives) -> None:
-    # With the server goes what it knew of puts under way.
+    # The server's memory of puts in flight is lost with it.
     stage.may_raise = lambda put: put.may_be_stored
     proxy = stage.proxy(lives.port)
     with stage.crowd(proxy.port, redis=False):
@@ -192,7 +192,7 @@ def _kill(stage: Stage, lives: Lives) -> None:
 
 def _kill_once(stage: Stage, lives: Lives, proxy: Proxy) -> None:
     stage.fault("kill")
-    # What the next life knows is asked before anybody puts.
+    # Ask for the state of the next life before the first put.
     proxy.refuse(True)
     lives.kill()
     lives.start()
@@ -200,7 +200,7 @@ def _kill_once(stage: Stage, lives: Lives, proxy: Proxy) -> None:
 
 
 def stopped_server(stage: Stage) -> None:
-    """The server stands still for longer than clients wait for a reply."""
+    """The server is suspended for longer than clients wait for a reply."""
     lives = stage.lives()
     with stage.crowd(lives.port, job=BRIEF):
         for _ in range(stage.size(3, 1)):
@@ -221,9 +221,9 @@ def _stopped(process: subprocess.Popen[str] | subprocess.Popen[bytes]) -> Iterat
 
 
 def full_disk(stage: Stage) -> None:
-    """Snapshots can't be written: clients do not notice, the one before stays, and those behind are written."""
+    """Snapshots fail: clients don't notice, the previous one stays, and later ones are written."""
     lives = stage.lives(snapshot=True, interval=1)
-    # The last snapshot is a stop's that could not be written: then it is like a kill.
+    # The last snapshot, at the stop, fails, so the stop is like a kill.
     stage.may_raise = lambda put: put.may_be_stored
     proxy = stage.proxy(lives.port)
     with stage.crowd(proxy.port, redis=False, job=Job("", 0, pause=0.005, size=200)):
@@ -244,7 +244,7 @@ def await_snapshots(stage: Stage, lives: Lives, count: int) -> None:
 
 
 def _fill_disk(stage: Stage, lives: Lives) -> None:
-    """No file of the server can be longer than so much, as if there were no room."""
+    """Limit the size of the server's files, as if the disk were full."""
     stage.fault("full disk")
     resource.prlimit(lives.daemon.pid, resource.RLIMIT_FSIZE, (SMALL_FILE_BYTES, resource.RLIM_INFINITY))
     stage.wait_until(lambda: FAILED_SNAPSHOT.search(lives.daemon.fetch()) is not None)
@@ -256,14 +256,14 @@ def _empty_disk(lives: Lives) -> None:
 
 
 def clock(stage: Stage) -> None:
-    """The time of day jumps by a day, ahead and back, while messages are held and while a snapshot is written."""
+    """The wall clock jumps by a day, forward and back, while messages are stored and a snapshot is written."""
     lives = stage.lives(snapshot=True, interval=1, words=faulty("clock"))
     with stage.crowd(lives.port):
         for step in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGUSR2, signal.SIGUSR1):
             stage.pause(0.7, 0.1)
             stage.fault("clock")
             lives.daemon.signal(step)
-        # It is a day ahead when the snapshot is written, and right when that is restored.
+        # It is a day ahead when the snapshot is written, and correct when it is loaded.
         lives.daemon.signal(signal.SIGUSR1)
         stage.pause(0.5, 0.2)
         lives.restart()
@@ -274,7 +274,7 @@ def clock(stage: Stage) -> None:
 
 
 def stopped_clients(stage: Stage) -> None:
-    """Clients stand still for longer than they would wait for a reply."""
+    """Clients are suspended for longer than they wait for a reply."""
     lives = stage.lives()
     roles = stage.size(["write", "write", "read", "read", "both"], ["write", "read", "both"])
     with stage.processes(roles, at(lives, BRIEF)) as children:
@@ -293,7 +293,7 @@ def _stop_some(stage: Stage, children: list[subprocess.Popen[str]]) -> None:
 
 
 def forks(stage: Stage) -> None:
-    """Clients fork in the middle; both sides go on."""
+    """Clients fork while working; parent and child continue."""
     lives, count = stage.lives(), stage.size(2, 1)
     with stage.crowd(lives.port, writers=1, readers=1, redis=False), stage.processes(["fork"] * count, at(lives)):
         stage.faults["fork"] += count
@@ -305,7 +305,7 @@ def at(lives: Lives, job: Job = FAST) -> Job:
 
 
 def threads(stage: Stage) -> None:
-    """Threads share a client: each message goes to one of them; while connections are reset."""
+    """Threads share a client, and each message goes to one of them, while connections are reset."""
     lives = stage.lives()
     proxy = stage.proxy(lives.port)
     with stage.crowd(proxy.port, readers=1, redis=False), shared_reader(stage, proxy.port, 4):
@@ -315,7 +315,7 @@ def threads(stage: Stage) -> None:
 
 
 def interrupts(stage: Stage) -> None:
-    """Ctrl-C at random points of calls: of what it interrupts nothing is known, and all else is as ever."""
+    """Ctrl-C at random points of calls: the results of interrupted calls are unknown, all others are right."""
     lives = stage.lives()
     job = at(lives, replace(FAST, pause=0.0005))
     roles = stage.size(["write", "read", "both", "both"], ["write", "both"])
@@ -328,7 +328,7 @@ def interrupts(stage: Stage) -> None:
 
 
 def interrupts_at_every_line(stage: Stage) -> None:
-    """The same, at one line of dsmq after the other."""
+    """The same at one line of dsmq after another."""
     lives = stage.lives()
     job = at(lives, replace(FAST, step=stage.size(1, 7), verbs=("read", "get", "get_wait", "get_many", "get_latest")))
     with stage.processes(["lines"], job):
@@ -347,11 +347,11 @@ def cancelled(stage: Stage) -> None:
         stage.pause(1, 0.3)
 
 
-# All at once
+# Everything at once
 
 
 def mixed(stage: Stage) -> None:
-    """Whatever comes, as it comes, by the seed; nothing may be lost."""
+    """Random faults, determined by the seed; nothing may be lost."""
     lives = stage.lives(snapshot=True, interval=1)
     proxy = stage.proxy(lives.port)
     faults: list[Callable[[], None]] = [

@@ -1,4 +1,4 @@
-"""The lives of a server on one port: started, stopped, killed, and what is known of each."""
+"""Starts, stops and kills a server on one port, and records each of its lives."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LOOK_SECONDS = 0.003
 
 
 def free_port() -> int:
-    """Return a port that no connection takes for its own side while the server is away."""
+    """Return a port that no outgoing connection uses while the server is down."""
     lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     while True:
         port = random.SystemRandom().randrange(min(10_000, lowest // 2), lowest)
@@ -37,7 +37,7 @@ def free_port() -> int:
 
 
 def hello(port: int) -> dict[str, Any]:
-    """Return what a server tells of itself."""
+    """Return the reply to HELLO."""
     with socket.create_connection((HOST, port), SOON) as connection:
         connection.sendall(encode_request(b"HELLO"))
         parser = ReplyParser()
@@ -54,7 +54,7 @@ def hello(port: int) -> dict[str, Any]:
 
 
 class Snapshots:
-    """Looks on as a snapshot is written, again and again."""
+    """Watches for new snapshots."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -62,7 +62,7 @@ class Snapshots:
         self._ended = threading.Event()
         self.written = 0
         self.kept_until = -math.inf
-        """Before this the last of them that is complete was begun."""
+        """A time before which the last complete snapshot was begun."""
         self._thread = threading.Thread(target=self._run, name="snapshots")
         self._thread.start()
 
@@ -75,7 +75,7 @@ class Snapshots:
         looked, begun = time.monotonic(), None
         while not self._ended.wait(LOOK_SECONDS):
             now = time.monotonic()
-            # Before the one that is there is replaced, another is written beside it.
+            # A new snapshot is written to a file beside the old one, and replaces it when complete.
             begun = (begun or looked) if self._new.exists() else begun
             if (stamp := self._stamp()) != known:
                 self.kept_until, known, begun = begun or looked, stamp, None
@@ -91,9 +91,9 @@ class Snapshots:
 
 
 class Lives:
-    """A server that is started again and again, on one port.
+    """A server that is restarted on one port.
 
-    passed are the sockets that it gets as from systemd, for clients and for metrics.
+    passed are listening sockets for clients and for HTTP, passed to it as systemd does.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class Lives:
         self.start()
 
     def stop(self, *, keeps: bool = True) -> int:
-        """Stop it as systemd would. keeps says whether the snapshot can be written."""
+        """Stop it as systemd would. keeps: whether the snapshot can be written."""
         status = self.daemon.stop()
         ended = time.monotonic()
         until = self._end_snapshots()
@@ -163,12 +163,12 @@ class Lives:
         self.daemon.close()
 
     def close(self) -> None:
-        """End it; of its last life nothing is asked."""
+        """Stop it; its messages need not be kept."""
         if self.daemon.process.poll() is None:
             self.daemon.signal(signal.SIGCONT)
             self.stop(keeps=False)
 
 
 def faulty(fault: str) -> tuple[str, ...]:
-    """The command of a server in which something goes wrong when it is told to."""
+    """Return the command of a server with a fault that can be turned on."""
     return (sys.executable, FAULTY, fault)

@@ -1,4 +1,4 @@
-"""Where a scenario takes place: servers, proxies, and a crowd of clients under which things break."""
+"""Runs a scenario: servers, proxies, and clients that work while faults are injected."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from chaos.servers import Lives
 from dsmq.client import DSMQClientSideConnection, connect
 from helpers import wait_until
 
-# Behind all faults every client comes to its end within this.
+# Once the faults have ended, every client must finish within this many seconds.
 SOON = 60.0
 TESTS = Path(__file__).parent.parent
 MUTANTS = Path(__file__).with_name("mutants.py")
 
 
 class NotHere(Exception):
-    """A scenario can't be run on this machine, or with this dsmq; says why."""
+    """A scenario can't run on this machine or with this dsmq; the message says why."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a scenario has come to."""
+    """The result of a scenario."""
 
     scenario: str
     seed: int
@@ -47,16 +47,16 @@ class Outcome:
     not_stored: int
     read: int
     pause: float
-    """The longest that a client was kept waiting, in seconds, beyond what it had asked for."""
+    """Max seconds that a client was blocked beyond its own timeout."""
     seconds: float
-    """From the first put to the last."""
+    """Seconds from the first put to the last."""
     violations: tuple[Violation, ...]
     kept: str = ""
-    """Where the history is, if it was kept."""
+    """Path of the history, if it was kept."""
 
     @property
     def rate(self) -> float:
-        """Puts a second."""
+        """Puts per second."""
         return self.returned / max(self.seconds, 1e-9)
 
 
@@ -71,7 +71,7 @@ class Stage:
     """Which puts may raise."""
     reads_may_raise: bool = False
     mutant: str = ""
-    """What is wrong with the server, on purpose."""
+    """The server's deliberate defect, if any."""
     faults: Counter[str] = field(default_factory=Counter)
     history: History = field(default_factory=History)
 
@@ -105,7 +105,7 @@ class Stage:
         return proxy
 
     def pause(self, full: float, quick: float) -> None:
-        """Let the clients do what they do, for so many seconds."""
+        """Let the clients work for some seconds."""
         time.sleep(self.size(full, quick))
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
@@ -115,7 +115,7 @@ class Stage:
         self.faults[name] += 1
 
     def outcome(self, keep: Path | None) -> Outcome:
-        """Judge what has happened."""
+        """Check the history."""
         violations = (*check(self.history), *self._errors())
         puts = list(self.history.of(Put))
         raised = [put for put in puts if put.error]
@@ -173,7 +173,7 @@ class Stage:
         redis: bool = True,
         job: Job | None = None,
     ) -> Iterator[None]:
-        """Writers and readers in threads; when what breaks is over, they write no more, and read what there is."""
+        """Run writers and readers in threads. In the end, the writers stop and the readers read what is left."""
         shape = replace(job or Job("", 0), seed=self.seed)
         write, read = replace(shape, port=write_to), replace(shape, port=read_from or write_to)
         stop, end = threading.Event(), threading.Event()
@@ -208,11 +208,11 @@ class Stage:
         for client in clients:
             client.join(max(0.0, until - time.monotonic()))
             if client.is_alive():
-                self.history.add(Died(client.name, f"it hangs; after {SOON:g} s it was given up"))
+                self.history.add(Died(client.name, f"still running after {SOON:g} s"))
 
     @contextmanager
     def processes(self, roles: list[str], job: Job) -> Iterator[list[subprocess.Popen[str]]]:
-        """Clients in processes of their own; in the end what they have seen is in the history."""
+        """Run clients in separate processes. In the end, the history includes what they saw."""
         stop, end = (StopFile(str(self.folder / name)) for name in ("stop", "end"))
         children: list[subprocess.Popen[str]] = []
         for number, role in enumerate(roles):
@@ -238,13 +238,13 @@ class Stage:
                 self.history.load(path)
 
     def _await_written(self, child: subprocess.Popen[str], count: int) -> None:
-        """Wait until a process has ended what it wrote; before that nobody can have read all there is."""
+        """Wait until a process has finished its puts; readers can't finish before that."""
         child.send_signal(signal.SIGCONT)
         watchdog = threading.Timer(SOON, child.kill)
         watchdog.start()
         assert child.stdout is not None
         if not all(child.stdout.readline() for _ in range(count)):
-            self.history.add(Died(f"process {child.pid}", f"it has not ended its puts within {SOON:g} s"))
+            self.history.add(Died(f"process {child.pid}", f"puts not finished within {SOON:g} s"))
         watchdog.cancel()
 
     def _reap(self, child: subprocess.Popen[str]) -> None:
@@ -254,14 +254,14 @@ class Stage:
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
-            self.history.add(Died(f"process {child.pid}", f"it hangs; after {SOON:g} s it was killed"))
+            self.history.add(Died(f"process {child.pid}", f"killed, because it was still running after {SOON:g} s"))
         if child.stdout is not None:
             child.stdout.close()
 
 
 @contextmanager
 def shared_reader(stage: Stage, port: int, count: int) -> Iterator[None]:
-    """One client that so many threads read with; what any of them got no other may get."""
+    """Read through one client from several threads; each message must go to only one of them."""
     job = Job("shared", port, seed=stage.seed)
     mq = stage.client(job)
     end = threading.Event()

@@ -1,4 +1,4 @@
-"""Clients of asyncio, whose calls are cancelled at random points."""
+"""asyncio clients whose calls are cancelled at random points."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from chaos.stage import Stage
 
 WRITERS = READERS = 2
-# Calls that are cancelled, of all; and when, in seconds from their begin.
+# Fraction of calls that are cancelled, and when, in seconds after they begin.
 CANCELLED_RATIO = 0.3
 CANCEL_WITHIN = 0.003
 
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 class Tasks:
-    """Two tasks that write and two clients that read."""
+    """Two writing tasks and two reading clients."""
 
     def __init__(self, stage: Stage, port: int) -> None:
         self._stage = stage
@@ -59,7 +59,7 @@ class Tasks:
                 await client.close()
 
     async def _call(self, call: Coroutine[Any, Any, T], job: Job, chance: Any) -> tuple[T | None, BaseException | None]:
-        """Return what a call returned, or what it raised; it may be cancelled."""
+        """Return a call's result or exception; it may be cancelled."""
         task = asyncio.create_task(call)
         if chance is not None and chance.random() < CANCELLED_RATIO:
             await asyncio.sleep(chance.uniform(0, CANCEL_WITHIN))
@@ -104,7 +104,7 @@ class Tasks:
         found, error = await self._call(mq.read(topic, count, timeout=timeout), job, chance)
         ended = time.monotonic()
         if error is not None or found is None:
-            # A task that is cancelled has taken nothing: between its last wait and its return nothing can come.
+            # A cancelled task has consumed nothing: nothing can arrive between its last wait and its return.
             about = INTERRUPTED if isinstance(error, KeyboardInterrupt) else repr(error)
             self._history.add(Broken(job.name, topic, began, ended, about))
             return 0
@@ -117,7 +117,7 @@ class Tasks:
 
 @contextmanager
 def crowd(stage: Stage, port: int) -> Iterator[None]:
-    """Such clients beside the others."""
+    """Run these clients beside the others."""
     tasks = Tasks(stage, port)
     client = Client("tasks", stage.history, tasks.run)
     client.start()

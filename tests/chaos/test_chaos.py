@@ -1,4 +1,4 @@
-"""The scenarios of tests/chaos, in small: whatever breaks, no promise does."""
+"""The scenarios of tests/chaos on a small scale: no fault breaks a promise."""
 
 from __future__ import annotations
 

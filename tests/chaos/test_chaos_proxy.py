@@ -1,4 +1,4 @@
-"""The proxy of tests/chaos breaks connections where it is told to."""
+"""The proxy of tests/chaos breaks connections at the given bytes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from conftest import SOON, UNIT
 
 
 class Peer:
-    """A server that notes what comes, and answers in capitals."""
+    """A server that records its input and replies in capitals."""
 
     def __init__(self) -> None:
         self._listener = socket.create_server((HOST, 0))
@@ -29,7 +29,7 @@ class Peer:
         try:
             connection, _ = self._listener.accept()
         except OSError:
-            return  # It was closed before anybody came.
+            return  # Closed before anybody connected.
         with connection:
             try:
                 while data := connection.recv(100):
@@ -41,7 +41,7 @@ class Peer:
         self.ended.set()
 
     def close(self) -> None:
-        # Whoever waits there for a connection is not woken by closing it.
+        # Closing it does not wake a thread blocked in accept().
         self._listener.shutdown(socket.SHUT_RDWR)
         self._thread.join()
         self._listener.close()
@@ -67,7 +67,7 @@ def client(proxy: Proxy) -> Iterator[socket.socket]:
 
 
 def receive(client: socket.socket) -> tuple[bytes, str]:
-    """Return all that comes, and how it ends."""
+    """Return all data received, and how the connection ended."""
     got = b""
     try:
         while data := client.recv(100):
@@ -146,7 +146,7 @@ def test_proxy_delays_data(proxy: Proxy, client: socket.socket) -> None:
 
 
 def test_proxy_refuses_then_accepts_connections(proxy: Proxy, client: socket.socket) -> None:
-    # The one that is there goes on, even if the proxy had no time for it yet.
+    # The existing connection continues, even if the proxy had no time for it yet.
     proxy.refuse(True)
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((HOST, proxy.port), SOON)

@@ -393,7 +393,7 @@ def test_killed_container_restarts(engine: Podman | Docker) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--env=DSMQ_MAX_AGE_SECOND=5"], "nearest known one is 'DSMQ_MAX_AGE_SECONDS'"),
+        (["--env=DSMQ_MAX_AGE_SECOND=5"], "did you mean DSMQ_MAX_AGE_SECONDS?"),
         (["--env=DSMQ_PORT=70000"], "DSMQ_PORT: "),
         (["--env=DSMQ_CONFIG=/etc/dsmq/other.toml"], "/etc/dsmq/other.toml: No such file"),
         (["--env=DSMQ_AUTH_TOKEN_FILE=/run/secrets/none"], "/run/secrets/none: No such file"),
@@ -531,10 +531,10 @@ def test_compose_pins_confines_and_health_checks(name: str) -> None:
 def test_compose_prometheus_uses_an_allowed_host_name() -> None:
     config = yaml.safe_load((HERE / "prometheus.yml").read_text())
     (target,) = config["scrape_configs"][0]["static_configs"][0]["targets"]
-    assert HTTPAuthenticator(names=host_names(SERVICES["dsmq"]["environment"]["DSMQ_HTTP_ALLOWED_HOSTS"])).answers_to(
+    assert HTTPAuthenticator(names=host_names(SERVICES["dsmq"]["environment"]["DSMQ_HTTP_ALLOWED_HOSTS"])).accepts_host(
         target
     )
-    assert not HTTPAuthenticator().answers_to(target)
+    assert not HTTPAuthenticator().accepts_host(target)
 
 
 def test_compose_runs_current_version() -> None:

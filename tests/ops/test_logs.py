@@ -1,4 +1,4 @@
-"""What is logged: for people, for programs, and for the journal."""
+"""The log: as text, as JSON, for the journal; floods; a reader that does not read."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
@@ -67,7 +69,7 @@ NASTY = "\x1b[2J\x9b\x7f\r\n2026-01-01 INFO forged\t\u2028\u202e\ud800"
 def test_client_cannot_forge_log_lines_or_control_terminal() -> None:
     line = logging.getLogger("dsmq").makeRecord("dsmq", logging.INFO, "file.py", 1, "user %s", (NASTY,), None)
     for form in ("text", "journal"):
-        shown = logs._formatter(form, sys.stderr).format(line)
+        shown = logs.formatter(form, sys.stderr).format(line)
         assert shown.endswith("user \\x1b[2J\\x9b\\x7f\\r\\n2026-01-01 INFO forged\\t\\u2028\\u202e\\ud800")
         assert shown.isprintable()
 
@@ -80,7 +82,7 @@ def test_client_cannot_control_terminal_through_json_log() -> None:
 
 def test_unicode_letters_are_logged_unchanged() -> None:
     text = "żółw 亀 👩\u200d🔬 a\u00a0b"
-    assert logs._formatter("text", sys.stderr).format(record(text)).endswith(" INFO " + text)
+    assert logs.formatter("text", sys.stderr).format(record(text)).endswith(" INFO " + text)
     assert text in logs.JSONFormatter().format(record(text))
 
 
@@ -121,7 +123,7 @@ def test_reason_of_broken_connection_is_logged(caplog: pytest.LogCaptureFixture)
             assert wire.call("PING") == "PONG"
             # It resets the connection.
             wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        wait_until(lambda: server.connections() == 0)
+        wait_until(lambda: server.status.connections() == 0)
     assert "closed: Connection reset by peer" in caplog.text
     assert "Errno" not in caplog.text
 
@@ -180,8 +182,8 @@ assert not logging.getLogger().handlers and not logging.getLogger("dsmq").handle
 
 
 def fill(descriptor: int) -> int:
-    """Fill a pipe to the last byte; return how many that were."""
-    # Opened anew, so that only this end of it does not wait.
+    """Fill a pipe; return how many bytes it took."""
+    # Opened again, so that only this descriptor is non-blocking.
     end = os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK)
     filled = 0
     for size in (4096, 1):
@@ -193,7 +195,7 @@ def fill(descriptor: int) -> int:
 
 
 class Unread:
-    """`dsmq serve` whose log goes to a pipe that is full from the moment the server serves."""
+    """`dsmq serve` logging to a pipe that is full as soon as the server serves."""
 
     def __init__(self, log_stream: str, *options: str) -> None:
         self.reader, writer = os.pipe()
@@ -218,7 +220,7 @@ class Unread:
         os.close(writer)
 
     def be_noisy(self, times: int) -> None:
-        """Have the server log lines, each of them of another connection."""
+        """Make the server log lines, one per connection."""
         for _ in range(times):
             wire = Wire(("127.0.0.1", self.port))
             wire.send(b"\x00\n")
@@ -276,26 +278,64 @@ def test_failing_server_does_not_wait_for_log_reader_forever(tmp_path: Path) -> 
 
 
 def test_lines_dropped_from_a_full_log_are_counted_and_logged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logs, "MAX_UNWRITTEN", 3)
+    monkeypatch.setattr(logs, "MAX_QUEUED_LINES", 3)
     reader, writer = os.pipe()
     filled = fill(writer)
-    monkeypatch.setattr(sys, "__stderr__", open(writer, "w"))  # noqa: SIM115
-    stream = logs.BackgroundStream(sys.__stderr__)  # type: ignore[arg-type]
-    logger = logging.getLogger("dsmq.test")
-    logging.getLogger("dsmq").addHandler(handler := logging.StreamHandler(stream))
-    try:
-        wait_until(lambda: (logger.warning("a line"), stream._dropped)[1] >= 5)
-        dropped = stream._dropped
-        assert os.read(reader, filled).count(b"\n") == filled
-        wait_until(stream._queue.empty)
+    with open(writer, "w") as stream, log_to(stream, monkeypatch) as logger:
+        for _ in range(20):
+            logger.warning("a line")
+        while filled:
+            filled -= len(os.read(reader, filled))
+        logs.drain()
+        logs.summarise()
         logger.warning("the next line")
-        stream.drain()
-        lines = os.read(reader, 65536).decode().splitlines()
-    finally:
-        logging.getLogger("dsmq").removeHandler(handler)
-    assert lines[-2:] == [f"{dropped} log lines dropped", "the next line"]
+        logs.drain()
+        lines = [line.partition(" WARNING ")[2] for line in os.read(reader, 65536).decode().splitlines()]
+    os.close(reader)
+    assert lines[-1] == "the next line"
     assert lines[:-2] == ["a line"] * len(lines[:-2])
-    assert len(lines) - 2 in (3, 4)
+    # The thread may have taken one line from the queue.
+    assert len(lines[:-2]) in (3, 4)
+    assert lines[-2] == f"{20 - len(lines[:-2])} log lines dropped"
+
+
+@contextmanager
+def log_to(stream: TextIO, monkeypatch: pytest.MonkeyPatch, rate: int = 100) -> Iterator[logging.Logger]:
+    """Log to a stream in place of stderr; yield a logger."""
+    logger = logging.getLogger("dsmq")
+    before, level = list(logger.handlers), logger.level
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(sys, "__stderr__", stream)
+    logs.start("info", "text", "stderr", rate)
+    try:
+        yield logging.getLogger("dsmq.test")
+    finally:
+        logger.handlers, logger.level = before, level
+
+
+def test_repeated_lines_are_suppressed_until_next_summary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with log.open("w") as stream, log_to(stream, monkeypatch, rate=3) as logger:
+
+        def written() -> list[str]:
+            logs.drain()
+            return [line.partition(" WARNING ")[2] for line in log.read_text().splitlines()]
+
+        def repeat(times: int) -> None:
+            for number in range(times):
+                logger.warning("repeated %d", number)
+
+        repeat(6)
+        logger.warning("another call")
+        expected = ["repeated 0", "repeated 1", "repeated 2", "another call"]
+        assert written() == expected
+        logs.summarise()
+        expected.append("3 more lines like: repeated 5")
+        assert written() == expected
+        logs.summarise()
+        assert written() == expected
+        repeat(1)
+        assert written() == [*expected, "repeated 0"]
 
 
 def test_second_server_in_process_logs_no_line_twice() -> None:
@@ -339,13 +379,17 @@ os.wait()
     assert [line.split()[-1] for line in done.stderr.splitlines()] == ["parent", "child"]
 
 
-def test_unwritable_log_does_not_end_server() -> None:
+def test_unwritable_log_does_not_end_server(monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    with open(writer, "w") as broken, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "__stderr__", broken)
-        stream = logs.BackgroundStream(broken)
-        stream.write("a line\n")
-        stream.drain()
-        assert stream._dropped == 1
-        assert stream.write("another\n") == 8
+    before = log_threads()
+    with open(writer, "w") as broken, log_to(broken, monkeypatch) as logger:
+        for _ in range(2):
+            logger.warning("a line")
+            logs.drain()
+            logs.summarise()
+        assert log_threads() == before + 1
+
+
+def log_threads() -> int:
+    return [thread.name for thread in threading.enumerate()].count("dsmq-log")

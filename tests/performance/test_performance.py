@@ -1,4 +1,4 @@
-"""The measuring itself: that it still runs, on small numbers, and finds what it should. Its figures are for people."""
+"""The measurements run on a small scale, and detect failures. Their figures are not checked."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OPERATIONS = [
 
 
 def run_script(name: str, *arguments: str) -> str:
-    """Run a script of the tests to its end; return what it prints."""
+    """Run a script; return its output."""
     command = [sys.executable, str(ROOT / "tests" / name), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SOON * 6, check=False)
     assert done.returncode == 0, done.stderr
@@ -43,8 +43,8 @@ def test_bench_measures_each_operation_on_a_running_server(server: Server) -> No
     assert [name for name, *_ in lines] == OPERATIONS
     assert all(float(figure.replace(",", "")) > 0 for _, figure, _ in lines)
     assert [bool(per_1000) for *_, per_1000 in lines] == [False, False, True, False, False, True]
-    assert server.counters().delivered == 20 + 1 + 1
-    assert server.counters().gets_empty == 20
+    assert server.status.counters().delivered == 20 + 1 + 1
+    assert server.status.counters().gets_empty == 20
 
 
 def test_bench_reports_lost_messages() -> None:
@@ -55,7 +55,7 @@ def test_bench_reports_lost_messages() -> None:
         def get(self, topic: str, /) -> str:
             return ""
 
-    with pytest.raises(DSMQError, match="did not come back"):
+    with pytest.raises(DSMQError, match="was not returned"):
         list(bench.measure(Forgetful(), 2, lambda _: None))
 
 

@@ -1,4 +1,4 @@
-"""Memory: whatever connections do, the server takes no more than its totals allow, and goes on serving."""
+"""Whatever connections do, the server's memory stays within its limits, and it goes on serving."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = [
 
 MIB = 1 << 20
 STORED, REPLIES, REQUESTS = 40 * MIB, 64 * MIB, 64 * MIB
-# For the program itself, its connections, and what comes between two looks at a total.
+# For the program, its connections, and what arrives between two checks of a total.
 MARGIN = 200_000_000
 BOUND = 1.3 * STORED + REPLIES + REQUESTS + MARGIN
 LONGEST = 8 * MIB
@@ -54,7 +54,7 @@ def opened(stack: ExitStack, process: Daemon, count: int) -> list[socket.socket]
 
 
 def push(socks: list[socket.socket], data: bytes, seconds: float) -> int:
-    """Send to all at once what they take within a time; return how many have taken all, or were closed."""
+    """Send data on all connections for some time; return how many took all of it or were closed."""
     selector = selectors.DefaultSelector()
     for sock in socks:
         selector.register(sock, selectors.EVENT_WRITE, [0])
@@ -72,7 +72,7 @@ def push(socks: list[socket.socket], data: bytes, seconds: float) -> int:
 
 
 def serves(process: Daemon) -> None:
-    """Put and get: short messages at once, and a long one when there is room."""
+    """Check that short messages are served at once, and a long one as soon as there is room."""
     with connect(port=process.port, timeout=SOON) as mq:
         mq.put("short", "x")
         assert mq.get("short") == "x"

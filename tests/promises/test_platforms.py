@@ -1,4 +1,4 @@
-"""What a server finds around it: another system, limits, a terminal, a parent process, nohup."""
+"""Servers on other systems, with resource limits, in a terminal, under nohup, in a child process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from conftest import ROOT, SOON, wait_until
 from dsmq.client import connect
 from dsmq.system import allow_more_files
 
-# Systems without what Unix has
+# Systems other than Unix
 
 
 WITHOUT_UNIX = """
@@ -31,7 +31,7 @@ del socket.AF_UNIX, os.register_at_fork, os.fork, os.O_NOCTTY, signal.SIGHUP
 
 
 def without_unix(code: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a Python that has as little as one on Windows."""
+    """Run code in a Python without the modules that Windows lacks."""
     command = [sys.executable, "-c", WITHOUT_UNIX + code]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=SOON)
 
@@ -75,7 +75,7 @@ def test_open_file_limit_that_cannot_be_raised_stays(monkeypatch: pytest.MonkeyP
 
 
 class Terminal:
-    """`dsmq serve` in a session of its own, whose controlling terminal is a pty."""
+    """`dsmq serve` in its own session, with a pty as its controlling terminal."""
 
     def __init__(self, log: Path, *prefix: str) -> None:
         self.master, slave = pty.openpty()
@@ -103,7 +103,7 @@ class Terminal:
         return self._log.read_text()
 
     def close(self) -> None:
-        """Close the terminal, for which the kernel sends SIGHUP to the session's leader."""
+        """Close the terminal; the kernel sends SIGHUP to the session leader."""
         os.close(self.master)
         self.master = -1
 
@@ -168,7 +168,7 @@ async def main(host):
     server.terminate()
     while server.is_alive():
         await asyncio.sleep(0.01)
-    # What the child may have written has come by then.
+    # Any output of the child has arrived by now.
     await asyncio.sleep(0.1)
     print("exit status", server.exitcode, "handler called", called.is_set())
 
@@ -209,7 +209,7 @@ assert signal.getsignal(signal.SIGTERM) is handler
 
 
 def example() -> str:
-    """The README's server inside a Python program."""
+    """The server embedded as in the README."""
     [block] = [
         block
         for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)

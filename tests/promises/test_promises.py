@@ -1,4 +1,4 @@
-"""The promises under concurrency: writers and readers in processes of their own, all that they saw compared."""
+"""The promises under concurrency: writers and readers in separate processes compare what they saw."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ WRITERS = READERS = 8
 MESSAGES = 400
 TOPICS = ("one", "two")
 
-# What a reader saw: for each topic the ids, numbers and bodies in the order in which they came.
+# What a reader received: by topic, the ids, numbers and bodies in order.
 Seen = dict[str, list[tuple[int, int, str]]]
 
 
 def write(port: int, writer: int, many: bool) -> None:
-    """Put messages that name the writer and count, to each topic, and check the ids that come back."""
+    """Put numbered messages into each topic, and check that the returned ids increase."""
     with connect(port=port) as mq:
         last_id = 0
         for number in range(MESSAGES):
@@ -34,7 +34,7 @@ def write(port: int, writer: int, many: bool) -> None:
 
 
 def read(port: int, reader: int) -> Seen:
-    """Read each topic to its last message: some readers wait, some poll, some take many at a time."""
+    """Read each topic to its last message; depending on the reader by waiting, polling, or in batches."""
     with connect(port=port) as mq:
         mq.put("ready", str(reader))
         got: Seen = {}
@@ -45,7 +45,7 @@ def read(port: int, reader: int) -> Seen:
                 messages = mq.read(topic, 1 + reader * 7, timeout=0 if reader == 0 else SOON)
                 got[topic] += [(message.id, message.number, message.text) for message in messages]
                 if not messages:
-                    # However slow the writers are; but once they have finished, all of it has to be there.
+                    # Writers may be slow, but once they have finished, every message must be there.
                     assert not written
                     written = mq.get("written")
             assert mq.get(topic) == ""
@@ -82,6 +82,6 @@ def test_no_message_is_lost_duplicated_or_reordered(server: Daemon) -> None:
             own = [body for _, _, body in first if body.startswith(f"{writer} ")]
             assert own == [f"{writer} {number}" for number in range(MESSAGES)]
         ids += [message_id for message_id, _, _ in first]
-    # The readers have put a message each, before all others.
+    # Each reader has put one message before all others.
     assert sorted(ids) == list(range(READERS + 1, READERS + WRITERS * MESSAGES * len(TOPICS) + 1))
     assert server.stop() == 0

@@ -1,4 +1,4 @@
-"""How a client reaches a server: names with several addresses, servers that start, slow links, and other programs."""
+"""How clients reach a server: several addresses per name, starting servers, slow links, other programs."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ from conftest import CONNECTS, SOON, UNIT, Connect, blocked, daemon, serving, wa
 from dsmq import client as client_module
 from dsmq.client import connect, dial
 from dsmq.client import connection as link
-from dsmq.client.dial import Endpoint, addresses
+from dsmq.client.dial import addresses
 from dsmq.errors import ConnectionLost, ProtocolError
 from dsmq.server import Server
+from dsmq.wire.addresses import Endpoint
 
 # Names with several addresses
 
 
 @pytest.fixture
 def resolve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """A function: every name has these addresses from now on, each with a port."""
+    """Return a function that makes every host name resolve to these addresses and ports."""
 
     real = socket.getaddrinfo
 
@@ -54,7 +55,7 @@ def resolve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @contextmanager
 def black_hole() -> Iterator[int]:
-    """A port that answers nothing to those who connect: its queue is full."""
+    """A port that does not answer, because its listen queue is full."""
     with socket.socket() as listener, socket.socket() as first, socket.socket() as second:
         listener.bind(("127.0.0.1", 0))
         listener.listen(0)
@@ -111,11 +112,11 @@ def test_error_names_reason_per_address(resolve: Callable[..., None]) -> None:
         before = time.monotonic()
         with pytest.raises(ConnectionRefusedError) as told:
             connect("name", timeout=SOON * 10, retry=False)
-        # One has refused: a server may be starting there, so it is soon time for the next attempt.
+        # One has refused, so a server may be starting there: try again soon.
         assert time.monotonic() - before < SOON
         assert "127.0.0.1: Connection refused; 127.0.0.1: timed out" in str(told.value)
         resolve(("127.0.0.1", hole))
-        with pytest.raises(TimeoutError, match="name port 30008 can't be reached: timed out"):
+        with pytest.raises(TimeoutError, match="name:30008 can't be reached: timed out"):
             connect("name", timeout=UNIT, retry=False)
 
 
@@ -132,12 +133,12 @@ def test_starting_server_is_waited_for_at_all_addresses(resolve: Callable[..., N
         thread.join(SOON)
 
 
-# What accepts and closes, and what else answers
+# Proxies and other programs
 
 
 @contextmanager
 def front(*replies: bytes) -> Iterator[tuple[int, list[int]]]:
-    """A listener that gives each connection a reply to the first thing that comes, and closes it."""
+    """A listener that replies to the first data on each connection, and closes it."""
     listener = socket.create_server(("127.0.0.1", 0))
     accepted: list[int] = []
 
@@ -172,7 +173,7 @@ def test_proxy_that_closes_at_once_counts_as_starting(
     with front(*replies) as (port, _), pytest.raises(ConnectionResetError, match="closes them at once") as told:
         connect(port=port)
     assert len(pauses) == 10
-    assert "does it want TLS?" in str(told.value)
+    assert "does it require TLS?" in str(told.value)
 
 
 def test_proxy_is_retried_until_server_answers(monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
@@ -189,38 +190,47 @@ def test_proxy_is_retried_until_server_answers(monkeypatch: pytest.MonkeyPatch, 
     assert len(accepted) == 5
 
 
+@CONNECTS
 @pytest.mark.parametrize(
     ("reply", "name"),
     [
-        (b"HTTP/1.1 400 Bad Request\r\nServer: nginx\r\n\r\n", "an HTTP server"),
-        (b"HTTP/1.0 400 Bad Request\r\nServer: dsmq\r\n\r\n", "dsmq's HTTP endpoint"),
-        (b"<!DOCTYPE HTML>\r\n", "an HTTP server"),
-        (b"SSH-2.0-OpenSSH_9.2\r\n", "an SSH server"),
-        (b"-ERR unknown command 'HELLO'\r\n", "Redis"),
-        (b"-NOAUTH HELLO must be called with the client already authenticated, otherwise ...\r\n", "Redis"),
-        (b"*2\r\n$6\r\nserver\r\n$6\r\nvalkey\r\n", "valkey"),
+        (b"HTTP/1.1 400 Bad Request\r\nServer: nginx\r\n\r\n", " but an HTTP server"),
+        (b"<!DOCTYPE HTML>\r\n", " but an HTTP server"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", " but an SSH server"),
+        (b"INFO {}\r\n", " but a NATS server"),
+        (b"-ERR unknown command 'HELLO'\r\n", " but Redis or one like it"),
+        (b"-NOAUTH HELLO must be called with the client already authenticated, otherwise ...\r\n", " but Redis"),
+        (b"*2\r\n$6\r\nserver\r\n$6\r\nvalkey\r\n", " but valkey"),
+        (b"Good morning\r\n", ""),
     ],
 )
-def test_other_program_is_named_at_once(reply: bytes, name: str) -> None:
-    with front(reply) as (port, accepted), pytest.raises(ProtocolError, match=name):
+def test_other_program_is_named_and_quoted_at_once(connect: Connect, reply: bytes, name: str) -> None:
+    with front(reply) as (port, accepted), pytest.raises(ProtocolError) as told:
         connect(port=port)
+    first_line = reply.partition(b"\r")[0].decode()
+    assert f"127.0.0.1:{port} is not a dsmq server{name}" in str(told.value)
+    assert f"(it answered {first_line!r})" in str(told.value)
     assert len(accepted) == 1
 
 
-def test_closing_broker_is_probed_in_its_own_protocol() -> None:
-    # As mosquitto does: it closes unless the first thing is a CONNECT.
+@CONNECTS
+def test_closing_broker_is_probed_in_its_own_protocol(connect: Connect) -> None:
+    # mosquitto closes connections that don't begin with CONNECT.
     with front(b"", b"\x20\x02\x00\x00") as (port, _), pytest.raises(ProtocolError, match="MQTT broker"):
         connect(port=port)
 
 
 def test_tls_server_is_recognized_at_once() -> None:
-    with front(b"\x15\x03\x03\x00\x02\x02\x46") as (port, accepted), pytest.raises(ConnectionError, match="want TLS"):
+    with (
+        front(b"\x15\x03\x03\x00\x02\x02\x46") as (port, accepted),
+        pytest.raises(ConnectionError, match="require TLS"),
+    ):
         connect(port=port)
     assert len(accepted) == 1
 
 
 def test_real_programs_are_recognized(tmp_path: Path) -> None:
-    with daemon() as server, pytest.raises(ProtocolError, match="dsmq's HTTP endpoint"):
+    with daemon() as server, pytest.raises(ProtocolError, match="but dsmq's HTTP endpoint"):
         connect(port=server.http_port)
     if (redis := shutil.which("redis-server")) is None:
         pytest.skip("redis-server is not installed")
@@ -231,7 +241,7 @@ def test_real_programs_are_recognized(tmp_path: Path) -> None:
     try:
         wait_until(path.exists)
         for _ in range(2):
-            with pytest.raises(ProtocolError, match="Redis"):
+            with pytest.raises(ProtocolError, match="not a dsmq server but Redis"):
                 connect(f"unix:{path}")
             subprocess.run(["redis-cli", "-s", str(path), "CONFIG", "SET", "requirepass", "x"], check=True)
     finally:
@@ -243,7 +253,7 @@ def test_real_programs_are_recognized(tmp_path: Path) -> None:
 
 
 class Slow:
-    """A proxy that passes so many bytes a second, each way."""
+    """A proxy that forwards a limited number of bytes per second each way."""
 
     def __init__(self, port: int, rate: int) -> None:
         self._port, self._rate = port, rate
@@ -322,7 +332,7 @@ def test_read_size_shrinks_after_timeout(server: Server, monkeypatch: pytest.Mon
 
         monkeypatch.setattr(link.Connection, "receive", receive)
         assert mq.get("t") == "x" * 3000
-        # Of the last two replies one was that to HELLO.
+        # One of the last two replies was HELLO's.
         assert mq._session.read_bytes == 65_536 + 4096
         assert mq.get_many("t", 49) == ["x" * 3000] * 49
         assert mq._session.read_bytes > 65_536 + 4096
@@ -330,51 +340,49 @@ def test_read_size_shrinks_after_timeout(server: Server, monkeypatch: pytest.Mon
 
 def test_silent_server_times_out_for_every_call() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        one = link.Connection(Endpoint("127.0.0.1", listener.getsockname()[1]), UNIT)
+        one = link.Connection(Endpoint("127.0.0.1", listener.getsockname()[1]), None, UNIT)
         before = time.monotonic()
         one.send(b"x" * 16_384)
         with pytest.raises(TimeoutError):
             one.receive()
-        # 16 KiB may take a second.
+        # 16 KiB are allowed to take a second.
         assert 1.0 + UNIT <= time.monotonic() - before < SOON
         one.close()
 
 
-# What is told
+# Error messages
 
 
 @CONNECTS
 @pytest.mark.parametrize("host", ["no.such.invalid", "a..b"])
-def test_a_name_that_does_not_resolve_is_named(connect: Connect, host: str) -> None:
+def test_unresolvable_host_is_named_in_error(connect: Connect, host: str) -> None:
     with pytest.raises(socket.gaierror, match=f"cannot resolve '{host}': .") as told:
         connect(host)
     assert told.value.errno == socket.EAI_NONAME
 
 
 @CONNECTS
-def test_an_attempt_to_reach_a_server_says_for_how_long_it_was_made(
-    connect: Connect, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_connection_error_reports_how_long_it_tried(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_module, "_n_tries", 4)
-    # Nobody else gets it while it is bound, and nobody listens.
+    # While it is bound, no other process gets the port; but nobody listens.
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
         with pytest.raises(ConnectionRefusedError) as told:
             connect(port=port)
         assert told.value.errno == errno.ECONNREFUSED
-        found = re.search(rf"no server answers at 127.0.0.1 port {port} \(tried for (.*) s\)$", str(told.value))
+        found = re.search(rf"no server answers at 127.0.0.1:{port} \(tried for (.*) s\)$", str(told.value))
         assert found
         assert float(found[1]) >= 0.1
-        with pytest.raises(ConnectionRefusedError, match=f"port {port}$"):
+        with pytest.raises(ConnectionRefusedError, match=f":{port}$"):
             connect(port=port, retry=False)
 
 
 # Processes
 
 
-# In a process of their own, which has one thread: after a fork without Python's hooks a child has whatever locks of the
-# interpreter other threads held at that moment.
+# In a separate process with a single thread: after a fork without Python's hooks, a child inherits any locks that other
+# threads held.
 CHILDREN = """
 import ctypes, os, sys
 from dsmq.client import connect
@@ -399,7 +407,7 @@ with connect(port=int(sys.argv[1])) as mq, connect(port=int(sys.argv[1])) as wri
             finally:
                 os._exit(status)
         children.append(child)
-    # The parent goes on on its connection all the while.
+    # The parent keeps using its connection.
     for count in range(200):
         mq.put("u", f"parent {count}")
         assert mq.get("u")
@@ -413,7 +421,7 @@ with connect(port=int(sys.argv[1])) as mq, connect(port=int(sys.argv[1])) as wri
 @pytest.mark.parametrize("fork", ["os.fork", "without hooks"])
 def test_forked_child_is_a_separate_client(server: Server, fork: str) -> None:
     subprocess.run([sys.executable, "-c", CHILDREN, str(server.port), fork], timeout=2 * SOON, check=True)
-    assert server.totals().stored == 3 + 5 * 200
+    assert server.status.totals().stored == 3 + 5 * 200
 
 
 FORK_IN_PUT_MANY = """
@@ -448,12 +456,12 @@ def fork(*_):
     global child
     child = ctypes.PyDLL(None).fork()
     if child:
-        # The child is first to see the reply.
+        # The child would be first to see the reply.
         time.sleep({10 * UNIT})
 signal.signal(signal.SIGALRM, fork)
 states = []
 with connect(port={server.port}, on_state_change=states.append) as mq, connect(port={server.port}) as writer:
-    # By a timer of the kernel: a fork without hooks wants a process with one thread.
+    # Uses a kernel timer, because a fork without hooks requires a process with a single thread.
     signal.setitimer(signal.ITIMER_REAL, {3 * UNIT})
     if os.fork() == 0:
         time.sleep({8 * UNIT})
@@ -471,7 +479,7 @@ with connect(port={server.port}, on_state_change=states.append) as mq, connect(p
 
 @contextmanager
 def running(script: str) -> Iterator[tuple[IO[str], IO[str]]]:
-    """A program, with all that it forks: its input and its output."""
+    """A program and its forked children, with their input and output."""
     pipe = subprocess.PIPE
     command = [sys.executable, "-c", script]
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True) as process:
@@ -485,10 +493,8 @@ def running(script: str) -> Iterator[tuple[IO[str], IO[str]]]:
 
 
 @pytest.mark.parametrize("fork", ["os.fork", "ctypes.PyDLL(None).fork"])
-def test_a_call_goes_on_in_a_child_in_which_the_signal_handler_that_forked_has_called_the_client(
-    server: Server, fork: str
-) -> None:
-    """It must not wait on a descriptor that is another connection's now; its own deadline is far."""
+def test_call_continues_in_child_forked_by_signal_handler_that_used_client(server: Server, fork: str) -> None:
+    """The child must not wait on a descriptor that now belongs to another connection."""
     script = f"""
 import ctypes, os, signal
 from dsmq.client import connect
@@ -507,14 +513,14 @@ with connect(port={server.port}, timeout={10 * SOON}) as mq:
     print(got, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     with running(script) as (_, output), connect(port=server.port) as writer:
-        wait_until(lambda: server.totals().stored == 1)
-        # The parent and the child each wait for it.
-        wait_until(lambda: server.waiting() == 2)
+        wait_until(lambda: server.status.totals().stored == 1)
+        # Parent and child each wait for it.
+        wait_until(lambda: server.status.waiting() == 2)
         writer.put("t", "x")
         assert output.readline() == "x 0\n"
 
 
-def test_a_child_that_is_forked_while_a_request_is_sent_leaves_the_connection_to_the_parent(server: Server) -> None:
+def test_child_forked_during_send_leaves_connection_to_parent(server: Server) -> None:
     script = f"""
 import ctypes, os, signal, sys
 from dsmq.client import connect
@@ -542,14 +548,14 @@ with connect(port={server.port}, timeout={SOON}) as mq:
             assert output.readline() == "forked\n"
         assert output.readline() == "1 0\n"
         assert len(mq.get("t")) == 8_000_000
-    assert server.totals().stored == 1
+    assert server.status.totals().stored == 1
 
 
 def test_fork_during_put_many_does_not_use_parent_connection(server: Server) -> None:
     with connect(port=server.port) as mq:
         subprocess.run([sys.executable, "-c", FORK_IN_PUT_MANY, str(server.port)], timeout=2 * SOON, check=True)
         got = mq.get_many("t", 3000)
-    # What had been sent when it forked is stored once; what had been made, and not been sent, each has put.
+    # Messages sent before the fork are stored once; those prepared but not sent are put by both.
     twice = [one for one, count in Counter(got).items() if count == 2]
     assert twice == [f"False {number}" for number in range(500, 600)]
     assert len(got) == 1200 + 600 + 100
@@ -587,7 +593,7 @@ except OSError as error:
     assert done.returncode == 0, done.stderr
 
 
-# What a client holds
+# Resources of a client
 
 
 def test_idle_connections_of_a_burst_are_closed_but_one(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -597,14 +603,14 @@ def test_idle_connections_of_a_burst_are_closed_but_one(server: Server, monkeypa
             threads = [threading.Thread(target=mq.get_wait, args=("t",), kwargs={"timeout": SOON}) for _ in range(20)]
             for thread in threads:
                 thread.start()
-            wait_until(lambda: server.waiting() == 20)
+            wait_until(lambda: server.status.waiting() == 20)
             mq.put_many("t", ["x"] * 20)
             for thread in threads:
                 thread.join(SOON)
-            # Nobody calls it meanwhile.
-            wait_until(lambda: server.connections() == 1)
+            # It is not used meanwhile.
+            wait_until(lambda: server.status.connections() == 1)
         mq.ping()
-        assert server.connections() == 1
+        assert server.status.connections() == 1
 
 
 def test_call_succeeds_if_no_thread_can_start(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -613,10 +619,10 @@ def test_call_succeeds_if_no_thread_can_start(server: Server, monkeypatch: pytes
 
     monkeypatch.setattr("_thread.start_new_thread", refuse)
     with connect(port=server.port) as mq:
-        # While one connection is in use, another is made; then there are two.
+        # While one connection is in use, a second one is opened.
         assert len(mq.put_many("t", (str(mq.put("u", "x")) for _ in range(3)))) == 3
         assert mq.get_many("u") == ["x"] * 3
-        wait_until(lambda: server.connections() == 1)
+        wait_until(lambda: server.status.connections() == 1)
 
 
 @pytest.mark.slow

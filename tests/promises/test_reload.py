@@ -1,4 +1,4 @@
-"""SIGHUP: what the log calls changed is in force at once, for those who are connected already too."""
+"""Reloads: settings that the log reports as changed apply at once, also to existing connections."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MESSAGE = encode_request(b"PUT", b"t", b"x" * 2000)
 
 
 class Reloading:
-    """A server, and what its configuration says."""
+    """A server and its configuration."""
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
@@ -40,13 +40,13 @@ class Reloading:
 
 @contextmanager
 def reloading(**settings: Any) -> Iterator[tuple[Reloading, Wire]]:
-    """Such a server, and one who connected before anything changes."""
+    """A server, and a connection made before the reload."""
     one = Reloading(**settings)
     with one.server, wire_to(one.server) as wire:
         if "auth_token" not in settings:
             assert wire.call("PING") == "PONG"
         else:
-            wait_until(lambda: one.server.connections() == 1)
+            wait_until(lambda: one.server.status.connections() == 1)
         yield one, wire
 
 
@@ -80,7 +80,7 @@ def max_stored_bytes(server: Server, wire: Wire, value: int) -> bool:
 def max_waiting_readers(server: Server, wire: Wire, value: int) -> bool:
     with wire_to(server) as other:
         wire.send(encode_request(b"GETWAIT", b"t", b"60000"))
-        wait_until(lambda: server.waiting() == 1)
+        wait_until(lambda: server.status.waiting() == 1)
         return other.call("GETWAIT", "t", 1) is None
 
 
@@ -101,7 +101,7 @@ def max_unauthenticated_connections(server: Server, wire: Wire, value: int) -> b
 
 def max_unread_reply_bytes(server: Server, wire: Wire, value: int) -> bool:
     (connection,) = server._workers[0].connections
-    return connection._max_unread > 2000
+    return connection.transport.max_unread > 2000
 
 
 def ends(server: Server, wire: Wire, value: float) -> bool:
@@ -121,7 +121,7 @@ def metrics_topics(server: Server, wire: Wire, value: int) -> bool:
     return any(metric.name == "dsmq_topic_messages" for metric in Collector(server.status).collect())
 
 
-# What allows something, what does not, and who finds out which is in force.
+# By setting: a value that allows something, one that does not, and a probe for which is in force.
 LIMITS: dict[str, tuple[Any, Any, Callable[[Server, Wire, Any], bool]]] = {
     "max_message_bytes": (8_388_608, 1000, max_message_bytes),
     "max_topic_bytes": (512, 99, max_topic_bytes),
@@ -144,11 +144,11 @@ NEEDS_TOKEN = ("max_unauthenticated_bytes", "max_unauthenticated_connections", "
 ELSEWHERE = {
     *("max_age_seconds", "request_timeout_seconds", "reply_timeout_seconds", "log_level"),
     *("health_timeout_seconds", "stop_timeout_seconds"),
-    # These are looked up whenever they matter: tests/test_limits.py.
+    # These are read at each use; tests/broker/test_limits.py tests them.
     *("max_total_unread_reply_bytes", "max_total_request_bytes"),
-    # tests/test_security.py
+    # tests/broker/test_auth.py
     *("protected_mode", "auth_token", "auth_token_file"),
-    # tests/test_sideport.py
+    # tests/ops/test_http.py
     *("http_allowed_hosts", "http_token", "http_token_file"),
     *("tls_cert_file", "tls_key_file", "tls_client_ca_file"),
 }
@@ -165,7 +165,7 @@ def test_reloaded_limit_applies_to_existing_connections(name: str, widens: bool)
     wide, narrow, allows = LIMITS[name]
     before, after = (narrow, wide) if widens else (wide, narrow)
     if widens and allows is ends:
-        # So long that it has not ended before the change.
+        # Long enough not to end before the change.
         before = 10 * UNIT
     token = {"auth_token": TOKEN} if name in NEEDS_TOKEN else {}
     with reloading(**token, **{name: before}) as (one, wire):
@@ -192,7 +192,7 @@ def test_max_age_raised_loses_nothing_and_lowered_delivers_nothing_too_old() -> 
 def test_reloaded_request_timeout_applies_to_started_request() -> None:
     with reloading(request_timeout_seconds=600) as (one, wire):
         wire.send(b"*1\r\n")
-        wait_until(lambda: one.server.counters().bytes_in > 14)
+        wait_until(lambda: one.server.status.counters().bytes_in > 14)
         one.change(request_timeout_seconds=UNIT)
         assert wire.receive().code == "TIMEOUT"  # type: ignore[union-attr]
 
@@ -202,9 +202,9 @@ def test_reloaded_reply_timeout_applies_to_nonreading_client(tmp_path: Path) -> 
     with one.server:
         wire = Wire(f"{tmp_path}/socket")
         wire.send(encode_request(b"ECHO", b"x" * 5_000_000))
-        wait_until(lambda: one.server.counters().bytes_out > 0)
+        wait_until(lambda: one.server.status.counters().bytes_out > 0)
         one.change(reply_timeout_seconds=UNIT)
-        wait_until(lambda: one.server.connections() == 0)
+        wait_until(lambda: one.server.status.connections() == 0)
         wire.close()
 
 
@@ -221,7 +221,7 @@ def test_reloaded_stop_timeout_applies_at_once(tmp_path: Path) -> None:
     with one.server:
         wire = Wire(f"{tmp_path}/socket")
         wire.send(encode_request(b"ECHO", b"x" * 5_000_000))
-        wait_until(lambda: one.server.counters().bytes_out > 0)
+        wait_until(lambda: one.server.status.counters().bytes_out > 0)
         one.change(stop_timeout_seconds=20 * UNIT)
         began = time.monotonic()
         assert one.server.stop() == []

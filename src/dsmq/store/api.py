@@ -95,7 +95,7 @@ MEMORY = "memory"
 
 
 class Store(Protocol):
-    """The interface of a store. A remote one answers with futures."""
+    """What the server requires of a store. A remote one answers puts and reads with futures."""
 
     epoch: str
     """Identifies the sequence of ids: ids of different epochs are unrelated."""
@@ -125,14 +125,14 @@ class Store(Protocol):
     def expire(self) -> int:
         """Delete some expired messages; return how many, 0 if there are none left."""
 
-    def topics(self, after: bytes, count: int) -> Answer[list[TopicStats]]:
+    def topics(self, after: bytes, count: int) -> list[TopicStats]:
         """Return topics with messages, in byte order, with names above `after`."""
 
     @property
     def lost_ids(self) -> list[int]:
         """The ranges of ids of this epoch that were lost by kills: the id before each range, and its last id."""
 
-    def stats(self, topic: bytes, after: int = 0) -> Answer[TopicStats]:
+    def stats(self, topic: bytes, after: int = 0) -> TopicStats:
         """Return a topic's statistics for a reader that has read up to `after`; zeros if the topic is empty."""
 
     def totals(self) -> Totals: ...

@@ -28,8 +28,8 @@ CREATE TABLE IF NOT EXISTS chunks (
 );
 """
 INDEX = "CREATE INDEX IF NOT EXISTS chunks_by_topic ON chunks (topic)"
-# Further tables of a snapshot. In `lost`, each range has two rows without a name, with the id before it and its last,
-# and then its numbers.
+# Further tables of a snapshot. In `lost`, each range has two rows without a name, with the id before it and its last
+# id, and then its numbers.
 SNAPSHOT_SCHEMA = """
 CREATE TABLE state (
     epoch TEXT NOT NULL,
