@@ -61,6 +61,15 @@ class ClockedStore(SQLiteStore):
             self.between_batches()
 
 
+def refuse_inserts(store: ClockedStore) -> None:
+    """Make every INSERT fail, until `connection.set_authorizer(None)`."""
+
+    def authorize(action: int, *_: object) -> int:
+        return sqlite3.SQLITE_DENY if action == sqlite3.SQLITE_INSERT else sqlite3.SQLITE_OK
+
+    store.connection.set_authorizer(authorize)
+
+
 def put(store: SQLiteStore, topic: bytes, *bodies: bytes) -> list[int]:
     puts: list[Put] = [(topic, body, None) for body in bodies]
     return store.append(puts)
