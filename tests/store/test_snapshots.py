@@ -1,4 +1,4 @@
-"""Snapshots: what is restored, what is refused, and that no moment to be killed at leaves half a file."""
+"""Snapshots: what is restored, what is refused, and that a kill at any time leaves a complete file."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
 
 @contextmanager
 def serving_store(store: SQLiteStore, **settings: object) -> Iterator[Server]:
-    """A server of this store, which remains open if the server can't close it."""
+    """A server with this store, which is closed even if a thread survives the server."""
     effective = config.load(kind=config.EmbeddedSettings, **{"port": 0, **settings})
     with closing(store), Server(effective, store) as server:
         yield server
@@ -154,7 +154,7 @@ def state(store: ClockedStore) -> tuple[object, ...]:
     )
 
 
-# What is done to a store: puts, time that passes, expiry, writing.
+# Random actions: puts, milliseconds that pass, expiry, flushes.
 a_key = st.none() | st.tuples(st.sampled_from([b"p", b"q"]), st.integers(0, 5))
 puts = st.lists(st.tuples(st.sampled_from(NAMES), st.binary(max_size=20), a_key), min_size=1, max_size=6)
 actions = st.one_of(puts, st.integers(1, 120_000), st.sampled_from(["expire", "write"]))
@@ -171,7 +171,7 @@ def act(store: ClockedStore, action: list[Put] | int | str) -> None:
         store.write()
 
 
-# What is restored
+# Contents
 
 
 @settings(max_examples=60, deadline=None)
@@ -221,7 +221,7 @@ def test_snapshot_is_consistent_despite_changes_between_batches(
             other = ClockedStore(MAX_AGE, Clock(5_000))
             other.load(connection, SAVED_AT)
         assert state(other)[:4] == before_snapshot
-        # Nothing is left over that nobody can reach.
+        # No unreachable topics are left over.
         held = {topic.name for topic in other.topics(b"", 100)}
         assert {name for (name,) in other.connection.execute("SELECT name FROM topics")} == held
         other.close()
@@ -247,7 +247,7 @@ def test_topic_emptied_and_recreated_between_batches_appears_once(
     store.between_batches = go_on
     with snapshotting(store, file) as snapshotter:
         assert snapshotter.save()
-    # Only rows that have been copied are deleted meanwhile.
+    # Meanwhile, only copied rows are deleted.
     assert sum(expired) > 0
     assert expired[0] == 0
     with snapshot_file.opened(file) as connection:
@@ -419,7 +419,7 @@ def test_producer_is_remembered_equally_long_over_restart(store: ClockedStore, f
     save(store, file)
     for passed, found in ((0.009, True), (0.012, False)):
         with restored(file, SAVED_AT + passed) as other:
-            # The put of another forgets what is too old.
+            # A put of another producer removes those that are too old.
             put_id = other.append([(b"u", b"x", (b"another", 1))])[0]
             assert (other.append([(b"t", b"x", (b"me", 1))]) == [1]) == found
             assert put_id > 1
@@ -455,7 +455,7 @@ def test_snapshot_contains_no_expired_body(store: ClockedStore, file: Path, at_o
     put(store, b"t", b"other" * 100)
     store.write()
     act(store, MAX_AGE // 2 + 1)
-    # Deleted, or not yet.
+    # Deletes some of them.
     store.expire()
     with snapshotting(store, file) as snapshotter:
         assert snapshotter.save(at_once=at_once)
@@ -468,7 +468,7 @@ def test_snapshot_of_graceful_stop_contains_no_expired_body(file: Path) -> None:
     with daemon(*options) as server, wire_to(server) as wire:  # type: ignore[arg-type]
         for _ in range(100):
             wire.call("PUT", "t", "secret" * 100)
-        # Whether they are deleted already, or not yet.
+        # Some may not be deleted yet.
         wait_until(lambda: wire.call("READ", "t", 0) == [])
         wire.call("PUT", "t", "other" * 100)
         assert server.stop() == 0
@@ -562,14 +562,14 @@ def test_ages_continue_during_suspend(file: Path, monkeypatch: pytest.MonkeyPatc
         assert wire.call("READ", "t", 0) == []
 
 
-# The last word, and what is not
+# Clean shutdowns and kills
 
 
 def test_clean_shutdown_is_valid_once_and_ids_are_never_reused(store: ClockedStore, file: Path) -> None:
     put(store, b"t", b"1")
     save(store, file)
     runs, ids = {store.run}, [1]
-    # All but the first are killed, which writes nothing.
+    # All but the first one are killed: they write no snapshot.
     for gaps in range(4):
         with restored(file) as other:
             assert other.epoch == store.epoch
@@ -626,10 +626,10 @@ def test_surviving_thread_prevents_clean_shutdown_mark(file: Path) -> None:
         assert bodies(other, b"t") == [b"x"]
 
 
-# Interrupted
+# Interrupts
 
-# A server whose last snapshot waits in one of its steps, as for a disk, until there is a file. The rehearsal at the
-# start does not wait.
+# A server whose final snapshot waits in one of its steps, as for a disk, until a file exists. The rehearsal
+# at the start does not wait.
 SLOW = """
 import os, sys, time
 from dsmq import __main__
@@ -656,7 +656,7 @@ def slow(step: str, released: Path) -> list[str]:
 
 
 def ended(server: Daemon) -> str:
-    """The log of a server that an interrupt has ended."""
+    """The log of an interrupted server."""
     assert server.process.wait(SOON) == INTERRUPTED
     assert "Traceback" not in server.log()
     return server.log()
@@ -701,7 +701,7 @@ def test_second_ctrl_c_abandons_final_snapshot_with_a_message(file: Path, tmp_pa
         [error] = [line for line in ended(second).splitlines() if "ERROR" in line]
         assert "messages put since the previous one are lost" in error
         assert file.read_bytes() == before
-        # What can't be ended, as it hangs in a call of the system, leaves the rest of it for the next start to remove.
+        # A snapshot that hangs in a system call leaves its file, which the next start removes.
         assert snapshot_file.temporary(file).exists() == (step != "_seal")
     with daemon(*options) as third, wire_to(third) as wire:  # type: ignore[arg-type]
         assert not snapshot_file.temporary(file).exists()
@@ -738,7 +738,7 @@ SERVER_THREADS = ("dsmq-io-0", "dsmq-expiry", "dsmq-snapshot", "dsmq-metrics")
 
 
 def interrupted_at(point: int, call: Callable[[], object]) -> bool:
-    """Have Ctrl-C come at one of the points in what stops a server where Python looks for it; whether there is one."""
+    """Interrupt the call at a point where Python checks for signals; return False if there are fewer points."""
     files = {server_module.__file__, snapshots.__file__, threads.__file__}
     left = point
 
@@ -776,7 +776,7 @@ def test_interrupted_stop_ends_all_threads_from_any_line(tmp_path: Path, monkeyp
         wait_until(lambda: not [thread for thread in threading.enumerate() if thread.name in SERVER_THREADS])
         with pytest.raises(ReplyError):
             put(store, b"t", b"more")
-        # The snapshot is complete, or there is none; and another server may have the file at once.
+        # The snapshot is complete or missing, and another server can use the file at once.
         saved = (tmp_path / "s").exists()
         assert saved or was_interrupted
         with restored(tmp_path / "s", time.time()) as other:
@@ -802,7 +802,7 @@ def test_concurrent_stop_waits_for_first(file: Path, disk: Disk, caplog: pytest.
     assert [record.message for record in caplog.records].count("stopped") == 1
 
 
-# Killed
+# Kills
 
 
 def grow(file: Path, report: int) -> None:
@@ -832,7 +832,7 @@ def test_kill_at_any_time_leaves_one_complete_snapshot(file: Path) -> None:
             assert [message.number for message in found] == list(range(1, len(found) + 1))
             ids = [message.id for message in found]
             assert ids == sorted(set(ids))
-            # The last may have been finished without a word.
+            # The last one may have been completed without a report.
             assert len(found) in (kept, kept + 7)
             kept = len(found)
     assert kept >= 7 * 40
@@ -840,7 +840,7 @@ def test_kill_at_any_time_leaves_one_complete_snapshot(file: Path) -> None:
 
 
 def kill_one(file: Path, kept: int, after: float) -> int:
-    """Have a process write snapshots, and kill it so many seconds after the first; return what it reported last."""
+    """Have a process write snapshots, and kill it `after` seconds after the first; return its last report."""
     read_end, write_end = os.pipe()
     child = os.fork()
     if not child:
@@ -857,7 +857,7 @@ def kill_one(file: Path, kept: int, after: float) -> int:
         return max(kept, first, *(int(line) for line in reports))
 
 
-# Refused
+# Damaged files
 
 
 def flip(at: int) -> Callable[[bytes], bytes]:
@@ -917,19 +917,19 @@ def check_refused(file: Path, epoch: str, caplog: pytest.LogCaptureFixture, reas
 
 
 def test_schema_change_requires_new_version() -> None:
-    """Whoever changes what stands in the file gives it another version, and this its new digest."""
+    """A change of the file's format requires another VERSION, and then another digest here."""
     import hashlib
 
     text = SCHEMA + INDEX + SNAPSHOT_SCHEMA
     assert (snapshot_file.VERSION, hashlib.sha256(text.encode()).hexdigest()[:8]) == (1, "d49eb1b4")
 
 
-# It can't be written
+# Failures to write
 
 
 @contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
-    """Let no file grow beyond this: as a disk that is full, but for the number of the error."""
+    """Limit the size of files, to simulate a full disk; only the error code differs."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -938,7 +938,7 @@ def files_of_at_most(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-# In the middle of the database, and within the trailer.
+# Fails in the middle of the database, and within the trailer.
 @pytest.mark.parametrize("missing", [100_000, 10])
 def test_full_disk_keeps_previous_snapshot(file: Path, missing: int, caplog: pytest.LogCaptureFixture) -> None:
     store = SQLiteStore(MAX_AGE)
@@ -1033,7 +1033,7 @@ def test_sqlite_failure_at_start_is_one_line(file: Path, monkeypatch: pytest.Mon
         pass
 
 
-# Writes snapshots of so many rows that their index does not fit in the cache.
+# Writes snapshots whose index is too large for the page cache.
 READ_ONLY = """
 import sys
 from pathlib import Path
@@ -1144,7 +1144,7 @@ def test_complete_but_unloadable_snapshot_is_refused(
     check_refused(file, store.epoch, caplog, "no such table")
 
 
-# At an interval
+# Periodic snapshots, slow disks
 
 
 def test_periodic_snapshot_is_written_during_puts(file: Path) -> None:
@@ -1253,7 +1253,7 @@ def test_snapshot_interval_requires_file() -> None:
 
 
 def test_puts_before_stop_are_in_final_snapshot(file: Path) -> None:
-    """Whatever was answered with an id is there; nothing that was refused."""
+    """Every put that got an id is there, and no refused one."""
     stored: list[int] = []
 
     def put_for_ever(wire: Wire, topic: str) -> None:
@@ -1279,11 +1279,11 @@ def test_puts_before_stop_are_in_final_snapshot(file: Path) -> None:
         found = [message.id for n in range(4) for message in other.read(b"t%d" % n, 0, 10**6, 10**9)]
         assert sorted(found) == list(range(1, other.last_id() + 1))
         assert set(stored) <= set(found)
-        # What was stored as the connection broke has no reply.
+        # Puts that were stored as the connection broke have no reply.
         assert len(found) - len(stored) <= len(clients)
 
 
-# Numbers that go back
+# Lost ids
 
 
 def numbers(wire: Wire, topic: str, *after: str | int) -> tuple[object, object]:
@@ -1308,9 +1308,9 @@ def test_missed_count_is_exact_after_kill(tmp_path: Path) -> None:
         for _ in range(2):
             wire.call("PUT", "full", "x")
     with serving(snapshot_file=str(path)) as server, wire_to(server) as wire:
-        # A graceful stop loses nothing: all that was put is as it was.
+        # A graceful stop loses nothing.
         assert lost_ids(wire) == []
-    # As after a kill: the snapshot is older than what was put last.
+    # As after a kill: the snapshot is older than the last puts.
     copy = path.read_bytes()
     with serving(snapshot_file=str(path)) as server, wire_to(server) as wire:
         wire.call("PUT", "full", "lost")
@@ -1320,7 +1320,7 @@ def test_missed_count_is_exact_after_kill(tmp_path: Path) -> None:
         assert lost_ids(wire) == [3, 3 + gap]
         assert wire.call("PUT", "full", "new") == 4 + gap
         assert [numbers(wire, topic) for topic in ("full", "empty", "none")] == [(3, 2), (1, 1), (0, 0)]
-    # A graceful stop goes on with that run, also for a client that comes back only now.
+    # A graceful stop continues that run, also for a client that reconnects only now.
     store = SQLiteStore(0)
     with serving_store(store, snapshot_file=str(path)) as server, wire_to(server) as wire:
         assert lost_ids(wire) == [3, 3 + gap]
@@ -1329,7 +1329,7 @@ def test_missed_count_is_exact_after_kill(tmp_path: Path) -> None:
         copy = path.read_bytes()
     path.write_bytes(copy)
     snapshot_file.record_restore(path, snapshot_file.verify(path))
-    # It counts twice, because it was no last one. A client that was away meanwhile is told of both.
+    # It counts twice, because it was not a final snapshot. A client that was away learns of both ranges.
     with serving(snapshot_file=str(path)) as server, wire_to(server) as wire:
         assert lost_ids(wire) == [3, 3 + gap, 4 + gap, 4 + 3 * gap]
         assert [numbers(wire, topic) for topic in ("full", "empty", "none")] == [(3, 3), (1, 1), (0, 0)]
@@ -1338,7 +1338,7 @@ def test_missed_count_is_exact_after_kill(tmp_path: Path) -> None:
         assert wire.error("STATS", "full", "AFTER", "x") == wire.error("STATS", "full", "AFTER") == "BADREQUEST"
 
 
-def test_of_many_kills_the_last_are_remembered(store: ClockedStore) -> None:
+def test_last_ranges_of_lost_ids_are_remembered(store: ClockedStore) -> None:
     for number in range(1, 300):
         store.begin_run(store.last_id() + number)
     assert len(store.lost_ids) == 200
@@ -1346,6 +1346,6 @@ def test_of_many_kills_the_last_are_remembered(store: ClockedStore) -> None:
     last = store.last_id()
     for number in range(3):
         store.begin_run(last + number + 1)
-    # One with all numbers is always there.
+    # The last range is always remembered with all numbers.
     assert store.lost_ids == [last + 1, last + 2, last + 2, last + 3]
     assert store.stats(b"59999", last + 3).restored_number == 1

@@ -166,7 +166,7 @@ def test_caught_up_reader_runs_no_statement(store: ClockedStore) -> None:
 def test_reader_with_backlog_runs_one_statement(store: ClockedStore) -> None:
     put(store, b"t", *[b"x"] * store_module.FLUSH_MESSAGES)
     store.flush()
-    put(store, b"t", b"and one in the tail")
+    put(store, b"t", b"and one in the buffer")
     statements = watch(store)
     assert len(read(store, b"t")) == store_module.FLUSH_MESSAGES + 1
     assert len(statements) == 1
@@ -214,7 +214,7 @@ def test_flush_writes_full_buffers(store: ClockedStore, size: int) -> None:
 
 
 @pytest.mark.parametrize(("size", "messages"), [(1, 128), (100, 128), (200, 81), (4096, 4), (9000, 1), (20_000, 1)])
-def test_chunks_are_bounded(store: ClockedStore, size: int, messages: int) -> None:
+def test_rows_are_bounded(store: ClockedStore, size: int, messages: int) -> None:
     put(store, b"t", *[b"x" * size] * 300)
     store.write()
     held = store.connection.execute("SELECT length(ids_and_sizes) / 16, length(bodies) FROM chunks").fetchall()
@@ -233,17 +233,17 @@ def test_long_messages_among_short_ones_are_read_whole(store: ClockedStore, size
     assert store.latest(b"t", 0)[0].body == b"y"
 
 
-def test_a_long_message_is_copied_once_when_it_is_read(store: ClockedStore) -> None:
+def test_long_message_is_read_as_blob(store: ClockedStore) -> None:
     put(store, b"t", b"x" * (1 << 20))
     store.write()
     statements = watch(store)
     assert len(store.read(b"t", 0, 1, 1)[0].body) == 1 << 20
-    # As a row's value it would be copied into the row first.
+    # A value in a row is copied twice.
     (statement,) = statements
     assert "CASE WHEN length(bodies)" in statement
 
 
-def test_what_is_deleted_is_not_overwritten(store: ClockedStore) -> None:
+def test_deleted_data_is_not_overwritten(store: ClockedStore) -> None:
     assert store.connection.execute("PRAGMA secure_delete").fetchone() == (0,)
 
 
@@ -279,7 +279,7 @@ PLANS = {
 def test_statements_use_the_index_and_sort_nothing(store: ClockedStore, statement: str) -> None:
     sql = getattr(database, statement)
     rows = store.connection.execute("EXPLAIN QUERY PLAN " + sql, [0] * sql.count("?"))
-    # SQLite before 3.36 names the kind of thing too.
+    # SQLite before 3.36 says TABLE, too.
     assert [row[3].replace(" TABLE ", " ") for row in rows] == [PLANS[statement]]
 
 
@@ -523,7 +523,7 @@ PUTS = {
 
 
 def stop_growing(store: ClockedStore) -> None:
-    """Let the database have the pages that it has, and no more."""
+    """Make SQLite fail as if there were no memory for more pages."""
     store.connection.execute("PRAGMA max_page_count = 1")
 
 
@@ -531,7 +531,7 @@ def stop_growing(store: ClockedStore) -> None:
 def test_put_without_memory_stores_nothing(store: ClockedStore, clock: Clock, puts: list[Put]) -> None:
     put(store, b"t", b"x")
     stop_growing(store)
-    # The tail takes it; then it has to be written first.
+    # The write buffer takes this, and must then be flushed before the next put.
     put(store, b"t", BIG)
     before = everything(store)
     for _ in range(2):
@@ -644,7 +644,7 @@ def test_interrupt_in_transaction_stores_nothing_and_propagates(
     store: ClockedStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Interrupting:
-        """The database, and Ctrl-C once everything but COMMIT has been executed."""
+        """A connection that is interrupted before COMMIT."""
 
         def __getattr__(self, name: str) -> object:
             return getattr(connection, name)
@@ -710,7 +710,7 @@ def test_concurrent_puts_are_neither_lost_nor_duplicated_nor_reordered(store: Cl
         found = []
         end = False
         while found or not end:
-            # In this order: what is stored when the writers are done is found after that.
+            # In this order, so that the last read comes after the last put.
             end = written.is_set()
             found = store.read(topic, seen[-1].id if seen else 0, count, 1_000_000)
             seen += found
@@ -739,7 +739,7 @@ def test_concurrent_puts_are_neither_lost_nor_duplicated_nor_reordered(store: Cl
     assert sorted(message.id for topic in topics for message in seen[topic, 1]) == ids
 
 
-# What is told of it
+# Statistics
 
 
 def test_expired_unread_messages_are_counted(store: ClockedStore, clock: Clock) -> None:
@@ -749,7 +749,7 @@ def test_expired_unread_messages_are_counted(store: ClockedStore, clock: Clock) 
     store.read(b"read", 0, 2, 1000)
     store.latest(b"skipped", 0)
     clock.now += MAX_AGE + 1
-    # Numbers go on, and what is read of the new counts for none of the old.
+    # Reading the new message does not make the expired ones count as read.
     put(store, b"unread", b"z")
     read(store, b"unread")
     expire_all(store)
@@ -764,7 +764,7 @@ def test_unread_ranges_are_tracked(store: ClockedStore, clock: Clock) -> None:
     store.read(b"t", 0, 1, 1000)
     clock.now += MAX_AGE + 1
     put(store, b"t", b"4", b"5")
-    # Whether 2 and 3 are deleted before or after it has gone on.
+    # The reader continues before 2 and 3 are deleted.
     assert bodies(read(store, b"t", 1)) == [b"4", b"5"]
     expire_all(store)
     assert store.totals().expired_unread == 2
@@ -868,11 +868,11 @@ def test_largest_topics_are_listed_with_last_numbers(store: ClockedStore) -> Non
     assert [store.last_number(topic) for topic in (b"b", b"none")] == [5, 0]
 
 
-# Everything together
+# Against the model
 
 
 class Row(NamedTuple):
-    """A message as the model holds it."""
+    """A message in the model."""
 
     id: int
     topic: bytes
@@ -890,7 +890,7 @@ class Model:
         self.clock = clock
         self.last_id = 0
         self.held: list[Row] = []
-        # The last number and id of each topic that is not forgotten.
+        # Last number and id of each topic that is not forgotten.
         self.last: dict[bytes, tuple[int, int]] = {}
         self.keys: dict[tuple[bytes, int], int] = {}
         self.expired = 0
@@ -1037,7 +1037,7 @@ class StoreAndModel(RuleBasedStateMachine):
     @invariant()
     def agree(self) -> None:
         assert self.store.last_id() == self.model.last_id
-        # Which it knows of runs alone, and has tests of its own.
+        # The model does not count unread messages; they have tests of their own.
         assert self.store.totals()._replace(expired_unread=0) == self.model.totals()
         for topic in TOPICS:
             assert self.store.stats(topic) == self.model.stats(topic)
@@ -1046,7 +1046,7 @@ class StoreAndModel(RuleBasedStateMachine):
 
 TestStoreAndModel = StoreAndModel.TestCase
 TestStoreAndModel.settings = settings(
-    # To explain what it finds takes it a minute.
+    # Explaining a failure would take a minute.
     phases=[phase for phase in Phase if phase is not Phase.explain],
     max_examples=60,
     stateful_step_count=40,
