@@ -2,54 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 from dsmq.broker.states import OPEN, WAITING
 from dsmq.broker.usage import FREE_BYTES, Count
 from dsmq.errors import BadRequest, Busy, ReplyError
-from dsmq.store.api import MESSAGE_OVERHEAD_BYTES, Answer, Message, Put, Store
+from dsmq.store.api import MESSAGE_OVERHEAD_BYTES, Answer, Message, Put
 from dsmq.wire.resp import Encoded
 
 if TYPE_CHECKING:
     from dsmq.broker.connection import Connection
+    from dsmq.broker.messages import PendingRead
 
 # Max memory for the positions of GET of one connection, and what each takes besides its topic.
 MAX_POSITION_BYTES = 2_097_152
 POSITION_OVERHEAD_BYTES = 200
-
-
-@dataclass(slots=True, eq=False)
-class PendingRead:
-    """A request for messages, until it is answered."""
-
-    topic: bytes
-    after: int
-    count: int
-    """Max messages; 0 for the newest one only."""
-    max_bytes: int
-    wait_ms: int
-    """How long to wait if there are no messages."""
-    encode: Callable[[Connection, PendingRead, list[Message]], Encoded]
-    epoch: bytes | None = None
-    """The epoch that `after` belongs to."""
-    below: int = 0
-    """Unless 0, only messages with lower ids are read: later puts of the same transaction are stored already."""
-    deadline: float = math.inf
-    registered: bool = False
-    """Whether a put into the topic wakes the connection."""
-
-    def fetch(self, store: Store) -> Answer[list[Message]]:
-        if self.count:
-            return store.read(self.topic, self.after, self.count, self.max_bytes)
-        if self.below:
-            return store.latest(self.topic, self.after, self.below)
-        return store.latest(self.topic, self.after)
 
 
 class Reads:
