@@ -19,7 +19,6 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from dsmq import logs
-from dsmq.broker.commands import COMMANDS
 from dsmq.broker.context import ServerContext
 from dsmq.broker.counters import Counters
 from dsmq.broker.deadlines import Timers, TimerTarget
@@ -57,7 +56,7 @@ class EventLoop:
     def __init__(self, name: str, context: ServerContext, workers: Sequence[EventLoop]) -> None:
         """`workers` are all event loops that share the store, including this one."""
         self.context = context
-        self.counters = Counters(commands=dict.fromkeys((command.name for command in COMMANDS.values()), 0))
+        self.counters = Counters(commands=dict.fromkeys((command.name for command in context.commands.all.values()), 0))
         self.now = time.monotonic()
         self.connections: dict[Connection, None] = {}
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
