@@ -263,7 +263,6 @@ class Requests:
         self.transaction = None
         self.reserved = 0
         self.incomplete_since = self.slow_from = math.inf
-        self.budget.drop(self.connection)
 
 
 def _counted(size: int) -> int:
