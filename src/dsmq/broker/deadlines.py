@@ -73,10 +73,7 @@ class Timers:
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, TimerTarget]] = []
         self._numbers = itertools.count()
-
-    @property
-    def next_at(self) -> float:
-        return self._heap[0][0] if self._heap else math.inf
+        self.next_at = math.inf
 
     def schedule(self, target: TimerTarget, when: float, targets: int) -> None:
         """`targets` is the approximate number of targets."""
@@ -86,12 +83,14 @@ class Timers:
             # Most are of closed connections, or were replaced by earlier ones.
             self._heap = [timer for timer in self._heap if _is_valid(*timer)]
             heapq.heapify(self._heap)
+        self.next_at = self._heap[0][0] if self._heap else math.inf
 
     def run(self, now: float) -> None:
         # Taken out first: timers scheduled meanwhile belong to the next turn.
         due: list[tuple[float, int, TimerTarget]] = []
         while self._heap and self._heap[0][0] <= now and len(due) < MAX_TIMERS:
             due.append(heapq.heappop(self._heap))
+        self.next_at = self._heap[0][0] if self._heap else math.inf
         for timer in due:
             if _is_valid(*timer):
                 target = timer[2]

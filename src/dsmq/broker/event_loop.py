@@ -323,11 +323,12 @@ class EventLoop:
     def wake_all(self, puts: Sequence[Put]) -> None:
         """Wake the readers in all event loops that wait for these puts. Thread-safe."""
         for worker in self._workers:
-            worker.wake(puts)
+            if worker.waiters.by_topic:
+                worker.wake(puts)
 
     def wake(self, puts: Sequence[Put]) -> None:
         """Wake the readers in this event loop that wait for these puts. Thread-safe."""
-        if self.waiters.by_topic and (topics := self.waiters.topics_of(puts)):
+        if topics := self.waiters.topics_of(puts):
             if threading.get_ident() == self.thread.ident:
                 self._wake(topics)
             else:
