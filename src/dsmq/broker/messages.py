@@ -126,7 +126,9 @@ def parse_read(client: Connection, request: list[bytes]) -> PendingRead:
     topic = parse_topic(client, request)
     after = parse_integer(request[2], "after")
     count, max_bytes, wait_ms, epoch = _read_options(*request[3:])
-    return PendingRead(topic, after, count, min(max_bytes, client.max_read_bytes), wait_ms, _encode_read, epoch)
+    if client.transport.budget.total:
+        max_bytes = min(max_bytes, SHORT_READ_BYTES)
+    return PendingRead(topic, after, count, max_bytes, wait_ms, _encode_read, epoch)
 
 
 @lru_cache
