@@ -26,6 +26,7 @@ from dsmq import settings as config
 from dsmq.broker import listener as listening
 from dsmq.broker.access import Access
 from dsmq.broker.admission import Admission
+from dsmq.broker.commands import TABLE
 from dsmq.broker.connection import Connection
 from dsmq.broker.context import ServerContext
 from dsmq.broker.event_loop import EventLoop
@@ -125,7 +126,9 @@ class Server:
         self._commands: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self.status: Status
         info = lambda: self.status.info()  # noqa: E731, PLW0108 - it is made below
-        self.context = ServerContext(settings, self._store, Access.load(settings), Usage(), self.request_stop, info)
+        self.context = ServerContext(
+            TABLE, settings, self._store, Access.load(settings), Usage(), self.request_stop, info
+        )
         self._apply(settings)
         self._listeners: list[Listener] = []
         self._workers: list[EventLoop] = []
