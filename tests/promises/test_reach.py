@@ -345,16 +345,14 @@ def test_silent_server_times_out_for_every_call() -> None:
 
 @CONNECTS
 @pytest.mark.parametrize("host", ["no.such.invalid", "a..b"])
-def test_a_name_that_does_not_resolve_is_named(connect: Connect, host: str) -> None:
+def test_unresolvable_name_is_in_the_error(connect: Connect, host: str) -> None:
     with pytest.raises(socket.gaierror, match=f"cannot resolve '{host}': .") as told:
         connect(host)
     assert told.value.errno == socket.EAI_NONAME
 
 
 @CONNECTS
-def test_an_attempt_to_reach_a_server_says_for_how_long_it_was_made(
-    connect: Connect, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_refused_connect_reports_time_spent_trying(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_module, "_n_tries", 4)
     # Nobody else gets it while it is bound, and nobody listens.
     with socket.socket() as unused:
@@ -485,9 +483,7 @@ def running(script: str) -> Iterator[tuple[IO[str], IO[str]]]:
 
 
 @pytest.mark.parametrize("fork", ["os.fork", "ctypes.PyDLL(None).fork"])
-def test_a_call_goes_on_in_a_child_in_which_the_signal_handler_that_forked_has_called_the_client(
-    server: Server, fork: str
-) -> None:
+def test_call_continues_in_child_whose_forking_handler_used_the_client(server: Server, fork: str) -> None:
     """It must not wait on a descriptor that is another connection's now; its own deadline is far."""
     script = f"""
 import ctypes, os, signal
@@ -514,7 +510,7 @@ with connect(port={server.port}, timeout={10 * SOON}) as mq:
         assert output.readline() == "x 0\n"
 
 
-def test_a_child_that_is_forked_while_a_request_is_sent_leaves_the_connection_to_the_parent(server: Server) -> None:
+def test_child_forked_during_send_leaves_connection_to_parent(server: Server) -> None:
     script = f"""
 import ctypes, os, signal, sys
 from dsmq.client import connect
