@@ -12,6 +12,7 @@ from dsmq.client import reader as reader_module
 from dsmq.client import session as wire
 from dsmq.client.core import Core
 from dsmq.client.reader import Claim, TopicReader
+from dsmq.client.requests import Producer, list_topics
 from dsmq.client.session import Message, Session
 from dsmq.client.stretch import Entry, Era
 from dsmq.errors import (
@@ -117,8 +118,8 @@ def test_other_requests_are_encoded() -> None:
     assert request(Session().hello) == [b"HELLO", b"2", b"NOTICES"]
     assert request(wire.PING) == [b"PING"]
     assert request(wire.SHUTDOWN) == [b"SHUTDOWN"]
-    assert request(replies.topics_request([])) == [b"TOPICS"]
-    assert request(replies.topics_request([("a", 1, 1), ("café", 1, 1)])) == [b"TOPICS", b"AFTER", "café".encode()]
+    calls = list_topics([("a", 1, 1), ("café", 1, 1)])
+    assert request(next(calls).request(Producer(b"run"))) == [b"TOPICS", b"AFTER", "café".encode()]
 
 
 @pytest.mark.parametrize("body", ["café", "café".encode(), bytearray("café".encode()), memoryview("café".encode())])

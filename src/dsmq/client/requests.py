@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self, TypeAlias, TypeVar
 
 from dsmq.client import arguments
 from dsmq.client.reader import LATEST, MAX_READ_BYTES, MIN_READ_BYTES, Asked, Claim, TopicReader, read_request
-from dsmq.client.replies import reason, restored_number, stored_id, topics, topics_request
+from dsmq.client.replies import reason, restored_number, stored_id, topics
 from dsmq.client.stretch import Entry, Era
 from dsmq.errors import AuthRequired, ConnectionLost, DSMQError, MessageNotText, ReplyError, ShuttingDown, TimedOut
 from dsmq.system import boot_time, process
@@ -48,19 +48,14 @@ _LONG_WAIT_SECONDS = 1.0
 class Producer:
     """Numbers the puts of one connection; a server recognizes those that are sent again."""
 
-    __slots__ = ("_name", "_process", "_seq", "era", "run")
+    __slots__ = ("_name", "_seq", "era", "process", "run")
 
     def __init__(self, run: bytes, era: Era | None = None) -> None:
         self.run, self.era = run, era
         # Importing the module `secrets` takes longer than importing the rest of this package.
         self._name = binascii.b2a_base64(os.urandom(9), newline=False)
         self._seq = 0
-        self._process = process()
-
-    def check_process(self) -> None:
-        """Raise ConnectionResetError in a forked child: connection and numbers are the parent's."""
-        if process() is not self._process:
-            raise ConnectionResetError(FORKED)
+        self.process = process()
 
     def put(self, name: bytes, body: bytes) -> bytes:
         """Return a PUT under the next number, without its argument count."""
@@ -249,7 +244,8 @@ def list_topics(found: list[tuple[str, int, int]]) -> Iterator[Call]:
     """Add the topics that hold messages to a list; the calls are to be made as those of `read`."""
     page = None
     while page is None or page:
-        yield (call := Call(topics_request(found)))
+        after = (b"AFTER", found[-1][0].encode()) if found else ()
+        yield (call := Call(encode_request(b"TOPICS", *after)))
         page = topics(call.reply)
         found += page
 
@@ -311,8 +307,9 @@ class Batch(Put):
         return len(self._bodies) - self._answered
 
     def request(self, producer: Producer) -> bytes:
-        # The process may have forked while the messages were made.
-        producer.check_process()
+        if process() is not producer.process:
+            # It has forked while the messages were made: connection and numbers are the parent's.
+            raise ConnectionResetError(FORKED)
         self._is_sent = True
         done, self._answered = self._answered, 0
         self._bodies, self._all_keyed = self._bodies[done:], self._all_keyed[done:]
