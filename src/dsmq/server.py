@@ -266,7 +266,7 @@ class Server:
             access.check_exposure(listener.socket for listener in self._listeners)
         except Exception as error:
             expected, about = isinstance(error, ConfigError), logs.event("reload_failed", error=str(error))
-            _logger.error("nothing is changed: %s", error, extra=about, exc_info=not expected)
+            _logger.error("reload failed: %s", error, extra=about, exc_info=not expected)
             return
         self.context.access = access
         self._apply(new.model_copy(update={name: getattr(before, name) for name in RESTART_REQUIRED}))
