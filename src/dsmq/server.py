@@ -285,8 +285,8 @@ class Server:
 
     # Stop
 
-    def stop(self, seconds: float | None = None, *, abandon: bool = False) -> list[str]:
-        """Stop in stages, by default within stop_timeout_seconds; return the names of threads that survived.
+    def stop(self, *, abandon: bool = False) -> list[str]:
+        """Stop in stages, within stop_timeout_seconds; return the names of threads that survived.
 
         Idempotent. `abandon`, or a KeyboardInterrupt meanwhile, gives up what is left, including the last snapshot.
         """
@@ -294,16 +294,15 @@ class Server:
             if self._stopped:
                 return []
             try:
-                if seconds is None:
-                    seconds = self.context.settings.stop_timeout_seconds
-                return self._abandon() if abandon else self._stop_gracefully(seconds)
+                return self._abandon() if abandon else self._stop_gracefully()
             except KeyboardInterrupt:
                 self._abandon()
                 raise
             finally:
                 self._stopped = True
 
-    def _stop_gracefully(self, seconds: float) -> list[str]:
+    def _stop_gracefully(self) -> list[str]:
+        seconds = self.context.settings.stop_timeout_seconds
         deadline = time.monotonic() + seconds
         self.status.stopping = True
         self._systemd.stopping(seconds + (LAST_SNAPSHOT_SECONDS if self._snapshotter else 0))
