@@ -203,7 +203,7 @@ class Daemon(Process):
         """Return the match in the next matching line of the log."""
         found: list[re.Match[str]] = []
 
-        def look() -> bool:
+        def matched() -> bool:
             ended = self.process.poll() is not None
             for line in self.log().splitlines(keepends=True)[self._lines_read :]:
                 if not line.endswith("\n"):
@@ -214,7 +214,7 @@ class Daemon(Process):
                     return True
             return ended
 
-        wait_until(look)
+        wait_until(matched)
         assert found, f"no line like {pattern!r} in:\n{self.log()}"
         return found[0]
 

@@ -42,7 +42,7 @@ def toml(folder: Path, text: str | bytes) -> str:
     return str(file)
 
 
-def complaint(file: str | None = None, **given: object) -> str:
+def config_error(file: str | None = None, **given: object) -> str:
     """Return the error for these settings, which must be a single line."""
     with pytest.raises(ConfigError) as caught:
         config.load(file, name_of=config.option, **given)
@@ -159,32 +159,32 @@ BAD = [
         for text in ("dsmq:30009", "http://dsmq", "*.dsmq", "a b", "dsmq,ö")
     ),
 ]
-by_bad = pytest.mark.parametrize(("name", "value", "says"), BAD)
+by_bad = pytest.mark.parametrize(("name", "value", "expected"), BAD)
 
 
 @by_bad
-def test_invalid_option_is_reported(name: str, value: str, says: str) -> None:
-    line = complaint(**{name: value})
+def test_invalid_option_is_reported(name: str, value: str, expected: str) -> None:
+    line = config_error(**{name: value})
     assert line.startswith("--" + name.replace("_", "-") + ": ")
-    assert says in line
+    assert expected in line
     assert repr(value) in line
 
 
 @by_bad
-def test_invalid_variable_is_reported(name: str, value: str, says: str, setenv: SetEnv) -> None:
+def test_invalid_variable_is_reported(name: str, value: str, expected: str, setenv: SetEnv) -> None:
     setenv("DSMQ_" + name.upper(), value)
-    line = complaint()
+    line = config_error()
     assert line.startswith("DSMQ_" + name.upper() + ": ")
-    assert says in line
+    assert expected in line
     assert repr(value) in line
 
 
 @by_bad
-def test_invalid_value_in_file_is_reported(name: str, value: str, says: str, tmp_path: Path) -> None:
+def test_invalid_value_in_file_is_reported(name: str, value: str, expected: str, tmp_path: Path) -> None:
     file = toml(tmp_path, f"{name} = {json.dumps(value)}")
-    line = complaint(file)
+    line = config_error(file)
     assert line.startswith(f"{file}: {name}: ")
-    assert says in line
+    assert expected in line
     assert repr(value) in line
 
 
@@ -194,16 +194,16 @@ def test_invalid_value_in_file_is_reported(name: str, value: str, says: str, tmp
 )
 def test_value_of_wrong_type_is_reported(text: str, tmp_path: Path) -> None:
     file = toml(tmp_path, text)
-    assert complaint(file).startswith(f"{file}: {'host' if 'host' in text else 'port'}: ")
+    assert config_error(file).startswith(f"{file}: {'host' if 'host' in text else 'port'}: ")
 
 
 def test_http_port_false_is_refused(tmp_path: Path) -> None:
     file = toml(tmp_path, "http_port = false")
-    assert "http_port" in complaint(file)
+    assert "http_port" in config_error(file)
 
 
 def test_all_errors_are_reported_in_one_line() -> None:
-    line = complaint(port="abc", log_level="loud", bogus="1")
+    line = config_error(port="abc", log_level="loud", bogus="1")
     assert "--port: " in line
     assert "--log-level: " in line
     assert "bogus: unknown setting" in line
@@ -212,27 +212,27 @@ def test_all_errors_are_reported_in_one_line() -> None:
 def test_invalid_value_is_blamed_on_file_if_variable_is_empty(tmp_path: Path, setenv: SetEnv) -> None:
     setenv("DSMQ_PORT", "")
     file = toml(tmp_path, "port = 99999")
-    assert complaint(file).startswith(f"{file}: port: ")
+    assert config_error(file).startswith(f"{file}: port: ")
 
 
 def test_invalid_variable_is_reported_in_any_case(setenv: SetEnv) -> None:
     setenv("dsmq_port", "abc")
-    assert complaint().lower().startswith("dsmq_port: ")
+    assert config_error().lower().startswith("dsmq_port: ")
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 @pytest.mark.parametrize("name", FLOATS)
 def test_infinite_seconds_are_refused(name: str, value: str, tmp_path: Path) -> None:
-    assert "finite" in complaint(**{name: value})
-    assert "finite" in complaint(toml(tmp_path, f"{name} = {value}"))
+    assert "finite" in config_error(**{name: value})
+    assert "finite" in config_error(toml(tmp_path, f"{name} = {value}"))
 
 
 @pytest.mark.parametrize("name", [name for name, about in PROPERTIES.items() if about.get("type") == "string"])
 def test_text_with_nul_character_is_refused(name: str, tmp_path: Path) -> None:
     if not config.is_secret(name):
-        assert "NUL" in complaint(**{name: "unix:/a\0b"})
+        assert "NUL" in config_error(**{name: "unix:/a\0b"})
     file = toml(tmp_path, f'{name} = "a\\u0000b"')
-    line = complaint(file)
+    line = config_error(file)
     assert line.startswith(f"{file}: {name}: should be text without NUL characters")
     assert "\0" not in line
 
@@ -240,7 +240,7 @@ def test_text_with_nul_character_is_refused(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", ["9" * 5000, 16**5000, "x" * 5000], ids=["digits", "number", "letters"])
 @pytest.mark.parametrize("name", ["port", "max_age_seconds", "log_level"])
 def test_long_invalid_value_is_shortened(name: str, value: object) -> None:
-    assert len(complaint(**{name: value})) < 300
+    assert len(config_error(**{name: value})) < 300
 
 
 @pytest.mark.parametrize(
@@ -254,19 +254,25 @@ def test_long_invalid_value_is_shortened(name: str, value: object) -> None:
 )
 def test_unknown_setting_error_suggests_nearest(wrong: str, nearest: str, tmp_path: Path, setenv: SetEnv) -> None:
     file = toml(tmp_path, f"{wrong} = 1")
-    assert complaint(file) == f"{file}: {wrong}: unknown setting; did you mean {nearest}?"
+    assert config_error(file) == f"{file}: {wrong}: unknown setting; did you mean {nearest}?"
     setenv("DSMQ_" + wrong.upper(), "1")
-    assert complaint() == f"DSMQ_{wrong.upper()}: unknown setting; did you mean DSMQ_{nearest.upper()}?"
+    assert config_error() == f"DSMQ_{wrong.upper()}: unknown setting; did you mean DSMQ_{nearest.upper()}?"
 
 
 def test_section_in_file_is_unknown_setting(tmp_path: Path) -> None:
     file = toml(tmp_path, "[server]\nport = 1")
-    assert complaint(file) == f"{file}: server: unknown section; settings are not divided into sections"
+    assert config_error(file) == f"{file}: server: unknown section; settings are not divided into sections"
+
+
+def test_names_of_pydantic_arguments_are_unknown_settings(tmp_path: Path) -> None:
+    line = config_error(toml(tmp_path, '_env_file = "x"\n_secrets_dir = "y"'))
+    assert "_env_file: unknown setting" in line
+    assert "_secrets_dir: unknown setting" in line
 
 
 def test_unknown_setting_without_near_match_has_no_suggestion(tmp_path: Path) -> None:
     file = toml(tmp_path, "frobnicate = 1")
-    assert complaint(file) == f"{file}: frobnicate: unknown setting"
+    assert config_error(file) == f"{file}: frobnicate: unknown setting"
 
 
 def test_call_error_names_arguments_not_options() -> None:
@@ -275,14 +281,14 @@ def test_call_error_names_arguments_not_options() -> None:
 
 
 def test_help_shows_defaults_as_entered() -> None:
-    said = " ".join(run_dsmq("serve", "--help").stdout.decode().split())
+    shown = " ".join(run_dsmq("serve", "--help").stdout.decode().split())
     for name, default in [("metrics-topics", "0"), ("protected-mode", "true"), ("idle-timeout-seconds", "0")]:
-        assert re.search(rf"--{name} VALUE [^-]*Default: {default} --", said), name
-    assert re.search(r"--tls-cert-file VALUE [^-]*Default: none --", said)
+        assert re.search(rf"--{name} VALUE [^-]*Default: {default} --", shown), name
+    assert re.search(r"--tls-cert-file VALUE [^-]*Default: none --", shown)
 
 
 def test_client_commands_know_all_setting_names() -> None:
-    assert environment.setting_names() == list(config.Settings.model_fields)
+    assert list(environment.settings()) == list(config.Settings.model_fields)
 
 
 def test_unrelated_variables_are_ignored(setenv: SetEnv) -> None:
@@ -341,7 +347,7 @@ def test_service_links_are_not_settings(change_case: Callable[[str], str], seten
 )
 def test_variables_resembling_service_links_are_settings(variable: str, value: str, setenv: SetEnv) -> None:
     setenv(variable, value)
-    assert complaint().startswith(variable + ": ")
+    assert config_error().startswith(variable + ": ")
 
 
 def test_service_links_are_logged_once_at_debug_level() -> None:
@@ -360,7 +366,7 @@ def test_contradicting_variables_are_refused(setenv: SetEnv) -> None:
     setenv("dsmq_port", "1001")
     assert config.load().port == 1001
     setenv("dsmq_port", "1002")
-    assert complaint() == "DSMQ_PORT and dsmq_port are both set, to different values"
+    assert config_error() == "DSMQ_PORT and dsmq_port are both set, to different values"
 
 
 def test_config_variable_may_be_lower_case(tmp_path: Path, setenv: SetEnv) -> None:
@@ -374,7 +380,7 @@ TOKEN = "a-token-that-is-long-enough"
 
 
 @pytest.mark.parametrize(
-    ("given", "says"),
+    ("given", "expected"),
     [
         ({"tls_key_file": "key"}, "tls_key_file is set without tls_cert_file"),
         ({"tls_client_ca_file": "ca"}, "tls_client_ca_file is set without tls_cert_file"),
@@ -383,8 +389,8 @@ TOKEN = "a-token-that-is-long-enough"
         ({"snapshot_file": "it", "snapshot_interval_seconds": "0.99"}, "should be 0, or at least 1, not '0.99'"),
     ],
 )
-def test_inconsistent_settings_are_refused(given: dict[str, Any], says: str) -> None:
-    assert says in complaint(**given)
+def test_inconsistent_settings_are_refused(given: dict[str, Any], expected: str) -> None:
+    assert expected in config_error(**given)
 
 
 @pytest.mark.parametrize("seconds", [0, 1])
@@ -394,7 +400,7 @@ def test_snapshot_interval_is_zero_or_at_least_a_second(seconds: float) -> None:
 
 @pytest.mark.parametrize("name", ["auth_token", "http_token"])
 @pytest.mark.parametrize(
-    ("token", "says"),
+    ("token", "expected"),
     [
         (TOKEN + " two", "should be a token: ASCII, without blanks"),
         (" " + TOKEN, "should be a token: ASCII, without blanks"),
@@ -402,9 +408,9 @@ def test_snapshot_interval_is_zero_or_at_least_a_second(seconds: float) -> None:
         ("*" * 20, "should be the token itself, not its mask"),
     ],
 )
-def test_invalid_token_error_does_not_show_token(name: str, token: str, says: str, tmp_path: Path) -> None:
+def test_invalid_token_error_does_not_show_token(name: str, token: str, expected: str, tmp_path: Path) -> None:
     file = toml(tmp_path, f"{name} = {json.dumps(token)}")
-    assert complaint(file) == f"{file}: {name}: {says}"
+    assert config_error(file) == f"{file}: {name}: {expected}"
 
 
 def test_secrets_have_no_options_and_are_masked(tmp_path: Path) -> None:
@@ -420,13 +426,13 @@ def test_secrets_have_no_options_and_are_masked(tmp_path: Path) -> None:
 
 def test_missing_config_file_is_reported(tmp_path: Path, setenv: SetEnv) -> None:
     file = str(tmp_path / "missing.toml")
-    assert complaint(file) == f"{file}: No such file or directory"
+    assert config_error(file) == f"{file}: No such file or directory"
     setenv("DSMQ_CONFIG", file)
-    assert complaint() == f"{file}: No such file or directory"
+    assert config_error() == f"{file}: No such file or directory"
 
 
 def test_directory_as_config_file_is_reported(tmp_path: Path) -> None:
-    assert complaint(str(tmp_path)) == f"{tmp_path}: Is a directory"
+    assert config_error(str(tmp_path)) == f"{tmp_path}: Is a directory"
 
 
 def test_unreadable_config_file_is_reported(tmp_path: Path) -> None:
@@ -465,7 +471,7 @@ def test_unreadable_config_file_is_reported(tmp_path: Path) -> None:
 )
 def test_invalid_toml_is_reported(text: bytes, tmp_path: Path) -> None:
     file = toml(tmp_path, text)
-    line = complaint(file)
+    line = config_error(file)
     assert line.startswith(f"{file}: ")
     assert len(line) < 300
     assert "sys." not in line
@@ -474,7 +480,7 @@ def test_invalid_toml_is_reported(text: bytes, tmp_path: Path) -> None:
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
 def test_utf16_config_file_is_recognized(encoding: str, tmp_path: Path) -> None:
     file = toml(tmp_path, "port = 1001".encode(encoding))
-    assert complaint(file) == f"{file}: should be UTF-8; this looks like UTF-16"
+    assert config_error(file) == f"{file}: should be UTF-8; this looks like UTF-16"
 
 
 def test_config_file_may_begin_with_byte_order_mark(tmp_path: Path) -> None:
@@ -482,7 +488,7 @@ def test_config_file_may_begin_with_byte_order_mark(tmp_path: Path) -> None:
 
 
 def test_endless_config_file_is_refused() -> None:
-    assert complaint("/dev/zero") == "/dev/zero: longer than 1048576 bytes"
+    assert config_error("/dev/zero") == "/dev/zero: longer than 1048576 bytes"
 
 
 def test_empty_config_file_changes_nothing(tmp_path: Path) -> None:
@@ -494,8 +500,7 @@ def test_empty_config_file_changes_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", config.Settings.model_fields)
 def test_every_setting_has_a_description(name: str) -> None:
-    about = config.Settings.model_fields[name].description
-    assert about
+    about = environment.settings()[name]
     assert about[0].isupper()
     assert about.endswith(".")
 
@@ -512,12 +517,12 @@ def test_out_of_bounds_numbers_are_refused(name: str) -> None:
     kind = NUMBERS[name]
     needed = {"snapshot_file": "it"} if name == "snapshot_interval_seconds" else {}
     assert getattr(config.load(**{name: kind["maximum"]}, **needed), name) == kind["maximum"]
-    complaint(**{name: kind["maximum"] + 1})
+    config_error(**{name: kind["maximum"] + 1})
     if "minimum" in kind:
         assert getattr(config.load(**{name: kind["minimum"]}), name) == kind["minimum"]
-        complaint(**{name: kind["minimum"] - 1})
+        config_error(**{name: kind["minimum"] - 1})
     else:
-        complaint(**{name: kind["exclusiveMinimum"]})
+        config_error(**{name: kind["exclusiveMinimum"]})
 
 
 # TOML out

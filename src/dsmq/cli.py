@@ -176,8 +176,6 @@ _DEFAULTS = {"host": "127.0.0.1", "port": "30008", "auth_token": "", "auth_token
 def _server_settings(*, use_file: bool) -> dict[str, _Setting]:
     """Return the settings that locate the server. Raises ConfigError."""
     values, sources = environment.read(None if use_file else "")
-    if unknown := [name for name in values if name not in environment.setting_names()]:
-        raise ConfigError(f"{sources[unknown[0]]}: {environment.unknown(unknown[0])}")
     return {
         name: _Setting(str(values.get(name, default)), sources.get(name, "")) for name, default in _DEFAULTS.items()
     }

@@ -1,4 +1,4 @@
-"""The parser of the command line. Options may appear anywhere, messages may begin with a dash, errors are one line."""
+"""The parser of the command line. Options may appear anywhere, messages may begin with a dash, errors fit on a line."""
 
 from __future__ import annotations
 

@@ -12,7 +12,6 @@ import re
 import tomllib
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from dsmq.errors import ConfigError
@@ -33,14 +32,15 @@ _LINKS = re.compile(
 
 
 @cache
-def setting_names() -> list[str]:
-    """Return the names of all settings.
+def settings() -> dict[str, str]:
+    """Return the names of all settings, with their docstrings.
 
     They are read from the source of `dsmq.settings`, because importing it takes longer than a client command runs.
     """
-    source = Path(__file__).with_name("settings.py").read_text()
-    fields = source.partition("\nclass Settings(")[2].partition("\n    @")[0]
-    return re.findall(r"^    ([a-z_]+): .* = ", fields, re.MULTILINE)
+    with open(os.path.join(os.path.dirname(__file__), "settings.py"), encoding="utf-8") as source:
+        fields = source.read().partition("\nclass Settings(")[2].partition("\n    @")[0]
+    found = re.findall(r'^    (\w+): [^\n]* = [^\n]*\n    """(.*?)"""', fields, re.MULTILINE | re.DOTALL)
+    return {name: " ".join(docstring.split()) for name, docstring in found}
 
 
 def read(file: str | None = None) -> tuple[dict[str, Any], dict[str, str]]:
@@ -52,6 +52,8 @@ def read(file: str | None = None) -> tuple[dict[str, Any], dict[str, str]]:
     default_file = os.environ.get(variables.pop("config", ""), "")
     file = default_file if file is None else file
     values = read_toml(file) if file else {}
+    if wrong := [f"{file}: {name}: {_refusal(name, values[name])}" for name in values if name not in settings()]:
+        raise ConfigError("; ".join(wrong))
     sources = {name: f"{file}: {name}" for name in values} | variables
     return values | {name: os.environ[variable] for name, variable in variables.items()}, sources
 
@@ -63,7 +65,7 @@ def _variables() -> dict[str, str]:
         name = variable[len(PREFIX) :].lower()
         if not value or not variable.upper().startswith(PREFIX) or _is_link(variable, value):
             continue
-        if name not in (*setting_names(), "config"):
+        if name not in settings() and name != "config":
             raise ConfigError(f"{variable}: {unknown(name, lambda known: PREFIX + known.upper())}")
         other = found.setdefault(name, variable)
         if os.environ[other] != value:
@@ -81,9 +83,14 @@ def _is_link(variable: str, value: str) -> bool:
     return name.startswith(PREFIX) and bool(_LINKS.fullmatch(f"{name.removeprefix(PREFIX)}={value}"))
 
 
+def _refusal(name: str, value: object) -> str:
+    is_section = isinstance(value, dict)
+    return "unknown section; settings are not divided into sections" if is_section else unknown(name)
+
+
 def unknown(name: str, spell: Callable[[str], str] = str) -> str:
     """Return the error for an unknown setting; spell writes the name of a known one."""
-    nearest = difflib.get_close_matches(name, setting_names(), n=1)
+    nearest = difflib.get_close_matches(name, settings(), n=1)
     return "unknown setting" + "".join(f"; did you mean {spell(known)}?" for known in nearest)
 
 

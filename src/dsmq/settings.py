@@ -60,19 +60,19 @@ Token = Annotated[SecretStr, AfterValidator(_check_secret)]
 Seconds = Annotated[float, Field(allow_inf_nan=False)]
 Timeout = Annotated[Seconds, Field(gt=0, le=600)]
 ClientTimeout = Annotated[Seconds, Field(gt=0, le=3600)]
-Connections = Annotated[int, Field(ge=1, le=1_000_000)]
+Limit = Annotated[int, Field(ge=1, le=1_000_000)]
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Bytes = Annotated[int, Field(ge=1, le=1_099_511_627_776)]
 YEAR_SECONDS = 31_536_000
 
 
 class Settings(BaseSettings):
-    """All settings. Their docstrings also appear in `--help` and `dsmq.toml.example`."""
+    """All settings. `environment.settings` reads their docstrings for `--help` and `dsmq.toml.example`."""
 
-    model_config = SettingsConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = SettingsConfigDict(extra="forbid", frozen=True)
 
     host: Host = "127.0.0.1"
-    """Address to listen on: IPv4, IPv6, a host name, or unix:/path/of/socket. Default: this machine only."""
+    """Address to listen on: IPv4, IPv6, a host name, or unix:/path/of/socket. 127.0.0.1 is local only."""
     port: Port = 30008
     """TCP port to listen on. 0: any free port. Not used with unix:."""
     protected_mode: bool = True
@@ -80,13 +80,13 @@ class Settings(BaseSettings):
     auth_token: Token = SecretStr("")
     """Admin token. Set it in the environment or a file: other users on the machine can read command lines."""
     auth_token_file: str = ""
-    """File of tokens, one per line: `token` (an admin) or `name role token`. Roles: read, write, admin."""
+    """Token file, one per line: `token` (an admin) or `name role token`. Roles: read, write (reads too), admin."""
     auth_timeout_seconds: Timeout = 10.0
     """Time limit for a new connection to finish the TLS handshake and authenticate."""
     tls_cert_file: str = ""
     """The server's certificate chain, as PEM. If set, the server accepts TLS connections only."""
     tls_key_file: str = ""
-    """The certificate's private key, as PEM. Default: it is in tls_cert_file."""
+    """The certificate's private key, as PEM. If empty, it is in tls_cert_file."""
     tls_client_ca_file: str = ""
     """CA certificates, as PEM. If set, clients must present a certificate signed by one of them."""
     http_host: TCPHost = "127.0.0.1"
@@ -128,15 +128,15 @@ class Settings(BaseSettings):
     """Max stored messages in one topic."""
     max_stored_bytes_per_topic: Bytes = 1_073_741_824
     """Max stored bytes in one topic, counted as for max_stored_bytes."""
-    max_connections: Connections = 10_000
+    max_connections: Limit = 10_000
     """Max open connections; further ones are refused. Lowered to fit the limit on open files (ulimit -n)."""
-    max_connections_per_address: Connections = 10_000
+    max_connections_per_address: Limit = 10_000
     """Max open connections from one client address. IPv6 addresses count by their first 64 bits."""
-    max_unauthenticated_connections: Connections = 1_000
+    max_unauthenticated_connections: Limit = 1_000
     """Max connections that have not authenticated. When it is exceeded, the oldest is closed."""
     max_unauthenticated_bytes: Annotated[int, Field(ge=4096, le=1_048_576)] = 16_384
     """Max size of a request from a client that has not authenticated."""
-    max_waiting_readers: Connections = 10_000
+    max_waiting_readers: Limit = 10_000
     """Max clients waiting for a message; further ones get an error."""
     max_unread_reply_bytes: Annotated[int, Field(ge=1024, le=1_073_741_824)] = 16_777_216
     """Max unread reply bytes buffered for a client; above it, its requests are not read. The default is enough for
@@ -149,7 +149,7 @@ class Settings(BaseSettings):
     only the oldest request is read; after 1 s, the clients that hold the most and send slower than 16 KiB/s are
     disconnected. A message of any allowed size fits."""
     request_timeout_seconds: ClientTimeout = 30.0
-    """Time limit from the first byte of a request to its last, plus its declared length at 16 KiB/s."""
+    """Time limit from a request's first byte to its last, plus the time its length takes at 16 KiB/s."""
     reply_timeout_seconds: ClientTimeout = 30.0
     """A client that does not read its replies for this long is disconnected."""
     idle_timeout_seconds: Annotated[Seconds, Field(ge=0, le=YEAR_SECONDS)] = 0.0
@@ -173,7 +173,7 @@ class Settings(BaseSettings):
     systemd, otherwise text."""
     log_stream: Literal["stderr", "stdout"] = "stderr"
     """Log to stderr or stdout. Some container log collectors treat all of stderr as errors."""
-    max_log_lines_per_second: Connections = 10
+    max_log_lines_per_second: Limit = 10
     """Max lines logged per second for the same cause. The rest are counted and summarised."""
 
     @classmethod
@@ -228,7 +228,6 @@ class EmbeddedSettings(Settings):
     """The settings of `serve()` called as a function; no HTTP port, so that several servers can share a machine."""
 
     http_port: HTTPPort = "off"
-    """TCP port of the HTTP endpoint."""
 
 
 def load(
@@ -269,8 +268,6 @@ def _explain(error: ValidationError, sources: dict[str, str]) -> Iterator[str]:
             # Of a union, each member gives its reason.
             before = messages.get(name, "").removesuffix(value)
             messages[name] = (f"{before} or {message.removeprefix('should be ')}" if before else message) + value
-        elif isinstance(problem["input"], dict):
-            yield f"{sources[name]}: unknown section; settings are not divided into sections"
         else:
             yield f"{sources[name]}: {environment.unknown(name)}"
     yield from (f"{sources[name]}: {message}" for name, message in messages.items())
@@ -300,7 +297,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         if is_secret(name):
             # Other users on the machine can read command lines.
             continue
-        about = f"{field.description} Default: {_as_option(field.default)}".replace("%", "%%")
+        about = f"{environment.settings()[name]} Default: {_as_option(field.default)}".replace("%", "%%")
         parser.add_argument(option(name), metavar="VALUE", dest=name, default=argparse.SUPPRESS, help=about)
 
 
@@ -331,6 +328,6 @@ def example() -> str:
         "# Each can also be given as DSMQ_NAME in the environment, or as --name on the command line; the last wins.\n"
     ]
     for name, field in Settings.model_fields.items():
-        about = textwrap.fill(field.description or "", 110, initial_indent="# ", subsequent_indent="# ")
+        about = textwrap.fill(environment.settings()[name], 110, initial_indent="# ", subsequent_indent="# ")
         parts.append(f"{about}\n#{tomli_w.dumps({name: '' if is_secret(name) else field.default})}")
     return "\n".join(parts)

@@ -154,7 +154,7 @@ def full(trial: Trial) -> None:
         trial.must("the limit is met by all 8 writers", f"{was_full}", was_full)
         judge(trial, writers, reader)
         trial.must(
-            "reads go on while it is full",
+            "reads continue while it is full",
             f"{reader.reads:,}, {len(reader.errors)} failed, longest {milliseconds(reader.longest)}",
             goes_on and not reader.errors,
         )

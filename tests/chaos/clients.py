@@ -141,7 +141,7 @@ class TracedCalls(Calls):
         return self._trace
 
 
-def told(error: BaseException) -> dict[str, Any]:
+def error_fields(error: BaseException) -> dict[str, Any]:
     """Return what an error says about a put."""
     if isinstance(error, KeyboardInterrupt):
         return {"error": INTERRUPTED}
@@ -176,12 +176,12 @@ class Writer:
             began, ended, ids, error = self.calls.run(lambda: [mq.put(topic, bodies[0])])
         else:
             began, ended, ids, error = self.calls.run(lambda: mq.put_many(topic, bodies))
-        told_of = [{"id": one} for one in ids] if ids is not None else [told(error)] * count if error else []
+        fields = [{"id": one} for one in ids] if ids is not None else [error_fields(error)] * count if error else []
         if count > 1 and error:
             # This concerns the failed one; those before it are stored.
-            told_of = [{**one, "may_be_stored": True} for one in told_of]
+            fields = [{**one, "may_be_stored": True} for one in fields]
         puts = [Put(self.job.name, topic, body, began, ended) for body in bodies]
-        self.history.add(*(replace(put, **one) for put, one in zip(puts, told_of, strict=True)))
+        self.history.add(*(replace(put, **one) for put, one in zip(puts, fields, strict=True)))
 
 
 @dataclass

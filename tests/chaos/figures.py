@@ -66,7 +66,7 @@ def judged(name: str, play: Callable[[Stage], None], seed: int) -> Figure:
     measured = f"{outcome.returned:,} puts, {outcome.read:,} reads; violations: {summary(outcome.violations)}"
     kept = f", kept in {outcome.kept}" if outcome.kept else ""
     about = f"{outcome.faults:,} {name} under {outcome.rate:,.0f} puts/s"
-    return Figure(about, "0 lost, doubled, out of order; 0 errors", measured + kept, not outcome.violations)
+    return Figure(about, "0 lost, duplicated or out of order; 0 errors", measured + kept, not outcome.violations)
 
 
 def pause(seed: int) -> Figure:
@@ -105,15 +105,15 @@ def speed(seed: int) -> list[Figure]:
         ports = [stack.enter_context(closing(Daemon(**settings))).port for settings in (snapshot, {})]
         kept, plain = (stack.enter_context(connect(HOST, port)) for port in ports)
         found = {
-            "put, all of it": _ratio(lambda: kept.put("speed", "message"), lambda: _put_without_key(plain)),
-            "put, the key": _ratio(lambda: plain.put("speed", "message"), lambda: _put_without_key(plain)),
-            "put, snapshots": _ratio(lambda: kept.put("speed", "message"), lambda: plain.put("speed", "message")),
+            "put, keys and snapshots": _ratio(lambda: kept.put("speed", "message"), lambda: _put_without_key(plain)),
+            "put, keys only": _ratio(lambda: plain.put("speed", "message"), lambda: _put_without_key(plain)),
+            "put, snapshots only": _ratio(lambda: kept.put("speed", "message"), lambda: plain.put("speed", "message")),
             # More messages have been put than are read.
-            "get with a backlog, all of it": _ratio(lambda: kept.get("speed"), lambda: plain.get("speed")),
-            "get without one, all of it": _ratio(lambda: kept.get("empty"), lambda: plain.get("empty")),
+            "get with a backlog": _ratio(lambda: kept.get("speed"), lambda: plain.get("speed")),
+            "get without a backlog": _ratio(lambda: kept.get("empty"), lambda: plain.get("empty")),
         }
     return [
-        Figure(f"speed of {name}, against without", f">= {SPEED_RATIO}", f"{ratio:.3f}", ratio >= SPEED_RATIO)
+        Figure(f"speed of {name}, relative to without", f">= {SPEED_RATIO}", f"{ratio:.3f}", ratio >= SPEED_RATIO)
         for name, ratio in found.items()
     ]
 

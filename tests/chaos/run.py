@@ -89,12 +89,12 @@ def _play(name: str, seed: int, keep: Path | None) -> list[Outcome]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=10.0, help="each scenario has its turn, however few")
-    parser.add_argument("--seed", type=int, default=1, help="of the first round; that of the next is one more")
+    parser.add_argument("--minutes", type=float, default=10.0, help="duration; each scenario runs at least once")
+    parser.add_argument("--seed", type=int, default=1, help="of the first round; each further round adds one")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=[*SCENARIOS], help=f"of: {' '.join(SCENARIOS)}")
-    parser.add_argument("--figures", action="store_true", help="measure restarts, resets, the pause and speed, before")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="where histories with violations go")
-    parser.add_argument("--mutants", action="store_true", help="see that defects are found, and no more than that")
+    parser.add_argument("--figures", action="store_true", help="first measure restarts, resets, the pause and speed")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="where to store histories with violations")
+    parser.add_argument("--mutants", action="store_true", help="only check that servers with defects are detected")
     options = parser.parse_args()
     # Clients would log each fault.
     logging.getLogger("dsmq").addHandler(logging.NullHandler())

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from chaos.clients import HOST, IDLE_SECONDS, Client, Job, told
+from chaos.clients import HOST, IDLE_SECONDS, Client, Job, error_fields
 from chaos.history import INTERRUPTED, Broken, Empty, Got, History, Put, Reader
 from dsmq.aio import AsyncClient, connect
 from dsmq.errors import DSMQError
@@ -80,7 +80,7 @@ class Tasks:
             topic = chance.choice(job.topics)
             put = Put(job.name, topic, f"{job.name} {number}", time.monotonic(), 0.0)
             message_id, error = await self._call(mq.put(topic, put.body), job, chance)
-            about = told(error) if error else {"id": message_id}
+            about = error_fields(error) if error else {"id": message_id}
             self._history.add(replace(put, ended=time.monotonic(), **about))
             await asyncio.sleep(job.pause / 4)
 

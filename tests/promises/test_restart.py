@@ -179,7 +179,7 @@ class Reader:
 
     def act(self, when: str, run: int) -> None:
         is_time, later = when == self._when.split()[0], self._later if run else "reads"
-        if later == "looks in":
+        if later == "reads once":
             self._mq.ping()
         elif later == "reads" and is_time:
             # One message; the rest is fetched with it.
@@ -211,7 +211,7 @@ def test_missed_is_exact_after_any_absence_of_client(restarted: Restarted, ends:
     readers = [
         Reader(restarted.host, when, later)
         for when in ("early", "early and ahead", "late", "late and ahead")
-        for later in ("is away", "looks in", "reads")
+        for later in ("is absent", "reads once", "reads")
     ]
     history.put("first")
     for reader in readers:

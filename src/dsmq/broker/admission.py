@@ -62,7 +62,7 @@ class Admission:
             return
         self._context.usage.connections.add(client_key, 1)
         worker = min(self._workers, key=lambda worker: len(worker.connections))
-        peer = Peer(next(self._numbers), host, client_key, name, access.connection_rules)
+        peer = Peer(next(self._numbers), client_key, name, access.connection_rules)
         add_connection = partial(worker.add_connection, self._connection(worker, stream, peer))
         if worker.thread is threading.current_thread():
             add_connection()
