@@ -99,7 +99,7 @@ def test_reload_with_short_token_changes_nothing(tmp_path: Path, caplog: pytest.
             settings[name] = SHORT
         settings["max_topics"] = 7
         server.reload()
-        assert "nothing is changed" in caplog.text
+        assert "reload failed" in caplog.text
         assert TO_MAKE_ONE.strip() in caplog.text
         assert SHORT not in caplog.text
         assert (server.context.settings, server.context.access) == before

@@ -424,7 +424,7 @@ while sys.stdin.readline():
             assert journal.priority("restart required to apply: listen_backlog$") == 4
             box.write("/etc/dsmq/dsmq.toml", "max_age_seconds = true")
             box.run("systemctl", "reload", "dsmq.service")
-            assert journal.priority("nothing is changed: /etc/dsmq/dsmq.toml: max_age_seconds: ") == 3
+            assert journal.priority("reload failed: /etc/dsmq/dsmq.toml: max_age_seconds: ") == 3
             assert metric(box, "dsmq_max_age_seconds") == 60
             assert answer(client) == "before nothing"
             wait_for(lambda: re.findall("^active$", box.show("dsmq.service", "ActiveState")))
