@@ -12,17 +12,35 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 
 from dsmq import aio
 from dsmq import settings as config
+from dsmq.broker.event_loop import EventLoop
 from dsmq.client import DSMQClientSideConnection, connect
 from dsmq.server import Server
+from dsmq.store.api import Store
+from dsmq.store.sqlite import SQLiteStore
 from helpers import HOST, ROOT, SOON, UNIT, Daemon, Wire, as_map, daemon, reached, scrape, wait_until
+from security import ADMIN, TOKENS, Files
 
 __all__ = ["HOST", "ROOT", "SOON", "UNIT", "Daemon", "Wire", "as_map", "daemon", "reached", "scrape", "wait_until"]
+
+
+# Tests that share what they install, build or start run in one process.
+GROUPS = ("browser", "clients", "deploy")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for name in GROUPS:
+            if item.get_closest_marker(name):
+                item.add_marker(pytest.mark.xdist_group(name))
 
 
 @pytest.fixture(autouse=True)
@@ -58,10 +76,10 @@ def interruptible() -> Iterator[None]:
 
 
 @contextmanager
-def serving(**settings: object) -> Iterator[Server]:
-    """A server in this process, on a free port, that serves in threads of its own."""
+def serving(store: Store | None = None, **settings: object) -> Iterator[Server]:
+    """Run a server in this process, on a free port."""
     effective = config.load(kind=config.EmbeddedSettings, **{"port": 0, **settings})
-    with Server(effective) as server:
+    with Server(effective, store) as server:
         yield server
 
 
@@ -85,6 +103,18 @@ def client(server: Server) -> Iterator[Callable[[], DSMQClientSideConnection]]:
         one.close()
 
 
+class LethalStore(SQLiteStore):
+    """Ends the expiry thread."""
+
+    def expire(self) -> int:
+        raise SystemExit
+
+
+def loop_of(server: Server) -> EventLoop:
+    """The server's first event loop."""
+    return server._workers[0]
+
+
 @contextmanager
 def blocked(server: Server) -> Iterator[threading.Event]:
     """Block a server's event loop until the event is set."""
@@ -94,7 +124,7 @@ def blocked(server: Server) -> Iterator[threading.Event]:
         begun.set()
         release.wait(SOON)
 
-    server._workers[0].post(block)
+    loop_of(server).post(block)
     assert begun.wait(SOON)
     try:
         yield release
@@ -161,3 +191,26 @@ def connect_aio(*arguments: Any, **options: Any) -> None:
 
 
 CONNECTS = pytest.mark.parametrize("connect", [connect, connect_aio])
+
+
+@pytest.fixture
+def token_file(tmp_path: Path) -> Path:
+    file = tmp_path / "tokens"
+    file.write_text(TOKENS)
+    return file
+
+
+@pytest.fixture(scope="session")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture
+def files(tmp_path: Path, authority: trustme.CA) -> Files:
+    return Files(tmp_path, authority)
+
+
+@pytest.fixture
+def tls_server(files: Files) -> Iterator[Server]:
+    with serving(tls_cert_file=files.server, auth_token=ADMIN) as server:
+        yield server

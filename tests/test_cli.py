@@ -578,7 +578,7 @@ def test_topics_prints_json(topic: str, mq: DSMQClientSideConnection) -> None:
 def test_ping_reports_that_server_answers(address: None, server: Daemon) -> None:
     status, out, err = result("ping")
     assert (status, err) == (0, b"")
-    assert out.startswith(b"PONG from 127.0.0.1 port %d in " % server.port)
+    assert out.startswith(b"PONG from 127.0.0.1:%d in " % server.port)
     assert out.count(b"\n") == 1
 
 
@@ -682,7 +682,7 @@ def test_config_escapes_control_characters_and_stays_toml() -> None:
 
 def test_host_and_port_come_from_the_environment(server: Daemon) -> None:
     env = {"DSMQ_HOST": "localhost", "DSMQ_PORT": str(server.port)}
-    assert result("ping", env=env)[1].startswith(b"PONG from localhost port %d " % server.port)
+    assert result("ping", env=env)[1].startswith(b"PONG from localhost:%d " % server.port)
 
 
 def test_options_win_over_environment(server: Daemon) -> None:
@@ -965,7 +965,7 @@ def test_too_long_certificate_file_is_reported(option: str, pem: Path, tmp_path:
 def test_missing_server_is_reported(command: str) -> None:
     port = unused_port()
     done = result(*command.split(), "--port", str(port), stdin=b"x\n")
-    assert_one_line(done, 1, f"no server answers at 127.0.0.1 port {port}")
+    assert_one_line(done, 1, f"no server answers at 127.0.0.1:{port}")
 
 
 def test_missing_unix_socket_server_is_reported_with_path(tmp_path: Path) -> None:
@@ -994,13 +994,13 @@ def test_proxy_that_closes_connections_is_reported(command: str) -> None:
         done = result(*command.split(), "--port", str(port))
         front.shutdown(socket.SHUT_RDWR)
         thread.join()
-    assert_one_line(done, 1, f"dsmq: 127.0.0.1 port {port} accepts connections and closes them at once")
+    assert_one_line(done, 1, f"dsmq: 127.0.0.1:{port} accepts connections and closes them at once")
     assert b"(--tls)" in done[2]
 
 
 def test_other_server_is_reported_as_not_dsmq(server: Daemon) -> None:
     done = result("ping", "--port", str(server.http_port), "--timeout", str(SOON))
-    assert_one_line(done, 1, f"127.0.0.1 port {server.http_port} is dsmq's HTTP endpoint")
+    assert_one_line(done, 1, f"127.0.0.1:{server.http_port} is not a dsmq server but dsmq's HTTP endpoint")
 
 
 @pytest.mark.parametrize("arguments", [["put", "", "x"], ["get", ""]], ids=["put", "get"])
@@ -1059,7 +1059,7 @@ def test_privileged_port_is_reported() -> None:
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("missing/socket", "No such file"), ("file", "something else than a socket"), ("x" * 200, "too long")],
+    [("missing/socket", "No such file"), ("file", "not a socket"), ("x" * 200, "too long")],
 )
 def test_invalid_unix_path_is_reported(name: str, expected: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a socket")
@@ -1292,7 +1292,7 @@ def test_put_resumes_after_server_restart() -> None:
             status, out, err = ended(process)
     assert (status, out) == (0, b"")
     lost, anew = err.decode().splitlines()
-    assert lost.startswith(f"dsmq: connection to 127.0.0.1 port {mq.port} lost, trying again: ")
+    assert lost.startswith(f"dsmq: connection to 127.0.0.1:{mq.port} lost, trying again: ")
     assert anew == "dsmq: the server was restarted: the messages it held are lost"
 
 

@@ -101,7 +101,7 @@ def test_demo_reports_dead_process(words: str, name: str, monkeypatch: pytest.Mo
 def test_get_example_reads_put_example(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     getter = threading.Thread(target=example_get_client.run, args=("127.0.0.1", server.port, 3, "me"))
     getter.start()
-    wait_until(lambda: server.waiting() == 1)
+    wait_until(lambda: server.status.waiting() == 1)
     example_put_client.run("127.0.0.1", server.port, n_iter=3, pause=0)
     getter.join(SOON)
     assert not getter.is_alive()
@@ -116,7 +116,7 @@ def test_get_example_ends_at_timeout(
     monkeypatch.setattr(client_module, "_n_tries", 1)
     example_get_client.run(port=server.port)
     assert capsys.readouterr().out == ""
-    assert server.counters().gets_empty >= 1
+    assert server.status.counters().gets_empty >= 1
 
 
 def test_example_server_uses_address_of_example_clients(monkeypatch: pytest.MonkeyPatch) -> None:

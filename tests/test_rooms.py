@@ -12,8 +12,8 @@ import pytest
 import dsmq
 
 ROOT = Path(dsmq.__file__).parent
-# What each room may import from, itself aside. Modules outside a room are named by themselves.
-BASE = {"errors", "logs", "system", "terminal", "threads", "tokens"}
+# What each room may import from, besides itself. A module outside all rooms is a room of its own.
+BASE = {"environment", "errors", "logs", "system", "terminal", "threads", "tokens"}
 MAY_IMPORT = {
     "wire": {"errors"},
     "settings": {"environment", "errors", "terminal", "tokens", "wire"},

@@ -6,6 +6,7 @@ import codecs
 import json
 import os
 import re
+import signal
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from conftest import ROOT, run_dsmq, without_privileges
+from conftest import ROOT, daemon, run_dsmq, without_privileges
 from dsmq import environment
 from dsmq import settings as config
 from dsmq.errors import ConfigError
@@ -347,6 +348,17 @@ def test_service_links_are_not_settings(change_case: Callable[[str], str], seten
 def test_variables_resembling_service_links_are_settings(variable: str, value: str, setenv: SetEnv) -> None:
     setenv(variable, value)
     assert config_error().startswith(variable + ": ")
+
+
+def test_service_links_are_logged_once_at_debug_level() -> None:
+    env = {"DSMQ_PORT": "tcp://10.96.3.7:30008", "DSMQ_SERVICE_HOST": "10.96.3.7"}
+    with daemon("--log-level", "debug", env=env) as server:
+        server.process.send_signal(signal.SIGHUP)
+        server.wait_for_line("configuration reloaded")
+        server.stop()
+    lines = [line for line in server.log().splitlines() if "DSMQ_SERVICE_HOST" in line]
+    assert len(lines) == 1
+    assert lines[0].endswith("DEBUG environment variables ignored as service links: DSMQ_PORT, DSMQ_SERVICE_HOST")
 
 
 def test_contradicting_variables_are_refused(setenv: SetEnv) -> None:

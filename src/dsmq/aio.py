@@ -17,26 +17,25 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections import deque
+from collections.abc import AsyncIterator, Iterable
 from types import TracebackType
-from typing import Generic, Literal, Self, TypeVar, Unpack, overload
+from typing import Any, Generic, Literal, Self, TypeVar, Unpack, overload
 
 from dsmq import client as blocking
 from dsmq.client import arguments
 from dsmq.client import session as wire
-from dsmq.client.async_connection import Connection
-from dsmq.client.async_pool import Pool
+from dsmq.client.async_pool import Pool, retrieve_error
 from dsmq.client.core import Client, Options
 from dsmq.client.reader import Claim
 from dsmq.client.replies import check, stored_id
-from dsmq.client.requests import Call, Convert, NonIdempotent, Put, PutMany, list_topics, take
+from dsmq.client.requests import ALL, Call, Convert, NonIdempotent, Put, PutMany, list_topics, read
 from dsmq.client.session import Message
 from dsmq.errors import ClientClosed
 from dsmq.system import process
 
 __all__ = ["AsyncClient", "Message", "connect"]
 
-C = TypeVar("C", bound=Call)
 D = TypeVar("D")
 T = TypeVar("T")
 
@@ -60,13 +59,28 @@ class AsyncClient(Client):
 
     async def put(self, topic: str, msg: str | bytes) -> int:
         """Put a message; when this returns it is stored. Returns its id."""
-        return stored_id(await self._run(Put(self._session, topic, msg), Connection.ask))
+        await self._run(put := Put(self._session.put(topic, msg)))
+        return stored_id(put.reply)
 
     async def put_many(self, topic: str, messages: Iterable[str | bytes]) -> list[int]:
         """Put several messages in order; returns their ids. Errors say how many are stored, as in the other client."""
+        pending: deque[asyncio.Future[None]] = deque()
         with PutMany(self._session, topic, messages) as puts:
-            await self._run(puts, Connection.ask_all)
-            puts.raise_if_failed()
+            try:
+                # One batch is on its way while the replies to the one before come.
+                for batch in puts.batches:
+                    if batch:
+                        pending.append(self._run(batch))
+                        pending[-1].add_done_callback(retrieve_error)
+                    while len(pending) > (1 if batch else 0):
+                        await pending.popleft()
+                    if not batch:
+                        await self._here().shared.settle()
+                while pending:
+                    await pending.popleft()
+            finally:
+                for left in pending:
+                    left.cancel()
         return puts.ids
 
     @overload
@@ -124,13 +138,13 @@ class AsyncClient(Client):
         self, topic: str, n: int = 100, *, timeout: float = 0.0, raw: bool = False
     ) -> list[str] | list[bytes]:
         """Return up to `n` messages, oldest first: those that are there, or else wait for one."""
-        if raw:
-            return await self._many(topic, n, timeout, wire.body)
-        return await self._many(topic, n, timeout, wire.text)
+        n, seconds = arguments.count("n", n), arguments.seconds("timeout", timeout)
+        return await self._read(topic, n, seconds, wire.body if raw else wire.text)  # type: ignore[no-any-return]
 
     async def read(self, topic: str, n: int = 1, *, timeout: float = 0.0, latest: bool = False) -> list[Message]:
         """Return up to `n` messages with their ids, numbers and put times; latest=True returns the newest only."""
-        return await self._many(topic, n, timeout, self._session.message, latest=latest)
+        n, seconds = arguments.count("n", n), arguments.seconds("timeout", timeout)
+        return await self._read(topic, n, seconds, self._session.message, latest=latest)  # type: ignore[no-any-return]
 
     @overload
     def messages(self, topic: str, *, timeout: float = ..., raw: Literal[False] = False) -> AsyncIterator[str]: ...
@@ -148,18 +162,22 @@ class AsyncClient(Client):
 
     async def ping(self) -> None:
         """Check that the server answers."""
-        check(await self._run(Call(wire.PING), Connection.ask))
+        await self._run(ping := Call(wire.PING))
+        check(ping.reply)
 
     async def topics(self) -> list[tuple[str, int, int]]:
         """Return the topics that hold messages: name, number of messages, and bytes."""
         found: list[tuple[str, int, int]] = []
         for call in list_topics(found):
-            call.reply = await self._run(call, Connection.ask)
+            await self._run(call)
         return found
 
     async def shutdown_server(self) -> None:
         """Stop the server gracefully; return when it has closed the connection."""
-        await self._run(NonIdempotent(wire.SHUTDOWN), _shut_down)
+        shared = self._here().shared
+        await shared.ask(call := NonIdempotent(wire.SHUTDOWN))
+        check(call.reply)
+        await shared.await_end()
 
     async def close(self) -> None:
         """Close the client. Calls of other tasks raise ClientClosed. Idempotent."""
@@ -175,22 +193,19 @@ class AsyncClient(Client):
     ) -> None:
         await self.close()
 
-    async def _one(self, topic: str, seconds: float, default: object, *, raw: bool, latest: bool = False) -> object:
-        claim: Claim = []
-        try:
-            taken = await self._take(claim, topic, 1, seconds, wire.body if raw else wire.text, latest=latest)
-            if taken:
-                return taken[0]
-            return b"" if raw and default == "" else default
-        except BaseException:
-            self._session.returned.append((claim, []))
-            raise
+    async def _one(self, topic: str, seconds: float, default: object, *, raw: bool, latest: bool = False) -> Any:
+        if raw:
+            return await self._read(topic, 1, seconds, wire.body, b"" if default == "" else default, latest=latest)
+        return await self._read(topic, 1, seconds, wire.text, default, latest=latest)
 
-    async def _many(self, topic: str, n: int, timeout: float, convert: Convert[T], *, latest: bool = False) -> list[T]:
+    async def _read(  # noqa: PLR0913 - what a read consists of
+        self, topic: str, n: int, seconds: float, convert: Convert[T], default: object = ALL, *, latest: bool = False
+    ) -> Any:
+        """Return up to `n` messages in a list, or the first or the default."""
         claim: Claim = []
         try:
-            n, seconds = arguments.count("n", n), arguments.seconds("timeout", timeout)
-            return await self._take(claim, topic, n, seconds, convert, latest=latest)
+            taken = await self._take(claim, topic, n, seconds, convert, latest=latest)
+            return taken if default is ALL else taken[0] if taken else default
         except BaseException:
             self._session.returned.append((claim, []))
             raise
@@ -198,15 +213,18 @@ class AsyncClient(Client):
     async def _take(  # noqa: PLR0913 - what a read consists of
         self, claim: Claim, topic: str, n: int, seconds: float, convert: Convert[T], *, latest: bool = False
     ) -> list[T]:
-        taken, reading = take(self._session, claim, topic, n, seconds, convert, latest=latest)
-        for call in reading:
-            call.reply = await (self._here().wait(call) if call.waits else self._run(call, Connection.ask))
+        reader = self._session.reader(topic)
+        taken = reader.take(claim, n, convert) if n and not latest else []
+        if len(taken) < n:
+            for call in read(self._session, claim, taken, topic, n, seconds, convert, latest):
+                await (self._here().wait(call) if call.waits else self._run(call))
         return taken
 
     # Connections
 
-    def _run(self, call: C, attempt: Callable[[Connection, C], Awaitable[T]]) -> Awaitable[T]:
-        return self._here().shared.run(call, attempt)
+    def _run(self, call: Call) -> asyncio.Future[None]:
+        """Make a call behind those made before."""
+        return self._here().shared.ask(call)
 
     def _here(self) -> Pool:
         """Return the connections of this event loop, in this process."""
@@ -235,18 +253,13 @@ class AsyncClient(Client):
         began, delays = time.monotonic(), iter(blocking.retry_delays())
         while True:
             try:
-                await self._here().shared.connected()
+                await self._here().shared.connect()
             except blocking.NOT_STARTED as error:
                 if not retry:
                     raise
                 await asyncio.sleep(blocking.next_delay(error, began, delays))
             else:
                 return
-
-
-async def _shut_down(connection: Connection, call: NonIdempotent) -> None:
-    check(await connection.ask(call))
-    await connection.await_end()
 
 
 class _Messages(Generic[T]):

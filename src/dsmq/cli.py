@@ -24,12 +24,12 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeVar
 from dsmq import cli_parser, environment
 from dsmq.cli_parser import USAGE
 from dsmq.client import DSMQClientSideConnection, connect
-from dsmq.client.dial import Endpoint
 from dsmq.client.session import Message
 from dsmq.errors import AuthRequired, ConfigError, DSMQError, TooBig
 from dsmq.system import allow_more_files, has_terminal
 from dsmq.terminal import LineFormatter, printable
 from dsmq.tokens import check_token
+from dsmq.wire.addresses import parse_endpoint
 
 if TYPE_CHECKING:
     from dsmq.position_file import PositionFile
@@ -131,7 +131,7 @@ def _connect(options: argparse.Namespace, timeout: float = 10.0) -> DSMQClientSi
 
 
 def _where(options: argparse.Namespace) -> str:
-    return str(Endpoint(options.host, options.port))
+    return str(parse_endpoint(options.host, options.port))
 
 
 def _log_to_stderr() -> None:
@@ -145,7 +145,7 @@ def _log_to_stderr() -> None:
 # Advice for programs in the client's errors, and the same advice for the command line.
 _HINTS = {
     "connect(..., token=...)": "--token-file FILE, or DSMQ_AUTH_TOKEN",
-    "does it want TLS?": "does it want TLS (--tls)?",
+    "does it require TLS?": "does it require TLS (--tls)?",
     "ca_file=...": "--ca-file FILE",
     "cert_file=..., key_file=...": "--cert-file FILE, --key-file FILE",
 }
@@ -187,7 +187,7 @@ def _token(file: str | None, known: dict[str, _Setting]) -> str | None:
     file = file or known["auth_token_file"].text
     if not file:
         return None
-    from dsmq.broker.auth import read_tokens  # noqa: PLC0415 - rarely needed
+    from dsmq.broker.token_files import read_tokens  # noqa: PLC0415 - rarely needed
 
     return read_tokens(file)[0][2]
 

@@ -5,6 +5,7 @@ Imports the standard library alone, so that the client commands start fast.
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import os
 import re
@@ -14,8 +15,9 @@ from functools import cache
 from typing import Any
 
 from dsmq.errors import ConfigError
-from dsmq.system import read_text
 
+# Files of settings or tokens are shorter; this guards against files such as /dev/zero.
+_MAX_TEXT_BYTES = 1_048_576
 PREFIX = "DSMQ_"
 
 # NAME=value, as Kubernetes sets it in every container for a Service called dsmq or dsmq-…, and `docker --link` and
@@ -60,8 +62,8 @@ def _variables() -> dict[str, str]:
     """Return dsmq's environment variables by setting name, ignoring case, empty ones and service links."""
     found: dict[str, str] = {}
     for variable, value in sorted(os.environ.items()):
-        prefix, name = variable[: len(PREFIX)].upper(), variable[len(PREFIX) :].lower()
-        if not value or prefix != PREFIX or _LINKS.fullmatch(f"{name.upper()}={value}"):
+        name = variable[len(PREFIX) :].lower()
+        if not value or not variable.upper().startswith(PREFIX) or _is_link(variable, value):
             continue
         if name not in settings() and name != "config":
             raise ConfigError(f"{variable}: {unknown(name, lambda known: PREFIX + known.upper())}")
@@ -74,6 +76,16 @@ def _variables() -> dict[str, str]:
 def _refusal(name: str, value: object) -> str:
     is_section = isinstance(value, dict)
     return "unknown section; settings are not divided into sections" if is_section else unknown(name)
+
+
+def service_links() -> list[str]:
+    """Return the environment variables that are ignored, because they describe a service or container named dsmq."""
+    return [variable for variable, value in sorted(os.environ.items()) if _is_link(variable, value)]
+
+
+def _is_link(variable: str, value: str) -> bool:
+    name = variable.upper()
+    return name.startswith(PREFIX) and bool(_LINKS.fullmatch(f"{name.removeprefix(PREFIX)}={value}"))
 
 
 def unknown(name: str, spell: Callable[[str], str] = str) -> str:
@@ -92,3 +104,23 @@ def read_toml(file: str) -> dict[str, Any]:
     except ValueError as error:
         about = str(error)
         raise ConfigError(f"{file}: {'a number has too many digits' if 'int_max_str' in about else about}") from None
+
+
+def read_text(file: str) -> str:
+    """Return the text of a short file in UTF-8. Raises ConfigError."""
+    try:
+        with open(file, "rb") as stream:
+            data = stream.read(_MAX_TEXT_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}") from None
+    except ValueError as error:
+        # The name contains a NUL.
+        raise ConfigError(f"{file!r}: {error}") from None
+    if len(data) > _MAX_TEXT_BYTES:
+        raise ConfigError(f"{file}: longer than {_MAX_TEXT_BYTES} bytes")
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data:
+        raise ConfigError(f"{file}: should be UTF-8; this looks like UTF-16")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{file}: should be UTF-8") from None

@@ -1,4 +1,4 @@
-"""The server: puts the parts together, watches over them, and takes them apart again.
+"""The server: starts its parts, watches over them, and stops them.
 
     from dsmq.server import serve
     serve(host="127.0.0.1", port=30008)     # blocks until it is stopped
@@ -16,34 +16,32 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from types import TracebackType
+from functools import partial
 from typing import Any, Self
 
-from dsmq import __version__, logs, signals, system
+from dsmq import logs, signals, system
 from dsmq import settings as config
 from dsmq.broker import listener as listening
 from dsmq.broker.access import Access
 from dsmq.broker.admission import Admission
-from dsmq.broker.commands import ServerContext
-from dsmq.broker.counters import Counters
+from dsmq.broker.context import ServerContext
 from dsmq.broker.event_loop import EventLoop
 from dsmq.broker.listener import Listener
 from dsmq.broker.usage import Usage
 from dsmq.errors import ConfigError, DSMQError, ServerFailed, StartupError
-from dsmq.ops import metrics
+from dsmq.ops import reports
 from dsmq.ops.status import Status
 from dsmq.ops.systemd import Systemd
 from dsmq.settings import EmbeddedSettings, Settings
-from dsmq.store.api import Limits, Store, Totals
+from dsmq.store.api import Limits, Store
 from dsmq.store.expiry import Expiry
-from dsmq.store.snapshots import LAST_SNAPSHOT_SECONDS, Snapshotter
+from dsmq.store.snapshots import LAST_SNAPSHOT_SECONDS, SnapshotStats, Snapshotter
 from dsmq.store.sqlite import SQLiteStore
-from dsmq.system import expect_long_messages
 from dsmq.threads import join, wait_until
 
-# How often the main thread checks that the others live.
+# How often the main thread checks the others, and how long a reload waits for them.
 WATCH_SECONDS = 1.0
 # Settings that a reload does not change.
 RESTART_REQUIRED = (
@@ -52,7 +50,7 @@ RESTART_REQUIRED = (
     *("log_format", "log_stream", "snapshot_file", "snapshot_interval_seconds"),
 )
 
-# By its name, also where this module runs as a script.
+# Not __name__, which is __main__ if this module runs as a script.
 _logger = logging.getLogger("dsmq.server")
 
 
@@ -65,12 +63,12 @@ def serve(
 ) -> None:
     """Serve until SIGTERM, SIGINT or a client's SHUTDOWN, then stop gracefully.
 
-    host is an IPv4 or IPv6 address, a name, or `unix:/path`. verbose logs (see log_stream). name is accepted
-    for the sake of dsmq 1.4 and means nothing. Other settings (see dsmq.toml.example) come from keyword
-    arguments, `DSMQ_*`, and the file that `DSMQ_CONFIG` names. There is no metrics port unless one of them asks for it.
+    host is an IPv4 or IPv6 address, a name, or `unix:/path`. verbose logs (see log_stream). name is accepted for
+    compatibility with dsmq 1.4 and ignored. Other settings (see dsmq.toml.example) come from keyword arguments,
+    `DSMQ_*` variables, and the file named by `DSMQ_CONFIG`. The HTTP endpoint is off unless one of them sets http_port.
 
-    It may run in any thread or process; signals are handled in a main thread only. Raises ConfigError,
-    StartupError, or ServerFailed.
+    May run in any thread or process; signals are handled in a main thread only. Raises ConfigError, StartupError, or
+    ServerFailed.
     """
     effective = config.load(kind=EmbeddedSettings, host=host, port=port, **settings)
     if verbose:
@@ -79,23 +77,27 @@ def serve(
 
 
 def run(settings: Settings, load: Callable[[], Settings] | None = None, systemd: Systemd | None = None) -> None:
-    """Serve until a signal or a client's SHUTDOWN, then stop gracefully. Raises as `serve` does.
+    """Serve as `serve` does, with these settings. Raises StartupError, ConfigError or ServerFailed.
 
-    On SIGHUP `load` returns the settings anew; without it, that signal is left alone. What `systemd` holds is used in
-    place of sockets of its own, and it is told how the server is.
+    On SIGHUP, `load` returns the settings anew; without it, that signal is left alone. `systemd` has the sockets that
+    it passed, if any, and is notified of the server's state.
     """
     server = Server(settings, load=load, systemd=systemd)
     try:
-        # Before it says that it serves: whoever reads that may send a signal at once.
+        # Handlers first: as soon as the log says that the server is running, a signal may come.
         with signals.handled(server.request_stop, server.request_reload if load else None), server:
             server.run()
     finally:
-        # A process of multiprocessing ends without the handlers of atexit.
+        # multiprocessing ends its processes without calling atexit handlers.
         logs.drain()
 
 
 class Server:
-    """A server that can be started and stopped; a context manager does both."""
+    """A server that can be started and stopped; a context manager does both.
+
+    Its threads: an EventLoop for each of io_threads, Expiry, a Snapshotter if there is a snapshot interval, and an
+    HTTPEndpoint for each of its addresses. Each part has `thread`, `start` and `stop`; `_end_threads` stops them.
+    """
 
     def __init__(
         self,
@@ -114,142 +116,116 @@ class Server:
             raise StartupError(f"the server does not run here: this system has no {', no '.join(missing)}")
         self._load = load
         self._systemd = systemd or Systemd()
-        self.settings = settings
         self._store = store or SQLiteStore(0)
-        # Reasons to stop; None: read the configuration anew.
-        self._orders: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self.context = ServerContext(
-            settings, self._store, Access.load(settings), Usage(), self.request_stop, self.info
-        )
-        self._listeners: list[Listener] = []
+        # Reasons to stop; None asks for a reload.
+        self._commands: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self.status: Status
+        info = lambda: self.status.info()  # noqa: E731, PLW0108 - it is made below
+        self.context = ServerContext(settings, self._store, Access.load(settings), Usage(), self.request_stop, info)
         self._apply(settings)
+        self._listeners: list[Listener] = []
         self._workers: list[EventLoop] = []
         self._expiry = Expiry(self._store, settings.expiry_interval_seconds)
+        self._snapshotter = _new_snapshotter(settings, self._store)
         self._http_endpoints: list[Any] = []
-        self._snapshotter = self._new_snapshotter(settings)
-        connections = system.affordable_connections(settings.max_connections)
-        self.status = Status(self.context, self._workers, self._expiry, self._snapshotter, connections)
-        self._admission = Admission(self.context, self._workers, connections, self.status.refused)
+        snapshots = self._snapshotter.stats if self._snapshotter else SnapshotStats()
+        self.context.usage.connections.limit = system.affordable_connections(settings.max_connections)
+        self.status = Status(self.context, self._workers, self._expiry, self._snapshotter, snapshots)
+        self._admission = Admission(self.context, self._workers, self.status.own_counters)
         self._full: set[str] = set()
-        self._started = self._stopped = False
+        self._stopped = False
         self._stopping = threading.Lock()
 
     def __enter__(self) -> Self:
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        # Whoever interrupts it twice does not want to wait for it.
-        self.stop(0 if isinstance(error, KeyboardInterrupt) else None)
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        # A second Ctrl-C may come before the server has begun to stop because of the first.
+        self.stop(abandon=self.status.stopping and isinstance(error, KeyboardInterrupt))
 
-    def _apply(self, settings: Settings) -> None:
-        self.settings = self.context.settings = settings
-        self.context.usage.set_limits(settings)
-        self._store.max_age_ms = round(settings.max_age_seconds * 1000)
-        self._store.limits = Limits(
-            settings.max_topics,
-            settings.max_stored_messages,
-            settings.max_stored_bytes,
-            settings.max_stored_messages_per_topic,
-            settings.max_stored_bytes_per_topic,
-        )
+    @property
+    def addresses(self) -> list[str]:
+        """The addresses for clients: `host:port` or `unix:/path`."""
+        return [listening.address(listener.socket) for listener in self._listeners]
 
-    def _new_snapshotter(self, settings: Settings) -> Snapshotter | None:
-        if not settings.snapshot_file:
-            return None
-        if not isinstance(self._store, SQLiteStore):
-            raise ConfigError("snapshot_file: this store keeps what it holds by itself")
-        return Snapshotter(self._store, settings.snapshot_file, settings.snapshot_interval_seconds)
+    @property
+    def port(self) -> int:
+        """The TCP port for clients; 0 before the start, and if there is none."""
+        return self.status.port
+
+    @property
+    def http_port(self) -> int | None:
+        """The TCP port of the HTTP endpoint, if there is one."""
+        return int(self._http_endpoints[0].socket.getsockname()[1]) if self._http_endpoints else None
 
     # Start
 
     def start(self) -> None:
-        """Listen and serve, in threads of its own.
+        """Listen, and serve in threads of its own.
 
-        Raises StartupError, or ConfigError if it would serve anyone on a network, with nothing left behind.
+        Raises StartupError, or ConfigError if other machines could connect without authentication; then nothing is
+        left behind.
         """
-        expect_long_messages()
+        system.raise_malloc_threshold()
         with ExitStack() as undo:
             undo.callback(self.stop)
-            settings = self.settings
-            passed = self._systemd.queue
             _servers.add(self)
-            sockets = passed or listening.listen(settings.host, settings.port, settings.listen_backlog)
-            self._listeners = [Listener(sock, self._admission.assign) for sock in sockets]
-            self.context.access.check_exposure(sockets)
-            # Where the sockets are passed, the process may have no network to make one in.
-            for sock in self._systemd.metrics if passed else self._http_sockets():
-                self._http_endpoints.append(self._open_http_endpoint(sock))
+            self._listen()
             if self._snapshotter:
-                # Clients that connect meanwhile wait in the kernel's queue.
+                # Clients that connect meanwhile wait in the listen queue.
                 self._snapshotter.open()
-            for number in range(settings.io_workers):
-                self._workers.append(EventLoop(f"dsmq-io-{number}", self.context, self._workers))
-            self._workers[0].listen(self._listeners)
-            try:
-                for part in self._parts():
-                    part.start()
-            except RuntimeError as error:
-                raise StartupError(str(error)) from error
+            self._start_threads()
             undo.pop_all()
         names = [listener.socket.getsockname() for listener in self._listeners]
-        self.status.port = next((name[1] for name in names if isinstance(name, tuple)), None)
-        self._started = self.status.serving = True
-        started = logs.event("started", version=__version__, addresses=self.addresses, process=os.getpid())
-        _logger.info(
-            "dsmq %s serves on %s (process %d)", __version__, ", ".join(self.addresses), os.getpid(), extra=started
-        )
+        self.status.port = next((name[1] for name in names if isinstance(name, tuple)), 0)
+        self.status.serving = True
+        reports.log_started(self.addresses)
         self._log_configuration()
-        for where in (endpoint.url for endpoint in self._http_endpoints):
-            _logger.info(
-                "metrics on %smetrics, for people %s", where, where, extra=logs.event("http_endpoint", url=where)
-            )
+        for endpoint in self._http_endpoints:
+            reports.log_http_endpoint(listening.address(endpoint.socket))
         self._systemd.notify("READY=1")
 
-    def _http_sockets(self) -> list[socket.socket]:
-        if self.settings.http_port == "off":
-            return []
-        return listening.listen(self.settings.http_host, self.settings.http_port, 16, "http-")
+    def _listen(self) -> None:
+        settings, passed = self.context.settings, self._systemd.queue
+        # Sockets that systemd passed outlive the server, and so do their files.
+        close = socket.socket.close if passed else listening.close
+        sockets = passed or listening.listen(settings.host, settings.port, settings.listen_backlog)
+        self._listeners = [Listener(sock, self._admission.assign, close) for sock in sockets]
+        self.context.access.check_exposure(sockets)
+        # If systemd passes the sockets, the process may have no network to listen on.
+        http_sockets = self._systemd.metrics
+        if not passed and settings.http_port != "off":
+            http_sockets = listening.listen(settings.http_host, settings.http_port, 16, "http-")
+        if http_sockets:
+            from dsmq.ops.http import HTTPEndpoint  # noqa: PLC0415 - takes long, and may not be needed
 
-    def _open_http_endpoint(self, sock: socket.socket) -> Any:
-        # Imported here, because a server without an HTTP endpoint does not need it.
-        from dsmq.ops.http import HTTPEndpoint  # noqa: PLC0415
+            self._http_endpoints = [HTTPEndpoint(sock, self.status, close) for sock in http_sockets]
 
-        registry, context = metrics.registry(self.status), self.context
-        return HTTPEndpoint(sock, registry, self.status, lambda: context.access.http_authenticator)
+    def _start_threads(self) -> None:
+        for number in range(self.context.settings.io_workers):
+            self._workers.append(EventLoop(f"dsmq-io-{number}", self.context, self._workers))
+        self._workers[0].listen(self._listeners)
+        try:
+            for part in self._parts():
+                part.start()
+        except RuntimeError as error:
+            raise StartupError(str(error)) from error
 
     def _log_configuration(self) -> None:
-        settings, access = self.settings, self.context.access
-        tokens = len(access.authenticator.tokens)
-        tls = "off" if not access.tls else "on, with client certificates" if access.client_ca_file else "on"
-        limits = {
-            "connections": self._admission.max_connections,
-            "messages": settings.max_stored_messages,
-            "bytes": settings.max_stored_bytes,
-            "topics": settings.max_topics,
-        }
-        shown = ", ".join(f"{value} {name}" for name, value in limits.items())
-        about = logs.event("configured", tokens=tokens, tls=tls, limits=limits)
-        _logger.info("tokens: %s; TLS: %s; limits: %s", tokens or "none", tls, shown, extra=about)
-        if exposed := access.exposed(listener.socket for listener in self._listeners):
-            _logger.warning(
-                "no authentication: any client that can reach %s is an admin (protected_mode = false)",
-                ", ".join(exposed),
-                extra=logs.event("exposed", addresses=exposed),
-            )
+        limit, sockets = self.context.usage.connections.limit, [listener.socket for listener in self._listeners]
+        reports.log_configuration(self.context.settings, self.context.access, limit, sockets)
 
     # Watch
 
     def run(self) -> None:
         """Wait until the server is asked to stop, and stop it.
 
-        Raises ServerFailed if one of its threads dies, or what it holds can't be kept.
+        Raises ServerFailed if one of its threads dies, or the last snapshot can't be written.
         """
         while True:
             with suppress(queue.Empty):
-                if reason := self._orders.get(timeout=min(WATCH_SECONDS, self._systemd.watchdog_interval)):
+                if reason := self._commands.get(timeout=min(WATCH_SECONDS, self._systemd.watchdog_interval)):
                     _logger.info("stopping: %s", reason, extra=logs.event("stopping", reason=reason))
                     self.stop()
                     if self._snapshotter and not self._snapshotter.saved:
@@ -259,136 +235,115 @@ class Server:
                     self.reload()
             self._watch()
 
+    def request_stop(self, reason: str) -> None:
+        """Have `run` stop the server. Safe in signal handlers and threads."""
+        self.status.stopping = True
+        self._commands.put(reason)
+
+    def request_reload(self) -> None:
+        """Have `run` reload the configuration. Safe in signal handlers and threads."""
+        self._commands.put(None)
+
     def _watch(self) -> None:
         logs.summarise()
         self._admission.close_refused()
-        if dead := [thread.name for thread in self._threads() if not thread.is_alive()]:
+        if dead := [part.thread.name for part in self._parts() if not part.thread.is_alive()]:
             raise ServerFailed(f"threads died: {', '.join(dead)}")
-        self._log_full()
-        self._systemd.notify_status(self.status)
-
-    def _log_full(self) -> None:
-        """Log which limits refuse puts, once when that begins and once when it ends."""
         before, self._full = self._full, self._store.full()
-        for name in sorted(self._full - before):
-            limit = f"{name} = {getattr(self.settings, name)} reached" if name in Settings.model_fields else name
-            about = logs.event("full", limit=name)
-            _logger.warning("full: %s; puts are refused until messages expire", limit, extra=about)
-        for name in sorted(before - self._full):
-            _logger.info("no longer full: %s", name, extra=logs.event("no_longer_full", limit=name))
-
-    def request_stop(self, reason: str) -> None:
-        """Have `run` stop the server. Safe in signal handlers and threads."""
-        self._orders.put(reason)
-
-    def request_reload(self) -> None:
-        """Have `run` read the configuration anew. Safe in signal handlers and threads."""
-        self._orders.put(None)
+        reports.log_full(before, self._full, self.context.settings)
+        self._systemd.notify_status(self.status)
 
     def reload(self) -> None:
         """Apply new settings, tokens and certificates; if any of them is invalid, change nothing."""
-        before, access_before = self.settings, self.context.access
+        before, access_before = self.context.settings, self.context.access
         try:
             new = self._load() if self._load else before
-            kept = {name: getattr(before, name) for name in RESTART_REQUIRED}
             access = Access.load(new)
             access.check_exposure(listener.socket for listener in self._listeners)
-        except ConfigError as error:
-            _logger.error("nothing is changed: %s", error, extra=logs.event("reload_failed", error=str(error)))
-            return
         except Exception as error:
-            _logger.exception("nothing is changed", extra=logs.event("reload_failed", error=str(error)))
+            expected, about = isinstance(error, ConfigError), logs.event("reload_failed", error=str(error))
+            _logger.error("nothing is changed: %s", error, extra=about, exc_info=not expected)
             return
         self.context.access = access
-        self._apply(new.model_copy(update=kept))
+        self._apply(new.model_copy(update={name: getattr(before, name) for name in RESTART_REQUIRED}))
         logging.getLogger("dsmq").setLevel(new.log_level.upper())
+        applying = set(self._workers)
         for worker in self._workers:
             worker.post(worker.apply_settings)
-        self._await_workers()
-        _log_reload(before, new, access_before, access)
+            worker.post(partial(applying.discard, worker))
+        # So that what the log says is true; but not for ever, since a thread may hang.
+        wait_until(lambda: not applying, time.monotonic() + WATCH_SECONDS)
+        reports.log_reload(before, new, RESTART_REQUIRED, access_before, access)
         self._log_configuration()
 
-    def _await_workers(self) -> None:
-        """Wait until the event loops have applied the settings, so that the log is right; not for one that hangs."""
-        done = [threading.Event() for _ in self._workers]
-        deadline = time.monotonic() + WATCH_SECONDS
-        for worker, event in zip(self._workers, done, strict=True):
-            worker.post(event.set)
-        wait_until(lambda: all(event.is_set() for event in done), deadline)
-
-    def _threads(self) -> list[threading.Thread]:
-        return [part.thread for part in self._parts()]
-
-    def _parts(self) -> list[Any]:
-        """What runs in a thread of its own."""
-        keeper = [self._snapshotter] if self._snapshotter and self._snapshotter.interval else []
-        return [*self._workers, self._expiry, *keeper, *self._http_endpoints]
+    def _apply(self, settings: Settings) -> None:
+        self.context.settings = settings
+        self.context.usage.set_limits(settings)
+        self._store.max_age_ms = round(settings.max_age_seconds * 1000)
+        self._store.limits = _limits(settings)
 
     # Stop
 
-    def stop(self, seconds: float | None = None) -> list[str]:
+    def stop(self, seconds: float | None = None, *, abandon: bool = False) -> list[str]:
         """Stop in stages, within stop_timeout_seconds unless told; return the names of threads that survived.
 
-        Idempotent. Where Ctrl-C interrupts it, it waits for the last snapshot only; another one gives that up as well.
+        Idempotent. `abandon`, or a KeyboardInterrupt meanwhile, gives up what is left, including the last snapshot.
         """
         with self._stopping:
             if self._stopped:
                 return []
             try:
-                return self._stop_within(self.settings.stop_timeout_seconds if seconds is None else seconds)
+                if seconds is None:
+                    seconds = self.context.settings.stop_timeout_seconds
+                return self._abandon() if abandon else self._stop_gracefully(seconds)
             except KeyboardInterrupt:
-                about = logs.event("stop_interrupted")
-                _logger.warning("interrupted: nothing but the last snapshot is waited for any more", extra=about)
-                self._stop_within(0)
+                self._abandon()
                 raise
             finally:
                 self._stopped = True
-                if self._snapshotter:
-                    self._snapshotter.abandon()
 
-    def _stop_within(self, seconds: float) -> list[str]:
-        """Go through the stages; those that are done already take no time."""
+    def _stop_gracefully(self, seconds: float) -> list[str]:
         deadline = time.monotonic() + seconds
         self.status.stopping = True
         self._systemd.stopping(seconds + (LAST_SNAPSHOT_SECONDS if self._snapshotter else 0))
-        self._stop_accepting(deadline)
         survivors = self._end_threads(deadline)
-        self._admission.close_refused(keep=0)
         if self._snapshotter:
-            # Where others survive that may still use the store, it is not its last word.
-            survivors += self._snapshotter.finish(deadline, is_last=not survivors)
+            # A surviving thread may still use the store; then the snapshot is not that of a clean shutdown.
+            self._snapshotter.finish(deadline, is_last=not survivors)
+            survivors += self._snapshotter.abandon()
         if survivors:
             about = logs.event("stop_incomplete", threads=survivors)
             _logger.error("still running after %s s: %s", seconds, ", ".join(survivors), extra=about)
             return survivors
         self._store.close()
-        if self._started:
+        if self.status.serving:
             logs.summarise()
             _logger.info("stopped", extra=logs.event("stopped"))
         return []
 
+    def _abandon(self) -> list[str]:
+        """Give up what is left of a stop; stages that are already done take no time."""
+        _logger.warning("interrupted: stopping at once", extra=logs.event("stop_interrupted"))
+        survivors = self._end_threads(time.monotonic())
+        if self._snapshotter:
+            survivors += self._snapshotter.abandon()
+        if not survivors:
+            self._store.close()
+        return survivors
+
     def _stop_accepting(self, deadline: float) -> None:
-        done = threading.Event()
-
-        def unlisten() -> None:
-            for listener in self._listeners:
-                if not listener.closed:
-                    self._workers[0].unlisten(listener)
-            done.set()
-
         if self._workers and self._workers[0].thread.is_alive():
-            self._workers[0].post(unlisten)
-            wait_until(done.is_set, deadline)
+            accepting = set(self._listeners)
+            for listener in self._listeners:
+                self._workers[0].post(listener.stop_accepting)
+                self._workers[0].post(partial(accepting.discard, listener))
+            wait_until(lambda: not accepting, deadline)
         for listener in self._listeners:
-            listener.closed = True
-            self._close(listener.socket)
-
-    def _close(self, sock: socket.socket) -> None:
-        """Close a listening socket; one that was passed outlives the server, and so does its file."""
-        (socket.socket.close if self._systemd.queue else listening.close)(sock)
+            listener.close()
 
     def _end_threads(self, deadline: float) -> list[str]:
-        """End all threads but the keeper's, which is only told to; return the names of those that survive."""
+        """End all threads; return the names of those that survive. The snapshotter's is waited for later."""
+        self._stop_accepting(deadline)
         for worker in self._workers:
             worker.stop(max(0.0, deadline - time.monotonic()))
         self._expiry.stop()
@@ -399,13 +354,20 @@ class Server:
         for worker in self._workers:
             if worker.thread.ident is None:
                 worker.close()
+        # Until now, /readyz has reported that the server is stopping.
         for endpoint in self._http_endpoints:
-            endpoint.stop(self._close)
+            endpoint.stop()
             join(endpoint.thread, deadline)
+        self._admission.close_refused(keep=0)
         return [part.thread.name for part in self._parts() if part is not self._snapshotter and part.thread.is_alive()]
 
+    def _parts(self) -> list[Any]:
+        """Return everything that has a thread."""
+        snapshotter = [self._snapshotter] if self._snapshotter and self._snapshotter.interval else []
+        return [*self._workers, self._expiry, *snapshotter, *self._http_endpoints]
+
     def abandon(self) -> None:
-        """Close the copies of what a forked process has of this server: it is the parent's to stop."""
+        """Close a forked process's copies of the sockets and files; the parent stops the server."""
         self._stopping, self._stopped = threading.Lock(), True
         for listener in self._listeners:
             listener.socket.close()
@@ -414,54 +376,26 @@ class Server:
         if self._snapshotter:
             self._snapshotter.close_inherited()
 
-    # What can be asked of it
 
-    @property
-    def addresses(self) -> list[str]:
-        """Where it listens: `host:port` or `unix:/path`."""
-        return [listening.address(listener.socket) for listener in self._listeners]
-
-    @property
-    def port(self) -> int:
-        """The TCP port it listens on."""
-        return int(self._listeners[0].socket.getsockname()[1])
-
-    @property
-    def http_port(self) -> int | None:
-        """The TCP port of the HTTP endpoint, if there is one."""
-        return self._http_endpoints[0].port if self._http_endpoints else None
-
-    def counters(self) -> Counters:
-        return self.status.counters()
-
-    def totals(self) -> Totals:
-        return self.status.totals()
-
-    def info(self) -> Mapping[str, Mapping[str, object]]:
-        return self.status.info()
-
-    def connections(self) -> int:
-        return self.status.connections()
-
-    def waiting(self) -> int:
-        return self.status.waiting()
+def _new_snapshotter(settings: Settings, store: Store) -> Snapshotter | None:
+    if not settings.snapshot_file:
+        return None
+    if not isinstance(store, SQLiteStore):
+        raise ConfigError("snapshot_file: this store keeps its messages by itself")
+    return Snapshotter(store, settings.snapshot_file, settings.snapshot_interval_seconds)
 
 
-def _log_reload(before: Settings, after: Settings, access_before: Access, access: Access) -> None:
-    changed = [name for name in Settings.model_fields if getattr(after, name) != getattr(before, name)]
-    live, fixed = ([name for name in changed if (name in RESTART_REQUIRED) == kept] for kept in (False, True))
-    tokens = access.authenticator.changes(access_before.authenticator)
-    renewed = access.certificates_modified_ns != access_before.certificates_modified_ns
-    names = [*live, *(f"{what} ({', '.join(which)})" for what, which in tokens.items() if which)]
-    names += ["certificates"] * renewed
-    about = logs.event("reloaded", changed=live, certificates=renewed, **tokens)
-    _logger.info("configuration reloaded; changed: %s", ", ".join(names) or "nothing", extra=about)
-    if fixed:
-        about = logs.event("restart_needed", settings=fixed)
-        _logger.warning("restart required to apply: %s", ", ".join(fixed), extra=about)
+def _limits(settings: Settings) -> Limits:
+    return Limits(
+        settings.max_topics,
+        settings.max_stored_messages,
+        settings.max_stored_bytes,
+        settings.max_stored_messages_per_topic,
+        settings.max_stored_bytes_per_topic,
+    )
 
 
-# Those that have been started, for processes that are forked.
+# The started servers, whose sockets a forked process closes.
 _servers: weakref.WeakSet[Server] = weakref.WeakSet()
 
 
@@ -476,7 +410,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Serve on the host and port of a command line; both may be left out."""
+    """Serve on the host and port given as arguments; both are optional."""
     host, port, *others = [*arguments, *("127.0.0.1", "30008")[len(arguments) :]]
     if others or not (port.isascii() and port.isdigit() and len(port) < 10):
         sys.exit("usage: server.py [host [port]]")

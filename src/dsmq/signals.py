@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGHUP while a server runs."""
+"""Handlers of SIGTERM, SIGINT and SIGHUP for a running server."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from dsmq.system import has_terminal
 
 @contextmanager
 def handled(stop: Callable[[str], None], reload: Callable[[], None] | None) -> Iterator[None]:
-    """Call `stop` with the name of SIGTERM or SIGINT, and raise KeyboardInterrupt at a further Ctrl-C.
+    """Call `stop` on SIGTERM or SIGINT; raise KeyboardInterrupt on SIGINT if it has been called.
 
-    SIGHUP calls `reload`; or `stop`, if the terminal that the process had has been closed, unless the signal was
-    ignored, as nohup does. Without `reload`, SIGHUP is left alone. Does nothing outside the main thread.
+    SIGHUP calls `reload`; or `stop`, if the process had a terminal that has been closed, unless nohup started it.
+    Without `reload`, SIGHUP is left alone. Does nothing outside the main thread.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -35,7 +35,7 @@ def handled(stop: Callable[[str], None], reload: Callable[[], None] | None) -> I
         stop(signal.Signals(number).name)
 
     numbers = (signal.SIGTERM, signal.SIGINT, *((signal.SIGHUP,) if reload else ()))
-    # The wake-up descriptor of an asyncio loop, inherited over a fork, would call the parent's handlers.
+    # A wake-up descriptor inherited from an asyncio loop in the parent process would call the parent's handlers.
     wakeup = signal.set_wakeup_fd(-1)
     before = {number: signal.signal(number, handle) for number in numbers}
     try:

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import codecs
 import logging
 import os
 import socket
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
-from dsmq.errors import ConfigError
-
-# Files of tokens or settings are shorter; this guards against files such as /dev/zero.
-_MAX_TEXT_BYTES = 1_048_576
 # File descriptors reserved for other purposes than connections; the limit to request if the hard one is unlimited.
 _RESERVED_FILES = 64
 _MAX_FILES = 1_048_576
 # The controlling terminal of the process that opens it.
 _TERMINAL = "/dev/tty"
+# Linux 4.14 or later; Python does not define it.
+_MADV_WIPEONFORK = 18
 
 _logger = logging.getLogger(__name__)
 
 yield_processor: Callable[[], None] = getattr(os, "sched_yield", partial(time.sleep, 0))
 """Let another runnable thread use this processor; return at once if there is none."""
-
 
 BOOT_CLOCK: int | None = getattr(time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC", None))
 """The clock of `boot_time`, if it has a number."""
@@ -38,57 +35,45 @@ CLOCK_BOOTTIME on Linux; the monotonic clocks of macOS and Windows include it an
 
 
 class _Process:
-    """Distinguishes this process from its forked children."""
+    """Distinguishes this process from its forked children, also if the fork ran none of Python's hooks."""
 
     __slots__ = ("_page", "_token")
 
-    def __init__(self) -> None:
-        self._page = _wiped_in_children()
+    def __init__(self, page: Any) -> None:
+        """`page` contains 1, and 0 in a forked child."""
+        self._page = page
         self._token = object()
 
     def token(self) -> object:
-        """Return an object that identifies this process; a forked child gets a different one."""
+        """Return an object that identifies this process."""
         if not self._page[0]:
             self._token = object()
             self._page[0] = 1
         return self._token
 
 
-def _wiped_in_children() -> Any:
-    """Return memory that contains 1, and 0 in a forked child; reading it is faster than getpid()."""
+def _process_token() -> Callable[[], object]:
     try:
-        import mmap  # noqa: PLC0415 - where there is none
+        import mmap  # noqa: PLC0415 - not everywhere
 
+        # Reading memory is faster than getpid().
         page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         page.madvise(_MADV_WIPEONFORK)
     except (ImportError, AttributeError, TypeError, ValueError, OSError):
-        return _ByProcessId()
+        tokens: defaultdict[int, object] = defaultdict(object)
+        return lambda: tokens[os.getpid()]
     page[0] = 1
-    return page
+    return _Process(page).token
 
 
-class _ByProcessId:
-    """Replacement on systems without such memory."""
-
-    def __init__(self) -> None:
-        self._process = os.getpid()
-
-    def __getitem__(self, _: int) -> int:
-        return os.getpid() == self._process
-
-    def __setitem__(self, _: int, value: int) -> None:
-        self._process = os.getpid()
-
-
-# Linux 4.14 or later; Python does not define it.
-_MADV_WIPEONFORK = 18
-process = _Process().token
+process = _process_token()
+"""Return an object that identifies this process; a forked child gets a different one."""
 LONG_YIELD_SECONDS = 0.001
 """If a yield takes longer, the processor is shared with CPU-bound programs, and sleeping is better."""
 LONG_YIELD_PAUSE_SECONDS = 0.1
 """How long to sleep instead of yielding: the kernel favours threads that slept."""
 LONG_MESSAGE_BYTES = 65_536
-"""Messages from this size on justify `expect_long_messages`."""
+"""Messages from this size on justify `raise_malloc_threshold`."""
 
 
 def lacking() -> list[str]:
@@ -108,28 +93,8 @@ def has_terminal() -> bool:
     return True
 
 
-def read_text(file: str) -> str:
-    """Return the text of a short file in UTF-8. Raises ConfigError."""
-    try:
-        with open(file, "rb") as stream:
-            data = stream.read(_MAX_TEXT_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"{file}: {error.strerror}") from None
-    except ValueError as error:
-        # The name has a NUL in it.
-        raise ConfigError(f"{file!r}: {error}") from None
-    if len(data) > _MAX_TEXT_BYTES:
-        raise ConfigError(f"{file}: longer than {_MAX_TEXT_BYTES} bytes")
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data:
-        raise ConfigError(f"{file}: should be UTF-8; this looks like UTF-16")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise ConfigError(f"{file}: should be UTF-8") from None
-
-
 @cache
-def expect_long_messages() -> None:
+def raise_malloc_threshold() -> None:
     """Make the C library keep freed memory for the next long message instead of returning it to the kernel.
 
     glibc's malloc raises its threshold when a large block is freed (mallopt(3), M_MMAP_THRESHOLD), to at most 32 MiB.
@@ -156,14 +121,13 @@ def allow_more_files() -> None:
     import resource  # noqa: PLC0415 - Windows has none
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # The kernel may allow less than the hard limit: macOS says unlimited but allows about 10,000.
-    most = _MAX_FILES if hard == resource.RLIM_INFINITY else hard
-    while soft == resource.RLIM_INFINITY or soft < most:
+    # The kernel may allow less than the hard limit: macOS reports no limit but allows about 10,000.
+    wanted = _MAX_FILES if hard == resource.RLIM_INFINITY else hard
+    while soft == resource.RLIM_INFINITY or soft < wanted:
         try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-        except (ValueError, OSError) as error:
-            _logger.debug("%d open files are not allowed: %s", most, error)
-            most //= 2
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        except (ValueError, OSError):
+            wanted //= 2
         else:
             return
 

@@ -264,10 +264,11 @@ def never_read(trial: Trial) -> None:
         daemon.forget_peak()
         attack(daemon.port)
         peak = daemon.peak_memory
+        # Their replies do not all fit into the total: those that wait for room get it when others have been dropped.
         trial.must(
-            f"{count} connections that never read are dropped at reply_timeout_seconds, {timeout:g} s",
+            f"{count} connections that never read are dropped at reply_timeout_seconds, {timeout:g} s, in turn",
             f"all {ends[0]:.1f} s after the last was opened",
-            ends[0] <= timeout + 1.5,
+            ends[0] <= 3 * timeout,
         )
         trial.state("memory of them", f"{megabytes(peak - before)}, {megabytes((peak - before) / count)} each")
         compare_latency(trial, daemon, attack)

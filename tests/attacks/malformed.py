@@ -20,7 +20,8 @@ from importlib import util
 from attacks.crowd import dial, reset
 from attacks.rig import HERE, Trial, Victim, compare_latency, megabytes, victim
 from dsmq.errors import ProtocolError, ReplyError
-from dsmq.wire.resp import ReplyParser, RequestParser, encode_request
+from dsmq.wire.request_parser import RequestParser
+from dsmq.wire.resp import ReplyParser, encode_request
 from helpers import Process
 
 LARGEST = 10_000
@@ -387,7 +388,7 @@ def fuzz(runs: int) -> None:
         if whole(data) != in_pieces(data, Random(len(data))):
             raise AssertionError(f"read differently in pieces: {data!r}")
 
-    with atheris.instrument_imports(include=["dsmq.wire.resp"]):
+    with atheris.instrument_imports(include=["dsmq.wire.request_parser", "dsmq.wire.resp"]):
         pass
     for function in (RequestParser.next, RequestParser.batch, RequestParser._split, RequestParser._next_line):
         function.__code__ = atheris.instrument_func(function).__code__

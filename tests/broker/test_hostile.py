@@ -69,7 +69,7 @@ def test_random_bytes_do_not_harm_server(server: Server, noise: bytes) -> None:
         bad.socket.shutdown(socket.SHUT_WR)
         while bad.socket.recv(65536):
             pass
-    assert server.counters().failures == 0
+    assert server.status.counters().failures == 0
 
 
 def test_reset_during_request_affects_no_one(server: Server, wire: Wire) -> None:
@@ -80,7 +80,7 @@ def test_reset_during_request_affects_no_one(server: Server, wire: Wire) -> None
             # SO_LINGER with time 0 makes closing a reset.
             bad.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     assert wire.call("PING") == "PONG"
-    assert server.counters().failures == 0
+    assert server.status.counters().failures == 0
 
 
 def test_stalled_request_times_out() -> None:

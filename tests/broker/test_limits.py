@@ -7,6 +7,7 @@ import gc
 import logging
 import math
 import socket
+import statistics
 import threading
 import time
 from collections.abc import Iterator
@@ -18,9 +19,11 @@ from unittest.mock import Mock
 import pytest
 
 from conftest import SOON, UNIT, Wire, blocked, daemon, serving, wait_until, wire_to
-from dsmq.broker import commands, connection
 from dsmq.broker import event_loop as worker
-from dsmq.broker.connection import MAX_HELD_BYTES, RECEIVE_BYTES, Connection
+from dsmq.broker import messages, transport, usage
+from dsmq.broker.connection import Connection
+from dsmq.broker.event_loop import EventLoop
+from dsmq.broker.transport import MAX_HELD_BYTES, RECEIVE_BYTES
 from dsmq.broker.usage import FREE_BYTES, Budget
 from dsmq.client import connect
 from dsmq.errors import Full, ReplyError
@@ -39,7 +42,7 @@ def test_puts_over_message_limit_are_refused_and_stored_messages_kept() -> None:
         assert [wire.call("PUT", topic, "x") for topic in ("a", "b", "b")] == [1, 2, 3]
         assert wire.error("PUT", "a", "x") == "FULL"
         assert wire.call("READ", "b", 0)[::5] == [2, 3]  # type: ignore[index]
-        assert server.totals().messages == 3
+        assert server.status.totals().messages == 3
 
 
 def test_pipelined_puts_are_accepted_up_to_limit() -> None:
@@ -91,10 +94,10 @@ def test_full_is_logged_once_at_begin_and_end(
             while not isinstance(wire.call("PUT", "t", "x"), Full):
                 pass
             # As the main thread does each second.
-            server._log_full()
+            server._watch()
             expire_all(server)
         for _ in range(3):
-            server._log_full()
+            server._watch()
         assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
             ("WARNING", "full: max_stored_messages = 2 reached; puts are refused until messages expire"),
             ("INFO", "no longer full: max_stored_messages"),
@@ -206,7 +209,7 @@ def test_retried_put_gets_its_id_even_if_full() -> None:
         assert wire.call("PUT", "t", "x", "KEY", "me", 1) == 1
         assert wire.call("PUT", "t", "x", "KEY", "me", 1) == 1
         assert wire.error("PUT", "t", "x", "KEY", "me", 2) == "FULL"
-        assert server.totals().messages == 1
+        assert server.status.totals().messages == 1
 
 
 def test_client_raises_full() -> None:
@@ -250,7 +253,7 @@ def test_waiting_readers_over_limit_get_an_error() -> None:
         waiting = [stack.enter_context(wire_to(server)) for _ in range(2)]
         for wire in waiting:
             wire.send(encode_request(b"GETWAIT", b"t", b"60000"))
-        wait_until(lambda: server.waiting() == 2)
+        wait_until(lambda: server.status.waiting() == 2)
         late = stack.enter_context(wire_to(server))
         assert late.call("PUT", "other", "y") == 1
         assert late.call("GETWAIT", "other", 60_000) == b"y"
@@ -259,7 +262,7 @@ def test_waiting_readers_over_limit_get_an_error() -> None:
         assert late.call("PUT", "t", "x") == 2
         assert [wire.receive() for wire in waiting] == [b"x", b"x"]
         assert late.call("GET", "t") == b"x"
-        assert server.waiting() == 0
+        assert server.status.waiting() == 0
         assert late.call("GETWAIT", "t", 1) is None
 
 
@@ -269,8 +272,7 @@ def test_waiting_readers_over_limit_get_an_error() -> None:
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody is too slow, however busy the machine."""
-    for module in (connection, worker):
-        monkeypatch.setattr(module, "SLOW_SECONDS", 10 * SOON)
+    monkeypatch.setattr(usage, "SLOW_SECONDS", 10 * SOON)
 
 
 @pytest.fixture
@@ -301,7 +303,7 @@ def test_in_a_crowd_each_client_is_served_one_request_before_any_gets_a_second(
     monkeypatch.setattr(worker, "CROWD", 20)
     with serving() as server, wire_to(server) as modest, ExitStack() as stack:
         crowd = [stack.enter_context(wire_to(server)) for _ in range(30)]
-        wait_until(lambda: server.connections() == 31)
+        wait_until(lambda: server.status.connections() == 31)
         with blocked(server):
             for greedy in crowd:
                 greedy.send(encode_request(b"PUT", b"t", b"x") * 100)
@@ -317,12 +319,12 @@ def test_in_a_crowd_each_client_is_served_one_request_before_any_gets_a_second(
 def test_who_has_just_come_does_not_wait_for_all_that_others_have_pipelined(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving() as server, wire_to(server) as modest, ExitStack() as stack:
         crowd = [stack.enter_context(wire_to(server)) for _ in range(20)]
-        wait_until(lambda: server.connections() == 21)
+        wait_until(lambda: server.status.connections() == 21)
         (loop,) = server._workers
         turn, before = loop._turn, []
 
         def arrive() -> None:
-            before.append(server.totals().stored)
+            before.append(server.status.totals().stored)
             modest.send(encode_request(b"PUT", b"t", b"y"))
 
         def turn_and_arrive() -> None:
@@ -358,8 +360,8 @@ def test_hangup_while_waiting_is_noticed_with_minimal_time_slices() -> None:
     with serving() as server:
         with wire_to(server) as wire:
             wire.send(b"GETWAIT t 60000\r\nPING\r\n")
-            wait_until(lambda: server.waiting() == 1)
-        wait_until(lambda: server.waiting() == server.connections() == 0)
+            wait_until(lambda: server.status.waiting() == 1)
+        wait_until(lambda: server.status.waiting() == server.status.connections() == 0)
 
 
 @pytest.mark.parametrize(
@@ -374,12 +376,12 @@ def test_unauthenticated_request_count_is_limited(request_: bytes, reply: str) -
         assert codes == [reply] * 16 + ["NOAUTH"]
         assert wire.ended()
         # Those behind them have not even been parsed.
-        assert server.counters().requests == 17
+        assert server.status.counters().requests == 17
 
 
 @pytest.mark.parametrize("last", [b"AUTH wrong-token-0123456789\r\n", b"QUIT\r\n", b"PING\r\n" * 17])
 def test_rejected_client_may_linger_only_briefly(monkeypatch: pytest.MonkeyPatch, last: bytes) -> None:
-    monkeypatch.setattr(connection, "LINGER_SECONDS", 3600.0)
+    monkeypatch.setattr(transport, "LINGER_SECONDS", 3600.0)
     with (
         serving(auth_token="x" * 20, auth_timeout_seconds=600) as server,
         wire_to(server) as wire,
@@ -390,11 +392,11 @@ def test_rejected_client_may_linger_only_briefly(monkeypatch: pytest.MonkeyPatch
             pass
         # To close at once would reset the connection, and the client might lose the reply.
         for _ in range(2):
-            wire.send(b"x" * (connection.MAX_DISCARDED_BYTES_OF_STRANGERS // 2))
+            wire.send(b"x" * (transport.MAX_DISCARDED_BYTES // 2))
             assert other.call("PING") == "PONG"
-        assert server.connections() == 2
+        assert server.status.connections() == 2
         wire.send(b"x" * 1000)
-        wait_until(lambda: server.connections() == 1)
+        wait_until(lambda: server.status.connections() == 1)
 
 
 def test_requests_after_auth_in_same_packet_run_in_batches() -> None:
@@ -430,7 +432,7 @@ def test_total_unread_replies_are_bounded() -> None:
                     time.sleep(UNIT / 100)
                 assert all(isinstance(reply, list) for reply in done.result())
         # Between two checks of the total, each event loop may serve one connection up to its own limit, and one reply.
-        assert most < 1_000_000 + 3 * (200_000 + commands.MAX_READ_BYTES)
+        assert most < 1_000_000 + 3 * (200_000 + messages.MAX_READ_BYTES)
         wait_until(lambda: replies.total == 0)
         lazy[0].send(encode_request(b"READ", b"t", b"0") * 100)
         wait_until(lambda: replies.total > 0)
@@ -503,12 +505,12 @@ def test_waiting_readers_are_bounded_over_all_workers() -> None:
         waiting = [stack.enter_context(wire_to(server)) for _ in range(8)]
         for wire in waiting:
             wire.send(encode_request(b"GETWAIT", b"t", b"60000"))
-        wait_until(lambda: server.waiting() == 8)
+        wait_until(lambda: server.status.waiting() == 8)
         late = [stack.enter_context(wire_to(server)) for _ in range(4)]
         assert [wire.error("GETWAIT", "t", 60_000) for wire in late] == ["BUSY"] * 4
         assert late[0].call("PUT", "t", "x") == 1
         assert [wire.receive() for wire in waiting] == [b"x"] * 8
-        wait_until(lambda: server.waiting() == 0)
+        wait_until(lambda: server.status.waiting() == 0)
 
 
 def test_unauthenticated_connections_are_bounded_over_all_workers() -> None:
@@ -519,7 +521,7 @@ def test_unauthenticated_connections_are_bounded_over_all_workers() -> None:
         late = stack.enter_context(wire_to(server))
         assert late.call("PING") == "PONG"
         # The oldest has gone, and nobody else.
-        wait_until(lambda: server.connections() == 8)
+        wait_until(lambda: server.status.connections() == 8)
         assert [wire.call("PING") for wire in wires[1:]] == ["PONG"] * 7
         with contextlib.suppress(EOFError, ConnectionError):
             assert isinstance(wires[0].receive(), ReplyError)
@@ -552,18 +554,18 @@ def test_reading_resumes_when_replies_drop_below_limit() -> None:
         wire.send(encode_request(b"PUT", b"t", b"x" * 100_000))
         assert wire.receive() == 1
         wire.send(encode_request(b"READ", b"t", b"0") * 1000)
-        wait_until(lambda: len(served._out) >= 1_000_000 and served._unread_since < math.inf)
-        run = server.counters().commands["READ"]
-        while server.counters().commands["READ"] == run:
+        wait_until(lambda: len(served.transport.data) >= 1_000_000 and served.transport.unread_since < math.inf)
+        run = server.status.counters().commands["READ"]
+        while server.status.counters().commands["READ"] == run:
             assert len(wire.receive()[3]) == 100_000  # type: ignore[index,arg-type]
         # It had not sent all of its replies before it ran more requests.
-        assert len(served._out) > 100_000
+        assert len(served.transport.data) > 100_000
         for _ in range(1000 - run):
             wire.receive()
 
 
 def wait_for_connections(server: Server, count: int) -> list[Connection]:
-    wait_until(lambda: server.connections() == count)
+    wait_until(lambda: server.status.connections() == count)
     return [client for one in server._workers for client in one.connections]
 
 
@@ -689,7 +691,7 @@ def test_little_is_received_while_request_memory_is_used_up() -> None:
         second.send(long[:100_000])
         wait_until(lambda: len(budget._queue) == 1)
         (waiting,) = budget._queue
-        assert 0 < waiting._parser.buffered <= FREE_BYTES
+        assert 0 < waiting.requests.parser.buffered <= FREE_BYTES
 
 
 def test_little_is_received_while_others_wait_for_memory() -> None:
@@ -760,7 +762,7 @@ def test_reading_client_is_not_dropped_to_make_room() -> None:
 def test_parsed_requests_count_by_memory_used() -> None:
     with serving() as server, wire_to(server) as wire:
         wire.send(encode_request(b"GETWAIT", b"t", b"60000") + encode_request(b"PING") * 140)
-        wait_until(lambda: server.waiting() == 1 and server.context.usage.requests.total > 0)
+        wait_until(lambda: server.status.waiting() == 1 and server.context.usage.requests.total > 0)
         # As bytes they would be 1,960.
         assert server.context.usage.requests.total > 10_000
 
@@ -793,12 +795,12 @@ def test_buffered_requests_behind_a_wait_are_bounded() -> None:
     with serving() as server, wire_to(server) as wire:
         (served,) = wait_for_connections(server, 1)
         wire.send(b"GETWAIT t 60000\r\n")
-        wait_until(lambda: server.waiting() == 1)
+        wait_until(lambda: server.status.waiting() == 1)
         wire.socket.settimeout(UNIT)
         with pytest.raises(TimeoutError):
             wire.send(b"PING\r\n" * 10_000_000)
         # One receive may come on top of the bound.
-        assert MAX_HELD_BYTES <= len(served._parser) <= MAX_HELD_BYTES + RECEIVE_BYTES
+        assert MAX_HELD_BYTES <= len(served.requests.parser) <= MAX_HELD_BYTES + RECEIVE_BYTES
 
 
 @pytest.mark.parametrize(("milliseconds", "reply"), [(86_400_000, None), (86_400_001, "BADREQUEST")])
@@ -834,7 +836,7 @@ def test_trickling_request_times_out() -> None:
             for byte in encode_request(b"PUT", b"t", b"x" * 1000):
                 wire.send(bytes([byte]))
                 time.sleep(UNIT / 10)
-                if server.counters().errors["TIMEOUT"]:
+                if server.status.counters().errors["TIMEOUT"]:
                     break
         assert "did not arrive in time" in str(wire.receive())
         assert time.monotonic() - began >= 5 * UNIT
@@ -867,14 +869,14 @@ def test_many_waiters_are_woken_over_several_turns(monkeypatch: pytest.MonkeyPat
         waiting = [stack.enter_context(wire_to(server)) for _ in range(30)]
         for wire in waiting:
             wire.send(encode_request(b"GETWAIT", b"t", b"60000"))
-        wait_until(lambda: server.waiting() == 30)
+        wait_until(lambda: server.status.waiting() == 30)
         (loop,) = server._workers
         woken, turn = [], loop._turn
 
         def counted() -> None:
-            before = server.waiting()
+            before = server.status.waiting()
             turn()
-            woken.append(before - server.waiting())
+            woken.append(before - server.status.waiting())
 
         monkeypatch.setattr(loop, "_turn", counted)
         assert writer.call("PUT", "t", "x") == 1
@@ -889,23 +891,19 @@ def test_a_long_reply_is_sent_from_the_buffer_that_it_is_made_in(monkeypatch: py
         made.append(encode_messages(messages))
         return made[-1]
 
-    monkeypatch.setattr(commands, "encode_messages", encode)
+    monkeypatch.setattr(messages, "encode_messages", encode)
     with serving() as server, wire_to(server) as wire:
         (one,) = wait_for_connections(server, 1)
         body = b"x" * (1 << 20)
         assert wire.call("PUT", "t", body) == 1
         assert wire.call("READ", "t", 0)[3] == body  # type: ignore[index]
-        assert one._out is made[0]
+        assert one.transport.data is made[0]
 
 
+# A request, and how often it is pipelined: in one turn, all of them would take 40 ms and more.
 HEAVY = {
-    "CONFIG GET": encode_request(b"CONFIG", b"GET", *[b"*a*e*i*o*%d" % number for number in range(62)]),
-    "INFO": encode_request(b"INFO"),
-    "COMMAND DOCS": encode_request(b"COMMAND", b"DOCS"),
-    "TOPICS": encode_request(b"TOPICS"),
-    "READ": encode_request(b"READ", b"t", b"0", b"COUNT", b"1000"),
-    "puts": encode_request(b"PUT", b"t", b"x" * 50) * 20,
-    "lines": b"PING\r\n" * 100,
+    "CONFIG GET": (encode_request(b"CONFIG", b"GET", *[b"*a*e*i*o*%d" % number for number in range(62)]), 200),
+    "inline PING": (b"PING\r\n", 100_000),
 }
 
 
@@ -923,25 +921,30 @@ def no_collection() -> Iterator[None]:
 def test_event_loop_turn_is_bounded_by_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving() as server, wire_to(server) as greedy:
         greedy.send(b"".join(encode_request(b"PUT", b"topic%d" % number, b"x") for number in range(1000)))
-        greedy.send(encode_request(b"PUT", b"t", b"x" * 20) * 1000)
-        for _ in range(2000):
+        for _ in range(1000):
             greedy.receive()
         (loop,) = server._workers
-        longest, turn = 0.0, loop._turn
+        # A processor that is taken away for a moment may make any one of them long.
+        assert statistics.median(longest_turn(loop, greedy, *HEAVY[name], monkeypatch) for _ in range(5)) < 0.02
 
-        def timed() -> None:
-            nonlocal longest
-            # Of this thread's own time, so that it does not matter what else the machine does.
-            began = time.thread_time()
-            turn()
-            longest = max(longest, time.thread_time() - began)
 
-        monkeypatch.setattr(loop, "_turn", timed)
-        greedy.send(HEAVY[name] * 200)
-        while loop._turn is timed and loop.counters.requests < 2000 + 200:
-            time.sleep(UNIT / 10)
-        replies = HEAVY[name].count(b"PUT") + HEAVY[name].count(b"PING") or 1
-        for _ in range(200 * replies):
-            greedy.receive()
-        # 200 of them take many times as long.
-        assert longest < 0.02
+def longest_turn(loop: EventLoop, wire: Wire, request: bytes, count: int, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Return the processor time, in seconds, of the loop's longest turn while it answers a pipeline."""
+    longest, turn = 0.0, EventLoop._turn
+
+    def timed(self: EventLoop) -> None:
+        nonlocal longest
+        began = time.thread_time()
+        turn(self)
+        longest = max(longest, time.thread_time() - began)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EventLoop, "_turn", timed)
+        wire.send(request * count)
+        for _ in range(count):
+            wire.receive()
+        # The turn that sent the last reply has ended.
+        done = threading.Event()
+        loop.post(done.set)
+        assert done.wait(SOON)
+    return longest

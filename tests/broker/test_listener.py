@@ -1,4 +1,4 @@
-"""Where a server listens, and what processes that are forked have of it."""
+"""Listening, accepting, and forked processes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import errno
 import os
 import signal
 import socket
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -15,7 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from conftest import UNIT, Wire, serving, wire_to
+from conftest import SOON, UNIT, Wire, loop_of, serving, wait_until, wire_to
+from dsmq.broker import listener
+from dsmq.broker.listener import Listener
 from dsmq.client import connect
 from dsmq.errors import StartupError
 from dsmq.server import Server
@@ -23,19 +26,26 @@ from dsmq.server import Server
 # Names with several addresses
 
 
-def addresses_of(monkeypatch: pytest.MonkeyPatch, name: str, *addresses: str) -> None:
-    """Have a name stand for these addresses."""
+Resolve = Callable[..., None]
+
+
+@pytest.fixture
+def resolve(monkeypatch: pytest.MonkeyPatch) -> Resolve:
+    """A function that makes a name resolve to these addresses."""
     real = socket.getaddrinfo
 
-    def resolve(host: str, port: int, *kind: int, **options: int) -> list[object]:
-        return [one for at in (addresses if host == name else [host]) for one in real(at, port, *kind, **options)]
+    def resolve(name: str, *addresses: str) -> None:
+        def getaddrinfo(host: str, port: int, *kind: int, **options: int) -> list[object]:
+            return [one for at in (addresses if host == name else [host]) for one in real(at, port, *kind, **options)]
 
-    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+
+    return resolve
 
 
-def test_name_with_several_addresses_listens_on_each_usable_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The first belongs to no machine: as ::1 on one without IPv6.
-    addresses_of(monkeypatch, "several", "192.0.2.1", "127.0.0.1", "127.0.0.2")
+def test_name_with_several_addresses_listens_on_each_usable_one(resolve: Resolve) -> None:
+    # The first is not an address of this machine, like ::1 without IPv6.
+    resolve("several", "192.0.2.1", "127.0.0.1", "127.0.0.2")
     with serving(host="several", http_host="several", http_port=0) as server:
         assert server.addresses == [f"127.0.0.1:{server.port}", f"127.0.0.2:{server.port}"]
         for host in ("127.0.0.1", "127.0.0.2"):
@@ -45,14 +55,14 @@ def test_name_with_several_addresses_listens_on_each_usable_one(monkeypatch: pyt
                 assert answer.status == 200
 
 
-def test_name_without_usable_address_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    addresses_of(monkeypatch, "several", "192.0.2.1", "198.51.100.1")
+def test_name_without_usable_address_does_not_start(resolve: Resolve) -> None:
+    resolve("several", "192.0.2.1", "198.51.100.1")
     with pytest.raises(StartupError, match=r"several:0: .*assign"), serving(host="several"):
         pass
 
 
-def test_port_in_use_on_one_address_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    addresses_of(monkeypatch, "several", "127.0.0.1", "127.0.0.2")
+def test_port_in_use_on_one_address_does_not_start(resolve: Resolve) -> None:
+    resolve("several", "127.0.0.1", "127.0.0.2")
     with serving(host="127.0.0.2") as other:
         with pytest.raises(StartupError, match="in use"), serving(host="several", port=other.port):
             pass
@@ -60,8 +70,8 @@ def test_port_in_use_on_one_address_does_not_start(monkeypatch: pytest.MonkeyPat
             pass
 
 
-def test_machine_without_ipv6_listens_on_ipv4(monkeypatch: pytest.MonkeyPatch) -> None:
-    addresses_of(monkeypatch, "localhost", "::1", "127.0.0.1")
+def test_machine_without_ipv6_listens_on_ipv4(resolve: Resolve, monkeypatch: pytest.MonkeyPatch) -> None:
+    resolve("localhost", "::1", "127.0.0.1")
     real = socket.create_server
 
     def create_server(address: tuple[str, int], *, family: int, **options: int) -> socket.socket:
@@ -74,8 +84,8 @@ def test_machine_without_ipv6_listens_on_ipv4(monkeypatch: pytest.MonkeyPatch) -
         assert server.addresses == [f"127.0.0.1:{server.port}"]
 
 
-def test_chosen_port_is_the_same_on_all_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
-    addresses_of(monkeypatch, "several", "127.0.0.1", "127.0.0.2")
+def test_chosen_port_is_the_same_on_all_addresses(resolve: Resolve, monkeypatch: pytest.MonkeyPatch) -> None:
+    resolve("several", "127.0.0.1", "127.0.0.2")
     real, taken = socket.create_server, []
 
     def create_server(address: tuple[str, int], **options: int) -> socket.socket:
@@ -97,40 +107,99 @@ def test_port_in_use_error_names_the_setting(server: Server) -> None:
         pass
 
 
-# Processes that are forked
+def test_unix_socket_is_removed_before_close(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Afterwards, another server may have put its own socket there.
+    was_open: list[bool] = []
+    [sock] = listener.listen(f"unix:{tmp_path}/socket", 0, 1)
+    monkeypatch.setattr(os, "unlink", lambda _: was_open.append(sock.fileno() >= 0))
+    listener.close(sock)
+    assert was_open == [True]
+    assert sock.fileno() < 0
+
+
+# Accepting
+
+
+def test_connections_use_nodelay_and_keepalive() -> None:
+    accepted: list[socket.socket] = []
+    [sock] = listener.listen("127.0.0.1", 0, 1)
+    listening = Listener(sock, lambda sock, *_: accepted.append(sock))
+    with sock, socket.create_connection(sock.getsockname()):
+        wait_until(lambda: bool((listening.on_ready(0), accepted)[1]))
+    with accepted[0] as connection:
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == 15
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) == 4
+        assert connection.getsockopt(socket.IPPROTO_TCP, 25) == 32_768, "TCP_NOTSENT_LOWAT"
+
+
+class Exhausted(socket.socket):
+    """A listening socket of a process without file descriptors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attempts = 0
+        self.exhausted = True
+
+    def accept(self) -> tuple[socket.socket, object]:
+        self.attempts += 1
+        if self.exhausted:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return super().accept()
+
+
+def test_accept_pauses_without_file_descriptors_and_resumes(server: Server) -> None:
+    loop, accepted = loop_of(server), threading.Event()
+    with Exhausted() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        listening = Listener(sock, lambda sock, *_: (sock.close(), accepted.set())[1])
+        loop.post(lambda: loop.listen([listening]))
+        with socket.create_connection(sock.getsockname()):
+            wait_until(lambda: sock.attempts >= 2)
+            assert sock.attempts < 20
+            sock.exhausted = False
+            assert accepted.wait(SOON)
+        loop.post(listening.stop_accepting)
+        assert server.stop() == []
+
+
+# Forked processes
 
 
 @contextmanager
 def forked(run: Callable[[], object] = str) -> Iterator[str]:
-    """A child process that goes on until the test is done; what `run` returns there, as text."""
-    said, say = os.pipe()
+    """Fork a child process that lives until the end of the block; return the result of `run` in it, as text."""
+    result, output = os.pipe()
     wait, end = os.pipe()
     child = os.fork()
     if not child:
         try:
             os.close(end)
-            os.write(say, str(run()).encode() or b" ")
+            os.write(output, str(run()).encode() or b" ")
             os.read(wait, 1)
         finally:
             os._exit(0)
-    os.close(say)
+    os.close(output)
     os.close(wait)
     try:
-        yield os.read(said, 65536).decode()
+        yield os.read(result, 65536).decode()
     finally:
         os.close(end)
         os.waitpid(child, 0)
-        os.close(said)
+        os.close(result)
 
 
 @contextmanager
 def forked_without_hooks() -> Iterator[None]:
-    """A child process as a C library makes it, until the test is done.
+    """Fork a child process as a C library does, until the end of the block.
 
-    It runs no Python, because it may have locks of the interpreter that other threads of its parent held.
+    It runs no Python, because other threads may have held locks of the interpreter.
     """
     libc = ctypes.PyDLL(None)
-    # So that no other thread waits for the interpreter, and asks this one to let go of it in the child.
+    # So that no other thread waits for the GIL, and requests it in the child.
     time.sleep(UNIT / 20)
     child = libc.fork()
     if not child:
@@ -143,7 +212,7 @@ def forked_without_hooks() -> Iterator[None]:
 
 
 def open_sockets() -> set[str]:
-    """The sockets that this process has, by inode."""
+    """Return the open sockets of this process, by inode."""
     links = []
     for descriptor in os.listdir("/proc/self/fd"):
         with suppress(FileNotFoundError):
@@ -167,7 +236,7 @@ def test_stop_closes_listener_despite_forked_child(
             server.stop()
             with socket.socket(socket.AF_INET if port else socket.AF_UNIX) as late:
                 assert late.connect_ex(address) in (errno.ECONNREFUSED, errno.ENOENT)
-            # To the end of the stream, which a copy in the child would keep open.
+            # Until the end of the stream: a copy in the child would keep it open.
             with closing(wire):
                 while wire.socket.recv(65536):
                     pass
@@ -177,9 +246,9 @@ def test_stop_closes_listener_despite_forked_child(
 
 def test_closed_connection_ends_despite_forked_child(server: Server, wire: Wire) -> None:
     wire.call("PING")
-    (connection,) = server._workers[0].connections
+    (connection,) = loop_of(server).connections
     with forked_without_hooks():
-        server._workers[0].post(lambda: connection.close("for the test"))
+        loop_of(server).post(lambda: connection.close("for the test"))
         assert wire.ended()
 
 

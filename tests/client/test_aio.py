@@ -135,7 +135,7 @@ def test_timeout_of_0_does_not_wait(server: Server) -> None:
         assert await mq.get_wait("t", timeout=0) == ""
         assert await mq.read("t", timeout=0) == []
         assert [one async for one in mq.messages("t", timeout=0)] == []
-        assert server.connections() == 1
+        assert server.status.connections() == 1
 
     run(server, scenario)
 
@@ -179,7 +179,7 @@ def test_each_method_works(server: Server) -> None:
         assert await mq.get("t", raw=True) == b"\xff"
         mq.seek("t", 1199)
         assert [message async for message in mq.messages("t", timeout=UNIT, raw=True)] == [b"1200", b"1201", b"\xff"]
-        assert await mq.topics() == [("t", 1202, server.totals().bytes)]
+        assert await mq.topics() == [("t", 1202, server.status.totals().bytes)]
         assert mq.missed == 0
         await mq.ping()
 
@@ -215,7 +215,7 @@ def test_closing_ends_a_call_of_another_task(server: Server, states: list[str]) 
     async def main() -> None:
         mq = await connect(port=server.port, on_state_change=states.append)
         waiting = asyncio.create_task(mq.get_wait("t", timeout=math.inf))
-        while not server.waiting():
+        while not server.status.waiting():
             await asyncio.sleep(UNIT / 20)
         with blocked(server):
             putting = [asyncio.create_task(mq.put("t", "x")) for _ in range(2)]
@@ -381,7 +381,7 @@ def test_puts_with_lost_replies_are_stored_once_in_order(server: Server, batch: 
     # More than may be unanswered.
     numbers = [str(number) for number in range(3000)]
     asyncio.run(main())
-    assert server.totals().stored == 3000
+    assert server.status.totals().stored == 3000
 
 
 @pytest.mark.slow
@@ -506,11 +506,11 @@ def test_unanswered_puts_are_bounded_by_server_memory(server: Server) -> None:
             calls += [mq.put_many("t", ["x"] * 400) for _ in range(5)]
             tasks = [asyncio.create_task(call) for call in calls]
             await asyncio.sleep(UNIT)
-            assert len(mq._here().shared._connection._due) <= 1000
+            assert len(mq._here().shared._connection.due) <= 1000
         await asyncio.gather(*tasks)
 
     run(server, scenario)
-    assert server.totals().stored == 5000
+    assert server.status.totals().stored == 5000
 
 
 def test_put_many_keeps_order_of_calls(server: Server) -> None:
@@ -534,7 +534,7 @@ def test_error_in_put_many_does_not_shift_other_replies() -> None:
 
 @pytest.mark.parametrize("refused", [0, 2, 450, 700])
 def test_an_error_of_put_many_says_what_is_stored_as_in_the_blocking_client(refused: int) -> None:
-    messages = ["x"] * 900
+    messages = ["x"] * 1400
     messages[refused] = "x" * 200_000
 
     async def scenario(mq: AsyncClient) -> None:
@@ -546,8 +546,9 @@ def test_an_error_of_put_many_says_what_is_stored_as_in_the_blocking_client(refu
             assert error.stored_before == refused
             held = next(count for name, count, _ in await mq.topics() if name == topic)
             assert error.stored_before + error.stored_behind == held
-        # Of what was sent with it, all else is stored; here that is all that stands in its batch.
-        assert told.value.stored_behind == 499 - refused % 500 if refused < 500 else 199
+        # The batch behind the one with the refused message was on its way.
+        sent = 1000 if refused < 500 else 1400
+        assert told.value.stored_behind == same.value.stored_behind == sent - refused - 1
 
     with serving(max_stored_bytes_per_topic=150_000) as server:
         run(server, scenario)
@@ -558,8 +559,8 @@ def test_each_put_many_that_a_close_ends_says_what_is_stored_of_it(server: Serve
         mq = await connect(port=server.port, timeout=SOON)
 
         def closing() -> Iterator[str]:
-            yield from ["x"] * 500
-            # What comes first is stored by now, and what comes next is not answered.
+            yield from ["x"] * 1000
+            # The first batch is stored by now, and the third will not be answered.
             release.enter_context(blocked(server))
             is_blocked.set()
             yield "y"
@@ -573,7 +574,7 @@ def test_each_put_many_that_a_close_ends_says_what_is_stored_of_it(server: Serve
             await mq.close()
             errors = await asyncio.gather(first, second, return_exceptions=True)
         assert [type(error) for error in errors] == [ClientClosed, ClientClosed]
-        assert [error.stored_before for error in errors if isinstance(error, ClientClosed)] == [500, 0]
+        assert [error.stored_before // 500 > 0 for error in errors if isinstance(error, ClientClosed)] == [True, False]
 
     asyncio.run(main())
 
@@ -758,7 +759,7 @@ def test_waiting_connections_are_reused_and_closed_when_idle(server: Server, mon
             await asyncio.gather(*(mq.get_wait("t", timeout=UNIT) for _ in range(3)))
             assert proxy.accepted == 4
             await mq.get_wait("t", timeout=UNIT)
-            while server.connections() > 1:
+            while server.status.connections() > 1:
                 await asyncio.sleep(UNIT / 20)
             await mq.ping()
             await mq.get_wait("t", timeout=UNIT)
@@ -771,7 +772,7 @@ def test_waiting_connections_are_reused_and_closed_when_idle(server: Server, mon
 def test_wait_does_not_block_other_calls(server: Server) -> None:
     async def scenario(mq: AsyncClient) -> None:
         waiting = asyncio.create_task(mq.get_wait("t", timeout=math.inf))
-        while not server.waiting():
+        while not server.status.waiting():
             await mq.ping()
         await mq.put("t", "x")
         assert await waiting == "x"
@@ -795,11 +796,11 @@ def test_unreferenced_client_is_closed(server: Server) -> None:
     async def main() -> None:
         mq = await connect(port=server.port)
         await mq.get_wait("t", timeout=UNIT / 10)
-        assert server.connections() == 2
+        assert server.status.connections() == 2
         mq._here()._sweeper.cancel()
         del mq
         gc.collect()
-        while server.connections():
+        while server.status.connections():
             await asyncio.sleep(UNIT / 20)
 
     asyncio.run(main())
@@ -818,11 +819,11 @@ def test_second_event_loop_resumes_positions(server: Server) -> None:
     async def second(mq: AsyncClient) -> None:
         assert await asyncio.gather(mq.get("t"), mq.put("t", "2")) == ["1", 2]
         assert await mq.get_wait("t") == "2"
-        assert server.connections() == 2
+        assert server.status.connections() == 2
         await mq.close()
 
     mq = asyncio.run(first())
-    wait_until(lambda: not server.connections())
+    wait_until(lambda: not server.status.connections())
     asyncio.run(asyncio.wait_for(second(mq), SOON))
     # Whatever has not been closed warns of it.
     gc.collect()
@@ -834,7 +835,7 @@ def test_next_call_closes_connections_of_stopped_loop(server: Server, is_closed:
     first = asyncio.new_event_loop()
     mq = first.run_until_complete(connect(port=server.port))
     late = first.create_task(mq.get_wait("t", timeout=math.inf))
-    while not server.waiting():
+    while not server.status.waiting():
         first.run_until_complete(asyncio.sleep(UNIT / 20))
     if is_closed:
         late.cancel()
@@ -843,7 +844,7 @@ def test_next_call_closes_connections_of_stopped_loop(server: Server, is_closed:
 
     async def second() -> None:
         assert await mq.put("t", "x") == 1
-        wait_until(lambda: server.connections() == 1)
+        wait_until(lambda: server.status.connections() == 1)
         await mq.close()
 
     asyncio.run(second())
@@ -910,7 +911,7 @@ else:
     command = [sys.executable, "-W", "ignore", "-c", program]
     found = subprocess.run(command, capture_output=True, text=True, timeout=SOON, check=False)
     assert (found.stdout, found.stderr) == ("0\n", "")
-    assert server.totals().stored == 3 + 2 * 2 * 200
+    assert server.status.totals().stored == 3 + 2 * 2 * 200
 
 
 def test_parent_event_loop_is_refused_in_child(server: Server) -> None:
@@ -1092,7 +1093,7 @@ def test_first_answering_address_is_used(server: Server, monkeypatch: pytest.Mon
 def test_all_addresses_refusing_raises_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with nobody() as one:
         resolve(monkeypatch, ("127.0.0.2", one[1]), one)
-        with pytest.raises(ConnectionRefusedError, match=r"no server answers at several\.example port 5"):
+        with pytest.raises(ConnectionRefusedError, match=r"no server answers at several\.example:5"):
             asyncio.run(connect("several.example", 5, retry=False))
 
 

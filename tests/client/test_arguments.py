@@ -20,21 +20,21 @@ from dsmq.client import connect
 from dsmq.server import Server
 
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
-    *[({"timeout": value}, ValueError, "timeout is more than 0") for value in (0, 0.0, -1, math.nan, -math.inf)],
-    ({"timeout": 10**400}, ValueError, "timeout is a number of seconds"),
-    *[({"timeout": value}, TypeError, "timeout is a number") for value in (None, "5", True, [], b"5")],
-    *[({"reconnect_timeout": value}, ValueError, "reconnect_timeout is 0 or more") for value in (-1, math.nan)],
-    *[({"reconnect_timeout": value}, TypeError, "reconnect_timeout is a number") for value in (None, "5", False)],
-    *[({"port": value}, ValueError, "port is 1 to 65535") for value in (0, -1, 65_536)],
-    *[({"port": value}, TypeError, "port is an int") for value in ("30008", True, 30008.0, None)],
-    *[({"host": value}, TypeError, "host is a str") for value in (None, 5, b"127.0.0.1")],
-    *[({"host": value}, ValueError, "host is an address") for value in ("", "unix:")],
+    *[({"timeout": value}, ValueError, "timeout should be more than 0") for value in (0, 0.0, -1, math.nan, -math.inf)],
+    ({"timeout": 10**400}, ValueError, "timeout should be a number of seconds"),
+    *[({"timeout": value}, TypeError, "timeout should be a number") for value in (None, "5", True, [], b"5")],
+    *[({"reconnect_timeout": value}, ValueError, "reconnect_timeout should be 0 or more") for value in (-1, math.nan)],
+    *[({"reconnect_timeout": value}, TypeError, "reconnect_timeout should") for value in (None, "5", False)],
+    *[({"port": value}, ValueError, "port should be 1 to 65535") for value in (0, -1, 65_536)],
+    *[({"port": value}, TypeError, "port should be an int") for value in ("30008", True, 30008.0, None)],
+    *[({"host": value}, TypeError, "host should be a str") for value in (None, 5, b"127.0.0.1")],
+    *[({"host": value}, ValueError, "host should be an address") for value in ("", "unix:")],
     *[({"host": value}, ValueError, "NUL") for value in ("unix:/tmp/\0x", "local\0host")],
-    *[({"token": value}, TypeError, "token is a str") for value in (5, b"secret", True)],
+    *[({"token": value}, TypeError, "token should be a str") for value in (5, b"secret", True)],
     *[({"on_state_change": value}, TypeError, "on_state_change") for value in (5, "print", [])],
-    *[({name: 5}, TypeError, f"{name} is a path") for name in ("ca_file", "cert_file", "key_file")],
+    *[({name: 5}, TypeError, f"{name} should be a path") for name in ("ca_file", "cert_file", "key_file")],
     *[({name: "a\0b"}, ValueError, "NUL") for name in ("ca_file", "cert_file", "key_file")],
-    *[({name: ""}, ValueError, f"{name} is a path") for name in ("ca_file", "cert_file", "key_file")],
+    *[({name: ""}, ValueError, f"{name} should be a path") for name in ("ca_file", "cert_file", "key_file")],
     ({"tls": "yes"}, TypeError, "tls"),
 ]
 
@@ -124,16 +124,16 @@ def test_call_with_invalid_argument_raises_and_sends_nothing(
 
     async def scenario() -> None:
         async with await aio.connect(port=server.port) as mq:
-            before = server.counters().requests
+            before = server.status.counters().requests
             with pytest.raises(call[1]):
                 await awaited(mq)
-            assert server.counters().requests == before
+            assert server.status.counters().requests == before
 
     with connect(port=server.port) as mq:
-        before = server.counters().requests
+        before = server.status.counters().requests
         with pytest.raises(call[1]):
             call[0](mq)
-        assert server.counters().requests == before
+        assert server.status.counters().requests == before
     asyncio.run(scenario())
 
 
@@ -151,7 +151,7 @@ def test_zero_timeout_does_not_wait(server: Server) -> None:
         assert mq.read("t", timeout=0) == []
         assert list(mq.messages("t", timeout=0)) == []
     asyncio.run(scenario())
-    assert server.waiting() == 0
+    assert server.status.waiting() == 0
 
 
 def test_get_latest_default_is_returned_if_there_is_none(server: Server) -> None:

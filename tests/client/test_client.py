@@ -88,7 +88,7 @@ def test_get_wait_returns_when_a_message_comes(server: Server, client: MakeClien
     got: list[str] = []
     thread = threading.Thread(target=lambda: got.append(reader.get_wait("t")))
     thread.start()
-    wait_until(lambda: server.waiting() == 1)
+    wait_until(lambda: server.status.waiting() == 1)
     writer.put("t", "x")
     thread.join(SOON)
     assert got == ["x"]
@@ -96,9 +96,9 @@ def test_get_wait_returns_when_a_message_comes(server: Server, client: MakeClien
 
 def test_get_wait_sends_one_request(server: Server, client: MakeClient) -> None:
     mq = client()
-    before = server.counters().requests
+    before = server.status.counters().requests
     assert mq.get_wait("t", timeout=3 * UNIT) == ""
-    assert server.counters().requests == before + 1
+    assert server.status.counters().requests == before + 1
 
 
 def test_get_wait_follows_retry_schedule(client: MakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,11 +153,11 @@ def test_get_wait_without_time_is_get(client: MakeClient) -> None:
 def test_long_wait_is_split_into_requests(server: Server, client: MakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dsmq.client.requests.MAX_WAIT_SECONDS", UNIT)
     mq, writer = client(), client()
-    before = server.counters().requests
+    before = server.status.counters().requests
     got: list[str] = []
     thread = threading.Thread(target=lambda: got.append(mq.get_wait("t", timeout=math.inf)))
     thread.start()
-    wait_until(lambda: server.counters().requests >= before + 3)
+    wait_until(lambda: server.status.counters().requests >= before + 3)
     writer.put("t", "x")
     thread.join(SOON)
     assert got == ["x"]
@@ -191,7 +191,7 @@ def test_connect_raises_connection_refused_in_the_end(
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         port = nobody.getsockname()[1]
-        with pytest.raises(ConnectionRefusedError, match=f"no server answers at 127.0.0.1 port {port}"):
+        with pytest.raises(ConnectionRefusedError, match=f"no server answers at 127.0.0.1:{port}"):
             connect("127.0.0.1", port, True)
     assert pauses[:3] == [0.01, 0.02, 0.04]
     assert 10 < sum(pauses) < 11
@@ -454,7 +454,7 @@ def test_waiting_thread_does_not_block_others(server: Server, client: MakeClient
     threading.excepthook, before = lambda args: failed.append(args.exc_type), threading.excepthook
     try:
         thread.start()
-        wait_until(lambda: server.waiting() == 1)
+        wait_until(lambda: server.status.waiting() == 1)
         assert mq.put("t", "x") == 1
         assert mq.get("t") == "x"
         assert mq.get("never") == ""
@@ -556,7 +556,7 @@ def test_interrupted_call_leaves_no_reply_for_next_call(server: Server, client: 
     assert writer.put("u", "y") == 2
     assert mq.put("u", "z") == 3
     assert mq.get("t") == "x"
-    wait_until(lambda: server.connections() == 2)
+    wait_until(lambda: server.status.connections() == 2)
 
 
 def test_all_connections_are_renewed_after_restart() -> None:
@@ -566,7 +566,7 @@ def test_all_connections_are_renewed_after_restart() -> None:
         waiting = [threading.Thread(target=mq.get_wait, args=("t",), kwargs={"timeout": SOON}) for _ in range(4)]
         for thread in waiting:
             thread.start()
-        wait_until(lambda: first.waiting() == 4)
+        wait_until(lambda: first.status.waiting() == 4)
         mq.put_many("t", ["x"] * 4)
         for thread in waiting:
             thread.join(SOON)
@@ -583,7 +583,7 @@ def test_seek_is_not_undone_by_pending_read(server: Server, client: MakeClient) 
     got: list[str] = []
     thread = threading.Thread(target=lambda: got.append(mq.get_wait("t", timeout=SOON)))
     thread.start()
-    wait_until(lambda: server.waiting() == 1)
+    wait_until(lambda: server.status.waiting() == 1)
     mq.seek("t", 0)
     client().put("t", "4")
     thread.join(SOON)

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_session import Time, a_reader, accept, clock, entries, entry, request, take, warnings
+from test_session import Time, a_reader, accept, clock, entries, entry, take, warnings
 
 from dsmq.client import reader as reader_module
-from dsmq.client.reader import Claim, Returned, TopicReader, read_request, take_back
+from dsmq.client.reader import Claim, Returned, TopicReader, take_back
 from dsmq.client.session import text
 from dsmq.client.stretch import Entry, Era
 from dsmq.errors import MessageNotText
@@ -44,11 +44,6 @@ def follow(reader: TopicReader, epoch: str, run: bytes, restored_id: int = 0) ->
 def renumber(reader: TopicReader, restored: int) -> None:
     if doubt := reader.doubt:
         reader.renumber(doubt, restored)
-
-
-def test_read_request_has_given_options() -> None:
-    assert request(read_request("café", 12)) == [b"READ", "café".encode(), b"12"]
-    assert request(read_request("t", 0, reader_module.LATEST, 1)) == [b"READ", b"t", b"0", b"LATEST"]
 
 
 # What comes

@@ -14,7 +14,8 @@ from dsmq.client import requests as calls
 from dsmq.client.core import Retries
 from dsmq.client.requests import Call, NonIdempotent, Producer, Put, PutMany, Read
 from dsmq.errors import AuthRequired, ConnectionLost, Full, ProtocolError, ShuttingDown, TimedOut
-from dsmq.wire.resp import RequestParser
+from dsmq.wire.request_parser import RequestParser
+from dsmq.wire.resp import Reply
 
 BROKEN = ConnectionResetError("broken")
 CLOSING = ShuttingDown("the server is stopping")
@@ -39,15 +40,15 @@ def request(data: bytes) -> list[bytes]:
 
 
 def test_puts_are_numbered_on_each_connection() -> None:
-    session, one, two = a_session(), Producer(b"run"), Producer(b"run")
-    first, second, other = (request(Put(session, "t", "x").request(producer))[3:] for producer in (one, one, two))
+    one, two = Producer(b"run"), Producer(b"run")
+    first, second, other = (request(Put((b"t", b"x")).request(producer))[3:] for producer in (one, one, two))
     assert (first[0], first[2], second[2], other[2]) == (b"KEY", b"1", b"2", b"1")
     assert first[1] == second[1] != other[1]
 
 
 @pytest.mark.parametrize("error", [BROKEN, TimeoutError("no reply"), OSError()])
 def test_unanswered_put_is_retried_with_its_key(error: Exception) -> None:
-    put, producer = Put(a_session(), "t", "x"), Producer(b"run")
+    put, producer = Put((b"t", b"x")), Producer(b"run")
     first = request(put.request(producer))
     assert first[:3] == [b"PUT", b"t", b"x"]
     assert put.on_connection_lost(error) is False
@@ -57,7 +58,7 @@ def test_unanswered_put_is_retried_with_its_key(error: Exception) -> None:
 
 
 def test_unanswered_put_is_not_sent_to_another_server() -> None:
-    put = Put(a_session(), "t", "x")
+    put = Put((b"t", b"x"))
     put.request(Producer(b"one"))
     put.on_connection_lost(BROKEN)
     with pytest.raises(ConnectionLost, match="restarted") as told:
@@ -66,7 +67,7 @@ def test_unanswered_put_is_not_sent_to_another_server() -> None:
 
 
 def test_put_is_not_retried_after_server_may_have_forgotten_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    put, many, now = Put(a_session(), "t", "x"), PutMany(a_session(), "t", [*"ab"]), 1000.0
+    put, many, now = Put((b"t", b"x")), PutMany(a_session(), "t", [*"ab"]), 1000.0
     # The one that goes on while the machine sleeps.
     monkeypatch.setattr(calls, "boot_time", lambda: now)
     put.request(Producer(b"run"))
@@ -86,7 +87,7 @@ def test_put_is_not_retried_after_server_may_have_forgotten_it(monkeypatch: pyte
 
 @pytest.mark.parametrize("error", [CLOSING, TimedOut("idle for too long"), AuthRequired("by other rules")])
 def test_refused_put_may_go_to_any_server(error: Exception) -> None:
-    put = Put(a_session(), "t", "x")
+    put = Put((b"t", b"x"))
     put.request(Producer(b"one"))
     put.on_connection_lost(error)
     assert request(put.request(Producer(b"two")))[-1] == b"1"
@@ -101,14 +102,29 @@ def test_refused_put_may_go_to_any_server(error: Exception) -> None:
 # Many puts
 
 
+def send_all(puts: PutMany, producer: Producer | None = None) -> list[list[list[bytes]]]:
+    """Send all batches on a connection, those without an answer first; return their requests."""
+    sent = []
+    for batch in [*puts.unanswered, *puts.batches]:
+        if batch and batch not in puts.unanswered:
+            puts.unanswered.append(batch)
+        sent.append(requests(batch.request(producer or Producer(b"run"))) if batch else [])
+        assert len(sent[-1]) == (batch.replies if batch else 0)
+    return sent
+
+
 def in_batches(puts: PutMany, producer: Producer | None = None) -> list[list[bytes]]:
-    """Return the messages put in each batch; each holds as many requests as it says."""
-    found = []
-    for count, data in puts.batches(producer or Producer(b"run")):
-        batch = requests(data)
-        assert len(batch) == count
-        found.append([request[2] for request in batch if request[:2] == [b"PUT", b"t"]])
-    return found
+    """Send all batches; return the messages put in each."""
+    return [[request[2] for request in batch] for batch in send_all(puts, producer)]
+
+
+def answer(puts: PutMany, *replies: Reply) -> None:
+    """Answer the oldest puts."""
+    for reply in replies:
+        batch = puts.unanswered[0]
+        batch.take_reply(reply)
+        if not batch.replies:
+            puts.unanswered.popleft()
 
 
 def test_batches_are_bounded_by_puts_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,21 +132,19 @@ def test_batches_are_bounded_by_puts_and_bytes(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(calls, "BYTES_AT_ONCE", 250)
     puts = PutMany(a_session(), "t", ["1", "2", b"3", "4" * 250, "5", "6" * 250, "7"])
     assert in_batches(puts) == [[b"1", b"2", b"3"], [b"4" * 250], [b"5", b"6" * 250], [b"7"]]
-    puts.raise_if_failed()
 
 
 def test_empty_put_many_sends_no_batch() -> None:
-    puts = PutMany(a_session(), "t", [])
-    assert in_batches(puts) == []
-    puts.raise_if_failed()
+    with PutMany(a_session(), "t", []) as puts:
+        assert in_batches(puts) == []
 
 
 def test_messages_before_invalid_one_are_put(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calls, "PUTS_AT_ONCE", 2)
     puts = PutMany(a_session(), "t", ["1", "2", "3", 4, "5"])  # type: ignore[list-item]
     assert in_batches(puts) == [[b"1", b"2"], [b"3"]]
-    with pytest.raises(TypeError):
-        puts.raise_if_failed()
+    with pytest.raises(TypeError), puts:
+        pass
 
 
 def test_messages_before_failed_generator_are_put() -> None:
@@ -140,25 +154,21 @@ def test_messages_before_failed_generator_are_put() -> None:
 
     puts = PutMany(a_session(), "t", messages())
     assert in_batches(puts) == [[b"1"]]
-    with pytest.raises(ZeroDivisionError):
-        puts.raise_if_failed()
+    with pytest.raises(ZeroDivisionError), puts:
+        pass
 
 
 def test_put_many_resumes_after_last_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calls, "PUTS_AT_ONCE", 2)
-    puts, first, second = PutMany(a_session(), "t", [*"abcde"]), Producer(b"run"), Producer(b"run")
-    sent = [request for _, data in itertools.islice(puts.batches(first), 2) for request in requests(data)]
-    puts.take_reply(7)
+    puts, first, second = PutMany(a_session(), "t", [*"abcd"]), Producer(b"run"), Producer(b"run")
+    sent = [request for batch in send_all(puts, first) for request in batch]
+    answer(puts, 7)
     assert puts.on_connection_lost(BROKEN)
     assert not puts.on_connection_lost(BROKEN)
-    again = [request for _, data in puts.batches(second) for request in requests(data)]
-    assert again[:3] == [[*request, b"AGAIN"] for request in sent[1:]]
-    assert [request[2] for request in again] == [b"b", b"c", b"d", b"e"]
-    # What is new has the key of the connection it is sent on first.
-    assert (again[0][4] == sent[0][4], again[3][4] == sent[0][4], again[3][5]) == (True, False, b"1")
-    for number in range(8, 12):
-        puts.take_reply(number)
-    assert puts.ids == [7, 8, 9, 10, 11]
+    again = [request for batch in send_all(puts, second) for request in batch]
+    assert again == [[*request, b"AGAIN"] for request in sent[1:]]
+    answer(puts, 8, 9, 10)
+    assert puts.ids == [7, 8, 9, 10]
     assert puts.on_connection_lost(BROKEN)
     assert not puts.to_error(BROKEN).may_be_stored
 
@@ -182,18 +192,19 @@ def test_refused_put_many_may_go_to_any_server() -> None:
 
 def test_only_possibly_stored_puts_are_retried_with_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calls, "PUTS_AT_ONCE", 2)
-    puts = PutMany(a_session(), "t", [*"abcd"])
-    next(puts.batches(Producer(b"one")))
+    puts, producer = PutMany(a_session(), "t", [*"abcd"]), Producer(b"one")
+    batches = [batch for batch in puts.batches if batch]
+    puts.unanswered.extend(batches)
+    batches[0].request(producer)
     puts.on_connection_lost(BROKEN)
-    batches = puts.batches(Producer(b"one"))
-    next(batches)
-    puts.take_reply(1)
-    next(batches)
+    for batch in batches:
+        batch.request(producer)
+    answer(puts, 1)
     puts.on_connection_lost(CLOSING)
     # Of "b", what was sent first had no answer; "c" and "d" were not run.
-    sent = [request for _, data in puts.batches(Producer(b"one")) for request in requests(data)]
-    assert [(request[2], request[-1] == b"AGAIN") for request in sent] == [(b"b", True), (b"c", False), (b"d", False)]
-    puts.take_reply(2)
+    sent = [(request[2], request[-1] == b"AGAIN") for batch in send_all(puts, producer) for request in batch]
+    assert sent == [(b"b", True), (b"c", False), (b"d", False)]
+    answer(puts, 2)
     puts.on_connection_lost(CLOSING)
     assert not puts.to_error(CLOSING).may_be_stored
     assert in_batches(puts, Producer(b"two")) == [[b"c", b"d"]]
@@ -223,12 +234,11 @@ def test_unsent_puts_are_neither_old_nor_unsure(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(calls.time, "monotonic", lambda: now)
     monkeypatch.setattr(calls, "boot_time", lambda: now)
     puts = PutMany(a_session(), "t", messages())
-    batches = puts.batches(Producer(b"one"))
     # Here it is found that the connection has ended.
-    assert next(batches) == (0, b"")
+    assert next(puts.batches) is None
     puts.on_connection_lost(BROKEN)
     assert not puts.to_error(BROKEN).may_be_stored
-    assert next(puts.batches(Producer(b"two")))[0] == 2
+    assert in_batches(puts, Producer(b"two")) == [[b"a", b"b"]]
     puts.on_connection_lost(BROKEN)
     assert puts.to_error(BROKEN).may_be_stored
     assert in_batches(puts, Producer(b"two")) == [[b"a", b"b"]]
@@ -236,17 +246,15 @@ def test_unsent_puts_are_neither_old_nor_unsure(monkeypatch: pytest.MonkeyPatch)
 
 def test_error_in_put_many_reports_what_is_stored() -> None:
     puts = PutMany(a_session(), "t", iter("ab" + "c" * 1000))
-    batches = puts.batches(Producer(b"one"))
-    count, _ = next(batches)
-    puts.take_reply(1)
-    puts.take_reply(Full("no room"))
-    puts.take_reply(Full("still no room"))
-    for number in range(2, count - 1):
-        puts.take_reply(number)
+    batch = next(puts.batches)
+    assert batch
+    count = len(requests(batch.request(Producer(b"one"))))
+    for reply in (1, Full("no room"), Full("still no room"), *range(2, count - 1)):
+        batch.take_reply(reply)
     # Nothing more is sent.
-    assert list(batches) == []
+    assert list(puts.batches) == []
     with pytest.raises(Full, match=r"^no room$") as caught, puts:
-        puts.raise_if_failed()
+        pass
     assert (caught.value.stored_before, caught.value.stored_behind) == (1, count - 3)
     assert len(puts.ids) == count - 2
 
@@ -254,8 +262,7 @@ def test_error_in_put_many_reports_what_is_stored() -> None:
 def test_puts_after_error_are_resent_on_next_connection() -> None:
     puts = PutMany(a_session(), "t", [*"abc"])
     in_batches(puts)
-    puts.take_reply(1)
-    puts.take_reply(Full("no room"))
+    answer(puts, 1, Full("no room"))
     puts.on_connection_lost(CLOSING)
     assert in_batches(puts, Producer(b"two")) == [[b"c"]]
 
@@ -264,7 +271,7 @@ def test_invalid_put_reply_is_not_a_refusal() -> None:
     puts = PutMany(a_session(), "t", [*"ab"])
     in_batches(puts)
     with pytest.raises(ProtocolError):
-        puts.take_reply(b"no number")
+        answer(puts, b"no number")
 
 
 # Reads, and the rest

@@ -24,9 +24,9 @@ from dsmq import settings as config
 from dsmq.client import DSMQClientSideConnection, async_connection, connect
 from dsmq.client import requests as calls
 from dsmq.client.connection import LONG_PAUSE_SECONDS, Connection
-from dsmq.client.dial import Endpoint
 from dsmq.errors import Busy, ClientClosed, ConnectionLost, Forgotten, Full, ReplyError, ShuttingDown, WrongToken
 from dsmq.server import Server
+from dsmq.wire.addresses import Endpoint
 from dsmq.wire.resp import encode_bulk
 
 
@@ -83,7 +83,7 @@ def test_put_many_resumes(
     lose_reply(after)
     assert mq.put_many("t", iter(messages)) == list(range(1, 1501))
     assert mq.get_many("t", 2000) == messages
-    assert server.totals().stored == 1500
+    assert server.status.totals().stored == 1500
 
 
 def test_reads_are_retried(mq: DSMQClientSideConnection, lose_reply: Callable[..., None], states: list[str]) -> None:
@@ -122,7 +122,7 @@ def test_iterator_resumes(server: Server, mq: DSMQClientSideConnection) -> None:
 
 def test_wait_keeps_its_deadline_over_reconnect(server: Server, mq: DSMQClientSideConnection) -> None:
     def interrupt() -> None:
-        wait_until(lambda: server.waiting() == 1)
+        wait_until(lambda: server.status.waiting() == 1)
         began.wait(UNIT * 20)
         for link in list(mq._pool.connections):
             link.interrupt()
@@ -145,7 +145,7 @@ def test_lost_and_restored_connection_is_logged_once(
     caplog.clear()
     lose_reply()
     mq.ping()
-    where = f"connection to 127.0.0.1 port {server.port}"
+    where = f"connection to 127.0.0.1:{server.port}"
     found = [(record.levelname, record.message) for record in caplog.records if record.name == "dsmq.client.core"]
     assert found == [("WARNING", f"{where} lost, trying again: a test has lost it"), ("INFO", f"{where} resumed")]
 
@@ -157,7 +157,7 @@ def test_put_is_answered_while_next_message_is_slow(
 
     def messages() -> Iterator[str]:
         yield "1"
-        wait_until(lambda: server.totals().stored == 1)
+        wait_until(lambda: server.status.totals().stored == 1)
         hang_up(server)
         yield "2"
 
@@ -193,14 +193,14 @@ def hang_up(server: Server) -> None:
     """Have the server close all connections."""
     for worker in server._workers:
         worker.post(lambda worker=worker: [one.close("a test wants it") for one in list(worker.connections)])
-    wait_until(lambda: server.connections() == 0)
+    wait_until(lambda: server.status.connections() == 0)
 
 
 def test_buffered_reply_is_read_if_sending_fails(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "socket"))
         listener.listen()
-        link = Connection(Endpoint(f"unix:{tmp_path / 'socket'}", 0), SOON)
+        link = Connection(Endpoint("", 0, str(tmp_path / "socket")), None, SOON)
         with listener.accept()[0] as server:
             server.sendall(b":7\r\n")
     link.send(b"PING\r\n")
@@ -221,7 +221,7 @@ def test_failed_call_has_resumed(states: list[str]) -> None:
 
 def test_connection_of_interrupted_call_is_closed(server: Server, mq: DSMQClientSideConnection) -> None:
     mq._pool.borrow()
-    wait_until(lambda: server.connections() == 0)
+    wait_until(lambda: server.status.connections() == 0)
     mq.ping()
 
 
@@ -246,10 +246,11 @@ def test_call_on_connection_of_another_thread_has_resumed(states: list[str]) -> 
     with serving(max_connections=1) as server, restarted(states, server.port) as mq:
         thread = threading.Thread(target=lambda: mq.get_wait("t", timeout=UNIT * 3))
         thread.start()
-        wait_until(lambda: server.waiting() == 1)
+        wait_until(lambda: server.status.waiting() == 1)
         mq.ping()
-        assert states == ["lost", "resumed"]
         thread.join(SOON)
+        # An attempt that began before the other thread was done may be refused after it.
+        assert states == ["lost", "resumed"] * max(1, len(states) // 2)
 
 
 def test_concurrent_first_reads_get_each_message_once(mq: DSMQClientSideConnection) -> None:
@@ -290,7 +291,7 @@ def test_reload_is_transparent_to_admitted_client(states: list[str], tmp_path: P
         server.reload()
         assert mq.put("t", "2") == 2
         server.reload()
-        wait_until(lambda: server.counters().errors["NOAUTH"] == 1)
+        wait_until(lambda: server.status.counters().errors["NOAUTH"] == 1)
         assert mq.get_many("t") == ["1", "2"]
     assert states == ["lost", "resumed"]
 
@@ -301,7 +302,7 @@ def test_client_with_withdrawn_token_raises(states: list[str]) -> None:
     with Server(settings, load=lambda: other) as server, restarted(states, server.port, token="old" * 8) as mq:
         mq.put("t", "1")
         server.reload()
-        wait_until(lambda: server.connections() == 0)
+        wait_until(lambda: server.status.connections() == 0)
         with pytest.raises(WrongToken):
             mq.put("t", "2")
     assert states == ["lost", "given up"]
@@ -428,7 +429,7 @@ def test_possibly_stored_put_is_not_sent_to_another_server(
 
         def replace() -> None:
             first.stop()
-            servers.append(Server(first.settings.model_copy(update={"port": mq.port})))
+            servers.append(Server(first.context.settings.model_copy(update={"port": mq.port})))
             servers[0].start()
 
         servers: list[Server] = []
@@ -543,11 +544,11 @@ def test_busy_server_is_retried() -> None:
             connect(port=server.port, retry=False)
         for link in list(mq._pool.connections):
             link.interrupt()
-        wait_until(lambda: server.connections() == 0)
+        wait_until(lambda: server.status.connections() == 0)
         other = connect(port=server.port)
         thread = threading.Thread(target=mq.ping)
         thread.start()
-        wait_until(lambda: server.status.refused.refused["connections"] > 1)
+        wait_until(lambda: server.status.counters().refused["connections"] > 1)
         other.close()
         thread.join(SOON)
         assert not thread.is_alive()
@@ -557,7 +558,7 @@ def test_busy_server_is_retried() -> None:
 def test_client_idle_too_long_reconnects(states: list[str]) -> None:
     with serving(idle_timeout_seconds=UNIT) as server, restarted(states, server.port) as mq:
         mq.put("t", "1")
-        wait_until(lambda: server.connections() == 0)
+        wait_until(lambda: server.status.connections() == 0)
         assert mq.put("t", "2") == 2
         assert states == ["lost", "resumed"]
 
@@ -580,7 +581,7 @@ def test_waiting_reader_is_answered_before_stop() -> None:
         told.ask_for_notices()
         for one in (told, wire):
             one.send(b"READ t 0 WAIT 60000\r\n")
-        wait_until(lambda: server.waiting() == 2)
+        wait_until(lambda: server.status.waiting() == 2)
         server.stop()
         for one in (told, wire):
             assert one.receive() == []
@@ -600,12 +601,12 @@ def test_stop_sends_nothing_unrequested_to_idle_client() -> None:
 def test_request_left_by_stop_gets_one_closing_reply() -> None:
     with serving() as server, wire_to(server) as wire:
         wire.send(b"GETWAIT t 60000\r\nPUT t y\r\nPUT t z\r\n")
-        wait_until(lambda: server.waiting() == 1)
+        wait_until(lambda: server.status.waiting() == 1)
         server.stop()
         assert wire.receive() is None
         assert isinstance(wire.receive(), ShuttingDown)
         assert wire.ended()
-        assert server.totals().stored == 0
+        assert server.status.totals().stored == 0
 
 
 def test_puts_during_stop_go_to_next_server() -> None:
@@ -625,10 +626,10 @@ def test_puts_during_stop_go_to_next_server() -> None:
             wait_until(lambda: len(ids) > 0)
             server.stop()
             # The reply may have been sent, but not read yet.
-            stored = server.totals().stored
+            stored = server.status.totals().stored
             wait_until(lambda stored=stored: stored == max(ids))
             ids.clear()
-            server = Server(server.settings.model_copy(update={"port": port}))
+            server = Server(server.context.settings.model_copy(update={"port": port}))
             server.start()
         ended.set()
         thread.join(SOON)
@@ -704,7 +705,7 @@ def test_asyncio_client_resumes(server: Server, states: list[str], monkeypatch: 
     got: list[object] = []
     asyncio.run(scenario())
     assert got == [1, [2, 3], "1", "3", None]
-    assert server.totals().stored == 3
+    assert server.status.totals().stored == 3
     assert states == ["lost", "resumed"] * 5
 
 

@@ -157,20 +157,16 @@ def test_an_interrupt_of_what_gives_back_loses_nothing(
     server: Server, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
 ) -> None:
     left = {"take": [Interrupted()], "give_back": [Interrupted()]}
-    take, take_async, give_back = Client._take, aio.AsyncClient._take, TopicReader.give_back
+    take, give_back = TopicReader.take, TopicReader.give_back
 
     def interrupt_once(where: str) -> None:
         if left[where]:
             raise left[where].pop()
 
-    def taken(*arguments: Any, **options: Any) -> Any:
-        found = take(*arguments, **options)
-        interrupt_once("take")
-        return found
-
-    async def taken_async(*arguments: Any, **options: Any) -> Any:
-        found = await take_async(*arguments, **options)
-        interrupt_once("take")
+    def taken(*arguments: Any) -> Any:
+        found = take(*arguments)
+        if found:
+            interrupt_once("take")
         return found
 
     def given_back(*arguments: Any) -> None:
@@ -190,8 +186,7 @@ def test_an_interrupt_of_what_gives_back_loses_nothing(
         if (closed := mq.close()) is not None:
             await closed
 
-    monkeypatch.setattr(Client, "_take", taken)
-    monkeypatch.setattr(aio.AsyncClient, "_take", taken_async)
+    monkeypatch.setattr(TopicReader, "take", taken)
     monkeypatch.setattr(TopicReader, "give_back", given_back)
     asyncio.run(main())
     assert left == {"take": [], "give_back": []}

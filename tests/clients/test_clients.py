@@ -57,7 +57,7 @@ def test_stop_answers_waiting_reader_once(library: Library) -> None:
             port = server.port
             program = stack.enter_context(library.running(port))
             program.tell("call", "READ", "t", 0, "WAIT", 60_000)
-            wait_until(lambda: server.waiting() == 1)
+            wait_until(lambda: server.status.waiting() == 1)
         assert program.answer() == "="
         with serving(port=port):
             check_in_step(program)
@@ -78,7 +78,7 @@ def test_transaction_stores_all_or_nothing(library: Library) -> None:
         for bad in ("FROBNICATE", "t", "x"), ("PUT", "t" * 600, "x"), ("READ", "t", "zero"):
             program.ask("transaction", "PUT", "t", "d", *bad, "PUT", "t", "e")
         check_in_step(program)
-        assert server.totals().messages == 3
+        assert server.status.totals().messages == 3
 
 
 def test_token_works_with_both_resp_versions(library: Library) -> None:
@@ -92,7 +92,7 @@ def test_token_works_with_both_resp_versions(library: Library) -> None:
             program.tell("call", "PUT", "t", "x")
             wait_until(lambda: any("invalid token" in error for error in program.errors))
             assert program.said == []
-        assert server.totals().messages == len(library.protocols)
+        assert server.status.totals().messages == len(library.protocols)
 
 
 def test_valkey_glide_connects() -> None:

@@ -58,8 +58,8 @@ def test_redis_benchmark_runs(server: Server, options: list[str]) -> None:
     output = run(benchmark, "-p", str(server.port), "-n", "2000", "-q", *options, "PUT", "t", "m")
     assert "requests per second" in output
     assert "WARNING" not in output
-    assert server.totals().messages == 2000
-    assert server.counters().errors == {}
+    assert server.status.totals().messages == 2000
+    assert server.status.counters().errors == {}
 
 
 def test_redis_cli_stat_mode_works(server: Server, cli: tuple[str, ...]) -> None:
@@ -70,7 +70,7 @@ def test_redis_cli_stat_mode_works(server: Server, cli: tuple[str, ...]) -> None
         stat.terminate()
     assert shown[1].split()[:3] == ["keys", "mem", "clients"]
     assert shown[2].split()[0] == shown[3].split()[0] == "1"
-    assert server.counters().errors == {}
+    assert server.status.counters().errors == {}
 
 
 def test_redis_cli_explains_commands(server: Server, cli: tuple[str, ...]) -> None:
@@ -79,7 +79,7 @@ def test_redis_cli_explains_commands(server: Server, cli: tuple[str, ...]) -> No
         command = COMMANDS[name.encode()]
         assert command.syntax in output
         assert command.summary in output
-    assert server.counters().errors == {}
+    assert server.status.counters().errors == {}
 
 
 def test_command_docs_have_redis_7_form(cli: tuple[str, ...]) -> None:
@@ -107,11 +107,13 @@ def test_reset_restores_connection_but_keeps_token() -> None:
 
 @pytest.mark.parametrize("option", ["NOSAVE", "save"])
 def test_shutdown_accepts_redis_options(server: Server, wire: Wire, option: str) -> None:
+    stops: list[str] = []
+    server.context.request_stop = stops.append
     assert wire.error("SHUTDOWN", "ABORT") == "BADREQUEST"
-    assert server._orders.empty()
+    assert stops == []
     wire.send(encode_request(b"SHUTDOWN", option.encode()))
     assert wire.ended()
-    assert not server._orders.empty()
+    assert len(stops) == 1
 
 
 def test_role_reports_a_writable_server(tmp_path: Path) -> None:
@@ -129,7 +131,7 @@ def test_redis_py_connects_without_an_error(server: Server, protocol: int) -> No
     assert client.ping()
     assert client.command()["put"]["arity"] == -3
     assert len(client.execute_command("COMMAND DOCS")) in (len(COMMANDS), 2 * len(COMMANDS))
-    assert list(server.counters().recent) == []
+    assert list(server.status.counters().recent) == []
     client.close()
 
 
@@ -143,7 +145,7 @@ def test_redis_py_default_pipeline_stores_all_or_nothing(server: Server) -> None
     pipeline.execute_command("PUT", "t")
     with pytest.raises(redis.RedisError):
         pipeline.execute()
-    assert server.totals().stored == 100
+    assert server.status.totals().stored == 100
     client.close()
 
 

@@ -531,10 +531,10 @@ def test_compose_pins_confines_and_health_checks(name: str) -> None:
 def test_compose_prometheus_uses_an_allowed_host_name() -> None:
     config = yaml.safe_load((HERE / "prometheus.yml").read_text())
     (target,) = config["scrape_configs"][0]["static_configs"][0]["targets"]
-    assert HTTPAuthenticator(names=host_names(SERVICES["dsmq"]["environment"]["DSMQ_HTTP_ALLOWED_HOSTS"])).answers_to(
+    assert HTTPAuthenticator(names=host_names(SERVICES["dsmq"]["environment"]["DSMQ_HTTP_ALLOWED_HOSTS"])).accepts_host(
         target
     )
-    assert not HTTPAuthenticator().answers_to(target)
+    assert not HTTPAuthenticator().accepts_host(target)
 
 
 def test_compose_runs_current_version() -> None:

@@ -14,7 +14,7 @@ import socket
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
@@ -24,19 +24,20 @@ from prometheus_client import Metric
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from conftest import ROOT, SOON, UNIT, Wire, daemon, scrape, serving, wait_until, wire_to
+from conftest import ROOT, SOON, UNIT, LethalStore, Wire, blocked, daemon, scrape, serving, wait_until, wire_to
 from dsmq import __version__
 from dsmq import settings as config
-from dsmq.broker import event_loop as worker
+from dsmq.broker import event_loop
 from dsmq.broker.counters import Histogram
 from dsmq.ops import http as endpoint
 from dsmq.ops import metrics
 from dsmq.server import Server
+from dsmq.store.sqlite import SQLiteStore
 from dsmq.wire.resp import encode_request
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 
-# What prometheus_client shows of the process.
+# The prefix of prometheus_client's own metrics.
 PROCESS = "process_"
 
 
@@ -74,13 +75,13 @@ class Answer:
 
 
 def hang(server: Server) -> socket.socket:
-    """A client that connects to the HTTP endpoint and sends nothing."""
+    """Connect to the HTTP endpoint, and send nothing."""
     assert server.http_port
     return socket.create_connection(("127.0.0.1", server.http_port), SOON)
 
 
 def hung_up(sock: socket.socket) -> bool:
-    """Whether the HTTP endpoint hangs up, now or soon."""
+    """Return whether the HTTP endpoint closes the connection."""
     try:
         return sock.recv(1) == b""
     except ConnectionError:
@@ -88,7 +89,7 @@ def hung_up(sock: socket.socket) -> bool:
 
 
 def served(server: Server) -> bool:
-    """Whether a scrape is answered; one that finds no place is cut off at once."""
+    """Return whether a scrape is answered, and not cut off."""
     try:
         return Answer(server.http_port, "/metrics").status == 200
     except (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError):
@@ -96,7 +97,7 @@ def served(server: Server) -> bool:
 
 
 def types(families: Iterable[Metric]) -> dict[str, str]:
-    """The types of dsmq's metrics, by name."""
+    """Return the types of dsmq's metrics, by name."""
     return {family.name: family.type for family in families if not family.name.startswith(PROCESS)}
 
 
@@ -137,7 +138,7 @@ def test_topic_named_other_counts_as_other() -> None:
         assert shown["dsmq_topic_puts_per_second{other}"] > shown["dsmq_topic_puts_per_second{a}"]
 
 
-def test_most_recent_topics_are_shown() -> None:
+def test_topics_with_most_recent_puts_are_shown() -> None:
     rates = metrics.Rates(0.0)
     rates.top(2, {b"a": 100, b"b": 50, b"c": 1}, 100.0)
     rates.top(2, {b"a": 100, b"b": 50, b"c": 1}, 110.0)
@@ -146,7 +147,7 @@ def test_most_recent_topics_are_shown() -> None:
     assert rest == pytest.approx(0.5)
 
 
-def test_rates_are_the_same_for_every_observer() -> None:
+def test_rates_do_not_depend_on_the_number_of_scrapers() -> None:
     rates = metrics.Rates(0.0)
     for second in range(1, 100):
         rates.top(1, {b"a": 1, b"b": second}, float(second))
@@ -161,15 +162,15 @@ def test_rates_are_the_same_for_every_observer() -> None:
 def test_scrape_with_100000_topics_is_fast() -> None:
     with serving(http_port=0, metrics_topics=10) as server:
         for first in range(0, 100_000, 1000):
-            server._store.append([(b"topic %d" % number, b"x", None) for number in range(first, first + 1000)])
+            server.context.store.append([(b"topic %d" % number, b"x", None) for number in range(first, first + 1000)])
         seconds = []
         for _ in range(5):
-            # Of this process alone, which does nothing else: other programs may be at work.
+            # Processor time of this process alone: other programs may be running.
             before = time.process_time()
             answer = Answer(server.http_port, "/metrics")
             seconds.append(time.process_time() - before)
             assert len(answer.body) < 200_000
-        # On a machine that has nothing else to do it is half of that.
+        # On an idle machine it takes half as long.
         assert min(seconds) < 0.1
 
 
@@ -364,46 +365,52 @@ def test_healthz_is_ok_while_all_threads_work(server: Server) -> None:
     assert answer.text.count("\n") == 1
 
 
-def test_healthz_fails_if_a_thread_died(server: Server) -> None:
-    server._expiry.stop()
-    wait_until(lambda: not server._expiry.thread.is_alive())
-    answer = Answer(server.http_port, "/healthz")
-    assert (answer.status, answer.type) == (503, "application/json")
-    assert json.loads(answer.text) == {"status": "failing", "stuck_threads": ["dsmq-expiry"]}
-    assert Answer(server.http_port, "/metrics").status == 200
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_healthz_fails_if_a_thread_died() -> None:
+    with serving(LethalStore(0), http_port=0, expiry_interval_seconds=UNIT) as server:
+        wait_until(lambda: Answer(server.http_port, "/healthz").status == 503)
+        answer = Answer(server.http_port, "/healthz")
+        assert (answer.status, answer.type) == (503, "application/json")
+        assert json.loads(answer.text) == {"status": "failing", "stuck_threads": ["dsmq-expiry"]}
+        assert Answer(server.http_port, "/metrics").status == 200
 
 
 @pytest.mark.slow
-def test_healthz_fails_if_a_worker_stalls(wire: Wire) -> None:
-    go = threading.Event()
-    with serving(http_port=0, health_timeout_seconds=2 * UNIT + worker.PULSE_SECONDS) as server:
+def test_healthz_fails_if_a_worker_stalls() -> None:
+    with serving(http_port=0, health_timeout_seconds=2 * UNIT + event_loop.PULSE_SECONDS) as server:
         assert Answer(server.http_port, "/healthz").status == 200
-        server._workers[0].post(lambda: go.wait(SOON))  # type: ignore[arg-type, return-value]
-        try:
+        with blocked(server):
             wait_until(lambda: Answer(server.http_port, "/healthz").status == 503)
             assert json.loads(Answer(server.http_port, "/healthz").text)["stuck_threads"] == ["dsmq-io-0"]
             assert scrape(server)["dsmq_healthy"] == 0
-        finally:
-            go.set()
         wait_until(lambda: Answer(server.http_port, "/healthz").status == 200)
 
 
-def test_healthz_fails_if_expiry_stalls(monkeypatch: pytest.MonkeyPatch) -> None:
-    go = threading.Event()
-    settings = {"health_timeout_seconds": 2 * UNIT, "expiry_interval_seconds": UNIT}
-    with serving(http_port=0, **settings) as server:
-        monkeypatch.setattr(server._store, "expire", lambda: go.wait(SOON) and 0)
-        monkeypatch.setattr(server.settings.__class__, "health_timeout_seconds", 2 * UNIT, raising=False)
+class StallingStore(SQLiteStore):
+    """Lets the expiry thread wait for an event."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.go_on = threading.Event()
+
+    def expire(self) -> int:
+        self.go_on.wait(SOON)
+        return super().expire()
+
+
+def test_healthz_fails_if_expiry_stalls() -> None:
+    store = StallingStore()
+    with serving(store, http_port=0, health_timeout_seconds=2 * UNIT, expiry_interval_seconds=UNIT) as server:
         try:
             wait_until(lambda: "dsmq-expiry" in Answer(server.http_port, "/healthz").text)
         finally:
-            go.set()
+            store.go_on.set()
         wait_until(lambda: "dsmq-expiry" not in Answer(server.http_port, "/healthz").text)
 
 
 @pytest.mark.slow
 def test_idle_server_stays_healthy() -> None:
-    patience = worker.PULSE_SECONDS + 20 * UNIT
+    patience = event_loop.PULSE_SECONDS + 20 * UNIT
     with serving(http_port=0, health_timeout_seconds=patience, expiry_interval_seconds=3600) as server:
         before = time.monotonic()
         while time.monotonic() - before < 2 * patience:
@@ -434,7 +441,7 @@ def test_readyz_reports_whether_clients_and_puts_are_accepted() -> None:
 
 
 def reasons(server: Server) -> list[str]:
-    """Why it is not ready."""
+    """Return why the server is not ready."""
     answer = Answer(server.http_port, "/readyz")
     assert answer.status == 503
     found: list[str] = json.loads(answer.text)["reasons"]
@@ -466,7 +473,7 @@ def test_status_reports_topics_clients_and_errors(server: Server, wire: Wire) ->
     status = json.loads(text)
     assert "secret" not in text
     assert status["counters"]["puts"] == 3
-    assert status["held"]["messages"] == 3
+    assert status["gauges"]["messages"] == 3
     topic = status["topics"][0]
     assert (topic["name"], topic["messages"], topic["bytes"]) == ("t", 3, 313)
     assert (status["host"], status["port"], status["tokens"], status["tls"]) == ("127.0.0.1", server.port, False, False)
@@ -487,7 +494,7 @@ def test_failing_store_breaks_neither_metrics_nor_page(monkeypatch: pytest.Monke
         with monkeypatch.context() as patch:
             patch.setattr(server._store._database, "connection", Failing())  # type: ignore[attr-defined]
             assert scrape(server)["dsmq_messages"] == 1
-            assert json.loads(Answer(server.http_port, "/status.json").text)["held"]["messages"] == 1
+            assert json.loads(Answer(server.http_port, "/status.json").text)["gauges"]["messages"] == 1
 
 
 def test_content_security_policy_allows_only_own_script(server: Server) -> None:
@@ -544,7 +551,7 @@ def test_head_returns_headers_without_body(server: Server, path: str) -> None:
     assert lines[0].split()[1] == str(get.status)
     assert f"Content-Type: {get.type}" in lines
     assert "Content-Length: " in "".join(lines)
-    # The end of the headers, and nothing behind.
+    # The end of the headers, and nothing after it.
     assert lines[-2:] == ["", ""]
     assert int(get.headers["Content-Length"]) == len(get.body) > 0
 
@@ -571,7 +578,7 @@ def test_query_string_is_not_logged(server: Server, caplog: pytest.LogCaptureFix
 
 def test_invalid_http_affects_no_one(server: Server, wire: Wire) -> None:
     for noise in (b"\xff\x00\r\n\r\n", b"GET\r\n\r\n", b"GET /metrics HTTP/9.9\r\n\r\n", b"x" * 100_000):
-        # It may hang up before all of it has come.
+        # The server may hang up before all of it has been sent.
         with hang(server) as sock, suppress(ConnectionError):
             sock.sendall(noise)
     assert wire.call("PING") == "PONG"
@@ -579,7 +586,7 @@ def test_invalid_http_affects_no_one(server: Server, wire: Wire) -> None:
 
 
 def raw(server: Server, request: bytes) -> bytes:
-    """Send these bytes and return all that is answered; a connection that is reset is no answer."""
+    """Send these bytes, and return the reply until the connection is closed."""
     with hang(server) as sock, sock.makefile("rb") as stream:
         sock.sendall(request)
         return stream.read()
@@ -589,8 +596,8 @@ STRANGE = {
     "nothing": b"\r\n",
     "HTTP/0.9": b"GET /metrics\r\n",
     "HTTP/0.9, spelled out": b"GET /metrics HTTP/0.9\r\n\r\n",
-    "blanks of Latin-1": b"GET \xa0 HTTP/1.0\r\n\r\n",
-    "version that is none": b"GET /metrics HTTP/x\r\n\r\n",
+    "Latin-1 blank": b"GET \xa0 HTTP/1.0\r\n\r\n",
+    "invalid version": b"GET /metrics HTTP/x\r\n\r\n",
     "no colon": b"GET /metrics HTTP/1.0\r\nAccept\r\n\r\n",
     "folded": b"GET /metrics HTTP/1.0\r\nAccept: text/plain;\r\n version=1.0.0\r\n\r\n",
     "bytes": b"GET /metrics HTTP/1.0\r\nAuthorization: Bearer \xff\xfe\r\nAccept: \xff\r\nHost: \xff\r\n\r\n",
@@ -619,7 +626,7 @@ def test_every_request_gets_a_status(server: Server, request_: bytes) -> None:
     assert b" 500 " not in answer[:20]
     if b"Accept:" in request_ and b"Host" not in request_:
         assert answer.startswith(b"HTTP/1.0 200 ")
-    assert server.counters().failures == 0
+    assert server.status.counters().failures == 0
 
 
 def test_requests_of_random_pieces_get_a_status(server: Server) -> None:
@@ -647,20 +654,31 @@ def test_requests_of_random_pieces_get_a_status(server: Server) -> None:
         headers = b"".join(chance.choice(pieces) for _ in range(chance.randrange(12)))
         answer = raw(server, line + chance.choice([b" HTTP/1.0", b" HTTP/1.1", b""]) + b"\r\n" + headers + b"\r\n\r\n")
         assert re.match(rb"HTTP/1\.0 [234]\d\d ", answer), (line, headers, answer)
-    assert server.counters().failures == 0
+    assert server.status.counters().failures == 0
 
 
-def test_defect_in_request_gives_500_and_is_counted(
-    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(server.status, "page", lambda: {"not": object()})
+class PageStore(SQLiteStore):
+    """Calls a function whenever the status page asks for the largest topics."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        super().__init__(0)
+        self.call = call
+
+    def largest_topics(self, count: int) -> list[bytes]:
+        self.call()
+        return super().largest_topics(count)
+
+
+def test_defect_in_request_gives_500_and_is_counted(caplog: pytest.LogCaptureFixture) -> None:
+    store = PageStore(lambda: {}["secret"])
+    with serving(store, http_port=0) as server:
         answer = Answer(server.http_port, "/status.json")
-    assert (answer.status, answer.type) == (500, "text/plain; charset=utf-8")
-    assert "object" not in answer.text
-    assert "not JSON serializable" in caplog.text
-    assert scrape(server)["dsmq_failures_total"] == 1
-    assert Answer(server.http_port, "/status.json").status == 200
+        assert (answer.status, answer.type) == (500, "text/plain; charset=utf-8")
+        assert "secret" not in answer.text
+        assert "KeyError: 'secret'" in caplog.text
+        assert scrape(server)["dsmq_failures_total"] == 1
+        store.call = lambda: None
+        assert Answer(server.http_port, "/status.json").status == 200
 
 
 def test_request_without_thread_gets_a_status(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -671,10 +689,10 @@ def test_request_without_thread_gets_a_status(server: Server, monkeypatch: pytes
         patch.setattr(threading.Thread, "start", fail)
         assert Answer(server.http_port, "/readyz").status == 503
     assert Answer(server.http_port, "/readyz").status == 200
-    assert server.counters().failures == 0
+    assert server.status.counters().failures == 0
 
 
-# Names by which it is addressed: a web page may make its own stand for this machine
+# Host names: a web page may make its own resolve to this machine (DNS rebinding)
 
 
 HERE = [
@@ -689,7 +707,7 @@ ELSEWHERE = [
 
 
 def asked_as(server: Server, host: str, path: str = "/metrics", version: str = "1.1") -> int:
-    """The status of a request with this Host header."""
+    """Return the status of a request with this Host header."""
     return int(raw(server, f"GET {path} HTTP/{version}\r\nHost: {host}\r\n\r\n".encode()).split()[1])
 
 
@@ -756,42 +774,41 @@ def test_reload_changes_http_token(tmp_path: Path, caplog: pytest.LogCaptureFixt
         assert "restart" not in caplog.text
 
 
-# Many at a time
+# Concurrent requests
 
 
-def test_concurrent_requests_are_all_answered(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "MAX_CONCURRENT_REQUESTS", 2)
-    with ThreadPoolExecutor(16) as threads:
+def test_concurrent_requests_are_all_answered(server: Server) -> None:
+    with ThreadPoolExecutor(4 * endpoint.MAX_CONCURRENT_REQUESTS) as threads:
         answers = list(threads.map(lambda _: Answer(server.http_port, "/readyz").status, range(300)))
     assert answers == [200] * 300
 
 
-def test_request_in_progress_is_not_evicted(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_request_in_progress_is_not_evicted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint, "MAX_CONCURRENT_REQUESTS", 1)
     monkeypatch.setattr(endpoint, "GRACE_SECONDS", 0.0)
-    page, asked, go = server.status.page, threading.Event(), threading.Event()
-    monkeypatch.setattr(server.status, "page", lambda: asked.set() or (go.wait(SOON) and page()))  # type: ignore[func-returns-value]
-    with ThreadPoolExecutor(2) as threads:
+    asked, go = threading.Event(), threading.Event()
+    store = PageStore(lambda: (asked.set(), go.wait(SOON)))
+    with serving(store, http_port=0) as server, ThreadPoolExecutor(2) as threads:
         slow = threads.submit(Answer, server.http_port, "/status.json")
         assert asked.wait(SOON)
         waits = threads.submit(Answer, server.http_port, "/status.json")
         with hang(server) as third:
-            # All it sees is that the second one does not get in.
+            # The second one has not been accepted, so the third is not evicted.
             third.settimeout(UNIT)
             with pytest.raises(TimeoutError):
                 third.recv(1)
-            # From now on a request that has been accepted has time to come.
+            # From now on, an accepted request has time to arrive.
             monkeypatch.setattr(endpoint, "GRACE_SECONDS", SOON)
             go.set()
             assert (slow.result().status, waits.result().status) == (200, 200)
 
 
-def test_stop_does_not_wait_for_request_slot(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_does_not_wait_for_request_slot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint, "MAX_CONCURRENT_REQUESTS", 1)
     monkeypatch.setattr(endpoint, "REQUEST_TIMEOUT_SECONDS", 3600.0)
     asked, go = threading.Event(), threading.Event()
-    monkeypatch.setattr(server.status, "page", lambda: asked.set() or go.wait())  # type: ignore[func-returns-value]
-    with hang(server) as busy, ThreadPoolExecutor(1) as thread:
+    store = PageStore(lambda: (asked.set(), go.wait(SOON)))
+    with serving(store, http_port=0) as server, hang(server) as busy, ThreadPoolExecutor(1) as thread:
         busy.sendall(b"GET /status.json HTTP/1.0\r\n\r\n")
         assert asked.wait(SOON)
         with hang(server):
@@ -844,10 +861,10 @@ def test_client_that_sends_byte_by_byte_times_out(server: Server, monkeypatch: p
                 continue
             except ConnectionError:
                 return
-        pytest.fail("it still holds a place")
+        pytest.fail("the connection is still open")
 
 
-# The end
+# Stopping
 
 
 def test_port_is_closed_after_stop(server: Server) -> None:

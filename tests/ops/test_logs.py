@@ -123,7 +123,7 @@ def test_reason_of_broken_connection_is_logged(caplog: pytest.LogCaptureFixture)
             assert wire.call("PING") == "PONG"
             # It resets the connection.
             wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        wait_until(lambda: server.connections() == 0)
+        wait_until(lambda: server.status.connections() == 0)
     assert "closed: Connection reset by peer" in caplog.text
     assert "Errno" not in caplog.text
 

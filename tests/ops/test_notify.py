@@ -1,4 +1,4 @@
-"""What systemd passes and is told, without a systemd: its side is played by the tests."""
+"""Socket passing and notifications, with the tests in the role of systemd."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SOON, UNIT, Wire, daemon, serving, wait_until
+from conftest import SOON, UNIT, Wire, daemon, loop_of, wait_until
 from dsmq import settings as config
 from dsmq.ops import systemd
 from dsmq.ops.systemd import Systemd
 from dsmq.server import Server
 
-# Passes the sockets it has been given to `dsmq serve`, as systemd does: from descriptor 3 on, to this very process.
+# Passes its sockets to a Python process as systemd does: from descriptor 3 on.
 LAUNCH = """
 import os, sys
 numbers, names, *words = sys.argv[1:]
@@ -36,7 +36,7 @@ os.execv(sys.executable, [sys.executable, *words])
 
 
 class Manager:
-    """The socket on which systemd is told."""
+    """The receiving end of the notification socket."""
 
     def __init__(self, address: str) -> None:
         self.address = address
@@ -45,17 +45,17 @@ class Manager:
         self.socket.settimeout(SOON)
 
     def next(self) -> dict[str, str]:
-        """Return what it is told next."""
+        """Return the next notification."""
         return dict(line.split("=", 1) for line in self.socket.recv(4096).decode().split("\n"))
 
     def wait_for(self, *names: str) -> dict[str, str]:
-        """Return the next that says one of these."""
-        while not set(names) & set(told := self.next()):
+        """Return the next notification that contains one of these names."""
+        while not set(names) & set(states := self.next()):
             pass
-        return told
+        return states
 
-    def tells(self, name: str) -> bool:
-        """Whether it is told this, so long as it is told anything."""
+    def receives(self, name: str) -> bool:
+        """Return whether a notification contains this name before there are no more."""
         try:
             return bool(self.wait_for(name))
         except TimeoutError:
@@ -71,10 +71,10 @@ def manager(tmp_path: Path) -> Iterator[Manager]:
 
 @contextmanager
 def running(manager: Manager, watchdog_seconds: float = 60, **settings: object) -> Iterator[Server]:
-    """A server in this process that tells this manager."""
+    """A server in this process that notifies this manager."""
     effective = config.load(kind=config.EmbeddedSettings, **{"port": 0, **settings})
-    told = Systemd(manager.address, watchdog_seconds)
-    server = Server(effective, load=lambda: effective, systemd=told)
+    notifier = Systemd(manager.address, watchdog_seconds)
+    server = Server(effective, load=lambda: effective, systemd=notifier)
     server.start()
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -83,16 +83,16 @@ def running(manager: Manager, watchdog_seconds: float = 60, **settings: object) 
     finally:
         server.request_stop("the test ends")
         thread.join()
-        assert told._socket
-        told._socket.close()
+        assert notifier._socket
+        notifier._socket.close()
 
 
 @contextmanager
 def launched(
     sockets: Sequence[socket.socket], names: str, *options: str, env: dict[str, str] | None = None
 ) -> Iterator[subprocess.Popen[str]]:
-    """`dsmq serve` with these sockets."""
-    # Above those that they are to become.
+    """`dsmq serve`, with these sockets passed to it."""
+    # Above the descriptors that they will be moved to.
     numbers = [fcntl.fcntl(sock, fcntl.F_DUPFD, 10) for sock in sockets]
     process = subprocess.Popen(
         [
@@ -114,7 +114,7 @@ def launched(
 
 
 def lines_until(process: subprocess.Popen[str], pattern: str) -> str:
-    """Return the log up to a line."""
+    """Return the log up to a matching line."""
     assert process.stderr
     log = ""
     for line in process.stderr:
@@ -125,7 +125,7 @@ def lines_until(process: subprocess.Popen[str], pattern: str) -> str:
 
 
 def failure(sockets: Sequence[socket.socket], names: str) -> str:
-    """Return what `dsmq serve` says of sockets it can't use."""
+    """Return the error of `dsmq serve` for sockets that it can't use."""
     with launched(sockets, names) as process:
         assert process.wait(SOON) == 1
         assert process.stderr
@@ -139,7 +139,7 @@ def listening(family: int = socket.AF_INET, address: object = ("127.0.0.1", 0)) 
     return sock
 
 
-# What is told
+# Notifications
 
 
 @pytest.mark.parametrize("address", ["{path}/notify", "@dsmq-test-{pid}"])
@@ -172,13 +172,13 @@ def test_failed_listen_never_notifies_ready(manager: Manager) -> None:
         )
     assert b"in use" in done.stderr
     manager.socket.setblocking(False)
-    told = []
+    notifications = []
     while True:
         try:
-            told.append(manager.next())
+            notifications.append(manager.next())
         except BlockingIOError:
             break
-    assert not [one for one in told if "READY" in one]
+    assert not [states for states in notifications if "READY" in states]
 
 
 def test_notify_status_reports_connections_and_messages(manager: Manager) -> None:
@@ -194,8 +194,8 @@ def test_notify_status_reports_connections_and_messages(manager: Manager) -> Non
 def test_stop_extends_systemd_timeout(manager: Manager) -> None:
     with running(manager, stop_timeout_seconds=123):
         assert manager.next() == {"READY": "1"}
-    told = manager.wait_for("STOPPING")
-    assert int(told["EXTEND_TIMEOUT_USEC"]) > 123e6
+    stopping = manager.wait_for("STOPPING")
+    assert int(stopping["EXTEND_TIMEOUT_USEC"]) > 123e6
 
 
 def test_reload_is_notified(manager: Manager) -> None:
@@ -203,12 +203,12 @@ def test_reload_is_notified(manager: Manager) -> None:
         assert manager.next() == {"READY": "1"}
         before = time.monotonic_ns() // 1000
         server.request_reload()
-        told = manager.wait_for("RELOADING")
-        assert before <= int(told["MONOTONIC_USEC"]) <= time.monotonic_ns() // 1000
+        reloading = manager.wait_for("RELOADING")
+        assert before <= int(reloading["MONOTONIC_USEC"]) <= time.monotonic_ns() // 1000
         assert manager.wait_for("READY") == {"READY": "1"}
 
 
-def test_failed_reload_is_notified(manager: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_reload_is_notified(manager: Manager, tmp_path: Path) -> None:
     file = tmp_path / "dsmq.toml"
     file.write_text("max_age_seconds = 60")
     with daemon("--config", str(file), env={"NOTIFY_SOCKET": manager.address}) as server:
@@ -220,23 +220,23 @@ def test_failed_reload_is_notified(manager: Manager, tmp_path: Path, monkeypatch
 
 
 @pytest.mark.slow
-def test_watchdog_is_fed_while_all_threads_live(manager: Manager) -> None:
+def test_watchdog_is_reset_only_while_all_threads_respond(manager: Manager) -> None:
     go_on = threading.Event()
     with running(manager, watchdog_seconds=0.3, health_timeout_seconds=UNIT) as server:
         for _ in range(3):
             assert manager.wait_for("WATCHDOG")["WATCHDOG"] == "1"
-        server._workers[0].post(go_on.wait)
+        loop_of(server).post(go_on.wait)
         wait_until(lambda: bool(server.status.stuck_threads()))
-        # What was sent before, and perhaps one that was about to be.
+        # Those sent before, and perhaps one that was about to be sent.
         manager.socket.settimeout(1.0)
-        while manager.tells("WATCHDOG"):
+        while manager.receives("WATCHDOG"):
             pass
         manager.socket.settimeout(SOON)
         go_on.set()
         manager.wait_for("WATCHDOG")
 
 
-def test_watchdog_is_not_fed_if_unset(manager: Manager) -> None:
+def test_watchdog_is_not_reset_if_unset(manager: Manager) -> None:
     with running(manager, float("inf")) as server:
         assert manager.wait_for("STATUS").keys() == {"STATUS"}
         server.request_reload()
@@ -251,32 +251,28 @@ def test_server_continues_if_systemd_is_gone(manager: Manager, caplog: pytest.Lo
         assert not server.status.stuck_threads()
 
 
-# What is passed
+# Passed sockets
 
 
 @pytest.mark.parametrize(
-    ("mine", "seconds"), [(None, 3 / 3), (True, 3 / 3), (False, float("inf"))], ids=["unsaid", "mine", "another's"]
+    ("process", "seconds"),
+    [("", 3 / 3), (str(os.getpid()), 3 / 3), (str(os.getppid()), float("inf"))],
+    ids=["any", "this", "parent"],
 )
-def test_watchdog_of_another_process_is_ignored(
-    monkeypatch: pytest.MonkeyPatch, mine: bool | None, seconds: float
-) -> None:
-    monkeypatch.setenv("WATCHDOG_USEC", "3000000")
-    if mine is not None:
-        monkeypatch.setenv("WATCHDOG_PID", str(os.getpid() if mine else os.getppid()))
-    assert systemd.take().watchdog_interval == seconds
+def test_watchdog_of_another_process_is_ignored(process: str, seconds: float) -> None:
+    assert systemd.take({"WATCHDOG_USEC": "3000000", "WATCHDOG_PID": process}).watchdog_interval == seconds
 
 
-def test_passed_sockets_are_not_inherited(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
-        monkeypatch.setenv(name, "0")
-    assert not systemd.take().queue
-    assert not [name for name in os.environ if name.startswith(("NOTIFY_", "WATCHDOG_", "LISTEN_"))]
+def test_child_processes_do_not_inherit_what_systemd_passed() -> None:
+    environment = dict.fromkeys(
+        ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "OTHER"), "0"
+    )
+    assert not systemd.take(environment).queue
+    assert environment == {"OTHER": "0"}
 
 
-def test_sockets_for_another_process_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LISTEN_PID", str(os.getppid()))
-    monkeypatch.setenv("LISTEN_FDS", "1")
-    assert not systemd.take().queue
+def test_sockets_for_another_process_are_ignored() -> None:
+    assert not systemd.take({"LISTEN_PID": str(os.getppid()), "LISTEN_FDS": "1"}).queue
 
 
 def test_passed_sockets_are_used_for_listening(tmp_path: Path) -> None:
@@ -287,7 +283,7 @@ def test_passed_sockets_are_used_for_listening(tmp_path: Path) -> None:
         listening(socket.AF_UNIX, path) as unix,
         listening() as side,
     ):
-        # The settings say otherwise.
+        # Takes precedence over the settings.
         with launched(
             (ipv4, side, ipv6, unix), "dsmq:metrics:dsmq:dsmq", "--port", "1", "--http-port", "off"
         ) as process:
@@ -304,7 +300,7 @@ def test_passed_sockets_are_used_for_listening(tmp_path: Path) -> None:
                 wire.close()
             with urllib.request.urlopen(f"http://127.0.0.1:{http_port}/healthz") as page:
                 assert page.status == 200
-        # They are systemd's, and wait for the next server.
+        # They stay open in systemd, for the next server.
         assert os.path.exists(path)
         for family, address in ((socket.AF_INET, ("127.0.0.1", port)), (socket.AF_UNIX, path)):
             with socket.socket(family) as late:
@@ -394,8 +390,3 @@ def test_embedded_server_ignores_passed_sockets(manager: Manager) -> None:
     manager.socket.setblocking(False)
     with pytest.raises(BlockingIOError):
         manager.next()
-
-
-def test_nothing_is_sent_without_notify_socket() -> None:
-    with serving() as server:
-        assert not server._systemd._socket

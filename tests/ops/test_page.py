@@ -1,4 +1,4 @@
-"""The status page, in a headless Chromium: each test looks at the page of a real server, as a reader would."""
+"""The status page of a real server, in a headless Chromium."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ expect = sync_api.expect
 
 HOSTILE = "<img src=x onerror=\"document.title='broken'\">"
 TOKEN = "open-sesame-0123456789"
-# A name by which the browser reaches this machine, as if from another.
+# A host name that resolves to this machine in the browser.
 ELSEWHERE = "dsmq.example"
-# What the browser itself says of a server that is gone, and of one that requires a token.
+# Console messages of the browser if the server is gone, and if it requires a token.
 GONE = r"Failed to load resource: net::ERR_|^failed: .*/status\.json$"
 LOCKED = r"Failed to load resource: .* 401 "
 
@@ -65,7 +65,7 @@ def mq(server: Server) -> Iterator[Client]:
 def reading(
     browser: Browser, server: Server, allowed: str = "nothing", host: str = "127.0.0.1", **options: Any
 ) -> Iterator[Page]:
-    """The page of this server; in the end, nothing must have gone wrong in it but what is allowed (a pattern)."""
+    """Open the page of this server; at the end, fail on browser messages that don't match the pattern `allowed`."""
     context = browser.new_context(locale="en-US", **options)
     context.set_default_timeout(SOON * 1000)
     page = context.new_page()
@@ -87,7 +87,7 @@ def reading(
 
 @contextmanager
 def repeating(call: Callable[[], object]) -> Iterator[None]:
-    """Call it again and again, in a thread, meanwhile."""
+    """Call repeatedly, in another thread."""
     done = threading.Event()
 
     def run() -> None:
@@ -104,12 +104,12 @@ def repeating(call: Callable[[], object]) -> Iterator[None]:
 
 
 def sideways(page: Page) -> int:
-    """How far the page can be scrolled sideways, in pixels."""
+    """Return how many pixels the page can be scrolled sideways."""
     return int(page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth"))
 
 
 def names(page: Page) -> list[str]:
-    """The topics as they are shown, from the top."""
+    """Return the topics in the order shown."""
     return page.locator("#topics tbody td:first-child").all_inner_texts()
 
 
@@ -119,7 +119,7 @@ def next_poll(page: Page) -> Response:
     return answer.value
 
 
-# What it is made of
+# Security
 
 
 def test_page_is_one_file_that_passes_strict_policy() -> None:
@@ -129,7 +129,7 @@ def test_page_is_one_file_that_passes_strict_policy() -> None:
     markup = re.sub("<(script|style)>.*?</\\1>", "", html, flags=re.DOTALL)
     assert not re.search(r"\s(on\w+|style|srcset)\s*=", markup)
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|Storage|cookie", html)
-    # No address but the name of SVG.
+    # No URL but the namespace of SVG.
     assert {urlsplit(url).netloc for url in re.findall(r"https?://[^'\"\s)]*", html)} == {"www.w3.org"}
 
 
@@ -185,11 +185,11 @@ def test_page_numbers_update_with_traffic(browser: Browser, server: Server, mq: 
                 )
                 expect(page.locator(f"{plot} path.in")).to_have_attribute("d", re.compile(r"^M[\d.]+ [\d.]+L"))
         expect(page.locator("#puts")).to_have_text("0/s")
-        count = f"{server.totals().stored:,}"
-        expect(page.locator("#held-messages")).to_have_text(count)
-        # The bytes of a topic are counted as those in all are.
+        count = f"{server.status.totals().stored:,}"
+        expect(page.locator("#stored-messages")).to_have_text(count)
+        # The bytes of topics add up to the total.
         status = server.status.page()
-        assert status["topics"][0]["bytes"] + 500 + len("greetings") == status["held"]["bytes"]
+        assert status["topics"][0]["bytes"] + 500 + len("greetings") == status["gauges"]["stored_bytes"]
         expect(page.locator("#total-puts")).to_have_text(count)
         expect(page.locator("#total-deliveries")).to_have_text(count)
         expect(page.locator("#topics tbody td").nth(1)).to_have_text(count)
@@ -221,7 +221,7 @@ def test_page_lists_and_counts_errors(browser: Browser, server: Server) -> None:
         expect(page.locator("#total-errors")).to_have_text("1 +1 recently")
 
 
-# What others have written
+# Names and messages
 
 
 def test_page_escapes_hostile_names(browser: Browser, server: Server) -> None:
@@ -243,7 +243,7 @@ def test_page_shows_control_and_bidi_characters(browser: Browser, mq: Client, se
 def test_page_never_shows_messages(browser: Browser, mq: Client, server: Server) -> None:
     mq.put("t", "the quick brown fox")
     with reading(browser, server) as page:
-        expect(page.locator("#held-messages")).to_have_text("1")
+        expect(page.locator("#stored-messages")).to_have_text("1")
         assert "brown" not in page.content()
         assert "brown" not in next_poll(page).text()
 
@@ -271,7 +271,7 @@ def test_empty_page_shows_how_to_put_a_message(browser: Browser, mq: Client, ser
         ({"auth_token": TOKEN}, "--port N --token-file token", 'port=N, token="…"'),
         ({"tls_cert_file": "{}/cert.pem"}, "--port N --tls", "port=N, tls=True"),
     ],
-    ids=["everywhere", "here alone", "unix", "token", "TLS"],
+    ids=["all addresses", "loopback", "unix", "token", "TLS"],
 )
 def test_page_commands_match_the_server(
     browser: Browser, tmp_path: Path, settings: dict[str, str], options: str, given: str
@@ -298,9 +298,9 @@ def test_page_highlights_full_server(browser: Browser) -> None:
         reading(browser, server) as page,
     ):
         for held, note, kind in [(15, "75% of 20", "bar"), (16, "Filling: 80% of 20", "bar warn")]:
-            mq.put_many("t", ["x"] * (held - server.totals().messages))
-            expect(page.locator("#held-messages-note")).to_have_text(note)
-            expect(page.locator("#held-messages-bar")).to_have_class(re.compile(f"^{kind} ?$"))
+            mq.put_many("t", ["x"] * (held - server.status.totals().messages))
+            expect(page.locator("#stored-messages-note")).to_have_text(note)
+            expect(page.locator("#stored-messages-bar")).to_have_class(re.compile(f"^{kind} ?$"))
         expect(page.locator("#state")).to_have_text("Ready")
         mq.put_many("t", ["x"] * 4)
         with pytest.raises(Full):
@@ -309,7 +309,7 @@ def test_page_highlights_full_server(browser: Browser) -> None:
         expect(page.locator("#state")).to_have_class("bad")
         expect(page.locator("#reasons")).to_contain_text("Puts are refused until messages expire")
         expect(page).to_have_title(re.compile("^Full .* dsmq$"))
-        expect(page.locator("#held-messages-note")).to_have_text("Full: 100% of 20")
+        expect(page.locator("#stored-messages-note")).to_have_text("Full: 100% of 20")
         expect(page.get_by_role("meter", name="Stored messages")).to_have_attribute("aria-valuenow", "20")
         expect(page.locator("#total-puts_refused")).to_have_text("1 +1 recently")
 
@@ -319,18 +319,18 @@ def test_page_reports_lost_server_and_recovers(browser: Browser) -> None:
         port = server.http_port
         with connect(port=server.port) as mq:
             mq.put("t", "x")
-        expect(page.locator("#held-messages")).to_have_text("1")
+        expect(page.locator("#stored-messages")).to_have_text("1")
         server.stop()
         expect(page.locator("#problem")).to_have_text("No response from the server.")
         expect(page.locator("#since")).to_have_text(re.compile(r"^Last update \d+\ss ago\.$"))
         expect(page.locator("#state")).to_have_text("No response")
         expect(page.locator("#main")).to_have_class("stale")
-        expect(page.locator("#held-messages")).to_have_text("1")
+        expect(page.locator("#stored-messages")).to_have_text("1")
         with serving(http_port=port):
             expect(page.locator("#banner")).to_be_hidden()
             expect(page.locator("#main")).not_to_have_class("stale")
             expect(page.locator("#state")).to_have_text("Ready")
-            expect(page.locator("#held-messages")).to_have_text("0")
+            expect(page.locator("#stored-messages")).to_have_text("0")
             expect(page.locator("#puts")).to_have_text("0/s")
 
 
@@ -368,7 +368,7 @@ def test_page_does_not_poll_while_hidden_or_paused(browser: Browser, server: Ser
                 window.asked = 0;
                 const ask = fetch;
                 window.fetch = (...all) => { asked++; return ask(...all); };
-                // tick() is what its timer calls; while a request is being answered it makes no other.
+                // The timer calls tick(), which sends no request during another.
                 window.asksNow = async (first = () => {}) => {
                     while (asking) await new Promise((resume) => setTimeout(resume, 1));
                     asked = 0;
@@ -390,7 +390,7 @@ def test_page_does_not_poll_while_hidden_or_paused(browser: Browser, server: Ser
         assert page.evaluate("asked") > 0
 
 
-# Readers
+# Use
 
 
 def test_page_sorts_topics_by_keyboard(browser: Browser, mq: Client, server: Server) -> None:
@@ -408,7 +408,7 @@ def test_page_sorts_topics_by_keyboard(browser: Browser, mq: Client, server: Ser
             assert names(page) == order
             expect(headers.nth(0)).to_have_attribute("aria-sort", direction)
             expect(page.locator("#topics th[aria-sort]")).to_have_count(1)
-        # New numbers take neither the focus nor the order away.
+        # Updates keep the focus and the order.
         mq.put("d", "x")
         expect(page.locator("#topics tbody tr")).to_have_count(4)
         assert names(page) == ["d", "c", "b", "a"]
@@ -468,6 +468,6 @@ def test_page_follows_dark_mode_preference(browser: Browser, server: Server) -> 
 def test_page_follows_reduced_motion_preference(browser: Browser, server: Server) -> None:
     for wish, moves in (("no-preference", True), ("reduce", False)):
         with reading(browser, server, reduced_motion=wish) as page:
-            bar = page.locator("#held-messages-bar div")
+            bar = page.locator("#stored-messages-bar div")
             took = bar.evaluate("(bar) => parseFloat(getComputedStyle(bar).transitionDuration)")
             assert (took > 0) is moves

@@ -1,4 +1,4 @@
-"""deploy/prometheus: read by the real promtool and Prometheus, and held against what a live server shows."""
+"""deploy/prometheus, checked by promtool, Prometheus, and the metrics of a live server."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RULES = (HERE / "rules.yml").read_text()
 ALERTS = re.findall(r"^ *- alert: (\w+)$", RULES, re.MULTILINE)
 # Prometheus takes five seconds to find its targets.
 TARGETS_FOUND = 3 * SOON
-# Shown only where the server has metrics_topics.
+# Enables the metrics by topic.
 TOPICS = {"metrics_topics": 10}
 TOKEN = "a-token-for-the-tests"
 
@@ -49,7 +49,7 @@ def metrics(server: Server) -> str:
 
 
 def series(server: Server) -> set[str]:
-    """The names of all that a server shows, whether there is a sample of it yet or not."""
+    """Return the names of all series that a server exports, including those without samples so far."""
     names = {"up"}  # Prometheus's own
     for name, kind in re.findall(r"^# TYPE (\S+) (\S+)$", metrics(server), re.MULTILINE):
         names |= {f"{name}_{part}" for part in ("bucket", "sum", "count")} if kind == "histogram" else {name}
@@ -57,12 +57,12 @@ def series(server: Server) -> set[str]:
 
 
 def make_traffic(server: Server) -> None:
-    """Some of all there is to count, as far as one server can be made to show it."""
-    with wire_to(server) as stranger:
-        assert stranger.error("AUTH", "wrong") == "WRONGPASS"
-        assert stranger.ended()
-    with wire_to(server) as wire, wire_to(server) as stranger:
-        assert stranger.call("PING") == "PONG"
+    """Make most counters and gauges non-zero."""
+    with wire_to(server) as unknown:
+        assert unknown.error("AUTH", "wrong") == "WRONGPASS"
+        assert unknown.ended()
+    with wire_to(server) as wire, wire_to(server) as unauthenticated:
+        assert unauthenticated.call("PING") == "PONG"
         assert wire.error("PUT", "t", "x") == "NOAUTH"
         assert wire.call("AUTH", TOKEN) == "OK"
         assert wire.call("PUT", "t", "x") == 1
@@ -77,7 +77,7 @@ def make_traffic(server: Server) -> None:
 
 @contextmanager
 def busy_server(**settings: object) -> Iterator[Server]:
-    """A server that has seen make_traffic."""
+    """A server after make_traffic."""
     fixed = {"http_port": 0, "auth_token": TOKEN, "max_stored_messages_per_topic": 1, "max_connections": 2}
     with serving(**fixed, **settings) as server:
         make_traffic(server)
@@ -85,7 +85,7 @@ def busy_server(**settings: object) -> Iterator[Server]:
 
 
 class Prometheus:
-    """A Prometheus on a free port, with the shipped configuration, that scrapes one server each second."""
+    """A Prometheus on a free port, with the shipped configuration; it scrapes one server each second."""
 
     def __init__(self, server: Server, folder: Path, config: str) -> None:
         for shipped, ours in (("127.0.0.1:30009", f"127.0.0.1:{server.http_port}"), (": 15s", ": 1s")):
@@ -116,7 +116,7 @@ class Prometheus:
         return True
 
     def api(self, path: str, **parameters: str) -> Any:
-        """The data of an answer that has to say success."""
+        """Return the data of a response, which must be a success."""
         try:
             answer = json.loads(get(f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"))
         except urllib.error.HTTPError as error:
@@ -125,11 +125,11 @@ class Prometheus:
         return answer["data"]
 
     def query(self, expression: str) -> list[Any]:
-        """The samples of it, now."""
+        """Return the current samples of an expression."""
         return list(self.api("query", query=expression)["result"])
 
     def value(self, expression: str) -> float | None:
-        """That of the only sample, if there is one yet."""
+        """Return the value of the first sample, if there is one."""
         samples = self.query(expression)
         return float(samples[0]["value"][1]) if samples else None
 
@@ -159,8 +159,8 @@ _NO_NAMES = re.compile(
 
 
 def names(expression: str) -> set[str]:
-    """The metrics that an expression asks for."""
-    # Strings first: they may hold any of the others.
+    """Return the metrics that an expression uses."""
+    # Strings first: they may contain any of the others.
     rest = _NO_NAMES.sub(" ", _STRINGS.sub("", expression))
     return set(re.findall(r"(?<![\w:.])[a-zA-Z_:][\w:]*(?![\w:]|\s*\()", rest))
 
@@ -201,7 +201,7 @@ def test_alerts_fire_when_they_should_and_not_otherwise() -> None:
 
 @pytest.mark.parametrize("expression", ["up < 0", "up >= 0 or absent(up)"], ids=["never", "always"])
 def test_every_alert_has_a_rule_test(expression: str, tmp_path: Path) -> None:
-    """With alerts that fire never, or always, those of the rules miss each that is to fire, or is not to."""
+    """With alerts that never fire, or always fire, the rule tests must fail for each of them."""
     changed, count = re.subn(
         r"(- alert: \w+\n(?: +#[^\n]*\n)* +expr: ).*?(?=\n +(?:for|labels):)",
         rf"\g<1>{expression}",
@@ -246,7 +246,7 @@ def test_rules_use_existing_metrics(tmp_path: Path) -> None:
         recorded = {rule["name"] for rule in rules if rule["type"] == "recording"}
         asked = set().union(*(names(rule["query"]) for rule in rules))
         assert asked - recorded - series(server) == set()
-        # Nothing is recorded that nobody asks for.
+        # Each recorded series is used.
         assert recorded <= asked
 
 
@@ -314,7 +314,7 @@ QUERIES = [target["expr"] for panel in PANELS for target in panel["targets"]] + 
 
 
 def as_asked(query: str) -> str:
-    """A query as Grafana asks it, with all servers chosen."""
+    """Return a query as Grafana sends it, with all servers selected."""
     query = query.replace("$instance", ".+").replace("$__rate_interval", "1m")
     assert "$" not in query
     return query
@@ -328,16 +328,16 @@ def test_dashboard_uses_existing_metrics() -> None:
 
 
 def test_every_dashboard_query_returns_data(tmp_path: Path) -> None:
-    """Those with nothing to answer, after such traffic, ask for a label or a name that is not there."""
+    """After such traffic, a query without data uses a label or a metric that does not exist."""
     never = {query for query in QUERIES if query.startswith("changes(")}
 
-    def without_answer() -> set[str]:
+    def without_data() -> set[str]:
         return {query for query in QUERIES if not watcher.query(as_asked(query))}
 
     snapshots = {"snapshot_file": str(tmp_path / "snapshot"), "snapshot_interval_seconds": 1}
     with busy_server(**TOPICS, **snapshots) as server, prometheus(server, tmp_path) as watcher:
         wait_until(lambda: (watcher.value("count_over_time(up[1m])") or 0) >= 2, TARGETS_FOUND)
-        wait_until(lambda: without_answer() == never, TARGETS_FOUND)
+        wait_until(lambda: without_data() == never, TARGETS_FOUND)
 
 
 def test_grafana_can_provision_dashboard() -> None:
@@ -354,7 +354,7 @@ def test_grafana_can_provision_dashboard() -> None:
         assert [target["refId"] for target in panel["targets"]] == list("ABCDEFGH"[: len(panel["targets"])])
 
 
-def test_panels_have_unique_places_and_names() -> None:
+def test_panels_have_unique_positions_and_titles() -> None:
     panels = DASHBOARD["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     assert len({panel["title"] for panel in PANELS}) == len(PANELS)

@@ -43,8 +43,8 @@ def test_bench_measures_each_operation_on_a_running_server(server: Server) -> No
     assert [name for name, *_ in lines] == OPERATIONS
     assert all(float(figure.replace(",", "")) > 0 for _, figure, _ in lines)
     assert [bool(per_1000) for *_, per_1000 in lines] == [False, False, True, False, False, True]
-    assert server.counters().delivered == 20 + 1 + 1
-    assert server.counters().gets_empty == 20
+    assert server.status.counters().delivered == 20 + 1 + 1
+    assert server.status.counters().gets_empty == 20
 
 
 def test_bench_reports_lost_messages() -> None:

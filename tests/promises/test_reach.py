@@ -24,9 +24,10 @@ from conftest import CONNECTS, SOON, UNIT, Connect, blocked, daemon, serving, wa
 from dsmq import client as client_module
 from dsmq.client import connect, dial
 from dsmq.client import connection as link
-from dsmq.client.dial import Endpoint, addresses
+from dsmq.client.dial import addresses
 from dsmq.errors import ConnectionLost, ProtocolError
 from dsmq.server import Server
+from dsmq.wire.addresses import Endpoint
 
 # Names with several addresses
 
@@ -115,7 +116,7 @@ def test_error_names_reason_per_address(resolve: Callable[..., None]) -> None:
         assert time.monotonic() - before < SOON
         assert "127.0.0.1: Connection refused; 127.0.0.1: timed out" in str(told.value)
         resolve(("127.0.0.1", hole))
-        with pytest.raises(TimeoutError, match="name port 30008 can't be reached: timed out"):
+        with pytest.raises(TimeoutError, match="name:30008 can't be reached: timed out"):
             connect("name", timeout=UNIT, retry=False)
 
 
@@ -172,7 +173,7 @@ def test_proxy_that_closes_at_once_counts_as_starting(
     with front(*replies) as (port, _), pytest.raises(ConnectionResetError, match="closes them at once") as told:
         connect(port=port)
     assert len(pauses) == 10
-    assert "does it want TLS?" in str(told.value)
+    assert "does it require TLS?" in str(told.value)
 
 
 def test_proxy_is_retried_until_server_answers(monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
@@ -189,38 +190,47 @@ def test_proxy_is_retried_until_server_answers(monkeypatch: pytest.MonkeyPatch, 
     assert len(accepted) == 5
 
 
+@CONNECTS
 @pytest.mark.parametrize(
     ("reply", "name"),
     [
-        (b"HTTP/1.1 400 Bad Request\r\nServer: nginx\r\n\r\n", "an HTTP server"),
-        (b"HTTP/1.0 400 Bad Request\r\nServer: dsmq\r\n\r\n", "dsmq's HTTP endpoint"),
-        (b"<!DOCTYPE HTML>\r\n", "an HTTP server"),
-        (b"SSH-2.0-OpenSSH_9.2\r\n", "an SSH server"),
-        (b"-ERR unknown command 'HELLO'\r\n", "Redis"),
-        (b"-NOAUTH HELLO must be called with the client already authenticated, otherwise ...\r\n", "Redis"),
-        (b"*2\r\n$6\r\nserver\r\n$6\r\nvalkey\r\n", "valkey"),
+        (b"HTTP/1.1 400 Bad Request\r\nServer: nginx\r\n\r\n", " but an HTTP server"),
+        (b"<!DOCTYPE HTML>\r\n", " but an HTTP server"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", " but an SSH server"),
+        (b"INFO {}\r\n", " but a NATS server"),
+        (b"-ERR unknown command 'HELLO'\r\n", " but Redis or one like it"),
+        (b"-NOAUTH HELLO must be called with the client already authenticated, otherwise ...\r\n", " but Redis"),
+        (b"*2\r\n$6\r\nserver\r\n$6\r\nvalkey\r\n", " but valkey"),
+        (b"Good morning\r\n", ""),
     ],
 )
-def test_other_program_is_named_at_once(reply: bytes, name: str) -> None:
-    with front(reply) as (port, accepted), pytest.raises(ProtocolError, match=name):
+def test_other_program_is_named_and_quoted_at_once(connect: Connect, reply: bytes, name: str) -> None:
+    with front(reply) as (port, accepted), pytest.raises(ProtocolError) as told:
         connect(port=port)
+    first_line = reply.partition(b"\r")[0].decode()
+    assert f"127.0.0.1:{port} is not a dsmq server{name}" in str(told.value)
+    assert f"(it answered {first_line!r})" in str(told.value)
     assert len(accepted) == 1
 
 
-def test_closing_broker_is_probed_in_its_own_protocol() -> None:
-    # As mosquitto does: it closes unless the first thing is a CONNECT.
+@CONNECTS
+def test_closing_broker_is_probed_in_its_own_protocol(connect: Connect) -> None:
+    # mosquitto closes connections that don't begin with CONNECT.
     with front(b"", b"\x20\x02\x00\x00") as (port, _), pytest.raises(ProtocolError, match="MQTT broker"):
         connect(port=port)
 
 
 def test_tls_server_is_recognized_at_once() -> None:
-    with front(b"\x15\x03\x03\x00\x02\x02\x46") as (port, accepted), pytest.raises(ConnectionError, match="want TLS"):
+    with (
+        front(b"\x15\x03\x03\x00\x02\x02\x46") as (port, accepted),
+        pytest.raises(ConnectionError, match="require TLS"),
+    ):
         connect(port=port)
     assert len(accepted) == 1
 
 
 def test_real_programs_are_recognized(tmp_path: Path) -> None:
-    with daemon() as server, pytest.raises(ProtocolError, match="dsmq's HTTP endpoint"):
+    with daemon() as server, pytest.raises(ProtocolError, match="but dsmq's HTTP endpoint"):
         connect(port=server.http_port)
     if (redis := shutil.which("redis-server")) is None:
         pytest.skip("redis-server is not installed")
@@ -231,7 +241,7 @@ def test_real_programs_are_recognized(tmp_path: Path) -> None:
     try:
         wait_until(path.exists)
         for _ in range(2):
-            with pytest.raises(ProtocolError, match="Redis"):
+            with pytest.raises(ProtocolError, match="not a dsmq server but Redis"):
                 connect(f"unix:{path}")
             subprocess.run(["redis-cli", "-s", str(path), "CONFIG", "SET", "requirepass", "x"], check=True)
     finally:
@@ -330,7 +340,7 @@ def test_read_size_shrinks_after_timeout(server: Server, monkeypatch: pytest.Mon
 
 def test_silent_server_times_out_for_every_call() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        one = link.Connection(Endpoint("127.0.0.1", listener.getsockname()[1]), UNIT)
+        one = link.Connection(Endpoint("127.0.0.1", listener.getsockname()[1]), None, UNIT)
         before = time.monotonic()
         one.send(b"x" * 16_384)
         with pytest.raises(TimeoutError):
@@ -361,10 +371,10 @@ def test_connection_error_reports_how_long_it_tried(connect: Connect, monkeypatc
         with pytest.raises(ConnectionRefusedError) as told:
             connect(port=port)
         assert told.value.errno == errno.ECONNREFUSED
-        found = re.search(rf"no server answers at 127.0.0.1 port {port} \(tried for (.*) s\)$", str(told.value))
+        found = re.search(rf"no server answers at 127.0.0.1:{port} \(tried for (.*) s\)$", str(told.value))
         assert found
         assert float(found[1]) >= 0.1
-        with pytest.raises(ConnectionRefusedError, match=f"port {port}$"):
+        with pytest.raises(ConnectionRefusedError, match=f":{port}$"):
             connect(port=port, retry=False)
 
 
@@ -411,7 +421,7 @@ with connect(port=int(sys.argv[1])) as mq, connect(port=int(sys.argv[1])) as wri
 @pytest.mark.parametrize("fork", ["os.fork", "without hooks"])
 def test_forked_child_is_a_separate_client(server: Server, fork: str) -> None:
     subprocess.run([sys.executable, "-c", CHILDREN, str(server.port), fork], timeout=2 * SOON, check=True)
-    assert server.totals().stored == 3 + 5 * 200
+    assert server.status.totals().stored == 3 + 5 * 200
 
 
 FORK_IN_PUT_MANY = """
@@ -503,9 +513,9 @@ with connect(port={server.port}, timeout={10 * SOON}) as mq:
     print(got, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     with running(script) as (_, output), connect(port=server.port) as writer:
-        wait_until(lambda: server.totals().stored == 1)
-        # The parent and the child each wait for it.
-        wait_until(lambda: server.waiting() == 2)
+        wait_until(lambda: server.status.totals().stored == 1)
+        # Parent and child each wait for it.
+        wait_until(lambda: server.status.waiting() == 2)
         writer.put("t", "x")
         assert output.readline() == "x 0\n"
 
@@ -538,7 +548,7 @@ with connect(port={server.port}, timeout={SOON}) as mq:
             assert output.readline() == "forked\n"
         assert output.readline() == "1 0\n"
         assert len(mq.get("t")) == 8_000_000
-    assert server.totals().stored == 1
+    assert server.status.totals().stored == 1
 
 
 def test_fork_during_put_many_does_not_use_parent_connection(server: Server) -> None:
@@ -593,14 +603,14 @@ def test_idle_connections_of_a_burst_are_closed_but_one(server: Server, monkeypa
             threads = [threading.Thread(target=mq.get_wait, args=("t",), kwargs={"timeout": SOON}) for _ in range(20)]
             for thread in threads:
                 thread.start()
-            wait_until(lambda: server.waiting() == 20)
+            wait_until(lambda: server.status.waiting() == 20)
             mq.put_many("t", ["x"] * 20)
             for thread in threads:
                 thread.join(SOON)
-            # Nobody calls it meanwhile.
-            wait_until(lambda: server.connections() == 1)
+            # It is not used meanwhile.
+            wait_until(lambda: server.status.connections() == 1)
         mq.ping()
-        assert server.connections() == 1
+        assert server.status.connections() == 1
 
 
 def test_call_succeeds_if_no_thread_can_start(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -612,7 +622,7 @@ def test_call_succeeds_if_no_thread_can_start(server: Server, monkeypatch: pytes
         # While one connection is in use, a second one is opened.
         assert len(mq.put_many("t", (str(mq.put("u", "x")) for _ in range(3)))) == 3
         assert mq.get_many("u") == ["x"] * 3
-        wait_until(lambda: server.connections() == 1)
+        wait_until(lambda: server.status.connections() == 1)
 
 
 @pytest.mark.slow

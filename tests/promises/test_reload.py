@@ -46,7 +46,7 @@ def reloading(**settings: Any) -> Iterator[tuple[Reloading, Wire]]:
         if "auth_token" not in settings:
             assert wire.call("PING") == "PONG"
         else:
-            wait_until(lambda: one.server.connections() == 1)
+            wait_until(lambda: one.server.status.connections() == 1)
         yield one, wire
 
 
@@ -80,7 +80,7 @@ def max_stored_bytes(server: Server, wire: Wire, value: int) -> bool:
 def max_waiting_readers(server: Server, wire: Wire, value: int) -> bool:
     with wire_to(server) as other:
         wire.send(encode_request(b"GETWAIT", b"t", b"60000"))
-        wait_until(lambda: server.waiting() == 1)
+        wait_until(lambda: server.status.waiting() == 1)
         return other.call("GETWAIT", "t", 1) is None
 
 
@@ -101,7 +101,7 @@ def max_unauthenticated_connections(server: Server, wire: Wire, value: int) -> b
 
 def max_unread_reply_bytes(server: Server, wire: Wire, value: int) -> bool:
     (connection,) = server._workers[0].connections
-    return connection._max_unread > 2000
+    return connection.transport.max_unread > 2000
 
 
 def ends(server: Server, wire: Wire, value: float) -> bool:
@@ -192,7 +192,7 @@ def test_max_age_raised_loses_nothing_and_lowered_delivers_nothing_too_old() -> 
 def test_reloaded_request_timeout_applies_to_started_request() -> None:
     with reloading(request_timeout_seconds=600) as (one, wire):
         wire.send(b"*1\r\n")
-        wait_until(lambda: one.server.counters().bytes_in > 14)
+        wait_until(lambda: one.server.status.counters().bytes_in > 14)
         one.change(request_timeout_seconds=UNIT)
         assert wire.receive().code == "TIMEOUT"  # type: ignore[union-attr]
 
@@ -202,9 +202,9 @@ def test_reloaded_reply_timeout_applies_to_nonreading_client(tmp_path: Path) -> 
     with one.server:
         wire = Wire(f"{tmp_path}/socket")
         wire.send(encode_request(b"ECHO", b"x" * 5_000_000))
-        wait_until(lambda: one.server.counters().bytes_out > 0)
+        wait_until(lambda: one.server.status.counters().bytes_out > 0)
         one.change(reply_timeout_seconds=UNIT)
-        wait_until(lambda: one.server.connections() == 0)
+        wait_until(lambda: one.server.status.connections() == 0)
         wire.close()
 
 
@@ -221,7 +221,7 @@ def test_reloaded_stop_timeout_applies_at_once(tmp_path: Path) -> None:
     with one.server:
         wire = Wire(f"{tmp_path}/socket")
         wire.send(encode_request(b"ECHO", b"x" * 5_000_000))
-        wait_until(lambda: one.server.counters().bytes_out > 0)
+        wait_until(lambda: one.server.status.counters().bytes_out > 0)
         one.change(stop_timeout_seconds=20 * UNIT)
         began = time.monotonic()
         assert one.server.stop() == []

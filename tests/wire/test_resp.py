@@ -1,9 +1,10 @@
-"""The codec in pure bytes: in whatever pieces they come, out come requests and replies, or an error."""
+"""The codec: bytes in any pieces become the same requests and replies, or an error."""
 
 from __future__ import annotations
 
 import itertools
 import string
+import tracemalloc
 from collections.abc import Callable, Iterable, Sequence
 
 import pytest
@@ -11,24 +12,22 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from dsmq.errors import BY_CODE, ProtocolError, ReplyError, TooBig
-from dsmq.wire import resp as protocol
+from dsmq.wire.limits import MAX_ARGUMENTS, MAX_DEPTH, MAX_INTEGER, MAX_LINE_BYTES, REQUEST_OVERHEAD_BYTES
+from dsmq.wire.request_parser import RequestParser, split_line
 from dsmq.wire.resp import (
-    MAX_ARGUMENTS,
-    MAX_LINE_BYTES,
-    REQUEST_OVERHEAD_BYTES,
     Reply,
     ReplyParser,
-    RequestParser,
     encode_array,
     encode_bulk,
     encode_error,
     encode_integer,
-    encode_map,
     encode_messages,
     encode_null,
+    encode_option,
+    encode_read,
     encode_request,
     encode_simple,
-    split_line,
+    encode_value,
 )
 
 LIMIT = 4096
@@ -38,7 +37,7 @@ Parser = RequestParser | ReplyParser
 
 
 def drain(parser: Parser) -> list[object]:
-    """Take all that is whole by now; whatever is taken uses bytes up."""
+    """Return all complete items; each consumes some bytes."""
     taken: list[object] = []
     held = len(parser)
     while (item := parser.next()) is not None:
@@ -57,10 +56,7 @@ def parse(parser: Parser, pieces: Iterable[bytes]) -> list[object]:
 
 
 def outcome(parser: Parser, pieces: Iterable[bytes]) -> tuple[str, type | None]:
-    """What came out, and the error behind it; any other than the two that there may be passes through.
-
-    Requests are taken both one by one and, as the server does, many at once.
-    """
+    """The items and the error after them. Requests are parsed both one by one and in batches, as in the server."""
     pieces = list(pieces)
     result = _outcome(parser, pieces, lambda: [] if (item := parser.next()) is None else [item])
     if isinstance(parser, RequestParser):
@@ -163,6 +159,12 @@ def test_request_encodes_as_array_of_bulk_strings() -> None:
     assert encode_request(b"PUT", b"greetings", b"") == b"*3\r\n$3\r\nPUT\r\n$9\r\ngreetings\r\n$0\r\n\r\n"
 
 
+def test_read_encodes_as_any_request() -> None:
+    assert encode_read("café", 12) == encode_request(b"READ", "café".encode(), b"12")
+    options = encode_option(b"COUNT", 10) + encode_bulk(b"LATEST")
+    assert encode_read("t", 0, options, 3) == encode_request(b"READ", b"t", b"0", b"COUNT", b"10", b"LATEST")
+
+
 @given(batch=st.lists(whole_requests, min_size=1, max_size=3))
 @settings(max_examples=15, deadline=None)
 def test_incomplete_and_len_report_buffered_data(batch: list[list[bytes]]) -> None:
@@ -204,20 +206,25 @@ def test_any_prefix_is_incomplete(piece: bytes) -> None:
     assert (parser.incomplete, len(parser)) == (True, len(piece))
 
 
+def joined(parser: Parser) -> bytes:
+    """The buffered bytes that were joined: a new object if they were copied since."""
+    return parser._data
+
+
 def joins(parser: Parser, pieces: list[bytes]) -> int:
-    """Feed pieces that are one item together; return how often the bytes held were put together anew."""
+    """Feed the pieces of one item; return how often the parser joined what it had buffered."""
     count = 0
     for number, piece in enumerate(pieces, 1):
-        before = parser._data
+        before = joined(parser)
         parser.feed(piece)
-        count += parser._data is not before
+        count += joined(parser) is not before
         assert (parser.next() is not None) == (number == len(pieces))
     return count
 
 
 def test_large_request_in_pieces_is_copied_once() -> None:
     data = encode_request(b"PUT", b"t", b"x" * 1_000_000)
-    # One for the first piece, which is only kept, one for the last.
+    # One for the first piece, which is only kept, and one for the last.
     assert joins(RequestParser(1_000_000), in_pieces_of(1000, data)) == 2
 
 
@@ -245,7 +252,7 @@ def single_quoted(word: bytes) -> bytes:
 
 
 texts = st.text(st.characters(exclude_categories=["C", "Z"], exclude_characters="\\"), max_size=8).map(str.encode)
-# What is written, and the word that it means.
+# An encoded word, and the word itself.
 words = st.one_of(
     texts.filter(lambda word: word and word[:1] not in b"'\"").map(lambda word: (word, word)),
     st.binary(max_size=8).map(lambda word: (double_quoted(word), word)),
@@ -315,9 +322,9 @@ def test_empty_lines_are_not_buffered() -> None:
     assert (len(parser), parser.incomplete) == (0, False)
 
 
-# What is no request
+# Invalid requests
 
-NO_REQUESTS = {
+INVALID_REQUESTS = {
     "huge count": b"*2147483647\r\n",
     "count of 20 digits": b"*10000000000000000000\r\n",
     "too many arguments": b"*%d\r\n" % (MAX_ARGUMENTS + 1),
@@ -363,9 +370,9 @@ NO_REQUESTS = {
 }
 
 
-@pytest.mark.parametrize("name", NO_REQUESTS)
+@pytest.mark.parametrize("name", INVALID_REQUESTS)
 def test_invalid_request_raises_at_its_last_byte(name: str) -> None:
-    data = NO_REQUESTS[name]
+    data = INVALID_REQUESTS[name]
     assert outcome(RequestParser(LIMIT), [data]) == ("[]", ProtocolError)
     assert outcome(RequestParser(LIMIT), bytewise(data)) == ("[]", ProtocolError)
     assert outcome(RequestParser(LIMIT), [encode_request(b"PING") + data]) == ("[[b'PING']]", ProtocolError)
@@ -373,7 +380,7 @@ def test_invalid_request_raises_at_its_last_byte(name: str) -> None:
 
 def test_limits_match_documentation() -> None:
     assert (MAX_ARGUMENTS, MAX_LINE_BYTES, REQUEST_OVERHEAD_BYTES) == (64, 65_536, 65_536)
-    assert protocol.MAX_INTEGER == 9_223_372_036_854_775_807
+    assert MAX_INTEGER == 9_223_372_036_854_775_807
 
 
 def test_maximum_argument_count_is_accepted() -> None:
@@ -409,7 +416,7 @@ def test_message_over_limit_raises_at_its_length_line(length: int) -> None:
 
 
 def request_of(size: int) -> bytes:
-    """A request of so many bytes, about as many as one may have, none of whose arguments is over the limit."""
+    """A request of the given size, none of whose arguments exceeds its limit."""
     most = [b"x" * 4000] * 17
     data = encode_request(*most, b"x" * (1000 + size - len(encode_request(*most, b"x" * 1000))))
     assert len(data) == size
@@ -432,7 +439,7 @@ def test_request_over_limit_raises_at_length_line() -> None:
         parse(parser, [b"\n"])
 
 
-# Noise: made of anything, or of what the framing is made of
+# Noise: random bytes, or random pieces of framing
 
 tokens = b"* $ : + - _ % 0 1 2 -1 2147483647 x PING *1\r\n$ \" ' \\ \x00 \xff \xc3\xa9".split(b" ")
 blank_tokens = [b"\r\n", b"\r\n", b"\r", b"\n", b" ", b"\t", b"*2\r\n$1\r\nx\r\n$"]
@@ -469,7 +476,7 @@ def test_any_inline_line_is_split_or_raises(line: bytes) -> None:
 
 @given(request=whole_requests, at=st.integers(0, 5000), byte=st.integers(0, 255))
 @settings(max_examples=300, deadline=None)
-def test_request_with_one_wrong_byte_affects_no_one(request: list[bytes], at: int, byte: int) -> None:
+def test_request_with_one_wrong_byte_parses_the_same_in_any_pieces(request: list[bytes], at: int, byte: int) -> None:
     data = bytearray(encode_request(*request))
     data[at % len(data)] = byte
     expected = outcome(RequestParser(LIMIT), [bytes(data)])
@@ -509,11 +516,11 @@ def encoded(reply: Reply, version: int) -> bytes:
     return encode_null(version)
 
 
-@given(batch=st.lists(nested(protocol._MAX_DEPTH), min_size=1, max_size=2), version=st.sampled_from([2, 3]))
+@given(batch=st.lists(nested(MAX_DEPTH), min_size=1, max_size=2), version=st.sampled_from([2, 3]))
 @settings(max_examples=50, deadline=None)
 def test_replies_round_trip_at_every_split(batch: list[Reply], version: int) -> None:
     data = b"".join(encoded(reply, version) for reply in batch)
-    # Errors are equal to themselves alone; their repr tells class and sentence.
+    # Compared by repr, because equal errors are different objects.
     for pieces in every_split(data):
         assert repr(replies(*pieces)) == repr(batch)
     assert repr(replies(*bytewise(data))) == repr(batch)
@@ -543,12 +550,11 @@ def test_each_reply_type_is_encoded() -> None:
     assert (encode_null(2), encode_null(3)) == (b"$-1\r\n", b"_\r\n")
 
 
-def test_a_map_is_flat_in_resp_2_and_a_map_in_resp_3() -> None:
-    pairs = [("server", encode_bulk(b"dsmq")), ("proto", encode_integer(2)), ("modules", encode_array([]))]
-    flat = encode_map(2, pairs)
-    assert replies(flat) == [[b"server", b"dsmq", b"proto", 2, b"modules", []]]
-    assert encode_map(3, pairs) == flat.replace(b"*6", b"%3", 1)
-    assert (encode_map(2, []), encode_map(3, [])) == (b"*0\r\n", b"%0\r\n")
+def test_map_is_flat_in_resp_2_only() -> None:
+    value = {"server": "dsmq", "proto": 2, "modules": [], "flags": ["x"], "empty": {}}
+    flat = encode_value(2, value)
+    assert replies(flat) == [[b"server", b"dsmq", b"proto", 2, b"modules", [], b"flags", ["x"], b"empty", []]]
+    assert encode_value(3, value) == flat.replace(b"*10", b"%5", 1).removesuffix(b"*0\r\n") + b"%0\r\n"
 
 
 @pytest.mark.parametrize("version", [2, 3])
@@ -583,7 +589,7 @@ def test_error_message_is_always_one_line(sentence: str) -> None:
     assert len(str(error)) == len(sentence)
 
 
-NO_REPLIES = {
+INVALID_REPLIES = {
     "huge count": b"*2147483647\r\n",
     "count just over": b"*1048577\r\n",
     "negative count": b"*-2\r\n",
@@ -599,7 +605,7 @@ NO_REPLIES = {
     "integer with leading zeros": b":01\r\n",
     "no integer": b":\r\n",
     "null with something behind it": b"_x\r\n",
-    "arrays in arrays in arrays": b"*1\r\n" * (protocol._MAX_DEPTH + 1),
+    "arrays in arrays in arrays": b"*1\r\n" * (MAX_DEPTH + 1),
     "wrong item": b"*2\r\n:1\r\n!\r\n",
     "map": b"%1\r\n+a\r\n:1\r\n",
     "request by hand": b"PING\r\n",
@@ -609,20 +615,20 @@ NO_REPLIES = {
 }
 
 
-@pytest.mark.parametrize("name", NO_REPLIES)
+@pytest.mark.parametrize("name", INVALID_REPLIES)
 def test_invalid_reply_raises(name: str) -> None:
-    data = NO_REPLIES[name]
+    data = INVALID_REPLIES[name]
     assert outcome(ReplyParser(), [data]) == ("[]", ProtocolError)
     assert outcome(ReplyParser(), in_pieces_of(1 if len(data) < 100 else 1000, data)) == ("[]", ProtocolError)
 
 
 def test_reply_over_depth_or_length_limit_raises() -> None:
     expected: Reply = 1
-    for _ in range(protocol._MAX_DEPTH):
+    for _ in range(MAX_DEPTH):
         expected = [expected]
-    assert replies(b"*1\r\n" * protocol._MAX_DEPTH + b":1\r\n") == [expected]
+    assert replies(b"*1\r\n" * MAX_DEPTH + b":1\r\n") == [expected]
     assert outcome(ReplyParser(), [b"*1048576\r\n"]) == ("[]", None)
-    # What stands before a line does not count for its length.
+    # Bytes before a line do not count towards its length.
     bulk, line = b"x" * MAX_LINE_BYTES, "x" * (MAX_LINE_BYTES - 2)
     data = encode_array([encode_bulk(bulk), encode_simple(line)])
     assert replies(data[:-2], data[-2:]) == [[bulk, line]]
@@ -641,7 +647,7 @@ def test_incomplete_and_len_count_unparsed_reply_bytes() -> None:
     assert len(parser) == 0
 
 
-# What is parsed is not copied again for each byte that comes
+# Parsed bytes are not copied again whenever a byte arrives
 
 LONG = b"x" * 100_000
 CUT_BYTEWISE = {
@@ -659,16 +665,15 @@ CUT_BYTEWISE = {
 @pytest.mark.parametrize("name", CUT_BYTEWISE)
 def test_bytes_one_by_one_are_copied_few_times(name: str) -> None:
     parser, data = CUT_BYTEWISE[name]
-    copied, before, result = 0, parser._data, None
+    copied, result = 0, None
     for byte in bytewise(data):
+        before = joined(parser)
         parser.feed(byte)
-        joined = parser._data
+        fed = joined(parser)
         result = parser.next()
-        # Either is a new object only where bytes have been copied.
-        copied += len(joined) * (joined is not before) + len(parser._data) * (parser._data is not joined)
-        before = parser._data
+        copied += len(fed) * (fed is not before) + len(joined(parser)) * (joined(parser) is not fed)
     assert result is not None
-    # Each byte once as it comes, once when all of a value is there; and what is begun is not begun again.
+    # Each byte when it arrives, and when its value is complete.
     assert copied < 4 * len(data)
 
 
@@ -676,10 +681,13 @@ def test_bytes_one_by_one_are_copied_few_times(name: str) -> None:
 def test_small_pieces_of_long_message_are_gathered(cut: int) -> None:
     parser = RequestParser(1 << 20)
     data = encode_request(b"PUT", b"t", LONG)
+    tracemalloc.start()
     for at in range(0, len(data) - cut, cut):
         parser.feed(data[at : at + cut])
         assert parser.next() is None
-    assert len(parser._chunks) <= len(data) / 4096 + 1
+    memory, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert memory < 2 * len(data)
 
 
 def test_parsed_bytes_before_incomplete_request_are_released() -> None:

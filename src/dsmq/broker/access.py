@@ -1,4 +1,4 @@
-"""Who may connect: the tokens, the HTTP endpoint's access and TLS, which a reload replaces as a whole."""
+"""Access rules: tokens, TLS, and access to the HTTP endpoint, which a reload replaces as a whole."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dsmq.broker import auth, listener
+from dsmq.broker import listener, token_files
 from dsmq.broker.auth import Authenticator, HTTPAuthenticator
 from dsmq.errors import ConfigError
 from dsmq.settings import Settings
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """What the settings and the files that they name allow. Never changes; a reload makes another one."""
+    """The access rules given by the settings and the files that they name. Immutable."""
 
     authenticator: Authenticator
     http_authenticator: HTTPAuthenticator
@@ -31,14 +31,16 @@ class Access:
 
     @classmethod
     def load(cls, settings: Settings) -> Access:
-        """Read the files that settings name. Raises ConfigError."""
-        authenticator = Authenticator(auth.tokens_of(settings.auth_token.get_secret_value(), settings.auth_token_file))
+        """Read the files that the settings name. Raises ConfigError."""
+        authenticator = Authenticator(
+            token_files.load_tokens(settings.auth_token.get_secret_value(), settings.auth_token_file)
+        )
         token = settings.http_token.get_secret_value()
         if settings.http_token_file:
-            token = auth.read_tokens(settings.http_token_file)[0][2]
+            token = token_files.read_tokens(settings.http_token_file)[0][2]
         http_authenticator = HTTPAuthenticator(token.encode(), host_names(settings.http_allowed_hosts))
         tls, files = None, (settings.tls_cert_file, settings.tls_key_file, settings.tls_client_ca_file)
-        # Taken before the files are read, so that the next reload notices a change in between.
+        # Before the files are read, so that the next reload notices a change in between.
         modified = tuple(os.stat(file).st_mtime_ns if os.path.exists(file) else 0 for file in files)
         if settings.tls_cert_file:
             from dsmq.wire.tls import server_context  # noqa: PLC0415 - a server without TLS needs none of it
@@ -50,17 +52,17 @@ class Access:
 
     @property
     def connection_rules(self) -> tuple[bool, str]:
-        """What a connection was admitted by: if this changes, it is disconnected."""
+        """The rules that existing connections depend on: if they change, a reload disconnects them."""
         return self.tls is not None, self.client_ca_file
 
     def exposed(self, sockets: Iterable[socket.socket]) -> list[str]:
-        """Return the addresses other than loopback and Unix sockets at which no authentication is required."""
+        """Return the addresses where other machines may connect without authentication."""
         if self.authenticator.tokens or self.client_ca_file:
             return []
         return [listener.address(sock) for sock in sockets if listener.is_exposed(sock)]
 
     def check_exposure(self, sockets: Iterable[socket.socket]) -> None:
-        """Raise ConfigError if anyone on a network would be served and protected_mode is on."""
+        """Raise ConfigError if protected_mode is on and other machines may connect without authentication."""
         if self.protected_mode and (exposed := self.exposed(sockets)):
             raise ConfigError(
                 f"listening on {', '.join(exposed)} without authentication: set auth_token (DSMQ_AUTH_TOKEN), "

@@ -15,15 +15,18 @@ from typing import TYPE_CHECKING
 
 from dsmq import logs
 from dsmq.broker import auth
-from dsmq.broker.commands import ServerContext
-from dsmq.broker.connection import LINGER_SECONDS, Peer, Stream
-from dsmq.broker.counters import Counters
-from dsmq.broker.event_loop import EventLoop
+from dsmq.broker.connection import Connection
+from dsmq.broker.login import Peer
+from dsmq.broker.transport import LINGER_SECONDS, Stream
 from dsmq.errors import Busy, ReplyError
 from dsmq.wire.resp import encode_error
 
 if TYPE_CHECKING:
     from ssl import SSLContext
+
+    from dsmq.broker.context import ServerContext
+    from dsmq.broker.counters import Counters
+    from dsmq.broker.event_loop import EventLoop
 
 # Max refused connections kept open for LINGER_SECONDS.
 MAX_REFUSED = 16
@@ -34,14 +37,11 @@ _logger = logging.getLogger(__name__)
 class Admission:
     """Assigns accepted connections to the event loops, within the limits."""
 
-    def __init__(
-        self, context: ServerContext, workers: Sequence[EventLoop], max_connections: int, refused: Counters
-    ) -> None:
-        """`refused` counts the connections that no event loop has seen."""
-        self.max_connections = max_connections
-        self.refused = refused
+    def __init__(self, context: ServerContext, workers: Sequence[EventLoop], counters: Counters) -> None:
+        """`counters` counts the refused connections."""
         self._context = context
         self._workers = workers
+        self._counters = counters
         self._numbers = itertools.count(1)
         self._refused: deque[tuple[float, socket.socket]] = deque()
 
@@ -60,25 +60,24 @@ class Admission:
         self._context.usage.connections.add(client_key, 1)
         worker = min(self._workers, key=lambda worker: len(worker.connections))
         peer = Peer(next(self._numbers), host, client_key, name, access.connection_rules)
-        add_connection = partial(worker.add_connection, stream, peer)
+        add_connection = partial(worker.add_connection, Connection(worker, stream, peer))
         if worker.thread is threading.current_thread():
             add_connection()
         else:
             worker.post(add_connection)
 
     def _refusal(self, client_key: str) -> tuple[str, ReplyError] | None:
-        """Return why a connection is refused: the reason as the metrics name it, and the error to reply with."""
-        per_address = self._context.settings.max_connections_per_address
-        connections = self._context.usage.connections
-        if connections.total >= self.max_connections:
-            return "connections", Busy(f"too many connections (max_connections = {self.max_connections})")
+        """Return why a connection is refused, as a label of the metrics and as an error reply; None if it is not."""
+        per_address, connections = self._context.settings.max_connections_per_address, self._context.usage.connections
+        if connections.total >= connections.limit:
+            return "connections", Busy(f"too many connections (max_connections = {connections.limit})")
         if connections.of(client_key) >= per_address:
             return "address", Busy(f"too many connections from this address (limit: {per_address})")
         return None
 
     def _refuse(self, sock: socket.socket, name: str, reason: str, error: ReplyError, *, speaks_tls: bool) -> None:
-        self.refused.refused[reason] += 1
-        self.refused.errors[error.code] += 1
+        self._counters.refused[reason] += 1
+        self._counters.errors[error.code] += 1
         about = logs.event("refused", client=name, reason=reason, code=error.code)
         _logger.warning("%s refused: %s", name, error, extra=about)
         try:
@@ -87,12 +86,12 @@ class Admission:
             sock.shutdown(socket.SHUT_WR)
         except OSError as gone:
             _logger.debug("%s disconnected before it was refused: %s", name, gone)
-        # To close it now would reset the connection while the client sends its handshake, and lose the reply.
+        # Closing it now would reset the connection while the client sends its handshake, and lose the reply.
         self._refused.append((time.monotonic() + LINGER_SECONDS, sock))
         self.close_refused()
 
     def close_refused(self, keep: int = MAX_REFUSED) -> None:
-        """Close the refused connections that are due, and the oldest of more than `keep`. Thread-safe."""
+        """Close refused connections after LINGER_SECONDS, and the oldest ones beyond `keep`. Thread-safe."""
         now = time.monotonic()
         with suppress(IndexError):
             while len(self._refused) > keep or self._refused[0][0] <= now:

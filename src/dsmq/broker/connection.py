@@ -1,1137 +1,304 @@
-"""One client: its socket, its buffers and their bounds, its deadlines, and what it is waiting for."""
+"""One client connection, from the first byte to the last."""
 
 from __future__ import annotations
 
 import logging
 import math
-import socket
 import time
-from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future
-from contextlib import suppress
-from dataclasses import dataclass
-from functools import partial
-from itertools import chain
-from selectors import EVENT_READ, EVENT_WRITE
-from time import monotonic
-from typing import TYPE_CHECKING, Protocol
+from selectors import EVENT_READ
+from typing import TYPE_CHECKING
 
 from dsmq import logs
-from dsmq.broker.auth import Role, Token
-from dsmq.broker.commands import (
-    COMMANDS_BY_ROLE,
-    MAX_READ_BYTES,
-    PUT,
-    QUEUED,
-    SHORT_READ_BYTES,
-    Command,
-    Fetch,
-    Step,
-    Transaction,
-    find,
+from dsmq.broker.auth import Role
+from dsmq.broker.deadlines import deadlines
+from dsmq.broker.login import Login, Peer
+from dsmq.broker.messages import MAX_READ_BYTES, SHORT_READ_BYTES
+from dsmq.broker.reads import Reads
+from dsmq.broker.requests import Requests
+from dsmq.broker.states import BEHIND, CLOSED, FINISHING, HANDSHAKE, LINGERING, NO_ROOM, OPEN, WAITING
+from dsmq.broker.transport import (
+    LAST_RECEIVE_BYTES,
+    LINGER_SECONDS_AT_STOP,
+    RECEIVE_BYTES,
+    Stream,
+    Transport,
 )
-from dsmq.broker.usage import FREE_BYTES, Budget, request_memory
-from dsmq.errors import (
-    AuthRequired,
-    BadRequest,
-    Busy,
-    InternalError,
-    ReplyError,
-    ShuttingDown,
-    StoreFailed,
-    TimedOut,
-    WrongToken,
-)
-from dsmq.store.api import MESSAGE_OVERHEAD_BYTES, Answer, Message, Put, T
-from dsmq.wire.resp import REQUEST_OVERHEAD_BYTES, Encoded, RequestParser, encode_error, encode_integer
+from dsmq.broker.usage import Budget
+from dsmq.errors import AuthRequired, InternalError, ReplyError, ShuttingDown
+from dsmq.wire.limits import REQUEST_OVERHEAD_BYTES
+from dsmq.wire.resp import encode_error, encode_integer
 
 if TYPE_CHECKING:
     from dsmq.broker.event_loop import EventLoop
-
-# Received, and sent, at once: so that one connection does not hold up the others. In a crowd, less is received.
-RECEIVE_BYTES = 131_072
-CROWD_RECEIVE_BYTES = 16_384
-SEND_BYTES = 524_288
-# Max bytes buffered of requests behind one that waits; above it the client is not read from.
-MAX_HELD_BYTES = 65_536
-# What GET remembers of one connection: the names of its topics, and what each takes beside.
-MAX_POSITION_BYTES = 2_097_152
-POSITION_OVERHEAD_BYTES = 200
-# A client that is slower than this has more time for a long request, but is the first to go if memory is short and
-# it has been slower for more than a moment.
-SLOW_BYTES_PER_SECOND = 16_384
-SLOW_SECONDS = 1.0
-# Commands whose replies may be long, and what is allowed for them. Those of READ and GET are as long as their messages.
-LONG_REPLIES = frozenset({b"TOPICS", b"ECHO", b"PING", b"COMMAND", b"CONFIG", b"INFO"})
-LONG_REPLY_BYTES = 65_536
-# Requests that a client may make before it is authenticated, of whatever kind.
-MAX_REQUESTS_OF_STRANGERS = 16
-# To read and discard what it sends behind them costs others time, so there is an end to that, too.
-MAX_DISCARDED_BYTES_OF_STRANGERS = 65_536
-# Of a client that is being let go of, so much is read at once, to be thrown away.
-LAST_RECEIVE_BYTES = 4096
-# How long a client may take to read the last reply and hang up, when the server closes.
-LINGER_SECONDS = 1.0
-LINGER_SECONDS_AT_STOP = 0.05
-# How long the rest of a handshake with a wrong token is answered.
-WRONG_TOKEN_SECONDS = 0.1
 
 _DEFECT = InternalError("see the server's log")
 
 _logger = logging.getLogger(__name__)
 
 
-class Stream(Protocol):
-    """What a connection asks of its socket, which may be one under TLS. None of it waits."""
-
-    def fileno(self) -> int:
-        """Return its file descriptor."""
-
-    def recv(self, size: int, /) -> bytes:
-        """Return what has come. Raises BlockingIOError when there is nothing."""
-
-    def send(self, data: bytearray | bytes | memoryview, /) -> int:
-        """Send some of it; return how much."""
-
-    def shutdown(self, how: int, /) -> None:
-        """Say that nothing more comes."""
-
-    def close(self) -> None:
-        """Close it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Peer:
-    """Who is at the other end."""
-
-    number: int
-    host: str
-    client_key: str
-    """What one client can have many addresses of: see `auth.client_key`."""
-    name: str
-    """Host and port, for people."""
-    admitted_by: tuple[bool, str]
-    """See `Access.connection_rules`."""
-
-    @property
-    def encrypted(self) -> bool:
-        return self.admitted_by[0]
-
-
-@dataclass(slots=True, eq=False)
-class _Wait:
-    """What a waiting reader waits for."""
-
-    topic: bytes
-    """Empty if it waits for room for its reply alone."""
-    until: float
-    fetch: Fetch
-    encode: Callable[[list[Message]], Encoded]
-
-
 class Connection:
-    """A connection, from the first byte to the last. Used by its loop's thread alone."""
+    """A client's connection: its state and its deadlines. Used by the thread of its event loop alone."""
 
-    # Python reaches so many attributes sooner in slots than in a dict.
+    # Python reads this many attributes faster from slots than from a dict.
     __slots__ = (
-        "_asked",
-        "_backlog",
-        "_budget",
-        "_command_counts",
-        "_discarded",
-        "_eof_received",
-        "_events",
-        "_gave_wrong_token",
-        "_handshaking",
-        "_has_unparsed",
-        "_linger_seconds",
-        "_linger_until",
-        "_loop",
-        "_max_held",
-        "_max_unread",
-        "_no_room",
-        "_out",
-        "_parked",
-        "_parser",
-        "_pending_puts",
-        "_permitted",
-        "_position_bytes",
-        "_receive_bytes",
-        "_received_at",
-        "_replies",
-        "_request_since",
-        "_requests",
-        "_reserved",
-        "_resuming",
-        "_slow_from",
-        "_socket",
-        "_stalls_from",
-        "_stranger_until",
-        "_unread_since",
-        "_wait",
-        "below",
-        "closed",
-        "context",
-        "counters",
-        "finishing",
-        "id",
-        "last_read",
-        "name",
-        "notices",
-        "opened_at",
-        "peer",
-        "positions",
-        "role",
-        "scheduled",
-        "start_id",
-        "steps",
-        "token",
-        "transaction",
-        "unauthenticated",
-        "version",
+        *("context", "counters", "id", "last_read", "login", "loop", "name", "notices", "opened_at", "peer"),
+        *("pending_puts", "reads", "requests", "scheduled", "start_id", "state", "transport", "version"),
     )
 
     def __init__(self, loop: EventLoop, sock: Stream, peer: Peer) -> None:
-        self._loop = loop
-        self._socket = sock
+        self.loop = loop
+        self.context = context = loop.context
+        self.counters = loop.counters
         self.peer = peer
         self.id = peer.number
-        self.context = loop.context
-        self.counters = loop.counters
-        self._command_counts = loop.counters.commands
-        self.token: Token | None = None
-        self.role = Role.NOBODY if loop.context.access.authenticator.tokens else Role.ADMIN
-        self.unauthenticated = peer.encrypted or self.role is Role.NOBODY
-        """Whether it has still to show its token, or to finish the handshake of TLS."""
-        self._handshaking = peer.encrypted
-        self._gave_wrong_token = False
-        self._asked = self._discarded = 0
-        self._stranger_until = math.inf
+        self.state = HANDSHAKE if peer.encrypted else OPEN
+        self.login = Login(self, Role.NOBODY if context.access.authenticator.tokens else Role.ADMIN)
+        self.transport = Transport(self, loop, sock, context.usage.replies)
+        self.requests = Requests(self, loop, self.transport, context.usage.requests, loop.counters.commands)
+        self.reads = Reads(self)
+        self.pending_puts = 0
+        self.scheduled = math.inf
         self.name = b""
         self.version = 2
         self.notices = False
-        self.start_id = loop.context.store.last_id()
-        self.positions: dict[bytes, int] = {}
-        self._position_bytes = 0
-        self._replies, self._budget = self.context.usage.replies, self.context.usage.requests
         self.last_read: tuple[bytes, int] | None = None
-        self.transaction: Transaction | None = None
-        self.steps: deque[Step] = deque()
-        self.below = 0
-        self.closed = False
-        self.finishing = False
-        self.scheduled = math.inf
-        """When the loop will call `on_timer` next: the loop's to keep."""
-        self._parser = RequestParser(0)
-        self._out = bytearray()
-        # What of it, and of what has come, is counted in the totals.
-        self._backlog = self._reserved = 0
-        # The total that has no room for what comes next. The loop calls `on_room` when it has.
-        self._no_room: Budget | None = None
-        self._set_bounds()
-        self._events = 0
-        self._wait: _Wait | None = None
-        # The reply to the request before is outstanding; those behind it have to wait.
-        self._parked = False
-        # Parsed, but not run yet; the rest stays in the parser.
-        self._requests: deque[list[bytes]] = deque()
-        # Puts given to the loop whose replies are outstanding.
-        self._pending_puts = 0
-        # Requests were left for later: until the client has read some replies, or the others have had their turn.
-        self._has_unparsed = False
-        # The loop will call `run` in the next turn.
-        self._resuming = False
-        # The client has ended its sending side.
-        self._eof_received = False
-        self._linger_seconds = LINGER_SECONDS
-        self._received_at = self.opened_at = loop.now
-        self._request_since = self._unread_since = self._linger_until = math.inf
-        # When the client will have read its replies, or sent its request, at less than SLOW_BYTES_PER_SECOND.
-        self._slow_from = self._stalls_from = math.inf
+        self.start_id = context.store.last_id()
+        self.opened_at = 0.0
 
     def __repr__(self) -> str:
         return f"client {self.id} ({self.peer.name})"
 
-    def _event(self, name: str, **fields: object) -> dict[str, object]:
+    def event(self, name: str, **fields: object) -> dict[str, object]:
+        """Return the fields of a line of the log."""
         return logs.event(name, client=self.id, peer=self.peer.name, **fields)
 
-    def post(self, call: Callable[[], None]) -> None:
-        """Run this in the thread of its loop. Safe to call from any thread."""
-        self._loop.post(call)
+    @property
+    def closed(self) -> bool:
+        return self.state is CLOSED
 
-    def fileno(self) -> int:
-        return self._socket.fileno()
+    @property
+    def role(self) -> Role:
+        return self.login.role
+
+    @property
+    def unauthenticated(self) -> bool:
+        """Whether it has still to show a token, or to finish the handshake of TLS."""
+        return self.login.role is Role.NOBODY or self.state is HANDSHAKE
 
     @property
     def waiting(self) -> bool:
         """Whether it waits for a message."""
-        return self._wait is not None and bool(self._wait.topic)
+        return self.reads.pending is not None and self.reads.pending.registered
 
-    @property
-    def max_read_bytes(self) -> int:
-        return SHORT_READ_BYTES if self._replies.total else MAX_READ_BYTES
-
-    def _set_bounds(self) -> None:
-        """Say how much is held for it: little for a stranger."""
-        settings = self.context.settings
-        self._set_permitted()
-        if self.role is Role.NOBODY:
-            most = settings.max_unauthenticated_bytes
-            self._receive_bytes = self._max_held = self._max_unread = most
-            self._parser.max_message_bytes = self._parser.max_request_bytes = most
-        else:
-            self._receive_bytes, self._max_held = RECEIVE_BYTES, MAX_HELD_BYTES
-            self._max_unread = settings.max_unread_reply_bytes
-            self._parser.max_message_bytes = settings.max_message_bytes
-            self._parser.max_request_bytes = settings.max_message_bytes + REQUEST_OVERHEAD_BYTES
+    # Settings
 
     def open(self) -> None:
         """Begin to read requests."""
+        self.opened_at = self.transport.active_at = self.loop.now
+        self.transport.watch(EVENT_READ)
         self.apply_settings()
-        self._watch()
 
     def apply_settings(self) -> None:
-        """Adopt the settings in force after a reload."""
-        if not self.finishing:
-            self._set_bounds()
-            if self.unauthenticated and not self._gave_wrong_token:
-                self._stranger_until = self.opened_at + self.context.settings.auth_timeout_seconds
-            self._schedule()
-        self.apply_access()
+        """Apply the settings and the access rules in force, at the start and after a reload."""
+        if self.state < FINISHING:
+            self.set_bounds()
+            self.login.apply_settings()
+            self._reschedule()
 
-    # Bytes in
+    def set_bounds(self) -> None:
+        """Limit what is buffered: to little if the client is unauthenticated."""
+        settings, parser = self.context.settings, self.requests.parser
+        most = settings.max_unauthenticated_bytes if self.role is Role.NOBODY else 0
+        self.transport.max_receive = most or RECEIVE_BYTES
+        self.transport.max_unread = most or settings.max_unread_reply_bytes
+        parser.max_message_bytes = most or settings.max_message_bytes
+        parser.max_request_bytes = most or settings.max_message_bytes + REQUEST_OVERHEAD_BYTES
+        self.requests.permit(self.role)
 
-    def on_ready(self, events: int) -> None:
-        """Read and write what the socket is ready for."""
-        if self._handshaking:
-            self._shake_hands()
-            if self._handshaking or self.closed:
-                return
-        if events != EVENT_READ:
-            self.flush()
-            if self.closed or not events & EVENT_READ:
-                return
-        try:
-            data = self._socket.recv(self._most_to_receive())
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError as error:
-            self.close(error.strerror or str(error))
-            return
-        if not data:
-            self._end_of_input()
-        elif not self.finishing:
-            self.counters.bytes_in += len(data)
-            self._received_at = now = self._loop.now
-            if self._request_since != math.inf:
-                self._stalls_from = min(self._stalls_from + len(data) / SLOW_BYTES_PER_SECOND, now + 2 * SLOW_SECONDS)
-            self._parser.feed(data)
-            self.run()
-        elif self.role is Role.NOBODY:
-            self._discarded += len(data)
-            if self._discarded > MAX_DISCARDED_BYTES_OF_STRANGERS:
-                self.close("sends on after its last reply")
-
-    def _most_to_receive(self) -> int:
-        """Return how many bytes to read: few beyond what is reserved, where others wait for room or soon will."""
-        most = self._receive_bytes if self._loop.slice_seconds else min(self._receive_bytes, CROWD_RECEIVE_BYTES)
-        if not self._budget.is_crowded:
-            return most
-        reserved = self._parser.missing if self._parser.incomplete and not self._parked else 0
-        return min(most, FREE_BYTES + reserved)
-
-    def _shake_hands(self) -> None:
-        try:
-            waits_for = self._socket.handshake()  # type: ignore[attr-defined]
-        except OSError as error:
-            self.close(error.strerror or str(error))
-            return
-        if waits_for:
-            self._events = waits_for
-            self._loop.watch(self, waits_for)
-            return
-        self._handshaking = False
-        if self.role is not Role.NOBODY:
-            self._admit()
-        self._watch()
-
-    def _end_of_input(self) -> None:
-        self._eof_received = True
-        if self._linger_until != math.inf:
-            self.close("end of input")
-            return
-        if self._wait is not None and not self._no_room:
-            self._stop_waiting()
-            self.finish()
-        # Where it is finishing already, this only stops the reading; the replies before are still sent.
-        self.run()
-
-    def run(self) -> None:
-        """Run the requests that have arrived, until one is parked, the client should read its replies first, or the
-        others should have their turn."""
-        if self.closed:
-            return
-        self._resuming = False
-        requests, parser = self._requests, self._parser
-        tight = self._replies.is_tight
-        most = FREE_BYTES if tight and self._replies.is_full else self._max_unread
-        until, slice_seconds = 0.0, self._loop.slice_seconds
-        # What waits for room is tried again by on_room alone.
-        halted = self._no_room
-        while not (self._parked or self.finishing or halted) and len(self._out) < most:
-            if not requests and (parser.missing or not self._parse()):
-                break
-            request = requests.popleft()
-            if tight and not self._has_room(request):
-                requests.appendleft(request)
-                break
-            try:
-                self._execute(request)
-            except ReplyError as error:
-                self._refuse(request, error)
-            except Exception:  # noqa: BLE001
-                self._fail_by_defect()
-            if requests and self._pending_puts and slice_seconds:
-                # Puts take little time each: the clock is read once for a batch of them.
-                continue
-            if parser.missing and not requests:
-                break
-            now = monotonic()
-            until = until or now + slice_seconds
-            if now >= until:
-                break
-        size = len(self._out)
-        if size > SEND_BYTES:
-            # Others count if they are still there at the end of the turn.
-            self._count_backlog(size)
-        full = size >= most
-        if (
-            requests
-            or parser.missing != 1
-            or parser.incomplete
-            or full
-            or self._has_unparsed
-            or self._reserved
-            or self._eof_received
-            or self.transaction
-        ):
-            self._after_run(full=full)
-        self._watch()
-
-    def _refuse(self, request: list[bytes], error: ReplyError) -> None:
-        self._stop_waiting()
-        if not self._commit_pending_puts():
-            self._requests.appendleft(request)
-            return
-        self._fail(error)
-        if self.transaction is not None:
-            self.transaction.abort()
-        if request[0].upper() == b"PUT":
-            self.counters.puts_refused[error.code] += 1
-
-    def _after_run(self, *, full: bool) -> None:
-        """Note what is left: of replies, of requests, and for the next turn."""
-        requests, parser = self._requests, self._parser
-        left = bool(requests) or not parser.missing
-        behind = full or (left and not (self._parked or self.finishing or self._no_room))
-        if behind or self._has_unparsed:
-            self._update_backpressure(behind=behind)
-            if behind and not full:
-                self._run_soon()
-        self._count_input()
-        if parser.incomplete:
-            self._start_request_timer()
-        if self._eof_received and parser.missing and not (requests or self._parked or self._no_room):
-            self.finish()
-
-    def _run_soon(self) -> None:
-        if not self._resuming:
-            self._resuming = True
-            self._loop.run_soon(self)
-
-    def _update_backpressure(self, *, behind: bool) -> None:
-        was_behind, self._has_unparsed = self._has_unparsed, behind
-        if was_behind:
-            # Its time for being idle begins only now.
-            self._schedule()
-
-    def _parse(self) -> bool:
-        """Take further requests out of the parser, if there are some."""
-        try:
-            requests = self._parser.batch() if self._permitted and self._loop.slice_seconds else self._next_alone()
-        except ReplyError as error:
-            if self._commit_pending_puts():
-                self._reject(error)
-            return False
-        if requests:
-            self._requests += requests
-            self.counters.requests += len(requests)
-            self._request_since = math.inf
-        return bool(requests)
-
-    def _next_alone(self) -> list[list[bytes]]:
-        """Parse one request, so that no work is done for those beyond MAX_REQUESTS_OF_STRANGERS, or beyond its time."""
-        request = self._parser.next()
-        return [] if request is None else [request]
-
-    def _execute(self, request: list[bytes]) -> None:
-        command = self._permitted.get(request[0]) or self._restricted(request[0])
-        self._command_counts[command.name] += 1
-        if self._pending_puts and command is not PUT and not self._commit_pending_puts():
-            self._requests.appendleft(request)
-            return
-        if not command.min_args < len(request) <= command.max_args + 1:
-            command.check(request)
-        reply = command.handler(self, request)
-        if reply is not None:
-            self._send(reply)
-
-    def _restricted(self, name: bytes) -> Command:
-        """Return a command that needs a further look. Raises the error for one that the client may not call."""
-        if self.role is Role.NOBODY:
-            # Before anything is looked up: an unknown command counts, too.
-            self._asked += 1
-            if self._asked > MAX_REQUESTS_OF_STRANGERS:
-                self.finish()
-                raise AuthRequired(f"no more than {MAX_REQUESTS_OF_STRANGERS} requests without a token")
-            if self._gave_wrong_token:
-                raise AuthRequired("a wrong token was given on this connection")
-        command = find(name)
-        if self.role < command.role:
-            self._command_counts[command.name] += 1
-            command.forbid(self.role)
-        # Between MULTI and EXEC another row of the table counts.
-        return self._permitted.get(command.name.encode(), command)
-
-    def _commit_pending_puts(self) -> bool:
-        """Have the puts before a request answered, so that its reply does not overtake theirs.
-
-        False where the store answers later: the connection is parked until then, and the request has to be held.
-        """
-        if self._pending_puts:
-            self._loop.commit()
-        return not self._pending_puts
-
-    def _start_request_timer(self) -> None:
-        """Give the client a deadline: a request of it has arrived in part."""
-        if self._request_since == math.inf and not (self._parked or self.finishing):
-            self._request_since = self._loop.now
-            self._stalls_from = self._loop.now + SLOW_SECONDS
-            self._schedule()
-
-    # Memory
-
-    def _count_input(self) -> None:
-        """Count what is buffered of requests; and of one that has come in part, all of its length as declared.
-
-        If there is no room for that, no more of it is read until there is.
-        """
-        parser, budget = self._parser, self._budget
-        held = parser.buffered + self._position_bytes + (self.transaction.memory if self.transaction else 0)
-        held += sum(map(request_memory, chain(self._requests, (step.request for step in self.steps))))
-        if parser.incomplete and not (self._parked or self.finishing) and self._no_room in (None, budget):
-            declared = _counted(held + parser.missing)
-            if declared <= self._reserved or budget.claim_in_turn(self, declared - self._reserved, self._loop.now):
-                self._reserved = max(declared, self._reserved)
-                self._stop_waiting_for_room()
-                return
-            self._wait_for_room(budget)
-        more = _counted(held) - self._reserved
-        if more:
-            budget.add(self, more)
-            self._reserved += more
-            if more > 0 and budget.is_full:
-                self._loop.relieve()
-
-    def _wait_for_room(self, budget: Budget) -> None:
-        self._no_room = budget
-        self._loop.await_room(self)
-
-    def _stop_waiting_for_room(self) -> None:
-        if self._no_room is not None:
-            # Requests behind it were held up by that alone.
-            self._no_room = None
-            self._loop.leave_queue(self)
-            self._run_soon()
-
-    def on_room(self) -> None:
-        """Try again what there was no room for."""
-        budget, self._no_room = self._no_room, None
-        self._received_at = self._loop.now
-        if self._wait is not None:
-            self.wake()
-            self._schedule()
-            return
-        if budget is self._budget:
-            # Its time begins only now.
-            self._request_since = math.inf
-        self.run()
-
-    def _has_room(self, request: list[bytes]) -> bool:
-        """Return whether the reply to a request fits into the total; if not, wait for room."""
-        if not request[0] and self.steps:
-            request = self.steps[0].request
-        name = request[0].upper()
-        if name not in LONG_REPLIES:
-            return True
-        size = sum(map(len, request))
-        return self._claim_reply(size if name in (b"PING", b"ECHO") else size + LONG_REPLY_BYTES)
-
-    def _claim_reply(self, size: int) -> bool:
-        replies = self._replies
-        if not replies.is_tight or size + len(self._out) <= FREE_BYTES:
-            return True
-        if not replies.claim_in_turn(self, size, self._loop.now):
-            self._wait_for_room(replies)
-            return False
-        self._backlog += size
-        self._stop_waiting_for_room()
-        return True
-
-    def set_position(self, topic: bytes, message_id: int) -> None:
-        if topic not in self.positions:
-            size = self._position_bytes + POSITION_OVERHEAD_BYTES + len(topic)
-            if size > MAX_POSITION_BYTES:
-                raise BadRequest("too many topics are read with GET by one connection; READ has no such limit")
-            self._position_bytes = size
-            if size > FREE_BYTES:
-                self._count_input()
-        self.positions[topic] = message_id
-
-    def may_go(self, budget: Budget, now: float) -> bool:
-        """Return whether to close it when others need the memory: it makes no progress, or little. From any thread."""
-        if budget is self._replies:
-            return now > self._slow_from
-        if self._no_room is budget:
-            # It waits itself: for no fault of its own, unless it holds more than comes before its length is known, or a
-            # transaction: if all hold some of theirs and wait for the rest, none gets on.
-            return self._reserved > 2 * RECEIVE_BYTES or self.transaction is not None
-        if self._request_since == math.inf:
-            # Where it is full of replies that the client is reading, it gets on.
-            return not self._resuming and (not self._has_unparsed or now > self._slow_from)
-        return now > self._stalls_from
-
-    def make_way(self, budget: Budget, *, waits: bool = False) -> None:
-        """End, because others need the memory; `waits` if it waits itself, and holds what another one waits for."""
-        # Another thread looked, perhaps in the middle of a turn; or it got on meanwhile.
-        goes = self._no_room is budget if waits else self.may_go(budget, monotonic())
-        if self.closed or not budget.of(self) or not goes:
-            return
-        about = "memory is short, and it is slow"
-        _logger.info("%r: dropped, %s", self, about, extra=self._event("dropped"))
-        if budget is self._replies or self._request_since == math.inf or self._parked:
-            self.close(about)
-            return
-        self._forget_input()
-        self._stop_waiting_for_room()
-        self._reject(TimedOut("the request arrives too slowly while memory is short"))
-
-    def _forget_input(self) -> None:
-        self._parser = RequestParser(0)
-        self._requests.clear()
-        self.steps.clear()
-        self.transaction = None
-        self.positions = {}
-        self._reserved = self._position_bytes = 0
-        self._budget.drop(self)
+    @property
+    def max_read_bytes(self) -> int:
+        return SHORT_READ_BYTES if self.transport.budget.total else MAX_READ_BYTES
 
     # Replies
 
-    def _send(self, reply: Encoded) -> None:
-        if not self._out:
-            self._loop.flush_soon(self)
-            if type(reply) is bytearray:
-                # It is long, and so not copied again.
-                self._out = reply
-                reply = b""
-        self._out += reply
-        if self._backlog:
-            # It is not flushed before the client reads.
-            self._count_backlog(len(self._out))
+    def stored(self, message_id: int) -> None:
+        self.pending_puts -= 1
+        self.transport.send(encode_integer(message_id))
 
-    def _fail(self, error: ReplyError) -> None:
-        self.note(error)
-        self._send(encode_error(error))
+    def not_stored(self, error: ReplyError) -> None:
+        self.pending_puts -= 1
+        self.counters.puts_refused[error.code] += 1
+        self.fail(error)
 
-    def note(self, error: ReplyError) -> None:
-        """Count an error reply, and keep it for whoever looks at the server's state."""
+    def commit_puts(self) -> bool:
+        """Store pending puts, so that replies go out in order; return False if the store answers later."""
+        if self.pending_puts:
+            self.loop.batch.commit()
+        return not self.pending_puts
+
+    def fail(self, error: ReplyError) -> None:
+        self._note(error)
+        self.transport.send(encode_error(error))
+
+    def _note(self, error: ReplyError) -> None:
         self.counters.errors[error.code] += 1
         self.counters.recent.append((time.time(), error.code, repr(self), str(error)))
 
-    def _reject(self, error: ReplyError) -> None:
-        """Reply an error behind which nothing makes sense any more, and close."""
-        self._log_rejected(error)
-        self._fail(error)
-        self.finish()
-
-    def _end(self, error: ReplyError) -> None:
-        """Close for a reason that no request gave.
-
-        Clients of Redis crash on a line that they did not ask for, or take it for the reply to their next request. So
-        the error is sent only if the client asked for notices, or as the reply to a request that has not been run.
-        """
-        if self.notices or self._requests or len(self._parser):
-            self._fail(error)
-        self.finish()
-
-    def _log_rejected(self, error: ReplyError) -> None:
-        _logger.info("%r: %s %s", self, error.code, error, extra=self._event("rejected", code=error.code))
-
-    def flush(self) -> None:
-        """Send what the socket takes."""
-        if self.closed or self._linger_until != math.inf:
-            # Its sending side is closed: another send would fail, and close the connection under the last reply.
-            return
-        out = self._out
-        size = len(out)
-        try:
-            sent = self._socket.send(out if size <= SEND_BYTES else memoryview(out)[:SEND_BYTES])
-        except (BlockingIOError, InterruptedError):
-            sent = 0
-        except OSError as error:
-            self.close(error.strerror or str(error))
-            return
-        self.counters.bytes_out += sent
-        left = size - sent
-        if left != self._backlog:
-            self._count_backlog(left)
-        if left:
-            del out[:sent]
-            now = self._loop.now
-            if self._unread_since == math.inf:
-                self._slow_from = now + SLOW_SECONDS
-            if sent or self._unread_since == math.inf:
-                self._unread_since = now
-                self._slow_from = min(self._slow_from + sent / SLOW_BYTES_PER_SECOND, now + 2 * SLOW_SECONDS)
-            if self._has_unparsed and left < self._max_unread:
-                self._run_soon()
-            self._schedule()
-        else:
-            out.clear()
-            self._unread_since = self._slow_from = math.inf
-            self._received_at = self._loop.now
-            if self.finishing and not self._pending_puts:
-                self._linger()
-            elif self._has_unparsed:
-                self._run_soon()
-            elif self.context.settings.idle_timeout_seconds:
-                self._schedule()
-        self._watch()
-
-    def _count_backlog(self, size: int) -> None:
-        more = size - self._backlog
-        if more < 0 or more > FREE_BYTES or size <= FREE_BYTES:
-            # In steps: of short replies, many are added to one that is not taken.
-            self._replies.add(self, more)
-            self._backlog = size
-
-    # Who it is
-
-    def authenticate(self, user: bytes, token: bytes, welcome: Callable[[], bytes]) -> bytes:
-        gate = self.context.access.authenticator
-        if not gate.tokens:
-            raise BadRequest("a token was given, but this server has none")
-        found = gate.admit(user, token)
-        if found is None:
-            _logger.warning("%r: wrong token", self, extra=self._event("wrong_token"))
-            self.counters.wrong_tokens += 1
-            # One guess a connection: nothing behind it is run. But what was sent along with it gets replies before the
-            # end: some libraries pass the error on only when they have those to their whole handshake.
-            self._gave_wrong_token = True
-            self.role = Role.NOBODY
-            self._set_bounds()
-            self._stranger_until = self._loop.now + WRONG_TOKEN_SECONDS
-            self._schedule()
-            raise WrongToken("invalid token")
-        self.token, self.role = found, found.role
-        self._set_bounds()
-        self._admit()
-        return welcome()
-
-    def _admit(self) -> None:
-        self.unauthenticated = False
-        self._stranger_until = math.inf
-        self._loop.admit(self)
-
-    def apply_access(self) -> None:
-        """Disconnect if the rules or the token that it was admitted by are gone; admit it if no token is needed."""
-        access = self.context.access
-        tokens = access.authenticator.tokens
-        if self.peer.admitted_by != access.connection_rules:
-            self.disconnect("the server's rules for connections have changed")
-        elif self.role is Role.NOBODY and not (tokens or self.finishing or self._gave_wrong_token):
-            # There is no token to wait for any more.
-            self.role = Role.ADMIN
-            self._set_bounds()
-            if not self._handshaking:
-                self._admit()
-        elif self.role is not Role.NOBODY and self.token not in tokens and (self.token or tokens):
-            self.disconnect("the token is no longer valid")
-
-    def disconnect(self, reason: str) -> None:
-        """End, because what it was admitted by holds no longer."""
-        if self.unauthenticated:
-            # Nothing can be said while the handshake of TLS lasts.
-            self.close(reason)
-            return
-        self.role = Role.NOBODY
-        self._permitted = COMMANDS_BY_ROLE[self.role]
-        if self._commit_pending_puts():
-            self.stop_waiting()
-            error = AuthRequired(reason)
-            self._log_rejected(error)
-            self._end(error)
-        else:
-            self.finish()
-
-    # Puts
-
-    def put(self, put: Put) -> None:
-        self._pending_puts += 1
-        self._loop.put(self, put)
-
-    def stored(self, message_id: int) -> None:
-        """Reply to a put."""
-        self._pending_puts -= 1
-        self._send(encode_integer(message_id))
-
-    def not_stored(self, error: ReplyError) -> None:
-        """Reply to a put that failed."""
-        self._pending_puts -= 1
-        self.counters.puts_refused[error.code] += 1
-        self._fail(error)
-
-    # Transactions
-
-    def begin(self, transaction: Transaction | None) -> None:
-        self.transaction = transaction
-        self._set_permitted()
-
-    def _set_permitted(self) -> None:
-        self._permitted = (QUEUED if self.transaction else COMMANDS_BY_ROLE)[self.role]
-
-    def put_together(self, puts: list[Put], encode: Callable[[list[int] | ReplyError], bytes]) -> bytes | None:
-        try:
-            answer = self._loop.put_together(puts)
-        except ReplyError as error:
-            return encode(error)
-        if not isinstance(answer, Future):
-            return encode(answer)
-        self._parked = True
-        answer.add_done_callback(lambda done: self._loop.post(partial(self._put_together_later, done, encode)))
-        return None
-
-    def _put_together_later(self, answer: Future[list[int]], encode: Callable[[list[int] | ReplyError], bytes]) -> None:
-        if self.closed:
-            return
-        try:
-            self._send(encode(result_of(answer)))
-        except ReplyError as error:
-            self._send(encode(error))
-        self.resume()
-
-    def run_next(self, steps: deque[Step]) -> None:
-        self.steps = steps
-        self._requests.extendleft([[b""]] * len(steps))
-
     def park(self) -> None:
-        """Run no further request until `resume`."""
-        self._parked = True
+        """Run no more requests until `resume`: the store answers later."""
+        if self.state < FINISHING:
+            self.state = WAITING
 
     def resume(self) -> None:
-        """Go on behind the request that was parked."""
-        self._parked = False
-        self._received_at = self._loop.now
-        if self.context.settings.idle_timeout_seconds:
-            self._schedule()
-        # Not run here and now: that could store a put, which wakes another, which runs …, without end.
-        if self._requests or self._eof_received or len(self._parser):
-            self._run_soon()
-
-    # Answers that come later
-
-    def reply_to(self, answer: Answer[T], encode: Callable[[T], Encoded]) -> Encoded | None:
-        if not isinstance(answer, Future):
-            return encode(answer)
-        self._parked = True
-        answer.add_done_callback(lambda done: self._loop.post(partial(self._answered, done, encode)))
-        return None
-
-    def _answered(self, answer: Future[T], encode: Callable[[T], Encoded | None], wait: _Wait | None = None) -> None:
-        if self.closed or self._wait is not wait:
-            # With a store that answers later, the wait may have ended by an earlier answer, or its time.
+        if self.state is not WAITING:
             return
-        try:
-            reply = encode(result_of(answer))
-        except ReplyError as error:
-            self._stop_waiting()
-            self._fail(error)
+        self.transport.active_at = self.loop.now
+        self.state = OPEN
+        if self.transport.eof_received or not self.requests.is_empty:
+            # Not run here and now: that could store a put, which wakes another, which runs …, without end.
+            self.state = BEHIND
+            self.loop.run_soon(self)
+
+    # Memory
+
+    def wait_for_room(self) -> None:
+        self.state = NO_ROOM
+        self.loop.memory.add(self)
+
+    def on_room(self, budget: Budget) -> None:
+        """Try again what there was no room for."""
+        if self.state is not NO_ROOM:
+            return
+        self.transport.active_at = self.loop.now
+        if self.reads.pending is not None:
+            self.state = WAITING
+            self.schedule(self.reads.pending.deadline)
+            self.reads.wake()
         else:
-            if reply is None:
-                return
-            self._send(reply)
-        self.resume()
-
-    def wait_for(
-        self, topic: bytes, milliseconds: int, fetch: Fetch, encode: Callable[[list[Message]], Encoded]
-    ) -> Encoded | None:
-        if self.below:
-            # A step of a transaction does not wait for messages.
-            fetch, milliseconds = partial(_fetch_below, self.below, fetch), 0
-        if not milliseconds:
-            if not self._replies.is_tight:
-                return self.reply_to(fetch(), encode)
-            # It waits for room, if for anything.
-            topic = b""
-        try:
-            if topic:
-                # Joined before it looks: a put of another worker in between must not be missed.
-                self._loop.add_waiter(topic, self)
-        except Busy:
-            found = fetch()
-            if not found:
-                raise
-            return self.reply_to(found, encode)
-        until = self._loop.now + milliseconds / 1000 if topic else math.inf
-        self._wait = wait = _Wait(topic, until, fetch, encode)
-        self._schedule()
-        reply = self._look(wait)
-        self._parked = reply is None
-        return reply
-
-    def _look(self, wait: _Wait) -> Encoded | None:
-        messages = wait.fetch()
-        if isinstance(messages, Future):
-            messages.add_done_callback(
-                lambda done: self._loop.post(partial(self._answered, done, partial(self._found, wait), wait))
-            )
-            return None
-        return self._found(wait, messages)
-
-    def _found(self, wait: _Wait, messages: list[Message]) -> Encoded | None:
-        if not messages and wait.topic:
-            return None
-        if not self._claim_reply(sum([len(message.body) + MESSAGE_OVERHEAD_BYTES for message in messages])):
-            return None
-        self._stop_waiting()
-        return wait.encode(messages)
-
-    def wake(self) -> None:
-        """Look whether there is a message now."""
-        if self._wait is not None:
-            try:
-                reply = self._look(self._wait)
-            except ReplyError as error:
-                self._stop_waiting()
-                self._fail(error)
-                self.resume()
-                return
-            except Exception:  # noqa: BLE001
-                self._fail_by_defect()
-                return
-            if reply is not None:
-                self._send(reply)
-                if len(reply) > SEND_BYTES:
-                    self._count_backlog(len(self._out))
-                self.resume()
-
-    def stop_waiting(self) -> None:
-        """Reply to a wait that it found nothing."""
-        if (wait := self._wait) is not None:
-            self._stop_waiting()
-            try:
-                self._send(wait.encode([]))
-            except ReplyError as error:
-                self._fail(error)
-            self.resume()
-
-    def _stop_waiting(self) -> None:
-        if self._wait is not None:
-            if self._wait.topic:
-                self._loop.remove_waiter(self._wait.topic, self)
-            self._wait = None
+            self.state = OPEN
+            if budget is self.requests.budget:
+                # Its time begins only now.
+                self.requests.incomplete_since = math.inf
+            self.requests.run()
 
     # Deadlines
 
-    def _deadline(self) -> float:
-        settings = self.context.settings
-        deadline = min(self._linger_until, self._unread_since + settings.reply_timeout_seconds)
-        if self.finishing:
-            return deadline
-        if self._wait is not None:
-            return deadline if self._no_room else min(deadline, self._wait.until)
-        deadline = min(deadline, self._stranger_until, self._request_deadline())
-        if settings.idle_timeout_seconds and not (self._parked or self._has_unparsed or self._out or self._no_room):
-            deadline = min(deadline, self._received_at + settings.idle_timeout_seconds)
-        return deadline
-
-    def _request_deadline(self) -> float:
-        """Return until when the request that has come in part has to be whole: later, the longer it is."""
-        if self._no_room or self._request_since == math.inf:
-            return math.inf
-        length = len(self._parser) + self._parser.missing
-        timeout = self.context.settings.request_timeout_seconds
-        return self._request_since + timeout + length / SLOW_BYTES_PER_SECOND
-
-    def _schedule(self) -> None:
-        deadline = self._deadline()
-        if deadline < self.scheduled:
-            self._loop.schedule(self, deadline)
+    def schedule(self, when: float) -> None:
+        """Have the deadlines checked at this time, or earlier."""
+        if when < self.scheduled:
+            self.loop.schedule(self, when)
 
     def on_timer(self) -> None:
-        """Do what a deadline asks for, if one has passed."""
-        now = self._loop.now
-        settings = self.context.settings
-        if now < self._deadline():
-            pass  # It was put off; nothing is due yet.
-        elif now >= self._linger_until:
-            self.close("closed by the server")
-        elif now >= self._unread_since + settings.reply_timeout_seconds:
-            _logger.info("%r: dropped, it does not read its replies", self, extra=self._event("dropped"))
-            self.close("does not read its replies")
-        elif self._wait is not None:
-            self.stop_waiting()
-        elif now >= self._stranger_until and self._gave_wrong_token:
-            self.finish()
-        elif now >= self._stranger_until:
-            error = TimedOut("no token, or no end of the handshake of TLS, has come in time")
-            if len(self._parser):
-                self._reject(error)
-            else:
-                self.close_with_error(error)
-        elif now >= self._request_deadline():
-            self._reject(TimedOut("the request did not arrive in time"))
-        else:
-            error = TimedOut("idle for too long")
-            self._log_rejected(error)
-            self._end(error)
+        """Do what is due, if it has not been put off."""
+        for when, action in deadlines(self):
+            if when <= self.loop.now:
+                action()
+                break
+        self._reschedule()
+
+    def _reschedule(self) -> None:
         if not self.closed:
-            self._schedule()
+            self.schedule(min(when for when, _ in deadlines(self)))
 
     # The end
 
+    def on_eof(self) -> None:
+        """Answer what has been sent, and close: the client has ended its sending side."""
+        if self.state is LINGERING:
+            self.close("end of input")
+            return
+        if self.waiting and self.state is WAITING:
+            self.reads.end()
+            self.finish()
+        self.requests.run()
+
     def finish(self) -> None:
         """Take no more requests; close when everything has been sent."""
-        self.finishing = True
-        self._receive_bytes = LAST_RECEIVE_BYTES
-        if not self._out:
-            self._loop.flush_soon(self)
+        if self.state is NO_ROOM:
+            self.loop.memory.remove(self)
+        self.state = max(self.state, FINISHING)
+        self.transport.max_receive = LAST_RECEIVE_BYTES
+        if not self.transport.data:
+            self.loop.to_flush.append(self.transport)
 
     def drain(self) -> None:
         """Answer what waits, and finish: the server is stopping.
 
-        Behind the last reply a client that asked for notices is told: one that has sent a put meanwhile knows that it
-        is not stored.
+        A client that asked for notices gets one after its last reply: a put that has not been answered before is not
+        stored.
         """
-        self._linger_seconds = LINGER_SECONDS_AT_STOP
-        self.stop_waiting()
-        if self._parked or not self._commit_pending_puts():
-            self.finishing = True
-        elif not self.finishing:
-            self._end(ShuttingDown("the server is stopping"))
+        self.transport.linger_seconds = LINGER_SECONDS_AT_STOP
+        self._stop(ShuttingDown("the server is stopping"))
 
-    def _linger(self) -> None:
-        # Closing while the client still sends would make the kernel reset the connection, and the client
-        # might lose the last reply. So it gets the end of the stream first, and a moment to hang up.
-        if self._linger_until != math.inf:
-            return
-        if self._eof_received:
-            self.close("end of input")
-            return
-        try:
-            self._socket.shutdown(socket.SHUT_WR)
-        except OSError as error:
-            self.close(error.strerror or str(error))
-            return
-        self._linger_until = self._loop.now + self._linger_seconds
-        self._schedule()
+    def disconnect(self, reason: str) -> None:
+        """Finish because what admitted the client is no longer valid."""
+        self.login.role = Role.NOBODY
+        error = AuthRequired(reason)
+        self.log_rejected(error)
+        self._stop(error)
+
+    def _stop(self, error: ReplyError) -> None:
+        if self.state is HANDSHAKE:
+            self.close(str(error))
+        elif not self.commit_puts():
+            self.finish()
+        elif self.state < FINISHING:
+            self.reads.stop_waiting()
+            self.end(error)
+
+    def reject(self, error: ReplyError) -> None:
+        """Reply an error behind which nothing makes sense any more, and close."""
+        self.log_rejected(error)
+        self.fail(error)
+        self.finish()
+
+    def end(self, error: ReplyError) -> None:
+        """Close for a reason that no request gave.
+
+        Clients of Redis crash on an error that they did not ask for, or take it for the reply to their next request. So
+        it is sent only if the client asked for notices, or as the reply to a request that has not been run.
+        """
+        if self.notices or self.reads.pending is not None or not self.requests.is_empty:
+            self.reads.end()
+            self.fail(error)
+        self.finish()
+
+    def log_rejected(self, error: ReplyError) -> None:
+        _logger.info("%r: %s %s", self, error.code, error, extra=self.event("rejected", code=error.code))
 
     def on_failure(self) -> None:
-        """End after an exception, which costs this connection and no other."""
+        """Close after an exception, which costs this connection and no other."""
         self._log_defect()
         self.close_with_error(_DEFECT)
 
-    def _fail_by_defect(self) -> None:
+    def fail_by_defect(self) -> None:
         """Reply to a request that failed by an exception, and close."""
         self._log_defect()
-        self._stop_waiting()
-        if self._commit_pending_puts():
-            self._fail(_DEFECT)
+        self.reads.end()
+        if self.commit_puts():
+            self.fail(_DEFECT)
             self.finish()
         else:
             self.close("dropped after a defect")
 
     def _log_defect(self) -> None:
-        _logger.exception("%r: dropped after a defect", self, extra=self._event("defect"))
+        _logger.exception("%r: dropped after a defect", self, extra=self.event("defect"))
         self.counters.failures += 1
 
     def close_with_error(self, error: ReplyError) -> None:
-        """Close at once. A client that asked for notices is told why, if no reply stands before that."""
-        if self.notices and not (self._out or self._pending_puts):
-            self.note(error)
-            try:
-                self._socket.send(encode_error(error))
-            except OSError:
-                _logger.debug("%r: was gone already", self)
+        """Close at once. A client that asked for notices is told why, unless it is owed another reply."""
+        if self.notices and not (self.transport.data or self.pending_puts):
+            self._note(error)
+            self.transport.send_at_once(error)
         self.close(f"{error.code} {error}")
 
     def close(self, reason: str) -> None:
         """Close at once. Idempotent."""
         if self.closed:
             return
-        self.closed = True
-        self._stop_waiting()
-        # A timer may know this connection for hours; what it holds must not last as long.
-        self._out = bytearray()
-        self._forget_input()
-        self._backlog = 0
-        self._loop.remove_connection(self)
-        # A process that was forked may hold a copy of the socket; without this, the client would not see the end.
-        with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
+        self.state = CLOSED
+        self.reads.close()
+        self.requests.clear()
+        self.transport.close()
+        self.loop.remove_connection(self)
         _logger.debug("%r: closed: %s", self, reason)
-
-    def abandon(self) -> None:
-        """Close the copy of the socket that a forked process has."""
-        self._socket.close()
-
-    def _watch(self) -> None:
-        """Tell the loop what to look for, when it has changed."""
-        events = EVENT_READ
-        if self._unread_since != math.inf or self._parked or self._has_unparsed or self._eof_received or self._no_room:
-            events = self._wanted()
-        if self._handshaking and self._events:
-            # The handshake says what it waits for.
-            return
-        if events != self._events and not self.closed:
-            self._events = events
-            self._loop.watch(self, events)
-
-    def _wanted(self) -> int:
-        # A connection that waits is read from as well, to notice when the client goes.
-        full = self._has_unparsed or (self._parked and len(self._parser) >= self._max_held)
-        reading = 0 if full or self._eof_received or (self._no_room and not self._parked) else EVENT_READ
-        return reading | (EVENT_WRITE if self._unread_since != math.inf else 0)
-
-
-def _fetch_below(message_id: int, fetch: Fetch) -> Answer[list[Message]]:
-    answer = fetch()
-    if isinstance(answer, Future):
-        return answer
-    return [message for message in answer if message.id < message_id]
-
-
-def _counted(size: int) -> int:
-    return size if size > FREE_BYTES else 0
-
-
-def result_of(answer: Future[T]) -> T:
-    """Return what a store has answered. Raises a ReplyError, whatever went wrong."""
-    try:
-        return answer.result()
-    except ReplyError:
-        raise
-    except Exception as error:
-        raise StoreFailed(str(error)) from error

@@ -8,7 +8,7 @@ from collections.abc import Hashable, Sequence
 from operator import itemgetter
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from dsmq.wire.resp import REQUEST_OVERHEAD_BYTES
+from dsmq.wire.limits import REQUEST_OVERHEAD_BYTES
 
 if TYPE_CHECKING:
     from dsmq.broker.connection import Connection
@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 FREE_BYTES = 4096
 # As little passes those that wait for more, so that a few long messages do not hold up all others.
 SHORT_BYTES = 262_144
+
+# A client that is slower than this has more time for a long request, but is dropped first if memory is short and it has
+# been slower for more than a moment.
+SLOW_BYTES_PER_SECOND = 16_384
+SLOW_SECONDS = 1.0
 
 # What a parsed request takes in memory, and each of its arguments, beside their bytes.
 REQUEST_OBJECT_BYTES = 100
@@ -89,19 +94,17 @@ class Budget(Count["Connection"]):
         self._longest = 0
         self.is_tight = False
         """Whether the largest amount that is claimed at once would not fit."""
-        # Since when each waits, and for how much.
+        self.is_crowded = False
+        """Whether somebody waits, or will with the largest amount."""
+        # When each began to wait, and for how much; and those among them that wait for a little.
         self._queue: dict[Connection, tuple[float, int]] = {}
+        self._short: dict[Connection, None] = {}
 
     def set_limit(self, limit: int, longest: int) -> None:
         """Bound the sum; but not so low that the largest amount would never fit."""
         with self._lock:
             self.limit, self._longest = max(limit, longest), longest
             self._judge()
-
-    @property
-    def is_crowded(self) -> bool:
-        """Whether somebody waits, or will with the largest amount."""
-        return self.is_tight or bool(self._queue)
 
     @property
     def is_full(self) -> bool:
@@ -114,6 +117,7 @@ class Budget(Count["Connection"]):
 
     def _judge(self) -> None:
         self.is_tight = self.total + self._longest > self.limit
+        self.is_crowded = self.is_tight or bool(self._queue)
 
     def claim_in_turn(self, holder: Connection, amount: int, now: float) -> bool:
         """Claim as `claim` does, but much only behind those that wait. If it fails, the holder waits from now on."""
@@ -122,20 +126,23 @@ class Budget(Count["Connection"]):
             if not in_turn or self.total + amount > self.limit:
                 since = self._queue.get(holder, (now, 0))[0]
                 self._queue[holder] = since, amount
+                self.is_crowded = True
+                if amount <= SHORT_BYTES:
+                    self._short[holder] = None
+                else:
+                    self._short.pop(holder, None)
                 return False
-            self._queue.pop(holder, None)
+            self._leave(holder)
             self._add(holder, amount)
             return True
 
     def first_that_fits(self) -> Connection | None:
         """Return who waits longest, if there is room for it now; else who waits longest for a little that fits."""
         with self._lock:
-            first = next(iter(self._queue), None)
-            for holder, (_, amount) in self._queue.items():
-                if self.total >= self.limit:
-                    break
-                if self.total + amount <= self.limit and (holder is first or amount <= SHORT_BYTES):
-                    return holder
+            for queue in (self._queue, self._short):
+                first = next(iter(queue), None)
+                if first is not None and self.total + self._queue[first][1] <= self.limit:
+                    return first
             return None
 
     def missing(self, since: float) -> int:
@@ -172,15 +179,23 @@ class Budget(Count["Connection"]):
                 excess -= self.of(one)
             return blockers
 
+    def is_waiting(self, holder: Connection) -> bool:
+        return holder in self._queue
+
     def leave(self, holder: Connection) -> None:
         """Wait no more."""
         with self._lock:
-            self._queue.pop(holder, None)
+            self._leave(holder)
+            self._judge()
+
+    def _leave(self, holder: Connection) -> None:
+        self._queue.pop(holder, None)
+        self._short.pop(holder, None)
 
     def drop(self, holder: Connection) -> None:
         super().drop(holder)
         with self._lock:
-            self._queue.pop(holder, None)
+            self._leave(holder)
             self._judge()
 
 

@@ -17,17 +17,17 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from types import TracebackType
-from typing import Literal, Self, TypeVar, Unpack, overload
+from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 from dsmq.client import arguments
 from dsmq.client import session as wire
 from dsmq.client.connection import Connection
 from dsmq.client.core import Client, Options, Retries
-from dsmq.client.dial import ClosedSilently, alike
+from dsmq.client.dial import ClosedSilently, with_text
 from dsmq.client.pool import Pool
 from dsmq.client.reader import Claim
 from dsmq.client.replies import check, reason, stored_id
-from dsmq.client.requests import Call, Convert, NonIdempotent, Put, PutMany, list_topics, take
+from dsmq.client.requests import ALL, Call, Convert, NonIdempotent, Put, PutMany, Retryable, list_topics, read
 from dsmq.client.session import Message
 
 __all__ = ["DSMQClientSideConnection", "Message", "connect"]
@@ -42,7 +42,7 @@ _n_retries = _N_RETRIES = _n_tries
 NOT_STARTED = (ConnectionRefusedError, FileNotFoundError, ClosedSilently)
 """Errors of a first connection that may mean that the server is still starting."""
 
-C = TypeVar("C", bound=Call)
+C = TypeVar("C", bound=Retryable)
 D = TypeVar("D")
 T = TypeVar("T")
 
@@ -102,7 +102,7 @@ class DSMQClientSideConnection(Client):
         super().__init__(host, port, options)
         self._pool = Pool(self._core)
         self._verbose = verbose
-        self._log(f"connecting to the dsmq server at {host} port {port}")
+        self._log(f"connecting to the dsmq server at {self._core.endpoint}")
         self._pool.give_back(self._connect_at_start() if retry else self._pool.connect())
 
     # Messages in
@@ -113,7 +113,8 @@ class DSMQClientSideConnection(Client):
         Raises TooBig, or Full if the server has no room; ConnectionLost, whose may_be_stored says whether it may have
         been stored nevertheless; Forgotten if the server can't tell that any more.
         """
-        return stored_id(self._run(Put(self._session, topic, msg)))
+        self._run(put := Put(self._session.put(topic, msg)))
+        return stored_id(put.reply)
 
     def put_many(self, topic: str, messages: Iterable[str | bytes]) -> list[int]:
         """Put several messages in order, much faster than one by one; returns their ids.
@@ -126,7 +127,6 @@ class DSMQClientSideConnection(Client):
         """
         with PutMany(self._session, topic, messages) as puts:
             self._run(puts, Connection.ask_all)
-            puts.raise_if_failed()
         return puts.ids
 
     # Messages out
@@ -145,7 +145,7 @@ class DSMQClientSideConnection(Client):
         It is a str; with raw=True it is bytes, and so is the default that is not given. Raises MessageNotText where the
         message is not UTF-8; it stays unread then.
         """
-        return self._one(topic, 0.0, default, raw=raw)
+        return self._one(topic, 0.0, default, raw)
 
     @overload
     def get_wait(
@@ -167,7 +167,7 @@ class DSMQClientSideConnection(Client):
         can't be reached at the end, this takes up to `reconnect_timeout` longer, and raises ConnectionLost.
         """
         seconds = default_wait() if timeout is None else arguments.seconds("timeout", timeout)
-        return self._one(topic, seconds, default, raw=raw)
+        return self._one(topic, seconds, default, raw)
 
     @overload
     def get_latest(self, topic: str, *, default: str = "", raw: Literal[False] = False) -> str: ...
@@ -182,7 +182,7 @@ class DSMQClientSideConnection(Client):
 
         The older ones are passed over: this client will not read them any more.
         """
-        return self._one(topic, 0.0, default, raw=raw, latest=True)
+        return self._one(topic, 0.0, default, raw, True)
 
     @overload
     def get_many(self, topic: str, n: int = 100, *, timeout: float = 0.0, raw: Literal[False] = False) -> list[str]: ...
@@ -193,16 +193,16 @@ class DSMQClientSideConnection(Client):
 
         It stops short of a message that is not UTF-8; where that is the first, it raises MessageNotText.
         """
-        if raw:
-            return self._many(topic, n, timeout, wire.body)
-        return self._many(topic, n, timeout, wire.text)
+        n, seconds = arguments.count("n", n), arguments.seconds("timeout", timeout)
+        return self._read(topic, n, seconds, wire.body if raw else wire.text)  # type: ignore[no-any-return]
 
     def read(self, topic: str, n: int = 1, *, timeout: float = 0.0, latest: bool = False) -> list[Message]:
         """Return up to `n` messages with their ids, numbers and put times; otherwise like `get_many`.
 
         latest=True returns the newest only, and passes over the older ones, like `get_latest`.
         """
-        return self._many(topic, n, timeout, self._session.message, latest=latest)
+        n, seconds = arguments.count("n", n), arguments.seconds("timeout", timeout)
+        return self._read(topic, n, seconds, self._session.message, latest=latest)  # type: ignore[no-any-return]
 
     @overload
     def messages(self, topic: str, *, timeout: float = ..., raw: Literal[False] = False) -> Iterator[str]: ...
@@ -214,19 +214,20 @@ class DSMQClientSideConnection(Client):
         self._session.reader(topic)
         end = object()
         # Not a generator, which an interrupt would end.
-        return iter(partial(self._one, topic, seconds, end, raw=raw), end)  # type: ignore[return-value]
+        return iter(partial(self._one, topic, seconds, end, raw), end)
 
     # The server, and the end
 
     def ping(self) -> None:
         """Check that the server answers."""
-        check(self._run(Call(wire.PING)))
+        self._run(ping := Call(wire.PING))
+        check(ping.reply)
 
     def topics(self) -> list[tuple[str, int, int]]:
         """Return the topics that hold messages: name, number of messages, and bytes."""
         found: list[tuple[str, int, int]] = []
         for call in list_topics(found):
-            call.reply = self._run(call)
+            self._run(call)
         return found
 
     def shutdown_server(self) -> None:
@@ -253,45 +254,44 @@ class DSMQClientSideConnection(Client):
 
     # Calls
 
-    def _one(self, topic: str, seconds: float, default: object, *, raw: bool, latest: bool = False) -> object:
+    def _one(self, topic: str, seconds: float, default: object, raw: bool, latest: bool = False) -> Any:  # noqa: FBT001, FBT002
         """Return a message, or the default; one that was not given is of the type that is read."""
+        if raw:
+            return self._read(topic, 1, seconds, wire.body, b"" if default == "" else default, latest)
+        return self._read(topic, 1, seconds, wire.text, default, latest)
+
+    def _read(  # noqa: PLR0913, PLR0917 - what a read consists of
+        self,
+        topic: str,
+        n: int,
+        seconds: float,
+        convert: Convert[T],
+        default: object = ALL,
+        latest: bool = False,  # noqa: FBT001, FBT002 - by position, which is faster
+    ) -> Any:
+        """Return up to `n` messages in a list, or the first or the default."""
         claim: Claim = []
         try:
-            taken = self._take(claim, topic, 1, seconds, wire.body if raw else wire.text, latest=latest)
-            if taken:
-                return taken[0]
-            return b"" if raw and default == "" else default
+            reader = self._session.reader(topic)
+            taken = reader.take(claim, n, convert) if n and not latest else []
+            if len(taken) < n:
+                for call in read(self._session, claim, taken, topic, n, seconds, convert, latest):
+                    self._run(call)
+            return taken if default is ALL else taken[0] if taken else default
         except BaseException:
             # It could not return what it has taken, wherever it was interrupted. Appending is a single step, so that a
             # second interrupt can't come before it.
             self._session.returned.append((claim, []))
             raise
 
-    def _many(self, topic: str, n: int, timeout: float, convert: Convert[T], *, latest: bool = False) -> list[T]:
-        claim: Claim = []
-        try:
-            n, seconds = arguments.count("n", n), arguments.seconds("timeout", timeout)
-            return self._take(claim, topic, n, seconds, convert, latest=latest)
-        except BaseException:
-            self._session.returned.append((claim, []))
-            raise
-
-    def _take(  # noqa: PLR0913 - what a read consists of
-        self, claim: Claim, topic: str, n: int, seconds: float, convert: Convert[T], *, latest: bool
-    ) -> list[T]:
-        taken, reading = take(self._session, claim, topic, n, seconds, convert, latest=latest)
-        for call in reading:
-            call.reply = self._run(call)
-        return taken
-
-    def _run(self, call: C, attempt: Callable[[Connection, C], T] = Connection.ask) -> T:  # type: ignore[assignment]
+    def _run(self, call: C, attempt: Callable[[Connection, C], None] = Connection.ask) -> None:  # type: ignore[assignment]
         """Make a call on a connection, and as long as connections break on the next."""
         retries = None
         while True:
             connection = None
             try:
                 connection = self._pool.borrow()
-                result = attempt(connection, call)
+                attempt(connection, call)
             except BaseException as error:
                 self._pool.discard(connection, error)
                 retries = retries or Retries(self._core.reconnect_timeout)
@@ -305,7 +305,7 @@ class DSMQClientSideConnection(Client):
                 if self._core.is_down:
                     # It had a connection that another thread has made.
                     self._core.announce("resumed")
-                return result
+                return
 
     def _connect_at_start(self) -> Connection:
         began, delays = time.monotonic(), iter(retry_delays())
@@ -323,7 +323,8 @@ class DSMQClientSideConnection(Client):
 
 def _shut_down(connection: Connection, call: NonIdempotent) -> None:
     connection.probe()
-    check(connection.ask(call))
+    connection.ask(call)
+    check(call.reply)
     connection.await_end()
 
 
@@ -336,7 +337,7 @@ def next_delay(error: OSError, began: float, delays: Iterator[float]) -> float:
     """Return how long to wait for a server that may be starting. Raises the error if that took too long."""
     seconds, delay = time.monotonic() - began, next(delays, None)
     if delay is None or seconds > default_wait():
-        raise alike(error, f"{reason(error)} (tried for {seconds:.1f} s)") from None
+        raise with_text(error, f"{reason(error)} (tried for {seconds:.1f} s)") from None
     return delay
 
 

@@ -1,4 +1,4 @@
-"""One connection of the asyncio client: requests of many tasks out, in the order of calls, and replies in."""
+"""One connection of the asyncio client: requests of many tasks out, replies in, and how long a reply may take."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ import asyncio
 import itertools
 import math
 import socket
-from bisect import insort
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from copy import copy
 from functools import partial
-from operator import attrgetter
 from typing import Any, cast
 
 from dsmq.client.connection import CLOSED_BY_SERVER, LONG_PAUSE_SECONDS
 from dsmq.client.core import Core
-from dsmq.client.dial import Endpoint, Race, addresses, alike, explain_greeting, explain_silence, tls_failure
+from dsmq.client.dial import Race, addresses, certified_name, explain_failure, explain_greeting
 from dsmq.client.replies import is_lost, raise_if_fatal, reason
-from dsmq.client.requests import BYTES_AT_ONCE, PUTS_AT_ONCE, Call, Producer, PutMany
-from dsmq.errors import AuthRequired, DSMQError, ProtocolError, ReplyError
-from dsmq.system import expect_long_messages, unsent_bytes
+from dsmq.client.requests import BYTES_AT_ONCE, PUTS_AT_ONCE, Call, Producer
+from dsmq.client.session import State
+from dsmq.errors import DSMQError, ProtocolError, ReplyError
+from dsmq.system import raise_malloc_threshold, unsent_bytes
+from dsmq.wire.addresses import Endpoint
 from dsmq.wire.resp import Reply, ReplyParser
 
 # How many requests may be unanswered on a connection: as many puts as a server surely remembers of one producer.
@@ -29,38 +30,30 @@ _MAX_UNANSWERED = 2 * PUTS_AT_ONCE
 _LONG_BYTES = 16_384
 _FIRST_POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.001, 0.02
 
-next_ticket = itertools.count(1).__next__
-
 
 class Place:
-    """A call's place in the order of calls. Once sent, a cancelled call keeps it: its reply is dropped."""
+    """A call among others, and the future of its caller. Once sent, a cancelled call keeps it: its reply is dropped."""
 
-    __slots__ = ("_left", "_requests", "call", "count", "future", "is_sent")
+    __slots__ = ("_left", "call", "future")
 
-    def __init__(self, call: Call, count: int = 1, requests: bytes = b"") -> None:
+    def __init__(self, call: Call) -> None:
         self.call = call
-        self.count = self._left = count
-        """How many requests it is, and thus replies."""
-        self._requests = requests
-        self.is_sent = False
-        self.future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-
-    @property
-    def ticket(self) -> int:
-        return self.call.ticket
+        self.future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._left = 0
 
     def request(self, producer: Producer) -> bytes:
-        return self._requests or self.call.request(producer)
+        request = self.call.request(producer)
+        self._left = self.call.replies
+        return request
 
     def answer(self, reply: Reply) -> None:
-        if isinstance(self.call, PutMany):
-            try:
-                self.call.take_reply(reply)
-            except DSMQError as error:
-                self.fail(error)
+        try:
+            self.call.take_reply(reply)
+        except DSMQError as error:
+            self.fail(error)
         self._left -= 1
         if not self._left and not self.future.done():
-            self.future.set_result(reply)
+            self.future.set_result(None)
 
     def fail(self, error: BaseException) -> None:
         if self.future.done():
@@ -68,7 +61,8 @@ class Place:
         if isinstance(error, asyncio.CancelledError):
             self.future.cancel()
         else:
-            self.future.set_exception(error)
+            # Each gets its own: `put_many` notes in it how many messages are stored.
+            self.future.set_exception(copy(error) if isinstance(error, DSMQError) else error)
 
 
 class Connection(asyncio.Protocol):
@@ -76,21 +70,23 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, sock: socket.socket, timeout: float) -> None:
         self.sock = sock
-        # Batches are numbered when they are made, and other puts when they are sent; a producer's numbers only rise.
-        self.producer = self.batch_producer = Producer(b"")
+        self.producer = Producer(b"")
         self.received = b""
         """What was received first."""
-        self.error: BaseException | None = None
+        self.error: Exception | None = None
         """Why the connection has ended."""
         self.has_answered = False
+        self.due: deque[Place] = deque()
+        """The calls whose replies are due, an entry for each reply."""
+        self.on_room: Callable[[], None] = lambda: None
+        """Called when more may be sent."""
+        self.on_lost: Callable[[Connection], None] = _fail_calls
+        """Called when the connection has ended."""
         self._loop = asyncio.get_running_loop()
         self._ended: asyncio.Future[None] = self._loop.create_future()
         self._parser = ReplyParser()
         self._transport: asyncio.Transport
-        # Those whose replies are due, one entry for each reply; and those to be sent, in the order of calls.
-        self._due: deque[Place] = deque()
-        self._queue: deque[Place] = deque()
-        self._is_held = self._is_scheduled = self._is_full = False
+        self._is_full = False
         # How long the reply may take, and any without waiting, from the last progress: something was received, or
         # taken by the server.
         self._timeout, self._base_timeout = timeout, timeout
@@ -106,7 +102,7 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._progress_at = self._loop.time()
         self.received = self.received or data[:1000]
-        due, parser = self._due, self._parser
+        due, parser = self.due, self._parser
         try:
             parser.feed(data)
             while (reply := parser.next()) is not None:
@@ -123,7 +119,7 @@ class Connection(asyncio.Protocol):
             # A reply may have been lost: the next ones must not go to the wrong calls.
             self.fail(ConnectionResetError("interrupted"))
             raise
-        self._send_queue()
+        self.on_room()
 
     def eof_received(self) -> None:
         self.fail(ConnectionResetError(CLOSED_BY_SERVER))
@@ -137,79 +133,19 @@ class Connection(asyncio.Protocol):
     def resume_writing(self) -> None:
         self._is_full = False
         self._progress_at = self._loop.time()
-        self._send_queue()
+        self.on_room()
 
     # Called by the client
 
-    def ask(self, call: Call) -> asyncio.Future[Reply]:
-        """Make a call that is one request; return the future of its reply."""
-        return self._add(Place(call))
+    def has_room(self, call: Call) -> bool:
+        """Return whether the call may be sent now."""
+        return not self._is_full and (not self.due or len(self.due) + call.replies <= _MAX_UNANSWERED)
 
-    async def ask_all(self, puts: PutMany) -> None:
-        """Send puts in batches, behind the calls made before, and take in the replies."""
-        for count, requests in puts.batches(self.batch_producer):
-            if not count:
-                await self.probe()
-                continue
-            # Made here, and not when there is room to send it, because the messages may come from a generator.
-            place = Place(puts, count, requests)
-            puts.ticket = puts.ticket or next_ticket()
-            try:
-                await self._add(place)
-            finally:
-                puts.is_sent = place.is_sent
-            # The next batch comes after the calls made meanwhile.
-            puts.ticket = 0
-
-    def _add(self, place: Place) -> asyncio.Future[Any]:
-        if self.error is not None:
-            place.fail(ConnectionResetError(reason(self.error)))
-        elif not self._queue or self._queue[-1].ticket <= place.ticket:
-            self._queue.append(place)
-        else:
-            # Made before others, on a connection that broke.
-            insort(self._queue, place, key=attrgetter("ticket"))
-        if not self._due and not self._is_scheduled:
-            self._send_queue()
-        else:
-            # Calls that are made in the same round of the event loop are sent together.
-            self._schedule()
-        return place.future
-
-    def hold(self, is_held: bool) -> None:  # noqa: FBT001 - says itself what it means
-        """Send nothing as long as calls that were made before others have not been queued again."""
-        self._is_held = is_held
-        self._schedule()
-
-    def _schedule(self) -> None:
-        if self._queue and not self._is_scheduled:
-            self._is_scheduled = True
-            self._loop.call_soon(self._send_scheduled)
-
-    def _send_scheduled(self) -> None:
-        self._is_scheduled = False
-        self._send_queue()
-
-    def _send_queue(self) -> None:
-        """Send the calls in the queue, as far as there is room."""
-        try:
-            while self._queue and self._has_room():
-                self._send_batch()
-        except OSError as error:
-            # Another connection has found that the server was restarted.
-            self.fail(error)
-        except BaseException:
-            self.fail(ConnectionResetError("interrupted"))
-            raise
-
-    def _has_room(self) -> bool:
-        is_free = not self._due or len(self._due) + self._queue[0].count <= _MAX_UNANSWERED
-        return is_free and not (self._is_full or self._is_held)
-
-    def _send_batch(self) -> None:
+    def send(self, queue: deque[Place]) -> None:
+        """Send the first calls in a queue, as far as there is room."""
         requests, size, seconds = [], 0, 0.0
-        while self._queue and size < BYTES_AT_ONCE and self._has_room():
-            place = self._queue[0]
+        while queue and size < BYTES_AT_ONCE and self.has_room(queue[0].call):
+            place = queue[0]
             if not place.future.done():
                 try:
                     request = place.request(self.producer)
@@ -219,11 +155,10 @@ class Connection(asyncio.Protocol):
                     requests.append(request)
                     size += len(request)
                     seconds = place.call.seconds
-                    if not self._due:
+                    if not self.due:
                         self._progress_at = self._loop.time()
-                    place.is_sent = True
-                    self._due.extend(itertools.repeat(place, place.count))
-            self._queue.popleft()
+                    self.due.extend(itertools.repeat(place, place.call.replies))
+            queue.popleft()
         if requests:
             self._write(b"".join(requests), seconds)
 
@@ -244,7 +179,7 @@ class Connection(asyncio.Protocol):
     def _check_progress(self) -> None:
         """End the connection if replies are due, and there was no progress for too long."""
         self._watch = None
-        if not self._due or self.error is not None:
+        if not self.due or self.error is not None:
             return
         unsent = self._count_unsent()
         if unsent < self._unsent:
@@ -262,15 +197,7 @@ class Connection(asyncio.Protocol):
     @property
     def is_stale(self) -> bool:
         """Whether it was not used for a while: it may have ended, and the event loop not have noticed yet."""
-        return not self._due and self._loop.time() - self._progress_at > LONG_PAUSE_SECONDS
-
-    async def probe(self) -> None:
-        """Raise ConnectionResetError if the connection has ended."""
-        # The first round of the event loop selects, the next one reads, the third reports errors.
-        for _ in range(3):
-            await asyncio.sleep(0)
-        if self.error is not None:
-            raise ConnectionResetError(reason(self.error))
+        return not self.due and self._loop.time() - self._progress_at > LONG_PAUSE_SECONDS
 
     async def await_end(self) -> None:
         """Wait until the server closes the connection."""
@@ -280,10 +207,15 @@ class Connection(asyncio.Protocol):
         except TimeoutError:
             raise TimeoutError(f"the server has not closed the connection within {self._base_timeout:g} s") from None
 
-    def fail(self, error: BaseException) -> None:
+    def fail(self, error: Exception) -> None:
         """End the connection at once. Idempotent."""
         if self.error is not None:
             return
+        if isinstance(error, ReplyError) and not is_lost(error, connecting=False):
+            # It may be the reply to the first call.
+            if self.due:
+                self.due[0].fail(error)
+            error = ConnectionResetError(reason(error))
         self.error = error
         # At once, even if the event loop does not run now.
         with suppress(OSError):
@@ -293,69 +225,51 @@ class Connection(asyncio.Protocol):
             self._watch.cancel()
         if not self._ended.done():
             self._ended.set_result(None)
-        places = [*dict.fromkeys(self._due), *self._queue]
-        # The error may be the reply to the first.
-        is_reply = isinstance(error, ReplyError) and not is_lost(error, connecting=False)
-        lost = ConnectionResetError(reason(error)) if is_reply else error
-        self._due.clear()
-        self._queue.clear()
-        for place in places:
-            # Each gets its own: `put_many` notes in it how many messages are stored.
-            place.fail(copy(error) if isinstance(error, DSMQError) else error)
-            error = lost
+        self.on_lost(self)
 
 
-async def connect(core: Core) -> Connection:
-    """Return a new connection. Raises OSError, or what the server answers, if there is none."""
+def _fail_calls(connection: Connection) -> None:
+    for place in connection.due:
+        place.fail(cast("Exception", connection.error))
+
+
+async def connect(core: Core) -> tuple[Connection, State]:
+    """Return a new connection, and what it means. Raises OSError, or what the server answers, if there is none."""
     try:
         async with asyncio.timeout(core.timeout):
-            connection = await _open(core.endpoint, core.timeout)
+            connection = await _open(core)
             try:
-                state, era = core.session.handle_hello(await _greet(connection, core))
+                hello = Place(Call(core.session.hello))
+                connection.send(deque([hello]))
+                await hello.future
+                state, era = core.session.handle_hello(hello.call.reply)
             except BaseException as error:
-                connection.fail(error)
+                connection.fail(ConnectionResetError("not a usable connection"))
+                if isinstance(error, ReplyError | OSError):
+                    raise explain_greeting(core.endpoint, connection.received, error) from None
                 raise
     except TimeoutError as error:
         raise TimeoutError(str(error) or f"{core.endpoint}: no answer within {core.timeout:g} s") from None
-    except OSError as error:
-        # In a thread: it may connect, to find out what answers there.
-        raise await asyncio.get_running_loop().run_in_executor(None, _explain, core, error) from None
-    connection.producer, connection.batch_producer = Producer(era.run, era), Producer(era.run, era)
+    connection.producer = Producer(era.run, era)
     connection.has_answered = False
-    core.announce(state)
-    return connection
+    return connection, state
 
 
-def _explain(core: Core, error: OSError) -> Exception:
-    if isinstance(error, ConnectionResetError):
-        return error if core.session.epoch else explain_silence(core.endpoint)
-    if isinstance(error, BrokenPipeError):
-        return alike(error, f"{core.endpoint}: {reason(error)}")
-    return tls_failure(core.endpoint, error)
-
-
-async def _greet(connection: Connection, core: Core) -> Reply:
-    try:
-        return await connection.ask(Call(core.session.hello))
-    except AuthRequired as error:
-        # Redis answers this as well; the session tells them apart.
-        return error
-    except (ProtocolError, ConnectionResetError) as error:
-        raise explain_greeting(core.endpoint, connection.received, error) from None
-
-
-async def _open(endpoint: Endpoint, timeout: float) -> Connection:
+async def _open(core: Core) -> Connection:
+    endpoint = core.endpoint
     with Race(endpoint, await _addresses(endpoint)) as race:
         for seconds in race.run(math.inf):
             await _select(race, seconds)
     # asyncio allocates 256 KiB each time it receives something.
-    expect_long_messages()
-    options: dict[str, Any] = {"ssl": endpoint.tls, "server_hostname": endpoint.name} if endpoint.tls else {}
+    raise_malloc_threshold()
+    options: dict[str, Any] = {"ssl": core.tls, "server_hostname": certified_name(endpoint)} if core.tls else {}
     try:
-        make = partial(Connection, race.winner, timeout)
+        make = partial(Connection, race.winner, core.timeout)
         return (await asyncio.get_running_loop().create_connection(make, sock=race.winner, **options))[1]
-    except BaseException:
+    except BaseException as error:
         race.winner.close()
+        if isinstance(error, OSError):
+            raise explain_failure(endpoint, error) from None
         raise
 
 
@@ -370,8 +284,8 @@ async def _select(race: Race, seconds: float) -> None:
 
 async def _addresses(endpoint: Endpoint) -> list[tuple[int, int, int, Any]]:
     try:
-        if not endpoint.is_unix:
-            socket.getaddrinfo(endpoint.name, None, flags=socket.AI_NUMERICHOST)
+        if endpoint.host:
+            socket.getaddrinfo(endpoint.host, None, flags=socket.AI_NUMERICHOST)
     except (OSError, UnicodeError):
         return await asyncio.get_running_loop().run_in_executor(None, addresses, endpoint)
     return addresses(endpoint)

@@ -4,104 +4,171 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator
 from contextlib import suppress
-from copy import copy
-from typing import TypeVar
 
-from dsmq.client.async_connection import Connection, connect, next_ticket
+from dsmq.client.async_connection import Connection, Place, connect
 from dsmq.client.core import IDLE_SECONDS, Core, Retries
-from dsmq.client.requests import Call
-from dsmq.errors import ClientClosed, DSMQError
+from dsmq.client.requests import Call, Retryable
+from dsmq.errors import ClientClosed, ConnectionLost, DSMQError
 from dsmq.system import process
-from dsmq.wire.resp import Reply
-
-C = TypeVar("C", bound=Call)
-T = TypeVar("T")
 
 
-class Channel:
-    """A connection that is replaced when it breaks.
-
-    Calls that were sent and have no reply then are sent again, in the order in which they were made, before any others.
-    """
+class Channel(Retryable):
+    """A connection that is replaced when it breaks, and the calls that are to be made on it, in order."""
 
     def __init__(self, core: Core) -> None:
         self.idle_since = 0.0
         self._core = core
+        self._retries = Retries(core.reconnect_timeout)
+        self._queue: deque[Place] = deque()
         self._connection: Connection | None = None
-        self._connecting: asyncio.Task[Connection] | None = None
-        # How many calls wait for it, and how long it waits before it connects.
-        self._waiting = 0
-        self._delay = 0.0
+        # The task that checks or replaces the connection, if it is running.
+        self._connecting: asyncio.Task[None] | None = None
+        self._is_scheduled = False
+        # Whether the connection had no calls when it ended.
+        self._was_idle = False
 
-    async def run(self, call: C, attempt: Callable[[Connection, C], Awaitable[T]]) -> T:
-        """Make a call on the connection, and as long as connections break on the next."""
-        call.ticket = next_ticket()
-        retries = None
-        while True:
-            connection = None
-            try:
-                connection = await self.connected()
-                return await attempt(connection, call)
-            except BaseException as error:
-                retries = retries or Retries(self._core.reconnect_timeout)
-                connected = connection is not None
-                progress = connection is not None and connection.has_answered
-                delay = self._core.retry_delay(call, error, retries, connected=connected, progress=progress)
-                if delay is None:
-                    raise
-                self._delay = delay
-
-    async def connected(self) -> Connection:
-        """Return the connection, when it stands. Raises what hinders it."""
+    def ask(self, call: Call) -> asyncio.Future[None]:
+        """Make a call behind those made before; return a future that is done when it has its reply."""
+        place = Place(call)
+        self._queue.append(place)
         connection = self._connection
+        if connection is None or connection.error is not None or connection.is_stale:
+            self._connect_soon()
+        elif connection.due or self._is_scheduled:
+            # Calls that are made in the same round of the event loop are sent together.
+            self._schedule()
+        else:
+            self._send()
+        return place.future
+
+    def _schedule(self) -> None:
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            asyncio.get_running_loop().call_soon(self._send_scheduled)
+
+    def _send_scheduled(self) -> None:
+        self._is_scheduled = False
+        self._send()
+
+    def _send(self) -> None:
+        connection = self._connection
+        if connection is None or self._connecting is not None:
+            return
+        try:
+            while self._queue and connection.error is None and connection.has_room(self._queue[0].call):
+                connection.send(self._queue)
+        except OSError as error:
+            # Another connection has found that the server was restarted.
+            connection.fail(error)
+        except BaseException:
+            connection.fail(ConnectionResetError("interrupted"))
+            raise
+
+    async def connect(self) -> None:
+        """Make the first connection. Raises what hinders it."""
+        connection, state = await connect(self._core)
+        connection.on_room, connection.on_lost = self._send, self._on_lost
+        self._connection = connection
+        self._core.announce(state)
+
+    def _on_lost(self, connection: Connection) -> None:
+        """Queue the calls again that have no reply."""
+        self._was_idle = not connection.due
+        if connection.has_answered or self._was_idle:
+            self._retries.reset()
+        # One that was being moved is in both.
+        self._queue = deque(dict.fromkeys([*connection.due, *self._queue]))
+        connection.due.clear()
+        if self._has_calls():
+            self._connect_soon()
+
+    def _has_calls(self) -> bool:
+        """Return whether any caller is waiting."""
+        return any(not place.future.done() for place in self._queue)
+
+    def _connect_soon(self) -> None:
         if self._connecting is None:
-            if connection is not None and connection.error is None and not connection.is_stale:
-                return connection
             # A task of its own: the call that needs the connection may be cancelled, and others need it too.
             self._connecting = asyncio.create_task(self._connect())
-            self._connecting.add_done_callback(_retrieve_error)
-        connecting = self._connecting
-        self._waiting += 1
-        try:
-            return await asyncio.shield(connecting)
-        except DSMQError as error:
-            # Each call gets its own: `put_many` notes in it how many messages are stored.
-            raise copy(error) from None
-        except asyncio.CancelledError:
-            if connecting.cancelled():
-                self._core.raise_if_closed()
-            raise
-        finally:
-            self._waiting -= 1
-            if self._connection is not None:
-                self._connection.hold(self._waiting > 0)
+            self._connecting.add_done_callback(retrieve_error)
 
-    async def _connect(self) -> Connection:
-        """Check that the connection is still open, or make another."""
+    async def _connect(self) -> None:
+        """Check that the connection is still open, or make another; then send the calls that wait."""
+        failure: Exception | None = None
         try:
-            connection = self._connection
-            if connection is not None:
-                with suppress(ConnectionResetError):
-                    await connection.probe()
-                    return connection
-                self._core.announce("lost", connection.error)
+            await self.settle()
+            if self._connection and self._connection.error is not None and self._was_idle:
+                # No call has failed, so this is not another attempt.
+                self._core.announce("lost", self._connection.error)
                 self._connection = None
-            await asyncio.sleep(self._delay)
-            self._delay = 0.0
-            self._connection = await connect(self._core)
-            self._connection.hold(self._waiting > 0)
-            return self._connection
+            while self._has_calls() and not (self._connection and self._connection.error is None):
+                error = failure or (self._connection.error if self._connection else None)
+                if error is not None:
+                    delay = self._core.retry_delay(self, error, self._retries, connected=failure is None)
+                    if delay is None:
+                        raise error
+                    await asyncio.sleep(delay)
+                failure = await self._try_to_connect()
+        except BaseException as error:
+            self._fail_calls(error)
+            if not isinstance(error, Exception):
+                raise
         finally:
             self._connecting = None
+        self._send()
+
+    async def _try_to_connect(self) -> Exception | None:
+        try:
+            await self.connect()
+        except Exception as error:  # noqa: BLE001 - for `retry_delay`
+            return error
+        return None
+
+    async def settle(self) -> None:
+        """Let the event loop notice if the connection has ended."""
+        # The first round selects, the next one reads, the third reports errors.
+        for _ in range(3):
+            await asyncio.sleep(0)
+
+    def on_connection_lost(self, error: Exception) -> bool:
+        progress = False
+        for place in self._queue:
+            if not place.future.done():
+                try:
+                    progress |= place.call.on_connection_lost(error)
+                except DSMQError as lost:
+                    place.fail(lost)
+        return progress
+
+    def to_error(self, error: Exception) -> ConnectionLost:
+        """Fail each call with its own error."""
+        for place in self._queue:
+            place.fail(place.call.to_error(error))
+        self._retries.reset()
+        return super().to_error(error)
+
+    def _fail_calls(self, error: BaseException) -> None:
+        places, self._queue = self._queue, deque()
+        for place in places:
+            place.fail(error)
+
+    async def await_end(self) -> None:
+        """Wait until the server closes the connection."""
+        if self._connection is not None:
+            await self._connection.await_end()
 
     def close(self, error: BaseException) -> None:
         """Close the connection; the calls raise this error. Idempotent."""
         if self._connecting is not None:
             self._connecting.cancel()
         if self._connection is not None:
-            self._connection.fail(error)
+            self._queue.extendleft(reversed(self._connection.due))
+            self._connection.due.clear()
+            self._fail_calls(error)
+            self._connection.fail(ConnectionResetError("the client has closed it"))
+        self._fail_calls(error)
 
     def abandon(self) -> None:
         """Close the descriptor alone: the event loop is closed, or that of the parent process."""
@@ -109,10 +176,10 @@ class Channel:
             self._connection.sock.close()
 
 
-def _retrieve_error(task: asyncio.Task[Connection]) -> None:
-    """Keep asyncio from logging the error of a task that no call waits for any more."""
-    if not task.cancelled():
-        task.exception()
+def retrieve_error(future: asyncio.Future[None]) -> None:
+    """Keep asyncio from logging the error of a future that nothing waits for any more."""
+    if not future.cancelled():
+        future.exception()
 
 
 class Pool:
@@ -137,11 +204,11 @@ class Pool:
         """Whether its event loop is running, in another thread."""
         return self.process is process() and self.loop.is_running()
 
-    async def wait(self, call: Call) -> Reply:
+    async def wait(self, call: Call) -> None:
         """Make a call that waits on a connection of its own: calls behind it would wait too."""
         channel = self._idle.pop() if self._idle else self._add_channel()
         try:
-            reply = await channel.run(call, Connection.ask)
+            await channel.ask(call)
         except BaseException as error:
             # The server may still be waiting there.
             self._remove_channel(channel, error)
@@ -150,7 +217,6 @@ class Pool:
         self._idle.append(channel)
         if self._sweeper is None:
             self._sweeper = self.loop.call_later(IDLE_SECONDS, self._sweep)
-        return reply
 
     def _add_channel(self) -> Channel:
         channel = Channel(self._core)

@@ -7,19 +7,24 @@ import socket
 import time
 import weakref
 from selectors import EVENT_READ, EVENT_WRITE
+from typing import TYPE_CHECKING
 
-from dsmq.client.dial import Endpoint, Selector, alike, dial, explain_greeting
+from dsmq.client.dial import Selector, dial
 from dsmq.client.replies import raise_if_fatal, reason
 from dsmq.client.requests import FORKED, Call, Producer, PutMany
-from dsmq.errors import AuthRequired, DSMQError, ProtocolError
+from dsmq.errors import DSMQError
 from dsmq.system import (
     LONG_YIELD_PAUSE_SECONDS,
     LONG_YIELD_SECONDS,
-    expect_long_messages,
     process,
+    raise_malloc_threshold,
     yield_processor,
 )
+from dsmq.wire.addresses import Endpoint
 from dsmq.wire.resp import Reply, ReplyParser
+
+if TYPE_CHECKING:
+    from ssl import SSLContext
 
 # With long replies, more is received at once. At first that would be slower: the system allocates an object of 128 KiB
 # anew, and frees it, each time.
@@ -41,7 +46,7 @@ _LONGEST_SLEEP_SECONDS = 1.0
 class Connection:
     """One connection to the server."""
 
-    def __init__(self, endpoint: Endpoint, timeout: float) -> None:
+    def __init__(self, endpoint: Endpoint, tls: SSLContext | None, timeout: float) -> None:
         self.producer = Producer(b"")
         self.used_at = math.inf
         self._process = process()
@@ -51,50 +56,42 @@ class Connection:
         self._deadline = math.inf
         self._poll_not_before = 0.0
         self._receive_bytes = _RECEIVE_BYTES
-        self._received = b""
-        self._endpoint = endpoint
-        self._socket = dial(endpoint, min(timeout, _LONGEST_TIMEOUT))
+        self.received = b""
+        """What was received last."""
+        self._socket = dial(endpoint, tls, min(timeout, _LONGEST_TIMEOUT))
         # An interrupted call may drop the connection at any point.
         weakref.finalize(self, self._socket.close)
         self._selector = Selector()
         self._selector.register(self._socket, EVENT_READ)
 
-    def greet(self, hello: bytes) -> Reply:
-        """Return the reply to HELLO. Raises OSError, or ProtocolError if another program answers."""
-        try:
-            self.send(hello)
-            return self.receive()
-        except AuthRequired as error:
-            # Redis answers this as well; the session tells them apart.
-            return error
-        except ConnectionAbortedError as error:
-            raise alike(error, f"{self._endpoint}: {reason(error)}") from None
-        except (ProtocolError, ConnectionResetError) as error:
-            raise explain_greeting(self._endpoint, self._received, error) from None
-
-    def ask(self, call: Call) -> Reply:
-        """Make a call that is one request, and return the reply."""
+    def ask(self, call: Call) -> None:
+        """Make a call that gets one reply."""
         self.send(call.request(self.producer), call.seconds)
-        return self.receive()
+        call.take_reply(self.receive())
 
     def ask_all(self, puts: PutMany) -> None:
-        """Send puts in batches and take in the replies."""
-        outstanding = 0
-        for count, requests in puts.batches(self.producer):
-            if count:
-                self.send(requests)
+        """Send puts in batches; one is on its way while the replies to the one before are read."""
+        for sent in puts.unanswered:
+            self.send(sent.request(self.producer))
+        for batch in puts.batches:
+            if batch:
+                puts.unanswered.append(batch)
+                self.send(batch.request(self.producer))
+                self._receive_all(puts, but=1)
             else:
+                # Making the messages may have taken longer than the server may.
                 self.reset_deadline()
-            # One batch is on its way while the replies to the one before are read.
-            for _ in range(outstanding):
-                puts.take_reply(self.receive())
-            outstanding = count
-            if not count:
+                self._receive_all(puts)
                 self.probe()
-        # Making the messages may have taken longer than the server may.
-        self.reset_deadline()
-        for _ in range(outstanding):
-            puts.take_reply(self.receive())
+        self._receive_all(puts)
+
+    def _receive_all(self, puts: PutMany, but: int = 0) -> None:
+        """Receive the replies to all batches but the newest."""
+        while len(puts.unanswered) > but:
+            batch = puts.unanswered[0]
+            while batch.replies:
+                batch.take_reply(self.receive())
+            puts.unanswered.popleft()
 
     def send(self, data: bytes, seconds: float = 0.0) -> None:
         """Send requests; the server may wait for `seconds` before it replies."""
@@ -133,7 +130,7 @@ class Connection:
             data = self._receive()
             if not data:
                 raise ConnectionResetError(CLOSED_BY_SERVER)
-            self._received = data
+            self.received = data
             self._parser.feed(data)
         return raise_if_fatal(reply[0])
 
@@ -155,7 +152,7 @@ class Connection:
             else:
                 self._adapt_polling(began)
                 if len(data) == _RECEIVE_BYTES:
-                    expect_long_messages()
+                    raise_malloc_threshold()
                     self._receive_bytes = _RECEIVE_MORE_BYTES
                 return data
             if self._poll_not_before <= now < began + BUSY_POLL_SECONDS:

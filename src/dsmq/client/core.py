@@ -8,12 +8,11 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator
-from typing import Literal, TypeAlias
 
 from dsmq.client import arguments
-from dsmq.client.dial import Endpoint, Security, parse_endpoint
+from dsmq.client.dial import Security, tls_context
 from dsmq.client.replies import is_lost, reason
-from dsmq.client.requests import Call
+from dsmq.client.requests import Retryable
 from dsmq.client.session import Session, State
 from dsmq.errors import ClientClosed, ReplyError
 
@@ -24,8 +23,6 @@ IDLE_SECONDS = 5.0
 _FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.01, 1.0
 
 _logger = logging.getLogger(__name__)
-
-_Down: TypeAlias = Literal["", "lost", "given up"]
 
 
 class Options(Security, total=False):
@@ -71,18 +68,22 @@ def _retry_delays() -> Iterator[float]:
 class Core:
     """What the calls of a client share."""
 
-    def __init__(self, endpoint: Endpoint, options: Options) -> None:
+    def __init__(self, host: str, port: int, options: Options) -> None:
         """Raises TypeError or ValueError if an option makes no sense."""
         if unknown := sorted(options.keys() - Options.__annotations__.keys()):
             raise TypeError(f"unexpected arguments: {', '.join(unknown)}")
         self.timeout = arguments.seconds("timeout", options.get("timeout", 10.0), zero=False)
         self.reconnect_timeout = arguments.seconds("reconnect_timeout", options.get("reconnect_timeout", 30.0))
         self._on_state_change = options.get("on_state_change")
-        arguments.callback("on_state_change", self._on_state_change)
-        self.endpoint = endpoint
-        self.session = Session(endpoint.token)
+        if self._on_state_change is not None and not callable(self._on_state_change):
+            raise TypeError(f"on_state_change should be a function, not {self._on_state_change!r}")
+        self.endpoint = arguments.endpoint(host, port)
+        self.tls = tls_context(options)
+        token = options.get("token")
+        self.session = Session("" if token is None else arguments.text("token", token))
         self.is_closed = False
-        self._down: tuple[_Down, dict[int, object]] = "", {}
+        # `lost` and `given up`, if the last connection was lost.
+        self._down: dict[State, object] = {}
 
     # Connections
 
@@ -90,13 +91,11 @@ class Core:
         if self.is_closed:
             raise ClientClosed(about)
 
-    def retry_delay(
-        self, call: Call, error: BaseException, retries: Retries, *, connected: bool, progress: bool = False
-    ) -> float | None:
+    def retry_delay(self, call: Retryable, error: BaseException, retries: Retries, *, connected: bool) -> float | None:
         """Return how long to wait before making a call again, on another connection; None if the error is to be raised.
 
-        `connected` says whether the call had a connection, `progress` whether other calls got replies on it. Raises
-        another error if the call is not to be made again because of this one.
+        `connected` says whether the call had a connection. Raises another error if the call is not to be made again
+        because of this one.
         """
         if not is_lost(error, connecting=not connected):
             if self.is_down and isinstance(error, ReplyError):
@@ -106,7 +105,7 @@ class Core:
             return None
         if self.is_closed:
             raise ClientClosed("the client was closed during the call") from error
-        if connected and (call.on_connection_lost(error) or progress):
+        if connected and call.on_connection_lost(error):
             retries.reset()
         self.announce("lost", error)
         delay = retries.next_delay()
@@ -120,7 +119,7 @@ class Core:
     @property
     def is_down(self) -> bool:
         """Whether there is no connection, as far as is known."""
-        return bool(self._down[0])
+        return "lost" in self._down
 
     def announce(self, state: State, error: BaseException | None = None) -> None:
         """Log and report a new state: each loss once, and each end of it once."""
@@ -139,35 +138,22 @@ class Core:
             self._on_state_change(state)
 
     def _enter(self, state: State) -> bool:
-        """Enter a state; return whether it is to be reported.
-
-        The state is superseded as a whole, so that no lock is needed: see `dsmq.client.reader`.
-        """
-        while True:
-            last = self._down
-            if not should_report(state, last[0]):
-                return False
-            new: tuple[_Down, dict[int, object]] = (state if state in ("lost", "given up") else "", {})
-            if last[1].setdefault(0, new) is new:
-                self._down = new
-                return True
-            self._down = last[1][0]  # type: ignore[assignment]
-
-
-def should_report(state: State, down: str) -> bool:
-    """Return whether a state is new; `down` is the one before, if it meant that there was no connection."""
-    if state == "lost":
-        return not down
-    if state == "given up":
-        return down == "lost"
-    return state != "resumed" or bool(down)
+        """Enter a state; return whether it is new. A lock would hang signal handlers; each step is atomic."""
+        down, this = self._down, object()
+        if state == "lost":
+            return down.setdefault("lost", this) is this
+        if state == "given up":
+            return "lost" in down and down.setdefault("given up", this) is this
+        was_lost = down.pop("lost", None) is not None
+        down.pop("given up", None)
+        return was_lost or state != "resumed"
 
 
 class Client:
     """What needs no connection, in both clients."""
 
     def __init__(self, host: str, port: int, options: Options) -> None:
-        self._core = Core(parse_endpoint(host, port, options), options)
+        self._core = Core(host, port, options)
         self._session = self._core.session
         self.host = host
         self.port = port

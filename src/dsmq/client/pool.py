@@ -11,9 +11,10 @@ from contextlib import suppress
 from dsmq.client import connection as one
 from dsmq.client.connection import Connection
 from dsmq.client.core import IDLE_SECONDS, Core
-from dsmq.client.dial import explain_silence
+from dsmq.client.dial import explain_greeting
 from dsmq.client.replies import is_lost
-from dsmq.client.requests import Producer
+from dsmq.client.requests import Call, Producer
+from dsmq.errors import ReplyError
 from dsmq.system import process
 
 
@@ -83,10 +84,10 @@ class Pool:
         core.raise_if_closed("the client is closed")
         connection = None
         try:
-            connection = Connection(core.endpoint, core.timeout)
-            reply = connection.greet(core.session.hello)
+            connection = Connection(core.endpoint, core.tls, core.timeout)
+            connection.ask(hello := Call(core.session.hello))
             core.raise_if_closed()
-            state, era = core.session.handle_hello(reply)
+            state, era = core.session.handle_hello(hello.reply)
             connection.producer = Producer(era.run, era)
             # An interrupted call may drop the connection at any point.
             self._refs.add(weakref.ref(connection, self._refs.discard))
@@ -94,8 +95,8 @@ class Pool:
         except BaseException as error:
             if connection is not None:
                 connection.close()
-            if isinstance(error, ConnectionResetError) and not core.session.epoch:
-                raise explain_silence(core.endpoint) from None
+                if isinstance(error, ReplyError | OSError):
+                    raise explain_greeting(core.endpoint, connection.received, error) from None
             raise
         core.announce(state)
         return connection

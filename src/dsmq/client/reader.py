@@ -299,13 +299,3 @@ def _converted(
         except MessageNotText:
             break
     return taken
-
-
-LATEST = b"$6\r\nLATEST\r\n"
-
-
-def read_request(topic: str, after: int, options: bytes = b"", count: int = 0) -> bytes:
-    """Return a READ, with so many words of options that are encoded already."""
-    name, position = topic.encode(), b"%d" % after
-    parts = 3 + count, len(name), name, len(position), position, options
-    return b"*%d\r\n$4\r\nREAD\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n%b" % parts

@@ -6,17 +6,16 @@ import binascii
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Self, TypeAlias, TypeVar
 
 from dsmq.client import arguments
-from dsmq.client.reader import LATEST, MAX_READ_BYTES, MIN_READ_BYTES, Asked, Claim, TopicReader, read_request
+from dsmq.client.reader import MAX_READ_BYTES, MIN_READ_BYTES, Asked, Claim, TopicReader
 from dsmq.client.replies import reason, restored_number, stored_id, topics, topics_request
 from dsmq.client.stretch import Entry, Era
 from dsmq.errors import AuthRequired, ConnectionLost, DSMQError, MessageNotText, ReplyError, ShuttingDown, TimedOut
 from dsmq.system import boot_time, process
-from dsmq.wire.resp import Reply, encode_request
+from dsmq.wire.resp import Reply, encode_bulk, encode_option, encode_read, encode_request
 
 if TYPE_CHECKING:
     from dsmq.client.session import Session
@@ -45,9 +44,11 @@ RESEND_SECONDS = 300.0
 # If a read waited longer than this before its connection broke, a server was there.
 _LONG_WAIT_SECONDS = 1.0
 
+_LATEST = encode_bulk(b"LATEST")
+
 
 class Producer:
-    """A source of numbered puts, by which the server recognises those that are sent again; one for each connection."""
+    """Numbers the puts of one connection; a server recognizes those that are sent again."""
 
     __slots__ = ("_name", "_process", "_seq", "era", "run")
 
@@ -60,31 +61,50 @@ class Producer:
         self._process = process()
 
     def check_process(self) -> None:
-        """Raise ConnectionResetError in a child process: connection and numbers are the parent's."""
+        """Raise ConnectionResetError in a forked child: connection and numbers are the parent's."""
         if process() is not self._process:
             raise ConnectionResetError(FORKED)
 
     def put(self, name: bytes, body: bytes) -> bytes:
-        """Return the request that puts a message under the next number, without its argument count."""
+        """Return a PUT under the next number, without its argument count."""
         self._seq += 1
         seq = b"%d" % self._seq
         parts = len(name), name, len(body), body, self._name, len(seq), seq
         return b"\r\n$3\r\nPUT\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n$3\r\nKEY\r\n$12\r\n%b\r\n$%d\r\n%b\r\n" % parts
 
 
-class Call:
-    """A request that is the same each time and changes nothing, so that it can be made again."""
+class Retryable:
+    """What may be sent again on another connection when one breaks."""
 
-    __slots__ = ("_request", "reply", "seconds", "ticket")
+    __slots__ = ()
+
+    def on_connection_lost(self, _: Exception) -> bool:
+        """Note that a connection broke after this was sent; return whether there was progress on it.
+
+        Raises ConnectionLost if it must not be sent again.
+        """
+        return False
+
+    def to_error(self, error: Exception) -> ConnectionLost:
+        """Return what to raise if there are to be no more attempts."""
+        return ConnectionLost(reason(error))
+
+
+class Call(Retryable):
+    """A request that is the same each time and changes nothing."""
+
+    __slots__ = ("_request", "reply", "seconds")
 
     def __init__(self, request: bytes = b"") -> None:
         self._request = request
         self.seconds = 0.0
         """How long the server may wait before it replies."""
-        self.reply: Reply = None
-        """To be set by whoever makes the calls of a `Reading`."""
-        self.ticket = 0
-        """Its place among the calls of an asyncio client."""
+        self.reply: Reply
+
+    @property
+    def replies(self) -> int:
+        """How many replies it gets, at least 1."""
+        return 1
 
     @property
     def waits(self) -> bool:
@@ -95,16 +115,8 @@ class Call:
         """Return the request for a connection, the first or another. Raises if it must not be sent there."""
         return self._request
 
-    def on_connection_lost(self, _: Exception) -> bool:
-        """Note that a connection broke after the call got it; return whether there was progress on it.
-
-        Raises ConnectionLost if the call must not be made again.
-        """
-        return False
-
-    def to_error(self, error: Exception) -> ConnectionLost:
-        """Return what to raise if there are to be no more attempts."""
-        return ConnectionLost(reason(error))
+    def take_reply(self, reply: Reply) -> None:
+        self.reply = reply
 
 
 class NonIdempotent(Call):
@@ -135,7 +147,6 @@ class Read(Call):
     def __init__(self, session: Session, reader: TopicReader, until: float = 0.0, *, latest: bool = False) -> None:
         self._session, self._reader, self._until, self._latest = session, reader, until, latest
         self.seconds = 0.0
-        self.ticket = 0
         self._asked_at: float
         self.asked: Asked
         """The state in which it was asked last."""
@@ -152,20 +163,20 @@ class Read(Call):
         if producer.era and producer.era is not stretch.era:
             raise ConnectionResetError("another connection has found that the server was restarted")
         if self._latest:
-            return read_request(reader.topic, after, LATEST, 1)
+            return encode_read(reader.topic, after, _LATEST, 1)
         options, count = b"", 0
         if reader.count:
-            options, count = _option(b"COUNT", reader.count), 2
+            options, count = encode_option(b"COUNT", reader.count), 2
         if size < MAX_READ_BYTES:
-            options, count = options + _option(b"BYTES", size), count + 2
+            options, count = options + encode_option(b"BYTES", size), count + 2
         if self._until and may_wait:
             # The time that is left: it may have been interrupted.
             self._asked_at = time.monotonic()
             left = self._until - self._asked_at
             self.seconds = min(left, MAX_WAIT_SECONDS) if left > 0 else 0.0
             if milliseconds := round(self.seconds * 1000):
-                options, count = options + _option(b"WAIT", milliseconds), count + 2
-        return read_request(reader.topic, after, options, count)
+                options, count = options + encode_option(b"WAIT", milliseconds), count + 2
+        return encode_read(reader.topic, after, options, count)
 
     def on_connection_lost(self, error: Exception) -> bool:
         if isinstance(error, TimeoutError):
@@ -185,32 +196,11 @@ class Read(Call):
         return reader.accept(self.asked, found)
 
 
-def _option(name: bytes, value: int) -> bytes:
-    digits = b"%d" % value
-    return b"$%d\r\n%b\r\n$%d\r\n%b\r\n" % (len(name), name, len(digits), digits)
+ALL = object()
+"""In place of a default: return the list of messages, not the first."""
 
 
-Reading: TypeAlias = "Iterator[Call]"
-"""Calls to be made one after another; the reply to each is to be set before the next is taken."""
-_NO_CALLS: Reading = iter(())
-
-
-def take(  # noqa: PLR0913, PLR0917 - what a read consists of
-    session: Session, claim: Claim, topic: str, n: int, seconds: float, convert: Convert[T], *, latest: bool
-) -> tuple[list[T], Reading]:
-    """Take up to `n` messages of a topic, noted in `claim`; return the list, and the calls that add to it."""
-    taken: list[T]
-    if latest and n:
-        taken = []
-        return taken, _take_latest(session, claim, taken, topic, convert)
-    taken = session.reader(topic).take(claim, n, convert) if n else []
-    if len(taken) == n:
-        # All was read ahead.
-        return taken, _NO_CALLS
-    return taken, _take(session, claim, taken, topic, n, seconds, convert)
-
-
-def _take(  # noqa: PLR0913, PLR0917 - what a read consists of
+def read(  # noqa: PLR0913, PLR0917 - what a read consists of
     session: Session,
     claim: Claim,
     taken: list[T],
@@ -218,18 +208,25 @@ def _take(  # noqa: PLR0913, PLR0917 - what a read consists of
     n: int,
     seconds: float,
     convert: Convert[T],
-) -> Reading:
-    """Add to the messages taken up to `n`; if there is none, wait for the first."""
+    latest: bool,  # noqa: FBT001 - as `n`
+) -> Iterator[Call]:
+    """Add to the messages taken up to `n`, or the latest; if there is none, wait for the first.
+
+    The calls are to be made one after another, each before the next is taken.
+    """
+    if latest:
+        yield from _read_latest(session, claim, taken, topic, convert)
+        return
     reader = session.reader(topic)
     until = time.monotonic() + seconds if seconds else 0.0
-    more = n > 0
-    while (more and len(taken) < n) or (until and not taken and n > 0 and time.monotonic() < until):
-        yield (read := Read(session, reader, 0.0 if taken else until))
+    more = True
+    while (more and len(taken) < n) or (until and not taken and time.monotonic() < until):
+        yield (call := Read(session, reader, 0.0 if taken else until))
         # Now, because this READ may have been the first call to find that the server was restarted.
         if session.is_restarted and (doubt := reader.doubt):
             yield (stats := Call(encode_request(b"STATS", reader.topic.encode(), b"AFTER", b"%d" % doubt[1])))
             reader.renumber(doubt, restored_number(stats.reply))
-        more = read.take_in(session.entries(read.reply))
+        more = call.take_in(session.entries(call.reply))
         reader = session.reader(topic)
         if more:
             try:
@@ -240,23 +237,22 @@ def _take(  # noqa: PLR0913, PLR0917 - what a read consists of
                 return
 
 
-def _take_latest(session: Session, claim: Claim, taken: list[T], topic: str, convert: Convert[T]) -> Reading:
-    """Take the newest message, and skip the older ones."""
+def _read_latest(session: Session, claim: Claim, taken: list[T], topic: str, convert: Convert[T]) -> Iterator[Call]:
     found: list[T] | None = None
     while found is None:
         reader = session.reader(topic)
-        yield (read := Read(session, reader, latest=True))
-        entries = session.entries(read.reply)
+        yield (call := Read(session, reader, latest=True))
+        entries = session.entries(call.reply)
         if entries:
             reader = session.keep(reader)
-        elif read.asked[0].rest is None:
+        elif call.asked[0].rest is None:
             return
-        found = reader.take_latest(claim, read.asked, entries, convert)
+        found = reader.take_latest(claim, call.asked, entries, convert)
     taken += found
 
 
-def list_topics(found: list[tuple[str, int, int]]) -> Reading:
-    """Add the topics that hold messages to a list."""
+def list_topics(found: list[tuple[str, int, int]]) -> Iterator[Call]:
+    """Add the topics that hold messages to a list; the calls are to be made as those of `read`."""
     page = None
     while page is None or page:
         yield (call := Call(topics_request(found)))
@@ -265,150 +261,142 @@ def list_topics(found: list[tuple[str, int, int]]) -> Reading:
 
 
 class Put(Call):
-    """A put, which is sent again under its key, so that it is stored once."""
+    """Puts, which are sent again under their keys, so that each is stored once."""
 
-    __slots__ = ("_is_sent", "_keyed", "_parts", "_run", "_sent_at", "_unsure")
+    __slots__ = ("_is_sent", "_keyed", "_puts", "_run", "_sent_at", "is_unsure")
 
-    def __init__(self, session: Session, topic: str, message: str | bytes) -> None:
-        """Raises TypeError, ValueError or TooBig if it can't be put."""
-        self._parts = session.put(topic, message)
-        self._keyed = self._run = b""
-        self._sent_at = 0.0
-        # Whether it may be stored: it was sent, and no reply says that it was not.
-        self._unsure = False
+    def __init__(self, *puts: tuple[bytes, bytes]) -> None:
+        """`puts` are topics and messages: see `Session.put`."""
+        self._puts = puts
+        self._keyed: list[bytes] = []
         self._is_sent = False
+        self.is_unsure = False
+        """Whether they may be stored: they were sent, and no reply says otherwise."""
         self.seconds = 0.0
 
     def request(self, producer: Producer) -> bytes:
+        producer.check_process()
         self._is_sent = True
-        if self._unsure:
-            return _again(self._keyed, self._sent_at, self._run, producer)
-        self._keyed = producer.put(*self._parts)
-        self._run = producer.run
-        self._sent_at = boot_time()
-        return b"*6" + self._keyed
+        if self.is_unsure:
+            self._raise_if_forgotten(producer)
+            return b"".join([b"*7%b$5\r\nAGAIN\r\n" % keyed for keyed in self._keyed])
+        self._run, self._sent_at = producer.run, boot_time()
+        self._keyed = [producer.put(*put) for put in self._puts]
+        return b"*6" + b"*6".join(self._keyed)
+
+    def _raise_if_forgotten(self, producer: Producer) -> None:
+        """Raise ConnectionLost if the server may have forgotten whether it stored them."""
+        if producer.run != self._run:
+            raise ConnectionLost(
+                "the server was restarted, and does not know what it had stored last", may_be_stored=True
+            )
+        if boot_time() - self._sent_at > RESEND_SECONDS:
+            about = f"no reply for {RESEND_SECONDS:g} s, and the server may have forgotten whether it is stored"
+            raise ConnectionLost(about, may_be_stored=True)
 
     def on_connection_lost(self, error: Exception) -> bool:
-        self._unsure = self._unsure or (self._is_sent and not isinstance(error, NOT_RUN))
+        self.is_unsure = self.is_unsure or (self._is_sent and not isinstance(error, NOT_RUN))
         self._is_sent = False
         return False
 
     def to_error(self, error: Exception) -> ConnectionLost:
-        return ConnectionLost(reason(error), may_be_stored=self._unsure)
+        return ConnectionLost(reason(error), may_be_stored=self.is_unsure)
 
 
-class PutMany(Call):
-    """Several puts, in order. On the next connection, those without a reply are sent again before the others."""
+class Batch(Put):
+    """Some of the puts of `put_many`. Those that have been answered are not sent again."""
 
-    def __init__(self, session: Session, topic: str, messages: Iterable[str | bytes]) -> None:
-        """Raises TypeError or ValueError if it can't be a topic, or these can't be messages."""
-        super().__init__()
-        messages = arguments.messages(messages)
-        arguments.topic_name(topic)
-        self._parts = (session.put(topic, message) for message in messages)
-        self.is_sent = True
-        """Whether the last batch has been sent. An asyncio client makes it before there is room to send it."""
-        self._error: Exception | None = None
-        # Whether the server sent it, and how many had been stored before.
-        self._is_refused, self._stored_before = False, 0
-        self._run = b""
-        # Puts that were sent, in that order, each with the time when it was first sent; and what is to be sent next.
-        self._unanswered: deque[tuple[bytes, float]] = deque()
-        self._made: list[tuple[bytes, bytes]] = []
-        # How many of them, the first ones, may be stored.
-        self._unsure = 0
-        # How many had a reply when a connection last broke.
+    __slots__ = ("_answered", "_many")
+
+    def __init__(self, many: PutMany, puts: Sequence[tuple[bytes, bytes]]) -> None:
+        super().__init__(*puts)
+        self._many = many
         self._answered = 0
-        self.ids: list[int] = []
-        """The ids of those that are stored."""
 
-    def batches(self, producer: Producer) -> Iterator[tuple[int, bytes]]:
-        """Iterate over what to send at once on a connection: how many requests, and the requests.
+    @property
+    def replies(self) -> int:
+        return len(self._puts) - self._answered
 
-        If messages took long to make, there is a count of 0 first: read all replies, and check that the connection is
-        still open.
-        """
-        unsure = [_again(*put, self._run, producer) for put in islice(self._unanswered, self._unsure)]
-        old = unsure + [b"*6" + keyed for keyed, _ in islice(self._unanswered, self._unsure, None)]
-        self._run = producer.run
-        for first in range(0, len(old), PUTS_AT_ONCE):
-            batch = old[first : first + PUTS_AT_ONCE]
-            yield len(batch), b"".join(batch)
-        while not self._is_refused:
-            if not self._made and self._make() > _LONG_BATCH_SECONDS:
-                yield 0, b""
-            if not self._made:
-                return
-            now = boot_time()
-            # The process may have forked while the messages were made.
-            producer.check_process()
-            batch = [producer.put(name, body) for name, body in self._made]
-            self._made = []
-            self._unanswered.extend([(keyed, now) for keyed in batch])
-            yield len(batch), b"*6" + b"*6".join(batch)
-
-    def _make(self) -> float:
-        """Take the next messages from the iterator; return how many seconds that took."""
-        size, began = 0, time.monotonic()
-        now = began
-        try:
-            for parts in self._parts:
-                now = time.monotonic()
-                self._made.append(parts)
-                size += len(parts[0]) + len(parts[1]) + _PUT_BYTES
-                if len(self._made) == PUTS_AT_ONCE or size >= BYTES_AT_ONCE or now - began > _LONG_BATCH_SECONDS:
-                    break
-        except Exception as error:  # noqa: BLE001 - `raise_if_failed` raises it
-            self._error = error
-        return now - began
+    def request(self, producer: Producer) -> bytes:
+        done, self._answered = self._answered, 0
+        self._puts, self._keyed = self._puts[done:], self._keyed[done:]
+        return super().request(producer)
 
     def take_reply(self, reply: Reply) -> None:
-        """Take the next reply. After an error nothing more is sent, and `raise_if_failed` raises it.
+        self._many.take_reply(reply)
+        self._answered += 1
 
-        The replies to what was sent already are still taken, to know what has been stored.
-        """
+
+class PutMany(Retryable):
+    """Several puts, in order."""
+
+    def __init__(self, session: Session, topic: str, messages: Iterable[str | bytes]) -> None:
+        """Raises TypeError or ValueError if the topic is invalid, or these are not several messages."""
+        messages = arguments.messages(messages)
+        arguments.topic_name(topic)
+        self.ids: list[int] = []
+        """The ids of the messages that are stored."""
+        self.unanswered: deque[Batch] = deque()
+        """The batches that are being sent on one connection."""
+        self.batches = self._batches(session.put(topic, message) for message in messages)
+        """New batches. None before one whose messages took long to come: first read all replies, and check that the
+        connection is still open."""
+        self._error: Exception | None = None
+        # How many messages were stored before the server refused one.
+        self._stored_before: int | None = None
+        # How many were stored when a connection last broke.
+        self._progress = 0
+
+    def _batches(self, puts: Iterator[tuple[bytes, bytes]]) -> Iterator[Batch | None]:
+        while self._error is None:
+            began = time.monotonic()
+            batch = self._next_puts(puts, began)
+            if time.monotonic() - began > _LONG_BATCH_SECONDS:
+                yield None
+            if not batch:
+                return
+            yield Batch(self, batch)
+
+    def _next_puts(self, puts: Iterator[tuple[bytes, bytes]], began: float) -> list[tuple[bytes, bytes]]:
+        found, size = [], 0
+        try:
+            for put in puts:
+                found.append(put)
+                size += len(put[0]) + len(put[1]) + _PUT_BYTES
+                is_late = time.monotonic() - began > _LONG_BATCH_SECONDS
+                if is_late or len(found) == PUTS_AT_ONCE or size >= BYTES_AT_ONCE:
+                    break
+        except Exception as error:  # noqa: BLE001 - raised when what came before it is stored
+            self._error = error
+        return found
+
+    def take_reply(self, reply: Reply) -> None:
+        """Take the next reply. After an error there are no new batches; it is raised when all replies are in."""
         try:
             self.ids.append(stored_id(reply))
         except ReplyError as error:
             if error is not reply:
                 raise
-            if not self._is_refused:
-                self._error, self._is_refused, self._stored_before = error, True, len(self.ids)
-        self._unanswered.popleft()
-        if self._unsure:
-            self._unsure -= 1
+            if self._stored_before is None:
+                self._error, self._stored_before = error, len(self.ids)
 
     def on_connection_lost(self, error: Exception) -> bool:
-        if self.is_sent and not isinstance(error, NOT_RUN):
-            self._unsure = len(self._unanswered)
-        before, self._answered = self._answered, len(self.ids)
-        return self._answered > before
+        for batch in self.unanswered:
+            batch.on_connection_lost(error)
+        before, self._progress = self._progress, len(self.ids)
+        return self._progress > before
 
     def to_error(self, error: Exception) -> ConnectionLost:
-        return ConnectionLost(reason(error), may_be_stored=self._unsure > 0)
-
-    def raise_if_failed(self) -> None:
-        """Raise the error at which the messages ended, if it was one: those before it are stored."""
-        if self._error is not None:
-            raise self._error
+        return ConnectionLost(reason(error), may_be_stored=any(batch.is_unsure for batch in self.unanswered))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        """Set the numbers of stored messages in an error."""
-        if isinstance(error, DSMQError):
-            error.stored_before = self._stored_before if self._is_refused else len(self.ids)
-            error.stored_behind = len(self.ids) - error.stored_before
-
-
-def _again(keyed: bytes, sent_at: float, run: bytes, producer: Producer) -> bytes:
-    """Return the request that sends a put again. Raises ConnectionLost if the server may have forgotten it."""
-    about = ""
-    if producer.run != run:
-        about = "the server was restarted, and does not know what it had stored last"
-    elif boot_time() - sent_at > RESEND_SECONDS:
-        about = f"no reply for {RESEND_SECONDS:g} s, and the server may have forgotten whether it is stored"
-    if about:
-        raise ConnectionLost(about, may_be_stored=True)
-    return b"*7%b$5\r\nAGAIN\r\n" % keyed
+        """Raise the error of a message, if there was one. Set the numbers of stored messages in any error of dsmq."""
+        raised = error or self._error
+        if isinstance(raised, DSMQError):
+            raised.stored_before = len(self.ids) if self._stored_before is None else self._stored_before
+            raised.stored_behind = len(self.ids) - raised.stored_before
+        if raised is not None and raised is not error:
+            raise raised

@@ -13,9 +13,10 @@ from dsmq.client.arguments import topic_name
 from dsmq.client.reader import MAX_READ_BYTES, Returned, TopicReader, take_back
 from dsmq.client.replies import as_map, as_number, as_ranges, as_text, check
 from dsmq.client.stretch import Entry, Era
-from dsmq.errors import AuthRequired, MessageNotText, ProtocolError, ReplyError
-from dsmq.system import LONG_MESSAGE_BYTES, boot_time, expect_long_messages
-from dsmq.wire.resp import MAX_INTEGER, Reply, encode_request
+from dsmq.errors import AuthRequired, MessageNotText, ProtocolError
+from dsmq.system import LONG_MESSAGE_BYTES, boot_time, raise_malloc_threshold
+from dsmq.wire.limits import MAX_INTEGER
+from dsmq.wire.resp import Reply, encode_request
 
 SHUTDOWN = encode_request(b"SHUTDOWN")
 PING = encode_request(b"PING")
@@ -112,11 +113,9 @@ class Session:
         A new epoch means that the server has lost its messages: all those it has now were put after this client
         connected, and are read from the start. A new run means that it may have lost those that were put last.
         """
-        if isinstance(reply, ReplyError) and (type(reply) is ReplyError or "HELLO" in str(reply)):
-            raise ProtocolError(f"not a dsmq server, but Redis or one like it: {reply}")
         facts = as_map(reply)
         if facts.get("server", b"dsmq") != b"dsmq":
-            raise ProtocolError(f"not a dsmq server, but {facts['server']!r}")
+            raise ProtocolError("not a dsmq server")
         if facts.get("access") == b"nobody":
             raise AuthRequired("authentication required: connect(..., token=...)")
         epoch, run = as_text(facts.get("epoch")), as_text(facts.get("run")).encode()
@@ -220,7 +219,7 @@ class Session:
         else:
             raise TypeError(f"a message is a str or bytes, not {type(message).__name__}")
         if len(body) > LONG_MESSAGE_BYTES:
-            expect_long_messages()
+            raise_malloc_threshold()
         return name, body
 
     def entries(self, reply: Reply) -> list[Entry]:

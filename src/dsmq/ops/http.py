@@ -13,20 +13,19 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from http import HTTPMethod, HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from socketserver import BaseServer
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from dsmq import __version__, logs
 from dsmq.broker import listener as listening
 from dsmq.broker.auth import HTTPAuthenticator
+from dsmq.ops import metrics
 from dsmq.ops.status import Status
 
 # How long a client may take to send its request, and to read the reply. A scrape takes milliseconds.
@@ -39,7 +38,6 @@ LINGER_SECONDS = 0.5
 LINGER_BYTES = 1_048_576
 POLL_SECONDS = 0.1
 
-_NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 _logger = logging.getLogger(__name__)
 
 
@@ -49,46 +47,36 @@ class HTTPEndpoint(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(
-        self,
-        sock: socket.socket,
-        registry: CollectorRegistry,
-        status: Status,
-        authenticator: Callable[[], HTTPAuthenticator],
-    ) -> None:
-        """`authenticator` returns the access rules in force."""
+    def __init__(self, sock: socket.socket, status: Status, close: Callable[[socket.socket], None]) -> None:
+        """`close` closes the listening socket at the end."""
         # Skips TCPServer.__init__, which would create another socket.
         BaseServer.__init__(self, sock.getsockname()[:2], _Handler)
         self.socket = sock
-        self.authenticator = authenticator
-        self.registry = registry
         self.status = status
+        self.registry = metrics.registry(status)
         self.waiting_since: dict[socket.socket, float] = {}
         """The open connections, oldest first: since when the client is to send its request or to hang up, or infinity
         while its request is being answered."""
         self.thread = threading.Thread(
             target=self.serve_forever, args=(POLL_SECONDS,), name="dsmq-metrics", daemon=True
         )
+        self._close = close
         self._stopping = False
         self._closed_one = threading.Event()
 
     @property
-    def port(self) -> int:
-        return int(self.socket.getsockname()[1])
-
-    @property
-    def url(self) -> str:
-        return f"http://{listening.address(self.socket)}/"
+    def authenticator(self) -> HTTPAuthenticator:
+        return self.status.context.access.http_authenticator
 
     def start(self) -> None:
         self.thread.start()
 
-    def stop(self, close: Callable[[socket.socket], None] = listening.close) -> None:
+    def stop(self) -> None:
         """Stop serving, and close the listening socket."""
         self._stopping = True
         if self.thread.is_alive():
             self.shutdown()
-        close(self.socket)
+        self._close(self.socket)
 
     def abandon(self) -> None:
         """Close a forked process's copies of the sockets."""
@@ -169,7 +157,7 @@ class HTTPEndpoint(ThreadingHTTPServer):
     def count_failure(self) -> None:
         """Log and count the exception being handled, which is a bug."""
         _logger.exception("HTTP request failed", extra=logs.event("defect"))
-        self.status.refused.failures += 1
+        self.status.own_counters.failures += 1
 
 
 def _cut_off(sock: socket.socket) -> None:
@@ -182,11 +170,15 @@ class _Reply(NamedTuple):
     status: HTTPStatus
     content_type: str
     body: bytes
-    headers: Mapping[str, str] = _NO_HEADERS
+    headers: tuple[tuple[str, str], ...] = ()
 
 
-def _text(status: HTTPStatus, text: str, headers: Mapping[str, str] = _NO_HEADERS) -> _Reply:
+def _text(status: HTTPStatus, text: str, *headers: tuple[str, str]) -> _Reply:
     return _Reply(status, "text/plain; charset=utf-8", f"{text}\n".encode(), headers)
+
+
+def _json(status: HTTPStatus, value: object, *headers: tuple[str, str]) -> _Reply:
+    return _Reply(status, "application/json", json.dumps(value).encode() + b"\n", headers)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -227,8 +219,8 @@ class _Handler(BaseHTTPRequestHandler):
             return _page()
         if path not in PROTECTED_ROUTES:
             return _text(HTTPStatus.NOT_FOUND, f"Not found. Try {', '.join(('/', *PUBLIC_ROUTES, *PROTECTED_ROUTES))}.")
-        if not self.server.authenticator().admits(self.headers.get("Authorization", "")):
-            return _text(HTTPStatus.UNAUTHORIZED, "Bearer token required.", {"WWW-Authenticate": "Bearer"})
+        if not self.server.authenticator.is_authorized(self.headers.get("Authorization", "")):
+            return _text(HTTPStatus.UNAUTHORIZED, "Bearer token required.", ("WWW-Authenticate", "Bearer"))
         return PROTECTED_ROUTES[path](self)
 
     def _check_host(self) -> _Reply | None:
@@ -236,7 +228,7 @@ class _Handler(BaseHTTPRequestHandler):
         hosts = self.headers.get_all("Host", [])
         if len(hosts) > 1 or (not hosts and self.request_version != "HTTP/1.0"):
             return _text(HTTPStatus.BAD_REQUEST, "Exactly one Host header is required.")
-        if hosts and not self.server.authenticator().answers_to(hosts[0]):
+        if hosts and not self.server.authenticator.accepts_host(hosts[0]):
             return _text(HTTPStatus.MISDIRECTED_REQUEST, "Unknown host name: add it to http_allowed_hosts.")
         return None
 
@@ -249,21 +241,22 @@ class _Handler(BaseHTTPRequestHandler):
         return _Reply(HTTPStatus.OK, content_type, encode(self.server.registry))
 
     def healthz(self) -> _Reply:
-        stuck = self.server.status.stuck_threads()
-        return _check(not stuck, {"status": "failing" if stuck else "ok", "stuck_threads": stuck})
+        if stuck := self.server.status.stuck_threads():
+            return _json(HTTPStatus.SERVICE_UNAVAILABLE, {"status": "failing", "stuck_threads": stuck})
+        return _json(HTTPStatus.OK, {"status": "ok", "stuck_threads": []})
 
     def readyz(self) -> _Reply:
-        reasons = self.server.status.not_ready_reasons()
-        return _check(not reasons, {"status": "not ready" if reasons else "ready", "reasons": reasons})
+        if reasons := self.server.status.not_ready_reasons():
+            return _json(HTTPStatus.SERVICE_UNAVAILABLE, {"status": "not ready", "reasons": reasons})
+        return _json(HTTPStatus.OK, {"status": "ready", "reasons": []})
 
     def status(self) -> _Reply:
-        body = json.dumps(self.server.status.page()).encode()
-        return _Reply(HTTPStatus.OK, "application/json", body, {"Cache-Control": "no-store"})
+        return _json(HTTPStatus.OK, self.server.status.page(), ("Cache-Control", "no-store"))
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:  # noqa: ARG002
         """Refuse a malformed or unsupported request, in plain text: http.server's HTML would repeat the request."""
         if code == HTTPStatus.NOT_IMPLEMENTED and self.command in HTTPMethod.__members__:
-            self._send(_text(HTTPStatus.METHOD_NOT_ALLOWED, "Only GET and HEAD are allowed.", {"Allow": "GET, HEAD"}))
+            self._send(_text(HTTPStatus.METHOD_NOT_ALLOWED, "Only GET and HEAD are allowed.", ("Allow", "GET, HEAD")))
         else:
             self._send(_text(HTTPStatus(code), f"{HTTPStatus(code).phrase}."))
 
@@ -274,7 +267,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", reply.content_type)
         self.send_header("Content-Length", str(len(reply.body)))
         self.send_header("X-Content-Type-Options", "nosniff")
-        for name, value in reply.headers.items():
+        for name, value in reply.headers:
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
@@ -299,11 +292,6 @@ PUBLIC_ROUTES = {"/healthz": _Handler.healthz, "/readyz": _Handler.readyz}
 PROTECTED_ROUTES = {"/metrics": _Handler.metrics, "/status.json": _Handler.status}
 
 
-def _check(passed: bool, about: Mapping[str, object]) -> _Reply:  # noqa: FBT001
-    status = HTTPStatus.OK if passed else HTTPStatus.SERVICE_UNAVAILABLE
-    return _Reply(status, "application/json", json.dumps(about).encode() + b"\n")
-
-
 @functools.cache
 def _page() -> _Reply:
     """Return the status page, with a Content-Security-Policy that allows its own script and style, and nothing else."""
@@ -317,5 +305,5 @@ def _page() -> _Reply:
         f"default-src 'none'; script-src 'sha256-{digest('script')}'; style-src 'sha256-{digest('style')}'; "
         "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
-    headers = {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"}
+    headers = (("Content-Security-Policy", policy), ("Referrer-Policy", "no-referrer"))
     return _Reply(HTTPStatus.OK, "text/html; charset=utf-8", html.encode(), headers)

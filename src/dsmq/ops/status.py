@@ -1,4 +1,4 @@
-"""The state of a server, as /metrics, /healthz, /readyz, INFO and the status page report it."""
+"""The state of a server, as /metrics, /healthz, /readyz, INFO, systemd and the status page report it."""
 
 from __future__ import annotations
 
@@ -6,23 +6,36 @@ import heapq
 import os
 import platform
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dsmq import __version__
-from dsmq.broker.auth import Role
-from dsmq.broker.commands import ServerContext
-from dsmq.broker.connection import Connection
 from dsmq.broker.counters import Counters, total
-from dsmq.broker.event_loop import PULSE_SECONDS, EventLoop
 from dsmq.errors import ReplyError
-from dsmq.settings import Settings
-from dsmq.store.api import Store, Timing, TopicStats, Totals
-from dsmq.store.expiry import Expiry
-from dsmq.store.snapshots import SnapshotStats, Snapshotter
+from dsmq.store.api import TopicStats, Totals
+
+if TYPE_CHECKING:
+    from dsmq.broker.connection import Connection
+    from dsmq.broker.context import ServerContext
+    from dsmq.broker.event_loop import EventLoop
+    from dsmq.store.expiry import Expiry
+    from dsmq.store.snapshots import SnapshotStats, Snapshotter
 
 # Max topics, and max clients, on the status page.
 MAX_ROWS = 100
+
+
+class Fact(NamedTuple):
+    """A number that operators see, under its name as a metric; with a label, the numbers by label."""
+
+    name: str
+    about: str
+    value: float | Mapping[str, float]
+    label: str = ""
+
+    @property
+    def total(self) -> float:
+        return sum(self.value.values()) if isinstance(self.value, Mapping) else self.value
 
 
 class Status:
@@ -33,97 +46,149 @@ class Status:
         context: ServerContext,
         workers: Sequence[EventLoop],
         expiry: Expiry,
-        keeper: Snapshotter | None,
-        max_connections: int,
+        snapshotter: Snapshotter | None,
+        snapshots: SnapshotStats,
     ) -> None:
+        self.context = context
         self.started_at = time.time()
-        self.port: int | None = None
-        """The TCP port for clients."""
-        self.refused = Counters()
-        """Counts connections that were refused before a worker got them."""
+        self.port = 0
+        """The TCP port for clients; 0 before the start, and if there is none."""
+        self.own_counters = Counters()
+        """Counts what happens outside the event loops: refused connections and failed HTTP requests."""
         self.serving = False
         self.stopping = False
-        self.store: Store = context.store
-        self.max_connections = max_connections
         self._began = time.monotonic()
-        self._context = context
         self._workers = workers
         self._expiry = expiry
-        self._snapshotter = keeper
-
-    @property
-    def settings(self) -> Settings:
-        """The settings in force, which a reload may change."""
-        return self._context.settings
+        self._snapshotter = snapshotter
+        self._snapshots = snapshots
 
     def counters(self) -> Counters:
-        return total([*(worker.counters for worker in self._workers), self.refused])
+        return total([*(worker.counters for worker in self._workers), self.own_counters])
 
     def totals(self) -> Totals:
-        return self.store.totals()
-
-    def expiry_timing(self) -> Timing:
-        return self._expiry.timing
-
-    def snapshots(self) -> SnapshotStats:
-        return self._snapshotter.stats if self._snapshotter else SnapshotStats()
-
-    def snapshot_interval(self) -> float:
-        return self._snapshotter.interval if self._snapshotter else 0
+        return self.context.store.totals()
 
     def connections(self) -> int:
         return sum(len(worker.connections) for worker in self._workers)
 
     def waiting(self) -> int:
-        return self._context.usage.waiting.total
-
-    def unauthenticated(self) -> int:
-        return self._context.usage.unauthenticated.total
+        """Return the number of readers waiting for a message."""
+        return self.context.usage.waiting.total
 
     def topic_stats(self, topic: bytes) -> TopicStats | None:
-        """Return the stats of a topic, or None if the store fails, or can't answer at once."""
+        """Return the stats of a topic, or None if the store fails."""
         try:
-            stats = self.store.stats(topic)
+            return self.context.store.stats(topic)
         except ReplyError:
             return None
-        return stats if isinstance(stats, TopicStats) else None
 
     # Health
 
     def stuck_threads(self) -> list[str]:
         """Return the names of threads that are dead, or have been unresponsive for health_timeout_seconds."""
-        timeout, now = self.settings.health_timeout_seconds, time.monotonic()
-        due = [(worker.thread, worker.now + PULSE_SECONDS) for worker in self._workers]
-        due.append((self._expiry.thread, self._expiry.due_at))
-        if self._snapshotter:
-            due.append((self._snapshotter.thread, self._snapshotter.due_at))
+        latest = time.monotonic() - self.context.settings.health_timeout_seconds
         return [
-            thread.name
-            for thread, due_at in due
+            part.thread.name
+            for part in (*self._workers, self._expiry, self._snapshotter)
             # While the server stops, its threads end one by one.
-            if thread.ident and (now - due_at > timeout if thread.is_alive() else not self.stopping)
+            if part and part.thread.ident and (part.due_at < latest if part.thread.is_alive() else not self.stopping)
         ]
 
     def not_ready_reasons(self) -> list[str]:
         """Return why the server does not accept clients or puts; empty if it does."""
-        reasons = []
-        if self.stopping:
-            reasons.append("stopping")
-        elif not self.serving:
-            reasons.append("starting")
-        totals, limits = self.totals(), self.store.limits
-        # Not 100 %: a message that does not fit is refused although some bytes are left.
-        if totals.messages >= limits.messages or totals.accounted_bytes >= limits.bytes * 0.99:
-            reasons.append("full")
-        if self.connections() >= self.max_connections:
-            reasons.append("too many connections")
-        return reasons
+        totals, limits = self.totals(), self.context.store.limits
+        reasons = {
+            "stopping": self.stopping,
+            "starting": not (self.serving or self.stopping),
+            # Not 100 %: a message that does not fit is refused although some bytes are left.
+            "full": totals.messages >= limits.messages or totals.accounted_bytes >= limits.bytes * 0.99,
+            "too many connections": self.connections() >= self.context.usage.connections.limit,
+        }
+        return [reason for reason, applies in reasons.items() if applies]
 
-    # INFO
+    # Facts
+
+    def counted(self) -> Iterator[Fact]:
+        """Return the numbers that only grow."""
+        counters, totals = self.counters(), self.totals()
+        yield Fact("puts", "Messages stored since the start.", totals.stored)
+        # Labels that are likely to be queried start at 0: a rate does not see a series that first appears as 1.
+        refused = {"full": 0, "store": 0} | {code.lower(): count for code, count in counters.puts_refused.items()}
+        yield Fact("puts_refused", "Puts refused, by error code.", refused, "reason")
+        gets = {"message": counters.gets_message, "empty": counters.gets_empty}
+        yield Fact("gets", "Reads answered, by result.", gets, "result")
+        yield Fact("deliveries", "Messages sent to readers.", counters.delivered)
+        yield Fact("messages_expired", "Messages deleted because of their age.", totals.expired)
+        yield Fact("messages_expired_unread", "Expired messages that no client had read.", totals.expired_unread)
+        yield Fact("connections_opened", "Connections accepted.", counters.opened)
+        not_admitted = {"connections": 0, "address": 0} | counters.refused
+        yield Fact("connections_refused", "Connections refused, by reason.", not_admitted, "reason")
+        yield Fact("requests", "Requests, by command.", counters.commands, "command")
+        yield Fact("received_bytes", "Bytes received from clients.", counters.bytes_in)
+        yield Fact("sent_bytes", "Bytes sent to clients.", counters.bytes_out)
+        yield Fact("errors", "Error replies, by code.", counters.errors, "code")
+        about = "Connections closed and HTTP requests failed because of a bug in the server."
+        yield Fact("failures", about, counters.failures)
+        yield Fact("auth_failures", "Authentication attempts with an invalid token.", counters.wrong_tokens)
+
+    def background(self) -> Iterator[Fact]:
+        """Return what the store and the background threads have done; it only grows."""
+        store, expiry, snapshots = self.context.store.timings(), self._expiry.timing, self._snapshots
+        counts = {operation: timing.times for operation, timing in store.items()}
+        yield Fact("store_operations", "Database operations, by kind.", counts, "operation")
+        seconds = {operation: timing.seconds for operation, timing in store.items()}
+        yield Fact("store_seconds", "Time spent in database operations, by kind.", seconds, "operation")
+        yield Fact("expiry_runs", "Runs of the expiry thread.", expiry.times)
+        yield Fact("expiry_seconds", "Time spent in runs of the expiry thread, including pauses.", expiry.seconds)
+        results = {"written": snapshots.written, "failed": snapshots.failed}
+        yield Fact("snapshots", "Snapshots, by result.", results, "result")
+        yield Fact("snapshot_seconds", "Time spent on snapshots that were written.", snapshots.seconds)
+
+    def usage(self) -> Iterator[Fact]:
+        """Return the numbers that go up and down."""
+        totals, snapshots = self.totals(), self._snapshots
+        yield Fact("ready", "Whether the server accepts clients and puts: 1 or 0.", not self.not_ready_reasons())
+        yield Fact("healthy", "Whether all threads are responsive: 1 or 0.", not self.stuck_threads())
+        yield Fact("messages", "Messages stored now.", totals.messages)
+        yield Fact("message_bytes", "Bytes of the message bodies stored now.", totals.bytes)
+        yield Fact("stored_bytes", "Bytes stored now, as counted against the limit.", totals.accounted_bytes)
+        yield Fact("topics", "Topics that have messages.", totals.topics)
+        oldest = totals.oldest_age_ms / 1000
+        yield Fact("oldest_message_age_seconds", "Age of the oldest message.", oldest)
+        lag = max(0.0, oldest - self.context.settings.max_age_seconds)
+        yield Fact("expiry_lag_seconds", "By how much the oldest message exceeds max_age_seconds.", lag)
+        yield Fact("connections", "Open connections.", self.connections())
+        about, unauthenticated = "Open connections that are not authenticated yet.", self.context.usage.unauthenticated
+        yield Fact("unauthenticated_connections", about, unauthenticated.total)
+        yield Fact("waiting_readers", "Readers waiting for a message.", self.waiting())
+        about = "Unix time of the last snapshot written or restored; 0: none."
+        yield Fact("snapshot_time_seconds", about, snapshots.last_at)
+        yield Fact("snapshot_size_bytes", "Size of the last snapshot written.", snapshots.last_bytes)
+        yield Fact("restored_messages", "Messages restored from a snapshot at the start.", snapshots.restored)
+
+    def limits(self) -> Iterator[Fact]:
+        """Return the settings that bound the numbers above."""
+        limits, settings = self.context.store.limits, self.context.settings
+        yield Fact("messages_limit", "Max messages stored.", limits.messages)
+        yield Fact("messages_per_topic_limit", "Max messages stored per topic.", limits.messages_per_topic)
+        yield Fact("stored_bytes_limit", "Max bytes stored.", limits.bytes)
+        yield Fact("stored_bytes_per_topic_limit", "Max bytes stored per topic.", limits.bytes_per_topic)
+        yield Fact("topics_limit", "Max topics that have messages.", limits.topics)
+        yield Fact("message_size_limit_bytes", "Max size of a message.", settings.max_message_bytes)
+        yield Fact("max_age_seconds", "Age at which messages expire.", settings.max_age_seconds)
+        yield Fact("connections_limit", "Max open connections.", self.context.usage.connections.limit)
+        per_address, unauthenticated = settings.max_connections_per_address, settings.max_unauthenticated_connections
+        yield Fact("connections_per_address_limit", "Max open connections per client address.", per_address)
+        yield Fact("unauthenticated_connections_limit", "Max unauthenticated connections.", unauthenticated)
+        yield Fact("waiting_readers_limit", "Max waiting readers.", settings.max_waiting_readers)
+        interval = self._snapshotter.interval if self._snapshotter else 0
+        yield Fact("snapshot_interval_seconds", "Time between snapshots; 0: no periodic snapshots.", interval)
 
     def info(self) -> Mapping[str, Mapping[str, object]]:
-        """Return sections of names and values."""
-        counters, totals, store = self.counters(), self.totals(), self.store
+        """Return what INFO shows: sections of names and values, some of them as Redis calls them."""
+        counted = {fact.name: fact.total for fact in self.counted()}
+        totals, store = self.totals(), self.context.store
         return {
             "server": {
                 "dsmq_version": __version__,
@@ -137,12 +202,10 @@ class Status:
             "replication": {"role": "master", "connected_slaves": 0},
             "clients": {"connected_clients": self.connections(), "blocked_clients": self.waiting()},
             "stats": {
-                "total_connections_received": counters.opened,
-                "rejected_connections": sum(counters.refused.values()),
-                "total_commands_processed": counters.requests,
-                "puts": totals.stored,
-                "deliveries": counters.delivered,
-                "errors": sum(counters.errors.values()),
+                "total_connections_received": counted["connections_opened"],
+                "rejected_connections": counted["connections_refused"],
+                "total_commands_processed": self.counters().requests,
+                **{name: counted[name] for name in ("puts", "deliveries", "errors")},
             },
             "store": {**totals._asdict(), "last_id": store.last_id()},
             # redis-cli --stat shows these two.
@@ -154,49 +217,29 @@ class Status:
 
     def page(self) -> dict[str, Any]:
         """Return what the status page shows, as plain values, without messages and tokens."""
-        counters, totals = self.counters(), self.totals()
+        settings, access = self.context.settings, self.context.access
         stuck, not_ready = self.stuck_threads(), self.not_ready_reasons()
         return {
             "version": __version__,
-            "epoch": self.store.epoch,
+            "epoch": self.context.store.epoch,
             "now": time.time(),
             "uptime_seconds": time.monotonic() - self._began,
-            "host": self.settings.host,
+            "host": settings.host,
             "port": self.port,
-            "tokens": bool(self._context.access.authenticator.tokens),
-            "tls": bool(self.settings.tls_cert_file),
+            "tokens": bool(access.authenticator.tokens),
+            "tls": bool(settings.tls_cert_file),
             "ready": not not_ready,
             "healthy": not stuck,
             "reasons": [*not_ready, *(f"{name} is stuck" for name in stuck)],
             "stopping": self.stopping,
-            "counters": _counters(counters, totals),
-            "held": self._held(totals),
-            "connections": {
-                "open": self.connections(),
-                "limit": self.max_connections,
-                "waiting_readers": self.waiting(),
-                "unauthenticated": self.unauthenticated(),
-            },
+            "counters": {fact.name: fact.total for fact in self.counted()},
+            "gauges": {fact.name: fact.total for fact in (*self.usage(), *self.limits())},
             "topics": self._largest_topics(),
-            "topics_shown_of": totals.topics,
             "clients": self._slowest_clients(),
             "errors": [
                 {"at": at, "code": code, "client": client, "message": message}
-                for at, code, client, message in sorted(counters.recent, reverse=True)
+                for at, code, client, message in sorted(self.counters().recent, reverse=True)
             ],
-        }
-
-    def _held(self, totals: Totals) -> dict[str, float]:
-        limits = self.store.limits
-        return {
-            "messages": totals.messages,
-            "messages_limit": limits.messages,
-            "bytes": totals.accounted_bytes,
-            "bytes_limit": limits.bytes,
-            "topics": totals.topics,
-            "topics_limit": limits.topics,
-            "oldest_age_seconds": totals.oldest_age_ms / 1000,
-            "max_age_seconds": self.settings.max_age_seconds,
         }
 
     def _largest_topics(self) -> list[dict[str, Any]]:
@@ -208,7 +251,7 @@ class Status:
                 "last_number": stats.last_number,
                 "oldest_age_seconds": stats.oldest_age_ms / 1000,
             }
-            for stats in map(self.topic_stats, self.store.largest_topics(MAX_ROWS))
+            for stats in map(self.topic_stats, self.context.store.largest_topics(MAX_ROWS))
             if stats
         ]
 
@@ -226,7 +269,6 @@ class Status:
                 "waiting": client.waiting,
                 "topic": client.last_read[0].decode(errors="replace") if client.last_read else None,
                 "lag": lag,
-                "role": "" if client.role is Role.NOBODY else client.role.name.lower(),
             }
             for lag, client in slowest
         ]
@@ -236,20 +278,4 @@ class Status:
         if client.last_read is None:
             return None
         topic, number = client.last_read
-        return max(0, self.store.last_number(topic) - number)
-
-
-def _counters(counters: Counters, totals: Totals) -> dict[str, int]:
-    return {
-        "puts": totals.stored,
-        "deliveries": counters.delivered,
-        "received_bytes": counters.bytes_in,
-        "sent_bytes": counters.bytes_out,
-        "expired": totals.expired,
-        "expired_unread": totals.expired_unread,
-        "puts_refused": sum(counters.puts_refused.values()),
-        "errors": sum(counters.errors.values()),
-        "connections_opened": counters.opened,
-        "connections_refused": sum(counters.refused.values()),
-        "auth_failures": counters.wrong_tokens,
-    }
+        return max(0, self.context.store.last_number(topic) - number)

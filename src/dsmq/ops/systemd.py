@@ -10,16 +10,23 @@ import math
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from dsmq.errors import StartupError
-from dsmq.ops.status import Status
+
+if TYPE_CHECKING:
+    from dsmq.ops.status import Status
 
 # FileDescriptorName= of the sockets for clients, and of the one for the HTTP endpoint.
 QUEUE = "dsmq"
 METRICS = "metrics"
 FIRST_DESCRIPTOR = 3
+VARIABLES = (
+    *("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"),
+    *("LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES"),
+)
 # If systemd itself hangs, it must not block the main thread for longer than this.
 NOTIFY_TIMEOUT_SECONDS = 2.0
 # Requested beyond stop_timeout_seconds, for the last stages of a stop and for Python's own exit.
@@ -85,22 +92,18 @@ class Systemd:
         self.notify(*states)
 
 
-def take() -> Systemd:
+def take(environment: MutableMapping[str, str] = os.environ) -> Systemd:
     """Take what systemd passed, and remove it from the environment of child processes. Raises StartupError."""
-    names = ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
-    given = {name: os.environ.pop(name, "") for name in (*names, "LISTEN_PIDFDID")}
+    given = {name: environment.pop(name, "") for name in VARIABLES}
     me = str(os.getpid())
     watched = given["WATCHDOG_PID"] in ("", me) and given["WATCHDOG_USEC"].isdecimal()
-    watchdog_seconds = int(given["WATCHDOG_USEC"]) / 1e6 if watched else math.inf
-    count = int(given["LISTEN_FDS"]) if given["LISTEN_PID"] == me and given["LISTEN_FDS"].isdecimal() else 0
-    purposes = _purposes(given["LISTEN_FDNAMES"].split(":")[:count] if given["LISTEN_FDNAMES"] else [], count)
-    sockets = [_listening(FIRST_DESCRIPTOR + number, purpose) for number, purpose in enumerate(purposes)]
+    watchdog_seconds = int(given["WATCHDOG_USEC"]) / 1e6 if watched else 0
+    passed = given["LISTEN_PID"] == me and given["LISTEN_FDS"].isdecimal()
+    names = _names(given["LISTEN_FDNAMES"], int(given["LISTEN_FDS"]) if passed else 0)
+    sockets = [(name, _listening(FIRST_DESCRIPTOR + number, name)) for number, name in enumerate(names)]
     if sockets:
         _logger.info("using the sockets passed by systemd instead of the host and port settings")
-    queue, metrics = (
-        [sock for sock, purpose in zip(sockets, purposes, strict=True) if purpose == wanted]
-        for wanted in (QUEUE, METRICS)
-    )
+    queue, metrics = ([sock for name, sock in sockets if name == wanted] for wanted in (QUEUE, METRICS))
     if (metrics and not queue) or len(metrics) > 1:
         raise StartupError(
             f"systemd passed {len(queue)} sockets named {QUEUE} and {len(metrics)} named {METRICS}: "
@@ -109,9 +112,9 @@ def take() -> Systemd:
     return Systemd(given["NOTIFY_SOCKET"], watchdog_seconds or math.inf, queue, metrics)
 
 
-def _purposes(names: list[str], count: int) -> list[str]:
+def _names(given: str, count: int) -> list[str]:
     """Return QUEUE or METRICS for each passed socket."""
-    names = names + ["unknown"] * (count - len(names))
+    names = [*(given.split(":") if given else []), *["unknown"] * count][:count]
     unknown = [name for name in names if name not in (QUEUE, METRICS)]
     # Without FileDescriptorName= a socket has the name of its unit; a single one is for clients.
     if len(unknown) > 1 or (unknown and QUEUE in names):

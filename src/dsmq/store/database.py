@@ -3,40 +3,55 @@
 from __future__ import annotations
 
 import sqlite3
+import sys
 import threading
 import time
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from dsmq.errors import Full, ReplyError, StartupError, StoreFailed
 from dsmq.store.api import Timing
-from dsmq.store.schema import INDEX, INSERT_ROW, INSERT_TOPIC, LONG_BYTES, SCHEMA, Columns, Row, StoredMessage, unpack
+from dsmq.store.schema import (
+    DROP_SNAPSHOT_SCHEMA,
+    INDEX,
+    INSERT_ROW,
+    INSERT_TOPIC,
+    LONG_BYTES,
+    SCHEMA,
+    Batch,
+    Columns,
+    Row,
+    StoredMessage,
+    unpack,
+)
 
-# Rows, and bytes of messages, deleted while the lock is held once: less than 0.1 ms of work.
+# Max rows and bytes deleted while the lock is held: less than 0.1 ms of work.
 EXPIRY_ROWS, EXPIRY_BYTES = 100, 131_072
-# The same for a snapshot: topics, rows, and bytes of messages copied.
-COPY_TOPICS, COPY_ROWS, COPY_BYTES = 500, 64, 16_384
-# Pages of 4,096 bytes, copied between two calls of on_progress.
-COPY_PAGES = 4096
+# Max rows and bytes copied for a snapshot while the lock is held.
+COPY_ROWS, COPY_BYTES = 64, 16_384
+PAGE_BYTES = 4096
+# Instructions of SQLite's virtual machine between two reports of progress.
+PROGRESS_INSTRUCTIONS = 1000
 
-READ = """SELECT put_at, last_number, ids_and_sizes, bodies FROM chunks
-    WHERE topic = ? AND last_id > ? AND put_at >= ? ORDER BY last_id"""
-_SHORT_BODIES = f"CASE WHEN length(bodies) < {LONG_BYTES} THEN bodies END, last_id"
-READ_SHORT = READ.replace("bodies", _SHORT_BODIES)
-LATEST = f"""SELECT put_at, last_number, ids_and_sizes, {_SHORT_BODIES} FROM chunks
-    WHERE topic = ? ORDER BY last_id DESC"""  # noqa: S608 - a constant
+# Without long bodies, which are read as blobs.
+_COLUMNS = f"put_at, last_number, ids_and_sizes, CASE WHEN length(bodies) < {LONG_BYTES} THEN bodies END"
+READ = f"SELECT {_COLUMNS} FROM chunks WHERE topic = ? AND last_id > ? AND put_at >= ? ORDER BY last_id"  # noqa: S608
+LATEST = f"SELECT {_COLUMNS} FROM chunks WHERE topic = ? ORDER BY last_id DESC"  # noqa: S608
 OLDEST = "SELECT put_at, ids_and_sizes FROM chunks WHERE topic = ? ORDER BY last_id LIMIT 1"
 # An id and a size take 16 bytes.
 EXPIRY = """SELECT last_id, topic, put_at, length(ids_and_sizes) / 16, length(bodies)
     FROM chunks WHERE last_id <= ? ORDER BY last_id LIMIT ?"""
 DELETE = "DELETE FROM chunks WHERE last_id <= ?"
-TOPICS = "SELECT id FROM topics WHERE name > ? ORDER BY name LIMIT ?"
-COPY = """SELECT last_id, topic, put_at, last_number, ids_and_sizes, bodies
-    FROM chunks WHERE last_id > ? AND last_id <= ? ORDER BY last_id LIMIT ?"""
-_HELD = """SELECT id, name, max(last_number), max(last_id), sum(length(ids_and_sizes)) / 16, sum(length(bodies)),
-    max(length(bodies))
+TOPICS = "SELECT name FROM topics WHERE name > ? ORDER BY name LIMIT ?"
+COPY = {
+    INSERT_TOPIC: "SELECT id, name FROM topics WHERE id > ? AND id <= ? ORDER BY id LIMIT ?",
+    INSERT_ROW: """SELECT last_id, topic, put_at, last_number, ids_and_sizes, bodies
+    FROM chunks WHERE last_id > ? AND last_id <= ? ORDER BY last_id LIMIT ?""",
+}
+_HELD = """SELECT id, name, max(last_number), max(last_id), sum(length(ids_and_sizes)) / 16, sum(length(bodies))
     FROM chunks JOIN topics ON id = topic GROUP BY topic"""
 
 ExpiredRow: TypeAlias = tuple[int, int, int, int, int]
@@ -44,7 +59,7 @@ ExpiredRow: TypeAlias = tuple[int, int, int, int, int]
 
 
 class Database:
-    """Every method requires the lock, which `with` takes.
+    """Its methods require the lock, which `with` takes.
 
     `with` raises StoreFailed if the database is closed, and turns errors of SQLite into StoreFailed, or Full if there
     is no more memory.
@@ -53,6 +68,8 @@ class Database:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.closed = False
+        self.deletable_id = sys.maxsize
+        """While a snapshot is written, rows after this id must not be deleted: they are not copied yet."""
         self.timings = {"write": Timing(), "read": Timing(), "expire": Timing()}
         self.connection = _open_in_memory()
         try:
@@ -80,7 +97,6 @@ class Database:
 
     @contextmanager
     def transaction(self, operation: str) -> Iterator[None]:
-        """Do everything or nothing."""
         began = time.monotonic()
         if self.connection.in_transaction:
             # The rollback of an earlier transaction failed.
@@ -103,47 +119,41 @@ class Database:
 
     # Writing
 
-    def insert_rows(self, rows: list[Row]) -> None:
+    def insert(self, topics: list[tuple[int, bytes]], rows: list[Row]) -> None:
         with self.transaction("write"):
+            if topics:
+                self.connection.executemany(INSERT_TOPIC, topics)
             self.connection.executemany(INSERT_ROW, rows)
 
-    def insert_topics(self, topics: list[tuple[int, bytes]]) -> None:
-        with self.transaction("write"):
-            self.connection.executemany(INSERT_TOPIC, topics)
-
     def delete(self, last_id: int, empty_topics: list[int]) -> None:
-        """Delete the rows up to an id, and topics that have no messages left."""
+        """Delete rows up to an id, and topics without messages."""
         with self.transaction("expire"):
             self.connection.execute(DELETE, (last_id,))
             self.connection.executemany("DELETE FROM topics WHERE id = ?", [(topic,) for topic in empty_topics])
 
     # Reading
 
-    def read(self, topic: int, after: int, since: int, *, has_long: bool) -> Iterator[StoredMessage]:
+    def read(self, topic: int, after: int, since: int) -> Iterator[StoredMessage]:
         """Iterate over the messages with ids above `after`, put at or after `since`."""
-        values = topic, after, since
-        for row in self._read_long(READ_SHORT, *values) if has_long else self.connection.execute(READ, values):
-            yield from unpack(row, after)
-
-    def _read_long(self, query: str, *values: int) -> Iterator[Columns]:
-        """Iterate over rows, and read long messages as blobs, which copies them once instead of twice."""
-        for put_at, number, ids_and_sizes, bodies, last_id in self.connection.execute(query, values):
-            if bodies is not None:
-                yield put_at, number, ids_and_sizes, bodies
-                continue
-            with self.connection.blobopen("chunks", "bodies", last_id, readonly=True) as blob:
-                yield put_at, number, ids_and_sizes, blob.read()
+        for row in self.connection.execute(READ, (topic, after, since)):
+            yield from unpack(row if row[3] is not None else self._with_long_bodies(row), after)
 
     def newest_below(self, topic: int, after: int, below: int) -> StoredMessage | None:
-        """Return the newest message with an id above `after` and lower than `below`."""
-        # Reads more than one row only if the last ones begin at or above `below`.
-        for row in self._read_long(LATEST, topic):
-            if found := [message for message in unpack(row, after) if message[0] < below]:
+        """Return the newest message with an id above `after` and below `below`."""
+        # Usually reads one row only; more if the last ones start at or above `below`.
+        for row in self.connection.execute(LATEST, (topic,)):
+            columns = row if row[3] is not None else self._with_long_bodies(row)
+            if found := [message for message in unpack(columns, after) if message[0] < below]:
                 return found[-1]
         return None
 
+    def _with_long_bodies(self, row: Columns) -> Columns:
+        last_id = array("q", row[2])[-2]
+        with self.connection.blobopen("chunks", "bodies", last_id, readonly=True) as blob:
+            return (*row[:3], blob.read())
+
     def oldest(self, topic: int) -> tuple[int, int] | None:
-        """Return id and put time of the topic's first message."""
+        """Return id and put time of the topic's oldest message."""
         row = self.connection.execute(OLDEST, (topic,)).fetchone()
         return row and (array("q", row[1][:8])[0], row[0])
 
@@ -151,54 +161,73 @@ class Database:
         row = self.connection.execute("SELECT put_at FROM chunks ORDER BY last_id LIMIT 1").fetchone()
         return row and int(row[0])
 
-    def expired(self, oldest: int, last_id: int) -> list[ExpiredRow]:
-        """Return a few rows put before `oldest`, from the first one on, with keys up to `last_id`."""
+    def expired(self, oldest: int) -> list[ExpiredRow]:
+        """Return the first rows that were put before `oldest` and may be deleted."""
         found, size = [], 0
-        for row in self.connection.execute(EXPIRY, (last_id, EXPIRY_ROWS)):
-            # Put times increase with the ids, so that expired rows come first.
+        for row in self.connection.execute(EXPIRY, (self.deletable_id, EXPIRY_ROWS)):
+            # Put times increase with ids, so that expired rows come first.
             if row[2] >= oldest or size >= EXPIRY_BYTES:
                 break
             found.append(row)
             size += row[4]
         return found
 
-    def topics(self, after: bytes, count: int) -> list[int]:
-        """Return ids of topics, in the order of their names, with names above `after`."""
-        return [topic for (topic,) in self.connection.execute(TOPICS, (after, count))]
+    def page_bytes(self) -> int:
+        """Return the size of all pages in use."""
+        [(pages,)] = self.connection.execute("PRAGMA page_count")
+        [(free,)] = self.connection.execute("PRAGMA freelist_count")
+        return int(pages - free) * PAGE_BYTES
+
+    def topics(self, after: bytes, count: int) -> list[bytes]:
+        """Return names of topics above `after`, in byte order."""
+        return [name for (name,) in self.connection.execute(TOPICS, (after, count))]
 
     # Snapshots
 
-    def copy_topics(self, after: int, last: int) -> list[tuple[int, bytes]]:
-        """Return a few topics with ids above `after`, up to `last`."""
-        sql = "SELECT id, name FROM topics WHERE id > ? AND id <= ? ORDER BY id LIMIT ?"
-        return self.connection.execute(sql, (after, last, COPY_TOPICS)).fetchall()
+    def copy_rows(self, last_id: int, last_topic: int) -> Iterator[Batch]:
+        """Iterate over topics and rows up to these ids. Takes the lock itself, batch by batch."""
+        for insert, last in ((INSERT_TOPIC, last_topic), (INSERT_ROW, last_id)):
+            after = 0
+            while batch := self._copy(insert, after, last):
+                after = batch[-1][0]
+                if insert == INSERT_ROW:
+                    self.deletable_id = after
+                yield insert, batch
 
-    def copy_rows(self, after: int, last: int) -> list[Row]:
-        """Return a few rows with keys above `after`, up to `last`."""
+    def _copy(self, insert: str, after: int, last: int) -> list[tuple[Any, ...]]:
         found, size = [], 0
-        for row in self.connection.execute(COPY, (after, last, COPY_ROWS)):
-            found.append(row)
-            size += len(row[5])
-            if size >= COPY_BYTES:
-                break
+        with self:
+            for row in self.connection.execute(COPY[insert], (after, last, COPY_ROWS)):
+                found.append(row)
+                size += len(row[-1])
+                if size >= COPY_BYTES:
+                    break
         return found
 
-    def back_up(self, target: sqlite3.Connection, on_progress: Callable[[], None]) -> None:
-        """Copy all tables at once. Exceptions of on_progress, which is called every now and then, end it."""
-        self.connection.backup(target, pages=COPY_PAGES, progress=lambda *_: on_progress())
+    def copy_to(self, file: Path, on_progress: Callable[[], None]) -> None:
+        """Copy all tables to an empty file, faster than row by row, and without remains of deleted messages.
 
-    def load(
-        self, source: sqlite3.Connection, prepare: Callable[[sqlite3.Connection], object]
-    ) -> list[tuple[int, bytes, int, int, int, int, int]]:
-        """Take over the tables of another database, once `prepare` has reduced them to those of the store.
+        on_progress is called periodically; its exceptions end the copy.
+        """
+        self.connection.set_progress_handler(on_progress, PROGRESS_INSTRUCTIONS)
+        try:
+            self.connection.execute("VACUUM INTO ?", (str(file),))
+        except sqlite3.OperationalError:
+            # SQLite does not propagate exceptions of the handler, so call it again to raise its exception.
+            on_progress()
+            raise
+        finally:
+            self.connection.set_progress_handler(None, 0)
 
-        Returns what the topics hold: id, name, last number, last id, messages, bytes, longest row. If it fails, nothing
-        changes.
+    def load(self, source: sqlite3.Connection) -> list[tuple[int, bytes, int, int, int, int]]:
+        """Replace the database by that of a snapshot; if that fails, nothing changes.
+
+        Returns for each topic: id, name, last number, last id, messages, bytes.
         """
         connection = _open_in_memory()
         try:
             source.backup(connection)
-            prepare(connection)
+            connection.executescript(DROP_SNAPSHOT_SCHEMA)
             held: list[Any] = connection.execute(_HELD).fetchall()
         except BaseException:
             connection.close()
@@ -211,9 +240,10 @@ class Database:
 def _open_in_memory() -> sqlite3.Connection:
     # isolation_level=None: sqlite3 starts no transactions by itself.
     connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
-    # Otherwise, large sorts use a folder for temporary files, which may not be writable.
+    connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
+    # Otherwise, SQLite writes large sorts to a folder for temporary files, which may not be writable.
     connection.execute("PRAGMA temp_store = MEMORY")
-    # Some systems' SQLite overwrites deleted data, which takes longer than the rest of expiry.
+    # On some systems, SQLite overwrites deleted data by default, which takes longer than the rest of expiry.
     connection.execute("PRAGMA secure_delete = OFF")
     return connection
 

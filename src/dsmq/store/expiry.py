@@ -1,4 +1,4 @@
-"""The thread that deletes expired messages, in slices so short that no client notices."""
+"""The thread that deletes expired messages, in slices too short to delay clients."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from dsmq import logs
 from dsmq.store.api import Store, Timing
 
-# Between two slices the store is free for the first time, or the second if the first would be too slow.
+# Between two slices, so that clients get the store's lock. The short one applies if an interval is not long enough.
 _PAUSE_SECONDS = 0.002
 _SHORT_PAUSE_SECONDS = 0.0002
 
@@ -17,7 +17,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Expiry:
-    """Deletes expired messages at every interval, until it is stopped."""
+    """Deletes expired messages at an interval, until it is stopped."""
 
     def __init__(self, store: Store, interval_seconds: float) -> None:
         self.thread = threading.Thread(target=self._run, name="dsmq-expiry", daemon=True)
@@ -25,15 +25,15 @@ class Expiry:
         self._interval = interval_seconds
         self._stop = threading.Event()
         self.timing = Timing()
-        """Runs and their seconds, pauses included."""
+        """Includes pauses."""
         self.due_at = time.monotonic() + interval_seconds
-        """When the thread should have shown a sign of life, at the latest."""
+        """The thread hangs if it makes no progress by then."""
 
     def start(self) -> None:
         self.thread.start()
 
     def stop(self) -> None:
-        """End the thread soon. Idempotent."""
+        """Make the thread end soon. Idempotent."""
         self._stop.set()
 
     def _run(self) -> None:
@@ -42,7 +42,7 @@ class Expiry:
             try:
                 self.run_once()
             except Exception:
-                # Readers skip expired messages anyway, so only memory is at stake until the next try.
+                # Readers skip expired messages anyway; only memory is not freed until the next try.
                 _logger.exception("expiry failed", extra=logs.event("expiry_failed"))
             now = time.monotonic()
             self.timing = Timing(self.timing.times + 1, self.timing.seconds + now - began)

@@ -1,4 +1,4 @@
-"""Refuses puts that would exceed a limit, and remembers which limits have done so lately."""
+"""Refuses puts that would exceed a limit, and remembers which limits have refused puts recently."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Iterable
 
 from dsmq.errors import Full
 from dsmq.store.api import SETTINGS, Limits, Put, accounted_bytes, accounted_topic_bytes
-from dsmq.store.topics import Topic, TopicTable
+from dsmq.store.topics import TopicTable
 
-# Full topics that are remembered at a time, to log when they have room again.
+# Max full limits remembered, each topic with its own, to log when there is room again.
 MAX_FULL = 1_000
 
 
@@ -19,19 +19,19 @@ class LimitChecker:
 
     def __init__(self, topics: TopicTable, limits: Limits) -> None:
         self._topics = topics
-        # By limit and, for a limit of one topic, its name: how much room the last refused put needed,
-        # and whether it was refused since the last call of `full`.
+        # By limit and, for a limit per topic, topic: the room that the last refused put needed, and whether it was
+        # refused since the last call of `full`.
         self._full: dict[tuple[str, bytes | None], tuple[int, bool]] = {}
         self.set_limits(limits)
 
     def set_limits(self, limits: Limits) -> None:
         self.limits = limits
-        # As long as all topics together hold no more than this, no limit is exceeded.
+        # If all topics together are below these, no limit is exceeded.
         self.safe_messages = min(limits.messages, limits.messages_per_topic)
         self.safe_bytes = min(limits.bytes, limits.bytes_per_topic)
 
     def check(self, puts: Iterable[Put]) -> None:
-        """Raise Full if these would exceed a limit of messages or bytes."""
+        """Raise Full if these would exceed a limit on messages or bytes."""
         counts: Counter[bytes] = Counter()
         sizes: Counter[bytes] = Counter()
         for name, body, _ in puts:
@@ -46,7 +46,7 @@ class LimitChecker:
             self._check_limit("bytes", new_topics + accounted_bytes(counts.total(), sizes.total()))
 
     def check_topics(self, count: int) -> None:
-        """Raise Full if so many new topics would exceed the limit."""
+        """Raise Full if this number of new topics would exceed the limit."""
         self._check_limit("topics", count)
 
     def _check_limit(self, limit: str, more: int, topic: bytes | None = None) -> None:
@@ -57,26 +57,24 @@ class LimitChecker:
             raise Full(f"the {what} is full: {SETTINGS[limit]} = {most} reached")
 
     def _held(self, limit: str, topic: bytes | None) -> int:
-        """Return how much is stored of what a limit bounds."""
-        if topic is not None:
-            known = self._topics.by_name.get(topic) or Topic(topic, 0)
-            return known.messages if limit == "messages_per_topic" else known.accounted_bytes
-        if limit == "bytes":
-            return self._topics.accounted_bytes
-        return self._topics.messages if limit == "messages" else len(self._topics.by_name)
+        """Return the current value for a limit."""
+        held = self._topics if topic is None else self._topics.find(topic)
+        if limit == "topics":
+            return len(self._topics.by_name)
+        return held.messages if limit in ("messages", "messages_per_topic") else held.accounted_bytes
 
     def record_full(self, limit: str, topic: bytes | None = None, more: int = 0) -> None:
-        """Record that a put was refused, which needed so much more room."""
+        """Record that a put was refused that needed `more` room."""
         self._full[limit, topic] = more, True
         if len(self._full) > MAX_FULL:
             del self._full[next(iter(self._full))]
 
     def full(self) -> set[str]:
-        """Return what refuses puts, as `Store.full` does."""
+        """Return as `Store.full` does."""
         for (limit, topic), (more, is_new) in list(self._full.items()):
             self._full[limit, topic] = more, False
             most = getattr(self.limits, limit, sys.maxsize)
-            # A put larger than the limit itself never finds room.
+            # There is never room for a put larger than the limit itself.
             if not is_new and self._held(limit, topic) + min(more, most) <= most:
                 del self._full[limit, topic]
         return {SETTINGS.get(limit, limit) for limit, _ in self._full}

@@ -1,24 +1,24 @@
-"""The tables of the database, and how messages are packed into rows.
+"""The tables of the database and of a snapshot, and how messages are packed into rows.
 
-Messages of one topic that were put in the same millisecond share a row of `chunks`: they expire together, and a row
-costs more than a message. A row is keyed by the id of its last message.
+Messages of one topic that were put in the same millisecond share a row of `chunks`: they expire together, and most of
+the cost is per row. The key of a row is the id of its last message.
 """
 
 from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
-from typing import TypeAlias
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeAlias
 
-# Reading one message unpacks a whole row, so rows are kept short. Only a row of a single message may be longer.
+# Reading one message unpacks a whole row, so rows are kept short. Only a row of one message may be longer.
 MAX_ROW_MESSAGES, MAX_ROW_BYTES = 128, 16_384
-# From this size on, a message is read apart from its row.
+# Bodies from this size on are read as blobs, which copies them once instead of twice.
 LONG_BYTES = 65_536
 
 SCHEMA = """
-CREATE TABLE topics (id INTEGER PRIMARY KEY, name BLOB NOT NULL UNIQUE);
-CREATE TABLE chunks (
+CREATE TABLE IF NOT EXISTS topics (id INTEGER PRIMARY KEY, name BLOB NOT NULL UNIQUE);
+CREATE TABLE IF NOT EXISTS chunks (
     last_id INTEGER PRIMARY KEY,
     topic INTEGER NOT NULL,
     put_at INTEGER NOT NULL,
@@ -27,27 +27,55 @@ CREATE TABLE chunks (
     bodies BLOB NOT NULL
 );
 """
-INDEX = "CREATE INDEX chunks_by_topic ON chunks (topic)"
+INDEX = "CREATE INDEX IF NOT EXISTS chunks_by_topic ON chunks (topic)"
+# Further tables of a snapshot. In `lost`, each range has two rows without a name, with the id before it and its last
+# id, and then its numbers.
+SNAPSHOT_SCHEMA = """
+CREATE TABLE state (
+    epoch TEXT NOT NULL,
+    run TEXT NOT NULL,
+    clock INTEGER NOT NULL,
+    last_id INTEGER NOT NULL,
+    last_row INTEGER NOT NULL,
+    forgot_at INTEGER,
+    written_at REAL NOT NULL,
+    is_last INTEGER NOT NULL
+);
+CREATE TABLE empty_topics (name BLOB NOT NULL, last_number INTEGER NOT NULL, last_id INTEGER NOT NULL);
+CREATE TABLE producers (
+    id INTEGER PRIMARY KEY,
+    name BLOB NOT NULL,
+    forgotten INTEGER NOT NULL,
+    last_at INTEGER NOT NULL
+);
+CREATE TABLE puts (producer INTEGER NOT NULL, seq INTEGER NOT NULL, message INTEGER NOT NULL);
+CREATE TABLE lost (name BLOB, number INTEGER NOT NULL);
+"""
+DROP_SNAPSHOT_SCHEMA = """
+DROP TABLE state; DROP TABLE empty_topics; DROP TABLE producers; DROP TABLE puts; DROP TABLE IF EXISTS lost;
+"""
 INSERT_TOPIC = "INSERT INTO topics (id, name) VALUES (?, ?)"
 INSERT_ROW = "INSERT INTO chunks (last_id, topic, put_at, last_number, ids_and_sizes, bodies) VALUES (?, ?, ?, ?, ?, ?)"
 
 StoredMessage: TypeAlias = tuple[int, int, int, bytes]
-"""Id, number within the topic, put time in milliseconds, body."""
+"""Id, number in the topic, put time in milliseconds, body."""
 Row: TypeAlias = tuple[int, int, int, int, bytes, bytes]
 """The columns of `chunks`."""
 Columns: TypeAlias = tuple[int, int, bytes, bytes]
-"""What is read of a row: put time, last number, ids and sizes, bodies."""
+"""The columns that reading needs: put time, last number, ids and sizes, bodies."""
+Batch: TypeAlias = tuple[str, Sequence[tuple[Any, ...]]]
+"""An INSERT statement, and rows for it."""
 
 
 def pack(messages_by_topic: Iterable[tuple[int, list[StoredMessage]]]) -> list[Row]:
-    """Return the rows that hold these messages, given by topic id, in the order of their keys."""
+    """Return the rows for messages given by topic id, in the order of their keys."""
     return sorted(
         [_pack_row(topic, part) for topic, messages in messages_by_topic for part in split_into_rows(messages)]
     )
 
 
 def split_into_rows(messages: list[StoredMessage]) -> Iterator[list[StoredMessage]]:
-    """Split one topic's messages at each change of millisecond, and where a row would get too long."""
+    """Split one topic's messages at each change of millisecond, and before a row gets too long."""
     start = size = 0
     for at, (_, _, put_at, body) in enumerate(messages):
         size += len(body)

@@ -1,57 +1,39 @@
-"""What a snapshot contains: the store's tables, and its state in a few tables beside them."""
+"""The tables of a snapshot beside the messages: the store's state, and remembered puts."""
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator
-from itertools import chain, groupby
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from itertools import groupby
 from operator import itemgetter
 from typing import NamedTuple
 
-from dsmq.store.dedup import Producer
-from dsmq.store.schema import INSERT_ROW, StoredMessage, pack
+from dsmq.store.dedup import Deduplicator, Producer
+from dsmq.store.schema import Batch
 
-TABLES = """
-CREATE TABLE state (
-    epoch TEXT NOT NULL,
-    run TEXT NOT NULL,
-    clock INTEGER NOT NULL,
-    last_id INTEGER NOT NULL,
-    last_row INTEGER NOT NULL,
-    forgot_at INTEGER,
-    written_at REAL NOT NULL,
-    is_last INTEGER NOT NULL
-);
-CREATE TABLE empty_topics (name BLOB NOT NULL, last_number INTEGER NOT NULL, last_id INTEGER NOT NULL);
-CREATE TABLE producers (
-    id INTEGER PRIMARY KEY,
-    name BLOB NOT NULL,
-    forgotten INTEGER NOT NULL,
-    last_at INTEGER NOT NULL
-);
-CREATE TABLE puts (producer INTEGER NOT NULL, seq INTEGER NOT NULL, message INTEGER NOT NULL);
-"""
-# Only if ids were lost. Each range has two rows without a name, the id before it and its last, followed by its numbers.
-_LOST = "CREATE TABLE lost (name BLOB, number INTEGER NOT NULL)"
-_DROP = """
-DROP TABLE state; DROP TABLE empty_topics; DROP TABLE producers; DROP TABLE puts; DROP TABLE IF EXISTS lost;
-"""
+# Producers copied while the lock is held once.
+COPY_PRODUCERS = 20
+
+_INSERT_STATE = "INSERT INTO state VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 _SELECT_STATE = "SELECT epoch, run, clock, last_id, last_row, forgot_at, written_at, is_last FROM state"
+_INSERT_PRODUCER = "INSERT INTO producers (id, name, forgotten, last_at) VALUES (?, ?, ?, ?)"
+_INSERT_PUT = "INSERT INTO puts VALUES (?, ?, ?)"
 
 
 class Lost(NamedTuple):
-    """A range of ids that were lost, because the server was killed and started again from an older snapshot."""
+    """A range of ids that were lost when the server was killed and restarted from an older snapshot."""
 
     after: int
     """The last id in that snapshot."""
     last: int
-    """The last of the range. The next run goes on from here."""
+    """The last id of the range. The next run continues from here."""
     numbers: dict[bytes, int]
-    """The last number of each topic in that snapshot, which the next run goes on from."""
+    """Each topic's last number in that snapshot. The next run continues from these."""
 
 
-class StoreState(NamedTuple):
-    """What a store knew at one instant, besides the rows in its database."""
+class SnapshotState(NamedTuple):
+    """The state of a store at one instant."""
 
     epoch: str
     run: str
@@ -60,58 +42,48 @@ class StoreState(NamedTuple):
     last_id: int
     last_row: int
     """The id of the topic that was created last."""
-    empty_topics: dict[bytes, tuple[int, int]]
-    """The last number and id of each topic without messages."""
-    lost: list[Lost]
-    written_id: int
-    """The last id when the write buffer was last flushed."""
-    buffered: list[tuple[int, list[StoredMessage]]]
-    """The messages in the write buffer, by topic id."""
-
-
-class SnapshotContents(NamedTuple):
-    """What is read from a snapshot, besides the rows."""
-
-    state: StoreState
-    producers: list[Producer]
     forgot_at: int | None
     """As in `Deduplicator`."""
     written_at: float
     """Unix time of the instant."""
     is_last: bool
-    """Whether it was written on a clean shutdown: nothing was put after it."""
+    """Written on a clean shutdown: no message was put after it."""
+    empty_topics: dict[bytes, tuple[int, int]]
+    """The last number and id of each topic without messages."""
+    lost: list[Lost]
 
 
-def write_state(
-    target: sqlite3.Connection, state: StoreState, written_at: float, forgot_at: int | None, *, is_last: bool
-) -> None:
-    target.executemany(INSERT_ROW, pack(state.buffered))
-    values = (*state[:5], forgot_at, written_at, is_last)
-    target.execute("INSERT INTO state VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
-    empty = ((name, *last) for name, last in state.empty_topics.items())
-    target.executemany("INSERT INTO empty_topics VALUES (?, ?, ?)", empty)
-    if state.lost:
-        target.execute(_LOST)
-        for after, last, numbers in state.lost:
-            rows = chain([(None, after), (None, last)], numbers.items())
-            target.executemany("INSERT INTO lost VALUES (?, ?)", rows)
+def copy_state(lock: AbstractContextManager[None], state: SnapshotState, puts: Deduplicator) -> Iterator[Batch]:
+    """Iterate over the rows of the tables of `SNAPSHOT_SCHEMA`. Takes the store's lock, for one batch at a time."""
+    with lock:
+        names = puts.names()
+    for first in range(0, len(names), COPY_PRODUCERS):
+        with lock:
+            producers = puts.copy(names[first : first + COPY_PRODUCERS], state.last_id)
+        yield from _producer_batches(producers, first)
+    # At the end, in case a producer was forgotten before it was copied.
+    yield _INSERT_STATE, [state._replace(forgot_at=puts.forgot_at)[:8]]
+    empty = [(name, *last) for name, last in state.empty_topics.items()]
+    yield "INSERT INTO empty_topics VALUES (?, ?, ?)", empty
+    for after, last, numbers in state.lost:
+        yield "INSERT INTO lost VALUES (?, ?)", [(None, after), (None, last), *numbers.items()]
 
 
-def write_producers(target: sqlite3.Connection, producers: Iterable[Producer]) -> None:
-    for name, puts, *last in producers:
-        row = target.execute("INSERT INTO producers (name, forgotten, last_at) VALUES (?, ?, ?)", (name, *last))
-        target.executemany("INSERT INTO puts VALUES (?, ?, ?)", ((row.lastrowid, *put) for put in puts.items()))
+def _producer_batches(producers: dict[bytes, Producer], first_row: int) -> Iterator[Batch]:
+    rows = [(row, name, producer) for row, (name, producer) in enumerate(producers.items(), first_row)]
+    yield _INSERT_PRODUCER, [(row, name, producer.forgotten, producer.last_at) for row, name, producer in rows]
+    yield _INSERT_PUT, [(row, *put) for row, _, producer in rows for put in producer.puts.items()]
 
 
-def read(source: sqlite3.Connection) -> SnapshotContents:
-    *state, forgot_at, written_at, is_last = source.execute(_SELECT_STATE).fetchone()
+def read_state(source: sqlite3.Connection) -> SnapshotState:
+    *values, is_last = source.execute(_SELECT_STATE).fetchone()
     empty = {name: (number, last_id) for name, number, last_id in source.execute("SELECT * FROM empty_topics")}
-    store_state = StoreState._make([*state, empty, _read_lost(source), 0, []])
-    return SnapshotContents(store_state, list(_read_producers(source)), forgot_at, written_at, bool(is_last))
+    return SnapshotState._make([*values, bool(is_last), empty, _read_lost(source)])
 
 
 def _read_lost(source: sqlite3.Connection) -> list[Lost]:
     lost: list[Lost] = []
+    # Snapshots of older versions may lack this table.
     if source.execute("SELECT 1 FROM sqlite_master WHERE name = 'lost'").fetchone():
         rows = source.execute("SELECT name, number FROM lost ORDER BY rowid")
         for name, number in rows:
@@ -122,14 +94,8 @@ def _read_lost(source: sqlite3.Connection) -> list[Lost]:
     return lost
 
 
-def _read_producers(source: sqlite3.Connection) -> Iterator[Producer]:
+def read_producers(source: sqlite3.Connection) -> dict[bytes, Producer]:
     rows = source.execute("SELECT producer, seq, message FROM puts ORDER BY rowid")
     puts = {producer: {seq: message for _, seq, message in of} for producer, of in groupby(rows, itemgetter(0))}
     producers = source.execute("SELECT id, name, forgotten, last_at FROM producers ORDER BY id")
-    for row, name, forgotten, last_at in producers:
-        yield Producer(name, puts.get(row, {}), forgotten, last_at)
-
-
-def drop_extra_tables(database: sqlite3.Connection) -> None:
-    """Keep the store's own tables only."""
-    database.executescript(_DROP)
+    return {name: Producer(puts.get(row, {}), forgotten, last_at) for row, name, forgotten, last_at in producers}

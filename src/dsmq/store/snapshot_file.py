@@ -1,12 +1,12 @@
-"""The file of a snapshot: an SQLite database, followed by a trailer that vouches for every byte of it.
+"""The snapshot file: an SQLite database, followed by a trailer with its digest.
 
     database | size | digest | restores | check | dsmq-snapshot-01
 
-The digest is over the database and its size. `restores` counts how often the file has been restored; it is updated in
-place, and covered by the check. SQLite ignores what follows its pages.
+The digest covers the database and its size. `restores` counts how often the file has been restored; it is updated in
+place, and covered by the check. SQLite ignores bytes after its pages.
 
-A new file is written under another name, and renamed over the previous one once it is on the disk: whenever the process
-is killed, or the power fails, one of the two is there, whole.
+A new file is written under another name, flushed to disk, and renamed over the previous one. If the process is killed
+or the power fails, one of the two is there and complete.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import sqlite3
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 from urllib.parse import quote
 
-from dsmq.store.schema import INDEX, SCHEMA
-from dsmq.store.snapshot_contents import TABLES
+from dsmq.store.schema import SCHEMA, SNAPSHOT_SCHEMA
 
 VERSION = 1
 # "dsmq", for file(1).
@@ -30,13 +30,14 @@ _APPLICATION_ID = 0x64736D71
 _NAME = b"dsmq-snapshot-"
 _MAGIC = _NAME + b"%02d" % VERSION
 _DIGEST_BYTES = 32
-# Size, digest, restores, check, magic. Behind pages of 4,096 bytes, it never spans two sectors of a disk.
+# Size, digest, restores, check, magic. After pages of 4,096 bytes, it never spans two sectors of a disk.
 _TRAILER = struct.Struct(">Q32sQ8s16s")
 _RESTORES_AT = 40
 _RESTORES = struct.Struct(">Q8s")
 _READ_BYTES = 1_048_576
-# SQLite's page cache while writing.
-_CACHE_KIB = 16_384
+# An incomplete file is deleted, and a complete one synced at the end. Without temp_store, SQLite would create large
+# indexes in a folder for temporary files, which may not be writable.
+_PRAGMAS = "journal_mode = OFF", "synchronous = OFF", "temp_store = MEMORY", "cache_size = -16384"
 
 
 class Unusable(Exception):
@@ -44,7 +45,7 @@ class Unusable(Exception):
 
 
 class Abandoned(Exception):
-    """The server is stopping, and does not wait for the snapshot."""
+    """The server is stopping and does not wait for the snapshot."""
 
 
 class Snapshot(NamedTuple):
@@ -60,24 +61,18 @@ def temporary(path: Path) -> Path:
     return path.with_name(path.name + ".new")
 
 
-def write(path: Path, fill: Callable[[sqlite3.Connection], None], on_progress: Callable[[], None]) -> int:
-    """Write a snapshot that `fill` makes, and replace the previous one; return the size of the file.
+def write(path: Path, fill: Callable[[sqlite3.Connection], object], on_progress: Callable[[], None]) -> int:
+    """Write a new snapshot with `fill`, and replace the previous one; return the size of the file.
 
-    If anything fails, such as on_progress, which is called every now and then, the previous one stays. Raises OSError
+    If anything fails, including on_progress, which is called periodically, the previous snapshot stays. Raises OSError
     or sqlite3.Error.
     """
     new = temporary(path)
-    create(new)
+    new.unlink(missing_ok=True)
+    os.close(os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     try:
         with closing(sqlite3.connect(new, isolation_level=None)) as database:
-            # A file that fails is deleted, and a whole one is synced at the end. To create a large index, SQLite would
-            # use a folder for temporary files, but only this one may be writable.
-            for pragma in (
-                "journal_mode = OFF",
-                "synchronous = OFF",
-                "temp_store = MEMORY",
-                f"cache_size = -{_CACHE_KIB}",
-            ):
+            for pragma in _PRAGMAS:
                 database.execute(f"PRAGMA {pragma}")
             fill(database)
             database.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
@@ -93,7 +88,7 @@ def write(path: Path, fill: Callable[[sqlite3.Connection], None], on_progress: C
 
 
 def rehearse(path: Path) -> None:
-    """Write an empty snapshot beside the real one and delete it, to fail now rather than at the stop.
+    """Write an empty snapshot beside the real one and delete it, to fail at the start rather than at the stop.
 
     Raises OSError or sqlite3.Error.
     """
@@ -104,23 +99,9 @@ def rehearse(path: Path) -> None:
         trial.unlink(missing_ok=True)
 
 
-def create(path: Path) -> None:
-    """Create an empty file that only its owner can read, replacing an existing one. Raises OSError."""
-    path.unlink(missing_ok=True)
-    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-
-
 def create_tables(database: sqlite3.Connection) -> None:
-    """Create the store's tables without the index, which is created quicker at the end."""
-    database.executescript(SCHEMA)
-
-
-def create_index(database: sqlite3.Connection) -> None:
-    database.execute(INDEX)
-
-
-def create_extra_tables(database: sqlite3.Connection) -> None:
-    database.executescript(TABLES)
+    """Create the tables that are missing. The index is created at the end, which is quicker."""
+    database.executescript(SCHEMA + SNAPSHOT_SCHEMA)
 
 
 def _seal(path: Path, on_progress: Callable[[], None]) -> int:
@@ -151,7 +132,7 @@ def _check(digest: bytes, restores: int) -> bytes:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power failure."""
+    """Make renames in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -160,7 +141,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def verify(path: Path) -> Snapshot:
-    """Check every byte of a snapshot. Raises OSError if it can't be read, Unusable if it is not whole."""
+    """Check every byte of a snapshot. Raises OSError if it can't be read, Unusable if it is damaged."""
     with path.open("rb") as file:
         end = os.fstat(file.fileno()).st_size
         if end < _TRAILER.size:
@@ -190,14 +171,14 @@ def record_restore(path: Path, snapshot: Snapshot) -> None:
     restores = snapshot.restores + 1
     with path.open("r+b", buffering=0) as file:
         file.seek(snapshot.size + _RESTORES_AT)
-        # One write within one sector: all of it is there, or nothing.
+        # One write within one sector is atomic.
         file.write(_RESTORES.pack(restores, _check(snapshot.digest, restores)))
         os.fsync(file.fileno())
 
 
-def quarantine(path: Path, now: str) -> Path:
+def quarantine(path: Path) -> Path:
     """Rename an unusable file; return its new name. Raises OSError."""
-    aside = path.with_name(f"{path.name}.damaged-{now}")
+    aside = path.with_name(f"{path.name}.damaged-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
     path.rename(aside)
     _sync_folder(path.parent)
     return aside

@@ -1,7 +1,7 @@
-"""Snapshots: restores the store from a file at start, and writes it at an interval and on a graceful stop.
+"""Snapshots: loads the store from a file at start, and writes it at an interval and on a graceful stop.
 
-Ids are never used twice in an epoch. Only a snapshot written on a clean shutdown, and only the first time it is
-restored, holds every id that clients may have seen. After any other, ids go on far above.
+Ids are never used twice in an epoch. A snapshot contains every id that clients may have seen only if it was written on
+a clean shutdown and is restored for the first time. Otherwise, ids continue far above.
 """
 
 from __future__ import annotations
@@ -12,25 +12,26 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from dsmq import logs
 from dsmq.errors import ReplyError, StartupError
-from dsmq.store import snapshot_contents, snapshot_file
-from dsmq.store.snapshot_contents import SnapshotContents, StoreState
+from dsmq.store import snapshot_file
+from dsmq.store.schema import INDEX
 from dsmq.store.snapshot_file import Abandoned, Unusable
 from dsmq.store.sqlite import SQLiteStore
 from dsmq.threads import join
 
-# How many ids may have been given since the snapshot was written, each time that the server went on from it.
+# Max ids assigned between a snapshot and a kill.
 RESTORE_GAP = 2**32
-# Between two batches, the store is free for this long.
+# Between two batches of rows, so that clients get the store's lock.
 PAUSE_SECONDS = 0.0007
-# How long a disk may take to write what the system has buffered for it.
+# How long a disk may take to flush the system's write cache.
 _DISK_SECONDS = 300.0
-# The last snapshot gets at least this long: the messages are worth more than a stop in time.
+# The final snapshot gets at least this long: messages are worth more than a stop in time.
 LAST_SNAPSHOT_SECONDS = 60.0
 
 _logger = logging.getLogger(__name__)
@@ -38,50 +39,56 @@ _logger = logging.getLogger(__name__)
 
 @dataclass
 class SnapshotStats:
-    """What metrics show."""
+    """Figures for metrics."""
 
     written: int = 0
     failed: int = 0
     seconds: float = 0.0
-    """Spent on those that were written."""
+    """Time spent on written snapshots."""
     last_at: float = 0.0
-    """Unix time at which the last one was written, or the restored one."""
+    """Unix time of the last snapshot, written or restored."""
     last_bytes: int = 0
     restored: int = 0
-    """Messages."""
+    """Restored messages."""
 
 
 class Snapshotter:
-    """Writes snapshots of a store to a file, and restores it from there."""
+    """Writes snapshots of a store to a file, and restores the store from it."""
 
     def __init__(
-        self, store: SQLiteStore, file: str, interval_seconds: float = 0, clock: Callable[[], float] = time.time
+        self,
+        store: SQLiteStore,
+        file: str,
+        interval_seconds: float = 0,
+        *,
+        clock: Callable[[], float] = time.time,
+        pause_seconds: float = PAUSE_SECONDS,
     ) -> None:
         """clock returns Unix time."""
         self.thread = threading.Thread(target=self._run, name="dsmq-snapshot", daemon=True)
         self.stats = SnapshotStats()
         self.interval = interval_seconds
         self.due_at = time.monotonic() + interval_seconds
-        """When the thread should have shown a sign of life, at the latest."""
+        """The thread hangs if it makes no progress by then."""
         self._store = store
-        # Resolved, in case the process changes its working directory, or the name is a link.
+        # Resolved, in case the process changes its working directory, or the file is a symbolic link.
         self.path = Path(os.path.realpath(file))
         self._clock = clock
         self._stop = threading.Event()
-        self._pause_seconds = PAUSE_SECONDS
+        self._pause_seconds = pause_seconds
         self._lock: int | None = None
-        # Whether the file is this server's, and has been restored.
+        # Whether the file is locked by this server, and has been restored.
         self._is_open = False
         self.saved = False
-        """Whether the last snapshot is written."""
+        """Whether the final snapshot is written."""
         self._last: threading.Thread | None = None
 
     # Start
 
     def open(self) -> None:
-        """Restore the file, if it exists. Raises StartupError if a snapshot could not be read or written.
+        """Restore the file, if it exists. Raises StartupError if snapshots can't be read or written.
 
-        A file that is damaged is renamed, and the store stays new.
+        A damaged file is renamed, and the store stays empty.
         """
         try:
             self._lock = _lock_file(self.path.with_name(self.path.name + ".lock"))
@@ -100,28 +107,25 @@ class Snapshotter:
         try:
             found = snapshot_file.verify(self.path)
             with snapshot_file.opened(self.path) as database:
-                contents = snapshot_contents.read(database)
-                age = max(0.0, self._clock() - contents.written_at)
-                self._store.load(database, contents, round(age * 1000))
+                now = self._clock()
+                state = self._store.load(database, now)
         except (Unusable, sqlite3.DatabaseError) as error:
-            self._quarantine(str(error))
+            aside = snapshot_file.quarantine(self.path)
+            about = logs.event("snapshot_refused", file=str(self.path), kept_as=str(aside), reason=str(error))
+            _logger.error("nothing restored, the snapshot is unusable: %s; kept as %s", error, aside, extra=about)
             return
-        gaps = found.restores + (not contents.is_last)
+        gaps = found.restores + (not state.is_last)
         if gaps:
-            self._store.begin_run(contents.state.last_id + gaps * RESTORE_GAP)
+            self._store.begin_run(state.last_id + gaps * RESTORE_GAP)
         snapshot_file.record_restore(self.path, found)
         while self._store.expire():
             pass
-        self._log_restored(contents, age, time.monotonic() - began, is_complete=not gaps)
+        self.stats.last_at = state.written_at
+        self._log_restored(max(0.0, now - state.written_at), time.monotonic() - began, is_complete=not gaps)
 
-    def _quarantine(self, reason: str) -> None:
-        aside = snapshot_file.quarantine(self.path, datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ"))
-        about = logs.event("snapshot_refused", file=str(self.path), kept_as=str(aside), reason=reason)
-        _logger.error("nothing restored, the snapshot is unusable: %s; kept as %s", reason, aside, extra=about)
-
-    def _log_restored(self, contents: SnapshotContents, age: float, seconds: float, *, is_complete: bool) -> None:
+    def _log_restored(self, age: float, seconds: float, *, is_complete: bool) -> None:
         totals = self._store.totals()
-        self.stats.restored, self.stats.last_at = totals.messages, contents.written_at
+        self.stats.restored = totals.messages
         about = logs.event(
             "restored",
             messages=totals.messages,
@@ -147,7 +151,7 @@ class Snapshotter:
         self.thread.start()
 
     def stop(self) -> None:
-        """End the thread soon, even during a snapshot, but not the last one. Idempotent."""
+        """Make the thread end soon, even during a snapshot, except the final one. Idempotent."""
         if self._last is None:
             self._stop.set()
 
@@ -159,89 +163,75 @@ class Snapshotter:
     def save(self, *, at_once: bool = False, is_last: bool = False) -> bool:
         """Write a snapshot; return whether that succeeded. Failures are logged.
 
-        at_once is quicker, but blocks the store. is_last says that this is a clean shutdown: nobody puts any more.
+        at_once is quicker, but blocks the store. is_last marks a clean shutdown: there will be no more puts.
         """
         began = time.monotonic()
         try:
-            size = snapshot_file.write(
-                self.path, lambda target: self._fill(target, at_once=at_once, is_last=is_last), self._allow_slow_disk
-            )
+            fill = partial(self._fill, at_once=at_once, is_last=is_last)
+            size = snapshot_file.write(self.path, fill, self._allow_slow_disk)
         except Abandoned:
             return False
         except Exception as error:
             self.stats.failed += 1
-            about = logs.event("snapshot_failed", file=str(self.path), error=str(error))
-            expected = isinstance(error, OSError | sqlite3.Error | ReplyError | MemoryError)
+            is_expected = isinstance(error, OSError | sqlite3.Error | ReplyError | MemoryError)
             _logger.error(
                 "can't write a snapshot to %s: %s; the previous one is kept",
                 *(self.path, error),
-                extra=about,
-                exc_info=not expected,
+                extra=logs.event("snapshot_failed", file=str(self.path), error=str(error)),
+                exc_info=not is_expected,
             )
             return False
-        self._record_written(size, time.monotonic() - began, is_last=is_last)
-        return True
-
-    def _record_written(self, size: int, seconds: float, *, is_last: bool) -> None:
+        seconds = time.monotonic() - began
         self.stats.written += 1
         self.stats.seconds += seconds
         self.stats.last_at, self.stats.last_bytes = self._clock(), size
         about = logs.event("snapshot", bytes=size, seconds=seconds, last=is_last)
         level = logging.INFO if is_last else logging.DEBUG
         _logger.log(level, "snapshot of %d bytes in %.2f s", size, seconds, extra=about)
+        return True
 
     def _fill(self, target: sqlite3.Connection, *, at_once: bool, is_last: bool) -> None:
-        with self._store.snapshot() as state:
-            written_at = self._clock()
-            if at_once:
-                self._store.back_up(target, state, self._checkpoint)
-            else:
-                self._copy_rows(target, state)
-        snapshot_file.create_extra_tables(target)
-        target.execute("BEGIN")
-        for producers in self._store.copy_producers(state.last_id):
-            snapshot_contents.write_producers(target, producers)
-            self._checkpoint(self._pause_seconds)
-        # Last, in case a producer has been forgotten before it was copied.
-        snapshot_contents.write_state(target, state, written_at, self._store.forgot_at, is_last=is_last)
-        target.execute("COMMIT")
-
-    def _copy_rows(self, target: sqlite3.Connection, state: StoreState) -> None:
-        """Copy batch by batch. SQLite's backup would start again at each commit to a database in memory."""
-        snapshot_file.create_tables(target)
-        target.execute("BEGIN")
-        for insert, rows in self._store.copy_rows(state):
-            target.executemany(insert, rows)
-            self._checkpoint(self._pause_seconds)
+        pause = 0 if at_once else self._pause_seconds
+        # Expired messages don't belong in the file, but a snapshot with them is better than none.
+        with suppress(ReplyError):
+            while self._store.expire():
+                self._checkpoint(pause)
+        file = snapshot_file.temporary(self.path) if at_once else None
+        with self._store.snapshot(self._clock(), is_last=is_last, file=file, on_progress=self._checkpoint) as batches:
+            snapshot_file.create_tables(target)
+            target.execute("BEGIN")
+            for insert, rows in batches:
+                target.executemany(insert, rows)
+                self._checkpoint(pause)
         self._allow_slow_disk()
-        snapshot_file.create_index(target)
+        target.execute(INDEX)
         target.execute("COMMIT")
 
     def _checkpoint(self, seconds: float = 0) -> None:
-        """Show a sign of life, and leave the store to others for so long. Raises Abandoned on a stop."""
+        """Report progress, and release the store for this long. Raises Abandoned on a stop."""
         self.due_at = time.monotonic()
         if self._stop.wait(seconds):
             raise Abandoned
 
     def _allow_slow_disk(self) -> None:
-        """The same, before something that may take the disk a long time."""
+        """Do the same before an operation for which the disk may need a long time."""
         self._checkpoint()
         self.due_at += _DISK_SECONDS
 
     # Stop
 
     def finish(self, deadline: float, *, is_last: bool) -> list[str]:
-        """Write the last snapshot, and release the file; return the name of the thread if it hangs.
+        """Write the final snapshot, and release the file; return the name of the thread if it hangs.
 
-        If interrupted, it can be called again, and goes on.
+        If interrupted, it can be called again to continue.
         """
         deadline = max(deadline, time.monotonic() + LAST_SNAPSHOT_SECONDS)
         join(self.thread, deadline)
-        # If the start failed before the file was restored, it holds more than the store.
+        # If the start failed before the file was restored, the file is all there is.
         if self._is_open and not self.thread.is_alive():
             if self._last is None:
                 self._stop.clear()
-                # In a thread, so that Ctrl-C does not end it.
+                # In a thread, so that Ctrl-C does not interrupt it.
                 self._last = threading.Thread(
                     target=self.save_last, kwargs={"is_last": is_last}, name=self.thread.name, daemon=True
                 )
@@ -251,15 +241,17 @@ class Snapshotter:
         return self._close_unless_busy()
 
     def save_last(self, *, is_last: bool = True) -> bool:
-        """Write a snapshot once nobody uses the store any more; return whether that succeeded."""
-        self._pause_seconds = 0
+        """Write the final snapshot, once nobody uses the store; return whether that succeeded."""
         self.saved = self.save(at_once=True, is_last=is_last)
         return self.saved
 
-    def abandon(self) -> None:
-        """End the last snapshot if it is not written yet, and log that messages are lost. Idempotent."""
+    def abandon(self) -> list[str]:
+        """Abort the final snapshot if it is not written yet, and log that messages are lost. Idempotent.
+
+        Return the name of the thread if it hangs.
+        """
         if not self._is_open:
-            return
+            return []
         self._stop.set()
         try:
             if self._last:
@@ -268,7 +260,7 @@ class Snapshotter:
             if not self.saved:
                 about = logs.event("snapshot_given_up", file=str(self.path))
                 _logger.error("last snapshot abandoned: messages put since the previous one are lost", extra=about)
-        self._close_unless_busy()
+        return self._close_unless_busy()
 
     def _close_unless_busy(self) -> list[str]:
         if self.thread.is_alive() or (self._last and self._last.is_alive()):
@@ -282,20 +274,20 @@ class Snapshotter:
         if self._lock is not None:
             import fcntl  # noqa: PLC0415 - Windows has none
 
-            # Unlocked explicitly, because a forked process may hold the same lock.
+            # Unlocked explicitly, because a forked process may have a copy of the descriptor.
             fcntl.flock(self._lock, fcntl.LOCK_UN)
             self.close_inherited()
 
     def close_inherited(self) -> None:
-        """Close the descriptor that a forked process has of the lock, without unlocking it."""
+        """Close a forked process's copy of the lock's descriptor, without unlocking the file."""
         if self._lock is not None:
-            # In this order: if it is interrupted in between, the number must not be closed twice.
+            # In this order, because an interrupt in between must not lead to closing the descriptor twice.
             descriptor, self._lock = self._lock, None
             os.close(descriptor)
 
 
 def _lock_file(path: Path) -> int:
-    """Lock a file, and return its descriptor. The file is never removed, which would be a race."""
+    """Lock a file, and return its descriptor. The file is never removed: another server may be about to lock it."""
     import fcntl  # noqa: PLC0415 - Windows has none
 
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)

@@ -1,11 +1,11 @@
 """The store: messages in an in-memory SQLite database, behind a write buffer.
 
-A new message is not written to SQLite at once. It waits in the write buffer, in memory too, until the buffer is large
-enough to be flushed; readers see both. A row for each message was measured to cost 2 to 10 µs a put and half of the
-throughput with pipelining. Flushed together, messages of one topic and millisecond share a row.
+A new message is not written to SQLite at once. It waits in the write buffer, also in memory, until the buffer is large
+enough to be flushed; readers see both. Writing a row per message takes 2 to 10 µs more per put and halves the
+throughput of pipelined puts. When the buffer is flushed, messages of one topic and millisecond share a row.
 
-The last id and number of each topic are known without SQLite as well, so that a reader that has read everything costs
-no statement. Ids are assigned here: SQLite would give the id of a deleted newest row to the next one.
+Each topic's last id and number are kept outside SQLite as well, so that a reader that is up to date needs no statement.
+Ids are assigned here, because SQLite would reuse the id of the newest row after it is deleted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from itertools import chain
+from pathlib import Path
 
 from dsmq.errors import Full, ReplyError
 from dsmq.store.api import (
@@ -32,25 +33,20 @@ from dsmq.store.api import (
     accounted_topic_bytes,
 )
 from dsmq.store.database import Database, to_reply_error
-from dsmq.store.dedup import Deduplicator, Producer, ProducerState
+from dsmq.store.dedup import Deduplicator, Producer
 from dsmq.store.limits import LimitChecker
-from dsmq.store.schema import INSERT_ROW, INSERT_TOPIC, LONG_BYTES, StoredMessage
-from dsmq.store.snapshot_contents import Lost, SnapshotContents, StoreState, drop_extra_tables
+from dsmq.store.schema import INSERT_ROW, INSERT_TOPIC, Batch, StoredMessage
+from dsmq.store.snapshot_contents import Lost, SnapshotState, copy_state, read_producers, read_state
 from dsmq.store.topics import Topic, TopicTable, WriteBuffer
 from dsmq.system import BOOT_CLOCK
 
 # Flush the write buffer at the first size when idle, at the second in any case.
 FLUSH_MESSAGES, MAX_BUFFERED_MESSAGES = 32, 512
 FLUSH_BYTES, MAX_BUFFERED_BYTES = 32_768, 262_144
-# After a failed flush, the next one is not tried sooner, unless something expires.
+# After a failed flush, the next one is tried after this time, or after messages have expired.
 RETRY_MS = 100
-# Producers copied for a snapshot while the lock is held once.
-COPY_PRODUCERS = 20
-
-# Ranges of lost ids that are remembered, and numbers of topics with them; of the last range always all.
+# Remembered ranges of lost ids, and last numbers in them. The last range is always complete.
 MAX_LOST, MAX_LOST_NUMBERS = 100, 100_000
-
-T = TypeVar("T")
 
 
 def monotonic_ms() -> int:
@@ -59,22 +55,17 @@ def monotonic_ms() -> int:
 
 
 class SQLiteStore:
-    """The store in this process. Thread-safe."""
+    """A store in this process. Thread-safe."""
 
     def __init__(self, max_age_ms: int, clock: Callable[[], int] = monotonic_ms, limits: Limits | None = None) -> None:
         self.max_age_ms = max_age_ms
         self.epoch, self.run = secrets.token_hex(8), secrets.token_hex(8)
-        self.lost: list[Lost] = []
-        """The ranges of ids of this epoch that were lost, oldest first; not all, if there are many."""
+        # Oldest first; the oldest are dropped if there are many.
+        self._lost: list[Lost] = []
         self._clock = clock
         self._database = Database()
         self._last_id = 0
-        # The last id when the write buffer was last flushed.
-        self._written_id = 0
-        # While a snapshot is written, nothing behind this id may be deleted: it is still to be copied.
-        self._deletable_id = sys.maxsize
-        self._topics = TopicTable()
-        self._buffer = WriteBuffer()
+        self._topics, self._buffer = TopicTable(), WriteBuffer()
         self._flush_error: ReplyError | None = None
         self._retry_at = 0
         self._limits = LimitChecker(self._topics, limits or Limits())
@@ -92,12 +83,12 @@ class SQLiteStore:
 
     def append(self, puts: Sequence[Put]) -> list[int]:
         with self._database:
-            # Everything that can fail comes before the first message is stored.
+            # Everything that can fail comes before the first message is added.
             self._deduplicator.check(puts)
             topics, buffer, limits = self._topics, self._buffer, self._limits
             names = set()
             messages = topics.stored - topics.deleted + len(puts)
-            size = topics.topic_bytes + topics.bytes + messages * MESSAGE_OVERHEAD_BYTES
+            size = topics.topic_bytes + topics.padding_bytes + topics.bytes + messages * MESSAGE_OVERHEAD_BYTES
             for name, body, _ in puts:
                 size += len(body)
                 if name not in topics.by_name:
@@ -106,10 +97,12 @@ class SQLiteStore:
                 size += accounted_topic_bytes(names)
             if messages > limits.safe_messages or size > limits.safe_bytes:
                 limits.check(self._new_puts(puts))
-            if buffer.messages >= MAX_BUFFERED_MESSAGES or buffer.bytes >= MAX_BUFFERED_BYTES:
-                self._make_room(puts)
-            if names:
-                self._create_topics(names.intersection(put[0] for put in self._new_puts(puts)))
+            is_full = buffer.messages >= MAX_BUFFERED_MESSAGES or buffer.bytes >= MAX_BUFFERED_BYTES
+            if is_full and any(self._new_puts(puts)):
+                self._flush()
+            if names and (names := names.intersection(put[0] for put in self._new_puts(puts))):
+                limits.check_topics(len(names))
+                topics.add(names)
             return self._add(puts, self._clock())
 
     def _new_puts(self, puts: Sequence[Put]) -> Iterator[Put]:
@@ -121,20 +114,9 @@ class SQLiteStore:
                 keys.add(key)
                 yield put
 
-    def _make_room(self, puts: Sequence[Put]) -> None:
-        if any(self._new_puts(puts)):
-            self._flush()
-
-    def _create_topics(self, names: set[bytes]) -> None:
-        if names:
-            self._limits.check_topics(len(names))
-        topics = self._topics.new(names)
-        self._database.insert_topics([(topic.row, topic.name) for topic in topics])
-        self._topics.add(topics)
-
     def _add(self, puts: Sequence[Put], now: int) -> list[int]:
         ids = []
-        touched: dict[bytes, ProducerState] = {}
+        touched: dict[bytes, Producer] = {}
         topics, buffer, deduplicator = self._topics, self._buffer, self._deduplicator
         by_name, last_id, size = topics.by_name, self._last_id, 0
         for name, body, key in puts:
@@ -174,18 +156,14 @@ class SQLiteStore:
         if self._flush_error and self._clock() < self._retry_at:
             raise self._flush_error.with_traceback(None)
         try:
-            rows = self._buffer.rows()
-            self._database.insert_rows(rows)
+            self._database.insert(self._buffer.new_topics(), self._buffer.rows())
         except (sqlite3.Error, MemoryError) as error:
             self._flush_error, self._retry_at = to_reply_error(error), self._clock() + RETRY_MS
             if isinstance(self._flush_error, Full):
                 self._limits.record_full(MEMORY)
             raise
-        for row in rows:
-            if len(row[5]) >= LONG_BYTES:
-                self._topics.by_row[row[1]].has_long = True
-        self._buffer.clear()
-        self._written_id = self._last_id
+        self._buffer.clear(self._last_id, self._topics.last_row)
+        self._topics.count_pages(self._database.page_bytes)
 
     # Reads
 
@@ -212,7 +190,7 @@ class SQLiteStore:
     def _messages_after(self, topic: Topic, after: int, since: int) -> Iterator[StoredMessage]:
         """Iterate over the messages with ids above `after`, put at or after `since`."""
         if after < topic.written_id:
-            yield from self._database.read(topic.row, after, since, has_long=topic.has_long)
+            yield from self._database.read(topic.row, after, since)
         for message in topic.buffered[bisect_left(topic.buffered, (after + 1,)) :]:
             if message[2] >= since:
                 yield message
@@ -229,14 +207,14 @@ class SQLiteStore:
                 return []
             message_id, number, put_at, body = found
             message = Message(message_id, number, now - put_at, body, put_at - since)
-            # Whatever it skips is not wanted any more.
+            # The messages that it skips count as read.
             known.mark_read(message_id, message, message)
             return [message]
 
     def _newest_below(self, topic: Topic, below: int) -> StoredMessage | None:
         if at := bisect_left(topic.buffered, (below,)):
             return topic.buffered[at - 1]
-        # Of the last row, only the last message is unpacked if it is the one.
+        # If it is the last message, unpack only that one of its row.
         return self._database.newest_below(topic.row, topic.last_id - 1 if below > topic.last_id else 0, below)
 
     def last_id(self) -> int:
@@ -247,64 +225,43 @@ class SQLiteStore:
     def expire(self) -> int:
         with self._database:
             oldest = self._clock() - self.max_age_ms
-            rows = self._database.expired(oldest, self._deletable_id)
-            if rows:
-                deleted = self._delete_rows(rows)
-            elif self._deletable_id == sys.maxsize:
-                # The buffer is not flushed for it: that needs memory, which there may be none of.
-                deleted = self._delete_buffered(oldest)
-            else:
-                deleted = 0
-            if deleted:
-                self._flush_error = None
-        return deleted
-
-    def _delete_rows(self, rows: list[tuple[int, int, int, int, int]]) -> int:
-        deleted: dict[Topic, tuple[int, int]] = {}
-        for _, row, _, count, size in rows:
-            topic = self._topics.by_row[row]
-            # Removed and added again, so that the topics are ordered by their last messages.
-            messages, total = deleted.pop(topic, (0, 0))
-            deleted[topic] = messages + count, total + size
-        self._database.delete(rows[-1][0], self._emptied(deleted))
-        return self._topics.delete_first(deleted)
-
-    def _delete_buffered(self, oldest: int) -> int:
-        deleted = self._buffer.find_older(oldest)
-        if deleted:
-            self._database.delete(0, self._emptied(deleted))
-            self._buffer.delete_first(deleted)
-        return self._topics.delete_first(deleted)
-
-    @staticmethod
-    def _emptied(deleted: dict[Topic, tuple[int, int]]) -> list[int]:
-        """Return the rows of the topics that have no messages left without so many."""
-        return [topic.row for topic, (count, _) in deleted.items() if topic.messages == count]
+            rows = self._database.expired(oldest)
+            # Don't flush the buffer for this, because there may be no memory left.
+            is_buffered = not rows and self._database.deletable_id == sys.maxsize
+            deleted = self._buffer.find_older(oldest) if is_buffered else self._topics.sum_rows(rows)
+            if not deleted:
+                return 0
+            emptied = [topic.row for topic, (count, _) in deleted.items() if topic.messages == count]
+            self._database.delete(rows[-1][0] if rows else 0, emptied)
+            if is_buffered:
+                self._buffer.delete_first(deleted)
+            self._flush_error = None
+            count = self._topics.delete_first(deleted)
+            self._topics.count_pages(self._database.page_bytes)
+            return count
 
     # Statistics
 
     def topics(self, after: bytes, count: int) -> list[TopicStats]:
         with self._database:
-            return [self._topics.by_row[row].stats() for row in self._database.topics(after, count)]
+            unwritten = [name for _, name in self._buffer.new_topics() if name > after]
+            names = sorted(self._database.topics(after, count) + unwritten)
+            return [self._topics.by_name[name].stats() for name in names[:count]]
 
     @property
     def lost_ids(self) -> list[int]:
-        return [end for lost in self.lost for end in lost[:2]]
+        return [end for lost in self._lost for end in lost[:2]]
 
     def stats(self, topic: bytes, after: int = 0) -> TopicStats:
         with self._database:
-            lost = [one for one in self.lost if one.after < after <= one.last] or self.lost
+            lost = [one for one in self._lost if one.after < after <= one.last] or self._lost
             restored_number = lost[-1].numbers.get(topic, 0) if lost else 0
-            known = self._topics.by_name.get(topic)
-            if known is None:
-                return (
-                    Topic(topic, 0, *self._topics.empty.get(topic, ()))
-                    .stats()
-                    ._replace(restored_number=restored_number)
-                )
-            first_id, put_at = self._database.oldest(known.row) or (known.buffered[0][0], known.buffered[0][2])
-            age = self._clock() - put_at
-            return known.stats()._replace(first_id=first_id, oldest_age_ms=age, restored_number=restored_number)
+            known = self._topics.find(topic)
+            stats = known.stats()._replace(restored_number=restored_number)
+            if known.messages:
+                first_id, put_at = self._database.oldest(known.row) or (known.buffered[0][0], known.buffered[0][2])
+                stats = stats._replace(first_id=first_id, oldest_age_ms=self._clock() - put_at)
+            return stats
 
     def totals(self) -> Totals:
         topics = self._topics
@@ -321,11 +278,10 @@ class SQLiteStore:
 
     def _oldest_age(self) -> int:
         with suppress(ReplyError), self._database:
-            put_at = self._database.oldest_put_at()
-            if put_at is None:
-                # Everything written is older than what is in the buffer.
-                put_at = min([topic.buffered[0][2] for topic in self._buffer.dirty_topics], default=self._clock())
-            return max(0, self._clock() - put_at)
+            now = self._clock()
+            # Rows are older than messages in the buffer.
+            buffered = [topic.buffered[0][2] for topic in self._buffer.dirty_topics]
+            return max(0, now - (self._database.oldest_put_at() or min(buffered, default=now)))
         return 0
 
     def full(self) -> set[str]:
@@ -333,13 +289,13 @@ class SQLiteStore:
             return self._limits.full()
 
     def timings(self) -> dict[str, Timing]:
-        return dict(self._database.timings)
+        return self._database.timings.copy()
 
     def last_numbers(self) -> dict[bytes, int]:
         return self._topics.last_numbers()
 
     def last_number(self, topic: bytes) -> int:
-        return self._topics.last_number(topic)
+        return self._topics.find(topic).last_number
 
     def largest_topics(self, count: int) -> list[bytes]:
         return self._topics.largest(count)
@@ -347,94 +303,60 @@ class SQLiteStore:
     # Snapshots
 
     @contextmanager
-    def snapshot(self) -> Iterator[StoreState]:
-        """Fix the instant of a snapshot: yields what the store holds, besides the rows that `copy_rows` returns.
+    def snapshot(
+        self, unix_time: float, *, is_last: bool, file: Path | None, on_progress: Callable[[], None]
+    ) -> Iterator[Iterator[Batch]]:
+        """Take a snapshot of this instant: yield its rows, in batches too short to delay clients.
 
-        Later puts are no part of it. Until the end, nothing is deleted before it has been copied.
+        Later puts are not part of it, and nothing is deleted before it is copied. If `file` is given, an empty one,
+        tables are copied to it first, which is faster than by rows, but blocks the store; on_progress is called
+        periodically, and its exceptions end the copy.
         """
-        with self._database:
-            self._deletable_id = 0
-            state = StoreState(
-                self.epoch,
-                self.run,
-                self._clock(),
-                self._last_id,
-                self._topics.last_row,
-                self._topics.empty.copy(),
-                self.lost,
-                self._written_id,
-                self._buffer.contents(),
-            )
+        database, topics, buffer = self._database, self._topics, self._buffer
         try:
-            yield state
+            # Not `with database`, which would convert errors of the file as if they were the store's.
+            with database.lock:
+                state = SnapshotState(
+                    *(self.epoch, self.run, self._clock(), self._last_id, topics.last_row, None, unix_time, is_last),
+                    *(topics.empty.copy(), self._lost),
+                )
+                database.deletable_id = 0
+                copied = () if file else database.copy_rows(buffer.written_id, buffer.written_row)
+                buffered: list[Batch] = [(INSERT_TOPIC, buffer.new_topics()), (INSERT_ROW, buffer.rows())]
+                if file:
+                    database.copy_to(file, on_progress)
+            yield chain(copied, buffered, copy_state(database, state, self._deduplicator))
         finally:
-            self._deletable_id = sys.maxsize
+            database.deletable_id = sys.maxsize
 
-    def copy_rows(self, state: StoreState) -> Iterator[tuple[str, Sequence[tuple[Any, ...]]]]:
-        """Iterate over the rows that were in the database at the instant, in batches, each with its INSERT statement.
+    def load(self, source: sqlite3.Connection, unix_time: float) -> SnapshotState:
+        """Load a snapshot into a new store, and return its state.
 
-        The lock is held for one batch at a time, which is too short for a client to notice.
+        Restored messages count as read, because it is unknown whether they were.
         """
-        after = 0
-        while topics := self._copy(self._database.copy_topics, after, state.last_row):
-            after = topics[-1][0]
-            yield INSERT_TOPIC, topics
-        after = 0
-        while rows := self._copy(self._database.copy_rows, after, state.written_id):
-            after = self._deletable_id = rows[-1][0]
-            yield INSERT_ROW, rows
-
-    def _copy(self, copy: Callable[[int, int], list[T]], after: int, last: int) -> list[T]:
-        with self._database:
-            return copy(after, last)
-
-    def back_up(self, target: sqlite3.Connection, state: StoreState, on_progress: Callable[[], None]) -> None:
-        """Copy the rows at once, which is quicker. Nobody else can use the store meanwhile."""
-        # Not with `with`, which would take the target's errors for the store's.
+        state, clock = read_state(source), self._clock
+        # Computed first, because the rest takes time.
+        ahead_ms = state.clock + round(max(0.0, unix_time - state.written_at) * 1000) - clock()
+        producers = read_producers(source)
         with self._database.lock:
-            self._database.back_up(target, on_progress)
-        target.execute("DELETE FROM chunks WHERE last_id > ?", (state.written_id,))
-        target.execute("DELETE FROM topics WHERE id > ?", (state.last_row,))
-
-    def copy_producers(self, last_id: int) -> Iterator[list[Producer]]:
-        """Iterate over what is remembered of puts up to an id, in batches, as `copy_rows`."""
-        with self._database:
-            names = self._deduplicator.names()
-        for first in range(0, len(names), COPY_PRODUCERS):
-            with self._database:
-                batch = self._deduplicator.copy(names[first : first + COPY_PRODUCERS], last_id)
-            yield batch
-
-    @property
-    def forgot_at(self) -> int | None:
-        """When a producer was last forgotten that might still resend a put, in milliseconds on the store's clock."""
-        return self._deduplicator.forgot_at
-
-    def load(self, source: sqlite3.Connection, contents: SnapshotContents, passed_ms: int) -> None:
-        """Take over a snapshot taken so many milliseconds ago. The store must be new.
-
-        Restored messages count as read: whether they were is unknown.
-        """
-        state, clock = contents.state, self._clock
-        # Before the tables are copied, which takes time.
-        ahead_ms = state.clock + passed_ms - clock()
-        with self._database.lock:
-            self._topics.restore(self._database.load(source, drop_extra_tables))
+            self._topics.restore(self._database.load(source))
+            self._topics.count_pages(self._database.page_bytes)
         self._clock = lambda: clock() + ahead_ms
-        self.epoch, self.run, self.lost = state.epoch, state.run, state.lost
-        self._last_id = self._written_id = state.last_id
-        self._topics.last_row, self._topics.empty = state.last_row, state.empty_topics
-        self._deduplicator.restore(contents.producers, contents.forgot_at)
+        self.epoch, self.run, self._lost = state.epoch, state.run, state.lost
+        self._last_id, self._topics.last_row, self._topics.empty = state.last_id, state.last_row, state.empty_topics
+        self._buffer.clear(state.last_id, state.last_row)
+        self._deduplicator.restore(producers, state.forgot_at)
+        return state
 
     def begin_run(self, last_id: int) -> None:
-        """Begin a new run, after the loaded snapshot may have lacked the last messages. Ids go on from `last_id`.
+        """Begin a new run because the last messages before a kill are lost. Ids continue from `last_id`.
 
-        Numbers go on from those of the snapshot. A reader that knows higher ones takes the snapshot's.
+        Numbers continue from the snapshot. A reader that knows higher ones falls back to the snapshot's.
         """
         numbers = {name: number for name, (number, _) in self._topics.empty.items()} | self.last_numbers()
-        while len(self.lost) >= MAX_LOST or sum(len(one.numbers) for one in self.lost) > MAX_LOST_NUMBERS:
-            del self.lost[0]
-        self.lost.append(Lost(self._last_id, last_id, numbers))
+        while len(self._lost) >= MAX_LOST or sum(len(one.numbers) for one in self._lost) > MAX_LOST_NUMBERS:
+            del self._lost[0]
+        self._lost.append(Lost(self._last_id, last_id, numbers))
         self.run, self._last_id = secrets.token_hex(8), last_id
 
     def close(self) -> None:

@@ -1,49 +1,43 @@
-"""What the store knows of its topics without a statement to SQLite."""
+"""The index of topics and the write buffer, both in memory beside SQLite."""
 
 from __future__ import annotations
 
 import heapq
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from operator import attrgetter, itemgetter
+from typing import TypeAlias
 
 from dsmq.store.api import Message, TopicStats, accounted_bytes, accounted_topic_bytes
-from dsmq.store.schema import LONG_BYTES, Row, StoredMessage, pack
+from dsmq.store.schema import Row, StoredMessage, pack
 
-# Topics without messages whose numbering goes on; a forgotten topic starts again at 1.
+# Topics without messages whose last numbers are remembered; others start again at 1.
 MAX_EMPTY_TOPICS = 100_000
+# Pages that don't count towards the limit, so that small limits are exact.
+FREE_PAGE_BYTES = 1_048_576
+# Count the pages again after this change of the stored bytes: it takes as long as an INSERT.
+COUNT_PAGES_BYTES = 65_536
 
 
 class Topic:
-    """A topic that holds messages."""
+    """A topic with messages."""
 
     __slots__ = (
-        "buffered",
-        "bytes",
-        "deleted",
-        "has_long",
-        "last_id",
-        "last_number",
-        "name",
-        "read_id",
-        "read_number",
-        "row",
-        "written_id",
+        *("name", "row", "last_number", "last_id", "bytes", "deleted"),
+        *("read_number", "read_id", "buffered", "written_id"),
     )
 
     def __init__(self, name: bytes, row: int, last_number: int = 0, last_id: int = 0) -> None:
         self.name = name
         self.row = row
         self.last_number, self.last_id = last_number, last_id
-        # Of the message bodies.
+        # Total size of the bodies.
         self.bytes = 0
-        # How many of its messages have been deleted: always the first ones.
+        # How many messages have been deleted, always the oldest ones.
         self.deleted = last_number
-        # Whether there are, or were, rows of LONG_BYTES or more.
-        self.has_long = False
-        # The newest message that somebody has read.
+        # The newest message that any client has read.
         self.read_number = self.read_id = 0
-        # The newest messages, which are in the write buffer, and the last id before them; 0 if there is none.
+        # The messages in the write buffer, and the last id in the database, or 0.
         self.buffered: list[StoredMessage] = []
         self.written_id = 0
 
@@ -56,10 +50,10 @@ class Topic:
         return accounted_bytes(self.messages, self.bytes)
 
     def mark_read(self, after: int, first: Message, last: Message) -> int:
-        """Mark messages as read; return how many older ones nobody can read any more.
+        """Mark messages as read; return how many older ones have expired unread.
 
-        If the reader goes on from a message read before, what it did not find has expired. Otherwise it skips
-        messages, which count as read.
+        If the reader starts after a message that was read before, the messages in between have expired. Otherwise, it
+        has skipped them, and they count as read.
         """
         if last.number <= self.read_number:
             return 0
@@ -68,7 +62,7 @@ class Topic:
         return max(0, missed)
 
     def delete_first(self, count: int, size: int) -> int:
-        """Count out the first messages, of so many bytes; return how many of them were unread."""
+        """Subtract deleted messages, and the bytes of their bodies; return how many of them were unread."""
         first_unread = max(self.deleted, self.read_number)
         self.deleted += count
         self.bytes -= size
@@ -78,19 +72,24 @@ class Topic:
         return TopicStats(self.name, self.messages, self.bytes, self.last_number, self.last_id)
 
 
+Counts: TypeAlias = dict[Topic, tuple[int, int]]
+"""Number of messages and bytes of their bodies by topic, ordered by last put."""
+
+
 class TopicTable:
     """All topics, and the sums over them."""
 
     def __init__(self) -> None:
         self.by_name: dict[bytes, Topic] = {}
         self.by_row: dict[int, Topic] = {}
-        # The last number and id of each topic without messages, ordered by last put.
+        # Last number and id of topics without messages, ordered by last put.
         self.empty: dict[bytes, tuple[int, int]] = {}
         self.last_row = 0
-        # Since the start, and restored at the start. `stored` includes `restored`.
+        # Messages since the start. `stored` includes `restored`.
         self.stored = self.restored = self.deleted = self.deleted_unread = 0
-        # Of the message bodies; and what the topics themselves count towards the limit.
-        self.bytes = self.topic_bytes = 0
+        # Bodies; topics with overhead; and what the pages take beyond the messages with overhead.
+        self.bytes = self.topic_bytes = self.padding_bytes = 0
+        self._counted_bytes = 0
 
     @property
     def messages(self) -> int:
@@ -98,21 +97,39 @@ class TopicTable:
 
     @property
     def accounted_bytes(self) -> int:
-        return self.topic_bytes + accounted_bytes(self.messages, self.bytes)
+        return self.topic_bytes + self.padding_bytes + accounted_bytes(self.messages, self.bytes)
 
-    def new(self, names: Iterable[bytes]) -> list[Topic]:
-        """Return topics to be added. Their rows are never used again, so that a snapshot can go by them."""
-        return [Topic(name, row, *self.empty.get(name, ())) for row, name in enumerate(names, self.last_row + 1)]
+    def count_pages(self, page_bytes: Callable[[], int]) -> None:
+        """Make the limit on bytes apply to the database's pages, too: a page may be half empty."""
+        counted = accounted_bytes(self.messages, self.bytes)
+        if abs(counted - self._counted_bytes) >= COUNT_PAGES_BYTES:
+            self._counted_bytes = counted
+            self.padding_bytes = max(0, (page_bytes() - FREE_PAGE_BYTES) * 5 // 6 - counted)
 
-    def add(self, topics: list[Topic]) -> None:
-        for topic in topics:
-            self.by_name[topic.name] = self.by_row[topic.row] = topic
-            self.empty.pop(topic.name, None)
-        self.topic_bytes += accounted_topic_bytes(topic.name for topic in topics)
-        self.last_row += len(topics)
+    def find(self, name: bytes) -> Topic:
+        """Return a topic, which may be without messages."""
+        return self.by_name.get(name) or Topic(name, 0, *self.empty.get(name, ()))
 
-    def delete_first(self, deleted: dict[Topic, tuple[int, int]]) -> int:
-        """Count out the first messages of topics, ordered by last put: how many, and their bytes; return the sum."""
+    def add(self, names: Iterable[bytes]) -> None:
+        """Add topics, in the order of their rows, which are never reused: snapshots rely on it."""
+        for name in names:
+            self.last_row += 1
+            topic = Topic(name, self.last_row, *self.empty.pop(name, ()))
+            self.by_name[name] = self.by_row[topic.row] = topic
+            self.topic_bytes += accounted_topic_bytes([name])
+
+    def sum_rows(self, rows: Iterable[tuple[int, int, int, int, int]]) -> Counts:
+        """Sum up rows as `Database.expired` returns them."""
+        found: Counts = {}
+        for _, row, _, count, size in rows:
+            topic = self.by_row[row]
+            # Removed and added again, so that the topics are ordered by their last messages.
+            messages, total = found.pop(topic, (0, 0))
+            found[topic] = messages + count, total + size
+        return found
+
+    def delete_first(self, deleted: Counts) -> int:
+        """Subtract deleted messages; return their number."""
         for topic, (count, size) in deleted.items():
             self.deleted_unread += topic.delete_first(count, size)
             self.deleted += count
@@ -125,13 +142,12 @@ class TopicTable:
             del self.empty[next(iter(self.empty))]
         return sum(count for count, _ in deleted.values())
 
-    def restore(self, rows: Iterable[tuple[int, bytes, int, int, int, int, int]]) -> None:
-        """Add topics of a snapshot, as `Database.load` returns them. They count as read."""
-        for row, name, last_number, last_id, count, size, longest in rows:
+    def restore(self, rows: Iterable[tuple[int, bytes, int, int, int, int]]) -> None:
+        """Add topics as `Database.load` returns them. Their messages count as read."""
+        for row, name, last_number, last_id, count, size in rows:
             topic = self.by_name[name] = self.by_row[row] = Topic(name, row, last_number, last_id)
             topic.written_id, topic.deleted, topic.bytes = last_id, last_number - count, size
             topic.read_number, topic.read_id = last_number, last_id
-            topic.has_long = longest >= LONG_BYTES
             self.restored += count
             self.bytes += size
         self.stored = self.restored
@@ -141,46 +157,45 @@ class TopicTable:
         return [topic.name for topic in heapq.nlargest(count, list(self.by_name.values()), attrgetter("messages"))]
 
     def last_numbers(self) -> dict[bytes, int]:
-        # Copying the values is atomic, so that the lock is not needed for as long as this takes.
+        # Copying the values is atomic, so that this needs no lock.
         topics = list(self.by_name.values())
         return dict(zip(map(attrgetter("name"), topics), map(attrgetter("last_number"), topics), strict=True))
 
-    def last_number(self, name: bytes) -> int:
-        topic = self.by_name.get(name)
-        return topic.last_number if topic else self.empty.get(name, (0, 0))[0]
-
 
 class WriteBuffer:
-    """The messages that are not in SQLite yet. They stand in their topics; here is which topics, and how much."""
+    """The messages that are not in SQLite yet: they are in their topics' `buffered`, and this has the topics."""
 
     def __init__(self) -> None:
         self.dirty_topics: list[Topic] = []
         self.messages = self.bytes = 0
+        # The last id and topic row in the database.
+        self.written_id = self.written_row = 0
 
-    def contents(self) -> list[tuple[int, list[StoredMessage]]]:
-        """Return a copy of the messages, by the topics' rows."""
-        return [(topic.row, topic.buffered[:]) for topic in self.dirty_topics]
+    def new_topics(self) -> list[tuple[int, bytes]]:
+        """Return rows and names of topics that are not in the database yet."""
+        return [(topic.row, topic.name) for topic in self.dirty_topics if topic.row > self.written_row]
 
     def rows(self) -> list[Row]:
         return pack((topic.row, topic.buffered) for topic in self.dirty_topics)
 
-    def clear(self) -> None:
-        """Forget the messages once they are written."""
+    def clear(self, last_id: int, last_row: int) -> None:
+        """Discard the messages once they are written, up to this id and topic row."""
+        self.written_id, self.written_row = last_id, last_row
         for topic in self.dirty_topics:
             topic.written_id = topic.last_id
             topic.buffered = []
         self.dirty_topics = []
         self.messages = self.bytes = 0
 
-    def find_older(self, oldest: int) -> dict[Topic, tuple[int, int]]:
-        """Return how many messages of which topics were put before `oldest`, and their bytes."""
+    def find_older(self, oldest: int) -> Counts:
+        """Sum up the messages that were put before `oldest`."""
         found = {}
         for topic in sorted(self.dirty_topics, key=attrgetter("last_id")):
             if count := bisect_left(topic.buffered, oldest, key=itemgetter(2)):
                 found[topic] = count, sum(len(message[3]) for message in topic.buffered[:count])
         return found
 
-    def delete_first(self, deleted: dict[Topic, tuple[int, int]]) -> None:
+    def delete_first(self, deleted: Counts) -> None:
         for topic, (count, size) in deleted.items():
             del topic.buffered[:count]
             self.messages -= count

@@ -6,16 +6,15 @@ import contextlib
 import os
 import socket
 import ssl
-from collections.abc import Sequence
 from selectors import EVENT_READ, EVENT_WRITE
-from typing import Any
+from typing import TypeAlias
 
 from dsmq.errors import ConfigError
 
 _RECORD_BYTES = 16_384
 # OpenSSL would search a longer file for a certificate to its end, however long that takes.
 _MAX_FILE_BYTES = 16_777_216
-# What to do about errors of a client, by OpenSSL's codes and names.
+# What a client can do about an error, by OpenSSL's code or name.
 _UNKNOWN_AUTHORITY = "the certificate is not from a trusted authority (ca_file=... names others to trust)"
 _ADVICE: dict[int | str | None, str] = {
     18: "self-signed certificate (ca_file=... to trust it)",
@@ -25,21 +24,29 @@ _ADVICE: dict[int | str | None, str] = {
     "WRONG_VERSION_NUMBER": "wrong version number; does the server speak TLS?",
     "RECORD_LAYER_FAILURE": "record layer failure; does the server speak TLS?",
 }
-# Only a server says this, to a client.
-_CERTIFICATE_REQUIRED = "TLSV13_ALERT_CERTIFICATE_REQUIRED"
+_REASONS = {
+    "KEY_VALUES_MISMATCH": "the key does not match the certificate",
+    # Only a server sends this.
+    "TLSV13_ALERT_CERTIFICATE_REQUIRED": "the server requires a certificate (cert_file=..., key_file=...)",
+    "": "not in PEM format",
+    None: "not in PEM format",
+}
+
+_Source: TypeAlias = tuple[str, str]
+"""The name of a setting, and the file in it."""
 
 
 def server_context(cert_file: str, key_file: str, client_ca_file: str) -> ssl.SSLContext:
-    """Return a server's context for TLS 1.2 or later. Raises ConfigError.
+    """Return a server's context from files in PEM format. Raises ConfigError.
 
-    The files are in PEM format; without key_file the key is read from cert_file. With client_ca_file, clients have to
-    present a certificate of one of those authorities.
+    Without key_file, the key is read from cert_file. With client_ca_file, clients must have a certificate of one of
+    those authorities.
     """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context = _new_context(ssl.PROTOCOL_TLS_SERVER)
     context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
-    _load(context, ("tls_cert_file", "tls_key_file", "tls_client_ca_file"), cert_file, key_file, client_ca_file)
+    _load_pair(context, ("tls_cert_file", cert_file), ("tls_key_file", key_file))
     if client_ca_file:
+        _load_authorities(context, ("tls_client_ca_file", client_ca_file))
         context.verify_mode = ssl.CERT_REQUIRED
     return context
 
@@ -47,85 +54,88 @@ def server_context(cert_file: str, key_file: str, client_ca_file: str) -> ssl.SS
 def client_context(ca_file: str | None, cert_file: str | None, key_file: str | None) -> ssl.SSLContext:
     """Return a client's context that verifies the server's certificate and name. Raises ConfigError.
 
-    ca_file has the authorities to trust instead of the system's; cert_file and key_file are presented to a server that
-    requires a certificate.
+    ca_file has the authorities to trust instead of the system's; cert_file and key_file are for servers that require a
+    client certificate.
     """
-    context = _for_client()
-    if not ca_file:
+    context = _new_context(ssl.PROTOCOL_TLS_CLIENT)
+    if cert_file:
+        _load_pair(context, ("cert_file", cert_file), ("key_file", key_file or ""))
+    if ca_file:
+        _load_authorities(context, ("ca_file", ca_file))
+    else:
         context.load_default_certs()
-    _load(context, ("cert_file", "key_file", "ca_file"), cert_file or "", key_file or "", ca_file or "")
     return context
 
 
 def pinned_context(cert_file: str, name: str = "tls_cert_file") -> ssl.SSLContext:
-    """Return a client's context that trusts only the server's own certificate, whatever name it is for.
+    """Return a client's context that trusts only the server's own certificate, under any host name.
 
-    For health checks on the server's machine, which may use another name. `name` says where the file was set. Raises
-    ConfigError.
+    For health checks on the server's machine. `name` is the setting that the file comes from. Raises ConfigError.
     """
-    context = _for_client()
+    context = _new_context(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-    _load(context, ("", "", name), "", "", cert_file)
+    _load_authorities(context, (name, cert_file))
     return context
 
 
-def _for_client() -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+def _new_context(protocol: int) -> ssl.SSLContext:
+    context = ssl.SSLContext(protocol)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     return context
 
 
-def _load(context: ssl.SSLContext, names: Sequence[str], cert_file: str, key_file: str, ca_file: str) -> None:
-    """Load files; `names` are those of the options that they come from."""
-    cert, key, ca = (f"{name}: {file}" for name, file in zip(names, (cert_file, key_file, ca_file), strict=True))
-    for source, file in zip((cert, key, ca), (cert_file, key_file, ca_file), strict=True):
-        _check_size(source, file)
+def _load_authorities(context: ssl.SSLContext, source: _Source) -> None:
+    _check_size(source)
     try:
-        if cert_file:
-            # An empty password, so that it does not prompt for one.
-            context.load_cert_chain(cert_file, key_file or None, "")
+        context.load_verify_locations(source[1])
     except (OSError, ValueError) as error:
-        raise ConfigError(_wrong_pair(cert, key if key_file else cert, error)) from None
+        raise _invalid(source, reason(error)) from None
+
+
+def _load_pair(context: ssl.SSLContext, cert: _Source, key: _Source) -> None:
+    key = key if key[1] else cert
+    _check_size(cert)
+    _check_size(key)
     try:
-        if ca_file:
-            context.load_verify_locations(ca_file)
+        # An empty password, so that it does not prompt for one.
+        context.load_cert_chain(cert[1], key[1], "")
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{ca}: {reason(error)}") from None
+        raise _pair_error(cert, key, error) from None
 
 
-def _check_size(source: str, file: str) -> None:
+def _check_size(source: _Source) -> None:
+    if os.path.isfile(source[1]) and os.path.getsize(source[1]) > _MAX_FILE_BYTES:
+        raise _invalid(source, f"longer than {_MAX_FILE_BYTES} bytes")
+
+
+def _pair_error(cert: _Source, key: _Source, error: Exception) -> ConfigError:
+    """Return what is wrong with a certificate and its key. OpenSSL reports most mistakes alike."""
     try:
-        size = os.stat(file).st_size if file else 0
-    except (OSError, ValueError):
-        return  # An error that names it follows.
-    if size > _MAX_FILE_BYTES:
-        raise ConfigError(f"{source}: longer than {_MAX_FILE_BYTES} bytes")
-
-
-def _wrong_pair(cert_source: str, key_source: str, error: Exception) -> str:
-    """Return what is wrong with a certificate and its key; OpenSSL's own messages hardly differ."""
-    try:
-        cert, key = _read(cert_source), _read(key_source)
+        cert_text, key_text = _read(cert), _read(key)
     except ConfigError as unreadable:
-        return str(unreadable)
-    if b"PRIVATE KEY-----" not in key:
-        exchanged = b"CERTIFICATE-----" in key and b"PRIVATE KEY-----" in cert and cert != key
-        about = f"; are key and certificate exchanged? {cert_source} holds a key" if exchanged else ""
-        return f"{key_source}: no private key in PEM format found{about}"
-    if b"ENCRYPTED" in key:
-        return f"{key_source}: the private key is encrypted; give it without a passphrase"
-    if b"CERTIFICATE-----" not in cert:
-        return f"{cert_source}: no certificate in PEM format found"
-    return f"{key_source}: {reason(error)}"
+        return unreadable
+    if b"PRIVATE KEY-----" not in key_text:
+        is_swapped = b"CERTIFICATE-----" in key_text and b"PRIVATE KEY-----" in cert_text
+        hint = f"; are key and certificate exchanged? {cert[0]}: {cert[1]} holds a key" if is_swapped else ""
+        return _invalid(key, f"no private key in PEM format found{hint}")
+    if b"ENCRYPTED" in key_text:
+        return _invalid(key, "the private key is encrypted; give it without a passphrase")
+    if b"CERTIFICATE-----" not in cert_text:
+        return _invalid(cert, "no certificate in PEM format found")
+    return _invalid(key, reason(error))
 
 
-def _read(source: str) -> bytes:
+def _read(source: _Source) -> bytes:
     try:
-        with open(source.partition(": ")[2], "rb") as stream:
+        with open(source[1], "rb") as stream:
             return stream.read(1_048_576)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{source}: {reason(error)}") from None
+        raise _invalid(source, reason(error)) from None
+
+
+def _invalid(source: _Source, about: str) -> ConfigError:
+    return ConfigError(f"{source[0]}: {source[1]}: {about}")
 
 
 def reason(error: Exception) -> str:
@@ -133,29 +143,14 @@ def reason(error: Exception) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         return error.verify_message.rstrip(".")
     if isinstance(error, ssl.SSLError):
-        if error.reason == "KEY_VALUES_MISMATCH":
-            return "the key does not match the certificate"
-        if error.reason == _CERTIFICATE_REQUIRED:
-            return "the server requires a certificate (cert_file=..., key_file=...)"
-        return error.reason.lower().replace("_", " ") if error.reason else "not in PEM format"
+        return _REASONS.get(error.reason) or error.reason.lower().replace("_", " ")
     return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 def advice(error: ssl.SSLError) -> str:
-    """Return what went wrong for a client, and what to do about it."""
+    """Return a description for users of the client."""
     code = error.verify_code if isinstance(error, ssl.SSLCertVerificationError) else error.reason
     return _ADVICE.get(code) or reason(error)
-
-
-def certificate_names(context: ssl.SSLContext, sock: socket.socket, host: str) -> list[str]:
-    """Return the names in a server's certificate, if it is one to trust. Raises OSError, ValueError or KeyError."""
-    other = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    other.check_hostname = False
-    other.verify_flags = context.verify_flags
-    other.load_verify_locations(cadata=b"".join(context.get_ca_certs(binary_form=True)))
-    with other.wrap_socket(sock, server_hostname=host) as secured:
-        found: Any = secured.getpeercert()
-        return [value for _, value in found["subjectAltName"]]
 
 
 class TLSSocket:

@@ -1,0 +1,47 @@
+"""Parsing of the arguments of requests. Invalid ones raise BadRequest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dsmq.errors import BadRequest
+from dsmq.wire.limits import MAX_INTEGER
+
+MAX_NAME_BYTES = 64
+
+
+def parse_name(name: bytes) -> bytes:
+    """Parse the name of a connection."""
+    if len(name) > MAX_NAME_BYTES or not all(0x21 <= byte <= 0x7E for byte in name):
+        raise BadRequest(f"a name has at most {MAX_NAME_BYTES} printable ASCII characters, no spaces")
+    return name
+
+
+def parse_integer(text: bytes, what: str, least: int = 0, most: int = MAX_INTEGER) -> int:
+    if text.isdigit() and len(text) <= 19 and least <= (value := int(text)) <= most:
+        return value
+    raise BadRequest(f"{what} is an integer from {least} to {most}, not {shown(text)}")
+
+
+def parse_options(words: Sequence[bytes], known: dict[bytes, int]) -> dict[bytes, Sequence[bytes]]:
+    """Return the arguments of each option among the words; `known` says how many each takes."""
+    found: dict[bytes, Sequence[bytes]] = {}
+    at = 0
+    while at < len(words):
+        option = words[at].upper()
+        end = at + 1 + known.get(option, 0)
+        if option not in known or option in found or end > len(words):
+            raise BadRequest(f"invalid option or arguments at {shown(words[at])}; quote messages that contain spaces")
+        found[option] = words[at + 1 : end]
+        at = end
+    return found
+
+
+def parse_number(options: dict[bytes, Sequence[bytes]], option: bytes, default: int, least: int, most: int) -> int:
+    """Parse the argument of an option that takes an integer."""
+    return parse_integer(options[option][0], option.decode(), least, most) if option in options else default
+
+
+def shown(data: bytes) -> str:
+    """Return untrusted bytes as an error message shows them."""
+    return repr(data[:64])[1:]

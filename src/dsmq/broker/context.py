@@ -1,0 +1,27 @@
+"""What the connections of a server share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dsmq.broker.access import Access
+    from dsmq.broker.usage import Usage
+    from dsmq.settings import Settings
+    from dsmq.store.api import Store
+
+
+@dataclass
+class ServerContext:
+    """A reload replaces `settings` and `access`."""
+
+    settings: Settings
+    store: Store
+    access: Access
+    usage: Usage
+    request_stop: Callable[[str], None]
+    """Stop the server; takes the reason."""
+    info: Callable[[], Mapping[str, Mapping[str, object]]]
+    """Returns the sections of INFO, with names and values."""

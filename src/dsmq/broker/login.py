@@ -1,0 +1,103 @@
+"""Who a client is, and what it may do before that is known."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from dsmq.broker.auth import Role, Token
+from dsmq.errors import AuthRequired, BadRequest, WrongToken
+
+if TYPE_CHECKING:
+    from dsmq.broker.connection import Connection
+
+# Max requests of a client that is not authenticated.
+MAX_UNAUTHENTICATED_REQUESTS = 16
+# How long the requests behind a wrong token get replies. Some libraries report the error only when they have all
+# replies to their handshake.
+WRONG_TOKEN_SECONDS = 0.1
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who is at the other end."""
+
+    number: int
+    host: str
+    client_key: str
+    """Identifies a client with many addresses: see `auth.client_key`."""
+    name: str
+    """Host and port, for people."""
+    admitted_by: tuple[bool, str]
+    """See `Access.connection_rules`."""
+
+    @property
+    def encrypted(self) -> bool:
+        return self.admitted_by[0]
+
+
+@dataclass(slots=True, eq=False)
+class Login:
+    """The role of a client: NOBODY, for a limited time and number of requests, until it has shown a token."""
+
+    connection: Connection
+    role: Role = Role.NOBODY
+    token: Token | None = None
+    deadline: float = math.inf
+    """When the client has to be authenticated, or is disconnected after a wrong token."""
+    gave_wrong_token: bool = False
+    requests: int = field(default=0, init=False)
+
+    def authenticate(self, user: bytes, token: bytes) -> None:
+        """Take on the role of a token. Raises WrongToken or BadRequest."""
+        connection = self.connection
+        authenticator = connection.context.access.authenticator
+        if not authenticator.tokens:
+            raise BadRequest("a token was given, but this server has none")
+        found = authenticator.authenticate(user, token)
+        if found is None:
+            _logger.warning("%r: wrong token", connection, extra=connection.event("wrong_token"))
+            connection.counters.wrong_tokens += 1
+            # One guess a connection.
+            self.role, self.gave_wrong_token = Role.NOBODY, True
+            self.deadline = connection.loop.now + WRONG_TOKEN_SECONDS
+            connection.schedule(self.deadline)
+            connection.set_bounds()
+            raise WrongToken("invalid token")
+        self.token, self.role = found, found.role
+        connection.set_bounds()
+        self.admit()
+
+    def admit(self) -> None:
+        """Stop counting the client as unauthenticated if it has a role and the handshake of TLS is done."""
+        if not self.connection.unauthenticated:
+            self.deadline = math.inf
+            self.connection.context.usage.unauthenticated.drop(self.connection)
+
+    def count_request(self) -> None:
+        """Raises AuthRequired if the client has to be authenticated before it makes any more requests."""
+        self.requests += 1
+        if self.requests > MAX_UNAUTHENTICATED_REQUESTS:
+            self.connection.finish()
+            raise AuthRequired(f"no more than {MAX_UNAUTHENTICATED_REQUESTS} requests without a token")
+        if self.gave_wrong_token:
+            raise AuthRequired("a wrong token was given on this connection")
+
+    def apply_settings(self) -> None:
+        """Disconnect if the rules or the token that admitted the client are gone; admit it if none is needed."""
+        connection, access = self.connection, self.connection.context.access
+        tokens = access.authenticator.tokens
+        if connection.unauthenticated and not self.gave_wrong_token:
+            self.deadline = connection.opened_at + connection.context.settings.auth_timeout_seconds
+        if connection.peer.admitted_by != access.connection_rules:
+            connection.disconnect("the server's rules for connections have changed")
+        elif self.role is Role.NOBODY and not (tokens or self.gave_wrong_token):
+            self.role = Role.ADMIN
+            connection.set_bounds()
+            self.admit()
+        elif self.role is not Role.NOBODY and self.token not in tokens and (self.token or tokens):
+            connection.disconnect("the token is no longer valid")

@@ -1,0 +1,157 @@
+"""MULTI, EXEC and DISCARD."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
+
+from dsmq.broker.usage import request_memory
+from dsmq.errors import Aborted, BadRequest, ReplyError, TooBig, UnknownCommand
+from dsmq.wire.limits import MAX_INTEGER
+from dsmq.wire.resp import OK, Encoded, encode_integer, encode_simple
+
+if TYPE_CHECKING:
+    from dsmq.broker.commands import Command
+    from dsmq.broker.connection import Connection
+
+MAX_QUEUED_REQUESTS = 500
+# Bytes of arguments.
+MAX_QUEUED_BYTES = 524_288
+
+_QUEUED = encode_simple("QUEUED")
+_UNBOUNDED = MAX_INTEGER + 1
+
+
+@dataclass(slots=True)
+class Transaction:
+    """The requests since MULTI."""
+
+    requests: list[tuple[Command, list[bytes]]] = field(default_factory=list)
+    size: int = 0
+    """Bytes of their arguments."""
+    memory: int = 0
+    """Approximate bytes of memory that they take."""
+    aborted: bool = False
+
+    def add(self, command: Command, request: list[bytes]) -> None:
+        """Queue a request. Raises TooBig if there are too many."""
+        if self.aborted:
+            return
+        self.size += sum(map(len, request))
+        if len(self.requests) == MAX_QUEUED_REQUESTS or self.size > MAX_QUEUED_BYTES:
+            raise TooBig(
+                f"a transaction has at most {MAX_QUEUED_REQUESTS} requests and {MAX_QUEUED_BYTES} bytes of arguments"
+            )
+        self.memory += request_memory(request)
+        self.requests.append((command, request))
+
+    def abort(self) -> None:
+        """Make EXEC fail, because a request was refused."""
+        self.aborted = True
+        self.requests, self.memory = [], 0
+
+
+class Step(NamedTuple):
+    """A request that EXEC has still to run."""
+
+    command: Command
+    request: list[bytes]
+    reply: Encoded | ReplyError | None
+    """The reply to a put. Puts have been stored, or refused, before the first step."""
+    below: int
+    """The id of the first message that the transaction puts into its topic afterwards; it must not read that."""
+
+
+def multi(client: Connection, _: list[bytes]) -> bytes:
+    client.requests.begin(Transaction())
+    return OK
+
+
+def queue(command: Command, client: Connection, request: list[bytes]) -> bytes:
+    command.parse(client, request)
+    if client.requests.transaction is not None:
+        client.requests.transaction.add(command, request)
+    return _QUEUED
+
+
+def refuse(command: Command, _client: Connection, _request: list[bytes]) -> NoReturn:
+    raise BadRequest(f"{command.name} can't be part of a transaction")
+
+
+def discard(client: Connection, _: list[bytes]) -> bytes:
+    _end_transaction(client, "DISCARD")
+    return OK
+
+
+def _end_transaction(client: Connection, name: str) -> Transaction:
+    transaction = client.requests.transaction
+    if transaction is None:
+        raise BadRequest(f"{name} without MULTI")
+    client.requests.begin(None)
+    return transaction
+
+
+def execute(client: Connection, _: list[bytes]) -> bytes | None:
+    """Store all puts of the transaction together, then run its requests one after another.
+
+    The length of the reply is known, so it is sent in parts: each request runs like one that has just arrived, within
+    the same limits on unread replies and on the time for which other clients wait.
+    """
+    transaction = _end_transaction(client, "EXEC")
+    if transaction.aborted:
+        raise Aborted("no request was run, because one since MULTI was refused")
+    requests = transaction.requests
+    encode = partial(_begin_steps, client, requests, client.context.store.last_id())
+    try:
+        puts = [command.parse(client, request) for command, request in requests if command.name == "PUT"]
+    except ReplyError as error:
+        # A limit was lowered after the put was queued.
+        return encode(error)
+    return client.requests.put_together(puts, encode) if puts else encode([])
+
+
+def _begin_steps(
+    client: Connection, requests: list[tuple[Command, list[bytes]]], last_id: int, stored: list[int] | ReplyError
+) -> bytes:
+    """Schedule the requests, once the puts among them are stored or refused; return the head of the reply."""
+    ids = [] if isinstance(stored, ReplyError) else stored[:]
+    # The highest id before each put: an id that is not above it is that of an earlier put with the same KEY.
+    highest = list(accumulate(ids, max, initial=last_id))
+    first_later: dict[bytes, int] = {}
+    steps: deque[Step] = deque()
+    for command, request in reversed(requests):
+        reply: Encoded | ReplyError | None = None
+        topic = request[1] if len(request) > 1 else b""
+        below = first_later.get(topic, _UNBOUNDED)
+        if command.name == "PUT" and isinstance(stored, ReplyError):
+            client.counters.puts_refused[stored.code] += 1
+            reply = stored
+        elif command.name == "PUT":
+            message_id = ids.pop()
+            reply = encode_integer(message_id)
+            if message_id > highest[len(ids)]:
+                first_later[topic] = message_id
+        steps.appendleft(Step(command, request, reply, below))
+    client.requests.run_next(steps)
+    return b"*%d\r\n" % len(requests)
+
+
+def run_step(client: Connection, _: list[bytes]) -> Encoded | None:
+    """Run the next step of EXEC. Its request has an empty name, which a client can't send before the last step."""
+    if not client.requests.steps:
+        raise UnknownCommand("unknown command ''")
+    # Each step counts as an EXEC otherwise.
+    client.counters.commands["EXEC"] -= 1
+    command, request, reply, below = client.requests.steps.popleft()
+    if isinstance(reply, ReplyError):
+        raise reply.with_traceback(None)
+    if reply is not None:
+        return reply
+    client.reads.below = below
+    try:
+        return command.handler(client, request)
+    finally:
+        client.reads.below = 0

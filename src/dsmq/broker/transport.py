@@ -1,0 +1,270 @@
+"""A client's socket, and the replies that it has not taken yet."""
+
+from __future__ import annotations
+
+import logging
+import math
+import socket
+from contextlib import suppress
+from dataclasses import dataclass, field
+from selectors import EVENT_READ, EVENT_WRITE
+from typing import TYPE_CHECKING, TypeAlias
+
+from dsmq.broker import usage
+from dsmq.broker.states import BEHIND, CLOSED, FINISHING, HANDSHAKE, LINGERING, NO_ROOM, OPEN, WAITING
+from dsmq.broker.usage import FREE_BYTES, SLOW_BYTES_PER_SECOND, Budget
+from dsmq.errors import ReplyError
+from dsmq.wire.resp import Encoded, encode_error
+
+if TYPE_CHECKING:
+    from dsmq.broker.connection import Connection
+    from dsmq.broker.event_loop import EventLoop
+    from dsmq.wire.tls import TLSSocket
+
+Stream: TypeAlias = "socket.socket | TLSSocket"
+"""A non-blocking socket."""
+
+# Max bytes received, and sent, at once, so that one connection does not hold up the others. Many receive less.
+RECEIVE_BYTES = 131_072
+CROWD_RECEIVE_BYTES = 16_384
+SEND_BYTES = 524_288
+# Max bytes received at once while a connection closes, and in all if the client is unauthenticated: they are discarded.
+LAST_RECEIVE_BYTES = 4096
+MAX_DISCARDED_BYTES = 65_536
+# Max unparsed bytes buffered while a client is waiting.
+MAX_HELD_BYTES = 65_536
+# How long a client may take to read the last reply and hang up, when the server closes.
+LINGER_SECONDS = 1.0
+LINGER_SECONDS_AT_STOP = 0.05
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class Transport:
+    """Moves bytes from and to the socket. Replies left at the end of a turn count towards a total."""
+
+    connection: Connection
+    loop: EventLoop
+    socket: Stream
+    budget: Budget
+    data: bytearray = field(default_factory=bytearray)
+    """Unsent replies."""
+    counted: int = 0
+    """The part of the total."""
+    max_receive: int = RECEIVE_BYTES
+    max_unread: int = 0
+    """Above it, no further requests are run."""
+    unread_since: float = math.inf
+    """When the client last took something, while it leaves replies unread."""
+    slow_from: float = math.inf
+    """When it will have read at less than SLOW_BYTES_PER_SECOND."""
+    active_at: float = 0.0
+    """When it last received something, or sent the last of the replies."""
+    linger_seconds: float = LINGER_SECONDS
+    eof_received: bool = False
+    events: int = 0
+    """What the event loop watches the socket for."""
+    _discarded: int = 0
+
+    def fileno(self) -> int:
+        return self.socket.fileno()
+
+    # In
+
+    def on_ready(self, events: int) -> None:
+        """Read and write what the socket is ready for."""
+        connection = self.connection
+        if connection.state is HANDSHAKE:
+            self._shake_hands()
+            return
+        if events != EVENT_READ:
+            self.flush()
+            if connection.state is CLOSED or not events & EVENT_READ:
+                return
+        try:
+            is_scarce = connection.requests.budget.is_crowded or not self.loop.slice_seconds
+            data = self.socket.recv(self._scarce_bytes() if is_scarce else self.max_receive)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            connection.close(error.strerror or str(error))
+            return
+        if not data:
+            self.eof_received = True
+            connection.on_eof()
+        elif connection.state < FINISHING:
+            self.loop.counters.bytes_in += len(data)
+            self.active_at = self.loop.now
+            requests = connection.requests
+            if requests.incomplete_since != math.inf:
+                requests.note_progress(len(data))
+            requests.parser.feed(data)
+            requests.run()
+        elif connection.unauthenticated:
+            self._discarded += len(data)
+            if self._discarded > MAX_DISCARDED_BYTES:
+                connection.close("keeps sending after its last reply")
+
+    def on_failure(self) -> None:
+        self.connection.on_failure()
+
+    def _scarce_bytes(self) -> int:
+        """Return how much to receive in a crowd; beyond what is reserved, little if others wait for memory."""
+        most = self.max_receive if self.loop.slice_seconds else min(self.max_receive, CROWD_RECEIVE_BYTES)
+        requests = self.connection.requests
+        return min(most, FREE_BYTES + requests.missing) if requests.budget.is_crowded else most
+
+    def _shake_hands(self) -> None:
+        try:
+            events = self.socket.handshake()  # type: ignore[union-attr]
+        except OSError as error:
+            self.connection.close(error.strerror or str(error))
+            return
+        if events:
+            self.watch(events)
+        else:
+            self.connection.state = OPEN
+            self.connection.login.admit()
+            self.update_events()
+
+    # Out
+
+    def send(self, reply: Encoded) -> None:
+        """Send this at the end of the turn."""
+        if not self.data:
+            self.loop.to_flush.append(self)
+            if type(reply) is bytearray:
+                # It is long, so it is not copied again.
+                self.data = reply
+                reply = b""
+        self.data += reply
+        if self.counted:
+            # It is not flushed before the client reads.
+            self.count()
+
+    def send_at_once(self, error: ReplyError) -> None:
+        """Try to send this before closing."""
+        with suppress(OSError):
+            self.socket.send(encode_error(error))
+
+    def flush(self) -> None:
+        """Send what the socket takes."""
+        connection = self.connection
+        if connection.state >= LINGERING:
+            # The sending side is shut: sending would fail, and close the connection before the last reply is read.
+            return
+        data = self.data
+        size = len(data)
+        try:
+            sent = self.socket.send(data if size <= SEND_BYTES else memoryview(data)[:SEND_BYTES])
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        except OSError as error:
+            connection.close(error.strerror or str(error))
+            return
+        self.loop.counters.bytes_out += sent
+        if sent < size:
+            del data[:sent]
+            self._note_unread(sent)
+        else:
+            data.clear()
+            self.unread_since = self.slow_from = math.inf
+            self.active_at = self.loop.now
+        if len(data) != self.counted:
+            self.count()
+        if connection.state is BEHIND:
+            if len(data) < self.max_unread:
+                self.loop.run_soon(connection)
+        elif connection.state is FINISHING and not (data or connection.pending_puts):
+            self._linger()
+        if sent < size or self.events != EVENT_READ or connection.state is not OPEN:
+            self.update_events()
+
+    def _note_unread(self, sent: int) -> None:
+        now = self.loop.now
+        if self.unread_since == math.inf:
+            self.slow_from = now + usage.SLOW_SECONDS
+        if sent or self.unread_since == math.inf:
+            self.unread_since = now
+            self.slow_from = min(self.slow_from + sent / SLOW_BYTES_PER_SECOND, now + 2 * usage.SLOW_SECONDS)
+            self.connection.schedule(now + self.connection.context.settings.reply_timeout_seconds)
+
+    def _linger(self) -> None:
+        """Send the end of the stream, and give the client time to read the replies and hang up.
+
+        If the server closed while the client still sends, the kernel would reset the connection, and the client might
+        lose the last reply.
+        """
+        if self.eof_received:
+            self.connection.close("end of input")
+            return
+        try:
+            self.socket.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            self.connection.close(error.strerror or str(error))
+            return
+        self.connection.state = LINGERING
+        self.connection.schedule(self.active_at + self.linger_seconds)
+
+    # Memory
+
+    def count_if_long(self) -> None:
+        """Count long replies at once; others only if they are still there at the end of the turn."""
+        if len(self.data) > SEND_BYTES:
+            self.count()
+
+    def count(self) -> None:
+        """Count in steps of FREE_BYTES: many short replies may be added to one that is not taken."""
+        size = len(self.data)
+        more = size - self.counted
+        if more < 0 or more > FREE_BYTES or size <= FREE_BYTES:
+            self.budget.add(self.connection, more)
+            self.counted = size
+
+    def reserve(self, size: int) -> bool:
+        """Count a reply in advance if memory is short; return False if it has to wait until there is room."""
+        if not self.budget.is_tight or size + len(self.data) <= FREE_BYTES:
+            return True
+        if not self.budget.claim_in_turn(self.connection, size, self.loop.now):
+            self.connection.wait_for_room()
+            return False
+        self.counted += size
+        return True
+
+    # Events
+
+    def update_events(self) -> None:
+        """Watch the socket for what the connection can deal with."""
+        connection, events = self.connection, EVENT_READ
+        if connection.state is not OPEN or self.eof_received or self.unread_since != math.inf:
+            if connection.state in (HANDSHAKE, CLOSED):
+                return
+            events = EVENT_READ if self._can_receive() else 0
+            if self.unread_since != math.inf:
+                events |= EVENT_WRITE
+        if events != self.events:
+            self.watch(events)
+
+    def _can_receive(self) -> bool:
+        connection = self.connection
+        if self.eof_received or connection.state is BEHIND:
+            return False
+        if connection.state is WAITING or connection.reads.pending:
+            # Its disconnecting should be noticed.
+            return len(connection.requests.parser) < MAX_HELD_BYTES
+        return connection.state is not NO_ROOM
+
+    def watch(self, events: int) -> None:
+        before, self.events = self.events, events
+        self.loop.watch(self, before, events)
+
+    def close(self) -> None:
+        """Release the socket and the buffer."""
+        # A timer may refer to the connection for hours.
+        self.data, self.counted = bytearray(), 0
+        self.watch(0)
+        # A process that was forked may hold a copy of the socket; without this, the client would not see the end.
+        with suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+        self.socket.close()
