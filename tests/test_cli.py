@@ -1054,7 +1054,7 @@ def test_address_of_another_machine_is_reported() -> None:
 
 def test_privileged_port_is_reported() -> None:
     done = run_dsmq("serve", "--port", "1", "--http-port", "off", prefix=without_privileges())
-    assert_one_line((done.returncode, done.stdout, done.stderr), 1, "127.0.0.1:1: permission denied")
+    assert_one_line((done.returncode, done.stdout, done.stderr), 1, "127.0.0.1:1: Permission denied")
 
 
 @pytest.mark.parametrize(

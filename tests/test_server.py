@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import socket
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SOON, UNIT, LethalStore, Wire, as_map, blocked, daemon, serving, wait_until, wire_to
+from conftest import SOON, UNIT, LethalStore, Wire, as_map, blocked, daemon, loop_of, serving, wait_until, wire_to
 from dsmq import settings as config
 from dsmq.broker import commands, reads
 from dsmq.broker import event_loop as worker
@@ -333,11 +332,17 @@ def test_defect_in_command_closes_that_connection_only(
     assert "ZeroDivisionError" in caplog.text
 
 
-def test_defect_during_wait_gives_one_error_reply(server: Server, wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
-    with wire_to(server) as victim:
+class DefectiveStore(SQLiteStore):
+    """Fails to read messages."""
+
+    def read(self, topic: bytes, after: int, count: int, max_bytes: int) -> list[Message]:
+        return super().read(topic, after, count, max_bytes) and 1 / 0  # type: ignore[return-value]
+
+
+def test_defect_during_wait_gives_one_error_reply() -> None:
+    with serving(DefectiveStore(600_000)) as server, wire_to(server) as wire, wire_to(server) as victim:
         victim.send(encode_request(b"GETWAIT", b"t", b"60000"))
         wait_until(lambda: server.status.waiting() == 1)
-        monkeypatch.setattr(server.context.store, "_messages_after", lambda *_: 1 / 0)
         assert wire.call("PUT", "t", "x") == 1
         assert victim.receive().code == "INTERNAL"  # type: ignore[union-attr]
         assert victim.ended()
@@ -345,16 +350,15 @@ def test_defect_during_wait_gives_one_error_reply(server: Server, wire: Wire, mo
 
 
 @pytest.mark.parametrize("notices", [False, True])
-def test_defect_after_reply_is_reported_with_notices_only(
-    server: Server, wire: Wire, monkeypatch: pytest.MonkeyPatch, notices: bool
-) -> None:
+def test_defect_after_reply_is_reported_with_notices_only(server: Server, wire: Wire, notices: bool) -> None:
     if notices:
         wire.ask_for_notices()
     assert wire.call("PING") == "PONG"
-    worker = server._workers[0]
-    (connection,) = worker.connections
-    monkeypatch.setattr("dsmq.broker.connection.deadlines", lambda _: 1 / 0)
-    worker.post(lambda: worker.schedule(connection, 0.0))
+    loop = loop_of(server)
+    (connection,) = loop.connections
+    # Its timer fails.
+    connection.login.deadline = None  # type: ignore[assignment]
+    loop.post(lambda: loop.schedule(connection, 0.0))
     if notices:
         assert wire.receive().code == "INTERNAL"  # type: ignore[union-attr]
     assert wire.ended()
@@ -714,6 +718,43 @@ class SlowStore(SQLiteStore):
         return self.reads[-1]
 
 
+def test_unanswered_read_gets_error_at_stop() -> None:
+    store = SlowStore()
+    with serving(store) as server, wire_to(server) as wire:  # type: ignore[arg-type]
+        wire.send(encode_request(b"GET", b"t"))
+        wait_until(lambda: bool(store.reads))
+        assert server.stop() == []
+        # An empty reply would mean that there is no message.
+        assert isinstance(wire.receive(), ShuttingDown)
+        assert wire.ended()
+
+
+def test_asynchronous_store_answers_transaction() -> None:
+    with serving(LaterStore()) as server, wire_to(server) as wire:  # type: ignore[arg-type]
+        requests = ("PUT t 1", "MULTI", "PUT t 2", "GET t", "PUT t 3", "GET t", "GET t", "EXEC", "PUT t 4")
+        wire.send("".join(f"{request}\r\n" for request in requests).encode())
+        replies = [wire.receive() for _ in requests]
+        assert replies == [1, "OK", *["QUEUED"] * 5, [2, b"1", 3, b"2", b"3"], 4]
+
+
+class LimitedStore(LaterStore):
+    """Refuses several puts at once, but stores each of them later."""
+
+    def append(self, puts: Sequence[Put]) -> Future[list[int]]:
+        if len(puts) > 1:
+            raise Full("no room")
+        return super().append(puts)
+
+
+def test_puts_retried_one_by_one_are_answered_later() -> None:
+    with serving(LimitedStore()) as server, wire_to(server) as wire:  # type: ignore[arg-type]
+        wire.send(encode_request(b"PUT", b"t", b"x") * 5 + encode_request(b"PING"))
+        replies = [wire.receive() for _ in range(6)]
+        # Several threads store them.
+        assert sorted(map(str, replies)) == ["1", "2", "3", "4", "5", "PONG"]
+        assert replies[-1] == "PONG"
+
+
 def test_late_store_answer_gives_no_second_reply() -> None:
     store = SlowStore()
     with Server(config.load(kind=config.EmbeddedSettings, port=0), store) as server, wire_to(server) as wire:  # type: ignore[arg-type]
@@ -799,9 +840,7 @@ def test_failed_flush_closes_no_connection(error: Exception) -> None:
         assert wire.call("PUT", "t", "2") == 2
 
 
-def test_worker_stops_busy_polling_on_busy_processor(
-    server: Server, wire: Wire, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_worker_stops_busy_polling_on_busy_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     yields = []
 
     def give_it_away() -> None:
@@ -811,10 +850,9 @@ def test_worker_stops_busy_polling_on_busy_processor(
     monkeypatch.setattr(worker, "yield_processor", give_it_away)
     monkeypatch.setattr(worker, "LONG_YIELD_PAUSE_SECONDS", 100 * SOON)
     # The default of 0.1 ms may pass before it yields.
-    server._workers[0]._busy_poll_seconds = SOON
-    wire.call("PING")
-    wait_until(lambda: bool(yields))
-    assert [wire.call("ECHO", number) for number in range(20)] == [b"%d" % number for number in range(20)]
+    with serving(busy_poll_microseconds=100_000) as server, wire_to(server) as wire:
+        wait_until(lambda: wire.call("PING") == "PONG" and bool(yields))
+        assert [wire.call("ECHO", number) for number in range(20)] == [b"%d" % number for number in range(20)]
     assert len(yields) == 1
 
 
@@ -859,7 +897,7 @@ def test_closed_connection_releases_buffers(server: Server) -> None:
     with wire_to(server) as wire:
         wire.send(encode_request(b"GETWAIT", b"t", b"86400000"))
         wait_until(lambda: server.status.waiting() == 1)
-        (connection,) = server._workers[0].connections
+        (connection,) = loop_of(server).connections
         wire.send(b"*3\r\n$3\r\nPUT\r\n$1\r\nt\r\n$50000\r\n" + bytes(30_000))
         wait_until(lambda: len(connection.requests.parser) > 30_000)
     wait_until(lambda: server.status.connections() == 0)
@@ -869,7 +907,7 @@ def test_closed_connection_releases_buffers(server: Server) -> None:
 def test_closed_connection_runs_no_more_requests(server: Server) -> None:
     with wire_to(server) as wire:
         wire.call("PING")
-        (connection,) = server._workers[0].connections
+        (connection,) = loop_of(server).connections
         connection.requests.parser.feed(encode_request(b"GETWAIT", b"t", b"60000"))
         done = threading.Event()
 
@@ -880,7 +918,7 @@ def test_closed_connection_runs_no_more_requests(server: Server) -> None:
             connection.requests.run()
             done.set()
 
-        server._workers[0].post(close_and_run)
+        loop_of(server).post(close_and_run)
         assert done.wait(SOON)
         assert server.status.waiting() == 0
 
@@ -913,15 +951,15 @@ def test_client_reading_a_reply_is_not_idle(tmp_path: Path) -> None:
 def test_close_notice_comes_after_earlier_replies(server: Server) -> None:
     with wire_to(server) as wire:
         wire.call("PING")
-        worker = server._workers[0]
-        (connection,) = worker.connections
+        loop = loop_of(server)
+        (connection,) = loop.connections
 
         def put_and_drain() -> None:
             connection.requests.parser.feed(encode_request(b"PUT", b"t", b"stored") + b"*3\r\n$3\r\nPUT")
             connection.requests.run()
             connection.drain()
 
-        worker.post(put_and_drain)
+        loop.post(put_and_drain)
         assert wire.receive() == 1
         assert wire.receive().code == "CLOSING"  # type: ignore[union-attr]
 
@@ -940,13 +978,13 @@ def test_stop_timeout_counts_from_request(tmp_path: Path) -> None:
         wire = Wire(f"{tmp_path}/socket")
         wire.send(encode_request(b"ECHO", b"x" * 5_000_000))
         wait_until(lambda: server.status.counters().requests == 1)
-        (worker,) = server._workers
+        loop = loop_of(server)
         # A slow turn of the loop.
-        worker.post(lambda: time.sleep(2 * UNIT))
+        loop.post(lambda: time.sleep(10 * UNIT))
         asked_at = time.monotonic()
-        worker.stop(3 * UNIT)
-        wait_until(lambda: worker._stop_at < math.inf)
-        assert worker._stop_at < asked_at + 4 * UNIT
+        loop.stop(10 * UNIT)
+        loop.thread.join(SOON)
+        assert time.monotonic() - asked_at < 18 * UNIT
         wire.close()
 
 
@@ -995,7 +1033,7 @@ def test_half_close_after_quit_gets_earlier_replies(tmp_path: Path) -> None:
         wire = Wire(f"{tmp_path}/socket")
         wire.send(encode_request(b"ECHO", b"x" * 1_000_000) + encode_request(b"QUIT"))
         wire.socket.shutdown(socket.SHUT_WR)
-        wait_until(lambda: all(connection.transport.eof_received for connection in server._workers[0].connections))
+        wait_until(lambda: all(connection.transport.eof_received for connection in loop_of(server).connections))
         assert [wire.receive(), wire.receive()] == [b"x" * 1_000_000, "OK"]
         assert wire.ended()
         wire.close()

@@ -7,8 +7,8 @@
         async for message in mq.messages("greetings"):
             ...
 
-One connection carries the calls of all tasks, pipelined in the order in which they were made. A call that is cancelled
-keeps its place there: its reply is read and dropped. A read that waits has a connection of its own.
+One connection carries the calls of all tasks, pipelined in the order in which they were made. If a call is cancelled
+after it was sent, its reply is read and dropped. A read that waits has its own connection.
 """
 
 from __future__ import annotations
@@ -24,13 +24,12 @@ from typing import Any, Generic, Literal, Self, TypeVar, Unpack, overload
 
 from dsmq import client as blocking
 from dsmq.client import arguments
-from dsmq.client import session as wire
 from dsmq.client.async_pool import Pool, retrieve_error
 from dsmq.client.core import Client, Options
 from dsmq.client.reader import Claim
 from dsmq.client.replies import check, stored_id
 from dsmq.client.requests import ALL, Call, Convert, NonIdempotent, Put, PutMany, list_topics, read
-from dsmq.client.session import Message
+from dsmq.client.session import PING, SHUTDOWN, Message, body, text
 from dsmq.errors import ClientClosed
 from dsmq.system import process
 
@@ -50,7 +49,11 @@ async def connect(
 
 
 class AsyncClient(Client):
-    """A client for the tasks of one event loop. Made by `connect`; the methods are those of the blocking client."""
+    """A client for the tasks of one event loop, with the methods of the blocking client. Made by `connect`.
+
+    If that loop has stopped, or in a forked child, a call in another loop continues at the same positions, with new
+    connections. While the loop is running, calls in another one raise RuntimeError.
+    """
 
     def __init__(self, host: str, port: int, options: Options) -> None:
         super().__init__(host, port, options)
@@ -58,12 +61,12 @@ class AsyncClient(Client):
         self._pool: Pool | None = None
 
     async def put(self, topic: str, msg: str | bytes) -> int:
-        """Put a message; when this returns it is stored. Returns its id."""
+        """Put a message; it is stored when this returns. Returns its id."""
         await self._run(put := Put(self._session.put(topic, msg)))
         return stored_id(put.reply)
 
     async def put_many(self, topic: str, messages: Iterable[str | bytes]) -> list[int]:
-        """Put several messages in order; returns their ids. Errors say how many are stored, as in the other client."""
+        """Put several messages in order; returns their ids. Errors tell how many are stored, as in the other client."""
         pending: deque[asyncio.Future[None]] = deque()
         with PutMany(self._session, topic, messages) as puts:
             try:
@@ -112,7 +115,7 @@ class AsyncClient(Client):
     async def get_wait(
         self, topic: str, *, default: object = "", timeout: float | None = None, raw: bool = False
     ) -> object:
-        """Like `get`, but wait for a message for so many seconds; without a timeout, about ten."""
+        """Like `get`, but wait up to `timeout` seconds for a message; by default, about ten."""
         seconds = blocking.default_wait() if timeout is None else arguments.seconds("timeout", timeout)
         return await self._one(topic, seconds, default, raw=raw)
 
@@ -125,7 +128,7 @@ class AsyncClient(Client):
     @overload
     async def get_latest(self, topic: str, *, default: D, raw: Literal[True]) -> bytes | D: ...
     async def get_latest(self, topic: str, *, default: object = "", raw: bool = False) -> object:
-        """Return the newest message that this client has not read, or `default`; pass over the older ones."""
+        """Return the newest message that this client has not read, or `default`; skip the older ones."""
         return await self._one(topic, 0.0, default, raw=raw, latest=True)
 
     @overload
@@ -137,9 +140,9 @@ class AsyncClient(Client):
     async def get_many(
         self, topic: str, n: int = 100, *, timeout: float = 0.0, raw: bool = False
     ) -> list[str] | list[bytes]:
-        """Return up to `n` messages, oldest first: those that are there, or else wait for one."""
+        """Return up to `n` messages, oldest first. If there are none, wait up to `timeout` seconds for one."""
         n, seconds = arguments.count("n", n), arguments.seconds("timeout", timeout)
-        return await self._read(topic, n, seconds, wire.body if raw else wire.text)  # type: ignore[no-any-return]
+        return await self._read(topic, n, seconds, body if raw else text)  # type: ignore[no-any-return]
 
     async def read(self, topic: str, n: int = 1, *, timeout: float = 0.0, latest: bool = False) -> list[Message]:
         """Return up to `n` messages with their ids, numbers and put times; latest=True returns the newest only."""
@@ -153,16 +156,16 @@ class AsyncClient(Client):
     def messages(
         self, topic: str, *, timeout: float = math.inf, raw: bool = False
     ) -> AsyncIterator[str] | AsyncIterator[bytes]:
-        """Iterate over the messages of a topic as they come; end when none has come for `timeout` seconds."""
+        """Iterate over the messages of a topic as they arrive; end when none has for `timeout` seconds."""
         seconds = arguments.seconds("timeout", timeout)
         self._session.reader(topic)
         if raw:
-            return _Messages(self, topic, seconds, wire.body)
-        return _Messages(self, topic, seconds, wire.text)
+            return _Messages(self, topic, seconds, body)
+        return _Messages(self, topic, seconds, text)
 
     async def ping(self) -> None:
         """Check that the server answers."""
-        await self._run(ping := Call(wire.PING))
+        await self._run(ping := Call(PING))
         check(ping.reply)
 
     async def topics(self) -> list[tuple[str, int, int]]:
@@ -175,12 +178,12 @@ class AsyncClient(Client):
     async def shutdown_server(self) -> None:
         """Stop the server gracefully; return when it has closed the connection."""
         shared = self._here().shared
-        await shared.ask(call := NonIdempotent(wire.SHUTDOWN))
+        await shared.ask(call := NonIdempotent(SHUTDOWN))
         check(call.reply)
         await shared.await_end()
 
     async def close(self) -> None:
-        """Close the client. Calls of other tasks raise ClientClosed. Idempotent."""
+        """Close the client. Calls in progress in other tasks raise ClientClosed. Idempotent."""
         self._core.is_closed = True
         if self._pool is not None:
             self._pool.close(ClientClosed("the client was closed during the call"))
@@ -195,8 +198,8 @@ class AsyncClient(Client):
 
     async def _one(self, topic: str, seconds: float, default: object, *, raw: bool, latest: bool = False) -> Any:
         if raw:
-            return await self._read(topic, 1, seconds, wire.body, b"" if default == "" else default, latest=latest)
-        return await self._read(topic, 1, seconds, wire.text, default, latest=latest)
+            return await self._read(topic, 1, seconds, body, b"" if default == "" else default, latest=latest)
+        return await self._read(topic, 1, seconds, text, default, latest=latest)
 
     async def _read(  # noqa: PLR0913 - what a read consists of
         self, topic: str, n: int, seconds: float, convert: Convert[T], default: object = ALL, *, latest: bool = False
@@ -216,7 +219,7 @@ class AsyncClient(Client):
         reader = self._session.reader(topic)
         taken = reader.take(claim, n, convert) if n and not latest else []
         if len(taken) < n:
-            for call in read(self._session, claim, taken, topic, n, seconds, convert, latest):
+            for call in read(self._session, reader, claim, taken, n, seconds, convert, latest):
                 await (self._here().wait(call) if call.waits else self._run(call))
         return taken
 
@@ -235,17 +238,17 @@ class AsyncClient(Client):
         return pool
 
     def _enter(self) -> Pool:
-        """Go on in another event loop, or in a child process, with connections of its own."""
+        """Continue in another event loop, or in a forked child, with new connections."""
         if self._pool and self._pool.process is not process():
             if self._pool.loop is asyncio.get_running_loop():
-                raise RuntimeError("this event loop is the parent process's: a child process has to run one of its own")
-            # Another thread that had the lock does not exist in a child process.
+                raise RuntimeError("this event loop is the parent process's: run another one in the child process")
+            # A thread that held the lock does not exist in the child.
             self._lock = threading.Lock()
         with self._lock:
             if self._pool and self._pool.is_in_use:
                 raise RuntimeError("the client is in use in another event loop: connect in each of them")
             if self._pool:
-                self._pool.close(RuntimeError("the client has gone on in another event loop"))
+                self._pool.close(RuntimeError("the client has continued in another event loop"))
             self._pool = Pool(self._core)
             return self._pool
 

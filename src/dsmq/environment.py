@@ -73,11 +73,6 @@ def _variables() -> dict[str, str]:
     return found
 
 
-def _refusal(name: str, value: object) -> str:
-    is_section = isinstance(value, dict)
-    return "unknown section; settings are not divided into sections" if is_section else unknown(name)
-
-
 def service_links() -> list[str]:
     """Return the environment variables that are ignored, because they describe a service or container named dsmq."""
     return [variable for variable, value in sorted(os.environ.items()) if _is_link(variable, value)]
@@ -86,6 +81,11 @@ def service_links() -> list[str]:
 def _is_link(variable: str, value: str) -> bool:
     name = variable.upper()
     return name.startswith(PREFIX) and bool(_LINKS.fullmatch(f"{name.removeprefix(PREFIX)}={value}"))
+
+
+def _refusal(name: str, value: object) -> str:
+    is_section = isinstance(value, dict)
+    return "unknown section; settings are not divided into sections" if is_section else unknown(name)
 
 
 def unknown(name: str, spell: Callable[[str], str] = str) -> str:

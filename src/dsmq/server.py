@@ -19,13 +19,14 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from dsmq import logs, signals, system
 from dsmq import settings as config
 from dsmq.broker import listener as listening
 from dsmq.broker.access import Access
 from dsmq.broker.admission import Admission
+from dsmq.broker.connection import Connection
 from dsmq.broker.context import ServerContext
 from dsmq.broker.event_loop import EventLoop
 from dsmq.broker.listener import Listener
@@ -40,6 +41,9 @@ from dsmq.store.expiry import Expiry
 from dsmq.store.snapshots import LAST_SNAPSHOT_SECONDS, SnapshotStats, Snapshotter
 from dsmq.store.sqlite import SQLiteStore
 from dsmq.threads import join, wait_until
+
+if TYPE_CHECKING:
+    from dsmq.ops.http import HTTPEndpoint
 
 # How often the main thread checks the others, and how long a reload waits for them.
 WATCH_SECONDS = 1.0
@@ -113,7 +117,7 @@ class Server:
         can't be used.
         """
         if missing := system.lacking():
-            raise StartupError(f"the server does not run here: this system has no {', no '.join(missing)}")
+            raise StartupError(f"this system can't run a dsmq server: it has no {', no '.join(missing)}")
         self._load = load
         self._systemd = systemd or Systemd()
         self._store = store or SQLiteStore(0)
@@ -127,11 +131,11 @@ class Server:
         self._workers: list[EventLoop] = []
         self._expiry = Expiry(self._store, settings.expiry_interval_seconds)
         self._snapshotter = _new_snapshotter(settings, self._store)
-        self._http_endpoints: list[Any] = []
+        self._http_endpoints: list[HTTPEndpoint] = []
         snapshots = self._snapshotter.stats if self._snapshotter else SnapshotStats()
         self.context.usage.connections.limit = system.affordable_connections(settings.max_connections)
         self.status = Status(self.context, self._workers, self._expiry, self._snapshotter, snapshots)
-        self._admission = Admission(self.context, self._workers, self.status.own_counters)
+        self._admission = Admission(self.context, self._workers, self.status.own_counters, Connection)
         self._full: set[str] = set()
         self._stopped = False
         self._stopping = threading.Lock()
@@ -267,12 +271,9 @@ class Server:
         self.context.access = access
         self._apply(new.model_copy(update={name: getattr(before, name) for name in RESTART_REQUIRED}))
         logging.getLogger("dsmq").setLevel(new.log_level.upper())
-        applying = set(self._workers)
-        for worker in self._workers:
-            worker.post(worker.apply_settings)
-            worker.post(partial(applying.discard, worker))
-        # So that what the log says is true; but not for ever, since a thread may hang.
-        wait_until(lambda: not applying, time.monotonic() + WATCH_SECONDS)
+        calls = [(worker, worker.apply_settings) for worker in self._workers]
+        # Waits, so that the settings are in force when the log says so.
+        _call_in_loops(calls, time.monotonic() + WATCH_SECONDS)
         reports.log_reload(before, new, RESTART_REQUIRED, access_before, access)
         self._log_configuration()
 
@@ -285,7 +286,7 @@ class Server:
     # Stop
 
     def stop(self, seconds: float | None = None, *, abandon: bool = False) -> list[str]:
-        """Stop in stages, within stop_timeout_seconds unless told; return the names of threads that survived.
+        """Stop in stages, by default within stop_timeout_seconds; return the names of threads that survived.
 
         Idempotent. `abandon`, or a KeyboardInterrupt meanwhile, gives up what is left, including the last snapshot.
         """
@@ -331,29 +332,23 @@ class Server:
             self._store.close()
         return survivors
 
-    def _stop_accepting(self, deadline: float) -> None:
-        if self._workers and self._workers[0].thread.is_alive():
-            accepting = set(self._listeners)
-            for listener in self._listeners:
-                self._workers[0].post(listener.stop_accepting)
-                self._workers[0].post(partial(accepting.discard, listener))
-            wait_until(lambda: not accepting, deadline)
-        for listener in self._listeners:
-            listener.close()
-
     def _end_threads(self, deadline: float) -> list[str]:
         """End all threads; return the names of those that survive. The snapshotter's is waited for later."""
-        self._stop_accepting(deadline)
+        if self._workers and self._workers[0].thread.is_alive():
+            calls = [(self._workers[0], listener.stop_accepting) for listener in self._listeners]
+            _call_in_loops(calls, deadline)
+        for listener in self._listeners:
+            listener.close()
         for worker in self._workers:
-            worker.stop(max(0.0, deadline - time.monotonic()))
+            if worker.thread.ident:
+                worker.stop(max(0.0, deadline - time.monotonic()))
+            else:
+                worker.close()
         self._expiry.stop()
         if self._snapshotter:
             self._snapshotter.stop()
         for thread in (*(worker.thread for worker in self._workers), self._expiry.thread):
             join(thread, deadline)
-        for worker in self._workers:
-            if worker.thread.ident is None:
-                worker.close()
         # Until now, /readyz has reported that the server is stopping.
         for endpoint in self._http_endpoints:
             endpoint.stop()
@@ -361,20 +356,31 @@ class Server:
         self._admission.close_refused(keep=0)
         return [part.thread.name for part in self._parts() if part is not self._snapshotter and part.thread.is_alive()]
 
-    def _parts(self) -> list[Any]:
+    def _parts(self) -> list[EventLoop | Expiry | Snapshotter | HTTPEndpoint]:
         """Return everything that has a thread."""
         snapshotter = [self._snapshotter] if self._snapshotter and self._snapshotter.interval else []
         return [*self._workers, self._expiry, *snapshotter, *self._http_endpoints]
 
-    def abandon(self) -> None:
+    def close_inherited(self) -> None:
         """Close a forked process's copies of the sockets and files; the parent stops the server."""
         self._stopping, self._stopped = threading.Lock(), True
         for listener in self._listeners:
             listener.socket.close()
-        for part in (*self._workers, *self._http_endpoints):
-            part.abandon()
+        for worker in self._workers:
+            worker.abandon()
+        for endpoint in self._http_endpoints:
+            endpoint.close_inherited()
         if self._snapshotter:
             self._snapshotter.close_inherited()
+
+
+def _call_in_loops(calls: Sequence[tuple[EventLoop, Callable[[], None]]], deadline: float) -> None:
+    """Run each call in the thread of its event loop, and wait until all are done, or until the deadline."""
+    pending = set(calls)
+    for call in calls:
+        call[0].post(call[1])
+        call[0].post(partial(pending.discard, call))
+    wait_until(lambda: not pending, deadline)
 
 
 def _new_snapshotter(settings: Settings, store: Store) -> Snapshotter | None:
@@ -399,14 +405,14 @@ def _limits(settings: Settings) -> Limits:
 _servers: weakref.WeakSet[Server] = weakref.WeakSet()
 
 
-def _abandon_all() -> None:
+def _close_inherited() -> None:
     for server in list(_servers):
-        server.abandon()
+        server.close_inherited()
     _servers.clear()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_abandon_all)
+    os.register_at_fork(after_in_child=_close_inherited)
 
 
 def main(arguments: Sequence[str]) -> None:

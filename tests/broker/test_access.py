@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import trustme
 
-from conftest import SOON, UNIT, Wire, daemon, wait_until, wire_to
+from conftest import SOON, UNIT, Wire, daemon, loop_of, wait_until, wire_to
 from dsmq import settings as config
 from dsmq.broker import login
 from dsmq.broker.connection import Connection
@@ -144,7 +144,7 @@ def test_failing_connection_does_not_affect_others_on_reload(token_file: Path, m
     with Server(load(), load=load) as server, wire_as(server, READER) as first, wire_as(server, READER) as second:
         first.ask_for_notices()
         second.ask_for_notices()
-        broken, settled = next(iter(server._workers[0].connections)), Connection.commit_puts
+        broken, settled = next(iter(loop_of(server).connections)), Connection.commit_puts
         monkeypatch.setattr(Connection, "commit_puts", lambda one: 1 / 0 if one is broken else settled(one))
         token_file.write_text(ADMIN)
         server.reload()

@@ -269,7 +269,7 @@ def test_client_raises_at_once_on_bad_token(server: Server) -> None:
         connect(port=server.port, retry=False)
     with pytest.raises(WrongToken):
         connect(port=server.port, retry=False, token=WRONG)
-    with serving() as other, pytest.raises(BadRequest, match="this server has none"):
+    with serving() as other, pytest.raises(BadRequest, match="this server requires no token"):
         connect(port=other.port, retry=False, token=ADMIN)
 
 

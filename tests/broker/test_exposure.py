@@ -133,7 +133,7 @@ def test_reload_that_would_open_exposed_server_changes_nothing(
 
 
 @pytest.mark.parametrize(
-    ("host", "settings", "says"),
+    ("host", "settings", "warning"),
     [
         ("0.0.0.0", {"protected_mode": False}, "no authentication: any client that can reach 0.0.0.0:"),
         ("0.0.0.0", {"auth_token": ADMIN}, None),
@@ -142,12 +142,12 @@ def test_reload_that_would_open_exposed_server_changes_nothing(
     ],
 )
 def test_unprotected_server_logs_a_warning(
-    caplog: pytest.LogCaptureFixture, host: str, settings: dict[str, object], says: str | None
+    caplog: pytest.LogCaptureFixture, host: str, settings: dict[str, object], warning: str | None
 ) -> None:
     with serving(host=host, **settings):
         warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert bool(warnings) == bool(says)
-    assert says is None or says in warnings[0]
+    assert bool(warnings) == bool(warning)
+    assert warning is None or warning in warnings[0]
 
 
 @pytest.fixture
@@ -179,8 +179,8 @@ def test_network_listener_serves_other_machines(
     here, there = two_machines
     value = {"auth_token_file": str(token_file), "protected_mode": "off"}[setting]
     with daemon("--host", "0.0.0.0", config.option(setting), value, prefix=here) as process:
-        shown = ["--token-file", str(token_file)] if setting == "auth_token_file" else []
-        address = ["--host", "192.0.2.1", "--port", str(process.port), *shown]
+        token = ["--token-file", str(token_file)] if setting == "auth_token_file" else []
+        address = ["--host", "192.0.2.1", "--port", str(process.port), *token]
         # The link takes a moment to come up.
         wait_until(lambda: run_dsmq("ping", *address, prefix=there).returncode == 0)
 

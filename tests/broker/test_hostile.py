@@ -1,4 +1,4 @@
-"""Hostile bytes, on real sockets: each costs its own connection at most, no memory, and nobody else notices."""
+"""Malformed input on real sockets: it costs at most its own connection, and no memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FRAMING_ERRORS = {
     "negative length": b"*2\r\n$3\r\nGET\r\n$-1\r\n",
     "length with a sign": b"*2\r\n$3\r\nGET\r\n$+1\r\nt\r\n",
     "length with leading zeros": b"*1\r\n$0004\r\nPING\r\n",
-    "length that is none": b"*1\r\n$four\r\nPING\r\n",
+    "length in words": b"*1\r\n$four\r\nPING\r\n",
     "length line without end": b"*1\r\n$" + b"1" * 100,
     "bulk longer than its length": b"*1\r\n$4\r\nPINGPONG\r\n",
     "no bulk in an array": b"*1\r\n:4\r\n",
@@ -109,7 +109,7 @@ def test_memory_is_released_after_attacks() -> None:
                 bad.send(attack)
                 bad.receive()
                 bad.close()
-        # Announced, but never taken in: 14 times 100 MB.
+        # 14 messages of 100 MB, which the server refuses to buffer.
         for _ in range(14):
             bad = Wire(("127.0.0.1", process.port))
             try:

@@ -1,4 +1,4 @@
-"""How much one client, one topic and all together may take: each limit at its edge, on real sockets."""
+"""Limits on clients, topics and totals, each at its edge, on real sockets."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from unittest.mock import Mock
 
 import pytest
 
-from conftest import SOON, UNIT, Wire, blocked, daemon, serving, wait_until, wire_to
+from conftest import SOON, UNIT, Wire, blocked, daemon, loop_of, serving, wait_until, wire_to
 from dsmq.broker import event_loop as worker
 from dsmq.broker import messages, transport, usage
 from dsmq.broker.connection import Connection
 from dsmq.broker.event_loop import EventLoop
-from dsmq.broker.transport import MAX_HELD_BYTES, RECEIVE_BYTES
-from dsmq.broker.usage import FREE_BYTES, Budget
+from dsmq.broker.transport import MAX_HELD_BYTES
+from dsmq.broker.usage import FREE_BYTES, RECEIVE_BYTES, Budget
 from dsmq.client import connect
 from dsmq.errors import Full, ReplyError
 from dsmq.server import Server
@@ -34,7 +34,7 @@ from dsmq.store.api import MESSAGE_OVERHEAD_BYTES, TOPIC_OVERHEAD_BYTES, Limits,
 from dsmq.store.sqlite import SQLiteStore
 from dsmq.wire.resp import Encoded, encode_messages, encode_request
 
-# What is held
+# Stored messages
 
 
 def test_puts_over_message_limit_are_refused_and_stored_messages_kept() -> None:
@@ -81,7 +81,7 @@ def test_full_error_names_the_setting(setting: str, puts: list[tuple[str, str]])
         assert before == list(range(1, len(puts)))
         assert isinstance(last, Full)
         assert str(last).endswith(f"full: {setting} = {limit} reached")
-        assert server._store.full() == {setting}
+        assert server.context.store.full() == {setting}
 
 
 def test_full_is_logged_once_at_begin_and_end(
@@ -105,10 +105,11 @@ def test_full_is_logged_once_at_begin_and_end(
 
 
 def expire_all(server: Server) -> None:
-    before, server._store.max_age_ms = server._store.max_age_ms, -1
-    while server._store.expire():
+    store = server.context.store
+    before, store.max_age_ms = store.max_age_ms, -1
+    while store.expire():
         pass
-    server._store.max_age_ms = before
+    store.max_age_ms = before
 
 
 @pytest.mark.slow
@@ -136,7 +137,7 @@ def test_limit_stays_full_until_refused_size_fits() -> None:
     while store.expire():
         pass
     assert store.full() == set()
-    # What can never be stored is refused by a topic that is full until it is empty.
+    # After a message that can never be stored was refused, the topic counts as full until it is empty.
     with pytest.raises(Full):
         store.append([(b"t", b"x" * 2_000, None)])
     assert [store.full() for _ in range(3)] == [{"max_stored_bytes_per_topic"}] * 3
@@ -239,13 +240,13 @@ def test_remembered_puts_are_bounded_in_total(monkeypatch: pytest.MonkeyPatch) -
     store = SQLiteStore(60_000)
     for producer in (b"a", b"b", b"c"):
         store.append([(b"t", b"x", (producer, seq)) for seq in range(2)])
-    # a, heard longest ago, is forgotten; the others are known.
+    # Producer a, the least recent, is forgotten.
     assert store.append([(b"t", b"x", (b"b", 1)), (b"t", b"x", (b"c", 1))]) == [4, 6]
     assert store.append([(b"t", b"x", (b"a", 1))]) == [7]
     store.close()
 
 
-# Who waits
+# Waiting readers
 
 
 def test_waiting_readers_over_limit_get_an_error() -> None:
@@ -258,7 +259,7 @@ def test_waiting_readers_over_limit_get_an_error() -> None:
         assert late.call("PUT", "other", "y") == 1
         assert late.call("GETWAIT", "other", 60_000) == b"y"
         assert late.error("GETWAIT", "t", 60_000) == "BUSY"
-        # It is told, and may do all else.
+        # It gets an error, and may make other requests.
         assert late.call("PUT", "t", "x") == 2
         assert [wire.receive() for wire in waiting] == [b"x", b"x"]
         assert late.call("GET", "t") == b"x"
@@ -266,21 +267,20 @@ def test_waiting_readers_over_limit_get_an_error() -> None:
         assert late.call("GETWAIT", "t", 1) is None
 
 
-# Who pipelines
+# Pipelines
 
 
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody is too slow, however busy the machine."""
+    """No client counts as slow, however busy the machine is."""
     monkeypatch.setattr(usage, "SLOW_SECONDS", 10 * SOON)
 
 
 @pytest.fixture
 def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Turns that are over after one request of each connection."""
-    monkeypatch.setattr(worker, "TURN_SECONDS", 0.0)
-    monkeypatch.setattr(worker, "MOST_SLICE_SECONDS", 0.0)
-    monkeypatch.setattr(worker, "LEAST_SLICE_SECONDS", 0.0)
+    """Each connection runs one request in a turn."""
+    for name in ("TURN_SECONDS", "MOST_SLICE_SECONDS", "LEAST_SLICE_SECONDS"):
+        monkeypatch.setattr(worker, name, 0.0)
 
 
 @pytest.mark.usefixtures("short_turns")
@@ -291,13 +291,13 @@ def test_greedy_client_does_not_starve_others() -> None:
             modest.send(encode_request(b"PUT", b"t", b"y"))
         place = modest.receive()
         assert isinstance(place, int)
-        # Puts run in batches: those that are parsed together.
+        # Puts that are parsed together run together.
         assert place <= 100
         ids = [greedy.receive() for _ in range(1000)]
         assert ids == [number for number in range(1, 1002) if number != place]
 
 
-def test_in_a_crowd_each_client_is_served_one_request_before_any_gets_a_second(
+def test_each_client_of_a_crowd_gets_one_reply_before_any_gets_two(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(worker, "CROWD", 20)
@@ -316,11 +316,11 @@ def test_in_a_crowd_each_client_is_served_one_request_before_any_gets_a_second(
 
 
 @pytest.mark.usefixtures("short_turns")
-def test_who_has_just_come_does_not_wait_for_all_that_others_have_pipelined(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_request_overtakes_pipelines_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving() as server, wire_to(server) as modest, ExitStack() as stack:
         crowd = [stack.enter_context(wire_to(server)) for _ in range(20)]
         wait_until(lambda: server.status.connections() == 21)
-        (loop,) = server._workers
+        loop = loop_of(server)
         turn, before = loop._turn, []
 
         def arrive() -> None:
@@ -330,7 +330,7 @@ def test_who_has_just_come_does_not_wait_for_all_that_others_have_pipelined(monk
         def turn_and_arrive() -> None:
             turn()
             if loop._to_run and not before:
-                # In the next turn, before those who have requests left go on.
+                # In the next turn, before connections with requests left continue.
                 loop.post(arrive)
 
         with blocked(server):
@@ -339,7 +339,7 @@ def test_who_has_just_come_does_not_wait_for_all_that_others_have_pipelined(monk
             monkeypatch.setattr(loop, "_turn", turn_and_arrive)
         place = modest.receive()
         assert isinstance(place, int)
-        # One of the others runs a batch, or one request, in between.
+        # Another connection runs a batch, or one request, in between.
         assert before[0] < place <= before[0] + 100
 
 
@@ -375,7 +375,7 @@ def test_unauthenticated_request_count_is_limited(request_: bytes, reply: str) -
         codes = [answer.code if isinstance(answer, ReplyError) else answer for answer in answers]
         assert codes == [reply] * 16 + ["NOAUTH"]
         assert wire.ended()
-        # Those behind them have not even been parsed.
+        # The requests behind them have not even been parsed.
         assert server.status.counters().requests == 17
 
 
@@ -390,7 +390,7 @@ def test_rejected_client_may_linger_only_briefly(monkeypatch: pytest.MonkeyPatch
         wire.send(last)
         while wire.socket.recv(1000):
             pass
-        # To close at once would reset the connection, and the client might lose the reply.
+        # Closing at once would reset the connection, and the client might lose the reply.
         for _ in range(2):
             wire.send(b"x" * (transport.MAX_DISCARDED_BYTES // 2))
             assert other.call("PING") == "PONG"
@@ -423,15 +423,15 @@ def test_total_unread_replies_are_bounded() -> None:
         for one in lazy:
             one.send(encode_request(b"READ", b"t", b"0") * 100)
         wait_until(lambda: replies.is_tight)
-        # Those that read make room for the others. Nobody has to wait so long that one is dropped.
+        # Clients that read make room for others, so none waits long enough for another to be dropped.
         with ThreadPoolExecutor(20) as readers:
             for done in [readers.submit(lambda one=one: [one.receive() for _ in range(100)]) for one in lazy]:
                 while not done.done():
                     most = max(most, replies.total)
-                    # Without a pause, this loop would keep the interpreter's lock from the server.
+                    # Without a pause, this loop would hold the GIL for most of the time.
                     time.sleep(UNIT / 100)
                 assert all(isinstance(reply, list) for reply in done.result())
-        # Between two checks of the total, each event loop may serve one connection up to its own limit, and one reply.
+        # Between two checks of the total, each event loop may exceed it by one connection's limit and one reply.
         assert most < 1_000_000 + 3 * (200_000 + messages.MAX_READ_BYTES)
         wait_until(lambda: replies.total == 0)
         lazy[0].send(encode_request(b"READ", b"t", b"0") * 100)
@@ -452,7 +452,7 @@ def test_reads_are_shortened_while_replies_are_unread() -> None:
         assert read(wire) == 27
         lazy.send(encode_request(b"READ", b"t", b"0") * 1000)
         replies = server.context.usage.replies
-        # Not what is only on its way.
+        # Wait until more is unread than what is just being sent.
         wait_until(lambda: replies.total > 1_000_000)
         assert read(wire) == 7
         lazy.close()
@@ -481,7 +481,7 @@ def test_end_of_input_loses_no_buffered_requests() -> None:
         assert wire.ended()
 
 
-# What is logged
+# Log
 
 
 @pytest.mark.slow
@@ -497,7 +497,7 @@ def test_log_of_flood_is_short_and_reports_suppressed_lines() -> None:
     assert sum("PROTOCOL" in line for line in process.log().splitlines()) < 20
 
 
-# All workers together
+# Totals over all event loops
 
 
 def test_waiting_readers_are_bounded_over_all_workers() -> None:
@@ -520,7 +520,7 @@ def test_unauthenticated_connections_are_bounded_over_all_workers() -> None:
         assert [wire.call("PING") for wire in wires] == ["PONG"] * 8
         late = stack.enter_context(wire_to(server))
         assert late.call("PING") == "PONG"
-        # The oldest has gone, and nobody else.
+        # Only the oldest was disconnected.
         wait_until(lambda: server.status.connections() == 8)
         assert [wire.call("PING") for wire in wires[1:]] == ["PONG"] * 7
         with contextlib.suppress(EOFError, ConnectionError):
@@ -535,11 +535,11 @@ def test_unauthenticated_connections_are_bounded_over_all_workers() -> None:
 @pytest.mark.timeout(1200)
 def test_pipeline_written_before_reading_runs_once() -> None:
     count = 1_000_000
-    # To send all that takes a slow machine longer than a client may leave its replies unread.
+    # On a slow machine, sending takes longer than the default time-outs.
     with daemon("--reply-timeout-seconds", "3600", "--request-timeout-seconds", "3600") as process:
         wire = Wire(("127.0.0.1", process.port))
         wire.socket.settimeout(20 * SOON)
-        # A slow machine may take long over it, but it is never stuck: no reply has been read when all is sent.
+        # No reply is read before everything has been sent.
         for _ in range(100):
             wire.send(encode_request(b"PUT", b"t", b"x") * (count // 100))
         for expected in range(1, count + 1):
@@ -558,7 +558,7 @@ def test_reading_resumes_when_replies_drop_below_limit() -> None:
         run = server.status.counters().commands["READ"]
         while server.status.counters().commands["READ"] == run:
             assert len(wire.receive()[3]) == 100_000  # type: ignore[index,arg-type]
-        # It had not sent all of its replies before it ran more requests.
+        # It runs more requests before all replies have been sent.
         assert len(served.transport.data) > 100_000
         for _ in range(1000 - run):
             wire.receive()
@@ -566,7 +566,7 @@ def test_reading_resumes_when_replies_drop_below_limit() -> None:
 
 def wait_for_connections(server: Server, count: int) -> list[Connection]:
     wait_until(lambda: server.status.connections() == count)
-    return [client for one in server._workers for client in one.connections]
+    return list(loop_of(server).connections)
 
 
 @pytest.mark.usefixtures("patient")
@@ -577,24 +577,24 @@ def test_reply_over_total_limit_waits_for_others_to_read() -> None:
         replies.add(somebody, replies.limit - 500_000)
         reader.send(encode_request(b"READ", b"t", b"0"))
         waiter.send(encode_request(b"READ", b"t", b"0", b"WAIT", b"1"))
-        wait_until(lambda: len(replies._queue) == 2)
+        wait_until(lambda: len(replies.queue) == 2)
         writer.send(encode_request(b"TOPICS") * 10)
-        # What is short passes, what is long waits.
+        # Short replies pass, long ones wait.
         assert isinstance(writer.receive(), list)
         with wire_to(server) as other:
             assert other.call("PUT", "short", "y") == 2
             assert other.call("READ", "short", 0)[3] == b"y"  # type: ignore[index]
-        assert len(replies._queue) >= 2
+        assert len(replies.queue) >= 2
         replies.drop(somebody)
-        # Its time is over, but there was a message all along.
+        # The wait is over, but there was a message all along.
         assert [len(wire.receive()[3]) for wire in (reader, waiter)] == [900_000] * 2  # type: ignore[index,arg-type]
         assert all(isinstance(writer.receive(), list) for _ in range(9))
-        wait_until(lambda: replies.total == 0 and not replies._queue)
+        wait_until(lambda: replies.total == 0 and not replies.queue)
 
 
 @pytest.mark.slow
 def test_largest_nonreading_client_is_dropped_to_make_room(tmp_path: Path) -> None:
-    # The kernel buffers little of a Unix socket.
+    # The kernel buffers little for a Unix socket.
     limits = {"max_total_unread_reply_bytes": 2_500_000, "max_message_bytes": 1_000_000}
     with serving(host=f"unix:{tmp_path}/socket", **limits) as server, ExitStack() as stack:
         reader, modest, greedy = (stack.enter_context(closing(Wire(f"{tmp_path}/socket"))) for _ in range(3))
@@ -607,9 +607,9 @@ def test_largest_nonreading_client_is_dropped_to_make_room(tmp_path: Path) -> No
         wait_until(lambda: replies.total > 1_700_000)
         held = {connection.id: size for connection, size in replies.largest()}
         assert len(reader.call("READ", "t", 0)[3]) == 900_000  # type: ignore[index,arg-type]
-        # Whether one of them is enough depends on how soon the reader takes what it gets; the largest is the first.
+        # Whether dropping one is enough depends on how soon the reader reads; the largest is dropped first.
         largest = max(held, key=lambda number: held[number])
-        wait_until(lambda: largest not in {connection.id for connection in server._workers[0].connections})
+        wait_until(lambda: largest not in {connection.id for connection in loop_of(server).connections})
 
 
 @pytest.mark.usefixtures("patient")
@@ -623,7 +623,7 @@ def test_transaction_replies_count_towards_total() -> None:
         for reader in readers:
             reader.send(b"".join(requests))
         replies = server.context.usage.replies
-        wait_until(lambda: len(replies._queue) > 0)
+        wait_until(lambda: len(replies.queue) > 0)
         assert replies.total <= 3_000_000
         for reader in readers[:2]:
             assert [reader.receive() for _ in range(2)] == ["OK", "QUEUED"]
@@ -645,7 +645,7 @@ def test_partial_request_reserves_its_length_and_others_wait() -> None:
         wait_until(lambda: budget.total > 900_000)
         for number, wire in enumerate((second, third), 1):
             wire.send(long[:100])
-            wait_until(lambda number=number: len(budget._queue) == number)
+            wait_until(lambda number=number: len(budget.queue) == number)
         # Short requests pass.
         assert short.call("PUT", "t", "x" * 3000) == 1
         senders = [threading.Thread(target=wire.send, args=(long[100:],)) for wire in (third, second, first)]
@@ -654,7 +654,7 @@ def test_partial_request_reserves_its_length_and_others_wait() -> None:
         assert sorted([wire.receive() for wire in (first, second, third)]) == [2, 3, 4]
         for sender in senders:
             sender.join()
-        wait_until(lambda: budget.total == 0 and not budget._queue)
+        wait_until(lambda: budget.total == 0 and not budget.queue)
 
 
 def test_large_requests_queue_while_small_ones_pass() -> None:
@@ -689,8 +689,8 @@ def test_little_is_received_while_request_memory_is_used_up() -> None:
         first.send(long[:100])
         wait_until(lambda: budget.total > 900_000)
         second.send(long[:100_000])
-        wait_until(lambda: len(budget._queue) == 1)
-        (waiting,) = budget._queue
+        wait_until(lambda: len(budget.queue) == 1)
+        (waiting,) = budget.queue
         assert 0 < waiting.requests.parser.buffered <= FREE_BYTES
 
 
@@ -718,13 +718,13 @@ def test_largest_partial_requests_are_dropped_to_unblock_the_first() -> None:
     budget.add(other, 500_000)
     for holder in (first, small, large):
         assert not budget.claim_in_turn(holder, 500_000, 1.0)
-    # Those that do not wait are done some time.
+    # Connections that do not wait will be done.
     assert budget.blockers() == []
     budget.add(small, 1)
     assert budget.blockers() == [large]
     budget.add(large, -100_000)
     assert budget.blockers() == []
-    # Too much by itself.
+    # The first holds and claims too much by itself.
     budget.add(first, 400_001)
     assert budget.blockers() == [first]
 
@@ -739,7 +739,7 @@ def test_partial_requests_do_not_deadlock_on_memory() -> None:
         writer = stack.enter_context(wire_to(server))
         for number in range(100):
             writer.call("PUT", f"{number:0500}", "x")
-        # What GET remembers of each connection is what it holds.
+        # The positions of GET take memory.
         for holder in holders:
             for number in range(100):
                 holder.call("GET", f"{number:0500}")
@@ -747,13 +747,13 @@ def test_partial_requests_do_not_deadlock_on_memory() -> None:
         long = encode_request(b"PUT", b"t", b"x" * 900_000)
         for holder in holders:
             holder.send(long[:5000])
-        # All wait. Somebody is let go of, and somebody else gets room.
+        # All wait, so one is dropped, and another gets room.
         wait_until(lambda: budget.total > 900_000)
 
 
 def test_reading_client_is_not_dropped_to_make_room() -> None:
     with serving(max_unread_reply_bytes=1024) as server, wire_to(server) as wire:
-        # As if others took up the rest.
+        # As if other connections took up the rest.
         server.context.usage.requests.limit = 20_000
         wire.send(encode_request(b"ECHO", b"x" * 1100) * 100)
         assert [wire.receive() for _ in range(100)] == [b"x" * 1100] * 100
@@ -763,7 +763,7 @@ def test_parsed_requests_count_by_memory_used() -> None:
     with serving() as server, wire_to(server) as wire:
         wire.send(encode_request(b"GETWAIT", b"t", b"60000") + encode_request(b"PING") * 140)
         wait_until(lambda: server.status.waiting() == 1 and server.context.usage.requests.total > 0)
-        # As bytes they would be 1,960.
+        # They are 1,960 bytes on the wire.
         assert server.context.usage.requests.total > 10_000
 
 
@@ -799,7 +799,7 @@ def test_buffered_requests_behind_a_wait_are_bounded() -> None:
         wire.socket.settimeout(UNIT)
         with pytest.raises(TimeoutError):
             wire.send(b"PING\r\n" * 10_000_000)
-        # One receive may come on top of the bound.
+        # One receive may exceed the limit.
         assert MAX_HELD_BYTES <= len(served.requests.parser) <= MAX_HELD_BYTES + RECEIVE_BYTES
 
 
@@ -856,7 +856,7 @@ def test_slow_steady_reader_is_not_dropped() -> None:
             data = wire.socket.recv(16_384)
             assert data, f"dropped after {got} bytes"
             got += len(data)
-            # In all for longer than it may read nothing.
+            # In total for longer than reply_timeout_seconds.
             time.sleep(max(0.0, began + 25 * UNIT * got / 6_000_000 - time.monotonic()))
 
 
@@ -870,7 +870,7 @@ def test_many_waiters_are_woken_over_several_turns(monkeypatch: pytest.MonkeyPat
         for wire in waiting:
             wire.send(encode_request(b"GETWAIT", b"t", b"60000"))
         wait_until(lambda: server.status.waiting() == 30)
-        (loop,) = server._workers
+        loop = loop_of(server)
         woken, turn = [], loop._turn
 
         def counted() -> None:
@@ -884,7 +884,7 @@ def test_many_waiters_are_woken_over_several_turns(monkeypatch: pytest.MonkeyPat
         assert max(woken) <= 4, woken
 
 
-def test_a_long_reply_is_sent_from_the_buffer_that_it_is_made_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_reply_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Encoded] = []
 
     def encode(messages: list[Message]) -> Encoded:
@@ -909,7 +909,7 @@ HEAVY = {
 
 @pytest.fixture
 def no_collection() -> Iterator[None]:
-    """No garbage is collected meanwhile: with all that tests import, it takes longer than a turn."""
+    """Turn off garbage collection, which takes longer than a turn with all that the tests import."""
     gc.disable()
     yield
     gc.enable()
@@ -923,8 +923,8 @@ def test_event_loop_turn_is_bounded_by_time(name: str, monkeypatch: pytest.Monke
         greedy.send(b"".join(encode_request(b"PUT", b"topic%d" % number, b"x") for number in range(1000)))
         for _ in range(1000):
             greedy.receive()
-        (loop,) = server._workers
-        # A processor that is taken away for a moment may make any one of them long.
+        loop = loop_of(server)
+        # A single turn may be long because the processor was taken away.
         assert statistics.median(longest_turn(loop, greedy, *HEAVY[name], monkeypatch) for _ in range(5)) < 0.02
 
 

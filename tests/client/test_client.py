@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
+from test_resume import hang_up
 
 import dsmq.client
 import dsmq.client.connection
@@ -512,8 +513,7 @@ def test_client_resumes_at_its_position_after_lost_connection(server: Server, cl
     mq = client()
     mq.put_many("t", ["1", "2"])
     assert mq.get("t") == "1"
-    for link in mq._pool.connections:
-        link.interrupt()
+    hang_up(server)
     assert mq.put("t", "3") == 3
     assert [mq.get("t"), mq.get("t"), mq.get("t")] == ["2", "3", ""]
 
@@ -570,10 +570,10 @@ def test_all_connections_are_renewed_after_restart() -> None:
         mq.put_many("t", ["x"] * 4)
         for thread in waiting:
             thread.join(SOON)
-    assert len(mq._pool.idle) > 1
-    with serving(port=port):
+        assert first.connections() > 1
+    with serving(port=port) as second:
         mq.ping()
-        assert len(mq._pool.connections) == len(mq._pool.idle) == 1
+        assert second.connections() == 1
         mq.close()
 
 
@@ -602,7 +602,7 @@ def test_first_call_after_restart_reads_from_start() -> None:
         mq.close()
 
 
-def test_closing_during_a_connect_is_noticed(monkeypatch: pytest.MonkeyPatch, client: MakeClient) -> None:
+def test_close_during_a_connect_is_noticed(server: Server, monkeypatch: pytest.MonkeyPatch, client: MakeClient) -> None:
     mq = client()
     real = Connection.receive
 
@@ -611,11 +611,11 @@ def test_closing_during_a_connect_is_noticed(monkeypatch: pytest.MonkeyPatch, cl
         mq.close()
         return reply
 
-    mq._pool.idle.pop().close()
+    hang_up(server)
     monkeypatch.setattr(Connection, "receive", receive_and_close)
     with pytest.raises(ClientClosed):
         mq.ping()
-    assert not mq._pool.connections
+    wait_until(lambda: server.status.connections() == 0)
 
 
 @pytest.mark.slow

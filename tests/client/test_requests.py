@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 
 import pytest
 from test_session import a_reader, a_session, accept, entries, hello, take
 
-from dsmq.client import core
 from dsmq.client import requests as calls
 from dsmq.client.core import Retries
 from dsmq.client.requests import Call, NonIdempotent, Producer, Put, PutMany, Read
@@ -127,11 +125,10 @@ def answer(puts: PutMany, *replies: Reply) -> None:
             puts.unanswered.popleft()
 
 
-def test_batches_are_bounded_by_puts_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calls, "PUTS_AT_ONCE", 3)
-    monkeypatch.setattr(calls, "BYTES_AT_ONCE", 250)
-    puts = PutMany(a_session(), "t", ["1", "2", b"3", "4" * 250, "5", "6" * 250, "7"])
-    assert in_batches(puts) == [[b"1", b"2", b"3"], [b"4" * 250], [b"5", b"6" * 250], [b"7"]]
+def test_batches_are_bounded_by_puts_and_bytes() -> None:
+    long = b"x" * 300_000
+    puts = PutMany(a_session(), "t", [*["1"] * 501, b"3", long, "5", long, "7"])
+    assert in_batches(puts) == [[b"1"] * 500, [b"1", b"3", long], [b"5", long], [b"7"]]
 
 
 def test_empty_put_many_sends_no_batch() -> None:
@@ -139,10 +136,9 @@ def test_empty_put_many_sends_no_batch() -> None:
         assert in_batches(puts) == []
 
 
-def test_messages_before_invalid_one_are_put(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calls, "PUTS_AT_ONCE", 2)
+def test_messages_before_invalid_one_are_put() -> None:
     puts = PutMany(a_session(), "t", ["1", "2", "3", 4, "5"])  # type: ignore[list-item]
-    assert in_batches(puts) == [[b"1", b"2"], [b"3"]]
+    assert in_batches(puts) == [[b"1", b"2", b"3"]]
     with pytest.raises(TypeError), puts:
         pass
 
@@ -158,17 +154,16 @@ def test_messages_before_failed_generator_are_put() -> None:
         pass
 
 
-def test_put_many_resumes_after_last_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calls, "PUTS_AT_ONCE", 2)
-    puts, first, second = PutMany(a_session(), "t", [*"abcd"]), Producer(b"run"), Producer(b"run")
+def test_put_many_resumes_after_last_answer() -> None:
+    puts, first, second = PutMany(a_session(), "t", ["x"] * 600), Producer(b"run"), Producer(b"run")
     sent = [request for batch in send_all(puts, first) for request in batch]
     answer(puts, 7)
     assert puts.on_connection_lost(BROKEN)
     assert not puts.on_connection_lost(BROKEN)
     again = [request for batch in send_all(puts, second) for request in batch]
     assert again == [[*request, b"AGAIN"] for request in sent[1:]]
-    answer(puts, 8, 9, 10)
-    assert puts.ids == [7, 8, 9, 10]
+    answer(puts, *range(8, 607))
+    assert puts.ids == [*range(7, 607)]
     assert puts.on_connection_lost(BROKEN)
     assert not puts.to_error(BROKEN).may_be_stored
 
@@ -190,21 +185,20 @@ def test_refused_put_many_may_go_to_any_server() -> None:
     assert not puts.to_error(CLOSING).may_be_stored
 
 
-def test_only_possibly_stored_puts_are_retried_with_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calls, "PUTS_AT_ONCE", 2)
-    puts, producer = PutMany(a_session(), "t", [*"abcd"]), Producer(b"one")
+def test_only_possibly_stored_puts_are_retried_with_again() -> None:
+    puts, producer = PutMany(a_session(), "t", [*["a"] * 499, "b", "c", "d"]), Producer(b"one")
     batches = [batch for batch in puts.batches if batch]
     puts.unanswered.extend(batches)
     batches[0].request(producer)
     puts.on_connection_lost(BROKEN)
     for batch in batches:
         batch.request(producer)
-    answer(puts, 1)
+    answer(puts, *range(1, 500))
     puts.on_connection_lost(CLOSING)
     # Of "b", what was sent first had no answer; "c" and "d" were not run.
     sent = [(request[2], request[-1] == b"AGAIN") for batch in send_all(puts, producer) for request in batch]
     assert sent == [(b"b", True), (b"c", False), (b"d", False)]
-    answer(puts, 2)
+    answer(puts, 500)
     puts.on_connection_lost(CLOSING)
     assert not puts.to_error(CLOSING).may_be_stored
     assert in_batches(puts, Producer(b"two")) == [[b"c", b"d"]]
@@ -386,4 +380,5 @@ def test_no_time_means_no_retry() -> None:
 
 
 def test_retry_pauses_are_randomized() -> None:
-    assert len({tuple(itertools.islice(core._retry_delays(), 5)) for _ in range(20)}) == 20
+    retries = [Retries(math.inf) for _ in range(20)]
+    assert len({tuple(one.next_delay() for _ in range(5)) for one in retries}) == 20

@@ -114,8 +114,7 @@ def test_iterator_resumes(server: Server, mq: DSMQClientSideConnection) -> None:
             writer.put("t", str(number))
             wait_until(lambda number=number: len(got) == number + 1)
             if number % 3 == 0:
-                for link in list(mq._pool.connections):
-                    link.interrupt()
+                close_connections(server)
         thread.join(SOON)
     assert got == [str(number) for number in range(10)]
 
@@ -124,8 +123,7 @@ def test_wait_keeps_its_deadline_over_reconnect(server: Server, mq: DSMQClientSi
     def interrupt() -> None:
         wait_until(lambda: server.status.waiting() == 1)
         began.wait(UNIT * 20)
-        for link in list(mq._pool.connections):
-            link.interrupt()
+        close_connections(server)
 
     began = threading.Event()
     thread = threading.Thread(target=interrupt)
@@ -189,10 +187,15 @@ def test_unsent_slow_messages_go_to_next_server(monkeypatch: pytest.MonkeyPatch,
     assert states == ["lost", "replaced"] * 2
 
 
-def hang_up(server: Server) -> None:
+def close_connections(server: Server) -> None:
     """Have the server close all connections."""
     for worker in server._workers:
         worker.post(lambda worker=worker: [one.close("a test wants it") for one in list(worker.connections)])
+
+
+def hang_up(server: Server) -> None:
+    """Have the server close all connections, and wait until it has."""
+    close_connections(server)
     wait_until(lambda: server.status.connections() == 0)
 
 
@@ -468,7 +471,7 @@ def test_put_is_unsure_in_another_run_of_same_epoch(
 ) -> None:
     mq.put("t", "1")
     server._store.run = "another"
-    mq._pool.idle[0].interrupt()
+    hang_up(server)
     assert mq.get("t") == "1"
     assert states == ["lost", "restarted"]
     assert "messages that were put last may be lost" in caplog.text
@@ -506,21 +509,21 @@ def test_unanswered_put_raises_maybe_stored(server: Server) -> None:
         assert told.value.may_be_stored
 
 
-def test_frozen_server_is_waited_for(server: Server) -> None:
-    with connect(port=server.port, timeout=UNIT * 2) as mq:
+def test_frozen_server_is_waited_for(server: Server, states: list[str]) -> None:
+    with restarted(states, server.port, timeout=UNIT * 2) as mq:
         got: list[object] = []
         thread = threading.Thread(target=lambda: got.append(mq.put("t", "x")))
         with blocked(server):
             thread.start()
-            wait_until(lambda: mq._core.is_down)
+            wait_until(lambda: states == ["lost"])
         thread.join(SOON)
         assert got == [1]
         assert mq.get_many("t") == ["x"]
 
 
-def test_close_ends_waiting_for_server() -> None:
+def test_close_ends_waiting_for_server(states: list[str]) -> None:
     with serving() as server:
-        mq = connect(port=server.port, reconnect_timeout=SOON * 10)
+        mq = restarted(states, server.port, reconnect_timeout=SOON * 10)
     raised: list[type[BaseException]] = []
 
     def ping() -> None:
@@ -531,7 +534,7 @@ def test_close_ends_waiting_for_server() -> None:
 
     thread = threading.Thread(target=ping)
     thread.start()
-    wait_until(lambda: mq._core.is_down)
+    wait_until(lambda: states == ["lost"])
     mq.close()
     thread.join(SOON)
     assert raised == [ClientClosed]
@@ -542,9 +545,7 @@ def test_busy_server_is_retried() -> None:
         # Before the first connection there is nothing to resume.
         with pytest.raises(Busy):
             connect(port=server.port, retry=False)
-        for link in list(mq._pool.connections):
-            link.interrupt()
-        wait_until(lambda: server.status.connections() == 0)
+        hang_up(server)
         other = connect(port=server.port)
         thread = threading.Thread(target=mq.ping)
         thread.start()
@@ -744,12 +745,12 @@ def test_asyncio_client_gives_up_in_time(states: list[str]) -> None:
     assert states == ["lost", "given up"]
 
 
-def test_asyncio_close_ends_waiting_for_server() -> None:
+def test_asyncio_close_ends_waiting_for_server(states: list[str]) -> None:
     async def scenario() -> None:
         with serving() as server:
-            mq = await aio.connect(port=server.port)
+            mq = await aio.connect(port=server.port, on_state_change=states.append)
         call = asyncio.create_task(mq.ping())
-        while not mq._core.is_down:
+        while states != ["lost"]:
             await asyncio.sleep(UNIT / 20)
         await mq.close()
         with pytest.raises(ClientClosed):

@@ -492,7 +492,7 @@ def test_failing_store_breaks_neither_metrics_nor_page(monkeypatch: pytest.Monke
     with serving(http_port=0, metrics_topics=1) as server, wire_to(server) as wire:
         wire.call("PUT", "t", "x")
         with monkeypatch.context() as patch:
-            patch.setattr(server._store._database, "connection", Failing())  # type: ignore[attr-defined]
+            patch.setattr(server.context.store._database, "connection", Failing())  # type: ignore[attr-defined]
             assert scrape(server)["dsmq_messages"] == 1
             assert json.loads(Answer(server.http_port, "/status.json").text)["gauges"]["messages"] == 1
 

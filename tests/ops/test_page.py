@@ -297,8 +297,8 @@ def test_page_highlights_full_server(browser: Browser) -> None:
         connect(port=server.port, retry=False) as mq,
         reading(browser, server) as page,
     ):
-        for held, note, kind in [(15, "75% of 20", "bar"), (16, "Filling: 80% of 20", "bar warn")]:
-            mq.put_many("t", ["x"] * (held - server.status.totals().messages))
+        for stored, note, kind in [(15, "75% of 20", "bar"), (16, "Filling: 80% of 20", "bar warn")]:
+            mq.put_many("t", ["x"] * (stored - server.status.totals().messages))
             expect(page.locator("#stored-messages-note")).to_have_text(note)
             expect(page.locator("#stored-messages-bar")).to_have_class(re.compile(f"^{kind} ?$"))
         expect(page.locator("#state")).to_have_text("Ready")

@@ -39,7 +39,7 @@ def without_unix(code: str) -> subprocess.CompletedProcess[str]:
 def test_unsupported_platform_is_reported_in_one_line() -> None:
     done = without_unix("sys.argv = ['dsmq', 'serve', '--port', '0']; from dsmq.__main__ import main; sys.exit(main())")
     assert done.returncode == 1
-    reason = "the server does not run here: this system has no fcntl, no resource, no Unix sockets"
+    reason = "this system can't run a dsmq server: it has no fcntl, no resource, no Unix sockets"
     assert done.stderr == f"dsmq: {reason}\n"
     code = "from dsmq.server import serve\ntry: serve()\nexcept Exception as error: print(type(error).__name__, error)"
     done = without_unix(code)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from conftest import SOON, UNIT, Wire, wait_until, wire_to
+from conftest import SOON, UNIT, Wire, blocked, loop_of, wait_until, wire_to
 from dsmq import settings as config
 from dsmq.client import connect
 from dsmq.ops.metrics import Collector
@@ -100,7 +100,7 @@ def max_unauthenticated_connections(server: Server, wire: Wire, value: int) -> b
 
 
 def max_unread_reply_bytes(server: Server, wire: Wire, value: int) -> bool:
-    (connection,) = server._workers[0].connections
+    (connection,) = loop_of(server).connections
     return connection.transport.max_unread > 2000
 
 
@@ -209,11 +209,9 @@ def test_reloaded_reply_timeout_applies_to_nonreading_client(tmp_path: Path) -> 
 
 
 def test_reloaded_health_timeout_applies_at_once() -> None:
-    with reloading(health_timeout_seconds=600) as (one, _):
-        one.server._workers[0].now -= 100
-        one.change(health_timeout_seconds=50)
-        one.server._expiry.due_at = time.monotonic() - 100
-        assert one.server.status.stuck_threads() == ["dsmq-expiry"]
+    with reloading(health_timeout_seconds=600) as (one, _), blocked(one.server):
+        one.change(health_timeout_seconds=UNIT)
+        wait_until(lambda: "dsmq-io-0" in one.server.status.stuck_threads())
 
 
 def test_reloaded_stop_timeout_applies_at_once(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Snapshots: what is restored, what is refused, and that no moment to be killed at leaves half a file."""
+"""Snapshots: what is restored, what is refused, and that a kill at any time leaves a complete file."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stores import Clock, ClockedStore, expire_all, put, put_as
 
 from conftest import (
     SOON,
@@ -33,6 +34,7 @@ from conftest import (
     Daemon,
     Wire,
     as_map,
+    blocked,
     daemon,
     run_dsmq,
     scrape,
@@ -47,38 +49,22 @@ from dsmq import threads
 from dsmq.__main__ import INTERRUPTED
 from dsmq.errors import ConfigError, Forgotten, ReplyError, ServerFailed, StartupError
 from dsmq.server import Server
-from dsmq.store import database, snapshot_contents
+from dsmq.store import database, snapshot_contents, snapshot_file, snapshots
 from dsmq.store import dedup as producers
-from dsmq.store import snapshot_file as snapshot
-from dsmq.store import snapshots as keeper_module
 from dsmq.store.api import Put
-from dsmq.store.dedup import Producer
+from dsmq.store.expiry import Expiry
 from dsmq.store.schema import INDEX, SCHEMA, SNAPSHOT_SCHEMA, unpack
 from dsmq.store.snapshots import RESTORE_GAP, Snapshotter
 from dsmq.store.sqlite import SQLiteStore
 from dsmq.wire.resp import encode_request
 
 MAX_AGE = 100_000
-KEPT_AT = 1_700_000_000.0
-
-
-class Clock:
-    """Milliseconds that pass when the test says so."""
-
-    def __init__(self, now: int = 1_000_000) -> None:
-        self.now = now
-
-    def __call__(self) -> int:
-        return self.now
-
-
-def new_store(now: int = 1_000_000) -> SQLiteStore:
-    return SQLiteStore(MAX_AGE, Clock(now))
+SAVED_AT = 1_700_000_000.0
 
 
 @pytest.fixture
-def store() -> Iterator[SQLiteStore]:
-    store = new_store()
+def store() -> Iterator[ClockedStore]:
+    store = ClockedStore(MAX_AGE)
     yield store
     store.close()
 
@@ -89,267 +75,266 @@ def file(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def keeping(store: SQLiteStore, file: Path, at: float = KEPT_AT) -> Iterator[Snapshotter]:
-    """A keeper of the file that has restored what there was."""
-    keeper = Snapshotter(store, str(file), clock=lambda: at, pause_seconds=0)
+def snapshotting(store: ClockedStore, file: Path, at: float = SAVED_AT) -> Iterator[Snapshotter]:
+    """A snapshotter that has restored the file, if there was one."""
+    snapshotter = Snapshotter(store, str(file), clock=lambda: at, pause_seconds=0)
     try:
-        keeper.open()
-        yield keeper
+        snapshotter.open()
+        yield snapshotter
     finally:
-        keeper.close()
+        snapshotter.close()
 
 
 @contextmanager
-def restored(file: Path, at: float = KEPT_AT) -> Iterator[SQLiteStore]:
+def restored(file: Path, at: float = SAVED_AT) -> Iterator[ClockedStore]:
     # Another process has another clock.
-    store = new_store(5_000)
+    store = ClockedStore(MAX_AGE, Clock(5_000))
     try:
-        with keeping(store, file, at):
+        with snapshotting(store, file, at):
             yield store
     finally:
         store.close()
 
 
-def save(store: SQLiteStore, file: Path, *, is_last: bool = True) -> None:
-    with keeping(store, file) as keeper:
-        assert keeper.save_last(is_last=is_last)
+def save(store: ClockedStore, file: Path, *, is_last: bool = True) -> None:
+    with snapshotting(store, file) as snapshotter:
+        assert snapshotter.save_last(is_last=is_last)
 
 
-def put(store: SQLiteStore, topic: bytes, *bodies: bytes) -> list[int]:
-    return store.append([(topic, body, None) for body in bodies])
-
-
-def bodies(store: SQLiteStore, topic: bytes) -> list[bytes]:
+def bodies(store: ClockedStore, topic: bytes) -> list[bytes]:
     return [message.body for message in store.read(topic, 0, 100_000, 10**9)]
 
 
 NAMES = [b"a", b"b", b"c", "\N{SNOWMAN}".encode()]
 
 
-def producers_of(store: SQLiteStore) -> dict[bytes, Producer]:
-    return store._deduplicator.copy(store._deduplicator.names(), store.last_id())
+class Disk:
+    """Makes snapshots wait for the disk while `hangs` is set, at their very end."""
+
+    def __init__(self, sync: Callable[[Path], None]) -> None:
+        self.sync_folder = sync
+        self.hangs = False
+        self.waiting, self.released = threading.Event(), threading.Event()
+
+    def sync(self, folder: Path) -> None:
+        if self.hangs:
+            self.waiting.set()
+            self.released.wait(SOON)
+        self.sync_folder(folder)
 
 
-def seen(store: SQLiteStore) -> object:
-    """All that clients can see but what they put."""
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    disk = Disk(snapshot_file._sync_folder)
+    monkeypatch.setattr(snapshot_file, "_sync_folder", disk.sync)
+    return disk
+
+
+@contextmanager
+def serving_store(store: SQLiteStore, **settings: object) -> Iterator[Server]:
+    """A server with this store, which is closed even if a thread survives the server."""
+    effective = config.load(kind=config.EmbeddedSettings, **{"port": 0, **settings})
+    with closing(store), Server(effective, store) as server:
+        yield server
+
+
+def hello(wire: Wire) -> dict[bytes, object]:
+    return as_map(wire.call("HELLO"))
+
+
+def state(store: ClockedStore) -> tuple[object, ...]:
+    """Everything that a snapshot saves."""
     return (
         store.last_id(),
         store.epoch,
         [(store.stats(name), store.read(name, 0, 1000, 10**9), store.latest(name, 0)) for name in NAMES],
         store.topics(b"", 100),
-        list(producers_of(store).items()),
         store.totals().accounted_bytes,
-        len(store._deduplicator),
-        list(store._topics.empty.items()),
+        store.remembered(),
     )
 
 
-# What is done to a store: puts, time that passes, expiry, writing.
+# Random actions: puts, milliseconds that pass, expiry, flushes.
 a_key = st.none() | st.tuples(st.sampled_from([b"p", b"q"]), st.integers(0, 5))
 puts = st.lists(st.tuples(st.sampled_from(NAMES), st.binary(max_size=20), a_key), min_size=1, max_size=6)
 actions = st.one_of(puts, st.integers(1, 120_000), st.sampled_from(["expire", "write"]))
 
 
-def act(store: SQLiteStore, action: list[Put] | int | str) -> None:
+def act(store: ClockedStore, action: list[Put] | int | str) -> None:
     if isinstance(action, list):
         store.append(action)
     elif isinstance(action, int):
-        assert isinstance(store._clock, Clock)
-        store._clock.now += action
+        store.clock.now += action
     elif action == "expire":
         store.expire()
     else:
-        store._flush()
+        store.write()
 
 
-# What is restored
+# Contents
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(actions, max_size=25), st.booleans(), puts)
 def test_restored_store_equals_saved_store(before: list[list[Put] | int | str], slowly: bool, later: list[Put]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        store, file = new_store(), Path(folder) / "snapshot"
+        store, file = ClockedStore(MAX_AGE), Path(folder) / "snapshot"
         for action in before:
             act(store, action)
-        # What has expired is deleted at the start.
-        while store.expire():
-            pass
-        with keeping(store, file) as keeper:
-            assert keeper.save(at_once=not slowly, is_last=True)
+        # Restoring deletes expired messages.
+        expire_all(store)
+        with snapshotting(store, file) as snapshotter:
+            assert snapshotter.save(at_once=not slowly, is_last=True)
         with restored(file) as other:
-            assert seen(other) == seen(store)
+            assert state(other) == state(store)
             assert other.run == store.run
             assert (other.totals().stored, other.totals().expired) == (0, 0)
             assert other.append(later) == store.append(later)
-            assert seen(other) == seen(store)
+            assert state(other) == state(store)
         store.close()
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(actions, max_size=15), st.lists(st.lists(actions, max_size=4), max_size=12))
-def test_snapshot_is_consistent_despite_changes_between_slices(
+def test_snapshot_is_consistent_despite_changes_between_batches(
     before: list[list[Put] | int | str], meanwhile: list[list[list[Put] | int | str]]
 ) -> None:
-    """Whatever is put or expires while it is copied in batches."""
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(database, "COPY_ROWS", 1)
         patch.setattr(snapshot_contents, "COPY_PRODUCERS", 1)
-        store, file = new_store(), Path(folder) / "snapshot"
+        store, file = ClockedStore(MAX_AGE), Path(folder) / "snapshot"
         for action in before:
             act(store, action)
-            store._flush()
-        # What has expired is deleted first.
-        while store.expire():
-            pass
-        rest = iter(meanwhile)
+            store.write()
+        # Expired messages are deleted before the snapshot.
+        expire_all(store)
+        before_snapshot, rest = state(store)[:4], iter(meanwhile)
 
-        def go_on(_: float = 0) -> None:
+        def go_on() -> None:
             for action in next(rest, []):
                 act(store, action)
 
-        at_start, remembered, clock = seen(store)[:4], producers_of(store), store._clock  # type: ignore[index]
-        start = clock()
-        with keeping(store, file) as keeper:
-            # The time of day goes on with the store's clock.
-            patch.setattr(keeper, "_clock", lambda: KEPT_AT + (clock() - start) / 1000)
-            patch.setattr(keeper, "_checkpoint", go_on)
-            assert keeper.save()
-        patch.setattr(SQLiteStore, "expire", lambda _: 0)
-        patch.setattr(SQLiteStore, "begin_run", lambda *_: None)
-        with restored(file) as other:
-            assert seen(other)[:4] == at_start  # type: ignore[index]
-            # But for producers that are forgotten after so long.
-            assert {name: one.puts for name, one in producers_of(other).items()} == {
-                name: one.puts for name, one in remembered.items() if name in producers_of(store)
-            }
-            assert dict(other._database.connection.execute("SELECT name, id FROM topics")) == {
-                topic.name: topic.row for topic in other._topics.by_name.values()
-            }
+        store.between_batches = go_on
+        with snapshotting(store, file) as snapshotter:
+            assert snapshotter.save()
+        with snapshot_file.opened(file) as connection:
+            other = ClockedStore(MAX_AGE, Clock(5_000))
+            other.load(connection, SAVED_AT)
+        assert state(other)[:4] == before_snapshot
+        # No unreachable topics are left over.
+        held = {topic.name for topic in other.topics(b"", 100)}
+        assert {name for (name,) in other.connection.execute("SELECT name FROM topics")} == held
+        other.close()
         store.close()
 
 
-def test_topic_emptied_and_recreated_between_slices_appears_once(
-    store: SQLiteStore, file: Path, monkeypatch: pytest.MonkeyPatch
+def test_topic_emptied_and_recreated_between_batches_appears_once(
+    store: ClockedStore, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A topic whose only message expires meanwhile keeps its numbers."""
     monkeypatch.setattr(database, "COPY_ROWS", 1)
     for name in NAMES[:3]:
         put(store, name, b"old")
-    store._flush()
+    store.write()
     put(store, NAMES[3], b"buffered")
     expired: list[int] = []
 
-    def go_on(_: float = 0) -> None:
+    def go_on() -> None:
         act(store, MAX_AGE + 1)
         expired.append(store.expire())
         put(store, b"a", b"new")
-        store._flush()
+        store.write()
 
-    with keeping(store, file) as keeper:
-        monkeypatch.setattr(keeper, "_checkpoint", go_on)
-        assert keeper.save()
-        # What has been copied is deleted meanwhile.
-        assert sum(expired) > 0
-        assert expired[0] == 0
-    with snapshot.opened(file) as connection:
+    store.between_batches = go_on
+    with snapshotting(store, file) as snapshotter:
+        assert snapshotter.save()
+    # Meanwhile, only copied rows are deleted.
+    assert sum(expired) > 0
+    assert expired[0] == 0
+    with snapshot_file.opened(file) as connection:
         assert connection.execute("SELECT count(*) FROM topics").fetchone() == (4,)
         assert connection.execute("SELECT count(*), max(last_number) FROM chunks").fetchone() == (4, 1)
-    # Expiry goes on behind it.
+    # Afterwards, expiry continues.
     act(store, MAX_AGE + 1)
-    while store.expire():
-        pass
+    expire_all(store)
     assert store.totals().messages == 0
 
 
-def test_a_snapshot_that_is_abandoned_lets_expiry_go_on(
-    store: SQLiteStore, file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    put(store, b"t", b"x")
-    store._flush()
-
-    def abandon(_: float = 0) -> None:
-        raise snapshot.Abandoned
-
-    with keeping(store, file) as keeper:
-        monkeypatch.setattr(keeper, "_checkpoint", abandon)
-        assert not keeper.save()
+@pytest.mark.parametrize("at_once", [False, True])
+def test_expiry_continues_after_abandoned_snapshot(store: ClockedStore, file: Path, at_once: bool) -> None:
+    put(store, b"t", *[b"x" * 10_000] * 100)
+    store.write()
+    with snapshotting(store, file) as snapshotter:
+        store.between_batches = store.during_copy = snapshotter.stop
+        assert not snapshotter.save(at_once=at_once)
+        assert not file.exists()
+        assert not snapshot_file.temporary(file).exists()
+    assert bodies(store, b"t") == [b"x" * 10_000] * 100
     act(store, MAX_AGE + 1)
-    assert store.expire() == 1
+    assert store.expire() > 0
 
 
 @pytest.mark.parametrize("at_once", [False, True])
-def test_a_producer_forgotten_during_a_snapshot_is_refused_after_a_restart(
-    store: SQLiteStore, file: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool
+def test_producer_forgotten_during_snapshot_is_refused_after_restart(
+    store: ClockedStore, file: Path, at_once: bool
 ) -> None:
-    monkeypatch.setattr(producers, "MAX_PRODUCERS", 1)
-    store.append([(b"t", b"x", (b"forgotten", 1))])
-    store._flush()
-    with keeping(store, file) as keeper:
-        copy = store._deduplicator.copy
+    put_as(store, b"forgotten", 1)
+    store.write()
+    others = itertools.count()
 
-        def forget_first(names: list[bytes], last_id: int) -> dict[bytes, Producer]:
-            store._deduplicator.remember((b"another", 1), 2, store._clock(), touched := {})
-            store._deduplicator.forget(touched, store._clock())
-            return copy(names, last_id)
+    def put_as_others() -> None:
+        if next(others) == 0:
+            for number in range(producers.MAX_PRODUCERS):
+                put_as(store, b"%d" % number, 1)
 
-        monkeypatch.setattr(store._deduplicator, "copy", forget_first)
-
-        assert keeper.save(at_once=at_once)
+    with snapshotting(store, file) as snapshotter:
+        store.between_batches = put_as_others
+        assert snapshotter.save(at_once=at_once)
     with restored(file) as other, pytest.raises(Forgotten, match="too many others"):
         other.check_producer(b"forgotten")
 
 
-def test_puts_after_snapshot_instant_do_not_change_empty_topics(
-    store: SQLiteStore, file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_puts_during_snapshot_do_not_change_it(store: ClockedStore, file: Path) -> None:
     put(store, b"t", b"1", b"2")
     act(store, MAX_AGE + 1)
-    store.expire()
-    with keeping(store, file) as keeper:
-        monkeypatch.setattr(keeper, "_checkpoint", lambda _=0: put(store, b"t", b"x"))
-        assert keeper.save(is_last=True)
+    expire_all(store)
+    store.between_batches = lambda: put(store, b"t", b"x")
+    with snapshotting(store, file) as snapshotter:
+        assert snapshotter.save(is_last=True)
     with restored(file) as other:
         assert other.stats(b"t")[1:5] == (0, 0, 2, 2)
         assert other.last_id() == 2
 
 
-def test_topics_only_in_write_buffer_are_copied(
-    store: SQLiteStore, file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_messages_only_in_write_buffer_are_saved(store: ClockedStore, file: Path) -> None:
     for name in NAMES:
         put(store, name, b"x")
-    with keeping(store, file) as keeper:
-        assert keeper.save(is_last=True)
+    save(store, file)
     with restored(file) as other:
-        assert seen(other) == seen(store)
+        assert state(other) == state(store)
 
 
-def test_snapshot_under_concurrent_puts_holds_exactly_a_prefix(
-    store: SQLiteStore, file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(database, "COPY_ROWS", 4)
-    put(store, b"t0", *[b"x" * 500] * 2000)
-    store._flush()
+def test_snapshot_under_concurrent_puts_contains_exactly_a_prefix(store: ClockedStore, file: Path) -> None:
+    put(store, b"t0", *[b"x" * 500] * 20_000)
+    store.write()
     ended = threading.Event()
     returned = [0] * 4
 
     def write(number: int) -> None:
-        # With pauses: a lock that is never free is not given to whoever has waited longest.
+        # With pauses, because a lock that is never free is not given to the thread that has waited longest.
         while not ended.wait(UNIT / 1000):
             returned[number] = store.append([(b"t%d" % number, b"%d" % number, None)] * 20)[-1]
             store.flush()
 
     writers = [threading.Thread(target=write, args=(number,)) for number in range(4)]
-    with keeping(store, file) as keeper:
+    with snapshotting(store, file) as snapshotter:
         for writer in writers:
             writer.start()
         try:
             for _ in range(3):
                 before = max(returned)
-                assert keeper.save()
+                assert snapshotter.save()
                 after = store.last_id()
-                with snapshot.opened(file) as connection:
+                with snapshot_file.opened(file) as connection:
                     check_prefix(connection, before, after)
         finally:
             ended.set()
@@ -358,7 +343,7 @@ def test_snapshot_under_concurrent_puts_holds_exactly_a_prefix(
 
 
 def check_prefix(connection: sqlite3.Connection, before: int, after: int) -> None:
-    """All ids up to one between the two are there, once, and each topic's numbers in their order."""
+    """Every id up to one between the two is there once, and each topic's numbers are in order."""
     found: list[int] = []
     numbers: dict[int, int] = {}
     for row, *chunk in connection.execute(
@@ -377,90 +362,84 @@ def test_restart_with_snapshot_is_transparent_to_clients(file: Path) -> None:
     with serving(snapshot_file=str(file)) as server, wire_to(server) as wire:
         wire.call("PUT", "t", "one", "KEY", "me", 1)
         wire.call("PUT", "u", "two")
-        hello = as_map(wire.call("HELLO"))
+        greeting = hello(wire)
     with serving(snapshot_file=str(file)) as server, wire_to(server) as wire:
-        again = as_map(wire.call("HELLO"))
-        assert [again[name] for name in (b"epoch", b"run", b"last_id")] == [hello[b"epoch"], hello[b"run"], 2]
+        again = hello(wire)
+        assert [again[name] for name in (b"epoch", b"run", b"last_id")] == [greeting[b"epoch"], greeting[b"run"], 2]
         assert wire.call("READ", "t", 0)[:4:3] == [1, b"one"]
         assert wire.call("PUT", "t", "one", "KEY", "me", 1) == 1
         assert wire.call("PUT", "t", "three", "KEY", "me", 2) == 3
         assert [wire.call("READ", "t", 1)[at] for at in (0, 1, 3)] == [3, 2, b"three"]
 
 
-def test_restored_messages_are_not_counted_as_put_or_unread(store: SQLiteStore, file: Path) -> None:
+def test_restored_messages_are_not_counted_as_put_or_unread(store: ClockedStore, file: Path) -> None:
     put(store, b"t", b"1", b"2")
     save(store, file)
     with restored(file) as other:
         put(other, b"t", b"3")
         other.read(b"t", 2, 1, 100)
         assert other.totals()[:5] == (3, 3, 1, 1, 0)
-        other._clock = Clock(10**9)
-        while other.expire():
-            pass
+        act(other, MAX_AGE + 1)
+        expire_all(other)
         assert other.totals()[:6] == (0, 0, 0, 1, 3, 0)
 
 
-@pytest.mark.parametrize("slowly", [True, False], ids=["at an interval", "the last"])
-def test_retried_put_over_restart_is_stored_once_or_refused(
-    store: SQLiteStore, file: Path, monkeypatch: pytest.MonkeyPatch, slowly: bool
-) -> None:
-    monkeypatch.setattr(producers, "MAX_PUTS_OF_PRODUCER", 2)
-    for seq in range(7):
-        assert store.append([(b"t", b"x", (b"me", seq))]) == [seq + 1]
-    with keeping(store, file) as keeper:
-        assert keeper.save(at_once=not slowly, is_last=True)
+@pytest.mark.parametrize("at_once", [False, True])
+def test_retried_put_over_restart_is_stored_once_or_refused(store: ClockedStore, file: Path, at_once: bool) -> None:
+    count = 3 * producers.MAX_PUTS_OF_PRODUCER
+    put_as(store, b"me", *range(count // 2))
+    for seq in range(count // 2, count):
+        assert put_as(store, b"me", seq) == [seq + 1]
+    with snapshotting(store, file) as snapshotter:
+        assert snapshotter.save(at_once=at_once, is_last=True)
     with restored(file) as other:
-        # Too many, so the first half is forgotten; the others are remembered, whichever half they are in.
-        for seq in (0, 1, 2):
-            with pytest.raises(Forgotten):
-                other.append([(b"t", b"again", (b"me", seq))])
-        assert [other.append([(b"t", b"again", (b"me", seq))]) for seq in (3, 4, 5, 6)] == [[4], [5], [6], [7]]
-        assert other.append([(b"t", b"new", (b"me", 7))]) == [8]
-        assert bodies(other, b"t") == [b"x"] * 7 + [b"new"]
+        with pytest.raises(Forgotten):
+            put_as(other, b"me", 0)
+        for seq in range(count - producers.MAX_PUTS_OF_PRODUCER, count):
+            assert put_as(other, b"me", seq) == [seq + 1]
+        assert put_as(other, b"me", count) == [count + 1]
+        assert other.totals().messages == count + 1
 
 
-def test_forgotten_producer_is_refused_after_restart(
-    store: SQLiteStore, file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(producers, "MAX_PRODUCERS", 1)
-    store.append([(b"t", b"x", (b"forgotten", 1))])
-    store.append([(b"t", b"x", (b"another", 1))])
+def test_forgotten_producer_is_refused_after_restart(store: ClockedStore, file: Path) -> None:
+    put_as(store, b"forgotten", 1)
+    for number in range(producers.MAX_PRODUCERS):
+        put_as(store, b"%d" % number, 1)
     save(store, file)
-    within = restored(file, KEPT_AT + (producers.REMEMBER_MS - 1) / 1000)
+    within = restored(file, SAVED_AT + (producers.REMEMBER_MS - 1) / 1000)
     with within as other, pytest.raises(Forgotten, match="too many others"):
         other.check_producer(b"forgotten")
-    with restored(file, KEPT_AT + producers.REMEMBER_MS / 1000) as other:
+    with restored(file, SAVED_AT + producers.REMEMBER_MS / 1000) as other:
         other.check_producer(b"forgotten")
 
 
-def test_producer_is_remembered_equally_long_over_restart(store: SQLiteStore, file: Path) -> None:
+def test_producer_is_remembered_equally_long_over_restart(store: ClockedStore, file: Path) -> None:
     store.append([(b"t", b"x", (b"me", 1))])
     act(store, producers.REMEMBER_MS - 10)
     save(store, file)
     for passed, found in ((0.009, True), (0.012, False)):
-        with restored(file, KEPT_AT + passed) as other:
-            # The put of another forgets what is too old.
+        with restored(file, SAVED_AT + passed) as other:
+            # A put of another producer removes those that are too old.
             put_id = other.append([(b"u", b"x", (b"another", 1))])[0]
             assert (other.append([(b"t", b"x", (b"me", 1))]) == [1]) == found
             assert put_id > 1
 
 
 def test_restored_puts_count_towards_dedup_bound(
-    store: SQLiteStore, file: Path, monkeypatch: pytest.MonkeyPatch
+    store: ClockedStore, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number in range(3):
         store.append([(b"t", b"x", (b"producer %d" % number, seq)) for seq in range(3)])
     save(store, file)
     monkeypatch.setattr(producers, "MAX_REMEMBERED_PUTS", 9)
     with restored(file) as other:
-        assert len(other._deduplicator) == 9
-        other.append([(b"t", b"x", (b"one more", 1))])
+        put_as(other, b"one more", 1)
         with pytest.raises(Forgotten):
             other.check_producer(b"producer 0")
 
 
-def test_snapshot_is_readable_by_owner_only_and_leaves_no_other_file(store: SQLiteStore, file: Path) -> None:
-    snapshot.temporary(file).write_text("left by one that was killed")
+def test_snapshot_is_readable_by_owner_only_and_leaves_no_other_file(store: ClockedStore, file: Path) -> None:
+    snapshot_file.temporary(file).write_text("left by one that was killed")
     put(store, b"t", b"a secret")
     save(store, file)
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
@@ -468,18 +447,18 @@ def test_snapshot_is_readable_by_owner_only_and_leaves_no_other_file(store: SQLi
 
 
 @pytest.mark.parametrize("at_once", [False, True])
-def test_snapshot_contains_no_expired_body(store: SQLiteStore, file: Path, at_once: bool) -> None:
+def test_snapshot_contains_no_expired_body(store: ClockedStore, file: Path, at_once: bool) -> None:
     secret = b"secret" * 100
     put(store, b"t", *[secret] * 50)
-    store._flush()
+    store.write()
     act(store, MAX_AGE // 2)
     put(store, b"t", b"other" * 100)
-    store._flush()
+    store.write()
     act(store, MAX_AGE // 2 + 1)
-    # Deleted, or not yet.
+    # Deletes some of them.
     store.expire()
-    with keeping(store, file) as keeper:
-        assert keeper.save(at_once=at_once)
+    with snapshotting(store, file) as snapshotter:
+        assert snapshotter.save(at_once=at_once)
     assert b"other" in file.read_bytes()
     assert b"secret" not in file.read_bytes()
 
@@ -489,7 +468,7 @@ def test_snapshot_of_graceful_stop_contains_no_expired_body(file: Path) -> None:
     with daemon(*options) as server, wire_to(server) as wire:  # type: ignore[arg-type]
         for _ in range(100):
             wire.call("PUT", "t", "secret" * 100)
-        # Whether they are deleted already, or not yet.
+        # Some may not be deleted yet.
         wait_until(lambda: wire.call("READ", "t", 0) == [])
         wire.call("PUT", "t", "other" * 100)
         assert server.stop() == 0
@@ -497,7 +476,7 @@ def test_snapshot_of_graceful_stop_contains_no_expired_body(file: Path) -> None:
     assert b"secret" not in file.read_bytes()
 
 
-def test_snapshot_symlink_is_preserved(store: SQLiteStore, file: Path, tmp_path: Path) -> None:
+def test_snapshot_symlink_is_preserved(store: ClockedStore, file: Path, tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(file)
     save(store, link)
@@ -512,13 +491,12 @@ def test_snapshot_symlink_is_preserved(store: SQLiteStore, file: Path, tmp_path:
     ("passed", "age_ms"), [(0, 1_000), (5, 6_000), (-3_600, 1_000), (99, 100_000), (99.001, None), (10**9, None)]
 )
 def test_ages_continue_by_wall_clock_over_restart(
-    store: SQLiteStore, file: Path, passed: float, age_ms: int | None
+    store: ClockedStore, file: Path, passed: float, age_ms: int | None
 ) -> None:
     put(store, b"t", b"x", b"y")
-    assert isinstance(store._clock, Clock)
-    store._clock.now += 1_000
+    act(store, 1_000)
     save(store, file)
-    with restored(file, KEPT_AT + passed) as other:
+    with restored(file, SAVED_AT + passed) as other:
         found = other.read(b"t", 0, 10, 100)
         assert [message.age_ms for message in found] == ([] if age_ms is None else [age_ms] * 2)
         assert other.totals().messages == len(found)
@@ -527,48 +505,40 @@ def test_ages_continue_by_wall_clock_over_restart(
         assert other.read(b"t", 2, 1, 100)[0].age_ms == 0
 
 
-def test_slow_index_and_commit_do_not_rejuvenate_messages(
-    store: SQLiteStore, file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = [KEPT_AT]
+def test_slow_disk_does_not_rejuvenate_messages(store: ClockedStore, file: Path) -> None:
+    now = [SAVED_AT]
     put(store, b"t", b"x")
 
     def take_time() -> None:
         act(store, 1_600)
         now[0] += 1.6
 
-    keeper = Snapshotter(store, str(file), clock=lambda: now[0])
-    monkeypatch.setattr(keeper, "_allow_slow_disk", take_time)
-    assert keeper.save()
+    store.between_batches = take_time
+    snapshotter = Snapshotter(store, str(file), clock=lambda: now[0])
+    assert snapshotter.save()
     with restored(file, now[0]) as other:
-        assert other.read(b"t", 0, 1, 100)[0].age_ms == round((now[0] - KEPT_AT) * 1000) >= 1_600
+        assert other.read(b"t", 0, 1, 100)[0].age_ms == round((now[0] - SAVED_AT) * 1000) >= 1_600
 
 
-def test_slow_restore_does_not_rejuvenate_messages(
-    store: SQLiteStore, file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_slow_restore_does_not_rejuvenate_messages(store: ClockedStore, file: Path) -> None:
     put(store, b"t", b"x")
     save(store, file)
-    other = new_store(5_000)
-    load = other._database.load
-
-    def load_slowly(source: sqlite3.Connection) -> object:
-        act(other, 2_000)
-        return load(source)
-
-    monkeypatch.setattr(other._database, "load", load_slowly)
-    with keeping(other, file):
-        assert other.read(b"t", 0, 1, 100)[0].age_ms == 2_000
+    other = ClockedStore(MAX_AGE, Clock(5_000))
+    with snapshot_file.opened(file) as connection:
+        # With each statement.
+        connection.set_trace_callback(lambda _: act(other, 1_000))
+        other.load(connection, SAVED_AT)
+    assert other.read(b"t", 0, 1, 100)[0].age_ms >= 2_000
     other.close()
 
 
 def test_messages_expired_before_restore_are_logged(
-    store: SQLiteStore, file: Path, caplog: pytest.LogCaptureFixture
+    store: ClockedStore, file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "dsmq")
     put(store, b"t", b"1", b"2", b"3")
     save(store, file)
-    with restored(file, KEPT_AT + 101):
+    with restored(file, SAVED_AT + 101):
         pass
     [line] = [record for record in caplog.records if getattr(record, "event", "") == "restored"]
     assert "restored 0 messages" in line.getMessage()
@@ -592,14 +562,14 @@ def test_ages_continue_during_suspend(file: Path, monkeypatch: pytest.MonkeyPatc
         assert wire.call("READ", "t", 0) == []
 
 
-# The last word, and what is not
+# Clean shutdowns and kills
 
 
-def test_clean_shutdown_is_valid_once_and_ids_are_never_reused(store: SQLiteStore, file: Path) -> None:
+def test_clean_shutdown_is_valid_once_and_ids_are_never_reused(store: ClockedStore, file: Path) -> None:
     put(store, b"t", b"1")
     save(store, file)
     runs, ids = {store.run}, [1]
-    # All but the first are killed, which writes nothing.
+    # All but the first one are killed: they write no snapshot.
     for gaps in range(4):
         with restored(file) as other:
             assert other.epoch == store.epoch
@@ -612,7 +582,7 @@ def test_clean_shutdown_is_valid_once_and_ids_are_never_reused(store: SQLiteStor
     assert ids == sorted(set(ids))
 
 
-def test_ids_skip_ahead_after_unclean_shutdown(store: SQLiteStore, file: Path) -> None:
+def test_ids_skip_ahead_after_unclean_shutdown(store: ClockedStore, file: Path) -> None:
     put(store, b"t", b"1")
     save(store, file, is_last=False)
     for gaps in (1, 2):
@@ -627,50 +597,47 @@ def test_kill_is_distinguished_from_graceful_stop(file: Path) -> None:
     options = ("--snapshot-file", str(file))
     with daemon(*options) as first, wire_to(first) as wire:  # type: ignore[arg-type]
         wire.call("PUT", "t", "kept")
-        hello = as_map(wire.call("HELLO"))
+        greeting = hello(wire)
         assert first.stop() == 0
     with daemon(*options) as second, wire_to(second) as wire:  # type: ignore[arg-type]
         assert any("INFO" in line and "restored 1 messages of 1 topics" in line for line in second.log().splitlines())
-        assert as_map(wire.call("HELLO"))[b"run"] == hello[b"run"]
+        assert hello(wire)[b"run"] == greeting[b"run"]
         assert wire.call("PUT", "t", "lost") == 2
         second.process.kill()
         second.process.wait()
     with daemon(*options) as third, wire_to(third) as wire:  # type: ignore[arg-type]
-        again = as_map(wire.call("HELLO"))
-        assert (again[b"epoch"], again[b"last_id"]) == (hello[b"epoch"], 1 + RESTORE_GAP)
-        assert again[b"run"] != hello[b"run"]
+        again = hello(wire)
+        assert (again[b"epoch"], again[b"last_id"]) == (greeting[b"epoch"], 1 + RESTORE_GAP)
+        assert again[b"run"] != greeting[b"run"]
         assert wire.call("READ", "t", 0)[3] == b"kept"
         assert any("WARNING" in line and "are lost" in line for line in third.log().splitlines())
 
 
-def test_surviving_thread_prevents_clean_shutdown_mark(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    released = threading.Event()
-    with serving(snapshot_file=str(file), stop_timeout_seconds=UNIT) as server, wire_to(server) as wire:
+def test_surviving_thread_prevents_clean_shutdown_mark(file: Path) -> None:
+    store = SQLiteStore(0)
+    settings = {"snapshot_file": str(file), "stop_timeout_seconds": UNIT}
+    with serving_store(store, **settings) as server, wire_to(server) as wire:
         wire.call("PUT", "t", "x")
-        run, epoch = server._store.run, server._store.epoch
-        server._workers[0].post(lambda: bool(released.wait(SOON)))
-        assert server.stop() == [server._workers[0].thread.name]
-    released.set()
-    server._workers[0].thread.join()
-    # Left open for it.
-    server._store.close()
+        with blocked(server):
+            assert server.stop() == ["dsmq-io-0"]
+        wait_until(lambda: not [thread for thread in threading.enumerate() if thread.name == "dsmq-io-0"])
     with restored(file, time.time()) as other:
-        assert (other.epoch, other.run == run) == (epoch, False)
+        assert (other.epoch, other.run == store.run) == (store.epoch, False)
         assert bodies(other, b"t") == [b"x"]
 
 
-# Interrupted
+# Interrupts
 
-# A server whose last snapshot waits in one of its steps, as for a disk, until there is a file. The rehearsal at the
-# start does not wait.
+# A server whose final snapshot waits in one of its steps, as for a disk, until a file exists. The rehearsal
+# at the start does not wait.
 SLOW = """
 import os, sys, time
 from dsmq import __main__
-from dsmq.store import snapshot_file as snapshot
+from dsmq.store import snapshot_file
 step, released = sys.argv[1:3]
-real = getattr(snapshot, step)
+real = getattr(snapshot_file, step)
 def slow(*arguments):
-    setattr(snapshot, step, slower)
+    setattr(snapshot_file, step, slower)
     return real(*arguments)
 def slower(*arguments):
     print("writing", file=sys.stderr, flush=True)
@@ -678,7 +645,7 @@ def slower(*arguments):
         arguments[-1]() if step == "_seal" else None
         time.sleep(0.01)
     return real(*arguments)
-setattr(snapshot, step, slow)
+setattr(snapshot_file, step, slow)
 sys.argv = sys.argv[5:]
 sys.exit(__main__.main())
 """
@@ -689,7 +656,7 @@ def slow(step: str, released: Path) -> list[str]:
 
 
 def ended(server: Daemon) -> str:
-    """The log of a server that an interrupt has ended."""
+    """The log of an interrupted server."""
     assert server.process.wait(SOON) == INTERRUPTED
     assert "Traceback" not in server.log()
     return server.log()
@@ -725,7 +692,7 @@ def test_second_ctrl_c_abandons_final_snapshot_with_a_message(file: Path, tmp_pa
         daemon(*options, prefix=slow(step, tmp_path / "never")) as second,
         wire_to(second) as wire,  # type: ignore[arg-type]
     ):
-        run = as_map(wire.call("HELLO"))[b"run"]
+        run = hello(wire)[b"run"]
         wire.call("PUT", "t", "lost")
         before = file.read_bytes()
         second.process.send_signal(signal.SIGINT)
@@ -734,11 +701,11 @@ def test_second_ctrl_c_abandons_final_snapshot_with_a_message(file: Path, tmp_pa
         [error] = [line for line in ended(second).splitlines() if "ERROR" in line]
         assert "messages put since the previous one are lost" in error
         assert file.read_bytes() == before
-        # What can't be ended, as it hangs in a call of the system, leaves the rest of it for the next start to remove.
-        assert snapshot.temporary(file).exists() == (step != "_seal")
+        # A snapshot that hangs in a system call leaves its file, which the next start removes.
+        assert snapshot_file.temporary(file).exists() == (step != "_seal")
     with daemon(*options) as third, wire_to(third) as wire:  # type: ignore[arg-type]
-        assert not snapshot.temporary(file).exists()
-        assert as_map(wire.call("HELLO"))[b"run"] != run
+        assert not snapshot_file.temporary(file).exists()
+        assert hello(wire)[b"run"] != run
         assert wire.call("READ", "t", 0)[3] == b"kept"
         assert wire.call("READ", "t", 1) == []
 
@@ -767,33 +734,12 @@ def test_first_ctrl_c_of_embedding_program_writes_final_snapshot(file: Path) -> 
         assert wire.call("READ", "t", 0)[3] == b"x"
 
 
-def test_final_snapshot_can_be_abandoned_while_copying(
-    store: SQLiteStore, file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(database, "PROGRESS_INSTRUCTIONS", 1)
-    looks: list[float] = []
-
-    def breathe(seconds: float = 0) -> None:
-        looks.append(seconds)
-        if len(looks) >= 3:
-            raise snapshot.Abandoned
-
-    with keeping(store, file) as keeper:
-        put(store, b"t", *[b"x" * 10_000] * 10)
-        store._flush()
-        monkeypatch.setattr(keeper, "_checkpoint", breathe)
-        assert not keeper.save_last()
-        assert not file.exists()
-        assert not snapshot.temporary(file).exists()
-        assert bodies(store, b"t") == [b"x" * 10_000] * 10
-
-
 SERVER_THREADS = ("dsmq-io-0", "dsmq-expiry", "dsmq-snapshot", "dsmq-metrics")
 
 
 def interrupted_at(point: int, call: Callable[[], object]) -> bool:
-    """Have Ctrl-C come at one of the points in what stops a server where Python looks for it; whether there is one."""
-    files = {server_module.__file__, keeper_module.__file__, threads.__file__}
+    """Interrupt the call at a point where Python checks for signals; return False if there are fewer points."""
+    files = {server_module.__file__, snapshots.__file__, threads.__file__}
     left = point
 
     def look(frame: FrameType, event: str, _: object) -> None:
@@ -820,16 +766,17 @@ def test_interrupted_stop_ends_all_threads_from_any_line(tmp_path: Path, monkeyp
     monkeypatch.setattr(threads, "_POLL_SECONDS", UNIT / 10)
     effective = config.load(kind=config.EmbeddedSettings, port=0, http_port=0, snapshot_file=str(tmp_path / "s"))
     for point in itertools.count():
-        server = Server(effective)
+        store = SQLiteStore(0)
+        server = Server(effective, store)
         server.start()
-        server._store.append([(b"t", b"%d" % point, None)])
+        put(store, b"t", b"%d" % point)
         was_interrupted = interrupted_at(point, server.stop)
         # As the `with` statement around it does.
         server.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
         wait_until(lambda: not [thread for thread in threading.enumerate() if thread.name in SERVER_THREADS])
         with pytest.raises(ReplyError):
-            server._store.append([(b"t", b"more", None)])
-        # The snapshot is complete, or there is none; and another server may have the file at once.
+            put(store, b"t", b"more")
+        # The snapshot is complete or missing, and another server can use the file at once.
         saved = (tmp_path / "s").exists()
         assert saved or was_interrupted
         with restored(tmp_path / "s", time.time()) as other:
@@ -840,44 +787,35 @@ def test_interrupted_stop_ends_all_threads_from_any_line(tmp_path: Path, monkeyp
     assert point > 20
 
 
-def test_concurrent_stop_waits_for_first(
-    file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_concurrent_stop_waits_for_first(file: Path, disk: Disk, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "dsmq")
-    writing, released = threading.Event(), threading.Event()
-
-    def hang(_: Path) -> None:
-        writing.set()
-        released.wait(SOON)
-
     with serving(snapshot_file=str(file)) as server, wire_to(server) as wire, ThreadPoolExecutor(2) as pool:
         wire.call("PUT", "t", "x")
-        monkeypatch.setattr(snapshot, "_sync_folder", hang)
+        disk.hangs = True
         first = pool.submit(server.stop)
-        assert writing.wait(SOON)
+        assert disk.waiting.wait(SOON)
         second = pool.submit(server.stop)
         with pytest.raises(TimeoutError):
             second.result(UNIT)
-        released.set()
+        disk.released.set()
         assert (first.result(SOON), second.result(SOON)) == ([], [])
-    # Nor does it do anything again.
     assert [record.message for record in caplog.records].count("stopped") == 1
 
 
-# Killed
+# Kills
 
 
 def grow(file: Path, report: int) -> None:
-    """Put messages that count on, and write a snapshot after each few, for ever; report how many are kept."""
-    store = new_store()
-    with keeping(store, file) as keeper:
+    """Put numbered messages, and write a snapshot after each few, for ever; report how many are saved."""
+    store = ClockedStore(MAX_AGE)
+    with snapshotting(store, file) as snapshotter:
         count = len(bodies(store, b"t"))
         while True:
             put(store, b"t", *[b"%d" % number for number in range(count, count + 7)])
             put(store, b"other %d" % count, os.urandom(2000))
-            store._flush()
+            store.write()
             count += 7
-            assert keeper.save(at_once=bool(count % 2), is_last=count % 3 == 0)
+            assert snapshotter.save(at_once=bool(count % 2), is_last=count % 3 == 0)
             os.write(report, b"%d\n" % count)
 
 
@@ -894,7 +832,7 @@ def test_kill_at_any_time_leaves_one_complete_snapshot(file: Path) -> None:
             assert [message.number for message in found] == list(range(1, len(found) + 1))
             ids = [message.id for message in found]
             assert ids == sorted(set(ids))
-            # The last may have been finished without a word.
+            # The last one may have been completed without a report.
             assert len(found) in (kept, kept + 7)
             kept = len(found)
     assert kept >= 7 * 40
@@ -902,7 +840,7 @@ def test_kill_at_any_time_leaves_one_complete_snapshot(file: Path) -> None:
 
 
 def kill_one(file: Path, kept: int, after: float) -> int:
-    """Have a process write snapshots, and kill it so many seconds after the first; return what it reported last."""
+    """Have a process write snapshots, and kill it `after` seconds after the first; return its last report."""
     read_end, write_end = os.pipe()
     child = os.fork()
     if not child:
@@ -919,7 +857,7 @@ def kill_one(file: Path, kept: int, after: float) -> int:
         return max(kept, first, *(int(line) for line in reports))
 
 
-# Refused
+# Damaged files
 
 
 def flip(at: int) -> Callable[[bytes], bytes]:
@@ -945,7 +883,7 @@ DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_incomplete_snapshot_is_refused_and_kept(
-    store: SQLiteStore, file: Path, kind: str, caplog: pytest.LogCaptureFixture
+    store: ClockedStore, file: Path, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     damage, reason = DAMAGES[kind]
     put(store, b"t", *[b"x" * 1000] * 10)
@@ -955,7 +893,7 @@ def test_incomplete_snapshot_is_refused_and_kept(
 
 
 @pytest.mark.parametrize("at", [0, 20, 97, 4096, 9000, *range(-80, 0)])
-def test_changed_byte_is_detected(store: SQLiteStore, file: Path, at: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_changed_byte_is_detected(store: ClockedStore, file: Path, at: int, caplog: pytest.LogCaptureFixture) -> None:
     put(store, b"t", *[b"x" * 1000] * 10)
     save(store, file)
     file.write_bytes(flip(at)(file.read_bytes()))
@@ -979,19 +917,19 @@ def check_refused(file: Path, epoch: str, caplog: pytest.LogCaptureFixture, reas
 
 
 def test_schema_change_requires_new_version() -> None:
-    """Whoever changes what stands in the file gives it another version, and this its new digest."""
+    """A change of the file's format requires another VERSION, and then another digest here."""
     import hashlib
 
     text = SCHEMA + INDEX + SNAPSHOT_SCHEMA
-    assert (snapshot.VERSION, hashlib.sha256(text.encode()).hexdigest()[:8]) == (1, "d49eb1b4")
+    assert (snapshot_file.VERSION, hashlib.sha256(text.encode()).hexdigest()[:8]) == (1, "d49eb1b4")
 
 
-# It can't be written
+# Failures to write
 
 
 @contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
-    """Let no file grow beyond this: as a disk that is full, but for the number of the error."""
+    """Limit the size of files, to simulate a full disk; only the error code differs."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -1000,44 +938,41 @@ def files_of_at_most(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-# In the middle of the database, and within the trailer.
+# Fails in the middle of the database, and within the trailer.
 @pytest.mark.parametrize("missing", [100_000, 10])
-def test_full_disk_keeps_previous_snapshot_and_server_running(
-    file: Path, missing: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    with serving(snapshot_file=str(file), snapshot_interval_seconds=3600) as server, wire_to(server) as wire:
-        keeper = server._snapshotter
-        assert keeper
-        wire.call("PUT", "t", "x" * 200_000)
-        assert keeper.save()
+def test_full_disk_keeps_previous_snapshot(file: Path, missing: int, caplog: pytest.LogCaptureFixture) -> None:
+    store = SQLiteStore(MAX_AGE)
+    with closing(store), snapshotting(store, file) as snapshotter:
+        put(store, b"t", b"x" * 200_000)
+        assert snapshotter.save()
         before = file.read_bytes()
         for at_once in (False, True):
             caplog.clear()
             with files_of_at_most(len(before) - missing):
-                assert not keeper.save(at_once=at_once)
+                assert not snapshotter.save(at_once=at_once)
             [line] = [record for record in caplog.records if record.levelno == logging.ERROR]
             assert f"can't write a snapshot to {file}" in line.getMessage()
             assert file.read_bytes() == before
-            assert not snapshot.temporary(file).exists()
-        assert wire.call("PUT", "t", "y") == 2
-        assert (keeper.stats.written, keeper.stats.failed) == (1, 2)
-        assert keeper.save()
+            assert not snapshot_file.temporary(file).exists()
+        assert put(store, b"t", b"y") == [2]
+        assert (snapshotter.stats.written, snapshotter.stats.failed) == (1, 2)
+        assert snapshotter.save()
 
 
-def test_full_disk_is_reported_as_reason(store: SQLiteStore, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_full_disk_is_reported_as_reason(store: ClockedStore, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "dsmq-test", str(tmp_path)]
     if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("nothing can be mounted here")
     file = tmp_path / "it"
     try:
-        with keeping(store, file) as keeper:
+        with snapshotting(store, file) as snapshotter:
             put(store, b"t", b"x" * 300_000)
-            assert keeper.save(at_once=True)
+            assert snapshotter.save(at_once=True)
             before = file.read_bytes()
             put(store, b"t", b"x" * 900_000)
             for at_once in (True, False):
                 caplog.clear()
-                assert not keeper.save(at_once=at_once)
+                assert not snapshotter.save(at_once=at_once)
                 assert "disk is full" in caplog.text
                 assert file.read_bytes() == before
     finally:
@@ -1086,23 +1021,23 @@ def test_start_checks_that_snapshot_can_be_written(file: Path, monkeypatch: pyte
     def fail(_: Path) -> None:
         raise OSError(errno.EINVAL, "Invalid argument")
 
-    monkeypatch.setattr(snapshot, "_sync_folder", fail)
+    monkeypatch.setattr(snapshot_file, "_sync_folder", fail)
     with pytest.raises(StartupError, match=r"snapshot_file: .*Invalid argument"), serving(snapshot_file=str(file)):
         pass
     assert {path.name for path in file.parent.iterdir()} == {f"{file.name}.lock"}
 
 
 def test_sqlite_failure_at_start_is_one_line(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(snapshot, "create_tables", lambda database: database.execute("locked"))
+    monkeypatch.setattr(snapshot_file, "create_tables", lambda database: database.execute("locked"))
     with pytest.raises(StartupError, match=r"snapshot_file: .*syntax error"), serving(snapshot_file=str(file)):
         pass
 
 
-# Writes snapshots of so many rows that their index does not fit in the cache.
+# Writes snapshots whose index is too large for the page cache.
 READ_ONLY = """
 import sys
 from pathlib import Path
-from dsmq.store import snapshot_file as snapshot
+from dsmq.store import snapshot_file
 from dsmq.store.snapshots import Snapshotter
 from dsmq.store.sqlite import SQLiteStore
 
@@ -1112,16 +1047,16 @@ for folder in map(Path, ("/tmp", "/var/tmp", ".")):
         sys.exit(f"{folder} can be written to")
     except OSError:
         pass
-snapshot._PRAGMAS = (*snapshot._PRAGMAS, "cache_size = -100")
+snapshot_file._PRAGMAS = (*snapshot_file._PRAGMAS, "cache_size = -100")
 store = SQLiteStore(600_000)
 store.append([(b"t", b"x", None)])
 rows = ((number, 1, 1, 1, bytes(16), b"x") for number in range(2, 200_000))
 store._database.connection.executemany("INSERT INTO chunks VALUES (?, ?, ?, ?, ?, ?)", rows)
 store._last_id = 200_000
 store._buffer.clear(200_000, 1)
-keeper = Snapshotter(store, sys.argv[1] + "/snapshot")
-keeper.open()
-sys.exit(not keeper.save() or not keeper.save_last())
+snapshotter = Snapshotter(store, sys.argv[1] + "/snapshot")
+snapshotter.open()
+sys.exit(not snapshotter.save() or not snapshotter.save_last())
 """
 
 
@@ -1140,19 +1075,31 @@ def test_nothing_is_written_outside_snapshot_folder(tmp_path: Path) -> None:
 
 
 def test_two_servers_cannot_share_snapshot_file(file: Path) -> None:
-    with serving(snapshot_file=str(file)) as server:
-        with pytest.raises(StartupError, match="another server has"), serving(snapshot_file=str(file)):
-            pass
-        assert server._snapshotter
-        assert server._snapshotter._lock is not None
-        # As a process that has been forked would have it.
-        child = subprocess.Popen(["sleep", str(SOON)], pass_fds=[server._snapshotter._lock])
+    with (
+        serving(snapshot_file=str(file)),
+        pytest.raises(StartupError, match="another server has"),
+        serving(snapshot_file=str(file)),
+    ):
+        pass
+    with serving(snapshot_file=str(file)):
+        pass
+
+
+def test_child_process_does_not_keep_snapshot_file_locked(store: ClockedStore, file: Path) -> None:
+    with snapshotting(store, file):
+        # A child inherits copies of all descriptors, as a forked process does.
+        child = subprocess.Popen(["sleep", str(SOON)], pass_fds=descriptors_of(f"{file}.lock"))
     try:
         with serving(snapshot_file=str(file)):
             pass
     finally:
         child.kill()
         child.wait()
+
+
+def descriptors_of(path: str) -> list[int]:
+    found = [int(name) for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")]
+    return [number for number in found if os.readlink(f"/proc/self/fd/{number}") == path]
 
 
 def test_failed_start_leaves_snapshot_unchanged(file: Path) -> None:
@@ -1171,21 +1118,21 @@ def test_failed_start_leaves_snapshot_unchanged(file: Path) -> None:
 def test_failed_start_after_restore_loses_nothing(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(snapshot_file=str(file)) as server, wire_to(server) as wire:
         wire.call("PUT", "t", "x")
-        run = server._store.run
+        run = hello(wire)[b"run"]
 
     def fail(_: object) -> None:
         raise RuntimeError("can't start new thread")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(server._expiry.__class__, "start", fail)
-        with pytest.raises(StartupError), serving(snapshot_file=str(file)):
-            pass
+    monkeypatch.setattr(Expiry, "start", fail)
+    with pytest.raises(StartupError), serving(snapshot_file=str(file)):
+        pass
+    monkeypatch.undo()
     with serving(snapshot_file=str(file)) as server, wire_to(server) as wire:
-        assert (server._store.run, wire.call("READ", "t", 0)[3]) == (run, b"x")
+        assert (hello(wire)[b"run"], wire.call("READ", "t", 0)[3]) == (run, b"x")
 
 
 def test_complete_but_unloadable_snapshot_is_refused(
-    store: SQLiteStore, file: Path, caplog: pytest.LogCaptureFixture
+    store: ClockedStore, file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     put(store, b"t", b"x")
     save(store, file)
@@ -1193,11 +1140,11 @@ def test_complete_but_unloadable_snapshot_is_refused(
     def fill(database: sqlite3.Connection) -> None:
         database.execute("CREATE TABLE another (thing)")
 
-    snapshot.write(file, fill, lambda: None)
+    snapshot_file.write(file, fill, lambda: None)
     check_refused(file, store.epoch, caplog, "no such table")
 
 
-# At an interval
+# Periodic snapshots, slow disks
 
 
 def test_periodic_snapshot_is_written_during_puts(file: Path) -> None:
@@ -1215,90 +1162,74 @@ def test_periodic_snapshot_is_written_during_puts(file: Path) -> None:
         assert shown["dsmq_snapshot_interval_seconds"] == 1
         assert shown["dsmq_healthy"] == 1
         stolen = file.read_bytes()
-        run = server._store.run
+        run = hello(wire)[b"run"]
     file.write_bytes(stolen)
     with serving(**settings) as server, wire_to(server) as wire:
-        assert server._store.run != run
+        assert hello(wire)[b"run"] != run
         assert wire.call("READ", "t", 0)[3] == b"x"
         assert scrape(server)["dsmq_restored_messages"] == 1
 
 
-def test_stop_does_not_wait_for_periodic_snapshot(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keeper_module, "PAUSE_SECONDS", SOON)
-    monkeypatch.setattr(database, "COPY_ROWS", 1)
-    with serving(snapshot_file=str(file), snapshot_interval_seconds=1) as server, wire_to(server) as wire:
-        for body in ("1", "2", "3"):
-            wire.call("PUT", body, body)
-            server._store._flush()  # type: ignore[attr-defined]
-        wait_until(snapshot.temporary(file).exists)
-        began = time.monotonic()
+def test_stop_does_not_wait_for_periodic_snapshot(store: ClockedStore, file: Path) -> None:
+    snapshotter = Snapshotter(store, str(file), interval_seconds=0.01, clock=lambda: SAVED_AT, pause_seconds=SOON)
+    snapshotter.open()
+    put(store, b"t", b"1", b"2", b"3")
+    snapshotter.start()
+    wait_until(snapshot_file.temporary(file).exists)
+    began = time.monotonic()
+    snapshotter.stop()
+    snapshotter.finish(began + SOON, is_last=True)
+    assert snapshotter.abandon() == []
     assert time.monotonic() - began < SOON / 2
-    with restored(file, time.time()) as other:
+    with restored(file) as other:
         assert other.totals().messages == 3
 
 
 @pytest.mark.slow
-def test_stop_waits_for_slow_disk(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    began, write = threading.Event(), snapshot._sync_folder
-
-    def slowly(folder: Path) -> None:
-        if not began.is_set():
-            began.set()
-            time.sleep(30 * UNIT)
-        write(folder)
-
+def test_stop_waits_for_slow_disk(file: Path, disk: Disk) -> None:
     settings = {"snapshot_file": str(file), "snapshot_interval_seconds": 1, "stop_timeout_seconds": 20 * UNIT}
     with serving(**settings) as server, wire_to(server) as wire:
-        monkeypatch.setattr(snapshot, "_sync_folder", slowly)
-        assert began.wait(SOON)
+        run = hello(wire)[b"run"]
+        disk.hangs = True
+        assert disk.waiting.wait(SOON)
         wire.call("PUT", "t", "x")
+        threading.Timer(30 * UNIT, disk.released.set).start()
         assert server.stop() == []
-        assert server._snapshotter
-        assert server._snapshotter.saved
     with restored(file, time.time()) as other:
-        assert (other.run, bodies(other, b"t")) == (server._store.run, [b"x"])
+        assert (other.run.encode(), bodies(other, b"t")) == (run, [b"x"])
 
 
 def test_stop_waits_at_most_a_minute_for_hanging_disk(
-    file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    file: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    released = threading.Event()
-    monkeypatch.setattr(keeper_module, "LAST_SNAPSHOT_SECONDS", UNIT)
-    with serving(snapshot_file=str(file), stop_timeout_seconds=20 * UNIT) as server:
-        monkeypatch.setattr(snapshot, "_sync_folder", lambda _: released.wait(SOON))
+    monkeypatch.setattr(snapshots, "LAST_SNAPSHOT_SECONDS", UNIT)
+    with serving_store(SQLiteStore(0), snapshot_file=str(file), stop_timeout_seconds=20 * UNIT) as server:
+        disk.hangs = True
         assert server.stop() == ["dsmq-snapshot"]
-        assert server._snapshotter
-        assert not server._snapshotter.saved
-    released.set()
-    wait_until(lambda: not [thread for thread in threading.enumerate() if thread.name == "dsmq-snapshot"])
-    # Left open for it.
-    server._store.close()
+        assert "last snapshot abandoned" in caplog.text
+        disk.released.set()
+        wait_until(lambda: not [thread for thread in threading.enumerate() if thread.name == "dsmq-snapshot"])
 
 
-def test_slow_disk_does_not_fail_health_check(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writing, released = threading.Event(), threading.Event()
-
-    def hang(_: Path) -> None:
-        writing.set()
-        released.wait(SOON)
-
+def test_slow_disk_does_not_fail_health_check(file: Path, disk: Disk) -> None:
     settings = {"snapshot_file": str(file), "snapshot_interval_seconds": 1, "health_timeout_seconds": UNIT}
-    with serving(**settings) as server, monkeypatch.context() as patch:
-        patch.setattr(snapshot, "_sync_folder", hang)
-        assert writing.wait(SOON)
+    with serving(**settings) as server:
+        disk.hangs = True
+        assert disk.waiting.wait(SOON)
         time.sleep(3 * UNIT)
         stuck = server.status.stuck_threads()
-        released.set()
+        disk.hangs = False
+        disk.released.set()
         assert "dsmq-snapshot" not in stuck
 
 
 def test_defect_in_snapshot_does_not_end_server(
-    store: SQLiteStore, file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    store: ClockedStore, file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with keeping(store, file) as keeper:
+    with snapshotting(store, file) as snapshotter:
         monkeypatch.setattr(store, "snapshot", lambda *_, **__: 1 / 0)
-        assert not keeper.save_last()
-        assert keeper.stats.failed == 1
+        assert not snapshotter.save_last()
+        assert snapshotter.stats.failed == 1
         assert "ZeroDivisionError" in caplog.text
         assert not file.exists()
 
@@ -1307,7 +1238,7 @@ def test_dead_snapshot_thread_is_detected(file: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(Snapshotter, "_run", lambda _: None)
     settings = {"port": 0, "snapshot_file": str(file), "snapshot_interval_seconds": 1}
     with Server(config.load(kind=config.EmbeddedSettings, **settings)) as server:
-        wait_until(lambda: not server._snapshotter.thread.is_alive())  # type: ignore[union-attr]
+        wait_until(lambda: not [thread for thread in threading.enumerate() if thread.name == "dsmq-snapshot"])
         assert server.status.stuck_threads() == ["dsmq-snapshot"]
         with pytest.raises(ServerFailed, match="dsmq-snapshot"):
             server.run()
@@ -1322,7 +1253,7 @@ def test_snapshot_interval_requires_file() -> None:
 
 
 def test_puts_before_stop_are_in_final_snapshot(file: Path) -> None:
-    """Whatever was answered with an id is there; nothing that was refused."""
+    """Every put that got an id is there, and no refused one."""
     stored: list[int] = []
 
     def put_for_ever(wire: Wire, topic: str) -> None:
@@ -1348,11 +1279,11 @@ def test_puts_before_stop_are_in_final_snapshot(file: Path) -> None:
         found = [message.id for n in range(4) for message in other.read(b"t%d" % n, 0, 10**6, 10**9)]
         assert sorted(found) == list(range(1, other.last_id() + 1))
         assert set(stored) <= set(found)
-        # What was stored as the connection broke has no reply.
+        # Puts that were stored as the connection broke have no reply.
         assert len(found) - len(stored) <= len(clients)
 
 
-# Numbers that go back
+# Lost ids
 
 
 def numbers(wire: Wire, topic: str, *after: str | int) -> tuple[object, object]:
@@ -1361,42 +1292,44 @@ def numbers(wire: Wire, topic: str, *after: str | int) -> tuple[object, object]:
 
 
 def lost_ids(wire: Wire) -> object:
-    return as_map(wire.call("HELLO"))[b"lost_ids"]
+    return hello(wire)[b"lost_ids"]
 
 
 def test_missed_count_is_exact_after_kill(tmp_path: Path) -> None:
     path = tmp_path / "snapshot"
     gap = RESTORE_GAP
-    with serving(snapshot_file=str(path)) as server, wire_to(server) as wire:
+    store = SQLiteStore(0)
+    with serving_store(store, snapshot_file=str(path)) as server, wire_to(server) as wire:
         assert lost_ids(wire) == []
         wire.call("PUT", "empty", "x")
-        server._store.max_age_ms = -1
+        store.max_age_ms = -1
         wait_until(lambda: server.status.totals().messages == 0)
-        server._store.max_age_ms = 600_000
+        store.max_age_ms = 600_000
         for _ in range(2):
             wire.call("PUT", "full", "x")
     with serving(snapshot_file=str(path)) as server, wire_to(server) as wire:
-        # A graceful stop loses nothing: all that was put is as it was.
+        # A graceful stop loses nothing.
         assert lost_ids(wire) == []
-    # As after a kill: the snapshot is older than what was put last.
+    # As after a kill: the snapshot is older than the last puts.
     copy = path.read_bytes()
     with serving(snapshot_file=str(path)) as server, wire_to(server) as wire:
         wire.call("PUT", "full", "lost")
     path.write_bytes(copy)
-    snapshot.record_restore(path, snapshot.verify(path))
+    snapshot_file.record_restore(path, snapshot_file.verify(path))
     with serving(snapshot_file=str(path)) as server, wire_to(server) as wire:
         assert lost_ids(wire) == [3, 3 + gap]
         assert wire.call("PUT", "full", "new") == 4 + gap
         assert [numbers(wire, topic) for topic in ("full", "empty", "none")] == [(3, 2), (1, 1), (0, 0)]
-    # A graceful stop goes on with that run, also for a client that comes back only now.
-    with serving(snapshot_file=str(path)) as server, wire_to(server) as wire:
+    # A graceful stop continues that run, also for a client that reconnects only now.
+    store = SQLiteStore(0)
+    with serving_store(store, snapshot_file=str(path)) as server, wire_to(server) as wire:
         assert lost_ids(wire) == [3, 3 + gap]
         assert [numbers(wire, topic) for topic in ("full", "empty", "none")] == [(3, 2), (1, 1), (0, 0)]
-        server._snapshotter.save()  # type: ignore[union-attr]
+        assert Snapshotter(store, str(path)).save()
         copy = path.read_bytes()
     path.write_bytes(copy)
-    snapshot.record_restore(path, snapshot.verify(path))
-    # It counts twice, because it was no last one. A client that was away meanwhile is told of both.
+    snapshot_file.record_restore(path, snapshot_file.verify(path))
+    # It counts twice, because it was not a final snapshot. A client that was away learns of both ranges.
     with serving(snapshot_file=str(path)) as server, wire_to(server) as wire:
         assert lost_ids(wire) == [3, 3 + gap, 4 + gap, 4 + 3 * gap]
         assert [numbers(wire, topic) for topic in ("full", "empty", "none")] == [(3, 3), (1, 1), (0, 0)]
@@ -1405,7 +1338,7 @@ def test_missed_count_is_exact_after_kill(tmp_path: Path) -> None:
         assert wire.error("STATS", "full", "AFTER", "x") == wire.error("STATS", "full", "AFTER") == "BADREQUEST"
 
 
-def test_of_many_kills_the_last_are_remembered(store: SQLiteStore) -> None:
+def test_last_ranges_of_lost_ids_are_remembered(store: ClockedStore) -> None:
     for number in range(1, 300):
         store.begin_run(store.last_id() + number)
     assert len(store.lost_ids) == 200
@@ -1413,6 +1346,6 @@ def test_of_many_kills_the_last_are_remembered(store: SQLiteStore) -> None:
     last = store.last_id()
     for number in range(3):
         store.begin_run(last + number + 1)
-    # One with all numbers is always there.
+    # The last range is always remembered with all numbers.
     assert store.lost_ids == [last + 1, last + 2, last + 2, last + 3]
     assert store.stats(b"59999", last + 3).restored_number == 1

@@ -1,1 +1,1 @@
-"""The event loops, the connections that they serve, and the commands."""
+"""The event loops, their connections, and the commands."""

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 from dsmq import logs
 from dsmq.broker import auth
-from dsmq.broker.connection import Connection
 from dsmq.broker.login import Peer
 from dsmq.broker.transport import LINGER_SECONDS, Stream
 from dsmq.errors import Busy, ReplyError
@@ -24,6 +23,7 @@ from dsmq.wire.resp import encode_error
 if TYPE_CHECKING:
     from ssl import SSLContext
 
+    from dsmq.broker.connection import Connection
     from dsmq.broker.context import ServerContext
     from dsmq.broker.counters import Counters
     from dsmq.broker.event_loop import EventLoop
@@ -37,11 +37,14 @@ _logger = logging.getLogger(__name__)
 class Admission:
     """Assigns accepted connections to the event loops, within the limits."""
 
-    def __init__(self, context: ServerContext, workers: Sequence[EventLoop], counters: Counters) -> None:
-        """`counters` counts the refused connections."""
+    def __init__(
+        self, context: ServerContext, workers: Sequence[EventLoop], counters: Counters, connection: type[Connection]
+    ) -> None:
+        """`counters` counts the refused connections; `connection` is the class of the others."""
         self._context = context
         self._workers = workers
         self._counters = counters
+        self._connection = connection
         self._numbers = itertools.count(1)
         self._refused: deque[tuple[float, socket.socket]] = deque()
 
@@ -59,8 +62,8 @@ class Admission:
             return
         self._context.usage.connections.add(client_key, 1)
         worker = min(self._workers, key=lambda worker: len(worker.connections))
-        peer = Peer(next(self._numbers), host, client_key, name, access.connection_rules)
-        add_connection = partial(worker.add_connection, Connection(worker, stream, peer))
+        peer = Peer(next(self._numbers), client_key, name, access.connection_rules)
+        add_connection = partial(worker.add_connection, self._connection(worker, stream, peer))
         if worker.thread is threading.current_thread():
             add_connection()
         else:

@@ -20,7 +20,7 @@ def parse_name(name: bytes) -> bytes:
 def parse_integer(text: bytes, what: str, least: int = 0, most: int = MAX_INTEGER) -> int:
     if text.isdigit() and len(text) <= 19 and least <= (value := int(text)) <= most:
         return value
-    raise BadRequest(f"{what} is an integer from {least} to {most}, not {shown(text)}")
+    raise BadRequest(f"{what} is an integer from {least} to {most}, not {quoted(text)}")
 
 
 def parse_options(words: Sequence[bytes], known: dict[bytes, int]) -> dict[bytes, Sequence[bytes]]:
@@ -31,7 +31,7 @@ def parse_options(words: Sequence[bytes], known: dict[bytes, int]) -> dict[bytes
         option = words[at].upper()
         end = at + 1 + known.get(option, 0)
         if option not in known or option in found or end > len(words):
-            raise BadRequest(f"invalid option or arguments at {shown(words[at])}; quote messages that contain spaces")
+            raise BadRequest(f"invalid option or arguments at {quoted(words[at])}; quote messages that contain spaces")
         found[option] = words[at + 1 : end]
         at = end
     return found
@@ -42,6 +42,6 @@ def parse_number(options: dict[bytes, Sequence[bytes]], option: bytes, default: 
     return parse_integer(options[option][0], option.decode(), least, most) if option in options else default
 
 
-def shown(data: bytes) -> str:
+def quoted(data: bytes) -> str:
     """Return untrusted bytes as an error message shows them."""
     return repr(data[:64])[1:]

@@ -105,5 +105,5 @@ def client_key(host: str) -> str:
     except ValueError:
         return host
     if isinstance(address, ipaddress.IPv6Address) and not address.ipv4_mapped:
-        return str(ipaddress.IPv6Network((int(address) >> 64 << 64, 64)))
+        return str(ipaddress.IPv6Network((address, 64), strict=False))
     return str(getattr(address, "ipv4_mapped", None) or address)

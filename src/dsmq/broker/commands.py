@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from dsmq.broker import handshake, messages, transactions
-from dsmq.broker.arguments import shown
+from dsmq.broker.arguments import quoted
 from dsmq.broker.auth import Role
 from dsmq.errors import AuthRequired, BadRequest, NotPermitted, UnknownCommand
 from dsmq.wire.limits import MAX_ARGUMENTS
@@ -69,7 +69,7 @@ def find(name: bytes) -> Command:
     """Return a command; case is ignored. Raises UnknownCommand."""
     command = COMMANDS.get(name) or COMMANDS.get(name.upper())
     if command is None:
-        raise UnknownCommand(f"unknown command {shown(name)}")
+        raise UnknownCommand(f"unknown command {quoted(name)}")
     return command
 
 

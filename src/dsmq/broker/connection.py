@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from contextlib import suppress
 from selectors import EVENT_READ
 from typing import TYPE_CHECKING
 
@@ -12,18 +13,11 @@ from dsmq import logs
 from dsmq.broker.auth import Role
 from dsmq.broker.deadlines import deadlines
 from dsmq.broker.login import Login, Peer
-from dsmq.broker.messages import MAX_READ_BYTES, SHORT_READ_BYTES
 from dsmq.broker.reads import Reads
 from dsmq.broker.requests import Requests
 from dsmq.broker.states import BEHIND, CLOSED, FINISHING, HANDSHAKE, LINGERING, NO_ROOM, OPEN, WAITING
-from dsmq.broker.transport import (
-    LAST_RECEIVE_BYTES,
-    LINGER_SECONDS_AT_STOP,
-    RECEIVE_BYTES,
-    Stream,
-    Transport,
-)
-from dsmq.broker.usage import Budget
+from dsmq.broker.transport import LINGER_SECONDS_AT_STOP, Stream, Transport
+from dsmq.broker.usage import RECEIVE_BYTES, Budget
 from dsmq.errors import AuthRequired, InternalError, ReplyError, ShuttingDown
 from dsmq.wire.limits import REQUEST_OVERHEAD_BYTES
 from dsmq.wire.resp import encode_error, encode_integer
@@ -37,7 +31,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Connection:
-    """A client's connection: its state and its deadlines. Used by the thread of its event loop alone."""
+    """A client's connection and its state. Used by the thread of its event loop alone."""
 
     # Python reads this many attributes faster from slots than from a dict.
     __slots__ = (
@@ -82,7 +76,7 @@ class Connection:
 
     @property
     def unauthenticated(self) -> bool:
-        """Whether it has still to show a token, or to finish the handshake of TLS."""
+        """Whether a token or the end of the TLS handshake is still missing."""
         return self.login.role is Role.NOBODY or self.state is HANDSHAKE
 
     @property
@@ -106,7 +100,7 @@ class Connection:
             self._reschedule()
 
     def set_bounds(self) -> None:
-        """Limit what is buffered: to little if the client is unauthenticated."""
+        """Limit what is buffered; to little before authentication."""
         settings, parser = self.context.settings, self.requests.parser
         most = settings.max_unauthenticated_bytes if self.role is Role.NOBODY else 0
         self.transport.max_receive = most or RECEIVE_BYTES
@@ -114,10 +108,6 @@ class Connection:
         parser.max_message_bytes = most or settings.max_message_bytes
         parser.max_request_bytes = most or settings.max_message_bytes + REQUEST_OVERHEAD_BYTES
         self.requests.permit(self.role)
-
-    @property
-    def max_read_bytes(self) -> int:
-        return SHORT_READ_BYTES if self.transport.budget.total else MAX_READ_BYTES
 
     # Replies
 
@@ -131,7 +121,7 @@ class Connection:
         self.fail(error)
 
     def commit_puts(self) -> bool:
-        """Store pending puts, so that replies go out in order; return False if the store answers later."""
+        """Commit pending puts first, so that replies go out in order; return False if the store answers later."""
         if self.pending_puts:
             self.loop.batch.commit()
         return not self.pending_puts
@@ -155,7 +145,7 @@ class Connection:
         self.transport.active_at = self.loop.now
         self.state = OPEN
         if self.transport.eof_received or not self.requests.is_empty:
-            # Not run here and now: that could store a put, which wakes another, which runs …, without end.
+            # Not at once: a put among them may wake another reader, which has a put to run, and so on without end.
             self.state = BEHIND
             self.loop.run_soon(self)
 
@@ -184,12 +174,12 @@ class Connection:
     # Deadlines
 
     def schedule(self, when: float) -> None:
-        """Have the deadlines checked at this time, or earlier."""
+        """Check the deadlines at this time, or earlier."""
         if when < self.scheduled:
             self.loop.schedule(self, when)
 
     def on_timer(self) -> None:
-        """Do what is due, if it has not been put off."""
+        """Do what is due now."""
         for when, action in deadlines(self):
             if when <= self.loop.now:
                 action()
@@ -203,7 +193,7 @@ class Connection:
     # The end
 
     def on_eof(self) -> None:
-        """Answer what has been sent, and close: the client has ended its sending side."""
+        """Answer what the client has sent before it ended its sending side, and close."""
         if self.state is LINGERING:
             self.close("end of input")
             return
@@ -213,19 +203,17 @@ class Connection:
         self.requests.run()
 
     def finish(self) -> None:
-        """Take no more requests; close when everything has been sent."""
+        """Run no more requests, and close when everything has been sent."""
         if self.state is NO_ROOM:
             self.loop.memory.remove(self)
         self.state = max(self.state, FINISHING)
-        self.transport.max_receive = LAST_RECEIVE_BYTES
         if not self.transport.data:
             self.loop.to_flush.append(self.transport)
 
     def drain(self) -> None:
-        """Answer what waits, and finish: the server is stopping.
+        """Answer a waiting read and pending puts, and finish, because the server is stopping.
 
-        A client that asked for notices gets one after its last reply: a put that has not been answered before is not
-        stored.
+        A client that asked for notices gets one after its last reply: puts without a reply before it are not stored.
         """
         self.transport.linger_seconds = LINGER_SECONDS_AT_STOP
         self._stop(ShuttingDown("the server is stopping"))
@@ -247,16 +235,16 @@ class Connection:
             self.end(error)
 
     def reject(self, error: ReplyError) -> None:
-        """Reply an error behind which nothing makes sense any more, and close."""
+        """Reply with an error after which no request can be run, and close."""
         self.log_rejected(error)
         self.fail(error)
         self.finish()
 
     def end(self, error: ReplyError) -> None:
-        """Close for a reason that no request gave.
+        """Close for a reason other than a request.
 
-        Clients of Redis crash on an error that they did not ask for, or take it for the reply to their next request. So
-        it is sent only if the client asked for notices, or as the reply to a request that has not been run.
+        Redis clients crash on unsolicited errors, or take them for the reply to their next request. So it is sent only
+        to clients that asked for notices, or as the reply to a request that has not run.
         """
         if self.notices or self.reads.pending is not None or not self.requests.is_empty:
             self.reads.end()
@@ -266,30 +254,23 @@ class Connection:
     def log_rejected(self, error: ReplyError) -> None:
         _logger.info("%r: %s %s", self, error.code, error, extra=self.event("rejected", code=error.code))
 
-    def on_failure(self) -> None:
-        """Close after an exception, which costs this connection and no other."""
-        self._log_defect()
-        self.close_with_error(_DEFECT)
-
-    def fail_by_defect(self) -> None:
-        """Reply to a request that failed by an exception, and close."""
-        self._log_defect()
+    def on_failure(self, *, in_request: bool = False) -> None:
+        """Close after a defect, which costs this connection and no other; in a request, with a reply."""
+        _logger.exception("%r: dropped after a defect", self, extra=self.event("defect"))
+        self.counters.failures += 1
         self.reads.end()
-        if self.commit_puts():
+        if in_request and self.commit_puts():
             self.fail(_DEFECT)
             self.finish()
         else:
-            self.close("dropped after a defect")
-
-    def _log_defect(self) -> None:
-        _logger.exception("%r: dropped after a defect", self, extra=self.event("defect"))
-        self.counters.failures += 1
+            self.close_with_error(_DEFECT)
 
     def close_with_error(self, error: ReplyError) -> None:
-        """Close at once. A client that asked for notices is told why, unless it is owed another reply."""
+        """Close at once. A client that asked for notices gets the error, unless another reply is due first."""
         if self.notices and not (self.transport.data or self.pending_puts):
             self._note(error)
-            self.transport.send_at_once(error)
+            with suppress(OSError):
+                self.transport.socket.send(encode_error(error))
         self.close(f"{error.code} {error}")
 
     def close(self, reason: str) -> None:

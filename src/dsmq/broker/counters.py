@@ -1,4 +1,4 @@
-"""What the event loops count: plain integers, each worker its own; they are summed on demand."""
+"""Counters. Each event loop has its own, plain integers; they are summed on demand."""
 
 from __future__ import annotations
 
@@ -10,49 +10,33 @@ from dataclasses import dataclass, field
 RECENT_ERRORS = 50
 
 _FROM_5_MICROSECONDS = (
-    5e-6,
-    1e-5,
-    2.5e-5,
-    5e-5,
-    1e-4,
-    2.5e-4,
-    5e-4,
-    1e-3,
-    2.5e-3,
-    5e-3,
-    0.01,
-    0.025,
-    0.05,
-    0.1,
-    0.25,
-    1.0,
+    *(5e-6, 1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3),
+    *(2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0),
 )
 _FROM_1_MILLISECOND = (1e-3, 2e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0, 600.0)
 
 
 class Histogram:
-    """How often values fell between bounds. To add to it costs no more than a few additions."""
+    """How many values fell into each bucket."""
 
     __slots__ = ("bounds", "counts", "sum")
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
         self.bounds = bounds
-        """The upper bounds of the buckets but the last, which has none."""
+        """The upper bounds of all buckets but the last."""
         self.counts = [0] * (len(bounds) + 1)
         self.sum = 0.0
 
     def add(self, value: float, times: int = 1) -> None:
-        """Count a value, so many times."""
         self.counts[bisect_left(self.bounds, value)] += times
         self.sum += value * times
 
     def merge(self, other: Histogram) -> None:
-        """Count what another has counted."""
         self.counts = [mine + theirs for mine, theirs in zip(self.counts, other.counts, strict=True)]
         self.sum += other.sum
 
     def buckets(self) -> list[tuple[str, float]]:
-        """Return upper bounds and how many values are not above them, as Prometheus wants them."""
+        """Return upper bounds and the number of values up to each, as Prometheus expects them."""
         total, found = 0, []
         for bound, count in zip((*map(str, self.bounds), "+Inf"), self.counts, strict=True):
             total += count
@@ -62,7 +46,7 @@ class Histogram:
 
 @dataclass(slots=True)
 class Counters:
-    """What one worker has counted since the start. Only that worker writes them."""
+    """What one event loop has counted since the start. No other thread changes it."""
 
     gets_message: int = 0
     gets_empty: int = 0
@@ -74,25 +58,25 @@ class Counters:
     failures: int = 0
     wrong_tokens: int = 0
     commands: dict[str, int] = field(default_factory=dict)
-    """Requests, by command, all of which are there from the start; those of no known one are in `errors`."""
+    """Requests by command. All commands are there from the start; requests for unknown ones are in `errors`."""
     errors: Counter[str] = field(default_factory=Counter)
-    """Error replies, by code."""
+    """Error replies by code."""
     puts_refused: Counter[str] = field(default_factory=Counter)
-    """Those of them that answered a PUT."""
+    """Error replies to PUT by code."""
     refused: Counter[str] = field(default_factory=Counter)
-    """Connections not taken, by reason."""
+    """Refused connections by reason."""
     recent: deque[tuple[float, str, str, str]] = field(default_factory=lambda: deque(maxlen=RECENT_ERRORS))
-    """The last error replies: when, since 1970; code; client; sentence."""
+    """The last error replies: Unix time, code, client, message."""
     request_seconds: Histogram = field(default_factory=lambda: Histogram(_FROM_5_MICROSECONDS))
-    """From the begin of the turn in which requests are read to its end, when the replies have been sent."""
+    """From the start of the turn that received a request to the end of it, when the reply was sent."""
     delivery_seconds: Histogram = field(default_factory=lambda: Histogram(_FROM_1_MILLISECOND))
     """From put to delivery."""
     lag_seconds: Histogram = field(default_factory=lambda: Histogram(_FROM_5_MICROSECONDS))
-    """How late the event loop looks at its timers, once a second."""
+    """How late the event loop checks its timers, measured once a second."""
 
 
 def total(counters: Iterable[Counters]) -> Counters:
-    """Return the sums of what several workers have counted."""
+    """Return the sums over several event loops."""
     result = Counters()
     for one in counters:
         for name in Counters.__slots__:

@@ -47,12 +47,12 @@ def deadlines(connection: Connection) -> Iterator[tuple[float, Callable[[], None
 
 def _drop_unread(connection: Connection) -> None:
     about = "does not read its replies"
-    _logger.info("%r: dropped, it %s", connection, about, extra=connection.event("dropped"))
+    _logger.info("%r: dropped: %s", connection, about, extra=connection.event("dropped"))
     connection.close(about)
 
 
 def _end_login(connection: Connection) -> None:
-    error = TimedOut("no token, or no end of the handshake of TLS, has come in time")
+    error = TimedOut("authentication or TLS handshake timed out")
     if connection.login.gave_wrong_token:
         connection.finish()
     elif len(connection.requests.parser):
@@ -68,7 +68,7 @@ def _end_idle(connection: Connection) -> None:
 
 
 class Timers:
-    """Calls `on_timer` of a target at the time it was last scheduled for; `scheduled` of the target says when."""
+    """Calls `on_timer` of targets at the times they are scheduled for; only the last time counts."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, TimerTarget]] = []
@@ -79,16 +79,16 @@ class Timers:
         return self._heap[0][0] if self._heap else math.inf
 
     def schedule(self, target: TimerTarget, when: float, targets: int) -> None:
-        """`targets` is how many there are about."""
+        """`targets` is the approximate number of targets."""
         target.scheduled = when
         heapq.heappush(self._heap, (when, next(self._numbers), target))
         if len(self._heap) > 2 * targets + 64:
-            # Most are of closed connections, or have been replaced by earlier ones.
+            # Most are of closed connections, or were replaced by earlier ones.
             self._heap = [timer for timer in self._heap if _is_valid(*timer)]
             heapq.heapify(self._heap)
 
     def run(self, now: float) -> None:
-        # Taken out first: what is scheduled meanwhile belongs to the next turn.
+        # Taken out first: timers scheduled meanwhile belong to the next turn.
         due: list[tuple[float, int, TimerTarget]] = []
         while self._heap and self._heap[0][0] <= now and len(due) < MAX_TIMERS:
             due.append(heapq.heappop(self._heap))

@@ -1,7 +1,7 @@
 """The event loop of one I/O worker: a thread that serves its share of the connections and never blocks.
 
-A turn: see which sockets are ready, read and run their requests, store all messages put meanwhile at once, wake the
-readers that wait for them, and send the replies.
+A turn: receive and run the requests of the sockets that are ready, store all messages put by them together, wake the
+readers that wait for these, and send the replies.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from dsmq.broker.context import ServerContext
 from dsmq.broker.counters import Counters
 from dsmq.broker.deadlines import Timers, TimerTarget
 from dsmq.broker.listener import Listener
-from dsmq.broker.memory import MemoryQueue
 from dsmq.broker.puts import PutBatch
 from dsmq.broker.reads import Waiters
+from dsmq.broker.usage import MemoryQueue
 from dsmq.errors import Busy, ReplyError, StoreFailed
 from dsmq.store.api import Put
 from dsmq.system import LONG_YIELD_PAUSE_SECONDS, LONG_YIELD_SECONDS, yield_processor
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
     from dsmq.broker.connection import Connection
     from dsmq.broker.transport import Transport
 
-# How often a worker shows that it lives, and measures how late it checks its timers.
+# How often an event loop shows that it is alive, and measures how late it checks its timers.
 PULSE_SECONDS = 1.0
-# After this time, the puts and replies of a turn are not held back any more; and how long one connection may run
-# requests in it: the longest if few others do, the shortest if many do. In a crowd, each runs one that has just come.
+# After this time in a turn, puts are stored and replies sent in between. One connection may run requests for a slice of
+# it: the longest if few are ready, the shortest if many are. In a crowd, each runs a single request at first.
 TURN_SECONDS = 0.004
 MOST_SLICE_SECONDS = TURN_SECONDS / 4
 LEAST_SLICE_SECONDS = 0.0001
@@ -52,25 +52,25 @@ _logger = logging.getLogger(__name__)
 
 
 class EventLoop:
-    """One I/O worker. `post` and `wake` may be called from any thread, the rest is its own."""
+    """One I/O worker. All but the methods said to be thread-safe belong to its own thread."""
 
     def __init__(self, name: str, context: ServerContext, workers: Sequence[EventLoop]) -> None:
-        """`workers` are all that share the store, this one among them."""
+        """`workers` are all event loops that share the store, including this one."""
         self.context = context
         self.counters = Counters(commands=dict.fromkeys((command.name for command in COMMANDS.values()), 0))
         self.now = time.monotonic()
         self.connections: dict[Connection, None] = {}
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
         self.slice_seconds = TURN_SECONDS
-        """How long one connection may run requests before others have their turn; 0 stands for one request."""
+        """How long one connection may run requests at a time; 0 stands for one request."""
         self.memory = MemoryQueue(context.usage)
         self.waiters = Waiters(context.usage.waiting)
         self.batch = PutBatch(self)
         self._workers = workers
         self._selector = selectors.DefaultSelector()
         self.to_flush: list[Transport] = []
-        """Have replies to send at the end of the turn."""
-        # Those that have more requests than they could run in their time, in the order in which they go on.
+        """Those that have replies to send at the end of the turn."""
+        # Those with more requests than they could run in their time, in the order in which they continue.
         self._to_run: dict[Connection, None] = {}
         self._timers = Timers()
         self._posted: deque[Callable[[], None]] = deque()
@@ -89,7 +89,7 @@ class EventLoop:
     # From other threads
 
     def post(self, call: Callable[[], None]) -> None:
-        """Run this in the thread of the loop."""
+        """Run this in the thread of the loop. Thread-safe."""
         self._posted.append(call)
         self._waker.ring()
 
@@ -97,8 +97,8 @@ class EventLoop:
         self.thread.start()
 
     def stop(self, seconds: float) -> None:
-        """Answer the waiting readers, close all connections, and end; give up on unsent replies after that time."""
-        # Counted from now: the turn that is under way may take its time.
+        """Answer waiting readers, close all connections, and end, within this time. Thread-safe."""
+        # Counted from now, because the current turn may take long.
         self.post(partial(self._drain, time.monotonic() + seconds))
 
     def abandon(self) -> None:
@@ -116,7 +116,7 @@ class EventLoop:
             self._selector.register(listener, selectors.EVENT_READ, listener)
 
     def unlisten(self, listener: Listener) -> None:
-        """Accept no more from this listener, for now."""
+        """Stop accepting from this listener, for now."""
         if listener in self._selector.get_map():
             self._selector.unregister(listener)
 
@@ -127,7 +127,8 @@ class EventLoop:
             unauthenticated = self.context.usage.unauthenticated
             unauthenticated.add(connection, 1)
             while (oldest := unauthenticated.take_excess()) is not None:
-                error = Busy("too many others have not shown their token yet")
+                limit = f"max_unauthenticated_connections = {unauthenticated.limit}"
+                error = Busy(f"too many unauthenticated connections ({limit})")
                 oldest.loop.post(partial(oldest.close_with_error, error))
         connection.open()
 
@@ -199,7 +200,7 @@ class EventLoop:
             self._poll_until = self.now + self._busy_poll_seconds
         many = len(ready) + len(self._to_run) > 4
         self.slice_seconds = _slice_seconds(len(ready)) if many else MOST_SLICE_SECONDS
-        # Whatever goes wrong with one connection costs that connection alone; on_failure logs and counts it.
+        # A defect in one connection costs that connection alone; on_failure logs and counts it.
         for key, events in ready:
             try:
                 key.data.on_ready(events)
@@ -223,10 +224,10 @@ class EventLoop:
             self.counters.request_seconds.add(self._answered_at - self.now, requests)
 
     def _go_on(self, *, many: bool) -> bool:
-        """Let connections run the requests that they have left, for as long as it took to serve those that were ready.
+        """Let connections run requests left from earlier turns, for as long as those that were ready took in this one.
 
-        So a client that sends a request now and then does not wait for those that send many at once. Return whether it
-        is too late for the rest of the turn.
+        So a client that sends a request now and then does not wait for those that send many at once. Return whether the
+        server has to stop now.
         """
         self.slice_seconds = max(LEAST_SLICE_SECONDS, _slice_seconds(len(self._to_run)))
         now = time.monotonic()
@@ -246,7 +247,7 @@ class EventLoop:
         return False
 
     def _is_over(self) -> bool:
-        """In a long turn, answer those that came first; return whether the server has to stop now."""
+        """In a long turn, answer the first requests now; return whether the server has to stop now."""
         now = time.monotonic()
         if now > self._answered_at + TURN_SECONDS:
             self._answer()
@@ -267,8 +268,8 @@ class EventLoop:
     def _wait(self) -> list[tuple[selectors.SelectorKey, int]]:
         """Return the sockets that are ready, when there are some.
 
-        For a moment after the last one, poll without going to sleep: to wake a processor that sleeps takes longer,
-        in virtual machines above all, than most requests.
+        For a moment after the last one, poll without sleeping: waking a processor takes longer than most requests,
+        above all in virtual machines.
         """
         if self._to_run or self.waiters.to_wake:
             return self._selector.select(0)
@@ -277,7 +278,7 @@ class EventLoop:
             if ready := self._selector.select(0):
                 return ready
             self._flush_store()
-            # A client that waits for this processor gets it.
+            # Leave the processor to a client that waits for it.
             yield_processor()
             before, now = now, time.monotonic()
             if now - before > LONG_YIELD_SECONDS:
@@ -286,8 +287,8 @@ class EventLoop:
         until = min(self._timers.next_at, self._pulse_at, self._stop_at)
         if self.memory.is_short:
             until = min(until, self.now + ROOM_SECONDS)
-        # If the process was stopped meanwhile (SIGSTOP), it returns nothing, whatever has come; then the timers would
-        # find requests late that are there.
+        # After a stop of the process (SIGSTOP), the first call returns nothing even if requests have arrived, which the
+        # timers would call late.
         return self._selector.select(max(0.0, until - time.monotonic())) or self._selector.select(0)
 
     def _flush_store(self) -> None:
@@ -313,7 +314,7 @@ class EventLoop:
     # Stores and readers
 
     def when_done(self, answer: Future[T], call: Callable[[T | ReplyError], None]) -> None:
-        """Call with what a store answers later, or with the error to reply with, in the thread of the loop."""
+        """Call with what a store answers later, or the error to reply with, in the thread of the loop."""
 
         def pass_on(done: Future[T]) -> None:
             result = _result(done)
@@ -322,12 +323,12 @@ class EventLoop:
         answer.add_done_callback(pass_on)
 
     def wake_all(self, puts: Sequence[Put]) -> None:
-        """Have the readers of all event loops that wait for these puts woken. Thread-safe."""
+        """Wake the readers in all event loops that wait for these puts. Thread-safe."""
         for worker in self._workers:
             worker.wake(puts)
 
     def wake(self, puts: Sequence[Put]) -> None:
-        """Have waiting readers check for what has been put."""
+        """Wake the readers in this event loop that wait for these puts. Thread-safe."""
         if self.waiters.by_topic and (topics := self.waiters.topics_of(puts)):
             if threading.get_ident() == self.thread.ident:
                 self._wake(topics)
@@ -358,12 +359,12 @@ class _Waker:
             try:
                 self._outside.send(b"!")
             except OSError as error:
-                # The loop has ended, or has been rung already.
+                # The loop has ended.
                 _logger.debug("waker: %s", error)
 
     def on_ready(self, _: int) -> None:
         self._inside.recv(64)
-        # Before the calls are taken: one that is posted from now on rings again.
+        # Before the calls are taken, so that one posted from now on rings again.
         self._rung = False
         self._call()
 
@@ -385,7 +386,7 @@ def _result(answer: Future[T]) -> T | ReplyError:
 
 
 def _slice_seconds(count: int) -> float:
-    """Return how long each of this many connections may run requests in one turn; 0 stands for one request."""
+    """Return how long each of `count` connections may run requests in one turn; 0 stands for one request."""
     if count > CROWD:
         return 0.0
     return max(LEAST_SLICE_SECONDS, TURN_SECONDS / max(4, count))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dsmq import __version__
-from dsmq.broker.arguments import MAX_NAME_BYTES, parse_name, parse_options, shown
+from dsmq.broker.arguments import MAX_NAME_BYTES, parse_name, parse_options, quoted
 from dsmq.broker.auth import DEFAULT_USER, Role
 from dsmq.errors import BadRequest, NotPermitted, UnknownVersion
 from dsmq.wire.resp import OK, encode_bulk, encode_integer, encode_null, encode_simple, encode_value
@@ -20,7 +20,7 @@ def hello(client: Connection, request: list[bytes]) -> bytes:
     version = client.version
     if len(request) > 1:
         if request[1] not in (b"2", b"3"):
-            raise UnknownVersion(f"the server speaks RESP versions 2 and 3, not {shown(request[1])}")
+            raise UnknownVersion(f"the server speaks RESP versions 2 and 3, not {quoted(request[1])}")
         version = int(request[1])
     options = parse_options(request[2:], {b"AUTH": 2, b"SETNAME": 1, b"NOTICES": 0})
     name = parse_name(options[b"SETNAME"][0]) if b"SETNAME" in options else client.name

@@ -115,8 +115,6 @@ def _remove_stale(path: str) -> None:
 def _reason(error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
         return "the address is in use; is another server running there?"
-    if error.errno == errno.EACCES:
-        return "permission denied"
     # Without the prefix that Python adds.
     return os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or str(error)
 
@@ -165,7 +163,8 @@ class Listener:
         """`assign` takes an accepted socket, the client's host, and its host and port as text."""
         _set_options(sock)
         self.socket = sock
-        self.loop: EventLoop | None = None
+        self.loop: EventLoop
+        """Set by `EventLoop.listen`."""
         self.closed = False
         self.scheduled = math.inf
         self._assign = assign
@@ -193,14 +192,12 @@ class Listener:
         # The connection stays in the listen queue, so the selector would report it again at once, for ever.
         about = logs.event("accepting_paused", error=str(error))
         _logger.warning("accepting pauses for %s s: %s", ACCEPT_PAUSE_SECONDS, error, extra=about)
-        if self.loop is not None:
-            self.loop.unlisten(self)
-            self.loop.schedule(self, self.loop.now + ACCEPT_PAUSE_SECONDS)
+        self.loop.unlisten(self)
+        self.loop.schedule(self, self.loop.now + ACCEPT_PAUSE_SECONDS)
 
     def on_timer(self) -> None:
         """Accept again."""
-        if self.loop is not None:
-            self.loop.listen([self])
+        self.loop.listen([self])
 
     def on_failure(self) -> None:
         """Log the exception, and go on with the next connection."""
@@ -208,7 +205,7 @@ class Listener:
 
     def stop_accepting(self) -> None:
         """Called in the loop's thread."""
-        if self.loop is not None and not self.closed:
+        if not self.closed:
             self.loop.unlisten(self)
 
     def close(self) -> None:

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 # Max requests of a client that is not authenticated.
 MAX_UNAUTHENTICATED_REQUESTS = 16
-# How long the requests behind a wrong token get replies. Some libraries report the error only when they have all
-# replies to their handshake.
+# How long the requests behind a wrong token get replies. Some libraries report the error only when they have those
+# to their whole handshake.
 WRONG_TOKEN_SECONDS = 0.1
 
 _logger = logging.getLogger(__name__)
@@ -24,10 +24,9 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """Who is at the other end."""
+    """The other end of a connection."""
 
     number: int
-    host: str
     client_key: str
     """Identifies a client with many addresses: see `auth.client_key`."""
     name: str
@@ -57,7 +56,7 @@ class Login:
         connection = self.connection
         authenticator = connection.context.access.authenticator
         if not authenticator.tokens:
-            raise BadRequest("a token was given, but this server has none")
+            raise BadRequest("this server requires no token")
         found = authenticator.authenticate(user, token)
         if found is None:
             _logger.warning("%r: wrong token", connection, extra=connection.event("wrong_token"))
@@ -73,22 +72,22 @@ class Login:
         self.admit()
 
     def admit(self) -> None:
-        """Stop counting the client as unauthenticated if it has a role and the handshake of TLS is done."""
+        """Stop counting the client as unauthenticated, if it has a role and the TLS handshake is done."""
         if not self.connection.unauthenticated:
             self.deadline = math.inf
             self.connection.context.usage.unauthenticated.drop(self.connection)
 
     def count_request(self) -> None:
-        """Raises AuthRequired if the client has to be authenticated before it makes any more requests."""
+        """Count a request before authentication. Raises AuthRequired if there are too many, or after a wrong token."""
         self.requests += 1
         if self.requests > MAX_UNAUTHENTICATED_REQUESTS:
             self.connection.finish()
-            raise AuthRequired(f"no more than {MAX_UNAUTHENTICATED_REQUESTS} requests without a token")
+            raise AuthRequired(f"no more than {MAX_UNAUTHENTICATED_REQUESTS} requests before authentication")
         if self.gave_wrong_token:
             raise AuthRequired("a wrong token was given on this connection")
 
     def apply_settings(self) -> None:
-        """Disconnect if the rules or the token that admitted the client are gone; admit it if none is needed."""
+        """Disconnect the client if what admitted it is no longer valid; admit it if no token is required any more."""
         connection, access = self.connection, self.connection.context.access
         tokens = access.authenticator.tokens
         if connection.unauthenticated and not self.gave_wrong_token:

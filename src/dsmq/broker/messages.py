@@ -1,14 +1,16 @@
-"""The commands that put and read messages, and those that describe topics."""
+"""The commands that put messages, read them, and describe topics."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from dsmq.broker.arguments import MAX_NAME_BYTES, parse_integer, parse_number, parse_options
-from dsmq.broker.reads import PendingRead
 from dsmq.errors import BadRequest, TooBig, WrongEpoch
-from dsmq.store.api import Message, Put, Store, TopicStats
+from dsmq.store.api import Answer, Message, Put, Store, TopicStats
 from dsmq.wire.limits import MAX_INTEGER
 from dsmq.wire.resp import (
     Encoded,
@@ -82,6 +84,34 @@ def _parse_key(store: Store, request: list[bytes]) -> tuple[bytes, int] | None:
     return producer, parse_integer(seq, "seq")
 
 
+@dataclass(slots=True, eq=False)
+class PendingRead:
+    """A request for messages, until it is answered."""
+
+    topic: bytes
+    after: int
+    count: int
+    """Max messages; 0 stands for the newest one only."""
+    max_bytes: int
+    wait_ms: int
+    """How long to wait for a message if there is none."""
+    encode: Callable[[Connection, PendingRead, list[Message]], Encoded]
+    epoch: bytes | None = None
+    """The epoch that `after` belongs to."""
+    below: int = 0
+    """If not 0, only messages with lower ids are returned: later ones of the same transaction are stored already."""
+    deadline: float = math.inf
+    registered: bool = False
+    """Whether a put into the topic wakes the connection."""
+
+    def fetch(self, store: Store) -> Answer[list[Message]]:
+        if self.count:
+            return store.read(self.topic, self.after, self.count, self.max_bytes)
+        if self.below:
+            return store.latest(self.topic, self.after, self.below)
+        return store.latest(self.topic, self.after)
+
+
 def read(client: Connection, request: list[bytes]) -> Encoded | None:
     pending = parse_read(client, request)
     store = client.context.store
@@ -96,7 +126,9 @@ def parse_read(client: Connection, request: list[bytes]) -> PendingRead:
     topic = parse_topic(client, request)
     after = parse_integer(request[2], "after")
     count, max_bytes, wait_ms, epoch = _read_options(*request[3:])
-    return PendingRead(topic, after, count, min(max_bytes, client.max_read_bytes), wait_ms, _encode_read, epoch)
+    if client.transport.budget.total:
+        max_bytes = min(max_bytes, SHORT_READ_BYTES)
+    return PendingRead(topic, after, count, max_bytes, wait_ms, _encode_read, epoch)
 
 
 @lru_cache

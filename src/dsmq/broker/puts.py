@@ -1,4 +1,4 @@
-"""What clients put in one turn of an event loop."""
+"""The puts of one turn of an event loop."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class PutBatch:
         if isinstance(stored, Future):
             stored.add_done_callback(lambda done: None if done.exception() else self._loop.wake_all(puts))
         else:
-            # Before the replies, so that readers do not wait for those who have put.
+            # Before the replies to the puts, so that readers do not wait for those.
             self._loop.wake_all(puts)
         return stored
 

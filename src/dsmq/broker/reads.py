@@ -1,77 +1,48 @@
-"""Reads, which may have to wait: for a message, for memory, or for a store that answers later."""
+"""Reads, which may have to wait for a message, for memory, or for a store that answers later."""
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 from dsmq.broker.states import OPEN, WAITING
 from dsmq.broker.usage import FREE_BYTES, Count
 from dsmq.errors import BadRequest, Busy, ReplyError
-from dsmq.store.api import MESSAGE_OVERHEAD_BYTES, Answer, Message, Put, Store
+from dsmq.store.api import MESSAGE_OVERHEAD_BYTES, Answer, Message, Put
 from dsmq.wire.resp import Encoded
 
 if TYPE_CHECKING:
     from dsmq.broker.connection import Connection
+    from dsmq.broker.messages import PendingRead
 
 # Max memory for the positions of GET of one connection, and what each takes besides its topic.
 MAX_POSITION_BYTES = 2_097_152
 POSITION_OVERHEAD_BYTES = 200
 
 
-@dataclass(slots=True, eq=False)
-class PendingRead:
-    """A request for messages, until it is answered."""
-
-    topic: bytes
-    after: int
-    count: int
-    """Max messages; 0 stands for the newest one only."""
-    max_bytes: int
-    wait_ms: int
-    """How long to wait for a message if there is none."""
-    encode: Callable[[Connection, PendingRead, list[Message]], Encoded]
-    epoch: bytes | None = None
-    """The epoch that `after` belongs to."""
-    below: int = 0
-    """If not 0, only messages with lower ids are returned: later ones of the same transaction are stored already."""
-    deadline: float = math.inf
-    registered: bool = False
-    """Whether a put into the topic wakes the connection."""
-
-    def fetch(self, store: Store) -> Answer[list[Message]]:
-        if self.count:
-            return store.read(self.topic, self.after, self.count, self.max_bytes)
-        if self.below:
-            return store.latest(self.topic, self.after, self.below)
-        return store.latest(self.topic, self.after)
-
-
 class Reads:
-    """What a connection has read, and the read that it owes the reply to: meanwhile, no other request runs."""
+    """A connection's positions, and its pending read: until that is answered, no other request runs."""
 
     __slots__ = ("_connection", "below", "pending", "position_bytes", "positions")
 
     def __init__(self, connection: Connection) -> None:
         self.pending: PendingRead | None = None
         self.positions: dict[bytes, int] = {}
-        """The id behind which GET goes on, by topic."""
+        """The ids behind which GET continues, by topic."""
         self.position_bytes = 0
         self.below = 0
         """While a step of a transaction runs: `PendingRead.below`."""
         self._connection = connection
 
     def set_position(self, topic: bytes, message_id: int) -> None:
-        """Let GET go on behind this message. Raises BadRequest if the positions take too much memory."""
+        """Let GET continue behind this message. Raises BadRequest if the positions take too much memory."""
         if topic not in self.positions:
             size = self.position_bytes + POSITION_OVERHEAD_BYTES + len(topic)
             if size > MAX_POSITION_BYTES:
-                raise BadRequest("too many topics are read with GET by one connection; READ has no such limit")
+                raise BadRequest("too many topics for GET on one connection; READ has no such limit")
             self.position_bytes = size
             if size > FREE_BYTES:
                 self._connection.requests.count()
@@ -127,7 +98,7 @@ class Reads:
         """Reply if that is possible now; `found` is what a store has answered later."""
         connection = self._connection
         if self.pending is not read or connection.state is not WAITING:
-            # Its time was up, another answer came first, or there is no room for the reply yet.
+            # It has been answered already, or waits for room.
             return
         try:
             if isinstance(found, ReplyError):
@@ -137,7 +108,7 @@ class Reads:
             self.end()
             connection.fail(error)
         except Exception:  # noqa: BLE001
-            connection.fail_by_defect()
+            connection.on_failure(in_request=True)
             return
         else:
             if reply is None:
@@ -158,7 +129,7 @@ class Reads:
             self._connection.resume()
 
     def end(self) -> None:
-        """Forget the read: it has been answered, or never will."""
+        """Forget the pending read, because it is answered or never will be."""
         read, self.pending = self.pending, None
         if read is not None and read.registered:
             self._connection.loop.waiters.remove(read.topic, self._connection)
@@ -172,9 +143,9 @@ class Waiters:
     """The connections of one event loop that wait for messages, by topic."""
 
     def __init__(self, count: Count[Connection]) -> None:
-        """`count` is shared by all event loops, and limits the number of waiters."""
+        """`count` is that of all event loops together, and limits it."""
         self.to_wake: dict[Connection, None] = {}
-        """Woken by a put, but not served yet: they may be many."""
+        """Woken by a put, but not served yet, because they may be many."""
         self._count = count
         self.by_topic: dict[bytes, dict[Connection, None]] = {}
 
@@ -192,7 +163,7 @@ class Waiters:
             del self.by_topic[topic]
 
     def topics_of(self, puts: Iterable[Put]) -> set[bytes]:
-        """Return the topics among these puts that somebody waits for. Thread-safe."""
+        """Return the topics of these puts that a connection waits for. Thread-safe."""
         return {put[0] for put in puts if put[0] in self.by_topic}
 
     def wake(self, topics: Iterable[bytes]) -> None:
@@ -200,7 +171,7 @@ class Waiters:
             self.to_wake.update(self.by_topic.get(topic, ()))
 
     def serve(self, seconds: float) -> None:
-        """Serve as many as there is time for."""
+        """Answer woken connections for this time."""
         until = time.monotonic() + seconds
         while self.to_wake:
             connection = next(iter(self.to_wake))

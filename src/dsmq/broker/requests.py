@@ -1,4 +1,4 @@
-"""The requests of a client: buffered, and run one after the other."""
+"""A client's requests: parsing, running, and the memory they take."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LONG_REPLY_BYTES = 65_536
 
 @dataclass(slots=True, eq=False)
 class Requests:
-    """Requests are run in order, with one reply each. What is buffered counts towards a total."""
+    """Runs requests in order, with one reply to each. Those buffered count towards a total."""
 
     connection: Connection
     loop: EventLoop
@@ -46,13 +46,13 @@ class Requests:
     """Parsed, but not run yet."""
     transaction: Transaction | None = None
     steps: deque[Step] = field(default_factory=deque)
-    """What EXEC has still to run: each stands in the queue as a request with an empty name."""
+    """What EXEC has still to run. For each, the queue has a request with an empty name."""
     permitted: dict[bytes, Command] = field(default_factory=dict)
     reserved: int = 0
-    """The part of the total: an incomplete request counts with its declared length."""
+    """How much of the total they are. An incomplete request counts with its declared length."""
     incomplete_since: float = math.inf
     slow_from: float = math.inf
-    """When an incomplete request will have arrived at less than SLOW_BYTES_PER_SECOND."""
+    """When the average speed of an incomplete request falls below SLOW_BYTES_PER_SECOND."""
 
     @property
     def is_empty(self) -> bool:
@@ -68,12 +68,12 @@ class Requests:
         self.permitted = (QUEUED if self.transaction else COMMANDS_BY_ROLE)[role]
 
     def begin(self, transaction: Transaction | None) -> None:
-        """Queue requests in a transaction from now on; with None, run them again."""
+        """Queue requests in a transaction from now on; None: run them again."""
         self.transaction = transaction
         self.permit(self.connection.role)
 
     def put_together(self, puts: list[Put], encode: Callable[[list[int] | ReplyError], bytes]) -> bytes | None:
-        """Store all or nothing; return the encoded ids or error, or None if the store answers later."""
+        """Store all or none; return the encoded ids or error, or None if the store answers later."""
         stored = self.loop.batch.append(puts)
         if not isinstance(stored, Future):
             return encode(stored)
@@ -94,12 +94,12 @@ class Requests:
         self.queue.extendleft([[b""]] * len(steps))
 
     def note_progress(self, size: int) -> None:
-        """Put off the deadline of an incomplete request of which more has arrived."""
+        """Note that more of an incomplete request has arrived."""
         latest = self.loop.now + 2 * usage.SLOW_SECONDS
         self.slow_from = min(self.slow_from + size / SLOW_BYTES_PER_SECOND, latest)
 
     def run(self) -> None:
-        """Run buffered requests until one blocks, the output buffer is full, or it is the turn of others."""
+        """Run buffered requests until one blocks, the output buffer is full, or the time slice is over."""
         connection, parser = self.connection, self.parser
         if connection.state is BEHIND:
             connection.state = OPEN
@@ -135,9 +135,9 @@ class Requests:
             except ReplyError as error:
                 self._refuse(request, error)
             except Exception:  # noqa: BLE001
-                connection.fail_by_defect()
+                connection.on_failure(in_request=True)
             if queue and connection.pending_puts and slice_seconds:
-                # Puts take little time each: the clock is read once for a batch of them.
+                # Puts are so fast that the clock is read once for a batch of them.
                 continue
             if parser.missing and not queue:
                 break
@@ -153,10 +153,7 @@ class Requests:
                 self.loop.run_soon(connection)
 
     def _parse(self) -> bool:
-        """Take requests out of the parser; return whether there were any.
-
-        Only one if no more may be run, so that no work is done in vain.
-        """
+        """Take requests out of the parser, just one if no more may run; return whether there were any."""
         try:
             if self.permitted and self.loop.slice_seconds:
                 requests = self.parser.batch()
@@ -186,10 +183,10 @@ class Requests:
             self.transport.send(reply)
 
     def _authorize(self, name: bytes) -> Command:
-        """Return a command that is not simply permitted. Raises the error if the client may not call it."""
+        """Return a command that `permitted` lacks. Raises the error if the client may not call it."""
         role = self.connection.role
         if role is Role.NOBODY:
-            # Before anything is looked up: an unknown command counts, too.
+            # Before the lookup, because unknown commands count too.
             self.connection.login.count_request()
         command = find(name)
         if role < command.role:
@@ -210,7 +207,7 @@ class Requests:
             self.loop.counters.puts_refused[error.code] += 1
 
     def _has_room(self, request: list[bytes]) -> bool:
-        """Return whether memory allows for the reply to a request; if not, it has to wait until there is room."""
+        """Return whether there is room for the reply to a request; if not, the connection has to wait."""
         if not request[0] and self.steps:
             request = self.steps[0].request
         name = request[0].upper()
@@ -220,31 +217,28 @@ class Requests:
         return self.transport.reserve(size if name in (b"PING", b"ECHO") else size + LONG_REPLY_BYTES)
 
     def _after_run(self) -> None:
-        """Deal with what could not run."""
+        """Account for the requests that have not run."""
         connection = self.connection
         if connection.state is CLOSED:
             return
         self.count()
-        if self.parser.incomplete and connection.state is OPEN and self.incomplete_since == math.inf:
-            self.incomplete_since = self.loop.now
-            self.slow_from = self.loop.now + usage.SLOW_SECONDS
+        if self.parser.incomplete and connection.state is OPEN:
+            if self.incomplete_since == math.inf:
+                self.incomplete_since = self.loop.now
+                self.slow_from = self.loop.now + usage.SLOW_SECONDS
             connection.schedule(self.deadline())
         if self.transport.eof_received and connection.state in (OPEN, FINISHING):
             connection.finish()
 
     def deadline(self) -> float:
-        """Return when an incomplete request has to be complete: later, the longer it is."""
+        """Return when an incomplete request has to be complete. Longer ones have more time."""
         timeout = self.connection.context.settings.request_timeout_seconds
         return self.incomplete_since + timeout + (len(self.parser) + self.parser.missing) / SLOW_BYTES_PER_SECOND
 
     def count(self) -> None:
-        """Count what is buffered, and the rest of an incomplete request; if there is no room for that, wait for it."""
-        parser, connection = self.parser, self.connection
-        held = (
-            parser.buffered
-            + self.connection.reads.position_bytes
-            + (self.transaction.memory if self.transaction else 0)
-        )
+        """Update the total. If there is no room for the rest of an incomplete request, the connection has to wait."""
+        parser, connection, transaction = self.parser, self.connection, self.transaction
+        held = parser.buffered + connection.reads.position_bytes + (transaction.memory if transaction else 0)
         held += sum(map(request_memory, self.queue)) + sum([request_memory(step.request) for step in self.steps])
         if parser.incomplete and connection.state in (OPEN, BEHIND):
             more = _counted(held + parser.missing) - self.reserved

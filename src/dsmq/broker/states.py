@@ -6,22 +6,22 @@ import enum
 
 
 class State(enum.IntEnum):
-    """What a connection does next. From FINISHING on, it only moves down this list."""
+    """What a connection does. From FINISHING on, it only moves down this list."""
 
     HANDSHAKE = 0
     """Begins TLS. Nothing can be sent to the client yet."""
     OPEN = 1
     """Runs requests as they arrive."""
     BEHIND = 2
-    """Has requests left for the next turn, or until the client reads replies. Receives nothing meanwhile."""
+    """Has requests to run in the next turn, or when the client has read replies. Receives nothing until then."""
     WAITING = 3
-    """Owes a reply until there is a message, or the store answers. The requests behind it have to wait."""
+    """Owes a reply until there is a message, or the store answers. Further requests are buffered."""
     NO_ROOM = 4
-    """Waits in the queue of a budget: for a reply, or for the rest of an incomplete request."""
+    """Waits for memory, for a reply or the rest of an incomplete request."""
     FINISHING = 5
-    """Runs no more requests, and lingers when all replies have been sent."""
+    """Runs no more requests. Lingers when all replies have been sent."""
     LINGERING = 6
-    """Has sent all replies and the end of the stream. The client is to hang up."""
+    """Has ended the stream after the last reply, and waits for the client to disconnect."""
     CLOSED = 7
 
 

@@ -12,7 +12,8 @@ _ROLES = {"read": Role.READ, "write": Role.WRITE, "admin": Role.ADMIN}
 
 def load_tokens(token: str, file: str) -> list[tuple[str, Role, str]]:
     """Return the tokens in the settings `auth_token` and `auth_token_file`, as `read_tokens` does."""
-    return ([(DEFAULT_USER.decode(), Role.ADMIN, token)] if token else []) + (read_tokens(file) if file else [])
+    tokens = read_tokens(file) if file else []
+    return [(DEFAULT_USER.decode(), Role.ADMIN, token), *tokens] if token else tokens
 
 
 def read_tokens(file: str) -> list[tuple[str, Role, str]]:

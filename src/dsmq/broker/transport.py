@@ -1,4 +1,4 @@
-"""A client's socket, and the replies that it has not taken yet."""
+"""A client's socket, and its unsent replies."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from dsmq.broker import usage
 from dsmq.broker.states import BEHIND, CLOSED, FINISHING, HANDSHAKE, LINGERING, NO_ROOM, OPEN, WAITING
-from dsmq.broker.usage import FREE_BYTES, SLOW_BYTES_PER_SECOND, Budget
-from dsmq.errors import ReplyError
-from dsmq.wire.resp import Encoded, encode_error
+from dsmq.broker.usage import FREE_BYTES, RECEIVE_BYTES, SLOW_BYTES_PER_SECOND, Budget
+from dsmq.wire.resp import Encoded
 
 if TYPE_CHECKING:
     from dsmq.broker.connection import Connection
@@ -24,16 +23,14 @@ if TYPE_CHECKING:
 Stream: TypeAlias = "socket.socket | TLSSocket"
 """A non-blocking socket."""
 
-# Max bytes received, and sent, at once, so that one connection does not hold up the others. Many receive less.
-RECEIVE_BYTES = 131_072
+# Max bytes received at once from each of many connections, and sent at once, so that one does not hold up the others.
 CROWD_RECEIVE_BYTES = 16_384
 SEND_BYTES = 524_288
-# Max bytes received at once while a connection closes, and in all if the client is unauthenticated: they are discarded.
-LAST_RECEIVE_BYTES = 4096
+# Max bytes received from an unauthenticated client, and discarded, while its connection closes.
 MAX_DISCARDED_BYTES = 65_536
 # Max unparsed bytes buffered while a client is waiting.
 MAX_HELD_BYTES = 65_536
-# How long a client may take to read the last reply and hang up, when the server closes.
+# How long a client may take to read the last reply and disconnect, when the server closes the connection.
 LINGER_SECONDS = 1.0
 LINGER_SECONDS_AT_STOP = 0.05
 
@@ -42,7 +39,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class Transport:
-    """Moves bytes from and to the socket. Replies left at the end of a turn count towards a total."""
+    """Receives and sends. Replies still unsent at the end of a turn count towards a total."""
 
     connection: Connection
     loop: EventLoop
@@ -51,16 +48,16 @@ class Transport:
     data: bytearray = field(default_factory=bytearray)
     """Unsent replies."""
     counted: int = 0
-    """The part of the total."""
+    """How much of the total they are."""
     max_receive: int = RECEIVE_BYTES
     max_unread: int = 0
-    """Above it, no further requests are run."""
+    """If more is unsent, no further requests run."""
     unread_since: float = math.inf
-    """When the client last took something, while it leaves replies unread."""
+    """When the client last took something; infinite if nothing is unsent."""
     slow_from: float = math.inf
-    """When it will have read at less than SLOW_BYTES_PER_SECOND."""
+    """When its average speed of reading falls below SLOW_BYTES_PER_SECOND."""
     active_at: float = 0.0
-    """When it last received something, or sent the last of the replies."""
+    """When it last received something, or had sent everything."""
     linger_seconds: float = LINGER_SECONDS
     eof_received: bool = False
     events: int = 0
@@ -110,7 +107,7 @@ class Transport:
         self.connection.on_failure()
 
     def _scarce_bytes(self) -> int:
-        """Return how much to receive in a crowd; beyond what is reserved, little if others wait for memory."""
+        """Return how much to receive in a crowd; if memory is short, little beyond what is reserved."""
         most = self.max_receive if self.loop.slice_seconds else min(self.max_receive, CROWD_RECEIVE_BYTES)
         requests = self.connection.requests
         return min(most, FREE_BYTES + requests.missing) if requests.budget.is_crowded else most
@@ -140,19 +137,14 @@ class Transport:
                 reply = b""
         self.data += reply
         if self.counted:
-            # It is not flushed before the client reads.
+            # The client reads slowly, so this may stay for long.
             self.count()
-
-    def send_at_once(self, error: ReplyError) -> None:
-        """Try to send this before closing."""
-        with suppress(OSError):
-            self.socket.send(encode_error(error))
 
     def flush(self) -> None:
         """Send what the socket takes."""
         connection = self.connection
         if connection.state >= LINGERING:
-            # The sending side is shut: sending would fail, and close the connection before the last reply is read.
+            # The sending side is shut down; sending would fail, and close the connection before the last reply is read.
             return
         data = self.data
         size = len(data)
@@ -191,10 +183,10 @@ class Transport:
             self.connection.schedule(now + self.connection.context.settings.reply_timeout_seconds)
 
     def _linger(self) -> None:
-        """Send the end of the stream, and give the client time to read the replies and hang up.
+        """End the stream, and give the client time to read the replies and disconnect.
 
-        If the server closed while the client still sends, the kernel would reset the connection, and the client might
-        lose the last reply.
+        Closing while the client still sends would make the kernel reset the connection, and the last reply might get
+        lost.
         """
         if self.eof_received:
             self.connection.close("end of input")
@@ -210,12 +202,12 @@ class Transport:
     # Memory
 
     def count_if_long(self) -> None:
-        """Count long replies at once; others only if they are still there at the end of the turn."""
+        """Count long replies at once. Others count only if they are still unsent at the end of the turn."""
         if len(self.data) > SEND_BYTES:
             self.count()
 
     def count(self) -> None:
-        """Count in steps of FREE_BYTES: many short replies may be added to one that is not taken."""
+        """Update the total, in steps of FREE_BYTES because many short replies may be added one by one."""
         size = len(self.data)
         more = size - self.counted
         if more < 0 or more > FREE_BYTES or size <= FREE_BYTES:
@@ -223,7 +215,7 @@ class Transport:
             self.counted = size
 
     def reserve(self, size: int) -> bool:
-        """Count a reply in advance if memory is short; return False if it has to wait until there is room."""
+        """Count a reply in advance if memory is short. If there is no room, wait, and return False."""
         if not self.budget.is_tight or size + len(self.data) <= FREE_BYTES:
             return True
         if not self.budget.claim_in_turn(self.connection, size, self.loop.now):
@@ -235,7 +227,7 @@ class Transport:
     # Events
 
     def update_events(self) -> None:
-        """Watch the socket for what the connection can deal with."""
+        """Watch the socket for what the connection can handle now."""
         connection, events = self.connection, EVENT_READ
         if connection.state is not OPEN or self.eof_received or self.unread_since != math.inf:
             if connection.state in (HANDSHAKE, CLOSED):
@@ -251,7 +243,7 @@ class Transport:
         if self.eof_received or connection.state is BEHIND:
             return False
         if connection.state is WAITING or connection.reads.pending:
-            # Its disconnecting should be noticed.
+            # So that its disconnect is noticed.
             return len(connection.requests.parser) < MAX_HELD_BYTES
         return connection.state is not NO_ROOM
 
@@ -264,7 +256,7 @@ class Transport:
         # A timer may refer to the connection for hours.
         self.data, self.counted = bytearray(), 0
         self.watch(0)
-        # A process that was forked may hold a copy of the socket; without this, the client would not see the end.
+        # A forked process may have a copy of the socket; without this, the client would not notice the end.
         with suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
         self.socket.close()

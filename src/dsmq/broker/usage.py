@@ -1,23 +1,28 @@
-"""What all connections take up together, over all workers: how many of a kind there are, and the bytes they hold."""
+"""Totals over all connections of all event loops: their number, and the memory they take."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
+import time
 from collections.abc import Hashable, Sequence
+from functools import partial
 from operator import itemgetter
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from dsmq.broker.states import BEHIND
+from dsmq.errors import TimedOut
 from dsmq.wire.limits import REQUEST_OVERHEAD_BYTES
 
 if TYPE_CHECKING:
     from dsmq.broker.connection import Connection
     from dsmq.settings import Settings
 
-# What one connection may hold of each kind without being counted or made to wait: so that short requests and replies
-# pass while others take up the total. With 10,000 connections it comes to 40 MB.
+# Max bytes of a kind that one connection may hold uncounted, so that short requests and replies pass while others take
+# up the total. With 10,000 connections that is 40 MB.
 FREE_BYTES = 4096
-# As little passes those that wait for more, so that a few long messages do not hold up all others.
+# Claims up to this size overtake larger ones that wait, so that a few long messages do not hold up all others.
 SHORT_BYTES = 262_144
 
 # A client that is slower than this has more time for a long request, but is dropped first if memory is short and it has
@@ -25,20 +30,28 @@ SHORT_BYTES = 262_144
 SLOW_BYTES_PER_SECOND = 16_384
 SLOW_SECONDS = 1.0
 
-# What a parsed request takes in memory, and each of its arguments, beside their bytes.
+# Max bytes received at once.
+RECEIVE_BYTES = 131_072
+
+# How often to close slow clients while a connection waits for room.
+CLOSE_SECONDS = 0.05
+
+# What a parsed request takes in memory, and each of its arguments, besides their bytes.
 REQUEST_OBJECT_BYTES = 100
 ARGUMENT_OBJECT_BYTES = 40
 
 H = TypeVar("H", bound=Hashable)
 
+_logger = logging.getLogger(__name__)
+
 
 def request_memory(request: Sequence[bytes]) -> int:
-    """Return about how many bytes of memory a parsed request takes."""
+    """Return the approximate bytes of memory that a parsed request takes."""
     return REQUEST_OBJECT_BYTES + ARGUMENT_OBJECT_BYTES * len(request) + sum(map(len, request))
 
 
 class Count(Generic[H]):
-    """Amounts by holder, and their sum. Shared by all workers; thread-safe."""
+    """Amounts by holder, and their sum. Thread-safe."""
 
     def __init__(self) -> None:
         self.total = 0
@@ -47,7 +60,6 @@ class Count(Generic[H]):
         self._lock = threading.Lock()
 
     def of(self, holder: H) -> int:
-        """Return the amount of one holder."""
         return self._held.get(holder, 0)
 
     def add(self, holder: H, amount: int) -> None:
@@ -64,12 +76,11 @@ class Count(Generic[H]):
             return True
 
     def drop(self, holder: H) -> None:
-        """Take out all that a holder has."""
         with self._lock:
             self.total -= self._held.pop(holder, 0)
 
     def take_excess(self) -> H | None:
-        """Take out the holder that came first, if the sum exceeds the limit; return it."""
+        """If the sum exceeds the limit, remove the holder that came first, and return it."""
         with self._lock:
             if self.total <= self.limit:
                 return None
@@ -87,28 +98,28 @@ class Count(Generic[H]):
 
 
 class Budget(Count["Connection"]):
-    """Bytes held for connections. Those that find no room wait in a queue, first come, first served."""
+    """Bytes held for connections. Those that find no room wait in a queue: first come, first served."""
 
     def __init__(self) -> None:
         super().__init__()
         self._longest = 0
         self.is_tight = False
-        """Whether the largest amount that is claimed at once would not fit."""
+        """Whether the largest possible claim would not fit."""
         self.is_crowded = False
-        """Whether somebody waits, or will with the largest amount."""
+        """Whether a connection waits, or would with the largest possible claim."""
         # When each began to wait, and for how much; and those among them that wait for a little.
-        self._queue: dict[Connection, tuple[float, int]] = {}
+        self.queue: dict[Connection, tuple[float, int]] = {}
         self._short: dict[Connection, None] = {}
 
     def set_limit(self, limit: int, longest: int) -> None:
-        """Bound the sum; but not so low that the largest amount would never fit."""
+        """Limit the sum; `longest` is the largest possible claim, which has to fit."""
         with self._lock:
             self.limit, self._longest = max(limit, longest), longest
             self._judge()
 
     @property
     def is_full(self) -> bool:
-        """Whether nothing would fit."""
+        """Whether no claim would fit."""
         return self.total >= self.limit
 
     def _add(self, holder: Connection, amount: int) -> None:
@@ -117,15 +128,15 @@ class Budget(Count["Connection"]):
 
     def _judge(self) -> None:
         self.is_tight = self.total + self._longest > self.limit
-        self.is_crowded = self.is_tight or bool(self._queue)
+        self.is_crowded = self.is_tight or bool(self.queue)
 
     def claim_in_turn(self, holder: Connection, amount: int, now: float) -> bool:
-        """Claim as `claim` does, but much only behind those that wait. If it fails, the holder waits from now on."""
+        """Claim as `claim` does, but a large amount only in turn. If it fails, the holder waits from now on."""
         with self._lock:
-            in_turn = amount <= SHORT_BYTES or next(iter(self._queue), holder) is holder
+            in_turn = amount <= SHORT_BYTES or next(iter(self.queue), holder) is holder
             if not in_turn or self.total + amount > self.limit:
-                since = self._queue.get(holder, (now, 0))[0]
-                self._queue[holder] = since, amount
+                since = self.queue.get(holder, (now, 0))[0]
+                self.queue[holder] = since, amount
                 self.is_crowded = True
                 if amount <= SHORT_BYTES:
                     self._short[holder] = None
@@ -137,39 +148,39 @@ class Budget(Count["Connection"]):
             return True
 
     def first_that_fits(self) -> Connection | None:
-        """Return who waits longest, if there is room for it now; else who waits longest for a little that fits."""
+        """Return the connection that waits longest if its claim fits now; else the first whose short claim fits."""
         with self._lock:
-            for queue in (self._queue, self._short):
+            for queue in (self.queue, self._short):
                 first = next(iter(queue), None)
-                if first is not None and self.total + self._queue[first][1] <= self.limit:
+                if first is not None and self.total + self.queue[first][1] <= self.limit:
                     return first
             return None
 
     def missing(self, since: float) -> int:
-        """Return how many bytes too many are held for those that have waited since then; 0 or less if there is room."""
+        """Return the bytes that have to be freed for those that have waited since then; 0 or less if there is room."""
         with self._lock:
-            wanted = [amount for began, amount in self._queue.values() if began <= since]
+            wanted = [amount for began, amount in self.queue.values() if began <= since]
             return self.total + sum(wanted) - self.limit
 
     def largest(self) -> list[tuple[Connection, int]]:
-        """Return the holders and what they hold, the largest first."""
+        """Return the holders and their amounts, the largest first."""
         with self._lock:
             return sorted(self._held.items(), key=itemgetter(1), reverse=True)
 
     def blockers(self) -> list[Connection]:
-        """Return those that hold a part, wait for the rest, and have to go: else none of them would ever get on.
+        """Return connections that hold a part, wait for the rest, and have to be dropped to break a deadlock.
 
-        That is so if who waits longest would find no room even after all others were done that do not wait. The largest
-        go, and not that one unless what it holds and wants is too much by itself.
+        There is one if the claim of the first would not fit even when all that do not wait are done. The largest are
+        dropped; the first only if what it holds and claims is too much by itself.
         """
         with self._lock:
-            if not self._queue:
+            if not self.queue:
                 return []
-            first, (_, amount) = next(iter(self._queue.items()))
+            first, (_, amount) = next(iter(self.queue.items()))
             room = self.limit - amount - self._held.get(first, 0)
             if room < 0:
                 return [first]
-            others = sorted((one for one in self._queue if one is not first), key=self.of, reverse=True)
+            others = sorted((one for one in self.queue if one is not first), key=self.of, reverse=True)
             excess = sum(map(self.of, others)) - room
             blockers = []
             for one in others:
@@ -179,17 +190,14 @@ class Budget(Count["Connection"]):
                 excess -= self.of(one)
             return blockers
 
-    def is_waiting(self, holder: Connection) -> bool:
-        return holder in self._queue
-
     def leave(self, holder: Connection) -> None:
-        """Wait no more."""
+        """Remove it from the queue."""
         with self._lock:
             self._leave(holder)
             self._judge()
 
     def _leave(self, holder: Connection) -> None:
-        self._queue.pop(holder, None)
+        self.queue.pop(holder, None)
         self._short.pop(holder, None)
 
     def drop(self, holder: Connection) -> None:
@@ -200,23 +208,108 @@ class Budget(Count["Connection"]):
 
 
 class Usage:
-    """All that is counted. Its limits are those of the settings in force."""
+    """All totals. The limits are those of the settings in force."""
 
     def __init__(self) -> None:
         self.connections: Count[str] = Count()
-        """By network, from the moment they are accepted."""
+        """By `Peer.client_key`, from the moment they are accepted."""
         self.unauthenticated: Count[Connection] = Count()
         self.waiting: Count[Connection] = Count()
-        """Readers that wait for a message."""
+        """Connections that wait for a message."""
         self.replies = Budget()
-        """Bytes of replies that clients have not taken."""
+        """Bytes of unsent replies."""
         self.requests = Budget()
-        """Bytes that requests take up, declared or received, until they run; and bytes of positions of GET."""
+        """Bytes of requests that have not run yet, as declared or received; and of positions of GET."""
 
     def set_limits(self, settings: Settings) -> None:
-        """Take over the limits of these settings."""
         longest = settings.max_message_bytes + REQUEST_OVERHEAD_BYTES
         self.unauthenticated.limit = settings.max_unauthenticated_connections
         self.waiting.limit = settings.max_waiting_readers
         self.replies.set_limit(settings.max_total_unread_reply_bytes, longest)
         self.requests.set_limit(settings.max_total_request_bytes, longest)
+
+
+class MemoryQueue:
+    """The connections of one event loop that wait for room in a budget."""
+
+    def __init__(self, totals: Usage) -> None:
+        self.is_short = False
+        """Whether a connection waits, or a budget is exceeded."""
+        self._budgets = (totals.replies, totals.requests)
+        self._waiting: dict[Connection, None] = {}
+        self._close_at = 0.0
+
+    def add(self, connection: Connection) -> None:
+        self._waiting[connection] = None
+        self.is_short = True
+
+    def remove(self, connection: Connection) -> None:
+        self._waiting.pop(connection, None)
+        for budget in self._budgets:
+            budget.leave(connection)
+
+    def serve(self, now: float, seconds: float) -> None:
+        """Serve connections for which there is room now; drop slow clients if others have waited too long."""
+        self.is_short = False
+        if closes := now >= self._close_at:
+            self._close_at = now + CLOSE_SECONDS
+        for budget in self._budgets:
+            self._serve(budget, seconds)
+            if closes and (missing := budget.missing(now - SLOW_SECONDS)) > 0:
+                self.is_short = True
+                _close_slow(budget, missing, seconds)
+                if budget is self._budgets[1]:
+                    for connection in budget.blockers():
+                        connection.loop.post(partial(_make_way, connection, budget, is_blocker=True))
+        self.is_short = self.is_short or bool(self._waiting)
+
+    def _serve(self, budget: Budget, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while (first := budget.first_that_fits()) in self._waiting and time.monotonic() < until:
+            del self._waiting[first]
+            try:
+                first.on_room(budget)
+            except Exception:  # noqa: BLE001
+                first.on_failure()
+            if first not in self._waiting:
+                budget.leave(first)
+
+
+def _close_slow(budget: Budget, missing: int, seconds: float) -> None:
+    now = time.monotonic()
+    for connection, held in budget.largest():
+        if missing <= 0 or time.monotonic() >= now + seconds:
+            break
+        if _is_slow(connection, budget, now):
+            missing -= held
+            connection.loop.post(partial(_make_way, connection, budget))
+
+
+def _is_slow(connection: Connection, budget: Budget, now: float) -> bool:
+    """Return whether a connection makes too little progress to keep memory that others need. Thread-safe."""
+    requests, transport = connection.requests, connection.transport
+    if budget is transport.budget:
+        return now > transport.slow_from
+    if connection in budget.queue:
+        # It waits itself, through no fault of its own, unless it holds a transaction, or more than arrives before the
+        # length of a request is known: if all held some and waited for the rest, none would get on.
+        return requests.reserved > 2 * RECEIVE_BYTES or requests.transaction is not None
+    if requests.incomplete_since < now:
+        return now > requests.slow_from
+    # If it is behind because it has to read its replies first, its pace of reading counts.
+    return connection.state is not BEHIND or now > transport.slow_from
+
+
+def _make_way(connection: Connection, budget: Budget, *, is_blocker: bool = False) -> None:
+    """Drop a client because others need memory, unless it has made progress meanwhile."""
+    goes = connection in budget.queue if is_blocker else _is_slow(connection, budget, time.monotonic())
+    if connection.closed or not budget.of(connection) or not goes:
+        return
+    about = "memory is short and it is slow"
+    _logger.info("%r: dropped: %s", connection, about, extra=connection.event("dropped"))
+    if budget is connection.transport.budget or not connection.requests.missing:
+        connection.close(about)
+        return
+    connection.requests.clear()
+    connection.reads.close()
+    connection.reject(TimedOut("the request arrives too slowly while memory is short"))

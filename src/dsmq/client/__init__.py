@@ -20,7 +20,6 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 from dsmq.client import arguments
-from dsmq.client import session as wire
 from dsmq.client.connection import Connection
 from dsmq.client.core import Client, Options, Retries
 from dsmq.client.dial import ClosedSilently, with_text
@@ -28,15 +27,15 @@ from dsmq.client.pool import Pool
 from dsmq.client.reader import Claim
 from dsmq.client.replies import check, reason, stored_id
 from dsmq.client.requests import ALL, Call, Convert, NonIdempotent, Put, PutMany, Retryable, list_topics, read
-from dsmq.client.session import Message
+from dsmq.client.session import PING, SHUTDOWN, Message, body, text
 
 __all__ = ["DSMQClientSideConnection", "Message", "connect"]
 
-# The schedule of attempts by which `connect` waits for a server that is starting, and the default time of `get_wait`:
-# the first delay in seconds, doubling each time, for this many attempts. Both may be adjusted.
+# How `connect` waits for a server that is starting, and the default time of `get_wait`: this many attempts, the first
+# delay in seconds, doubling each time. Both may be adjusted.
 _n_tries = 10
 _initial_retry = 0.01
-# The name of the first in the code of dsmq 1.4; the one above is that in its documentation.
+# The name in the code of dsmq 1.4; the one above is in its documentation.
 _n_retries = _N_RETRIES = _n_tries
 
 NOT_STARTED = (ConnectionRefusedError, FileNotFoundError, ClosedSilently)
@@ -57,37 +56,37 @@ def connect(
 ) -> DSMQClientSideConnection:
     """Connect to a server at an IPv4 or IPv6 address, a name, or `unix:/path`.
 
-    timeout=10.0: seconds until a reply must begin, beyond the time that the call may wait, and for how long it may
-    pause; then the connection counts as lost. All addresses of a name are tried, a new one every 0.25 s. While nothing
-    answers, or connections are closed at once, it tries again for about ten seconds, because the server may still be
-    starting; not with retry=False. verbose logs this to stderr.
+    timeout=10.0: the connection counts as lost after this many seconds without any of an expected reply; the time that
+    a call asks the server to wait is added. All addresses of a name are tried, a new one every 0.25 s. If nothing
+    answers, or connections are closed at once, the server may still be starting: unless retry=False, it tries again for
+    about ten seconds. verbose logs this to stderr.
 
-    A connection that breaks later is replaced behind the scenes, and calls go on: nothing is read twice or skipped, and
-    no put is stored twice. A call raises ConnectionLost if the server stays unreachable for reconnect_timeout=30.0
-    seconds (0: don't reconnect). on_state_change is called with each change of state, in the thread of the call that
-    noticed it: see `dsmq.client.session.State`. It must not raise.
+    A connection that breaks later is replaced, and calls continue: nothing is read twice or skipped, and no put is
+    stored twice. A call raises ConnectionLost if the server stays unreachable for reconnect_timeout=30.0 seconds (0:
+    don't reconnect). on_state_change is called with each change of state, in the thread of the call that noticed it:
+    see `dsmq.client.session.State`. It must not raise.
 
-    token authenticates. tls=True encrypts, and verifies the server's certificate for this host; ca_file replaces the
-    system's authorities, cert_file and key_file are this client's own certificate (all in PEM format; each of them
-    implies tls). An ssl.SSLContext is used as it is.
+    token authenticates the client. tls=True encrypts, and verifies the server's certificate for this host; ca_file
+    replaces the system's authorities; cert_file and key_file are the client's own certificate. The files are in PEM
+    format; each of them implies tls. tls may also be an ssl.SSLContext.
 
     Raises ConnectionRefusedError if there is no server, ProtocolError if another program answers, Busy if the server
     has too many clients, AuthRequired or WrongToken without the right token, ConfigError if a file can't be used,
-    another OSError if the address can't be reached or the certificate is not valid; TypeError or ValueError at once if
-    an argument makes no sense.
+    another OSError if the address can't be reached or the certificate is invalid; TypeError or ValueError at once if an
+    argument is invalid.
     """
     return DSMQClientSideConnection(host, port, verbose, retry=retry, **options)
 
 
 class DSMQClientSideConnection(Client):
-    """A client: a reader with a position of its own in each topic, and a writer. Made by `connect`.
+    """A client, with its own position in each topic. Made by `connect`.
 
-    Threads may share it, and signal handlers may call it; each call has a connection for itself while it lasts. What
-    a call has not returned stays unread if a signal handler interrupts it by raising. After a fork, by whatever means,
-    the child goes on from where the parent was, as a client of its own.
+    Threads may share it, and signal handlers may call it: each call has a connection to itself. If a signal handler
+    interrupts a call by raising, the messages that it would have returned stay unread. After a fork, the child is a
+    separate client that continues at the parent's positions.
 
-    Every method may raise ConnectionLost if the server can't be reached any more, ClientClosed after `close`, and a
-    ReplyError if the server answers with one. See dsmq.errors.
+    Every method may raise ConnectionLost if the server is unreachable, ClientClosed after `close`, and a ReplyError if
+    the server answers with one. See dsmq.errors.
     """
 
     def __init__(
@@ -105,13 +104,11 @@ class DSMQClientSideConnection(Client):
         self._log(f"connecting to the dsmq server at {self._core.endpoint}")
         self._pool.give_back(self._connect_at_start() if retry else self._pool.connect())
 
-    # Messages in
-
     def put(self, topic: str, msg: str | bytes) -> int:
-        """Put a message into a topic; when this returns it is stored. Returns its id.
+        """Put a message into a topic; it is stored when this returns. Returns its id.
 
-        Raises TooBig, or Full if the server has no room; ConnectionLost, whose may_be_stored says whether it may have
-        been stored nevertheless; Forgotten if the server can't tell that any more.
+        Raises TooBig, or Full if the server has no room. After ConnectionLost, its may_be_stored says whether the
+        message may have been stored; after Forgotten, that is unknown too.
         """
         self._run(put := Put(self._session.put(topic, msg)))
         return stored_id(put.reply)
@@ -119,17 +116,14 @@ class DSMQClientSideConnection(Client):
     def put_many(self, topic: str, messages: Iterable[str | bytes]) -> list[int]:
         """Put several messages in order, much faster than one by one; returns their ids.
 
-        They are sent in batches of some hundred, or of what an iterator has yielded in 0.1 seconds: a message may wait
-        for the next one.
+        They are sent in batches of 500 messages or 256 KiB, or of what an iterator yields in 0.1 seconds.
 
-        If it raises, the messages before the one that failed have been stored, and some behind it may have been: the
-        error's stored_before and stored_behind say how many. It raises as `put` does.
+        Raises what `put` raises. Messages before the failed one have been stored, and some after it may have been, to
+        the end of the next batch: the error's stored_before and stored_behind are their numbers.
         """
         with PutMany(self._session, topic, messages) as puts:
             self._run(puts, Connection.ask_all)
         return puts.ids
-
-    # Messages out
 
     @overload
     def get(self, topic: str, *, default: str = "", raw: Literal[False] = False) -> str: ...
@@ -142,10 +136,12 @@ class DSMQClientSideConnection(Client):
     def get(self, topic: str, *, default: object = "", raw: bool = False) -> object:
         """Return the oldest message of a topic that this client has not read, or `default` if there is none.
 
-        It is a str; with raw=True it is bytes, and so is the default that is not given. Raises MessageNotText where the
-        message is not UTF-8; it stays unread then.
+        With raw=True, messages are bytes, and the default is b"". Raises MessageNotText if the message is not UTF-8; it
+        stays unread.
         """
-        return self._one(topic, 0.0, default, raw)
+        if raw:
+            return self._one(topic, 0.0, default, raw)
+        return self._read(topic, 1, 0.0, text, default)
 
     @overload
     def get_wait(
@@ -160,11 +156,11 @@ class DSMQClientSideConnection(Client):
     @overload
     def get_wait(self, topic: str, *, default: D, timeout: float | None = None, raw: Literal[True]) -> bytes | D: ...
     def get_wait(self, topic: str, *, default: object = "", timeout: float | None = None, raw: bool = False) -> object:
-        """Like `get`, but wait for a message to come, for `timeout` seconds (0: not at all; math.inf: for ever).
+        """Like `get`, but wait up to `timeout` seconds for a message (0: not at all; math.inf: for ever).
 
-        Without a timeout it waits about ten seconds: the sum of `_n_tries` pauses, the first of
-        `_initial_retry` seconds and each twice the one before. That there was none is only said by a server: where that
-        can't be reached at the end, this takes up to `reconnect_timeout` longer, and raises ConnectionLost.
+        Without a timeout it waits about ten seconds: the sum of `_n_tries` delays, the first of `_initial_retry`
+        seconds, and each twice the one before. If the server is unreachable in the end, this takes up to
+        `reconnect_timeout` longer, and raises ConnectionLost.
         """
         seconds = default_wait() if timeout is None else arguments.seconds("timeout", timeout)
         return self._one(topic, seconds, default, raw)
@@ -180,7 +176,7 @@ class DSMQClientSideConnection(Client):
     def get_latest(self, topic: str, *, default: object = "", raw: bool = False) -> object:
         """Return the newest message of a topic that this client has not read, or `default` if there is none.
 
-        The older ones are passed over: this client will not read them any more.
+        The older ones are skipped: this client will not read them any more.
         """
         return self._one(topic, 0.0, default, raw, True)
 
@@ -189,17 +185,17 @@ class DSMQClientSideConnection(Client):
     @overload
     def get_many(self, topic: str, n: int = 100, *, timeout: float = 0.0, raw: Literal[True]) -> list[bytes]: ...
     def get_many(self, topic: str, n: int = 100, *, timeout: float = 0.0, raw: bool = False) -> list[str] | list[bytes]:
-        """Return up to `n` messages of a topic, oldest first: those that are there, or else wait for one.
+        """Return up to `n` messages of a topic, oldest first. If there are none, wait up to `timeout` seconds for one.
 
-        It stops short of a message that is not UTF-8; where that is the first, it raises MessageNotText.
+        It stops before a message that is not UTF-8; if that is the first, it raises MessageNotText.
         """
         n, seconds = arguments.count("n", n), arguments.seconds("timeout", timeout)
-        return self._read(topic, n, seconds, wire.body if raw else wire.text)  # type: ignore[no-any-return]
+        return self._read(topic, n, seconds, body if raw else text)  # type: ignore[no-any-return]
 
     def read(self, topic: str, n: int = 1, *, timeout: float = 0.0, latest: bool = False) -> list[Message]:
         """Return up to `n` messages with their ids, numbers and put times; otherwise like `get_many`.
 
-        latest=True returns the newest only, and passes over the older ones, like `get_latest`.
+        latest=True returns only the newest, and skips the older ones, like `get_latest`.
         """
         n, seconds = arguments.count("n", n), arguments.seconds("timeout", timeout)
         return self._read(topic, n, seconds, self._session.message, latest=latest)  # type: ignore[no-any-return]
@@ -209,18 +205,16 @@ class DSMQClientSideConnection(Client):
     @overload
     def messages(self, topic: str, *, timeout: float = ..., raw: Literal[True]) -> Iterator[bytes]: ...
     def messages(self, topic: str, *, timeout: float = math.inf, raw: bool = False) -> Iterator[str] | Iterator[bytes]:
-        """Iterate over the messages of a topic as they come; end when none has come for `timeout` seconds."""
+        """Iterate over the messages of a topic as they arrive; end when none has for `timeout` seconds."""
         seconds = arguments.seconds("timeout", timeout)
         self._session.reader(topic)
         end = object()
         # Not a generator, which an interrupt would end.
         return iter(partial(self._one, topic, seconds, end, raw), end)
 
-    # The server, and the end
-
     def ping(self) -> None:
         """Check that the server answers."""
-        self._run(ping := Call(wire.PING))
+        self._run(ping := Call(PING))
         check(ping.reply)
 
     def topics(self) -> list[tuple[str, int, int]]:
@@ -235,12 +229,12 @@ class DSMQClientSideConnection(Client):
 
         Raises NotPermitted if the server's configuration forbids it.
         """
-        self._run(NonIdempotent(wire.SHUTDOWN), _shut_down)
-        # They have ended as well.
+        self._run(NonIdempotent(SHUTDOWN), _shut_down)
+        # The server has closed these too.
         self._pool.close_idle()
 
     def close(self) -> None:
-        """Close the client. A call that another thread is waiting in raises ClientClosed. Idempotent."""
+        """Close the client. Calls in progress in other threads raise ClientClosed. Idempotent."""
         self._core.is_closed = True
         self._pool.close()
 
@@ -252,13 +246,11 @@ class DSMQClientSideConnection(Client):
     ) -> None:
         self.close()
 
-    # Calls
-
     def _one(self, topic: str, seconds: float, default: object, raw: bool, latest: bool = False) -> Any:  # noqa: FBT001, FBT002
-        """Return a message, or the default; one that was not given is of the type that is read."""
+        """Return a message, or the default."""
         if raw:
-            return self._read(topic, 1, seconds, wire.body, b"" if default == "" else default, latest)
-        return self._read(topic, 1, seconds, wire.text, default, latest)
+            return self._read(topic, 1, seconds, body, b"" if default == "" else default, latest)
+        return self._read(topic, 1, seconds, text, default, latest)
 
     def _read(  # noqa: PLR0913, PLR0917 - what a read consists of
         self,
@@ -275,17 +267,16 @@ class DSMQClientSideConnection(Client):
             reader = self._session.reader(topic)
             taken = reader.take(claim, n, convert) if n and not latest else []
             if len(taken) < n:
-                for call in read(self._session, claim, taken, topic, n, seconds, convert, latest):
+                for call in read(self._session, reader, claim, taken, n, seconds, convert, latest):
                     self._run(call)
             return taken if default is ALL else taken[0] if taken else default
         except BaseException:
-            # It could not return what it has taken, wherever it was interrupted. Appending is a single step, so that a
-            # second interrupt can't come before it.
+            # What was taken is not returned. Appending is a single step, so that a second interrupt can't come before.
             self._session.returned.append((claim, []))
             raise
 
     def _run(self, call: C, attempt: Callable[[Connection, C], None] = Connection.ask) -> None:  # type: ignore[assignment]
-        """Make a call on a connection, and as long as connections break on the next."""
+        """Make a call on a connection, and on another each time it breaks."""
         retries = None
         while True:
             connection = None
@@ -303,7 +294,7 @@ class DSMQClientSideConnection(Client):
             else:
                 self._pool.give_back(connection)
                 if self._core.is_down:
-                    # It had a connection that another thread has made.
+                    # Another thread has made the connection.
                     self._core.announce("resumed")
                 return
 
@@ -334,7 +325,7 @@ def retry_delays() -> list[float]:
 
 
 def next_delay(error: OSError, began: float, delays: Iterator[float]) -> float:
-    """Return how long to wait for a server that may be starting. Raises the error if that took too long."""
+    """Return how long to wait for a server that may be starting. Raises the error if it has had enough time."""
     seconds, delay = time.monotonic() - began, next(delays, None)
     if delay is None or seconds > default_wait():
         raise with_text(error, f"{reason(error)} (tried for {seconds:.1f} s)") from None

@@ -24,7 +24,7 @@ from dsmq.system import raise_malloc_threshold, unsent_bytes
 from dsmq.wire.addresses import Endpoint
 from dsmq.wire.resp import Reply, ReplyParser
 
-# How many requests may be unanswered on a connection: as many puts as a server surely remembers of one producer.
+# The most unanswered requests on a connection: a server remembers as many puts of one producer.
 _MAX_UNANSWERED = 2 * PUTS_AT_ONCE
 # Sending more than this may take longer than a reply may.
 _LONG_BYTES = 16_384
@@ -32,7 +32,7 @@ _FIRST_POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.001, 0.02
 
 
 class Place:
-    """A call among others, and the future of its caller. Once sent, a cancelled call keeps it: its reply is dropped."""
+    """A call, and the future of its caller. If it is cancelled after it was sent, its reply is dropped."""
 
     __slots__ = ("_left", "call", "future")
 
@@ -72,7 +72,7 @@ class Connection(asyncio.Protocol):
         self.sock = sock
         self.producer = Producer(b"")
         self.received = b""
-        """What was received first."""
+        """The first data received."""
         self.error: Exception | None = None
         """Why the connection has ended."""
         self.has_answered = False
@@ -87,8 +87,8 @@ class Connection(asyncio.Protocol):
         self._parser = ReplyParser()
         self._transport: asyncio.Transport
         self._is_full = False
-        # How long the reply may take, and any without waiting, from the last progress: something was received, or
-        # taken by the server.
+        # How long a reply may take after the last progress, in general and without a wait. Progress means that data was
+        # received, or that the server has received some.
         self._timeout, self._base_timeout = timeout, timeout
         self._progress_at = self._loop.time()
         self._unsent = 0
@@ -191,12 +191,12 @@ class Connection(asyncio.Protocol):
             self.fail(TimeoutError(f"no reply within {self._timeout:g} s"))
 
     def _count_unsent(self) -> int:
-        """Return how many bytes the server has not received, as far as the system knows."""
+        """Return the number of bytes that the server has not received, as far as the system knows."""
         return self._transport.get_write_buffer_size() + unsent_bytes(self.sock)
 
     @property
     def is_stale(self) -> bool:
-        """Whether it was not used for a while: it may have ended, and the event loop not have noticed yet."""
+        """Whether it was unused for a while, so that it may have ended without the event loop having noticed."""
         return not self.due and self._loop.time() - self._progress_at > LONG_PAUSE_SECONDS
 
     async def await_end(self) -> None:
@@ -212,7 +212,7 @@ class Connection(asyncio.Protocol):
         if self.error is not None:
             return
         if isinstance(error, ReplyError) and not is_lost(error, connecting=False):
-            # It may be the reply to the first call.
+            # It is the reply to the first call.
             if self.due:
                 self.due[0].fail(error)
             error = ConnectionResetError(reason(error))
@@ -274,7 +274,7 @@ async def _open(core: Core) -> Connection:
 
 
 async def _select(race: Race, seconds: float) -> None:
-    """Wait for a connection attempt. By polling, because not every event loop can wait for a socket to connect."""
+    """Wait for a connection attempt, by polling: not every event loop can wait for a socket to connect."""
     loop = asyncio.get_running_loop()
     until, pause = loop.time() + seconds, _FIRST_POLL_SECONDS
     while not race.selector.select(0) and loop.time() < until:

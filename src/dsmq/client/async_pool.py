@@ -15,7 +15,10 @@ from dsmq.system import process
 
 
 class Channel(Retryable):
-    """A connection that is replaced when it breaks, and the calls that are to be made on it, in order."""
+    """A connection that is replaced when it breaks, and the calls to make on it, in order.
+
+    Calls that have no reply when it breaks are sent again first.
+    """
 
     def __init__(self, core: Core) -> None:
         self.idle_since = 0.0
@@ -30,7 +33,7 @@ class Channel(Retryable):
         self._was_idle = False
 
     def ask(self, call: Call) -> asyncio.Future[None]:
-        """Make a call behind those made before; return a future that is done when it has its reply."""
+        """Make a call after those made before; return a future that is done when the reply is in."""
         place = Place(call)
         self._queue.append(place)
         connection = self._connection
@@ -67,7 +70,7 @@ class Channel(Retryable):
             raise
 
     async def connect(self) -> None:
-        """Make the first connection. Raises what hinders it."""
+        """Make a connection. Raises OSError, or what the server answers."""
         connection, state = await connect(self._core)
         connection.on_room, connection.on_lost = self._send, self._on_lost
         self._connection = connection
@@ -78,7 +81,7 @@ class Channel(Retryable):
         self._was_idle = not connection.due
         if connection.has_answered or self._was_idle:
             self._retries.reset()
-        # One that was being moved is in both.
+        # If sending was interrupted, a call may be in both.
         self._queue = deque(dict.fromkeys([*connection.due, *self._queue]))
         connection.due.clear()
         if self._has_calls():
@@ -177,7 +180,7 @@ class Channel(Retryable):
 
 
 def retrieve_error(future: asyncio.Future[None]) -> None:
-    """Keep asyncio from logging the error of a future that nothing waits for any more."""
+    """Keep asyncio from logging the error of a future that nothing awaits any more."""
     if not future.cancelled():
         future.exception()
 
@@ -190,22 +193,22 @@ class Pool:
         self.process = process()
         self._core = core
         self._channels: set[Channel] = set()
-        # Those that were used to wait; the one used last stands last.
+        # Connections for reads that wait, the last used at the end.
         self._idle: deque[Channel] = deque()
         self._sweeper: asyncio.TimerHandle | None = None
         self.shared = self._add_channel()
-        """The connection for all calls that do not wait."""
+        """The connection of all calls that do not wait."""
         self._guard = _close_at_end(self._channels)
         with suppress(StopIteration):
             self._guard.__anext__().send(None)
 
     @property
     def is_in_use(self) -> bool:
-        """Whether its event loop is running, in another thread."""
+        """Whether its event loop is running."""
         return self.process is process() and self.loop.is_running()
 
     async def wait(self, call: Call) -> None:
-        """Make a call that waits on a connection of its own: calls behind it would wait too."""
+        """Make a call that waits on its own connection; calls after it would wait too."""
         channel = self._idle.pop() if self._idle else self._add_channel()
         try:
             await channel.ask(call)
@@ -248,7 +251,7 @@ class Pool:
 
 
 async def _close_at_end(channels: set[Channel]) -> AsyncGenerator[None, None]:
-    """Close connections when `asyncio.run` ends the asynchronous generators of its loop, or when the pool is gone."""
+    """Close connections when `asyncio.run` closes the async generators of its loop, or when the pool is deleted."""
     try:
         yield
     finally:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from dsmq.client.dial import Selector, dial
 from dsmq.client.replies import raise_if_fatal, reason
 from dsmq.client.requests import FORKED, Call, Producer, PutMany
-from dsmq.errors import DSMQError
+from dsmq.errors import DSMQError, ReplyError
 from dsmq.system import (
     LONG_YIELD_PAUSE_SECONDS,
     LONG_YIELD_SECONDS,
@@ -26,20 +26,20 @@ from dsmq.wire.resp import Reply, ReplyParser
 if TYPE_CHECKING:
     from ssl import SSLContext
 
-# With long replies, more is received at once. At first that would be slower: the system allocates an object of 128 KiB
-# anew, and frees it, each time.
+# With long replies, receive more at once. For short ones that is slower: an object of more than 128 KiB is allocated
+# from the system, and freed, each time.
 _RECEIVE_BYTES, _RECEIVE_MORE_BYTES = 65_536, 262_144
-# The longest timeout of a socket: in milliseconds it must fit into 32 bits.
+# A socket's timeout in milliseconds must fit into 32 bits.
 _LONGEST_TIMEOUT = 1e6
-# After a longer pause, check that a connection is still open before sending on it.
+# After a longer pause, check that a connection is still open before sending.
 LONG_PAUSE_SECONDS = 0.1
 CLOSED_BY_SERVER = "the server has closed the connection"
-# The slowest link that is not given up; the server waits no longer either.
+# A slower link times out, as it does at the server.
 _SLOWEST_SECONDS_PER_BYTE = 1 / 16_384
-# How long to poll for a reply before going to sleep.
+# How long to poll for a reply before sleeping.
 BUSY_POLL_SECONDS = 150e-6
-# A signal handler may fork without Python's hooks. In the child, the interrupted call would wait for a reply that goes
-# to the parent, on a descriptor that may belong to another connection by then. So it wakes up now and then to check.
+# A signal handler may fork without Python's hooks. In the child, the interrupted call would wait for a reply that the
+# parent receives, so it wakes up now and then to check.
 _LONGEST_SLEEP_SECONDS = 1.0
 
 
@@ -51,7 +51,7 @@ class Connection:
         self.used_at = math.inf
         self._process = process()
         self._parser = ReplyParser()
-        # How long the reply may take, and any without waiting.
+        # How long the next reply may take, and one without a wait.
         self._timeout, self._base_timeout = timeout, timeout
         self._deadline = math.inf
         self._poll_not_before = 0.0
@@ -59,7 +59,7 @@ class Connection:
         self.received = b""
         """What was received last."""
         self._socket = dial(endpoint, tls, min(timeout, _LONGEST_TIMEOUT))
-        # An interrupted call may drop the connection at any point.
+        # An interrupt may drop the connection at any point.
         weakref.finalize(self, self._socket.close)
         self._selector = Selector()
         self._selector.register(self._socket, EVENT_READ)
@@ -67,7 +67,7 @@ class Connection:
     def ask(self, call: Call) -> None:
         """Make a call that gets one reply."""
         self.send(call.request(self.producer), call.seconds)
-        call.take_reply(self.receive())
+        call.reply = self.receive()
 
     def ask_all(self, puts: PutMany) -> None:
         """Send puts in batches; one is on its way while the replies to the one before are read."""
@@ -96,22 +96,23 @@ class Connection:
     def send(self, data: bytes, seconds: float = 0.0) -> None:
         """Send requests; the server may wait for `seconds` before it replies."""
         self._timeout = seconds + self._base_timeout
-        self.reset_deadline()
+        now = self.used_at = time.monotonic()
+        self._deadline = now + self._timeout
         try:
             sent = self._send(data)
             while sent < len(data):
                 self.reset_deadline()
                 sent += self._send(memoryview(data)[sent:])
-            # The kernel may have taken more than the network has.
+            # The kernel may have buffered more than it has sent.
             self._deadline += sent * _SLOWEST_SECONDS_PER_BYTE
         except ConnectionError:
-            # The server has hung up. It may have sent the reason, which `receive` returns before the end.
+            # The server has hung up. `receive` may still return the reason.
             return
 
     def _send(self, data: bytes | memoryview) -> int:
-        """Send as much as the socket takes, at least something."""
+        """Send as much as the socket accepts, at least a byte."""
         while True:
-            # A signal handler may have forked: the child must not write to the parent's connection.
+            # A signal handler may have forked: a child must not write to the parent's connection.
             if process() is not self._process:
                 raise ConnectionResetError(FORKED)
             try:
@@ -120,25 +121,30 @@ class Connection:
                 self._wait(EVENT_WRITE)
 
     def reset_deadline(self) -> None:
-        """Give the outstanding replies their full time again."""
+        """Restart the time within which a reply must arrive."""
         self.used_at = time.monotonic()
         self._deadline = self.used_at + self._timeout
 
     def receive(self) -> Reply:
         """Return the next reply. Raises OSError if the connection breaks or the reply is overdue."""
-        while (reply := self._parser.next()) is None:
+        parser = self._parser
+        # Asking an empty parser is slow.
+        found = parser.next() if len(parser) else None
+        while found is None:
             data = self._receive()
             if not data:
                 raise ConnectionResetError(CLOSED_BY_SERVER)
             self.received = data
-            self._parser.feed(data)
-        return raise_if_fatal(reply[0])
+            parser.feed(data)
+            found = parser.next()
+        reply = found[0]
+        return raise_if_fatal(reply) if isinstance(reply, ReplyError) else reply
 
     def _receive(self) -> bytes:
         """Wait for data and return it; empty at the end of the connection.
 
-        It polls for a moment before it sleeps, as the server does: to wake a sleeping processor takes longer than most
-        requests, in virtual machines above all. Not if that was in vain the last time.
+        It polls for a moment before it sleeps, unless that was in vain the last time: waking a sleeping processor takes
+        longer than most requests, especially in virtual machines.
         """
         began = now = time.monotonic()
         while True:
@@ -156,7 +162,7 @@ class Connection:
                     self._receive_bytes = _RECEIVE_MORE_BYTES
                 return data
             if self._poll_not_before <= now < began + BUSY_POLL_SECONDS:
-                # If the server waits for this processor, let it run.
+                # The server may be waiting for this processor.
                 yield_processor()
             else:
                 self._wait(EVENT_READ)
@@ -164,7 +170,7 @@ class Connection:
     def _adapt_polling(self, began: float) -> None:
         """Decide by how long the reply took whether to poll for the next one."""
         now = self.used_at = time.monotonic()
-        # The link may be slow: whatever arrives is progress.
+        # On a slow link, anything that arrives is progress.
         if self._deadline < now + self._base_timeout:  # noqa: PLR1730 - faster
             self._deadline = now + self._base_timeout
         if now - began > LONG_YIELD_SECONDS:
@@ -184,7 +190,7 @@ class Connection:
         """Why the connection has ended, if it has. No reply may be outstanding."""
         try:
             if data := self._socket.recv(self._receive_bytes):
-                # Unasked, the server only sends why it hangs up.
+                # Without a request, the server only sends why it hangs up.
                 self._parser.feed(data)
                 return f"unexpected: {self.receive()!r}"
         except BlockingIOError:
@@ -213,11 +219,11 @@ class Connection:
             else:
                 self._socket.interrupt()
         except OSError:
-            return  # Either side has closed it already.
+            return  # It is closed already.
 
     @property
     def is_open(self) -> bool:
-        """Whether it has not been closed on this side."""
+        """Whether this side has not closed it."""
         return self._socket.fileno() >= 0
 
     def close(self) -> None:

@@ -16,10 +16,10 @@ from dsmq.client.requests import Retryable
 from dsmq.client.session import Session, State
 from dsmq.errors import ClientClosed, ReplyError
 
-# All but one of several connections are closed after having been idle for this long.
+# Surplus connections are closed after having been idle for this long, with the next call.
 IDLE_SECONDS = 5.0
-# The second attempt to connect follows at once, the others after this delay, doubling each time, with jitter, so that
-# many clients do not all come back at once.
+# The first retry is immediate. The others follow after this delay, doubling each time, with jitter, so that many
+# clients do not all reconnect at once.
 _FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.01, 1.0
 
 _logger = logging.getLogger(__name__)
@@ -41,19 +41,19 @@ class Retries:
         self.reset()
 
     def reset(self) -> None:
-        """Start anew, after progress."""
+        """Start again, after progress."""
         self._until = math.inf
         self._delays = _retry_delays()
 
     def next_delay(self) -> float | None:
-        """Return how many seconds to wait before the next attempt; None if it is time to give up."""
+        """Return the seconds to wait before the next attempt; None if it is time to give up."""
         now = time.monotonic()
         self._until = min(self._until, now + self._seconds)
         delay = next(self._delays)
         return delay if now + delay < self._until else None
 
     def tried(self, error: Exception) -> Exception:
-        """Return the error to give up with: this one, and for how long it was tried."""
+        """Return the error to give up with: this one, and how long the attempts took."""
         seconds = time.monotonic() - (self._until - self._seconds)
         return ConnectionError(f"{reason(error)} (tried for {seconds:.1f} s)") if self._seconds else error
 
@@ -69,7 +69,7 @@ class Core:
     """What the calls of a client share."""
 
     def __init__(self, host: str, port: int, options: Options) -> None:
-        """Raises TypeError or ValueError if an option makes no sense."""
+        """Raises TypeError or ValueError if an option is invalid."""
         if unknown := sorted(options.keys() - Options.__annotations__.keys()):
             raise TypeError(f"unexpected arguments: {', '.join(unknown)}")
         self.timeout = arguments.seconds("timeout", options.get("timeout", 10.0), zero=False)
@@ -92,16 +92,15 @@ class Core:
             raise ClientClosed(about)
 
     def retry_delay(self, call: Retryable, error: BaseException, retries: Retries, *, connected: bool) -> float | None:
-        """Return how long to wait before making a call again, on another connection; None if the error is to be raised.
+        """Return how long to wait before making a call again on another connection; None to raise the error.
 
-        `connected` says whether the call had a connection. Raises another error if the call is not to be made again
-        because of this one.
+        `connected`: whether the call had a connection. Raises another error if the call must not be made again.
         """
         if not is_lost(error, connecting=not connected):
             if self.is_down and isinstance(error, ReplyError):
                 self.announce("resumed" if connected else "given up", error)
-            # Raised here, it would refer to itself by way of this frame, and keep its connection until garbage is
-            # collected.
+            # Raised here, it would refer to itself through this frame, and keep its connection until the next garbage
+            # collection.
             return None
         if self.is_closed:
             raise ClientClosed("the client was closed during the call") from error
@@ -122,7 +121,7 @@ class Core:
         return "lost" in self._down
 
     def announce(self, state: State, error: BaseException | None = None) -> None:
-        """Log and report a new state: each loss once, and each end of it once."""
+        """Log and report a new state: each loss and each recovery once."""
         if not self._enter(state):
             return
         if state == "lost" and self.reconnect_timeout:
@@ -150,7 +149,7 @@ class Core:
 
 
 class Client:
-    """What needs no connection, in both clients."""
+    """What both clients have in common."""
 
     def __init__(self, host: str, port: int, options: Options) -> None:
         self._core = Core(host, port, options)
@@ -162,26 +161,26 @@ class Client:
         return f"<dsmq client of {self._core.endpoint}{', closed' if self._core.is_closed else ''}>"
 
     def position(self, topic: str) -> str:
-        """Return where this client has read a topic to: behind the last message that was handed out.
+        """Return this client's position in a topic: after the last message that was returned.
 
-        It can be stored, and given to `seek` of any client, for this topic or another.
+        It can be stored, and passed to `seek` of any client, for any topic.
         """
         return self._session.position(topic)
 
     def seek(self, topic: str, position: str | int) -> None:
-        """Read a topic on from a position, or behind the message with an id; 0 is before all that the server has.
+        """Continue reading a topic at a position, or after the message with an id; 0 is before all messages.
 
-        A position of another epoch, before the server lost its messages, is of no use: the topic is then read from its
-        oldest message, and on_state_change is called with `replaced`. An id above all that the server has ever assigned
-        makes the next read raise BadRequest. Raises ValueError if it is neither a position nor an id.
+        After a position of another epoch, from before the server lost its messages, the topic is read from its oldest
+        message, and on_state_change is called with `replaced`. After an id that the server has not assigned yet, the
+        next read raises BadRequest. Raises ValueError if it is neither a position nor an id.
         """
         if not self._session.seek(topic, position):
             self._core.report("replaced")
 
     def forget(self, topic: str) -> None:
-        """Forget how far a topic was read, to save memory. If read again, it starts where this client connected.
+        """Forget the position in a topic, to save memory. If read again, it starts where this client connected.
 
-        Topics in which nothing comes any more are forgotten anyway, when all that was read there has expired.
+        With more than a thousand topics, silent ones are forgotten anyway when all that was read there has expired.
         """
         self._session.forget(topic)
 

@@ -27,11 +27,11 @@ Address: TypeAlias = "tuple[int, int, int, Any]"
 
 STAGGER_SECONDS = 0.25
 """How long an address has before the next one is tried in parallel (RFC 8305, section 5)."""
-# Once one address has refused, so that a server may be starting there, the others get no longer than this.
+# When an address has refused, a server may be starting there; the others get no longer than this.
 REST_SECONDS = 2.0
 # A selector accepts no infinite wait.
 _LONGEST_WAIT_SECONDS = 86_400.0
-# A Unix socket whose queue is full says EWOULDBLOCK, and does not go on connecting.
+# Not EWOULDBLOCK: a Unix socket with a full queue reports that, and does not continue connecting.
 _IN_PROGRESS = {errno.EINPROGRESS, getattr(errno, "WSAEWOULDBLOCK", errno.EINPROGRESS)}
 _TLS_ALERT = b"\x15\x03"
 # The first bytes from other programs that users mistake for a server.
@@ -216,7 +216,7 @@ class Race:
         reasons = "; ".join(f"{address[3][0]}: {reason(error)}" for address, error in errors)
         refused = [error for _, error in errors if isinstance(error, ConnectionRefusedError)]
         if refused:
-            # Whatever happened to the others: a server may be starting there.
+            # A server may be starting there, whatever happened to the other addresses.
             about = f" ({reasons})" if len(refused) < len(errors) else ""
             return ConnectionRefusedError(errno.ECONNREFUSED, f"no server answers at {self._endpoint}{about}")
         first = errors[0][1]

@@ -1,4 +1,4 @@
-"""The connections of the blocking client: each call has one for itself; idle ones are used again."""
+"""The connections of the blocking client: each call has one to itself; idle ones are reused."""
 
 from __future__ import annotations
 
@@ -23,12 +23,11 @@ class Pool:
 
     def __init__(self, core: Core) -> None:
         self._core = core
-        # Released on closing, for calls that wait to try again. Not an Event: its lock would hang a signal handler that
-        # closes the client.
+        # Released on closing, to wake calls that wait before a retry. Not an Event, whose lock would hang a signal
+        # handler that closes the client.
         self._closing = _thread.allocate_lock()
         self._closing.acquire()
         self._process = process()
-        # Lists are safe to use from several threads.
         self.idle: list[Connection] = []
         self._refs: set[weakref.ref[Connection]] = set()
         self._is_tidying = False
@@ -71,15 +70,15 @@ class Pool:
                     self.idle.pop(0).close()
 
     def discard(self, connection: Connection | None, error: BaseException) -> None:
-        """Close a connection after a call has failed on it: replies may be outstanding, which no other call may get."""
+        """Close a connection on which a call failed: the next call must not receive its replies."""
         if connection is not None:
             connection.close()
         if is_lost(error, connecting=connection is None):
-            # The others have most likely broken too.
+            # The others have most likely broken as well.
             self.close_idle()
 
     def connect(self) -> Connection:
-        """Return a new connection."""
+        """Return a new connection. Raises OSError, or what the server answers, if there is none."""
         core = self._core
         core.raise_if_closed("the client is closed")
         connection = None
@@ -104,21 +103,21 @@ class Pool:
     def wait(self, seconds: float) -> None:
         """Wait before another attempt. Raises ClientClosed if the client is closed meanwhile."""
         if self._closing.acquire(timeout=seconds):
-            # For the next that waits.
+            # For the next one that waits.
             self._closing.release()
         self._core.raise_if_closed()
 
     def close(self) -> None:
-        """Close all connections, and end the waiting for new ones. Idempotent."""
+        """Close all connections, and wake calls that wait for one. Idempotent."""
         with suppress(RuntimeError):
             self._closing.release()
-        # Those in use are closed by the calls that use them.
+        # The calls that use the others close them.
         for connection in self.connections:
             connection.interrupt()
         self.close_idle()
 
     def close_idle(self) -> None:
-        # One by one until none is left, because other threads take and give back meanwhile.
+        # One by one, because other threads borrow and give back meanwhile.
         with suppress(IndexError):
             while True:
                 self.idle.pop().close()
@@ -138,8 +137,8 @@ class Pool:
         return self._is_tidying
 
     def after_fork(self) -> None:
-        """Start anew in a child process."""
-        # The sockets are the parent's: closing them here does not close them there.
+        """Start again in a child process."""
+        # Closing the sockets here does not close the parent's.
         connections, self._refs, self.idle = self.connections, set(), []
         self._closing, self._is_tidying = _thread.allocate_lock(), False
         self._closing.acquire()
@@ -166,6 +165,6 @@ def _after_fork() -> None:
         pool.after_fork()
 
 
-# A call notices by itself that it is in another process. This closes the parent's sockets earlier.
+# The next call would notice the fork. This closes the parent's sockets at once.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)

@@ -1,9 +1,8 @@
-"""The messages of one topic at a client: where to read on, and what was read ahead.
+"""A client's position in one topic, and the messages read ahead there.
 
-There are no locks. Other threads share a reader, and so do signal handlers, which run between any two steps of the call
-that they interrupt and may call the client themselves: a lock would not keep them out, only hang them. So a state is
-never changed. It is superseded by the state that is linked to it first, by `dict.setdefault`, which nothing can
-interrupt; a call that comes second looks again.
+A reader is shared by threads, and by signal handlers, which run between any two steps of the call that they interrupt,
+and may call the client themselves. A lock would hang them. So a state is never changed: it is replaced by linking the
+next one to it with `dict.setdefault`, which is atomic. A call that comes second starts again from the new state.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from dsmq.client.stretch import Entry, Era, Step, Stretch, holes, in_next_era, i
 from dsmq.errors import MessageNotText
 from dsmq.system import boot_time
 
-# How long messages may wait in the read-ahead before the server is asked again: it may have a new max_age by then.
+# How long messages may stay in the read-ahead before they are read again, since max_age may have changed.
 FRESH_SECONDS = 1.0
-# How many messages the server sends in reply to one READ, and how many bytes, unless fewer are requested.
+# How many messages, and how many bytes, the server sends in reply to a READ that does not request fewer.
 _DEFAULT_COUNT = 100
 MAX_READ_BYTES = 262_144
 MIN_READ_BYTES = 4096
@@ -30,20 +29,20 @@ _logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 Claim: TypeAlias = "list[tuple[TopicReader, Stretch, int, Step]]"
-"""What a call takes, noted before it takes it, so that it can be given back wherever the call is interrupted."""
+"""What a call takes, recorded before it is taken, so that it can be given back wherever the call is interrupted."""
 Tried: TypeAlias = "list[tuple[Step, Stretch, int, Stretch]]"
-"""What was tried to give back a claim: what was taken, and which state was to follow which."""
+"""Attempts to give back a claim: what was taken, and which state was to follow which."""
 Returned: TypeAlias = "list[tuple[Claim, Tried]]"
 """Claims of calls that were interrupted.
 
-Such a call only appends its claim, which no second interrupt can prevent; the next call gives back the messages.
+Such a call only appends its claim, which is atomic; the next call gives the messages back.
 """
 Asked: TypeAlias = "tuple[Stretch, int, bool]"
-"""The state in which a READ is sent, the id after which to read, and whether it may wait."""
+"""The state in which a READ is sent, the id after which it reads, and whether it may wait."""
 
 
 def take_back(returned: Returned) -> None:
-    """Make messages unread again that calls took and could not return. If this is interrupted, the next one goes on."""
+    """Make messages unread again that interrupted calls took. If this is interrupted, the next call continues."""
     with suppress(IndexError, ValueError):
         while True:
             claim, tried = first = returned[0]
@@ -56,13 +55,15 @@ def take_back(returned: Returned) -> None:
 class TopicReader:
     """The messages of one topic."""
 
-    __slots__ = ("_seen", "count", "topic")
+    __slots__ = ("_seen", "count", "topic", "used_at")
 
     def __init__(self, topic: str, era: Era) -> None:
         self.topic = topic
         self._seen = Stretch(era, era.start, era.number), 0
         self.count = 0
         """How many messages to request; 0 leaves that to the server."""
+        self.used_at = -math.inf
+        """When messages last arrived, by `boot_time`."""
 
     def _current(self) -> tuple[Stretch, int]:
         """Return the current state, and how many of its read-ahead have been taken."""
@@ -90,7 +91,7 @@ class TopicReader:
 
     @property
     def position(self) -> tuple[str, int]:
-        """Epoch and id of the last message handed out; if messages were given back, of the one before them."""
+        """Epoch and id of the last message returned; if messages were given back, of the one before them."""
         stretch, at = self._current()
         if stretch.fresh == math.inf and stretch.rest:
             # These ids are of an earlier run of the server.
@@ -99,13 +100,13 @@ class TopicReader:
 
     @property
     def missed(self) -> int:
-        """How many messages expired unread before the last one handed out."""
+        """How many messages expired unread before the last one returned."""
         stretch, at = self._current()
         return stretch.missed_at(at)
 
     @property
     def doubt(self) -> tuple[Era, int] | None:
-        """The era and the id for which the server must be asked for `restored_number` before it is read from."""
+        """The era and id for which to request `restored_number` before messages are taken, if any."""
         stretch, at = self._current()
         return (stretch.era, stretch.handed(at)[0]) if stretch.ask else None
 
@@ -121,23 +122,23 @@ class TopicReader:
                 return
 
     def shrink(self) -> None:
-        """Free the messages that have been handed out."""
+        """Free the messages that have been returned."""
         stretch, at = self._current()
         if at and at == len(stretch.ahead):
             self._move(stretch, at, stretch.rest_from(at))
 
     def asked(self) -> Asked:
-        """Return what to request more messages by."""
+        """Return what to request next."""
         stretch, at = self._current()
         after = stretch.ahead[-1].id if stretch.ahead else stretch.id
         if stretch.fresh == math.inf:
-            # The server may refuse an id of another epoch. Its reply is not used.
+            # The server may refuse an id of another epoch. The reply is not used.
             after = 0
-        # Another call may have read ahead what this one wants.
+        # Don't wait if another call has read ahead.
         return stretch, after, at == len(stretch.ahead)
 
     def asked_for_latest(self) -> Asked:
-        """Return what to request the latest message by, which skips the read-ahead."""
+        """Return what to request for the latest message, which skips the read-ahead."""
         stretch, at = self._current()
         last = stretch
         while last.rest:
@@ -147,7 +148,7 @@ class TopicReader:
     def accept(self, asked: Asked, found: list[Entry]) -> bool:
         """Take in the reply to a READ; return whether there may be more now.
 
-        Messages that another thread has fetched meanwhile are recognised by their ids. A reply to a request from before
+        Messages that another thread has fetched meanwhile are recognized by their ids. A reply to a request from before
         a `seek`, or from another era, is ignored.
         """
         before, behind, _ = asked
@@ -162,7 +163,7 @@ class TopicReader:
                 fresh = stretch.fresh if ahead else boot_time() + FRESH_SECONDS
                 after: Stretch | None = stretch.rest_from(at, [*ahead, *new], fresh)
             else:
-                # An older reply does not tell that what was seen later has gone.
+                # After an older reply, messages seen since may still exist.
                 after = stretch.exhausted(at) if stretch is before and at == len(stretch.ahead) else None
             if after is None:
                 return bool(found) or at < len(stretch.ahead)
@@ -171,7 +172,7 @@ class TopicReader:
                 return bool(found) or stretch.rest is not None
 
     def _note_progress(self, stretch: Stretch, at: int, new: list[Entry]) -> None:
-        """Request more next time if all of the last batch was read in time; log messages that were missed."""
+        """Request more next time if the last batch was read in time; log missed messages."""
         if self.count and at and at == len(stretch.ahead):
             self.count = 0 if self.count > _DEFAULT_COUNT / 2 else self.count * 2
         last = stretch.ahead[-1].number if stretch.ahead else stretch.number
@@ -180,9 +181,9 @@ class TopicReader:
             _logger.warning("topic %r: %d messages expired before they were read", self.topic, missed)
 
     def take(self, claim: Claim, n: int, convert: Callable[[TopicReader, Entry], T]) -> list[T]:
-        """Take up to `n` of the messages that were read ahead, and note them in `claim`.
+        """Take up to `n` of the messages that were read ahead, and record them in `claim`.
 
-        It stops short of one that can't be converted. Raises MessageNotText if that is the first.
+        Stops before one that can't be converted. Raises MessageNotText if that is the first.
         """
         while True:
             stretch, at = self._seen
@@ -202,13 +203,13 @@ class TopicReader:
             if stretch.next.setdefault(at, step) is step:
                 self._seen = stretch, step[0]
                 if stretch.rest and len(taken) < n:
-                    # This stretch was only what had been given back.
+                    # This stretch held only what had been given back.
                     with suppress(MessageNotText):
                         taken += self.take(claim, n - len(taken), convert)
                 return taken
 
     def _refresh(self, stretch: Stretch, at: int, now: float) -> None:
-        """Drop a read-ahead that is not fresh any more; what has not expired will be fetched again."""
+        """Drop a read-ahead that is no longer fresh; what has not expired will be fetched again."""
         left: Sequence[Entry] = ()
         if stretch.fresh == math.inf:
             left = [entry for entry in stretch.ahead[at:] if entry.expires > now]
@@ -222,13 +223,13 @@ class TopicReader:
     def take_latest(
         self, claim: Claim, asked: Asked, found: list[Entry], convert: Callable[[TopicReader, Entry], T]
     ) -> list[T] | None:
-        """Take what READ … LATEST found, and skip all before it. None if the request is not current any more."""
+        """Take what READ … LATEST found, and skip all before it. None if the request is outdated."""
         while True:
             stretch, at = self._current()
             if stretch.era is not asked[0].era or stretch.generation != asked[0].generation:
                 return None
             if not found or found[-1].id <= self.asked_for_latest()[1]:
-                # There may still be messages that were given back, or that the server has lost.
+                # There may be messages that were given back, or that the server has lost.
                 return self.take(claim, 1, convert) if stretch.rest else []
             entry = found[-1]
             taken = [convert(self, entry)]
@@ -239,7 +240,7 @@ class TopicReader:
                 return taken
 
     def give_back(self, stretch: Stretch, at: int, step: Step, tried: Tried) -> None:
-        """Make messages that were taken from a state unread again, unless an earlier try has done so."""
+        """Make messages that were taken from a state unread again, unless an earlier attempt has."""
         ahead = stretch.ahead[at : step[0]] if isinstance(step, tuple) else ()
         last = ahead[-1] if isinstance(step, tuple) else step
         known = last.id, last.number or 0
@@ -271,10 +272,10 @@ class TopicReader:
                 return
 
     def seek(self, after: int, epoch: str = "") -> bool:
-        """Continue after an id of an epoch, or of the present one, and drop what was read ahead.
+        """Continue after an id of an epoch, by default the current one, and drop what was read ahead.
 
-        Returns False if the epoch is another one: then the oldest message is next, unless the client finds that the
-        server was restarted and has that epoch now.
+        Returns False if it is another epoch: then the oldest message is next, unless it turns out that the server was
+        restarted and has that epoch now.
         """
         while True:
             stretch, at = self._current()

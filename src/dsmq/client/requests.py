@@ -6,7 +6,7 @@ import binascii
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Self, TypeAlias, TypeVar
 
 from dsmq.client import arguments
@@ -22,24 +22,24 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Convert: TypeAlias = Callable[[TopicReader, Entry], T]
-"""Makes of a message what the user gets."""
+"""Converts a message to what the caller gets."""
 
 FORKED = "this process is a child of the one that made the connection"
 NOT_RUN = (ShuttingDown, TimedOut, AuthRequired)
-"""Errors after which the server hangs up, having run no request that it has not answered."""
+"""Errors after which the server hangs up without having run the unanswered requests."""
 
-# The longest wait to request at once. A longer one is requested in parts, so that both sides soon notice when the other
-# has vanished.
+# A longer wait is requested in parts, so that both sides soon notice if the other has vanished.
 MAX_WAIT_SECONDS = 15.0
-# How much `put_many` sends before it reads replies: little enough that both directions fit into the kernel's buffers,
-# and twice as many puts are no more than a server remembers of one producer.
+# The size of a batch of `put_many`: both directions fit into the kernel's buffers, and twice as many puts are no more
+# than a server remembers of one producer.
 PUTS_AT_ONCE = 500
 BYTES_AT_ONCE = 262_144
 # The bytes of a put besides topic and message.
 _PUT_BYTES = 80
-# A batch that takes longer to make is sent as far as it has been made.
+# A batch whose messages take longer to come is sent as far as it has them.
 _LONG_BATCH_SECONDS = 0.1
-# How long a put is sent again: well within the 600 seconds for which the server remembers it.
+_AGAIN = b"*7%b$5\r\nAGAIN\r\n"
+# How long a put is retried: well within the 600 seconds for which the server remembers it.
 RESEND_SECONDS = 300.0
 # If a read waited longer than this before its connection broke, a server was there.
 _LONG_WAIT_SECONDS = 1.0
@@ -54,8 +54,7 @@ class Producer:
 
     def __init__(self, run: bytes, era: Era | None = None) -> None:
         self.run, self.era = run, era
-        """The run of the server that it is for: see PROTOCOL.md."""
-        # Not from the module `secrets`, which takes longer to import than the rest of this package.
+        # Importing the module `secrets` takes longer than importing the rest of this package.
         self._name = binascii.b2a_base64(os.urandom(9), newline=False)
         self._seq = 0
         self._process = process()
@@ -149,7 +148,7 @@ class Read(Call):
         self.seconds = 0.0
         self._asked_at: float
         self.asked: Asked
-        """The state in which it was asked last."""
+        """What was requested last."""
 
     @property
     def waits(self) -> bool:
@@ -170,7 +169,6 @@ class Read(Call):
         if size < MAX_READ_BYTES:
             options, count = options + encode_option(b"BYTES", size), count + 2
         if self._until and may_wait:
-            # The time that is left: it may have been interrupted.
             self._asked_at = time.monotonic()
             left = self._until - self._asked_at
             self.seconds = min(left, MAX_WAIT_SECONDS) if left > 0 else 0.0
@@ -183,17 +181,8 @@ class Read(Call):
             # The link may be slow.
             self._session.read_bytes = max(MIN_READ_BYTES, self._session.read_bytes // 4)
             return False
-        # Something may cut connections that are idle for a while; what only accepts connections is not a server.
+        # Something may cut idle connections; but what only accepts connections and closes them is not a server.
         return bool(self.seconds) and time.monotonic() - self._asked_at > _LONG_WAIT_SECONDS
-
-    def take_in(self, found: list[Entry]) -> bool:
-        """Take in the messages of the reply; return whether there may be more now."""
-        reader, session = self._reader, self._session
-        if found:
-            reader = session.keep(reader)
-            if session.read_bytes < MAX_READ_BYTES:
-                session.read_bytes = min(MAX_READ_BYTES, session.read_bytes + MIN_READ_BYTES)
-        return reader.accept(self.asked, found)
 
 
 ALL = object()
@@ -202,9 +191,9 @@ ALL = object()
 
 def read(  # noqa: PLR0913, PLR0917 - what a read consists of
     session: Session,
+    reader: TopicReader,
     claim: Claim,
     taken: list[T],
-    topic: str,
     n: int,
     seconds: float,
     convert: Convert[T],
@@ -215,9 +204,8 @@ def read(  # noqa: PLR0913, PLR0917 - what a read consists of
     The calls are to be made one after another, each before the next is taken.
     """
     if latest:
-        yield from _read_latest(session, claim, taken, topic, convert)
+        yield from _read_latest(session, reader, claim, taken, convert)
         return
-    reader = session.reader(topic)
     until = time.monotonic() + seconds if seconds else 0.0
     more = True
     while (more and len(taken) < n) or (until and not taken and time.monotonic() < until):
@@ -226,8 +214,10 @@ def read(  # noqa: PLR0913, PLR0917 - what a read consists of
         if session.is_restarted and (doubt := reader.doubt):
             yield (stats := Call(encode_request(b"STATS", reader.topic.encode(), b"AFTER", b"%d" % doubt[1])))
             reader.renumber(doubt, restored_number(stats.reply))
-        more = call.take_in(session.entries(call.reply))
-        reader = session.reader(topic)
+        found = session.entries(call.reply)
+        if found:
+            reader = session.keep(reader)
+        more = reader.accept(call.asked, found)
         if more:
             try:
                 taken += reader.take(claim, n - len(taken), convert)
@@ -237,18 +227,19 @@ def read(  # noqa: PLR0913, PLR0917 - what a read consists of
                 return
 
 
-def _read_latest(session: Session, claim: Claim, taken: list[T], topic: str, convert: Convert[T]) -> Iterator[Call]:
-    found: list[T] | None = None
-    while found is None:
-        reader = session.reader(topic)
+def _read_latest(
+    session: Session, reader: TopicReader, claim: Claim, taken: list[T], convert: Convert[T]
+) -> Iterator[Call]:
+    latest: list[T] | None = None
+    while latest is None:
         yield (call := Read(session, reader, latest=True))
-        entries = session.entries(call.reply)
-        if entries:
+        found = session.entries(call.reply)
+        if found:
             reader = session.keep(reader)
         elif call.asked[0].rest is None:
             return
-        found = reader.take_latest(claim, call.asked, entries, convert)
-    taken += found
+        latest = reader.take_latest(claim, call.asked, found, convert)
+    taken += latest
 
 
 def list_topics(found: list[tuple[str, int, int]]) -> Iterator[Call]:
@@ -261,37 +252,36 @@ def list_topics(found: list[tuple[str, int, int]]) -> Iterator[Call]:
 
 
 class Put(Call):
-    """Puts, which are sent again under their keys, so that each is stored once."""
+    """A put, which is sent again under its key, so that it is stored once."""
 
-    __slots__ = ("_is_sent", "_keyed", "_puts", "_run", "_sent_at", "is_unsure")
+    __slots__ = ("_is_sent", "_keyed", "_put", "_run", "_sent_at", "is_unsure")
 
-    def __init__(self, *puts: tuple[bytes, bytes]) -> None:
-        """`puts` are topics and messages: see `Session.put`."""
-        self._puts = puts
-        self._keyed: list[bytes] = []
+    def __init__(self, put: tuple[bytes, bytes]) -> None:
+        """`put` is the topic and the message: see `Session.put`."""
+        self._put = put
+        self._keyed = b""
         self._is_sent = False
         self.is_unsure = False
-        """Whether they may be stored: they were sent, and no reply says otherwise."""
+        """Whether it may be stored: it was sent, and no reply says otherwise."""
         self.seconds = 0.0
 
     def request(self, producer: Producer) -> bytes:
-        producer.check_process()
         self._is_sent = True
         if self.is_unsure:
             self._raise_if_forgotten(producer)
-            return b"".join([b"*7%b$5\r\nAGAIN\r\n" % keyed for keyed in self._keyed])
+            return _AGAIN % self._keyed
         self._run, self._sent_at = producer.run, boot_time()
-        self._keyed = [producer.put(*put) for put in self._puts]
-        return b"*6" + b"*6".join(self._keyed)
+        self._keyed = producer.put(*self._put)
+        return b"*6" + self._keyed
 
     def _raise_if_forgotten(self, producer: Producer) -> None:
-        """Raise ConnectionLost if the server may have forgotten whether it stored them."""
+        """Raise ConnectionLost if the server may have forgotten what it stored."""
+        about = ""
         if producer.run != self._run:
-            raise ConnectionLost(
-                "the server was restarted, and does not know what it had stored last", may_be_stored=True
-            )
-        if boot_time() - self._sent_at > RESEND_SECONDS:
+            about = "the server was restarted, and does not know what it had stored last"
+        elif boot_time() - self._sent_at > RESEND_SECONDS:
             about = f"no reply for {RESEND_SECONDS:g} s, and the server may have forgotten whether it is stored"
+        if about:
             raise ConnectionLost(about, may_be_stored=True)
 
     def on_connection_lost(self, error: Exception) -> bool:
@@ -306,11 +296,12 @@ class Put(Call):
 class Batch(Put):
     """Some of the puts of `put_many`. Those that have been answered are not sent again."""
 
-    __slots__ = ("_answered", "_many")
+    __slots__ = ("_all_keyed", "_answered", "_many", "_puts")
 
-    def __init__(self, many: PutMany, puts: Sequence[tuple[bytes, bytes]]) -> None:
-        super().__init__(*puts)
-        self._many = many
+    def __init__(self, many: PutMany, puts: list[tuple[bytes, bytes]]) -> None:
+        super().__init__(puts[0])
+        self._many, self._puts = many, puts
+        self._all_keyed: list[bytes] = []
         self._answered = 0
 
     @property
@@ -318,9 +309,17 @@ class Batch(Put):
         return len(self._puts) - self._answered
 
     def request(self, producer: Producer) -> bytes:
+        # The process may have forked while the messages were made.
+        producer.check_process()
+        self._is_sent = True
         done, self._answered = self._answered, 0
-        self._puts, self._keyed = self._puts[done:], self._keyed[done:]
-        return super().request(producer)
+        self._puts, self._all_keyed = self._puts[done:], self._all_keyed[done:]
+        if self.is_unsure:
+            self._raise_if_forgotten(producer)
+            return b"".join([_AGAIN % keyed for keyed in self._all_keyed])
+        self._run, self._sent_at = producer.run, boot_time()
+        self._all_keyed = [producer.put(name, body) for name, body in self._puts]
+        return b"*6" + b"*6".join(self._all_keyed)
 
     def take_reply(self, reply: Reply) -> None:
         self._many.take_reply(reply)

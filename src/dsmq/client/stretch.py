@@ -1,4 +1,4 @@
-"""Where a topic is read on, as states that are never changed: ranges of ids, and the messages read ahead in them."""
+"""States of a reader, which are never changed: ranges of ids to read, and the messages read ahead in them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Entry(NamedTuple):
 
 
 class Era:
-    """One run of the server in one epoch, as the client knows it. `next` holds the one that followed."""
+    """One run of the server in one epoch, as far as the client knows. `next` holds the one that followed."""
 
     __slots__ = ("_lost", "epoch", "next", "number", "run", "start")
 
@@ -27,11 +27,11 @@ class Era:
     ) -> None:
         self.epoch, self.run, self._lost = epoch, run, lost
         self.start, self.number = start, number
-        """Where a topic is read from, and the number of its message there, if known."""
+        """The id after which a topic is read, and the number of its message with that id, if known."""
         self.next: dict[int, Era] = {}
 
     def lost(self, message_id: int) -> tuple[int, int] | None:
-        """Return the range of lost ids that contains an id: the id before it, and its last."""
+        """Return the range of lost ids that contains an id: the id before the first, and the last."""
         return next((lost for lost in self._lost if lost[0] < message_id <= lost[1]), None)
 
 
@@ -70,36 +70,36 @@ class Stretch:
         sought: tuple[str, int] | None = None,
         rest: Stretch | None = None,
     ) -> None:
-        # The messages after this one, whose number may be unknown, up to the id `end`.
+        # It contains the messages after this one, whose number may be unknown, up to the id `end`.
         self.era, self.id, self.number, self.end = era, last_id, number, end
-        # Id and number of the newest message known to be in it, to count those that expire before they are read.
+        # Id and number of the newest message known to exist in it, to count those that expire unread.
         self.known = known
-        # What was read ahead, and until when it may be handed out without asking the server again: infinite if the
-        # server does not have it any more.
+        # What was read ahead, and until when it may be returned without reading it again: infinite if the server has
+        # lost it.
         self.ahead, self.fresh = ahead, fresh
         self.missed = missed
-        # How often it was told to read elsewhere, and how often since then messages were found to have expired: replies
-        # to earlier requests are of no use.
+        # The number of seeks, and how often since then messages were found to have expired: replies to earlier requests
+        # are outdated.
         self.generation = generation
-        # Whether the server may have lost messages up to `number`, and must be asked where numbering goes on.
+        # Whether the server may have lost messages up to `number`, so that it must be asked where numbering continues.
         self.ask = ask
-        # A position that `seek` was given, in an epoch not known yet; until something is read.
+        # A position that was sought in an epoch that is not known yet, until something is read.
         self.sought = sought
-        # What comes behind `end`.
+        # The stretch after `end`.
         self.rest = rest
-        # By how many of the read-ahead had been taken: the step that followed.
+        # The steps that followed, by how many of the read-ahead had been taken.
         self.next: dict[int, Step] = {}
 
     def handed(self, at: int) -> tuple[int, int | None]:
-        """Return id and number of the last message handed out, after `at` of the read-ahead have been taken."""
+        """Return id and number of the last message returned, after `at` of the read-ahead have been taken."""
         return self.ahead[at - 1][:2] if at else (self.id, self.number)
 
     def missed_at(self, at: int) -> int:
-        """Return how many messages had expired unread before the last one handed out."""
+        """Return how many messages had expired unread before the last one returned."""
         return self.missed + holes(self.number, self.ahead[:at]) if at else self.missed
 
     def rest_from(self, at: int, ahead: Sequence[Entry] = (), fresh: float = 0.0) -> Stretch:
-        """Return what is left of it then, with another read-ahead."""
+        """Return the rest of it, with another read-ahead."""
         known, ask, missed = self.known, self.ask and not at, self.missed_at(at)
         if len(self.ahead) > at:
             known = max(known, self.ahead[-1][:2])
@@ -110,7 +110,7 @@ class Stretch:
         )
 
     def left(self, at: int) -> Stretch:
-        """Return what is left of it then, with what is left of its read-ahead."""
+        """Return the rest of it, with the rest of its read-ahead."""
         return self.rest_from(at, self.ahead[at:], self.fresh)
 
     def left_rest(self, at: int) -> Stretch:
@@ -121,20 +121,20 @@ class Stretch:
         return after
 
     def continues(self, before: Stretch, behind: int) -> bool:
-        """Return whether a reply is still of use that was requested in an earlier state, for what is behind an id."""
+        """Return whether a reply requested in an earlier state, for messages after an id, is still useful."""
         if self.era is not before.era or self.generation != before.generation or self.fresh == math.inf:
             return False
         return behind <= (self.ahead[-1].id if self.ahead else self.id)
 
     def lost(self, at: int) -> int:
-        """Return how many messages have expired if no more of it comes."""
+        """Return how many messages have expired if the server has no more of it."""
         last_id, number = self.handed(at)
         if number is None or self.known[0] <= last_id:
             return 0
         return max(0, self.known[1] - number)
 
     def exhausted(self, at: int) -> Stretch | None:
-        """Return the state if the server has no more of it; None if that changes nothing."""
+        """Return the next state if the server has no more of it; None if that changes nothing."""
         if self.rest is None and self.known[0] <= (self.ahead[-1].id if self.ahead else self.id):
             return None
         if self.rest:
@@ -148,11 +148,11 @@ class Stretch:
 
 
 Step: TypeAlias = "tuple[int] | Stretch"
-"""How many of the read-ahead have been taken, or another state."""
+"""What follows a state: how many of its read-ahead have been taken, or another state."""
 
 
 def insert(stretch: Stretch, other: Stretch) -> Stretch:
-    """Return a chain of stretches, not in use yet, with another one inserted in the order of ids."""
+    """Insert a stretch in a chain that is not in use yet, in the order of ids; return the chain."""
     if other.id < stretch.id or stretch.rest is None:
         other.rest = stretch
         return other
@@ -161,9 +161,10 @@ def insert(stretch: Stretch, other: Stretch) -> Stretch:
 
 
 def holes(last: int | None, entries: Sequence[Entry]) -> int:
-    """Return how many numbers are missing in successive messages, and before them if the last number is known.
+    """Return how many numbers are missing among successive messages, and before them if the last number is known.
 
-    A topic whose numbering the server forgot starts again with 1. It was empty then, so not within these messages.
+    If the server has forgotten a topic's numbering, it starts again with 1, but not among these messages: the topic was
+    empty then.
     """
     first = entries[0].number
     before = first - 1 if last is None else last if last < first else 0
@@ -173,7 +174,7 @@ def holes(last: int | None, entries: Sequence[Entry]) -> int:
 def in_next_era(stretch: Stretch, at: int) -> Stretch:
     """Return the state in the era that followed.
 
-    What was read ahead and the server has lost is still handed out, until it expires.
+    Messages that were read ahead, and that the server has lost, are still returned until they expire.
     """
     era = stretch.era.next[0]
     missed = stretch.missed_at(at)
@@ -196,7 +197,7 @@ def in_next_era(stretch: Stretch, at: int) -> Stretch:
 
 
 def _restarted(part: Stretch, era: Era) -> list[Stretch]:
-    """Divide a stretch: what the server may still have, what it has lost, and what is put from now on."""
+    """Split a stretch into what the server may still have, what it has lost, and what will be put."""
     is_lost = part.fresh == math.inf
     ahead = [entry for entry in part.ahead if is_lost or era.lost(entry.id)]
     kept = [entry[:2] for entry in part.ahead[: len(part.ahead) - len(ahead)]]

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import functools
 import hashlib
 import json
 import logging
 import math
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from http import HTTPMethod, HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from importlib import resources
-from socketserver import BaseServer
 from typing import Any, NamedTuple
 
 from prometheus_client.exposition import choose_encoder
@@ -41,28 +39,22 @@ POLL_SECONDS = 0.1
 _logger = logging.getLogger(__name__)
 
 
-class HTTPEndpoint(ThreadingHTTPServer):
-    """Serves the metrics and the status on a listening socket, in threads of its own."""
-
-    daemon_threads = True
-    block_on_close = False
+class HTTPEndpoint:
+    """Serves the status page, the metrics and the health checks on a listening socket, each request in a thread."""
 
     def __init__(self, sock: socket.socket, status: Status, close: Callable[[socket.socket], None]) -> None:
         """`close` closes the listening socket at the end."""
-        # Skips TCPServer.__init__, which would create another socket.
-        BaseServer.__init__(self, sock.getsockname()[:2], _Handler)
+        sock.settimeout(POLL_SECONDS)
         self.socket = sock
         self.status = status
         self.registry = metrics.registry(status)
+        self.thread = threading.Thread(target=self._run, name="dsmq-metrics", daemon=True)
         self.waiting_since: dict[socket.socket, float] = {}
         """The open connections, oldest first: since when the client is to send its request or to hang up, or infinity
         while its request is being answered."""
-        self.thread = threading.Thread(
-            target=self.serve_forever, args=(POLL_SECONDS,), name="dsmq-metrics", daemon=True
-        )
         self._close = close
-        self._stopping = False
-        self._closed_one = threading.Event()
+        self._stop = threading.Event()
+        self._one_closed = threading.Event()
 
     @property
     def authenticator(self) -> HTTPAuthenticator:
@@ -72,87 +64,86 @@ class HTTPEndpoint(ThreadingHTTPServer):
         self.thread.start()
 
     def stop(self) -> None:
-        """Stop serving, and close the listening socket."""
-        self._stopping = True
-        if self.thread.is_alive():
-            self.shutdown()
+        """Close the listening socket, which ends the thread."""
+        self._stop.set()
         self._close(self.socket)
 
-    def abandon(self) -> None:
+    def close_inherited(self) -> None:
         """Close a forked process's copies of the sockets."""
         for sock in (self.socket, *self.waiting_since):
             sock.close()
 
-    def get_request(self) -> tuple[Any, Any]:
-        try:
-            return super().get_request()
-        except OSError:
-            # Out of file descriptors, perhaps: the caller would retry at once.
-            time.sleep(listening.ACCEPT_PAUSE_SECONDS)
-            raise
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        self._make_room()
-        self.waiting_since[request] = time.monotonic()
-        try:
-            super().process_request(request, client_address)
-        except RuntimeError as error:
-            _logger.warning("HTTP request refused: %s", error, extra=logs.event("refused", reason="threads"))
-            with contextlib.suppress(OSError):
-                request.send(b"HTTP/1.0 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n")
-            self.shutdown_request(request)
-            self.waiting_since.pop(request, None)
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                sock, address = self.socket.accept()
+            except TimeoutError:
+                pass
+            except OSError:
+                # Perhaps there are no file descriptors left: accepting would fail again at once.
+                self._stop.wait(listening.ACCEPT_PAUSE_SECONDS)
+            else:
+                self._make_room()
+                self._serve_in_thread(sock, address)
+            self._cut_off_late()
 
     def _make_room(self) -> None:
         """While there are too many connections, wait for one to close, or cut off the oldest past its grace period."""
         while True:
-            self._closed_one.clear()
-            if len(self.waiting_since) < MAX_CONCURRENT_REQUESTS or self._stopping:
+            self._one_closed.clear()
+            if len(self.waiting_since) < MAX_CONCURRENT_REQUESTS or self._stop.is_set():
                 return
             if late := self._waiting_longer_than(GRACE_SECONDS):
                 self.waiting_since.pop(late[0], None)
                 _cut_off(late[0])
             else:
-                self._closed_one.wait(POLL_SECONDS)
-                self.service_actions()
+                self._one_closed.wait(POLL_SECONDS)
+                self._cut_off_late()
+
+    def _cut_off_late(self) -> None:
+        for sock in self._waiting_longer_than(REQUEST_TIMEOUT_SECONDS):
+            _cut_off(sock)
 
     def _waiting_longer_than(self, seconds: float) -> list[socket.socket]:
         latest = time.monotonic() - seconds
         # Copied first, because other threads change it.
         return [sock for sock, since in list(self.waiting_since.items()) if since <= latest]
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
+    def _serve_in_thread(self, sock: socket.socket, address: object) -> None:
+        self.waiting_since[sock] = time.monotonic()
         try:
-            super().process_request_thread(request, client_address)
+            threading.Thread(target=self._serve, args=(sock, address), daemon=True).start()
+        except RuntimeError as error:
+            _logger.warning("HTTP request refused: %s", error, extra=logs.event("refused", reason="threads"))
+            with suppress(OSError):
+                sock.send(b"HTTP/1.0 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n")
+            self._hang_up(sock)
+
+    def _serve(self, sock: socket.socket, address: object) -> None:
+        try:
+            _Handler(sock, address, self)  # type: ignore[arg-type]
+        except OSError as error:
+            _logger.debug("HTTP: %s: %s", address, error)
+        except Exception:  # noqa: BLE001
+            self.count_failure()
         finally:
-            self.waiting_since.pop(request, None)
-            self._closed_one.set()
+            self._hang_up(sock)
 
-    def service_actions(self) -> None:
-        """Cut off clients that take too long; called every POLL_SECONDS."""
-        for sock in self._waiting_longer_than(REQUEST_TIMEOUT_SECONDS):
-            _cut_off(sock)
-
-    def shutdown_request(self, request: Any) -> None:
+    def _hang_up(self, sock: socket.socket) -> None:
         """Close a connection after the client has had a moment to read the reply and hang up.
 
         Closing while the client still sends would reset the connection, and the reply could be lost.
         """
-        self.waiting_since[request] = time.monotonic()
-        with contextlib.suppress(OSError):
-            request.shutdown(socket.SHUT_WR)
-            request.settimeout(LINGER_SECONDS)
+        self.waiting_since[sock] = time.monotonic()
+        with suppress(OSError):
+            sock.shutdown(socket.SHUT_WR)
+            sock.settimeout(LINGER_SECONDS)
             left = LINGER_BYTES
-            while left > 0 and (data := request.recv(65_536)):
+            while left > 0 and (data := sock.recv(65_536)):
                 left -= len(data)
-        self.close_request(request)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
-        error = sys.exception()
-        if isinstance(error, OSError):
-            _logger.debug("HTTP: %s: %s", client_address, error)
-        else:
-            self.count_failure()
+        sock.close()
+        self.waiting_since.pop(sock, None)
+        self._one_closed.set()
 
     def count_failure(self) -> None:
         """Log and count the exception being handled, which is a bug."""
@@ -162,7 +153,7 @@ class HTTPEndpoint(ThreadingHTTPServer):
 
 def _cut_off(sock: socket.socket) -> None:
     # The thread that serves it reads end of file, and closes it.
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
 
 
@@ -184,7 +175,7 @@ def _json(status: HTTPStatus, value: object, *headers: tuple[str, str]) -> _Repl
 class _Handler(BaseHTTPRequestHandler):
     # Per read, and for the whole of a reply.
     timeout = REQUEST_TIMEOUT_SECONDS
-    server: HTTPEndpoint
+    server: HTTPEndpoint  # type: ignore[assignment]
     raw_requestline: bytes
 
     def version_string(self) -> str:
@@ -286,7 +277,7 @@ class _Handler(BaseHTTPRequestHandler):
         _logger.debug("HTTP: %s: %r", self.address_string(), format % args)
 
 
-# Answered whatever the Host header says: health checks use any name.
+# Answered for any Host header: health checks use arbitrary names.
 PUBLIC_ROUTES = {"/healthz": _Handler.healthz, "/readyz": _Handler.readyz}
 # Need the token, if one is configured.
 PROTECTED_ROUTES = {"/metrics": _Handler.metrics, "/status.json": _Handler.status}

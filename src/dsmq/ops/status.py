@@ -114,22 +114,21 @@ class Status:
         counters, totals = self.counters(), self.totals()
         yield Fact("puts", "Messages stored since the start.", totals.stored)
         # Labels that are likely to be queried start at 0: a rate does not see a series that first appears as 1.
-        refused = {"full": 0, "store": 0} | {code.lower(): count for code, count in counters.puts_refused.items()}
-        yield Fact("puts_refused", "Puts refused, by error code.", refused, "reason")
+        puts_refused = {"full": 0, "store": 0} | {code.lower(): n for code, n in counters.puts_refused.items()}
+        yield Fact("puts_refused", "Puts refused, by error code.", puts_refused, "reason")
         gets = {"message": counters.gets_message, "empty": counters.gets_empty}
         yield Fact("gets", "Reads answered, by result.", gets, "result")
         yield Fact("deliveries", "Messages sent to readers.", counters.delivered)
         yield Fact("messages_expired", "Messages deleted because of their age.", totals.expired)
         yield Fact("messages_expired_unread", "Expired messages that no client had read.", totals.expired_unread)
         yield Fact("connections_opened", "Connections accepted.", counters.opened)
-        not_admitted = {"connections": 0, "address": 0} | counters.refused
-        yield Fact("connections_refused", "Connections refused, by reason.", not_admitted, "reason")
+        refused = {"connections": 0, "address": 0} | counters.refused
+        yield Fact("connections_refused", "Connections refused, by reason.", refused, "reason")
         yield Fact("requests", "Requests, by command.", counters.commands, "command")
         yield Fact("received_bytes", "Bytes received from clients.", counters.bytes_in)
         yield Fact("sent_bytes", "Bytes sent to clients.", counters.bytes_out)
         yield Fact("errors", "Error replies, by code.", counters.errors, "code")
-        about = "Connections closed and HTTP requests failed because of a bug in the server."
-        yield Fact("failures", about, counters.failures)
+        yield Fact("failures", "Connections closed and HTTP requests failed because of bugs.", counters.failures)
         yield Fact("auth_failures", "Authentication attempts with an invalid token.", counters.wrong_tokens)
 
     def background(self) -> Iterator[Fact]:
@@ -147,7 +146,7 @@ class Status:
 
     def usage(self) -> Iterator[Fact]:
         """Return the numbers that go up and down."""
-        totals, snapshots = self.totals(), self._snapshots
+        totals, snapshots, usage = self.totals(), self._snapshots, self.context.usage
         yield Fact("ready", "Whether the server accepts clients and puts: 1 or 0.", not self.not_ready_reasons())
         yield Fact("healthy", "Whether all threads are responsive: 1 or 0.", not self.stuck_threads())
         yield Fact("messages", "Messages stored now.", totals.messages)
@@ -159,11 +158,10 @@ class Status:
         lag = max(0.0, oldest - self.context.settings.max_age_seconds)
         yield Fact("expiry_lag_seconds", "By how much the oldest message exceeds max_age_seconds.", lag)
         yield Fact("connections", "Open connections.", self.connections())
-        about, unauthenticated = "Open connections that are not authenticated yet.", self.context.usage.unauthenticated
-        yield Fact("unauthenticated_connections", about, unauthenticated.total)
-        yield Fact("waiting_readers", "Readers waiting for a message.", self.waiting())
-        about = "Unix time of the last snapshot written or restored; 0: none."
-        yield Fact("snapshot_time_seconds", about, snapshots.last_at)
+        unauthenticated = usage.unauthenticated.total
+        yield Fact("unauthenticated_connections", "Open connections not authenticated yet.", unauthenticated)
+        yield Fact("waiting_readers", "Readers waiting for a message.", usage.waiting.total)
+        yield Fact("snapshot_time_seconds", "Unix time of the last snapshot written or restored.", snapshots.last_at)
         yield Fact("snapshot_size_bytes", "Size of the last snapshot written.", snapshots.last_bytes)
         yield Fact("restored_messages", "Messages restored from a snapshot at the start.", snapshots.restored)
 
@@ -178,9 +176,10 @@ class Status:
         yield Fact("message_size_limit_bytes", "Max size of a message.", settings.max_message_bytes)
         yield Fact("max_age_seconds", "Age at which messages expire.", settings.max_age_seconds)
         yield Fact("connections_limit", "Max open connections.", self.context.usage.connections.limit)
-        per_address, unauthenticated = settings.max_connections_per_address, settings.max_unauthenticated_connections
-        yield Fact("connections_per_address_limit", "Max open connections per client address.", per_address)
-        yield Fact("unauthenticated_connections_limit", "Max unauthenticated connections.", unauthenticated)
+        limit = settings.max_connections_per_address
+        yield Fact("connections_per_address_limit", "Max open connections per client address.", limit)
+        limit = settings.max_unauthenticated_connections
+        yield Fact("unauthenticated_connections_limit", "Max unauthenticated connections.", limit)
         yield Fact("waiting_readers_limit", "Max waiting readers.", settings.max_waiting_readers)
         interval = self._snapshotter.interval if self._snapshotter else 0
         yield Fact("snapshot_interval_seconds", "Time between snapshots; 0: no periodic snapshots.", interval)

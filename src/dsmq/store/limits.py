@@ -38,18 +38,15 @@ class LimitChecker:
             counts[name] += 1
             sizes[name] += len(body)
         for name, count in counts.items():
-            self._check_limit("messages_per_topic", count, name)
-            self._check_limit("bytes_per_topic", accounted_bytes(count, sizes[name]), name)
+            self.check_limit("messages_per_topic", count, name)
+            self.check_limit("bytes_per_topic", accounted_bytes(count, sizes[name]), name)
         if counts:
-            self._check_limit("messages", counts.total())
+            self.check_limit("messages", counts.total())
             new_topics = accounted_topic_bytes(counts.keys() - self._topics.by_name.keys())
-            self._check_limit("bytes", new_topics + accounted_bytes(counts.total(), sizes.total()))
+            self.check_limit("bytes", new_topics + accounted_bytes(counts.total(), sizes.total()))
 
-    def check_topics(self, count: int) -> None:
-        """Raise Full if this number of new topics would exceed the limit."""
-        self._check_limit("topics", count)
-
-    def _check_limit(self, limit: str, more: int, topic: bytes | None = None) -> None:
+    def check_limit(self, limit: str, more: int, topic: bytes | None = None) -> None:
+        """Raise Full if `more` would exceed a limit."""
         most = getattr(self.limits, limit)
         if self._held(limit, topic) + more > most:
             self.record_full(limit, topic, more)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from itertools import groupby
 from operator import itemgetter
@@ -12,6 +12,8 @@ from typing import NamedTuple
 from dsmq.store.dedup import Deduplicator, Producer
 from dsmq.store.schema import Batch
 
+# Remembered ranges of lost ids, and last numbers in them. The last range is always complete.
+MAX_LOST, MAX_LOST_NUMBERS = 100, 100_000
 # Producers copied while the lock is held once.
 COPY_PRODUCERS = 20
 
@@ -30,6 +32,24 @@ class Lost(NamedTuple):
     """The last id of the range. The next run continues from here."""
     numbers: dict[bytes, int]
     """Each topic's last number in that snapshot. The next run continues from these."""
+
+
+class LostRanges:
+    """The ranges of ids of an epoch that were lost, oldest first. If there are many, the oldest are dropped."""
+
+    def __init__(self, ranges: Iterable[Lost] = ()) -> None:
+        self.ranges = list(ranges)
+
+    def add(self, lost: Lost) -> None:
+        ranges = self.ranges
+        while len(ranges) >= MAX_LOST or sum(len(one.numbers) for one in ranges) > MAX_LOST_NUMBERS:
+            del ranges[0]
+        ranges.append(lost)
+
+    def restored_number(self, topic: bytes, after: int) -> int:
+        """Return as `TopicStats.restored_number`, for a reader that has read up to `after`."""
+        ranges = [one for one in self.ranges if one.after < after <= one.last] or self.ranges
+        return ranges[-1].numbers.get(topic, 0) if ranges else 0
 
 
 class SnapshotState(NamedTuple):

@@ -151,9 +151,8 @@ class Snapshotter:
         self.thread.start()
 
     def stop(self) -> None:
-        """Make the thread end soon, even during a snapshot, except the final one. Idempotent."""
-        if self._last is None:
-            self._stop.set()
+        """Make the thread end soon, even during a snapshot. Idempotent."""
+        self._stop.set()
 
     def _run(self) -> None:
         while not self._stop.wait(self.interval):
@@ -220,25 +219,19 @@ class Snapshotter:
 
     # Stop
 
-    def finish(self, deadline: float, *, is_last: bool) -> list[str]:
-        """Write the final snapshot, and release the file; return the name of the thread if it hangs.
-
-        If interrupted, it can be called again to continue.
-        """
+    def finish(self, deadline: float, *, is_last: bool) -> None:
+        """Write the final snapshot, and release the file. If it is interrupted or takes too long, call `abandon`."""
         deadline = max(deadline, time.monotonic() + LAST_SNAPSHOT_SECONDS)
         join(self.thread, deadline)
         # If the start failed before the file was restored, the file is all there is.
         if self._is_open and not self.thread.is_alive():
-            if self._last is None:
-                self._stop.clear()
-                # In a thread, so that Ctrl-C does not interrupt it.
-                self._last = threading.Thread(
-                    target=self.save_last, kwargs={"is_last": is_last}, name=self.thread.name, daemon=True
-                )
-            if self._last.ident is None:
-                self._last.start()
+            self._stop.clear()
+            save = partial(self.save_last, is_last=is_last)
+            # In a thread, so that an interrupt ends the wait only.
+            self._last = threading.Thread(target=save, name=self.thread.name, daemon=True)
+            self._last.start()
             join(self._last, deadline)
-        return self._close_unless_busy()
+        self._close_unless_busy()
 
     def save_last(self, *, is_last: bool = True) -> bool:
         """Write the final snapshot, once nobody uses the store; return whether that succeeded."""

@@ -36,7 +36,7 @@ from dsmq.store.database import Database, to_reply_error
 from dsmq.store.dedup import Deduplicator, Producer
 from dsmq.store.limits import LimitChecker
 from dsmq.store.schema import INSERT_ROW, INSERT_TOPIC, Batch, StoredMessage
-from dsmq.store.snapshot_contents import Lost, SnapshotState, copy_state, read_producers, read_state
+from dsmq.store.snapshot_contents import Lost, LostRanges, SnapshotState, copy_state, read_producers, read_state
 from dsmq.store.topics import Topic, TopicTable, WriteBuffer
 from dsmq.system import BOOT_CLOCK
 
@@ -45,8 +45,6 @@ FLUSH_MESSAGES, MAX_BUFFERED_MESSAGES = 32, 512
 FLUSH_BYTES, MAX_BUFFERED_BYTES = 32_768, 262_144
 # After a failed flush, the next one is tried after this time, or after messages have expired.
 RETRY_MS = 100
-# Remembered ranges of lost ids, and last numbers in them. The last range is always complete.
-MAX_LOST, MAX_LOST_NUMBERS = 100, 100_000
 
 
 def monotonic_ms() -> int:
@@ -60,12 +58,9 @@ class SQLiteStore:
     def __init__(self, max_age_ms: int, clock: Callable[[], int] = monotonic_ms, limits: Limits | None = None) -> None:
         self.max_age_ms = max_age_ms
         self.epoch, self.run = secrets.token_hex(8), secrets.token_hex(8)
-        # Oldest first; the oldest are dropped if there are many.
-        self._lost: list[Lost] = []
-        self._clock = clock
-        self._database = Database()
-        self._last_id = 0
-        self._topics, self._buffer = TopicTable(), WriteBuffer()
+        self._lost = LostRanges()
+        self._clock, self._last_id = clock, 0
+        self._database, self._topics, self._buffer = Database(), TopicTable(), WriteBuffer()
         self._flush_error: ReplyError | None = None
         self._retry_at = 0
         self._limits = LimitChecker(self._topics, limits or Limits())
@@ -101,7 +96,7 @@ class SQLiteStore:
             if is_full and any(self._new_puts(puts)):
                 self._flush()
             if names and (names := names.intersection(put[0] for put in self._new_puts(puts))):
-                limits.check_topics(len(names))
+                limits.check_limit("topics", len(names))
                 topics.add(names)
             return self._add(puts, self._clock())
 
@@ -250,14 +245,12 @@ class SQLiteStore:
 
     @property
     def lost_ids(self) -> list[int]:
-        return [end for lost in self._lost for end in lost[:2]]
+        return [end for lost in self._lost.ranges for end in lost[:2]]
 
     def stats(self, topic: bytes, after: int = 0) -> TopicStats:
         with self._database:
-            lost = [one for one in self._lost if one.after < after <= one.last] or self._lost
-            restored_number = lost[-1].numbers.get(topic, 0) if lost else 0
             known = self._topics.find(topic)
-            stats = known.stats()._replace(restored_number=restored_number)
+            stats = known.stats()._replace(restored_number=self._lost.restored_number(topic, after))
             if known.messages:
                 first_id, put_at = self._database.oldest(known.row) or (known.buffered[0][0], known.buffered[0][2])
                 stats = stats._replace(first_id=first_id, oldest_age_ms=self._clock() - put_at)
@@ -318,7 +311,7 @@ class SQLiteStore:
             with database.lock:
                 state = SnapshotState(
                     *(self.epoch, self.run, self._clock(), self._last_id, topics.last_row, None, unix_time, is_last),
-                    *(topics.empty.copy(), self._lost),
+                    *(topics.empty.copy(), self._lost.ranges),
                 )
                 database.deletable_id = 0
                 copied = () if file else database.copy_rows(buffer.written_id, buffer.written_row)
@@ -334,15 +327,15 @@ class SQLiteStore:
 
         Restored messages count as read, because it is unknown whether they were.
         """
-        state, clock = read_state(source), self._clock
-        # Computed first, because the rest takes time.
-        ahead_ms = state.clock + round(max(0.0, unix_time - state.written_at) * 1000) - clock()
-        producers = read_producers(source)
+        # The clock is read first, because the rest takes time.
+        clock, now = self._clock, self._clock()
+        state, producers = read_state(source), read_producers(source)
+        ahead_ms = state.clock + round(max(0.0, unix_time - state.written_at) * 1000) - now
         with self._database.lock:
             self._topics.restore(self._database.load(source))
             self._topics.count_pages(self._database.page_bytes)
         self._clock = lambda: clock() + ahead_ms
-        self.epoch, self.run, self._lost = state.epoch, state.run, state.lost
+        self.epoch, self.run, self._lost = state.epoch, state.run, LostRanges(state.lost)
         self._last_id, self._topics.last_row, self._topics.empty = state.last_id, state.last_row, state.empty_topics
         self._buffer.clear(state.last_id, state.last_row)
         self._deduplicator.restore(producers, state.forgot_at)
@@ -354,9 +347,7 @@ class SQLiteStore:
         Numbers continue from the snapshot. A reader that knows higher ones falls back to the snapshot's.
         """
         numbers = {name: number for name, (number, _) in self._topics.empty.items()} | self.last_numbers()
-        while len(self._lost) >= MAX_LOST or sum(len(one.numbers) for one in self._lost) > MAX_LOST_NUMBERS:
-            del self._lost[0]
-        self._lost.append(Lost(self._last_id, last_id, numbers))
+        self._lost.add(Lost(self._last_id, last_id, numbers))
         self.run, self._last_id = secrets.token_hex(8), last_id
 
     def close(self) -> None:

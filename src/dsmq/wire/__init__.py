@@ -1,1 +1,1 @@
-"""The wire protocol, as PROTOCOL.md describes it, and TLS: bytes in, values out."""
+"""The wire protocol, which PROTOCOL.md describes, and TLS."""

@@ -1,4 +1,4 @@
-"""Addresses of servers, as settings and arguments write them."""
+"""Addresses of servers, as in settings and arguments."""
 
 from __future__ import annotations
 
@@ -27,16 +27,11 @@ class Endpoint(NamedTuple):
 
 def parse_endpoint(host: str, port: int = 0) -> Endpoint:
     """Parse an address, a host name, or `unix:/path`; an IPv6 address may have brackets. Raises ValueError."""
-    if host.startswith(UNIX):
-        path, host = host.removeprefix(UNIX), ""
-    else:
-        path = ""
-        if host.startswith("[") != host.endswith("]"):
-            host = ""
-        host = host.removeprefix("[").removesuffix("]")
-    if not (host or path):
+    is_unix = host.startswith(UNIX)
+    name = host.removeprefix(UNIX) if is_unix else host.removeprefix("[").removesuffix("]")
+    if not name or (not is_unix and host.startswith("[") != host.endswith("]")):
         raise ValueError("should be an address, a name, or unix:/path")
-    return Endpoint(host, port, path)
+    return Endpoint("", port, name) if is_unix else Endpoint(name, port)
 
 
 def host_names(text: str) -> frozenset[str]:

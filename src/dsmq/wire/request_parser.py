@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from dsmq.errors import ProtocolError, ReplyError, TooBig
 from dsmq.wire.limits import MAX_ARGUMENTS, MAX_LINE_BYTES, REQUEST_OVERHEAD_BYTES
-from dsmq.wire.resp import ARRAY, CRLF, MAX_SPLIT_BYTES, Input, parse_length, short_length, shown
+from dsmq.wire.resp import ARRAY, CRLF, MAX_SPLIT_BYTES, Input, parse_length, quoted, short_length
 
 # A type byte, up to 19 digits, and CR LF.
 _MAX_LENGTH_LINE = 22
@@ -15,7 +15,7 @@ _MAX_SPLIT_TOKENS = 448
 _RETURN = ord("\r")
 # Requests that can't be split are slower to parse: this many take about 0.1 ms.
 _MAX_ONE_BY_ONE = 16
-_count = {b"*%d" % n: n for n in range(1, MAX_ARGUMENTS + 1)}.get
+_short_count = {b"*%d" % n: n for n in range(1, MAX_ARGUMENTS + 1)}.get
 
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 _BLANK_LINES = re.compile(rb"(?:[ \t]*\r?\n)+")
@@ -46,7 +46,7 @@ class RequestParser(Input):
         # Of an incomplete request: the complete arguments, how many there will be, and the bytes consumed.
         self._arguments: list[bytes] = []
         self._count = self._size = 0
-        # The size of the length line of the incomplete argument that the data begins with; 0 if there is none.
+        # Where the body begins in the incomplete argument that the data begins with; 0 if there is none.
         self._body = 0
 
     def __len__(self) -> int:
@@ -66,8 +66,8 @@ class RequestParser(Input):
                 return self._next_line()
             if not self._parse_count():
                 return None
-        data, arguments = self._data, self._arguments
-        while len(arguments) < self._count:
+        data, arguments, count = self._data, self._arguments, self._count
+        while len(arguments) < count:
             at = self._at
             end = data.find(CRLF, at, at + _MAX_LENGTH_LINE)
             if end < 0:
@@ -84,7 +84,7 @@ class RequestParser(Input):
                 self._await(end - len(data))
                 return None
             if data[end - 2 : end] != CRLF:
-                raise ProtocolError("a bulk string does not end where its length says")
+                raise ProtocolError("no CR LF after a bulk string")
             arguments.append(data[start : end - 2])
             self._at = end
             self._size += end - at
@@ -99,19 +99,19 @@ class RequestParser(Input):
         if end < 0:
             self._await_length()
             return False
-        self._count = _count(self._data[at:end]) or _wrong_count(parse_length(self._data[at + 1 : end]))
+        self._count = _short_count(self._data[at:end]) or _wrong_count(parse_length(self._data[at + 1 : end]))
         self._at, self._size = end + 2, end + 2 - at
         return True
 
     def _await_length(self) -> None:
         start = self._data[self._at : self._at + _MAX_LENGTH_LINE]
         if len(start) == _MAX_LENGTH_LINE:
-            raise ProtocolError(f"no length in {shown(start)}")
+            raise ProtocolError(f"no length in {quoted(start)}")
         self._await(1)
 
     def _long_length(self, line: bytes) -> int:
         if line[:1] != b"$":
-            raise ProtocolError(f"expected '$', got {shown(line)}")
+            raise ProtocolError(f"expected '$', got {quoted(line)}")
         length = parse_length(line[1:])
         if length > self.max_message_bytes:
             raise TooBig(f"a message has at most {self.max_message_bytes} bytes, not {length}")
@@ -159,7 +159,7 @@ class RequestParser(Input):
         tokens = data.split(CRLF, _MAX_SPLIT_TOKENS)
         # The last token is incomplete, or was not split.
         last = len(tokens) - 1
-        at, count = 0, _count(tokens[0])
+        at, count = 0, _short_count(tokens[0])
         while count and (end := at + 1 + 2 * count) <= last:
             for length in range(at + 1, end, 2):
                 if short_length(tokens[length]) != len(tokens[length + 1]):
@@ -167,7 +167,7 @@ class RequestParser(Input):
                     break
             else:
                 requests.append(tokens[at + 2 : end : 2])
-                at, count = end, _count(tokens[end])
+                at, count = end, _short_count(tokens[end])
         left = len(tokens[last]) if at == last else sum(map(len, tokens[at:])) + 2 * (last - at)
         self._advance(self._at + len(data) - left)
 
@@ -182,7 +182,7 @@ class RequestParser(Input):
         # A carriage return is allowed at the end of the line, which may be the end of the data so far.
         control = _CONTROL.search(data, start, stop - (data[stop - 1 : stop] == b"\r"))
         if control is not None:
-            raise ProtocolError(f"control character {shown(control[0])} in a line")
+            raise ProtocolError(f"control character {quoted(control[0])} in a line")
         if end < 0:
             if stop - start >= longest:
                 raise ProtocolError(f"no end of line within {longest} bytes")

@@ -18,8 +18,8 @@ ARRAY, _BULK, _INTEGER, _SIMPLE, _ERROR, _NULL = b"*$:+-_"
 _ZERO = ord("0")
 CRLF = b"\r\n"
 OK = b"+OK\r\n"
-# Max bytes split at once, so that splitting in vain costs little. No limit on the size of a request is lower than this,
-# so it need not be checked for requests that were split.
+# Max bytes split at once, so that splitting in vain costs little. No limit on the size of a request is lower, so that
+# requests that were split need no check.
 MAX_SPLIT_BYTES = 4096
 # Smaller chunks of input are gathered.
 _MIN_CHUNK_BYTES = 4096
@@ -185,14 +185,14 @@ class ReplyParser(Input):
             return from_reply(line.decode(errors="replace"))
         if kind == _NULL and not line:
             return None
-        raise ProtocolError(f"not a reply: {shown(data[at:end])}")
+        raise ProtocolError(f"not a reply: {quoted(data[at:end])}")
 
     def _bulk(self, at: int, length: int) -> bytes:
         end = at + length
         if end + 2 > len(self._data):
             raise _Incomplete(end + 2 - len(self._data), 0)
         if self._data[end : end + 2] != CRLF:
-            raise ProtocolError("a bulk string does not end where its length says")
+            raise ProtocolError("no CR LF after a bulk string")
         self._at = end + 2
         return self._data[at:end]
 
@@ -233,11 +233,11 @@ class _Incomplete(Exception):
 def parse_length(digits: bytes) -> int:
     """Parse a length or an integer: only digits, without leading zeros."""
     if not digits.isdigit() or len(digits) > 19 or (digits[0] == _ZERO and digits != b"0"):
-        raise ProtocolError(f"invalid length {shown(digits)}")
+        raise ProtocolError(f"invalid length {quoted(digits)}")
     return int(digits)
 
 
-def shown(data: bytes) -> str:
+def quoted(data: bytes) -> str:
     return repr(data[:32])[1:]
 
 
@@ -247,7 +247,7 @@ def encode_request(*arguments: bytes) -> bytes:
 
 
 def encode_read(topic: str, after: int, options: bytes = b"", words: int = 0) -> bytes:
-    """Encode a READ as `encode_request` does, but faster. The options are encoded, and consist of so many words."""
+    """Encode a READ as `encode_request` does, but faster; `words` is the number of words in the encoded options."""
     name, position = topic.encode(), b"%d" % after
     parts = 3 + words, len(name), name, len(position), position, options
     return b"*%d\r\n$4\r\nREAD\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n%b" % parts

@@ -1,0 +1,84 @@
+"""What the tests of the store share: stores on a clock of the test's, and what they do to them."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from dsmq.store.api import Limits, Put
+from dsmq.store.schema import Batch
+from dsmq.store.sqlite import SQLiteStore
+
+
+class Clock:
+    """Milliseconds that pass only when the test says so."""
+
+    def __init__(self, now: int = 1_000_000) -> None:
+        self.now = now
+
+    def __call__(self) -> int:
+        return self.now
+
+
+class ClockedStore(SQLiteStore):
+    """A store on a clock of its own."""
+
+    def __init__(self, max_age_ms: int, clock: Clock | None = None, limits: Limits | None = None) -> None:
+        self.clock = clock or Clock()
+        super().__init__(max_age_ms, self.clock, limits)
+        self.between_batches: Callable[[], object] = bool
+        """Called after each batch of a snapshot."""
+        self.during_copy: Callable[[], object] = bool
+        """Called when a copy at once reports progress, with the lock held."""
+
+    @property
+    def connection(self) -> sqlite3.Connection:
+        return self._database.connection
+
+    def remembered(self) -> object:
+        """What the store knows besides messages: producers and their puts, and topics without messages."""
+        producers = self._deduplicator.copy(self._deduplicator.names(), self.last_id())
+        return list(producers.items()), len(self._deduplicator), list(self._topics.empty.items())
+
+    def write(self) -> None:
+        """Flush the write buffer, however little is in it."""
+        self._flush()
+
+    @contextmanager
+    def snapshot(self, *args: Any, on_progress: Callable[[], None], **kwargs: Any) -> Iterator[Iterator[Batch]]:
+        def between() -> None:
+            self.during_copy()
+            on_progress()
+
+        with super().snapshot(*args, on_progress=between, **kwargs) as batches:
+            yield self._interrupt(batches)
+
+    def _interrupt(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            yield batch
+            self.between_batches()
+
+
+def refuse_inserts(store: ClockedStore) -> None:
+    """Make every INSERT fail, until `connection.set_authorizer(None)`."""
+
+    def authorize(action: int, *_: object) -> int:
+        return sqlite3.SQLITE_DENY if action == sqlite3.SQLITE_INSERT else sqlite3.SQLITE_OK
+
+    store.connection.set_authorizer(authorize)
+
+
+def put(store: SQLiteStore, topic: bytes, *bodies: bytes) -> list[int]:
+    puts: list[Put] = [(topic, body, None) for body in bodies]
+    return store.append(puts)
+
+
+def put_as(store: SQLiteStore, producer: bytes, *seqs: int) -> list[int]:
+    return store.append([(b"t", b"x", (producer, seq)) for seq in seqs])
+
+
+def expire_all(store: SQLiteStore) -> None:
+    while store.expire():
+        pass

@@ -1,0 +1,36 @@
+"""Addresses of servers."""
+
+from __future__ import annotations
+
+import pytest
+
+from dsmq.wire.addresses import Endpoint, host_names, parse_endpoint
+
+
+@pytest.mark.parametrize(
+    ("text", "endpoint", "shown"),
+    [
+        ("127.0.0.1", Endpoint("127.0.0.1", 7), "127.0.0.1:7"),
+        ("name.example", Endpoint("name.example", 7), "name.example:7"),
+        ("::1", Endpoint("::1", 7), "[::1]:7"),
+        ("[::1]", Endpoint("::1", 7), "[::1]:7"),
+        ("unix:/run/dsmq", Endpoint("", 7, "/run/dsmq"), "unix:/run/dsmq"),
+        ("unix:[x", Endpoint("", 7, "[x"), "unix:[x"),
+    ],
+)
+def test_endpoint_is_parsed_and_shown(text: str, endpoint: Endpoint, shown: str) -> None:
+    assert parse_endpoint(text, 7) == endpoint
+    assert str(endpoint) == shown
+
+
+@pytest.mark.parametrize("text", ["", "[]", "[", "]", "[::1", "::1]", "unix:"])
+def test_invalid_endpoint_raises(text: str) -> None:
+    with pytest.raises(ValueError, match="should be an address"):
+        parse_endpoint(text)
+
+
+def test_host_names_are_normalized() -> None:
+    assert host_names(" A.example., b ,") == {"a.example", "b"}
+    for text in ("a:80", "a b", "-", "a.example/"):
+        with pytest.raises(ValueError, match="without ports"):
+            host_names(text)
