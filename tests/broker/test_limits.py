@@ -29,7 +29,6 @@ from dsmq.client import connect
 from dsmq.errors import Full, ReplyError
 from dsmq.server import Server
 from dsmq.store import dedup as producers
-from dsmq.store import limits as store_limits
 from dsmq.store.api import MESSAGE_OVERHEAD_BYTES, TOPIC_OVERHEAD_BYTES, Limits, Message
 from dsmq.store.sqlite import SQLiteStore
 from dsmq.wire.resp import Encoded, encode_messages, encode_request
@@ -148,14 +147,14 @@ def test_limit_stays_full_until_refused_size_fits() -> None:
     store.close()
 
 
-def test_remembered_full_topics_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_limits, "MAX_FULL", 3)
+def test_limit_per_topic_stays_full_while_any_topic_refuses_puts() -> None:
     store = SQLiteStore(1_000, limits=Limits(max_stored_messages_per_topic=1))
-    for number in range(9):
-        store.append([(b"%d" % number, b"x", None)])
+    for name in (b"a", b"b"):
+        store.append([(name, b"x", None)])
+    for name in (b"a", b"b", b"a"):
         with pytest.raises(Full):
-            store.append([(b"%d" % number, b"x", None)])
-    assert len(store._limits._full) == 3
+            store.append([(name, b"x", None)])
+        assert store.full() == {"max_stored_messages_per_topic"}
     store.close()
 
 

@@ -10,18 +10,15 @@ from dsmq.errors import Full
 from dsmq.store.api import Limits, Put, accounted_bytes, accounted_topic_bytes
 from dsmq.store.topics import TopicTable
 
-# Max full limits remembered, each topic with its own, to log when there is room again.
-MAX_FULL = 1_000
-
 
 class LimitChecker:
     """Checks puts against the limits. Every method requires the store's lock."""
 
     def __init__(self, topics: TopicTable, limits: Limits) -> None:
         self._topics = topics
-        # By limit and, for a limit per topic, topic: the room that the last refused put needed, and whether it was
+        # By limit, of the last refused put: its topic, if the limit is per topic, the room it needed, and whether it was
         # refused since the last call of `full`.
-        self._full: dict[tuple[str, bytes | None], tuple[int, bool]] = {}
+        self._full: dict[str, tuple[bytes | None, int, bool]] = {}
         self.set_limits(limits)
 
     def set_limits(self, limits: Limits) -> None:
@@ -62,16 +59,14 @@ class LimitChecker:
 
     def record_full(self, limit: str, topic: bytes | None = None, more: int = 0) -> None:
         """Record that a put was refused that needed `more` room."""
-        self._full[limit, topic] = more, True
-        if len(self._full) > MAX_FULL:
-            del self._full[next(iter(self._full))]
+        self._full[limit] = topic, more, True
 
     def full(self) -> set[str]:
         """Return as `Store.full` does."""
-        for (limit, topic), (more, is_new) in list(self._full.items()):
-            self._full[limit, topic] = more, False
+        for limit, (topic, more, is_new) in list(self._full.items()):
+            self._full[limit] = topic, more, False
             most = getattr(self.limits, limit, sys.maxsize)
             # There is never room for a put larger than the limit itself.
             if not is_new and self._held(limit, topic) + min(more, most) <= most:
-                del self._full[limit, topic]
-        return {limit for limit, _ in self._full}
+                del self._full[limit]
+        return set(self._full)
