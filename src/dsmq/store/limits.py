@@ -16,8 +16,8 @@ class LimitChecker:
 
     def __init__(self, topics: TopicTable, limits: Limits) -> None:
         self._topics = topics
-        # By limit, of the last refused put: its topic, if the limit is per topic, the room it needed, and whether it was
-        # refused since the last call of `full`.
+        # For each limit, of the last refused put: the topic if the limit is per topic, the room that it needed, and
+        # whether it was refused since the last call of `full`.
         self._full: dict[str, tuple[bytes | None, int, bool]] = {}
         self.set_limits(limits)
 
