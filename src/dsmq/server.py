@@ -284,7 +284,7 @@ class Server:
         self.context.settings = settings
         self.context.usage.set_limits(settings)
         self._store.max_age_ms = round(settings.max_age_seconds * 1000)
-        self._store.limits = _limits(settings)
+        self._store.limits = Limits._make(getattr(settings, name) for name in Limits._fields)
 
     # Stop
 
@@ -391,16 +391,6 @@ def _new_snapshotter(settings: Settings, store: Store) -> Snapshotter | None:
     if not isinstance(store, SQLiteStore):
         raise ConfigError("snapshot_file: this store keeps its messages by itself")
     return Snapshotter(store, settings.snapshot_file, settings.snapshot_interval_seconds)
-
-
-def _limits(settings: Settings) -> Limits:
-    return Limits(
-        settings.max_topics,
-        settings.max_stored_messages,
-        settings.max_stored_bytes,
-        settings.max_stored_messages_per_topic,
-        settings.max_stored_bytes_per_topic,
-    )
 
 
 # The started servers, whose sockets a forked process closes.
