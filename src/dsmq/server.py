@@ -269,7 +269,7 @@ class Server:
             access.check_exposure(listener.socket for listener in self._listeners)
         except Exception as error:
             expected, about = isinstance(error, ConfigError), logs.event("reload_failed", error=str(error))
-            _logger.error("nothing is changed: %s", error, extra=about, exc_info=not expected)
+            _logger.error("reload failed: %s", error, extra=about, exc_info=not expected)
             return
         self.context.access = access
         self._apply(new.model_copy(update={name: getattr(before, name) for name in RESTART_REQUIRED}))
@@ -284,12 +284,12 @@ class Server:
         self.context.settings = settings
         self.context.usage.set_limits(settings)
         self._store.max_age_ms = round(settings.max_age_seconds * 1000)
-        self._store.limits = _limits(settings)
+        self._store.limits = Limits._make(getattr(settings, name) for name in Limits._fields)
 
     # Stop
 
-    def stop(self, seconds: float | None = None, *, abandon: bool = False) -> list[str]:
-        """Stop in stages, by default within stop_timeout_seconds; return the names of threads that survived.
+    def stop(self, *, abandon: bool = False) -> list[str]:
+        """Stop in stages, within stop_timeout_seconds; return the names of threads that survived.
 
         Idempotent. `abandon`, or a KeyboardInterrupt meanwhile, gives up what is left, including the last snapshot.
         """
@@ -297,16 +297,15 @@ class Server:
             if self._stopped:
                 return []
             try:
-                if seconds is None:
-                    seconds = self.context.settings.stop_timeout_seconds
-                return self._abandon() if abandon else self._stop_gracefully(seconds)
+                return self._abandon() if abandon else self._stop_gracefully()
             except KeyboardInterrupt:
                 self._abandon()
                 raise
             finally:
                 self._stopped = True
 
-    def _stop_gracefully(self, seconds: float) -> list[str]:
+    def _stop_gracefully(self) -> list[str]:
+        seconds = self.context.settings.stop_timeout_seconds
         deadline = time.monotonic() + seconds
         self.status.stopping = True
         self._systemd.stopping(seconds + (LAST_SNAPSHOT_SECONDS if self._snapshotter else 0))
@@ -392,16 +391,6 @@ def _new_snapshotter(settings: Settings, store: Store) -> Snapshotter | None:
     if not isinstance(store, SQLiteStore):
         raise ConfigError("snapshot_file: this store keeps its messages by itself")
     return Snapshotter(store, settings.snapshot_file, settings.snapshot_interval_seconds)
-
-
-def _limits(settings: Settings) -> Limits:
-    return Limits(
-        settings.max_topics,
-        settings.max_stored_messages,
-        settings.max_stored_bytes,
-        settings.max_stored_messages_per_topic,
-        settings.max_stored_bytes_per_topic,
-    )
 
 
 # The started servers, whose sockets a forked process closes.

@@ -29,7 +29,6 @@ from dsmq.client import connect
 from dsmq.errors import Full, ReplyError
 from dsmq.server import Server
 from dsmq.store import dedup as producers
-from dsmq.store import limits as store_limits
 from dsmq.store.api import MESSAGE_OVERHEAD_BYTES, TOPIC_OVERHEAD_BYTES, Limits, Message
 from dsmq.store.sqlite import SQLiteStore
 from dsmq.wire.resp import Encoded, encode_messages, encode_request
@@ -125,7 +124,7 @@ def test_server_notices_without_puts_that_limit_no_longer_applies() -> None:
 
 def test_limit_stays_full_until_refused_size_fits() -> None:
     now = 0
-    store = SQLiteStore(1_000, lambda: now, Limits(bytes_per_topic=1_000))
+    store = SQLiteStore(1_000, lambda: now, Limits(max_stored_bytes_per_topic=1_000))
     store.append([(b"t", b"x" * 300, None)])
     now = 500
     store.append([(b"t", b"x" * 300, None)])
@@ -148,20 +147,20 @@ def test_limit_stays_full_until_refused_size_fits() -> None:
     store.close()
 
 
-def test_remembered_full_topics_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_limits, "MAX_FULL", 3)
-    store = SQLiteStore(1_000, limits=Limits(messages_per_topic=1))
-    for number in range(9):
-        store.append([(b"%d" % number, b"x", None)])
+def test_limit_per_topic_stays_full_while_any_topic_refuses_puts() -> None:
+    store = SQLiteStore(1_000, limits=Limits(max_stored_messages_per_topic=1))
+    for name in (b"a", b"b"):
+        store.append([(name, b"x", None)])
+    for name in (b"a", b"b", b"a"):
         with pytest.raises(Full):
-            store.append([(b"%d" % number, b"x", None)])
-    assert len(store._limits._full) == 3
+            store.append([(name, b"x", None)])
+        assert store.full() == {"max_stored_messages_per_topic"}
     store.close()
 
 
 def test_topics_count_towards_stored_bytes() -> None:
     cost = MESSAGE_OVERHEAD_BYTES + TOPIC_OVERHEAD_BYTES + 3
-    store = SQLiteStore(60_000, limits=Limits(bytes=3 * cost))
+    store = SQLiteStore(60_000, limits=Limits(max_stored_bytes=3 * cost))
     store.append([(b"aaa", b"", None), (b"bbb", b"", None)])
     assert store.totals().accounted_bytes == 2 * cost
     with pytest.raises(Full):
@@ -224,13 +223,15 @@ def test_client_raises_full() -> None:
 def test_limits_can_be_lowered_below_current_use() -> None:
     store = SQLiteStore(60_000)
     store.append([(b"t", b"x", None)] * 5)
-    store.limits = Limits(messages=2)
+    store.limits = Limits(max_stored_messages=2)
     with pytest.raises(Full):
         store.append([(b"t", b"x", None)])
     assert len(store.read(b"t", 0, 10, 100)) == 5
     store.limits = Limits()
     store.append([(b"t", b"x", (b"me", 1))])
-    store.limits = Limits(messages=2, messages_per_topic=2, bytes=10, bytes_per_topic=10)
+    store.limits = Limits(
+        max_stored_messages=2, max_stored_messages_per_topic=2, max_stored_bytes=10, max_stored_bytes_per_topic=10
+    )
     assert store.append([(b"t", b"x", (b"me", 1))]) == [6]
     store.close()
 

@@ -843,7 +843,7 @@ def page_bytes(store: ClockedStore) -> int:
 )
 def test_database_stays_below_limit_on_bytes(clock: Clock, size: int, topics: int) -> None:
     limit = 8_000_000
-    with closing(ClockedStore(10**9, clock, Limits(bytes=limit))) as store:
+    with closing(ClockedStore(10**9, clock, Limits(max_stored_bytes=limit))) as store:
         with pytest.raises(Full):
             fill(store, clock, size, topics)
         assert page_bytes(store) < 1.2 * limit + FREE_PAGE_BYTES + MAX_BUFFERED_BYTES

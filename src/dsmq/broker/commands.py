@@ -59,10 +59,9 @@ class Command:
             f"{self.name} requires the role {self.role.name.lower()}; this token has {role.name.lower()}"
         )
 
-    def check(self, request: list[bytes]) -> None:
-        """Raise BadRequest if the number of arguments is wrong."""
-        if not self.min_args <= len(request) - 1 <= self.max_args:
-            raise BadRequest(f"wrong number of arguments, should be: {self.name} {self.syntax}".rstrip())
+    def wrong_count(self) -> BadRequest:
+        """Return the error for a wrong number of arguments."""
+        return BadRequest(f"wrong number of arguments, should be: {self.name} {self.syntax}".rstrip())
 
 
 @dataclass(frozen=True, slots=True)

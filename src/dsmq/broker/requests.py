@@ -178,7 +178,7 @@ class Requests:
             self.queue.appendleft(request)
             return
         if not command.min_args < len(request) <= command.max_args + 1:
-            command.check(request)
+            raise command.wrong_count()
         reply = command.handler(self.connection, request)
         if reply is not None:
             self.transport.send(reply)

@@ -102,7 +102,8 @@ class Status:
             "stopping": self.stopping,
             "starting": not (self.serving or self.stopping),
             # Not 100 %: a message that does not fit is refused although some bytes are left.
-            "full": totals.messages >= limits.messages or totals.accounted_bytes >= limits.bytes * 0.99,
+            "full": totals.messages >= limits.max_stored_messages
+            or totals.accounted_bytes >= limits.max_stored_bytes * 0.99,
             "too many connections": self.connections() >= self.context.usage.connections.limit,
         }
         return [reason for reason, applies in reasons.items() if applies]
@@ -168,11 +169,11 @@ class Status:
     def limits(self) -> Iterator[Fact]:
         """Return the settings that bound the numbers above."""
         limits, settings = self.context.store.limits, self.context.settings
-        yield Fact("messages_limit", "Max messages stored.", limits.messages)
-        yield Fact("messages_per_topic_limit", "Max messages stored per topic.", limits.messages_per_topic)
-        yield Fact("stored_bytes_limit", "Max bytes stored.", limits.bytes)
-        yield Fact("stored_bytes_per_topic_limit", "Max bytes stored per topic.", limits.bytes_per_topic)
-        yield Fact("topics_limit", "Max topics that have messages.", limits.topics)
+        yield Fact("messages_limit", "Max messages stored.", limits.max_stored_messages)
+        yield Fact("messages_per_topic_limit", "Max messages stored per topic.", limits.max_stored_messages_per_topic)
+        yield Fact("stored_bytes_limit", "Max bytes stored.", limits.max_stored_bytes)
+        yield Fact("stored_bytes_per_topic_limit", "Max bytes stored per topic.", limits.max_stored_bytes_per_topic)
+        yield Fact("topics_limit", "Max topics that have messages.", limits.max_topics)
         yield Fact("message_size_limit_bytes", "Max size of a message.", settings.max_message_bytes)
         yield Fact("max_age_seconds", "Age at which messages expire.", settings.max_age_seconds)
         yield Fact("connections_limit", "Max open connections.", self.context.usage.connections.limit)

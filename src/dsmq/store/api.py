@@ -45,7 +45,7 @@ class TopicStats(NamedTuple):
 
     @property
     def accounted_bytes(self) -> int:
-        """Bytes as `Limits.bytes_per_topic` counts them."""
+        """Bytes as `Limits.max_stored_bytes_per_topic` counts them."""
         return accounted_bytes(self.messages, self.bytes)
 
 
@@ -61,7 +61,7 @@ class Totals(NamedTuple):
     """Expired messages that nobody had read, or skipped by starting at a newer one."""
     oldest_age_ms: int = 0
     accounted_bytes: int = 0
-    """Bytes as `Limits.bytes` counts them."""
+    """Bytes as `Limits.max_stored_bytes` counts them."""
 
 
 class Timing(NamedTuple):
@@ -72,24 +72,16 @@ class Timing(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """A put that would exceed a limit raises Full."""
+    """The settings that bound a store. A put that would exceed one raises Full."""
 
-    topics: int = sys.maxsize
-    messages: int = sys.maxsize
-    bytes: int = sys.maxsize
+    max_topics: int = sys.maxsize
+    max_stored_messages: int = sys.maxsize
+    max_stored_bytes: int = sys.maxsize
     """Bodies (or, if that is more, 5/6 of the database's pages) and topic names, with overhead."""
-    messages_per_topic: int = sys.maxsize
-    bytes_per_topic: int = sys.maxsize
+    max_stored_messages_per_topic: int = sys.maxsize
+    max_stored_bytes_per_topic: int = sys.maxsize
 
 
-SETTINGS = {
-    "topics": "max_topics",
-    "messages": "max_stored_messages",
-    "bytes": "max_stored_bytes",
-    "messages_per_topic": "max_stored_messages_per_topic",
-    "bytes_per_topic": "max_stored_bytes_per_topic",
-}
-"""The setting of each limit."""
 MEMORY = "memory"
 """Reported by `Store.full` if the system is out of memory."""
 

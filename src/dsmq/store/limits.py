@@ -7,11 +7,8 @@ from collections import Counter
 from collections.abc import Iterable
 
 from dsmq.errors import Full
-from dsmq.store.api import SETTINGS, Limits, Put, accounted_bytes, accounted_topic_bytes
+from dsmq.store.api import Limits, Put, accounted_bytes, accounted_topic_bytes
 from dsmq.store.topics import TopicTable
-
-# Max full limits remembered, each topic with its own, to log when there is room again.
-MAX_FULL = 1_000
 
 
 class LimitChecker:
@@ -19,16 +16,16 @@ class LimitChecker:
 
     def __init__(self, topics: TopicTable, limits: Limits) -> None:
         self._topics = topics
-        # By limit and, for a limit per topic, topic: the room that the last refused put needed, and whether it was
-        # refused since the last call of `full`.
-        self._full: dict[tuple[str, bytes | None], tuple[int, bool]] = {}
+        # For each limit, of the last refused put: the topic if the limit is per topic, the room that it needed, and
+        # whether it was refused since the last call of `full`.
+        self._full: dict[str, tuple[bytes | None, int, bool]] = {}
         self.set_limits(limits)
 
     def set_limits(self, limits: Limits) -> None:
         self.limits = limits
         # If all topics together are below these, no limit is exceeded.
-        self.safe_messages = min(limits.messages, limits.messages_per_topic)
-        self.safe_bytes = min(limits.bytes, limits.bytes_per_topic)
+        self.safe_messages = min(limits.max_stored_messages, limits.max_stored_messages_per_topic)
+        self.safe_bytes = min(limits.max_stored_bytes, limits.max_stored_bytes_per_topic)
 
     def check(self, puts: Iterable[Put]) -> None:
         """Raise Full if these would exceed a limit on messages or bytes."""
@@ -38,12 +35,12 @@ class LimitChecker:
             counts[name] += 1
             sizes[name] += len(body)
         for name, count in counts.items():
-            self.check_limit("messages_per_topic", count, name)
-            self.check_limit("bytes_per_topic", accounted_bytes(count, sizes[name]), name)
+            self.check_limit("max_stored_messages_per_topic", count, name)
+            self.check_limit("max_stored_bytes_per_topic", accounted_bytes(count, sizes[name]), name)
         if counts:
-            self.check_limit("messages", counts.total())
+            self.check_limit("max_stored_messages", counts.total())
             new_topics = accounted_topic_bytes(counts.keys() - self._topics.by_name.keys())
-            self.check_limit("bytes", new_topics + accounted_bytes(counts.total(), sizes.total()))
+            self.check_limit("max_stored_bytes", new_topics + accounted_bytes(counts.total(), sizes.total()))
 
     def check_limit(self, limit: str, more: int, topic: bytes | None = None) -> None:
         """Raise Full if `more` would exceed a limit."""
@@ -51,27 +48,25 @@ class LimitChecker:
         if self._held(limit, topic) + more > most:
             self.record_full(limit, topic, more)
             what = "server" if topic is None else "topic"
-            raise Full(f"the {what} is full: {SETTINGS[limit]} = {most} reached")
+            raise Full(f"the {what} is full: {limit} = {most} reached")
 
     def _held(self, limit: str, topic: bytes | None) -> int:
         """Return the current value for a limit."""
-        held = self._topics if topic is None else self._topics.find(topic)
-        if limit == "topics":
+        if limit == "max_topics":
             return len(self._topics.by_name)
-        return held.messages if limit in ("messages", "messages_per_topic") else held.accounted_bytes
+        held = self._topics if topic is None else self._topics.find(topic)
+        return held.messages if limit.startswith("max_stored_messages") else held.accounted_bytes
 
     def record_full(self, limit: str, topic: bytes | None = None, more: int = 0) -> None:
         """Record that a put was refused that needed `more` room."""
-        self._full[limit, topic] = more, True
-        if len(self._full) > MAX_FULL:
-            del self._full[next(iter(self._full))]
+        self._full[limit] = topic, more, True
 
     def full(self) -> set[str]:
         """Return as `Store.full` does."""
-        for (limit, topic), (more, is_new) in list(self._full.items()):
-            self._full[limit, topic] = more, False
+        for limit, (topic, more, is_new) in list(self._full.items()):
+            self._full[limit] = topic, more, False
             most = getattr(self.limits, limit, sys.maxsize)
             # There is never room for a put larger than the limit itself.
             if not is_new and self._held(limit, topic) + min(more, most) <= most:
-                del self._full[limit, topic]
-        return {SETTINGS.get(limit, limit) for limit, _ in self._full}
+                del self._full[limit]
+        return set(self._full)

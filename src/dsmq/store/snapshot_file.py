@@ -15,8 +15,8 @@ import hashlib
 import os
 import sqlite3
 import struct
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import closing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -25,8 +25,6 @@ from urllib.parse import quote
 from dsmq.store.schema import SCHEMA, SNAPSHOT_SCHEMA
 
 VERSION = 1
-# "dsmq", for file(1).
-_APPLICATION_ID = 0x64736D71
 _NAME = b"dsmq-snapshot-"
 _MAGIC = _NAME + b"%02d" % VERSION
 _DIGEST_BYTES = 32
@@ -75,8 +73,6 @@ def write(path: Path, fill: Callable[[sqlite3.Connection], object], on_progress:
             for pragma in _PRAGMAS:
                 database.execute(f"PRAGMA {pragma}")
             fill(database)
-            database.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-            database.execute(f"PRAGMA user_version = {VERSION}")
         size = _seal(new, on_progress)
         new.replace(path)
         _sync_folder(path.parent)
@@ -158,12 +154,10 @@ def verify(path: Path) -> Snapshot:
     return Snapshot(size, digest, restores)
 
 
-@contextmanager
-def opened(path: Path) -> Iterator[sqlite3.Connection]:
+def opened(path: Path) -> closing[sqlite3.Connection]:
     """Open the database of a verified snapshot for reading."""
     uri = f"file:{quote(str(path))}?mode=ro&immutable=1"
-    with closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as database:
-        yield database
+    return closing(sqlite3.connect(uri, uri=True, isolation_level=None))
 
 
 def record_restore(path: Path, snapshot: Snapshot) -> None:

@@ -96,7 +96,7 @@ class SQLiteStore:
             if is_full and any(self._new_puts(puts)):
                 self._flush()
             if names and (names := names.intersection(put[0] for put in self._new_puts(puts))):
-                limits.check_limit("topics", len(names))
+                limits.check_limit("max_topics", len(names))
                 topics.add(names)
             return self._add(puts, self._clock())
 
