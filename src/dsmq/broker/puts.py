@@ -95,4 +95,5 @@ def _answer(connections: list[Connection], stored: list[int] | ReplyError) -> No
 def _answer_later(connections: list[Connection], stored: list[int] | ReplyError) -> None:
     _answer(connections, stored)
     for connection in dict.fromkeys(connections):
-        connection.resume()
+        if not connection.pending_puts:
+            connection.resume()
