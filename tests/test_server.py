@@ -737,23 +737,30 @@ def test_asynchronous_store_answers_transaction() -> None:
         assert replies == [1, "OK", *["QUEUED"] * 5, [2, b"1", 3, b"2", b"3"], 4]
 
 
-class LimitedStore(LaterStore):
-    """Refuses several puts at once, but stores each of them later, in order."""
+class LimitedStore(SQLiteStore):
+    """Refuses several puts at once, and answers single ones when the test sets their results."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.threads = ThreadPoolExecutor(1)
+        super().__init__(600_000)
+        self.answers: list[Future[list[int]]] = []
 
-    def append(self, puts: Sequence[Put]) -> Future[list[int]]:
+    def append(self, puts: Sequence[Put]) -> Future[list[int]]:  # type: ignore[override]
         if len(puts) > 1:
             raise Full("no room")
-        return super().append(puts)
+        self.answers.append(Future())
+        return self.answers[-1]
 
 
 def test_puts_retried_one_by_one_are_answered_later() -> None:
-    with serving(LimitedStore()) as server, wire_to(server) as wire:  # type: ignore[arg-type]
-        wire.send(encode_request(b"PUT", b"t", b"x") * 5 + encode_request(b"PING"))
-        assert [wire.receive() for _ in range(6)] == [1, 2, 3, 4, 5, "PONG"]
+    store = LimitedStore()
+    with serving(store) as server, wire_to(server) as wire, wire_to(server) as other:  # type: ignore[arg-type]
+        wire.send(encode_request(b"PUT", b"t", b"x") * 3 + encode_request(b"PING"))
+        wait_until(lambda: len(store.answers) == 3)
+        for number, answer in enumerate(store.answers, 1):
+            answer.set_result([number])
+            assert wire.receive() == number
+            assert other.call("PING") == "PONG"
+        assert wire.receive() == "PONG"
 
 
 def test_late_store_answer_gives_no_second_reply() -> None:
