@@ -357,7 +357,7 @@ def test_position_file_symlink_is_preserved(topic: str, mq: DSMQClientSideConnec
 def test_invalid_position_file_is_reported(content: bytes, topic: str, tmp_path: Path) -> None:
     file = tmp_path / "position"
     file.write_bytes(content)
-    assert_one_line(result("get", topic, "--position-file", str(file)), 2, f"{file}: there is no position in it")
+    assert_one_line(result("get", topic, "--position-file", str(file)), 2, f"{file}: it does not contain a position")
     assert file.read_bytes() == content
 
 

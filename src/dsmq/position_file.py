@@ -1,4 +1,4 @@
-"""Keeps a position in a file, from which the next run of a command continues."""
+"""A file with the position at which the next run of a command continues."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class PositionFile:
         except OSError as error:
             raise ConfigError(f"{self._path}: {error.strerror}") from None
         except (ValueError, argparse.ArgumentTypeError):
-            raise ConfigError(f"{self._path}: there is no position in it") from None
+            raise ConfigError(f"{self._path}: it does not contain a position") from None
 
     def save(self, position: str) -> None:
         """Replace the position atomically. Raises OSError."""

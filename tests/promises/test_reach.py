@@ -34,7 +34,7 @@ from dsmq.wire.addresses import Endpoint
 
 @pytest.fixture
 def resolve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """A function: every name has these addresses from now on, each with a port."""
+    """A function that sets the addresses of the name `name`, each with a port."""
 
     real = socket.getaddrinfo
 
@@ -55,7 +55,7 @@ def resolve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @contextmanager
 def black_hole() -> Iterator[int]:
-    """A port that answers nothing to those who connect: its queue is full."""
+    """A port that does not answer, because its queue is full."""
     with socket.socket() as listener, socket.socket() as first, socket.socket() as second:
         listener.bind(("127.0.0.1", 0))
         listener.listen(0)
@@ -133,12 +133,12 @@ def test_starting_server_is_waited_for_at_all_addresses(resolve: Callable[..., N
         thread.join(SOON)
 
 
-# What accepts and closes, and what else answers
+# Proxies and other programs
 
 
 @contextmanager
 def front(*replies: bytes) -> Iterator[tuple[int, list[int]]]:
-    """A listener that gives each connection a reply to the first thing that comes, and closes it."""
+    """A listener that sends each connection a reply after the first data, and closes it."""
     listener = socket.create_server(("127.0.0.1", 0))
     accepted: list[int] = []
 
@@ -243,7 +243,7 @@ def test_real_programs_are_recognized(tmp_path: Path) -> None:
 
 
 class Slow:
-    """A proxy that passes so many bytes a second, each way."""
+    """A proxy that passes a limited number of bytes a second, each way."""
 
     def __init__(self, port: int, rate: int) -> None:
         self._port, self._rate = port, rate
@@ -340,7 +340,7 @@ def test_silent_server_times_out_for_every_call() -> None:
         one.close()
 
 
-# What is told
+# Errors
 
 
 @CONNECTS
@@ -469,7 +469,7 @@ with connect(port={server.port}, on_state_change=states.append) as mq, connect(p
 
 @contextmanager
 def running(script: str) -> Iterator[tuple[IO[str], IO[str]]]:
-    """A program, with all that it forks: its input and its output."""
+    """A program and its children: its input and output."""
     pipe = subprocess.PIPE
     command = [sys.executable, "-c", script]
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True) as process:
@@ -484,7 +484,7 @@ def running(script: str) -> Iterator[tuple[IO[str], IO[str]]]:
 
 @pytest.mark.parametrize("fork", ["os.fork", "ctypes.PyDLL(None).fork"])
 def test_call_continues_in_child_whose_forking_handler_used_the_client(server: Server, fork: str) -> None:
-    """It must not wait on a descriptor that is another connection's now; its own deadline is far."""
+    """It must not wait on a descriptor that now belongs to another connection."""
     script = f"""
 import ctypes, os, signal
 from dsmq.client import connect
@@ -583,7 +583,7 @@ except OSError as error:
     assert done.returncode == 0, done.stderr
 
 
-# What a client holds
+# Memory and connections of a client
 
 
 def test_idle_connections_of_a_burst_are_closed_but_one(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
