@@ -653,9 +653,11 @@ def test_lost_reply_does_not_shift_other_replies(
     assert not errors
 
 
-def test_raising_callback_fails_its_call(server: Server) -> None:
+@pytest.mark.parametrize("failing", ["lost", "resumed"])
+def test_raising_callback_fails_its_call(server: Server, failing: str) -> None:
     def refuse(state: str) -> None:
-        raise LookupError(state)
+        if state == failing:
+            raise LookupError(state)
 
     async def main() -> None:
         async with Proxy(server) as proxy, await connect(port=proxy.port, on_state_change=refuse) as mq:
