@@ -31,7 +31,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from conftest import ROOT, SOON, UNIT, Daemon, Wire, daemon, run_dsmq, serving, wait_until, without_privileges
 from dsmq import __version__
-from dsmq.cli import main
+from dsmq.__main__ import main
 from dsmq.client import DSMQClientSideConnection, connect
 from dsmq.wire.resp import encode_request
 
@@ -1207,7 +1207,7 @@ for module, names in (
             delattr(module, name)
 for name in ("fcntl", "resource", "termios", "pwd", "grp"):
     sys.modules[name] = None
-from dsmq.cli import main
+from dsmq.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -1243,7 +1243,7 @@ def test_sigterm_stops_server_and_answers_waiting_readers() -> None:
 def test_server_can_be_stopped_as_soon_as_it_reports_serving() -> None:
     script = """
 import logging, os, signal, sys
-from dsmq.cli import main
+from dsmq.__main__ import main
 class Stopper(logging.Handler):
     def emit(self, record):
         if "serves on" in record.getMessage():

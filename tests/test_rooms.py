@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "logs": {"errors", "system", "terminal"},
     "errors": set(),
 }
-MOST_LEVELS, MOST_CLIENT_LEVELS = 11, 8
+MOST_LEVELS, MOST_CLIENT_LEVELS = 9, 8
 
 
 def modules() -> dict[str, Path]:

@@ -1,17 +1,135 @@
-"""The `dsmq` command, also `python -m dsmq`."""
+"""The `dsmq` command, also `python -m dsmq`. Data goes to stdout, everything else to stderr (but see log_stream).
 
+Exit statuses: 0 done, 1 failed (no server, an error from it, the server can't start), 2 wrong usage or configuration,
+3 no message printed, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import signal
 import sys
+from collections.abc import Callable, Sequence
+
+# Other modules are imported in functions, so that Ctrl-C is handled while they load, and only if they are needed.
+
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
-def main() -> int:
-    """Run the command line of this process; return its exit status."""
+def main(words: Sequence[str] | None = None) -> int:
+    """Run a command line; return its exit status."""
     try:
-        # Imported here, so that Ctrl-C is also handled while it loads.
-        from dsmq.cli import main as run  # noqa: PLC0415
-
-        return run()
+        return _run(list(sys.argv[1:] if words is None else words))
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
+
+
+def _run(words: list[str]) -> int:
+    from dsmq.errors import ConfigError, DSMQError
+
+    _prepare_streams()
+    try:
+        try:
+            if words[:1] == ["serve"]:
+                _early_signals()
+            return _command(words)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of the output, such as `head`, has exited.
+        _discard_output()
+        return FAILED
+    except ConfigError as error:
+        return _report(error, USAGE)
+    except (DSMQError, OSError) as error:
+        _discard_output()
+        return _report(error, FAILED)
+
+
+def _command(words: list[str]) -> int:
+    from dsmq import cli_parser
+
+    options = cli_parser.parse(words)
+    if run := _COMMANDS.get(options.command):
+        return run(options)
+    from dsmq import cli
+
+    return cli.COMMANDS[options.command](options)
+
+
+def _report(error: Exception, status: int) -> int:
+    from dsmq.client.replies import reason
+    from dsmq.terminal import printable
+
+    sys.stderr.write(f"dsmq: {printable(reason(error))}\n")
+    return status
+
+
+def _prepare_streams() -> None:
+    # `>&-` in a shell closes a stream; the next socket would take its descriptor.
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for as long as the process runs
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # The terminal's encoding may lack some characters.
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _early_signals() -> None:
+    """Handle signals while the server is still loading its modules."""
+    from dsmq.system import has_terminal
+
+    # The first process of a container ignores every signal it has no handler for.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(OK))
+    # Windows has no SIGHUP. nohup ignores it, which the server must still be able to detect later.
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        had_terminal = has_terminal()
+        # A request to reload the configuration is ignored while it is being loaded for the first time.
+        signal.signal(signal.SIGHUP, lambda *_: sys.exit(OK) if had_terminal and not has_terminal() else None)
+
+
+def _discard_output() -> None:
+    # Otherwise Python fails to flush its buffers at exit and prints an error.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from dsmq import logs, server
+    from dsmq import settings as config
+    from dsmq.ops import systemd
+    from dsmq.system import allow_more_files
+
+    settings = config.from_options(options)
+    logs.never_block()
+    logs.start(*settings.logging)
+    allow_more_files()
+    server.run(settings, lambda: config.from_options(options), systemd.take())
+    return OK
+
+
+def _config(options: argparse.Namespace) -> int:
+    from dsmq import settings as config
+    from dsmq.terminal import printable
+
+    text = config.example() if options.example else config.to_toml(config.from_options(options))
+    if sys.stdout.isatty():
+        sys.stdout.write("\n".join(map(printable, text.split("\n"))))
+    else:
+        # TOML is always UTF-8, regardless of the locale.
+        sys.stdout.buffer.write(text.encode(errors="backslashreplace"))
+    return OK
+
+
+def _demo(_: argparse.Namespace) -> int:
+    from dsmq import demo
+
+    demo.main()
+    return OK
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"serve": _serve, "config": _config, "demo": _demo}
 
 
 if __name__ == "__main__":

@@ -62,13 +62,13 @@ class AsyncClient(Client):
 
     async def put(self, topic: str, msg: str | bytes) -> int:
         """Put a message; it is stored when this returns. Returns its id."""
-        await self._run(put := Put(self._session.put(topic, msg)))
+        await self._run(put := Put(arguments.topic_name(topic), arguments.message(msg)))
         return stored_id(put.reply)
 
     async def put_many(self, topic: str, messages: Iterable[str | bytes]) -> list[int]:
         """Put several messages in order; returns their ids. Errors tell how many are stored, as in the other client."""
         pending: deque[asyncio.Future[None]] = deque()
-        with PutMany(self._session, topic, messages) as puts:
+        with PutMany(arguments.topic_name(topic), messages) as puts:
             try:
                 # One batch is on its way while the replies to the one before come.
                 for batch in puts.batches:

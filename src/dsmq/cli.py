@@ -1,32 +1,25 @@
-"""The command line. Data goes to stdout, everything else to stderr (but see log_stream).
-
-Exit statuses: 0 done, 1 failed (no server, an error from it, the server can't start), 2 wrong usage or configuration,
-3 no message printed, 130 interrupted.
-"""
+"""The commands that use a server: put, get, topics, ping and bench. Each returns an exit status."""
 
 from __future__ import annotations
 
 import argparse
 import base64
-import io
 import json
 import logging
 import math
 import os
 import re
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from dsmq import cli_parser, environment
-from dsmq.cli_parser import USAGE
 from dsmq.client import DSMQClientSideConnection, connect
+from dsmq.client.replies import reason
 from dsmq.client.session import Message
 from dsmq.errors import AuthRequired, ConfigError, DSMQError, TooBig
-from dsmq.system import allow_more_files, has_terminal
 from dsmq.terminal import LineFormatter, printable
 from dsmq.tokens import check_token
 from dsmq.wire.addresses import parse_endpoint
@@ -39,67 +32,7 @@ T = TypeVar("T")
 # Max length of a line of stdin, unless the server has announced a larger limit on messages.
 _MAX_LINE_BYTES = 67_108_864
 
-OK, FAILED, NOTHING, INTERRUPTED = 0, 1, 3, 130
-
-
-def main(words: Sequence[str] | None = None) -> int:
-    """Run a command line; return its exit status."""
-    words = list(sys.argv[1:] if words is None else words)
-    _prepare_streams()
-    try:
-        try:
-            if words[:1] == ["serve"]:
-                _early_signals()
-            options = cli_parser.parse(words)
-            return _COMMANDS[options.command](options)
-        finally:
-            sys.stdout.flush()
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:
-        # The reader of the output, such as `head`, has exited.
-        _discard_output()
-        return FAILED
-    except ConfigError as error:
-        return _report(error, USAGE)
-    except (DSMQError, OSError) as error:
-        _discard_output()
-        return _report(error, FAILED)
-
-
-def _early_signals() -> None:
-    """Handle signals while the server is still loading its modules."""
-    # The first process of a container ignores every signal it has no handler for.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(OK))
-    # Windows has no SIGHUP. nohup ignores it, which the server must still be able to detect later.
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        had_terminal = has_terminal()
-        # A request to reload the configuration is ignored while it is being loaded for the first time.
-        signal.signal(signal.SIGHUP, lambda *_: sys.exit(OK) if had_terminal and not has_terminal() else None)
-
-
-def _discard_output() -> None:
-    # Otherwise Python fails to flush its buffers at exit and prints an error.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _prepare_streams() -> None:
-    # `>&-` in a shell closes a stream; the next socket would take its descriptor.
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for as long as the process runs
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # The terminal's encoding may lack some characters.
-        sys.stdout.reconfigure(errors="backslashreplace")
-
-
-def _report(error: Exception, status: int) -> int:
-    sys.stderr.write(f"dsmq: {printable(_reason(error))}\n")
-    return status
-
-
-def _reason(error: Exception) -> str:
-    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+OK, NOTHING = 0, 3
 
 
 def _connect(options: argparse.Namespace, timeout: float = 10.0) -> DSMQClientSideConnection:
@@ -126,7 +59,7 @@ def _connect(options: argparse.Namespace, timeout: float = 10.0) -> DSMQClientSi
     except AuthRequired as error:
         raise AuthRequired(_cli_hint(str(error))) from None
     except OSError as error:
-        about, where = _cli_hint(_reason(error)), _where(options)
+        about, where = _cli_hint(reason(error)), _where(options)
         raise ConnectionError(about if where in about else f"cannot connect to {where}: {about}") from error
 
 
@@ -195,31 +128,6 @@ def _token(file: str | None, known: dict[str, _Setting]) -> str | None:
 # Commands
 
 
-def _serve(options: argparse.Namespace) -> int:
-    from dsmq import logs, server  # noqa: PLC0415 - only a server needs it
-    from dsmq import settings as config  # noqa: PLC0415 - slow to load
-    from dsmq.ops import systemd  # noqa: PLC0415 - only a server needs it
-
-    settings = config.from_options(options)
-    logs.never_block()
-    logs.start(*settings.logging)
-    allow_more_files()
-    server.run(settings, lambda: config.from_options(options), systemd.take())
-    return OK
-
-
-def _config(options: argparse.Namespace) -> int:
-    from dsmq import settings as config  # noqa: PLC0415 - slow to load
-
-    text = config.example() if options.example else config.to_toml(config.from_options(options))
-    if sys.stdout.isatty():
-        sys.stdout.write("\n".join(map(printable, text.split("\n"))))
-    else:
-        # TOML is always UTF-8, regardless of the locale.
-        sys.stdout.buffer.write(text.encode(errors="backslashreplace"))
-    return OK
-
-
 def _put(options: argparse.Namespace) -> int:
     with _connect(options) as mq:
         if options.message == "-":
@@ -238,7 +146,7 @@ def _put_lines(mq: DSMQClientSideConnection, topic: str) -> None:
         stored += getattr(error, "stored_before", 0)
         after = getattr(error, "stored_behind", 0)
         about = f"lines stored: {stored} before it" + (f", {after} after it" if after else "")
-        raise DSMQError(f"line {stored + 1} of stdin: {_reason(error)} ({about})") from error
+        raise DSMQError(f"line {stored + 1} of stdin: {reason(error)} ({about})") from error
 
 
 def _lines(stream: IO[bytes], max_bytes: int) -> Iterator[list[bytes]]:
@@ -391,20 +299,10 @@ def _bench(options: argparse.Namespace) -> int:
     return OK
 
 
-def _demo(_: argparse.Namespace) -> int:
-    from dsmq import demo  # noqa: PLC0415 - only here
-
-    demo.main()
-    return OK
-
-
-_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "serve": _serve,
-    "config": _config,
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "put": _put,
     "get": _get,
     "topics": _topics,
     "ping": _ping,
     "bench": _bench,
-    "demo": _demo,
 }

@@ -14,7 +14,6 @@ from dsmq import __version__
 from dsmq.terminal import printable, quoted
 from dsmq.wire.addresses import parse_endpoint
 
-USAGE = 2
 _MAX_ID = 2**63 - 1
 
 N = TypeVar("N", int, float)
@@ -205,7 +204,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the error on one line and exit."""
-        self.exit(USAGE, printable(f"{self.prog}: {message} (see {self.prog} --help)") + "\n")
+        self.exit(2, printable(f"{self.prog}: {message} (see {self.prog} --help)") + "\n")
 
 
 def parse(words: list[str]) -> argparse.Namespace:

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from tempfile import TemporaryDirectory
 
-from dsmq import example_put_client
 from dsmq.client import DSMQClientSideConnection, connect
 from dsmq.errors import ServerFailed
 
@@ -33,7 +32,11 @@ def main(messages: int = 5, pause: float = 0.5) -> None:
         # Clients get messages put after they connected, so wait for the readers.
         for _ in readers:
             _receive(mq, "ready", readers)
-        example_put_client.run(host, n_iter=messages, pause=pause)
+        for number in range(messages):
+            time.sleep(pause)
+            message = f"{number}. Hello, world"
+            mq.put("greetings", message)
+            print(f"client sent {message}", flush=True)
         for _ in readers:
             print(_receive(mq, "done", readers), flush=True)
 

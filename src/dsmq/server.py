@@ -26,6 +26,7 @@ from dsmq import settings as config
 from dsmq.broker import listener as listening
 from dsmq.broker.access import Access
 from dsmq.broker.admission import Admission
+from dsmq.broker.commands import TABLE
 from dsmq.broker.connection import Connection
 from dsmq.broker.context import ServerContext
 from dsmq.broker.event_loop import EventLoop
@@ -125,7 +126,9 @@ class Server:
         self._commands: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self.status: Status
         info = lambda: self.status.info()  # noqa: E731, PLW0108 - it is made below
-        self.context = ServerContext(settings, self._store, Access.load(settings), Usage(), self.request_stop, info)
+        self.context = ServerContext(
+            TABLE, settings, self._store, Access.load(settings), Usage(), self.request_stop, info
+        )
         self._apply(settings)
         self._listeners: list[Listener] = []
         self._workers: list[EventLoop] = []
@@ -266,7 +269,7 @@ class Server:
             access.check_exposure(listener.socket for listener in self._listeners)
         except Exception as error:
             expected, about = isinstance(error, ConfigError), logs.event("reload_failed", error=str(error))
-            _logger.error("nothing is changed: %s", error, extra=about, exc_info=not expected)
+            _logger.error("reload failed: %s", error, extra=about, exc_info=not expected)
             return
         self.context.access = access
         self._apply(new.model_copy(update={name: getattr(before, name) for name in RESTART_REQUIRED}))
@@ -285,8 +288,8 @@ class Server:
 
     # Stop
 
-    def stop(self, seconds: float | None = None, *, abandon: bool = False) -> list[str]:
-        """Stop in stages, by default within stop_timeout_seconds; return the names of threads that survived.
+    def stop(self, *, abandon: bool = False) -> list[str]:
+        """Stop in stages, within stop_timeout_seconds; return the names of threads that survived.
 
         Idempotent. `abandon`, or a KeyboardInterrupt meanwhile, gives up what is left, including the last snapshot.
         """
@@ -294,16 +297,15 @@ class Server:
             if self._stopped:
                 return []
             try:
-                if seconds is None:
-                    seconds = self.context.settings.stop_timeout_seconds
-                return self._abandon() if abandon else self._stop_gracefully(seconds)
+                return self._abandon() if abandon else self._stop_gracefully()
             except KeyboardInterrupt:
                 self._abandon()
                 raise
             finally:
                 self._stopped = True
 
-    def _stop_gracefully(self, seconds: float) -> list[str]:
+    def _stop_gracefully(self) -> list[str]:
+        seconds = self.context.settings.stop_timeout_seconds
         deadline = time.monotonic() + seconds
         self.status.stopping = True
         self._systemd.stopping(seconds + (LAST_SNAPSHOT_SECONDS if self._snapshotter else 0))

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from dsmq import cli
+from dsmq.__main__ import main
 
 DAY_SECONDS = 86_400
 NOBODY = 65_534
@@ -115,4 +115,4 @@ def sql(fault: str) -> None:
 if __name__ == "__main__":
     {"files": files, "threads": threads, "clock": clock}.get(sys.argv[1], lambda: sql(sys.argv[1]))()
     sys.argv[1:] = ["serve"]
-    sys.exit(cli.main())
+    sys.exit(main())

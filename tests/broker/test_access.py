@@ -37,7 +37,7 @@ def test_reload_disconnects_withdrawn_tokens(token_file: Path) -> None:
         # An invalid file changes nothing.
         token_file.write_text("sensors scribble new-token-0123456789\n")
         process.process.send_signal(signal.SIGHUP)
-        line = process.wait_for_line("nothing is changed: .*")[0]
+        line = process.wait_for_line("reload failed: .*")[0]
         assert "line 1" in line
         assert "new-token" not in line
         assert other.call("PUT", "t", "x") == 2
@@ -226,5 +226,5 @@ def test_reload_renews_certificate(files: Files, authority: trustme.CA) -> None:
             before.ping()
             Path(files.server).write_text("no certificate")
             process.process.send_signal(signal.SIGHUP)
-            process.wait_for_line("nothing is changed: .*: no private key in PEM format found")
+            process.wait_for_line("reload failed: .*: no private key in PEM format found")
             connect(**where).close()  # type: ignore[arg-type]

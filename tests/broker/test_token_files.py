@@ -36,9 +36,9 @@ def test_token_file_accepts_trailing_newline_and_crlf(tmp_path: Path) -> None:
     file = tmp_path / "tokens"
     file.write_bytes(f"\ufeff{ADMIN}\r\nname read {READER}\r\n".encode())
     assert token_files.read_tokens(str(file)) == [("default", Role.ADMIN, ADMIN), ("name", Role.READ, READER)]
-    for text in (f"{ADMIN}\nname read {ADMIN}", "tök"):
+    for text, message in ((f"{ADMIN}\nname read {ADMIN}", "line 2: .* duplicate"), ("tök" * 9, "line 1: .* ASCII")):
         file.write_text(text)
-        with pytest.raises(ConfigError, match="is a duplicate"):
+        with pytest.raises(ConfigError, match=message):
             token_files.read_tokens(str(file))
 
 
@@ -66,7 +66,7 @@ def test_short_token_in_file_prevents_start(tmp_path: Path, file: str, text: str
     line = len(text.splitlines())
     assert (done.returncode, done.stderr.decode()) == (
         2,
-        f"dsmq: {tmp_path / file}, line {line}: a token should have {TO_MAKE_ONE}",
+        f"dsmq: {tmp_path / file}, line {line}: should have {TO_MAKE_ONE}",
     )
 
 
@@ -99,7 +99,7 @@ def test_reload_with_short_token_changes_nothing(tmp_path: Path, caplog: pytest.
             settings[name] = SHORT
         settings["max_topics"] = 7
         server.reload()
-        assert "nothing is changed" in caplog.text
+        assert "reload failed" in caplog.text
         assert TO_MAKE_ONE.strip() in caplog.text
         assert SHORT not in caplog.text
         assert (server.context.settings, server.context.access) == before

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from dsmq import cli
+from dsmq.__main__ import main
 from dsmq.store.api import Message, Put
 from dsmq.store.sqlite import SQLiteStore
 
@@ -95,4 +95,4 @@ MUTANTS = {
 if __name__ == "__main__":
     {mutant.__name__: mutant for mutant in MUTANTS}[sys.argv[1]]()
     sys.argv[1:] = ["serve"]
-    sys.exit(cli.main())
+    sys.exit(main())

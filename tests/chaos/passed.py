@@ -6,7 +6,7 @@ import fcntl
 import os
 import sys
 
-from dsmq import cli
+from dsmq.__main__ import main
 
 FIRST_DESCRIPTOR = 3
 # Above the descriptors they are moved to.
@@ -19,4 +19,4 @@ if __name__ == "__main__":
         os.close(descriptor)
     os.environ |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "2", "LISTEN_FDNAMES": "dsmq:metrics"}
     sys.argv[1:] = ["serve"]
-    sys.exit(cli.main())
+    sys.exit(main())

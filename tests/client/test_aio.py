@@ -533,7 +533,7 @@ def test_error_in_put_many_does_not_shift_other_replies() -> None:
 
 
 @pytest.mark.parametrize("refused", [0, 2, 450, 700])
-def test_an_error_of_put_many_says_what_is_stored_as_in_the_blocking_client(refused: int) -> None:
+def test_put_many_error_counts_stored_messages_as_in_blocking_client(refused: int) -> None:
     messages = ["x"] * 1400
     messages[refused] = "x" * 200_000
 
@@ -554,7 +554,7 @@ def test_an_error_of_put_many_says_what_is_stored_as_in_the_blocking_client(refu
         run(server, scenario)
 
 
-def test_each_put_many_that_a_close_ends_says_what_is_stored_of_it(server: Server) -> None:
+def test_put_many_ended_by_close_counts_stored_messages(server: Server) -> None:
     async def main() -> None:
         mq = await connect(port=server.port, timeout=SOON)
 
@@ -579,7 +579,7 @@ def test_each_put_many_that_a_close_ends_says_what_is_stored_of_it(server: Serve
     asyncio.run(main())
 
 
-def test_each_put_many_that_cannot_reconnect_has_its_own_error() -> None:
+def test_put_many_calls_that_cannot_reconnect_have_separate_errors() -> None:
     async def main() -> None:
         with serving(auth_token="old" * 8) as server:
             port = server.port

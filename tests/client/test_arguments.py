@@ -222,7 +222,7 @@ def test_unusable_files_have_distinct_errors(connect: Connect, keys: Path, files
         connect(port=1, **{name: str(keys / file) for name, file in files.items()})
 
 
-def test_a_default_keyword_works_everywhere() -> None:
+def test_none_is_a_valid_default() -> None:
     with serving() as server, connect(port=server.port) as mq:
         assert mq.get_many("t", 0) == []
         assert mq.get("t", default=None) is None

@@ -570,10 +570,10 @@ def test_all_connections_are_renewed_after_restart() -> None:
         mq.put_many("t", ["x"] * 4)
         for thread in waiting:
             thread.join(SOON)
-        assert first.connections() > 1
+        assert first.status.connections() > 1
     with serving(port=port) as second:
         mq.ping()
-        assert second.connections() == 1
+        assert second.status.connections() == 1
         mq.close()
 
 

@@ -476,7 +476,7 @@ def test_interrupt_at_any_line_neither_loses_nor_repeats_messages(verb: str, opc
 
 @pytest.mark.parametrize("opcodes", [False, True])
 @pytest.mark.parametrize("verb", ["take", "latest"])
-def test_an_interrupt_anywhere_while_messages_are_given_back_loses_none(verb: str, opcodes: bool) -> None:
+def test_interrupt_while_giving_messages_back_loses_none(verb: str, opcodes: bool) -> None:
     interrupted, limit = 0, -1
     while interrupted == max(0, limit):
         limit += 1
@@ -505,7 +505,7 @@ def test_an_interrupt_anywhere_while_messages_are_given_back_loses_none(verb: st
 
 
 @pytest.mark.parametrize("opcodes", [False, True])
-def test_what_a_handler_gives_back_while_it_is_being_given_back_comes_once(opcodes: bool) -> None:
+def test_messages_given_back_twice_by_a_handler_are_returned_once(opcodes: bool) -> None:
     limit, is_handled = 0, True
 
     def handle() -> None:
@@ -581,7 +581,7 @@ def test_read_ahead_of_old_epoch_is_returned_until_expiry(clock: Time) -> None:
     assert (take(reader), reader.missed) == ([2], 2)
 
 
-def test_a_new_epoch_is_not_asked_behind_an_id_of_the_one_before(clock: Time) -> None:
+def test_new_epoch_is_not_read_after_an_old_id(clock: Time) -> None:
     reader = a_reader(10)
     accept(reader, entries(11, 12, 13))
     take(reader, 1)

@@ -39,14 +39,14 @@ def request(data: bytes) -> list[bytes]:
 
 def test_puts_are_numbered_on_each_connection() -> None:
     one, two = Producer(b"run"), Producer(b"run")
-    first, second, other = (request(Put((b"t", b"x")).request(producer))[3:] for producer in (one, one, two))
+    first, second, other = (request(Put(b"t", b"x").request(producer))[3:] for producer in (one, one, two))
     assert (first[0], first[2], second[2], other[2]) == (b"KEY", b"1", b"2", b"1")
     assert first[1] == second[1] != other[1]
 
 
 @pytest.mark.parametrize("error", [BROKEN, TimeoutError("no reply"), OSError()])
 def test_unanswered_put_is_retried_with_its_key(error: Exception) -> None:
-    put, producer = Put((b"t", b"x")), Producer(b"run")
+    put, producer = Put(b"t", b"x"), Producer(b"run")
     first = request(put.request(producer))
     assert first[:3] == [b"PUT", b"t", b"x"]
     assert put.on_connection_lost(error) is False
@@ -56,7 +56,7 @@ def test_unanswered_put_is_retried_with_its_key(error: Exception) -> None:
 
 
 def test_unanswered_put_is_not_sent_to_another_server() -> None:
-    put = Put((b"t", b"x"))
+    put = Put(b"t", b"x")
     put.request(Producer(b"one"))
     put.on_connection_lost(BROKEN)
     with pytest.raises(ConnectionLost, match="restarted") as told:
@@ -65,7 +65,7 @@ def test_unanswered_put_is_not_sent_to_another_server() -> None:
 
 
 def test_put_is_not_retried_after_server_may_have_forgotten_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    put, many, now = Put((b"t", b"x")), PutMany(a_session(), "t", [*"ab"]), 1000.0
+    put, many, now = Put(b"t", b"x"), PutMany(b"t", [*"ab"]), 1000.0
     # The one that goes on while the machine sleeps.
     monkeypatch.setattr(calls, "boot_time", lambda: now)
     put.request(Producer(b"run"))
@@ -85,7 +85,7 @@ def test_put_is_not_retried_after_server_may_have_forgotten_it(monkeypatch: pyte
 
 @pytest.mark.parametrize("error", [CLOSING, TimedOut("idle for too long"), AuthRequired("by other rules")])
 def test_refused_put_may_go_to_any_server(error: Exception) -> None:
-    put = Put((b"t", b"x"))
+    put = Put(b"t", b"x")
     put.request(Producer(b"one"))
     put.on_connection_lost(error)
     assert request(put.request(Producer(b"two")))[-1] == b"1"
@@ -127,17 +127,17 @@ def answer(puts: PutMany, *replies: Reply) -> None:
 
 def test_batches_are_bounded_by_puts_and_bytes() -> None:
     long = b"x" * 300_000
-    puts = PutMany(a_session(), "t", [*["1"] * 501, b"3", long, "5", long, "7"])
+    puts = PutMany(b"t", [*["1"] * 501, b"3", long, "5", long, "7"])
     assert in_batches(puts) == [[b"1"] * 500, [b"1", b"3", long], [b"5", long], [b"7"]]
 
 
 def test_empty_put_many_sends_no_batch() -> None:
-    with PutMany(a_session(), "t", []) as puts:
+    with PutMany(b"t", []) as puts:
         assert in_batches(puts) == []
 
 
 def test_messages_before_invalid_one_are_put() -> None:
-    puts = PutMany(a_session(), "t", ["1", "2", "3", 4, "5"])  # type: ignore[list-item]
+    puts = PutMany(b"t", ["1", "2", "3", 4, "5"])  # type: ignore[list-item]
     assert in_batches(puts) == [[b"1", b"2", b"3"]]
     with pytest.raises(TypeError), puts:
         pass
@@ -148,14 +148,14 @@ def test_messages_before_failed_generator_are_put() -> None:
         yield "1"
         raise ZeroDivisionError
 
-    puts = PutMany(a_session(), "t", messages())
+    puts = PutMany(b"t", messages())
     assert in_batches(puts) == [[b"1"]]
     with pytest.raises(ZeroDivisionError), puts:
         pass
 
 
 def test_put_many_resumes_after_last_answer() -> None:
-    puts, first, second = PutMany(a_session(), "t", ["x"] * 600), Producer(b"run"), Producer(b"run")
+    puts, first, second = PutMany(b"t", ["x"] * 600), Producer(b"run"), Producer(b"run")
     sent = [request for batch in send_all(puts, first) for request in batch]
     answer(puts, 7)
     assert puts.on_connection_lost(BROKEN)
@@ -169,7 +169,7 @@ def test_put_many_resumes_after_last_answer() -> None:
 
 
 def test_unanswered_put_many_is_not_sent_to_another_server() -> None:
-    puts = PutMany(a_session(), "t", [*"ab"])
+    puts = PutMany(b"t", [*"ab"])
     in_batches(puts, Producer(b"one"))
     puts.on_connection_lost(BROKEN)
     with pytest.raises(ConnectionLost, match="restarted") as told:
@@ -178,7 +178,7 @@ def test_unanswered_put_many_is_not_sent_to_another_server() -> None:
 
 
 def test_refused_put_many_may_go_to_any_server() -> None:
-    puts = PutMany(a_session(), "t", [*"ab"])
+    puts = PutMany(b"t", [*"ab"])
     in_batches(puts, Producer(b"one"))
     puts.on_connection_lost(CLOSING)
     assert in_batches(puts, Producer(b"two")) == [[b"a", b"b"]]
@@ -186,7 +186,7 @@ def test_refused_put_many_may_go_to_any_server() -> None:
 
 
 def test_only_possibly_stored_puts_are_retried_with_again() -> None:
-    puts, producer = PutMany(a_session(), "t", [*["a"] * 499, "b", "c", "d"]), Producer(b"one")
+    puts, producer = PutMany(b"t", [*["a"] * 499, "b", "c", "d"]), Producer(b"one")
     batches = [batch for batch in puts.batches if batch]
     puts.unanswered.extend(batches)
     batches[0].request(producer)
@@ -214,7 +214,7 @@ def test_slow_messages_are_not_held_back(monkeypatch: pytest.MonkeyPatch) -> Non
     now = 0.0
     monkeypatch.setattr(calls.time, "monotonic", lambda: now)
     # All replies are read before each.
-    assert in_batches(PutMany(a_session(), "t", messages())) == [[], [b"a", b"b"], [], [b"c", b"d"]]
+    assert in_batches(PutMany(b"t", messages())) == [[], [b"a", b"b"], [], [b"c", b"d"]]
 
 
 def test_unsent_puts_are_neither_old_nor_unsure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +227,7 @@ def test_unsent_puts_are_neither_old_nor_unsure(monkeypatch: pytest.MonkeyPatch)
     now = 0.0
     monkeypatch.setattr(calls.time, "monotonic", lambda: now)
     monkeypatch.setattr(calls, "boot_time", lambda: now)
-    puts = PutMany(a_session(), "t", messages())
+    puts = PutMany(b"t", messages())
     # Here it is found that the connection has ended.
     assert next(puts.batches) is None
     puts.on_connection_lost(BROKEN)
@@ -239,7 +239,7 @@ def test_unsent_puts_are_neither_old_nor_unsure(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_error_in_put_many_reports_what_is_stored() -> None:
-    puts = PutMany(a_session(), "t", iter("ab" + "c" * 1000))
+    puts = PutMany(b"t", iter("ab" + "c" * 1000))
     batch = next(puts.batches)
     assert batch
     count = len(requests(batch.request(Producer(b"one"))))
@@ -254,7 +254,7 @@ def test_error_in_put_many_reports_what_is_stored() -> None:
 
 
 def test_puts_after_error_are_resent_on_next_connection() -> None:
-    puts = PutMany(a_session(), "t", [*"abc"])
+    puts = PutMany(b"t", [*"abc"])
     in_batches(puts)
     answer(puts, 1, Full("no room"))
     puts.on_connection_lost(CLOSING)
@@ -262,7 +262,7 @@ def test_puts_after_error_are_resent_on_next_connection() -> None:
 
 
 def test_invalid_put_reply_is_not_a_refusal() -> None:
-    puts = PutMany(a_session(), "t", [*"ab"])
+    puts = PutMany(b"t", [*"ab"])
     in_batches(puts)
     with pytest.raises(ProtocolError):
         answer(puts, b"no number")

@@ -567,7 +567,7 @@ def test_client_idle_too_long_reconnects(states: list[str]) -> None:
 # What the server does for it
 
 
-def test_client_with_notices_is_told_of_stop() -> None:
+def test_client_with_notices_is_notified_of_stop() -> None:
     with serving() as server, wire_to(server) as wire:
         wire.ask_for_notices()
         assert wire.call("PUT", "t", "x") == 1

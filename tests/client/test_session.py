@@ -7,11 +7,12 @@ from typing import get_args
 
 import pytest
 
+from dsmq.client import arguments, replies
 from dsmq.client import reader as reader_module
-from dsmq.client import replies
 from dsmq.client import session as wire
 from dsmq.client.core import Core
 from dsmq.client.reader import Claim, TopicReader
+from dsmq.client.requests import Producer, list_topics
 from dsmq.client.session import Message, Session
 from dsmq.client.stretch import Entry, Era
 from dsmq.errors import (
@@ -118,42 +119,42 @@ def test_other_requests_are_encoded() -> None:
     assert request(Session().hello) == [b"HELLO", b"2", b"NOTICES"]
     assert request(wire.PING) == [b"PING"]
     assert request(wire.SHUTDOWN) == [b"SHUTDOWN"]
-    assert request(replies.topics_request([])) == [b"TOPICS"]
-    assert request(replies.topics_request([("a", 1, 1), ("café", 1, 1)])) == [b"TOPICS", b"AFTER", "café".encode()]
+    calls = list_topics([("a", 1, 1), ("café", 1, 1)])
+    assert request(next(calls).request(Producer(b"run"))) == [b"TOPICS", b"AFTER", "café".encode()]
 
 
 @pytest.mark.parametrize("body", ["café", "café".encode(), bytearray("café".encode()), memoryview("café".encode())])
-def test_a_message_is_text_or_bytes(body: str | bytes) -> None:
-    assert a_session().put("t", body) == (b"t", "café".encode())
+def test_message_may_be_text_or_bytes(body: str | bytes) -> None:
+    assert arguments.message(body) == "café".encode()
 
 
 @pytest.mark.parametrize("body", ["", b""])
-def test_a_message_may_be_empty(body: str | bytes) -> None:
-    assert a_session().put("t", body) == (b"t", b"")
+def test_message_may_be_empty(body: str | bytes) -> None:
+    assert arguments.message(body) == b""
 
 
 @pytest.mark.parametrize("body", [None, 7, ["x"], {"x": 1}])
 def test_message_of_other_type_raises_type_error(body: object) -> None:
     with pytest.raises(TypeError, match=f"not {type(body).__name__}"):
-        a_session().put("t", body)  # type: ignore[arg-type]
+        arguments.message(body)
 
 
 def test_message_with_lone_surrogate_raises_value_error() -> None:
     with pytest.raises(ValueError, match="surrogates"):
-        a_session().put("t", "\ud800")
+        arguments.message("\ud800")
 
 
 @pytest.mark.parametrize("topic", [b"t", None, 7])
 def test_topic_of_other_type_raises_type_error(topic: object) -> None:
     session = a_session()
-    for use in (session.reader, lambda topic: session.put(topic, "x")):
+    for use in (session.reader, arguments.topic_name):
         with pytest.raises(TypeError, match=f"not {type(topic).__name__}"):
             use(topic)  # type: ignore[arg-type]
 
 
 def test_empty_topic_raises_value_error() -> None:
     session = a_session()
-    for use in (session.reader, lambda topic: session.put(topic, "x")):
+    for use in (session.reader, arguments.topic_name):
         with pytest.raises(ValueError, match="empty"):
             use("")
 
@@ -180,7 +181,7 @@ def test_lost_and_restored_connection_are_each_reported_once(down: str) -> None:
 # The handshake
 
 
-def test_a_client_reads_what_was_put_after_it_connected() -> None:
+def test_reader_starts_at_last_id_of_hello() -> None:
     session = a_session(last_id=41)
     assert session.reader("t").position[1] == 41
     assert session.reader("t") is session.reader("t")
@@ -245,7 +246,7 @@ def test_position_is_that_of_last_returned_message() -> None:
     assert session.position("t") == "e:1:11"
 
 
-def test_a_seek_takes_a_position_or_an_id(caplog: pytest.LogCaptureFixture) -> None:
+def test_seek_accepts_position_or_id(caplog: pytest.LogCaptureFixture) -> None:
     session = a_session(last_id=10)
     for position, after in (("one:7", 7), (5, 5), ("one:0", 0)):
         assert session.seek("t", position)
@@ -316,7 +317,7 @@ def test_returned_messages_are_released_when_other_topics_are_read() -> None:
         assert (stretch.handed(at)[0], take(reader)) == ((1000, []) if number % 3 else (number + 1, [1000]))
 
 
-def test_a_topic_is_forgotten_on_demand() -> None:
+def test_topic_is_forgotten_on_demand() -> None:
     session = a_session(last_id=10)
     accept(session.keep(session.reader("t")), [entry(11, 1), entry(13, 3)])
     take(session.reader("t"))
@@ -425,7 +426,7 @@ def test_invalid_id_raises_protocol_error(reply: Reply) -> None:
         replies.stored_id(reply)
 
 
-def test_an_id_is_an_integer() -> None:
+def test_integer_reply_to_put_is_an_id() -> None:
     assert replies.stored_id(7) == 7
 
 

@@ -128,7 +128,7 @@ def test_read_interrupted_at_any_line_loses_nothing(
 
 
 @pytest.mark.parametrize("verb", ["get", "get_many", "get_latest"])
-def test_a_second_interrupt_anywhere_in_the_next_call_loses_nothing(mq: Client, writer: Client, verb: str) -> None:
+def test_second_interrupt_anywhere_in_next_call_loses_nothing(mq: Client, writer: Client, verb: str) -> None:
     """There it is given back what the first call has taken."""
     steps, interrupted = Steps(interrupt, opcodes=False), 0
     sent = [str(number) for number in range(4)]
@@ -153,7 +153,7 @@ def test_a_second_interrupt_anywhere_in_the_next_call_loses_nothing(mq: Client, 
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_an_interrupt_of_what_gives_back_loses_nothing(
+def test_interrupt_while_giving_back_loses_nothing(
     server: Server, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
 ) -> None:
     left = {"take": [Interrupted()], "give_back": [Interrupted()]}

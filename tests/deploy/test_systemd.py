@@ -42,7 +42,7 @@ def wire(message=b"PING"):
 # `dsmq serve` of which an I/O worker does nothing any more, from SIGUSR1 on.
 STALLS = """
 import signal, sys, threading
-from dsmq import cli
+from dsmq.__main__ import main
 from dsmq.broker import event_loop as worker
 turn, stalled = worker.EventLoop._turn, threading.Event()
 def faulty(self):
@@ -52,16 +52,16 @@ def faulty(self):
 worker.EventLoop._turn = faulty
 signal.signal(signal.SIGUSR1, lambda *_: stalled.set())
 sys.argv[1:] = ["serve"]
-sys.exit(cli.main())
+sys.exit(main())
 """
 # One that takes its time to start: until there is a file.
 HELD = """
 import os, sys, time
-from dsmq import cli
+from dsmq.__main__ import main
 while not os.path.exists("/var/lib/dsmq/go"):
     time.sleep(0.05)
 sys.argv[1:] = ["serve"]
-sys.exit(cli.main())
+sys.exit(main())
 """
 # What a process that has been taken over might try.
 PROBE = """
@@ -424,7 +424,7 @@ while sys.stdin.readline():
             assert journal.priority("restart required to apply: listen_backlog$") == 4
             box.write("/etc/dsmq/dsmq.toml", "max_age_seconds = true")
             box.run("systemctl", "reload", "dsmq.service")
-            assert journal.priority("nothing is changed: /etc/dsmq/dsmq.toml: max_age_seconds: ") == 3
+            assert journal.priority("reload failed: /etc/dsmq/dsmq.toml: max_age_seconds: ") == 3
             assert metric(box, "dsmq_max_age_seconds") == 60
             assert answer(client) == "before nothing"
             wait_for(lambda: re.findall("^active$", box.show("dsmq.service", "ActiveState")))

@@ -216,7 +216,7 @@ def test_failed_reload_is_notified(manager: Manager, tmp_path: Path) -> None:
         server.process.send_signal(signal.SIGHUP)
         manager.wait_for("RELOADING")
         assert manager.wait_for("READY") == {"READY": "1"}
-        server.wait_for_line("nothing is changed: .*dsmq.toml")
+        server.wait_for_line("reload failed: .*dsmq.toml")
 
 
 @pytest.mark.slow

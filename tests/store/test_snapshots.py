@@ -46,7 +46,7 @@ from conftest import (
 from dsmq import server as server_module
 from dsmq import settings as config
 from dsmq import threads
-from dsmq.cli import INTERRUPTED
+from dsmq.__main__ import INTERRUPTED
 from dsmq.errors import ConfigError, Forgotten, ReplyError, ServerFailed, StartupError
 from dsmq.server import Server
 from dsmq.store import database, snapshot_contents, snapshot_file, snapshots

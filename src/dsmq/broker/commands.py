@@ -59,18 +59,27 @@ class Command:
             f"{self.name} requires the role {self.role.name.lower()}; this token has {role.name.lower()}"
         )
 
-    def check(self, request: list[bytes]) -> None:
-        """Raise BadRequest if the number of arguments is wrong."""
-        if not self.min_args <= len(request) - 1 <= self.max_args:
-            raise BadRequest(f"wrong number of arguments, should be: {self.name} {self.syntax}".rstrip())
+    def wrong_count(self) -> BadRequest:
+        """Return the error for a wrong number of arguments."""
+        return BadRequest(f"wrong number of arguments, should be: {self.name} {self.syntax}".rstrip())
 
 
-def find(name: bytes) -> Command:
-    """Return a command; case is ignored. Raises UnknownCommand."""
-    command = COMMANDS.get(name) or COMMANDS.get(name.upper())
-    if command is None:
-        raise UnknownCommand(f"unknown command {quoted(name)}")
-    return command
+@dataclass(frozen=True, slots=True)
+class CommandTable:
+    """The commands by their names in upper case."""
+
+    all: dict[bytes, Command]
+    by_role: dict[Role, dict[bytes, Command]]
+    """Those that may run at once. Those of an unauthenticated client are checked one by one."""
+    queued: dict[Role, dict[bytes, Command]]
+    """The same between MULTI and EXEC."""
+
+    def find(self, name: bytes) -> Command:
+        """Return a command; case is ignored. Raises UnknownCommand."""
+        command = self.all.get(name) or self.all.get(name.upper())
+        if command is None:
+            raise UnknownCommand(f"unknown command {quoted(name)}")
+        return command
 
 
 def _describe_commands(client: Connection, request: list[bytes]) -> bytes:
@@ -160,7 +169,6 @@ COMMANDS_BY_ROLE: dict[Role, dict[bytes, Command]] = {
     | {b"": Command("EXEC", transactions.run_step, "[...]")}
     for role in Role
 }
-"""The commands that may run at once, by role. Those of an unauthenticated client are checked one by one."""
 COMMANDS_BY_ROLE[Role.NOBODY] = {}
 
 
@@ -172,4 +180,4 @@ def _queued(command: Command) -> Command:
 
 
 QUEUED = {role: {name: _queued(command) for name, command in COMMANDS_BY_ROLE[role].items() if name} for role in Role}
-"""The same between MULTI and EXEC."""
+TABLE = CommandTable(COMMANDS, COMMANDS_BY_ROLE, QUEUED)

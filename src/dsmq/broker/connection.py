@@ -20,7 +20,7 @@ from dsmq.broker.transport import LINGER_SECONDS_AT_STOP, Stream, Transport
 from dsmq.broker.usage import RECEIVE_BYTES, Budget
 from dsmq.errors import AuthRequired, InternalError, ReplyError, ShuttingDown
 from dsmq.wire.limits import REQUEST_OVERHEAD_BYTES
-from dsmq.wire.resp import encode_error, encode_integer
+from dsmq.wire.resp import encode_error
 
 if TYPE_CHECKING:
     from dsmq.broker.event_loop import EventLoop
@@ -110,15 +110,6 @@ class Connection:
         self.requests.permit(self.role)
 
     # Replies
-
-    def stored(self, message_id: int) -> None:
-        self.pending_puts -= 1
-        self.transport.send(encode_integer(message_id))
-
-    def not_stored(self, error: ReplyError) -> None:
-        self.pending_puts -= 1
-        self.counters.puts_refused[error.code] += 1
-        self.fail(error)
 
     def commit_puts(self) -> bool:
         """Commit pending puts first, so that replies go out in order; return False if the store answers later."""

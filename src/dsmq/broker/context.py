@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dsmq.broker.access import Access
+    from dsmq.broker.commands import CommandTable
     from dsmq.broker.usage import Usage
     from dsmq.settings import Settings
     from dsmq.store.api import Store
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 class ServerContext:
     """A reload replaces `settings` and `access`."""
 
+    commands: CommandTable
     settings: Settings
     store: Store
     access: Access

@@ -15,11 +15,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from dsmq import logs
-from dsmq.broker.commands import COMMANDS
 from dsmq.broker.context import ServerContext
 from dsmq.broker.counters import Counters
 from dsmq.broker.deadlines import Timers, TimerTarget
@@ -57,7 +57,7 @@ class EventLoop:
     def __init__(self, name: str, context: ServerContext, workers: Sequence[EventLoop]) -> None:
         """`workers` are all event loops that share the store, including this one."""
         self.context = context
-        self.counters = Counters(commands=dict.fromkeys((command.name for command in COMMANDS.values()), 0))
+        self.counters = Counters(commands=dict.fromkeys((command.name for command in context.commands.all.values()), 0))
         self.now = time.monotonic()
         self.connections: dict[Connection, None] = {}
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -134,11 +134,9 @@ class EventLoop:
 
     def remove_connection(self, connection: Connection) -> None:
         del self.connections[connection]
-        self.memory.remove(connection)
-        usage = self.context.usage
-        usage.connections.add(connection.peer.client_key, -1)
-        for of_connections in (usage.unauthenticated, usage.replies, usage.requests):
-            of_connections.drop(connection)
+        self.memory.drop(connection)
+        self.context.usage.connections.add(connection.peer.client_key, -1)
+        self.context.usage.unauthenticated.drop(connection)
 
     def apply_settings(self) -> None:
         """Apply reloaded settings to all connections. To be posted."""
@@ -356,11 +354,9 @@ class _Waker:
     def ring(self) -> None:
         if not self._rung:
             self._rung = True
-            try:
+            # It fails if the loop has ended.
+            with suppress(OSError):
                 self._outside.send(b"!")
-            except OSError as error:
-                # The loop has ended.
-                _logger.debug("waker: %s", error)
 
     def on_ready(self, _: int) -> None:
         self._inside.recv(64)

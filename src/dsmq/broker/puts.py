@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from dsmq import logs
 from dsmq.errors import ReplyError, StoreFailed
 from dsmq.store.api import Answer, Put
+from dsmq.wire.resp import encode_integer
 
 if TYPE_CHECKING:
     from dsmq.broker.connection import Connection
@@ -82,10 +83,13 @@ class PutBatch:
 def _answer(connections: list[Connection], stored: list[int] | ReplyError) -> None:
     if isinstance(stored, ReplyError):
         for connection in connections:
-            connection.not_stored(stored)
+            connection.pending_puts -= 1
+            connection.counters.puts_refused[stored.code] += 1
+            connection.fail(stored)
         return
     for connection, message_id in zip(connections, stored, strict=True):
-        connection.stored(message_id)
+        connection.pending_puts -= 1
+        connection.transport.send(encode_integer(message_id))
 
 
 def _answer_later(connections: list[Connection], stored: list[int] | ReplyError) -> None:

@@ -104,29 +104,24 @@ class Reads:
             if isinstance(found, ReplyError):
                 raise found
             reply = self._reply(read, read.fetch(connection.context.store) if found is None else found)
+            if reply is None:
+                return
+            connection.transport.send(reply)
+            connection.transport.count_if_long()
         except ReplyError as error:
             self.end()
             connection.fail(error)
         except Exception:  # noqa: BLE001
             connection.on_failure(in_request=True)
             return
-        else:
-            if reply is None:
-                return
-            connection.transport.send(reply)
-            connection.transport.count_if_long()
         connection.resume()
 
     def stop_waiting(self) -> None:
         """Reply to a waiting read that there are no messages."""
         read = self.pending
-        if read is not None and read.wait_ms and self._connection.state is WAITING:
-            self.end()
-            try:
-                self._connection.transport.send(read.encode(self._connection, read, []))
-            except ReplyError as error:
-                self._connection.fail(error)
-            self._connection.resume()
+        if read is not None and read.wait_ms:
+            read.wait_ms = 0
+            self._try(read, [])
 
     def end(self) -> None:
         """Forget the pending read, because it is answered or never will be."""

@@ -14,9 +14,7 @@ from typing import TYPE_CHECKING
 
 from dsmq.broker import usage
 from dsmq.broker.auth import Role
-from dsmq.broker.commands import COMMANDS_BY_ROLE, PUT, QUEUED, Command, find
 from dsmq.broker.states import BEHIND, CLOSED, FINISHING, OPEN, WAITING
-from dsmq.broker.transactions import Step, Transaction
 from dsmq.broker.transport import Transport
 from dsmq.broker.usage import FREE_BYTES, SLOW_BYTES_PER_SECOND, Budget, request_memory
 from dsmq.errors import ReplyError
@@ -24,8 +22,10 @@ from dsmq.store.api import Put
 from dsmq.wire.request_parser import RequestParser
 
 if TYPE_CHECKING:
+    from dsmq.broker.commands import Command
     from dsmq.broker.connection import Connection
     from dsmq.broker.event_loop import EventLoop
+    from dsmq.broker.transactions import Step, Transaction
 
 # Commands whose replies may be long, and how long. The replies to READ and GET are as long as their messages.
 LONG_REPLIES = frozenset({b"TOPICS", b"ECHO", b"PING", b"COMMAND", b"CONFIG", b"INFO"})
@@ -65,7 +65,8 @@ class Requests:
         return self.parser.missing if self.parser.incomplete and not waiting else 0
 
     def permit(self, role: Role) -> None:
-        self.permitted = (QUEUED if self.transaction else COMMANDS_BY_ROLE)[role]
+        table = self.loop.context.commands
+        self.permitted = (table.queued if self.transaction else table.by_role)[role]
 
     def begin(self, transaction: Transaction | None) -> None:
         """Queue requests in a transaction from now on; None: run them again."""
@@ -173,11 +174,11 @@ class Requests:
     def _execute(self, request: list[bytes]) -> None:
         command = self.permitted.get(request[0]) or self._authorize(request[0])
         self.counts[command.name] += 1
-        if command is not PUT and self.connection.pending_puts and not self.connection.commit_puts():
+        if command.name != "PUT" and self.connection.pending_puts and not self.connection.commit_puts():
             self.queue.appendleft(request)
             return
         if not command.min_args < len(request) <= command.max_args + 1:
-            command.check(request)
+            raise command.wrong_count()
         reply = command.handler(self.connection, request)
         if reply is not None:
             self.transport.send(reply)
@@ -188,7 +189,7 @@ class Requests:
         if role is Role.NOBODY:
             # Before the lookup, because unknown commands count too.
             self.connection.login.count_request()
-        command = find(name)
+        command = self.loop.context.commands.find(name)
         if role < command.role:
             self.counts[command.name] += 1
             command.forbid(role)
@@ -262,7 +263,6 @@ class Requests:
         self.transaction = None
         self.reserved = 0
         self.incomplete_since = self.slow_from = math.inf
-        self.budget.drop(self.connection)
 
 
 def _counted(size: int) -> int:

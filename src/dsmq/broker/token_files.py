@@ -5,7 +5,7 @@ from __future__ import annotations
 from dsmq.broker.auth import DEFAULT_USER, Role
 from dsmq.environment import read_text
 from dsmq.errors import ConfigError
-from dsmq.tokens import MIN_TOKEN_CHARACTERS, TOO_SHORT
+from dsmq.tokens import check_token
 
 _ROLES = {"read": Role.READ, "write": Role.WRITE, "admin": Role.ADMIN}
 
@@ -31,10 +31,12 @@ def read_tokens(file: str) -> list[tuple[str, Role, str]]:
             raise ConfigError(
                 f"{file}, line {number}: should be `token`, or `name role token` where role is read, write or admin"
             )
-        if not token.isascii() or token in tokens:
-            raise ConfigError(f"{file}, line {number}: the token is not ASCII, or is a duplicate")
-        if len(token) < MIN_TOKEN_CHARACTERS:
-            raise ConfigError(f"{file}, line {number}: a token should have {TOO_SHORT}")
+        try:
+            check_token(token)
+        except ValueError as error:
+            raise ConfigError(f"{file}, line {number}: {error}") from None
+        if token in tokens:
+            raise ConfigError(f"{file}, line {number}: this token is a duplicate")
         tokens[token] = name, _ROLES[role], token
     if not tokens:
         raise ConfigError(f"{file}: contains no tokens")

@@ -58,7 +58,7 @@ class Transport:
     """When its average speed of reading falls below SLOW_BYTES_PER_SECOND."""
     active_at: float = 0.0
     """When it last received something, or had sent everything."""
-    linger_seconds: float = LINGER_SECONDS
+    linger_seconds: float = field(default_factory=lambda: LINGER_SECONDS)
     eof_received: bool = False
     events: int = 0
     """What the event loop watches the socket for."""
@@ -124,6 +124,8 @@ class Transport:
             self.connection.state = OPEN
             self.connection.login.admit()
             self.update_events()
+            # Requests may have been received, and decrypted, along with the end of the handshake.
+            self.on_ready(EVENT_READ)
 
     # Out
 

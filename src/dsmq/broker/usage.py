@@ -248,6 +248,12 @@ class MemoryQueue:
         for budget in self._budgets:
             budget.leave(connection)
 
+    def drop(self, connection: Connection) -> None:
+        """Forget a closed connection and all that it held."""
+        self._waiting.pop(connection, None)
+        for budget in self._budgets:
+            budget.drop(connection)
+
     def serve(self, now: float, seconds: float) -> None:
         """Serve connections for which there is room now; drop slow clients if others have waited too long."""
         self.is_short = False
@@ -312,4 +318,5 @@ def _make_way(connection: Connection, budget: Budget, *, is_blocker: bool = Fals
         return
     connection.requests.clear()
     connection.reads.close()
+    budget.drop(connection)
     connection.reject(TimedOut("the request arrives too slowly while memory is short"))

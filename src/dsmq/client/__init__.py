@@ -110,7 +110,7 @@ class DSMQClientSideConnection(Client):
         Raises TooBig, or Full if the server has no room. After ConnectionLost, its may_be_stored says whether the
         message may have been stored; after Forgotten, that is unknown too.
         """
-        self._run(put := Put(self._session.put(topic, msg)))
+        self._run(put := Put(arguments.topic_name(topic), arguments.message(msg)))
         return stored_id(put.reply)
 
     def put_many(self, topic: str, messages: Iterable[str | bytes]) -> list[int]:
@@ -121,7 +121,7 @@ class DSMQClientSideConnection(Client):
         Raises what `put` raises. Messages before the failed one have been stored, and some after it may have been, to
         the end of the next batch: the error's stored_before and stored_behind are their numbers.
         """
-        with PutMany(self._session, topic, messages) as puts:
+        with PutMany(arguments.topic_name(topic), messages) as puts:
             self._run(puts, Connection.ask_all)
         return puts.ids
 

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterable
 
+from dsmq.system import LONG_MESSAGE_BYTES, raise_malloc_threshold
 from dsmq.wire.addresses import UNIX, Endpoint, parse_endpoint
 
 MAX_PORT = 65_535
@@ -13,7 +14,7 @@ MAX_PORT = 65_535
 
 def seconds(name: str, value: object, *, zero: bool = True) -> float:
     """Return a time in seconds, which may be infinite."""
-    if isinstance(value, bool | str | bytes) or not hasattr(value, "__float__"):
+    if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} should be a number of seconds, not {value!r}")
     try:
         number = float(value)
@@ -77,6 +78,19 @@ def path(name: str, value: object) -> str | None:
         # An empty path must not disable TLS.
         raise ValueError(f"{name} should be a path or None, not empty")
     return name_of_file
+
+
+def message(value: object) -> bytes:
+    """Return a message as it is sent."""
+    if isinstance(value, str):
+        body = value.encode()
+    elif isinstance(value, bytes | bytearray | memoryview):
+        body = bytes(value)
+    else:
+        raise TypeError(f"a message should be a str or bytes, not {type(value).__name__}")
+    if len(body) > LONG_MESSAGE_BYTES:
+        raise_malloc_threshold()
+    return body
 
 
 def messages(values: Iterable[str | bytes]) -> Iterable[str | bytes]:

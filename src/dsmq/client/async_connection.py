@@ -246,7 +246,9 @@ async def connect(core: Core) -> tuple[Connection, State]:
             except BaseException as error:
                 connection.fail(ConnectionResetError("not a usable connection"))
                 if isinstance(error, ReplyError | OSError):
-                    raise explain_greeting(core.endpoint, connection.received, error) from None
+                    # In a thread: it may connect again, to find out what answers there.
+                    loop, received = asyncio.get_running_loop(), connection.received
+                    raise await loop.run_in_executor(None, explain_greeting, core.endpoint, received, error) from None
                 raise
     except TimeoutError as error:
         raise TimeoutError(str(error) or f"{core.endpoint}: no answer within {core.timeout:g} s") from None

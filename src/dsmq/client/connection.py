@@ -221,10 +221,5 @@ class Connection:
         except OSError:
             return  # It is closed already.
 
-    @property
-    def is_open(self) -> bool:
-        """Whether this side has not closed it."""
-        return self._socket.fileno() >= 0
-
     def close(self) -> None:
         self._socket.close()

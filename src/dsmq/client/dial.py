@@ -107,14 +107,16 @@ def dial(endpoint: Endpoint, tls: SSLContext | None, timeout: float) -> socket.s
 
 
 def explain_failure(endpoint: Endpoint, error: OSError) -> OSError:
-    """Return what to raise if a connection failed after it was made: it names the endpoint, and gives advice on TLS."""
+    """Return what to raise instead of an error of TLS: it names the endpoint, and gives advice."""
     import ssl  # noqa: PLC0415 - most clients don't need it
 
     from dsmq.wire.tls import advice  # noqa: PLC0415
 
     if isinstance(error, ssl.SSLError):
         return ConnectionAbortedError(f"{endpoint}: TLS: {advice(error)}")
-    return with_text(error, f"{endpoint}: {reason(error)}")
+    if type(error) in (ConnectionAbortedError, BrokenPipeError):
+        return with_text(error, f"{endpoint}: {reason(error)}")
+    return error
 
 
 def addresses(endpoint: Endpoint) -> list[Address]:

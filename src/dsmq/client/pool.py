@@ -33,10 +33,8 @@ class Pool:
         self._is_tidying = False
         _pools.add(self)
 
-    @property
-    def connections(self) -> list[Connection]:
-        """All connections, idle or in use."""
-        return [connection for ref in list(self._refs) if (connection := ref()) and connection.is_open]
+    def _all(self) -> list[Connection]:
+        return [connection for ref in list(self._refs) if (connection := ref())]
 
     def borrow(self) -> Connection:
         """Return a connection for one call. Raises OSError, or what the server answers, if there is none."""
@@ -112,7 +110,7 @@ class Pool:
         with suppress(RuntimeError):
             self._closing.release()
         # The calls that use the others close them.
-        for connection in self.connections:
+        for connection in self._all():
             connection.interrupt()
         self.close_idle()
 
@@ -139,7 +137,7 @@ class Pool:
     def after_fork(self) -> None:
         """Start again in a child process."""
         # Closing the sockets here does not close the parent's.
-        connections, self._refs, self.idle = self.connections, set(), []
+        connections, self._refs, self.idle = self._all(), set(), []
         self._closing, self._is_tidying = _thread.allocate_lock(), False
         self._closing.acquire()
         for connection in connections:

@@ -1,11 +1,13 @@
-"""What the replies of a server mean, and which of them end a connection."""
+"""What replies mean, and which errors end a connection."""
 
 from __future__ import annotations
 
-from typing import NoReturn, TypeGuard
+from typing import TypeGuard, TypeVar
 
 from dsmq.errors import AuthRequired, Busy, DSMQError, InternalError, ProtocolError, ReplyError, ShuttingDown, TimedOut
-from dsmq.wire.resp import Reply, encode_request
+from dsmq.wire.resp import Reply
+
+T = TypeVar("T")
 
 
 def stored_id(reply: Reply) -> int:
@@ -26,7 +28,7 @@ def raise_if_fatal(reply: Reply) -> Reply:
 def is_lost(error: BaseException, *, connecting: bool) -> TypeGuard[Exception]:
     """Return whether an error means that a connection has broken, so that another is to be made."""
     if isinstance(error, DSMQError):
-        # A server with too many clients may have room soon; one whose tokens have changed may accept this client's.
+        # A full server may have room soon; one whose tokens have changed may accept this client's.
         return isinstance(error, ShuttingDown | TimedOut | (Busy if connecting else AuthRequired))
     return isinstance(error, OSError)
 
@@ -46,13 +48,8 @@ def check(reply: Reply) -> Reply:
 
 
 def restored_number(reply: Reply) -> int:
-    """Return the topic's last number before an id was lost, out of the reply to STATS topic AFTER id."""
+    """Return a topic's last number before an id was lost, from the reply to STATS topic AFTER id."""
     return as_number(as_map(reply).get("restored_number", 0))
-
-
-def topics_request(found: list[tuple[str, int, int]]) -> bytes:
-    """Return the request for the page of topics behind those found already."""
-    return encode_request(b"TOPICS", *((b"AFTER", found[-1][0].encode()) if found else ()))
 
 
 def topics(reply: Reply) -> list[tuple[str, int, int]]:
@@ -71,25 +68,27 @@ def as_map(reply: Reply) -> dict[str, Reply]:
     """Return the map in a reply. Raises the server's error, or ProtocolError."""
     values = check(reply)
     if not isinstance(values, list) or len(values) % 2:
-        raise ProtocolError("a reply is not a map; is that a dsmq server?")
+        raise ProtocolError("the reply is not a map")
     return {as_text(name): value for name, value in zip(values[::2], values[1::2], strict=True)}
 
 
 def as_text(value: Reply) -> str:
     try:
-        return value.decode() if isinstance(value, bytes) else _wrong_type("text", value)
+        return _checked(value, bytes).decode()
     except UnicodeDecodeError:
-        return _wrong_type("text", value)
+        raise ProtocolError(f"{value!r} in a reply is not UTF-8") from None
 
 
 def as_number(value: Reply) -> int:
-    return value if isinstance(value, int) else _wrong_type("number", value)
+    return _checked(value, int)
 
 
 def as_ranges(value: Reply) -> list[tuple[int, int]]:
-    ends = [as_number(end) for end in (value if isinstance(value, list) else _wrong_type("list", value))]
+    ends = [as_number(end) for end in _checked(value, list)]
     return list(zip(ends[::2], ends[1::2], strict=False))
 
 
-def _wrong_type(what: str, value: Reply) -> NoReturn:
-    raise ProtocolError(f"no {what} in a reply, but {value!r}; is that a dsmq server?")
+def _checked(value: Reply, kind: type[T]) -> T:
+    if not isinstance(value, kind):
+        raise ProtocolError(f"{value!r} in a reply should be {kind.__name__}")
+    return value

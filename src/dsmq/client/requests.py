@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self, TypeAlias, TypeVar
 
 from dsmq.client import arguments
 from dsmq.client.reader import MAX_READ_BYTES, MIN_READ_BYTES, Asked, Claim, TopicReader
-from dsmq.client.replies import reason, restored_number, stored_id, topics, topics_request
+from dsmq.client.replies import reason, restored_number, stored_id, topics
 from dsmq.client.stretch import Entry, Era
 from dsmq.errors import AuthRequired, ConnectionLost, DSMQError, MessageNotText, ReplyError, ShuttingDown, TimedOut
 from dsmq.system import boot_time, process
@@ -50,19 +50,14 @@ _LATEST = encode_bulk(b"LATEST")
 class Producer:
     """Numbers the puts of one connection; a server recognizes those that are sent again."""
 
-    __slots__ = ("_name", "_process", "_seq", "era", "run")
+    __slots__ = ("_name", "_seq", "era", "process", "run")
 
     def __init__(self, run: bytes, era: Era | None = None) -> None:
         self.run, self.era = run, era
         # Importing the module `secrets` takes longer than importing the rest of this package.
         self._name = binascii.b2a_base64(os.urandom(9), newline=False)
         self._seq = 0
-        self._process = process()
-
-    def check_process(self) -> None:
-        """Raise ConnectionResetError in a forked child: connection and numbers are the parent's."""
-        if process() is not self._process:
-            raise ConnectionResetError(FORKED)
+        self.process = process()
 
     def put(self, name: bytes, body: bytes) -> bytes:
         """Return a PUT under the next number, without its argument count."""
@@ -246,7 +241,8 @@ def list_topics(found: list[tuple[str, int, int]]) -> Iterator[Call]:
     """Add the topics that hold messages to a list; the calls are to be made as those of `read`."""
     page = None
     while page is None or page:
-        yield (call := Call(topics_request(found)))
+        after = (b"AFTER", found[-1][0].encode()) if found else ()
+        yield (call := Call(encode_request(b"TOPICS", *after)))
         page = topics(call.reply)
         found += page
 
@@ -254,11 +250,10 @@ def list_topics(found: list[tuple[str, int, int]]) -> Iterator[Call]:
 class Put(Call):
     """A put, which is sent again under its key, so that it is stored once."""
 
-    __slots__ = ("_is_sent", "_keyed", "_put", "_run", "_sent_at", "is_unsure")
+    __slots__ = ("_body", "_is_sent", "_keyed", "_run", "_sent_at", "_topic", "is_unsure")
 
-    def __init__(self, put: tuple[bytes, bytes]) -> None:
-        """`put` is the topic and the message: see `Session.put`."""
-        self._put = put
+    def __init__(self, topic: bytes, body: bytes) -> None:
+        self._topic, self._body = topic, body
         self._keyed = b""
         self._is_sent = False
         self.is_unsure = False
@@ -271,7 +266,7 @@ class Put(Call):
             self._raise_if_forgotten(producer)
             return _AGAIN % self._keyed
         self._run, self._sent_at = producer.run, boot_time()
-        self._keyed = producer.put(*self._put)
+        self._keyed = producer.put(self._topic, self._body)
         return b"*6" + self._keyed
 
     def _raise_if_forgotten(self, producer: Producer) -> None:
@@ -296,29 +291,30 @@ class Put(Call):
 class Batch(Put):
     """Some of the puts of `put_many`. Those that have been answered are not sent again."""
 
-    __slots__ = ("_all_keyed", "_answered", "_many", "_puts")
+    __slots__ = ("_all_keyed", "_answered", "_bodies", "_many")
 
-    def __init__(self, many: PutMany, puts: list[tuple[bytes, bytes]]) -> None:
-        super().__init__(puts[0])
-        self._many, self._puts = many, puts
+    def __init__(self, many: PutMany, topic: bytes, bodies: list[bytes]) -> None:
+        super().__init__(topic, b"")
+        self._many, self._bodies = many, bodies
         self._all_keyed: list[bytes] = []
         self._answered = 0
 
     @property
     def replies(self) -> int:
-        return len(self._puts) - self._answered
+        return len(self._bodies) - self._answered
 
     def request(self, producer: Producer) -> bytes:
-        # The process may have forked while the messages were made.
-        producer.check_process()
+        if process() is not producer.process:
+            # It has forked while the messages were made: connection and numbers are the parent's.
+            raise ConnectionResetError(FORKED)
         self._is_sent = True
         done, self._answered = self._answered, 0
-        self._puts, self._all_keyed = self._puts[done:], self._all_keyed[done:]
+        self._bodies, self._all_keyed = self._bodies[done:], self._all_keyed[done:]
         if self.is_unsure:
             self._raise_if_forgotten(producer)
             return b"".join([_AGAIN % keyed for keyed in self._all_keyed])
         self._run, self._sent_at = producer.run, boot_time()
-        self._all_keyed = [producer.put(name, body) for name, body in self._puts]
+        self._all_keyed = [producer.put(self._topic, body) for body in self._bodies]
         return b"*6" + b"*6".join(self._all_keyed)
 
     def take_reply(self, reply: Reply) -> None:
@@ -329,15 +325,14 @@ class Batch(Put):
 class PutMany(Retryable):
     """Several puts, in order."""
 
-    def __init__(self, session: Session, topic: str, messages: Iterable[str | bytes]) -> None:
-        """Raises TypeError or ValueError if the topic is invalid, or these are not several messages."""
-        messages = arguments.messages(messages)
-        arguments.topic_name(topic)
+    def __init__(self, topic: bytes, messages: Iterable[str | bytes]) -> None:
+        """Raises TypeError if these are not several messages."""
+        self._topic = topic
         self.ids: list[int] = []
         """The ids of the messages that are stored."""
         self.unanswered: deque[Batch] = deque()
         """The batches that are being sent on one connection."""
-        self.batches = self._batches(session.put(topic, message) for message in messages)
+        self.batches = self._batches(map(arguments.message, arguments.messages(messages)))
         """New batches. None before one whose messages took long to come: first read all replies, and check that the
         connection is still open."""
         self._error: Exception | None = None
@@ -346,28 +341,28 @@ class PutMany(Retryable):
         # How many were stored when a connection last broke.
         self._progress = 0
 
-    def _batches(self, puts: Iterator[tuple[bytes, bytes]]) -> Iterator[Batch | None]:
+    def _batches(self, bodies: Iterator[bytes]) -> Iterator[Batch | None]:
         while self._error is None:
             began = time.monotonic()
-            batch = self._next_puts(puts, began)
+            batch = self._next_batch(bodies, began)
             if time.monotonic() - began > _LONG_BATCH_SECONDS:
                 yield None
             if not batch:
                 return
-            yield Batch(self, batch)
+            yield Batch(self, self._topic, batch)
 
-    def _next_puts(self, puts: Iterator[tuple[bytes, bytes]], began: float) -> list[tuple[bytes, bytes]]:
-        found, size = [], 0
+    def _next_batch(self, bodies: Iterator[bytes], began: float) -> list[bytes]:
+        batch, size, put_bytes = [], 0, len(self._topic) + _PUT_BYTES
         try:
-            for put in puts:
-                found.append(put)
-                size += len(put[0]) + len(put[1]) + _PUT_BYTES
+            for body in bodies:
+                batch.append(body)
+                size += len(body) + put_bytes
                 is_late = time.monotonic() - began > _LONG_BATCH_SECONDS
-                if is_late or len(found) == PUTS_AT_ONCE or size >= BYTES_AT_ONCE:
+                if is_late or len(batch) == PUTS_AT_ONCE or size >= BYTES_AT_ONCE:
                     break
         except Exception as error:  # noqa: BLE001 - raised when what came before it is stored
             self._error = error
-        return found
+        return batch
 
     def take_reply(self, reply: Reply) -> None:
         """Take the next reply. After an error there are no new batches; it is raised when all replies are in."""

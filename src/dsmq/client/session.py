@@ -15,7 +15,7 @@ from dsmq.client.reader import MAX_READ_BYTES, MIN_READ_BYTES, Returned, TopicRe
 from dsmq.client.replies import as_map, as_number, as_ranges, as_text, check
 from dsmq.client.stretch import Entry, Era
 from dsmq.errors import AuthRequired, MessageNotText, ProtocolError
-from dsmq.system import LONG_MESSAGE_BYTES, boot_time, raise_malloc_threshold
+from dsmq.system import boot_time
 from dsmq.wire.limits import MAX_INTEGER
 from dsmq.wire.resp import Reply, encode_request
 
@@ -187,19 +187,6 @@ class Session:
         """How many messages expired before this client read them; in each topic, since the first that it read."""
         take_back(self.returned)
         return self._missed_before + sum(reader.missed for reader in list(self._readers.values()))
-
-    def put(self, topic: str, message: str | bytes) -> tuple[bytes, bytes]:
-        """Return topic and body of a put as bytes. Raises TypeError or ValueError."""
-        name = topic_name(topic)
-        if isinstance(message, str):
-            body = message.encode()
-        elif isinstance(message, bytes | bytearray | memoryview):
-            body = bytes(message)
-        else:
-            raise TypeError(f"a message should be a str or bytes, not {type(message).__name__}")
-        if len(body) > LONG_MESSAGE_BYTES:
-            raise_malloc_threshold()
-        return name, body
 
     def entries(self, reply: Reply) -> list[Entry]:
         """Return the messages in the reply to READ. Raises the server's error, or ProtocolError."""

@@ -39,19 +39,8 @@ class Stretch:
     """A range of ids to read, and the messages in it that were read ahead."""
 
     __slots__ = (
-        "ahead",
-        "ask",
-        "end",
-        "era",
-        "fresh",
-        "generation",
-        "id",
-        "known",
-        "missed",
-        "next",
-        "number",
-        "rest",
-        "sought",
+        *("id", "end", "number", "known", "missed", "ahead", "fresh"),
+        *("era", "generation", "ask", "sought", "rest", "next"),
     )
 
     def __init__(  # noqa: PLR0913, PLR0917 - they make up the state
