@@ -226,7 +226,7 @@ class AsyncClient(Client):
     # Connections
 
     def _run(self, call: Call) -> asyncio.Future[None]:
-        """Make a call behind those made before."""
+        """Make a call on the shared connection."""
         return self._here().shared.ask(call)
 
     def _here(self) -> Pool:

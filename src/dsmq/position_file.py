@@ -1,4 +1,4 @@
-"""Keeps a position in a file, from which the next run of a command continues."""
+"""A file with the position at which the next run of a command continues."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from dsmq.server import Server
 
 @pytest.fixture
 def states() -> list[str]:
-    """What `on_state_change` has been told."""
+    """The states that `on_state_change` was called with."""
     return []
 
 
@@ -287,7 +287,7 @@ Treat: TypeAlias = "Callable[[Proxy, bytes], Awaitable[bytes]]"
 
 
 class Proxy:
-    """A proxy in front of a server: counts connections, and treats replies and requests as a test wants."""
+    """A proxy in front of a server that counts connections; tests may change replies and requests."""
 
     def __init__(self, server: Server, replies: Treat | None = None, requests: Treat | None = None) -> None:
         self.port = 0
@@ -634,7 +634,7 @@ def test_server_defect_fails_one_call_only(server: Server, states: list[str]) ->
 def test_lost_reply_does_not_shift_other_replies(
     server: Server, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    """What a signal handler raises may come anywhere."""
+    """A signal handler may raise anywhere."""
 
     def answer(place: async_connection.Place, reply: object) -> None:
         if reply == 2 and errors:
@@ -653,9 +653,11 @@ def test_lost_reply_does_not_shift_other_replies(
     assert not errors
 
 
-def test_raising_callback_fails_its_call(server: Server) -> None:
+@pytest.mark.parametrize("failing", ["lost", "resumed"])
+def test_raising_callback_fails_its_call(server: Server, failing: str) -> None:
     def refuse(state: str) -> None:
-        raise LookupError(state)
+        if state == failing:
+            raise LookupError(state)
 
     async def main() -> None:
         async with Proxy(server) as proxy, await connect(port=proxy.port, on_state_change=refuse) as mq:
@@ -941,7 +943,7 @@ print(loop.run_until_complete(mq.put("t", "y")))
 
 
 class CancelledAt:
-    """A coroutine that is cancelled where it waits for the n-th time: before what it waits for has come, or behind."""
+    """Cancels a coroutine at its n-th wait: before the result is there, or after."""
 
     def __init__(self, call: Coroutine[Any, Any, Any], step: int, *, behind: bool) -> None:
         self.call, self.step, self.behind = call, step, behind
@@ -1023,7 +1025,7 @@ def test_put_cancelled_anywhere_is_stored_at_most_once(server: Server, count: in
 
 
 class Interrupt:
-    """Raises before the n-th line of dsmq that a coroutine runs which need not wait, as a signal handler may."""
+    """Raises before the n-th line of dsmq in a coroutine that does not wait, as a signal handler may."""
 
     def __init__(self, line: int) -> None:
         self.left = line
@@ -1149,14 +1151,14 @@ def black_hole() -> Iterator[tuple[str, int]]:
 
 @contextmanager
 def nobody() -> Iterator[tuple[str, int]]:
-    """An address at which nobody listens."""
+    """An address without a listener."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         yield bound.getsockname()
 
 
 def resolve(monkeypatch: pytest.MonkeyPatch, *addresses: tuple[str, int]) -> None:
-    """Give the name several.example these addresses."""
+    """Resolve the name several.example to these addresses."""
     real = socket.getaddrinfo
 
     def look_up(host: str, port: int, *args: Any, flags: int = 0, **options: Any) -> list[Any]:

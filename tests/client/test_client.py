@@ -236,7 +236,7 @@ def test_shutdown_not_allowed_raises() -> None:
         assert mq.put("t", "x") == 1
 
 
-# Beyond it
+# Beyond that API
 
 
 def test_messages_are_bytes_or_text(client: MakeClient) -> None:
@@ -426,7 +426,7 @@ def test_messages_expired_before_reading_are_missed(caplog: pytest.LogCaptureFix
         assert mq.missed == 3
 
 
-# Threads, processes, and the end
+# Threads, processes, lost connections
 
 
 def test_threads_share_a_client_and_get_each_message_once(client: MakeClient) -> None:
@@ -534,7 +534,7 @@ def test_new_epoch_is_read_from_start_with_one_warning(caplog: pytest.LogCapture
 
 
 class Interrupted(Exception):
-    """What the signal handler raises below."""
+    """Raised by the signal handler below."""
 
 
 def test_interrupted_call_leaves_no_reply_for_next_call(server: Server, client: MakeClient) -> None:
@@ -647,12 +647,12 @@ def test_trickling_reply_extends_timeout(end: bytes) -> None:
         thread.join(SOON)
 
 
-# Servers that are none
+# Other servers
 
 
 @contextmanager
 def fake_server(*replies: bytes) -> Iterator[int]:
-    """A listener that sends one of the replies to each thing it receives, and then hangs up."""
+    """A listener that sends a reply after each receive, and then hangs up."""
     listener = socket.create_server(("127.0.0.1", 0))
 
     def answer() -> None:

@@ -34,7 +34,7 @@ def give_back(claim: Claim) -> None:
 
 
 def follow(reader: TopicReader, epoch: str, run: bytes, restored_id: int = 0) -> Era:
-    """Have a reader find out that the server was started anew."""
+    """Let a reader know that the server was restarted."""
     era = reader.asked()[0].era
     same = epoch == era.epoch
     era.next[0] = Era(epoch, run, era.start if same else 0, era.number if same else 0, [(restored_id, 2**31)])
@@ -184,7 +184,7 @@ def test_given_back_latest_is_returned_again_with_all_before_it() -> None:
     assert (take(reader), reader.missed) == ([6], 0)
 
 
-# A seek
+# Seek
 
 
 def test_seek_moves_and_drops_read_ahead() -> None:
@@ -215,7 +215,7 @@ def test_nothing_is_given_back_after_a_seek() -> None:
     assert reader.position[1] == 1
 
 
-# What expires
+# Expiry
 
 
 def test_expired_read_ahead_is_refetched_and_counted(clock: Time, caplog: pytest.LogCaptureFixture) -> None:
@@ -354,7 +354,7 @@ def test_ages_continue_during_suspend() -> None:
     assert before <= boot_time() <= time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
-# What is given back
+# Giving back
 
 
 def test_taken_but_unreturned_messages_are_returned_again_in_order() -> None:
@@ -532,7 +532,7 @@ def test_messages_given_back_twice_by_a_handler_are_returned_once(opcodes: bool)
 
 @pytest.mark.parametrize("opcodes", [False, True])
 def test_reentrant_call_at_any_line_gets_each_message_once(opcodes: bool) -> None:
-    """It runs in the middle of a call, and all of it before that goes on."""
+    """The handler runs in the middle of a call."""
 
     def handle() -> None:
         nonlocal is_handled
@@ -669,11 +669,11 @@ def test_read_ahead_lost_by_server_kill_is_returned(clock: Time) -> None:
     assert (take(reader), reader.missed) == ([2**32], 0)
 
 
-# Anything in any order
+# Random order
 
 
 class Model:
-    """A server and several calls, in any order; what is handed out is checked in the end."""
+    """A server and several calls, in random order; the returned messages are checked in the end."""
 
     def __init__(self, clock: Time, seed: int) -> None:
         self.chance, self.clock = random.Random(seed), clock

@@ -1,4 +1,4 @@
-"""What is asked so that it can be asked again; no sockets."""
+"""Requests that can be sent again, without sockets."""
 
 from __future__ import annotations
 
@@ -268,7 +268,7 @@ def test_invalid_put_reply_is_not_a_refusal() -> None:
         answer(puts, b"no number")
 
 
-# Reads, and the rest
+# Reads and other calls
 
 
 def test_retried_read_has_remaining_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,7 +354,7 @@ def test_idempotent_request_is_resent_unchanged() -> None:
     assert str(ping.to_error(BROKEN)) == "broken"
 
 
-# When to try again
+# Retries
 
 
 def test_first_retry_is_immediate_then_backs_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,7 @@ def mq(server: Server, states: list[str]) -> Iterator[DSMQClientSideConnection]:
 
 @pytest.fixture
 def lose_reply(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """A function: after so many replies, one is lost with its connection."""
+    """A function that makes the connection break at a reply, after letting some pass."""
     left = math.inf
 
     def receive(link: Connection) -> object:
@@ -151,7 +151,7 @@ def test_lost_and_restored_connection_is_logged_once(
 def test_put_is_answered_while_next_message_is_slow(
     server: Server, mq: DSMQClientSideConnection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The connection breaks meanwhile, and when the next message comes it is too late to send the first again."""
+    """The connection breaks meanwhile, and by then it is too late to send the first message again."""
 
     def messages() -> Iterator[str]:
         yield "1"
@@ -278,7 +278,7 @@ def test_concurrent_first_reads_get_each_message_once(mq: DSMQClientSideConnecti
     assert sorted(map(str, got)) == ["None", "x"]
 
 
-# Servers that admit by other rules
+# Servers with changed tokens
 
 
 def test_reload_is_transparent_to_admitted_client(states: list[str], tmp_path: Path) -> None:
@@ -338,7 +338,7 @@ def test_shutdown_is_not_retried_if_it_may_have_run(
     assert states == []
 
 
-# Servers that come and go
+# Restarted servers
 
 
 class Impostor:
@@ -449,7 +449,7 @@ def test_possibly_stored_put_is_not_sent_to_another_server(
 
 
 class _Before:
-    """Stands for the lock of a client; something is done before the first wait for it."""
+    """Wraps the lock of a client; calls a function before the first wait."""
 
     def __init__(self, lock: Any, call: Callable[[], None]) -> None:
         self._lock, self._calls = lock, [call]
@@ -564,7 +564,7 @@ def test_client_idle_too_long_reconnects(states: list[str]) -> None:
         assert states == ["lost", "resumed"]
 
 
-# What the server does for it
+# The server's part
 
 
 def test_client_with_notices_is_notified_of_stop() -> None:
@@ -611,7 +611,7 @@ def test_request_left_by_stop_gets_one_closing_reply() -> None:
 
 
 def test_puts_during_stop_go_to_next_server() -> None:
-    """However the two meet: what is answered is stored, what is not goes on to the next."""
+    """Each put is stored once: an answered one on this server, any other on the next."""
     with serving() as first:
         server, mq, port = first, connect(port=first.port), first.port
         ids: list[int] = []
@@ -712,7 +712,7 @@ def test_asyncio_client_resumes(server: Server, states: list[str], monkeypatch: 
 
 @pytest.mark.parametrize("size", [1, 6_000_000])
 def test_asyncio_client_learns_why_idle_connection_ended(tmp_path: Path, states: list[str], size: int) -> None:
-    """Though it could not look while the server stopped; so it knows that nothing was sent to that one."""
+    """Its event loop is blocked while the server stops, but it still knows that nothing was sent to that one."""
 
     async def scenario() -> None:
         with serving(host=host) as first:

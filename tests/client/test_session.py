@@ -1,4 +1,4 @@
-"""What a client knows, without input or output: positions, what was read ahead, what was missed, what it asks for."""
+"""Positions, read-ahead, missed messages and requests of a client, without I/O."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NEVER = float("inf")
 
 
 class Time:
-    """Stands for the module `time`; it passes when the test says so."""
+    """Replaces the module `time`; tests advance it."""
 
     def __init__(self) -> None:
         self.passed = 0.0
@@ -88,7 +88,7 @@ def entries(*ids: int) -> list[Entry]:
 
 
 def accept(reader: TopicReader, found: list[Entry]) -> bool:
-    """Give an reader what it has asked for now."""
+    """Answer the next request of a reader."""
     return reader.accept(reader.asked(), found)
 
 
@@ -98,7 +98,7 @@ def take(reader: TopicReader, n: int = 100, claim: Claim | None = None) -> list[
 
 
 def request(data: bytes) -> list[bytes]:
-    """Return the one request that these bytes are."""
+    """Parse a single request."""
     parser = RequestParser(1_000_000)
     parser.feed(data)
     found = parser.next()
@@ -112,7 +112,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return caplog.messages
 
 
-# What is asked for
+# Requests
 
 
 def test_other_requests_are_encoded() -> None:
@@ -159,7 +159,7 @@ def test_empty_topic_raises_value_error() -> None:
             use("")
 
 
-# The state of the connection
+# Connection states
 
 
 @pytest.mark.parametrize("down", ["", "lost", "given up"])
@@ -274,7 +274,7 @@ def test_position_of_other_type_raises_type_error(position: object) -> None:
         a_session().seek("t", position)  # type: ignore[arg-type]
 
 
-# What is kept of topics
+# Forgotten topics
 
 
 def test_many_topics_without_messages_are_forgotten() -> None:
@@ -314,7 +314,7 @@ def test_returned_messages_are_released_when_other_topics_are_read() -> None:
     for number, reader in enumerate(readers):
         stretch, at = reader._current()
         assert bool(stretch.ahead) == (number >= 200 or not number % 3)
-        assert (stretch.handed(at)[0], take(reader)) == ((1000, []) if number % 3 else (number + 1, [1000]))
+        assert (stretch.last_taken(at)[0], take(reader)) == ((1000, []) if number % 3 else (number + 1, [1000]))
 
 
 def test_topic_is_forgotten_on_demand() -> None:
@@ -351,10 +351,10 @@ NO_GREETINGS: dict[str, Reply] = {
     "an odd array": [b"epoch"],
     "an empty array": [],
     "another server": hello(server=b"redis"),
-    "names that are none": [1, 2],
+    "names that are not text": [1, 2],
     **{f"no {name}": without(name) for name in ("epoch", "last_id", "max_message_bytes")},
-    "last_id that is no integer": hello(last_id=b"x"),  # type: ignore[arg-type]
-    "max_message_bytes that is no integer": hello(max_message_bytes=None),
+    "last_id is not an integer": hello(last_id=b"x"),  # type: ignore[arg-type]
+    "max_message_bytes is not an integer": hello(max_message_bytes=None),
     "a name that is not UTF-8": [b"\xff", 1, *hello()],  # type: ignore[misc]
     "an epoch that is not UTF-8": [*hello(), b"epoch", b"\xff"],  # type: ignore[list-item]
 }

@@ -30,11 +30,11 @@ MODULES = {"dsmq.client", "dsmq.wire.resp", *(f"dsmq.client.{name}" for name in 
 
 
 class Interrupted(BaseException):
-    """What a handler raises."""
+    """Raised by a handler."""
 
 
 class Steps:
-    """Does something once, before a certain step of what it traces: a line or a bytecode of the client."""
+    """Calls a function once, before a certain traced step: a line or a bytecode of the client."""
 
     def __init__(self, handle: Callable[[], None], *, opcodes: bool) -> None:
         self._handle, self._event = handle, "opcode" if opcodes else "line"
@@ -129,7 +129,7 @@ def test_read_interrupted_at_any_line_loses_nothing(
 
 @pytest.mark.parametrize("verb", ["get", "get_many", "get_latest"])
 def test_second_interrupt_anywhere_in_next_call_loses_nothing(mq: Client, writer: Client, verb: str) -> None:
-    """There it is given back what the first call has taken."""
+    """The next call gives back what the first has taken."""
     steps, interrupted = Steps(interrupt, opcodes=False), 0
     sent = [str(number) for number in range(4)]
     for first in itertools.count(1):
@@ -309,7 +309,7 @@ def test_real_signals_lose_nothing(server: Server, writer: Client, calls: bool) 
 
 
 def test_error_of_interrupted_call_is_freed_at_once(mq: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the connection: otherwise a garbage collection closes it, at a time when a handler may raise again."""
+    """Otherwise a later garbage collection would close its connection, during which a handler may raise again."""
 
     def send(*_: object) -> None:
         raise Interrupted

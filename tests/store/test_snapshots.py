@@ -446,6 +446,17 @@ def test_snapshot_is_readable_by_owner_only_and_leaves_no_other_file(store: Cloc
     assert {path.name for path in file.parent.iterdir()} == {file.name, f"{file.name}.lock"}
 
 
+def test_final_snapshot_works_without_vacuum_into(
+    store: ClockedStore, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 26, 0))
+    store.connection.set_authorizer(lambda action, *_: int(action == sqlite3.SQLITE_ATTACH))
+    put(store, b"t", b"x")
+    save(store, file)
+    with restored(file) as other:
+        assert bodies(other, b"t") == [b"x"]
+
+
 @pytest.mark.parametrize("at_once", [False, True])
 def test_snapshot_contains_no_expired_body(store: ClockedStore, file: Path, at_once: bool) -> None:
     secret = b"secret" * 100

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dsmq.client.async_connection import Connection, Place, connect
 from dsmq.client.core import IDLE_SECONDS, Core, Retries
 from dsmq.client.requests import Call, Retryable
+from dsmq.client.session import State
 from dsmq.errors import ClientClosed, ConnectionLost, DSMQError
 from dsmq.system import process
 
@@ -63,7 +64,8 @@ class Channel(Retryable):
             while self._queue and connection.error is None and connection.has_room(self._queue[0].call):
                 connection.send(self._queue)
         except OSError as error:
-            # Another connection has found that the server was restarted.
+            # Another connection has found that the server was restarted. This call has failed here.
+            connection.due.append(self._queue[0])
             connection.fail(error)
         except BaseException:
             connection.fail(ConnectionResetError("interrupted"))
@@ -71,7 +73,9 @@ class Channel(Retryable):
 
     async def connect(self) -> None:
         """Make a connection. Raises OSError, or what the server answers."""
-        connection, state = await connect(self._core)
+        self._use(*await connect(self._core))
+
+    def _use(self, connection: Connection, state: State) -> None:
         connection.on_room, connection.on_lost = self._send, self._on_lost
         self._connection = connection
         self._core.announce(state)
@@ -124,9 +128,10 @@ class Channel(Retryable):
 
     async def _try_to_connect(self) -> Exception | None:
         try:
-            await self.connect()
+            connection, state = await connect(self._core)
         except Exception as error:  # noqa: BLE001 - for `retry_delay`
             return error
+        self._use(connection, state)
         return None
 
     async def settle(self) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TypeAlias, TypeVar
 
-from dsmq.client.stretch import Entry, Era, Step, Stretch, holes, in_next_era, insert
+from dsmq.client.stretch import Entry, Era, Step, Stretch, in_next_era, insert, missing_numbers
 from dsmq.errors import MessageNotText
 from dsmq.system import boot_time
 
@@ -73,8 +73,8 @@ class TopicReader:
             if step is None:
                 if stretch.era.next:
                     step = stretch.next.setdefault(at, in_next_era(stretch, at))
-                elif stretch.rest and at == len(stretch.ahead) and stretch.handed(at)[0] >= stretch.end:
-                    step = stretch.next.setdefault(at, stretch.left_rest(at))
+                elif stretch.rest and at == len(stretch.ahead) and stretch.last_taken(at)[0] >= stretch.end:
+                    step = stretch.next.setdefault(at, stretch.next_stretch(at))
                 else:
                     return stretch, at
             if isinstance(step, tuple):
@@ -93,10 +93,10 @@ class TopicReader:
     def position(self) -> tuple[str, int]:
         """Epoch and id of the last message returned; if messages were given back, of the one before them."""
         stretch, at = self._current()
-        if stretch.fresh == math.inf and stretch.rest:
+        if stretch.is_lost and stretch.rest:
             # These ids are of an earlier run of the server.
             return stretch.era.epoch, stretch.rest.id
-        return stretch.era.epoch, stretch.handed(at)[0]
+        return stretch.era.epoch, stretch.last_taken(at)[0]
 
     @property
     def missed(self) -> int:
@@ -108,13 +108,13 @@ class TopicReader:
     def doubt(self) -> tuple[Era, int] | None:
         """The era and id for which to request `restored_number` before messages are taken, if any."""
         stretch, at = self._current()
-        return (stretch.era, stretch.handed(at)[0]) if stretch.ask else None
+        return (stretch.era, stretch.last_taken(at)[0]) if stretch.ask else None
 
     def renumber(self, doubt: tuple[Era, int], restored: int) -> None:
         """Continue numbering from the topic's last number before the id was lost."""
         while self.doubt == doubt:
             stretch, at = self._current()
-            after = stretch.left(at)
+            after = stretch.remaining(at)
             after.ask = False
             if after.era.lost(after.id) or restored < (after.number or 0):
                 after.number, after.known = restored, (0, 0)
@@ -131,7 +131,7 @@ class TopicReader:
         """Return what to request next."""
         stretch, at = self._current()
         after = stretch.ahead[-1].id if stretch.ahead else stretch.id
-        if stretch.fresh == math.inf:
+        if stretch.is_lost:
             # The server may refuse an id of another epoch. The reply is not used.
             after = 0
         # Don't wait if another call has read ahead.
@@ -143,7 +143,7 @@ class TopicReader:
         last = stretch
         while last.rest:
             last, at = last.rest, 0
-        return stretch, last.handed(at)[0], False
+        return stretch, last.last_taken(at)[0], False
 
     def accept(self, asked: Asked, found: list[Entry]) -> bool:
         """Take in the reply to a READ; return whether there may be more now.
@@ -160,8 +160,8 @@ class TopicReader:
             new = [entry for entry in found if end < entry.id <= stretch.end] if found else found
             if new:
                 ahead = stretch.ahead[at:]
-                fresh = stretch.fresh if ahead else boot_time() + FRESH_SECONDS
-                after: Stretch | None = stretch.rest_from(at, [*ahead, *new], fresh)
+                fresh_until = stretch.fresh_until if ahead else boot_time() + FRESH_SECONDS
+                after: Stretch | None = stretch.rest_from(at, [*ahead, *new], fresh_until)
             else:
                 # After an older reply, messages seen since may still exist.
                 after = stretch.exhausted(at) if stretch is before and at == len(stretch.ahead) else None
@@ -176,7 +176,7 @@ class TopicReader:
         if self.count and at and at == len(stretch.ahead):
             self.count = 0 if self.count > _DEFAULT_COUNT / 2 else self.count * 2
         last = stretch.ahead[-1].number if stretch.ahead else stretch.number
-        missed = holes(last, new) if new else stretch.lost(at)
+        missed = missing_numbers(last, new) if new else stretch.lost(at)
         if missed:
             _logger.warning("topic %r: %d messages expired before they were read", self.topic, missed)
 
@@ -192,7 +192,7 @@ class TopicReader:
                 if at == len(stretch.ahead):
                     return []
             now, entry = boot_time(), stretch.ahead[at]
-            if now > stretch.fresh or entry.expires <= now:
+            if now > stretch.fresh_until or entry.expires <= now:
                 self._refresh(stretch, at, now)
                 continue
             taken = [convert(self, entry)]
@@ -211,12 +211,12 @@ class TopicReader:
     def _refresh(self, stretch: Stretch, at: int, now: float) -> None:
         """Drop a read-ahead that is no longer fresh; what has not expired will be fetched again."""
         left: Sequence[Entry] = ()
-        if stretch.fresh == math.inf:
+        if stretch.is_lost:
             left = [entry for entry in stretch.ahead[at:] if entry.expires > now]
         else:
             self.count = max(1, at)
-        after = stretch.rest_from(at, left, stretch.fresh if left else 0.0)
-        if not left and stretch.fresh == math.inf:
+        after = stretch.rest_from(at, left, stretch.fresh_until if left else 0.0)
+        if not left and stretch.is_lost:
             after = stretch.exhausted(at) or after
         self._move(stretch, at, after)
 
@@ -244,7 +244,7 @@ class TopicReader:
         ahead = stretch.ahead[at : step[0]] if isinstance(step, tuple) else ()
         last = ahead[-1] if isinstance(step, tuple) else step
         known = last.id, last.number or 0
-        last_id, number = stretch.handed(at)
+        last_id, number = stretch.last_taken(at)
         counted = stretch.missed_at(step[0]) - stretch.missed_at(at) if isinstance(step, tuple) else 0
         if number is None and ahead:
             number = ahead[0].number - 1
@@ -262,10 +262,10 @@ class TopicReader:
                 end=last.id,
                 known=known,
                 ahead=ahead,
-                fresh=stretch.fresh if is_here else math.inf,
+                fresh_until=stretch.fresh_until if is_here else math.inf,
                 generation=now.generation,
             )
-            after = insert(now.left(now_at), back)
+            after = insert(now.remaining(now_at), back)
             after.missed = now.missed_at(now_at) - counted
             tried.append((step, now, now_at, after))
             if self._move(now, now_at, after):

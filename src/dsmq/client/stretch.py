@@ -39,7 +39,7 @@ class Stretch:
     """A range of ids to read, and the messages in it that were read ahead."""
 
     __slots__ = (
-        *("id", "end", "number", "known", "missed", "ahead", "fresh"),
+        *("id", "end", "number", "known", "missed", "ahead", "fresh_until", "is_lost"),
         *("era", "generation", "ask", "sought", "rest", "next"),
     )
 
@@ -51,7 +51,7 @@ class Stretch:
         end: float = math.inf,
         known: tuple[int, int] = (0, 0),
         ahead: Sequence[Entry] = (),
-        fresh: float = 0.0,
+        fresh_until: float = 0.0,
         missed: int = 0,
         generation: tuple[int, int] = (0, 0),
         *,
@@ -65,7 +65,8 @@ class Stretch:
         self.known = known
         # What was read ahead, and until when it may be returned without reading it again: infinite if the server has
         # lost it.
-        self.ahead, self.fresh = ahead, fresh
+        self.ahead, self.fresh_until = ahead, fresh_until
+        self.is_lost = fresh_until == math.inf
         self.missed = missed
         # The number of seeks, and how often since then messages were found to have expired: replies to earlier requests
         # are outdated.
@@ -79,45 +80,44 @@ class Stretch:
         # The steps that followed, by how many of the read-ahead had been taken.
         self.next: dict[int, Step] = {}
 
-    def handed(self, at: int) -> tuple[int, int | None]:
+    def last_taken(self, at: int) -> tuple[int, int | None]:
         """Return id and number of the last message returned, after `at` of the read-ahead have been taken."""
         return self.ahead[at - 1][:2] if at else (self.id, self.number)
 
     def missed_at(self, at: int) -> int:
         """Return how many messages had expired unread before the last one returned."""
-        return self.missed + holes(self.number, self.ahead[:at]) if at else self.missed
+        return self.missed + missing_numbers(self.number, self.ahead[:at]) if at else self.missed
 
-    def rest_from(self, at: int, ahead: Sequence[Entry] = (), fresh: float = 0.0) -> Stretch:
+    def rest_from(self, at: int, ahead: Sequence[Entry] = (), fresh_until: float = 0.0) -> Stretch:
         """Return the rest of it, with another read-ahead."""
         known, ask, missed = self.known, self.ask and not at, self.missed_at(at)
         if len(self.ahead) > at:
             known = max(known, self.ahead[-1][:2])
-        last_id, number = self.handed(at)
+        last_id, number = self.last_taken(at)
         # By position, which is faster: each reply makes one.
-        return Stretch(
-            self.era, last_id, number, self.end, known, ahead, fresh, missed, self.generation, ask=ask, rest=self.rest
-        )
+        era, end, generation, rest = self.era, self.end, self.generation, self.rest
+        return Stretch(era, last_id, number, end, known, ahead, fresh_until, missed, generation, ask=ask, rest=rest)
 
-    def left(self, at: int) -> Stretch:
+    def remaining(self, at: int) -> Stretch:
         """Return the rest of it, with the rest of its read-ahead."""
-        return self.rest_from(at, self.ahead[at:], self.fresh)
+        return self.rest_from(at, self.ahead[at:], self.fresh_until)
 
-    def left_rest(self, at: int) -> Stretch:
+    def next_stretch(self, at: int) -> Stretch:
         """Return the next stretch, after this one has been read. There must be one."""
         assert self.rest is not None  # noqa: S101 - for type checkers
-        after = self.rest.left(0)
+        after = self.rest.remaining(0)
         after.missed = self.missed_at(at)
         return after
 
     def continues(self, before: Stretch, behind: int) -> bool:
         """Return whether a reply requested in an earlier state, for messages after an id, is still useful."""
-        if self.era is not before.era or self.generation != before.generation or self.fresh == math.inf:
+        if self.era is not before.era or self.generation != before.generation or self.is_lost:
             return False
         return behind <= (self.ahead[-1].id if self.ahead else self.id)
 
     def lost(self, at: int) -> int:
         """Return how many messages have expired if the server has no more of it."""
-        last_id, number = self.handed(at)
+        last_id, number = self.last_taken(at)
         if number is None or self.known[0] <= last_id:
             return 0
         return max(0, self.known[1] - number)
@@ -127,7 +127,7 @@ class Stretch:
         if self.rest is None and self.known[0] <= (self.ahead[-1].id if self.ahead else self.id):
             return None
         if self.rest:
-            after = self.left_rest(at)
+            after = self.next_stretch(at)
         else:
             after = self.rest_from(at)
             after.number = self.known[1]
@@ -145,11 +145,11 @@ def insert(stretch: Stretch, other: Stretch) -> Stretch:
     if other.id < stretch.id or stretch.rest is None:
         other.rest = stretch
         return other
-    stretch.rest = insert(stretch.rest.left(0), other)
+    stretch.rest = insert(stretch.rest.remaining(0), other)
     return stretch
 
 
-def holes(last: int | None, entries: Sequence[Entry]) -> int:
+def missing_numbers(last: int | None, entries: Sequence[Entry]) -> int:
     """Return how many numbers are missing among successive messages, and before them if the last number is known.
 
     If the server has forgotten a topic's numbering, it starts again with 1, but not among these messages: the topic was
@@ -170,7 +170,7 @@ def in_next_era(stretch: Stretch, at: int) -> Stretch:
     if stretch.sought and stretch.sought[0] == era.epoch:
         return Stretch(era, stretch.sought[1], None, missed=missed, generation=stretch.generation)
     parts: list[Stretch] = []
-    part: Stretch | None = stretch.left(at)
+    part: Stretch | None = stretch.remaining(at)
     while part:
         if era.epoch == stretch.era.epoch:
             parts += _restarted(part, era)
@@ -187,8 +187,7 @@ def in_next_era(stretch: Stretch, at: int) -> Stretch:
 
 def _restarted(part: Stretch, era: Era) -> list[Stretch]:
     """Split a stretch into what the server may still have, what it has lost, and what will be put."""
-    is_lost = part.fresh == math.inf
-    ahead = [entry for entry in part.ahead if is_lost or era.lost(entry.id)]
+    ahead = [entry for entry in part.ahead if part.is_lost or era.lost(entry.id)]
     kept = [entry[:2] for entry in part.ahead[: len(part.ahead) - len(ahead)]]
     ask = part.number is not None or bool(part.ahead)
     known = (kept[-1] if kept else (0, 0)) if era.lost(part.known[0]) else part.known
@@ -207,4 +206,4 @@ def _lost_by_server(ahead: Sequence[Entry], number: int | None, era: Era) -> Str
     if number is None or number >= ahead[0].number:
         number = ahead[0].number - 1
     last = ahead[-1]
-    return Stretch(era, ahead[0].id - 1, number, end=last.id, known=last[:2], ahead=ahead, fresh=math.inf)
+    return Stretch(era, ahead[0].id - 1, number, end=last.id, known=last[:2], ahead=ahead, fresh_until=math.inf)

@@ -13,6 +13,7 @@ from dsmq.store.api import Put
 MAX_PRODUCERS = 10_000
 # At least this number is remembered, at most twice as many: forgetting many at once is cheaper than one at each put.
 MAX_PUTS_OF_PRODUCER = 1_000
+_FORGET_ABOVE = 2 * MAX_PUTS_OF_PRODUCER
 MAX_REMEMBERED_PUTS = 1_000_000
 REMEMBER_MS = 600_000
 
@@ -81,7 +82,7 @@ class Deduplicator:
         if producer is None:
             producer = self._producers[name] = Producer()
         puts = producer.puts
-        if producer.last_at != now or len(puts) >= 2 * MAX_PUTS_OF_PRODUCER:
+        if producer.last_at != now or len(puts) >= _FORGET_ABOVE:
             touched[name] = producer
         if first_id := puts.get(seq):
             return first_id
@@ -94,7 +95,7 @@ class Deduplicator:
         for name, producer in touched.items():
             self._producers.move_to_end(name)
             producer.last_at = now
-            if len(producer.puts) > 2 * MAX_PUTS_OF_PRODUCER:
+            if len(producer.puts) > _FORGET_ABOVE:
                 self._count -= producer.forget_oldest()
         while self._exceeds_bounds(now - REMEMBER_MS):
             _, producer = self._producers.popitem(last=False)

@@ -195,7 +195,8 @@ class Snapshotter:
         with suppress(ReplyError):
             while self._store.expire():
                 self._checkpoint(pause)
-        file = snapshot_file.temporary(self.path) if at_once else None
+        # RHEL 8 has SQLite 3.26, which has no VACUUM INTO.
+        file = snapshot_file.temporary(self.path) if at_once and sqlite3.sqlite_version_info >= (3, 27) else None
         with self._store.snapshot(self._clock(), is_last=is_last, file=file, on_progress=self._checkpoint) as batches:
             snapshot_file.create_tables(target)
             target.execute("BEGIN")

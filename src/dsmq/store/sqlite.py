@@ -79,15 +79,18 @@ class SQLiteStore:
     def append(self, puts: Sequence[Put]) -> list[int]:
         with self._database:
             # Everything that can fail comes before the first message is added.
-            self._deduplicator.check(puts)
             topics, buffer, limits = self._topics, self._buffer, self._limits
-            names = set()
+            names, is_keyed = set(), False
             messages = topics.stored - topics.deleted + len(puts)
             size = topics.topic_bytes + topics.padding_bytes + topics.bytes + messages * MESSAGE_OVERHEAD_BYTES
-            for name, body, _ in puts:
+            for name, body, key in puts:
                 size += len(body)
                 if name not in topics.by_name:
                     names.add(name)
+                if key is not None:
+                    is_keyed = True
+            if is_keyed:
+                self._deduplicator.check(puts)
             if names:
                 size += accounted_topic_bytes(names)
             if messages > limits.safe_messages or size > limits.safe_bytes:
@@ -323,10 +326,7 @@ class SQLiteStore:
             database.deletable_id = sys.maxsize
 
     def load(self, source: sqlite3.Connection, unix_time: float) -> SnapshotState:
-        """Load a snapshot into a new store, and return its state.
-
-        Restored messages count as read, because it is unknown whether they were.
-        """
+        """Load a snapshot into a new store, and return its state. Restored messages count as read."""
         # The clock is read first, because the rest takes time.
         clock, now = self._clock, self._clock()
         state, producers = read_state(source), read_producers(source)
