@@ -5,6 +5,7 @@ Imports the standard library alone, so that the client commands start fast.
 
 from __future__ import annotations
 
+import ast
 import codecs
 import difflib
 import os
@@ -12,6 +13,7 @@ import re
 import tomllib
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 from dsmq.errors import ConfigError
@@ -37,10 +39,15 @@ def settings() -> dict[str, str]:
 
     They are read from the source of `dsmq.settings`, because importing it takes longer than a client command runs.
     """
-    with open(os.path.join(os.path.dirname(__file__), "settings.py"), encoding="utf-8") as source:
-        fields = source.read().partition("\nclass Settings(")[2].partition("\n    @")[0]
-    found = re.findall(r'^    (\w+): [^\n]* = [^\n]*\n    """(.*?)"""', fields, re.MULTILINE | re.DOTALL)
-    return {name: " ".join(docstring.split()) for name, docstring in found}
+    path = os.path.join(os.path.dirname(__file__), "settings.py")
+    with open(path, encoding="utf-8") as source:
+        module = ast.parse(source.read())
+    (found,) = [node for node in module.body if isinstance(node, ast.ClassDef) and node.name == "Settings"]
+    return {
+        ast.unparse(field.target): " ".join(ast.literal_eval(docstring.value).split())
+        for field, docstring in pairwise(found.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(docstring, ast.Expr)
+    }
 
 
 def read(file: str | None = None) -> tuple[dict[str, Any], dict[str, str]]:

@@ -175,18 +175,13 @@ class Requests:
         command = self.permitted.get(request[0]) or self._authorize(request[0])
         self.counts[command.name] += 1
         if command.name != "PUT" and self.connection.pending_puts and not self.connection.commit_puts():
-            self._postpone(request)
+            self.queue.appendleft(request)
             return
         if not command.min_args < len(request) <= command.max_args + 1:
             raise command.wrong_count()
         reply = command.handler(self.connection, request)
         if reply is not None:
             self.transport.send(reply)
-
-    def _postpone(self, request: list[bytes]) -> None:
-        """Run a request again when the store has answered the puts before it."""
-        self.queue.appendleft(request)
-        self.connection.park()
 
     def _authorize(self, name: bytes) -> Command:
         """Return a command that `permitted` lacks. Raises the error if the client may not call it."""
@@ -204,7 +199,7 @@ class Requests:
     def _refuse(self, request: list[bytes], error: ReplyError) -> None:
         self.connection.reads.end()
         if not self.connection.commit_puts():
-            self._postpone(request)
+            self.queue.appendleft(request)
             return
         self.connection.fail(error)
         if self.transaction is not None:
