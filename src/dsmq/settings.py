@@ -1,6 +1,7 @@
 """The settings: each is defined once, in `Settings`, with its unit, default, bounds and reason.
 
-Later ones win: defaults, the TOML file, the environment (`DSMQ_` and the name in capitals), the command line.
+Sources, of which the later ones win: defaults, the TOML file, the environment (`DSMQ_` and the name in capitals), the
+command line.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from dsmq.wire.addresses import UNIX, host_names, parse_endpoint
 
 
 def _parses(parse: Callable[[str], object]) -> AfterValidator:
-    """Require that a text can be parsed, but keep it as it is."""
+    """Check that a text can be parsed, but keep it unchanged."""
 
     def check(text: str) -> str:
         parse(text)
@@ -80,7 +81,7 @@ class Settings(BaseSettings):
     auth_token: Token = SecretStr("")
     """Admin token. Set it in the environment or a file: other users on the machine can read command lines."""
     auth_token_file: str = ""
-    """Token file, one per line: `token` (an admin) or `name role token`. Roles: read, write (reads too), admin."""
+    """Token file. Each line: `token` (an admin) or `name role token`. Roles: read, write (reads too), admin."""
     auth_timeout_seconds: Timeout = 10.0
     """Time limit for a new connection to finish the TLS handshake and authenticate."""
     tls_cert_file: str = ""
@@ -96,11 +97,11 @@ class Settings(BaseSettings):
     http_token_file: str = ""
     """File that contains the bearer token, instead of http_token."""
     http_allowed_hosts: HostNames = ""
-    """Comma-separated host names of the HTTP endpoint, besides localhost; guards against DNS rebinding."""
+    """Comma-separated host names accepted by the HTTP endpoint, besides localhost; guards against DNS rebinding."""
     http_port: HTTPPort = 30009
     """TCP port of the HTTP endpoint. 0: any free port. "off": no HTTP endpoint."""
     metrics_topics: Annotated[int, Field(ge=0, le=1000)] = 0
-    """Number of topics with metrics of their own: those with the most puts. The rest are counted as `other`."""
+    """Number of topics with metrics of their own: those with the most puts. The rest are summed up as `other`."""
     health_timeout_seconds: Timeout = 10.0
     """How long a thread may be unresponsive before /healthz fails."""
     max_age_seconds: Annotated[Seconds, Field(gt=0, le=YEAR_SECONDS)] = 600.0
@@ -108,11 +109,11 @@ class Settings(BaseSettings):
     expiry_interval_seconds: Annotated[Seconds, Field(ge=0.01, le=3600)] = 1.0
     """How often expired messages are deleted. A shorter interval frees their memory sooner."""
     snapshot_file: str = ""
-    """File to which messages are written on a graceful stop, and from which they are loaded at start. Empty: none. Its
+    """Snapshot of the messages, written on a graceful stop and loaded at start. Empty: no snapshots. The file's
     directory must not be writable by other users."""
     snapshot_interval_seconds: Annotated[Seconds, Field(ge=0, le=3600), AfterValidator(_check_interval)] = 0.0
-    """Interval of snapshots while running, which limits what a crash or power failure can lose: 0 (a snapshot only on a
-    graceful stop), or at least 1."""
+    """Interval of snapshots while the server runs, at least 1: limits what a crash or power failure can lose. 0: a
+    snapshot only on a graceful stop."""
     max_message_bytes: Annotated[int, Field(ge=1, le=536_870_912)] = 8_388_608
     """Max size of a message. Each connection may buffer one message of this size."""
     max_topic_bytes: Annotated[int, Field(ge=1, le=4096)] = 512
@@ -120,7 +121,7 @@ class Settings(BaseSettings):
     max_topics: Count = 1_000_000
     """Max topics with stored messages. Each takes about 600 bytes plus its name."""
     max_stored_messages: Count = 10_000_000
-    """Max stored messages. When it is reached, puts are refused until messages expire."""
+    """Max stored messages. At the limit, puts are refused until messages expire."""
     max_stored_bytes: Bytes = 1_073_741_824
     """Max bytes of stored messages and topic names, plus 100 per message and 500 per topic. Messages of 1 to 7 KB may
     count up to 60 % more, because they leave part of their memory pages unused. Allow 1.3 times as much memory."""
@@ -133,7 +134,7 @@ class Settings(BaseSettings):
     max_connections_per_address: Limit = 10_000
     """Max open connections from one client address. IPv6 addresses count by their first 64 bits."""
     max_unauthenticated_connections: Limit = 1_000
-    """Max connections that have not authenticated. When it is exceeded, the oldest is closed."""
+    """Max connections that have not authenticated. Beyond the limit, the oldest is closed."""
     max_unauthenticated_bytes: Annotated[int, Field(ge=4096, le=1_048_576)] = 16_384
     """Max size of a request from a client that has not authenticated."""
     max_waiting_readers: Limit = 10_000
@@ -167,7 +168,7 @@ class Settings(BaseSettings):
     allow_shutdown: bool = True
     """Whether clients may stop the server (SHUTDOWN, mq.shutdown_server())."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """Lowest level that is logged: debug, info, warning or error."""
+    """Lowest level to log: debug, info, warning or error."""
     log_format: Literal["auto", "text", "json", "journal"] = "auto"
     """Log format: text; json, one object per line; journal, with priorities and without times; auto is journal under
     systemd, otherwise text."""
@@ -184,7 +185,7 @@ class Settings(BaseSettings):
         *_: Any,
         **__: Any,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        # `load` reads the other sources: pydantic-settings would take service links for settings.
+        # `load` reads the other sources, because pydantic-settings would mistake service links for settings.
         return (init_settings,)
 
     @field_validator("*", mode="before")
@@ -225,7 +226,7 @@ class Settings(BaseSettings):
 
 
 class EmbeddedSettings(Settings):
-    """The settings of `serve()` called as a function; no HTTP port, so that several servers can share a machine."""
+    """The settings of `serve()` called as a function: no HTTP port, so that several servers can share a machine."""
 
     http_port: HTTPPort = "off"
 
@@ -233,7 +234,7 @@ class EmbeddedSettings(Settings):
 def load(
     file: str | None = None, kind: type[Settings] = Settings, *, name_of: Callable[[str], str] = str, **given: Any
 ) -> Settings:
-    """Return the effective settings; name_of maps the names of those `given` to what the caller calls them.
+    """Return the effective settings; name_of maps the name of a `given` setting to the caller's name for it.
 
     file is the path of a TOML file; default: the one that DSMQ_CONFIG names, if any. Raises ConfigError.
     """
@@ -245,7 +246,7 @@ def load(
         raise ConfigError("; ".join(_explain(error, sources))) from None
 
 
-# In place of pydantic's messages, which are written for programmers.
+# Replace pydantic's messages, which are written for programmers.
 _MESSAGES = {
     **dict.fromkeys(("int_type", "int_parsing", "int_parsing_size", "int_from_float"), "should be a whole number"),
     **dict.fromkeys(("float_type", "float_parsing"), "should be a number"),
@@ -265,7 +266,7 @@ def _explain(error: ValidationError, sources: dict[str, str]) -> Iterator[str]:
             yield message
         elif problem["type"] != "extra_forbidden":
             value = "" if is_secret(name) else f", not {quoted(problem['input'])}"
-            # Of a union, each member gives its reason.
+            # Each member of a union reports its own reason.
             before = messages.get(name, "").removesuffix(value)
             messages[name] = (f"{before} or {message.removeprefix('should be ')}" if before else message) + value
         else:
