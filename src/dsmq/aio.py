@@ -66,11 +66,11 @@ class AsyncClient(Client):
         return stored_id(put.reply)
 
     async def put_many(self, topic: str, messages: Iterable[str | bytes]) -> list[int]:
-        """Put several messages in order; returns their ids. Errors tell how many are stored, as in the other client."""
+        """Put several messages in order; returns their ids. Errors hold how many are stored, as in the other client."""
         pending: deque[asyncio.Future[None]] = deque()
         with PutMany(arguments.topic_name(topic), messages) as puts:
             try:
-                # One batch is on its way while the replies to the one before come.
+                # Each batch is on its way while the replies to the previous one arrive.
                 for batch in puts.batches:
                     if batch:
                         pending.append(self._run(batch))

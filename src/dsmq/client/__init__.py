@@ -6,7 +6,7 @@
     mq.put("greetings", "hello")
     mq.get("greetings")
 
-Importing it loads the standard library alone.
+Importing it loads only the standard library.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from dsmq.client.session import PING, SHUTDOWN, Message, body, text
 
 __all__ = ["DSMQClientSideConnection", "Message", "connect"]
 
-# How `connect` waits for a server that is starting, and the default time of `get_wait`: this many attempts, the first
-# delay in seconds, doubling each time. Both may be adjusted.
+# How often `connect` retries while a server is starting, and the first delay in seconds, which doubles each time. The
+# sum of the delays is the default timeout of `get_wait`. Both may be adjusted.
 _n_tries = 10
 _initial_retry = 0.01
 # The name in the code of dsmq 1.4; the one above is in its documentation.
@@ -56,8 +56,8 @@ def connect(
 ) -> DSMQClientSideConnection:
     """Connect to a server at an IPv4 or IPv6 address, a name, or `unix:/path`.
 
-    timeout=10.0: the connection counts as lost after this many seconds without any of an expected reply; the time that
-    a call asks the server to wait is added. All addresses of a name are tried, a new one every 0.25 s. If nothing
+    timeout=10.0: the connection counts as lost if nothing of an expected reply arrives for this many seconds, plus the
+    time for which a call asks the server to wait. All addresses of a name are tried, a new one every 0.25 s. If nothing
     answers, or connections are closed at once, the server may still be starting: unless retry=False, it tries again for
     about ten seconds. verbose logs this to stderr.
 
@@ -107,8 +107,8 @@ class DSMQClientSideConnection(Client):
     def put(self, topic: str, msg: str | bytes) -> int:
         """Put a message into a topic; it is stored when this returns. Returns its id.
 
-        Raises TooBig, or Full if the server has no room. After ConnectionLost, its may_be_stored says whether the
-        message may have been stored; after Forgotten, that is unknown too.
+        Raises TooBig, or Full if the server has no room. ConnectionLost.may_be_stored says whether the message may have
+        been stored; after Forgotten, it may have been, too.
         """
         self._run(put := Put(arguments.topic_name(topic), arguments.message(msg)))
         return stored_id(put.reply)
@@ -116,10 +116,10 @@ class DSMQClientSideConnection(Client):
     def put_many(self, topic: str, messages: Iterable[str | bytes]) -> list[int]:
         """Put several messages in order, much faster than one by one; returns their ids.
 
-        They are sent in batches of 500 messages or 256 KiB, or of what an iterator yields in 0.1 seconds.
+        They are sent in batches of up to 500 messages, 256 KiB, or what an iterator yields in 0.1 seconds.
 
-        Raises what `put` raises. Messages before the failed one have been stored, and some after it may have been, to
-        the end of the next batch: the error's stored_before and stored_behind are their numbers.
+        Raises what `put` raises. The messages before the one that failed have been stored, and some after it, up to the
+        end of the next batch, may have been: the error's stored_before and stored_behind count them.
         """
         with PutMany(arguments.topic_name(topic), messages) as puts:
             self._run(puts, Connection.ask_all)
@@ -271,7 +271,7 @@ class DSMQClientSideConnection(Client):
                     self._run(call)
             return taken if default is ALL else taken[0] if taken else default
         except BaseException:
-            # What was taken is not returned. Appending is a single step, so that a second interrupt can't come before.
+            # The messages taken will not be returned. Appending is atomic, so that a second interrupt can't lose them.
             self._session.returned.append((claim, []))
             raise
 
@@ -294,7 +294,7 @@ class DSMQClientSideConnection(Client):
             else:
                 self._pool.give_back(connection)
                 if self._core.is_down:
-                    # Another thread has made the connection.
+                    # Another thread has reconnected.
                     self._core.announce("resumed")
                 return
 

@@ -49,7 +49,7 @@ def endpoint(host: object, port: object) -> Endpoint:
 
 
 def topic_name(topic: object) -> bytes:
-    """Return a topic as it is sent."""
+    """Return a topic in the form in which it is sent."""
     if not isinstance(topic, str):
         raise TypeError(f"a topic should be a str, not {type(topic).__name__}")
     if not topic:
@@ -60,7 +60,7 @@ def topic_name(topic: object) -> bytes:
 def text(name: str, value: object) -> str:
     """Return a str that may go to the operating system, without NUL."""
     if not isinstance(value, str):
-        # Without the value, which may be a token.
+        # The value may be a token, so it is left out.
         raise TypeError(f"{name} should be a str, not {type(value).__name__}")
     if "\0" in value:
         raise ValueError(f"{name} contains a NUL character")
@@ -81,7 +81,7 @@ def path(name: str, value: object) -> str | None:
 
 
 def message(value: object) -> bytes:
-    """Return a message as it is sent."""
+    """Return a message in the form in which it is sent."""
     if isinstance(value, str):
         body = value.encode()
     elif isinstance(value, bytes | bytearray | memoryview):
@@ -94,7 +94,7 @@ def message(value: object) -> bytes:
 
 
 def messages(values: Iterable[str | bytes]) -> Iterable[str | bytes]:
-    """Return messages to put, unless they are a single one."""
+    """Return messages to put. A single one is an error."""
     if isinstance(values, str | bytes | bytearray | memoryview) or not isinstance(values, Iterable):
         raise TypeError(f"put_many takes several messages, such as a list, not {type(values).__name__}; see put")
     return values

@@ -24,9 +24,9 @@ from dsmq.system import raise_malloc_threshold, unsent_bytes
 from dsmq.wire.addresses import Endpoint
 from dsmq.wire.resp import Reply, ReplyParser
 
-# The most unanswered requests on a connection: a server remembers as many puts of one producer.
+# Max unanswered requests on a connection: a server remembers this many puts of one producer.
 _MAX_UNANSWERED = 2 * PUTS_AT_ONCE
-# Sending more than this may take longer than a reply may.
+# Sending more than this may take longer than the timeout of a reply.
 _LONG_BYTES = 16_384
 _FIRST_POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.001, 0.02
 
@@ -61,7 +61,7 @@ class Place:
         if isinstance(error, asyncio.CancelledError):
             self.future.cancel()
         else:
-            # Each gets its own: `put_many` notes in it how many messages are stored.
+            # Each caller gets its own copy, in which `put_many` records how many messages are stored.
             self.future.set_exception(copy(error) if isinstance(error, DSMQError) else error)
 
 
@@ -87,8 +87,8 @@ class Connection(asyncio.Protocol):
         self._parser = ReplyParser()
         self._transport: asyncio.Transport
         self._is_full = False
-        # How long a reply may take after the last progress, in general and without a wait. Progress means that data was
-        # received, or that the server has received some.
+        # The timeout of replies since the last progress, and that of requests that do not wait. Progress means that
+        # this client or the server has received data.
         self._timeout, self._base_timeout = timeout, timeout
         self._progress_at = self._loop.time()
         self._unsent = 0
@@ -109,7 +109,7 @@ class Connection(asyncio.Protocol):
                 value = raise_if_fatal(reply[0])
                 if not due:
                     raise ProtocolError(f"unexpected: {value!r}")
-                # Removed afterwards: if this is interrupted, the reply is not lost.
+                # Removed afterwards, so that the reply is not lost if this is interrupted.
                 due[0].answer(value)
                 due.popleft()
                 self.has_answered = True
@@ -142,7 +142,7 @@ class Connection(asyncio.Protocol):
         return not self._is_full and (not self.due or len(self.due) + call.replies <= _MAX_UNANSWERED)
 
     def send(self, queue: deque[Place]) -> None:
-        """Send the first calls in a queue, as far as there is room."""
+        """Send as many calls from the front of a queue as there is room for."""
         requests, size, seconds = [], 0, 0.0
         while queue and size < BYTES_AT_ONCE and self.has_room(queue[0].call):
             place = queue[0]
@@ -177,7 +177,7 @@ class Connection(asyncio.Protocol):
         self._watch = self._loop.call_at(self._progress_at + self._timeout, self._check_progress)
 
     def _check_progress(self) -> None:
-        """End the connection if replies are due, and there was no progress for too long."""
+        """End the connection if replies are due and there has been no progress for too long."""
         self._watch = None
         if not self.due or self.error is not None:
             return
@@ -196,7 +196,7 @@ class Connection(asyncio.Protocol):
 
     @property
     def is_stale(self) -> bool:
-        """Whether it was unused for a while, so that it may have ended without the event loop having noticed."""
+        """Whether it has been unused for a while, so that it may have ended without the event loop noticing."""
         return not self.due and self._loop.time() - self._progress_at > LONG_PAUSE_SECONDS
 
     async def await_end(self) -> None:
@@ -217,7 +217,7 @@ class Connection(asyncio.Protocol):
                 self.due[0].fail(error)
             error = ConnectionResetError(reason(error))
         self.error = error
-        # At once, even if the event loop does not run now.
+        # At once, even if the event loop is not running.
         with suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
         self._transport.abort()
@@ -234,7 +234,7 @@ def _fail_calls(connection: Connection) -> None:
 
 
 async def connect(core: Core) -> tuple[Connection, State]:
-    """Return a new connection, and what it means. Raises OSError, or what the server answers, if there is none."""
+    """Return a new connection, and the new state. Raises OSError, or the error that the server replies with."""
     try:
         async with asyncio.timeout(core.timeout):
             connection = await _open(core)
@@ -246,7 +246,7 @@ async def connect(core: Core) -> tuple[Connection, State]:
             except BaseException as error:
                 connection.fail(ConnectionResetError("not a usable connection"))
                 if isinstance(error, ReplyError | OSError):
-                    # In a thread: it may connect again, to find out what answers there.
+                    # In a thread, because it may connect again to find out which program answers.
                     loop, received = asyncio.get_running_loop(), connection.received
                     raise await loop.run_in_executor(None, explain_greeting, core.endpoint, received, error) from None
                 raise

@@ -64,7 +64,7 @@ class Channel(Retryable):
             while self._queue and connection.error is None and connection.has_room(self._queue[0].call):
                 connection.send(self._queue)
         except OSError as error:
-            # Another connection has found that the server was restarted. This call has failed here.
+            # Another connection has found that the server was restarted, so this call has failed on this one.
             connection.due.append(self._queue[0])
             connection.fail(error)
         except BaseException:
@@ -72,7 +72,7 @@ class Channel(Retryable):
             raise
 
     async def connect(self) -> None:
-        """Make a connection. Raises OSError, or what the server answers."""
+        """Make a connection. Raises OSError, or the error that the server replies with."""
         self._use(*await connect(self._core))
 
     def _use(self, connection: Connection, state: State) -> None:
@@ -81,7 +81,7 @@ class Channel(Retryable):
         self._core.announce(state)
 
     def _on_lost(self, connection: Connection) -> None:
-        """Queue the calls again that have no reply."""
+        """Queue the unanswered calls again."""
         self._was_idle = not connection.due
         if connection.has_answered or self._was_idle:
             self._retries.reset()
@@ -179,7 +179,7 @@ class Channel(Retryable):
         self._fail_calls(error)
 
     def abandon(self) -> None:
-        """Close the descriptor alone: the event loop is closed, or that of the parent process."""
+        """Close only the file descriptor, because the event loop is closed, or belongs to the parent process."""
         if self._connection is not None:
             self._connection.sock.close()
 
@@ -218,7 +218,7 @@ class Pool:
         try:
             await channel.ask(call)
         except BaseException as error:
-            # The server may still be waiting there.
+            # The server may still be waiting on this connection.
             self._remove_channel(channel, error)
             raise
         channel.idle_since = self.loop.time()

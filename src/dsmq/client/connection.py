@@ -51,7 +51,7 @@ class Connection:
         self.used_at = math.inf
         self._process = process()
         self._parser = ReplyParser()
-        # How long the next reply may take, and one without a wait.
+        # The timeout of the next reply, and that of a request that does not wait.
         self._timeout, self._base_timeout = timeout, timeout
         self._deadline = math.inf
         self._poll_not_before = 0.0
@@ -70,7 +70,7 @@ class Connection:
         call.reply = self.receive()
 
     def ask_all(self, puts: PutMany) -> None:
-        """Send puts in batches; one is on its way while the replies to the one before are read."""
+        """Send puts in batches; each is on its way while the replies to the previous one are read."""
         for sent in puts.unanswered:
             self.send(sent.request(self.producer))
         for batch in puts.batches:
@@ -79,7 +79,7 @@ class Connection:
                 self.send(batch.request(self.producer))
                 self._receive_all(puts, but=1)
             else:
-                # Making the messages may have taken longer than the server may.
+                # Producing the messages may have taken longer than the server may take to reply.
                 self.reset_deadline()
                 self._receive_all(puts)
                 self.probe()
@@ -128,7 +128,7 @@ class Connection:
     def receive(self) -> Reply:
         """Return the next reply. Raises OSError if the connection breaks or the reply is overdue."""
         parser = self._parser
-        # Asking an empty parser is slow.
+        # Calling an empty parser is slow.
         found = parser.next() if len(parser) else None
         while found is None:
             data = self._receive()
@@ -143,8 +143,8 @@ class Connection:
     def _receive(self) -> bytes:
         """Wait for data and return it; empty at the end of the connection.
 
-        It polls for a moment before it sleeps, unless that was in vain the last time: waking a sleeping processor takes
-        longer than most requests, especially in virtual machines.
+        It polls for a moment before it sleeps, unless that did not help the last time: waking a sleeping processor
+        takes longer than most requests, especially in virtual machines.
         """
         began = now = time.monotonic()
         while True:
@@ -168,7 +168,7 @@ class Connection:
                 self._wait(EVENT_READ)
 
     def _adapt_polling(self, began: float) -> None:
-        """Decide by how long the reply took whether to poll for the next one."""
+        """Decide whether to poll for the next reply, by how long this one took."""
         now = self.used_at = time.monotonic()
         # On a slow link, anything that arrives is progress.
         if self._deadline < now + self._base_timeout:  # noqa: PLR1730 - faster
@@ -190,7 +190,7 @@ class Connection:
         """Why the connection has ended, if it has. No reply may be outstanding."""
         try:
             if data := self._socket.recv(self._receive_bytes):
-                # Without a request, the server only sends why it hangs up.
+                # If no request is outstanding, the server sends nothing but the reason why it hangs up.
                 self._parser.feed(data)
                 return f"unexpected: {self.receive()!r}"
         except BlockingIOError:

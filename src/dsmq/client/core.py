@@ -16,7 +16,7 @@ from dsmq.client.requests import Retryable
 from dsmq.client.session import Session, State
 from dsmq.errors import ClientClosed, ReplyError
 
-# Surplus connections are closed after having been idle for this long, with the next call.
+# The next call closes surplus connections that have been idle for this long.
 IDLE_SECONDS = 5.0
 # The first retry is immediate. The others follow after this delay, doubling each time, with jitter, so that many
 # clients do not all reconnect at once.
@@ -99,8 +99,8 @@ class Core:
         if not is_lost(error, connecting=not connected):
             if self.is_down and isinstance(error, ReplyError):
                 self.announce("resumed" if connected else "given up", error)
-            # Raised here, it would refer to itself through this frame, and keep its connection until the next garbage
-            # collection.
+            # If raised here, the error would refer to itself through this frame, and keep its connection alive until
+            # the next garbage collection.
             return None
         if self.is_closed:
             raise ClientClosed("the client was closed during the call") from error
@@ -180,7 +180,7 @@ class Client:
     def forget(self, topic: str) -> None:
         """Forget the position in a topic, to save memory. If read again, it starts where this client connected.
 
-        With more than a thousand topics, silent ones are forgotten anyway when all that was read there has expired.
+        With more than a thousand topics, silent ones are forgotten anyway once everything read from them has expired.
         """
         self._session.forget(topic)
 

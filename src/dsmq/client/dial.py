@@ -107,7 +107,7 @@ def dial(endpoint: Endpoint, tls: SSLContext | None, timeout: float) -> socket.s
 
 
 def explain_failure(endpoint: Endpoint, error: OSError) -> OSError:
-    """Return what to raise instead of an error of TLS: it names the endpoint, and gives advice."""
+    """Return the error to raise instead of a TLS error: it names the endpoint, and gives advice."""
     import ssl  # noqa: PLC0415 - most clients don't need it
 
     from dsmq.wire.tls import advice  # noqa: PLC0415
@@ -231,7 +231,7 @@ class Race:
 
 def with_text(error: OSError, text: str) -> OSError:
     """Return an error of the same type with another text."""
-    # Errors that Python itself finds, such as a path that is too long, have no number.
+    # Errors that Python itself detects, such as a path that is too long, have no number.
     return type(error)(error.errno, text) if error.errno else type(error)(text)
 
 
@@ -243,9 +243,9 @@ class ClosedSilently(ConnectionResetError):
 
 
 def explain_greeting(endpoint: Endpoint, received: bytes, error: Exception) -> Exception:
-    """Return what to raise after this error, if `received` is what came instead of a server's reply to HELLO.
+    """Return the error to raise in place of this one, if `received` came instead of a server's reply to HELLO.
 
-    If nothing came, this may connect again to find out whether it is an MQTT broker.
+    If nothing came, this may connect again to find out whether the other end is an MQTT broker.
     """
     if isinstance(error, ConnectionResetError) and not received:
         received = _ask_for_mqtt(endpoint)
@@ -281,6 +281,6 @@ def _program(received: bytes) -> str:
     if received.startswith(b"HTTP/") and b"dsmq" in received:
         names = ["dsmq's HTTP endpoint; clients connect to the other port"]
     elif found := re.search(rb"\r\nserver\r\n\$\d+\r\n(\w+)", received):
-        # The reply of a server of Redis's kind, such as Valkey, to HELLO.
+        # The reply to HELLO of a server like Redis, such as Valkey.
         names = [found[1].decode()]
     return f"not a dsmq server{' but ' + names[0] if names else ''} (it answered {answer!r})"

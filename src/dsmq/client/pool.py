@@ -37,7 +37,7 @@ class Pool:
         return [connection for ref in list(self._refs) if (connection := ref())]
 
     def borrow(self) -> Connection:
-        """Return a connection for one call. Raises OSError, or what the server answers, if there is none."""
+        """Return a connection for one call. Raises OSError, or the error that the server replies with."""
         if process() is not self._process:
             self.after_fork()
         try:
@@ -63,7 +63,7 @@ class Pool:
                 _thread.start_new_thread(_tidy, (weakref.ref(self),))
                 self._is_tidying = True
             except RuntimeError:
-                # There are too many threads, or the program ends: the call has succeeded nevertheless.
+                # There are too many threads, or the program is exiting. The call has succeeded nevertheless.
                 with suppress(IndexError):
                     self.idle.pop(0).close()
 
@@ -76,7 +76,7 @@ class Pool:
             self.close_idle()
 
     def connect(self) -> Connection:
-        """Return a new connection. Raises OSError, or what the server answers, if there is none."""
+        """Return a new connection. Raises OSError, or the error that the server replies with."""
         core = self._core
         core.raise_if_closed("the client is closed")
         connection = None
@@ -101,7 +101,7 @@ class Pool:
     def wait(self, seconds: float) -> None:
         """Wait before another attempt. Raises ClientClosed if the client is closed meanwhile."""
         if self._closing.acquire(timeout=seconds):
-            # For the next one that waits.
+            # Wake the next call that waits.
             self._closing.release()
         self._core.raise_if_closed()
 
@@ -109,13 +109,13 @@ class Pool:
         """Close all connections, and wake calls that wait for one. Idempotent."""
         with suppress(RuntimeError):
             self._closing.release()
-        # The calls that use the others close them.
+        # Connections in use are closed by their calls.
         for connection in self._all():
             connection.interrupt()
         self.close_idle()
 
     def close_idle(self) -> None:
-        # One by one, because other threads borrow and give back meanwhile.
+        # One by one, because other threads may borrow and return connections meanwhile.
         with suppress(IndexError):
             while True:
                 self.idle.pop().close()
@@ -129,7 +129,7 @@ class Pool:
                 self.idle.pop(0).close()
         if len(self.idle) <= 1 or self._core.is_closed:
             self._is_tidying = False
-        # Checked once more: another thread that found it set may have given one back in between.
+        # Check again: another thread may have returned a connection in between, while the flag was still set.
         if len(self.idle) > 1 and not self._core.is_closed:
             self._is_tidying = True
         return self._is_tidying
@@ -146,7 +146,7 @@ class Pool:
 
 
 def _tidy(ref: weakref.ref[Pool]) -> None:
-    """Close the connections that a burst of threads has left, in a thread of its own while there are any."""
+    """Close the connections that a burst of threads left behind; runs in its own thread until none are left."""
     more = True
     while more:
         time.sleep(IDLE_SECONDS / 5)
@@ -163,6 +163,6 @@ def _after_fork() -> None:
         pool.after_fork()
 
 
-# The next call would notice the fork. This closes the parent's sockets at once.
+# The next call would notice the fork anyway. This closes the parent's sockets at once.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)

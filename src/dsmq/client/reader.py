@@ -19,7 +19,7 @@ from dsmq.system import boot_time
 
 # How long messages may stay in the read-ahead before they are read again, since max_age may have changed.
 FRESH_SECONDS = 1.0
-# How many messages, and how many bytes, the server sends in reply to a READ that does not request fewer.
+# Max messages, and max bytes, in the reply to a READ that does not request fewer.
 _DEFAULT_COUNT = 100
 MAX_READ_BYTES = 262_144
 MIN_READ_BYTES = 4096
@@ -29,7 +29,7 @@ _logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 Claim: TypeAlias = "list[tuple[TopicReader, Stretch, int, Step]]"
-"""What a call takes, recorded before it is taken, so that it can be given back wherever the call is interrupted."""
+"""The messages a call takes, recorded beforehand, so that they can be given back wherever the call is interrupted."""
 Tried: TypeAlias = "list[tuple[Step, Stretch, int, Stretch]]"
 """Attempts to give back a claim: what was taken, and which state was to follow which."""
 Returned: TypeAlias = "list[tuple[Claim, Tried]]"
@@ -66,7 +66,7 @@ class TopicReader:
         """When messages last arrived, by `boot_time`."""
 
     def _current(self) -> tuple[Stretch, int]:
-        """Return the current state, and how many of its read-ahead have been taken."""
+        """Return the current state, and how many of its messages read ahead have been taken."""
         stretch, at = self._seen
         while True:
             step = stretch.next.get(at)
@@ -94,7 +94,7 @@ class TopicReader:
         """Epoch and id of the last message returned; if messages were given back, of the one before them."""
         stretch, at = self._current()
         if stretch.is_lost and stretch.rest:
-            # These ids are of an earlier run of the server.
+            # These ids belong to an earlier run of the server.
             return stretch.era.epoch, stretch.rest.id
         return stretch.era.epoch, stretch.last_taken(at)[0]
 

@@ -19,14 +19,14 @@ def stored_id(reply: Reply) -> int:
 
 
 def raise_if_fatal(reply: Reply) -> Reply:
-    """Return a reply, even an error. Raises an error after which the server hangs up."""
+    """Return a reply, which may be an error; raise it if it is one after which the server hangs up."""
     if isinstance(reply, (ProtocolError, AuthRequired, Busy, ShuttingDown, TimedOut, InternalError)):
         raise reply
     return reply
 
 
 def is_lost(error: BaseException, *, connecting: bool) -> TypeGuard[Exception]:
-    """Return whether an error means that a connection has broken, so that another is to be made."""
+    """Return whether an error means that a connection has broken, so that a new one is needed."""
     if isinstance(error, DSMQError):
         # A full server may have room soon; one whose tokens have changed may accept this client's.
         return isinstance(error, ShuttingDown | TimedOut | (Busy if connecting else AuthRequired))

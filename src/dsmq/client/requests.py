@@ -30,13 +30,13 @@ NOT_RUN = (ShuttingDown, TimedOut, AuthRequired)
 
 # A longer wait is requested in parts, so that both sides soon notice if the other has vanished.
 MAX_WAIT_SECONDS = 15.0
-# The size of a batch of `put_many`: both directions fit into the kernel's buffers, and twice as many puts are no more
-# than a server remembers of one producer.
+# Max size of a batch of `put_many`: its requests and replies fit into the kernel's buffers, and a server remembers the
+# puts of two batches of one producer.
 PUTS_AT_ONCE = 500
 BYTES_AT_ONCE = 262_144
 # The bytes of a put besides topic and message.
 _PUT_BYTES = 80
-# A batch whose messages take longer to come is sent as far as it has them.
+# A batch whose messages take longer than this to come is sent incomplete.
 _LONG_BATCH_SECONDS = 0.1
 _AGAIN = b"*7%b$5\r\nAGAIN\r\n"
 # How long a put is retried: well within the 600 seconds for which the server remembers it.
@@ -80,7 +80,7 @@ class Retryable:
         return False
 
     def to_error(self, error: Exception) -> ConnectionLost:
-        """Return what to raise if there are to be no more attempts."""
+        """Return the error to raise if there are no more attempts."""
         return ConnectionLost(reason(error))
 
 
@@ -114,7 +114,7 @@ class Call(Retryable):
 
 
 class NonIdempotent(Call):
-    """A request that is sent again only if it has certainly not been run."""
+    """A request that is sent again only if it certainly has not run."""
 
     __slots__ = ("_is_sent",)
 
@@ -176,7 +176,8 @@ class Read(Call):
             # The link may be slow.
             self._session.read_bytes = max(MIN_READ_BYTES, self._session.read_bytes // 4)
             return False
-        # Something may cut idle connections; but what only accepts connections and closes them is not a server.
+        # Something on the network may cut idle connections; but if it accepts connections only to close them, it is not
+        # a server.
         return bool(self.seconds) and time.monotonic() - self._asked_at > _LONG_WAIT_SECONDS
 
 
@@ -194,9 +195,9 @@ def read(  # noqa: PLR0913, PLR0917 - what a read consists of
     convert: Convert[T],
     latest: bool,  # noqa: FBT001 - as `n`
 ) -> Iterator[Call]:
-    """Add to the messages taken up to `n`, or the latest; if there is none, wait for the first.
+    """Add up to `n` messages, or the latest, to those taken; if there is none, wait for the first.
 
-    The calls are to be made one after another, each before the next is taken.
+    Make each call before taking the next one from the iterator.
     """
     if latest:
         yield from _read_latest(session, reader, claim, taken, convert)
@@ -238,7 +239,7 @@ def _read_latest(
 
 
 def list_topics(found: list[tuple[str, int, int]]) -> Iterator[Call]:
-    """Add the topics that hold messages to a list; the calls are to be made as those of `read`."""
+    """Add the topics that hold messages to a list. Make the calls in the same way as those of `read`."""
     page = None
     while page is None or page:
         after = (b"AFTER", found[-1][0].encode()) if found else ()
@@ -305,7 +306,7 @@ class Batch(Put):
 
     def request(self, producer: Producer) -> bytes:
         if process() is not producer.process:
-            # It has forked while the messages were made: connection and numbers are the parent's.
+            # The process forked while the messages were produced: connection and numbers belong to the parent.
             raise ConnectionResetError(FORKED)
         self._is_sent = True
         done, self._answered = self._answered, 0
@@ -333,8 +334,8 @@ class PutMany(Retryable):
         self.unanswered: deque[Batch] = deque()
         """The batches that are being sent on one connection."""
         self.batches = self._batches(map(arguments.message, arguments.messages(messages)))
-        """New batches. None before one whose messages took long to come: first read all replies, and check that the
-        connection is still open."""
+        """New batches. None comes before a batch whose messages took long to come: first read all replies, and check
+        that the connection is still open."""
         self._error: Exception | None = None
         # How many messages were stored before the server refused one.
         self._stored_before: int | None = None
@@ -387,7 +388,7 @@ class PutMany(Retryable):
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        """Raise the error of a message, if there was one. Set the numbers of stored messages in any error of dsmq."""
+        """Raise the error of a message, if there was one. Set the numbers of stored messages in any DSMQError."""
         raised = error or self._error
         if isinstance(raised, DSMQError):
             raised.stored_before = len(self.ids) if self._stored_before is None else self._stored_before

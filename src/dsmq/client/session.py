@@ -40,7 +40,7 @@ LOST: dict[State, str] = {
 _MIN_READERS, _MAX_RECENT_READERS = 1000, 100
 # Readers are kept for a little longer than messages, which the server may delete late.
 _SILENCE_FACTOR, _SILENCE_SECONDS = 1.25, 1.0
-# What READ returns of a message: id, number, age, body, and remaining lifetime.
+# What READ returns for a message: id, number, age, body, and remaining lifetime.
 _MESSAGE_TYPES = [int, int, int, bytes, int]
 
 
@@ -98,10 +98,10 @@ class Session:
         return self.era.epoch
 
     def handle_hello(self, reply: Reply) -> tuple[State, Era]:
-        """Process the reply to HELLO on a new connection; return what it means, and the era.
+        """Process the reply to HELLO on a new connection; return the new state, and the era.
 
-        A new epoch means that the server has lost its messages: all that it has now were put after this client
-        connected, and are read from the start. A new run means that it may have lost the messages put last.
+        A new epoch means that the server has lost its messages: all messages it has now were put after this client
+        connected, and are read from the oldest. A new run means that it may have lost the messages put last.
         """
         facts = as_map(reply)
         if facts.get("server", b"dsmq") != b"dsmq":
@@ -135,7 +135,7 @@ class Session:
     def _new_reader(self, topic: str) -> TopicReader:
         topic_name(topic)
         if len(self._readers) >= self._max_readers:
-            # Only readers that never had a message.
+            # This forgets only readers that never had a message.
             self._forget_silent(math.inf)
         return self._readers.setdefault(topic, TopicReader(topic, self.era))
 
@@ -159,7 +159,7 @@ class Session:
     def _forget_silent(self, max_age: float) -> None:
         """Forget readers of topics without messages for longer than `max_age`.
 
-        All that they have read has expired: reading such a topic from the start returns only what was put since.
+        All messages that they have read have expired, so reading such a topic from the start returns only newer ones.
         """
         since = boot_time() - _SILENCE_FACTOR * max_age - _SILENCE_SECONDS
         for topic in [topic for topic, reader in list(self._readers.items()) if reader.used_at <= since]:
@@ -208,7 +208,7 @@ class Session:
         return entries
 
     def message(self, reader: TopicReader, entry: Entry) -> Message:
-        """Return a message as the user sees it."""
+        """Return a message in the form that users get."""
         age = boot_time() - entry.put_at
         return Message(reader.topic, entry.id, entry.number, time.time() - age, entry.body)
 

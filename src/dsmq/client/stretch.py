@@ -59,7 +59,7 @@ class Stretch:
         sought: tuple[str, int] | None = None,
         rest: Stretch | None = None,
     ) -> None:
-        # It contains the messages after this one, whose number may be unknown, up to the id `end`.
+        # It begins after the message with this id, whose number may be unknown, and ends with the id `end`.
         self.era, self.id, self.number, self.end = era, last_id, number, end
         # Id and number of the newest message known to exist in it, to count those that expire unread.
         self.known = known
@@ -71,9 +71,9 @@ class Stretch:
         # The number of seeks, and how often since then messages were found to have expired: replies to earlier requests
         # are outdated.
         self.generation = generation
-        # Whether the server may have lost messages up to `number`, so that it must be asked where numbering continues.
+        # Whether the server may have lost messages up to `number`, and must be asked where numbering continues.
         self.ask = ask
-        # A position that was sought in an epoch that is not known yet, until something is read.
+        # A position passed to `seek` in an epoch that is not known yet, until something is read.
         self.sought = sought
         # The stretch after `end`.
         self.rest = rest
@@ -116,14 +116,14 @@ class Stretch:
         return behind <= (self.ahead[-1].id if self.ahead else self.id)
 
     def lost(self, at: int) -> int:
-        """Return how many messages have expired if the server has no more of it."""
+        """Return how many messages have expired if the server has none left in it."""
         last_id, number = self.last_taken(at)
         if number is None or self.known[0] <= last_id:
             return 0
         return max(0, self.known[1] - number)
 
     def exhausted(self, at: int) -> Stretch | None:
-        """Return the next state if the server has no more of it; None if that changes nothing."""
+        """Return the next state if the server has none left in it; None if that changes nothing."""
         if self.rest is None and self.known[0] <= (self.ahead[-1].id if self.ahead else self.id):
             return None
         if self.rest:
