@@ -58,7 +58,7 @@ class Totals(NamedTuple):
     stored: int
     expired: int
     expired_unread: int = 0
-    """Expired messages that nobody had read, or skipped by starting at a newer one."""
+    """Expired messages that no client had read, or skipped by starting at a newer one."""
     oldest_age_ms: int = 0
     accounted_bytes: int = 0
     """Bytes as `Limits.max_stored_bytes` counts them."""
@@ -103,7 +103,7 @@ class Store(Protocol):
         """Raise Forgotten if the store may have forgotten recent puts of this producer."""
 
     def flush(self) -> None:
-        """Do postponed work, if there is much of it; called when the server is idle. Raises as `append` does."""
+        """Do postponed work, if enough has accumulated; called when the server is idle. Raises as `append` does."""
 
     def read(self, topic: bytes, after: int, count: int, max_bytes: int) -> Answer[list[Message]]:
         """Return the unexpired messages with ids above `after`, oldest first."""
@@ -130,7 +130,7 @@ class Store(Protocol):
     def totals(self) -> Totals: ...
 
     def full(self) -> set[str]:
-        """Return the settings, or MEMORY, because of which puts are refused. To be called about once a second.
+        """Return the limits, or MEMORY, that cause puts to be refused. To be called about once a second.
 
         A limit is reported until no put was refused between two calls and there is room for the last refused put.
         """

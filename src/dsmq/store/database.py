@@ -140,7 +140,7 @@ class Database:
 
     def newest_below(self, topic: int, after: int, below: int) -> StoredMessage | None:
         """Return the newest message with an id above `after` and below `below`."""
-        # Usually reads one row only; more if the last ones start at or above `below`.
+        # Usually reads only one row; more if the last ones start at or above `below`.
         for row in self.connection.execute(LATEST, (topic,)):
             columns = row if row[3] is not None else self._with_long_bodies(row)
             if found := [message for message in unpack(columns, after) if message[0] < below]:
@@ -205,7 +205,7 @@ class Database:
         return found
 
     def copy_to(self, file: Path, on_progress: Callable[[], None]) -> None:
-        """Copy all tables to an empty file, faster than row by row, and without remains of deleted messages.
+        """Copy all tables to an empty file, faster than row by row, and without traces of deleted messages.
 
         on_progress is called periodically; its exceptions end the copy.
         """
@@ -220,7 +220,7 @@ class Database:
             self.connection.set_progress_handler(None, 0)
 
     def load(self, source: sqlite3.Connection) -> list[tuple[int, bytes, int, int, int, int]]:
-        """Replace the database by that of a snapshot; if that fails, nothing changes.
+        """Replace the database with that of a snapshot; if that fails, nothing changes.
 
         Returns for each topic: id, name, last number, last id, messages, bytes.
         """
@@ -243,7 +243,7 @@ def _open_in_memory() -> sqlite3.Connection:
     connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
     # Otherwise, SQLite writes large sorts to a folder for temporary files, which may not be writable.
     connection.execute("PRAGMA temp_store = MEMORY")
-    # On some systems, SQLite overwrites deleted data by default, which takes longer than the rest of expiry.
+    # On some systems, SQLite overwrites deleted data by default, which would take longer than the rest of expiry.
     connection.execute("PRAGMA secure_delete = OFF")
     return connection
 

@@ -11,7 +11,7 @@ from dsmq.errors import Forgotten
 from dsmq.store.api import Put
 
 MAX_PRODUCERS = 10_000
-# At least this number is remembered, at most twice as many: forgetting many at once is cheaper than one at each put.
+# At least this many puts are remembered, at most twice as many: forgetting many at once is cheaper than one per put.
 MAX_PUTS_OF_PRODUCER = 1_000
 _FORGET_ABOVE = 2 * MAX_PUTS_OF_PRODUCER
 MAX_REMEMBERED_PUTS = 1_000_000
@@ -43,7 +43,7 @@ class Deduplicator:
         self._producers: OrderedDict[bytes, Producer] = OrderedDict()
         self._count = 0
         self.forgot_at: int | None = None
-        """When a producer was last forgotten that may still retry a put."""
+        """When a producer that may still retry a put was last forgotten."""
 
     def __len__(self) -> int:
         """Return the number of remembered puts."""

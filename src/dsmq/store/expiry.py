@@ -9,7 +9,8 @@ import time
 from dsmq import logs
 from dsmq.store.api import Store, Timing
 
-# Between two slices, so that clients get the store's lock. The short one applies if an interval is not long enough.
+# Pauses between slices, so that clients get the store's lock. The short one is used once a run takes longer than the
+# interval.
 _PAUSE_SECONDS = 0.002
 _SHORT_PAUSE_SECONDS = 0.0002
 
@@ -42,7 +43,7 @@ class Expiry:
             try:
                 self.run_once()
             except Exception:
-                # Readers skip expired messages anyway; only memory is not freed until the next try.
+                # Readers skip expired messages anyway; their memory is freed at the next attempt.
                 _logger.exception("expiry failed", extra=logs.event("expiry_failed"))
             now = time.monotonic()
             self.timing = Timing(self.timing.times + 1, self.timing.seconds + now - began)

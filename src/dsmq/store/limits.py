@@ -16,8 +16,8 @@ class LimitChecker:
 
     def __init__(self, topics: TopicTable, limits: Limits) -> None:
         self._topics = topics
-        # For each limit, of the last refused put: the topic if the limit is per topic, the room that it needed, and
-        # whether it was refused since the last call of `full`.
+        # For each limit, the last put that it refused: the topic if the limit is per topic, the room that the put
+        # needed, and whether it was refused since the last call of `full`.
         self._full: dict[str, tuple[bytes | None, int, bool]] = {}
         self.set_limits(limits)
 
@@ -58,7 +58,7 @@ class LimitChecker:
         return held.messages if limit.startswith("max_stored_messages") else held.accounted_bytes
 
     def record_full(self, limit: str, topic: bytes | None = None, more: int = 0) -> None:
-        """Record that a put was refused that needed `more` room."""
+        """Record the refusal of a put that needed this much `more` room."""
         self._full[limit] = topic, more, True
 
     def full(self) -> set[str]:

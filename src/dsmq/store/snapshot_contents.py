@@ -1,4 +1,4 @@
-"""The tables of a snapshot beside the messages: the store's state, and remembered puts."""
+"""The tables of a snapshot besides the messages: the store's state, and remembered puts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dsmq.store.schema import Batch
 
 # Remembered ranges of lost ids, and last numbers in them. The last range is always complete.
 MAX_LOST, MAX_LOST_NUMBERS = 100, 100_000
-# Producers copied while the lock is held once.
+# Max producers copied while the lock is held.
 COPY_PRODUCERS = 20
 
 _INSERT_STATE = "INSERT INTO state VALUES (?, ?, ?, ?, ?, ?, ?, ?)"

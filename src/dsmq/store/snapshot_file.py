@@ -6,7 +6,7 @@ The digest covers the database and its size. `restores` counts how often the fil
 place, and covered by the check. SQLite ignores bytes after its pages.
 
 A new file is written under another name, flushed to disk, and renamed over the previous one. If the process is killed
-or the power fails, one of the two is there and complete.
+or the power fails, one of the two exists and is complete.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ RESTORE_GAP = 2**32
 PAUSE_SECONDS = 0.0007
 # How long a disk may take to flush the system's write cache.
 _DISK_SECONDS = 300.0
-# The final snapshot gets at least this long: messages are worth more than a stop in time.
+# The final snapshot gets at least this long: keeping messages matters more than stopping on time.
 LAST_SNAPSHOT_SECONDS = 60.0
 
 _logger = logging.getLogger(__name__)
@@ -214,7 +214,7 @@ class Snapshotter:
             raise Abandoned
 
     def _allow_slow_disk(self) -> None:
-        """Do the same before an operation for which the disk may need a long time."""
+        """Do the same before an operation that may take the disk a long time."""
         self._checkpoint()
         self.due_at += _DISK_SECONDS
 
@@ -224,11 +224,11 @@ class Snapshotter:
         """Write the final snapshot, and release the file. If it is interrupted or takes too long, call `abandon`."""
         deadline = max(deadline, time.monotonic() + LAST_SNAPSHOT_SECONDS)
         join(self.thread, deadline)
-        # If the start failed before the file was restored, the file is all there is.
+        # If the start failed before the file was restored, the file has the only copy of the messages.
         if self._is_open and not self.thread.is_alive():
             self._stop.clear()
             save = partial(self.save_last, is_last=is_last)
-            # In a thread, so that an interrupt ends the wait only.
+            # In a thread, so that an interrupt ends only the wait.
             self._last = threading.Thread(target=save, name=self.thread.name, daemon=True)
             self._last.start()
             join(self._last, deadline)

@@ -212,7 +212,7 @@ class SQLiteStore:
     def _newest_below(self, topic: Topic, below: int) -> StoredMessage | None:
         if at := bisect_left(topic.buffered, (below,)):
             return topic.buffered[at - 1]
-        # If it is the last message, unpack only that one of its row.
+        # If it is the topic's last message, unpack no other message of its row.
         return self._database.newest_below(topic.row, topic.last_id - 1 if below > topic.last_id else 0, below)
 
     def last_id(self) -> int:

@@ -87,7 +87,7 @@ class TopicTable:
         self.last_row = 0
         # Messages since the start. `stored` includes `restored`.
         self.stored = self.restored = self.deleted = self.deleted_unread = 0
-        # Bodies; topics with overhead; and what the pages take beyond the messages with overhead.
+        # Bytes of bodies, of topics with overhead, and of pages beyond the messages with overhead.
         self.bytes = self.topic_bytes = self.padding_bytes = 0
         self._counted_bytes = 0
 
@@ -100,7 +100,7 @@ class TopicTable:
         return self.topic_bytes + self.padding_bytes + accounted_bytes(self.messages, self.bytes)
 
     def count_pages(self, page_bytes: Callable[[], int]) -> None:
-        """Make the limit on bytes apply to the database's pages, too: a page may be half empty."""
+        """Apply the limit on bytes to the database's pages, too: a page may be half empty."""
         counted = accounted_bytes(self.messages, self.bytes)
         if abs(counted - self._counted_bytes) >= COUNT_PAGES_BYTES:
             self._counted_bytes = counted

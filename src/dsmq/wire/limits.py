@@ -5,5 +5,5 @@ MAX_LINE_BYTES = 65_536
 # Max size of a request apart from its message: names, options, topic and framing.
 REQUEST_OVERHEAD_BYTES = 65_536
 MAX_INTEGER = 2**63 - 1
-# Of arrays in replies: the deepest is that of COMMAND DOCS in EXEC.
+# Max nesting of arrays in replies; COMMAND DOCS in EXEC is the deepest.
 MAX_DEPTH = 6

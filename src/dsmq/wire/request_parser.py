@@ -43,10 +43,10 @@ class RequestParser(Input):
         super().__init__()
         self.max_message_bytes = max_message_bytes
         self.max_request_bytes = max_request_bytes or max_message_bytes + REQUEST_OVERHEAD_BYTES
-        # Of an incomplete request: the complete arguments, how many there will be, and the bytes consumed.
+        # An incomplete request: its complete arguments, how many there will be, and the bytes consumed.
         self._arguments: list[bytes] = []
         self._count = self._size = 0
-        # Where the body begins in the incomplete argument that the data begins with; 0 if there is none.
+        # If the data begins with an incomplete argument, the offset of its body; otherwise 0.
         self._body = 0
 
     def __len__(self) -> int:

@@ -18,8 +18,8 @@ ARRAY, _BULK, _INTEGER, _SIMPLE, _ERROR, _NULL = b"*$:+-_"
 _ZERO = ord("0")
 CRLF = b"\r\n"
 OK = b"+OK\r\n"
-# Max bytes split at once, so that splitting in vain costs little. No limit on the size of a request is lower, so that
-# requests that were split need no check.
+# Max bytes split at once, so that a failed split costs little. No limit on the size of a request is lower, so requests
+# that were split need no check.
 MAX_SPLIT_BYTES = 4096
 # Smaller chunks of input are gathered.
 _MIN_CHUNK_BYTES = 4096
@@ -48,7 +48,7 @@ class Input:
         self._at = 0
         self._chunks: list[bytes | bytearray] = []
         self._chunk_bytes = 0
-        # While a line is incomplete: how many more bytes it may have.
+        # If a line is incomplete, how many more bytes it may have.
         self._line_room = 0
         self.missing = 1
         """Min bytes to feed before the next item can be complete; 0 if it may be complete already."""
@@ -227,7 +227,7 @@ class ReplyParser(Input):
 
 
 class _Incomplete(Exception):
-    """Takes how many bytes are missing at least, and how many more the line may have."""
+    """Its arguments: the minimum number of missing bytes, and how many more the line may have."""
 
 
 def parse_length(digits: bytes) -> int:

@@ -12,7 +12,7 @@ from typing import TypeAlias
 from dsmq.errors import ConfigError
 
 _RECORD_BYTES = 16_384
-# OpenSSL would search a longer file for a certificate to its end, however long that takes.
+# OpenSSL would search a longer file to its end for a certificate, however long that takes.
 _MAX_FILE_BYTES = 16_777_216
 # What a client can do about an error, by OpenSSL's code or name.
 _UNKNOWN_AUTHORITY = "the certificate is not from a trusted authority (ca_file=... names others to trust)"
@@ -98,7 +98,7 @@ def _load_pair(context: ssl.SSLContext, cert: _Source, key: _Source) -> None:
     _check_size(cert)
     _check_size(key)
     try:
-        # An empty password, so that it does not prompt for one.
+        # An empty password keeps OpenSSL from prompting for one.
         context.load_cert_chain(cert[1], key[1], "")
     except (OSError, ValueError) as error:
         raise _pair_error(cert, key, error) from None
@@ -110,7 +110,7 @@ def _check_size(source: _Source) -> None:
 
 
 def _pair_error(cert: _Source, key: _Source, error: Exception) -> ConfigError:
-    """Return what is wrong with a certificate and its key. OpenSSL reports most mistakes alike."""
+    """Return what is wrong with a certificate and its key. OpenSSL reports most mistakes in the same way."""
     try:
         cert_text, key_text = _read(cert), _read(key)
     except ConfigError as unreadable:
@@ -139,7 +139,7 @@ def _invalid(source: _Source, about: str) -> ConfigError:
 
 
 def reason(error: Exception) -> str:
-    """Return a short description of an error of TLS or of a file."""
+    """Return a short description of a TLS or file error."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return error.verify_message.rstrip(".")
     if isinstance(error, ssl.SSLError):
@@ -196,7 +196,7 @@ class TLSSocket:
         except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
             return b""
         except ssl.SSLWantWriteError:
-            # To read on, TLS has to reply first, but the peer does not read.
+            # To continue reading, TLS has to reply first, but the peer does not read.
             raise ConnectionAbortedError("TLS: the peer does not read") from None
         except ssl.SSLError as error:
             raise ConnectionAbortedError(f"TLS: {reason(error)}") from None
@@ -232,7 +232,7 @@ class TLSSocket:
 
 def accept(context: ssl.SSLContext, sock: socket.socket) -> TLSSocket:
     """Return the server's side of a connection; the socket belongs to it. Raises OSError."""
-    # Raises if the client is gone already; if wrap_socket found that out, it would leave the socket open.
+    # Raises if the client is gone already. If wrap_socket raised instead, it would leave the socket open.
     sock.getpeername()
     return TLSSocket(context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False))
 
