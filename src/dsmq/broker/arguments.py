@@ -24,7 +24,7 @@ def parse_integer(text: bytes, what: str, least: int = 0, most: int = MAX_INTEGE
 
 
 def parse_options(words: Sequence[bytes], known: dict[bytes, int]) -> dict[bytes, Sequence[bytes]]:
-    """Return the arguments of each option among the words; `known` says how many each takes."""
+    """Return the arguments of each option among the words; `known` says how many each option takes."""
     found: dict[bytes, Sequence[bytes]] = {}
     at = 0
     while at < len(words):
@@ -43,5 +43,5 @@ def parse_number(options: dict[bytes, Sequence[bytes]], option: bytes, default: 
 
 
 def quoted(data: bytes) -> str:
-    """Return untrusted bytes as an error message shows them."""
+    """Return untrusted bytes in a form that is safe in error messages."""
     return repr(data[:64])[1:]

@@ -41,14 +41,14 @@ class Authenticator:
     """The valid tokens, as digests. Immutable, so threads may share it."""
 
     def __init__(self, tokens: Iterable[tuple[str, Role, str]] = ()) -> None:
-        """Takes names, roles and texts."""
+        """Each token is given by its name, role and text."""
         self.tokens = tuple(Token(name, role, _digest(text.encode())) for name, role, text in tokens)
 
     def authenticate(self, user: bytes, token: bytes) -> Token | None:
         """Return the token that a client has sent, if it is valid."""
         digest = _digest(token)
         found = None
-        # Compares all tokens, each in constant time, so that the duration reveals nothing.
+        # Compare all tokens, each in constant time, so that the duration reveals nothing.
         for known in self.tokens:
             if hmac.compare_digest(known.digest, digest) and user in (DEFAULT_USER, known.name.encode()):
                 found = known

@@ -22,10 +22,10 @@ from dsmq.wire.resp import Encoded, encode_array, encode_integer, encode_null, e
 if TYPE_CHECKING:
     from dsmq.broker.connection import Connection
 
-# What Redis calls commands of these roles.
+# Redis's names for commands of these roles.
 _FLAGS = {Role.NOBODY: "no_auth", Role.READ: "readonly", Role.WRITE: "write", Role.ADMIN: "admin"}
 
-# An argument, or all within a pair of brackets, which may contain others.
+# An argument, or everything within a pair of brackets, which may contain other pairs.
 _ARGUMENT = re.compile(r"(?:\[(?:[^\[\]]|\[[^\[\]]*\])*\]|\S+)(?: \.\.\.)?")
 
 Handler: TypeAlias = "Callable[[Connection, list[bytes]], Encoded | None]"
@@ -41,7 +41,7 @@ class Command:
     role: Role = Role.READ
     """The lowest role that may run it."""
     parse: Callable[[Connection, list[bytes]], Any] = lambda _client, _request: None
-    """Raises if the arguments are invalid. MULTI checks them by it before a request is queued."""
+    """Raises if the arguments are invalid. Between MULTI and EXEC, it checks each request before it is queued."""
     min_args: int = field(init=False)
     max_args: int = field(init=False)
 
@@ -70,7 +70,7 @@ class CommandTable:
 
     all: dict[bytes, Command]
     by_role: dict[Role, dict[bytes, Command]]
-    """Those that may run at once. Those of an unauthenticated client are checked one by one."""
+    """The commands that may run at once. Those of an unauthenticated client are checked one by one."""
     queued: dict[Role, dict[bytes, Command]]
     """The same between MULTI and EXEC."""
 

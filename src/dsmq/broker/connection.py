@@ -63,7 +63,7 @@ class Connection:
         return f"client {self.id} ({self.peer.name})"
 
     def event(self, name: str, **fields: object) -> dict[str, object]:
-        """Return the fields of a line of the log."""
+        """Return the fields of a log line."""
         return logs.event(name, client=self.id, peer=self.peer.name, **fields)
 
     @property
@@ -100,7 +100,7 @@ class Connection:
             self._reschedule()
 
     def set_bounds(self) -> None:
-        """Limit what is buffered; to little before authentication."""
+        """Set the limits on buffered bytes, which are low before authentication."""
         settings, parser = self.context.settings, self.requests.parser
         most = settings.max_unauthenticated_bytes if self.role is Role.NOBODY else 0
         self.transport.max_receive = most or RECEIVE_BYTES
@@ -147,7 +147,7 @@ class Connection:
         self.loop.memory.add(self)
 
     def on_room(self, budget: Budget) -> None:
-        """Try again what there was no room for."""
+        """Retry what there was no room for."""
         if self.state is not NO_ROOM:
             return
         self.transport.active_at = self.loop.now
@@ -158,7 +158,7 @@ class Connection:
         else:
             self.state = OPEN
             if budget is self.requests.budget:
-                # Its time begins only now.
+                # Its time limit starts only now.
                 self.requests.incomplete_since = math.inf
             self.requests.run()
 
@@ -184,7 +184,7 @@ class Connection:
     # The end
 
     def on_eof(self) -> None:
-        """Answer what the client has sent before it ended its sending side, and close."""
+        """Answer the requests that the client sent before it shut down its sending side, and close."""
         if self.state is LINGERING:
             self.close("end of input")
             return
@@ -204,13 +204,13 @@ class Connection:
     def drain(self) -> None:
         """Answer a waiting read and pending puts, and finish, because the server is stopping.
 
-        A client that asked for notices gets one after its last reply: puts without a reply before it are not stored.
+        A client that asked for notices gets one after its last reply: puts that got no reply before it are not stored.
         """
         self.transport.linger_seconds = LINGER_SECONDS_AT_STOP
         self._stop(ShuttingDown("the server is stopping"))
 
     def disconnect(self, reason: str) -> None:
-        """Finish because what admitted the client is no longer valid."""
+        """Finish because the rules that admitted the client have changed."""
         self.login.role = Role.NOBODY
         error = AuthRequired(reason)
         self.log_rejected(error)
@@ -234,8 +234,8 @@ class Connection:
     def end(self, error: ReplyError) -> None:
         """Close for a reason other than a request.
 
-        Redis clients crash on unsolicited errors, or take them for the reply to their next request. So it is sent only
-        to clients that asked for notices, or as the reply to a request that has not run.
+        Redis clients crash on unsolicited errors, or take them for the reply to their next request. So the error is
+        sent only to clients that asked for notices, or as the reply to a request that has not run.
         """
         if self.notices or self.reads.pending is not None or not self.requests.is_empty:
             self.reads.end()
@@ -246,7 +246,7 @@ class Connection:
         _logger.info("%r: %s %s", self, error.code, error, extra=self.event("rejected", code=error.code))
 
     def on_failure(self, *, in_request: bool = False) -> None:
-        """Close after a defect, which costs this connection and no other; in a request, with a reply."""
+        """Close this connection, and no other, after a defect; if it was in a request, reply to that first."""
         _logger.exception("%r: dropped after a defect", self, extra=self.event("defect"))
         self.counters.failures += 1
         self.reads.end()

@@ -68,7 +68,7 @@ class Counters:
     recent: deque[tuple[float, str, str, str]] = field(default_factory=lambda: deque(maxlen=RECENT_ERRORS))
     """The last error replies: Unix time, code, client, message."""
     request_seconds: Histogram = field(default_factory=lambda: Histogram(_FROM_5_MICROSECONDS))
-    """From the start of the turn that received a request to the end of it, when the reply was sent."""
+    """From the start of the turn that received a request to its end, when the reply was sent."""
     delivery_seconds: Histogram = field(default_factory=lambda: Histogram(_FROM_1_MILLISECOND))
     """From put to delivery."""
     lag_seconds: Histogram = field(default_factory=lambda: Histogram(_FROM_5_MICROSECONDS))

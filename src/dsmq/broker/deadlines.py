@@ -80,7 +80,7 @@ class Timers:
         target.scheduled = when
         heapq.heappush(self._heap, (when, next(self._numbers), target))
         if len(self._heap) > 2 * targets + 64:
-            # Most are of closed connections, or were replaced by earlier ones.
+            # Most timers belong to closed connections, or were replaced by earlier ones.
             self._heap = [timer for timer in self._heap if _is_valid(*timer)]
             heapq.heapify(self._heap)
         self.next_at = self._heap[0][0] if self._heap else math.inf

@@ -1,6 +1,6 @@
 """The event loop of one I/O worker: a thread that serves its share of the connections and never blocks.
 
-A turn: receive and run the requests of the sockets that are ready, store all messages put by them together, wake the
+A turn: receive and run the requests of the sockets that are ready, store all messages that they put together, wake the
 readers that wait for these, and send the replies.
 """
 
@@ -35,15 +35,16 @@ if TYPE_CHECKING:
     from dsmq.broker.connection import Connection
     from dsmq.broker.transport import Transport
 
-# How often an event loop shows that it is alive, and measures how late it checks its timers.
+# How often an event loop proves that it is alive, and measures how late it checks its timers.
 PULSE_SECONDS = 1.0
-# After this time in a turn, puts are stored and replies sent in between. One connection may run requests for a slice of
-# it: the longest if few are ready, the shortest if many are. In a crowd, each runs a single request at first.
+# A turn that takes longer than this stores puts and sends replies in between. Each connection may run requests for a
+# slice of this time: a longer one if few connections are ready, a shorter one if many are. In a crowd, each runs a
+# single request at first.
 TURN_SECONDS = 0.004
 MOST_SLICE_SECONDS = TURN_SECONDS / 4
 LEAST_SLICE_SECONDS = 0.0001
 CROWD = 200
-# How often to look for room while a connection waits for it.
+# How often to check for room while a connection waits for it.
 ROOM_SECONDS = 0.005
 
 T = TypeVar("T")
@@ -52,7 +53,7 @@ _logger = logging.getLogger(__name__)
 
 
 class EventLoop:
-    """One I/O worker. All but the methods said to be thread-safe belong to its own thread."""
+    """One I/O worker. Only methods documented as thread-safe may be called from other threads."""
 
     def __init__(self, name: str, context: ServerContext, workers: Sequence[EventLoop]) -> None:
         """`workers` are all event loops that share the store, including this one."""
@@ -69,8 +70,8 @@ class EventLoop:
         self._workers = workers
         self._selector = selectors.DefaultSelector()
         self.to_flush: list[Transport] = []
-        """Those that have replies to send at the end of the turn."""
-        # Those with more requests than they could run in their time, in the order in which they continue.
+        """Transports with replies to send at the end of the turn."""
+        # Connections that could not run all of their requests in their time, in the order in which they continue.
         self._to_run: dict[Connection, None] = {}
         self._timers = Timers()
         self._posted: deque[Callable[[], None]] = deque()
@@ -83,7 +84,7 @@ class EventLoop:
 
     @property
     def due_at(self) -> float:
-        """When the loop should have begun another turn, at the latest."""
+        """The time by which the loop should have begun another turn."""
         return self.now + PULSE_SECONDS
 
     # From other threads
@@ -154,7 +155,7 @@ class EventLoop:
                 connection.on_failure()
 
     def watch(self, transport: Transport, before: int, events: int) -> None:
-        """Have `on_ready` called for these events of the socket, in place of those before."""
+        """Call `on_ready` for these events of the socket from now on, instead of the previous ones."""
         if not events:
             if before:
                 self._selector.unregister(transport)
@@ -224,8 +225,8 @@ class EventLoop:
     def _go_on(self, *, many: bool) -> bool:
         """Let connections run requests left from earlier turns, for as long as those that were ready took in this one.
 
-        So a client that sends a request now and then does not wait for those that send many at once. Return whether the
-        server has to stop now.
+        So a client that sends an occasional request does not wait for clients that send many at once. Return whether
+        the server has to stop now.
         """
         self.slice_seconds = max(LEAST_SLICE_SECONDS, _slice_seconds(len(self._to_run)))
         now = time.monotonic()
@@ -264,7 +265,7 @@ class EventLoop:
         self._answered_at = time.monotonic()
 
     def _wait(self) -> list[tuple[selectors.SelectorKey, int]]:
-        """Return the sockets that are ready, when there are some.
+        """Wait until sockets are ready, and return them.
 
         For a moment after the last one, poll without sleeping: waking a processor takes longer than most requests,
         above all in virtual machines.
@@ -285,8 +286,8 @@ class EventLoop:
         until = min(self._timers.next_at, self._pulse_at, self._stop_at)
         if self.memory.is_short:
             until = min(until, self.now + ROOM_SECONDS)
-        # After a stop of the process (SIGSTOP), the first call returns nothing even if requests have arrived, which the
-        # timers would call late.
+        # After the process was suspended (SIGSTOP), the first call returns nothing even if requests have arrived, which
+        # the timers would then consider late.
         return self._selector.select(max(0.0, until - time.monotonic())) or self._selector.select(0)
 
     def _flush_store(self) -> None:
@@ -312,7 +313,7 @@ class EventLoop:
     # Stores and readers
 
     def when_done(self, answer: Future[T], call: Callable[[T | ReplyError], None]) -> None:
-        """Call with what a store answers later, or the error to reply with, in the thread of the loop."""
+        """Call this in the loop's thread with the store's answer once it is there, or with the error to reply with."""
 
         def pass_on(done: Future[T]) -> None:
             result = _result(done)
@@ -361,7 +362,7 @@ class _Waker:
 
     def on_ready(self, _: int) -> None:
         self._inside.recv(64)
-        # Before the calls are taken, so that one posted from now on rings again.
+        # Before the calls are taken, so that a call posted from now on wakes the selector again.
         self._rung = False
         self._call()
 

@@ -114,7 +114,7 @@ def shutdown(client: Connection, request: list[bytes]) -> bytes | None:
     client.context.request_stop(f"SHUTDOWN from client {client.id}")
     if client.notices:
         return OK
-    # As in Redis. Its clients would take a reply to SHUTDOWN for that to their next command.
+    # As in Redis, whose clients would take a reply to SHUTDOWN for the reply to their next command.
     client.finish()
     return None
 

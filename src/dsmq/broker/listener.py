@@ -20,13 +20,13 @@ from dsmq.wire.addresses import UNIX, Endpoint, parse_endpoint
 if TYPE_CHECKING:
     from dsmq.broker.event_loop import EventLoop
 
-# Max connections accepted in one turn of the loop, so that a flood of them does not starve those that are open.
+# Max connections accepted in one turn of the loop, so that a flood of new ones does not starve open ones.
 MAX_ACCEPTS = 4
-# Max bytes of replies in the kernel beyond what it can send, so that they are counted here if a client does not read.
+# Max unsent bytes of replies in the kernel, so that if a client does not read, the rest is counted here.
 MAX_NOT_SENT_BYTES = 32_768
 # Max attempts to find a port that is free on all addresses of a name.
 MAX_ATTEMPTS = 20
-# How long not to accept if the process has no file descriptor left.
+# How long to pause accepting if the process has no file descriptor left.
 ACCEPT_PAUSE_SECONDS = 0.1
 
 _logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def _listen_unix(path: str, backlog: int) -> socket.socket:
 
 
 def _remove_stale(path: str) -> None:
-    """Remove the socket of a server that was killed; nothing else, and not that of a running server."""
+    """Remove the socket of a server that was killed, but no other file, and not the socket of a running server."""
     if not os.path.exists(path):
         return
     if not stat.S_ISSOCK(os.stat(path).st_mode):
@@ -144,8 +144,8 @@ def close(sock: socket.socket) -> None:
         # Before closing: afterwards, another server may have put its own socket there.
         with suppress(FileNotFoundError):
             os.unlink(sock.getsockname())
-    # Otherwise the port stays in use, and clients wait there for ever, while a child process has a copy.
-    # Systems other than Linux refuse it.
+    # Otherwise, while a child process has a copy, the port would stay in use, and clients would wait there for ever.
+    # Systems other than Linux refuse this call.
     with suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
     sock.close()

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 # Max requests of a client that is not authenticated.
 MAX_UNAUTHENTICATED_REQUESTS = 16
-# How long the requests behind a wrong token get replies. Some libraries report the error only when they have those
-# to their whole handshake.
+# How long requests after a wrong token get replies. Some libraries report the error only after they have got all
+# replies to their handshake.
 WRONG_TOKEN_SECONDS = 0.1
 
 _logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class Peer:
 
 @dataclass(slots=True, eq=False)
 class Login:
-    """The role of a client: NOBODY, for a limited time and number of requests, until it has shown a token."""
+    """The role of a client: NOBODY, for a limited time and number of requests, until it has sent a valid token."""
 
     connection: Connection
     role: Role = Role.NOBODY
@@ -61,7 +61,7 @@ class Login:
         if found is None:
             _logger.warning("%r: wrong token", connection, extra=connection.event("wrong_token"))
             connection.counters.wrong_tokens += 1
-            # One guess a connection.
+            # One guess per connection.
             self.role, self.gave_wrong_token = Role.NOBODY, True
             self.deadline = connection.loop.now + WRONG_TOKEN_SECONDS
             connection.schedule(self.deadline)
@@ -87,7 +87,8 @@ class Login:
             raise AuthRequired("a wrong token was given on this connection")
 
     def apply_settings(self) -> None:
-        """Disconnect the client if what admitted it is no longer valid; admit it if no token is required any more."""
+        """Disconnect the client if the rules that admitted it have changed; admit it if no token is required any
+        more."""
         connection, access = self.connection, self.connection.context.access
         tokens = access.authenticator.tokens
         if connection.unauthenticated and not self.gave_wrong_token:

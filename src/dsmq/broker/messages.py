@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 DEFAULT_COUNT = 100
 MAX_COUNT = 1_000
 MAX_READ_BYTES = 262_144
-# Max size of one READ while replies are unread: clients that don't read would never be sent most of a longer one.
+# Max size of one reply to READ while others are unread: most of a longer one would never reach a client that doesn't
+# read.
 SHORT_READ_BYTES = 65_536
 MAX_WAIT_MS = 86_400_000
 

@@ -31,14 +31,14 @@ class Reads:
     def __init__(self, connection: Connection) -> None:
         self.pending: PendingRead | None = None
         self.positions: dict[bytes, int] = {}
-        """The ids behind which GET continues, by topic."""
+        """The ids after which GET continues, by topic."""
         self.position_bytes = 0
         self.below = 0
         """While a step of a transaction runs: `PendingRead.below`."""
         self._connection = connection
 
     def set_position(self, topic: bytes, message_id: int) -> None:
-        """Let GET continue behind this message. Raises BadRequest if the positions take too much memory."""
+        """Let GET continue after this message. Raises BadRequest if the positions take too much memory."""
         if topic not in self.positions:
             size = self.position_bytes + POSITION_OVERHEAD_BYTES + len(topic)
             if size > MAX_POSITION_BYTES:

@@ -34,7 +34,7 @@ LONG_REPLY_BYTES = 65_536
 
 @dataclass(slots=True, eq=False)
 class Requests:
-    """Runs requests in order, with one reply to each. Those buffered count towards a total."""
+    """Runs requests in order, with one reply to each. Buffered ones count towards a total."""
 
     connection: Connection
     loop: EventLoop
@@ -46,10 +46,10 @@ class Requests:
     """Parsed, but not run yet."""
     transaction: Transaction | None = None
     steps: deque[Step] = field(default_factory=deque)
-    """What EXEC has still to run. For each, the queue has a request with an empty name."""
+    """What EXEC still has to run. For each, the queue has a request with an empty name."""
     permitted: dict[bytes, Command] = field(default_factory=dict)
     reserved: int = 0
-    """How much of the total they are. An incomplete request counts with its declared length."""
+    """How many bytes of the total they take. An incomplete request counts with its declared length."""
     incomplete_since: float = math.inf
     slow_from: float = math.inf
     """When the average speed of an incomplete request falls below SLOW_BYTES_PER_SECOND."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dsmq.broker.connection import Connection
 
 MAX_QUEUED_REQUESTS = 500
-# Bytes of arguments.
+# Max bytes of arguments in a transaction.
 MAX_QUEUED_BYTES = 524_288
 
 _QUEUED = encode_simple("QUEUED")
@@ -55,14 +55,14 @@ class Transaction:
 
 
 class Step(NamedTuple):
-    """A request that EXEC has still to run."""
+    """A request that EXEC still has to run."""
 
     command: Command
     request: list[bytes]
     reply: Encoded | ReplyError | None
     """The reply to a put. Puts have been stored, or refused, before the first step."""
     below: int
-    """The id of the first message that the transaction puts into its topic afterwards; it must not read that."""
+    """The id of the first message that the transaction puts into its topic after it, and that it must not read."""
 
 
 def multi(client: Connection, _: list[bytes]) -> bytes:
@@ -118,7 +118,7 @@ def _begin_steps(
 ) -> bytes:
     """Schedule the requests, once the puts among them are stored or refused; return the head of the reply."""
     ids = [] if isinstance(stored, ReplyError) else stored[:]
-    # The highest id before each put: an id that is not above it is that of an earlier put with the same KEY.
+    # The highest id before each put: an id that is not above it belongs to an earlier put with the same KEY.
     highest = list(accumulate(ids, max, initial=last_id))
     first_later: dict[bytes, int] = {}
     steps: deque[Step] = deque()
@@ -143,7 +143,7 @@ def run_step(client: Connection, _: list[bytes]) -> Encoded | None:
     """Run the next step of EXEC. Its request has an empty name, which a client can't send before the last step."""
     if not client.requests.steps:
         raise UnknownCommand("unknown command ''")
-    # Each step counts as an EXEC otherwise.
+    # Otherwise, each step would count as an EXEC.
     client.counters.commands["EXEC"] -= 1
     command, request, reply, below = client.requests.steps.popleft()
     if isinstance(reply, ReplyError):

@@ -48,7 +48,7 @@ class Transport:
     data: bytearray = field(default_factory=bytearray)
     """Unsent replies."""
     counted: int = 0
-    """How much of the total they are."""
+    """How many bytes of the total they take."""
     max_receive: int = RECEIVE_BYTES
     max_unread: int = 0
     """If more is unsent, no further requests run."""
@@ -107,7 +107,7 @@ class Transport:
         self.connection.on_failure()
 
     def _scarce_bytes(self) -> int:
-        """Return how much to receive in a crowd; if memory is short, little beyond what is reserved."""
+        """Return how many bytes to receive in a crowd; if memory is short, few beyond the reserved ones."""
         most = self.max_receive if self.loop.slice_seconds else min(self.max_receive, CROWD_RECEIVE_BYTES)
         requests = self.connection.requests
         return min(most, FREE_BYTES + requests.missing) if requests.budget.is_crowded else most
@@ -139,11 +139,11 @@ class Transport:
                 reply = b""
         self.data += reply
         if self.counted:
-            # The client reads slowly, so this may stay for long.
+            # The client reads slowly, so this may stay buffered for long.
             self.count()
 
     def flush(self) -> None:
-        """Send what the socket takes."""
+        """Send as much as the socket accepts."""
         connection = self.connection
         if connection.state >= LINGERING:
             # The sending side is shut down; sending would fail, and close the connection before the last reply is read.

@@ -36,7 +36,7 @@ RECEIVE_BYTES = 131_072
 # How often to close slow clients while a connection waits for room.
 CLOSE_SECONDS = 0.05
 
-# What a parsed request takes in memory, and each of its arguments, besides their bytes.
+# The memory that a parsed request, and each of its arguments, takes in addition to their bytes.
 REQUEST_OBJECT_BYTES = 100
 ARGUMENT_OBJECT_BYTES = 40
 
@@ -107,7 +107,7 @@ class Budget(Count["Connection"]):
         """Whether the largest possible claim would not fit."""
         self.is_crowded = False
         """Whether a connection waits, or would with the largest possible claim."""
-        # When each began to wait, and for how much; and those among them that wait for a little.
+        # When each connection began to wait, and for how much; and the connections that wait for a short claim.
         self.queue: dict[Connection, tuple[float, int]] = {}
         self._short: dict[Connection, None] = {}
 
@@ -168,10 +168,10 @@ class Budget(Count["Connection"]):
             return sorted(self._held.items(), key=itemgetter(1), reverse=True)
 
     def blockers(self) -> list[Connection]:
-        """Return connections that hold a part, wait for the rest, and have to be dropped to break a deadlock.
+        """Return connections that hold part of a claim, wait for the rest, and have to be dropped to break a deadlock.
 
-        There is one if the claim of the first would not fit even when all that do not wait are done. The largest are
-        dropped; the first only if what it holds and claims is too much by itself.
+        There is a deadlock if the claim of the first would not fit even after all connections that do not wait are
+        done. The largest are dropped; the first only if what it holds and claims is too much by itself.
         """
         with self._lock:
             if not self.queue:
@@ -297,8 +297,9 @@ def _is_slow(connection: Connection, budget: Budget, now: float) -> bool:
     if budget is transport.budget:
         return now > transport.slow_from
     if connection in budget.queue:
-        # It waits itself, through no fault of its own, unless it holds a transaction, or more than arrives before the
-        # length of a request is known: if all held some and waited for the rest, none would get on.
+        # It waits too, through no fault of its own, unless it holds a transaction, or more than arrives before the
+        # length of a request is known: if all connections held some memory and waited for more, none would make
+        # progress.
         return requests.reserved > 2 * RECEIVE_BYTES or requests.transaction is not None
     if requests.incomplete_since < now:
         return now > requests.slow_from
