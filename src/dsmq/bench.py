@@ -31,7 +31,7 @@ class Figure(NamedTuple):
 
 
 def measure(client: Any, count: int, progress: Callable[[str], None]) -> Iterator[Figure]:
-    """Measure a client's `put` and `get` `count` times, less often with long messages; `progress` gets each name.
+    """Measure a client's `put` and `get` `count` times, less often with long messages; call `progress` with each name.
 
     Uses its own topics, whose messages stay on the server until they expire. Raises DSMQError if a message does not
     come back, and the client's errors.

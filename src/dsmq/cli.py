@@ -36,7 +36,7 @@ OK, NOTHING = 0, 3
 
 
 def _connect(options: argparse.Namespace, timeout: float = 10.0) -> DSMQClientSideConnection:
-    # Never send the token of the configured server to another one that --host names.
+    # Never send the configured server's token to another server, named by --host.
     known = _server_settings(use_file=not options.host)
     options.host = options.host or known["host"].parse(cli_parser.host)
     options.port = options.port or known["port"].parse(cli_parser.port)

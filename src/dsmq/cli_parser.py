@@ -24,7 +24,7 @@ N = TypeVar("N", int, float)
 def topic(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("the name of the topic is empty")
-    # Python carries bytes of the command line that are not UTF-8 as surrogates.
+    # Python represents bytes of the command line that are not UTF-8 as surrogates.
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise argparse.ArgumentTypeError(f"the topic {quoted(text)} is not UTF-8")
     return text

@@ -42,7 +42,7 @@ def main(messages: int = 5, pause: float = 0.5) -> None:
 
 
 def read(host: str, name: str, messages: int) -> None:
-    """Put "ready", print messages as they arrive, and put how many there were."""
+    """Put "ready", print messages as they arrive, and put their number."""
     # If the demo's server is gone, there is no point in reconnecting.
     with suppress(ConnectionError), connect(host, reconnect_timeout=0) as mq:
         mq.put("ready", name)

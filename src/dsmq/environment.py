@@ -1,6 +1,6 @@
 """Reads environment variables and the configuration file, for the server and the command line.
 
-Imports the standard library alone, so that the client commands start fast.
+Imports only the standard library, so that the client commands start fast.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ from typing import ClassVar
 class DSMQError(Exception):
     """Base class of dsmq's errors.
 
-    If `put_many` raises it: how many messages were stored before the one that failed, and how many after it.
+    If `put_many` raises it, stored_before and stored_behind are the numbers of messages stored before and after the one
+    that failed.
     """
 
     stored_before = 0

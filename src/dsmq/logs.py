@@ -22,7 +22,7 @@ from dsmq.terminal import LineFormatter, as_json
 MAX_QUEUED_LINES = 10_000
 # How long a server or process waits for its log to be written before it ends.
 DRAIN_SECONDS = 1.0
-# A logging call in the code, at a level.
+# The place of a logging call in the code, and its level.
 _Call = tuple[str, int, int]
 
 _logger = logging.getLogger(__name__)

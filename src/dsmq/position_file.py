@@ -1,4 +1,4 @@
-"""A file with the position at which the next run of a command continues."""
+"""A file that holds the position from which the next run of a command continues."""
 
 from __future__ import annotations
 

@@ -84,8 +84,8 @@ def serve(
 def run(settings: Settings, load: Callable[[], Settings] | None = None, systemd: Systemd | None = None) -> None:
     """Serve as `serve` does, with these settings. Raises StartupError, ConfigError or ServerFailed.
 
-    On SIGHUP, `load` returns the settings anew; without it, that signal is left alone. `systemd` has the sockets that
-    it passed, if any, and is notified of the server's state.
+    On SIGHUP, `load` returns the new settings; without it, that signal is left alone. `systemd` has the sockets that
+    systemd passed, if any, and is notified of the server's state.
     """
     server = Server(settings, load=load, systemd=systemd)
     try:
@@ -112,7 +112,7 @@ class Server:
         load: Callable[[], Settings] | None = None,
         systemd: Systemd | None = None,
     ) -> None:
-        """`load` returns the settings anew.
+        """`load` returns new settings for a reload.
 
         Raises StartupError if the system lacks what a server needs, ConfigError if a file of tokens or certificates
         can't be used.
@@ -148,7 +148,7 @@ class Server:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        # A second Ctrl-C may come before the server has begun to stop because of the first.
+        # A second Ctrl-C may come before the server has begun to stop after the first.
         self.stop(abandon=self.status.stopping and isinstance(error, KeyboardInterrupt))
 
     @property
@@ -275,7 +275,7 @@ class Server:
         self._apply(new.model_copy(update={name: getattr(before, name) for name in RESTART_REQUIRED}))
         logging.getLogger("dsmq").setLevel(new.log_level.upper())
         calls = [(worker, worker.apply_settings) for worker in self._workers]
-        # Waits, so that the settings are in force when the log says so.
+        # Wait, so that the settings are in effect when the log says so.
         _call_in_loops(calls, time.monotonic() + WATCH_SECONDS)
         reports.log_reload(before, new, RESTART_REQUIRED, access_before, access)
         self._log_configuration()
@@ -291,7 +291,8 @@ class Server:
     def stop(self, *, abandon: bool = False) -> list[str]:
         """Stop in stages, within stop_timeout_seconds; return the names of threads that survived.
 
-        Idempotent. `abandon`, or a KeyboardInterrupt meanwhile, gives up what is left, including the last snapshot.
+        Idempotent. `abandon`, or a KeyboardInterrupt meanwhile, gives up the remaining stages, including the last
+        snapshot.
         """
         with self._stopping:
             if self._stopped:
@@ -325,7 +326,7 @@ class Server:
         return []
 
     def _abandon(self) -> list[str]:
-        """Give up what is left of a stop; stages that are already done take no time."""
+        """Give up the remaining stages of a stop; stages that are already done take no time."""
         _logger.warning("interrupted: stopping at once", extra=logs.event("stop_interrupted"))
         survivors = self._end_threads(time.monotonic())
         if self._snapshotter:
@@ -335,7 +336,7 @@ class Server:
         return survivors
 
     def _end_threads(self, deadline: float) -> list[str]:
-        """End all threads; return the names of those that survive. The snapshotter's is waited for later."""
+        """End all threads; return the names of those that survive. The snapshotter's is awaited later."""
         if self._workers and self._workers[0].thread.is_alive():
             calls = [(self._workers[0], listener.stop_accepting) for listener in self._listeners]
             _call_in_loops(calls, deadline)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
-# File descriptors reserved for other purposes than connections; the limit to request if the hard one is unlimited.
+# File descriptors reserved for purposes other than connections, and the limit to request if the hard one is unlimited.
 _RESERVED_FILES = 64
 _MAX_FILES = 1_048_576
 # The controlling terminal of the process that opens it.
@@ -35,7 +35,7 @@ CLOCK_BOOTTIME on Linux; the monotonic clocks of macOS and Windows include it an
 
 
 class _Process:
-    """Distinguishes this process from its forked children, also if the fork ran none of Python's hooks."""
+    """Distinguishes this process from its forked children, even if the fork ran none of Python's hooks."""
 
     __slots__ = ("_page", "_token")
 
@@ -77,7 +77,7 @@ LONG_MESSAGE_BYTES = 65_536
 
 
 def lacking() -> list[str]:
-    """Return what a server needs but this system lacks, such as Windows."""
+    """Return what a server needs but this system, such as Windows, lacks."""
     from importlib.util import find_spec  # noqa: PLC0415 - the client, which loads this module too, does not need it
 
     modules = [name for name in ("fcntl", "resource") if find_spec(name) is None]

@@ -14,7 +14,7 @@ _POLL_SECONDS = 0.005
 def wait_until(condition: Callable[[], bool], deadline: float) -> None:
     """Poll until the condition holds, or until the deadline, but for at least MIN_STAGE_SECONDS.
 
-    Does not wait for a lock: a signal that arrives just before would interrupt the wait only when it is over.
+    Does not wait for a lock: a signal that arrives just before the wait would take effect only after it.
     """
     deadline = max(deadline, time.monotonic()) + MIN_STAGE_SECONDS
     while not condition() and time.monotonic() < deadline:

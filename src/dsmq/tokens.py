@@ -9,7 +9,7 @@ TOO_SHORT = (
 
 
 def check_token(token: str) -> str:
-    """Return a token that meets them. Raises ValueError."""
+    """Return the token if it meets the requirements. Raises ValueError."""
     if token.split() != [token] or not token.isascii():
         raise ValueError("should be a token: ASCII, without blanks")
     if not token.strip("*"):

@@ -1,4 +1,4 @@
-"""Access rules: tokens, TLS, and access to the HTTP endpoint, which a reload replaces as a whole."""
+"""The access rules (tokens, TLS, access to the HTTP endpoint), which a reload replaces as a whole."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Access:
             token = token_files.read_tokens(settings.http_token_file)[0][2]
         http_authenticator = HTTPAuthenticator(token.encode(), host_names(settings.http_allowed_hosts))
         tls, files = None, (settings.tls_cert_file, settings.tls_key_file, settings.tls_client_ca_file)
-        # Before the files are read, so that the next reload notices a change in between.
+        # Taken before the files are read, so that the next reload detects a change in between.
         modified = tuple(os.stat(file).st_mtime_ns if os.path.exists(file) else 0 for file in files)
         if settings.tls_cert_file:
             from dsmq.wire.tls import server_context  # noqa: PLC0415 - a server without TLS needs none of it

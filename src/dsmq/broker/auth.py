@@ -22,7 +22,7 @@ _MAX_CACHED_ADDRESSES = 10_000
 
 
 class Role(enum.IntEnum):
-    """What a client may do. Each role includes those before it."""
+    """The permissions of a client. Each role includes the previous ones."""
 
     NOBODY = 0
     READ = 1

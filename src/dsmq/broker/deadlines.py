@@ -26,7 +26,7 @@ _logger = logging.getLogger(__name__)
 
 
 def deadlines(connection: Connection) -> Iterator[tuple[float, Callable[[], None]]]:
-    """Generate what to do at which time, in order of precedence."""
+    """Yield the time and action of each deadline, in order of precedence."""
     settings, state, transport = connection.context.settings, connection.state, connection.transport
     if state is LINGERING:
         yield transport.active_at + transport.linger_seconds, partial(connection.close, "closed by the server")

@@ -223,7 +223,7 @@ class EventLoop:
             self.counters.request_seconds.add(self._answered_at - self.now, requests)
 
     def _go_on(self, *, many: bool) -> bool:
-        """Let connections run requests left from earlier turns, for as long as those that were ready took in this one.
+        """Let connections run requests left from earlier turns, for as long as the ready connections took in this one.
 
         So a client that sends an occasional request does not wait for clients that send many at once. Return whether
         the server has to stop now.

@@ -1,4 +1,4 @@
-"""Who a client is, and what it may do before that is known."""
+"""The identity and role of a client, and its limits before authentication."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a client knows: its positions, the messages read ahead, and the server's epochs and runs. Without I/O."""
+"""A client's state: its positions, the messages read ahead, and the server's epochs and runs. Without I/O."""
 
 from __future__ import annotations
 

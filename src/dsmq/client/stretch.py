@@ -63,8 +63,8 @@ class Stretch:
         self.era, self.id, self.number, self.end = era, last_id, number, end
         # Id and number of the newest message known to exist in it, to count those that expire unread.
         self.known = known
-        # What was read ahead, and until when it may be returned without reading it again: infinite if the server has
-        # lost it.
+        # The messages read ahead, and until when they may be returned without being read again: for ever if the server
+        # has lost them.
         self.ahead, self.fresh_until = ahead, fresh_until
         self.is_lost = fresh_until == math.inf
         self.missed = missed

@@ -1,1 +1,1 @@
-"""What operators see: status, metrics, the HTTP endpoint, systemd."""
+"""For operators: status, metrics, the HTTP endpoint, systemd."""

@@ -29,7 +29,8 @@ from dsmq.ops.status import Status
 # How long a client may take to send its request, and to read the reply. A scrape takes milliseconds.
 REQUEST_TIMEOUT_SECONDS = 5.0
 MAX_CONCURRENT_REQUESTS = 8
-# When that many are open, how long a client may take to send its request before it has to make room for the next.
+# How long a client may take to send its request, when MAX_CONCURRENT_REQUESTS are open, before it has to make room for
+# the next.
 GRACE_SECONDS = 0.5
 # How long a client may take to hang up after its reply, and how much it may send meanwhile.
 LINGER_SECONDS = 0.5

@@ -20,7 +20,7 @@ from dsmq.store.api import TopicStats
 
 # The rates of topics are averages over at least this long, however often they are scraped.
 RATE_SECONDS = 10.0
-# The name under which all topics without metrics of their own are summed up.
+# The label of the sum over all topics without metrics of their own.
 OTHER = b"other"
 
 

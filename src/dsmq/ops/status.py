@@ -26,7 +26,7 @@ MAX_ROWS = 100
 
 
 class Fact(NamedTuple):
-    """A number that operators see, under its name as a metric; with a label, the numbers by label."""
+    """A number reported to operators, under the name of its metric; with a label, a number for each of its values."""
 
     name: str
     about: str
@@ -186,7 +186,7 @@ class Status:
         yield Fact("snapshot_interval_seconds", "Time between snapshots; 0: no periodic snapshots.", interval)
 
     def info(self) -> Mapping[str, Mapping[str, object]]:
-        """Return what INFO shows: sections of names and values, some of them as Redis calls them."""
+        """Return the contents of INFO: sections of names and values, some under Redis's names."""
         counted = {fact.name: fact.total for fact in self.counted()}
         totals, store = self.totals(), self.context.store
         return {
@@ -216,7 +216,7 @@ class Status:
     # The status page
 
     def page(self) -> dict[str, Any]:
-        """Return what the status page shows, as plain values, without messages and tokens."""
+        """Return the data of the status page as plain values, without messages and tokens."""
         settings, access = self.context.settings, self.context.access
         stuck, not_ready = self.stuck_threads(), self.not_ready_reasons()
         return {
@@ -274,7 +274,7 @@ class Status:
         ]
 
     def _lag(self, client: Connection) -> int | None:
-        """Return how many messages of the topic it last read a client has not received yet."""
+        """Return how many messages a client has yet to receive from the topic it last read."""
         if client.last_read is None:
             return None
         topic, number = client.last_read

@@ -1,1 +1,1 @@
-"""Where messages are kept: in memory, in SQLite, with snapshots on disk."""
+"""The store: keeps messages in memory, in SQLite, with snapshots on disk."""
