@@ -93,7 +93,7 @@ class Connection:
         self.apply_settings()
 
     def apply_settings(self) -> None:
-        """Apply the settings and the access rules in force, at the start and after a reload."""
+        """Apply the current settings and access rules, at the start and after a reload."""
         if self.state < FINISHING:
             self.set_bounds()
             self.login.apply_settings()

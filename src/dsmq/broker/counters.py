@@ -17,7 +17,7 @@ _FROM_1_MILLISECOND = (1e-3, 2e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0,
 
 
 class Histogram:
-    """How many values fell into each bucket."""
+    """Counts values by bucket."""
 
     __slots__ = ("bounds", "counts", "sum")
 
@@ -46,7 +46,7 @@ class Histogram:
 
 @dataclass(slots=True)
 class Counters:
-    """What one event loop has counted since the start. No other thread changes it."""
+    """The counts of one event loop since the start. No other thread changes them."""
 
     gets_message: int = 0
     gets_empty: int = 0

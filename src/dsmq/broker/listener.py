@@ -115,7 +115,7 @@ def _remove_stale(path: str) -> None:
 def _reason(error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
         return "the address is in use; is another server running there?"
-    # Without the prefix that Python adds.
+    # The text without the prefix that Python adds.
     return os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or str(error)
 
 

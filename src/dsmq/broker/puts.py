@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # Max bytes put before they are stored, so that a turn's messages need not all fit in memory twice.
 MAX_BATCH_BYTES = 1_048_576
-# What each put counts in addition to its message, so that no more than 500 are stored at once.
+# Bytes counted for each put in addition to its message, so that no more than 500 are stored at once.
 PUT_BYTES = MAX_BATCH_BYTES // 500
 
 _logger = logging.getLogger(__name__)

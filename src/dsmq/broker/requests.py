@@ -46,7 +46,7 @@ class Requests:
     """Parsed, but not run yet."""
     transaction: Transaction | None = None
     steps: deque[Step] = field(default_factory=deque)
-    """What EXEC still has to run. For each, the queue has a request with an empty name."""
+    """The steps that EXEC still has to run. For each, the queue has a request with an empty name."""
     permitted: dict[bytes, Command] = field(default_factory=dict)
     reserved: int = 0
     """How many bytes of the total they take. An incomplete request counts with its declared length."""
@@ -60,7 +60,7 @@ class Requests:
 
     @property
     def missing(self) -> int:
-        """How many bytes an incomplete request lacks."""
+        """The number of bytes still missing from an incomplete request."""
         waiting = self.connection.state is WAITING
         return self.parser.missing if self.parser.incomplete and not waiting else 0
 

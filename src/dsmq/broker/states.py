@@ -6,7 +6,7 @@ import enum
 
 
 class State(enum.IntEnum):
-    """What a connection does. From FINISHING on, it only moves down this list."""
+    """The state of a connection. From FINISHING on, it only moves down this list."""
 
     HANDSHAKE = 0
     """Begins TLS. Nothing can be sent to the client yet."""

@@ -61,7 +61,7 @@ class Transport:
     linger_seconds: float = field(default_factory=lambda: LINGER_SECONDS)
     eof_received: bool = False
     events: int = 0
-    """What the event loop watches the socket for."""
+    """The socket events that the event loop watches for."""
     _discarded: int = 0
 
     def fileno(self) -> int:
@@ -245,7 +245,7 @@ class Transport:
         if self.eof_received or connection.state is BEHIND:
             return False
         if connection.state is WAITING or connection.reads.pending:
-            # So that its disconnect is noticed.
+            # To detect that the client disconnects.
             return len(connection.requests.parser) < MAX_HELD_BYTES
         return connection.state is not NO_ROOM
 

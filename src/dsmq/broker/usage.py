@@ -208,7 +208,7 @@ class Budget(Count["Connection"]):
 
 
 class Usage:
-    """All totals. The limits are those of the settings in force."""
+    """All totals. The limits are those of the settings in effect."""
 
     def __init__(self) -> None:
         self.connections: Count[str] = Count()

@@ -57,7 +57,7 @@ class Connection:
         self._poll_not_before = 0.0
         self._receive_bytes = _RECEIVE_BYTES
         self.received = b""
-        """What was received last."""
+        """The data received last."""
         self._socket = dial(endpoint, tls, min(timeout, _LONGEST_TIMEOUT))
         # An interrupt may drop the connection at any point.
         weakref.finalize(self, self._socket.close)

@@ -66,7 +66,7 @@ def _retry_delays() -> Iterator[float]:
 
 
 class Core:
-    """What the calls of a client share."""
+    """The state that the calls of a client share."""
 
     def __init__(self, host: str, port: int, options: Options) -> None:
         """Raises TypeError or ValueError if an option is invalid."""
@@ -149,7 +149,7 @@ class Core:
 
 
 class Client:
-    """What both clients have in common."""
+    """The common base of both clients."""
 
     def __init__(self, host: str, port: int, options: Options) -> None:
         self._core = Core(host, port, options)
@@ -191,7 +191,7 @@ class Client:
 
     @property
     def missed(self) -> int:
-        """How many messages expired before this client read them, over all topics it reads.
+        """The number of messages that expired before this client read them, over all topics it reads.
 
         In each topic, they are counted from the first message that this client got.
         """

@@ -1,4 +1,4 @@
-"""How a client reaches a server: TLS options, addresses, connection attempts, and other programs that may answer."""
+"""Connecting to a server: TLS options, addresses, connection attempts, and other programs that may answer."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ def with_text(error: OSError, text: str) -> OSError:
     return type(error)(error.errno, text) if error.errno else type(error)(text)
 
 
-# What else answers
+# Other programs that answer
 
 
 class ClosedSilently(ConnectionResetError):

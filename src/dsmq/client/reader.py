@@ -100,7 +100,7 @@ class TopicReader:
 
     @property
     def missed(self) -> int:
-        """How many messages expired unread before the last one returned."""
+        """The number of messages that expired unread before the last one returned."""
         stretch, at = self._current()
         return stretch.missed_at(at)
 

@@ -1,4 +1,4 @@
-"""What replies mean, and which errors end a connection."""
+"""The meaning of replies, and the errors that end a connection."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class Producer:
 
 
 class Retryable:
-    """What may be sent again on another connection when one breaks."""
+    """Anything that may be sent again on another connection when one breaks."""
 
     __slots__ = ()
 
@@ -97,7 +97,7 @@ class Call(Retryable):
 
     @property
     def replies(self) -> int:
-        """How many replies it gets, at least 1."""
+        """The number of replies it gets, at least 1."""
         return 1
 
     @property

@@ -25,7 +25,7 @@ PING = encode_request(b"PING")
 _logger = logging.getLogger(__name__)
 
 State: TypeAlias = Literal["lost", "resumed", "restarted", "replaced", "given up"]
-"""What can happen to a client's connection to its server.
+"""A change in a client's connection to its server.
 
 `lost`: it broke. One of the others follows: `resumed`, no message is lost; `restarted`, the server was restarted, and
 the messages put last may be lost (they do not count as missed); `replaced`, the server has lost its messages, and its
@@ -184,7 +184,8 @@ class Session:
 
     @property
     def missed(self) -> int:
-        """How many messages expired before this client read them; in each topic, since the first that it read."""
+        """The number of messages that expired before this client read them; in each topic, since the first that it
+        read."""
         take_back(self.returned)
         return self._missed_before + sum(reader.missed for reader in list(self._readers.values()))
 

@@ -137,7 +137,7 @@ class Stretch:
 
 
 Step: TypeAlias = "tuple[int] | Stretch"
-"""What follows a state: how many of its read-ahead have been taken, or another state."""
+"""The step from a state to the next: the number of messages taken from its read-ahead, or another state."""
 
 
 def insert(stretch: Stretch, other: Stretch) -> Stretch:

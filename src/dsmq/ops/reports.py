@@ -1,4 +1,4 @@
-"""What a server logs about itself: its start, its configuration, and limits that are reached."""
+"""Log messages of a server about itself: its start, its configuration, and limits that are reached."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def log_http_endpoint(address: str) -> None:
 def log_configuration(
     settings: Settings, access: Access, max_connections: int, sockets: Iterable[socket.socket]
 ) -> None:
-    """Log the tokens, TLS and main limits in force, and a warning if no authentication is required on `sockets`."""
+    """Log the tokens, TLS and main limits in effect, and a warning if no authentication is required on `sockets`."""
     tokens = len(access.authenticator.tokens)
     tls = "off" if not access.tls else "on, with client certificates" if access.client_ca_file else "on"
     limits = {

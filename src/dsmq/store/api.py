@@ -65,7 +65,7 @@ class Totals(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """How often an operation ran, and its total time."""
+    """The number of runs of an operation, and their total time."""
 
     times: int = 0
     seconds: float = 0.0

@@ -36,7 +36,7 @@ PAGE_BYTES = 4096
 # Instructions of SQLite's virtual machine between two reports of progress.
 PROGRESS_INSTRUCTIONS = 1000
 
-# Without long bodies, which are read as blobs.
+# Long bodies are left out, because they are read as blobs.
 _COLUMNS = f"put_at, last_number, ids_and_sizes, CASE WHEN length(bodies) < {LONG_BYTES} THEN bodies END"
 READ = f"SELECT {_COLUMNS} FROM chunks WHERE topic = ? AND last_id > ? AND put_at >= ? ORDER BY last_id"  # noqa: S608
 LATEST = f"SELECT {_COLUMNS} FROM chunks WHERE topic = ? ORDER BY last_id DESC"  # noqa: S608

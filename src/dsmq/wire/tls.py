@@ -14,7 +14,7 @@ from dsmq.errors import ConfigError
 _RECORD_BYTES = 16_384
 # OpenSSL would search a longer file to its end for a certificate, however long that takes.
 _MAX_FILE_BYTES = 16_777_216
-# What a client can do about an error, by OpenSSL's code or name.
+# Advice to clients about an error, by OpenSSL's code or name.
 _UNKNOWN_AUTHORITY = "the certificate is not from a trusted authority (ca_file=... names others to trust)"
 _ADVICE: dict[int | str | None, str] = {
     18: "self-signed certificate (ca_file=... to trust it)",
