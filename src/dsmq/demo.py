@@ -59,7 +59,7 @@ def read(host: str, name: str, messages: int) -> None:
 def _running(*words: str) -> Iterator[subprocess.Popen[bytes]]:
     # Settings meant for another server don't apply to the demo's.
     env = {name: value for name, value in os.environ.items() if not name.upper().startswith("DSMQ_")}
-    # A process group of its own, so that Ctrl-C interrupts this process alone.
+    # A process group of its own, so that Ctrl-C interrupts only this process.
     with subprocess.Popen([sys.executable, *words], env=env, process_group=0) as process:  # noqa: S603 - no shell
         try:
             yield process

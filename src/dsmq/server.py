@@ -312,7 +312,7 @@ class Server:
         self._systemd.stopping(seconds + (LAST_SNAPSHOT_SECONDS if self._snapshotter else 0))
         survivors = self._end_threads(deadline)
         if self._snapshotter:
-            # A surviving thread may still use the store; then the snapshot is not that of a clean shutdown.
+            # A surviving thread may still use the store, so the snapshot must not be marked as a clean shutdown.
             self._snapshotter.finish(deadline, is_last=not survivors)
             survivors += self._snapshotter.abandon()
         if survivors:
@@ -336,7 +336,7 @@ class Server:
         return survivors
 
     def _end_threads(self, deadline: float) -> list[str]:
-        """End all threads; return the names of those that survive. The snapshotter's is awaited later."""
+        """End all threads, without waiting for the snapshotter's yet; return the names of those that survive."""
         if self._workers and self._workers[0].thread.is_alive():
             calls = [(self._workers[0], listener.stop_accepting) for listener in self._listeners]
             _call_in_loops(calls, deadline)

@@ -31,7 +31,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Connection:
-    """A client's connection and its state. Used by the thread of its event loop alone."""
+    """A client's connection and its state. Used only by the thread of its event loop."""
 
     # Python reads this many attributes faster from slots than from a dict.
     __slots__ = (

@@ -199,7 +199,7 @@ class EventLoop:
             self._poll_until = self.now + self._busy_poll_seconds
         many = len(ready) + len(self._to_run) > 4
         self.slice_seconds = _slice_seconds(len(ready)) if many else MOST_SLICE_SECONDS
-        # A defect in one connection costs that connection alone; on_failure logs and counts it.
+        # A defect in one connection closes only that connection; on_failure logs and counts it.
         for key, events in ready:
             try:
                 key.data.on_ready(events)

@@ -137,7 +137,7 @@ def is_exposed(sock: socket.socket) -> bool:
 
 
 def close(sock: socket.socket) -> None:
-    """Stop listening, also in forked processes, and remove a Unix socket's file. Idempotent."""
+    """Stop listening, including in forked processes, and remove a Unix socket's file. Idempotent."""
     if sock.fileno() < 0:
         return
     if sock.family == socket.AF_UNIX:

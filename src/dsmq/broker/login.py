@@ -47,7 +47,7 @@ class Login:
     role: Role = Role.NOBODY
     token: Token | None = None
     deadline: float = math.inf
-    """When the client has to be authenticated, or is disconnected after a wrong token."""
+    """When the client must have authenticated, or is disconnected after a wrong token."""
     gave_wrong_token: bool = False
     requests: int = field(default=0, init=False)
 

@@ -42,7 +42,7 @@ def parse_put(client: Connection, request: list[bytes]) -> Put:
     topic, body = request[1], request[2]
     settings = client.context.settings
     if len(body) > settings.max_message_bytes:
-        # The parser rejects lengths from 1,024 up by itself, before the message has arrived.
+        # The parser itself rejects lengths of 1,024 or more, before the message has arrived.
         raise TooBig(f"a message has at most {settings.max_message_bytes} bytes, not {len(body)}")
     if not (0 < len(topic) <= settings.max_topic_bytes and topic.isascii()):
         # For most topics this saves the call, which takes as long as the other checks together.

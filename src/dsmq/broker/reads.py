@@ -138,7 +138,7 @@ class Waiters:
     """The connections of one event loop that wait for messages, by topic."""
 
     def __init__(self, count: Count[Connection]) -> None:
-        """`count` is that of all event loops together, and limits it."""
+        """`count` counts the connections of all event loops together, and limits them."""
         self.to_wake: dict[Connection, None] = {}
         """Woken by a put, but not served yet, because they may be many."""
         self._count = count

@@ -232,7 +232,7 @@ class Requests:
             connection.finish()
 
     def deadline(self) -> float:
-        """Return when an incomplete request has to be complete. Longer ones have more time."""
+        """Return when an incomplete request must be complete. Longer ones have more time."""
         timeout = self.connection.context.settings.request_timeout_seconds
         return self.incomplete_since + timeout + (len(self.parser) + self.parser.missing) / SLOW_BYTES_PER_SECOND
 

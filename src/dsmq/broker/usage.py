@@ -157,7 +157,7 @@ class Budget(Count["Connection"]):
             return None
 
     def missing(self, since: float) -> int:
-        """Return the bytes that have to be freed for those that have waited since then; 0 or less if there is room."""
+        """Return how many bytes to free for connections that have waited since then; 0 or less if there is room."""
         with self._lock:
             wanted = [amount for began, amount in self.queue.values() if began <= since]
             return self.total + sum(wanted) - self.limit
@@ -208,7 +208,7 @@ class Budget(Count["Connection"]):
 
 
 class Usage:
-    """All totals. The limits are those of the settings in effect."""
+    """All totals. Their limits come from the current settings."""
 
     def __init__(self) -> None:
         self.connections: Count[str] = Count()

@@ -35,7 +35,7 @@ __all__ = ["DSMQClientSideConnection", "Message", "connect"]
 # sum of the delays is the default timeout of `get_wait`. Both may be adjusted.
 _n_tries = 10
 _initial_retry = 0.01
-# The name in the code of dsmq 1.4; the one above is in its documentation.
+# The name in dsmq 1.4's code; its documentation uses the name above.
 _n_retries = _N_RETRIES = _n_tries
 
 NOT_STARTED = (ConnectionRefusedError, FileNotFoundError, ClosedSilently)
@@ -159,7 +159,7 @@ class DSMQClientSideConnection(Client):
         """Like `get`, but wait up to `timeout` seconds for a message (0: not at all; math.inf: for ever).
 
         Without a timeout it waits about ten seconds: the sum of `_n_tries` delays, the first of `_initial_retry`
-        seconds, and each twice the one before. If the server is unreachable in the end, this takes up to
+        seconds, and each twice the previous one. If the server is unreachable in the end, this takes up to
         `reconnect_timeout` longer, and raises ConnectionLost.
         """
         seconds = default_wait() if timeout is None else arguments.seconds("timeout", timeout)

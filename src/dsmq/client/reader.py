@@ -91,7 +91,7 @@ class TopicReader:
 
     @property
     def position(self) -> tuple[str, int]:
-        """Epoch and id of the last message returned; if messages were given back, of the one before them."""
+        """Epoch and id of the last message returned; if messages were given back, of the message before them."""
         stretch, at = self._current()
         if stretch.is_lost and stretch.rest:
             # These ids belong to an earlier run of the server.

@@ -107,7 +107,7 @@ class HTTPEndpoint:
 
     def _waiting_longer_than(self, seconds: float) -> list[socket.socket]:
         latest = time.monotonic() - seconds
-        # Copied first, because other threads change it.
+        # Copied first, because other threads change the dict.
         return [sock for sock, since in list(self.waiting_since.items()) if since <= latest]
 
     def _serve_in_thread(self, sock: socket.socket, address: object) -> None:

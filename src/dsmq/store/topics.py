@@ -1,4 +1,4 @@
-"""The index of topics and the write buffer, both in memory beside SQLite."""
+"""The index of topics and the write buffer, both in memory, outside SQLite."""
 
 from __future__ import annotations
 

@@ -264,7 +264,7 @@ def encode_simple(text: str) -> bytes:
 
 
 def encode_error(error: ReplyError) -> bytes:
-    """Encode an error as one line, whatever characters its sentence has."""
+    """Encode an error as one line; unprintable characters become `?`."""
     sentence = "".join(c if c.isprintable() else "?" for c in str(error))
     return b"-%b %b\r\n" % (error.code.encode(), sentence.encode(errors="replace"))
 
