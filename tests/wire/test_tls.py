@@ -142,11 +142,14 @@ def tls_to(server: Server, files: Files) -> ssl.SSLSocket:
 
 
 def test_idle_client_after_handshake_is_not_evicted(files: Files) -> None:
-    limits = {"auth_timeout_seconds": UNIT, "max_unauthenticated_connections": 1}
+    limits = {"auth_timeout_seconds": 20 * UNIT, "max_unauthenticated_connections": 1}
     with serving(tls_cert_file=files.server, **limits) as server, contextlib.ExitStack() as stack:
-        idle = [stack.enter_context(tls_to(server, files)) for _ in range(3)]
-        wait_until(lambda: server.context.usage.unauthenticated.total == 0)
-        time.sleep(3 * UNIT)
+        idle = []
+        for _ in range(3):
+            idle.append(stack.enter_context(tls_to(server, files)))
+            # The client's handshake ends before the server's.
+            wait_until(lambda: server.context.usage.unauthenticated.total == 0)
+        time.sleep(22 * UNIT)
         for sock in idle:
             sock.sendall(b"PING\r\n")
             assert sock.recv(100) == b"+PONG\r\n"
