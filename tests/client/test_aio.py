@@ -546,9 +546,11 @@ def test_put_many_error_counts_stored_messages_as_in_blocking_client(refused: in
             assert error.stored_before == refused
             held = next(count for name, count, _ in await mq.topics() if name == topic)
             assert error.stored_before + error.stored_behind == held
-        # The batch behind the one with the refused message was on its way.
+        # The batch behind the one with the refused message was on its way; if that is the third, the asyncio client may
+        # have received the error together with the replies to the first, and not sent it.
         sent = 1000 if refused < 500 else 1400
-        assert told.value.stored_behind == same.value.stored_behind == sent - refused - 1
+        assert same.value.stored_behind == sent - refused - 1
+        assert told.value.stored_behind in (same.value.stored_behind, 1000 - refused - 1)
 
     with serving(max_stored_bytes_per_topic=150_000) as server:
         run(server, scenario)
