@@ -188,7 +188,8 @@ class Connection:
         if self.state is LINGERING:
             self.close("end of input")
             return
-        if self.waiting and self.state is WAITING:
+        pending = self.reads.pending
+        if pending is not None and pending.wait_ms and self.state is WAITING:
             self.reads.end()
             self.finish()
         self.requests.run()

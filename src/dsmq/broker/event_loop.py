@@ -12,7 +12,7 @@ import selectors
 import socket
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -72,7 +72,7 @@ class EventLoop:
         self.to_flush: list[Transport] = []
         """Transports with replies to send at the end of the turn."""
         # Connections that could not run all of their requests in their time, in the order in which they continue.
-        self._to_run: dict[Connection, None] = {}
+        self._to_run: OrderedDict[Connection, None] = OrderedDict()
         self._timers = Timers()
         self._posted: deque[Callable[[], None]] = deque()
         self._busy_poll_seconds = context.settings.busy_poll_microseconds / 1e6
@@ -233,8 +233,7 @@ class EventLoop:
         until = now + max(TURN_SECONDS, now - self.now)
         # Each once: those that still have some left go to the end of the queue.
         for _ in range(len(self._to_run)):
-            connection = next(iter(self._to_run))
-            del self._to_run[connection]
+            connection, _ = self._to_run.popitem(last=False)
             try:
                 connection.requests.run()
             except Exception:  # noqa: BLE001

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING
 
 from dsmq import __version__
@@ -128,25 +129,41 @@ def config(client: Connection, request: list[bytes]) -> bytes:
     settings = client.context.settings.model_dump(mode="json")
     # redis-benchmark requests the first two, to report how Redis persists; redis-cli --stat the last.
     settings |= {"save": "", "appendonly": "no", "databases": "1"}
-    found = {name: _text(value) for name, value in settings.items() if any(_matches(name, one) for one in patterns)}
-    return encode_value(client.version, found)
+    found: set[str] = set()
+    for pattern in patterns:
+        found |= _matching(settings.keys() - found, pattern)
+    return encode_value(client.version, {name: _text(settings[name]) for name in settings if name in found})
 
 
-def _matches(name: str, pattern: str) -> bool:
-    """Return whether a name matches a pattern, in which `*` stands for anything.
+def _matching(names: AbstractSet[str], pattern: str) -> set[str]:
+    """Return the names that match a pattern, in which `*` stands for anything.
 
     Not by a regular expression, because a hostile one may take very long to compile or to match.
     """
     first, *others = pattern.split("*")
     if not others:
-        return name == pattern
+        return {pattern} & names
     *middle, last = others
-    at, end = len(first), len(name) - len(last)
-    for part in filter(None, middle):
-        at = name.find(part, at) + len(part)
-        if at < len(part):
+    parts, edges = list(filter(None, middle)), len(first) + len(last)
+    return {
+        name
+        for name in names
+        if name.startswith(first)
+        and name.endswith(last)
+        and len(name) >= edges
+        and _contains(name[len(first) : len(name) - len(last)], parts)
+    }
+
+
+def _contains(text: str, parts: list[str]) -> bool:
+    """Return whether a text contains these parts, in this order."""
+    at = 0
+    for part in parts:
+        found = text.find(part, at)
+        if found < 0:
             return False
-    return at <= end and name.startswith(first) and name.endswith(last)
+        at = found + len(part)
+    return True
 
 
 def info(client: Connection, request: list[bytes]) -> bytes:

@@ -148,7 +148,9 @@ class Budget(Count["Connection"]):
             return True
 
     def first_that_fits(self) -> Connection | None:
-        """Return the connection that waits longest if its claim fits now; else the first whose short claim fits."""
+        """Return the connection that waits longest if its claim fits now; else the first with a short claim,
+        if that fits.
+        """
         with self._lock:
             for queue in (self.queue, self._short):
                 first = next(iter(queue), None)
@@ -282,8 +284,9 @@ class MemoryQueue:
 
 
 def _close_slow(budget: Budget, missing: int, seconds: float) -> None:
-    now = time.monotonic()
-    for connection, held in budget.largest():
+    # With thousands of connections, sorting them takes longer than the time allowed for closing them.
+    largest, now = budget.largest(), time.monotonic()
+    for connection, held in largest:
         if missing <= 0 or time.monotonic() >= now + seconds:
             break
         if _is_slow(connection, budget, now):

@@ -30,8 +30,8 @@ from dsmq.store.schema import (
 
 # Max rows and bytes deleted while the lock is held: less than 0.1 ms of work.
 EXPIRY_ROWS, EXPIRY_BYTES = 100, 131_072
-# Max rows and bytes copied for a snapshot while the lock is held.
-COPY_ROWS, COPY_BYTES = 64, 16_384
+# Max topics, rows and bytes copied for a snapshot while the lock is held.
+COPY_TOPICS, COPY_ROWS, COPY_BYTES = 500, 64, 16_384
 PAGE_BYTES = 4096
 # Instructions of SQLite's virtual machine between two reports of progress.
 PROGRESS_INSTRUCTIONS = 1000
@@ -195,9 +195,9 @@ class Database:
                 yield insert, batch
 
     def _copy(self, insert: str, after: int, last: int) -> list[tuple[Any, ...]]:
-        found, size = [], 0
+        found, size, count = [], 0, COPY_ROWS if insert == INSERT_ROW else COPY_TOPICS
         with self:
-            for row in self.connection.execute(COPY[insert], (after, last, COPY_ROWS)):
+            for row in self.connection.execute(COPY[insert], (after, last, count)):
                 found.append(row)
                 size += len(row[-1])
                 if size >= COPY_BYTES:
