@@ -775,6 +775,17 @@ def test_late_store_answer_gives_no_second_reply() -> None:
             assert [wire.call("ECHO", "1"), wire.call("ECHO", "2")] == [b"1", b"2"]
 
 
+def test_half_closed_reader_ends_while_the_store_owes_an_answer() -> None:
+    store = SlowStore()
+    with serving(store) as server, wire_to(server) as wire:  # type: ignore[arg-type]
+        wire.send(encode_request(b"GETWAIT", b"t", b"60000"))
+        wait_until(lambda: bool(store.reads))
+        wire.socket.shutdown(socket.SHUT_WR)
+        assert wire.ended()
+        store.reads[0].set_result([])
+        wait_until(lambda: server.status.connections() == 0)
+
+
 def test_failed_store_answer_is_reported() -> None:
     store = SlowStore()
     with Server(config.load(kind=config.EmbeddedSettings, port=0), store) as server, wire_to(server) as wire:  # type: ignore[arg-type]
