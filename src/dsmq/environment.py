@@ -9,6 +9,7 @@ import ast
 import codecs
 import difflib
 import os
+import pkgutil
 import re
 import tomllib
 from collections.abc import Callable
@@ -39,9 +40,7 @@ def settings() -> dict[str, str]:
 
     They are read from the source of `dsmq.settings`, because importing it takes longer than a client command runs.
     """
-    path = os.path.join(os.path.dirname(__file__), "settings.py")
-    with open(path, encoding="utf-8") as source:
-        module = ast.parse(source.read())
+    module = ast.parse(pkgutil.get_data("dsmq", "settings.py") or b"")
     (found,) = [node for node in module.body if isinstance(node, ast.ClassDef) and node.name == "Settings"]
     return {
         ast.unparse(field.target): " ".join(ast.literal_eval(docstring.value).split())

@@ -89,6 +89,9 @@ class BackgroundStream(io.TextIOBase):
         # A replacement for a standard stream, such as a notebook's, may not write to its file descriptor.
         self._descriptor = stream.fileno() if stream in (sys.__stdout__, sys.__stderr__) else None
         self._dropped = 0
+        self._is_broken = False
+        """Whether the last line could not be written."""
+        self._drain_seconds = DRAIN_SECONDS
         self._start()
         atexit.register(self.drain)
 
@@ -112,16 +115,19 @@ class BackgroundStream(io.TextIOBase):
         return len(text)
 
     def take_dropped(self) -> int:
-        """Return how many lines have been dropped since the last call."""
+        """Return how many lines have been dropped since the last call; 0 while a line about it would be dropped too."""
+        if self._is_broken or self._queue.qsize() >= MAX_QUEUED_LINES:
+            return 0
         dropped, self._dropped = self._dropped, 0
         return dropped
 
     def drain(self) -> None:
-        """Wait until everything has been written, for DRAIN_SECONDS at most."""
+        """Wait until everything has been written, for DRAIN_SECONDS at most; only once if that is not enough."""
         if self._process is process():
             written = threading.Event()
             self._queue.put(written)
-            written.wait(DRAIN_SECONDS)
+            if not written.wait(self._drain_seconds):
+                self._drain_seconds = 0.0
 
     def _run(self, texts: queue.SimpleQueue[str | threading.Event]) -> None:
         while True:
@@ -131,9 +137,11 @@ class BackgroundStream(io.TextIOBase):
                 continue
             try:
                 self._write(text)
+                self._is_broken = False
             except (OSError, ValueError):
                 # The reader is gone, the disk is full, or the stream is closed.
                 self._dropped += 1
+                self._is_broken = True
 
     def _write(self, text: str) -> None:
         if self._descriptor is None:

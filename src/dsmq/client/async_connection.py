@@ -235,23 +235,25 @@ def _fail_calls(connection: Connection) -> None:
 
 async def connect(core: Core) -> tuple[Connection, State]:
     """Return a new connection, and the new state. Raises OSError, or the error that the server replies with."""
+    connection: Connection | None = None
     try:
         async with asyncio.timeout(core.timeout):
             connection = await _open(core)
-            try:
-                hello = Place(Call(core.session.hello))
-                connection.send(deque([hello]))
-                await hello.future
-                state, era = core.session.handle_hello(hello.call.reply)
-            except BaseException as error:
-                connection.fail(ConnectionResetError("not a usable connection"))
-                if isinstance(error, ReplyError | OSError):
-                    # In a thread, because it may connect again to find out which program answers.
-                    loop, received = asyncio.get_running_loop(), connection.received
-                    raise await loop.run_in_executor(None, explain_greeting, core.endpoint, received, error) from None
-                raise
-    except TimeoutError as error:
-        raise TimeoutError(str(error) or f"{core.endpoint}: no answer within {core.timeout:g} s") from None
+            hello = Place(Call(core.session.hello))
+            connection.send(deque([hello]))
+            await hello.future
+            state, era = core.session.handle_hello(hello.call.reply)
+    except BaseException as error:
+        if connection is not None:
+            connection.fail(ConnectionResetError("not a usable connection"))
+        if isinstance(error, TimeoutError):
+            raise TimeoutError(str(error) or f"{core.endpoint}: no answer within {core.timeout:g} s") from None
+        if connection is not None and isinstance(error, ReplyError | OSError):
+            explain = partial(explain_greeting, is_first=not core.session.epoch)
+            # In a thread, because it may connect, to find out what answers there.
+            loop, received = asyncio.get_running_loop(), connection.received
+            raise await loop.run_in_executor(None, explain, core.endpoint, received, error) from None
+        raise
     connection.producer = Producer(era.run, era)
     connection.has_answered = False
     return connection, state

@@ -82,7 +82,7 @@ class Channel(Retryable):
 
     def _on_lost(self, connection: Connection) -> None:
         """Queue the unanswered calls again."""
-        self._was_idle = not connection.due
+        self._was_idle = all(place.future.done() for place in connection.due)
         if connection.has_answered or self._was_idle:
             self._retries.reset()
         # If sending was interrupted, a call may be in both.
@@ -99,7 +99,14 @@ class Channel(Retryable):
         if self._connecting is None:
             # A task of its own: the call that needs the connection may be cancelled, and others need it too.
             self._connecting = asyncio.create_task(self._connect())
-            self._connecting.add_done_callback(retrieve_error)
+            self._connecting.add_done_callback(self._on_connecting_done)
+
+    def _on_connecting_done(self, task: asyncio.Task[None]) -> None:
+        retrieve_error(task)
+        if self._connecting is task:
+            # It was cancelled before it began.
+            self._connecting = None
+            self._fail_calls(asyncio.CancelledError())
 
     async def _connect(self) -> None:
         """Check that the connection is still open, or make another; then send the calls that wait."""
@@ -119,6 +126,8 @@ class Channel(Retryable):
                     await asyncio.sleep(delay)
                 failure = await self._try_to_connect()
         except BaseException as error:
+            # The next call connects again.
+            self._was_idle = True
             self._fail_calls(error)
             if not isinstance(error, Exception):
                 raise

@@ -242,12 +242,12 @@ class ClosedSilently(ConnectionResetError):
     """The connection was closed without an answer, as a proxy does before the server behind it has started."""
 
 
-def explain_greeting(endpoint: Endpoint, received: bytes, error: Exception) -> Exception:
+def explain_greeting(endpoint: Endpoint, received: bytes, error: Exception, *, is_first: bool) -> Exception:
     """Return the error to raise in place of this one, if `received` came instead of a server's reply to HELLO.
 
-    If nothing came, this may connect again to find out whether the other end is an MQTT broker.
+    If nothing came on the first connection, this connects again to find out whether it is an MQTT broker.
     """
-    if isinstance(error, ConnectionResetError) and not received:
+    if is_first and isinstance(error, ConnectionResetError) and not received:
         received = _ask_for_mqtt(endpoint)
         if not received:
             about = "accepts connections and closes them at once; is the server behind it running? does it require TLS?"

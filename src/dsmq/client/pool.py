@@ -93,7 +93,8 @@ class Pool:
             if connection is not None:
                 connection.close()
                 if isinstance(error, ReplyError | OSError):
-                    raise explain_greeting(core.endpoint, connection.received, error) from None
+                    is_first = not core.session.epoch
+                    raise explain_greeting(core.endpoint, connection.received, error, is_first=is_first) from None
             raise
         core.announce(state)
         return connection

@@ -308,11 +308,18 @@ class Batch(Put):
         if process() is not producer.process:
             # The process forked while the messages were produced: connection and numbers belong to the parent.
             raise ConnectionResetError(FORKED)
+        if self._many.lost is not None:
+            raise self._many.lost
         self._is_sent = True
         done, self._answered = self._answered, 0
         self._bodies, self._all_keyed = self._bodies[done:], self._all_keyed[done:]
         if self.is_unsure:
-            self._raise_if_forgotten(producer)
+            try:
+                self._raise_if_forgotten(producer)
+            except DSMQError as error:
+                # Nothing is to be stored behind messages that are lost.
+                self._many.lost = error
+                raise
             return b"".join([_AGAIN % keyed for keyed in self._all_keyed])
         self._run, self._sent_at = producer.run, boot_time()
         self._all_keyed = [producer.put(self._topic, body) for body in self._bodies]
@@ -331,6 +338,8 @@ class PutMany(Retryable):
         self._topic = topic
         self.ids: list[int] = []
         """The ids of the messages that are stored."""
+        self.lost: DSMQError | None = None
+        """Why a batch can't be sent again; later ones are not sent either."""
         self.unanswered: deque[Batch] = deque()
         """The batches that are being sent on one connection."""
         self.batches = self._batches(map(arguments.message, arguments.messages(messages)))
