@@ -6,7 +6,7 @@ import binascii
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import TYPE_CHECKING, Self, TypeAlias, TypeVar
 
 from dsmq.client import arguments
@@ -351,7 +351,7 @@ class PutMany(Retryable):
         # How many were stored when a connection last broke.
         self._progress = 0
 
-    def _batches(self, bodies: Iterator[bytes]) -> Iterator[Batch | None]:
+    def _batches(self, bodies: Iterator[bytes]) -> Generator[Batch | None, None, None]:
         while self._error is None:
             began = time.monotonic()
             batch = self._next_batch(bodies, began)
@@ -398,6 +398,8 @@ class PutMany(Retryable):
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         """Raise the error of a message, if there was one. Set the numbers of stored messages in any DSMQError."""
+        # Here and now, not by the garbage collector in any thread.
+        self.batches.close()
         raised = error or self._error
         if isinstance(raised, DSMQError):
             raised.stored_before = len(self.ids) if self._stored_before is None else self._stored_before
