@@ -16,7 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 from dsmq import __version__
 from dsmq.ops.status import Fact, Status
-from dsmq.store.api import TopicStats
+from dsmq.store.api import TopicStats, Totals
 
 # The rates of topics are averages over at least this long, however often they are scraped.
 RATE_SECONDS = 10.0
@@ -32,10 +32,11 @@ class Collector:
         self._rates = Rates(time.monotonic())
 
     def collect(self) -> Iterator[Metric]:
-        status, counters = self._status, self._status.counters()
-        for fact in chain(status.counted(), status.background()):
+        status = self._status
+        counters, totals = status.counters(), status.totals()
+        for fact in chain(status.counted(counters, totals), status.background()):
             yield _family(CounterMetricFamily, fact)
-        for fact in chain(status.usage(), status.limits(), self._topics()):
+        for fact in chain(status.usage(totals), status.limits(), self._topics(totals)):
             yield _family(GaugeMetricFamily, fact)
         for name, about, histogram in (
             ("request_duration", "Time from reading requests to sending their replies.", counters.request_seconds),
@@ -49,11 +50,11 @@ class Collector:
         build.add_metric((__version__, platform.python_version(), sqlite3.sqlite_version), 1)
         yield build
 
-    def _topics(self) -> Iterator[Fact]:
+    def _topics(self, totals: Totals) -> Iterator[Fact]:
         count = self._status.context.settings.metrics_topics
         if not count:
             return
-        topics = [(stats.name.decode(errors="replace"), stats, rate) for stats, rate in self._top_topics(count)]
+        topics = [(stats.name.decode(errors="replace"), stats, rate) for stats, rate in self._top_topics(count, totals)]
         messages = {name: stats.messages for name, stats, _ in topics}
         yield Fact("topic_messages", "Messages stored now, by topic.", messages, "topic")
         stored = {name: stats.accounted_bytes for name, stats, _ in topics}
@@ -63,7 +64,7 @@ class Collector:
         rates = {name: rate for name, _, rate in topics}
         yield Fact("topic_puts_per_second", "Puts per second over the last 10 to 20 seconds, by topic.", rates, "topic")
 
-    def _top_topics(self, count: int) -> list[tuple[TopicStats, float]]:
+    def _top_topics(self, count: int, totals: Totals) -> list[tuple[TopicStats, float]]:
         """Return the topics with the most puts lately and their puts per second, and last OTHER, the rest."""
         status, store = self._status, self._status.context.store
         top, rest = self._rates.top(count, store.last_numbers(), time.monotonic())
@@ -73,7 +74,6 @@ class Collector:
                 rest += rate
             elif stats := status.topic_stats(name):
                 shown.append((stats, rate))
-        totals = store.totals()
         messages = max(0, totals.messages - sum(stats.messages for stats, _ in shown))
         size = max(0, totals.bytes - sum(stats.bytes for stats, _ in shown))
         return [*shown, (TopicStats(OTHER, messages, size, 0, 0), max(0.0, rest))]

@@ -110,9 +110,8 @@ class Status:
 
     # Facts
 
-    def counted(self) -> Iterator[Fact]:
-        """Return the numbers that only grow."""
-        counters, totals = self.counters(), self.totals()
+    def counted(self, counters: Counters, totals: Totals) -> Iterator[Fact]:
+        """Return the numbers that only grow, from the results of `counters` and `totals`."""
         yield Fact("puts", "Messages stored since the start.", totals.stored)
         # Labels that are likely to be queried start at 0: a rate does not see a series that first appears as 1.
         puts_refused = {"full": 0, "store": 0} | {code.lower(): n for code, n in counters.puts_refused.items()}
@@ -145,9 +144,9 @@ class Status:
         yield Fact("snapshots", "Snapshots, by result.", results, "result")
         yield Fact("snapshot_seconds", "Time spent on snapshots that were written.", snapshots.seconds)
 
-    def usage(self) -> Iterator[Fact]:
-        """Return the numbers that go up and down."""
-        totals, snapshots, usage = self.totals(), self._snapshots, self.context.usage
+    def usage(self, totals: Totals) -> Iterator[Fact]:
+        """Return the numbers that go up and down, some from the result of `totals`."""
+        snapshots, usage = self._snapshots, self.context.usage
         yield Fact("ready", "Whether the server accepts clients and puts: 1 or 0.", not self.not_ready_reasons())
         yield Fact("healthy", "Whether all threads are responsive: 1 or 0.", not self.stuck_threads())
         yield Fact("messages", "Messages stored now.", totals.messages)
@@ -187,8 +186,8 @@ class Status:
 
     def info(self) -> Mapping[str, Mapping[str, object]]:
         """Return the contents of INFO: sections of names and values, some under Redis's names."""
-        counted = {fact.name: fact.total for fact in self.counted()}
-        totals, store = self.totals(), self.context.store
+        counters, totals, store = self.counters(), self.totals(), self.context.store
+        counted = {fact.name: fact.total for fact in self.counted(counters, totals)}
         return {
             "server": {
                 "dsmq_version": __version__,
@@ -204,7 +203,7 @@ class Status:
             "stats": {
                 "total_connections_received": counted["connections_opened"],
                 "rejected_connections": counted["connections_refused"],
-                "total_commands_processed": self.counters().requests,
+                "total_commands_processed": counters.requests,
                 **{name: counted[name] for name in ("puts", "deliveries", "errors")},
             },
             "store": {**totals._asdict(), "last_id": store.last_id()},
@@ -219,6 +218,7 @@ class Status:
         """Return the data of the status page as plain values, without messages and tokens."""
         settings, access = self.context.settings, self.context.access
         stuck, not_ready = self.stuck_threads(), self.not_ready_reasons()
+        counters, totals = self.counters(), self.totals()
         return {
             "version": __version__,
             "epoch": self.context.store.epoch,
@@ -232,13 +232,13 @@ class Status:
             "healthy": not stuck,
             "reasons": [*not_ready, *(f"{name} is stuck" for name in stuck)],
             "stopping": self.stopping,
-            "counters": {fact.name: fact.total for fact in self.counted()},
-            "gauges": {fact.name: fact.total for fact in (*self.usage(), *self.limits())},
+            "counters": {fact.name: fact.total for fact in self.counted(counters, totals)},
+            "gauges": {fact.name: fact.total for fact in (*self.usage(totals), *self.limits())},
             "topics": self._largest_topics(),
             "clients": self._slowest_clients(),
             "errors": [
                 {"at": at, "code": code, "client": client, "message": message}
-                for at, code, client, message in sorted(self.counters().recent, reverse=True)
+                for at, code, client, message in sorted(counters.recent, reverse=True)
             ],
         }
 
