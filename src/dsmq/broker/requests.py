@@ -96,8 +96,7 @@ class Requests:
 
     def note_progress(self, size: int) -> None:
         """Note that more of an incomplete request has arrived."""
-        latest = self.loop.now + 2 * usage.SLOW_SECONDS
-        self.slow_from = min(self.slow_from + size / SLOW_BYTES_PER_SECOND, latest)
+        self.slow_from = usage.slow_after(self.slow_from, size, self.loop.now)
 
     def run(self) -> None:
         """Run buffered requests until one blocks, the output buffer is full, or the time slice is over."""

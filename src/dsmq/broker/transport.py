@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from dsmq.broker import usage
 from dsmq.broker.states import BEHIND, CLOSED, FINISHING, HANDSHAKE, LINGERING, NO_ROOM, OPEN, WAITING
-from dsmq.broker.usage import FREE_BYTES, RECEIVE_BYTES, SLOW_BYTES_PER_SECOND, Budget
+from dsmq.broker.usage import FREE_BYTES, RECEIVE_BYTES, Budget
 from dsmq.wire.resp import Encoded
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ class Transport:
             self.slow_from = now + usage.SLOW_SECONDS
         if sent or self.unread_since == math.inf:
             self.unread_since = now
-            self.slow_from = min(self.slow_from + sent / SLOW_BYTES_PER_SECOND, now + 2 * usage.SLOW_SECONDS)
+            self.slow_from = usage.slow_after(self.slow_from, sent, now)
             self.connection.schedule(now + self.connection.context.settings.reply_timeout_seconds)
 
     def _linger(self) -> None:

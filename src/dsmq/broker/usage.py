@@ -45,6 +45,11 @@ H = TypeVar("H", bound=Hashable)
 _logger = logging.getLogger(__name__)
 
 
+def slow_after(slow_from: float, size: int, now: float) -> float:
+    """Return when a client counts as slow, after it has sent or read this much more."""
+    return min(slow_from + size / SLOW_BYTES_PER_SECOND, now + 2 * SLOW_SECONDS)
+
+
 def request_memory(request: Sequence[bytes]) -> int:
     """Return the approximate bytes of memory that a parsed request takes."""
     return REQUEST_OBJECT_BYTES + ARGUMENT_OBJECT_BYTES * len(request) + sum(map(len, request))
