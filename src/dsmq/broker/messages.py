@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from dsmq.broker.arguments import MAX_NAME_BYTES, parse_integer, parse_number, parse_options
 from dsmq.errors import BadRequest, TooBig, WrongEpoch
 from dsmq.store.api import Answer, Message, Put, Store, TopicStats
-from dsmq.wire.limits import MAX_INTEGER
+from dsmq.wire.limits import DEFAULT_COUNT, MAX_INTEGER, MAX_READ_BYTES
 from dsmq.wire.resp import (
     Encoded,
     encode_array,
@@ -25,9 +25,7 @@ from dsmq.wire.resp import (
 if TYPE_CHECKING:
     from dsmq.broker.connection import Connection
 
-DEFAULT_COUNT = 100
 MAX_COUNT = 1_000
-MAX_READ_BYTES = 262_144
 # Max size of one reply to READ while others are unread: most of a longer one would never reach a client that doesn't
 # read.
 SHORT_READ_BYTES = 65_536

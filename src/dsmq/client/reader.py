@@ -16,12 +16,10 @@ from typing import TypeAlias, TypeVar
 from dsmq.client.stretch import Entry, Era, Step, Stretch, in_next_era, insert, missing_numbers
 from dsmq.errors import MessageNotText
 from dsmq.system import boot_time
+from dsmq.wire.limits import DEFAULT_COUNT
 
 # How long messages may stay in the read-ahead before they are read again, since max_age may have changed.
 FRESH_SECONDS = 1.0
-# Max messages, and max bytes, in the reply to a READ that does not request fewer.
-_DEFAULT_COUNT = 100
-MAX_READ_BYTES = 262_144
 MIN_READ_BYTES = 4096
 
 _logger = logging.getLogger(__name__)
@@ -174,7 +172,7 @@ class TopicReader:
     def _note_progress(self, stretch: Stretch, at: int, new: list[Entry]) -> None:
         """Request more next time if the last batch was read in time; log missed messages."""
         if self.count and at and at == len(stretch.ahead):
-            self.count = 0 if self.count > _DEFAULT_COUNT / 2 else self.count * 2
+            self.count = 0 if self.count > DEFAULT_COUNT / 2 else self.count * 2
         last = stretch.ahead[-1].number if stretch.ahead else stretch.number
         missed = missing_numbers(last, new) if new else stretch.lost(at)
         if missed:

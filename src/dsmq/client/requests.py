@@ -10,11 +10,12 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import TYPE_CHECKING, Self, TypeAlias, TypeVar
 
 from dsmq.client import arguments
-from dsmq.client.reader import MAX_READ_BYTES, MIN_READ_BYTES, Asked, Claim, TopicReader
+from dsmq.client.reader import MIN_READ_BYTES, Asked, Claim, TopicReader
 from dsmq.client.replies import reason, restored_number, stored_id, topics
 from dsmq.client.stretch import Entry, Era
 from dsmq.errors import AuthRequired, ConnectionLost, DSMQError, MessageNotText, ReplyError, ShuttingDown, TimedOut
 from dsmq.system import boot_time, process
+from dsmq.wire.limits import MAX_READ_BYTES
 from dsmq.wire.resp import Reply, encode_bulk, encode_option, encode_read, encode_request
 
 if TYPE_CHECKING:

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from dsmq.client.arguments import topic_name
-from dsmq.client.reader import MAX_READ_BYTES, MIN_READ_BYTES, Returned, TopicReader, take_back
+from dsmq.client.reader import MIN_READ_BYTES, Returned, TopicReader, take_back
 from dsmq.client.replies import as_map, as_number, as_ranges, as_text, check
 from dsmq.client.stretch import Entry, Era
 from dsmq.errors import AuthRequired, MessageNotText, ProtocolError
 from dsmq.system import boot_time
-from dsmq.wire.limits import MAX_INTEGER
+from dsmq.wire.limits import MAX_INTEGER, MAX_READ_BYTES
 from dsmq.wire.resp import Reply, encode_request
 
 SHUTDOWN = encode_request(b"SHUTDOWN")
