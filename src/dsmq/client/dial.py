@@ -91,19 +91,24 @@ def certified_name(endpoint: Endpoint) -> str:
 
 def dial(endpoint: Endpoint, tls: SSLContext | None, timeout: float) -> socket.socket | TLSSocket:
     """Return a non-blocking connection. Raises OSError."""
+    sock = _connect(endpoint, timeout)
+    if tls is None:
+        return sock
+    from dsmq.wire.tls import connect  # noqa: PLC0415 - most clients don't need it
+
+    sock.settimeout(timeout)
+    try:
+        return connect(tls, sock, certified_name(endpoint))
+    except OSError as error:
+        sock.close()
+        raise explain_failure(endpoint, error) from None
+
+
+def _connect(endpoint: Endpoint, timeout: float) -> socket.socket:
     with Race(endpoint, addresses(endpoint)) as race:
         for seconds in race.run(timeout):
             race.selector.select(seconds)
-    if tls is None:
-        return race.winner
-    from dsmq.wire.tls import connect  # noqa: PLC0415 - most clients don't need it
-
-    race.winner.settimeout(timeout)
-    try:
-        return connect(tls, race.winner, certified_name(endpoint))
-    except OSError as error:
-        race.winner.close()
-        raise explain_failure(endpoint, error) from None
+    return race.winner
 
 
 def explain_failure(endpoint: Endpoint, error: OSError) -> OSError:
@@ -263,10 +268,7 @@ def explain_greeting(endpoint: Endpoint, received: bytes, error: Exception, *, i
 
 def _ask_for_mqtt(endpoint: Endpoint) -> bytes:
     try:
-        with Race(endpoint, addresses(endpoint)) as race:
-            for seconds in race.run(_PROBE_SECONDS):
-                race.selector.select(seconds)
-        with race.winner as sock:
+        with _connect(endpoint, _PROBE_SECONDS) as sock:
             sock.settimeout(_PROBE_SECONDS)
             sock.sendall(_MQTT_CONNECT)
             answer = sock.recv(100)
