@@ -67,6 +67,7 @@ def test_connect_with_invalid_option_raises(
 )
 def test_connect_accepts_valid_options(server: Server, connect: Connect, options: dict[str, Any]) -> None:
     client = connect(port=server.port, **options)
+    assert server.status.counters().opened == 1
     if client:
         client.close()
 

@@ -226,6 +226,7 @@ def test_connection_of_interrupted_call_is_closed(server: Server, mq: DSMQClient
     mq._pool.borrow()
     wait_until(lambda: server.status.connections() == 0)
     mq.ping()
+    assert server.status.connections() == 1
 
 
 def test_ended_idle_connection_is_renewed_without_retry(monkeypatch: pytest.MonkeyPatch, states: list[str]) -> None:

@@ -79,7 +79,7 @@ class HTTPEndpoint:
             try:
                 sock, address = self.socket.accept()
             except TimeoutError:
-                pass
+                pass  # No connection for POLL_SECONDS: late ones are cut off, and a stop is noticed.
             except OSError:
                 # Perhaps there are no file descriptors left: accepting would fail again at once.
                 self._stop.wait(listening.ACCEPT_PAUSE_SECONDS)
