@@ -111,6 +111,10 @@ class StoreFailed(ReplyError, code="STORE"):
     """The store failed. If a put gets this reply, its message was not stored."""
 
 
+class Unsure(ReplyError, code="UNSURE"):
+    """It is unknown whether the message was stored. Clients put it again, with AGAIN."""
+
+
 class Busy(ReplyError, code="BUSY"):
     """The limit on connections or waiting readers is reached."""
 

@@ -7,12 +7,16 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
+from dsmq.errors import ReplyError
+
 # Added to the body of each message, and to the name of each topic with messages, for the limits on bytes.
 MESSAGE_OVERHEAD_BYTES, TOPIC_OVERHEAD_BYTES = 100, 500
 
 T = TypeVar("T")
 Answer: TypeAlias = T | Future[T]
 """A store's answer: the value, or a future if the value comes later."""
+Outcome: TypeAlias = int | ReplyError
+"""The id of a stored message, or why it is not stored."""
 
 
 class Message(NamedTuple):

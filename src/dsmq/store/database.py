@@ -131,6 +131,11 @@ class Database:
             self.connection.execute(DELETE, (last_id,))
             self.connection.executemany("DELETE FROM topics WHERE id = ?", [(topic,) for topic in empty_topics])
 
+    def renumber(self, shifts: list[tuple[int, int]]) -> None:
+        """Add to the numbers of all messages of topics."""
+        with self.transaction("write"):
+            self.connection.executemany("UPDATE chunks SET last_number = last_number + ? WHERE topic = ?", shifts)
+
     # Reading
 
     def read(self, topic: int, after: int, since: int) -> Iterator[StoredMessage]:

@@ -15,10 +15,11 @@ import sqlite3
 import sys
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 from dsmq.errors import Full, ReplyError
 from dsmq.store.api import (
@@ -47,6 +48,14 @@ FLUSH_BYTES, MAX_BUFFERED_BYTES = 32_768, 262_144
 RETRY_MS = 100
 
 
+class Mirrored(NamedTuple):
+    """A message of a log that this store mirrors."""
+
+    id: int
+    put: Put
+    age_ms: int
+
+
 def monotonic_ms() -> int:
     """Return milliseconds on a clock that goes on while the machine sleeps, and ignores steps of the wall clock."""
     return (time.monotonic_ns() if BOOT_CLOCK is None else time.clock_gettime_ns(BOOT_CLOCK)) // 1_000_000
@@ -59,7 +68,7 @@ class SQLiteStore:
         self.max_age_ms = max_age_ms
         self.epoch, self.run = secrets.token_hex(8), secrets.token_hex(8)
         self._lost = LostRanges()
-        self._clock, self._last_id = clock, 0
+        self._clock, self._last_id, self._last_put_at = clock, 0, 0
         self._database, self._topics, self._buffer = Database(), TopicTable(), WriteBuffer()
         self._flush_error: ReplyError | None = None
         self._retry_at = 0
@@ -162,6 +171,50 @@ class SQLiteStore:
             raise
         self._buffer.clear(self._last_id, self._topics.last_row)
         self._topics.count_pages(self._database.page_bytes)
+
+    # Mirrors of a log that assigns the ids
+
+    def check(self, puts: Sequence[Put]) -> list[int | None]:
+        """Return the ids of puts that are stored already. Raises Full or Forgotten as `append` does."""
+        with self._database:
+            self._deduplicator.check(puts)
+            self._limits.check(self._new_puts(puts))
+            names = {put[0] for put in puts if put[0] not in self._topics.by_name}
+            if names:
+                self._limits.check_limit("max_topics", len(names))
+            return [None if put[2] is None else self._deduplicator.find(put[2]) for put in puts]
+
+    def apply(self, messages: Sequence[Mirrored], last_id: int) -> None:
+        """Store the next messages of a log, but not repetitions; `last_id` is the highest id so far."""
+        with self._database:
+            topics = self._topics
+            if self._buffer.messages >= MAX_BUFFERED_MESSAGES or self._buffer.bytes >= MAX_BUFFERED_BYTES:
+                # The log must be followed even without memory to write it.
+                with suppress(ReplyError, sqlite3.Error, MemoryError):
+                    self._flush()
+            now = self._clock()
+            for message_id, put, age_ms in messages:
+                if put[0] not in topics.by_name:
+                    topics.add([put[0]])
+                # Times never decrease, because expiry relies on it.
+                self._last_put_at = max(self._last_put_at, now - age_ms)
+                self._last_id = message_id - 1
+                self._add([put], self._last_put_at)
+            self._last_id = last_id
+
+    def renumber(self, numbers: Mapping[bytes, int]) -> None:
+        """Change the numbers of messages so that the topics' last ones have these. Raises StoreFailed or Full."""
+        with self._database:
+            self._flush()
+            shifts = []
+            for name, number in numbers.items():
+                topic = self._topics.by_name.get(name)
+                if topic is None:
+                    self._topics.empty[name] = number, 0
+                elif shift := number - topic.last_number:
+                    topic.renumber(shift)
+                    shifts.append((shift, topic.row))
+            self._database.renumber(shifts)
 
     # Reads
 
@@ -292,6 +345,12 @@ class SQLiteStore:
 
     def last_number(self, topic: bytes) -> int:
         return self._topics.find(topic).last_number
+
+    def all_numbers(self) -> tuple[int, dict[bytes, int]]:
+        """Return the last id, and as of it the number of the last message of each topic, including empty ones."""
+        with self._database:
+            empty = {name: number for name, (number, _) in self._topics.empty.items()}
+            return self._last_id, empty | self._topics.last_numbers()
 
     def largest_topics(self, count: int) -> list[bytes]:
         return self._topics.largest(count)

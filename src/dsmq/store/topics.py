@@ -61,6 +61,12 @@ class Topic:
         self.read_number, self.read_id = last.number, last.id
         return max(0, missed)
 
+    def renumber(self, shift: int) -> None:
+        """Add to the numbers of all messages."""
+        self.last_number += shift
+        self.deleted += shift
+        self.read_number += shift if self.read_number else 0
+
     def delete_first(self, count: int, size: int) -> int:
         """Subtract deleted messages, and the bytes of their bodies; return how many of them were unread."""
         first_unread = max(self.deleted, self.read_number)

@@ -1,0 +1,328 @@
+"""A store that several servers share: a NATS JetStream stream, of which each server keeps a mirror in SQLite.
+
+A put is published to the stream, and answered when a majority of the engine's nodes has it; its id is the number that
+the stream gives it. All servers get all messages, in the same order, from a consumer each, and read them from their
+mirrors. Mirrors count the messages of a topic and recognise repeated puts by themselves, and agree, because they all see
+the same messages in the same order.
+
+A mirror may lag. So a read that finds nothing there, and every read of the latest message, first asks the engine for
+the id of the last message, and waits until the mirror has it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+from dsmq.errors import BadRequest, ReplyError, StartupError, StoreFailed, TooBig
+from dsmq.store.api import Answer, Limits, Message, Outcome, Put, Timing, TopicStats, Totals
+from dsmq.store.nats_connection import Credentials, NATSConnection, Refused
+from dsmq.store.nats_mirror import Mirror, ReadIndex
+from dsmq.store.nats_puts import Publisher
+from dsmq.store.nats_requests import Requests
+from dsmq.store.nats_stream import EngineError, Stream
+from dsmq.store.sqlite import SQLiteStore
+
+if TYPE_CHECKING:
+    from ssl import SSLContext
+
+    from dsmq.wire.addresses import Endpoint
+
+# Without a connection for this long, clients are sent to other servers.
+DISCONNECT_SECONDS = 2.0
+WATCH_SECONDS = 0.5
+# What a message of the engine has besides its body and topic.
+HEADER_BYTES = 1024
+_STOP_SECONDS = 5.0
+
+T = TypeVar("T")
+
+_logger = logging.getLogger(__name__)
+
+
+class NATSStore:
+    """A store in a stream of NATS JetStream. Thread-safe; the work is done in a thread of its own."""
+
+    def __init__(
+        self,
+        servers: Sequence[Endpoint],
+        stream: str = "dsmq",
+        replicas: int = 3,
+        credentials: Credentials | None = None,
+        tls: SSLContext | None = None,
+    ) -> None:
+        self.thread = threading.Thread(target=self._run, name="dsmq-nats", daemon=True)
+        self.on_messages: Callable[[set[bytes]], None] = lambda topics: None
+        """Called in another thread with the topics that have new messages."""
+        self.on_unusable: Callable[[str], None] = lambda reason: None
+        """Called in another thread when clients have to connect again, perhaps to another server."""
+        self._servers, self._stream_name, self._replicas = servers, stream, replicas
+        self._credentials, self._tls = credentials or Credentials(), tls
+        self._limits, self._max_age_ms = Limits(), 600_000
+        self._loop = asyncio.new_event_loop()
+        self._ready = threading.Event()
+        self._startup_error: StartupError | None = None
+        self._main_task: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._is_lost = False
+        # They belong to the loop, which is not running yet.
+        self.connection = NATSConnection(servers, self._credentials, tls, f"dsmq {stream}")
+        self.requests = Requests(self.connection)
+        self.stream = Stream(stream, replicas)
+        self.mirror = Mirror(self.connection, self.stream, self._new_mirror)
+        self.publisher = Publisher(self.connection, self.requests, self.stream.topic_prefix)
+        self._index = ReadIndex(self.mirror, self.connection, self.requests, self.stream)
+
+    def _new_mirror(self) -> SQLiteStore:
+        # What is in the stream is not refused.
+        return SQLiteStore(self._max_age_ms, limits=self._limits)
+
+    # Life
+
+    def start(self) -> None:
+        """Connect to the engine and mirror the stream, in the background."""
+        self.mirror.on_ready = self._on_ready
+        self.mirror.on_messages = lambda topics: self.on_messages(topics)
+        self.mirror.on_replaced = lambda: self.on_unusable("the messages are lost")
+        self.connection.on_lost = self.requests.on_lost
+        self.thread.start()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until the store is ready; return whether it is. Raises StartupError if it can't become ready."""
+        ready = self._ready.wait(seconds)
+        if self._startup_error is not None:
+            raise self._startup_error
+        return ready
+
+    def _on_ready(self) -> None:
+        _logger.info("the mirror of the stream is complete, up to id %s", self.mirror.store.last_id())
+        self._ready.set()
+
+    @property
+    def not_ready_reason(self) -> str:
+        """Why clients should use another server; empty if they need not."""
+        if not self.connection.connected:
+            return f"no connection to the engine: {self.connection.error or 'not connected yet'}"
+        return "" if self.mirror.ready else f"the mirror of the stream is at id {self.mirror.store.last_id()}"
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._main_task = self._loop.create_task(self._main())
+        try:
+            self._loop.run_until_complete(self._main_task)
+        except asyncio.CancelledError:
+            _logger.debug("the store is closed")
+        except StartupError as error:
+            self._startup_error = error
+        finally:
+            self.publisher.close()
+            self._ready.set()
+            self._loop.close()
+
+    async def _main(self) -> None:
+        self.stream.configure(self._max_age_ms, self._limits.max_stored_bytes)
+        connecting = asyncio.create_task(self.connection.run())
+        try:
+            await self._connect()
+            async with asyncio.TaskGroup() as tasks:
+                for work in (self.publisher.run(), self._index.run(), self.mirror.run(), self._watch_connection()):
+                    tasks.create_task(work)
+        except* StartupError as errors:
+            raise errors.exceptions[0] from None
+        finally:
+            connecting.cancel()
+            await asyncio.gather(connecting, return_exceptions=True)
+            await self.stream.close()
+
+    async def _connect(self) -> None:
+        """Wait for the engine, which may be starting. Raises StartupError if it refuses the credentials."""
+        said = ""
+        while not self.connection.connected:
+            error = self.connection.error
+            if isinstance(error, Refused):
+                raise StartupError(f"the NATS server refuses the connection: {error}")
+            if error is not None and str(error) != said:
+                said = str(error)
+                _logger.warning("waiting for a NATS server: %s", said)
+            await asyncio.sleep(0.05)
+        await self.stream.connect(self._servers, self._credentials, self._tls)
+
+    async def _watch_connection(self) -> None:
+        """If there is no engine, send clients to other servers."""
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            is_lost = time.monotonic() - self.connection.connected_at > DISCONNECT_SECONDS
+            if is_lost and not self._is_lost:
+                _logger.error("no connection to the engine: %s", self.connection.error)
+                self.on_unusable("there is no connection to the engine")
+            self._is_lost = is_lost
+
+    def close(self) -> None:
+        """Idempotent. After it, other methods raise StoreFailed."""
+        if self.thread.is_alive():
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._cancel)
+            self.thread.join(_STOP_SECONDS)
+        self.mirror.store.close()
+
+    def _cancel(self) -> None:
+        if self._main_task is not None:
+            self._main_task.cancel()
+
+    def _post(self, call: Callable[[], None]) -> None:
+        """Run this in the thread of the loop. Raises StoreFailed if that has ended."""
+        try:
+            self._loop.call_soon_threadsafe(call)
+        except RuntimeError:
+            raise StoreFailed("the store is closed") from None
+
+    # Puts
+
+    @property
+    def max_message_bytes(self) -> int:
+        """The longest message that the engine accepts."""
+        return max(0, self.connection.max_payload - HEADER_BYTES)
+
+    def append(self, puts: Sequence[Put], *, together: bool = False) -> Answer[list[Outcome]]:
+        for topic, body, _ in puts:
+            if len(body) + 3 * len(topic) > self.max_message_bytes:
+                raise TooBig(f"the engine accepts at most {self.max_message_bytes} bytes (max_payload)")
+        known = self.mirror.store.check(puts)
+        new = [put for put, message_id in zip(puts, known, strict=True) if message_id is None]
+        answer: Future[list[Outcome]] = Future()
+        if not new:
+            return [message_id for message_id in known if message_id is not None]
+        published: Future[list[Outcome]] = Future()
+        published.add_done_callback(partial(_merge, known, answer))
+        self._post(partial(self.publisher.put, new, published, together=together))
+        return answer
+
+    def check_producer(self, producer: bytes) -> None:
+        self.mirror.store.check_producer(producer)
+
+    def flush(self) -> None:
+        self.mirror.store.flush()
+
+    # Reads
+
+    def read(
+        self, topic: bytes, after: int, count: int, max_bytes: int, *, fresh: bool = False
+    ) -> Answer[list[Message]]:
+        store = self.mirror.store
+        if after <= store.last_id() and ((found := store.read(topic, after, count, max_bytes)) or not fresh):
+            return found
+        return self._when_fresh(lambda: self.mirror.store.read(topic, after, count, max_bytes), after)
+
+    def latest(self, topic: bytes, after: int, below: int = sys.maxsize) -> Answer[list[Message]]:
+        return self._when_fresh(lambda: self.mirror.store.latest(topic, after, below), after)
+
+    def _when_fresh(self, read: Callable[[], T], after: int) -> Future[T]:
+        """Read once the mirror has all that the engine has now."""
+        answer: Future[T] = Future()
+
+        def finish(error: Exception | None) -> None:
+            try:
+                if error is not None:
+                    raise error
+                if after > self.mirror.store.last_id():
+                    raise BadRequest(f"no message has an id above {self.mirror.store.last_id()} yet")
+                answer.set_result(read())
+            except Exception as failed:  # noqa: BLE001 - the reader gets it
+                answer.set_exception(failed)
+
+        self._post(lambda: self._index.add(finish))
+        return answer
+
+    def last_id(self) -> int:
+        return self.mirror.store.last_id()
+
+    def stored_id(self) -> Future[int]:
+        """Return the id of the last message that is stored, for a client that starts after it."""
+        answer: Future[int] = Future()
+
+        async def ask() -> None:
+            self._tasks = {task for task in self._tasks if not task.done()}
+            try:
+                answer.set_result(max(self.publisher.last_id, (await self.stream.state()).last_id))
+            except EngineError as error:
+                answer.set_exception(StoreFailed(str(error)))
+
+        self._post(lambda: self._tasks.add(self._loop.create_task(ask())))
+        return answer
+
+    # The mirror's
+
+    @property
+    def epoch(self) -> str:
+        return self.mirror.epoch
+
+    @property
+    def run(self) -> str:
+        return self.mirror.epoch
+
+    @property
+    def max_age_ms(self) -> int:
+        return self._max_age_ms
+
+    @max_age_ms.setter
+    def max_age_ms(self, value: int) -> None:
+        self._max_age_ms = self.mirror.store.max_age_ms = value
+
+    @property
+    def limits(self) -> Limits:
+        return self._limits
+
+    @limits.setter
+    def limits(self, limits: Limits) -> None:
+        self._limits = self.mirror.store.limits = limits
+
+    @property
+    def lost_ids(self) -> list[int]:
+        return []
+
+    def expire(self) -> int:
+        return self.mirror.store.expire()
+
+    def topics(self, after: bytes, count: int) -> list[TopicStats]:
+        return self.mirror.store.topics(after, count)
+
+    def stats(self, topic: bytes, after: int = 0) -> TopicStats:
+        return self.mirror.store.stats(topic, after)
+
+    def totals(self) -> Totals:
+        return self.mirror.store.totals()
+
+    def full(self) -> set[str]:
+        return self.mirror.store.full()
+
+    def timings(self) -> dict[str, Timing]:
+        times = Timing(self.publisher.published, self.publisher.seconds)
+        return self.mirror.store.timings() | {"publish": times}
+
+    def last_numbers(self) -> dict[bytes, int]:
+        return self.mirror.store.last_numbers()
+
+    def last_number(self, topic: bytes) -> int:
+        return self.mirror.store.last_number(topic)
+
+    def largest_topics(self, count: int) -> list[bytes]:
+        return self.mirror.store.largest_topics(count)
+
+
+def _merge(known: list[int | None], answer: Future[list[Outcome]], published: Future[list[Outcome]]) -> None:
+    """Answer with the outcomes of the new puts, and the ids of those that were stored already."""
+    error = published.exception()
+    if error is not None:
+        answer.set_exception(error)
+        return
+    new: list[int | ReplyError] = published.result()
+    outcomes = iter(new)
+    answer.set_result([next(outcomes) if message_id is None else message_id for message_id in known])

@@ -1,0 +1,323 @@
+"""The mirror: what a consumer of the stream delivers goes to a `SQLiteStore`, and reads wait until it is up to date."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NamedTuple
+
+from dsmq.errors import StoreFailed
+from dsmq.store.nats_connection import NATSConnection, Received, encode_publish
+from dsmq.store.nats_requests import Requests
+from dsmq.store.nats_stream import STREAM_NOT_FOUND, WRONG_SEQUENCE, EngineError, Stream, StreamState, decode_token
+from dsmq.store.sqlite import Mirrored, SQLiteStore, monotonic_ms
+
+# A consumer that has not been heard of for this long is lost; it sends a heartbeat once a second.
+LOST_SECONDS = 2.5
+CHECK_SECONDS = 1.0
+RETRY_SECONDS = 0.25
+# How often the stream may be behind the mirror before messages count as lost: its answer may be old.
+MAX_BEHIND = 3
+# The numbers of topics are written down this often per max_age, by whichever server is first.
+FACTS_PER_MAX_AGE = 4
+# How long a read may wait for the engine: longer than an election, shorter than clients wait for a reply.
+READ_SECONDS = 9.5
+# If the engine counts a message that does not arrive within this time, ask again: it may never be stored.
+INDEX_SECONDS = 0.1
+_NO_RESPONSE = "the engine does not answer"
+# More than any stream holds, so that the message is refused; the error has the id of the last one.
+_ASK_LAST_ID = ((b"Nats-Expected-Last-Sequence", b"9223372036854775806"),)
+_FLOW_CONTROL = 100
+# More than any consumer has pending: how many it has is not known yet.
+_UNKNOWN = 1 << 62
+
+_logger = logging.getLogger(__name__)
+
+
+class _Delivery(NamedTuple):
+    id: int
+    put_at: int
+    """By the engine's clock, in milliseconds since 1970."""
+    message: Received
+
+
+class Mirror:
+    """Follows the stream. Used in one asyncio event loop, but for `store`, which is thread-safe."""
+
+    def __init__(self, connection: NATSConnection, stream: Stream, new_store: Callable[[], SQLiteStore]) -> None:
+        self._connection, self._stream, self._new_store = connection, stream, new_store
+        self.store = new_store()
+        self.epoch = ""
+        self.ready = False
+        """Whether it had all messages of the stream once."""
+        self.on_ready: Callable[[], None] = lambda: None
+        self.on_messages: Callable[[set[bytes]], None] = lambda topics: None
+        self.on_replaced: Callable[[], None] = lambda: None
+        self.error: Exception | None = None
+        """Why the last consumer was lost."""
+        self.consumers = self.skipped = 0
+        """How many consumers were made, and how many messages could not be mirrored."""
+        self.applied = asyncio.Event()
+        self._name = f"m-{secrets.token_hex(6)}"
+        self._deliveries: list[_Delivery] = []
+        self._facts: list[tuple[int, dict[bytes, int]]] = []
+        self._facts_at = time.monotonic()
+        self._reset_consumer(StreamState(0, 0, "", 0))
+        connection.on_received = self.apply
+
+    def _reset_consumer(self, state: StreamState) -> None:
+        self._sequence, self._pending, self._state = 0, _UNKNOWN, state
+        self._heard_at = time.monotonic()
+        self._lost: str | None = None
+        # The engine's clock minus this machine's.
+        self._clock_ahead_ms = state.now_ms - monotonic_ms()
+        self._behind = 0
+
+    async def run(self) -> None:
+        """Follow the stream until this is cancelled. Raises StartupError if it can't be used."""
+        while True:
+            try:
+                await self._stream.open()
+                await self._follow()
+            except EngineError as error:
+                if self.error is None or str(self.error) != str(error):
+                    _logger.warning("not in step with the stream: %s", error)
+                self.error = error
+            await asyncio.sleep(RETRY_SECONDS)
+
+    async def _follow(self) -> None:
+        """Mirror the stream by a new consumer, until it is lost."""
+        state = await self._stream.state()
+        self._enter_epoch(state)
+        if time.monotonic() - self._heard_at > self.store.max_age_ms / 1000 and self.ready:
+            # Messages may have expired unseen, so that numbers are unknown.
+            self._restart()
+        if not self.ready and not self.store.last_id():
+            self._facts = sorted(await self._stream.read_facts(), key=lambda part: part[0])
+        self.consumers += 1
+        name = f"{self._name}-{self.consumers}"
+        deliver_to = f"_INBOX.{name}"
+        self._deliveries.clear()
+        self._reset_consumer(state)
+        subscription = self._connection.subscribe(deliver_to.encode(), self._on_delivery)
+        try:
+            self._pending = await self._stream.create_consumer(name, deliver_to, self.store.last_id())
+            self.error = None
+            self.apply()
+            await self._watch()
+        finally:
+            self._connection.unsubscribe(subscription)
+            self.apply()
+            await self._stream.delete_consumer(name)
+
+    def _enter_epoch(self, state: StreamState) -> None:
+        if self.epoch and self.epoch != state.epoch:
+            _logger.error("the stream has lost its messages: a new epoch begins")
+            self._restart()
+            self.epoch = state.epoch
+            self.on_replaced()
+        self.epoch = state.epoch
+
+    def _restart(self) -> None:
+        """Mirror the stream from its first message."""
+        old, self.store, self.ready, self._facts = self.store, self._new_store(), False, []
+        old.close()
+
+    async def _watch(self) -> None:
+        """Check once a second that nothing is lost; raise EngineError if it is."""
+        while True:
+            await asyncio.sleep(CHECK_SECONDS)
+            mirrored = self.store.last_id()
+            self._raise_if_lost()
+            try:
+                state = await self._stream.state()
+            except EngineError as error:
+                if error.code == STREAM_NOT_FOUND:
+                    raise
+                # Messages may arrive nevertheless.
+                continue
+            self._behind = self._behind + 1 if state.last_id < mirrored else 0
+            if self._behind >= MAX_BEHIND:
+                # The ids will be used again for other messages.
+                await self._stream.end_epoch(self.epoch)
+            if state.epoch != self.epoch:
+                raise EngineError("the stream has another epoch")
+            await self._write_facts()
+
+    def _raise_if_lost(self) -> None:
+        if self._lost is None and time.monotonic() - self._heard_at > LOST_SECONDS:
+            self._lost = "nothing was heard of its consumer"
+        if self._lost is not None:
+            raise EngineError(self._lost)
+
+    async def _write_facts(self) -> None:
+        interval = self.store.max_age_ms / 1000 / FACTS_PER_MAX_AGE
+        if self.ready and time.monotonic() - self._facts_at > interval:
+            self._facts_at = time.monotonic()
+            at, numbers = self.store.all_numbers()
+            await self._stream.write_facts(at, numbers)
+
+    # Deliveries
+
+    def _on_delivery(self, message: Received) -> None:
+        self._heard_at = time.monotonic()
+        if status := message.status:
+            self._on_status(status, message)
+            return
+        # $JS.ACK.[domain.account hash.]stream.consumer.delivered.id.sequence.time.pending[.random]
+        words = message.reply.split(b".")
+        at = 5 if len(words) == 9 else 7
+        message_id, sequence, nanoseconds = map(int, words[at : at + 3])
+        if sequence != self._sequence + 1:
+            self._lost = f"its consumer skipped from {self._sequence} to {sequence}"
+            return
+        self._sequence = sequence
+        self._deliveries.append(_Delivery(message_id, nanoseconds // 1_000_000, message))
+
+    def _on_status(self, status: int, message: Received) -> None:
+        if status != _FLOW_CONTROL:
+            self._lost = f"its consumer ended with status {status}"
+            return
+        if reply := message.reply or message.header(b"Nats-Consumer-Stalled"):
+            # Flow control: the engine sends more when it gets this.
+            self._connection.send(encode_publish(reply, b""))
+        last = message.header(b"Nats-Last-Consumer")
+        if last and int(last) != self._sequence:
+            self._lost = f"its consumer is at {int(last)}, not {self._sequence}"
+
+    def apply(self) -> None:
+        """Mirror what has been delivered."""
+        deliveries, self._deliveries = self._deliveries, []
+        if deliveries and self._lost is None:
+            topics = self._apply(deliveries)
+            self.applied.set()
+            if self.ready and topics:
+                self.on_messages(topics)
+        if not self.ready and self._sequence >= self._pending:
+            self.store.apply([], max(self.store.last_id(), self._state.last_id))
+            self._apply_facts(self._state.last_id)
+            self.ready = True
+            self.applied.set()
+            self.on_ready()
+
+    def _apply(self, deliveries: list[_Delivery]) -> set[bytes]:
+        """Mirror deliveries; return the topics of new messages."""
+        first_sequence = self._sequence - len(deliveries) + 1
+        engine_now = monotonic_ms() + self._clock_ahead_ms
+        messages, topics = [], set()
+        last_id = self.store.last_id()
+        for sequence, (message_id, put_at, message) in enumerate(deliveries, first_sequence):
+            if message_id <= last_id:
+                continue
+            last_id = message_id
+            if not message.subject.startswith(self._stream.topic_prefix):
+                self._note(message)
+                continue
+            # A live message has just been put; the age of others is by the engine's clock alone.
+            age = 0 if sequence > self._pending else max(0, engine_now - put_at)
+            topic = decode_token(message.subject[len(self._stream.topic_prefix) :])
+            messages.append(Mirrored(message_id, (topic, message.body, _key(message)), age))
+            topics.add(topic)
+        self._store(messages, last_id)
+        return topics
+
+    def _note(self, message: Received) -> None:
+        if message.subject.startswith(self._stream.facts_prefix):
+            self._facts_at = time.monotonic()
+
+    def _store(self, messages: list[Mirrored], last_id: int) -> None:
+        while self._facts and self._facts[0][0] <= last_id:
+            at = self._facts[0][0]
+            before = [message for message in messages if message.id <= at]
+            self._apply_safely(before, at)
+            self._apply_facts(at)
+            messages = messages[len(before) :]
+        self._apply_safely(messages, last_id)
+
+    def _apply_facts(self, last_id: int) -> None:
+        while self._facts and self._facts[0][0] <= last_id:
+            self.store.renumber(self._facts.pop(0)[1])
+
+    def _apply_safely(self, messages: list[Mirrored], last_id: int) -> None:
+        """Apply messages; one that can't be must not stop the mirror."""
+        try:
+            self.store.apply(messages, last_id)
+        except Exception:
+            if len(messages) > 1:
+                for message in messages:
+                    self._apply_safely([message], message.id)
+                return
+            _logger.exception("message %s can't be mirrored", last_id)
+            self.skipped += 1
+            with suppress(Exception):
+                self.store.apply([], last_id)
+
+
+def _key(message: Received) -> tuple[bytes, int] | None:
+    """Return the producer and number of a put; None if it can't be repeated by a client."""
+    name, _, number = message.header(b"Nats-Msg-Id").rpartition(b":")
+    return (decode_token(name[2:]), int(number)) if name.startswith(b"p.") and number.isdigit() else None
+
+
+class ReadIndex:
+    """Makes reads wait until the mirror has what the engine had when they came (Raft, section 6.4)."""
+
+    def __init__(self, mirror: Mirror, connection: NATSConnection, requests: Requests, stream: Stream) -> None:
+        self._mirror, self._connection, self._requests = mirror, connection, requests
+        self._subject = stream.facts_prefix + b"index"
+        self._readers: list[tuple[Callable[[Exception | None], None], float]] = []
+        self._wanted = asyncio.Event()
+
+    def add(self, call: Callable[[Exception | None], None]) -> None:
+        """Call this once the mirror is up to date, or with an error."""
+        self._readers.append((call, time.monotonic() + READ_SECONDS))
+        self._wanted.set()
+
+    async def run(self) -> None:
+        """Serve reads until this is cancelled."""
+        while True:
+            await self._wanted.wait()
+            readers, self._readers = self._readers, []
+            self._wanted.clear()
+            # One question serves all who came before it is asked.
+            last_id = await self._ask()
+            if last_id is not None and await self._reached(last_id):
+                for call, _ in readers:
+                    call(None)
+            else:
+                self._put_back(readers)
+                if last_id is None:
+                    await asyncio.sleep(INDEX_SECONDS)
+
+    def _put_back(self, readers: list[tuple[Callable[[Exception | None], None], float]]) -> None:
+        now = time.monotonic()
+        for call, until in readers:
+            if until <= now:
+                call(StoreFailed(_NO_RESPONSE))
+        self._readers = [reader for reader in readers if reader[1] > now] + self._readers
+        if self._readers:
+            self._wanted.set()
+
+    async def _ask(self) -> int | None:
+        """Return the id of the engine's last message; None if it does not answer."""
+        subject, future = self._requests.inbox()
+        self._connection.send(encode_publish(self._subject, b"", subject, _ASK_LAST_ID))
+        ack = await self._requests.wait(subject, future, 1.0)
+        if ack is None or ack.code != WRONG_SEQUENCE:
+            return None
+        digits = ack.text.rpartition(" ")[2]
+        return int(digits) if digits.isdigit() else None
+
+    async def _reached(self, last_id: int) -> bool:
+        """Wait until the mirror has this message; False if it takes too long."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(INDEX_SECONDS):
+                while not (self._mirror.ready and self._mirror.store.last_id() >= last_id):
+                    self._mirror.applied.clear()
+                    await self._mirror.applied.wait()
+                return True
+        return False

@@ -1,0 +1,164 @@
+"""Puts on their way to the stream: one batch after another, so that they are stored in the order of the puts."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import secrets
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import NamedTuple
+
+from dsmq.errors import Full, ReplyError, StoreFailed, Unsure
+from dsmq.store.api import Outcome, Put
+from dsmq.store.nats_connection import NATSConnection, encode_publish
+from dsmq.store.nats_requests import Ack, Requests
+from dsmq.store.nats_stream import FULL, encode_token
+
+# A batch is stored as a whole, with one answer. What is put meanwhile is the next one.
+BATCH_MESSAGES, BATCH_BYTES = 500, 524_288
+# How long to wait for an answer before sending the puts again, under the same ids, and for how long.
+ATTEMPT_SECONDS, PUT_SECONDS = 1.0, 20.0
+_PAUSE_SECONDS = 0.1
+# "The message id is in process": the outcome of an earlier attempt is not known yet.
+_IN_PROCESS = 10158
+
+_logger = logging.getLogger(__name__)
+
+
+class _Publish(NamedTuple):
+    subject: bytes
+    body: bytes
+    message_id: bytes
+
+    def encode(self, reply: bytes, batch: Sequence[tuple[bytes, bytes]] = ()) -> bytes:
+        return encode_publish(self.subject, self.body, reply, [(b"Nats-Msg-Id", self.message_id), *batch])
+
+
+class _Append(NamedTuple):
+    """The puts of one call of `Store.append`."""
+
+    messages: list[_Publish]
+    answer: Future[list[Outcome]]
+    together: bool
+    """Whether to store all or none."""
+
+
+class Publisher:
+    """Publishes puts. Used in one asyncio event loop."""
+
+    def __init__(self, connection: NATSConnection, requests: Requests, topic_prefix: bytes) -> None:
+        self._connection, self._requests, self._topic_prefix = connection, requests, topic_prefix
+        self._queue: deque[_Append] = deque()
+        self._ready = asyncio.Event()
+        # The ids of puts without a key.
+        self._own = f"s.{secrets.token_hex(8)}:".encode()
+        self._numbers = itertools.count(1)
+        self.last_id = 0
+        """The highest id that the engine has answered."""
+        self.published = self.repeated = self.split = 0
+        self.seconds = 0.0
+
+    def put(self, puts: Sequence[Put], answer: Future[list[Outcome]], *, together: bool) -> None:
+        """Publish these puts after the ones before; the answer has an outcome for each. `together`: all or none."""
+        messages = []
+        for topic, body, key in puts:
+            if key is None:
+                message_id = b"%b%d" % (self._own, next(self._numbers))
+            else:
+                message_id = b"p.%b:%d" % (encode_token(key[0]), key[1])
+            messages.append(_Publish(self._topic_prefix + encode_token(topic), body, message_id))
+        self._queue.append(_Append(messages, answer, together))
+        self._ready.set()
+
+    async def run(self) -> None:
+        """Publish what is queued until this is cancelled."""
+        while True:
+            await self._ready.wait()
+            if not self._queue:
+                self._ready.clear()
+                continue
+            appends = self._take()
+            messages = [message for append in appends for message in append.messages]
+            began = time.monotonic()
+            outcomes = await self._publish(messages, together=appends[0].together)
+            self.seconds += time.monotonic() - began
+            self.published += len(messages)
+            for append in appends:
+                append.answer.set_result(outcomes[: len(append.messages)])
+                del outcomes[: len(append.messages)]
+
+    def close(self) -> None:
+        """Refuse what is queued: it has not been sent."""
+        while self._queue:
+            self._queue.popleft().answer.set_exception(StoreFailed("the store is closed"))
+
+    def _take(self) -> list[_Append]:
+        """Take the next batch out of the queue."""
+        taken, count, size = [self._queue.popleft()], 0, 0
+        while self._queue and not (taken[-1].together or self._queue[0].together):
+            count += len(taken[-1].messages)
+            size += sum([len(message.body) for message in taken[-1].messages])
+            if count + len(self._queue[0].messages) > BATCH_MESSAGES or size > BATCH_BYTES:
+                break
+            taken.append(self._queue.popleft())
+        return taken
+
+    async def _publish(self, messages: list[_Publish], *, together: bool) -> list[Outcome]:
+        until = time.monotonic() + PUT_SECONDS
+        is_sent = False
+        if len(messages) > 1:
+            ack = await self._ask_batch(messages)
+            if ack is not None and ack.is_batch:
+                self.last_id = max(self.last_id, ack.id)
+                return list(range(ack.id - len(messages) + 1, ack.id + 1))
+            if together:
+                return [_unsure() if ack is None else _refusal(ack)] * len(messages)
+            # Repeated puts make the engine refuse a batch; so does a lack of room.
+            self.split += 1
+            is_sent = ack is None
+        return [await self._publish_one(message, until, is_sent=is_sent) for message in messages]
+
+    async def _ask_batch(self, messages: list[_Publish]) -> Ack | None:
+        name = secrets.token_hex(8).encode()
+        subject, future = self._requests.inbox()
+        encoded = []
+        for number, message in enumerate(messages, 1):
+            headers = [(b"Nats-Batch-Id", name), (b"Nats-Batch-Sequence", b"%d" % number)]
+            if number < len(messages):
+                encoded.append(message.encode(b"", headers))
+            else:
+                encoded.append(message.encode(subject, [*headers, (b"Nats-Batch-Commit", b"1")]))
+        self._connection.send(b"".join(encoded))
+        return await self._requests.wait(subject, future, ATTEMPT_SECONDS)
+
+    async def _publish_one(self, message: _Publish, until: float, *, is_sent: bool) -> Outcome:
+        """Publish a message until there is an outcome. `is_sent`: it may have been stored already."""
+        while time.monotonic() < until:
+            subject, future = self._requests.inbox()
+            if self._connection.send(message.encode(subject)):
+                ack = await self._requests.wait(subject, future, ATTEMPT_SECONDS)
+                if ack is not None and ack.id:
+                    self.last_id = max(self.last_id, ack.id)
+                    return ack.id
+                if ack is not None and ack.code in FULL and not is_sent:
+                    return _refusal(ack)
+                if ack is not None and ack.code != _IN_PROCESS:
+                    _logger.debug("the engine refused a put: %s (%s)", ack.text, ack.code)
+                is_sent = is_sent or ack is None or ack.code == _IN_PROCESS
+                self.repeated += 1
+            await asyncio.sleep(_PAUSE_SECONDS)
+        return _unsure() if is_sent else StoreFailed("the engine does not answer")
+
+
+def _refusal(ack: Ack) -> ReplyError:
+    if ack.code in FULL:
+        return Full(f"the engine is full: {ack.text}")
+    return StoreFailed(f"the engine refused it: {ack.text} ({ack.code})")
+
+
+def _unsure() -> Unsure:
+    return Unsure("the engine did not answer in time, so the message may be stored or not")

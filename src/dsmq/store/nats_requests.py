@@ -1,0 +1,75 @@
+"""Requests to NATS over `NATSConnection`, each with its own subject for the reply."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import secrets
+from typing import NamedTuple
+
+from dsmq.store.nats_connection import NATSConnection, Received
+
+_UNANSWERED = 503
+"""The status of a request that nobody listens for: the stream has no leader now."""
+
+
+class Ack(NamedTuple):
+    """The engine's answer to a message published to a stream."""
+
+    id: int = 0
+    """The number of the message in the stream; 0 if it was refused."""
+    is_batch: bool = False
+    code: int = 0
+    """JetStream's error code, if it was refused."""
+    text: str = ""
+
+
+class Requests:
+    """Sends requests, and passes the replies on. Used in one asyncio event loop."""
+
+    def __init__(self, connection: NATSConnection) -> None:
+        self._connection = connection
+        self._inbox = f"_INBOX.{secrets.token_hex(11)}.".encode()
+        self._numbers = itertools.count(1)
+        self._pending: dict[bytes, asyncio.Future[Received | None]] = {}
+        connection.subscribe(self._inbox + b"*", self._on_reply)
+
+    def inbox(self) -> tuple[bytes, asyncio.Future[Received | None]]:
+        """Return a subject for a reply, and the future of the reply; None if the connection breaks."""
+        subject = b"%b%d" % (self._inbox, next(self._numbers))
+        future = self._pending[subject] = asyncio.get_running_loop().create_future()
+        return subject, future
+
+    async def wait(self, subject: bytes, future: asyncio.Future[Received | None], seconds: float) -> Ack | None:
+        """Wait for an answer; None if there is none in time, or nobody has got the request."""
+        try:
+            async with asyncio.timeout(seconds):
+                reply = await future
+        except TimeoutError:
+            return None
+        finally:
+            self._pending.pop(subject, None)
+        return None if reply is None or reply.status == _UNANSWERED else _parse_ack(reply.body)
+
+    def _on_reply(self, reply: Received) -> None:
+        future = self._pending.get(reply.subject)
+        if future is not None and not future.done():
+            future.set_result(reply)
+
+    def on_lost(self) -> None:
+        """The connection broke: no more replies will come."""
+        for future in self._pending.values():
+            if not future.done():
+                future.set_result(None)
+
+
+def _parse_ack(body: bytes) -> Ack | None:
+    try:
+        answer = json.loads(body)
+    except ValueError:
+        return None
+    error = answer.get("error")
+    if error:
+        return Ack(code=int(error.get("err_code", 0)), text=str(error.get("description", "")))
+    return Ack(int(answer.get("seq", 0)), "batch" in answer)

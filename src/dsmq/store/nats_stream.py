@@ -1,0 +1,273 @@
+"""The JetStream stream that holds the messages: its configuration, its epoch, the facts in it, and its consumers.
+
+Subjects, with the stream's name for `dsmq`:
+
+    dsmq.t.<topic>      a message; the topic is percent-encoded
+    dsmq.genesis        the epoch: the first message of a stream, which never expires
+    dsmq.facts.<part>   the numbers of the topics' last messages as of an id, for servers that start later
+
+All this goes through the official client; see `nats_connection` for what has to be fast.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import secrets
+import sys
+import zlib
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import quote_from_bytes, unquote_to_bytes
+
+from nats.aio.client import Client
+from nats.errors import Error as NATSError
+
+from dsmq.errors import DSMQError, StartupError
+
+if TYPE_CHECKING:
+    from ssl import SSLContext
+
+    from dsmq.store.nats_connection import Credentials
+    from dsmq.wire.addresses import Endpoint
+
+# The first version with atomic batches.
+MIN_VERSION = "2.12.1"
+# How long the engine recognises a repeated message id. Each id takes 300 bytes of its memory, so that the mirrors, which
+# remember puts for longer, do the rest.
+DEDUPLICATION_SECONDS = 120
+# Messages stay in the stream longer than their age, because the servers decide what has expired.
+_MARGIN, _MIN_MARGIN_SECONDS = 0.1, 60
+_API_SECONDS = 3.0
+_HEARTBEAT_SECONDS = 1
+# Numbers are spread over this many messages, because a message has a maximum size.
+FACT_PARTS = 16
+_NEVER = {"Nats-TTL": "never"}
+
+# Error codes of JetStream.
+STREAM_NOT_FOUND, MESSAGE_NOT_FOUND, NAME_IN_USE, WRONG_SEQUENCE = 10059, 10037, 10058, 10071
+_NOT_ENABLED = (10039, 10035)
+FULL = frozenset((10002, 10023, 10028, 10047, 10077))
+
+_logger = logging.getLogger(__name__)
+
+
+class EngineError(DSMQError):
+    """The engine refuses a request, or does not answer."""
+
+    def __init__(self, text: str, code: int = 0) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class StreamState(NamedTuple):
+    first_id: int
+    last_id: int
+    epoch: str
+    now_ms: int
+    """The engine's clock: milliseconds since 1970."""
+
+
+@lru_cache(200_000)
+def encode_token(name: bytes) -> bytes:
+    """Encode any bytes as one token of a subject."""
+    return quote_from_bytes(name, safe="-_").replace(".", "%2E").encode()
+
+
+@lru_cache(200_000)
+def decode_token(token: bytes) -> bytes:
+    return unquote_to_bytes(token)
+
+
+class Stream:
+    """The stream as one server uses it. Its methods raise EngineError."""
+
+    def __init__(self, name: str, replicas: int) -> None:
+        self.name = name
+        self.topic_prefix = f"{name}.t.".encode()
+        self.facts_prefix = f"{name}.facts.".encode()
+        self._client = Client()
+        self._replicas, self._max_age_ms, self._max_bytes = replicas, 0, 0
+
+    def configure(self, max_age_ms: int, max_bytes: int) -> None:
+        """Set what `open` configures the stream for."""
+        self._max_age_ms, self._max_bytes = max_age_ms, max_bytes if max_bytes < sys.maxsize else -1
+
+    async def connect(self, servers: Sequence[Endpoint], credentials: Credentials, tls: SSLContext | None) -> None:
+        """Connect, now and again whenever the connection breaks. Returns when it is connected."""
+        options = {"user": credentials.user, "password": credentials.password, "token": credentials.token}
+
+        async def ignore(_: Exception) -> None:
+            """Errors are raised by the requests; without this, the client prints them."""
+
+        await self._client.connect(
+            [f"{'tls' if tls else 'nats'}://{server}" for server in servers],
+            **{name: value for name, value in options.items() if value},  # type: ignore[arg-type]
+            tls=tls,
+            error_cb=ignore,
+            max_reconnect_attempts=-1,
+            reconnect_time_wait=0.1,  # type: ignore[arg-type]
+            connect_timeout=2,
+            ping_interval=1,
+            max_outstanding_pings=3,
+        )
+
+    async def close(self) -> None:
+        if self._client.is_connected or self._client.is_reconnecting:
+            with suppress(NATSError, OSError):
+                await self._client.close()
+
+    async def open(self) -> None:
+        """Create the stream if there is none. Raises StartupError if it is not one of dsmq's, or if dsmq can't use it."""
+        wanted = self._configuration()
+        try:
+            found = (await self._request(f"STREAM.INFO.{self.name}"))["config"]
+        except EngineError as error:
+            if error.code in _NOT_ENABLED:
+                raise StartupError(f"the NATS server has JetStream disabled: {error}") from error
+            if error.code != STREAM_NOT_FOUND:
+                raise
+            found = (await self._request(f"STREAM.CREATE.{self.name}", wanted, 10.0))["config"]
+        if not found.get("allow_atomic"):
+            version = self._client.connected_server_version
+            raise StartupError(f"NATS server {version} is too old: {MIN_VERSION} is required")
+        for name in ("subjects", "storage", "retention", "discard"):
+            if found.get(name) != wanted[name]:
+                raise StartupError(
+                    f"the stream {self.name} is not one of dsmq's: its {name} is {found.get(name)}, not {wanted[name]}"
+                )
+        if any(found.get(name) != wanted[name] for name in ("max_age", "max_bytes", "num_replicas")):
+            await self._request(f"STREAM.UPDATE.{self.name}", found | wanted)
+            _logger.warning("the stream %s is now configured by this server's settings", self.name)
+
+    def _configuration(self) -> dict[str, Any]:
+        margin = max(_MIN_MARGIN_SECONDS * 1000, round(self._max_age_ms * _MARGIN))
+        return {
+            "name": self.name,
+            "subjects": [f"{self.name}.t.*", f"{self.name}.genesis", f"{self.name}.facts.*"],
+            "retention": "limits",
+            "storage": "file",
+            "discard": "new",
+            "num_replicas": self._replicas,
+            "max_age": (self._max_age_ms + margin) * 1_000_000,
+            "max_bytes": self._max_bytes,
+            "duplicate_window": min(DEDUPLICATION_SECONDS * 1000, self._max_age_ms) * 1_000_000,
+            "allow_atomic": True,
+            "allow_msg_ttl": True,
+            "allow_rollup_hdrs": True,
+            "allow_direct": True,
+        }
+
+    async def state(self) -> StreamState:
+        """Return the state of the stream. Gives it an epoch if it has none."""
+        info = await self._request(f"STREAM.INFO.{self.name}")
+        state = info["state"]
+        genesis = await self._last_of(f"{self.name}.genesis") or await self._begin_epoch()
+        return StreamState(state["first_seq"], state["last_seq"], genesis.decode(), _milliseconds(info["ts"]))
+
+    async def _begin_epoch(self) -> bytes:
+        headers = {"Nats-Expected-Last-Subject-Sequence": "0", **_NEVER}
+        # If several servers try, the first one wins.
+        with suppress(EngineError):
+            await self.publish(f"{self.name}.genesis", secrets.token_hex(8).encode(), headers)
+        genesis = await self._last_of(f"{self.name}.genesis")
+        if genesis is None:
+            raise EngineError("the stream has no epoch")
+        return genesis
+
+    async def end_epoch(self, epoch: str) -> None:
+        """Begin a new epoch, unless another server has begun one."""
+        if await self._last_of(f"{self.name}.genesis") == epoch.encode():
+            await self._request(f"STREAM.PURGE.{self.name}", {"filter": f"{self.name}.genesis"})
+
+    async def create_consumer(self, name: str, deliver_to: str, after: int) -> int:
+        """Have all messages after an id sent to a subject; return how many there are already."""
+        config = {
+            "name": name,
+            "deliver_policy": "by_start_sequence",
+            "opt_start_seq": after + 1,
+            "deliver_subject": deliver_to,
+            "ack_policy": "none",
+            "flow_control": True,
+            "idle_heartbeat": _HEARTBEAT_SECONDS * 1_000_000_000,
+            "inactive_threshold": 10_000_000_000,
+            "max_deliver": 1,
+            "mem_storage": True,
+            "num_replicas": 1,
+        }
+        body = {"stream_name": self.name, "config": config}
+        created = await self._request(f"CONSUMER.CREATE.{self.name}.{name}", body)
+        return int(created.get("num_pending", 0))
+
+    async def delete_consumer(self, name: str) -> None:
+        with suppress(EngineError):
+            await self._request(f"CONSUMER.DELETE.{self.name}.{name}")
+
+    # Facts
+
+    async def read_facts(self) -> list[tuple[int, dict[bytes, int]]]:
+        """Return the numbers of the topics' last messages, in parts: the id as of which they hold, and the numbers."""
+        parts = []
+        for part in range(FACT_PARTS):
+            if found := await self._last_of(f"{self.name}.facts.{part}"):
+                facts = json.loads(found)
+                numbers = {decode_token(name.encode()): int(number) for name, number in facts["numbers"].items()}
+                parts.append((int(facts["at"]), numbers))
+        return parts
+
+    async def write_facts(self, at: int, numbers: Mapping[bytes, int]) -> None:
+        """Replace the facts in the stream by these."""
+        parts: list[dict[str, int]] = [{} for _ in range(FACT_PARTS)]
+        for name, number in numbers.items():
+            parts[zlib.crc32(name) % FACT_PARTS][encode_token(name).decode()] = number
+        for number, part in enumerate(parts):
+            if part or not number:
+                body = json.dumps({"at": at, "numbers": part}).encode()
+                await self.publish(f"{self.name}.facts.{number}", body, {"Nats-Rollup": "sub", **_NEVER})
+
+    # Requests
+
+    async def publish(self, subject: str, body: bytes, headers: dict[str, str]) -> None:
+        """Publish a message, and wait until it is stored."""
+        if len(body) > self._client.max_payload - 1024:
+            raise EngineError(f"{len(body)} bytes are too many for a message of the engine (max_payload)")
+        _parse(await self._ask(subject, body, _API_SECONDS, headers))
+
+    async def _last_of(self, subject: str) -> bytes | None:
+        try:
+            found = await self._request(f"STREAM.MSG.GET.{self.name}", {"last_by_subj": subject})
+        except EngineError as error:
+            if error.code == MESSAGE_NOT_FOUND:
+                return None
+            raise
+        return base64.b64decode(found["message"].get("data", ""))
+
+    async def _request(self, what: str, body: object = None, seconds: float = _API_SECONDS) -> dict[str, Any]:
+        data = b"" if body is None else json.dumps(body).encode()
+        return _parse(await self._ask(f"$JS.API.{what}", data, seconds))
+
+    async def _ask(self, subject: str, data: bytes, seconds: float, headers: dict[str, str] | None = None) -> bytes:
+        try:
+            return (await self._client.request(subject, data, timeout=seconds, headers=headers)).data
+        except (NATSError, OSError, TimeoutError) as error:
+            raise EngineError(f"the engine does not answer: {error or type(error).__name__}") from error
+
+
+def _parse(data: bytes) -> dict[str, Any]:
+    try:
+        answer: dict[str, Any] = json.loads(data)
+    except ValueError:
+        raise EngineError(f"the engine's answer is not JSON: {data[:100]!r}") from None
+    if error := answer.get("error"):
+        raise EngineError(str(error.get("description")), int(error.get("err_code", 0)))
+    return answer
+
+
+def _milliseconds(text: str) -> int:
+    """Return a time of the engine (RFC 3339, nanoseconds) as milliseconds since 1970."""
+    seconds, _, fraction = text.rstrip("Z").partition(".")
+    return int(datetime.fromisoformat(seconds + "+00:00").timestamp()) * 1000 + int(f"{fraction}000"[:3])
