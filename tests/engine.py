@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 
-from dsmq.wire.addresses import Endpoint
 from helpers import HOST, SOON, reached
 
 # Another program may take a free port before it is used; then all are chosen again.
@@ -38,7 +37,7 @@ class Node:
 
     def __init__(self, folder: Path, name: str, ports: list[int], routes: list[int], extra: str) -> None:
         self.name, self.port, self.monitor_port = name, ports[0], ports[1]
-        self.endpoint = Endpoint(HOST, self.port)
+        self.address = (HOST, self.port)
         self.log = folder / f"{name}.log"
         cluster = ""
         if routes:
@@ -99,8 +98,8 @@ class Engine:
         raise RuntimeError(f"nats-server does not start: {self.nodes[0].log.read_text()[-2000:]}")
 
     @property
-    def endpoints(self) -> list[Endpoint]:
-        return [node.endpoint for node in self.nodes]
+    def servers(self) -> list[tuple[str, int]]:
+        return [node.address for node in self.nodes]
 
     def is_ready(self) -> bool:
         if any(node.ask("healthz").get("status") != "ok" for node in self.nodes):

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
@@ -41,6 +41,7 @@ from dsmq.store.api import Limits, Store
 from dsmq.store.expiry import Expiry
 from dsmq.store.snapshots import LAST_SNAPSHOT_SECONDS, SnapshotStats, Snapshotter
 from dsmq.store.sqlite import SQLiteStore
+from dsmq.stores import new_store
 from dsmq.threads import join, wait_until
 
 if TYPE_CHECKING:
@@ -48,11 +49,14 @@ if TYPE_CHECKING:
 
 # How often the main thread checks the others, and how long a reload waits for them.
 WATCH_SECONDS = 1.0
+# How often to check whether the store is ready, and whether to stop.
+STORE_SECONDS = 0.1
 # Settings that a reload does not change.
 RESTART_REQUIRED = (
     *("host", "port", "listen_backlog", "http_host", "http_port"),
     *("io_threads", "busy_poll_microseconds", "expiry_interval_seconds", "max_connections", "max_log_lines_per_second"),
-    *("log_format", "log_stream", "snapshot_file", "snapshot_interval_seconds"),
+    *("log_format", "log_stream", "snapshot_file", "snapshot_interval_seconds", "store", "store_stream"),
+    *("store_replicas", "store_user", "store_password_file", "store_token_file", "store_ca_file"),
 )
 
 # Not __name__, which is __main__ if this module runs as a script.
@@ -121,7 +125,7 @@ class Server:
             raise StartupError(f"this system can't run a dsmq server: it has no {', no '.join(missing)}")
         self._load = load
         self._systemd = systemd or Systemd()
-        self._store = store or SQLiteStore(0)
+        self._store = store or new_store(settings)
         # Reasons to stop; None asks for a reload.
         self._commands: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self.status: Status
@@ -178,6 +182,10 @@ class Server:
         with ExitStack() as undo:
             undo.callback(self.stop)
             _servers.add(self)
+            self._listen_for_http()
+            if not self._open_store():
+                undo.pop_all()
+                return
             self._listen()
             if self._snapshotter:
                 # Clients that connect meanwhile wait in the listen queue.
@@ -200,24 +208,47 @@ class Server:
         sockets = passed or listening.listen(settings.host, settings.port, settings.listen_backlog)
         self._listeners = [Listener(sock, self._admission.assign, close) for sock in sockets]
         self.context.access.check_exposure(sockets)
+
+    def _listen_for_http(self) -> None:
+        settings, passed = self.context.settings, self._systemd.queue
+        close = socket.socket.close if passed else listening.close
         # If systemd passes the sockets, the process may have no network to listen on.
-        http_sockets = self._systemd.metrics
+        sockets = self._systemd.metrics
         if not passed and settings.http_port != "off":
-            http_sockets = listening.listen(settings.http_host, settings.http_port, 16, "http-")
-        if http_sockets:
+            sockets = listening.listen(settings.http_host, settings.http_port, 16, "http-")
+        if sockets:
             from dsmq.ops.http import HTTPEndpoint  # noqa: PLC0415 - takes long, and may not be needed
 
-            self._http_endpoints = [HTTPEndpoint(sock, self.status, close) for sock in http_sockets]
+            self._http_endpoints = [HTTPEndpoint(sock, self.status, close) for sock in sockets]
+
+    def _open_store(self) -> bool:
+        """Wait until the store is ready, while /readyz reports why it is not; return False if asked to stop first."""
+        self._store.start(self._wake_readers, self._disconnect_clients)
+        if self._store.wait(0.0):
+            return True
+        _start(self._http_endpoints)
+        reason = ""
+        while not (self.status.stopping or self._store.wait(STORE_SECONDS)):
+            if reason != (reason := self._store.unready_reason):
+                _logger.info("waiting for the store: %s", reason, extra=logs.event("waiting", reason=reason))
+                self._systemd.notify(f"STATUS=waiting for the store: {reason}")
+        return not self.status.stopping
+
+    def _wake_readers(self, topics: set[bytes]) -> None:
+        for worker in self._workers:
+            if worker.waiters.by_topic:
+                worker.waiters.wake(topics)
+
+    def _disconnect_clients(self, reason: str) -> None:
+        """Hang up without a notice, which would mean that unanswered puts are not stored."""
+        for worker in self._workers:
+            worker.post(partial(worker.close_connections, reason))
 
     def _start_threads(self) -> None:
         for number in range(self.context.settings.io_workers):
             self._workers.append(EventLoop(f"dsmq-io-{number}", self.context, self._workers))
         self._workers[0].listen(self._listeners)
-        try:
-            for part in self._parts():
-                part.start()
-        except RuntimeError as error:
-            raise StartupError(str(error)) from error
+        _start(part for part in self._parts() if not part.thread.is_alive())
 
     def _log_configuration(self) -> None:
         limit, sockets = self.context.usage.connections.limit, [listener.socket for listener in self._listeners]
@@ -254,7 +285,8 @@ class Server:
     def _watch(self) -> None:
         logs.summarise()
         self._admission.close_refused()
-        if dead := [part.thread.name for part in self._parts() if not part.thread.is_alive()]:
+        threads = [part.thread for part in (*self._parts(), self._store) if part.thread]
+        if dead := [thread.name for thread in threads if not thread.is_alive()]:
             raise ServerFailed(f"threads died: {', '.join(dead)}")
         before, self._full = self._full, self._store.full()
         reports.log_full(before, self._full, self.context.settings)
@@ -384,6 +416,15 @@ def _call_in_loops(calls: Sequence[tuple[EventLoop, Callable[[], None]]], deadli
         call[0].post(call[1])
         call[0].post(partial(pending.discard, call))
     wait_until(lambda: not pending, deadline)
+
+
+def _start(parts: Iterable[EventLoop | Expiry | Snapshotter | HTTPEndpoint]) -> None:
+    """Start threads. Raises StartupError if the system allows no more."""
+    try:
+        for part in parts:
+            part.start()
+    except RuntimeError as error:
+        raise StartupError(str(error)) from error
 
 
 def _new_snapshotter(settings: Settings, store: Store) -> Snapshotter | None:

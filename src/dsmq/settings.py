@@ -21,7 +21,7 @@ from dsmq import environment
 from dsmq.errors import ConfigError
 from dsmq.terminal import quoted
 from dsmq.tokens import check_token
-from dsmq.wire.addresses import UNIX, host_names, parse_endpoint
+from dsmq.wire.addresses import UNIX, host_names, parse_endpoint, parse_store
 
 
 def _parses(parse: Callable[[str], object]) -> AfterValidator:
@@ -56,6 +56,7 @@ Host = Annotated[str, _parses(parse_endpoint)]
 TCPHost = Annotated[Host, AfterValidator(_not_unix)]
 HostNames = Annotated[str, _parses(host_names)]
 Port = Annotated[int, Field(ge=0, le=65535)]
+StoreServers = Annotated[str, _parses(parse_store)]
 HTTPPort = Port | Literal["off"]
 Token = Annotated[SecretStr, AfterValidator(_check_secret)]
 Seconds = Annotated[float, Field(allow_inf_nan=False)]
@@ -108,6 +109,21 @@ class Settings(BaseSettings):
     """Messages older than this are never delivered, and are deleted soon after."""
     expiry_interval_seconds: Annotated[Seconds, Field(ge=0.01, le=3600)] = 1.0
     """How often expired messages are deleted. A shorter interval frees their memory sooner."""
+    store: StoreServers = ""
+    """Servers of a NATS cluster that stores the messages, for all dsmq servers that name it: nats://HOST:PORT,HOST:PORT,
+    or tls:// instead. Empty: messages are held in this server's memory."""
+    store_stream: Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,64}$")] = "dsmq"
+    """The stream that holds the messages, made if there is none. Up to 64 letters, digits, _ and -."""
+    store_replicas: Annotated[int, Field(ge=1, le=5)] = 3
+    """How many NATS servers store each message: 3 survive the failure of one, 5 of two."""
+    store_user: str = ""
+    """User name for the NATS servers."""
+    store_password_file: str = ""
+    """File that contains the user's password."""
+    store_token_file: str = ""
+    """File that contains a token for the NATS servers, instead of user and password."""
+    store_ca_file: str = ""
+    """CA certificates, as PEM, that the NATS servers' certificates must be signed by; by default, the system's."""
     snapshot_file: str = ""
     """Snapshot of the messages, written on a graceful stop and loaded at start. Empty: no snapshots. The file's
     directory must not be writable by other users."""
@@ -204,9 +220,14 @@ class Settings(BaseSettings):
             ("tls_key_file", "tls_cert_file"),
             ("tls_client_ca_file", "tls_cert_file"),
             ("snapshot_interval_seconds", "snapshot_file"),
+            ("store_password_file", "store_user"),
         ):
             if getattr(self, name) and not getattr(self, needs):
                 raise ValueError(f"{name} is set without {needs}")
+        if self.store and self.snapshot_file:
+            raise ValueError("snapshot_file can't be used with store, which keeps the messages itself")
+        if self.store_user and self.store_token_file:
+            raise ValueError("store_user and store_token_file are both set")
         if self.http_token.get_secret_value() and self.http_token_file:
             raise ValueError("http_token and http_token_file are both set")
         return self
@@ -239,6 +260,10 @@ def load(
     file is the path of a TOML file; default: the one that DSMQ_CONFIG names, if any. Raises ConfigError.
     """
     values, sources = environment.read(file)
+    if (given.get("store") or values.get("store")) and sources.get("snapshot_file", "").startswith(environment.PREFIX):
+        # The image and the unit set these for a store in memory.
+        for name in ("snapshot_file", "snapshot_interval_seconds"):
+            values.pop(name, None)
     sources |= {name: name_of(name) for name in given}
     try:
         return kind(**(values | given))

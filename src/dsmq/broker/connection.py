@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from concurrent.futures import Future
 from contextlib import suppress
 from selectors import EVENT_READ
 from typing import TYPE_CHECKING
@@ -36,7 +37,17 @@ class Connection:
     # Python reads this many attributes faster from slots than from a dict.
     __slots__ = (
         *("context", "counters", "id", "last_read", "login", "loop", "name", "notices", "opened_at", "peer"),
-        *("pending_puts", "reads", "requests", "scheduled", "start_id", "state", "transport", "version"),
+        *(
+            "awaits_start",
+            "pending_puts",
+            "reads",
+            "requests",
+            "scheduled",
+            "start_id",
+            "state",
+            "transport",
+            "version",
+        ),
     )
 
     def __init__(self, loop: EventLoop, sock: Stream, peer: Peer) -> None:
@@ -56,7 +67,9 @@ class Connection:
         self.version = 2
         self.notices = False
         self.last_read: tuple[bytes, int] | None = None
-        self.start_id = context.store.last_id()
+        self.start_id: int | None = None
+        """The last id when the client connected, after which GET begins; None until the store answers."""
+        self.awaits_start = False
         self.opened_at = 0.0
 
     def __repr__(self) -> str:
@@ -90,6 +103,11 @@ class Connection:
         """Begin to read requests."""
         self.opened_at = self.transport.active_at = self.loop.now
         self.transport.watch(EVENT_READ)
+        start_id = self.context.store.start_id()
+        if isinstance(start_id, Future):
+            self.loop.when_done(start_id, self._start_after)
+        else:
+            self.start_id = start_id
         self.apply_settings()
 
     def apply_settings(self) -> None:
@@ -129,6 +147,22 @@ class Connection:
         """Run no more requests until `resume`: the store answers later."""
         if self.state < FINISHING:
             self.state = WAITING
+
+    def await_start(self, request: list[bytes]) -> None:
+        """Run this request again when `start_id` is known."""
+        self.requests.queue.insert(0, request)
+        self.awaits_start = True
+        self.park()
+
+    def _start_after(self, start_id: int | ReplyError) -> None:
+        if isinstance(start_id, ReplyError):
+            # Without a word, so that the client goes to another server.
+            self.close(str(start_id))
+        elif not self.closed:
+            self.start_id = start_id
+            if self.awaits_start:
+                self.awaits_start = False
+                self.resume()
 
     def resume(self) -> None:
         if self.state is not WAITING:

@@ -141,6 +141,10 @@ class EventLoop:
         """Apply reloaded settings to all connections. To be posted."""
         self._for_all(lambda connection: connection.apply_settings())
 
+    def close_connections(self, reason: str) -> None:
+        """Close all connections at once. To be posted."""
+        self._for_all(lambda connection: connection.close(reason))
+
     def _drain(self, until: float) -> None:
         self._stop_at = until
         self._for_all(lambda connection: connection.drain())

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 _PONG = encode_simple("PONG")
 
 
-def hello(client: Connection, request: list[bytes]) -> bytes:
+def hello(client: Connection, request: list[bytes]) -> bytes | None:
+    if client.start_id is None:
+        client.await_start(request)
+        return None
     version = client.version
     if len(request) > 1:
         if request[1] not in (b"2", b"3"):
@@ -28,10 +31,10 @@ def hello(client: Connection, request: list[bytes]) -> bytes:
     if b"AUTH" in options:
         client.login.authenticate(*options[b"AUTH"])
     client.name, client.version, client.notices = name, version, client.notices or b"NOTICES" in options
-    return _describe(client)
+    return _describe(client, client.start_id)
 
 
-def _describe(client: Connection) -> bytes:
+def _describe(client: Connection, start_id: int) -> bytes:
     settings, store = client.context.settings, client.context.store
     values: dict[str, str | int | list[int]] = {
         "server": "dsmq",
@@ -43,10 +46,10 @@ def _describe(client: Connection) -> bytes:
         "modules": [],
         "epoch": store.epoch,
         "run": store.run,
-        "last_id": store.last_id(),
+        "last_id": max(start_id, store.last_id()),
         "lost_ids": store.lost_ids,
         "max_age_ms": round(settings.max_age_seconds * 1000),
-        "max_message_bytes": settings.max_message_bytes,
+        "max_message_bytes": min(settings.max_message_bytes, store.max_message_bytes),
         "max_topic_bytes": settings.max_topic_bytes,
         "access": client.role.name.lower(),
     }

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from dsmq import logs
 from dsmq.broker.arguments import MAX_NAME_BYTES, parse_integer, parse_options, parse_topic
 from dsmq.errors import BadRequest, ReplyError, StoreFailed, TooBig, WrongEpoch
-from dsmq.store.api import Answer, Put, Store
+from dsmq.store.api import Answer, Outcome, Put, Store
 from dsmq.wire.resp import encode_integer
 
 if TYPE_CHECKING:
@@ -103,42 +103,38 @@ class PutBatch:
         else:
             _answer(connections, stored)
 
-    def append(self, puts: list[Put]) -> Answer[list[int]] | ReplyError:
-        """Store all of these puts or none, and wake the readers that wait for them; return the ids or the error."""
+    def append(self, puts: list[Put], *, together: bool = False) -> Answer[list[Outcome]] | ReplyError:
+        """Store these puts, and wake the readers that wait for them; return the outcomes, or the error of all."""
+        store = self._loop.context.store
         try:
-            stored = self._loop.context.store.append(puts)
+            stored = store.append_together(puts) if together else store.append(puts)
         except ReplyError as error:
             return error
         except Exception:
             _logger.exception("storing failed by a defect", extra=logs.event("defect"))
             self._loop.counters.failures += 1
             return StoreFailed("a defect; see the server's log")
-        if isinstance(stored, Future):
-            stored.add_done_callback(lambda done: None if done.exception() else self._wake_readers(puts))
-        else:
-            # Before the replies to the puts, so that readers do not wait for those.
-            self._wake_readers(puts)
+        if not isinstance(stored, Future):
+            # Before the replies to the puts, so that readers do not wait for those. A store that answers later reports
+            # its new messages itself.
+            for worker in self._workers:
+                if worker.waiters.by_topic:
+                    worker.waiters.wake([put[0] for put in puts])
         return stored
 
-    def _wake_readers(self, puts: list[Put]) -> None:
-        for worker in self._workers:
-            if worker.waiters.by_topic:
-                worker.waiters.wake(puts)
 
-
-def _answer(connections: list[Connection], stored: list[int] | ReplyError) -> None:
-    if isinstance(stored, ReplyError):
-        for connection in connections:
-            connection.pending_puts -= 1
-            connection.counters.puts_refused[stored.code] += 1
-            connection.fail(stored)
-        return
-    for connection, message_id in zip(connections, stored, strict=True):
+def _answer(connections: list[Connection], stored: Sequence[Outcome] | ReplyError) -> None:
+    outcomes = [stored] * len(connections) if isinstance(stored, ReplyError) else stored
+    for connection, outcome in zip(connections, outcomes, strict=True):
         connection.pending_puts -= 1
-        connection.transport.send(encode_integer(message_id))
+        if isinstance(outcome, int):
+            connection.transport.send(encode_integer(outcome))
+        else:
+            connection.counters.puts_refused[outcome.code] += 1
+            connection.fail(outcome)
 
 
-def _answer_later(connections: list[Connection], stored: list[int] | ReplyError) -> None:
+def _answer_later(connections: list[Connection], stored: Sequence[Outcome] | ReplyError) -> None:
     _answer(connections, stored)
     for connection in dict.fromkeys(connections):
         if not connection.pending_puts:
@@ -149,9 +145,9 @@ def put_together(
     client: Connection, puts: list[Put], encode: Callable[[list[int] | ReplyError], bytes]
 ) -> bytes | None:
     """Store all or none; return the encoded ids or error, or None if the store answers later."""
-    stored = client.loop.batch.append(puts)
+    stored = client.loop.batch.append(puts, together=True)
     if not isinstance(stored, Future):
-        return encode(stored)
+        return encode(_as_one(stored))
     client.pending_puts += 1
     client.park()
     client.loop.when_done(stored, partial(_reply_later, client, encode))
@@ -159,9 +155,17 @@ def put_together(
 
 
 def _reply_later(
-    client: Connection, encode: Callable[[list[int] | ReplyError], bytes], stored: list[int] | ReplyError
+    client: Connection, encode: Callable[[list[int] | ReplyError], bytes], stored: list[Outcome] | ReplyError
 ) -> None:
     if not client.closed:
         client.pending_puts -= 1
-        client.transport.send(encode(stored))
+        client.transport.send(encode(_as_one(stored)))
         client.resume()
+
+
+def _as_one(stored: list[Outcome] | ReplyError) -> list[int] | ReplyError:
+    """Return the ids of puts that were stored together, or the error, which is the same for all."""
+    if isinstance(stored, ReplyError):
+        return stored
+    errors = [outcome for outcome in stored if isinstance(outcome, ReplyError)]
+    return errors[0] if errors else [outcome for outcome in stored if isinstance(outcome, int)]

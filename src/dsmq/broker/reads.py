@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -15,7 +15,7 @@ from dsmq.broker.arguments import parse_integer, parse_number, parse_options, pa
 from dsmq.broker.states import OPEN, WAITING
 from dsmq.broker.usage import FREE_BYTES, Count
 from dsmq.errors import BadRequest, Busy, ReplyError, WrongEpoch
-from dsmq.store.api import MESSAGE_OVERHEAD_BYTES, Answer, Message, Put, Store
+from dsmq.store.api import MESSAGE_OVERHEAD_BYTES, Answer, Message, Store
 from dsmq.wire.limits import DEFAULT_COUNT, MAX_READ_BYTES
 from dsmq.wire.resp import Encoded, encode_bulk, encode_messages, encode_null
 
@@ -55,7 +55,7 @@ class PendingRead:
 
     def fetch(self, store: Store) -> Answer[list[Message]]:
         if self.count:
-            return store.read(self.topic, self.after, self.count, self.max_bytes)
+            return store.read(self.topic, self.after, self.count, self.max_bytes, self.wait_ms)
         if self.below:
             return store.latest(self.topic, self.after, self.below)
         return store.latest(self.topic, self.after)
@@ -66,8 +66,6 @@ def read(client: Connection, request: list[bytes]) -> Encoded | None:
     store = client.context.store
     if pending.epoch is not None:
         _check_epoch(store, pending.epoch)
-    if pending.after > store.last_id():
-        raise BadRequest(f"no message has an id above {store.last_id()} yet; was the server restarted since?")
     return client.reads.start(pending)
 
 
@@ -118,24 +116,29 @@ def _count_delivery(client: Connection, topic: bytes, messages: list[Message]) -
 
 
 def get(client: Connection, request: list[bytes]) -> Encoded | None:
-    return _get_at_position(client, parse_topic(client, request), 1, 0)
+    return _get_at_position(client, request, parse_topic(client, request), 1, 0)
 
 
 def get_latest(client: Connection, request: list[bytes]) -> Encoded | None:
-    return _get_at_position(client, parse_topic(client, request), 0, 0)
+    return _get_at_position(client, request, parse_topic(client, request), 0, 0)
 
 
 def get_wait(client: Connection, request: list[bytes]) -> Encoded | None:
     topic, wait_ms = parse_get_wait(client, request)
-    return _get_at_position(client, topic, 1, wait_ms)
+    return _get_at_position(client, request, topic, 1, wait_ms)
 
 
 def parse_get_wait(client: Connection, request: list[bytes]) -> tuple[bytes, int]:
     return parse_topic(client, request), parse_integer(request[2], "milliseconds", most=MAX_WAIT_MS)
 
 
-def _get_at_position(client: Connection, topic: bytes, count: int, wait_ms: int) -> Encoded | None:
+def _get_at_position(
+    client: Connection, request: list[bytes], topic: bytes, count: int, wait_ms: int
+) -> Encoded | None:
     position = client.reads.positions.get(topic, client.start_id)
+    if position is None:
+        client.await_start(request)
+        return None
     return client.reads.start(PendingRead(topic, position, count, 1, wait_ms, _advance_position))
 
 
@@ -282,13 +285,13 @@ class Waiters:
         if not waiters:
             del self.by_topic[topic]
 
-    def wake(self, puts: Sequence[Put]) -> None:
-        """Wake the connections that wait for these puts. Thread-safe."""
-        if topics := {put[0] for put in puts if put[0] in self.by_topic}:
+    def wake(self, topics: Iterable[bytes]) -> None:
+        """Wake the connections that wait for messages in these topics. Thread-safe."""
+        if awaited := {topic for topic in topics if topic in self.by_topic}:
             if threading.get_ident() == self._loop.thread.ident:
-                self._wake(topics)
+                self._wake(awaited)
             else:
-                self._loop.post(partial(self._wake, topics))
+                self._loop.post(partial(self._wake, awaited))
 
     def _wake(self, topics: set[bytes]) -> None:
         for topic in topics:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from threading import Thread
 from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
 from dsmq.errors import ReplyError
@@ -32,6 +33,14 @@ class Message(NamedTuple):
 
 Put: TypeAlias = tuple[bytes, bytes, tuple[bytes, int] | None]
 """Topic, body and, if the put is idempotent, its key: producer and sequence number."""
+
+
+class Mirrored(NamedTuple):
+    """A message of a log that a store mirrors."""
+
+    id: int
+    put: Put
+    age_ms: int
 
 
 class TopicStats(NamedTuple):
@@ -93,15 +102,33 @@ MEMORY = "memory"
 class Store(Protocol):
     """What the server requires of a store. A remote one answers puts and reads with futures; puts in order."""
 
-    epoch: str
-    """Identifies the sequence of ids: ids of different epochs are unrelated."""
-    run: str
-    """Identifies the period over which puts are remembered without a gap."""
     max_age_ms: int
     limits: Limits
 
-    def append(self, puts: Sequence[Put]) -> Answer[list[int]]:
-        """Store all messages or none; return their ids, in increasing order. Raises Full, Forgotten or StoreFailed."""
+    @property
+    def epoch(self) -> str:
+        """Identifies the sequence of ids: ids of different epochs are unrelated."""
+
+    @property
+    def run(self) -> str:
+        """Identifies the period over which puts are remembered without a gap."""
+
+    @property
+    def thread(self) -> Thread | None:
+        """The store's own thread, if it has one."""
+
+    @property
+    def max_message_bytes(self) -> int:
+        """The longest message it can store."""
+
+    def append(self, puts: Sequence[Put]) -> Answer[list[Outcome]]:
+        """Store messages in order; return an outcome for each. Raises Full, Forgotten or StoreFailed if none is stored.
+
+        A store that answers at once stores all or none. Its ids increase.
+        """
+
+    def append_together(self, puts: Sequence[Put]) -> Answer[list[Outcome]]:
+        """Do as `append` does, but store all messages or none."""
 
     def check_producer(self, producer: bytes) -> None:
         """Raise Forgotten if the store may have forgotten recent puts of this producer."""
@@ -109,11 +136,21 @@ class Store(Protocol):
     def flush(self) -> None:
         """Do postponed work, if enough has accumulated; called when the server is idle. Raises as `append` does."""
 
-    def read(self, topic: bytes, after: int, count: int, max_bytes: int) -> Answer[list[Message]]:
-        """Return the unexpired messages with ids above `after`, oldest first."""
+    def read(self, topic: bytes, after: int, count: int, max_bytes: int, wait_ms: int = 0) -> Answer[list[Message]]:
+        """Return the unexpired messages with ids above `after`, oldest first.
+
+        With `wait_ms`, the caller waits for a message if there is none; without it, an empty list means that no server
+        has stored one. Raises BadRequest if `after` is above the id of the last message.
+        """
 
     def latest(self, topic: bytes, after: int, below: int = sys.maxsize) -> Answer[list[Message]]:
-        """Return the newest unexpired message with an id above `after` and below `below`, if there is one."""
+        """Return the newest unexpired message with an id above `after` and below `below`, if there is one.
+
+        Raises BadRequest as `read` does.
+        """
+
+    def start_id(self) -> Answer[int]:
+        """Return the id of the last message that is stored, for a client that connects now. Raises StoreFailed."""
 
     def last_id(self) -> int:
         """Return the id of the newest message, or 0."""
@@ -150,6 +187,20 @@ class Store(Protocol):
 
     def largest_topics(self, count: int) -> list[bytes]:
         """Return the topics with the most messages."""
+
+    def start(self, on_messages: Callable[[set[bytes]], None], on_unusable: Callable[[str], None]) -> None:
+        """Begin to work in `thread`, if there is one, which calls these.
+
+        `on_messages` gets topics with new messages, if `append` answers later. `on_unusable` gets the reason why all
+        clients have to connect again, perhaps to another server.
+        """
+
+    def wait(self, seconds: float, /) -> bool:
+        """Wait until the store can be used; return whether it can. Raises StartupError if it never will."""
+
+    @property
+    def unready_reason(self) -> str:
+        """Why clients should use another server now; empty if they need not."""
 
     def close(self) -> None:
         """Idempotent. After it, other methods raise StoreFailed."""

@@ -31,6 +31,7 @@ class Expiry:
         """The thread hangs if it makes no progress by then."""
 
     def start(self) -> None:
+        self.due_at = time.monotonic() + self._interval
         self.thread.start()
 
     def stop(self) -> None:

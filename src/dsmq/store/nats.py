@@ -2,8 +2,8 @@
 
 A put is published to the stream, and answered when a majority of the engine's nodes has it; its id is the number that
 the stream gives it. All servers get all messages, in the same order, from a consumer each, and read them from their
-mirrors. Mirrors count the messages of a topic and recognise repeated puts by themselves, and agree, because they all see
-the same messages in the same order.
+mirrors. Mirrors count the messages of a topic and recognise repeated puts by themselves, and agree, because they all
+see the same messages in the same order.
 
 A mirror may lag. So a read that finds nothing there, and every read of the latest message, first asks the engine for
 the id of the last message, and waits until the mirror has it.
@@ -22,9 +22,9 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from dsmq.errors import BadRequest, ReplyError, StartupError, StoreFailed, TooBig
+from dsmq.errors import ReplyError, StartupError, StoreFailed, TooBig
 from dsmq.store.api import Answer, Limits, Message, Outcome, Put, Timing, TopicStats, Totals
-from dsmq.store.nats_connection import Credentials, NATSConnection, Refused
+from dsmq.store.nats_connection import Credentials, NATSConnection, Refused, Server
 from dsmq.store.nats_mirror import Mirror, ReadIndex
 from dsmq.store.nats_puts import Publisher
 from dsmq.store.nats_requests import Requests
@@ -33,8 +33,6 @@ from dsmq.store.sqlite import SQLiteStore
 
 if TYPE_CHECKING:
     from ssl import SSLContext
-
-    from dsmq.wire.addresses import Endpoint
 
 # Without a connection for this long, clients are sent to other servers.
 DISCONNECT_SECONDS = 2.0
@@ -53,17 +51,13 @@ class NATSStore:
 
     def __init__(
         self,
-        servers: Sequence[Endpoint],
+        servers: Sequence[Server],
         stream: str = "dsmq",
         replicas: int = 3,
         credentials: Credentials | None = None,
         tls: SSLContext | None = None,
     ) -> None:
         self.thread = threading.Thread(target=self._run, name="dsmq-nats", daemon=True)
-        self.on_messages: Callable[[set[bytes]], None] = lambda topics: None
-        """Called in another thread with the topics that have new messages."""
-        self.on_unusable: Callable[[str], None] = lambda reason: None
-        """Called in another thread when clients have to connect again, perhaps to another server."""
         self._servers, self._stream_name, self._replicas = servers, stream, replicas
         self._credentials, self._tls = credentials or Credentials(), tls
         self._limits, self._max_age_ms = Limits(), 600_000
@@ -73,6 +67,7 @@ class NATSStore:
         self._main_task: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_lost = False
+        self._on_unusable: Callable[[str], None]
         # They belong to the loop, which is not running yet.
         self.connection = NATSConnection(servers, self._credentials, tls, f"dsmq {stream}")
         self.requests = Requests(self.connection)
@@ -87,12 +82,12 @@ class NATSStore:
 
     # Life
 
-    def start(self) -> None:
-        """Connect to the engine and mirror the stream, in the background."""
+    def start(self, on_messages: Callable[[set[bytes]], None], on_unusable: Callable[[str], None]) -> None:
         self.mirror.on_ready = self._on_ready
-        self.mirror.on_messages = lambda topics: self.on_messages(topics)
-        self.mirror.on_replaced = lambda: self.on_unusable("the messages are lost")
+        self.mirror.on_messages = on_messages
+        self.mirror.on_replaced = partial(on_unusable, "the stream has lost its messages")
         self.connection.on_lost = self.requests.on_lost
+        self._on_unusable = on_unusable
         self.thread.start()
 
     def wait(self, seconds: float) -> bool:
@@ -107,11 +102,10 @@ class NATSStore:
         self._ready.set()
 
     @property
-    def not_ready_reason(self) -> str:
-        """Why clients should use another server; empty if they need not."""
-        if not self.connection.connected:
+    def unready_reason(self) -> str:
+        if time.monotonic() - self.connection.connected_at > DISCONNECT_SECONDS:
             return f"no connection to the engine: {self.connection.error or 'not connected yet'}"
-        return "" if self.mirror.ready else f"the mirror of the stream is at id {self.mirror.store.last_id()}"
+        return "" if self.mirror.ready else f"mirroring the stream, at id {self.mirror.store.last_id()}"
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -162,7 +156,7 @@ class NATSStore:
             is_lost = time.monotonic() - self.connection.connected_at > DISCONNECT_SECONDS
             if is_lost and not self._is_lost:
                 _logger.error("no connection to the engine: %s", self.connection.error)
-                self.on_unusable("there is no connection to the engine")
+                self._on_unusable("there is no connection to the engine")
             self._is_lost = is_lost
 
     def close(self) -> None:
@@ -191,7 +185,13 @@ class NATSStore:
         """The longest message that the engine accepts."""
         return max(0, self.connection.max_payload - HEADER_BYTES)
 
-    def append(self, puts: Sequence[Put], *, together: bool = False) -> Answer[list[Outcome]]:
+    def append(self, puts: Sequence[Put]) -> Answer[list[Outcome]]:
+        return self._append(puts, together=False)
+
+    def append_together(self, puts: Sequence[Put]) -> Answer[list[Outcome]]:
+        return self._append(puts, together=True)
+
+    def _append(self, puts: Sequence[Put], *, together: bool) -> Answer[list[Outcome]]:
         for topic, body, _ in puts:
             if len(body) + 3 * len(topic) > self.max_message_bytes:
                 raise TooBig(f"the engine accepts at most {self.max_message_bytes} bytes (max_payload)")
@@ -213,18 +213,16 @@ class NATSStore:
 
     # Reads
 
-    def read(
-        self, topic: bytes, after: int, count: int, max_bytes: int, *, fresh: bool = False
-    ) -> Answer[list[Message]]:
+    def read(self, topic: bytes, after: int, count: int, max_bytes: int, wait_ms: int = 0) -> Answer[list[Message]]:
         store = self.mirror.store
-        if after <= store.last_id() and ((found := store.read(topic, after, count, max_bytes)) or not fresh):
+        if after <= store.last_id() and ((found := store.read(topic, after, count, max_bytes)) or wait_ms):
             return found
-        return self._when_fresh(lambda: self.mirror.store.read(topic, after, count, max_bytes), after)
+        return self._when_fresh(lambda: self.mirror.store.read(topic, after, count, max_bytes))
 
     def latest(self, topic: bytes, after: int, below: int = sys.maxsize) -> Answer[list[Message]]:
-        return self._when_fresh(lambda: self.mirror.store.latest(topic, after, below), after)
+        return self._when_fresh(lambda: self.mirror.store.latest(topic, after, below))
 
-    def _when_fresh(self, read: Callable[[], T], after: int) -> Future[T]:
+    def _when_fresh(self, read: Callable[[], T]) -> Future[T]:
         """Read once the mirror has all that the engine has now."""
         answer: Future[T] = Future()
 
@@ -232,8 +230,6 @@ class NATSStore:
             try:
                 if error is not None:
                     raise error
-                if after > self.mirror.store.last_id():
-                    raise BadRequest(f"no message has an id above {self.mirror.store.last_id()} yet")
                 answer.set_result(read())
             except Exception as failed:  # noqa: BLE001 - the reader gets it
                 answer.set_exception(failed)
@@ -244,19 +240,23 @@ class NATSStore:
     def last_id(self) -> int:
         return self.mirror.store.last_id()
 
-    def stored_id(self) -> Future[int]:
-        """Return the id of the last message that is stored, for a client that starts after it."""
+    def start_id(self) -> Future[int]:
         answer: Future[int] = Future()
-
-        async def ask() -> None:
-            self._tasks = {task for task in self._tasks if not task.done()}
-            try:
-                answer.set_result(max(self.publisher.last_id, (await self.stream.state()).last_id))
-            except EngineError as error:
-                answer.set_exception(StoreFailed(str(error)))
-
-        self._post(lambda: self._tasks.add(self._loop.create_task(ask())))
+        try:
+            if reason := self.unready_reason:
+                raise StoreFailed(reason)
+            self._post(lambda: self._tasks.add(self._loop.create_task(self._answer_last_id(answer))))
+        except StoreFailed as error:
+            answer.set_exception(error)
         return answer
+
+    async def _answer_last_id(self, answer: Future[int]) -> None:
+        self._tasks = {task for task in self._tasks if not task.done()}
+        try:
+            # Not what `ReadIndex` asks for, which counts messages that may never be stored.
+            answer.set_result(max(self.publisher.last_id, await self.stream.last_id()))
+        except EngineError as error:
+            answer.set_exception(StoreFailed(str(error)))
 
     # The mirror's
 

@@ -17,8 +17,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from dsmq.wire.addresses import Endpoint
-
 if TYPE_CHECKING:
     from ssl import SSLContext
 
@@ -54,6 +52,8 @@ class Received(NamedTuple):
 
 
 Listener: TypeAlias = Callable[[Received], None]
+Server: TypeAlias = tuple[str, int]
+"""Host and port."""
 
 
 @dataclass
@@ -87,9 +87,7 @@ def encode_publish(
 class NATSConnection:
     """A connection to one of several servers, which is made again when it breaks. Used in one asyncio event loop."""
 
-    def __init__(
-        self, servers: Sequence[Endpoint], credentials: Credentials, tls: SSLContext | None, name: str
-    ) -> None:
+    def __init__(self, servers: Sequence[Server], credentials: Credentials, tls: SSLContext | None, name: str) -> None:
         self._servers = itertools.cycle(random.sample(servers, len(servers)))
         self._credentials, self._tls, self._name = credentials, tls, name
         self._listeners: dict[bytes, tuple[bytes, Listener]] = {}
@@ -153,12 +151,12 @@ class NATSConnection:
             _logger.info("NATS server %s lost: %s", self.server, self.error)
             self.on_lost()
 
-    async def _connect(self, endpoint: Endpoint) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        reader, writer = await asyncio.open_connection(endpoint.host, endpoint.port, limit=_RECEIVE_BYTES)
+    async def _connect(self, server: Server) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_connection(*server, limit=_RECEIVE_BYTES)
         try:
             info = _parse_info(await reader.readuntil(b"\r\n"))
             if self._tls is not None:
-                await writer.start_tls(self._tls, server_hostname=endpoint.host)
+                await writer.start_tls(self._tls, server_hostname=server[0])
             options: dict[str, object] = {
                 "verbose": False,
                 "pedantic": False,
@@ -175,7 +173,7 @@ class NATSConnection:
             writer.close()
             raise
         self.max_payload = int(info.get("max_payload", _MAX_PAYLOAD_BYTES))
-        self.server = str(info.get("server_name") or endpoint)
+        self.server = str(info.get("server_name") or server)
         return reader, writer
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

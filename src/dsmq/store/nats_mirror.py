@@ -8,13 +8,17 @@ import secrets
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from dsmq.errors import StoreFailed
+from dsmq.store.api import Mirrored
 from dsmq.store.nats_connection import NATSConnection, Received, encode_publish
 from dsmq.store.nats_requests import Requests
 from dsmq.store.nats_stream import STREAM_NOT_FOUND, WRONG_SEQUENCE, EngineError, Stream, StreamState, decode_token
-from dsmq.store.sqlite import Mirrored, SQLiteStore, monotonic_ms
+from dsmq.system import boot_time
+
+if TYPE_CHECKING:
+    from dsmq.store.sqlite import SQLiteStore
 
 # A consumer that has not been heard of for this long is lost; it sends a heartbeat once a second.
 LOST_SECONDS = 2.5
@@ -55,7 +59,7 @@ class Mirror:
         self.ready = False
         """Whether it had all messages of the stream once."""
         self.on_ready: Callable[[], None] = lambda: None
-        self.on_messages: Callable[[set[bytes]], None] = lambda topics: None
+        self.on_messages: Callable[[set[bytes]], None] = lambda _: None
         self.on_replaced: Callable[[], None] = lambda: None
         self.error: Exception | None = None
         """Why the last consumer was lost."""
@@ -74,7 +78,7 @@ class Mirror:
         self._heard_at = time.monotonic()
         self._lost: str | None = None
         # The engine's clock minus this machine's.
-        self._clock_ahead_ms = state.now_ms - monotonic_ms()
+        self._clock_ahead_ms = state.now_ms - round(boot_time() * 1000)
         self._behind = 0
 
     async def run(self) -> None:
@@ -207,7 +211,7 @@ class Mirror:
     def _apply(self, deliveries: list[_Delivery]) -> set[bytes]:
         """Mirror deliveries; return the topics of new messages."""
         first_sequence = self._sequence - len(deliveries) + 1
-        engine_now = monotonic_ms() + self._clock_ahead_ms
+        engine_now = round(boot_time() * 1000) + self._clock_ahead_ms
         messages, topics = [], set()
         last_id = self.store.last_id()
         for sequence, (message_id, put_at, message) in enumerate(deliveries, first_sequence):

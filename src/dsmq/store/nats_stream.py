@@ -32,17 +32,16 @@ from dsmq.errors import DSMQError, StartupError
 if TYPE_CHECKING:
     from ssl import SSLContext
 
-    from dsmq.store.nats_connection import Credentials
-    from dsmq.wire.addresses import Endpoint
+    from dsmq.store.nats_connection import Credentials, Server
 
 # The first version with atomic batches.
 MIN_VERSION = "2.12.1"
-# How long the engine recognises a repeated message id. Each id takes 300 bytes of its memory, so that the mirrors, which
+# How long the engine recognises a repeated message id. Each id takes 300 bytes of its memory, so the mirrors, which
 # remember puts for longer, do the rest.
 DEDUPLICATION_SECONDS = 120
 # Messages stay in the stream longer than their age, because the servers decide what has expired.
 _MARGIN, _MIN_MARGIN_SECONDS = 0.1, 60
-_API_SECONDS = 3.0
+_API_SECONDS = 1.0
 _HEARTBEAT_SECONDS = 1
 # Numbers are spread over this many messages, because a message has a maximum size.
 FACT_PARTS = 16
@@ -97,7 +96,7 @@ class Stream:
         """Set what `open` configures the stream for."""
         self._max_age_ms, self._max_bytes = max_age_ms, max_bytes if max_bytes < sys.maxsize else -1
 
-    async def connect(self, servers: Sequence[Endpoint], credentials: Credentials, tls: SSLContext | None) -> None:
+    async def connect(self, servers: Sequence[Server], credentials: Credentials, tls: SSLContext | None) -> None:
         """Connect, now and again whenever the connection breaks. Returns when it is connected."""
         options = {"user": credentials.user, "password": credentials.password, "token": credentials.token}
 
@@ -105,7 +104,7 @@ class Stream:
             """Errors are raised by the requests; without this, the client prints them."""
 
         await self._client.connect(
-            [f"{'tls' if tls else 'nats'}://{server}" for server in servers],
+            [f"{'tls' if tls else 'nats'}://{f'[{host}]' if ':' in host else host}:{port}" for host, port in servers],
             **{name: value for name, value in options.items() if value},  # type: ignore[arg-type]
             tls=tls,
             error_cb=ignore,
@@ -122,7 +121,7 @@ class Stream:
                 await self._client.close()
 
     async def open(self) -> None:
-        """Create the stream if there is none. Raises StartupError if it is not one of dsmq's, or if dsmq can't use it."""
+        """Create the stream if there is none. Raises StartupError if it is not one of dsmq's, or can't be used."""
         wanted = self._configuration()
         try:
             found = (await self._request(f"STREAM.INFO.{self.name}"))["config"]
@@ -168,6 +167,10 @@ class Stream:
         state = info["state"]
         genesis = await self._last_of(f"{self.name}.genesis") or await self._begin_epoch()
         return StreamState(state["first_seq"], state["last_seq"], genesis.decode(), _milliseconds(info["ts"]))
+
+    async def last_id(self) -> int:
+        """Return the id of the last message that is stored."""
+        return int((await self._request(f"STREAM.INFO.{self.name}"))["state"]["last_seq"])
 
     async def _begin_epoch(self) -> bytes:
         headers = {"Nats-Expected-Last-Subject-Sequence": "0", **_NEVER}

@@ -13,20 +13,22 @@ from __future__ import annotations
 import secrets
 import sqlite3
 import sys
+import threading
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
-from dsmq.errors import Full, ReplyError
+from dsmq.errors import BadRequest, Full, ReplyError
 from dsmq.store.api import (
     MEMORY,
     MESSAGE_OVERHEAD_BYTES,
     Limits,
     Message,
+    Mirrored,
+    Outcome,
     Put,
     Timing,
     TopicStats,
@@ -48,14 +50,6 @@ FLUSH_BYTES, MAX_BUFFERED_BYTES = 32_768, 262_144
 RETRY_MS = 100
 
 
-class Mirrored(NamedTuple):
-    """A message of a log that this store mirrors."""
-
-    id: int
-    put: Put
-    age_ms: int
-
-
 def monotonic_ms() -> int:
     """Return milliseconds on a clock that goes on while the machine sleeps, and ignores steps of the wall clock."""
     return (time.monotonic_ns() if BOOT_CLOCK is None else time.clock_gettime_ns(BOOT_CLOCK)) // 1_000_000
@@ -63,6 +57,10 @@ def monotonic_ms() -> int:
 
 class SQLiteStore:
     """A store in this process. Thread-safe."""
+
+    thread: threading.Thread | None = None
+    max_message_bytes = sys.maxsize
+    unready_reason = ""
 
     def __init__(self, max_age_ms: int, clock: Callable[[], int] = monotonic_ms, limits: Limits | None = None) -> None:
         self.max_age_ms = max_age_ms
@@ -85,7 +83,7 @@ class SQLiteStore:
 
     # Puts
 
-    def append(self, puts: Sequence[Put]) -> list[int]:
+    def append(self, puts: Sequence[Put]) -> list[Outcome]:
         with self._database:
             # Everything that can fail comes before the first message is added.
             topics, buffer, limits = self._topics, self._buffer, self._limits
@@ -112,6 +110,8 @@ class SQLiteStore:
                 topics.add(names)
             return self._add(puts, self._clock())
 
+    append_together = append
+
     def _new_puts(self, puts: Sequence[Put]) -> Iterator[Put]:
         """Iterate over the puts that have not been stored before."""
         keys = set()
@@ -121,8 +121,8 @@ class SQLiteStore:
                 keys.add(key)
                 yield put
 
-    def _add(self, puts: Sequence[Put], now: int) -> list[int]:
-        ids = []
+    def _add(self, puts: Sequence[Put], now: int) -> list[Outcome]:
+        ids: list[Outcome] = []
         touched: dict[bytes, Producer] = {}
         topics, buffer, deduplicator = self._topics, self._buffer, self._deduplicator
         by_name, last_id, size = topics.by_name, self._last_id, 0
@@ -218,10 +218,10 @@ class SQLiteStore:
 
     # Reads
 
-    def read(self, topic: bytes, after: int, count: int, max_bytes: int) -> list[Message]:
+    def read(self, topic: bytes, after: int, count: int, max_bytes: int, wait_ms: int = 0) -> list[Message]:  # noqa: ARG002 - it is always up to date
         known = self._topics.by_name.get(topic)
         if known is None or after >= known.last_id:
-            return []
+            return self._nothing_after(after)
         messages = []
         with self._database:
             now = self._clock()
@@ -249,7 +249,7 @@ class SQLiteStore:
     def latest(self, topic: bytes, after: int, below: int = sys.maxsize) -> list[Message]:
         known = self._topics.by_name.get(topic)
         if known is None or after >= known.last_id:
-            return []
+            return self._nothing_after(after)
         with self._database:
             now = self._clock()
             since = now - self.max_age_ms
@@ -268,7 +268,15 @@ class SQLiteStore:
         # If it is the topic's last message, unpack no other message of its row.
         return self._database.newest_below(topic.row, topic.last_id - 1 if below > topic.last_id else 0, below)
 
+    def _nothing_after(self, after: int) -> list[Message]:
+        if after > self._last_id:
+            raise BadRequest(f"no message has an id above {self._last_id} yet; was the server restarted since?")
+        return []
+
     def last_id(self) -> int:
+        return self._last_id
+
+    def start_id(self) -> int:
         return self._last_id
 
     # Expiry
@@ -408,6 +416,12 @@ class SQLiteStore:
         numbers = {name: number for name, (number, _) in self._topics.empty.items()} | self.last_numbers()
         self._lost.add(Lost(self._last_id, last_id, numbers))
         self.run, self._last_id = secrets.token_hex(8), last_id
+
+    def start(self, on_messages: Callable[[set[bytes]], None], on_unusable: Callable[[str], None]) -> None:
+        """It needs no thread: `append` answers at once."""
+
+    def wait(self, _seconds: float) -> bool:
+        return True
 
     def close(self) -> None:
         self._database.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+NATS_PORT = 4222
 UNIX = "unix:"
 """The prefix of a Unix socket's path."""
 _NAME = re.compile(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?")
@@ -43,3 +44,25 @@ def host_names(text: str) -> frozenset[str]:
     if not all(_NAME.fullmatch(name) for name in names):
         raise ValueError("should be host names separated by commas, without ports")
     return names
+
+
+def parse_store(text: str) -> tuple[list[Endpoint], bool]:
+    """Parse `nats://host:port,host:port`, with default port 4222; return the servers, and whether to use TLS.
+
+    An empty text has no servers. Raises ValueError.
+    """
+    scheme, separator, servers = text.partition("://")
+    if not text:
+        return [], False
+    if not separator or scheme not in ("nats", "tls") or not servers:
+        raise ValueError("should be empty, nats://HOST:PORT,… or tls://HOST:PORT,…")
+    return [_parse_server(server) for server in servers.rstrip("/").split(",")], scheme == "tls"
+
+
+def _parse_server(text: str) -> Endpoint:
+    host, _, port = text.rpartition(":") if re.search(r"[^:\]]:\d+$|\]:\d+$", text) else (text, "", str(NATS_PORT))
+    if "@" in host:
+        raise ValueError("should contain no credentials: see store_user, store_password_file and store_token_file")
+    if not 0 < int(port) < 65_536:
+        raise ValueError(f"should have ports from 1 to 65535, not {port}")
+    return parse_endpoint(host, int(port))
