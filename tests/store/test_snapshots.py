@@ -36,6 +36,7 @@ from conftest import (
     as_map,
     blocked,
     daemon,
+    no_new_threads,
     run_dsmq,
     scrape,
     serving,
@@ -52,7 +53,6 @@ from dsmq.server import Server
 from dsmq.store import database, snapshot_contents, snapshot_file, snapshots
 from dsmq.store import dedup as producers
 from dsmq.store.api import Put
-from dsmq.store.expiry import Expiry
 from dsmq.store.schema import INDEX, SCHEMA, SNAPSHOT_SCHEMA, unpack
 from dsmq.store.snapshots import RESTORE_GAP, Snapshotter
 from dsmq.store.sqlite import SQLiteStore
@@ -109,14 +109,17 @@ NAMES = [b"a", b"b", b"c", "\N{SNOWMAN}".encode()]
 
 
 class Disk:
-    """Makes snapshots wait for the disk while `hangs` is set, at their very end."""
+    """Makes snapshots fail with `error`, or wait for the disk while `hangs` is set, at their very end."""
 
     def __init__(self, sync: Callable[[Path], None]) -> None:
         self.sync_folder = sync
         self.hangs = False
+        self.error: OSError | None = None
         self.waiting, self.released = threading.Event(), threading.Event()
 
     def sync(self, folder: Path) -> None:
+        if self.error:
+            raise self.error
         if self.hangs:
             self.waiting.set()
             self.released.wait(SOON)
@@ -228,12 +231,10 @@ def test_snapshot_is_consistent_despite_changes_between_batches(
         store.close()
 
 
-def test_topic_emptied_and_recreated_between_batches_appears_once(
-    store: ClockedStore, file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(database, "COPY_ROWS", 1)
+def test_topic_emptied_and_recreated_between_batches_appears_once(store: ClockedStore, file: Path) -> None:
     for name in NAMES[:3]:
-        put(store, name, b"old")
+        # Each is a batch of its own.
+        put(store, name, b"x" * database.COPY_BYTES)
     store.write()
     put(store, NAMES[3], b"buffered")
     expired: list[int] = []
@@ -425,13 +426,26 @@ def test_producer_is_remembered_equally_long_over_restart(store: ClockedStore, f
             assert put_id > 1
 
 
-def test_restored_puts_count_towards_dedup_bound(
-    store: ClockedStore, file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def nine_remembered_puts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make stores remember nine puts of all producers together."""
+    monkeypatch.setattr(producers, "MAX_REMEMBERED_PUTS", 9)
+
+
+@pytest.mark.usefixtures("nine_remembered_puts")
+def test_remembered_puts_are_bounded_in_total(store: ClockedStore) -> None:
+    for producer in (b"a", b"b", b"c"):
+        put_as(store, producer, *range(4))
+    # Producer a, the least recent, is forgotten.
+    assert [*put_as(store, b"b", 3), *put_as(store, b"c", 3)] == [8, 12]
+    assert put_as(store, b"a", 3) == [13]
+
+
+@pytest.mark.usefixtures("nine_remembered_puts")
+def test_restored_puts_count_towards_dedup_bound(store: ClockedStore, file: Path) -> None:
     for number in range(3):
         store.append([(b"t", b"x", (b"producer %d" % number, seq)) for seq in range(3)])
     save(store, file)
-    monkeypatch.setattr(producers, "MAX_REMEMBERED_PUTS", 9)
     with restored(file) as other:
         put_as(other, b"one more", 1)
         with pytest.raises(Forgotten):
@@ -772,9 +786,7 @@ def interrupted_at(point: int, call: Callable[[], object]) -> bool:
 
 
 @pytest.mark.slow
-def test_interrupted_stop_ends_all_threads_from_any_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Fewer steps that differ from time to time.
-    monkeypatch.setattr(threads, "_POLL_SECONDS", UNIT / 10)
+def test_interrupted_stop_ends_all_threads_from_any_line(tmp_path: Path) -> None:
     effective = config.load(kind=config.EmbeddedSettings, port=0, http_port=0, snapshot_file=str(tmp_path / "s"))
     for point in itertools.count():
         store = SQLiteStore(0)
@@ -990,6 +1002,15 @@ def test_full_disk_is_reported_as_reason(store: ClockedStore, tmp_path: Path, ca
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
+def test_final_snapshot_is_written_if_no_thread_can_start(file: Path) -> None:
+    with serving(snapshot_file=str(file)) as server, wire_to(server) as wire:
+        wire.call("PUT", "t", "x")
+        with no_new_threads():
+            assert server.stop() == []
+    with restored(file, time.time()) as other:
+        assert bodies(other, b"t") == [b"x"]
+
+
 def test_failed_final_snapshot_sets_exit_status(file: Path) -> None:
     with daemon("--snapshot-file", str(file)) as server, wire_to(server) as wire:  # type: ignore[arg-type]
         wire.call("PUT", "t", "x")
@@ -1028,19 +1049,19 @@ def test_missing_permission_is_reported_at_start(tmp_path: Path, mode: str) -> N
     assert file.read_bytes() == kept
 
 
-def test_start_checks_that_snapshot_can_be_written(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: Path) -> None:
-        raise OSError(errno.EINVAL, "Invalid argument")
-
-    monkeypatch.setattr(snapshot_file, "_sync_folder", fail)
+def test_start_checks_that_snapshot_can_be_written(file: Path, disk: Disk) -> None:
+    disk.error = OSError(errno.EINVAL, "Invalid argument")
     with pytest.raises(StartupError, match=r"snapshot_file: .*Invalid argument"), serving(snapshot_file=str(file)):
         pass
     assert {path.name for path in file.parent.iterdir()} == {f"{file.name}.lock"}
 
 
-def test_sqlite_failure_at_start_is_one_line(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(snapshot_file, "create_tables", lambda database: database.execute("locked"))
-    with pytest.raises(StartupError, match=r"snapshot_file: .*syntax error"), serving(snapshot_file=str(file)):
+def test_sqlite_failure_at_start_is_one_line(file: Path) -> None:
+    with (
+        files_of_at_most(1000),
+        pytest.raises(StartupError, match=r"^snapshot_file: .*disk I/O error$"),
+        serving(snapshot_file=str(file)),
+    ):
         pass
 
 
@@ -1126,18 +1147,12 @@ def test_failed_start_leaves_snapshot_unchanged(file: Path) -> None:
     assert file.read_bytes() == before
 
 
-def test_failed_start_after_restore_loses_nothing(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_start_after_restore_loses_nothing(file: Path) -> None:
     with serving(snapshot_file=str(file)) as server, wire_to(server) as wire:
         wire.call("PUT", "t", "x")
         run = hello(wire)[b"run"]
-
-    def fail(_: object) -> None:
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(Expiry, "start", fail)
-    with pytest.raises(StartupError), serving(snapshot_file=str(file)):
+    with no_new_threads(), pytest.raises(StartupError, match="new thread"), serving(snapshot_file=str(file)):
         pass
-    monkeypatch.undo()
     with serving(snapshot_file=str(file)) as server, wire_to(server) as wire:
         assert (hello(wire)[b"run"], wire.call("READ", "t", 0)[3]) == (run, b"x")
 
@@ -1235,20 +1250,24 @@ def test_slow_disk_does_not_fail_health_check(file: Path, disk: Disk) -> None:
 
 
 def test_defect_in_snapshot_does_not_end_server(
-    store: ClockedStore, file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    store: ClockedStore, file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    store.between_batches = lambda: 1 / 0
     with snapshotting(store, file) as snapshotter:
-        monkeypatch.setattr(store, "snapshot", lambda *_, **__: 1 / 0)
         assert not snapshotter.save_last()
         assert snapshotter.stats.failed == 1
         assert "ZeroDivisionError" in caplog.text
         assert not file.exists()
 
 
-def test_dead_snapshot_thread_is_detected(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Snapshotter, "_run", lambda _: None)
-    settings = {"port": 0, "snapshot_file": str(file), "snapshot_interval_seconds": 1}
-    with Server(config.load(kind=config.EmbeddedSettings, **settings)) as server:
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_dead_snapshot_thread_is_detected(store: ClockedStore, file: Path) -> None:
+    def end_thread() -> None:
+        store.between_batches = bool
+        raise SystemExit
+
+    store.between_batches = end_thread
+    with serving_store(store, snapshot_file=str(file), snapshot_interval_seconds=1) as server:
         wait_until(lambda: server.status.stuck_threads() == ["dsmq-snapshot"])
         with pytest.raises(ServerFailed, match="dsmq-snapshot"):
             server.run()
