@@ -32,14 +32,14 @@ LABEL org.opencontainers.image.title="dsmq" \
     org.opencontainers.image.version="2.0.0" \
     org.opencontainers.image.licenses="MIT"
 COPY --from=build /opt/dsmq /opt/dsmq
-# Everything in it is commented out. Mount your own file over it; without one, dsmq must still find a file here.
+# All settings in it are commented out. Mount your own file over it. DSMQ_CONFIG names this file, so it must exist.
 COPY dsmq.toml.example /etc/dsmq/dsmq.toml
-# Writable for any user. Messages outlive the container in a volume here.
+# Writable by any user. A volume mounted here keeps messages when the container is removed.
 COPY --from=build /state /var
 VOLUME /var/lib/dsmq
 ENV PATH=/opt/dsmq/bin:$PATH PYTHONPYCACHEPREFIX=/opt/dsmq/bytecode DSMQ_CONFIG=/etc/dsmq/dsmq.toml
-# The container listens on its own address; ports are published when it is run. Because the address is not loopback, dsmq does
-# not start without a token (DSMQ_AUTH_TOKEN, DSMQ_AUTH_TOKEN_FILE), unless DSMQ_PROTECTED_MODE=false.
+# The container listens on all of its addresses; docker run publishes the ports. Because not all are loopback, dsmq does not
+# start without a token (DSMQ_AUTH_TOKEN, DSMQ_AUTH_TOKEN_FILE), unless DSMQ_PROTECTED_MODE=false.
 ENV DSMQ_HOST=0.0.0.0 DSMQ_HTTP_HOST=0.0.0.0 DSMQ_ALLOW_SHUTDOWN=false DSMQ_LOG_STREAM=stdout
 ENV DSMQ_SNAPSHOT_FILE=/var/lib/dsmq/snapshot DSMQ_SNAPSHOT_INTERVAL_SECONDS=60
 # Numeric, because checks for a non-root user can't resolve names.

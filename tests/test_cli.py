@@ -33,6 +33,7 @@ from conftest import ROOT, SOON, UNIT, Daemon, Wire, daemon, run_dsmq, serving, 
 from dsmq import __version__
 from dsmq.__main__ import main
 from dsmq.client import DSMQClientSideConnection, connect
+from dsmq.settings import SUBJECTS
 from dsmq.wire.resp import encode_request
 
 Process = subprocess.Popen[bytes]
@@ -681,6 +682,13 @@ def test_host_and_port_come_from_the_environment(server: Daemon) -> None:
     assert result("ping", env=env)[1].startswith(b"PONG from localhost:%d " % server.port)
 
 
+def test_host_may_include_port(server: Daemon) -> None:
+    host = f"127.0.0.1:{server.port}"
+    assert result("ping", "--host", host, "--port", str(server.port))[0] == 0
+    assert result("ping", "--host", host, env={"DSMQ_PORT": "1"})[0] == 0
+    assert_one_line(result("ping", "--host", "[::1]:1"), 1, "no server answers at [::1]:1")
+
+
 def test_options_win_over_environment(server: Daemon) -> None:
     env = {"DSMQ_HOST": "nowhere.invalid", "DSMQ_PORT": "1"}
     assert result("ping", "--host", "127.0.0.1", "--port", str(server.port), env=env)[0] == 0
@@ -725,6 +733,9 @@ def test_unix_socket_is_removed_on_stop(tmp_path: Path) -> None:
             "did you mean --help?; to begin a message with --, write -- before it",
         ),
         ("put t --prot 1", "did you mean --port?"),
+        ("--verison", "unknown argument '--verison'; did you mean --version?"),
+        ("serv", "unknown command 'serv'; did you mean serve?"),
+        ("get t -- --json", "unknown argument '--json'; after --, there are no options"),
         ("put", "TOPIC"),
         ("topics t", "'t'"),
         ("topics -t", "'-t'"),
@@ -757,6 +768,10 @@ def test_unix_socket_is_removed_on_stop(tmp_path: Path) -> None:
         ("ping --port 0", "--port"),
         ("ping --port 65536", "--port"),
         ("ping --host [::1", "'[::1' is not an address"),
+        ("ping --host 127.0.0.1:1 --port 2", "--host names port 1, but --port is 2"),
+        ("ping --host 127.0.0.1:0", "--host: '0' is not a port number"),
+        ("ping --host 127.0.0.1:", "'127.0.0.1:' is not an address"),
+        ("serve --host 127.0.0.1:1", "--host: should be an address or a name, without a port"),
         ("ping --timeout soon", "--timeout"),
         ("serve --frobnicate 1", "--frobnicate"),
         ("serve --port", "--port"),
@@ -788,6 +803,7 @@ def test_invalid_usage_is_reported(arguments: str, expected: str, capfdbinary: p
         ("DSMQ_PORT", "nan"),
         ("dsmq_port", "abc"),
         ("DSMQ_HOST", "[::1"),
+        ("DSMQ_HOST", "127.0.0.1:1"),
         ("DSMQ_HOST", "unix:"),
         ("DSMQ_AUTH_TOKEN", "two words"),
         ("DSMQ_AUTH_TOKEN", "żółw"),
@@ -1027,6 +1043,13 @@ def test_help_ignores_invalid_environment(command: str) -> None:
     status, out, err = result(*command.split(), env={"DSMQ_HOST": "100%", "DSMQ_PORT": "%d"})
     assert (status, err) == (0, b"")
     assert b"Exit statuses: 0 done" in out
+
+
+def test_serve_help_groups_options_by_subject() -> None:
+    lines = result("serve", "--help")[1].decode().splitlines()
+    sections = [line for line in lines if re.fullmatch(r"\S.*:", line)]
+    assert sections == ["options:", *(f"{subject}:" for subject in SUBJECTS.values())]
+    assert lines.index("Log:") < lines.index(next(line for line in lines if "--log-level" in line))
 
 
 # Servers that can't start

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import IO, TYPE_CHECKING, Any
 
 from dsmq import cli_parser, environment
 from dsmq.client import DSMQClientSideConnection, connect
@@ -27,8 +27,6 @@ from dsmq.wire.addresses import parse_endpoint
 if TYPE_CHECKING:
     from dsmq.position_file import PositionFile
 
-T = TypeVar("T")
-
 # Max length of a line of stdin, unless the server has announced a larger limit on messages.
 _MAX_LINE_BYTES = 67_108_864
 
@@ -37,14 +35,16 @@ OK, NOTHING = 0, 3
 
 def _connect(options: argparse.Namespace, timeout: float = 10.0) -> DSMQClientSideConnection:
     # Never send the configured server's token to another server, named by --host.
-    known = _server_settings(use_file=not options.host)
-    options.host = options.host or known["host"].parse(cli_parser.host)
-    options.port = options.port or known["port"].parse(cli_parser.port)
+    known = _ServerSettings(use_file=not options.host)
+    options.host, port = options.host or (known.get("host", cli_parser.host, "127.0.0.1"), 0)
+    if port and options.port not in (port, None):
+        raise ConfigError(f"--host names port {port}, but --port is {options.port}")
+    options.port = port or options.port or known.get("port", cli_parser.port, "30008")
     security: dict[str, Any] = {name: getattr(options, name) for name in ("tls", "ca_file", "cert_file", "key_file")}
-    if known["tls_cert_file"].text and not any(security.values()):
+    if (cert := known.get("tls_cert_file")) and not any(security.values()):
         from dsmq.wire.tls import pinned_context  # noqa: PLC0415 - rarely needed
 
-        security["tls"] = pinned_context(*known["tls_cert_file"])
+        security["tls"] = pinned_context(cert, known.sources["tls_cert_file"])
     security["token"] = _token(options.token_file, known)
     reconnect = getattr(options, "reconnect", 0.0)
     _log_to_stderr()
@@ -90,34 +90,23 @@ def _cli_hint(text: str) -> str:
     return text
 
 
-class _Setting(NamedTuple):
-    """A setting of the server, and its source for error messages."""
+class _ServerSettings:
+    """The settings of a server, as far as clients need them. Raises ConfigError."""
 
-    text: str
-    source: str
+    def __init__(self, *, use_file: bool) -> None:
+        self._values, self.sources = environment.read(None if use_file else "")
 
-    def parse(self, kind: Callable[[str], T]) -> T:
+    def get(self, name: str, parse: Callable[[str], Any] = str, default: str = "") -> Any:
         try:
-            return kind(self.text)
+            return parse(str(self._values.get(name, default)))
         except (argparse.ArgumentTypeError, ValueError) as error:
-            raise ConfigError(f"{self.source}: {error}") from None
+            raise ConfigError(f"{self.sources[name]}: {error}") from None
 
 
-_DEFAULTS = {"host": "127.0.0.1", "port": "30008", "auth_token": "", "auth_token_file": "", "tls_cert_file": ""}
-
-
-def _server_settings(*, use_file: bool) -> dict[str, _Setting]:
-    """Return the settings that locate the server. Raises ConfigError."""
-    values, sources = environment.read(None if use_file else "")
-    return {
-        name: _Setting(str(values.get(name, default)), sources.get(name, "")) for name, default in _DEFAULTS.items()
-    }
-
-
-def _token(file: str | None, known: dict[str, _Setting]) -> str | None:
-    if file is None and known["auth_token"].text:
-        return known["auth_token"].parse(check_token)
-    file = file or known["auth_token_file"].text
+def _token(file: str | None, known: _ServerSettings) -> str | None:
+    if file is None and known.get("auth_token"):
+        return str(known.get("auth_token", check_token))
+    file = file or known.get("auth_token_file")
     if not file:
         return None
     from dsmq.broker.token_files import read_tokens  # noqa: PLC0415 - rarely needed

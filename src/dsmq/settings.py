@@ -246,6 +246,18 @@ def load(
         raise ConfigError("; ".join(_explain(error, sources))) from None
 
 
+# The subjects of the settings, by the first setting of each.
+SUBJECTS = {
+    "host": "Listening",
+    "protected_mode": "Authentication and TLS",
+    "http_host": "HTTP endpoint",
+    "max_age_seconds": "Messages",
+    "max_connections": "Clients",
+    "stop_timeout_seconds": "Server",
+    "log_level": "Log",
+}
+
+
 # Replace pydantic's messages, which are written for programmers.
 _MESSAGES = {
     **dict.fromkeys(("int_type", "int_parsing", "int_parsing_size", "int_from_float"), "should be a whole number"),
@@ -294,12 +306,15 @@ def _as_option(default: Any) -> str:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add --config and one option per setting to a command."""
     parser.add_argument("--config", metavar="FILE", help="TOML file; default: the one that DSMQ_CONFIG names")
+    group: argparse._ArgumentGroup
     for name, field in Settings.model_fields.items():
+        if name in SUBJECTS:
+            group = parser.add_argument_group(SUBJECTS[name])
         if is_secret(name):
             # Other users on the machine can read command lines.
             continue
         about = f"{environment.settings()[name]} Default: {_as_option(field.default)}".replace("%", "%%")
-        parser.add_argument(option(name), metavar="VALUE", dest=name, default=argparse.SUPPRESS, help=about)
+        group.add_argument(option(name), metavar="VALUE", dest=name, default=argparse.SUPPRESS, help=about)
 
 
 def from_options(options: argparse.Namespace) -> Settings:
@@ -329,6 +344,8 @@ def example() -> str:
         "# Each can also be given as DSMQ_NAME in the environment, or as --name on the command line; the last wins.\n"
     ]
     for name, field in Settings.model_fields.items():
+        if name in SUBJECTS:
+            parts.append(f"## {SUBJECTS[name]}\n")
         about = textwrap.fill(environment.settings()[name], 110, initial_indent="# ", subsequent_indent="# ")
         parts.append(f"{about}\n#{tomli_w.dumps({name: '' if is_secret(name) else field.default})}")
     return "\n".join(parts)

@@ -195,7 +195,7 @@ def _state_overhead(trial: Trial, limit: int, topics: int, about: str) -> None:
 
 
 def stopped(trial: Trial) -> None:
-    seconds = trial.size(10, 1)
+    seconds = trial.size(10, 3)
     with victim(trial, request_timeout_seconds=seconds / 2, max_age_seconds=600) as on:
         daemon = on.daemon
         outcomes: list[str] = []
@@ -225,8 +225,11 @@ def stopped(trial: Trial) -> None:
             thread.start()
         request = encode_request(b"PUT", b"t", b"in two halves")
         with on.scraper.paused(), dial(daemon.port) as half:
-            half.sendall(request[:10])
             reached(lambda: daemon.metric("dsmq_connections") == 3 * len(calls) + 1)
+            # Last, because its time limit runs from when the server has received this much.
+            before = daemon.metric("dsmq_received_bytes_total")
+            half.sendall(request[:10])
+            reached(lambda: daemon.metric("dsmq_received_bytes_total") >= before + 10)
             daemon.signal(signal.SIGSTOP)
             reached(lambda: state_of(daemon) == "T")
             stop.wait()

@@ -20,9 +20,10 @@ import pytest
 
 from conftest import SOON, UNIT, Wire, blocked, daemon, loop_of, serving, wait_until, wire_to
 from dsmq.broker import event_loop as worker
-from dsmq.broker import messages, transport, usage
+from dsmq.broker import reads, transport, usage
 from dsmq.broker.connection import Connection
 from dsmq.broker.event_loop import EventLoop
+from dsmq.broker.requests import MAX_DISCARDED_BYTES
 from dsmq.broker.transport import MAX_HELD_BYTES
 from dsmq.broker.usage import FREE_BYTES, RECEIVE_BYTES, Budget
 from dsmq.client import connect
@@ -30,6 +31,7 @@ from dsmq.errors import Full, ReplyError
 from dsmq.server import Server
 from dsmq.store.api import MESSAGE_OVERHEAD_BYTES, TOPIC_OVERHEAD_BYTES, Limits, Message
 from dsmq.store.sqlite import SQLiteStore
+from dsmq.wire.limits import MAX_READ_BYTES
 from dsmq.wire.resp import Encoded, encode_messages, encode_request
 
 # Stored messages
@@ -396,7 +398,7 @@ def test_rejected_client_may_send_only_a_little_more(last: bytes) -> None:
             pass
         # Closing at once would reset the connection, and the client might lose the reply.
         for _ in range(2):
-            wire.send(b"x" * (transport.MAX_DISCARDED_BYTES // 2))
+            wire.send(b"x" * (MAX_DISCARDED_BYTES // 2))
             assert other.call("PING") == "PONG"
         assert server.status.connections() == 2
         wire.send(b"x" * 1000)
@@ -436,7 +438,7 @@ def test_total_unread_replies_are_bounded() -> None:
                     time.sleep(UNIT / 100)
                 assert all(isinstance(reply, list) for reply in done.result())
         # Between two checks of the total, each event loop may exceed it by one connection's limit and one reply.
-        assert most < 1_000_000 + 3 * (200_000 + messages.MAX_READ_BYTES)
+        assert most < 1_000_000 + 3 * (200_000 + MAX_READ_BYTES)
         wait_until(lambda: replies.total == 0)
         lazy[0].send(encode_request(b"READ", b"t", b"0") * 100)
         wait_until(lambda: replies.total > 0)
@@ -904,7 +906,7 @@ def test_long_reply_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
         made.append(encode_messages(messages))
         return made[-1]
 
-    monkeypatch.setattr(messages, "encode_messages", encode)
+    monkeypatch.setattr(reads, "encode_messages", encode)
     with serving() as server, wire_to(server) as wire:
         (one,) = wait_for_connections(server, 1)
         body = b"x" * (1 << 20)

@@ -492,6 +492,7 @@ def test_status_reports_topics_clients_and_errors(server: Server, wire: Wire) ->
     assert (status["host"], status["port"], status["tokens"], status["tls"]) == ("127.0.0.1", server.port, False, False)
     client = status["clients"][0]
     assert (client["name"], client["topic"], client["lag"], client["waiting"]) == ("me", "t", 2, False)
+    assert client["role"] == "admin"
     assert status["errors"][0]["code"] == "UNKNOWN"
     assert (status["ready"], status["healthy"], status["reasons"]) == (True, True, [])
 

@@ -313,29 +313,42 @@ def log_to(stream: TextIO, rate: int) -> Iterator[logging.Logger]:
         logger.handlers, logger.level = before, level
 
 
-def test_repeated_lines_are_suppressed_until_next_summary(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    with log.open("w") as stream, log_to(stream, rate=3) as logger:
-
-        def written() -> list[str]:
-            logs.drain()
-            return [line.partition(" WARNING ")[2] for line in log.read_text().splitlines()]
+def test_lines_above_the_limit_per_second_are_counted_in_next_summary(tmp_path: Path) -> None:
+    log, now = tmp_path / "log", 0.0
+    with log.open("w") as stream:
+        output = logs.BackgroundStream(stream)
+        handler = logs.Handler(output, 3, lambda: now)
 
         def repeat(times: int) -> None:
             for number in range(times):
-                logger.warning("repeated %d", number)
+                handler.handle(record(f"repeated {number}"))
 
+        def written() -> list[str]:
+            """Return what has been written since the last call."""
+            output.drain()
+            shown = log.read_text().splitlines()[len(lines) :]
+            lines.extend(shown)
+            return shown
+
+        lines: list[str] = []
         repeat(6)
-        logger.warning("another call")
-        expected = ["repeated 0", "repeated 1", "repeated 2", "another call"]
-        assert written() == expected
-        logs.summarise()
-        expected.append("3 more lines like: repeated 5")
-        assert written() == expected
-        logs.summarise()
-        assert written() == expected
+        handler.handle(record("another call", logging.WARNING))
+        assert written() == ["repeated 0", "repeated 1", "repeated 2", "another call"]
+        # The limit is per second, however often a summary is written.
+        handler.summarise()
+        assert written() == ["3 more lines like: repeated 5"]
+        handler.summarise()
         repeat(1)
-        assert written() == [*expected, "repeated 0"]
+        assert written() == []
+        now = 1.0
+        repeat(5)
+        assert written() == ["repeated 0", "repeated 1", "repeated 2"]
+        now = 2.0
+        repeat(4)
+        assert written() == ["repeated 0", "repeated 1", "repeated 2"]
+        # Suppressed in three seconds: 1, 2 and 1.
+        handler.summarise()
+        assert written() == ["4 more lines like: repeated 3"]
 
 
 def test_second_server_in_process_logs_no_line_twice() -> None:

@@ -25,6 +25,8 @@ KNOWN = (
 )
 OLD = "dsmq14"
 OLD_VERSION = "1.4.1"
+# Another commit of this project, in a virtual environment of its own.
+BEFORE = "before"
 # Another program may take a free port before it is used; then try another one.
 PORTS_TRIED = 5
 
@@ -56,7 +58,7 @@ class Broker:
 
     def _command(self) -> list[str]:
         port = str(self.port)
-        if self.name == "dsmq":
+        if self.name in ("dsmq", BEFORE):
             return [self.python, "-m", "dsmq", "serve", "--port", port, "--http-port", "0", "--log-level", "error"]
         if self.name == OLD:
             return [self.python, "-c", f"from dsmq.server import serve; serve('127.0.0.1', {port})"]
@@ -99,8 +101,11 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def find(stack: ExitStack, wanted: list[str]) -> list[Broker]:
-    """Start the wanted servers (none given: all), and report those that are not installed."""
+def find(stack: ExitStack, wanted: list[str], before: str = "") -> list[Broker]:
+    """Start the wanted servers (none given: all), and report those that are not installed.
+
+    `before` is the Python of a virtual environment with another commit of dsmq, which is started too.
+    """
     brokers = []
     for name, program, _, package in KNOWN:
         if wanted and name not in wanted:
@@ -111,6 +116,8 @@ def find(stack: ExitStack, wanted: list[str]) -> list[Broker]:
             say(f"skipped: {name}, Python's {package} is not installed")
         else:
             brokers.append(Broker(name, stack))
+    if before:
+        brokers.append(Broker(BEFORE, stack, python=before))
     if (not wanted or OLD in wanted) and (python := _old_python(stack)):
         brokers.append(Broker(OLD, stack, python=python))
     return brokers

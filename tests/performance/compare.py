@@ -42,7 +42,7 @@ FAN_OUT = 200
 # Fraction of the repetitions for systems that are slow.
 FEWER = {"nats": 0.2, brokers.OLD: 0.2}
 BENCHMARKS = [["-c", "1"], ["-c", "10"], ["-c", "50"], ["-c", "50", "-P", "16"]]
-PUT = {"dsmq": ["PUT", "t", "m"], "redis": ["XADD", "t", "*", "m", "m"]}
+PUT = {name: ["PUT", "t", "m"] for name in ("dsmq", brokers.BEFORE)} | {"redis": ["XADD", "t", "*", "m", "m"]}
 MESSAGES_HELD = 1_000_000
 
 # By row and system, one figure per round.
@@ -127,14 +127,14 @@ def run_rates(systems: list[System], rounds: int, requests: int) -> Figures:
     return figures
 
 
-def run_memory(names: list[str]) -> Figures:
+def run_memory(systems: list[System]) -> Figures:
     """Return the bytes of memory per message of 100 bytes, with a million stored."""
     figures: Figures = {}
-    for name in names:
+    for name, python in [(system.name, system.broker.python) for system in systems]:
         if name in PUT:
             progress(f"a million messages, {name}")
             with ExitStack() as stack:
-                system = System(Broker(name, stack), stack)
+                system = System(Broker(name, stack, python=python), stack)
                 before = system.broker.memory
                 system.ask(f"fill {MESSAGES_HELD}")
                 add(
@@ -198,6 +198,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--plot", type=Path, help="draw the ratios to this SVG or PNG file; needs matplotlib")
     parser.add_argument("--systems", nargs="*", default=[], help="dsmq redis beanstalkd nats dsmq14; default: all")
+    parser.add_argument("--before", default="", help="Python of a virtual environment with another commit of dsmq")
     parser.add_argument("--operations", nargs="*", default=list(OPERATIONS), help=" ".join(OPERATIONS))
     options = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))
@@ -205,13 +206,13 @@ def main() -> None:
         parser.error("--apart needs two cores")
     with ExitStack() as stack:
         with brokers.on_cores({cores[0]} if options.apart else None):
-            found = brokers.find(stack, options.systems)
+            found = brokers.find(stack, options.systems, options.before)
         stack.enter_context(brokers.on_cores(set(cores[1:]) if options.apart else None))
         systems = [System(broker, stack) for broker in found]
         times = run_operations(systems, options.rounds, options.operations)
         rates = run_rates(systems, max(1, options.rounds // 2), options.requests) if options.requests else {}
     names = [system.name for system in systems]
-    memory = run_memory(names) if options.requests else {}
+    memory = run_memory(systems) if options.requests else {}
     progress("")
     tables = [
         Table("µs", "lower", times),

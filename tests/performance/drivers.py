@@ -188,7 +188,10 @@ class Nats:
 
 # The requests that put a message, and that wait for one after a position.
 FAN_OUT = {
-    "dsmq": ([b"PUT", b"<topic>", SHORT.encode()], [b"READ", b"<topic>", b"<id>", b"WAIT", b"60000"]),
+    **dict.fromkeys(
+        ("dsmq", "before"),
+        ([b"PUT", b"<topic>", SHORT.encode()], [b"READ", b"<topic>", b"<id>", b"WAIT", b"60000"]),
+    ),
     "redis": (
         [b"XADD", b"<topic>", b"*", b"m", SHORT.encode()],
         [b"XREAD", b"BLOCK", b"60000", b"STREAMS", b"<topic>", b"<id>"],
@@ -201,7 +204,7 @@ def id_in(reply: bytes) -> bytes:
     return reply.strip().split(b"\r\n")[-1].lstrip(b":")
 
 
-SYSTEMS = {"dsmq": Dsmq, "dsmq14": Dsmq14, "redis": Redis, "beanstalkd": Beanstalk, "nats": Nats}
+SYSTEMS = {"dsmq": Dsmq, "before": Dsmq, "dsmq14": Dsmq14, "redis": Redis, "beanstalkd": Beanstalk, "nats": Nats}
 
 
 class Measure:
@@ -276,11 +279,10 @@ class Measure:
 
     def fan_out(self, count: int) -> float:
         """Return deliveries per second to 100 waiting readers, over plain sockets: so many clients would dominate."""
-        # Imported here, because this file also runs with dsmq 1.4, which does not have it.
-        from dsmq.wire.resp import encode_request
 
         def send(sock: socket.socket, words: list[bytes]) -> None:
-            sock.sendall(encode_request(*({b"<topic>": topic, b"<id>": last_id}.get(word, word) for word in words)))
+            words = [{b"<topic>": topic, b"<id>": last_id}.get(word, word) for word in words]
+            sock.sendall(b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%s\r\n" % (len(word), word) for word in words))
 
         topic, last_id = self.topic("fan").encode(), b""
         put, wait = FAN_OUT[self.system]
