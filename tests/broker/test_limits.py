@@ -20,7 +20,7 @@ import pytest
 
 from conftest import SOON, UNIT, Wire, blocked, daemon, loop_of, serving, wait_until, wire_to
 from dsmq.broker import event_loop as worker
-from dsmq.broker import reads, transport, usage
+from dsmq.broker import reads, usage
 from dsmq.broker.connection import Connection
 from dsmq.broker.event_loop import EventLoop
 from dsmq.broker.requests import MAX_DISCARDED_BYTES
