@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -37,7 +37,7 @@ from dsmq.broker.admission import MAX_REFUSED
 from dsmq.client import connect
 from dsmq.errors import Full, ServerFailed, ShuttingDown, StartupError, StoreFailed, WrongEpoch
 from dsmq.server import Server
-from dsmq.store.api import Message, Put
+from dsmq.store.api import Message, Outcome, Put
 from dsmq.store.expiry import Expiry
 from dsmq.store.sqlite import SQLiteStore
 from dsmq.wire.resp import encode_request
@@ -329,7 +329,7 @@ def test_errors_are_counted_by_code(server: Server, wire: Wire) -> None:
 class DefectiveStore(SQLiteStore):
     """Fails to read messages."""
 
-    def read(self, topic: bytes, after: int, count: int, max_bytes: int) -> list[Message]:
+    def read(self, topic: bytes, after: int, count: int, max_bytes: int, wait_ms: int = 0) -> list[Message]:
         return super().read(topic, after, count, max_bytes) and 1 / 0  # type: ignore[return-value]
 
 
@@ -680,10 +680,20 @@ class LaterStore(SQLiteStore):
         super().__init__(600_000)
         self.threads = ThreadPoolExecutor(4)
 
-    def append(self, puts: Sequence[Put]) -> Future[list[int]]:  # type: ignore[override]
-        return self.threads.submit(super().append, puts)
+    def start(self, on_messages: Callable[[set[bytes]], None], on_unusable: Callable[[str], None]) -> None:
+        self.on_messages = on_messages
 
-    def read(self, topic: bytes, after: int, count: int, max_bytes: int) -> Future[list[Message]]:  # type: ignore[override]
+    def append(self, puts: Sequence[Put]) -> Future[list[Outcome]]:  # type: ignore[override]
+        return self.threads.submit(self._append, puts)
+
+    append_together = append  # type: ignore[assignment]
+
+    def _append(self, puts: Sequence[Put]) -> list[Outcome]:
+        outcomes = super().append(puts)
+        self.on_messages({put[0] for put in puts})
+        return outcomes
+
+    def read(self, topic: bytes, after: int, count: int, max_bytes: int, wait_ms: int = 0) -> Future[list[Message]]:  # type: ignore[override]
         return self.threads.submit(super().read, topic, after, count, max_bytes)
 
     def latest(self, topic: bytes, after: int) -> Future[list[Message]]:  # type: ignore[override]
@@ -719,7 +729,7 @@ class SlowStore(SQLiteStore):
         super().__init__(600_000)
         self.reads: list[Future[list[Message]]] = []
 
-    def read(self, topic: bytes, after: int, count: int, max_bytes: int) -> Future[list[Message]]:  # type: ignore[override]
+    def read(self, topic: bytes, after: int, count: int, max_bytes: int, wait_ms: int = 0) -> Future[list[Message]]:  # type: ignore[override]
         self.reads.append(Future())
         return self.reads[-1]
 

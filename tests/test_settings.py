@@ -559,16 +559,34 @@ OTHERS: dict[str, Any] = {
     "log_stream": "stdout",
     "protected_mode": False,
     "http_allowed_hosts": "dsmq, mq.example.org",
-    **{name: f"/etc/dsmq/{name}" for name in config.Settings.model_fields if name.endswith("_file")},
+    **{
+        name: f"/etc/dsmq/{name}"
+        for name in config.Settings.model_fields
+        if name.endswith("_file") and not name.startswith("store_")
+    },
     **{name: kind["maximum"] for name, kind in NUMBERS.items() if name != "http_port"},
+}
+# Those of a store shared by several servers, which rule out snapshots. A token would rule out user and password.
+SHARED_STORE: dict[str, Any] = {
+    "store": "tls://nats-1:4222,[::1]:4223",
+    "store_stream": "others",
+    "store_replicas": 5,
+    "store_user": "dsmq",
+    "store_password_file": "/etc/dsmq/password",
+    "store_ca_file": "/etc/dsmq/ca.pem",
+    "store_token_file": "",
+    "snapshot_file": "",
+    "snapshot_interval_seconds": 0.0,
 }
 
 
-def test_dsmq_config_output_loads_back_unchanged(tmp_path: Path) -> None:
-    settings = config.load(**OTHERS)
+@pytest.mark.parametrize("given", [OTHERS, OTHERS | SHARED_STORE], ids=["all", "shared store"])
+def test_dsmq_config_output_loads_back_unchanged(given: dict[str, Any], tmp_path: Path) -> None:
+    settings = config.load(**given)
     shown = {name: f for name, f in config.Settings.model_fields.items() if not config.is_secret(name)}
-    assert all(getattr(settings, name) != f.default for name, f in shown.items())
-    options = [word for name, value in OTHERS.items() for word in (config.option(name), str(value))]
+    same = {name for name, f in shown.items() if getattr(settings, name) == f.default}
+    assert same <= {name for name in SHARED_STORE if given.get(name) in (None, "", 0.0)}
+    options = [word for name, value in given.items() for word in (config.option(name), str(value))]
     done = run_dsmq("config", *options)
     assert (done.returncode, done.stderr) == (0, b"")
     assert config.load(toml(tmp_path, done.stdout)).model_dump() == settings.model_dump()

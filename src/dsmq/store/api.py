@@ -140,14 +140,14 @@ class Store(Protocol):
         """Return the unexpired messages with ids above `after`, oldest first.
 
         With `wait_ms`, the caller waits for a message if there is none; without it, an empty list means that no server
-        has stored one. Raises BadRequest if `after` is above the id of the last message.
+        has stored one. A store that answers later checks `after` as `check_id` does.
         """
 
     def latest(self, topic: bytes, after: int, below: int = sys.maxsize) -> Answer[list[Message]]:
-        """Return the newest unexpired message with an id above `after` and below `below`, if there is one.
+        """Return the newest unexpired message with an id above `after` and below `below`, if there is one."""
 
-        Raises BadRequest as `read` does.
-        """
+    def check_id(self, after: int) -> None:
+        """Raise BadRequest if it is certain that no message has this id yet."""
 
     def start_id(self) -> Answer[int]:
         """Return the id of the last message that is stored, for a client that connects now. Raises StoreFailed."""

@@ -217,12 +217,15 @@ class NATSStore:
         store = self.mirror.store
         if after <= store.last_id() and ((found := store.read(topic, after, count, max_bytes)) or wait_ms):
             return found
-        return self._when_fresh(lambda: self.mirror.store.read(topic, after, count, max_bytes))
+        return self._when_fresh(after, lambda store: store.read(topic, after, count, max_bytes))
 
     def latest(self, topic: bytes, after: int, below: int = sys.maxsize) -> Answer[list[Message]]:
-        return self._when_fresh(lambda: self.mirror.store.latest(topic, after, below))
+        return self._when_fresh(after, lambda store: store.latest(topic, after, below))
 
-    def _when_fresh(self, read: Callable[[], T]) -> Future[T]:
+    def check_id(self, after: int) -> None:
+        """Another server may have given a client a later id than the mirror's last one, so that reads check it."""
+
+    def _when_fresh(self, after: int, read: Callable[[SQLiteStore], T]) -> Future[T]:
         """Read once the mirror has all that the engine has now."""
         answer: Future[T] = Future()
 
@@ -230,7 +233,8 @@ class NATSStore:
             try:
                 if error is not None:
                     raise error
-                answer.set_result(read())
+                self.mirror.store.check_id(after)
+                answer.set_result(read(self.mirror.store))
             except Exception as failed:  # noqa: BLE001 - the reader gets it
                 answer.set_exception(failed)
 

@@ -221,7 +221,7 @@ class SQLiteStore:
     def read(self, topic: bytes, after: int, count: int, max_bytes: int, wait_ms: int = 0) -> list[Message]:  # noqa: ARG002 - it is always up to date
         known = self._topics.by_name.get(topic)
         if known is None or after >= known.last_id:
-            return self._nothing_after(after)
+            return []
         messages = []
         with self._database:
             now = self._clock()
@@ -249,7 +249,7 @@ class SQLiteStore:
     def latest(self, topic: bytes, after: int, below: int = sys.maxsize) -> list[Message]:
         known = self._topics.by_name.get(topic)
         if known is None or after >= known.last_id:
-            return self._nothing_after(after)
+            return []
         with self._database:
             now = self._clock()
             since = now - self.max_age_ms
@@ -268,10 +268,9 @@ class SQLiteStore:
         # If it is the topic's last message, unpack no other message of its row.
         return self._database.newest_below(topic.row, topic.last_id - 1 if below > topic.last_id else 0, below)
 
-    def _nothing_after(self, after: int) -> list[Message]:
+    def check_id(self, after: int) -> None:
         if after > self._last_id:
             raise BadRequest(f"no message has an id above {self._last_id} yet; was the server restarted since?")
-        return []
 
     def last_id(self) -> int:
         return self._last_id
