@@ -10,10 +10,10 @@ import asyncio
 import itertools
 import json
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 CONNECT_SECONDS = 2.0
 PING_SECONDS, SILENCE_SECONDS = 1.0, 3.0
 _FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.01, 0.25
-_RECEIVE_BYTES = 262_144
 # What a server accepts if it does not say: its own default.
 _MAX_PAYLOAD_BYTES = 1_048_576
 
@@ -84,6 +83,37 @@ def encode_publish(
     return b"HPUB %b %b %d %d\r\n%b%b\r\n" % (subject, reply, len(head), len(head) + len(body), head, body)
 
 
+class _Socket(asyncio.Protocol):
+    """A socket's data, as it arrives."""
+
+    def __init__(self) -> None:
+        self.buffer = bytearray()
+        self.on_data: Callable[[], None] = lambda: None
+        self.arrived = asyncio.Event()
+        self.closed: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
+
+    def data_received(self, data: bytes) -> None:
+        self.buffer += data
+        self.arrived.set()
+        self.on_data()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.arrived.set()
+        if not self.closed.done():
+            self.closed.set_result(error)
+
+    async def line(self) -> bytes:
+        """Return the next line. Raises ConnectionResetError if there is none."""
+        while (end := self.buffer.find(b"\r\n")) < 0:
+            if self.closed.done():
+                raise self.closed.result() or ConnectionResetError("it closed the connection")
+            self.arrived.clear()
+            await self.arrived.wait()
+        line = bytes(self.buffer[:end])
+        del self.buffer[: end + 2]
+        return line
+
+
 class NATSConnection:
     """A connection to one of several servers, which is made again when it breaks. Used in one asyncio event loop."""
 
@@ -92,13 +122,12 @@ class NATSConnection:
         self._credentials, self._tls, self._name = credentials, tls, name
         self._listeners: dict[bytes, tuple[bytes, Listener]] = {}
         self._numbers = itertools.count(1)
-        self._writer: asyncio.StreamWriter | None = None
-        self._heard_at = 0.0
+        self._transport: asyncio.Transport | None = None
         self.max_payload = _MAX_PAYLOAD_BYTES
         self.server = ""
         """The name of the server that this is connected to."""
-        self.connected_at = -float("inf")
-        """When there was a connection last, by the monotonic clock."""
+        self.connected_at = -math.inf
+        """When the server was heard of last, by the monotonic clock."""
         self.error: Exception | None = None
         """Why there is no connection."""
         self.on_connected: Callable[[], None] = lambda: None
@@ -108,13 +137,13 @@ class NATSConnection:
 
     @property
     def connected(self) -> bool:
-        return self._writer is not None
+        return self._transport is not None
 
     def send(self, requests: bytes) -> bool:
         """Send requests; return False if there is no connection."""
-        if self._writer is None:
+        if self._transport is None:
             return False
-        self._writer.write(requests)
+        self._transport.write(requests)
         return True
 
     def subscribe(self, subject: bytes, listener: Listener) -> bytes:
@@ -132,89 +161,73 @@ class NATSConnection:
         """Stay connected until this is cancelled."""
         delay = _FIRST_DELAY_SECONDS
         while True:
+            transport: asyncio.Transport | None = None
             try:
                 async with asyncio.timeout(CONNECT_SECONDS):
-                    reader, writer = await self._connect(next(self._servers))
-            except (OSError, TimeoutError, ValueError, EOFError) as error:
-                self.error = error
-                await asyncio.sleep(delay)
-                delay = min(_LONGEST_DELAY_SECONDS, delay * 2)
-                continue
-            delay = _FIRST_DELAY_SECONDS
-            try:
-                await self._serve(reader, writer)
-            except (OSError, TimeoutError, ValueError, EOFError) as error:
+                    transport, sock = await self._connect(next(self._servers))
+                delay = _FIRST_DELAY_SECONDS
+                await self._serve(transport, sock)
+            except (OSError, TimeoutError, ValueError) as error:
                 self.error = error
             finally:
-                self._writer = None
-                writer.close()
-            _logger.info("NATS server %s lost: %s", self.server, self.error)
-            self.on_lost()
+                self._transport = None
+            if transport is None:
+                await asyncio.sleep(delay)
+                delay = min(_LONGEST_DELAY_SECONDS, delay * 2)
+            else:
+                transport.abort()
+                _logger.info("NATS server %s lost: %s", self.server, self.error)
+                self.on_lost()
 
-    async def _connect(self, server: Server) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        reader, writer = await asyncio.open_connection(*server, limit=_RECEIVE_BYTES)
+    async def _connect(self, server: Server) -> tuple[asyncio.Transport, _Socket]:
+        loop = asyncio.get_running_loop()
+        transport, sock = await loop.create_connection(_Socket, *server)
         try:
-            info = _parse_info(await reader.readuntil(b"\r\n"))
+            info = _parse_info(await sock.line())
             if self._tls is not None:
-                await writer.start_tls(self._tls, server_hostname=server[0])
-            options: dict[str, object] = {
-                "verbose": False,
-                "pedantic": False,
-                "headers": True,
-                "no_responders": True,
-                "protocol": 1,
-            }
-            options |= {"lang": "python", "version": "2", "name": self._name, **self._credentials.options()}
-            writer.write(b"CONNECT %b\r\nPING\r\n" % json.dumps(options).encode())
-            while (line := await reader.readuntil(b"\r\n")) != b"PONG\r\n":
+                transport = await loop.start_tls(transport, sock, self._tls, server_hostname=server[0])  # type: ignore[assignment]
+            options: dict[str, object] = {"verbose": False, "pedantic": False, "headers": True, "no_responders": True}
+            options |= {"protocol": 1, "lang": "python", "version": "2", "name": self._name}
+            transport.write(b"CONNECT %b\r\nPING\r\n" % json.dumps(options | self._credentials.options()).encode())
+            while (line := await sock.line()) != b"PONG":
                 if line.startswith(b"-ERR"):
                     raise Refused(line[4:].strip().decode(errors="replace").strip("'"))
         except BaseException:
-            writer.close()
+            transport.abort()
             raise
         self.max_payload = int(info.get("max_payload", _MAX_PAYLOAD_BYTES))
         self.server = str(info.get("server_name") or server)
-        return reader, writer
+        return transport, sock
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._writer, self.error = writer, None
-        self._heard_at = self.connected_at = time.monotonic()
+    async def _serve(self, transport: asyncio.Transport, sock: _Socket) -> None:
+        """Pass messages on until the connection breaks, or the server is silent. Raises OSError."""
+        self._transport, self.error = transport, None
+        sock.on_data = lambda: self._receive(sock)
+        self.connected_at = time.monotonic()
         for number, (subject, _) in self._listeners.items():
-            writer.write(b"SUB %b %b\r\n" % (subject, number))
+            transport.write(b"SUB %b %b\r\n" % (subject, number))
         _logger.info("connected to NATS server %s", self.server)
         self.on_connected()
-        pinging = asyncio.create_task(self._ping(writer))
-        try:
-            await self._receive(reader)
-        finally:
-            pinging.cancel()
-            await asyncio.gather(pinging, return_exceptions=True)
+        self._receive(sock)
+        while not sock.closed.done():
+            await asyncio.wait([sock.closed], timeout=PING_SECONDS)
+            transport.write(b"PING\r\n")
+            if time.monotonic() - self.connected_at > SILENCE_SECONDS:
+                raise TimeoutError("it does not answer")
+        raise sock.closed.result() or ConnectionResetError("it closed the connection")
 
-    async def _ping(self, writer: asyncio.StreamWriter) -> None:
-        """Abort the connection if the server is silent."""
-        while True:
-            await asyncio.sleep(PING_SECONDS)
-            writer.write(b"PING\r\n")
-            if time.monotonic() - self._heard_at > SILENCE_SECONDS:
-                self.error = TimeoutError("it does not answer")
-                writer.transport.abort()
-
-    async def _receive(self, reader: asyncio.StreamReader) -> None:
-        buffer = bytearray()
-        while data := await reader.read(_RECEIVE_BYTES):
-            self._heard_at = self.connected_at = time.monotonic()
-            buffer += data
-            del buffer[: self._parse(buffer)]
-            self.on_received()
-        raise self.error or ConnectionResetError("it closed the connection")
+    def _receive(self, sock: _Socket) -> None:
+        self.connected_at = time.monotonic()
+        del sock.buffer[: self._parse(sock.buffer)]
+        self.on_received()
 
     def _parse(self, buffer: bytearray) -> int:
         """Handle all complete messages; return their total size."""
         at = 0
         while (end := buffer.find(b"\r\n", at)) >= 0:
-            line = buffer[at:end]
+            line = bytes(buffer[at:end])
             if line[:4] == b"MSG " or line[:5] == b"HMSG ":
-                words = bytes(line).split(b" ")
+                words = line.split(b" ")
                 has_headers = line[:1] == b"H"
                 start, size = end + 2, int(words[-1])
                 if len(buffer) < start + size + 2:
@@ -232,11 +245,6 @@ class NATSConnection:
             elif line.startswith(b"-ERR"):
                 _logger.warning("NATS server %s: %s", self.server, line[5:].decode(errors="replace"))
         return at
-
-    def close(self) -> None:
-        if self._writer is not None:
-            with suppress(OSError):
-                self._writer.close()
 
 
 def _parse_info(line: bytes) -> dict[str, Any]:
