@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from dsmq.errors import ReplyError, StartupError, StoreFailed, TooBig
 from dsmq.store.api import Answer, Limits, Message, Outcome, Put, Timing, TopicStats, Totals
-from dsmq.store.nats_connection import Credentials, NATSConnection, Refused, Server
+from dsmq.store.nats_connection import Credentials, NATSConnection, Server
 from dsmq.store.nats_mirror import Mirror, ReadIndex
 from dsmq.store.nats_puts import Publisher
 from dsmq.store.nats_requests import Requests
@@ -140,9 +140,9 @@ class NATSStore:
         """Wait for the engine, which may be starting. Raises StartupError if it refuses the credentials."""
         said = ""
         while not self.connection.connected:
+            if refusal := self.connection.refusal:
+                raise StartupError(f"the NATS servers refuse the connection: {refusal}")
             error = self.connection.error
-            if isinstance(error, Refused):
-                raise StartupError(f"the NATS server refuses the connection: {error}")
             if error is not None and str(error) != said:
                 said = str(error)
                 _logger.warning("waiting for a NATS server: %s", said)
