@@ -172,6 +172,8 @@ def test_put_is_answered_while_next_message_is_slow(
 def test_unsent_slow_messages_go_to_next_server(states: list[str]) -> None:
     def messages(other: ExitStack, first: Server) -> Iterator[str]:
         port = first.port
+        # Without a notice that the server is stopping.
+        close_connections(first)
         first.stop()
         other.enter_context(serving(port=port))
         time.sleep(2 * calls._LONG_BATCH_SECONDS)
