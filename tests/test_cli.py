@@ -909,7 +909,7 @@ def pem(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("cert", "locked", "{key}: {folder}/locked: the private key is encrypted"),
         ("cert", "locked_too", "{key}: {folder}/locked_too: the private key is encrypted"),
-        ("key", "cert", "{key}: {folder}/cert: no private key in PEM format found; are key and certificate exchanged?"),
+        ("key", "cert", "{key}: {folder}/cert: no private key in PEM format found; are key and certificate swapped?"),
         ("cert", "cert", "{key}: {folder}/cert: no private key in PEM format found"),
         ("key", "key", "{cert}: {folder}/key: no certificate in PEM format found"),
         ("cert", "other", "{key}: {folder}/other: the key does not match the certificate"),

@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-# Other modules are imported in functions, so that Ctrl-C is handled while they load, and only if they are needed.
+# Other modules are imported in functions: only those that are needed, and Ctrl-C is handled while they load.
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 

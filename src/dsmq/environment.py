@@ -52,7 +52,7 @@ def settings() -> dict[str, str]:
 def read(file: str | None = None) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the settings in a TOML file and the environment, and the source of each for error messages.
 
-    By default, the file is the one that DSMQ_CONFIG names, if any. Raises ConfigError.
+    By default, the file is the one named by DSMQ_CONFIG, if any. Raises ConfigError.
     """
     variables = _variables()
     default_file = os.environ.get(variables.pop("config", ""), "")

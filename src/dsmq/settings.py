@@ -236,7 +236,7 @@ def load(
 ) -> Settings:
     """Return the effective settings; name_of maps the name of a `given` setting to the caller's name for it.
 
-    file is the path of a TOML file; default: the one that DSMQ_CONFIG names, if any. Raises ConfigError.
+    file is the path of a TOML file; default: the one named by DSMQ_CONFIG, if any. Raises ConfigError.
     """
     values, sources = environment.read(file)
     sources |= {name: name_of(name) for name in given}
@@ -246,7 +246,7 @@ def load(
         raise ConfigError("; ".join(_explain(error, sources))) from None
 
 
-# The subjects of the settings, by the first setting of each.
+# The headings of groups of settings, by the first setting of each.
 SUBJECTS = {
     "host": "Listening",
     "protected_mode": "Authentication and TLS",
@@ -305,7 +305,7 @@ def _as_option(default: Any) -> str:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add --config and one option per setting to a command."""
-    parser.add_argument("--config", metavar="FILE", help="TOML file; default: the one that DSMQ_CONFIG names")
+    parser.add_argument("--config", metavar="FILE", help="TOML file; default: the one named by DSMQ_CONFIG")
     group: argparse._ArgumentGroup
     for name, field in Settings.model_fields.items():
         if name in SUBJECTS:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dsmq.broker.event_loop import EventLoop
     from dsmq.broker.transactions import Step, Transaction
 
-# Commands whose replies may be long, and how long. The replies to READ and GET are as long as their messages.
+# Commands whose replies may be long, and the bytes to reserve for each. READ and GET know the length of their replies.
 LONG_REPLIES = frozenset({b"TOPICS", b"ECHO", b"PING", b"COMMAND", b"CONFIG", b"INFO"})
 LONG_REPLY_BYTES = 65_536
 # Max bytes received at once from each of many connections, so that one does not hold up the others.

@@ -51,8 +51,8 @@ class HTTPEndpoint:
         self.registry = metrics.registry(status)
         self.thread = threading.Thread(target=self._run, name="dsmq-metrics", daemon=True)
         self.waiting_since: dict[socket.socket, float] = {}
-        """The open connections, oldest first: since when the client is to send its request or to hang up, or infinity
-        while its request is being answered."""
+        """The open connections, oldest first, with the time since which the client has to send its request or hang up;
+        infinity while its request is being answered."""
         self._close = close
         self._stop = threading.Event()
         self._one_closed = threading.Event()
