@@ -143,6 +143,8 @@ class EventLoop:
 
     def _drain(self, until: float) -> None:
         self._stop_at = until
+        # Wakes the loop in time.
+        self._pulse_at = min(self._pulse_at, until)
         self._for_all(lambda connection: connection.drain())
 
     def _for_all(self, call: Callable[[Connection], None]) -> None:
@@ -172,9 +174,7 @@ class EventLoop:
 
     def _run(self) -> None:
         try:
-            while self.connections or self._stop_at == math.inf:
-                if time.monotonic() >= self._stop_at:
-                    break
+            while self._answered_at < self._stop_at and (self.connections or self._stop_at == math.inf):
                 self._turn()
         finally:
             self.close()
@@ -203,7 +203,7 @@ class EventLoop:
                 key.data.on_ready(events)
             except Exception:  # noqa: BLE001
                 key.data.on_failure()
-            if many and self._is_over():
+            if many and time.monotonic() > self._answered_at + TURN_SECONDS and self._is_over():
                 return
         if self._to_run and self._go_on(many=many):
             return
@@ -236,18 +236,17 @@ class EventLoop:
                 connection.requests.run()
             except Exception:  # noqa: BLE001
                 connection.on_failure()
-            if many and self._is_over():
+            now = time.monotonic()
+            if many and now > self._answered_at + TURN_SECONDS and self._is_over():
                 return True
-            if time.monotonic() >= until:
+            if now >= until:
                 break
         return False
 
     def _is_over(self) -> bool:
         """In a long turn, answer the first requests now; return whether the server has to stop now."""
-        now = time.monotonic()
-        if now > self._answered_at + TURN_SECONDS:
-            self._answer()
-        return now >= self._stop_at
+        self._answer()
+        return self._answered_at >= self._stop_at
 
     def _answer(self) -> None:
         """Store what has been put, and send the replies."""
@@ -280,12 +279,12 @@ class EventLoop:
             if now - before > LONG_YIELD_SECONDS:
                 self._poll_not_before = now + LONG_YIELD_PAUSE_SECONDS
         self._flush_store()
-        until = min(self._timers.next_at, self._pulse_at, self._stop_at)
+        until = min(self._timers.next_at, self._pulse_at)
         if self.memory.is_short:
             until = min(until, self.now + ROOM_SECONDS)
         # After the process was suspended (SIGSTOP), the first call returns nothing even if requests have arrived, which
         # the timers would then consider late.
-        return self._selector.select(max(0.0, until - time.monotonic())) or self._selector.select(0)
+        return self._selector.select(until - time.monotonic()) or self._selector.select(0)
 
     def _flush_store(self) -> None:
         try:
