@@ -20,10 +20,9 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from dsmq import logs
-from dsmq.broker.context import ServerContext
+from dsmq.broker.connection import Connection
 from dsmq.broker.counters import Counters
 from dsmq.broker.deadlines import Timers, TimerTarget
-from dsmq.broker.listener import Listener
 from dsmq.broker.puts import PutBatch
 from dsmq.broker.reads import Waiters
 from dsmq.broker.usage import MemoryQueue
@@ -31,8 +30,10 @@ from dsmq.errors import Busy, ReplyError, StoreFailed
 from dsmq.system import LONG_YIELD_PAUSE_SECONDS, LONG_YIELD_SECONDS, yield_processor
 
 if TYPE_CHECKING:
-    from dsmq.broker.connection import Connection
-    from dsmq.broker.transport import Transport
+    from dsmq.broker.context import ServerContext
+    from dsmq.broker.listener import Listener
+    from dsmq.broker.login import Peer
+    from dsmq.broker.transport import Stream, Transport
 
 # How often an event loop proves that it is alive, and measures how late it checks its timers.
 PULSE_SECONDS = 1.0
@@ -119,7 +120,8 @@ class EventLoop:
         if listener in self._selector.get_map():
             self._selector.unregister(listener)
 
-    def add_connection(self, connection: Connection) -> None:
+    def add_connection(self, sock: Stream, peer: Peer) -> None:
+        connection = Connection(self, sock, peer)
         self.connections[connection] = None
         self.counters.opened += 1
         if connection.unauthenticated:
@@ -143,8 +145,6 @@ class EventLoop:
 
     def _drain(self, until: float) -> None:
         self._stop_at = until
-        # Wakes the loop in time.
-        self._pulse_at = min(self._pulse_at, until)
         self._for_all(lambda connection: connection.drain())
 
     def _for_all(self, call: Callable[[Connection], None]) -> None:
@@ -279,7 +279,7 @@ class EventLoop:
             if now - before > LONG_YIELD_SECONDS:
                 self._poll_not_before = now + LONG_YIELD_PAUSE_SECONDS
         self._flush_store()
-        until = min(self._timers.next_at, self._pulse_at)
+        until = min(self._timers.next_at, self._pulse_at, self._stop_at)
         if self.memory.is_short:
             until = min(until, self.now + ROOM_SECONDS)
         # After the process was suspended (SIGSTOP), the first call returns nothing even if requests have arrived, which

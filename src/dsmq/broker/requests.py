@@ -66,14 +66,15 @@ class Requests:
         waiting = self.connection.state is WAITING
         return self.parser.missing if self.parser.incomplete and not waiting else 0
 
-    def permit(self, role: Role) -> None:
+    def permit(self) -> None:
+        """Allow the commands of the client's role."""
         table = self.loop.context.commands
-        self.permitted = (table.queued if self.transaction else table.by_role)[role]
+        self.permitted = (table.queued if self.transaction else table.by_role)[self.connection.role]
 
     def begin(self, transaction: Transaction | None) -> None:
         """Queue requests in a transaction from now on; None: run them again."""
         self.transaction = transaction
-        self.permit(self.connection.role)
+        self.permit()
 
     def run_next(self, steps: list[Step]) -> None:
         """Run these steps of a transaction before any other request."""
