@@ -157,9 +157,7 @@ def info(client: Connection, request: list[bytes]) -> bytes:
     lines = []
     for section, values in client.context.info().items():
         # Only an admin may know about other clients.
-        if (everything or section in wanted) and (
-            client.role is Role.ADMIN or section in ("server", "replication")
-        ):
+        if (everything or section in wanted) and (client.role is Role.ADMIN or section in ("server", "replication")):
             lines += [f"# {section.capitalize()}", *(f"{name}:{_text(value)}" for name, value in values.items()), ""]
     return encode_bulk("\r\n".join(lines).encode())
 
