@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import Phase, settings
@@ -193,7 +193,7 @@ def test_write_buffer_is_flushed_by_topic_and_millisecond(
     statements = watch(store)
     put(store, b"a", b"a5")
     inserts = [*["INSERT INTO topics"] * 2, *["INSERT INTO chunks"] * 3]
-    assert [statement.split(" (")[0] for statement in statements][:7] == ["BEGIN", *inserts, "COMMIT"]
+    assert [statement.split(" (")[0].strip() for statement in statements][:7] == ["BEGIN", *inserts, "COMMIT"]
     assert bodies(read(store, b"a")) == [b"a1", b"a2", b"a3", b"a4", b"a5"]
     assert bodies(read(store, b"a", 2)) == [b"a3", b"a4", b"a5"]
     assert bodies(read(store, b"b", 3)) == [b"b2"]
@@ -644,15 +644,21 @@ def test_interrupt_in_transaction_stores_nothing_and_propagates(
     store: ClockedStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Interrupting:
-        """A connection that is interrupted before COMMIT."""
+        """A connection that is interrupted in a transaction."""
 
-        def __getattr__(self, name: str) -> object:
-            return getattr(connection, name)
+        def rollback(self) -> None:
+            connection.rollback()
 
-        def execute(self, sql: str, *arguments: object) -> object:
-            if sql == "COMMIT":
-                raise KeyboardInterrupt
-            return connection.execute(sql, *arguments)
+        def executemany(self, sql: str, rows: Iterable[tuple[object, ...]]) -> None:
+            connection.executemany(sql, rows)
+            assert connection.in_transaction
+            raise KeyboardInterrupt
+
+        def __enter__(self) -> None:
+            pass
+
+        def __exit__(self, *error: Any) -> None:
+            connection.__exit__(*error)
 
     put(store, b"t", BIG)
     before = everything(store)
