@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 from hypothesis import Phase, settings
@@ -657,7 +657,7 @@ def test_interrupt_in_transaction_stores_nothing_and_propagates(
         def __enter__(self) -> None:
             pass
 
-        def __exit__(self, *error: Any) -> None:
+        def __exit__(self, *error: object) -> None:
             connection.__exit__(*error)
 
     put(store, b"t", BIG)
