@@ -39,12 +39,6 @@ from dsmq.wire.resp import encode_request
 Process = subprocess.Popen[bytes]
 
 
-@pytest.fixture(autouse=True)
-def buffered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let Python buffer its output, which is the default."""
-    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
-
-
 @pytest.fixture(scope="module")
 def server() -> Iterator[Daemon]:
     """One server for all tests that don't stop it; each test has its own topic."""
@@ -56,9 +50,9 @@ def server() -> Iterator[Daemon]:
 
 
 @pytest.fixture
-def address(server: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+def address(server: Daemon) -> None:
     """Make the commands use the server."""
-    monkeypatch.setenv("DSMQ_PORT", str(server.port))
+    os.environ["DSMQ_PORT"] = str(server.port)
 
 
 @pytest.fixture

@@ -32,8 +32,8 @@ FLOATS = [name for name, kind in NUMBERS.items() if kind["type"] == "number"]
 
 
 @pytest.fixture
-def setenv(monkeypatch: pytest.MonkeyPatch) -> SetEnv:
-    return monkeypatch.setenv
+def setenv() -> SetEnv:
+    return os.environ.__setitem__
 
 
 def toml(folder: Path, text: str | bytes) -> str:

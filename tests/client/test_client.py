@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -25,9 +26,8 @@ import dsmq.client
 import dsmq.client.connection
 from conftest import SOON, UNIT, blocked, serving, wait_until
 from dsmq import errors
-from dsmq.client import DSMQClientSideConnection, Message, connect
-from dsmq.client.connection import Connection
-from dsmq.client.requests import PUTS_AT_ONCE
+from dsmq.client import DSMQClientSideConnection, Message, connect, retry_delays
+from dsmq.client.requests import _LONG_BATCH_SECONDS
 from dsmq.errors import ClientClosed, ConnectionLost, MessageNotText, NotPermitted, ProtocolError, TooBig
 from dsmq.server import Server, serve
 
@@ -102,9 +102,8 @@ def test_get_wait_sends_one_request(server: Server, client: MakeClient) -> None:
     assert server.status.counters().requests == before + 1
 
 
-def test_get_wait_follows_retry_schedule(client: MakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dsmq.client, "_n_tries", 4)
-    monkeypatch.setattr(dsmq.client, "_initial_retry", UNIT / 5)
+def test_get_wait_follows_retry_schedule(client: MakeClient, retry_schedule: Callable[..., None]) -> None:
+    retry_schedule(4, UNIT / 5)
     before = time.monotonic()
     assert client().get_wait("t") == ""
     assert 3 * UNIT * 0.99 <= time.monotonic() - before < SOON
@@ -164,39 +163,39 @@ def test_long_wait_is_split_into_requests(server: Server, client: MakeClient, mo
     assert got == ["x"]
 
 
-def test_connect_waits_for_starting_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(time, "sleep", lambda _: start_listening())
+def test_connect_waits_for_starting_server() -> None:
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
 
-    def start_listening() -> None:
+    def start_late() -> None:
+        time.sleep(2 * UNIT)
         listener.listen()
-        threading.Thread(target=refuse).start()
-
-    def refuse() -> None:
         sock, _ = listener.accept()
         sock.recv(1000)
         sock.sendall(b"-BUSY too many\r\n")
         sock.close()
 
+    thread = threading.Thread(target=start_late)
+    thread.start()
     with pytest.raises(errors.Busy):
         connect(port=listener.getsockname()[1])
+    thread.join(SOON)
     listener.close()
 
 
 def test_connect_raises_connection_refused_in_the_end(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    retry_schedule: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pauses: list[float] = []
-    monkeypatch.setattr(time, "sleep", pauses.append)
+    delays = retry_delays()
+    assert delays[:3] == [0.01, 0.02, 0.04]
+    assert 10 < sum(delays) < 11
+    retry_schedule(3)
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         port = nobody.getsockname()[1]
         with pytest.raises(ConnectionRefusedError, match=f"no server answers at 127.0.0.1:{port}"):
             connect("127.0.0.1", port, True)
-    assert pauses[:3] == [0.01, 0.02, 0.04]
-    assert 10 < sum(pauses) < 11
-    assert "trying again" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("trying again") == 3
 
 
 def test_shutdown_server_stops_it_and_close_may_follow() -> None:
@@ -271,22 +270,16 @@ def test_put_many_and_get_many(client: MakeClient) -> None:
     assert mq.put_many("t", []) == []
 
 
-def test_put_many_accepts_slow_generator(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    def slowly() -> Iterator[str]:
-        yield from ["x"] * PUTS_AT_ONCE
-        time.sleep(UNIT * 18)
+def test_put_many_accepts_slow_generator(server: Server) -> None:
+    def slowly(release: threading.Event) -> Iterator[str]:
+        time.sleep(2 * _LONG_BATCH_SECONDS)
+        # This one is sent at once, but its reply comes only after the timeout.
+        yield "1"
+        time.sleep(22 * UNIT)
+        threading.Timer(UNIT, release.set).start()
 
-    left = []
-
-    def receive(link: Connection) -> object:
-        left.append(link._deadline - time.monotonic())
-        return original(link)
-
-    original = Connection.receive
-    with connect(port=server.port, timeout=15 * UNIT) as mq:
-        monkeypatch.setattr(Connection, "receive", receive)
-        assert len(mq.put_many("t", slowly())) == PUTS_AT_ONCE
-    assert left[0] > 0
+    with connect(port=server.port, timeout=20 * UNIT, reconnect_timeout=0) as mq, blocked(server) as release:
+        assert mq.put_many("t", slowly(release)) == [1]
 
 
 def test_get_many_stops_before_undecodable_message(client: MakeClient) -> None:
@@ -602,20 +595,26 @@ def test_first_call_after_restart_reads_from_start() -> None:
         mq.close()
 
 
-def test_close_during_a_connect_is_noticed(server: Server, monkeypatch: pytest.MonkeyPatch, client: MakeClient) -> None:
-    mq = client()
-    real = Connection.receive
+def test_close_during_a_connect_is_noticed() -> None:
+    def reconnect() -> bytes:
+        first, _ = listener.accept()
+        with first:
+            first.recv(65536)
+            first.sendall(HELLO)
+        second, _ = listener.accept()
+        with second:
+            second.settimeout(SOON)
+            second.recv(65536)
+            mq.close()
+            second.sendall(HELLO)
+            return second.recv(1)
 
-    def receive_and_close(link: Connection) -> object:
-        reply = real(link)
-        mq.close()
-        return reply
-
-    hang_up(server)
-    monkeypatch.setattr(Connection, "receive", receive_and_close)
-    with pytest.raises(ClientClosed):
-        mq.ping()
-    wait_until(lambda: server.status.connections() == 0)
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        ending = pool.submit(reconnect)
+        mq = connect(port=listener.getsockname()[1])
+        with pytest.raises(ClientClosed):
+            mq.ping()
+        assert ending.result(SOON) == b""
 
 
 @pytest.mark.slow

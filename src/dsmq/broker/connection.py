@@ -103,7 +103,7 @@ class Connection:
         """Set the limits on buffered bytes, which are low before authentication."""
         settings, parser = self.context.settings, self.requests.parser
         most = settings.max_unauthenticated_bytes if self.role is Role.NOBODY else 0
-        self.transport.max_receive = most or RECEIVE_BYTES
+        self.requests.max_receive = most or RECEIVE_BYTES
         self.transport.max_unread = most or settings.max_unread_reply_bytes
         parser.max_message_bytes = most or settings.max_message_bytes
         parser.max_request_bytes = most or settings.max_message_bytes + REQUEST_OVERHEAD_BYTES

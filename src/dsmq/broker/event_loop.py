@@ -28,7 +28,6 @@ from dsmq.broker.puts import PutBatch
 from dsmq.broker.reads import Waiters
 from dsmq.broker.usage import MemoryQueue
 from dsmq.errors import Busy, ReplyError, StoreFailed
-from dsmq.store.api import Put
 from dsmq.system import LONG_YIELD_PAUSE_SECONDS, LONG_YIELD_SECONDS, yield_processor
 
 if TYPE_CHECKING:
@@ -65,9 +64,8 @@ class EventLoop:
         self.slice_seconds = TURN_SECONDS
         """How long one connection may run requests at a time; 0 stands for one request."""
         self.memory = MemoryQueue(context.usage)
-        self.waiters = Waiters(context.usage.waiting)
-        self.batch = PutBatch(self)
-        self._workers = workers
+        self.waiters = Waiters(self, context.usage.waiting, MOST_SLICE_SECONDS)
+        self.batch = PutBatch(self, workers)
         self._selector = selectors.DefaultSelector()
         self.to_flush: list[Transport] = []
         """Transports with replies to send at the end of the turn."""
@@ -154,15 +152,15 @@ class EventLoop:
             except Exception:  # noqa: BLE001
                 connection.on_failure()
 
-    def watch(self, transport: Transport, before: int, events: int) -> None:
+    def watch(self, connection: Connection, before: int, events: int) -> None:
         """Call `on_ready` for these events of the socket from now on, instead of the previous ones."""
         if not events:
             if before:
-                self._selector.unregister(transport)
+                self._selector.unregister(connection.transport)
         elif before:
-            self._selector.modify(transport, events, transport)
+            self._selector.modify(connection.transport, events, connection.requests)
         else:
-            self._selector.register(transport, events, transport)
+            self._selector.register(connection.transport, events, connection.requests)
 
     def run_soon(self, connection: Connection) -> None:
         self._to_run[connection] = None
@@ -215,7 +213,7 @@ class EventLoop:
         if self._timers.next_at <= self.now:
             self._timers.run(self.now)
         if self.waiters.to_wake:
-            self.waiters.serve(MOST_SLICE_SECONDS)
+            self.waiters.serve()
         if self.memory.is_short:
             self.memory.serve(self.now, MOST_SLICE_SECONDS)
         self._answer()
@@ -260,7 +258,7 @@ class EventLoop:
             try:
                 transport.flush()
             except Exception:  # noqa: BLE001
-                transport.on_failure()
+                transport.connection.on_failure()
         self._answered_at = time.monotonic()
 
     def _wait(self) -> list[tuple[selectors.SelectorKey, int]]:
@@ -309,8 +307,6 @@ class EventLoop:
         _logger.exception(message, extra=logs.event("defect"))
         self.counters.failures += 1
 
-    # Stores and readers
-
     def when_done(self, answer: Future[T], call: Callable[[T | ReplyError], None]) -> None:
         """Call this in the loop's thread with the store's answer once it is there, or with the error to reply with."""
 
@@ -319,24 +315,6 @@ class EventLoop:
             self.post(partial(call, result))
 
         answer.add_done_callback(pass_on)
-
-    def wake_all(self, puts: Sequence[Put]) -> None:
-        """Wake the readers in all event loops that wait for these puts. Thread-safe."""
-        for worker in self._workers:
-            if worker.waiters.by_topic:
-                worker.wake(puts)
-
-    def wake(self, puts: Sequence[Put]) -> None:
-        """Wake the readers in this event loop that wait for these puts. Thread-safe."""
-        if topics := self.waiters.topics_of(puts):
-            if threading.get_ident() == self.thread.ident:
-                self._wake(topics)
-            else:
-                self.post(partial(self._wake, topics))
-
-    def _wake(self, topics: set[bytes]) -> None:
-        self.waiters.wake(topics)
-        self.waiters.serve(MOST_SLICE_SECONDS)
 
 
 class _Waker:

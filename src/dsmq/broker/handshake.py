@@ -6,10 +6,10 @@ from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING
 
 from dsmq import __version__
-from dsmq.broker.arguments import MAX_NAME_BYTES, parse_name, parse_options, quoted
+from dsmq.broker.arguments import MAX_NAME_BYTES, parse_name, parse_options
 from dsmq.broker.auth import DEFAULT_USER, Role
 from dsmq.errors import BadRequest, NotPermitted, UnknownVersion
-from dsmq.wire.resp import OK, encode_bulk, encode_integer, encode_null, encode_simple, encode_value
+from dsmq.wire.resp import OK, encode_bulk, encode_integer, encode_null, encode_simple, encode_value, quoted
 
 if TYPE_CHECKING:
     from dsmq.broker.connection import Connection

@@ -230,7 +230,11 @@ class Snapshotter:
             save = partial(self.save_last, is_last=is_last)
             # In a thread, so that an interrupt ends only the wait.
             self._last = threading.Thread(target=save, name=self.thread.name, daemon=True)
-            self._last.start()
+            try:
+                self._last.start()
+            except RuntimeError:
+                # No thread can be started: messages matter more than the interrupt.
+                save()
             join(self._last, deadline)
         self._close_unless_busy()
 
