@@ -1134,6 +1134,18 @@ def test_ctrl_c_ends_get_without_traceback(options: list[str], topic: str, serve
 
 
 @pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("command", ["put t x", "put t", "get t --follow", "topics", "ping", "ping --tls", "bench"])
+def test_ctrl_c_while_connecting_is_quiet(command: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = str(silent.getsockname()[1])
+        with started(*command.split(), "--port", port) as process, silent.accept()[0] as connection:
+            # What it sends first gets no reply.
+            assert connection.recv(1)
+            process.send_signal(signal.SIGINT)
+            assert ended(process) == (130, b"", b"")
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_put_without_losing_lines(topic: str, mq: DSMQClientSideConnection) -> None:
     with started("put", topic) as process:
         type_in(process, b"line\n")

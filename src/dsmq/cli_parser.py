@@ -13,8 +13,7 @@ from typing import Any, NoReturn, TypeVar
 from dsmq import __version__
 from dsmq.terminal import printable, quoted
 from dsmq.wire.addresses import UNIX, parse_endpoint
-
-_MAX_ID = 2**63 - 1
+from dsmq.wire.limits import MAX_INTEGER
 
 N = TypeVar("N", int, float)
 
@@ -57,7 +56,7 @@ def position(text: str) -> int | str:
     """Parse an id, or a position as printed by `dsmq get --json`."""
     if re.fullmatch(r"[^\s:]+:[0-9]{1,19}", text):
         return text
-    return _number(int, text, 0, _MAX_ID, "an id, 0, or a position")
+    return _number(int, text, 0, MAX_INTEGER, "an id, 0, or a position")
 
 
 def seconds(text: str) -> float:

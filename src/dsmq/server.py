@@ -27,7 +27,6 @@ from dsmq.broker import listener as listening
 from dsmq.broker.access import Access
 from dsmq.broker.admission import Admission
 from dsmq.broker.commands import TABLE
-from dsmq.broker.connection import Connection
 from dsmq.broker.context import ServerContext
 from dsmq.broker.event_loop import EventLoop
 from dsmq.broker.listener import Listener
@@ -138,7 +137,7 @@ class Server:
         snapshots = self._snapshotter.stats if self._snapshotter else SnapshotStats()
         self.context.usage.connections.limit = system.affordable_connections(settings.max_connections)
         self.status = Status(self.context, self._workers, self._expiry, self._snapshotter, snapshots)
-        self._admission = Admission(self.context, self._workers, self.status.own_counters, Connection)
+        self._admission = Admission(self.context, self._workers, self.status.own_counters)
         self._full: set[str] = set()
         self._stopped = False
         self._stopping = threading.Lock()

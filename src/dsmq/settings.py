@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import sysconfig
 import textwrap
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
@@ -221,7 +220,8 @@ class Settings(BaseSettings):
         """The number of I/O threads, with io_threads = 0 resolved."""
         if self.io_threads:
             return self.io_threads
-        has_gil = not sysconfig.get_config_var("Py_GIL_DISABLED") or getattr(sys, "_is_gil_enabled", lambda: True)()
+        # Python before 3.13 always has a GIL.
+        has_gil = getattr(sys, "_is_gil_enabled", lambda: True)()
         return 1 if has_gil else os.cpu_count() or 1
 
 
@@ -323,16 +323,11 @@ def from_options(options: argparse.Namespace) -> Settings:
     return load(options.config, name_of=option, **given)
 
 
-def as_dict(settings: Settings) -> dict[str, Any]:
-    """Return the settings as plain values, secrets masked."""
-    return settings.model_dump(mode="json")
-
-
 def to_toml(settings: Settings) -> str:
     """Return the settings as TOML, secrets masked."""
     import tomli_w  # noqa: PLC0415 - servers never need it
 
-    return tomli_w.dumps(as_dict(settings))
+    return tomli_w.dumps(settings.model_dump(mode="json"))
 
 
 def example() -> str:

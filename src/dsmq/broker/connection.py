@@ -107,7 +107,7 @@ class Connection:
         self.transport.max_unread = most or settings.max_unread_reply_bytes
         parser.max_message_bytes = most or settings.max_message_bytes
         parser.max_request_bytes = most or settings.max_message_bytes + REQUEST_OVERHEAD_BYTES
-        self.requests.permit(self.role)
+        self.requests.permit()
 
     # Replies
 

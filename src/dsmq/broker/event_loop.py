@@ -20,10 +20,9 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from dsmq import logs
-from dsmq.broker.context import ServerContext
+from dsmq.broker.connection import Connection
 from dsmq.broker.counters import Counters
 from dsmq.broker.deadlines import Timers, TimerTarget
-from dsmq.broker.listener import Listener
 from dsmq.broker.puts import PutBatch
 from dsmq.broker.reads import Waiters
 from dsmq.broker.usage import MemoryQueue
@@ -31,8 +30,10 @@ from dsmq.errors import Busy, ReplyError, StoreFailed
 from dsmq.system import LONG_YIELD_PAUSE_SECONDS, LONG_YIELD_SECONDS, yield_processor
 
 if TYPE_CHECKING:
-    from dsmq.broker.connection import Connection
-    from dsmq.broker.transport import Transport
+    from dsmq.broker.context import ServerContext
+    from dsmq.broker.listener import Listener
+    from dsmq.broker.login import Peer
+    from dsmq.broker.transport import Stream, Transport
 
 # How often an event loop proves that it is alive, and measures how late it checks its timers.
 PULSE_SECONDS = 1.0
@@ -119,7 +120,8 @@ class EventLoop:
         if listener in self._selector.get_map():
             self._selector.unregister(listener)
 
-    def add_connection(self, connection: Connection) -> None:
+    def add_connection(self, sock: Stream, peer: Peer) -> None:
+        connection = Connection(self, sock, peer)
         self.connections[connection] = None
         self.counters.opened += 1
         if connection.unauthenticated:
@@ -172,9 +174,7 @@ class EventLoop:
 
     def _run(self) -> None:
         try:
-            while self.connections or self._stop_at == math.inf:
-                if time.monotonic() >= self._stop_at:
-                    break
+            while self._answered_at < self._stop_at and (self.connections or self._stop_at == math.inf):
                 self._turn()
         finally:
             self.close()
@@ -203,7 +203,7 @@ class EventLoop:
                 key.data.on_ready(events)
             except Exception:  # noqa: BLE001
                 key.data.on_failure()
-            if many and self._is_over():
+            if many and time.monotonic() > self._answered_at + TURN_SECONDS and self._is_over():
                 return
         if self._to_run and self._go_on(many=many):
             return
@@ -236,18 +236,17 @@ class EventLoop:
                 connection.requests.run()
             except Exception:  # noqa: BLE001
                 connection.on_failure()
-            if many and self._is_over():
+            now = time.monotonic()
+            if many and now > self._answered_at + TURN_SECONDS and self._is_over():
                 return True
-            if time.monotonic() >= until:
+            if now >= until:
                 break
         return False
 
     def _is_over(self) -> bool:
         """In a long turn, answer the first requests now; return whether the server has to stop now."""
-        now = time.monotonic()
-        if now > self._answered_at + TURN_SECONDS:
-            self._answer()
-        return now >= self._stop_at
+        self._answer()
+        return self._answered_at >= self._stop_at
 
     def _answer(self) -> None:
         """Store the puts of the batch, and send the replies."""
@@ -285,7 +284,7 @@ class EventLoop:
             until = min(until, self.now + ROOM_SECONDS)
         # After the process was suspended (SIGSTOP), the first call returns nothing even if requests have arrived, which
         # the timers would then consider late.
-        return self._selector.select(max(0.0, until - time.monotonic())) or self._selector.select(0)
+        return self._selector.select(until - time.monotonic()) or self._selector.select(0)
 
     def _flush_store(self) -> None:
         try:
