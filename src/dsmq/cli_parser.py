@@ -13,8 +13,7 @@ from typing import Any, NoReturn, TypeVar
 from dsmq import __version__
 from dsmq.terminal import printable, quoted
 from dsmq.wire.addresses import UNIX, parse_endpoint
-
-_MAX_ID = 2**63 - 1
+from dsmq.wire.limits import MAX_INTEGER
 
 N = TypeVar("N", int, float)
 
@@ -57,7 +56,7 @@ def position(text: str) -> int | str:
     """Parse an id, or a position as printed by `dsmq get --json`."""
     if re.fullmatch(r"[^\s:]+:[0-9]{1,19}", text):
         return text
-    return _number(int, text, 0, _MAX_ID, "an id, 0, or a position")
+    return _number(int, text, 0, MAX_INTEGER, "an id, 0, or a position")
 
 
 def seconds(text: str) -> float:
@@ -90,7 +89,7 @@ def _number(kind: Callable[[str], N], text: str, least: float, most: float, what
 
 
 def _add_settings(command: Parser) -> None:
-    # Only here, because loading the settings takes longer than running a client command.
+    # Imported here, because loading the settings takes longer than running a client command.
     from dsmq.settings import add_options  # noqa: PLC0415
 
     add_options(command)
@@ -104,12 +103,12 @@ def _add_config(command: Parser) -> None:
 
 def _add_server(command: Parser) -> None:
     about = (
-        "Defaults: the server settings in DSMQ_HOST, DSMQ_PORT, DSMQ_AUTH_TOKEN or DSMQ_AUTH_TOKEN_FILE, and "
-        "DSMQ_TLS_CERT_FILE; without --host, also those in the TOML file that DSMQ_CONFIG names."
+        "Defaults come from DSMQ_HOST, DSMQ_PORT, DSMQ_AUTH_TOKEN or DSMQ_AUTH_TOKEN_FILE, and DSMQ_TLS_CERT_FILE; "
+        "without --host, also from the TOML file named by DSMQ_CONFIG."
     )
     add = command.add_argument_group("server", about).add_argument
-    add("--host", type=address, help="address or name, also with :PORT, or unix:/path; default: 127.0.0.1")
-    add("--port", type=port, help="default: 30008")
+    add("--host", type=address, help="HOST, HOST:PORT or unix:/path; default: 127.0.0.1")
+    add("--port", type=port, help="TCP port; default: 30008")
     add("--token-file", type=file, metavar="FILE", help="authenticate with the first token in FILE")
     add("--tls", action="store_true", help="use TLS and verify the server's certificate")
     about = "CA certificates to trust instead of the system's, as PEM; implies --tls"
@@ -162,7 +161,7 @@ def _add_bench(command: Parser) -> None:
 
 _PUT = "Put a message into a topic; without MESSAGE, or with -, put each line of stdin."
 _GET = "Print messages of a topic, one per line. On a terminal, control characters are shown as escapes."
-# Description, arguments, and what adds the options of each command.
+# The description and arguments of each command, and the function that adds its options.
 COMMANDS: dict[str, tuple[str, str, Callable[[Parser], None]]] = {
     "serve": ("Run the server, until SIGTERM, Ctrl-C or a client's SHUTDOWN.", "", _add_settings),
     "config": ("Print the effective configuration as TOML, secrets masked.", "", _add_config),

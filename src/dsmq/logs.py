@@ -201,7 +201,7 @@ def _handlers() -> list[Handler]:
 
 
 def summarise() -> None:
-    """Log how many lines were suppressed. To be called about once a second."""
+    """Log how many lines were suppressed. Should be called about once a second."""
     for handler in _handlers():
         handler.summarise()
 

@@ -209,7 +209,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("files", "about"),
     [
         ({"cert_file": "cert.pem", "key_file": "locked.pem"}, "^key_file: .*/locked.pem: the private key is encrypted"),
-        ({"cert_file": "key.pem", "key_file": "cert.pem"}, "exchanged"),
+        ({"cert_file": "key.pem", "key_file": "cert.pem"}, "swapped"),
         ({"cert_file": "cert.pem", "key_file": "none.pem"}, "^key_file: .*/none.pem: no private key"),
         ({"cert_file": "cert.pem"}, "^cert_file: .*/cert.pem: no private key"),
         ({"cert_file": "none.pem", "key_file": "key.pem"}, "^cert_file: .*/none.pem: no certificate"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from types import SimpleNamespace
@@ -193,7 +193,7 @@ def test_write_buffer_is_flushed_by_topic_and_millisecond(
     put(store, b"a", *second)
     statements = watch(store)
     put(store, b"a", b"last")
-    names = [statement.split(" (")[0] for statement in statements]
+    names = [statement.split(" (")[0].strip() for statement in statements]
     rows = names.index("COMMIT") - 3
     assert names[: rows + 3] == ["BEGIN", *["INSERT INTO topics"] * 2, *["INSERT INTO chunks"] * rows]
     assert 3 <= rows < 3 * count // 2
@@ -648,15 +648,21 @@ def test_interrupt_in_transaction_stores_nothing_and_propagates(
     store: ClockedStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Interrupting:
-        """A connection that is interrupted before COMMIT."""
+        """A connection that is interrupted in a transaction."""
 
-        def __getattr__(self, name: str) -> object:
-            return getattr(connection, name)
+        def rollback(self) -> None:
+            connection.rollback()
 
-        def execute(self, sql: str, *arguments: object) -> object:
-            if sql == "COMMIT":
-                raise KeyboardInterrupt
-            return connection.execute(sql, *arguments)
+        def executemany(self, sql: str, rows: Iterable[tuple[object, ...]]) -> None:
+            connection.executemany(sql, rows)
+            assert connection.in_transaction
+            raise KeyboardInterrupt
+
+        def __enter__(self) -> None:
+            pass
+
+        def __exit__(self, *error: object) -> None:
+            connection.__exit__(*error)
 
     put(store, b"t", BIG)
     before = everything(store)

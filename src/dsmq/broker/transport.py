@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import socket
 from contextlib import suppress
@@ -30,8 +29,6 @@ MAX_HELD_BYTES = 65_536
 # How long a client may take to read the last reply and disconnect, when the server closes the connection.
 LINGER_SECONDS = 1.0
 LINGER_SECONDS_AT_STOP = 0.05
-
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
@@ -89,7 +86,7 @@ class Transport:
                 reply = b""
         self.data += reply
         if self.counted or len(self.data) > SEND_BYTES:
-            # It may stay buffered for long.
+            # It may stay buffered for a long time.
             self.count()
 
     def flush(self) -> None:

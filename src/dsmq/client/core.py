@@ -53,7 +53,7 @@ class Retries:
         return delay if now + delay < self._until else None
 
     def tried(self, error: Exception) -> Exception:
-        """Return the error to give up with: this one, and how long the attempts took."""
+        """Return the error to raise on giving up: this one, with the duration of the attempts."""
         seconds = time.monotonic() - (self._until - self._seconds)
         return ConnectionError(f"{reason(error)} (tried for {seconds:.1f} s)") if self._seconds else error
 
@@ -62,7 +62,7 @@ def _retry_delays() -> Iterator[float]:
     yield 0.0
     for attempt in itertools.count():
         longest = min(_LONGEST_DELAY_SECONDS, _FIRST_DELAY_SECONDS * 2.0 ** min(attempt, 32))
-        yield longest * random.uniform(0.5, 1.0)  # noqa: S311 - it is no secret
+        yield longest * random.uniform(0.5, 1.0)  # noqa: S311 - not a secret
 
 
 class Core:
@@ -117,7 +117,7 @@ class Core:
 
     @property
     def is_down(self) -> bool:
-        """Whether there is no connection, as far as is known."""
+        """Whether the connection was lost and has not been restored yet."""
         return "lost" in self._down
 
     def announce(self, state: State, error: BaseException | None = None) -> None:
@@ -129,7 +129,7 @@ class Core:
         elif state == "resumed":
             _logger.info("connection to %s resumed", self.endpoint)
         elif state == "given up":
-            _logger.info("no connection to %s any more: %s", self.endpoint, error and reason(error))
+            _logger.info("no connection to %s, giving up: %s", self.endpoint, error and reason(error))
         self.report(state)
 
     def report(self, state: State) -> None:

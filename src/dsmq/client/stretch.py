@@ -1,4 +1,4 @@
-"""States of a reader, which are never changed: ranges of ids to read, and the messages read ahead in them."""
+"""The immutable states of a reader: ranges of ids to read, and the messages read ahead in them."""
 
 from __future__ import annotations
 
@@ -59,25 +59,28 @@ class Stretch:
         sought: tuple[str, int] | None = None,
         rest: Stretch | None = None,
     ) -> None:
-        # It begins after the message with this id, whose number may be unknown, and ends with the id `end`.
-        self.era, self.id, self.number, self.end = era, last_id, number, end
-        # Id and number of the newest message known to exist in it, to count those that expire unread.
+        self.era = era
+        # The range: ids above `id`, up to and including `end`. The number of the message with that `id`, if known.
+        self.id, self.number, self.end = last_id, number, end
+        # Id and number of the newest message known to exist in the range. If it expires unread, its number shows how
+        # many were missed.
         self.known = known
-        # The messages read ahead, and until when they may be returned without being read again: for ever if the server
-        # has lost them.
+        # The messages read ahead. Until `fresh_until`, they may be returned without being read again; if the server has
+        # lost them, at any time.
         self.ahead, self.fresh_until = ahead, fresh_until
         self.is_lost = fresh_until == math.inf
+        # The number of messages that expired unread before this range.
         self.missed = missed
-        # The number of seeks, and how often since then messages were found to have expired: replies to earlier requests
-        # are outdated.
+        # The number of seeks, and since the last one, of times that messages were found to have expired. A reply to a
+        # request of an earlier generation is outdated.
         self.generation = generation
-        # Whether the server may have lost messages up to `number`, and must be asked where numbering continues.
+        # Whether the server may have lost the message with `number`. If so, ask it where its numbering continues.
         self.ask = ask
-        # A position passed to `seek` in an epoch that is not known yet, until something is read.
+        # Epoch and id passed to `seek`, if the server is not known to have had that epoch. Dropped at the next read.
         self.sought = sought
-        # The stretch after `end`.
+        # The stretch after `end`, if `end` is finite.
         self.rest = rest
-        # The steps that followed, by how many of the read-ahead had been taken.
+        # The step to the next state, by the number of messages that had been taken from the read-ahead.
         self.next: dict[int, Step] = {}
 
     def last_taken(self, at: int) -> tuple[int, int | None]:
@@ -89,17 +92,17 @@ class Stretch:
         return self.missed + missing_numbers(self.number, self.ahead[:at]) if at else self.missed
 
     def rest_from(self, at: int, ahead: Sequence[Entry] = (), fresh_until: float = 0.0) -> Stretch:
-        """Return the rest of it, with another read-ahead."""
+        """Return the rest of this stretch, with another read-ahead."""
         known, ask, missed = self.known, self.ask and not at, self.missed_at(at)
         if len(self.ahead) > at:
             known = max(known, self.ahead[-1][:2])
         last_id, number = self.last_taken(at)
-        # By position, which is faster: each reply makes one.
+        # Positional arguments are faster, and each reply makes a stretch.
         era, end, generation, rest = self.era, self.end, self.generation, self.rest
         return Stretch(era, last_id, number, end, known, ahead, fresh_until, missed, generation, ask=ask, rest=rest)
 
     def remaining(self, at: int) -> Stretch:
-        """Return the rest of it, with the rest of its read-ahead."""
+        """Return the rest of this stretch, with the rest of its read-ahead."""
         return self.rest_from(at, self.ahead[at:], self.fresh_until)
 
     def next_stretch(self, at: int) -> Stretch:
@@ -110,20 +113,20 @@ class Stretch:
         return after
 
     def continues(self, before: Stretch, behind: int) -> bool:
-        """Return whether a reply requested in an earlier state, for messages after an id, is still useful."""
+        """Return whether the reply to a request from an earlier state, for messages after an id, is still useful."""
         if self.era is not before.era or self.generation != before.generation or self.is_lost:
             return False
         return behind <= (self.ahead[-1].id if self.ahead else self.id)
 
     def lost(self, at: int) -> int:
-        """Return how many messages have expired if the server has none left in it."""
+        """Return how many messages have expired unread if the server has none left in this stretch."""
         last_id, number = self.last_taken(at)
         if number is None or self.known[0] <= last_id:
             return 0
         return max(0, self.known[1] - number)
 
     def exhausted(self, at: int) -> Stretch | None:
-        """Return the next state if the server has none left in it; None if that changes nothing."""
+        """Return the next state if the server has no messages left in this stretch; None if that changes nothing."""
         if self.rest is None and self.known[0] <= (self.ahead[-1].id if self.ahead else self.id):
             return None
         if self.rest:
@@ -186,7 +189,7 @@ def in_next_era(stretch: Stretch, at: int) -> Stretch:
 
 
 def _restarted(part: Stretch, era: Era) -> list[Stretch]:
-    """Split a stretch into what the server may still have, what it has lost, and what will be put."""
+    """Split a stretch into messages that the server may still have, those it has lost, and those not put yet."""
     ahead = [entry for entry in part.ahead if part.is_lost or era.lost(entry.id)]
     kept = [entry[:2] for entry in part.ahead[: len(part.ahead) - len(ahead)]]
     ask = part.number is not None or bool(part.ahead)
