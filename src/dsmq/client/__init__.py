@@ -139,9 +139,7 @@ class DSMQClientSideConnection(Client):
         With raw=True, messages are bytes, and the default is b"". Raises MessageNotText if the message is not UTF-8; it
         stays unread.
         """
-        if raw:
-            return self._one(topic, 0.0, default, raw)
-        return self._read(topic, 1, 0.0, text, default)
+        return self._read(topic, 1, 0.0, raw, default)
 
     @overload
     def get_wait(
@@ -163,7 +161,7 @@ class DSMQClientSideConnection(Client):
         `reconnect_timeout` longer, and raises ConnectionLost.
         """
         seconds = default_wait() if timeout is None else arguments.seconds("timeout", timeout)
-        return self._one(topic, seconds, default, raw)
+        return self._read(topic, 1, seconds, raw, default)
 
     @overload
     def get_latest(self, topic: str, *, default: str = "", raw: Literal[False] = False) -> str: ...
@@ -178,7 +176,7 @@ class DSMQClientSideConnection(Client):
 
         The older ones are skipped: this client will not read them any more.
         """
-        return self._one(topic, 0.0, default, raw, True)
+        return self._read(topic, 1, 0.0, raw, default, True)
 
     @overload
     def get_many(self, topic: str, n: int = 100, *, timeout: float = 0.0, raw: Literal[False] = False) -> list[str]: ...
@@ -190,7 +188,7 @@ class DSMQClientSideConnection(Client):
         It stops before a message that is not UTF-8; if that is the first, it raises MessageNotText.
         """
         n, seconds = arguments.count("n", n), arguments.seconds("timeout", timeout)
-        return self._read(topic, n, seconds, body if raw else text)  # type: ignore[no-any-return]
+        return self._read(topic, n, seconds, raw)  # type: ignore[no-any-return]
 
     def read(self, topic: str, n: int = 1, *, timeout: float = 0.0, latest: bool = False) -> list[Message]:
         """Return up to `n` messages with their ids, numbers and put times; otherwise like `get_many`.
@@ -198,7 +196,7 @@ class DSMQClientSideConnection(Client):
         latest=True returns only the newest, and skips the older ones, like `get_latest`.
         """
         n, seconds = arguments.count("n", n), arguments.seconds("timeout", timeout)
-        return self._read(topic, n, seconds, self._session.message, latest=latest)  # type: ignore[no-any-return]
+        return self._read(topic, n, seconds, None, ALL, latest)  # type: ignore[no-any-return]
 
     @overload
     def messages(self, topic: str, *, timeout: float = ..., raw: Literal[False] = False) -> Iterator[str]: ...
@@ -210,7 +208,7 @@ class DSMQClientSideConnection(Client):
         self._session.reader(topic)
         end = object()
         # Not a generator, which an interrupt would end.
-        return iter(partial(self._one, topic, seconds, end, raw), end)
+        return iter(partial(self._read, topic, 1, seconds, raw, end), end)
 
     def ping(self) -> None:
         """Check that the server answers."""
@@ -246,30 +244,27 @@ class DSMQClientSideConnection(Client):
     ) -> None:
         self.close()
 
-    def _one(self, topic: str, seconds: float, default: object, raw: bool, latest: bool = False) -> Any:  # noqa: FBT001, FBT002
-        """Return a message, or the default."""
-        if raw:
-            return self._read(topic, 1, seconds, body, b"" if default == "" else default, latest)
-        return self._read(topic, 1, seconds, text, default, latest)
-
     def _read(  # noqa: PLR0913, PLR0917 - what a read consists of
         self,
         topic: str,
         n: int,
         seconds: float,
-        convert: Convert[T],
+        raw: bool | None,  # noqa: FBT001 - by position, which is faster
         default: object = ALL,
-        latest: bool = False,  # noqa: FBT001, FBT002 - by position, which is faster
+        latest: bool = False,  # noqa: FBT001, FBT002
     ) -> Any:
-        """Return up to `n` messages in a list, or the first or the default."""
+        """Return up to `n` messages in a list, or the first or the default. If `raw` is None, with metadata."""
         claim: Claim = []
         try:
+            convert: Convert[Any] = text if raw is False else body if raw else self._session.message
             reader = self._session.reader(topic)
             taken = reader.take(claim, n, convert) if n and not latest else []
             if len(taken) < n:
                 for call in read(self._session, reader, claim, taken, n, seconds, convert, latest):
                     self._run(call)
-            return taken if default is ALL else taken[0] if taken else default
+            if default is ALL:
+                return taken
+            return taken[0] if taken else b"" if raw and default == "" else default
         except BaseException:
             # The messages taken will not be returned. Appending is atomic, so that a second interrupt can't lose them.
             self._session.returned.append((claim, []))
@@ -293,7 +288,7 @@ class DSMQClientSideConnection(Client):
                 self._pool.wait(delay)
             else:
                 self._pool.give_back(connection)
-                if self._core.is_down:
+                if self._core.down:
                     # Another thread has reconnected.
                     self._core.announce("resumed")
                 return

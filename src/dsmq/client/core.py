@@ -82,8 +82,8 @@ class Core:
         token = options.get("token")
         self.session = Session("" if token is None else arguments.text("token", token))
         self.is_closed = False
-        # `lost` and `given up`, if the last connection was lost.
-        self._down: dict[State, object] = {}
+        self.down: dict[State, object] = {}
+        """`lost` and perhaps `given up`, if there is no connection, as far as is known."""
 
     # Connections
 
@@ -97,7 +97,7 @@ class Core:
         `connected`: whether the call had a connection. Raises another error if the call must not be made again.
         """
         if not is_lost(error, connecting=not connected):
-            if self.is_down and isinstance(error, ReplyError):
+            if self.down and isinstance(error, ReplyError):
                 self.announce("resumed" if connected else "given up", error)
             # If raised here, the error would refer to itself through this frame, and keep its connection alive until
             # the next garbage collection.
@@ -114,11 +114,6 @@ class Core:
         return delay
 
     # States
-
-    @property
-    def is_down(self) -> bool:
-        """Whether there is no connection, as far as is known."""
-        return "lost" in self._down
 
     def announce(self, state: State, error: BaseException | None = None) -> None:
         """Log and report a new state: each loss and each recovery once."""
@@ -138,7 +133,7 @@ class Core:
 
     def _enter(self, state: State) -> bool:
         """Enter a state; return whether it is new. A lock would hang signal handlers; each step is atomic."""
-        down, this = self._down, object()
+        down, this = self.down, object()
         if state == "lost":
             return down.setdefault("lost", this) is this
         if state == "given up":
