@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from types import TracebackType
@@ -21,25 +20,21 @@ from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 from dsmq.client import arguments
 from dsmq.client.connection import Connection
-from dsmq.client.core import Client, Options, Retries
-from dsmq.client.dial import ClosedSilently, with_text
+from dsmq.client.core import NOT_STARTED, Client, Options, Retries
 from dsmq.client.pool import Pool
 from dsmq.client.reader import Claim
-from dsmq.client.replies import check, reason, stored_id
+from dsmq.client.replies import check, stored_id
 from dsmq.client.requests import ALL, Call, Convert, NonIdempotent, Put, PutMany, Retryable, list_topics, read
 from dsmq.client.session import PING, SHUTDOWN, Message, body, text
 
 __all__ = ["DSMQClientSideConnection", "Message", "connect"]
 
-# How often `connect` retries while a server is starting, and the first delay in seconds, which doubles each time. The
-# sum of the delays is the default timeout of `get_wait`. Both may be adjusted.
+# The schedule of dsmq 1.4: how many delays, and the first in seconds, which doubles each time. Their sum is how long
+# `connect` waits for a server that is starting, and the default timeout of `get_wait`. Both may be adjusted.
 _n_tries = 10
 _initial_retry = 0.01
 # The name in dsmq 1.4's code; its documentation uses the name above.
 _n_retries = _N_RETRIES = _n_tries
-
-NOT_STARTED = (ConnectionRefusedError, FileNotFoundError, ClosedSilently)
-"""Errors of a first connection that may mean that the server is still starting."""
 
 C = TypeVar("C", bound=Retryable)
 D = TypeVar("D")
@@ -102,7 +97,7 @@ class DSMQClientSideConnection(Client):
         self._pool = Pool(self._core)
         self._verbose = verbose
         self._log(f"connecting to the dsmq server at {self._core.endpoint}")
-        self._pool.give_back(self._connect_at_start() if retry else self._pool.connect())
+        self._pool.give_back(self._connect_at_start(Retries(default_wait() if retry else 0.0)))
 
     def put(self, topic: str, msg: str | bytes) -> int:
         """Put a message into a topic; it is stored when this returns. Returns its id.
@@ -285,22 +280,23 @@ class DSMQClientSideConnection(Client):
                 delay = self._core.retry_delay(call, error, retries, connected=connected)
                 if delay is None:
                     raise
-                self._pool.wait(delay)
             else:
                 self._pool.give_back(connection)
                 if self._core.down:
                     # Another thread has reconnected.
                     self._core.announce("resumed")
                 return
+            # Not while the error is handled: the traceback of an interrupt would show it, too.
+            self._pool.wait(delay)
 
-    def _connect_at_start(self) -> Connection:
-        began, delays = time.monotonic(), iter(retry_delays())
+    def _connect_at_start(self, retries: Retries) -> Connection:
         while True:
             try:
                 return self._pool.connect()
             except NOT_STARTED as error:
-                time.sleep(next_delay(error, began, delays))
-                self._log("    ...trying again")
+                delay = retries.delay_at_start(error)
+            self._pool.wait(delay)
+            self._log("    ...trying again")
 
     def _log(self, line: str) -> None:
         if self._verbose:
@@ -314,23 +310,7 @@ def _shut_down(connection: Connection, call: NonIdempotent) -> None:
     connection.await_end()
 
 
-def retry_delays() -> list[float]:
-    """Return the delays of the documented schedule, in seconds."""
-    return [_initial_retry * 2**attempt for attempt in range(_tries())]
-
-
-def next_delay(error: OSError, began: float, delays: Iterator[float]) -> float:
-    """Return how long to wait for a server that may be starting. Raises the error if it has had enough time."""
-    seconds, delay = time.monotonic() - began, next(delays, None)
-    if delay is None or seconds > default_wait():
-        raise with_text(error, f"{reason(error)} (tried for {seconds:.1f} s)") from None
-    return delay
-
-
 def default_wait() -> float:
-    """Return how long `get_wait` waits by default: the sum of the delays, in seconds."""
-    return _initial_retry * ((1 << _tries()) - 1)
-
-
-def _tries() -> int:
-    return _n_tries if _n_retries == _N_RETRIES else _n_retries
+    """Return how long to wait for a message, or for a server that is starting, by default: in seconds."""
+    tries = _n_tries if _n_retries == _N_RETRIES else _n_retries
+    return _initial_retry * ((1 << tries) - 1)

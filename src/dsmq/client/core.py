@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from dsmq.client import arguments
-from dsmq.client.dial import Security, tls_context
+from dsmq.client.dial import ClosedSilently, Security, tls_context, with_text
 from dsmq.client.replies import is_lost, reason
 from dsmq.client.requests import Retryable
 from dsmq.client.session import Session, State
@@ -21,6 +21,9 @@ IDLE_SECONDS = 5.0
 # The first retry is immediate. The others follow after this delay, doubling each time, with jitter, so that many
 # clients do not all reconnect at once.
 _FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.01, 1.0
+
+NOT_STARTED = (ConnectionRefusedError, FileNotFoundError, ClosedSilently)
+"""Errors of a first connection that may mean that the server is still starting."""
 
 _logger = logging.getLogger(__name__)
 
@@ -49,13 +52,19 @@ class Retries:
         """Return the seconds to wait before the next attempt; None if it is time to give up."""
         now = time.monotonic()
         self._until = min(self._until, now + self._seconds)
-        delay = next(self._delays)
-        return delay if now + delay < self._until else None
+        return min(next(self._delays), self._until - now) if now < self._until else None
 
-    def tried(self, error: Exception) -> Exception:
-        """Return the error to give up with: this one, and how long the attempts took."""
+    def text(self, error: Exception) -> str:
+        """Return the text of the last error, and how long the attempts took."""
         seconds = time.monotonic() - (self._until - self._seconds)
-        return ConnectionError(f"{reason(error)} (tried for {seconds:.1f} s)") if self._seconds else error
+        return f"{reason(error)} (tried for {seconds:.1f} s)" if self._seconds else reason(error)
+
+    def delay_at_start(self, error: OSError) -> float:
+        """Return the seconds to wait for a server that may be starting. Raises the error if it is time to give up."""
+        delay = self.next_delay()
+        if delay is None:
+            raise with_text(error, self.text(error)) from None
+        return delay
 
 
 def _retry_delays() -> Iterator[float]:
@@ -110,7 +119,7 @@ class Core:
         delay = retries.next_delay()
         if delay is None:
             self.announce("given up", error)
-            raise call.to_error(retries.tried(error)) from error
+            raise call.to_error(ConnectionError(retries.text(error))) from error
         return delay
 
     # States
