@@ -7,9 +7,11 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,10 +20,11 @@ from typing import Any
 import pytest
 import trustme
 
+import dsmq.client
 from dsmq import aio
 from dsmq import settings as config
 from dsmq.broker.event_loop import EventLoop
-from dsmq.client import DSMQClientSideConnection, connect
+from dsmq.client import DSMQClientSideConnection, connect, reader, requests, session
 from dsmq.server import Server
 from dsmq.store.api import Store
 from dsmq.store.sqlite import SQLiteStore
@@ -30,6 +33,8 @@ from security import ADMIN, TOKENS, Files
 
 __all__ = ["HOST", "ROOT", "SOON", "UNIT", "Daemon", "Wire", "as_map", "daemon", "reached", "scrape", "wait_until"]
 
+
+Resolve = Callable[..., None]
 
 # Tests that share what they install, build or start run in one process.
 GROUPS = ("browser", "clients", "deploy")
@@ -44,11 +49,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ignore dsmq's settings in the caller's environment."""
-    for name in list(os.environ):
-        if name.startswith("DSMQ_"):
-            monkeypatch.delenv(name)
+def clean_environment() -> Iterator[None]:
+    """Ignore the caller's settings, of dsmq and of Python's buffering; undo the changes that a test makes."""
+    before = os.environ.copy()
+    for name in before:
+        if name.startswith("DSMQ_") or name == "PYTHONUNBUFFERED":
+            del os.environ[name]
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(autouse=True)
@@ -103,11 +112,92 @@ def client(server: Server) -> Iterator[Callable[[], DSMQClientSideConnection]]:
         one.close()
 
 
+@pytest.fixture
+def long_linger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give clients plenty of time to hang up after the last reply, however busy the machine is."""
+    for module in ("transport", "admission"):
+        monkeypatch.setattr(f"dsmq.broker.{module}.LINGER_SECONDS", 10 * SOON)
+
+
+@pytest.fixture
+def replies_after_wrong_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answer clients for long after a wrong token, however busy the machine is."""
+    monkeypatch.setattr("dsmq.broker.login.WRONG_TOKEN_SECONDS", 10 * SOON)
+
+
 class LethalStore(SQLiteStore):
     """Ends the expiry thread."""
 
     def expire(self) -> int:
         raise SystemExit
+
+
+@contextmanager
+def no_new_threads() -> Iterator[None]:
+    """Make every start of a thread fail: there is no memory for a stack of this size."""
+    before = threading.stack_size(2**50)
+    try:
+        yield
+    finally:
+        threading.stack_size(before)
+
+
+class ClientClock:
+    """The clocks of a client without I/O; they advance only when the test says so."""
+
+    def __init__(self) -> None:
+        self.passed = 0.0
+        """Seconds since the start, awake."""
+        self.asleep = 0.0
+
+    def monotonic(self) -> float:
+        return 5000.0 + self.passed
+
+    def boot_time(self) -> float:
+        return self.monotonic() + self.asleep
+
+    def time(self) -> float:
+        return 1_700_000_000.0 + self.passed + self.asleep
+
+
+@pytest.fixture
+def client_clock(monkeypatch: pytest.MonkeyPatch) -> ClientClock:
+    clock = ClientClock()
+    for module, name in (
+        (time, "monotonic"),
+        (time, "time"),
+        *((one, "boot_time") for one in (reader, requests, session)),
+    ):
+        monkeypatch.setattr(module, name, getattr(clock, name))
+    return clock
+
+
+@pytest.fixture
+def retry_schedule(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A function that sets the retry schedule of dsmq 1.4: a number of tries, and the first delay."""
+
+    def schedule(tries: int, first: float = 0.01, name: str = "_n_tries") -> None:
+        monkeypatch.setattr(dsmq.client, name, tries)
+        monkeypatch.setattr(dsmq.client, "_initial_retry", first)
+
+    return schedule
+
+
+@pytest.fixture
+def resolve(monkeypatch: pytest.MonkeyPatch) -> Resolve:
+    """A function that makes a name resolve to these addresses, each a host or a host and a port."""
+    real, names = socket.getaddrinfo, {}
+
+    def getaddrinfo(host: str, port: int, *arguments: Any, **options: Any) -> list[Any]:
+        if host not in names:
+            return real(host, port, *arguments, **options)
+        if options.get("flags", 0) & socket.AI_NUMERICHOST:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        targets = [(to, port) if isinstance(to, str) else to for to in names[host]]
+        return [found for target in targets for found in real(*target, *arguments, **options)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    return lambda name, *addresses: names.update({name: addresses})
 
 
 def loop_of(server: Server) -> EventLoop:

@@ -33,15 +33,10 @@ from conftest import ROOT, SOON, UNIT, Daemon, Wire, daemon, run_dsmq, serving, 
 from dsmq import __version__
 from dsmq.__main__ import main
 from dsmq.client import DSMQClientSideConnection, connect
+from dsmq.settings import SUBJECTS
 from dsmq.wire.resp import encode_request
 
 Process = subprocess.Popen[bytes]
-
-
-@pytest.fixture(autouse=True)
-def buffered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let Python buffer its output, which is the default."""
-    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +50,9 @@ def server() -> Iterator[Daemon]:
 
 
 @pytest.fixture
-def address(server: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+def address(server: Daemon) -> None:
     """Make the commands use the server."""
-    monkeypatch.setenv("DSMQ_PORT", str(server.port))
+    os.environ["DSMQ_PORT"] = str(server.port)
 
 
 @pytest.fixture
@@ -687,6 +682,13 @@ def test_host_and_port_come_from_the_environment(server: Daemon) -> None:
     assert result("ping", env=env)[1].startswith(b"PONG from localhost:%d " % server.port)
 
 
+def test_host_may_include_port(server: Daemon) -> None:
+    host = f"127.0.0.1:{server.port}"
+    assert result("ping", "--host", host, "--port", str(server.port))[0] == 0
+    assert result("ping", "--host", host, env={"DSMQ_PORT": "1"})[0] == 0
+    assert_one_line(result("ping", "--host", "[::1]:1"), 1, "no server answers at [::1]:1")
+
+
 def test_options_win_over_environment(server: Daemon) -> None:
     env = {"DSMQ_HOST": "nowhere.invalid", "DSMQ_PORT": "1"}
     assert result("ping", "--host", "127.0.0.1", "--port", str(server.port), env=env)[0] == 0
@@ -731,6 +733,9 @@ def test_unix_socket_is_removed_on_stop(tmp_path: Path) -> None:
             "did you mean --help?; to begin a message with --, write -- before it",
         ),
         ("put t --prot 1", "did you mean --port?"),
+        ("--verison", "unknown argument '--verison'; did you mean --version?"),
+        ("serv", "unknown command 'serv'; did you mean serve?"),
+        ("get t -- --json", "unknown argument '--json'; after --, there are no options"),
         ("put", "TOPIC"),
         ("topics t", "'t'"),
         ("topics -t", "'-t'"),
@@ -763,6 +768,10 @@ def test_unix_socket_is_removed_on_stop(tmp_path: Path) -> None:
         ("ping --port 0", "--port"),
         ("ping --port 65536", "--port"),
         ("ping --host [::1", "'[::1' is not an address"),
+        ("ping --host 127.0.0.1:1 --port 2", "--host names port 1, but --port is 2"),
+        ("ping --host 127.0.0.1:0", "--host: '0' is not a port number"),
+        ("ping --host 127.0.0.1:", "'127.0.0.1:' is not an address"),
+        ("serve --host 127.0.0.1:1", "--host: should be an address or a name, without a port"),
         ("ping --timeout soon", "--timeout"),
         ("serve --frobnicate 1", "--frobnicate"),
         ("serve --port", "--port"),
@@ -794,6 +803,7 @@ def test_invalid_usage_is_reported(arguments: str, expected: str, capfdbinary: p
         ("DSMQ_PORT", "nan"),
         ("dsmq_port", "abc"),
         ("DSMQ_HOST", "[::1"),
+        ("DSMQ_HOST", "127.0.0.1:1"),
         ("DSMQ_HOST", "unix:"),
         ("DSMQ_AUTH_TOKEN", "two words"),
         ("DSMQ_AUTH_TOKEN", "żółw"),
@@ -899,7 +909,7 @@ def pem(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("cert", "locked", "{key}: {folder}/locked: the private key is encrypted"),
         ("cert", "locked_too", "{key}: {folder}/locked_too: the private key is encrypted"),
-        ("key", "cert", "{key}: {folder}/cert: no private key in PEM format found; are key and certificate exchanged?"),
+        ("key", "cert", "{key}: {folder}/cert: no private key in PEM format found; are key and certificate swapped?"),
         ("cert", "cert", "{key}: {folder}/cert: no private key in PEM format found"),
         ("key", "key", "{cert}: {folder}/key: no certificate in PEM format found"),
         ("cert", "other", "{key}: {folder}/other: the key does not match the certificate"),
@@ -1035,6 +1045,13 @@ def test_help_ignores_invalid_environment(command: str) -> None:
     assert b"Exit statuses: 0 done" in out
 
 
+def test_serve_help_groups_options_by_subject() -> None:
+    lines = result("serve", "--help")[1].decode().splitlines()
+    sections = [line for line in lines if re.fullmatch(r"\S.*:", line)]
+    assert sections == ["options:", *(f"{subject}:" for subject in SUBJECTS.values())]
+    assert lines.index("Log:") < lines.index(next(line for line in lines if "--log-level" in line))
+
+
 # Servers that can't start
 
 
@@ -1114,6 +1131,18 @@ def test_ctrl_c_ends_get_without_traceback(options: list[str], topic: str, serve
     with waiting(server.port, "get", topic, *options) as process:
         process.send_signal(signal.SIGINT)
         assert ended(process) == (130, b"", b"")
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("command", ["put t x", "put t", "get t --follow", "topics", "ping", "ping --tls", "bench"])
+def test_ctrl_c_while_connecting_is_quiet(command: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = str(silent.getsockname()[1])
+        with started(*command.split(), "--port", port) as process, silent.accept()[0] as connection:
+            # What it sends first gets no reply.
+            assert connection.recv(1)
+            process.send_signal(signal.SIGINT)
+            assert ended(process) == (130, b"", b"")
 
 
 @pytest.mark.usefixtures("interruptible")

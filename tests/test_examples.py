@@ -9,26 +9,19 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from conftest import ROOT, SOON, wait_until
-from dsmq import client as client_module
 from dsmq import demo, example_get_client, example_put_client
 from dsmq.client import connect
 from dsmq.errors import ServerFailed
 from dsmq.server import Server
 
 SOURCE = ROOT / "src" / "dsmq"
-
-
-@pytest.fixture(autouse=True)
-def buffered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Buffer output: unbuffered, Python writes lines in two parts, which mix between processes."""
-    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
 
 
 @contextmanager
@@ -78,9 +71,9 @@ def test_demos_run_concurrently_and_each_reader_gets_every_message() -> None:
 
 
 @pytest.mark.slow
-def test_demo_ignores_settings_of_other_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_ignores_settings_of_other_servers() -> None:
     for name in ("DSMQ_AUTH_TOKEN", "DSMQ_TLS_CERT_FILE", "DSMQ_MAX_AGE_SECONDS", "dsmq_no"):
-        monkeypatch.setenv(name, "for-another-server")
+        os.environ[name] = "for-another-server"
     with python("-m", "dsmq", "demo") as command:
         out, err = command.communicate(timeout=3 * SOON)
     assert (command.returncode, err) == (0, "")
@@ -88,10 +81,9 @@ def test_demo_ignores_settings_of_other_servers(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("words", "name"), [("SERVER", "server"), ("READER", "reader 1")])
-def test_demo_reports_dead_process(words: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, words, ("-c", "raise SystemExit(3)"))
-    with pytest.raises(ServerFailed, match=f"the demo's {name} died with exit status 3"):
+def test_demo_reports_dead_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "SERVER", ("-c", "raise SystemExit(3)"))
+    with pytest.raises(ServerFailed, match="the demo's server died with exit status 3"):
         demo.main()
 
 
@@ -111,9 +103,9 @@ def test_get_example_reads_put_example(server: Server, capsys: pytest.CaptureFix
 
 
 def test_get_example_ends_at_timeout(
-    server: Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    server: Server, capsys: pytest.CaptureFixture[str], retry_schedule: Callable[..., None]
 ) -> None:
-    monkeypatch.setattr(client_module, "_n_tries", 1)
+    retry_schedule(1)
     example_get_client.run(port=server.port)
     assert capsys.readouterr().out == ""
     assert server.status.counters().gets_empty >= 1

@@ -16,7 +16,20 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SOON, UNIT, LethalStore, Wire, as_map, blocked, daemon, loop_of, serving, wait_until, wire_to
+from conftest import (
+    SOON,
+    UNIT,
+    LethalStore,
+    Wire,
+    as_map,
+    blocked,
+    daemon,
+    loop_of,
+    no_new_threads,
+    serving,
+    wait_until,
+    wire_to,
+)
 from dsmq import settings as config
 from dsmq.broker import commands, reads
 from dsmq.broker import event_loop as worker
@@ -25,6 +38,7 @@ from dsmq.client import connect
 from dsmq.errors import Full, ServerFailed, ShuttingDown, StartupError, StoreFailed, WrongEpoch
 from dsmq.server import Server
 from dsmq.store.api import Message, Put
+from dsmq.store.expiry import Expiry
 from dsmq.store.sqlite import SQLiteStore
 from dsmq.wire.resp import encode_request
 
@@ -312,31 +326,23 @@ def test_errors_are_counted_by_code(server: Server, wire: Wire) -> None:
     assert server.status.counters().errors == {"UNKNOWN": 1, "BADREQUEST": 2}
 
 
-def test_defect_in_command_closes_that_connection_only(
-    server: Server, wire: Wire, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def broken(*_: object) -> bytes:
-        raise ZeroDivisionError
-
-    monkeypatch.setitem(
-        commands.COMMANDS_BY_ROLE[commands.Role.ADMIN], b"ECHO", commands.Command("ECHO", broken, "message")
-    )
-    with wire_to(server) as victim:
-        # Earlier replies are sent first.
-        victim.send(encode_request(b"PUT", b"t", b"x") + encode_request(b"ECHO", b"x") + encode_request(b"PING"))
-        assert victim.receive() == 1
-        assert victim.receive().code == "INTERNAL"  # type: ignore[union-attr]
-        assert victim.ended()
-    assert wire.call("PUT", "t", "x") == 2
-    assert server.status.counters().failures == 1
-    assert "ZeroDivisionError" in caplog.text
-
-
 class DefectiveStore(SQLiteStore):
     """Fails to read messages."""
 
     def read(self, topic: bytes, after: int, count: int, max_bytes: int) -> list[Message]:
         return super().read(topic, after, count, max_bytes) and 1 / 0  # type: ignore[return-value]
+
+
+def test_defect_in_command_closes_that_connection_only(caplog: pytest.LogCaptureFixture) -> None:
+    with serving(DefectiveStore(600_000)) as server, wire_to(server) as wire, wire_to(server) as victim:
+        # Earlier replies are sent first.
+        victim.send(encode_request(b"PUT", b"t", b"x") + encode_request(b"READ", b"t", b"0") + encode_request(b"PING"))
+        assert victim.receive() == 1
+        assert victim.receive().code == "INTERNAL"  # type: ignore[union-attr]
+        assert victim.ended()
+        assert wire.call("PUT", "t", "x") == 2
+        assert server.status.counters().failures == 1
+    assert "ZeroDivisionError" in caplog.text
 
 
 def test_defect_during_wait_gives_one_error_reply() -> None:
@@ -486,8 +492,8 @@ def is_closed(wire: Wire) -> bool:
     return False
 
 
-def test_refused_client_can_finish_its_handshake_unless_too_many_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsmq.broker.admission.LINGER_SECONDS", 10 * SOON)
+@pytest.mark.usefixtures("long_linger")
+def test_refused_client_can_finish_its_handshake_unless_too_many_are_refused() -> None:
     # Otherwise it would get an error from sending before it reads -BUSY.
     with serving(max_connections=1) as server, wire_to(server) as one, ExitStack() as stack:
         assert one.call("PING") == "PONG"
@@ -1018,15 +1024,17 @@ def test_unix_socket_with_full_backlog_is_in_use(tmp_path: Path) -> None:
 
 
 def test_failed_thread_start_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(_: object) -> None:
-        raise RuntimeError("can't start new thread")
+    def start(expiry: Expiry) -> None:
+        with no_new_threads():
+            expiry.thread.start()
 
-    monkeypatch.setattr("dsmq.store.expiry.Expiry.start", refuse)
     before = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 0
-    for start in ("dsmq.store.expiry.Expiry.start", "dsmq.broker.event_loop.EventLoop.start"):
-        monkeypatch.setattr(start, refuse)
-        with pytest.raises(StartupError, match="can't start new thread"):
-            Server(config.load(kind=config.EmbeddedSettings, port=0)).start()
+    with no_new_threads(), pytest.raises(StartupError, match="can't start new thread"):
+        Server(config.load(kind=config.EmbeddedSettings, port=0)).start()
+    # Now after the event loop has started.
+    monkeypatch.setattr(Expiry, "start", start)
+    with pytest.raises(StartupError, match="can't start new thread"):
+        Server(config.load(kind=config.EmbeddedSettings, port=0)).start()
     if before:
         assert len(os.listdir("/proc/self/fd")) == before
 
@@ -1037,14 +1045,14 @@ def test_retried_put_is_counted_once(server: Server, wire: Wire) -> None:
     assert server.status.totals().stored == 1
 
 
-def test_positions_per_connection_are_bounded(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reads, "MAX_POSITION_BYTES", 2 * (reads.POSITION_OVERHEAD_BYTES + 1))
-    for topic in ("a", "b", "c"):
-        wire.call("PUT", topic, "1")
-        wire.call("PUT", topic, "2")
-    assert [wire.call("GET", "a"), wire.call("GET", "b")] == [b"1", b"1"]
-    assert wire.error("GET", "c") == "BADREQUEST"
-    assert wire.call("GET", "a") == b"2"
+def test_positions_per_connection_are_bounded(wire: Wire) -> None:
+    topics = [b"%0512d" % number for number in range(reads.MAX_POSITION_BYTES // (reads.POSITION_OVERHEAD_BYTES + 512))]
+    wire.send(b"".join(encode_request(b"PUT", topic, b"1") for topic in [*topics, b"x" * 512, topics[0]]))
+    wire.send(b"".join(encode_request(b"GET", topic) for topic in topics))
+    replies = [wire.receive() for _ in range(2 * len(topics) + 2)]
+    assert replies[-len(topics) :] == [b"1"] * len(topics)
+    assert wire.error("GET", "x" * 512) == "BADREQUEST"
+    assert wire.call("GET", topics[0]) == b"1"
 
 
 def test_half_close_after_quit_gets_earlier_replies(tmp_path: Path) -> None:

@@ -32,8 +32,8 @@ FLOATS = [name for name, kind in NUMBERS.items() if kind["type"] == "number"]
 
 
 @pytest.fixture
-def setenv(monkeypatch: pytest.MonkeyPatch) -> SetEnv:
-    return monkeypatch.setenv
+def setenv() -> SetEnv:
+    return os.environ.__setitem__
 
 
 def toml(folder: Path, text: str | bytes) -> str:
@@ -283,7 +283,7 @@ def test_call_error_names_arguments_not_options() -> None:
 def test_help_shows_defaults_as_entered() -> None:
     shown = " ".join(run_dsmq("serve", "--help").stdout.decode().split())
     for name, default in [("metrics-topics", "0"), ("protected-mode", "true"), ("idle-timeout-seconds", "0")]:
-        assert re.search(rf"--{name} VALUE [^-]*Default: {default} --", shown), name
+        assert re.search(rf"--{name} VALUE [^-]*Default: {default} ", shown), name
     assert re.search(r"--tls-cert-file VALUE [^-]*Default: none --", shown)
 
 

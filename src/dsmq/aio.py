@@ -1,4 +1,4 @@
-"""The client for asyncio: the verbs of `dsmq.client`, to be awaited.
+"""The client for asyncio: the methods of `dsmq.client`, to be awaited.
 
     from dsmq.aio import connect
 
@@ -65,7 +65,7 @@ class AsyncClient(Client):
         return stored_id(put.reply)
 
     async def put_many(self, topic: str, messages: Iterable[str | bytes]) -> list[int]:
-        """Put several messages in order; returns their ids. Errors hold how many are stored, as in the other client."""
+        """Put several messages in order; returns their ids. Errors have the counts of stored ones: see DSMQError."""
         pending: deque[asyncio.Future[None]] = deque()
         with PutMany(arguments.topic_name(topic), messages) as puts:
             try:
@@ -155,7 +155,7 @@ class AsyncClient(Client):
     def messages(
         self, topic: str, *, timeout: float = math.inf, raw: bool = False
     ) -> AsyncIterator[str] | AsyncIterator[bytes]:
-        """Iterate over the messages of a topic as they arrive; end when none has for `timeout` seconds."""
+        """Iterate over the messages of a topic as they arrive; end when none arrives for `timeout` seconds."""
         seconds = arguments.seconds("timeout", timeout)
         self._session.reader(topic)
         if raw:

@@ -1,4 +1,4 @@
-"""The commands that use a server: put, get, topics, ping and bench. Each returns an exit status."""
+"""The commands that use a server: put, get, topics, ping and bench. Each returns its exit status, or None for 0."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import IO, TYPE_CHECKING, Any
 
 from dsmq import cli_parser, environment
 from dsmq.client import DSMQClientSideConnection, connect
@@ -27,24 +27,25 @@ from dsmq.wire.addresses import parse_endpoint
 if TYPE_CHECKING:
     from dsmq.position_file import PositionFile
 
-T = TypeVar("T")
-
 # Max length of a line of stdin, unless the server has announced a larger limit on messages.
 _MAX_LINE_BYTES = 67_108_864
 
-OK, NOTHING = 0, 3
+# The exit status if no message was printed.
+NOTHING = 3
 
 
 def _connect(options: argparse.Namespace, timeout: float = 10.0) -> DSMQClientSideConnection:
     # Never send the configured server's token to another server, named by --host.
-    known = _server_settings(use_file=not options.host)
-    options.host = options.host or known["host"].parse(cli_parser.host)
-    options.port = options.port or known["port"].parse(cli_parser.port)
+    known = _ServerSettings(use_file=not options.host)
+    options.host, port = options.host or (known.get("host", cli_parser.host, "127.0.0.1"), 0)
+    if port and options.port not in (port, None):
+        raise ConfigError(f"--host names port {port}, but --port is {options.port}")
+    options.port = port or options.port or known.get("port", cli_parser.port, "30008")
     security: dict[str, Any] = {name: getattr(options, name) for name in ("tls", "ca_file", "cert_file", "key_file")}
-    if known["tls_cert_file"].text and not any(security.values()):
+    if (cert := known.get("tls_cert_file")) and not any(security.values()):
         from dsmq.wire.tls import pinned_context  # noqa: PLC0415 - rarely needed
 
-        security["tls"] = pinned_context(*known["tls_cert_file"])
+        security["tls"] = pinned_context(cert, known.sources["tls_cert_file"])
     security["token"] = _token(options.token_file, known)
     reconnect = getattr(options, "reconnect", 0.0)
     _log_to_stderr()
@@ -90,34 +91,23 @@ def _cli_hint(text: str) -> str:
     return text
 
 
-class _Setting(NamedTuple):
-    """A setting of the server, and its source for error messages."""
+class _ServerSettings:
+    """The settings of a server, as far as clients need them. Raises ConfigError."""
 
-    text: str
-    source: str
+    def __init__(self, *, use_file: bool) -> None:
+        self._values, self.sources = environment.read(None if use_file else "")
 
-    def parse(self, kind: Callable[[str], T]) -> T:
+    def get(self, name: str, parse: Callable[[str], Any] = str, default: str = "") -> Any:
         try:
-            return kind(self.text)
+            return parse(str(self._values.get(name, default)))
         except (argparse.ArgumentTypeError, ValueError) as error:
-            raise ConfigError(f"{self.source}: {error}") from None
+            raise ConfigError(f"{self.sources[name]}: {error}") from None
 
 
-_DEFAULTS = {"host": "127.0.0.1", "port": "30008", "auth_token": "", "auth_token_file": "", "tls_cert_file": ""}
-
-
-def _server_settings(*, use_file: bool) -> dict[str, _Setting]:
-    """Return the settings that locate the server. Raises ConfigError."""
-    values, sources = environment.read(None if use_file else "")
-    return {
-        name: _Setting(str(values.get(name, default)), sources.get(name, "")) for name, default in _DEFAULTS.items()
-    }
-
-
-def _token(file: str | None, known: dict[str, _Setting]) -> str | None:
-    if file is None and known["auth_token"].text:
-        return known["auth_token"].parse(check_token)
-    file = file or known["auth_token_file"].text
+def _token(file: str | None, known: _ServerSettings) -> str | None:
+    if file is None and known.get("auth_token"):
+        return str(known.get("auth_token", check_token))
+    file = file or known.get("auth_token_file")
     if not file:
         return None
     from dsmq.broker.token_files import read_tokens  # noqa: PLC0415 - rarely needed
@@ -128,13 +118,12 @@ def _token(file: str | None, known: dict[str, _Setting]) -> str | None:
 # Commands
 
 
-def _put(options: argparse.Namespace) -> int:
+def _put(options: argparse.Namespace) -> None:
     with _connect(options) as mq:
         if options.message == "-":
             _put_lines(mq, options.topic)
         else:
             mq.put(options.topic, os.fsencode(options.message))
-    return OK
 
 
 def _put_lines(mq: DSMQClientSideConnection, topic: str) -> None:
@@ -166,7 +155,7 @@ def _lines(stream: IO[bytes], max_bytes: int) -> Iterator[list[bytes]]:
         yield [b"".join(rest)]
 
 
-def _get(options: argparse.Namespace) -> int:
+def _get(options: argparse.Namespace) -> int | None:
     left = options.n or (math.inf if options.follow else 1)
     seconds = options.wait if options.wait is not None else math.inf if options.follow else 0.0
     until = time.monotonic() + seconds
@@ -187,7 +176,7 @@ def _get(options: argparse.Namespace) -> int:
                 file.save(mq.position(options.topic))
             left -= count
     if found:
-        return OK
+        return None
     if options.wait is None and options.after is None and not file:
         sys.stderr.write(
             "dsmq: no message. Only messages put after connecting are read by default: "
@@ -264,26 +253,24 @@ def _print_json(fields: dict[str, object]) -> None:
     sys.stdout.write(json.dumps(fields) + "\n")
 
 
-def _topics(options: argparse.Namespace) -> int:
+def _topics(options: argparse.Namespace) -> None:
     with _connect(options) as mq:
         for name, messages, size in mq.topics():
             if options.json:
                 _print_json({"topic": name, "messages": messages, "bytes": size})
             else:
                 sys.stdout.write(f"{messages}\t{size}\t{printable(name)}\n")
-    return OK
 
 
-def _ping(options: argparse.Namespace) -> int:
+def _ping(options: argparse.Namespace) -> None:
     before = time.monotonic()
     with _connect(options, timeout=options.timeout) as mq:
         mq.ping()
     took = (time.monotonic() - before) * 1000
     sys.stdout.write(printable(f"PONG from {_where(options)} in {took:.1f} ms") + "\n")
-    return OK
 
 
-def _bench(options: argparse.Namespace) -> int:
+def _bench(options: argparse.Namespace) -> None:
     from dsmq import bench  # noqa: PLC0415 - only here
 
     def progress(name: str) -> None:
@@ -296,10 +283,9 @@ def _bench(options: argparse.Namespace) -> int:
             progress("")
             sys.stdout.write(f"{figure}\n")
             sys.stdout.flush()
-    return OK
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "put": _put,
     "get": _get,
     "topics": _topics,

@@ -7,14 +7,13 @@ import difflib
 import math
 import re
 import shlex
-from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn, TypeVar
 
 from dsmq import __version__
 from dsmq.terminal import printable, quoted
-from dsmq.wire.addresses import parse_endpoint
-
-_MAX_ID = 2**63 - 1
+from dsmq.wire.addresses import UNIX, parse_endpoint
+from dsmq.wire.limits import MAX_INTEGER
 
 N = TypeVar("N", int, float)
 
@@ -36,8 +35,15 @@ def host(text: str) -> str:
             raise ValueError
         parse_endpoint(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{quoted(text)} is not an address") from None
+        about = f"{quoted(text)} is not an address or a name, without a port, or unix:/path"
+        raise argparse.ArgumentTypeError(about) from None
     return text
+
+
+def address(text: str) -> tuple[str, int]:
+    """Parse a host, or host:port; the port is 0 if it is missing."""
+    with_port = None if text.startswith(UNIX) else re.fullmatch(r"(\[.*\]|[^:]+):([^:]+)", text)
+    return (host(with_port[1]), port(with_port[2])) if with_port else (host(text), 0)
 
 
 def file(text: str) -> str:
@@ -50,7 +56,7 @@ def position(text: str) -> int | str:
     """Parse an id, or a position as printed by `dsmq get --json`."""
     if re.fullmatch(r"[^\s:]+:[0-9]{1,19}", text):
         return text
-    return _number(int, text, 0, _MAX_ID, "an id, 0, or a position")
+    return _number(int, text, 0, MAX_INTEGER, "an id, 0, or a position")
 
 
 def seconds(text: str) -> float:
@@ -82,94 +88,98 @@ def _number(kind: Callable[[str], N], text: str, least: float, most: float, what
 # The commands and their options
 
 
-class Option(NamedTuple):
-    """An option; without a type, it takes no value."""
+def _add_settings(command: Parser) -> None:
+    # Imported here, because loading the settings takes longer than running a client command.
+    from dsmq.settings import add_options  # noqa: PLC0415
 
-    name: str
-    about: str
-    type: Callable[[str], object] | None = None
-    metavar: str | None = None
-    default: object = None
+    add_options(command)
 
 
-JSON = Option("--json", "print JSON lines")
-ADDRESS = [
-    Option("--host", "address, name, or unix:/path; default: DSMQ_HOST, or 127.0.0.1", host),
-    Option("--port", "default: DSMQ_PORT, or 30008", port),
-    Option(
-        "--token-file",
-        "authenticate with the first token in FILE; default: the token in DSMQ_AUTH_TOKEN, or the file that "
-        "DSMQ_AUTH_TOKEN_FILE names. Without --host, these four also come from the file that DSMQ_CONFIG names",
-        file,
-        "FILE",
-    ),
-    Option("--tls", "use TLS and verify the server's certificate"),
-    Option("--ca-file", "CA certificates to trust instead of the system's, as PEM; implies --tls", file, "FILE"),
-    Option("--cert-file", "client certificate, as PEM; implies --tls", file, "FILE"),
-    Option("--key-file", "private key of the client certificate, if not in the same file", file, "FILE"),
-]
-RECONNECT = Option("--reconnect", "seconds to try to restore a broken connection; default: 30", seconds, "S", 30.0)
-GET = [
-    Option("--wait", "wait for messages, up to S seconds in total", seconds, "S"),
-    Option("--latest", "start with the newest message, skipping older ones"),
-    Option("-n", "print up to N messages; default: 1, or all with --follow", count, "N"),
-    Option("--follow", "keep printing messages as they arrive"),
-    Option("--json", "print JSON lines with topic, id, number, put_at, position and message"),
-    Option(
-        "--after",
-        "start after this id or position; 0: at the oldest stored message. Default: messages put from now on",
-        position,
-        "POSITION",
-    ),
-    Option(
-        "--position-file",
+def _add_config(command: Parser) -> None:
+    about = "print a commented dsmq.toml with all defaults instead"
+    command.add_argument("--example", action="store_true", help=about)
+    _add_settings(command)
+
+
+def _add_server(command: Parser) -> None:
+    about = (
+        "Defaults come from DSMQ_HOST, DSMQ_PORT, DSMQ_AUTH_TOKEN or DSMQ_AUTH_TOKEN_FILE, and DSMQ_TLS_CERT_FILE; "
+        "without --host, also from the TOML file named by DSMQ_CONFIG."
+    )
+    add = command.add_argument_group("server", about).add_argument
+    add("--host", type=address, help="HOST, HOST:PORT or unix:/path; default: 127.0.0.1")
+    add("--port", type=port, help="TCP port; default: 30008")
+    add("--token-file", type=file, metavar="FILE", help="authenticate with the first token in FILE")
+    add("--tls", action="store_true", help="use TLS and verify the server's certificate")
+    about = "CA certificates to trust instead of the system's, as PEM; implies --tls"
+    add("--ca-file", type=file, metavar="FILE", help=about)
+    add("--cert-file", type=file, metavar="FILE", help="client certificate, as PEM; implies --tls")
+    about = "private key of the client certificate, if not in the same file"
+    add("--key-file", type=file, metavar="FILE", help=about)
+
+
+def _add_put(command: Parser) -> None:
+    about = "seconds to try to restore a broken connection; default: 30"
+    command.add_argument("--reconnect", type=seconds, metavar="S", default=30.0, help=about)
+    _add_server(command)
+
+
+def _add_get(command: Parser) -> None:
+    add = command.add_argument
+    add("--wait", type=seconds, metavar="S", help="wait for messages, up to S seconds in total")
+    add("--latest", action="store_true", help="start with the newest message, skipping older ones")
+    add("-n", type=count, metavar="N", help="print up to N messages; default: 1, or all with --follow")
+    add("--follow", action="store_true", help="keep printing messages as they arrive")
+    about = "print JSON lines with topic, id, number, put_at, position and message"
+    add("--json", action="store_true", help=about)
+    about = "start after this id or position; 0: at the oldest stored message. Default: messages put from now on"
+    add("--after", type=position, metavar="POSITION", help=about)
+    about = (
         "start after the position in FILE, if it exists, and keep it up to date. No message is skipped; the last ones "
-        "may be printed again if the command is killed",
-        file,
-        "FILE",
-    ),
-]
+        "may be printed again if the command is killed"
+    )
+    add("--position-file", type=file, metavar="FILE", help=about)
+    _add_put(command)
+
+
+def _add_topics(command: Parser) -> None:
+    command.add_argument("--json", action="store_true", help="print JSON lines")
+    _add_server(command)
+
+
+def _add_ping(command: Parser) -> None:
+    about = "seconds to wait for the reply; default: 3"
+    command.add_argument("--timeout", type=timeout, metavar="S", default=3.0, help=about)
+    _add_server(command)
+
+
+def _add_bench(command: Parser) -> None:
+    about = "repetitions of each operation; default: 1000, which stores about 5 MB"
+    command.add_argument("-n", type=count, metavar="N", default=1000, help=about)
+    _add_server(command)
+
+
 _PUT = "Put a message into a topic; without MESSAGE, or with -, put each line of stdin."
 _GET = "Print messages of a topic, one per line. On a terminal, control characters are shown as escapes."
-_BENCH_N = "repetitions of each operation; default: 1000, which stores about 5 MB"
-# Description, arguments and options of each command. serve and config also have an option for each setting.
-COMMANDS: dict[str, tuple[str, str, list[Option]]] = {
-    "serve": ("Run the server, until SIGTERM, Ctrl-C or a client's SHUTDOWN.", "", []),
-    "config": (
-        "Print the effective configuration as TOML, secrets masked.",
-        "",
-        [Option("--example", "print a commented dsmq.toml with all defaults instead")],
-    ),
-    "put": (_PUT, "TOPIC [MESSAGE] ", [*ADDRESS, RECONNECT]),
-    "get": (_GET, "TOPIC ", [*GET, *ADDRESS, RECONNECT]),
-    "topics": ("List topics with stored messages: message count, bytes, topic.", "", [JSON, *ADDRESS]),
-    "ping": (
-        "Check that the server answers; for scripts and health checks.",
-        "",
-        [Option("--timeout", "seconds to wait for the reply; default: 3", timeout, "S", 3.0), *ADDRESS],
-    ),
-    "bench": (
-        "Measure how long typical operations take on a running server.",
-        "",
-        [Option("-n", _BENCH_N, count, "N", 1000), *ADDRESS],
-    ),
-    "demo": ("Run a server, a writer and two readers for a few seconds.", "", []),
+# The description and arguments of each command, and the function that adds its options.
+COMMANDS: dict[str, tuple[str, str, Callable[[Parser], None]]] = {
+    "serve": ("Run the server, until SIGTERM, Ctrl-C or a client's SHUTDOWN.", "", _add_settings),
+    "config": ("Print the effective configuration as TOML, secrets masked.", "", _add_config),
+    "put": (_PUT, "TOPIC [MESSAGE] ", _add_put),
+    "get": (_GET, "TOPIC ", _add_get),
+    "topics": ("List topics with stored messages: message count, bytes, topic.", "", _add_topics),
+    "ping": ("Check that the server answers; for scripts and health checks.", "", _add_ping),
+    "bench": ("Measure how long typical operations take on a running server.", "", _add_bench),
+    "demo": ("Run a server, a writer and two readers for a few seconds.", "", lambda _: None),
 }
 _EPILOG = "Exit statuses: 0 done, 1 failed, 2 wrong usage or configuration, 3 no message printed, 130 interrupted."
 
 
 class Parser(argparse.ArgumentParser):
-    """Parses options; `place` assigns the other words."""
+    """Reports each error on one line, with the closest option."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, epilog=_EPILOG, **options)
-
-    def add_option(self, option: Option) -> None:
-        name, about, kind, metavar, default = option
-        if kind:
-            self.add_argument(name, help=about, type=kind, metavar=metavar, default=default)
-        else:
-            self.add_argument(name, help=about, action="store_true")
 
     def _parse_optional(self, arg_string: str) -> Any:
         """Keep argparse from reading -hello as -h: after a single dash comes a known option or a message."""
@@ -177,30 +187,11 @@ class Parser(argparse.ArgumentParser):
         is_known = arg_string in self._option_string_actions or (option and option.nargs != 0)
         return super()._parse_optional(arg_string) if arg_string.startswith("--") or is_known else None
 
-    def place(self, options: argparse.Namespace, words: list[str]) -> None:
-        """Assign the words that are not options to the command's topic and message."""
-        takes: list[str] = options.takes
-        if takes and not words:
-            self.error(f"the following arguments are required: {takes[0].upper()}")
-        if len(words) > len(takes):
-            if not takes or words[len(takes)].startswith("-"):
-                self.unknown(words[len(takes)])
-            first, rest = words[: len(takes) - 1], words[len(takes) - 1 :]
-            quotes = shlex.join([*first, " ".join(rest)])
-            self.error(f"too many arguments; quote a {takes[-1]} with blanks: {self.prog} {quotes}")
-        for name, word in zip(takes, words, strict=False):
-            setattr(options, name, word)
-        if takes:
-            try:
-                topic(options.topic)
-            except argparse.ArgumentTypeError as error:
-                self.error(f"argument TOPIC: {error}")
-
-    def unknown(self, word: str, about: str = "") -> NoReturn:
-        """Reject an argument, suggesting the closest option."""
-        nearest = difflib.get_close_matches(word, self._option_string_actions, n=1) if word[:1] == "-" else []
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        self.error(f"unknown argument {quoted(word)}{hint}{about}")
+    def unknown(self, word: str, about: str = "", *, what: str = "argument", known: Iterable[str] = ()) -> NoReturn:
+        """Reject a word, suggesting the closest option or known word."""
+        nearest = difflib.get_close_matches(word, [*self._option_string_actions, *known], n=1)
+        hint = "".join(f"; did you mean {name}?" for name in nearest)
+        self.error(f"unknown {what} {quoted(word)}{hint}{about}")
 
     def error(self, message: str) -> NoReturn:
         """Print the error on one line and exit."""
@@ -209,29 +200,53 @@ class Parser(argparse.ArgumentParser):
 
 def parse(words: list[str]) -> argparse.Namespace:
     """Return the command with its options and arguments. After -- there are no options."""
+    name, words = (words[0], words[1:]) if words else ("", [])
+    if name not in COMMANDS:
+        _refuse(name)
+    about, arguments, add_options = COMMANDS[name]
+    takes = re.findall(r"\w+", arguments.lower())
+    parser = Parser(prog=f"dsmq {name}", usage=f"dsmq {name} {arguments}[OPTION ...]", description=about)
+    add_options(parser)
     end = words.index("--") if "--" in words else len(words)
-    options, others = _parser(words).parse_known_args(words[:end])
-    command: Parser = options.parser
+    options, others = parser.parse_known_args(words[:end], argparse.Namespace(command=name, message="-"))
     for word in others:
         if word.startswith("--"):
-            about = "; to begin a message with --, write -- before it" if "message" in options.takes else ""
-            command.unknown(word.partition("=")[0], about)
-    command.place(options, others + words[end + 1 :])
+            about = "; to begin a message with --, write -- before it" if "message" in takes else ""
+            parser.unknown(word.partition("=")[0], about)
+    if len(others) > len(takes) and (not takes or others[len(takes)].startswith("-")):
+        parser.unknown(others[len(takes)])
+    _place(parser, options, takes, others + words[end + 1 :])
     return options
 
 
-def _parser(words: list[str]) -> Parser:
-    parser = Parser(prog="dsmq", description="The dead simple message queue.")
+def _refuse(word: str) -> NoReturn:
+    """Print the help or the version, or report that this is not a command."""
+    parser = Parser(prog="dsmq", usage="dsmq COMMAND [OPTION ...]", description="The dead simple message queue.")
     parser.add_argument("--version", action="version", version=f"dsmq {__version__}")
-    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
-    for name, (about, takes, options) in COMMANDS.items():
-        command = commands.add_parser(name, help=about, description=about, usage=f"dsmq {name} {takes}[OPTION ...]")
-        command.set_defaults(parser=command, takes=re.findall(r"\w+", takes.lower()), message="-")
-        for option in options:
-            command.add_option(option)
-        if name in ("serve", "config") and name in words:
-            # Only here, because loading the settings takes longer than running a client command.
-            from dsmq.settings import add_options  # noqa: PLC0415
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for name, (about, *_) in COMMANDS.items():
+        commands.add_parser(name, help=about)
+    if not word:
+        parser.error("the following arguments are required: COMMAND")
+    if word.startswith("--") or word == "-h":
+        parser.parse_known_args([word])
+    parser.unknown(word, what="argument" if word.startswith("-") else "command", known=COMMANDS)
 
-            add_options(command)
-    return parser
+
+def _place(parser: Parser, options: argparse.Namespace, takes: list[str], words: list[str]) -> None:
+    """Assign the words that are not options to the command's topic and message."""
+    if takes and not words:
+        parser.error(f"the following arguments are required: {takes[0].upper()}")
+    if len(words) > len(takes):
+        if not takes or words[len(takes)].startswith("-"):
+            parser.error(f"unknown argument {quoted(words[len(takes)])}; after --, there are no options")
+        first, rest = words[: len(takes) - 1], words[len(takes) - 1 :]
+        quotes = shlex.join([*first, " ".join(rest)])
+        parser.error(f"too many arguments; quote a {takes[-1]} with blanks: {parser.prog} {quotes}")
+    for name, word in zip(takes, words, strict=False):
+        setattr(options, name, word)
+    if takes:
+        try:
+            topic(options.topic)
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"argument TOPIC: {error}")

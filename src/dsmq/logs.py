@@ -11,7 +11,9 @@ import queue
 import select
 import sys
 import threading
+import time
 from collections import Counter
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import TextIO
 
@@ -157,29 +159,34 @@ class BackgroundStream(io.TextIOBase):
 
 
 class Handler(logging.StreamHandler[BackgroundStream]):
-    """Between two summaries, writes up to `rate` lines of each logging call, and counts the rest."""
+    """Writes up to `rate` lines a second of each logging call, and counts the rest."""
 
-    def __init__(self, stream: BackgroundStream, rate: int) -> None:
+    def __init__(self, stream: BackgroundStream, rate: int, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(stream)
         self._rate = rate
+        self._clock = clock
+        self._began = clock()
+        # The lines of each call in the second that began then.
         self._lines: Counter[_Call] = Counter()
-        self._last_suppressed: dict[_Call, logging.LogRecord] = {}
+        # Since the last summary: how many lines of a call were suppressed, and the last of them.
+        self._suppressed: dict[_Call, tuple[int, logging.LogRecord]] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
+        if (now := self._clock()) - self._began >= 1:
+            self._began = now
+            self._lines.clear()
         call = record.pathname, record.lineno, record.levelno
         self._lines[call] += 1
         if self._lines[call] <= self._rate:
             super().emit(record)
         else:
-            self._last_suppressed[call] = record
+            self._suppressed[call] = self._suppressed.get(call, (0,))[0] + 1, record
 
     def summarise(self) -> None:
-        """Write how many lines were suppressed or dropped."""
+        """Write how many lines were suppressed or dropped since the last summary."""
         with self.lock:  # type: ignore[union-attr]  # made by the base class
-            lines, self._lines = self._lines, Counter()
-            last, self._last_suppressed = self._last_suppressed, {}
-            for call, record in last.items():
-                count = lines[call] - self._rate
+            suppressed, self._suppressed = self._suppressed, {}
+            for count, record in suppressed.values():
                 self._write("flood", count, f"{count} more lines like: {record.getMessage()}", record.levelno)
             if dropped := self.stream.take_dropped():
                 self._write("lines_dropped", dropped, f"{dropped} log lines dropped", logging.WARNING)
@@ -194,7 +201,7 @@ def _handlers() -> list[Handler]:
 
 
 def summarise() -> None:
-    """Log how many lines were suppressed. To be called about once a second."""
+    """Log how many lines were suppressed. Should be called about once a second."""
     for handler in _handlers():
         handler.summarise()
 

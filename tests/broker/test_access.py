@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 import trustme
 
-from conftest import SOON, UNIT, Wire, daemon, loop_of, wait_until, wire_to
+from conftest import SOON, Wire, daemon, loop_of, wait_until, wire_to
 from dsmq import settings as config
-from dsmq.broker import login
 from dsmq.broker.connection import Connection
 from dsmq.client import connect
 from dsmq.server import Server
@@ -104,7 +103,6 @@ def test_connection_accepted_during_reload_is_closed_by_the_new_rules(
     settings: dict[str, object] = {"io_threads": 2, "auth_timeout_seconds": 600}
     settings |= {"tls_cert_file": files.server} if has_tls else {}
     load = lambda: config.load(kind=config.EmbeddedSettings, port=0, **settings)  # noqa: E731
-    monkeypatch.setattr("dsmq.server.WATCH_SECONDS", UNIT)
     accepted, go = threading.Event(), threading.Event()
 
     def numbers() -> Iterator[int]:
@@ -195,8 +193,8 @@ def test_reload_with_first_token_closes_unauthenticated_connections() -> None:
         assert wire.ended()
 
 
-def test_reload_may_remove_all_tokens_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(login, "WRONG_TOKEN_SECONDS", 10 * SOON)
+@pytest.mark.usefixtures("replies_after_wrong_token")
+def test_reload_may_remove_all_tokens_on_loopback() -> None:
     settings: dict[str, object] = {"auth_token": ADMIN}
     load = lambda: config.load(kind=config.EmbeddedSettings, port=0, **settings)  # noqa: E731
     with Server(load(), load=load) as server, wire_as(server, ADMIN) as admin, wire_to(server) as guesser:

@@ -147,8 +147,8 @@ def test_wrong_token_closes_authenticated_connection(server: Server) -> None:
         assert wire.ended()
 
 
-def test_requests_that_arrive_behind_a_wrong_token_get_replies(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(login, "WRONG_TOKEN_SECONDS", 10 * SOON)
+@pytest.mark.usefixtures("replies_after_wrong_token")
+def test_requests_that_arrive_behind_a_wrong_token_get_replies(server: Server) -> None:
     with wire_to(server) as wire:
         assert wire.error("AUTH", WRONG) == "WRONGPASS"
         assert [wire.error("AUTH", ADMIN), wire.error("PING")] == ["NOAUTH", "NOAUTH"]

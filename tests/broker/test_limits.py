@@ -10,9 +10,9 @@ import socket
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -20,17 +20,18 @@ import pytest
 
 from conftest import SOON, UNIT, Wire, blocked, daemon, loop_of, serving, wait_until, wire_to
 from dsmq.broker import event_loop as worker
-from dsmq.broker import messages, transport, usage
+from dsmq.broker import reads, usage
 from dsmq.broker.connection import Connection
 from dsmq.broker.event_loop import EventLoop
+from dsmq.broker.requests import MAX_DISCARDED_BYTES
 from dsmq.broker.transport import MAX_HELD_BYTES
 from dsmq.broker.usage import FREE_BYTES, RECEIVE_BYTES, Budget
 from dsmq.client import connect
 from dsmq.errors import Full, ReplyError
 from dsmq.server import Server
-from dsmq.store import dedup as producers
 from dsmq.store.api import MESSAGE_OVERHEAD_BYTES, TOPIC_OVERHEAD_BYTES, Limits, Message
 from dsmq.store.sqlite import SQLiteStore
+from dsmq.wire.limits import MAX_READ_BYTES
 from dsmq.wire.resp import Encoded, encode_messages, encode_request
 
 # Stored messages
@@ -236,17 +237,6 @@ def test_limits_can_be_lowered_below_current_use() -> None:
     store.close()
 
 
-def test_remembered_puts_are_bounded_in_total(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(producers, "MAX_REMEMBERED_PUTS", 5)
-    store = SQLiteStore(60_000)
-    for producer in (b"a", b"b", b"c"):
-        store.append([(b"t", b"x", (producer, seq)) for seq in range(2)])
-    # Producer a, the least recent, is forgotten.
-    assert store.append([(b"t", b"x", (b"b", 1)), (b"t", b"x", (b"c", 1))]) == [4, 6]
-    assert store.append([(b"t", b"x", (b"a", 1))]) == [7]
-    store.close()
-
-
 # Waiting readers
 
 
@@ -277,6 +267,24 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(usage, "SLOW_SECONDS", 10 * SOON)
 
 
+AroundTurns = Callable[[Callable[[], AbstractContextManager[None]]], None]
+
+
+@pytest.fixture
+def around_turns(monkeypatch: pytest.MonkeyPatch) -> AroundTurns:
+    """A function that makes each turn of an event loop run inside a context manager."""
+
+    def around_turns(context: Callable[[], AbstractContextManager[None]]) -> None:
+        def turn(loop: EventLoop) -> None:
+            with context():
+                real(loop)
+
+        monkeypatch.setattr(EventLoop, "_turn", turn)
+
+    real = EventLoop._turn
+    return around_turns
+
+
 @pytest.fixture
 def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each connection runs one request in a turn."""
@@ -298,13 +306,10 @@ def test_greedy_client_does_not_starve_others() -> None:
         assert ids == [number for number in range(1, 1002) if number != place]
 
 
-def test_each_client_of_a_crowd_gets_one_reply_before_any_gets_two(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(worker, "CROWD", 20)
+def test_each_client_of_a_crowd_gets_one_reply_before_any_gets_two() -> None:
     with serving() as server, wire_to(server) as modest, ExitStack() as stack:
-        crowd = [stack.enter_context(wire_to(server)) for _ in range(30)]
-        wait_until(lambda: server.status.connections() == 31)
+        crowd = [stack.enter_context(wire_to(server)) for _ in range(worker.CROWD + 10)]
+        wait_until(lambda: server.status.connections() == len(crowd) + 1)
         with blocked(server):
             for greedy in crowd:
                 greedy.send(encode_request(b"PUT", b"t", b"x") * 100)
@@ -317,19 +322,19 @@ def test_each_client_of_a_crowd_gets_one_reply_before_any_gets_two(
 
 
 @pytest.mark.usefixtures("short_turns")
-def test_new_request_overtakes_pipelines_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_request_overtakes_pipelines_of_others(around_turns: AroundTurns) -> None:
     with serving() as server, wire_to(server) as modest, ExitStack() as stack:
         crowd = [stack.enter_context(wire_to(server)) for _ in range(20)]
         wait_until(lambda: server.status.connections() == 21)
-        loop = loop_of(server)
-        turn, before = loop._turn, []
+        loop, before = loop_of(server), []
 
         def arrive() -> None:
             before.append(server.status.totals().stored)
             modest.send(encode_request(b"PUT", b"t", b"y"))
 
-        def turn_and_arrive() -> None:
-            turn()
+        @contextmanager
+        def arrive_later() -> Iterator[None]:
+            yield
             if loop._to_run and not before:
                 # In the next turn, before connections with requests left continue.
                 loop.post(arrive)
@@ -337,7 +342,7 @@ def test_new_request_overtakes_pipelines_of_others(monkeypatch: pytest.MonkeyPat
         with blocked(server):
             for greedy in crowd:
                 greedy.send(encode_request(b"PUT", b"t", b"x") * 1000)
-            monkeypatch.setattr(loop, "_turn", turn_and_arrive)
+            around_turns(arrive_later)
         place = modest.receive()
         assert isinstance(place, int)
         # Another connection runs a batch, or one request, in between.
@@ -381,8 +386,8 @@ def test_unauthenticated_request_count_is_limited(request_: bytes, reply: str) -
 
 
 @pytest.mark.parametrize("last", [b"AUTH wrong-token-0123456789\r\n", b"QUIT\r\n", b"PING\r\n" * 17])
-def test_rejected_client_may_linger_only_briefly(monkeypatch: pytest.MonkeyPatch, last: bytes) -> None:
-    monkeypatch.setattr(transport, "LINGER_SECONDS", 3600.0)
+@pytest.mark.usefixtures("long_linger")
+def test_rejected_client_may_send_only_a_little_more(last: bytes) -> None:
     with (
         serving(auth_token="x" * 20, auth_timeout_seconds=600) as server,
         wire_to(server) as wire,
@@ -393,7 +398,7 @@ def test_rejected_client_may_linger_only_briefly(monkeypatch: pytest.MonkeyPatch
             pass
         # Closing at once would reset the connection, and the client might lose the reply.
         for _ in range(2):
-            wire.send(b"x" * (transport.MAX_DISCARDED_BYTES // 2))
+            wire.send(b"x" * (MAX_DISCARDED_BYTES // 2))
             assert other.call("PING") == "PONG"
         assert server.status.connections() == 2
         wire.send(b"x" * 1000)
@@ -433,7 +438,7 @@ def test_total_unread_replies_are_bounded() -> None:
                     time.sleep(UNIT / 100)
                 assert all(isinstance(reply, list) for reply in done.result())
         # Between two checks of the total, each event loop may exceed it by one connection's limit and one reply.
-        assert most < 1_000_000 + 3 * (200_000 + messages.MAX_READ_BYTES)
+        assert most < 1_000_000 + 3 * (200_000 + MAX_READ_BYTES)
         wait_until(lambda: replies.total == 0)
         lazy[0].send(encode_request(b"READ", b"t", b"0") * 100)
         wait_until(lambda: replies.total > 0)
@@ -874,21 +879,21 @@ def test_slow_steady_reader_is_not_dropped() -> None:
 
 
 @pytest.mark.usefixtures("short_turns")
-def test_many_waiters_are_woken_over_several_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_waiters_are_woken_over_several_turns(around_turns: AroundTurns) -> None:
     with serving() as server, wire_to(server) as writer, ExitStack() as stack:
         waiting = [stack.enter_context(wire_to(server)) for _ in range(30)]
         for wire in waiting:
             wire.send(encode_request(b"GETWAIT", b"t", b"60000"))
         wait_until(lambda: server.status.waiting() == 30)
-        loop = loop_of(server)
-        woken, turn = [], loop._turn
+        woken = []
 
-        def counted() -> None:
+        @contextmanager
+        def counted() -> Iterator[None]:
             before = server.status.waiting()
-            turn()
+            yield
             woken.append(before - server.status.waiting())
 
-        monkeypatch.setattr(loop, "_turn", counted)
+        around_turns(counted)
         assert writer.call("PUT", "t", "x") == 1
         assert [wire.receive() for wire in waiting] == [b"x"] * 30
         assert max(woken) <= 4, woken
@@ -901,7 +906,7 @@ def test_long_reply_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
         made.append(encode_messages(messages))
         return made[-1]
 
-    monkeypatch.setattr(messages, "encode_messages", encode)
+    monkeypatch.setattr(reads, "encode_messages", encode)
     with serving() as server, wire_to(server) as wire:
         (one,) = wait_for_connections(server, 1)
         body = b"x" * (1 << 20)
@@ -928,33 +933,30 @@ def no_collection() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_collection")
 @pytest.mark.parametrize("name", HEAVY)
-def test_event_loop_turn_is_bounded_by_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_event_loop_turn_is_bounded_by_time(name: str, around_turns: AroundTurns) -> None:
     with serving() as server, wire_to(server) as greedy:
         greedy.send(b"".join(encode_request(b"PUT", b"topic%d" % number, b"x") for number in range(1000)))
         for _ in range(1000):
             greedy.receive()
-        loop = loop_of(server)
+        seconds: list[float] = []
+
+        @contextmanager
+        def timed() -> Iterator[None]:
+            began = time.thread_time()
+            yield
+            seconds.append(time.thread_time() - began)
+
+        around_turns(timed)
         # A single turn may be long because the processor was taken away.
-        assert statistics.median(longest_turn(loop, greedy, *HEAVY[name], monkeypatch) for _ in range(5)) < 0.02
+        assert statistics.median(longest_turn(server, greedy, *HEAVY[name], seconds) for _ in range(5)) < 0.02
 
 
-def longest_turn(loop: EventLoop, wire: Wire, request: bytes, count: int, monkeypatch: pytest.MonkeyPatch) -> float:
-    """Return the processor time, in seconds, of the loop's longest turn while it answers a pipeline."""
-    longest, turn = 0.0, EventLoop._turn
-
-    def timed(self: EventLoop) -> None:
-        nonlocal longest
-        began = time.thread_time()
-        turn(self)
-        longest = max(longest, time.thread_time() - began)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(EventLoop, "_turn", timed)
-        wire.send(request * count)
-        for _ in range(count):
-            wire.receive()
-        # The turn that sent the last reply has ended.
-        done = threading.Event()
-        loop.post(done.set)
-        assert done.wait(SOON)
-    return longest
+def longest_turn(server: Server, wire: Wire, request: bytes, count: int, seconds: list[float]) -> float:
+    """Return the longest of the loop's turns while it answers a pipeline; `seconds` gets the time of each."""
+    seconds.clear()
+    wire.send(request * count)
+    for _ in range(count):
+        wire.receive()
+    # The turn that sent the last reply has ended.
+    with blocked(server):
+        return max(seconds)

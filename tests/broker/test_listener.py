@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SOON, UNIT, Wire, loop_of, serving, wait_until, wire_to
+from conftest import SOON, UNIT, Resolve, Wire, loop_of, serving, wait_until, wire_to
 from dsmq.broker import listener
 from dsmq.broker.listener import Listener
 from dsmq.client import connect
@@ -24,23 +24,6 @@ from dsmq.errors import StartupError
 from dsmq.server import Server
 
 # Names with several addresses
-
-
-Resolve = Callable[..., None]
-
-
-@pytest.fixture
-def resolve(monkeypatch: pytest.MonkeyPatch) -> Resolve:
-    """A function that makes a name resolve to these addresses."""
-    real = socket.getaddrinfo
-
-    def resolve(name: str, *addresses: str) -> None:
-        def getaddrinfo(host: str, port: int, *kind: int, **options: int) -> list[object]:
-            return [one for at in (addresses if host == name else [host]) for one in real(at, port, *kind, **options)]
-
-        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-
-    return resolve
 
 
 def test_name_with_several_addresses_listens_on_each_usable_one(resolve: Resolve) -> None:
@@ -70,31 +53,44 @@ def test_port_in_use_on_one_address_does_not_start(resolve: Resolve) -> None:
             pass
 
 
-def test_machine_without_ipv6_listens_on_ipv4(resolve: Resolve, monkeypatch: pytest.MonkeyPatch) -> None:
+Refuse = Callable[[Callable[..., int]], None]
+
+
+@pytest.fixture
+def refuse(monkeypatch: pytest.MonkeyPatch) -> Refuse:
+    """A function that makes listening fail with the error number that another function returns for an address."""
+
+    def refuse(find_error: Callable[..., int]) -> None:
+        real = socket.create_server
+
+        def create_server(address: tuple[str, int], *, family: int, **options: int) -> socket.socket:
+            if error := find_error(family, *address):
+                raise OSError(error, os.strerror(error))
+            return real(address, family=family, **options)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(socket, "create_server", create_server)
+
+    return refuse
+
+
+def test_machine_without_ipv6_listens_on_ipv4(resolve: Resolve, refuse: Refuse) -> None:
     resolve("localhost", "::1", "127.0.0.1")
-    real = socket.create_server
-
-    def create_server(address: tuple[str, int], *, family: int, **options: int) -> socket.socket:
-        if family == socket.AF_INET6:
-            raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
-        return real(address, family=family, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(socket, "create_server", create_server)
+    refuse(lambda family, *_: errno.EAFNOSUPPORT if family == socket.AF_INET6 else 0)
     with serving(host="localhost", http_host="localhost", http_port=0) as server:
         assert server.addresses == [f"127.0.0.1:{server.port}"]
 
 
-def test_chosen_port_is_the_same_on_all_addresses(resolve: Resolve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chosen_port_is_the_same_on_all_addresses(resolve: Resolve, refuse: Refuse) -> None:
     resolve("several", "127.0.0.1", "127.0.0.2")
-    real, taken = socket.create_server, []
+    taken: list[int] = []
 
-    def create_server(address: tuple[str, int], **options: int) -> socket.socket:
-        if address[0] == "127.0.0.2" and len(taken) < 3:
-            taken.append(address[1])
-            raise OSError(errno.EADDRINUSE, "Address already in use")
-        return real(address, **options)  # type: ignore[arg-type]
+    def find_error(_: int, host: str, port: int) -> int:
+        if host != "127.0.0.2" or len(taken) == 3:
+            return 0
+        taken.append(port)
+        return errno.EADDRINUSE
 
-    monkeypatch.setattr(socket, "create_server", create_server)
+    refuse(find_error)
     with serving(host="several") as server:
         assert server.addresses == [f"127.0.0.1:{server.port}", f"127.0.0.2:{server.port}"]
     assert len(taken) == 3

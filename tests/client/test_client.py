@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -25,9 +26,8 @@ import dsmq.client
 import dsmq.client.connection
 from conftest import SOON, UNIT, blocked, serving, wait_until
 from dsmq import errors
-from dsmq.client import DSMQClientSideConnection, Message, connect
-from dsmq.client.connection import Connection
-from dsmq.client.requests import PUTS_AT_ONCE
+from dsmq.client import DSMQClientSideConnection, Message, connect, default_wait
+from dsmq.client.requests import _LONG_BATCH_SECONDS
 from dsmq.errors import ClientClosed, ConnectionLost, MessageNotText, NotPermitted, ProtocolError, TooBig
 from dsmq.server import Server, serve
 
@@ -102,9 +102,8 @@ def test_get_wait_sends_one_request(server: Server, client: MakeClient) -> None:
     assert server.status.counters().requests == before + 1
 
 
-def test_get_wait_follows_retry_schedule(client: MakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dsmq.client, "_n_tries", 4)
-    monkeypatch.setattr(dsmq.client, "_initial_retry", UNIT / 5)
+def test_get_wait_follows_retry_schedule(client: MakeClient, retry_schedule: Callable[..., None]) -> None:
+    retry_schedule(4, UNIT / 5)
     before = time.monotonic()
     assert client().get_wait("t") == ""
     assert 3 * UNIT * 0.99 <= time.monotonic() - before < SOON
@@ -168,26 +167,27 @@ def test_connect_waits_for_starting_server() -> None:
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
 
-    def refuse() -> None:
+    def start_late() -> None:
+        time.sleep(2 * UNIT)
         listener.listen()
         sock, _ = listener.accept()
         sock.recv(1000)
         sock.sendall(b"-BUSY too many\r\n")
         sock.close()
 
-    starting = threading.Timer(UNIT, refuse)
-    starting.start()
+    thread = threading.Thread(target=start_late)
+    thread.start()
     with pytest.raises(errors.Busy):
         connect(port=listener.getsockname()[1])
-    starting.join(SOON)
+    thread.join(SOON)
     listener.close()
 
 
 def test_connect_raises_connection_refused_in_the_end(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    retry_schedule: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert 10 < dsmq.client.default_wait() < 11
-    monkeypatch.setattr(dsmq.client, "_n_tries", 4)
+    assert 10 < default_wait() < 11
+    retry_schedule(4)
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         port = nobody.getsockname()[1]
@@ -270,22 +270,16 @@ def test_put_many_and_get_many(client: MakeClient) -> None:
     assert mq.put_many("t", []) == []
 
 
-def test_put_many_accepts_slow_generator(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    def slowly() -> Iterator[str]:
-        yield from ["x"] * PUTS_AT_ONCE
-        time.sleep(UNIT * 18)
+def test_put_many_accepts_slow_generator(server: Server) -> None:
+    def slowly(release: threading.Event) -> Iterator[str]:
+        time.sleep(2 * _LONG_BATCH_SECONDS)
+        # This one is sent at once, but its reply comes only after the timeout.
+        yield "1"
+        time.sleep(22 * UNIT)
+        threading.Timer(UNIT, release.set).start()
 
-    left = []
-
-    def receive(link: Connection) -> object:
-        left.append(link._deadline - time.monotonic())
-        return original(link)
-
-    original = Connection.receive
-    with connect(port=server.port, timeout=15 * UNIT) as mq:
-        monkeypatch.setattr(Connection, "receive", receive)
-        assert len(mq.put_many("t", slowly())) == PUTS_AT_ONCE
-    assert left[0] > 0
+    with connect(port=server.port, timeout=20 * UNIT, reconnect_timeout=0) as mq, blocked(server) as release:
+        assert mq.put_many("t", slowly(release)) == [1]
 
 
 def test_get_many_stops_before_undecodable_message(client: MakeClient) -> None:
@@ -601,20 +595,26 @@ def test_first_call_after_restart_reads_from_start() -> None:
         mq.close()
 
 
-def test_close_during_a_connect_is_noticed(server: Server, monkeypatch: pytest.MonkeyPatch, client: MakeClient) -> None:
-    mq = client()
-    real = Connection.receive
+def test_close_during_a_connect_is_noticed() -> None:
+    def reconnect() -> bytes:
+        first, _ = listener.accept()
+        with first:
+            first.recv(65536)
+            first.sendall(HELLO)
+        second, _ = listener.accept()
+        with second:
+            second.settimeout(SOON)
+            second.recv(65536)
+            mq.close()
+            second.sendall(HELLO)
+            return second.recv(1)
 
-    def receive_and_close(link: Connection) -> object:
-        reply = real(link)
-        mq.close()
-        return reply
-
-    hang_up(server)
-    monkeypatch.setattr(Connection, "receive", receive_and_close)
-    with pytest.raises(ClientClosed):
-        mq.ping()
-    wait_until(lambda: server.status.connections() == 0)
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        ending = pool.submit(reconnect)
+        mq = connect(port=listener.getsockname()[1])
+        with pytest.raises(ClientClosed):
+            mq.ping()
+        assert ending.result(SOON) == b""
 
 
 @pytest.mark.slow

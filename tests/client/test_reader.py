@@ -12,16 +12,15 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_session import Time, a_reader, accept, clock, entries, entry, take, warnings
+from test_session import a_reader, accept, entries, entry, take, warnings
 
+from conftest import ClientClock
 from dsmq.client import reader as reader_module
 from dsmq.client.reader import Claim, Returned, TopicReader, take_back
 from dsmq.client.session import text
 from dsmq.client.stretch import Entry, Era
 from dsmq.errors import MessageNotText
 from dsmq.system import boot_time
-
-__all__ = ["clock"]
 
 
 def take_latest(reader: TopicReader, found: list[Entry], claim: Claim | None = None) -> list[int] | None:
@@ -113,7 +112,7 @@ def test_messages_fetched_by_two_threads_are_returned_once() -> None:
     assert (reader.position[1], reader.missed) == (4, 0)
 
 
-def test_empty_reply_to_older_request_is_ignored(clock: Time) -> None:
+def test_empty_reply_to_older_request_is_ignored(client_clock: ClientClock) -> None:
     reader = a_reader(position=1, last_number=1)
     asked = reader.asked()
     accept(reader, entries(2, 3))
@@ -218,11 +217,13 @@ def test_nothing_is_given_back_after_a_seek() -> None:
 # Expiry
 
 
-def test_expired_read_ahead_is_refetched_and_counted(clock: Time, caplog: pytest.LogCaptureFixture) -> None:
+def test_expired_read_ahead_is_refetched_and_counted(
+    client_clock: ClientClock, caplog: pytest.LogCaptureFixture
+) -> None:
     reader = a_reader()
     accept(reader, [entry(1), entry(2, expires=5000.5), entry(3, expires=5000.5), entry(4)])
     assert take(reader, 1) == [1]
-    clock.passed = 0.5
+    client_clock.passed = 0.5
     assert take(reader) == []
     assert reader.asked()[1] == 1
     accept(reader, entries(4))
@@ -230,11 +231,13 @@ def test_expired_read_ahead_is_refetched_and_counted(clock: Time, caplog: pytest
     assert warnings(caplog) == ["topic 't': 2 messages expired before they were read"]
 
 
-def test_expired_last_message_is_counted_without_successor(clock: Time, caplog: pytest.LogCaptureFixture) -> None:
+def test_expired_last_message_is_counted_without_successor(
+    client_clock: ClientClock, caplog: pytest.LogCaptureFixture
+) -> None:
     reader = a_reader()
     accept(reader, [entry(1, 1), *(entry(number, number, 5000.5) for number in (2, 3, 5))])
     assert take(reader, 1) == [1]
-    clock.passed = 0.5
+    client_clock.passed = 0.5
     assert take(reader) == []
     assert not accept(reader, [])
     assert reader.missed == 4
@@ -243,11 +246,11 @@ def test_expired_last_message_is_counted_without_successor(clock: Time, caplog: 
     assert (take(reader), reader.missed) == ([9], 5)
 
 
-def test_old_reply_does_not_bring_back_expired_messages(clock: Time) -> None:
+def test_old_reply_does_not_bring_back_expired_messages(client_clock: ClientClock) -> None:
     reader = a_reader(last_number=0)
     asked = reader.asked()
     accept(reader, entries(1, 2, 3))
-    clock.passed = 1.5
+    client_clock.passed = 1.5
     assert take(reader) == []
     accept(reader, [])
     assert reader.missed == 3
@@ -255,25 +258,25 @@ def test_old_reply_does_not_bring_back_expired_messages(clock: Time) -> None:
     assert (take(reader), reader.missed) == ([], 3)
 
 
-def test_expected_messages_are_counted_after_smaller_request(clock: Time) -> None:
+def test_expected_messages_are_counted_after_smaller_request(client_clock: ClientClock) -> None:
     reader = a_reader(last_number=0)
     accept(reader, entries(1, 2, 3))
     for found in (entries(1), []):
-        clock.passed += 1.5
+        client_clock.passed += 1.5
         assert take(reader) == []
         accept(reader, found)
-    clock.passed += 1.5
+    client_clock.passed += 1.5
     assert take(reader) == []
     accept(reader, [])
     assert reader.missed == 3
 
 
-def test_read_ahead_is_fresh_for_a_second(clock: Time) -> None:
+def test_read_ahead_is_fresh_for_a_second(client_clock: ClientClock) -> None:
     reader = a_reader()
     accept(reader, entries(1, 2, 3))
-    clock.passed = 1.0
+    client_clock.passed = 1.0
     assert take(reader, 1) == [1]
-    clock.passed = 1.001
+    client_clock.passed = 1.001
     assert take(reader) == []
     assert reader.asked()[1] == 1
     # By another rule more live, or fewer.
@@ -281,21 +284,21 @@ def test_read_ahead_is_fresh_for_a_second(clock: Time) -> None:
     assert (take(reader), reader.missed) == ([3], 1)
 
 
-def test_new_read_ahead_does_not_refresh_older(clock: Time) -> None:
+def test_new_read_ahead_does_not_refresh_older(client_clock: ClientClock) -> None:
     reader = a_reader()
     accept(reader, entries(1, 2))
-    clock.passed = 0.6
+    client_clock.passed = 0.6
     accept(reader, entries(3))
-    clock.passed = 1.2
+    client_clock.passed = 1.2
     assert take(reader) == []
 
 
-def test_read_ahead_size_adapts_to_reader_speed(clock: Time) -> None:
+def test_read_ahead_size_adapts_to_reader_speed(client_clock: ClientClock) -> None:
     reader, counts = a_reader(), []
     accept(reader, entries(*range(1, 101)))
     take(reader, 20)
     for number in range(21, 150):
-        clock.passed += 1.5 if number < 23 else 0.0
+        client_clock.passed += 1.5 if number < 23 else 0.0
         while not take(reader, 1):
             accept(reader, entries(*range(number, number + (reader.count or 100))))
         counts.append(reader.count)
@@ -383,9 +386,9 @@ def test_two_calls_may_give_back_in_any_order() -> None:
         assert (reader.position[1], reader.missed) == (5, 1)
 
 
-def test_messages_taken_by_others_are_not_returned_again(clock: Time) -> None:
+def test_messages_taken_by_others_are_not_returned_again(client_clock: ClientClock) -> None:
     for stale in (False, True):
-        clock.passed = 0
+        client_clock.passed = 0
         reader, claim = a_reader(last_number=0), []
         accept(reader, entries(1, 2, 3, 4))
         take(reader, 1, claim)
@@ -393,7 +396,7 @@ def test_messages_taken_by_others_are_not_returned_again(clock: Time) -> None:
         give_back(claim)
         assert reader.position[1] == 0
         if stale:
-            clock.passed = 2.0
+            client_clock.passed = 2.0
             assert take(reader) == []
             assert reader.asked()[1] == 0
             accept(reader, entries(1, 2, 3, 4))
@@ -407,13 +410,13 @@ def test_messages_taken_by_others_are_not_returned_again(clock: Time) -> None:
 
 
 @pytest.mark.parametrize("reply", [[], [5], [2, 3, 5]])
-def test_given_back_messages_that_expire_are_missed(clock: Time, reply: list[int]) -> None:
+def test_given_back_messages_that_expire_are_missed(client_clock: ClientClock, reply: list[int]) -> None:
     reader, claim = a_reader(), []
     accept(reader, entries(1, 2, 3))
     take(reader, 1, claim)
     assert take(reader, 2) == [2, 3]
     give_back(claim)
-    clock.passed = 2.0
+    client_clock.passed = 2.0
     assert take(reader) == []
     assert accept(reader, entries(*reply))
     assert (take(reader), reader.missed, reader.asked()[1]) == ([], 1, 3)
@@ -566,22 +569,22 @@ def test_reentrant_call_at_any_line_gets_each_message_once(opcodes: bool) -> Non
 # Restarts
 
 
-def test_read_ahead_of_old_epoch_is_returned_until_expiry(clock: Time) -> None:
+def test_read_ahead_of_old_epoch_is_returned_until_expiry(client_clock: ClientClock) -> None:
     reader = a_reader(10)
     accept(reader, [entry(11, 1, 5005.0), entry(12, 2, 5010.0), entry(13, 3, 5010.0)])
     take(reader, 1)
     follow(reader, "two", b"second")
     # The server can't confirm it.
-    clock.passed = 7.0
+    client_clock.passed = 7.0
     assert (reader.position[1], take(reader, 1)) == (0, [12])
-    clock.passed = 12.0
+    client_clock.passed = 12.0
     assert take(reader) == []
     assert (reader.position[1], reader.asked()[1], reader.missed) == (0, 0, 1)
     accept(reader, [entry(2, 2)])
     assert (take(reader), reader.missed) == ([2], 2)
 
 
-def test_new_epoch_is_not_read_after_an_old_id(clock: Time) -> None:
+def test_new_epoch_is_not_read_after_an_old_id(client_clock: ClientClock) -> None:
     reader = a_reader(10)
     accept(reader, entries(11, 12, 13))
     take(reader, 1)
@@ -597,7 +600,7 @@ def test_new_epoch_is_not_read_after_an_old_id(clock: Time) -> None:
     assert take(reader) == [1, 2]
 
 
-def test_new_epoch_drops_given_back_messages(clock: Time) -> None:
+def test_new_epoch_drops_given_back_messages(client_clock: ClientClock) -> None:
     reader, claim = a_reader(10), []
     accept(reader, entries(11, 12))
     take(reader, 1, claim)
@@ -651,7 +654,7 @@ def test_replies_are_held_until_numbering_is_known() -> None:
     assert (take(reader), reader.missed) == ([2**32], 0)
 
 
-def test_read_ahead_lost_by_server_kill_is_returned(clock: Time) -> None:
+def test_read_ahead_lost_by_server_kill_is_returned(client_clock: ClientClock) -> None:
     reader = a_reader(last_number=0)
     accept(reader, entries(1, 2, 3, 4))
     take(reader, 1)
@@ -661,7 +664,7 @@ def test_read_ahead_lost_by_server_kill_is_returned(clock: Time) -> None:
     renumber(reader, 2)
     accept(reader, entries(2))
     assert take(reader, 1) == [2]
-    clock.passed = 3.0
+    client_clock.passed = 3.0
     assert take(reader) == [3, 4]
     assert reader.doubt == (reader.asked()[0].era, 4)
     renumber(reader, 2)
@@ -675,7 +678,7 @@ def test_read_ahead_lost_by_server_kill_is_returned(clock: Time) -> None:
 class Model:
     """A server and several calls, in random order; the returned messages are checked in the end."""
 
-    def __init__(self, clock: Time, seed: int) -> None:
+    def __init__(self, clock: ClientClock, seed: int) -> None:
         self.chance, self.clock = random.Random(seed), clock
         self.stored: dict[int, int] = {}
         self.expired: set[int] = set()
@@ -737,7 +740,7 @@ class Model:
 @given(seed=st.integers(0, 2**32), steps=st.integers(5, 60))
 @settings(deadline=None, max_examples=400)
 def test_each_message_is_returned_once_or_missed(seed: int, steps: int) -> None:
-    clock, before = Time(), reader_module.boot_time
+    clock, before = ClientClock(), reader_module.boot_time
     reader_module.boot_time = clock.monotonic  # type: ignore[assignment]
     try:
         model = Model(clock, seed)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from test_session import a_reader, a_session, accept, entries, hello, take
 
-from dsmq.client import requests as calls
+from conftest import ClientClock
 from dsmq.client.core import Retries
 from dsmq.client.requests import Call, NonIdempotent, Producer, Put, PutMany, Read
 from dsmq.errors import AuthRequired, ConnectionLost, Full, ProtocolError, ShuttingDown, TimedOut
@@ -64,18 +64,17 @@ def test_unanswered_put_is_not_sent_to_another_server() -> None:
     assert told.value.may_be_stored
 
 
-def test_put_is_not_retried_after_server_may_have_forgotten_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    put, many, now = Put(b"t", b"x"), PutMany(b"t", [*"ab"]), 1000.0
-    # The one that goes on while the machine sleeps.
-    monkeypatch.setattr(calls, "boot_time", lambda: now)
+def test_put_is_not_retried_after_server_may_have_forgotten_it(client_clock: ClientClock) -> None:
+    put, many = Put(b"t", b"x"), PutMany(b"t", [*"ab"])
     put.request(Producer(b"run"))
     in_batches(many)
     put.on_connection_lost(BROKEN)
     many.on_connection_lost(BROKEN)
-    now += 300
+    # It was asleep for most of the time.
+    client_clock.asleep += 300
     assert request(put.request(Producer(b"run")))[-1] == b"AGAIN"
     assert in_batches(many) == [[b"a", b"b"]]
-    now += 1
+    client_clock.passed += 1
     with pytest.raises(ConnectionLost, match="no reply for 300 s") as told:
         put.request(Producer(b"run"))
     assert told.value.may_be_stored
@@ -204,29 +203,22 @@ def test_only_possibly_stored_puts_are_retried_with_again() -> None:
     assert in_batches(puts, Producer(b"two")) == [[b"c", b"d"]]
 
 
-def test_slow_messages_are_not_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_messages_are_not_held_back(client_clock: ClientClock) -> None:
     def messages() -> Iterator[str]:
-        nonlocal now
         for message in "abcd":
-            now += 0.06
+            client_clock.passed += 0.06
             yield message
 
-    now = 0.0
-    monkeypatch.setattr(calls.time, "monotonic", lambda: now)
     # All replies are read before each.
     assert in_batches(PutMany(b"t", messages())) == [[], [b"a", b"b"], [], [b"c", b"d"]]
 
 
-def test_unsent_puts_are_neither_old_nor_unsure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsent_puts_are_neither_old_nor_unsure(client_clock: ClientClock) -> None:
     def messages() -> Iterator[str]:
-        nonlocal now
         yield "a"
-        now += 1000.0
+        client_clock.passed += 1000.0
         yield "b"
 
-    now = 0.0
-    monkeypatch.setattr(calls.time, "monotonic", lambda: now)
-    monkeypatch.setattr(calls, "boot_time", lambda: now)
     puts = PutMany(b"t", messages())
     # Here it is found that the connection has ended.
     assert next(puts.batches) is None
@@ -271,19 +263,18 @@ def test_invalid_put_reply_is_not_a_refusal() -> None:
 # Reads and other calls
 
 
-def test_retried_read_has_remaining_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    reader, now = a_reader(), 100.0
-    monkeypatch.setattr(calls.time, "monotonic", lambda: now)
-    read, producer = Read(a_session(), reader, 110.0), Producer(b"run")
+def test_retried_read_has_remaining_time(client_clock: ClientClock) -> None:
+    reader = a_reader()
+    read, producer = Read(a_session(), reader, client_clock.monotonic() + 10), Producer(b"run")
     assert request(read.request(producer)) == [b"READ", b"t", b"0", b"WAIT", b"10000"]
     assert read.seconds == 10
-    now = 107.5
+    client_clock.passed += 7.5
     accept(reader, entries(3))
     # What another call has read ahead is not waited for.
     assert request(read.request(producer)) == [b"READ", b"t", b"3"]
     take(reader)
     assert request(read.request(producer)) == [b"READ", b"t", b"3", b"WAIT", b"2500"]
-    now = 111.0
+    client_clock.passed += 3.5
     assert request(read.request(producer)) == [b"READ", b"t", b"3"]
     assert read.seconds == 0
     assert not read.to_error(BROKEN).may_be_stored
@@ -331,19 +322,17 @@ def test_non_idempotent_request_is_retried_only_if_not_run() -> None:
     ("waited", "error", "achieved"), [(1.5, BROKEN, True), (0.5, BROKEN, False), (1.5, TimeoutError("no reply"), False)]
 )
 def test_waited_read_counts_as_having_a_server(
-    monkeypatch: pytest.MonkeyPatch, waited: float, error: Exception, achieved: bool
+    client_clock: ClientClock, waited: float, error: Exception, achieved: bool
 ) -> None:
-    now = 100.0
-    monkeypatch.setattr(calls.time, "monotonic", lambda: now)
-    read = Read(a_session(), a_reader(), 101.0)
+    read = Read(a_session(), a_reader(), client_clock.monotonic() + 1)
     assert read.on_connection_lost(error) is False
     read.request(Producer(b"run"))
-    now += waited
+    client_clock.passed += waited
     assert read.on_connection_lost(error) is achieved
     # When its time is over it waits no more.
-    now = 102.0
+    client_clock.passed += 2
     read.request(Producer(b"run"))
-    now += waited
+    client_clock.passed += waited
     assert read.on_connection_lost(error) is False
 
 
@@ -357,19 +346,18 @@ def test_idempotent_request_is_resent_unchanged() -> None:
 # Retries
 
 
-def test_first_retry_is_immediate_then_backs_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 100.0
-    monkeypatch.setattr(calls.time, "monotonic", lambda: now)
+def test_first_retry_is_immediate_then_backs_off(client_clock: ClientClock) -> None:
     retries, taken = Retries(30.0), []
     while (pause := retries.next_delay()) is not None:
         taken.append(pause)
-        now += pause
+        client_clock.passed += pause
     assert taken[0] == 0
     for attempt, pause in enumerate(taken[1:-1]):
         longest = min(1.0, 0.01 * 2**attempt)
         assert longest / 2 <= pause <= longest
     # The last attempt is made when the time is over.
-    assert (now, taken[-1] <= 1.0) == (pytest.approx(130.0), True)
+    assert (client_clock.passed, taken[-1] <= 1.0) == (pytest.approx(30.0), True)
+    client_clock.passed = 30.0
     assert retries.next_delay() is None
     retries.reset()
     assert retries.next_delay() == 0

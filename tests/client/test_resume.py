@@ -26,6 +26,7 @@ from dsmq.client import requests as calls
 from dsmq.client.connection import LONG_PAUSE_SECONDS, Connection
 from dsmq.errors import Busy, ClientClosed, ConnectionLost, Forgotten, Full, ReplyError, ShuttingDown, WrongToken
 from dsmq.server import Server
+from dsmq.store.dedup import MAX_PRODUCERS
 from dsmq.wire.addresses import Endpoint
 from dsmq.wire.resp import encode_bulk
 
@@ -43,8 +44,8 @@ def mq(server: Server, states: list[str]) -> Iterator[DSMQClientSideConnection]:
 
 @pytest.fixture
 def lose_reply(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """A function that makes the connection break at a reply, after letting some pass."""
-    left = math.inf
+    """A function that makes the connection break at a reply, after letting some pass, and calls `then`."""
+    left, calls = math.inf, []
 
     def receive(link: Connection) -> object:
         nonlocal left
@@ -52,12 +53,14 @@ def lose_reply(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         left -= 1
         if left < 0:
             left = math.inf
+            for call in calls:
+                call()
             raise ConnectionResetError("a test has lost it")
         return reply
 
-    def arm(count: int = 0) -> None:
+    def arm(count: int = 0, then: Callable[[], object] = bool) -> None:
         nonlocal left
-        left = count
+        left, calls[:] = count, [then]
 
     original = Connection.receive
     monkeypatch.setattr(Connection, "receive", receive)
@@ -154,22 +157,24 @@ def test_put_is_answered_while_next_message_is_slow(
     """The connection breaks meanwhile, and by then it is too late to send the first message again."""
 
     def messages() -> Iterator[str]:
+        time.sleep(2 * calls._LONG_BATCH_SECONDS)
         yield "1"
         wait_until(lambda: server.status.totals().stored == 1)
         hang_up(server)
+        time.sleep(2 * calls._LONG_BATCH_SECONDS)
         yield "2"
 
-    monkeypatch.setattr(calls, "_LONG_BATCH_SECONDS", 0.0)
     monkeypatch.setattr(calls, "RESEND_SECONDS", UNIT)
     assert mq.put_many("t", messages()) == [1, 2]
     assert mq.get_many("t") == ["1", "2"]
 
 
-def test_unsent_slow_messages_go_to_next_server(monkeypatch: pytest.MonkeyPatch, states: list[str]) -> None:
+def test_unsent_slow_messages_go_to_next_server(states: list[str]) -> None:
     def messages(other: ExitStack, first: Server) -> Iterator[str]:
         port = first.port
         first.stop()
         other.enter_context(serving(port=port))
+        time.sleep(2 * calls._LONG_BATCH_SECONDS)
         yield "x"
 
     async def scenario(other: ExitStack) -> None:
@@ -178,7 +183,6 @@ def test_unsent_slow_messages_go_to_next_server(monkeypatch: pytest.MonkeyPatch,
                 await mq.put("t", "x")
                 assert await mq.put_many("t", messages(other, first)) == [1]
 
-    monkeypatch.setattr(calls, "_LONG_BATCH_SECONDS", 0.0)
     with ExitStack() as other, serving() as first, restarted(states, first.port) as mq:
         mq.put("t", "x")
         assert mq.put_many("t", messages(other, first)) == [1]
@@ -229,7 +233,7 @@ def test_connection_of_interrupted_call_is_closed(server: Server, mq: DSMQClient
     assert server.status.connections() == 1
 
 
-def test_ended_idle_connection_is_renewed_without_retry(monkeypatch: pytest.MonkeyPatch, states: list[str]) -> None:
+def test_ended_idle_connection_is_renewed_without_retry(states: list[str]) -> None:
     async def scenario() -> None:
         options: Any = {"reconnect_timeout": 0, "on_state_change": states.append}
         async with await aio.connect(port=server.port, **options) as mq:
@@ -237,10 +241,10 @@ def test_ended_idle_connection_is_renewed_without_retry(monkeypatch: pytest.Monk
             await asyncio.sleep(2 * LONG_PAUSE_SECONDS)
             await mq.ping()
 
-    monkeypatch.setattr("dsmq.client.connection.LONG_PAUSE_SECONDS", 0.0)
     with serving() as server:
         with restarted(states, server.port, reconnect_timeout=0) as mq:
             hang_up(server)
+            time.sleep(2 * LONG_PAUSE_SECONDS)
             mq.ping()
         asyncio.run(scenario())
     assert states == ["lost", "resumed"] * 2
@@ -315,13 +319,11 @@ def test_client_with_withdrawn_token_raises(states: list[str]) -> None:
 # Shutting down
 
 
-def test_shutdown_works_on_ended_connection(
-    server: Server, mq: DSMQClientSideConnection, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("dsmq.client.connection.LONG_PAUSE_SECONDS", 0.0)
+def test_shutdown_works_on_ended_connection(server: Server, mq: DSMQClientSideConnection) -> None:
     thread = threading.Thread(target=server.run)
     thread.start()
     hang_up(server)
+    time.sleep(2 * LONG_PAUSE_SECONDS)
     mq.shutdown_server()
     thread.join(SOON)
     assert not thread.is_alive()
@@ -385,10 +387,10 @@ class Impostor:
         return client
 
 
-def test_unsent_put_goes_to_any_server(states: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsmq.client.connection.LONG_PAUSE_SECONDS", 0.0)
+def test_unsent_put_goes_to_any_server(states: list[str]) -> None:
     with Impostor() as server, restarted(states, server.port) as mq:
         server.reset()
+        time.sleep(2 * LONG_PAUSE_SECONDS)
         assert mq.put("t", "x") == 7
     assert states == ["lost", "restarted"]
 
@@ -425,9 +427,7 @@ def test_client_waits_for_restarting_server(states: list[str]) -> None:
         mq.close()
 
 
-def test_possibly_stored_put_is_not_sent_to_another_server(
-    lose_reply: Callable[..., None], states: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_possibly_stored_put_is_not_sent_to_another_server(lose_reply: Callable[..., None], states: list[str]) -> None:
     with serving() as first, restarted(states, first.port) as mq:
         mq.put("t", "1")
 
@@ -437,8 +437,7 @@ def test_possibly_stored_put_is_not_sent_to_another_server(
             servers[0].start()
 
         servers: list[Server] = []
-        monkeypatch.setattr(mq._pool, "_closing", _Before(mq._pool._closing, replace))
-        lose_reply()
+        lose_reply(then=replace)
         with pytest.raises(ConnectionLost, match="restarted") as told:
             mq.put("t", "2")
         assert told.value.may_be_stored
@@ -447,20 +446,6 @@ def test_possibly_stored_put_is_not_sent_to_another_server(
         assert mq.get("t") == "3"
         assert states == ["lost", "replaced"]
         servers[0].stop()
-
-
-class _Before:
-    """Wraps the lock of a client; calls a function before the first wait."""
-
-    def __init__(self, lock: Any, call: Callable[[], None]) -> None:
-        self._lock, self._calls = lock, [call]
-        self.release = lock.release
-
-    def acquire(self, *, timeout: float) -> bool:
-        while self._calls:
-            self._calls.pop()()
-        acquired: bool = self._lock.acquire(timeout=timeout)
-        return acquired
 
 
 def test_put_is_unsure_in_another_run_of_same_epoch(
@@ -649,30 +634,22 @@ def test_forgotten_producer_number_is_not_stored_again(wire: Wire) -> None:
     assert wire.call("PUT", "t", "x", "KEY", "me", 2101) == 2101
 
 
-def test_retry_of_possibly_forgotten_producer_is_refused(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsmq.store.dedup.MAX_PRODUCERS", 2)
+def put_as_others(server: Server, producers: int) -> None:
+    server.context.store.append([(b"t", b"x", (b"other %d" % number, 1)) for number in range(producers)])
+
+
+def test_retry_of_possibly_forgotten_producer_is_refused(server: Server, wire: Wire) -> None:
     assert wire.call("PUT", "t", "x", "KEY", "a", 1) == 1
     assert wire.call("PUT", "t", "x", "AGAIN", "KEY", "new", 1) == 2
-    assert wire.call("PUT", "t", "x", "KEY", "c", 1) == 3
+    put_as_others(server, MAX_PRODUCERS - 1)
     assert wire.error("PUT", "t", "x", "KEY", "a", 1, "AGAIN") == "FORGOTTEN"
     assert wire.call("PUT", "t", "x", "KEY", "new", 1, "AGAIN") == 2
     assert wire.error("PUT", "t", "x", "AGAIN") == "BADREQUEST"
-    assert wire.call("PUT", "t", "x", "KEY", "unheard", 1) == 4
+    assert wire.call("PUT", "t", "x", "KEY", "unheard", 1) == MAX_PRODUCERS + 2
 
 
-def test_forgotten_put_raises(
-    server: Server, mq: DSMQClientSideConnection, lose_reply: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("dsmq.store.dedup.MAX_PRODUCERS", 1)
-    real = calls.Put.on_connection_lost
-
-    def lost(put: calls.Put, error: Exception) -> bool:
-        with wire_to(server) as other:
-            other.call("PUT", "t", "x", "KEY", "other", 1)
-        return real(put, error)
-
-    monkeypatch.setattr(calls.Put, "on_connection_lost", lost)
-    lose_reply()
+def test_forgotten_put_raises(server: Server, mq: DSMQClientSideConnection, lose_reply: Callable[..., None]) -> None:
+    lose_reply(then=lambda: put_as_others(server, MAX_PRODUCERS))
     with pytest.raises(Forgotten):
         mq.put("t", "x")
     assert issubclass(Forgotten, ReplyError)

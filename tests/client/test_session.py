@@ -7,8 +7,8 @@ from typing import get_args
 
 import pytest
 
+from conftest import ClientClock
 from dsmq.client import arguments, replies
-from dsmq.client import reader as reader_module
 from dsmq.client import session as wire
 from dsmq.client.core import Core
 from dsmq.client.reader import Claim, TopicReader
@@ -33,28 +33,6 @@ from dsmq.wire.resp import Reply
 
 MAX_AGE = 600.0
 NEVER = float("inf")
-
-
-class Time:
-    """Replaces the module `time`; tests advance it."""
-
-    def __init__(self) -> None:
-        self.passed = 0.0
-
-    def monotonic(self) -> float:
-        return 5000.0 + self.passed
-
-    def time(self) -> float:
-        return 1_700_000_000.0 + self.passed
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Time:
-    clock = Time()
-    monkeypatch.setattr(wire, "time", clock)
-    for module in (wire, reader_module):
-        monkeypatch.setattr(module, "boot_time", clock.monotonic)
-    return clock
 
 
 def hello(epoch: str = "one", last_id: int = 0, **others: Reply) -> Reply:
@@ -285,18 +263,17 @@ def test_many_topics_without_messages_are_forgotten() -> None:
     assert session.reader("first") is not first
 
 
-def test_topic_is_forgotten_once_all_its_messages_expired(clock: Time, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "_MIN_READERS", 2)
+def test_topic_is_forgotten_once_all_its_messages_expired(client_clock: ClientClock) -> None:
     session = a_session(last_id=10)
     for topic in ("silent", "busy"):
         accept(session.keep(session.reader(topic)), [entry(11, 1), entry(13, 3)])
         assert take(session.reader(topic)) == [11, 13]
     silent = session.reader("silent")
     for seconds in (250, 500, 627):
-        clock.passed = seconds
+        client_clock.passed = seconds
         assert (session.reader("silent") is silent, session.missed) == (True, 2)
         session.keep(session.reader("busy"))
-        for number in range(2):
+        for number in range(wire._MIN_READERS - 2):
             session.reader(f"{seconds} {number}")
         # Messages are kept for 500 seconds now, as this one shows.
         session.entries([20, 1, 100_000, b"x", 400_000])
@@ -371,7 +348,7 @@ def test_invalid_hello_reply_raises_protocol_error(name: str) -> None:
 # Replies
 
 
-def test_read_ahead_messages_expire_by_their_own_age(clock: Time) -> None:
+def test_read_ahead_messages_expire_by_their_own_age(client_clock: ClientClock) -> None:
     found = a_session().entries([5, 1, 0, b"new", 600_000, 6, 2, 600_000, b"old", 0])
     assert found == [Entry(5, 1, 5600.0, b"new", 5000.0), Entry(6, 2, 5000.0, b"old", 4400.0)]
 
@@ -380,11 +357,11 @@ def test_empty_array_is_no_messages() -> None:
     assert a_session().entries([]) == []
 
 
-def test_message_has_put_time(clock: Time) -> None:
+def test_message_has_put_time(client_clock: ClientClock) -> None:
     session = a_session()
     reader = session.reader("t")
     [found] = session.entries([5, 2, 30_000, b"x", 570_000])
-    clock.passed = 10.0
+    client_clock.passed = 10.0
     message = session.message(reader, found)
     assert message == Message("t", 5, 2, message.put_at, b"x")
     assert message.put_at == pytest.approx(1_700_000_000.0 - 30.0, abs=0.001)

@@ -24,7 +24,20 @@ from prometheus_client import Metric
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from conftest import ROOT, SOON, UNIT, LethalStore, Wire, blocked, daemon, scrape, serving, wait_until, wire_to
+from conftest import (
+    ROOT,
+    SOON,
+    UNIT,
+    LethalStore,
+    Wire,
+    blocked,
+    daemon,
+    no_new_threads,
+    scrape,
+    serving,
+    wait_until,
+    wire_to,
+)
 from dsmq import __version__
 from dsmq import settings as config
 from dsmq.broker import event_loop
@@ -479,22 +492,25 @@ def test_status_reports_topics_clients_and_errors(server: Server, wire: Wire) ->
     assert (status["host"], status["port"], status["tokens"], status["tls"]) == ("127.0.0.1", server.port, False, False)
     client = status["clients"][0]
     assert (client["name"], client["topic"], client["lag"], client["waiting"]) == ("me", "t", 2, False)
+    assert client["role"] == "admin"
     assert status["errors"][0]["code"] == "UNKNOWN"
     assert (status["ready"], status["healthy"], status["reasons"]) == (True, True, [])
 
 
-@pytest.mark.parametrize("error", [sqlite3.OperationalError, MemoryError])
-def test_failing_store_breaks_neither_metrics_nor_page(monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
-    class Failing:
-        def __getattr__(self, name: str) -> object:
-            raise error
-
+@pytest.mark.parametrize(
+    "fail",
+    [
+        lambda connection: connection.set_authorizer(lambda *_: sqlite3.SQLITE_DENY),
+        # It is out of memory for any statement.
+        lambda connection: connection.setlimit(sqlite3.SQLITE_LIMIT_VDBE_OP, 1),
+    ],
+)
+def test_failing_store_breaks_neither_metrics_nor_page(fail: Callable[[sqlite3.Connection], object]) -> None:
     with serving(http_port=0, metrics_topics=1) as server, wire_to(server) as wire:
         wire.call("PUT", "t", "x")
-        with monkeypatch.context() as patch:
-            patch.setattr(server.context.store._database, "connection", Failing())  # type: ignore[attr-defined]
-            assert scrape(server)["dsmq_messages"] == 1
-            assert json.loads(Answer(server.http_port, "/status.json").text)["gauges"]["messages"] == 1
+        fail(server.context.store._database.connection)  # type: ignore[attr-defined]
+        assert scrape(server)["dsmq_messages"] == 1
+        assert json.loads(Answer(server.http_port, "/status.json").text)["gauges"]["messages"] == 1
 
 
 def test_content_security_policy_allows_only_own_script(server: Server) -> None:
@@ -681,12 +697,8 @@ def test_defect_in_request_gives_500_and_is_counted(caplog: pytest.LogCaptureFix
         assert Answer(server.http_port, "/status.json").status == 200
 
 
-def test_request_without_thread_gets_a_status(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", fail)
+def test_request_without_thread_gets_a_status(server: Server) -> None:
+    with no_new_threads():
         assert Answer(server.http_port, "/readyz").status == 503
     assert Answer(server.http_port, "/readyz").status == 200
     assert server.status.counters().failures == 0
@@ -783,9 +795,22 @@ def test_concurrent_requests_are_all_answered(server: Server) -> None:
     assert answers == [200] * 300
 
 
-def test_request_in_progress_is_not_evicted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "MAX_CONCURRENT_REQUESTS", 1)
-    monkeypatch.setattr(endpoint, "GRACE_SECONDS", 0.0)
+SetLimits = Callable[..., None]
+
+
+@pytest.fixture
+def set_limits(monkeypatch: pytest.MonkeyPatch) -> SetLimits:
+    """A function that sets limits of the HTTP endpoint, which are no settings, by their lower-case names."""
+
+    def set_limits(**limits: float) -> None:
+        for name, value in limits.items():
+            monkeypatch.setattr(endpoint, name.upper(), value)
+
+    return set_limits
+
+
+def test_request_in_progress_is_not_evicted(set_limits: SetLimits) -> None:
+    set_limits(max_concurrent_requests=1, grace_seconds=0.0)
     asked, go = threading.Event(), threading.Event()
     store = PageStore(lambda: (asked.set(), go.wait(SOON)))
     with serving(store, http_port=0) as server, ThreadPoolExecutor(2) as threads:
@@ -798,14 +823,13 @@ def test_request_in_progress_is_not_evicted(monkeypatch: pytest.MonkeyPatch) -> 
             with pytest.raises(TimeoutError):
                 third.recv(1)
             # From now on, an accepted request has time to arrive.
-            monkeypatch.setattr(endpoint, "GRACE_SECONDS", SOON)
+            set_limits(grace_seconds=SOON)
             go.set()
             assert (slow.result().status, waits.result().status) == (200, 200)
 
 
-def test_stop_does_not_wait_for_request_slot(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "MAX_CONCURRENT_REQUESTS", 1)
-    monkeypatch.setattr(endpoint, "REQUEST_TIMEOUT_SECONDS", 3600.0)
+def test_stop_does_not_wait_for_request_slot(set_limits: SetLimits) -> None:
+    set_limits(max_concurrent_requests=1, request_timeout_seconds=3600.0)
     asked, go = threading.Event(), threading.Event()
     store = PageStore(lambda: (asked.set(), go.wait(SOON)))
     with serving(store, http_port=0) as server, hang(server) as busy, ThreadPoolExecutor(1) as thread:
@@ -828,8 +852,8 @@ def test_hanging_clients_do_not_delay_scrape(server: Server) -> None:
         assert served(server)
 
 
-def test_oldest_hanging_client_is_evicted(server: Server, wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "REQUEST_TIMEOUT_SECONDS", SOON)
+def test_oldest_hanging_client_is_evicted(server: Server, wire: Wire, set_limits: SetLimits) -> None:
+    set_limits(request_timeout_seconds=SOON)
     with ExitStack() as stack:
         hanging = [stack.enter_context(hang(server)) for _ in range(20)]
         for sock in hanging[: -endpoint.MAX_CONCURRENT_REQUESTS]:
@@ -839,16 +863,16 @@ def test_oldest_hanging_client_is_evicted(server: Server, wire: Wire, monkeypatc
         assert wire.call("PING") == "PONG"
 
 
-def test_hanging_clients_time_out(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "REQUEST_TIMEOUT_SECONDS", 2 * UNIT)
+def test_hanging_clients_time_out(server: Server, set_limits: SetLimits) -> None:
+    set_limits(request_timeout_seconds=2 * UNIT)
     with ExitStack() as stack:
         for sock in [stack.enter_context(hang(server)) for _ in range(endpoint.MAX_CONCURRENT_REQUESTS)]:
             assert hung_up(sock)
         wait_until(lambda: served(server))
 
 
-def test_client_that_sends_byte_by_byte_times_out(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "REQUEST_TIMEOUT_SECONDS", 3 * UNIT)
+def test_client_that_sends_byte_by_byte_times_out(server: Server, set_limits: SetLimits) -> None:
+    set_limits(request_timeout_seconds=3 * UNIT)
     with hang(server) as slow:
         slow.sendall(b"GET /metrics HTTP/1.0\r\nX: ")
         slow.settimeout(UNIT)

@@ -10,9 +10,8 @@ import socket
 import struct
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TextIO
@@ -277,65 +276,79 @@ def test_failing_server_does_not_wait_for_log_reader_forever(tmp_path: Path) -> 
         assert server.process.wait(SOON) == 1
 
 
-def test_lines_dropped_from_a_full_log_are_counted_and_logged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logs, "MAX_QUEUED_LINES", 3)
+def test_lines_dropped_from_a_full_log_are_counted_and_logged() -> None:
     reader, writer = os.pipe()
-    filled = fill(writer)
-    with open(writer, "w") as stream, log_to(stream, monkeypatch) as logger:
-        for _ in range(20):
+    filled, written = fill(writer), logs.MAX_QUEUED_LINES + 20
+    data = b""
+    with open(writer, "w") as stream, log_to(stream, rate=written) as logger:
+        for _ in range(written):
             logger.warning("a line")
-        while filled:
-            filled -= len(os.read(reader, filled))
-        logs.drain()
+        # While the queue is full, a line about dropped ones would be dropped, too.
+        while len(data) < filled + 1000:
+            data += os.read(reader, 65536)
         logs.summarise()
         logger.warning("the next line")
-        logs.drain()
-        lines = [line.partition(" WARNING ")[2] for line in os.read(reader, 65536).decode().splitlines()]
+        while not data.endswith(b"the next line\n"):
+            data += os.read(reader, 65536)
     os.close(reader)
+    lines = [line.partition(" WARNING ")[2] for line in data[filled:].decode().splitlines()]
     assert lines[-1] == "the next line"
-    assert lines[:-2] == ["a line"] * len(lines[:-2])
+    kept = lines[:-2]
+    assert kept == ["a line"] * len(kept)
     # The thread may have taken one line from the queue.
-    assert len(lines[:-2]) in (3, 4)
-    assert lines[-2] == f"{20 - len(lines[:-2])} log lines dropped"
+    assert len(kept) - logs.MAX_QUEUED_LINES in (0, 1)
+    assert lines[-2] == f"{written - len(kept)} log lines dropped"
 
 
 @contextmanager
-def log_to(stream: TextIO, monkeypatch: pytest.MonkeyPatch, rate: int = 100) -> Iterator[logging.Logger]:
+def log_to(stream: TextIO, rate: int) -> Iterator[logging.Logger]:
     """Log to a stream in place of stderr; yield a logger."""
     logger = logging.getLogger("dsmq")
     before, level = list(logger.handlers), logger.level
-    monkeypatch.setattr(sys, "stderr", stream)
-    monkeypatch.setattr(sys, "__stderr__", stream)
-    logs.start("info", "text", "stderr", rate)
+    with redirect_stderr(stream):
+        logs.start("info", "text", "stderr", rate)
     try:
         yield logging.getLogger("dsmq.test")
     finally:
         logger.handlers, logger.level = before, level
 
 
-def test_repeated_lines_are_suppressed_until_next_summary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    with log.open("w") as stream, log_to(stream, monkeypatch, rate=3) as logger:
-
-        def written() -> list[str]:
-            logs.drain()
-            return [line.partition(" WARNING ")[2] for line in log.read_text().splitlines()]
+def test_lines_above_the_limit_per_second_are_counted_in_next_summary(tmp_path: Path) -> None:
+    log, now = tmp_path / "log", 0.0
+    with log.open("w") as stream:
+        output = logs.BackgroundStream(stream)
+        handler = logs.Handler(output, 3, lambda: now)
 
         def repeat(times: int) -> None:
             for number in range(times):
-                logger.warning("repeated %d", number)
+                handler.handle(record(f"repeated {number}"))
 
+        def written() -> list[str]:
+            """Return what has been written since the last call."""
+            output.drain()
+            shown = log.read_text().splitlines()[len(lines) :]
+            lines.extend(shown)
+            return shown
+
+        lines: list[str] = []
         repeat(6)
-        logger.warning("another call")
-        expected = ["repeated 0", "repeated 1", "repeated 2", "another call"]
-        assert written() == expected
-        logs.summarise()
-        expected.append("3 more lines like: repeated 5")
-        assert written() == expected
-        logs.summarise()
-        assert written() == expected
+        handler.handle(record("another call", logging.WARNING))
+        assert written() == ["repeated 0", "repeated 1", "repeated 2", "another call"]
+        # The limit is per second, however often a summary is written.
+        handler.summarise()
+        assert written() == ["3 more lines like: repeated 5"]
+        handler.summarise()
         repeat(1)
-        assert written() == [*expected, "repeated 0"]
+        assert written() == []
+        now = 1.0
+        repeat(5)
+        assert written() == ["repeated 0", "repeated 1", "repeated 2"]
+        now = 2.0
+        repeat(4)
+        assert written() == ["repeated 0", "repeated 1", "repeated 2"]
+        # Suppressed in three seconds: 1, 2 and 1.
+        handler.summarise()
+        assert written() == ["4 more lines like: repeated 3"]
 
 
 def test_second_server_in_process_logs_no_line_twice() -> None:
@@ -379,17 +392,21 @@ os.wait()
     assert [line.split()[-1] for line in done.stderr.splitlines()] == ["parent", "child"]
 
 
-def test_unwritable_log_does_not_end_server(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritable_log_does_not_end_its_thread() -> None:
+    code = """
+import logging, threading
+from dsmq import logs
+logs.start()
+for _ in range(2):
+    logging.getLogger("dsmq").warning("a line")
+    logs.drain()
+    logs.summarise()
+print([thread.name for thread in threading.enumerate()].count("dsmq-log"))
+"""
     reader, writer = os.pipe()
     os.close(reader)
-    before = log_threads()
-    with open(writer, "w") as broken, log_to(broken, monkeypatch) as logger:
-        for _ in range(2):
-            logger.warning("a line")
-            logs.drain()
-            logs.summarise()
-        assert log_threads() == before + 1
-
-
-def log_threads() -> int:
-    return [thread.name for thread in threading.enumerate()].count("dsmq-log")
+    with open(writer, "w") as broken:
+        done = subprocess.run(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=broken, text=True, check=False, timeout=SOON
+        )
+    assert done.stdout == "1\n"

@@ -14,43 +14,23 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Self
 
 import pytest
 
-from conftest import CONNECTS, SOON, UNIT, Connect, blocked, daemon, serving, wait_until
-from dsmq import client as client_module
-from dsmq.client import connect, dial
+from conftest import CONNECTS, SOON, UNIT, Connect, Resolve, blocked, daemon, no_new_threads, serving, wait_until
+from dsmq.client import connect
 from dsmq.client import connection as link
 from dsmq.client.dial import addresses
 from dsmq.errors import ConnectionLost, ProtocolError
 from dsmq.server import Server
 from dsmq.wire.addresses import Endpoint
+from dsmq.wire.limits import MAX_READ_BYTES
 
 # Names with several addresses
-
-
-@pytest.fixture
-def resolve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Return a function that makes every host name resolve to these addresses and ports."""
-
-    real = socket.getaddrinfo
-
-    def to(*found: tuple[str, int]) -> None:
-        def getaddrinfo(host: str, *arguments: Any, **options: Any) -> list[Any]:
-            if host != "name":
-                return real(host, *arguments, **options)
-            families = [socket.AF_INET6 if ":" in address else socket.AF_INET for address, _ in found]
-            return [
-                (family, socket.SOCK_STREAM, 6, "", (*one, 0, 0) if ":" in one[0] else one)
-                for family, one in zip(families, found, strict=True)
-            ]
-
-        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-
-    return to
 
 
 @contextmanager
@@ -83,48 +63,48 @@ def closed_port() -> Iterator[int]:
         yield nobody.getsockname()[1]
 
 
-def test_address_families_alternate(resolve: Callable[..., None]) -> None:
-    resolve(("::1", 1), ("::2", 1), ("::3", 1), ("10.0.0.1", 1), ("10.0.0.2", 1))
+def test_address_families_alternate(resolve: Resolve) -> None:
+    resolve("name", ("::1", 1), ("::2", 1), ("::3", 1), ("10.0.0.1", 1), ("10.0.0.2", 1))
     found = [address[3][0] for address in addresses(Endpoint("name", 1))]
     assert found == ["::1", "10.0.0.1", "::2", "10.0.0.2", "::3"]
 
 
-def test_silent_address_does_not_use_up_timeout(server: Server, resolve: Callable[..., None]) -> None:
+def test_silent_address_does_not_use_up_timeout(server: Server, resolve: Resolve) -> None:
     with black_hole() as hole:
-        resolve(("127.0.0.1", hole), ("127.0.0.1", server.port))
+        resolve("name", ("127.0.0.1", hole), ("127.0.0.1", server.port))
         before = time.monotonic()
         with connect("name", timeout=SOON, retry=False) as mq:
             mq.ping()
         assert 0.2 < time.monotonic() - before < SOON / 2
 
 
-def test_refusing_address_is_skipped(server: Server, resolve: Callable[..., None]) -> None:
+def test_refusing_address_is_skipped(server: Server, resolve: Resolve) -> None:
     with closed_port() as port:
-        resolve(("::1", port), ("127.0.0.1", port), ("127.0.0.1", server.port))
+        resolve("name", ("::1", port), ("127.0.0.1", port), ("127.0.0.1", server.port))
         with connect("name", timeout=SOON, retry=False) as mq:
             mq.ping()
 
 
 @pytest.mark.slow
-def test_error_names_reason_per_address(resolve: Callable[..., None]) -> None:
+def test_error_names_reason_per_address(resolve: Resolve) -> None:
     with closed_port() as port, black_hole() as hole:
-        resolve(("127.0.0.1", hole), ("127.0.0.1", port))
+        resolve("name", ("127.0.0.1", hole), ("127.0.0.1", port))
         before = time.monotonic()
         with pytest.raises(ConnectionRefusedError) as told:
             connect("name", timeout=SOON * 10, retry=False)
         # One has refused, so a server may be starting there: try again soon.
         assert time.monotonic() - before < SOON
         assert "127.0.0.1: Connection refused; 127.0.0.1: timed out" in str(told.value)
-        resolve(("127.0.0.1", hole))
+        resolve("name", ("127.0.0.1", hole))
         with pytest.raises(TimeoutError, match="name:30008 can't be reached: timed out"):
             connect("name", timeout=UNIT, retry=False)
 
 
-def test_starting_server_is_waited_for_at_all_addresses(resolve: Callable[..., None]) -> None:
+def test_starting_server_is_waited_for_at_all_addresses(resolve: Resolve) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    resolve(("::1", port), ("127.0.0.1", port))
+    resolve("name", ("::1", port), ("127.0.0.1", port))
     with ExitStack() as stack:
         thread = threading.Timer(UNIT, lambda: stack.enter_context(serving(port=port)))
         thread.start()
@@ -166,30 +146,26 @@ def front(*replies: bytes) -> Iterator[tuple[int, list[int]]]:
 
 @pytest.mark.parametrize("replies", [(), (b"",)])
 def test_proxy_that_closes_at_once_counts_as_starting(
-    monkeypatch: pytest.MonkeyPatch, replies: tuple[bytes, ...]
+    retry_schedule: Callable[..., None], replies: tuple[bytes, ...]
 ) -> None:
-    monkeypatch.setattr(client_module, "_n_tries", 4)
+    retry_schedule(4)
     with (
         front(*replies) as (port, accepted),
         pytest.raises(ConnectionResetError, match=r"closes them at once.*tried for") as told,
     ):
         connect(port=port)
-    assert len(accepted) > 3
+    # In each attempt, the second connection asks whether it is an MQTT broker.
+    assert len(accepted) > 6
     assert "does it require TLS?" in str(told.value)
 
 
-def test_proxy_is_retried_until_server_answers(monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
-    with front() as (port, accepted):
-        monkeypatch.setattr(
-            dial,
-            "addresses",
-            lambda _: [
-                (socket.AF_INET, socket.SOCK_STREAM, 0, ("127.0.0.1", server.port if len(accepted) > 4 else port))
-            ],
-        )
-        with connect(port=port) as mq:
+def test_proxy_is_retried_until_server_answers() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        with front() as (port, accepted):
+            connecting = pool.submit(connect, port=port)
+            wait_until(lambda: len(accepted) > 4)
+        with serving(port=port), connecting.result(SOON) as mq:
             mq.ping()
-    assert len(accepted) == 5
 
 
 @CONNECTS
@@ -321,20 +297,13 @@ def test_message_slower_than_timeout_round_trips(server: Server) -> None:
         assert mq.get("t") == message
 
 
-def test_read_size_shrinks_after_timeout(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    with connect(port=server.port, timeout=5 * UNIT) as mq:
+def test_read_size_shrinks_after_timeout(server: Server) -> None:
+    with connect(port=server.port, timeout=10 * UNIT) as mq, ThreadPoolExecutor(1) as pool:
         mq.put_many("t", ["x" * 3000] * 50)
-        real, left = link.Connection.receive, [2]
-
-        def receive(one: link.Connection) -> object:
-            if left[0]:
-                left[0] -= 1
-                raise TimeoutError("no reply")
-            return real(one)
-
-        monkeypatch.setattr(link.Connection, "receive", receive)
-        assert mq.get("t") == "x" * 3000
-        # One of the last two replies was HELLO's.
+        with blocked(server):
+            first = pool.submit(mq.get, "t")
+            wait_until(lambda: mq._session.read_bytes < MAX_READ_BYTES)
+        assert first.result(SOON) == "x" * 3000
         assert mq._session.read_bytes == 65_536 + 4096
         assert mq.get_many("t", 49) == ["x" * 3000] * 49
         assert mq._session.read_bytes > 65_536 + 4096
@@ -364,8 +333,8 @@ def test_unresolvable_host_is_named_in_error(connect: Connect, host: str) -> Non
 
 
 @CONNECTS
-def test_connection_error_reports_how_long_it_tried(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "_n_tries", 4)
+def test_connection_error_reports_how_long_it_tried(connect: Connect, retry_schedule: Callable[..., None]) -> None:
+    retry_schedule(4)
     # While it is bound, no other process gets the port; but nobody listens.
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
@@ -613,12 +582,8 @@ def test_idle_connections_of_a_burst_are_closed_but_one(server: Server, monkeypa
             wait_until(lambda: server.status.connections() == 1)
 
 
-def test_call_succeeds_if_no_thread_can_start(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr("_thread.start_new_thread", refuse)
-    with connect(port=server.port) as mq:
+def test_call_succeeds_if_no_thread_can_start(server: Server) -> None:
+    with connect(port=server.port) as mq, no_new_threads():
         # While one connection is in use, a second one is opened.
         assert len(mq.put_many("t", (str(mq.put("u", "x")) for _ in range(3)))) == 3
         assert mq.get_many("u") == ["x"] * 3
@@ -645,8 +610,7 @@ with connect(port={server.port}) as mq:
     assert int(done.stdout) < 10_000 * 700 + 500_000
 
 
-def test_idle_reply_topics_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsmq.client.session._MIN_READERS", 10)
+def test_idle_reply_topics_are_forgotten() -> None:
     with serving(max_age_seconds=UNIT) as server, connect(port=server.port) as mq:
         mq.put("first", "x")
         assert mq.get("first") == "x"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ from dsmq.store import sqlite as store_module
 from dsmq.store import topics as topics_module
 from dsmq.store.api import MESSAGE_OVERHEAD_BYTES, TOPIC_OVERHEAD_BYTES, Limits, Message, Put, TopicStats, Totals
 from dsmq.store.schema import LONG_BYTES
-from dsmq.store.sqlite import MAX_BUFFERED_BYTES, SQLiteStore
+from dsmq.store.sqlite import MAX_BUFFERED_BYTES, MAX_BUFFERED_MESSAGES, SQLiteStore
 from dsmq.store.topics import FREE_PAGE_BYTES
 
 MAX_AGE = 100
@@ -181,23 +181,28 @@ def test_put_to_known_topic_runs_no_statement(store: ClockedStore) -> None:
     assert statements == []
 
 
-@pytest.mark.parametrize(("limit", "most"), [("MAX_BUFFERED_MESSAGES", 6), ("MAX_BUFFERED_BYTES", 12)])
+# Three times as many messages, or bytes, fill the buffer.
+@pytest.mark.parametrize(("count", "size"), [(MAX_BUFFERED_MESSAGES // 3 + 1, 3), (20, MAX_BUFFERED_BYTES // 60 + 1)])
 def test_write_buffer_is_flushed_by_topic_and_millisecond(
-    store: ClockedStore, clock: Clock, monkeypatch: pytest.MonkeyPatch, limit: str, most: int
+    store: ClockedStore, clock: Clock, count: int, size: int
 ) -> None:
-    monkeypatch.setattr(store_module, limit, most)
-    put(store, b"a", b"a1", b"a2")
-    put(store, b"b", b"b1", b"b2")
+    first, other, second = ([b"%0*d" % (size, number) for number in range(at, at + count)] for at in (0, 300, 600))
+    put(store, b"a", *first)
+    put(store, b"b", *other)
     clock.now += 1
-    put(store, b"a", b"a3", b"a4")
+    put(store, b"a", *second)
     statements = watch(store)
-    put(store, b"a", b"a5")
-    inserts = [*["INSERT INTO topics"] * 2, *["INSERT INTO chunks"] * 3]
-    assert [statement.split(" (")[0] for statement in statements][:7] == ["BEGIN", *inserts, "COMMIT"]
-    assert bodies(read(store, b"a")) == [b"a1", b"a2", b"a3", b"a4", b"a5"]
-    assert bodies(read(store, b"a", 2)) == [b"a3", b"a4", b"a5"]
-    assert bodies(read(store, b"b", 3)) == [b"b2"]
-    assert bodies(store.latest(b"b", 0)) == [b"b2"]
+    put(store, b"a", b"last")
+    names = [statement.split(" (")[0].strip() for statement in statements]
+    rows = names.index("COMMIT") - 3
+    assert names[: rows + 3] == ["BEGIN", *["INSERT INTO topics"] * 2, *["INSERT INTO chunks"] * rows]
+    assert 3 <= rows < 3 * count // 2
+    messages = "SELECT topic, put_at, sum(length(ids_and_sizes)) / 16 FROM chunks GROUP BY topic, put_at"
+    found = store.connection.execute(messages).fetchall()
+    assert found == [(1, clock.now - 1, count), (1, clock.now, count), (2, clock.now - 1, count)]
+    assert bodies(read(store, b"a")) == [*first, *second, b"last"]
+    assert bodies(read(store, b"a", count)) == [*second, b"last"]
+    assert bodies(read(store, b"b", 2 * count - 1)) == bodies(store.latest(b"b", 0)) == [other[-1]]
 
 
 @pytest.mark.parametrize("size", [1, 1000, 100_000])
@@ -325,17 +330,16 @@ def test_expired_messages_count_as_stored_until_deleted(store: ClockedStore, clo
     assert store.stats(b"t") == TopicStats(b"t", 1, 5, 2, 2, 2, 0)
 
 
-def test_expire_deletes_in_slices(store: ClockedStore, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(database, "EXPIRY_ROWS", 2)
-    monkeypatch.setattr(store_module, "FLUSH_MESSAGES", 1)
-    for number in range(5):
+def test_expire_deletes_in_slices(store: ClockedStore, clock: Clock) -> None:
+    rows = database.EXPIRY_ROWS
+    for number in range(5 * rows // 2):
         put(store, b"t", b"%d" % number, b"of the same millisecond")
         clock.now += 1
     store.flush()
     clock.now += MAX_AGE
-    put(store, b"t", b"6")
-    assert [store.expire() for _ in range(4)] == [4, 4, 2, 0]
-    assert bodies(read(store, b"t")) == [b"6"]
+    put(store, b"t", b"new")
+    assert [store.expire() for _ in range(4)] == [2 * rows, 2 * rows, rows, 0]
+    assert bodies(read(store, b"t")) == [b"new"]
 
 
 def test_ages_do_not_depend_on_wall_clock(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -483,10 +487,14 @@ def test_stats_of_empty_topic_keep_last_id_and_number(store: ClockedStore, clock
     assert store.totals()[:5] == (0, 0, 0, 2, 2)
 
 
-def test_least_recent_empty_topic_is_forgotten(
-    store: ClockedStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def two_empty_topics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make stores remember only two topics without messages."""
     monkeypatch.setattr(topics_module, "MAX_EMPTY_TOPICS", 2)
+
+
+@pytest.mark.usefixtures("two_empty_topics")
+def test_least_recent_empty_topic_is_forgotten(store: ClockedStore, clock: Clock) -> None:
     for topic in (b"a", b"b", b"c", b"a", b"held"):
         clock.now += 1
         put(store, topic, b"x")
@@ -498,17 +506,15 @@ def test_least_recent_empty_topic_is_forgotten(
     assert [topic.name for topic in store.topics(b"", 10)] == [b"b", b"held"]
 
 
-def test_topics_with_messages_are_never_forgotten(
-    store: ClockedStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(topics_module, "MAX_EMPTY_TOPICS", 0)
-    put(store, b"gone", b"x")
-    put(store, b"held", b"x")
+@pytest.mark.usefixtures("two_empty_topics")
+def test_topics_with_messages_are_never_forgotten(store: ClockedStore, clock: Clock) -> None:
+    for topic in (b"gone", b"held", b"empty", b"another"):
+        put(store, topic, b"x")
     clock.now += MAX_AGE + 1
     put(store, b"held", b"y")
     expire_all(store)
-    assert store.stats(b"gone").last_number == 0
-    assert read(store, b"held") == [a_message(3, 2, 0, b"y")]
+    assert [store.stats(topic).last_number for topic in (b"gone", b"held", b"empty", b"another")] == [0, 2, 1, 1]
+    assert read(store, b"held") == [a_message(5, 2, 0, b"y")]
 
 
 # Failure
@@ -584,16 +590,14 @@ def test_unwritten_messages_expire_while_out_of_memory(store: ClockedStore, cloc
     assert read(store, b"t") == [a_message(2, 2, 0, b"x")]
 
 
-def test_out_of_memory_raises_full(store: ClockedStore, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise MemoryError
-
+def test_out_of_memory_raises_full(store: ClockedStore, clock: Clock) -> None:
     put(store, b"t", BIG)
     before = everything(store)
-    with monkeypatch.context() as patch:
-        patch.setattr(database.Database, "insert", fail)
-        with pytest.raises(Full):
-            put(store, b"new", b"y")
+    # Then SQLite is out of memory for each new statement.
+    limit = store.connection.setlimit(sqlite3.SQLITE_LIMIT_VDBE_OP, 1)
+    with pytest.raises(Full):
+        put(store, b"new", b"y")
+    store.connection.setlimit(sqlite3.SQLITE_LIMIT_VDBE_OP, limit)
     assert everything(store) == before
     clock.now += store_module.RETRY_MS
     assert put(store, b"new", b"y") == [2]
@@ -644,15 +648,21 @@ def test_interrupt_in_transaction_stores_nothing_and_propagates(
     store: ClockedStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Interrupting:
-        """A connection that is interrupted before COMMIT."""
+        """A connection that is interrupted in a transaction."""
 
-        def __getattr__(self, name: str) -> object:
-            return getattr(connection, name)
+        def rollback(self) -> None:
+            connection.rollback()
 
-        def execute(self, sql: str, *arguments: object) -> object:
-            if sql == "COMMIT":
-                raise KeyboardInterrupt
-            return connection.execute(sql, *arguments)
+        def executemany(self, sql: str, rows: Iterable[tuple[object, ...]]) -> None:
+            connection.executemany(sql, rows)
+            assert connection.in_transaction
+            raise KeyboardInterrupt
+
+        def __enter__(self) -> None:
+            pass
+
+        def __exit__(self, *error: object) -> None:
+            connection.__exit__(*error)
 
     put(store, b"t", BIG)
     before = everything(store)

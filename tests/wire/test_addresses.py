@@ -23,7 +23,7 @@ def test_endpoint_is_parsed_and_shown(text: str, endpoint: Endpoint, shown: str)
     assert str(endpoint) == shown
 
 
-@pytest.mark.parametrize("text", ["", "[]", "[", "]", "[::1", "::1]", "unix:"])
+@pytest.mark.parametrize("text", ["", "[]", "[", "]", "[::1", "::1]", "unix:", "127.0.0.1:1", "a:", ":1", "[::1]:1"])
 def test_invalid_endpoint_raises(text: str) -> None:
     with pytest.raises(ValueError, match="should be an address"):
         parse_endpoint(text)

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from dsmq.errors import BadRequest
+from dsmq.errors import BadRequest, TooBig
 from dsmq.wire.limits import MAX_INTEGER
+from dsmq.wire.resp import quoted
+
+if TYPE_CHECKING:
+    from dsmq.broker.connection import Connection
 
 MAX_NAME_BYTES = 64
 
@@ -15,6 +20,20 @@ def parse_name(name: bytes) -> bytes:
     if len(name) > MAX_NAME_BYTES or not all(0x21 <= byte <= 0x7E for byte in name):
         raise BadRequest(f"a name has at most {MAX_NAME_BYTES} printable ASCII characters, no spaces")
     return name
+
+
+def parse_topic(client: Connection, request: list[bytes]) -> bytes:
+    topic, max_bytes = request[1], client.context.settings.max_topic_bytes
+    if not topic:
+        raise BadRequest("the name of the topic is empty")
+    if len(topic) > max_bytes:
+        raise TooBig(f"a topic has at most {max_bytes} bytes, not {len(topic)}")
+    if not topic.isascii():
+        try:
+            topic.decode()
+        except UnicodeDecodeError:
+            raise BadRequest("the topic is not UTF-8") from None
+    return topic
 
 
 def parse_integer(text: bytes, what: str, least: int = 0, most: int = MAX_INTEGER) -> int:
@@ -40,8 +59,3 @@ def parse_options(words: Sequence[bytes], known: dict[bytes, int]) -> dict[bytes
 def parse_number(options: dict[bytes, Sequence[bytes]], option: bytes, default: int, least: int, most: int) -> int:
     """Parse the argument of an option that takes an integer."""
     return parse_integer(options[option][0], option.decode(), least, most) if option in options else default
-
-
-def quoted(data: bytes) -> str:
-    """Return untrusted bytes in a form that is safe in error messages."""
-    return repr(data[:64])[1:]

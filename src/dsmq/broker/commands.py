@@ -12,12 +12,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
-from dsmq.broker import handshake, messages, transactions
-from dsmq.broker.arguments import quoted
+from dsmq.broker import handshake, puts, reads, topics, transactions
+from dsmq.broker.arguments import parse_topic
 from dsmq.broker.auth import Role
 from dsmq.errors import AuthRequired, BadRequest, NotPermitted, UnknownCommand
 from dsmq.wire.limits import MAX_ARGUMENTS
-from dsmq.wire.resp import Encoded, encode_array, encode_integer, encode_null, encode_value
+from dsmq.wire.resp import Encoded, encode_array, encode_integer, encode_null, encode_value, quoted
 
 if TYPE_CHECKING:
     from dsmq.broker.connection import Connection
@@ -117,11 +117,11 @@ def _docs(command: Command) -> dict[str, Any]:
 
 PUT = Command(
     "PUT",
-    messages.put,
+    puts.put,
     "topic message [KEY producer seq [AGAIN]] [RUN run]",
     "Store a message and return its id. With KEY, a repetition stores nothing.",
     Role.WRITE,
-    messages.parse_put,
+    puts.parse_put,
 )
 COMMANDS: dict[bytes, Command] = {
     command.name.encode(): command
@@ -129,19 +129,19 @@ COMMANDS: dict[bytes, Command] = {
         PUT,
         Command(
             "READ",
-            messages.read,
+            reads.read,
             "topic after [COUNT n] [BYTES n] [WAIT ms] [LATEST] [EPOCH epoch]",
             "Return the messages with ids above `after`: id, number, age in ms, body and ms left of each.",
-            parse=messages.parse_read,
+            parse=reads.parse_read,
         ),
-        Command("GET", messages.get, "topic", "Return the next message.", parse=messages.parse_topic),
-        Command("GETLATEST", messages.get_latest, "topic", "Return the newest message.", parse=messages.parse_topic),
-        Command("GETWAIT", messages.get_wait, "topic milliseconds", "Await a message.", parse=messages.parse_get_wait),
+        Command("GET", reads.get, "topic", "Return the next message.", parse=parse_topic),
+        Command("GETLATEST", reads.get_latest, "topic", "Return the newest message.", parse=parse_topic),
+        Command("GETWAIT", reads.get_wait, "topic milliseconds", "Await a message.", parse=reads.parse_get_wait),
         Command("MULTI", transactions.multi, "", "Queue the following requests until EXEC."),
         Command("EXEC", transactions.execute, "", "Run the requests since MULTI; return an array of replies."),
         Command("DISCARD", transactions.discard, "", "Drop the requests since MULTI."),
-        Command("TOPICS", messages.topics, "[AFTER topic] [COUNT n]", "List topics, their messages and bytes."),
-        Command("STATS", messages.stats, "topic [AFTER id]", "Describe a topic.", parse=messages.parse_stats),
+        Command("TOPICS", topics.topics, "[AFTER topic] [COUNT n]", "List topics, their messages and bytes."),
+        Command("STATS", topics.stats, "topic [AFTER id]", "Describe a topic.", parse=topics.parse_stats),
         Command("SHUTDOWN", handshake.shutdown, "[NOSAVE|SAVE]", "Stop the server gracefully.", Role.ADMIN),
         Command(
             "HELLO",

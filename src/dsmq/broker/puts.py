@@ -1,15 +1,17 @@
-"""The puts of one turn of an event loop."""
+"""Puts: from the request to the reply. Those of one turn of an event loop are stored together."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING
 
 from dsmq import logs
-from dsmq.errors import ReplyError, StoreFailed
-from dsmq.store.api import Answer, Put
+from dsmq.broker.arguments import MAX_NAME_BYTES, parse_integer, parse_options, parse_topic
+from dsmq.errors import BadRequest, ReplyError, StoreFailed, TooBig, WrongEpoch
+from dsmq.store.api import Answer, Put, Store
 from dsmq.wire.resp import encode_integer
 
 if TYPE_CHECKING:
@@ -24,14 +26,53 @@ PUT_BYTES = MAX_BATCH_BYTES // 500
 _logger = logging.getLogger(__name__)
 
 
+def put(client: Connection, request: list[bytes]) -> None:
+    client.loop.batch.add(client, parse_put(client, request))
+
+
+def parse_put(client: Connection, request: list[bytes]) -> Put:
+    topic, body = request[1], request[2]
+    settings = client.context.settings
+    if len(body) > settings.max_message_bytes:
+        # The parser itself rejects lengths of 1,024 or more, before the message has arrived.
+        raise TooBig(f"a message has at most {settings.max_message_bytes} bytes, not {len(body)}")
+    if not (0 < len(topic) <= settings.max_topic_bytes and topic.isascii()):
+        # For most topics this saves the call, which takes as long as the other checks together.
+        parse_topic(client, request)
+    return topic, body, _parse_key(client.context.store, request) if len(request) > 3 else None
+
+
+def _parse_key(store: Store, request: list[bytes]) -> tuple[bytes, int] | None:
+    if len(request) == 6 and request[3] == b"KEY":
+        # A shortcut for what dsmq's own clients send.
+        producer, seq = request[4], request[5]
+        if 0 < len(producer) <= MAX_NAME_BYTES and len(seq) < 19 and seq.isdigit():
+            return producer, int(seq)
+    options = parse_options(request[3:], {b"KEY": 2, b"AGAIN": 0, b"RUN": 1})
+    if b"RUN" in options and options[b"RUN"][0] != store.run.encode():
+        raise WrongEpoch(f"{store.epoch} {store.run} this is another run")
+    if b"KEY" not in options:
+        if b"AGAIN" in options:
+            raise BadRequest("AGAIN requires KEY")
+        return None
+    producer, seq = options[b"KEY"]
+    if not 0 < len(producer) <= MAX_NAME_BYTES:
+        raise BadRequest(f"a producer has 1 to {MAX_NAME_BYTES} bytes")
+    if b"AGAIN" in options:
+        store.check_producer(producer)
+    return producer, parse_integer(seq, "seq")
+
+
 class PutBatch:
     """Puts that are stored together at the end of the turn, and then answered in order."""
 
-    def __init__(self, loop: EventLoop) -> None:
+    def __init__(self, loop: EventLoop, workers: Sequence[EventLoop]) -> None:
+        """`workers` are all event loops, whose readers are woken."""
         self.puts: list[Put] = []
         self._connections: list[Connection] = []
         self._bytes = 0
         self._loop = loop
+        self._workers = workers
 
     def add(self, connection: Connection, put: Put) -> None:
         """Store this at the end of the turn; the reply follows then."""
@@ -69,15 +110,20 @@ class PutBatch:
         except ReplyError as error:
             return error
         except Exception:
-            _logger.exception("storing failed by a defect", extra=logs.event("defect"))
+            _logger.exception("storing failed because of a defect", extra=logs.event("defect"))
             self._loop.counters.failures += 1
-            return StoreFailed("a defect; see the server's log")
+            return StoreFailed("a defect in the server; see its log")
         if isinstance(stored, Future):
-            stored.add_done_callback(lambda done: None if done.exception() else self._loop.wake_all(puts))
+            stored.add_done_callback(lambda done: None if done.exception() else self._wake_readers(puts))
         else:
             # Before the replies to the puts, so that readers do not wait for those.
-            self._loop.wake_all(puts)
+            self._wake_readers(puts)
         return stored
+
+    def _wake_readers(self, puts: list[Put]) -> None:
+        for worker in self._workers:
+            if worker.waiters.by_topic:
+                worker.waiters.wake(puts)
 
 
 def _answer(connections: list[Connection], stored: list[int] | ReplyError) -> None:
@@ -97,3 +143,25 @@ def _answer_later(connections: list[Connection], stored: list[int] | ReplyError)
     for connection in dict.fromkeys(connections):
         if not connection.pending_puts:
             connection.resume()
+
+
+def put_together(
+    client: Connection, puts: list[Put], encode: Callable[[list[int] | ReplyError], bytes]
+) -> bytes | None:
+    """Store all or none; return the encoded ids or error, or None if the store answers later."""
+    stored = client.loop.batch.append(puts)
+    if not isinstance(stored, Future):
+        return encode(stored)
+    client.pending_puts += 1
+    client.park()
+    client.loop.when_done(stored, partial(_reply_later, client, encode))
+    return None
+
+
+def _reply_later(
+    client: Connection, encode: Callable[[list[int] | ReplyError], bytes], stored: list[int] | ReplyError
+) -> None:
+    if not client.closed:
+        client.pending_puts -= 1
+        client.transport.send(encode(stored))
+        client.resume()

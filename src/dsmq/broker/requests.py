@@ -1,24 +1,19 @@
-"""A client's requests: parsing, running, and the memory they take."""
+"""A client's requests: receiving, parsing, running, and the memory they take."""
 
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import partial
 from selectors import EVENT_READ
 from time import monotonic
 from typing import TYPE_CHECKING
 
 from dsmq.broker import usage
 from dsmq.broker.auth import Role
-from dsmq.broker.states import BEHIND, CLOSED, FINISHING, OPEN, WAITING
+from dsmq.broker.states import BEHIND, CLOSED, FINISHING, HANDSHAKE, OPEN, WAITING
 from dsmq.broker.transport import Transport
-from dsmq.broker.usage import FREE_BYTES, SLOW_BYTES_PER_SECOND, Budget, request_memory
+from dsmq.broker.usage import FREE_BYTES, RECEIVE_BYTES, SLOW_BYTES_PER_SECOND, Budget, request_memory
 from dsmq.errors import ReplyError
-from dsmq.store.api import Put
 from dsmq.wire.request_parser import RequestParser
 
 if TYPE_CHECKING:
@@ -27,14 +22,18 @@ if TYPE_CHECKING:
     from dsmq.broker.event_loop import EventLoop
     from dsmq.broker.transactions import Step, Transaction
 
-# Commands whose replies may be long, and how long. The replies to READ and GET are as long as their messages.
+# Commands whose replies may be long, and the bytes to reserve for each. READ and GET know the length of their replies.
 LONG_REPLIES = frozenset({b"TOPICS", b"ECHO", b"PING", b"COMMAND", b"CONFIG", b"INFO"})
 LONG_REPLY_BYTES = 65_536
+# Max bytes received at once from each of many connections, so that one does not hold up the others.
+CROWD_RECEIVE_BYTES = 16_384
+# Max bytes received from an unauthenticated client, and discarded, while its connection closes.
+MAX_DISCARDED_BYTES = 65_536
 
 
 @dataclass(slots=True, eq=False)
 class Requests:
-    """Runs requests in order, with one reply to each. Buffered ones count towards a total."""
+    """Receives requests, and runs them in order, with one reply to each. Buffered ones count towards a total."""
 
     connection: Connection
     loop: EventLoop
@@ -42,21 +41,24 @@ class Requests:
     budget: Budget
     counts: dict[str, int]
     parser: RequestParser = field(default_factory=lambda: RequestParser(0))
-    queue: deque[list[bytes]] = field(default_factory=deque)
-    """Parsed, but not run yet."""
+    queue: list[list[bytes]] = field(default_factory=list)
+    """Parsed, but not run yet. Too few for a deque to be faster, and each idle connection would take its memory."""
     transaction: Transaction | None = None
-    steps: deque[Step] = field(default_factory=deque)
-    """The steps that EXEC still has to run. For each, the queue has a request with an empty name."""
+    steps: list[Step] = field(default_factory=list)
+    """The steps that EXEC still has to run, in reverse order. For each, the queue has a request with an empty name."""
     permitted: dict[bytes, Command] = field(default_factory=dict)
+    max_receive: int = RECEIVE_BYTES
     reserved: int = 0
     """How many bytes of the total they take. An incomplete request counts with its declared length."""
     incomplete_since: float = math.inf
     slow_from: float = math.inf
     """When the average speed of an incomplete request falls below SLOW_BYTES_PER_SECOND."""
+    _discarded: int = 0
 
     @property
     def is_empty(self) -> bool:
-        return not (self.queue or len(self.parser))
+        """Whether everything received has run."""
+        return self.parser.missing == 1 and not (self.parser.incomplete or self.queue)
 
     @property
     def missing(self) -> int:
@@ -64,61 +66,93 @@ class Requests:
         waiting = self.connection.state is WAITING
         return self.parser.missing if self.parser.incomplete and not waiting else 0
 
-    def permit(self, role: Role) -> None:
+    def permit(self) -> None:
+        """Allow the commands of the client's role."""
         table = self.loop.context.commands
-        self.permitted = (table.queued if self.transaction else table.by_role)[role]
+        self.permitted = (table.queued if self.transaction else table.by_role)[self.connection.role]
 
     def begin(self, transaction: Transaction | None) -> None:
         """Queue requests in a transaction from now on; None: run them again."""
         self.transaction = transaction
-        self.permit(self.connection.role)
+        self.permit()
 
-    def put_together(self, puts: list[Put], encode: Callable[[list[int] | ReplyError], bytes]) -> bytes | None:
-        """Store all or none; return the encoded ids or error, or None if the store answers later."""
-        stored = self.loop.batch.append(puts)
-        if not isinstance(stored, Future):
-            return encode(stored)
-        self.connection.pending_puts += 1
-        self.connection.park()
-        self.loop.when_done(stored, partial(self._reply_later, encode))
-        return None
-
-    def _reply_later(self, encode: Callable[[list[int] | ReplyError], bytes], stored: list[int] | ReplyError) -> None:
-        if not self.connection.closed:
-            self.connection.pending_puts -= 1
-            self.transport.send(encode(stored))
-            self.connection.resume()
-
-    def run_next(self, steps: deque[Step]) -> None:
+    def run_next(self, steps: list[Step]) -> None:
         """Run these steps of a transaction before any other request."""
         self.steps = steps
-        self.queue.extendleft([[b""]] * len(steps))
+        self.queue[:0] = [[b""]] * len(steps)
 
-    def note_progress(self, size: int) -> None:
-        """Note that more of an incomplete request has arrived."""
-        self.slow_from = usage.slow_after(self.slow_from, size, self.loop.now)
+    # Receiving
+
+    def on_ready(self, events: int) -> None:
+        """Read and write what the socket is ready for."""
+        connection, transport = self.connection, self.transport
+        if connection.state is HANDSHAKE:
+            transport.shake_hands()
+            return
+        if events != EVENT_READ:
+            transport.flush()
+            if connection.state is CLOSED or not events & EVENT_READ:
+                return
+        try:
+            is_scarce = self.budget.is_crowded or not self.loop.slice_seconds
+            data = transport.socket.recv(self._scarce_bytes() if is_scarce else self.max_receive)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            connection.close(error.strerror or str(error))
+            return
+        if not data:
+            transport.eof_received = True
+            connection.on_eof()
+        elif connection.state < FINISHING:
+            self.loop.counters.bytes_in += len(data)
+            transport.active_at = self.loop.now
+            if self.incomplete_since != math.inf:
+                self.slow_from = usage.slow_after(self.slow_from, len(data), self.loop.now)
+            self.parser.feed(data)
+            self.run()
+        elif connection.unauthenticated:
+            self._discarded += len(data)
+            if self._discarded > MAX_DISCARDED_BYTES:
+                connection.close("keeps sending after its last reply")
+
+    def on_failure(self) -> None:
+        self.connection.on_failure()
+
+    def _scarce_bytes(self) -> int:
+        """Return how many bytes to receive: fewer in a crowd, and if memory is short, few beyond the reserved ones."""
+        most = self.max_receive if self.loop.slice_seconds else min(self.max_receive, CROWD_RECEIVE_BYTES)
+        return min(most, FREE_BYTES + self.missing) if self.budget.is_crowded else most
+
+    # Running
 
     def run(self) -> None:
         """Run buffered requests until one blocks, the output buffer is full, or the time slice is over."""
-        connection, parser = self.connection, self.parser
+        connection, parser, transport = self.connection, self.parser, self.transport
         if connection.state is BEHIND:
             connection.state = OPEN
         if connection.state is OPEN:
-            self._run()
+            is_full = self._run()
+            if (is_full or self.queue or not parser.missing) and connection.state is OPEN:
+                connection.state = BEHIND
+                if not is_full:
+                    self.loop.run_soon(connection)
         if (
-            connection.state is not OPEN
-            or parser.missing != 1
+            parser.missing != 1
             or parser.incomplete
+            or self.queue
             or self.reserved
             or self.transaction
-            or self.transport.eof_received
+            or transport.eof_received
+            or (connection.state is not OPEN and connection.state is not WAITING)
         ):
             self._after_run()
-            self.transport.update_events()
-        elif self.transport.events != EVENT_READ:
-            self.transport.update_events()
+            transport.update_events()
+        elif transport.events != EVENT_READ:
+            transport.update_events()
 
-    def _run(self) -> None:
+    def _run(self) -> bool:
+        """Return whether the output buffer is full."""
         connection, transport, queue, parser = self.connection, self.transport, self.queue, self.parser
         is_tight = transport.budget.is_tight
         most = FREE_BYTES if is_tight and transport.budget.is_full else transport.max_unread
@@ -126,12 +160,21 @@ class Requests:
         while connection.state is OPEN and len(transport.data) < most:
             if not queue and (parser.missing or not self._parse()):
                 break
-            request = queue.popleft()
+            request = queue.pop(0)
             if is_tight and not self._has_room(request):
-                queue.appendleft(request)
+                queue.insert(0, request)
                 break
             try:
-                self._execute(request)
+                command = self.permitted.get(request[0]) or self._authorize(request[0])
+                self.counts[command.name] += 1
+                if connection.pending_puts and command.name != "PUT" and not connection.commit_puts():
+                    queue.insert(0, request)
+                    break
+                if not command.min_args < len(request) <= command.max_args + 1:
+                    raise command.wrong_count()
+                reply = command.handler(connection, request)
+                if reply is not None:
+                    transport.send(reply)
             except ReplyError as error:
                 self._refuse(request, error)
             except Exception:  # noqa: BLE001
@@ -145,42 +188,22 @@ class Requests:
             until = until or now + slice_seconds
             if now >= until:
                 break
-        transport.count_if_long()
-        is_full = len(transport.data) >= most
-        if connection.state is OPEN and (is_full or queue or not parser.missing):
-            connection.state = BEHIND
-            if not is_full:
-                self.loop.run_soon(connection)
+        return len(transport.data) >= most
 
-    def _parse(self) -> bool:
-        """Take requests out of the parser, just one if no more may run; return whether there were any."""
+    def _parse(self) -> list[list[bytes]]:
+        """Take requests out of the parser into the queue, just one if no more may run; return the queue."""
         try:
             if self.permitted and self.loop.slice_seconds:
-                requests = self.parser.batch()
-            else:
-                request = self.parser.next()
-                requests = [] if request is None else [request]
+                self.queue += self.parser.batch()
+            elif (request := self.parser.next()) is not None:
+                self.queue.append(request)
         except ReplyError as error:
             if self.connection.commit_puts():
                 self.connection.reject(error)
-            return False
-        if requests:
-            self.queue += requests
-            self.loop.counters.requests += len(requests)
+        if self.queue:
+            self.loop.counters.requests += len(self.queue)
             self.incomplete_since = self.slow_from = math.inf
-        return bool(requests)
-
-    def _execute(self, request: list[bytes]) -> None:
-        command = self.permitted.get(request[0]) or self._authorize(request[0])
-        self.counts[command.name] += 1
-        if command.name != "PUT" and self.connection.pending_puts and not self.connection.commit_puts():
-            self.queue.appendleft(request)
-            return
-        if not command.min_args < len(request) <= command.max_args + 1:
-            raise command.wrong_count()
-        reply = command.handler(self.connection, request)
-        if reply is not None:
-            self.transport.send(reply)
+        return self.queue
 
     def _authorize(self, name: bytes) -> Command:
         """Return a command that `permitted` lacks. Raises the error if the client may not call it."""
@@ -198,7 +221,7 @@ class Requests:
     def _refuse(self, request: list[bytes], error: ReplyError) -> None:
         self.connection.reads.end()
         if not self.connection.commit_puts():
-            self.queue.appendleft(request)
+            self.queue.insert(0, request)
             return
         self.connection.fail(error)
         if self.transaction is not None:
@@ -209,7 +232,7 @@ class Requests:
     def _has_room(self, request: list[bytes]) -> bool:
         """Return whether there is room for the reply to a request; if not, the connection has to wait."""
         if not request[0] and self.steps:
-            request = self.steps[0].request
+            request = self.steps[-1].request
         name = request[0].upper()
         if name not in LONG_REPLIES:
             return True

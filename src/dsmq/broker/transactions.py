@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
+from dsmq.broker.puts import put_together
 from dsmq.broker.usage import request_memory
 from dsmq.errors import Aborted, BadRequest, ReplyError, TooBig, UnknownCommand
 from dsmq.wire.limits import MAX_INTEGER
@@ -62,7 +62,7 @@ class Step(NamedTuple):
     reply: Encoded | ReplyError | None
     """The reply to a put. Puts have been stored, or refused, before the first step."""
     below: int
-    """The id of the first message that the transaction puts into its topic after it, and that it must not read."""
+    """The id of the first later put of the transaction into the same topic, whose message must not be read yet."""
 
 
 def multi(client: Connection, _: list[bytes]) -> bytes:
@@ -110,7 +110,7 @@ def execute(client: Connection, _: list[bytes]) -> bytes | None:
     except ReplyError as error:
         # A limit was lowered after the put was queued.
         return encode(error)
-    return client.requests.put_together(puts, encode) if puts else encode([])
+    return put_together(client, puts, encode) if puts else encode([])
 
 
 def _begin_steps(
@@ -121,7 +121,8 @@ def _begin_steps(
     # The highest id before each put: an id that is not above it belongs to an earlier put with the same KEY.
     highest = list(accumulate(ids, max, initial=last_id))
     first_later: dict[bytes, int] = {}
-    steps: deque[Step] = deque()
+    # In reverse order.
+    steps: list[Step] = []
     for command, request in reversed(requests):
         reply: Encoded | ReplyError | None = None
         topic = request[1] if len(request) > 1 else b""
@@ -134,7 +135,7 @@ def _begin_steps(
             reply = encode_integer(message_id)
             if message_id > highest[len(ids)]:
                 first_later[topic] = message_id
-        steps.appendleft(Step(command, request, reply, below))
+        steps.append(Step(command, request, reply, below))
     client.requests.run_next(steps)
     return b"*%d\r\n" % len(requests)
 
@@ -145,7 +146,7 @@ def run_step(client: Connection, _: list[bytes]) -> Encoded | None:
         raise UnknownCommand("unknown command ''")
     # Otherwise, each step would count as an EXEC.
     client.counters.commands["EXEC"] -= 1
-    command, request, reply, below = client.requests.steps.popleft()
+    command, request, reply, below = client.requests.steps.pop()
     if isinstance(reply, ReplyError):
         raise reply.with_traceback(None)
     if reply is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import socket
 from contextlib import suppress
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from dsmq.broker import usage
 from dsmq.broker.states import BEHIND, CLOSED, FINISHING, HANDSHAKE, LINGERING, NO_ROOM, OPEN, WAITING
-from dsmq.broker.usage import FREE_BYTES, RECEIVE_BYTES, Budget
+from dsmq.broker.usage import FREE_BYTES, Budget
 from dsmq.wire.resp import Encoded
 
 if TYPE_CHECKING:
@@ -23,23 +22,18 @@ if TYPE_CHECKING:
 Stream: TypeAlias = "socket.socket | TLSSocket"
 """A non-blocking socket."""
 
-# Max bytes received at once from each of many connections, and sent at once, so that one does not hold up the others.
-CROWD_RECEIVE_BYTES = 16_384
+# Max bytes sent at once, so that one connection does not hold up the others.
 SEND_BYTES = 524_288
-# Max bytes received from an unauthenticated client, and discarded, while its connection closes.
-MAX_DISCARDED_BYTES = 65_536
 # Max unparsed bytes buffered while a client is waiting.
 MAX_HELD_BYTES = 65_536
 # How long a client may take to read the last reply and disconnect, when the server closes the connection.
 LINGER_SECONDS = 1.0
 LINGER_SECONDS_AT_STOP = 0.05
 
-_logger = logging.getLogger(__name__)
-
 
 @dataclass(slots=True, eq=False)
 class Transport:
-    """Receives and sends. Replies still unsent at the end of a turn count towards a total."""
+    """Sends replies. Long ones, and those still unsent at the end of a turn, count towards a total."""
 
     connection: Connection
     loop: EventLoop
@@ -49,7 +43,6 @@ class Transport:
     """Unsent replies."""
     counted: int = 0
     """How many bytes of the total they take."""
-    max_receive: int = RECEIVE_BYTES
     max_unread: int = 0
     """If more is unsent, no further requests run."""
     unread_since: float = math.inf
@@ -62,57 +55,11 @@ class Transport:
     eof_received: bool = False
     events: int = 0
     """The socket events that the event loop watches for."""
-    _discarded: int = 0
 
     def fileno(self) -> int:
         return self.socket.fileno()
 
-    # In
-
-    def on_ready(self, events: int) -> None:
-        """Read and write what the socket is ready for."""
-        connection = self.connection
-        if connection.state is HANDSHAKE:
-            self._shake_hands()
-            return
-        if events != EVENT_READ:
-            self.flush()
-            if connection.state is CLOSED or not events & EVENT_READ:
-                return
-        try:
-            is_scarce = connection.requests.budget.is_crowded or not self.loop.slice_seconds
-            data = self.socket.recv(self._scarce_bytes() if is_scarce else self.max_receive)
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError as error:
-            connection.close(error.strerror or str(error))
-            return
-        if not data:
-            self.eof_received = True
-            connection.on_eof()
-        elif connection.state < FINISHING:
-            self.loop.counters.bytes_in += len(data)
-            self.active_at = self.loop.now
-            requests = connection.requests
-            if requests.incomplete_since != math.inf:
-                requests.note_progress(len(data))
-            requests.parser.feed(data)
-            requests.run()
-        elif connection.unauthenticated:
-            self._discarded += len(data)
-            if self._discarded > MAX_DISCARDED_BYTES:
-                connection.close("keeps sending after its last reply")
-
-    def on_failure(self) -> None:
-        self.connection.on_failure()
-
-    def _scarce_bytes(self) -> int:
-        """Return how many bytes to receive in a crowd; if memory is short, few beyond the reserved ones."""
-        most = self.max_receive if self.loop.slice_seconds else min(self.max_receive, CROWD_RECEIVE_BYTES)
-        requests = self.connection.requests
-        return min(most, FREE_BYTES + requests.missing) if requests.budget.is_crowded else most
-
-    def _shake_hands(self) -> None:
+    def shake_hands(self) -> None:
         try:
             events = self.socket.handshake()  # type: ignore[union-attr]
         except OSError as error:
@@ -125,7 +72,7 @@ class Transport:
             self.connection.login.admit()
             self.update_events()
             # Requests may have been received, and decrypted, along with the end of the handshake.
-            self.on_ready(EVENT_READ)
+            self.connection.requests.on_ready(EVENT_READ)
 
     # Out
 
@@ -138,8 +85,8 @@ class Transport:
                 self.data = reply
                 reply = b""
         self.data += reply
-        if self.counted:
-            # The client reads slowly, so this may stay buffered for long.
+        if self.counted or len(self.data) > SEND_BYTES:
+            # It may stay buffered for a long time.
             self.count()
 
     def flush(self) -> None:
@@ -203,11 +150,6 @@ class Transport:
 
     # Memory
 
-    def count_if_long(self) -> None:
-        """Count long replies at once. Others count only if they are still unsent at the end of the turn."""
-        if len(self.data) > SEND_BYTES:
-            self.count()
-
     def count(self) -> None:
         """Update the total, in steps of FREE_BYTES because many short replies may be added one by one."""
         size = len(self.data)
@@ -251,7 +193,7 @@ class Transport:
 
     def watch(self, events: int) -> None:
         before, self.events = self.events, events
-        self.loop.watch(self, before, events)
+        self.loop.watch(self.connection, before, events)
 
     def close(self) -> None:
         """Release the socket and the buffer."""

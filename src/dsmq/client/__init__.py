@@ -152,8 +152,8 @@ class DSMQClientSideConnection(Client):
         """Like `get`, but wait up to `timeout` seconds for a message (0: not at all; math.inf: for ever).
 
         Without a timeout it waits about ten seconds: the sum of `_n_tries` delays, the first of `_initial_retry`
-        seconds, and each twice the previous one. If the server is unreachable in the end, this takes up to
-        `reconnect_timeout` longer, and raises ConnectionLost.
+        seconds, and each twice the previous one. If the server is unreachable when that time is over, the call takes up
+        to `reconnect_timeout` longer, and raises ConnectionLost.
         """
         seconds = default_wait() if timeout is None else arguments.seconds("timeout", timeout)
         return self._read(topic, 1, seconds, raw, default)
@@ -169,7 +169,7 @@ class DSMQClientSideConnection(Client):
     def get_latest(self, topic: str, *, default: object = "", raw: bool = False) -> object:
         """Return the newest message of a topic that this client has not read, or `default` if there is none.
 
-        The older ones are skipped: this client will not read them any more.
+        The older ones are skipped: this client will not return them later.
         """
         return self._read(topic, 1, 0.0, raw, default, True)
 
@@ -180,7 +180,7 @@ class DSMQClientSideConnection(Client):
     def get_many(self, topic: str, n: int = 100, *, timeout: float = 0.0, raw: bool = False) -> list[str] | list[bytes]:
         """Return up to `n` messages of a topic, oldest first. If there are none, wait up to `timeout` seconds for one.
 
-        It stops before a message that is not UTF-8; if that is the first, it raises MessageNotText.
+        Stops before a message that is not UTF-8; if that is the first, raises MessageNotText.
         """
         n, seconds = arguments.count("n", n), arguments.seconds("timeout", timeout)
         return self._read(topic, n, seconds, raw)  # type: ignore[no-any-return]
@@ -198,7 +198,7 @@ class DSMQClientSideConnection(Client):
     @overload
     def messages(self, topic: str, *, timeout: float = ..., raw: Literal[True]) -> Iterator[bytes]: ...
     def messages(self, topic: str, *, timeout: float = math.inf, raw: bool = False) -> Iterator[str] | Iterator[bytes]:
-        """Iterate over the messages of a topic as they arrive; end when none has for `timeout` seconds."""
+        """Iterate over the messages of a topic as they arrive; end when none arrives for `timeout` seconds."""
         seconds = arguments.seconds("timeout", timeout)
         self._session.reader(topic)
         end = object()
@@ -261,12 +261,12 @@ class DSMQClientSideConnection(Client):
                 return taken
             return taken[0] if taken else b"" if raw and default == "" else default
         except BaseException:
-            # The messages taken will not be returned. Appending is atomic, so that a second interrupt can't lose them.
+            # The caller does not get the messages taken. Appending is atomic, so a second interrupt can't lose them.
             self._session.returned.append((claim, []))
             raise
 
     def _run(self, call: C, attempt: Callable[[Connection, C], None] = Connection.ask) -> None:  # type: ignore[assignment]
-        """Make a call on a connection, and on another each time it breaks."""
+        """Make a call on a connection, and again on another one each time it breaks."""
         retries = None
         while True:
             connection = None

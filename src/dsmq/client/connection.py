@@ -1,4 +1,4 @@
-"""One connection of the blocking client: requests out, replies in, and how long a reply may take."""
+"""One connection of the blocking client: sends requests, and receives replies, with timeouts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _LONGEST_TIMEOUT = 1e6
 # After a longer pause, check that a connection is still open before sending.
 LONG_PAUSE_SECONDS = 0.1
 CLOSED_BY_SERVER = "the server has closed the connection"
-# A slower link times out, as it does at the server.
+# A slower link times out, as it does on the server.
 _SLOWEST_SECONDS_PER_BYTE = 1 / 16_384
 # How long to poll for a reply before sleeping.
 BUSY_POLL_SECONDS = 150e-6

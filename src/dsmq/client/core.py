@@ -55,7 +55,7 @@ class Retries:
         return min(next(self._delays), self._until - now) if now < self._until else None
 
     def text(self, error: Exception) -> str:
-        """Return the text of the last error, and how long the attempts took."""
+        """Return the text of the last error, with the duration of the attempts."""
         seconds = time.monotonic() - (self._until - self._seconds)
         return f"{reason(error)} (tried for {seconds:.1f} s)" if self._seconds else reason(error)
 
@@ -71,7 +71,7 @@ def _retry_delays() -> Iterator[float]:
     yield 0.0
     for attempt in itertools.count():
         longest = min(_LONGEST_DELAY_SECONDS, _FIRST_DELAY_SECONDS * 2.0 ** min(attempt, 32))
-        yield longest * random.uniform(0.5, 1.0)  # noqa: S311 - it is no secret
+        yield longest * random.uniform(0.5, 1.0)  # noqa: S311 - not a secret
 
 
 class Core:
@@ -133,7 +133,7 @@ class Core:
         elif state == "resumed":
             _logger.info("connection to %s resumed", self.endpoint)
         elif state == "given up":
-            _logger.info("no connection to %s any more: %s", self.endpoint, error and reason(error))
+            _logger.info("no connection to %s, giving up: %s", self.endpoint, error and reason(error))
         self.report(state)
 
     def report(self, state: State) -> None:

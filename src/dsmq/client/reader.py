@@ -2,7 +2,7 @@
 
 A reader is shared by threads, and by signal handlers, which run between any two steps of the call that they interrupt,
 and may call the client themselves. A lock would hang them. So a state is never changed: it is replaced by linking the
-next one to it with `dict.setdefault`, which is atomic. A call that comes second starts again from the new state.
+next one to it with `dict.setdefault`, which is atomic. A call that comes too late starts again from the new state.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ T = TypeVar("T")
 Claim: TypeAlias = "list[tuple[TopicReader, Stretch, int, Step]]"
 """The messages a call takes, recorded beforehand, so that they can be given back wherever the call is interrupted."""
 Tried: TypeAlias = "list[tuple[Step, Stretch, int, Stretch]]"
-"""Attempts to give back a claim: what was taken, and which state was to follow which."""
+"""Attempts to give back a claim: the step taken, the state at the time and its position, and the state to follow it."""
 Returned: TypeAlias = "list[tuple[Claim, Tried]]"
 """Claims of calls that were interrupted.
 
@@ -40,7 +40,7 @@ Asked: TypeAlias = "tuple[Stretch, int, bool]"
 
 
 def take_back(returned: Returned) -> None:
-    """Make messages unread again that interrupted calls took. If this is interrupted, the next call continues."""
+    """Make messages that interrupted calls took unread again. If this is interrupted, the next call continues."""
     with suppress(IndexError, ValueError):
         while True:
             claim, tried = first = returned[0]
@@ -143,9 +143,9 @@ class TopicReader:
         return stretch, last.taken(at)[0], False
 
     def accept(self, asked: Asked, found: list[Entry]) -> bool:
-        """Take in the reply to a READ; return whether there may be more now.
+        """Process the reply to a READ; return whether there may be more messages now.
 
-        Messages that another thread has fetched meanwhile are recognized by their ids. A reply to a request from before
+        Messages that another thread has fetched meanwhile are recognised by their ids. A reply to a request from before
         a `seek`, or from another era, is ignored.
         """
         before, behind, _ = asked
@@ -197,13 +197,13 @@ class TopicReader:
             if stretch.next.setdefault(at, step) is step:
                 self._seen = stretch, step[0]
                 if stretch.rest and len(taken) < n:
-                    # This stretch held only what had been given back.
+                    # This stretch held only messages that had been given back.
                     with suppress(MessageNotText):
                         taken += self.take(claim, n - len(taken), convert)
                 return taken
 
     def _refresh(self, stretch: Stretch, at: int, now: float) -> None:
-        """Drop a read-ahead that is no longer fresh; what has not expired will be fetched again."""
+        """Drop a read-ahead that is no longer fresh; messages that have not expired will be fetched again."""
         left: Sequence[Entry] = ()
         if stretch.is_lost:
             left = [entry for entry in stretch.ahead[at:] if entry.expires > now]
@@ -217,7 +217,7 @@ class TopicReader:
     def take_latest(
         self, claim: Claim, asked: Asked, found: list[Entry], convert: Callable[[TopicReader, Entry], T]
     ) -> list[T] | None:
-        """Take what READ … LATEST found, and skip all before it. None if the request is outdated."""
+        """Take the message that READ … LATEST found, and skip all older ones. None if the request is outdated."""
         while True:
             stretch, at = self._current()
             if stretch.era is not asked[0].era or stretch.generation != asked[0].generation:

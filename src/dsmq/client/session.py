@@ -80,7 +80,7 @@ class Session:
         self._max_readers = _MIN_READERS
         # How many messages forgotten readers had missed.
         self._missed_before = 0
-        # The readers used last, which may still hold messages that have been returned.
+        # The most recently used readers, which may still hold messages that have been returned.
         self._recent: deque[TopicReader] = deque()
 
     @property

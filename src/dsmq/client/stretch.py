@@ -1,4 +1,4 @@
-"""States of a reader, which are never changed: ranges of ids to read, and the messages read ahead in them."""
+"""The immutable states of a reader: ranges of ids to read, and the messages read ahead in them."""
 
 from __future__ import annotations
 
@@ -52,29 +52,29 @@ class Stretch:
         ahead: Sequence[Entry] = (),
         fresh_until: float = 0.0,
     ) -> None:
-        # It begins after the message with this id, whose number may be unknown.
+        # The range: ids above `id`, up to and including `end`. The number of the message with that `id`, if known.
         self.era, self.id, self.number = era, last_id, number
-        # How many messages had expired unread before it.
+        self.end = math.inf
+        # The number of messages that expired unread before this range.
         self.missed = missed
-        # The messages read ahead, and until when they may be returned without being read again: for ever if the server
-        # has lost them.
+        # The messages read ahead, and how many expired unread before and between them. Until `fresh_until`, they may be
+        # returned without being read again; if the server has lost them, at any time.
         self.ahead, self.fresh_until = ahead, fresh_until
         self.gaps = missing_numbers(number, ahead) if ahead else 0
         self.is_lost = fresh_until == math.inf
-        # Its last id.
-        self.end = math.inf
-        # Id and number of the newest message known to exist in it, to count those that expire unread.
+        # Id and number of the newest message known to exist in the range. If it expires unread, its number shows how
+        # many were missed.
         self.known = 0, 0
-        # The number of seeks, and how often since then messages were found to have expired: replies to earlier requests
-        # are outdated.
+        # The number of seeks, and since the last one, of times that messages were found to have expired. A reply to a
+        # request of an earlier generation is outdated.
         self.generation = 0, 0
-        # Whether the server may have lost messages up to `number`, and must be asked where numbering continues.
+        # Whether the server may have lost the message with `number`. If so, ask it where its numbering continues.
         self.ask = False
-        # A position passed to `seek` in an epoch that is not known yet, until something is read.
+        # Epoch and id passed to `seek`, if the server is not known to have had that epoch. Dropped at the next read.
         self.sought: tuple[str, int] | None = None
-        # The stretch after `end`.
+        # The stretch after `end`, if `end` is finite.
         self.rest: Stretch | None = None
-        # The steps that followed, by how many of the read-ahead had been taken.
+        # The step to the next state, by the number of messages that had been taken from the read-ahead.
         self.next: dict[int, Step] = {}
 
     def taken(self, at: int) -> tuple[int, int | None, int]:
@@ -89,7 +89,7 @@ class Stretch:
         return last.id, last.number, self.missed + gaps
 
     def rest_from(self, at: int, ahead: Sequence[Entry] = (), fresh_until: float = 0.0) -> Stretch:
-        """Return the rest of it, with another read-ahead."""
+        """Return the rest of this stretch, with another read-ahead."""
         last_id, number, missed = self.taken(at)
         after = Stretch(self.era, last_id, number, missed, ahead, fresh_until)
         after.end, after.generation, after.rest = self.end, self.generation, self.rest
@@ -98,7 +98,7 @@ class Stretch:
         return after
 
     def remaining(self, at: int) -> Stretch:
-        """Return the rest of it, with the rest of its read-ahead."""
+        """Return the rest of this stretch, with the rest of its read-ahead."""
         return self.rest_from(at, self.ahead[at:], self.fresh_until)
 
     def next_stretch(self, at: int) -> Stretch:
@@ -114,20 +114,20 @@ class Stretch:
         return self.ahead[-1].id if self.ahead else self.id
 
     def continues(self, before: Stretch, behind: int) -> bool:
-        """Return whether a reply requested in an earlier state, for messages after an id, is still useful."""
+        """Return whether the reply to a request from an earlier state, for messages after an id, is still useful."""
         if self.era is not before.era or self.generation != before.generation or self.is_lost:
             return False
         return behind <= self.last_read
 
     def lost(self, at: int) -> int:
-        """Return how many messages have expired if the server has none left in it."""
+        """Return how many messages have expired unread if the server has none left in this stretch."""
         last_id, number, _ = self.taken(at)
         if number is None or self.known[0] <= last_id:
             return 0
         return max(0, self.known[1] - number)
 
     def exhausted(self, at: int) -> Stretch | None:
-        """Return the next state if the server has none left in it; None if that changes nothing."""
+        """Return the next state if the server has no messages left in this stretch; None if that changes nothing."""
         if self.rest:
             after = self.next_stretch(at)
         elif self.known[0] > self.last_read:
@@ -189,7 +189,7 @@ def in_next_era(stretch: Stretch, at: int) -> Stretch:
 
 
 def _restarted(part: Stretch, era: Era) -> list[Stretch]:
-    """Split a stretch into what the server may still have, what it has lost, and what will be put."""
+    """Split a stretch into messages that the server may still have, those it has lost, and those not put yet."""
     ahead = [entry for entry in part.ahead if part.is_lost or era.lost(entry.id)]
     kept = part.ahead[: len(part.ahead) - len(ahead)]
     first = Stretch(era, part.id, part.number)

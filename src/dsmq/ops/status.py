@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dsmq import __version__
+from dsmq.broker.auth import Role
 from dsmq.broker.counters import Counters, total
 from dsmq.errors import ReplyError
 from dsmq.store.api import TopicStats, Totals
@@ -265,6 +266,7 @@ class Status:
                 "id": client.id,
                 "name": client.name.decode(errors="replace"),
                 "peer": client.peer.name,
+                "role": "" if client.role is Role.NOBODY else client.role.name.lower(),
                 "connected_seconds": max(0.0, now - client.opened_at),
                 "waiting": client.waiting,
                 "topic": client.last_read[0].decode(errors="replace") if client.last_read else None,

@@ -103,14 +103,12 @@ def read_state(source: sqlite3.Connection) -> SnapshotState:
 
 def _read_lost(source: sqlite3.Connection) -> list[Lost]:
     lost: list[Lost] = []
-    # Snapshots of older versions may lack this table.
-    if source.execute("SELECT 1 FROM sqlite_master WHERE name = 'lost'").fetchone():
-        rows = source.execute("SELECT name, number FROM lost ORDER BY rowid")
-        for name, number in rows:
-            if name is None:
-                lost.append(Lost(number, next(rows)[1], {}))
-            else:
-                lost[-1].numbers[name] = number
+    rows = source.execute("SELECT name, number FROM lost ORDER BY rowid")
+    for name, number in rows:
+        if name is None:
+            lost.append(Lost(number, next(rows)[1], {}))
+        else:
+            lost[-1].numbers[name] = number
     return lost
 
 

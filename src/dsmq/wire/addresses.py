@@ -26,11 +26,14 @@ class Endpoint(NamedTuple):
 
 
 def parse_endpoint(host: str, port: int = 0) -> Endpoint:
-    """Parse an address, a host name, or `unix:/path`; an IPv6 address may have brackets. Raises ValueError."""
+    """Parse an address or a host name, without a port, or `unix:/path`. Raises ValueError.
+
+    An IPv6 address may have brackets.
+    """
     is_unix = host.startswith(UNIX)
     name = host.removeprefix(UNIX) if is_unix else host.removeprefix("[").removesuffix("]")
-    if not name or (not is_unix and host.startswith("[") != host.endswith("]")):
-        raise ValueError("should be an address, a name, or unix:/path")
+    if not name or (not is_unix and (host.startswith("[") != host.endswith("]") or name.count(":") == 1)):
+        raise ValueError("should be an address or a name, without a port, or unix:/path")
     return Endpoint("", port, name) if is_unix else Endpoint(name, port)
 
 
