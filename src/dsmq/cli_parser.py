@@ -35,7 +35,7 @@ def host(text: str) -> str:
             raise ValueError
         parse_endpoint(text)
     except ValueError:
-        about = f"{quoted(text)} is not an address or a name, without a port, or unix:/path"
+        about = f"{quoted(text)} is not an address or a name (without a port), or unix:/path"
         raise argparse.ArgumentTypeError(about) from None
     return text
 
