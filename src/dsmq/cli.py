@@ -1,4 +1,4 @@
-"""The commands that use a server: put, get, topics, ping and bench. Each returns an exit status if it is not 0."""
+"""The commands that use a server: put, get, topics, ping and bench. Each returns its exit status, or None for 0."""
 
 from __future__ import annotations
 

@@ -42,10 +42,10 @@ class Requests:
     counts: dict[str, int]
     parser: RequestParser = field(default_factory=lambda: RequestParser(0))
     queue: list[list[bytes]] = field(default_factory=list)
-    """Parsed, but not run yet. Never so many that a deque, whose memory all idle connections would take, is faster."""
+    """Parsed, but not run yet. Too few for a deque to be faster, and each idle connection would take its memory."""
     transaction: Transaction | None = None
     steps: list[Step] = field(default_factory=list)
-    """What EXEC still has to run, the first step last. For each, the queue has a request with an empty name."""
+    """The steps that EXEC still has to run, in reverse order. For each, the queue has a request with an empty name."""
     permitted: dict[bytes, Command] = field(default_factory=dict)
     max_receive: int = RECEIVE_BYTES
     reserved: int = 0
@@ -120,7 +120,7 @@ class Requests:
         self.connection.on_failure()
 
     def _scarce_bytes(self) -> int:
-        """Return how many bytes to receive in a crowd; if memory is short, few beyond the reserved ones."""
+        """Return how many bytes to receive: fewer in a crowd, and if memory is short, few beyond the reserved ones."""
         most = self.max_receive if self.loop.slice_seconds else min(self.max_receive, CROWD_RECEIVE_BYTES)
         return min(most, FREE_BYTES + self.missing) if self.budget.is_crowded else most
 

@@ -86,7 +86,7 @@ class Transport:
                 reply = b""
         self.data += reply
         if self.counted or len(self.data) > SEND_BYTES:
-            # It may stay buffered for long.
+            # It may stay buffered for a long time.
             self.count()
 
     def flush(self) -> None:

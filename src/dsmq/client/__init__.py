@@ -276,7 +276,7 @@ class DSMQClientSideConnection(Client):
             raise
 
     def _run(self, call: C, attempt: Callable[[Connection, C], None] = Connection.ask) -> None:  # type: ignore[assignment]
-        """Make a call on a connection, and on another each time it breaks."""
+        """Make a call on a connection, and again on another one each time it breaks."""
         retries = None
         while True:
             connection = None

@@ -42,7 +42,7 @@ _LONG_BATCH_SECONDS = 0.1
 _AGAIN = b"*7%b$5\r\nAGAIN\r\n"
 # How long a put is retried: well within the 600 seconds for which the server remembers it.
 RESEND_SECONDS = 300.0
-# If a read waited longer than this before its connection broke, a server was there.
+# If a read waited longer than this before its connection broke, it had reached a server.
 _LONG_WAIT_SECONDS = 1.0
 
 _LATEST = encode_bulk(b"LATEST")
@@ -196,9 +196,9 @@ def read(  # noqa: PLR0913, PLR0917 - what a read consists of
     convert: Convert[T],
     latest: bool,  # noqa: FBT001 - as `n`
 ) -> Iterator[Call]:
-    """Add up to `n` messages, or the latest, to those taken; if there is none, wait for the first.
+    """Yield calls that add up to `n` messages, or the latest, to those taken; if there is none, wait for the first.
 
-    Make each call before taking the next one from the iterator.
+    Each call must be made before the next one is taken from the iterator.
     """
     if latest:
         yield from _read_latest(session, reader, claim, taken, convert)
@@ -240,7 +240,7 @@ def _read_latest(
 
 
 def list_topics(found: list[tuple[str, int, int]]) -> Iterator[Call]:
-    """Add the topics that have messages to a list. Make the calls as for `read`."""
+    """Yield calls that add the topics with messages to a list. They must be made as those of `read`."""
     page = None
     while page is None or page:
         after = (b"AFTER", found[-1][0].encode()) if found else ()

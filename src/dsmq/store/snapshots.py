@@ -233,7 +233,7 @@ class Snapshotter:
             try:
                 self._last.start()
             except RuntimeError:
-                # No thread can be started: messages matter more than the interrupt.
+                # No thread can be started, so save in this one: messages matter more than interrupts.
                 save()
             join(self._last, deadline)
         self._close_unless_busy()
