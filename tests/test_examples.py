@@ -63,7 +63,7 @@ def test_demos_run_concurrently_and_each_reader_gets_every_message() -> None:
             out, err = process.communicate(timeout=3 * SOON)
             assert (process.returncode, err) == (0, "")
             lines = out.splitlines()
-            assert [line for line in lines if line.startswith("client sent ")] == [f"client sent {m}" for m in messages]
+            assert [line for line in lines if line.startswith("writer sent ")] == [f"writer sent {m}" for m in messages]
             for reader in demo.READERS:
                 got = [line for line in lines if line.startswith(f"    {reader} ")]
                 assert got == [f"    {reader} received {message}" for message in messages]

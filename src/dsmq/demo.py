@@ -1,4 +1,4 @@
-"""Runs a server, a client that puts, and two that get, each of which gets every message."""
+"""Runs a server, a writer and two readers, each of which gets every message."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ def main(messages: int = 5, pause: float = 0.5) -> None:
     # A private Unix socket, so that the demo occupies no port.
     with TemporaryDirectory(prefix="dsmq-demo-") as folder, ExitStack() as stack:
         host = f"unix:{folder}/socket"
-        print("starting a server, a client that puts, and two that get", flush=True)
+        print("starting a server, a writer and two readers", flush=True)
         stack.enter_context(_server(host))
         # If the server is gone, there is no point in reconnecting.
         writer, *readers = (stack.enter_context(connect(host, reconnect_timeout=0)) for _ in range(3))
@@ -29,7 +29,7 @@ def main(messages: int = 5, pause: float = 0.5) -> None:
             time.sleep(pause)
             message = f"{number}. Hello, world"
             writer.put("greetings", message)
-            print(f"client sent {message}", flush=True)
+            print(f"writer sent {message}", flush=True)
             for name, reader in zip(READERS, readers, strict=True):
                 got = reader.get_wait("greetings")
                 print(f"    {name} received {got}", flush=True)

@@ -149,10 +149,13 @@ def test_proxy_that_closes_at_once_counts_as_starting(
     retry_schedule: Callable[..., None], replies: tuple[bytes, ...]
 ) -> None:
     retry_schedule(4)
-    with front(*replies) as (port, accepted), pytest.raises(ConnectionResetError, match="closes them at once") as told:
+    with (
+        front(*replies) as (port, accepted),
+        pytest.raises(ConnectionResetError, match=r"closes them at once.*tried for") as told,
+    ):
         connect(port=port)
-    # In each of five attempts, the second one asks whether it is an MQTT broker.
-    assert len(accepted) == 10
+    # In each attempt, the second connection asks whether it is an MQTT broker.
+    assert len(accepted) > 6
     assert "does it require TLS?" in str(told.value)
 
 

@@ -151,7 +151,6 @@ class Read(Call):
         return time.monotonic() < self._until
 
     def request(self, producer: Producer) -> bytes:
-        self.seconds = 0.0
         reader, size = self._reader, self._session.read_bytes
         self.asked = reader.asked_for_latest() if self._latest else reader.asked()
         stretch, after, may_wait = self.asked
@@ -164,6 +163,7 @@ class Read(Call):
             options, count = encode_option(b"COUNT", reader.count), 2
         if size < MAX_READ_BYTES:
             options, count = options + encode_option(b"BYTES", size), count + 2
+        self.seconds = 0.0
         if self._until and may_wait:
             self._asked_at = time.monotonic()
             left = self._until - self._asked_at
