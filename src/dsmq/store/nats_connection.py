@@ -124,6 +124,8 @@ class NATSConnection:
         self._numbers = itertools.count(1)
         self._transport: asyncio.Transport | None = None
         self.max_payload = _MAX_PAYLOAD_BYTES
+        self.has_jetstream = False
+        """Whether the server itself has JetStream; others of its cluster may."""
         self.server = ""
         """The name of the server that this is connected to."""
         self.connected_at = -math.inf
@@ -171,11 +173,12 @@ class NATSConnection:
                 self.error = error
             finally:
                 self._transport = None
+                if transport is not None:
+                    transport.abort()
             if transport is None:
                 await asyncio.sleep(delay)
                 delay = min(_LONGEST_DELAY_SECONDS, delay * 2)
             else:
-                transport.abort()
                 _logger.info("NATS server %s lost: %s", self.server, self.error)
                 self.on_lost()
 
@@ -195,6 +198,7 @@ class NATSConnection:
         except BaseException:
             transport.abort()
             raise
+        self.has_jetstream = bool(info.get("jetstream"))
         self.max_payload = int(info.get("max_payload", _MAX_PAYLOAD_BYTES))
         self.server = str(info.get("server_name") or server)
         return transport, sock
