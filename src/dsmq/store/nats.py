@@ -133,8 +133,10 @@ class NATSStore:
             raise errors.exceptions[0] from None
         finally:
             connecting.cancel()
-            await asyncio.gather(connecting, return_exceptions=True)
+            await asyncio.gather(connecting, *self._tasks, return_exceptions=True)
             await self.stream.close()
+            # The transports close themselves in the next turn of the loop.
+            await asyncio.sleep(0)
 
     async def _connect(self) -> None:
         """Wait for the engine, which may be starting. Raises StartupError if it refuses the credentials."""

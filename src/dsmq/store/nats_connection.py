@@ -127,6 +127,8 @@ class NATSConnection:
         # Those since the last connection, at most one for each server.
         self._failures: deque[tuple[Server, Exception]] = deque(maxlen=len(servers))
         self.max_payload = _MAX_PAYLOAD_BYTES
+        self.has_jetstream = False
+        """Whether the server itself has JetStream; others of its cluster may."""
         self.server = ""
         """The name of the server that this is connected to."""
         self.connected_at = -math.inf
@@ -184,12 +186,13 @@ class NATSConnection:
                 self.error = error
             finally:
                 self._transport = None
+                if transport is not None:
+                    transport.abort()
             if transport is None:
                 self._failures.append((server, self.error or ConnectionError()))
                 await asyncio.sleep(delay)
                 delay = min(_LONGEST_DELAY_SECONDS, delay * 2)
             else:
-                transport.abort()
                 _logger.info("NATS server %s lost: %s", self.server, self.error)
                 self.on_lost()
 
@@ -210,6 +213,7 @@ class NATSConnection:
         except BaseException:
             transport.abort()
             raise
+        self.has_jetstream = bool(info.get("jetstream"))
         self.max_payload = int(info.get("max_payload", _MAX_PAYLOAD_BYTES))
         self.server = str(info.get("server_name") or server)
         return transport, sock

@@ -26,6 +26,7 @@ from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from nats.aio.client import Client
 from nats.errors import Error as NATSError
+from nats.errors import NoRespondersError
 
 from dsmq.errors import DSMQError, StartupError
 
@@ -49,6 +50,7 @@ _NEVER = {"Nats-TTL": "never"}
 
 # Error codes of JetStream.
 STREAM_NOT_FOUND, MESSAGE_NOT_FOUND, NAME_IN_USE, WRONG_SEQUENCE = 10059, 10037, 10058, 10071
+NO_RESPONDERS = 503
 _NOT_ENABLED, _NOT_CLUSTERED = (10039, 10035), 10074
 FULL = frozenset((10002, 10023, 10028, 10047, 10077))
 
@@ -266,6 +268,8 @@ class Stream:
     async def _ask(self, subject: str, data: bytes, seconds: float, headers: dict[str, str] | None = None) -> bytes:
         try:
             return (await self._client.request(subject, data, timeout=seconds, headers=headers)).data
+        except NoRespondersError as error:
+            raise EngineError("the engine has no leader now", NO_RESPONDERS) from error
         except (NATSError, OSError, TimeoutError) as error:
             raise EngineError(f"the engine does not answer: {error or type(error).__name__}") from error
 
