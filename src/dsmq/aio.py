@@ -17,7 +17,7 @@ import asyncio
 import math
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Generic, Literal, Self, TypeVar, Unpack, overload
 
@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 
 async def connect(
-    host: str = "127.0.0.1", port: int = 30008, *, retry: bool = True, **options: Unpack[Options]
+    host: str | Sequence[str] = "127.0.0.1", port: int = 30008, *, retry: bool = True, **options: Unpack[Options]
 ) -> AsyncClient:
     """Connect to a server; see `dsmq.client.connect`."""
     mq = AsyncClient(host, port, options)
@@ -54,7 +54,7 @@ class AsyncClient(Client):
     connections. While the loop is running, calls in another one raise RuntimeError.
     """
 
-    def __init__(self, host: str, port: int, options: Options) -> None:
+    def __init__(self, host: str | Sequence[str], port: int, options: Options) -> None:
         super().__init__(host, port, options)
         self._lock = threading.Lock()
         self._pool: Pool | None = None

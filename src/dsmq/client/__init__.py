@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, Unpack, overload
@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 
 def connect(
-    host: str = "127.0.0.1",
+    host: str | Sequence[str] = "127.0.0.1",
     port: int = 30008,
     verbose: bool = False,  # noqa: FBT001, FBT002 - positional in dsmq 1.4
     *,
@@ -50,6 +50,10 @@ def connect(
     **options: Unpack[Options],
 ) -> DSMQClientSideConnection:
     """Connect to a server at an IPv4 or IPv6 address, a name, or `unix:/path`.
+
+    host may name several servers, in a list or separated by commas, each with a port of its own if it needs one. If
+    they share a store, the client uses any of them, and goes on at the next one when its server fails. If they don't,
+    the others are used only while the first is unreachable, and the client has a position of its own at each.
 
     timeout=10.0: the connection counts as lost if nothing of an expected reply arrives for this many seconds, plus the
     time for which a call asks the server to wait. All addresses of a name are tried, a new one every 0.25 s. If nothing
@@ -86,7 +90,7 @@ class DSMQClientSideConnection(Client):
 
     def __init__(
         self,
-        host: str,
+        host: str | Sequence[str],
         port: int,
         verbose: bool = False,  # noqa: FBT001, FBT002 - as in `connect`
         *,
