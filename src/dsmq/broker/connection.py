@@ -63,7 +63,6 @@ class Connection:
         return f"client {self.id} ({self.peer.name})"
 
     def event(self, name: str, **fields: object) -> dict[str, object]:
-        """Return the fields of a log line."""
         return logs.event(name, client=self.id, peer=self.peer.name, **fields)
 
     @property
@@ -81,7 +80,6 @@ class Connection:
 
     @property
     def waiting(self) -> bool:
-        """Whether it waits for a message."""
         return self.reads.pending is not None and self.reads.pending.registered
 
     # Settings
@@ -89,7 +87,7 @@ class Connection:
     def open(self) -> None:
         """Begin to read requests."""
         self.opened_at = self.transport.active_at = self.loop.now
-        self.transport.watch(EVENT_READ)
+        self.loop.watch(self, EVENT_READ)
         self.apply_settings()
 
     def apply_settings(self) -> None:

@@ -82,7 +82,6 @@ class PutBatch:
         self._workers = workers
 
     def commit(self) -> None:
-        """Store the batch now."""
         puts, connections = self.puts, self.connections
         self.puts, self.connections, self.bytes = [], [], 0
         if puts:
