@@ -1,4 +1,4 @@
-"""The server: starts its parts, watches over them, and stops them.
+"""The server: starts its parts, monitors them, and stops them.
 
     from dsmq.server import serve
     serve(host="127.0.0.1", port=30008)     # blocks until it is stopped
@@ -335,7 +335,7 @@ class Server:
         return survivors
 
     def _end_threads(self, deadline: float) -> list[str]:
-        """End all threads, without waiting for the snapshotter's yet; return the names of those that survive."""
+        """End all threads, without waiting for the snapshotter yet; return the names of those that survive."""
         if self._workers and self._workers[0].thread.is_alive():
             calls = [(self._workers[0], listener.stop_accepting) for listener in self._listeners]
             _call_in_loops(calls, deadline)

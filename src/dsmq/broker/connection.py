@@ -130,7 +130,7 @@ class Connection:
         self.loop.memory.add(self)
 
     def on_room(self, budget: Budget) -> None:
-        """Retry what there was no room for."""
+        """Continue with the reply or request for which there was no room."""
         if self.state is not NO_ROOM:
             return
         self.transport.active_at = self.loop.now

@@ -1,6 +1,6 @@
 """The event loop of one I/O worker: a thread that serves its share of the connections and never blocks.
 
-A turn: receive and run the requests of the sockets that are ready, store all messages that they put together, wake the
+A turn: receive and run the requests of the sockets that are ready, store all messages put by them in one call, wake the
 readers that wait for these, and send the replies.
 """
 
@@ -70,7 +70,7 @@ class EventLoop:
         self._selector = selectors.DefaultSelector()
         self.to_flush: list[Transport] = []
         """Transports with replies to send at the end of the turn."""
-        # Connections that could not run all of their requests in their time, in the order in which they continue.
+        # Connections that have requests left after their slice of a turn, in the order in which they continue.
         self._to_run: OrderedDict[Connection, None] = OrderedDict()
         self._timers = Timers()
         self._posted: deque[Callable[[], None]] = deque()
@@ -110,7 +110,7 @@ class EventLoop:
     # Listeners and connections
 
     def listen(self, listeners: Sequence[Listener]) -> None:
-        """Accept connections from these listeners. To be called before `start`, or posted."""
+        """Accept connections from these listeners. Must be called before `start`, or posted."""
         for listener in listeners:
             listener.loop = self
             self._selector.register(listener, selectors.EVENT_READ, listener)
@@ -140,7 +140,7 @@ class EventLoop:
         self.context.usage.unauthenticated.drop(connection)
 
     def apply_settings(self) -> None:
-        """Apply reloaded settings to all connections. To be posted."""
+        """Apply reloaded settings to all connections. Must be posted."""
         self._for_all(lambda connection: connection.apply_settings())
 
     def _drain(self, until: float) -> None:
@@ -224,13 +224,13 @@ class EventLoop:
     def _go_on(self, *, many: bool) -> bool:
         """Let connections run requests left from earlier turns, for as long as the ready connections took in this one.
 
-        So a client that sends an occasional request does not wait for clients that send many at once. Return whether
-        the server has to stop now.
+        This way, a client that sends an occasional request does not wait for clients that send many at once. Return
+        whether the server has to stop now.
         """
         self.slice_seconds = max(LEAST_SLICE_SECONDS, _slice_seconds(len(self._to_run)))
         now = time.monotonic()
         until = now + max(TURN_SECONDS, now - self.now)
-        # Each once: those that still have some left go to the end of the queue.
+        # Each connection once: if it still has requests left, it goes to the end of the queue.
         for _ in range(len(self._to_run)):
             connection, _ = self._to_run.popitem(last=False)
             try:
@@ -250,7 +250,7 @@ class EventLoop:
         return self._answered_at >= self._stop_at
 
     def _answer(self) -> None:
-        """Store what has been put, and send the replies."""
+        """Store the puts of the batch, and send the replies."""
         while self.batch.puts:
             self.batch.commit()
         to_flush, self.to_flush = self.to_flush, []
@@ -291,10 +291,10 @@ class EventLoop:
         try:
             self.context.store.flush()
         except ReplyError as error:
-            # The put that needs it will fail, and its client gets the error.
+            # The next put that has to flush will fail, and its client gets the error.
             _logger.debug("nothing written: %s", error)
         except Exception:  # noqa: BLE001
-            self._log_defect("writing failed by a defect")
+            self._log_defect("writing failed because of a defect")
 
     def _run_posted(self) -> None:
         while self._posted:
@@ -308,7 +308,7 @@ class EventLoop:
         self.counters.failures += 1
 
     def when_done(self, answer: Future[T], call: Callable[[T | ReplyError], None]) -> None:
-        """Call this in the loop's thread with the store's answer once it is there, or with the error to reply with."""
+        """Call this in the loop's thread with the store's answer once it arrives, or with the error to reply with."""
 
         def pass_on(done: Future[T]) -> None:
             result = _result(done)

@@ -107,9 +107,9 @@ class PutBatch:
         except ReplyError as error:
             return error
         except Exception:
-            _logger.exception("storing failed by a defect", extra=logs.event("defect"))
+            _logger.exception("storing failed because of a defect", extra=logs.event("defect"))
             self._loop.counters.failures += 1
-            return StoreFailed("a defect; see the server's log")
+            return StoreFailed("a defect in the server; see its log")
         if isinstance(stored, Future):
             stored.add_done_callback(lambda done: None if done.exception() else self._wake_readers(puts))
         else:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dsmq.broker.event_loop import EventLoop
     from dsmq.broker.transactions import Step, Transaction
 
-# Commands whose replies may be long, and how long. The replies to READ and GET are as long as their messages.
+# Commands whose replies may be long, and the bytes to reserve for each. READ and GET know the length of their replies.
 LONG_REPLIES = frozenset({b"TOPICS", b"ECHO", b"PING", b"COMMAND", b"CONFIG", b"INFO"})
 LONG_REPLY_BYTES = 65_536
 # Max bytes received at once from each of many connections, so that one does not hold up the others.
@@ -42,10 +42,10 @@ class Requests:
     counts: dict[str, int]
     parser: RequestParser = field(default_factory=lambda: RequestParser(0))
     queue: list[list[bytes]] = field(default_factory=list)
-    """Parsed, but not run yet. Never so many that a deque, whose memory all idle connections would take, is faster."""
+    """Parsed, but not run yet. A deque would not be faster with so few, and would take memory in idle connections."""
     transaction: Transaction | None = None
     steps: list[Step] = field(default_factory=list)
-    """What EXEC still has to run, the first step last. For each, the queue has a request with an empty name."""
+    """The steps that EXEC still has to run, in reverse order. For each, the queue has a request with an empty name."""
     permitted: dict[bytes, Command] = field(default_factory=dict)
     max_receive: int = RECEIVE_BYTES
     reserved: int = 0
@@ -120,7 +120,7 @@ class Requests:
         self.connection.on_failure()
 
     def _scarce_bytes(self) -> int:
-        """Return how many bytes to receive in a crowd; if memory is short, few beyond the reserved ones."""
+        """Return how many bytes to receive: fewer in a crowd, and if memory is short, few beyond the reserved ones."""
         most = self.max_receive if self.loop.slice_seconds else min(self.max_receive, CROWD_RECEIVE_BYTES)
         return min(most, FREE_BYTES + self.missing) if self.budget.is_crowded else most
 

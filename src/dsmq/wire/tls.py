@@ -117,7 +117,7 @@ def _pair_error(cert: _Source, key: _Source, error: Exception) -> ConfigError:
         return unreadable
     if b"PRIVATE KEY-----" not in key_text:
         is_swapped = b"CERTIFICATE-----" in key_text and b"PRIVATE KEY-----" in cert_text
-        hint = f"; are key and certificate exchanged? {cert[0]}: {cert[1]} holds a key" if is_swapped else ""
+        hint = f"; are key and certificate swapped? {cert[0]}: {cert[1]} contains a key" if is_swapped else ""
         return _invalid(key, f"no private key in PEM format found{hint}")
     if b"ENCRYPTED" in key_text:
         return _invalid(key, "the private key is encrypted; give it without a passphrase")
