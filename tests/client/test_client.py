@@ -143,7 +143,7 @@ def test_busy_polling_stops_if_useless(server: Server, monkeypatch: pytest.Monke
         assert looks
 
 
-def test_get_wait_without_time_is_get(client: MakeClient) -> None:
+def test_get_wait_with_timeout_0_does_not_wait(client: MakeClient) -> None:
     mq = client()
     assert mq.get_wait("t", timeout=0) == ""
     mq.put("t", "x")

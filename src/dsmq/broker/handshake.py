@@ -135,7 +135,7 @@ def config(client: Connection, request: list[bytes]) -> bytes:
 def _matches(name: str, pattern: str) -> bool:
     """Return whether a name matches a pattern, in which `*` stands for anything.
 
-    Not by a regular expression, because a hostile one may take very long to compile or to match.
+    Does not use a regular expression, because a hostile one may take very long to compile or to match.
     """
     first, *others = pattern.split("*")
     if not others:

@@ -42,7 +42,7 @@ class Requests:
     counts: dict[str, int]
     parser: RequestParser = field(default_factory=lambda: RequestParser(0))
     queue: list[list[bytes]] = field(default_factory=list)
-    """Parsed, but not run yet. Too few for a deque to be faster, and each idle connection would take its memory."""
+    """Parsed, but not run yet. A deque would not be faster with so few, and would take memory in idle connections."""
     transaction: Transaction | None = None
     steps: list[Step] = field(default_factory=list)
     """The steps that EXEC still has to run, in reverse order. For each, the queue has a request with an empty name."""

@@ -48,9 +48,9 @@ class Transport:
     unread_since: float = math.inf
     """When the client last took something; infinite if nothing is unsent."""
     slow_from: float = math.inf
-    """When its average speed of reading falls below SLOW_BYTES_PER_SECOND."""
+    """When the client's average speed of reading falls below SLOW_BYTES_PER_SECOND."""
     active_at: float = 0.0
-    """When it last received something, or had sent everything."""
+    """When data was last received, or the last of it sent."""
     linger_seconds: float = field(default_factory=lambda: LINGER_SECONDS)
     eof_received: bool = False
     events: int = 0
