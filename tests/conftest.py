@@ -99,6 +99,12 @@ def server() -> Iterator[Server]:
 
 
 @pytest.fixture
+def states() -> list[str]:
+    """For `on_state_change`: the states of a client."""
+    return []
+
+
+@pytest.fixture
 def client(server: Server) -> Iterator[Callable[[], DSMQClientSideConnection]]:
     """Return a function that connects clients; they are closed after the test."""
     clients: list[DSMQClientSideConnection] = []
