@@ -28,10 +28,38 @@ from dsmq.client import DSMQClientSideConnection, connect, reader, requests, ses
 from dsmq.server import Server
 from dsmq.store.api import Store
 from dsmq.store.sqlite import SQLiteStore
-from helpers import HOST, ROOT, SOON, UNIT, Daemon, Wire, as_map, daemon, reached, scrape, wait_until
+from helpers import (
+    HOST,
+    ROOT,
+    SOON,
+    UNIT,
+    Daemon,
+    Wire,
+    as_map,
+    black_hole,
+    daemon,
+    reached,
+    refusing_address,
+    scrape,
+    wait_until,
+)
 from security import ADMIN, TOKENS, Files
 
-__all__ = ["HOST", "ROOT", "SOON", "UNIT", "Daemon", "Wire", "as_map", "daemon", "reached", "scrape", "wait_until"]
+__all__ = [
+    "HOST",
+    "ROOT",
+    "SOON",
+    "UNIT",
+    "Daemon",
+    "Wire",
+    "as_map",
+    "black_hole",
+    "daemon",
+    "reached",
+    "refusing_address",
+    "scrape",
+    "wait_until",
+]
 
 
 Resolve = Callable[..., None]

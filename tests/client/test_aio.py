@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Coroutine, Generator, Iterator
-from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
 
@@ -20,7 +19,7 @@ import pytest
 from scenarios import run
 
 import dsmq.client
-from conftest import SOON, UNIT, Resolve, blocked, serving, wait_until
+from conftest import SOON, UNIT, Resolve, black_hole, blocked, refusing_address, serving, wait_until
 from dsmq.aio import AsyncClient, connect
 from dsmq.client.requests import PUTS_AT_ONCE
 from dsmq.errors import BadRequest, ClientClosed, ConnectionLost, MessageNotText
@@ -544,14 +543,14 @@ def test_first_answering_address_is_used(server: Server, resolve: Resolve) -> No
         async with asyncio.timeout(SOON), await connect("several.example", server.port, timeout=SOON * 10) as mq:
             await mq.ping()
 
-    with black_hole() as address, nobody() as refusing:
+    with black_hole() as address, refusing_address() as refusing:
         resolve("several.example", address, refusing, ("127.0.0.1", server.port))
         asyncio.run(main())
     gc.collect()
 
 
 def test_all_addresses_refusing_raises_clear_error(resolve: Resolve) -> None:
-    with nobody() as one:
+    with refusing_address() as one:
         resolve("several.example", ("127.0.0.2", one[1]), one)
         with pytest.raises(ConnectionRefusedError, match=r"no server answers at several\.example:5"):
             asyncio.run(connect("several.example", 5, retry=False))
@@ -559,7 +558,7 @@ def test_all_addresses_refusing_raises_clear_error(resolve: Resolve) -> None:
 
 def test_silent_address_does_not_delay_starting_server_on_another(resolve: Resolve) -> None:
     before = time.monotonic()
-    with black_hole() as address, nobody() as refusing:
+    with black_hole() as address, refusing_address() as refusing:
         resolve("several.example", refusing, address)
         with pytest.raises(ConnectionRefusedError, match="no server answers"):
             asyncio.run(connect("several.example", 5, timeout=10 * SOON, retry=False))
@@ -591,24 +590,3 @@ def test_proxy_that_accepts_and_closes_counts_as_starting() -> None:
 
     seen: list[int] = []
     asyncio.run(main())
-
-
-@contextmanager
-def black_hole() -> Iterator[tuple[str, int]]:
-    """An address that neither answers nor refuses: its queue is full."""
-    with socket.socket() as listener, ExitStack() as stack:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(0)
-        for _ in range(4):
-            client = stack.enter_context(socket.socket())
-            client.setblocking(False)
-            client.connect_ex(listener.getsockname())
-        yield listener.getsockname()
-
-
-@contextmanager
-def nobody() -> Iterator[tuple[str, int]]:
-    """An address without a listener."""
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        yield bound.getsockname()
