@@ -244,7 +244,7 @@ def test_shutdown_server(server: Server) -> None:
 def test_each_put_many_batch_has_its_own_timeout(server: Server) -> None:
     async def main() -> None:
         async with await connect(port=server.port, timeout=5 * UNIT) as mq:
-            # Ten batches, of which each takes a fifth of the time that all together may not take.
+            # Ten batches: together they take longer than the timeout, but each takes only a fifth of it.
             def slow() -> Iterator[str]:
                 for _ in range(10):
                     server._workers[0].post(lambda: time.sleep(UNIT))
@@ -282,7 +282,7 @@ def test_second_event_loop_resumes_positions(server: Server) -> None:
     mq = asyncio.run(first())
     wait_until(lambda: not server.status.connections())
     asyncio.run(asyncio.wait_for(second(mq), SOON))
-    # Whatever has not been closed warns of it.
+    # Anything left unclosed emits a ResourceWarning.
     gc.collect()
 
 
@@ -309,7 +309,7 @@ def test_next_call_closes_connections_of_stopped_loop(server: Server, is_closed:
         with pytest.raises(RuntimeError, match="continued in another event loop"):
             first.run_until_complete(late)
         first.close()
-    # It refers to transports whose event loop is closed: they warn when they go, which is ignored in this test alone.
+    # It refers to transports of a closed event loop, which warn when collected; only this test ignores that.
     del late
     gc.collect()
 

@@ -42,7 +42,7 @@ class Proxy:
 
     async def __aenter__(self) -> Self:
         listener = socket.create_server(("127.0.0.1", 0))
-        # What a client has sent is not to lie here.
+        # A small buffer, so that little of what clients send waits in the proxy.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 100_000)
         self._listener = await asyncio.start_server(self._accept, sock=listener)
         self.port = listener.getsockname()[1]
@@ -237,7 +237,7 @@ def test_client_buffer_is_bounded_if_server_does_not_read(tmp_path: Path, count:
                 assert transport.get_write_buffer_size() < 1_000_000
             assert await asyncio.gather(*calls) == list(range(1, count + 1))
 
-    # The kernel buffers less of a Unix socket.
+    # The kernel buffers less for a Unix socket.
     host = f"unix:{tmp_path / 'socket'}"
     with serving(host=host) as server:
         asyncio.run(main(server, host))
@@ -290,7 +290,7 @@ def test_put_many_error_counts_stored_messages_as_in_blocking_client(refused: in
             assert error.stored_before == refused
             held = next(count for name, count, _ in await mq.topics() if name == topic)
             assert error.stored_before + error.stored_behind == held
-        # The batch behind the one with the refused message was on its way; if that is the third, the asyncio client may
+        # The batch after that with the refused message was on its way; if that is the third, the asyncio client may
         # have received the error together with the replies to the first, and not sent it.
         sent = 1000 if refused < 500 else 1400
         assert same.value.stored_behind == sent - refused - 1
