@@ -243,7 +243,7 @@ def test_shutdown_server(server: Server) -> None:
 
 def test_each_put_many_batch_has_its_own_timeout(server: Server) -> None:
     async def main() -> None:
-        async with await connect(port=server.port, timeout=5 * UNIT) as mq:
+        async with await connect(port=server.port, timeout=5 * UNIT, reconnect_timeout=0) as mq:
             # Ten batches: together they take longer than the timeout, but each takes only a fifth of it.
             def slow() -> Iterator[str]:
                 for _ in range(10):
