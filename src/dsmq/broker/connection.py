@@ -15,7 +15,7 @@ from dsmq.broker.deadlines import deadlines
 from dsmq.broker.login import Login, Peer
 from dsmq.broker.reads import Reads
 from dsmq.broker.requests import Requests
-from dsmq.broker.states import BEHIND, CLOSED, FINISHING, HANDSHAKE, LINGERING, NO_ROOM, OPEN, WAITING
+from dsmq.broker.states import CLOSED, FINISHING, HANDSHAKE, LINGERING, NO_ROOM, OPEN, WAITING
 from dsmq.broker.transport import LINGER_SECONDS_AT_STOP, Stream, Transport
 from dsmq.broker.usage import RECEIVE_BYTES, Budget
 from dsmq.errors import AuthRequired, InternalError, ReplyError, ShuttingDown
@@ -63,7 +63,6 @@ class Connection:
         return f"client {self.id} ({self.peer.name})"
 
     def event(self, name: str, **fields: object) -> dict[str, object]:
-        """Return the fields of a log line."""
         return logs.event(name, client=self.id, peer=self.peer.name, **fields)
 
     @property
@@ -81,7 +80,6 @@ class Connection:
 
     @property
     def waiting(self) -> bool:
-        """Whether it waits for a message."""
         return self.reads.pending is not None and self.reads.pending.registered
 
     # Settings
@@ -89,7 +87,7 @@ class Connection:
     def open(self) -> None:
         """Begin to read requests."""
         self.opened_at = self.transport.active_at = self.loop.now
-        self.transport.watch(EVENT_READ)
+        self.loop.watch(self, EVENT_READ)
         self.apply_settings()
 
     def apply_settings(self) -> None:
@@ -124,21 +122,6 @@ class Connection:
     def _note(self, error: ReplyError) -> None:
         self.counters.errors[error.code] += 1
         self.counters.recent.append((time.time(), error.code, repr(self), str(error)))
-
-    def park(self) -> None:
-        """Run no more requests until `resume`: the store answers later."""
-        if self.state < FINISHING:
-            self.state = WAITING
-
-    def resume(self) -> None:
-        if self.state is not WAITING:
-            return
-        self.transport.active_at = self.loop.now
-        self.state = OPEN
-        if self.transport.eof_received or not self.requests.is_empty:
-            # Not at once: a put among them may wake another reader, which has a put to run, and so on without end.
-            self.state = BEHIND
-            self.loop.run_soon(self)
 
     # Memory
 
