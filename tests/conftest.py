@@ -1,4 +1,4 @@
-"""What the tests share: servers, in this process or in one of their own, and raw connections to them."""
+"""Shared by the tests: servers in this process or their own, raw connections, and clocks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ __all__ = ["HOST", "ROOT", "SOON", "UNIT", "Daemon", "Wire", "as_map", "daemon",
 
 Resolve = Callable[..., None]
 
-# Tests that share what they install, build or start run in one process.
+# Tests that share installations, builds or servers run in one process.
 GROUPS = ("browser", "clients", "deploy")
 
 
@@ -121,7 +121,7 @@ def long_linger(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def replies_after_wrong_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Answer clients for long after a wrong token, however busy the machine is."""
+    """Keep replying to clients for a long time after a wrong token, however busy the machine is."""
     monkeypatch.setattr("dsmq.broker.login.WRONG_TOKEN_SECONDS", 10 * SOON)
 
 
@@ -134,7 +134,7 @@ class LethalStore(SQLiteStore):
 
 @contextmanager
 def no_new_threads() -> Iterator[None]:
-    """Make every start of a thread fail: there is no memory for a stack of this size."""
+    """Make every start of a thread fail, because its stack would need too much memory."""
     before = threading.stack_size(2**50)
     try:
         yield
@@ -252,7 +252,7 @@ def run_dsmq(
 
 
 def tool(name: str, package: str) -> str:
-    """The path of a program, or the reason to skip."""
+    """Return the path of a program; skips if it is not installed."""
     path = shutil.which(name)
     if path is None:
         pytest.skip(f"{name} is not installed (Debian's package {package})")
@@ -260,7 +260,7 @@ def tool(name: str, package: str) -> str:
 
 
 def without_privileges() -> list[str]:
-    """The command that takes from root what makes it root; nothing, where it is not root that runs the tests."""
+    """Return a command that drops root's privileges; empty if the tests do not run as root."""
     if os.geteuid():
         return []
     if shutil.which("setpriv") is None:

@@ -35,7 +35,7 @@ def binary() -> str:
 class Node:
     """A server of a cluster, which can be stopped, killed, frozen, and started again."""
 
-    def __init__(self, folder: Path, name: str, ports: list[int], routes: list[int], extra: str) -> None:
+    def __init__(self, folder: Path, name: str, ports: list[int], routes: list[int], config: str) -> None:
         self.name, self.port, self.monitor_port = name, ports[0], ports[1]
         self.address = (HOST, self.port)
         self.log = folder / f"{name}.log"
@@ -47,7 +47,7 @@ class Node:
         self._config.write_text(
             f"server_name: {name}\nlisten: {HOST}:{self.port}\nhttp: {HOST}:{self.monitor_port}\n"
             f'log_file: "{self.log}"\nmax_payload: 9MB\n'
-            f'jetstream {{ store_dir: "{folder / name}", max_mem: 1GB, max_file: 4GB }}\n{cluster}\n{extra}\n'
+            f"{cluster}\n{config}\n"
         )
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -82,14 +82,18 @@ class Node:
 class Engine:
     """A cluster of NATS servers."""
 
-    def __init__(self, folder: Path, count: int = 3, extra: str = "") -> None:
+    def __init__(self, folder: Path, count: int = 3, extra: str = "", *, jetstream: bool = True) -> None:
         self.nodes: list[Node] = []
         for attempt in range(PORTS_TRIED):
             ports = free_ports(3 * count)
             routes = ports[2::3] if count > 1 else []
             place = folder / f"attempt{attempt}"
             place.mkdir(parents=True)
-            self.nodes = [Node(place, f"n{at}", ports[3 * at : 3 * at + 3], routes, extra) for at in range(count)]
+            self.nodes = []
+            for at in range(count):
+                storage = f'jetstream {{ store_dir: "{place / str(at)}", max_mem: 1GB, max_file: 4GB }}'
+                config = f"{storage}\n{extra}" if jetstream else extra
+                self.nodes.append(Node(place, f"n{at}", ports[3 * at : 3 * at + 3], routes, config))
             for node in self.nodes:
                 node.start()
             if reached(self.is_ready, SOON):
@@ -139,8 +143,8 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def engine(folder: Path, count: int = 3, extra: str = "") -> Iterator[Engine]:
-    running = Engine(folder, count, extra)
+def engine(folder: Path, count: int = 3, extra: str = "", *, jetstream: bool = True) -> Iterator[Engine]:
+    running = Engine(folder, count, extra, jetstream=jetstream)
     try:
         yield running
     finally:

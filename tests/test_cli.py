@@ -909,7 +909,7 @@ def pem(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("cert", "locked", "{key}: {folder}/locked: the private key is encrypted"),
         ("cert", "locked_too", "{key}: {folder}/locked_too: the private key is encrypted"),
-        ("key", "cert", "{key}: {folder}/cert: no private key in PEM format found; are key and certificate exchanged?"),
+        ("key", "cert", "{key}: {folder}/cert: no private key in PEM format found; are key and certificate swapped?"),
         ("cert", "cert", "{key}: {folder}/cert: no private key in PEM format found"),
         ("key", "key", "{cert}: {folder}/key: no certificate in PEM format found"),
         ("cert", "other", "{key}: {folder}/other: the key does not match the certificate"),
@@ -1131,6 +1131,18 @@ def test_ctrl_c_ends_get_without_traceback(options: list[str], topic: str, serve
     with waiting(server.port, "get", topic, *options) as process:
         process.send_signal(signal.SIGINT)
         assert ended(process) == (130, b"", b"")
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("command", ["put t x", "put t", "get t --follow", "topics", "ping", "ping --tls", "bench"])
+def test_ctrl_c_while_connecting_is_quiet(command: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = str(silent.getsockname()[1])
+        with started(*command.split(), "--port", port) as process, silent.accept()[0] as connection:
+            # What it sends first gets no reply.
+            assert connection.recv(1)
+            process.send_signal(signal.SIGINT)
+            assert ended(process) == (130, b"", b"")
 
 
 @pytest.mark.usefixtures("interruptible")

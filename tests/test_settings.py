@@ -505,7 +505,7 @@ def test_every_setting_has_a_description(name: str) -> None:
     assert about.endswith(".")
 
 
-def test_every_number_is_bounded() -> None:
+def test_every_numeric_setting_has_bounds() -> None:
     assert len(NUMBERS) > 10
     for name, kind in NUMBERS.items():
         assert {"minimum", "exclusiveMinimum"} & set(kind), name

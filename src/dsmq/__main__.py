@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-# Other modules are imported in functions, so that Ctrl-C is handled while they load, and only if they are needed.
+# Other modules are imported in functions: only those that are needed, and Ctrl-C is handled while they load.
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -53,10 +53,11 @@ def _command(words: list[str]) -> int:
 
     options = cli_parser.parse(words)
     if run := _COMMANDS.get(options.command):
-        return run(options)
+        run(options)
+        return OK
     from dsmq import cli
 
-    return cli.COMMANDS[options.command](options)
+    return cli.COMMANDS[options.command](options) or OK
 
 
 def _report(error: Exception, status: int) -> int:
@@ -95,7 +96,7 @@ def _discard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _serve(options: argparse.Namespace) -> int:
+def _serve(options: argparse.Namespace) -> None:
     from dsmq import logs, server
     from dsmq import settings as config
     from dsmq.ops import systemd
@@ -106,10 +107,9 @@ def _serve(options: argparse.Namespace) -> int:
     logs.start(*settings.logging)
     allow_more_files()
     server.run(settings, lambda: config.from_options(options), systemd.take())
-    return OK
 
 
-def _config(options: argparse.Namespace) -> int:
+def _config(options: argparse.Namespace) -> None:
     from dsmq import settings as config
     from dsmq.terminal import printable
 
@@ -119,17 +119,15 @@ def _config(options: argparse.Namespace) -> int:
     else:
         # TOML is always UTF-8, regardless of the locale.
         sys.stdout.buffer.write(text.encode(errors="backslashreplace"))
-    return OK
 
 
-def _demo(_: argparse.Namespace) -> int:
+def _demo(_: argparse.Namespace) -> None:
     from dsmq import demo
 
     demo.main()
-    return OK
 
 
-_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"serve": _serve, "config": _config, "demo": _demo}
+_COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {"serve": _serve, "config": _config, "demo": _demo}
 
 
 if __name__ == "__main__":

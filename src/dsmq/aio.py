@@ -1,4 +1,4 @@
-"""The client for asyncio: the verbs of `dsmq.client`, to be awaited.
+"""The client for asyncio: the methods of `dsmq.client`, to be awaited.
 
     from dsmq.aio import connect
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
 from types import TracebackType
@@ -25,7 +24,7 @@ from typing import Any, Generic, Literal, Self, TypeVar, Unpack, overload
 from dsmq import client as blocking
 from dsmq.client import arguments
 from dsmq.client.async_pool import Pool, retrieve_error
-from dsmq.client.core import Client, Options
+from dsmq.client.core import NOT_STARTED, Client, Options, Retries
 from dsmq.client.reader import Claim
 from dsmq.client.replies import check, stored_id
 from dsmq.client.requests import ALL, Call, Convert, NonIdempotent, Put, PutMany, list_topics, read
@@ -44,7 +43,7 @@ async def connect(
 ) -> AsyncClient:
     """Connect to a server; see `dsmq.client.connect`."""
     mq = AsyncClient(host, port, options)
-    await mq._connect_at_start(retry=retry)  # noqa: SLF001 - one module
+    await mq._connect_at_start(Retries(blocking.default_wait() if retry else 0.0))  # noqa: SLF001 - one module
     return mq
 
 
@@ -66,7 +65,7 @@ class AsyncClient(Client):
         return stored_id(put.reply)
 
     async def put_many(self, topic: str, messages: Iterable[str | bytes]) -> list[int]:
-        """Put several messages in order; returns their ids. Errors hold how many are stored, as in the other client."""
+        """Put several messages in order; returns their ids. Errors have the counts of stored ones: see DSMQError."""
         pending: deque[asyncio.Future[None]] = deque()
         with PutMany(arguments.topic_name(topic), messages) as puts:
             try:
@@ -156,7 +155,7 @@ class AsyncClient(Client):
     def messages(
         self, topic: str, *, timeout: float = math.inf, raw: bool = False
     ) -> AsyncIterator[str] | AsyncIterator[bytes]:
-        """Iterate over the messages of a topic as they arrive; end when none has for `timeout` seconds."""
+        """Iterate over the messages of a topic as they arrive; end when none arrives for `timeout` seconds."""
         seconds = arguments.seconds("timeout", timeout)
         self._session.reader(topic)
         if raw:
@@ -252,17 +251,13 @@ class AsyncClient(Client):
             self._pool = Pool(self._core)
             return self._pool
 
-    async def _connect_at_start(self, *, retry: bool) -> None:
-        began, delays = time.monotonic(), iter(blocking.retry_delays())
+    async def _connect_at_start(self, retries: Retries) -> None:
         while True:
             try:
-                await self._here().shared.connect()
-            except blocking.NOT_STARTED as error:
-                if not retry:
-                    raise
-                await asyncio.sleep(blocking.next_delay(error, began, delays))
-            else:
-                return
+                return await self._here().shared.connect()
+            except NOT_STARTED as error:
+                delay = retries.delay_at_start(error)
+            await asyncio.sleep(delay)
 
 
 class _Messages(Generic[T]):

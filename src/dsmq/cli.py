@@ -1,4 +1,4 @@
-"""The commands that use a server: put, get, topics, ping and bench. Each returns an exit status."""
+"""The commands that use a server: put, get, topics, ping and bench. Each returns its exit status, or None for 0."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 # Max length of a line of stdin, unless the server has announced a larger limit on messages.
 _MAX_LINE_BYTES = 67_108_864
 
-OK, NOTHING = 0, 3
+# The exit status if no message was printed.
+NOTHING = 3
 
 
 def _connect(options: argparse.Namespace, timeout: float = 10.0) -> DSMQClientSideConnection:
@@ -117,13 +118,12 @@ def _token(file: str | None, known: _ServerSettings) -> str | None:
 # Commands
 
 
-def _put(options: argparse.Namespace) -> int:
+def _put(options: argparse.Namespace) -> None:
     with _connect(options) as mq:
         if options.message == "-":
             _put_lines(mq, options.topic)
         else:
             mq.put(options.topic, os.fsencode(options.message))
-    return OK
 
 
 def _put_lines(mq: DSMQClientSideConnection, topic: str) -> None:
@@ -155,7 +155,7 @@ def _lines(stream: IO[bytes], max_bytes: int) -> Iterator[list[bytes]]:
         yield [b"".join(rest)]
 
 
-def _get(options: argparse.Namespace) -> int:
+def _get(options: argparse.Namespace) -> int | None:
     left = options.n or (math.inf if options.follow else 1)
     seconds = options.wait if options.wait is not None else math.inf if options.follow else 0.0
     until = time.monotonic() + seconds
@@ -176,7 +176,7 @@ def _get(options: argparse.Namespace) -> int:
                 file.save(mq.position(options.topic))
             left -= count
     if found:
-        return OK
+        return None
     if options.wait is None and options.after is None and not file:
         sys.stderr.write(
             "dsmq: no message. Only messages put after connecting are read by default: "
@@ -253,26 +253,24 @@ def _print_json(fields: dict[str, object]) -> None:
     sys.stdout.write(json.dumps(fields) + "\n")
 
 
-def _topics(options: argparse.Namespace) -> int:
+def _topics(options: argparse.Namespace) -> None:
     with _connect(options) as mq:
         for name, messages, size in mq.topics():
             if options.json:
                 _print_json({"topic": name, "messages": messages, "bytes": size})
             else:
                 sys.stdout.write(f"{messages}\t{size}\t{printable(name)}\n")
-    return OK
 
 
-def _ping(options: argparse.Namespace) -> int:
+def _ping(options: argparse.Namespace) -> None:
     before = time.monotonic()
     with _connect(options, timeout=options.timeout) as mq:
         mq.ping()
     took = (time.monotonic() - before) * 1000
     sys.stdout.write(printable(f"PONG from {_where(options)} in {took:.1f} ms") + "\n")
-    return OK
 
 
-def _bench(options: argparse.Namespace) -> int:
+def _bench(options: argparse.Namespace) -> None:
     from dsmq import bench  # noqa: PLC0415 - only here
 
     def progress(name: str) -> None:
@@ -285,10 +283,9 @@ def _bench(options: argparse.Namespace) -> int:
             progress("")
             sys.stdout.write(f"{figure}\n")
             sys.stdout.flush()
-    return OK
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "put": _put,
     "get": _get,
     "topics": _topics,

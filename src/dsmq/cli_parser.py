@@ -13,8 +13,7 @@ from typing import Any, NoReturn, TypeVar
 from dsmq import __version__
 from dsmq.terminal import printable, quoted
 from dsmq.wire.addresses import UNIX, parse_endpoint
-
-_MAX_ID = 2**63 - 1
+from dsmq.wire.limits import MAX_INTEGER
 
 N = TypeVar("N", int, float)
 
@@ -36,7 +35,7 @@ def host(text: str) -> str:
             raise ValueError
         parse_endpoint(text)
     except ValueError:
-        about = f"{quoted(text)} is not an address or a name, without a port, or unix:/path"
+        about = f"{quoted(text)} is not an address or a name (without a port), or unix:/path"
         raise argparse.ArgumentTypeError(about) from None
     return text
 
@@ -57,7 +56,7 @@ def position(text: str) -> int | str:
     """Parse an id, or a position as printed by `dsmq get --json`."""
     if re.fullmatch(r"[^\s:]+:[0-9]{1,19}", text):
         return text
-    return _number(int, text, 0, _MAX_ID, "an id, 0, or a position")
+    return _number(int, text, 0, MAX_INTEGER, "an id, 0, or a position")
 
 
 def seconds(text: str) -> float:
@@ -88,45 +87,48 @@ def _number(kind: Callable[[str], N], text: str, least: float, most: float, what
 
 # The commands and their options
 
-
-def _add_settings(command: Parser) -> None:
-    # Only here, because loading the settings takes longer than running a client command.
-    from dsmq.settings import add_options  # noqa: PLC0415
-
-    add_options(command)
-
-
-def _add_config(command: Parser) -> None:
-    about = "print a commented dsmq.toml with all defaults instead"
-    command.add_argument("--example", action="store_true", help=about)
-    _add_settings(command)
-
-
-def _add_server(command: Parser) -> None:
-    about = (
-        "Defaults: the server settings in DSMQ_HOST, DSMQ_PORT, DSMQ_AUTH_TOKEN or DSMQ_AUTH_TOKEN_FILE, and "
-        "DSMQ_TLS_CERT_FILE; without --host, also those in the TOML file that DSMQ_CONFIG names."
-    )
-    add = command.add_argument_group("server", about).add_argument
-    add("--host", type=address, help="address or name, also with :PORT, or unix:/path; default: 127.0.0.1")
-    add("--port", type=port, help="default: 30008")
-    add("--token-file", type=file, metavar="FILE", help="authenticate with the first token in FILE")
-    add("--tls", action="store_true", help="use TLS and verify the server's certificate")
-    about = "CA certificates to trust instead of the system's, as PEM; implies --tls"
-    add("--ca-file", type=file, metavar="FILE", help=about)
-    add("--cert-file", type=file, metavar="FILE", help="client certificate, as PEM; implies --tls")
-    about = "private key of the client certificate, if not in the same file"
-    add("--key-file", type=file, metavar="FILE", help=about)
+_PUT = "Put a message into a topic; without MESSAGE, or with -, put each line of stdin."
+_GET = "Print messages of a topic, one per line. On a terminal, control characters are shown as escapes."
+# Description and arguments of each command.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "serve": ("Run the server, until SIGTERM, Ctrl-C or a client's SHUTDOWN.", ""),
+    "config": ("Print the effective configuration as TOML, secrets masked.", ""),
+    "put": (_PUT, "TOPIC [MESSAGE] "),
+    "get": (_GET, "TOPIC "),
+    "topics": ("List topics with stored messages: message count, bytes, topic.", ""),
+    "ping": ("Check that the server answers; for scripts and health checks.", ""),
+    "bench": ("Measure how long typical operations take on a running server.", ""),
+    "demo": ("Run a server, a writer and two readers for a few seconds.", ""),
+}
 
 
-def _add_put(command: Parser) -> None:
-    about = "seconds to try to restore a broken connection; default: 30"
-    command.add_argument("--reconnect", type=seconds, metavar="S", default=30.0, help=about)
-    _add_server(command)
+def _add_options(command: str, parser: Parser) -> None:
+    add = parser.add_argument
+    if command == "config":
+        add("--example", action="store_true", help="print a commented dsmq.toml with all defaults instead")
+    if command == "get":
+        _add_get_options(parser)
+    if command in ("get", "put"):
+        about = "seconds to try to restore a broken connection; default: 30"
+        add("--reconnect", type=seconds, metavar="S", default=30.0, help=about)
+    if command == "topics":
+        add("--json", action="store_true", help="print JSON lines")
+    if command == "ping":
+        add("--timeout", type=timeout, metavar="S", default=3.0, help="seconds to wait for the reply; default: 3")
+    if command == "bench":
+        about = "repetitions of each operation; default: 1000, which stores about 5 MB"
+        add("-n", type=count, metavar="N", default=1000, help=about)
+    if command in ("serve", "config"):
+        # Only here, because loading the settings takes longer than running a client command.
+        from dsmq.settings import add_options  # noqa: PLC0415
+
+        add_options(parser)
+    elif command != "demo":
+        _add_server_options(parser)
 
 
-def _add_get(command: Parser) -> None:
-    add = command.add_argument
+def _add_get_options(parser: Parser) -> None:
+    add = parser.add_argument
     add("--wait", type=seconds, metavar="S", help="wait for messages, up to S seconds in total")
     add("--latest", action="store_true", help="start with the newest message, skipping older ones")
     add("-n", type=count, metavar="N", help="print up to N messages; default: 1, or all with --follow")
@@ -140,39 +142,25 @@ def _add_get(command: Parser) -> None:
         "may be printed again if the command is killed"
     )
     add("--position-file", type=file, metavar="FILE", help=about)
-    _add_put(command)
 
 
-def _add_topics(command: Parser) -> None:
-    command.add_argument("--json", action="store_true", help="print JSON lines")
-    _add_server(command)
+def _add_server_options(parser: Parser) -> None:
+    about = (
+        "Defaults: the server settings in DSMQ_HOST, DSMQ_PORT, DSMQ_AUTH_TOKEN or DSMQ_AUTH_TOKEN_FILE, and "
+        "DSMQ_TLS_CERT_FILE; without --host, also those in the TOML file that DSMQ_CONFIG names."
+    )
+    add = parser.add_argument_group("server", about).add_argument
+    add("--host", type=address, help="address or name, also with :PORT, or unix:/path; default: 127.0.0.1")
+    add("--port", type=port, help="default: 30008")
+    add("--token-file", type=file, metavar="FILE", help="authenticate with the first token in FILE")
+    add("--tls", action="store_true", help="use TLS and verify the server's certificate")
+    about = "CA certificates to trust instead of the system's, as PEM; implies --tls"
+    add("--ca-file", type=file, metavar="FILE", help=about)
+    add("--cert-file", type=file, metavar="FILE", help="client certificate, as PEM; implies --tls")
+    about = "private key of the client certificate, if not in the same file"
+    add("--key-file", type=file, metavar="FILE", help=about)
 
 
-def _add_ping(command: Parser) -> None:
-    about = "seconds to wait for the reply; default: 3"
-    command.add_argument("--timeout", type=timeout, metavar="S", default=3.0, help=about)
-    _add_server(command)
-
-
-def _add_bench(command: Parser) -> None:
-    about = "repetitions of each operation; default: 1000, which stores about 5 MB"
-    command.add_argument("-n", type=count, metavar="N", default=1000, help=about)
-    _add_server(command)
-
-
-_PUT = "Put a message into a topic; without MESSAGE, or with -, put each line of stdin."
-_GET = "Print messages of a topic, one per line. On a terminal, control characters are shown as escapes."
-# Description, arguments, and what adds the options of each command.
-COMMANDS: dict[str, tuple[str, str, Callable[[Parser], None]]] = {
-    "serve": ("Run the server, until SIGTERM, Ctrl-C or a client's SHUTDOWN.", "", _add_settings),
-    "config": ("Print the effective configuration as TOML, secrets masked.", "", _add_config),
-    "put": (_PUT, "TOPIC [MESSAGE] ", _add_put),
-    "get": (_GET, "TOPIC ", _add_get),
-    "topics": ("List topics with stored messages: message count, bytes, topic.", "", _add_topics),
-    "ping": ("Check that the server answers; for scripts and health checks.", "", _add_ping),
-    "bench": ("Measure how long typical operations take on a running server.", "", _add_bench),
-    "demo": ("Run a server, a writer and two readers for a few seconds.", "", lambda _: None),
-}
 _EPILOG = "Exit statuses: 0 done, 1 failed, 2 wrong usage or configuration, 3 no message printed, 130 interrupted."
 
 
@@ -204,10 +192,10 @@ def parse(words: list[str]) -> argparse.Namespace:
     name, words = (words[0], words[1:]) if words else ("", [])
     if name not in COMMANDS:
         _refuse(name)
-    about, arguments, add_options = COMMANDS[name]
+    about, arguments = COMMANDS[name]
     takes = re.findall(r"\w+", arguments.lower())
     parser = Parser(prog=f"dsmq {name}", usage=f"dsmq {name} {arguments}[OPTION ...]", description=about)
-    add_options(parser)
+    _add_options(name, parser)
     end = words.index("--") if "--" in words else len(words)
     options, others = parser.parse_known_args(words[:end], argparse.Namespace(command=name, message="-"))
     for word in others:
@@ -225,7 +213,7 @@ def _refuse(word: str) -> NoReturn:
     parser = Parser(prog="dsmq", usage="dsmq COMMAND [OPTION ...]", description="The dead simple message queue.")
     parser.add_argument("--version", action="version", version=f"dsmq {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for name, (about, *_) in COMMANDS.items():
+    for name, (about, _) in COMMANDS.items():
         commands.add_parser(name, help=about)
     if not word:
         parser.error("the following arguments are required: COMMAND")

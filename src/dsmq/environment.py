@@ -52,14 +52,16 @@ def settings() -> dict[str, str]:
 def read(file: str | None = None) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the settings in a TOML file and the environment, and the source of each for error messages.
 
-    By default, the file is the one that DSMQ_CONFIG names, if any. Raises ConfigError.
+    By default, the file is the one named by DSMQ_CONFIG, if any. Raises ConfigError.
     """
     variables = _variables()
     default_file = os.environ.get(variables.pop("config", ""), "")
     file = default_file if file is None else file
     values = read_toml(file) if file else {}
-    if wrong := [f"{file}: {name}: {_refusal(name, values[name])}" for name in values if name not in settings()]:
-        raise ConfigError("; ".join(wrong))
+    section = "unknown section; settings are not divided into sections"
+    if wrong := [name for name in values if name not in settings()]:
+        about = [f"{file}: {name}: {section if isinstance(values[name], dict) else unknown(name)}" for name in wrong]
+        raise ConfigError("; ".join(about))
     sources = {name: f"{file}: {name}" for name in values} | variables
     return values | {name: os.environ[variable] for name, variable in variables.items()}, sources
 
@@ -87,11 +89,6 @@ def service_links() -> list[str]:
 def _is_link(variable: str, value: str) -> bool:
     name = variable.upper()
     return name.startswith(PREFIX) and bool(_LINKS.fullmatch(f"{name.removeprefix(PREFIX)}={value}"))
-
-
-def _refusal(name: str, value: object) -> str:
-    is_section = isinstance(value, dict)
-    return "unknown section; settings are not divided into sections" if is_section else unknown(name)
 
 
 def unknown(name: str, spell: Callable[[str], str] = str) -> str:

@@ -159,7 +159,7 @@ class BackgroundStream(io.TextIOBase):
 
 
 class Handler(logging.StreamHandler[BackgroundStream]):
-    """Writes up to `rate` lines a second of each logging call, and counts the rest."""
+    """Writes up to `rate` lines a second for each logging call, and counts the rest."""
 
     def __init__(self, stream: BackgroundStream, rate: int, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(stream)
@@ -201,7 +201,7 @@ def _handlers() -> list[Handler]:
 
 
 def summarise() -> None:
-    """Log how many lines were suppressed. To be called about once a second."""
+    """Log how many lines were suppressed. Should be called about once a second."""
     for handler in _handlers():
         handler.summarise()
 

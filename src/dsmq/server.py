@@ -1,4 +1,4 @@
-"""The server: starts its parts, watches over them, and stops them.
+"""The server: starts its parts, monitors them, and stops them.
 
     from dsmq.server import serve
     serve(host="127.0.0.1", port=30008)     # blocks until it is stopped
@@ -28,7 +28,6 @@ from dsmq.broker import listener as listening
 from dsmq.broker.access import Access
 from dsmq.broker.admission import Admission
 from dsmq.broker.commands import TABLE
-from dsmq.broker.connection import Connection
 from dsmq.broker.context import ServerContext
 from dsmq.broker.event_loop import EventLoop
 from dsmq.broker.listener import Listener
@@ -145,7 +144,7 @@ class Server:
         snapshots = self._snapshotter.stats if self._snapshotter else SnapshotStats()
         self.context.usage.connections.limit = system.affordable_connections(settings.max_connections)
         self.status = Status(self.context, self._workers, self._expiry, self._snapshotter, snapshots)
-        self._admission = Admission(self.context, self._workers, self.status.own_counters, Connection)
+        self._admission = Admission(self.context, self._workers, self.status.own_counters)
         self._full: set[str] = set()
         self._stopped = False
         self._stopping = threading.Lock()
@@ -376,7 +375,7 @@ class Server:
         return survivors
 
     def _end_threads(self, deadline: float) -> list[str]:
-        """End all threads, without waiting for the snapshotter's yet; return the names of those that survive."""
+        """End all threads, without waiting for the snapshotter yet; return the names of those that survive."""
         if self._workers and self._workers[0].thread.is_alive():
             calls = [(self._workers[0], listener.stop_accepting) for listener in self._listeners]
             _call_in_loops(calls, deadline)

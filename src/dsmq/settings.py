@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import sysconfig
 import textwrap
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
@@ -242,7 +241,8 @@ class Settings(BaseSettings):
         """The number of I/O threads, with io_threads = 0 resolved."""
         if self.io_threads:
             return self.io_threads
-        has_gil = not sysconfig.get_config_var("Py_GIL_DISABLED") or getattr(sys, "_is_gil_enabled", lambda: True)()
+        # Python before 3.13 always has a GIL.
+        has_gil = getattr(sys, "_is_gil_enabled", lambda: True)()
         return 1 if has_gil else os.cpu_count() or 1
 
 
@@ -257,7 +257,7 @@ def load(
 ) -> Settings:
     """Return the effective settings; name_of maps the name of a `given` setting to the caller's name for it.
 
-    file is the path of a TOML file; default: the one that DSMQ_CONFIG names, if any. Raises ConfigError.
+    file is the path of a TOML file; default: the one named by DSMQ_CONFIG, if any. Raises ConfigError.
     """
     values, sources = environment.read(file)
     if (given.get("store") or values.get("store")) and sources.get("snapshot_file", "").startswith(environment.PREFIX):
@@ -271,7 +271,7 @@ def load(
         raise ConfigError("; ".join(_explain(error, sources))) from None
 
 
-# The subjects of the settings, by the first setting of each.
+# The headings of groups of settings, by the first setting of each.
 SUBJECTS = {
     "host": "Listening",
     "protected_mode": "Authentication and TLS",
@@ -330,7 +330,7 @@ def _as_option(default: Any) -> str:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add --config and one option per setting to a command."""
-    parser.add_argument("--config", metavar="FILE", help="TOML file; default: the one that DSMQ_CONFIG names")
+    parser.add_argument("--config", metavar="FILE", help="TOML file; default: the one named by DSMQ_CONFIG")
     group: argparse._ArgumentGroup
     for name, field in Settings.model_fields.items():
         if name in SUBJECTS:
@@ -348,16 +348,11 @@ def from_options(options: argparse.Namespace) -> Settings:
     return load(options.config, name_of=option, **given)
 
 
-def as_dict(settings: Settings) -> dict[str, Any]:
-    """Return the settings as plain values, secrets masked."""
-    return settings.model_dump(mode="json")
-
-
 def to_toml(settings: Settings) -> str:
     """Return the settings as TOML, secrets masked."""
     import tomli_w  # noqa: PLC0415 - servers never need it
 
-    return tomli_w.dumps(as_dict(settings))
+    return tomli_w.dumps(settings.model_dump(mode="json"))
 
 
 def example() -> str:

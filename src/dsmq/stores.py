@@ -24,7 +24,7 @@ def new_store(settings: Settings) -> Store:
     if is_tls:
         from dsmq.wire.tls import client_context  # noqa: PLC0415 - rarely needed
 
-        tls = client_context(settings.store_ca_file or None, None, None)
+        tls = client_context(settings.store_ca_file, ca_name="store_ca_file")
     files = (settings.store_password_file, settings.store_token_file)
     password, token = [read_text(file).strip() if file else "" for file in files]
     servers = [(endpoint.host, endpoint.port) for endpoint in endpoints]

@@ -10,7 +10,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
 
 # File descriptors reserved for purposes other than connections, and the limit to request if the hard one is unlimited.
 _RESERVED_FILES = 64
@@ -34,25 +33,8 @@ CLOCK_BOOTTIME on Linux; the monotonic clocks of macOS and Windows include it an
 """
 
 
-class _Process:
-    """Distinguishes this process from its forked children, even if the fork ran none of Python's hooks."""
-
-    __slots__ = ("_page", "_token")
-
-    def __init__(self, page: Any) -> None:
-        """`page` contains 1, and 0 in a forked child."""
-        self._page = page
-        self._token = object()
-
-    def token(self) -> object:
-        """Return an object that identifies this process."""
-        if not self._page[0]:
-            self._token = object()
-            self._page[0] = 1
-        return self._token
-
-
 def _process_token() -> Callable[[], object]:
+    """Return `process`, which works even if a fork runs none of Python's hooks."""
     try:
         import mmap  # noqa: PLC0415 - not everywhere
 
@@ -62,8 +44,17 @@ def _process_token() -> Callable[[], object]:
     except (ImportError, AttributeError, TypeError, ValueError, OSError):
         tokens: defaultdict[int, object] = defaultdict(object)
         return lambda: tokens[os.getpid()]
-    page[0] = 1
-    return _Process(page).token
+    current = None
+
+    def token() -> object:
+        nonlocal current
+        # 0 at first, and again in a forked child.
+        if not page[0]:
+            current = object()
+            page[0] = 1
+        return current
+
+    return token
 
 
 process = _process_token()

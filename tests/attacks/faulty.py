@@ -79,17 +79,28 @@ class Database:
         self._fault = fault
         self.fails = False
 
-    def _run(self, name: str, statement: str, *arguments: Any) -> Any:
-        # If every statement failed, no transaction would even begin.
-        if self.fails and not (self._fault == "rollback" and statement.startswith(("BEGIN", "SELECT"))):
+    def _run(self, name: str, *arguments: Any) -> Any:
+        # With "rollback", a transaction begins, and stays open.
+        if self.fails and self._fault == "rollback" and name == "executemany":
+            self._database.executemany(*arguments)
+        if self.fails and not (self._fault == "rollback" and arguments and arguments[0].startswith("SELECT")):
             raise MemoryError if self._fault == "memory" else sqlite3.OperationalError("disk I/O error")
-        return getattr(self._database, name)(statement, *arguments)
+        return getattr(self._database, name)(*arguments)
 
-    def execute(self, statement: str, *arguments: Any) -> Any:
-        return self._run("execute", statement, *arguments)
+    def execute(self, *arguments: Any) -> Any:
+        return self._run("execute", *arguments)
 
-    def executemany(self, statement: str, *arguments: Any) -> Any:
-        return self._run("executemany", statement, *arguments)
+    def executemany(self, *arguments: Any) -> Any:
+        return self._run("executemany", *arguments)
+
+    def rollback(self) -> None:
+        self._run("rollback")
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._run("rollback" if kind else "commit")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._database, name)

@@ -62,7 +62,7 @@ def test_asyncio_connect_accepts_blocking_options() -> None:
         {name: str(one) for name, one in inspect.signature(call).parameters.items()}
         for call in (connect, dsmq.client.connect)
     )
-    # It tells of its attempts by name or position in dsmq 1.4, which had no asyncio.
+    # An argument of dsmq 1.4, which had no asyncio.
     del others["verbose"]
     assert parameters == others
 
@@ -161,7 +161,7 @@ def test_positions_are_the_same_for_both_clients(server: Server) -> None:
     run(server, scenario)
 
 
-def test_each_method_works(server: Server) -> None:
+def test_each_method_of_asyncio_client_works(server: Server) -> None:
     async def scenario(mq: AsyncClient) -> None:
         assert await mq.get("t") == ""
         assert await mq.get("t", default=None) is None

@@ -185,7 +185,7 @@ def test_unreachable_unix_socket_is_named(connect: Connect, path: str, error: ty
 @pytest.mark.parametrize("name", ["_n_tries", "_n_retries"])
 def test_both_retry_schedule_names_are_adjustable(retry_schedule: Callable[..., None], name: str) -> None:
     retry_schedule(3, name=name)
-    assert dsmq.client.retry_delays() == [0.01, 0.02, 0.04]
+    assert dsmq.client.default_wait() == pytest.approx(0.01 + 0.02 + 0.04)
 
 
 # Files of TLS
@@ -209,7 +209,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("files", "about"),
     [
         ({"cert_file": "cert.pem", "key_file": "locked.pem"}, "^key_file: .*/locked.pem: the private key is encrypted"),
-        ({"cert_file": "key.pem", "key_file": "cert.pem"}, "exchanged"),
+        ({"cert_file": "key.pem", "key_file": "cert.pem"}, "swapped"),
         ({"cert_file": "cert.pem", "key_file": "none.pem"}, "^key_file: .*/none.pem: no private key"),
         ({"cert_file": "cert.pem"}, "^cert_file: .*/cert.pem: no private key"),
         ({"cert_file": "none.pem", "key_file": "key.pem"}, "^cert_file: .*/none.pem: no certificate"),

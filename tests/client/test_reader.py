@@ -1,4 +1,4 @@
-"""The messages of one topic at a client, without a server: order, what was missed, what is given back, restarts."""
+"""The messages of one topic at a client, without a server: order, missed and given back messages, restarts."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_unconvertible_latest_stays_and_skips_nothing() -> None:
     assert take(reader) == [1, 2, 3]
 
 
-def test_more_is_expected_until_an_empty_reply() -> None:
+def test_reader_expects_more_until_an_empty_reply() -> None:
     reader = a_reader()
     assert accept(reader, entries(1))
     # Another call may have fetched it.
@@ -326,7 +326,7 @@ def test_nothing_is_missed_before_first_message() -> None:
     assert (take(reader), reader.missed) == ([60], 0)
 
 
-def test_first_message_shows_gap_if_number_is_known() -> None:
+def test_gap_before_first_message_is_missed_if_number_is_known() -> None:
     reader = a_reader(last_number=0)
     accept(reader, [entry(60, 7)])
     assert (take(reader), reader.missed) == ([60], 6)
@@ -486,7 +486,7 @@ def test_interrupt_while_giving_messages_back_loses_none(verb: str, opcodes: boo
         reader, claims = a_reader(last_number=0), ([], [])
         accept(reader, [entry(1), entry(3), entry(4)])
         taken = take(reader, 2, claims[0])
-        # What is given back second stands before what was given back first.
+        # Messages given back second come before those given back first.
         taken += take_latest(reader, entries(6), claims[1]) or [] if verb == "latest" else take(reader, 1, claims[1])
         assert len(taken) == 3
         returned: Returned = [(claims[1], []), (claims[0], [])]
@@ -755,6 +755,6 @@ def test_each_message_is_returned_once_or_missed(seed: int, steps: int) -> None:
     last = max(model.stored.values(), default=0)
     alive = set(model.stored) - model.expired
     assert alive <= set(model.got)
-    # What expired last nobody can know of yet.
+    # The client can't know yet about messages that expired last.
     known = model.stored[max(model.got)] if model.got else 0
     assert known - len(model.got) <= model.reader.missed <= last - len(model.got)

@@ -1,4 +1,4 @@
-"""Connections that break, and servers that are started anew, while a client is at work. Real ones, and no luck."""
+"""Real connections that break, and servers that restart, while a client works."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_wait_keeps_its_deadline_over_reconnect(server: Server, mq: DSMQClientSi
     assert mq.get_wait("t", timeout=UNIT * 40) == ""
     took = time.monotonic() - before
     thread.join(SOON)
-    # If it had begun anew, it would have taken 60.
+    # If the wait had started again, it would have taken 60.
     assert UNIT * 40 <= took < UNIT * 58
 
 
@@ -172,6 +172,8 @@ def test_put_is_answered_while_next_message_is_slow(
 def test_unsent_slow_messages_go_to_next_server(states: list[str]) -> None:
     def messages(other: ExitStack, first: Server) -> Iterator[str]:
         port = first.port
+        # Without a notice that the server is stopping.
+        close_connections(first)
         first.stop()
         other.enter_context(serving(port=port))
         time.sleep(2 * calls._LONG_BATCH_SECONDS)
@@ -217,7 +219,7 @@ def test_buffered_reply_is_read_if_sending_fails(tmp_path: Path) -> None:
     link.close()
 
 
-def test_failed_call_has_resumed(states: list[str]) -> None:
+def test_refused_call_on_new_connection_reports_resumed(states: list[str]) -> None:
     with serving(max_stored_messages=1) as server, restarted(states, server.port) as mq:
         mq.put("t", "x")
         mq._core.announce("lost", OSError("of another thread"))
@@ -250,7 +252,7 @@ def test_ended_idle_connection_is_renewed_without_retry(states: list[str]) -> No
     assert states == ["lost", "resumed"] * 2
 
 
-def test_call_on_connection_of_another_thread_has_resumed(states: list[str]) -> None:
+def test_call_after_another_thread_reconnected_reports_resumed(states: list[str]) -> None:
     with serving(max_connections=1) as server, restarted(states, server.port) as mq:
         thread = threading.Thread(target=lambda: mq.get_wait("t", timeout=UNIT * 3))
         thread.start()
@@ -448,7 +450,7 @@ def test_possibly_stored_put_is_not_sent_to_another_server(lose_reply: Callable[
         servers[0].stop()
 
 
-def test_put_is_unsure_in_another_run_of_same_epoch(
+def test_retried_put_may_be_stored_in_earlier_run_of_same_epoch(
     server: Server,
     mq: DSMQClientSideConnection,
     lose_reply: Callable[..., None],
@@ -585,7 +587,7 @@ def test_stop_sends_nothing_unrequested_to_idle_client() -> None:
         assert fresh.ended()
 
 
-def test_request_left_by_stop_gets_one_closing_reply() -> None:
+def test_first_request_not_run_before_stop_gets_closing_reply() -> None:
     with serving() as server, wire_to(server) as wire:
         wire.send(b"GETWAIT t 60000\r\nPUT t y\r\nPUT t z\r\n")
         wait_until(lambda: server.status.waiting() == 1)

@@ -6,6 +6,8 @@ import asyncio
 import gc
 import itertools
 import signal
+import socket
+import subprocess
 import sys
 import weakref
 from collections.abc import Awaitable, Callable, Iterator
@@ -337,3 +339,29 @@ def test_signal_handler_may_close_client_during_retry_pause() -> None:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+WAITING = {
+    "for a message": "mq = connect(port={port}); started(); mq.get_wait('nothing', timeout=60)",
+    "for a server": "started(); connect(port={unused})",
+    "to reconnect": "mq = connect(port={port}); mq._core.endpoint = parse_endpoint('127.0.0.1', {unused}); "
+    "mq._pool.close_idle(); started(); mq.ping()",
+}
+
+
+@pytest.mark.parametrize("waiting", WAITING)
+def test_ctrl_c_while_waiting_has_plain_traceback(server: Server, waiting: str) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        code = f"""
+import signal, time
+from dsmq.client import connect
+from dsmq.wire.addresses import parse_endpoint
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+def started():
+    signal.setitimer(signal.ITIMER_REAL, {UNIT})
+{WAITING[waiting].format(port=server.port, unused=unused.getsockname()[1])}
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=SOON, check=False)
+    assert done.stderr.count("Traceback") == 1, done.stderr
+    assert done.stderr.endswith("KeyboardInterrupt\n")

@@ -1,17 +1,17 @@
-"""Other people's client libraries: the programs that use them, how each is made ready, and how it is asked.
+"""Redis client libraries by others: how to install each, and the programs that use them.
 
 A program is started with a port, a version of RESP and a token, which may be empty. It reads requests from its input:
 
-    call WORD ...           send this command, by whatever the library has for commands that it does not know
-    read TOPIC              print "- id body" for each message, once, over all restarts, until one that says "end"
+    call WORD ...           send this command, as the library sends commands that it does not know
+    read TOPIC              print "- id body" for each message, once, over all restarts, until the message "end"
     write TOPIC FIRST LAST  put these numbers, once, over all restarts, and print "- id number" for each; "? number" if
                             it may have been stored in an earlier run of the server
-    pipeline TOPIC COUNT    put so many messages of 50 bytes in one pipeline, and say how many ids came back
+    pipeline TOPIC COUNT    put messages of 50 bytes in one pipeline, and print how many ids were returned
     transaction WORD ...    run commands of three words in what the library calls a transaction
     shutdown                stop the server, by the library's own method if it has one
 
-Each is answered by "= reply", an array as one line of words, or "! error". A line with # is what a library tells an
-error handler, and not a caller.
+The answer to each is "= reply", with an array as one line of words, or "! error". A line with # is an error that the
+library passes to an error handler, not to the caller.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Program:
 
     def __init__(self, command: list[str], environment: dict[str, str], port: int, protocol: int, token: str) -> None:
         self.said: list[str] = []
-        """The lines before its answers."""
+        """The lines before its answer."""
         self.errors: list[str] = []
-        """Those among its answers, and what the library told an error handler."""
+        """Its errors, including those passed to an error handler."""
         self._answers: queue.Queue[str] = queue.Queue()
         self.process = subprocess.Popen(
             [*command, str(port), str(protocol), token],
@@ -94,7 +94,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Library:
-    """A library of one version: what makes it ready, and returns the command that runs its program."""
+    """One version of a library; `install` returns the command that runs its program."""
 
     name: str
     prepare: Callable[[], list[str]]
@@ -116,7 +116,7 @@ class Library:
 
 
 def _python(program: str, package: str, protocols: tuple[int, ...] = (2,)) -> Library:
-    """A package of this version; the redis-py that the tests are installed with needs none."""
+    """Install a package in this version; not needed for the redis-py that is installed with the tests."""
     folder = CACHE / f"{package}-{sys.implementation.cache_tag}" if "==" in package else None
 
     def prepare() -> list[str]:
@@ -140,7 +140,7 @@ def _node(program: str, package: str, version: str, protocols: tuple[int, ...] =
 
 
 def _install(folder: Path, *command: str) -> None:
-    """Have a folder that a command fills, once for all later runs; skip if there is no registry to fill it from."""
+    """Return a folder that a command fills, cached for later runs; skip if the registry is unreachable."""
     if folder.exists():
         return
     unfinished = folder.with_suffix(f".{os.getpid()}")
@@ -170,7 +170,7 @@ def _c() -> list[str]:
 
 
 def _go(program: str, package: str, debian: str) -> Library:
-    """A package of Debian's, of the version that it has."""
+    """Return a Debian package, in the installed version."""
 
     def prepare() -> list[str]:
         go = tool("go", "golang-go")
@@ -188,7 +188,7 @@ def _need(command: list[str], package: str) -> None:
 
 
 def _compiled(source: str, compiler: list[str], more: list[str]) -> list[str]:
-    """Compile a program with more files or libraries, unless it was compiled after each of these files was written."""
+    """Compile a program with these files and libraries, unless it is newer than all its files."""
     binary = CACHE / Path(source).stem
     files = [PROGRAMS / source, *(Path(name) for name in more if Path(name).exists())]
     if not binary.exists() or binary.stat().st_mtime < max(file.stat().st_mtime for file in files):

@@ -1,4 +1,4 @@
-"""Client libraries that others wrote, in six languages, against a real server: see harness.py."""
+"""Redis client libraries in six languages, against a real server: see harness.py."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def library(request: pytest.FixtureRequest) -> Library:
 
 
 def check_in_step(program: Program) -> None:
-    """Check that each reply is that to its request, after connections that may have broken."""
+    """Check that each request gets its own reply, even after connections have broken."""
     for number in itertools.count():
         answer = program.call("ECHO", number)
         if answer == f"= {number}":
             break
-        # What a library says of a broken connection is its own; no error may come of the server.
+        # Each library has its own errors for a broken connection; none may come from the server.
         assert answer[0] == "!"
         assert "CLOSING" not in answer
     assert [program.call("ECHO", word) for word in "abc"] == ["= a", "= b", "= c"]
@@ -103,7 +103,7 @@ def test_valkey_glide_connects() -> None:
 
 def test_library_shutdown_method_works(library: Library) -> None:
     with daemon() as server, library.running(server.port) as program:
-        # ioredis waits for the server to come back, to ask for the same again.
+        # ioredis waits until the server is back, and repeats the request.
         program.tell("shutdown")
         assert server.process.wait(SOON) == 0
 
@@ -140,7 +140,7 @@ def test_exactly_once_over_restarts(library: Library, tmp_path: Path) -> None:
 
 
 def check_history(written: list[str], read: list[str]) -> None:
-    """Check that all was read once and in order, but for what the server lost by its end: what was put last then."""
+    """Check that everything was read once and in order, except the last puts before a kill."""
     assert sorted(set(read), key=int) == read
     lives: list[list[str]] = []
     before, doubtful = -1, 0

@@ -1,4 +1,4 @@
-"""Clients that others wrote, as they are: redis-cli, redis-benchmark, redis-py, nc."""
+"""Programs and libraries by others, unchanged: redis-cli, redis-benchmark, redis-py, nc."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_role_reports_a_writable_server(tmp_path: Path) -> None:
     file.write_text("one read reader-0123456789\n")
     with serving(auth_token_file=str(file)) as server, wire_to(server) as wire:
         assert wire.call("AUTH", "reader-0123456789") == "OK"
-        # valkey-glide wants this line.
+        # valkey-glide requires this line.
         assert b"\r\nrole:master\r\n" in wire.call("INFO", "REPLICATION")  # type: ignore[operator]
 
 

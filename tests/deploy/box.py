@@ -1,7 +1,7 @@
-"""A box with a real systemd as PID 1, a Debian in a container of systemd-nspawn, for the tests of the units.
+"""A Debian container with systemd as PID 1, run by systemd-nspawn, for the tests of the units.
 
-It has a network of its own, with nothing but loopback, and writes to memory alone. Run as a program, this module keeps
-one: `unshare --mount python box.py TREE`, until its standard input ends.
+It has its own network, with loopback only, and writes to memory only. As a program, this module runs one until its
+standard input ends: `unshare --mount python box.py TREE`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# systemd's version in each is for systemctl to say; these have 252 and 257.
+# They have systemd 252 and 257; the tests ask systemctl for the version.
 SUITES = ("bookworm", "trixie")
-# Beyond the least: what the documented installation and the units use (kill is of procps, a .venv wants python3-venv),
-# and libbpf for what systemd enforces by it.
+# In addition to the minimum: for the documented installation and the units (procps has kill, a .venv needs
+# python3-venv), and libbpf for the parts of the sandbox that systemd enforces with it.
 PACKAGES = "systemd,systemd-sysv,dbus,procps,libbpf1,python3,python3-venv,openssl"
 PROGRAMS = {
     "systemd-nspawn": "systemd-container",
@@ -38,16 +38,16 @@ HALT_SECONDS = 20.0
 
 
 class NotHere(Exception):
-    """There can be no box; says why."""
+    """No box can run on this machine; the message says why."""
 
 
 def why_not() -> str:
-    """Return why there can be no box on this machine; nothing where there can."""
+    """Return why no box can run on this machine; empty if one can."""
     missing = [package for program, package in PROGRAMS.items() if shutil.which(program) is None]
     if missing:
         return f"not installed: Debian's packages {', '.join(sorted(set(missing)))}"
     if os.geteuid():
-        return "it takes root to boot a systemd: not allowed here"
+        return "booting systemd requires root: not allowed here"
     mount = ["unshare", "--mount", "--net", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         return "namespaces and mounts are not allowed here"
@@ -55,7 +55,7 @@ def why_not() -> str:
 
 
 def _mirror() -> str:
-    """Return where this machine has its Debian packages from."""
+    """Return the mirror from which this machine gets its Debian packages."""
     sources = Path("/etc/apt")
     for file in (*sources.glob("sources.list.d/*.sources"), *sources.glob("sources.list"), *sources.glob("*.d/*.list")):
         if found := re.search(r"^(?:URIs:|deb(?: \[.*?\])?)\s+(\S+)", file.read_text(), re.MULTILINE):
@@ -64,7 +64,7 @@ def _mirror() -> str:
 
 
 class Tree:
-    """The files of a Debian, which is made once and kept, because that takes half a minute or more."""
+    """The files of a Debian release. They are cached, because unpacking them takes half a minute or more."""
 
     def __init__(self, suite: str) -> None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsmq-tests"
@@ -81,7 +81,7 @@ class Tree:
             )
 
     def wait(self) -> Path:
-        """Return where it is, as soon as it is complete. Raises NotHere."""
+        """Return the path, once the tree is complete. Raises NotHere."""
         if self._making:
             _, said = self._making.communicate()
             failed = self._making.returncode
@@ -89,14 +89,14 @@ class Tree:
             if failed:
                 shutil.rmtree(self._new, ignore_errors=True)
                 raise NotHere(f"mmdebstrap: {said.decode(errors='replace').strip().rpartition(chr(10))[2]}")
-            # Where another has been faster, that one will do.
+            # If another process was faster, use its tree.
             with contextlib.suppress(OSError):
                 self._new.rename(self.path)
             shutil.rmtree(self._new, ignore_errors=True)
         return self.path
 
     def abandon(self) -> None:
-        """Make it no longer, if nobody has waited for it."""
+        """Stop making the tree, if it was not waited for."""
         if self._making:
             self._making.terminate()
             self._making.communicate()
@@ -104,16 +104,16 @@ class Tree:
 
 
 class Box:
-    """A running box. Raises what subprocess does."""
+    """A running box. Its methods raise what subprocess raises."""
 
     def __init__(self, leader: int) -> None:
         self._enter = ("nsenter", f"--target={leader}", *NAMESPACES, "--")
         self.root = Path(f"/proc/{leader}/root")
-        """Its files."""
+        """The root of its files."""
 
     def popen(self, *words: str) -> subprocess.Popen[str]:
         """Start a command in it."""
-        # In that order: one reads from it what it says, and may tell it to go on.
+        # Pipes, so that a test can read its output, and let it continue with a line of input.
         return subprocess.Popen([*self._enter, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def try_run(self, *words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -123,13 +123,13 @@ class Box:
         )
 
     def run(self, *words: str, stdin: str = "") -> str:
-        """Run a command in it, and return what it prints."""
+        """Run a command in it, and return its output."""
         done = self.try_run(*words, stdin=stdin)
         assert done.returncode == 0, f"{' '.join(words)}: status {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout.strip()
 
     def shell(self, script: str) -> str:
-        """Run a script of the shell in it, up to the first command that fails, and return what it prints."""
+        """Run a shell script in it, up to the first command that fails, and return its output."""
         return self.run("sh", "-ec", script)
 
     def write(self, path: str, text: str) -> None:
@@ -145,7 +145,7 @@ class Box:
 
 @contextmanager
 def boot(tree: Path) -> Iterator[Box]:
-    """A box on top of these files, which stay as they are."""
+    """Boot a box on these files, which are not changed."""
     keeper = subprocess.Popen(
         ["unshare", "--mount", "--propagation=private", sys.executable, __file__, tree],
         stdin=subprocess.PIPE,
@@ -159,13 +159,13 @@ def boot(tree: Path) -> Iterator[Box]:
         assert line, "no box: see above"
         yield Box(int(line))
     finally:
-        # All that was started in it ends with it.
+        # Everything started in the box ends with it.
         keeper.stdin.close()
         keeper.wait()
         keeper.stdout.close()
 
 
-# The process that keeps it
+# The process that runs it
 
 
 def _keep(tree: Path) -> None:
@@ -184,17 +184,17 @@ def _keep(tree: Path) -> None:
                 sys.stderr.write(log.read_text(errors="replace"))
         finally:
             _halt(nspawn, leader)
-            # In this order: first what is mounted on top.
+            # In this order: the upper mount first.
             for mounted in (root, Path(work)):
                 subprocess.run(["umount", "--recursive", "--lazy", mounted], check=False)
 
 
 @contextmanager
 def _cgroup() -> Iterator[Path]:
-    """A group of processes in cgroup v2, for systemd to make its own in."""
+    """A cgroup (version 2) in which systemd creates its own."""
     top = Path("/sys/fs/cgroup")
     if not (top / "cgroup.procs").exists():
-        # The machine has v1 and v2 side by side. In this process's own view there is v2 alone.
+        # The machine has both versions. In this process's namespace, mount only version 2.
         subprocess.run(["umount", "--recursive", top], check=True)
         subprocess.run(["mount", "-t", "cgroup2", "cgroup2", top], check=True)
     group = top / f"dsmq-test-{os.getpid()}"
@@ -211,7 +211,7 @@ def _cgroup() -> Iterator[Path]:
 
 
 def _overlay(tree: Path, work: Path) -> Path:
-    """Return the root of files that are those of the tree, until one is written: that one is in memory then."""
+    """Mount the tree with an overlay in memory for changed files; return the root."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1g", "tmpfs", work], check=True)
     for name in ("upper", "work", "root"):
         (work / name).mkdir()
@@ -224,16 +224,16 @@ def _nspawn(root: Path, group: Path) -> list[str]:
     return [
         *("sh", "-c", 'echo $$ >"$0/cgroup.procs"; exec "$@"', str(group)),
         *("systemd-nspawn", "--quiet", "--boot", f"--directory={root}", f"--machine=dsmq-test-{os.getpid()}"),
-        # This machine need not have a systemd that could be told of it.
+        # This machine may not run systemd, with which the container could be registered.
         *("--register=no", "--keep-unit", "--private-network", "--link-journal=no", "--console=pipe"),
         *("--resolv-conf=off", "--timezone=off"),
-        # systemd in it enforces some of the sandbox by BPF, and else passes over that without a word.
+        # Its systemd enforces parts of the sandbox with BPF, and silently skips them if that is not possible.
         *("--capability=CAP_BPF,CAP_NET_ADMIN,CAP_PERFMON", "--system-call-filter=bpf"),
     ]
 
 
 def _await_boot(nspawn: subprocess.Popen[bytes]) -> int | None:
-    """Return its PID 1 as this machine numbers it, when it has booted; nothing where it does not."""
+    """Wait until it has booted; return the PID of its PID 1 outside, or None if it does not boot."""
     until = time.monotonic() + BOOT_SECONDS
     while nspawn.poll() is None and time.monotonic() < until:
         children = Path(f"/proc/{nspawn.pid}/task/{nspawn.pid}/children").read_text().split()
@@ -247,7 +247,7 @@ def _await_boot(nspawn: subprocess.Popen[bytes]) -> int | None:
 
 def _halt(nspawn: subprocess.Popen[bytes], leader: int | None) -> None:
     if nspawn.poll() is None and leader:
-        # As `systemctl halt` does.
+        # The signal of `systemctl halt`.
         os.kill(leader, signal.SIGRTMIN + 3)
         with contextlib.suppress(subprocess.TimeoutExpired):
             nspawn.wait(HALT_SECONDS)
@@ -257,7 +257,7 @@ def _halt(nspawn: subprocess.Popen[bytes], leader: int | None) -> None:
 
 
 if __name__ == "__main__":
-    # A Ctrl-C is for the tests, which then close this one's input.
+    # Ctrl-C is for the tests, which then close the standard input of this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["SYSTEMD_NSPAWN_UNIFIED_HIERARCHY"] = "1"
     _keep(Path(sys.argv[1]))

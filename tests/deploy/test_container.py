@@ -1,4 +1,4 @@
-"""Dockerfile and deploy/docker: built, and run by a real engine as the README says."""
+"""Dockerfile and deploy/docker: built and run by a real engine, as described in the README."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import engine as engines
+import container_engine as engines
 import pytest
 import trustme
 import yaml
-from engine import BASE, IMAGE, LOCKED, LOCKED_DOWN, Container, Docker, Podman
+from container_engine import BASE, IMAGE, LOCKED, LOCKED_DOWN, Container, Docker, Podman
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -47,7 +47,7 @@ pytestmark = [
 
 @pytest.fixture(scope="session")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the build installs."""
+    """The packages that the build installs."""
     folder = tmp_path_factory.mktemp("wheels")
     engines.fetch_wheels(folder)
     return folder
@@ -69,14 +69,14 @@ def docker(podman: Podman, wheels: Path) -> Iterator[Docker]:
 
 @pytest.fixture(params=["podman", "docker"])
 def engine(request: pytest.FixtureRequest) -> Podman | Docker:
-    """Each of them."""
+    """Each engine."""
     found: Podman | Docker = request.getfixturevalue(request.param)
     return found
 
 
 @contextmanager
 def started(engine: Podman | Docker, *options: str) -> Iterator[Container]:
-    """A container on free ports, locked down, that serves."""
+    """Run a container on free ports, without privileges, once it serves."""
     words = ["--publish=127.0.0.1::30008", "--publish=127.0.0.1::30009", *LOCKED_DOWN]
     words += [*engine.health_options, *options, IMAGE]
     container = Container(engine, engine("run", "--detach", *words).stdout.strip())
@@ -90,7 +90,7 @@ def started(engine: Podman | Docker, *options: str) -> Iterator[Container]:
 
 @contextmanager
 def client(container: Container, token: str | None = TOKEN, **options: Any) -> Iterator[DSMQClientSideConnection]:
-    """A client on the container's host."""
+    """Connect a client from the container's host."""
     with (
         container.engine.its_network(),
         connect("127.0.0.1", container.port(), token=token, retry=False, **options) as mq,
@@ -110,11 +110,11 @@ def fetch(container: Container, path: str, **headers: str) -> str:
         return str(answer.read().decode())
 
 
-# What it is built of
+# The build
 
 
 def locked(file: Path) -> dict[str, Version]:
-    """The versions that a file of locked requirements names."""
+    """Return the versions in a file of locked requirements."""
     found = re.findall(
         r"^([\w.-]+)==(\S+) \\\n(?: +--hash=sha256:[0-9a-f]{64}(?: \\)?\n)+", file.read_text(), re.MULTILINE
     )
@@ -162,7 +162,7 @@ def test_wheel_is_reproducible(wheels: Path, tmp_path: Path) -> None:
         source = tmp_path / name
         copy_context(source)
         for path in source.rglob("*"):
-            # Of another time, and for other users.
+            # With another date, and other permissions.
             path.chmod(0o755 if path.is_dir() else 0o644 if number else 0o600)
             set_time(path, 1_700_000_000 + 1000 * number)
         words = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", f"--wheel-dir={tmp_path / str(number)}"]
@@ -177,7 +177,7 @@ def set_time(path: Path, seconds: int) -> None:
 
 
 def copy_context(to: Path) -> None:
-    """Copy what is built from, as .dockerignore names it."""
+    """Copy the build context, according to .dockerignore."""
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for line in (ROOT / ".dockerignore").read_text().splitlines():
         source, target = ROOT / line[1:], to / line[1:]
@@ -233,12 +233,12 @@ def test_image_metadata_shows_how_to_run_it(engine: Podman | Docker) -> None:
     assert config["StopSignal"] in ("SIGTERM", "15")
     assert set(config["ExposedPorts"]) == {"30008/tcp", "30009/tcp"}
     assert config["Labels"]["org.opencontainers.image.version"] == PROJECT["project"]["version"]
-    # Podman has it elsewhere.
+    # Podman stores it elsewhere.
     check = config.get("Healthcheck") or engine.inspect("image", IMAGE)["Healthcheck"]
     assert check["Test"] == ["CMD", "dsmq", "ping"]
 
 
-# Running it
+# Running the image
 
 
 @pytest.mark.parametrize("user", ["10001:10001", "4711:4711", "0:0"])
@@ -310,7 +310,7 @@ def test_prometheus_scrapes_container_as_in_compose(podman: Podman, tmp_path: Pa
 
 
 def samples(engine: Podman | Docker, expression: str) -> list[str]:
-    """The values that Prometheus has of it, once it answers."""
+    """Return the samples that Prometheus has scraped, once there are some."""
     url = f"http://127.0.0.1:9090/api/v1/query?query={urllib.parse.quote(expression)}"
     try:
         with engine.its_network(), urllib.request.urlopen(url, timeout=SOON) as answer:
@@ -339,7 +339,7 @@ def test_settings_and_secrets_come_from_files(podman: Podman, tmp_path: Path) ->
             security: dict[str, Any] = {"token": TOKEN, "ca_file": str(tmp_path / "ca.pem"), "retry": False}
             with connect("127.0.0.1", container.port(30010), **security) as mq:
                 assert mq.max_message_bytes == 4711
-        # It has found port, token and certificate.
+        # The health check has found port, token and certificate.
         wait_until(lambda: container.check_health() == "healthy")
 
 
@@ -347,7 +347,7 @@ def test_health_check_fails_while_server_is_stuck(engine: Podman | Docker) -> No
     with started(engine, f"--env=DSMQ_AUTH_TOKEN={TOKEN}") as container:
         wait_until(lambda: container.check_health() == "healthy")
         engine("kill", "--signal=STOP", container.id)
-        # It takes three in a row where nothing else is said, and each waits three seconds for an answer.
+        # By default, three in a row must fail, and each waits three seconds for an answer.
         wait_until(lambda: container.check_health() == "unhealthy")
         engine("kill", "--signal=CONT", container.id)
         wait_until(lambda: container.check_health() == "healthy")
@@ -383,7 +383,7 @@ def test_stop_is_graceful_with_waiting_clients(engine: Podman | Docker) -> None:
 def test_killed_container_restarts(engine: Podman | Docker) -> None:
     with started(engine, f"--env=DSMQ_AUTH_TOKEN={TOKEN}", "--restart=unless-stopped") as container:
         before = container.state["Pid"]
-        # Not by the engine, which would take it for somebody's wish.
+        # Not with the engine's command, after which the container would not be restarted.
         engines.kill(before)
         wait_until(lambda: container.state["Running"] and container.state["Pid"] not in (0, before))
         wait_until(lambda: container.logs()[0].count("serves on") == 2)
@@ -413,14 +413,14 @@ def test_readme_container_commands_work(engine: Podman | Docker, wheels: Path, t
     block = re.search(r"```bash\n(docker build .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert block is not None
     copy_context(tmp_path)
-    # What stands for docker; where it builds, without a network.
+    # The command in place of docker; builds have no network.
     (tmp_path / "bin").mkdir()
     docker = tmp_path / "bin/docker"
     offline = shlex.join(engines.offline(engine, wheels))
     command = shlex.join(engine.command)
     docker.write_text(f'#!/bin/sh\ncase $1 in build) shift; set -- build {offline} "$@" ;; esac\nexec {command} "$@"\n')
     docker.chmod(0o755)
-    # The server is there in a moment; people are slower.
+    # A person would type more slowly than the server starts.
     script = block[1].replace(
         "docker exec", "until docker logs dsmq | grep -q 'serves on'; do sleep 0.1; done; docker exec"
     )
@@ -462,13 +462,13 @@ def test_compose_accepts_shipped_file() -> None:
 
 
 def compose() -> tuple[list[str], str]:
-    """The command there is, and what it is to read."""
+    """Return the installed command for compose, and its file."""
     text = COMPOSE.read_text()
     if shutil.which("docker"):
         done = subprocess.run(["docker", "compose", "version"], capture_output=True, timeout=SOON, check=False)
         if done.returncode == 0:
             return ["docker", "compose"], text
-    # Version 1 knows no name of the whole.
+    # Version 1 does not support a top-level name.
     return [tool("docker-compose", "docker-compose")], text.replace("name: dsmq\n", "")
 
 
@@ -524,7 +524,7 @@ def test_compose_pins_confines_and_health_checks(name: str) -> None:
     assert service["restart"] == "unless-stopped"
     assert service["mem_limit"]
     assert service["pids_limit"]
-    # That of dsmq is its image's.
+    # dsmq's health check is in its image.
     assert ("healthcheck" in service) == (name != "dsmq")
 
 

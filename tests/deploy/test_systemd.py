@@ -1,4 +1,4 @@
-"""dsmq as a service of a real systemd, installed by the README's own commands, upgraded and removed by them."""
+"""dsmq as a systemd service: installed, upgraded and removed by the commands of the README."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = [
 UNITS = ("dsmq.service", "dsmq.socket", "dsmq-http.socket")
 PYTHON = "/opt/dsmq/bin/python"
 TOKEN = "/etc/dsmq/token"
-# For all that runs in the box.
+# For all scripts that run in the box.
 PRELUDE = f"""
 import os, socket, sys, time, urllib.request
 from dsmq.client import connect
@@ -39,7 +39,7 @@ def wire(message=b"PING"):
     sock.sendall(b"AUTH " + token.encode() + b"\\r\\n" + message + b"\\r\\n")
     return sock
 """
-# `dsmq serve` of which an I/O worker does nothing any more, from SIGUSR1 on.
+# `dsmq serve`, in which an I/O worker hangs after SIGUSR1.
 STALLS = """
 import signal, sys, threading
 from dsmq.__main__ import main
@@ -54,7 +54,7 @@ signal.signal(signal.SIGUSR1, lambda *_: stalled.set())
 sys.argv[1:] = ["serve"]
 sys.exit(main())
 """
-# One that takes its time to start: until there is a file.
+# `dsmq serve`, which starts only once a file exists.
 HELD = """
 import os, sys, time
 from dsmq.__main__ import main
@@ -63,7 +63,7 @@ while not os.path.exists("/var/lib/dsmq/go"):
 sys.argv[1:] = ["serve"]
 sys.exit(main())
 """
-# What a process that has been taken over might try.
+# What an attacker who controls the process might try.
 PROBE = """
 import ctypes, errno, json, mmap, os, socket, subprocess, sys
 libc = ctypes.CDLL(None, use_errno=True)
@@ -81,25 +81,25 @@ tries = {
     "write to its own code": lambda: open("/opt/dsmq/probe", "w"),
     "write to its state": lambda: open("probe", "w"),
     "read root's token": lambda: open("/etc/dsmq/token"),
-    "look into /root": lambda: os.listdir("/root"),
-    "run what it has written": run_own,
-    "talk IPv4": lambda: socket.socket(socket.AF_INET),
-    "talk IPv6": lambda: socket.socket(socket.AF_INET6),
-    "talk netlink": lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW),
-    "talk packets": lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW),
-    "talk to neighbours": lambda: socket.socket(socket.AF_UNIX),
-    "have memory to write and run": lambda: mmap.mmap(-1, 4096, prot=7),
-    "make a namespace of mounts": lambda: call("unshare", 0x20000),
-    "call itself otherwise": lambda: call("sethostname", b"probe", 5),
+    "list /root": lambda: os.listdir("/root"),
+    "run a file that it has written": run_own,
+    "use IPv4": lambda: socket.socket(socket.AF_INET),
+    "use IPv6": lambda: socket.socket(socket.AF_INET6),
+    "use netlink": lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW),
+    "use raw packets": lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW),
+    "use Unix sockets": lambda: socket.socket(socket.AF_UNIX),
+    "map memory that is writable and executable": lambda: mmap.mmap(-1, 4096, prot=7),
+    "create a mount namespace": lambda: call("unshare", 0x20000),
+    "set the host name": lambda: call("sethostname", b"probe", 5),
     "mount": lambda: call("mount", b"none", b"/mnt", b"tmpfs", 0, None),
-    "make a device": lambda: os.mknod("device", 0o20600, os.makedev(1, 1)),
-    "be somebody's file": lambda: os.chmod("probe", 0o4700),
-    "see the kernel's log": lambda: open("/dev/kmsg"),
+    "create a device": lambda: os.mknod("device", 0o20600, os.makedev(1, 1)),
+    "create a setuid file": lambda: os.chmod("probe", 0o4700),
+    "read the kernel log": lambda: open("/dev/kmsg"),
     "see other processes": lambda: os.stat("/proc/1"),
-    "look at the machine": lambda: open("/proc/meminfo"),
-    "be quicker than others": lambda: os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1)),
-    # The last, because whoever has done it is root no more.
-    "make a namespace of users": lambda: call("unshare", 0x10000000),
+    "read system information": lambda: open("/proc/meminfo"),
+    "raise its priority": lambda: os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1)),
+    # Last, because afterwards the process is no longer root.
+    "create a user namespace": lambda: call("unshare", 0x10000000),
 }
 found = {}
 for name, attempt in tries.items():
@@ -111,11 +111,11 @@ for name, attempt in tries.items():
 with open("found.json", "w") as file:
     json.dump(found, file)
 """
-# No more than these: what the service itself lives by.
-ALLOWED = {"write to its state", "talk to neighbours"}
+# The service itself needs these.
+ALLOWED = {"write to its state", "use Unix sockets"}
 
-# What root of a container may not do anyway.
-NOT_EVEN_ROOT = {"make a device", "see the kernel's log", "be quicker than others"}
+# Even root may not do these in a container.
+NOT_EVEN_ROOT = {"create a device", "read the kernel log", "raise its priority"}
 
 
 # The box
@@ -123,7 +123,7 @@ NOT_EVEN_ROOT = {"make a device", "see the kernel's log", "be quicker than other
 
 @pytest.fixture(scope="module")
 def trees() -> Iterator[dict[str, Tree]]:
-    """The Debians; they are made beside each other, and beside the tests of the first."""
+    """The Debian trees. They are made in parallel, and while the tests in the first one run."""
     if reason := why_not():
         pytest.skip(reason)
     trees = {suite: Tree(suite) for suite in SUITES}
@@ -136,7 +136,7 @@ def trees() -> Iterator[dict[str, Tree]]:
 def box(
     request: pytest.FixtureRequest, trees: dict[str, Tree], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Box]:
-    """A box in which dsmq is installed."""
+    """A box with dsmq installed."""
     try:
         tree = trees[request.param].wait()
     except NotHere as reason:
@@ -151,7 +151,7 @@ def box(
 
 
 def provide(box: Box, packages: Path) -> None:
-    """Put a checkout there, and the packages that pip would fetch from the network, for the box's Python."""
+    """Copy a checkout there, and the packages that pip would download for the box's Python."""
     version = box.run("python3", "-c", "import sys; print('%d.%d' % sys.version_info[:2])")
     wanted = re.findall(r'^    "(.*)",$', re.search(r"^dependencies = \[\n(.*?)^\]", _project(), re.M | re.S)[1], re.M)  # type: ignore[index]
     build = re.search(r'^requires = \["(.*)"\]', _project(), re.M)
@@ -181,12 +181,12 @@ def _project() -> str:
 
 
 def source() -> str:
-    """The beginning of a script in the checkout, where pip has no network."""
+    """Return the first lines of a script that runs in the checkout, without a network for pip."""
     return "cd /source; export PIP_NO_INDEX=1 PIP_FIND_LINKS=/source/packages\n"
 
 
 def documented(beginning: str) -> str:
-    """Return the commands of the README, or of that in deploy, that begin so."""
+    """Return the block of commands in one of the READMEs that begins with this."""
     text = "".join((ROOT / name).read_text() for name in ("README.md", "deploy/README.md"))
     blocks = re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S)
     (block,) = [block for block in blocks if block.startswith(beginning) and "/opt/dsmq" in block]
@@ -195,7 +195,7 @@ def documented(beginning: str) -> str:
 
 @contextmanager
 def drop_in(box: Box, text: str, unit: str = "dsmq.service") -> Iterator[None]:
-    """The unit with a change, which is taken back in the end. It is stopped before and after."""
+    """Run with a drop-in for the unit. The service is stopped before and after."""
     path = f"/etc/systemd/system/{unit}.d/test.conf"
     box.write(path, text)
     stop(box)
@@ -207,9 +207,9 @@ def drop_in(box: Box, text: str, unit: str = "dsmq.service") -> Iterator[None]:
 
 
 def stop(box: Box) -> None:
-    """Stop it, and have it forget what it holds."""
+    """Stop the service, and delete its state."""
     units = " ".join(UNITS)
-    # The tests start it more often than systemd puts up with, unless it is told to forget.
+    # Without reset-failed, the tests would exceed systemd's limit on starts.
     box.shell(
         f"systemctl daemon-reload; systemctl stop {units}; systemctl reset-failed {units}; "
         "systemctl clean --what=state dsmq.service; systemctl start dsmq.socket"
@@ -222,7 +222,7 @@ def shipped(name: str) -> str:
 
 @contextmanager
 def configured(box: Box, text: str) -> Iterator[None]:
-    """The configuration file, changed for a while; it is for the test to have it read."""
+    """Replace the configuration file for a while. The test itself has to reload it."""
     before = (box.root / "etc/dsmq/dsmq.toml").read_text()
     box.write("/etc/dsmq/dsmq.toml", text)
     try:
@@ -232,13 +232,13 @@ def configured(box: Box, text: str) -> Iterator[None]:
 
 
 def python(box: Box, script: str) -> str:
-    """Run a script, with the published client, in the box but outside the service."""
+    """Run a script with the installed client, in the box but outside the service."""
     return box.run(PYTHON, "-c", PRELUDE + script)
 
 
 @contextmanager
 def beside(box: Box, script: str) -> Iterator[subprocess.Popen[str]]:
-    """A script that runs meanwhile. It begins when it has said something."""
+    """Run a script meanwhile, once it has printed a line."""
     with box.popen(PYTHON, "-c", PRELUDE + script) as process:
         try:
             assert process.stdout
@@ -249,7 +249,7 @@ def beside(box: Box, script: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def answer(process: subprocess.Popen[str]) -> str:
-    """Have such a script go on, and return what it says next."""
+    """Let such a script continue, and return the next line that it prints."""
     assert process.stdin
     assert process.stdout
     process.stdin.write("\n")
@@ -268,7 +268,7 @@ def metric(box: Box, name: str) -> float:
 
 
 class Journal:
-    """What the service has logged since now."""
+    """The log of the service from now on."""
 
     def __init__(self, box: Box) -> None:
         self._box = box
@@ -282,7 +282,7 @@ class Journal:
         return [json.loads(line) for line in lines.splitlines()]
 
     def priority(self, pattern: str) -> int:
-        """Return that of the line of the service's own that is like this. Waits for it."""
+        """Wait for a line of the service that matches; return its priority."""
 
         def found() -> list[str]:
             mine = [one for one in self.entries() if one.get("SYSLOG_IDENTIFIER") == "dsmq"]
@@ -292,7 +292,7 @@ class Journal:
 
 
 def wait_for(look: Callable[[], list[str]]) -> list[str]:
-    """Look until there is something."""
+    """Poll until the result is not empty, and return it."""
     until = time.monotonic() + SOON
     while not (found := look()):
         assert time.monotonic() < until
@@ -305,19 +305,19 @@ def restarts(box: Box) -> int:
 
 
 def await_restart(box: Box, before: int) -> None:
-    """Wait until it has been started anew, and serves."""
+    """Wait until the service has been restarted and serves."""
     wait_for(lambda: ["yes"] if restarts(box) > before and box.show("dsmq.service", "ActiveState") == "active" else [])
 
 
 def listening_inodes(box: Box) -> set[str]:
-    """Return which sockets listen on dsmq's ports."""
+    """Return the inodes of the sockets that listen on dsmq's ports."""
     lines = [line.split() for line in box.run("cat", "/proc/net/tcp").splitlines()]
     ports = {f"0100007F:{port:04X}" for port in (30008, 30009)}
     return {fields[9] for fields in lines if fields[1] in ports and fields[3] == "0A"}
 
 
 def reloads(box: Box) -> list[str]:
-    """Return the changes with which a reload is to be tried: as shipped, and the drop-in where systemd knows it."""
+    """Return the drop-ins to test a reload with: none, and the shipped one if this systemd supports it."""
     version = int(box.run("systemctl", "--version").split()[1])
     return ["[Service]\n", *([shipped("notify-reload.conf")] if version >= 253 else [])]
 
@@ -341,7 +341,7 @@ with connect(token=token) as mq:
 def test_prometheus_finds_metrics(box: Box) -> None:
     shown = scrape(box)
     assert "dsmq_healthy 1.0" in shown
-    # In its sandbox it sees less of /proc than Prometheus's client expects.
+    # Its sandbox hides parts of /proc that Prometheus's client reads.
     began = re.search(r"^process_start_time_seconds (\S+)$", shown, re.M)
     assert began
     assert abs(float(began[1]) - time.time()) < 300
@@ -359,7 +359,7 @@ def test_unit_is_active_only_once_serving(box: Box) -> None:
     with drop_in(box, f"[Service]\nExecStart=\nExecStart={PYTHON} /etc/dsmq/held.py\n"):
         box.run("systemctl", "start", "--no-block", "dsmq.service")
         wait_for(lambda: [box.show("dsmq.service", "MainPID")] if (box.root / "var/lib/dsmq").exists() else [])
-        # It runs, and listens: systemd has seen to that.
+        # systemd reports that it runs and listens.
         assert box.try_run("systemctl", "is-active", "dsmq.service").stdout.strip() == "activating"
         box.run("touch", "/var/lib/dsmq/go")
         box.run("systemctl", "start", "dsmq.service")
@@ -413,7 +413,7 @@ while sys.stdin.readline():
             box.run("systemctl", "reload", "dsmq.service")
             if "notify-reload" not in change:
                 journal.priority("configuration reloaded")
-            # From here on it has to have been read.
+            # From now on, the new configuration must be in effect.
             assert metric(box, "dsmq_max_age_seconds") == 60
             assert answer(client) == "before nothing"
             assert metric(box, "dsmq_connections_opened_total") == opened
@@ -505,7 +505,7 @@ say(sum(ended(sock) for sock in readers))
 
 def test_stop_gets_requested_time(box: Box) -> None:
     change = "[Service]\nTimeoutStopSec=1\nEnvironment=DSMQ_STOP_TIMEOUT_SECONDS=3\n"
-    # A client that has asked for more than the kernel takes, and does not read it.
+    # A client that does not read replies, of which there are more than the kernel buffers.
     script = """
 with connect(token=token) as mq:
     mq.put_many("long", [b"x" * 1_000_000] * 20)
@@ -555,7 +555,7 @@ def test_token_is_a_credential(box: Box) -> None:
     assert box.run("stat", "--format=%a %U", TOKEN) == "600 root"
     user = box.run("stat", "--format=%U", "/var/lib/dsmq/")
     assert box.try_run("runuser", "-u", user, "--", "cat", TOKEN).returncode
-    # It is no option, and stands in no environment.
+    # It is neither in the command line nor in the environment.
     process = box.show("dsmq.service", "MainPID")
     seen = box.run("cat", f"/proc/{process}/environ", f"/proc/{process}/cmdline")
     assert right not in seen
@@ -609,7 +609,7 @@ def test_sandbox_forbids_what_it_should(box: Box) -> None:
         found = json.loads(box.run("cat", "/var/lib/dsmq/found.json"))
         print(found)
     assert {name for name, how in found.items() if how == "done"} == ALLOWED
-    # It is the sandbox that forbids it: outside, root may do nearly all of that.
+    # The sandbox forbids these: outside, root may do nearly all of them.
     box.shell("mkdir /tmp/probe; cd /tmp/probe; python3 /etc/dsmq/probe.py; rm /etc/probe /usr/probe /opt/dsmq/probe")
     free = json.loads(box.run("cat", "/tmp/probe/found.json"))
     print(free)
@@ -630,7 +630,7 @@ def test_service_without_socket_units_has_network(box: Box) -> None:
             done = box.try_run("/opt/dsmq/bin/dsmq", "ping", "--port=31008", f"--token-file={TOKEN}")
             assert done.returncode == 0, done.stderr
             box.run("systemctl", "stop", "dsmq.service")
-            # Without the drop-in it does not start, in place of serving nobody.
+            # Without the drop-in it does not start, rather than being unreachable.
             box.shell("rm /etc/systemd/system/dsmq.service.d/test.conf; systemctl daemon-reload")
             journal = Journal(box)
             assert box.try_run("systemctl", "start", "dsmq.service").returncode
@@ -679,8 +679,8 @@ def test_upgrade_refuses_no_client_and_keeps_messages(box: Box) -> None:
     assert python(box, READ_FIRST) == "over an upgrade"
 
 
-def test_removal_leaves_nothing(box: Box) -> None:
-    """The last one: behind it there is no dsmq any more."""
+def test_removal_leaves_no_file_unit_or_user(box: Box) -> None:
+    """The last test, because it removes dsmq."""
     box.shell(documented("systemctl disable --now"))
     assert not listening_inodes(box)
     elsewhere = " ".join(f"-not -path '/{name}/*'" for name in ("source", "proc", "tmp"))

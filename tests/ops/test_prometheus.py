@@ -177,7 +177,7 @@ def names(expression: str) -> set[str]:
         ("time() - start_time_seconds", {"start_time_seconds"}),
     ],
 )
-def test_metric_names_are_found(expression: str, found: set[str]) -> None:
+def test_metric_names_are_extracted_from_expressions(expression: str, found: set[str]) -> None:
     assert names(expression) == found
 
 

@@ -149,10 +149,13 @@ def test_proxy_that_closes_at_once_counts_as_starting(
     retry_schedule: Callable[..., None], replies: tuple[bytes, ...]
 ) -> None:
     retry_schedule(4)
-    with front(*replies) as (port, accepted), pytest.raises(ConnectionResetError, match="closes them at once") as told:
+    with (
+        front(*replies) as (port, accepted),
+        pytest.raises(ConnectionResetError, match=r"closes them at once.*tried for") as told,
+    ):
         connect(port=port)
-    # In each of five attempts, the second one asks whether it is an MQTT broker.
-    assert len(accepted) == 10
+    # In each attempt, the second connection asks whether it is an MQTT broker.
+    assert len(accepted) > 6
     assert "does it require TLS?" in str(told.value)
 
 
@@ -204,7 +207,7 @@ def test_tls_server_is_recognized_at_once() -> None:
     assert len(accepted) == 1
 
 
-def test_real_programs_are_recognized(tmp_path: Path) -> None:
+def test_http_endpoint_and_redis_are_named_in_error(tmp_path: Path) -> None:
     with daemon() as server, pytest.raises(ProtocolError, match="but dsmq's HTTP endpoint"):
         connect(port=server.http_port)
     if (redis := shutil.which("redis-server")) is None:
@@ -332,7 +335,7 @@ def test_unresolvable_host_is_named_in_error(connect: Connect, host: str) -> Non
 @CONNECTS
 def test_connection_error_reports_how_long_it_tried(connect: Connect, retry_schedule: Callable[..., None]) -> None:
     retry_schedule(4)
-    # While it is bound, no other process gets the port; but nobody listens.
+    # While the port is bound, no other process gets it, and connecting is refused.
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
@@ -575,7 +578,7 @@ def test_idle_connections_of_a_burst_are_closed_but_one(server: Server, monkeypa
             mq.put_many("t", ["x"] * 20)
             for thread in threads:
                 thread.join(SOON)
-            # Nobody calls it meanwhile.
+            # No call is made meanwhile.
             wait_until(lambda: server.status.connections() == 1)
 
 

@@ -1,4 +1,4 @@
-"""What the tests of the store share: stores on a clock of the test's, and what they do to them."""
+"""Shared by the tests of the store: stores with a clock that the test controls, and operations on them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dsmq.store.sqlite import SQLiteStore
 
 
 class Clock:
-    """Milliseconds that pass only when the test says so."""
+    """Milliseconds that pass only when the test advances them."""
 
     def __init__(self, now: int = 1_000_000) -> None:
         self.now = now
@@ -23,7 +23,7 @@ class Clock:
 
 
 class ClockedStore(SQLiteStore):
-    """A store on a clock of its own."""
+    """A store with its own clock."""
 
     def __init__(self, max_age_ms: int, clock: Clock | None = None, limits: Limits | None = None) -> None:
         self.clock = clock or Clock()
@@ -38,12 +38,12 @@ class ClockedStore(SQLiteStore):
         return self._database.connection
 
     def remembered(self) -> object:
-        """What the store knows besides messages: producers and their puts, and topics without messages."""
+        """Return the store's state besides messages: producers and their puts, and topics without messages."""
         producers = self._deduplicator.copy(self._deduplicator.names(), self.last_id())
         return list(producers.items()), len(self._deduplicator), list(self._topics.empty.items())
 
     def write(self) -> None:
-        """Flush the write buffer, however little is in it."""
+        """Flush the write buffer, even if it is nearly empty."""
         self._flush()
 
     @contextmanager

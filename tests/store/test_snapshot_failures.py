@@ -129,7 +129,7 @@ def test_full_disk_keeps_previous_snapshot(file: Path, missing: int, caplog: pyt
         assert snapshotter.save()
 
 
-def test_full_disk_is_reported_as_reason(store: ClockedStore, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_full_disk_is_named_in_log(store: ClockedStore, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "dsmq-test", str(tmp_path)]
     if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("nothing can be mounted here")

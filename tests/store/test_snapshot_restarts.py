@@ -1,4 +1,4 @@
-"""Restarts from a snapshot: ages, ids and runs, and what is counted as lost, after a graceful stop or a kill."""
+"""Restarts from a snapshot, after a graceful stop or a kill: ages, ids, runs, and lost messages."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_ages_continue_by_wall_clock_over_restart(
         assert other.read(b"t", 2, 1, 100)[0].age_ms == 0
 
 
-def test_slow_disk_does_not_rejuvenate_messages(store: ClockedStore, file: Path) -> None:
+def test_ages_include_time_spent_on_slow_disk(store: ClockedStore, file: Path) -> None:
     now = [SAVED_AT]
     put(store, b"t", b"x")
 
@@ -70,7 +70,7 @@ def test_slow_disk_does_not_rejuvenate_messages(store: ClockedStore, file: Path)
         assert other.read(b"t", 0, 1, 100)[0].age_ms == round((now[0] - SAVED_AT) * 1000) >= 1_600
 
 
-def test_slow_restore_does_not_rejuvenate_messages(store: ClockedStore, file: Path) -> None:
+def test_ages_include_time_spent_on_restore(store: ClockedStore, file: Path) -> None:
     put(store, b"t", b"x")
     save(store, file)
     other = ClockedStore(MAX_AGE, Clock(5_000))

@@ -1,11 +1,11 @@
-"""The store alone, on a clock of the test's: each rule by itself, then all of them against a model in plain Python."""
+"""The store alone, with a clock that the test controls: each rule, then all of them against a model in plain Python."""
 
 from __future__ import annotations
 
 import itertools
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from types import SimpleNamespace
@@ -193,7 +193,7 @@ def test_write_buffer_is_flushed_by_topic_and_millisecond(
     put(store, b"a", *second)
     statements = watch(store)
     put(store, b"a", b"last")
-    names = [statement.split(" (")[0] for statement in statements]
+    names = [statement.split(" (")[0].strip() for statement in statements]
     rows = names.index("COMMIT") - 3
     assert names[: rows + 3] == ["BEGIN", *["INSERT INTO topics"] * 2, *["INSERT INTO chunks"] * rows]
     assert 3 <= rows < 3 * count // 2
@@ -219,7 +219,7 @@ def test_flush_writes_full_buffers(store: ClockedStore, size: int) -> None:
 
 
 @pytest.mark.parametrize(("size", "messages"), [(1, 128), (100, 128), (200, 81), (4096, 4), (9000, 1), (20_000, 1)])
-def test_rows_are_bounded(store: ClockedStore, size: int, messages: int) -> None:
+def test_rows_are_bounded_in_messages_and_bytes(store: ClockedStore, size: int, messages: int) -> None:
     put(store, b"t", *[b"x" * size] * 300)
     store.write()
     held = store.connection.execute("SELECT length(ids_and_sizes) / 16, length(bodies) FROM chunks").fetchall()
@@ -284,7 +284,7 @@ PLANS = {
 def test_statements_use_the_index_and_sort_nothing(store: ClockedStore, statement: str) -> None:
     sql = getattr(database, statement)
     rows = store.connection.execute("EXPLAIN QUERY PLAN " + sql, [0] * sql.count("?"))
-    # SQLite before 3.36 says TABLE, too.
+    # SQLite before 3.36 prints TABLE, too.
     assert [row[3].replace(" TABLE ", " ") for row in rows] == [PLANS[statement]]
 
 
@@ -438,7 +438,7 @@ def test_idle_producers_are_forgotten(store: ClockedStore, clock: Clock) -> None
     assert put_as(store, b"b", 0) == [2]
     clock.now += 1
     put_as(store, b"b", 1)
-    # No client retries a put after so long.
+    # No client retries a put that late.
     store.check_producer(b"a")
     assert put_as(store, b"a", 0) == [4]
 
@@ -648,15 +648,21 @@ def test_interrupt_in_transaction_stores_nothing_and_propagates(
     store: ClockedStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Interrupting:
-        """A connection that is interrupted before COMMIT."""
+        """A connection that is interrupted in a transaction."""
 
-        def __getattr__(self, name: str) -> object:
-            return getattr(connection, name)
+        def rollback(self) -> None:
+            connection.rollback()
 
-        def execute(self, sql: str, *arguments: object) -> object:
-            if sql == "COMMIT":
-                raise KeyboardInterrupt
-            return connection.execute(sql, *arguments)
+        def executemany(self, sql: str, rows: Iterable[tuple[object, ...]]) -> None:
+            connection.executemany(sql, rows)
+            assert connection.in_transaction
+            raise KeyboardInterrupt
+
+        def __enter__(self) -> None:
+            pass
+
+        def __exit__(self, *error: object) -> None:
+            connection.__exit__(*error)
 
     put(store, b"t", BIG)
     before = everything(store)

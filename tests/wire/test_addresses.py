@@ -18,7 +18,7 @@ from dsmq.wire.addresses import Endpoint, host_names, parse_endpoint
         ("unix:[x", Endpoint("", 7, "[x"), "unix:[x"),
     ],
 )
-def test_endpoint_is_parsed_and_shown(text: str, endpoint: Endpoint, shown: str) -> None:
+def test_endpoint_is_parsed_and_formatted(text: str, endpoint: Endpoint, shown: str) -> None:
     assert parse_endpoint(text, 7) == endpoint
     assert str(endpoint) == shown
 

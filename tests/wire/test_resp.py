@@ -389,7 +389,7 @@ def test_maximum_argument_count_is_accepted() -> None:
     assert requests(b" ".join(request) + b"\n") == [request]
 
 
-def test_http_words_in_array_are_ordinary_message() -> None:
+def test_http_version_in_array_is_an_ordinary_message() -> None:
     request = [b"PUT", b"t", b"HTTP/1.1"]
     assert requests(encode_request(*request)) == [request]
 
@@ -558,7 +558,7 @@ def test_map_is_flat_in_resp_2_only() -> None:
 
 
 @pytest.mark.parametrize("version", [2, 3])
-def test_both_nulls_are_none(version: int) -> None:
+def test_nulls_of_both_resp_versions_parse_as_none(version: int) -> None:
     for pieces in every_split(encode_null(version)):
         assert replies(*pieces) == [None]
     assert replies(b"*-1\r\n") == [None]

@@ -23,7 +23,6 @@ from dsmq.wire.resp import encode_error
 if TYPE_CHECKING:
     from ssl import SSLContext
 
-    from dsmq.broker.connection import Connection
     from dsmq.broker.context import ServerContext
     from dsmq.broker.counters import Counters
     from dsmq.broker.event_loop import EventLoop
@@ -37,14 +36,11 @@ _logger = logging.getLogger(__name__)
 class Admission:
     """Assigns accepted connections to the event loops, within the limits."""
 
-    def __init__(
-        self, context: ServerContext, workers: Sequence[EventLoop], counters: Counters, connection: type[Connection]
-    ) -> None:
-        """`counters` counts the refused connections; `connection` is the class of the others."""
+    def __init__(self, context: ServerContext, workers: Sequence[EventLoop], counters: Counters) -> None:
+        """`counters` counts the refused connections."""
         self._context = context
         self._workers = workers
         self._counters = counters
-        self._connection = connection
         self._numbers = itertools.count(1)
         self._refused: deque[tuple[float, socket.socket]] = deque()
 
@@ -63,11 +59,10 @@ class Admission:
         self._context.usage.connections.add(client_key, 1)
         worker = min(self._workers, key=lambda worker: len(worker.connections))
         peer = Peer(next(self._numbers), client_key, name, access.connection_rules)
-        add_connection = partial(worker.add_connection, self._connection(worker, stream, peer))
         if worker.thread is threading.current_thread():
-            add_connection()
+            worker.add_connection(stream, peer)
         else:
-            worker.post(add_connection)
+            worker.post(partial(worker.add_connection, stream, peer))
 
     def _refusal(self, client_key: str) -> tuple[str, ReplyError] | None:
         """Return why a connection is refused, as a label of the metrics and as an error reply; None if it is not."""

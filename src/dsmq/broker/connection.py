@@ -125,7 +125,7 @@ class Connection:
         self.transport.max_unread = most or settings.max_unread_reply_bytes
         parser.max_message_bytes = most or settings.max_message_bytes
         parser.max_request_bytes = most or settings.max_message_bytes + REQUEST_OVERHEAD_BYTES
-        self.requests.permit(self.role)
+        self.requests.permit()
 
     # Replies
 
@@ -181,7 +181,7 @@ class Connection:
         self.loop.memory.add(self)
 
     def on_room(self, budget: Budget) -> None:
-        """Retry what there was no room for."""
+        """Continue with the reply or request for which there was no room."""
         if self.state is not NO_ROOM:
             return
         self.transport.active_at = self.loop.now

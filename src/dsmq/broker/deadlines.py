@@ -68,7 +68,7 @@ def _end_idle(connection: Connection) -> None:
 
 
 class Timers:
-    """Calls `on_timer` of targets at the times they are scheduled for; only the last time counts."""
+    """Calls `on_timer` of targets at the times they are scheduled for; a new time replaces the previous one."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, TimerTarget]] = []

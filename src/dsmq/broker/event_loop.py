@@ -1,6 +1,6 @@
 """The event loop of one I/O worker: a thread that serves its share of the connections and never blocks.
 
-A turn: receive and run the requests of the sockets that are ready, store all messages that they put together, wake the
+A turn: receive and run the requests of the sockets that are ready, store all messages put by them in one call, wake the
 readers that wait for these, and send the replies.
 """
 
@@ -20,10 +20,9 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from dsmq import logs
-from dsmq.broker.context import ServerContext
+from dsmq.broker.connection import Connection
 from dsmq.broker.counters import Counters
 from dsmq.broker.deadlines import Timers, TimerTarget
-from dsmq.broker.listener import Listener
 from dsmq.broker.puts import PutBatch
 from dsmq.broker.reads import Waiters
 from dsmq.broker.usage import MemoryQueue
@@ -31,8 +30,10 @@ from dsmq.errors import Busy, ReplyError, StoreFailed
 from dsmq.system import LONG_YIELD_PAUSE_SECONDS, LONG_YIELD_SECONDS, yield_processor
 
 if TYPE_CHECKING:
-    from dsmq.broker.connection import Connection
-    from dsmq.broker.transport import Transport
+    from dsmq.broker.context import ServerContext
+    from dsmq.broker.listener import Listener
+    from dsmq.broker.login import Peer
+    from dsmq.broker.transport import Stream, Transport
 
 # How often an event loop proves that it is alive, and measures how late it checks its timers.
 PULSE_SECONDS = 1.0
@@ -69,7 +70,7 @@ class EventLoop:
         self._selector = selectors.DefaultSelector()
         self.to_flush: list[Transport] = []
         """Transports with replies to send at the end of the turn."""
-        # Connections that could not run all of their requests in their time, in the order in which they continue.
+        # Connections that have requests left after their slice of a turn, in the order in which they continue.
         self._to_run: OrderedDict[Connection, None] = OrderedDict()
         self._timers = Timers()
         self._posted: deque[Callable[[], None]] = deque()
@@ -109,7 +110,7 @@ class EventLoop:
     # Listeners and connections
 
     def listen(self, listeners: Sequence[Listener]) -> None:
-        """Accept connections from these listeners. To be called before `start`, or posted."""
+        """Accept connections from these listeners. Must be called before `start`, or posted."""
         for listener in listeners:
             listener.loop = self
             self._selector.register(listener, selectors.EVENT_READ, listener)
@@ -119,7 +120,8 @@ class EventLoop:
         if listener in self._selector.get_map():
             self._selector.unregister(listener)
 
-    def add_connection(self, connection: Connection) -> None:
+    def add_connection(self, sock: Stream, peer: Peer) -> None:
+        connection = Connection(self, sock, peer)
         self.connections[connection] = None
         self.counters.opened += 1
         if connection.unauthenticated:
@@ -138,7 +140,7 @@ class EventLoop:
         self.context.usage.unauthenticated.drop(connection)
 
     def apply_settings(self) -> None:
-        """Apply reloaded settings to all connections. To be posted."""
+        """Apply reloaded settings to all connections. Must be posted."""
         self._for_all(lambda connection: connection.apply_settings())
 
     def close_connections(self, reason: str) -> None:
@@ -176,9 +178,7 @@ class EventLoop:
 
     def _run(self) -> None:
         try:
-            while self.connections or self._stop_at == math.inf:
-                if time.monotonic() >= self._stop_at:
-                    break
+            while self._answered_at < self._stop_at and (self.connections or self._stop_at == math.inf):
                 self._turn()
         finally:
             self.close()
@@ -207,7 +207,7 @@ class EventLoop:
                 key.data.on_ready(events)
             except Exception:  # noqa: BLE001
                 key.data.on_failure()
-            if many and self._is_over():
+            if many and time.monotonic() > self._answered_at + TURN_SECONDS and self._is_over():
                 return
         if self._to_run and self._go_on(many=many):
             return
@@ -227,34 +227,33 @@ class EventLoop:
     def _go_on(self, *, many: bool) -> bool:
         """Let connections run requests left from earlier turns, for as long as the ready connections took in this one.
 
-        So a client that sends an occasional request does not wait for clients that send many at once. Return whether
-        the server has to stop now.
+        This way, a client that sends an occasional request does not wait for clients that send many at once. Return
+        whether the server has to stop now.
         """
         self.slice_seconds = max(LEAST_SLICE_SECONDS, _slice_seconds(len(self._to_run)))
         now = time.monotonic()
         until = now + max(TURN_SECONDS, now - self.now)
-        # Each once: those that still have some left go to the end of the queue.
+        # Each connection once: if it still has requests left, it goes to the end of the queue.
         for _ in range(len(self._to_run)):
             connection, _ = self._to_run.popitem(last=False)
             try:
                 connection.requests.run()
             except Exception:  # noqa: BLE001
                 connection.on_failure()
-            if many and self._is_over():
+            now = time.monotonic()
+            if many and now > self._answered_at + TURN_SECONDS and self._is_over():
                 return True
-            if time.monotonic() >= until:
+            if now >= until:
                 break
         return False
 
     def _is_over(self) -> bool:
         """In a long turn, answer the first requests now; return whether the server has to stop now."""
-        now = time.monotonic()
-        if now > self._answered_at + TURN_SECONDS:
-            self._answer()
-        return now >= self._stop_at
+        self._answer()
+        return self._answered_at >= self._stop_at
 
     def _answer(self) -> None:
-        """Store what has been put, and send the replies."""
+        """Store the puts of the batch, and send the replies."""
         while self.batch.puts:
             self.batch.commit()
         to_flush, self.to_flush = self.to_flush, []
@@ -289,16 +288,16 @@ class EventLoop:
             until = min(until, self.now + ROOM_SECONDS)
         # After the process was suspended (SIGSTOP), the first call returns nothing even if requests have arrived, which
         # the timers would then consider late.
-        return self._selector.select(max(0.0, until - time.monotonic())) or self._selector.select(0)
+        return self._selector.select(until - time.monotonic()) or self._selector.select(0)
 
     def _flush_store(self) -> None:
         try:
             self.context.store.flush()
         except ReplyError as error:
-            # The put that needs it will fail, and its client gets the error.
+            # The next put that has to flush will fail, and its client gets the error.
             _logger.debug("nothing written: %s", error)
         except Exception:  # noqa: BLE001
-            self._log_defect("writing failed by a defect")
+            self._log_defect("writing failed because of a defect")
 
     def _run_posted(self) -> None:
         while self._posted:
@@ -312,7 +311,7 @@ class EventLoop:
         self.counters.failures += 1
 
     def when_done(self, answer: Future[T], call: Callable[[T | ReplyError], None]) -> None:
-        """Call this in the loop's thread with the store's answer once it is there, or with the error to reply with."""
+        """Call this in the loop's thread with the store's answer once it arrives, or with the error to reply with."""
 
         def pass_on(done: Future[T]) -> None:
             result = _result(done)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING
 
 from dsmq import __version__
@@ -132,41 +131,27 @@ def config(client: Connection, request: list[bytes]) -> bytes:
     settings = client.context.settings.model_dump(mode="json")
     # redis-benchmark requests the first two, to report how Redis persists; redis-cli --stat the last.
     settings |= {"save": "", "appendonly": "no", "databases": "1"}
-    found: set[str] = set()
-    for pattern in patterns:
-        found |= _matching(settings.keys() - found, pattern)
-    return encode_value(client.version, {name: _text(settings[name]) for name in settings if name in found})
+    found = {name: _text(settings[name]) for name in settings if any(_matches(name, pattern) for pattern in patterns)}
+    return encode_value(client.version, found)
 
 
-def _matching(names: AbstractSet[str], pattern: str) -> set[str]:
-    """Return the names that match a pattern, in which `*` stands for anything.
+def _matches(name: str, pattern: str) -> bool:
+    """Return whether a name matches a pattern, in which `*` stands for anything.
 
-    Not by a regular expression, because a hostile one may take very long to compile or to match.
+    Does not use a regular expression, because a hostile one may take very long to compile or to match.
     """
     first, *others = pattern.split("*")
     if not others:
-        return {pattern} & names
-    *middle, last = others
-    parts, edges = list(filter(None, middle)), len(first) + len(last)
-    return {
-        name
-        for name in names
-        if name.startswith(first)
-        and name.endswith(last)
-        and len(name) >= edges
-        and _contains(name[len(first) : len(name) - len(last)], parts)
-    }
-
-
-def _contains(text: str, parts: list[str]) -> bool:
-    """Return whether a text contains these parts, in this order."""
-    at = 0
-    for part in parts:
-        found = text.find(part, at)
+        return name == pattern
+    if not (name.startswith(first) and name.endswith(others[-1])):
+        return False
+    at = len(first)
+    for part in others[:-1]:
+        found = name.find(part, at)
         if found < 0:
             return False
         at = found + len(part)
-    return True
+    return at + len(others[-1]) <= len(name)
 
 
 def info(client: Connection, request: list[bytes]) -> bytes:

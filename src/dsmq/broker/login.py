@@ -87,8 +87,8 @@ class Login:
             raise AuthRequired("a wrong token was given on this connection")
 
     def apply_settings(self) -> None:
-        """Disconnect the client if the rules that admitted it have changed; admit it if no token is required any
-        more."""
+        """Disconnect the client if the rules that admitted it have changed; admit it if tokens are no longer
+        required."""
         connection, access = self.connection, self.connection.context.access
         tokens = access.authenticator.tokens
         if connection.unauthenticated and not self.gave_wrong_token:

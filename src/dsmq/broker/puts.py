@@ -111,9 +111,9 @@ class PutBatch:
         except ReplyError as error:
             return error
         except Exception:
-            _logger.exception("storing failed by a defect", extra=logs.event("defect"))
+            _logger.exception("storing failed because of a defect", extra=logs.event("defect"))
             self._loop.counters.failures += 1
-            return StoreFailed("a defect; see the server's log")
+            return StoreFailed("a defect in the server; see its log")
         if not isinstance(stored, Future):
             # Before the replies to the puts, so that readers do not wait for those. A store that answers later reports
             # its new messages itself.

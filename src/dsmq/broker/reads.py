@@ -28,7 +28,7 @@ MAX_COUNT = 1_000
 # read.
 SHORT_READ_BYTES = 65_536
 MAX_WAIT_MS = 86_400_000
-# Max memory for the positions of GET of one connection, and what each takes besides its topic.
+# Max memory for one connection's positions of GET, and the bytes that each takes in addition to its topic.
 MAX_POSITION_BYTES = 2_097_152
 POSITION_OVERHEAD_BYTES = 200
 
@@ -223,7 +223,7 @@ class Reads:
             self._try(self.pending)
 
     def _try(self, read: PendingRead, found: list[Message] | ReplyError | None = None) -> None:
-        """Reply if that is possible now; `found` is what a store has answered later."""
+        """Reply if that is possible now; `found` is the answer of a store that answers later."""
         connection = self._connection
         if self.pending is not read or connection.state is not WAITING:
             # It has been answered already, or waits for room.

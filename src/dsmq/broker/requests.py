@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dsmq.broker.event_loop import EventLoop
     from dsmq.broker.transactions import Step, Transaction
 
-# Commands whose replies may be long, and how long. The replies to READ and GET are as long as their messages.
+# Commands whose replies may be long, and the bytes to reserve for each. READ and GET know the length of their replies.
 LONG_REPLIES = frozenset({b"TOPICS", b"ECHO", b"PING", b"COMMAND", b"CONFIG", b"INFO"})
 LONG_REPLY_BYTES = 65_536
 # Max bytes received at once from each of many connections, so that one does not hold up the others.
@@ -42,10 +42,10 @@ class Requests:
     counts: dict[str, int]
     parser: RequestParser = field(default_factory=lambda: RequestParser(0))
     queue: list[list[bytes]] = field(default_factory=list)
-    """Parsed, but not run yet. Never so many that a deque, whose memory all idle connections would take, is faster."""
+    """Parsed, but not run yet. A deque would not be faster with so few, and would take memory in idle connections."""
     transaction: Transaction | None = None
     steps: list[Step] = field(default_factory=list)
-    """What EXEC still has to run, the first step last. For each, the queue has a request with an empty name."""
+    """The steps that EXEC still has to run, in reverse order. For each, the queue has a request with an empty name."""
     permitted: dict[bytes, Command] = field(default_factory=dict)
     max_receive: int = RECEIVE_BYTES
     reserved: int = 0
@@ -66,14 +66,15 @@ class Requests:
         waiting = self.connection.state is WAITING
         return self.parser.missing if self.parser.incomplete and not waiting else 0
 
-    def permit(self, role: Role) -> None:
+    def permit(self) -> None:
+        """Allow the commands of the client's role."""
         table = self.loop.context.commands
-        self.permitted = (table.queued if self.transaction else table.by_role)[role]
+        self.permitted = (table.queued if self.transaction else table.by_role)[self.connection.role]
 
     def begin(self, transaction: Transaction | None) -> None:
         """Queue requests in a transaction from now on; None: run them again."""
         self.transaction = transaction
-        self.permit(self.connection.role)
+        self.permit()
 
     def run_next(self, steps: list[Step]) -> None:
         """Run these steps of a transaction before any other request."""
@@ -119,7 +120,7 @@ class Requests:
         self.connection.on_failure()
 
     def _scarce_bytes(self) -> int:
-        """Return how many bytes to receive in a crowd; if memory is short, few beyond the reserved ones."""
+        """Return how many bytes to receive: fewer in a crowd, and if memory is short, few beyond the reserved ones."""
         most = self.max_receive if self.loop.slice_seconds else min(self.max_receive, CROWD_RECEIVE_BYTES)
         return min(most, FREE_BYTES + self.missing) if self.budget.is_crowded else most
 
@@ -127,27 +128,31 @@ class Requests:
 
     def run(self) -> None:
         """Run buffered requests until one blocks, the output buffer is full, or the time slice is over."""
-        connection, parser = self.connection, self.parser
+        connection, parser, transport = self.connection, self.parser, self.transport
         if connection.state is BEHIND:
             connection.state = OPEN
         if connection.state is OPEN:
-            self._run()
-        state = connection.state
+            is_full = self._run()
+            if (is_full or self.queue or not parser.missing) and connection.state is OPEN:
+                connection.state = BEHIND
+                if not is_full:
+                    self.loop.run_soon(connection)
         if (
-            (state is not OPEN and state is not WAITING)
-            or parser.missing != 1
+            parser.missing != 1
             or parser.incomplete
             or self.queue
             or self.reserved
             or self.transaction
-            or self.transport.eof_received
+            or transport.eof_received
+            or (connection.state is not OPEN and connection.state is not WAITING)
         ):
             self._after_run()
-            self.transport.update_events()
-        elif self.transport.events != EVENT_READ:
-            self.transport.update_events()
+            transport.update_events()
+        elif transport.events != EVENT_READ:
+            transport.update_events()
 
-    def _run(self) -> None:
+    def _run(self) -> bool:
+        """Return whether the output buffer is full."""
         connection, transport, queue, parser = self.connection, self.transport, self.queue, self.parser
         is_tight = transport.budget.is_tight
         most = FREE_BYTES if is_tight and transport.budget.is_full else transport.max_unread
@@ -160,7 +165,16 @@ class Requests:
                 queue.insert(0, request)
                 break
             try:
-                self._execute(request)
+                command = self.permitted.get(request[0]) or self._authorize(request[0])
+                self.counts[command.name] += 1
+                if connection.pending_puts and command.name != "PUT" and not connection.commit_puts():
+                    queue.insert(0, request)
+                    break
+                if not command.min_args < len(request) <= command.max_args + 1:
+                    raise command.wrong_count()
+                reply = command.handler(connection, request)
+                if reply is not None:
+                    transport.send(reply)
             except ReplyError as error:
                 self._refuse(request, error)
             except Exception:  # noqa: BLE001
@@ -174,41 +188,22 @@ class Requests:
             until = until or now + slice_seconds
             if now >= until:
                 break
-        is_full = len(transport.data) >= most
-        if connection.state is OPEN and (is_full or queue or not parser.missing):
-            connection.state = BEHIND
-            if not is_full:
-                self.loop.run_soon(connection)
+        return len(transport.data) >= most
 
-    def _parse(self) -> bool:
-        """Take requests out of the parser, just one if no more may run; return whether there were any."""
+    def _parse(self) -> list[list[bytes]]:
+        """Take requests out of the parser into the queue, just one if no more may run; return the queue."""
         try:
             if self.permitted and self.loop.slice_seconds:
-                requests = self.parser.batch()
-            else:
-                request = self.parser.next()
-                requests = [] if request is None else [request]
+                self.queue += self.parser.batch()
+            elif (request := self.parser.next()) is not None:
+                self.queue.append(request)
         except ReplyError as error:
             if self.connection.commit_puts():
                 self.connection.reject(error)
-            return False
-        if requests:
-            self.queue += requests
-            self.loop.counters.requests += len(requests)
+        if self.queue:
+            self.loop.counters.requests += len(self.queue)
             self.incomplete_since = self.slow_from = math.inf
-        return bool(requests)
-
-    def _execute(self, request: list[bytes]) -> None:
-        command = self.permitted.get(request[0]) or self._authorize(request[0])
-        self.counts[command.name] += 1
-        if command.name != "PUT" and self.connection.pending_puts and not self.connection.commit_puts():
-            self.queue.insert(0, request)
-            return
-        if not command.min_args < len(request) <= command.max_args + 1:
-            raise command.wrong_count()
-        reply = command.handler(self.connection, request)
-        if reply is not None:
-            self.transport.send(reply)
+        return self.queue
 
     def _authorize(self, name: bytes) -> Command:
         """Return a command that `permitted` lacks. Raises the error if the client may not call it."""

@@ -62,7 +62,7 @@ class Step(NamedTuple):
     reply: Encoded | ReplyError | None
     """The reply to a put. Puts have been stored, or refused, before the first step."""
     below: int
-    """The id of the first message that the transaction puts into its topic after it, and that it must not read."""
+    """The id of the first later put of the transaction into the same topic, whose message must not be read yet."""
 
 
 def multi(client: Connection, _: list[bytes]) -> bytes:
@@ -121,7 +121,7 @@ def _begin_steps(
     # The highest id before each put: an id that is not above it belongs to an earlier put with the same KEY.
     highest = list(accumulate(ids, max, initial=last_id))
     first_later: dict[bytes, int] = {}
-    # The first one last.
+    # In reverse order.
     steps: list[Step] = []
     for command, request in reversed(requests):
         reply: Encoded | ReplyError | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import socket
 from contextlib import suppress
@@ -31,8 +30,6 @@ MAX_HELD_BYTES = 65_536
 LINGER_SECONDS = 1.0
 LINGER_SECONDS_AT_STOP = 0.05
 
-_logger = logging.getLogger(__name__)
-
 
 @dataclass(slots=True, eq=False)
 class Transport:
@@ -51,9 +48,9 @@ class Transport:
     unread_since: float = math.inf
     """When the client last took something; infinite if nothing is unsent."""
     slow_from: float = math.inf
-    """When its average speed of reading falls below SLOW_BYTES_PER_SECOND."""
+    """When the client's average speed of reading falls below SLOW_BYTES_PER_SECOND."""
     active_at: float = 0.0
-    """When it last received something, or had sent everything."""
+    """When data was last received, or the last of it sent."""
     linger_seconds: float = field(default_factory=lambda: LINGER_SECONDS)
     eof_received: bool = False
     events: int = 0
@@ -89,7 +86,7 @@ class Transport:
                 reply = b""
         self.data += reply
         if self.counted or len(self.data) > SEND_BYTES:
-            # It may stay buffered for long.
+            # It may stay buffered for a long time.
             self.count()
 
     def flush(self) -> None:

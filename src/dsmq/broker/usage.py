@@ -153,8 +153,8 @@ class Budget(Count["Connection"]):
             return True
 
     def first_that_fits(self) -> Connection | None:
-        """Return the connection that waits longest if its claim fits now; else the first with a short claim,
-        if that fits.
+        """Return the connection that has waited longest if its claim fits now; else the first with a short claim, if
+        that fits.
         """
         with self._lock:
             for queue in (self.queue, self._short):
@@ -175,10 +175,12 @@ class Budget(Count["Connection"]):
             return sorted(self._held.items(), key=itemgetter(1), reverse=True)
 
     def blockers(self) -> list[Connection]:
-        """Return connections that hold part of a claim, wait for the rest, and have to be dropped to break a deadlock.
+        """Return the waiting connections to drop so that the others are not stuck, if they are deadlocked.
 
-        There is a deadlock if the claim of the first would not fit even after all connections that do not wait are
-        done. The largest are dropped; the first only if what it holds and claims is too much by itself.
+        A connection in the queue may hold part of the memory it needs while it waits for the rest. There is a deadlock
+        if the first in the queue would have no room even if all connections outside the queue released theirs. Then the
+        largest others in the queue are dropped, until it has room; the first itself is dropped only if it needs more
+        than the limit.
         """
         with self._lock:
             if not self.queue:
@@ -198,7 +200,7 @@ class Budget(Count["Connection"]):
             return blockers
 
     def leave(self, holder: Connection) -> None:
-        """Remove it from the queue."""
+        """Remove a connection from the queue."""
         with self._lock:
             self._leave(holder)
             self._judge()
@@ -311,16 +313,16 @@ def _is_slow(connection: Connection, budget: Budget, now: float) -> bool:
         return requests.reserved > 2 * RECEIVE_BYTES or requests.transaction is not None
     if requests.incomplete_since < now:
         return now > requests.slow_from
-    # If it is behind because it has to read its replies first, its pace of reading counts.
+    # If it has to read its replies before its requests run, its speed of reading counts.
     return connection.state is not BEHIND or now > transport.slow_from
 
 
 def _make_way(connection: Connection, budget: Budget, *, is_blocker: bool = False) -> None:
-    """Drop a client because others need memory, unless it has made progress meanwhile."""
+    """Drop a client because others need its memory, unless it has made progress meanwhile."""
     goes = connection in budget.queue if is_blocker else _is_slow(connection, budget, time.monotonic())
     if connection.closed or not budget.of(connection) or not goes:
         return
-    about = "memory is short and it is slow"
+    about = "too slow while memory is short"
     _logger.info("%r: dropped: %s", connection, about, extra=connection.event("dropped"))
     if budget is connection.transport.budget or not connection.requests.missing:
         connection.close(about)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from types import TracebackType
@@ -21,25 +20,21 @@ from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 from dsmq.client import arguments
 from dsmq.client.connection import Connection
-from dsmq.client.core import Client, Options, Retries
-from dsmq.client.dial import ClosedSilently, with_text
+from dsmq.client.core import NOT_STARTED, Client, Options, Retries
 from dsmq.client.pool import Pool
 from dsmq.client.reader import Claim
-from dsmq.client.replies import check, reason, stored_id
+from dsmq.client.replies import check, stored_id
 from dsmq.client.requests import ALL, Call, Convert, NonIdempotent, Put, PutMany, Retryable, list_topics, read
 from dsmq.client.session import PING, SHUTDOWN, Message, body, text
 
 __all__ = ["DSMQClientSideConnection", "Message", "connect"]
 
-# How often `connect` retries while a server is starting, and the first delay in seconds, which doubles each time. The
-# sum of the delays is the default timeout of `get_wait`. Both may be adjusted.
+# The schedule of dsmq 1.4: how many delays, and the first in seconds, which doubles each time. Their sum is how long
+# `connect` waits for a server that is starting, and the default timeout of `get_wait`. Both may be adjusted.
 _n_tries = 10
 _initial_retry = 0.01
 # The name in dsmq 1.4's code; its documentation uses the name above.
 _n_retries = _N_RETRIES = _n_tries
-
-NOT_STARTED = (ConnectionRefusedError, FileNotFoundError, ClosedSilently)
-"""Errors of a first connection that may mean that the server is still starting."""
 
 C = TypeVar("C", bound=Retryable)
 D = TypeVar("D")
@@ -102,7 +97,7 @@ class DSMQClientSideConnection(Client):
         self._pool = Pool(self._core)
         self._verbose = verbose
         self._log(f"connecting to the dsmq server at {self._core.endpoint}")
-        self._pool.give_back(self._connect_at_start() if retry else self._pool.connect())
+        self._pool.give_back(self._connect_at_start(Retries(default_wait() if retry else 0.0)))
 
     def put(self, topic: str, msg: str | bytes) -> int:
         """Put a message into a topic; it is stored when this returns. Returns its id.
@@ -139,9 +134,7 @@ class DSMQClientSideConnection(Client):
         With raw=True, messages are bytes, and the default is b"". Raises MessageNotText if the message is not UTF-8; it
         stays unread.
         """
-        if raw:
-            return self._one(topic, 0.0, default, raw)
-        return self._read(topic, 1, 0.0, text, default)
+        return self._read(topic, 1, 0.0, raw, default)
 
     @overload
     def get_wait(
@@ -159,11 +152,11 @@ class DSMQClientSideConnection(Client):
         """Like `get`, but wait up to `timeout` seconds for a message (0: not at all; math.inf: for ever).
 
         Without a timeout it waits about ten seconds: the sum of `_n_tries` delays, the first of `_initial_retry`
-        seconds, and each twice the previous one. If the server is unreachable in the end, this takes up to
-        `reconnect_timeout` longer, and raises ConnectionLost.
+        seconds, and each twice the previous one. If the server is unreachable when that time is over, the call takes up
+        to `reconnect_timeout` longer, and raises ConnectionLost.
         """
         seconds = default_wait() if timeout is None else arguments.seconds("timeout", timeout)
-        return self._one(topic, seconds, default, raw)
+        return self._read(topic, 1, seconds, raw, default)
 
     @overload
     def get_latest(self, topic: str, *, default: str = "", raw: Literal[False] = False) -> str: ...
@@ -176,9 +169,9 @@ class DSMQClientSideConnection(Client):
     def get_latest(self, topic: str, *, default: object = "", raw: bool = False) -> object:
         """Return the newest message of a topic that this client has not read, or `default` if there is none.
 
-        The older ones are skipped: this client will not read them any more.
+        The older ones are skipped: this client will not return them later.
         """
-        return self._one(topic, 0.0, default, raw, True)
+        return self._read(topic, 1, 0.0, raw, default, True)
 
     @overload
     def get_many(self, topic: str, n: int = 100, *, timeout: float = 0.0, raw: Literal[False] = False) -> list[str]: ...
@@ -187,10 +180,10 @@ class DSMQClientSideConnection(Client):
     def get_many(self, topic: str, n: int = 100, *, timeout: float = 0.0, raw: bool = False) -> list[str] | list[bytes]:
         """Return up to `n` messages of a topic, oldest first. If there are none, wait up to `timeout` seconds for one.
 
-        It stops before a message that is not UTF-8; if that is the first, it raises MessageNotText.
+        Stops before a message that is not UTF-8; if that is the first, raises MessageNotText.
         """
         n, seconds = arguments.count("n", n), arguments.seconds("timeout", timeout)
-        return self._read(topic, n, seconds, body if raw else text)  # type: ignore[no-any-return]
+        return self._read(topic, n, seconds, raw)  # type: ignore[no-any-return]
 
     def read(self, topic: str, n: int = 1, *, timeout: float = 0.0, latest: bool = False) -> list[Message]:
         """Return up to `n` messages with their ids, numbers and put times; otherwise like `get_many`.
@@ -198,19 +191,19 @@ class DSMQClientSideConnection(Client):
         latest=True returns only the newest, and skips the older ones, like `get_latest`.
         """
         n, seconds = arguments.count("n", n), arguments.seconds("timeout", timeout)
-        return self._read(topic, n, seconds, self._session.message, latest=latest)  # type: ignore[no-any-return]
+        return self._read(topic, n, seconds, None, ALL, latest)  # type: ignore[no-any-return]
 
     @overload
     def messages(self, topic: str, *, timeout: float = ..., raw: Literal[False] = False) -> Iterator[str]: ...
     @overload
     def messages(self, topic: str, *, timeout: float = ..., raw: Literal[True]) -> Iterator[bytes]: ...
     def messages(self, topic: str, *, timeout: float = math.inf, raw: bool = False) -> Iterator[str] | Iterator[bytes]:
-        """Iterate over the messages of a topic as they arrive; end when none has for `timeout` seconds."""
+        """Iterate over the messages of a topic as they arrive; end when none arrives for `timeout` seconds."""
         seconds = arguments.seconds("timeout", timeout)
         self._session.reader(topic)
         end = object()
         # Not a generator, which an interrupt would end.
-        return iter(partial(self._one, topic, seconds, end, raw), end)
+        return iter(partial(self._read, topic, 1, seconds, raw, end), end)
 
     def ping(self) -> None:
         """Check that the server answers."""
@@ -246,37 +239,34 @@ class DSMQClientSideConnection(Client):
     ) -> None:
         self.close()
 
-    def _one(self, topic: str, seconds: float, default: object, raw: bool, latest: bool = False) -> Any:  # noqa: FBT001, FBT002
-        """Return a message, or the default."""
-        if raw:
-            return self._read(topic, 1, seconds, body, b"" if default == "" else default, latest)
-        return self._read(topic, 1, seconds, text, default, latest)
-
     def _read(  # noqa: PLR0913, PLR0917 - what a read consists of
         self,
         topic: str,
         n: int,
         seconds: float,
-        convert: Convert[T],
+        raw: bool | None,  # noqa: FBT001 - by position, which is faster
         default: object = ALL,
-        latest: bool = False,  # noqa: FBT001, FBT002 - by position, which is faster
+        latest: bool = False,  # noqa: FBT001, FBT002
     ) -> Any:
-        """Return up to `n` messages in a list, or the first or the default."""
+        """Return up to `n` messages in a list, or the first or the default. If `raw` is None, with metadata."""
         claim: Claim = []
         try:
+            convert: Convert[Any] = text if raw is False else body if raw else self._session.message
             reader = self._session.reader(topic)
             taken = reader.take(claim, n, convert) if n and not latest else []
             if len(taken) < n:
                 for call in read(self._session, reader, claim, taken, n, seconds, convert, latest):
                     self._run(call)
-            return taken if default is ALL else taken[0] if taken else default
+            if default is ALL:
+                return taken
+            return taken[0] if taken else b"" if raw and default == "" else default
         except BaseException:
-            # The messages taken will not be returned. Appending is atomic, so that a second interrupt can't lose them.
+            # The caller does not get the messages taken. Appending is atomic, so a second interrupt can't lose them.
             self._session.returned.append((claim, []))
             raise
 
     def _run(self, call: C, attempt: Callable[[Connection, C], None] = Connection.ask) -> None:  # type: ignore[assignment]
-        """Make a call on a connection, and on another each time it breaks."""
+        """Make a call on a connection, and again on another one each time it breaks."""
         retries = None
         while True:
             connection = None
@@ -290,22 +280,23 @@ class DSMQClientSideConnection(Client):
                 delay = self._core.retry_delay(call, error, retries, connected=connected)
                 if delay is None:
                     raise
-                self._pool.wait(delay)
             else:
                 self._pool.give_back(connection)
-                if self._core.is_down:
+                if self._core.down:
                     # Another thread has reconnected.
                     self._core.announce("resumed")
                 return
+            # Not while the error is handled: the traceback of an interrupt would show it, too.
+            self._pool.wait(delay)
 
-    def _connect_at_start(self) -> Connection:
-        began, delays = time.monotonic(), iter(retry_delays())
+    def _connect_at_start(self, retries: Retries) -> Connection:
         while True:
             try:
                 return self._pool.connect()
             except NOT_STARTED as error:
-                time.sleep(next_delay(error, began, delays))
-                self._log("    ...trying again")
+                delay = retries.delay_at_start(error)
+            self._pool.wait(delay)
+            self._log("    ...trying again")
 
     def _log(self, line: str) -> None:
         if self._verbose:
@@ -319,23 +310,7 @@ def _shut_down(connection: Connection, call: NonIdempotent) -> None:
     connection.await_end()
 
 
-def retry_delays() -> list[float]:
-    """Return the delays of the documented schedule, in seconds."""
-    return [_initial_retry * 2**attempt for attempt in range(_tries())]
-
-
-def next_delay(error: OSError, began: float, delays: Iterator[float]) -> float:
-    """Return how long to wait for a server that may be starting. Raises the error if it has had enough time."""
-    seconds, delay = time.monotonic() - began, next(delays, None)
-    if delay is None or seconds > default_wait():
-        raise with_text(error, f"{reason(error)} (tried for {seconds:.1f} s)") from None
-    return delay
-
-
 def default_wait() -> float:
-    """Return how long `get_wait` waits by default: the sum of the delays, in seconds."""
-    return _initial_retry * ((1 << _tries()) - 1)
-
-
-def _tries() -> int:
-    return _n_tries if _n_retries == _N_RETRIES else _n_retries
+    """Return how long to wait for a message, or for a server that is starting, by default: in seconds."""
+    tries = _n_tries if _n_retries == _N_RETRIES else _n_retries
+    return _initial_retry * ((1 << tries) - 1)

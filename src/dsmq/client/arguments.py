@@ -10,10 +10,14 @@ from dsmq.system import LONG_MESSAGE_BYTES, raise_malloc_threshold
 from dsmq.wire.addresses import UNIX, Endpoint, parse_endpoint
 
 MAX_PORT = 65_535
+# Shorter times are accepted without further checks, which would take longer.
+_COMMON_SECONDS = 1e9
 
 
 def seconds(name: str, value: object, *, zero: bool = True) -> float:
     """Return a time in seconds, which may be infinite."""
+    if isinstance(value, int | float) and 0 < value < _COMMON_SECONDS and value is not True:
+        return value
     if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} should be a number of seconds, not {value!r}")
     try:

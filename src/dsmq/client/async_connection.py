@@ -1,4 +1,4 @@
-"""One connection of the asyncio client: requests of many tasks out, replies in, and how long a reply may take."""
+"""One connection of the asyncio client: sends the requests of many tasks, and receives replies, with timeouts."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ class Connection(asyncio.Protocol):
             self.fail(TimeoutError(f"no reply within {self._timeout:g} s"))
 
     def _count_unsent(self) -> int:
-        """Return the number of bytes that the server has not received, as far as the system knows."""
+        """Return the number of sent bytes that the server has not received, as far as the system knows."""
         return self._transport.get_write_buffer_size() + unsent_bytes(self.sock)
 
     @property

@@ -34,7 +34,7 @@ class Channel(Retryable):
         self._was_idle = False
 
     def ask(self, call: Call) -> asyncio.Future[None]:
-        """Make a call after those made before; return a future that is done when the reply is in."""
+        """Make a call after all earlier ones; return a future that is done when the reply has arrived."""
         place = Place(call)
         self._queue.append(place)
         connection = self._connection
@@ -109,7 +109,7 @@ class Channel(Retryable):
             self._fail_calls(asyncio.CancelledError())
 
     async def _connect(self) -> None:
-        """Check that the connection is still open, or make another; then send the calls that wait."""
+        """Check that the connection is still open, or make another; then send the queued calls."""
         failure: Exception | None = None
         try:
             await self.settle()
@@ -194,7 +194,7 @@ class Channel(Retryable):
 
 
 def retrieve_error(future: asyncio.Future[None]) -> None:
-    """Keep asyncio from logging the error of a future that nothing awaits any more."""
+    """Keep asyncio from logging the error of a future that is no longer awaited."""
     if not future.cancelled():
         future.exception()
 
@@ -211,7 +211,7 @@ class Pool:
         self._idle: deque[Channel] = deque()
         self._sweeper: asyncio.TimerHandle | None = None
         self.shared = self._add_channel()
-        """The connection of all calls that do not wait."""
+        """The connection for all calls that do not wait."""
         self._guard = _close_at_end(self._channels)
         with suppress(StopIteration):
             self._guard.__anext__().send(None)
@@ -222,7 +222,7 @@ class Pool:
         return self.process is process() and self.loop.is_running()
 
     async def wait(self, call: Call) -> None:
-        """Make a call that waits on its own connection; calls after it would wait too."""
+        """Make a call that waits, on a connection of its own, because later calls on it would wait too."""
         channel = self._idle.pop() if self._idle else self._add_channel()
         try:
             await channel.ask(call)

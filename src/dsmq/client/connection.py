@@ -1,4 +1,4 @@
-"""One connection of the blocking client: requests out, replies in, and how long a reply may take."""
+"""One connection of the blocking client: sends requests, and receives replies, with timeouts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _LONGEST_TIMEOUT = 1e6
 # After a longer pause, check that a connection is still open before sending.
 LONG_PAUSE_SECONDS = 0.1
 CLOSED_BY_SERVER = "the server has closed the connection"
-# A slower link times out, as it does at the server.
+# A slower link times out, as it does on the server.
 _SLOWEST_SECONDS_PER_BYTE = 1 / 16_384
 # How long to poll for a reply before sleeping.
 BUSY_POLL_SECONDS = 150e-6
@@ -63,6 +63,7 @@ class Connection:
         weakref.finalize(self, self._socket.close)
         self._selector = Selector()
         self._selector.register(self._socket, EVENT_READ)
+        self._awaited = EVENT_READ
 
     def ask(self, call: Call) -> None:
         """Make a call that gets one reply."""
@@ -128,8 +129,7 @@ class Connection:
     def receive(self) -> Reply:
         """Return the next reply. Raises OSError if the connection breaks or the reply is overdue."""
         parser = self._parser
-        # Calling an empty parser is slow.
-        found = parser.next() if len(parser) else None
+        found = None if parser.missing else parser.next()
         while found is None:
             data = self._receive()
             if not data:
@@ -180,7 +180,9 @@ class Connection:
 
     def _wait(self, event: int) -> None:
         """Wait until the socket can be read or written. Raises TimeoutError if the reply is overdue."""
-        self._selector.modify(self._socket, event)
+        if event != self._awaited:
+            self._selector.modify(self._socket, event)
+            self._awaited = event
         left = self._deadline - time.monotonic()
         if not self._selector.select(max(0.0, min(left, _LONGEST_SLEEP_SECONDS))) and left < _LONGEST_SLEEP_SECONDS:
             raise TimeoutError(f"no reply within {self._timeout:g} s")

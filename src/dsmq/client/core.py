@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from dsmq.client import arguments
-from dsmq.client.dial import Security, tls_context
+from dsmq.client.dial import ClosedSilently, Security, tls_context, with_text
 from dsmq.client.replies import is_lost, reason
 from dsmq.client.requests import Retryable
 from dsmq.client.session import Session, State
@@ -21,6 +21,9 @@ IDLE_SECONDS = 5.0
 # The first retry is immediate. The others follow after this delay, doubling each time, with jitter, so that many
 # clients do not all reconnect at once.
 _FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.01, 1.0
+
+NOT_STARTED = (ConnectionRefusedError, FileNotFoundError, ClosedSilently)
+"""Errors of a first connection that may mean that the server is still starting."""
 
 _logger = logging.getLogger(__name__)
 
@@ -49,20 +52,26 @@ class Retries:
         """Return the seconds to wait before the next attempt; None if it is time to give up."""
         now = time.monotonic()
         self._until = min(self._until, now + self._seconds)
-        delay = next(self._delays)
-        return delay if now + delay < self._until else None
+        return min(next(self._delays), self._until - now) if now < self._until else None
 
-    def tried(self, error: Exception) -> Exception:
-        """Return the error to give up with: this one, and how long the attempts took."""
+    def text(self, error: Exception) -> str:
+        """Return the text of the last error, with the duration of the attempts."""
         seconds = time.monotonic() - (self._until - self._seconds)
-        return ConnectionError(f"{reason(error)} (tried for {seconds:.1f} s)") if self._seconds else error
+        return f"{reason(error)} (tried for {seconds:.1f} s)" if self._seconds else reason(error)
+
+    def delay_at_start(self, error: OSError) -> float:
+        """Return the seconds to wait for a server that may be starting. Raises the error if it is time to give up."""
+        delay = self.next_delay()
+        if delay is None:
+            raise with_text(error, self.text(error)) from None
+        return delay
 
 
 def _retry_delays() -> Iterator[float]:
     yield 0.0
     for attempt in itertools.count():
         longest = min(_LONGEST_DELAY_SECONDS, _FIRST_DELAY_SECONDS * 2.0 ** min(attempt, 32))
-        yield longest * random.uniform(0.5, 1.0)  # noqa: S311 - it is no secret
+        yield longest * random.uniform(0.5, 1.0)  # noqa: S311 - not a secret
 
 
 class Core:
@@ -82,8 +91,8 @@ class Core:
         token = options.get("token")
         self.session = Session("" if token is None else arguments.text("token", token))
         self.is_closed = False
-        # `lost` and `given up`, if the last connection was lost.
-        self._down: dict[State, object] = {}
+        self.down: dict[State, object] = {}
+        """`lost` and perhaps `given up`, if there is no connection, as far as is known."""
 
     # Connections
 
@@ -97,7 +106,7 @@ class Core:
         `connected`: whether the call had a connection. Raises another error if the call must not be made again.
         """
         if not is_lost(error, connecting=not connected):
-            if self.is_down and isinstance(error, ReplyError):
+            if self.down and isinstance(error, ReplyError):
                 self.announce("resumed" if connected else "given up", error)
             # If raised here, the error would refer to itself through this frame, and keep its connection alive until
             # the next garbage collection.
@@ -110,15 +119,10 @@ class Core:
         delay = retries.next_delay()
         if delay is None:
             self.announce("given up", error)
-            raise call.to_error(retries.tried(error)) from error
+            raise call.to_error(ConnectionError(retries.text(error))) from error
         return delay
 
     # States
-
-    @property
-    def is_down(self) -> bool:
-        """Whether there is no connection, as far as is known."""
-        return "lost" in self._down
 
     def announce(self, state: State, error: BaseException | None = None) -> None:
         """Log and report a new state: each loss and each recovery once."""
@@ -129,7 +133,7 @@ class Core:
         elif state == "resumed":
             _logger.info("connection to %s resumed", self.endpoint)
         elif state == "given up":
-            _logger.info("no connection to %s any more: %s", self.endpoint, error and reason(error))
+            _logger.info("no connection to %s, giving up: %s", self.endpoint, error and reason(error))
         self.report(state)
 
     def report(self, state: State) -> None:
@@ -138,7 +142,7 @@ class Core:
 
     def _enter(self, state: State) -> bool:
         """Enter a state; return whether it is new. A lock would hang signal handlers; each step is atomic."""
-        down, this = self._down, object()
+        down, this = self.down, object()
         if state == "lost":
             return down.setdefault("lost", this) is this
         if state == "given up":

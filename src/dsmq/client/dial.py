@@ -27,7 +27,7 @@ Address: TypeAlias = "tuple[int, int, int, Any]"
 
 STAGGER_SECONDS = 0.25
 """How long an address has before the next one is tried in parallel (RFC 8305, section 5)."""
-# When an address has refused, a server may be starting there; the others get no longer than this.
+# If an address refuses, a server may be starting there: the others get only this long before all are tried again.
 REST_SECONDS = 2.0
 # A selector accepts no infinite wait.
 _LONGEST_WAIT_SECONDS = 86_400.0
@@ -65,7 +65,7 @@ class Security(TypedDict, total=False):
 
 
 def tls_context(security: Security) -> SSLContext | None:
-    """Return the context for TLS, if it is to be used. Raises ConfigError, TypeError or ValueError."""
+    """Return the context for TLS, or None without TLS. Raises ConfigError, TypeError or ValueError."""
     names: tuple[Literal["ca_file", "cert_file", "key_file"], ...] = ("ca_file", "cert_file", "key_file")
     ca_file, cert_file, key_file = files = tuple(arguments.path(name, security.get(name)) for name in names)
     tls = security.get("tls") or False

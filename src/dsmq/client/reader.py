@@ -2,7 +2,7 @@
 
 A reader is shared by threads, and by signal handlers, which run between any two steps of the call that they interrupt,
 and may call the client themselves. A lock would hang them. So a state is never changed: it is replaced by linking the
-next one to it with `dict.setdefault`, which is atomic. A call that comes second starts again from the new state.
+next one to it with `dict.setdefault`, which is atomic. A call that comes too late starts again from the new state.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TypeAlias, TypeVar
 
-from dsmq.client.stretch import Entry, Era, Step, Stretch, in_next_era, insert, missing_numbers
+from dsmq.client.stretch import Entry, Era, Step, Stretch, in_next_era, insert
 from dsmq.errors import MessageNotText
 from dsmq.system import boot_time
 from dsmq.wire.limits import DEFAULT_COUNT
@@ -29,7 +29,7 @@ T = TypeVar("T")
 Claim: TypeAlias = "list[tuple[TopicReader, Stretch, int, Step]]"
 """The messages a call takes, recorded beforehand, so that they can be given back wherever the call is interrupted."""
 Tried: TypeAlias = "list[tuple[Step, Stretch, int, Stretch]]"
-"""Attempts to give back a claim: what was taken, and which state was to follow which."""
+"""Attempts to give back a claim: the step taken, the state at the time and its position, and the state to follow it."""
 Returned: TypeAlias = "list[tuple[Claim, Tried]]"
 """Claims of calls that were interrupted.
 
@@ -40,7 +40,7 @@ Asked: TypeAlias = "tuple[Stretch, int, bool]"
 
 
 def take_back(returned: Returned) -> None:
-    """Make messages unread again that interrupted calls took. If this is interrupted, the next call continues."""
+    """Make messages that interrupted calls took unread again. If this is interrupted, the next call continues."""
     with suppress(IndexError, ValueError):
         while True:
             claim, tried = first = returned[0]
@@ -57,6 +57,7 @@ class TopicReader:
 
     def __init__(self, topic: str, era: Era) -> None:
         self.topic = topic
+        # The state seen last; there may be later ones.
         self._seen = Stretch(era, era.start, era.number), 0
         self.count = 0
         """How many messages to request; 0 leaves that to the server."""
@@ -71,7 +72,7 @@ class TopicReader:
             if step is None:
                 if stretch.era.next:
                     step = stretch.next.setdefault(at, in_next_era(stretch, at))
-                elif stretch.rest and at == len(stretch.ahead) and stretch.last_taken(at)[0] >= stretch.end:
+                elif stretch.rest and at == len(stretch.ahead) and stretch.last_read >= stretch.end:
                     step = stretch.next.setdefault(at, stretch.next_stretch(at))
                 else:
                     return stretch, at
@@ -94,19 +95,19 @@ class TopicReader:
         if stretch.is_lost and stretch.rest:
             # These ids belong to an earlier run of the server.
             return stretch.era.epoch, stretch.rest.id
-        return stretch.era.epoch, stretch.last_taken(at)[0]
+        return stretch.era.epoch, stretch.taken(at)[0]
 
     @property
     def missed(self) -> int:
         """The number of messages that expired unread before the last one returned."""
         stretch, at = self._current()
-        return stretch.missed_at(at)
+        return stretch.taken(at)[2]
 
     @property
     def doubt(self) -> tuple[Era, int] | None:
         """The era and id for which to request `restored_number` before messages are taken, if any."""
         stretch, at = self._current()
-        return (stretch.era, stretch.last_taken(at)[0]) if stretch.ask else None
+        return (stretch.era, stretch.taken(at)[0]) if stretch.ask else None
 
     def renumber(self, doubt: tuple[Era, int], restored: int) -> None:
         """Continue numbering from the topic's last number before the id was lost."""
@@ -128,10 +129,8 @@ class TopicReader:
     def asked(self) -> Asked:
         """Return what to request next."""
         stretch, at = self._current()
-        after = stretch.ahead[-1].id if stretch.ahead else stretch.id
-        if stretch.is_lost:
-            # The server may refuse an id of another epoch. The reply is not used.
-            after = 0
+        # The server may refuse an id of another epoch. The reply is not used.
+        after = 0 if stretch.is_lost else stretch.last_read
         # Don't wait if another call has read ahead.
         return stretch, after, at == len(stretch.ahead)
 
@@ -141,12 +140,12 @@ class TopicReader:
         last = stretch
         while last.rest:
             last, at = last.rest, 0
-        return stretch, last.last_taken(at)[0], False
+        return stretch, last.taken(at)[0], False
 
     def accept(self, asked: Asked, found: list[Entry]) -> bool:
-        """Take in the reply to a READ; return whether there may be more now.
+        """Process the reply to a READ; return whether there may be more messages now.
 
-        Messages that another thread has fetched meanwhile are recognized by their ids. A reply to a request from before
+        Messages that another thread has fetched meanwhile are recognised by their ids. A reply to a request from before
         a `seek`, or from another era, is ignored.
         """
         before, behind, _ = asked
@@ -154,29 +153,26 @@ class TopicReader:
             stretch, at = self._current()
             if stretch.ask or (stretch is not before and not stretch.continues(before, behind)):
                 return True
-            end = stretch.ahead[-1].id if stretch.ahead else stretch.id
-            new = [entry for entry in found if end < entry.id <= stretch.end] if found else found
-            if new:
-                ahead = stretch.ahead[at:]
-                fresh_until = stretch.fresh_until if ahead else boot_time() + FRESH_SECONDS
-                after: Stretch | None = stretch.rest_from(at, [*ahead, *new], fresh_until)
+            new = found
+            if found and not stretch.last_read < found[0].id <= found[-1].id <= stretch.end:
+                new = [entry for entry in found if stretch.last_read < entry.id <= stretch.end]
+            if new and at == len(stretch.ahead):
+                after: Stretch | None = stretch.rest_from(at, new, boot_time() + FRESH_SECONDS)
+            elif new:
+                after = stretch.rest_from(at, [*stretch.ahead[at:], *new], stretch.fresh_until)
             else:
                 # After an older reply, messages seen since may still exist.
                 after = stretch.exhausted(at) if stretch is before and at == len(stretch.ahead) else None
             if after is None:
                 return bool(found) or at < len(stretch.ahead)
             if self._move(stretch, at, after):
-                self._note_progress(stretch, at, new)
+                if self.count and at and at == len(stretch.ahead):
+                    # The last batch was read in time.
+                    self.count = 0 if self.count > DEFAULT_COUNT / 2 else self.count * 2
+                missed = after.missed + after.gaps - stretch.missed - stretch.gaps if new else stretch.lost(at)
+                if missed > 0:
+                    _logger.warning("topic %r: %d messages expired before they were read", self.topic, missed)
                 return bool(found) or stretch.rest is not None
-
-    def _note_progress(self, stretch: Stretch, at: int, new: list[Entry]) -> None:
-        """Request more next time if the last batch was read in time; log missed messages."""
-        if self.count and at and at == len(stretch.ahead):
-            self.count = 0 if self.count > DEFAULT_COUNT / 2 else self.count * 2
-        last = stretch.ahead[-1].number if stretch.ahead else stretch.number
-        missed = missing_numbers(last, new) if new else stretch.lost(at)
-        if missed:
-            _logger.warning("topic %r: %d messages expired before they were read", self.topic, missed)
 
     def take(self, claim: Claim, n: int, convert: Callable[[TopicReader, Entry], T]) -> list[T]:
         """Take up to `n` of the messages that were read ahead, and record them in `claim`.
@@ -185,10 +181,10 @@ class TopicReader:
         """
         while True:
             stretch, at = self._seen
-            if at in stretch.next or stretch.era.next or at == len(stretch.ahead):
+            if at in stretch.next or stretch.era.next or stretch.rest:
                 stretch, at = self._current()
-                if at == len(stretch.ahead):
-                    return []
+            if at == len(stretch.ahead):
+                return []
             now, entry = boot_time(), stretch.ahead[at]
             if now > stretch.fresh_until or entry.expires <= now:
                 self._refresh(stretch, at, now)
@@ -201,13 +197,13 @@ class TopicReader:
             if stretch.next.setdefault(at, step) is step:
                 self._seen = stretch, step[0]
                 if stretch.rest and len(taken) < n:
-                    # This stretch held only what had been given back.
+                    # This stretch held only messages that had been given back.
                     with suppress(MessageNotText):
                         taken += self.take(claim, n - len(taken), convert)
                 return taken
 
     def _refresh(self, stretch: Stretch, at: int, now: float) -> None:
-        """Drop a read-ahead that is no longer fresh; what has not expired will be fetched again."""
+        """Drop a read-ahead that is no longer fresh; messages that have not expired will be fetched again."""
         left: Sequence[Entry] = ()
         if stretch.is_lost:
             left = [entry for entry in stretch.ahead[at:] if entry.expires > now]
@@ -221,7 +217,7 @@ class TopicReader:
     def take_latest(
         self, claim: Claim, asked: Asked, found: list[Entry], convert: Callable[[TopicReader, Entry], T]
     ) -> list[T] | None:
-        """Take what READ … LATEST found, and skip all before it. None if the request is outdated."""
+        """Take the message that READ … LATEST found, and skip all older ones. None if the request is outdated."""
         while True:
             stretch, at = self._current()
             if stretch.era is not asked[0].era or stretch.generation != asked[0].generation:
@@ -231,8 +227,8 @@ class TopicReader:
                 return self.take(claim, 1, convert) if stretch.rest else []
             entry = found[-1]
             taken = [convert(self, entry)]
-            missed = stretch.missed_at(at)
-            after = Stretch(stretch.era, entry.id, entry.number, missed=missed, generation=stretch.generation)
+            after = Stretch(stretch.era, entry.id, entry.number, stretch.taken(at)[2])
+            after.generation = stretch.generation
             claim.append((self, stretch, at, after))
             if self._move(stretch, at, after):
                 return taken
@@ -241,9 +237,8 @@ class TopicReader:
         """Make messages that were taken from a state unread again, unless an earlier attempt has."""
         ahead = stretch.ahead[at : step[0]] if isinstance(step, tuple) else ()
         last = ahead[-1] if isinstance(step, tuple) else step
-        known = last.id, last.number or 0
-        last_id, number = stretch.last_taken(at)
-        counted = stretch.missed_at(step[0]) - stretch.missed_at(at) if isinstance(step, tuple) else 0
+        last_id, number, missed = stretch.taken(at)
+        counted = stretch.taken(step[0])[2] - missed if isinstance(step, tuple) else 0
         if number is None and ahead:
             number = ahead[0].number - 1
         while True:
@@ -253,18 +248,10 @@ class TopicReader:
                 return
             if any(one is step and state.next.get(state_at) is after for one, state, state_at, after in tried):
                 return
-            back = Stretch(
-                now.era,
-                last_id,
-                number,
-                end=last.id,
-                known=known,
-                ahead=ahead,
-                fresh_until=stretch.fresh_until if is_here else math.inf,
-                generation=now.generation,
-            )
+            back = Stretch(now.era, last_id, number, 0, ahead, stretch.fresh_until if is_here else math.inf)
+            back.end, back.known, back.generation = last.id, (last.id, last.number or 0), now.generation
             after = insert(now.remaining(now_at), back)
-            after.missed = now.missed_at(now_at) - counted
+            after.missed = now.taken(now_at)[2] - counted
             tried.append((step, now, now_at, after))
             if self._move(now, now_at, after):
                 return
@@ -277,12 +264,12 @@ class TopicReader:
         """
         while True:
             stretch, at = self._current()
-            sought = None if epoch in ("", stretch.era.epoch) else (epoch, after)
-            start = (0, 0) if sought else (after, None)
-            missed, generation = stretch.missed_at(at), (stretch.generation[0] + 1, 0)
-            step = Stretch(stretch.era, start[0], start[1], missed=missed, generation=generation, sought=sought)
+            missed, is_known = stretch.taken(at)[2], epoch in ("", stretch.era.epoch)
+            step = Stretch(stretch.era, after if is_known else 0, None if is_known else 0, missed)
+            step.sought = None if is_known else (epoch, after)
+            step.generation = stretch.generation[0] + 1, 0
             if self._move(stretch, at, step):
-                return sought is None
+                return is_known
 
 
 def _converted(

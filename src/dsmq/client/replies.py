@@ -19,7 +19,7 @@ def stored_id(reply: Reply) -> int:
 
 
 def raise_if_fatal(reply: Reply) -> Reply:
-    """Return a reply, which may be an error; raise it if it is one after which the server hangs up."""
+    """Return a reply, even if it is an error; but raise an error after which the server hangs up."""
     if isinstance(reply, (ProtocolError, AuthRequired, Busy, ShuttingDown, TimedOut, InternalError)):
         raise reply
     return reply

@@ -35,21 +35,21 @@ MAX_WAIT_SECONDS = 15.0
 # puts of two batches of one producer.
 PUTS_AT_ONCE = 500
 BYTES_AT_ONCE = 262_144
-# The bytes of a put besides topic and message.
+# The bytes of a put in addition to its topic and message.
 _PUT_BYTES = 80
 # A batch whose messages take longer than this to come is sent incomplete.
 _LONG_BATCH_SECONDS = 0.1
 _AGAIN = b"*7%b$5\r\nAGAIN\r\n"
 # How long a put is retried: well within the 600 seconds for which the server remembers it.
 RESEND_SECONDS = 300.0
-# If a read waited longer than this before its connection broke, a server was there.
+# If a read waited longer than this before its connection broke, it had reached a server.
 _LONG_WAIT_SECONDS = 1.0
 
 _LATEST = encode_bulk(b"LATEST")
 
 
 class Producer:
-    """Numbers the puts of one connection; a server recognizes those that are sent again."""
+    """Numbers the puts of one connection; a server recognises those that are sent again."""
 
     __slots__ = ("_name", "_seq", "era", "process", "run")
 
@@ -151,7 +151,6 @@ class Read(Call):
         return time.monotonic() < self._until
 
     def request(self, producer: Producer) -> bytes:
-        self.seconds = 0.0
         reader, size = self._reader, self._session.read_bytes
         self.asked = reader.asked_for_latest() if self._latest else reader.asked()
         stretch, after, may_wait = self.asked
@@ -164,6 +163,7 @@ class Read(Call):
             options, count = encode_option(b"COUNT", reader.count), 2
         if size < MAX_READ_BYTES:
             options, count = options + encode_option(b"BYTES", size), count + 2
+        self.seconds = 0.0
         if self._until and may_wait:
             self._asked_at = time.monotonic()
             left = self._until - self._asked_at
@@ -196,9 +196,9 @@ def read(  # noqa: PLR0913, PLR0917 - what a read consists of
     convert: Convert[T],
     latest: bool,  # noqa: FBT001 - as `n`
 ) -> Iterator[Call]:
-    """Add up to `n` messages, or the latest, to those taken; if there is none, wait for the first.
+    """Yield calls that add up to `n` messages, or the latest, to those taken; if there is none, wait for the first.
 
-    Make each call before taking the next one from the iterator.
+    Each call must be made before the next one is taken from the iterator.
     """
     if latest:
         yield from _read_latest(session, reader, claim, taken, convert)
@@ -207,7 +207,7 @@ def read(  # noqa: PLR0913, PLR0917 - what a read consists of
     more = True
     while (more and len(taken) < n) or (until and not taken and time.monotonic() < until):
         yield (call := Read(session, reader, 0.0 if taken else until))
-        # Now, because this READ may have been the first call to find that the server was restarted.
+        # Only now, because this READ may have been the first call to find that the server was restarted.
         if session.is_restarted and (doubt := reader.doubt):
             yield (stats := Call(encode_request(b"STATS", reader.topic.encode(), b"AFTER", b"%d" % doubt[1])))
             reader.renumber(doubt, restored_number(stats.reply))
@@ -240,7 +240,7 @@ def _read_latest(
 
 
 def list_topics(found: list[tuple[str, int, int]]) -> Iterator[Call]:
-    """Add the topics that hold messages to a list. Make the calls in the same way as those of `read`."""
+    """Yield calls that add the topics with messages to a list. They must be made as those of `read`."""
     page = None
     while page is None or page:
         after = (b"AFTER", found[-1][0].encode()) if found else ()
@@ -259,7 +259,7 @@ class Put(Call):
         self._keyed = b""
         self._is_sent = False
         self.is_unsure = False
-        """Whether it may be stored: it was sent, and no reply says otherwise."""
+        """Whether it may be stored: it was sent, and no reply has settled that."""
         self.seconds = 0.0
 
     def request(self, producer: Producer) -> bytes:
@@ -275,7 +275,7 @@ class Put(Call):
         """Raise ConnectionLost if the server may have forgotten what it stored."""
         about = ""
         if producer.run != self._run:
-            about = "the server was restarted, and does not know what it had stored last"
+            about = "the server was restarted, and may have lost the last messages it stored"
         elif boot_time() - self._sent_at > RESEND_SECONDS:
             about = f"no reply for {RESEND_SECONDS:g} s, and the server may have forgotten whether it is stored"
         if about:
@@ -318,7 +318,7 @@ class Batch(Put):
             try:
                 self._raise_if_forgotten(producer)
             except DSMQError as error:
-                # Nothing is to be stored behind messages that are lost.
+                # Nothing may be stored after messages that are lost.
                 self._many.lost = error
                 raise
             return b"".join([_AGAIN % keyed for keyed in self._all_keyed])
@@ -344,7 +344,7 @@ class PutMany(Retryable):
         self.unanswered: deque[Batch] = deque()
         """The batches that are being sent on one connection."""
         self.batches = self._batches(map(arguments.message, arguments.messages(messages)))
-        """New batches. None comes before a batch whose messages took long to come: first read all replies, and check
+        """New batches. None comes before a batch whose messages were slow to arrive: read all replies first, and check
         that the connection is still open."""
         self._error: Exception | None = None
         # How many messages were stored before the server refused one.
@@ -371,12 +371,12 @@ class PutMany(Retryable):
                 is_late = time.monotonic() - began > _LONG_BATCH_SECONDS
                 if is_late or len(batch) == PUTS_AT_ONCE or size >= BYTES_AT_ONCE:
                     break
-        except Exception as error:  # noqa: BLE001 - raised when what came before it is stored
+        except Exception as error:  # noqa: BLE001 - raised when the messages before it are stored
             self._error = error
         return batch
 
     def take_reply(self, reply: Reply) -> None:
-        """Take the next reply. After an error there are no new batches; it is raised when all replies are in."""
+        """Take the next reply. After an error there are no new batches; it is raised when all replies have arrived."""
         try:
             self.ids.append(stored_id(reply))
         except ReplyError as error:
@@ -399,7 +399,7 @@ class PutMany(Retryable):
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         """Raise the error of a message, if there was one. Set the numbers of stored messages in any DSMQError."""
-        # Here and now, not by the garbage collector in any thread.
+        # Now, and not whenever the garbage collector runs, in any thread.
         self.batches.close()
         raised = error or self._error
         if isinstance(raised, DSMQError):

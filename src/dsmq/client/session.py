@@ -7,8 +7,7 @@ import math
 import re
 import time
 from collections import deque
-from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from dsmq.client.arguments import topic_name
 from dsmq.client.reader import MIN_READ_BYTES, Returned, TopicReader, take_back
@@ -40,8 +39,6 @@ LOST: dict[State, str] = {
 _MIN_READERS, _MAX_RECENT_READERS = 1000, 100
 # Readers are kept for a little longer than messages, which the server may delete late.
 _SILENCE_FACTOR, _SILENCE_SECONDS = 1.25, 1.0
-# What READ returns for a message: id, number, age, body, and remaining lifetime.
-_MESSAGE_TYPES = [int, int, int, bytes, int]
 
 
 class Message(NamedTuple):
@@ -83,7 +80,7 @@ class Session:
         self._max_readers = _MIN_READERS
         # How many messages forgotten readers had missed.
         self._missed_before = 0
-        # The readers used last, which may still hold messages that have been returned.
+        # The most recently used readers, which may still hold messages that have been returned.
         self._recent: deque[TopicReader] = deque()
 
     @property
@@ -193,15 +190,21 @@ class Session:
         """Return the messages in the reply to READ. Raises the server's error, or ProtocolError."""
         if reply == []:
             return []
-        check(reply)
-        if not isinstance(reply, list) or list(map(type, reply)) != _MESSAGE_TYPES * (len(reply) // 5):
+        if not isinstance(reply, list) or len(reply) % 5:
+            check(reply)
             raise ProtocolError("the reply to READ does not hold messages")
-        now = boot_time()
-        values: Iterator[Any] = iter(reply)
-        entries = [
-            Entry(message_id, number, now + left / 1000, body, now - age / 1000)
-            for message_id, number, age, body, left in zip(values, values, values, values, values, strict=True)
-        ]
+        now, entries = boot_time(), []
+        values = iter(reply)
+        for message_id, number, age, body, left in zip(values, values, values, values, values, strict=True):
+            if not (
+                isinstance(message_id, int)
+                and isinstance(number, int)
+                and isinstance(age, int)
+                and isinstance(body, bytes)
+                and isinstance(left, int)
+            ):
+                raise ProtocolError("the reply to READ does not hold messages")
+            entries.append(Entry(message_id, number, now + left / 1000, body, now - age / 1000))
         if len(self._readers) >= self._max_readers:
             self._forget_silent(entries[-1].expires - entries[-1].put_at)
         if self.read_bytes < MAX_READ_BYTES:

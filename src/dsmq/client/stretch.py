@@ -1,4 +1,4 @@
-"""States of a reader, which are never changed: ranges of ids to read, and the messages read ahead in them."""
+"""The immutable states of a reader: ranges of ids to read, and the messages read ahead in them."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class Stretch:
     """A range of ids to read, and the messages in it that were read ahead."""
 
     __slots__ = (
-        *("id", "end", "number", "known", "missed", "ahead", "fresh_until", "is_lost"),
-        *("era", "generation", "ask", "sought", "rest", "next"),
+        *("era", "id", "number", "missed", "ahead", "gaps", "fresh_until", "is_lost"),
+        *("end", "known", "generation", "ask", "sought", "rest", "next"),
     )
 
     def __init__(  # noqa: PLR0913, PLR0917 - they make up the state
@@ -48,91 +48,95 @@ class Stretch:
         era: Era,
         last_id: int,
         number: int | None,
-        end: float = math.inf,
-        known: tuple[int, int] = (0, 0),
+        missed: int = 0,
         ahead: Sequence[Entry] = (),
         fresh_until: float = 0.0,
-        missed: int = 0,
-        generation: tuple[int, int] = (0, 0),
-        *,
-        ask: bool = False,
-        sought: tuple[str, int] | None = None,
-        rest: Stretch | None = None,
     ) -> None:
-        # It begins after the message with this id, whose number may be unknown, and ends with the id `end`.
-        self.era, self.id, self.number, self.end = era, last_id, number, end
-        # Id and number of the newest message known to exist in it, to count those that expire unread.
-        self.known = known
-        # The messages read ahead, and until when they may be returned without being read again: for ever if the server
-        # has lost them.
-        self.ahead, self.fresh_until = ahead, fresh_until
-        self.is_lost = fresh_until == math.inf
+        # The range: ids above `id`, up to and including `end`. The number of the message with that `id`, if known.
+        self.era, self.id, self.number = era, last_id, number
+        self.end = math.inf
+        # The number of messages that expired unread before this range.
         self.missed = missed
-        # The number of seeks, and how often since then messages were found to have expired: replies to earlier requests
-        # are outdated.
-        self.generation = generation
-        # Whether the server may have lost messages up to `number`, and must be asked where numbering continues.
-        self.ask = ask
-        # A position passed to `seek` in an epoch that is not known yet, until something is read.
-        self.sought = sought
-        # The stretch after `end`.
-        self.rest = rest
-        # The steps that followed, by how many of the read-ahead had been taken.
+        # The messages read ahead, and how many expired unread before and between them. Until `fresh_until`, they may be
+        # returned without being read again; if the server has lost them, at any time.
+        self.ahead, self.fresh_until = ahead, fresh_until
+        self.gaps = missing_numbers(number, ahead) if ahead else 0
+        self.is_lost = fresh_until == math.inf
+        # Id and number of the newest message known to exist in the range. If it expires unread, its number shows how
+        # many were missed.
+        self.known = 0, 0
+        # The number of seeks, and since the last one, of times that messages were found to have expired. A reply to a
+        # request of an earlier generation is outdated.
+        self.generation = 0, 0
+        # Whether the server may have lost the message with `number`. If so, ask it where its numbering continues.
+        self.ask = False
+        # Epoch and id passed to `seek`, if the server is not known to have had that epoch. Dropped at the next read.
+        self.sought: tuple[str, int] | None = None
+        # The stretch after `end`, if `end` is finite.
+        self.rest: Stretch | None = None
+        # The step to the next state, by the number of messages that had been taken from the read-ahead.
         self.next: dict[int, Step] = {}
 
-    def last_taken(self, at: int) -> tuple[int, int | None]:
-        """Return id and number of the last message returned, after `at` of the read-ahead have been taken."""
-        return self.ahead[at - 1][:2] if at else (self.id, self.number)
+    def taken(self, at: int) -> tuple[int, int | None, int]:
+        """Return the state after `at` of the read-ahead have been taken.
 
-    def missed_at(self, at: int) -> int:
-        """Return how many messages had expired unread before the last one returned."""
-        return self.missed + missing_numbers(self.number, self.ahead[:at]) if at else self.missed
+        Id and number of the last message returned, and how many messages had expired unread before it.
+        """
+        if not at:
+            return self.id, self.number, self.missed
+        last = self.ahead[at - 1]
+        gaps = self.gaps if at == len(self.ahead) else missing_numbers(self.number, self.ahead[:at])
+        return last.id, last.number, self.missed + gaps
 
     def rest_from(self, at: int, ahead: Sequence[Entry] = (), fresh_until: float = 0.0) -> Stretch:
-        """Return the rest of it, with another read-ahead."""
-        known, ask, missed = self.known, self.ask and not at, self.missed_at(at)
-        if len(self.ahead) > at:
-            known = max(known, self.ahead[-1][:2])
-        last_id, number = self.last_taken(at)
-        # By position, which is faster: each reply makes one.
-        era, end, generation, rest = self.era, self.end, self.generation, self.rest
-        return Stretch(era, last_id, number, end, known, ahead, fresh_until, missed, generation, ask=ask, rest=rest)
+        """Return the rest of this stretch, with another read-ahead."""
+        last_id, number, missed = self.taken(at)
+        after = Stretch(self.era, last_id, number, missed, ahead, fresh_until)
+        after.end, after.generation, after.rest = self.end, self.generation, self.rest
+        after.known = self.known if at == len(self.ahead) else max(self.known, self.ahead[-1][:2])
+        after.ask = self.ask and not at
+        return after
 
     def remaining(self, at: int) -> Stretch:
-        """Return the rest of it, with the rest of its read-ahead."""
+        """Return the rest of this stretch, with the rest of its read-ahead."""
         return self.rest_from(at, self.ahead[at:], self.fresh_until)
 
     def next_stretch(self, at: int) -> Stretch:
         """Return the next stretch, after this one has been read. There must be one."""
         assert self.rest is not None  # noqa: S101 - for type checkers
         after = self.rest.remaining(0)
-        after.missed = self.missed_at(at)
+        after.missed = self.taken(at)[2]
         return after
 
+    @property
+    def last_read(self) -> int:
+        """The last id that has been read ahead."""
+        return self.ahead[-1].id if self.ahead else self.id
+
     def continues(self, before: Stretch, behind: int) -> bool:
-        """Return whether a reply requested in an earlier state, for messages after an id, is still useful."""
+        """Return whether the reply to a request from an earlier state, for messages after an id, is still useful."""
         if self.era is not before.era or self.generation != before.generation or self.is_lost:
             return False
-        return behind <= (self.ahead[-1].id if self.ahead else self.id)
+        return behind <= self.last_read
 
     def lost(self, at: int) -> int:
-        """Return how many messages have expired if the server has none left in it."""
-        last_id, number = self.last_taken(at)
+        """Return how many messages have expired unread if the server has none left in this stretch."""
+        last_id, number, _ = self.taken(at)
         if number is None or self.known[0] <= last_id:
             return 0
         return max(0, self.known[1] - number)
 
     def exhausted(self, at: int) -> Stretch | None:
-        """Return the next state if the server has none left in it; None if that changes nothing."""
-        if self.rest is None and self.known[0] <= (self.ahead[-1].id if self.ahead else self.id):
-            return None
+        """Return the next state if the server has no messages left in this stretch; None if that changes nothing."""
         if self.rest:
             after = self.next_stretch(at)
-        else:
+        elif self.known[0] > self.last_read:
             after = self.rest_from(at)
             after.number = self.known[1]
             after.generation = self.generation[0], self.generation[1] + 1
-        after.missed = self.missed_at(at) + self.lost(at)
+        else:
+            return None
+        after.missed += self.lost(at)
         return after
 
 
@@ -166,9 +170,6 @@ def in_next_era(stretch: Stretch, at: int) -> Stretch:
     Messages that were read ahead, and that the server has lost, are still returned until they expire.
     """
     era = stretch.era.next[0]
-    missed = stretch.missed_at(at)
-    if stretch.sought and stretch.sought[0] == era.epoch:
-        return Stretch(era, stretch.sought[1], None, missed=missed, generation=stretch.generation)
     parts: list[Stretch] = []
     part: Stretch | None = stretch.remaining(at)
     while part:
@@ -177,27 +178,35 @@ def in_next_era(stretch: Stretch, at: int) -> Stretch:
         elif part.ahead:
             parts.append(_lost_by_server(part.ahead, part.number, era))
         part = part.rest
-    if era.epoch != stretch.era.epoch:
+    if stretch.sought and stretch.sought[0] == era.epoch:
+        parts = [Stretch(era, stretch.sought[1], None)]
+    elif era.epoch != stretch.era.epoch:
         parts.append(Stretch(era, 0, 0))
     for one, rest in zip(parts, [*parts[1:], None], strict=True):
         one.rest, one.generation = rest, stretch.generation
-    parts[0].missed = missed
+    parts[0].missed = stretch.taken(at)[2]
     return parts[0]
 
 
 def _restarted(part: Stretch, era: Era) -> list[Stretch]:
-    """Split a stretch into what the server may still have, what it has lost, and what will be put."""
+    """Split a stretch into messages that the server may still have, those it has lost, and those not put yet."""
     ahead = [entry for entry in part.ahead if part.is_lost or era.lost(entry.id)]
-    kept = [entry[:2] for entry in part.ahead[: len(part.ahead) - len(ahead)]]
-    ask = part.number is not None or bool(part.ahead)
-    known = (kept[-1] if kept else (0, 0)) if era.lost(part.known[0]) else part.known
+    kept = part.ahead[: len(part.ahead) - len(ahead)]
+    first = Stretch(era, part.id, part.number)
+    first.ask = part.number is not None or bool(part.ahead)
+    first.known = part.known
+    if era.lost(part.known[0]):
+        first.known = kept[-1][:2] if kept else (0, 0)
     if not ahead:
-        return [Stretch(era, part.id, part.number, end=part.end, known=known, ask=ask)]
-    found = [_lost_by_server(ahead, known[1] or part.number, era)]
-    if kept:
-        found.insert(0, Stretch(era, part.id, part.number, end=ahead[0].id - 1, known=known, ask=ask))
+        first.end = part.end
+        return [first]
+    first.end = ahead[0].id - 1
+    found = [first] if kept else []
+    found.append(_lost_by_server(ahead, first.known[1] or part.number, era))
     if part.end == math.inf:
-        found.append(Stretch(era, ahead[-1].id, ahead[-1].number, ask=True))
+        last = Stretch(era, ahead[-1].id, ahead[-1].number)
+        last.ask = True
+        found.append(last)
     return found
 
 
@@ -205,5 +214,6 @@ def _lost_by_server(ahead: Sequence[Entry], number: int | None, era: Era) -> Str
     """Return a stretch of messages that the server has lost."""
     if number is None or number >= ahead[0].number:
         number = ahead[0].number - 1
-    last = ahead[-1]
-    return Stretch(era, ahead[0].id - 1, number, end=last.id, known=last[:2], ahead=ahead, fresh_until=math.inf)
+    stretch = Stretch(era, ahead[0].id - 1, number, 0, ahead, math.inf)
+    stretch.end, stretch.known = ahead[-1].id, ahead[-1][:2]
+    return stretch

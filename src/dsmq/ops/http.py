@@ -22,7 +22,6 @@ from prometheus_client.exposition import choose_encoder
 
 from dsmq import __version__, logs
 from dsmq.broker import listener as listening
-from dsmq.broker.auth import HTTPAuthenticator
 from dsmq.ops import metrics
 from dsmq.ops.status import Status
 
@@ -51,15 +50,11 @@ class HTTPEndpoint:
         self.registry = metrics.registry(status)
         self.thread = threading.Thread(target=self._run, name="dsmq-metrics", daemon=True)
         self.waiting_since: dict[socket.socket, float] = {}
-        """The open connections, oldest first: since when the client is to send its request or to hang up, or infinity
-        while its request is being answered."""
+        """The open connections, oldest first, with the time since which the client has to send its request or hang up;
+        infinity while its request is being answered."""
         self._close = close
         self._stop = threading.Event()
         self._one_closed = threading.Event()
-
-    @property
-    def authenticator(self) -> HTTPAuthenticator:
-        return self.status.context.access.http_authenticator
 
     def start(self) -> None:
         self.thread.start()
@@ -211,7 +206,9 @@ class _Handler(BaseHTTPRequestHandler):
             return _page()
         if path not in PROTECTED_ROUTES:
             return _text(HTTPStatus.NOT_FOUND, f"Not found. Try {', '.join(('/', *PUBLIC_ROUTES, *PROTECTED_ROUTES))}.")
-        if not self.server.authenticator.is_authorized(self.headers.get("Authorization", "")):
+        if not self.server.status.context.access.http_authenticator.is_authorized(
+            self.headers.get("Authorization", "")
+        ):
             return _text(HTTPStatus.UNAUTHORIZED, "Bearer token required.", ("WWW-Authenticate", "Bearer"))
         return PROTECTED_ROUTES[path](self)
 
@@ -220,7 +217,7 @@ class _Handler(BaseHTTPRequestHandler):
         hosts = self.headers.get_all("Host", [])
         if len(hosts) > 1 or (not hosts and self.request_version != "HTTP/1.0"):
             return _text(HTTPStatus.BAD_REQUEST, "Exactly one Host header is required.")
-        if hosts and not self.server.authenticator.accepts_host(hosts[0]):
+        if hosts and not self.server.status.context.access.http_authenticator.accepts_host(hosts[0]):
             return _text(HTTPStatus.MISDIRECTED_REQUEST, "Unknown host name: add it to http_allowed_hosts.")
         return None
 

@@ -17,6 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from dsmq import __version__
 from dsmq.ops.status import Fact, Status
 from dsmq.store.api import TopicStats, Totals
+from dsmq.system import boot_time
 
 # The rates of topics are averages over at least this long, however often they are scraped.
 RATE_SECONDS = 10.0
@@ -118,9 +119,7 @@ class _ProcessCollector(ProcessCollector):
             return float(super()._boot_time())  # type: ignore[no-untyped-call]
         except FileNotFoundError:
             # systemd's ProcSubset=pid hides /proc/stat. Without a boot time there would be no process metrics.
-            if not hasattr(time, "CLOCK_BOOTTIME"):
-                raise
-            return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+            return time.time() - boot_time()
 
 
 def registry(status: Status) -> CollectorRegistry:

@@ -128,7 +128,7 @@ MEMORY = "memory"
 
 
 class Store(Protocol):
-    """What the server requires of a store. A remote one answers puts and reads with futures; puts in order."""
+    """What the server requires of a store. A remote store answers puts and reads with futures, puts in order."""
 
     max_age_ms: int
     limits: Limits

@@ -98,18 +98,11 @@ class Database:
     @contextmanager
     def transaction(self, operation: str) -> Iterator[None]:
         began = time.monotonic()
-        if self.connection.in_transaction:
-            # The rollback of an earlier transaction failed.
-            self.connection.execute("ROLLBACK")
-        self.connection.execute("BEGIN")
+        # In case the rollback of an earlier transaction failed.
+        self.connection.rollback()
         try:
-            yield
-            self.connection.execute("COMMIT")
-        except BaseException:
-            # After some errors, such as being out of memory, SQLite has rolled back by itself.
-            if self.connection.in_transaction:
-                self.connection.execute("ROLLBACK")
-            raise
+            with self.connection:
+                yield
         finally:
             self.count_time(operation, began)
 
@@ -243,8 +236,7 @@ class Database:
 
 
 def _open_in_memory() -> sqlite3.Connection:
-    # isolation_level=None: sqlite3 starts no transactions by itself.
-    connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+    connection = sqlite3.connect(":memory:", check_same_thread=False)
     connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
     # Otherwise, SQLite writes large sorts to a folder for temporary files, which may not be writable.
     connection.execute("PRAGMA temp_store = MEMORY")

@@ -28,7 +28,7 @@ class Expiry:
         self.timing = Timing()
         """Includes pauses."""
         self.due_at = time.monotonic() + interval_seconds
-        """The thread hangs if it makes no progress by then."""
+        """If the thread makes no progress by then, it is stuck."""
 
     def start(self) -> None:
         self.due_at = time.monotonic() + self._interval

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from dsmq.errors import ReplyError, StartupError, StoreFailed, TooBig
 from dsmq.store.api import Answer, EngineStats, Limits, Message, Outcome, Put, Timing, TopicStats, Totals
-from dsmq.store.nats_connection import Credentials, NATSConnection, Refused, Server
+from dsmq.store.nats_connection import Credentials, NATSConnection, Server
 from dsmq.store.nats_mirror import Mirror, ReadIndex
 from dsmq.store.nats_puts import Publisher
 from dsmq.store.nats_requests import Requests
@@ -136,14 +136,16 @@ class NATSStore:
             raise errors.exceptions[0] from None
         finally:
             connecting.cancel()
-            await asyncio.gather(connecting, return_exceptions=True)
+            await asyncio.gather(connecting, *self._tasks, return_exceptions=True)
             await self.stream.close()
+            # The transports close themselves in the next turn of the loop.
+            await asyncio.sleep(0)
 
     async def _connect(self) -> None:
         """Wait for the engine, which may be starting. Raises StartupError if it refuses the credentials."""
         while not self.connection.connected:
-            if isinstance(self.connection.error, Refused):
-                raise StartupError(f"the NATS server refuses the connection: {self.connection.error}")
+            if refusal := self.connection.refusal:
+                raise StartupError(f"the NATS servers refuse the connection: {refusal}")
             await asyncio.sleep(0.05)
         await self.stream.connect(self._servers, self._credentials, self._tls)
 

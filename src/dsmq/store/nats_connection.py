@@ -12,15 +12,14 @@ import json
 import logging
 import math
 import random
+import ssl
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from dsmq.logs import event
-
-if TYPE_CHECKING:
-    from ssl import SSLContext
 
 CONNECT_SECONDS = 2.0
 PING_SECONDS, SILENCE_SECONDS = 1.0, 3.0
@@ -72,7 +71,7 @@ class Credentials:
 
 
 class Refused(ConnectionError):
-    """The server does not accept these credentials."""
+    """The server does not accept these credentials, or the two can't agree on TLS. Trying again does not help."""
 
 
 def encode_publish(
@@ -119,13 +118,19 @@ class _Socket(asyncio.Protocol):
 class NATSConnection:
     """A connection to one of several servers, which is made again when it breaks. Used in one asyncio event loop."""
 
-    def __init__(self, servers: Sequence[Server], credentials: Credentials, tls: SSLContext | None, name: str) -> None:
+    def __init__(
+        self, servers: Sequence[Server], credentials: Credentials, tls: ssl.SSLContext | None, name: str
+    ) -> None:
         self._servers = itertools.cycle(random.sample(servers, len(servers)))
         self._credentials, self._tls, self._name = credentials, tls, name
         self._listeners: dict[bytes, tuple[bytes, Listener]] = {}
         self._numbers = itertools.count(1)
         self._transport: asyncio.Transport | None = None
+        # Those since the last connection, at most one for each server.
+        self._failures: deque[tuple[Server, Exception]] = deque(maxlen=len(servers))
         self.max_payload = _MAX_PAYLOAD_BYTES
+        self.has_jetstream = False
+        """Whether the server itself has JetStream; others of its cluster may."""
         self.server = ""
         """The name of the server that this is or was connected to."""
         self.connected_at = -math.inf
@@ -152,6 +157,14 @@ class NATSConnection:
         """Whether the server has been heard of since it had to answer."""
         return self.connected and self.silent_seconds < 1.5 * PING_SECONDS
 
+    @property
+    def refusal(self) -> str:
+        """Why there will be no connection: no server accepts one, and some refuse; empty if there may be one."""
+        if len(self._failures) < (self._failures.maxlen or 1):
+            return ""
+        refusals = (f"{host}:{port}: {error}" for (host, port), error in self._failures if isinstance(error, Refused))
+        return next(refusals, "")
+
     def send(self, requests: bytes) -> bool:
         """Send requests; return False if there is no connection."""
         if self._transport is None:
@@ -175,20 +188,24 @@ class NATSConnection:
         delay = _FIRST_DELAY_SECONDS
         while True:
             transport: asyncio.Transport | None = None
+            server = next(self._servers)
             try:
                 async with asyncio.timeout(CONNECT_SECONDS):
-                    transport, sock = await self._connect(next(self._servers))
+                    transport, sock = await self._connect(server)
+                self._failures.clear()
                 delay = _FIRST_DELAY_SECONDS
                 await self._serve(transport, sock)
             except (OSError, TimeoutError, ValueError) as error:
                 self._fail(error)
             finally:
                 self._transport = None
+                if transport is not None:
+                    transport.abort()
             if transport is None:
+                self._failures.append((server, self.error or ConnectionError()))
                 await asyncio.sleep(delay)
                 delay = min(_LONGEST_DELAY_SECONDS, delay * 2)
             else:
-                transport.abort()
                 self.on_lost()
 
     def _fail(self, error: Exception) -> None:
@@ -211,17 +228,19 @@ class NATSConnection:
         transport, sock = await loop.create_connection(_Socket, *server)
         try:
             info = _parse_info(await sock.line())
+            _check_tls(info, self._tls)
             if self._tls is not None:
-                transport = await loop.start_tls(transport, sock, self._tls, server_hostname=server[0])  # type: ignore[assignment]
+                transport = await _start_tls(transport, sock, self._tls, server[0])
             options: dict[str, object] = {"verbose": False, "pedantic": False, "headers": True, "no_responders": True}
             options |= {"protocol": 1, "lang": "python", "version": "2", "name": self._name}
             transport.write(b"CONNECT %b\r\nPING\r\n" % json.dumps(options | self._credentials.options()).encode())
             while (line := await sock.line()) != b"PONG":
                 if line.startswith(b"-ERR"):
-                    raise Refused(line[4:].strip().decode(errors="replace").strip("'"))
+                    raise _to_error(line[4:].decode(errors="replace").strip(" '"))
         except BaseException:
             transport.abort()
             raise
+        self.has_jetstream = bool(info.get("jetstream"))
         self.max_payload = int(info.get("max_payload", _MAX_PAYLOAD_BYTES))
         self.server = str(info.get("server_name") or server)
         return transport, sock
@@ -273,6 +292,40 @@ class NATSConnection:
             elif line.startswith(b"-ERR"):
                 _logger.warning("NATS server %s: %s", self.server, line[5:].decode(errors="replace"))
         return at
+
+
+async def _start_tls(
+    transport: asyncio.Transport, sock: _Socket, context: ssl.SSLContext, host: str
+) -> asyncio.Transport:
+    """Return the encrypted transport. Raises OSError; Refused if the certificate is not trusted."""
+    if sock.buffer:
+        # Somebody in between could have added it.
+        raise ConnectionError("it sent more than its greeting before TLS")
+    try:
+        encrypted = await asyncio.get_running_loop().start_tls(transport, sock, context, server_hostname=host)
+    except ssl.SSLCertVerificationError as error:
+        raise Refused(f"its certificate is not trusted: {error.verify_message.rstrip('.')}") from error
+    if encrypted is None:
+        # asyncio returns this if the connection breaks just then.
+        raise ConnectionResetError("it closed the connection")
+    return encrypted
+
+
+def _check_tls(info: dict[str, Any], context: ssl.SSLContext | None) -> None:
+    """Raise Refused if a server and this client can't agree on TLS."""
+    if context is None:
+        if info.get("tls_required"):
+            raise Refused("it requires TLS: tls:// in place of nats://")
+    elif not (info.get("tls_required") or info.get("tls_available")):
+        raise Refused("it has no TLS: nats:// in place of tls://")
+    elif info.get("tls_verify"):
+        raise Refused("it requires client certificates, which can't be given")
+
+
+def _to_error(text: str) -> ConnectionError:
+    """Return the error for what a server answers to CONNECT."""
+    about_credentials = text.lower().startswith(("authorization", "user authentication"))
+    return Refused(f"{text} (user, password or token)") if about_credentials else ConnectionError(text)
 
 
 def _parse_info(line: bytes) -> dict[str, Any]:

@@ -11,12 +11,20 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
-from dsmq.errors import StoreFailed
+from dsmq.errors import StartupError, StoreFailed
 from dsmq.logs import event
 from dsmq.store.api import Mirrored
 from dsmq.store.nats_connection import NATSConnection, Received, encode_publish
 from dsmq.store.nats_requests import Requests
-from dsmq.store.nats_stream import STREAM_NOT_FOUND, WRONG_SEQUENCE, EngineError, Stream, StreamState, decode_token
+from dsmq.store.nats_stream import (
+    NO_RESPONDERS,
+    STREAM_NOT_FOUND,
+    WRONG_SEQUENCE,
+    EngineError,
+    Stream,
+    StreamState,
+    decode_token,
+)
 from dsmq.system import boot_time
 
 if TYPE_CHECKING:
@@ -131,6 +139,8 @@ class Mirror:
                 await self._stream.open()
                 await self._follow()
             except EngineError as error:
+                if error.code == NO_RESPONDERS and not self._connection.has_jetstream:
+                    raise StartupError("the NATS server has JetStream disabled") from error
                 self._fail(error)
             await asyncio.sleep(RETRY_SECONDS)
 

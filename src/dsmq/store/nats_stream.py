@@ -26,6 +26,7 @@ from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from nats.aio.client import Client
 from nats.errors import Error as NATSError
+from nats.errors import NoRespondersError
 
 from dsmq.errors import DSMQError, StartupError
 
@@ -49,7 +50,8 @@ _NEVER = {"Nats-TTL": "never"}
 
 # Error codes of JetStream.
 STREAM_NOT_FOUND, MESSAGE_NOT_FOUND, NAME_IN_USE, WRONG_SEQUENCE = 10059, 10037, 10058, 10071
-_NOT_ENABLED = (10039, 10035)
+NO_RESPONDERS = 503
+_NOT_ENABLED, _NOT_CLUSTERED = (10039, 10035), 10074
 FULL = frozenset((10002, 10023, 10028, 10047, 10077))
 
 _logger = logging.getLogger(__name__)
@@ -130,7 +132,7 @@ class Stream:
                 raise StartupError(f"the NATS server has JetStream disabled: {error}") from error
             if error.code != STREAM_NOT_FOUND:
                 raise
-            found = (await self._request(f"STREAM.CREATE.{self.name}", wanted, 10.0))["config"]
+            found = await self._create(wanted)
         if not found.get("allow_atomic"):
             version = self._client.connected_server_version
             raise StartupError(f"NATS server {version} is too old: {MIN_VERSION} is required")
@@ -142,6 +144,16 @@ class Stream:
         if any(found.get(name) != wanted[name] for name in ("max_age", "max_bytes", "num_replicas")):
             await self._request(f"STREAM.UPDATE.{self.name}", found | wanted)
             _logger.warning("the stream %s is now configured by this server's settings", self.name)
+
+    async def _create(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        try:
+            config: dict[str, Any] = (await self._request(f"STREAM.CREATE.{self.name}", wanted, 10.0))["config"]
+        except EngineError as error:
+            if error.code != _NOT_CLUSTERED:
+                raise
+            text = f"the NATS server is not in a cluster, so store_replicas = {self._replicas} is too many"
+            raise StartupError(text) from error
+        return config
 
     def _configuration(self) -> dict[str, Any]:
         margin = max(_MIN_MARGIN_SECONDS * 1000, round(self._max_age_ms * _MARGIN))
@@ -256,6 +268,8 @@ class Stream:
     async def _ask(self, subject: str, data: bytes, seconds: float, headers: dict[str, str] | None = None) -> bytes:
         try:
             return (await self._client.request(subject, data, timeout=seconds, headers=headers)).data
+        except NoRespondersError as error:
+            raise EngineError("the engine has no leader now", NO_RESPONDERS) from error
         except (NATSError, OSError, TimeoutError) as error:
             raise EngineError(f"the engine does not answer: {error or type(error).__name__}") from error
 

@@ -52,7 +52,7 @@ CREATE TABLE puts (producer INTEGER NOT NULL, seq INTEGER NOT NULL, message INTE
 CREATE TABLE lost (name BLOB, number INTEGER NOT NULL);
 """
 DROP_SNAPSHOT_SCHEMA = """
-DROP TABLE state; DROP TABLE empty_topics; DROP TABLE producers; DROP TABLE puts; DROP TABLE IF EXISTS lost;
+DROP TABLE state; DROP TABLE empty_topics; DROP TABLE producers; DROP TABLE puts; DROP TABLE lost;
 """
 INSERT_TOPIC = "INSERT INTO topics (id, name) VALUES (?, ?)"
 INSERT_ROW = "INSERT INTO chunks (last_id, topic, put_at, last_number, ids_and_sizes, bodies) VALUES (?, ?, ?, ?, ?, ?)"

@@ -17,11 +17,6 @@ MAX_LOST, MAX_LOST_NUMBERS = 100, 100_000
 # Max producers copied while the lock is held.
 COPY_PRODUCERS = 20
 
-_INSERT_STATE = "INSERT INTO state VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
-_SELECT_STATE = "SELECT epoch, run, clock, last_id, last_row, forgot_at, written_at, is_last FROM state"
-_INSERT_PRODUCER = "INSERT INTO producers (id, name, forgotten, last_at) VALUES (?, ?, ?, ?)"
-_INSERT_PUT = "INSERT INTO puts VALUES (?, ?, ?)"
-
 
 class Lost(NamedTuple):
     """A range of ids that were lost when the server was killed and restarted from an older snapshot."""
@@ -82,7 +77,7 @@ def copy_state(lock: AbstractContextManager[None], state: SnapshotState, puts: D
             producers = puts.copy(names[first : first + COPY_PRODUCERS], state.last_id)
         yield from _producer_batches(producers, first)
     # At the end, in case a producer was forgotten before it was copied.
-    yield _INSERT_STATE, [state._replace(forgot_at=puts.forgot_at)[:8]]
+    yield "INSERT INTO state VALUES (?, ?, ?, ?, ?, ?, ?, ?)", [state._replace(forgot_at=puts.forgot_at)[:8]]
     empty = [(name, *last) for name, last in state.empty_topics.items()]
     yield "INSERT INTO empty_topics VALUES (?, ?, ?)", empty
     for after, last, numbers in state.lost:
@@ -91,26 +86,26 @@ def copy_state(lock: AbstractContextManager[None], state: SnapshotState, puts: D
 
 def _producer_batches(producers: dict[bytes, Producer], first_row: int) -> Iterator[Batch]:
     rows = [(row, name, producer) for row, (name, producer) in enumerate(producers.items(), first_row)]
-    yield _INSERT_PRODUCER, [(row, name, producer.forgotten, producer.last_at) for row, name, producer in rows]
-    yield _INSERT_PUT, [(row, *put) for row, _, producer in rows for put in producer.puts.items()]
+    found = [(row, name, producer.forgotten, producer.last_at) for row, name, producer in rows]
+    yield "INSERT INTO producers VALUES (?, ?, ?, ?)", found
+    puts = [(row, *put) for row, _, producer in rows for put in producer.puts.items()]
+    yield "INSERT INTO puts VALUES (?, ?, ?)", puts
 
 
 def read_state(source: sqlite3.Connection) -> SnapshotState:
-    *values, is_last = source.execute(_SELECT_STATE).fetchone()
+    *values, is_last = source.execute("SELECT * FROM state").fetchone()
     empty = {name: (number, last_id) for name, number, last_id in source.execute("SELECT * FROM empty_topics")}
     return SnapshotState._make([*values, bool(is_last), empty, _read_lost(source)])
 
 
 def _read_lost(source: sqlite3.Connection) -> list[Lost]:
     lost: list[Lost] = []
-    # Snapshots of older versions may lack this table.
-    if source.execute("SELECT 1 FROM sqlite_master WHERE name = 'lost'").fetchone():
-        rows = source.execute("SELECT name, number FROM lost ORDER BY rowid")
-        for name, number in rows:
-            if name is None:
-                lost.append(Lost(number, next(rows)[1], {}))
-            else:
-                lost[-1].numbers[name] = number
+    rows = source.execute("SELECT name, number FROM lost ORDER BY rowid")
+    for name, number in rows:
+        if name is None:
+            lost.append(Lost(number, next(rows)[1], {}))
+        else:
+            lost[-1].numbers[name] = number
     return lost
 
 

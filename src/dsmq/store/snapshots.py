@@ -27,7 +27,7 @@ from dsmq.threads import join
 
 # Max ids assigned between a snapshot and a kill.
 RESTORE_GAP = 2**32
-# Between two batches of rows, so that clients get the store's lock.
+# Pause between two batches of rows, so that clients get the store's lock.
 PAUSE_SECONDS = 0.0007
 # How long a disk may take to flush the system's write cache.
 _DISK_SECONDS = 300.0
@@ -69,7 +69,7 @@ class Snapshotter:
         self.stats = SnapshotStats()
         self.interval = interval_seconds
         self.due_at = time.monotonic() + interval_seconds
-        """The thread hangs if it makes no progress by then."""
+        """If the thread makes no progress by then, it is stuck."""
         self._store = store
         # Resolved, in case the process changes its working directory, or the file is a symbolic link.
         self.path = Path(os.path.realpath(file))
@@ -233,7 +233,7 @@ class Snapshotter:
             try:
                 self._last.start()
             except RuntimeError:
-                # No thread can be started: messages matter more than the interrupt.
+                # No thread can be started, so save in this one: messages matter more than interrupts.
                 save()
             join(self._last, deadline)
         self._close_unless_busy()
@@ -246,7 +246,7 @@ class Snapshotter:
     def abandon(self) -> list[str]:
         """Abort the final snapshot if it is not written yet, and log that messages are lost. Idempotent.
 
-        Return the name of the thread if it hangs.
+        Return the name of the thread if it is stuck.
         """
         if not self._is_open:
             return []

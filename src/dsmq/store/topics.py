@@ -169,7 +169,7 @@ class TopicTable:
 
 
 class WriteBuffer:
-    """The messages that are not in SQLite yet: they are in their topics' `buffered`, and this has the topics."""
+    """The topics with messages that are not in SQLite yet; the messages are in each topic's `buffered`."""
 
     def __init__(self) -> None:
         self.dirty_topics: list[Topic] = []

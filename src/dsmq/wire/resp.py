@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, ClassVar, TypeAlias
 
 from dsmq.errors import ProtocolError, ReplyError, from_reply
@@ -176,9 +177,7 @@ class ReplyParser(Input):
         if kind == _INTEGER:
             return parse_length(line)
         if kind in (ARRAY, _BULK):
-            if line != b"-1":
-                self._begin_array(parse_length(line))
-            return None
+            return None if line == b"-1" else self._begin_array(parse_length(line))
         if kind == _SIMPLE:
             return line.decode(errors="replace")
         if kind == _ERROR:
@@ -196,17 +195,22 @@ class ReplyParser(Input):
         self._at = end + 2
         return self._data[at:end]
 
-    def _begin_array(self, count: int) -> None:
+    def _begin_array(self, count: int) -> Reply:
+        """Return an empty array, or add one to the open arrays."""
         if count > _MAX_REPLY_ELEMENTS or len(self._open) >= MAX_DEPTH:
             raise ProtocolError(f"an array of {count} at depth {len(self._open)}")
+        if not count:
+            return []
         self._open.append(([], count))
+        return None
 
     def _split(self, count: int, values: list[Reply]) -> None:
         """Append the integers and short bulk strings that come next.
 
         Several times as fast as `_value`, which parses all others.
         """
-        tokens = self._data[self._at : self._at + MAX_SPLIT_BYTES].split(CRLF)
+        data = self._data[self._at : self._at + MAX_SPLIT_BYTES]
+        tokens = data.split(CRLF)
         # The last token is incomplete, or was not split.
         last = len(tokens) - 1
         token = 0
@@ -223,7 +227,7 @@ class ReplyParser(Input):
                 token += 2
             else:
                 break
-        self._at += sum(map(len, tokens[:token])) + 2 * token
+        self._at += len(data) - len(CRLF.join(tokens[token:]))
 
 
 class _Incomplete(Exception):
@@ -253,6 +257,7 @@ def encode_read(topic: str, after: int, options: bytes = b"", words: int = 0) ->
     return b"*%d\r\n$4\r\nREAD\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n%b" % parts
 
 
+@lru_cache(64)
 def encode_option(name: bytes, value: int) -> bytes:
     """Encode an option of READ, two words."""
     digits = b"%d" % value

@@ -51,17 +51,19 @@ def server_context(cert_file: str, key_file: str, client_ca_file: str) -> ssl.SS
     return context
 
 
-def client_context(ca_file: str | None, cert_file: str | None, key_file: str | None) -> ssl.SSLContext:
+def client_context(
+    ca_file: str | None, cert_file: str | None = None, key_file: str | None = None, *, ca_name: str = "ca_file"
+) -> ssl.SSLContext:
     """Return a client's context that verifies the server's certificate and name. Raises ConfigError.
 
-    ca_file has the authorities to trust instead of the system's; cert_file and key_file are for servers that require a
-    client certificate.
+    ca_file has the authorities to trust instead of the system's, and `ca_name` is the setting that it comes from;
+    cert_file and key_file are for servers that require a client certificate.
     """
     context = _new_context(ssl.PROTOCOL_TLS_CLIENT)
     if cert_file:
         _load_pair(context, ("cert_file", cert_file), ("key_file", key_file or ""))
     if ca_file:
-        _load_authorities(context, ("ca_file", ca_file))
+        _load_authorities(context, (ca_name, ca_file))
     else:
         context.load_default_certs()
     return context
@@ -117,7 +119,7 @@ def _pair_error(cert: _Source, key: _Source, error: Exception) -> ConfigError:
         return unreadable
     if b"PRIVATE KEY-----" not in key_text:
         is_swapped = b"CERTIFICATE-----" in key_text and b"PRIVATE KEY-----" in cert_text
-        hint = f"; are key and certificate exchanged? {cert[0]}: {cert[1]} holds a key" if is_swapped else ""
+        hint = f"; are key and certificate swapped? {cert[0]}: {cert[1]} contains a key" if is_swapped else ""
         return _invalid(key, f"no private key in PEM format found{hint}")
     if b"ENCRYPTED" in key_text:
         return _invalid(key, "the private key is encrypted; give it without a passphrase")

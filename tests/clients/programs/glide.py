@@ -1,10 +1,10 @@
-"""A client of dsmq by valkey-glide: see harness.py for what it is asked."""
+"""A client of dsmq with valkey-glide: see harness.py for its commands."""
 
 import sys
 
 from glide_sync import GlideClient, GlideClientConfiguration, NodeAddress
 
-# Its default of 250 ms for a reply is less than a busy machine may take.
+# Its default timeout of 250 ms is too short for a busy machine.
 address = NodeAddress("127.0.0.1", int(sys.argv[1]))
 client = GlideClient.create(GlideClientConfiguration([address], request_timeout=9000))
 for line in sys.stdin:

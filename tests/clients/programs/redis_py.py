@@ -1,4 +1,4 @@
-"""A client of dsmq by redis-py: see harness.py for what it is asked."""
+"""A client of dsmq with redis-py: see harness.py for its commands."""
 
 import os
 import sys
@@ -10,7 +10,7 @@ from redis.retry import Retry
 
 port, protocol, token = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 options = {"protocol": protocol} if protocol > 2 else {}
-# Sent again behind our back, a put could not be told from one that was never sent.
+# If redis-py retried puts by itself, a retry would look like a new put.
 client = redis.Redis(port=port, password=token or None, retry=Retry(NoBackoff(), 0), **options)
 
 
@@ -21,7 +21,7 @@ def flat(value):
 
 
 def read(topic):
-    """Print each message once: the id of the last one, and the epoch, say where to read on."""
+    """Print each message once; the last id and the epoch are the position."""
     after, epoch = 0, "unknown"
     while True:
         try:
@@ -29,7 +29,7 @@ def read(topic):
         except redis.ResponseError as error:
             code, *words = str(error).split()
             if code == "EPOCH":
-                # Another server, or one that has lost its messages: all it has is new.
+                # Another server, or one that has lost its messages: all its messages are new.
                 after, epoch = 0, words[0]
             elif code != "CLOSING":
                 raise
@@ -44,7 +44,7 @@ def read(topic):
 
 
 def write(topic, first, last):
-    """Store each message once; one that may have been stored in an earlier run of the server is told as doubtful."""
+    """Store each message once; report one that may have been stored in an earlier run of the server."""
     producer, run = os.urandom(8).hex(), "unknown"
     for seq in range(int(first), int(last) + 1):
         again = []
@@ -76,7 +76,7 @@ def pipeline(topic, count):
 
 
 def transaction(*words):
-    """Each three words are a command."""
+    """Run the words, three per command, in a transaction."""
     pipe = client.pipeline()
     for command in zip(*[iter(words)] * 3, strict=True):
         pipe.execute_command(*command)

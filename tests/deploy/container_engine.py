@@ -1,7 +1,7 @@
-"""Container engines for the tests, with storage, network and settings of their own; they leave nothing behind.
+"""Container engines for the tests, with their own storage, network and settings; they leave nothing behind.
 
-Where no registry answers, the base image is made of Debian's packages. What the build installs is fetched before, by
-the hashes it is locked to, with this machine's own pip and its settings; so the build itself needs no network.
+If no registry answers, the base image is made from Debian packages. The packages that the build installs are downloaded
+first, by their locked hashes, with this machine's pip and its settings, so that the build itself needs no network.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from conftest import ROOT, SOON, tool, wait_until
 PYTHON = "3.13"
 BASE = f"python:{PYTHON}-slim"
 IMAGE = "dsmq"
-# The release of Debian that has this Python.
+# The Debian release with this Python.
 SUITE = "trixie"
 LOCKED = [ROOT / "deploy/docker/requirements.txt", ROOT / "deploy/docker/build-requirements.txt"]
 LOCKED_DOWN = ["--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges"]
 
 
 class Engine:
-    """The command line of a container engine, with a network of its own, and all that it stores in `folder`."""
+    """The command line of a container engine with its own network, which stores everything in `folder`."""
 
     remove: tuple[str, ...] = ("rm", "--force")
     cgroups: str
@@ -49,13 +49,13 @@ class Engine:
         self.command: list[str] = []
 
     def enter(self) -> list[str]:
-        """The command that runs another where the engine is."""
+        """Return the command that runs another one in the engine's namespaces."""
         return ["nsenter", "--mount", "--net", "--wd=.", f"--target={self.namespace.pid}"]
 
     def __call__(
         self, *words: str, check: bool = True, timeout: float = 300, online: bool = False
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command of the engine's; fail with what it says where it does. Only `online` it reaches the world."""
+        """Run a command of the engine; if it fails, show its output. It has access to the internet only if `online`."""
         done = subprocess.run(
             [word for word in (*self.command, *words) if not (online and word == "--net")],
             capture_output=True,
@@ -69,7 +69,7 @@ class Engine:
 
     @contextmanager
     def its_network(self) -> Iterator[None]:
-        """Be in the network in which the ports of its containers are, as their host is."""
+        """Enter the network namespace of its containers' ports."""
         with (
             Path(f"/proc/{self.namespace.pid}/ns/net").open() as its,
             Path("/proc/thread-self/ns/net").open() as ours,
@@ -87,7 +87,7 @@ class Engine:
         return int(self("image", "inspect", "--format={{.Size}}", image).stdout)
 
     def close(self) -> None:
-        """Remove all that it has made."""
+        """Remove everything that it has created."""
         self.namespace.kill()
         self.namespace.wait()
         _remove_cgroups(self.cgroups)
@@ -103,21 +103,21 @@ class Podman(Engine):
         self.command = [*self.enter(), "podman"]
 
     def _write_settings(self) -> dict[str, str]:
-        """Write the files that podman is configured by; return the variables that name them."""
+        """Write podman's configuration files; return the variables that point to them."""
         files, processes = (_hard_limit(kind) for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC))
         storage, containers = self.folder / "storage.conf", self.folder / "containers.conf"
         storage.write_text(
             f'[storage]\ndriver = "overlay"\ngraphroot = "{self.folder}/graphroot"\nrunroot = "{self.folder}/runroot"\n'
         )
         containers.write_text(
-            # More than the caller has can't be given to a container.
+            # A container can't have more than the caller.
             f'[containers]\nlog_driver = "k8s-file"\n'
             f'default_ulimits = ["nofile={files}:{files}", "nproc={processes}:{processes}"]\n'
             f'[network]\nnetwork_config_dir = "{self.folder}/networks"\n'
-            # There need not be a systemd.
+            # systemd may not be running.
             f'[engine]\ncgroup_manager = "cgroupfs"\nevents_logger = "file"\ntmp_dir = "{self.folder}/libpod"\n'
         )
-        # Health checks are run by the tests, not by a timer of systemd.
+        # The tests run health checks; systemd has no timer for them.
         return {
             "CONTAINERS_STORAGE_CONF": str(storage),
             "CONTAINERS_CONF": str(containers),
@@ -135,10 +135,10 @@ class Podman(Engine):
 
 
 class Docker(Engine):
-    """Docker's, with a daemon of its own."""
+    """Docker, with its own daemon."""
 
     cgroups = "dsmq-tests"
-    # It has a timer. Sooner than people need, for the sake of the tests' time.
+    # Its daemon runs the health checks: more often than in production, to save time.
     health_options = ("--health-interval=1s", "--health-retries=1")
 
     def __init__(self, folder: Path) -> None:
@@ -151,7 +151,7 @@ class Docker(Engine):
             "DOCKER_BUILDKIT": "1",
             "TMPDIR": f"{folder}/tmp",
         }
-        # Debian's own first: it has BuildKit in it, where others want a plug-in.
+        # Prefer Debian's docker, which includes BuildKit; others need a plug-in.
         self.command = [shutil.which("docker", path=f"/usr/bin:{os.environ['PATH']}") or "docker"]
         words = [f"--config-file={folder}/daemon.json", f"--data-root={folder}/data", f"--exec-root={folder}/exec"]
         words += [f"--pidfile={folder}/pid", f"--host=unix://{folder}/docker.sock", f"--cgroup-parent=/{self.cgroups}"]
@@ -162,12 +162,12 @@ class Docker(Engine):
             )
 
     def is_there(self) -> bool:
-        """Whether the daemon answers."""
+        """Return whether the daemon answers."""
         assert self._daemon.poll() is None, (self.folder / "log").read_text()
         return self("version", check=False).returncode == 0
 
     def healthcheck(self, container: str) -> None:
-        """It runs them itself."""
+        """Do nothing: the daemon runs health checks itself."""
 
     def close(self) -> None:
         for container in self("ps", "--all", "--quiet", check=False).stdout.split():
@@ -178,27 +178,27 @@ class Docker(Engine):
 
 
 def _setns(namespace: int) -> None:
-    # os.setns is new in Python 3.12. It is this thread that enters.
+    # os.setns is new in Python 3.12. Only this thread enters.
     if ctypes.CDLL(None, use_errno=True).setns(namespace, 0):
         raise OSError(ctypes.get_errno(), "setns")
 
 
 def _hard_limit(kind: int) -> int:
-    # Podman lowers its own limit of processes to this before it starts a container.
+    # Podman lowers its own limit on processes to this before it starts a container.
     most = 32768 if kind == resource.RLIMIT_NPROC else 1_048_576
     limit = resource.getrlimit(kind)[1]
     return most if limit == resource.RLIM_INFINITY else min(limit, most)
 
 
 def _namespace() -> subprocess.Popen[str]:
-    """A process that holds namespaces of mounts and of the network, with which all that is made in them ends."""
+    """Start a process that holds a mount and a network namespace, which end with it."""
     script = """
         set -e
         ip link set lo up
-        # What is remembered of networks.
+        # The state of networks.
         mkdir -p /var/lib/cni
         mount -t tmpfs none /var/lib/cni
-        # crun takes no tree of control groups in which version 2 stands beside version 1.
+        # crun does not accept both versions of control groups side by side.
         if mountpoint -q /sys/fs/cgroup/unified; then umount /sys/fs/cgroup/unified; fi
         echo ready
         exec sleep infinity
@@ -217,7 +217,7 @@ def _namespace() -> subprocess.Popen[str]:
 
 
 def _remove_cgroups(name: str) -> None:
-    """Remove the control groups of an engine, which are busy until the last of its processes has ended."""
+    """Remove the control groups of an engine; they are busy until its last process has ended."""
 
     def are_gone() -> bool:
         for found in Path("/sys/fs/cgroup").glob(f"*/{name}"):
@@ -231,14 +231,14 @@ def _remove_cgroups(name: str) -> None:
 
 @contextmanager
 def _folder() -> Iterator[Path]:
-    """A folder for an engine. Its path is short, because those of sockets have to be."""
+    """A folder for an engine. Its path is short, because it will contain sockets."""
     with tempfile.TemporaryDirectory(prefix="dsmq-") as path:
         yield Path(path)
 
 
 @contextmanager
 def podman() -> Iterator[Podman]:
-    """Podman, with the image, or the reason to skip."""
+    """Podman with the base image; skips if that is not possible."""
     _need(("podman", "podman"), ("ip", "iproute2"), ("nsenter", "util-linux"))
     with _folder() as folder, closing(Podman(folder)) as engine:
         provide_base(engine)
@@ -247,7 +247,7 @@ def podman() -> Iterator[Podman]:
 
 @contextmanager
 def docker(base: Podman) -> Iterator[Docker]:
-    """Docker, with a base image that is podman's; or the reason to skip."""
+    """Docker with podman's base image; skips if that is not possible."""
     _need(("dockerd", "docker.io"))
     with _folder() as folder, closing(Docker(folder)) as engine:
         wait_until(engine.is_there)
@@ -261,7 +261,7 @@ def docker(base: Podman) -> Iterator[Docker]:
 
 def _need(*programs: tuple[str, str]) -> None:
     if os.geteuid():
-        pytest.skip("not root, and what these tests need of the machine is not allowed here")
+        pytest.skip("these tests need root")
     for name, package in programs:
         tool(name, package)
 
@@ -274,7 +274,7 @@ def kill(process: int) -> None:
 
 
 def provide_base(engine: Podman) -> None:
-    """Have the base image: that of the registry, or else one made of Debian's packages, which is kept."""
+    """Provide the base image: from the registry, or else made from Debian packages and cached."""
     if engine("pull", "--quiet", BASE, check=False, online=True).returncode == 0:
         return
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsmq-tests"
@@ -288,7 +288,7 @@ def provide_base(engine: Podman) -> None:
 def _make_root(archive: Path) -> None:
     packages = "python3,python3-venv,ca-certificates,dash,coreutils,libc-bin,base-files,media-types,netbase"
     unfinished = archive.with_suffix(".unfinished.tar")
-    # Unpacked, not configured: that takes a third of the time, and is enough for Python. But pip wants authorities.
+    # Unpacked but not configured, which takes a third of the time and is enough for Python. pip needs certificates.
     hooks = [
         *('mkdir -p "$1/usr/local/bin"', 'mkdir -p "$1/etc/ssl/certs"'),
         *(f'ln -s /usr/bin/python3 "$1/usr/local/bin/{name}"' for name in ("python3", "python")),
@@ -308,7 +308,7 @@ def _make_root(archive: Path) -> None:
 
 
 def _mirror() -> list[str]:
-    """The mirror that this machine takes its own packages from, if that can be told."""
+    """Return the mirror from which this machine gets its packages, if it can be found."""
     for file in [*sorted(Path("/etc/apt/sources.list.d").glob("*.sources")), Path("/etc/apt/sources.list")]:
         if file.exists() and (
             found := re.search(r"^(?:URIs:|deb(?: \[.*?\])?) *(http\S+)", file.read_text(), re.MULTILINE)
@@ -318,7 +318,7 @@ def _mirror() -> list[str]:
 
 
 def fetch_wheels(folder: Path) -> None:
-    """Download what the build installs, by hash."""
+    """Download the packages that the build installs, by hash."""
     files = [word for file in LOCKED for word in ("--requirement", str(file))]
     subprocess.run(
         [
@@ -332,19 +332,19 @@ def fetch_wheels(folder: Path) -> None:
 
 
 def build(engine: Engine, wheels: Path) -> None:
-    """Build the image of the Dockerfile, without a network."""
+    """Build the image from the Dockerfile, without a network."""
     if isinstance(engine, Docker):
-        # A build of Docker's mounts no folder. So what it installs has to be in the image that it begins with.
+        # Docker mounts no folders into a build, so the packages must be in the base image.
         (wheels / "Dockerfile").write_text(f"FROM {BASE}\nCOPY . /fetched\nCOPY pip.conf /etc/pip.conf\n")
         engine("build", "--quiet", f"--tag={BASE}", str(wheels))
     engine("build", *offline(engine, wheels), f"--tag={IMAGE}", str(ROOT))
 
 
 def offline(engine: Engine, wheels: Path) -> list[str]:
-    """The options of a build that finds in `wheels` what it installs."""
+    """Return the options of a build that installs packages from `wheels`."""
     if isinstance(engine, Docker):
         return ["--quiet", "--network=none"]
-    # Without the format, HEALTHCHECK is not kept.
+    # Without this format, HEALTHCHECK is ignored.
     return [
         *("--quiet", "--pull=never", "--network=none", "--format=docker"),
         *(f"--volume={wheels}:/fetched:ro", f"--volume={wheels / 'pip.conf'}:/etc/pip.conf:ro"),
@@ -356,7 +356,7 @@ def offline(engine: Engine, wheels: Path) -> list[str]:
 
 @dataclass
 class Container:
-    """A container that runs, or has run."""
+    """A running or stopped container."""
 
     engine: Podman | Docker
     id: str
@@ -366,11 +366,11 @@ class Container:
         return dict(self.engine.inspect("container", self.id)["State"])
 
     def port(self, inside: int = 30008) -> int:
-        """The port of this machine that leads to one of the container."""
+        """Return the host port of one of the container's ports."""
         return int(self.engine("port", self.id, str(inside)).stdout.rpartition(":")[2])
 
     def logs(self) -> tuple[str, str]:
-        """What it has said on stdout, and on stderr."""
+        """Return its output on stdout and on stderr."""
         done = self.engine("logs", self.id)
         return done.stdout, done.stderr
 
@@ -378,6 +378,6 @@ class Container:
         return "serves on" in "".join(self.logs()) or not self.state["Running"]
 
     def check_health(self) -> str:
-        """Return what the engine takes the container for: starting, healthy, or unhealthy."""
+        """Return the container's health: starting, healthy, or unhealthy."""
         self.engine.healthcheck(self.id)
         return str(self.state["Health"]["Status"])

@@ -1,0 +1,420 @@
+"""The store in a NATS stream, alone: several of them on one engine, as several servers would use it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, TypeVar
+
+import nats
+import pytest
+
+from dsmq.errors import BadRequest, Forgotten, Full, ReplyError, StartupError, StoreFailed, TooBig
+from dsmq.store.api import Answer, Limits, Message, Put
+from dsmq.store.nats import NATSStore
+from dsmq.store.nats_connection import Credentials
+from dsmq.store.nats_stream import MIN_VERSION, encode_token
+from engine import Engine, engine
+from helpers import HOST, SOON, UNIT, reached, wait_until
+
+T = TypeVar("T")
+MAX_AGE_MS = 600_000
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    with engine(tmp_path_factory.mktemp("nats"), 1) as running:
+        yield running
+
+
+class Stores:
+    """Makes stores on one engine, and closes them."""
+
+    def __init__(self, servers: list[tuple[str, int]], stack: ExitStack) -> None:
+        self.servers, self.stack = servers, stack
+        self.topics: list[set[bytes]] = []
+        self.reasons: list[str] = []
+
+    def __call__(self, max_age_ms: int = MAX_AGE_MS, limits: Limits | None = None, **options: Any) -> NATSStore:
+        store = NATSStore(self.servers, **{"stream": self.stream, "replicas": 1, **options})
+        store.max_age_ms, store.limits = max_age_ms, limits or Limits()
+        store.start(self.topics.append, self.reasons.append)
+        self.stack.callback(store.close)
+        assert store.wait(SOON)
+        return store
+
+    stream = "dsmq"
+
+
+@pytest.fixture
+def stores(node: Engine, request: pytest.FixtureRequest) -> Iterator[Stores]:
+    """Stores on a stream of the test's own."""
+    with ExitStack() as stack:
+        made = Stores(node.servers, stack)
+        made.stream = f"s{abs(hash(request.node.name))}"
+        yield made
+
+
+def value(answer: Answer[T]) -> T:
+    return answer.result(SOON) if isinstance(answer, Future) else answer
+
+
+def put(store: NATSStore, topic: bytes, *bodies: bytes) -> list[Any]:
+    return value(store.append([(topic, body, None) for body in bodies]))
+
+
+def keyed(topic: bytes, body: bytes, seq: int, producer: bytes = b"p") -> Put:
+    return topic, body, (producer, seq)
+
+
+def read(store: NATSStore, topic: bytes, after: int = 0) -> list[Message]:
+    """Read until there are no more: a mirror that has some may lack the last ones."""
+    found: list[Message] = []
+    while more := value(store.read(topic, found[-1].id if found else after, 1000, 1_000_000)):
+        found += more
+    return found
+
+
+def bodies(messages: list[Message]) -> list[bytes]:
+    return [message.body for message in messages]
+
+
+def in_engine(servers: list[tuple[str, int]], call: Callable[[Any], Any]) -> Any:
+    """Run a coroutine with a JetStream context of the official client."""
+
+    async def run() -> Any:
+        client = await nats.connect([f"nats://{host}:{port}" for host, port in servers])
+        try:
+            return await call(client.jetstream())
+        finally:
+            await client.close()
+
+    return asyncio.run(run())
+
+
+# Puts and reads
+
+
+def test_put_is_read_by_another_server_at_once(stores: Stores) -> None:
+    one, other = stores(), stores()
+    for number in range(200):
+        [message_id] = put(one, b"t", b"%d" % number)
+        assert [message.id for message in read(other, b"t", message_id - 1)] == [message_id]
+
+
+def test_ids_and_numbers_are_the_same_on_all_servers(stores: Stores) -> None:
+    one, other = stores(), stores()
+    for store in (one, other, one):
+        put(store, b"t", b"x", b"y")
+        put(store, b"u", b"z")
+    views = [[message[:2] for message in read(store, b"t")] for store in (one, other)]
+    assert views[0] == views[1]
+    assert [number for _, number in views[0]] == [1, 2, 3, 4, 5, 6]
+    assert one.epoch == other.epoch
+
+
+def test_latest_returns_what_another_server_has_stored(stores: Stores) -> None:
+    one, other = stores(), stores()
+    for number in range(100):
+        put(one, b"t", b"%d" % number)
+        assert bodies(value(other.latest(b"t", 0))) == [b"%d" % number]
+
+
+def test_waiting_readers_of_all_servers_are_told_of_new_messages(stores: Stores) -> None:
+    one, _ = stores(), stores()
+    put(one, b"t", b"x")
+    wait_until(lambda: stores.topics.count({b"t"}) == 2)
+
+
+def test_client_starts_after_all_stored_messages(stores: Stores) -> None:
+    one, other = stores(), stores()
+    for _ in range(50):
+        [message_id] = put(one, b"t", b"x")
+        assert value(other.start_id()) >= message_id
+
+
+def test_id_of_no_message_is_refused(stores: Stores) -> None:
+    store = stores()
+    [message_id] = put(store, b"t", b"x")
+    assert read(store, b"t", message_id) == []
+    with pytest.raises(BadRequest, match="no message has an id above"):
+        read(store, b"t", message_id + 1)
+
+
+@pytest.mark.parametrize("topic", [b"a.b", b"*", b">", b"a b", "ä/ö".encode(), b"%2E", b"-_~", b"x" * 512])
+def test_any_topic_can_be_put_to(stores: Stores, topic: bytes) -> None:
+    one, other = stores(), stores()
+    put(one, topic, b"x")
+    assert bodies(read(other, topic)) == [b"x"]
+    assert [stats.name for stats in other.topics(b"", 10)] == [topic]
+
+
+def test_topics_and_producers_are_one_token_of_a_subject() -> None:
+    token = encode_token(bytes(range(256)))
+    assert not {*b" .*>\r\n\t"} & {*token}
+
+
+def test_message_too_long_for_the_engine_is_refused_before_it_is_sent(stores: Stores) -> None:
+    store = stores()
+    longest = store.max_message_bytes - 3
+    with pytest.raises(TooBig, match="max_payload"):
+        store.append([(b"t", b"x" * (longest + 1), None)])
+    put(store, b"t", b"x" * longest)
+    assert store.connection.connected
+    assert [len(message.body) for message in value(store.read(b"t", 0, 1, 1))] == [longest]
+
+
+# Repeated puts
+
+
+def test_repeated_put_gets_the_first_id(stores: Stores) -> None:
+    one, other = stores(), stores()
+    first = value(one.append([keyed(b"t", b"x", 1)]))
+    assert value(one.append([keyed(b"t", b"x", 1)])) == first
+    assert value(other.append([keyed(b"t", b"x", 1)])) == first
+    assert bodies(read(other, b"t")) == [b"x"]
+
+
+def test_batch_with_repeated_puts_stores_only_the_new_ones(stores: Stores) -> None:
+    one, other = stores(), stores()
+    [first, second] = value(one.append([keyed(b"t", b"1", 1), keyed(b"t", b"2", 2)]))
+    outcomes = value(other.append([keyed(b"t", b"%d" % number, number) for number in range(1, 5)]))
+    assert outcomes[:2] == [first, second]
+    assert bodies(read(one, b"t")) == [b"1", b"2", b"3", b"4"]
+
+
+def test_put_repeated_within_one_batch_is_stored_once(stores: Stores) -> None:
+    store = stores()
+    outcomes = value(store.append([keyed(b"t", b"x", 1), keyed(b"t", b"x", 1), keyed(b"t", b"y", 2)]))
+    assert outcomes[0] == outcomes[1] < outcomes[2]  # type: ignore[operator]
+    assert bodies(read(store, b"t")) == [b"x", b"y"]
+
+
+def test_put_repeated_after_the_engine_has_forgotten_it_is_stored_once(stores: Stores) -> None:
+    one, other = stores(), stores()
+    value(one.append([keyed(b"t", b"x", 1)]))
+    assert bodies(read(other, b"t")) == [b"x"]
+    # The engine does not know this id, but the mirrors do.
+    headers = {"Nats-Msg-Id": "another"}
+    subject = f"{stores.stream}.t.t"
+
+    async def publish(stream: Any) -> None:
+        await stream.publish(subject, b"x", headers=headers)
+
+    in_engine(stores.servers, publish)
+    assert value(other.append([keyed(b"t", b"x", 1)])) == value(one.append([keyed(b"t", b"x", 1)]))
+
+
+def test_forgotten_put_is_refused(stores: Stores) -> None:
+    store = stores()
+    for start in range(0, 2500, 500):
+        value(store.append([keyed(b"t", b"x", number) for number in range(start, start + 500)]))
+    wait_until(lambda: store.totals().messages == 2500)
+    with pytest.raises(Forgotten):
+        store.append([keyed(b"t", b"x", 1)])
+
+
+def test_puts_together_are_stored_with_consecutive_ids(stores: Stores) -> None:
+    store = stores()
+    ids = value(store.append_together([(b"t", b"x", None), (b"u", b"y", None), (b"t", b"z", None)]))
+    assert ids == list(range(ids[0], ids[0] + 3))  # type: ignore[arg-type]
+
+
+# Limits
+
+
+def test_full_engine_refuses_puts(stores: Stores) -> None:
+    store = stores(limits=Limits(max_stored_bytes=200_000))
+    # The mirror refuses what it knows to be too much; the stream, whose messages have headers, may refuse it before.
+    with pytest.raises(Full):
+        while True:
+            outcomes = put(store, b"t", *[b"x" * 9_000] * 3)
+            for outcome in outcomes:
+                if isinstance(outcome, ReplyError):
+                    raise outcome
+    assert len(read(store, b"t")) > 10
+
+
+def test_limit_on_topics_holds(stores: Stores) -> None:
+    store = stores(limits=Limits(max_topics=2))
+    put(store, b"a", b"x")
+    put(store, b"b", b"x")
+    wait_until(lambda: store.totals().topics == 2)
+    with pytest.raises(Full, match="max_topics"):
+        store.append([(b"c", b"x", None)])
+
+
+# Later servers
+
+
+def test_later_server_has_the_same_messages_numbers_and_ages(stores: Stores) -> None:
+    one = stores()
+    put(one, b"t", *[b"x"] * 700)
+    put(one, b"u", b"y")
+    before = read(one, b"t", 0)
+    late = stores()
+    assert [message[:2] for message in read(late, b"t")] == [message[:2] for message in before]
+    assert late.totals()[:3] == one.totals()[:3]
+    assert abs(read(late, b"u")[0].age_ms - read(one, b"u")[0].age_ms) < 10 * UNIT * 1000
+
+
+def test_later_server_continues_numbers_after_messages_have_expired(stores: Stores) -> None:
+    one = stores(max_age_ms=2_000)
+    put(one, b"t", b"1", b"2", b"3")
+    put(one, b"gone", b"1")
+    facts = lambda: in_engine(stores.servers, lambda stream: stream.stream_info(stores.stream))  # noqa: E731
+    wait_until(lambda: one.totals().messages == 0 or one.expire() == 4)
+    # Written once per quarter of max_age.
+    wait_until(lambda: facts().state.messages >= 2)
+    one.close()
+    late = stores(max_age_ms=2_000)
+    put(late, b"t", b"4")
+    put(late, b"gone", b"2")
+    assert [message.number for message in read(late, b"t")] == [4]
+    assert [message.number for message in read(late, b"gone")] == [2]
+
+
+def test_expired_messages_are_not_read(stores: Stores) -> None:
+    store = stores(max_age_ms=500)
+    [message_id] = put(store, b"t", b"x")
+    assert bodies(read(store, b"t", message_id - 1)) == [b"x"]
+    wait_until(lambda: read(store, b"t", message_id - 1) == [])
+    assert reached(lambda: store.expire() == 1)
+
+
+# Loss
+
+
+def test_deleted_stream_begins_a_new_epoch(stores: Stores) -> None:
+    one, other = stores(), stores()
+    put(one, b"t", b"x")
+    before = one.epoch
+    in_engine(stores.servers, lambda stream: stream.delete_stream(stores.stream))
+    wait_until(lambda: one.epoch == other.epoch != before and not one.unready_reason and not other.unready_reason)
+    assert stores.reasons == ["the stream has lost its messages"] * 2
+    put(one, b"t", b"y")
+    messages = read(other, b"t")
+    assert (bodies(messages), messages[0].number) == ([b"y"], 1)
+
+
+def test_server_waits_for_an_engine_that_starts_later(tmp_path: Path) -> None:
+    with engine(tmp_path, 1) as later:
+        [node] = later.nodes
+        node.kill()
+        store = NATSStore(later.servers, replicas=1)
+        store.start(lambda _: None, lambda _: None)
+        try:
+            assert not store.wait(UNIT)
+            assert "no connection" in store.unready_reason
+            node.start()
+            assert store.wait(SOON)
+        finally:
+            store.close()
+        with pytest.raises(StoreFailed):
+            store.append([(b"t", b"x", None)])
+
+
+def test_puts_and_reads_survive_a_restart_of_the_engine(tmp_path: Path) -> None:
+    with engine(tmp_path, 1) as running, ExitStack() as stack:
+        [node] = running.nodes
+        stores = Stores(running.servers, stack)
+        store = stores()
+        put(store, b"t", b"1")
+        node.kill()
+        answer = store.append([keyed(b"t", b"2", 1)])
+        node.start()
+        put(store, b"t", b"3")
+        assert isinstance(value(answer)[0], int)
+        assert bodies(read(store, b"t")) == [b"1", b"2", b"3"]
+
+
+# Start
+
+
+def refused(servers: list[tuple[str, int]], **options: Any) -> str:
+    """Return the error of a store that can't be used."""
+    store = NATSStore(servers, replicas=1, **options)
+    store.start(lambda _: None, lambda _: None)
+    try:
+        with pytest.raises(StartupError) as error:
+            store.wait(SOON)
+        return str(error.value)
+    finally:
+        store.close()
+
+
+def test_stream_of_another_shape_is_refused(stores: Stores) -> None:
+    async def add(stream: Any) -> None:
+        await stream.add_stream(name="others", subjects=["others.>"], allow_atomic=True)
+
+    in_engine(stores.servers, add)
+    assert "is not one of dsmq's: its subjects" in refused(stores.servers, stream="others")
+
+
+def test_engine_without_atomic_batches_is_refused(stores: Stores) -> None:
+    async def add(stream: Any) -> None:
+        await stream.add_stream(name="old", subjects=["old.t.*", "old.genesis", "old.facts.*"])
+
+    in_engine(stores.servers, add)
+    assert f"is too old: {MIN_VERSION} is required" in refused(stores.servers, stream="old")
+
+
+def test_engine_without_jetstream_is_refused(tmp_path: Path) -> None:
+    with engine(tmp_path, 1, jetstream=False) as running:
+        assert "JetStream" in refused(running.servers)
+
+
+def test_wrong_credentials_are_refused(tmp_path: Path) -> None:
+    users = 'authorization { user: dsmq, password: "secret" }'
+    with engine(tmp_path, 1, extra=users) as running:
+        assert "Authorization Violation" in refused(running.servers)
+        assert "Authorization Violation" in refused(running.servers, credentials=Credentials("dsmq", "wrong"))
+        store = NATSStore(running.servers, replicas=1, credentials=Credentials("dsmq", "secret"))
+        store.start(lambda _: None, lambda _: None)
+        try:
+            assert store.wait(SOON)
+        finally:
+            store.close()
+
+
+def test_other_program_on_the_port_is_named(stores: Stores) -> None:
+    import socket
+    import threading
+
+    with socket.create_server((HOST, 0)) as listener:
+        port = listener.getsockname()[1]
+
+        def serve() -> None:
+            with listener.accept()[0] as sock:
+                sock.sendall(b"+OK hello\r\n")
+                sock.recv(1)
+
+        threading.Thread(target=serve, daemon=True).start()
+        store = NATSStore([(HOST, port)], replicas=1)
+        store.start(lambda _: None, lambda _: None)
+        try:
+            wait_until(lambda: "not a NATS server" in store.unready_reason)
+        finally:
+            store.close()
+
+
+def test_facts_survive_as_json(stores: Stores) -> None:
+    store = stores(max_age_ms=1_000)
+    put(store, b"\xc3\xa4.b", b"x")
+
+    async def facts(stream: Any) -> list[dict[str, Any]]:
+        found = []
+        for part in range(16):
+            try:
+                found.append(
+                    json.loads((await stream.get_last_msg(stores.stream, f"{stores.stream}.facts.{part}")).data)
+                )
+            except nats.js.errors.NotFoundError:
+                continue
+        return found
+
+    wait_until(lambda: any(part["numbers"] == {"%C3%A4%2Eb": 1} for part in in_engine(stores.servers, facts)))
