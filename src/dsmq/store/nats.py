@@ -102,13 +102,19 @@ class NATSStore:
 
     @property
     def unready_reason(self) -> str:
-        if self.connection.silent_seconds > DISCONNECT_SECONDS:
-            return f"no connection to the engine: {self.connection.error or 'not connected yet'}"
-        if self.mirror.ready:
+        connection, mirror = self.connection, self.mirror
+        if connection.silent_seconds > DISCONNECT_SECONDS:
+            silent = "it does not answer" if connection.connected else "not connected yet"
+            return f"no connection to the engine: {connection.error or silent}"
+        if mirror.ready:
             return ""
-        if self.mirror.error is not None:
-            return f"not following the stream: {self.mirror.error}"
-        return f"mirroring the stream: {self.mirror.lag.messages} messages to go"
+        if mirror.error is not None:
+            return f"not following the stream: {mirror.error}"
+        return (
+            f"mirroring the stream: {mirror.lag.messages} messages to go"
+            if mirror.lag.messages
+            else "opening the stream"
+        )
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -313,13 +319,14 @@ class NATSStore:
         return self.mirror.store.timings() | {"publish": times}
 
     def engine(self) -> EngineStats:
-        publisher, mirror, lag = self.publisher, self.mirror, self.mirror.lag
+        connection, publisher, mirror, lag = self.connection, self.publisher, self.mirror, self.mirror.lag
+        is_connected = connection.connected and connection.silent_seconds <= DISCONNECT_SECONDS
         return EngineStats(
             name=f"NATS stream {self.stream.name}",
-            node=self.connection.server if self.connection.connected else "",
+            node=connection.server if is_connected else "",
             ready=mirror.ready,
             lag_messages=lag.messages,
-            lag_seconds=lag.seconds(mirror.silent_seconds),
+            lag_seconds=lag.seconds(is_followed=mirror.is_following),
             retries=publisher.retries,
             split_batches=publisher.split,
             repeated_puts=publisher.repeated,

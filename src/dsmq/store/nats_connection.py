@@ -135,6 +135,8 @@ class NATSConnection:
         """The name of the server that this is or was connected to."""
         self.connected_at = -math.inf
         """When the server was heard of last, by the monotonic clock."""
+        self.opened_at = -math.inf
+        """When the last connection was made."""
         self.error: Exception | None = None
         """Why there is no connection."""
         self._is_reported = False
@@ -218,7 +220,7 @@ class NATSConnection:
         if is_reported:
             _logger.debug("no connection to a NATS server: %s", self.error)
         elif self.server:
-            _logger.warning("no connection to NATS server %s: %s", self.server, self.error, extra=about)
+            _logger.warning("lost the connection to NATS server %s: %s", self.server, self.error, extra=about)
         elif not is_refused:
             _logger.warning("waiting for a NATS server: %s", self.error, extra=about)
         self._is_reported = True
@@ -249,7 +251,7 @@ class NATSConnection:
         """Pass messages on until the connection breaks, or the server is silent. Raises OSError."""
         self._transport, self.error = transport, None
         sock.on_data = lambda: self._receive(sock)
-        self.connected_at = time.monotonic()
+        self.opened_at = self.connected_at = time.monotonic()
         for number, (subject, _) in self._listeners.items():
             transport.write(b"SUB %b %b\r\n" % (subject, number))
         self._is_reported = False

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 # A consumer that has not been heard of for this long is lost; it sends a heartbeat once a second.
 LOST_SECONDS = 2.5
 CHECK_SECONDS = 1.0
+# How long it takes at most to follow the stream again after a connection was lost, if nothing else is wrong.
+RECOVERY_SECONDS = 5.0
 RETRY_SECONDS = 0.25
 # How often the stream may be behind the mirror before messages count as lost: its answer may be old.
 MAX_BEHIND = 3
@@ -83,11 +85,9 @@ class Lag:
     def messages(self) -> int:
         return max(0, self._stream_id - self._mirrored_id)
 
-    def seconds(self, silent_seconds: float) -> float:
-        """Return the time since the mirror last had all messages, 0 if it has; `silent_seconds` without news."""
-        if not self.messages and silent_seconds < LOST_SECONDS:
-            return 0.0
-        return time.monotonic() - self._complete_at
+    def seconds(self, *, is_followed: bool) -> float:
+        """Return the time since the mirror last had all messages; 0 if it has, and follows the stream."""
+        return time.monotonic() - self._complete_at if self.messages or not is_followed else 0.0
 
 
 class Mirror:
@@ -116,6 +116,11 @@ class Mirror:
         self._facts_at = time.monotonic()
         self._reset_consumer(StreamState(0, 0, "", 0))
         connection.on_received = self.apply
+
+    @property
+    def is_following(self) -> bool:
+        """Whether new messages of the stream arrive."""
+        return self.error is None and self._connection.connected and self.silent_seconds < LOST_SECONDS
 
     @property
     def silent_seconds(self) -> float:
@@ -147,12 +152,17 @@ class Mirror:
     def _fail(self, error: EngineError) -> None:
         """Keep the reason why the stream is not followed, and log it, but not for each attempt to follow it again."""
         self.error = error
-        # A lost connection is logged as such.
-        if self._is_reported or not self._connection.responds:
+        if self._is_reported or self._is_explained():
             _logger.debug("not following the stream: %s", error)
         else:
             _logger.warning("not following the stream: %s", error, extra=event("mirror_lost", error=str(error)))
             self._is_reported = True
+
+    def _is_explained(self) -> bool:
+        """Return whether the reason is that the connection is or was lost, which is logged as such."""
+        connection, now = self._connection, time.monotonic()
+        was_lost = self._heard_at < connection.opened_at and now - connection.opened_at < RECOVERY_SECONDS
+        return was_lost or not connection.responds
 
     def _on_followed(self) -> None:
         self.consumers += 1
@@ -295,7 +305,12 @@ class Mirror:
             # A live message has just been put; the age of others is by the engine's clock alone.
             age = 0 if sequence > self._pending else max(0, engine_now - put_at)
             topic = decode_token(message.subject[len(self._stream.topic_prefix) :])
-            messages.append(Mirrored(message_id, (topic, message.body, _key(message)), age))
+            try:
+                messages.append(Mirrored(message_id, (topic, message.body, _key(message)), age))
+            except ValueError as error:
+                about = event("skipped", id=message_id)
+                _logger.error("message %s can't be mirrored: %s", message_id, error, extra=about)
+                self.skipped += 1
             topics.add(topic)
         self._store(messages, last_id)
         return topics
@@ -326,7 +341,7 @@ class Mirror:
                 for message in messages:
                     self._apply_safely([message], message.id)
                 return
-            _logger.exception("message %s can't be mirrored", last_id)
+            _logger.exception("message %s can't be mirrored", last_id, extra=event("skipped", id=last_id))
             self.skipped += 1
             with suppress(Exception):
                 self.store.apply([], last_id)
