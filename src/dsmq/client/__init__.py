@@ -24,8 +24,8 @@ from dsmq.client.core import NOT_STARTED, Client, Options, Retries
 from dsmq.client.pool import Pool
 from dsmq.client.reader import Claim
 from dsmq.client.replies import check, stored_id
-from dsmq.client.requests import ALL, Call, Convert, NonIdempotent, Put, PutMany, Retryable, list_topics, read
-from dsmq.client.session import PING, SHUTDOWN, Message, body, text
+from dsmq.client.requests import ALL, Call, NonIdempotent, Put, PutMany, Retryable, list_topics, read
+from dsmq.client.session import PING, SHUTDOWN, Message
 
 __all__ = ["DSMQClientSideConnection", "Message", "connect"]
 
@@ -121,13 +121,9 @@ class DSMQClientSideConnection(Client):
         return puts.ids
 
     @overload
-    def get(self, topic: str, *, default: str = "", raw: Literal[False] = False) -> str: ...
+    def get(self, topic: str, *, default: D = ..., raw: Literal[False] = False) -> str | D: ...
     @overload
-    def get(self, topic: str, *, default: D, raw: Literal[False] = False) -> str | D: ...
-    @overload
-    def get(self, topic: str, *, raw: Literal[True]) -> bytes: ...
-    @overload
-    def get(self, topic: str, *, default: D, raw: Literal[True]) -> bytes | D: ...
+    def get(self, topic: str, *, default: D = ..., raw: Literal[True]) -> bytes | D: ...
     def get(self, topic: str, *, default: object = "", raw: bool = False) -> object:
         """Return the oldest message of a topic that this client has not read, or `default` if there is none.
 
@@ -138,16 +134,12 @@ class DSMQClientSideConnection(Client):
 
     @overload
     def get_wait(
-        self, topic: str, *, default: str = "", timeout: float | None = None, raw: Literal[False] = False
-    ) -> str: ...
-    @overload
-    def get_wait(
-        self, topic: str, *, default: D, timeout: float | None = None, raw: Literal[False] = False
+        self, topic: str, *, default: D = ..., timeout: float | None = None, raw: Literal[False] = False
     ) -> str | D: ...
     @overload
-    def get_wait(self, topic: str, *, timeout: float | None = None, raw: Literal[True]) -> bytes: ...
-    @overload
-    def get_wait(self, topic: str, *, default: D, timeout: float | None = None, raw: Literal[True]) -> bytes | D: ...
+    def get_wait(
+        self, topic: str, *, default: D = ..., timeout: float | None = None, raw: Literal[True]
+    ) -> bytes | D: ...
     def get_wait(self, topic: str, *, default: object = "", timeout: float | None = None, raw: bool = False) -> object:
         """Like `get`, but wait up to `timeout` seconds for a message (0: not at all; math.inf: for ever).
 
@@ -159,13 +151,9 @@ class DSMQClientSideConnection(Client):
         return self._read(topic, 1, seconds, raw, default)
 
     @overload
-    def get_latest(self, topic: str, *, default: str = "", raw: Literal[False] = False) -> str: ...
+    def get_latest(self, topic: str, *, default: D = ..., raw: Literal[False] = False) -> str | D: ...
     @overload
-    def get_latest(self, topic: str, *, default: D, raw: Literal[False] = False) -> str | D: ...
-    @overload
-    def get_latest(self, topic: str, *, raw: Literal[True]) -> bytes: ...
-    @overload
-    def get_latest(self, topic: str, *, default: D, raw: Literal[True]) -> bytes | D: ...
+    def get_latest(self, topic: str, *, default: D = ..., raw: Literal[True]) -> bytes | D: ...
     def get_latest(self, topic: str, *, default: object = "", raw: bool = False) -> object:
         """Return the newest message of a topic that this client has not read, or `default` if there is none.
 
@@ -251,11 +239,11 @@ class DSMQClientSideConnection(Client):
         """Return up to `n` messages in a list, or the first or the default. If `raw` is None, with metadata."""
         claim: Claim = []
         try:
-            convert: Convert[Any] = text if raw is False else body if raw else self._session.message
-            reader = self._session.reader(topic)
+            session = self._session
+            reader, convert = session.reader(topic), session.converter(raw)
             taken = reader.take(claim, n, convert) if n and not latest else []
             if len(taken) < n:
-                for call in read(self._session, reader, claim, taken, n, seconds, convert, latest):
+                for call in read(session, reader, claim, taken, n, seconds, convert, latest):
                     self._run(call)
             if default is ALL:
                 return taken

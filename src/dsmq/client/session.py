@@ -7,7 +7,8 @@ import math
 import re
 import time
 from collections import deque
-from typing import Literal, NamedTuple, TypeAlias
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from dsmq.client.arguments import topic_name
 from dsmq.client.reader import MIN_READ_BYTES, Returned, TopicReader, take_back
@@ -210,6 +211,10 @@ class Session:
         if self.read_bytes < MAX_READ_BYTES:
             self.read_bytes = min(MAX_READ_BYTES, self.read_bytes + MIN_READ_BYTES)
         return entries
+
+    def converter(self, raw: bool | None) -> Callable[[TopicReader, Entry], Any]:  # noqa: FBT001
+        """Return what converts a message: to bytes if `raw`, to text if not, to a Message if that is None."""
+        return self.message if raw is None else body if raw else text
 
     def message(self, reader: TopicReader, entry: Entry) -> Message:
         """Return a message in the form that users get."""
