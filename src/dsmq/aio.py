@@ -189,7 +189,7 @@ class AsyncClient(Client):
         *,
         latest: bool = False,
     ) -> Any:
-        """Return up to `n` messages in a list, or the first or the default. If `raw` is None, with metadata."""
+        """Return up to `n` messages in a list, or the first, or the default; with metadata if `raw` is None."""
         claim: Claim = []
         try:
             taken = await self._take(claim, topic, n, seconds, raw, latest=latest)

@@ -39,7 +39,7 @@ class Admission:
     def __init__(self, context: ServerContext, workers: Sequence[EventLoop], counters: Counters) -> None:
         self._context = context
         self._workers = workers
-        # Of refused connections.
+        # They count refused connections.
         self._counters = counters
         self._numbers = itertools.count(1)
         self._refused: deque[tuple[float, socket.socket]] = deque()

@@ -236,7 +236,7 @@ class DSMQClientSideConnection(Client):
         default: object = ALL,
         latest: bool = False,  # noqa: FBT001, FBT002
     ) -> Any:
-        """Return up to `n` messages in a list, or the first or the default. If `raw` is None, with metadata."""
+        """Return up to `n` messages in a list, or the first, or the default; with metadata if `raw` is None."""
         claim: Claim = []
         try:
             session = self._session

@@ -213,7 +213,7 @@ class Session:
         return entries
 
     def converter(self, raw: bool | None) -> Callable[[TopicReader, Entry], Any]:  # noqa: FBT001
-        """Return what converts a message: to bytes if `raw`, to text if not, to a Message if that is None."""
+        """Return the function that converts messages: to bytes if `raw`, to text if not, to Message if it is None."""
         return self.message if raw is None else body if raw else text
 
     def message(self, reader: TopicReader, entry: Entry) -> Message:
