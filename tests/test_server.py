@@ -35,7 +35,7 @@ from dsmq.broker import commands, reads
 from dsmq.broker import event_loop as worker
 from dsmq.broker.admission import MAX_REFUSED
 from dsmq.client import connect
-from dsmq.errors import Full, ServerFailed, ShuttingDown, StartupError, StoreFailed, WrongEpoch
+from dsmq.errors import Full, ServerFailed, ShuttingDown, StartupError, StoreFailed, Unsure, WrongEpoch
 from dsmq.server import Server
 from dsmq.store.api import Message, Outcome, Put
 from dsmq.store.expiry import Expiry
@@ -751,6 +751,46 @@ def test_asynchronous_store_answers_transaction() -> None:
         wire.send("".join(f"{request}\r\n" for request in requests).encode())
         replies = [wire.receive() for _ in requests]
         assert replies == [1, "OK", *["QUEUED"] * 5, [2, b"1", 3, b"2", b"3"], 4]
+
+
+class PickyStore(SQLiteStore):
+    """Refuses a message at once, and answers other puts when the test sets their results."""
+
+    def __init__(self) -> None:
+        super().__init__(600_000)
+        self.answers: list[Future[list[Outcome]]] = []
+
+    def append(self, puts: Sequence[Put]) -> Future[list[Outcome]]:  # type: ignore[override]
+        if any(body == b"refused" for _, body, _ in puts):
+            raise Full("no room")
+        self.answers.append(Future())
+        return self.answers[-1]
+
+
+def test_refusal_does_not_overtake_reply_to_an_earlier_put() -> None:
+    store = PickyStore()
+    with serving(store) as server, wire_to(server) as wire:  # type: ignore[arg-type]
+        wire.send(b"".join([encode_request(b"PUT", b"t", body) for body in (b"1", b"refused", b"2")]))
+        wait_until(lambda: len(store.answers) == 2)
+        store.answers[1].set_result([2])
+        store.answers[0].set_result([1])
+        assert wire.receive() == 1
+        assert isinstance(wire.receive(), Full)
+        assert wire.receive() == 2
+        assert wire.call("PING") == "PONG"
+
+
+def test_requests_behind_a_put_with_unknown_outcome_are_not_run() -> None:
+    store = PickyStore()
+    with serving(store) as server, wire_to(server) as wire, wire_to(server) as other:  # type: ignore[arg-type]
+        wire.send(encode_request(b"PUT", b"t", b"1"))
+        wait_until(lambda: len(store.answers) == 1)
+        wire.send(encode_request(b"PUT", b"t", b"2"))
+        store.answers[0].set_result([Unsure("no answer")])
+        assert isinstance(wire.receive(), Unsure)
+        assert wire.ended()
+        assert other.call("PING") == "PONG"
+        assert len(store.answers) == 1
 
 
 class LimitedStore(SQLiteStore):

@@ -85,7 +85,7 @@ class NATSStore:
     def start(self, on_messages: Callable[[set[bytes]], None], on_unusable: Callable[[str], None]) -> None:
         self.mirror.on_ready = self._on_ready
         self.mirror.on_messages = on_messages
-        self.mirror.on_replaced = partial(on_unusable, "the stream has lost its messages")
+        self.mirror.on_replaced = self._on_replaced
         self.connection.on_lost = self.requests.on_lost
         self._on_unusable = on_unusable
         self.thread.start()
@@ -101,9 +101,18 @@ class NATSStore:
         _logger.info("the mirror of the stream is complete, up to id %s", self.mirror.store.last_id())
         self._ready.set()
 
+    def _on_replaced(self) -> None:
+        self.publisher.last_id = 0
+        self._on_unusable("the stream has lost its messages")
+
+    @property
+    def _is_disconnected(self) -> bool:
+        # A connection whose server is silent is given up before that, and another one may be made at once.
+        return not self.connection.connected and time.monotonic() - self.connection.connected_at > DISCONNECT_SECONDS
+
     @property
     def unready_reason(self) -> str:
-        if time.monotonic() - self.connection.connected_at > DISCONNECT_SECONDS:
+        if self._is_disconnected:
             return f"no connection to the engine: {self.connection.error or 'not connected yet'}"
         return "" if self.mirror.ready else f"mirroring the stream, at id {self.mirror.store.last_id()}"
 
@@ -155,7 +164,7 @@ class NATSStore:
         """If there is no engine, send clients to other servers."""
         while True:
             await asyncio.sleep(WATCH_SECONDS)
-            is_lost = time.monotonic() - self.connection.connected_at > DISCONNECT_SECONDS
+            is_lost = self._is_disconnected
             if is_lost and not self._is_lost:
                 _logger.error("no connection to the engine: %s", self.connection.error)
                 self._on_unusable("there is no connection to the engine")
@@ -260,7 +269,10 @@ class NATSStore:
         self._tasks = {task for task in self._tasks if not task.done()}
         try:
             # Not what `ReadIndex` asks for, which counts messages that may never be stored.
-            answer.set_result(max(self.publisher.last_id, await self.stream.last_id()))
+            epoch, last_id = self.mirror.epoch, await self.stream.last_id()
+            if epoch != self.mirror.epoch:
+                raise EngineError("a new epoch has begun")
+            answer.set_result(max(self.publisher.last_id, last_id))
         except EngineError as error:
             answer.set_exception(StoreFailed(str(error)))
 
