@@ -75,6 +75,14 @@ class Job:
     step: int = 1
     """Distance between the lines at which a call is interrupted."""
     options: dict[str, Any] = field(default_factory=dict)
+    others: tuple[int, ...] = ()
+    """The ports of other servers that share a store."""
+
+    def connect(self) -> DSMQClientSideConnection:
+        hosts: Any = [f"{HOST}:{port}" for port in (self.port, *self.others)]
+        if not self.others or "Sequence" not in connect.__annotations__["host"]:
+            return connect(HOST, self.port, **self.options)
+        return connect(hosts, **self.options)
 
     @property
     def random(self) -> random.Random:
