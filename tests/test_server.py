@@ -823,12 +823,31 @@ def test_late_store_answer_gives_no_second_reply() -> None:
     store = SlowStore()
     with Server(config.load(kind=config.EmbeddedSettings, port=0), store) as server, wire_to(server) as wire:  # type: ignore[arg-type]
         for late in (StoreFailed("late"), [Message(1, 1, 0, b"late", 1)]):
-            assert wire.call("GETWAIT", "t", round(UNIT * 1000)) is None
+            store.reads.clear()
+            wire.send(encode_request(b"GETWAIT", b"t", b"%d" % round(UNIT * 1000)))
+            # When the wait is over, the store is asked once more.
+            wait_until(lambda: len(store.reads) == 2)
+            store.reads[1].set_result([])
+            assert wire.receive() is None
             if isinstance(late, list):
-                store.reads[-1].set_result(late)
+                store.reads[0].set_result(late)
             else:
-                store.reads[-1].set_exception(late)
+                store.reads[0].set_exception(late)
             assert [wire.call("ECHO", "1"), wire.call("ECHO", "2")] == [b"1", b"2"]
+
+
+def test_wait_ends_with_a_message_that_the_store_knows_of_later() -> None:
+    store = SlowStore()
+    with serving(store) as server, wire_to(server) as wire:  # type: ignore[arg-type]
+        wire.send(encode_request(b"GETWAIT", b"t", b"%d" % round(UNIT * 1000)))
+        wait_until(lambda: len(store.reads) == 1)
+        store.reads[0].set_result([])
+        # Once more after it has registered for new messages, and when the wait is over.
+        wait_until(lambda: len(store.reads) == 2)
+        store.reads[1].set_result([])
+        wait_until(lambda: len(store.reads) == 3)
+        store.reads[2].set_result([Message(1, 1, 0, b"x", 1)])
+        assert wire.receive() == b"x"
 
 
 def test_half_closed_reader_ends_while_the_store_owes_an_answer() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -134,7 +135,7 @@ class Cluster:
         """Delete the stream; the servers make a new one."""
         began = time.monotonic()
         asyncio.run(self._delete_stream())
-        self.history.add(replace(self._life, ended=time.monotonic()))
+        self.history.add(replace(self._life, ended=time.monotonic(), kept_until=-math.inf))
         known = self._life.epoch
         wait_until(lambda: all(self._epoch(port) not in {known, ""} for port in self.ports), SOON)
         self._begin(began)
