@@ -79,10 +79,8 @@ class Job:
     """The ports of other servers that share a store."""
 
     def connect(self) -> DSMQClientSideConnection:
-        hosts: Any = [f"{HOST}:{port}" for port in (self.port, *self.others)]
-        if not self.others or "Sequence" not in connect.__annotations__["host"]:
-            return connect(HOST, self.port, **self.options)
-        return connect(hosts, **self.options)
+        hosts = HOST if not self.others else [f"{HOST}:{port}" for port in (self.port, *self.others)]
+        return connect(hosts, self.port, **self.options)
 
     @property
     def random(self) -> random.Random:
