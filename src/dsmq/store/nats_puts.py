@@ -61,7 +61,9 @@ class Publisher:
         self._numbers = itertools.count(1)
         self.last_id = 0
         """The highest id that the engine has answered."""
-        self.published = self.repeated = self.split = 0
+        self.published = self.retries = self.split = self.repeated = 0
+        """How often messages were published together, attempts that brought no outcome, batches published one by one,
+        and messages that were stored already."""
         self.seconds = 0.0
 
     def put(self, puts: Sequence[Put], answer: Future[list[Outcome]], *, together: bool) -> None:
@@ -88,10 +90,14 @@ class Publisher:
             began = time.monotonic()
             outcomes = await self._publish(messages, appends[0].until, together=appends[0].together)
             self.seconds += time.monotonic() - began
-            self.published += len(messages)
+            self.published += 1
             for append in appends:
                 append.answer.set_result(outcomes[: len(append.messages)])
                 del outcomes[: len(append.messages)]
+
+    def count_repeated(self, puts: int) -> None:
+        """Count puts that the mirror has already, and that are not published."""
+        self.repeated += puts
 
     def close(self) -> None:
         """Refuse what is queued: it has not been sent."""
@@ -144,13 +150,14 @@ class Publisher:
                 ack = await self._requests.wait(subject, future, ATTEMPT_SECONDS)
                 if ack is not None and ack.id:
                     self.last_id = max(self.last_id, ack.id)
+                    self.repeated += ack.is_repeated
                     return ack.id
                 if ack is not None and ack.code in FULL and not is_sent:
                     return _refusal(ack)
                 if ack is not None and ack.code != _IN_PROCESS:
                     _logger.debug("the engine refused a put: %s (%s)", ack.text, ack.code)
                 is_sent = is_sent or ack is None or ack.code == _IN_PROCESS
-                self.repeated += 1
+                self.retries += 1
             await asyncio.sleep(_PAUSE_SECONDS)
         return _unsure() if is_sent else StoreFailed("the engine does not answer")
 
