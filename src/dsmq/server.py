@@ -9,6 +9,7 @@ As a script: python server.py [host [port]]
 from __future__ import annotations
 
 import logging
+import math
 import os
 import queue
 import socket
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
 WATCH_SECONDS = 1.0
 # How often to check whether the store is ready, and whether to stop.
 STORE_SECONDS = 0.1
+# How often to log why it is not ready.
+PROGRESS_SECONDS = 5.0
 # Settings that a reload does not change.
 RESTART_REQUIRED = (
     *("host", "port", "listen_backlog", "http_host", "http_port"),
@@ -226,11 +229,13 @@ class Server:
         if self._store.wait(0.0):
             return True
         _start(self._http_endpoints)
-        reason = ""
+        logged_at = -math.inf
         while not (self.status.stopping or self._store.wait(STORE_SECONDS)):
-            if reason != (reason := self._store.unready_reason):
+            reason = self._store.unready_reason
+            if time.monotonic() - logged_at >= PROGRESS_SECONDS:
                 _logger.info("waiting for the store: %s", reason, extra=logs.event("waiting", reason=reason))
                 self._systemd.notify(f"STATUS=waiting for the store: {reason}")
+                logged_at = time.monotonic()
         return not self.status.stopping
 
     def _wake_readers(self, topics: set[bytes]) -> None:
@@ -240,6 +245,9 @@ class Server:
 
     def _disconnect_clients(self, reason: str) -> None:
         """Hang up without a notice, which would mean that unanswered puts are not stored."""
+        if connections := self.status.connections():
+            about = logs.event("disconnecting", connections=connections, reason=reason)
+            _logger.info("disconnecting %d clients: %s", connections, reason, extra=about)
         for worker in self._workers:
             worker.post(partial(worker.close_connections, reason))
 

@@ -32,14 +32,17 @@ PROCESS = "process_"
 
 
 def shown_in_readme(*, topics: bool = False) -> dict[str, str]:
-    """Return the metrics in the table of deploy/README.md with their types; those by topic only on request."""
+    """Return the metrics in the table of deploy/README.md with their types; those by topic only on request.
+
+    Those of an engine are left out.
+    """
     rows = re.findall(
         r"^\| `(dsmq_\w+)`.*? \| (counter|gauge|histogram) \|", (ROOT / "deploy/README.md").read_text(), re.MULTILINE
     )
     return {
         name.removesuffix("_total") if kind == "counter" else name: kind
         for name, kind in rows
-        if topics or not name.startswith("dsmq_topic_")
+        if (topics or not name.startswith("dsmq_topic_")) and not name.startswith(("dsmq_engine_", "dsmq_mirror_"))
     }
 
 

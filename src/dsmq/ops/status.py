@@ -13,7 +13,7 @@ from dsmq import __version__
 from dsmq.broker.auth import Role
 from dsmq.broker.counters import Counters, total
 from dsmq.errors import ReplyError
-from dsmq.store.api import TopicStats, Totals
+from dsmq.store.api import EngineStats, TopicStats, Totals
 
 if TYPE_CHECKING:
     from dsmq.broker.connection import Connection
@@ -89,12 +89,15 @@ class Status:
     def stuck_threads(self) -> list[str]:
         """Return the names of threads that are dead, or have been unresponsive for health_timeout_seconds."""
         latest = time.monotonic() - self.context.settings.health_timeout_seconds
-        return [
+        names = [
             part.thread.name
             for part in (*self._workers, self._expiry, self._snapshotter)
             # While the server stops, its threads end one by one.
             if part and part.thread.ident and (part.due_at < latest if part.thread.is_alive() else not self.stopping)
         ]
+        thread = self.context.store.thread
+        is_dead = thread is not None and thread.ident and not (thread.is_alive() or self.stopping)
+        return [*names, thread.name] if thread and is_dead else names
 
     def not_ready_reasons(self) -> list[str]:
         """Return why the server does not accept clients or puts; empty if it does."""
@@ -107,7 +110,8 @@ class Status:
             or totals.accounted_bytes >= limits.max_stored_bytes * 0.99,
             "too many connections": self.connections() >= self.context.usage.connections.limit,
         }
-        return [reason for reason, applies in reasons.items() if applies]
+        store_reason = self.context.store.unready_reason
+        return [*(reason for reason, applies in reasons.items() if applies), *([store_reason] if store_reason else [])]
 
     # Facts
 
@@ -144,6 +148,8 @@ class Status:
         results = {"written": snapshots.written, "failed": snapshots.failed}
         yield Fact("snapshots", "Snapshots, by result.", results, "result")
         yield Fact("snapshot_seconds", "Time spent on snapshots that were written.", snapshots.seconds)
+        if engine := self.context.store.engine():
+            yield from _engine_counted(engine)
 
     def usage(self, totals: Totals) -> Iterator[Fact]:
         """Return the numbers that go up and down, some from the result of `totals`."""
@@ -165,6 +171,8 @@ class Status:
         yield Fact("snapshot_time_seconds", "Unix time of the last snapshot written or restored.", snapshots.last_at)
         yield Fact("snapshot_size_bytes", "Size of the last snapshot written.", snapshots.last_bytes)
         yield Fact("restored_messages", "Messages restored from a snapshot at the start.", snapshots.restored)
+        if engine := self.context.store.engine():
+            yield from _engine_usage(engine)
 
     def limits(self) -> Iterator[Fact]:
         """Return the settings that bound the numbers above."""
@@ -188,6 +196,7 @@ class Status:
     def info(self) -> Mapping[str, Mapping[str, object]]:
         """Return the contents of INFO: sections of names and values, some under Redis's names."""
         counters, totals, store = self.counters(), self.totals(), self.context.store
+        engine = store.engine()
         counted = {fact.name: fact.total for fact in self.counted(counters, totals)}
         return {
             "server": {
@@ -208,6 +217,7 @@ class Status:
                 **{name: counted[name] for name in ("puts", "deliveries", "errors")},
             },
             "store": {**totals._asdict(), "last_id": store.last_id()},
+            **({"engine": _engine_info(engine)} if engine else {}),
             # redis-cli --stat shows these two.
             "memory": {"used_memory": totals.accounted_bytes},
             "keyspace": {"db0": f"keys={totals.topics},expires=0,avg_ttl=0"},
@@ -220,6 +230,7 @@ class Status:
         settings, access = self.context.settings, self.context.access
         stuck, not_ready = self.stuck_threads(), self.not_ready_reasons()
         counters, totals = self.counters(), self.totals()
+        engine = self.context.store.engine()
         return {
             "version": __version__,
             "epoch": self.context.store.epoch,
@@ -235,6 +246,7 @@ class Status:
             "stopping": self.stopping,
             "counters": {fact.name: fact.total for fact in self.counted(counters, totals)},
             "gauges": {fact.name: fact.total for fact in (*self.usage(totals), *self.limits())},
+            "engine": engine and engine._asdict(),
             "topics": self._largest_topics(),
             "clients": self._slowest_clients(),
             "errors": [
@@ -281,3 +293,24 @@ class Status:
             return None
         topic, number = client.last_read
         return max(0, self.context.store.last_number(topic) - number)
+
+
+def _engine_counted(engine: EngineStats) -> Iterator[Fact]:
+    yield Fact("engine_retries", "Attempts to publish a message that brought no outcome.", engine.retries)
+    yield Fact("engine_split_batches", "Batches whose messages were published one by one.", engine.split_batches)
+    yield Fact("engine_repeated_puts", "Puts that were stored already.", engine.repeated_puts)
+    yield Fact("mirror_consumers", "Consumers made to fill the mirror, including the first.", engine.consumers)
+    yield Fact("mirror_skipped_messages", "Messages that could not be mirrored.", engine.skipped_messages)
+
+
+def _engine_usage(engine: EngineStats) -> Iterator[Fact]:
+    yield Fact("engine_connected", "Whether there is a connection to the engine: 1 or 0.", int(engine.connected))
+    yield Fact("mirror_ready", "Whether the mirror is complete: 1 or 0.", int(engine.ready))
+    yield Fact("mirror_lag_messages", "Messages that the mirror does not have yet.", engine.lag_messages)
+    about = "Time since the mirror last had all messages; 0 while it has."
+    yield Fact("mirror_lag_seconds", about, engine.lag_seconds)
+
+
+def _engine_info(engine: EngineStats) -> dict[str, object]:
+    facts = (*_engine_usage(engine), *_engine_counted(engine))
+    return {"store_engine": engine.name, "engine_node": engine.node, **{fact.name: fact.total for fact in facts}}

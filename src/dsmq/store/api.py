@@ -84,6 +84,34 @@ class Timing(NamedTuple):
     seconds: float = 0.0
 
 
+class EngineStats(NamedTuple):
+    """The engine in which a store keeps its messages, and the store's mirror of them; counts are since the start."""
+
+    name: str
+    node: str
+    """The node that the store is connected to; empty if there is none."""
+    ready: bool
+    """Whether the mirror is complete: it has had all messages that the engine had at the start."""
+    lag_messages: int
+    """Messages in the engine that the mirror does not have yet."""
+    lag_seconds: float
+    """Time since the mirror last had all messages of the engine; 0 while it has."""
+    retries: int
+    """Attempts to publish a message that brought no outcome."""
+    split_batches: int
+    """Batches that the engine did not accept, so that their messages were published one by one."""
+    repeated_puts: int
+    """Puts that were stored already."""
+    consumers: int
+    """Consumers made to fill the mirror, including the first."""
+    skipped_messages: int
+    """Messages that could not be mirrored."""
+
+    @property
+    def connected(self) -> bool:
+        return self.node != ""
+
+
 class Limits(NamedTuple):
     """The settings that bound a store. A put that would exceed one raises Full."""
 
@@ -181,7 +209,10 @@ class Store(Protocol):
         """
 
     def timings(self) -> dict[str, Timing]:
-        """Return the timing of database operations: write, read, expire."""
+        """Return the timing of operations on the database, write, read and expire; and on an engine, publish."""
+
+    def engine(self) -> EngineStats | None:
+        """Return the state of the engine, if messages are kept in one."""
 
     def last_numbers(self) -> dict[bytes, int]:
         """Return the number of the last message of each topic with messages."""

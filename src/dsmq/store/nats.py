@@ -15,7 +15,6 @@ import asyncio
 import logging
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -23,7 +22,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from dsmq.errors import ReplyError, StartupError, StoreFailed, TooBig
-from dsmq.store.api import Answer, Limits, Message, Outcome, Put, Timing, TopicStats, Totals
+from dsmq.store.api import Answer, EngineStats, Limits, Message, Outcome, Put, Timing, TopicStats, Totals
 from dsmq.store.nats_connection import Credentials, NATSConnection, Server
 from dsmq.store.nats_mirror import Mirror, ReadIndex
 from dsmq.store.nats_puts import Publisher
@@ -87,7 +86,7 @@ class NATSStore:
     def start(self, on_messages: Callable[[set[bytes]], None], on_unusable: Callable[[str], None]) -> None:
         self.mirror.on_ready = self._on_ready
         self.mirror.on_messages = on_messages
-        self.mirror.on_replaced = partial(on_unusable, "the stream has lost its messages")
+        self.mirror.on_replaced = self._on_replaced
         self.connection.on_lost = self.requests.on_lost
         self._on_unusable = on_unusable
         self.thread.start()
@@ -103,11 +102,29 @@ class NATSStore:
         _logger.info("the mirror of the stream is complete, up to id %s", self.mirror.store.last_id())
         self._ready.set()
 
+    def _on_replaced(self) -> None:
+        self.publisher.last_id = 0
+        self._on_unusable("the stream has lost its messages")
+
+    @property
+    def _is_disconnected(self) -> bool:
+        # A connection whose server is silent is given up before that, and another one may be made at once.
+        return not self.connection.connected and self.connection.silent_seconds > DISCONNECT_SECONDS
+
     @property
     def unready_reason(self) -> str:
-        if time.monotonic() - self.connection.connected_at > DISCONNECT_SECONDS:
-            return f"no connection to the engine: {self.connection.error or 'not connected yet'}"
-        return "" if self.mirror.ready else f"mirroring the stream, at id {self.mirror.store.last_id()}"
+        connection, mirror = self.connection, self.mirror
+        if self._is_disconnected:
+            return f"no connection to the engine: {connection.error or 'not connected yet'}"
+        if mirror.ready:
+            return ""
+        if mirror.error is not None:
+            return f"not following the stream: {mirror.error}"
+        return (
+            f"mirroring the stream: {mirror.lag.messages} messages to go"
+            if mirror.lag.messages
+            else "opening the stream"
+        )
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -142,14 +159,9 @@ class NATSStore:
 
     async def _connect(self) -> None:
         """Wait for the engine, which may be starting. Raises StartupError if it refuses the credentials."""
-        said = ""
         while not self.connection.connected:
             if refusal := self.connection.refusal:
                 raise StartupError(f"the NATS servers refuse the connection: {refusal}")
-            error = self.connection.error
-            if error is not None and str(error) != said:
-                said = str(error)
-                _logger.warning("waiting for a NATS server: %s", said)
             await asyncio.sleep(0.05)
         await self.stream.connect(self._servers, self._credentials, self._tls)
 
@@ -157,9 +169,8 @@ class NATSStore:
         """If there is no engine, send clients to other servers."""
         while True:
             await asyncio.sleep(WATCH_SECONDS)
-            is_lost = time.monotonic() - self.connection.connected_at > DISCONNECT_SECONDS
+            is_lost = self._is_disconnected
             if is_lost and not self._is_lost:
-                _logger.error("no connection to the engine: %s", self.connection.error)
                 self._on_unusable("there is no connection to the engine")
             self._is_lost = is_lost
 
@@ -202,6 +213,8 @@ class NATSStore:
         known = self.mirror.store.check(puts)
         new = [put for put, message_id in zip(puts, known, strict=True) if message_id is None]
         answer: Future[list[Outcome]] = Future()
+        if len(new) < len(puts):
+            self._post(partial(self.publisher.count_repeated, len(puts) - len(new)))
         if not new:
             return [message_id for message_id in known if message_id is not None]
         published: Future[list[Outcome]] = Future()
@@ -262,7 +275,10 @@ class NATSStore:
         self._tasks = {task for task in self._tasks if not task.done()}
         try:
             # Not what `ReadIndex` asks for, which counts messages that may never be stored.
-            answer.set_result(max(self.publisher.last_id, await self.stream.last_id()))
+            epoch, last_id = self.mirror.epoch, await self.stream.last_id()
+            if epoch != self.mirror.epoch:
+                raise EngineError("a new epoch has begun")
+            answer.set_result(max(self.publisher.last_id, last_id))
         except EngineError as error:
             answer.set_exception(StoreFailed(str(error)))
 
@@ -314,6 +330,22 @@ class NATSStore:
     def timings(self) -> dict[str, Timing]:
         times = Timing(self.publisher.published, self.publisher.seconds)
         return self.mirror.store.timings() | {"publish": times}
+
+    def engine(self) -> EngineStats:
+        connection, publisher, mirror, lag = self.connection, self.publisher, self.mirror, self.mirror.lag
+        is_connected = connection.connected and connection.silent_seconds <= DISCONNECT_SECONDS
+        return EngineStats(
+            name=f"NATS stream {self.stream.name}",
+            node=connection.server if is_connected else "",
+            ready=mirror.ready,
+            lag_messages=lag.messages,
+            lag_seconds=lag.seconds(is_followed=mirror.is_following),
+            retries=publisher.retries,
+            split_batches=publisher.split,
+            repeated_puts=publisher.repeated,
+            consumers=mirror.consumers,
+            skipped_messages=mirror.skipped,
+        )
 
     def last_numbers(self) -> dict[bytes, int]:
         return self.mirror.store.last_numbers()

@@ -19,6 +19,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
+from dsmq.logs import event
+
 CONNECT_SECONDS = 2.0
 PING_SECONDS, SILENCE_SECONDS = 1.0, 3.0
 _FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.01, 0.25
@@ -130,11 +132,14 @@ class NATSConnection:
         self.has_jetstream = False
         """Whether the server itself has JetStream; others of its cluster may."""
         self.server = ""
-        """The name of the server that this is connected to."""
+        """The name of the server that this is or was connected to."""
         self.connected_at = -math.inf
         """When the server was heard of last, by the monotonic clock."""
+        self.opened_at = -math.inf
+        """When the last connection was made."""
         self.error: Exception | None = None
         """Why there is no connection."""
+        self._is_reported = False
         self.on_connected: Callable[[], None] = lambda: None
         self.on_lost: Callable[[], None] = lambda: None
         self.on_received: Callable[[], None] = lambda: None
@@ -143,6 +148,16 @@ class NATSConnection:
     @property
     def connected(self) -> bool:
         return self._transport is not None
+
+    @property
+    def silent_seconds(self) -> float:
+        """How long ago the server was heard of last."""
+        return time.monotonic() - self.connected_at
+
+    @property
+    def responds(self) -> bool:
+        """Whether the server has been heard of since it had to answer."""
+        return self.connected and self.silent_seconds < 1.5 * PING_SECONDS
 
     @property
     def refusal(self) -> str:
@@ -183,7 +198,7 @@ class NATSConnection:
                 delay = _FIRST_DELAY_SECONDS
                 await self._serve(transport, sock)
             except (OSError, TimeoutError, ValueError) as error:
-                self.error = error
+                self._fail(error)
             finally:
                 self._transport = None
                 if transport is not None:
@@ -193,8 +208,22 @@ class NATSConnection:
                 await asyncio.sleep(delay)
                 delay = min(_LONGEST_DELAY_SECONDS, delay * 2)
             else:
-                _logger.info("NATS server %s lost: %s", self.server, self.error)
                 self.on_lost()
+
+    def _fail(self, error: Exception) -> None:
+        """Keep the reason why there is no connection, and log it, but not for each attempt to connect again."""
+        is_refused = isinstance(error, Refused)
+        is_reported = self._is_reported and (isinstance(self.error, Refused) or not is_refused)
+        # asyncio's own timeouts have no text.
+        self.error = error if str(error) else TimeoutError("it does not answer")
+        about = event("engine_lost", node=self.server, error=str(self.error))
+        if is_reported:
+            _logger.debug("no connection to a NATS server: %s", self.error)
+        elif self.server:
+            _logger.warning("lost the connection to NATS server %s: %s", self.server, self.error, extra=about)
+        elif not is_refused:
+            _logger.warning("waiting for a NATS server: %s", self.error, extra=about)
+        self._is_reported = True
 
     async def _connect(self, server: Server) -> tuple[asyncio.Transport, _Socket]:
         loop = asyncio.get_running_loop()
@@ -222,10 +251,11 @@ class NATSConnection:
         """Pass messages on until the connection breaks, or the server is silent. Raises OSError."""
         self._transport, self.error = transport, None
         sock.on_data = lambda: self._receive(sock)
-        self.connected_at = time.monotonic()
+        self.opened_at = self.connected_at = time.monotonic()
         for number, (subject, _) in self._listeners.items():
             transport.write(b"SUB %b %b\r\n" % (subject, number))
-        _logger.info("connected to NATS server %s", self.server)
+        self._is_reported = False
+        _logger.info("connected to NATS server %s", self.server, extra=event("engine_connected", node=self.server))
         self.on_connected()
         self._receive(sock)
         while not sock.closed.done():

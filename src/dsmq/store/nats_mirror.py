@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import secrets
 import time
@@ -11,6 +12,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from dsmq.errors import StartupError, StoreFailed
+from dsmq.logs import event
 from dsmq.store.api import Mirrored
 from dsmq.store.nats_connection import NATSConnection, Received, encode_publish
 from dsmq.store.nats_requests import Requests
@@ -31,7 +33,10 @@ if TYPE_CHECKING:
 # A consumer that has not been heard of for this long is lost; it sends a heartbeat once a second.
 LOST_SECONDS = 2.5
 CHECK_SECONDS = 1.0
+# How long it takes at most to follow the stream again after a connection was lost, if nothing else is wrong.
+RECOVERY_SECONDS = 5.0
 RETRY_SECONDS = 0.25
+CLOSE_SECONDS = 2.0
 # How often the stream may be behind the mirror before messages count as lost: its answer may be old.
 MAX_BEHIND = 3
 # The numbers of topics are written down this often per max_age, by whichever server is first.
@@ -57,6 +62,35 @@ class _Delivery(NamedTuple):
     message: Received
 
 
+class Lag:
+    """How far a mirror is behind its stream."""
+
+    def __init__(self) -> None:
+        self._stream_id = self._mirrored_id = 0
+        # When the mirror last had all messages, and when that will be: once it has this id.
+        self._complete_at = time.monotonic()
+        self._next: tuple[int, float] | None = None
+
+    def update(self, stream_id: int, mirrored_id: int) -> None:
+        """Compare the last id of the stream with the one of the mirror."""
+        now = time.monotonic()
+        self._stream_id, self._mirrored_id = stream_id, mirrored_id
+        if self._next is not None and mirrored_id >= self._next[0]:
+            self._complete_at, self._next = self._next[1], None
+        if mirrored_id >= stream_id:
+            self._complete_at, self._next = now, None
+        elif self._next is None:
+            self._next = stream_id, now
+
+    @property
+    def messages(self) -> int:
+        return max(0, self._stream_id - self._mirrored_id)
+
+    def seconds(self, *, is_followed: bool) -> float:
+        """Return the time since the mirror last had all messages; 0 if it has, and follows the stream."""
+        return time.monotonic() - self._complete_at if self.messages or not is_followed else 0.0
+
+
 class Mirror:
     """Follows the stream. Used in one asyncio event loop, but for `store`, which is thread-safe."""
 
@@ -70,21 +104,36 @@ class Mirror:
         self.on_messages: Callable[[set[bytes]], None] = lambda _: None
         self.on_replaced: Callable[[], None] = lambda: None
         self.error: Exception | None = None
-        """Why the last consumer was lost."""
+        """Why the stream is not followed now."""
+        self._is_reported = False
         self.consumers = self.skipped = 0
         """How many consumers were made, and how many messages could not be mirrored."""
+        self.lag = Lag()
         self.applied = asyncio.Event()
         self._name = f"m-{secrets.token_hex(6)}"
+        self._names = itertools.count(1)
         self._deliveries: list[_Delivery] = []
         self._facts: list[tuple[int, dict[bytes, int]]] = []
         self._facts_at = time.monotonic()
         self._reset_consumer(StreamState(0, 0, "", 0))
         connection.on_received = self.apply
 
+    @property
+    def is_following(self) -> bool:
+        """Whether new messages of the stream arrive."""
+        return self.error is None and self._connection.connected and self.silent_seconds < LOST_SECONDS
+
+    @property
+    def silent_seconds(self) -> float:
+        """How long ago the consumer was heard of last."""
+        return time.monotonic() - self._heard_at
+
     def _reset_consumer(self, state: StreamState) -> None:
         self._sequence, self._pending, self._state = 0, _UNKNOWN, state
         self._heard_at = time.monotonic()
         self._lost: str | None = None
+        self._stream_id = state.last_id
+        self.lag.update(state.last_id, self.store.last_id())
         # The engine's clock minus this machine's.
         self._clock_ahead_ms = state.now_ms - round(boot_time() * 1000)
         self._behind = 0
@@ -98,29 +147,49 @@ class Mirror:
             except EngineError as error:
                 if error.code == NO_RESPONDERS and not self._connection.has_jetstream:
                     raise StartupError("the NATS server has JetStream disabled") from error
-                if self.error is None or str(self.error) != str(error):
-                    _logger.warning("not in step with the stream: %s", error)
-                self.error = error
+                self._fail(error)
             await asyncio.sleep(RETRY_SECONDS)
+
+    def _fail(self, error: EngineError) -> None:
+        """Keep the reason why the stream is not followed, and log it, but not for each attempt to follow it again."""
+        self.error = error
+        if self._is_reported or self._is_explained():
+            _logger.debug("not following the stream: %s", error)
+        else:
+            _logger.warning("not following the stream: %s", error, extra=event("mirror_lost", error=str(error)))
+            self._is_reported = True
+
+    def _is_explained(self) -> bool:
+        """Return whether the reason is that the connection is or was lost, which is logged as such."""
+        connection, now = self._connection, time.monotonic()
+        was_lost = self._heard_at < connection.opened_at and now - connection.opened_at < RECOVERY_SECONDS
+        return was_lost or not connection.responds
+
+    def _on_followed(self) -> None:
+        self.consumers += 1
+        self.error = None
+        if self._is_reported:
+            _logger.info("following the stream again", extra=event("mirror_followed"))
+        self._is_reported = False
 
     async def _follow(self) -> None:
         """Mirror the stream by a new consumer, until it is lost."""
         state = await self._stream.state()
         self._enter_epoch(state)
-        if time.monotonic() - self._heard_at > self.store.max_age_ms / 1000 and self.ready:
+        if self.silent_seconds > self.store.max_age_ms / 1000 and self.ready:
             # Messages may have expired unseen, so that numbers are unknown.
             self._restart()
         if not self.ready and not self.store.last_id():
             self._facts = sorted(await self._stream.read_facts(), key=lambda part: part[0])
-        self.consumers += 1
-        name = f"{self._name}-{self.consumers}"
+        # Not the number of consumers: one that seems to have failed may have been made.
+        name = f"{self._name}-{next(self._names)}"
         deliver_to = f"_INBOX.{name}"
         self._deliveries.clear()
         self._reset_consumer(state)
         subscription = self._connection.subscribe(deliver_to.encode(), self._on_delivery)
         try:
             self._pending = await self._stream.create_consumer(name, deliver_to, self.store.last_id())
-            self.error = None
+            self._on_followed()
             self.apply()
             await self._watch()
         finally:
@@ -132,14 +201,15 @@ class Mirror:
         if self.epoch and self.epoch != state.epoch:
             _logger.error("the stream has lost its messages: a new epoch begins")
             self._restart()
-            self.epoch = state.epoch
+            # First, so that clients that connected before get no HELLO with the new epoch.
             self.on_replaced()
         self.epoch = state.epoch
 
     def _restart(self) -> None:
         """Mirror the stream from its first message."""
         old, self.store, self.ready, self._facts = self.store, self._new_store(), False, []
-        old.close()
+        # Not at once: other threads may be reading it.
+        asyncio.get_running_loop().call_later(CLOSE_SECONDS, old.close)
 
     async def _watch(self) -> None:
         """Check once a second that nothing is lost; raise EngineError if it is."""
@@ -154,6 +224,7 @@ class Mirror:
                     raise
                 # Messages may arrive nevertheless.
                 continue
+            self.lag.update(state.last_id, self.store.last_id())
             self._behind = self._behind + 1 if state.last_id < mirrored else 0
             if self._behind >= MAX_BEHIND:
                 # The ids will be used again for other messages.
@@ -163,7 +234,7 @@ class Mirror:
             await self._write_facts()
 
     def _raise_if_lost(self) -> None:
-        if self._lost is None and time.monotonic() - self._heard_at > LOST_SECONDS:
+        if self._lost is None and self.silent_seconds > LOST_SECONDS:
             self._lost = "nothing was heard of its consumer"
         if self._lost is not None:
             raise EngineError(self._lost)
@@ -173,7 +244,10 @@ class Mirror:
         if self.ready and time.monotonic() - self._facts_at > interval:
             self._facts_at = time.monotonic()
             at, numbers = self.store.all_numbers()
-            await self._stream.write_facts(at, numbers)
+            try:
+                await self._stream.write_facts(at, numbers)
+            except EngineError as error:
+                _logger.warning("the numbers of the topics could not be written to the stream: %s", error)
 
     # Deliveries
 
@@ -185,11 +259,11 @@ class Mirror:
         # $JS.ACK.[domain.account hash.]stream.consumer.delivered.id.sequence.time.pending[.random]
         words = message.reply.split(b".")
         at = 5 if len(words) == 9 else 7
-        message_id, sequence, nanoseconds = map(int, words[at : at + 3])
+        message_id, sequence, nanoseconds, pending = map(int, words[at : at + 4])
         if sequence != self._sequence + 1:
             self._lost = f"its consumer skipped from {self._sequence} to {sequence}"
             return
-        self._sequence = sequence
+        self._sequence, self._stream_id = sequence, message_id + pending
         self._deliveries.append(_Delivery(message_id, nanoseconds // 1_000_000, message))
 
     def _on_status(self, status: int, message: Received) -> None:
@@ -208,12 +282,14 @@ class Mirror:
         deliveries, self._deliveries = self._deliveries, []
         if deliveries and self._lost is None:
             topics = self._apply(deliveries)
+            self.lag.update(self._stream_id, self.store.last_id())
             self.applied.set()
             if self.ready and topics:
                 self.on_messages(topics)
         if not self.ready and self._sequence >= self._pending:
             self.store.apply([], max(self.store.last_id(), self._state.last_id))
             self._apply_facts(self._state.last_id)
+            self.lag.update(self._state.last_id, self.store.last_id())
             self.ready = True
             self.applied.set()
             self.on_ready()
@@ -234,7 +310,12 @@ class Mirror:
             # A live message has just been put; the age of others is by the engine's clock alone.
             age = 0 if sequence > self._pending else max(0, engine_now - put_at)
             topic = decode_token(message.subject[len(self._stream.topic_prefix) :])
-            messages.append(Mirrored(message_id, (topic, message.body, _key(message)), age))
+            try:
+                messages.append(Mirrored(message_id, (topic, message.body, _key(message)), age))
+            except ValueError as error:
+                about = event("skipped", id=message_id)
+                _logger.error("message %s can't be mirrored: %s", message_id, error, extra=about)
+                self.skipped += 1
             topics.add(topic)
         self._store(messages, last_id)
         return topics
@@ -265,7 +346,7 @@ class Mirror:
                 for message in messages:
                     self._apply_safely([message], message.id)
                 return
-            _logger.exception("message %s can't be mirrored", last_id)
+            _logger.exception("message %s can't be mirrored", last_id, extra=event("skipped", id=last_id))
             self.skipped += 1
             with suppress(Exception):
                 self.store.apply([], last_id)
@@ -298,7 +379,11 @@ class ReadIndex:
             readers, self._readers = self._readers, []
             self._wanted.clear()
             # One question serves all who came before it is asked.
+            mirrored = self._mirror.store.last_id()
             last_id = await self._ask()
+            if last_id is not None and last_id < mirrored:
+                # Either of a leader that does not know yet what it has, or of a new stream.
+                last_id = None
             if last_id is not None and await self._reached(last_id):
                 for call, _ in readers:
                     call(None)

@@ -45,6 +45,8 @@ class _Append(NamedTuple):
     answer: Future[list[Outcome]]
     together: bool
     """Whether to store all or none."""
+    until: float
+    """When to give up, by the monotonic clock."""
 
 
 class Publisher:
@@ -59,7 +61,9 @@ class Publisher:
         self._numbers = itertools.count(1)
         self.last_id = 0
         """The highest id that the engine has answered."""
-        self.published = self.repeated = self.split = 0
+        self.published = self.retries = self.split = self.repeated = 0
+        """How often messages were published together, attempts that brought no outcome, batches published one by one,
+        and messages that were stored already."""
         self.seconds = 0.0
 
     def put(self, puts: Sequence[Put], answer: Future[list[Outcome]], *, together: bool) -> None:
@@ -71,7 +75,7 @@ class Publisher:
             else:
                 message_id = b"p.%b:%d" % (encode_token(key[0]), key[1])
             messages.append(_Publish(self._topic_prefix + encode_token(topic), body, message_id))
-        self._queue.append(_Append(messages, answer, together))
+        self._queue.append(_Append(messages, answer, together, time.monotonic() + PUT_SECONDS))
         self._ready.set()
 
     async def run(self) -> None:
@@ -84,12 +88,16 @@ class Publisher:
             appends = self._take()
             messages = [message for append in appends for message in append.messages]
             began = time.monotonic()
-            outcomes = await self._publish(messages, together=appends[0].together)
+            outcomes = await self._publish(messages, appends[0].until, together=appends[0].together)
             self.seconds += time.monotonic() - began
-            self.published += len(messages)
+            self.published += 1
             for append in appends:
                 append.answer.set_result(outcomes[: len(append.messages)])
                 del outcomes[: len(append.messages)]
+
+    def count_repeated(self, puts: int) -> None:
+        """Count puts that the mirror has already, and that are not published."""
+        self.repeated += puts
 
     def close(self) -> None:
         """Refuse what is queued: it has not been sent."""
@@ -107,8 +115,7 @@ class Publisher:
             taken.append(self._queue.popleft())
         return taken
 
-    async def _publish(self, messages: list[_Publish], *, together: bool) -> list[Outcome]:
-        until = time.monotonic() + PUT_SECONDS
+    async def _publish(self, messages: list[_Publish], until: float, *, together: bool) -> list[Outcome]:
         is_sent = False
         if len(messages) > 1:
             ack = await self._ask_batch(messages)
@@ -143,13 +150,14 @@ class Publisher:
                 ack = await self._requests.wait(subject, future, ATTEMPT_SECONDS)
                 if ack is not None and ack.id:
                     self.last_id = max(self.last_id, ack.id)
+                    self.repeated += ack.is_repeated
                     return ack.id
                 if ack is not None and ack.code in FULL and not is_sent:
                     return _refusal(ack)
                 if ack is not None and ack.code != _IN_PROCESS:
                     _logger.debug("the engine refused a put: %s (%s)", ack.text, ack.code)
                 is_sent = is_sent or ack is None or ack.code == _IN_PROCESS
-                self.repeated += 1
+                self.retries += 1
             await asyncio.sleep(_PAUSE_SECONDS)
         return _unsure() if is_sent else StoreFailed("the engine does not answer")
 

@@ -20,6 +20,8 @@ class Ack(NamedTuple):
     id: int = 0
     """The number of the message in the stream; 0 if it was refused."""
     is_batch: bool = False
+    is_repeated: bool = False
+    """Whether the message was stored already."""
     code: int = 0
     """JetStream's error code, if it was refused."""
     text: str = ""
@@ -72,4 +74,4 @@ def _parse_ack(body: bytes) -> Ack | None:
     error = answer.get("error")
     if error:
         return Ack(code=int(error.get("err_code", 0)), text=str(error.get("description", "")))
-    return Ack(int(answer.get("seq", 0)), "batch" in answer)
+    return Ack(int(answer.get("seq", 0)), "batch" in answer, bool(answer.get("duplicate")))

@@ -348,6 +348,9 @@ class SQLiteStore:
     def timings(self) -> dict[str, Timing]:
         return self._database.timings.copy()
 
+    def engine(self) -> None:
+        """There is none: the database is the store."""
+
     def last_numbers(self) -> dict[bytes, int]:
         return self._topics.last_numbers()
 

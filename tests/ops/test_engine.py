@@ -1,0 +1,335 @@
+"""What operators see of a store in a NATS stream: metrics, readiness, INFO, the page's data, and the log."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import logging
+import os
+import re
+import signal
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import nats
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from conftest import ROOT, SOON, Wire, reached, scrape, serving, wait_until, wire_to
+from dsmq import settings as config
+from dsmq.client import connect
+from dsmq.server import Server
+from dsmq.store import nats_mirror
+from dsmq.store.nats import NATSStore
+from engine import Engine, engine
+
+PREFIXES = ("dsmq_engine_", "dsmq_mirror_")
+
+
+def shown(server: Server) -> dict[str, float]:
+    """Return the metrics of the engine and the mirror, without `dsmq_`."""
+    return {name.removeprefix("dsmq_"): value for name, value in scrape(server).items() if name.startswith(PREFIXES)}
+
+
+def metric(server: Server, name: str) -> float:
+    return scrape(server)[f"dsmq_{name}"]
+
+
+@contextmanager
+def serving_from(nodes: Engine, **settings: object) -> Iterator[Server]:
+    """Run a server in this process in front of NATS servers."""
+    servers = ",".join(f"{host}:{port}" for host, port in nodes.servers)
+    given = {"port": 0, "http_port": 0, "store": f"nats://{servers}", "store_replicas": len(nodes.nodes), **settings}
+    with Server(config.load(kind=config.EmbeddedSettings, **given)) as server:
+        yield server
+
+
+def store_of(server: Server) -> NATSStore:
+    store = server.context.store
+    assert isinstance(store, NATSStore)
+    return store
+
+
+@pytest.fixture(scope="module")
+def one_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    with engine(tmp_path_factory.mktemp("nats"), 1) as running:
+        yield running
+
+
+@pytest.fixture
+def stream(request: pytest.FixtureRequest) -> str:
+    """A stream of the test's own."""
+    return f"s{abs(hash(request.node.name))}"
+
+
+@pytest.fixture
+def server(one_node: Engine, stream: str) -> Iterator[Server]:
+    # The engine reserves room for as much.
+    with serving_from(one_node, store_stream=stream, max_stored_bytes=10_000_000) as server:
+        yield server
+
+
+@pytest.fixture
+def wire(server: Server) -> Iterator[Wire]:
+    with wire_to(server) as wire:
+        yield wire
+
+
+def readyz(server: Server) -> dict[str, Any]:
+    """Return what /readyz answers, whatever its status is."""
+    assert server.http_port
+    connection = http.client.HTTPConnection("127.0.0.1", server.http_port, timeout=SOON)
+    try:
+        connection.request("GET", "/readyz")
+        answer: dict[str, Any] = json.load(connection.getresponse())
+        return answer
+    finally:
+        connection.close()
+
+
+def messages(caplog: pytest.LogCaptureFixture, level: int, pattern: str) -> list[str]:
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.levelno == level and re.search(pattern, record.getMessage())
+    ]
+
+
+# With and without
+
+
+def test_server_in_memory_shows_nothing_of_an_engine() -> None:
+    with serving(http_port=0) as server, wire_to(server) as wire:
+        assert shown(server) == {}
+        assert b"engine" not in wire.call("INFO")  # type: ignore[operator]
+        assert server.status.page()["engine"] is None
+        assert readyz(server)["status"] == "ready"
+
+
+def test_readme_lists_every_metric_of_the_engine(server: Server) -> None:
+    rows = re.findall(
+        r"^\| `(dsmq_(?:engine|mirror)_\w+)` \| (\w+) \|", (ROOT / "deploy/README.md").read_text(), re.MULTILINE
+    )
+    listed = {name.removesuffix("_total"): kind for name, kind in rows}
+    families = text_string_to_metric_families(fetch_metrics(server))
+    assert {family.name: family.type for family in families if family.name.startswith(PREFIXES)} == listed
+    assert len(listed) > 5
+
+
+def fetch_metrics(server: Server) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.http_port}/metrics", timeout=SOON) as answer:
+        return str(answer.read().decode())
+
+
+# Numbers
+
+
+def test_quiet_server_is_connected_and_up_to_date(server: Server, wire: Wire) -> None:
+    for _ in range(10):
+        wire.call("PUT", "t", "x")
+    wait_until(lambda: metric(server, "mirror_lag_messages") == 0)
+    assert shown(server) == {
+        "engine_connected": 1,
+        "engine_retries_total": 0,
+        "engine_split_batches_total": 0,
+        "engine_repeated_puts_total": 0,
+        "mirror_ready": 1,
+        "mirror_lag_messages": 0,
+        "mirror_lag_seconds": 0,
+        "mirror_consumers_total": 1,
+        "mirror_skipped_messages_total": 0,
+    }
+    assert readyz(server) == {"status": "ready", "reasons": []}
+
+
+def test_publishing_is_timed(server: Server, wire: Wire) -> None:
+    for _ in range(3):
+        wire.call("PUT", "t", "x")
+    found = scrape(server)
+    assert found["dsmq_store_operations_total{publish}"] == 3
+    assert 0 < found["dsmq_store_seconds_total{publish}"] < SOON
+
+
+def test_repeated_puts_are_counted(server: Server, wire: Wire) -> None:
+    first = wire.call("PUT", "t", "x", "KEY", "p", 1)
+    wait_until(lambda: store_of(server).last_id() == first)
+    # Recognised by the mirror, and, as two of one batch, by the engine.
+    assert wire.call("PUT", "t", "x", "KEY", "p", 1, "AGAIN") == first
+    answer = store_of(server).append([(b"t", b"y", (b"p", 2)), (b"t", b"y", (b"p", 2))])
+    assert isinstance(answer, Future)
+    assert len(set(answer.result(SOON))) == 1
+    assert metric(server, "engine_repeated_puts_total") == 2
+    assert metric(server, "engine_split_batches_total") == 1
+
+
+def test_message_that_cannot_be_mirrored_is_counted_and_skipped(server: Server, wire: Wire, stream: str) -> None:
+    host, port = store_of(server)._servers[0]
+
+    async def publish() -> None:
+        client = await nats.connect(f"nats://{host}:{port}")
+        # More digits than Python converts.
+        headers = {"Nats-Msg-Id": f"p.x:{'9' * 5000}"}
+        await client.jetstream().publish(f"{stream}.t.t", b"odd", headers=headers)
+        await client.close()
+
+    wire.call("PUT", "t", "before")
+    asyncio.run(publish())
+    wire.call("PUT", "t", "after")
+    assert wire.call("GETLATEST", "t") == b"after"
+    found = shown(server)
+    assert (found["mirror_skipped_messages_total"], found["mirror_consumers_total"]) == (1, 1)
+
+
+# Lag
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    yield now
+    monkeypatch.undo()
+
+
+def test_lag_is_the_time_since_the_mirror_had_everything(clock: list[float]) -> None:
+    lag = nats_mirror.Lag()
+    lag.update(10, 10)
+    assert (lag.messages, lag.seconds(is_followed=True)) == (0, 0.0)
+    clock[0] += 5
+    # Up to date five seconds ago; whether it still is, is not known.
+    assert lag.seconds(is_followed=False) == 5
+    lag.update(14, 11)
+    clock[0] += 2
+    assert (lag.messages, lag.seconds(is_followed=True)) == (3, 7)
+    # More arrives all the time, but the mirror is never more than two seconds behind.
+    lag.update(20, 15)
+    assert (lag.messages, lag.seconds(is_followed=True)) == (5, 2)
+    clock[0] += 1
+    lag.update(20, 20)
+    assert (lag.messages, lag.seconds(is_followed=True)) == (0, 0.0)
+
+
+def test_lag_ends_if_the_stream_begins_anew(clock: list[float]) -> None:
+    lag = nats_mirror.Lag()
+    lag.update(1000, 900)
+    clock[0] += 1
+    lag.update(3, 3)
+    assert (lag.messages, lag.seconds(is_followed=True)) == (0, 0.0)
+
+
+# Loss
+
+
+def test_loss_and_return_of_the_engine_are_seen_and_logged_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "dsmq")
+    with engine(tmp_path, 1) as running, serving_from(running) as server:
+        [node] = running.nodes
+        with connect(port=server.port, retry=False) as mq:
+            mq.put("t", "x")
+        assert server.status.page()["engine"]["node"] == node.name
+        caplog.clear()
+        node.kill()
+        wait_until(lambda: metric(server, "engine_connected") == 0)
+        wait_until(lambda: metric(server, "ready") == 0)
+        assert readyz(server)["reasons"][0].startswith("no connection to the engine: ")
+        assert server.status.page()["engine"]["node"] == ""
+        behind = metric(server, "mirror_lag_seconds")
+        wait_until(lambda: metric(server, "mirror_lag_seconds") > behind > 0)
+        assert metric(server, "mirror_consumers_total") == 1
+        node.start()
+        wait_until(lambda: metric(server, "mirror_consumers_total") == 2)
+        wait_until(lambda: metric(server, "mirror_lag_seconds") == 0)
+        assert (metric(server, "engine_connected"), metric(server, "ready")) == (1, 1)
+        assert len(messages(caplog, logging.WARNING, "")) == 1
+        assert len(messages(caplog, logging.WARNING, f"lost the connection to NATS server {node.name}: ")) == 1
+        assert messages(caplog, logging.INFO, "NATS") == [f"connected to NATS server {node.name}"]
+        assert not messages(caplog, logging.ERROR, "")
+
+
+def test_put_that_has_to_be_retried_is_counted(tmp_path: Path) -> None:
+    with engine(tmp_path, 1) as running, serving_from(running) as server, wire_to(server) as wire:
+        [node] = running.nodes
+        wire.call("PUT", "t", "x")
+        node.signal(signal.SIGSTOP)
+        assert node.process
+        os.waitid(os.P_PID, node.process.pid, os.WSTOPPED)
+        # Not over the wire: a server whose engine is silent hangs up.
+        answer = store_of(server).append([(b"t", b"y", None)])
+        assert isinstance(answer, Future)
+        wait_until(lambda: metric(server, "engine_retries_total") > 0)
+        node.signal(signal.SIGCONT)
+        assert isinstance(answer.result(SOON)[0], int)
+
+
+def test_lost_consumer_is_replaced_counted_and_logged_once(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "dsmq")
+    store = store_of(server)
+
+    async def delete() -> None:
+        await store.stream.delete_consumer(f"{store.mirror._name}-1")
+
+    asyncio.run_coroutine_threadsafe(delete(), store._loop).result(SOON)
+    wait_until(lambda: metric(server, "mirror_consumers_total") == 2)
+    assert len(messages(caplog, logging.WARNING, "not following the stream: ")) == 1
+    assert messages(caplog, logging.INFO, "following the stream again") == ["following the stream again"]
+    assert metric(server, "ready") == 1
+
+
+def test_server_that_waits_for_its_engine_says_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "dsmq")
+    with engine(tmp_path, 3) as running:
+        for node in running.nodes:
+            node.kill()
+        begun: list[Server] = []
+        done = threading.Event()
+
+        def serve() -> None:
+            with serving_from(running) as server:
+                begun.append(server)
+                done.wait(SOON)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            # All three are tried, again and again, and fail with different errors.
+            assert reached(lambda: bool(messages(caplog, logging.WARNING, "waiting for a NATS server: ")))
+            assert reached(lambda: bool(messages(caplog, logging.INFO, "waiting for the store: ")))
+            time.sleep(1.0)
+            assert len(messages(caplog, logging.WARNING, "")) == 1
+            assert len(messages(caplog, logging.INFO, "waiting for the store: ")) == 1
+            for node in running.nodes:
+                node.start()
+            wait_until(lambda: bool(begun))
+            assert len(messages(caplog, logging.INFO, "connected to NATS server")) == 1
+        finally:
+            done.set()
+            thread.join(SOON)
+
+
+# INFO and the page
+
+
+def test_info_describes_the_engine(server: Server, wire: Wire, stream: str) -> None:
+    info = wire.call("INFO", "engine")
+    assert isinstance(info, bytes)
+    lines = dict(line.split(":", 1) for line in info.decode().splitlines()[1:])
+    assert lines["store_engine"] == f"NATS stream {stream}"
+    assert lines["engine_node"] == "n0"
+    assert (lines["engine_connected"], lines["mirror_ready"], lines["mirror_lag_messages"]) == ("1", "1", "0")
+    assert b"store_engine" in wire.call("INFO")  # type: ignore[operator]
+
+
+def test_status_describes_the_engine(server: Server, stream: str) -> None:
+    found = server.status.page()["engine"]
+    assert (found["name"], found["node"], found["lag_messages"]) == (f"NATS stream {stream}", "n0", 0)
+    # It is JSON.
+    assert json.loads(json.dumps(found)) == found
