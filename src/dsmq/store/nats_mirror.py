@@ -188,7 +188,8 @@ class Mirror:
         self._reset_consumer(state)
         subscription = self._connection.subscribe(deliver_to.encode(), self._on_delivery)
         try:
-            self._pending = await self._stream.create_consumer(name, deliver_to, self.store.last_id())
+            pending = await self._stream.create_consumer(name, deliver_to, self.store.last_id())
+            self._pending = min(self._pending, pending)
             self._on_followed()
             self.apply()
             await self._watch()
@@ -264,6 +265,9 @@ class Mirror:
             self._lost = f"its consumer skipped from {self._sequence} to {sequence}"
             return
         self._sequence, self._stream_id = sequence, message_id + pending
+        if not pending:
+            # Some of those that it had at first may have expired in the stream.
+            self._pending = min(self._pending, sequence)
         self._deliveries.append(_Delivery(message_id, nanoseconds // 1_000_000, message))
 
     def _on_status(self, status: int, message: Received) -> None:
@@ -353,9 +357,14 @@ class Mirror:
 
 
 def _key(message: Received) -> tuple[bytes, int] | None:
-    """Return the producer and number of a put; None if it can't be repeated by a client."""
+    """Return the producer and number of a put: a client's, or those that a server gives to puts without a key."""
     name, _, number = message.header(b"Nats-Msg-Id").rpartition(b":")
-    return (decode_token(name[2:]), int(number)) if name.startswith(b"p.") and number.isdigit() else None
+    if not number.isdigit():
+        return None
+    if name.startswith(b"p."):
+        return decode_token(name[2:]), int(number)
+    # A node that hangs for minutes may store what it had received, and what has been sent elsewhere since.
+    return (name, int(number)) if name.startswith(b"s.") else None
 
 
 class ReadIndex:
