@@ -341,6 +341,13 @@ def test_put_to_a_new_stream_is_read_although_mirrors_have_not_noticed_it(stores
     assert bodies(read(other, b"u")) == [b"y"]
 
 
+def test_store_can_be_closed_as_soon_as_it_is_ready(stores: Stores) -> None:
+    for _ in range(10):
+        store = stores()
+        store.close()
+        assert not store.thread.is_alive()
+
+
 def test_server_waits_for_an_engine_that_starts_later(tmp_path: Path) -> None:
     with engine(tmp_path, 1) as later:
         [node] = later.nodes

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 # Without a connection for this long, clients are sent to other servers.
 DISCONNECT_SECONDS = 2.0
-WATCH_SECONDS = 0.5
+WATCH_SECONDS, CANCEL_SECONDS = 0.5, 0.1
 # What a message of the engine has besides its body and topic.
 HEADER_BYTES = 1024
 _STOP_SECONDS = 5.0
@@ -67,6 +67,8 @@ class NATSStore:
         self._startup_error: StartupError | None = None
         self._main_task: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._work: list[asyncio.Task[None]] = []
+        self._is_closing = False
         self._is_lost = False
         self._on_unusable: Callable[[str], None]
         # They belong to the loop, which is not running yet.
@@ -147,7 +149,9 @@ class NATSStore:
             await self._connect()
             async with asyncio.TaskGroup() as tasks:
                 for work in (self.publisher.run(), self._index.run(), self.mirror.run(), self._watch_connection()):
-                    tasks.create_task(work)
+                    self._work.append(tasks.create_task(work))
+                if self._is_closing:
+                    raise asyncio.CancelledError
         except* StartupError as errors:
             raise errors.exceptions[0] from None
         finally:
@@ -183,8 +187,13 @@ class NATSStore:
         self.mirror.store.close()
 
     def _cancel(self) -> None:
-        if self._main_task is not None:
+        if not self._is_closing and self._main_task is not None:
             self._main_task.cancel()
+        self._is_closing = True
+        for task in self._work:
+            task.cancel()
+        # Again, because before Python 3.12 `asyncio.wait_for` loses a cancellation that comes along with its result.
+        self._loop.call_later(CANCEL_SECONDS, self._cancel)
 
     def _post(self, call: Callable[[], None]) -> None:
         """Run this in the thread of the loop. Raises StoreFailed if that has ended."""
