@@ -28,10 +28,38 @@ from dsmq.client import DSMQClientSideConnection, connect, reader, requests, ses
 from dsmq.server import Server
 from dsmq.store.api import Store
 from dsmq.store.sqlite import SQLiteStore
-from helpers import HOST, ROOT, SOON, UNIT, Daemon, Wire, as_map, daemon, reached, scrape, wait_until
+from helpers import (
+    HOST,
+    ROOT,
+    SOON,
+    UNIT,
+    Daemon,
+    Wire,
+    as_map,
+    black_hole,
+    daemon,
+    reached,
+    refusing_address,
+    scrape,
+    wait_until,
+)
 from security import ADMIN, TOKENS, Files
 
-__all__ = ["HOST", "ROOT", "SOON", "UNIT", "Daemon", "Wire", "as_map", "daemon", "reached", "scrape", "wait_until"]
+__all__ = [
+    "HOST",
+    "ROOT",
+    "SOON",
+    "UNIT",
+    "Daemon",
+    "Wire",
+    "as_map",
+    "black_hole",
+    "daemon",
+    "reached",
+    "refusing_address",
+    "scrape",
+    "wait_until",
+]
 
 
 Resolve = Callable[..., None]
@@ -96,6 +124,12 @@ def serving(store: Store | None = None, **settings: object) -> Iterator[Server]:
 def server() -> Iterator[Server]:
     with serving() as server:
         yield server
+
+
+@pytest.fixture
+def states() -> list[str]:
+    """For `on_state_change`: the states of a client."""
+    return []
 
 
 @pytest.fixture

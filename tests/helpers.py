@@ -46,6 +46,37 @@ def wait_until(condition: Callable[[], bool], seconds: float = SOON) -> None:
     assert reached(condition, seconds), f"not within {seconds:g} s"
 
 
+@contextmanager
+def black_hole() -> Iterator[tuple[str, int]]:
+    """An address that neither answers nor refuses, because its listen queue is full."""
+
+    def is_full() -> bool:
+        with socket.socket() as probe:
+            probe.settimeout(UNIT)
+            try:
+                probe.connect(listener.getsockname())
+            except TimeoutError:
+                return True
+            return False
+
+    with socket.socket() as listener, socket.socket() as first, socket.socket() as second:
+        listener.bind((HOST, 0))
+        listener.listen(0)
+        for one in (first, second):
+            one.setblocking(False)
+            one.connect_ex(listener.getsockname())
+        wait_until(is_full)
+        yield listener.getsockname()
+
+
+@contextmanager
+def refusing_address() -> Iterator[tuple[str, int]]:
+    """An address without a listener. While it is bound, no other process gets it."""
+    with socket.socket() as bound:
+        bound.bind((HOST, 0))
+        yield bound.getsockname()
+
+
 class Wire:
     """A raw connection to a server."""
 

@@ -17,9 +17,9 @@ import asyncio
 import math
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from types import TracebackType
-from typing import Any, Generic, Literal, Self, TypeVar, Unpack, overload
+from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 from dsmq import client as blocking
 from dsmq.client import arguments
@@ -27,8 +27,8 @@ from dsmq.client.async_pool import Pool, retrieve_error
 from dsmq.client.core import NOT_STARTED, Client, Options, Retries
 from dsmq.client.reader import Claim
 from dsmq.client.replies import check, stored_id
-from dsmq.client.requests import ALL, Call, Convert, NonIdempotent, Put, PutMany, list_topics, read
-from dsmq.client.session import PING, SHUTDOWN, Message, body, text
+from dsmq.client.requests import ALL, Call, NonIdempotent, Put, PutMany, list_topics, read
+from dsmq.client.session import PING, SHUTDOWN, Message
 from dsmq.errors import ClientClosed
 from dsmq.system import process
 
@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 
 async def connect(
-    host: str = "127.0.0.1", port: int = 30008, *, retry: bool = True, **options: Unpack[Options]
+    host: str | Sequence[str] = "127.0.0.1", port: int = 30008, *, retry: bool = True, **options: Unpack[Options]
 ) -> AsyncClient:
     """Connect to a server; see `dsmq.client.connect`."""
     mq = AsyncClient(host, port, options)
@@ -54,7 +54,7 @@ class AsyncClient(Client):
     connections. While the loop is running, calls in another one raise RuntimeError.
     """
 
-    def __init__(self, host: str, port: int, options: Options) -> None:
+    def __init__(self, host: str | Sequence[str], port: int, options: Options) -> None:
         super().__init__(host, port, options)
         self._lock = threading.Lock()
         self._pool: Pool | None = None
@@ -86,49 +86,35 @@ class AsyncClient(Client):
         return puts.ids
 
     @overload
-    async def get(self, topic: str, *, default: str = "", raw: Literal[False] = False) -> str: ...
+    async def get(self, topic: str, *, default: D = ..., raw: Literal[False] = False) -> str | D: ...
     @overload
-    async def get(self, topic: str, *, default: D, raw: Literal[False] = False) -> str | D: ...
-    @overload
-    async def get(self, topic: str, *, raw: Literal[True]) -> bytes: ...
-    @overload
-    async def get(self, topic: str, *, default: D, raw: Literal[True]) -> bytes | D: ...
+    async def get(self, topic: str, *, default: D = ..., raw: Literal[True]) -> bytes | D: ...
     async def get(self, topic: str, *, default: object = "", raw: bool = False) -> object:
         """Return the oldest message that this client has not read, or `default`."""
-        return await self._one(topic, 0.0, default, raw=raw)
+        return await self._read(topic, 1, 0.0, raw, default)
 
     @overload
     async def get_wait(
-        self, topic: str, *, default: str = "", timeout: float | None = None, raw: Literal[False] = False
-    ) -> str: ...
-    @overload
-    async def get_wait(
-        self, topic: str, *, default: D, timeout: float | None = None, raw: Literal[False] = False
+        self, topic: str, *, default: D = ..., timeout: float | None = None, raw: Literal[False] = False
     ) -> str | D: ...
     @overload
-    async def get_wait(self, topic: str, *, timeout: float | None = None, raw: Literal[True]) -> bytes: ...
-    @overload
     async def get_wait(
-        self, topic: str, *, default: D, timeout: float | None = None, raw: Literal[True]
+        self, topic: str, *, default: D = ..., timeout: float | None = None, raw: Literal[True]
     ) -> bytes | D: ...
     async def get_wait(
         self, topic: str, *, default: object = "", timeout: float | None = None, raw: bool = False
     ) -> object:
         """Like `get`, but wait up to `timeout` seconds for a message; by default, about ten."""
         seconds = blocking.default_wait() if timeout is None else arguments.seconds("timeout", timeout)
-        return await self._one(topic, seconds, default, raw=raw)
+        return await self._read(topic, 1, seconds, raw, default)
 
     @overload
-    async def get_latest(self, topic: str, *, default: str = "", raw: Literal[False] = False) -> str: ...
+    async def get_latest(self, topic: str, *, default: D = ..., raw: Literal[False] = False) -> str | D: ...
     @overload
-    async def get_latest(self, topic: str, *, default: D, raw: Literal[False] = False) -> str | D: ...
-    @overload
-    async def get_latest(self, topic: str, *, raw: Literal[True]) -> bytes: ...
-    @overload
-    async def get_latest(self, topic: str, *, default: D, raw: Literal[True]) -> bytes | D: ...
+    async def get_latest(self, topic: str, *, default: D = ..., raw: Literal[True]) -> bytes | D: ...
     async def get_latest(self, topic: str, *, default: object = "", raw: bool = False) -> object:
         """Return the newest message that this client has not read, or `default`; skip the older ones."""
-        return await self._one(topic, 0.0, default, raw=raw, latest=True)
+        return await self._read(topic, 1, 0.0, raw, default, latest=True)
 
     @overload
     async def get_many(
@@ -141,12 +127,12 @@ class AsyncClient(Client):
     ) -> list[str] | list[bytes]:
         """Return up to `n` messages, oldest first. If there are none, wait up to `timeout` seconds for one."""
         n, seconds = arguments.count("n", n), arguments.seconds("timeout", timeout)
-        return await self._read(topic, n, seconds, body if raw else text)  # type: ignore[no-any-return]
+        return await self._read(topic, n, seconds, raw)  # type: ignore[no-any-return]
 
     async def read(self, topic: str, n: int = 1, *, timeout: float = 0.0, latest: bool = False) -> list[Message]:
         """Return up to `n` messages with their ids, numbers and put times; latest=True returns the newest only."""
         n, seconds = arguments.count("n", n), arguments.seconds("timeout", timeout)
-        return await self._read(topic, n, seconds, self._session.message, latest=latest)  # type: ignore[no-any-return]
+        return await self._read(topic, n, seconds, None, latest=latest)  # type: ignore[no-any-return]
 
     @overload
     def messages(self, topic: str, *, timeout: float = ..., raw: Literal[False] = False) -> AsyncIterator[str]: ...
@@ -158,9 +144,7 @@ class AsyncClient(Client):
         """Iterate over the messages of a topic as they arrive; end when none arrives for `timeout` seconds."""
         seconds = arguments.seconds("timeout", timeout)
         self._session.reader(topic)
-        if raw:
-            return _Messages(self, topic, seconds, body)
-        return _Messages(self, topic, seconds, text)
+        return _Messages(self, topic, seconds, raw=raw)
 
     async def ping(self) -> None:
         """Check that the server answers."""
@@ -195,27 +179,38 @@ class AsyncClient(Client):
     ) -> None:
         await self.close()
 
-    async def _one(self, topic: str, seconds: float, default: object, *, raw: bool, latest: bool = False) -> Any:
-        if raw:
-            return await self._read(topic, 1, seconds, body, b"" if default == "" else default, latest=latest)
-        return await self._read(topic, 1, seconds, text, default, latest=latest)
-
     async def _read(  # noqa: PLR0913 - what a read consists of
-        self, topic: str, n: int, seconds: float, convert: Convert[T], default: object = ALL, *, latest: bool = False
+        self,
+        topic: str,
+        n: int,
+        seconds: float,
+        raw: bool | None,  # noqa: FBT001 - as in the blocking client
+        default: object = ALL,
+        *,
+        latest: bool = False,
     ) -> Any:
-        """Return up to `n` messages in a list, or the first or the default."""
+        """Return up to `n` messages in a list, or the first, or the default; with metadata if `raw` is None."""
         claim: Claim = []
         try:
-            taken = await self._take(claim, topic, n, seconds, convert, latest=latest)
-            return taken if default is ALL else taken[0] if taken else default
+            taken = await self._take(claim, topic, n, seconds, raw, latest=latest)
+            if default is ALL:
+                return taken
+            return taken[0] if taken else b"" if raw and default == "" else default
         except BaseException:
             self._session.returned.append((claim, []))
             raise
 
     async def _take(  # noqa: PLR0913 - what a read consists of
-        self, claim: Claim, topic: str, n: int, seconds: float, convert: Convert[T], *, latest: bool = False
-    ) -> list[T]:
-        reader = self._session.reader(topic)
+        self,
+        claim: Claim,
+        topic: str,
+        n: int,
+        seconds: float,
+        raw: bool | None,  # noqa: FBT001 - as in `_read`
+        *,
+        latest: bool = False,
+    ) -> list[Any]:
+        reader, convert = self._session.reader(topic), self._session.converter(raw)
         taken = reader.take(claim, n, convert) if n and not latest else []
         if len(taken) < n:
             for call in read(self._session, reader, claim, taken, n, seconds, convert, latest):
@@ -260,30 +255,26 @@ class AsyncClient(Client):
             await asyncio.sleep(delay)
 
 
-class _Messages(Generic[T]):
+class _Messages:
     """Iterates over the messages of a topic. Not a generator, which a cancelled `anext` would end."""
 
-    def __init__(self, client: AsyncClient, topic: str, seconds: float, convert: Convert[T]) -> None:
-        self._client, self._topic, self._seconds, self._convert = client, topic, seconds, convert
+    def __init__(self, client: AsyncClient, topic: str, seconds: float, *, raw: bool) -> None:
+        self._client, self._topic, self._seconds, self._raw = client, topic, seconds, raw
         self._is_over = False
 
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> T:
+    async def __anext__(self) -> Any:
+        client, taken = self._client, []
         claim: Claim = []
         try:
-            taken = (
-                []
-                if self._is_over
-                else await self._client._take(  # noqa: SLF001 - one module
-                    claim, self._topic, 1, self._seconds, self._convert
-                )
-            )
+            if not self._is_over:
+                taken = await client._take(claim, self._topic, 1, self._seconds, self._raw)  # noqa: SLF001 - one module
             self._is_over = not taken
             if taken:
                 return taken[0]
         except BaseException:
-            self._client._session.returned.append((claim, []))  # noqa: SLF001
+            client._session.returned.append((claim, []))  # noqa: SLF001
             raise
         raise StopAsyncIteration

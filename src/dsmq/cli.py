@@ -35,12 +35,14 @@ NOTHING = 3
 
 
 def _connect(options: argparse.Namespace, timeout: float = 10.0) -> DSMQClientSideConnection:
-    # Never send the configured server's token to another server, named by --host.
-    known = _ServerSettings(use_file=not options.host)
-    options.host, port = options.host or (known.get("host", cli_parser.host, "127.0.0.1"), 0)
-    if port and options.port not in (port, None):
-        raise ConfigError(f"--host names port {port}, but --port is {options.port}")
-    options.port = port or options.port or known.get("port", cli_parser.port, "30008")
+    # Never send the configured server's token to another server, named by --host or DSMQ_SERVER.
+    others = options.host or _servers()
+    known = _ServerSettings(use_file=not others)
+    hosts = others or [(known.get("host", cli_parser.host, "127.0.0.1"), 0)]
+    if len(hosts) == 1 and hosts[0][1] and options.port not in (hosts[0][1], None):
+        raise ConfigError(f"--host names port {hosts[0][1]}, but --port is {options.port}")
+    default_port = options.port or known.get("port", cli_parser.port, "30008")
+    options.servers = [str(parse_endpoint(host, port or default_port)) for host, port in hosts]
     security: dict[str, Any] = {name: getattr(options, name) for name in ("tls", "ca_file", "cert_file", "key_file")}
     if (cert := known.get("tls_cert_file")) and not any(security.values()):
         from dsmq.wire.tls import pinned_context  # noqa: PLC0415 - rarely needed
@@ -50,9 +52,7 @@ def _connect(options: argparse.Namespace, timeout: float = 10.0) -> DSMQClientSi
     reconnect = getattr(options, "reconnect", 0.0)
     _log_to_stderr()
     try:
-        return connect(
-            options.host, options.port, timeout=timeout, retry=False, reconnect_timeout=reconnect, **security
-        )
+        return connect(options.servers, timeout=timeout, retry=False, reconnect_timeout=reconnect, **security)
     except (TypeError, ValueError) as error:
         if isinstance(error, DSMQError) and not isinstance(error, ConfigError):
             raise
@@ -64,8 +64,16 @@ def _connect(options: argparse.Namespace, timeout: float = 10.0) -> DSMQClientSi
         raise ConnectionError(about if where in about else f"cannot connect to {where}: {about}") from error
 
 
+def _servers() -> list[tuple[str, int]]:
+    """Return the servers that DSMQ_SERVER names."""
+    try:
+        return cli_parser.addresses(os.environ["DSMQ_SERVER"]) if os.environ.get("DSMQ_SERVER") else []
+    except argparse.ArgumentTypeError as error:
+        raise ConfigError(f"DSMQ_SERVER: {error}") from None
+
+
 def _where(options: argparse.Namespace) -> str:
-    return str(parse_endpoint(options.host, options.port))
+    return ", ".join(options.servers)
 
 
 def _log_to_stderr() -> None:

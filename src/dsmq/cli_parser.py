@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypeVar
 
 from dsmq import __version__
 from dsmq.terminal import printable, quoted
-from dsmq.wire.addresses import UNIX, parse_endpoint
+from dsmq.wire.addresses import UNIX, parse_endpoint, split_port
 from dsmq.wire.limits import MAX_INTEGER
 
 N = TypeVar("N", int, float)
@@ -40,10 +40,10 @@ def host(text: str) -> str:
     return text
 
 
-def address(text: str) -> tuple[str, int]:
-    """Parse a host, or host:port; the port is 0 if it is missing."""
-    with_port = None if text.startswith(UNIX) else re.fullmatch(r"(\[.*\]|[^:]+):([^:]+)", text)
-    return (host(with_port[1]), port(with_port[2])) if with_port else (host(text), 0)
+def addresses(text: str) -> list[tuple[str, int]]:
+    """Parse hosts separated by commas, each perhaps with a port; the port is 0 if it is missing."""
+    names = [text] if text.startswith(UNIX) else text.split(",")
+    return [(host(name), port(digits) if digits else 0) for name, digits in map(split_port, names)]
 
 
 def file(text: str) -> str:
@@ -150,7 +150,8 @@ def _add_server_options(parser: Parser) -> None:
         "DSMQ_TLS_CERT_FILE; without --host, also those in the TOML file that DSMQ_CONFIG names."
     )
     add = parser.add_argument_group("server", about).add_argument
-    add("--host", type=address, help="address or name, also with :PORT, or unix:/path; default: 127.0.0.1")
+    hosts = "address or name, also with :PORT, or unix:/path; several separated by commas; default: 127.0.0.1"
+    add("--host", type=addresses, help=hosts)
     add("--port", type=port, help="default: 30008")
     add("--token-file", type=file, metavar="FILE", help="authenticate with the first token in FILE")
     add("--tls", action="store_true", help="use TLS and verify the server's certificate")

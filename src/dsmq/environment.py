@@ -22,6 +22,8 @@ from dsmq.errors import ConfigError
 # Files of settings or tokens are shorter; this guards against files such as /dev/zero.
 _MAX_TEXT_BYTES = 1_048_576
 PREFIX = "DSMQ_"
+# Variables that are no settings: the configuration file, and the servers that clients connect to.
+_OTHERS = ("config", "server")
 
 # NAME=value, as Kubernetes sets it in every container for a Service called dsmq or dsmq-…, and `docker --link` and
 # Compose's `links` for a container of such a name.
@@ -55,6 +57,7 @@ def read(file: str | None = None) -> tuple[dict[str, Any], dict[str, str]]:
     By default, the file is the one named by DSMQ_CONFIG, if any. Raises ConfigError.
     """
     variables = _variables()
+    variables.pop("server", None)
     default_file = os.environ.get(variables.pop("config", ""), "")
     file = default_file if file is None else file
     values = read_toml(file) if file else {}
@@ -73,7 +76,7 @@ def _variables() -> dict[str, str]:
         name = variable[len(PREFIX) :].lower()
         if not value or not variable.upper().startswith(PREFIX) or _is_link(variable, value):
             continue
-        if name not in settings() and name != "config":
+        if name not in settings() and name not in _OTHERS:
             raise ConfigError(f"{variable}: {unknown(name, lambda known: PREFIX + known.upper())}")
         other = found.setdefault(name, variable)
         if os.environ[other] != value:

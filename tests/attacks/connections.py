@@ -179,7 +179,7 @@ class Gone:
 
     def __call__(self) -> bool:
         now = time.monotonic()
-        # Polling all the time would be an attack by itself; and the sink drops nobody.
+        # Polling continuously would be an attack by itself; and the sink drops no connection.
         if self._crowd.opened == self._crowd.count and self._crowd.port == self._daemon.port and now >= self._look_at:
             self._look_at = now + LOOK_EVERY_SECONDS
             if self._daemon.metric("dsmq_connections") <= 2:
@@ -264,7 +264,7 @@ def never_read(trial: Trial) -> None:
         daemon.forget_peak()
         attack(daemon.port)
         peak = daemon.peak_memory
-        # Their replies do not all fit into the total: those that wait for room get it when others have been dropped.
+        # Not all their replies fit into the total: clients that wait for room get it once others have been dropped.
         trial.must(
             f"{count} connections that never read are dropped at reply_timeout_seconds, {timeout:g} s, in turn",
             f"all {ends[0]:.1f} s after the last was opened",

@@ -65,7 +65,7 @@ class Crowd:
     opening_seconds: float
     """Time in which to open them."""
     words: Callable[[], Iterator[bytes]]
-    """What each sends: at once, and then every `every` seconds."""
+    """The data that each sends: first at once, then every `every` seconds."""
     every: float = 1.0
     reads: bool = True
     receive_buffer: int = 0

@@ -1,4 +1,4 @@
-"""The history for the checker: every put, every read, every life of a server, stored as lines of JSON.
+"""The history for the checker: every put, every read, and every run of a server, stored as lines of JSON.
 
 Times are those of the monotonic clock, which all processes of a machine share.
 """

@@ -1,4 +1,4 @@
-"""The client against a real server: the API to the letter, and what happens when things go wrong."""
+"""The blocking client against a real server: its API, and its errors."""
 
 from __future__ import annotations
 

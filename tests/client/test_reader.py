@@ -617,7 +617,7 @@ def test_new_epoch_drops_given_back_messages(client_clock: ClientClock) -> None:
         ([(1, 1), (2, 2), (3, 3)], 3, 3, 5, 1),
         # And more, which was read by others and expired.
         ([(1, 1), (2, 2), (3, 3)], 5, 5, 7, 3),
-        # What was read last was lost: numbers come a second time.
+        # The messages read last were lost, so their numbers are used again.
         ([(1, 1), (2, 2), (3, 3)], 2, 2, 4, 1),
         ([(1, 1), (2, 2), (3, 3)], 2, 2, 3, 0),
         # Nothing is known of the topic any more, though the snapshot is younger: its numbering was forgotten.
@@ -696,7 +696,7 @@ class Model:
     def expire(self) -> None:
         alive = [one for one in self.stored if one not in self.expired]
         self.expired.update(alive[: self.chance.randint(0, 2)])
-        # So that nothing is handed out that the model takes for expired.
+        # So that no message is returned that has expired in the model.
         self.clock.passed += 1.5
 
     def reply(self, after: int, count: int = 3) -> list[Entry]:

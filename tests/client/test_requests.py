@@ -194,7 +194,7 @@ def test_only_possibly_stored_puts_are_retried_with_again() -> None:
         batch.request(producer)
     answer(puts, *range(1, 500))
     puts.on_connection_lost(CLOSING)
-    # Of "b", what was sent first had no answer; "c" and "d" were not run.
+    # The first attempt to put "b" had no answer; "c" and "d" were not run.
     sent = [(request[2], request[-1] == b"AGAIN") for batch in send_all(puts, producer) for request in batch]
     assert sent == [(b"b", True), (b"c", False), (b"d", False)]
     answer(puts, 500)
@@ -270,7 +270,7 @@ def test_retried_read_has_remaining_time(client_clock: ClientClock) -> None:
     assert read.seconds == 10
     client_clock.passed += 7.5
     accept(reader, entries(3))
-    # What another call has read ahead is not waited for.
+    # Don't wait if another call has read messages ahead.
     assert request(read.request(producer)) == [b"READ", b"t", b"3"]
     take(reader)
     assert request(read.request(producer)) == [b"READ", b"t", b"3", b"WAIT", b"2500"]

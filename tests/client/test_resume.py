@@ -32,11 +32,6 @@ from dsmq.wire.resp import encode_bulk
 
 
 @pytest.fixture
-def states() -> list[str]:
-    return []
-
-
-@pytest.fixture
 def mq(server: Server, states: list[str]) -> Iterator[DSMQClientSideConnection]:
     with connect(port=server.port, on_state_change=states.append) as mq:
         yield mq

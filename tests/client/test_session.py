@@ -192,7 +192,7 @@ def test_new_epoch_is_read_from_start_and_logged_once(caplog: pytest.LogCaptureF
     session.handle_hello(hello("two", last_id=3))
     session.handle_hello(hello("two", last_id=5))
     assert warnings(caplog) == ["the server was restarted: the messages it held are lost"]
-    # What had been read ahead is not lost.
+    # Messages read ahead are not lost.
     assert take(known) == [11]
     for reader in (known, other, session.reader("new")):
         assert reader.asked()[1] == reader.position[1] == 0

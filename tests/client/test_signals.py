@@ -1,4 +1,4 @@
-"""Signal handlers, which run between any two steps of a call: those that raise, and those that call the client."""
+"""Signal handlers that raise, or call the client, between any two steps of a call."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ def test_put_interrupted_at_any_line_stores_at_most_its_messages(
         except Interrupted:
             interrupted += 1
             stored = [bodies[:count] for count in range(len(bodies) + 1)]
-        # The next call is whole.
+        # The next call succeeds.
         mq.put("t", "end")
         got = []
         while (message := writer.get_wait("t", timeout=SOON)) != "end":
@@ -274,7 +274,7 @@ def test_real_signals_lose_nothing(server: Server, writer: Client, calls: bool) 
         if is_armed:
             handled.extend(mq.get_many("t", 1))
             mq.ping()
-        # Only now the next, so that the call gets on however slow this is.
+        # Only now send the next one, so that the call progresses on a slow machine, too.
         signal.setitimer(signal.ITIMER_REAL, UNIT / 50)
 
     is_armed = False

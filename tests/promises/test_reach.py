@@ -21,7 +21,20 @@ from typing import IO, Self
 
 import pytest
 
-from conftest import CONNECTS, SOON, UNIT, Connect, Resolve, blocked, daemon, no_new_threads, serving, wait_until
+from conftest import (
+    CONNECTS,
+    SOON,
+    UNIT,
+    Connect,
+    Resolve,
+    black_hole,
+    blocked,
+    daemon,
+    no_new_threads,
+    refusing_address,
+    serving,
+    wait_until,
+)
 from dsmq.client import connect
 from dsmq.client import connection as link
 from dsmq.client.dial import addresses
@@ -33,36 +46,6 @@ from dsmq.wire.limits import MAX_READ_BYTES
 # Names with several addresses
 
 
-@contextmanager
-def black_hole() -> Iterator[int]:
-    """A port that does not answer, because its listen queue is full."""
-    with socket.socket() as listener, socket.socket() as first, socket.socket() as second:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(0)
-        for one in (first, second):
-            one.setblocking(False)
-            one.connect_ex(listener.getsockname())
-        wait_until(lambda: _is_full(listener.getsockname()))
-        yield listener.getsockname()[1]
-
-
-def _is_full(address: tuple[str, int]) -> bool:
-    with socket.socket() as probe:
-        probe.settimeout(UNIT)
-        try:
-            probe.connect(address)
-        except TimeoutError:
-            return True
-        return False
-
-
-@contextmanager
-def closed_port() -> Iterator[int]:
-    with socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))
-        yield nobody.getsockname()[1]
-
-
 def test_address_families_alternate(resolve: Resolve) -> None:
     resolve("name", ("::1", 1), ("::2", 1), ("::3", 1), ("10.0.0.1", 1), ("10.0.0.2", 1))
     found = [address[3][0] for address in addresses(Endpoint("name", 1))]
@@ -71,7 +54,7 @@ def test_address_families_alternate(resolve: Resolve) -> None:
 
 def test_silent_address_does_not_use_up_timeout(server: Server, resolve: Resolve) -> None:
     with black_hole() as hole:
-        resolve("name", ("127.0.0.1", hole), ("127.0.0.1", server.port))
+        resolve("name", hole, ("127.0.0.1", server.port))
         before = time.monotonic()
         with connect("name", timeout=SOON, retry=False) as mq:
             mq.ping()
@@ -79,7 +62,7 @@ def test_silent_address_does_not_use_up_timeout(server: Server, resolve: Resolve
 
 
 def test_refusing_address_is_skipped(server: Server, resolve: Resolve) -> None:
-    with closed_port() as port:
+    with refusing_address() as (_, port):
         resolve("name", ("::1", port), ("127.0.0.1", port), ("127.0.0.1", server.port))
         with connect("name", timeout=SOON, retry=False) as mq:
             mq.ping()
@@ -87,15 +70,15 @@ def test_refusing_address_is_skipped(server: Server, resolve: Resolve) -> None:
 
 @pytest.mark.slow
 def test_error_names_reason_per_address(resolve: Resolve) -> None:
-    with closed_port() as port, black_hole() as hole:
-        resolve("name", ("127.0.0.1", hole), ("127.0.0.1", port))
+    with refusing_address() as (_, port), black_hole() as hole:
+        resolve("name", hole, ("127.0.0.1", port))
         before = time.monotonic()
         with pytest.raises(ConnectionRefusedError) as told:
             connect("name", timeout=SOON * 10, retry=False)
         # One has refused, so a server may be starting there: try again soon.
         assert time.monotonic() - before < SOON
         assert "127.0.0.1: Connection refused; 127.0.0.1: timed out" in str(told.value)
-        resolve("name", ("127.0.0.1", hole))
+        resolve("name", hole)
         with pytest.raises(TimeoutError, match="name:30008 can't be reached: timed out"):
             connect("name", timeout=UNIT, retry=False)
 
@@ -335,10 +318,7 @@ def test_unresolvable_host_is_named_in_error(connect: Connect, host: str) -> Non
 @CONNECTS
 def test_connection_error_reports_how_long_it_tried(connect: Connect, retry_schedule: Callable[..., None]) -> None:
     retry_schedule(4)
-    # While the port is bound, no other process gets it, and connecting is refused.
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
+    with refusing_address() as (_, port):
         with pytest.raises(ConnectionRefusedError) as told:
             connect(port=port)
         assert told.value.errno == errno.ECONNREFUSED

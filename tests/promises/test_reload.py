@@ -144,7 +144,7 @@ NEEDS_TOKEN = ("max_unauthenticated_bytes", "max_unauthenticated_connections", "
 ELSEWHERE = {
     *("max_age_seconds", "request_timeout_seconds", "reply_timeout_seconds", "log_level"),
     *("health_timeout_seconds", "stop_timeout_seconds"),
-    # These are read at each use; tests/broker/test_limits.py tests them.
+    # These are read at each use; tests/broker/test_memory_limits.py tests them.
     *("max_total_unread_reply_bytes", "max_total_request_bytes"),
     # tests/broker/test_auth.py
     *("protected_mode", "auth_token", "auth_token_file"),

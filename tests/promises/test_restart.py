@@ -8,14 +8,21 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from conftest import SOON, UNIT, Daemon, daemon, serving, wait_until
-from dsmq.client import DSMQClientSideConnection, connect
+from dsmq import client
+from dsmq.client import DSMQClientSideConnection
 from dsmq.errors import BadRequest, TooBig
 
 PUTS = 200
+
+
+def connect(*arguments: Any, **options: Any) -> DSMQClientSideConnection:
+    """Connect with a timeout for a busy machine."""
+    return client.connect(*arguments, timeout=SOON, **options)
 
 
 class Restarted:

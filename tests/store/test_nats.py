@@ -227,15 +227,19 @@ def test_puts_together_are_stored_with_consecutive_ids(stores: Stores) -> None:
 # Limits
 
 
+def fill(store: NATSStore) -> None:
+    """Put messages until one is refused; raise its error."""
+    while True:
+        for outcome in put(store, b"t", *[b"x" * 9_000] * 3):
+            if isinstance(outcome, ReplyError):
+                raise outcome
+
+
 def test_full_engine_refuses_puts(stores: Stores) -> None:
     store = stores(limits=Limits(max_stored_bytes=200_000))
     # The mirror refuses what it knows to be too much; the stream, whose messages have headers, may refuse it before.
     with pytest.raises(Full):
-        while True:
-            outcomes = put(store, b"t", *[b"x" * 9_000] * 3)
-            for outcome in outcomes:
-                if isinstance(outcome, ReplyError):
-                    raise outcome
+        fill(store)
     assert len(read(store, b"t")) > 10
 
 

@@ -102,7 +102,7 @@ def in_pieces_of(size: int, data: bytes) -> list[bytes]:
     return [data[at : at + size] for at in range(0, len(data), size)]
 
 
-# Lengths below 1,024 are looked up, those above are not.
+# Lengths below 1,024 are looked up in a table, longer ones are not.
 arguments = st.binary(max_size=12) | st.integers(1020, 1030).map(
     lambda size: b"\r\n$3*" * (size // 5) + b"x" * (size % 5)
 )

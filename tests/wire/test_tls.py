@@ -164,7 +164,7 @@ def test_handshake_alone_does_not_replace_token(tls_server: Server, files: Files
 
 
 def test_all_decrypted_requests_run_at_once(files: Files) -> None:
-    # One record is four times as long as what is received at once from an unauthenticated client.
+    # A record is four times as long as the data received at once from an unauthenticated client.
     settings = {"tls_cert_file": files.server, "auth_token": ADMIN, "max_unauthenticated_bytes": 4096}
     with serving(**settings) as server, tls_to(server, files) as sock:
         ping = encode_request(b"PING", b"x" * 3900)

@@ -37,9 +37,9 @@ class Admission:
     """Assigns accepted connections to the event loops, within the limits."""
 
     def __init__(self, context: ServerContext, workers: Sequence[EventLoop], counters: Counters) -> None:
-        """`counters` counts the refused connections."""
         self._context = context
         self._workers = workers
+        # They count refused connections.
         self._counters = counters
         self._numbers = itertools.count(1)
         self._refused: deque[tuple[float, socket.socket]] = deque()

@@ -16,7 +16,6 @@ MAX_NAME_BYTES = 64
 
 
 def parse_name(name: bytes) -> bytes:
-    """Parse the name of a connection."""
     if len(name) > MAX_NAME_BYTES or not all(0x21 <= byte <= 0x7E for byte in name):
         raise BadRequest(f"a name has at most {MAX_NAME_BYTES} printable ASCII characters, no spaces")
     return name
@@ -57,5 +56,4 @@ def parse_options(words: Sequence[bytes], known: dict[bytes, int]) -> dict[bytes
 
 
 def parse_number(options: dict[bytes, Sequence[bytes]], option: bytes, default: int, least: int, most: int) -> int:
-    """Parse the argument of an option that takes an integer."""
     return parse_integer(options[option][0], option.decode(), least, most) if option in options else default

@@ -74,7 +74,6 @@ class HTTPAuthenticator:
     names: frozenset[str] = frozenset()
 
     def is_authorized(self, authorization: str) -> bool:
-        """Check an Authorization header."""
         scheme, _, token = authorization.partition(" ")
         given = token.strip().encode() if scheme.lower() == "bearer" else b""
         return not self.token or hmac.compare_digest(given, self.token)

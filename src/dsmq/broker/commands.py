@@ -52,7 +52,6 @@ class Command:
         self.max_args = MAX_ARGUMENTS - 1 if "..." in words else len(words)
 
     def forbid(self, role: Role) -> NoReturn:
-        """Raise the error for a client whose role is too low."""
         if role is Role.NOBODY:
             raise AuthRequired("authentication required: send AUTH token")
         raise NotPermitted(
@@ -60,7 +59,6 @@ class Command:
         )
 
     def wrong_count(self) -> BadRequest:
-        """Return the error for a wrong number of arguments."""
         return BadRequest(f"wrong number of arguments, should be: {self.name} {self.syntax}".rstrip())
 
 

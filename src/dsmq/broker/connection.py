@@ -16,7 +16,7 @@ from dsmq.broker.deadlines import deadlines
 from dsmq.broker.login import Login, Peer
 from dsmq.broker.reads import Reads
 from dsmq.broker.requests import Requests
-from dsmq.broker.states import BEHIND, CLOSED, FINISHING, HANDSHAKE, LINGERING, NO_ROOM, OPEN, WAITING
+from dsmq.broker.states import CLOSED, FINISHING, HANDSHAKE, LINGERING, NO_ROOM, OPEN, WAITING
 from dsmq.broker.transport import LINGER_SECONDS_AT_STOP, Stream, Transport
 from dsmq.broker.usage import RECEIVE_BYTES, Budget
 from dsmq.errors import AuthRequired, InternalError, ReplyError, ShuttingDown
@@ -76,7 +76,6 @@ class Connection:
         return f"client {self.id} ({self.peer.name})"
 
     def event(self, name: str, **fields: object) -> dict[str, object]:
-        """Return the fields of a log line."""
         return logs.event(name, client=self.id, peer=self.peer.name, **fields)
 
     @property
@@ -94,7 +93,6 @@ class Connection:
 
     @property
     def waiting(self) -> bool:
-        """Whether it waits for a message."""
         return self.reads.pending is not None and self.reads.pending.registered
 
     # Settings
@@ -102,7 +100,7 @@ class Connection:
     def open(self) -> None:
         """Begin to read requests."""
         self.opened_at = self.transport.active_at = self.loop.now
-        self.transport.watch(EVENT_READ)
+        self.loop.watch(self, EVENT_READ)
         start_id = self.context.store.start_id()
         if isinstance(start_id, Future):
             self.loop.when_done(start_id, self._start_after)
@@ -143,16 +141,13 @@ class Connection:
         self.counters.errors[error.code] += 1
         self.counters.recent.append((time.time(), error.code, repr(self), str(error)))
 
-    def park(self) -> None:
-        """Run no more requests until `resume`: the store answers later."""
-        if self.state < FINISHING:
-            self.state = WAITING
+    # The start
 
     def await_start(self, request: list[bytes]) -> None:
         """Run this request again when `start_id` is known."""
         self.requests.queue.insert(0, request)
         self.awaits_start = True
-        self.park()
+        self.requests.park()
 
     def _start_after(self, start_id: int | ReplyError) -> None:
         if isinstance(start_id, ReplyError):
@@ -162,17 +157,7 @@ class Connection:
             self.start_id = start_id
             if self.awaits_start:
                 self.awaits_start = False
-                self.resume()
-
-    def resume(self) -> None:
-        if self.state is not WAITING:
-            return
-        self.transport.active_at = self.loop.now
-        self.state = OPEN
-        if self.transport.eof_received or not self.requests.is_empty:
-            # Not at once: a put among them may wake another reader, which has a put to run, and so on without end.
-            self.state = BEHIND
-            self.loop.run_soon(self)
+                self.requests.resume()
 
     # Memory
 

@@ -158,15 +158,16 @@ class EventLoop:
             except Exception:  # noqa: BLE001
                 connection.on_failure()
 
-    def watch(self, connection: Connection, before: int, events: int) -> None:
+    def watch(self, connection: Connection, events: int) -> None:
         """Call `on_ready` for these events of the socket from now on, instead of the previous ones."""
-        if not events:
-            if before:
-                self._selector.unregister(connection.transport)
+        transport = connection.transport
+        before, transport.events = transport.events, events
+        if before and events:
+            self._selector.modify(transport, events, connection.requests)
+        elif events:
+            self._selector.register(transport, events, connection.requests)
         elif before:
-            self._selector.modify(connection.transport, events, connection.requests)
-        else:
-            self._selector.register(connection.transport, events, connection.requests)
+            self._selector.unregister(transport)
 
     def run_soon(self, connection: Connection) -> None:
         self._to_run[connection] = None

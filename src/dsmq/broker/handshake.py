@@ -43,6 +43,7 @@ def _describe(client: Connection, start_id: int) -> bytes:
         "mode": "standalone",
         "role": "master",
         "modules": [],
+        "store": "shared" if store.is_shared else "own",
         "epoch": store.epoch,
         "run": store.run,
         "last_id": max(start_id, store.last_id()),

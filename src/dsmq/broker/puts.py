@@ -27,7 +27,14 @@ _logger = logging.getLogger(__name__)
 
 
 def put(client: Connection, request: list[bytes]) -> None:
-    client.loop.batch.add(client, parse_put(client, request))
+    """Store a message at the end of the turn; the reply follows then."""
+    batch = client.loop.batch
+    batch.puts.append(parse_put(client, request))
+    batch.connections.append(client)
+    batch.bytes += len(request[2]) + PUT_BYTES
+    client.pending_puts += 1
+    if batch.bytes >= MAX_BATCH_BYTES:
+        batch.commit()
 
 
 def parse_put(client: Connection, request: list[bytes]) -> Put:
@@ -69,24 +76,14 @@ class PutBatch:
     def __init__(self, loop: EventLoop, workers: Sequence[EventLoop]) -> None:
         """`workers` are all event loops, whose readers are woken."""
         self.puts: list[Put] = []
-        self._connections: list[Connection] = []
-        self._bytes = 0
+        self.connections: list[Connection] = []
+        self.bytes = 0
         self._loop = loop
         self._workers = workers
 
-    def add(self, connection: Connection, put: Put) -> None:
-        """Store this at the end of the turn; the reply follows then."""
-        connection.pending_puts += 1
-        self.puts.append(put)
-        self._connections.append(connection)
-        self._bytes += len(put[1]) + PUT_BYTES
-        if self._bytes >= MAX_BATCH_BYTES:
-            self.commit()
-
     def commit(self) -> None:
-        """Store the batch now."""
-        puts, connections = self.puts, self._connections
-        self.puts, self._connections, self._bytes = [], [], 0
+        puts, connections = self.puts, self.connections
+        self.puts, self.connections, self.bytes = [], [], 0
         if puts:
             self._store(puts, connections)
 
@@ -94,7 +91,7 @@ class PutBatch:
         stored = self.append(puts)
         if isinstance(stored, Future):
             for connection in connections:
-                connection.park()
+                connection.requests.park()
             self._loop.when_done(stored, partial(_answer_later, connections))
         elif isinstance(stored, ReplyError) and len(puts) > 1:
             # One by one, so that a message that can't be stored fails alone.
@@ -138,7 +135,7 @@ def _answer_later(connections: list[Connection], stored: Sequence[Outcome] | Rep
     _answer(connections, stored)
     for connection in dict.fromkeys(connections):
         if not connection.pending_puts:
-            connection.resume()
+            connection.requests.resume()
 
 
 def put_together(
@@ -149,7 +146,7 @@ def put_together(
     if not isinstance(stored, Future):
         return encode(_as_one(stored))
     client.pending_puts += 1
-    client.park()
+    client.requests.park()
     client.loop.when_done(stored, partial(_reply_later, client, encode))
     return None
 
@@ -160,7 +157,7 @@ def _reply_later(
     if not client.closed:
         client.pending_puts -= 1
         client.transport.send(encode(_as_one(stored)))
-        client.resume()
+        client.requests.resume()
 
 
 def _as_one(stored: list[Outcome] | ReplyError) -> list[int] | ReplyError:

@@ -241,7 +241,7 @@ class Reads:
         except Exception:  # noqa: BLE001
             connection.on_failure(in_request=True)
             return
-        connection.resume()
+        connection.requests.resume()
 
     def stop_waiting(self) -> None:
         """Reply to a waiting read that there are no messages."""

@@ -190,6 +190,22 @@ class Requests:
                 break
         return len(transport.data) >= most
 
+    def park(self) -> None:
+        """Run no more requests until `resume`: the store answers later."""
+        if self.connection.state < FINISHING:
+            self.connection.state = WAITING
+
+    def resume(self) -> None:
+        connection = self.connection
+        if connection.state is not WAITING:
+            return
+        self.transport.active_at = self.loop.now
+        connection.state = OPEN
+        if self.transport.eof_received or not self.is_empty:
+            # Not at once: a put among them may wake another reader, which has a put to run, and so on without end.
+            connection.state = BEHIND
+            self.loop.run_soon(connection)
+
     def _parse(self) -> list[list[bytes]]:
         """Take requests out of the parser into the queue, just one if no more may run; return the queue."""
         try:

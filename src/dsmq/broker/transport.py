@@ -66,7 +66,7 @@ class Transport:
             self.connection.close(error.strerror or str(error))
             return
         if events:
-            self.watch(events)
+            self.loop.watch(self.connection, events)
         else:
             self.connection.state = OPEN
             self.connection.login.admit()
@@ -180,7 +180,7 @@ class Transport:
             if self.unread_since != math.inf:
                 events |= EVENT_WRITE
         if events != self.events:
-            self.watch(events)
+            self.loop.watch(self.connection, events)
 
     def _can_receive(self) -> bool:
         connection = self.connection
@@ -191,15 +191,11 @@ class Transport:
             return len(connection.requests.parser) < MAX_HELD_BYTES
         return connection.state is not NO_ROOM
 
-    def watch(self, events: int) -> None:
-        before, self.events = self.events, events
-        self.loop.watch(self.connection, before, events)
-
     def close(self) -> None:
         """Release the socket and the buffer."""
         # A timer may refer to the connection for hours.
         self.data, self.counted = bytearray(), 0
-        self.watch(0)
+        self.loop.watch(self.connection, 0)
         # A forked process may have a copy of the socket; without this, the client would not notice the end.
         with suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)

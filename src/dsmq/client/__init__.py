@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, Unpack, overload
@@ -24,8 +24,8 @@ from dsmq.client.core import NOT_STARTED, Client, Options, Retries
 from dsmq.client.pool import Pool
 from dsmq.client.reader import Claim
 from dsmq.client.replies import check, stored_id
-from dsmq.client.requests import ALL, Call, Convert, NonIdempotent, Put, PutMany, Retryable, list_topics, read
-from dsmq.client.session import PING, SHUTDOWN, Message, body, text
+from dsmq.client.requests import ALL, Call, NonIdempotent, Put, PutMany, Retryable, list_topics, read
+from dsmq.client.session import PING, SHUTDOWN, Message
 
 __all__ = ["DSMQClientSideConnection", "Message", "connect"]
 
@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 
 def connect(
-    host: str = "127.0.0.1",
+    host: str | Sequence[str] = "127.0.0.1",
     port: int = 30008,
     verbose: bool = False,  # noqa: FBT001, FBT002 - positional in dsmq 1.4
     *,
@@ -50,6 +50,10 @@ def connect(
     **options: Unpack[Options],
 ) -> DSMQClientSideConnection:
     """Connect to a server at an IPv4 or IPv6 address, a name, or `unix:/path`.
+
+    host may name several servers, in a list or separated by commas, each with a port of its own if it needs one. If
+    they share a store, the client uses any of them, and goes on at the next one when its server fails. If they don't,
+    the others are used only while the first is unreachable, and the client has a position of its own at each.
 
     timeout=10.0: the connection counts as lost if nothing of an expected reply arrives for this many seconds, plus the
     time for which a call asks the server to wait. All addresses of a name are tried, a new one every 0.25 s. If nothing
@@ -86,7 +90,7 @@ class DSMQClientSideConnection(Client):
 
     def __init__(
         self,
-        host: str,
+        host: str | Sequence[str],
         port: int,
         verbose: bool = False,  # noqa: FBT001, FBT002 - as in `connect`
         *,
@@ -121,13 +125,9 @@ class DSMQClientSideConnection(Client):
         return puts.ids
 
     @overload
-    def get(self, topic: str, *, default: str = "", raw: Literal[False] = False) -> str: ...
+    def get(self, topic: str, *, default: D = ..., raw: Literal[False] = False) -> str | D: ...
     @overload
-    def get(self, topic: str, *, default: D, raw: Literal[False] = False) -> str | D: ...
-    @overload
-    def get(self, topic: str, *, raw: Literal[True]) -> bytes: ...
-    @overload
-    def get(self, topic: str, *, default: D, raw: Literal[True]) -> bytes | D: ...
+    def get(self, topic: str, *, default: D = ..., raw: Literal[True]) -> bytes | D: ...
     def get(self, topic: str, *, default: object = "", raw: bool = False) -> object:
         """Return the oldest message of a topic that this client has not read, or `default` if there is none.
 
@@ -138,16 +138,12 @@ class DSMQClientSideConnection(Client):
 
     @overload
     def get_wait(
-        self, topic: str, *, default: str = "", timeout: float | None = None, raw: Literal[False] = False
-    ) -> str: ...
-    @overload
-    def get_wait(
-        self, topic: str, *, default: D, timeout: float | None = None, raw: Literal[False] = False
+        self, topic: str, *, default: D = ..., timeout: float | None = None, raw: Literal[False] = False
     ) -> str | D: ...
     @overload
-    def get_wait(self, topic: str, *, timeout: float | None = None, raw: Literal[True]) -> bytes: ...
-    @overload
-    def get_wait(self, topic: str, *, default: D, timeout: float | None = None, raw: Literal[True]) -> bytes | D: ...
+    def get_wait(
+        self, topic: str, *, default: D = ..., timeout: float | None = None, raw: Literal[True]
+    ) -> bytes | D: ...
     def get_wait(self, topic: str, *, default: object = "", timeout: float | None = None, raw: bool = False) -> object:
         """Like `get`, but wait up to `timeout` seconds for a message (0: not at all; math.inf: for ever).
 
@@ -159,13 +155,9 @@ class DSMQClientSideConnection(Client):
         return self._read(topic, 1, seconds, raw, default)
 
     @overload
-    def get_latest(self, topic: str, *, default: str = "", raw: Literal[False] = False) -> str: ...
+    def get_latest(self, topic: str, *, default: D = ..., raw: Literal[False] = False) -> str | D: ...
     @overload
-    def get_latest(self, topic: str, *, default: D, raw: Literal[False] = False) -> str | D: ...
-    @overload
-    def get_latest(self, topic: str, *, raw: Literal[True]) -> bytes: ...
-    @overload
-    def get_latest(self, topic: str, *, default: D, raw: Literal[True]) -> bytes | D: ...
+    def get_latest(self, topic: str, *, default: D = ..., raw: Literal[True]) -> bytes | D: ...
     def get_latest(self, topic: str, *, default: object = "", raw: bool = False) -> object:
         """Return the newest message of a topic that this client has not read, or `default` if there is none.
 
@@ -248,14 +240,14 @@ class DSMQClientSideConnection(Client):
         default: object = ALL,
         latest: bool = False,  # noqa: FBT001, FBT002
     ) -> Any:
-        """Return up to `n` messages in a list, or the first or the default. If `raw` is None, with metadata."""
+        """Return up to `n` messages in a list, or the first, or the default; with metadata if `raw` is None."""
         claim: Claim = []
         try:
-            convert: Convert[Any] = text if raw is False else body if raw else self._session.message
-            reader = self._session.reader(topic)
+            session = self._session
+            reader, convert = session.reader(topic), session.converter(raw)
             taken = reader.take(claim, n, convert) if n and not latest else []
             if len(taken) < n:
-                for call in read(self._session, reader, claim, taken, n, seconds, convert, latest):
+                for call in read(session, reader, claim, taken, n, seconds, convert, latest):
                     self._run(call)
             if default is ALL:
                 return taken

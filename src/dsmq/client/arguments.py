@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 
 from dsmq.system import LONG_MESSAGE_BYTES, raise_malloc_threshold
-from dsmq.wire.addresses import UNIX, Endpoint, parse_endpoint
+from dsmq.wire.addresses import UNIX, Endpoint, parse_endpoint, split_port
 
 MAX_PORT = 65_535
 # Shorter times are accepted without further checks, which would take longer.
@@ -39,17 +39,35 @@ def count(name: str, value: object) -> int:
     return number
 
 
-def endpoint(host: object, port: object) -> Endpoint:
-    """Return the endpoint at a host, or `unix:` and a path, and a port, which is ignored with a path."""
-    name = text("host", host)
+def endpoints(host: object, port: object) -> tuple[Endpoint, ...]:
+    """Return the endpoints of hosts, separated by commas or in a list, each with a port of its own or this one.
+
+    A host may also be `unix:` and a path, which may contain commas if it is the only one.
+    """
     if isinstance(port, bool) or not isinstance(port, int):
         raise TypeError(f"port should be an int, not {port!r}")
-    if not name.startswith(UNIX) and not 0 < port <= MAX_PORT:
-        raise ValueError(f"port should be 1 to {MAX_PORT}, not {port}")
+    if isinstance(host, list | tuple):
+        hosts = [text("host", one) for one in host]
+    else:
+        name = text("host", host)
+        hosts = [name] if name.startswith(UNIX) else [one.strip() for one in name.split(",")]
+    if not hosts:
+        raise ValueError("host should not be empty")
+    return tuple(_endpoint(one, port) for one in hosts)
+
+
+def _endpoint(address: str, default_port: int) -> Endpoint:
+    host, digits = split_port(address)
+    port = int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 10 else default_port
     try:
-        return parse_endpoint(name, port)
+        if digits and str(port) != digits:
+            raise ValueError("should be an address or a name, with or without a port, or unix:/path")
+        found = parse_endpoint(host, port)
     except ValueError as error:
-        raise ValueError(f"host {error}, not {name!r}") from None
+        raise ValueError(f"host {error}, not {address!r}") from None
+    if not found.path and not 0 < port <= MAX_PORT:
+        raise ValueError(f"port should be 1 to {MAX_PORT}, not {port}")
+    return found
 
 
 def topic_name(topic: object) -> bytes:

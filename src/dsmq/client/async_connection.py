@@ -68,8 +68,8 @@ class Place:
 class Connection(asyncio.Protocol):
     """One connection to the server."""
 
-    def __init__(self, sock: socket.socket, timeout: float) -> None:
-        self.sock = sock
+    def __init__(self, endpoint: Endpoint, sock: socket.socket, timeout: float) -> None:
+        self.endpoint, self.sock = endpoint, sock
         self.producer = Producer(b"")
         self.received = b""
         """The first data received."""
@@ -234,11 +234,33 @@ def _fail_calls(connection: Connection) -> None:
 
 
 async def connect(core: Core) -> tuple[Connection, State]:
-    """Return a new connection, and the new state. Raises OSError, or the error that the server replies with."""
+    """Return a new connection to one of the servers, and the new state.
+
+    Raises OSError, or the error that a server replies with.
+    """
+    for left in reversed(range(len(core.endpoints))):
+        endpoint = core.endpoint
+        try:
+            connection, state = await _connect(core, endpoint)
+        except Exception as error:
+            if not is_lost(error, connecting=True):
+                raise
+            core.move_on(endpoint)
+            if not left:
+                raise
+        else:
+            break
+    if core.choose():
+        connection.fail(ConnectionResetError("another server was chosen"))
+        return await connect(core)
+    return connection, state
+
+
+async def _connect(core: Core, endpoint: Endpoint) -> tuple[Connection, State]:
     connection: Connection | None = None
     try:
         async with asyncio.timeout(core.timeout):
-            connection = await _open(core)
+            connection = await _open(core, endpoint)
             hello = Place(Call(core.session.hello))
             connection.send(deque([hello]))
             await hello.future
@@ -247,20 +269,19 @@ async def connect(core: Core) -> tuple[Connection, State]:
         if connection is not None:
             connection.fail(ConnectionResetError("not a usable connection"))
         if isinstance(error, TimeoutError):
-            raise TimeoutError(str(error) or f"{core.endpoint}: no answer within {core.timeout:g} s") from None
+            raise TimeoutError(str(error) or f"{endpoint}: no answer within {core.timeout:g} s") from None
         if connection is not None and isinstance(error, ReplyError | OSError):
             explain = partial(explain_greeting, is_first=not core.session.epoch)
             # In a thread, because it may connect, to find out what answers there.
             loop, received = asyncio.get_running_loop(), connection.received
-            raise await loop.run_in_executor(None, explain, core.endpoint, received, error) from None
+            raise await loop.run_in_executor(None, explain, endpoint, received, error) from None
         raise
     connection.producer = Producer(era.run, era)
     connection.has_answered = False
     return connection, state
 
 
-async def _open(core: Core) -> Connection:
-    endpoint = core.endpoint
+async def _open(core: Core, endpoint: Endpoint) -> Connection:
     with Race(endpoint, await _addresses(endpoint)) as race:
         for seconds in race.run(math.inf):
             await _select(race, seconds)
@@ -268,7 +289,7 @@ async def _open(core: Core) -> Connection:
     raise_malloc_threshold()
     options: dict[str, Any] = {"ssl": core.tls, "server_hostname": certified_name(endpoint)} if core.tls else {}
     try:
-        make = partial(Connection, race.winner, core.timeout)
+        make = partial(Connection, endpoint, race.winner, core.timeout)
         return (await asyncio.get_running_loop().create_connection(make, sock=race.winner, **options))[1]
     except BaseException as error:
         race.winner.close()

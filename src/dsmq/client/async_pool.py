@@ -82,6 +82,7 @@ class Channel(Retryable):
 
     def _on_lost(self, connection: Connection) -> None:
         """Queue the unanswered calls again."""
+        self._core.move_on(connection.endpoint)
         self._was_idle = all(place.future.done() for place in connection.due)
         if connection.has_answered or self._was_idle:
             self._retries.reset()

@@ -47,6 +47,7 @@ class Connection:
     """One connection to the server."""
 
     def __init__(self, endpoint: Endpoint, tls: SSLContext | None, timeout: float) -> None:
+        self.endpoint = endpoint
         self.producer = Producer(b"")
         self.used_at = math.inf
         self._process = process()

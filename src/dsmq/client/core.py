@@ -7,7 +7,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from dsmq.client import arguments
 from dsmq.client.dial import ClosedSilently, Security, tls_context, with_text
@@ -15,6 +15,7 @@ from dsmq.client.replies import is_lost, reason
 from dsmq.client.requests import Retryable
 from dsmq.client.session import Session, State
 from dsmq.errors import ClientClosed, ReplyError
+from dsmq.wire.addresses import Endpoint
 
 # The next call closes surplus connections that have been idle for this long.
 IDLE_SECONDS = 5.0
@@ -77,7 +78,7 @@ def _retry_delays() -> Iterator[float]:
 class Core:
     """The state that the calls of a client share."""
 
-    def __init__(self, host: str, port: int, options: Options) -> None:
+    def __init__(self, host: str | Sequence[str], port: int, options: Options) -> None:
         """Raises TypeError or ValueError if an option is invalid."""
         if unknown := sorted(options.keys() - Options.__annotations__.keys()):
             raise TypeError(f"unexpected arguments: {', '.join(unknown)}")
@@ -86,7 +87,10 @@ class Core:
         self._on_state_change = options.get("on_state_change")
         if self._on_state_change is not None and not callable(self._on_state_change):
             raise TypeError(f"on_state_change should be a function, not {self._on_state_change!r}")
-        self.endpoint = arguments.endpoint(host, port)
+        self.endpoints = arguments.endpoints(host, port)
+        self.endpoint = self.endpoints[0]
+        """The server to connect to now."""
+        self._has_chosen = len(self.endpoints) == 1
         self.tls = tls_context(options)
         token = options.get("token")
         self.session = Session("" if token is None else arguments.text("token", token))
@@ -99,6 +103,25 @@ class Core:
     def raise_if_closed(self, about: str = "the client was closed during the call") -> None:
         if self.is_closed:
             raise ClientClosed(about)
+
+    def move_on(self, endpoint: Endpoint) -> None:
+        """Connect to the next server from now on, because this one has failed."""
+        if endpoint is self.endpoint and len(self.endpoints) > 1:
+            self.endpoint = self.endpoints[(self.endpoints.index(endpoint) + 1) % len(self.endpoints)]
+
+    def choose(self) -> bool:
+        """After the first connection, choose a server if all share a store; return whether it is another one.
+
+        The choice is random, so that clients spread over the servers. Others are used only if the first fails.
+        """
+        if self._has_chosen:
+            return False
+        self._has_chosen = True
+        if not self.session.is_shared:
+            _logger.warning("the servers share no store: others than %s are used only if it fails", self.endpoint)
+            return False
+        before, self.endpoint = self.endpoint, random.choice(self.endpoints)  # noqa: S311 - not a secret
+        return self.endpoint is not before
 
     def retry_delay(self, call: Retryable, error: BaseException, retries: Retries, *, connected: bool) -> float | None:
         """Return how long to wait before making a call again on another connection; None to raise the error.
@@ -155,7 +178,7 @@ class Core:
 class Client:
     """The common base of both clients."""
 
-    def __init__(self, host: str, port: int, options: Options) -> None:
+    def __init__(self, host: str | Sequence[str], port: int, options: Options) -> None:
         self._core = Core(host, port, options)
         self._session = self._core.session
         self.host = host

@@ -16,6 +16,7 @@ from dsmq.client.replies import is_lost
 from dsmq.client.requests import Call, Producer
 from dsmq.errors import ReplyError
 from dsmq.system import process
+from dsmq.wire.addresses import Endpoint
 
 
 class Pool:
@@ -74,14 +75,35 @@ class Pool:
         if is_lost(error, connecting=connection is None):
             # The others have most likely broken as well.
             self.close_idle()
+            if connection is not None:
+                self._core.move_on(connection.endpoint)
 
     def connect(self) -> Connection:
-        """Return a new connection. Raises OSError, or the error that the server replies with."""
+        """Return a new connection to one of the servers. Raises OSError, or the error that a server replies with."""
+        core = self._core
+        for left in reversed(range(len(core.endpoints))):
+            endpoint = core.endpoint
+            try:
+                connection = self._connect(endpoint)
+            except Exception as error:
+                if not is_lost(error, connecting=True):
+                    raise
+                core.move_on(endpoint)
+                if not left:
+                    raise
+            else:
+                break
+        if core.choose():
+            connection.close()
+            return self.connect()
+        return connection
+
+    def _connect(self, endpoint: Endpoint) -> Connection:
         core = self._core
         core.raise_if_closed("the client is closed")
         connection = None
         try:
-            connection = Connection(core.endpoint, core.tls, core.timeout)
+            connection = Connection(endpoint, core.tls, core.timeout)
             connection.ask(hello := Call(core.session.hello))
             core.raise_if_closed()
             state, era = core.session.handle_hello(hello.reply)
@@ -94,7 +116,7 @@ class Pool:
                 connection.close()
                 if isinstance(error, ReplyError | OSError):
                     is_first = not core.session.epoch
-                    raise explain_greeting(core.endpoint, connection.received, error, is_first=is_first) from None
+                    raise explain_greeting(endpoint, connection.received, error, is_first=is_first) from None
             raise
         core.announce(state)
         return connection

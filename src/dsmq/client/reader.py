@@ -228,6 +228,7 @@ class TopicReader:
             entry = found[-1]
             taken = [convert(self, entry)]
             after = Stretch(stretch.era, entry.id, entry.number, stretch.taken(at)[2])
+            after.positions = stretch.positions
             after.generation = stretch.generation
             claim.append((self, stretch, at, after))
             if self._move(stretch, at, after):
@@ -249,6 +250,7 @@ class TopicReader:
             if any(one is step and state.next.get(state_at) is after for one, state, state_at, after in tried):
                 return
             back = Stretch(now.era, last_id, number, 0, ahead, stretch.fresh_until if is_here else math.inf)
+            back.positions = now.positions
             back.end, back.known, back.generation = last.id, (last.id, last.number or 0), now.generation
             after = insert(now.remaining(now_at), back)
             after.missed = now.taken(now_at)[2] - counted
@@ -266,6 +268,7 @@ class TopicReader:
             stretch, at = self._current()
             missed, is_known = stretch.taken(at)[2], epoch in ("", stretch.era.epoch)
             step = Stretch(stretch.era, after if is_known else 0, None if is_known else 0, missed)
+            step.positions = stretch.positions
             step.sought = None if is_known else (epoch, after)
             step.generation = stretch.generation[0] + 1, 0
             if self._move(stretch, at, step):

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import TypeGuard, TypeVar
 
-from dsmq.errors import AuthRequired, Busy, DSMQError, InternalError, ProtocolError, ReplyError, ShuttingDown, TimedOut
+from dsmq.errors import (
+    AuthRequired,
+    Busy,
+    DSMQError,
+    InternalError,
+    ProtocolError,
+    ReplyError,
+    ShuttingDown,
+    TimedOut,
+    Unsure,
+)
 from dsmq.wire.resp import Reply
 
 T = TypeVar("T")
@@ -19,8 +29,11 @@ def stored_id(reply: Reply) -> int:
 
 
 def raise_if_fatal(reply: Reply) -> Reply:
-    """Return a reply, even if it is an error; but raise an error after which the server hangs up."""
-    if isinstance(reply, (ProtocolError, AuthRequired, Busy, ShuttingDown, TimedOut, InternalError)):
+    """Return a reply, which may be an error; raise it if the connection can't be used any more.
+
+    After most of these, the server hangs up. After Unsure, another server may know more.
+    """
+    if isinstance(reply, (ProtocolError, AuthRequired, Busy, ShuttingDown, TimedOut, InternalError, Unsure)):
         raise reply
     return reply
 
@@ -29,7 +42,7 @@ def is_lost(error: BaseException, *, connecting: bool) -> TypeGuard[Exception]:
     """Return whether an error means that a connection has broken, so that a new one is needed."""
     if isinstance(error, DSMQError):
         # A full server may have room soon; one whose tokens have changed may accept this client's.
-        return isinstance(error, ShuttingDown | TimedOut | (Busy if connecting else AuthRequired))
+        return isinstance(error, ShuttingDown | TimedOut | Unsure | (Busy if connecting else AuthRequired))
     return isinstance(error, OSError)
 
 

@@ -7,7 +7,8 @@ import math
 import re
 import time
 from collections import deque
-from typing import Literal, NamedTuple, TypeAlias
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from dsmq.client.arguments import topic_name
 from dsmq.client.reader import MIN_READ_BYTES, Returned, TopicReader, take_back
@@ -74,7 +75,11 @@ class Session:
         self.is_restarted = False
         """Whether the server was ever restarted, so that readers may not know their numbers."""
         self.returned: Returned = []
+        self.is_shared = False
+        """Whether the server shares its store with others."""
         self._era = Era("", b"", 0, None)
+        self._first_eras: dict[str, Era] = {}
+        """The first era of each epoch."""
         self._readers: dict[str, TopicReader] = {}
         # With more readers than this, those of silent topics are forgotten.
         self._max_readers = _MIN_READERS
@@ -108,18 +113,25 @@ class Session:
         epoch, run = as_text(facts.get("epoch")), as_text(facts.get("run")).encode()
         last_id, lost = as_number(facts.get("last_id")), as_ranges(facts.get("lost_ids", []))
         self.max_message_bytes = as_number(facts.get("max_message_bytes"))
+        self.is_shared = facts.get("store") == b"shared"
         state: State = "resumed"
         while (era := self.era).epoch != epoch or era.run != run:
             if not era.epoch:
                 # The number of the message with the last id is unknown.
-                self._era = Era(epoch, run, last_id, None)
+                self._era = self._first_eras[epoch] = Era(epoch, run, last_id, None)
                 return state, self._era
-            same = era.epoch == epoch
             self.is_restarted = True
-            new = Era(epoch, run, era.start, era.number, lost) if same else Era(epoch, run, 0, 0)
+            # Another server may have a known epoch: a client with several falls back to the one before.
+            first = self._first_eras.get(epoch)
+            new = Era(epoch, run, first.start, first.number, lost) if first else Era(epoch, run, 0, 0)
             if era.next.setdefault(0, new) is new:
-                state = "restarted" if same else "replaced"
-                _logger.warning("the server was restarted: %s", LOST[state])
+                if first is None:
+                    self._first_eras[epoch] = new
+                    state = "replaced"
+                elif era.epoch == epoch:
+                    state = "restarted"
+                if state in LOST:
+                    _logger.warning("the server was restarted: %s", LOST[state])
         return state, era
 
     def reader(self, topic: str) -> TopicReader:
@@ -210,6 +222,10 @@ class Session:
         if self.read_bytes < MAX_READ_BYTES:
             self.read_bytes = min(MAX_READ_BYTES, self.read_bytes + MIN_READ_BYTES)
         return entries
+
+    def converter(self, raw: bool | None) -> Callable[[TopicReader, Entry], Any]:  # noqa: FBT001
+        """Return the function that converts messages: to bytes if `raw`, to text if not, to Message if it is None."""
+        return self.message if raw is None else body if raw else text
 
     def message(self, reader: TopicReader, entry: Entry) -> Message:
         """Return a message in the form that users get."""

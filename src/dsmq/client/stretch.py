@@ -6,6 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
+# How many earlier epochs a reader remembers its position in.
+_MAX_POSITIONS = 4
+
 
 class Entry(NamedTuple):
     """A message read ahead; times are on the clock `boot_time`."""
@@ -40,7 +43,7 @@ class Stretch:
 
     __slots__ = (
         *("era", "id", "number", "missed", "ahead", "gaps", "fresh_until", "is_lost"),
-        *("end", "known", "generation", "ask", "sought", "rest", "next"),
+        *("end", "known", "generation", "ask", "sought", "rest", "next", "positions"),
     )
 
     def __init__(  # noqa: PLR0913, PLR0917 - they make up the state
@@ -72,6 +75,8 @@ class Stretch:
         self.ask = False
         # Epoch and id passed to `seek`, if the server is not known to have had that epoch. Dropped at the next read.
         self.sought: tuple[str, int] | None = None
+        # The last positions in earlier epochs: epoch, run, id and number. A client with several servers may return.
+        self.positions: tuple[tuple[str, bytes, int, int | None], ...] = ()
         # The stretch after `end`, if `end` is finite.
         self.rest: Stretch | None = None
         # The step to the next state, by the number of messages that had been taken from the read-ahead.
@@ -95,6 +100,7 @@ class Stretch:
         after.end, after.generation, after.rest = self.end, self.generation, self.rest
         after.known = self.known if at == len(self.ahead) else max(self.known, self.ahead[-1][:2])
         after.ask = self.ask and not at
+        after.positions = self.positions
         return after
 
     def remaining(self, at: int) -> Stretch:
@@ -181,11 +187,26 @@ def in_next_era(stretch: Stretch, at: int) -> Stretch:
     if stretch.sought and stretch.sought[0] == era.epoch:
         parts = [Stretch(era, stretch.sought[1], None)]
     elif era.epoch != stretch.era.epoch:
-        parts.append(Stretch(era, 0, 0))
+        parts.append(_in_epoch(era, stretch.positions))
+    positions = stretch.positions
+    if era.epoch != stretch.era.epoch:
+        here = stretch.rest if stretch.is_lost and stretch.rest else stretch.remaining(at)
+        others = [position for position in positions if position[0] != stretch.era.epoch]
+        positions = (*others, (stretch.era.epoch, stretch.era.run, here.id, here.number))[-_MAX_POSITIONS:]
     for one, rest in zip(parts, [*parts[1:], None], strict=True):
-        one.rest, one.generation = rest, stretch.generation
+        one.rest, one.generation, one.positions = rest, stretch.generation, positions
     parts[0].missed = stretch.taken(at)[2]
     return parts[0]
+
+
+def _in_epoch(era: Era, positions: Sequence[tuple[str, bytes, int, int | None]]) -> Stretch:
+    """Return the stretch that begins at the position in another epoch, or else at the start of its first era."""
+    for epoch, run, last_id, number in positions:
+        if epoch == era.epoch:
+            stretch = Stretch(era, last_id, number)
+            stretch.ask = number is not None and run != era.run
+            return stretch
+    return Stretch(era, era.start, era.number)
 
 
 def _restarted(part: Stretch, era: Era) -> list[Stretch]:

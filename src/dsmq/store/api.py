@@ -142,6 +142,10 @@ class Store(Protocol):
         """Identifies the period over which puts are remembered without a gap."""
 
     @property
+    def is_shared(self) -> bool:
+        """Whether other servers use the same store."""
+
+    @property
     def thread(self) -> Thread | None:
         """The store's own thread, if it has one."""
 

@@ -48,6 +48,8 @@ _logger = logging.getLogger(__name__)
 class NATSStore:
     """A store in a stream of NATS JetStream. Thread-safe; the work is done in a thread of its own."""
 
+    is_shared = True
+
     def __init__(
         self,
         servers: Sequence[Server],

@@ -149,10 +149,13 @@ class Stream:
         try:
             config: dict[str, Any] = (await self._request(f"STREAM.CREATE.{self.name}", wanted, 10.0))["config"]
         except EngineError as error:
-            if error.code != _NOT_CLUSTERED:
+            if error.code == _NOT_CLUSTERED:
+                about = f"the NATS server is not in a cluster, so store_replicas = {self._replicas} is too many"
+            elif error.code in FULL:
+                about = f"the NATS servers have no room for max_stored_bytes = {self._max_bytes}: {error}"
+            else:
                 raise
-            text = f"the NATS server is not in a cluster, so store_replicas = {self._replicas} is too many"
-            raise StartupError(text) from error
+            raise StartupError(about) from error
         return config
 
     def _configuration(self) -> dict[str, Any]:

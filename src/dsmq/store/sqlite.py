@@ -59,6 +59,7 @@ class SQLiteStore:
     """A store in this process. Thread-safe."""
 
     thread: threading.Thread | None = None
+    is_shared = False
     max_message_bytes = sys.maxsize
     unready_reason = ""
 

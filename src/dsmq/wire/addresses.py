@@ -33,9 +33,16 @@ def parse_endpoint(host: str, port: int = 0) -> Endpoint:
     """
     is_unix = host.startswith(UNIX)
     name = host.removeprefix(UNIX) if is_unix else host.removeprefix("[").removesuffix("]")
-    if not name or (not is_unix and (host.startswith("[") != host.endswith("]") or name.count(":") == 1)):
+    brackets = host.startswith("["), host.endswith("]")
+    if not name or (not is_unix and (any(brackets) != all(brackets) or name.count(":") == 1 or "," in name)):
         raise ValueError("should be an address or a name, without a port, or unix:/path")
     return Endpoint("", port, name) if is_unix else Endpoint(name, port)
+
+
+def split_port(address: str) -> tuple[str, str]:
+    """Split `host:port` or `[::1]:port`; the port is empty if there is none."""
+    with_port = None if address.startswith(UNIX) else re.fullmatch(r"(\[.*\]|[^:]+):([^:]+)", address)
+    return (with_port[1], with_port[2]) if with_port else (address, "")
 
 
 def host_names(text: str) -> frozenset[str]:
@@ -59,10 +66,10 @@ def parse_store(text: str) -> tuple[list[Endpoint], bool]:
     return [_parse_server(server) for server in servers.rstrip("/").split(",")], scheme == "tls"
 
 
-def _parse_server(text: str) -> Endpoint:
-    host, _, port = text.rpartition(":") if re.search(r"[^:\]]:\d+$|\]:\d+$", text) else (text, "", str(NATS_PORT))
+def _parse_server(address: str) -> Endpoint:
+    host, port = split_port(address)
     if "@" in host:
         raise ValueError("should contain no credentials: see store_user, store_password_file and store_token_file")
-    if not 0 < int(port) < 65_536:
+    if port and not (port.isascii() and port.isdigit() and 0 < int(port) < 65_536):
         raise ValueError(f"should have ports from 1 to 65535, not {port}")
-    return parse_endpoint(host, int(port))
+    return parse_endpoint(host, int(port or NATS_PORT))

@@ -1,0 +1,256 @@
+"""Stores that answer later, or fail."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from conftest import SOON, UNIT, daemon, serving, wait_until, wire_to
+from dsmq import settings as config
+from dsmq.broker import event_loop as worker
+from dsmq.client import connect
+from dsmq.errors import Full, ShuttingDown, StoreFailed
+from dsmq.server import Server
+from dsmq.store.api import Message, Outcome, Put
+from dsmq.store.sqlite import SQLiteStore
+from dsmq.wire.resp import encode_request
+
+# An asynchronous store, and a failing one
+
+
+class LaterStore(SQLiteStore):
+    """Answers each call later, from another thread."""
+
+    def __init__(self) -> None:
+        super().__init__(600_000)
+        self.threads = ThreadPoolExecutor(4)
+
+    def start(self, on_messages: Callable[[set[bytes]], None], on_unusable: Callable[[str], None]) -> None:
+        self.on_messages = on_messages
+
+    def append(self, puts: Sequence[Put]) -> Future[list[Outcome]]:  # type: ignore[override]
+        return self.threads.submit(self._append, puts)
+
+    append_together = append  # type: ignore[assignment]
+
+    def _append(self, puts: Sequence[Put]) -> list[Outcome]:
+        outcomes = super().append(puts)
+        self.on_messages({put[0] for put in puts})
+        return outcomes
+
+    def read(self, topic: bytes, after: int, count: int, max_bytes: int, wait_ms: int = 0) -> Future[list[Message]]:  # type: ignore[override]
+        return self.threads.submit(super().read, topic, after, count, max_bytes)
+
+    def latest(self, topic: bytes, after: int) -> Future[list[Message]]:  # type: ignore[override]
+        return self.threads.submit(super().latest, topic, after)
+
+    def close(self) -> None:
+        self.threads.shutdown()
+        super().close()
+
+
+def test_asynchronous_store_blocks_connection_until_answer() -> None:
+    settings = config.load(kind=config.EmbeddedSettings, port=0)
+    with Server(settings, LaterStore()) as server, wire_to(server) as wire, wire_to(server) as waiter:  # type: ignore[arg-type]
+        waiter.send(encode_request(b"GETWAIT", b"t", b"60000") + encode_request(b"GET", b"t"))
+        wait_until(lambda: server.status.waiting() == 1)
+        requests = [encode_request(b"PUT", b"t", b"%d" % number) for number in range(50)]
+        requests += [
+            encode_request(b"PUT", b"", b"x"),
+            encode_request(b"GET", b"t"),
+            encode_request(b"GETLATEST", b"t"),
+        ]
+        wire.send(b"".join(requests))
+        assert [wire.receive() for _ in range(50)] == list(range(1, 51))
+        assert wire.receive().code == "BADREQUEST"  # type: ignore[union-attr]
+        assert [wire.receive(), wire.receive()] == [b"0", b"49"]
+        assert [waiter.receive(), waiter.receive()] == [b"0", b"1"]
+
+
+class SlowStore(SQLiteStore):
+    """Answers reads when the test sets their results."""
+
+    def __init__(self) -> None:
+        super().__init__(600_000)
+        self.reads: list[Future[list[Message]]] = []
+
+    def read(self, topic: bytes, after: int, count: int, max_bytes: int, wait_ms: int = 0) -> Future[list[Message]]:  # type: ignore[override]
+        self.reads.append(Future())
+        return self.reads[-1]
+
+
+def test_unanswered_read_gets_error_at_stop() -> None:
+    store = SlowStore()
+    with serving(store) as server, wire_to(server) as wire:  # type: ignore[arg-type]
+        wire.send(encode_request(b"GET", b"t"))
+        wait_until(lambda: bool(store.reads))
+        assert server.stop() == []
+        # An empty reply would mean that there is no message.
+        assert isinstance(wire.receive(), ShuttingDown)
+        assert wire.ended()
+
+
+def test_asynchronous_store_answers_transaction() -> None:
+    with serving(LaterStore()) as server, wire_to(server) as wire:  # type: ignore[arg-type]
+        requests = ("PUT t 1", "MULTI", "PUT t 2", "GET t", "PUT t 3", "GET t", "GET t", "EXEC", "PUT t 4")
+        wire.send("".join(f"{request}\r\n" for request in requests).encode())
+        replies = [wire.receive() for _ in requests]
+        assert replies == [1, "OK", *["QUEUED"] * 5, [2, b"1", 3, b"2", b"3"], 4]
+
+
+class LimitedStore(SQLiteStore):
+    """Refuses several puts at once, and answers single ones when the test sets their results."""
+
+    def __init__(self) -> None:
+        super().__init__(600_000)
+        self.answers: list[Future[list[int]]] = []
+
+    def append(self, puts: Sequence[Put]) -> Future[list[int]]:  # type: ignore[override]
+        if len(puts) > 1:
+            raise Full("no room")
+        self.answers.append(Future())
+        return self.answers[-1]
+
+
+def test_puts_retried_one_by_one_are_answered_later() -> None:
+    store = LimitedStore()
+    with serving(store) as server, wire_to(server) as wire, wire_to(server) as other:  # type: ignore[arg-type]
+        wire.send(encode_request(b"PUT", b"t", b"x") * 3 + encode_request(b"PING"))
+        wait_until(lambda: len(store.answers) == 3)
+        for number, answer in enumerate(store.answers, 1):
+            answer.set_result([number])
+            assert wire.receive() == number
+            assert other.call("PING") == "PONG"
+        assert wire.receive() == "PONG"
+
+
+def test_late_store_answer_gives_no_second_reply() -> None:
+    store = SlowStore()
+    with Server(config.load(kind=config.EmbeddedSettings, port=0), store) as server, wire_to(server) as wire:  # type: ignore[arg-type]
+        for late in (StoreFailed("late"), [Message(1, 1, 0, b"late", 1)]):
+            assert wire.call("GETWAIT", "t", round(UNIT * 1000)) is None
+            if isinstance(late, list):
+                store.reads[-1].set_result(late)
+            else:
+                store.reads[-1].set_exception(late)
+            assert [wire.call("ECHO", "1"), wire.call("ECHO", "2")] == [b"1", b"2"]
+
+
+def test_half_closed_reader_ends_while_the_store_owes_an_answer() -> None:
+    store = SlowStore()
+    with serving(store) as server, wire_to(server) as wire:  # type: ignore[arg-type]
+        wire.send(encode_request(b"GETWAIT", b"t", b"60000"))
+        wait_until(lambda: bool(store.reads))
+        wire.socket.shutdown(socket.SHUT_WR)
+        assert wire.ended()
+        store.reads[0].set_result([])
+        wait_until(lambda: server.status.connections() == 0)
+
+
+def test_failed_store_answer_is_reported() -> None:
+    store = SlowStore()
+    with Server(config.load(kind=config.EmbeddedSettings, port=0), store) as server, wire_to(server) as wire:  # type: ignore[arg-type]
+        wire.send(encode_request(b"GET", b"t") + encode_request(b"PING"))
+        wait_until(lambda: bool(store.reads))
+        store.reads[0].set_exception(OSError("the disk is gone"))
+        assert str(wire.receive()) == "the disk is gone"
+        assert wire.receive() == "PONG"
+
+
+def test_invalid_line_behind_pending_put_is_refused() -> None:
+    settings = config.load(kind=config.EmbeddedSettings, port=0)
+    with Server(settings, LaterStore()) as server, wire_to(server) as wire:  # type: ignore[arg-type]
+        wire.send(encode_request(b"PUT", b"t", b"x") + b"GET / HTTP/1.1\r\nPUT t evil\r\n")
+        assert wire.receive() == 1
+        assert wire.receive().code == "PROTOCOL"  # type: ignore[union-attr]
+        assert wire.ended()
+        assert server.status.totals().messages == 1
+
+
+class FailingStore(SQLiteStore):
+    """Fails to store messages with certain bodies."""
+
+    def append(self, puts: Sequence[Put]) -> list[int]:
+        for put in puts:
+            if put[1] == b"full":
+                raise Full("no room")
+            if put[1] == b"defect":
+                raise ZeroDivisionError
+            if put[1] == b"broken":
+                raise StoreFailed("SQLite: disk I/O error")
+        return super().append(puts)
+
+
+def test_unstorable_message_fails_alone() -> None:
+    settings = config.load(kind=config.EmbeddedSettings, port=0)
+    with Server(settings, FailingStore(600_000)) as server, wire_to(server) as wire:
+        wire.send(b"".join(encode_request(b"PUT", b"t", body) for body in (b"1", b"full", b"2", b"broken", b"3")))
+        replies = [wire.receive() for _ in range(5)]
+        assert [getattr(reply, "code", reply) for reply in replies] == [1, "FULL", 2, "STORE", 3]
+        assert [wire.call("GET", "t") for _ in range(4)] == [b"1", b"2", b"3", None]
+        assert wire.error("PUT", "t", "full") == "FULL"
+        assert wire.error("PUT", "t", "defect") == "STORE"
+        assert wire.call("PUT", "t", "4") == 4
+        assert server.status.counters().failures == 1
+
+
+class FailingFlush(SQLiteStore):
+    """Fails to write its buffer while there is an error."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(600_000)
+        self.error: Exception | None = error
+        self.failed = threading.Event()
+
+    def flush(self) -> None:
+        if self.error:
+            self.failed.set()
+            raise self.error
+        super().flush()
+
+
+@pytest.mark.parametrize("error", [Full("no room"), ZeroDivisionError()])
+def test_failed_flush_closes_no_connection(error: Exception) -> None:
+    store = FailingFlush(error)
+    with serving(store) as server, wire_to(server) as wire:
+        assert wire.call("PUT", "t", "1") == 1
+        assert store.failed.wait(SOON)
+        assert wire.call("GET", "t") == b"1"
+        store.error = None
+        assert wire.call("PUT", "t", "2") == 2
+
+
+def test_worker_stops_busy_polling_on_busy_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    yields = []
+
+    def give_it_away() -> None:
+        yields.append(1)
+        time.sleep(UNIT / 50)
+
+    monkeypatch.setattr(worker, "yield_processor", give_it_away)
+    monkeypatch.setattr(worker, "LONG_YIELD_PAUSE_SECONDS", 100 * SOON)
+    # The default of 0.1 ms may pass before it yields.
+    with serving(busy_poll_microseconds=100_000) as server, wire_to(server) as wire:
+        wait_until(lambda: wire.call("PING") == "PONG" and bool(yields))
+        assert [wire.call("ECHO", number) for number in range(20)] == [b"%d" % number for number in range(20)]
+    assert len(yields) == 1
+
+
+def test_idle_server_uses_no_processor() -> None:
+    with daemon() as server, connect(port=server.port) as mq:
+        mq.put("t", "hello")
+        stat = Path(f"/proc/{server.process.pid}/stat")
+
+        def ticks() -> int:
+            """Return the processor time used, in hundredths of a second."""
+            return sum(map(int, stat.read_text().rpartition(")")[2].split()[11:13]))
+
+        before = ticks()
+        assert mq.get_wait("nothing", timeout=UNIT * 4) == ""
+        assert ticks() - before < UNIT * 4 * 100 / 4

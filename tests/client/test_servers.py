@@ -1,0 +1,236 @@
+"""Clients of several servers: those that share a store, and those of which one replaces another."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import run_dsmq, serving
+from dsmq import aio
+from dsmq.client import connect
+from dsmq.errors import ConnectionLost
+from engine import Engine, engine
+from helpers import HOST, SOON, UNIT, Daemon, daemon, wait_until
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    with engine(tmp_path_factory.mktemp("nats"), 1) as running:
+        yield running
+
+
+@pytest.fixture
+def pair(node: Engine, request: pytest.FixtureRequest) -> Iterator[list[Daemon]]:
+    """Two servers that share a store."""
+    store = ",".join(f"{host}:{port}" for host, port in node.servers)
+    settings = {"store": f"nats://{store}", "store_stream": f"s{abs(hash(request.node.name))}", "store_replicas": 1}
+    # A stream reserves as many bytes in the engine.
+    settings |= {"max_stored_bytes": 10_000_000}
+    with ExitStack() as stack:
+        yield [stack.enter_context(daemon(**settings)) for _ in range(2)]
+
+
+def address(server: Any) -> str:
+    return f"{HOST}:{server.port}"
+
+
+def addresses(servers: list[Daemon]) -> list[str]:
+    return [address(server) for server in servers]
+
+
+class Both:
+    """A client, blocking or asyncio, that is called from tests that know no difference."""
+
+    def __init__(self, *arguments: Any, is_async: bool, **options: Any) -> None:
+        self._runner = asyncio.Runner() if is_async else None
+        try:
+            self._mq: Any = self._wait((aio.connect if is_async else connect)(*arguments, **options))
+        except BaseException:
+            if self._runner is not None:
+                self._runner.close()
+            raise
+
+    def _wait(self, result: Any) -> Any:
+        return result if self._runner is None else self._runner.run(result)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        found = getattr(self._mq, name)
+        return (lambda *a, **o: self._wait(found(*a, **o))) if callable(found) else found
+
+    def close(self) -> None:
+        self._wait(self._mq.close())
+        if self._runner is not None:
+            self._runner.close()
+
+
+@pytest.fixture(params=[False, True], ids=["blocking", "asyncio"])
+def client(request: pytest.FixtureRequest) -> Iterator[Callable[..., Both]]:
+    made: list[Both] = []
+
+    def make(*arguments: Any, **options: Any) -> Both:
+        made.append(Both(*arguments, is_async=request.param, **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+# A shared store
+
+
+def test_client_goes_on_at_the_other_server(pair: list[Daemon], client: Callable[..., Both]) -> None:
+    states: list[str] = []
+    mq = client(addresses(pair), on_state_change=states.append)
+    other = client(list(reversed(addresses(pair))))
+    ids = [mq.put("t", str(number)) for number in range(10)]
+    assert [mq.get("t") for _ in range(5)] == ["0", "1", "2", "3", "4"]
+    assert [other.get("t") for _ in range(5)] == ["0", "1", "2", "3", "4"]
+    pair[0].process.kill()
+    ids += mq.put_many("t", ["10", "11"])
+    ids.append(other.put("t", "12"))
+    assert [mq.get("t") for _ in range(9)] == [*map(str, range(5, 13)), ""]
+    assert [other.get("t") for _ in range(9)] == [*map(str, range(5, 13)), ""]
+    assert ids == sorted(set(ids))
+    assert not {"replaced", "restarted", "given up"} & set(states)
+    assert (mq.missed, other.missed) == (0, 0)
+
+
+def test_clients_spread_over_the_servers(pair: list[Daemon]) -> None:
+    with ExitStack() as stack:
+        for _ in range(20):
+            stack.enter_context(connect(addresses(pair)))
+        # With chance alone, all would be at one server once in half a million runs.
+        assert all(server.metric("dsmq_connections") >= 1 for server in pair)
+
+
+def test_waiting_reader_goes_on_at_the_other_server(pair: list[Daemon], client: Callable[..., Both]) -> None:
+    mq = client(addresses(pair))
+    with connect(address(pair[1])) as writer:
+
+        def put_after_the_death() -> None:
+            wait_until(lambda: any(server.metric("dsmq_waiting_readers") for server in pair))
+            pair[0].process.kill()
+            writer.put("t", "x")
+
+        thread = threading.Thread(target=put_after_the_death)
+        thread.start()
+        assert mq.get_wait("t", timeout=SOON) == "x"
+        thread.join()
+
+
+def test_frozen_server_is_left(pair: list[Daemon], client: Callable[..., Both]) -> None:
+    mq = client(address(pair[0]) + "," + address(pair[1]), timeout=10 * UNIT)
+    pair[0].signal(signal.SIGSTOP)
+    for number in range(3):
+        mq.put("t", str(number))
+    assert [mq.get("t") for _ in range(4)] == ["0", "1", "2", ""]
+
+
+def test_stopped_server_is_left(pair: list[Daemon], client: Callable[..., Both]) -> None:
+    mq = client(addresses(pair))
+    pair[0].stop()
+    mq.put("t", "x")
+    assert mq.get("t") == "x"
+
+
+def test_hello_says_whether_the_store_is_shared(pair: list[Daemon]) -> None:
+    with connect(address(pair[0])) as mq:
+        assert mq._session.is_shared
+    with serving() as server, connect(port=server.port) as mq:
+        assert not mq._session.is_shared
+
+
+# Servers with stores of their own
+
+
+def test_servers_are_tried_in_order(client: Callable[..., Both], caplog: pytest.LogCaptureFixture) -> None:
+    with serving() as one, serving() as two, caplog.at_level(logging.WARNING, "dsmq.client"):
+        mq = client([f"{HOST}:1", address(one), address(two)], retry=False)
+        mq.put("t", "x")
+        assert (one.status.totals().messages, two.status.totals().messages) == (1, 0)
+    assert caplog.text.count("share no store") == 1
+
+
+def test_no_server_answers(client: Callable[..., Both]) -> None:
+    with pytest.raises(ConnectionRefusedError):
+        client([f"{HOST}:1", f"{HOST}:2"], retry=False)
+
+
+def test_server_that_comes_back_is_resumed_at_its_position(client: Callable[..., Both], tmp_path: Path) -> None:
+    states: list[str] = []
+    with ExitStack() as stack:
+        second = stack.enter_context(serving())
+        with serving(snapshot_file=str(tmp_path / "first")) as first:
+            port = first.port
+            mq = client([f"{HOST}:{port}", address(second)], on_state_change=states.append)
+            for number in range(4):
+                mq.put("t", f"first {number}")
+            mq.get("t")
+            mq.get("t")
+        # What was read ahead is still returned; then come the messages of the second server.
+        mq.put("t", "second")
+        found = [mq.get("t") for _ in range(4)]
+        assert found == ["first 2", "first 3", "second", ""]
+        again = stack.enter_context(serving(port=port, snapshot_file=str(tmp_path / "first")))
+        with connect(port=again.port) as writer:
+            writer.put("t", "first 4")
+        second.stop()
+        wait_until(lambda: mq.get("t") == "first 4")
+        assert mq.get("t") == ""
+    assert states.count("replaced") == 1
+    assert mq.missed == 0
+
+
+def test_put_that_may_be_stored_at_another_server_is_not_repeated(client: Callable[..., Both]) -> None:
+    with serving() as second, daemon() as first:
+        mq = client([address(first), address(second)], timeout=10 * UNIT)
+        first.signal(signal.SIGSTOP)
+        with pytest.raises(ConnectionLost, match="may have been stored") as error:
+            mq.put("t", "x")
+        assert error.value.may_be_stored
+        first.signal(signal.SIGCONT)
+
+
+# Arguments
+
+
+@pytest.mark.parametrize(
+    ("host", "error"),
+    [
+        ([], ValueError),
+        ("", ValueError),
+        ("a,", ValueError),
+        (["a", 5], TypeError),
+        ("a:0", ValueError),
+        ("a:b", ValueError),
+        ("a:70000", ValueError),
+        ({"a"}, TypeError),
+    ],
+)
+def test_invalid_host_raises(host: Any, error: type[Exception], client: Callable[..., Both]) -> None:
+    with pytest.raises(error):
+        client(host)
+
+
+@pytest.mark.parametrize("form", ["{0},{1}", "{1}", f"{HOST}:1,{{0}}"])
+def test_command_line_takes_several_hosts(form: str) -> None:
+    with serving() as one, serving() as two:
+        hosts = form.format(address(one), address(two))
+        assert run_dsmq("put", "t", "x", "--host", hosts).returncode == 0
+        assert run_dsmq("put", "t", "x", env={"DSMQ_SERVER": hosts}).returncode == 0
+        assert one.status.totals().messages + two.status.totals().messages == 2
+
+
+def test_server_refuses_several_hosts() -> None:
+    done = run_dsmq("serve", "--host", "a,b")
+    assert (done.returncode, done.stderr.count(b"\n")) == (2, 1)
+    assert b"address" in done.stderr
