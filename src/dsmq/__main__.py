@@ -121,10 +121,10 @@ def _config(options: argparse.Namespace) -> None:
         sys.stdout.buffer.write(text.encode(errors="backslashreplace"))
 
 
-def _demo(_: argparse.Namespace) -> None:
-    from dsmq import demo
+def _demo(options: argparse.Namespace) -> None:
+    from dsmq import demo, demo_cluster
 
-    demo.main()
+    (demo_cluster if options.cluster else demo).main()
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {"serve": _serve, "config": _config, "demo": _demo}

@@ -118,6 +118,11 @@ def _add_options(command: str, parser: Parser) -> None:
     if command == "bench":
         about = "repetitions of each operation; default: 1000, which stores about 5 MB"
         add("-n", type=count, metavar="N", default=1000, help=about)
+    if command == "demo":
+        about = (
+            "run two servers in front of three NATS servers instead, kill one of each, and show that nothing is lost"
+        )
+        add("--cluster", action="store_true", help=about)
     if command in ("serve", "config"):
         # Only here, because loading the settings takes longer than running a client command.
         from dsmq.settings import add_options  # noqa: PLC0415

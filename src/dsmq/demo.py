@@ -1,6 +1,5 @@
 """Runs a server, a writer and two readers, each of which gets every message."""
 
-import os
 import subprocess
 import sys
 import time
@@ -8,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from tempfile import TemporaryDirectory
 
+from dsmq import environment
 from dsmq.client import connect
 from dsmq.errors import ServerFailed
 
@@ -41,7 +41,7 @@ def main(messages: int = 5, pause: float = 0.5) -> None:
 @contextmanager
 def _server(host: str) -> Iterator[None]:
     # Settings meant for another server don't apply to the demo's.
-    env = {name: value for name, value in os.environ.items() if not name.upper().startswith("DSMQ_")}
+    env = environment.without_settings()
     # A process group of its own, so that Ctrl-C interrupts only this process.
     command = [sys.executable, *SERVER, "--host", host]
     with subprocess.Popen(command, env=env, process_group=0) as process:  # noqa: S603 - no shell

@@ -84,6 +84,11 @@ def _variables() -> dict[str, str]:
     return found
 
 
+def without_settings() -> dict[str, str]:
+    """Return the environment without dsmq's variables, for processes that they are not meant for."""
+    return {name: value for name, value in os.environ.items() if not name.upper().startswith(PREFIX)}
+
+
 def service_links() -> list[str]:
     """Return the environment variables that are ignored, because they describe a service or container named dsmq."""
     return [variable for variable, value in sorted(os.environ.items()) if _is_link(variable, value)]

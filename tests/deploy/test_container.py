@@ -125,6 +125,7 @@ def locked(file: Path) -> dict[str, Version]:
     ("file", "wanted"),
     [
         ("requirements.txt", PROJECT["project"]["dependencies"]),
+        ("requirements.txt", PROJECT["project"]["optional-dependencies"]["nats"]),
         ("build-requirements.txt", PROJECT["build-system"]["requires"]),
     ],
 )

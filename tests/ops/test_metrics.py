@@ -34,7 +34,10 @@ OF_ENGINE = ("dsmq_engine_", "dsmq_mirror_")
 
 
 def shown_in_readme(*, topics: bool = False) -> dict[str, str]:
-    """Return the metrics in the table of deploy/README.md with their types; those by topic only on request."""
+    """Return the metrics in the table of deploy/README.md with their types; those by topic only on request.
+
+    Those of an engine are left out.
+    """
     rows = re.findall(
         r"^\| `(dsmq_\w+)`.*? \| (counter|gauge|histogram) \|", (ROOT / "deploy/README.md").read_text(), re.MULTILINE
     )

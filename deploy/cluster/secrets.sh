@@ -1,0 +1,31 @@
+#!/bin/sh
+# Creates the secrets of a cluster in the folder `secrets`, with certificates for nodes of these names or IPv4 addresses:
+#
+#   ./secrets.sh nats-1 nats-2 nats-3
+#
+# The files are readable by all users, because containers read them as different ones; the folder keeps others out.
+set -eu
+[ $# -gt 0 ] || { echo "usage: secrets.sh NODE ..." >&2; exit 2; }
+cd "$(dirname "$0")"
+mkdir -m 700 secrets
+cd secrets
+
+random() { openssl rand -hex 24; }
+certificate() { openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes "$@" 2>/dev/null; }
+
+names=
+for node; do
+    case $node in
+        *[!0-9.]*) names="$names,DNS:$node" ;;
+        *) names="$names,IP:$node" ;;
+    esac
+done
+certificate -days 3650 -subj "/CN=dsmq cluster" -keyout ca.key -out ca.pem
+certificate -days 3650 -subj "/CN=node" -CA ca.pem -CAkey ca.key -addext "subjectAltName=${names#,}" \
+    -addext basicConstraints=critical,CA:FALSE -keyout node.key -out node.pem
+
+random >dsmq-token
+random >dsmq-password
+printf 'DSMQ_PASSWORD: "%s"\nADMIN_PASSWORD: "%s"\n' "$(cat dsmq-password)" "$(random)" >passwords.conf
+chmod 644 -- *
+chmod 600 ca.key

@@ -1,0 +1,228 @@
+"""deploy/cluster: its NATS configuration on real nodes, and its settings with real servers."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import ssl
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from conftest import ROOT, SOON, tool
+from dsmq import settings as config
+from dsmq.store.nats import HEADER_BYTES
+from dsmq.wire.addresses import parse_store
+from engine import binary, free_ports
+from helpers import HOST, Daemon
+
+HERE = ROOT / "deploy/cluster"
+COMPOSE: dict[str, Any] = yaml.safe_load((HERE / "compose.yaml").read_text())
+SERVICES: dict[str, Any] = COMPOSE["services"]
+NATS = {name: service for name, service in SERVICES.items() if name.startswith("nats")}
+DSMQ = {name: service for name, service in SERVICES.items() if name.startswith("dsmq")}
+CONF = (HERE / "nats.conf").read_text()
+UNIT = (HERE / "systemd/nats-server.service").read_text()
+DROP_IN = (HERE / "systemd/store.conf").read_text()
+
+
+@pytest.fixture(scope="module")
+def secrets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that secrets.sh makes."""
+    tool("openssl", "openssl")
+    folder = tmp_path_factory.mktemp("cluster")
+    shutil.copy(HERE / "secrets.sh", folder)
+    subprocess.run([folder / "secrets.sh", HOST, "nats-1"], check=True, timeout=SOON)
+    return folder / "secrets"
+
+
+def adapted(folder: Path, secrets: Path, ports: list[int], at: int) -> Path:
+    """Write the configuration of a node with other ports and files; return its file."""
+    text = CONF.replace("include passwords.conf", "include ./passwords.conf")
+    changes = {
+        "0.0.0.0:4222": f"{HOST}:{ports[3 * at]}",
+        "127.0.0.1:8222": f"{HOST}:{ports[3 * at + 1]}",
+        "0.0.0.0:6222": f"{HOST}:{ports[3 * at + 2]}",
+        "/var/lib/nats": str(folder / "data"),
+        "/etc/nats": str(secrets),
+    }
+    changes |= {f"nats://nats-{other + 1}:6222": f"nats://{HOST}:{ports[3 * other + 2]}" for other in range(3)}
+    for before, after in changes.items():
+        assert before in text, before
+        text = text.replace(before, after)
+    folder.mkdir()
+    shutil.copy(secrets / "passwords.conf", folder)
+    file = folder / "nats.conf"
+    file.write_text(text)
+    return file
+
+
+@pytest.fixture(scope="module")
+def nodes(secrets: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[int]]:
+    """Three nodes with the shipped configuration; their ports."""
+    folder = tmp_path_factory.mktemp("nodes")
+    ports = free_ports(9)
+    with ExitStack() as stack:
+        for at in range(3):
+            file = adapted(folder / str(at), secrets, ports, at)
+            words = [binary(), "-c", file, "--log", file.with_name("log")]
+            node = subprocess.Popen(words, stdin=subprocess.DEVNULL, env=os.environ | {"NATS_NAME": f"nats-{at + 1}"})
+            stack.enter_context(node)
+            stack.callback(node.kill)
+        yield ports[::3]
+
+
+def test_nats_accepts_the_configuration(secrets: Path, tmp_path: Path) -> None:
+    file = adapted(tmp_path / "node", secrets, free_ports(9), 0)
+    command = [binary(), "-t", "-c", file]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"NATS_NAME": "nats-1"},
+        capture_output=True,
+        text=True,
+        timeout=SOON,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "configuration file" in done.stderr
+
+
+@pytest.mark.slow
+def test_servers_share_messages_over_nodes_with_tls_and_accounts(nodes: list[int], secrets: Path) -> None:
+    settings = server_settings(secrets) | {"store": "tls://" + ",".join(f"{HOST}:{port}" for port in nodes)}
+    token = (secrets / "dsmq-token").read_text().strip()
+    with ExitStack() as stack:
+        servers = [Daemon(**settings) for _ in range(2)]
+        for server in servers:
+            stack.callback(server.close)
+        one, other = (stack.enter_context(server.client(token=token)) for server in servers)
+        message = "x" * config.Settings().max_message_bytes
+        one.put("greetings", message)
+        assert other.get("greetings") == message
+    # Nodes accept only nodes with a certificate of the cluster's authority: all three have found each other.
+    logs = [file.read_text() for file in (secrets / ".." / "..").resolve().glob("nodes*/*/log")]
+    assert not [
+        line for log in logs for line in log.splitlines() if re.search(r"\[(ERR|FTL)\].*(TLS|certificate)", line)
+    ]
+
+
+def server_settings(secrets: Path) -> dict[str, str]:
+    """Return the settings of a server in the Compose file, with the secrets in another folder."""
+    (one, other) = (service["environment"] for service in DSMQ.values())
+    assert one == other
+    values = {name.removeprefix("DSMQ_").lower(): value for name, value in one.items()}
+    return {name: value.replace("/run/secrets", str(secrets)) for name, value in values.items()}
+
+
+def test_node_accepts_the_longest_message() -> None:
+    found = re.search(r"^max_payload: (\d+)$", CONF, re.MULTILINE)
+    assert found is not None
+    assert int(found[1]) == config.Settings().max_message_bytes + 2048
+    assert HEADER_BYTES < 2048
+
+
+def test_secrets_are_for_their_users_alone(secrets: Path) -> None:
+    assert secrets.stat().st_mode & 0o777 == 0o700
+    assert (secrets / "ca.key").stat().st_mode & 0o777 == 0o600
+    password = (secrets / "dsmq-password").read_text().strip()
+    assert len(password) >= 32
+    assert f'DSMQ_PASSWORD: "{password}"\n' in (secrets / "passwords.conf").read_text()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(secrets / "ca.pem")
+    again = subprocess.run([secrets.parent / "secrets.sh", "nats-1"], capture_output=True, timeout=SOON, check=False)
+    assert again.returncode != 0
+    assert (secrets / "dsmq-password").read_text().strip() == password
+
+
+# The Compose file
+
+
+@pytest.mark.deploy
+def test_compose_accepts_the_file() -> None:
+    command = [tool("docker-compose", "docker-compose"), "--file=-", "config"]
+    text = (HERE / "compose.yaml").read_text().replace("name: dsmq-cluster\n", "")
+    done = subprocess.run(command, cwd=HERE, input=text, capture_output=True, text=True, timeout=SOON, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert set(yaml.safe_load(done.stdout)["services"]) == set(SERVICES)
+
+
+def test_compose_settings_load(secrets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in server_settings(secrets).items():
+        monkeypatch.setenv(f"DSMQ_{name.upper()}", value)
+    settings = config.load()
+    endpoints, is_tls = parse_store(settings.store)
+    assert [(endpoint.host, endpoint.port) for endpoint in endpoints] == [(name, 4222) for name in NATS]
+    assert is_tls
+    assert settings.store_replicas == len(NATS) == 3
+    assert f"users: [ {{ user: {settings.store_user}, password: $DSMQ_PASSWORD }} ]" in CONF
+
+
+def test_compose_names_nodes_as_their_configuration_does() -> None:
+    assert re.findall(r"nats://(nats-\d):6222", CONF) == list(NATS)
+    for name, service in NATS.items():
+        assert service["environment"]["NATS_NAME"] == name
+        assert service["volumes"] == ["./nats.conf:/etc/nats/nats.conf:ro", f"{name}:/var/lib/nats"]
+        assert name in COMPOSE["volumes"]
+
+
+def test_compose_secrets_are_those_that_the_script_makes(secrets: Path) -> None:
+    for name, secret in COMPOSE["secrets"].items():
+        assert secret == {"file": f"./secrets/{name}"}
+        assert (secrets / name).exists()
+    needed = set(re.findall(r"(?:/etc/nats/|include )(\S+)", re.sub(r"(?m)^\s*#.*", "", CONF)))
+    for service in NATS.values():
+        assert {secret["target"] for secret in service["secrets"]} == {f"/etc/nats/{name}" for name in needed}
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_compose_pins_confines_and_health_checks(name: str) -> None:
+    service = SERVICES[name]
+    assert re.fullmatch(r"[a-z/]+:v?\d+\.\d+\.\d+(-alpine)?", service["image"])
+    assert all(re.fullmatch(r"127\.0\.0\.1:\d+:\d+", port) for port in service.get("ports", []))
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["restart"] == "unless-stopped"
+    assert service["mem_limit"]
+    assert service["pids_limit"]
+    assert service["healthcheck"]
+
+
+# systemd
+
+
+def test_unit_and_drop_in_use_the_same_files_and_settings(secrets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "ExecStart=/usr/local/bin/nats-server -c /etc/nats/nats.conf\n" in UNIT
+    assert "StateDirectory=nats\n" in UNIT
+    credentials = dict(re.findall(r"^LoadCredential=([\w-]+):/etc/dsmq/store/(\S+)$", DROP_IN, re.MULTILINE))
+    service = (ROOT / "deploy/systemd/dsmq.service").read_text()
+    (secrets / "token").write_text((secrets / "dsmq-token").read_text())
+    credentials["token"] = "token"
+    for line in re.findall(r"^Environment=(.*)$", service + DROP_IN, re.MULTILINE):
+        for name, value in (word.split("=", 1) for word in line.split()):
+            path = re.sub(r"^%d/(.*)$", lambda found: str(secrets / credentials[found[1]]), value)
+            monkeypatch.setenv(name, path.replace("%S", "/var/lib"))
+    monkeypatch.delenv("DSMQ_CONFIG")
+    settings = config.load()
+    compose = server_settings(secrets)
+    assert {name: getattr(settings, name) for name in compose if name.startswith("store")} == {
+        name: value for name, value in compose.items() if name.startswith("store")
+    }
+    # The unit's snapshot is not for a store in NATS.
+    assert not settings.snapshot_file
+
+
+def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
+    tool("systemd-analyze", "systemd")
+    unit = tmp_path / "nats-server.service"
+    unit.write_text(UNIT.replace("/usr/local/bin/nats-server", binary()))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", unit], capture_output=True, text=True, timeout=SOON, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
