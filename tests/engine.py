@@ -42,7 +42,7 @@ class Node:
         cluster = ""
         if routes:
             urls = ", ".join(f'"nats://{HOST}:{port}"' for port in routes)
-            cluster = f"cluster {{ name: tests, listen: {HOST}:{ports[2]}, routes: [{urls}] }}"
+            cluster = f"cluster {{ name: tests, listen: {HOST}:{ports[2]}, routes: [{urls}], no_advertise: true }}"
         self._config = folder / f"{name}.conf"
         self._config.write_text(
             f"server_name: {name}\nlisten: {HOST}:{self.port}\nhttp: {HOST}:{self.monitor_port}\n"

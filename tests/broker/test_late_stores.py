@@ -15,7 +15,7 @@ from conftest import SOON, UNIT, daemon, serving, wait_until, wire_to
 from dsmq import settings as config
 from dsmq.broker import event_loop as worker
 from dsmq.client import connect
-from dsmq.errors import Full, ShuttingDown, StoreFailed
+from dsmq.errors import Full, ShuttingDown, StoreFailed, Unsure
 from dsmq.server import Server
 from dsmq.store.api import Message, Outcome, Put
 from dsmq.store.sqlite import SQLiteStore
@@ -104,6 +104,46 @@ def test_asynchronous_store_answers_transaction() -> None:
         assert replies == [1, "OK", *["QUEUED"] * 5, [2, b"1", 3, b"2", b"3"], 4]
 
 
+class PickyStore(SQLiteStore):
+    """Refuses a message at once, and answers other puts when the test sets their results."""
+
+    def __init__(self) -> None:
+        super().__init__(600_000)
+        self.answers: list[Future[list[Outcome]]] = []
+
+    def append(self, puts: Sequence[Put]) -> Future[list[Outcome]]:  # type: ignore[override]
+        if any(body == b"refused" for _, body, _ in puts):
+            raise Full("no room")
+        self.answers.append(Future())
+        return self.answers[-1]
+
+
+def test_refusal_does_not_overtake_reply_to_an_earlier_put() -> None:
+    store = PickyStore()
+    with serving(store) as server, wire_to(server) as wire:  # type: ignore[arg-type]
+        wire.send(b"".join([encode_request(b"PUT", b"t", body) for body in (b"1", b"refused", b"2")]))
+        wait_until(lambda: len(store.answers) == 2)
+        store.answers[1].set_result([2])
+        store.answers[0].set_result([1])
+        assert wire.receive() == 1
+        assert isinstance(wire.receive(), Full)
+        assert wire.receive() == 2
+        assert wire.call("PING") == "PONG"
+
+
+def test_requests_behind_a_put_with_unknown_outcome_are_not_run() -> None:
+    store = PickyStore()
+    with serving(store) as server, wire_to(server) as wire, wire_to(server) as other:  # type: ignore[arg-type]
+        wire.send(encode_request(b"PUT", b"t", b"1"))
+        wait_until(lambda: len(store.answers) == 1)
+        wire.send(encode_request(b"PUT", b"t", b"2"))
+        store.answers[0].set_result([Unsure("no answer")])
+        assert isinstance(wire.receive(), Unsure)
+        assert wire.ended()
+        assert other.call("PING") == "PONG"
+        assert len(store.answers) == 1
+
+
 class LimitedStore(SQLiteStore):
     """Refuses several puts at once, and answers single ones when the test sets their results."""
 
@@ -134,12 +174,31 @@ def test_late_store_answer_gives_no_second_reply() -> None:
     store = SlowStore()
     with Server(config.load(kind=config.EmbeddedSettings, port=0), store) as server, wire_to(server) as wire:  # type: ignore[arg-type]
         for late in (StoreFailed("late"), [Message(1, 1, 0, b"late", 1)]):
-            assert wire.call("GETWAIT", "t", round(UNIT * 1000)) is None
+            store.reads.clear()
+            wire.send(encode_request(b"GETWAIT", b"t", b"%d" % round(UNIT * 1000)))
+            # When the wait is over, the store is asked once more.
+            wait_until(lambda: len(store.reads) == 2)
+            store.reads[1].set_result([])
+            assert wire.receive() is None
             if isinstance(late, list):
-                store.reads[-1].set_result(late)
+                store.reads[0].set_result(late)
             else:
-                store.reads[-1].set_exception(late)
+                store.reads[0].set_exception(late)
             assert [wire.call("ECHO", "1"), wire.call("ECHO", "2")] == [b"1", b"2"]
+
+
+def test_wait_ends_with_a_message_that_the_store_knows_of_later() -> None:
+    store = SlowStore()
+    with serving(store) as server, wire_to(server) as wire:  # type: ignore[arg-type]
+        wire.send(encode_request(b"GETWAIT", b"t", b"%d" % round(UNIT * 1000)))
+        wait_until(lambda: len(store.reads) == 1)
+        store.reads[0].set_result([])
+        # Once more after it has registered for new messages, and when the wait is over.
+        wait_until(lambda: len(store.reads) == 2)
+        store.reads[1].set_result([])
+        wait_until(lambda: len(store.reads) == 3)
+        store.reads[2].set_result([Message(1, 1, 0, b"x", 1)])
+        assert wire.receive() == b"x"
 
 
 def test_half_closed_reader_ends_while_the_store_owes_an_answer() -> None:

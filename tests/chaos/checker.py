@@ -7,10 +7,10 @@ import math
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import pairwise, zip_longest
 
-from chaos.history import Broken, Died, Empty, Event, Got, History, Put, Reader, Server
+from chaos.history import Broken, Died, Empty, Event, Got, Held, History, Put, Reader, Server
 
 # After a snapshot that is not from a clean shutdown, ids continue this far beyond it.
 RESTORE_GAP = 2**32
@@ -75,6 +75,7 @@ class _Check:
         yield from self._ids_reused()
         yield from self._order_of_puts()
         yield from self._losses()
+        yield from self._held()
         for (name, _), gots in self.gots.items():
             yield from self._read_twice(gots)
             yield from self._order_of_reads(gots)
@@ -171,6 +172,40 @@ class _Check:
         for one, following in pairwise(self.servers):
             if one.kept_until == math.inf and (one.epoch, one.run) != (following.epoch, following.run):
                 yield Violation("identity", "epoch or run changed over a graceful stop", (one, following))
+
+    # Servers that share a store
+
+    def _held(self) -> Iterator[Violation]:
+        """All servers hold the same messages: each put that returned once, numbered without holes."""
+        views: dict[str, Held] = {}
+        for held in self.history.of(Held):
+            first = views.setdefault(held.topic, held)
+            if first is held:
+                yield from _holes(held)
+                yield from self._contents(held)
+            elif first.messages != held.messages:
+                yield Violation("servers differ", _difference(first, held))
+
+    def _contents(self, held: Held) -> Iterator[Violation]:
+        about = replace(held, messages=())
+        ids: dict[str, int] = {}
+        for message_id, _, body in held.messages:
+            put = self.puts.get(body)
+            if ids.setdefault(body, message_id) != message_id:
+                yield Violation("stored twice", f"a message has the ids {ids[body]} and {message_id}", _events(put))
+            elif put is None or put.topic != held.topic:
+                yield Violation("strange", f"{body!r} is held, which nobody put into this topic", (about,))
+            elif put.error and not put.may_be_stored:
+                yield Violation("not stored", "a message is held although its put was not stored", (put, about))
+            elif put.id not in (None, message_id):
+                yield Violation("stored twice", f"a put has the ids {put.id} and {message_id}", (put, about))
+        for put in self.puts.values():
+            if put.topic == held.topic and put.id is not None and put.body not in ids and self._must_be_held(put):
+                yield Violation("lost", "a put that returned is not held", (put, about))
+
+    def _must_be_held(self, put: Put) -> bool:
+        is_young = max(one.ended for one in self.puts.values()) - put.began < self.history.max_age
+        return is_young and self._epochs_of(put.body) == self.epochs[-1:]
 
     # Reads
 
@@ -278,6 +313,20 @@ class _Check:
         loss = self._loss_of(put)
         # A killed server died some time before its end was noticed.
         return loss is None or empty.ended < loss.server.ended - AGE_SLACK_SECONDS
+
+
+def _holes(held: Held) -> Iterator[Violation]:
+    for (earlier_id, earlier, _), (message_id, number, body) in pairwise(held.messages):
+        if number != earlier + 1 or message_id <= earlier_id:
+            about = f"{held.server}, {held.topic}: after {earlier} (id {earlier_id}) comes {number} (id {message_id})"
+            yield Violation("hole", f"{about}: {body!r}")
+
+
+def _difference(one: Held, other: Held) -> str:
+    pairs = zip_longest(one.messages, other.messages)
+    at, (mine, theirs) = next((at, pair) for at, pair in enumerate(pairs) if pair[0] != pair[1])
+    sizes = f"{len(one.messages)} and {len(other.messages)} messages"
+    return f"{one.topic}: {one.server} and {other.server} ({sizes}) differ from place {at}: {mine} and {theirs}"
 
 
 def _loss(one: Server, following: Server) -> Iterator[Loss]:

@@ -75,6 +75,12 @@ class Job:
     step: int = 1
     """Distance between the lines at which a call is interrupted."""
     options: dict[str, Any] = field(default_factory=dict)
+    others: tuple[int, ...] = ()
+    """The ports of other servers that share a store."""
+
+    def connect(self) -> DSMQClientSideConnection:
+        hosts = HOST if not self.others else [f"{HOST}:{port}" for port in (self.port, *self.others)]
+        return connect(hosts, self.port, **self.options)
 
     @property
     def random(self) -> random.Random:

@@ -110,8 +110,18 @@ class Died:
     error: str
 
 
-Event: TypeAlias = Put | Got | Empty | Broken | Reader | Server | Died
-KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in (Put, Got, Empty, Broken, Reader, Server, Died)}
+@dataclass(frozen=True, slots=True)
+class Held:
+    """All messages of a topic that a server has in the end."""
+
+    server: str
+    topic: str
+    messages: tuple[tuple[int, int, str], ...]
+    """Id, number and body of each, in the order in which the server returns them."""
+
+
+Event: TypeAlias = Put | Got | Empty | Broken | Reader | Server | Died | Held
+KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in (Put, Got, Empty, Broken, Reader, Server, Died, Held)}
 E = TypeVar("E")
 
 
@@ -148,4 +158,6 @@ def _event(line: str) -> Event:
     kind = KINDS[values.pop("kind")]
     if kind is Reader:
         values["topics"] = tuple(values["topics"])
+    if kind is Held:
+        values["messages"] = tuple(map(tuple, values["messages"]))
     return kind(**values)

@@ -81,7 +81,65 @@ def renames() -> None:
     _change_reads(lambda _store, _topic, _after, found: [*found[:-1], found[-1]._replace(id=found[-1].id + 1)])
 
 
+# Servers that share a store. They import it only when it is used.
+
+
+def forgets_soon() -> None:
+    """Not a defect: the engine recognises repeated puts for so short a time that the mirrors have to do it."""
+    from dsmq.store import nats_stream
+
+    nats_stream.DEDUPLICATION_SECONDS = 0.2  # type: ignore[assignment]
+
+
+def mirrors_forget_keys() -> None:
+    """Mirrors store what the engine has stored twice."""
+    from dsmq.store import nats_mirror
+
+    forgets_soon()
+    nats_mirror._key = lambda _: None
+
+
+def renames_retries() -> None:
+    """A put that is sent to the engine again gets another message id."""
+    from dsmq.store import nats_puts
+
+    encode = nats_puts._Publish.encode
+
+    def encode_anew(message: Any, *others: Any) -> bytes:
+        return encode(message._replace(message_id=b"%b-%d" % (message.message_id, random.getrandbits(60))), *others)
+
+    nats_puts._Publish.encode = encode_anew  # type: ignore[method-assign,assignment]
+
+
+def reads_stale_mirrors() -> None:
+    """A read that finds nothing does not ask the engine."""
+    from dsmq.store import nats_mirror
+
+    nats_mirror.ReadIndex.add = lambda _, call: call(None)  # type: ignore[method-assign]
+
+
+def answers_early() -> None:
+    """A put is acknowledged when it is sent."""
+    from dsmq.store import nats_puts
+
+    publish = nats_puts.Publisher._publish
+
+    async def publish_later(publisher: Any, messages: Any, until: float, *, together: bool) -> Any:
+        if random.random() >= RATIO:
+            return await publish(publisher, messages, until, together=together)
+        publisher._connection.send(b"".join([message.encode(b"") for message in messages]))
+        return [publisher.last_id + number for number, _ in enumerate(messages, 1)]
+
+    nats_puts.Publisher._publish = publish_later  # type: ignore[method-assign]
+
+
 # Defects, and the scenario that must find each.
+SHARED_MUTANTS = {
+    renames_retries: "moves",
+    mirrors_forget_keys: "forgetful_engine",
+    reads_stale_mirrors: "shared_calm",
+    answers_early: "leader_killed",
+}
 MUTANTS = {
     forgets_keys: "resets",
     loses_puts: "calm",
@@ -93,6 +151,6 @@ MUTANTS = {
 }
 
 if __name__ == "__main__":
-    {mutant.__name__: mutant for mutant in MUTANTS}[sys.argv[1]]()
+    {change.__name__: change for change in (*MUTANTS, *SHARED_MUTANTS, forgets_soon)}[sys.argv[1]]()
     sys.argv[1:] = ["serve"]
     sys.exit(main())

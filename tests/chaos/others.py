@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,10 +24,11 @@ PAUSE_SECONDS = 0.01
 class Peer:
     """A redis-py connection that reconnects, and then repeats the request."""
 
-    def __init__(self, port: int, timeout: float) -> None:
+    def __init__(self, ports: Sequence[int], timeout: float) -> None:
+        self._ports = itertools.cycle(ports)
         # redis-py would retry silently.
         self._connection = Connection(
-            host="127.0.0.1", port=port, socket_timeout=timeout, retry=Retry(NoBackoff(), 0), protocol=2
+            host="127.0.0.1", port=next(self._ports), socket_timeout=timeout, retry=Retry(NoBackoff(), 0), protocol=2
         )
         self._is_new = True
         self.facts: dict[str, Any] = {}
@@ -41,7 +42,7 @@ class Peer:
                     self._greet()
                 return self._ask(*words)
             except (redis.ConnectionError, redis.TimeoutError, OSError, redis.ResponseError) as error:
-                if isinstance(error, redis.ResponseError) and not str(error).startswith("CLOSING"):
+                if isinstance(error, redis.ResponseError) and not str(error).startswith(("CLOSING", "UNSURE")):
                     raise
                 self.close()
                 if time.monotonic() > until:
@@ -64,6 +65,8 @@ class Peer:
 
     def close(self) -> None:
         self._connection.disconnect()
+        # If several servers share a store, the next one.
+        self._connection.port = next(self._ports)
         self._is_new = True
 
 
@@ -119,7 +122,7 @@ class Reading:
 
 def pair(job: Job, timeout: float, history: History) -> tuple[Callable[[Stop], None], Reading, list[Peer]]:
     """Return a connected writer and reader, and what to close."""
-    peers = [Peer(job.port, timeout) for _ in range(2)]
+    peers = [Peer((job.port, *job.others), timeout) for _ in range(2)]
     reading = Reading(replace(job, name="redis-reader"), history, peers[1])
     writer = replace(job, name="redis-writer")
     return lambda stop: write(writer, history, stop, peers[0]), reading, peers

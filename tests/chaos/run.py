@@ -7,12 +7,14 @@ import itertools
 import logging
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from attacks.rig import progress
 from chaos import figures
 from chaos.checker import summary
-from chaos.mutants import MUTANTS
+from chaos.cluster_scenarios import SHARED_SCENARIOS
+from chaos.mutants import MUTANTS, SHARED_MUTANTS
 from chaos.scenarios import SCENARIOS
 from chaos.stage import NotHere, Outcome, Stage
 
@@ -23,14 +25,14 @@ SHOWN = 3
 def play(name: str, seed: int, *, quick: bool = False, keep: Path | None = None, mutant: str = "") -> Outcome:
     """Run one round of a scenario. Raises NotHere."""
     with Stage(name, seed, quick, mutant=mutant) as stage:
-        SCENARIOS[name](stage)
+        (SCENARIOS | SHARED_SCENARIOS)[name](stage)
     return stage.outcome(keep)
 
 
-def hunt(seed: int, keep: Path | None) -> bool:
+def hunt(mutants: dict[Callable[[], None], str], seed: int, keep: Path | None) -> bool:
     """Run servers with defects; return whether each was found."""
     found = True
-    for mutant, name in MUTANTS.items():
+    for mutant, name in mutants.items():
         outcome = play(name, seed, keep=keep, mutant=mutant.__name__)
         found = found and bool(outcome.violations)
         print(f"{mutant.__name__}, by {name}: {summary(outcome.violations)}", flush=True)
@@ -91,7 +93,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0, help="duration; each scenario runs at least once")
     parser.add_argument("--seed", type=int, default=1, help="of the first round; each further round adds one")
-    parser.add_argument("--only", nargs="+", metavar="NAME", choices=[*SCENARIOS], help=f"of: {' '.join(SCENARIOS)}")
+    parser.add_argument("--store", choices=["sqlite", "nats"], default="sqlite", help="nats: servers that share one")
+    names = [*SCENARIOS, *SHARED_SCENARIOS]
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=names, help=f"of: {' '.join(names)}")
     parser.add_argument("--figures", action="store_true", help="first measure restarts, resets, the pause and speed")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="where to store histories with violations")
     parser.add_argument("--mutants", action="store_true", help="only check that servers with defects are detected")
@@ -99,10 +103,11 @@ def main() -> int:
     # Clients would log each fault.
     logging.getLogger("dsmq").addHandler(logging.NullHandler())
     if options.mutants:
-        return int(not hunt(options.seed, options.keep))
+        return int(not hunt(SHARED_MUTANTS if options.store == "nats" else MUTANTS, options.seed, options.keep))
     measured = figures.measure(options.seed) if options.figures else []
     until = time.monotonic() + 60 * options.minutes
-    outcomes = run(options.only or [*SCENARIOS], options.seed, until, options.keep)
+    scenarios = SHARED_SCENARIOS if options.store == "nats" else SCENARIOS
+    outcomes = run(options.only or [*scenarios], options.seed, until, options.keep)
     progress("")
     print("\n".join([*table(outcomes), *(["", *figures.table(measured)] if measured else [])]))
     return int(any(outcome.violations for outcome in outcomes) or not all(one.ok for one in measured))

@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,11 +18,12 @@ from typing import Any, Self
 
 from chaos import others
 from chaos.checker import Violation, check
-from chaos.clients import HOST, Client, Job, Orders, Reading, StopFile, Writer, as_words
+from chaos.clients import Client, Job, Orders, Reading, StopFile, Writer, as_words
+from chaos.cluster import Cluster
 from chaos.history import INTERRUPTED, Broken, Died, Empty, Got, History, Put
 from chaos.proxy import Proxy
 from chaos.servers import Lives
-from dsmq.client import DSMQClientSideConnection, connect
+from dsmq.client import DSMQClientSideConnection
 from helpers import wait_until
 
 # Once the faults have ended, every client must finish within this many seconds.
@@ -70,6 +71,8 @@ class Stage:
     may_raise: Callable[[Put], bool] = lambda _: False
     """Which puts may raise."""
     reads_may_raise: bool = False
+    read_may_raise: Callable[[str], bool] = lambda _: False
+    """Which errors reads may raise."""
     mutant: str = ""
     """The server's deliberate defect, if any."""
     faults: Counter[str] = field(default_factory=Counter)
@@ -98,6 +101,13 @@ class Stage:
         lives = Lives(self.history, self.folder, **settings)
         self._stack.callback(lives.close)
         return lives
+
+    def cluster(self, *, behind_proxies: bool = False, **settings: Any) -> Cluster:
+        """Start two servers that share a store."""
+        if self.mutant:
+            settings["words"] = (sys.executable, str(MUTANTS), self.mutant)
+        proxy = self.proxy if behind_proxies else None
+        return self._stack.enter_context(Cluster(self.history, self.folder, proxy, **settings))
 
     def proxy(self, port: int) -> Proxy:
         proxy = self._stack.enter_context(Proxy(port, self.seed))
@@ -138,7 +148,7 @@ class Stage:
             if put.error not in {"", INTERRUPTED} and not self.may_raise(put):
                 yield Violation("error", "a put raised", (put,))
         for call in self.history.of(Broken):
-            if call.error != INTERRUPTED and not self.reads_may_raise:
+            if call.error != INTERRUPTED and not (self.reads_may_raise or self.read_may_raise(call.error)):
                 yield Violation("error", "a read raised", (call,))
 
     def _longest_pause(self) -> float:
@@ -160,7 +170,7 @@ class Stage:
     # Clients
 
     def client(self, job: Job) -> DSMQClientSideConnection:
-        return self._stack.enter_context(connect(HOST, job.port, **job.options))
+        return self._stack.enter_context(job.connect())
 
     @contextmanager
     def crowd(
@@ -172,17 +182,23 @@ class Stage:
         readers: int = 4,
         redis: bool = True,
         job: Job | None = None,
+        ports: Sequence[int] = (),
     ) -> Iterator[None]:
-        """Run writers and readers in threads. In the end, the writers stop and the readers read what is left."""
+        """Run writers and readers in threads. In the end, the writers stop and the readers read what is left.
+
+        If several servers share a store, `ports` are theirs, and clients begin with different ones.
+        """
         shape = replace(job or Job("", 0), seed=self.seed)
         write, read = replace(shape, port=write_to), replace(shape, port=read_from or write_to)
         stop, end = threading.Event(), threading.Event()
-        jobs = [replace(read, name=f"reader-{number}") for number in range(readers)]
+        jobs = [_spread(replace(read, name=f"reader-{number}"), ports, number) for number in range(readers)]
         readings: list[Any] = [Reading(job, self.history, self.client(job)) for job in jobs]
-        jobs = [replace(write, name=f"writer-{number}") for number in range(writers)]
+        jobs = [_spread(replace(write, name=f"writer-{number}"), ports, number) for number in range(writers)]
         writings = [Writer(job, self.history, self.client(job)).run for job in jobs]
         if redis:
-            writing, reading, peers = others.pair(read, shape.options.get("timeout", 10.0), self.history)
+            writing, reading, peers = others.pair(
+                _spread(read, ports, self.seed), shape.options.get("timeout", 10.0), self.history
+            )
             writings.append(writing)
             readings.append(reading)
             for peer in peers:
@@ -273,6 +289,14 @@ def shared_reader(stage: Stage, port: int, count: int) -> Iterator[None]:
         end.set()
         stage.join(clients)
         readings[0].finish()
+
+
+def _spread(job: Job, ports: Sequence[int], number: int) -> Job:
+    """Have a client begin with one of several servers."""
+    if not ports:
+        return job
+    at = number % len(ports)
+    return replace(job, port=ports[at], others=(*ports[at + 1 :], *ports[:at]))
 
 
 def _read(reading: Any, end: threading.Event) -> None:

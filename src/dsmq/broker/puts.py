@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from dsmq import logs
 from dsmq.broker.arguments import MAX_NAME_BYTES, parse_integer, parse_options, parse_topic
-from dsmq.errors import BadRequest, ReplyError, StoreFailed, TooBig, WrongEpoch
+from dsmq.errors import BadRequest, ReplyError, StoreFailed, TooBig, Unsure, WrongEpoch
 from dsmq.store.api import Answer, Outcome, Put, Store
 from dsmq.wire.resp import encode_integer
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 MAX_BATCH_BYTES = 1_048_576
 # Bytes counted for each put in addition to its message, so that no more than 500 are stored at once.
 PUT_BYTES = MAX_BATCH_BYTES // 500
+
+_Left: TypeAlias = "deque[tuple[Connection, Answer[list[Outcome]] | ReplyError]]"
+"""Puts that have not been answered, and what the store says."""
 
 _logger = logging.getLogger(__name__)
 
@@ -94,11 +98,36 @@ class PutBatch:
                 connection.requests.park()
             self._loop.when_done(stored, partial(_answer_later, connections))
         elif isinstance(stored, ReplyError) and len(puts) > 1:
-            # One by one, so that a message that can't be stored fails alone.
-            for put, connection in zip(puts, connections, strict=True):
-                self._store([put], [connection])
+            self._store_one_by_one(puts, connections)
         else:
             _answer(connections, stored)
+
+    def _store_one_by_one(self, puts: list[Put], connections: list[Connection]) -> None:
+        """Store puts so that one that can't be stored fails alone."""
+        answers = [self.append([put]) for put in puts]
+        if any(isinstance(answer, Future) for answer in answers):
+            for connection in connections:
+                connection.requests.park()
+        self._answer_in_order(deque(zip(connections, answers, strict=True)))
+
+    def _answer_in_order(self, left: _Left) -> None:
+        """Answer these puts up to one that the store answers later; then go on."""
+        # A refusal comes at once, but must not overtake the reply to an earlier put.
+        while left:
+            connection, answer = left.popleft()
+            if isinstance(answer, Future):
+                self._loop.when_done(answer, partial(self._go_on, connection, left))
+                return
+            _answer_later([connection], answer)
+
+    def _go_on(
+        self,
+        connection: Connection,
+        left: _Left,
+        stored: list[Outcome] | ReplyError,
+    ) -> None:
+        _answer_later([connection], stored)
+        self._answer_in_order(left)
 
     def append(self, puts: list[Put], *, together: bool = False) -> Answer[list[Outcome]] | ReplyError:
         """Store these puts, and wake the readers that wait for them; return the outcomes, or the error of all."""
@@ -129,6 +158,9 @@ def _answer(connections: list[Connection], stored: Sequence[Outcome] | ReplyErro
         else:
             connection.counters.puts_refused[outcome.code] += 1
             connection.fail(outcome)
+            if isinstance(outcome, Unsure):
+                # The client puts the message again. Requests behind it must not be run before that.
+                connection.finish()
 
 
 def _answer_later(connections: list[Connection], stored: Sequence[Outcome] | ReplyError) -> None:

@@ -244,11 +244,11 @@ class Reads:
         connection.requests.resume()
 
     def stop_waiting(self) -> None:
-        """Reply to a waiting read that there are no messages."""
+        """Reply to a waiting read, even if there are no messages; a store that may have some answers that later."""
         read = self.pending
         if read is not None and read.wait_ms:
-            read.wait_ms = 0
-            self._try(read, [])
+            read.wait_ms, read.deadline = 0, math.inf
+            self._try(read)
 
     def end(self) -> None:
         """Forget the pending read, because it is answered or never will be."""

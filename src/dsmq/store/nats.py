@@ -86,7 +86,7 @@ class NATSStore:
     def start(self, on_messages: Callable[[set[bytes]], None], on_unusable: Callable[[str], None]) -> None:
         self.mirror.on_ready = self._on_ready
         self.mirror.on_messages = on_messages
-        self.mirror.on_replaced = partial(on_unusable, "the stream has lost its messages")
+        self.mirror.on_replaced = self._on_replaced
         self.connection.on_lost = self.requests.on_lost
         self._on_unusable = on_unusable
         self.thread.start()
@@ -102,12 +102,20 @@ class NATSStore:
         _logger.info("the mirror of the stream is complete, up to id %s", self.mirror.store.last_id())
         self._ready.set()
 
+    def _on_replaced(self) -> None:
+        self.publisher.last_id = 0
+        self._on_unusable("the stream has lost its messages")
+
+    @property
+    def _is_disconnected(self) -> bool:
+        # A connection whose server is silent is given up before that, and another one may be made at once.
+        return not self.connection.connected and self.connection.silent_seconds > DISCONNECT_SECONDS
+
     @property
     def unready_reason(self) -> str:
         connection, mirror = self.connection, self.mirror
-        if connection.silent_seconds > DISCONNECT_SECONDS:
-            silent = "it does not answer" if connection.connected else "not connected yet"
-            return f"no connection to the engine: {connection.error or silent}"
+        if self._is_disconnected:
+            return f"no connection to the engine: {connection.error or 'not connected yet'}"
         if mirror.ready:
             return ""
         if mirror.error is not None:
@@ -161,7 +169,7 @@ class NATSStore:
         """If there is no engine, send clients to other servers."""
         while True:
             await asyncio.sleep(WATCH_SECONDS)
-            is_lost = self.connection.silent_seconds > DISCONNECT_SECONDS
+            is_lost = self._is_disconnected
             if is_lost and not self._is_lost:
                 self._on_unusable("there is no connection to the engine")
             self._is_lost = is_lost
@@ -267,7 +275,10 @@ class NATSStore:
         self._tasks = {task for task in self._tasks if not task.done()}
         try:
             # Not what `ReadIndex` asks for, which counts messages that may never be stored.
-            answer.set_result(max(self.publisher.last_id, await self.stream.last_id()))
+            epoch, last_id = self.mirror.epoch, await self.stream.last_id()
+            if epoch != self.mirror.epoch:
+                raise EngineError("a new epoch has begun")
+            answer.set_result(max(self.publisher.last_id, last_id))
         except EngineError as error:
             answer.set_exception(StoreFailed(str(error)))
 

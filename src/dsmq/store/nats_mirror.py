@@ -36,6 +36,7 @@ CHECK_SECONDS = 1.0
 # How long it takes at most to follow the stream again after a connection was lost, if nothing else is wrong.
 RECOVERY_SECONDS = 5.0
 RETRY_SECONDS = 0.25
+CLOSE_SECONDS = 2.0
 # How often the stream may be behind the mirror before messages count as lost: its answer may be old.
 MAX_BEHIND = 3
 # The numbers of topics are written down this often per max_age, by whichever server is first.
@@ -200,14 +201,15 @@ class Mirror:
         if self.epoch and self.epoch != state.epoch:
             _logger.error("the stream has lost its messages: a new epoch begins")
             self._restart()
-            self.epoch = state.epoch
+            # First, so that clients that connected before get no HELLO with the new epoch.
             self.on_replaced()
         self.epoch = state.epoch
 
     def _restart(self) -> None:
         """Mirror the stream from its first message."""
         old, self.store, self.ready, self._facts = self.store, self._new_store(), False, []
-        old.close()
+        # Not at once: other threads may be reading it.
+        asyncio.get_running_loop().call_later(CLOSE_SECONDS, old.close)
 
     async def _watch(self) -> None:
         """Check once a second that nothing is lost; raise EngineError if it is."""
@@ -242,7 +244,10 @@ class Mirror:
         if self.ready and time.monotonic() - self._facts_at > interval:
             self._facts_at = time.monotonic()
             at, numbers = self.store.all_numbers()
-            await self._stream.write_facts(at, numbers)
+            try:
+                await self._stream.write_facts(at, numbers)
+            except EngineError as error:
+                _logger.warning("the numbers of the topics could not be written to the stream: %s", error)
 
     # Deliveries
 
@@ -374,7 +379,11 @@ class ReadIndex:
             readers, self._readers = self._readers, []
             self._wanted.clear()
             # One question serves all who came before it is asked.
+            mirrored = self._mirror.store.last_id()
             last_id = await self._ask()
+            if last_id is not None and last_id < mirrored:
+                # Either of a leader that does not know yet what it has, or of a new stream.
+                last_id = None
             if last_id is not None and await self._reached(last_id):
                 for call, _ in readers:
                     call(None)

@@ -45,6 +45,8 @@ class _Append(NamedTuple):
     answer: Future[list[Outcome]]
     together: bool
     """Whether to store all or none."""
+    until: float
+    """When to give up, by the monotonic clock."""
 
 
 class Publisher:
@@ -73,7 +75,7 @@ class Publisher:
             else:
                 message_id = b"p.%b:%d" % (encode_token(key[0]), key[1])
             messages.append(_Publish(self._topic_prefix + encode_token(topic), body, message_id))
-        self._queue.append(_Append(messages, answer, together))
+        self._queue.append(_Append(messages, answer, together, time.monotonic() + PUT_SECONDS))
         self._ready.set()
 
     async def run(self) -> None:
@@ -86,7 +88,7 @@ class Publisher:
             appends = self._take()
             messages = [message for append in appends for message in append.messages]
             began = time.monotonic()
-            outcomes = await self._publish(messages, together=appends[0].together)
+            outcomes = await self._publish(messages, appends[0].until, together=appends[0].together)
             self.seconds += time.monotonic() - began
             self.published += 1
             for append in appends:
@@ -113,8 +115,7 @@ class Publisher:
             taken.append(self._queue.popleft())
         return taken
 
-    async def _publish(self, messages: list[_Publish], *, together: bool) -> list[Outcome]:
-        until = time.monotonic() + PUT_SECONDS
+    async def _publish(self, messages: list[_Publish], until: float, *, together: bool) -> list[Outcome]:
         is_sent = False
         if len(messages) > 1:
             ack = await self._ask_batch(messages)
