@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
@@ -47,10 +48,12 @@ def main(messages: int = 5, pause: float = 0.3) -> None:
     Raises StartupError if a package is missing, ServerFailed if a process dies or a message is lost.
     """
     binary = _find_nats_server()
+    # The client would warn that it has lost its server, which the demo announces.
+    logging.getLogger("dsmq").setLevel(logging.ERROR)
     with _exiting_on_signals(), TemporaryDirectory(prefix="dsmq-demo-") as folder, ExitStack() as stack:
         print("starting three NATS nodes, and two dsmq servers in front of them", flush=True)
         cluster = Cluster(Path(folder), stack)
-        cluster.start(binary)
+        cluster.start_nodes(binary)
         traffic = Traffic(cluster, stack)
         print("a client puts through server 1, another gets through server 2", flush=True)
         traffic.run(messages, pause)
@@ -73,16 +76,17 @@ class Cluster:
         self._nodes = [Node(f"node {at + 1}", *ports[3 * at : 3 * at + 3]) for at in range(3)]
         self._running: dict[str, subprocess.Popen[bytes]] = {}
 
-    def start(self, binary: str) -> None:
+    def start_nodes(self, binary: str) -> None:
         for node in self._nodes:
             config = self._folder / f"{node.name}.conf"
             config.write_text(self._configure(node))
             self._start(node.name, binary, "-c", str(config))
-        store = "nats://" + ",".join(f"{HOST}:{node.port}" for node in self._nodes)
-        for name in SERVERS:
-            self._start(name, sys.executable, *SERVER, "--host", self.host(name), "--store", store)
 
-    def host(self, server: str) -> str:
+    def start_server(self, name: str) -> None:
+        store = "nats://" + ",".join(f"{HOST}:{node.port}" for node in self._nodes)
+        self._start(name, sys.executable, *SERVER, "--host", self._host(name), "--store", store)
+
+    def _host(self, server: str) -> str:
         # A private Unix socket, so that the servers occupy no ports.
         return f"unix:{self._folder}/{server}"
 
@@ -117,13 +121,13 @@ class Cluster:
         process.kill()
         process.wait()
 
-    def connect(self, servers: Sequence[str]) -> DSMQClientSideConnection:
-        """Return a client of one of these servers, once one accepts it."""
+    def connect(self, *servers: str) -> DSMQClientSideConnection:
+        """Return a client of these servers, once one accepts it."""
+        hosts = [self._host(server) for server in servers]
         until = time.monotonic() + PATIENCE_SECONDS
         while time.monotonic() < until:
-            for server in servers:
-                with suppress(ConnectionError, FileNotFoundError):
-                    return connect(self.host(server), retry=False, reconnect_timeout=0, timeout=PATIENCE_SECONDS)
+            with suppress(ConnectionError, FileNotFoundError):
+                return connect(hosts, retry=False, timeout=PATIENCE_SECONDS)
             self.check()
             time.sleep(POLL_SECONDS)
         raise ServerFailed(f"the demo's servers did not start within {PATIENCE_SECONDS:g} s")
@@ -145,10 +149,13 @@ class Traffic:
     """A client that puts, and one that gets each message at another server."""
 
     def __init__(self, cluster: Cluster, stack: ExitStack) -> None:
-        self._cluster, self._stack = cluster, stack
-        self._servers = list(SERVERS)
-        self._writer = stack.enter_context(cluster.connect(SERVERS[:1]))
-        self._reader = stack.enter_context(cluster.connect(SERVERS[1:]))
+        """Start the servers, and connect."""
+        self._cluster = cluster
+        # Of several servers, a client uses any; as only server 1 is running yet, it uses that one.
+        cluster.start_server(SERVERS[0])
+        self._writer = stack.enter_context(cluster.connect(*SERVERS))
+        cluster.start_server(SERVERS[1])
+        self._reader = stack.enter_context(cluster.connect(SERVERS[1]))
         self._sent: list[str] = []
 
     def run(self, messages: int, pause: float) -> None:
@@ -157,7 +164,7 @@ class Traffic:
             time.sleep(pause)
             message = f"{len(self._sent)}. Hello, world"
             began = time.monotonic()
-            self._put(message)
+            self._writer.put(TOPIC, message)
             print(f"put {message} ({_duration(time.monotonic() - began)})", flush=True)
             self._sent.append(message)
             received = self._reader.get_wait(TOPIC, timeout=PATIENCE_SECONDS)
@@ -165,19 +172,9 @@ class Traffic:
             if received != message:
                 raise ServerFailed(f"the demo has lost a message: {message}")
 
-    def _put(self, message: str) -> None:
-        """Put a message; if the server is gone, at the other one."""
-        try:
-            self._writer.put(TOPIC, message)
-        except ConnectionError:
-            self._cluster.check()
-            # Servers are killed between puts, so that this one is not stored yet.
-            self._writer = self._stack.enter_context(self._cluster.connect(SERVERS))
-            self._writer.put(TOPIC, message)
-
     def summary(self) -> str:
         """Read everything again, and say that nothing is lost. Raises ServerFailed if something is."""
-        with self._cluster.connect(SERVERS) as mq:
+        with self._cluster.connect(*SERVERS) as mq:
             mq.seek(TOPIC, 0)
             stored = list(iter(lambda: mq.get(TOPIC), ""))
         if stored != self._sent:

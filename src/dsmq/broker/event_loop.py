@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import selectors
 import socket
 import threading
 import time
@@ -17,12 +16,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from selectors import EVENT_READ
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dsmq import logs
 from dsmq.broker.connection import Connection
 from dsmq.broker.counters import Counters
 from dsmq.broker.deadlines import Timers, TimerTarget
+from dsmq.broker.poller import Poller
 from dsmq.broker.puts import PutBatch
 from dsmq.broker.reads import Waiters
 from dsmq.broker.usage import MemoryQueue
@@ -67,7 +68,7 @@ class EventLoop:
         self.memory = MemoryQueue(context.usage)
         self.waiters = Waiters(self, context.usage.waiting, MOST_SLICE_SECONDS)
         self.batch = PutBatch(self, workers)
-        self._selector = selectors.DefaultSelector()
+        self._poller = Poller()
         self.to_flush: list[Transport] = []
         """Transports with replies to send at the end of the turn."""
         # Connections that have requests left after their slice of a turn, in the order in which they continue.
@@ -79,7 +80,7 @@ class EventLoop:
         self._answered_at = self._pulse_at = self.now
         self._stop_at = math.inf
         self._waker = _Waker(self._run_posted)
-        self._selector.register(self._waker, selectors.EVENT_READ, self._waker)
+        self._poller.watch(self._waker.fileno(), self._waker, EVENT_READ)
 
     @property
     def due_at(self) -> float:
@@ -105,7 +106,7 @@ class EventLoop:
         """Close the copies of the sockets that a forked process has."""
         for connection in self.connections:
             connection.transport.socket.close()
-        self._close_selector()
+        self._close_poller()
 
     # Listeners and connections
 
@@ -113,12 +114,11 @@ class EventLoop:
         """Accept connections from these listeners. Must be called before `start`, or posted."""
         for listener in listeners:
             listener.loop = self
-            self._selector.register(listener, selectors.EVENT_READ, listener)
+            self._poller.watch(listener.fileno(), listener, EVENT_READ)
 
     def unlisten(self, listener: Listener) -> None:
         """Stop accepting from this listener, for now."""
-        if listener in self._selector.get_map():
-            self._selector.unregister(listener)
+        self._poller.watch(listener.fileno(), listener, 0)
 
     def add_connection(self, sock: Stream, peer: Peer) -> None:
         connection = Connection(self, sock, peer)
@@ -160,14 +160,8 @@ class EventLoop:
 
     def watch(self, connection: Connection, events: int) -> None:
         """Call `on_ready` for these events of the socket from now on, instead of the previous ones."""
-        transport = connection.transport
-        before, transport.events = transport.events, events
-        if before and events:
-            self._selector.modify(transport, events, connection.requests)
-        elif events:
-            self._selector.register(transport, events, connection.requests)
-        elif before:
-            self._selector.unregister(transport)
+        connection.transport.events = events
+        self._poller.watch(connection.transport.fileno(), connection.requests, events)
 
     def run_soon(self, connection: Connection) -> None:
         self._to_run[connection] = None
@@ -188,10 +182,10 @@ class EventLoop:
         """Close everything. For its own thread, or if that never ran."""
         for connection in list(self.connections):
             connection.close("the server has stopped")
-        self._close_selector()
+        self._close_poller()
 
-    def _close_selector(self) -> None:
-        self._selector.close()
+    def _close_poller(self) -> None:
+        self._poller.close()
         self._waker.close()
 
     def _turn(self) -> None:
@@ -203,11 +197,11 @@ class EventLoop:
         many = len(ready) + len(self._to_run) > 4
         self.slice_seconds = _slice_seconds(len(ready)) if many else MOST_SLICE_SECONDS
         # A defect in one connection closes only that connection; on_failure logs and counts it.
-        for key, events in ready:
+        for target, events in ready:
             try:
-                key.data.on_ready(events)
+                target.on_ready(events)
             except Exception:  # noqa: BLE001
-                key.data.on_failure()
+                target.on_failure()
             if many and time.monotonic() > self._answered_at + TURN_SECONDS and self._is_over():
                 return
         if self._to_run and self._go_on(many=many):
@@ -265,17 +259,17 @@ class EventLoop:
                 transport.connection.on_failure()
         self._answered_at = time.monotonic()
 
-    def _wait(self) -> list[tuple[selectors.SelectorKey, int]]:
+    def _wait(self) -> list[tuple[Any, int]]:
         """Wait until sockets are ready, and return them.
 
         For a moment after the last one, poll without sleeping: waking a processor takes longer than most requests,
         above all in virtual machines.
         """
         if self._to_run or self.waiters.to_wake:
-            return self._selector.select(0)
+            return self._poller.wait(0)
         now = self._answered_at
         while self._poll_not_before <= now < self._poll_until:
-            if ready := self._selector.select(0):
+            if ready := self._poller.wait(0):
                 return ready
             self._flush_store()
             # Leave the processor to a client that waits for it.
@@ -289,7 +283,7 @@ class EventLoop:
             until = min(until, self.now + ROOM_SECONDS)
         # After the process was suspended (SIGSTOP), the first call returns nothing even if requests have arrived, which
         # the timers would then consider late.
-        return self._selector.select(until - time.monotonic()) or self._selector.select(0)
+        return self._poller.wait(until - time.monotonic()) or self._poller.wait(0)
 
     def _flush_store(self) -> None:
         try:
@@ -322,7 +316,7 @@ class EventLoop:
 
 
 class _Waker:
-    """Wakes a selector from another thread."""
+    """Wakes an event loop from another thread."""
 
     def __init__(self, call: Callable[[], None]) -> None:
         self._call = call
@@ -343,7 +337,7 @@ class _Waker:
 
     def on_ready(self, _: int) -> None:
         self._inside.recv(64)
-        # Before the calls are taken, so that a call posted from now on wakes the selector again.
+        # Before the calls are taken, so that a call posted from now on wakes the loop again.
         self._rung = False
         self._call()
 

@@ -189,7 +189,7 @@ class Listener:
             self._assign(sock, host, name)
 
     def _pause(self, error: OSError) -> None:
-        # The connection stays in the listen queue, so the selector would report it again at once, for ever.
+        # The connection stays in the listen queue, so the poller would report it again at once, for ever.
         about = logs.event("accepting_paused", error=str(error))
         _logger.warning("accepting pauses for %s s: %s", ACCEPT_PAUSE_SECONDS, error, extra=about)
         self.loop.unlisten(self)

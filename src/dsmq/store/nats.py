@@ -38,6 +38,8 @@ DISCONNECT_SECONDS = 2.0
 WATCH_SECONDS, CANCEL_SECONDS = 0.5, 0.1
 # What a message of the engine has besides its body and topic.
 HEADER_BYTES = 1024
+# The engine ends the connection if a subject, which is up to three times as long, does not fit into 4,096 bytes.
+MAX_TOPIC_BYTES = 1300
 _STOP_SECONDS = 5.0
 
 T = TypeVar("T")
@@ -76,8 +78,8 @@ class NATSStore:
         self.requests = Requests(self.connection)
         self.stream = Stream(stream, replicas)
         self.mirror = Mirror(self.connection, self.stream, self._new_mirror)
-        self.publisher = Publisher(self.connection, self.requests, self.stream.topic_prefix)
-        self._index = ReadIndex(self.mirror, self.connection, self.requests, self.stream)
+        self.publisher = Publisher(self.requests, self.stream.topic_prefix)
+        self._index = ReadIndex(self.mirror, self.requests, self.stream)
 
     def _new_mirror(self) -> SQLiteStore:
         # What is in the stream is not refused.
@@ -143,7 +145,6 @@ class NATSStore:
             self._loop.close()
 
     async def _main(self) -> None:
-        self.stream.configure(self._max_age_ms, self._limits.max_stored_bytes)
         connecting = asyncio.create_task(self.connection.run())
         try:
             await self._connect()
@@ -184,6 +185,8 @@ class NATSStore:
             with suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._cancel)
             self.thread.join(_STOP_SECONDS)
+        elif not self.thread.ident:
+            self._loop.close()
         self.mirror.store.close()
 
     def _cancel(self) -> None:
@@ -217,6 +220,8 @@ class NATSStore:
 
     def _append(self, puts: Sequence[Put], *, together: bool) -> Answer[list[Outcome]]:
         for topic, body, _ in puts:
+            if len(topic) > MAX_TOPIC_BYTES:
+                raise TooBig(f"a topic has at most {MAX_TOPIC_BYTES} bytes with this store, not {len(topic)}")
             if len(body) + 3 * len(topic) > self.max_message_bytes:
                 raise TooBig(f"the engine accepts at most {self.max_message_bytes} bytes (max_payload)")
         known = self.mirror.store.check(puts)
@@ -308,6 +313,7 @@ class NATSStore:
     @max_age_ms.setter
     def max_age_ms(self, value: int) -> None:
         self._max_age_ms = self.mirror.store.max_age_ms = value
+        self._configure()
 
     @property
     def limits(self) -> Limits:
@@ -316,6 +322,11 @@ class NATSStore:
     @limits.setter
     def limits(self, limits: Limits) -> None:
         self._limits = self.mirror.store.limits = limits
+        self._configure()
+
+    def _configure(self) -> None:
+        """Have the mirror configure the stream anew when it next checks it."""
+        self.stream.configure(self._max_age_ms, self._limits.max_stored_bytes)
 
     @property
     def lost_ids(self) -> list[int]:

@@ -1,0 +1,68 @@
+"""Waiting for sockets to be ready."""
+
+from __future__ import annotations
+
+import select
+import selectors
+from contextlib import suppress
+from selectors import EVENT_READ, EVENT_WRITE
+from typing import Any
+
+
+class SelectorPoller:
+    """Waits for sockets to be ready, on any system."""
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+
+    def watch(self, file: int, target: Any, events: int) -> None:
+        """Return `target` when these events occur on a file descriptor, instead of the previous ones; 0: none."""
+        is_known = file in self._selector.get_map()
+        if is_known and events:
+            self._selector.modify(file, events, target)
+        elif events:
+            self._selector.register(file, events, target)
+        elif is_known:
+            self._selector.unregister(file)
+
+    def wait(self, seconds: float) -> list[tuple[Any, int]]:
+        """Wait until there are events, for this time at most; return the targets and their events."""
+        return [(key.data, events) for key, events in self._selector.select(seconds)]
+
+    def close(self) -> None:
+        self._selector.close()
+
+
+class EpollPoller:
+    """The same on Linux, in half the time: if a turn has a single request, `selectors` takes a tenth of it."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._watched: dict[int, tuple[Any, int]] = {}
+
+    def watch(self, file: int, target: Any, events: int) -> None:
+        if events:
+            flags = (select.EPOLLIN if events & EVENT_READ else 0) | (select.EPOLLOUT if events & EVENT_WRITE else 0)
+            change = self._epoll.modify if file in self._watched else self._epoll.register
+            change(file, flags)
+            self._watched[file] = target, events
+        elif self._watched.pop(file, None):
+            # It fails if the file has been closed.
+            with suppress(OSError):
+                self._epoll.unregister(file)
+
+    def wait(self, seconds: float) -> list[tuple[Any, int]]:
+        ready = []
+        for file, flags in self._epoll.poll(max(0.0, seconds)):
+            target, events = self._watched[file]
+            # Errors and hang-ups count as both kinds of event, as in `selectors`.
+            reads = EVENT_READ if flags & ~_EPOLLOUT else 0
+            ready.append((target, events & (reads if flags == _EPOLLIN else reads | EVENT_WRITE)))
+        return ready
+
+    def close(self) -> None:
+        self._epoll.close()
+
+
+Poller = EpollPoller if hasattr(select, "epoll") else SelectorPoller
+_EPOLLIN, _EPOLLOUT = getattr(select, "EPOLLIN", 0), getattr(select, "EPOLLOUT", 0)

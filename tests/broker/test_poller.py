@@ -1,0 +1,59 @@
+"""Both ways of waiting for sockets report the same events."""
+
+from __future__ import annotations
+
+import socket
+from selectors import EVENT_READ, EVENT_WRITE
+
+import pytest
+
+from conftest import serving, wire_to
+from dsmq.broker import event_loop
+from dsmq.broker.poller import Poller, SelectorPoller
+from dsmq.wire.resp import encode_request
+
+pytestmark = pytest.mark.parametrize("kind", sorted({Poller, SelectorPoller}, key=lambda kind: kind.__name__))
+
+
+def test_poller_reports_only_events_that_are_watched(kind: type[SelectorPoller]) -> None:
+    poller = kind()
+    ours, theirs = socket.socketpair()
+    file = ours.fileno()
+    poller.watch(file, "target", EVENT_READ)
+    assert poller.wait(0) == []
+    theirs.send(b"x")
+    assert poller.wait(1) == [("target", EVENT_READ)]
+    poller.watch(file, "target", EVENT_WRITE)
+    assert poller.wait(1) == [("target", EVENT_WRITE)]
+    poller.watch(file, "other", EVENT_READ | EVENT_WRITE)
+    assert poller.wait(1) == [("other", EVENT_READ | EVENT_WRITE)]
+    ours.recv(1)
+    assert poller.wait(1) == [("other", EVENT_WRITE)]
+    poller.watch(file, "other", 0)
+    poller.watch(file, "other", 0)
+    assert poller.wait(-1) == []
+    ours.close()
+    theirs.close()
+    poller.close()
+
+
+@pytest.mark.parametrize("events", [EVENT_READ, EVENT_WRITE])
+def test_poller_reports_a_hangup_as_the_event_that_is_watched(kind: type[SelectorPoller], events: int) -> None:
+    poller = kind()
+    ours, theirs = socket.socketpair()
+    poller.watch(ours.fileno(), "target", events)
+    theirs.close()
+    assert poller.wait(1) == [("target", events)]
+    poller.watch(ours.fileno(), "target", 0)
+    assert poller.wait(0) == []
+    ours.close()
+    poller.close()
+
+
+def test_server_works_with_either_poller(kind: type[SelectorPoller], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(event_loop, "Poller", kind)
+    with serving() as server, wire_to(server) as reader, wire_to(server) as writer:
+        reader.send(encode_request(b"GETWAIT", b"t", b"60000"))
+        body = "x" * 5_000_000
+        assert writer.call("PUT", "t", body) == 1
+        assert reader.receive() == body.encode()
