@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import http.client
 import json
 import logging
 import os
@@ -11,7 +10,6 @@ import re
 import signal
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ from typing import Any
 
 import nats
 import pytest
+from http_clients import Answer
 from prometheus_client.parser import text_string_to_metric_families
 
 from conftest import ROOT, SOON, Wire, reached, scrape, serving, wait_until, wire_to
@@ -83,15 +82,8 @@ def wire(server: Server) -> Iterator[Wire]:
 
 
 def readyz(server: Server) -> dict[str, Any]:
-    """Return what /readyz answers, whatever its status is."""
-    assert server.http_port
-    connection = http.client.HTTPConnection("127.0.0.1", server.http_port, timeout=SOON)
-    try:
-        connection.request("GET", "/readyz")
-        answer: dict[str, Any] = json.load(connection.getresponse())
-        return answer
-    finally:
-        connection.close()
+    answer: dict[str, Any] = json.loads(Answer(server.http_port, "/readyz").text)
+    return answer
 
 
 def messages(caplog: pytest.LogCaptureFixture, level: int, pattern: str) -> list[str]:
@@ -118,14 +110,9 @@ def test_readme_lists_every_metric_of_the_engine(server: Server) -> None:
         r"^\| `(dsmq_(?:engine|mirror)_\w+)` \| (\w+) \|", (ROOT / "deploy/README.md").read_text(), re.MULTILINE
     )
     listed = {name.removesuffix("_total"): kind for name, kind in rows}
-    families = text_string_to_metric_families(fetch_metrics(server))
+    families = text_string_to_metric_families(Answer(server.http_port, "/metrics").text)
     assert {family.name: family.type for family in families if family.name.startswith(PREFIXES)} == listed
     assert len(listed) > 5
-
-
-def fetch_metrics(server: Server) -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{server.http_port}/metrics", timeout=SOON) as answer:
-        return str(answer.read().decode())
 
 
 # Numbers

@@ -29,6 +29,8 @@ OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 
 # The prefix of prometheus_client's own metrics.
 PROCESS = "process_"
+# Only with a store in an engine: see test_engine.
+OF_ENGINE = ("dsmq_engine_", "dsmq_mirror_")
 
 
 def shown_in_readme(*, topics: bool = False) -> dict[str, str]:
@@ -42,7 +44,7 @@ def shown_in_readme(*, topics: bool = False) -> dict[str, str]:
     return {
         name.removesuffix("_total") if kind == "counter" else name: kind
         for name, kind in rows
-        if (topics or not name.startswith("dsmq_topic_")) and not name.startswith(("dsmq_engine_", "dsmq_mirror_"))
+        if not name.startswith(OF_ENGINE) and (topics or not name.startswith("dsmq_topic_"))
     }
 
 

@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 
-from conftest import ROOT, SOON, serving, tool, wait_until, wire_to
+from conftest import HOST, ROOT, SOON, serving, tool, wait_until, wire_to
+from dsmq import settings as config
 from dsmq.server import Server
+from engine import engine
 
 pytestmark = pytest.mark.deploy
 
@@ -54,6 +56,20 @@ def series(server: Server) -> set[str]:
     for name, kind in re.findall(r"^# TYPE (\S+) (\S+)$", metrics(server), re.MULTILINE):
         names |= {f"{name}_{part}" for part in ("bucket", "sum", "count")} if kind == "histogram" else {name}
     return names
+
+
+@contextmanager
+def serving_from_engine(folder: Path) -> Iterator[Server]:
+    """Run a server with a store in an engine of one node."""
+    with engine(folder / "nats", 1) as nodes:
+        given = {"port": 0, "http_port": 0, "store": f"nats://{HOST}:{nodes.nodes[0].port}", "store_replicas": 1}
+        with Server(config.load(kind=config.EmbeddedSettings, **given)) as server:
+            yield server
+
+
+def of_engine(text: str) -> bool:
+    """Return whether a metric, or a query, is of a store in an engine."""
+    return re.search(r"dsmq_(engine|mirror)_|operation=\"publish\"", text) is not None
 
 
 def make_traffic(server: Server) -> None:
@@ -243,17 +259,20 @@ def test_rules_use_existing_metrics(tmp_path: Path) -> None:
         wire.call("PUT", "t", "x")
         with prometheus(server, tmp_path) as watcher:
             rules = watcher.rules()
-        recorded = {rule["name"] for rule in rules if rule["type"] == "recording"}
-        asked = set().union(*(names(rule["query"]) for rule in rules))
-        assert asked - recorded - series(server) == set()
-        # Each recorded series is used.
-        assert recorded <= asked
+        found = series(server)
+    with serving_from_engine(tmp_path) as server:
+        found |= series(server)
+    recorded = {rule["name"] for rule in rules if rule["type"] == "recording"}
+    asked = set().union(*(names(rule["query"]) for rule in rules))
+    assert asked - recorded - found == set()
+    # Each recorded series is used.
+    assert recorded <= asked
 
 
-def test_other_rules_work_without_topic_metrics(tmp_path: Path) -> None:
+def test_other_rules_work_without_metrics_of_topics_and_engine(tmp_path: Path) -> None:
     with serving(http_port=0) as server, prometheus(server, tmp_path) as watcher:
         asked = set().union(*(names(rule["query"]) for rule in watcher.rules()))
-        missing = {name for name in asked - series(server) if name.startswith("dsmq_")}
+        missing = {name for name in asked - series(server) if name.startswith("dsmq_") and not of_engine(name)}
         assert missing == {"dsmq_topic_messages", "dsmq_topic_stored_bytes"}
 
 
@@ -320,16 +339,18 @@ def as_asked(query: str) -> str:
     return query
 
 
-def test_dashboard_uses_existing_metrics() -> None:
+def test_dashboard_uses_existing_metrics(tmp_path: Path) -> None:
     with serving(http_port=0, **TOPICS) as server, wire_to(server) as wire:
         wire.call("PUT", "t", "x")
-        asked = set().union(*map(names, QUERIES))
-        assert asked - series(server) == set()
+        found = series(server)
+    with serving_from_engine(tmp_path) as server:
+        found |= series(server)
+    assert set().union(*map(names, QUERIES)) - found == set()
 
 
 def test_every_dashboard_query_returns_data(tmp_path: Path) -> None:
     """After such traffic, a query without data uses a label or a metric that does not exist."""
-    never = {query for query in QUERIES if query.startswith("changes(")}
+    never = {query for query in QUERIES if query.startswith("changes(") or of_engine(query)}
 
     def without_data() -> set[str]:
         return {query for query in QUERIES if not watcher.query(as_asked(query))}
@@ -338,6 +359,23 @@ def test_every_dashboard_query_returns_data(tmp_path: Path) -> None:
     with busy_server(**TOPICS, **snapshots) as server, prometheus(server, tmp_path) as watcher:
         wait_until(lambda: (watcher.value("count_over_time(up[1m])") or 0) >= 2, TARGETS_FOUND)
         wait_until(lambda: without_data() == never, TARGETS_FOUND)
+
+
+def test_every_query_of_the_engine_returns_data(tmp_path: Path) -> None:
+    queries = list(filter(of_engine, QUERIES))
+    assert len(queries) > 5
+    with (
+        serving_from_engine(tmp_path) as server,
+        wire_to(server) as wire,
+        prometheus(server, tmp_path) as watcher,
+    ):
+
+        def have_data() -> bool:
+            assert isinstance(wire.call("PUT", "t", "x"), int)
+            return all(watcher.query(as_asked(query)) for query in queries)
+
+        wait_until(have_data, TARGETS_FOUND)
+        assert watcher.value("dsmq_engine_connected") == 1
 
 
 def test_grafana_can_provision_dashboard() -> None:

@@ -126,11 +126,11 @@ class Mirror:
     @property
     def silent_seconds(self) -> float:
         """How long ago the consumer was heard of last."""
-        return time.monotonic() - self._heard_at
+        return boot_time() - self._heard_at
 
     def _reset_consumer(self, state: StreamState) -> None:
         self._sequence, self._pending, self._state = 0, _UNKNOWN, state
-        self._heard_at = time.monotonic()
+        self._heard_at = boot_time()
         self._lost: str | None = None
         self._stream_id = state.last_id
         self.lag.update(state.last_id, self.store.last_id())
@@ -161,7 +161,7 @@ class Mirror:
 
     def _is_explained(self) -> bool:
         """Return whether the reason is that the connection is or was lost, which is logged as such."""
-        connection, now = self._connection, time.monotonic()
+        connection, now = self._connection, boot_time()
         was_lost = self._heard_at < connection.opened_at and now - connection.opened_at < RECOVERY_SECONDS
         return was_lost or not connection.responds
 
@@ -188,7 +188,8 @@ class Mirror:
         self._reset_consumer(state)
         subscription = self._connection.subscribe(deliver_to.encode(), self._on_delivery)
         try:
-            self._pending = await self._stream.create_consumer(name, deliver_to, self.store.last_id())
+            pending = await self._stream.create_consumer(name, deliver_to, self.store.last_id())
+            self._pending = min(self._pending, pending)
             self._on_followed()
             self.apply()
             await self._watch()
@@ -217,6 +218,8 @@ class Mirror:
             await asyncio.sleep(CHECK_SECONDS)
             mirrored = self.store.last_id()
             self._raise_if_lost()
+            if not self._stream.is_configured:
+                await self._stream.open()
             try:
                 state = await self._stream.state()
             except EngineError as error:
@@ -252,7 +255,7 @@ class Mirror:
     # Deliveries
 
     def _on_delivery(self, message: Received) -> None:
-        self._heard_at = time.monotonic()
+        self._heard_at = boot_time()
         if status := message.status:
             self._on_status(status, message)
             return
@@ -264,6 +267,9 @@ class Mirror:
             self._lost = f"its consumer skipped from {self._sequence} to {sequence}"
             return
         self._sequence, self._stream_id = sequence, message_id + pending
+        if not pending:
+            # Some of those that it had at first may have expired in the stream.
+            self._pending = min(self._pending, sequence)
         self._deliveries.append(_Delivery(message_id, nanoseconds // 1_000_000, message))
 
     def _on_status(self, status: int, message: Received) -> None:
@@ -353,16 +359,21 @@ class Mirror:
 
 
 def _key(message: Received) -> tuple[bytes, int] | None:
-    """Return the producer and number of a put; None if it can't be repeated by a client."""
+    """Return the producer and number of a put: a client's, or those that a server gives to puts without a key."""
     name, _, number = message.header(b"Nats-Msg-Id").rpartition(b":")
-    return (decode_token(name[2:]), int(number)) if name.startswith(b"p.") and number.isdigit() else None
+    if not number.isdigit():
+        return None
+    if name.startswith(b"p."):
+        return decode_token(name[2:]), int(number)
+    # A node that hangs for minutes may store what it had received, and what has been sent elsewhere since.
+    return (name, int(number)) if name.startswith(b"s.") else None
 
 
 class ReadIndex:
     """Makes reads wait until the mirror has what the engine had when they came (Raft, section 6.4)."""
 
-    def __init__(self, mirror: Mirror, connection: NATSConnection, requests: Requests, stream: Stream) -> None:
-        self._mirror, self._connection, self._requests = mirror, connection, requests
+    def __init__(self, mirror: Mirror, requests: Requests, stream: Stream) -> None:
+        self._mirror, self._requests = mirror, requests
         self._subject = stream.facts_prefix + b"index"
         self._readers: list[tuple[Callable[[Exception | None], None], float]] = []
         self._wanted = asyncio.Event()
@@ -403,9 +414,7 @@ class ReadIndex:
 
     async def _ask(self) -> int | None:
         """Return the id of the engine's last message; None if it does not answer."""
-        subject, future = self._requests.inbox()
-        self._connection.send(encode_publish(self._subject, b"", subject, _ASK_LAST_ID))
-        ack = await self._requests.wait(subject, future, 1.0)
+        ack = await self._requests.ask(lambda reply: encode_publish(self._subject, b"", reply, _ASK_LAST_ID), 1.0)
         if ack is None or ack.code != WRONG_SEQUENCE:
             return None
         digits = ack.text.rpartition(" ")[2]
