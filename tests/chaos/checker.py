@@ -79,7 +79,8 @@ class _Check:
         for (name, _), gots in self.gots.items():
             yield from self._read_twice(gots)
             yield from self._order_of_reads(gots)
-            yield from self._eligible(self.readers[name], gots)
+            if name in self.readers:
+                yield from self._eligible(self.readers[name], gots)
         for reader in self.readers.values():
             for topic in reader.topics:
                 yield from self._unread(reader, topic)
