@@ -27,6 +27,7 @@ from dsmq.client import connect
 from dsmq.server import Server
 from dsmq.store import nats_mirror
 from dsmq.store.nats import NATSStore
+from dsmq.store.nats_stream import EngineError
 from engine import Engine, engine
 
 PREFIXES = ("dsmq_engine_", "dsmq_mirror_")
@@ -41,12 +42,16 @@ def metric(server: Server, name: str) -> float:
     return scrape(server)[f"dsmq_{name}"]
 
 
-@contextmanager
-def serving_from(nodes: Engine, **settings: object) -> Iterator[Server]:
-    """Run a server in this process in front of NATS servers."""
+def new_server(nodes: Engine, **settings: object) -> Server:
+    """Return a server in front of NATS servers."""
     servers = ",".join(f"{host}:{port}" for host, port in nodes.servers)
     given = {"port": 0, "http_port": 0, "store": f"nats://{servers}", "store_replicas": len(nodes.nodes), **settings}
-    with Server(config.load(kind=config.EmbeddedSettings, **given)) as server:
+    return Server(config.load(kind=config.EmbeddedSettings, **given))
+
+
+@contextmanager
+def serving_from(nodes: Engine, **settings: object) -> Iterator[Server]:
+    with new_server(nodes, **settings) as server:
         yield server
 
 
@@ -276,30 +281,46 @@ def test_server_that_waits_for_its_engine_says_so_once(tmp_path: Path, caplog: p
     with engine(tmp_path, 3) as running:
         for node in running.nodes:
             node.kill()
-        begun: list[Server] = []
-        done = threading.Event()
-
-        def serve() -> None:
-            with serving_from(running) as server:
-                begun.append(server)
-                done.wait(SOON)
-
-        thread = threading.Thread(target=serve)
+        server = new_server(running)
+        thread = threading.Thread(target=server.start)
         thread.start()
         try:
             # All three are tried, again and again, and fail with different errors.
             assert reached(lambda: bool(messages(caplog, logging.WARNING, "waiting for a NATS server: ")))
             assert reached(lambda: bool(messages(caplog, logging.INFO, "waiting for the store: ")))
-            time.sleep(1.0)
+            starting, reason = readyz(server)["reasons"]
+            assert (starting, reason[:29]) == ("starting", "no connection to the engine: ")
+            found = shown(server)
+            assert (found["engine_connected"], found["mirror_ready"], metric(server, "ready")) == (0, 0, 0)
+            behind = found["mirror_lag_seconds"]
+            wait_until(lambda: metric(server, "mirror_lag_seconds") > behind + 1)
             assert len(messages(caplog, logging.WARNING, "")) == 1
-            assert len(messages(caplog, logging.INFO, "waiting for the store: ")) == 1
             for node in running.nodes:
                 node.start()
-            wait_until(lambda: bool(begun))
-            assert len(messages(caplog, logging.INFO, "connected to NATS server")) == 1
-        finally:
-            done.set()
             thread.join(SOON)
+            assert not thread.is_alive()
+            assert len(messages(caplog, logging.INFO, "connected to NATS server")) == 1
+            assert readyz(server)["reasons"] == []
+        finally:
+            server.stop()
+            thread.join(SOON)
+
+
+def test_reason_why_the_store_is_not_ready() -> None:
+    store = NATSStore([("127.0.0.1", 1)])
+    try:
+        assert store.unready_reason == "no connection to the engine: not connected yet"
+        store.connection.connected_at = time.monotonic()
+        assert store.unready_reason == "opening the stream"
+        store.mirror.lag.update(10, 3)
+        assert store.unready_reason == "mirroring the stream: 7 messages to go"
+        store.mirror.error = EngineError("no suitable peers for placement")
+        assert store.unready_reason == "not following the stream: no suitable peers for placement"
+        # It has all messages, and is about to make a consumer anew.
+        store.mirror.ready = True
+        assert store.unready_reason == ""
+    finally:
+        store._loop.close()
 
 
 # INFO and the page

@@ -328,15 +328,15 @@ def test_page_shows_engine_only_if_there_is_one(browser: Browser, server: Server
             reading(browser, other) as page,
         ):
             line = page.locator("#engine")
-            expect(line).to_have_text(f"NATS stream dsmq · connected to {node.name} · up to date")
+            expect(line).to_have_text(f"NATS stream dsmq · connected to {node.name} · mirror up to date")
             expect(line).to_have_class("card ")
             node.kill()
-            expect(line).to_have_text(re.compile(r"^NATS stream dsmq · not connected · 0 messages, \d+\ss behind$"))
+            expect(line).to_have_text(re.compile(r"^NATS stream dsmq · not connected · mirror \d+\ss behind$"))
             expect(line).to_have_class("card bad")
             expect(page.locator("#state")).to_have_text("Not ready")
             expect(page.locator("#reasons")).to_contain_text("no connection to the engine: ")
             node.start()
-            expect(line).to_have_text(f"NATS stream dsmq · connected to {node.name} · up to date")
+            expect(line).to_have_text(f"NATS stream dsmq · connected to {node.name} · mirror up to date")
             expect(page.locator("#state")).to_have_text("Ready")
 
 

@@ -60,6 +60,8 @@ class _Delivery(NamedTuple):
     put_at: int
     """By the engine's clock, in milliseconds since 1970."""
     message: Received
+    later: bytes
+    """How many messages the stream had after it."""
 
 
 class Lag:
@@ -132,7 +134,6 @@ class Mirror:
         self._sequence, self._pending, self._state = 0, _UNKNOWN, state
         self._heard_at = time.monotonic()
         self._lost: str | None = None
-        self._stream_id = state.last_id
         self.lag.update(state.last_id, self.store.last_id())
         # The engine's clock minus this machine's.
         self._clock_ahead_ms = state.now_ms - round(boot_time() * 1000)
@@ -259,12 +260,12 @@ class Mirror:
         # $JS.ACK.[domain.account hash.]stream.consumer.delivered.id.sequence.time.pending[.random]
         words = message.reply.split(b".")
         at = 5 if len(words) == 9 else 7
-        message_id, sequence, nanoseconds, pending = map(int, words[at : at + 4])
+        message_id, sequence, nanoseconds = map(int, words[at : at + 3])
         if sequence != self._sequence + 1:
             self._lost = f"its consumer skipped from {self._sequence} to {sequence}"
             return
-        self._sequence, self._stream_id = sequence, message_id + pending
-        self._deliveries.append(_Delivery(message_id, nanoseconds // 1_000_000, message))
+        self._sequence = sequence
+        self._deliveries.append(_Delivery(message_id, nanoseconds // 1_000_000, message, words[at + 3]))
 
     def _on_status(self, status: int, message: Received) -> None:
         if status != _FLOW_CONTROL:
@@ -282,7 +283,8 @@ class Mirror:
         deliveries, self._deliveries = self._deliveries, []
         if deliveries and self._lost is None:
             topics = self._apply(deliveries)
-            self.lag.update(self._stream_id, self.store.last_id())
+            last = deliveries[-1]
+            self.lag.update(last.id + int(last.later), self.store.last_id())
             self.applied.set()
             if self.ready and topics:
                 self.on_messages(topics)
@@ -300,7 +302,7 @@ class Mirror:
         engine_now = round(boot_time() * 1000) + self._clock_ahead_ms
         messages, topics = [], set()
         last_id = self.store.last_id()
-        for sequence, (message_id, put_at, message) in enumerate(deliveries, first_sequence):
+        for sequence, (message_id, put_at, message, _) in enumerate(deliveries, first_sequence):
             if message_id <= last_id:
                 continue
             last_id = message_id
