@@ -177,6 +177,11 @@ class Process:
         return len(os.listdir(f"/proc/{self.pid}/fd"))
 
     @property
+    def state(self) -> str:
+        """The state as in /proc: R, S, D, T (stopped) or Z."""
+        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+    @property
     def cpu_seconds(self) -> float:
         fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -231,7 +231,7 @@ def stopped(trial: Trial) -> None:
             half.sendall(request[:10])
             reached(lambda: daemon.metric("dsmq_received_bytes_total") >= before + 10)
             daemon.signal(signal.SIGSTOP)
-            reached(lambda: state_of(daemon) == "T")
+            reached(lambda: daemon.state == "T")
             stop.wait()
             time.sleep(seconds)
             # On a busy machine the calls may begin late.
@@ -253,11 +253,6 @@ def stopped(trial: Trial) -> None:
             outcomes.count("done") == 2 * outcomes.count("ConnectionLost") == 2 * len(calls),
         )
         trial.at_once("served at once when resumed", milliseconds(served), served)
-
-
-def state_of(daemon: Daemon) -> str:
-    with open(f"/proc/{daemon.pid}/stat") as file:
-        return file.read().rpartition(")")[2].split()[0]
 
 
 # No threads

@@ -226,7 +226,7 @@ def moves(stage: Stage) -> None:
 
 def forgetful_engine(stage: Stage) -> None:
     """The same if the engine forgets puts at once: then the servers' mirrors recognise them."""
-    _move(stage, stage.cluster(**({} if stage.mutant else {"words": FORGETFUL})), seconds=0.5)
+    _move(stage, stage.cluster(**({} if stage.mutant else {"words": FORGETFUL})), seconds=1.5)
 
 
 def _move(stage: Stage, cluster: Cluster, seconds: float = 0.0) -> None:

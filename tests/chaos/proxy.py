@@ -224,6 +224,10 @@ class Proxy:
     def _run(self) -> None:
         while not self._ended:
             ready = self._select()
+            # Before the orders are taken, so that one given from now on wakes the selector again.
+            with contextlib.suppress(BlockingIOError):
+                while self._wakeup.recv(100):
+                    pass
             while self._orders:
                 order, done = self._orders.popleft()
                 order()
@@ -249,9 +253,6 @@ class Proxy:
         return max(0.0, min(dues) - time.monotonic()) if dues else None
 
     def _turn(self, ready: dict[socket.socket, int]) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while self._wakeup.recv(100):
-                pass
         if self._listener is not None and self._listener in ready:
             self._accept(self._listener)
         for connection in list(self._open):

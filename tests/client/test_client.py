@@ -41,8 +41,9 @@ def test_signatures_match_dsmq_1_4() -> None:
     assert str(inspect.signature(serve)).startswith(
         "(host: 'str' = '127.0.0.1', port: 'int' = 30008, name: 'str' = 'mqdb', verbose: 'bool' = False"
     )
+    # A list of hosts is new.
     assert str(inspect.signature(connect)).startswith(
-        "(host: 'str' = '127.0.0.1', port: 'int' = 30008, verbose: 'bool' = False"
+        "(host: 'str | Sequence[str]' = '127.0.0.1', port: 'int' = 30008, verbose: 'bool' = False"
     )
 
 

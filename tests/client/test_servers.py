@@ -194,6 +194,7 @@ def test_put_that_may_be_stored_at_another_server_is_not_repeated(client: Callab
     with serving() as second, daemon() as first:
         mq = client([address(first), address(second)], timeout=10 * UNIT)
         first.signal(signal.SIGSTOP)
+        wait_until(lambda: first.state == "T")
         with pytest.raises(ConnectionLost, match="may have been stored") as error:
             mq.put("t", "x")
         assert error.value.may_be_stored

@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from dsmq.server import Server
 from dsmq.store import nats_mirror
 from dsmq.store.nats import NATSStore
 from dsmq.store.nats_stream import EngineError
+from dsmq.system import boot_time
 from engine import Engine, engine
 
 PREFIXES = ("dsmq_engine_", "dsmq_mirror_")
@@ -183,11 +183,10 @@ def test_message_that_cannot_be_mirrored_is_counted_and_skipped(server: Server, 
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [1000.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    yield now
-    monkeypatch.undo()
+    monkeypatch.setattr(nats_mirror, "boot_time", lambda: now[0])
+    return now
 
 
 def test_lag_is_the_time_since_the_mirror_had_everything(clock: list[float]) -> None:
@@ -310,7 +309,7 @@ def test_reason_why_the_store_is_not_ready() -> None:
     store = NATSStore([("127.0.0.1", 1)])
     try:
         assert store.unready_reason == "no connection to the engine: not connected yet"
-        store.connection.connected_at = time.monotonic()
+        store.connection.connected_at = boot_time()
         assert store.unready_reason == "opening the stream"
         store.mirror.lag.update(10, 3)
         assert store.unready_reason == "mirroring the stream: 7 messages to go"
@@ -320,7 +319,7 @@ def test_reason_why_the_store_is_not_ready() -> None:
         store.mirror.ready = True
         assert store.unready_reason == ""
     finally:
-        store._loop.close()
+        store.close()
 
 
 # INFO and the page

@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from dsmq.store.api import Limits, Put
+from dsmq.store.api import Limits, Message, Put
 from dsmq.store.schema import Batch
 from dsmq.store.sqlite import SQLiteStore
+
+MAX_AGE = 100
+BIG = b"x" * 1_000_000
 
 
 class Clock:
@@ -82,3 +85,20 @@ def put_as(store: SQLiteStore, producer: bytes, *seqs: int) -> list[int]:
 def expire_all(store: SQLiteStore) -> None:
     while store.expire():
         pass
+
+
+def a_put(topic: bytes, body: bytes, key: tuple[bytes, int] | None = None) -> Put:
+    return topic, body, key
+
+
+def a_message(message_id: int, number: int, age_ms: int, body: bytes) -> Message:
+    return Message(message_id, number, age_ms, body, MAX_AGE - age_ms)
+
+
+def read(store: ClockedStore, topic: bytes, after: int = 0) -> list[Message]:
+    return store.read(topic, after, 1000, 1_000_000)
+
+
+def stop_growing(store: ClockedStore) -> None:
+    """Make SQLite fail as if there were no memory for more pages."""
+    store.connection.execute("PRAGMA max_page_count = 1")

@@ -14,10 +14,12 @@ import nats
 import pytest
 
 from dsmq.errors import BadRequest, Forgotten, Full, ReplyError, StartupError, StoreFailed, TooBig
-from dsmq.store.api import Answer, Limits, Message, Put
+from dsmq.store import nats_stream
+from dsmq.store.api import Answer, Limits, Message, Mirrored, Put
 from dsmq.store.nats import NATSStore
 from dsmq.store.nats_connection import Credentials
 from dsmq.store.nats_stream import MIN_VERSION, encode_token
+from dsmq.store.sqlite import SQLiteStore
 from engine import Engine, engine
 from helpers import HOST, SOON, UNIT, reached, wait_until
 
@@ -209,6 +211,31 @@ def test_put_repeated_after_the_engine_has_forgotten_it_is_stored_once(stores: S
     assert value(other.append([keyed(b"t", b"x", 1)])) == value(one.append([keyed(b"t", b"x", 1)]))
 
 
+@pytest.mark.parametrize("message_id", ["p.a:1", "s.a:1"])
+def test_message_that_the_engine_has_twice_is_mirrored_once(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch, message_id: str
+) -> None:
+    monkeypatch.setattr(nats_stream, "DEDUPLICATION_SECONDS", 1)
+    store = stores()
+
+    async def publish_twice(stream: Any) -> None:
+        for _ in range(2):
+            while (await stream.publish(f"{stores.stream}.t.t", b"x", headers={"Nats-Msg-Id": message_id})).duplicate:
+                pass
+
+    in_engine(stores.servers, publish_twice)
+    put(store, b"t", b"y")
+    assert [message[1:2] + message[3:4] for message in read(store, b"t")] == [(1, b"x"), (2, b"y")]
+
+
+def test_late_repetition_of_a_forgotten_put_is_not_mirrored() -> None:
+    store = SQLiteStore(MAX_AGE_MS)
+    store.apply([Mirrored(number, keyed(b"t", b"x", number), 0) for number in range(1, 3_001)], 3_000)
+    store.apply([Mirrored(3_001, keyed(b"t", b"x", 1), 0)], 3_001)
+    assert (store.last_id(), store.totals().messages) == (3_001, 3_000)
+    store.close()
+
+
 def test_forgotten_put_is_refused(stores: Stores) -> None:
     store = stores()
     for start in range(0, 2500, 500):
@@ -300,9 +327,25 @@ def test_deleted_stream_begins_a_new_epoch(stores: Stores) -> None:
     in_engine(stores.servers, lambda stream: stream.delete_stream(stores.stream))
     wait_until(lambda: one.epoch == other.epoch != before and not one.unready_reason and not other.unready_reason)
     assert stores.reasons == ["the stream has lost its messages"] * 2
-    put(one, b"t", b"y")
+    [message_id] = put(one, b"t", b"y")
+    assert value(one.start_id()) == message_id
     messages = read(other, b"t")
     assert (bodies(messages), messages[0].number) == ([b"y"], 1)
+
+
+def test_put_to_a_new_stream_is_read_although_mirrors_have_not_noticed_it(stores: Stores) -> None:
+    one, other = stores(), stores()
+    put(one, b"t", *[b"x"] * 100)
+    in_engine(stores.servers, lambda stream: stream.delete_stream(stores.stream))
+    put(one, b"u", b"y")
+    assert bodies(read(other, b"u")) == [b"y"]
+
+
+def test_store_can_be_closed_as_soon_as_it_is_ready(stores: Stores) -> None:
+    for _ in range(10):
+        store = stores()
+        store.close()
+        assert not store.thread.is_alive()
 
 
 def test_server_waits_for_an_engine_that_starts_later(tmp_path: Path) -> None:

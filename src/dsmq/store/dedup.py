@@ -62,6 +62,11 @@ class Deduplicator:
             if key[1] not in producer.puts:
                 raise Forgotten(f"number {key[1]} of this producer is too old to tell whether it has been stored")
 
+    def is_forgotten(self, key: tuple[bytes, int] | None) -> bool:
+        """Return whether a put may be a retry of a forgotten one."""
+        producer = None if key is None else self._producers.get(key[0])
+        return producer is not None and key is not None and key[1] <= producer.forgotten and key[1] not in producer.puts
+
     def check_unknown(self, name: bytes, now: int) -> None:
         """Raise Forgotten if a producer is unknown because it may have been forgotten within REMEMBER_MS."""
         if self.forgot_at is not None and name not in self._producers and now - self.forgot_at < REMEMBER_MS:

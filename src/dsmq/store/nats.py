@@ -35,9 +35,11 @@ if TYPE_CHECKING:
 
 # Without a connection for this long, clients are sent to other servers.
 DISCONNECT_SECONDS = 2.0
-WATCH_SECONDS = 0.5
+WATCH_SECONDS, CANCEL_SECONDS = 0.5, 0.1
 # What a message of the engine has besides its body and topic.
 HEADER_BYTES = 1024
+# The engine ends the connection if a subject, which is up to three times as long, does not fit into 4,096 bytes.
+MAX_TOPIC_BYTES = 1300
 _STOP_SECONDS = 5.0
 
 T = TypeVar("T")
@@ -67,6 +69,8 @@ class NATSStore:
         self._startup_error: StartupError | None = None
         self._main_task: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._work: list[asyncio.Task[None]] = []
+        self._is_closing = False
         self._is_lost = False
         self._on_unusable: Callable[[str], None]
         # They belong to the loop, which is not running yet.
@@ -74,8 +78,8 @@ class NATSStore:
         self.requests = Requests(self.connection)
         self.stream = Stream(stream, replicas)
         self.mirror = Mirror(self.connection, self.stream, self._new_mirror)
-        self.publisher = Publisher(self.connection, self.requests, self.stream.topic_prefix)
-        self._index = ReadIndex(self.mirror, self.connection, self.requests, self.stream)
+        self.publisher = Publisher(self.requests, self.stream.topic_prefix)
+        self._index = ReadIndex(self.mirror, self.requests, self.stream)
 
     def _new_mirror(self) -> SQLiteStore:
         # What is in the stream is not refused.
@@ -141,13 +145,14 @@ class NATSStore:
             self._loop.close()
 
     async def _main(self) -> None:
-        self.stream.configure(self._max_age_ms, self._limits.max_stored_bytes)
         connecting = asyncio.create_task(self.connection.run())
         try:
             await self._connect()
             async with asyncio.TaskGroup() as tasks:
                 for work in (self.publisher.run(), self._index.run(), self.mirror.run(), self._watch_connection()):
-                    tasks.create_task(work)
+                    self._work.append(tasks.create_task(work))
+                if self._is_closing:
+                    raise asyncio.CancelledError
         except* StartupError as errors:
             raise errors.exceptions[0] from None
         finally:
@@ -180,11 +185,18 @@ class NATSStore:
             with suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._cancel)
             self.thread.join(_STOP_SECONDS)
+        elif not self.thread.ident:
+            self._loop.close()
         self.mirror.store.close()
 
     def _cancel(self) -> None:
-        if self._main_task is not None:
+        if not self._is_closing and self._main_task is not None:
             self._main_task.cancel()
+        self._is_closing = True
+        for task in self._work:
+            task.cancel()
+        # Again, because before Python 3.12 `asyncio.wait_for` loses a cancellation that comes along with its result.
+        self._loop.call_later(CANCEL_SECONDS, self._cancel)
 
     def _post(self, call: Callable[[], None]) -> None:
         """Run this in the thread of the loop. Raises StoreFailed if that has ended."""
@@ -208,6 +220,8 @@ class NATSStore:
 
     def _append(self, puts: Sequence[Put], *, together: bool) -> Answer[list[Outcome]]:
         for topic, body, _ in puts:
+            if len(topic) > MAX_TOPIC_BYTES:
+                raise TooBig(f"a topic has at most {MAX_TOPIC_BYTES} bytes with this store, not {len(topic)}")
             if len(body) + 3 * len(topic) > self.max_message_bytes:
                 raise TooBig(f"the engine accepts at most {self.max_message_bytes} bytes (max_payload)")
         known = self.mirror.store.check(puts)
@@ -299,6 +313,7 @@ class NATSStore:
     @max_age_ms.setter
     def max_age_ms(self, value: int) -> None:
         self._max_age_ms = self.mirror.store.max_age_ms = value
+        self._configure()
 
     @property
     def limits(self) -> Limits:
@@ -307,6 +322,11 @@ class NATSStore:
     @limits.setter
     def limits(self, limits: Limits) -> None:
         self._limits = self.mirror.store.limits = limits
+        self._configure()
+
+    def _configure(self) -> None:
+        """Have the mirror configure the stream anew when it next checks it."""
+        self.stream.configure(self._max_age_ms, self._limits.max_stored_bytes)
 
     @property
     def lost_ids(self) -> list[int]:

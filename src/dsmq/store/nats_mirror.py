@@ -70,12 +70,12 @@ class Lag:
     def __init__(self) -> None:
         self._stream_id = self._mirrored_id = 0
         # When the mirror last had all messages, and when that will be: once it has this id.
-        self._complete_at = time.monotonic()
+        self._complete_at = boot_time()
         self._next: tuple[int, float] | None = None
 
     def update(self, stream_id: int, mirrored_id: int) -> None:
         """Compare the last id of the stream with the one of the mirror."""
-        now = time.monotonic()
+        now = boot_time()
         self._stream_id, self._mirrored_id = stream_id, mirrored_id
         if self._next is not None and mirrored_id >= self._next[0]:
             self._complete_at, self._next = self._next[1], None
@@ -90,7 +90,7 @@ class Lag:
 
     def seconds(self, *, is_followed: bool) -> float:
         """Return the time since the mirror last had all messages; 0 if it has, and follows the stream."""
-        return time.monotonic() - self._complete_at if self.messages or not is_followed else 0.0
+        return boot_time() - self._complete_at if self.messages or not is_followed else 0.0
 
 
 class Mirror:
@@ -128,11 +128,11 @@ class Mirror:
     @property
     def silent_seconds(self) -> float:
         """How long ago the consumer was heard of last."""
-        return time.monotonic() - self._heard_at
+        return boot_time() - self._heard_at
 
     def _reset_consumer(self, state: StreamState) -> None:
         self._sequence, self._pending, self._state = 0, _UNKNOWN, state
-        self._heard_at = time.monotonic()
+        self._heard_at = boot_time()
         self._lost: str | None = None
         self.lag.update(state.last_id, self.store.last_id())
         # The engine's clock minus this machine's.
@@ -162,7 +162,7 @@ class Mirror:
 
     def _is_explained(self) -> bool:
         """Return whether the reason is that the connection is or was lost, which is logged as such."""
-        connection, now = self._connection, time.monotonic()
+        connection, now = self._connection, boot_time()
         was_lost = self._heard_at < connection.opened_at and now - connection.opened_at < RECOVERY_SECONDS
         return was_lost or not connection.responds
 
@@ -189,7 +189,8 @@ class Mirror:
         self._reset_consumer(state)
         subscription = self._connection.subscribe(deliver_to.encode(), self._on_delivery)
         try:
-            self._pending = await self._stream.create_consumer(name, deliver_to, self.store.last_id())
+            pending = await self._stream.create_consumer(name, deliver_to, self.store.last_id())
+            self._pending = min(self._pending, pending)
             self._on_followed()
             self.apply()
             await self._watch()
@@ -218,6 +219,8 @@ class Mirror:
             await asyncio.sleep(CHECK_SECONDS)
             mirrored = self.store.last_id()
             self._raise_if_lost()
+            if not self._stream.is_configured:
+                await self._stream.open()
             try:
                 state = await self._stream.state()
             except EngineError as error:
@@ -253,7 +256,7 @@ class Mirror:
     # Deliveries
 
     def _on_delivery(self, message: Received) -> None:
-        self._heard_at = time.monotonic()
+        self._heard_at = boot_time()
         if status := message.status:
             self._on_status(status, message)
             return
@@ -264,8 +267,11 @@ class Mirror:
         if sequence != self._sequence + 1:
             self._lost = f"its consumer skipped from {self._sequence} to {sequence}"
             return
-        self._sequence = sequence
-        self._deliveries.append(_Delivery(message_id, nanoseconds // 1_000_000, message, words[at + 3]))
+        self._sequence, later = sequence, words[at + 3]
+        if later == b"0":
+            # Some of those that it had at first may have expired in the stream.
+            self._pending = min(self._pending, sequence)
+        self._deliveries.append(_Delivery(message_id, nanoseconds // 1_000_000, message, later))
 
     def _on_status(self, status: int, message: Received) -> None:
         if status != _FLOW_CONTROL:
@@ -355,16 +361,21 @@ class Mirror:
 
 
 def _key(message: Received) -> tuple[bytes, int] | None:
-    """Return the producer and number of a put; None if it can't be repeated by a client."""
+    """Return the producer and number of a put: a client's, or those that a server gives to puts without a key."""
     name, _, number = message.header(b"Nats-Msg-Id").rpartition(b":")
-    return (decode_token(name[2:]), int(number)) if name.startswith(b"p.") and number.isdigit() else None
+    if not number.isdigit():
+        return None
+    if name.startswith(b"p."):
+        return decode_token(name[2:]), int(number)
+    # A node that hangs for minutes may store what it had received, and what has been sent elsewhere since.
+    return (name, int(number)) if name.startswith(b"s.") else None
 
 
 class ReadIndex:
     """Makes reads wait until the mirror has what the engine had when they came (Raft, section 6.4)."""
 
-    def __init__(self, mirror: Mirror, connection: NATSConnection, requests: Requests, stream: Stream) -> None:
-        self._mirror, self._connection, self._requests = mirror, connection, requests
+    def __init__(self, mirror: Mirror, requests: Requests, stream: Stream) -> None:
+        self._mirror, self._requests = mirror, requests
         self._subject = stream.facts_prefix + b"index"
         self._readers: list[tuple[Callable[[Exception | None], None], float]] = []
         self._wanted = asyncio.Event()
@@ -405,9 +416,7 @@ class ReadIndex:
 
     async def _ask(self) -> int | None:
         """Return the id of the engine's last message; None if it does not answer."""
-        subject, future = self._requests.inbox()
-        self._connection.send(encode_publish(self._subject, b"", subject, _ASK_LAST_ID))
-        ack = await self._requests.wait(subject, future, 1.0)
+        ack = await self._requests.ask(lambda reply: encode_publish(self._subject, b"", reply, _ASK_LAST_ID), 1.0)
         if ack is None or ack.code != WRONG_SEQUENCE:
             return None
         digits = ack.text.rpartition(" ")[2]

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from dsmq.errors import Full, ReplyError, StoreFailed, Unsure
 from dsmq.store.api import Outcome, Put
-from dsmq.store.nats_connection import NATSConnection, encode_publish
+from dsmq.store.nats_connection import encode_publish
 from dsmq.store.nats_requests import Ack, Requests
 from dsmq.store.nats_stream import FULL, encode_token
 
@@ -52,8 +52,8 @@ class _Append(NamedTuple):
 class Publisher:
     """Publishes puts. Used in one asyncio event loop."""
 
-    def __init__(self, connection: NATSConnection, requests: Requests, topic_prefix: bytes) -> None:
-        self._connection, self._requests, self._topic_prefix = connection, requests, topic_prefix
+    def __init__(self, requests: Requests, topic_prefix: bytes) -> None:
+        self._requests, self._topic_prefix = requests, topic_prefix
         self._queue: deque[_Append] = deque()
         self._ready = asyncio.Event()
         # The ids of puts without a key.
@@ -131,33 +131,33 @@ class Publisher:
 
     async def _ask_batch(self, messages: list[_Publish]) -> Ack | None:
         name = secrets.token_hex(8).encode()
-        subject, future = self._requests.inbox()
-        encoded = []
-        for number, message in enumerate(messages, 1):
-            headers = [(b"Nats-Batch-Id", name), (b"Nats-Batch-Sequence", b"%d" % number)]
-            if number < len(messages):
-                encoded.append(message.encode(b"", headers))
-            else:
-                encoded.append(message.encode(subject, [*headers, (b"Nats-Batch-Commit", b"1")]))
-        self._connection.send(b"".join(encoded))
-        return await self._requests.wait(subject, future, ATTEMPT_SECONDS)
+
+        def encode(reply: bytes) -> bytes:
+            encoded = []
+            for number, message in enumerate(messages, 1):
+                headers = [(b"Nats-Batch-Id", name), (b"Nats-Batch-Sequence", b"%d" % number)]
+                if number < len(messages):
+                    encoded.append(message.encode(b"", headers))
+                else:
+                    encoded.append(message.encode(reply, [*headers, (b"Nats-Batch-Commit", b"1")]))
+            return b"".join(encoded)
+
+        return await self._requests.ask(encode, ATTEMPT_SECONDS)
 
     async def _publish_one(self, message: _Publish, until: float, *, is_sent: bool) -> Outcome:
         """Publish a message until there is an outcome. `is_sent`: it may have been stored already."""
         while time.monotonic() < until:
-            subject, future = self._requests.inbox()
-            if self._connection.send(message.encode(subject)):
-                ack = await self._requests.wait(subject, future, ATTEMPT_SECONDS)
-                if ack is not None and ack.id:
-                    self.last_id = max(self.last_id, ack.id)
-                    self.repeated += ack.is_repeated
-                    return ack.id
-                if ack is not None and ack.code in FULL and not is_sent:
-                    return _refusal(ack)
-                if ack is not None and ack.code != _IN_PROCESS:
-                    _logger.debug("the engine refused a put: %s (%s)", ack.text, ack.code)
-                is_sent = is_sent or ack is None or ack.code == _IN_PROCESS
-                self.retries += 1
+            ack = await self._requests.ask(message.encode, ATTEMPT_SECONDS)
+            if ack is not None and ack.id:
+                self.last_id = max(self.last_id, ack.id)
+                self.repeated += ack.is_repeated
+                return ack.id
+            if ack is not None and ack.code in FULL and not is_sent:
+                return _refusal(ack)
+            if ack is not None and ack.code != _IN_PROCESS:
+                _logger.debug("the engine refused a put: %s (%s)", ack.text, ack.code)
+            is_sent = is_sent or ack is None or ack.code == _IN_PROCESS
+            self.retries += 1
             await asyncio.sleep(_PAUSE_SECONDS)
         return _unsure() if is_sent else StoreFailed("the engine does not answer")
 

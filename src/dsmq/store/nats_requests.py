@@ -6,11 +6,12 @@ import asyncio
 import itertools
 import json
 import secrets
+from collections.abc import Callable
 from typing import NamedTuple
 
 from dsmq.store.nats_connection import NATSConnection, Received
 
-_UNANSWERED = 503
+_NO_LISTENER = 503
 """The status of a request that nobody listens for: the stream has no leader now."""
 
 
@@ -27,6 +28,9 @@ class Ack(NamedTuple):
     text: str = ""
 
 
+NOT_SENT = Ack(text="nobody has received it")
+
+
 class Requests:
     """Sends requests, and passes the replies on. Used in one asyncio event loop."""
 
@@ -37,22 +41,25 @@ class Requests:
         self._pending: dict[bytes, asyncio.Future[Received | None]] = {}
         connection.subscribe(self._inbox + b"*", self._on_reply)
 
-    def inbox(self) -> tuple[bytes, asyncio.Future[Received | None]]:
-        """Return a subject for a reply, and the future of the reply; None if the connection breaks."""
+    async def ask(self, encode: Callable[[bytes], bytes], seconds: float) -> Ack | None:
+        """Send a request, encoded with the subject for the reply, and return the answer; None if there is none in time.
+
+        Returns NOT_SENT if there is no connection, or nobody listens for the request.
+        """
         subject = b"%b%d" % (self._inbox, next(self._numbers))
         future = self._pending[subject] = asyncio.get_running_loop().create_future()
-        return subject, future
-
-    async def wait(self, subject: bytes, future: asyncio.Future[Received | None], seconds: float) -> Ack | None:
-        """Wait for an answer; None if there is none in time, or nobody has got the request."""
         try:
+            if not self._connection.send(encode(subject)):
+                return NOT_SENT
             async with asyncio.timeout(seconds):
                 reply = await future
         except TimeoutError:
             return None
         finally:
-            self._pending.pop(subject, None)
-        return None if reply is None or reply.status == _UNANSWERED else _parse_ack(reply.body)
+            del self._pending[subject]
+        if reply is None:
+            return None
+        return NOT_SENT if reply.status == _NO_LISTENER else _parse_ack(reply.body)
 
     def _on_reply(self, reply: Received) -> None:
         future = self._pending.get(reply.subject)

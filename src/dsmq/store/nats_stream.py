@@ -73,13 +73,13 @@ class StreamState(NamedTuple):
     """The engine's clock: milliseconds since 1970."""
 
 
-@lru_cache(200_000)
+@lru_cache(10_000)
 def encode_token(name: bytes) -> bytes:
     """Encode any bytes as one token of a subject."""
     return quote_from_bytes(name, safe="-_").replace(".", "%2E").encode()
 
 
-@lru_cache(200_000)
+@lru_cache(10_000)
 def decode_token(token: bytes) -> bytes:
     return unquote_to_bytes(token)
 
@@ -93,9 +93,12 @@ class Stream:
         self.facts_prefix = f"{name}.facts.".encode()
         self._client = Client()
         self._replicas, self._max_age_ms, self._max_bytes = replicas, 0, 0
+        self.is_configured = False
+        """Whether the stream has the current configuration."""
 
     def configure(self, max_age_ms: int, max_bytes: int) -> None:
-        """Set what `open` configures the stream for."""
+        """Set what `open` configures the stream for. Thread-safe."""
+        self.is_configured = False
         self._max_age_ms, self._max_bytes = max_age_ms, max_bytes if max_bytes < sys.maxsize else -1
 
     async def connect(self, servers: Sequence[Server], credentials: Credentials, tls: SSLContext | None) -> None:
@@ -125,6 +128,7 @@ class Stream:
     async def open(self) -> None:
         """Create the stream if there is none. Raises StartupError if it is not one of dsmq's, or can't be used."""
         wanted = self._configuration()
+        self.is_configured = True
         try:
             found = (await self._request(f"STREAM.INFO.{self.name}"))["config"]
         except EngineError as error:

@@ -195,6 +195,9 @@ class SQLiteStore:
                     self._flush()
             now = self._clock()
             for message_id, put, age_ms in messages:
+                if self._deduplicator.is_forgotten(put[2]):
+                    # It is a late repetition, as all new puts have higher numbers.
+                    continue
                 if put[0] not in topics.by_name:
                     topics.add([put[0]])
                 # Times never decrease, because expiry relies on it.
