@@ -9,7 +9,6 @@ As a script: python server.py [host [port]]
 from __future__ import annotations
 
 import logging
-import math
 import os
 import queue
 import socket
@@ -17,7 +16,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
@@ -40,19 +39,14 @@ from dsmq.settings import EmbeddedSettings, Settings
 from dsmq.store.api import Limits, Store
 from dsmq.store.expiry import Expiry
 from dsmq.store.snapshots import LAST_SNAPSHOT_SECONDS, SnapshotStats, Snapshotter
-from dsmq.store.sqlite import SQLiteStore
-from dsmq.stores import new_store
-from dsmq.threads import join, wait_until
+from dsmq.stores import await_store, new_snapshotter, new_store
+from dsmq.threads import join, start, wait_until
 
 if TYPE_CHECKING:
     from dsmq.ops.http import HTTPEndpoint
 
 # How often the main thread checks the others, and how long a reload waits for them.
 WATCH_SECONDS = 1.0
-# How often to check whether the store is ready, and whether to stop.
-STORE_SECONDS = 0.1
-# How often to log why it is not ready.
-PROGRESS_SECONDS = 5.0
 # Settings that a reload does not change.
 RESTART_REQUIRED = (
     *("host", "port", "listen_backlog", "http_host", "http_port"),
@@ -139,7 +133,7 @@ class Server:
         self._listeners: list[Listener] = []
         self._workers: list[EventLoop] = []
         self._expiry = Expiry(self._store, settings.expiry_interval_seconds)
-        self._snapshotter = _new_snapshotter(settings, self._store)
+        self._snapshotter = new_snapshotter(settings, self._store)
         self._http_endpoints: list[HTTPEndpoint] = []
         snapshots = self._snapshotter.stats if self._snapshotter else SnapshotStats()
         self.context.usage.connections.limit = system.affordable_connections(settings.max_connections)
@@ -228,15 +222,8 @@ class Server:
         self._store.start(self._wake_readers, self._disconnect_clients)
         if self._store.wait(0.0):
             return True
-        _start(self._http_endpoints)
-        logged_at = -math.inf
-        while not (self.status.stopping or self._store.wait(STORE_SECONDS)):
-            reason = self._store.unready_reason
-            if time.monotonic() - logged_at >= PROGRESS_SECONDS:
-                _logger.info("waiting for the store: %s", reason, extra=logs.event("waiting", reason=reason))
-                self._systemd.notify(f"STATUS=waiting for the store: {reason}")
-                logged_at = time.monotonic()
-        return not self.status.stopping
+        start(self._http_endpoints)
+        return await_store(self._store, lambda: self.status.stopping, self._systemd.notify)
 
     def _wake_readers(self, topics: set[bytes]) -> None:
         for worker in self._workers:
@@ -255,7 +242,7 @@ class Server:
         for number in range(self.context.settings.io_workers):
             self._workers.append(EventLoop(f"dsmq-io-{number}", self.context, self._workers))
         self._workers[0].listen(self._listeners)
-        _start(part for part in self._parts() if not part.thread.is_alive())
+        start(part for part in self._parts() if not part.thread.is_alive())
 
     def _log_configuration(self) -> None:
         limit, sockets = self.context.usage.connections.limit, [listener.socket for listener in self._listeners]
@@ -423,23 +410,6 @@ def _call_in_loops(calls: Sequence[tuple[EventLoop, Callable[[], None]]], deadli
         call[0].post(call[1])
         call[0].post(partial(pending.discard, call))
     wait_until(lambda: not pending, deadline)
-
-
-def _start(parts: Iterable[EventLoop | Expiry | Snapshotter | HTTPEndpoint]) -> None:
-    """Start threads. Raises StartupError if the system allows no more."""
-    try:
-        for part in parts:
-            part.start()
-    except RuntimeError as error:
-        raise StartupError(str(error)) from error
-
-
-def _new_snapshotter(settings: Settings, store: Store) -> Snapshotter | None:
-    if not settings.snapshot_file:
-        return None
-    if not isinstance(store, SQLiteStore):
-        raise ConfigError("snapshot_file: this store keeps its messages by itself")
-    return Snapshotter(store, settings.snapshot_file, settings.snapshot_interval_seconds)
 
 
 # The started servers, whose sockets a forked process closes.

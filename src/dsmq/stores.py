@@ -1,13 +1,25 @@
-"""The store that the settings ask for."""
+"""The store that the settings ask for, and its snapshots."""
 
 from __future__ import annotations
 
+import logging
+import math
+import time
+from collections.abc import Callable
+
+from dsmq import logs
 from dsmq.environment import read_text
-from dsmq.errors import StartupError
+from dsmq.errors import ConfigError, StartupError
 from dsmq.settings import Settings
 from dsmq.store.api import Store
+from dsmq.store.snapshots import Snapshotter
 from dsmq.store.sqlite import SQLiteStore
 from dsmq.wire.addresses import parse_store
+
+# How often to check whether the store is ready, and whether to stop; how often to log why it is not ready.
+CHECK_SECONDS, PROGRESS_SECONDS = 0.1, 5.0
+
+_logger = logging.getLogger("dsmq.server")
 
 
 def new_store(settings: Settings) -> Store:
@@ -30,3 +42,24 @@ def new_store(settings: Settings) -> Store:
     servers = [(endpoint.host, endpoint.port) for endpoint in endpoints]
     credentials = Credentials(settings.store_user, password, token)
     return NATSStore(servers, settings.store_stream, settings.store_replicas, credentials, tls)
+
+
+def new_snapshotter(settings: Settings, store: Store) -> Snapshotter | None:
+    """Return what writes the store's snapshots, if the settings ask for it. Raises ConfigError."""
+    if not settings.snapshot_file:
+        return None
+    if not isinstance(store, SQLiteStore):
+        raise ConfigError("snapshot_file: this store keeps its messages by itself")
+    return Snapshotter(store, settings.snapshot_file, settings.snapshot_interval_seconds)
+
+
+def await_store(store: Store, is_stopping: Callable[[], bool], notify: Callable[[str], None]) -> bool:
+    """Wait until a store is ready; return False if asked to stop first. Raises StartupError if it can't be used."""
+    logged_at = -math.inf
+    while not (is_stopping() or store.wait(CHECK_SECONDS)):
+        if time.monotonic() - logged_at >= PROGRESS_SECONDS:
+            reason = store.unready_reason
+            _logger.info("waiting for the store: %s", reason, extra=logs.event("waiting", reason=reason))
+            notify(f"STATUS=waiting for the store: {reason}")
+            logged_at = time.monotonic()
+    return not is_stopping()

@@ -1,14 +1,23 @@
-"""Waiting for threads in a way that Ctrl-C can interrupt."""
+"""Starting threads, and waiting for them in a way that Ctrl-C can interrupt."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from dsmq.errors import StartupError
 
 # Each stage of a stop gets at least this long, even if the stages before have used up the time.
 MIN_STAGE_SECONDS = 0.2
 _POLL_SECONDS = 0.005
+
+
+class Startable(Protocol):
+    """A part with a thread of its own."""
+
+    def start(self) -> None: ...
 
 
 def wait_until(condition: Callable[[], bool], deadline: float) -> None:
@@ -27,3 +36,12 @@ def join(thread: threading.Thread, deadline: float) -> None:
     Does not use Thread.join: if that is interrupted, Python before 3.13 reports a running thread as dead.
     """
     wait_until(lambda: not thread.is_alive(), deadline)
+
+
+def start(parts: Iterable[Startable]) -> None:
+    """Start parts with threads. Raises StartupError if the system allows no more."""
+    try:
+        for part in parts:
+            part.start()
+    except RuntimeError as error:
+        raise StartupError(str(error)) from error
