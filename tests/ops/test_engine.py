@@ -246,6 +246,19 @@ def test_loss_and_return_of_the_engine_are_seen_and_logged_once(
         assert not messages(caplog, logging.ERROR, "")
 
 
+def test_server_that_goes_to_another_node_shows_and_logs_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "dsmq")
+    with engine(tmp_path, 3) as running, serving_from(running) as server:
+        node_of = lambda: server.status.page()["engine"]["node"]  # noqa: E731
+        first = node_of()
+        caplog.clear()
+        next(node for node in running.nodes if node.name == first).kill()
+        wait_until(lambda: node_of() not in ("", first))
+        assert metric(server, "engine_connected") == 1
+        assert len(messages(caplog, logging.WARNING, f"lost the connection to NATS server {first}: ")) == 1
+        assert messages(caplog, logging.INFO, "connected to") == [f"connected to NATS server {node_of()}"]
+
+
 def test_put_that_has_to_be_retried_is_counted(tmp_path: Path) -> None:
     with engine(tmp_path, 1) as running, serving_from(running) as server, wire_to(server) as wire:
         [node] = running.nodes
