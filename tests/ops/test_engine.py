@@ -20,13 +20,14 @@ import pytest
 from http_clients import Answer
 from prometheus_client.parser import text_string_to_metric_families
 
-from conftest import ROOT, SOON, Wire, reached, scrape, serving, wait_until, wire_to
+from conftest import ROOT, SOON, UNIT, Wire, reached, scrape, serving, wait_until, wire_to
 from dsmq import settings as config
 from dsmq.client import connect
 from dsmq.server import Server
 from dsmq.store import nats_mirror
 from dsmq.store.nats import NATSStore
 from dsmq.store.nats_stream import EngineError
+from dsmq.store.sqlite import SQLiteStore
 from dsmq.system import boot_time
 from engine import Engine, engine
 
@@ -333,6 +334,33 @@ def test_reason_why_the_store_is_not_ready() -> None:
         assert store.unready_reason == ""
     finally:
         store.close()
+
+
+def healthz(server: Server) -> list[str]:
+    """Return the threads that /healthz names."""
+    stuck: list[str] = json.loads(Answer(server.http_port, "/healthz").text)["stuck_threads"]
+    return stuck
+
+
+def test_healthz_fails_if_the_thread_of_the_store_is_stuck(one_node: Engine, stream: str) -> None:
+    limits = {"max_stored_bytes": 10_000_000, "health_timeout_seconds": UNIT}
+    with serving_from(one_node, store_stream=stream, **limits) as server:
+        wait_until(lambda: healthz(server) == [])
+        release = threading.Event()
+        store_of(server)._loop.call_soon_threadsafe(release.wait, SOON)
+        wait_until(lambda: "dsmq-nats" in healthz(server))
+        release.set()
+        wait_until(lambda: healthz(server) == [])
+
+
+def test_healthz_fails_if_the_thread_of_the_store_has_died() -> None:
+    store = SQLiteStore(600_000)
+    store.thread = threading.Thread(target=bool, name="dsmq-dead")
+    with serving(store, http_port=0) as server:
+        assert healthz(server) == []
+        store.thread.start()
+        store.thread.join()
+        assert healthz(server) == ["dsmq-dead"]
 
 
 # INFO and the page

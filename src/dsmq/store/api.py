@@ -150,6 +150,10 @@ class Store(Protocol):
         """The store's own thread, if it has one."""
 
     @property
+    def due_at(self) -> float:
+        """When that thread is expected to respond next, by the monotonic clock."""
+
+    @property
     def max_message_bytes(self) -> int:
         """The longest message it can store."""
 

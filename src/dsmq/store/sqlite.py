@@ -10,6 +10,7 @@ Ids are assigned here, because SQLite would reuse the id of the newest row after
 
 from __future__ import annotations
 
+import math
 import secrets
 import sqlite3
 import sys
@@ -59,6 +60,7 @@ class SQLiteStore:
     """A store in this process. Thread-safe."""
 
     thread: threading.Thread | None = None
+    due_at = math.inf
     is_shared = False
     max_message_bytes = sys.maxsize
     unready_reason = ""
