@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "errors": set(),
 }
 MOST_LEVELS, MOST_CLIENT_LEVELS = 9, 8
+MAX_MODULE_LINES, MAX_CLASS_LINES, MAX_FUNCTION_LINES = 450, 300, 40
 
 
 def modules() -> dict[str, Path]:
@@ -72,3 +73,16 @@ def test_imports_are_acyclic_and_at_most_the_levels_allowed() -> None:
         pytest.fail("a circle of imports")
     assert max(levels.values()) <= MOST_LEVELS, levels
     assert levels["aio"] <= MOST_CLIENT_LEVELS, levels
+
+
+def test_modules_classes_and_functions_are_short() -> None:
+    found = []
+    for name, path in modules().items():
+        text = path.read_text()
+        found += [(name, lines)] if (lines := text.count("\n")) > MAX_MODULE_LINES else []
+        for node in ast.walk(ast.parse(text)):
+            limit = {ast.ClassDef: MAX_CLASS_LINES}.get(type(node), MAX_FUNCTION_LINES)  # type: ignore[call-overload]
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                found += [(f"{name}.{node.name}", lines)] if lines > limit else []
+    assert not found

@@ -219,24 +219,11 @@ class Server:
 
     def _open_store(self) -> bool:
         """Wait until the store is ready, while /readyz reports why it is not; return False if asked to stop first."""
-        self._store.start(self._wake_readers, self._disconnect_clients)
+        self._store.start(partial(_wake_readers, self._workers), partial(_disconnect_clients, self._workers))
         if self._store.wait(0.0):
             return True
         start(self._http_endpoints)
         return await_store(self._store, lambda: self.status.stopping, self._systemd.notify)
-
-    def _wake_readers(self, topics: set[bytes]) -> None:
-        for worker in self._workers:
-            if worker.waiters.by_topic:
-                worker.waiters.wake(topics)
-
-    def _disconnect_clients(self, reason: str) -> None:
-        """Hang up without a notice, which would mean that unanswered puts are not stored."""
-        if connections := self.status.connections():
-            about = logs.event("disconnecting", connections=connections, reason=reason)
-            _logger.info("disconnecting %d clients: %s", connections, reason, extra=about)
-        for worker in self._workers:
-            worker.post(partial(worker.close_connections, reason))
 
     def _start_threads(self) -> None:
         for number in range(self.context.settings.io_workers):
@@ -401,6 +388,21 @@ class Server:
             endpoint.close_inherited()
         if self._snapshotter:
             self._snapshotter.close_inherited()
+
+
+def _wake_readers(workers: Sequence[EventLoop], topics: set[bytes]) -> None:
+    for worker in workers:
+        if worker.waiters.by_topic:
+            worker.waiters.wake(topics)
+
+
+def _disconnect_clients(workers: Sequence[EventLoop], reason: str) -> None:
+    """Hang up without a notice, which would mean that unanswered puts are not stored."""
+    if connections := sum(len(worker.connections) for worker in workers):
+        about = logs.event("disconnecting", connections=connections, reason=reason)
+        _logger.info("disconnecting %d clients: %s", connections, reason, extra=about)
+    for worker in workers:
+        worker.post(partial(worker.close_connections, reason))
 
 
 def _call_in_loops(calls: Sequence[tuple[EventLoop, Callable[[], None]]], deadline: float) -> None:

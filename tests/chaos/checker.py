@@ -180,11 +180,31 @@ class _Check:
         views: dict[str, Held] = {}
         for held in self.history.of(Held):
             first = views.setdefault(held.topic, held)
-            if first is held:
+            if first.server == held.server:
+                # The same server again: all are asked anew.
+                views[held.topic] = held
                 yield from _holes(held)
                 yield from self._contents(held)
-            elif first.messages != held.messages:
-                yield Violation("servers differ", _difference(first, held))
+            elif difference := self._difference(first, held):
+                yield Violation("servers differ", f"{first.server} and {held.server}, {held.topic}: {difference}")
+        if views:
+            yield from self._numbers()
+
+    def _numbers(self) -> Iterator[Violation]:
+        """All readers get the same numbers, which increase with the ids."""
+        known: dict[tuple[str, str], dict[int, Got]] = defaultdict(dict)
+        for got in self.history.of(Got):
+            epochs = self._epochs_of(got.body)
+            if got.id is not None and got.number is not None and len(epochs) == 1:
+                first = known[got.topic, epochs[0]].setdefault(got.id, got)
+                if first.number != got.number:
+                    yield Violation(
+                        "numbers", f"a message has the numbers {first.number} and {got.number}", (first, got)
+                    )
+        for by_id in known.values():
+            for one, following in pairwise([by_id[message_id] for message_id in sorted(by_id)]):
+                if (one.number or 0) >= (following.number or 0):
+                    yield Violation("numbers", "a later message has no higher number", (one, following))
 
     def _contents(self, held: Held) -> Iterator[Violation]:
         about = replace(held, messages=())
@@ -200,12 +220,22 @@ class _Check:
             elif put.id not in (None, message_id):
                 yield Violation("stored twice", f"a put has the ids {put.id} and {message_id}", (put, about))
         for put in self.puts.values():
-            if put.topic == held.topic and put.id is not None and put.body not in ids and self._must_be_held(put):
+            if put.topic == held.topic and put.body not in ids and self._must_be_held(put, held):
                 yield Violation("lost", "a put that returned is not held", (put, about))
 
-    def _must_be_held(self, put: Put) -> bool:
-        is_young = max(one.ended for one in self.puts.values()) - put.began < self.history.max_age
-        return is_young and self._epochs_of(put.body) == self.epochs[-1:]
+    def _must_be_held(self, put: Put, held: Held) -> bool:
+        is_here = put.id is not None and put.ended < held.began and held.ended - put.began < self.history.max_age
+        return is_here and self._epochs_of(put.body) == self.epochs[-1:]
+
+    def _difference(self, one: Held, other: Held) -> str:
+        views = [one.messages, other.messages]
+        if all(views) and other.ended - min(put.began for put in self.puts.values()) > self.history.max_age:
+            # The first ones may have expired in between.
+            since = max(view[0][0] for view in views)
+            views = [tuple(message for message in view if message[0] >= since) for view in views]
+        pairs = enumerate(zip_longest(*views))
+        at = next((at for at, (mine, theirs) in pairs if mine != theirs), None)
+        return "" if at is None else f"from place {at}: {[view[at : at + 1] for view in views]}"
 
     # Reads
 
@@ -320,13 +350,6 @@ def _holes(held: Held) -> Iterator[Violation]:
         if number != earlier + 1 or message_id <= earlier_id:
             about = f"{held.server}, {held.topic}: after {earlier} (id {earlier_id}) comes {number} (id {message_id})"
             yield Violation("hole", f"{about}: {body!r}")
-
-
-def _difference(one: Held, other: Held) -> str:
-    pairs = zip_longest(one.messages, other.messages)
-    at, (mine, theirs) = next((at, pair) for at, pair in enumerate(pairs) if pair[0] != pair[1])
-    sizes = f"{len(one.messages)} and {len(other.messages)} messages"
-    return f"{one.topic}: {one.server} and {other.server} ({sizes}) differ from place {at}: {mine} and {theirs}"
 
 
 def _loss(one: Server, following: Server) -> Iterator[Loss]:

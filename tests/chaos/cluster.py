@@ -168,7 +168,8 @@ class Cluster:
         for number, server in enumerate(self.servers):
             wire = Wire((HOST, server.port))
             for topic in topics:
-                self.history.add(Held(f"server {number}", topic, tuple(_messages(wire, topic))))
+                began, messages = time.monotonic(), tuple(_messages(wire, topic))
+                self.history.add(Held(f"server {number}", topic, began, time.monotonic(), messages))
             wire.close()
 
 

@@ -19,6 +19,7 @@ PATIENT = Job("", 0, pause=0.005)
 # After waiting this long for a reply, a client tries the next server.
 HASTY = Job("", 0, pause=0.005, options={"timeout": 2.0})
 ENGINE_SILENT = "StoreFailed: the engine does not answer"
+MAX_AGE_SECONDS = 4
 FORGETFUL = (sys.executable, str(Path(__file__).with_name("mutants.py")), "forgets_soon")
 
 
@@ -216,6 +217,29 @@ def engine_resets(stage: Stage) -> None:
             proxy.disarm()
 
 
+def shared_expiry(stage: Stage) -> None:
+    """Messages expire after seconds, also while no server is there, and numbers continue over restarts."""
+    stage.history.max_age = MAX_AGE_SECONDS
+    cluster = stage.cluster(max_age_seconds=MAX_AGE_SECONDS)
+    for servers in (cluster.servers[:1], cluster.servers):
+        with stage.crowd(0, ports=cluster.ports, job=PATIENT, redis=False):
+            stage.pause(2 * MAX_AGE_SECONDS, 1.5 * MAX_AGE_SECONDS)
+            stage.fault("server restarted")
+            servers[0].stop()
+            servers[0].start()
+            stage.pause(1, 0.3)
+        cluster.audit()
+        for server in servers:
+            server.stop()
+        # Until all topics are empty.
+        time.sleep(MAX_AGE_SECONDS)
+        for server in servers:
+            server.start()
+    with stage.crowd(0, ports=cluster.ports, job=PATIENT, redis=False):
+        stage.pause(1, 0.5)
+    cluster.audit()
+
+
 # Clients
 
 
@@ -305,7 +329,15 @@ SHARED_SCENARIOS: dict[str, Callable[[Stage], None]] = {
     run.__name__: run
     for run in (
         *(shared_calm, leader_killed, follower_killed, nodes_frozen, nodes_restarted, quorum_lost, all_nodes_killed),
-        *(stream_deleted, server_killed, servers_restarted, server_frozen, server_cut_off, engine_resets),
+        *(
+            stream_deleted,
+            shared_expiry,
+            server_killed,
+            servers_restarted,
+            server_frozen,
+            server_cut_off,
+            engine_resets,
+        ),
         *(moves, forgetful_engine, shared_mixed),
     )
 }

@@ -112,10 +112,12 @@ class Died:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """All messages of a topic that a server has in the end."""
+    """All messages of a topic that a server has."""
 
     server: str
     topic: str
+    began: float
+    ended: float
     messages: tuple[tuple[int, int, str], ...]
     """Id, number and body of each, in the order in which the server returns them."""
 

@@ -82,6 +82,7 @@ class Stage:
         self.random = random.Random(f"{self.seed} {self.name}")
         self._stack = ExitStack()
         self._proxies: list[Proxy] = []
+        self._crowds = 0
 
     def __enter__(self) -> Self:
         self.folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="dsmq-chaos-")))
@@ -191,9 +192,11 @@ class Stage:
         shape = replace(job or Job("", 0), seed=self.seed)
         write, read = replace(shape, port=write_to), replace(shape, port=read_from or write_to)
         stop, end = threading.Event(), threading.Event()
-        jobs = [_spread(replace(read, name=f"reader-{number}"), ports, number) for number in range(readers)]
+        self._crowds += 1
+        suffix = f"-{self._crowds}" if self._crowds > 1 else ""
+        jobs = [_spread(replace(read, name=f"reader-{number}{suffix}"), ports, number) for number in range(readers)]
         readings: list[Any] = [Reading(job, self.history, self.client(job)) for job in jobs]
-        jobs = [_spread(replace(write, name=f"writer-{number}"), ports, number) for number in range(writers)]
+        jobs = [_spread(replace(write, name=f"writer-{number}{suffix}"), ports, number) for number in range(writers)]
         writings = [Writer(job, self.history, self.client(job)).run for job in jobs]
         if redis:
             writing, reading, peers = others.pair(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from chaos.checker import RESTORE_GAP, check
-from chaos.history import INTERRUPTED, Broken, Died, Empty, Event, Got, History, Put, Reader, Server
+from chaos.history import INTERRUPTED, Broken, Died, Empty, Event, Got, Held, History, Put, Reader, Server
 
 SERVER = Server("e1", "r1", 0, 0.0)
 READER = Reader("r", ("t",), "e1", 0, 0.5, 100.0)
@@ -34,6 +34,12 @@ def empty(at: float, timeout: float = 0.0) -> Empty:
     return Empty("r", "t", at, at + timeout + 0.01, timeout)
 
 
+def held(*numbers: int, server: str = "a", at: float = 50.0, **bodies: str) -> Held:
+    """Messages whose ids are their numbers."""
+    messages = [(number, number, bodies.get(f"body{number}", f"w {number}")) for number in numbers]
+    return Held(server, "t", at, at + 0.1, tuple(messages))
+
+
 def kinds(*events: Event, max_age: float = 600.0) -> list[str]:
     return [violation.kind for violation in check(History(max_age, list(events)))]
 
@@ -42,7 +48,12 @@ def read(*numbers: int, **more: object) -> list[Event]:
     return [event for number in numbers for event in (put(number), got(number, **more))]
 
 
+OTHER_NUMBER = replace(got(1, 2.0, reader="s"), number=2)
+SAME_NUMBER = replace(got(2), number=1)
 CLEAN: dict[str, list[Event]] = {
+    "held by both servers": [SERVER, put(1), put(2), held(1, 2), held(1, 2, server="b")],
+    "held, then more": [SERVER, put(1), put(2, 60.0), held(1), held(1, server="b"), held(1, 2, at=70.0)],
+    "held, although it raised": [SERVER, raised(1), held(1)],
     "nothing": [],
     "everything is read": [SERVER, READER, *read(1, 2, 3), empty(4)],
     "earlier messages are not read": [SERVER, replace(READER, start_id=1), put(1), *read(2)],
@@ -88,6 +99,18 @@ CLEAN: dict[str, list[Event]] = {
 }
 
 WRONG: dict[str, tuple[list[str], list[Event]]] = {
+    "held by one server alone": (["servers differ"], [SERVER, put(1), put(2), held(1, 2), held(1, server="b")]),
+    "held by no server": (["lost"], [SERVER, put(1), put(2), held(1), held(1, server="b")]),
+    "held twice": (["stored twice"], [SERVER, put(1), held(1, 2, body2="w 1")]),
+    "held under another id": (["stored twice"], [SERVER, put(1, id=2), held(1)]),
+    "held, but refused": (["not stored"], [SERVER, raised(1, may_be_stored=False), held(1)]),
+    "held, but put by nobody": (["strange"], [SERVER, put(1), held(1, 2)]),
+    "held with a hole": (["hole"], [SERVER, put(1), put(3), held(1, 3)]),
+    "numbers that differ": (
+        ["numbers"],
+        [SERVER, READER, *read(1), replace(READER, name="s"), OTHER_NUMBER, held(1)],
+    ),
+    "numbers that do not increase": (["numbers"], [SERVER, READER, *read(1), put(2), SAME_NUMBER, held(1, 2)]),
     "a client that fails": (["died"], [SERVER, Died("r", "KeyError")]),
     "lost": (["unread"], [SERVER, READER, *read(1), put(2), *read(3)]),
     "lost at the end": (["unread"], [SERVER, READER, *read(1), put(2)]),
@@ -205,7 +228,7 @@ def test_violation_shows_evidence() -> None:
 
 def test_history_round_trips_through_file(tmp_path: Path) -> None:
     history = History(
-        600.0, [SERVER, READER, *read(1), raised(2), empty(3), Broken("r", "t", 4.0, 4.1, INTERRUPTED, 1)]
+        600.0, [SERVER, READER, *read(1), raised(2), empty(3), Broken("r", "t", 4.0, 4.1, INTERRUPTED, 1), held(1)]
     )
     history.save(tmp_path / "history.jsonl")
     again = History(600.0)

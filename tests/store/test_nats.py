@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import nats
 import pytest
 
+from chaos.proxy import Fault, Proxy
 from dsmq.errors import BadRequest, Forgotten, Full, ReplyError, StartupError, StoreFailed, TooBig
 from dsmq.store import nats_stream
 from dsmq.store.api import Answer, Limits, Message, Mirrored, Put
@@ -377,6 +378,37 @@ def test_puts_and_reads_survive_a_restart_of_the_engine(tmp_path: Path) -> None:
         put(store, b"t", b"3")
         assert isinstance(value(answer)[0], int)
         assert bodies(read(store, b"t")) == [b"1", b"2", b"3"]
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("count", [1, 3])
+def test_put_whose_answer_is_lost_is_stored_once(stores: Stores, together: bool, count: int) -> None:
+    with Proxy(stores.servers[0][1]) as proxy:
+        stores.servers = [(HOST, proxy.port)]
+        store = stores()
+        append = store.append_together if together else store.append
+        expected = []
+        for number in range(5):
+            proxy.strike(Fault("reset", "reply", 0))
+            puts: list[Put] = [(b"t", b"%d %d" % (number, one), None) for one in range(count)]
+            ids = value(append(puts))
+            assert ids == sorted(ids)  # type: ignore[type-var]
+            expected += [body for _, body, _ in puts]
+        assert bodies(read(store, b"t")) == expected
+        store.close()
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_puts_made_without_an_engine_are_stored_when_it_is_back(tmp_path: Path, together: bool) -> None:
+    with engine(tmp_path, 1) as running, ExitStack() as stack:
+        [node] = running.nodes
+        store = Stores(running.servers, stack)()
+        node.kill()
+        append = store.append_together if together else store.append
+        answer = append([(b"t", b"1", None), (b"t", b"2", None)])
+        node.start()
+        first, second = value(answer)
+        assert [message[:2] for message in read(store, b"t")] == [(first, 1), (second, 2)]
 
 
 # Start

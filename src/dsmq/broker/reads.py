@@ -66,7 +66,8 @@ def read(client: Connection, request: list[bytes]) -> Encoded | None:
     store = client.context.store
     if pending.epoch is not None:
         _check_epoch(store, pending.epoch)
-    store.check_id(pending.after)
+    if pending.after > store.last_id():
+        store.check_id(pending.after)
     return client.reads.start(pending)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from threading import Thread
 from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
-from dsmq.errors import ReplyError
+from dsmq.errors import BadRequest, ReplyError
 
 # Added to the body of each message, and to the name of each topic with messages, for the limits on bytes.
 MESSAGE_OVERHEAD_BYTES, TOPIC_OVERHEAD_BYTES = 100, 500
@@ -243,6 +244,34 @@ class Store(Protocol):
 
     def close(self) -> None:
         """Idempotent. After it, other methods raise StoreFailed."""
+
+
+class LocalStore:
+    """What a store that needs no engine, and answers at once, says about that."""
+
+    is_shared = False
+    max_message_bytes = sys.maxsize
+    thread: Thread | None = None
+    due_at = math.inf
+    unready_reason = ""
+
+    def append_together(self: Store, puts: Sequence[Put]) -> Answer[list[Outcome]]:
+        return self.append(puts)
+
+    def start_id(self: Store) -> int:
+        return self.last_id()
+
+    def check_id(self: Store, after: int) -> None:
+        if after > (last_id := self.last_id()):
+            raise BadRequest(f"no message has an id above {last_id} yet; was the server restarted since?")
+
+    def engine(self) -> None:
+        return None
+
+    def start(self, on_messages: Callable[[set[bytes]], None], on_unusable: Callable[[str], None]) -> None: ...
+
+    def wait(self, _seconds: float) -> bool:
+        return True
 
 
 def accounted_bytes(messages: int, size: int) -> int:

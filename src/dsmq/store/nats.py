@@ -24,13 +24,14 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from dsmq.errors import ReplyError, StartupError, StoreFailed, TooBig
-from dsmq.store.api import Answer, EngineStats, Limits, Message, Outcome, Put, Timing, TopicStats, Totals
+from dsmq.store.api import Answer, EngineStats, Limits, Message, Outcome, Put, Timing
 from dsmq.store.nats_connection import Credentials, NATSConnection, Server
-from dsmq.store.nats_mirror import Mirror, ReadIndex
+from dsmq.store.nats_index import ReadIndex
+from dsmq.store.nats_mirror import Mirror, MirroredStore
 from dsmq.store.nats_puts import Publisher
 from dsmq.store.nats_requests import Requests
 from dsmq.store.nats_stream import EngineError, Stream
-from dsmq.store.sqlite import SQLiteStore
+from dsmq.store.sqlite import MirrorStore
 
 if TYPE_CHECKING:
     from ssl import SSLContext
@@ -49,7 +50,7 @@ T = TypeVar("T")
 _logger = logging.getLogger(__name__)
 
 
-class NATSStore:
+class NATSStore(MirroredStore):
     """A store in a stream of NATS JetStream. Thread-safe; the work is done in a thread of its own."""
 
     is_shared = True
@@ -84,9 +85,9 @@ class NATSStore:
         self.publisher = Publisher(self.requests, self.stream.topic_prefix)
         self._index = ReadIndex(self.mirror, self.requests, self.stream)
 
-    def _new_mirror(self) -> SQLiteStore:
+    def _new_mirror(self) -> MirrorStore:
         # What is in the stream is not refused.
-        return SQLiteStore(self._max_age_ms, limits=self._limits)
+        return MirrorStore(self._max_age_ms, limits=self._limits)
 
     # Life
 
@@ -240,12 +241,6 @@ class NATSStore:
         self._post(partial(self.publisher.put, new, published, together=together))
         return answer
 
-    def check_producer(self, producer: bytes) -> None:
-        self.mirror.store.check_producer(producer)
-
-    def flush(self) -> None:
-        self.mirror.store.flush()
-
     # Reads
 
     def read(self, topic: bytes, after: int, count: int, max_bytes: int, wait_ms: int = 0) -> Answer[list[Message]]:
@@ -260,7 +255,7 @@ class NATSStore:
     def check_id(self, after: int) -> None:
         """Another server may have given a client a later id than the mirror's last one, so that reads check it."""
 
-    def _when_fresh(self, after: int, read: Callable[[SQLiteStore], T]) -> Future[T]:
+    def _when_fresh(self, after: int, read: Callable[[MirrorStore], T]) -> Future[T]:
         """Read once the mirror has all that the engine has now."""
         answer: Future[T] = Future()
 
@@ -275,9 +270,6 @@ class NATSStore:
 
         self._post(lambda: self._index.add(finish))
         return answer
-
-    def last_id(self) -> int:
-        return self.mirror.store.last_id()
 
     def start_id(self) -> Future[int]:
         answer: Future[int] = Future()
@@ -300,15 +292,7 @@ class NATSStore:
         except EngineError as error:
             answer.set_exception(StoreFailed(str(error)))
 
-    # The mirror's
-
-    @property
-    def epoch(self) -> str:
-        return self.mirror.epoch
-
-    @property
-    def run(self) -> str:
-        return self.mirror.epoch
+    # Settings
 
     @property
     def max_age_ms(self) -> int:
@@ -332,25 +316,6 @@ class NATSStore:
         """Have the mirror configure the stream anew when it next checks it."""
         self.stream.configure(self._max_age_ms, self._limits.max_stored_bytes)
 
-    @property
-    def lost_ids(self) -> list[int]:
-        return []
-
-    def expire(self) -> int:
-        return self.mirror.store.expire()
-
-    def topics(self, after: bytes, count: int) -> list[TopicStats]:
-        return self.mirror.store.topics(after, count)
-
-    def stats(self, topic: bytes, after: int = 0) -> TopicStats:
-        return self.mirror.store.stats(topic, after)
-
-    def totals(self) -> Totals:
-        return self.mirror.store.totals()
-
-    def full(self) -> set[str]:
-        return self.mirror.store.full()
-
     def timings(self) -> dict[str, Timing]:
         times = Timing(self.publisher.published, self.publisher.seconds)
         return self.mirror.store.timings() | {"publish": times}
@@ -370,15 +335,6 @@ class NATSStore:
             consumers=mirror.consumers,
             skipped_messages=mirror.skipped,
         )
-
-    def last_numbers(self) -> dict[bytes, int]:
-        return self.mirror.store.last_numbers()
-
-    def last_number(self, topic: bytes) -> int:
-        return self.mirror.store.last_number(topic)
-
-    def largest_topics(self, count: int) -> list[bytes]:
-        return self.mirror.store.largest_topics(count)
 
 
 def _merge(known: list[int | None], answer: Future[list[Outcome]], published: Future[list[Outcome]]) -> None:

@@ -1,4 +1,4 @@
-"""The mirror: what a consumer of the stream delivers goes to a `SQLiteStore`, and reads wait until it is up to date."""
+"""The mirror: what a consumer of the stream delivers goes to a `MirrorStore`, and reads wait until it is up to date."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
-from dsmq.errors import StartupError, StoreFailed
+from dsmq.errors import StartupError
 from dsmq.logs import event
-from dsmq.store.api import Mirrored
+from dsmq.store.api import Mirrored, TopicStats, Totals
 from dsmq.store.nats_connection import NATSConnection, Received, encode_publish
-from dsmq.store.nats_requests import Requests
 from dsmq.store.nats_stream import (
     NO_RESPONDERS,
     STREAM_NOT_FOUND,
-    WRONG_SEQUENCE,
     EngineError,
     Stream,
     StreamState,
@@ -28,7 +26,7 @@ from dsmq.store.nats_stream import (
 from dsmq.system import boot_time
 
 if TYPE_CHECKING:
-    from dsmq.store.sqlite import SQLiteStore
+    from dsmq.store.sqlite import MirrorStore
 
 # A consumer that has not been heard of for this long is lost; it sends a heartbeat once a second.
 LOST_SECONDS = 2.5
@@ -41,13 +39,6 @@ CLOSE_SECONDS = 2.0
 MAX_BEHIND = 3
 # The numbers of topics are written down this often per max_age, by whichever server is first.
 FACTS_PER_MAX_AGE = 4
-# How long a read may wait for the engine: longer than an election, shorter than clients wait for a reply.
-READ_SECONDS = 9.5
-# If the engine counts a message that does not arrive within this time, ask again: it may never be stored.
-INDEX_SECONDS = 0.1
-_NO_RESPONSE = "the engine does not answer"
-# More than any stream holds, so that the message is refused; the error has the id of the last one.
-_ASK_LAST_ID = ((b"Nats-Expected-Last-Sequence", b"9223372036854775806"),)
 _FLOW_CONTROL = 100
 # More than any consumer has pending: how many it has is not known yet.
 _UNKNOWN = 1 << 62
@@ -96,7 +87,7 @@ class Lag:
 class Mirror:
     """Follows the stream. Used in one asyncio event loop, but for `store`, which is thread-safe."""
 
-    def __init__(self, connection: NATSConnection, stream: Stream, new_store: Callable[[], SQLiteStore]) -> None:
+    def __init__(self, connection: NATSConnection, stream: Stream, new_store: Callable[[], MirrorStore]) -> None:
         self._connection, self._stream, self._new_store = connection, stream, new_store
         self.store = new_store()
         self.epoch = ""
@@ -371,63 +362,52 @@ def _key(message: Received) -> tuple[bytes, int] | None:
     return (name, int(number)) if name.startswith(b"s.") else None
 
 
-class ReadIndex:
-    """Makes reads wait until the mirror has what the engine had when they came (Raft, section 6.4)."""
+class MirroredStore:
+    """What a store answers from its mirror. Thread-safe."""
 
-    def __init__(self, mirror: Mirror, requests: Requests, stream: Stream) -> None:
-        self._mirror, self._requests = mirror, requests
-        self._subject = stream.facts_prefix + b"index"
-        self._readers: list[tuple[Callable[[Exception | None], None], float]] = []
-        self._wanted = asyncio.Event()
+    mirror: Mirror
 
-    def add(self, call: Callable[[Exception | None], None]) -> None:
-        """Call this once the mirror is up to date, or with an error."""
-        self._readers.append((call, time.monotonic() + READ_SECONDS))
-        self._wanted.set()
+    @property
+    def epoch(self) -> str:
+        return self.mirror.epoch
 
-    async def run(self) -> None:
-        """Serve reads until this is cancelled."""
-        while True:
-            await self._wanted.wait()
-            readers, self._readers = self._readers, []
-            self._wanted.clear()
-            # One question serves all who came before it is asked.
-            mirrored = self._mirror.store.last_id()
-            last_id = await self._ask()
-            if last_id is not None and last_id < mirrored:
-                # Either of a leader that does not know yet what it has, or of a new stream.
-                last_id = None
-            if last_id is not None and await self._reached(last_id):
-                for call, _ in readers:
-                    call(None)
-            else:
-                self._put_back(readers)
-                if last_id is None:
-                    await asyncio.sleep(INDEX_SECONDS)
+    @property
+    def run(self) -> str:
+        return self.mirror.epoch
 
-    def _put_back(self, readers: list[tuple[Callable[[Exception | None], None], float]]) -> None:
-        now = time.monotonic()
-        for call, until in readers:
-            if until <= now:
-                call(StoreFailed(_NO_RESPONSE))
-        self._readers = [reader for reader in readers if reader[1] > now] + self._readers
-        if self._readers:
-            self._wanted.set()
+    @property
+    def lost_ids(self) -> list[int]:
+        return []
 
-    async def _ask(self) -> int | None:
-        """Return the id of the engine's last message; None if it does not answer."""
-        ack = await self._requests.ask(lambda reply: encode_publish(self._subject, b"", reply, _ASK_LAST_ID), 1.0)
-        if ack is None or ack.code != WRONG_SEQUENCE:
-            return None
-        digits = ack.text.rpartition(" ")[2]
-        return int(digits) if digits.isdigit() else None
+    def expire(self) -> int:
+        return self.mirror.store.expire()
 
-    async def _reached(self, last_id: int) -> bool:
-        """Wait until the mirror has this message; False if it takes too long."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(INDEX_SECONDS):
-                while not (self._mirror.ready and self._mirror.store.last_id() >= last_id):
-                    self._mirror.applied.clear()
-                    await self._mirror.applied.wait()
-                return True
-        return False
+    def topics(self, after: bytes, count: int) -> list[TopicStats]:
+        return self.mirror.store.topics(after, count)
+
+    def stats(self, topic: bytes, after: int = 0) -> TopicStats:
+        return self.mirror.store.stats(topic, after)
+
+    def totals(self) -> Totals:
+        return self.mirror.store.totals()
+
+    def full(self) -> set[str]:
+        return self.mirror.store.full()
+
+    def last_numbers(self) -> dict[bytes, int]:
+        return self.mirror.store.last_numbers()
+
+    def last_number(self, topic: bytes) -> int:
+        return self.mirror.store.last_number(topic)
+
+    def largest_topics(self, count: int) -> list[bytes]:
+        return self.mirror.store.largest_topics(count)
+
+    def last_id(self) -> int:
+        return self.mirror.store.last_id()
+
+    def check_producer(self, producer: bytes) -> None:
+        self.mirror.store.check_producer(producer)
+
+    def flush(self) -> None:
+        self.mirror.store.flush()

@@ -25,6 +25,8 @@ ATTEMPT_SECONDS, PUT_SECONDS = 1.0, 20.0
 _PAUSE_SECONDS = 0.1
 # "The message id is in process": the outcome of an earlier attempt is not known yet.
 _IN_PROCESS = 10158
+# "The batch contains a message id that is known."
+_REPEATED = 10201
 
 _logger = logging.getLogger(__name__)
 
@@ -118,16 +120,37 @@ class Publisher:
     async def _publish(self, messages: list[_Publish], until: float, *, together: bool) -> list[Outcome]:
         is_sent = False
         if len(messages) > 1:
+            if together:
+                return await self._publish_together(messages, until)
             ack = await self._ask_batch(messages)
             if ack is not None and ack.is_batch:
-                self.last_id = max(self.last_id, ack.id)
-                return list(range(ack.id - len(messages) + 1, ack.id + 1))
-            if together:
-                return [_unsure() if ack is None else _refusal(ack)] * len(messages)
+                return self._ids(messages, ack)
             # Repeated puts make the engine refuse a batch; so does a lack of room.
             self.split += 1
             is_sent = ack is None
         return [await self._publish_one(message, until, is_sent=is_sent) for message in messages]
+
+    async def _publish_together(self, messages: list[_Publish], until: float) -> list[Outcome]:
+        """Publish a batch until there is an outcome, which is the same for all."""
+        is_sent = False
+        while time.monotonic() < until:
+            ack = await self._ask_batch(messages)
+            if ack is not None and ack.is_batch:
+                return self._ids(messages, ack)
+            if is_sent and ack is not None and ack.code == _REPEATED:
+                # An earlier attempt has stored it.
+                return [await self._publish_one(message, until, is_sent=True) for message in messages]
+            if ack is not None and ack.code not in (0, _IN_PROCESS) and not is_sent:
+                return [_refusal(ack)] * len(messages)
+            is_sent = is_sent or ack is None
+            self.retries += 1
+            await asyncio.sleep(_PAUSE_SECONDS)
+        return [_unsure() if is_sent else StoreFailed("the engine does not answer")] * len(messages)
+
+    def _ids(self, messages: list[_Publish], ack: Ack) -> list[Outcome]:
+        """Return the ids of the messages of a batch, of which the engine has told the last."""
+        self.last_id = max(self.last_id, ack.id)
+        return list(range(ack.id - len(messages) + 1, ack.id + 1))
 
     async def _ask_batch(self, messages: list[_Publish]) -> Ack | None:
         name = secrets.token_hex(8).encode()

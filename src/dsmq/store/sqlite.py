@@ -10,11 +10,9 @@ Ids are assigned here, because SQLite would reuse the id of the newest row after
 
 from __future__ import annotations
 
-import math
 import secrets
 import sqlite3
 import sys
-import threading
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,11 +20,12 @@ from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 
-from dsmq.errors import BadRequest, Full, ReplyError
+from dsmq.errors import Full, ReplyError
 from dsmq.store.api import (
     MEMORY,
     MESSAGE_OVERHEAD_BYTES,
     Limits,
+    LocalStore,
     Message,
     Mirrored,
     Outcome,
@@ -56,14 +55,8 @@ def monotonic_ms() -> int:
     return (time.monotonic_ns() if BOOT_CLOCK is None else time.clock_gettime_ns(BOOT_CLOCK)) // 1_000_000
 
 
-class SQLiteStore:
+class SQLiteStore(LocalStore):
     """A store in this process. Thread-safe."""
-
-    thread: threading.Thread | None = None
-    due_at = math.inf
-    is_shared = False
-    max_message_bytes = sys.maxsize
-    unready_reason = ""
 
     def __init__(self, max_age_ms: int, clock: Callable[[], int] = monotonic_ms, limits: Limits | None = None) -> None:
         self.max_age_ms = max_age_ms
@@ -112,8 +105,6 @@ class SQLiteStore:
                 limits.check_limit("max_topics", len(names))
                 topics.add(names)
             return self._add(puts, self._clock())
-
-    append_together = append
 
     def _new_puts(self, puts: Sequence[Put]) -> Iterator[Put]:
         """Iterate over the puts that have not been stored before."""
@@ -175,53 +166,6 @@ class SQLiteStore:
         self._buffer.clear(self._last_id, self._topics.last_row)
         self._topics.count_pages(self._database.page_bytes)
 
-    # Mirrors of a log that assigns the ids
-
-    def check(self, puts: Sequence[Put]) -> list[int | None]:
-        """Return the ids of puts that are stored already. Raises Full or Forgotten as `append` does."""
-        with self._database:
-            self._deduplicator.check(puts)
-            self._limits.check(self._new_puts(puts))
-            names = {put[0] for put in puts if put[0] not in self._topics.by_name}
-            if names:
-                self._limits.check_limit("max_topics", len(names))
-            return [None if put[2] is None else self._deduplicator.find(put[2]) for put in puts]
-
-    def apply(self, messages: Sequence[Mirrored], last_id: int) -> None:
-        """Store the next messages of a log, but not repetitions; `last_id` is the highest id so far."""
-        with self._database:
-            topics = self._topics
-            if self._buffer.messages >= MAX_BUFFERED_MESSAGES or self._buffer.bytes >= MAX_BUFFERED_BYTES:
-                # The log must be followed even without memory to write it.
-                with suppress(ReplyError, sqlite3.Error, MemoryError):
-                    self._flush()
-            now = self._clock()
-            for message_id, put, age_ms in messages:
-                if self._deduplicator.is_forgotten(put[2]):
-                    # It is a late repetition, as all new puts have higher numbers.
-                    continue
-                if put[0] not in topics.by_name:
-                    topics.add([put[0]])
-                # Times never decrease, because expiry relies on it.
-                self._last_put_at = max(self._last_put_at, now - age_ms)
-                self._last_id = message_id - 1
-                self._add([put], self._last_put_at)
-            self._last_id = last_id
-
-    def renumber(self, numbers: Mapping[bytes, int]) -> None:
-        """Change the numbers of messages so that the topics' last ones have these. Raises StoreFailed or Full."""
-        with self._database:
-            self._flush()
-            shifts = []
-            for name, number in numbers.items():
-                topic = self._topics.by_name.get(name)
-                if topic is None:
-                    self._topics.empty[name] = number, 0
-                elif shift := number - topic.last_number:
-                    topic.renumber(shift)
-                    shifts.append((shift, topic.row))
-            self._database.renumber(shifts)
-
     # Reads
 
     def read(self, topic: bytes, after: int, count: int, max_bytes: int, wait_ms: int = 0) -> list[Message]:  # noqa: ARG002 - it is always up to date
@@ -274,14 +218,7 @@ class SQLiteStore:
         # If it is the topic's last message, unpack no other message of its row.
         return self._database.newest_below(topic.row, topic.last_id - 1 if below > topic.last_id else 0, below)
 
-    def check_id(self, after: int) -> None:
-        if after > self._last_id:
-            raise BadRequest(f"no message has an id above {self._last_id} yet; was the server restarted since?")
-
     def last_id(self) -> int:
-        return self._last_id
-
-    def start_id(self) -> int:
         return self._last_id
 
     # Expiry
@@ -353,20 +290,11 @@ class SQLiteStore:
     def timings(self) -> dict[str, Timing]:
         return self._database.timings.copy()
 
-    def engine(self) -> None:
-        """There is none: the database is the store."""
-
     def last_numbers(self) -> dict[bytes, int]:
         return self._topics.last_numbers()
 
     def last_number(self, topic: bytes) -> int:
         return self._topics.find(topic).last_number
-
-    def all_numbers(self) -> tuple[int, dict[bytes, int]]:
-        """Return the last id, and as of it the number of the last message of each topic, including empty ones."""
-        with self._database:
-            empty = {name: number for name, (number, _) in self._topics.empty.items()}
-            return self._last_id, empty | self._topics.last_numbers()
 
     def largest_topics(self, count: int) -> list[bytes]:
         return self._topics.largest(count)
@@ -425,11 +353,60 @@ class SQLiteStore:
         self._lost.add(Lost(self._last_id, last_id, numbers))
         self.run, self._last_id = secrets.token_hex(8), last_id
 
-    def start(self, on_messages: Callable[[set[bytes]], None], on_unusable: Callable[[str], None]) -> None:
-        """It needs no thread: `append` answers at once."""
-
-    def wait(self, _seconds: float) -> bool:
-        return True
-
     def close(self) -> None:
         self._database.close()
+
+
+class MirrorStore(SQLiteStore):
+    """Stores the messages of a log, in its order and under its ids. Thread-safe."""
+
+    def check(self, puts: Sequence[Put]) -> list[int | None]:
+        """Return the ids of puts that are stored already. Raises Full or Forgotten as `append` does."""
+        with self._database:
+            self._deduplicator.check(puts)
+            self._limits.check(self._new_puts(puts))
+            names = {put[0] for put in puts if put[0] not in self._topics.by_name}
+            if names:
+                self._limits.check_limit("max_topics", len(names))
+            return [None if put[2] is None else self._deduplicator.find(put[2]) for put in puts]
+
+    def apply(self, messages: Sequence[Mirrored], last_id: int) -> None:
+        """Store the next messages of a log, but not repetitions; `last_id` is the highest id so far."""
+        with self._database:
+            topics = self._topics
+            if self._buffer.messages >= MAX_BUFFERED_MESSAGES or self._buffer.bytes >= MAX_BUFFERED_BYTES:
+                # The log must be followed even without memory to write it.
+                with suppress(ReplyError, sqlite3.Error, MemoryError):
+                    self._flush()
+            now = self._clock()
+            for message_id, put, age_ms in messages:
+                if self._deduplicator.is_forgotten(put[2]):
+                    # It is a late repetition, as all new puts have higher numbers.
+                    continue
+                if put[0] not in topics.by_name:
+                    topics.add([put[0]])
+                # Times never decrease, because expiry relies on it.
+                self._last_put_at = max(self._last_put_at, now - age_ms)
+                self._last_id = message_id - 1
+                self._add([put], self._last_put_at)
+            self._last_id = last_id
+
+    def renumber(self, numbers: Mapping[bytes, int]) -> None:
+        """Change the numbers of messages so that the topics' last ones have these. Raises StoreFailed or Full."""
+        with self._database:
+            self._flush()
+            shifts = []
+            for name, number in numbers.items():
+                topic = self._topics.by_name.get(name)
+                if topic is None:
+                    self._topics.empty[name] = number, 0
+                elif shift := number - topic.last_number:
+                    topic.renumber(shift)
+                    shifts.append((shift, topic.row))
+            self._database.renumber(shifts)
+
+    def all_numbers(self) -> tuple[int, dict[bytes, int]]:
+        """Return the last id, and as of it the number of the last message of each topic, including empty ones."""
+        with self._database:
+            empty = {name: number for name, (number, _) in self._topics.empty.items()}
+            return self._last_id, empty | self._topics.last_numbers()
