@@ -178,11 +178,12 @@ class Server:
         with ExitStack() as undo:
             undo.callback(self.stop)
             _servers.add(self)
-            self._listen_for_http()
             if not self._open_store():
                 undo.pop_all()
                 return
             self._listen()
+            if not self._http_endpoints:
+                self._listen_for_http()
             if self._snapshotter:
                 # Clients that connect meanwhile wait in the listen queue.
                 self._snapshotter.open()
@@ -222,6 +223,7 @@ class Server:
         self._store.start(partial(_wake_readers, self._workers), partial(_disconnect_clients, self._workers))
         if self._store.wait(0.0):
             return True
+        self._listen_for_http()
         start(self._http_endpoints)
         return await_store(self._store, lambda: self.status.stopping, self._systemd.notify)
 

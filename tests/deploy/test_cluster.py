@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
+import signal
 import ssl
 import subprocess
+import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from conftest import ROOT, SOON, tool
+from conftest import ROOT, SOON, tool, wait_until
 from dsmq import settings as config
+from dsmq.client import DSMQClientSideConnection
 from dsmq.store.nats import HEADER_BYTES
 from dsmq.wire.addresses import parse_store
 from engine import binary, free_ports
@@ -30,6 +35,9 @@ DSMQ = {name: service for name, service in SERVICES.items() if name.startswith("
 CONF = (HERE / "nats.conf").read_text()
 UNIT = (HERE / "systemd/nats-server.service").read_text()
 DROP_IN = (HERE / "systemd/store.conf").read_text()
+
+
+RELOADED = "Reloaded server configuration"
 
 
 @pytest.fixture(scope="module")
@@ -63,19 +71,43 @@ def adapted(folder: Path, secrets: Path, ports: list[int], at: int) -> Path:
     return file
 
 
-@pytest.fixture(scope="module")
-def nodes(secrets: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[int]]:
-    """Three nodes with the shipped configuration; their ports."""
-    folder = tmp_path_factory.mktemp("nodes")
-    ports = free_ports(9)
+class Cluster:
+    """Three nodes with the shipped configuration."""
+
+    def __init__(self, folder: Path, secrets: Path, stack: ExitStack) -> None:
+        self._stack = stack
+        ports = free_ports(9)
+        self.files = [adapted(folder / str(at), secrets, ports, at) for at in range(3)]
+        self.nodes = [self.start(at) for at in range(3)]
+        self._http_ports = ports[1::3]
+        self.store = "tls://" + ",".join(f"{HOST}:{port}" for port in ports[::3])
+
+    def start(self, at: int) -> subprocess.Popen[bytes]:
+        words = [binary(), "-c", self.files[at], "--log", self.files[at].with_name("log")]
+        env = os.environ | {"NATS_NAME": f"nats-{at + 1}"}
+        node = subprocess.Popen(words, stdin=subprocess.DEVNULL, env=env)
+        self._stack.enter_context(node)
+        self._stack.callback(node.kill)
+        return node
+
+    def is_healthy(self) -> bool:
+        """Return whether all nodes have all messages."""
+        try:
+            for port in self._http_ports:
+                with urllib.request.urlopen(f"http://{HOST}:{port}/healthz", timeout=SOON) as answer:
+                    answer.read()
+        except OSError:
+            return False
+        return True
+
+    def log(self) -> str:
+        return "".join(file.with_name("log").read_text() for file in self.files)
+
+
+@pytest.fixture
+def cluster(secrets: Path, tmp_path: Path) -> Iterator[Cluster]:
     with ExitStack() as stack:
-        for at in range(3):
-            file = adapted(folder / str(at), secrets, ports, at)
-            words = [binary(), "-c", file, "--log", file.with_name("log")]
-            node = subprocess.Popen(words, stdin=subprocess.DEVNULL, env=os.environ | {"NATS_NAME": f"nats-{at + 1}"})
-            stack.enter_context(node)
-            stack.callback(node.kill)
-        yield ports[::3]
+        yield Cluster(tmp_path, secrets, stack)
 
 
 def test_nats_accepts_the_configuration(secrets: Path, tmp_path: Path) -> None:
@@ -94,22 +126,88 @@ def test_nats_accepts_the_configuration(secrets: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_servers_share_messages_over_nodes_with_tls_and_accounts(nodes: list[int], secrets: Path) -> None:
-    settings = server_settings(secrets) | {"store": "tls://" + ",".join(f"{HOST}:{port}" for port in nodes)}
-    token = (secrets / "dsmq-token").read_text().strip()
+def test_servers_share_messages_over_nodes_with_tls_and_accounts(cluster: Cluster, secrets: Path) -> None:
     with ExitStack() as stack:
-        servers = [Daemon(**settings) for _ in range(2)]
-        for server in servers:
-            stack.callback(server.close)
-        one, other = (stack.enter_context(server.client(token=token)) for server in servers)
+        one, other = (client(cluster, secrets, stack)[1] for _ in range(2))
         message = "x" * config.Settings().max_message_bytes
         one.put("greetings", message)
         assert other.get("greetings") == message
-    # Nodes accept only nodes with a certificate of the cluster's authority: all three have found each other.
-    logs = [file.read_text() for file in (secrets / ".." / "..").resolve().glob("nodes*/*/log")]
-    assert not [
-        line for log in logs for line in log.splitlines() if re.search(r"\[(ERR|FTL)\].*(TLS|certificate)", line)
-    ]
+    # All nodes have found each other, with certificates of the cluster's authority.
+    assert not re.search(r"\[(ERR|FTL)\].*(TLS|certificate)", cluster.log())
+
+
+@pytest.mark.slow
+def test_node_is_replaced_by_an_empty_one(cluster: Cluster, secrets: Path) -> None:
+    with ExitStack() as stack:
+        _, mq = client(cluster, secrets, stack)
+        mq.put("greetings", "1")
+        for at in (0, 1, 2):
+            cluster.nodes[at].kill()
+            cluster.nodes[at].wait()
+            shutil.rmtree(cluster.files[at].with_name("data"))
+            mq.put("greetings", "while a node is away")
+            cluster.nodes[at] = cluster.start(at)
+            wait_until(cluster.is_healthy)
+        # No node has been there from the start, but the messages have.
+        _, later = client(cluster, secrets, stack)
+        later.seek("greetings", 0)
+        assert later.get_many("greetings", 10) == ["1", *["while a node is away"] * 3]
+
+
+@pytest.mark.slow
+def test_password_is_changed_without_interruption(cluster: Cluster, secrets: Path) -> None:
+    (secrets / "new-password").write_text("another-password\n")
+    user = "{ user: dsmq, password: $DSMQ_PASSWORD }"
+    new = "{ user: dsmq2, password: another-password }"
+    with ExitStack() as stack:
+        old_server, mq = client(cluster, secrets, stack)
+        mq.put("greetings", "1")
+        reload(cluster, user, f"{user}, {new}")
+        mq.put("greetings", "2")
+        changed = {"store_user": "dsmq2", "store_password_file": str(secrets / "new-password")}
+        _, other = client(cluster, secrets, stack, **changed)
+        for file in cluster.files:
+            # A variable that is not used is an error.
+            passwords = file.with_name("passwords.conf")
+            passwords.write_text(re.sub("(?m)^DSMQ_PASSWORD.*", "", passwords.read_text()))
+        reload(cluster, f"{user}, {new}", new)
+        other.seek("greetings", 0)
+        other.put("greetings", "3")
+        assert other.get_many("greetings", 10) == ["1", "2", "3"]
+        old_server.wait_for_line("lost the connection to NATS server nats-.: Authorization Violation")
+        # If that was too early, the server recovers.
+        for file in cluster.files:
+            shutil.copy(secrets / "passwords.conf", file.with_name("passwords.conf"))
+        reload(cluster, new, f"{user}, {new}")
+        mq.put("greetings", "4")
+        assert [other.get_wait("greetings"), mq.get_latest("greetings")] == ["4", "4"]
+        # All that it logs is a line of JSON.
+        for line in old_server.log().splitlines():
+            json.loads(line)
+
+
+def reload(cluster: Cluster, before: str, after: str) -> None:
+    """Change the configuration of all nodes."""
+    for node, file in zip(cluster.nodes, cluster.files, strict=True):
+        assert before in file.read_text()
+        done = file.with_name("log").read_text().count(RELOADED)
+        file.write_text(file.read_text().replace(before, after))
+        node.send_signal(signal.SIGHUP)
+        wait_until(partial(has_reloaded, file.with_name("log"), done + 1))
+
+
+def has_reloaded(log: Path, times: int) -> bool:
+    text = log.read_text()
+    assert "Failed to reload" not in text
+    return text.count(RELOADED) >= times
+
+
+def client(cluster: Cluster, secrets: Path, stack: ExitStack, **others: str) -> tuple[Daemon, DSMQClientSideConnection]:
+    """Return a new server with the settings of the Compose file, and a client of it."""
+    server = Daemon(**(server_settings(secrets) | {"store": cluster.store} | others))
+    stack.callback(server.close)
+    token = (secrets / "dsmq-token").read_text().strip()
+    return server, stack.enter_context(server.client(token=token))
 
 
 def server_settings(secrets: Path) -> dict[str, str]:

@@ -17,6 +17,7 @@ import pytest
 from box import SUITES, Box, NotHere, Tree, boot, why_not
 
 from conftest import ROOT, SOON
+from engine import binary
 
 pytestmark = [
     pytest.mark.deploy,
@@ -162,7 +163,7 @@ def provide(box: Box, packages: Path) -> None:
     fetched = subprocess.run(
         [
             *(sys.executable, "-m", "pip", "download", "--quiet", f"--dest={packages}", "--only-binary=:all:"),
-            *(f"--python-version={version}", "--implementation=cp", *platforms, *wanted, build[1]),
+            *(f"--python-version={version}", "--implementation=cp", *platforms, *wanted, "nats-py", build[1]),
         ],
         check=False,
         stdin=subprocess.DEVNULL,
@@ -634,10 +635,52 @@ def test_service_without_socket_units_has_network(box: Box) -> None:
             box.shell("rm /etc/systemd/system/dsmq.service.d/test.conf; systemctl daemon-reload")
             journal = Journal(box)
             assert box.try_run("systemctl", "start", "dsmq.service").returncode
-            assert journal.priority("dsmq: cannot listen on 127.0.0.1:31008: Address family not supported")
+            assert journal.priority(r"dsmq: cannot listen on 127\.0\.0\.1:3100[89]: Address family not supported")
             box.run("systemctl", "stop", "dsmq.service")
     finally:
         box.shell("mv /away/* /etc/systemd/system/; rmdir /away; rm -f /etc/systemd/system/dsmq.service.d/test.conf")
+        stop(box)
+
+
+# In front of NATS
+
+
+def test_service_stores_messages_in_nats(box: Box) -> None:
+    stop(box)
+    token = box.run("cat", TOKEN)
+    away = "mv /etc/systemd/system/dsmq.socket /etc/systemd/system/dsmq-http.socket"
+    box.shell(f"systemctl stop {' '.join(UNITS)}; mkdir /away; {away} /away; systemctl daemon-reload")
+    try:
+        box.shell(source() + "/opt/dsmq/bin/pip install --quiet '.[nats]'")
+        shutil.copy2(binary(), box.root / "usr/local/bin/nats-server")
+        box.shell("echo 127.0.0.1 nats-1 >>/etc/hosts; /source/deploy/cluster/secrets.sh nats-1")
+        # One node in place of three.
+        cluster = box.root / "source/deploy/cluster"
+        for name, pattern, new in (
+            ("nats.conf", r"(?ms)^cluster \{.*?^\}\n", ""),
+            ("systemd/store.conf", ",nats-2:4222,nats-3:4222", "\nEnvironment=DSMQ_STORE_REPLICAS=1"),
+        ):
+            text, count = re.subn(pattern, new, (cluster / name).read_text())
+            assert count == 1
+            (cluster / name).write_text(text)
+        (block,) = re.findall(r"(?ms)^```bash\n(useradd .*?)^```", (cluster / "README.md").read_text())
+        box.shell("cd /source/deploy/cluster\n" + block)
+        assert box.run("cat", TOKEN) == box.run("cat", "/source/deploy/cluster/secrets/dsmq-token")
+        python(box, 'with connect(token=token) as mq:\n mq.put("kept", "in NATS")')
+        assert box.run("systemctl", "is-active", "nats-server.service", "dsmq.service").split() == ["active"] * 2
+        for restart in ("restart dsmq", "kill --signal=KILL nats-server", "reload nats-server", "restart nats-server"):
+            box.shell(f"systemctl {restart}")
+            script = 'with connect(token=token) as mq:\n mq.put("a", "b")\n mq.seek("kept", 0)\n say(mq.get("kept"))'
+            assert python(box, script) == "in NATS"
+        user = box.run("stat", "--format=%U", "/etc/nats/node.key", "/var/lib/nats")
+        assert user.split() == ["root", "nats"]
+    finally:
+        box.shell(
+            "systemctl disable --now nats-server dsmq; userdel nats; rm -r /etc/nats /var/lib/nats /etc/dsmq/store"
+        )
+        box.shell("cd /etc/systemd/system; rm -r dsmq.service.d nats-server.service; mv /away/* .; rmdir /away")
+        box.shell("systemctl daemon-reload; systemctl enable --now dsmq.socket")
+        box.write(TOKEN, token + "\n")
         stop(box)
 
 

@@ -20,7 +20,7 @@ from dsmq.store.api import Answer, Limits, Message, Mirrored, Put
 from dsmq.store.nats import NATSStore
 from dsmq.store.nats_connection import Credentials
 from dsmq.store.nats_stream import MIN_VERSION, encode_token
-from dsmq.store.sqlite import SQLiteStore
+from dsmq.store.sqlite import MirrorStore
 from engine import Engine, engine
 from helpers import HOST, SOON, UNIT, reached, wait_until
 
@@ -230,7 +230,7 @@ def test_message_that_the_engine_has_twice_is_mirrored_once(
 
 
 def test_late_repetition_of_a_forgotten_put_is_not_mirrored() -> None:
-    store = SQLiteStore(MAX_AGE_MS)
+    store = MirrorStore(MAX_AGE_MS)
     store.apply([Mirrored(number, keyed(b"t", b"x", number), 0) for number in range(1, 3_001)], 3_000)
     store.apply([Mirrored(3_001, keyed(b"t", b"x", 1), 0)], 3_001)
     assert (store.last_id(), store.totals().messages) == (3_001, 3_000)

@@ -84,6 +84,11 @@ def decode_token(token: bytes) -> bytes:
     return unquote_to_bytes(token)
 
 
+def _is_useful(record: logging.LogRecord) -> bool:
+    """Return False for a warning that asyncio gives about the official client whenever a TLS connection ends."""
+    return not str(record.msg).startswith("returning true from eof_received()")
+
+
 class Stream:
     """The stream as one server uses it. Its methods raise EngineError."""
 
@@ -104,6 +109,8 @@ class Stream:
     async def connect(self, servers: Sequence[Server], credentials: Credentials, tls: SSLContext | None) -> None:
         """Connect, now and again whenever the connection breaks. Returns when it is connected."""
         options = {"user": credentials.user, "password": credentials.password, "token": credentials.token}
+
+        logging.getLogger("asyncio").addFilter(_is_useful)
 
         async def ignore(_: Exception) -> None:
             """Errors are raised by the requests; without this, the client prints them."""
