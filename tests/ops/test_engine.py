@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -21,12 +20,15 @@ import pytest
 from http_clients import Answer
 from prometheus_client.parser import text_string_to_metric_families
 
-from conftest import ROOT, SOON, Wire, reached, scrape, serving, wait_until, wire_to
+from conftest import ROOT, SOON, UNIT, Wire, reached, scrape, serving, wait_until, wire_to
 from dsmq import settings as config
 from dsmq.client import connect
 from dsmq.server import Server
 from dsmq.store import nats_mirror
 from dsmq.store.nats import NATSStore
+from dsmq.store.nats_stream import EngineError
+from dsmq.store.sqlite import SQLiteStore
+from dsmq.system import boot_time
 from engine import Engine, engine
 
 PREFIXES = ("dsmq_engine_", "dsmq_mirror_")
@@ -41,12 +43,16 @@ def metric(server: Server, name: str) -> float:
     return scrape(server)[f"dsmq_{name}"]
 
 
-@contextmanager
-def serving_from(nodes: Engine, **settings: object) -> Iterator[Server]:
-    """Run a server in this process in front of NATS servers."""
+def new_server(nodes: Engine, **settings: object) -> Server:
+    """Return a server in front of NATS servers."""
     servers = ",".join(f"{host}:{port}" for host, port in nodes.servers)
     given = {"port": 0, "http_port": 0, "store": f"nats://{servers}", "store_replicas": len(nodes.nodes), **settings}
-    with Server(config.load(kind=config.EmbeddedSettings, **given)) as server:
+    return Server(config.load(kind=config.EmbeddedSettings, **given))
+
+
+@contextmanager
+def serving_from(nodes: Engine, **settings: object) -> Iterator[Server]:
+    with new_server(nodes, **settings) as server:
         yield server
 
 
@@ -178,11 +184,10 @@ def test_message_that_cannot_be_mirrored_is_counted_and_skipped(server: Server, 
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [1000.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    yield now
-    monkeypatch.undo()
+    monkeypatch.setattr(nats_mirror, "boot_time", lambda: now[0])
+    return now
 
 
 def test_lag_is_the_time_since_the_mirror_had_everything(clock: list[float]) -> None:
@@ -242,6 +247,19 @@ def test_loss_and_return_of_the_engine_are_seen_and_logged_once(
         assert not messages(caplog, logging.ERROR, "")
 
 
+def test_server_that_goes_to_another_node_shows_and_logs_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "dsmq")
+    with engine(tmp_path, 3) as running, serving_from(running) as server:
+        node_of = lambda: server.status.page()["engine"]["node"]  # noqa: E731
+        first = node_of()
+        caplog.clear()
+        next(node for node in running.nodes if node.name == first).kill()
+        wait_until(lambda: node_of() not in ("", first))
+        assert metric(server, "engine_connected") == 1
+        assert len(messages(caplog, logging.WARNING, f"lost the connection to NATS server {first}: ")) == 1
+        assert messages(caplog, logging.INFO, "connected to") == [f"connected to NATS server {node_of()}"]
+
+
 def test_put_that_has_to_be_retried_is_counted(tmp_path: Path) -> None:
     with engine(tmp_path, 1) as running, serving_from(running) as server, wire_to(server) as wire:
         [node] = running.nodes
@@ -276,30 +294,73 @@ def test_server_that_waits_for_its_engine_says_so_once(tmp_path: Path, caplog: p
     with engine(tmp_path, 3) as running:
         for node in running.nodes:
             node.kill()
-        begun: list[Server] = []
-        done = threading.Event()
-
-        def serve() -> None:
-            with serving_from(running) as server:
-                begun.append(server)
-                done.wait(SOON)
-
-        thread = threading.Thread(target=serve)
+        server = new_server(running)
+        thread = threading.Thread(target=server.start)
         thread.start()
         try:
             # All three are tried, again and again, and fail with different errors.
             assert reached(lambda: bool(messages(caplog, logging.WARNING, "waiting for a NATS server: ")))
             assert reached(lambda: bool(messages(caplog, logging.INFO, "waiting for the store: ")))
-            time.sleep(1.0)
+            starting, reason = readyz(server)["reasons"]
+            assert (starting, reason[:29]) == ("starting", "no connection to the engine: ")
+            found = shown(server)
+            assert (found["engine_connected"], found["mirror_ready"], metric(server, "ready")) == (0, 0, 0)
+            behind = found["mirror_lag_seconds"]
+            wait_until(lambda: metric(server, "mirror_lag_seconds") > behind + 1)
             assert len(messages(caplog, logging.WARNING, "")) == 1
-            assert len(messages(caplog, logging.INFO, "waiting for the store: ")) == 1
             for node in running.nodes:
                 node.start()
-            wait_until(lambda: bool(begun))
-            assert len(messages(caplog, logging.INFO, "connected to NATS server")) == 1
-        finally:
-            done.set()
             thread.join(SOON)
+            assert not thread.is_alive()
+            assert len(messages(caplog, logging.INFO, "connected to NATS server")) == 1
+            assert readyz(server)["reasons"] == []
+        finally:
+            server.stop()
+            thread.join(SOON)
+
+
+def test_reason_why_the_store_is_not_ready() -> None:
+    store = NATSStore([("127.0.0.1", 1)])
+    try:
+        assert store.unready_reason == "no connection to the engine: not connected yet"
+        store.connection.connected_at = boot_time()
+        assert store.unready_reason == "opening the stream"
+        store.mirror.lag.update(10, 3)
+        assert store.unready_reason == "mirroring the stream: 7 messages to go"
+        store.mirror.error = EngineError("no suitable peers for placement")
+        assert store.unready_reason == "not following the stream: no suitable peers for placement"
+        # It has all messages, and is about to make a consumer anew.
+        store.mirror.ready = True
+        assert store.unready_reason == ""
+    finally:
+        store.close()
+
+
+def healthz(server: Server) -> list[str]:
+    """Return the threads that /healthz names."""
+    stuck: list[str] = json.loads(Answer(server.http_port, "/healthz").text)["stuck_threads"]
+    return stuck
+
+
+def test_healthz_fails_if_the_thread_of_the_store_is_stuck(one_node: Engine, stream: str) -> None:
+    limits = {"max_stored_bytes": 10_000_000, "health_timeout_seconds": UNIT}
+    with serving_from(one_node, store_stream=stream, **limits) as server:
+        wait_until(lambda: healthz(server) == [])
+        release = threading.Event()
+        store_of(server)._loop.call_soon_threadsafe(release.wait, SOON)
+        wait_until(lambda: "dsmq-nats" in healthz(server))
+        release.set()
+        wait_until(lambda: healthz(server) == [])
+
+
+def test_healthz_fails_if_the_thread_of_the_store_has_died() -> None:
+    store = SQLiteStore(600_000)
+    store.thread = threading.Thread(target=bool, name="dsmq-dead")
+    with serving(store, http_port=0) as server:
+        assert healthz(server) == []
+        store.thread.start()
+        store.thread.join()
+        assert healthz(server) == ["dsmq-dead"]
 
 
 # INFO and the page

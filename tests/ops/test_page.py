@@ -13,12 +13,14 @@ from urllib.parse import urlsplit
 import pytest
 import trustme
 
-from conftest import ROOT, SOON, serving, tool, wire_to
+from conftest import HOST, ROOT, SOON, serving, tool, wire_to
 from dsmq import __version__
+from dsmq import settings as config
 from dsmq.client import DSMQClientSideConnection as Client
 from dsmq.client import connect
 from dsmq.errors import Full
 from dsmq.server import Server
+from engine import engine
 
 pytestmark = pytest.mark.browser
 
@@ -312,6 +314,30 @@ def test_page_highlights_full_server(browser: Browser) -> None:
         expect(page.locator("#stored-messages-note")).to_have_text("Full: 100% of 20")
         expect(page.get_by_role("meter", name="Stored messages")).to_have_attribute("aria-valuenow", "20")
         expect(page.locator("#total-puts_refused")).to_have_text("1 +1 recently")
+
+
+def test_page_shows_engine_only_if_there_is_one(browser: Browser, server: Server, tmp_path: Path) -> None:
+    with reading(browser, server) as page:
+        expect(page.locator("#state")).to_have_text("Ready")
+        expect(page.locator("#engine")).to_be_hidden()
+    with engine(tmp_path, 1) as nodes:
+        [node] = nodes.nodes
+        given = {"port": 0, "http_port": 0, "store": f"nats://{HOST}:{node.port}", "store_replicas": 1}
+        with (
+            Server(config.load(kind=config.EmbeddedSettings, **given)) as other,
+            reading(browser, other) as page,
+        ):
+            line = page.locator("#engine")
+            expect(line).to_have_text(f"NATS stream dsmq · connected to {node.name} · mirror up to date")
+            expect(line).to_have_class("card ")
+            node.kill()
+            expect(line).to_have_text(re.compile(r"^NATS stream dsmq · not connected · mirror \d+\ss behind$"))
+            expect(line).to_have_class("card bad")
+            expect(page.locator("#state")).to_have_text("Not ready")
+            expect(page.locator("#reasons")).to_contain_text("no connection to the engine: ")
+            node.start()
+            expect(line).to_have_text(f"NATS stream dsmq · connected to {node.name} · mirror up to date")
+            expect(page.locator("#state")).to_have_text("Ready")
 
 
 def test_page_reports_lost_server_and_recovers(browser: Browser) -> None:

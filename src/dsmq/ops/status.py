@@ -89,15 +89,14 @@ class Status:
     def stuck_threads(self) -> list[str]:
         """Return the names of threads that are dead, or have been unresponsive for health_timeout_seconds."""
         latest = time.monotonic() - self.context.settings.health_timeout_seconds
-        names = [
-            part.thread.name
-            for part in (*self._workers, self._expiry, self._snapshotter)
+        parts = [(part.thread, part.due_at) for part in (*self._workers, self._expiry, self._snapshotter) if part]
+        store = self.context.store
+        return [
+            thread.name
+            for thread, due_at in (*parts, (store.thread, store.due_at))
             # While the server stops, its threads end one by one.
-            if part and part.thread.ident and (part.due_at < latest if part.thread.is_alive() else not self.stopping)
+            if thread and thread.ident and (due_at < latest if thread.is_alive() else not self.stopping)
         ]
-        thread = self.context.store.thread
-        is_dead = thread is not None and thread.ident and not (thread.is_alive() or self.stopping)
-        return [*names, thread.name] if thread and is_dead else names
 
     def not_ready_reasons(self) -> list[str]:
         """Return why the server does not accept clients or puts; empty if it does."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
@@ -150,6 +151,10 @@ class Store(Protocol):
         """The store's own thread, if it has one."""
 
     @property
+    def due_at(self) -> float:
+        """When that thread is expected to respond next, by the monotonic clock."""
+
+    @property
     def max_message_bytes(self) -> int:
         """The longest message it can store."""
 
@@ -247,6 +252,7 @@ class LocalStore:
     is_shared = False
     max_message_bytes = sys.maxsize
     thread: Thread | None = None
+    due_at = math.inf
     unready_reason = ""
 
     def append_together(self: Store, puts: Sequence[Put]) -> Answer[list[Outcome]]:

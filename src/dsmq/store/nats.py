@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -72,6 +74,7 @@ class NATSStore(MirroredStore):
         self._tasks: set[asyncio.Task[None]] = set()
         self._work: list[asyncio.Task[None]] = []
         self._is_closing = False
+        self.due_at = math.inf
         self._is_lost = False
         self._on_unusable: Callable[[str], None]
         # They belong to the loop, which is not running yet.
@@ -174,6 +177,7 @@ class NATSStore(MirroredStore):
     async def _watch_connection(self) -> None:
         """If there is no engine, send clients to other servers."""
         while True:
+            self.due_at = time.monotonic() + WATCH_SECONDS
             await asyncio.sleep(WATCH_SECONDS)
             is_lost = self._is_disconnected
             if is_lost and not self._is_lost:

@@ -51,6 +51,8 @@ class _Delivery(NamedTuple):
     put_at: int
     """By the engine's clock, in milliseconds since 1970."""
     message: Received
+    later: bytes
+    """How many messages the stream had after it."""
 
 
 class Lag:
@@ -59,12 +61,12 @@ class Lag:
     def __init__(self) -> None:
         self._stream_id = self._mirrored_id = 0
         # When the mirror last had all messages, and when that will be: once it has this id.
-        self._complete_at = time.monotonic()
+        self._complete_at = boot_time()
         self._next: tuple[int, float] | None = None
 
     def update(self, stream_id: int, mirrored_id: int) -> None:
         """Compare the last id of the stream with the one of the mirror."""
-        now = time.monotonic()
+        now = boot_time()
         self._stream_id, self._mirrored_id = stream_id, mirrored_id
         if self._next is not None and mirrored_id >= self._next[0]:
             self._complete_at, self._next = self._next[1], None
@@ -79,7 +81,7 @@ class Lag:
 
     def seconds(self, *, is_followed: bool) -> float:
         """Return the time since the mirror last had all messages; 0 if it has, and follows the stream."""
-        return time.monotonic() - self._complete_at if self.messages or not is_followed else 0.0
+        return boot_time() - self._complete_at if self.messages or not is_followed else 0.0
 
 
 class Mirror:
@@ -123,7 +125,6 @@ class Mirror:
         self._sequence, self._pending, self._state = 0, _UNKNOWN, state
         self._heard_at = boot_time()
         self._lost: str | None = None
-        self._stream_id = state.last_id
         self.lag.update(state.last_id, self.store.last_id())
         # The engine's clock minus this machine's.
         self._clock_ahead_ms = state.now_ms - round(boot_time() * 1000)
@@ -253,15 +254,15 @@ class Mirror:
         # $JS.ACK.[domain.account hash.]stream.consumer.delivered.id.sequence.time.pending[.random]
         words = message.reply.split(b".")
         at = 5 if len(words) == 9 else 7
-        message_id, sequence, nanoseconds, pending = map(int, words[at : at + 4])
+        message_id, sequence, nanoseconds = map(int, words[at : at + 3])
         if sequence != self._sequence + 1:
             self._lost = f"its consumer skipped from {self._sequence} to {sequence}"
             return
-        self._sequence, self._stream_id = sequence, message_id + pending
-        if not pending:
+        self._sequence, later = sequence, words[at + 3]
+        if later == b"0":
             # Some of those that it had at first may have expired in the stream.
             self._pending = min(self._pending, sequence)
-        self._deliveries.append(_Delivery(message_id, nanoseconds // 1_000_000, message))
+        self._deliveries.append(_Delivery(message_id, nanoseconds // 1_000_000, message, later))
 
     def _on_status(self, status: int, message: Received) -> None:
         if status != _FLOW_CONTROL:
@@ -279,7 +280,8 @@ class Mirror:
         deliveries, self._deliveries = self._deliveries, []
         if deliveries and self._lost is None:
             topics = self._apply(deliveries)
-            self.lag.update(self._stream_id, self.store.last_id())
+            last = deliveries[-1]
+            self.lag.update(last.id + int(last.later), self.store.last_id())
             self.applied.set()
             if self.ready and topics:
                 self.on_messages(topics)
@@ -297,7 +299,7 @@ class Mirror:
         engine_now = round(boot_time() * 1000) + self._clock_ahead_ms
         messages, topics = [], set()
         last_id = self.store.last_id()
-        for sequence, (message_id, put_at, message) in enumerate(deliveries, first_sequence):
+        for sequence, (message_id, put_at, message, _) in enumerate(deliveries, first_sequence):
             if message_id <= last_id:
                 continue
             last_id = message_id
