@@ -190,6 +190,43 @@ def test_server_that_comes_back_is_resumed_at_its_position(client: Callable[...,
     assert mq.missed == 0
 
 
+def test_read_ahead_of_a_server_is_not_read_again_when_it_comes_back(
+    client: Callable[..., Both], tmp_path: Path
+) -> None:
+    snapshot = str(tmp_path / "first")
+    with ExitStack() as stack:
+        second = stack.enter_context(serving())
+        with serving(snapshot_file=snapshot) as first:
+            port = first.port
+            mq = client([f"{HOST}:{port}", address(second)])
+            for number in range(6):
+                mq.put("t", str(number))
+            assert mq.get("t") == "0"
+        # The second server answers, and what was read ahead from the first is still there.
+        assert mq.get("other") == ""
+        stack.enter_context(serving(port=port, snapshot_file=snapshot))
+        second.stop()
+        assert mq.get("other") == ""
+        assert [mq.get("t") for _ in range(6)] == ["1", "2", "3", "4", "5", ""]
+    assert mq.missed == 0
+
+
+def test_return_to_a_restarted_server_is_reported(client: Callable[..., Both], tmp_path: Path) -> None:
+    states: list[str] = []
+    settings = {"snapshot_file": str(tmp_path / "it"), "snapshot_interval_seconds": 1}
+    with serving() as second, daemon(**settings) as first:
+        mq = client([address(first), address(second)], on_state_change=states.append)
+        mq.put("t", "x")
+        wait_until((tmp_path / "it").exists)
+        first.process.kill()
+        first.process.wait()
+        mq.put("t", "y")
+        with daemon(**settings | {"port": first.port}):
+            second.stop()
+            mq.put("t", "z")
+    assert [state for state in states if state != "lost"] == ["replaced", "restarted"]
+
+
 def test_put_that_may_be_stored_at_another_server_is_not_repeated(client: Callable[..., Both]) -> None:
     with serving() as second, daemon() as first:
         mq = client([address(first), address(second)], timeout=10 * UNIT)

@@ -94,12 +94,15 @@ def _end_transaction(client: Connection, name: str) -> Transaction:
     return transaction
 
 
-def execute(client: Connection, _: list[bytes]) -> bytes | None:
+def execute(client: Connection, request: list[bytes]) -> bytes | None:
     """Store all puts of the transaction together, then run its requests one after another.
 
     The length of the reply is known, so it is sent in parts: each request runs like one that has just arrived, within
     the same limits on unread replies and on the time for which other clients wait.
     """
+    if client.start_id is None:
+        client.await_start(request)
+        return None
     transaction = _end_transaction(client, "EXEC")
     if transaction.aborted:
         raise Aborted("no request was run, because one since MULTI was refused")

@@ -53,7 +53,7 @@ def connect(
 
     host may name several servers, in a list or separated by commas, each with a port of its own if it needs one. If
     they share a store, the client uses any of them, and goes on at the next one when its server fails. If they don't,
-    the others are used only while the first is unreachable, and the client has a position of its own at each.
+    each connection is made to the first that can be reached, and the client has a position of its own at each.
 
     timeout=10.0: the connection counts as lost if nothing of an expected reply arrives for this many seconds, plus the
     time for which a call asks the server to wait. All addresses of a name are tried, a new one every 0.25 s. If nothing

@@ -53,7 +53,7 @@ def endpoints(host: object, port: object) -> tuple[Endpoint, ...]:
         hosts = [name] if name.startswith(UNIX) else [one.strip() for one in name.split(",")]
     if not hosts:
         raise ValueError("host should not be empty")
-    return tuple(_endpoint(one, port) for one in hosts)
+    return tuple(dict.fromkeys(_endpoint(one, port) for one in hosts))
 
 
 def _endpoint(address: str, default_port: int) -> Endpoint:

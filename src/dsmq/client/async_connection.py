@@ -238,6 +238,7 @@ async def connect(core: Core) -> tuple[Connection, State]:
 
     Raises OSError, or the error that a server replies with.
     """
+    core.begin()
     for left in reversed(range(len(core.endpoints))):
         endpoint = core.endpoint
         try:

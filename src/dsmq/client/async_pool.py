@@ -82,8 +82,9 @@ class Channel(Retryable):
 
     def _on_lost(self, connection: Connection) -> None:
         """Queue the unanswered calls again."""
-        self._core.move_on(connection.endpoint)
         self._was_idle = all(place.future.done() for place in connection.due)
+        if not self._was_idle:
+            self._core.move_on(connection.endpoint)
         if connection.has_answered or self._was_idle:
             self._retries.reset()
         # If sending was interrupted, a call may be in both.

@@ -90,6 +90,7 @@ class Core:
         self.endpoints = arguments.endpoints(host, port)
         self.endpoint = self.endpoints[0]
         """The server to connect to now."""
+        self._failed = self.endpoint
         self._has_chosen = len(self.endpoints) == 1
         self.tls = tls_context(options)
         token = options.get("token")
@@ -104,8 +105,14 @@ class Core:
         if self.is_closed:
             raise ClientClosed(about)
 
+    def begin(self) -> None:
+        """Begin to connect. Servers that share no store are tried in order each time, so that clients meet again."""
+        if len(self.endpoints) > 1 and not self.session.is_shared:
+            self.endpoint = self.endpoints[0]
+
     def move_on(self, endpoint: Endpoint) -> None:
         """Connect to the next server from now on, because this one has failed."""
+        self._failed = endpoint
         if endpoint is self.endpoint and len(self.endpoints) > 1:
             self.endpoint = self.endpoints[(self.endpoints.index(endpoint) + 1) % len(self.endpoints)]
 
@@ -118,7 +125,7 @@ class Core:
             return False
         self._has_chosen = True
         if not self.session.is_shared:
-            _logger.warning("the servers share no store: others than %s are used only if it fails", self.endpoint)
+            _logger.warning("the servers share no store: while %s can be reached, no other is used", self.endpoints[0])
             return False
         before, self.endpoint = self.endpoint, random.choice(self.endpoints)  # noqa: S311 - not a secret
         return self.endpoint is not before
@@ -151,8 +158,10 @@ class Core:
         """Log and report a new state: each loss and each recovery once."""
         if not self._enter(state):
             return
+        if state not in ("lost", "given up"):
+            self._failed = self.endpoint
         if state == "lost" and self.reconnect_timeout:
-            _logger.warning("connection to %s lost, trying again: %s", self.endpoint, error and reason(error))
+            _logger.warning("connection to %s lost, trying again: %s", self._failed, error and reason(error))
         elif state == "resumed":
             _logger.info("connection to %s resumed", self.endpoint)
         elif state == "given up":

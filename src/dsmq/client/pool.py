@@ -81,6 +81,7 @@ class Pool:
     def connect(self) -> Connection:
         """Return a new connection to one of the servers. Raises OSError, or the error that a server replies with."""
         core = self._core
+        core.begin()
         for left in reversed(range(len(core.endpoints))):
             endpoint = core.endpoint
             try:

@@ -37,6 +37,7 @@ LOST: dict[State, str] = {
     "restarted": "messages that were put last may be lost",
 }
 
+_MAX_EPOCHS = 8
 _MIN_READERS, _MAX_RECENT_READERS = 1000, 100
 # Readers are kept for a little longer than messages, which the server may delete late.
 _SILENCE_FACTOR, _SILENCE_SECONDS = 1.25, 1.0
@@ -78,8 +79,8 @@ class Session:
         self.is_shared = False
         """Whether the server shares its store with others."""
         self._era = Era("", b"", 0, None)
-        self._first_eras: dict[str, Era] = {}
-        """The first era of each epoch."""
+        self._epochs: dict[str, tuple[int, int | None, bytes]] = {}
+        """For the last few epochs: where topics start, as in the first era, and the last run."""
         self._readers: dict[str, TopicReader] = {}
         # With more readers than this, those of silent topics are forgotten.
         self._max_readers = _MIN_READERS
@@ -118,18 +119,18 @@ class Session:
         while (era := self.era).epoch != epoch or era.run != run:
             if not era.epoch:
                 # The number of the message with the last id is unknown.
-                self._era = self._first_eras[epoch] = Era(epoch, run, last_id, None)
+                self._era = Era(epoch, run, last_id, None)
+                self._epochs[epoch] = last_id, None, run
                 return state, self._era
             self.is_restarted = True
-            # Another server may have a known epoch: a client with several falls back to the one before.
-            first = self._first_eras.get(epoch)
-            new = Era(epoch, run, first.start, first.number, lost) if first else Era(epoch, run, 0, 0)
+            # A client of several servers may return to an epoch that it knows.
+            start, number, known_run = self._epochs.get(epoch, (0, 0, b""))
+            new = Era(epoch, run, start, number, lost if known_run else ())
             if era.next.setdefault(0, new) is new:
-                if first is None:
-                    self._first_eras[epoch] = new
-                    state = "replaced"
-                elif era.epoch == epoch:
-                    state = "restarted"
+                self._epochs[epoch] = start, number, run
+                for forgotten in list(self._epochs)[:-_MAX_EPOCHS]:
+                    self._epochs.pop(forgotten, None)
+                state = "resumed" if known_run == run else "restarted" if known_run else "replaced"
                 if state in LOST:
                     _logger.warning("the server was restarted: %s", LOST[state])
         return state, era

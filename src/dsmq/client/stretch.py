@@ -177,7 +177,9 @@ def in_next_era(stretch: Stretch, at: int) -> Stretch:
     """
     era = stretch.era.next[0]
     parts: list[Stretch] = []
-    part: Stretch | None = stretch.remaining(at)
+    first = stretch.remaining(at)
+    here = _position_behind(first)
+    part: Stretch | None = first
     while part:
         if era.epoch == stretch.era.epoch:
             parts += _restarted(part, era)
@@ -190,13 +192,19 @@ def in_next_era(stretch: Stretch, at: int) -> Stretch:
         parts.append(_in_epoch(era, stretch.positions))
     positions = stretch.positions
     if era.epoch != stretch.era.epoch:
-        here = stretch.rest if stretch.is_lost and stretch.rest else stretch.remaining(at)
         others = [position for position in positions if position[0] != stretch.era.epoch]
-        positions = (*others, (stretch.era.epoch, stretch.era.run, here.id, here.number))[-_MAX_POSITIONS:]
+        positions = (*others, (stretch.era.epoch, stretch.era.run, *here))[-_MAX_POSITIONS:]
     for one, rest in zip(parts, [*parts[1:], None], strict=True):
         one.rest, one.generation, one.positions = rest, stretch.generation, positions
     parts[0].missed = stretch.taken(at)[2]
     return parts[0]
+
+
+def _position_behind(part: Stretch) -> tuple[int, int | None]:
+    """Return id and number of the last message that was read ahead, since these are still returned."""
+    while part.ahead and part.rest:
+        part = part.rest
+    return part.ahead[-1][:2] if part.ahead else (part.id, part.number)
 
 
 def _in_epoch(era: Era, positions: Sequence[tuple[str, bytes, int, int | None]]) -> Stretch:

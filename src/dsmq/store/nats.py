@@ -23,6 +23,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
+from dsmq import threads
 from dsmq.errors import ReplyError, StartupError, StoreFailed, TooBig
 from dsmq.store.api import Answer, EngineStats, Limits, Message, Outcome, Put, Timing
 from dsmq.store.nats_connection import Credentials, NATSConnection, Server
@@ -97,7 +98,7 @@ class NATSStore(MirroredStore):
         self.mirror.on_replaced = self._on_replaced
         self.connection.on_lost = self.requests.on_lost
         self._on_unusable = on_unusable
-        self.thread.start()
+        threads.start([self.thread])
 
     def wait(self, seconds: float) -> bool:
         """Wait until the store is ready; return whether it is. Raises StartupError if it can't become ready."""
@@ -143,6 +144,8 @@ class NATSStore(MirroredStore):
             _logger.debug("the store is closed")
         except StartupError as error:
             self._startup_error = error
+            if self._ready.is_set():
+                _logger.error("the store has failed: %s", error)
         finally:
             self.publisher.close()
             self._ready.set()
@@ -150,6 +153,7 @@ class NATSStore(MirroredStore):
 
     async def _main(self) -> None:
         connecting = asyncio.create_task(self.connection.run())
+        connecting.add_done_callback(self._on_connecting_done)
         try:
             await self._connect()
             async with asyncio.TaskGroup() as tasks:
@@ -165,6 +169,12 @@ class NATSStore(MirroredStore):
             await self.stream.close()
             # The transports close themselves in the next turn of the loop.
             await asyncio.sleep(0)
+
+    def _on_connecting_done(self, task: asyncio.Task[None]) -> None:
+        """End the thread if the task fails by a defect."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _logger.error("the connection to the engine has failed by a defect", exc_info=error)
+            self._cancel()
 
     async def _connect(self) -> None:
         """Wait for the engine, which may be starting. Raises StartupError if it refuses the credentials."""

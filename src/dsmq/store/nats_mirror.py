@@ -137,7 +137,7 @@ class Mirror:
                 await self._stream.open()
                 await self._follow()
             except EngineError as error:
-                if error.code == NO_RESPONDERS and not self._connection.has_jetstream:
+                if error.code == NO_RESPONDERS and not (self._connection.has_jetstream or self.consumers):
                     raise StartupError("the NATS server has JetStream disabled") from error
                 self._fail(error)
             await asyncio.sleep(RETRY_SECONDS)

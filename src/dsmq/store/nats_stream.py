@@ -11,16 +11,17 @@ All this goes through the official client; see `nats_connection` for what has to
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import logging
 import secrets
 import sys
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
@@ -97,17 +98,20 @@ class Stream:
         self.topic_prefix = f"{name}.t.".encode()
         self.facts_prefix = f"{name}.facts.".encode()
         self._client = Client()
+        self._connect_again: Callable[[], Coroutine[None, None, None]]
+        self._connecting = asyncio.Lock()
         self._replicas, self._max_age_ms, self._max_bytes = replicas, 0, 0
         self.is_configured = False
         """Whether the stream has the current configuration."""
 
     def configure(self, max_age_ms: int, max_bytes: int) -> None:
         """Set what `open` configures the stream for. Thread-safe."""
-        self.is_configured = False
         self._max_age_ms, self._max_bytes = max_age_ms, max_bytes if max_bytes < sys.maxsize else -1
+        self.is_configured = False
 
     async def connect(self, servers: Sequence[Server], credentials: Credentials, tls: SSLContext | None) -> None:
         """Connect, now and again whenever the connection breaks. Returns when it is connected."""
+        self._connect_again = partial(self.connect, servers, credentials, tls)
         options = {"user": credentials.user, "password": credentials.password, "token": credentials.token}
 
         logging.getLogger("asyncio").addFilter(_is_useful)
@@ -134,8 +138,9 @@ class Stream:
 
     async def open(self) -> None:
         """Create the stream if there is none. Raises StartupError if it is not one of dsmq's, or can't be used."""
-        wanted = self._configuration()
+        # First, so that a change that comes now is not lost.
         self.is_configured = True
+        wanted = self._configuration()
         try:
             found = (await self._request(f"STREAM.INFO.{self.name}"))["config"]
         except EngineError as error:
@@ -153,7 +158,15 @@ class Stream:
                     f"the stream {self.name} is not one of dsmq's: its {name} is {found.get(name)}, not {wanted[name]}"
                 )
         if any(found.get(name) != wanted[name] for name in ("max_age", "max_bytes", "num_replicas")):
-            await self._request(f"STREAM.UPDATE.{self.name}", found | wanted)
+            await self._update(found | wanted)
+
+    async def _update(self, wanted: dict[str, Any]) -> None:
+        try:
+            await self._request(f"STREAM.UPDATE.{self.name}", wanted)
+        except EngineError as error:
+            # It can be used as it is.
+            _logger.error("the stream %s keeps its configuration: %s", self.name, error)
+        else:
             _logger.warning("the stream %s is now configured by this server's settings", self.name)
 
     async def _create(self, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -281,11 +294,20 @@ class Stream:
 
     async def _ask(self, subject: str, data: bytes, seconds: float, headers: dict[str, str] | None = None) -> bytes:
         try:
+            if self._client.is_closed:
+                await self._replace_client(seconds)
             return (await self._client.request(subject, data, timeout=seconds, headers=headers)).data
         except NoRespondersError as error:
             raise EngineError("the engine has no leader now", NO_RESPONDERS) from error
         except (NATSError, OSError, TimeoutError) as error:
             raise EngineError(f"the engine does not answer: {error or type(error).__name__}") from error
+
+    async def _replace_client(self, seconds: float) -> None:
+        """Connect with a new client, because the official one closes for good after some errors."""
+        async with self._connecting, asyncio.timeout(seconds):
+            if self._client.is_closed:
+                self._client = Client()
+                await self._connect_again()
 
 
 def _parse(data: bytes) -> dict[str, Any]:
