@@ -202,7 +202,7 @@ class NATSStore(MirroredStore):
             self.thread.join(_STOP_SECONDS)
         elif not self.thread.ident:
             self._loop.close()
-        self.mirror.store.close()
+        self.mirror.close()
 
     def _cancel(self) -> None:
         if not self._is_closing and self._main_task is not None:

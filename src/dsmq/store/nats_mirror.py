@@ -7,6 +7,7 @@ import itertools
 import logging
 import secrets
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
@@ -105,6 +106,7 @@ class Mirror:
         self.applied = asyncio.Event()
         self._name = f"m-{secrets.token_hex(6)}"
         self._names = itertools.count(1)
+        self._replaced: deque[MirrorStore] = deque()
         self._deliveries: list[_Delivery] = []
         self._facts: list[tuple[int, dict[bytes, int]]] = []
         self._facts_at = time.monotonic()
@@ -201,8 +203,17 @@ class Mirror:
     def _restart(self) -> None:
         """Mirror the stream from its first message."""
         old, self.store, self.ready, self._facts = self.store, self._new_store(), False, []
+        self._replaced.append(old)
         # Not at once: other threads may be reading it.
-        asyncio.get_running_loop().call_later(CLOSE_SECONDS, old.close)
+        asyncio.get_running_loop().call_later(CLOSE_SECONDS, self._close_oldest)
+
+    def _close_oldest(self) -> None:
+        self._replaced.popleft().close()
+
+    def close(self) -> None:
+        """Close the store, once the event loop has ended."""
+        for store in (*self._replaced, self.store):
+            store.close()
 
     async def _watch(self) -> None:
         """Check once a second that nothing is lost; raise EngineError if it is."""
