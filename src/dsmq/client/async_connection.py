@@ -238,16 +238,14 @@ async def connect(core: Core) -> tuple[Connection, State]:
 
     Raises OSError, or the error that a server replies with.
     """
-    core.begin()
-    for left in reversed(range(len(core.endpoints))):
-        endpoint = core.endpoint
+    for endpoint, is_last in core.attempts():
         try:
             connection, state = await _connect(core, endpoint)
         except Exception as error:
             if not is_lost(error, connecting=True):
                 raise
             core.move_on(endpoint)
-            if not left:
+            if is_last:
                 raise
         else:
             break

@@ -105,10 +105,15 @@ class Core:
         if self.is_closed:
             raise ClientClosed(about)
 
-    def begin(self) -> None:
-        """Begin to connect. Servers that share no store are tried in order each time, so that clients meet again."""
+    def attempts(self) -> Iterator[tuple[Endpoint, bool]]:
+        """Yield each server to connect to, and whether it is the last; `move_on` makes the next one its successor.
+
+        Servers that share no store are tried in order each time, so that clients meet again.
+        """
         if len(self.endpoints) > 1 and not self.session.is_shared:
             self.endpoint = self.endpoints[0]
+        for left in reversed(range(len(self.endpoints))):
+            yield self.endpoint, not left
 
     def move_on(self, endpoint: Endpoint) -> None:
         """Connect to the next server from now on, because this one has failed."""

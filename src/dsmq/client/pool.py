@@ -81,16 +81,14 @@ class Pool:
     def connect(self) -> Connection:
         """Return a new connection to one of the servers. Raises OSError, or the error that a server replies with."""
         core = self._core
-        core.begin()
-        for left in reversed(range(len(core.endpoints))):
-            endpoint = core.endpoint
+        for endpoint, is_last in core.attempts():
             try:
                 connection = self._connect(endpoint)
             except Exception as error:
                 if not is_lost(error, connecting=True):
                     raise
                 core.move_on(endpoint)
-                if not left:
+                if is_last:
                     raise
             else:
                 break
