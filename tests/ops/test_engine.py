@@ -323,7 +323,7 @@ def test_reason_why_the_store_is_not_ready() -> None:
     store = NATSStore([("127.0.0.1", 1)])
     try:
         assert store.unready_reason == "no connection to the engine: not connected yet"
-        store.connection.connected_at = boot_time()
+        store.connection.heard_at = boot_time()
         assert store.unready_reason == "opening the stream"
         store.mirror.lag.update(10, 3)
         assert store.unready_reason == "mirroring the stream: 7 messages to go"

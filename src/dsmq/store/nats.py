@@ -31,7 +31,7 @@ from dsmq.store.nats_index import ReadIndex
 from dsmq.store.nats_mirror import Mirror, MirroredStore
 from dsmq.store.nats_puts import Publisher
 from dsmq.store.nats_requests import Requests
-from dsmq.store.nats_stream import EngineError, Stream
+from dsmq.store.nats_stream import HEADER_BYTES, EngineError, Stream
 from dsmq.store.sqlite import MirrorStore
 
 if TYPE_CHECKING:
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 # Without a connection for this long, clients are sent to other servers.
 DISCONNECT_SECONDS = 2.0
 WATCH_SECONDS, CANCEL_SECONDS = 0.5, 0.1
-# What a message of the engine has besides its body and topic.
-HEADER_BYTES = 1024
 # The engine ends the connection if a subject, which is up to three times as long, does not fit into 4,096 bytes.
 MAX_TOPIC_BYTES = 1300
 _STOP_SECONDS = 5.0
@@ -65,8 +63,7 @@ class NATSStore(MirroredStore):
         tls: SSLContext | None = None,
     ) -> None:
         self.thread = threading.Thread(target=self._run, name="dsmq-nats", daemon=True)
-        self._servers, self._stream_name, self._replicas = servers, stream, replicas
-        self._credentials, self._tls = credentials or Credentials(), tls
+        self._servers, self._credentials, self._tls = servers, credentials or Credentials(), tls
         self._limits, self._max_age_ms = Limits(), 600_000
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
@@ -87,7 +84,6 @@ class NATSStore(MirroredStore):
         self._index = ReadIndex(self.mirror, self.requests, self.stream)
 
     def _new_mirror(self) -> MirrorStore:
-        # What is in the stream is not refused.
         return MirrorStore(self._max_age_ms, limits=self._limits)
 
     # Life

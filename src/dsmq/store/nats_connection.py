@@ -133,7 +133,7 @@ class NATSConnection:
         """Whether the server itself has JetStream; others of its cluster may."""
         self.server = ""
         """The name of the server that this is or was connected to."""
-        self.connected_at = -math.inf
+        self.heard_at = -math.inf
         """When the server was heard of last, by `boot_time`."""
         self.opened_at = -math.inf
         """When the last connection was made."""
@@ -152,7 +152,7 @@ class NATSConnection:
     @property
     def silent_seconds(self) -> float:
         """How long ago the server was heard of last."""
-        return boot_time() - self.connected_at
+        return boot_time() - self.heard_at
 
     @property
     def responds(self) -> bool:
@@ -251,7 +251,7 @@ class NATSConnection:
         """Pass messages on until the connection breaks, or the server is silent. Raises OSError."""
         self._transport, self.error = transport, None
         sock.on_data = lambda: self._receive(sock)
-        self.opened_at = self.connected_at = boot_time()
+        self.opened_at = self.heard_at = boot_time()
         for number, (subject, _) in self._listeners.items():
             transport.write(b"SUB %b %b\r\n" % (subject, number))
         self._is_reported = False
@@ -261,12 +261,12 @@ class NATSConnection:
         while not sock.closed.done():
             await asyncio.wait([sock.closed], timeout=PING_SECONDS)
             transport.write(b"PING\r\n")
-            if boot_time() - self.connected_at > SILENCE_SECONDS:
+            if boot_time() - self.heard_at > SILENCE_SECONDS:
                 raise TimeoutError("it does not answer")
         raise sock.closed.result() or ConnectionResetError("it closed the connection")
 
     def _receive(self, sock: _Socket) -> None:
-        self.connected_at = boot_time()
+        self.heard_at = boot_time()
         del sock.buffer[: self._parse(sock.buffer)]
         self.on_received()
 

@@ -110,7 +110,7 @@ class Mirror:
         self._deliveries: list[_Delivery] = []
         self._facts: list[tuple[int, dict[bytes, int]]] = []
         self._facts_at = time.monotonic()
-        self._reset_consumer(StreamState(0, 0, "", 0))
+        self._reset_consumer(StreamState(0, "", 0))
         connection.on_received = self.apply
 
     @property

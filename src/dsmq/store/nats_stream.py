@@ -47,10 +47,12 @@ _API_SECONDS = 1.0
 _HEARTBEAT_SECONDS = 1
 # Numbers are spread over this many messages, because a message has a maximum size.
 FACT_PARTS = 16
+# What a message has besides its body and topic.
+HEADER_BYTES = 1024
 _NEVER = {"Nats-TTL": "never"}
 
 # Error codes of JetStream.
-STREAM_NOT_FOUND, MESSAGE_NOT_FOUND, NAME_IN_USE, WRONG_SEQUENCE = 10059, 10037, 10058, 10071
+STREAM_NOT_FOUND, MESSAGE_NOT_FOUND, WRONG_SEQUENCE = 10059, 10037, 10071
 NO_RESPONDERS = 503
 _NOT_ENABLED, _NOT_CLUSTERED = (10039, 10035), 10074
 FULL = frozenset((10002, 10023, 10028, 10047, 10077))
@@ -67,7 +69,6 @@ class EngineError(DSMQError):
 
 
 class StreamState(NamedTuple):
-    first_id: int
     last_id: int
     epoch: str
     now_ms: int
@@ -203,9 +204,8 @@ class Stream:
     async def state(self) -> StreamState:
         """Return the state of the stream. Gives it an epoch if it has none."""
         info = await self._request(f"STREAM.INFO.{self.name}")
-        state = info["state"]
         genesis = await self._last_of(f"{self.name}.genesis") or await self._begin_epoch()
-        return StreamState(state["first_seq"], state["last_seq"], genesis.decode(), _milliseconds(info["ts"]))
+        return StreamState(info["state"]["last_seq"], genesis.decode(), _milliseconds(info["ts"]))
 
     async def last_id(self) -> int:
         """Return the id of the last message that is stored."""
@@ -275,7 +275,7 @@ class Stream:
 
     async def publish(self, subject: str, body: bytes, headers: dict[str, str]) -> None:
         """Publish a message, and wait until it is stored."""
-        if len(body) > self._client.max_payload - 1024:
+        if len(body) > self._client.max_payload - HEADER_BYTES:
             raise EngineError(f"{len(body)} bytes are too many for a message of the engine (max_payload)")
         _parse(await self._ask(subject, body, _API_SECONDS, headers))
 
@@ -322,5 +322,4 @@ def _parse(data: bytes) -> dict[str, Any]:
 
 def _milliseconds(text: str) -> int:
     """Return a time of the engine (RFC 3339, nanoseconds) as milliseconds since 1970."""
-    seconds, _, fraction = text.rstrip("Z").partition(".")
-    return int(datetime.fromisoformat(seconds + "+00:00").timestamp()) * 1000 + int(f"{fraction}000"[:3])
+    return int(datetime.fromisoformat(text).timestamp() * 1000)
