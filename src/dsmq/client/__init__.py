@@ -177,13 +177,18 @@ class DSMQClientSideConnection(Client):
         n, seconds = arguments.count("n", n), arguments.seconds("timeout", timeout)
         return self._read(topic, n, seconds, raw)  # type: ignore[no-any-return]
 
-    def read(self, topic: str, n: int = 1, *, timeout: float = 0.0, latest: bool = False) -> list[Message]:
-        """Return up to `n` messages with their ids, numbers and put times; otherwise like `get_many`.
+    def read(
+        self, topic: str | Sequence[str], n: int = 1, *, timeout: float = 0.0, latest: bool = False
+    ) -> list[Message]:
+        """Return up to `n` messages with their topics, ids, numbers and put times; otherwise like `get_many`.
 
-        latest=True returns only the newest, and skips the older ones, like `get_latest`.
+        `topic` may also be a pattern, in which `*` stands for any characters, or a list of topics and patterns. These
+        are read together, in the order of ids, at a position of their own.
+
+        latest=True returns only the newest message, of each topic, and skips the older ones, like `get_latest`.
         """
         n, seconds = arguments.count("n", n), arguments.seconds("timeout", timeout)
-        return self._read(topic, n, seconds, None, ALL, latest)  # type: ignore[no-any-return]
+        return self._read(arguments.names(topic), n, seconds, None, ALL, latest)  # type: ignore[no-any-return]
 
     @overload
     def messages(self, topic: str, *, timeout: float = ..., raw: Literal[False] = False) -> Iterator[str]: ...

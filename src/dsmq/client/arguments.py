@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import reprlib
 from collections.abc import Iterable
 
 from dsmq.system import LONG_MESSAGE_BYTES, raise_malloc_threshold
@@ -76,7 +77,29 @@ def topic_name(topic: object) -> bytes:
         raise TypeError(f"a topic should be a str, not {type(topic).__name__}")
     if not topic:
         raise ValueError("the name of the topic is empty")
+    if "*" in topic:
+        raise ValueError(f"{topic[:100]!r} is a pattern, which only read, messages, seek, position and forget take")
     return topic.encode()
+
+
+class Names(tuple[str, ...]):
+    """Topics and patterns that are read together, in a fixed order."""
+
+    __slots__ = ()
+
+
+def names(topics: object) -> str | Names:
+    """Return a topic, or several topics and patterns. A name with `*`, which stands for any characters, is a pattern."""
+    if isinstance(topics, str) and "*" not in topics:
+        topic_name(topics)
+        return topics
+    several = [topics] if isinstance(topics, str) else topics
+    if not isinstance(several, list | tuple | set | frozenset) or not all(isinstance(name, str) for name in several):
+        raise TypeError(f"topics should be a str, or a list of them, not {reprlib.repr(topics)}")
+    if not several or "" in several:
+        raise ValueError("the name of a topic is empty" if several else "the list of topics is empty")
+    found = Names(sorted(set(several)))
+    return found if len(found) > 1 or "*" in found[0] else found[0]
 
 
 def text(name: str, value: object) -> str:

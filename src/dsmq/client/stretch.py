@@ -18,6 +18,23 @@ class Entry(NamedTuple):
     expires: float
     body: bytes
     put_at: float = 0.0
+    topic: str = ""
+    """Its topic, if several are read together. Then `number` counts over all of them, including what has expired."""
+    topic_number: int = 0
+    """The number in the topic, if several are read together."""
+
+
+class Count(NamedTuple):
+    """A topic's last number, 0 if unknown, and how many of its messages expired unread, if several topics are read."""
+
+    number: int
+    missed: int
+    expires: float
+
+
+Counts: TypeAlias = dict[str, Count]
+# Topics without messages that can still be read are dropped if there are more.
+_MAX_COUNTS = 1000
 
 
 class Era:
@@ -44,6 +61,7 @@ class Stretch:
     __slots__ = (
         *("era", "id", "number", "missed", "ahead", "gaps", "fresh_until", "is_lost"),
         *("end", "known", "generation", "ask", "sought", "rest", "next", "positions"),
+        *("back", "scanned", "counts", "known_counts"),
     )
 
     def __init__(  # noqa: PLR0913, PLR0917 - they make up the state
@@ -77,6 +95,13 @@ class Stretch:
         self.sought: tuple[str, int] | None = None
         # The last positions in earlier epochs: epoch, run, id and number. A client with several servers may return.
         self.positions: tuple[tuple[str, bytes, int, int | None], ...] = ()
+        # Where the range begins, if only the server knows that: the last `n` messages, or those put since a time.
+        self.back: Back | None = None
+        # The id up to which the server has found no other message than those read ahead, if several topics are read.
+        self.scanned = 0
+        # In that case, each topic's count as of `id`, and as of `known`.
+        self.counts: Counts | None = None
+        self.known_counts: Counts | None = None
         # The stretch after `end`, if `end` is finite.
         self.rest: Stretch | None = None
         # The step to the next state, by the number of messages that had been taken from the read-ahead.
@@ -100,8 +125,54 @@ class Stretch:
         after.end, after.generation, after.rest = self.end, self.generation, self.rest
         after.known = self.known if at == len(self.ahead) else max(self.known, self.ahead[-1][:2])
         after.ask = self.ask and not at
-        after.positions = self.positions
+        after.positions, after.back = self.positions, self.back
+        if at == len(self.ahead):
+            after.scanned = self.scanned
+        if self.counts is not None:
+            after.counts = self.counts_at(at)
+            after.known_counts = self.known_counts if at == len(self.ahead) else self.counts_at(len(self.ahead))
         return after
+
+    def counts_at(self, at: int) -> Counts | None:
+        """Return the counts of topics after `at` of the read-ahead have been taken."""
+        if self.counts is None or not at:
+            return self.counts
+        counts, last = self.counts.copy(), self.number
+        for entry in self.ahead[:at]:
+            missed = 0 if last is None else entry.number - last - 1
+            before = counts.get(entry.topic)
+            counts[entry.topic] = Count(entry.topic_number, (before.missed if before else 0) + missed, entry.expires)
+            last = entry.number
+        if len(counts) > _MAX_COUNTS:
+            now = self.ahead[at - 1].put_at
+            counts = {topic: count for topic, count in counts.items() if count.expires > now}
+        return counts
+
+    def skipped(self, at: int, found: Sequence[Entry]) -> Counts | None:
+        """Return the counts after the newest messages of several topics have been taken, which skip older ones."""
+        counts = self.counts_at(at)
+        if counts is None:
+            return None
+        new = {
+            entry.topic: Count(entry.topic_number, counts[entry.topic].missed if entry.topic in counts else 0, entry.expires)
+            for entry in found
+        }
+        return counts | new
+
+    def numbered(self, found: Sequence[Entry]) -> list[Entry]:
+        """Return messages of several topics that follow the read-ahead, numbered as if they were of one topic."""
+        counts = self.counts_at(len(self.ahead)) or {}
+        numbers: dict[str, int] = {}
+        number = (self.ahead[-1].number if self.ahead else self.number) or 0
+        entries = []
+        for entry in found:
+            topic, this = entry.topic, entry.topic_number
+            last = numbers.get(topic) or (counts[topic].number if topic in counts else 0)
+            # If the server has forgotten the topic's numbering, it starts again with 1.
+            number += this - (last if last < this else 0) if last else 1
+            numbers[topic] = this
+            entries.append(entry._replace(number=number))
+        return entries
 
     def remaining(self, at: int) -> Stretch:
         """Return the rest of this stretch, with the rest of its read-ahead."""
@@ -112,6 +183,9 @@ class Stretch:
         assert self.rest is not None  # noqa: S101 - for type checkers
         after = self.rest.remaining(0)
         after.missed = self.taken(at)[2]
+        if self.counts is not None:
+            read = self.counts_at(at) or {}
+            after.counts = _add_missed(after.counts or {}, (self.is_lost and without_numbers(read)) or read)
         return after
 
     @property
@@ -140,14 +214,41 @@ class Stretch:
             after = self.rest_from(at)
             after.number = self.known[1]
             after.generation = self.generation[0], self.generation[1] + 1
+            if after.counts is not None:
+                after.counts = _as_known(after.counts, self.known_counts or {})
         else:
             return None
         after.missed += self.lost(at)
         return after
 
 
+Back: TypeAlias = tuple[bytes, float]
+"""LAST and a number of messages, or SINCE and a time on the clock `boot_time`."""
 Step: TypeAlias = "tuple[int] | Stretch"
 """The step from a state to the next: the number of messages taken from its read-ahead, or another state."""
+
+
+def _as_known(counts: Counts, known: Counts) -> Counts:
+    """Return the counts if the messages up to the known ones have expired unread."""
+    found = counts.copy()
+    for topic, count in known.items():
+        before = counts.get(topic)
+        missed = before.missed + count.number - before.number if before and before.number else count.missed
+        found[topic] = count._replace(missed=missed)
+    return found
+
+
+def _add_missed(later: Counts, counts: Counts) -> Counts:
+    """Return later counts, with the numbers of missed messages as they are now known to be."""
+    found = later | counts
+    for topic in later.keys() & counts.keys():
+        found[topic] = later[topic]._replace(missed=counts[topic].missed)
+    return found
+
+
+def without_numbers(counts: Counts | None) -> Counts | None:
+    """Return counts that continue from the next message of each topic, whatever its number is."""
+    return counts and {topic: count._replace(number=0) for topic, count in counts.items()}
 
 
 def insert(stretch: Stretch, other: Stretch) -> Stretch:
@@ -194,8 +295,12 @@ def in_next_era(stretch: Stretch, at: int) -> Stretch:
     if era.epoch != stretch.era.epoch:
         others = [position for position in positions if position[0] != stretch.era.epoch]
         positions = (*others, (stretch.era.epoch, stretch.era.run, *here))[-_MAX_POSITIONS:]
+    counts = without_numbers(stretch.counts_at(at))
     for one, rest in zip(parts, [*parts[1:], None], strict=True):
         one.rest, one.generation, one.positions = rest, stretch.generation, positions
+        one.counts = counts
+        one.ask = one.ask and counts is None
+    parts[-1].back = stretch.back
     parts[0].missed = stretch.taken(at)[2]
     return parts[0]
 

@@ -257,6 +257,13 @@ def encode_read(topic: str, after: int, options: bytes = b"", words: int = 0) ->
     return b"*%d\r\n$4\r\nREAD\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n%b" % parts
 
 
+def encode_read_many(names: Sequence[bytes], start: Sequence[bytes], options: bytes = b"", words: int = 0) -> bytes:
+    """Encode an MREAD of encoded names; `start` is the id after which it reads, or LAST or SINCE and a number."""
+    head = b"".join([encode_bulk(word) for word in (b"MREAD", *start)])
+    count = 2 + len(start) + words + len(names)
+    return b"*%d\r\n%b%b$6\r\nTOPICS\r\n%b" % (count, head, options, b"".join(names))
+
+
 @lru_cache(64)
 def encode_option(name: bytes, value: int) -> bytes:
     """Encode an option of READ, two words."""
