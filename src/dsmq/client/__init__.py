@@ -191,16 +191,23 @@ class DSMQClientSideConnection(Client):
         return self._read(arguments.names(topic), n, seconds, None, ALL, latest)  # type: ignore[no-any-return]
 
     @overload
-    def messages(self, topic: str, *, timeout: float = ..., raw: Literal[False] = False) -> Iterator[str]: ...
+    def messages(self, *topics: str | Sequence[str], timeout: float = ...) -> Iterator[Message]: ...
     @overload
-    def messages(self, topic: str, *, timeout: float = ..., raw: Literal[True]) -> Iterator[bytes]: ...
-    def messages(self, topic: str, *, timeout: float = math.inf, raw: bool = False) -> Iterator[str] | Iterator[bytes]:
-        """Iterate over the messages of a topic as they arrive; end when none arrives for `timeout` seconds."""
-        seconds = arguments.seconds("timeout", timeout)
-        self._session.reader(topic)
+    def messages(self, *topics: str | Sequence[str], timeout: float = ..., text: Literal[True]) -> Iterator[str]: ...
+    @overload
+    def messages(self, *topics: str | Sequence[str], timeout: float = ..., raw: Literal[True]) -> Iterator[bytes]: ...
+    def messages(
+        self, *topics: str | Sequence[str], timeout: float = math.inf, text: bool = False, raw: bool = False
+    ) -> Iterator[Any]:
+        """Iterate over messages as they arrive, of a topic or several; end when none arrives for `timeout` seconds.
+
+        Topics are read as by `read`. With text=True, messages are str; with raw=True, bytes.
+        """
+        seconds, key = arguments.seconds("timeout", timeout), arguments.names(topics[0] if len(topics) == 1 else topics)
+        self._session.reader(key)
         end = object()
         # Not a generator, which an interrupt would end.
-        return iter(partial(self._read, topic, 1, seconds, raw, end), end)
+        return iter(partial(self._read, key, 1, seconds, raw if text or raw else None, end), end)
 
     def ping(self) -> None:
         """Check that the server answers."""
@@ -238,7 +245,7 @@ class DSMQClientSideConnection(Client):
 
     def _read(  # noqa: PLR0913, PLR0917 - what a read consists of
         self,
-        topic: str,
+        topic: str | arguments.Names,
         n: int,
         seconds: float,
         raw: bool | None,  # noqa: FBT001 - by position, which is faster

@@ -82,6 +82,9 @@ def topic_name(topic: object) -> bytes:
     return topic.encode()
 
 
+_LISTS = (list, tuple, set, frozenset)
+
+
 class Names(tuple[str, ...]):
     """Topics and patterns that are read together, in a fixed order."""
 
@@ -89,15 +92,15 @@ class Names(tuple[str, ...]):
 
 
 def names(topics: object) -> str | Names:
-    """Return a topic, or several topics and patterns. A name with `*`, which stands for any characters, is a pattern."""
+    """Return a topic, or several topics and patterns. A name with `*`, which is any characters, is a pattern."""
     if isinstance(topics, str) and "*" not in topics:
         topic_name(topics)
         return topics
-    several = [topics] if isinstance(topics, str) else topics
-    if not isinstance(several, list | tuple | set | frozenset) or not all(isinstance(name, str) for name in several):
+    several = [topics] if isinstance(topics, str) else list(topics) if isinstance(topics, _LISTS) else []
+    if not several or not all(isinstance(name, str) for name in several):
         raise TypeError(f"topics should be a str, or a list of them, not {reprlib.repr(topics)}")
-    if not several or "" in several:
-        raise ValueError("the name of a topic is empty" if several else "the list of topics is empty")
+    if "" in several:
+        raise ValueError("the name of a topic is empty")
     found = Names(sorted(set(several)))
     return found if len(found) > 1 or "*" in found[0] else found[0]
 

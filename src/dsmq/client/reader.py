@@ -196,8 +196,7 @@ class TopicReader:
                 return bool(found) or stretch.rest is not None
 
     def _begin(self, stretch: Stretch, at: int, after: int) -> Stretch:
-        """Let the range begin after an id, now that it is known; return the new state, unless another call was first.
-        """
+        """Let the range begin after an id, which is known now; return the new state, even if another call was first."""
         step = Stretch(stretch.era, after, None, stretch.taken(at)[2])
         step.generation, step.positions, step.counts = stretch.generation, stretch.positions, stretch.counts
         self._move(stretch, at, step)
@@ -283,7 +282,8 @@ class TopicReader:
             if any(one is step and state.next.get(state_at) is after for one, state, state_at, after in tried):
                 return
             back = Stretch(now.era, last_id, number, 0, ahead, stretch.fresh_until if is_here else math.inf)
-            back.positions, back.counts = now.positions, stretch.counts_at(at)
+            back.positions, back.counts = now.positions, stretch.counts_before(at, ahead)
+            back.known_counts = stretch.counts_at(step[0]) if isinstance(step, tuple) else step.counts
             back.end, back.known, back.generation = last.id, (last.id, last.number or 0), now.generation
             after = insert(now.remaining(now_at), back)
             after.missed = now.taken(now_at)[2] - counted

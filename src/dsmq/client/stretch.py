@@ -25,7 +25,7 @@ class Entry(NamedTuple):
 
 
 class Count(NamedTuple):
-    """A topic's last number, 0 if unknown, and how many of its messages expired unread, if several topics are read."""
+    """A topic's last number, -1 if unknown, and how many of its messages expired unread, if several topics are read."""
 
     number: int
     missed: int
@@ -121,16 +121,16 @@ class Stretch:
     def rest_from(self, at: int, ahead: Sequence[Entry] = (), fresh_until: float = 0.0) -> Stretch:
         """Return the rest of this stretch, with another read-ahead."""
         last_id, number, missed = self.taken(at)
+        if self.scanned and at == len(self.ahead):
+            last_id = max(last_id, self.scanned)
         after = Stretch(self.era, last_id, number, missed, ahead, fresh_until)
         after.end, after.generation, after.rest = self.end, self.generation, self.rest
         after.known = self.known if at == len(self.ahead) else max(self.known, self.ahead[-1][:2])
         after.ask = self.ask and not at
         after.positions, after.back = self.positions, self.back
-        if at == len(self.ahead):
-            after.scanned = self.scanned
         if self.counts is not None:
             after.counts = self.counts_at(at)
-            after.known_counts = self.known_counts if at == len(self.ahead) else self.counts_at(len(self.ahead))
+            after.known_counts = self.known_counts if after.known == self.known else self.counts_at(len(self.ahead))
         return after
 
     def counts_at(self, at: int) -> Counts | None:
@@ -148,13 +148,22 @@ class Stretch:
             counts = {topic: count for topic, count in counts.items() if count.expires > now}
         return counts
 
+    def counts_before(self, at: int, ahead: Sequence[Entry]) -> Counts | None:
+        """Return the counts before messages that were taken, of which none is missed before the first."""
+        counts = self.counts_at(at)
+        if counts is None:
+            return None
+        return {entry.topic: Count(entry.topic_number - 1, 0, entry.expires) for entry in reversed(ahead)} | counts
+
     def skipped(self, at: int, found: Sequence[Entry]) -> Counts | None:
         """Return the counts after the newest messages of several topics have been taken, which skip older ones."""
         counts = self.counts_at(at)
         if counts is None:
             return None
         new = {
-            entry.topic: Count(entry.topic_number, counts[entry.topic].missed if entry.topic in counts else 0, entry.expires)
+            entry.topic: Count(
+                entry.topic_number, counts[entry.topic].missed if entry.topic in counts else 0, entry.expires
+            )
             for entry in found
         }
         return counts | new
@@ -167,9 +176,9 @@ class Stretch:
         entries = []
         for entry in found:
             topic, this = entry.topic, entry.topic_number
-            last = numbers.get(topic) or (counts[topic].number if topic in counts else 0)
+            last = numbers.get(topic, counts[topic].number if topic in counts else -1)
             # If the server has forgotten the topic's numbering, it starts again with 1.
-            number += this - (last if last < this else 0) if last else 1
+            number += 1 if last < 0 else this - last if last < this else this
             numbers[topic] = this
             entries.append(entry._replace(number=number))
         return entries
@@ -178,14 +187,12 @@ class Stretch:
         """Return the rest of this stretch, with the rest of its read-ahead."""
         return self.rest_from(at, self.ahead[at:], self.fresh_until)
 
-    def next_stretch(self, at: int) -> Stretch:
+    def next_stretch(self, at: int, counts: Counts | None = None) -> Stretch:
         """Return the next stretch, after this one has been read. There must be one."""
         assert self.rest is not None  # noqa: S101 - for type checkers
-        after = self.rest.remaining(0)
+        after, read = self.rest.remaining(0), counts or self.counts_at(at)
         after.missed = self.taken(at)[2]
-        if self.counts is not None:
-            read = self.counts_at(at) or {}
-            after.counts = _add_missed(after.counts or {}, (self.is_lost and without_numbers(read)) or read)
+        after.counts = _add_missed(after.counts, without_numbers(read) if self.is_lost else read)
         return after
 
     @property
@@ -204,18 +211,33 @@ class Stretch:
         last_id, number, _ = self.taken(at)
         if number is None or self.known[0] <= last_id:
             return 0
+        if self.counts is not None:
+            return sum(count.missed for count in self._counts_if_lost(at).values()) - sum(
+                count.missed for count in (self.counts_at(at) or {}).values()
+            )
         return max(0, self.known[1] - number)
+
+    def _counts_if_lost(self, at: int) -> Counts:
+        """Return the counts if the messages up to the known ones have expired unread."""
+        counts = self.counts_at(at) or {}
+        found = counts.copy()
+        for topic, count in (self.known_counts or {}).items():
+            before = counts.get(topic)
+            # Nothing is missed before the first message that was taken.
+            if before and 0 <= before.number < count.number:
+                found[topic] = count._replace(missed=before.missed + count.number - before.number)
+        return found
 
     def exhausted(self, at: int) -> Stretch | None:
         """Return the next state if the server has no messages left in this stretch; None if that changes nothing."""
         if self.rest:
-            after = self.next_stretch(at)
+            after = self.next_stretch(at, self._counts_if_lost(at))
         elif self.known[0] > self.last_read:
             after = self.rest_from(at)
             after.number = self.known[1]
             after.generation = self.generation[0], self.generation[1] + 1
             if after.counts is not None:
-                after.counts = _as_known(after.counts, self.known_counts or {})
+                after.counts = self._counts_if_lost(at)
         else:
             return None
         after.missed += self.lost(at)
@@ -228,18 +250,10 @@ Step: TypeAlias = "tuple[int] | Stretch"
 """The step from a state to the next: the number of messages taken from its read-ahead, or another state."""
 
 
-def _as_known(counts: Counts, known: Counts) -> Counts:
-    """Return the counts if the messages up to the known ones have expired unread."""
-    found = counts.copy()
-    for topic, count in known.items():
-        before = counts.get(topic)
-        missed = before.missed + count.number - before.number if before and before.number else count.missed
-        found[topic] = count._replace(missed=missed)
-    return found
-
-
-def _add_missed(later: Counts, counts: Counts) -> Counts:
+def _add_missed(later: Counts | None, counts: Counts | None) -> Counts | None:
     """Return later counts, with the numbers of missed messages as they are now known to be."""
+    if later is None or counts is None:
+        return None
     found = later | counts
     for topic in later.keys() & counts.keys():
         found[topic] = later[topic]._replace(missed=counts[topic].missed)
@@ -248,7 +262,7 @@ def _add_missed(later: Counts, counts: Counts) -> Counts:
 
 def without_numbers(counts: Counts | None) -> Counts | None:
     """Return counts that continue from the next message of each topic, whatever its number is."""
-    return counts and {topic: count._replace(number=0) for topic, count in counts.items()}
+    return counts and {topic: count._replace(number=-1) for topic, count in counts.items()}
 
 
 def insert(stretch: Stretch, other: Stretch) -> Stretch:
