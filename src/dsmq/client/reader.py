@@ -170,11 +170,7 @@ class TopicReader:
             if stretch.back is not None:
                 before = self._begin(stretch, at, found[0].id - 1 if found else scanned)
                 continue
-            new = found
-            if found and not stretch.last_read < found[0].id <= found[-1].id <= stretch.end:
-                new = [entry for entry in found if stretch.last_read < entry.id <= stretch.end]
-            if new and stretch.counts is not None:
-                new = stretch.numbered(new)
+            new = stretch.unread(found)
             if new and at == len(stretch.ahead):
                 after: Stretch | None = stretch.rest_from(at, new, boot_time() + FRESH_SECONDS)
             elif new:
@@ -182,8 +178,7 @@ class TopicReader:
             else:
                 # After an older reply, messages seen since may still exist.
                 after = stretch.exhausted(at) if stretch is before and at == len(stretch.ahead) else None
-            # The same for all replies, since there is nothing between the read-ahead and this id.
-            (after or stretch).scanned = max((after or stretch).scanned, scanned)
+            (after or stretch).mark_scanned(scanned if new or after is None else 0)
             if after is None:
                 return bool(found) or at < len(stretch.ahead)
             if self._move(stretch, at, after):
@@ -282,8 +277,9 @@ class TopicReader:
             if any(one is step and state.next.get(state_at) is after for one, state, state_at, after in tried):
                 return
             back = Stretch(now.era, last_id, number, 0, ahead, stretch.fresh_until if is_here else math.inf)
-            back.positions, back.counts = now.positions, stretch.counts_before(at, ahead)
+            back.positions = now.positions
             back.known_counts = stretch.counts_at(step[0]) if isinstance(step, tuple) else step.counts
+            back.counts = stretch.counts_before(at, ahead, back.known_counts, now.counts_at(now_at))
             back.end, back.known, back.generation = last.id, (last.id, last.number or 0), now.generation
             after = insert(now.remaining(now_at), back)
             after.missed = now.taken(now_at)[2] - counted

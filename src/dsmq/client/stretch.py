@@ -148,12 +148,29 @@ class Stretch:
             counts = {topic: count for topic, count in counts.items() if count.expires > now}
         return counts
 
-    def counts_before(self, at: int, ahead: Sequence[Entry]) -> Counts | None:
-        """Return the counts before messages that were taken, of which none is missed before the first."""
+    def counts_before(self, at: int, ahead: Sequence[Entry], after: Counts | None, now: Counts | None) -> Counts | None:
+        """Return the counts before messages that were taken and are given back, of which none is missed before the
+        first. `after` and `now`: the counts after them, and now.
+        """
         counts = self.counts_at(at)
-        if counts is None:
+        if counts is None or after is None or now is None:
             return None
-        return {entry.topic: Count(entry.topic_number - 1, 0, entry.expires) for entry in reversed(ahead)} | counts
+        found = {entry.topic: Count(entry.topic_number - 1, 0, entry.expires) for entry in reversed(ahead)} | counts
+        for topic in found.keys() & after.keys() & now.keys():
+            before = found[topic]
+            found[topic] = before._replace(missed=now[topic].missed - after[topic].missed + before.missed)
+        return found
+
+    def unread(self, found: list[Entry]) -> list[Entry]:
+        """Return the messages in a reply that belong to this stretch and follow the read-ahead."""
+        if found and not self.last_read < found[0].id <= found[-1].id <= self.end:
+            found = [entry for entry in found if self.last_read < entry.id <= self.end]
+        return self.numbered(found) if found and self.counts is not None else found
+
+    def mark_scanned(self, message_id: int) -> None:
+        """Note that all messages up to an id are in the read-ahead, if this stretch has no end before it."""
+        if message_id > self.scanned and self.end == math.inf:
+            self.scanned = message_id
 
     def skipped(self, at: int, found: Sequence[Entry]) -> Counts | None:
         """Return the counts after the newest messages of several topics have been taken, which skip older ones."""
@@ -187,12 +204,15 @@ class Stretch:
         """Return the rest of this stretch, with the rest of its read-ahead."""
         return self.rest_from(at, self.ahead[at:], self.fresh_until)
 
-    def next_stretch(self, at: int, counts: Counts | None = None) -> Stretch:
+    def next_stretch(self, at: int) -> Stretch:
         """Return the next stretch, after this one has been read. There must be one."""
         assert self.rest is not None  # noqa: S101 - for type checkers
-        after, read = self.rest.remaining(0), counts or self.counts_at(at)
+        after = self.rest.remaining(0)
         after.missed = self.taken(at)[2]
-        after.counts = _add_missed(after.counts, without_numbers(read) if self.is_lost else read)
+        if self.counts is not None:
+            counts = without_numbers(self.counts_at(at)) if self.is_lost else self._counts_if_lost(at)
+            after.counts = _add_missed(after.counts or {}, counts or {})
+            after.missed += self.lost(at)
         return after
 
     @property
@@ -209,12 +229,11 @@ class Stretch:
     def lost(self, at: int) -> int:
         """Return how many messages have expired unread if the server has none left in this stretch."""
         last_id, number, _ = self.taken(at)
+        if self.counts is not None:
+            known = sum(count.missed for count in self._counts_if_lost(at).values())
+            return known - sum(count.missed for count in (self.counts_at(at) or {}).values())
         if number is None or self.known[0] <= last_id:
             return 0
-        if self.counts is not None:
-            return sum(count.missed for count in self._counts_if_lost(at).values()) - sum(
-                count.missed for count in (self.counts_at(at) or {}).values()
-            )
         return max(0, self.known[1] - number)
 
     def _counts_if_lost(self, at: int) -> Counts:
@@ -231,7 +250,9 @@ class Stretch:
     def exhausted(self, at: int) -> Stretch | None:
         """Return the next state if the server has no messages left in this stretch; None if that changes nothing."""
         if self.rest:
-            after = self.next_stretch(at, self._counts_if_lost(at))
+            after = self.next_stretch(at)
+            if after.counts is not None:
+                return after
         elif self.known[0] > self.last_read:
             after = self.rest_from(at)
             after.number = self.known[1]
@@ -250,10 +271,8 @@ Step: TypeAlias = "tuple[int] | Stretch"
 """The step from a state to the next: the number of messages taken from its read-ahead, or another state."""
 
 
-def _add_missed(later: Counts | None, counts: Counts | None) -> Counts | None:
+def _add_missed(later: Counts, counts: Counts) -> Counts:
     """Return later counts, with the numbers of missed messages as they are now known to be."""
-    if later is None or counts is None:
-        return None
     found = later | counts
     for topic in later.keys() & counts.keys():
         found[topic] = later[topic]._replace(missed=counts[topic].missed)
