@@ -1,4 +1,4 @@
-"""Puts on their way to the stream: one batch after another, so that they are stored in the order of the puts."""
+"""Publishes puts to the stream, one batch at a time, so that they are stored in order."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from dsmq.store.nats_connection import encode_publish
 from dsmq.store.nats_requests import Ack, Requests
 from dsmq.store.nats_stream import FULL, encode_token
 
-# A batch is stored as a whole, with one answer. What is put meanwhile is the next one.
+# A batch is stored atomically, with one acknowledgement. Puts that arrive meanwhile form the next one.
 BATCH_MESSAGES, BATCH_BYTES = 500, 524_288
-# How long to wait for an answer before sending the puts again, under the same ids, and for how long.
+# How long to wait for an answer before the puts are sent again, under the same ids, and how long to keep trying.
 ATTEMPT_SECONDS, PUT_SECONDS = 1.0, 20.0
 _PAUSE_SECONDS = 0.1
 # "The message id is in process": the outcome of an earlier attempt is not known yet.
@@ -62,14 +62,14 @@ class Publisher:
         self._own = f"s.{secrets.token_hex(8)}:".encode()
         self._numbers = itertools.count(1)
         self.last_id = 0
-        """The highest id that the engine has answered."""
+        """The highest id that the engine has acknowledged."""
         self.published = self.retries = self.split = self.repeated = 0
-        """How often messages were published together, attempts that brought no outcome, batches published one by one,
-        and messages that were stored already."""
+        """Batches published, attempts without an outcome, batches split into single messages, and messages that were
+        already stored."""
         self.seconds = 0.0
 
     def put(self, puts: Sequence[Put], answer: Future[list[Outcome]], *, together: bool) -> None:
-        """Publish these puts after the ones before; the answer has an outcome for each. `together`: all or none."""
+        """Queue puts; the answer will have an outcome for each. `together`: store all or none."""
         messages = []
         for topic, body, key in puts:
             if key is None:
@@ -98,11 +98,11 @@ class Publisher:
                 del outcomes[: len(append.messages)]
 
     def count_repeated(self, puts: int) -> None:
-        """Count puts that the mirror has already, and that are not published."""
+        """Count puts that were not published because the mirror already has them."""
         self.repeated += puts
 
     def close(self) -> None:
-        """Refuse what is queued: it has not been sent."""
+        """Fail the queued puts, which have not been sent."""
         while self._queue:
             self._queue.popleft().answer.set_exception(StoreFailed("the store is closed"))
 
@@ -125,13 +125,13 @@ class Publisher:
             ack = await self._ask_batch(messages)
             if ack is not None and ack.is_batch:
                 return self._ids(messages, ack)
-            # Repeated puts make the engine refuse a batch; so does a lack of room.
+            # The engine refuses a batch that contains repeated puts, or for which there is no room.
             self.split += 1
             is_sent = ack is None
         return [await self._publish_one(message, until, is_sent=is_sent) for message in messages]
 
     async def _publish_together(self, messages: list[_Publish], until: float) -> list[Outcome]:
-        """Publish a batch until there is an outcome, which is the same for all."""
+        """Publish a batch, retrying until its outcome is known: all messages are stored, or none."""
         is_sent = False
         while time.monotonic() < until:
             ack = await self._ask_batch(messages)
@@ -148,7 +148,7 @@ class Publisher:
         return [_unsure() if is_sent else StoreFailed("the engine does not answer")] * len(messages)
 
     def _ids(self, messages: list[_Publish], ack: Ack) -> list[Outcome]:
-        """Return the ids of the messages of a batch, of which the engine has told the last."""
+        """Return the ids of a batch's messages; the engine reports only the last."""
         self.last_id = max(self.last_id, ack.id)
         return list(range(ack.id - len(messages) + 1, ack.id + 1))
 
@@ -168,7 +168,7 @@ class Publisher:
         return await self._requests.ask(encode, ATTEMPT_SECONDS)
 
     async def _publish_one(self, message: _Publish, until: float, *, is_sent: bool) -> Outcome:
-        """Publish a message until there is an outcome. `is_sent`: it may have been stored already."""
+        """Publish a message, retrying until its outcome is known. `is_sent`: it may already be stored."""
         while time.monotonic() < until:
             ack = await self._requests.ask(message.encode, ATTEMPT_SECONDS)
             if ack is not None and ack.id:
@@ -192,4 +192,4 @@ def _refusal(ack: Ack) -> ReplyError:
 
 
 def _unsure() -> Unsure:
-    return Unsure("the engine did not answer in time, so the message may be stored or not")
+    return Unsure("the engine did not answer in time; the message may or may not be stored")
