@@ -221,7 +221,7 @@ class Daemon(Process):
         self.host = "localhost" if ca_file else HOST
         self._lines_read = 0
         try:
-            port = re.search(r":(\d+)(?: |,)", self.wait_for_line(r"serves on (.*)")[1] + " ")
+            port = re.search(r":(\d+)(?: |,)", self.wait_for_line(r"listening on (.*)")[1] + " ")
             self.port = int(port[1]) if port else 0
             self.http_port = int(self.wait_for_line(r"metrics on http://.*?:(\d+)/")[1])
         except BaseException:

@@ -204,7 +204,7 @@ def test_server_runs_as_script() -> None:
             mq.shutdown_server()
         out, err = process.communicate(timeout=SOON)
         assert (process.returncode, out) == (0, "")
-        assert f"serves on 127.0.0.1:{port} " in err
+        assert f"listening on 127.0.0.1:{port} " in err
         assert "metrics" not in err
 
 

@@ -141,7 +141,7 @@ def _put_lines(mq: DSMQClientSideConnection, topic: str) -> None:
             stored += len(mq.put_many(topic, lines))
     except (DSMQError, OSError) as error:
         stored += getattr(error, "stored_before", 0)
-        after = getattr(error, "stored_behind", 0)
+        after = getattr(error, "stored_after", 0)
         about = f"lines stored: {stored} before it" + (f", {after} after it" if after else "")
         raise DSMQError(f"line {stored + 1} of stdin: {reason(error)} ({about})") from error
 

@@ -11,12 +11,12 @@ from typing import ClassVar
 class DSMQError(Exception):
     """Base class of dsmq's errors.
 
-    If `put_many` raises it, stored_before and stored_behind are the numbers of messages stored before and after the one
+    If `put_many` raises it, stored_before and stored_after are the numbers of messages stored before and after the one
     that failed.
     """
 
     stored_before = 0
-    stored_behind = 0
+    stored_after = 0
 
 
 class ConfigError(DSMQError, ValueError):

@@ -57,7 +57,7 @@ def test_unix_socket_is_removed_on_stop(tmp_path: Path) -> None:
     host = f"unix:{path}"
     with started("serve", "--host", host, "--http-port", "off") as server:
         assert server.stderr is not None
-        assert f"serves on {host} ".encode() in server.stderr.readline()
+        assert f"listening on {host} ".encode() in server.stderr.readline()
         assert result("put", "t", "hello", "--host", host) == (0, b"", b"")
         assert result("get", "t", "--after", "0", env={"DSMQ_HOST": host}) == (0, b"hello\n", b"")
         server.terminate()

@@ -78,7 +78,7 @@ def test_unix_socket_needs_a_path_and_serves_no_metrics(options: str, tmp_path: 
     with started("serve", "--port", "0", "--http-port", "0", *words) as process:
         assert process.stderr is not None
         first = process.stderr.readline()
-        assert b"serves on" not in first
+        assert b"listening on" not in first
         status, out, rest = ended(process)
         assert status in (1, 2)
         assert_one_line((status, out, first + rest), status, words[-1])
@@ -260,7 +260,7 @@ import logging, os, signal, sys
 from dsmq.__main__ import main
 class Stopper(logging.Handler):
     def emit(self, record):
-        if "serves on" in record.getMessage():
+        if "listening on" in record.getMessage():
             os.kill(os.getpid(), signal.SIGTERM)
 logging.getLogger("dsmq").addHandler(Stopper())
 sys.exit(main(["serve", "--port", "0", "--http-port", "off"]))

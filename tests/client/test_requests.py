@@ -241,7 +241,7 @@ def test_error_in_put_many_reports_what_is_stored() -> None:
     assert list(puts.batches) == []
     with pytest.raises(Full, match=r"^no room$") as caught, puts:
         pass
-    assert (caught.value.stored_before, caught.value.stored_behind) == (1, count - 3)
+    assert (caught.value.stored_before, caught.value.stored_after) == (1, count - 3)
     assert len(puts.ids) == count - 2
 
 

@@ -375,7 +375,7 @@ class Container:
         return done.stdout, done.stderr
 
     def is_serving(self) -> bool:
-        return "serves on" in "".join(self.logs()) or not self.state["Running"]
+        return "listening on" in "".join(self.logs()) or not self.state["Running"]
 
     def check_health(self) -> str:
         """Return the container's health: starting, healthy, or unhealthy."""

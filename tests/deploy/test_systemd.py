@@ -716,7 +716,7 @@ def test_upgrade_refuses_no_client_and_keeps_messages(box: Box) -> None:
     journal = Journal(box)
     sockets = listening_inodes(box)
     box.shell(source() + documented("/opt/dsmq/bin/pip install --upgrade"))
-    assert journal.priority("dsmq 99.0 serves on 127.0.0.1:30008 ") == 6
+    assert journal.priority("dsmq 99.0 listening on 127.0.0.1:30008 ") == 6
     assert listening_inodes(box) == sockets
     assert ping(box, box.run("cat", TOKEN)) == (0, "")
     assert python(box, READ_FIRST) == "over an upgrade"

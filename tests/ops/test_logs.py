@@ -214,7 +214,7 @@ class Unread:
         text = b""
         while b"tokens" not in text:
             text += os.read(self.reader, 65536)
-        self.port = int(text.split(b"serves on 127.0.0.1:")[1].split()[0])
+        self.port = int(text.split(b"listening on 127.0.0.1:")[1].split()[0])
         fill(writer)
         os.close(writer)
 

@@ -289,7 +289,7 @@ def test_passed_sockets_are_used_for_listening(tmp_path: Path) -> None:
         ) as process:
             port, port6, http_port = (sock.getsockname()[1] for sock in (ipv4, ipv6, side))
             log = lines_until(process, "metrics on")
-            assert f"serves on 127.0.0.1:{port}, [::1]:{port6}, unix:{path} " in log
+            assert f"listening on 127.0.0.1:{port}, [::1]:{port6}, unix:{path} " in log
             assert f"metrics on http://127.0.0.1:{http_port}/metrics" in log
             with socket.create_connection(("::1", port6)) as wire6:
                 wire6.sendall(b"PING\r\n")
@@ -326,7 +326,7 @@ def test_abstract_unix_socket_is_shown_as_in_systemd() -> None:
         listening(socket.AF_UNIX, f"\0dsmq-queue-{os.getpid()}") as queue,
         launched((queue,), "dsmq") as process,
     ):
-        lines_until(process, f"serves on unix:@dsmq-queue-{os.getpid()} ")
+        lines_until(process, f"listening on unix:@dsmq-queue-{os.getpid()} ")
 
 
 def test_http_endpoint_requires_its_own_passed_socket() -> None:
@@ -344,7 +344,7 @@ def test_http_endpoint_requires_its_own_passed_socket() -> None:
 @pytest.mark.parametrize("name", ["dsmq.socket", "unknown", ""])
 def test_unnamed_passed_socket_is_for_clients(name: str) -> None:
     with listening() as queue, listening() as side, launched((queue, side), f"{name}:metrics") as process:
-        lines_until(process, f"serves on 127.0.0.1:{queue.getsockname()[1]} ")
+        lines_until(process, f"listening on 127.0.0.1:{queue.getsockname()[1]} ")
 
 
 @pytest.mark.slow

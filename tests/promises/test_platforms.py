@@ -143,7 +143,7 @@ def test_server_under_nohup_outlives_its_terminal_and_reloads(tmp_path: Path) ->
         server.close()
         server.process.send_signal(signal.SIGHUP)
         wait_until(lambda: "configuration reloaded" in server.text)
-        port = int(re.search(r"serves on 127.0.0.1:(\d+)", server.text)[1])  # type: ignore[index]
+        port = int(re.search(r"listening on 127.0.0.1:(\d+)", server.text)[1])  # type: ignore[index]
         with connect(port=port) as mq:
             mq.put("t", "x")
         server.process.terminate()

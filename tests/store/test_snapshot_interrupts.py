@@ -139,7 +139,7 @@ def test_first_ctrl_c_of_embedding_program_writes_final_snapshot(file: Path) -> 
         assert wire.call("READ", "t", 0)[3] == b"x"
 
 
-SERVER_THREADS = ("dsmq-io-0", "dsmq-expiry", "dsmq-snapshot", "dsmq-metrics")
+SERVER_THREADS = ("dsmq-io-0", "dsmq-expiry", "dsmq-snapshot", "dsmq-http")
 
 
 def interrupted_at(point: int, call: Callable[[], object]) -> bool:

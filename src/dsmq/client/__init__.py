@@ -118,7 +118,7 @@ class DSMQClientSideConnection(Client):
         They are sent in batches of up to 500 messages, 256 KiB, or what an iterator yields in 0.1 seconds.
 
         Raises what `put` raises. The messages before the one that failed have been stored, and some after it, up to the
-        end of the next batch, may have been: the error's stored_before and stored_behind count them.
+        end of the next batch, may have been: the error's stored_before and stored_after count them.
         """
         with PutMany(arguments.topic_name(topic), messages) as puts:
             self._run(puts, Connection.ask_all)

@@ -404,6 +404,6 @@ class PutMany(Retryable):
         raised = error or self._error
         if isinstance(raised, DSMQError):
             raised.stored_before = len(self.ids) if self._stored_before is None else self._stored_before
-            raised.stored_behind = len(self.ids) - raised.stored_before
+            raised.stored_after = len(self.ids) - raised.stored_before
         if raised is not None and raised is not error:
             raise raised

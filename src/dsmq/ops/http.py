@@ -48,7 +48,7 @@ class HTTPEndpoint:
         self.socket = sock
         self.status = status
         self.registry = metrics.registry(status)
-        self.thread = threading.Thread(target=self._run, name="dsmq-metrics", daemon=True)
+        self.thread = threading.Thread(target=self._run, name="dsmq-http", daemon=True)
         self.waiting_since: dict[socket.socket, float] = {}
         """The open connections, oldest first, with the time since which the client has to send its request or hang up;
         infinity while its request is being answered."""

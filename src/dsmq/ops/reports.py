@@ -16,7 +16,7 @@ _logger = logging.getLogger("dsmq.server")
 
 def log_started(addresses: Sequence[str]) -> None:
     about = logs.event("started", version=__version__, addresses=addresses, process=os.getpid())
-    _logger.info("dsmq %s serves on %s (process %d)", __version__, ", ".join(addresses), os.getpid(), extra=about)
+    _logger.info("dsmq %s listening on %s (process %d)", __version__, ", ".join(addresses), os.getpid(), extra=about)
     if links := environment.service_links():
         _logger.debug("environment variables ignored as service links: %s", ", ".join(links))
 

@@ -1,12 +1,12 @@
 """A store that several servers share: a NATS JetStream stream, of which each server keeps a mirror in SQLite.
 
-A put is published to the stream, and answered when a majority of the engine's nodes has it; its id is the number that
-the stream gives it. All servers get all messages, in the same order, from a consumer each, and read them from their
-mirrors. Mirrors count the messages of a topic and recognise repeated puts by themselves, and agree, because they all
-see the same messages in the same order.
+A put is published to the stream, and acknowledged once a majority of the engine's nodes has stored it; its id is its
+sequence number in the stream. Each server has a consumer of its own, and answers reads from its mirror. Mirrors number
+the messages of each topic and detect repeated puts on their own; they agree, because they all apply the same messages
+in the same order.
 
-A mirror may lag. So a read that finds nothing there, and every read of the latest message, first asks the engine for
-the id of the last message, and waits until the mirror has it.
+A mirror may lag. So before a read returns nothing, and before every read of the latest message, the server asks the
+engine for the id of its last message, and waits until the mirror has it.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from dsmq.store.sqlite import MirrorStore
 if TYPE_CHECKING:
     from ssl import SSLContext
 
-# Without a connection for this long, clients are sent to other servers.
+# After this long without a connection, clients are sent to other servers.
 DISCONNECT_SECONDS = 2.0
 WATCH_SECONDS, CANCEL_SECONDS = 0.5, 0.1
-# The engine ends the connection if a subject, which is up to three times as long, does not fit into 4,096 bytes.
+# The engine closes the connection if a request line exceeds 4,096 bytes, and encoding can triple a topic's length.
 MAX_TOPIC_BYTES = 1300
 _STOP_SECONDS = 5.0
 
@@ -50,7 +50,7 @@ _logger = logging.getLogger(__name__)
 
 
 class NATSStore(MirroredStore):
-    """A store in a stream of NATS JetStream. Thread-safe; the work is done in a thread of its own."""
+    """A store in a stream of NATS JetStream. Thread-safe; its event loop runs in a thread of its own."""
 
     is_shared = True
 
@@ -75,7 +75,7 @@ class NATSStore(MirroredStore):
         self.due_at = math.inf
         self._is_lost = False
         self._on_unusable: Callable[[str], None]
-        # They belong to the loop, which is not running yet.
+        # Used in the loop's thread only, which has not started yet.
         self.connection = NATSConnection(servers, self._credentials, tls, f"dsmq {stream}")
         self.requests = Requests(self.connection)
         self.stream = Stream(stream, replicas)
@@ -86,7 +86,7 @@ class NATSStore(MirroredStore):
     def _new_mirror(self) -> MirrorStore:
         return MirrorStore(self._max_age_ms, limits=self._limits)
 
-    # Life
+    # Lifecycle
 
     def start(self, on_messages: Callable[[set[bytes]], None], on_unusable: Callable[[str], None]) -> None:
         self.mirror.on_ready = self._on_ready
@@ -113,7 +113,7 @@ class NATSStore(MirroredStore):
 
     @property
     def _is_disconnected(self) -> bool:
-        # A connection whose server is silent is given up before that, and another one may be made at once.
+        # A silent connection counts until it is dropped, because a new one may be made at once.
         return not self.connection.connected and self.connection.silent_seconds > DISCONNECT_SECONDS
 
     @property
@@ -163,17 +163,17 @@ class NATSStore(MirroredStore):
             connecting.cancel()
             await asyncio.gather(connecting, *self._tasks, return_exceptions=True)
             await self.stream.close()
-            # The transports close themselves in the next turn of the loop.
+            # The transports close in the loop's next iteration.
             await asyncio.sleep(0)
 
     def _on_connecting_done(self, task: asyncio.Task[None]) -> None:
-        """End the thread if the task fails by a defect."""
+        """Stop the thread if the task fails because of a bug."""
         if not task.cancelled() and (error := task.exception()) is not None:
-            _logger.error("the connection to the engine has failed by a defect", exc_info=error)
+            _logger.error("the connection to the engine failed because of a bug", exc_info=error)
             self._cancel()
 
     async def _connect(self) -> None:
-        """Wait for the engine, which may be starting. Raises StartupError if it refuses the credentials."""
+        """Wait for the engine, which may still be starting. Raises StartupError if it refuses the credentials."""
         while not self.connection.connected:
             if refusal := self.connection.refusal:
                 raise StartupError(f"the NATS servers refuse the connection: {refusal}")
@@ -181,7 +181,7 @@ class NATSStore(MirroredStore):
         await self.stream.connect(self._servers, self._credentials, self._tls)
 
     async def _watch_connection(self) -> None:
-        """If there is no engine, send clients to other servers."""
+        """Send clients to other servers when the connection is lost."""
         while True:
             self.due_at = time.monotonic() + WATCH_SECONDS
             await asyncio.sleep(WATCH_SECONDS)
@@ -191,7 +191,7 @@ class NATSStore(MirroredStore):
             self._is_lost = is_lost
 
     def close(self) -> None:
-        """Idempotent. After it, other methods raise StoreFailed."""
+        """Idempotent. Other methods raise StoreFailed afterwards."""
         if self.thread.is_alive():
             with suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._cancel)
@@ -206,11 +206,11 @@ class NATSStore(MirroredStore):
         self._is_closing = True
         for task in self._work:
             task.cancel()
-        # Again, because before Python 3.12 `asyncio.wait_for` loses a cancellation that comes along with its result.
+        # Cancel again: before Python 3.12, `asyncio.wait_for` loses a cancellation that arrives along with its result.
         self._loop.call_later(CANCEL_SECONDS, self._cancel)
 
     def _post(self, call: Callable[[], None]) -> None:
-        """Run this in the thread of the loop. Raises StoreFailed if that has ended."""
+        """Run a function in the loop's thread. Raises StoreFailed if the loop has stopped."""
         try:
             self._loop.call_soon_threadsafe(call)
         except RuntimeError:
@@ -262,10 +262,10 @@ class NATSStore(MirroredStore):
         return self._when_fresh(after, lambda store: store.latest(topic, after, below))
 
     def check_id(self, after: int) -> None:
-        """Another server may have given a client a later id than the mirror's last one, so that reads check it."""
+        """Do nothing: an id from another server may be later than the mirror's last one, so reads check it."""
 
     def _when_fresh(self, after: int, read: Callable[[MirrorStore], T]) -> Future[T]:
-        """Read once the mirror has all that the engine has now."""
+        """Read once the mirror has everything that the engine has now."""
         answer: Future[T] = Future()
 
         def finish(error: Exception | None) -> None:
@@ -293,7 +293,7 @@ class NATSStore(MirroredStore):
     async def _answer_last_id(self, answer: Future[int]) -> None:
         self._tasks = {task for task in self._tasks if not task.done()}
         try:
-            # Not what `ReadIndex` asks for, which counts messages that may never be stored.
+            # Not the id that `ReadIndex` waits for, which may be of a message that is never stored.
             epoch, last_id = self.mirror.epoch, await self.stream.last_id()
             if epoch != self.mirror.epoch:
                 raise EngineError("a new epoch has begun")
@@ -322,7 +322,7 @@ class NATSStore(MirroredStore):
         self._configure()
 
     def _configure(self) -> None:
-        """Have the mirror configure the stream anew when it next checks it."""
+        """Make the mirror update the stream's configuration at its next check."""
         self.stream.configure(self._max_age_ms, self._limits.max_stored_bytes)
 
     def timings(self) -> dict[str, Timing]:
@@ -347,7 +347,7 @@ class NATSStore(MirroredStore):
 
 
 def _merge(known: list[int | None], answer: Future[list[Outcome]], published: Future[list[Outcome]]) -> None:
-    """Answer with the outcomes of the new puts, and the ids of those that were stored already."""
+    """Answer with the outcomes of new puts, and the ids of those that were already stored."""
     error = published.exception()
     if error is not None:
         answer.set_exception(error)

@@ -1,6 +1,6 @@
-"""A connection to a NATS server for what has to be fast: publishing, and the messages of a push consumer.
+"""A fast connection to a NATS server, for publishing and for the messages of a push consumer.
 
-The official client takes two to three times the processor time for these, and stops for good after some errors. It is
+The official client takes two to three times the processor time for these, and closes for good after some errors. It is
 used for everything else: see `nats_stream`. The protocol: https://docs.nats.io/reference/reference-protocols/nats-protocol
 """
 
@@ -24,7 +24,7 @@ from dsmq.system import boot_time
 CONNECT_SECONDS = 2.0
 PING_SECONDS, SILENCE_SECONDS = 1.0, 3.0
 _FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.01, 0.25
-# What a server accepts if it does not say: its own default.
+# The default of NATS, for servers that do not send theirs.
 _MAX_PAYLOAD_BYTES = 1_048_576
 
 _logger = logging.getLogger(__name__)
@@ -35,18 +35,18 @@ class Received(NamedTuple):
 
     subject: bytes
     reply: bytes
-    """The subject for the answer; empty if none is expected."""
+    """The subject for the reply; empty if none is expected."""
     headers: bytes
     body: bytes
 
     @property
     def status(self) -> int:
-        """The status in the headers, such as 503 if nobody listens to a subject; 0 if there is none."""
+        """The status in the headers, such as 503 for a subject without a listener; 0 if there is none."""
         code = self.headers[9:12]
         return int(code) if self.headers[8:9] == b" " and code.isdigit() else 0
 
     def header(self, name: bytes) -> bytes:
-        """Return a header, or nothing."""
+        """Return the value of a header; empty if it is missing."""
         _, found, rest = self.headers.partition(b"\r\n" + name + b":")
         return rest.partition(b"\r\n")[0].strip() if found else b""
 
@@ -58,26 +58,26 @@ Server: TypeAlias = tuple[str, int]
 
 @dataclass
 class Credentials:
-    """What a server may ask for; all may be empty."""
+    """What a server may require; empty if unused."""
 
     user: str = ""
     password: str = ""
     token: str = ""
 
     def options(self) -> dict[str, str]:
-        """Return the fields of CONNECT."""
+        """Return the fields for CONNECT."""
         given = {"user": self.user, "pass": self.password, "auth_token": self.token}
         return {name: value for name, value in given.items() if value}
 
 
 class Refused(ConnectionError):
-    """The server does not accept these credentials, or the two can't agree on TLS. Trying again does not help."""
+    """The server rejects the credentials, or the two sides can't agree on TLS. Trying again does not help."""
 
 
 def encode_publish(
     subject: bytes, body: bytes, reply: bytes = b"", headers: Sequence[tuple[bytes, bytes]] = ()
 ) -> bytes:
-    """Return the request to publish a message. No part but the body may contain spaces or line ends."""
+    """Return the request to publish a message. Only the body may contain spaces or line breaks."""
     if not headers:
         return b"PUB %b %b %d\r\n%b\r\n" % (subject, reply, len(body), body)
     head = b"NATS/1.0\r\n%b\r\n" % b"".join([b"%b:%b\r\n" % header for header in headers])
@@ -85,7 +85,7 @@ def encode_publish(
 
 
 class _Socket(asyncio.Protocol):
-    """A socket's data, as it arrives."""
+    """Buffers the data that arrives on a socket."""
 
     def __init__(self) -> None:
         self.buffer = bytearray()
@@ -104,7 +104,7 @@ class _Socket(asyncio.Protocol):
             self.closed.set_result(error)
 
     async def line(self) -> bytes:
-        """Return the next line. Raises ConnectionResetError if there is none."""
+        """Return the next line. Raises OSError if the connection closes first."""
         while (end := self.buffer.find(b"\r\n")) < 0:
             if self.closed.done():
                 raise self.closed.result() or ConnectionResetError("it closed the connection")
@@ -116,7 +116,7 @@ class _Socket(asyncio.Protocol):
 
 
 class NATSConnection:
-    """A connection to one of several servers, which is made again when it breaks. Used in one asyncio event loop."""
+    """A connection to one of several servers, restored when it breaks. Used in one asyncio event loop."""
 
     def __init__(
         self, servers: Sequence[Server], credentials: Credentials, tls: ssl.SSLContext | None, name: str
@@ -126,15 +126,15 @@ class NATSConnection:
         self._listeners: dict[bytes, tuple[bytes, Listener]] = {}
         self._numbers = itertools.count(1)
         self._transport: asyncio.Transport | None = None
-        # Those since the last connection, at most one for each server.
+        # Failed attempts since the last connection, at most one for each server.
         self._failures: deque[tuple[Server, Exception]] = deque(maxlen=len(servers))
         self.max_payload = _MAX_PAYLOAD_BYTES
         self.has_jetstream = False
-        """Whether the server itself has JetStream; others of its cluster may."""
+        """Whether the server itself has JetStream; others in its cluster may."""
         self.server = ""
-        """The name of the server that this is or was connected to."""
+        """The name of the current or last server."""
         self.heard_at = -math.inf
-        """When the server was heard of last, by `boot_time`."""
+        """When the server last sent something, by `boot_time`."""
         self.opened_at = -math.inf
         """When the last connection was made."""
         self.error: Exception | None = None
@@ -151,17 +151,17 @@ class NATSConnection:
 
     @property
     def silent_seconds(self) -> float:
-        """How long ago the server was heard of last."""
+        """The time since the server last sent something."""
         return boot_time() - self.heard_at
 
     @property
     def responds(self) -> bool:
-        """Whether the server has been heard of since it had to answer."""
+        """Whether the server has answered the last pings."""
         return self.connected and self.silent_seconds < 1.5 * PING_SECONDS
 
     @property
     def refusal(self) -> str:
-        """Why there will be no connection: no server accepts one, and some refuse; empty if there may be one."""
+        """Why retrying is pointless: all servers have failed, and one has refused; empty if it is not."""
         if len(self._failures) < (self._failures.maxlen or 1):
             return ""
         refusals = (f"{host}:{port}: {error}" for (host, port), error in self._failures if isinstance(error, Refused))
@@ -175,7 +175,7 @@ class NATSConnection:
         return True
 
     def subscribe(self, subject: bytes, listener: Listener) -> bytes:
-        """Call the listener for messages to a subject; return the number of the subscription."""
+        """Pass messages for a subject to the listener; return the number of the subscription."""
         number = b"%d" % next(self._numbers)
         self._listeners[number] = subject, listener
         self.send(b"SUB %b %b\r\n" % (subject, number))
@@ -186,7 +186,7 @@ class NATSConnection:
             self.send(b"UNSUB %b\r\n" % number)
 
     async def run(self) -> None:
-        """Stay connected until this is cancelled."""
+        """Stay connected until cancelled."""
         delay = _FIRST_DELAY_SECONDS
         while True:
             transport: asyncio.Transport | None = None
@@ -211,10 +211,10 @@ class NATSConnection:
                 self.on_lost()
 
     def _fail(self, error: Exception) -> None:
-        """Keep the reason why there is no connection, and log it, but not for each attempt to connect again."""
+        """Record why there is no connection, and log it once, not for each attempt."""
         is_refused = isinstance(error, Refused)
         is_reported = self._is_reported and (isinstance(self.error, Refused) or not is_refused)
-        # asyncio's own timeouts have no text.
+        # The timeouts of asyncio have no message.
         self.error = error if str(error) else TimeoutError("it does not answer")
         about = event("engine_lost", node=self.server, error=str(self.error))
         if is_reported:
@@ -248,7 +248,7 @@ class NATSConnection:
         return transport, sock
 
     async def _serve(self, transport: asyncio.Transport, sock: _Socket) -> None:
-        """Pass messages on until the connection breaks, or the server is silent. Raises OSError."""
+        """Pass messages on until the connection breaks or the server stops responding. Raises OSError."""
         self._transport, self.error = transport, None
         sock.on_data = lambda: self._receive(sock)
         self.opened_at = self.heard_at = boot_time()
@@ -301,14 +301,14 @@ async def _start_tls(
 ) -> asyncio.Transport:
     """Return the encrypted transport. Raises OSError; Refused if the certificate is not trusted."""
     if sock.buffer:
-        # Somebody in between could have added it.
+        # An attacker in between could have injected it.
         raise ConnectionError("it sent more than its greeting before TLS")
     try:
         encrypted = await asyncio.get_running_loop().start_tls(transport, sock, context, server_hostname=host)
     except ssl.SSLCertVerificationError as error:
         raise Refused(f"its certificate is not trusted: {error.verify_message.rstrip('.')}") from error
     if encrypted is None:
-        # asyncio returns this if the connection breaks just then.
+        # asyncio returns None if the connection breaks during the handshake.
         raise ConnectionResetError("it closed the connection")
     return encrypted
 
@@ -325,7 +325,7 @@ def _check_tls(info: dict[str, Any], context: ssl.SSLContext | None) -> None:
 
 
 def _to_error(text: str) -> ConnectionError:
-    """Return the error for what a server answers to CONNECT."""
+    """Return the exception for a server's error in reply to CONNECT."""
     about_credentials = text.lower().startswith(("authorization", "user authentication"))
     return Refused(f"{text} (user, password or token)") if about_credentials else ConnectionError(text)
 

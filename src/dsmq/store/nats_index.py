@@ -1,4 +1,4 @@
-"""Reads that must not be stale: they wait until the mirror has what the engine had when they came."""
+"""Keeps reads from being stale: they wait until the mirror has everything that the engine had when they arrived."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from dsmq.store.nats_mirror import Mirror
 from dsmq.store.nats_requests import Requests
 from dsmq.store.nats_stream import WRONG_SEQUENCE, Stream
 
-# How long a read may wait for the engine: longer than an election, shorter than clients wait for a reply.
+# How long a read may wait for the engine: longer than an election takes, shorter than a client's reply timeout.
 READ_SECONDS = 9.5
-# If the engine counts a message that does not arrive within this time, ask again: it may never be stored.
+# If the engine's last message does not arrive within this time, ask again: it may never be stored.
 INDEX_SECONDS = 0.1
 _NO_RESPONSE = "the engine does not answer"
-# More than any stream holds, so that the message is refused; the error has the id of the last one.
+# Higher than any id, so that the message is refused; the error contains the last id.
 _ASK_LAST_ID = ((b"Nats-Expected-Last-Sequence", b"9223372036854775806"),)
 
 
 class ReadIndex:
-    """Makes reads wait until the mirror has what the engine had when they came (Raft, section 6.4)."""
+    """Delays reads until the mirror has everything that the engine had when they arrived (Raft, section 6.4)."""
 
     def __init__(self, mirror: Mirror, requests: Requests, stream: Stream) -> None:
         self._mirror, self._requests = mirror, requests
@@ -32,7 +32,7 @@ class ReadIndex:
         self._wanted = asyncio.Event()
 
     def add(self, call: Callable[[Exception | None], None]) -> None:
-        """Call this once the mirror is up to date, or with an error."""
+        """Call a function with None once the mirror is up to date, or with an error."""
         self._readers.append((call, time.monotonic() + READ_SECONDS))
         self._wanted.set()
 
@@ -42,11 +42,11 @@ class ReadIndex:
             await self._wanted.wait()
             readers, self._readers = self._readers, []
             self._wanted.clear()
-            # One question serves all who came before it is asked.
+            # One request serves all reads that arrived before it.
             mirrored = self._mirror.store.last_id()
             last_id = await self._ask()
             if last_id is not None and last_id < mirrored:
-                # Either of a leader that does not know yet what it has, or of a new stream.
+                # Either from a leader that does not know its last id yet, or from a new stream.
                 last_id = None
             if last_id is not None and await self._reached(last_id):
                 for call, _ in readers:
@@ -74,7 +74,7 @@ class ReadIndex:
         return int(digits) if digits.isdigit() else None
 
     async def _reached(self, last_id: int) -> bool:
-        """Wait until the mirror has this message; False if it takes too long."""
+        """Wait until the mirror has this message; return False if it takes too long."""
         with suppress(TimeoutError):
             async with asyncio.timeout(INDEX_SECONDS):
                 while not (self._mirror.ready and self._mirror.store.last_id() >= last_id):

@@ -1,4 +1,4 @@
-"""The mirror: what a consumer of the stream delivers goes to a `MirrorStore`, and reads wait until it is up to date."""
+"""The mirror: a consumer of the stream, whose messages go into a `MirrorStore`."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from dsmq.system import boot_time
 if TYPE_CHECKING:
     from dsmq.store.sqlite import MirrorStore
 
-# A consumer that has not been heard of for this long is lost; it sends a heartbeat once a second.
+# A consumer that is silent for this long is lost; it sends a heartbeat once a second.
 LOST_SECONDS = 2.5
 CHECK_SECONDS = 1.0
 # How long it takes at most to follow the stream again after a connection was lost, if nothing else is wrong.
 RECOVERY_SECONDS = 5.0
 RETRY_SECONDS = 0.25
 CLOSE_SECONDS = 2.0
-# How often the stream may be behind the mirror before messages count as lost: its answer may be old.
+# How many checks may find the stream behind the mirror before its messages count as lost: an answer may be stale.
 MAX_BEHIND = 3
-# The numbers of topics are written down this often per max_age, by whichever server is first.
+# The topics' numbers are written to the stream this often per max_age, by whichever server is first.
 FACTS_PER_MAX_AGE = 4
 _FLOW_CONTROL = 100
-# More than any consumer has pending: how many it has is not known yet.
+# A number of pending messages that is not known yet: higher than any.
 _UNKNOWN = 1 << 62
 
 _logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class _Delivery(NamedTuple):
     """By the engine's clock, in milliseconds since 1970."""
     message: Received
     later: bytes
-    """How many messages the stream had after it."""
+    """How many messages followed it in the stream."""
 
 
 class Lag:
@@ -61,12 +61,12 @@ class Lag:
 
     def __init__(self) -> None:
         self._stream_id = self._mirrored_id = 0
-        # When the mirror last had all messages, and when that will be: once it has this id.
+        # When the mirror was last complete; then an id, and when it will have been complete once it has that id.
         self._complete_at = boot_time()
         self._next: tuple[int, float] | None = None
 
     def update(self, stream_id: int, mirrored_id: int) -> None:
-        """Compare the last id of the stream with the one of the mirror."""
+        """Record the last ids of the stream and of the mirror."""
         now = boot_time()
         self._stream_id, self._mirrored_id = stream_id, mirrored_id
         if self._next is not None and mirrored_id >= self._next[0]:
@@ -81,27 +81,27 @@ class Lag:
         return max(0, self._stream_id - self._mirrored_id)
 
     def seconds(self, *, is_followed: bool) -> float:
-        """Return the time since the mirror last had all messages; 0 if it has, and follows the stream."""
+        """Return the time since the mirror was last complete; 0 if it is, and follows the stream."""
         return boot_time() - self._complete_at if self.messages or not is_followed else 0.0
 
 
 class Mirror:
-    """Follows the stream. Used in one asyncio event loop, but for `store`, which is thread-safe."""
+    """Follows the stream. Used in one asyncio event loop, except for `store`, which is thread-safe."""
 
     def __init__(self, connection: NATSConnection, stream: Stream, new_store: Callable[[], MirrorStore]) -> None:
         self._connection, self._stream, self._new_store = connection, stream, new_store
         self.store = new_store()
         self.epoch = ""
         self.ready = False
-        """Whether it had all messages of the stream once."""
+        """Whether the store has been complete."""
         self.on_ready: Callable[[], None] = lambda: None
         self.on_messages: Callable[[set[bytes]], None] = lambda _: None
         self.on_replaced: Callable[[], None] = lambda: None
         self.error: Exception | None = None
-        """Why the stream is not followed now."""
+        """Why the stream is not being followed."""
         self._is_reported = False
         self.consumers = self.skipped = 0
-        """How many consumers were made, and how many messages could not be mirrored."""
+        """Numbers of consumers created, and of messages that could not be mirrored."""
         self.lag = Lag()
         self.applied = asyncio.Event()
         self._name = f"m-{secrets.token_hex(6)}"
@@ -120,7 +120,7 @@ class Mirror:
 
     @property
     def silent_seconds(self) -> float:
-        """How long ago the consumer was heard of last."""
+        """The time since the consumer last sent something."""
         return boot_time() - self._heard_at
 
     def _reset_consumer(self, state: StreamState) -> None:
@@ -133,7 +133,7 @@ class Mirror:
         self._behind = 0
 
     async def run(self) -> None:
-        """Follow the stream until this is cancelled. Raises StartupError if it can't be used."""
+        """Follow the stream until cancelled. Raises StartupError if it can't be used."""
         while True:
             try:
                 await self._stream.open()
@@ -145,7 +145,7 @@ class Mirror:
             await asyncio.sleep(RETRY_SECONDS)
 
     def _fail(self, error: EngineError) -> None:
-        """Keep the reason why the stream is not followed, and log it, but not for each attempt to follow it again."""
+        """Record why the stream is not being followed, and log it once, not for each attempt."""
         self.error = error
         if self._is_reported or self._is_explained():
             _logger.debug("not following the stream: %s", error)
@@ -154,7 +154,7 @@ class Mirror:
             self._is_reported = True
 
     def _is_explained(self) -> bool:
-        """Return whether the reason is that the connection is or was lost, which is logged as such."""
+        """Return whether the cause is a lost connection, which is logged separately."""
         connection, now = self._connection, boot_time()
         was_lost = self._heard_at < connection.opened_at and now - connection.opened_at < RECOVERY_SECONDS
         return was_lost or not connection.responds
@@ -167,15 +167,15 @@ class Mirror:
         self._is_reported = False
 
     async def _follow(self) -> None:
-        """Mirror the stream by a new consumer, until it is lost."""
+        """Mirror the stream through a new consumer until that is lost."""
         state = await self._stream.state()
         self._enter_epoch(state)
         if self.silent_seconds > self.store.max_age_ms / 1000 and self.ready:
-            # Messages may have expired unseen, so that numbers are unknown.
+            # Messages may have expired unseen, so the topics' numbers are unknown.
             self._restart()
         if not self.ready and not self.store.last_id():
             self._facts = sorted(await self._stream.read_facts(), key=lambda part: part[0])
-        # Not the number of consumers: one that seems to have failed may have been made.
+        # A new name each time: a request that seems to have failed may have created its consumer.
         name = f"{self._name}-{next(self._names)}"
         deliver_to = f"_INBOX.{name}"
         self._deliveries.clear()
@@ -196,27 +196,27 @@ class Mirror:
         if self.epoch and self.epoch != state.epoch:
             _logger.error("the stream has lost its messages: a new epoch begins")
             self._restart()
-            # First, so that clients that connected before get no HELLO with the new epoch.
+            # Before the epoch changes, so that no client that is still connected gets a HELLO with the new one.
             self.on_replaced()
         self.epoch = state.epoch
 
     def _restart(self) -> None:
-        """Mirror the stream from its first message."""
+        """Start again with an empty mirror, from the stream's first message."""
         old, self.store, self.ready, self._facts = self.store, self._new_store(), False, []
         self._replaced.append(old)
-        # Not at once: other threads may be reading it.
+        # Delayed, because other threads may be reading it.
         asyncio.get_running_loop().call_later(CLOSE_SECONDS, self._close_oldest)
 
     def _close_oldest(self) -> None:
         self._replaced.popleft().close()
 
     def close(self) -> None:
-        """Close the store, once the event loop has ended."""
+        """Close the stores. Called after the event loop has stopped."""
         for store in (*self._replaced, self.store):
             store.close()
 
     async def _watch(self) -> None:
-        """Check once a second that nothing is lost; raise EngineError if it is."""
+        """Check the stream and the consumer once a second. Raises EngineError if either is lost."""
         while True:
             await asyncio.sleep(CHECK_SECONDS)
             mirrored = self.store.last_id()
@@ -228,12 +228,12 @@ class Mirror:
             except EngineError as error:
                 if error.code == STREAM_NOT_FOUND:
                     raise
-                # Messages may arrive nevertheless.
+                # Messages may still arrive.
                 continue
             self.lag.update(state.last_id, self.store.last_id())
             self._behind = self._behind + 1 if state.last_id < mirrored else 0
             if self._behind >= MAX_BEHIND:
-                # The ids will be used again for other messages.
+                # The stream will give the same ids to other messages.
                 await self._stream.end_epoch(self.epoch)
             if state.epoch != self.epoch:
                 raise EngineError("the stream has another epoch")
@@ -253,7 +253,7 @@ class Mirror:
             try:
                 await self._stream.write_facts(at, numbers)
             except EngineError as error:
-                _logger.warning("the numbers of the topics could not be written to the stream: %s", error)
+                _logger.warning("the topics' numbers could not be written to the stream: %s", error)
 
     # Deliveries
 
@@ -271,7 +271,7 @@ class Mirror:
             return
         self._sequence, later = sequence, words[at + 3]
         if later == b"0":
-            # Some of those that it had at first may have expired in the stream.
+            # Some of the messages that were pending at first may have expired since.
             self._pending = min(self._pending, sequence)
         self._deliveries.append(_Delivery(message_id, nanoseconds // 1_000_000, message, later))
 
@@ -280,14 +280,14 @@ class Mirror:
             self._lost = f"its consumer ended with status {status}"
             return
         if reply := message.reply or message.header(b"Nats-Consumer-Stalled"):
-            # Flow control: the engine sends more when it gets this.
+            # Flow control: the engine sends more messages once it has this reply.
             self._connection.send(encode_publish(reply, b""))
         last = message.header(b"Nats-Last-Consumer")
         if last and int(last) != self._sequence:
             self._lost = f"its consumer is at {int(last)}, not {self._sequence}"
 
     def apply(self) -> None:
-        """Mirror what has been delivered."""
+        """Apply the messages delivered so far."""
         deliveries, self._deliveries = self._deliveries, []
         if deliveries and self._lost is None:
             topics = self._apply(deliveries)
@@ -305,7 +305,7 @@ class Mirror:
             self.on_ready()
 
     def _apply(self, deliveries: list[_Delivery]) -> set[bytes]:
-        """Mirror deliveries; return the topics of new messages."""
+        """Apply messages; return the topics of the new ones."""
         first_sequence = self._sequence - len(deliveries) + 1
         engine_now = round(boot_time() * 1000) + self._clock_ahead_ms
         messages, topics = [], set()
@@ -317,7 +317,7 @@ class Mirror:
             if not message.subject.startswith(self._stream.topic_prefix):
                 self._note(message)
                 continue
-            # A live message has just been put; the age of others is by the engine's clock alone.
+            # A live message has just been put; the age of the others is computed from the engine's clock alone.
             age = 0 if sequence > self._pending else max(0, engine_now - put_at)
             topic = decode_token(message.subject[len(self._stream.topic_prefix) :])
             try:
@@ -348,7 +348,7 @@ class Mirror:
             self.store.renumber(self._facts.pop(0)[1])
 
     def _apply_safely(self, messages: list[Mirrored], last_id: int) -> None:
-        """Apply messages; one that can't be must not stop the mirror."""
+        """Apply messages, skipping any that fails, which must not stop the mirror."""
         try:
             self.store.apply(messages, last_id)
         except Exception:
@@ -363,18 +363,18 @@ class Mirror:
 
 
 def _key(message: Received) -> tuple[bytes, int] | None:
-    """Return the producer and number of a put: a client's, or those that a server gives to puts without a key."""
+    """Return the producer and number of a put: the client's, or those that the server assigned if it had none."""
     name, _, number = message.header(b"Nats-Msg-Id").rpartition(b":")
     if not number.isdigit():
         return None
     if name.startswith(b"p."):
         return decode_token(name[2:]), int(number)
-    # A node that hangs for minutes may store what it had received, and what has been sent elsewhere since.
+    # A node that hangs for minutes may store a put that has meanwhile been sent again to another node.
     return (name, int(number)) if name.startswith(b"s.") else None
 
 
 class MirroredStore:
-    """What a store answers from its mirror. Thread-safe."""
+    """The methods of the store that need only the mirror. Thread-safe."""
 
     mirror: Mirror
 

@@ -1,4 +1,4 @@
-"""Puts on their way to the stream: one batch after another, so that they are stored in the order of the puts."""
+"""Publishes puts to the stream, one batch at a time, so that they are stored in order."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from dsmq.store.nats_connection import encode_publish
 from dsmq.store.nats_requests import Ack, Requests
 from dsmq.store.nats_stream import FULL, encode_token
 
-# A batch is stored as a whole, with one answer. What is put meanwhile is the next one.
+# A batch is stored atomically, with one acknowledgement. Puts that arrive meanwhile form the next one.
 BATCH_MESSAGES, BATCH_BYTES = 500, 524_288
-# How long to wait for an answer before sending the puts again, under the same ids, and for how long.
+# How long to wait for an answer before the puts are sent again, under the same ids, and how long to keep trying.
 ATTEMPT_SECONDS, PUT_SECONDS = 1.0, 20.0
 _PAUSE_SECONDS = 0.1
 # "The message id is in process": the outcome of an earlier attempt is not known yet.
@@ -83,20 +83,20 @@ class Publisher:
         # What is being published now.
         self._appends: list[_Append] = []
         self._began = 0.0
-        # The engine's answer to the first attempt, if that has no outcome.
+        # A batch whose first attempt had no outcome, and the engine's answer.
         self._failed: asyncio.Queue[tuple[_Batch, Ack | None]] = asyncio.Queue()
         # The ids of puts without a key.
         self._own = f"s.{secrets.token_hex(8)}:".encode()
         self._numbers = itertools.count(1)
         self.last_id = 0
-        """The highest id that the engine has answered."""
+        """The highest id that the engine has acknowledged."""
         self.published = self.retries = self.split = self.repeated = 0
-        """How often messages were published together, attempts that brought no outcome, batches published one by one,
-        and messages that were stored already."""
+        """Batches published, attempts without an outcome, batches split into single messages, and messages that were
+        already stored."""
         self.seconds = 0.0
 
     def put(self, puts: Sequence[Put], answer: Future[list[Outcome]], *, together: bool) -> None:
-        """Publish these puts after the ones before; the answer has an outcome for each. `together`: all or none."""
+        """Queue puts; the answer will have an outcome for each. `together`: store all or none."""
         messages = []
         for topic, body, key in puts:
             if key is None:
@@ -120,11 +120,11 @@ class Publisher:
             self._is_running = False
 
     def count_repeated(self, puts: int) -> None:
-        """Count puts that the mirror has already, and that are not published."""
+        """Count puts that were not published because the mirror already has them."""
         self.repeated += puts
 
     def close(self) -> None:
-        """Refuse what is queued: it has not been sent."""
+        """Fail the queued puts, which have not been sent."""
         while self._queue:
             self._queue.popleft().answer.set_exception(StoreFailed("the store is closed"))
 
@@ -167,7 +167,7 @@ class Publisher:
         return taken
 
     def _outcomes(self, batch: _Batch, ack: Ack | None, *, is_sent: bool) -> list[Outcome]:
-        """Return what has become of a batch; nothing if that is not known, or it has to be published otherwise.
+        """Return the outcomes of a batch; none if they are unknown, or it has to be split or retried.
 
         `is_sent`: an earlier attempt may have stored it.
         """
@@ -175,7 +175,7 @@ class Publisher:
         if ack is None:
             return []
         if ack.id and (ack.is_batch or count == 1):
-            # Of a batch the engine tells the last id.
+            # The engine reports only the last id of a batch.
             self.last_id = max(self.last_id, ack.id)
             self.repeated += ack.is_repeated
             return list(range(ack.id - count + 1, ack.id + 1))
@@ -183,10 +183,10 @@ class Publisher:
         return [_refusal(ack)] * count if is_final and not is_sent else []
 
     async def _go_on(self, batch: _Batch, ack: Ack | None) -> list[Outcome]:
-        """Publish a batch whose first attempt has brought no outcome."""
+        """Publish a batch whose first attempt had no outcome."""
         is_sent = _may_be_stored(ack)
         if len(batch.messages) > 1 and not batch.together:
-            # Repeated puts make the engine refuse a batch; so does a lack of room.
+            # The engine refuses a batch that contains repeated puts, or for which there is no room.
             self.split += 1
             return await self._publish_each(batch, is_sent=is_sent)
         await self._pause(ack)
@@ -199,7 +199,7 @@ class Publisher:
         return outcomes
 
     async def _publish(self, batch: _Batch, *, is_sent: bool) -> list[Outcome]:
-        """Publish a batch as a whole until there is an outcome. `is_sent`: it may have been stored already."""
+        """Publish a batch as a whole, retrying until its outcome is known. `is_sent`: it may already be stored."""
         while time.monotonic() < batch.until:
             ack = await self._requests.ask(batch.encode, ATTEMPT_SECONDS)
             if outcomes := self._outcomes(batch, ack, is_sent=is_sent):
@@ -229,4 +229,4 @@ def _refusal(ack: Ack) -> ReplyError:
 
 
 def _unsure() -> Unsure:
-    return Unsure("the engine did not answer in time, so the message may be stored or not")
+    return Unsure("the engine did not answer in time; the message may or may not be stored")

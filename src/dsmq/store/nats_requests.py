@@ -1,4 +1,4 @@
-"""Requests to NATS over `NATSConnection`, each with its own subject for the reply."""
+"""Requests to NATS over `NATSConnection`, each with its own reply subject."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import NamedTuple
 from dsmq.store.nats_connection import NATSConnection, Received
 
 _NO_LISTENER = 503
-"""The status of a request that nobody listens for: the stream has no leader now."""
+"""The status for a subject without a listener: the stream has no leader at the moment."""
 
 
 class Ack(NamedTuple):
@@ -22,7 +22,7 @@ class Ack(NamedTuple):
     """The number of the message in the stream; 0 if it was refused."""
     is_batch: bool = False
     is_repeated: bool = False
-    """Whether the message was stored already."""
+    """Whether the message was already stored."""
     code: int = 0
     """JetStream's error code, if it was refused."""
     text: str = ""
@@ -42,10 +42,9 @@ class Requests:
         connection.subscribe(self._inbox + b"*", self._on_reply)
 
     def send(self, encode: Callable[[bytes], bytes], seconds: float, call: Callable[[Ack | None], None]) -> None:
-        """Send a request, encoded with the subject for the reply; call this with the answer, or with None if there is
-        none in time.
+        """Send a request, encoded with its reply subject; pass the answer to `call`, or None if there is none in time.
 
-        The answer is NOT_SENT if there is no connection, or nobody listens for the request.
+        The answer is NOT_SENT if there is no connection, or no listener for the request.
         """
         subject = b"%b%d" % (self._inbox, next(self._numbers))
         self._pending[subject] = call, asyncio.get_running_loop().call_later(seconds, self._answer, subject, None)
@@ -53,7 +52,7 @@ class Requests:
             self._answer(subject, NOT_SENT)
 
     async def ask(self, encode: Callable[[bytes], bytes], seconds: float) -> Ack | None:
-        """The same, but wait for the answer and return it."""
+        """Send a request, and return the answer."""
         future: asyncio.Future[Ack | None] = asyncio.get_running_loop().create_future()
         self.send(encode, seconds, lambda ack: None if future.done() else future.set_result(ack))
         return await future
@@ -68,7 +67,7 @@ class Requests:
             self._answer(reply.subject, NOT_SENT if reply.status == _NO_LISTENER else _parse_ack(reply.body))
 
     def on_lost(self) -> None:
-        """The connection broke: no more replies will come."""
+        """End the pending requests, because the connection broke."""
         for subject in list(self._pending):
             self._answer(subject, None)
 

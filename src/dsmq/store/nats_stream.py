@@ -1,12 +1,12 @@
 """The JetStream stream that holds the messages: its configuration, its epoch, the facts in it, and its consumers.
 
-Subjects, with the stream's name for `dsmq`:
+Subjects, if the stream is called `dsmq`:
 
     dsmq.t.<topic>      a message; the topic is percent-encoded
     dsmq.genesis        the epoch: the first message of a stream, which never expires
     dsmq.facts.<part>   the numbers of the topics' last messages as of an id, for servers that start later
 
-All this goes through the official client; see `nats_connection` for what has to be fast.
+This module uses the official client; see `nats_connection` for the requests that must be fast.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ if TYPE_CHECKING:
 
 # The first version with atomic batches.
 MIN_VERSION = "2.12.1"
-# How long the engine recognises a repeated message id. Each id takes 300 bytes of its memory, so the mirrors, which
-# remember puts for longer, do the rest.
+# How long the engine recognises a repeated message id. Each id takes 300 bytes of its memory, so later repetitions are
+# left to the mirrors, which remember puts for longer.
 DEDUPLICATION_SECONDS = 120
-# Messages stay in the stream longer than their age, because the servers decide what has expired.
+# Messages stay in the stream for longer than max_age, because the servers decide when a message expires.
 _MARGIN, _MIN_MARGIN_SECONDS = 0.1, 60
 _API_SECONDS = 1.0
 _HEARTBEAT_SECONDS = 1
 # Numbers are spread over this many messages, because a message has a maximum size.
 FACT_PARTS = 16
-# What a message has besides its body and topic.
+# The most that a message takes besides its body and topic.
 HEADER_BYTES = 1024
 _NEVER = {"Nats-TTL": "never"}
 
@@ -87,12 +87,12 @@ def decode_token(token: bytes) -> bytes:
 
 
 def _is_useful(record: logging.LogRecord) -> bool:
-    """Return False for a warning that asyncio gives about the official client whenever a TLS connection ends."""
+    """Return False for a warning that asyncio logs whenever a TLS connection of the official client ends."""
     return not str(record.msg).startswith("returning true from eof_received()")
 
 
 class Stream:
-    """The stream as one server uses it. Its methods raise EngineError."""
+    """A server's access to the stream. Its methods raise EngineError."""
 
     def __init__(self, name: str, replicas: int) -> None:
         self.name = name
@@ -106,19 +106,19 @@ class Stream:
         """Whether the stream has the current configuration."""
 
     def configure(self, max_age_ms: int, max_bytes: int) -> None:
-        """Set what `open` configures the stream for. Thread-safe."""
+        """Set the values for `open` to configure the stream with. Thread-safe."""
         self._max_age_ms, self._max_bytes = max_age_ms, max_bytes if max_bytes < sys.maxsize else -1
         self.is_configured = False
 
     async def connect(self, servers: Sequence[Server], credentials: Credentials, tls: SSLContext | None) -> None:
-        """Connect, now and again whenever the connection breaks. Returns when it is connected."""
+        """Connect, and reconnect whenever the connection breaks. Returns once connected."""
         self._connect_again = partial(self.connect, servers, credentials, tls)
         options = {"user": credentials.user, "password": credentials.password, "token": credentials.token}
 
         logging.getLogger("asyncio").addFilter(_is_useful)
 
         async def ignore(_: Exception) -> None:
-            """Errors are raised by the requests; without this, the client prints them."""
+            """Without this, the client prints errors, which the requests raise anyway."""
 
         await self._client.connect(
             [f"{'tls' if tls else 'nats'}://{f'[{host}]' if ':' in host else host}:{port}" for host, port in servers],
@@ -138,8 +138,8 @@ class Stream:
                 await self._client.close()
 
     async def open(self) -> None:
-        """Create the stream if there is none. Raises StartupError if it is not one of dsmq's, or can't be used."""
-        # First, so that a change that comes now is not lost.
+        """Create the stream if it does not exist. Raises StartupError if it is not dsmq's, or can't be used."""
+        # Set first, so that a concurrent change is not lost.
         self.is_configured = True
         wanted = self._configuration()
         try:
@@ -165,7 +165,7 @@ class Stream:
         try:
             await self._request(f"STREAM.UPDATE.{self.name}", wanted)
         except EngineError as error:
-            # It can be used as it is.
+            # The stream is usable as it is.
             _logger.error("the stream %s keeps its configuration: %s", self.name, error)
         else:
             _logger.warning("the stream %s is now configured by this server's settings", self.name)
@@ -227,7 +227,7 @@ class Stream:
             await self._request(f"STREAM.PURGE.{self.name}", {"filter": f"{self.name}.genesis"})
 
     async def create_consumer(self, name: str, deliver_to: str, after: int) -> int:
-        """Have all messages after an id sent to a subject; return how many there are already."""
+        """Have all messages after an id sent to a subject; return how many of them exist already."""
         config = {
             "name": name,
             "deliver_policy": "by_start_sequence",
@@ -276,7 +276,7 @@ class Stream:
     async def publish(self, subject: str, body: bytes, headers: dict[str, str]) -> None:
         """Publish a message, and wait until it is stored."""
         if len(body) > self._client.max_payload - HEADER_BYTES:
-            raise EngineError(f"{len(body)} bytes are too many for a message of the engine (max_payload)")
+            raise EngineError(f"{len(body)} bytes are more than the engine accepts in a message (max_payload)")
         _parse(await self._ask(subject, body, _API_SECONDS, headers))
 
     async def _last_of(self, subject: str) -> bytes | None:
