@@ -65,19 +65,22 @@ class Cluster:
         folder: Path,
         proxy: Callable[[int], Proxy] | None = None,
         words: Sequence[str] = (),
+        *,
+        partitions: bool = False,
         **settings: object,
     ) -> None:
-        """`proxy`, if given, makes the proxies between each server and each node."""
+        """`proxy`, if given, makes the proxies between each server and each node; for `partitions`, between nodes."""
         self.history = history
         self._folder, self._new_proxy, self._words, self._settings = folder, proxy, words, settings
         self._stack = ExitStack()
+        self._between_nodes = proxy if partitions else None
         self.proxies: list[list[Proxy]] = []
         """Those of each server."""
         self.servers: list[SharedServer] = []
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            self.engine = stack.enter_context(engine(self._folder / "nodes", NODES))
+            self.engine = stack.enter_context(engine(self._folder / "nodes", NODES, proxy=self._between_nodes))
             for _ in range(SERVERS):
                 self.servers.append(server := SharedServer(self._store(), self._words, self._settings))
                 stack.callback(server.stop)
@@ -161,6 +164,24 @@ class Cluster:
             else:
                 proxy.hole(False)
                 proxy.reset_all()
+
+    @contextmanager
+    def partition(self, node: Node, server: int | None = None) -> Iterator[None]:
+        """Cut a node off from the others, and a server from them as well, so that it has this node only."""
+        at = self.engine.nodes.index(node)
+        others = [] if server is None else [link for to, link in enumerate(self.proxies[server]) if to != at]
+        for link in others:
+            link.refuse(True)
+            link.reset_all()
+        if server is not None:
+            wait_until(lambda: self._serves(self.ports[server]), SOON)
+        self.engine.cut_off(node, on=True)
+        try:
+            yield
+        finally:
+            self.engine.cut_off(node, on=False)
+            for link in others:
+                link.refuse(False)
 
     def audit(self, topics: Sequence[str] = ("t0", "t1")) -> None:
         """Record what each server holds."""
