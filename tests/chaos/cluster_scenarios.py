@@ -145,6 +145,27 @@ def partitioned(stage: Stage) -> None:
             cluster.await_engine()
 
 
+def stale_leader(stage: Stage) -> None:
+    """Readers have only a server that has only the leader, which is cut off from what is stored meanwhile.
+
+    Nobody puts there: the leader would count what is put, and reads would wait for it.
+    """
+    cluster = stage.cluster(behind_proxies=True, partitions=True)
+    stage.read_may_raise = lambda error: ENGINE_SILENT in error
+    reading, writing = cluster.ports
+    with (
+        stage.crowd(0, ports=[reading], job=PATIENT, writers=0, redis=False),
+        stage.crowd(0, ports=[writing], job=PATIENT, readers=0, redis=False),
+    ):
+        stage.pause(1, 0.5)
+        stage.fault("node cut off")
+        with cluster.partition(cluster.engine.leader(), 0):
+            stage.pause(18, 14)
+        cluster.await_engine()
+        cluster.await_servers()
+    cluster.audit()
+
+
 def stream_deleted(stage: Stage) -> None:
     """The stream is deleted: all messages are lost, and clients go on with a new one."""
     cluster = stage.cluster()
@@ -352,6 +373,7 @@ SHARED_SCENARIOS: dict[str, Callable[[Stage], None]] = {
             quorum_lost,
             all_nodes_killed,
             partitioned,
+            stale_leader,
         ),
         *(
             stream_deleted,

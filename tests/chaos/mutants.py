@@ -141,7 +141,7 @@ SHARED_MUTANTS = {
     renames_retries: "moves",
     mirrors_forget_keys: "forgetful_engine",
     reads_stale_mirrors: "shared_calm",
-    trusts_any_leader: "partitioned",
+    trusts_any_leader: "stale_leader",
     answers_early: "leader_killed",
 }
 MUTANTS = {

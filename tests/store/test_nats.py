@@ -402,6 +402,8 @@ def test_read_at_an_isolated_leader_is_never_stale(tmp_path: Path) -> None:
             value(isolated.start_id())
         running.cut_off(leader, on=False)
         wait_until(lambda: [message.id for message in read_if_possible(isolated, b"t")] == [message_id])
+        # What the isolated leader has said does not count as a loss.
+        assert (isolated.epoch, stores.reasons.count("the stream has lost its messages")) == (other.epoch, 0)
 
 
 def read_if_possible(store: NATSStore, topic: bytes) -> list[Message]:

@@ -239,11 +239,13 @@ class Stream:
         info = await self._request(f"STREAM.INFO.{self.name}")
         replicas = (info.get("cluster") or {}).get("replicas", [])
         others = info["config"]["num_replicas"] - 1
-        silent = sorted(replica["active"] / 1e9 or math.inf for replica in replicas)
+        silent = sorted(replica.get("active", 0) / 1e9 or math.inf for replica in replicas)
         if len(silent) >= others:
             self.sole_leader_until = max(self.sole_leader_until, asked + SOLE_LEADER_SECONDS - max(silent, default=0.0))
-            if sum(seconds < SOLE_LEADER_SECONDS for seconds in silent) >= (others + 1) // 2:
-                self.majority_at = asked
+        if sum(seconds < SOLE_LEADER_SECONDS for seconds in silent) < (others + 1) // 2:
+            # What it says may be too old to compare with.
+            raise EngineError("a node answers that reaches no majority of the others")
+        self.majority_at = asked
         return info
 
     async def _begin_epoch(self) -> bytes:
