@@ -78,7 +78,7 @@ class Node:
             self.process = None
 
     def ask(self, path: str) -> dict[str, object]:
-        """Return what the monitoring endpoint says; nothing if it does not answer."""
+        """Return a reply of the monitoring endpoint; empty if it does not answer."""
         try:
             with urllib.request.urlopen(f"http://{HOST}:{self.monitor_port}/{path}", timeout=2) as answer:
                 found: dict[str, object] = json.load(answer)

@@ -57,7 +57,7 @@ class SharedServer:
 
 
 class Cluster:
-    """Servers that share a store; the checker sees them as one, whose life is that of the stream."""
+    """Servers that share a store; to the checker, they are one server that lives as long as the stream."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class Cluster:
         self._stack = ExitStack()
         self._between_nodes = proxy if partitions else None
         self.proxies: list[list[Proxy]] = []
-        """Those of each server."""
+        """By server."""
         self.servers: list[SharedServer] = []
 
     def __enter__(self) -> Self:
@@ -157,7 +157,7 @@ class Cluster:
             await client.close()
 
     def cut_off(self, number: int, *, on: bool) -> None:
-        """Cut a server off from all nodes, or connect it again."""
+        """Cut a server off from all nodes, or reconnect it."""
         for proxy in self.proxies[number]:
             if on:
                 proxy.hole(True)

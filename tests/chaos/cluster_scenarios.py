@@ -224,7 +224,7 @@ def _freeze(stage: Stage, send: Callable[[int], None], seconds: float) -> None:
 
 
 def server_cut_off(stage: Stage) -> None:
-    """A server loses its way to all nodes, without notice, while the other one works."""
+    """A server silently loses its connections to all nodes, while the other one works."""
     cluster = stage.cluster(behind_proxies=True)
     with crowd(stage, cluster):
         for number in range(stage.size(2, 1)):

@@ -248,6 +248,9 @@ class NATSStore(MirroredStore):
             self._post(partial(self.publisher.count_repeated, len(puts) - len(new)))
         if not new:
             return [message_id for message_id in known if message_id is not None]
+        if len(new) == len(puts):
+            self._post(partial(self.publisher.put, puts, answer, together=together))
+            return answer
         published: Future[list[Outcome]] = Future()
         published.add_done_callback(partial(_merge, known, answer))
         self._post(partial(self.publisher.put, new, published, together=together))
