@@ -127,6 +127,9 @@ class Cluster:
         """Wait until all servers serve clients."""
         wait_until(lambda: all(self._serves(port) for port in self.ports), SOON)
 
+    def await_server(self, number: int) -> None:
+        wait_until(lambda: self._serves(self.ports[number]), SOON)
+
     def _serves(self, port: int) -> bool:
         try:
             hello(port)
@@ -167,20 +170,24 @@ class Cluster:
 
     @contextmanager
     def partition(self, node: Node, server: int | None = None) -> Iterator[None]:
-        """Cut a node off from the others, and a server from them as well, so that it has this node only."""
+        """Cut a node off from the others; if a server is given, it stays with the node, and the other one does not."""
         at = self.engine.nodes.index(node)
-        others = [] if server is None else [link for to, link in enumerate(self.proxies[server]) if to != at]
-        for link in others:
+        links = [
+            link
+            for number, proxies in enumerate(self.proxies)
+            for to, link in enumerate(proxies)
+            if server is not None and (number == server) != (to == at)
+        ]
+        for link in links:
             link.refuse(True)
             link.reset_all()
-        if server is not None:
-            wait_until(lambda: self._serves(self.ports[server]), SOON)
+        self.await_servers()
         self.engine.cut_off(node, on=True)
         try:
             yield
         finally:
             self.engine.cut_off(node, on=False)
-            for link in others:
+            for link in links:
                 link.refuse(False)
 
     def audit(self, topics: Sequence[str] = ("t0", "t1")) -> None:

@@ -146,21 +146,20 @@ def partitioned(stage: Stage) -> None:
 
 
 def stale_leader(stage: Stage) -> None:
-    """Readers have only a server that has only the leader, which is cut off from what is stored meanwhile.
+    """Readers have only a server that has only the leader, which is cut off from what is stored then.
 
-    Nobody puts there: the leader would count what is put, and reads would wait for it.
+    The leader counts puts that it can't store, and reads would wait for those, so none are under way at first.
     """
     cluster = stage.cluster(behind_proxies=True, partitions=True)
     stage.read_may_raise = lambda error: ENGINE_SILENT in error
     reading, writing = cluster.ports
-    with (
-        stage.crowd(0, ports=[reading], job=PATIENT, writers=0, redis=False),
-        stage.crowd(0, ports=[writing], job=PATIENT, readers=0, redis=False),
-    ):
-        stage.pause(1, 0.5)
+    with stage.crowd(0, ports=[reading], job=PATIENT, writers=0, redis=False):
         stage.fault("node cut off")
         with cluster.partition(cluster.engine.leader(), 0):
-            stage.pause(18, 14)
+            # Until the other nodes have a leader.
+            cluster.await_server(1)
+            with stage.crowd(0, ports=[writing], job=PATIENT, readers=0, redis=False):
+                stage.pause(14, 14)
         cluster.await_engine()
         cluster.await_servers()
     cluster.audit()

@@ -153,13 +153,8 @@ class NATSStore(MirroredStore):
         try:
             await self._connect()
             async with asyncio.TaskGroup() as tasks:
-                for work in (
-                    self.publisher.run(),
-                    self._index.run(),
-                    self._index.watch(),
-                    self.mirror.run(),
-                    self._watch_connection(),
-                ):
+                works = [self.publisher.run(), self._index.run(), self._index.watch(), self.mirror.run()]
+                for work in (*works, self._watch_connection()):
                     self._work.append(tasks.create_task(work))
                 if self._is_closing:
                     raise asyncio.CancelledError
