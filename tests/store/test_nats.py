@@ -380,6 +380,39 @@ def test_puts_and_reads_survive_a_restart_of_the_engine(tmp_path: Path) -> None:
         assert bodies(read(store, b"t")) == [b"1", b"2", b"3"]
 
 
+def test_read_at_an_isolated_leader_is_never_stale(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        # Of the nodes, that is; the servers reach some of them directly.
+        running = stack.enter_context(engine(tmp_path, proxy=lambda port: stack.enter_context(Proxy(port))))
+        stores = Stores(running.servers, stack)
+        stores(replicas=3)
+        leader = running.leader()
+        majority = [node.address for node in running.nodes if node is not leader]
+        stores.servers = [leader.address]
+        isolated = stores(replicas=3)
+        stores.servers = majority
+        other = stores(replicas=3)
+        running.cut_off(leader, on=True)
+        # It returns once another leader was elected.
+        [message_id] = put(other, b"t", b"x")
+        with pytest.raises(StoreFailed):
+            # Until then, the isolated leader would say that there is none.
+            assert not value(isolated.read(b"t", 0, 1, 1))
+        with pytest.raises(StoreFailed):
+            value(isolated.start_id())
+        running.cut_off(leader, on=False)
+        wait_until(lambda: [message.id for message in read_if_possible(isolated, b"t")] == [message_id])
+        # What the isolated leader has said does not count as a loss.
+        assert (isolated.epoch, stores.reasons.count("the stream has lost its messages")) == (other.epoch, 0)
+
+
+def read_if_possible(store: NATSStore, topic: bytes) -> list[Message]:
+    try:
+        return read(store, topic)
+    except StoreFailed:
+        return []
+
+
 @pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("count", [1, 3])
 def test_put_whose_answer_is_lost_is_stored_once(stores: Stores, together: bool, count: int) -> None:
