@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack
@@ -14,10 +15,10 @@ import nats
 import pytest
 
 from chaos.proxy import Fault, Proxy
-from dsmq.errors import BadRequest, Forgotten, Full, ReplyError, StartupError, StoreFailed, TooBig
-from dsmq.store import nats_stream
+from dsmq.errors import BadRequest, Forgotten, Full, ReplyError, StartupError, StoreFailed, TooBig, Unsure
+from dsmq.store import nats_puts, nats_stream
 from dsmq.store.api import Answer, Limits, Message, Mirrored, Put
-from dsmq.store.nats import NATSStore
+from dsmq.store.nats import MAX_TOPIC_BYTES, NATSStore
 from dsmq.store.nats_connection import Credentials
 from dsmq.store.nats_stream import MIN_VERSION, encode_token
 from dsmq.store.sqlite import MirrorStore
@@ -163,12 +164,14 @@ def test_topics_and_producers_are_one_token_of_a_subject() -> None:
 
 def test_message_too_long_for_the_engine_is_refused_before_it_is_sent(stores: Stores) -> None:
     store = stores()
-    longest = store.max_message_bytes - 3
+    longest = store.max_message_bytes
     with pytest.raises(TooBig, match="max_payload"):
         store.append([(b"t", b"x" * (longest + 1), None)])
-    put(store, b"t", b"x" * longest)
+    # The subject, which is three times as long as this topic, and the headers don't make it too long.
+    topic = b"." * MAX_TOPIC_BYTES
+    value(store.append([keyed(topic, b"x" * longest, 2**63 - 1, b"." * 64)]))
     assert store.connection.connected
-    assert [len(message.body) for message in value(store.read(b"t", 0, 1, 1))] == [longest]
+    assert [len(message.body) for message in value(store.read(topic, 0, 1, 1))] == [longest]
 
 
 # Repeated puts
@@ -411,6 +414,25 @@ def read_if_possible(store: NATSStore, topic: bytes) -> list[Message]:
         return read(store, topic)
     except StoreFailed:
         return []
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_put_that_the_engine_does_not_answer_is_unsure_and_stored_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: bool
+) -> None:
+    monkeypatch.setattr(nats_puts, "PUT_SECONDS", 1.5)
+    with engine(tmp_path, 1) as running, ExitStack() as stack:
+        store = Stores(running.servers, stack)()
+        append = store.append_together if together else store.append
+        puts = [keyed(b"t", b"1", 1), keyed(b"t", b"2", 2)]
+        [node] = running.nodes
+        node.signal(signal.SIGSTOP)
+        outcomes = value(append(puts))
+        node.signal(signal.SIGCONT)
+        assert [type(outcome) for outcome in outcomes] == [Unsure] * 2
+        monkeypatch.undo()
+        value(append(puts))
+        assert bodies(read(store, b"t")) == [b"1", b"2"]
 
 
 @pytest.mark.parametrize("together", [False, True])

@@ -234,7 +234,7 @@ class NATSStore(MirroredStore):
         for topic, body, _ in puts:
             if len(topic) > MAX_TOPIC_BYTES:
                 raise TooBig(f"a topic has at most {MAX_TOPIC_BYTES} bytes with this store, not {len(topic)}")
-            if len(body) + 3 * len(topic) > self.max_message_bytes:
+            if len(body) > self.max_message_bytes:
                 raise TooBig(f"the engine accepts at most {self.max_message_bytes} bytes (max_payload)")
         known = self.mirror.store.check(puts)
         new = [put for put, message_id in zip(puts, known, strict=True) if message_id is None]
