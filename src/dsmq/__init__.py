@@ -8,8 +8,8 @@
 Importing this package loads none of its modules; they are loaded when they are used.
 """
 
-# Type checkers take this name for typing.TYPE_CHECKING, which takes long to import.
-TYPE_CHECKING = False
+# Type checkers know this name; typing takes long to import. Not `False`, for which jedi would skip the imports below.
+TYPE_CHECKING = bool()  # noqa: UP018
 if TYPE_CHECKING:
     from dsmq import aio, client, errors, server
     from dsmq.client import connect
