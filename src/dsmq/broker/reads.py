@@ -223,7 +223,7 @@ class Reads:
         if self.pending is not None:
             self._try(self.pending)
 
-    def _try(self, read: PendingRead, found: list[Message] | ReplyError | None = None) -> None:
+    def _try(self, read: PendingRead, found: Answer[list[Message]] | ReplyError | None = None) -> None:
         """Reply if that is possible now; `found` is the answer of a store that answers later."""
         connection = self._connection
         if self.pending is not read or connection.state is not WAITING:
@@ -244,12 +244,16 @@ class Reads:
             return
         connection.requests.resume()
 
-    def stop_waiting(self) -> None:
-        """Reply to a waiting read, even if there are no messages; a store that may have some answers that later."""
+    def stop_waiting(self, *, at_once: bool = False) -> None:
+        """Reply to a waiting read, even if there are no messages; a store that may have some answers that later.
+
+        `at_once`: the connection ends, and the client goes on waiting elsewhere.
+        """
         read = self.pending
         if read is not None and read.wait_ms:
+            found = read.fetch(self._connection.context.store) if at_once else None
             read.wait_ms, read.deadline = 0, math.inf
-            self._try(read)
+            self._try(read, found)
 
     def end(self) -> None:
         """Forget the pending read, because it is answered or never will be."""

@@ -37,6 +37,7 @@ class Options(Security, total=False):
     timeout: float
     reconnect_timeout: float
     on_state_change: Callable[[State], None] | None
+    name: str | None
     start: str | int | None
 
 
@@ -97,7 +98,8 @@ class Core:
         self._has_chosen = len(self.endpoints) == 1
         self.tls = tls_context(options)
         token = options.get("token")
-        self.session = Session("" if token is None else arguments.text("token", token), options.get("start"))
+        name = arguments.client_name(options.get("name"))
+        self.session = Session("" if token is None else arguments.text("token", token), name, options.get("start"))
         self.is_closed = False
         self.down: dict[State, object] = {}
         """The keys are the states announced since the connection was lost: `lost`, perhaps `given up`."""
@@ -198,6 +200,7 @@ class Client:
     def __init__(self, host: str | Sequence[str], port: int, options: Options) -> None:
         self._core = Core(host, port, options)
         self._session = self._core.session
+        self._options = options
         self.host = host
         self.port = port
 
