@@ -11,12 +11,14 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import permutations
 from pathlib import Path
 
 import pytest
 
+from chaos.proxy import Proxy
 from helpers import HOST, SOON, reached
 
 # Another program may take a free port before it is used; then all are chosen again.
@@ -35,14 +37,20 @@ def binary() -> str:
 class Node:
     """A server of a cluster, which can be stopped, killed, frozen, and started again."""
 
-    def __init__(self, folder: Path, name: str, ports: list[int], routes: list[int], config: str) -> None:
+    def __init__(
+        self, folder: Path, name: str, ports: list[int], routes: list[int], config: str, *, direct: bool = True
+    ) -> None:
         self.name, self.port, self.monitor_port = name, ports[0], ports[1]
         self.address = (HOST, self.port)
         self.log = folder / f"{name}.log"
         cluster = ""
         if routes:
             urls = ", ".join(f'"nats://{HOST}:{port}"' for port in routes)
-            cluster = f"cluster {{ name: tests, listen: {HOST}:{ports[2]}, routes: [{urls}], no_advertise: true }}"
+            # Nodes tell each other of their addresses: if there are proxies, of one that nobody listens to.
+            advertise = "" if direct else f'advertise: "{HOST}:1", '
+            cluster = (
+                f"cluster {{ name: tests, listen: {HOST}:{ports[2]}, {advertise}routes: [{urls}], no_advertise: true }}"
+            )
         self._config = folder / f"{name}.conf"
         self._config.write_text(
             f"server_name: {name}\nlisten: {HOST}:{self.port}\nhttp: {HOST}:{self.monitor_port}\n"
@@ -70,7 +78,7 @@ class Node:
             self.process = None
 
     def ask(self, path: str) -> dict[str, object]:
-        """Return what the monitoring endpoint says; nothing if it does not answer."""
+        """Return a reply of the monitoring endpoint; empty if it does not answer."""
         try:
             with urllib.request.urlopen(f"http://{HOST}:{self.monitor_port}/{path}", timeout=2) as answer:
                 found: dict[str, object] = json.load(answer)
@@ -82,18 +90,32 @@ class Node:
 class Engine:
     """A cluster of NATS servers."""
 
-    def __init__(self, folder: Path, count: int = 3, extra: str = "", *, jetstream: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        count: int = 3,
+        extra: str = "",
+        *,
+        jetstream: bool = True,
+        proxy: Callable[[int], Proxy] | None = None,
+    ) -> None:
+        """`proxy`, if given, makes a proxy for each node's connection to another one."""
         self.nodes: list[Node] = []
+        self._links: dict[tuple[int, int], Proxy] = {}
         for attempt in range(PORTS_TRIED):
             ports = free_ports(3 * count)
             routes = ports[2::3] if count > 1 else []
+            if proxy is not None:
+                # No address that a node could learn from others leads around the proxies.
+                self._links = {(one, other): proxy(routes[other]) for one, other in permutations(range(count), 2)}
             place = folder / f"attempt{attempt}"
             place.mkdir(parents=True)
             self.nodes = []
             for at in range(count):
                 storage = f'jetstream {{ store_dir: "{place / str(at)}", max_mem: 1GB, max_file: 4GB }}'
                 config = f"{storage}\n{extra}" if jetstream else extra
-                self.nodes.append(Node(place, f"n{at}", ports[3 * at : 3 * at + 3], routes, config))
+                to = [link.port for (one, _), link in self._links.items() if one == at] or routes
+                self.nodes.append(Node(place, f"n{at}", ports[3 * at : 3 * at + 3], to, config, direct=proxy is None))
             for node in self.nodes:
                 node.start()
             if reached(self.is_ready, SOON):
@@ -127,6 +149,13 @@ class Engine:
             time.sleep(0.05)
         raise AssertionError("the stream has no leader")
 
+    def cut_off(self, node: Node, *, on: bool) -> None:
+        """Cut a node off from all others, or connect it again."""
+        number = self.nodes.index(node)
+        for pair, link in self._links.items():
+            if number in pair:
+                link.hole(on)
+
     def kill(self) -> None:
         for node in self.nodes:
             if node.process is not None:
@@ -143,8 +172,15 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def engine(folder: Path, count: int = 3, extra: str = "", *, jetstream: bool = True) -> Iterator[Engine]:
-    running = Engine(folder, count, extra, jetstream=jetstream)
+def engine(
+    folder: Path,
+    count: int = 3,
+    extra: str = "",
+    *,
+    jetstream: bool = True,
+    proxy: Callable[[int], Proxy] | None = None,
+) -> Iterator[Engine]:
+    running = Engine(folder, count, extra, jetstream=jetstream, proxy=proxy)
     try:
         yield running
     finally:

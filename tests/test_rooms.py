@@ -83,6 +83,8 @@ def test_modules_classes_and_functions_are_short() -> None:
         for node in ast.walk(ast.parse(text)):
             limit = {ast.ClassDef: MAX_CLASS_LINES}.get(type(node), MAX_FUNCTION_LINES)  # type: ignore[call-overload]
             if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                lines = (node.end_lineno or 0) - node.lineno + 1
+                # A signature that lists its options for help() may be long.
+                start = node.lineno if isinstance(node, ast.ClassDef) else node.body[0].lineno
+                lines = (node.end_lineno or 0) - start + 1
                 found += [(f"{name}.{node.name}", lines)] if lines > limit else []
     assert not found

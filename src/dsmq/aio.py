@@ -2,10 +2,12 @@
 
     from dsmq.aio import connect
 
-    async with await connect() as mq:
+    async with connect() as mq:
         await mq.put("greetings", "hello")
         async for message in mq.messages("greetings"):
             ...
+
+Without a block, `mq = await connect()` connects, and `await mq.close()` closes.
 
 One connection carries the calls of all tasks, pipelined in the order in which they were made. If a call is cancelled
 after it was sent, its reply is read and dropped. A read that waits has its own connection.
@@ -17,20 +19,24 @@ import asyncio
 import math
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypeVar, Unpack, overload
 
 from dsmq import client as blocking
 from dsmq.client import arguments
 from dsmq.client.async_pool import Pool, retrieve_error
 from dsmq.client.core import NOT_STARTED, Client, Options, Retries
+from dsmq.client.message import Message
 from dsmq.client.reader import Claim
 from dsmq.client.replies import check, stored_id
 from dsmq.client.requests import ALL, Call, NonIdempotent, Put, PutMany, list_topics, read
-from dsmq.client.session import PING, SHUTDOWN, Message
+from dsmq.client.session import PING, SHUTDOWN, State
 from dsmq.errors import ClientClosed
 from dsmq.system import process
+
+if TYPE_CHECKING:
+    from ssl import SSLContext
 
 __all__ = ["AsyncClient", "Message", "connect"]
 
@@ -38,13 +44,56 @@ D = TypeVar("D")
 T = TypeVar("T")
 
 
-async def connect(
-    host: str | Sequence[str] = "127.0.0.1", port: int = 30008, *, retry: bool = True, **options: Unpack[Options]
-) -> AsyncClient:
-    """Connect to a server; see `dsmq.client.connect`."""
+def connect(  # noqa: PLR0913 - listed one by one for help() and editors
+    host: str | Sequence[str] = "127.0.0.1",
+    port: int = 30008,
+    *,
+    retry: bool = True,
+    timeout: float = 10.0,
+    reconnect_timeout: float = 30.0,
+    on_state_change: Callable[[State], None] | None = None,
+    name: str | None = None,
+    token: str | None = None,
+    tls: bool | SSLContext = False,
+    ca_file: str | None = None,
+    cert_file: str | None = None,
+    key_file: str | None = None,
+) -> Connecting:
+    """Connect to a server: `async with connect() as mq`, or `mq = await connect()`; see `dsmq.client.connect`."""
+    return Connecting(_connect(**locals()))
+
+
+async def _connect(host: str | Sequence[str], port: int, *, retry: bool, **options: Unpack[Options]) -> AsyncClient:
     mq = AsyncClient(host, port, options)
     await mq._connect_at_start(Retries(blocking.default_wait() if retry else 0.0))  # noqa: SLF001 - one module
     return mq
+
+
+class Connecting(Coroutine[Any, Any, "AsyncClient"]):
+    """What `connect` returns: a coroutine that returns the client, and a context manager that closes it."""
+
+    def __init__(self, coroutine: Coroutine[Any, Any, AsyncClient]) -> None:
+        self._coroutine = coroutine
+        self._client: AsyncClient
+
+    def __await__(self) -> Generator[Any, Any, AsyncClient]:
+        return self._coroutine.__await__()
+
+    def send(self, value: Any) -> Any:
+        return self._coroutine.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        return self._coroutine.throw(*error)
+
+    def close(self) -> None:
+        self._coroutine.close()
+
+    async def __aenter__(self) -> AsyncClient:
+        self._client = await self._coroutine
+        return self._client
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._client.close()
 
 
 class AsyncClient(Client):
@@ -89,9 +138,9 @@ class AsyncClient(Client):
     async def get(self, topic: str, *, default: D = ..., raw: Literal[False] = False) -> str | D: ...
     @overload
     async def get(self, topic: str, *, default: D = ..., raw: Literal[True]) -> bytes | D: ...
-    async def get(self, topic: str, *, default: object = "", raw: bool = False) -> object:
+    async def get(self, topic: str, *, default: str | D = "", raw: bool = False) -> str | bytes | D:
         """Return the oldest message that this client has not read, or `default`."""
-        return await self._read(topic, 1, 0.0, raw, default)
+        return await self._read(topic, 1, 0.0, raw, default)  # type: ignore[no-any-return]
 
     @overload
     async def get_wait(
@@ -102,19 +151,19 @@ class AsyncClient(Client):
         self, topic: str, *, default: D = ..., timeout: float | None = None, raw: Literal[True]
     ) -> bytes | D: ...
     async def get_wait(
-        self, topic: str, *, default: object = "", timeout: float | None = None, raw: bool = False
-    ) -> object:
+        self, topic: str, *, default: str | D = "", timeout: float | None = None, raw: bool = False
+    ) -> str | bytes | D:
         """Like `get`, but wait up to `timeout` seconds for a message; by default, about ten."""
         seconds = blocking.default_wait() if timeout is None else arguments.seconds("timeout", timeout)
-        return await self._read(topic, 1, seconds, raw, default)
+        return await self._read(topic, 1, seconds, raw, default)  # type: ignore[no-any-return]
 
     @overload
     async def get_latest(self, topic: str, *, default: D = ..., raw: Literal[False] = False) -> str | D: ...
     @overload
     async def get_latest(self, topic: str, *, default: D = ..., raw: Literal[True]) -> bytes | D: ...
-    async def get_latest(self, topic: str, *, default: object = "", raw: bool = False) -> object:
+    async def get_latest(self, topic: str, *, default: str | D = "", raw: bool = False) -> str | bytes | D:
         """Return the newest message that this client has not read, or `default`; skip the older ones."""
-        return await self._read(topic, 1, 0.0, raw, default, latest=True)
+        return await self._read(topic, 1, 0.0, raw, default, latest=True)  # type: ignore[no-any-return]
 
     @overload
     async def get_many(
@@ -170,6 +219,9 @@ class AsyncClient(Client):
         self._core.is_closed = True
         if self._pool is not None:
             self._pool.close(ClientClosed("the client was closed during the call"))
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an asyncio client can't be pickled: connect in the other process")
 
     async def __aenter__(self) -> Self:
         return self

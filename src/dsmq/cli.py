@@ -17,8 +17,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 from dsmq import cli_parser, environment
 from dsmq.client import DSMQClientSideConnection, connect
+from dsmq.client.message import Message
 from dsmq.client.replies import reason
-from dsmq.client.session import Message
 from dsmq.errors import AuthRequired, ConfigError, DSMQError, TooBig
 from dsmq.terminal import LineFormatter, printable
 from dsmq.tokens import check_token

@@ -197,7 +197,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     """Return the command with its options and arguments. After -- there are no options."""
     name, words = (words[0], words[1:]) if words else ("", [])
     if name not in COMMANDS:
-        _refuse(name)
+        _refuse(name, next(filter(COMMANDS.__contains__, words), ""))
     about, arguments = COMMANDS[name]
     takes = re.findall(r"\w+", arguments.lower())
     parser = Parser(prog=f"dsmq {name}", usage=f"dsmq {name} {arguments}[OPTION ...]", description=about)
@@ -214,8 +214,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     return options
 
 
-def _refuse(word: str) -> NoReturn:
-    """Print the help or the version, or report that this is not a command."""
+def _refuse(word: str, command: str) -> NoReturn:
+    """Print the help or the version, or report that this is not a command; `command` is the first one after it."""
     parser = Parser(prog="dsmq", usage="dsmq COMMAND [OPTION ...]", description="The dead simple message queue.")
     parser.add_argument("--version", action="version", version=f"dsmq {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
@@ -225,6 +225,8 @@ def _refuse(word: str) -> NoReturn:
         parser.error("the following arguments are required: COMMAND")
     if word.startswith("--") or word == "-h":
         parser.parse_known_args([word])
+    if word.startswith("-") and command:
+        parser.error(f"{quoted(word)} is before the command; options follow it: dsmq {command} {printable(word)} ...")
     parser.unknown(word, what="argument" if word.startswith("-") else "command", known=COMMANDS)
 
 

@@ -29,7 +29,7 @@ TOPIC = "greetings"
 # How long the cluster may take to start or to elect a leader, on a busy machine.
 PATIENCE_SECONDS = 60.0
 POLL_SECONDS = 0.05
-# They end the demo as Ctrl-C does, together with its processes.
+# Signals that end the demo and its processes, as Ctrl-C does.
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
@@ -48,7 +48,7 @@ def main(messages: int = 5, pause: float = 0.3) -> None:
     Raises StartupError if a package is missing, ServerFailed if a process dies or a message is lost.
     """
     binary = _find_nats_server()
-    # The client would warn that it has lost its server, which the demo announces.
+    # Otherwise the client would warn about the lost server, which the demo announces itself.
     logging.getLogger("dsmq").setLevel(logging.ERROR)
     with _exiting_on_signals(), TemporaryDirectory(prefix="dsmq-demo-") as folder, ExitStack() as stack:
         print("starting three NATS nodes, and two dsmq servers in front of them", flush=True)
@@ -61,7 +61,7 @@ def main(messages: int = 5, pause: float = 0.3) -> None:
         print(f"killing {leader}, the leader: until the others have elected a new one, a put takes seconds", flush=True)
         cluster.kill(leader)
         traffic.run(messages, pause)
-        print("killing server 1: its client goes on at server 2", flush=True)
+        print("killing server 1: its client continues at server 2", flush=True)
         cluster.kill(SERVERS[0])
         traffic.run(messages, pause)
         print(traffic.summary(), flush=True)
@@ -151,7 +151,7 @@ class Traffic:
     def __init__(self, cluster: Cluster, stack: ExitStack) -> None:
         """Start the servers, and connect."""
         self._cluster = cluster
-        # Of several servers, a client uses any; as only server 1 is running yet, it uses that one.
+        # A client of several servers chooses one at random, so only server 1 is started first.
         cluster.start_server(SERVERS[0])
         self._writer = stack.enter_context(cluster.connect(*SERVERS))
         cluster.start_server(SERVERS[1])
@@ -159,7 +159,7 @@ class Traffic:
         self._sent: list[str] = []
 
     def run(self, messages: int, pause: float) -> None:
-        """Put messages, and get each. Raises ServerFailed if one does not come."""
+        """Put messages, and get each. Raises ServerFailed if one does not arrive."""
         for _ in range(messages):
             time.sleep(pause)
             message = f"{len(self._sent)}. Hello, world"
@@ -173,7 +173,7 @@ class Traffic:
                 raise ServerFailed(f"the demo has lost a message: {message}")
 
     def summary(self) -> str:
-        """Read everything again, and say that nothing is lost. Raises ServerFailed if something is."""
+        """Read everything again, and return a report. Raises ServerFailed if a message is lost."""
         with self._cluster.connect(*SERVERS) as mq:
             mq.seek(TOPIC, 0)
             stored = list(iter(lambda: mq.get(TOPIC), ""))
@@ -199,7 +199,7 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _streams(node: Node) -> list[dict[str, dict[str, str]]]:
-    """Return what a node says of its streams; nothing if it does not answer."""
+    """Return a node's description of its streams; empty if it does not answer."""
     connection = HTTPConnection(HOST, node.http_port, timeout=PATIENCE_SECONDS)
     try:
         connection.request("GET", "/jsz?streams=1")

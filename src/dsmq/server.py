@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self, Unpack
 
 from dsmq import logs, signals, system
 from dsmq import settings as config
@@ -35,6 +35,7 @@ from dsmq.errors import ConfigError, DSMQError, ServerFailed, StartupError
 from dsmq.ops import reports
 from dsmq.ops.status import Status
 from dsmq.ops.systemd import Systemd
+from dsmq.options import RESTART_REQUIRED, ServeOptions, ServerOptions, either, list_options
 from dsmq.settings import EmbeddedSettings, Settings
 from dsmq.store.api import Limits, Store
 from dsmq.store.expiry import Expiry
@@ -47,24 +48,18 @@ if TYPE_CHECKING:
 
 # How often the main thread checks the others, and how long a reload waits for them.
 WATCH_SECONDS = 1.0
-# Settings that a reload does not change.
-RESTART_REQUIRED = (
-    *("host", "port", "listen_backlog", "http_host", "http_port"),
-    *("io_threads", "busy_poll_microseconds", "expiry_interval_seconds", "max_connections", "max_log_lines_per_second"),
-    *("log_format", "log_stream", "snapshot_file", "snapshot_interval_seconds", "store", "store_stream"),
-    *("store_replicas", "store_user", "store_password_file", "store_token_file", "store_ca_file"),
-)
 
 # Not __name__, which is __main__ if this module runs as a script.
 _logger = logging.getLogger("dsmq.server")
 
 
+@list_options
 def serve(
     host: str = "127.0.0.1",
     port: int = 30008,
     name: str = "mqdb",  # noqa: ARG001 - the database's name in dsmq 1.4
     verbose: bool = False,  # noqa: FBT001, FBT002 - positional in dsmq 1.4
-    **settings: Any,
+    **settings: Unpack[ServeOptions],
 ) -> None:
     """Serve until SIGTERM, SIGINT or a client's SHUTDOWN, then stop gracefully.
 
@@ -98,30 +93,35 @@ def run(settings: Settings, load: Callable[[], Settings] | None = None, systemd:
 
 
 class Server:
-    """A server that can be started and stopped; a context manager does both.
+    """A server in threads of its own, as for tests, with the settings of `serve`; a `with` block starts and stops it.
+
+        with Server(port=0) as server, connect(port=server.port) as mq:  # 0: any free port
 
     Its threads: an EventLoop for each of io_threads, Expiry, a Snapshotter if there is a snapshot interval, and an
     HTTPEndpoint for each of its addresses. Each part has `thread`, `start` and `stop`; `_end_threads` stops them.
     """
 
+    @list_options
     def __init__(
         self,
-        settings: Settings,
-        store: Store | None = None,
+        settings: Settings | None = None,
+        own_store: Store | None = None,
         *,
         load: Callable[[], Settings] | None = None,
         systemd: Systemd | None = None,
+        **options: Unpack[ServerOptions],
     ) -> None:
-        """`load` returns new settings for a reload.
+        """Takes either `settings` or options. `load` returns new settings for a reload.
 
-        Raises StartupError if the system lacks what a server needs, ConfigError if a file of tokens or certificates
-        can't be used.
+        Raises StartupError if the system lacks what a server needs, ConfigError if a setting is invalid, or a file of
+        tokens or certificates can't be used.
         """
+        settings = either(settings, options)
         if missing := system.lacking():
             raise StartupError(f"this system can't run a dsmq server: it has no {', no '.join(missing)}")
         self._load = load
         self._systemd = systemd or Systemd()
-        self._store = store or new_store(settings)
+        self._store = own_store or new_store(settings)
         # Reasons to stop; None asks for a reload.
         self._commands: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self.status: Status

@@ -71,6 +71,9 @@ def test_asynchronous_store_blocks_connection_until_answer() -> None:
         assert wire.receive().code == "BADREQUEST"  # type: ignore[union-attr]
         assert [wire.receive(), wire.receive()] == [b"0", b"49"]
         assert [waiter.receive(), waiter.receive()] == [b"0", b"1"]
+        # Requests that waited for an earlier put ran twice, but count once.
+        counts = server.status.counters().commands
+        assert [counts[name] for name in ("PUT", "GET", "GETLATEST", "GETWAIT")] == [51, 2, 1, 1]
 
 
 class SlowStore(SQLiteStore):

@@ -57,7 +57,7 @@ class SharedServer:
 
 
 class Cluster:
-    """Servers that share a store; the checker sees them as one, whose life is that of the stream."""
+    """Servers that share a store; to the checker, they are one server that lives as long as the stream."""
 
     def __init__(
         self,
@@ -65,19 +65,22 @@ class Cluster:
         folder: Path,
         proxy: Callable[[int], Proxy] | None = None,
         words: Sequence[str] = (),
+        *,
+        partitions: bool = False,
         **settings: object,
     ) -> None:
-        """`proxy`, if given, makes the proxies between each server and each node."""
+        """`proxy`, if given, makes the proxies between each server and each node; for `partitions`, between nodes."""
         self.history = history
         self._folder, self._new_proxy, self._words, self._settings = folder, proxy, words, settings
         self._stack = ExitStack()
+        self._between_nodes = proxy if partitions else None
         self.proxies: list[list[Proxy]] = []
-        """Those of each server."""
+        """By server."""
         self.servers: list[SharedServer] = []
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            self.engine = stack.enter_context(engine(self._folder / "nodes", NODES))
+            self.engine = stack.enter_context(engine(self._folder / "nodes", NODES, proxy=self._between_nodes))
             for _ in range(SERVERS):
                 self.servers.append(server := SharedServer(self._store(), self._words, self._settings))
                 stack.callback(server.stop)
@@ -124,6 +127,9 @@ class Cluster:
         """Wait until all servers serve clients."""
         wait_until(lambda: all(self._serves(port) for port in self.ports), SOON)
 
+    def await_server(self, number: int) -> None:
+        wait_until(lambda: self._serves(self.ports[number]), SOON)
+
     def _serves(self, port: int) -> bool:
         try:
             hello(port)
@@ -154,13 +160,35 @@ class Cluster:
             await client.close()
 
     def cut_off(self, number: int, *, on: bool) -> None:
-        """Cut a server off from all nodes, or connect it again."""
+        """Cut a server off from all nodes, or reconnect it."""
         for proxy in self.proxies[number]:
             if on:
                 proxy.hole(True)
             else:
                 proxy.hole(False)
                 proxy.reset_all()
+
+    @contextmanager
+    def partition(self, node: Node, server: int | None = None) -> Iterator[None]:
+        """Cut a node off from the others; if a server is given, it stays with the node, and the other one does not."""
+        at = self.engine.nodes.index(node)
+        links = [
+            link
+            for number, proxies in enumerate(self.proxies)
+            for to, link in enumerate(proxies)
+            if server is not None and (number == server) != (to == at)
+        ]
+        for link in links:
+            link.refuse(True)
+            link.reset_all()
+        self.await_servers()
+        self.engine.cut_off(node, on=True)
+        try:
+            yield
+        finally:
+            self.engine.cut_off(node, on=False)
+            for link in links:
+                link.refuse(False)
 
     def audit(self, topics: Sequence[str] = ("t0", "t1")) -> None:
         """Record what each server holds."""

@@ -130,6 +130,41 @@ def all_nodes_killed(stage: Stage) -> None:
             cluster.await_engine()
 
 
+def partitioned(stage: Stage) -> None:
+    """A node is cut off from the others: a follower, the leader, and the leader with a server that has no other."""
+    cluster = stage.cluster(behind_proxies=True, partitions=True)
+    stage.read_may_raise = lambda error: ENGINE_SILENT in error
+    with crowd(stage, cluster, redis=False):
+        for leader, server in stage.size(((False, None), (True, None), (True, 0), (True, 1)), ((True, 0),)):
+            stage.pause(1, 0.5)
+            node = cluster.engine.leader() if leader else stage.random.choice(cluster.followers)
+            stage.fault("node cut off")
+            with cluster.partition(node, server):
+                # The others elect a leader after 4 to 9 s, and the old one believes for 10 to 20 s that it leads.
+                stage.pause(18, 14)
+            cluster.await_engine()
+
+
+def stale_leader(stage: Stage) -> None:
+    """Readers have only a server that has only the leader, which is cut off from what is stored then.
+
+    The leader counts puts that it can't store, and reads would wait for those, so none are under way at first.
+    """
+    cluster = stage.cluster(behind_proxies=True, partitions=True)
+    stage.read_may_raise = lambda error: ENGINE_SILENT in error
+    reading, writing = cluster.ports
+    with stage.crowd(0, ports=[reading], job=PATIENT, writers=0, redis=False):
+        stage.fault("node cut off")
+        with cluster.partition(cluster.engine.leader(), 0):
+            # Until the other nodes have a leader.
+            cluster.await_server(1)
+            with stage.crowd(0, ports=[writing], job=PATIENT, readers=0, redis=False):
+                stage.pause(14, 14)
+        cluster.await_engine()
+        cluster.await_servers()
+    cluster.audit()
+
+
 def stream_deleted(stage: Stage) -> None:
     """The stream is deleted: all messages are lost, and clients go on with a new one."""
     cluster = stage.cluster()
@@ -188,7 +223,7 @@ def _freeze(stage: Stage, send: Callable[[int], None], seconds: float) -> None:
 
 
 def server_cut_off(stage: Stage) -> None:
-    """A server loses its way to all nodes, without notice, while the other one works."""
+    """A server silently loses its connections to all nodes, while the other one works."""
     cluster = stage.cluster(behind_proxies=True)
     with crowd(stage, cluster):
         for number in range(stage.size(2, 1)):
@@ -328,7 +363,17 @@ def _cut_off(stage: Stage, cluster: Cluster) -> None:
 SHARED_SCENARIOS: dict[str, Callable[[Stage], None]] = {
     run.__name__: run
     for run in (
-        *(shared_calm, leader_killed, follower_killed, nodes_frozen, nodes_restarted, quorum_lost, all_nodes_killed),
+        *(
+            shared_calm,
+            leader_killed,
+            follower_killed,
+            nodes_frozen,
+            nodes_restarted,
+            quorum_lost,
+            all_nodes_killed,
+            partitioned,
+            stale_leader,
+        ),
         *(
             stream_deleted,
             shared_expiry,

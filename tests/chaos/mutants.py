@@ -118,6 +118,13 @@ def reads_stale_mirrors() -> None:
     nats_mirror.ReadIndex.add = lambda _, call: call(None)  # type: ignore[method-assign]
 
 
+def trusts_any_leader() -> None:
+    """A read believes a leader that may be cut off from the others."""
+    from dsmq.store import nats_index
+
+    nats_index.boot_time = lambda: -float("inf")  # type: ignore[assignment]
+
+
 def answers_early() -> None:
     """A put is acknowledged although the engine has not answered."""
     from dsmq.store import nats_puts
@@ -134,6 +141,7 @@ SHARED_MUTANTS = {
     renames_retries: "moves",
     mirrors_forget_keys: "forgetful_engine",
     reads_stale_mirrors: "shared_calm",
+    trusts_any_leader: "stale_leader",
     answers_early: "leader_killed",
 }
 MUTANTS = {

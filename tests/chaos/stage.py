@@ -103,12 +103,12 @@ class Stage:
         self._stack.callback(lives.close)
         return lives
 
-    def cluster(self, *, behind_proxies: bool = False, **settings: Any) -> Cluster:
+    def cluster(self, *, behind_proxies: bool = False, partitions: bool = False, **settings: Any) -> Cluster:
         """Start two servers that share a store."""
         if self.mutant:
             settings["words"] = (sys.executable, str(MUTANTS), self.mutant)
         proxy = self.proxy if behind_proxies else None
-        return self._stack.enter_context(Cluster(self.history, self.folder, proxy, **settings))
+        return self._stack.enter_context(Cluster(self.history, self.folder, proxy, partitions=partitions, **settings))
 
     def proxy(self, port: int) -> Proxy:
         proxy = self._stack.enter_context(Proxy(port, self.seed))

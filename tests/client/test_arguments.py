@@ -36,6 +36,8 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     *[({name: "a\0b"}, ValueError, "NUL") for name in ("ca_file", "cert_file", "key_file")],
     *[({name: ""}, ValueError, f"{name} should be a path") for name in ("ca_file", "cert_file", "key_file")],
     ({"tls": "yes"}, TypeError, "tls"),
+    *[({"name": value}, TypeError, "name should be a str") for value in (5, b"me")],
+    *[({"name": value}, ValueError, "name should have") for value in ("a b", "a\n", "é", "\x1b[31m", "x" * 65)],
 ]
 
 

@@ -11,9 +11,10 @@ from conftest import ClientClock
 from dsmq.client import arguments, replies
 from dsmq.client import session as wire
 from dsmq.client.core import Core
+from dsmq.client.message import Message
 from dsmq.client.reader import Claim, TopicReader
 from dsmq.client.requests import Producer, list_topics
-from dsmq.client.session import Message, Session
+from dsmq.client.session import Session
 from dsmq.client.stretch import Entry, Era
 from dsmq.errors import (
     BadRequest,
@@ -94,7 +95,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def test_requests_without_position_are_encoded() -> None:
-    assert request(Session().hello) == [b"HELLO", b"2", b"NOTICES"]
+    assert request(Session("", b"me").hello) == [b"HELLO", b"2", b"NOTICES", b"SETNAME", b"me"]
     assert request(wire.PING) == [b"PING"]
     assert request(wire.SHUTDOWN) == [b"SHUTDOWN"]
     calls = list_topics([("a", 1, 1), ("café", 1, 1)])

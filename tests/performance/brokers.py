@@ -69,8 +69,8 @@ class Broker:
         return ["nats-server", "-a", "127.0.0.1", "-p", port, "-js", "-sd", self.folder]
 
     def _answers(self) -> bool:
-        """Wait until it accepts connections; False if it has ended. Raises ConnectionRefusedError after 20 s."""
-        until = time.monotonic() + 20
+        """Wait until it accepts connections; False if it has ended. Raises ConnectionRefusedError after 60 s."""
+        until = time.monotonic() + 60
         while self.process.poll() is None:
             try:
                 socket.create_connection(("127.0.0.1", self.port)).close()

@@ -15,7 +15,8 @@ from conftest import SOON, UNIT, Wire, blocked, loop_of, wait_until, wire_to
 from dsmq import settings as config
 from dsmq.client import connect
 from dsmq.ops.metrics import Collector
-from dsmq.server import RESTART_REQUIRED, Server
+from dsmq.options import RESTART_REQUIRED
+from dsmq.server import Server
 from dsmq.settings import Settings
 from dsmq.wire.resp import encode_request
 

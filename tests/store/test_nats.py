@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack
@@ -14,10 +15,10 @@ import nats
 import pytest
 
 from chaos.proxy import Fault, Proxy
-from dsmq.errors import BadRequest, Forgotten, Full, ReplyError, StartupError, StoreFailed, TooBig
-from dsmq.store import nats_stream
+from dsmq.errors import BadRequest, Forgotten, Full, ReplyError, StartupError, StoreFailed, TooBig, Unsure
+from dsmq.store import nats_puts, nats_stream
 from dsmq.store.api import Answer, Limits, Message, Mirrored, Put
-from dsmq.store.nats import NATSStore
+from dsmq.store.nats import MAX_TOPIC_BYTES, NATSStore
 from dsmq.store.nats_connection import Credentials
 from dsmq.store.nats_stream import MIN_VERSION, encode_token
 from dsmq.store.sqlite import MirrorStore
@@ -163,12 +164,14 @@ def test_topics_and_producers_are_one_token_of_a_subject() -> None:
 
 def test_message_too_long_for_the_engine_is_refused_before_it_is_sent(stores: Stores) -> None:
     store = stores()
-    longest = store.max_message_bytes - 3
+    longest = store.max_message_bytes
     with pytest.raises(TooBig, match="max_payload"):
         store.append([(b"t", b"x" * (longest + 1), None)])
-    put(store, b"t", b"x" * longest)
+    # The subject, which is three times as long as this topic, and the headers don't make it too long.
+    topic = b"." * MAX_TOPIC_BYTES
+    value(store.append([keyed(topic, b"x" * longest, 2**63 - 1, b"." * 64)]))
     assert store.connection.connected
-    assert [len(message.body) for message in value(store.read(b"t", 0, 1, 1))] == [longest]
+    assert [len(message.body) for message in value(store.read(topic, 0, 1, 1))] == [longest]
 
 
 # Repeated puts
@@ -378,6 +381,58 @@ def test_puts_and_reads_survive_a_restart_of_the_engine(tmp_path: Path) -> None:
         put(store, b"t", b"3")
         assert isinstance(value(answer)[0], int)
         assert bodies(read(store, b"t")) == [b"1", b"2", b"3"]
+
+
+def test_read_at_an_isolated_leader_is_never_stale(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        # Of the nodes, that is; the servers reach some of them directly.
+        running = stack.enter_context(engine(tmp_path, proxy=lambda port: stack.enter_context(Proxy(port))))
+        stores = Stores(running.servers, stack)
+        stores(replicas=3)
+        leader = running.leader()
+        majority = [node.address for node in running.nodes if node is not leader]
+        stores.servers = [leader.address]
+        isolated = stores(replicas=3)
+        stores.servers = majority
+        other = stores(replicas=3)
+        running.cut_off(leader, on=True)
+        # It returns once another leader was elected.
+        [message_id] = put(other, b"t", b"x")
+        with pytest.raises(StoreFailed):
+            # Until then, the isolated leader would say that there is none.
+            assert not value(isolated.read(b"t", 0, 1, 1))
+        with pytest.raises(StoreFailed):
+            value(isolated.start_id())
+        running.cut_off(leader, on=False)
+        wait_until(lambda: [message.id for message in read_if_possible(isolated, b"t")] == [message_id])
+        # What the isolated leader has said does not count as a loss.
+        assert (isolated.epoch, stores.reasons.count("the stream has lost its messages")) == (other.epoch, 0)
+
+
+def read_if_possible(store: NATSStore, topic: bytes) -> list[Message]:
+    try:
+        return read(store, topic)
+    except StoreFailed:
+        return []
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_put_that_the_engine_does_not_answer_is_unsure_and_stored_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: bool
+) -> None:
+    monkeypatch.setattr(nats_puts, "PUT_SECONDS", 1.5)
+    with engine(tmp_path, 1) as running, ExitStack() as stack:
+        store = Stores(running.servers, stack)()
+        append = store.append_together if together else store.append
+        puts = [keyed(b"t", b"1", 1), keyed(b"t", b"2", 2)]
+        [node] = running.nodes
+        node.signal(signal.SIGSTOP)
+        outcomes = value(append(puts))
+        node.signal(signal.SIGCONT)
+        assert [type(outcome) for outcome in outcomes] == [Unsure] * 2
+        monkeypatch.undo()
+        value(append(puts))
+        assert bodies(read(store, b"t")) == [b"1", b"2"]
 
 
 @pytest.mark.parametrize("together", [False, True])

@@ -146,7 +146,7 @@ class Connection:
 
     def await_start(self, request: list[bytes]) -> None:
         """Run this request again when `start_id` is known."""
-        self.requests.queue.insert(0, request)
+        self.requests.run_again(request)
         self.awaits_start = True
         self.requests.park()
 

@@ -166,10 +166,10 @@ class Requests:
                 break
             try:
                 command = self.permitted.get(request[0]) or self._authorize(request[0])
-                self.counts[command.name] += 1
                 if connection.pending_puts and command.name != "PUT" and not connection.commit_puts():
                     queue.insert(0, request)
                     break
+                self.counts[command.name] += 1
                 if not command.min_args < len(request) <= command.max_args + 1:
                     raise command.wrong_count()
                 reply = command.handler(connection, request)
@@ -237,13 +237,19 @@ class Requests:
     def _refuse(self, request: list[bytes], error: ReplyError) -> None:
         self.connection.reads.end()
         if not self.connection.commit_puts():
-            self.queue.insert(0, request)
+            self.run_again(request)
             return
         self.connection.fail(error)
         if self.transaction is not None:
             self.transaction.abort()
         if request[0].upper() == b"PUT":
             self.loop.counters.puts_refused[error.code] += 1
+
+    def run_again(self, request: list[bytes]) -> None:
+        """Put a request back into the queue; it is counted when it runs again."""
+        self.queue.insert(0, request)
+        if command := self.loop.context.commands.all.get(request[0].upper()):
+            self.counts[command.name] -= 1
 
     def _has_room(self, request: list[bytes]) -> bool:
         """Return whether there is room for the reply to a request; if not, the connection has to wait."""

@@ -16,16 +16,20 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack, overload
 
 from dsmq.client import arguments
 from dsmq.client.connection import Connection
 from dsmq.client.core import NOT_STARTED, Client, Options, Retries
+from dsmq.client.message import Message
 from dsmq.client.pool import Pool
 from dsmq.client.reader import Claim
 from dsmq.client.replies import check, stored_id
 from dsmq.client.requests import ALL, Call, NonIdempotent, Put, PutMany, Retryable, list_topics, read
-from dsmq.client.session import PING, SHUTDOWN, Message
+from dsmq.client.session import PING, SHUTDOWN, State
+
+if TYPE_CHECKING:
+    from ssl import SSLContext
 
 __all__ = ["DSMQClientSideConnection", "Message", "connect"]
 
@@ -41,13 +45,21 @@ D = TypeVar("D")
 T = TypeVar("T")
 
 
-def connect(
+def connect(  # noqa: PLR0913 - listed one by one for help() and editors
     host: str | Sequence[str] = "127.0.0.1",
     port: int = 30008,
     verbose: bool = False,  # noqa: FBT001, FBT002 - positional in dsmq 1.4
     *,
     retry: bool = True,
-    **options: Unpack[Options],
+    timeout: float = 10.0,
+    reconnect_timeout: float = 30.0,
+    on_state_change: Callable[[State], None] | None = None,
+    name: str | None = None,
+    token: str | None = None,
+    tls: bool | SSLContext = False,
+    ca_file: str | None = None,
+    cert_file: str | None = None,
+    key_file: str | None = None,
 ) -> DSMQClientSideConnection:
     """Connect to a server at an IPv4 or IPv6 address, a name, or `unix:/path`.
 
@@ -55,15 +67,18 @@ def connect(
     they share a store, the client uses any of them, and goes on at the next one when its server fails. If they don't,
     each connection is made to the first that can be reached, and the client has a position of its own at each.
 
-    timeout=10.0: the connection counts as lost if nothing of an expected reply arrives for this many seconds, plus the
+    timeout: the connection counts as lost if nothing of an expected reply arrives for this many seconds, plus the
     time for which a call asks the server to wait. All addresses of a name are tried, a new one every 0.25 s. If nothing
     answers, or connections are closed at once, the server may still be starting: unless retry=False, it tries again for
     about ten seconds. verbose logs this to stderr.
 
     A connection that breaks later is replaced, and calls continue: nothing is read twice or skipped, and no put is
-    stored twice. A call raises ConnectionLost if the server stays unreachable for reconnect_timeout=30.0 seconds (0:
+    stored twice. A call raises ConnectionLost if the server stays unreachable for reconnect_timeout seconds (0:
     don't reconnect). on_state_change is called with each change of state, in the thread of the call that noticed it:
     see `dsmq.client.session.State`. It must not raise.
+
+    name is what the server's status page and logs call this client: up to 64 printable ASCII characters, no spaces. By
+    default it is the program's name and process id.
 
     token authenticates the client. tls=True encrypts, and verifies the server's certificate for this host; ca_file
     replaces the system's authorities; cert_file and key_file are the client's own certificate. The files are in PEM
@@ -74,7 +89,7 @@ def connect(
     another OSError if the address can't be reached or the certificate is invalid; TypeError or ValueError at once if an
     argument is invalid.
     """
-    return DSMQClientSideConnection(host, port, verbose, retry=retry, **options)
+    return DSMQClientSideConnection(**locals())
 
 
 class DSMQClientSideConnection(Client):
@@ -82,7 +97,9 @@ class DSMQClientSideConnection(Client):
 
     Threads may share it, and signal handlers may call it: each call has a connection to itself. If a signal handler
     interrupts a call by raising, the messages that it would have returned stay unread. After a fork, the child is a
-    separate client that continues at the parent's positions.
+    separate client that continues at the parent's positions. A client that is pickled, such as one passed to a spawned
+    process, becomes a new client there, with the same arguments, that starts where it connects. The pickle contains the
+    token.
 
     Every method may raise ConnectionLost if the server is unreachable, ClientClosed after `close`, and a ReplyError if
     the server answers with one. See dsmq.errors.
@@ -99,7 +116,7 @@ class DSMQClientSideConnection(Client):
     ) -> None:
         super().__init__(host, port, options)
         self._pool = Pool(self._core)
-        self._verbose = verbose
+        self._verbose, self._retry = verbose, retry
         self._log(f"connecting to the dsmq server at {self._core.endpoint}")
         self._pool.give_back(self._connect_at_start(Retries(default_wait() if retry else 0.0)))
 
@@ -128,13 +145,13 @@ class DSMQClientSideConnection(Client):
     def get(self, topic: str, *, default: D = ..., raw: Literal[False] = False) -> str | D: ...
     @overload
     def get(self, topic: str, *, default: D = ..., raw: Literal[True]) -> bytes | D: ...
-    def get(self, topic: str, *, default: object = "", raw: bool = False) -> object:
+    def get(self, topic: str, *, default: str | D = "", raw: bool = False) -> str | bytes | D:
         """Return the oldest message of a topic that this client has not read, or `default` if there is none.
 
         With raw=True, messages are bytes, and the default is b"". Raises MessageNotText if the message is not UTF-8; it
         stays unread.
         """
-        return self._read(topic, 1, 0.0, raw, default)
+        return self._read(topic, 1, 0.0, raw, default)  # type: ignore[no-any-return]
 
     @overload
     def get_wait(
@@ -144,7 +161,9 @@ class DSMQClientSideConnection(Client):
     def get_wait(
         self, topic: str, *, default: D = ..., timeout: float | None = None, raw: Literal[True]
     ) -> bytes | D: ...
-    def get_wait(self, topic: str, *, default: object = "", timeout: float | None = None, raw: bool = False) -> object:
+    def get_wait(
+        self, topic: str, *, default: str | D = "", timeout: float | None = None, raw: bool = False
+    ) -> str | bytes | D:
         """Like `get`, but wait up to `timeout` seconds for a message (0: not at all; math.inf: for ever).
 
         Without a timeout it waits about ten seconds: the sum of `_n_tries` delays, the first of `_initial_retry`
@@ -152,18 +171,18 @@ class DSMQClientSideConnection(Client):
         to `reconnect_timeout` longer, and raises ConnectionLost.
         """
         seconds = default_wait() if timeout is None else arguments.seconds("timeout", timeout)
-        return self._read(topic, 1, seconds, raw, default)
+        return self._read(topic, 1, seconds, raw, default)  # type: ignore[no-any-return]
 
     @overload
     def get_latest(self, topic: str, *, default: D = ..., raw: Literal[False] = False) -> str | D: ...
     @overload
     def get_latest(self, topic: str, *, default: D = ..., raw: Literal[True]) -> bytes | D: ...
-    def get_latest(self, topic: str, *, default: object = "", raw: bool = False) -> object:
+    def get_latest(self, topic: str, *, default: str | D = "", raw: bool = False) -> str | bytes | D:
         """Return the newest message of a topic that this client has not read, or `default` if there is none.
 
         The older ones are skipped: this client will not return them later.
         """
-        return self._read(topic, 1, 0.0, raw, default, True)
+        return self._read(topic, 1, 0.0, raw, default, True)  # type: ignore[no-any-return]
 
     @overload
     def get_many(self, topic: str, n: int = 100, *, timeout: float = 0.0, raw: Literal[False] = False) -> list[str]: ...
@@ -222,6 +241,15 @@ class DSMQClientSideConnection(Client):
         """Close the client. Calls in progress in other threads raise ClientClosed. Idempotent."""
         self._core.is_closed = True
         self._pool.close()
+
+    def __reduce__(self) -> tuple[Callable[..., Self], tuple[()]]:
+        self._core.raise_if_closed("the client is closed")
+        if not isinstance(self._options.get("tls", False), bool):
+            raise TypeError(
+                "a client with an SSLContext can't be pickled: pass ca_file, cert_file and key_file instead"
+            )
+        again = partial(type(self), self.host, self.port, self._verbose, retry=self._retry, **self._options)
+        return again, ()
 
     def __enter__(self) -> Self:
         return self

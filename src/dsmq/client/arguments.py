@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Iterable
 
 from dsmq.system import LONG_MESSAGE_BYTES, raise_malloc_threshold
 from dsmq.wire.addresses import UNIX, Endpoint, parse_endpoint, split_port
 
 MAX_PORT = 65_535
+MAX_NAME_LENGTH = 64
 # Shorter times are accepted without further checks, which would take longer.
 _COMMON_SECONDS = 1e9
 
@@ -89,6 +91,28 @@ def text(name: str, value: object) -> str:
     if "\0" in value:
         raise ValueError(f"{name} contains a NUL character")
     return value
+
+
+def client_name(value: object) -> bytes | None:
+    """Return a client's name, which the server displays and logs; None if it is to be the default."""
+    if value is None:
+        return None
+    name = text("name", value)
+    if len(name) > MAX_NAME_LENGTH or not all("!" <= character <= "~" for character in name):
+        raise ValueError(f"name should have at most {MAX_NAME_LENGTH} printable ASCII characters, no spaces: {name!r}")
+    return name.encode()
+
+
+def default_client_name() -> bytes:
+    """Return the name of the program and the id of this process, such as `reader.py[4711]`."""
+    folder, program = os.path.split((getattr(sys, "argv", None) or [""])[0])
+    if program == "__main__.py":
+        program = os.path.basename(folder)
+    elif program in ("", "-c", "-m"):
+        program = "python"
+    process = f"[{os.getpid()}]"
+    shown = "".join(character if "!" <= character <= "~" else "_" for character in program)
+    return f"{shown[: MAX_NAME_LENGTH - len(process)]}{process}".encode()
 
 
 def path(name: str, value: object) -> str | None:

@@ -35,6 +35,7 @@ class Options(Security, total=False):
     timeout: float
     reconnect_timeout: float
     on_state_change: Callable[[State], None] | None
+    name: str | None
 
 
 class Retries:
@@ -94,10 +95,11 @@ class Core:
         self._has_chosen = len(self.endpoints) == 1
         self.tls = tls_context(options)
         token = options.get("token")
-        self.session = Session("" if token is None else arguments.text("token", token))
+        name = arguments.client_name(options.get("name"))
+        self.session = Session("" if token is None else arguments.text("token", token), name)
         self.is_closed = False
         self.down: dict[State, object] = {}
-        """`lost` and perhaps `given up`, if there is no connection, as far as is known."""
+        """The keys are the states announced since the connection was lost: `lost`, perhaps `given up`."""
 
     # Connections
 
@@ -106,9 +108,9 @@ class Core:
             raise ClientClosed(about)
 
     def attempts(self) -> Iterator[tuple[Endpoint, bool]]:
-        """Yield each server to connect to, and whether it is the last; `move_on` makes the next one its successor.
+        """Yield each server to connect to, and whether it is the last; `move_on` advances to the next.
 
-        Servers that share no store are tried in order each time, so that clients meet again.
+        Servers that share no store are always tried from the first, so that all clients use the same one.
         """
         if len(self.endpoints) > 1 and not self.session.is_shared:
             self.endpoint = self.endpoints[0]
@@ -116,15 +118,15 @@ class Core:
             yield self.endpoint, not left
 
     def move_on(self, endpoint: Endpoint) -> None:
-        """Connect to the next server from now on, because this one has failed."""
+        """Switch to the next server, because this one has failed."""
         self._failed = endpoint
         if endpoint is self.endpoint and len(self.endpoints) > 1:
             self.endpoint = self.endpoints[(self.endpoints.index(endpoint) + 1) % len(self.endpoints)]
 
     def choose(self) -> bool:
-        """After the first connection, choose a server if all share a store; return whether it is another one.
+        """After the first connection, choose a random server if all share a store; return whether it is another one.
 
-        The choice is random, so that clients spread over the servers. Others are used only if the first fails.
+        This spreads clients over the servers. Without a shared store, others are used only if the first fails.
         """
         if self._has_chosen:
             return False
@@ -195,6 +197,7 @@ class Client:
     def __init__(self, host: str | Sequence[str], port: int, options: Options) -> None:
         self._core = Core(host, port, options)
         self._session = self._core.session
+        self._options = options
         self.host = host
         self.port = port
 

@@ -8,13 +8,14 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
-from dsmq.client.arguments import topic_name
+from dsmq.client.arguments import default_client_name, topic_name
+from dsmq.client.message import Message, not_text
 from dsmq.client.reader import MIN_READ_BYTES, Returned, TopicReader, take_back
 from dsmq.client.replies import as_map, as_number, as_ranges, as_text, check
 from dsmq.client.stretch import Entry, Era
-from dsmq.errors import AuthRequired, MessageNotText, ProtocolError
+from dsmq.errors import AuthRequired, ProtocolError
 from dsmq.system import boot_time
 from dsmq.wire.limits import MAX_INTEGER, MAX_READ_BYTES
 from dsmq.wire.resp import Reply, encode_request
@@ -43,33 +44,11 @@ _MIN_READERS, _MAX_RECENT_READERS = 1000, 100
 _SILENCE_FACTOR, _SILENCE_SECONDS = 1.25, 1.0
 
 
-class Message(NamedTuple):
-    """A message with its metadata."""
-
-    topic: str
-    id: int
-    """Increases over all topics of a server, and is never reused."""
-    number: int
-    """Counts the messages of the topic, from 1."""
-    put_at: float
-    """When it was put: seconds since 1970, on this machine's clock."""
-    body: bytes
-
-    @property
-    def text(self) -> str:
-        """The body as text. Raises MessageNotText if it is not UTF-8."""
-        try:
-            return self.body.decode()
-        except UnicodeDecodeError:
-            raise _not_text(self.topic) from None
-
-
 class Session:
     """A client's session with its server, over many connections."""
 
-    def __init__(self, token: str = "") -> None:
-        auth = (b"AUTH", b"default", token.encode()) if token else ()
-        self.hello = encode_request(b"HELLO", b"2", *auth, b"NOTICES")
+    def __init__(self, token: str = "", name: bytes | None = None) -> None:
+        self._token, self._name = token, name
         self.max_message_bytes = 0
         self.read_bytes = MAX_READ_BYTES
         """How many bytes to request at once; fewer after a reply timed out."""
@@ -99,6 +78,13 @@ class Session:
     @property
     def epoch(self) -> str:
         return self.era.epoch
+
+    @property
+    def hello(self) -> bytes:
+        """The first request of a connection. The default name is that of this process, which may have been forked."""
+        auth = (b"AUTH", b"default", self._token.encode()) if self._token else ()
+        name = default_client_name() if self._name is None else self._name
+        return encode_request(b"HELLO", b"2", *auth, b"NOTICES", b"SETNAME", name)
 
     def handle_hello(self, reply: Reply) -> tuple[State, Era]:
         """Process the reply to HELLO on a new connection; return the new state, and the era.
@@ -255,13 +241,9 @@ def text(reader: TopicReader, entry: Entry) -> str:
     try:
         return entry.body.decode()
     except UnicodeDecodeError:
-        raise _not_text(reader.topic) from None
+        raise not_text(reader.topic) from None
 
 
 def body(_: TopicReader, entry: Entry) -> bytes:
     """Return a message's bytes."""
     return entry.body
-
-
-def _not_text(topic: str) -> MessageNotText:
-    return MessageNotText(f"the next message of {topic!r} is not UTF-8; read it with raw=True")

@@ -208,7 +208,7 @@ def _position_behind(part: Stretch) -> tuple[int, int | None]:
 
 
 def _in_epoch(era: Era, positions: Sequence[tuple[str, bytes, int, int | None]]) -> Stretch:
-    """Return the stretch that begins at the position in another epoch, or else at the start of its first era."""
+    """Return the stretch from the remembered position in an epoch, or else from the start of its first era."""
     for epoch, run, last_id, number in positions:
         if epoch == era.epoch:
             stretch = Stretch(era, last_id, number)

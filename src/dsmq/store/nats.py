@@ -82,7 +82,7 @@ class NATSStore(MirroredStore):
         self.stream = Stream(stream, replicas)
         self.mirror = Mirror(self.connection, self.stream, self._new_mirror)
         self.publisher = Publisher(self.requests, self.stream.topic_prefix)
-        self._index = ReadIndex(self.mirror, self.requests, self.stream)
+        self._index = ReadIndex(self.mirror, self.connection, self.requests, self.stream)
 
     def _new_mirror(self) -> MirrorStore:
         return MirrorStore(self._max_age_ms, limits=self._limits)
@@ -154,7 +154,8 @@ class NATSStore(MirroredStore):
         try:
             await self._connect()
             async with asyncio.TaskGroup() as tasks:
-                for work in (self.publisher.run(), self._index.run(), self.mirror.run(), self._watch_connection()):
+                works = [self.publisher.run(), self._index.run(), self._index.watch(), self.mirror.run()]
+                for work in (*works, self._watch_connection()):
                     self._work.append(tasks.create_task(work))
                 if self._is_closing:
                     raise asyncio.CancelledError
@@ -234,7 +235,7 @@ class NATSStore(MirroredStore):
         for topic, body, _ in puts:
             if len(topic) > MAX_TOPIC_BYTES:
                 raise TooBig(f"a topic has at most {MAX_TOPIC_BYTES} bytes with this store, not {len(topic)}")
-            if len(body) + 3 * len(topic) > self.max_message_bytes:
+            if len(body) > self.max_message_bytes:
                 raise TooBig(f"the engine accepts at most {self.max_message_bytes} bytes (max_payload)")
         known = self.mirror.store.check(puts)
         new = [put for put, message_id in zip(puts, known, strict=True) if message_id is None]
@@ -243,6 +244,9 @@ class NATSStore(MirroredStore):
             self._post(partial(self.publisher.count_repeated, len(puts) - len(new)))
         if not new:
             return [message_id for message_id in known if message_id is not None]
+        if len(new) == len(puts):
+            self._post(partial(self.publisher.put, puts, answer, together=together))
+            return answer
         published: Future[list[Outcome]] = Future()
         published.add_done_callback(partial(_merge, known, answer))
         self._post(partial(self.publisher.put, new, published, together=together))
@@ -305,7 +309,7 @@ class NATSStore(MirroredStore):
         self._tasks = {task for task in self._tasks if not task.done()}
         try:
             # Not the id that `ReadIndex` waits for, which may be of a message that is never stored.
-            epoch, last_id = self.mirror.epoch, await self.stream.last_id()
+            epoch, last_id = self.mirror.epoch, await self._index.last_stored_id()
             if epoch != self.mirror.epoch:
                 raise EngineError("a new epoch has begun")
             answer.set_result(max(self.publisher.last_id, last_id))

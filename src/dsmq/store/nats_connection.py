@@ -174,6 +174,11 @@ class NATSConnection:
         self._transport.write(requests)
         return True
 
+    def leave(self) -> None:
+        """Go to the next server."""
+        if self._transport is not None:
+            self._transport.abort()
+
     def subscribe(self, subject: bytes, listener: Listener) -> bytes:
         """Pass messages for a subject to the listener; return the number of the subscription."""
         number = b"%d" % next(self._numbers)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from contextlib import suppress
 
 from dsmq.errors import StoreFailed
-from dsmq.store.nats_connection import encode_publish
+from dsmq.store.nats_connection import NATSConnection, encode_publish
 from dsmq.store.nats_mirror import Mirror
-from dsmq.store.nats_requests import Requests
-from dsmq.store.nats_stream import WRONG_SEQUENCE, Stream
+from dsmq.store.nats_requests import Ack, Requests
+from dsmq.store.nats_stream import FULL, WRONG_SEQUENCE, EngineError, Stream
+from dsmq.system import boot_time
 
 # How long a read may wait for the engine: longer than an election takes, shorter than a client's reply timeout.
 READ_SECONDS = 9.5
@@ -20,16 +22,27 @@ INDEX_SECONDS = 0.1
 _NO_RESPONSE = "the engine does not answer"
 # Higher than any id, so that the message is refused; the error contains the last id.
 _ASK_LAST_ID = ((b"Nats-Expected-Last-Sequence", b"9223372036854775806"),)
+# Replaces the one before, so that the stream does not grow.
+_REPLACE = ((b"Nats-Rollup", b"sub"),)
+# A node that reaches no majority is left after this time, which most elections don't take.
+LEAVE_SECONDS, WATCH_SECONDS = 6.0, 1.0
+
+_logger = logging.getLogger(__name__)
 
 
 class ReadIndex:
-    """Delays reads until the mirror has everything that the engine had when they arrived (Raft, section 6.4)."""
+    """Delays reads until the mirror has everything that the engine had when they arrived (Raft, section 6.4).
 
-    def __init__(self, mirror: Mirror, requests: Requests, stream: Stream) -> None:
-        self._mirror, self._requests = mirror, requests
+    A leader that is cut off from the others does not know what they store. If the stream's information does not prove
+    that there is no other leader, an empty message is published: it is acknowledged by a majority.
+    """
+
+    def __init__(self, mirror: Mirror, connection: NATSConnection, requests: Requests, stream: Stream) -> None:
+        self._mirror, self._connection, self._requests, self._stream = mirror, connection, requests, stream
         self._subject = stream.facts_prefix + b"index"
         self._readers: list[tuple[Callable[[Exception | None], None], float]] = []
         self._wanted = asyncio.Event()
+        self._left_at = boot_time()
 
     def add(self, call: Callable[[Exception | None], None]) -> None:
         """Call a function with None once the mirror is up to date, or with an error."""
@@ -66,12 +79,52 @@ class ReadIndex:
             self._wanted.set()
 
     async def _ask(self) -> int | None:
-        """Return the id of the engine's last message; None if it does not answer."""
+        """Return the id of the engine's last message; None if it does not answer, or can't be sure."""
+        if boot_time() >= self._stream.sole_leader_until:
+            return (await self._publish()).id or None
         ack = await self._requests.ask(lambda reply: encode_publish(self._subject, b"", reply, _ASK_LAST_ID), 1.0)
         if ack is None or ack.code != WRONG_SEQUENCE:
             return None
         digits = ack.text.rpartition(" ")[2]
         return int(digits) if digits.isdigit() else None
+
+    async def _publish(self) -> Ack:
+        """Have a majority store a message, which comes after all that were stored before."""
+        ack = await self._requests.ask(lambda reply: encode_publish(self._subject, b"", reply, _REPLACE), 1.0)
+        return ack or Ack()
+
+    async def last_stored_id(self) -> int:
+        """Return an id that all stored messages are below or have. Raises EngineError."""
+        # Not what `_ask` returns, which counts messages that may never be stored.
+        asked = boot_time()
+        last_id = await self._stream.last_id()
+        if asked < self._stream.sole_leader_until:
+            return last_id
+        if not (ack := await self._publish()).id:
+            raise EngineError(ack.text or _NO_RESPONSE)
+        return ack.id
+
+    async def watch(self) -> None:
+        """Leave nodes that reach no majority of the others, until this is cancelled."""
+        majority_at = boot_time()
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            if boot_time() < self._stream.sole_leader_until:
+                majority_at = boot_time()
+                continue
+            with suppress(EngineError):
+                await self._stream.last_id()
+            ack = await self._publish()
+            # A full stream refuses it.
+            if ack.id or ack.code in FULL or not self._connection.connected:
+                majority_at = boot_time()
+            elif boot_time() - majority_at > LEAVE_SECONDS:
+                _logger.warning("NATS server %s reaches no majority: trying another one", self._connection.server)
+                self._connection.leave()
+                majority_at = boot_time()
+            if boot_time() - max(self._stream.majority_at, self._left_at) > LEAVE_SECONDS:
+                await self._stream.leave_node()
+                self._left_at = boot_time()
 
     async def _reached(self, last_id: int) -> bool:
         """Wait until the mirror has this message; return False if it takes too long."""

@@ -331,7 +331,8 @@ class Mirror:
         return topics
 
     def _note(self, message: Received) -> None:
-        if message.subject.startswith(self._stream.facts_prefix):
+        # Those of `ReadIndex` are empty.
+        if message.body and message.subject.startswith(self._stream.facts_prefix):
             self._facts_at = time.monotonic()
 
     def _store(self, messages: list[Mirrored], last_id: int) -> None:

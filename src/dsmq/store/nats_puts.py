@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import NamedTuple
 
 from dsmq.errors import Full, ReplyError, StoreFailed, Unsure
@@ -51,13 +52,39 @@ class _Append(NamedTuple):
     """When to give up, by the monotonic clock."""
 
 
+class _Batch(NamedTuple):
+    """Messages that are published together."""
+
+    messages: list[_Publish]
+    together: bool
+    until: float
+
+    def encode(self, reply: bytes) -> bytes:
+        if len(self.messages) == 1:
+            return self.messages[0].encode(reply)
+        name, last = secrets.token_hex(8).encode(), len(self.messages)
+        encoded = []
+        for number, message in enumerate(self.messages, 1):
+            headers = [(b"Nats-Batch-Id", name), (b"Nats-Batch-Sequence", b"%d" % number)]
+            if number < last:
+                encoded.append(message.encode(b"", headers))
+            else:
+                encoded.append(message.encode(reply, [*headers, (b"Nats-Batch-Commit", b"1")]))
+        return b"".join(encoded)
+
+
 class Publisher:
     """Publishes puts. Used in one asyncio event loop."""
 
     def __init__(self, requests: Requests, topic_prefix: bytes) -> None:
         self._requests, self._topic_prefix = requests, topic_prefix
         self._queue: deque[_Append] = deque()
-        self._ready = asyncio.Event()
+        self._is_running = False
+        # What is being published now.
+        self._appends: list[_Append] = []
+        self._began = 0.0
+        # A batch whose first attempt had no outcome, and the engine's answer.
+        self._failed: asyncio.Queue[tuple[_Batch, Ack | None]] = asyncio.Queue()
         # The ids of puts without a key.
         self._own = f"s.{secrets.token_hex(8)}:".encode()
         self._numbers = itertools.count(1)
@@ -78,24 +105,19 @@ class Publisher:
                 message_id = b"p.%b:%d" % (encode_token(key[0]), key[1])
             messages.append(_Publish(self._topic_prefix + encode_token(topic), body, message_id))
         self._queue.append(_Append(messages, answer, together, time.monotonic() + PUT_SECONDS))
-        self._ready.set()
+        self._begin()
 
     async def run(self) -> None:
         """Publish what is queued until this is cancelled."""
-        while True:
-            await self._ready.wait()
-            if not self._queue:
-                self._ready.clear()
-                continue
-            appends = self._take()
-            messages = [message for append in appends for message in append.messages]
-            began = time.monotonic()
-            outcomes = await self._publish(messages, appends[0].until, together=appends[0].together)
-            self.seconds += time.monotonic() - began
-            self.published += 1
-            for append in appends:
-                append.answer.set_result(outcomes[: len(append.messages)])
-                del outcomes[: len(append.messages)]
+        # First attempts are made without a task, because it takes two more turns of the event loop for each put.
+        self._is_running = True
+        try:
+            self._begin()
+            while True:
+                batch, ack = await self._failed.get()
+                self._finish(await self._go_on(batch, ack))
+        finally:
+            self._is_running = False
 
     def count_repeated(self, puts: int) -> None:
         """Count puts that were not published because the mirror already has them."""
@@ -105,6 +127,33 @@ class Publisher:
         """Fail the queued puts, which have not been sent."""
         while self._queue:
             self._queue.popleft().answer.set_exception(StoreFailed("the store is closed"))
+
+    def _begin(self) -> None:
+        """Send the next batch, if none is under way."""
+        if self._appends or not self._queue or not self._is_running:
+            return
+        self._appends = appends = self._take()
+        messages = [message for append in appends for message in append.messages]
+        self._began = time.monotonic()
+        batch = _Batch(messages, appends[0].together, appends[0].until)
+        self._requests.send(batch.encode, ATTEMPT_SECONDS, partial(self._on_first_answer, batch))
+
+    def _on_first_answer(self, batch: _Batch, ack: Ack | None) -> None:
+        outcomes = self._outcomes(batch, ack, is_sent=False)
+        if outcomes:
+            self._finish(outcomes)
+        else:
+            self._failed.put_nowait((batch, ack))
+
+    def _finish(self, outcomes: list[Outcome]) -> None:
+        """Send the next batch, and answer this one."""
+        self.seconds += time.monotonic() - self._began
+        self.published += 1
+        appends, self._appends = self._appends, []
+        self._begin()
+        for append in appends:
+            append.answer.set_result(outcomes[: len(append.messages)])
+            del outcomes[: len(append.messages)]
 
     def _take(self) -> list[_Append]:
         """Take the next batch out of the queue."""
@@ -117,72 +166,60 @@ class Publisher:
             taken.append(self._queue.popleft())
         return taken
 
-    async def _publish(self, messages: list[_Publish], until: float, *, together: bool) -> list[Outcome]:
-        is_sent = False
-        if len(messages) > 1:
-            if together:
-                return await self._publish_together(messages, until)
-            ack = await self._ask_batch(messages)
-            if ack is not None and ack.is_batch:
-                return self._ids(messages, ack)
+    def _outcomes(self, batch: _Batch, ack: Ack | None, *, is_sent: bool) -> list[Outcome]:
+        """Return the outcomes of a batch; none if they are unknown, or it has to be split or retried.
+
+        `is_sent`: an earlier attempt may have stored it.
+        """
+        count = len(batch.messages)
+        if ack is None:
+            return []
+        if ack.id and (ack.is_batch or count == 1):
+            # The engine reports only the last id of a batch.
+            self.last_id = max(self.last_id, ack.id)
+            self.repeated += ack.is_repeated
+            return list(range(ack.id - count + 1, ack.id + 1))
+        is_final = ack.code in FULL if count == 1 else batch.together and ack.code not in (0, _IN_PROCESS)
+        return [_refusal(ack)] * count if is_final and not is_sent else []
+
+    async def _go_on(self, batch: _Batch, ack: Ack | None) -> list[Outcome]:
+        """Publish a batch whose first attempt had no outcome."""
+        is_sent = _may_be_stored(ack)
+        if len(batch.messages) > 1 and not batch.together:
             # The engine refuses a batch that contains repeated puts, or for which there is no room.
             self.split += 1
-            is_sent = ack is None
-        return [await self._publish_one(message, until, is_sent=is_sent) for message in messages]
+            return await self._publish_each(batch, is_sent=is_sent)
+        await self._pause(ack)
+        return await self._publish(batch, is_sent=is_sent)
 
-    async def _publish_together(self, messages: list[_Publish], until: float) -> list[Outcome]:
-        """Publish a batch, retrying until its outcome is known: all messages are stored, or none."""
-        is_sent = False
-        while time.monotonic() < until:
-            ack = await self._ask_batch(messages)
-            if ack is not None and ack.is_batch:
-                return self._ids(messages, ack)
+    async def _publish_each(self, batch: _Batch, *, is_sent: bool) -> list[Outcome]:
+        outcomes = []
+        for message in batch.messages:
+            outcomes += await self._publish(batch._replace(messages=[message]), is_sent=is_sent)
+        return outcomes
+
+    async def _publish(self, batch: _Batch, *, is_sent: bool) -> list[Outcome]:
+        """Publish a batch as a whole, retrying until its outcome is known. `is_sent`: it may already be stored."""
+        while time.monotonic() < batch.until:
+            ack = await self._requests.ask(batch.encode, ATTEMPT_SECONDS)
+            if outcomes := self._outcomes(batch, ack, is_sent=is_sent):
+                return outcomes
             if is_sent and ack is not None and ack.code == _REPEATED:
                 # An earlier attempt has stored it.
-                return [await self._publish_one(message, until, is_sent=True) for message in messages]
-            if ack is not None and ack.code not in (0, _IN_PROCESS) and not is_sent:
-                return [_refusal(ack)] * len(messages)
-            is_sent = is_sent or ack is None
-            self.retries += 1
-            await asyncio.sleep(_PAUSE_SECONDS)
-        return [_unsure() if is_sent else StoreFailed("the engine does not answer")] * len(messages)
+                return await self._publish_each(batch, is_sent=True)
+            is_sent = is_sent or _may_be_stored(ack)
+            await self._pause(ack)
+        return [_unsure() if is_sent else StoreFailed("the engine does not answer")] * len(batch.messages)
 
-    def _ids(self, messages: list[_Publish], ack: Ack) -> list[Outcome]:
-        """Return the ids of a batch's messages; the engine reports only the last."""
-        self.last_id = max(self.last_id, ack.id)
-        return list(range(ack.id - len(messages) + 1, ack.id + 1))
+    async def _pause(self, ack: Ack | None) -> None:
+        if ack is not None and ack.code != _IN_PROCESS:
+            _logger.debug("the engine refused a put: %s (%s)", ack.text, ack.code)
+        self.retries += 1
+        await asyncio.sleep(_PAUSE_SECONDS)
 
-    async def _ask_batch(self, messages: list[_Publish]) -> Ack | None:
-        name = secrets.token_hex(8).encode()
 
-        def encode(reply: bytes) -> bytes:
-            encoded = []
-            for number, message in enumerate(messages, 1):
-                headers = [(b"Nats-Batch-Id", name), (b"Nats-Batch-Sequence", b"%d" % number)]
-                if number < len(messages):
-                    encoded.append(message.encode(b"", headers))
-                else:
-                    encoded.append(message.encode(reply, [*headers, (b"Nats-Batch-Commit", b"1")]))
-            return b"".join(encoded)
-
-        return await self._requests.ask(encode, ATTEMPT_SECONDS)
-
-    async def _publish_one(self, message: _Publish, until: float, *, is_sent: bool) -> Outcome:
-        """Publish a message, retrying until its outcome is known. `is_sent`: it may already be stored."""
-        while time.monotonic() < until:
-            ack = await self._requests.ask(message.encode, ATTEMPT_SECONDS)
-            if ack is not None and ack.id:
-                self.last_id = max(self.last_id, ack.id)
-                self.repeated += ack.is_repeated
-                return ack.id
-            if ack is not None and ack.code in FULL and not is_sent:
-                return _refusal(ack)
-            if ack is not None and ack.code != _IN_PROCESS:
-                _logger.debug("the engine refused a put: %s (%s)", ack.text, ack.code)
-            is_sent = is_sent or ack is None or ack.code == _IN_PROCESS
-            self.retries += 1
-            await asyncio.sleep(_PAUSE_SECONDS)
-        return _unsure() if is_sent else StoreFailed("the engine does not answer")
+def _may_be_stored(ack: Ack | None) -> bool:
+    return ack is None or ack.code == _IN_PROCESS
 
 
 def _refusal(ack: Ack) -> ReplyError:

@@ -38,39 +38,38 @@ class Requests:
         self._connection = connection
         self._inbox = f"_INBOX.{secrets.token_hex(11)}.".encode()
         self._numbers = itertools.count(1)
-        self._pending: dict[bytes, asyncio.Future[Received | None]] = {}
+        self._pending: dict[bytes, tuple[Callable[[Ack | None], None], asyncio.TimerHandle]] = {}
         connection.subscribe(self._inbox + b"*", self._on_reply)
 
-    async def ask(self, encode: Callable[[bytes], bytes], seconds: float) -> Ack | None:
-        """Send a request, encoded with its reply subject, and return the answer; None if there is none in time.
+    def send(self, encode: Callable[[bytes], bytes], seconds: float, call: Callable[[Ack | None], None]) -> None:
+        """Send a request, encoded with its reply subject; pass the answer to `call`, or None if there is none in time.
 
-        Returns NOT_SENT if there is no connection, or no listener for the request.
+        The answer is NOT_SENT if there is no connection, or no listener for the request.
         """
         subject = b"%b%d" % (self._inbox, next(self._numbers))
-        future = self._pending[subject] = asyncio.get_running_loop().create_future()
-        try:
-            if not self._connection.send(encode(subject)):
-                return NOT_SENT
-            async with asyncio.timeout(seconds):
-                reply = await future
-        except TimeoutError:
-            return None
-        finally:
-            del self._pending[subject]
-        if reply is None:
-            return None
-        return NOT_SENT if reply.status == _NO_LISTENER else _parse_ack(reply.body)
+        self._pending[subject] = call, asyncio.get_running_loop().call_later(seconds, self._answer, subject, None)
+        if not self._connection.send(encode(subject)):
+            self._answer(subject, NOT_SENT)
+
+    async def ask(self, encode: Callable[[bytes], bytes], seconds: float) -> Ack | None:
+        """Send a request, and return the answer."""
+        future: asyncio.Future[Ack | None] = asyncio.get_running_loop().create_future()
+        self.send(encode, seconds, lambda ack: None if future.done() else future.set_result(ack))
+        return await future
+
+    def _answer(self, subject: bytes, ack: Ack | None) -> None:
+        call, timer = self._pending.pop(subject)
+        timer.cancel()
+        call(ack)
 
     def _on_reply(self, reply: Received) -> None:
-        future = self._pending.get(reply.subject)
-        if future is not None and not future.done():
-            future.set_result(reply)
+        if reply.subject in self._pending:
+            self._answer(reply.subject, NOT_SENT if reply.status == _NO_LISTENER else _parse_ack(reply.body))
 
     def on_lost(self) -> None:
         """End the pending requests, because the connection broke."""
-        for future in self._pending.values():
-            if not future.done():
-                future.set_result(None)
+        for subject in list(self._pending):
+            self._answer(subject, None)
 
 
 def _parse_ack(body: bytes) -> Ack | None:

@@ -15,6 +15,7 @@ import asyncio
 import base64
 import json
 import logging
+import math
 import secrets
 import sys
 import zlib
@@ -30,6 +31,7 @@ from nats.errors import Error as NATSError
 from nats.errors import NoRespondersError
 
 from dsmq.errors import DSMQError, StartupError
+from dsmq.system import boot_time
 
 if TYPE_CHECKING:
     from ssl import SSLContext
@@ -45,6 +47,8 @@ DEDUPLICATION_SECONDS = 120
 _MARGIN, _MIN_MARGIN_SECONDS = 0.1, 60
 _API_SECONDS = 1.0
 _HEARTBEAT_SECONDS = 1
+# A node tries to become the leader only if it has not heard of one for 4 s; less than that, because clocks differ.
+SOLE_LEADER_SECONDS = 3.5
 # Numbers are spread over this many messages, because a message has a maximum size.
 FACT_PARTS = 16
 # The most that a message takes besides its body and topic.
@@ -99,8 +103,12 @@ class Stream:
         self.topic_prefix = f"{name}.t.".encode()
         self.facts_prefix = f"{name}.facts.".encode()
         self._client = Client()
+        self.sole_leader_until = self.majority_at = -math.inf
+        """Until when no other node can become the leader, and when a majority was last known to follow one: both by
+        `boot_time`."""
         self._connect_again: Callable[[], Coroutine[None, None, None]]
         self._connecting = asyncio.Lock()
+        self._left: Server | None = None
         self._replicas, self._max_age_ms, self._max_bytes = replicas, 0, 0
         self.is_configured = False
         """Whether the stream has the current configuration."""
@@ -116,6 +124,8 @@ class Stream:
         options = {"user": credentials.user, "password": credentials.password, "token": credentials.token}
 
         logging.getLogger("asyncio").addFilter(_is_useful)
+        # The one that was left last comes last.
+        servers = sorted(servers, key=lambda server: server == self._left)
 
         async def ignore(_: Exception) -> None:
             """Without this, the client prints errors, which the requests raise anyway."""
@@ -125,6 +135,7 @@ class Stream:
             **{name: value for name, value in options.items() if value},  # type: ignore[arg-type]
             tls=tls,
             error_cb=ignore,
+            dont_randomize=self._left is not None,
             max_reconnect_attempts=-1,
             reconnect_time_wait=0.1,  # type: ignore[arg-type]
             connect_timeout=2,
@@ -136,6 +147,13 @@ class Stream:
         if self._client.is_connected or self._client.is_reconnecting:
             with suppress(NATSError, OSError):
                 await self._client.close()
+
+    async def leave_node(self) -> None:
+        """Go to another node with the next request."""
+        if (url := self._client.connected_url) is not None:
+            self._left = str(url.hostname), int(url.port or 0)
+            with suppress(NATSError, OSError, TimeoutError):
+                await asyncio.wait_for(self._client.close(), _API_SECONDS)
 
     async def open(self) -> None:
         """Create the stream if it does not exist. Raises StartupError if it is not dsmq's, or can't be used."""
@@ -203,13 +221,32 @@ class Stream:
 
     async def state(self) -> StreamState:
         """Return the state of the stream. Gives it an epoch if it has none."""
-        info = await self._request(f"STREAM.INFO.{self.name}")
+        info = await self._info()
         genesis = await self._last_of(f"{self.name}.genesis") or await self._begin_epoch()
         return StreamState(info["state"]["last_seq"], genesis.decode(), _milliseconds(info["ts"]))
 
     async def last_id(self) -> int:
         """Return the id of the last message that is stored."""
-        return int((await self._request(f"STREAM.INFO.{self.name}"))["state"]["last_seq"])
+        return int((await self._info())["state"]["last_seq"])
+
+    async def _info(self) -> dict[str, Any]:
+        """Return the stream's state and configuration.
+
+        A leader that is cut off believes for up to 20 s that it leads. So it does not suffice that it answers: it says
+        how long ago it heard of each of the others. None of them can have become the leader less than 4 s after that.
+        """
+        asked = boot_time()
+        info = await self._request(f"STREAM.INFO.{self.name}")
+        replicas = (info.get("cluster") or {}).get("replicas", [])
+        others = info["config"]["num_replicas"] - 1
+        silent = sorted(replica.get("active", 0) / 1e9 or math.inf for replica in replicas)
+        if len(silent) >= others:
+            self.sole_leader_until = max(self.sole_leader_until, asked + SOLE_LEADER_SECONDS - max(silent, default=0.0))
+        if sum(seconds < SOLE_LEADER_SECONDS for seconds in silent) < (others + 1) // 2:
+            # What it says may be too old to compare with.
+            raise EngineError("a node answers that reaches no majority of the others")
+        self.majority_at = asked
+        return info
 
     async def _begin_epoch(self) -> bytes:
         headers = {"Nats-Expected-Last-Subject-Sequence": "0", **_NEVER}
