@@ -25,13 +25,14 @@ from typing import TYPE_CHECKING, TypeVar
 
 from dsmq import threads
 from dsmq.errors import ReplyError, StartupError, StoreFailed, TooBig
-from dsmq.store.api import Answer, EngineStats, Limits, Message, Outcome, Put, Timing
+from dsmq.store.api import Answer, EngineStats, Found, Limits, ManyTopics, Message, Outcome, Put, Timing
 from dsmq.store.nats_connection import Credentials, NATSConnection, Server
 from dsmq.store.nats_index import ReadIndex
 from dsmq.store.nats_mirror import Mirror, MirroredStore
 from dsmq.store.nats_puts import Publisher
 from dsmq.store.nats_requests import Requests
 from dsmq.store.nats_stream import HEADER_BYTES, EngineError, Stream
+from dsmq.store.selection import Selection
 from dsmq.store.sqlite import MirrorStore
 
 if TYPE_CHECKING:
@@ -261,6 +262,19 @@ class NATSStore(MirroredStore):
 
     def latest(self, topic: bytes, after: int, below: int = sys.maxsize) -> Answer[list[Message]]:
         return self._when_fresh(after, lambda store: store.latest(topic, after, below))
+
+    def read_many(self, wanted: ManyTopics, wait_ms: int = 0) -> Answer[Found]:
+        store = self.mirror.store
+        if not wanted.latest and wanted.after <= store.last_id():
+            found = store.read_many(wanted)
+            if found.messages or wait_ms or not found.is_complete:
+                return found
+        return self._when_fresh(wanted.after, lambda store: store.read_many(wanted))
+
+    def go_back(self, selection: Selection, count: int, below: int = sys.maxsize) -> Answer[tuple[int, int]]:
+        if below < sys.maxsize:
+            return self.mirror.store.go_back(selection, count, below)
+        return self._when_fresh(0, lambda store: store.go_back(selection, count))
 
     def check_id(self, after: int) -> None:
         """Do nothing: an id from another server may be later than the mirror's last one, so reads check it."""
