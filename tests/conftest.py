@@ -21,6 +21,7 @@ import pytest
 import trustme
 
 import dsmq.client
+import helpers
 from dsmq import aio
 from dsmq import settings as config
 from dsmq.broker.event_loop import EventLoop
@@ -44,6 +45,7 @@ from helpers import (
     wait_until,
 )
 from security import ADMIN, TOKENS, Files
+from shared_store import Nodes, Streams, number_from_one
 
 __all__ = [
     "HOST",
@@ -69,11 +71,51 @@ GROUPS = ("browser", "clients", "deploy")
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--store") != "sqlite":
+        embedded = [item for item in items if item.get_closest_marker("embedded")]
+        config.hook.pytest_deselected(items=embedded)
+        items[:] = [item for item in items if item not in embedded]
     for item in items:
         for name in GROUPS:
             if item.get_closest_marker(name):
                 item.add_marker(pytest.mark.xdist_group(name))
+
+
+STREAMS = pytest.StashKey[Streams]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--store", choices=["sqlite", "nats"], default="sqlite", help="where the servers of the tests keep messages"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the NATS cluster, once for all processes that run tests."""
+    if config.getoption("--store") == "sqlite":
+        return
+    worker = getattr(config, "workerinput", None)
+    if worker is None:
+        nodes = Nodes()
+        config.add_cleanup(nodes.close)
+    config.stash[STREAMS] = streams = Streams(worker["nodes"] if worker else nodes.ports)
+    helpers.store_settings = streams.settings
+    number_from_one()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell a process that runs tests where the cluster is."""
+    if streams := node.config.stash.get(STREAMS, None):
+        node.workerinput["nodes"] = streams.ports
+
+
+@pytest.fixture(autouse=True)
+def clean_streams(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if streams := request.config.stash.get(STREAMS, None):
+        streams.remove()
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +157,8 @@ def interruptible() -> Iterator[None]:
 @contextmanager
 def serving(store: Store | None = None, **settings: object) -> Iterator[Server]:
     """Run a server in this process, on a free port."""
+    if store is None:
+        settings = helpers.store_settings() | settings
     effective = config.load(kind=config.EmbeddedSettings, **{"port": 0, **settings})
     with Server(effective, store) as server:
         yield server

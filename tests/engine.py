@@ -112,7 +112,7 @@ class Engine:
             place.mkdir(parents=True)
             self.nodes = []
             for at in range(count):
-                storage = f'jetstream {{ store_dir: "{place / str(at)}", max_mem: 1GB, max_file: 4GB }}'
+                storage = f'jetstream {{ store_dir: "{place / str(at)}", max_mem: 1GB, max_file: 1TB }}'
                 config = f"{storage}\n{extra}" if jetstream else extra
                 to = [link.port for (one, _), link in self._links.items() if one == at] or routes
                 self.nodes.append(Node(place, f"n{at}", ports[3 * at : 3 * at + 3], to, config, direct=proxy is None))

@@ -31,6 +31,11 @@ UNIT = float(os.environ.get("DSMQ_TEST_UNIT", "0.1"))
 SOON = 300 * UNIT
 
 
+def store_settings() -> dict[str, object]:
+    """Return the settings of a new server's store; `pytest --store` replaces this function."""
+    return {}
+
+
 def reached(condition: Callable[[], bool], seconds: float = SOON) -> bool:
     """Poll until the condition holds; return whether it did in time."""
     until = time.monotonic() + seconds
@@ -204,6 +209,7 @@ class Daemon(Process):
         self._file = tempfile.NamedTemporaryFile("w")  # noqa: SIM115 - closed by stop()
         environment = {name: value for name, value in os.environ.items() if not name.startswith("DSMQ_")}
         environment |= {"DSMQ_PORT": "0", "DSMQ_HTTP_PORT": "0"}
+        settings = store_settings() | settings
         environment |= {f"DSMQ_{name.upper()}": str(value) for name, value in settings.items()}
         # A pipe that nobody reads would stop the process once it is full.
         self.process = subprocess.Popen(

@@ -472,6 +472,7 @@ def test_client_reading_a_reply_is_not_idle(tmp_path: Path) -> None:
         wire.close()
 
 
+@pytest.mark.embedded("a put that is answered at once")
 def test_close_notice_comes_after_earlier_replies(server: Server) -> None:
     with wire_to(server) as wire:
         wire.call("PING")
@@ -594,6 +595,7 @@ def test_read_in_wrong_epoch_reports_current_epoch(server: Server, wire: Wire) -
         assert str(reply).startswith(f"{epoch} {run} ")
 
 
+@pytest.mark.embedded("replaces the epoch of the store")
 def test_epoch_change_during_wait_is_reported_at_its_end(server: Server, wire: Wire) -> None:
     for end in (lambda: None, lambda: server.context.store.append([(b"t", b"x", None)])):
         epoch = str(facts_of(wire)[b"epoch"], "ascii")  # type: ignore[arg-type]

@@ -172,6 +172,7 @@ def two_machines() -> Iterator[tuple[list[str], list[str]]]:
             subprocess.run([ip, "netns", "del", name], capture_output=True, check=False)
 
 
+@pytest.mark.embedded("a network from which the engine can't be reached")
 @pytest.mark.parametrize("setting", ["auth_token_file", "protected_mode"])
 def test_network_listener_serves_other_machines(
     two_machines: tuple[list[str], list[str]], token_file: Path, setting: str

@@ -42,6 +42,7 @@ def test_puts_over_message_limit_are_refused_and_stored_messages_kept() -> None:
         assert server.status.totals().messages == 3
 
 
+@pytest.mark.embedded("puts sent together are checked before any of them is stored, so that limits hold about right")
 def test_pipelined_puts_are_accepted_up_to_limit() -> None:
     with serving(max_stored_messages=3) as server, wire_to(server) as wire:
         wire.send(encode_request(b"PUT", b"t", b"x") * 5)
@@ -50,6 +51,7 @@ def test_pipelined_puts_are_accepted_up_to_limit() -> None:
         assert [reply.code for reply in replies[3:]] == ["FULL", "FULL"]  # type: ignore[union-attr]
 
 
+@pytest.mark.embedded("puts sent together are checked before any of them is stored, so that limits hold about right")
 def test_smaller_message_is_accepted_after_larger_one_was_refused() -> None:
     cost = MESSAGE_OVERHEAD_BYTES
     topic = TOPIC_OVERHEAD_BYTES + len("t")
@@ -61,6 +63,7 @@ def test_smaller_message_is_accepted_after_larger_one_was_refused() -> None:
         assert wire.error("PUT", "t", "") == "FULL"
 
 
+@pytest.mark.embedded("puts sent together are checked before any of them is stored, so that limits hold about right")
 @pytest.mark.parametrize(
     ("setting", "puts"),
     [
@@ -171,6 +174,7 @@ def test_topics_count_towards_stored_bytes() -> None:
     store.close()
 
 
+@pytest.mark.embedded("puts sent together are checked before any of them is stored, so that limits hold about right")
 @pytest.mark.parametrize(
     "limits", [{"max_stored_messages_per_topic": 2}, {"max_stored_bytes_per_topic": 2 * MESSAGE_OVERHEAD_BYTES + 20}]
 )
@@ -183,6 +187,7 @@ def test_full_topic_does_not_affect_others(limits: dict[str, int]) -> None:
             assert wire.receive().code == "FULL"  # type: ignore[union-attr]
 
 
+@pytest.mark.embedded("puts sent together are checked before any of them is stored, so that limits hold about right")
 def test_new_topics_over_limit_are_refused_but_existing_accept_puts() -> None:
     with serving(max_topics=2) as server, wire_to(server) as wire:
         wire.send(b"PUT a x\r\nPUT b x\r\nPUT c x\r\nPUT a x\r\n")
@@ -191,6 +196,7 @@ def test_new_topics_over_limit_are_refused_but_existing_accept_puts() -> None:
         assert replies[2].code == "FULL"  # type: ignore[union-attr]
 
 
+@pytest.mark.embedded("puts sent together are checked before any of them is stored, so that limits hold about right")
 def test_puts_resume_after_expiry() -> None:
     with (
         serving(max_stored_messages=10, max_age_seconds=0.2, expiry_interval_seconds=0.01, port=0) as server,
@@ -210,6 +216,7 @@ def test_retried_put_gets_its_id_even_if_full() -> None:
         assert server.status.totals().messages == 1
 
 
+@pytest.mark.embedded("puts sent together are checked before any of them is stored, so that limits hold about right")
 def test_client_raises_full() -> None:
     with serving(max_stored_messages=2) as server, connect(port=server.port) as mq:
         mq.put("t", "a")

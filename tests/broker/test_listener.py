@@ -248,6 +248,7 @@ def test_closed_connection_ends_despite_forked_child(server: Server, wire: Wire)
         assert wire.ended()
 
 
+@pytest.mark.embedded("snapshots")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_forked_child_holds_no_server_sockets(tmp_path: Path) -> None:
     before = open_sockets()
@@ -259,6 +260,7 @@ def test_forked_child_holds_no_server_sockets(tmp_path: Path) -> None:
         assert wire.call("PING") == "PONG"
 
 
+@pytest.mark.embedded("snapshots")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_forked_child_leaving_with_block_does_not_stop_server(tmp_path: Path) -> None:
     file, path = tmp_path / "snapshot", tmp_path / "socket"

@@ -48,6 +48,7 @@ def test_empty_transaction_replies_empty_array(wire: Wire) -> None:
     assert wire.call("PING") == "PONG"
 
 
+@pytest.mark.embedded("a read that finds messages may lack the newest")
 def test_read_does_not_see_later_puts_of_its_transaction(wire: Wire) -> None:
     assert wire.call("PUT", "t", "before") == 1
     replies = transact(
@@ -155,9 +156,10 @@ def test_transaction_size_is_limited(server: Server, wire: Wire, count: int, siz
     assert wire.call("PUT", "t", body) == "QUEUED"
     assert memory.total == 0
     assert wire.error("EXEC") == "EXECABORT"
-    assert server.status.totals().stored == count
+    wait_until(lambda: server.status.totals().stored == count)
 
 
+@pytest.mark.embedded("a limit on messages holds about right")
 def test_transaction_over_storage_limit_stores_nothing() -> None:
     with serving(max_stored_messages=3) as server, wire_to(server) as wire:
         assert wire.call("PUT", "t", "x") == 1
@@ -168,6 +170,7 @@ def test_transaction_over_storage_limit_stores_nothing() -> None:
         assert transact(wire, ("PUT", "t", "y"), ("PUT", "t", "y")) == [2, 3]
 
 
+@pytest.mark.embedded("a transaction with one KEY twice is refused by the engine")
 def test_duplicate_put_replies_first_id_and_forgotten_one_aborts(server: Server, wire: Wire) -> None:
     key = ("KEY", "me")
     assert wire.call("PUT", "t", "x", *key, 1) == 1
@@ -204,6 +207,7 @@ def test_transaction_puts_wake_readers_of_all_workers() -> None:
         assert one.receive() == two.receive() == b"x"
 
 
+@pytest.mark.embedded("a read that finds messages may lack the newest")
 def test_pipelined_transaction_keeps_order_with_other_puts(wire: Wire) -> None:
     requests = ("PUT t a", "MULTI", "PUT t b", "READ t 0", "EXEC", "PUT t c", "GET t")
     wire.send("".join(request + "\r\n" for request in requests).encode())

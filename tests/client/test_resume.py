@@ -214,6 +214,7 @@ def test_buffered_reply_is_read_if_sending_fails(tmp_path: Path) -> None:
     link.close()
 
 
+@pytest.mark.embedded("puts sent together are checked before any of them is stored, so that limits hold about right")
 def test_refused_call_on_new_connection_reports_resumed(states: list[str]) -> None:
     with serving(max_stored_messages=1) as server, restarted(states, server.port) as mq:
         mq.put("t", "x")
@@ -424,6 +425,7 @@ def test_client_waits_for_restarting_server(states: list[str]) -> None:
         mq.close()
 
 
+@pytest.mark.embedded("a server that is not shared")
 def test_possibly_stored_put_is_not_sent_to_another_server(lose_reply: Callable[..., None], states: list[str]) -> None:
     with serving() as first, restarted(states, first.port) as mq:
         mq.put("t", "1")
@@ -445,6 +447,7 @@ def test_possibly_stored_put_is_not_sent_to_another_server(lose_reply: Callable[
         servers[0].stop()
 
 
+@pytest.mark.embedded("replaces the run of the store")
 def test_retried_put_may_be_stored_in_earlier_run_of_same_epoch(
     server: Server,
     mq: DSMQClientSideConnection,
@@ -635,6 +638,7 @@ def put_as_others(server: Server, producers: int) -> None:
     server.context.store.append([(b"t", b"x", (b"other %d" % number, 1)) for number in range(producers)])
 
 
+@pytest.mark.embedded("fills the memory of producers in an instant")
 def test_retry_of_possibly_forgotten_producer_is_refused(server: Server, wire: Wire) -> None:
     assert wire.call("PUT", "t", "x", "KEY", "a", 1) == 1
     assert wire.call("PUT", "t", "x", "AGAIN", "KEY", "new", 1) == 2
@@ -645,6 +649,7 @@ def test_retry_of_possibly_forgotten_producer_is_refused(server: Server, wire: W
     assert wire.call("PUT", "t", "x", "KEY", "unheard", 1) == MAX_PRODUCERS + 2
 
 
+@pytest.mark.embedded("fills the memory of producers in an instant")
 def test_forgotten_put_raises(server: Server, mq: DSMQClientSideConnection, lose_reply: Callable[..., None]) -> None:
     lose_reply(then=lambda: put_as_others(server, MAX_PRODUCERS))
     with pytest.raises(Forgotten):

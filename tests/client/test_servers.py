@@ -142,6 +142,7 @@ def test_stopped_server_is_left(pair: list[Daemon], client: Callable[..., Both])
     assert mq.get("t") == "x"
 
 
+@pytest.mark.embedded("a server that is not shared")
 def test_hello_says_whether_the_store_is_shared(pair: list[Daemon]) -> None:
     with connect(address(pair[0])) as mq:
         assert mq._session.is_shared
@@ -152,6 +153,7 @@ def test_hello_says_whether_the_store_is_shared(pair: list[Daemon]) -> None:
 # Servers with stores of their own
 
 
+@pytest.mark.embedded("a server that is not shared")
 def test_servers_are_tried_in_order(client: Callable[..., Both], caplog: pytest.LogCaptureFixture) -> None:
     with serving() as one, serving() as two, caplog.at_level(logging.WARNING, "dsmq.client"):
         mq = client([f"{HOST}:1", address(one), address(two)], retry=False)
@@ -165,6 +167,7 @@ def test_no_server_answers(client: Callable[..., Both]) -> None:
         client([f"{HOST}:1", f"{HOST}:2"], retry=False)
 
 
+@pytest.mark.embedded("snapshots")
 def test_server_that_comes_back_is_resumed_at_its_position(client: Callable[..., Both], tmp_path: Path) -> None:
     states: list[str] = []
     with ExitStack() as stack:
@@ -190,6 +193,7 @@ def test_server_that_comes_back_is_resumed_at_its_position(client: Callable[...,
     assert mq.missed == 0
 
 
+@pytest.mark.embedded("snapshots")
 def test_read_ahead_of_a_server_is_not_read_again_when_it_comes_back(
     client: Callable[..., Both], tmp_path: Path
 ) -> None:
@@ -211,6 +215,7 @@ def test_read_ahead_of_a_server_is_not_read_again_when_it_comes_back(
     assert mq.missed == 0
 
 
+@pytest.mark.embedded("snapshots")
 def test_return_to_a_restarted_server_is_reported(client: Callable[..., Both], tmp_path: Path) -> None:
     states: list[str] = []
     settings = {"snapshot_file": str(tmp_path / "it"), "snapshot_interval_seconds": 1}
@@ -227,6 +232,7 @@ def test_return_to_a_restarted_server_is_reported(client: Callable[..., Both], t
     assert [state for state in states if state != "lost"] == ["replaced", "restarted"]
 
 
+@pytest.mark.embedded("a server that is not shared")
 def test_put_that_may_be_stored_at_another_server_is_not_repeated(client: Callable[..., Both]) -> None:
     with serving() as second, daemon() as first:
         mq = client([address(first), address(second)], timeout=10 * UNIT)

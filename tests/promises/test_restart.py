@@ -114,6 +114,7 @@ def test_missed_counts_expired_messages_over_every_restart(restarted: Restarted,
         assert [state for state in states if state not in ("lost", "resumed")] == told
 
 
+@pytest.mark.embedded("snapshots")
 def test_messages_lost_by_kill_are_not_missed(restarted: Restarted) -> None:
     options = ["--snapshot-file", str(restarted.file)]
     restarted.start(*options)
@@ -205,6 +206,7 @@ class Reader:
 ENDS = ("graceful", "killed", "killed after a snapshot", "all is lost")
 
 
+@pytest.mark.embedded("snapshots")
 @pytest.mark.parametrize(
     "ends",
     [
@@ -247,6 +249,7 @@ def test_missed_is_exact_after_any_absence_of_client(restarted: Restarted, ends:
 # Positions
 
 
+@pytest.mark.embedded("snapshots")
 def test_position_resumes_in_another_process_and_after_restart(restarted: Restarted) -> None:
     options = ["--snapshot-file", str(restarted.file)]
     restarted.start(*options)
@@ -267,6 +270,7 @@ def test_position_resumes_in_another_process_and_after_restart(restarted: Restar
         assert mq.get("u") == "x"
 
 
+@pytest.mark.embedded("ids of different epochs begin with the same number")
 def test_position_of_another_epoch_reads_from_oldest_and_warns(
     restarted: Restarted, caplog: pytest.LogCaptureFixture
 ) -> None:

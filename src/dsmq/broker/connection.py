@@ -243,7 +243,7 @@ class Connection:
         elif not self.commit_puts():
             self.finish()
         elif self.state < FINISHING:
-            self.reads.stop_waiting()
+            self.reads.stop_waiting(at_once=True)
             self.end(error)
 
     def reject(self, error: ReplyError) -> None:

@@ -32,6 +32,10 @@ _logger = logging.getLogger(__name__)
 
 def put(client: Connection, request: list[bytes]) -> None:
     """Store a message at the end of the turn; the reply follows then."""
+    if client.start_id is None:
+        # A client that begins to read now must not miss it.
+        client.await_start(request)
+        return
     batch = client.loop.batch
     batch.puts.append(parse_put(client, request))
     batch.connections.append(client)

@@ -331,12 +331,16 @@ class Reads:
             return
         connection.requests.resume()
 
-    def stop_waiting(self) -> None:
-        """Reply to a waiting read, even if there are no messages; a store that may have some answers that later."""
+    def stop_waiting(self, *, at_once: bool = False) -> None:
+        """Reply to a waiting read, even if there are no messages; a store that may have some answers that later.
+
+        `at_once`: the connection ends, and the client goes on waiting elsewhere.
+        """
         read = self.pending
         if read is not None and read.wait_ms:
+            found = read.fetch(self._connection.context.store) if at_once else None
             read.wait_ms, read.deadline = 0, math.inf
-            self._try(read)
+            self._try(read, found)
 
     def end(self) -> None:
         """Forget the pending read, because it is answered or never will be."""
