@@ -62,6 +62,7 @@ class ServeOptions(TypedDict, total=False):
     max_unauthenticated_connections: int
     max_unauthenticated_bytes: int
     max_waiting_readers: int
+    max_waiting_patterns: int
     max_unread_reply_bytes: int
     max_total_unread_reply_bytes: int
     max_total_request_bytes: int

@@ -394,7 +394,7 @@ class Server:
 
 def _wake_readers(workers: Sequence[EventLoop], topics: set[bytes]) -> None:
     for worker in workers:
-        if worker.waiters.by_topic:
+        if worker.waiters.by_topic or worker.waiters.patterns.waiting:
             worker.waiters.wake(topics)
 
 

@@ -154,6 +154,8 @@ class Settings(BaseSettings):
     """Max size of a request from a client that has not authenticated."""
     max_waiting_readers: Limit = 10_000
     """Max clients waiting for a message; further ones get an error."""
+    max_waiting_patterns: Limit = 10_000
+    """Max patterns of all clients waiting for a message; further ones get an error."""
     max_unread_reply_bytes: Annotated[int, Field(ge=1024, le=1_073_741_824)] = 16_777_216
     """Max unread reply bytes buffered for a client; above it, its requests are not read. The default is enough for
     1,000,000 short requests sent at once."""
@@ -161,9 +163,9 @@ class Settings(BaseSettings):
     """Max unread reply bytes buffered for all clients. Above it, requests that would add to it wait; after 1 s, the
     clients that hold the most and read slower than 16 KiB/s are disconnected. A message of any allowed size fits."""
     max_total_request_bytes: Bytes = 268_435_456
-    """Max bytes buffered for the requests of all clients: their declared lengths, and the positions of GET. Above it,
-    only the oldest request is read; after 1 s, the clients that hold the most and send slower than 16 KiB/s are
-    disconnected. A message of any allowed size fits."""
+    """Max bytes buffered for the requests of all clients: their declared lengths, the positions of GET, and the topics
+    that they wait for. Above it, only the oldest request is read; after 1 s, the clients that hold the most and send
+    slower than 16 KiB/s are disconnected. A message of any allowed size fits."""
     request_timeout_seconds: ClientTimeout = 30.0
     """Time limit from a request's first byte to its last, plus the time its length takes at 16 KiB/s."""
     reply_timeout_seconds: ClientTimeout = 30.0

@@ -22,7 +22,14 @@ def parse_name(name: bytes) -> bytes:
 
 
 def parse_topic(client: Connection, request: list[bytes]) -> bytes:
-    topic, max_bytes = request[1], client.context.settings.max_topic_bytes
+    topic = check_topic(request[1], client.context.settings.max_topic_bytes)
+    if b"*" in topic:
+        raise BadRequest("a topic has no `*`: use MREAD to read topics by a pattern")
+    return topic
+
+
+def check_topic(topic: bytes, max_bytes: int) -> bytes:
+    """Check a topic or a pattern."""
     if not topic:
         raise BadRequest("the name of the topic is empty")
     if len(topic) > max_bytes:

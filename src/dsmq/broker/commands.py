@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
-from dsmq.broker import handshake, puts, reads, topics, transactions
+from dsmq.broker import handshake, mread, puts, reads, topics, transactions
 from dsmq.broker.arguments import parse_topic
 from dsmq.broker.auth import Role
 from dsmq.errors import AuthRequired, BadRequest, NotPermitted, UnknownCommand
-from dsmq.wire.limits import MAX_ARGUMENTS
+from dsmq.wire.limits import MANY_NAMES, MAX_ARGUMENTS, MAX_NAMES
 from dsmq.wire.resp import Encoded, encode_array, encode_integer, encode_null, encode_value, quoted
 
 if TYPE_CHECKING:
@@ -49,7 +49,9 @@ class Command:
         words = self.syntax.replace("[", "").replace("]", "").split()
         required = [word for word in _ARGUMENT.findall(self.syntax) if word[0] != "["]
         self.min_args = len(required)
-        self.max_args = MAX_ARGUMENTS - 1 if "..." in words else len(words)
+        self.max_args = len(words)
+        if "..." in words:
+            self.max_args = MAX_ARGUMENTS - 1 + (MAX_NAMES if self.name.encode() == MANY_NAMES else 0)
 
     def forbid(self, role: Role) -> NoReturn:
         if role is Role.NOBODY:
@@ -128,9 +130,16 @@ COMMANDS: dict[bytes, Command] = {
         Command(
             "READ",
             reads.read,
-            "topic after [COUNT n] [BYTES n] [WAIT ms] [LATEST] [EPOCH epoch]",
+            "topic [LAST|SINCE] after [COUNT n] [BYTES n] [WAIT ms] [LATEST] [EPOCH epoch]",
             "Return the messages with ids above `after`: id, number, age in ms, body and ms left of each.",
             parse=reads.parse_read,
+        ),
+        Command(
+            "MREAD",
+            mread.mread,
+            "[LAST|SINCE] after [COUNT n] [BYTES n] [WAIT ms] [LATEST] [EPOCH epoch] TOPICS name [name ...]",
+            "Return a position, and the messages of topics and patterns up to it: topic and as for READ of each.",
+            parse=mread.parse_mread,
         ),
         Command("GET", reads.get, "topic", "Return the next message.", parse=parse_topic),
         Command("GETLATEST", reads.get_latest, "topic", "Return the newest message.", parse=parse_topic),

@@ -20,7 +20,7 @@ from dsmq.broker.states import CLOSED, FINISHING, HANDSHAKE, LINGERING, NO_ROOM,
 from dsmq.broker.transport import LINGER_SECONDS_AT_STOP, Stream, Transport
 from dsmq.broker.usage import RECEIVE_BYTES, Budget
 from dsmq.errors import AuthRequired, InternalError, ReplyError, ShuttingDown
-from dsmq.wire.limits import REQUEST_OVERHEAD_BYTES
+from dsmq.wire.limits import MAX_ARGUMENTS, MAX_NAMES, REQUEST_OVERHEAD_BYTES
 from dsmq.wire.resp import encode_error
 
 if TYPE_CHECKING:
@@ -123,6 +123,7 @@ class Connection:
         self.transport.max_unread = most or settings.max_unread_reply_bytes
         parser.max_message_bytes = most or settings.max_message_bytes
         parser.max_request_bytes = most or settings.max_message_bytes + REQUEST_OVERHEAD_BYTES
+        parser.max_arguments = MAX_ARGUMENTS + (0 if self.role is Role.NOBODY else MAX_NAMES)
         self.requests.permit()
 
     # Replies

@@ -25,8 +25,8 @@ from dsmq.broker.counters import Counters
 from dsmq.broker.deadlines import Timers, TimerTarget
 from dsmq.broker.poller import Poller
 from dsmq.broker.puts import PutBatch
-from dsmq.broker.reads import Waiters
 from dsmq.broker.usage import MemoryQueue
+from dsmq.broker.waiters import Waiters
 from dsmq.errors import Busy, ReplyError, StoreFailed
 from dsmq.system import LONG_YIELD_PAUSE_SECONDS, LONG_YIELD_SECONDS, yield_processor
 
@@ -66,7 +66,7 @@ class EventLoop:
         self.slice_seconds = TURN_SECONDS
         """How long one connection may run requests at a time; 0 stands for one request."""
         self.memory = MemoryQueue(context.usage)
-        self.waiters = Waiters(self, context.usage.waiting, MOST_SLICE_SECONDS)
+        self.waiters = Waiters(self, context.usage, MOST_SLICE_SECONDS)
         self.batch = PutBatch(self, workers)
         self._poller = Poller()
         self.to_flush: list[Transport] = []
@@ -211,7 +211,7 @@ class EventLoop:
             self._pulse_at = self.now + PULSE_SECONDS
         if self._timers.next_at <= self.now:
             self._timers.run(self.now)
-        if self.waiters.to_wake:
+        if not self.waiters.is_idle:
             self.waiters.serve()
         if self.memory.is_short:
             self.memory.serve(self.now, MOST_SLICE_SECONDS)
@@ -265,7 +265,7 @@ class EventLoop:
         For a moment after the last one, poll without sleeping: waking a processor takes longer than most requests,
         above all in virtual machines.
         """
-        if self._to_run or self.waiters.to_wake:
+        if self._to_run or not self.waiters.is_idle:
             return self._poller.wait(0)
         now = self._answered_at
         while self._poll_not_before <= now < self._poll_until:

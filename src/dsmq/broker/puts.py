@@ -51,7 +51,7 @@ def parse_put(client: Connection, request: list[bytes]) -> Put:
     if len(body) > settings.max_message_bytes:
         # The parser itself rejects lengths of 1,024 or more, before the message has arrived.
         raise TooBig(f"a message has at most {settings.max_message_bytes} bytes, not {len(body)}")
-    if not (0 < len(topic) <= settings.max_topic_bytes and topic.isascii()):
+    if not (0 < len(topic) <= settings.max_topic_bytes and topic.isascii()) or b"*" in topic:
         # For most topics this saves the call, which takes as long as the other checks together.
         parse_topic(client, request)
     return topic, body, _parse_key(client.context.store, request) if len(request) > 3 else None
@@ -148,7 +148,7 @@ class PutBatch:
             # Before the replies to the puts, so that readers do not wait for those. A store that answers later reports
             # its new messages itself.
             for worker in self._workers:
-                if worker.waiters.by_topic:
+                if worker.waiters.by_topic or worker.waiters.patterns.waiting:
                     worker.waiters.wake([put[0] for put in puts])
         return stored
 

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import math
-import threading
-import time
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dsmq.broker.arguments import parse_integer, parse_number, parse_options, parse_topic
 from dsmq.broker.states import OPEN, WAITING
-from dsmq.broker.usage import FREE_BYTES, Count
-from dsmq.errors import BadRequest, Busy, ReplyError, WrongEpoch
-from dsmq.store.api import MESSAGE_OVERHEAD_BYTES, Answer, Message, Store
+from dsmq.broker.usage import FREE_BYTES
+from dsmq.errors import BadRequest, ReplyError, WrongEpoch
+from dsmq.store.api import MESSAGE_OVERHEAD_BYTES, Answer, Message, Store, TopicMessage
+from dsmq.store.selection import Selection
 from dsmq.wire.limits import DEFAULT_COUNT, MAX_READ_BYTES
-from dsmq.wire.resp import Encoded, encode_bulk, encode_messages, encode_null
+from dsmq.wire.resp import Encoded, encode_bulk, encode_messages, encode_null, quoted
 
 if TYPE_CHECKING:
     from dsmq.broker.connection import Connection
-    from dsmq.broker.event_loop import EventLoop
+    from dsmq.broker.waiters import Waiters
 
 MAX_COUNT = 1_000
 # Max size of one reply to READ while others are unread: most of a longer one would never reach a client that doesn't
@@ -52,57 +52,127 @@ class PendingRead:
     deadline: float = math.inf
     registered: bool = False
     """Whether a put into the topic wakes the connection."""
+    start: Start | None = None
+    """Where to begin, in place of `after`, until that is found."""
 
-    def fetch(self, store: Store) -> Answer[list[Message]]:
+    def fetch(self, store: Store) -> Answer[Any]:
+        """Return what `take` takes."""
+        if self.start is not None:
+            return self.start.find(store, self.below)
         if self.count:
             return store.read(self.topic, self.after, self.count, self.max_bytes, self.wait_ms)
         if self.below:
             return store.latest(self.topic, self.after, self.below)
         return store.latest(self.topic, self.after)
 
+    def take(self, found: Any) -> list[Message] | None:
+        """Return the messages; None: fetch again."""
+        if self.start is not None:
+            if self.start.take(found):
+                self.after, self.start = self.start.after, None
+            return None
+        if self.below:
+            return [message for message in found if message.id < self.below]
+        return found  # type: ignore[no-any-return]
+
+    def wait(self, waiters: Waiters, connection: Connection) -> None:
+        waiters.add((self.topic,), (), connection)
+
+    def end_wait(self, waiters: Waiters, connection: Connection) -> None:
+        waiters.remove((self.topic,), (), connection)
+
+    def memory(self, messages: list[Message]) -> int:
+        """Return the bytes that the reply takes."""
+        return sum([len(message.body) + MESSAGE_OVERHEAD_BYTES for message in messages])
+
+
+@dataclass(slots=True)
+class Start:
+    """LAST or SINCE: a position that has yet to be found."""
+
+    selection: Selection
+    last: int
+    since_ms: int
+    """Used if `last` is 0."""
+    below: int = sys.maxsize
+    after: int = 0
+
+    def find(self, store: Store, below: int) -> Answer[tuple[int, int]]:
+        if not self.last:
+            return 0, store.id_before(self.since_ms)
+        return store.go_back(self.selection, self.last, min(self.below, below or sys.maxsize))
+
+    def take(self, found: tuple[int, int]) -> bool:
+        """Return whether the position is found."""
+        self.last, reached = found
+        self.below = self.after = reached
+        return not self.last
+
 
 def read(client: Connection, request: list[bytes]) -> Encoded | None:
     pending = parse_read(client, request)
+    check_position(client, pending)
+    return client.reads.start(pending)
+
+
+def check_position(client: Connection, pending: PendingRead) -> None:
+    """Raise an error if `after` is of another epoch."""
     store = client.context.store
     if pending.epoch is not None:
-        _check_epoch(store, pending.epoch)
+        check_epoch(store, pending.epoch)
     if pending.after > store.last_id():
         store.check_id(pending.after)
-    return client.reads.start(pending)
 
 
 def parse_read(client: Connection, request: list[bytes]) -> PendingRead:
     topic = parse_topic(client, request)
-    after = parse_integer(request[2], "after")
-    count, max_bytes, wait_ms, epoch = _read_options(*request[3:])
+    start = None
+    if request[2].isdigit():
+        after, options = parse_integer(request[2], "after"), request[3:]
+    else:
+        after, options = 0, request[4:]
+        start = parse_start(Selection([topic]), request[2:4])
+    count, max_bytes, wait_ms, epoch, is_latest = read_options(*options)
     if client.transport.budget.total:
         max_bytes = min(max_bytes, SHORT_READ_BYTES)
-    return PendingRead(topic, after, count, max_bytes, wait_ms, _encode_read, epoch)
+    count = 0 if is_latest else count
+    return PendingRead(topic, after, count, max_bytes, wait_ms, _encode_read, epoch, start=start)
+
+
+def parse_start(selection: Selection, words: list[bytes]) -> Start:
+    """Parse what stands in place of `after`: LAST n or SINCE ms."""
+    match words[0].upper(), words[1:]:
+        case b"LAST", [number]:
+            return Start(selection, parse_integer(number, "LAST", 1), 0)
+        case b"SINCE", [number]:
+            return Start(selection, 0, parse_integer(number, "SINCE"))
+    raise BadRequest(f"`after` is an id, LAST n or SINCE ms, not {quoted(words[0])}")
 
 
 @lru_cache
-def _read_options(*words: bytes) -> tuple[int, int, int, bytes | None]:
+def read_options(*words: bytes) -> tuple[int, int, int, bytes | None, bool]:
+    """Parse COUNT, BYTES, WAIT, EPOCH and LATEST."""
     options = parse_options(words, {b"COUNT": 1, b"BYTES": 1, b"WAIT": 1, b"LATEST": 0, b"EPOCH": 1})
     count = parse_number(options, b"COUNT", DEFAULT_COUNT, 1, MAX_COUNT)
     max_bytes = parse_number(options, b"BYTES", MAX_READ_BYTES, 1, MAX_READ_BYTES)
     wait_ms = parse_number(options, b"WAIT", 0, 0, MAX_WAIT_MS)
-    return 0 if b"LATEST" in options else count, max_bytes, wait_ms, options.get(b"EPOCH", [None])[0]
+    return count, max_bytes, wait_ms, options.get(b"EPOCH", [None])[0], b"LATEST" in options
 
 
 def _encode_read(client: Connection, read: PendingRead, messages: list[Message]) -> Encoded:
     if read.epoch is not None:
         # Checked again, because a store on another machine may have begun another epoch during the wait.
-        _check_epoch(client.context.store, read.epoch)
-    _count_delivery(client, read.topic, messages)
+        check_epoch(client.context.store, read.epoch)
+    count_delivery(client, read.topic, messages)
     return encode_messages(messages)
 
 
-def _check_epoch(store: Store, epoch: bytes) -> None:
+def check_epoch(store: Store, epoch: bytes) -> None:
     if epoch != store.epoch.encode():
         raise WrongEpoch(f"{store.epoch} {store.run} this is another epoch")
 
 
-def _count_delivery(client: Connection, topic: bytes, messages: list[Message]) -> None:
+def count_delivery(client: Connection, topic: bytes, messages: Sequence[Message | TopicMessage]) -> None:
     counters = client.counters
     if not messages:
         counters.gets_empty += 1
@@ -145,7 +215,7 @@ def _get_at_position(
 
 
 def _advance_position(client: Connection, read: PendingRead, messages: list[Message]) -> Encoded:
-    _count_delivery(client, read.topic, messages)
+    count_delivery(client, read.topic, messages)
     if not messages:
         return encode_null(client.version)
     client.reads.set_position(read.topic, messages[0].id)
@@ -155,13 +225,15 @@ def _advance_position(client: Connection, read: PendingRead, messages: list[Mess
 class Reads:
     """A connection's positions, and its pending read: until that is answered, no other request runs."""
 
-    __slots__ = ("_connection", "below", "pending", "position_bytes", "positions")
+    __slots__ = ("_connection", "below", "pending", "position_bytes", "positions", "waiting_bytes")
 
     def __init__(self, connection: Connection) -> None:
         self.pending: PendingRead | None = None
         self.positions: dict[bytes, int] = {}
         """The ids after which GET continues, by topic."""
         self.position_bytes = 0
+        self.waiting_bytes = 0
+        """The memory that the names take that it waits for."""
         self.below = 0
         """While a step of a transaction runs: `PendingRead.below`."""
         self._connection = connection
@@ -177,17 +249,31 @@ class Reads:
                 self._connection.requests.count()
         self.positions[topic] = message_id
 
+    @property
+    def memory(self) -> int:
+        """The bytes that count towards the limit on requests."""
+        return self.position_bytes + self.waiting_bytes
+
+    def count_waiting(self, size: int) -> None:
+        """Count the memory of the names that it waits for."""
+        before, self.waiting_bytes = self.waiting_bytes, size
+        if (size > FREE_BYTES or before > FREE_BYTES) and not self._connection.closed:
+            self._connection.requests.count()
+
     def start(self, read: PendingRead) -> Encoded | None:
         """Return the reply, or None if it comes later."""
         connection = self._connection
         if self.below:
             # A step of a transaction does not wait for messages.
             read.below, read.wait_ms = self.below, 0
-        messages = read.fetch(connection.context.store)
-        if not (read.wait_ms or read.below or connection.transport.budget.is_tight or isinstance(messages, Future)):
-            return read.encode(connection, read, messages)
+        found = read.fetch(connection.context.store)
+        if not (read.wait_ms or read.below or connection.transport.budget.is_tight or isinstance(found, Future)):
+            messages = read.take(found)
+            if messages is not None:
+                return read.encode(connection, read, messages)
+            found = read.fetch(connection.context.store)
         self.pending = read
-        reply = self._reply(read, messages)
+        reply = self._reply(read, found)
         if reply is None:
             if connection.state is OPEN:
                 connection.state = WAITING
@@ -196,24 +282,25 @@ class Reads:
                 connection.schedule(read.deadline)
         return reply
 
-    def _reply(self, read: PendingRead, messages: Answer[list[Message]]) -> Encoded | None:
+    def _reply(self, read: PendingRead, found: Answer[Any]) -> Encoded | None:
         connection = self._connection
-        if isinstance(messages, Future):
-            connection.loop.when_done(messages, partial(self._try, read))
+        if isinstance(found, Future):
+            connection.loop.when_done(found, partial(self._try, read))
             return None
-        if read.below:
-            messages = [message for message in messages if message.id < read.below]
+        messages = read.take(found)
+        if messages is None:
+            # In another slice of time.
+            connection.loop.waiters.to_wake[connection] = None
+            return None
         if not messages and read.wait_ms:
             if read.registered:
                 return None
             # Register first, then check again, so that a put in between is not missed.
-            connection.loop.waiters.add(read.topic, connection)
+            read.wait(connection.loop.waiters, connection)
             read.registered = True
             return self._reply(read, read.fetch(connection.context.store))
         transport = connection.transport
-        if transport.budget.is_tight and not transport.reserve(
-            sum([len(message.body) + MESSAGE_OVERHEAD_BYTES for message in messages])
-        ):
+        if transport.budget.is_tight and not transport.reserve(read.memory(messages)):
             return None
         self.end()
         return read.encode(connection, read, messages)
@@ -223,7 +310,7 @@ class Reads:
         if self.pending is not None:
             self._try(self.pending)
 
-    def _try(self, read: PendingRead, found: Answer[list[Message]] | ReplyError | None = None) -> None:
+    def _try(self, read: PendingRead, found: Any = None) -> None:
         """Reply if that is possible now; `found` is the answer of a store that answers later."""
         connection = self._connection
         if self.pending is not read or connection.state is not WAITING:
@@ -259,60 +346,8 @@ class Reads:
         """Forget the pending read, because it is answered or never will be."""
         read, self.pending = self.pending, None
         if read is not None and read.registered:
-            self._connection.loop.waiters.remove(read.topic, self._connection)
+            read.end_wait(self._connection.loop.waiters, self._connection)
 
     def close(self) -> None:
         self.end()
         self.positions, self.position_bytes = {}, 0
-
-
-class Waiters:
-    """The connections of one event loop that wait for messages, by topic."""
-
-    def __init__(self, loop: EventLoop, count: Count[Connection], slice_seconds: float) -> None:
-        """`count` counts the connections of all event loops together, and limits them."""
-        self.to_wake: dict[Connection, None] = {}
-        """Woken by a put, but not served yet, because they may be many."""
-        self.by_topic: dict[bytes, dict[Connection, None]] = {}
-        self._loop = loop
-        self._count = count
-        self._slice_seconds = slice_seconds
-
-    def add(self, topic: bytes, connection: Connection) -> None:
-        """Raises Busy if there are too many."""
-        if not self._count.claim(connection, 1):
-            raise Busy(f"too many waiting readers (max_waiting_readers = {self._count.limit})")
-        self.by_topic.setdefault(topic, {})[connection] = None
-
-    def remove(self, topic: bytes, connection: Connection) -> None:
-        self._count.drop(connection)
-        waiters = self.by_topic[topic]
-        del waiters[connection]
-        if not waiters:
-            del self.by_topic[topic]
-
-    def wake(self, topics: Iterable[bytes]) -> None:
-        """Wake the connections that wait for messages in these topics. Thread-safe."""
-        if awaited := {topic for topic in topics if topic in self.by_topic}:
-            if threading.get_ident() == self._loop.thread.ident:
-                self._wake(awaited)
-            else:
-                self._loop.post(partial(self._wake, awaited))
-
-    def _wake(self, topics: set[bytes]) -> None:
-        for topic in topics:
-            self.to_wake.update(self.by_topic.get(topic, ()))
-        self.serve()
-
-    def serve(self) -> None:
-        """Answer woken connections, for a slice of the turn."""
-        until = time.monotonic() + self._slice_seconds
-        while self.to_wake:
-            connection = next(iter(self.to_wake))
-            del self.to_wake[connection]
-            try:
-                connection.reads.wake()
-            except Exception:  # noqa: BLE001
-                connection.on_failure()
-            if time.monotonic() >= until:
-                return

@@ -283,7 +283,7 @@ class Requests:
     def count(self) -> None:
         """Update the total. If there is no room for the rest of an incomplete request, the connection has to wait."""
         parser, connection, transaction = self.parser, self.connection, self.transaction
-        held = parser.buffered + connection.reads.position_bytes + (transaction.memory if transaction else 0)
+        held = parser.buffered + connection.reads.memory + (transaction.memory if transaction else 0)
         held += sum(map(request_memory, self.queue)) + sum([request_memory(step.request) for step in self.steps])
         if parser.incomplete and connection.state in (OPEN, BEHIND):
             more = _counted(held + parser.missing) - self.reserved

@@ -62,7 +62,9 @@ class Step(NamedTuple):
     reply: Encoded | ReplyError | None
     """The reply to a put. Puts have been stored, or refused, before the first step."""
     below: int
-    """The id of the first later put of the transaction into the same topic, whose message must not be read yet."""
+    """The id of the first later put of the transaction into the same topic, whose message must not be read yet. For a
+    read of several topics, of the first later put.
+    """
 
 
 def multi(client: Connection, _: list[bytes]) -> bytes:
@@ -124,12 +126,13 @@ def _begin_steps(
     # The highest id before each put: an id that is not above it belongs to an earlier put with the same KEY.
     highest = list(accumulate(ids, max, initial=last_id))
     first_later: dict[bytes, int] = {}
+    lowest_later = _UNBOUNDED
     # In reverse order.
     steps: list[Step] = []
     for command, request in reversed(requests):
         reply: Encoded | ReplyError | None = None
         topic = request[1] if len(request) > 1 else b""
-        below = first_later.get(topic, _UNBOUNDED)
+        below = lowest_later if command.name == "MREAD" else first_later.get(topic, _UNBOUNDED)
         if command.name == "PUT" and isinstance(stored, ReplyError):
             client.counters.puts_refused[stored.code] += 1
             reply = stored
@@ -137,7 +140,7 @@ def _begin_steps(
             message_id = ids.pop()
             reply = encode_integer(message_id)
             if message_id > highest[len(ids)]:
-                first_later[topic] = message_id
+                first_later[topic] = lowest_later = message_id
         steps.append(Step(command, request, reply, below))
     client.requests.run_next(steps)
     return b"*%d\r\n" % len(requests)

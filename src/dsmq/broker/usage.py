@@ -225,15 +225,20 @@ class Usage:
         self.unauthenticated: Count[Connection] = Count()
         self.waiting: Count[Connection] = Count()
         """Connections that wait for a message."""
+        self.waiting_patterns: Count[Connection] = Count()
+        """The patterns of these."""
         self.replies = Budget()
         """Bytes of unsent replies."""
         self.requests = Budget()
-        """Bytes of requests that have not run yet, as declared or received; and of positions of GET."""
+        """Bytes of requests that have not run yet, as declared or received; of positions of GET, and of names that
+        clients wait for.
+        """
 
     def set_limits(self, settings: Settings) -> None:
         longest = settings.max_message_bytes + REQUEST_OVERHEAD_BYTES
         self.unauthenticated.limit = settings.max_unauthenticated_connections
         self.waiting.limit = settings.max_waiting_readers
+        self.waiting_patterns.limit = settings.max_waiting_patterns
         self.replies.set_limit(settings.max_total_unread_reply_bytes, longest)
         self.requests.set_limit(settings.max_total_request_bytes, longest)
 

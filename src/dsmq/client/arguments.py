@@ -78,6 +78,8 @@ def topic_name(topic: object) -> bytes:
         raise TypeError(f"a topic should be a str, not {type(topic).__name__}")
     if not topic:
         raise ValueError("the name of the topic is empty")
+    if "*" in topic:
+        raise ValueError(f"a topic has no `*`, unlike {topic!r}")
     return topic.encode()
 
 

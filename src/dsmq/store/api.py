@@ -7,9 +7,12 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from threading import Thread
-from typing import NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from dsmq.errors import BadRequest, ReplyError
+
+if TYPE_CHECKING:
+    from dsmq.store.selection import Selection
 
 # Added to the body of each message, and to the name of each topic with messages, for the limits on bytes.
 MESSAGE_OVERHEAD_BYTES, TOPIC_OVERHEAD_BYTES = 100, 500
@@ -30,6 +33,41 @@ class Message(NamedTuple):
     body: bytes
     left_ms: int
     """Remaining lifetime."""
+
+
+class TopicMessage(NamedTuple):
+    """A stored message as MREAD sends it."""
+
+    topic: bytes
+    id: int
+    number: int
+    age_ms: int
+    body: bytes
+    left_ms: int
+
+
+class ManyTopics(NamedTuple):
+    """A read of several topics."""
+
+    selection: Selection
+    after: int
+    max_count: int
+    max_bytes: int
+    """Ends the messages once their topics and bodies add up to it."""
+    latest: bool = False
+    """Whether to read only the newest message of each topic."""
+    below: int = sys.maxsize
+    """Only messages with lower ids count."""
+
+
+class Found(NamedTuple):
+    """What a read of several topics has found."""
+
+    position: int
+    """All messages with ids up to this one are among these, or were before; none after it is."""
+    messages: list[TopicMessage]
+    is_complete: bool
+    """Whether there may be no more of them now; if not, the read can go on from the position."""
 
 
 Put: TypeAlias = tuple[bytes, bytes, tuple[bytes, int] | None]
@@ -182,6 +220,22 @@ class Store(Protocol):
 
     def latest(self, topic: bytes, after: int, below: int = sys.maxsize) -> Answer[list[Message]]:
         """Return the newest unexpired message with an id above `after` and below `below`, if there is one."""
+
+    def read_many(self, wanted: ManyTopics, wait_ms: int = 0) -> Answer[Found]:
+        """Do as `read` or `latest` does for several topics, in the order of ids.
+
+        It takes a bounded time, so that it may end before it has found anything.
+        """
+
+    def go_back(self, selection: Selection, count: int, below: int = sys.maxsize) -> Answer[tuple[int, int]]:
+        """Go back over `count` unexpired messages with ids below `below`.
+
+        Returns how many are left to go back, and an id: if any are left, go on below it; otherwise the messages come
+        after it.
+        """
+
+    def id_before(self, milliseconds: int) -> int:
+        """Return the id of the last message that was put longer ago than this, or 0."""
 
     def check_id(self, after: int) -> None:
         """Raise BadRequest if it is certain that no message has this id yet."""

@@ -40,6 +40,13 @@ PROGRESS_INSTRUCTIONS = 1000
 _COLUMNS = f"put_at, last_number, ids_and_sizes, CASE WHEN length(bodies) < {LONG_BYTES} THEN bodies END"
 READ = f"SELECT {_COLUMNS} FROM chunks WHERE topic = ? AND last_id > ? AND put_at >= ? ORDER BY last_id"  # noqa: S608
 LATEST = f"SELECT {_COLUMNS} FROM chunks WHERE topic = ? ORDER BY last_id DESC"  # noqa: S608
+_HEADERS = "SELECT last_id, topic, put_at, last_number, ids_and_sizes FROM chunks"
+HEADERS = f"{_HEADERS} WHERE last_id > ? AND put_at >= ? ORDER BY last_id"
+TOPIC_HEADERS = f"{_HEADERS} WHERE last_id > ? AND put_at >= ? AND topic = ? ORDER BY last_id"
+HEADERS_BACK = f"{_HEADERS} WHERE last_id <= ? AND put_at >= ? ORDER BY last_id DESC"
+TOPIC_HEADERS_BACK = f"{_HEADERS} WHERE last_id <= ? AND put_at >= ? AND topic = ? ORDER BY last_id DESC"
+PUT_TIMES = "SELECT last_id, put_at FROM chunks WHERE last_id >= ? ORDER BY last_id"
+BODIES = f"SELECT {_COLUMNS} FROM chunks WHERE last_id = ?"  # noqa: S608
 OLDEST = "SELECT put_at, ids_and_sizes FROM chunks WHERE topic = ? ORDER BY last_id LIMIT 1"
 # An id and a size take 16 bytes.
 EXPIRY = """SELECT last_id, topic, put_at, length(ids_and_sizes) / 16, length(bodies)
@@ -56,6 +63,8 @@ _HELD = """SELECT id, name, max(last_number), max(last_id), sum(length(ids_and_s
 
 ExpiredRow: TypeAlias = tuple[int, int, int, int, int]
 """Last id, topic id, put time, number of messages, bytes of their bodies."""
+Header: TypeAlias = tuple[int, int, int, int, bytes]
+"""A row without its bodies: last id, topic id, put time, last number, ids and sizes."""
 
 
 class Database:
@@ -149,6 +158,44 @@ class Database:
         last_id = array("q", row[2])[-2]
         with self.connection.blobopen("chunks", "bodies", last_id, readonly=True) as blob:
             return (*row[:3], blob.read())
+
+    def headers(self, after: int, since: int, topic: int | None = None) -> Iterator[Header]:
+        """Iterate over the rows, of one topic or all, with last ids above `after`, put at or after `since`."""
+        if topic is None:
+            return self.connection.execute(HEADERS, (after, since))
+        return self.connection.execute(TOPIC_HEADERS, (after, since, topic))
+
+    def headers_back(self, below: int, since: int, topic: int | None = None) -> Iterator[Header]:
+        """Iterate back over the rows, of one topic or all, that may have ids below `below`, put at or after `since`."""
+        if topic is not None:
+            first = "SELECT min(last_id) FROM chunks WHERE topic = ? AND last_id >= ?"
+            [(end,)] = self.connection.execute(first, (topic, below))
+            return self.connection.execute(TOPIC_HEADERS_BACK, (end or below, since, topic))
+        end, at = below, None
+        for last_id, put_at in self.connection.execute(PUT_TIMES, (below,)):
+            # Only rows of the same millisecond are mixed.
+            if put_at != (at := at or put_at):
+                break
+            end = last_id
+        return self.connection.execute(HEADERS_BACK, (end, since))
+
+    def bodies(self, row: int) -> bytes:
+        """Return the bodies of a row, by its last id."""
+        columns = self.connection.execute(BODIES, (row,)).fetchone()
+        return bytes((columns if columns[3] is not None else self._with_long_bodies(columns))[3])
+
+    def id_before(self, since: int) -> int:
+        """Return the last id that was put before `since`, or 0."""
+        low, high, found = 0, sys.maxsize, 0
+        while low < high:
+            # Put times increase with ids.
+            middle = (low + high) // 2
+            row = self.connection.execute(PUT_TIMES, (middle,)).fetchone()
+            if row is not None and row[1] < since:
+                found, low = row[0], row[0] + 1
+            else:
+                high = middle
+        return found
 
     def oldest(self, topic: int) -> tuple[int, int] | None:
         """Return id and put time of the topic's oldest message."""

@@ -418,6 +418,9 @@ class MirroredStore:
     def last_id(self) -> int:
         return self.mirror.store.last_id()
 
+    def id_before(self, milliseconds: int) -> int:
+        return self.mirror.store.id_before(milliseconds)
+
     def check_producer(self, producer: bytes) -> None:
         self.mirror.store.check_producer(producer)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable
 from operator import attrgetter, itemgetter
 from typing import TypeAlias
@@ -176,6 +176,12 @@ class WriteBuffer:
         self.messages = self.bytes = 0
         # The last id and topic row in the database.
         self.written_id = self.written_row = 0
+
+    def after(self, message_id: int) -> list[Topic]:
+        """Return the topics with messages above an id."""
+        # They are nearly in this order already.
+        self.dirty_topics.sort(key=attrgetter("last_id"))
+        return self.dirty_topics[bisect_right(self.dirty_topics, message_id, key=attrgetter("last_id")) :]
 
     def new_topics(self) -> list[tuple[int, bytes]]:
         """Return rows and names of topics that are not in the database yet."""

@@ -1,6 +1,9 @@
 """Limits of the protocol; PROTOCOL.md lists them all."""
 
 MAX_ARGUMENTS = 64
+# Max names in an MREAD, and max bytes of them together; only this command has more arguments than others.
+MAX_NAMES, MAX_NAMES_BYTES = 1_000, 65_536
+MANY_NAMES = b"MREAD"
 MAX_LINE_BYTES = 65_536
 # Max size of a request apart from its message: names, options, topic and framing.
 REQUEST_OVERHEAD_BYTES = 65_536

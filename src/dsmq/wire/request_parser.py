@@ -6,7 +6,7 @@ import re
 from typing import NoReturn
 
 from dsmq.errors import ProtocolError, ReplyError, TooBig
-from dsmq.wire.limits import MAX_ARGUMENTS, MAX_LINE_BYTES, REQUEST_OVERHEAD_BYTES
+from dsmq.wire.limits import MANY_NAMES, MAX_ARGUMENTS, MAX_LINE_BYTES, REQUEST_OVERHEAD_BYTES
 from dsmq.wire.resp import ARRAY, CRLF, MAX_SPLIT_BYTES, Input, parse_length, quoted, short_length
 
 # A type byte, up to 19 digits, and CR LF.
@@ -31,17 +31,20 @@ _ESCAPED = {b"n": b"\n", b"r": b"\r", b"t": b"\t"}
 class RequestParser(Input):
     """Parses requests. After an error it can't go on: close the connection.
 
-    max_message_bytes limits each argument, max_request_bytes the whole request (default: 64 KiB more). Both may be
-    changed between requests.
+    max_message_bytes limits each argument, max_request_bytes the whole request (default: 64 KiB more), max_arguments
+    their number in an MREAD. All may be changed between requests.
     """
 
-    __slots__ = ("_arguments", "_body", "_count", "_size", "max_message_bytes", "max_request_bytes")
+    __slots__ = (
+        *("_arguments", "_body", "_count", "_size"),
+        *("max_arguments", "max_message_bytes", "max_request_bytes"),
+    )
 
     _line_end = _CONTROL
 
     def __init__(self, max_message_bytes: int, max_request_bytes: int | None = None) -> None:
         super().__init__()
-        self.max_message_bytes = max_message_bytes
+        self.max_message_bytes, self.max_arguments = max_message_bytes, MAX_ARGUMENTS
         self.max_request_bytes = max_request_bytes or max_message_bytes + REQUEST_OVERHEAD_BYTES
         # An incomplete request: its complete arguments, how many there will be, and the bytes consumed.
         self._arguments: list[bytes] = []
@@ -86,6 +89,8 @@ class RequestParser(Input):
             if data[end - 2 : end] != CRLF:
                 raise ProtocolError("no CR LF after a bulk string")
             arguments.append(data[start : end - 2])
+            if count > MAX_ARGUMENTS:
+                self._check_count(arguments, count)
             self._at = end
             self._size += end - at
         self._arguments, self._count, self._size = [], 0, 0
@@ -99,9 +104,15 @@ class RequestParser(Input):
         if end < 0:
             self._await_length()
             return False
-        self._count = _short_count(self._data[at:end]) or _wrong_count(parse_length(self._data[at + 1 : end]))
+        self._count = _short_count(self._data[at:end]) or parse_length(self._data[at + 1 : end])
+        if not 0 < self._count <= self.max_arguments:
+            _wrong_count(self._count)
         self._at, self._size = end + 2, end + 2 - at
         return True
+
+    def _check_count(self, arguments: list[bytes], count: int) -> None:
+        if count > MAX_ARGUMENTS and not (arguments[0].upper() == MANY_NAMES and count <= self.max_arguments):
+            _wrong_count(count)
 
     def _await_length(self) -> None:
         start = self._data[self._at : self._at + _MAX_LENGTH_LINE]
@@ -196,6 +207,7 @@ class RequestParser(Input):
         except UnicodeDecodeError:
             raise ProtocolError("a line is not UTF-8") from None
         words = split_line(line)
+        self._check_count(words, len(words))
         # Only now, so that another call finds an error again.
         self._advance(end + 1)
         return words or self.next()
@@ -217,8 +229,6 @@ def split_line(line: bytes) -> list[bytes]:
         else:
             words.append(word["plain"])
         at = word.end()
-    if len(words) > MAX_ARGUMENTS:
-        _wrong_count(len(words))
     if words and words[-1] in (b"HTTP/1.0", b"HTTP/1.1"):
         raise ProtocolError("this is not an HTTP server")
     return words

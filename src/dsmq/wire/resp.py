@@ -323,3 +323,13 @@ def encode_messages(messages: Sequence[tuple[int, int, int, bytes, int]]) -> Enc
         left = next_left
     parts.append(b"\r\n:%d\r\n" % left)
     return (bytearray() if len(parts[1]) > _LONG_REPLY_BYTES else b"").join(parts)
+
+
+def encode_found(position: int, messages: Sequence[tuple[bytes, int, int, int, bytes, int]]) -> Encoded:
+    """Encode a reply to MREAD: a position, and six values a message."""
+    parts = [b"*%d\r\n:%d\r\n" % (1 + 6 * len(messages), position)]
+    for topic, message_id, number, age, body, left in messages:
+        head = len(topic), topic, message_id, number, age, len(body)
+        parts += b"$%d\r\n%b\r\n:%d\r\n:%d\r\n:%d\r\n$%d\r\n" % head, body, b"\r\n:%d\r\n" % left
+    is_long = messages and len(messages[0][4]) > _LONG_REPLY_BYTES
+    return (bytearray() if is_long else b"").join(parts)

@@ -1,0 +1,106 @@
+"""MREAD: a read of several topics at once."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from dsmq.broker.arguments import check_topic, parse_integer
+from dsmq.broker.reads import (
+    SHORT_READ_BYTES,
+    PendingRead,
+    check_epoch,
+    check_position,
+    count_delivery,
+    parse_start,
+    read_options,
+)
+from dsmq.errors import BadRequest, TooBig
+from dsmq.store.api import Answer, ManyTopics, Store
+from dsmq.store.selection import Selection
+from dsmq.wire.limits import MAX_NAMES, MAX_NAMES_BYTES
+from dsmq.wire.resp import Encoded, encode_found
+
+if TYPE_CHECKING:
+    from dsmq.broker.connection import Connection
+    from dsmq.broker.waiters import Waiters
+
+# The words before the names.
+MAX_OPTIONS = 16
+
+
+@dataclass(slots=True, eq=False)
+class PendingMany(PendingRead):
+    """A read of several topics, until it is answered. `after` moves on while it finds nothing."""
+
+    selection: Selection = field(default_factory=lambda: Selection(()))
+    is_latest: bool = False
+
+    def fetch(self, store: Store) -> Answer[Any]:
+        if self.start is not None:
+            return self.start.find(store, self.below)
+        wanted = ManyTopics(
+            *(self.selection, self.after, self.count, self.max_bytes, self.is_latest, self.below or sys.maxsize)
+        )
+        return store.read_many(wanted, self.wait_ms)
+
+    def take(self, found: Any) -> list[Any] | None:
+        if self.start is not None:
+            return PendingRead.take(self, found)
+        self.after = max(self.after, found.position)
+        return found.messages if found.messages or found.is_complete else None
+
+    def wait(self, waiters: Waiters, connection: Connection) -> None:
+        waiters.add(self.selection.names, self.selection.patterns, connection)
+        connection.reads.count_waiting(self.selection.size)
+
+    def end_wait(self, waiters: Waiters, connection: Connection) -> None:
+        waiters.remove(self.selection.names, self.selection.patterns, connection)
+        connection.reads.count_waiting(0)
+
+    def memory(self, messages: list[Any]) -> int:
+        return PendingRead.memory(self, messages) + sum([len(message.topic) for message in messages])
+
+
+def mread(client: Connection, request: list[bytes]) -> Encoded | None:
+    pending = parse_mread(client, request)
+    check_position(client, pending)
+    return client.reads.start(pending)
+
+
+def parse_mread(client: Connection, request: list[bytes]) -> PendingMany:
+    at = 2 if request[1].isdigit() else 3
+    end = next((end for end, word in enumerate(request[:MAX_OPTIONS]) if end >= at and word.upper() == b"TOPICS"), 0)
+    if not end or len(request) == end + 1:
+        raise BadRequest("TOPICS and one or more names are missing")
+    selection = _select(client.context.settings.max_topic_bytes, *request[end + 1 :])
+    start = None if at == 2 else parse_start(selection, request[1:3])
+    after = 0 if start else parse_integer(request[1], "after")
+    count, max_bytes, wait_ms, epoch, is_latest = read_options(*request[at:end])
+    if client.transport.budget.total:
+        max_bytes = min(max_bytes, SHORT_READ_BYTES)
+    return PendingMany(
+        *(b"", after, count, max_bytes, wait_ms, _encode, epoch),
+        start=start,
+        selection=selection,
+        is_latest=is_latest,
+    )
+
+
+@lru_cache
+def _select(max_topic_bytes: int, *words: bytes) -> Selection:
+    if len(words) > MAX_NAMES or sum(map(len, words)) > MAX_NAMES_BYTES:
+        raise TooBig(f"a request reads at most {MAX_NAMES} topics and patterns, with {MAX_NAMES_BYTES} bytes")
+    for word in words:
+        check_topic(word, MAX_NAMES_BYTES if b"*" in word else max_topic_bytes)
+    return Selection(words)
+
+
+def _encode(client: Connection, read: PendingRead, messages: list[Any]) -> Encoded:
+    if read.epoch is not None:
+        # Checked again, because a store on another machine may have begun another epoch during the wait.
+        check_epoch(client.context.store, read.epoch)
+    count_delivery(client, messages[-1].topic if messages else b"", messages)
+    return encode_found(read.after, messages)

@@ -1,0 +1,102 @@
+"""Selections of topics by name and by pattern."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+# Up to this many patterns are tried one after another.
+FEW_PATTERNS = 4
+# Patterns are found by up to this many bytes at their ends, or by fewer of those in between.
+MAX_END_BYTES, MAX_MIDDLE_BYTES = 32, 4
+# The memory that a name takes while a client waits for it, in addition to its bytes.
+NAME_OVERHEAD_BYTES = 500
+
+_START, _END, _ANYWHERE = range(3)
+
+
+class Pattern:
+    """A name with `*`, each of which stands for any characters, also none."""
+
+    __slots__ = ("_least", "_middle", "_prefix", "_suffix", "anchor", "text")
+
+    def __init__(self, text: bytes) -> None:
+        self.text = text
+        self._prefix, *middle, self._suffix = text.split(b"*")
+        self._middle = tuple(filter(None, middle))
+        self._least = len(text) - text.count(b"*")
+        self.anchor = self._find_anchor()
+        """Where a name that matches has which bytes."""
+
+    def _find_anchor(self) -> tuple[int, bytes]:
+        if not (self._prefix or self._suffix) and self._middle:
+            return _ANYWHERE, max(self._middle, key=len)[:MAX_MIDDLE_BYTES]
+        if len(self._prefix) >= len(self._suffix):
+            return _START, self._prefix[:MAX_END_BYTES]
+        return _END, self._suffix[-MAX_END_BYTES:]
+
+    def matches(self, name: bytes) -> bool:
+        """Return whether a name matches, in a time that is linear in its length.
+
+        Not by a regular expression, which may take exponential time. The leftmost place of each part is enough, because
+        it leaves the most room for the next one.
+        """
+        if len(name) < self._least or not (name.startswith(self._prefix) and name.endswith(self._suffix)):
+            return False
+        at, end = len(self._prefix), len(name) - len(self._suffix)
+        for part in self._middle:
+            at = name.find(part, at, end)
+            if at < 0:
+                return False
+            at += len(part)
+        return True
+
+
+class PatternIndex:
+    """Finds the patterns that a name may match without trying all of them."""
+
+    def __init__(self, patterns: Iterable[Pattern] = ()) -> None:
+        # By where their anchors are, and the length of these; then by the anchors themselves.
+        self._tables: dict[tuple[int, int], dict[bytes, list[Pattern]]] = {}
+        for pattern in patterns:
+            self.add(pattern)
+
+    def add(self, pattern: Pattern) -> None:
+        place, anchor = pattern.anchor
+        self._tables.setdefault((place, len(anchor)), {}).setdefault(anchor, []).append(pattern)
+
+    def candidates(self, name: bytes) -> Iterator[Pattern]:
+        """Iterate over the patterns that the name may match."""
+        for (place, length), table in list(self._tables.items()):
+            if length > len(name):
+                continue
+            if place == _ANYWHERE:
+                anchors = {name[at : at + length] for at in range(len(name) - length + 1)}
+            else:
+                anchors = {name[:length] if place == _START else name[len(name) - length :]}
+            for anchor in anchors:
+                yield from tuple(table.get(anchor, ()))
+
+
+class Selection:
+    """The topics with one of these names, or a name that matches one of these patterns."""
+
+    __slots__ = ("_index", "names", "patterns")
+
+    def __init__(self, words: Iterable[bytes]) -> None:
+        """Words with `*` are patterns."""
+        unique = set(words)
+        self.patterns = tuple(Pattern(word) for word in sorted(unique) if b"*" in word)
+        self.names = frozenset(word for word in unique if b"*" not in word)
+        self._index = PatternIndex(self.patterns) if len(self.patterns) > FEW_PATTERNS else None
+
+    @property
+    def size(self) -> int:
+        """The approximate bytes of memory that it takes while a client waits for its topics."""
+        texts = [*self.names, *(pattern.text for pattern in self.patterns)]
+        return sum(map(len, texts)) + NAME_OVERHEAD_BYTES * len(texts)
+
+    def matches(self, name: bytes) -> bool:
+        if name in self.names:
+            return True
+        patterns = self.patterns if self._index is None else self._index.candidates(name)
+        return any(pattern.matches(name) for pattern in patterns)
