@@ -166,7 +166,7 @@ class SQLiteStore(SelectionReads, LocalStore):
                 self._limits.record_full(MEMORY)
             raise
         self._buffer.clear(self._last_id, self._topics.last_row)
-        self._topics.count_pages(self._database.page_bytes)
+        self._topics.count_pages(self._database.page_bytes, self._database.long_bytes)
 
     # Reads
 
@@ -235,12 +235,13 @@ class SQLiteStore(SelectionReads, LocalStore):
             if not deleted:
                 return 0
             emptied = [topic.row for topic, (count, _) in deleted.items() if topic.messages == count]
-            self._database.delete(rows[-1][0] if rows else 0, emptied)
+            # Freed at the end, without the lock, because the C library may then return much memory to the system.
+            _long_bodies = self._database.delete(rows, emptied)
             if is_buffered:
                 self._buffer.delete_first(deleted)
             self._flush_error = None
             count = self._topics.delete_first(deleted)
-            self._topics.count_pages(self._database.page_bytes)
+            self._topics.count_pages(self._database.page_bytes, self._database.long_bytes)
             return count
 
     # Statistics
@@ -322,10 +323,9 @@ class SQLiteStore(SelectionReads, LocalStore):
                     *(topics.empty.copy(), self._lost.ranges),
                 )
                 database.deletable_id = 0
-                copied = () if file else database.copy_rows(buffer.written_id, buffer.written_row)
                 buffered: list[Batch] = [(INSERT_TOPIC, buffer.new_topics()), (INSERT_ROW, buffer.rows())]
-                if file:
-                    database.copy_to(file, on_progress)
+                written = buffer.written_id, buffer.written_row
+                copied = database.copy_to(file, on_progress) if file else database.copy_rows(*written)
             yield chain(copied, buffered, copy_state(database, state, self._deduplicator))
         finally:
             database.deletable_id = sys.maxsize
@@ -338,7 +338,7 @@ class SQLiteStore(SelectionReads, LocalStore):
         ahead_ms = state.clock + round(max(0.0, unix_time - state.written_at) * 1000) - now
         with self._database.lock:
             self._topics.restore(self._database.load(source))
-            self._topics.count_pages(self._database.page_bytes)
+            self._topics.count_pages(self._database.page_bytes, self._database.long_bytes)
         self._clock = lambda: clock() + ahead_ms
         self.epoch, self.run, self._lost = state.epoch, state.run, LostRanges(state.lost)
         self._last_id, self._topics.last_row, self._topics.empty = state.last_id, state.last_row, state.empty_topics
