@@ -212,9 +212,9 @@ class Database:
         ids = array("q", row[1])[::2]
         return ids[bisect_right(ids, after)], row[0]
 
-    def oldest_put_at(self) -> int | None:
-        row = self.connection.execute("SELECT put_at FROM chunks ORDER BY last_id LIMIT 1").fetchone()
-        return row and int(row[0])
+    def put_times(self) -> Iterator[tuple[int, int, int]]:
+        """Iterate over the rows, oldest first: last id, topic, put time."""
+        return self.connection.execute("SELECT last_id, topic, put_at FROM chunks ORDER BY last_id")
 
     def expired(self, oldest: int, topic: int | None = None, last_id: int = sys.maxsize) -> list[ExpiredRow]:
         """Return the first rows, of one topic or all, that were put before `oldest` and may be deleted."""
