@@ -34,7 +34,7 @@ HOSTILE = "<img src=x onerror=\"document.title='broken'\">"
 TOKEN = "open-sesame-0123456789"
 # A host name that resolves to this machine in the browser.
 ELSEWHERE = "dsmq.example"
-# Console messages of the browser if the server is gone, and if it requires a token.
+# Console messages of the browser if the server is gone or the page is reloaded, and if it requires a token.
 GONE = r"Failed to load resource: net::ERR_|^failed: .*/(status|topics?)\.json(\?.*)?$"
 LOCKED = r"Failed to load resource: .* 401 "
 
@@ -283,7 +283,7 @@ def test_page_finds_any_of_all_topics(browser: Browser, server: Server) -> None:
 
 def test_page_shows_last_messages_of_topic_as_they_come(browser: Browser, mq: Client, server: Server) -> None:
     mq.put_many("t", [f"text {n}" for n in range(30)])
-    with reading(browser, server) as page:
+    with reading(browser, server, GONE) as page:
         link = page.locator("#topics").get_by_role("link", name="t", exact=True)
         link.focus()
         page.keyboard.press("Enter")
@@ -537,7 +537,7 @@ def test_page_reports_lost_server_and_recovers(browser: Browser) -> None:
 
 
 def test_page_keeps_token_for_the_tab_only(browser: Browser) -> None:
-    with serving(http_port=0, http_token=TOKEN) as server, reading(browser, server, LOCKED) as page:
+    with serving(http_port=0, http_token=TOKEN) as server, reading(browser, server, f"{LOCKED}|{GONE}") as page:
         field = page.get_by_label("Token")
         expect(page.get_by_role("heading", name="Token required")).to_be_visible()
         expect(page.locator("#main")).to_be_hidden()
@@ -569,7 +569,7 @@ def test_page_keeps_token_for_the_tab_only(browser: Browser) -> None:
 
 
 def test_page_works_without_storage(browser: Browser) -> None:
-    with serving(http_port=0, http_token=TOKEN) as server, reading(browser, server, LOCKED) as page:
+    with serving(http_port=0, http_token=TOKEN) as server, reading(browser, server, f"{LOCKED}|{GONE}") as page:
         page.add_init_script("Object.defineProperty(window, 'sessionStorage', { get() { throw new Error(); } })")
         page.reload()
         page.get_by_label("Token").fill(TOKEN)
