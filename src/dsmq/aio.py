@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypeVar, Unpack,
 
 from dsmq import client as blocking
 from dsmq.client import arguments
+from dsmq.client.arguments import Names
 from dsmq.client.async_pool import Pool, retrieve_error
 from dsmq.client.core import NOT_STARTED, Client, Options, Retries
 from dsmq.client.message import Message
@@ -53,6 +54,7 @@ def connect(  # noqa: PLR0913 - listed one by one for help() and editors
     reconnect_timeout: float = 30.0,
     on_state_change: Callable[[State], None] | None = None,
     name: str | None = None,
+    start: str | int | None = None,
     token: str | None = None,
     tls: bool | SSLContext = False,
     ca_file: str | None = None,
@@ -178,22 +180,30 @@ class AsyncClient(Client):
         n, seconds = arguments.count("n", n), arguments.seconds("timeout", timeout)
         return await self._read(topic, n, seconds, raw)  # type: ignore[no-any-return]
 
-    async def read(self, topic: str, n: int = 1, *, timeout: float = 0.0, latest: bool = False) -> list[Message]:
-        """Return up to `n` messages with their ids, numbers and put times; latest=True returns the newest only."""
+    async def read(
+        self, topic: str | Sequence[str], n: int = 1, *, timeout: float = 0.0, latest: bool = False
+    ) -> list[Message]:
+        """Return up to `n` messages of a topic, or of topics and patterns; latest=True returns the newest only."""
         n, seconds = arguments.count("n", n), arguments.seconds("timeout", timeout)
-        return await self._read(topic, n, seconds, None, latest=latest)  # type: ignore[no-any-return]
+        return await self._read(arguments.names(topic), n, seconds, None, latest=latest)  # type: ignore[no-any-return]
 
     @overload
-    def messages(self, topic: str, *, timeout: float = ..., raw: Literal[False] = False) -> AsyncIterator[str]: ...
+    def messages(self, *topics: str | Sequence[str], timeout: float = ...) -> AsyncIterator[Message]: ...
     @overload
-    def messages(self, topic: str, *, timeout: float = ..., raw: Literal[True]) -> AsyncIterator[bytes]: ...
     def messages(
-        self, topic: str, *, timeout: float = math.inf, raw: bool = False
-    ) -> AsyncIterator[str] | AsyncIterator[bytes]:
-        """Iterate over the messages of a topic as they arrive; end when none arrives for `timeout` seconds."""
-        seconds = arguments.seconds("timeout", timeout)
-        self._session.reader(topic)
-        return _Messages(self, topic, seconds, raw=raw)
+        self, *topics: str | Sequence[str], timeout: float = ..., text: Literal[True]
+    ) -> AsyncIterator[str]: ...
+    @overload
+    def messages(
+        self, *topics: str | Sequence[str], timeout: float = ..., raw: Literal[True]
+    ) -> AsyncIterator[bytes]: ...
+    def messages(
+        self, *topics: str | Sequence[str], timeout: float = math.inf, text: bool = False, raw: bool = False
+    ) -> AsyncIterator[Any]:
+        """Iterate over messages as they arrive, of a topic or several; end when none arrives for `timeout` seconds."""
+        seconds, key = arguments.seconds("timeout", timeout), arguments.names(topics[0] if len(topics) == 1 else topics)
+        self._session.reader(key)
+        return _Messages(self, key, seconds, raw if text or raw else None)
 
     async def ping(self) -> None:
         """Check that the server answers."""
@@ -233,7 +243,7 @@ class AsyncClient(Client):
 
     async def _read(  # noqa: PLR0913 - what a read consists of
         self,
-        topic: str,
+        topic: str | Names,
         n: int,
         seconds: float,
         raw: bool | None,  # noqa: FBT001 - as in the blocking client
@@ -255,7 +265,7 @@ class AsyncClient(Client):
     async def _take(  # noqa: PLR0913 - what a read consists of
         self,
         claim: Claim,
-        topic: str,
+        topic: str | Names,
         n: int,
         seconds: float,
         raw: bool | None,  # noqa: FBT001 - as in `_read`
@@ -308,9 +318,9 @@ class AsyncClient(Client):
 
 
 class _Messages:
-    """Iterates over the messages of a topic. Not a generator, which a cancelled `anext` would end."""
+    """Iterates over messages. Not a generator, which a cancelled `anext` would end."""
 
-    def __init__(self, client: AsyncClient, topic: str, seconds: float, *, raw: bool) -> None:
+    def __init__(self, client: AsyncClient, topic: str | Names, seconds: float, raw: bool | None) -> None:  # noqa: FBT001
         self._client, self._topic, self._seconds, self._raw = client, topic, seconds, raw
         self._is_over = False
 

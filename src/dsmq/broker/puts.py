@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from dsmq import logs
 from dsmq.broker.arguments import ASTERISK, MAX_NAME_BYTES, parse_integer, parse_options, parse_topic
 from dsmq.errors import BadRequest, ReplyError, StoreFailed, TooBig, Unsure, WrongEpoch
-from dsmq.store.api import Answer, Outcome, Put, Store
+from dsmq.store.api import Answer, Outcome, Put, RetriedKey, Store
 from dsmq.wire.resp import encode_integer
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def put(client: Connection, request: list[bytes]) -> None:
     batch.connections.append(client)
     batch.bytes += len(request[2]) + PUT_BYTES
     client.pending_puts += 1
+    client.last_put = request[1]
     if batch.bytes >= MAX_BATCH_BYTES:
         batch.commit()
 
@@ -73,9 +74,11 @@ def _parse_key(store: Store, request: list[bytes]) -> tuple[bytes, int] | None:
     producer, seq = options[b"KEY"]
     if not 0 < len(producer) <= MAX_NAME_BYTES:
         raise BadRequest(f"a producer has 1 to {MAX_NAME_BYTES} bytes")
-    if b"AGAIN" in options:
-        store.check_producer(producer)
-    return producer, parse_integer(seq, "seq")
+    number = parse_integer(seq, "seq")
+    if b"AGAIN" not in options:
+        return producer, number
+    store.check_producer(producer)
+    return RetriedKey(producer, number)
 
 
 class PutBatch:

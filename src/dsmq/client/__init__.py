@@ -55,6 +55,7 @@ def connect(  # noqa: PLR0913 - listed one by one for help() and editors
     reconnect_timeout: float = 30.0,
     on_state_change: Callable[[State], None] | None = None,
     name: str | None = None,
+    start: str | int | None = None,
     token: str | None = None,
     tls: bool | SSLContext = False,
     ca_file: str | None = None,
@@ -79,6 +80,9 @@ def connect(  # noqa: PLR0913 - listed one by one for help() and editors
 
     name is what the server's status page and logs call this client: up to 64 printable ASCII characters, no spaces. By
     default it is the program's name and process id.
+
+    start is where topics are first read: "oldest", or a position as `position` returns it; by default, at the messages
+    put after the client connected.
 
     token authenticates the client. tls=True encrypts, and verifies the server's certificate for this host; ca_file
     replaces the system's authorities; cert_file and key_file are the client's own certificate. The files are in PEM
@@ -196,25 +200,37 @@ class DSMQClientSideConnection(Client):
         n, seconds = arguments.count("n", n), arguments.seconds("timeout", timeout)
         return self._read(topic, n, seconds, raw)  # type: ignore[no-any-return]
 
-    def read(self, topic: str, n: int = 1, *, timeout: float = 0.0, latest: bool = False) -> list[Message]:
-        """Return up to `n` messages with their ids, numbers and put times; otherwise like `get_many`.
+    def read(
+        self, topic: str | Sequence[str], n: int = 1, *, timeout: float = 0.0, latest: bool = False
+    ) -> list[Message]:
+        """Return up to `n` messages with their topics, ids, numbers and put times; otherwise like `get_many`.
 
-        latest=True returns only the newest, and skips the older ones, like `get_latest`.
+        `topic` may also be a pattern, in which `*` stands for any characters, or a list of topics and patterns. These
+        are read together, in the order of ids, at a position of their own.
+
+        latest=True returns only the newest message, of each topic, and skips the older ones, like `get_latest`.
         """
         n, seconds = arguments.count("n", n), arguments.seconds("timeout", timeout)
-        return self._read(topic, n, seconds, None, ALL, latest)  # type: ignore[no-any-return]
+        return self._read(arguments.names(topic), n, seconds, None, ALL, latest)  # type: ignore[no-any-return]
 
     @overload
-    def messages(self, topic: str, *, timeout: float = ..., raw: Literal[False] = False) -> Iterator[str]: ...
+    def messages(self, *topics: str | Sequence[str], timeout: float = ...) -> Iterator[Message]: ...
     @overload
-    def messages(self, topic: str, *, timeout: float = ..., raw: Literal[True]) -> Iterator[bytes]: ...
-    def messages(self, topic: str, *, timeout: float = math.inf, raw: bool = False) -> Iterator[str] | Iterator[bytes]:
-        """Iterate over the messages of a topic as they arrive; end when none arrives for `timeout` seconds."""
-        seconds = arguments.seconds("timeout", timeout)
-        self._session.reader(topic)
+    def messages(self, *topics: str | Sequence[str], timeout: float = ..., text: Literal[True]) -> Iterator[str]: ...
+    @overload
+    def messages(self, *topics: str | Sequence[str], timeout: float = ..., raw: Literal[True]) -> Iterator[bytes]: ...
+    def messages(
+        self, *topics: str | Sequence[str], timeout: float = math.inf, text: bool = False, raw: bool = False
+    ) -> Iterator[Any]:
+        """Iterate over messages as they arrive, of a topic or several; end when none arrives for `timeout` seconds.
+
+        Topics are read as by `read`. With text=True, messages are str; with raw=True, bytes.
+        """
+        seconds, key = arguments.seconds("timeout", timeout), arguments.names(topics[0] if len(topics) == 1 else topics)
+        self._session.reader(key)
         end = object()
         # Not a generator, which an interrupt would end.
-        return iter(partial(self._read, topic, 1, seconds, raw, end), end)
+        return iter(partial(self._read, key, 1, seconds, raw if text or raw else None, end), end)
 
     def ping(self) -> None:
         """Check that the server answers."""
@@ -261,7 +277,7 @@ class DSMQClientSideConnection(Client):
 
     def _read(  # noqa: PLR0913, PLR0917 - what a read consists of
         self,
-        topic: str,
+        topic: str | arguments.Names,
         n: int,
         seconds: float,
         raw: bool | None,  # noqa: FBT001 - by position, which is faster

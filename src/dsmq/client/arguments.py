@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import reprlib
 import sys
 from collections.abc import Iterable
 
@@ -79,8 +80,31 @@ def topic_name(topic: object) -> bytes:
     if not topic:
         raise ValueError("the name of the topic is empty")
     if "*" in topic:
-        raise ValueError(f"a topic has no `*`, unlike {topic!r}")
+        raise ValueError(f"{topic[:100]!r} is a pattern, which only read, messages, seek, position and forget take")
     return topic.encode()
+
+
+_LISTS = (list, tuple, set, frozenset)
+
+
+class Names(tuple[str, ...]):
+    """Topics and patterns that are read together, in a fixed order."""
+
+    __slots__ = ()
+
+
+def names(topics: object) -> str | Names:
+    """Return a topic, or several topics and patterns. A name with `*`, which is any characters, is a pattern."""
+    if isinstance(topics, str) and "*" not in topics:
+        topic_name(topics)
+        return topics
+    several = [topics] if isinstance(topics, str) else list(topics) if isinstance(topics, _LISTS) else []
+    if not several or not all(isinstance(name, str) for name in several):
+        raise TypeError(f"topics should be a str, or a list of them, not {reprlib.repr(topics)}")
+    if "" in several:
+        raise ValueError("the name of a topic is empty")
+    found = Names(sorted(set(several)))
+    return found if len(found) > 1 or "*" in found[0] else found[0]
 
 
 def text(name: str, value: object) -> str:

@@ -14,7 +14,9 @@ from dsmq.client.dial import ClosedSilently, Security, tls_context, with_text
 from dsmq.client.replies import is_lost, reason
 from dsmq.client.requests import Retryable
 from dsmq.client.session import Session, State
+from dsmq.client.stretch import Back
 from dsmq.errors import ClientClosed, ReplyError
+from dsmq.system import boot_time
 from dsmq.wire.addresses import Endpoint
 
 # The next call closes surplus connections that have been idle for this long.
@@ -36,6 +38,7 @@ class Options(Security, total=False):
     reconnect_timeout: float
     on_state_change: Callable[[State], None] | None
     name: str | None
+    start: str | int | None
 
 
 class Retries:
@@ -96,7 +99,7 @@ class Core:
         self.tls = tls_context(options)
         token = options.get("token")
         name = arguments.client_name(options.get("name"))
-        self.session = Session("" if token is None else arguments.text("token", token), name)
+        self.session = Session("" if token is None else arguments.text("token", token), name, options.get("start"))
         self.is_closed = False
         self.down: dict[State, object] = {}
         """The keys are the states announced since the connection was lost: `lost`, perhaps `given up`."""
@@ -204,21 +207,33 @@ class Client:
     def __repr__(self) -> str:
         return f"<dsmq client of {self._core.endpoint}{', closed' if self._core.is_closed else ''}>"
 
-    def position(self, topic: str) -> str:
-        """Return this client's position in a topic: after the last message that was returned.
+    def position(self, topic: str | Sequence[str]) -> str:
+        """Return this client's position in a topic, or of topics read together: after the last message returned.
 
         It can be stored, and passed to `seek` of any client, for any topic.
         """
         return self._session.position(topic)
 
-    def seek(self, topic: str, position: str | int) -> None:
-        """Continue reading a topic at a position, or after the message with an id; 0 is before all messages.
+    def seek(
+        self,
+        topic: str | Sequence[str],
+        position: str | int | None = None,
+        *,
+        last: int | None = None,
+        since: float | None = None,
+    ) -> None:
+        """Continue reading at a position, or after the message with an id; 0 is before all messages.
+
+        Or, when the next message is read, at the last `last` messages, or those put since `since` seconds before now.
+        `topic` may be a pattern or a list of topics, as in `read`; `last` counts over all of them.
 
         After a position of another epoch, from before the server lost its messages, the topic is read from its oldest
         message, and on_state_change is called with `replaced`. After an id that the server has not assigned yet, the
         next read raises BadRequest. Raises ValueError if it is neither a position nor an id.
         """
-        if not self._session.seek(topic, position):
+        if (position is not None) + (last is not None) + (since is not None) != 1:
+            raise TypeError("seek takes a position, last= or since=")
+        if not self._session.seek(topic, 0 if position is None else position, _back(last, since)):
             self._core.report("replaced")
 
     def forget(self, topic: str) -> None:
@@ -240,3 +255,18 @@ class Client:
         In each topic, they are counted from the first message that this client got.
         """
         return self._session.missed
+
+    def missed_in(self, topic: str | Sequence[str]) -> int:
+        """Return the part of `missed` of a topic; or of a pattern, or several topics, that are read together.
+
+        Topics that are read together are forgotten here once all that was read of them has expired.
+        """
+        return self._session.missed_in(topic)
+
+
+def _back(last: int | None, since: float | None) -> Back | None:
+    if last is not None and not arguments.count("last", last):
+        raise ValueError("last should be 1 or more, not 0")
+    if since is not None and not math.isinf(seconds := arguments.seconds("since", since)):
+        return b"SINCE", boot_time() - seconds
+    return None if last is None else (b"LAST", last)

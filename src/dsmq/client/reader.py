@@ -1,4 +1,4 @@
-"""A client's position in one topic, and the messages read ahead there.
+"""A client's position in one topic, or in several that it reads together, and the messages read ahead there.
 
 A reader is shared by threads, and by signal handlers, which run between any two steps of the call that they interrupt,
 and may call the client themselves. A lock would hang them. So a state is never changed: it is replaced by linking the
@@ -13,10 +13,12 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TypeAlias, TypeVar
 
-from dsmq.client.stretch import Entry, Era, Step, Stretch, in_next_era, insert
+from dsmq.client.arguments import Names
+from dsmq.client.stretch import Back, Entry, Era, Step, Stretch, in_next_era, insert, without_numbers
 from dsmq.errors import MessageNotText
 from dsmq.system import boot_time
 from dsmq.wire.limits import DEFAULT_COUNT
+from dsmq.wire.resp import encode_bulk
 
 # How long messages may stay in the read-ahead before they are read again, since max_age may have changed.
 FRESH_SECONDS = 1.0
@@ -51,14 +53,20 @@ def take_back(returned: Returned) -> None:
 
 
 class TopicReader:
-    """The messages of one topic."""
+    """The messages of one topic, or of several topics and patterns."""
 
-    __slots__ = ("_seen", "count", "topic", "used_at")
+    __slots__ = ("_seen", "count", "key", "names", "topic", "used_at")
 
-    def __init__(self, topic: str, era: Era) -> None:
-        self.topic = topic
+    def __init__(self, key: str | Names, era: Era) -> None:
+        self.key = key
+        self.topic = key if isinstance(key, str) else ", ".join(key)
+        self.names = [] if isinstance(key, str) else [encode_bulk(name.encode()) for name in key]
+        """The encoded topics and patterns; empty if it is one topic."""
+        stretch = Stretch(era, era.start, era.number)
+        if self.names:
+            stretch.counts = {}
         # The state seen last; there may be later ones.
-        self._seen = Stretch(era, era.start, era.number), 0
+        self._seen = stretch, 0
         self.count = 0
         """How many messages to request; 0 leaves that to the server."""
         self.used_at = -math.inf
@@ -95,13 +103,19 @@ class TopicReader:
         if stretch.is_lost and stretch.rest:
             # These ids belong to an earlier run of the server.
             return stretch.era.epoch, stretch.rest.id
-        return stretch.era.epoch, stretch.taken(at)[0]
+        return stretch.era.epoch, max(stretch.taken(at)[0], stretch.scanned if at == len(stretch.ahead) else 0)
 
     @property
     def missed(self) -> int:
         """The number of messages that expired unread before the last one returned."""
         stretch, at = self._current()
         return stretch.taken(at)[2]
+
+    def missed_in(self, topic: str) -> int:
+        """The part of `missed` of one topic, if several are read together."""
+        stretch, at = self._current()
+        counts = stretch.counts_at(at)
+        return counts[topic].missed if counts and topic in counts else 0
 
     @property
     def doubt(self) -> tuple[Era, int] | None:
@@ -130,7 +144,7 @@ class TopicReader:
         """Return what to request next."""
         stretch, at = self._current()
         # The server may refuse an id of another epoch. The reply is not used.
-        after = 0 if stretch.is_lost else stretch.last_read
+        after = 0 if stretch.is_lost else stretch.scanned or stretch.last_read
         # Don't wait if another call has read ahead.
         return stretch, after, at == len(stretch.ahead)
 
@@ -142,37 +156,48 @@ class TopicReader:
             last, at = last.rest, 0
         return stretch, last.taken(at)[0], False
 
-    def accept(self, asked: Asked, found: list[Entry]) -> bool:
+    def accept(self, asked: Asked, found: list[Entry], scanned: int = 0) -> bool:
         """Process the reply to a READ; return whether there may be more messages now.
 
         Messages that another thread has fetched meanwhile are recognised by their ids. A reply to a request from before
-        a `seek`, or from another era, is ignored.
+        a `seek`, or from another era, is ignored. `scanned` is the id up to which the server has found no others.
         """
         before, behind, _ = asked
         while True:
             stretch, at = self._current()
             if stretch.ask or (stretch is not before and not stretch.continues(before, behind)):
                 return True
-            new = found
-            if found and not stretch.last_read < found[0].id <= found[-1].id <= stretch.end:
-                new = [entry for entry in found if stretch.last_read < entry.id <= stretch.end]
-            if new and at == len(stretch.ahead):
+            if stretch.back is not None:
+                before = self._begin(stretch, at, found[0].id - 1 if found else scanned)
+                continue
+            new, is_taken = found and stretch.unread(found), at == len(stretch.ahead)
+            if new and is_taken:
                 after: Stretch | None = stretch.rest_from(at, new, boot_time() + FRESH_SECONDS)
             elif new:
                 after = stretch.rest_from(at, [*stretch.ahead[at:], *new], stretch.fresh_until)
             else:
                 # After an older reply, messages seen since may still exist.
-                after = stretch.exhausted(at) if stretch is before and at == len(stretch.ahead) else None
+                after = stretch.exhausted(at) if stretch is before and is_taken else None
+            if scanned and stretch.end == math.inf and (new or after is None):
+                # All messages up to this id are in the read-ahead.
+                (after or stretch).scanned = max((after or stretch).scanned, scanned)
             if after is None:
-                return bool(found) or at < len(stretch.ahead)
+                return bool(found) or not is_taken
             if self._move(stretch, at, after):
-                if self.count and at and at == len(stretch.ahead):
+                if self.count and at and is_taken:
                     # The last batch was read in time.
                     self.count = 0 if self.count > DEFAULT_COUNT / 2 else self.count * 2
                 missed = after.missed + after.gaps - stretch.missed - stretch.gaps if new else stretch.lost(at)
                 if missed > 0:
                     _logger.warning("topic %r: %d messages expired before they were read", self.topic, missed)
                 return bool(found) or stretch.rest is not None
+
+    def _begin(self, stretch: Stretch, at: int, after: int) -> Stretch:
+        """Let the range begin after an id, which is known now; return the new state, even if another call was first."""
+        step = Stretch(stretch.era, after, None, stretch.taken(at)[2])
+        step.generation, step.positions, step.counts = stretch.generation, stretch.positions, stretch.counts
+        self._move(stretch, at, step)
+        return step
 
     def take(self, claim: Claim, n: int, convert: Callable[[TopicReader, Entry], T]) -> list[T]:
         """Take up to `n` of the messages that were read ahead, and record them in `claim`.
@@ -225,9 +250,13 @@ class TopicReader:
             if not found or found[-1].id <= self.asked_for_latest()[1]:
                 # There may be messages that were given back, or that the server has lost.
                 return self.take(claim, 1, convert) if stretch.rest else []
+            last_id, number, missed = stretch.taken(at)
+            if stretch.counts is not None:
+                found = [entry for entry in found if entry.id > last_id]
             entry = found[-1]
-            taken = [convert(self, entry)]
-            after = Stretch(stretch.era, entry.id, entry.number, stretch.taken(at)[2])
+            taken = [convert(self, one) for one in found] if stretch.counts is not None else [convert(self, entry)]
+            after = Stretch(stretch.era, entry.id, entry.number or number, missed)
+            after.counts = stretch.skipped(at, found)
             after.positions = stretch.positions
             after.generation = stretch.generation
             claim.append((self, stretch, at, after))
@@ -251,6 +280,8 @@ class TopicReader:
                 return
             back = Stretch(now.era, last_id, number, 0, ahead, stretch.fresh_until if is_here else math.inf)
             back.positions = now.positions
+            back.known_counts = stretch.counts_at(step[0]) if isinstance(step, tuple) else step.counts
+            back.counts = stretch.counts_before(at, ahead, back.known_counts, now.counts_at(now_at))
             back.end, back.known, back.generation = last.id, (last.id, last.number or 0), now.generation
             after = insert(now.remaining(now_at), back)
             after.missed = now.taken(now_at)[2] - counted
@@ -258,9 +289,10 @@ class TopicReader:
             if self._move(now, now_at, after):
                 return
 
-    def seek(self, after: int, epoch: str = "") -> bool:
+    def seek(self, after: int, epoch: str = "", back: Back | None = None) -> bool:
         """Continue after an id of an epoch, by default the current one, and drop what was read ahead.
 
+        With `back`, continue where the server finds that to begin.
         Returns False if it is another epoch: then the oldest message is next, unless it turns out that the server was
         restarted and has that epoch now.
         """
@@ -268,7 +300,7 @@ class TopicReader:
             stretch, at = self._current()
             missed, is_known = stretch.taken(at)[2], epoch in ("", stretch.era.epoch)
             step = Stretch(stretch.era, after if is_known else 0, None if is_known else 0, missed)
-            step.positions = stretch.positions
+            step.positions, step.back, step.counts = stretch.positions, back, without_numbers(stretch.counts_at(at))
             step.sought = None if is_known else (epoch, after)
             step.generation = stretch.generation[0] + 1, 0
             if self._move(stretch, at, step):

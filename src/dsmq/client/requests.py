@@ -16,7 +16,7 @@ from dsmq.client.stretch import Entry, Era
 from dsmq.errors import AuthRequired, ConnectionLost, DSMQError, MessageNotText, ReplyError, ShuttingDown, TimedOut
 from dsmq.system import boot_time, process
 from dsmq.wire.limits import MAX_READ_BYTES
-from dsmq.wire.resp import Reply, encode_bulk, encode_option, encode_read, encode_request
+from dsmq.wire.resp import Reply, encode_bulk, encode_option, encode_read, encode_read_many, encode_request
 
 if TYPE_CHECKING:
     from dsmq.client.session import Session
@@ -137,7 +137,7 @@ class NonIdempotent(Call):
 class Read(Call):
     """A READ from a client's position, until a time on the monotonic clock."""
 
-    __slots__ = ("_asked_at", "_latest", "_reader", "_session", "_until", "asked")
+    __slots__ = ("_asked_at", "_is_selection", "_latest", "_reader", "_session", "_until", "asked")
 
     def __init__(self, session: Session, reader: TopicReader, until: float = 0.0, *, latest: bool = False) -> None:
         self._session, self._reader, self._until, self._latest = session, reader, until, latest
@@ -157,7 +157,7 @@ class Read(Call):
         if producer.era and producer.era is not stretch.era:
             raise ConnectionResetError("another connection has found that the server was restarted")
         if self._latest:
-            return encode_read(reader.topic, after, _LATEST, 1)
+            return self._encode(after, _LATEST, 1)
         options, count = b"", 0
         if reader.count:
             options, count = encode_option(b"COUNT", reader.count), 2
@@ -170,7 +170,26 @@ class Read(Call):
             self.seconds = min(left, MAX_WAIT_SECONDS) if left > 0 else 0.0
             if milliseconds := round(self.seconds * 1000):
                 options, count = options + encode_option(b"WAIT", milliseconds), count + 2
-        return encode_read(reader.topic, after, options, count)
+        return self._encode(after, options, count)
+
+    def _encode(self, after: int, options: bytes, words: int) -> bytes:
+        reader, back = self._reader, self.asked[0].back
+        self._is_selection = back is not None or bool(reader.names)
+        if not self._is_selection:
+            return encode_read(reader.topic, after, options, words)
+        start = [b"%d" % after]
+        if back is not None and not self._latest:
+            start = [back[0], b"%d" % (back[1] if back[0] == b"LAST" else (boot_time() - back[1]) * 1000)]
+        return encode_read_many(reader.names or [encode_bulk(reader.topic.encode())], start, options, words)
+
+    def found(self) -> tuple[list[Entry], int]:
+        """Return the messages in the reply, and the id up to which there are no others, or 0 if that is not known."""
+        if not self._is_selection:
+            return self._session.entries(self.reply), 0
+        found, scanned = self._session.selected(self.reply)
+        if not self._reader.names:
+            found = [entry._replace(number=entry.topic_number, topic="") for entry in found]
+        return found, scanned
 
     def on_connection_lost(self, error: Exception) -> bool:
         if isinstance(error, TimeoutError):
@@ -211,10 +230,10 @@ def read(  # noqa: PLR0913, PLR0917 - what a read consists of
         if session.is_restarted and (doubt := reader.doubt):
             yield (stats := Call(encode_request(b"STATS", reader.topic.encode(), b"AFTER", b"%d" % doubt[1])))
             reader.renumber(doubt, restored_number(stats.reply))
-        found = session.entries(call.reply)
+        found, scanned = call.found()
         if found:
             reader = session.keep(reader)
-        more = reader.accept(call.asked, found)
+        more = reader.accept(call.asked, found, scanned)
         if more:
             try:
                 taken += reader.take(claim, n - len(taken), convert)
@@ -230,7 +249,7 @@ def _read_latest(
     latest: list[T] | None = None
     while latest is None:
         yield (call := Read(session, reader, latest=True))
-        found = session.entries(call.reply)
+        found, _ = call.found()
         if found:
             reader = session.keep(reader)
         elif call.asked[0].rest is None:

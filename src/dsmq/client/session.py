@@ -7,14 +7,14 @@ import math
 import re
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
-from dsmq.client.arguments import default_client_name, topic_name
+from dsmq.client.arguments import Names, default_client_name, names, topic_name
 from dsmq.client.message import Message, not_text
 from dsmq.client.reader import MIN_READ_BYTES, Returned, TopicReader, take_back
 from dsmq.client.replies import as_map, as_number, as_ranges, as_text, check
-from dsmq.client.stretch import Entry, Era
+from dsmq.client.stretch import Back, Entry, Era
 from dsmq.errors import AuthRequired, ProtocolError
 from dsmq.system import boot_time
 from dsmq.wire.limits import MAX_INTEGER, MAX_READ_BYTES
@@ -47,7 +47,8 @@ _SILENCE_FACTOR, _SILENCE_SECONDS = 1.25, 1.0
 class Session:
     """A client's session with its server, over many connections."""
 
-    def __init__(self, token: str = "", name: bytes | None = None) -> None:
+    def __init__(self, token: str = "", name: bytes | None = None, start: str | int | None = None) -> None:
+        """Topics are read from the position `start`, or else from the first message after the client connected."""
         self._token, self._name = token, name
         self.max_message_bytes = 0
         self.read_bytes = MAX_READ_BYTES
@@ -60,7 +61,8 @@ class Session:
         self._era = Era("", b"", 0, None)
         self._epochs: dict[str, tuple[int, int | None, bytes]] = {}
         """For the last few epochs: where topics start, as in the first era, and the last run."""
-        self._readers: dict[str, TopicReader] = {}
+        self._start = None if start is None else parse_position(0 if start == "oldest" else start)
+        self._readers: dict[str | Names, TopicReader] = {}
         # With more readers than this, those of silent topics are forgotten.
         self._max_readers = _MIN_READERS
         # How many messages forgotten readers had missed.
@@ -104,9 +106,10 @@ class Session:
         state: State = "resumed"
         while (era := self.era).epoch != epoch or era.run != run:
             if not era.epoch:
-                # The number of the message with the last id is unknown.
-                self._era = Era(epoch, run, last_id, None)
-                self._epochs[epoch] = last_id, None, run
+                start, state = self._start_after(epoch, last_id)
+                # The number of the message with this id is unknown.
+                self._era = Era(epoch, run, start, None)
+                self._epochs[epoch] = start, None, run
                 return state, self._era
             self.is_restarted = True
             # A client of several servers may return to an epoch that it knows.
@@ -121,15 +124,23 @@ class Session:
                     _logger.warning("the server was restarted: %s", LOST[state])
         return state, era
 
-    def reader(self, topic: str) -> TopicReader:
-        """Return the reader of a topic. Raises TypeError or ValueError if the topic is invalid."""
+    def _start_after(self, epoch: str, last_id: int) -> tuple[int, State]:
+        """Return the id after which topics are read, and `replaced` if the requested position is of another epoch."""
+        if self._start is None or self._start[0] in ("", epoch):
+            return last_id if self._start is None else self._start[1], "resumed"
+        _logger.warning("the position to start at is of another epoch, whose messages are lost")
+        return 0, "replaced"
+
+    def reader(self, topic: str | Names) -> TopicReader:
+        """Return the reader of a topic or several. Raises TypeError or ValueError if the topic is invalid."""
         if self.returned:
             take_back(self.returned)
-        reader = self._readers.get(topic) if isinstance(topic, str) else None
+        reader = self._readers.get(topic) if isinstance(topic, str | Names) else None
         return self._new_reader(topic) if reader is None else reader
 
-    def _new_reader(self, topic: str) -> TopicReader:
-        topic_name(topic)
+    def _new_reader(self, topic: str | Names) -> TopicReader:
+        if not isinstance(topic, Names):
+            topic_name(topic)
         if len(self._readers) >= self._max_readers:
             # This forgets only readers that never had a message.
             self._forget_silent(math.inf)
@@ -137,7 +148,7 @@ class Session:
 
     def keep(self, reader: TopicReader) -> TopicReader:
         """Keep a reader whose topic has messages; return the one to use."""
-        reader = self._readers.setdefault(reader.topic, reader)
+        reader = self._readers.setdefault(reader.key, reader)
         reader.used_at = boot_time()
         if not self._recent or self._recent[-1] is not reader:
             self._recent.append(reader)
@@ -145,11 +156,11 @@ class Session:
                 self._recent.popleft().shrink()
         return reader
 
-    def forget(self, topic: str) -> None:
-        """Forget the position in a topic."""
-        topic_name(topic)
+    def forget(self, topic: str | Sequence[str]) -> None:
+        """Forget a position."""
+        key = names(topic)
         take_back(self.returned)
-        if reader := self._readers.pop(topic, None):
+        if reader := self._readers.pop(key, None):
             self._missed_before += reader.missed
 
     def _forget_silent(self, max_age: float) -> None:
@@ -162,18 +173,18 @@ class Session:
             self.forget(topic)
         self._max_readers = max(_MIN_READERS, 2 * len(self._readers))
 
-    def position(self, topic: str) -> str:
+    def position(self, topic: str | Sequence[str]) -> str:
         """Return the epoch, and the id of the last message returned."""
-        epoch, after = self.reader(topic).position
+        epoch, after = self.reader(names(topic)).position
         return f"{epoch}:{after}"
 
-    def seek(self, topic: str, position: str | int) -> bool:
-        """Continue reading a topic at a position, or after an id; return False if the position is of another epoch.
+    def seek(self, topic: str | Sequence[str], position: str | int, back: Back | None = None) -> bool:
+        """Continue reading at a position, or after an id; return False if the position is of another epoch.
 
         Then the oldest message is next. Raises TypeError or ValueError if it is neither.
         """
         epoch, after = parse_position(position)
-        known = self.keep(self.reader(topic)).seek(after, epoch)
+        known = self.keep(self.reader(names(topic))).seek(after, epoch, back)
         if not known:
             _logger.warning("topic %r: the position is of another epoch, whose messages are lost", topic)
         return known
@@ -184,6 +195,27 @@ class Session:
         read."""
         take_back(self.returned)
         return self._missed_before + sum(reader.missed for reader in list(self._readers.values()))
+
+    def missed_in(self, topic: str | Sequence[str]) -> int:
+        """The part of `missed` of one topic, or of one reader of several."""
+        take_back(self.returned)
+        key, readers = names(topic), list(self._readers.values())
+        missed = sum(reader.missed for reader in readers if reader.key == key)
+        return missed + sum(reader.missed_in(key) for reader in readers if isinstance(key, str))
+
+    def selected(self, reply: Reply) -> tuple[list[Entry], int]:
+        """Return the messages in the reply to MREAD, and its position. Raises the server's error, or ProtocolError."""
+        if not isinstance(reply, list) or len(reply) % 6 != 1 or not isinstance(reply[0], int):
+            check(reply)
+            raise ProtocolError("the reply to MREAD does not hold messages")
+        values = reply[1:]
+        topics = values[::6]
+        del values[::6]
+        found = [
+            entry._replace(topic=as_text(topic), topic_number=entry.number)
+            for topic, entry in zip(topics, self.entries(values), strict=True)
+        ]
+        return found, reply[0]
 
     def entries(self, reply: Reply) -> list[Entry]:
         """Return the messages in the reply to READ. Raises the server's error, or ProtocolError."""
@@ -217,7 +249,8 @@ class Session:
     def message(self, reader: TopicReader, entry: Entry) -> Message:
         """Return a message in the form that users get."""
         age = boot_time() - entry.put_at
-        return Message(reader.topic, entry.id, entry.number, time.time() - age, entry.body)
+        topic, number = (entry.topic, entry.topic_number) if entry.topic else (reader.topic, entry.number)
+        return Message(topic, entry.id, number, time.time() - age, entry.body)
 
 
 def parse_position(position: str | int) -> tuple[str, int]:
@@ -241,7 +274,7 @@ def text(reader: TopicReader, entry: Entry) -> str:
     try:
         return entry.body.decode()
     except UnicodeDecodeError:
-        raise not_text(reader.topic) from None
+        raise not_text(entry.topic or reader.topic) from None
 
 
 def body(_: TopicReader, entry: Entry) -> bytes:

@@ -18,6 +18,23 @@ class Entry(NamedTuple):
     expires: float
     body: bytes
     put_at: float = 0.0
+    topic: str = ""
+    """Its topic, if several are read together. Then `number` counts over all of them, including what has expired."""
+    topic_number: int = 0
+    """The number in the topic, if several are read together."""
+
+
+class Count(NamedTuple):
+    """A topic's last number, -1 if unknown, and how many of its messages expired unread, if several topics are read."""
+
+    number: int
+    missed: int
+    expires: float
+
+
+Counts: TypeAlias = dict[str, Count]
+# Topics without messages that can still be read are dropped if there are more.
+_MAX_COUNTS = 1000
 
 
 class Era:
@@ -42,8 +59,9 @@ class Stretch:
     """A range of ids to read, and the messages in it that were read ahead."""
 
     __slots__ = (
-        *("era", "id", "number", "missed", "ahead", "gaps", "fresh_until", "is_lost"),
+        *("era", "id", "number", "missed", "ahead", "gaps", "last_read", "fresh_until", "is_lost"),
         *("end", "known", "generation", "ask", "sought", "rest", "next", "positions"),
+        *("back", "scanned", "counts", "known_counts"),
     )
 
     def __init__(  # noqa: PLR0913, PLR0917 - they make up the state
@@ -60,10 +78,10 @@ class Stretch:
         self.end = math.inf
         # The number of messages that expired unread before this range.
         self.missed = missed
-        # The messages read ahead, and how many expired unread before and between them. Until `fresh_until`, they may be
-        # returned without being read again; if the server has lost them, at any time.
+        # The messages read ahead, how many expired unread before and between them, and the last id. Until
+        # `fresh_until`, they may be returned without being read again; if the server has lost them, at any time.
         self.ahead, self.fresh_until = ahead, fresh_until
-        self.gaps = missing_numbers(number, ahead) if ahead else 0
+        self.gaps, self.last_read = (missing_numbers(number, ahead), ahead[-1].id) if ahead else (0, last_id)
         self.is_lost = fresh_until == math.inf
         # Id and number of the newest message known to exist in the range. If it expires unread, its number shows how
         # many were missed.
@@ -74,11 +92,19 @@ class Stretch:
         # Whether the server may have lost the message with `number`. If so, ask it where its numbering continues.
         self.ask = False
         # Epoch and id passed to `seek`, if the server is not known to have had that epoch. Dropped at the next read.
-        self.sought: tuple[str, int] | None = None
+        self.sought: tuple[str, int] | None
         # The last positions in earlier epochs: epoch, run, id and number. A client with several servers may return.
         self.positions: tuple[tuple[str, bytes, int, int | None], ...] = ()
+        # Where the range begins, if only the server knows that: the last `n` messages, or those put since a time.
+        self.back: Back | None
+        # The id up to which the server has found no other message than those read ahead, if several topics are read.
+        self.scanned = 0
+        # In that case, each topic's count as of `id`, and as of `known`.
+        self.counts: Counts | None
+        self.known_counts: Counts | None
         # The stretch after `end`, if `end` is finite.
-        self.rest: Stretch | None = None
+        self.rest: Stretch | None
+        self.sought = self.back = self.counts = self.known_counts = self.rest = None
         # The step to the next state, by the number of messages that had been taken from the read-ahead.
         self.next: dict[int, Step] = {}
 
@@ -96,12 +122,79 @@ class Stretch:
     def rest_from(self, at: int, ahead: Sequence[Entry] = (), fresh_until: float = 0.0) -> Stretch:
         """Return the rest of this stretch, with another read-ahead."""
         last_id, number, missed = self.taken(at)
+        if self.scanned and at == len(self.ahead):
+            last_id = max(last_id, self.scanned)
         after = Stretch(self.era, last_id, number, missed, ahead, fresh_until)
         after.end, after.generation, after.rest = self.end, self.generation, self.rest
         after.known = self.known if at == len(self.ahead) else max(self.known, self.ahead[-1][:2])
         after.ask = self.ask and not at
-        after.positions = self.positions
+        after.positions, after.back = self.positions, self.back
+        if self.counts is not None:
+            after.counts = self.counts_at(at)
+            after.known_counts = self.known_counts if after.known == self.known else self.counts_at(len(self.ahead))
         return after
+
+    def counts_at(self, at: int) -> Counts | None:
+        """Return the counts of topics after `at` of the read-ahead have been taken."""
+        if self.counts is None or not at:
+            return self.counts
+        counts, last = self.counts.copy(), self.number
+        for entry in self.ahead[:at]:
+            missed = 0 if last is None else entry.number - last - 1
+            before = counts.get(entry.topic)
+            counts[entry.topic] = Count(entry.topic_number, (before.missed if before else 0) + missed, entry.expires)
+            last = entry.number
+        if len(counts) > _MAX_COUNTS:
+            now = self.ahead[at - 1].put_at
+            counts = {topic: count for topic, count in counts.items() if count.expires > now}
+        return counts
+
+    def counts_before(self, at: int, ahead: Sequence[Entry], after: Counts | None, now: Counts | None) -> Counts | None:
+        """Return the counts before messages that were taken and are given back, of which none is missed before the
+        first. `after` and `now`: the counts after them, and now.
+        """
+        counts = self.counts_at(at)
+        if counts is None or after is None or now is None:
+            return None
+        found = {entry.topic: Count(entry.topic_number - 1, 0, entry.expires) for entry in reversed(ahead)} | counts
+        for topic in found.keys() & after.keys() & now.keys():
+            before = found[topic]
+            found[topic] = before._replace(missed=now[topic].missed - after[topic].missed + before.missed)
+        return found
+
+    def unread(self, found: list[Entry]) -> list[Entry]:
+        """Return the messages in a reply that belong to this stretch and follow the read-ahead."""
+        if not self.last_read < found[0].id <= found[-1].id <= self.end:
+            found = [entry for entry in found if self.last_read < entry.id <= self.end]
+        return found if self.counts is None else self.numbered(found)
+
+    def skipped(self, at: int, found: Sequence[Entry]) -> Counts | None:
+        """Return the counts after the newest messages of several topics have been taken, which skip older ones."""
+        counts = self.counts_at(at)
+        if counts is None:
+            return None
+        new = {
+            entry.topic: Count(
+                entry.topic_number, counts[entry.topic].missed if entry.topic in counts else 0, entry.expires
+            )
+            for entry in found
+        }
+        return counts | new
+
+    def numbered(self, found: Sequence[Entry]) -> list[Entry]:
+        """Return messages of several topics that follow the read-ahead, numbered as if they were of one topic."""
+        counts = self.counts_at(len(self.ahead)) or {}
+        numbers: dict[str, int] = {}
+        number = (self.ahead[-1].number if self.ahead else self.number) or 0
+        entries = []
+        for entry in found:
+            topic, this = entry.topic, entry.topic_number
+            last = numbers.get(topic, counts[topic].number if topic in counts else -1)
+            # If the server has forgotten the topic's numbering, it starts again with 1.
+            number += 1 if last < 0 else this - last if last < this else this
+            numbers[topic] = this
+            entries.append(entry._replace(number=number))
+        return entries
 
     def remaining(self, at: int) -> Stretch:
         """Return the rest of this stretch, with the rest of its read-ahead."""
@@ -112,12 +205,11 @@ class Stretch:
         assert self.rest is not None  # noqa: S101 - for type checkers
         after = self.rest.remaining(0)
         after.missed = self.taken(at)[2]
+        if self.counts is not None:
+            counts = without_numbers(self.counts_at(at)) if self.is_lost else self._counts_if_lost(at)
+            after.counts = _add_missed(after.counts or {}, counts or {})
+            after.missed += self.lost(at)
         return after
-
-    @property
-    def last_read(self) -> int:
-        """The last id that has been read ahead."""
-        return self.ahead[-1].id if self.ahead else self.id
 
     def continues(self, before: Stretch, behind: int) -> bool:
         """Return whether the reply to a request from an earlier state, for messages after an id, is still useful."""
@@ -128,26 +220,59 @@ class Stretch:
     def lost(self, at: int) -> int:
         """Return how many messages have expired unread if the server has none left in this stretch."""
         last_id, number, _ = self.taken(at)
+        if self.counts is not None:
+            known = sum(count.missed for count in self._counts_if_lost(at).values())
+            return known - sum(count.missed for count in (self.counts_at(at) or {}).values())
         if number is None or self.known[0] <= last_id:
             return 0
         return max(0, self.known[1] - number)
+
+    def _counts_if_lost(self, at: int) -> Counts:
+        """Return the counts if the messages up to the known ones have expired unread."""
+        counts = self.counts_at(at) or {}
+        found = counts.copy()
+        for topic, count in (self.known_counts or {}).items():
+            before = counts.get(topic)
+            # Nothing is missed before the first message that was taken.
+            if before and 0 <= before.number < count.number:
+                found[topic] = count._replace(missed=before.missed + count.number - before.number)
+        return found
 
     def exhausted(self, at: int) -> Stretch | None:
         """Return the next state if the server has no messages left in this stretch; None if that changes nothing."""
         if self.rest:
             after = self.next_stretch(at)
+            if after.counts is not None:
+                return after
         elif self.known[0] > self.last_read:
             after = self.rest_from(at)
             after.number = self.known[1]
             after.generation = self.generation[0], self.generation[1] + 1
+            if after.counts is not None:
+                after.counts = self._counts_if_lost(at)
         else:
             return None
         after.missed += self.lost(at)
         return after
 
 
+Back: TypeAlias = tuple[bytes, float]
+"""LAST and a number of messages, or SINCE and a time on the clock `boot_time`."""
 Step: TypeAlias = "tuple[int] | Stretch"
 """The step from a state to the next: the number of messages taken from its read-ahead, or another state."""
+
+
+def _add_missed(later: Counts, counts: Counts) -> Counts:
+    """Return later counts, with the numbers of missed messages as they are now known to be."""
+    found = later | counts
+    for topic in later.keys() & counts.keys():
+        found[topic] = later[topic]._replace(missed=counts[topic].missed)
+    return found
+
+
+def without_numbers(counts: Counts | None) -> Counts | None:
+    """Return counts that continue from the next message of each topic, whatever its number is."""
+    return counts and {topic: count._replace(number=-1) for topic, count in counts.items()}
 
 
 def insert(stretch: Stretch, other: Stretch) -> Stretch:
@@ -194,8 +319,12 @@ def in_next_era(stretch: Stretch, at: int) -> Stretch:
     if era.epoch != stretch.era.epoch:
         others = [position for position in positions if position[0] != stretch.era.epoch]
         positions = (*others, (stretch.era.epoch, stretch.era.run, *here))[-_MAX_POSITIONS:]
+    counts = without_numbers(stretch.counts_at(at))
     for one, rest in zip(parts, [*parts[1:], None], strict=True):
         one.rest, one.generation, one.positions = rest, stretch.generation, positions
+        one.counts = counts
+        one.ask = one.ask and counts is None
+    parts[-1].back = stretch.back
     parts[0].missed = stretch.taken(at)[2]
     return parts[0]
 

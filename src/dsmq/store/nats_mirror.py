@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import secrets
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dsmq.errors import StartupError
 from dsmq.logs import event
-from dsmq.store.api import Mirrored, TopicStats, Totals
+from dsmq.store.api import Message, Mirrored, TopicStats, Totals
 from dsmq.store.nats_connection import NATSConnection, Received, encode_publish
 from dsmq.store.nats_stream import (
     NO_RESPONDERS,
@@ -175,6 +177,8 @@ class Mirror:
             self._restart()
         if not self.ready and not self.store.last_id():
             self._facts = sorted(await self._stream.read_facts(), key=lambda part: part[0])
+            if state.kept_ms < math.inf:
+                self.store.limit_memory(round(state.kept_ms))
         # A new name each time: a request that seems to have failed may have created its consumer.
         name = f"{self._name}-{next(self._names)}"
         deliver_to = f"_INBOX.{name}"
@@ -411,6 +415,12 @@ class MirroredStore:
 
     def last_number(self, topic: bytes) -> int:
         return self.mirror.store.last_number(topic)
+
+    def peek(self, topic: bytes, below: int = sys.maxsize) -> Message | None:
+        return self.mirror.store.peek(topic, below)
+
+    def topic_names(self) -> list[bytes]:
+        return self.mirror.store.topic_names()
 
     def largest_topics(self, count: int) -> list[bytes]:
         return self.mirror.store.largest_topics(count)
