@@ -57,11 +57,11 @@ class PendingMany(PendingRead):
         if self.newest:
             newest = {message.topic: message for message in (*self.newest, *messages)}
             messages = sorted(newest.values(), key=attrgetter("id"))
-        if found.is_complete or (messages and not self.is_latest):
+        if messages and (found.is_complete or not self.is_latest):
             # `after` stays, because the reply may have to wait for memory: then they are fetched again.
             return messages
         self.after, self.newest = self.position, messages
-        return None
+        return messages if found.is_complete else None
 
     def wait(self, waiters: Waiters, connection: Connection) -> None:
         waiters.add(self.selection.names, self.selection.patterns, connection)
