@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 from dsmq.errors import Full, ReplyError
 from dsmq.store.api import (
@@ -72,7 +73,7 @@ class SQLiteStore(SelectionReads, Removals, LocalStore):
         self._retry_at = 0
         self._limits = LimitChecker(self._topics, self._sizes)
         self._begin_removals()
-        self._deduplicator = Deduplicator()
+        self._deduplicator, self._matches = Deduplicator(), WeakKeyDictionary()
 
     # Puts
 
