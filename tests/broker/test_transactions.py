@@ -156,7 +156,7 @@ def test_transaction_size_is_limited(server: Server, wire: Wire, count: int, siz
     assert wire.call("PUT", "t", body) == "QUEUED"
     assert memory.total == 0
     assert wire.error("EXEC") == "EXECABORT"
-    assert server.status.totals().stored == count
+    wait_until(lambda: server.status.totals().stored == count)
 
 
 @pytest.mark.embedded("a limit on messages holds about right")

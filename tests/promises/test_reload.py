@@ -85,6 +85,13 @@ def max_waiting_readers(server: Server, wire: Wire, value: int) -> bool:
         return other.call("GETWAIT", "t", 1) is None
 
 
+def max_waiting_patterns(server: Server, wire: Wire, value: int) -> bool:
+    with wire_to(server) as other:
+        wire.send(encode_request(*b"MREAD 0 WAIT 60000 TOPICS t*".split()))
+        wait_until(lambda: server.status.waiting() == 1)
+        return other.call("MREAD", 0, "WAIT", 1, "TOPICS", "t*") == [0]
+
+
 def max_connections_per_address(server: Server, wire: Wire, value: int) -> bool:
     with wire_to(server) as other:
         other.send(encode_request(b"PING"))
@@ -133,6 +140,7 @@ LIMITS: dict[str, tuple[Any, Any, Callable[[Server, Wire, Any], bool]]] = {
     "max_stored_bytes": (100_000, 2000, max_stored_bytes),
     "max_stored_bytes_per_topic": (100_000, 2000, max_stored_bytes),
     "max_waiting_readers": (10, 1, max_waiting_readers),
+    "max_waiting_patterns": (10, 1, max_waiting_patterns),
     "max_connections_per_address": (10, 1, max_connections_per_address),
     "max_unauthenticated_connections": (10, 1, max_unauthenticated_connections),
     "max_unread_reply_bytes": (65_536, 1024, max_unread_reply_bytes),

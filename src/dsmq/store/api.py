@@ -7,10 +7,12 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from threading import Thread
-from typing import NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from dsmq.errors import BadRequest, ReplyError
-from dsmq.store.selection import Selection
+
+if TYPE_CHECKING:
+    from dsmq.store.selection import Selection
 
 # Added to the body of each message, and to the name of each topic with messages, for the limits on bytes.
 MESSAGE_OVERHEAD_BYTES, TOPIC_OVERHEAD_BYTES = 100, 500

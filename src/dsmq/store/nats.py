@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -25,14 +24,14 @@ from typing import TYPE_CHECKING, TypeVar
 
 from dsmq import threads
 from dsmq.errors import ReplyError, StartupError, StoreFailed, TooBig
-from dsmq.store.api import Answer, EngineStats, Found, Limits, ManyTopics, Message, Outcome, Put, Timing
+from dsmq.store.api import Answer, EngineStats, Limits, Outcome, Put, Timing
 from dsmq.store.nats_connection import Credentials, NATSConnection, Server
 from dsmq.store.nats_index import ReadIndex
-from dsmq.store.nats_mirror import Mirror, MirroredStore
+from dsmq.store.nats_mirror import Mirror
 from dsmq.store.nats_puts import Publisher
+from dsmq.store.nats_reads import FreshReads
 from dsmq.store.nats_requests import Requests
 from dsmq.store.nats_stream import HEADER_BYTES, EngineError, Stream
-from dsmq.store.selection import Selection
 from dsmq.store.sqlite import MirrorStore
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ T = TypeVar("T")
 _logger = logging.getLogger(__name__)
 
 
-class NATSStore(MirroredStore):
+class NATSStore(FreshReads):
     """A store in a stream of NATS JetStream. Thread-safe; its event loop runs in a thread of its own."""
 
     is_shared = True
@@ -252,48 +251,7 @@ class NATSStore(MirroredStore):
         self._post(partial(self.publisher.put, new, published, together=together))
         return answer
 
-    # Reads
-
-    def read(self, topic: bytes, after: int, count: int, max_bytes: int, wait_ms: int = 0) -> Answer[list[Message]]:
-        store = self.mirror.store
-        if after <= store.last_id() and ((found := store.read(topic, after, count, max_bytes)) or wait_ms):
-            return found
-        return self._when_fresh(after, lambda store: store.read(topic, after, count, max_bytes))
-
-    def latest(self, topic: bytes, after: int, below: int = sys.maxsize) -> Answer[list[Message]]:
-        return self._when_fresh(after, lambda store: store.latest(topic, after, below))
-
-    def read_many(self, wanted: ManyTopics, wait_ms: int = 0) -> Answer[Found]:
-        store = self.mirror.store
-        if not wanted.latest and wanted.after <= store.last_id():
-            found = store.read_many(wanted)
-            if found.messages or wait_ms or not found.is_complete:
-                return found
-        return self._when_fresh(wanted.after, lambda store: store.read_many(wanted))
-
-    def go_back(self, selection: Selection, count: int, below: int = sys.maxsize) -> Answer[tuple[int, int]]:
-        if below < sys.maxsize:
-            return self.mirror.store.go_back(selection, count, below)
-        return self._when_fresh(0, lambda store: store.go_back(selection, count))
-
-    def check_id(self, after: int) -> None:
-        """Do nothing: an id from another server may be later than the mirror's last one, so reads check it."""
-
-    def _when_fresh(self, after: int, read: Callable[[MirrorStore], T]) -> Future[T]:
-        """Read once the mirror has everything that the engine has now."""
-        answer: Future[T] = Future()
-
-        def finish(error: Exception | None) -> None:
-            try:
-                if error is not None:
-                    raise error
-                self.mirror.store.check_id(after)
-                answer.set_result(read(self.mirror.store))
-            except Exception as failed:  # noqa: BLE001 - the reader gets it
-                answer.set_exception(failed)
-
-        self._post(lambda: self._index.add(finish))
-        return answer
+    # The start of clients
 
     def start_id(self) -> Future[int]:
         answer: Future[int] = Future()
