@@ -213,20 +213,23 @@ class ReplyParser(Input):
         tokens = data.split(CRLF)
         # The last token is incomplete, or was not split.
         last = len(tokens) - 1
-        token = 0
-        while token < last and len(values) < count:
+        token, left = 0, count - len(values)
+        while token < last and left:
             line = tokens[token]
-            if line[:1] == b":":
-                digits = line[1:]
-                if not digits.isdigit() or len(digits) > 19 or (digits[0] == _ZERO and len(digits) > 1):
+            # Comparing is faster than looking at single bytes: these begin with 1 to 9.
+            if b":1" <= line < b"::":
+                if not (digits := line[1:]).isdigit() or len(digits) > 19:
                     break
                 values.append(int(digits))
-                token += 1
+            elif line == b":0":
+                values.append(0)
             elif short_length(line) == len(tokens[token + 1]) and token + 1 < last:
-                values.append(tokens[token + 1])
-                token += 2
+                token += 1
+                values.append(tokens[token])
             else:
                 break
+            token += 1
+            left -= 1
         self._at += len(data) - len(CRLF.join(tokens[token:]))
 
 
