@@ -21,6 +21,8 @@ from dsmq.client import connect
 from dsmq.errors import ServerFailed, ShuttingDown, StartupError
 from dsmq.server import Server
 from dsmq.wire.resp import encode_request
+from engine import engine
+from helpers import HOST
 
 
 def send_for_ever(sock: socket.socket, data: bytes) -> None:
@@ -190,6 +192,27 @@ def test_stop_answers_waiting_readers_then_closes(server: Server) -> None:
     with pytest.raises(ConnectionRefusedError):
         connect(port=port, retry=False)
     assert server.stop() == []
+
+
+def test_stop_with_a_shared_store_answers_waiting_readers_then_closes(tmp_path: Path) -> None:
+    with engine(tmp_path, 1) as running, ExitStack() as stack:
+        settings = config.load(
+            kind=config.EmbeddedSettings,
+            port=0,
+            store=f"nats://{HOST}:{running.nodes[0].port}",
+            store_replicas=1,
+        )
+        server = stack.enter_context(Server(settings))
+        waiter, noticed, half = [stack.enter_context(wire_to(server)) for _ in range(3)]
+        noticed.ask_for_notices()
+        for wire in (waiter, noticed):
+            wire.send(encode_request(b"READ", b"t", b"0", b"WAIT", b"60000"))
+        half.send(b"*3\r\n$3\r\nPUT")
+        wait_until(lambda: server.status.waiting() == 2 and server.status.counters().bytes_in > 100)
+        assert server.stop() == []
+        assert (waiter.receive(), noticed.receive()) == ([], [])
+        assert [wire.receive().code for wire in (noticed, half)] == ["CLOSING"] * 2  # type: ignore[union-attr]
+        assert waiter.ended()
 
 
 def test_stop_reports_threads_that_survive(caplog: pytest.LogCaptureFixture) -> None:

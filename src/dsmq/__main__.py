@@ -52,9 +52,9 @@ def _command(words: list[str]) -> int:
     from dsmq.cli import parser
 
     if "_ARGCOMPLETE" in os.environ:
-        from dsmq.cli import completion
+        from dsmq.cli import completion, main
 
-        completion.complete()
+        completion.complete(main.connect_to)
     options = parser.parse(words)
     if run := _COMMANDS.get(options.command):
         run(options)

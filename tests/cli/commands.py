@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -104,11 +103,6 @@ def assert_one_line(done: tuple[int, bytes, bytes], status: int, expected: str) 
     assert text.endswith("\n"), text
     assert expected in text
     assert (returned, out) == (status, b"")
-
-
-def unused_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
 
 
 NASTY = "\x1b[2J\x9b\x7f\r\n\t\u202e\u2028"

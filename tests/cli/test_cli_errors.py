@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import trustme
-from commands import address, assert_one_line, ended, mq, result, server, started, topic, unused_port
+from commands import address, assert_one_line, ended, mq, result, server, started, topic
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
     Encoding,
@@ -24,6 +24,7 @@ from conftest import SOON, Daemon, daemon, run_dsmq, without_privileges
 from dsmq.__main__ import main
 from dsmq.client import DSMQClientSideConnection
 from dsmq.settings import SUBJECTS
+from helpers import refusing_address
 
 # Fixtures.
 __all__ = ["address", "mq", "server", "topic"]
@@ -355,8 +356,8 @@ def test_too_long_certificate_file_is_reported(option: str, pem: Path, tmp_path:
 
 @pytest.mark.parametrize("command", ["put t x", "put t", "get t", "get t --follow", "topics", "ping", "stats", "stop"])
 def test_missing_server_is_reported(command: str) -> None:
-    port = unused_port()
-    done = result(*command.split(), "--port", str(port), stdin=b"x\n")
+    with refusing_address() as (_, port):
+        done = result(*command.split(), "--port", str(port), stdin=b"x\n")
     assert_one_line(done, 1, f"no server answers at 127.0.0.1:{port}: start one with `dsmq serve`")
 
 

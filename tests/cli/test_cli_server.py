@@ -17,11 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from commands import NASTY, address, assert_one_line, mq, on_terminal, result, server, started, topic, unused_port
+from commands import NASTY, address, assert_one_line, mq, on_terminal, result, server, started, topic
 
 from conftest import SOON, UNIT, Daemon, daemon, wait_until
 from dsmq import aio
 from dsmq.client import DSMQClientSideConnection
+from helpers import refusing_address
 
 # Fixtures.
 __all__ = ["address", "mq", "server", "topic"]
@@ -191,7 +192,8 @@ def test_watch_ends_with_one_line_when_the_server_stops(topic: str) -> None:
         assert process.wait(SOON) in (0, 1)
         assert process.stderr is not None
         assert process.stderr.read().count(b"\n") <= 1
-    status, shown = on_terminal("watch", "--port", str(unused_port()))
+    with refusing_address() as (_, port):
+        status, shown = on_terminal("watch", "--port", str(port))
     assert status == 1
     assert "no server answers" in shown
 
@@ -220,7 +222,8 @@ def test_commands_options_and_topics_are_completed(topic: str, mq: DSMQClientSid
     assert completed("dsmq st") == ["stats", "stop"]
     assert completed("dsmq get x --las") == ["--last"]
     assert completed(f"dsmq get {topic}/") == [topic + "/a", topic + "/b"]
-    assert completed(f"dsmq get --port {unused_port()} {topic}/") == [""]
+    with refusing_address() as (_, port):
+        assert completed(f"dsmq get --port {port} {topic}/") == [""]
     assert completed("dsmq completion ") == ["--help", "bash", "zsh", "fish"]
 
 

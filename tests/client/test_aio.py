@@ -435,7 +435,7 @@ class CancelledAt:
 def test_read_cancelled_anywhere_loses_nothing(server: Server, verb: str, behind: bool) -> None:
     async def scenario(mq: AsyncClient) -> None:
         async def next_message() -> str:
-            return await anext(mq.messages("t", timeout=SOON))
+            return await anext(mq.messages("t", timeout=SOON, text=True))
 
         verbs: dict[str, Callable[[], Coroutine[Any, Any, Any]]] = {
             "get": lambda: mq.get("t"),
@@ -515,7 +515,7 @@ def test_asyncio_read_interrupted_at_any_line_loses_nothing(server: Server, verb
             "get_wait": lambda: mq.get_wait("t", timeout=SOON),
             "get_many": lambda: mq.get_many("t", 2),
             "read": lambda: mq.read("t", 2),
-            "messages": mq.messages("t", timeout=SOON).__anext__,
+            "messages": mq.messages("t", timeout=SOON, text=True).__anext__,
         }
         for line in itertools.count(1):
             sent = [f"{line} {number}" for number in range(4)]

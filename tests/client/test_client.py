@@ -319,7 +319,7 @@ def test_read_returns_ids_numbers_and_times(client: MakeClient) -> None:
 def test_messages_iterates_until_timeout(client: MakeClient) -> None:
     mq = client()
     mq.put_many("t", ["1", "2", ""])
-    assert list(mq.messages("t", timeout=UNIT)) == ["1", "2", ""]
+    assert list(mq.messages("t", timeout=UNIT, text=True)) == ["1", "2", ""]
     mq.put("t", "3")
     assert next(mq.messages("t", raw=True)) == b"3"
 
@@ -428,7 +428,7 @@ def test_threads_share_a_client_and_get_each_message_once(client: MakeClient) ->
     got: list[list[str]] = [[] for _ in range(6)]
 
     def read(into: list[str]) -> None:
-        into.extend(mq.messages("t", timeout=10 * UNIT))
+        into.extend(mq.messages("t", timeout=10 * UNIT, text=True))
 
     threads = [threading.Thread(target=read, args=(into,)) for into in got]
     for thread in threads:

@@ -96,11 +96,24 @@ def test_reads_are_retried(mq: DSMQClientSideConnection, lose_reply: Callable[..
     assert states == ["lost", "resumed"] * 4
 
 
+def test_read_of_several_topics_is_retried(
+    mq: DSMQClientSideConnection, lose_reply: Callable[..., None], states: list[str]
+) -> None:
+    mq.put_many("a", ["1", "2"])
+    mq.seek(["a", "b*"], last=2)
+    lose_reply()
+    assert [message.text for message in mq.read(["a", "b*"], 9)] == ["1", "2"]
+    mq.put("bb", "3")
+    lose_reply()
+    assert [message.text for message in mq.read(["a", "b*"], 9)] == ["3"]
+    assert states == ["lost", "resumed"] * 2
+
+
 def test_iterator_resumes(server: Server, mq: DSMQClientSideConnection) -> None:
     got: list[str] = []
 
     def read() -> None:
-        for message in mq.messages("t", timeout=SOON):
+        for message in mq.messages("t", timeout=SOON, text=True):
             got.append(message)
             if message == "9":
                 return

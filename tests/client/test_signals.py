@@ -83,7 +83,7 @@ VERBS: dict[str, Callable[[Client], list[str]]] = {
     "get_many": lambda mq: mq.get_many("t", 2),
     "read": lambda mq: [message.body.decode() for message in mq.read("t", 3)],
     "get_latest": lambda mq: [mq.get_latest("t")],
-    "messages": lambda mq: [next(mq.messages("t"))],
+    "messages": lambda mq: [next(mq.messages("t", text=True))],
 }
 
 

@@ -341,7 +341,7 @@ fork = os.fork if sys.argv[2] == "os.fork" else ctypes.PyDLL(None).fork
 with connect(port=int(sys.argv[1])) as mq, connect(port=int(sys.argv[1])) as writer:
     writer.put_many("t", ["1", "2", "3"])
     assert mq.get("t") == "1"
-    messages = mq.messages("t", timeout=30)
+    messages = mq.messages("t", timeout=30, text=True)
     reading, writing = os.pipe()
     children = []
     for number in range(4):

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from dsmq.broker.connection import Connection
 
 MAX_NAME_BYTES = 64
+# As a number it is found several times as fast.
+ASTERISK = ord("*")
 
 
 def parse_name(name: bytes) -> bytes:
@@ -22,10 +24,11 @@ def parse_name(name: bytes) -> bytes:
 
 
 def parse_topic(client: Connection, request: list[bytes]) -> bytes:
-    topic = check_topic(request[1], client.context.settings.max_topic_bytes)
-    if b"*" in topic:
+    topic, max_bytes = request[1], client.context.settings.max_topic_bytes
+    if ASTERISK in topic:
         raise BadRequest("a topic has no `*`: use MREAD to read topics by a pattern")
-    return topic
+    # For most topics this saves the call.
+    return topic if 0 < len(topic) <= max_bytes and topic.isascii() else check_topic(topic, max_bytes)
 
 
 def check_topic(topic: bytes, max_bytes: int) -> bytes:

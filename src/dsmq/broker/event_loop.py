@@ -211,7 +211,7 @@ class EventLoop:
             self._pulse_at = self.now + PULSE_SECONDS
         if self._timers.next_at <= self.now:
             self._timers.run(self.now)
-        if not self.waiters.is_idle:
+        if self.waiters.to_wake or self.waiters.unmatched:
             self.waiters.serve()
         if self.memory.is_short:
             self.memory.serve(self.now, MOST_SLICE_SECONDS)
@@ -265,7 +265,7 @@ class EventLoop:
         For a moment after the last one, poll without sleeping: waking a processor takes longer than most requests,
         above all in virtual machines.
         """
-        if self._to_run or not self.waiters.is_idle:
+        if self._to_run or self.waiters.to_wake or self.waiters.unmatched:
             return self._poller.wait(0)
         now = self._answered_at
         while self._poll_not_before <= now < self._poll_until:

@@ -126,17 +126,15 @@ def check_position(client: Connection, pending: PendingRead) -> None:
 
 def parse_read(client: Connection, request: list[bytes]) -> PendingRead:
     topic = parse_topic(client, request)
-    start = None
-    if request[2].isdigit():
-        after, options = parse_integer(request[2], "after"), request[3:]
-    else:
-        after, options = 0, request[4:]
-        start = parse_start(Selection([topic]), request[2:4])
-    count, max_bytes, wait_ms, epoch, is_latest = read_options(*options)
+    start = None if request[2].isdigit() else parse_start(Selection([topic]), request[2:4])
+    after = 0 if start else parse_integer(request[2], "after")
+    count, max_bytes, wait_ms, epoch, is_latest = read_options(*request[4 if start else 3 :])
     if client.transport.budget.total:
         max_bytes = min(max_bytes, SHORT_READ_BYTES)
-    count = 0 if is_latest else count
-    return PendingRead(topic, after, count, max_bytes, wait_ms, _encode_read, epoch, start=start)
+    pending = PendingRead(topic, after, 0 if is_latest else count, max_bytes, wait_ms, _encode_read, epoch)
+    if start:
+        pending.start = start
+    return pending
 
 
 def parse_start(selection: Selection, words: list[bytes]) -> Start:
@@ -267,11 +265,9 @@ class Reads:
             # A step of a transaction does not wait for messages.
             read.below, read.wait_ms = self.below, 0
         found = read.fetch(connection.context.store)
-        if not (read.wait_ms or read.below or connection.transport.budget.is_tight or isinstance(found, Future)):
-            messages = read.take(found)
-            if messages is not None:
-                return read.encode(connection, read, messages)
-            found = read.fetch(connection.context.store)
+        if type(found) is list and not (read.wait_ms or read.below or connection.transport.budget.is_tight):
+            # The shortest way, for READ and GET of a store that answers at once.
+            return read.encode(connection, read, found)
         self.pending = read
         reply = self._reply(read, found)
         if reply is None:

@@ -35,6 +35,7 @@ class Waiters:
         """Woken by a put, but not served yet, because they may be many."""
         self.by_topic: dict[bytes, dict[Connection, None]] = {}
         self.patterns = WaitingPatterns()
+        self.unmatched = self.patterns.unmatched
         self._loop = loop
         self._usage = usage
         self._slice_seconds = slice_seconds
@@ -64,11 +65,6 @@ class Waiters:
             for pattern in patterns:
                 self.patterns.remove(pattern, connection)
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether nothing has to be done but to wait."""
-        return not (self.to_wake or self.patterns.is_matching)
-
     def wake(self, topics: Iterable[bytes]) -> None:
         """Wake the connections that wait for messages in these topics. Thread-safe."""
         by_topic, patterns = self.by_topic, self.patterns
@@ -89,8 +85,8 @@ class Waiters:
     def serve(self) -> None:
         """Match topics, and answer woken connections, for a slice of the turn."""
         until = time.monotonic() + self._slice_seconds
-        while not self.is_idle:
-            if self.patterns.is_matching:
+        while self.to_wake or self.unmatched:
+            if self.unmatched:
                 self.to_wake.update(dict.fromkeys(self.patterns.match_some()))
             if self.to_wake:
                 connection = next(iter(self.to_wake))
@@ -123,8 +119,8 @@ class WaitingPatterns:
     def __init__(self) -> None:
         self.waiting = 0
         """How many connections wait, once for each of their patterns."""
-        self.unmatched: dict[bytes, None] = {}
-        """Topics of new messages that have to be matched."""
+        self.unmatched: dict[bytes, bool] = {}
+        """Topics of new messages that have to be matched; whether this has yet to begin."""
         self._clear({})
         self._matching: Iterator[Iterable[Connection]] | None = None
 
@@ -135,11 +131,6 @@ class WaitingPatterns:
         # For each topic: how many patterns there were when it was matched, and which of them it matches.
         self._known: dict[bytes, tuple[int, tuple[_Awaited, ...]]] = {}
         self._none: tuple[int, tuple[_Awaited, ...]] = (len(self._order), ())
-
-    @property
-    def is_matching(self) -> bool:
-        """Whether topics have to be matched."""
-        return self._matching is not None or bool(self.unmatched)
 
     def add(self, pattern: Pattern, connection: Connection) -> None:
         awaited = self._awaited.get(pattern.text)
@@ -168,9 +159,10 @@ class WaitingPatterns:
         seen, matching = self._known.get(topic, (-1, ()))
         newer = len(self._order) - seen
         if seen < 0 or newer > MAX_NEWER_PATTERNS:
-            self.unmatched[topic] = None
+            self.unmatched[topic] = True
             if len(self.unmatched) > MAX_UNMATCHED_TOPICS:
                 self.unmatched.clear()
+                self._matching = None
                 return [connection for one in self._order for connection in one.connections]
             return ()
         if newer:
@@ -181,7 +173,6 @@ class WaitingPatterns:
     def match_some(self) -> Iterable[Connection]:
         """Match a topic with one more pattern; return the connections to wake."""
         if self._matching is None:
-            # Taken out first, because there may be another put into it meanwhile.
             self._matching = self._match(next(iter(self.unmatched)))
         for connections in self._matching:
             return connections
@@ -189,7 +180,7 @@ class WaitingPatterns:
         return ()
 
     def _match(self, topic: bytes) -> Iterator[Iterable[Connection]]:
-        del self.unmatched[topic]
+        self.unmatched[topic] = False
         order, seen, found = self._order, len(self._order), []
         for pattern in self._index.candidates(topic):
             awaited = self._awaited.get(pattern.text) if pattern.matches(topic) else None
@@ -200,6 +191,9 @@ class WaitingPatterns:
                 yield tuple(awaited.connections)
         if order is self._order:
             self._remember(topic, seen, tuple(found))
+        if not self.unmatched[topic]:
+            # Otherwise there was another put into it meanwhile.
+            del self.unmatched[topic]
 
     def _remember(self, topic: bytes, seen: int, matching: tuple[_Awaited, ...]) -> None:
         if len(self._known) >= MAX_KNOWN_TOPICS:

@@ -144,7 +144,7 @@ class TopicReader:
         """Return what to request next."""
         stretch, at = self._current()
         # The server may refuse an id of another epoch. The reply is not used.
-        after = 0 if stretch.is_lost else max(stretch.last_read, stretch.scanned)
+        after = 0 if stretch.is_lost else stretch.scanned or stretch.last_read
         # Don't wait if another call has read ahead.
         return stretch, after, at == len(stretch.ahead)
 
@@ -170,19 +170,21 @@ class TopicReader:
             if stretch.back is not None:
                 before = self._begin(stretch, at, found[0].id - 1 if found else scanned)
                 continue
-            new = stretch.unread(found)
-            if new and at == len(stretch.ahead):
+            new, is_taken = found and stretch.unread(found), at == len(stretch.ahead)
+            if new and is_taken:
                 after: Stretch | None = stretch.rest_from(at, new, boot_time() + FRESH_SECONDS)
             elif new:
                 after = stretch.rest_from(at, [*stretch.ahead[at:], *new], stretch.fresh_until)
             else:
                 # After an older reply, messages seen since may still exist.
-                after = stretch.exhausted(at) if stretch is before and at == len(stretch.ahead) else None
-            (after or stretch).mark_scanned(scanned if new or after is None else 0)
+                after = stretch.exhausted(at) if stretch is before and is_taken else None
+            if scanned and stretch.end == math.inf and (new or after is None):
+                # All messages up to this id are in the read-ahead.
+                (after or stretch).scanned = max((after or stretch).scanned, scanned)
             if after is None:
-                return bool(found) or at < len(stretch.ahead)
+                return bool(found) or not is_taken
             if self._move(stretch, at, after):
-                if self.count and at and at == len(stretch.ahead):
+                if self.count and at and is_taken:
                     # The last batch was read in time.
                     self.count = 0 if self.count > DEFAULT_COUNT / 2 else self.count * 2
                 missed = after.missed + after.gaps - stretch.missed - stretch.gaps if new else stretch.lost(at)

@@ -59,7 +59,7 @@ class Stretch:
     """A range of ids to read, and the messages in it that were read ahead."""
 
     __slots__ = (
-        *("era", "id", "number", "missed", "ahead", "gaps", "fresh_until", "is_lost"),
+        *("era", "id", "number", "missed", "ahead", "gaps", "last_read", "fresh_until", "is_lost"),
         *("end", "known", "generation", "ask", "sought", "rest", "next", "positions"),
         *("back", "scanned", "counts", "known_counts"),
     )
@@ -78,10 +78,10 @@ class Stretch:
         self.end = math.inf
         # The number of messages that expired unread before this range.
         self.missed = missed
-        # The messages read ahead, and how many expired unread before and between them. Until `fresh_until`, they may be
-        # returned without being read again; if the server has lost them, at any time.
+        # The messages read ahead, how many expired unread before and between them, and the last id. Until
+        # `fresh_until`, they may be returned without being read again; if the server has lost them, at any time.
         self.ahead, self.fresh_until = ahead, fresh_until
-        self.gaps = missing_numbers(number, ahead) if ahead else 0
+        self.gaps, self.last_read = (missing_numbers(number, ahead), ahead[-1].id) if ahead else (0, last_id)
         self.is_lost = fresh_until == math.inf
         # Id and number of the newest message known to exist in the range. If it expires unread, its number shows how
         # many were missed.
@@ -92,18 +92,19 @@ class Stretch:
         # Whether the server may have lost the message with `number`. If so, ask it where its numbering continues.
         self.ask = False
         # Epoch and id passed to `seek`, if the server is not known to have had that epoch. Dropped at the next read.
-        self.sought: tuple[str, int] | None = None
+        self.sought: tuple[str, int] | None
         # The last positions in earlier epochs: epoch, run, id and number. A client with several servers may return.
         self.positions: tuple[tuple[str, bytes, int, int | None], ...] = ()
         # Where the range begins, if only the server knows that: the last `n` messages, or those put since a time.
-        self.back: Back | None = None
+        self.back: Back | None
         # The id up to which the server has found no other message than those read ahead, if several topics are read.
         self.scanned = 0
         # In that case, each topic's count as of `id`, and as of `known`.
-        self.counts: Counts | None = None
-        self.known_counts: Counts | None = None
+        self.counts: Counts | None
+        self.known_counts: Counts | None
         # The stretch after `end`, if `end` is finite.
-        self.rest: Stretch | None = None
+        self.rest: Stretch | None
+        self.sought = self.back = self.counts = self.known_counts = self.rest = None
         # The step to the next state, by the number of messages that had been taken from the read-ahead.
         self.next: dict[int, Step] = {}
 
@@ -163,14 +164,9 @@ class Stretch:
 
     def unread(self, found: list[Entry]) -> list[Entry]:
         """Return the messages in a reply that belong to this stretch and follow the read-ahead."""
-        if found and not self.last_read < found[0].id <= found[-1].id <= self.end:
+        if not self.last_read < found[0].id <= found[-1].id <= self.end:
             found = [entry for entry in found if self.last_read < entry.id <= self.end]
-        return self.numbered(found) if found and self.counts is not None else found
-
-    def mark_scanned(self, message_id: int) -> None:
-        """Note that all messages up to an id are in the read-ahead, if this stretch has no end before it."""
-        if message_id > self.scanned and self.end == math.inf:
-            self.scanned = message_id
+        return found if self.counts is None else self.numbered(found)
 
     def skipped(self, at: int, found: Sequence[Entry]) -> Counts | None:
         """Return the counts after the newest messages of several topics have been taken, which skip older ones."""
@@ -214,11 +210,6 @@ class Stretch:
             after.counts = _add_missed(after.counts or {}, counts or {})
             after.missed += self.lost(at)
         return after
-
-    @property
-    def last_read(self) -> int:
-        """The last id that has been read ahead."""
-        return self.ahead[-1].id if self.ahead else self.id
 
     def continues(self, before: Stretch, behind: int) -> bool:
         """Return whether the reply to a request from an earlier state, for messages after an id, is still useful."""

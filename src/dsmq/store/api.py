@@ -74,6 +74,13 @@ Put: TypeAlias = tuple[bytes, bytes, tuple[bytes, int] | None]
 """Topic, body and, if the put is idempotent, its key: producer and sequence number."""
 
 
+class RetriedKey(NamedTuple):
+    """The key of a put that an earlier attempt, perhaps at another server, may have stored."""
+
+    producer: bytes
+    seq: int
+
+
 class Mirrored(NamedTuple):
     """A message of a log that a store mirrors."""
 

@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 from dsmq import threads
 from dsmq.errors import ReplyError, StartupError, StoreFailed, TooBig
-from dsmq.store.api import Answer, EngineStats, Limits, Outcome, Put, Timing
+from dsmq.store.api import Answer, EngineStats, Limits, Outcome, Put, RetriedKey, Timing
 from dsmq.store.nats_connection import Credentials, NATSConnection, Server
 from dsmq.store.nats_index import ReadIndex
+from dsmq.store.nats_leader import LeaderFollower
 from dsmq.store.nats_mirror import Mirror
 from dsmq.store.nats_puts import Publisher
 from dsmq.store.nats_reads import FreshReads
@@ -82,6 +83,7 @@ class NATSStore(FreshReads):
         self.mirror = Mirror(self.connection, self.stream, self._new_mirror)
         self.publisher = Publisher(self.requests, self.stream.topic_prefix)
         self._index = ReadIndex(self.mirror, self.connection, self.requests, self.stream)
+        self._leader = LeaderFollower(self.connection, self.stream)
 
     def _new_mirror(self) -> MirrorStore:
         return MirrorStore(self._max_age_ms, limits=self._limits)
@@ -145,6 +147,11 @@ class NATSStore(FreshReads):
         finally:
             self.publisher.close()
             self._ready.set()
+            # Those of the official client, if a connection of it was being replaced.
+            left = asyncio.all_tasks(self._loop)
+            for task in left:
+                task.cancel()
+            self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
             self._loop.close()
 
     async def _main(self) -> None:
@@ -154,7 +161,7 @@ class NATSStore(FreshReads):
             await self._connect()
             async with asyncio.TaskGroup() as tasks:
                 works = [self.publisher.run(), self._index.run(), self._index.watch(), self.mirror.run()]
-                for work in (*works, self._watch_connection()):
+                for work in (*works, self._leader.run(), self._watch_connection()):
                     self._work.append(tasks.create_task(work))
                 if self._is_closing:
                     raise asyncio.CancelledError
@@ -180,6 +187,10 @@ class NATSStore(FreshReads):
                 raise StartupError(f"the NATS servers refuse the connection: {refusal}")
             await asyncio.sleep(0.05)
         await self.stream.connect(self._servers, self._credentials, self._tls)
+        # Before the mirror has a consumer, which would be interrupted. There is no leader if there is no stream yet.
+        with suppress(EngineError):
+            await self.stream.last_id()
+            await self._leader.follow()
 
     async def _watch_connection(self) -> None:
         """Send clients to other servers when the connection is lost."""
@@ -238,18 +249,34 @@ class NATSStore(FreshReads):
                 raise TooBig(f"the engine accepts at most {self.max_message_bytes} bytes (max_payload)")
         known = self.mirror.store.check(puts)
         new = [put for put, message_id in zip(puts, known, strict=True) if message_id is None]
-        answer: Future[list[Outcome]] = Future()
         if len(new) < len(puts):
             self._post(partial(self.publisher.count_repeated, len(puts) - len(new)))
         if not new:
             return [message_id for message_id in known if message_id is not None]
-        if len(new) == len(puts):
-            self._post(partial(self.publisher.put, puts, answer, together=together))
-            return answer
-        published: Future[list[Outcome]] = Future()
-        published.add_done_callback(partial(_merge, known, answer))
+        answer: Future[list[Outcome]] = Future()
+        published = answer
+        if len(new) < len(puts):
+            published = Future()
+            published.add_done_callback(partial(_merge, known, answer))
+        if any(isinstance(key, RetriedKey) for _, _, key in new):
+            merged, published = published, Future()
+            published.add_done_callback(partial(self._find_first, new, merged))
         self._post(partial(self.publisher.put, new, published, together=together))
         return answer
+
+    def _find_first(self, puts: Sequence[Put], answer: Future[list[Outcome]], published: Future[list[Outcome]]) -> None:
+        """Answer with the outcomes of retried puts: the engine forgets ids sooner than the mirrors do."""
+        if (error := published.exception()) is not None:
+            answer.set_exception(error)
+            return
+        outcomes = published.result()
+
+        def finish(_: Exception | None) -> None:
+            known = self.mirror.store.find(puts)
+            answer.set_result([first or outcome for first, outcome in zip(known, outcomes, strict=True)])
+
+        # The mirror may lack the first of two copies until then.
+        self._index.add(finish)
 
     # The start of clients
 

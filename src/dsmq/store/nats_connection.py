@@ -15,6 +15,7 @@ import random
 import ssl
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -121,7 +122,9 @@ class NATSConnection:
     def __init__(
         self, servers: Sequence[Server], credentials: Credentials, tls: ssl.SSLContext | None, name: str
     ) -> None:
+        self._all = servers
         self._servers = itertools.cycle(random.sample(servers, len(servers)))
+        self._next: Server | None = None
         self._credentials, self._tls, self._name = credentials, tls, name
         self._listeners: dict[bytes, tuple[bytes, Listener]] = {}
         self._numbers = itertools.count(1)
@@ -179,6 +182,24 @@ class NATSConnection:
         if self._transport is not None:
             self._transport.abort()
 
+    def move(self, server: Server) -> None:
+        """Go to this server. Requests under way remain unanswered, as if the connection had broken."""
+        self._next = server
+        self.leave()
+
+    async def find(self, name: str) -> Server | None:
+        """Return the server with this name, if it responds."""
+        for server in self._all:
+            with suppress(OSError, TimeoutError, ValueError):
+                async with asyncio.timeout(CONNECT_SECONDS):
+                    transport, sock = await asyncio.get_running_loop().create_connection(_Socket, *server)
+                    try:
+                        if _parse_info(await sock.line()).get("server_name") == name:
+                            return server
+                    finally:
+                        transport.abort()
+        return None
+
     def subscribe(self, subject: bytes, listener: Listener) -> bytes:
         """Pass messages for a subject to the listener; return the number of the subscription."""
         number = b"%d" % next(self._numbers)
@@ -195,7 +216,7 @@ class NATSConnection:
         delay = _FIRST_DELAY_SECONDS
         while True:
             transport: asyncio.Transport | None = None
-            server = next(self._servers)
+            server, self._next = self._next or next(self._servers), None
             try:
                 async with asyncio.timeout(CONNECT_SECONDS):
                     transport, sock = await self._connect(server)
@@ -222,13 +243,13 @@ class NATSConnection:
         # The timeouts of asyncio have no message.
         self.error = error if str(error) else TimeoutError("it does not answer")
         about = event("engine_lost", node=self.server, error=str(self.error))
-        if is_reported:
+        if is_reported or self._next is not None:
             _logger.debug("no connection to a NATS server: %s", self.error)
         elif self.server:
             _logger.warning("lost the connection to NATS server %s: %s", self.server, self.error, extra=about)
         elif not is_refused:
             _logger.warning("waiting for a NATS server: %s", self.error, extra=about)
-        self._is_reported = True
+        self._is_reported = is_reported or self._next is None
 
     async def _connect(self, server: Server) -> tuple[asyncio.Transport, _Socket]:
         loop = asyncio.get_running_loop()

@@ -26,6 +26,8 @@ _ASK_LAST_ID = ((b"Nats-Expected-Last-Sequence", b"9223372036854775806"),)
 _REPLACE = ((b"Nats-Rollup", b"sub"),)
 # A node that reaches no majority is left after this time, which most elections don't take.
 LEAVE_SECONDS, WATCH_SECONDS = 6.0, 1.0
+# Nodes answer their leader within the first of these, or later ones do so; the leader asks them once a second.
+UNDER_WAY_SECONDS, PROOF_SECONDS = 1.0, 5.0
 
 _logger = logging.getLogger(__name__)
 
@@ -80,8 +82,10 @@ class ReadIndex:
 
     async def _ask(self) -> int | None:
         """Return the id of the engine's last message; None if it does not answer, or can't be sure."""
-        if boot_time() >= self._stream.sole_leader_until:
-            return (await self._publish()).id or None
+        asked = boot_time()
+        if asked >= self._stream.sole_leader_until:
+            proof = await self._publish()
+            return await self._last_id_if_full(asked) if proof.code in FULL else proof.id or None
         ack = await self._requests.ask(lambda reply: encode_publish(self._subject, b"", reply, _ASK_LAST_ID), 1.0)
         if ack is None or ack.code != WRONG_SEQUENCE:
             return None
@@ -92,6 +96,20 @@ class ReadIndex:
         """Have a majority store a message, which comes after all that were stored before."""
         ack = await self._requests.ask(lambda reply: encode_publish(self._subject, b"", reply, _REPLACE), 1.0)
         return ack or Ack()
+
+    async def _last_id_if_full(self, asked: float) -> int | None:
+        """Return the id of the engine's last message, once a majority has followed its leader for a while.
+
+        The stream has no room for a message that would prove it at once. What was under way between the nodes when the
+        read arrived proves nothing, hence the while.
+        """
+        while boot_time() < asked + PROOF_SECONDS:
+            await asyncio.sleep(INDEX_SECONDS)
+            with suppress(EngineError):
+                last_id = await self._stream.last_id()
+                if self._stream.heard_at > asked + UNDER_WAY_SECONDS:
+                    return last_id
+        return None
 
     async def last_stored_id(self) -> int:
         """Return an id that all stored messages are below or have. Raises EngineError."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import secrets
 import time
 from collections import deque
@@ -175,6 +176,8 @@ class Mirror:
             self._restart()
         if not self.ready and not self.store.last_id():
             self._facts = sorted(await self._stream.read_facts(), key=lambda part: part[0])
+            if state.kept_ms < math.inf:
+                self.store.limit_memory(round(state.kept_ms))
         # A new name each time: a request that seems to have failed may have created its consumer.
         name = f"{self._name}-{next(self._names)}"
         deliver_to = f"_INBOX.{name}"

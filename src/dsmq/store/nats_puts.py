@@ -14,7 +14,7 @@ from functools import partial
 from typing import NamedTuple
 
 from dsmq.errors import Full, ReplyError, StoreFailed, Unsure
-from dsmq.store.api import Outcome, Put
+from dsmq.store.api import Outcome, Put, RetriedKey
 from dsmq.store.nats_connection import encode_publish
 from dsmq.store.nats_requests import Ack, Requests
 from dsmq.store.nats_stream import FULL, encode_token
@@ -36,6 +36,8 @@ class _Publish(NamedTuple):
     subject: bytes
     body: bytes
     message_id: bytes
+    is_retry: bool
+    """Whether an earlier attempt, perhaps of another server, may have stored it."""
 
     def encode(self, reply: bytes, batch: Sequence[tuple[bytes, bytes]] = ()) -> bytes:
         return encode_publish(self.subject, self.body, reply, [(b"Nats-Msg-Id", self.message_id), *batch])
@@ -58,6 +60,10 @@ class _Batch(NamedTuple):
     messages: list[_Publish]
     together: bool
     until: float
+
+    @property
+    def is_retry(self) -> bool:
+        return any(message.is_retry for message in self.messages)
 
     def encode(self, reply: bytes) -> bytes:
         if len(self.messages) == 1:
@@ -83,8 +89,8 @@ class Publisher:
         # What is being published now.
         self._appends: list[_Append] = []
         self._began = 0.0
-        # A batch whose first attempt had no outcome, and the engine's answer.
-        self._failed: asyncio.Queue[tuple[_Batch, Ack | None]] = asyncio.Queue()
+        # A batch whose first attempt had no outcome, and the engine's answer; or a defect.
+        self._failed: asyncio.Queue[tuple[_Batch, Ack | None] | Exception] = asyncio.Queue()
         # The ids of puts without a key.
         self._own = f"s.{secrets.token_hex(8)}:".encode()
         self._numbers = itertools.count(1)
@@ -103,7 +109,9 @@ class Publisher:
                 message_id = b"%b%d" % (self._own, next(self._numbers))
             else:
                 message_id = b"p.%b:%d" % (encode_token(key[0]), key[1])
-            messages.append(_Publish(self._topic_prefix + encode_token(topic), body, message_id))
+            messages.append(
+                _Publish(self._topic_prefix + encode_token(topic), body, message_id, isinstance(key, RetriedKey))
+            )
         self._queue.append(_Append(messages, answer, together, time.monotonic() + PUT_SECONDS))
         self._begin()
 
@@ -114,8 +122,10 @@ class Publisher:
         try:
             self._begin()
             while True:
-                batch, ack = await self._failed.get()
-                self._finish(await self._go_on(batch, ack))
+                failed = await self._failed.get()
+                if isinstance(failed, Exception):
+                    raise failed
+                self._finish(await self._go_on(*failed))
         finally:
             self._is_running = False
 
@@ -139,11 +149,13 @@ class Publisher:
         self._requests.send(batch.encode, ATTEMPT_SECONDS, partial(self._on_first_answer, batch))
 
     def _on_first_answer(self, batch: _Batch, ack: Ack | None) -> None:
-        outcomes = self._outcomes(batch, ack, is_sent=False)
-        if outcomes:
-            self._finish(outcomes)
-        else:
-            self._failed.put_nowait((batch, ack))
+        try:
+            if outcomes := self._outcomes(batch, ack, is_sent=False):
+                self._finish(outcomes)
+            else:
+                self._failed.put_nowait((batch, ack))
+        except Exception as error:  # noqa: BLE001 - `run` raises it, so that puts do not wait forever
+            self._failed.put_nowait(error)
 
     def _finish(self, outcomes: list[Outcome]) -> None:
         """Send the next batch, and answer this one."""
@@ -180,7 +192,9 @@ class Publisher:
             self.repeated += ack.is_repeated
             return list(range(ack.id - count + 1, ack.id + 1))
         is_final = ack.code in FULL if count == 1 else batch.together and ack.code not in (0, _IN_PROCESS)
-        return [_refusal(ack)] * count if is_final and not is_sent else []
+        if is_final and ack.code in FULL and batch.is_retry:
+            return [Unsure(f"the engine is full, but an earlier attempt may be stored: {ack.text}")] * count
+        return [_refusal(ack)] * count if is_final and not is_sent and not batch.is_retry else []
 
     async def _go_on(self, batch: _Batch, ack: Ack | None) -> list[Outcome]:
         """Publish a batch whose first attempt had no outcome."""
@@ -200,6 +214,7 @@ class Publisher:
 
     async def _publish(self, batch: _Batch, *, is_sent: bool) -> list[Outcome]:
         """Publish a batch as a whole, retrying until its outcome is known. `is_sent`: it may already be stored."""
+        is_sent = is_sent or batch.is_retry
         while time.monotonic() < batch.until:
             ack = await self._requests.ask(batch.encode, ATTEMPT_SECONDS)
             if outcomes := self._outcomes(batch, ack, is_sent=is_sent):

@@ -77,6 +77,8 @@ class StreamState(NamedTuple):
     epoch: str
     now_ms: int
     """The engine's clock: milliseconds since 1970."""
+    kept_ms: float = math.inf
+    """No message was put longer ago than this; infinite if none has expired."""
 
 
 @lru_cache(10_000)
@@ -106,6 +108,10 @@ class Stream:
         self.sole_leader_until = self.majority_at = -math.inf
         """Until when no other node can become the leader, and when a majority was last known to follow one: both by
         `boot_time`."""
+        self.heard_at = -math.inf
+        """When the leader that was last asked had last heard of a majority."""
+        self.leader = ""
+        """The node that led the stream then; empty if the nodes are no cluster."""
         self._connect_again: Callable[[], Coroutine[None, None, None]]
         self._connecting = asyncio.Lock()
         self._left: Server | None = None
@@ -223,7 +229,9 @@ class Stream:
         """Return the state of the stream. Gives it an epoch if it has none."""
         info = await self._info()
         genesis = await self._last_of(f"{self.name}.genesis") or await self._begin_epoch()
-        return StreamState(info["state"]["last_seq"], genesis.decode(), _milliseconds(info["ts"]))
+        now, kept_ms = _milliseconds(info["ts"]), info["config"]["max_age"] / 1_000_000
+        is_whole = now - _milliseconds(info["created"]) < kept_ms
+        return StreamState(info["state"]["last_seq"], genesis.decode(), now, math.inf if is_whole else kept_ms)
 
     async def last_id(self) -> int:
         """Return the id of the last message that is stored."""
@@ -240,12 +248,14 @@ class Stream:
         replicas = (info.get("cluster") or {}).get("replicas", [])
         others = info["config"]["num_replicas"] - 1
         silent = sorted(replica.get("active", 0) / 1e9 or math.inf for replica in replicas)
+        needed = (others + 1) // 2
         if len(silent) >= others:
             self.sole_leader_until = max(self.sole_leader_until, asked + SOLE_LEADER_SECONDS - max(silent, default=0.0))
-        if sum(seconds < SOLE_LEADER_SECONDS for seconds in silent) < (others + 1) // 2:
+        if sum(seconds < SOLE_LEADER_SECONDS for seconds in silent) < needed:
             # What it says may be too old to compare with.
             raise EngineError("a node answers that reaches no majority of the others")
-        self.majority_at = asked
+        self.heard_at = asked - silent[needed - 1] if needed else asked
+        self.majority_at, self.leader = asked, (info.get("cluster") or {}).get("leader", "")
         return info
 
     async def _begin_epoch(self) -> bytes:

@@ -30,6 +30,7 @@ from dsmq.store.api import (
     Mirrored,
     Outcome,
     Put,
+    RetriedKey,
     Timing,
     TopicStats,
     Totals,
@@ -365,11 +366,23 @@ class MirrorStore(SQLiteStore):
         """Return the ids of puts that are stored already. Raises Full or Forgotten as `append` does."""
         with self._database:
             self._deduplicator.check(puts)
-            self._limits.check(self._new_puts(puts))
-            names = {put[0] for put in puts if put[0] not in self._topics.by_name}
+            # Full means that a put is not stored. An earlier attempt may be, in the part of the log yet to be applied.
+            new = [put for put in self._new_puts(puts) if not isinstance(put[2], RetriedKey)]
+            self._limits.check(new)
+            names = {put[0] for put in new if put[0] not in self._topics.by_name}
             if names:
                 self._limits.check_limit("max_topics", len(names))
+        return self.find(puts)
+
+    def find(self, puts: Sequence[Put]) -> list[int | None]:
+        """Return the ids of puts that are stored already."""
+        with self._database:
             return [None if put[2] is None else self._deduplicator.find(put[2]) for put in puts]
+
+    def limit_memory(self, milliseconds: int) -> None:
+        """Record that the log may have lost puts from longer ago than this."""
+        with self._database:
+            self._deduplicator.forgot_at = self._clock() - milliseconds
 
     def apply(self, messages: Sequence[Mirrored], last_id: int) -> None:
         """Store the next messages of a log, but not repetitions; `last_id` is the highest id so far."""

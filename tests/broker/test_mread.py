@@ -1,0 +1,186 @@
+"""MREAD, LAST and SINCE on the wire."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import pytest
+
+from conftest import Wire, loop_of, serving, wait_until, wire_to
+from dsmq.broker import waiters
+from dsmq.server import Server
+from dsmq.store import scan
+from dsmq.wire.resp import encode_request
+from security import ADMIN
+
+
+def bodies(reply: object) -> list[object]:
+    assert isinstance(reply, list)
+    return reply[5::6]
+
+
+def send(wire: Wire, text: str) -> None:
+    wire.send(encode_request(*text.encode().split()))
+
+
+@pytest.fixture(params=[0.0, 1.0], ids=["many slices", "one slice"])
+def filled(request: pytest.FixtureRequest, wire: Wire, monkeypatch: pytest.MonkeyPatch) -> Wire:
+    """Three messages in two topics, and one in another."""
+    monkeypatch.setattr(scan, "SCAN_SECONDS", request.param)
+    for topic, body in (("a/1", "x"), ("b", "y"), ("a/2", "z"), ("c", "w")):
+        wire.call("PUT", topic, body)
+    return wire
+
+
+def test_reply_has_a_position_and_six_values_a_message(filled: Wire) -> None:
+    reply = filled.call("MREAD", 0, "TOPICS", "a/*", "b")
+    assert isinstance(reply, list)
+    assert reply[0] == 4
+    assert [reply[at] for at in (1, 2, 3, 5)] == [b"a/1", 1, 1, b"x"]
+    assert reply[1::6] == [b"a/1", b"b", b"a/2"]
+    assert bodies(reply) == [b"x", b"y", b"z"]
+
+
+@pytest.mark.parametrize(
+    ("request_", "position", "expected"),
+    [
+        ("0 COUNT 1 TOPICS a/*", 1, [b"x"]),
+        ("1 TOPICS a/*", 4, [b"z"]),
+        ("3 TOPICS a/*", 4, []),
+        ("0 BYTES 1 TOPICS *", 1, [b"x"]),
+        ("0 LATEST TOPICS a/*", 4, [b"x", b"z"]),
+        ("LAST 2 TOPICS *", 4, [b"z", b"w"]),
+        ("LAST 2 COUNT 1 TOPICS a/* b", 2, [b"y"]),
+        ("LAST 9 TOPICS b c", 4, [b"y", b"w"]),
+        ("SINCE 100000 TOPICS b", 4, [b"y"]),
+        ("last 1 topics b b b", 4, [b"y"]),
+        ("0 TOPICS TOPICS", 4, []),
+    ],
+)
+def test_options(filled: Wire, request_: str, position: int, expected: list[bytes]) -> None:
+    reply = filled.call("MREAD", *request_.split())
+    assert isinstance(reply, list)
+    # The last message of the reply, or the last id.
+    assert reply[0] in (position, reply[-5] if expected else position)
+    assert bodies(reply) == expected
+
+
+@pytest.mark.parametrize("words", ["LAST 1", "SINCE 100000", "since 100000 LATEST"])
+def test_read_goes_back(filled: Wire, words: str) -> None:
+    reply = filled.call("READ", "b", *words.split())
+    assert isinstance(reply, list)
+    assert reply[3::5] == [b"y"]
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        *("READ t LAST", "READ t LAST 0", "READ t SINCE x", "READ t FIRST 1", "READ t* 0", "PUT t* x", "GET *"),
+        *(
+            "GETLATEST *",
+            "GETWAIT * 1",
+            "STATS *",
+            "MREAD 0 COUNT 1",
+            "MREAD TOPICS t",
+            "MREAD 0 TOPICS",
+            "MREAD 5 TOPICS t",
+        ),
+        *("MREAD LAST TOPICS t", "MREAD 0 COUNT TOPICS t", "MREAD x TOPICS t u"),
+    ],
+)
+def test_invalid_requests_are_refused(wire: Wire, request_: str) -> None:
+    assert wire.error(*request_.split()) == "BADREQUEST"
+    assert wire.call("PING") == "PONG"
+
+
+def test_up_to_1000_names_within_64_kib(wire: Wire) -> None:
+    wire.call("PUT", "t999", "x")
+    names = [f"t{at}" for at in range(1000)]
+    assert bodies(wire.call("MREAD", 0, "TOPICS", *names)) == [b"x"]
+    assert wire.error("MREAD", 0, "TOPICS", *names, "t") == "TOOBIG"
+    assert wire.error("MREAD", 0, "TOPICS", "x" * 65_536 + "*") == "TOOBIG"
+    assert wire.call("MREAD", 0, "TOPICS", "x" * 65_535 + "*") == [1]
+    assert wire.error("MREAD", 0, "TOPICS", "x" * 513) == "TOOBIG"
+    wire.send(b"MREAD 0 TOPICS " + b" ".join(name.encode() for name in names) + b"\n")
+    assert bodies(wire.receive()) == [b"x"]
+
+
+def test_many_names_only_after_authentication() -> None:
+    with serving(auth_token=ADMIN) as server, wire_to(server) as wire, wire_to(server) as other:
+        assert wire.error("MREAD", 0, "TOPICS", *["t"] * 62) == "PROTOCOL"
+        assert wire.ended()
+        assert other.call("AUTH", ADMIN) == "OK"
+        assert other.call("MREAD", 0, "TOPICS", *["t"] * 62) == [0]
+
+
+@pytest.mark.parametrize("names", ["a b", "a* b", "*a* b", "*", "x* a*", "a"])
+def test_put_wakes_waiting_reader(server: Server, wire: Wire, names: str) -> None:
+    with wire_to(server) as reader:
+        # The second time, the topic is known.
+        for _ in range(2):
+            last = wire.call("PUT", "z" if "*" not in names.split() else "a", "nothing")
+            send(reader, f"MREAD {last} WAIT 60000 TOPICS {names}")
+            wait_until(lambda: server.status.waiting() == 1)
+            message_id = wire.call("PUT", "a", "x")
+            reply = reader.receive()
+            assert bodies(reply) == [b"x"]
+            assert reply[0] == message_id  # type: ignore[index]
+        assert server.status.waiting() == 0
+        assert not loop_of(server).context.usage.waiting_patterns.total
+
+
+@pytest.mark.parametrize("request_", ["MREAD LAST 1 WAIT 60000 TOPICS a b*", "READ a SINCE 1000 WAIT 60000"])
+def test_wait_for_last_gets_the_next_message(server: Server, wire: Wire, request_: str) -> None:
+    with wire_to(server) as reader:
+        wire.call("PUT", "other", "x")
+        send(reader, request_)
+        wait_until(lambda: server.status.waiting() == 1)
+        wire.call("PUT", "a", "y")
+        assert b"y" in reader.receive()  # type: ignore[operator]
+
+
+def test_wait_ends_with_the_position(wire: Wire) -> None:
+    wire.call("PUT", "t", "x")
+    assert wire.call("MREAD", 0, "WAIT", 1, "TOPICS", "none*") == [1]
+
+
+def test_waiting_patterns_over_limit_get_an_error() -> None:
+    with serving(max_waiting_patterns=3) as server, ExitStack() as stack:
+        first, late = (stack.enter_context(wire_to(server)) for _ in range(2))
+        send(first, "MREAD 0 WAIT 60000 TOPICS a* b* exact")
+        wait_until(lambda: server.status.waiting() == 1)
+        assert late.error("MREAD", 0, "WAIT", 1, "TOPICS", "c*", "d*") == "BUSY"
+        assert late.call("MREAD", 0, "WAIT", 1, "TOPICS", "c*") == [0]
+        assert late.call("PUT", "exact", "x") == 1
+        assert bodies(first.receive()) == [b"x"]
+        assert server.status.waiting() == 0
+
+
+def test_transaction_reads_only_what_it_has_put_before(wire: Wire) -> None:
+    for request_ in ("MULTI", "PUT z 1", "MREAD 0 TOPICS z*", "PUT zz 2", "MREAD LAST 1 TOPICS z*"):
+        assert wire.call(*request_.split()) in ("OK", "QUEUED")
+    first, early, second, late = wire.call("EXEC")  # type: ignore[misc]
+    assert (early[0], bodies(early)) == (1, [b"1"])  # type: ignore[index]
+    assert (late[0], bodies(late)) == (2, [b"2"])  # type: ignore[index]
+    assert (first, second) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("MAX_UNMATCHED_TOPICS", 0), ("MAX_KNOWN_TOPICS", 1), ("MAX_IDLE_PATTERNS", 0)]
+)
+def test_readers_of_patterns_miss_nothing(
+    server: Server, wire: Wire, monkeypatch: pytest.MonkeyPatch, name: str, value: int
+) -> None:
+    monkeypatch.setattr(waiters, name, value)
+    with wire_to(server) as reader:
+        position, found = 0, list[object]()
+        for at in range(20):
+            send(reader, f"MREAD {position} WAIT 60000 TOPICS t* u{at % 3}*")
+            wait_until(lambda: server.status.waiting() == 1)
+            wire.call("PUT", f"n{at}", "nothing")
+            wire.call("PUT", f"t{at % 7}", str(at))
+            reply = reader.receive()
+            assert isinstance(reply, list)
+            position = reply[0]
+            found += bodies(reply)
+        assert found == [str(at).encode() for at in range(20)]

@@ -1,0 +1,154 @@
+"""Selections of topics: patterns, and reads of several topics against a model in plain Python."""
+
+from __future__ import annotations
+
+import sys
+import time
+from fnmatch import fnmatchcase
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stores import MAX_AGE, ClockedStore, expire_all, put
+
+from dsmq.store import scan
+from dsmq.store import sqlite as store_module
+from dsmq.store.api import ManyTopics, TopicMessage
+from dsmq.store.selection import Pattern, PatternIndex, Selection
+
+TOPICS = (b"a", b"ab", b"b/a", b"b/b", b"c", "é".encode())
+WORDS = (b"*", b"**", b"a*", b"*a", b"b/*", b"*b*", b"a*b", b"*\xc3\xa9", b"a", b"ab", b"c", b"none")
+texts = st.text("ab*", max_size=12)
+
+
+def is_matched(name: bytes, words: list[bytes]) -> bool:
+    return any(fnmatchcase(name.decode(), word.decode()) for word in words)
+
+
+@given(texts, texts.map(lambda text: text.replace("*", "")))
+def test_pattern_matches_as_fnmatch_does(pattern: str, name: str) -> None:
+    one = Pattern(f"{pattern}*".encode())
+    matches = fnmatchcase(name, f"{pattern}*")
+    assert one.matches(name.encode()) == matches
+    assert not matches or one in list(PatternIndex([one]).candidates(name.encode()))
+
+
+@pytest.mark.parametrize("pattern", [b"*a" * 32_768, b"a*" * 32_768, b"*a" * 200 + b"b*", b"*" * 65_536])
+def test_many_stars_take_no_exponential_time(pattern: bytes) -> None:
+    one = Pattern(pattern)
+    began = time.process_time()
+    for _ in range(100):
+        one.matches(b"a" * 512)
+    assert time.process_time() - began < 1
+
+
+@pytest.mark.parametrize("count", [1, 4, 5, 1000])
+def test_selection_does_not_depend_on_order_or_repetition(count: int) -> None:
+    words = [b"p%d*" % at for at in range(count)] + [b"t"]
+    for selection in (Selection(words), Selection([*reversed(words), *words])):
+        assert selection.matches(b"t")
+        assert selection.matches(b"p%dx" % (count - 1))
+        assert not selection.matches(b"tt")
+        assert not selection.matches(b"q0")
+
+
+class Checked:
+    """A store, and all that was put into it."""
+
+    def __init__(self) -> None:
+        self.store = ClockedStore(MAX_AGE)
+        self.puts: list[tuple[bytes, int, int, int, bytes]] = []
+        self._numbers: dict[bytes, int] = {}
+
+    def put(self, topic: bytes, body: bytes) -> None:
+        [message_id] = put(self.store, topic, body)
+        self._numbers[topic] = number = self._numbers.get(topic, 0) + 1
+        self.puts.append((topic, message_id, number, self.store.clock.now, body))
+
+    def held(self, words: list[bytes], after: int, below: int = sys.maxsize) -> list[TopicMessage]:
+        now = self.store.clock.now
+        return [
+            TopicMessage(topic, message_id, number, now - put_at, body, MAX_AGE - (now - put_at))
+            for topic, message_id, number, put_at, body in self.puts
+            if after < message_id < below and now - put_at <= MAX_AGE and is_matched(topic, words)
+        ]
+
+    def check(self, data: st.DataObject) -> None:
+        words = data.draw(st.lists(st.sampled_from(WORDS), min_size=1, max_size=6))
+        last_id = self.store.last_id()
+        after = data.draw(st.integers(0, last_id))
+        below = data.draw(st.just(sys.maxsize) | st.integers(1, last_id + 2))
+        self.check_read(words, after, below, data.draw(st.integers(1, 6)), latest=data.draw(st.booleans()))
+        self.check_back(words, data.draw(st.integers(1, 8)), below)
+        self.check_time(data.draw(st.sampled_from([0, 1, 20, 50, MAX_AGE])))
+
+    def check_read(self, words: list[bytes], after: int, below: int, count: int, *, latest: bool) -> None:
+        expected = self.held(words, after, below)
+        if latest:
+            newest = {message.topic: message for message in expected}
+            expected = sorted(newest.values(), key=lambda message: message.id)
+        wanted, found = ManyTopics(Selection(words), after, count, 1_000_000, latest, below), list[TopicMessage]()
+        while True:
+            part = self.store.read_many(wanted)
+            assert part.position >= wanted.after
+            assert len(part.messages) <= count
+            found += part.messages
+            if part.is_complete and not part.messages:
+                break
+            wanted = wanted._replace(after=part.position)
+        assert found == expected
+        assert part.position == max(after, min(self.store.last_id(), below - 1))
+
+    def check_back(self, words: list[bytes], count: int, below: int) -> None:
+        left, reached = count, below
+        while left:
+            left, reached = self.store.go_back(Selection(words), left, reached)
+        assert self.held(words, reached, below) == self.held(words, 0, below)[-count:]
+
+    def check_time(self, milliseconds: int) -> None:
+        after = self.store.id_before(milliseconds)
+        recent = [message for message in self.held([b"*"], 0) if message.age_ms <= milliseconds]
+        assert self.held([b"*"], after) == recent
+
+
+@settings(deadline=None)
+@given(
+    data=st.data(),
+    steps=st.lists(st.sampled_from(["put"] * 6 + ["wait", "flush", "write", "expire", "check"]), max_size=40),
+    seconds=st.sampled_from([0.0, 1.0]),
+    merged=st.sampled_from([0, 1, 16]),
+)
+def test_reads_of_several_topics_agree_with_model(
+    data: st.DataObject, steps: list[str], seconds: float, merged: int
+) -> None:
+    checked = Checked()
+    store = checked.store
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store_module, "MAX_BUFFERED_MESSAGES", 7)
+        patch.setattr(store_module, "FLUSH_MESSAGES", 3)
+        patch.setattr(scan, "SCAN_SECONDS", seconds)
+        patch.setattr(scan, "MAX_MERGED_TOPICS", merged)
+        for step in [*steps, "check"]:
+            match step:
+                case "put":
+                    checked.put(data.draw(st.sampled_from(TOPICS)), data.draw(st.binary(max_size=5)))
+                case "wait":
+                    store.clock.now += data.draw(st.sampled_from([1, MAX_AGE // 2, MAX_AGE + 1]))
+                case "flush":
+                    store.flush()
+                case "write":
+                    store.write()
+                case "expire":
+                    expire_all(store)
+                case "check":
+                    checked.check(data)
+    store.close()
+
+
+def test_reads_of_several_topics_end_once_their_bytes_are_reached() -> None:
+    store = ClockedStore(MAX_AGE)
+    put(store, b"t1", b"x" * 10, b"y" * 10, b"z" * 10)
+    found = store.read_many(ManyTopics(Selection([b"t*"]), 0, 10, 13))
+    assert [message.id for message in found.messages] == [1, 2]
+    assert found.position == 2
+    store.close()
