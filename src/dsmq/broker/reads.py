@@ -67,8 +67,9 @@ class PendingRead:
 
     def take(self, found: Any) -> list[Message] | None:
         """Return the messages; None: fetch again."""
-        if self.start is not None:
-            if self.start.take(found):
+        if type(found) is tuple:
+            # From `start`, which a store that answers later may have been asked for twice.
+            if self.start is not None and self.start.take(found):
                 self.after, self.start = self.start.after, None
             return None
         if self.below:

@@ -81,7 +81,7 @@ class PatternIndex:
 class Selection:
     """The topics with one of these names, or a name that matches one of these patterns."""
 
-    __slots__ = ("_index", "is_short", "names", "patterns")
+    __slots__ = ("__weakref__", "_index", "is_short", "names", "patterns")
 
     def __init__(self, words: Iterable[bytes]) -> None:
         """Words with `*` are patterns."""
@@ -106,5 +106,7 @@ class Selection:
     def matches(self, name: bytes) -> bool:
         if name in self.names:
             return True
-        patterns = self.patterns if self._index is None else self._index.candidates(name)
-        return any(pattern.matches(name) for pattern in patterns)
+        for pattern in self.patterns if self._index is None else self._index.candidates(name):
+            if pattern.matches(name):
+                return True
+        return False

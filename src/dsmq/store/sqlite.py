@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 from dsmq.errors import Full, ReplyError
 from dsmq.store.api import (
@@ -69,7 +70,7 @@ class SQLiteStore(SelectionReads, LocalStore):
         self._flush_error: ReplyError | None = None
         self._retry_at = 0
         self._limits = LimitChecker(self._topics, limits or Limits())
-        self._deduplicator = Deduplicator()
+        self._deduplicator, self._matches = Deduplicator(), WeakKeyDictionary()
 
     @property
     def limits(self) -> Limits:
