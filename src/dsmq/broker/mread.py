@@ -60,6 +60,13 @@ class PendingMany(PendingRead):
         waiters.remove(self.selection.names, self.selection.patterns, connection)
         connection.reads.count_waiting(0)
 
+    def covers(self, topic: bytes) -> bool:
+        return self.selection.matches(topic)
+
+    @property
+    def about(self) -> bytes:
+        return self.selection.about
+
     def memory(self, messages: list[Any]) -> int:
         return PendingRead.memory(self, messages) + sum([len(message.topic) for message in messages])
 
@@ -98,9 +105,10 @@ def _select(max_topic_bytes: int, *words: bytes) -> Selection:
     return Selection(words)
 
 
-def _encode(client: Connection, read: PendingRead, messages: list[Any]) -> Encoded:
+def _encode(client: Connection, read: PendingMany, messages: list[Any]) -> Encoded:
     if read.epoch is not None:
         # Checked again, because a store on another machine may have begun another epoch during the wait.
         check_epoch(client.context.store, read.epoch)
     count_delivery(client, messages[-1].topic if messages else b"", messages)
+    client.last_selection = (read.selection, read.after) if read.selection.is_short else None
     return encode_found(read.after, messages)

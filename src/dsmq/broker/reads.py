@@ -44,7 +44,7 @@ class PendingRead:
     max_bytes: int
     wait_ms: int
     """How long to wait for a message if there is none."""
-    encode: Callable[[Connection, PendingRead, list[Message]], Encoded]
+    encode: Callable[[Connection, Any, list[Message]], Encoded]
     epoch: bytes | None = None
     """The epoch that `after` belongs to."""
     below: int = 0
@@ -80,6 +80,14 @@ class PendingRead:
 
     def end_wait(self, waiters: Waiters, connection: Connection) -> None:
         waiters.remove((self.topic,), (), connection)
+
+    def covers(self, topic: bytes) -> bool:
+        return topic == self.topic
+
+    @property
+    def about(self) -> bytes:
+        """What it reads, for people."""
+        return self.topic
 
     def memory(self, messages: list[Message]) -> int:
         """Return the bytes that the reply takes."""

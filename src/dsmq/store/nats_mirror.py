@@ -7,6 +7,7 @@ import itertools
 import logging
 import math
 import secrets
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dsmq.errors import StartupError
 from dsmq.logs import event
-from dsmq.store.api import Mirrored, TopicStats, Totals
+from dsmq.store.api import Message, Mirrored, TopicStats, Totals
 from dsmq.store.nats_connection import NATSConnection, Received, encode_publish
 from dsmq.store.nats_stream import (
     NO_RESPONDERS,
@@ -428,6 +429,12 @@ class MirroredStore:
 
     def last_number(self, topic: bytes) -> int:
         return self.mirror.store.last_number(topic)
+
+    def peek(self, topic: bytes, below: int = sys.maxsize) -> Message | None:
+        return self.mirror.store.peek(topic, below)
+
+    def topic_names(self) -> list[bytes]:
+        return self.mirror.store.topic_names()
 
     def largest_topics(self, count: int) -> list[bytes]:
         return self.mirror.store.largest_topics(count)

@@ -87,6 +87,27 @@ class SelectionReads:
             self._database.count_time("read", began)
         return found
 
+    def topic_names(self) -> list[bytes]:
+        return list(self._topics.by_name)
+
+    def peek(self, topic: bytes, below: int = sys.maxsize) -> Message | None:
+        known = self._topics.by_name.get(topic)
+        if known is None:
+            return None
+        with self._database:
+            now = self._clock()
+            since = now - self.max_age_ms
+            if at := bisect_left(known.buffered, (below,)):
+                message_id, number, put_at, body = known.buffered[at - 1]
+            else:
+                rows = self._database.headers_back(below, since, known.row)
+                found = next((one for one in _messages_back(rows, known) if one[0] < below), None)
+                if found is None:
+                    return None
+                message_id, number, put_at, size, _, row, start, _ = found
+                body = self._database.bodies(row)[start : start + size]
+            return Message(message_id, number, now - put_at, body, put_at - since) if put_at >= since else None
+
     # Forwards
 
     def _forwards(self, wanted: ManyTopics, since: int) -> Iterator[_Part]:
