@@ -38,8 +38,7 @@ CHECK_SECONDS = 1.0
 RECOVERY_SECONDS = 5.0
 RETRY_SECONDS = 0.25
 CLOSE_SECONDS = 2.0
-# How long to wait for a new consumer, at first and at most. The engine may place it on a node that has just died, even
-# several times in a row, while reads wait for the mirror.
+# How long to wait for a new consumer, first and then. The engine may place it on a node that has just died.
 FIRST_CREATE_SECONDS, CREATE_SECONDS = 0.5, 1.0
 # How many checks may find the stream behind the mirror before its messages count as lost: an answer may be stale.
 MAX_BEHIND = 3
@@ -195,8 +194,7 @@ class Mirror:
         self._reset_consumer(state)
         subscription = self._connection.subscribe(deliver_to.encode(), self._on_delivery)
         try:
-            seconds = min(self._create_seconds, CREATE_SECONDS)
-            self._create_seconds += RETRY_SECONDS
+            seconds, self._create_seconds = self._create_seconds, CREATE_SECONDS
             pending = await self._stream.create_consumer(name, deliver_to, self.store.last_id(), seconds)
             self._pending = min(self._pending, pending)
             self._on_followed()
