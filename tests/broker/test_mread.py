@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from itertools import count
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from conftest import Wire, loop_of, serving, wait_until, wire_to
 from dsmq.broker import waiters
+from dsmq.broker.connection import Connection
 from dsmq.server import Server
 from dsmq.store import scan
+from dsmq.store.selection import Pattern, PatternIndex
 from dsmq.store.sqlite import SQLiteStore
 from dsmq.wire.resp import encode_request
 from security import ADMIN
@@ -90,6 +94,7 @@ def test_read_goes_back(filled: Wire, words: str) -> None:
 @pytest.mark.parametrize(
     "request_",
     [
+        *(f"READ t 0 EPOCH {'x' * 65}", f"MREAD 0 EPOCH {'x' * 65} TOPICS t"),
         *("READ t LAST", "READ t LAST 0", "READ t SINCE x", "READ t FIRST 1", "READ t* 0", "PUT t* x", "GET *"),
         *(
             "GETLATEST *",
@@ -181,7 +186,8 @@ def test_transaction_reads_only_what_it_has_put_before(wire: Wire) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("MAX_UNMATCHED_TOPICS", 0), ("MAX_KNOWN_TOPICS", 1), ("MAX_IDLE_PATTERNS", 0)]
+    ("name", "value"),
+    [("MAX_UNMATCHED_TOPICS", 0), ("MAX_KNOWN_TOPICS", 1), ("MAX_KNOWN_MATCHES", 1), ("MAX_IDLE_PATTERNS", 0)],
 )
 def test_readers_of_patterns_miss_nothing(
     server: Server, wire: Wire, monkeypatch: pytest.MonkeyPatch, name: str, value: int
@@ -199,3 +205,44 @@ def test_readers_of_patterns_miss_nothing(
             position = reply[0]
             found += bodies(reply)
         assert found == [str(at).encode() for at in range(20)]
+
+
+def matched(patterns: waiters.WaitingPatterns, topic: bytes) -> None:
+    patterns.put(topic)
+    while patterns.unmatched:
+        patterns.match_some()
+
+
+def test_waiting_pattern_is_found_while_idle_ones_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    patterns, reader, found = waiters.WaitingPatterns(), Mock(Connection), list[bool]()
+    idle = [Pattern(b"idle %d*" % at) for at in range(3)]
+    for pattern in idle:
+        patterns.add(pattern, reader)
+    matched(patterns, b"topic")
+    for pattern in idle:
+        patterns.remove(pattern, reader)
+    for text in (b"t*", b"u*", b"v*"):
+        patterns.add(Pattern(text), reader)
+
+    class Index(PatternIndex):
+        def __init__(self, *arguments: Any) -> None:
+            # Another thread may ask at any time.
+            found.append(patterns.may_match(b"topic"))
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(waiters, "PatternIndex", Index)
+    monkeypatch.setattr(waiters, "MAX_IDLE_PATTERNS", -4)
+    patterns.add(idle[0], reader)
+    patterns.remove(idle[0], reader)
+    assert found == [True]
+
+
+def test_remembered_matches_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiters, "MAX_KNOWN_MATCHES", 100)
+    patterns = waiters.WaitingPatterns()
+    for count_ in range(1, 11):
+        patterns.add(Pattern(b"t" + b"*" * count_), Mock(Connection))
+    for at in range(100):
+        matched(patterns, b"t%d" % at)
+        assert len(patterns._known) <= 10
+    assert len(list(patterns.put(b"t99"))) == 10

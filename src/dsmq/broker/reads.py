@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
-from dsmq.broker.arguments import parse_integer, parse_number, parse_options, parse_topic
+from dsmq.broker.arguments import MAX_NAME_BYTES, parse_integer, parse_number, parse_options, parse_topic
 from dsmq.broker.states import OPEN, WAITING
 from dsmq.broker.usage import FREE_BYTES
 from dsmq.errors import BadRequest, ReplyError, WrongEpoch
@@ -163,7 +163,11 @@ def read_options(*words: bytes) -> tuple[int, int, int, bytes | None, bool]:
     count = parse_number(options, b"COUNT", DEFAULT_COUNT, 1, MAX_COUNT)
     max_bytes = parse_number(options, b"BYTES", MAX_READ_BYTES, 1, MAX_READ_BYTES)
     wait_ms = parse_number(options, b"WAIT", 0, 0, MAX_WAIT_MS)
-    return count, max_bytes, wait_ms, options.get(b"EPOCH", [None])[0], b"LATEST" in options
+    epoch = options.get(b"EPOCH", [None])[0]
+    if epoch is not None and len(epoch) > MAX_NAME_BYTES:
+        # The cache would keep it.
+        raise BadRequest(f"an epoch has at most {MAX_NAME_BYTES} bytes")
+    return count, max_bytes, wait_ms, epoch, b"LATEST" in options
 
 
 def _encode_read(client: Connection, read: PendingRead, messages: list[Message]) -> Encoded:
