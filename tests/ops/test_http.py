@@ -272,6 +272,7 @@ def test_messages_are_shown_only_to_who_may_read_them(tmp_path: Path, settings: 
     fitted = {name: value.format(tmp_path) for name, value in settings.items()}
     with serving(http_port=0, **fitted) as server:
         server.context.store.append([(b"t", b"secret body", None)])
+        wait_until(lambda: server.status.totals().messages == 1)
         token = {"Authorization": "Bearer let-me-see-it-please"} if "http_token" in settings else {}
         host = "::1" if settings.get("http_host") == "::1" else "127.0.0.1"
         answer = Answer(server.http_port, "/topic.json?name=t", host=host, **token)
