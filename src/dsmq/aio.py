@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypeVar, Unpack, overload
 
 from dsmq import client as blocking
-from dsmq.client import arguments
+from dsmq.client import arguments, replies, requests
 from dsmq.client.arguments import Names
 from dsmq.client.async_pool import Pool, retrieve_error
 from dsmq.client.core import NOT_STARTED, Client, Options, Retries
@@ -216,6 +216,11 @@ class AsyncClient(Client):
         for call in list_topics(found):
             await self._run(call)
         return found
+
+    async def stats(self, topic: str | None = None) -> dict[str, int | str]:
+        """Return figures about a topic, or about the server."""
+        await self._run(call := requests.stats(topic))
+        return replies.stats(call.reply)
 
     async def shutdown_server(self) -> None:
         """Stop the server gracefully; return when it has closed the connection."""

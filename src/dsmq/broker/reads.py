@@ -120,7 +120,8 @@ class Start:
 
 def read(client: Connection, request: list[bytes]) -> Encoded | None:
     pending = parse_read(client, request)
-    check_position(client, pending)
+    if pending.epoch is not None or pending.after > client.context.store.last_id():
+        check_position(client, pending)
     return client.reads.start(pending)
 
 
@@ -135,15 +136,15 @@ def check_position(client: Connection, pending: PendingRead) -> None:
 
 def parse_read(client: Connection, request: list[bytes]) -> PendingRead:
     topic = parse_topic(client, request)
-    start = None if request[2].isdigit() else parse_start(Selection([topic]), request[2:4])
-    after = 0 if start else parse_integer(request[2], "after")
-    count, max_bytes, wait_ms, epoch, is_latest = read_options(*request[4 if start else 3 :])
+    if not request[2].isdigit():
+        pending = parse_read(client, [*request[:2], b"0", *request[4:]])
+        pending.start = parse_start(Selection([topic]), request[2:4])
+        return pending
+    after = parse_integer(request[2], "after")
+    count, max_bytes, wait_ms, epoch, is_latest = read_options(*request[3:])
     if client.transport.budget.total:
         max_bytes = min(max_bytes, SHORT_READ_BYTES)
-    pending = PendingRead(topic, after, 0 if is_latest else count, max_bytes, wait_ms, _encode_read, epoch)
-    if start:
-        pending.start = start
-    return pending
+    return PendingRead(topic, after, 0 if is_latest else count, max_bytes, wait_ms, _encode_read, epoch)
 
 
 def parse_start(selection: Selection, words: list[bytes]) -> Start:

@@ -18,7 +18,7 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack, overload
 
-from dsmq.client import arguments
+from dsmq.client import arguments, replies, requests
 from dsmq.client.connection import Connection
 from dsmq.client.core import NOT_STARTED, Client, Options, Retries
 from dsmq.client.message import Message
@@ -243,6 +243,14 @@ class DSMQClientSideConnection(Client):
         for call in list_topics(found):
             self._run(call)
         return found
+
+    def stats(self, topic: str | None = None) -> dict[str, int | str]:
+        """Return figures about a topic: messages, bytes, last_number, last_id, first_id, oldest_age_ms and others.
+
+        Without a topic: about the server, as the command INFO names them; most of them only for the role admin.
+        """
+        self._run(call := requests.stats(topic))
+        return replies.stats(call.reply)
 
     def shutdown_server(self) -> None:
         """Stop the server gracefully; return when it has closed the connection.

@@ -268,6 +268,13 @@ def list_topics(found: list[tuple[str, int, int]]) -> Iterator[Call]:
         found += page
 
 
+def stats(topic: str | None) -> Call:
+    """Return the call that describes a topic, or the server."""
+    if topic is None:
+        return Call(encode_request(b"INFO", b"server", b"clients", b"stats", b"store", b"engine"))
+    return Call(encode_request(b"STATS", arguments.topic_name(topic)))
+
+
 class Put(Call):
     """A put, which is sent again under its key, so that it is stored once."""
 
