@@ -156,6 +156,7 @@ def _topic(stats: TopicStats) -> dict[str, Any]:
         "last_number": stats.last_number,
         "last_id": stats.last_id,
         "oldest_age_seconds": stats.oldest_age_ms / 1000,
+        "dropped": stats.dropped,
     }
 
 

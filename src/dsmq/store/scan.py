@@ -67,7 +67,7 @@ class SelectionReads:
             if not self._match(wanted.selection, self._last_id - after, until):
                 return Found(after, [], is_complete=False)
             position, chosen = after, list[_Candidate]()
-            for up_to, candidates in self._forwards(wanted, now - self.max_age_ms):
+            for up_to, candidates in self._forwards(wanted, now):
                 for candidate in candidates:
                     chosen.append(candidate)
                     left -= candidate[3] + len(candidate[4].name)
@@ -96,7 +96,7 @@ class SelectionReads:
                     rows |= self._database.bodies(row, row)
                 body = rows[row][start : start + size]
             age_ms = now - at
-            left_ms = self.max_age_ms - age_ms
+            left_ms = self._age_ms(topic) - age_ms
             found.append(TopicMessage(topic.name, message_id, number, age_ms, body, left_ms))
             last = Message(message_id, number, age_ms, b"", left_ms)
             ends[topic] = ends[topic][0] if topic in ends else last, last
@@ -108,6 +108,16 @@ class SelectionReads:
             self._database.count_time("read", began)
         return found
 
+    def _age_ms(self, topic: Topic) -> int:
+        """Return the age at which the topic's messages expire."""
+        if not self._topics.rules.ages:
+            return self.max_age_ms
+        age_ms = self._topics.rules.of(topic).max_age_ms
+        return self.max_age_ms if age_ms is None else age_ms
+
+    def _longest_age_ms(self) -> int:
+        return max([self.max_age_ms, *self._topics.rules.ages])
+
     def topic_names(self) -> list[bytes]:
         return list(self._topics.by_name)
 
@@ -117,7 +127,7 @@ class SelectionReads:
             return None
         with self._database:
             now = self._clock()
-            since = now - self.max_age_ms
+            since = now - self._age_ms(known)
             if at := bisect_left(known.buffered, (below,)):
                 message_id, number, put_at, body = known.buffered[at - 1]
             else:
@@ -131,8 +141,8 @@ class SelectionReads:
 
     # Forwards
 
-    def _forwards(self, wanted: ManyTopics, since: int) -> Iterator[_Part]:
-        """Iterate over the messages that are wanted, and were put at or after `since`."""
+    def _forwards(self, wanted: ManyTopics, now: int) -> Iterator[_Part]:
+        """Iterate over the messages that are wanted."""
         selection, after, written_id = wanted.selection, wanted.after, self._buffer.written_id
         behind = self._behind(selection, after)
         if behind is not None and not behind:
@@ -140,11 +150,11 @@ class SelectionReads:
         if after < written_id:
             written = [topic for topic in behind or () if after < topic.written_id]
             is_scanned = behind is None or len(written) > MAX_MERGED_TOPICS
-            parts = self._scan(selection, after, since) if is_scanned else self._merged(written, after, since)
+            parts = self._scan(selection, after, now) if is_scanned else self._merged(written, after, now)
             for up_to, candidates in parts:
                 yield up_to, self._filter(candidates, wanted)
             yield written_id, []
-        yield self._last_id, self._filter(self._buffered(selection, behind, after, since), wanted)
+        yield self._last_id, self._filter(self._buffered(selection, behind, after, now), wanted)
 
     def _filter(self, candidates: list[_Candidate], wanted: ManyTopics) -> list[_Candidate]:
         if not wanted.latest and wanted.below > self._last_id:
@@ -190,11 +200,11 @@ class SelectionReads:
             found = known.topics
         return [topic for topic in found if topic.last_id > after]
 
-    def _scan(self, selection: Selection, after: int, since: int) -> Iterator[_Part]:
+    def _scan(self, selection: Selection, after: int, now: int) -> Iterator[_Part]:
         """Scan all rows. Those of one block may be mixed, and are sorted."""
         block, up_to, candidates = None, after, list[_Candidate]()
         by_row, block_of, matches = self._topics.by_row, self._database.block, selection.matches
-        for header in self._database.headers(after, since):
+        for header in self._database.headers(after, now - self._longest_age_ms()):
             if (found := block_of(header[0], header[2])) != block:
                 if block:
                     candidates.sort()
@@ -202,25 +212,28 @@ class SelectionReads:
                     candidates = []
                 block = found
             up_to = header[0]
-            if matches((topic := by_row[header[1]]).name):
+            if matches((topic := by_row[header[1]]).name) and now - header[2] <= self._age_ms(topic):
                 candidates += _unpack(header, topic, after)
         candidates.sort()
         yield up_to, candidates
 
-    def _merged(self, topics: list[Topic], after: int, since: int) -> Iterator[_Part]:
+    def _merged(self, topics: list[Topic], after: int, now: int) -> Iterator[_Part]:
         """Merge the rows of these topics."""
-        rows = [_messages(self._database.headers(after, since, topic.row), topic, after) for topic in topics]
+        rows = [
+            _messages(self._database.headers(after, now - self._age_ms(topic), topic.row), topic, after)
+            for topic in topics
+        ]
         merged = merge(*rows)
         while candidates := list(islice(merged, MERGE_STEP)):
             yield candidates[-1][0], candidates
 
-    def _buffered(self, selection: Selection, behind: list[Topic] | None, after: int, since: int) -> list[_Candidate]:
-        """Return the messages in the write buffer with ids above `after`, put at or after `since`."""
+    def _buffered(self, selection: Selection, behind: list[Topic] | None, after: int, now: int) -> list[_Candidate]:
+        """Return the messages in the write buffer with ids above `after`."""
         if behind is None:
             behind = [topic for topic in self._buffer.after(after) if selection.matches(topic.name)]
         found: list[_Candidate] = []
         for topic in behind:
-            buffered = topic.buffered
+            buffered, since = topic.buffered, now - self._age_ms(topic)
             for message_id, number, put_at, body in buffered[bisect_left(buffered, (after + 1,)) :]:
                 if put_at >= since:
                     found.append((message_id, number, put_at, len(body), topic, 0, 0, body))
@@ -239,7 +252,7 @@ class SelectionReads:
             until = time.monotonic() + SCAN_SECONDS
             if not self._match(selection, self._last_id, until):
                 return count, below
-            for down_to, ids in self._backwards(selection, below, self._clock() - self.max_age_ms):
+            for down_to, ids in self._backwards(selection, below, self._clock()):
                 for message_id in ids:
                     if message_id < below:
                         count -= 1
@@ -249,29 +262,33 @@ class SelectionReads:
                     return count, down_to + 1
             return 0, 0
 
-    def _backwards(self, selection: Selection, below: int, since: int) -> Iterator[tuple[int, list[int]]]:
+    def _backwards(self, selection: Selection, below: int, now: int) -> Iterator[tuple[int, list[int]]]:
         """Iterate over ids, the highest first, and with them over one above which there are no others."""
         behind, written_id = self._behind(selection, 0), self._buffer.written_id
         if below > written_id + 1:
-            buffered = self._buffered(selection, behind, written_id, since)
+            buffered = self._buffered(selection, behind, written_id, now)
             yield written_id, [candidate[0] for candidate in reversed(buffered)]
         written = [topic for topic in behind or () if topic.written_id]
         if behind is None or len(written) > MAX_MERGED_TOPICS:
-            yield from self._scan_back(selection, below, since)
+            yield from self._scan_back(selection, below, now)
             return
-        rows = [_messages_back(self._database.headers_back(below, since, topic.row), topic) for topic in written]
+        rows = [
+            _messages_back(self._database.headers_back(below, now - self._age_ms(topic), topic.row), topic)
+            for topic in written
+        ]
         for candidate in merge(*rows, reverse=True):
             yield candidate[0] - 1, [candidate[0]]
 
-    def _scan_back(self, selection: Selection, below: int, since: int) -> Iterator[tuple[int, list[int]]]:
+    def _scan_back(self, selection: Selection, below: int, now: int) -> Iterator[tuple[int, list[int]]]:
         block, ids = None, list[int]()
-        for header in self._database.headers_back(below, since):
+        for header in self._database.headers_back(below, now - self._longest_age_ms()):
             if (found := self._database.block(header[0], header[2])) != block:
                 if block:
                     yield header[0], sorted(ids, reverse=True)
                     ids = []
                 block = found
-            if selection.matches((topic := self._topics.by_row[header[1]]).name):
+            topic = self._topics.by_row[header[1]]
+            if selection.matches(topic.name) and now - header[2] <= self._age_ms(topic):
                 ids += [candidate[0] for candidate in _unpack(header, topic, 0)]
         yield 0, sorted(ids, reverse=True)
 
@@ -299,8 +316,9 @@ def _is_wanted(candidate: _Candidate, wanted: ManyTopics, database: Database) ->
 
 
 def _unpack(header: Header, topic: Topic, after: int) -> list[_Candidate]:
-    """Return the messages of a row with ids above `after`."""
+    """Return the messages of a row with ids above `after`, except dropped ones."""
     key, _, put_at, number, packed = header
+    after = max(after, topic.dropped_id)
     ids_and_sizes = array("q", packed)
     if len(ids_and_sizes) == 2:
         return [(key, number, put_at, ids_and_sizes[1], topic, key, 0, None)] if key > after else []
