@@ -268,7 +268,8 @@ def test_flush_without_memory_raises_and_keeps_messages(store: ClockedStore) -> 
 PLANS = {
     "READ": "SEARCH chunks USING INDEX chunks_by_topic (topic=? AND rowid>?)",
     "LATEST": "SEARCH chunks USING INDEX chunks_by_topic (topic=?)",
-    "OLDEST": "SEARCH chunks USING INDEX chunks_by_topic (topic=?)",
+    "OLDEST": "SEARCH chunks USING INDEX chunks_by_topic (topic=? AND rowid>?)",
+    "TOPIC_EXPIRY": "SEARCH chunks USING INDEX chunks_by_topic (topic=? AND rowid<?)",
     "EXPIRY": "SEARCH chunks USING INTEGER PRIMARY KEY (rowid<?)",
     "DELETE": "SEARCH chunks USING INTEGER PRIMARY KEY (rowid<?)",
     "TOPICS": "SEARCH topics USING COVERING INDEX sqlite_autoindex_topics_1 (name>?)",

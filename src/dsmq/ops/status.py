@@ -125,6 +125,7 @@ class Status:
         yield Fact("deliveries", "Messages sent to readers.", counters.delivered)
         yield Fact("messages_expired", "Messages deleted because of their age.", totals.expired)
         yield Fact("messages_expired_unread", "Expired messages that no client had read.", totals.expired_unread)
+        yield Fact("messages_dropped", "Messages deleted to make room for newer ones.", totals.dropped)
         yield Fact("connections_opened", "Connections accepted.", counters.opened)
         refused = {"connections": 0, "address": 0} | counters.refused
         yield Fact("connections_refused", "Connections refused, by reason.", refused, "reason")
@@ -159,10 +160,9 @@ class Status:
         yield Fact("message_bytes", "Bytes of the message bodies stored now.", totals.bytes)
         yield Fact("stored_bytes", "Bytes stored now, as counted against the limit.", totals.accounted_bytes)
         yield Fact("topics", "Topics that have messages.", totals.topics)
-        oldest = totals.oldest_age_ms / 1000
-        yield Fact("oldest_message_age_seconds", "Age of the oldest message.", oldest)
-        lag = max(0.0, oldest - self.context.settings.max_age_seconds)
-        yield Fact("expiry_lag_seconds", "By how much the oldest message exceeds max_age_seconds.", lag)
+        yield Fact("oldest_message_age_seconds", "Age of the oldest message.", totals.oldest_age_ms / 1000)
+        lag = totals.overdue_ms / 1000
+        yield Fact("expiry_lag_seconds", "How long ago the first message that is still stored has expired.", lag)
         yield Fact("connections", "Open connections.", self.connections())
         unauthenticated = usage.unauthenticated.total
         yield Fact("unauthenticated_connections", "Open connections not authenticated yet.", unauthenticated)
@@ -262,6 +262,7 @@ class Status:
                 "bytes": stats.accounted_bytes,
                 "last_number": stats.last_number,
                 "oldest_age_seconds": stats.oldest_age_ms / 1000,
+                "dropped": stats.dropped,
             }
             for stats in map(self.topic_stats, self.context.store.largest_topics(MAX_ROWS))
             if stats

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from dsmq.store.schema import (
     SCHEMA,
     Batch,
     Columns,
+    ExpiredRow,
     Row,
     StoredMessage,
     unpack,
@@ -47,10 +49,11 @@ HEADERS_BACK = f"{_HEADERS} WHERE last_id <= ? AND put_at >= ? ORDER BY last_id 
 TOPIC_HEADERS_BACK = f"{_HEADERS} WHERE last_id <= ? AND put_at >= ? AND topic = ? ORDER BY last_id DESC"
 PUT_TIMES = "SELECT last_id, put_at FROM chunks WHERE last_id >= ? ORDER BY last_id"
 BODIES = f"SELECT {_COLUMNS} FROM chunks WHERE last_id = ?"  # noqa: S608
-OLDEST = "SELECT put_at, ids_and_sizes FROM chunks WHERE topic = ? ORDER BY last_id LIMIT 1"
+OLDEST = "SELECT put_at, ids_and_sizes FROM chunks WHERE topic = ? AND last_id > ? ORDER BY last_id LIMIT 1"
 # An id and a size take 16 bytes.
-EXPIRY = """SELECT last_id, topic, put_at, length(ids_and_sizes) / 16, length(bodies)
-    FROM chunks WHERE last_id <= ? ORDER BY last_id LIMIT ?"""
+_SIZES = "SELECT last_id, topic, put_at, last_number, length(ids_and_sizes) / 16, length(bodies) FROM chunks"
+EXPIRY = f"{_SIZES} WHERE last_id <= ? ORDER BY last_id LIMIT ?"
+TOPIC_EXPIRY = f"{_SIZES} WHERE last_id <= ? AND topic = ? ORDER BY last_id LIMIT ?"
 DELETE = "DELETE FROM chunks WHERE last_id <= ?"
 TOPICS = "SELECT name FROM topics WHERE name > ? ORDER BY name LIMIT ?"
 COPY = {
@@ -61,8 +64,6 @@ COPY = {
 _HELD = """SELECT id, name, max(last_number), max(last_id), sum(length(ids_and_sizes)) / 16, sum(length(bodies))
     FROM chunks JOIN topics ON id = topic GROUP BY topic"""
 
-ExpiredRow: TypeAlias = tuple[int, int, int, int, int]
-"""Last id, topic id, put time, number of messages, bytes of their bodies."""
 Header: TypeAlias = tuple[int, int, int, int, bytes]
 """A row without its bodies: last id, topic id, put time, last number, ids and sizes."""
 
@@ -133,6 +134,12 @@ class Database:
             self.connection.execute(DELETE, (last_id,))
             self.connection.executemany("DELETE FROM topics WHERE id = ?", [(topic,) for topic in empty_topics])
 
+    def delete_rows(self, rows: list[int], empty_topics: list[int]) -> None:
+        """Delete rows by their last ids, and topics without messages."""
+        with self.transaction("expire"):
+            self.connection.executemany("DELETE FROM chunks WHERE last_id = ?", [(row,) for row in rows])
+            self.connection.executemany("DELETE FROM topics WHERE id = ?", [(topic,) for topic in empty_topics])
+
     def renumber(self, shifts: list[tuple[int, int]]) -> None:
         """Add to the numbers of all messages of topics."""
         with self.transaction("write"):
@@ -197,24 +204,28 @@ class Database:
                 high = middle
         return found
 
-    def oldest(self, topic: int) -> tuple[int, int] | None:
-        """Return id and put time of the topic's oldest message."""
-        row = self.connection.execute(OLDEST, (topic,)).fetchone()
-        return row and (array("q", row[1][:8])[0], row[0])
+    def oldest(self, topic: int, after: int) -> tuple[int, int] | None:
+        """Return id and put time of the topic's oldest message with an id above `after`."""
+        row = self.connection.execute(OLDEST, (topic, after)).fetchone()
+        if row is None:
+            return None
+        ids = array("q", row[1])[::2]
+        return ids[bisect_right(ids, after)], row[0]
 
     def oldest_put_at(self) -> int | None:
         row = self.connection.execute("SELECT put_at FROM chunks ORDER BY last_id LIMIT 1").fetchone()
         return row and int(row[0])
 
-    def expired(self, oldest: int) -> list[ExpiredRow]:
-        """Return the first rows that were put before `oldest` and may be deleted."""
-        found, size = [], 0
-        for row in self.connection.execute(EXPIRY, (self.deletable_id, EXPIRY_ROWS)):
+    def expired(self, oldest: int, topic: int | None = None, last_id: int = sys.maxsize) -> list[ExpiredRow]:
+        """Return the first rows, of one topic or all, that were put before `oldest` and may be deleted."""
+        found, size, last_id = [], 0, min(last_id, self.deletable_id)
+        one = () if topic is None else (topic,)
+        for row in self.connection.execute(TOPIC_EXPIRY if one else EXPIRY, (last_id, *one, EXPIRY_ROWS)):
             # Put times increase with ids, so that expired rows come first.
             if row[2] >= oldest or size >= EXPIRY_BYTES:
                 break
             found.append(row)
-            size += row[4]
+            size += row[5]
         return found
 
     def page_bytes(self) -> int:

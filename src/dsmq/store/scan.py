@@ -47,7 +47,7 @@ class SelectionReads:
             end = max(after, min(self._last_id, wanted.below - 1))
             now, until = self._clock(), time.monotonic() + SCAN_SECONDS
             position, chosen = after, list[_Candidate]()
-            for up_to, candidates in self._forwards(wanted, now - self.max_age_ms):
+            for up_to, candidates in self._forwards(wanted, now):
                 for candidate in candidates:
                     chosen.append(candidate)
                     left -= candidate[3] + len(candidate[4].name)
@@ -75,7 +75,7 @@ class SelectionReads:
                     rows[row] = self._database.bodies(row)
                 body = rows[row][start : start + size]
             age_ms = now - at
-            left_ms = self.max_age_ms - age_ms
+            left_ms = self._age_ms(topic) - age_ms
             found.append(TopicMessage(topic.name, message_id, number, age_ms, body, left_ms))
             last = Message(message_id, number, age_ms, b"", left_ms)
             ends[topic] = ends[topic][0] if topic in ends else last, last
@@ -87,10 +87,20 @@ class SelectionReads:
             self._database.count_time("read", began)
         return found
 
+    def _age_ms(self, topic: Topic) -> int:
+        """Return the age at which the topic's messages expire."""
+        if not self._topics.rules.ages:
+            return self.max_age_ms
+        age_ms = self._topics.rules.of(topic).max_age_ms
+        return self.max_age_ms if age_ms is None else age_ms
+
+    def _longest_age_ms(self) -> int:
+        return max([self.max_age_ms, *self._topics.rules.ages])
+
     # Forwards
 
-    def _forwards(self, wanted: ManyTopics, since: int) -> Iterator[_Part]:
-        """Iterate over the messages that are wanted, and were put at or after `since`."""
+    def _forwards(self, wanted: ManyTopics, now: int) -> Iterator[_Part]:
+        """Iterate over the messages that are wanted."""
         selection, after, written_id = wanted.selection, wanted.after, self._buffer.written_id
         behind = self._behind(selection, after)
         if behind is not None and not behind:
@@ -98,11 +108,11 @@ class SelectionReads:
         if after < written_id:
             written = [topic for topic in behind or () if after < topic.written_id]
             is_scanned = behind is None or len(written) > MAX_MERGED_TOPICS
-            parts = self._scan(selection, after, since) if is_scanned else self._merged(written, after, since)
+            parts = self._scan(selection, after, now) if is_scanned else self._merged(written, after, now)
             for up_to, candidates in parts:
                 yield up_to, [candidate for candidate in candidates if _is_wanted(candidate, wanted, self._database)]
             yield written_id, []
-        buffered = self._buffered(selection, behind, after, since)
+        buffered = self._buffered(selection, behind, after, now)
         yield self._last_id, [candidate for candidate in buffered if _is_wanted(candidate, wanted, self._database)]
 
     def _behind(self, selection: Selection, after: int) -> list[Topic] | None:
@@ -113,11 +123,11 @@ class SelectionReads:
         found = [by_name[name] for name in selection.names if name in by_name]
         return [topic for topic in found if topic.last_id > after]
 
-    def _scan(self, selection: Selection, after: int, since: int) -> Iterator[_Part]:
+    def _scan(self, selection: Selection, after: int, now: int) -> Iterator[_Part]:
         """Scan all rows. Those of one millisecond may be mixed, and are sorted; puts of later ones have higher ids."""
         matching: dict[int, Topic | None] = {}
         put_at, up_to, candidates = 0, after, list[_Candidate]()
-        for header in self._database.headers(after, since):
+        for header in self._database.headers(after, now - self._longest_age_ms()):
             if header[2] != put_at:
                 if put_at:
                     candidates.sort()
@@ -125,7 +135,8 @@ class SelectionReads:
                     candidates = []
                 put_at = header[2]
             up_to = header[0]
-            if (topic := self._match(selection, header[1], matching)) is not None:
+            topic = self._match(selection, header[1], matching)
+            if topic is not None and now - header[2] <= self._age_ms(topic):
                 candidates += _unpack(header, topic, after)
         candidates.sort()
         yield up_to, candidates
@@ -137,19 +148,22 @@ class SelectionReads:
             known[row] = topic if selection.matches(topic.name) else None
         return known[row]
 
-    def _merged(self, topics: list[Topic], after: int, since: int) -> Iterator[_Part]:
+    def _merged(self, topics: list[Topic], after: int, now: int) -> Iterator[_Part]:
         """Merge the rows of these topics."""
-        rows = [_messages(self._database.headers(after, since, topic.row), topic, after) for topic in topics]
+        rows = [
+            _messages(self._database.headers(after, now - self._age_ms(topic), topic.row), topic, after)
+            for topic in topics
+        ]
         for candidate in merge(*rows):
             yield candidate[0], [candidate]
 
-    def _buffered(self, selection: Selection, behind: list[Topic] | None, after: int, since: int) -> list[_Candidate]:
-        """Return the messages in the write buffer with ids above `after`, put at or after `since`."""
+    def _buffered(self, selection: Selection, behind: list[Topic] | None, after: int, now: int) -> list[_Candidate]:
+        """Return the messages in the write buffer with ids above `after`."""
         if behind is None:
             behind = [topic for topic in self._buffer.after(after) if selection.matches(topic.name)]
         found: list[_Candidate] = []
         for topic in behind:
-            buffered = topic.buffered
+            buffered, since = topic.buffered, now - self._age_ms(topic)
             for message_id, number, put_at, body in buffered[bisect_left(buffered, (after + 1,)) :]:
                 if put_at >= since:
                     found.append((message_id, number, put_at, len(body), topic, 0, 0, body))
@@ -166,7 +180,7 @@ class SelectionReads:
         """
         with self._database:
             until = time.monotonic() + SCAN_SECONDS
-            for down_to, ids in self._backwards(selection, below, self._clock() - self.max_age_ms):
+            for down_to, ids in self._backwards(selection, below, self._clock()):
                 for message_id in ids:
                     if message_id < below:
                         count -= 1
@@ -176,30 +190,34 @@ class SelectionReads:
                     return count, down_to + 1
             return 0, 0
 
-    def _backwards(self, selection: Selection, below: int, since: int) -> Iterator[tuple[int, list[int]]]:
+    def _backwards(self, selection: Selection, below: int, now: int) -> Iterator[tuple[int, list[int]]]:
         """Iterate over ids, the highest first, and with them over one above which there are no others."""
         behind, written_id = self._behind(selection, 0), self._buffer.written_id
         if below > written_id + 1:
-            buffered = self._buffered(selection, behind, written_id, since)
+            buffered = self._buffered(selection, behind, written_id, now)
             yield written_id, [candidate[0] for candidate in reversed(buffered)]
         written = [topic for topic in behind or () if topic.written_id]
         if behind is None or len(written) > MAX_MERGED_TOPICS:
-            yield from self._scan_back(selection, below, since)
+            yield from self._scan_back(selection, below, now)
             return
-        rows = [_messages_back(self._database.headers_back(below, since, topic.row), topic) for topic in written]
+        rows = [
+            _messages_back(self._database.headers_back(below, now - self._age_ms(topic), topic.row), topic)
+            for topic in written
+        ]
         for candidate in merge(*rows, reverse=True):
             yield candidate[0] - 1, [candidate[0]]
 
-    def _scan_back(self, selection: Selection, below: int, since: int) -> Iterator[tuple[int, list[int]]]:
+    def _scan_back(self, selection: Selection, below: int, now: int) -> Iterator[tuple[int, list[int]]]:
         matching: dict[int, Topic | None] = {}
         put_at, ids = 0, list[int]()
-        for header in self._database.headers_back(below, since):
+        for header in self._database.headers_back(below, now - self._longest_age_ms()):
             if header[2] != put_at:
                 if put_at:
                     yield header[0], sorted(ids, reverse=True)
                     ids = []
                 put_at = header[2]
-            if (topic := self._match(selection, header[1], matching)) is not None:
+            topic = self._match(selection, header[1], matching)
+            if topic is not None and now - header[2] <= self._age_ms(topic):
                 ids += [candidate[0] for candidate in _unpack(header, topic, 0)]
         yield 0, sorted(ids, reverse=True)
 
@@ -227,8 +245,9 @@ def _is_wanted(candidate: _Candidate, wanted: ManyTopics, database: Database) ->
 
 
 def _unpack(header: Header, topic: Topic, after: int) -> list[_Candidate]:
-    """Return the messages of a row with ids above `after`."""
+    """Return the messages of a row with ids above `after`, except dropped ones."""
     key, _, put_at, number, packed = header
+    after = max(after, topic.dropped_id)
     ids_and_sizes = array("q", packed)
     if len(ids_and_sizes) == 2:
         return [(key, number, put_at, ids_and_sizes[1], topic, key, 0, None)] if key > after else []

@@ -29,7 +29,8 @@ CREATE TABLE IF NOT EXISTS chunks (
 """
 INDEX = "CREATE INDEX IF NOT EXISTS chunks_by_topic ON chunks (topic)"
 # Further tables of a snapshot. In `lost`, each range has two rows without a name, with the id before it and its last
-# id, and then its numbers.
+# id, and then its numbers. In `empty_topics`, a topic with messages has the last id that it has dropped; rows may still
+# have messages up to it.
 SNAPSHOT_SCHEMA = """
 CREATE TABLE state (
     epoch TEXT NOT NULL,
@@ -63,6 +64,8 @@ Row: TypeAlias = tuple[int, int, int, int, bytes, bytes]
 """The columns of `chunks`."""
 Columns: TypeAlias = tuple[int, int, bytes, bytes]
 """The columns that reading needs: put time, last number, ids and sizes, bodies."""
+ExpiredRow: TypeAlias = tuple[int, int, int, int, int, int]
+"""Last id, topic id, put time, last number, number of messages, bytes of their bodies."""
 Batch: TypeAlias = tuple[str, Sequence[tuple[Any, ...]]]
 """An INSERT statement, and rows for it."""
 

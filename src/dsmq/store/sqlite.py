@@ -39,6 +39,8 @@ from dsmq.store.api import (
 from dsmq.store.database import Database, to_reply_error
 from dsmq.store.dedup import Deduplicator, Producer
 from dsmq.store.limits import LimitChecker
+from dsmq.store.removal import Removals
+from dsmq.store.rules import Rules
 from dsmq.store.scan import SelectionReads
 from dsmq.store.schema import INSERT_ROW, INSERT_TOPIC, Batch, StoredMessage
 from dsmq.store.snapshot_contents import Lost, LostRanges, SnapshotState, copy_state, read_producers, read_state
@@ -57,7 +59,7 @@ def monotonic_ms() -> int:
     return (time.monotonic_ns() if BOOT_CLOCK is None else time.clock_gettime_ns(BOOT_CLOCK)) // 1_000_000
 
 
-class SQLiteStore(SelectionReads, LocalStore):
+class SQLiteStore(SelectionReads, Removals, LocalStore):
     """A store in this process. Thread-safe."""
 
     def __init__(self, max_age_ms: int, clock: Callable[[], int] = monotonic_ms, limits: Limits | None = None) -> None:
@@ -65,27 +67,20 @@ class SQLiteStore(SelectionReads, LocalStore):
         self.epoch, self.run = secrets.token_hex(8), secrets.token_hex(8)
         self._lost = LostRanges()
         self._clock, self._last_id, self._last_put_at = clock, 0, 0
-        self._database, self._topics, self._buffer = Database(), TopicTable(), WriteBuffer()
+        self._database, self._topics, self._buffer = Database(), TopicTable(Rules(limits or Limits())), WriteBuffer()
         self._flush_error: ReplyError | None = None
         self._retry_at = 0
-        self._limits = LimitChecker(self._topics, limits or Limits())
+        self._limits = LimitChecker(self._topics, self._sizes)
+        self._begin_removals()
         self._deduplicator = Deduplicator()
-
-    @property
-    def limits(self) -> Limits:
-        return self._limits.limits
-
-    @limits.setter
-    def limits(self, limits: Limits) -> None:
-        self._limits.set_limits(limits)
 
     # Puts
 
     def append(self, puts: Sequence[Put]) -> list[Outcome]:
         with self._database:
             # Everything that can fail comes before the first message is added.
-            topics, buffer, limits = self._topics, self._buffer, self._limits
-            names, is_keyed = set(), False
+            topics, buffer, limits, rules = self._topics, self._buffer, self._limits, self._topics.rules
+            names, is_keyed, drops = set(), False, dict[bytes, int]()
             messages = topics.stored - topics.deleted + len(puts)
             size = topics.topic_bytes + topics.padding_bytes + topics.bytes + messages * MESSAGE_OVERHEAD_BYTES
             for name, body, key in puts:
@@ -98,15 +93,19 @@ class SQLiteStore(SelectionReads, LocalStore):
                 self._deduplicator.check(puts)
             if names:
                 size += accounted_topic_bytes(names)
-            if messages > limits.safe_messages or size > limits.safe_bytes:
-                limits.check(self._new_puts(puts))
+            if messages > rules.safe_messages or size > rules.safe_bytes:
+                drops = limits.check(self._new_puts(puts))
             is_full = buffer.messages >= MAX_BUFFERED_MESSAGES or buffer.bytes >= MAX_BUFFERED_BYTES
             if is_full and any(self._new_puts(puts)):
                 self._flush()
+            written = [self._find_written(name, count) for name, count in drops.items()] if drops else []
             if names and (names := names.intersection(put[0] for put in self._new_puts(puts))):
                 limits.check_limit("max_topics", len(names))
                 topics.add(names)
-            return self._add(puts, self._clock())
+            ids = self._add(puts, self._clock())
+            if drops:
+                self._drop(drops, written)
+            return ids
 
     def _new_puts(self, puts: Sequence[Put]) -> Iterator[Put]:
         """Iterate over the puts that have not been stored before."""
@@ -178,8 +177,8 @@ class SQLiteStore(SelectionReads, LocalStore):
         with self._database:
             now = self._clock()
             began = time.monotonic() if after < known.written_id else 0.0
-            since = now - self.max_age_ms
-            for message_id, number, put_at, body in self._messages_after(known, after, since):
+            since = now - self._age_ms(known)
+            for message_id, number, put_at, body in self._messages_after(known, max(after, known.dropped_id), since):
                 messages.append(Message(message_id, number, now - put_at, body, put_at - since))
                 max_bytes -= len(body)
                 if len(messages) == count or max_bytes <= 0:
@@ -204,9 +203,9 @@ class SQLiteStore(SelectionReads, LocalStore):
             return []
         with self._database:
             now = self._clock()
-            since = now - self.max_age_ms
+            since = now - self._age_ms(known)
             found = self._newest_below(known, below)
-            if found is None or found[0] <= after or found[2] < since:
+            if found is None or found[0] <= max(after, known.dropped_id) or found[2] < since:
                 return []
             message_id, number, put_at, body = found
             message = Message(message_id, number, now - put_at, body, put_at - since)
@@ -222,26 +221,6 @@ class SQLiteStore(SelectionReads, LocalStore):
 
     def last_id(self) -> int:
         return self._last_id
-
-    # Expiry
-
-    def expire(self) -> int:
-        with self._database:
-            oldest = self._clock() - self.max_age_ms
-            rows = self._database.expired(oldest)
-            # Don't flush the buffer for this, because there may be no memory left.
-            is_buffered = not rows and self._database.deletable_id == sys.maxsize
-            deleted = self._buffer.find_older(oldest) if is_buffered else self._topics.sum_rows(rows)
-            if not deleted:
-                return 0
-            emptied = [topic.row for topic, (count, _) in deleted.items() if topic.messages == count]
-            self._database.delete(rows[-1][0] if rows else 0, emptied)
-            if is_buffered:
-                self._buffer.delete_first(deleted)
-            self._flush_error = None
-            count = self._topics.delete_first(deleted)
-            self._topics.count_pages(self._database.page_bytes)
-            return count
 
     # Statistics
 
@@ -260,21 +239,25 @@ class SQLiteStore(SelectionReads, LocalStore):
             known = self._topics.find(topic)
             stats = known.stats()._replace(restored_number=self._lost.restored_number(topic, after))
             if known.messages:
-                first_id, put_at = self._database.oldest(known.row) or (known.buffered[0][0], known.buffered[0][2])
+                written = self._database.oldest(known.row, known.dropped_id)
+                first_id, put_at = written or (known.buffered[0][0], known.buffered[0][2])
                 stats = stats._replace(first_id=first_id, oldest_age_ms=self._clock() - put_at)
-            return stats
+            return stats._replace(dropped=self._topics.dropped_by_name.get(topic, 0))
 
     def totals(self) -> Totals:
         topics = self._topics
+        oldest_age_ms = self._oldest_age() if topics.messages else 0
         return Totals(
             topics.messages,
             topics.bytes,
             len(topics.by_name),
             topics.stored - topics.restored,
-            topics.deleted,
+            topics.deleted - topics.dropped,
             topics.deleted_unread,
-            self._oldest_age() if topics.messages else 0,
+            oldest_age_ms,
             topics.accounted_bytes,
+            topics.dropped,
+            self._overdue_ms(oldest_age_ms),
         )
 
     def _oldest_age(self) -> int:
@@ -319,7 +302,7 @@ class SQLiteStore(SelectionReads, LocalStore):
             with database.lock:
                 state = SnapshotState(
                     *(self.epoch, self.run, self._clock(), self._last_id, topics.last_row, None, unix_time, is_last),
-                    *(topics.empty.copy(), self._lost.ranges),
+                    *(topics.empty | topics.dropped_ids, self._lost.ranges),
                 )
                 database.deletable_id = 0
                 copied = () if file else database.copy_rows(buffer.written_id, buffer.written_row)
@@ -338,6 +321,7 @@ class SQLiteStore(SelectionReads, LocalStore):
         ahead_ms = state.clock + round(max(0.0, unix_time - state.written_at) * 1000) - now
         with self._database.lock:
             self._topics.restore(self._database.load(source))
+            self._restore_dropped(state.empty_topics)
             self._topics.count_pages(self._database.page_bytes)
         self._clock = lambda: clock() + ahead_ms
         self.epoch, self.run, self._lost = state.epoch, state.run, LostRanges(state.lost)
