@@ -91,6 +91,10 @@ class CountingStore(NATSStore):
     def latest(self, topic: bytes, after: int, below: int = sys.maxsize) -> Answer[list[Message]]:
         return _then(super().latest(topic, after + FIRST, min(below, sys.maxsize - FIRST) + FIRST), _messages)
 
+    def peek(self, topic: bytes, below: int = sys.maxsize) -> Message | None:
+        message = super().peek(topic, min(below, sys.maxsize - FIRST) + FIRST)
+        return message and _messages([message])[0]
+
     def start_id(self) -> Future[int]:
         return _later(super().start_id(), lambda message_id: message_id - FIRST)
 

@@ -191,6 +191,7 @@ class Server:
             undo.pop_all()
         names = [listener.socket.getsockname() for listener in self._listeners]
         self.status.port = next((name[1] for name in names if isinstance(name, tuple)), 0)
+        self.status.addresses = self.addresses
         self.status.serving = True
         reports.log_started(self.addresses)
         self._log_configuration()

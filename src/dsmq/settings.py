@@ -78,7 +78,8 @@ class Settings(BaseSettings):
     http_host: TCPHost = "127.0.0.1"
     """Address of the HTTP endpoint, which serves the status page, /metrics, /healthz and /readyz."""
     http_token: Token = SecretStr("")
-    """Bearer token required for /metrics and for /status.json, the status page's data."""
+    """Bearer token required for /metrics and for the status page's data. Without it, the page shows messages only if
+    clients need no token either, and it is served on loopback."""
     http_token_file: str = ""
     """File that contains the bearer token, instead of http_token."""
     http_allowed_hosts: HostNames = ""
@@ -314,6 +315,12 @@ def _explain(error: ValidationError, sources: dict[str, str]) -> Iterator[str]:
 def is_secret(name: str) -> bool:
     """Return whether a setting's value must not be displayed."""
     return Settings.model_fields[name].annotation is SecretStr
+
+
+def changed(settings: Settings) -> dict[str, Any]:
+    """Return the settings that differ from their defaults, secrets masked."""
+    values, fields = settings.model_dump(mode="json"), type(settings).model_fields
+    return {name: values[name] for name, field in fields.items() if getattr(settings, name) != field.default}
 
 
 def option(name: str) -> str:

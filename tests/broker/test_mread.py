@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from itertools import count
 
 import pytest
 
@@ -10,6 +11,7 @@ from conftest import Wire, loop_of, serving, wait_until, wire_to
 from dsmq.broker import waiters
 from dsmq.server import Server
 from dsmq.store import scan
+from dsmq.store.sqlite import SQLiteStore
 from dsmq.wire.resp import encode_request
 from security import ADMIN
 
@@ -63,6 +65,19 @@ def test_options(filled: Wire, request_: str, position: int, expected: list[byte
     # The last message of the reply, or the last id.
     assert reply[0] in (position, reply[-5] if expected else position)
     assert bodies(reply) == expected
+
+
+def test_newest_of_each_topic_are_in_one_reply_however_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan, "SCAN_SECONDS", 0.0)
+    time = count(1)
+    store = SQLiteStore(600_000, lambda: next(time))
+    for at in range(2_000):
+        store.append([(b"t%d" % (at % 20), b"%d" % at, None)])
+    with serving(store) as server, wire_to(server) as wire:
+        reply = wire.call("MREAD", 0, "LATEST", "TOPICS", "t*")
+        assert bodies(reply) == [str(at).encode() for at in range(1980, 2000)]
+        reply = wire.call("MREAD", 0, "LATEST", "COUNT", 5, "TOPICS", "t*")
+        assert bodies(reply) == [str(at).encode() for at in range(1980, 1985)]
 
 
 @pytest.mark.parametrize("words", ["LAST 1", "SINCE 100000", "since 100000 LATEST"])

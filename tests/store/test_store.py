@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sqlite3
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -740,6 +741,28 @@ def test_concurrent_puts_are_neither_lost_nor_duplicated_nor_reordered(store: Cl
 
 
 # Statistics
+
+
+def test_peek_goes_back_without_marking_as_read(store: ClockedStore, clock: Clock) -> None:
+    for body in (b"a", b"b", BIG):
+        put(store, b"t", body)
+        put(store, b"other", body)
+    for write in (lambda: None, store.write):
+        write()
+        found, below = [], sys.maxsize
+        while message := store.peek(b"t", below):
+            found.append(message)
+            below = message.id
+        assert [(message.id, message.number, message.body) for message in found] == [
+            (5, 3, BIG),
+            (3, 2, b"b"),
+            (1, 1, b"a"),
+        ]
+    assert store.peek(b"new") is None
+    clock.now += MAX_AGE + 1
+    assert store.peek(b"t") is None
+    expire_all(store)
+    assert store.totals().expired_unread == 6
 
 
 def test_expired_unread_messages_are_counted(store: ClockedStore, clock: Clock) -> None:

@@ -302,6 +302,7 @@ class StoreAndModel(RuleBasedStateMachine):
         with stack, closing(target):
             for insert, rows in batches:
                 target.executemany(insert, rows)
+            target.commit()
             self.store.close()
             self.model, self.store = model, ClockedStore(MAX_AGE, self.clock, model.limits)
             then = self.clock.now

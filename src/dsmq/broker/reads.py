@@ -44,7 +44,7 @@ class PendingRead:
     max_bytes: int
     wait_ms: int
     """How long to wait for a message if there is none."""
-    encode: Callable[[Connection, PendingRead, list[Message]], Encoded]
+    encode: Callable[[Connection, Any, list[Message]], Encoded]
     epoch: bytes | None = None
     """The epoch that `after` belongs to."""
     below: int = 0
@@ -67,8 +67,9 @@ class PendingRead:
 
     def take(self, found: Any) -> list[Message] | None:
         """Return the messages; None: fetch again."""
-        if self.start is not None:
-            if self.start.take(found):
+        if type(found) is tuple:
+            # From `start`, which a store that answers later may have been asked for twice.
+            if self.start is not None and self.start.take(found):
                 self.after, self.start = self.start.after, None
             return None
         if self.below:
@@ -80,6 +81,14 @@ class PendingRead:
 
     def end_wait(self, waiters: Waiters, connection: Connection) -> None:
         waiters.remove((self.topic,), (), connection)
+
+    def covers(self, topic: bytes) -> bool:
+        return topic == self.topic
+
+    @property
+    def about(self) -> bytes:
+        """What it reads, for people."""
+        return self.topic
 
     def memory(self, messages: list[Message]) -> int:
         """Return the bytes that the reply takes."""

@@ -251,6 +251,9 @@ class Store(Protocol):
     def latest(self, topic: bytes, after: int, below: int = sys.maxsize) -> Answer[list[Message]]:
         """Return the newest unexpired message with an id above `after` and below `below`, if there is one."""
 
+    def peek(self, topic: bytes, below: int = sys.maxsize) -> Message | None:
+        """Return the newest unexpired message with an id below `below`, as far as known, without marking it as read."""
+
     def read_many(self, wanted: ManyTopics, wait_ms: int = 0) -> Answer[Found]:
         """Do as `read` or `latest` does for several topics, in the order of ids.
 
@@ -314,6 +317,9 @@ class Store(Protocol):
 
     def last_number(self, topic: bytes) -> int:
         """Return the number of the last message put into a topic, or 0."""
+
+    def topic_names(self) -> list[bytes]:
+        """Return the topics with messages, in any order."""
 
     def largest_topics(self, count: int) -> list[bytes]:
         """Return the topics with the most messages."""

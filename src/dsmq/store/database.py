@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 from dsmq.errors import Full, ReplyError, StartupError, StoreFailed
 from dsmq.store.api import Timing
 from dsmq.store.schema import (
+    BLOCK_IDS,
     DROP_SNAPSHOT_SCHEMA,
     INDEX,
     INSERT_ROW,
@@ -48,7 +49,7 @@ TOPIC_HEADERS = f"{_HEADERS} WHERE last_id > ? AND put_at >= ? AND topic = ? ORD
 HEADERS_BACK = f"{_HEADERS} WHERE last_id <= ? AND put_at >= ? ORDER BY last_id DESC"
 TOPIC_HEADERS_BACK = f"{_HEADERS} WHERE last_id <= ? AND put_at >= ? AND topic = ? ORDER BY last_id DESC"
 PUT_TIMES = "SELECT last_id, put_at FROM chunks WHERE last_id >= ? ORDER BY last_id"
-BODIES = f"SELECT {_COLUMNS} FROM chunks WHERE last_id = ?"  # noqa: S608
+BODIES = f"SELECT {_COLUMNS}, last_id FROM chunks WHERE last_id BETWEEN ? AND ?"  # noqa: S608
 OLDEST = "SELECT put_at, ids_and_sizes FROM chunks WHERE topic = ? AND last_id > ? ORDER BY last_id LIMIT 1"
 # An id and a size take 16 bytes.
 _SIZES = "SELECT last_id, topic, put_at, last_number, length(ids_and_sizes) / 16, length(bodies) FROM chunks"
@@ -78,6 +79,8 @@ class Database:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.closed = False
+        self.restored_id = 0
+        """The last id that came from a snapshot."""
         self.deletable_id = sys.maxsize
         """While a snapshot is written, rows after this id must not be deleted: they are not copied yet."""
         self.timings = {"write": Timing(), "read": Timing(), "expire": Timing()}
@@ -178,18 +181,24 @@ class Database:
             first = "SELECT min(last_id) FROM chunks WHERE topic = ? AND last_id >= ?"
             [(end,)] = self.connection.execute(first, (topic, below))
             return self.connection.execute(TOPIC_HEADERS_BACK, (end or below, since, topic))
-        end, at = below, None
+        end, block = below, None
         for last_id, put_at in self.connection.execute(PUT_TIMES, (below,)):
-            # Only rows of the same millisecond are mixed.
-            if put_at != (at := at or put_at):
+            if (found := self.block(last_id, put_at)) != (block := block or found):
                 break
             end = last_id
         return self.connection.execute(HEADERS_BACK, (end, since))
 
-    def bodies(self, row: int) -> bytes:
-        """Return the bodies of a row, by its last id."""
-        columns = self.connection.execute(BODIES, (row,)).fetchone()
-        return bytes((columns if columns[3] is not None else self._with_long_bodies(columns))[3])
+    def block(self, last_id: int, put_at: int) -> tuple[int, int]:
+        """Return what is the same only for rows that may be mixed."""
+        # In snapshots of earlier versions, all rows of the same millisecond may be.
+        return put_at, last_id // BLOCK_IDS if last_id > self.restored_id else 0
+
+    def bodies(self, first: int, last: int) -> dict[int, bytes]:
+        """Return the bodies of the rows with last ids from `first` to `last`, by these."""
+        return {
+            row[4]: row[3] if row[3] is not None else self._with_long_bodies(row[:4])[3]
+            for row in self.connection.execute(BODIES, (first, last))
+        }
 
     def id_before(self, since: int) -> int:
         """Return the last id that was put before `since`, or 0."""
@@ -212,9 +221,9 @@ class Database:
         ids = array("q", row[1])[::2]
         return ids[bisect_right(ids, after)], row[0]
 
-    def oldest_put_at(self) -> int | None:
-        row = self.connection.execute("SELECT put_at FROM chunks ORDER BY last_id LIMIT 1").fetchone()
-        return row and int(row[0])
+    def put_times(self) -> Iterator[tuple[int, int, int]]:
+        """Iterate over the rows, oldest first: last id, topic, put time."""
+        return self.connection.execute("SELECT last_id, topic, put_at FROM chunks ORDER BY last_id")
 
     def expired(self, oldest: int, topic: int | None = None, last_id: int = sys.maxsize) -> list[ExpiredRow]:
         """Return the first rows, of one topic or all, that were put before `oldest` and may be deleted."""
@@ -290,6 +299,7 @@ class Database:
             raise
         self.connection.close()
         self.connection = connection
+        self.restored_id = max((topic[3] for topic in held), default=0)
         return held
 
 

@@ -82,7 +82,7 @@ class Removals:
     def limits(self, limits: Limits) -> None:
         if limits != self._topics.rules.limits:
             with self._database.lock:
-                self._topics.rules = Rules(limits)
+                self._topics.set_rules(Rules(limits))
 
     def _age_ms(self, topic: Topic) -> int:
         raise NotImplementedError

@@ -13,6 +13,9 @@ from typing import Any, TypeAlias
 
 # Reading one message unpacks a whole row, so rows are kept short. Only a row of one message may be longer.
 MAX_ROW_MESSAGES, MAX_ROW_BYTES = 128, 16_384
+# The ids of a row are between two multiples of this, a power of 2. So only few rows are mixed, and sorting messages
+# takes few rows.
+BLOCK_IDS = 512
 # Bodies from this size on are read as blobs, which copies them once instead of twice.
 LONG_BYTES = 65_536
 
@@ -78,11 +81,16 @@ def pack(messages_by_topic: Iterable[tuple[int, list[StoredMessage]]]) -> list[R
 
 
 def split_into_rows(messages: list[StoredMessage]) -> Iterator[list[StoredMessage]]:
-    """Split one topic's messages at each change of millisecond, and before a row gets too long."""
+    """Split one topic's messages at each change of millisecond, between blocks, and before a row gets too long."""
     start = size = 0
-    for at, (_, _, put_at, body) in enumerate(messages):
+    for at, (message_id, _, put_at, body) in enumerate(messages):
         size += len(body)
-        if at > start and (put_at != messages[start][2] or at - start == MAX_ROW_MESSAGES or size > MAX_ROW_BYTES):
+        if at > start and (
+            put_at != messages[start][2]
+            or at - start == MAX_ROW_MESSAGES
+            or size > MAX_ROW_BYTES
+            or message_id ^ messages[start][0] >= BLOCK_IDS
+        ):
             yield messages[start:at]
             start, size = at, len(body)
     yield messages[start:]

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 from dsmq.errors import Full, ReplyError
 from dsmq.store.api import (
@@ -73,15 +74,16 @@ class SQLiteStore(SelectionReads, Removals, Purges, LocalStore):
         self._retry_at = 0
         self._limits = LimitChecker(self._topics, self._sizes)
         self._begin_removals()
-        self._deduplicator = Deduplicator()
+        self._deduplicator, self._matches = Deduplicator(), WeakKeyDictionary()
 
     # Puts
 
     def append(self, puts: Sequence[Put]) -> list[Outcome]:
         with self._database:
             # Everything that can fail comes before the first message is added.
-            topics, buffer, limits, rules = self._topics, self._buffer, self._limits, self._topics.rules
-            names, is_keyed, drops = set(), False, dict[bytes, int]()
+            topics, buffer, limits = self._topics, self._buffer, self._limits
+            names, is_keyed = set(), False
+            drops: dict[bytes, int] | None = None
             messages = topics.stored - topics.deleted + len(puts)
             size = topics.topic_bytes + topics.padding_bytes + topics.bytes + messages * MESSAGE_OVERHEAD_BYTES
             for name, body, key in puts:
@@ -94,12 +96,13 @@ class SQLiteStore(SelectionReads, Removals, Purges, LocalStore):
                 self._deduplicator.check(puts)
             if names:
                 size += accounted_topic_bytes(names)
-            if messages > rules.safe_messages or size > rules.safe_bytes:
+            if messages > topics.safe_messages or size > topics.safe_bytes:
                 drops = limits.check(self._new_puts(puts))
             is_full = buffer.messages >= MAX_BUFFERED_MESSAGES or buffer.bytes >= MAX_BUFFERED_BYTES
             if is_full and any(self._new_puts(puts)):
                 self._flush()
-            written = [self._find_written(name, count) for name, count in drops.items()] if drops else []
+            if drops:
+                written = [self._find_written(name, count) for name, count in drops.items()]
             if names and (names := names.intersection(put[0] for put in self._new_puts(puts))):
                 limits.check_limit("max_topics", len(names))
                 topics.add(names)
@@ -264,9 +267,11 @@ class SQLiteStore(SelectionReads, Removals, Purges, LocalStore):
     def _oldest_age(self) -> int:
         with suppress(ReplyError), self._database:
             now = self._clock()
+            for last_id, topic, put_at in self._database.put_times():
+                if last_id > self._topics.by_row[topic].dropped_id:
+                    return max(0, now - put_at)
             # Rows are older than messages in the buffer.
-            buffered = [topic.buffered[0][2] for topic in self._buffer.dirty_topics]
-            return max(0, now - (self._database.oldest_put_at() or min(buffered, default=now)))
+            return max(0, now - min([topic.buffered[0][2] for topic in self._buffer.dirty_topics], default=now))
         return 0
 
     def full(self) -> set[str]:

@@ -96,7 +96,7 @@ class TopicTable:
     """All topics, and the sums over them."""
 
     def __init__(self, rules: Rules) -> None:
-        self.rules = rules
+        self.set_rules(rules)
         self.by_name: dict[bytes, Topic] = {}
         self.by_row: dict[int, Topic] = {}
         # Last number and id of topics without messages, ordered by last put.
@@ -128,6 +128,10 @@ class TopicTable:
         if abs(counted - self._counted_bytes) >= COUNT_PAGES_BYTES:
             self._counted_bytes = counted
             self.padding_bytes = max(0, (page_bytes() - FREE_PAGE_BYTES) * 5 // 6 - counted)
+
+    def set_rules(self, rules: Rules) -> None:
+        self.rules = rules
+        self.safe_messages, self.safe_bytes = rules.safe_messages, rules.safe_bytes
 
     def find(self, name: bytes) -> Topic:
         """Return a topic, which may be without messages."""
