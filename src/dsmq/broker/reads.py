@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
-from dsmq.broker.arguments import parse_integer, parse_number, parse_options, parse_topic
+from dsmq.broker.arguments import MAX_NAME_BYTES, parse_integer, parse_number, parse_options, parse_topic
 from dsmq.broker.states import OPEN, WAITING
 from dsmq.broker.usage import FREE_BYTES
 from dsmq.errors import BadRequest, ReplyError, WrongEpoch
@@ -120,7 +120,8 @@ class Start:
 
 def read(client: Connection, request: list[bytes]) -> Encoded | None:
     pending = parse_read(client, request)
-    check_position(client, pending)
+    if pending.epoch is not None or pending.after > client.context.store.last_id():
+        check_position(client, pending)
     return client.reads.start(pending)
 
 
@@ -135,15 +136,15 @@ def check_position(client: Connection, pending: PendingRead) -> None:
 
 def parse_read(client: Connection, request: list[bytes]) -> PendingRead:
     topic = parse_topic(client, request)
-    start = None if request[2].isdigit() else parse_start(Selection([topic]), request[2:4])
-    after = 0 if start else parse_integer(request[2], "after")
-    count, max_bytes, wait_ms, epoch, is_latest = read_options(*request[4 if start else 3 :])
+    if not request[2].isdigit():
+        pending = parse_read(client, [*request[:2], b"0", *request[4:]])
+        pending.start = parse_start(Selection([topic]), request[2:4])
+        return pending
+    after = parse_integer(request[2], "after")
+    count, max_bytes, wait_ms, epoch, is_latest = read_options(*request[3:])
     if client.transport.budget.total:
         max_bytes = min(max_bytes, SHORT_READ_BYTES)
-    pending = PendingRead(topic, after, 0 if is_latest else count, max_bytes, wait_ms, _encode_read, epoch)
-    if start:
-        pending.start = start
-    return pending
+    return PendingRead(topic, after, 0 if is_latest else count, max_bytes, wait_ms, _encode_read, epoch)
 
 
 def parse_start(selection: Selection, words: list[bytes]) -> Start:
@@ -163,7 +164,11 @@ def read_options(*words: bytes) -> tuple[int, int, int, bytes | None, bool]:
     count = parse_number(options, b"COUNT", DEFAULT_COUNT, 1, MAX_COUNT)
     max_bytes = parse_number(options, b"BYTES", MAX_READ_BYTES, 1, MAX_READ_BYTES)
     wait_ms = parse_number(options, b"WAIT", 0, 0, MAX_WAIT_MS)
-    return count, max_bytes, wait_ms, options.get(b"EPOCH", [None])[0], b"LATEST" in options
+    epoch = options.get(b"EPOCH", [None])[0]
+    if epoch is not None and len(epoch) > MAX_NAME_BYTES:
+        # The cache would keep it.
+        raise BadRequest(f"an epoch has at most {MAX_NAME_BYTES} bytes")
+    return count, max_bytes, wait_ms, epoch, b"LATEST" in options
 
 
 def _encode_read(client: Connection, read: PendingRead, messages: list[Message]) -> Encoded:

@@ -185,7 +185,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.takes_message = "message" in takes
     _add_options(name, parser)
     end = words.index("--") if "--" in words else len(words)
-    options, others = parser.parse_known_args(words[:end], argparse.Namespace(command=name, topic=None, message=None))
+    options, others = parser.parse_known_args(words[:end], argparse.Namespace(command=name, **dict.fromkeys(takes)))
     for word in others:
         if word.startswith("--"):
             about = "; to begin a message with --, write -- before it" if parser.takes_message else ""

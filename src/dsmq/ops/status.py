@@ -159,6 +159,7 @@ class Status:
         unauthenticated = usage.unauthenticated.total
         yield Fact("unauthenticated_connections", "Open connections not authenticated yet.", unauthenticated)
         yield Fact("waiting_readers", "Readers waiting for a message.", usage.waiting.total)
+        yield Fact("waiting_patterns", "Patterns that readers wait for.", usage.waiting_patterns.total)
         yield Fact("snapshot_time_seconds", "Unix time of the last snapshot written or restored.", snapshots.last_at)
         yield Fact("snapshot_size_bytes", "Size of the last snapshot written.", snapshots.last_bytes)
         yield Fact("restored_messages", "Messages restored from a snapshot at the start.", snapshots.restored)
@@ -181,6 +182,7 @@ class Status:
         limit = settings.max_unauthenticated_connections
         yield Fact("unauthenticated_connections_limit", "Max unauthenticated connections.", limit)
         yield Fact("waiting_readers_limit", "Max waiting readers.", settings.max_waiting_readers)
+        yield Fact("waiting_patterns_limit", "Max patterns that readers wait for.", settings.max_waiting_patterns)
         interval = self._snapshotter.interval if self._snapshotter else 0
         yield Fact("snapshot_interval_seconds", "Time between snapshots; 0: no periodic snapshots.", interval)
 
