@@ -351,7 +351,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def from_options(options: argparse.Namespace) -> Settings:
     """Return the effective settings for a command line. Raises ConfigError."""
-    given = {name: value for name, value in vars(options).items() if name in Settings.model_fields}
+    names = Settings.model_fields.keys() - environment.FILE_ONLY
+    given = {name: value for name, value in vars(options).items() if name in names}
     return load(options.config, name_of=option, **given)
 
 
