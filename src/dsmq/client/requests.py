@@ -277,6 +277,12 @@ def stats(topic: str | None) -> Call:
     return Call(encode_request(b"STATS", arguments.topic_name(topic)))
 
 
+def purge(topic: str) -> Call:
+    """Return the call that purges a topic, or the topics that match a pattern."""
+    is_pattern = isinstance(topic, str) and "*" in topic
+    return NonIdempotent(encode_request(b"PURGE", topic.encode() if is_pattern else arguments.topic_name(topic)))
+
+
 class Put(Call):
     """A put, which is sent again under its key, so that it is stored once."""
 
