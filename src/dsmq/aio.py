@@ -222,6 +222,11 @@ class AsyncClient(Client):
         await self._run(call := requests.stats(topic))
         return replies.stats(call.reply)
 
+    async def purge(self, topic: str) -> int:
+        """Expire all messages of a topic, or of all topics that match a pattern; return how many."""
+        await self._run(call := requests.purge(topic))
+        return replies.as_number(check(call.reply))
+
     async def shutdown_server(self) -> None:
         """Stop the server gracefully; return when it has closed the connection."""
         shared = self._here().shared

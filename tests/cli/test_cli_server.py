@@ -76,6 +76,17 @@ def test_stop_reports_that_it_is_not_allowed() -> None:
         assert_one_line(result("stop", "-p", str(server.port)), 1, "SHUTDOWN is not allowed (allow_shutdown = false)")
 
 
+# Purge
+
+
+def test_purge_expires_messages_of_a_topic_or_pattern(topic: str, mq: DSMQClientSideConnection) -> None:
+    for name in ("/a", "/a", "/b"):
+        mq.put(topic + name, "x")
+    assert result("purge", topic + "/a") == (0, b"2 messages purged\n", b"")
+    assert result("purge", topic + "/*") == (0, b"1 messages purged\n", b"")
+    assert result("get", topic + "/*", "--after", "0") == (3, b"", b"")
+
+
 # Watch
 
 

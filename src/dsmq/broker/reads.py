@@ -16,14 +16,13 @@ from dsmq.broker.usage import FREE_BYTES
 from dsmq.errors import BadRequest, ReplyError, WrongEpoch
 from dsmq.store.api import MESSAGE_OVERHEAD_BYTES, Answer, Message, Store, TopicMessage
 from dsmq.store.selection import Selection
-from dsmq.wire.limits import DEFAULT_COUNT, MAX_READ_BYTES
+from dsmq.wire.limits import DEFAULT_COUNT, MAX_COUNT, MAX_READ_BYTES
 from dsmq.wire.resp import Encoded, encode_bulk, encode_messages, encode_null, quoted
 
 if TYPE_CHECKING:
     from dsmq.broker.connection import Connection
     from dsmq.broker.waiters import Waiters
 
-MAX_COUNT = 1_000
 # Max size of one reply to READ while others are unread: most of a longer one would never reach a client that doesn't
 # read.
 SHORT_READ_BYTES = 65_536

@@ -149,6 +149,11 @@ def _stop(_: argparse.Namespace, connect: Connect) -> None:
         mq.shutdown_server()
 
 
+def _purge(options: argparse.Namespace, connect: Connect) -> None:
+    with connect() as mq:
+        sys.stdout.write(f"{mq.purge(options.topic)} messages purged\n")
+
+
 def _stats(options: argparse.Namespace, connect: Connect) -> None:
     with connect() as mq:
         values = mq.stats(options.topic)
@@ -180,6 +185,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace, Connect], int | None]] = {
     "watch": _watch,
     "ping": _ping,
     "stats": _stats,
+    "purge": _purge,
     "stop": _stop,
     "bench": _bench,
 }

@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "stats": ("Print figures about a topic, or about the server.", "[TOPIC] "),
     "ping": ("Check that the server answers; for scripts and health checks.", ""),
     "bench": ("Measure how long typical operations take on a running server.", ""),
+    "purge": ("Expire all messages of TOPIC at once. In it, * stands for any characters, also none.", "TOPIC "),
     "stop": ("Stop the server gracefully.", ""),
     "completion": ("Print what completes commands, options and topics in SHELL: bash, zsh or fish.", "SHELL "),
     "demo": ("Run a server, a writer and two readers for a few seconds.", ""),

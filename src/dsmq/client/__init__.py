@@ -252,6 +252,15 @@ class DSMQClientSideConnection(Client):
         self._run(call := requests.stats(topic))
         return replies.stats(call.reply)
 
+    def purge(self, topic: str) -> int:
+        """Expire all messages of a topic that are stored now, or of all topics that match a pattern; return how many.
+
+        Other clients count those that they have not read as missed. Needs the role admin. ConnectionLost means that
+        some may have been purged.
+        """
+        self._run(call := requests.purge(topic))
+        return replies.as_number(check(call.reply))
+
     def shutdown_server(self) -> None:
         """Stop the server gracefully; return when it has closed the connection.
 

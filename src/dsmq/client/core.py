@@ -18,6 +18,7 @@ from dsmq.client.stretch import Back
 from dsmq.errors import ClientClosed, ReplyError
 from dsmq.system import boot_time
 from dsmq.wire.addresses import Endpoint
+from dsmq.wire.limits import MAX_INTEGER
 
 # The next call closes surplus connections that have been idle for this long.
 IDLE_SECONDS = 5.0
@@ -267,6 +268,7 @@ class Client:
 def _back(last: int | None, since: float | None) -> Back | None:
     if last is not None and not arguments.count("last", last):
         raise ValueError("last should be 1 or more, not 0")
-    if since is not None and not math.isinf(seconds := arguments.seconds("since", since)):
+    if since is not None and (seconds := arguments.seconds("since", since)) < arguments.COMMON_SECONDS:
         return b"SINCE", boot_time() - seconds
-    return None if last is None else (b"LAST", last)
+    # Of more, all are read.
+    return None if last is None else (b"LAST", min(last, MAX_INTEGER))

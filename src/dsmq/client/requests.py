@@ -15,7 +15,7 @@ from dsmq.client.replies import reason, restored_number, stored_id, topics
 from dsmq.client.stretch import Entry, Era
 from dsmq.errors import AuthRequired, ConnectionLost, DSMQError, MessageNotText, ReplyError, ShuttingDown, TimedOut
 from dsmq.system import boot_time, process
-from dsmq.wire.limits import MAX_READ_BYTES
+from dsmq.wire.limits import MAX_COUNT, MAX_READ_BYTES
 from dsmq.wire.resp import Reply, encode_bulk, encode_option, encode_read, encode_read_many, encode_request
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ RESEND_SECONDS = 300.0
 _LONG_WAIT_SECONDS = 1.0
 
 _LATEST = encode_bulk(b"LATEST")
+# Of several topics, as many as the server returns at once.
+_ALL_LATEST = _LATEST + encode_option(b"COUNT", MAX_COUNT)
 
 
 class Producer:
@@ -157,7 +159,7 @@ class Read(Call):
         if producer.era and producer.era is not stretch.era:
             raise ConnectionResetError("another connection has found that the server was restarted")
         if self._latest:
-            return self._encode(after, _LATEST, 1)
+            return self._encode(after, _ALL_LATEST, 3) if reader.names else self._encode(after, _LATEST, 1)
         options, count = b"", 0
         if reader.count:
             options, count = encode_option(b"COUNT", reader.count), 2
@@ -273,6 +275,12 @@ def stats(topic: str | None) -> Call:
     if topic is None:
         return Call(encode_request(b"INFO", b"server", b"clients", b"stats", b"store", b"engine"))
     return Call(encode_request(b"STATS", arguments.topic_name(topic)))
+
+
+def purge(topic: str) -> Call:
+    """Return the call that purges a topic, or the topics that match a pattern."""
+    is_pattern = isinstance(topic, str) and "*" in topic
+    return NonIdempotent(encode_request(b"PURGE", topic.encode() if is_pattern else arguments.topic_name(topic)))
 
 
 class Put(Call):

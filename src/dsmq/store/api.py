@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from threading import Thread
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias, TypeVar
@@ -281,6 +281,12 @@ class Store(Protocol):
 
     def expire(self) -> int:
         """Delete some messages that have expired, or exceed lowered limits; return how many, 0 if none are left."""
+
+    def purge(self, selection: Selection, /) -> Iterator[int]:
+        """Delete all messages that are stored now; yield how many were deleted in each of several short slices.
+
+        Raises BadRequest if the store can't, StoreFailed if it can't now.
+        """
 
     def topics(self, after: bytes, count: int) -> list[TopicStats]:
         """Return topics with messages, in byte order, with names above `after`."""
