@@ -111,7 +111,7 @@ def parse_mread(client: Connection, request: list[bytes]) -> PendingMany:
     )
 
 
-@lru_cache
+@lru_cache(32)
 def _select(max_topic_bytes: int, *words: bytes) -> Selection:
     if len(words) > MAX_NAMES or sum(map(len, words)) > MAX_NAMES_BYTES:
         raise TooBig(f"a request reads at most {MAX_NAMES} topics and patterns, with {MAX_NAMES_BYTES} bytes")

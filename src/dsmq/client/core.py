@@ -226,7 +226,8 @@ class Client:
         """Continue reading at a position, or after the message with an id; 0 is before all messages.
 
         Or, when the next message is read, at the last `last` messages, or those put since `since` seconds before now.
-        `topic` may be a pattern or a list of topics, as in `read`; `last` counts over all of them.
+        `topic` may be a pattern or a list of topics, as in `read`; `last` counts over all of them. Until that read,
+        `position` is before all messages.
 
         After a position of another epoch, from before the server lost its messages, the topic is read from its oldest
         message, and on_state_change is called with `replaced`. After an id that the server has not assigned yet, the

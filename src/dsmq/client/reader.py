@@ -168,7 +168,7 @@ class TopicReader:
             if stretch.ask or (stretch is not before and not stretch.continues(before, behind)):
                 return True
             if stretch.back is not None:
-                before = self._begin(stretch, at, found[0].id - 1 if found else scanned)
+                before = self._begin(stretch, at, _first_id(stretch.back, found) if found else scanned)
                 continue
             new, is_taken = found and stretch.unread(found), at == len(stretch.ahead)
             if new and is_taken:
@@ -305,6 +305,17 @@ class TopicReader:
             step.generation = stretch.generation[0] + 1, 0
             if self._move(stretch, at, step):
                 return is_known
+
+
+def _first_id(back: Back, found: Sequence[Entry]) -> int:
+    """Return the id after which to begin, given the messages that the server found.
+
+    Those put since a time are requested with a margin, and the estimated time is never too early.
+    """
+    for entry in found:
+        if back[0] == b"LAST" or entry.put_at >= back[1]:
+            return entry.id - 1
+    return found[-1].id
 
 
 def _converted(

@@ -45,6 +45,9 @@ RESEND_SECONDS = 300.0
 # If a read waited longer than this before its connection broke, it had reached a server.
 _LONG_WAIT_SECONDS = 1.0
 
+# The server counts back from when it gets the request. Nothing put after a `seek` may be skipped, so ask for more.
+_SINCE_MARGIN_SECONDS = 1.0
+
 _LATEST = encode_bulk(b"LATEST")
 # Of several topics, as many as the server returns at once.
 _ALL_LATEST = _LATEST + encode_option(b"COUNT", MAX_COUNT)
@@ -181,7 +184,8 @@ class Read(Call):
             return encode_read(reader.topic, after, options, words)
         start = [b"%d" % after]
         if back is not None and not self._latest:
-            start = [back[0], b"%d" % (back[1] if back[0] == b"LAST" else (boot_time() - back[1]) * 1000)]
+            seconds = boot_time() - back[1] + _SINCE_MARGIN_SECONDS
+            start = [back[0], b"%d" % (back[1] if back[0] == b"LAST" else seconds * 1000)]
         return encode_read_many(reader.names or [encode_bulk(reader.topic.encode())], start, options, words)
 
     def found(self) -> tuple[list[Entry], int]:
