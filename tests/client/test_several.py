@@ -175,6 +175,21 @@ def test_messages_put_before_the_time_are_left_out_and_none_after_it(peer: Peer,
     assert peer.take() == [("c", 1)]
 
 
+def test_all_messages_before_the_time_are_left_out(peer: Peer, client_clock: ClientClock) -> None:
+    for _ in range(5):
+        peer.put("a")
+    client_clock.passed += 0.5
+    peer.reader.seek(0, back=(b"SINCE", client_clock.boot_time()))
+    peer.put("b")
+    for _ in range(3):
+        asked = peer.reader.asked()
+        found, scanned = peer.found(asked[1], 2)
+        found = [one._replace(put_at=one.put_at - 0.5 * (one.topic == "a")) for one in found]
+        assert peer.reader.accept(asked, found, scanned)
+    assert peer.take() == [("b", 1)]
+    assert peer.missed() == (0, [0, 0, 0])
+
+
 def test_latest_takes_newest_of_each_topic_and_skips_older_ones(peer: Peer, client_clock: ClientClock) -> None:
     for topic in "aabbc":
         peer.put(topic)

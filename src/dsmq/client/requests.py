@@ -183,7 +183,7 @@ class Read(Call):
         if not self._is_selection:
             return encode_read(reader.topic, after, options, words)
         start = [b"%d" % after]
-        if back is not None and not self._latest:
+        if back is not None and back[0] != b"AFTER" and not self._latest:
             seconds = boot_time() - back[1] + _SINCE_MARGIN_SECONDS
             start = [back[0], b"%d" % (back[1] if back[0] == b"LAST" else seconds * 1000)]
         return encode_read_many(reader.names or [encode_bulk(reader.topic.encode())], start, options, words)
