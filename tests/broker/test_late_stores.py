@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from conftest import SOON, UNIT, daemon, serving, wait_until, wire_to
+from conftest import SOON, UNIT, daemon, loop_of, serving, wait_until, wire_to
 from dsmq import settings as config
 from dsmq.broker import event_loop as worker
 from dsmq.client import connect
@@ -248,6 +248,29 @@ def test_half_closed_reader_ends_while_the_store_owes_an_answer() -> None:
         assert wire.ended()
         store.reads[0].set_result([])
         wait_until(lambda: server.status.connections() == 0)
+
+
+class LateStart(SQLiteStore):
+    """Knows its last id when the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__(600_000)
+        self.starts: list[Future[int]] = []
+
+    def start_id(self) -> Future[int]:  # type: ignore[override]
+        self.starts.append(Future())
+        return self.starts[-1]
+
+
+def test_wait_that_begins_after_a_half_close_ends_at_once() -> None:
+    store = LateStart()
+    with serving(store) as server, wire_to(server) as wire:  # type: ignore[arg-type]
+        wire.send(encode_request(b"GETWAIT", b"t", b"60000"))
+        wire.socket.shutdown(socket.SHUT_WR)
+        wait_until(lambda: bool(store.starts))
+        wait_until(lambda: all(one.transport.eof_received for one in loop_of(server).connections))
+        store.starts[0].set_result(0)
+        assert wire.ended()
 
 
 def test_failed_store_answer_is_reported() -> None:

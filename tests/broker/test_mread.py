@@ -41,6 +41,8 @@ def filled(request: pytest.FixtureRequest, wire: Wire, monkeypatch: pytest.Monke
     monkeypatch.setattr(scan, "SCAN_SECONDS", request.param)
     for topic, body in (("a/1", "x"), ("b", "y"), ("a/2", "z"), ("c", "w")):
         wire.call("PUT", topic, body)
+    # A store that copies them later has the last one now, and so all.
+    assert wire.call("READ", "c", 0)
     return wire
 
 

@@ -289,6 +289,10 @@ class Reads:
             if read.wait_ms:
                 read.deadline = connection.loop.now + read.wait_ms / 1000
                 connection.schedule(read.deadline)
+                if connection.transport.eof_received:
+                    # The client shut down its sending side while the request waited for something else.
+                    self.end()
+                    connection.finish()
         return reply
 
     def _reply(self, read: PendingRead, found: Answer[Any]) -> Encoded | None:
