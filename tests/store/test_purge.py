@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 
@@ -13,8 +15,9 @@ from dsmq.store.sqlite import SQLiteStore
 
 
 @pytest.fixture
-def store() -> SQLiteStore:
-    return SQLiteStore(600_000, limits=Limits())
+def store() -> Iterator[SQLiteStore]:
+    with closing(SQLiteStore(600_000, limits=Limits())) as store:
+        yield store
 
 
 def bodies(store: SQLiteStore, topic: bytes) -> list[bytes]:
@@ -36,8 +39,6 @@ def test_purge_deletes_written_and_buffered_messages_of_matching_topics(store: S
 
 
 def test_purge_leaves_messages_that_are_put_meanwhile(store: SQLiteStore) -> None:
-    clock = [1_000]
-    store = SQLiteStore(600_000, clock=lambda: clock[0])
     store.append([(b"t", b"%d" % number, None) for number in range(20_000)])
     slices = store.purge(Selection([b"t"]))
     count = next(slices)

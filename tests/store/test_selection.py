@@ -6,6 +6,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -127,7 +128,7 @@ def test_reads_of_several_topics_agree_with_model(
 ) -> None:
     checked = Checked()
     store = checked.store
-    with pytest.MonkeyPatch.context() as patch:
+    with closing(store), pytest.MonkeyPatch.context() as patch:
         patch.setattr(store_module, "MAX_BUFFERED_MESSAGES", 7)
         patch.setattr(store_module, "FLUSH_MESSAGES", 3)
         patch.setattr(scan, "SCAN_SECONDS", seconds)
@@ -150,7 +151,6 @@ def test_reads_of_several_topics_agree_with_model(
                     expire_all(store)
                 case "check":
                     checked.check(data)
-    store.close()
 
 
 def test_reads_of_several_topics_end_once_their_bytes_are_reached() -> None:

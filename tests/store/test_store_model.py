@@ -215,6 +215,7 @@ class StoreAndModel(RuleBasedStateMachine):
     def teardown(self) -> None:
         if self.copying:
             self.copying[0].close()
+            self.copying[2].close()
         self.store.close()
         self.patch.undo()
 
@@ -330,7 +331,12 @@ class StoreAndModel(RuleBasedStateMachine):
     def agree(self) -> None:
         assert self.store.last_id() == self.model.last_id
         # The model does not count unread messages; they have tests of their own.
-        assert self.store.totals()._replace(expired_unread=0, overdue_ms=0) == self.model.totals()
+        expected, found = self.model.totals(), self.store.totals()._replace(expired_unread=0, overdue_ms=0)
+        if self.model.dropped:
+            # The pages of dropped messages may still be in use, for a snapshot that has to copy them.
+            assert found.accounted_bytes >= expected.accounted_bytes
+            found = found._replace(accounted_bytes=expected.accounted_bytes)
+        assert found == expected
         for topic in TOPICS:
             assert self.store.stats(topic) == self.model.stats(topic)
             assert read(self.store, topic) == self.model.read(topic, 0, 1000, 1_000_000)
