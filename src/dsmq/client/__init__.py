@@ -226,7 +226,7 @@ class DSMQClientSideConnection(Client):
 
         Topics are read as by `read`. With text=True, messages are str; with raw=True, bytes.
         """
-        seconds, key = arguments.seconds("timeout", timeout), arguments.names(topics[0] if len(topics) == 1 else topics)
+        seconds, key = arguments.seconds("timeout", timeout), arguments.names(*topics)
         self._session.reader(key)
         end = object()
         # Not a generator, which an interrupt would end.

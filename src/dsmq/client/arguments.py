@@ -94,8 +94,12 @@ class Names(tuple[str, ...]):
     __slots__ = ()
 
 
-def names(topics: object) -> str | Names:
-    """Return a topic, or several topics and patterns. A name with `*`, which is any characters, is a pattern."""
+def names(*arguments: object) -> str | Names:
+    """Return a topic, or several topics and patterns: each an argument, or all in one list.
+
+    A name with `*`, which is any characters, is a pattern.
+    """
+    topics = arguments[0] if len(arguments) == 1 else arguments
     if isinstance(topics, str) and "*" not in topics:
         topic_name(topics)
         return topics

@@ -31,6 +31,8 @@ from dsmq.store.schema import (
     unpack,
 )
 
+# How long a slice of expiry or of a purge may take before its last step, in seconds.
+SLICE_SECONDS = 0.0004
 # Max rows and bytes deleted while the lock is held: less than 0.1 ms of work.
 EXPIRY_ROWS, EXPIRY_BYTES = 100, 131_072
 # Max topics, rows and bytes copied for a snapshot while the lock is held.
@@ -107,6 +109,11 @@ class Database:
         with self.lock:
             self.closed = True
             self.connection.close()
+
+    @property
+    def is_being_copied(self) -> bool:
+        """Whether a snapshot is being written."""
+        return self.deletable_id < sys.maxsize
 
     @contextmanager
     def transaction(self, operation: str) -> Iterator[None]:

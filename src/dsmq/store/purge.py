@@ -7,12 +7,10 @@ import time
 from collections.abc import Iterator
 
 from dsmq.errors import StoreFailed
-from dsmq.store.database import Database
+from dsmq.store.database import SLICE_SECONDS, Database
+from dsmq.store.schema import ExpiredRow
 from dsmq.store.selection import Selection
-from dsmq.store.topics import Counts, TopicTable
-
-# How long a slice may take before its last step, in seconds.
-SLICE_SECONDS = 0.0004
+from dsmq.store.topics import TopicTable
 
 
 class Purges:
@@ -25,10 +23,7 @@ class Purges:
     def _flush(self) -> None:
         raise NotImplementedError
 
-    def _emptied(self, deleted: Counts) -> list[int]:
-        raise NotImplementedError
-
-    def _subtract(self, deleted: Counts, *, is_buffered: bool) -> int:
+    def _delete_first(self, rows: list[ExpiredRow]) -> int:
         raise NotImplementedError
 
     def purge(self, selection: Selection) -> Iterator[int]:
@@ -43,7 +38,7 @@ class Purges:
 
     def _purge_some(self, selection: Selection, topics: list[int], last_id: int) -> int:
         """Delete some messages, and remove the topics that are done; return how many messages were deleted."""
-        if self._database.deletable_id < sys.maxsize:
+        if self._database.is_being_copied:
             raise StoreFailed("a snapshot is being written; purge again when it is done")
         count, until = 0, time.monotonic() + SLICE_SECONDS
         while topics and time.monotonic() < until:
@@ -51,9 +46,7 @@ class Purges:
             is_wanted = topic is not None and selection.matches(topic.name)
             rows = self._database.expired(sys.maxsize, topics[-1], last_id) if is_wanted else []
             if rows:
-                deleted = self._topics.sum_rows(rows)
-                self._database.delete_rows([row[0] for row in rows], self._emptied(deleted))
-                count += self._subtract(deleted, is_buffered=False)
+                count += self._delete_first(rows)
             else:
                 topics.pop()
         return count

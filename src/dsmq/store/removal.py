@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from dsmq import logs
 from dsmq.errors import ReplyError
 from dsmq.store.api import Limits
-from dsmq.store.database import Database
+from dsmq.store.database import SLICE_SECONDS, Database
 from dsmq.store.rules import Rules
 from dsmq.store.schema import ExpiredRow
 from dsmq.store.topics import Counts, Topic, TopicTable, WriteBuffer
@@ -33,8 +33,8 @@ from dsmq.terminal import quoted
 if TYPE_CHECKING:
     from dsmq.store.limits import LimitChecker
 
-# How long a slice that deletes nothing may take, in seconds, and the pause after it.
-SLICE_SECONDS, PAUSE_SECONDS = 0.0004, 0.0002
+# The pause after a slice that deletes nothing, in seconds.
+PAUSE_SECONDS = 0.0002
 # Max topics checked, in one slice, for new rules.
 MAX_CHECKED = 200
 # Before all put times.
@@ -136,7 +136,7 @@ class Removals:
             if written.rows:
                 self._undeleted[topic] = None
         rows = [row for written in found for row in written.rows]
-        if rows and self._database.deletable_id == sys.maxsize:
+        if rows and not self._database.is_being_copied:
             try:
                 self._delete_rows(rows)
             except (sqlite3.Error, MemoryError) as error:
@@ -164,7 +164,7 @@ class Removals:
             rows += [row[0] for row in self._database.expired(sys.maxsize, topic.row, topic.dropped_id)]
             del self._undeleted[topic]
             # At the end, to be looked at again.
-            if rows or self._database.deletable_id < sys.maxsize:
+            if rows or self._database.is_being_copied:
                 self._undeleted[topic] = None
             if len(rows) >= MAX_CHECKED:
                 break
@@ -235,13 +235,19 @@ class Removals:
         """Delete messages that were put before `oldest`; return as `_expire_some` does."""
         rows = self._database.expired(oldest)
         # Don't flush the buffer for this, because there may be no memory left.
-        is_buffered = not rows and self._database.deletable_id == sys.maxsize
+        is_buffered = not rows and not self._database.is_being_copied
         deleted = self._buffer.find_older(oldest) if is_buffered else self._topics.sum_rows(rows)
         if not (deleted or rows):
             return 0, True
         emptied = self._emptied(deleted)
         self._database.delete(rows[-1][0] if rows else 0, emptied)
         return self._subtract(deleted, is_buffered=is_buffered), False
+
+    def _delete_first(self, rows: list[ExpiredRow]) -> int:
+        """Delete rows, the first ones of their topics; return how many messages they had."""
+        deleted = self._topics.sum_rows(rows)
+        self._database.delete_rows([row[0] for row in rows], self._emptied(deleted))
+        return self._subtract(deleted, is_buffered=False)
 
     def _emptied(self, deleted: Counts) -> list[int]:
         return [topic.row for topic, (count, _) in deleted.items() if topic.messages == count]
@@ -270,7 +276,7 @@ class Removals:
             elif written := self._database.oldest(row, topic.dropped_id):
                 # If it has expired, it must be copied for a snapshot first.
                 again.append((max(written[1] - oldest, 0) + now + 1, row))
-            elif (at := bisect_left(topic.buffered, oldest, key=itemgetter(2))) and self._may_delete_buffered():
+            elif (at := bisect_left(topic.buffered, oldest, key=itemgetter(2))) and not self._database.is_being_copied:
                 buffered[topic] = at, sum(len(message[3]) for message in topic.buffered[:at])
                 again.append((now, row))
             else:
@@ -278,9 +284,7 @@ class Removals:
         count = 0
         try:
             if rows:
-                deleted = self._topics.sum_rows(rows)
-                self._database.delete_rows([row[0] for row in rows], self._emptied(deleted))
-                count = self._subtract(deleted, is_buffered=False)
+                count = self._delete_first(rows)
             if buffered:
                 self._database.delete_rows([], self._emptied(buffered))
                 count += self._subtract(buffered, is_buffered=True)
@@ -288,9 +292,6 @@ class Removals:
             for entry in again:
                 heapq.heappush(queue, entry)
         return count, not queue or queue[0][0] > now
-
-    def _may_delete_buffered(self) -> bool:
-        return self._database.deletable_id == sys.maxsize
 
     def _overdue_ms(self, oldest_age_ms: int) -> int:
         """Return how long ago the first message that is still stored has expired."""
