@@ -59,13 +59,9 @@ class Inspector:
 
     def _find(self, text: bytes) -> list[bytes]:
         names, found = self._store.topic_names(), list[bytes]()
-        pattern = Pattern(text if b"*" in text else b"*" + text + b"*")
+        is_wanted = Pattern(text).matches if b"*" in text else lambda name: text in name
         for start in range(0, len(names), FILTER_SLICE):
-            part = names[start : start + FILTER_SLICE]
-            if b"*" in text:
-                found += filter(pattern.matches, part)
-            else:
-                found += [name for name in part if text in name]
+            found += filter(is_wanted, names[start : start + FILTER_SLICE])
             # Lets other threads of the interpreter run.
             time.sleep(0)
         return found
