@@ -313,11 +313,13 @@ def test_server_that_waits_for_its_engine_says_so_once(tmp_path: Path, caplog: p
                 node.start()
             thread.join(SOON)
             assert not thread.is_alive()
-            # Once at first, and again if the leader is another node.
+            # Once at first, and again after each reason for another node: the leader, or no majority in time.
             assert reached(
                 lambda: (
                     len(messages(caplog, logging.INFO, "connected to NATS server"))
-                    == 1 + len(messages(caplog, logging.INFO, "moving to NATS server"))
+                    == 1
+                    + len(messages(caplog, logging.INFO, "moving to NATS server"))
+                    + len(messages(caplog, logging.WARNING, "lost the connection to NATS server"))
                 )
             )
             assert readyz(server)["reasons"] == []
