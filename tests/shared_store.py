@@ -17,9 +17,10 @@ import nats
 
 import dsmq.store.nats
 from dsmq.errors import ReplyError
-from dsmq.store.api import Answer, Message, Outcome, Put, TopicStats
+from dsmq.store.api import Answer, Found, ManyTopics, Message, Outcome, Put, TopicStats
 from dsmq.store.nats import NATSStore
 from dsmq.store.nats_stream import Stream
+from dsmq.store.selection import Selection
 from engine import Engine
 from helpers import HOST
 
@@ -91,6 +92,20 @@ class CountingStore(NATSStore):
     def latest(self, topic: bytes, after: int, below: int = sys.maxsize) -> Answer[list[Message]]:
         return _then(super().latest(topic, after + FIRST, min(below, sys.maxsize - FIRST) + FIRST), _messages)
 
+    def read_many(self, wanted: ManyTopics, wait_ms: int = 0) -> Answer[Found]:
+        below = min(wanted.below, sys.maxsize - FIRST) + FIRST
+        return _then(super().read_many(wanted._replace(after=wanted.after + FIRST, below=below), wait_ms), _found)
+
+    def go_back(self, selection: Selection, count: int, below: int = sys.maxsize) -> Answer[tuple[int, int]]:
+        return _then(super().go_back(selection, count, below if below == sys.maxsize else below + FIRST), _reached)
+
+    def id_before(self, milliseconds: int) -> int:
+        return max(0, super().id_before(milliseconds) - FIRST)
+
+    def peek(self, topic: bytes, below: int = sys.maxsize) -> Message | None:
+        message = super().peek(topic, min(below, sys.maxsize - FIRST) + FIRST)
+        return message and _messages([message])[0]
+
     def start_id(self) -> Future[int]:
         return _later(super().start_id(), lambda message_id: message_id - FIRST)
 
@@ -117,6 +132,16 @@ def _outcomes(outcomes: list[Outcome]) -> list[Outcome]:
 
 def _messages(messages: list[Message]) -> list[Message]:
     return [message._replace(id=message.id - FIRST) for message in messages]
+
+
+def _found(found: Found) -> Found:
+    messages = [message._replace(id=message.id - FIRST) for message in found.messages]
+    return found._replace(position=found.position - FIRST, messages=messages)
+
+
+def _reached(reached: tuple[int, int]) -> tuple[int, int]:
+    left, reached_id = reached
+    return left, reached_id if reached_id == sys.maxsize else max(0, reached_id - FIRST)
 
 
 def _stats(stats: TopicStats) -> TopicStats:

@@ -225,7 +225,7 @@ def test_script_reports_failed_start_in_one_line(server: Server) -> None:
 # What imports load
 
 
-@pytest.mark.parametrize("module", ["dsmq.client", "dsmq.cli", "dsmq.__main__"])
+@pytest.mark.parametrize("module", ["dsmq.client", "dsmq.cli.main", "dsmq.__main__"])
 def test_client_imports_only_standard_library(module: str) -> None:
     loaded = loaded_by(module)
     assert module in loaded

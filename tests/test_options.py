@@ -29,14 +29,17 @@ def test_options_are_the_settings_with_their_types() -> None:
     fields = Settings.model_fields
     assert list(get_type_hints(ServeOptions)) == [name for name in fields if name not in ("host", "port")]
     options = get_type_hints(ServerOptions)
-    assert {n: spelled(kind) for n, kind in options.items()} == {n: spelled(f.annotation) for n, f in fields.items()}
+    # A table in the file is a dictionary here.
+    assert options.pop("topic")
+    kinds = {name: spelled(field.annotation) for name, field in fields.items() if name != "topic"}
+    assert {name: spelled(kind) for name, kind in options.items()} == kinds
 
 
 @pytest.mark.parametrize("call", [serve, Server])
 def test_signature_lists_every_setting_with_its_default(call: Callable[..., Any]) -> None:
     parameters = inspect.signature(call).parameters
     assert all(one.kind is not inspect.Parameter.VAR_KEYWORD for one in parameters.values())
-    for name, value in EmbeddedSettings().model_dump(mode="json").items():
+    for name, value in {**EmbeddedSettings().model_dump(mode="json"), "topic": ()}.items():
         assert parameters[name].default == value, name
 
 

@@ -16,7 +16,8 @@ ROOT = Path(dsmq.__file__).parent
 BASE = {"environment", "errors", "logs", "system", "terminal", "threads", "tokens"}
 MAY_IMPORT = {
     "wire": {"errors"},
-    "settings": {"environment", "errors", "terminal", "tokens", "wire"},
+    "settings": {"environment", "errors", "setting_types", "terminal", "tokens", "wire"},
+    "setting_types": {"environment", "terminal", "tokens", "wire"},
     "store": BASE,
     "broker": {"store", "wire", "settings", *BASE},
     "ops": {"broker", "store", "wire", "settings", *BASE},

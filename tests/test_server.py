@@ -96,6 +96,7 @@ def test_stats_report_topic(wire: Wire) -> None:
         b"last_id": 2,
         b"first_id": 2,
         b"restored_number": 0,
+        b"dropped": 0,
     }
     assert as_map(wire.call("STATS", "nothing"))[b"messages"] == 0
 

@@ -525,6 +525,80 @@ def test_out_of_bounds_numbers_are_refused(name: str) -> None:
         config_error(**{name: kind["exclusiveMinimum"]})
 
 
+# Sizes
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("2GB", 2_000_000_000), ("64 MiB", 67_108_864), ("1.5kb", 1500), ("100", 100), ("100B", 100), ("1tib", 2**40)],
+)
+def test_sizes_have_units_in_every_source(text: str, size: int, tmp_path: Path, setenv: SetEnv) -> None:
+    assert config.load(max_stored_bytes=text).max_stored_bytes == size
+    assert config.load(toml(tmp_path, f"max_stored_bytes = '{text}'")).max_stored_bytes == size
+    setenv("DSMQ_MAX_STORED_BYTES", text)
+    assert config.load().max_stored_bytes == size
+
+
+@pytest.mark.parametrize("name", [name for name in config.Settings.model_fields if "_bytes" in name])
+def test_every_setting_in_bytes_takes_units(name: str) -> None:
+    size = "4KB" if name == "max_topic_bytes" else "16KiB"
+    assert getattr(config.load(**{name: size}), name) == (4000 if name == "max_topic_bytes" else 16384)
+
+
+@pytest.mark.parametrize("text", ["2G", "GB", "1.0001kB", "-1GB", "1e9B", "2GB2", "9999TB", "2 G B"])
+def test_invalid_size_is_refused(text: str) -> None:
+    assert "--max-stored-bytes: should be" in config_error(max_stored_bytes=text)
+
+
+# Rules for topics
+
+
+def test_rules_keep_their_order(tmp_path: Path) -> None:
+    first, second = config.load(toml(tmp_path, TOPICS)).topic
+    assert first.model_dump() == {
+        "pattern": "camera/*",
+        "max_messages": 30,
+        "max_bytes": 1_572_864,
+        "max_age_seconds": 5.0,
+        "when_full": "drop_oldest",
+    }
+    assert second.model_dump(exclude_none=True) == {"pattern": "ö"}
+
+
+def test_variable_for_topics_is_refused(setenv: SetEnv) -> None:
+    setenv("DSMQ_TOPIC", "camera")
+    assert "DSMQ_TOPIC: rules for topics are tables [[topic]] in a file" in config_error()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("max_messages = 3", "topic 1: pattern: is missing"),
+        ("pattern = 'a'\nmax_topics = 3", "topic 1: max_topics: this setting is for all topics; it must stand above"),
+        ("pattern = 'a'\n[[topic]]\npattern = 'b'\nmax = 1", "topic 2: max: unknown; [[topic]] has pattern, max_mess"),
+        ("pattern = ''", "topic 1: pattern: should have 1 to 4096 bytes, not ''"),
+        ("pattern = 3", "topic 1: pattern: should be text, not 3"),
+        ("pattern = 'a'\nmax_messages = 0", "topic 1: max_messages: should be greater than or equal to 1, not 0"),
+        ("pattern = 'a'\nmax_messages = true", "topic 1: max_messages: should not be true or false"),
+        ("pattern = 'a'\nmax_bytes = '1 XB'", "topic 1: max_bytes: should be a whole number, not '1 XB'"),
+        ("pattern = 'a'\nwhen_full = 'drop'", "topic 1: when_full: should be 'refuse' or 'drop_oldest', not 'drop'"),
+    ],
+)
+def test_invalid_rule_is_reported(text: str, expected: str, tmp_path: Path) -> None:
+    assert f"dsmq.toml: {expected}" in config_error(toml(tmp_path, f"[[topic]]\n{text}"))
+
+
+@pytest.mark.parametrize("text", ["[topic]\npattern = 'a'", "topic = 3", "topic = 'a'", "topic = ['a']"])
+def test_rules_that_are_no_tables_are_refused(text: str, tmp_path: Path) -> None:
+    assert "topic" in (error := config_error(toml(tmp_path, text)))
+    assert "should be written as tables: [[topic]]" in error
+
+
+@pytest.mark.parametrize("given", [{"when_full": "drop_oldest"}, {"topic": [{"pattern": "a", "max_messages": 3}]}])
+def test_rules_are_refused_over_nats(given: dict[str, Any]) -> None:
+    assert "can't be used with store yet" in config_error(store="nats://127.0.0.1:4222", **given)
+
+
 # TOML out
 
 
@@ -549,7 +623,20 @@ def test_unchanged_example_changes_nothing(tmp_path: Path) -> None:
 
 
 # A non-default value for every setting; the host has characters that TOML escapes.
+TOPICS = """
+[[topic]]
+pattern = "camera/*"
+max_messages = 30
+max_bytes = "1.5 MiB"
+max_age_seconds = 5
+when_full = "drop_oldest"
+
+[[topic]]
+pattern = "ö"
+"""
 OTHERS: dict[str, Any] = {
+    "topic": tomllib.loads(TOPICS)["topic"],
+    "when_full": "drop_oldest",
     "host": 'unix:/tmp/"ö\\ 😀',
     "http_host": "::1",
     "http_port": "off",
@@ -577,16 +664,22 @@ SHARED_STORE: dict[str, Any] = {
     "store_token_file": "",
     "snapshot_file": "",
     "snapshot_interval_seconds": 0.0,
+    "when_full": "refuse",
 }
 
 
-@pytest.mark.parametrize("given", [OTHERS, OTHERS | SHARED_STORE], ids=["all", "shared store"])
+@pytest.mark.parametrize(
+    "given",
+    [OTHERS, {name: OTHERS[name] for name in OTHERS if name != "topic"} | SHARED_STORE],
+    ids=["all", "shared store"],
+)
 def test_dsmq_config_output_loads_back_unchanged(given: dict[str, Any], tmp_path: Path) -> None:
     settings = config.load(**given)
     shown = {name: f for name, f in config.Settings.model_fields.items() if not config.is_secret(name)}
     same = {name for name, f in shown.items() if getattr(settings, name) == f.default}
-    assert same <= {name for name in SHARED_STORE if given.get(name) in (None, "", 0.0)}
-    options = [word for name, value in given.items() for word in (config.option(name), str(value))]
-    done = run_dsmq("config", *options)
+    assert same <= {name for name in SHARED_STORE if given.get(name) in (None, "", 0.0)} | {"topic", "when_full"}
+    options = [word for name, value in given.items() for word in (config.option(name), str(value)) if name != "topic"]
+    file = toml(tmp_path, TOPICS) if "topic" in given else toml(tmp_path, "")
+    done = run_dsmq("config", "--config", file, *options)
     assert (done.returncode, done.stderr) == (0, b"")
     assert config.load(toml(tmp_path, done.stdout)).model_dump() == settings.model_dump()

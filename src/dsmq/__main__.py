@@ -49,15 +49,19 @@ def _run(words: list[str]) -> int:
 
 
 def _command(words: list[str]) -> int:
-    from dsmq import cli_parser
+    from dsmq.cli import parser
 
-    options = cli_parser.parse(words)
+    if "_ARGCOMPLETE" in os.environ:
+        from dsmq.cli import completion, main
+
+        completion.complete(main.connect_to)
+    options = parser.parse(words)
     if run := _COMMANDS.get(options.command):
         run(options)
         return OK
-    from dsmq import cli
+    from dsmq.cli import main
 
-    return cli.COMMANDS[options.command](options) or OK
+    return main.run(options)
 
 
 def _report(error: Exception, status: int) -> int:
@@ -127,7 +131,18 @@ def _demo(options: argparse.Namespace) -> None:
     (demo_cluster if options.cluster else demo).main()
 
 
-_COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {"serve": _serve, "config": _config, "demo": _demo}
+def _completion(options: argparse.Namespace) -> None:
+    from dsmq.cli import completion
+
+    completion.print_script(options.shell)
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "serve": _serve,
+    "config": _config,
+    "demo": _demo,
+    "completion": _completion,
+}
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypeVar, Unpack, overload
 
 from dsmq import client as blocking
-from dsmq.client import arguments
+from dsmq.client import arguments, replies, requests
 from dsmq.client.arguments import Names
 from dsmq.client.async_pool import Pool, retrieve_error
 from dsmq.client.core import NOT_STARTED, Client, Options, Retries
@@ -201,7 +201,7 @@ class AsyncClient(Client):
         self, *topics: str | Sequence[str], timeout: float = math.inf, text: bool = False, raw: bool = False
     ) -> AsyncIterator[Any]:
         """Iterate over messages as they arrive, of a topic or several; end when none arrives for `timeout` seconds."""
-        seconds, key = arguments.seconds("timeout", timeout), arguments.names(topics[0] if len(topics) == 1 else topics)
+        seconds, key = arguments.seconds("timeout", timeout), arguments.names(*topics)
         self._session.reader(key)
         return _Messages(self, key, seconds, raw if text or raw else None)
 
@@ -216,6 +216,16 @@ class AsyncClient(Client):
         for call in list_topics(found):
             await self._run(call)
         return found
+
+    async def stats(self, topic: str | None = None) -> dict[str, int | str]:
+        """Return figures about a topic, or about the server."""
+        await self._run(call := requests.stats(topic))
+        return replies.stats(call.reply)
+
+    async def purge(self, topic: str) -> int:
+        """Expire all messages of a topic, or of all topics that match a pattern; return how many."""
+        await self._run(call := requests.purge(topic))
+        return replies.as_number(check(call.reply))
 
     async def shutdown_server(self) -> None:
         """Stop the server gracefully; return when it has closed the connection."""

@@ -24,6 +24,8 @@ _MAX_TEXT_BYTES = 1_048_576
 PREFIX = "DSMQ_"
 # Variables that are no settings: the configuration file, and the servers that clients connect to.
 _OTHERS = ("config", "server")
+# Settings that only the configuration file can have.
+FILE_ONLY = ("topic",)
 
 # NAME=value, as Kubernetes sets it in every container for a Service called dsmq or dsmq-…, and `docker --link` and
 # Compose's `links` for a container of such a name.
@@ -78,6 +80,10 @@ def _variables() -> dict[str, str]:
             continue
         if name not in settings() and name not in _OTHERS:
             raise ConfigError(f"{variable}: {unknown(name, lambda known: PREFIX + known.upper())}")
+        if name in FILE_ONLY:
+            raise ConfigError(
+                f"{variable}: rules for topics are tables [[{name}]] in a file; see --config and DSMQ_CONFIG"
+            )
         other = found.setdefault(name, variable)
         if os.environ[other] != value:
             raise ConfigError(f"{other} and {variable} are both set, to different values")

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypedDict, TypeVar
 
 from dsmq.settings import EmbeddedSettings, Settings, is_secret, load
@@ -57,6 +57,7 @@ class ServeOptions(TypedDict, total=False):
     max_stored_bytes: int
     max_stored_messages_per_topic: int
     max_stored_bytes_per_topic: int
+    when_full: Literal["refuse", "drop_oldest"]
     max_connections: int
     max_connections_per_address: int
     max_unauthenticated_connections: int
@@ -78,6 +79,7 @@ class ServeOptions(TypedDict, total=False):
     log_format: Literal["auto", "text", "json", "journal"]
     log_stream: Literal["stderr", "stdout"]
     max_log_lines_per_second: int
+    topic: Sequence[Mapping[str, str | float]]
 
 
 class ServerOptions(ServeOptions, total=False):

@@ -37,10 +37,10 @@ from dsmq.ops.status import Status
 from dsmq.ops.systemd import Systemd
 from dsmq.options import RESTART_REQUIRED, ServeOptions, ServerOptions, either, list_options
 from dsmq.settings import EmbeddedSettings, Settings
-from dsmq.store.api import Limits, Store
+from dsmq.store.api import Store
 from dsmq.store.expiry import Expiry
 from dsmq.store.snapshots import LAST_SNAPSHOT_SECONDS, SnapshotStats, Snapshotter
-from dsmq.stores import await_store, new_snapshotter, new_store
+from dsmq.stores import await_store, limits_of, new_snapshotter, new_store
 from dsmq.threads import join, start, wait_until
 
 if TYPE_CHECKING:
@@ -191,6 +191,7 @@ class Server:
             undo.pop_all()
         names = [listener.socket.getsockname() for listener in self._listeners]
         self.status.port = next((name[1] for name in names if isinstance(name, tuple)), 0)
+        self.status.addresses = self.addresses
         self.status.serving = True
         reports.log_started(self.addresses)
         self._log_configuration()
@@ -299,7 +300,7 @@ class Server:
         self.context.settings = settings
         self.context.usage.set_limits(settings)
         self._store.max_age_ms = round(settings.max_age_seconds * 1000)
-        self._store.limits = Limits._make(getattr(settings, name) for name in Limits._fields)
+        self._store.limits = limits_of(settings)
 
     # Stop
 

@@ -13,58 +13,43 @@ import textwrap
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from dsmq import environment
 from dsmq.errors import ConfigError
+from dsmq.setting_types import (
+    EXAMPLE_TOPIC,
+    YEAR_SECONDS,
+    Age,
+    Bytes,
+    ClientTimeout,
+    Count,
+    Host,
+    HostNames,
+    HTTPPort,
+    Limit,
+    Port,
+    Seconds,
+    Size,
+    StoreServers,
+    TCPHost,
+    Timeout,
+    Token,
+    TopicSettings,
+    WhenFull,
+    check_interval,
+    explain_topic,
+)
 from dsmq.terminal import quoted
-from dsmq.tokens import check_token
-from dsmq.wire.addresses import UNIX, host_names, parse_endpoint, parse_store
-
-
-def _parses(parse: Callable[[str], object]) -> AfterValidator:
-    """Check that a text can be parsed, but keep it unchanged."""
-
-    def check(text: str) -> str:
-        parse(text)
-        return text
-
-    return AfterValidator(check)
-
-
-def _not_unix(host: str) -> str:
-    if host.startswith(UNIX) or not host:
-        raise ValueError("should be an address or a name")
-    return host
-
-
-def _check_secret(value: SecretStr) -> SecretStr:
-    if token := value.get_secret_value():
-        check_token(token)
-    return value
-
-
-def _check_interval(value: float) -> float:
-    if 0 < value < 1:
-        raise ValueError("should be 0, or at least 1")
-    return value
-
-
-Host = Annotated[str, _parses(parse_endpoint)]
-TCPHost = Annotated[Host, AfterValidator(_not_unix)]
-HostNames = Annotated[str, _parses(host_names)]
-Port = Annotated[int, Field(ge=0, le=65535)]
-StoreServers = Annotated[str, _parses(parse_store)]
-HTTPPort = Port | Literal["off"]
-Token = Annotated[SecretStr, AfterValidator(_check_secret)]
-Seconds = Annotated[float, Field(allow_inf_nan=False)]
-Timeout = Annotated[Seconds, Field(gt=0, le=600)]
-ClientTimeout = Annotated[Seconds, Field(gt=0, le=3600)]
-Limit = Annotated[int, Field(ge=1, le=1_000_000)]
-Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
-Bytes = Annotated[int, Field(ge=1, le=1_099_511_627_776)]
-YEAR_SECONDS = 31_536_000
 
 
 class Settings(BaseSettings):
@@ -93,7 +78,8 @@ class Settings(BaseSettings):
     http_host: TCPHost = "127.0.0.1"
     """Address of the HTTP endpoint, which serves the status page, /metrics, /healthz and /readyz."""
     http_token: Token = SecretStr("")
-    """Bearer token required for /metrics and for /status.json, the status page's data."""
+    """Bearer token required for /metrics and for the status page's data. Without it, the page shows messages only if
+    clients need no token either, and it is served on loopback."""
     http_token_file: str = ""
     """File that contains the bearer token, instead of http_token."""
     http_allowed_hosts: HostNames = ""
@@ -104,7 +90,7 @@ class Settings(BaseSettings):
     """Number of topics with metrics of their own: those with the most puts. The rest are summed up as `other`."""
     health_timeout_seconds: Timeout = 10.0
     """How long a thread may be unresponsive before /healthz fails."""
-    max_age_seconds: Annotated[Seconds, Field(gt=0, le=YEAR_SECONDS)] = 600.0
+    max_age_seconds: Age = 600.0
     """Messages older than this are never delivered, and are deleted soon after."""
     expiry_interval_seconds: Annotated[Seconds, Field(ge=0.01, le=3600)] = 1.0
     """How often expired messages are deleted. A shorter interval frees their memory sooner."""
@@ -126,12 +112,12 @@ class Settings(BaseSettings):
     snapshot_file: str = ""
     """Snapshot of the messages, written on a graceful stop and loaded at start. Empty: no snapshots. The file's
     directory must not be writable by other users."""
-    snapshot_interval_seconds: Annotated[Seconds, Field(ge=0, le=3600), AfterValidator(_check_interval)] = 0.0
+    snapshot_interval_seconds: Annotated[Seconds, Field(ge=0, le=3600), AfterValidator(check_interval)] = 0.0
     """Interval of snapshots while the server runs, at least 1: limits what a crash or power failure can lose. 0: a
     snapshot only on a graceful stop."""
-    max_message_bytes: Annotated[int, Field(ge=1, le=536_870_912)] = 8_388_608
+    max_message_bytes: Annotated[int, Field(ge=1, le=536_870_912), Size] = 8_388_608
     """Max size of a message. Each connection may buffer one message of this size."""
-    max_topic_bytes: Annotated[int, Field(ge=1, le=4096)] = 512
+    max_topic_bytes: Annotated[int, Field(ge=1, le=4096), Size] = 512
     """Max length of a topic name in UTF-8. Topic names are remembered after their messages are gone."""
     max_topics: Count = 1_000_000
     """Max topics with stored messages. Each takes about 600 bytes plus its name."""
@@ -144,19 +130,22 @@ class Settings(BaseSettings):
     """Max stored messages in one topic."""
     max_stored_bytes_per_topic: Bytes = 1_073_741_824
     """Max stored bytes in one topic, counted as for max_stored_bytes."""
+    when_full: WhenFull = "refuse"
+    """What a put does at a limit on stored messages or bytes: refuse; or drop_oldest, which deletes the oldest messages
+    of its own topic until it fits."""
     max_connections: Limit = 10_000
     """Max open connections; further ones are refused. Lowered to fit the limit on open files (ulimit -n)."""
     max_connections_per_address: Limit = 10_000
     """Max open connections from one client address. IPv6 addresses count by their first 64 bits."""
     max_unauthenticated_connections: Limit = 1_000
     """Max connections that have not authenticated. Beyond the limit, the oldest is closed."""
-    max_unauthenticated_bytes: Annotated[int, Field(ge=4096, le=1_048_576)] = 16_384
+    max_unauthenticated_bytes: Annotated[int, Field(ge=4096, le=1_048_576), Size] = 16_384
     """Max size of a request from a client that has not authenticated."""
     max_waiting_readers: Limit = 10_000
     """Max clients waiting for a message; further ones get an error."""
     max_waiting_patterns: Limit = 10_000
     """Max patterns of all clients waiting for a message; further ones get an error."""
-    max_unread_reply_bytes: Annotated[int, Field(ge=1024, le=1_073_741_824)] = 16_777_216
+    max_unread_reply_bytes: Annotated[int, Field(ge=1024, le=1_073_741_824), Size] = 16_777_216
     """Max unread reply bytes buffered for a client; above it, its requests are not read. The default is enough for
     1,000,000 short requests sent at once."""
     max_total_unread_reply_bytes: Bytes = 268_435_456
@@ -193,6 +182,9 @@ class Settings(BaseSettings):
     """Log to stderr or stdout. Some container log collectors treat all of stderr as errors."""
     max_log_lines_per_second: Limit = 10
     """Max lines logged per second for the same cause. The rest are counted and summarised."""
+    topic: tuple[TopicSettings, ...] = ()
+    """What some topics keep. The first table whose pattern matches (* stands for any characters) applies; what it does
+    not set is as for all topics. Only in this file, below all other settings."""
 
     @classmethod
     def settings_customise_sources(
@@ -227,6 +219,8 @@ class Settings(BaseSettings):
                 raise ValueError(f"{name} is set without {needs}")
         if self.store and self.snapshot_file:
             raise ValueError("snapshot_file can't be used with store, which keeps the messages itself")
+        if self.store and (self.topic or self.when_full != "refuse"):
+            raise ValueError("[[topic]] and when_full can't be used with store yet")
         if self.store_user and self.store_token_file:
             raise ValueError("store_user and store_token_file are both set")
         if self.http_token.get_secret_value() and self.http_token_file:
@@ -282,6 +276,7 @@ SUBJECTS = {
     "max_connections": "Clients",
     "stop_timeout_seconds": "Server",
     "log_level": "Log",
+    "topic": "Topics",
 }
 
 
@@ -291,6 +286,8 @@ _MESSAGES = {
     **dict.fromkeys(("float_type", "float_parsing"), "should be a number"),
     **dict.fromkeys(("bool_type", "bool_parsing"), "should be true or false"),
     "string_type": "should be text",
+    "missing": "is missing",
+    **dict.fromkeys(("tuple_type", "model_type"), "should be written as tables: [[topic]]"),
 }
 
 
@@ -300,7 +297,9 @@ def _explain(error: ValidationError, sources: dict[str, str]) -> Iterator[str]:
     for problem in error.errors(include_url=False):
         name = str(problem["loc"][0]) if problem["loc"] else ""
         message = _MESSAGES.get(problem["type"]) or problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
-        if not name:
+        if len(problem["loc"]) > 2:
+            yield explain_topic(sources[name], problem["loc"], problem["type"], message, problem["input"])
+        elif not name:
             # Settings that contradict each other have no location.
             yield message
         elif problem["type"] != "extra_forbidden":
@@ -316,6 +315,12 @@ def _explain(error: ValidationError, sources: dict[str, str]) -> Iterator[str]:
 def is_secret(name: str) -> bool:
     """Return whether a setting's value must not be displayed."""
     return Settings.model_fields[name].annotation is SecretStr
+
+
+def changed(settings: Settings) -> dict[str, Any]:
+    """Return the settings that differ from their defaults, secrets masked."""
+    values, fields = settings.model_dump(mode="json"), type(settings).model_fields
+    return {name: values[name] for name, field in fields.items() if getattr(settings, name) != field.default}
 
 
 def option(name: str) -> str:
@@ -337,7 +342,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     for name, field in Settings.model_fields.items():
         if name in SUBJECTS:
             group = parser.add_argument_group(SUBJECTS[name])
-        if is_secret(name):
+        if is_secret(name) or name in environment.FILE_ONLY:
             # Other users on the machine can read command lines.
             continue
         about = f"{environment.settings()[name]} Default: {_as_option(field.default)}".replace("%", "%%")
@@ -346,7 +351,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def from_options(options: argparse.Namespace) -> Settings:
     """Return the effective settings for a command line. Raises ConfigError."""
-    given = {name: value for name, value in vars(options).items() if name in Settings.model_fields}
+    names = Settings.model_fields.keys() - environment.FILE_ONLY
+    given = {name: value for name, value in vars(options).items() if name in names}
     return load(options.config, name_of=option, **given)
 
 
@@ -354,7 +360,7 @@ def to_toml(settings: Settings) -> str:
     """Return the settings as TOML, secrets masked."""
     import tomli_w  # noqa: PLC0415 - servers never need it
 
-    return tomli_w.dumps(settings.model_dump(mode="json"))
+    return tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True))
 
 
 def example() -> str:
@@ -369,5 +375,6 @@ def example() -> str:
         if name in SUBJECTS:
             parts.append(f"## {SUBJECTS[name]}\n")
         about = textwrap.fill(environment.settings()[name], 110, initial_indent="# ", subsequent_indent="# ")
-        parts.append(f"{about}\n#{tomli_w.dumps({name: '' if is_secret(name) else field.default})}")
+        more = EXAMPLE_TOPIC if name == "topic" else ""
+        parts.append(f"{about}\n{more}#{tomli_w.dumps({name: '' if is_secret(name) else field.default})}")
     return "\n".join(parts)

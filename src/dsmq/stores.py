@@ -11,7 +11,7 @@ from dsmq import logs
 from dsmq.environment import read_text
 from dsmq.errors import ConfigError, StartupError
 from dsmq.settings import Settings
-from dsmq.store.api import Store
+from dsmq.store.api import Limits, Store, TopicRule
 from dsmq.store.snapshots import Snapshotter
 from dsmq.store.sqlite import SQLiteStore
 from dsmq.wire.addresses import parse_store
@@ -42,6 +42,23 @@ def new_store(settings: Settings) -> Store:
     servers = [(endpoint.host, endpoint.port) for endpoint in endpoints]
     credentials = Credentials(settings.store_user, password, token)
     return NATSStore(servers, settings.store_stream, settings.store_replicas, credentials, tls)
+
+
+def limits_of(settings: Settings) -> Limits:
+    """Return what the settings say about what may be stored, and what topics keep."""
+    return Limits(
+        *(settings.max_topics, settings.max_stored_messages, settings.max_stored_bytes),
+        *(settings.max_stored_messages_per_topic, settings.max_stored_bytes_per_topic, settings.when_full),
+        tuple(
+            TopicRule(
+                rule.pattern.encode(),
+                *(rule.max_messages, rule.max_bytes),
+                None if rule.max_age_seconds is None else round(rule.max_age_seconds * 1000),
+                rule.when_full,
+            )
+            for rule in settings.topic
+        ),
+    )
 
 
 def new_snapshotter(settings: Settings, store: Store) -> Snapshotter | None:

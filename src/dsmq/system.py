@@ -94,6 +94,15 @@ def raise_malloc_threshold() -> None:
     bytes(16 << 20)
 
 
+def resident_bytes() -> int:
+    """Return how much memory this process takes; 0 if the system can't tell."""
+    try:
+        with open("/proc/self/statm", "rb") as statm:
+            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
 def unsent_bytes(sock: socket.socket) -> int:
     """Return how many bytes the peer has not acknowledged; 0 if the system can't tell."""
     try:

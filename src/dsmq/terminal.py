@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sys
 from types import TracebackType
 
 # C0, DEL and C1 controls; line separators; bidirectional controls, which can disguise text; and surrogates, which
@@ -31,6 +32,12 @@ def quoted(value: object) -> str:
         # Python refuses to convert huge integers to text.
         return "a number with thousands of digits"
     return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
+
+
+def show_progress(text: str) -> None:
+    """Replace the last line on the terminal; an empty text clears it."""
+    sys.stderr.write(f"\r\033[K{text}")
+    sys.stderr.flush()
 
 
 class LineFormatter(logging.Formatter):

@@ -8,16 +8,17 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from conftest import SOON, UNIT, daemon, serving, wait_until, wire_to
+from conftest import SOON, UNIT, daemon, loop_of, serving, wait_until, wire_to
 from dsmq import settings as config
 from dsmq.broker import event_loop as worker
 from dsmq.client import connect
 from dsmq.errors import Full, ShuttingDown, StoreFailed, Unsure
 from dsmq.server import Server
-from dsmq.store.api import Message, Outcome, Put
+from dsmq.store.api import Found, ManyTopics, Message, Outcome, Put
 from dsmq.store.sqlite import SQLiteStore
 from dsmq.wire.resp import encode_request
 
@@ -97,6 +98,40 @@ def test_unanswered_read_gets_error_at_stop() -> None:
         # An empty reply would mean that there is no message.
         assert isinstance(wire.receive(), ShuttingDown)
         assert wire.ended()
+
+
+class SlowStart(SQLiteStore):
+    """Finds the last messages when the test says so; then answers reads after that."""
+
+    def __init__(self) -> None:
+        super().__init__(600_000)
+        self.starts: list[Future[tuple[int, int]]] = []
+        self.fetched: list[Callable[[], None]] = []
+
+    def go_back(self, *arguments: Any) -> Future[tuple[int, int]]:  # type: ignore[override]
+        self.starts.append(Future())
+        return self.starts[-1]
+
+    def read_many(self, wanted: ManyTopics, wait_ms: int = 0) -> Future[Found]:  # type: ignore[override]
+        answer: Future[Found] = Future()
+        self.fetched.append(lambda: answer.set_result(super(SlowStart, self).read_many(wanted, wait_ms)))
+        return answer
+
+
+def test_start_that_is_found_twice_begins_one_read() -> None:
+    store = SlowStart()
+    with serving(store) as server, wire_to(server) as wire:  # type: ignore[arg-type]
+        assert wire.call("PUT", "t", "x") == 1
+        wire.send(encode_request(*b"MREAD LAST 1 WAIT 1 TOPICS t*".split()))
+        # Once at first, and again at the end of the wait.
+        wait_until(lambda: len(store.starts) == 2)
+        store.starts[0].set_result((0, 0))
+        wait_until(lambda: len(store.fetched) == 1)
+        store.starts[1].set_result((0, 0))
+        store.fetched[0]()
+        reply = wire.receive()
+        assert isinstance(reply, list)
+        assert reply[5] == b"x"
 
 
 def test_asynchronous_store_answers_transaction() -> None:
@@ -213,6 +248,29 @@ def test_half_closed_reader_ends_while_the_store_owes_an_answer() -> None:
         assert wire.ended()
         store.reads[0].set_result([])
         wait_until(lambda: server.status.connections() == 0)
+
+
+class LateStart(SQLiteStore):
+    """Knows its last id when the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__(600_000)
+        self.starts: list[Future[int]] = []
+
+    def start_id(self) -> Future[int]:  # type: ignore[override]
+        self.starts.append(Future())
+        return self.starts[-1]
+
+
+def test_wait_that_begins_after_a_half_close_ends_at_once() -> None:
+    store = LateStart()
+    with serving(store) as server, wire_to(server) as wire:  # type: ignore[arg-type]
+        wire.send(encode_request(b"GETWAIT", b"t", b"60000"))
+        wire.socket.shutdown(socket.SHUT_WR)
+        wait_until(lambda: bool(store.starts))
+        wait_until(lambda: all(one.transport.eof_received for one in loop_of(server).connections))
+        store.starts[0].set_result(0)
+        assert wire.ended()
 
 
 def test_failed_store_answer_is_reported() -> None:

@@ -34,6 +34,7 @@ __all__ = ["patient"]
 # Stored messages
 
 
+@pytest.mark.embedded("a put does not wait for the mirror, so that limits hold about right")
 def test_puts_over_message_limit_are_refused_and_stored_messages_kept() -> None:
     with serving(max_stored_messages=3) as server, wire_to(server) as wire:
         assert [wire.call("PUT", topic, "x") for topic in ("a", "b", "b")] == [1, 2, 3]

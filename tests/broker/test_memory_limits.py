@@ -116,6 +116,20 @@ def test_reply_over_total_limit_waits_for_others_to_read() -> None:
         wait_until(lambda: replies.total == 0 and not replies.queue)
 
 
+@pytest.mark.usefixtures("patient")
+def test_messages_of_several_topics_are_not_lost_while_the_reply_waits_for_memory() -> None:
+    with serving() as server, wire_to(server) as reader, wire_to(server) as writer:
+        writer.call("PUT", "t", "x" * 900_000)
+        replies, somebody = server.context.usage.replies, Mock(Connection)
+        replies.add(somebody, replies.limit - 500_000)
+        reader.send(encode_request(b"MREAD", b"0", b"TOPICS", b"t*"))
+        wait_until(lambda: len(replies.queue) == 1)
+        replies.drop(somebody)
+        reply = reader.receive()
+        assert isinstance(reply, list)
+        assert (reply[0], len(reply[5])) == (1, 900_000)
+
+
 @pytest.mark.slow
 def test_largest_nonreading_client_is_dropped_to_make_room(tmp_path: Path) -> None:
     # The kernel buffers little for a Unix socket.

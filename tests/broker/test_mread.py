@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import statistics
+import threading
+import time
+import tracemalloc
 from contextlib import ExitStack
+from itertools import count
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
-from conftest import Wire, loop_of, serving, wait_until, wire_to
+from conftest import SOON, Wire, loop_of, serving, wait_until, wire_to
 from dsmq.broker import waiters
+from dsmq.broker.connection import Connection
+from dsmq.errors import ReplyError
 from dsmq.server import Server
 from dsmq.store import scan
+from dsmq.store.api import Found, ManyTopics
+from dsmq.store.selection import NAME_OVERHEAD_BYTES, Pattern, PatternIndex, Selection
+from dsmq.store.sqlite import SQLiteStore
 from dsmq.wire.resp import encode_request
 from security import ADMIN
 
@@ -29,6 +41,8 @@ def filled(request: pytest.FixtureRequest, wire: Wire, monkeypatch: pytest.Monke
     monkeypatch.setattr(scan, "SCAN_SECONDS", request.param)
     for topic, body in (("a/1", "x"), ("b", "y"), ("a/2", "z"), ("c", "w")):
         wire.call("PUT", topic, body)
+    # A store that copies them later has the last one now, and so all.
+    assert wire.call("READ", "c", 0)
     return wire
 
 
@@ -65,6 +79,19 @@ def test_options(filled: Wire, request_: str, position: int, expected: list[byte
     assert bodies(reply) == expected
 
 
+def test_newest_of_each_topic_are_in_one_reply_however_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan, "SCAN_SECONDS", 0.0)
+    time = count(1)
+    store = SQLiteStore(600_000, lambda: next(time))
+    for at in range(2_000):
+        store.append([(b"t%d" % (at % 20), b"%d" % at, None)])
+    with serving(store) as server, wire_to(server) as wire:
+        reply = wire.call("MREAD", 0, "LATEST", "TOPICS", "t*")
+        assert bodies(reply) == [str(at).encode() for at in range(1980, 2000)]
+        reply = wire.call("MREAD", 0, "LATEST", "COUNT", 5, "TOPICS", "t*")
+        assert bodies(reply) == [str(at).encode() for at in range(1980, 1985)]
+
+
 @pytest.mark.parametrize("words", ["LAST 1", "SINCE 100000", "since 100000 LATEST"])
 def test_read_goes_back(filled: Wire, words: str) -> None:
     reply = filled.call("READ", "b", *words.split())
@@ -75,6 +102,7 @@ def test_read_goes_back(filled: Wire, words: str) -> None:
 @pytest.mark.parametrize(
     "request_",
     [
+        *(f"READ t 0 EPOCH {'x' * 65}", f"MREAD 0 EPOCH {'x' * 65} TOPICS t"),
         *("READ t LAST", "READ t LAST 0", "READ t SINCE x", "READ t FIRST 1", "READ t* 0", "PUT t* x", "GET *"),
         *(
             "GETLATEST *",
@@ -166,7 +194,8 @@ def test_transaction_reads_only_what_it_has_put_before(wire: Wire) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("MAX_UNMATCHED_TOPICS", 0), ("MAX_KNOWN_TOPICS", 1), ("MAX_IDLE_PATTERNS", 0)]
+    ("name", "value"),
+    [("MAX_UNMATCHED_TOPICS", 0), ("MAX_KNOWN_TOPICS", 1), ("MAX_KNOWN_MATCHES", 1), ("MAX_IDLE_PATTERNS", 0)],
 )
 def test_readers_of_patterns_miss_nothing(
     server: Server, wire: Wire, monkeypatch: pytest.MonkeyPatch, name: str, value: int
@@ -184,3 +213,114 @@ def test_readers_of_patterns_miss_nothing(
             position = reply[0]
             found += bodies(reply)
         assert found == [str(at).encode() for at in range(20)]
+
+
+def matched(patterns: waiters.WaitingPatterns, topic: bytes) -> None:
+    patterns.put(topic)
+    while patterns.unmatched:
+        patterns.match_some()
+
+
+def test_waiting_pattern_is_found_while_idle_ones_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    patterns, reader, found = waiters.WaitingPatterns(), Mock(Connection), list[bool]()
+    idle = [Pattern(b"idle %d*" % at) for at in range(3)]
+    for pattern in idle:
+        patterns.add(pattern, reader)
+    matched(patterns, b"topic")
+    for pattern in idle:
+        patterns.remove(pattern, reader)
+    for text in (b"t*", b"u*", b"v*"):
+        patterns.add(Pattern(text), reader)
+
+    class Index(PatternIndex):
+        def __init__(self, *arguments: Any) -> None:
+            # Another thread may ask at any time.
+            found.append(patterns.may_match(b"topic"))
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(waiters, "PatternIndex", Index)
+    monkeypatch.setattr(waiters, "MAX_IDLE_PATTERNS", -4)
+    patterns.add(idle[0], reader)
+    patterns.remove(idle[0], reader)
+    assert found == [True]
+
+
+def test_remembered_matches_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiters, "MAX_KNOWN_MATCHES", 100)
+    patterns = waiters.WaitingPatterns()
+    for count_ in range(1, 11):
+        patterns.add(Pattern(b"t" + b"*" * count_), Mock(Connection))
+    for at in range(100):
+        matched(patterns, b"t%d" % at)
+        assert len(patterns._known) <= 10
+    assert len(list(patterns.put(b"t99"))) == 10
+
+
+def test_other_epoch_is_refused(server: Server, wire: Wire) -> None:
+    wire.call("PUT", "t", "x")
+    assert wire.error("MREAD", 0, "EPOCH", "another", "TOPICS", "t*") == "EPOCH"
+    epoch = server.context.store.epoch
+    assert bodies(wire.call("MREAD", 0, "EPOCH", epoch, "TOPICS", "t*")) == [b"x"]
+
+
+def test_puts_wake_readers_of_all_event_loops() -> None:
+    with serving(io_threads=3) as server, ExitStack() as stack:
+        writers, readers = ([stack.enter_context(wire_to(server)) for _ in range(3)] for _ in range(2))
+        found: list[list[object]] = [[] for _ in readers]
+        positions = [0 for _ in readers]
+        for at in range(30):
+            for reader, position in zip(readers, positions, strict=True):
+                send(reader, f"MREAD {position} WAIT 60000 TOPICS t* x*")
+            for number, writer in enumerate(writers):
+                send(writer, f"PUT {'o' if (at + number) % 3 else 't'}{at} {at}.{number}")
+            for number, reader in enumerate(readers):
+                reply = reader.receive()
+                positions[number] = reply[0]  # type: ignore[index]
+                found[number] += bodies(reply)
+            for writer in writers:
+                writer.receive()
+        assert found == [[f"{at}.{-at % 3}".encode() for at in range(30)]] * 3
+
+
+def test_stop_ends_a_read_that_is_still_searching(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(SQLiteStore(60_000)) as server, wire_to(server) as wire:
+        wire.call("PUT", "t", "x")
+        began = threading.Event()
+
+        def search(wanted: ManyTopics, _: int = 0) -> Found:
+            began.set()
+            return Found(wanted.after, [], is_complete=False)
+
+        monkeypatch.setattr(server.context.store, "read_many", search)
+        send(wire, "MREAD 0 WAIT 60000 TOPICS t*")
+        assert began.wait(SOON)
+        server.stop()
+        reply = wire.receive()
+        assert isinstance(reply, ReplyError)
+        assert reply.code == "CLOSING"
+        assert wire.ended()
+
+
+def test_many_waiting_patterns_take_little_memory_and_time() -> None:
+    patterns, connections = waiters.WaitingPatterns(), [object() for _ in range(100)]
+    selections = [Selection([b"prefix/%d/*/%d" % (at, at)]) for at in range(10_000)]
+    tracemalloc.start()
+    try:
+        for at, selection in enumerate(selections):
+            patterns.add(selection.patterns[0], connections[at % 100])  # type: ignore[arg-type]
+        assert tracemalloc.get_traced_memory()[0] / len(selections) < 2 * NAME_OVERHEAD_BYTES
+    finally:
+        tracemalloc.stop()
+    times = []
+    for at in range(300):
+        topic, steps, woken = b"prefix/%d/new/%d" % (at, at), 0, list[object]()
+        began = time.thread_time()
+        woken += patterns.put(topic)
+        while patterns.unmatched:
+            woken += patterns.match_some()
+            steps += 1
+        times.append(time.thread_time() - began)
+        assert woken == [connections[at % 100]]
+        # Only patterns that have the beginning of the topic are tried.
+        assert steps <= 3
+    assert statistics.median(times) < 0.0005

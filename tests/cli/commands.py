@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 
 import pytest
 
@@ -103,3 +103,26 @@ def assert_one_line(done: tuple[int, bytes, bytes], status: int, expected: str) 
     assert text.endswith("\n"), text
     assert expected in text
     assert (returned, out) == (status, b"")
+
+
+NASTY = "\x1b[2J\x9b\x7f\r\n\t\u202e\u2028"
+ESCAPED = r"\x1b[2J\x9b\x7f\r\n\t\u202e\u2028"
+
+
+def on_terminal(*arguments: str, env: dict[str, str] | None = None) -> tuple[int, str]:
+    """Run a command on a terminal; return its exit status and output."""
+    master, slave = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dsmq", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=slave,
+        stderr=slave,
+        env={**os.environ, **(env or {})},
+    )
+    os.close(slave)
+    shown = b""
+    with suppress(OSError):  # The end of a terminal on Linux.
+        while data := os.read(master, 65_536):
+            shown += data
+    os.close(master)
+    return process.wait(SOON), shown.decode()

@@ -12,12 +12,26 @@ import subprocess
 import sys
 import time
 import tomllib
-from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
 import pytest
-from commands import address, assert_one_line, ended, line_of, mq, result, server, started, topic, type_in, waiting
+from commands import (
+    ESCAPED,
+    NASTY,
+    address,
+    assert_one_line,
+    ended,
+    line_of,
+    mq,
+    on_terminal,
+    result,
+    server,
+    started,
+    topic,
+    type_in,
+    waiting,
+)
 
 from conftest import SOON, UNIT, Daemon, daemon, run_dsmq, wait_until, without_privileges
 from dsmq.client import DSMQClientSideConnection, connect
@@ -304,6 +318,8 @@ def test_device_is_refused_as_position_file(topic: str) -> None:
         ("{topic} -5", "-5"),
         ("{topic} -1e-5", "-1e-5"),
         ("{topic} -n", "-n"),
+        ("{topic} -price", "-price"),
+        ("{topic} -Hello", "-Hello"),
         ("{topic} --reconnect 1 hello", "hello"),
         ("{topic} --reconnect 1 -hello", "-hello"),
         ("{topic} --reconnect=1 -- -hello", "-hello"),
@@ -484,28 +500,6 @@ def test_ping_accepts_long_timeout_or_refuses_it(timeout: str, address: None) ->
 
 
 # Terminals
-
-NASTY = "\x1b[2J\x9b\x7f\r\n\t\u202e\u2028"
-ESCAPED = r"\x1b[2J\x9b\x7f\r\n\t\u202e\u2028"
-
-
-def on_terminal(*arguments: str, env: dict[str, str] | None = None) -> tuple[int, str]:
-    """Run a command on a terminal; return its exit status and output."""
-    master, slave = os.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dsmq", *arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=slave,
-        stderr=slave,
-        env={**os.environ, **(env or {})},
-    )
-    os.close(slave)
-    shown = b""
-    with suppress(OSError):  # The end of a terminal on Linux.
-        while data := os.read(master, 65_536):
-            shown += data
-    os.close(master)
-    return process.wait(SOON), shown.decode()
 
 
 def test_terminal_output_escapes_control_characters(topic: str, mq: DSMQClientSideConnection) -> None:

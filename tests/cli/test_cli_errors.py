@@ -41,6 +41,8 @@ def test_host_may_include_port(server: Daemon) -> None:
     host = f"127.0.0.1:{server.port}"
     assert result("ping", "--host", host, "--port", str(server.port))[0] == 0
     assert result("ping", "--host", host, env={"DSMQ_PORT": "1"})[0] == 0
+    assert result("ping", "-H", host)[0] == 0
+    assert result("ping", "-H", "127.0.0.1", "-p", str(server.port), env={"DSMQ_PORT": "1"})[0] == 0
     assert_one_line(result("ping", "--host", "[::1]:1"), 1, "no server answers at [::1]:1")
 
 
@@ -73,7 +75,6 @@ def test_unix_socket_is_removed_on_stop(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("", "COMMAND"),
         ("frobnicate", "frobnicate"),
         ("get", "TOPIC"),
         ("put t x y", "y"),
@@ -81,8 +82,32 @@ def test_unix_socket_is_removed_on_stop(tmp_path: Path) -> None:
         ("get t -n 0", "-n"),
         ("get t --after -1", "--after"),
         ("get t --after 9223372036854775808", "--after"),
-        ("get t u", "quote a topic with blanks: dsmq get 't u'"),
         ("get t -f", "unknown argument '-f'"),
+        ("get t u -f", "unknown argument '-f'"),
+        ("get t --since 5x", "'5x' is not a time such as 30s, 5m or 2h"),
+        ("get t --since -5", "--since"),
+        ("get t --since 1e3", "--since"),
+        ("get t --last 0", "--last"),
+        ("get t --last 2 --after 0", "--after: not allowed with argument --last"),
+        ("get t --last 2 --since 5", "--since: not allowed with argument --last"),
+        ("get t --format %q", "'%q' has %q, which stands for nothing; known are %t "),
+        ("get t --format 1%", "'1%' has %, which stands for nothing"),
+        ("get t --format \\x", "which stands for nothing; known are \\t "),
+        ("get t --format %p --json", "not allowed with argument"),
+        ("get t -v --output f", "not allowed with argument"),
+        ("get t --output f -n 2", "--output takes one message"),
+        ("get t --output f --follow", "--output takes one message"),
+        ("get t --output=", "--output: the name of the file is empty"),
+        ("put t* x", "'t*' is a pattern, as it contains *; dsmq put takes one topic"),
+        ("put t x --file f", "put either MESSAGE or --file FILE"),
+        ("put t --file=", "--file: the name of the file is empty"),
+        ("stats t u", "quote a topic with blanks: dsmq stats 't u'"),
+        ("stats t*", "'t*' is a pattern"),
+        ("stop now", "'now'"),
+        ("completion tcsh", "the shells are bash, zsh, fish, not 'tcsh'"),
+        ("completion", "SHELL"),
+        ("watch --interval 0", "--interval"),
+        ("ping -p 0", "--port: '0' is not a port number"),
         (
             "put t --hello",
             "did you mean --help?; to begin a message with --, write -- before it",
@@ -91,7 +116,7 @@ def test_unix_socket_is_removed_on_stop(tmp_path: Path) -> None:
         ("--port 1 put t x", "'--port' is before the command; options follow it: dsmq put --port ..."),
         ("--verison", "unknown argument '--verison'; did you mean --version?"),
         ("serv", "unknown command 'serv'; did you mean serve?"),
-        ("get t -- --json", "unknown argument '--json'; after --, there are no options"),
+        ("stats t -- --json", "unknown argument '--json'; after --, there are no options"),
         ("put", "TOPIC"),
         ("topics t", "'t'"),
         ("topics -t", "'-t'"),
@@ -329,11 +354,11 @@ def test_too_long_certificate_file_is_reported(option: str, pem: Path, tmp_path:
     assert_one_line(result(*words), 2, f"{file}: longer than 16777216 bytes")
 
 
-@pytest.mark.parametrize("command", ["put t x", "put t", "get t", "get t --follow", "topics", "ping"])
+@pytest.mark.parametrize("command", ["put t x", "put t", "get t", "get t --follow", "topics", "ping", "stats", "stop"])
 def test_missing_server_is_reported(command: str) -> None:
     with refusing_address() as (_, port):
         done = result(*command.split(), "--port", str(port), stdin=b"x\n")
-    assert_one_line(done, 1, f"no server answers at 127.0.0.1:{port}")
+    assert_one_line(done, 1, f"no server answers at 127.0.0.1:{port}: start one with `dsmq serve`")
 
 
 def test_missing_unix_socket_server_is_reported_with_path(tmp_path: Path) -> None:
@@ -394,6 +419,15 @@ def test_message_argument_need_not_be_utf8(topic: str, mq: DSMQClientSideConnect
     assert mq.get(topic, raw=True) == b"\xff!"
 
 
+def test_dsmq_alone_prints_help_with_five_examples() -> None:
+    status, out, err = result()
+    assert (status, out) == (2, b"")
+    examples = err.decode().partition("examples:\n")[2].partition("\n\n")[0].splitlines()
+    assert len(examples) == 5
+    assert all(line.startswith("  dsmq ") for line in examples)
+    assert err == result("--help")[1]
+
+
 @pytest.mark.parametrize("command", ["--help", "get --help", "serve --help"])
 def test_help_ignores_invalid_environment(command: str) -> None:
     status, out, err = result(*command.split(), env={"DSMQ_HOST": "100%", "DSMQ_PORT": "%d"})
@@ -404,5 +438,6 @@ def test_help_ignores_invalid_environment(command: str) -> None:
 def test_serve_help_groups_options_by_subject() -> None:
     lines = result("serve", "--help")[1].decode().splitlines()
     sections = [line for line in lines if re.fullmatch(r"\S.*:", line)]
-    assert sections == ["options:", *(f"{subject}:" for subject in SUBJECTS.values())]
+    # Rules for topics can only be in the file.
+    assert sections == ["options:", *(f"{subject}:" for subject in SUBJECTS.values() if subject != "Topics")]
     assert lines.index("Log:") < lines.index(next(line for line in lines if "--log-level" in line))

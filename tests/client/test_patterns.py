@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -201,6 +203,24 @@ def test_latest_is_the_newest_of_each_topic(reader: Callable[..., Any], writer: 
     assert texts(mq.read(["a", "b"], n=9)) == ["b 5"]
 
 
+def test_latest_of_more_topics_than_a_read_returns_by_default(reader: Callable[..., Any], writer: Client) -> None:
+    mq = reader()
+    for number in range(150):
+        put(writer, f"t{number} old", f"t{number} new")
+    assert texts(mq.read("t*", latest=True)) == [f"t{number} new" for number in range(150)]
+    assert mq.read("t*", n=1000) == []
+
+
+@pytest.mark.parametrize("place", [{"last": 10**30}, {"since": 1e9}, {"since": 1e300}, {"since": math.inf}])
+def test_going_back_beyond_everything_reads_all(
+    reader: Callable[..., Any], writer: Client, place: dict[str, Any]
+) -> None:
+    mq = reader()
+    put(writer, "a 1", "b 2")
+    mq.seek(["a", "b"], **place)
+    assert texts(mq.read(["b", "a"], n=9)) == ["a 1", "b 2"]
+
+
 @pytest.mark.parametrize(
     ("error", "call"),
     [
@@ -213,6 +233,7 @@ def test_latest_is_the_newest_of_each_topic(reader: Callable[..., Any], writer: 
         (ValueError, lambda mq: mq.read(["a", ""])),
         (ValueError, lambda mq: mq.seek("a", last=0)),
         (ValueError, lambda mq: mq.seek("a", since=-1)),
+        (ValueError, lambda mq: mq.read([str(number) for number in range(2000)])),
         (TypeError, lambda mq: mq.get(["a"])),
         (TypeError, lambda mq: mq.read([])),
         (TypeError, lambda mq: mq.read(["a", 5])),
@@ -256,7 +277,9 @@ def test_threads_share_a_reader_of_several(server: Server) -> None:
     with connect(port=server.port) as mq, connect(port=server.port) as writer:
 
         def read() -> None:
-            got.extend(texts(list(mq.messages("*", timeout=10 * UNIT))))
+            until = time.monotonic() + SOON
+            while len(got) < 500 and time.monotonic() < until:
+                got.extend(texts(mq.read("*", timeout=UNIT)))
 
         threads = [threading.Thread(target=read) for _ in range(4)]
         for thread in threads:

@@ -155,6 +155,41 @@ def test_seek_back_into_nothing_begins_now(peer: Peer) -> None:
     assert peer.take() == [("a", 1), ("b", 1)]
 
 
+def test_messages_put_before_the_time_are_left_out_and_none_after_it(peer: Peer, client_clock: ClientClock) -> None:
+    peer.put("a")
+    client_clock.passed += 0.5
+    peer.reader.seek(0, back=(b"SINCE", client_clock.boot_time()))
+    asked = peer.reader.asked()
+    # Requested with a margin: all that there is.
+    older = peer.found(0, 100)[0][0]._replace(put_at=client_clock.boot_time() - 0.5)
+    assert peer.reader.accept(asked, [older], 1)
+    assert peer.take() == []
+    peer.put("b")
+    assert peer.fetch()
+    assert peer.take() == [("b", 1)]
+
+    peer.reader.seek(0, back=(b"SINCE", client_clock.boot_time()))
+    peer.put("c")
+    newer = peer.found(2, 100)[0][0]
+    peer.reader.accept(peer.reader.asked(), [older, newer], 3)
+    assert peer.take() == [("c", 1)]
+
+
+def test_all_messages_before_the_time_are_left_out(peer: Peer, client_clock: ClientClock) -> None:
+    for _ in range(5):
+        peer.put("a")
+    client_clock.passed += 0.5
+    peer.reader.seek(0, back=(b"SINCE", client_clock.boot_time()))
+    peer.put("b")
+    for _ in range(3):
+        asked = peer.reader.asked()
+        found, scanned = peer.found(asked[1], 2)
+        found = [one._replace(put_at=one.put_at - 0.5 * (one.topic == "a")) for one in found]
+        assert peer.reader.accept(asked, found, scanned)
+    assert peer.take() == [("b", 1)]
+    assert peer.missed() == (0, [0, 0, 0])
+
+
 def test_latest_takes_newest_of_each_topic_and_skips_older_ones(peer: Peer, client_clock: ClientClock) -> None:
     for topic in "aabbc":
         peer.put(topic)

@@ -214,7 +214,7 @@ def test_image_holds_only_runtime_files(podman: Podman) -> None:
         print(*sorted(found.name.lower().replace("_", "-") for found in importlib.metadata.distributions()))
         print(*(where for where, names, _ in os.walk("/opt/dsmq") if "__pycache__" in names))
         sys.argv = ["dsmq", "config"]
-        import dsmq.__main__, dsmq.cli, dsmq.server, dsmq.wire.tls
+        import dsmq.__main__, dsmq.cli.main, dsmq.server, dsmq.wire.tls
         dsmq.__main__.main(["config"])
         caches = {getattr(module, "__cached__", None) for module in list(sys.modules.values())} - {None}
         print(*(path for path in caches if not os.path.exists(path)))

@@ -21,9 +21,11 @@ def server() -> Iterator[Server]:
 class Answer:
     """The reply to one request to the HTTP endpoint."""
 
-    def __init__(self, port: int | None, path: str, method: str = "GET", **headers: str) -> None:
+    def __init__(
+        self, port: int | None, path: str, method: str = "GET", host: str = "127.0.0.1", **headers: str
+    ) -> None:
         assert port
-        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=SOON)) as connection:
+        with closing(http.client.HTTPConnection(host, port, timeout=SOON)) as connection:
             connection.request(method, path, headers=headers)
             response = connection.getresponse()
             self.status = response.status

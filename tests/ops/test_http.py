@@ -212,6 +212,76 @@ def test_failing_store_breaks_neither_metrics_nor_page(fail: Callable[[sqlite3.C
         assert json.loads(Answer(server.http_port, "/status.json").text)["gauges"]["messages"] == 1
 
 
+def test_topics_are_filtered_by_text_and_pattern(server: Server, wire: Wire) -> None:
+    for topic in ("b", "a/1", "a/2", "a+b c", "ä"):
+        wire.call("PUT", topic, "x")
+
+    def found(query: str) -> list[str]:
+        answer = json.loads(Answer(server.http_port, f"/topics.json?{query}").text)
+        assert (answer["matches"], answer["is_last"]) == (len(answer["topics"]), True) or "after" in query
+        return [topic["name"] for topic in answer["topics"]]
+
+    assert found("filter=a") == ["a+b c", "a/1", "a/2"]
+    assert found("filter=a&after=a/1") == ["a/2"]
+    assert found("filter=a/*") == ["a/1", "a/2"]
+    assert found("filter=a%2Bb+c") == ["a+b c"]
+    assert found("filter=%C3%A4") == ["ä"]
+    assert found("filter=%FF%00") == []
+    assert len(found("")) == len(found("filter=*")) == 5
+    assert found("filter=b&filter=%2F1") == ["a/1"]
+
+
+def test_topic_is_described_with_its_last_messages(server: Server, wire: Wire) -> None:
+    assert Answer(server.http_port, "/topic.json").status == 400
+    wire.call("PUT", "t", "x")
+    wire.call("PUT", "t", b"\xff")
+    topic = json.loads(Answer(server.http_port, "/topic.json?name=t").text)
+    assert (topic["messages"], topic["last_number"], topic["last_id"], topic["reader_count"]) == (2, 2, 2, 0)
+    assert [message.get("text", message.get("hex")) for message in topic["last"]] == ["ff", "x"]
+    assert topic["writers"][0]["writes"] == "t"
+    none = json.loads(Answer(server.http_port, "/topic.json?name=%FF").text)
+    assert (none["messages"], none["last"], none["readers"]) == (0, [], [])
+
+
+def test_page_data_does_not_count_as_read(wire: Wire, server: Server) -> None:
+    wire.call("PUT", "t", "x")
+    before = server.status.counters()
+    for path in ("/topic.json?name=t", "/topics.json?filter=t", "/status.json"):
+        assert Answer(server.http_port, path).status == 200
+    after = server.status.counters()
+    assert (after.delivered, after.gets_message, after.gets_empty, after.requests) == (0, 0, 0, before.requests)
+    server.context.store.max_age_ms = 0
+    wait_until(lambda: scrape(server)["dsmq_messages_expired_unread_total"] == 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_shown"),
+    [
+        ({}, True),
+        ({"http_host": "::1"}, True),
+        ({"http_host": "0.0.0.0"}, False),
+        ({"http_host": "0.0.0.0", "http_token": "let-me-see-it-please"}, True),
+        ({"auth_token": "let-me-put-it-please"}, False),
+        ({"auth_token": "let-me-put-it-please", "http_token": "let-me-see-it-please"}, True),
+        # The permissions of the file may say who may read.
+        ({"host": "unix:{}/s"}, False),
+    ],
+    ids=["loopback", "loopback 6", "all addresses", "token everywhere", "client token", "both tokens", "unix"],
+)
+def test_messages_are_shown_only_to_who_may_read_them(tmp_path: Path, settings: dict[str, str], is_shown: bool) -> None:
+    fitted = {name: value.format(tmp_path) for name, value in settings.items()}
+    with serving(http_port=0, **fitted) as server:
+        server.context.store.append([(b"t", b"secret body", None)])
+        wait_until(lambda: server.status.totals().messages == 1)
+        token = {"Authorization": "Bearer let-me-see-it-please"} if "http_token" in settings else {}
+        host = "::1" if settings.get("http_host") == "::1" else "127.0.0.1"
+        answer = Answer(server.http_port, "/topic.json?name=t", host=host, **token)
+        assert answer.status == 200
+        assert ("secret body" in answer.text) is is_shown
+        assert "secret body" not in Answer(server.http_port, "/topics.json", host=host, **token).text
+        assert "secret body" not in Answer(server.http_port, "/status.json", host=host, **token).text
+
+
 def test_content_security_policy_allows_only_own_script(server: Server) -> None:
     answer = Answer(server.http_port, "/")
     assert (answer.status, answer.type) == (200, "text/html; charset=utf-8")
@@ -228,7 +298,15 @@ def test_content_security_policy_allows_only_own_script(server: Server) -> None:
 
 def test_token_protects_all_routes_but_health() -> None:
     with serving(http_port=0, http_token="let-me-see-it-please") as server:
-        for path, status in (("/", 200), ("/healthz", 200), ("/readyz", 200), ("/metrics", 401), ("/status.json", 401)):
+        for path, status in (
+            ("/", 200),
+            ("/healthz", 200),
+            ("/readyz", 200),
+            ("/metrics", 401),
+            ("/status.json", 401),
+            ("/topics.json", 401),
+            ("/topic.json?name=t", 401),
+        ):
             for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic let-me-see-it-please"}):
                 answer = Answer(server.http_port, path, **headers)
                 assert answer.status == status

@@ -182,6 +182,7 @@ def test_known_traffic_gives_exact_numbers(server: Server, wire: Wire) -> None:
         "dsmq_connections": 1,
         "dsmq_unauthenticated_connections": 0,
         "dsmq_waiting_readers": 0,
+        "dsmq_waiting_patterns": 0,
         "dsmq_connections_opened_total": 1,
         "dsmq_requests_total{PUT}": 4,
         "dsmq_requests_total{GET}": 3,
@@ -270,6 +271,15 @@ def test_waiting_readers_are_counted_while_waiting(server: Server, wire: Wire) -
         wire.call("PUT", "t", "x")
         assert waiter.receive() == b"x"
         assert scrape(server)["dsmq_waiting_readers"] == 0
+
+
+def test_patterns_are_counted_while_readers_wait_for_them(server: Server, wire: Wire) -> None:
+    with wire_to(server) as waiter:
+        waiter.send(encode_request(*b"MREAD 0 WAIT 60000 TOPICS a* b* c".split()))
+        wait_until(lambda: scrape(server)["dsmq_waiting_patterns"] == 2)
+        wire.call("PUT", "c", "x")
+        waiter.receive()
+        assert scrape(server)["dsmq_waiting_patterns"] == 0
 
 
 def test_expired_messages_are_counted_and_no_longer_stored() -> None:

@@ -34,8 +34,8 @@ HOSTILE = "<img src=x onerror=\"document.title='broken'\">"
 TOKEN = "open-sesame-0123456789"
 # A host name that resolves to this machine in the browser.
 ELSEWHERE = "dsmq.example"
-# Console messages of the browser if the server is gone, and if it requires a token.
-GONE = r"Failed to load resource: net::ERR_|^failed: .*/status\.json$"
+# Console messages of the browser if the server is gone or the page is reloaded, and if it requires a token.
+GONE = r"Failed to load resource: net::ERR_|^failed: .*/(status|topics?)\.json(\?.*)?$"
 LOCKED = r"Failed to load resource: .* 401 "
 
 
@@ -82,7 +82,8 @@ def reading(
         page.goto(base)
         yield page
         assert [trouble for trouble in troubles if not re.search(allowed, trouble)] == []
-        assert {url for url in asked if not url.startswith("data:")} <= {base, f"{base}status.json"}
+        routes = {base, *(f"{base}{name}.json" for name in ("status", "topics", "topic"))}
+        assert {url.partition("?")[0] for url in asked if not url.startswith("data:")} <= routes
     finally:
         context.close()
 
@@ -130,7 +131,7 @@ def test_page_is_one_file_that_passes_strict_policy() -> None:
         assert len(re.findall(rf"<{element}\b", html)) == len(re.findall(f"<{element}>", html)) == 1
     markup = re.sub("<(script|style)>.*?</\\1>", "", html, flags=re.DOTALL)
     assert not re.search(r"\s(on\w+|style|srcset)\s*=", markup)
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|Storage|cookie", html)
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|localStorage|cookie", html)
     # No URL but the namespace of SVG.
     assert {urlsplit(url).netloc for url in re.findall(r"https?://[^'\"\s)]*", html)} == {"www.w3.org"}
 
@@ -208,7 +209,8 @@ def test_page_lists_clients_and_what_they_read(browser: Browser, server: Server)
             cells = page.locator("#clients tbody td")
             expect(cells.nth(0)).to_have_text(re.compile(r"^indexer 127\.0\.0\.1:\d+$"))
             expect(cells.nth(1)).to_have_text("t")
-            expect(cells.nth(2)).to_have_text("2")
+            expect(cells.nth(2)).to_have_text("t")
+            expect(cells.nth(3)).to_have_text("2")
             expect(page.locator("#open")).to_have_text("1")
         expect(page.locator("#clients tbody tr")).to_have_count(0)
         expect(page.locator("#open")).to_have_text("0")
@@ -248,6 +250,180 @@ def test_page_never_shows_messages(browser: Browser, mq: Client, server: Server)
         expect(page.locator("#stored-messages")).to_have_text("1")
         assert "brown" not in page.content()
         assert "brown" not in next_poll(page).text()
+
+
+# Topics
+
+
+def test_page_finds_any_of_all_topics(browser: Browser, server: Server) -> None:
+    names_ = [b"sensors/%06d" % n for n in range(100_000)] + [b"alarms/door"]
+    for start in range(0, len(names_), 1000):
+        server.context.store.append([(name, b"x", None) for name in names_[start : start + 1000]])
+    server.context.store.append([(b"sensors/000001", b"x", None)])
+    with reading(browser, server) as page:
+        expect(page.locator("#topics-shown")).to_have_text("the 100 largest of 100,001")
+        field = page.get_by_label("Filter all topics")
+        field.fill("door")
+        expect(page.locator("#topics tbody tr")).to_have_count(1)
+        assert names(page) == ["alarms/door"]
+        expect(page.locator("#pages")).to_be_hidden()
+        field.fill("sensors/*7")
+        expect(page.locator("#topics-shown")).to_have_text("100 of 10,000")
+        expect(page.locator("#topics tbody td").first).to_have_text("sensors/000007")
+        page.get_by_role("button", name="Next 100").click()
+        expect(page.locator("#topics tbody td").first).to_have_text("sensors/001007")
+        page.get_by_role("button", name="First").click()
+        expect(page.locator("#topics tbody td").first).to_have_text("sensors/000007")
+        field.fill("nothing")
+        expect(page.locator("#topics-card .none")).to_have_text("No topic matches.")
+        field.fill("")
+        expect(page.locator("#topics-shown")).to_have_text("the 100 largest of 100,001")
+        assert names(page)[0] == "sensors/000001"
+
+
+def test_page_shows_last_messages_of_topic_as_they_come(browser: Browser, mq: Client, server: Server) -> None:
+    mq.put_many("t", [f"text {n}" for n in range(30)])
+    with reading(browser, server, GONE) as page:
+        link = page.locator("#topics").get_by_role("link", name="t", exact=True)
+        link.focus()
+        page.keyboard.press("Enter")
+        expect(page.locator("#topic-name")).to_have_text("t")
+        expect(page.locator("#topic-name")).to_be_focused()
+        expect(page).to_have_title(re.compile("^t . dsmq$"))
+        expect(page.locator("#overview")).to_be_hidden()
+        expect(page.locator("#messages li")).to_have_count(20)
+        assert page.locator("#messages pre").all_inner_texts() == [f"text {n}" for n in range(29, 9, -1)]
+        page.locator("#messages pre").first.evaluate("(body) => body.id = 'kept'")
+        mq.put("t", "<b>news</b>")
+        expect(page.locator("#messages pre").first).to_have_text("<b>news</b>")
+        # So that its text can be selected.
+        expect(page.locator("#messages pre").nth(1)).to_have_id("kept")
+        expect(page.locator("#messages li")).to_have_count(20)
+        expect(page.locator("#messages .note").first).to_have_text(
+            re.compile(r"^#31 · id 31 · \d+\ss ago · text, 11 bytes$")
+        )
+        expect(page.locator("#topic-facts")).to_contain_text("31")
+        with repeating(lambda: mq.put("t", "x")):
+            expect(page.locator("#topic-facts dd").nth(2)).to_have_text(re.compile(r"^[1-9][\d,.]*/s$"))
+        page.get_by_role("link", name="All topics").click()
+        expect(page.locator("#overview")).to_be_visible()
+        expect(page.locator("#topic")).to_be_hidden()
+        expect(link).to_be_focused()
+        expect(page).to_have_title("dsmq")
+        page.go_back()
+        expect(page.locator("#topic-name")).to_have_text("t")
+        page.reload()
+        expect(page.locator("#topic-name")).to_have_text("t")
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "shown"),
+    [
+        (HOSTILE.encode(), "text, ", HOSTILE),
+        ("a\u202eb\r\x1b[2J\n\tc".encode(), "text, ", "a\\u202eb\\u000d\\u001b[2J\n\tc"),
+        (b"\xff<b>\x7f", "binary, ", f"0000  ff 3c 62 3e 7f{'':35}.<b>."),
+        (b"\0", "binary, ", f"0000  00{'':47}."),
+        (b"", "text, ", ""),
+        (
+            b'{"id":12345678901234567890,"a":[],"b":[1.10,{}],"a":"\\u00b0\\u202e<i>"}',
+            "JSON, ",
+            '{\n  "id": 12345678901234567890,\n  "a": [],\n  "b": [\n    1.10,\n    {}\n  ],\n  "a": "°\\u202e<i>"\n}',
+        ),
+        (b"[" * 2000 + b"]" * 2000, "JSON, ", None),
+        (b'{"open": ', "text, ", '{"open": '),
+        ("€".encode() * 2_796_202, "text, the first 4 KiB of ", "€" * 1365),
+        (b"\xfe" * 8_388_608, "binary, the first 4 KiB of ", None),
+    ],
+    ids=["HTML", "control", "invalid", "NUL", "empty", "JSON", "deep", "no JSON", "long text", "long binary"],
+)
+def test_page_shows_any_body(browser: Browser, server: Server, body: bytes, kind: str, shown: str | None) -> None:
+    server.context.store.append([(b"t", body, None), (b"t", b"next", None)])
+    with reading(browser, server, viewport={"width": 360, "height": 800}) as page:
+        page.get_by_role("link", name="t", exact=True).click()
+        expect(page.locator("#messages li")).to_have_count(2)
+        about = page.locator("#messages .note").last.inner_text().replace("\u202f", " ").replace("\xa0", " ")
+        assert re.fullmatch(rf"#1 · id 1 · \d+ s ago · {kind}{len(body):,} bytes", about)
+        if shown is not None:
+            assert page.locator("#messages pre").last.text_content() == shown
+        expect(page.locator("img")).to_have_count(0)
+        expect(page).to_have_title(re.compile("^t . dsmq$"))
+        assert sideways(page) == 0
+
+
+@pytest.mark.parametrize(
+    "name", [HOSTILE, "a\u202eb\n\0c", "#topic=%00&name=x?+ %zz", "😀\u2028", "t" * 500, "__proto__"]
+)
+def test_page_shows_topic_with_any_name(browser: Browser, mq: Client, server: Server, name: str) -> None:
+    mq.put(name, "the body")
+    with reading(browser, server, viewport={"width": 360, "height": 800}) as page:
+        page.get_by_label("Filter all topics").fill(name[:2])
+        page.locator("#topics tbody a").click()
+        expect(page.locator("#messages pre")).to_have_text("the body")
+        escaped = re.sub("[\0\n\u202e\u2028]", lambda match: f"\\u{ord(match[0]):04x}", name)
+        assert page.locator("#topic-name").text_content() == escaped
+        expect(page.locator("img")).to_have_count(0)
+        assert sideways(page) == 0
+        # An address that nobody has linked to.
+        page.evaluate("location.hash = '#topic=%ff'")
+        expect(page.locator("#overview")).to_be_visible()
+
+
+def test_page_shows_who_reads_and_writes_a_topic(browser: Browser, server: Server) -> None:
+    with (
+        connect(port=server.port, name="camera") as writer,
+        connect(port=server.port, name="slow") as slow,
+        connect(port=server.port, name="<i>all") as fast,
+        reading(browser, server) as page,
+    ):
+        writer.put_many("cam/1", ["a", "b", "c"])
+        assert slow.get("cam/1") == "a"
+        assert len(fast.read("cam/*", n=10)) == 3
+        page.get_by_role("link", name="cam/1").first.click()
+        expect(page.locator("#writers tbody tr")).to_have_count(1)
+        expect(page.locator("#writers tbody td").first).to_have_text(re.compile(r"^camera 127\.0\.0\.1:\d+$"))
+        rows = page.locator("#readers tbody tr")
+        expect(rows).to_have_count(2)
+        expect(rows.nth(0).locator("td").nth(0)).to_contain_text("slow")
+        expect(rows.nth(1).locator("td").nth(0)).to_contain_text("<i>all")
+        expect(rows.nth(1).locator("td").nth(1)).to_have_text("cam/*")
+        expect(rows.nth(1).locator("td").nth(3)).to_have_text("0")
+
+
+def test_page_shows_messages_only_with_http_token(browser: Browser) -> None:
+    secret = "the quick brown fox"
+    with (
+        serving(http_port=0, auth_token=TOKEN) as server,
+        connect(port=server.port, token=TOKEN) as mq,
+        reading(browser, server) as page,
+    ):
+        mq.put("t", secret)
+        page.get_by_role("link", name="t", exact=True).first.click()
+        expect(page.locator("#messages-locked")).to_be_visible()
+        expect(page.locator("#topic-facts dd").first).to_have_text("1")
+        expect(page.locator("#messages li")).to_have_count(0)
+        assert secret not in page.content()
+    with (
+        serving(http_port=0, auth_token=TOKEN, http_token=TOKEN) as server,
+        connect(port=server.port, token=TOKEN) as mq,
+        reading(browser, server, LOCKED) as page,
+    ):
+        mq.put("t", secret)
+        page.evaluate("location.hash = '#topic=t'")
+        page.get_by_label("Token").fill(TOKEN)
+        page.get_by_label("Token").press("Enter")
+        expect(page.locator("#messages pre")).to_have_text(secret)
+        expect(page.locator("#messages-locked")).to_be_hidden()
+
+
+def test_page_shows_address_and_settings(browser: Browser) -> None:
+    with serving(http_port=0, auth_token=TOKEN, max_topic_bytes=77) as server, reading(browser, server) as page:
+        facts = page.locator("#server")
+        expect(facts).to_contain_text(f"127.0.0.1:{server.port}")
+        expect(facts).to_contain_text(re.compile(r"Memory[\d.]+\sMiB"))
+        expect(facts).to_contain_text("with a token, no TLS")
+        expect(facts).to_contain_text("max_topic_bytes77")
+        expect(facts).to_contain_text("auth_token**********")
+        assert TOKEN not in page.content()
 
 
 # States
@@ -360,8 +536,8 @@ def test_page_reports_lost_server_and_recovers(browser: Browser) -> None:
             expect(page.locator("#puts")).to_have_text("0/s")
 
 
-def test_page_keeps_token_in_memory_only(browser: Browser) -> None:
-    with serving(http_port=0, http_token=TOKEN) as server, reading(browser, server, LOCKED) as page:
+def test_page_keeps_token_for_the_tab_only(browser: Browser) -> None:
+    with serving(http_port=0, http_token=TOKEN) as server, reading(browser, server, f"{LOCKED}|{GONE}") as page:
         field = page.get_by_label("Token")
         expect(page.get_by_role("heading", name="Token required")).to_be_visible()
         expect(page.locator("#main")).to_be_hidden()
@@ -372,15 +548,33 @@ def test_page_keeps_token_in_memory_only(browser: Browser) -> None:
             expect(page.locator("#ask-why")).to_contain_text("Invalid token.")
             expect(page.locator("#ask-why")).to_contain_text("http_token_file")
             expect(field).to_have_value("")
+            assert not page.evaluate("sessionStorage.getItem('token')")
         field.fill(TOKEN)
         field.press("Enter")
         expect(page.locator("#state")).to_have_text("Ready")
         expect(page.locator("#ask")).to_be_hidden()
         assert next_poll(page).request.headers["authorization"] == f"Bearer {TOKEN}"
         assert TOKEN not in page.content()
-        assert page.evaluate("localStorage.length + sessionStorage.length + document.cookie.length") == 0
+        assert page.evaluate("localStorage.length + document.cookie.length") == 0
+        page.reload()
+        expect(page.locator("#state")).to_have_text("Ready")
+        other = page.context.new_page()
+        other.goto(page.url)
+        expect(other.locator("#state")).to_have_text("Locked")
+        # An invalid token is forgotten.
+        page.evaluate("sessionStorage.setItem('token', 'wrong')")
         page.reload()
         expect(page.locator("#state")).to_have_text("Locked")
+        assert not page.evaluate("sessionStorage.getItem('token')")
+
+
+def test_page_works_without_storage(browser: Browser) -> None:
+    with serving(http_port=0, http_token=TOKEN) as server, reading(browser, server, f"{LOCKED}|{GONE}") as page:
+        page.add_init_script("Object.defineProperty(window, 'sessionStorage', { get() { throw new Error(); } })")
+        page.reload()
+        page.get_by_label("Token").fill(TOKEN)
+        page.get_by_label("Token").press("Enter")
+        expect(page.locator("#state")).to_have_text("Ready")
 
 
 def test_page_does_not_poll_while_hidden_or_paused(browser: Browser, server: Server) -> None:

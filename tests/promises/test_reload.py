@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from conftest import SOON, UNIT, Wire, blocked, loop_of, wait_until, wire_to
+from conftest import SOON, UNIT, Wire, as_map, blocked, loop_of, wait_until, wire_to
 from dsmq import settings as config
 from dsmq.client import connect
 from dsmq.ops.metrics import Collector
 from dsmq.options import RESTART_REQUIRED
 from dsmq.server import Server
+from dsmq.setting_types import TopicSettings
 from dsmq.settings import Settings
 from dsmq.wire.resp import encode_request
 
@@ -148,10 +149,11 @@ LIMITS: dict[str, tuple[Any, Any, Callable[[Server, Wire, Any], bool]]] = {
     "auth_timeout_seconds": (600, UNIT, ends),
     "allow_shutdown": (True, False, allow_shutdown),
     "metrics_topics": (10, 0, metrics_topics),
+    "topic": ((), (TopicSettings(pattern="t", max_messages=1),), max_stored_messages),
 }
 NEEDS_TOKEN = ("max_unauthenticated_bytes", "max_unauthenticated_connections", "auth_timeout_seconds")
 ELSEWHERE = {
-    *("max_age_seconds", "request_timeout_seconds", "reply_timeout_seconds", "log_level"),
+    *("max_age_seconds", "when_full", "request_timeout_seconds", "reply_timeout_seconds", "log_level"),
     *("health_timeout_seconds", "stop_timeout_seconds"),
     # These are read at each use; tests/broker/test_memory_limits.py tests them.
     *("max_total_unread_reply_bytes", "max_total_request_bytes"),
@@ -181,6 +183,22 @@ def test_reloaded_limit_applies_to_existing_connections(name: str, widens: bool)
         one.change(**{name: after})
         assert getattr(one.server.context.settings, name) == after
         assert allows(one.server, wire, after) is widens
+
+
+def test_rules_apply_to_connected_clients_at_once() -> None:
+    with reloading() as (one, wire), connect(port=one.server.port) as mq:
+        mq.put("camera/1", "0")
+        assert mq.get("camera/1") == "0"
+        mq.put_many("camera/1", ["1", "2", "3"])
+        one.change(topic=[{"pattern": "camera/*", "max_messages": 2, "max_age_seconds": 5}])
+        assert wire.call("PUT", "camera/1", "4").code == "FULL"  # type: ignore[union-attr]
+        assert 0 < wire.call("READ", "camera/1", 0)[4] <= 5_000  # type: ignore[index]
+        one.change(when_full="drop_oldest")
+        assert wire.call("PUT", "camera/1", "4") == 5
+        assert [mq.get("camera/1"), mq.get("camera/1"), mq.missed] == ["3", "4", 2]
+        assert as_map(wire.call("STATS", "camera/1"))[b"dropped"] == 3
+        one.change(topic=[], when_full="refuse")
+        assert wire.call("READ", "camera/1", 4)[4] > 500_000  # type: ignore[index]
 
 
 def test_max_age_raised_loses_nothing_and_lowered_delivers_nothing_too_old() -> None:

@@ -401,7 +401,10 @@ def test_too_big_message_affects_no_other_call() -> None:
         ended.set()
         for thread in threads:
             thread.join(SOON)
-        assert len(set(ids)) == len(ids) == server.status.totals().stored
+        assert len(set(ids)) == len(ids)
+        # A server that copies them from other servers may have the last ones later.
+        wait_until(lambda: server.status.totals().stored >= len(ids))
+        assert server.status.totals().stored == len(ids)
 
 
 def test_too_long_topic_raises_too_big() -> None:

@@ -345,6 +345,29 @@ def test_put_to_a_new_stream_is_read_although_mirrors_have_not_noticed_it(stores
     assert bodies(read(other, b"u")) == [b"y"]
 
 
+def test_lost_consumer_is_replaced_although_nobody_answers_its_deletion(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = stores()
+
+    async def never(_: str) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(store.stream, "delete_consumer", never)
+
+    async def delete(stream: Any) -> None:
+        for consumer in await stream.consumers_info(stores.stream):
+            await stream.delete_consumer(stores.stream, consumer.name)
+
+    for consumers in (2, 3):
+        in_engine(stores.servers, delete)
+        wait_until(lambda: store.mirror.consumers == consumers)  # noqa: B023
+    [message_id] = put(store, b"t", b"x")
+    assert [message.id for message in read(store, b"t")] == [message_id]
+    store.close()
+    assert not store.thread.is_alive()
+
+
 def test_store_can_be_closed_as_soon_as_it_is_ready(stores: Stores) -> None:
     for _ in range(10):
         store = stores()

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from fnmatch import fnmatchcase
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stores import MAX_AGE, ClockedStore, expire_all, put
 
-from dsmq.store import scan
+from dsmq.store import database, scan, schema
 from dsmq.store import sqlite as store_module
-from dsmq.store.api import ManyTopics, TopicMessage
+from dsmq.store.api import Found, ManyTopics, TopicMessage
+from dsmq.store.database import Header
 from dsmq.store.selection import Pattern, PatternIndex, Selection
 
 TOPICS = (b"a", b"ab", b"b/a", b"b/b", b"c", "é".encode())
@@ -100,9 +105,9 @@ class Checked:
         assert part.position == max(after, min(self.store.last_id(), below - 1))
 
     def check_back(self, words: list[bytes], count: int, below: int) -> None:
-        left, reached = count, below
+        left, reached, selection = count, below, Selection(words)
         while left:
-            left, reached = self.store.go_back(Selection(words), left, reached)
+            left, reached = self.store.go_back(selection, left, reached)
         assert self.held(words, reached, below) == self.held(words, 0, below)[-count:]
 
     def check_time(self, milliseconds: int) -> None:
@@ -116,18 +121,22 @@ class Checked:
     data=st.data(),
     steps=st.lists(st.sampled_from(["put"] * 6 + ["wait", "flush", "write", "expire", "check"]), max_size=40),
     seconds=st.sampled_from([0.0, 1.0]),
-    merged=st.sampled_from([0, 1, 16]),
+    bounds=st.tuples(st.sampled_from([0, 1, 16]), st.sampled_from([0, 2, 1000]), st.sampled_from([1, 4, 512])),
 )
 def test_reads_of_several_topics_agree_with_model(
-    data: st.DataObject, steps: list[str], seconds: float, merged: int
+    data: st.DataObject, steps: list[str], seconds: float, bounds: tuple[int, int, int]
 ) -> None:
     checked = Checked()
     store = checked.store
-    with pytest.MonkeyPatch.context() as patch:
+    with closing(store), pytest.MonkeyPatch.context() as patch:
         patch.setattr(store_module, "MAX_BUFFERED_MESSAGES", 7)
         patch.setattr(store_module, "FLUSH_MESSAGES", 3)
         patch.setattr(scan, "SCAN_SECONDS", seconds)
-        patch.setattr(scan, "MAX_MERGED_TOPICS", merged)
+        patch.setattr(scan, "MAX_MERGED_TOPICS", bounds[0])
+        patch.setattr(scan, "MAX_MATCHES", bounds[1])
+        patch.setattr(scan, "MATCH_STEP", 1)
+        for module in (schema, database):
+            patch.setattr(module, "BLOCK_IDS", bounds[2])
         for step in [*steps, "check"]:
             match step:
                 case "put":
@@ -142,7 +151,6 @@ def test_reads_of_several_topics_agree_with_model(
                     expire_all(store)
                 case "check":
                     checked.check(data)
-    store.close()
 
 
 def test_reads_of_several_topics_end_once_their_bytes_are_reached() -> None:
@@ -151,4 +159,97 @@ def test_reads_of_several_topics_end_once_their_bytes_are_reached() -> None:
     found = store.read_many(ManyTopics(Selection([b"t*"]), 0, 10, 13))
     assert [message.id for message in found.messages] == [1, 2]
     assert found.position == 2
+    store.close()
+
+
+class Counting(ClockedStore):
+    """Counts the rows that scans look at, and the topics that are matched."""
+
+    def __init__(self) -> None:
+        super().__init__(MAX_AGE)
+        self.rows = 0
+        headers = self._database.headers
+
+        def counted(*args: Any) -> Iterator[Header]:
+            for header in headers(*args):
+                self.rows += 1
+                yield header
+
+        self._database.headers = counted  # type: ignore[method-assign]
+
+    def fill(self, messages: int, topics: int) -> None:
+        """Put messages of one millisecond into topics, in turn."""
+        for first in range(0, messages, 1000):
+            self.append([(b"t%d" % (at % topics), b"x", None) for at in range(first, first + 1000)])
+        self.write()
+
+
+def read_all(store: ClockedStore, words: list[bytes], after: int = 0) -> Iterator[Found]:
+    """Iterate over what each call returns, until there is nothing more."""
+    wanted = ManyTopics(Selection(words), after, 1000, 1_000_000)
+    while True:
+        found = store.read_many(wanted)
+        yield found
+        if found.is_complete and not found.messages:
+            return
+        wanted = wanted._replace(after=found.position)
+
+
+@pytest.mark.parametrize(("words", "matching"), [([b"t*"], 10_000), ([b"t*7", b"t1"], 1001), ([b"x*"], 0)])
+def test_one_call_looks_at_few_rows_of_a_long_millisecond(
+    monkeypatch: pytest.MonkeyPatch, words: list[bytes], matching: int
+) -> None:
+    monkeypatch.setattr(scan, "SCAN_SECONDS", 0)
+    store = Counting()
+    store.fill(10_000, 10_000)
+    count = 0
+    for found in read_all(store, words):
+        # A call ends with a block, after it has seen the first row of the next one.
+        assert store.rows <= schema.BLOCK_IDS + 1
+        store.rows = 0
+        count += len(found.messages)
+    assert count == matching
+    store.close()
+
+
+def test_calls_take_less_than_milliseconds() -> None:
+    store = Counting()
+    store.fill(100_000, 10_000)
+    times, found = list[float](), read_all(store, [b"*7*"])
+    while True:
+        began = time.thread_time()
+        if next(found, None) is None:
+            break
+        times.append(time.thread_time() - began)
+    assert len(times) > 10
+    assert statistics.median(times) < 0.003
+    store.close()
+
+
+def test_reader_that_waited_long_scans_no_messages_of_other_topics() -> None:
+    store = Counting()
+    put(store, b"seldom", b"x")
+    selection = Selection([b"sel*"])
+    store.fill(1_000_000, 10)
+    put(store, b"seldom", b"y")
+    store.write()
+    position = calls = 0
+    while True:
+        found = store.read_many(ManyTopics(selection, position, 10, 1_000_000))
+        calls, position = calls + 1, found.position
+        if found.messages:
+            break
+    assert [message.body for message in found.messages] == [b"x", b"y"]
+    assert (store.rows, calls) == (2, 1)
+    store.close()
+
+
+def test_few_rows_are_scanned_rather_than_many_topics_matched() -> None:
+    store = Counting()
+    store.fill(10_000, 10_000)
+    [last] = put(store, b"t7", b"y")
+    store.write()
+    [found, _] = read_all(store, [b"t*"], last - 100)
+    assert [message.body for message in found.messages] == [b"x"] * 99 + [b"y"]
+    assert store.rows == 100
     store.close()

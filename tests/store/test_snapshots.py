@@ -34,10 +34,11 @@ from conftest import SOON, UNIT, Wire, daemon, scrape, serving, wait_until, wire
 from dsmq import settings as config
 from dsmq.errors import ConfigError, Forgotten, ServerFailed
 from dsmq.server import Server
-from dsmq.store import database, snapshot_contents, snapshot_file, snapshots
+from dsmq.store import database, scan, schema, snapshot_contents, snapshot_file, snapshots
 from dsmq.store import dedup as producers
-from dsmq.store.api import Put
+from dsmq.store.api import ManyTopics, Put, TopicMessage
 from dsmq.store.schema import LONG_BYTES, unpack
+from dsmq.store.selection import Selection
 from dsmq.store.snapshots import Snapshotter
 from dsmq.store.sqlite import SQLiteStore
 
@@ -557,3 +558,32 @@ def test_puts_before_stop_are_in_final_snapshot(file: Path) -> None:
         assert set(stored) <= set(found)
         # Puts that were stored as the connection broke have no reply.
         assert len(found) - len(stored) <= len(clients)
+
+
+@pytest.mark.parametrize("saved_in_blocks_of", [1 << 40, 512])
+def test_restored_messages_are_read_by_patterns_in_order(
+    store: ClockedStore, file: Path, monkeypatch: pytest.MonkeyPatch, saved_in_blocks_of: int
+) -> None:
+    # Earlier versions did not limit the ids of a row, and accepted topics with `*`.
+    monkeypatch.setattr(schema, "BLOCK_IDS", saved_in_blocks_of)
+    names = [b"a*b", b"a1", b"b"]
+    ids = store.append([(names[at % 3], b"x", None) for at in range(300)])
+    store.write()
+    save(store, file)
+    for module in (schema, database):
+        monkeypatch.setattr(module, "BLOCK_IDS", 8)
+    monkeypatch.setattr(scan, "MAX_MERGED_TOPICS", 0)
+    monkeypatch.setattr(scan, "SCAN_SECONDS", 0)
+    with restored(file) as after:
+        ids += after.append([(names[at % 3], b"y", None) for at in range(300)])
+        after.write()
+        wanted, found = ManyTopics(Selection([b"a*"]), 0, 7, 1_000_000), list[TopicMessage]()
+        while True:
+            part = after.read_many(wanted)
+            found += part.messages
+            if part.is_complete and not part.messages:
+                break
+            wanted = wanted._replace(after=part.position)
+        assert [(one.topic, one.id) for one in found] == [
+            (names[at % 3], message_id) for at, message_id in enumerate(ids) if at % 3 < 2
+        ]

@@ -281,9 +281,10 @@ def test_flush_without_memory_raises_and_keeps_messages(store: ClockedStore) -> 
 PLANS = {
     "READ": "SEARCH chunks USING INDEX chunks_by_topic (topic=? AND rowid>?)",
     "LATEST": "SEARCH chunks USING INDEX chunks_by_topic (topic=?)",
-    "OLDEST": "SEARCH chunks USING INDEX chunks_by_topic (topic=?)",
+    "OLDEST": "SEARCH chunks USING INDEX chunks_by_topic (topic=? AND rowid>?)",
+    "TOPIC_EXPIRY": "SEARCH chunks USING INDEX chunks_by_topic (topic=? AND rowid<?)",
     "EXPIRY": "SEARCH chunks USING INTEGER PRIMARY KEY (rowid<?)",
-    "DELETE": "SEARCH chunks USING INTEGER PRIMARY KEY (rowid<?)",
+    "DELETE_FIRST": "SEARCH chunks USING INTEGER PRIMARY KEY (rowid<?)",
     "TOPICS": "SEARCH topics USING COVERING INDEX sqlite_autoindex_topics_1 (name>?)",
 }
 
@@ -757,6 +758,28 @@ def test_concurrent_puts_are_neither_lost_nor_duplicated_nor_reordered(store: Cl
 
 
 # Statistics
+
+
+def test_peek_goes_back_without_marking_as_read(store: ClockedStore, clock: Clock) -> None:
+    for body in (b"a", b"b", BIG):
+        put(store, b"t", body)
+        put(store, b"other", body)
+    for write in (lambda: None, store.write):
+        write()
+        found, below = [], sys.maxsize
+        while message := store.peek(b"t", below):
+            found.append(message)
+            below = message.id
+        assert [(message.id, message.number, message.body) for message in found] == [
+            (5, 3, BIG),
+            (3, 2, b"b"),
+            (1, 1, b"a"),
+        ]
+    assert store.peek(b"new") is None
+    clock.now += MAX_AGE + 1
+    assert store.peek(b"t") is None
+    expire_all(store)
+    assert store.totals().expired_unread == 6
 
 
 def test_expired_unread_messages_are_counted(store: ClockedStore, clock: Clock) -> None:

@@ -55,6 +55,15 @@ class Access:
         """The rules that existing connections depend on: if they change, a reload disconnects them."""
         return self.tls is not None, self.client_ca_file
 
+    def may_show_messages(self, *, is_open: bool) -> bool:
+        """Return whether the HTTP endpoint may show messages to those it answers.
+
+        `is_open`: only programs on this machine reach it, and any of them can connect to the server as a client.
+        """
+        if self.http_authenticator.token:
+            return True
+        return is_open and not (self.authenticator.tokens or self.client_ca_file)
+
     def exposed(self, sockets: Iterable[socket.socket]) -> list[str]:
         """Return the addresses where other machines may connect without authentication."""
         if self.authenticator.tokens or self.client_ca_file:

@@ -149,6 +149,7 @@ COMMANDS: dict[bytes, Command] = {
         Command("DISCARD", transactions.discard, "", "Drop the requests since MULTI."),
         Command("TOPICS", topics.topics, "[AFTER topic] [COUNT n]", "List topics, their messages and bytes."),
         Command("STATS", topics.stats, "topic [AFTER id]", "Describe a topic.", parse=topics.parse_stats),
+        Command("PURGE", topics.purge, "topic|pattern", "Expire all messages that are stored now.", Role.ADMIN),
         Command("SHUTDOWN", handshake.shutdown, "[NOSAVE|SAVE]", "Stop the server gracefully.", Role.ADMIN),
         Command(
             "HELLO",
@@ -182,7 +183,7 @@ COMMANDS_BY_ROLE[Role.NOBODY] = {}
 def _queued(command: Command) -> Command:
     if command.name in ("EXEC", "DISCARD", "RESET"):
         return command
-    is_refused = command.name in ("MULTI", "HELLO", "AUTH", "QUIT", "SHUTDOWN")
+    is_refused = command.name in ("MULTI", "HELLO", "AUTH", "QUIT", "SHUTDOWN", "PURGE")
     return replace(command, handler=partial(transactions.refuse if is_refused else transactions.queue, command))
 
 

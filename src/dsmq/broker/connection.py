@@ -25,6 +25,7 @@ from dsmq.wire.resp import encode_error
 
 if TYPE_CHECKING:
     from dsmq.broker.event_loop import EventLoop
+    from dsmq.store.selection import Selection
 
 _DEFECT = InternalError("see the server's log")
 
@@ -36,18 +37,9 @@ class Connection:
 
     # Python reads this many attributes faster from slots than from a dict.
     __slots__ = (
-        *("context", "counters", "id", "last_read", "login", "loop", "name", "notices", "opened_at", "peer"),
-        *(
-            "awaits_start",
-            "pending_puts",
-            "reads",
-            "requests",
-            "scheduled",
-            "start_id",
-            "state",
-            "transport",
-            "version",
-        ),
+        *("awaits_start", "context", "counters", "id", "last_put", "last_read", "last_selection", "login", "loop"),
+        *("name", "notices", "opened_at", "peer", "pending_puts", "reads", "requests", "scheduled", "start_id"),
+        *("state", "transport", "version"),
     )
 
     def __init__(self, loop: EventLoop, sock: Stream, peer: Peer) -> None:
@@ -67,6 +59,10 @@ class Connection:
         self.version = 2
         self.notices = False
         self.last_read: tuple[bytes, int] | None = None
+        self.last_selection: tuple[Selection, int] | None = None
+        """What it last read together, if that is short, and the position that it has reached."""
+        self.last_put = b""
+        """The topic of the last put."""
         self.start_id: int | None = None
         """The last id when the client connected, after which GET begins; None until the store answers."""
         self.awaits_start = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from functools import lru_cache
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from dsmq.broker.arguments import check_topic, parse_integer
@@ -18,7 +19,7 @@ from dsmq.broker.reads import (
     read_options,
 )
 from dsmq.errors import BadRequest, TooBig
-from dsmq.store.api import Answer, ManyTopics, Store
+from dsmq.store.api import MESSAGE_OVERHEAD_BYTES, Answer, ManyTopics, Store, TopicMessage
 from dsmq.store.selection import Selection
 from dsmq.wire.limits import MAX_NAMES, MAX_NAMES_BYTES
 from dsmq.wire.resp import Encoded, encode_found
@@ -33,24 +34,34 @@ MAX_OPTIONS = 16
 
 @dataclass(slots=True, eq=False)
 class PendingMany(PendingRead):
-    """A read of several topics, until it is answered. `after` moves on while it finds nothing."""
+    """A read of several topics, until it is answered. `after` moves on while it goes on."""
 
     selection: Selection = field(default_factory=lambda: Selection(()))
     is_latest: bool = False
+    newest: list[TopicMessage] = field(default_factory=list)
+    """If `is_latest`, those found up to `after`."""
+    position: int = 0
 
     def fetch(self, store: Store) -> Answer[Any]:
         if self.start is not None:
             return self.start.find(store, self.below)
-        wanted = ManyTopics(
-            *(self.selection, self.after, self.count, self.max_bytes, self.is_latest, self.below or sys.maxsize)
-        )
+        count, max_bytes = self.count - len(self.newest), self.max_bytes - _size(self.newest)
+        wanted = ManyTopics(*(self.selection, self.after, count, max_bytes, self.is_latest, self.below or sys.maxsize))
         return store.read_many(wanted, self.wait_ms)
 
     def take(self, found: Any) -> list[Any] | None:
-        if self.start is not None:
+        if type(found) is tuple:
             return PendingRead.take(self, found)
-        self.after = max(self.after, found.position)
-        return found.messages if found.messages or found.is_complete else None
+        messages: list[Any] = found.messages
+        self.position = max(self.after, found.position)
+        if self.newest:
+            newest = {message.topic: message for message in (*self.newest, *messages)}
+            messages = sorted(newest.values(), key=attrgetter("id"))
+        if messages and (found.is_complete or not self.is_latest):
+            # `after` stays, because the reply may have to wait for memory: then they are fetched again.
+            return messages
+        self.after, self.newest = self.position, messages
+        return messages if found.is_complete else None
 
     def wait(self, waiters: Waiters, connection: Connection) -> None:
         waiters.add(self.selection.names, self.selection.patterns, connection)
@@ -60,8 +71,19 @@ class PendingMany(PendingRead):
         waiters.remove(self.selection.names, self.selection.patterns, connection)
         connection.reads.count_waiting(0)
 
+    def covers(self, topic: bytes) -> bool:
+        return self.selection.matches(topic)
+
+    @property
+    def about(self) -> bytes:
+        return self.selection.about
+
     def memory(self, messages: list[Any]) -> int:
-        return PendingRead.memory(self, messages) + sum([len(message.topic) for message in messages])
+        return _size(messages) + MESSAGE_OVERHEAD_BYTES * len(messages)
+
+
+def _size(messages: list[TopicMessage]) -> int:
+    return sum([len(message.topic) + len(message.body) for message in messages])
 
 
 def mread(client: Connection, request: list[bytes]) -> Encoded | None:
@@ -89,7 +111,7 @@ def parse_mread(client: Connection, request: list[bytes]) -> PendingMany:
     )
 
 
-@lru_cache
+@lru_cache(32)
 def _select(max_topic_bytes: int, *words: bytes) -> Selection:
     if len(words) > MAX_NAMES or sum(map(len, words)) > MAX_NAMES_BYTES:
         raise TooBig(f"a request reads at most {MAX_NAMES} topics and patterns, with {MAX_NAMES_BYTES} bytes")
@@ -98,9 +120,10 @@ def _select(max_topic_bytes: int, *words: bytes) -> Selection:
     return Selection(words)
 
 
-def _encode(client: Connection, read: PendingRead, messages: list[Any]) -> Encoded:
+def _encode(client: Connection, read: PendingMany, messages: list[Any]) -> Encoded:
     if read.epoch is not None:
         # Checked again, because a store on another machine may have begun another epoch during the wait.
         check_epoch(client.context.store, read.epoch)
     count_delivery(client, messages[-1].topic if messages else b"", messages)
-    return encode_found(read.after, messages)
+    client.last_selection = (read.selection, read.position) if read.selection.is_short else None
+    return encode_found(read.position, messages)

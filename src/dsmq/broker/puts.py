@@ -41,6 +41,7 @@ def put(client: Connection, request: list[bytes]) -> None:
     batch.connections.append(client)
     batch.bytes += len(request[2]) + PUT_BYTES
     client.pending_puts += 1
+    client.last_put = request[1]
     if batch.bytes >= MAX_BATCH_BYTES:
         batch.commit()
 

@@ -10,20 +10,19 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
-from dsmq.broker.arguments import parse_integer, parse_number, parse_options, parse_topic
+from dsmq.broker.arguments import MAX_NAME_BYTES, parse_integer, parse_number, parse_options, parse_topic
 from dsmq.broker.states import OPEN, WAITING
 from dsmq.broker.usage import FREE_BYTES
 from dsmq.errors import BadRequest, ReplyError, WrongEpoch
 from dsmq.store.api import MESSAGE_OVERHEAD_BYTES, Answer, Message, Store, TopicMessage
 from dsmq.store.selection import Selection
-from dsmq.wire.limits import DEFAULT_COUNT, MAX_READ_BYTES
+from dsmq.wire.limits import DEFAULT_COUNT, MAX_COUNT, MAX_READ_BYTES
 from dsmq.wire.resp import Encoded, encode_bulk, encode_messages, encode_null, quoted
 
 if TYPE_CHECKING:
     from dsmq.broker.connection import Connection
     from dsmq.broker.waiters import Waiters
 
-MAX_COUNT = 1_000
 # Max size of one reply to READ while others are unread: most of a longer one would never reach a client that doesn't
 # read.
 SHORT_READ_BYTES = 65_536
@@ -44,7 +43,7 @@ class PendingRead:
     max_bytes: int
     wait_ms: int
     """How long to wait for a message if there is none."""
-    encode: Callable[[Connection, PendingRead, list[Message]], Encoded]
+    encode: Callable[[Connection, Any, list[Message]], Encoded]
     epoch: bytes | None = None
     """The epoch that `after` belongs to."""
     below: int = 0
@@ -67,8 +66,9 @@ class PendingRead:
 
     def take(self, found: Any) -> list[Message] | None:
         """Return the messages; None: fetch again."""
-        if self.start is not None:
-            if self.start.take(found):
+        if type(found) is tuple:
+            # From `start`, which a store that answers later may have been asked for twice.
+            if self.start is not None and self.start.take(found):
                 self.after, self.start = self.start.after, None
             return None
         if self.below:
@@ -80,6 +80,14 @@ class PendingRead:
 
     def end_wait(self, waiters: Waiters, connection: Connection) -> None:
         waiters.remove((self.topic,), (), connection)
+
+    def covers(self, topic: bytes) -> bool:
+        return topic == self.topic
+
+    @property
+    def about(self) -> bytes:
+        """What it reads, for people."""
+        return self.topic
 
     def memory(self, messages: list[Message]) -> int:
         """Return the bytes that the reply takes."""
@@ -111,7 +119,8 @@ class Start:
 
 def read(client: Connection, request: list[bytes]) -> Encoded | None:
     pending = parse_read(client, request)
-    check_position(client, pending)
+    if pending.epoch is not None or pending.after > client.context.store.last_id():
+        check_position(client, pending)
     return client.reads.start(pending)
 
 
@@ -126,15 +135,15 @@ def check_position(client: Connection, pending: PendingRead) -> None:
 
 def parse_read(client: Connection, request: list[bytes]) -> PendingRead:
     topic = parse_topic(client, request)
-    start = None if request[2].isdigit() else parse_start(Selection([topic]), request[2:4])
-    after = 0 if start else parse_integer(request[2], "after")
-    count, max_bytes, wait_ms, epoch, is_latest = read_options(*request[4 if start else 3 :])
+    if not request[2].isdigit():
+        pending = parse_read(client, [*request[:2], b"0", *request[4:]])
+        pending.start = parse_start(Selection([topic]), request[2:4])
+        return pending
+    after = parse_integer(request[2], "after")
+    count, max_bytes, wait_ms, epoch, is_latest = read_options(*request[3:])
     if client.transport.budget.total:
         max_bytes = min(max_bytes, SHORT_READ_BYTES)
-    pending = PendingRead(topic, after, 0 if is_latest else count, max_bytes, wait_ms, _encode_read, epoch)
-    if start:
-        pending.start = start
-    return pending
+    return PendingRead(topic, after, 0 if is_latest else count, max_bytes, wait_ms, _encode_read, epoch)
 
 
 def parse_start(selection: Selection, words: list[bytes]) -> Start:
@@ -154,7 +163,11 @@ def read_options(*words: bytes) -> tuple[int, int, int, bytes | None, bool]:
     count = parse_number(options, b"COUNT", DEFAULT_COUNT, 1, MAX_COUNT)
     max_bytes = parse_number(options, b"BYTES", MAX_READ_BYTES, 1, MAX_READ_BYTES)
     wait_ms = parse_number(options, b"WAIT", 0, 0, MAX_WAIT_MS)
-    return count, max_bytes, wait_ms, options.get(b"EPOCH", [None])[0], b"LATEST" in options
+    epoch = options.get(b"EPOCH", [None])[0]
+    if epoch is not None and len(epoch) > MAX_NAME_BYTES:
+        # The cache would keep it.
+        raise BadRequest(f"an epoch has at most {MAX_NAME_BYTES} bytes")
+    return count, max_bytes, wait_ms, epoch, b"LATEST" in options
 
 
 def _encode_read(client: Connection, read: PendingRead, messages: list[Message]) -> Encoded:
@@ -276,6 +289,10 @@ class Reads:
             if read.wait_ms:
                 read.deadline = connection.loop.now + read.wait_ms / 1000
                 connection.schedule(read.deadline)
+                if connection.transport.eof_received:
+                    # The client shut down its sending side while the request waited for something else.
+                    self.end()
+                    connection.finish()
         return reply
 
     def _reply(self, read: PendingRead, found: Answer[Any]) -> Encoded | None:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # Max topics whose matching patterns are remembered.
 MAX_KNOWN_TOPICS = 200_000
+# Max matches that are remembered of all topics together.
+MAX_KNOWN_MATCHES = 1_000_000
 # A remembered topic is matched with newer patterns one by one up to this many, beyond it by the index.
 MAX_NEWER_PATTERNS = 64
 # Patterns for which nobody waits are kept up to this many, because their readers usually come back.
@@ -125,11 +127,13 @@ class WaitingPatterns:
         self._matching: Iterator[Iterable[Connection]] | None = None
 
     def _clear(self, awaited: dict[bytes, _Awaited]) -> None:
+        # For each topic: how many patterns there were when it was matched, and which of them it matches. It is replaced
+        # before the patterns: see `may_match`.
+        self._known: dict[bytes, tuple[int, tuple[_Awaited, ...]]] = {}
+        self._known_matches = 0
         self._awaited = awaited
         self._order = list(awaited.values())
         self._index = PatternIndex(one.pattern for one in self._order)
-        # For each topic: how many patterns there were when it was matched, and which of them it matches.
-        self._known: dict[bytes, tuple[int, tuple[_Awaited, ...]]] = {}
         self._none: tuple[int, tuple[_Awaited, ...]] = (len(self._order), ())
 
     def add(self, pattern: Pattern, connection: Connection) -> None:
@@ -151,8 +155,10 @@ class WaitingPatterns:
 
     def may_match(self, topic: bytes) -> bool:
         """Return whether a put into a topic may wake a connection. Thread-safe."""
+        # In this order, because the patterns may be replaced by fewer meanwhile.
+        count = len(self._order)
         seen, matching = self._known.get(topic, (-1, ()))
-        return bool(matching) or seen != len(self._order)
+        return bool(matching) or seen != count
 
     def put(self, topic: bytes) -> Iterable[Connection]:
         """Return the connections to wake after a put into a topic, as far as is known at once."""
@@ -196,6 +202,8 @@ class WaitingPatterns:
             del self.unmatched[topic]
 
     def _remember(self, topic: bytes, seen: int, matching: tuple[_Awaited, ...]) -> None:
-        if len(self._known) >= MAX_KNOWN_TOPICS:
+        self._known_matches += len(matching)
+        if len(self._known) >= MAX_KNOWN_TOPICS or self._known_matches > MAX_KNOWN_MATCHES:
             self._known.clear()
+            self._known_matches = len(matching)
         self._known[topic] = (seen, matching) if matching or seen != self._none[0] else self._none

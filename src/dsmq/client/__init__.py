@@ -18,7 +18,7 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack, overload
 
-from dsmq.client import arguments
+from dsmq.client import arguments, replies, requests
 from dsmq.client.connection import Connection
 from dsmq.client.core import NOT_STARTED, Client, Options, Retries
 from dsmq.client.message import Message
@@ -226,7 +226,7 @@ class DSMQClientSideConnection(Client):
 
         Topics are read as by `read`. With text=True, messages are str; with raw=True, bytes.
         """
-        seconds, key = arguments.seconds("timeout", timeout), arguments.names(topics[0] if len(topics) == 1 else topics)
+        seconds, key = arguments.seconds("timeout", timeout), arguments.names(*topics)
         self._session.reader(key)
         end = object()
         # Not a generator, which an interrupt would end.
@@ -243,6 +243,23 @@ class DSMQClientSideConnection(Client):
         for call in list_topics(found):
             self._run(call)
         return found
+
+    def stats(self, topic: str | None = None) -> dict[str, int | str]:
+        """Return figures about a topic: messages, bytes, last_number, last_id, first_id, oldest_age_ms and others.
+
+        Without a topic: about the server, as the command INFO names them; most of them only for the role admin.
+        """
+        self._run(call := requests.stats(topic))
+        return replies.stats(call.reply)
+
+    def purge(self, topic: str) -> int:
+        """Expire all messages of a topic that are stored now, or of all topics that match a pattern; return how many.
+
+        Other clients count those that they have not read as missed. Needs the role admin. ConnectionLost means that
+        some may have been purged.
+        """
+        self._run(call := requests.purge(topic))
+        return replies.as_number(check(call.reply))
 
     def shutdown_server(self) -> None:
         """Stop the server gracefully; return when it has closed the connection.

@@ -10,16 +10,17 @@ from collections.abc import Iterable
 
 from dsmq.system import LONG_MESSAGE_BYTES, raise_malloc_threshold
 from dsmq.wire.addresses import UNIX, Endpoint, parse_endpoint, split_port
+from dsmq.wire.limits import MAX_NAMES
 
 MAX_PORT = 65_535
 MAX_NAME_LENGTH = 64
 # Shorter times are accepted without further checks, which would take longer.
-_COMMON_SECONDS = 1e9
+COMMON_SECONDS = 1e9
 
 
 def seconds(name: str, value: object, *, zero: bool = True) -> float:
     """Return a time in seconds, which may be infinite."""
-    if isinstance(value, int | float) and 0 < value < _COMMON_SECONDS and value is not True:
+    if isinstance(value, int | float) and 0 < value < COMMON_SECONDS and value is not True:
         return value
     if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} should be a number of seconds, not {value!r}")
@@ -93,8 +94,12 @@ class Names(tuple[str, ...]):
     __slots__ = ()
 
 
-def names(topics: object) -> str | Names:
-    """Return a topic, or several topics and patterns. A name with `*`, which is any characters, is a pattern."""
+def names(*arguments: object) -> str | Names:
+    """Return a topic, or several topics and patterns: each an argument, or all in one list.
+
+    A name with `*`, which is any characters, is a pattern.
+    """
+    topics = arguments[0] if len(arguments) == 1 else arguments
     if isinstance(topics, str) and "*" not in topics:
         topic_name(topics)
         return topics
@@ -104,6 +109,8 @@ def names(topics: object) -> str | Names:
     if "" in several:
         raise ValueError("the name of a topic is empty")
     found = Names(sorted(set(several)))
+    if len(found) > MAX_NAMES:
+        raise ValueError(f"at most {MAX_NAMES} topics and patterns can be read together, not {len(found)}")
     return found if len(found) > 1 or "*" in found[0] else found[0]
 
 

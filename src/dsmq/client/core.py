@@ -18,6 +18,7 @@ from dsmq.client.stretch import Back
 from dsmq.errors import ClientClosed, ReplyError
 from dsmq.system import boot_time
 from dsmq.wire.addresses import Endpoint
+from dsmq.wire.limits import MAX_INTEGER
 
 # The next call closes surplus connections that have been idle for this long.
 IDLE_SECONDS = 5.0
@@ -225,7 +226,8 @@ class Client:
         """Continue reading at a position, or after the message with an id; 0 is before all messages.
 
         Or, when the next message is read, at the last `last` messages, or those put since `since` seconds before now.
-        `topic` may be a pattern or a list of topics, as in `read`; `last` counts over all of them.
+        `topic` may be a pattern or a list of topics, as in `read`; `last` counts over all of them. Until that read,
+        `position` is before all messages.
 
         After a position of another epoch, from before the server lost its messages, the topic is read from its oldest
         message, and on_state_change is called with `replaced`. After an id that the server has not assigned yet, the
@@ -267,6 +269,7 @@ class Client:
 def _back(last: int | None, since: float | None) -> Back | None:
     if last is not None and not arguments.count("last", last):
         raise ValueError("last should be 1 or more, not 0")
-    if since is not None and not math.isinf(seconds := arguments.seconds("since", since)):
+    if since is not None and (seconds := arguments.seconds("since", since)) < arguments.COMMON_SECONDS:
         return b"SINCE", boot_time() - seconds
-    return None if last is None else (b"LAST", last)
+    # Of more, all are read.
+    return None if last is None else (b"LAST", min(last, MAX_INTEGER))

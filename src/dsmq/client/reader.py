@@ -168,7 +168,9 @@ class TopicReader:
             if stretch.ask or (stretch is not before and not stretch.continues(before, behind)):
                 return True
             if stretch.back is not None:
-                before = self._begin(stretch, at, found[0].id - 1 if found else scanned)
+                before = self._begin(stretch, at, stretch.back, found, scanned)
+                if before.back is not None:
+                    return True
                 continue
             new, is_taken = found and stretch.unread(found), at == len(stretch.ahead)
             if new and is_taken:
@@ -192,9 +194,17 @@ class TopicReader:
                     _logger.warning("topic %r: %d messages expired before they were read", self.topic, missed)
                 return bool(found) or stretch.rest is not None
 
-    def _begin(self, stretch: Stretch, at: int, after: int) -> Stretch:
-        """Let the range begin after an id, which is known now; return the new state, even if another call was first."""
+    def _begin(self, stretch: Stretch, at: int, back: Back, found: Sequence[Entry], scanned: int) -> Stretch:
+        """Let the range begin where the server says; return the new state, even if another call was first.
+
+        Messages put since a time are requested with a margin. Their estimated times are never too early.
+        """
+        first = next((entry for entry in found if back[0] == b"LAST" or entry.put_at >= back[1]), None)
+        after = first.id - 1 if first else found[-1].id if found else scanned
         step = Stretch(stretch.era, after, None, stretch.taken(at)[2])
+        if found and not first:
+            # All of these are older.
+            step.back = b"AFTER", back[1]
         step.generation, step.positions, step.counts = stretch.generation, stretch.positions, stretch.counts
         self._move(stretch, at, step)
         return step

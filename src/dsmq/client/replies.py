@@ -77,6 +77,15 @@ def topics(reply: Reply) -> list[tuple[str, int, int]]:
     ]
 
 
+def stats(reply: Reply) -> dict[str, int | str]:
+    """Return the values in the reply to STATS, or to INFO. Raises the server's error, or ProtocolError."""
+    if not isinstance(check(reply), bytes):
+        return {name: as_number(value) for name, value in as_map(reply).items()}
+    pairs = [line.partition(":")[::2] for line in as_text(reply).splitlines() if line and line[0] != "#"]
+    # These two are in hex.
+    return {name: int(value) if value.isdecimal() and name not in ("epoch", "run") else value for name, value in pairs}
+
+
 def as_map(reply: Reply) -> dict[str, Reply]:
     """Return the map in a reply. Raises the server's error, or ProtocolError."""
     values = check(reply)

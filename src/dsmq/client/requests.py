@@ -15,7 +15,7 @@ from dsmq.client.replies import reason, restored_number, stored_id, topics
 from dsmq.client.stretch import Entry, Era
 from dsmq.errors import AuthRequired, ConnectionLost, DSMQError, MessageNotText, ReplyError, ShuttingDown, TimedOut
 from dsmq.system import boot_time, process
-from dsmq.wire.limits import MAX_READ_BYTES
+from dsmq.wire.limits import MAX_COUNT, MAX_READ_BYTES
 from dsmq.wire.resp import Reply, encode_bulk, encode_option, encode_read, encode_read_many, encode_request
 
 if TYPE_CHECKING:
@@ -45,7 +45,12 @@ RESEND_SECONDS = 300.0
 # If a read waited longer than this before its connection broke, it had reached a server.
 _LONG_WAIT_SECONDS = 1.0
 
+# The server counts back from when it gets the request. Nothing put after a `seek` may be skipped, so ask for more.
+_SINCE_MARGIN_SECONDS = 1.0
+
 _LATEST = encode_bulk(b"LATEST")
+# Of several topics, as many as the server returns at once.
+_ALL_LATEST = _LATEST + encode_option(b"COUNT", MAX_COUNT)
 
 
 class Producer:
@@ -157,7 +162,7 @@ class Read(Call):
         if producer.era and producer.era is not stretch.era:
             raise ConnectionResetError("another connection has found that the server was restarted")
         if self._latest:
-            return self._encode(after, _LATEST, 1)
+            return self._encode(after, _ALL_LATEST, 3) if reader.names else self._encode(after, _LATEST, 1)
         options, count = b"", 0
         if reader.count:
             options, count = encode_option(b"COUNT", reader.count), 2
@@ -178,8 +183,9 @@ class Read(Call):
         if not self._is_selection:
             return encode_read(reader.topic, after, options, words)
         start = [b"%d" % after]
-        if back is not None and not self._latest:
-            start = [back[0], b"%d" % (back[1] if back[0] == b"LAST" else (boot_time() - back[1]) * 1000)]
+        if back is not None and back[0] != b"AFTER" and not self._latest:
+            seconds = boot_time() - back[1] + _SINCE_MARGIN_SECONDS
+            start = [back[0], b"%d" % (back[1] if back[0] == b"LAST" else seconds * 1000)]
         return encode_read_many(reader.names or [encode_bulk(reader.topic.encode())], start, options, words)
 
     def found(self) -> tuple[list[Entry], int]:
@@ -266,6 +272,19 @@ def list_topics(found: list[tuple[str, int, int]]) -> Iterator[Call]:
         yield (call := Call(encode_request(b"TOPICS", *after)))
         page = topics(call.reply)
         found += page
+
+
+def stats(topic: str | None) -> Call:
+    """Return the call that describes a topic, or the server."""
+    if topic is None:
+        return Call(encode_request(b"INFO", b"server", b"clients", b"stats", b"store", b"engine"))
+    return Call(encode_request(b"STATS", arguments.topic_name(topic)))
+
+
+def purge(topic: str) -> Call:
+    """Return the call that purges a topic, or the topics that match a pattern."""
+    is_pattern = isinstance(topic, str) and "*" in topic
+    return NonIdempotent(encode_request(b"PURGE", topic.encode() if is_pattern else arguments.topic_name(topic)))
 
 
 class Put(Call):

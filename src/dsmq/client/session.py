@@ -39,6 +39,8 @@ LOST: dict[State, str] = {
 }
 
 _MAX_EPOCHS = 8
+# A tuple, because a union would be made anew for each read.
+_KEYS = (str, Names)
 _MIN_READERS, _MAX_RECENT_READERS = 1000, 100
 # Readers are kept for a little longer than messages, which the server may delete late.
 _SILENCE_FACTOR, _SILENCE_SECONDS = 1.25, 1.0
@@ -135,7 +137,7 @@ class Session:
         """Return the reader of a topic or several. Raises TypeError or ValueError if the topic is invalid."""
         if self.returned:
             take_back(self.returned)
-        reader = self._readers.get(topic) if isinstance(topic, str | Names) else None
+        reader = self._readers.get(topic) if isinstance(topic, _KEYS) else None
         return self._new_reader(topic) if reader is None else reader
 
     def _new_reader(self, topic: str | Names) -> TopicReader:

@@ -257,7 +257,9 @@ class Stretch:
 
 
 Back: TypeAlias = tuple[bytes, float]
-"""LAST and a number of messages, or SINCE and a time on the clock `boot_time`."""
+"""LAST and a number of messages, or SINCE and a time on the clock `boot_time`; AFTER and that time once the messages up
+to the stretch's id are known to be older.
+"""
 Step: TypeAlias = "tuple[int] | Stretch"
 """The step from a state to the next: the number of messages taken from its read-ahead, or another state."""
 

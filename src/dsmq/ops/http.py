@@ -17,6 +17,7 @@ from http import HTTPMethod, HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from importlib import resources
 from typing import Any, NamedTuple
+from urllib.parse import parse_qsl
 
 from prometheus_client.exposition import choose_encoder
 
@@ -35,6 +36,7 @@ GRACE_SECONDS = 0.5
 LINGER_SECONDS = 0.5
 LINGER_BYTES = 1_048_576
 POLL_SECONDS = 0.1
+_NO_STORE = ("Cache-Control", "no-store")
 
 _logger = logging.getLogger(__name__)
 
@@ -48,6 +50,7 @@ class HTTPEndpoint:
         self.socket = sock
         self.status = status
         self.registry = metrics.registry(status)
+        self.is_exposed = listening.is_exposed(sock)
         self.thread = threading.Thread(target=self._run, name="dsmq-http", daemon=True)
         self.waiting_since: dict[socket.socket, float] = {}
         """The open connections, oldest first, with the time since which the client has to send its request or hang up;
@@ -240,7 +243,28 @@ class _Handler(BaseHTTPRequestHandler):
         return _json(HTTPStatus.OK, {"status": "ready", "reasons": []})
 
     def status(self) -> _Reply:
-        return _json(HTTPStatus.OK, self.server.status.page(), ("Cache-Control", "no-store"))
+        return _json(HTTPStatus.OK, self.server.status.page(), _NO_STORE)
+
+    def topics(self) -> _Reply:
+        query = self._query()
+        found = self.server.status.inspector.find_topics(query.get("filter", b""), query.get("after", b""))
+        return _json(HTTPStatus.OK, found, _NO_STORE)
+
+    def topic(self) -> _Reply:
+        name = self._query().get("name")
+        if not name:
+            return _text(HTTPStatus.BAD_REQUEST, "name is missing.")
+        status = self.server.status
+        # Without a TCP port, the permissions of a Unix socket may say who may read messages.
+        is_open = not self.server.is_exposed and status.port > 0
+        with_messages = status.context.access.may_show_messages(is_open=is_open)
+        return _json(HTTPStatus.OK, status.inspector.topic(name, with_messages=with_messages), _NO_STORE)
+
+    def _query(self) -> dict[str, bytes]:
+        """Return the parameters of the query; of repeated ones, the last."""
+        text = self.path.partition("?")[2]
+        found = parse_qsl(text, keep_blank_values=True, errors="surrogateescape", separator="&")
+        return {name: value.encode(errors="surrogateescape") for name, value in found}
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:  # noqa: ARG002
         """Refuse a malformed or unsupported request, in plain text: http.server's HTML would repeat the request."""
@@ -278,7 +302,12 @@ class _Handler(BaseHTTPRequestHandler):
 # Answered for any Host header: health checks use arbitrary names.
 PUBLIC_ROUTES = {"/healthz": _Handler.healthz, "/readyz": _Handler.readyz}
 # Need the token, if one is configured.
-PROTECTED_ROUTES = {"/metrics": _Handler.metrics, "/status.json": _Handler.status}
+PROTECTED_ROUTES = {
+    "/metrics": _Handler.metrics,
+    "/status.json": _Handler.status,
+    "/topics.json": _Handler.topics,
+    "/topic.json": _Handler.topic,
+}
 
 
 @functools.cache

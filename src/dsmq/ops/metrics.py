@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry, Metric, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
 from dsmq import __version__
+from dsmq.ops.inspector import topic_stats
 from dsmq.ops.status import Fact, Status
 from dsmq.store.api import TopicStats, Totals
 from dsmq.system import boot_time
@@ -67,13 +68,13 @@ class Collector:
 
     def _top_topics(self, count: int, totals: Totals) -> list[tuple[TopicStats, float]]:
         """Return the topics with the most puts lately and their puts per second, and last OTHER, the rest."""
-        status, store = self._status, self._status.context.store
+        store = self._status.context.store
         top, rest = self._rates.top(count, store.last_numbers(), time.monotonic())
         shown: list[tuple[TopicStats, float]] = []
         for name, rate in top:
             if name == OTHER:
                 rest += rate
-            elif stats := status.topic_stats(name):
+            elif stats := topic_stats(store, name):
                 shown.append((stats, rate))
         messages = max(0, totals.messages - sum(stats.messages for stats, _ in shown))
         size = max(0, totals.bytes - sum(stats.bytes for stats, _ in shown))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import os
 import platform
 import time
@@ -10,20 +9,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dsmq import __version__
-from dsmq.broker.auth import Role
+from dsmq import settings as config
 from dsmq.broker.counters import Counters, total
-from dsmq.errors import ReplyError
-from dsmq.store.api import EngineStats, TopicStats, Totals
+from dsmq.ops.inspector import Inspector
+from dsmq.store.api import EngineStats, Totals
+from dsmq.system import resident_bytes
 
 if TYPE_CHECKING:
-    from dsmq.broker.connection import Connection
     from dsmq.broker.context import ServerContext
     from dsmq.broker.event_loop import EventLoop
     from dsmq.store.expiry import Expiry
     from dsmq.store.snapshots import SnapshotStats, Snapshotter
-
-# Max topics, and max clients, on the status page.
-MAX_ROWS = 100
 
 
 class Fact(NamedTuple):
@@ -54,6 +50,9 @@ class Status:
         self.started_at = time.time()
         self.port = 0
         """The TCP port for clients; 0 before the start, and if there is none."""
+        self.addresses: list[str] = []
+        """The addresses for clients: `host:port` or `unix:/path`; none before the start."""
+        self.inspector = Inspector(context, workers)
         self.own_counters = Counters()
         """Counts what happens outside the event loops: refused connections and failed HTTP requests."""
         self.serving = False
@@ -76,13 +75,6 @@ class Status:
     def waiting(self) -> int:
         """Return the number of readers waiting for a message."""
         return self.context.usage.waiting.total
-
-    def topic_stats(self, topic: bytes) -> TopicStats | None:
-        """Return the stats of a topic, or None if the store fails."""
-        try:
-            return self.context.store.stats(topic)
-        except ReplyError:
-            return None
 
     # Health
 
@@ -125,6 +117,7 @@ class Status:
         yield Fact("deliveries", "Messages sent to readers.", counters.delivered)
         yield Fact("messages_expired", "Messages deleted because of their age.", totals.expired)
         yield Fact("messages_expired_unread", "Expired messages that no client had read.", totals.expired_unread)
+        yield Fact("messages_dropped", "Messages deleted to make room for newer ones.", totals.dropped)
         yield Fact("connections_opened", "Connections accepted.", counters.opened)
         refused = {"connections": 0, "address": 0} | counters.refused
         yield Fact("connections_refused", "Connections refused, by reason.", refused, "reason")
@@ -159,14 +152,14 @@ class Status:
         yield Fact("message_bytes", "Bytes of the message bodies stored now.", totals.bytes)
         yield Fact("stored_bytes", "Bytes stored now, as counted against the limit.", totals.accounted_bytes)
         yield Fact("topics", "Topics that have messages.", totals.topics)
-        oldest = totals.oldest_age_ms / 1000
-        yield Fact("oldest_message_age_seconds", "Age of the oldest message.", oldest)
-        lag = max(0.0, oldest - self.context.settings.max_age_seconds)
-        yield Fact("expiry_lag_seconds", "By how much the oldest message exceeds max_age_seconds.", lag)
+        yield Fact("oldest_message_age_seconds", "Age of the oldest message.", totals.oldest_age_ms / 1000)
+        lag = totals.overdue_ms / 1000
+        yield Fact("expiry_lag_seconds", "How long ago the first message that is still stored has expired.", lag)
         yield Fact("connections", "Open connections.", self.connections())
         unauthenticated = usage.unauthenticated.total
         yield Fact("unauthenticated_connections", "Open connections not authenticated yet.", unauthenticated)
         yield Fact("waiting_readers", "Readers waiting for a message.", usage.waiting.total)
+        yield Fact("waiting_patterns", "Patterns that readers wait for.", usage.waiting_patterns.total)
         yield Fact("snapshot_time_seconds", "Unix time of the last snapshot written or restored.", snapshots.last_at)
         yield Fact("snapshot_size_bytes", "Size of the last snapshot written.", snapshots.last_bytes)
         yield Fact("restored_messages", "Messages restored from a snapshot at the start.", snapshots.restored)
@@ -189,6 +182,7 @@ class Status:
         limit = settings.max_unauthenticated_connections
         yield Fact("unauthenticated_connections_limit", "Max unauthenticated connections.", limit)
         yield Fact("waiting_readers_limit", "Max waiting readers.", settings.max_waiting_readers)
+        yield Fact("waiting_patterns_limit", "Max patterns that readers wait for.", settings.max_waiting_patterns)
         interval = self._snapshotter.interval if self._snapshotter else 0
         yield Fact("snapshot_interval_seconds", "Time between snapshots; 0: no periodic snapshots.", interval)
 
@@ -237,6 +231,9 @@ class Status:
             "uptime_seconds": time.monotonic() - self._began,
             "host": settings.host,
             "port": self.port,
+            "addresses": self.addresses,
+            "memory_bytes": resident_bytes(),
+            "settings": config.changed(settings),
             "tokens": bool(access.authenticator.tokens),
             "tls": bool(settings.tls_cert_file),
             "ready": not not_ready,
@@ -246,52 +243,13 @@ class Status:
             "counters": {fact.name: fact.total for fact in self.counted(counters, totals)},
             "gauges": {fact.name: fact.total for fact in (*self.usage(totals), *self.limits())},
             "engine": engine and engine._asdict(),
-            "topics": self._largest_topics(),
-            "clients": self._slowest_clients(),
+            "topics": self.inspector.largest_topics(),
+            "clients": self.inspector.slowest_clients(),
             "errors": [
                 {"at": at, "code": code, "client": client, "message": message}
                 for at, code, client, message in sorted(counters.recent, reverse=True)
             ],
         }
-
-    def _largest_topics(self) -> list[dict[str, Any]]:
-        return [
-            {
-                "name": stats.name.decode(errors="replace"),
-                "messages": stats.messages,
-                "bytes": stats.accounted_bytes,
-                "last_number": stats.last_number,
-                "oldest_age_seconds": stats.oldest_age_ms / 1000,
-            }
-            for stats in map(self.topic_stats, self.context.store.largest_topics(MAX_ROWS))
-            if stats
-        ]
-
-    def _slowest_clients(self) -> list[dict[str, Any]]:
-        """Return the clients that are furthest behind, in descending order."""
-        clients = [(self._lag(client), client) for worker in self._workers for client in list(worker.connections)]
-        slowest = heapq.nlargest(MAX_ROWS, clients, key=lambda pair: (pair[0] or 0, -pair[1].id))
-        now = time.monotonic()
-        return [
-            {
-                "id": client.id,
-                "name": client.name.decode(errors="replace"),
-                "peer": client.peer.name,
-                "role": "" if client.role is Role.NOBODY else client.role.name.lower(),
-                "connected_seconds": max(0.0, now - client.opened_at),
-                "waiting": client.waiting,
-                "topic": client.last_read[0].decode(errors="replace") if client.last_read else None,
-                "lag": lag,
-            }
-            for lag, client in slowest
-        ]
-
-    def _lag(self, client: Connection) -> int | None:
-        """Return how many messages a client has yet to receive from the topic it last read."""
-        if client.last_read is None:
-            return None
-        topic, number = client.last_read
-        return max(0, self.context.store.last_number(topic) - number)
 
 
 def _engine_counted(engine: EngineStats) -> Iterator[Fact]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from threading import Thread
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias, TypeVar
@@ -101,6 +101,8 @@ class TopicStats(NamedTuple):
     """The last number in the snapshot before the range of lost ids that contains the reader's id, or else before the
     last range; 0 if there is none.
     """
+    dropped: int = 0
+    """Messages that the topic has dropped since the start, to make room for newer ones."""
 
     @property
     def accounted_bytes(self) -> int:
@@ -121,6 +123,10 @@ class Totals(NamedTuple):
     oldest_age_ms: int = 0
     accounted_bytes: int = 0
     """Bytes as `Limits.max_stored_bytes` counts them."""
+    dropped: int = 0
+    """Messages deleted to make room for newer ones; not among the expired ones."""
+    overdue_ms: int = 0
+    """How long ago the first message that is still stored has expired."""
 
 
 class Timing(NamedTuple):
@@ -158,8 +164,21 @@ class EngineStats(NamedTuple):
         return self.node != ""
 
 
+DROP_OLDEST = "drop_oldest"
+
+
+class TopicRule(NamedTuple):
+    """What the topics whose names match a pattern keep. None: as for all topics."""
+
+    pattern: bytes
+    max_messages: int | None = None
+    max_bytes: int | None = None
+    max_age_ms: int | None = None
+    when_full: str | None = None
+
+
 class Limits(NamedTuple):
-    """The settings that bound a store. A put that would exceed one raises Full."""
+    """The settings that bound a store. A put that would exceed one raises Full, unless older messages are dropped."""
 
     max_topics: int = sys.maxsize
     max_stored_messages: int = sys.maxsize
@@ -167,6 +186,10 @@ class Limits(NamedTuple):
     """Bodies (or, if that is more, 5/6 of the database's pages) and topic names, with overhead."""
     max_stored_messages_per_topic: int = sys.maxsize
     max_stored_bytes_per_topic: int = sys.maxsize
+    when_full: str = "refuse"
+    """Or DROP_OLDEST: a put deletes the oldest messages of its own topic until it fits."""
+    topic: tuple[TopicRule, ...] = ()
+    """Rules for some topics, of which the first that matches applies."""
 
 
 MEMORY = "memory"
@@ -228,6 +251,9 @@ class Store(Protocol):
     def latest(self, topic: bytes, after: int, below: int = sys.maxsize) -> Answer[list[Message]]:
         """Return the newest unexpired message with an id above `after` and below `below`, if there is one."""
 
+    def peek(self, topic: bytes, below: int = sys.maxsize) -> Message | None:
+        """Return the newest unexpired message with an id below `below`, as far as known, without marking it as read."""
+
     def read_many(self, wanted: ManyTopics, wait_ms: int = 0) -> Answer[Found]:
         """Do as `read` or `latest` does for several topics, in the order of ids.
 
@@ -254,7 +280,13 @@ class Store(Protocol):
         """Return the id of the newest message, or 0."""
 
     def expire(self) -> int:
-        """Delete some expired messages; return how many, 0 if there are none left."""
+        """Delete some messages that have expired, or exceed lowered limits; return how many, 0 if none are left."""
+
+    def purge(self, selection: Selection, /) -> Iterator[int]:
+        """Delete all messages that are stored now; yield how many were deleted in each of several short slices.
+
+        Raises BadRequest if the store can't, StoreFailed if it can't now.
+        """
 
     def topics(self, after: bytes, count: int) -> list[TopicStats]:
         """Return topics with messages, in byte order, with names above `after`."""
@@ -285,6 +317,9 @@ class Store(Protocol):
 
     def last_number(self, topic: bytes) -> int:
         """Return the number of the last message put into a topic, or 0."""
+
+    def topic_names(self) -> list[bytes]:
+        """Return the topics with messages, in any order."""
 
     def largest_topics(self, count: int) -> list[bytes]:
         """Return the topics with the most messages."""

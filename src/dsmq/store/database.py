@@ -7,8 +7,9 @@ import sys
 import threading
 import time
 from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 from urllib.parse import quote
@@ -16,6 +17,7 @@ from urllib.parse import quote
 from dsmq.errors import Full, ReplyError, StartupError, StoreFailed
 from dsmq.store.api import Timing
 from dsmq.store.schema import (
+    BLOCK_IDS,
     INDEX,
     INSERT_ROW,
     INSERT_TOPIC,
@@ -24,11 +26,14 @@ from dsmq.store.schema import (
     UPDATE_BODIES,
     Batch,
     Columns,
+    ExpiredRow,
     Row,
     StoredMessage,
     unpack,
 )
 
+# How long a slice of expiry or of a purge may take before its last step, in seconds.
+SLICE_SECONDS = 0.0004
 # Max rows and bytes deleted while the lock is held: less than 0.1 ms of work.
 EXPIRY_ROWS, EXPIRY_BYTES = 100, 131_072
 # Max topics, rows and bytes copied for a snapshot while the lock is held.
@@ -49,12 +54,13 @@ TOPIC_HEADERS = f"{_HEADERS} WHERE last_id > ? AND put_at >= ? AND topic = ? ORD
 HEADERS_BACK = f"{_HEADERS} WHERE last_id <= ? AND put_at >= ? ORDER BY last_id DESC"
 TOPIC_HEADERS_BACK = f"{_HEADERS} WHERE last_id <= ? AND put_at >= ? AND topic = ? ORDER BY last_id DESC"
 PUT_TIMES = "SELECT last_id, put_at FROM chunks WHERE last_id >= ? ORDER BY last_id"
-BODIES = "SELECT bodies FROM chunks WHERE last_id = ?"
-OLDEST = "SELECT put_at, ids_and_sizes FROM chunks WHERE topic = ? ORDER BY last_id LIMIT 1"
+BODIES = "SELECT last_id, bodies FROM chunks WHERE last_id BETWEEN ? AND ?"
+OLDEST = "SELECT put_at, ids_and_sizes FROM chunks WHERE topic = ? AND last_id > ? ORDER BY last_id LIMIT 1"
 # An id and a size take 16 bytes.
-EXPIRY = """SELECT last_id, topic, put_at, length(ids_and_sizes) / 16, length(bodies)
-    FROM chunks WHERE last_id <= ? ORDER BY last_id LIMIT ?"""
-DELETE = "DELETE FROM chunks WHERE last_id <= ?"
+_SIZES = "SELECT last_id, topic, put_at, last_number, length(ids_and_sizes) / 16, length(bodies) FROM chunks"
+EXPIRY = f"{_SIZES} WHERE last_id <= ? ORDER BY last_id LIMIT ?"
+TOPIC_EXPIRY = f"{_SIZES} WHERE last_id <= ? AND topic = ? ORDER BY last_id LIMIT ?"
+DELETE_FIRST = "DELETE FROM chunks WHERE last_id <= ?"
 TOPICS = "SELECT name FROM topics WHERE name > ? ORDER BY name LIMIT ?"
 COPY = {
     INSERT_TOPIC: "SELECT id, name FROM topics WHERE id > ? AND id <= ? ORDER BY id LIMIT ?",
@@ -68,8 +74,6 @@ LOAD_LONG = "SELECT last_id, bodies FROM snapshot.chunks WHERE length(bodies) >=
 _HELD = """SELECT id, name, max(last_number), max(last_id), sum(length(ids_and_sizes)) / 16, sum(length(bodies))
     FROM chunks NOT INDEXED JOIN topics ON id = topic GROUP BY topic"""
 
-ExpiredRow: TypeAlias = tuple[int, int, int, int, int]
-"""Last id, topic id, put time, number of messages, bytes of their bodies."""
 Header: TypeAlias = tuple[int, int, int, int, bytes]
 """A row without its bodies: last id, topic id, put time, last number, ids and sizes."""
 
@@ -84,11 +88,15 @@ class Database:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.closed = False
+        self.restored_id = 0
+        """The last id that came from a snapshot."""
         self.deletable_id = sys.maxsize
         """While a snapshot is written, rows after this id must not be deleted: they are not copied yet."""
         self.long_bytes = 0
         """The total size of long bodies."""
-        # By the id of the row.
+        self.deleted_bodies: list[bytes] = []
+        """Long bodies of deleted rows."""
+        # By the last id of the row.
         self._long_bodies: dict[int, bytes] = {}
         self._is_shrinking = False
         self.timings = {"write": Timing(), "read": Timing(), "expire": Timing()}
@@ -117,6 +125,11 @@ class Database:
             self.connection.close()
             self._long_bodies.clear()
 
+    @property
+    def is_being_copied(self) -> bool:
+        """Whether a snapshot is being written."""
+        return self.deletable_id < sys.maxsize
+
     @contextmanager
     def transaction(self, operation: str) -> Iterator[None]:
         began = time.monotonic()
@@ -144,21 +157,26 @@ class Database:
             self.connection.executemany(INSERT_ROW, rows)
             self._add_long_bodies(long_bodies)
 
-    def delete(self, rows: list[ExpiredRow], empty_topics: list[int]) -> list[bytes]:
-        """Delete the first rows, as returned by `expired`, and topics without messages; return long bodies."""
+    def delete(self, rows: list[int], empty_topics: list[int], *, are_first: bool = False) -> None:
+        """Delete rows by their last ids, which may be the first ones of all, and topics without messages."""
         with self.transaction("expire"):
-            if rows:
-                self.connection.execute(DELETE, (rows[-1][0],))
+            if are_first and rows:
+                self.connection.execute(DELETE_FIRST, (rows[-1],))
+            else:
+                self.connection.executemany("DELETE FROM chunks WHERE last_id = ?", [(row,) for row in rows])
             self.connection.executemany("DELETE FROM topics WHERE id = ?", [(topic,) for topic in empty_topics])
-        deleted = [self._long_bodies.pop(row[0], b"") for row in rows]
-        self.long_bytes -= sum(map(len, deleted))
+        bodies = [self._long_bodies.pop(row) for row in rows if row in self._long_bodies]
+        self.long_bytes -= sum(map(len, bodies))
+        self.deleted_bodies += bodies
+
+    def shrink(self) -> bool:
+        """Give free pages back if there are many; return whether more should be."""
         pages, free = self._count_pages()
         self._is_shrinking = free > (0 if self._is_shrinking else max(FREE_PAGES, pages // FREE_PAGES_PART))
         if self._is_shrinking:
-            # `execute` would end after the first page. Errors don't matter, because the next slice tries again.
-            with suppress(sqlite3.Error):
-                self.connection.executescript(f"PRAGMA incremental_vacuum({VACUUM_PAGES})")
-        return deleted
+            # `execute` would end after the first page.
+            self.connection.executescript(f"PRAGMA incremental_vacuum({VACUUM_PAGES})")
+        return self._is_shrinking
 
     def _add_long_bodies(self, bodies: dict[int, bytes]) -> None:
         self._long_bodies |= bodies
@@ -201,17 +219,22 @@ class Database:
             first = "SELECT min(last_id) FROM chunks WHERE topic = ? AND last_id >= ?"
             [(end,)] = self.connection.execute(first, (topic, below))
             return self.connection.execute(TOPIC_HEADERS_BACK, (end or below, since, topic))
-        end, at = below, None
+        end, block = below, None
         for last_id, put_at in self.connection.execute(PUT_TIMES, (below,)):
-            # Only rows of the same millisecond are mixed.
-            if put_at != (at := at or put_at):
+            if (found := self.block(last_id, put_at)) != (block := block or found):
                 break
             end = last_id
         return self.connection.execute(HEADERS_BACK, (end, since))
 
-    def bodies(self, row: int) -> bytes:
-        """Return the bodies of a row, by its last id."""
-        return self._long_bodies.get(row) or bytes(self.connection.execute(BODIES, (row,)).fetchone()[0])
+    def block(self, last_id: int, put_at: int) -> tuple[int, int]:
+        """Return what is the same only for rows that may be mixed."""
+        # In snapshots of earlier versions, all rows of the same millisecond may be.
+        return put_at, last_id // BLOCK_IDS if last_id > self.restored_id else 0
+
+    def bodies(self, first: int, last: int) -> dict[int, bytes]:
+        """Return the bodies of the rows with last ids from `first` to `last`, by these."""
+        rows = self.connection.execute(BODIES, (first, last))
+        return {row: bodies or self._long_bodies.get(row, b"") for row, bodies in rows}
 
     def id_before(self, since: int) -> int:
         """Return the last id that was put before `since`, or 0."""
@@ -226,24 +249,28 @@ class Database:
                 high = middle
         return found
 
-    def oldest(self, topic: int) -> tuple[int, int] | None:
-        """Return id and put time of the topic's oldest message."""
-        row = self.connection.execute(OLDEST, (topic,)).fetchone()
-        return row and (array("q", row[1][:8])[0], row[0])
+    def oldest(self, topic: int, after: int) -> tuple[int, int] | None:
+        """Return id and put time of the topic's oldest message with an id above `after`."""
+        row = self.connection.execute(OLDEST, (topic, after)).fetchone()
+        if row is None:
+            return None
+        ids = array("q", row[1])[::2]
+        return ids[bisect_right(ids, after)], row[0]
 
-    def oldest_put_at(self) -> int | None:
-        row = self.connection.execute("SELECT put_at FROM chunks ORDER BY last_id LIMIT 1").fetchone()
-        return row and int(row[0])
+    def put_times(self) -> Iterator[tuple[int, int, int]]:
+        """Iterate over the rows, oldest first: last id, topic, put time."""
+        return self.connection.execute("SELECT last_id, topic, put_at FROM chunks ORDER BY last_id")
 
-    def expired(self, oldest: int) -> list[ExpiredRow]:
-        """Return the first rows that were put before `oldest` and may be deleted."""
-        found, size = [], 0
-        for row, topic, put_at, count, length in self.connection.execute(EXPIRY, (self.deletable_id, EXPIRY_ROWS)):
+    def expired(self, oldest: int, topic: int | None = None, last_id: int = sys.maxsize) -> list[ExpiredRow]:
+        """Return the first rows, of one topic or all, that were put before `oldest` and may be deleted."""
+        found, size, last_id = [], 0, min(last_id, self.deletable_id)
+        one = () if topic is None else (topic,)
+        for row in self.connection.execute(TOPIC_EXPIRY if one else EXPIRY, (last_id, *one, EXPIRY_ROWS)):
             # Put times increase with ids, so that expired rows come first.
-            if put_at >= oldest or size >= EXPIRY_BYTES:
+            if row[2] >= oldest or size >= EXPIRY_BYTES:
                 break
-            found.append((row, topic, put_at, count, length or len(self._long_bodies.get(row, b""))))
-            size += found[-1][-1]
+            found.append(row if row[5] else (*row[:5], len(self._long_bodies.get(row[0], b""))))
+            size += found[-1][5]
         return found
 
     def page_bytes(self) -> int:
@@ -322,6 +349,7 @@ class Database:
         self.connection.close()
         self.connection = connection
         self._add_long_bodies(long_bodies)
+        self.restored_id = max((topic[3] for topic in held), default=0)
         return held
 
 

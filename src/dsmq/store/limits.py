@@ -3,59 +3,152 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
 
 from dsmq.errors import Full
 from dsmq.store.api import Limits, Put, accounted_bytes, accounted_topic_bytes
-from dsmq.store.topics import TopicTable
+from dsmq.store.rules import Kept
+from dsmq.store.topics import Topic, TopicTable
+
+# If a topic exceeds its limits because they were lowered, a put drops no more messages than this in addition to those
+# that make room for it. The rest is dropped by expiry.
+MAX_MORE_DROPPED = 512
+
+
+class _Drops:
+    """What a topic has to drop so that new messages fit."""
+
+    def __init__(self, topic: Topic, new: list[int], held: Iterable[int]) -> None:
+        """`new` and `held` are sizes of bodies; the latter are those of the oldest messages, and are read as needed."""
+        self.count = self.bytes = 0
+        # The newest message is never dropped.
+        self.left = max(0, topic.messages + len(new) - 1)
+        self._sizes: Iterator[int] = chain(held, new)
+        self._counted = 0
+
+    def drop(self, count: int) -> None:
+        self.count += count
+        self.left -= count
+
+    def freed_bytes(self) -> int:
+        """Return the bytes of what is dropped, with overhead."""
+        new = self.count - self._counted
+        self.bytes += accounted_bytes(new, sum(islice(self._sizes, new)))
+        self._counted = self.count
+        return self.bytes
 
 
 class LimitChecker:
     """Checks puts against the limits. Every method requires the store's lock."""
 
-    def __init__(self, topics: TopicTable, limits: Limits) -> None:
+    def __init__(self, topics: TopicTable, sizes: Callable[[Topic], Iterable[int]]) -> None:
+        """`sizes` returns the sizes of a topic's messages, oldest first."""
         self._topics = topics
+        self._sizes = sizes
         # For each limit, the last put that it refused: the topic if the limit is per topic, the room that the put
         # needed, and whether it was refused since the last call of `full`.
         self._full: dict[str, tuple[bytes | None, int, bool]] = {}
-        self.set_limits(limits)
 
-    def set_limits(self, limits: Limits) -> None:
-        self.limits = limits
-        # If all topics together are below these, no limit is exceeded.
-        self.safe_messages = min(limits.max_stored_messages, limits.max_stored_messages_per_topic)
-        self.safe_bytes = min(limits.max_stored_bytes, limits.max_stored_bytes_per_topic)
+    @property
+    def limits(self) -> Limits:
+        return self._topics.rules.limits
 
-    def check(self, puts: Iterable[Put]) -> None:
-        """Raise Full if these would exceed a limit on messages or bytes."""
-        counts: Counter[bytes] = Counter()
-        sizes: Counter[bytes] = Counter()
+    def check(self, puts: Iterable[Put]) -> dict[bytes, int]:
+        """Raise Full if these would exceed a limit on messages or bytes.
+
+        Returns how many of their oldest messages topics have to drop so that they do not exceed it.
+        """
+        new: dict[bytes, list[int]] = {}
         for name, body, _ in puts:
-            counts[name] += 1
-            sizes[name] += len(body)
-        for name, count in counts.items():
-            self.check_limit("max_stored_messages_per_topic", count, name)
-            self.check_limit("max_stored_bytes_per_topic", accounted_bytes(count, sizes[name]), name)
-        if counts:
-            self.check_limit("max_stored_messages", counts.total())
-            new_topics = accounted_topic_bytes(counts.keys() - self._topics.by_name.keys())
-            self.check_limit("max_stored_bytes", new_topics + accounted_bytes(counts.total(), sizes.total()))
+            new.setdefault(name, []).append(len(body))
+        found: dict[bytes, _Drops] = {}
+        rules = self._topics.rules
+        for name, sizes in new.items():
+            topic = self._topics.find(name)
+            kept = rules.of(topic)
+            if kept.drops:
+                if accounted_bytes(1, max(sizes)) > kept.max_bytes:
+                    raise Full(
+                        f"a message is larger than the topic may be: {kept.limit_name('bytes')} = {kept.max_bytes}"
+                    )
+                found[name] = self._drops(topic, kept, sizes)
+            else:
+                self._check_topic(topic, kept, len(sizes), sum(sizes))
+        if new:
+            self._check_sum(new, found)
+        return {name: drops.count for name, drops in found.items() if drops.count}
 
-    def check_limit(self, limit: str, more: int, topic: bytes | None = None) -> None:
-        """Raise Full if `more` would exceed a limit."""
-        most = getattr(self.limits, limit)
-        if self._held(limit, topic) + more > most:
-            self.record_full(limit, topic, more)
-            what = "server" if topic is None else "topic"
-            raise Full(f"the {what} is full: {limit} = {most} reached")
+    def excess(self, topic: Topic) -> int:
+        """Return how many messages a topic has to drop because its limits were lowered."""
+        kept = self._topics.rules.of(topic)
+        return self._drops(topic, kept, []).count if kept.drops else 0
 
-    def _held(self, limit: str, topic: bytes | None) -> int:
-        """Return the current value for a limit."""
+    def _drops(self, topic: Topic, kept: Kept, new: list[int]) -> _Drops:
+        drops = _Drops(topic, new, self._sizes(topic))
+        more = topic.messages + len(new) - kept.max_messages
+        drops.drop(max(0, min(more, len(new) + MAX_MORE_DROPPED, drops.left)))
+        added = accounted_bytes(len(new), sum(new))
+        excess = topic.accounted_bytes + added - kept.max_bytes
+        if excess > 0:
+            more = 0
+            while drops.left and (freed := drops.freed_bytes()) < excess and (freed < added or more < MAX_MORE_DROPPED):
+                drops.drop(1)
+                more += 1
+        return drops
+
+    def _check_sum(self, new: dict[bytes, list[int]], found: dict[bytes, _Drops]) -> None:
+        """Check the limits on all topics together; let the topics of the puts drop more messages if they may."""
+        limits, topics = self.limits, self._topics
+        count = sum(map(len, new.values())) - sum(drops.count for drops in found.values())
+        size = accounted_topic_bytes(new.keys() - topics.by_name.keys())
+        size += sum(accounted_bytes(len(sizes), sum(sizes)) for sizes in new.values())
+        if topics.messages + count > limits.max_stored_messages:
+            for drops in found.values():
+                more = max(0, min(topics.messages + count - limits.max_stored_messages, drops.left))
+                drops.drop(more)
+                count -= more
+        self.check_limit("max_stored_messages", count)
+        if topics.accounted_bytes + size > limits.max_stored_bytes:
+            for drops in found.values():
+                size -= drops.freed_bytes()
+                while drops.left and topics.accounted_bytes + size > limits.max_stored_bytes:
+                    before = drops.bytes
+                    drops.drop(1)
+                    size -= drops.freed_bytes() - before
+        self.check_limit("max_stored_bytes", size)
+
+    def _check_topic(self, topic: Topic, kept: Kept, count: int, size: int) -> None:
+        """Raise Full if `count` more messages with bodies of this size would exceed a limit of the topic."""
+        for what, most, held, more in (
+            ("messages", kept.max_messages, topic.messages, count),
+            ("bytes", kept.max_bytes, topic.accounted_bytes, accounted_bytes(count, size)),
+        ):
+            if held + more > most:
+                name = kept.limit_name(what)
+                self.record_full(name, topic.name, more)
+                raise Full(f"the topic is full: {name} = {most} reached")
+
+    def check_limit(self, limit: str, more: int) -> None:
+        """Raise Full if `more` would exceed a limit on all topics together."""
+        held, most = self._held(limit)
+        if held + more > most:
+            self.record_full(limit, None, more)
+            raise Full(f"the server is full: {limit} = {most} reached")
+
+    def _held(self, limit: str, name: bytes | None = None) -> tuple[int, int]:
+        """Return the current value for a limit, and the limit."""
+        if name is not None:
+            topic = self._topics.find(name)
+            kept = self._topics.rules.of(topic)
+            if limit == kept.limit_name("messages"):
+                return topic.messages, kept.max_messages
+            # A limit of former rules counts as reached no longer.
+            return topic.accounted_bytes, kept.max_bytes if limit == kept.limit_name("bytes") else sys.maxsize
+        most = getattr(self.limits, limit, sys.maxsize)
         if limit == "max_topics":
-            return len(self._topics.by_name)
-        held = self._topics if topic is None else self._topics.find(topic)
-        return held.messages if limit.startswith("max_stored_messages") else held.accounted_bytes
+            return len(self._topics.by_name), most
+        return self._topics.messages if limit == "max_stored_messages" else self._topics.accounted_bytes, most
 
     def record_full(self, limit: str, topic: bytes | None = None, more: int = 0) -> None:
         """Record the refusal of a put that needed this much `more` room."""
@@ -65,8 +158,8 @@ class LimitChecker:
         """Return as `Store.full` does."""
         for limit, (topic, more, is_new) in list(self._full.items()):
             self._full[limit] = topic, more, False
-            most = getattr(self.limits, limit, sys.maxsize)
+            held, most = self._held(limit, topic)
             # There is never room for a put larger than the limit itself.
-            if not is_new and self._held(limit, topic) + min(more, most) <= most:
+            if not is_new and held + min(more, most) <= most:
                 del self._full[limit]
         return set(self._full)

@@ -192,12 +192,10 @@ class NATSConnection:
         for server in self._all:
             with suppress(OSError, TimeoutError, ValueError):
                 async with asyncio.timeout(CONNECT_SECONDS):
-                    transport, sock = await asyncio.get_running_loop().create_connection(_Socket, *server)
-                    try:
-                        if _parse_info(await sock.line()).get("server_name") == name:
-                            return server
-                    finally:
-                        transport.abort()
+                    transport, _, info = await self._open(server)
+                transport.abort()
+                if info.get("server_name") == name:
+                    return server
         return None
 
     def subscribe(self, subject: bytes, listener: Listener) -> bytes:
@@ -251,14 +249,22 @@ class NATSConnection:
             _logger.warning("waiting for a NATS server: %s", self.error, extra=about)
         self._is_reported = is_reported or self._next is None
 
-    async def _connect(self, server: Server) -> tuple[asyncio.Transport, _Socket]:
-        loop = asyncio.get_running_loop()
-        transport, sock = await loop.create_connection(_Socket, *server)
+    async def _open(self, server: Server) -> tuple[asyncio.Transport, _Socket, dict[str, Any]]:
+        """Return an encrypted connection, if TLS is used, and the server's INFO."""
+        transport, sock = await asyncio.get_running_loop().create_connection(_Socket, *server)
         try:
             info = _parse_info(await sock.line())
             _check_tls(info, self._tls)
             if self._tls is not None:
                 transport = await _start_tls(transport, sock, self._tls, server[0])
+        except BaseException:
+            transport.abort()
+            raise
+        return transport, sock, info
+
+    async def _connect(self, server: Server) -> tuple[asyncio.Transport, _Socket]:
+        transport, sock, info = await self._open(server)
+        try:
             options: dict[str, object] = {"verbose": False, "pedantic": False, "headers": True, "no_responders": True}
             options |= {"protocol": 1, "lang": "python", "version": "2", "name": self._name}
             transport.write(b"CONNECT %b\r\nPING\r\n" % json.dumps(options | self._credentials.options()).encode())

@@ -7,6 +7,7 @@ import itertools
 import logging
 import math
 import secrets
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dsmq.errors import StartupError
 from dsmq.logs import event
-from dsmq.store.api import Mirrored, TopicStats, Totals
+from dsmq.store.api import Message, Mirrored, TopicStats, Totals
 from dsmq.store.nats_connection import NATSConnection, Received, encode_publish
 from dsmq.store.nats_stream import (
     NO_RESPONDERS,
@@ -37,6 +38,8 @@ CHECK_SECONDS = 1.0
 RECOVERY_SECONDS = 5.0
 RETRY_SECONDS = 0.25
 CLOSE_SECONDS = 2.0
+# How long to wait for a new consumer, first and then. The engine may place it on a node that has just died.
+FIRST_CREATE_SECONDS, CREATE_SECONDS = 0.5, 1.0
 # How many checks may find the stream behind the mirror before its messages count as lost: an answer may be stale.
 MAX_BEHIND = 3
 # The topics' numbers are written to the stream this often per max_age, by whichever server is first.
@@ -108,6 +111,8 @@ class Mirror:
         self._name = f"m-{secrets.token_hex(6)}"
         self._names = itertools.count(1)
         self._replaced: deque[MirrorStore] = deque()
+        self._deletions: set[asyncio.Task[None]] = set()
+        self._create_seconds = CREATE_SECONDS
         self._deliveries: list[_Delivery] = []
         self._facts: list[tuple[int, dict[bytes, int]]] = []
         self._facts_at = time.monotonic()
@@ -135,15 +140,18 @@ class Mirror:
 
     async def run(self) -> None:
         """Follow the stream until cancelled. Raises StartupError if it can't be used."""
-        while True:
-            try:
-                await self._stream.open()
-                await self._follow()
-            except EngineError as error:
-                if error.code == NO_RESPONDERS and not (self._connection.has_jetstream or self.consumers):
-                    raise StartupError("the NATS server has JetStream disabled") from error
-                self._fail(error)
-            await asyncio.sleep(RETRY_SECONDS)
+        try:
+            while True:
+                try:
+                    await self._stream.open()
+                    await self._follow()
+                except EngineError as error:
+                    if error.code == NO_RESPONDERS and not (self._connection.has_jetstream or self.consumers):
+                        raise StartupError("the NATS server has JetStream disabled") from error
+                    self._fail(error)
+                await asyncio.sleep(RETRY_SECONDS)
+        finally:
+            await asyncio.gather(*self._deletions, return_exceptions=True)
 
     def _fail(self, error: EngineError) -> None:
         """Record why the stream is not being followed, and log it once, not for each attempt."""
@@ -163,6 +171,7 @@ class Mirror:
     def _on_followed(self) -> None:
         self.consumers += 1
         self.error = None
+        self._create_seconds = FIRST_CREATE_SECONDS
         if self._is_reported:
             _logger.info("following the stream again", extra=event("mirror_followed"))
         self._is_reported = False
@@ -185,7 +194,8 @@ class Mirror:
         self._reset_consumer(state)
         subscription = self._connection.subscribe(deliver_to.encode(), self._on_delivery)
         try:
-            pending = await self._stream.create_consumer(name, deliver_to, self.store.last_id())
+            seconds, self._create_seconds = self._create_seconds, CREATE_SECONDS
+            pending = await self._stream.create_consumer(name, deliver_to, self.store.last_id(), seconds)
             self._pending = min(self._pending, pending)
             self._on_followed()
             self.apply()
@@ -193,7 +203,10 @@ class Mirror:
         finally:
             self._connection.unsubscribe(subscription)
             self.apply()
-            await self._stream.delete_consumer(name)
+            # In the background, because nobody answers for a second if the consumer was on a node that has died.
+            deletion = asyncio.create_task(self._stream.delete_consumer(name))
+            self._deletions.add(deletion)
+            deletion.add_done_callback(self._deletions.discard)
 
     def _enter_epoch(self, state: StreamState) -> None:
         if self.epoch and self.epoch != state.epoch:
@@ -414,6 +427,12 @@ class MirroredStore:
 
     def last_number(self, topic: bytes) -> int:
         return self.mirror.store.last_number(topic)
+
+    def peek(self, topic: bytes, below: int = sys.maxsize) -> Message | None:
+        return self.mirror.store.peek(topic, below)
+
+    def topic_names(self) -> list[bytes]:
+        return self.mirror.store.topic_names()
 
     def largest_topics(self, count: int) -> list[bytes]:
         return self.mirror.store.largest_topics(count)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, TypeVar
 
+from dsmq.errors import BadRequest
 from dsmq.store.api import Answer, Found, ManyTopics, Message
 from dsmq.store.nats_mirror import MirroredStore
 
@@ -68,3 +69,7 @@ class FreshReads(MirroredStore):
 
         self._post(lambda: self._index.add(finish))
         return answer
+
+    @staticmethod
+    def purge(_selection: Selection) -> Iterator[int]:
+        raise BadRequest("PURGE is not possible with a store that several servers share")

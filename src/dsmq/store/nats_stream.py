@@ -273,7 +273,7 @@ class Stream:
         if await self._last_of(f"{self.name}.genesis") == epoch.encode():
             await self._request(f"STREAM.PURGE.{self.name}", {"filter": f"{self.name}.genesis"})
 
-    async def create_consumer(self, name: str, deliver_to: str, after: int) -> int:
+    async def create_consumer(self, name: str, deliver_to: str, after: int, seconds: float) -> int:
         """Have all messages after an id sent to a subject; return how many of them exist already."""
         config = {
             "name": name,
@@ -289,7 +289,7 @@ class Stream:
             "num_replicas": 1,
         }
         body = {"stream_name": self.name, "config": config}
-        created = await self._request(f"CONSUMER.CREATE.{self.name}.{name}", body)
+        created = await self._request(f"CONSUMER.CREATE.{self.name}.{name}", body, seconds)
         return int(created.get("num_pending", 0))
 
     async def delete_consumer(self, name: str) -> None:

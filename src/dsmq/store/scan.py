@@ -9,11 +9,13 @@ from __future__ import annotations
 import sys
 import time
 from array import array
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from heapq import merge
+from itertools import accumulate, count, islice
 from operator import itemgetter
 from typing import TypeAlias
+from weakref import WeakKeyDictionary
 
 from dsmq.store.api import Found, ManyTopics, Message, TopicMessage
 from dsmq.store.database import Database, Header
@@ -21,14 +23,29 @@ from dsmq.store.selection import Selection
 from dsmq.store.topics import Topic, TopicTable, WriteBuffer
 
 # How long a scan may take before it returns what it has, in seconds.
-SCAN_SECONDS = 0.0005
+SCAN_SECONDS = 0.0003
 # If no more topics than this have something to read, each is read by the index, instead of all rows.
 MAX_MERGED_TOPICS = 16
+# Up to this many topics that match a selection are remembered.
+MAX_MATCHES = 1_000
+# So many topics are matched, and messages merged, before the time is checked.
+MATCH_STEP, MERGE_STEP = 128, 32
 
 _Candidate: TypeAlias = tuple[int, int, int, int, Topic, int, int, bytes | None]
 """Id, number, put time and size of a message; its topic; key of its row and offset in that; body, if it is buffered."""
 _Part: TypeAlias = tuple[int, list[_Candidate]]
 """All that a scan has found up to an id, or down to it."""
+
+
+class _Matches:
+    """The topics that match a selection, as far as they are known: up to a row."""
+
+    __slots__ = ("row", "topics")
+
+    def __init__(self) -> None:
+        self.row = 0
+        self.topics: list[Topic] | None = []
+        """None: there are too many."""
 
 
 class SelectionReads:
@@ -40,14 +57,17 @@ class SelectionReads:
     _database: Database
     _topics: TopicTable
     _buffer: WriteBuffer
+    _matches: WeakKeyDictionary[Selection, _Matches]
 
     def read_many(self, wanted: ManyTopics, wait_ms: int = 0) -> Found:  # noqa: ARG002 - it is always up to date
         after, left = wanted.after, wanted.max_bytes
         with self._database:
             end = max(after, min(self._last_id, wanted.below - 1))
             now, until = self._clock(), time.monotonic() + SCAN_SECONDS
+            if not self._match(wanted.selection, self._last_id - after, until):
+                return Found(after, [], is_complete=False)
             position, chosen = after, list[_Candidate]()
-            for up_to, candidates in self._forwards(wanted, now - self.max_age_ms):
+            for up_to, candidates in self._forwards(wanted, now):
                 for candidate in candidates:
                     chosen.append(candidate)
                     left -= candidate[3] + len(candidate[4].name)
@@ -63,19 +83,20 @@ class SelectionReads:
     def _fetch(self, chosen: list[_Candidate], wanted: ManyTopics, now: int) -> list[TopicMessage]:
         """Return the chosen messages with their bodies."""
         began = time.monotonic() if chosen[0][7] is None else 0.0
-        found, put_at, rows = [], 0, dict[int, bytes]()
+        found, rows = [], dict[int, bytes]()
         ends: dict[Topic, tuple[Message, Message]] = {}
+        last_row = max([candidate[5] for candidate in chosen])
+        if last_row and chosen[-1][0] - chosen[0][0] == len(chosen) - 1:
+            # They have all ids, so that all rows in between are needed.
+            rows = self._database.bodies(chosen[0][0], last_row)
         for message_id, number, at, size, topic, row, start, buffered in chosen:
             body = buffered
             if body is None:
-                if at != put_at:
-                    # Only rows of the same millisecond are mixed.
-                    rows, put_at = {}, at
                 if row not in rows:
-                    rows[row] = self._database.bodies(row)
+                    rows |= self._database.bodies(row, row)
                 body = rows[row][start : start + size]
             age_ms = now - at
-            left_ms = self.max_age_ms - age_ms
+            left_ms = self._age_ms(topic) - age_ms
             found.append(TopicMessage(topic.name, message_id, number, age_ms, body, left_ms))
             last = Message(message_id, number, age_ms, b"", left_ms)
             ends[topic] = ends[topic][0] if topic in ends else last, last
@@ -87,10 +108,41 @@ class SelectionReads:
             self._database.count_time("read", began)
         return found
 
+    def _age_ms(self, topic: Topic) -> int:
+        """Return the age at which the topic's messages expire."""
+        if not self._topics.rules.ages:
+            return self.max_age_ms
+        age_ms = self._topics.rules.of(topic).max_age_ms
+        return self.max_age_ms if age_ms is None else age_ms
+
+    def _longest_age_ms(self) -> int:
+        return max([self.max_age_ms, *self._topics.rules.ages])
+
+    def topic_names(self) -> list[bytes]:
+        return list(self._topics.by_name)
+
+    def peek(self, topic: bytes, below: int = sys.maxsize) -> Message | None:
+        known = self._topics.by_name.get(topic)
+        if known is None:
+            return None
+        with self._database:
+            now = self._clock()
+            since = now - self._age_ms(known)
+            if at := bisect_left(known.buffered, (below,)):
+                message_id, number, put_at, body = known.buffered[at - 1]
+            else:
+                rows = self._database.headers_back(below, since, known.row)
+                found = next((one for one in _messages_back(rows, known) if one[0] < below), None)
+                if found is None:
+                    return None
+                message_id, number, put_at, size, _, row, start, _ = found
+                body = self._database.bodies(row, row)[row][start : start + size]
+            return Message(message_id, number, now - put_at, body, put_at - since) if put_at >= since else None
+
     # Forwards
 
-    def _forwards(self, wanted: ManyTopics, since: int) -> Iterator[_Part]:
-        """Iterate over the messages that are wanted, and were put at or after `since`."""
+    def _forwards(self, wanted: ManyTopics, now: int) -> Iterator[_Part]:
+        """Iterate over the messages that are wanted."""
         selection, after, written_id = wanted.selection, wanted.after, self._buffer.written_id
         behind = self._behind(selection, after)
         if behind is not None and not behind:
@@ -98,58 +150,90 @@ class SelectionReads:
         if after < written_id:
             written = [topic for topic in behind or () if after < topic.written_id]
             is_scanned = behind is None or len(written) > MAX_MERGED_TOPICS
-            parts = self._scan(selection, after, since) if is_scanned else self._merged(written, after, since)
+            parts = self._scan(selection, after, now) if is_scanned else self._merged(written, after, now)
             for up_to, candidates in parts:
-                yield up_to, [candidate for candidate in candidates if _is_wanted(candidate, wanted, self._database)]
+                yield up_to, self._filter(candidates, wanted)
             yield written_id, []
-        buffered = self._buffered(selection, behind, after, since)
-        yield self._last_id, [candidate for candidate in buffered if _is_wanted(candidate, wanted, self._database)]
+        yield self._last_id, self._filter(self._buffered(selection, behind, after, now), wanted)
+
+    def _filter(self, candidates: list[_Candidate], wanted: ManyTopics) -> list[_Candidate]:
+        if not wanted.latest and wanted.below > self._last_id:
+            return candidates
+        return [candidate for candidate in candidates if _is_wanted(candidate, wanted, self._database)]
+
+    def _match(self, selection: Selection, backlog: int, until: float) -> bool:
+        """Match topics until a time; return whether a read of so many ids can begin.
+
+        It can if all topics are matched, or if it takes less to scan all rows.
+        """
+        if not selection.patterns or not backlog:
+            return True
+        if (known := self._matches.get(selection)) is None:
+            known = self._matches[selection] = _Matches()
+        by_row = self._topics.by_row
+        while known.topics is not None and known.row < (last_row := self._topics.last_row):
+            if last_row - known.row > max(backlog, MATCH_STEP):
+                return True
+            row = known.row + 1
+            known.row = min(known.row + MATCH_STEP, last_row)
+            for topic in filter(None, map(by_row.get, range(row, known.row + 1))):
+                if selection.matches(topic.name):
+                    known.topics.append(topic)
+            if len(known.topics) > MAX_MATCHES:
+                left = [topic for topic in known.topics if by_row.get(topic.row) is topic]
+                known.topics = left if len(left) <= MAX_MATCHES // 2 else None
+            if time.monotonic() >= until:
+                break
+        return known.topics is None or known.row == last_row
 
     def _behind(self, selection: Selection, after: int) -> list[Topic] | None:
         """Return the topics with messages above an id, or None if that takes a scan."""
-        if selection.patterns:
-            return [] if after >= self._last_id else None
-        by_name = self._topics.by_name
-        found = [by_name[name] for name in selection.names if name in by_name]
+        if after >= self._last_id:
+            return []
+        if not selection.patterns:
+            by_name = self._topics.by_name
+            found = [by_name[name] for name in selection.names if name in by_name]
+        else:
+            known = self._matches[selection]
+            if known.topics is None or known.row < self._topics.last_row:
+                return None
+            found = known.topics
         return [topic for topic in found if topic.last_id > after]
 
-    def _scan(self, selection: Selection, after: int, since: int) -> Iterator[_Part]:
-        """Scan all rows. Those of one millisecond may be mixed, and are sorted; puts of later ones have higher ids."""
-        matching: dict[int, Topic | None] = {}
-        put_at, up_to, candidates = 0, after, list[_Candidate]()
-        for header in self._database.headers(after, since):
-            if header[2] != put_at:
-                if put_at:
+    def _scan(self, selection: Selection, after: int, now: int) -> Iterator[_Part]:
+        """Scan all rows. Those of one block may be mixed, and are sorted."""
+        block, up_to, candidates = None, after, list[_Candidate]()
+        by_row, block_of, matches = self._topics.by_row, self._database.block, selection.matches
+        for header in self._database.headers(after, now - self._longest_age_ms()):
+            if (found := block_of(header[0], header[2])) != block:
+                if block:
                     candidates.sort()
                     yield up_to, candidates
                     candidates = []
-                put_at = header[2]
+                block = found
             up_to = header[0]
-            if (topic := self._match(selection, header[1], matching)) is not None:
+            if matches((topic := by_row[header[1]]).name) and now - header[2] <= self._age_ms(topic):
                 candidates += _unpack(header, topic, after)
         candidates.sort()
         yield up_to, candidates
 
-    def _match(self, selection: Selection, row: int, known: dict[int, Topic | None]) -> Topic | None:
-        """Return the topic of a row if the selection has it."""
-        if row not in known:
-            topic = self._topics.by_row[row]
-            known[row] = topic if selection.matches(topic.name) else None
-        return known[row]
-
-    def _merged(self, topics: list[Topic], after: int, since: int) -> Iterator[_Part]:
+    def _merged(self, topics: list[Topic], after: int, now: int) -> Iterator[_Part]:
         """Merge the rows of these topics."""
-        rows = [_messages(self._database.headers(after, since, topic.row), topic, after) for topic in topics]
-        for candidate in merge(*rows):
-            yield candidate[0], [candidate]
+        rows = [
+            _messages(self._database.headers(after, now - self._age_ms(topic), topic.row), topic, after)
+            for topic in topics
+        ]
+        merged = merge(*rows)
+        while candidates := list(islice(merged, MERGE_STEP)):
+            yield candidates[-1][0], candidates
 
-    def _buffered(self, selection: Selection, behind: list[Topic] | None, after: int, since: int) -> list[_Candidate]:
-        """Return the messages in the write buffer with ids above `after`, put at or after `since`."""
+    def _buffered(self, selection: Selection, behind: list[Topic] | None, after: int, now: int) -> list[_Candidate]:
+        """Return the messages in the write buffer with ids above `after`."""
         if behind is None:
             behind = [topic for topic in self._buffer.after(after) if selection.matches(topic.name)]
         found: list[_Candidate] = []
         for topic in behind:
-            buffered = topic.buffered
+            buffered, since = topic.buffered, now - self._age_ms(topic)
             for message_id, number, put_at, body in buffered[bisect_left(buffered, (after + 1,)) :]:
                 if put_at >= since:
                     found.append((message_id, number, put_at, len(body), topic, 0, 0, body))
@@ -166,7 +250,9 @@ class SelectionReads:
         """
         with self._database:
             until = time.monotonic() + SCAN_SECONDS
-            for down_to, ids in self._backwards(selection, below, self._clock() - self.max_age_ms):
+            if not self._match(selection, self._last_id, until):
+                return count, below
+            for down_to, ids in self._backwards(selection, below, self._clock()):
                 for message_id in ids:
                     if message_id < below:
                         count -= 1
@@ -176,30 +262,33 @@ class SelectionReads:
                     return count, down_to + 1
             return 0, 0
 
-    def _backwards(self, selection: Selection, below: int, since: int) -> Iterator[tuple[int, list[int]]]:
+    def _backwards(self, selection: Selection, below: int, now: int) -> Iterator[tuple[int, list[int]]]:
         """Iterate over ids, the highest first, and with them over one above which there are no others."""
         behind, written_id = self._behind(selection, 0), self._buffer.written_id
         if below > written_id + 1:
-            buffered = self._buffered(selection, behind, written_id, since)
+            buffered = self._buffered(selection, behind, written_id, now)
             yield written_id, [candidate[0] for candidate in reversed(buffered)]
         written = [topic for topic in behind or () if topic.written_id]
         if behind is None or len(written) > MAX_MERGED_TOPICS:
-            yield from self._scan_back(selection, below, since)
+            yield from self._scan_back(selection, below, now)
             return
-        rows = [_messages_back(self._database.headers_back(below, since, topic.row), topic) for topic in written]
+        rows = [
+            _messages_back(self._database.headers_back(below, now - self._age_ms(topic), topic.row), topic)
+            for topic in written
+        ]
         for candidate in merge(*rows, reverse=True):
             yield candidate[0] - 1, [candidate[0]]
 
-    def _scan_back(self, selection: Selection, below: int, since: int) -> Iterator[tuple[int, list[int]]]:
-        matching: dict[int, Topic | None] = {}
-        put_at, ids = 0, list[int]()
-        for header in self._database.headers_back(below, since):
-            if header[2] != put_at:
-                if put_at:
+    def _scan_back(self, selection: Selection, below: int, now: int) -> Iterator[tuple[int, list[int]]]:
+        block, ids = None, list[int]()
+        for header in self._database.headers_back(below, now - self._longest_age_ms()):
+            if (found := self._database.block(header[0], header[2])) != block:
+                if block:
                     yield header[0], sorted(ids, reverse=True)
                     ids = []
-                put_at = header[2]
-            if (topic := self._match(selection, header[1], matching)) is not None:
+                block = found
+            topic = self._topics.by_row[header[1]]
+            if selection.matches(topic.name) and now - header[2] <= self._age_ms(topic):
                 ids += [candidate[0] for candidate in _unpack(header, topic, 0)]
         yield 0, sorted(ids, reverse=True)
 
@@ -227,21 +316,20 @@ def _is_wanted(candidate: _Candidate, wanted: ManyTopics, database: Database) ->
 
 
 def _unpack(header: Header, topic: Topic, after: int) -> list[_Candidate]:
-    """Return the messages of a row with ids above `after`."""
+    """Return the messages of a row with ids above `after`, except dropped ones."""
     key, _, put_at, number, packed = header
+    after = max(after, topic.dropped_id)
     ids_and_sizes = array("q", packed)
     if len(ids_and_sizes) == 2:
         return [(key, number, put_at, ids_and_sizes[1], topic, key, 0, None)] if key > after else []
     ids, sizes = ids_and_sizes[::2], ids_and_sizes[1::2]
-    number -= len(ids)
-    found: list[_Candidate] = []
-    start = 0
-    for message_id, size in zip(ids, sizes, strict=True):
-        number += 1
-        if message_id > after:
-            found.append((message_id, number, put_at, size, topic, key, start, None))
-        start += size
-    return found
+    first = bisect_right(ids, after)
+    number += 1 - len(ids) + first
+    starts = accumulate(sizes[first:], initial=sum(sizes[:first]))
+    return [
+        (message_id, at, put_at, size, topic, key, start, None)
+        for message_id, at, size, start in zip(ids[first:], count(number), sizes[first:], starts, strict=False)
+    ]
 
 
 def _messages(headers: Iterator[Header], topic: Topic, after: int) -> Iterator[_Candidate]:

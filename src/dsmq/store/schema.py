@@ -13,6 +13,9 @@ from typing import Any, TypeAlias
 
 # Reading one message unpacks a whole row, so rows are kept short. Only a row of one message may be longer.
 MAX_ROW_MESSAGES, MAX_ROW_BYTES = 128, 16_384
+# The ids of a row are between two multiples of this, a power of 2. So only few rows are mixed, and sorting messages
+# takes few rows.
+BLOCK_IDS = 512
 # Bodies from this size on are kept outside SQLite, because copying them into its pages takes up to 1 ms per MiB. Their
 # rows have sizes but no bodies, except in a snapshot.
 LONG_BYTES = 65_536
@@ -30,7 +33,8 @@ CREATE TABLE IF NOT EXISTS chunks (
 """
 INDEX = "CREATE INDEX IF NOT EXISTS chunks_by_topic ON chunks (topic)"
 # Further tables of a snapshot. In `lost`, each range has two rows without a name, with the id before it and its last
-# id, and then its numbers.
+# id, and then its numbers. In `empty_topics`, a topic with messages has the last id that it has dropped; rows may still
+# have messages up to it.
 SNAPSHOT_SCHEMA = """
 CREATE TABLE state (
     epoch TEXT NOT NULL,
@@ -62,6 +66,8 @@ Row: TypeAlias = tuple[int, int, int, int, bytes, bytes]
 """The columns of `chunks`."""
 Columns: TypeAlias = tuple[int, int, bytes, bytes]
 """The columns that reading needs: put time, last number, ids and sizes, bodies."""
+ExpiredRow: TypeAlias = tuple[int, int, int, int, int, int]
+"""Last id, topic id, put time, last number, number of messages, bytes of their bodies."""
 Batch: TypeAlias = tuple[str, Sequence[tuple[Any, ...]]]
 """An INSERT statement, and rows for it."""
 
@@ -74,11 +80,16 @@ def pack(messages_by_topic: Iterable[tuple[int, list[StoredMessage]]]) -> list[R
 
 
 def split_into_rows(messages: list[StoredMessage]) -> Iterator[list[StoredMessage]]:
-    """Split one topic's messages at each change of millisecond, and before a row gets too long."""
+    """Split one topic's messages at each change of millisecond, between blocks, and before a row gets too long."""
     start = size = 0
-    for at, (_, _, put_at, body) in enumerate(messages):
+    for at, (message_id, _, put_at, body) in enumerate(messages):
         size += len(body)
-        if at > start and (put_at != messages[start][2] or at - start == MAX_ROW_MESSAGES or size > MAX_ROW_BYTES):
+        if at > start and (
+            put_at != messages[start][2]
+            or at - start == MAX_ROW_MESSAGES
+            or size > MAX_ROW_BYTES
+            or message_id ^ messages[start][0] >= BLOCK_IDS
+        ):
             yield messages[start:at]
             start, size = at, len(body)
     yield messages[start:]

@@ -10,6 +10,7 @@ FEW_PATTERNS = 4
 MAX_END_BYTES, MAX_MIDDLE_BYTES = 32, 4
 # The memory that a name takes while a client waits for it, in addition to its bytes.
 NAME_OVERHEAD_BYTES = 500
+SHORT_NAMES, SHORT_BYTES = 8, 1024
 
 _START, _END, _ANYWHERE = range(3)
 
@@ -80,13 +81,15 @@ class PatternIndex:
 class Selection:
     """The topics with one of these names, or a name that matches one of these patterns."""
 
-    __slots__ = ("_index", "names", "patterns")
+    __slots__ = ("__weakref__", "_index", "is_short", "names", "patterns")
 
     def __init__(self, words: Iterable[bytes]) -> None:
         """Words with `*` are patterns."""
         unique = set(words)
         self.patterns = tuple(Pattern(word) for word in sorted(unique) if b"*" in word)
         self.names = frozenset(word for word in unique if b"*" not in word)
+        self.is_short = len(unique) <= SHORT_NAMES and sum(map(len, unique)) <= SHORT_BYTES
+        """Whether it takes so little memory that the selection of a connection's last read can be kept."""
         self._index = PatternIndex(self.patterns) if len(self.patterns) > FEW_PATTERNS else None
 
     @property
@@ -95,8 +98,15 @@ class Selection:
         texts = [*self.names, *(pattern.text for pattern in self.patterns)]
         return sum(map(len, texts)) + NAME_OVERHEAD_BYTES * len(texts)
 
+    @property
+    def about(self) -> bytes:
+        """All names and patterns, for people."""
+        return b", ".join([*(pattern.text for pattern in self.patterns), *sorted(self.names)])
+
     def matches(self, name: bytes) -> bool:
         if name in self.names:
             return True
-        patterns = self.patterns if self._index is None else self._index.candidates(name)
-        return any(pattern.matches(name) for pattern in patterns)
+        for pattern in self.patterns if self._index is None else self._index.candidates(name):
+            if pattern.matches(name):
+                return True
+        return False

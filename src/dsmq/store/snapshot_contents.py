@@ -64,7 +64,7 @@ class SnapshotState(NamedTuple):
     is_last: bool
     """Written on a clean shutdown: no message was put after it."""
     empty_topics: dict[bytes, tuple[int, int]]
-    """The last number and id of each topic without messages."""
+    """The last number and id of each topic without messages; those that were dropped of each other topic."""
     lost: list[Lost]
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 from dsmq.errors import Full, ReplyError
 from dsmq.store.api import (
@@ -39,6 +40,9 @@ from dsmq.store.api import (
 from dsmq.store.database import Database, to_reply_error
 from dsmq.store.dedup import Deduplicator, Producer
 from dsmq.store.limits import LimitChecker
+from dsmq.store.purge import Purges
+from dsmq.store.removal import Removals
+from dsmq.store.rules import Rules
 from dsmq.store.scan import SelectionReads
 from dsmq.store.schema import INSERT_ROW, INSERT_TOPIC, Batch, StoredMessage
 from dsmq.store.snapshot_contents import Lost, LostRanges, SnapshotState, copy_state, read_producers, read_state
@@ -57,7 +61,7 @@ def monotonic_ms() -> int:
     return (time.monotonic_ns() if BOOT_CLOCK is None else time.clock_gettime_ns(BOOT_CLOCK)) // 1_000_000
 
 
-class SQLiteStore(SelectionReads, LocalStore):
+class SQLiteStore(SelectionReads, Removals, Purges, LocalStore):
     """A store in this process. Thread-safe."""
 
     def __init__(self, max_age_ms: int, clock: Callable[[], int] = monotonic_ms, limits: Limits | None = None) -> None:
@@ -65,19 +69,12 @@ class SQLiteStore(SelectionReads, LocalStore):
         self.epoch, self.run = secrets.token_hex(8), secrets.token_hex(8)
         self._lost = LostRanges()
         self._clock, self._last_id, self._last_put_at = clock, 0, 0
-        self._database, self._topics, self._buffer = Database(), TopicTable(), WriteBuffer()
+        self._database, self._topics, self._buffer = Database(), TopicTable(Rules(limits or Limits())), WriteBuffer()
         self._flush_error: ReplyError | None = None
         self._retry_at = 0
-        self._limits = LimitChecker(self._topics, limits or Limits())
-        self._deduplicator = Deduplicator()
-
-    @property
-    def limits(self) -> Limits:
-        return self._limits.limits
-
-    @limits.setter
-    def limits(self, limits: Limits) -> None:
-        self._limits.set_limits(limits)
+        self._limits = LimitChecker(self._topics, self._sizes)
+        self._begin_removals()
+        self._deduplicator, self._matches = Deduplicator(), WeakKeyDictionary()
 
     # Puts
 
@@ -86,6 +83,7 @@ class SQLiteStore(SelectionReads, LocalStore):
             # Everything that can fail comes before the first message is added.
             topics, buffer, limits = self._topics, self._buffer, self._limits
             names, is_keyed = set(), False
+            drops: dict[bytes, int] | None = None
             messages = topics.stored - topics.deleted + len(puts)
             size = topics.topic_bytes + topics.padding_bytes + topics.bytes + messages * MESSAGE_OVERHEAD_BYTES
             for name, body, key in puts:
@@ -98,15 +96,20 @@ class SQLiteStore(SelectionReads, LocalStore):
                 self._deduplicator.check(puts)
             if names:
                 size += accounted_topic_bytes(names)
-            if messages > limits.safe_messages or size > limits.safe_bytes:
-                limits.check(self._new_puts(puts))
+            if messages > topics.safe_messages or size > topics.safe_bytes:
+                drops = limits.check(self._new_puts(puts))
             is_full = buffer.messages >= MAX_BUFFERED_MESSAGES or buffer.bytes >= MAX_BUFFERED_BYTES
             if is_full and any(self._new_puts(puts)):
                 self._flush()
+            if drops:
+                written = [self._find_written(name, count) for name, count in drops.items()]
             if names and (names := names.intersection(put[0] for put in self._new_puts(puts))):
                 limits.check_limit("max_topics", len(names))
                 topics.add(names)
-            return self._add(puts, self._clock())
+            ids = self._add(puts, self._clock())
+            if drops:
+                self._drop(drops, written)
+            return ids
 
     def _new_puts(self, puts: Sequence[Put]) -> Iterator[Put]:
         """Iterate over the puts that have not been stored before."""
@@ -178,8 +181,8 @@ class SQLiteStore(SelectionReads, LocalStore):
         with self._database:
             now = self._clock()
             began = time.monotonic() if after < known.written_id else 0.0
-            since = now - self.max_age_ms
-            for message_id, number, put_at, body in self._messages_after(known, after, since):
+            since = now - self._age_ms(known)
+            for message_id, number, put_at, body in self._messages_after(known, max(after, known.dropped_id), since):
                 messages.append(Message(message_id, number, now - put_at, body, put_at - since))
                 max_bytes -= len(body)
                 if len(messages) == count or max_bytes <= 0:
@@ -204,9 +207,9 @@ class SQLiteStore(SelectionReads, LocalStore):
             return []
         with self._database:
             now = self._clock()
-            since = now - self.max_age_ms
+            since = now - self._age_ms(known)
             found = self._newest_below(known, below)
-            if found is None or found[0] <= after or found[2] < since:
+            if found is None or found[0] <= max(after, known.dropped_id) or found[2] < since:
                 return []
             message_id, number, put_at, body = found
             message = Message(message_id, number, now - put_at, body, put_at - since)
@@ -222,27 +225,6 @@ class SQLiteStore(SelectionReads, LocalStore):
 
     def last_id(self) -> int:
         return self._last_id
-
-    # Expiry
-
-    def expire(self) -> int:
-        with self._database:
-            oldest = self._clock() - self.max_age_ms
-            rows = self._database.expired(oldest)
-            # Don't flush the buffer for this, because there may be no memory left.
-            is_buffered = not rows and self._database.deletable_id == sys.maxsize
-            deleted = self._buffer.find_older(oldest) if is_buffered else self._topics.sum_rows(rows)
-            if not deleted:
-                return 0
-            emptied = [topic.row for topic, (count, _) in deleted.items() if topic.messages == count]
-            # Freed at the end, without the lock, because the C library may then return much memory to the system.
-            _long_bodies = self._database.delete(rows, emptied)
-            if is_buffered:
-                self._buffer.delete_first(deleted)
-            self._flush_error = None
-            count = self._topics.delete_first(deleted)
-            self._topics.count_pages(self._database.page_bytes, self._database.long_bytes)
-            return count
 
     # Statistics
 
@@ -261,29 +243,35 @@ class SQLiteStore(SelectionReads, LocalStore):
             known = self._topics.find(topic)
             stats = known.stats()._replace(restored_number=self._lost.restored_number(topic, after))
             if known.messages:
-                first_id, put_at = self._database.oldest(known.row) or (known.buffered[0][0], known.buffered[0][2])
+                written = self._database.oldest(known.row, known.dropped_id)
+                first_id, put_at = written or (known.buffered[0][0], known.buffered[0][2])
                 stats = stats._replace(first_id=first_id, oldest_age_ms=self._clock() - put_at)
-            return stats
+            return stats._replace(dropped=self._topics.dropped_by_name.get(topic, 0))
 
     def totals(self) -> Totals:
         topics = self._topics
+        oldest_age_ms = self._oldest_age() if topics.messages else 0
         return Totals(
             topics.messages,
             topics.bytes,
             len(topics.by_name),
             topics.stored - topics.restored,
-            topics.deleted,
+            topics.deleted - topics.dropped,
             topics.deleted_unread,
-            self._oldest_age() if topics.messages else 0,
+            oldest_age_ms,
             topics.accounted_bytes,
+            topics.dropped,
+            self._overdue_ms(oldest_age_ms),
         )
 
     def _oldest_age(self) -> int:
         with suppress(ReplyError), self._database:
             now = self._clock()
+            for last_id, topic, put_at in self._database.put_times():
+                if last_id > self._topics.by_row[topic].dropped_id:
+                    return max(0, now - put_at)
             # Rows are older than messages in the buffer.
-            buffered = [topic.buffered[0][2] for topic in self._buffer.dirty_topics]
-            return max(0, now - (self._database.oldest_put_at() or min(buffered, default=now)))
+            return max(0, now - min([topic.buffered[0][2] for topic in self._buffer.dirty_topics], default=now))
         return 0
 
     def full(self) -> set[str]:
@@ -320,7 +308,7 @@ class SQLiteStore(SelectionReads, LocalStore):
             with database.lock:
                 state = SnapshotState(
                     *(self.epoch, self.run, self._clock(), self._last_id, topics.last_row, None, unix_time, is_last),
-                    *(topics.empty.copy(), self._lost.ranges),
+                    *(topics.empty | topics.dropped_ids, self._lost.ranges),
                 )
                 database.deletable_id = 0
                 buffered: list[Batch] = [(INSERT_TOPIC, buffer.new_topics()), (INSERT_ROW, buffer.rows())]
@@ -338,6 +326,7 @@ class SQLiteStore(SelectionReads, LocalStore):
         ahead_ms = state.clock + round(max(0.0, unix_time - state.written_at) * 1000) - now
         with self._database.lock:
             self._topics.restore(self._database.load(source))
+            self._restore_dropped(state.empty_topics)
             self._topics.count_pages(self._database.page_bytes, self._database.long_bytes)
         self._clock = lambda: clock() + ahead_ms
         self.epoch, self.run, self._lost = state.epoch, state.run, LostRanges(state.lost)

@@ -6,13 +6,18 @@ import heapq
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable
 from operator import attrgetter, itemgetter
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from dsmq.store.api import Message, TopicStats, accounted_bytes, accounted_topic_bytes
-from dsmq.store.schema import Row, StoredMessage, pack
+from dsmq.store.schema import ExpiredRow, Row, StoredMessage, pack
+
+if TYPE_CHECKING:
+    from dsmq.store.rules import Kept, Rules
 
 # Topics without messages whose last numbers are remembered; others start again at 1.
 MAX_EMPTY_TOPICS = 100_000
+# Topics whose dropped messages are counted.
+MAX_DROPPING_TOPICS = 100_000
 # Pages that don't count towards the limit, so that small limits are exact.
 FREE_PAGE_BYTES = 1_048_576
 # Count the pages again after this change of the stored bytes: it takes as long as an INSERT.
@@ -25,6 +30,7 @@ class Topic:
     __slots__ = (
         *("name", "row", "last_number", "last_id", "bytes", "deleted"),
         *("read_number", "read_id", "buffered", "written_id"),
+        *("dropped_id", "dead_bytes", "kept"),
     )
 
     def __init__(self, name: bytes, row: int, last_number: int = 0, last_id: int = 0) -> None:
@@ -40,6 +46,10 @@ class Topic:
         # The messages in the write buffer, and the last id in the database, or 0.
         self.buffered: list[StoredMessage] = []
         self.written_id = 0
+        # The last id that was dropped. Messages up to it may still be in the database: in the row of the first one that
+        # is left, which has `dead_bytes` of them, and while a snapshot is written.
+        self.dropped_id = self.dead_bytes = 0
+        self.kept: Kept | None = None
 
     @property
     def messages(self) -> int:
@@ -85,14 +95,21 @@ Counts: TypeAlias = dict[Topic, tuple[int, int]]
 class TopicTable:
     """All topics, and the sums over them."""
 
-    def __init__(self) -> None:
+    def __init__(self, rules: Rules) -> None:
+        self.set_rules(rules)
         self.by_name: dict[bytes, Topic] = {}
         self.by_row: dict[int, Topic] = {}
         # Last number and id of topics without messages, ordered by last put.
         self.empty: dict[bytes, tuple[int, int]] = {}
         self.last_row = 0
-        # Messages since the start. `stored` includes `restored`.
-        self.stored = self.restored = self.deleted = self.deleted_unread = 0
+        # Messages since the start. `stored` includes `restored`, and `deleted` includes `dropped`.
+        self.stored = self.restored = self.deleted = self.deleted_unread = self.dropped = 0
+        # By topic, also of topics without messages.
+        self.dropped_by_name: dict[bytes, int] = {}
+        # Topics by row that have to be checked because they, or the rules, are new. None: they need not be.
+        self.unchecked: list[int] | None = None
+        # The last number and id that each topic with messages has dropped.
+        self.dropped_ids: dict[bytes, tuple[int, int]] = {}
         # Bytes of bodies, of topics with overhead, and of pages beyond the messages with overhead.
         self.bytes = self.topic_bytes = self.padding_bytes = 0
         self._counted_bytes = 0
@@ -112,6 +129,10 @@ class TopicTable:
             self._counted_bytes = counted
             self.padding_bytes = max(0, (page_bytes() - FREE_PAGE_BYTES) * 5 // 6 + long_bytes - counted)
 
+    def set_rules(self, rules: Rules) -> None:
+        self.rules = rules
+        self.safe_messages, self.safe_bytes = rules.safe_messages, rules.safe_bytes
+
     def find(self, name: bytes) -> Topic:
         """Return a topic, which may be without messages."""
         return self.by_name.get(name) or Topic(name, 0, *self.empty.get(name, ()))
@@ -123,16 +144,36 @@ class TopicTable:
             topic = Topic(name, self.last_row, *self.empty.pop(name, ()))
             self.by_name[name] = self.by_row[topic.row] = topic
             self.topic_bytes += accounted_topic_bytes([name])
+            if self.unchecked is not None:
+                self.unchecked.append(topic.row)
 
-    def sum_rows(self, rows: Iterable[tuple[int, int, int, int, int]]) -> Counts:
-        """Sum up rows as `Database.expired` returns them."""
+    def sum_rows(self, rows: Iterable[ExpiredRow]) -> Counts:
+        """Sum up rows as `Database.expired` returns them, without dropped messages."""
         found: Counts = {}
-        for _, row, _, count, size in rows:
+        for _, row, _, last_number, count, size in rows:
             topic = self.by_row[row]
             # Removed and added again, so that the topics are ordered by their last messages.
             messages, total = found.pop(topic, (0, 0))
-            found[topic] = messages + count, total + size
+            live = min(count, last_number - topic.deleted)
+            if live == count:
+                found[topic] = messages + count, total + size
+            elif live > 0:
+                found[topic] = messages + live, total + size - topic.dead_bytes
         return found
+
+    def drop_first(self, topic: Topic, count: int, size: int) -> None:
+        """Subtract dropped messages. The topic keeps its newest one."""
+        topic.delete_first(count, size)
+        self.dropped_ids[topic.name] = topic.deleted, topic.dropped_id
+        self.bytes -= size
+        self.deleted += count
+        self.dropped += count
+        # At the end, so that the least recent is forgotten.
+        self.dropped_by_name[topic.name] = self.dropped_by_name.pop(topic.name, 0) + count
+        if len(self.dropped_by_name) > MAX_DROPPING_TOPICS:
+            del self.dropped_by_name[next(iter(self.dropped_by_name))]
+        # Not only the sum counts, which does not change while messages of the same size come and go.
+        self._counted_bytes -= size
 
     def delete_first(self, deleted: Counts) -> int:
         """Subtract deleted messages; return their number."""
@@ -142,6 +183,7 @@ class TopicTable:
             self.bytes -= size
             if not topic.messages:
                 del self.by_name[topic.name], self.by_row[topic.row]
+                self.dropped_ids.pop(topic.name, None)
                 self.empty[topic.name] = topic.last_number, topic.last_id
                 self.topic_bytes -= accounted_topic_bytes([topic.name])
         while len(self.empty) > MAX_EMPTY_TOPICS:
@@ -158,6 +200,13 @@ class TopicTable:
             self.bytes += size
         self.stored = self.restored
         self.topic_bytes = accounted_topic_bytes(self.by_name)
+
+    def subtract_restored(self, topic: Topic, count: int, size: int) -> None:
+        """Subtract messages that are in a snapshot, but had been dropped before it."""
+        topic.delete_first(count, size)
+        self.bytes -= size
+        self.restored -= count
+        self.stored -= count
 
     def largest(self, count: int) -> list[bytes]:
         return [topic.name for topic in heapq.nlargest(count, list(self.by_name.values()), attrgetter("messages"))]
@@ -206,6 +255,14 @@ class WriteBuffer:
             if count := bisect_left(topic.buffered, oldest, key=itemgetter(2)):
                 found[topic] = count, sum(len(message[3]) for message in topic.buffered[:count])
         return found
+
+    def drop_first(self, topic: Topic, count: int) -> int:
+        """Discard messages of a topic, though not all; return the size of their bodies."""
+        size = sum(len(message[3]) for message in topic.buffered[:count])
+        del topic.buffered[:count]
+        self.messages -= count
+        self.bytes -= size
+        return size
 
     def delete_first(self, deleted: Counts) -> None:
         for topic, (count, size) in deleted.items():

@@ -8,7 +8,7 @@ MAX_LINE_BYTES = 65_536
 # Max size of a request apart from its message: names, options, topic and framing.
 REQUEST_OVERHEAD_BYTES = 65_536
 # Max messages, and max bytes of their bodies, in the reply to a READ that does not request fewer.
-DEFAULT_COUNT = 100
+DEFAULT_COUNT, MAX_COUNT = 100, 1_000
 MAX_READ_BYTES = 262_144
 MAX_INTEGER = 2**63 - 1
 # Max nesting of arrays in replies; COMMAND DOCS in EXEC is the deepest.

@@ -4,115 +4,69 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import math
 import re
 import shlex
+import sys
 from collections.abc import Callable, Iterable
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 from dsmq import __version__
+from dsmq.cli import formats
+from dsmq.cli.arguments import addresses, count, duration, file, port, position, seconds, timeout, topic
 from dsmq.terminal import printable, quoted
-from dsmq.wire.addresses import UNIX, parse_endpoint, split_port
-from dsmq.wire.limits import MAX_INTEGER
-
-N = TypeVar("N", int, float)
-
-# Types of arguments. Each raises ArgumentTypeError.
-
-
-def topic(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("the name of the topic is empty")
-    # Python represents bytes of the command line that are not UTF-8 as surrogates.
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise argparse.ArgumentTypeError(f"the topic {quoted(text)} is not UTF-8")
-    return text
-
-
-def host(text: str) -> str:
-    try:
-        if "\0" in text:
-            raise ValueError
-        parse_endpoint(text)
-    except ValueError:
-        about = f"{quoted(text)} is not an address or a name (without a port), or unix:/path"
-        raise argparse.ArgumentTypeError(about) from None
-    return text
-
-
-def addresses(text: str) -> list[tuple[str, int]]:
-    """Parse hosts separated by commas, each perhaps with a port; the port is 0 if it is missing."""
-    names = [text] if text.startswith(UNIX) else text.split(",")
-    return [(host(name), port(digits) if digits else 0) for name, digits in map(split_port, names)]
-
-
-def file(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("the name of the file is empty")
-    return text
-
-
-def position(text: str) -> int | str:
-    """Parse an id, or a position as printed by `dsmq get --json`."""
-    if re.fullmatch(r"[^\s:]+:[0-9]{1,19}", text):
-        return text
-    return _number(int, text, 0, MAX_INTEGER, "an id, 0, or a position")
-
-
-def seconds(text: str) -> float:
-    return _number(float, text, 0, math.inf, "a number of seconds")
-
-
-def timeout(text: str) -> float:
-    return _number(float, text, 1e-3, math.inf, "a number of seconds above 0")
-
-
-def count(text: str) -> int:
-    return _number(int, text, 1, math.inf, "a whole number of at least 1")
-
-
-def port(text: str) -> int:
-    return _number(int, text, 1, 65535, "a port number from 1 to 65535")
-
-
-def _number(kind: Callable[[str], N], text: str, least: float, most: float, what: str) -> N:
-    try:
-        number = kind(text)
-    except ValueError:
-        number = None
-    if number is None or not least <= number <= most:
-        raise argparse.ArgumentTypeError(f"{quoted(text)} is not {what}")
-    return number
-
 
 # The commands and their options
 
 _PUT = "Put a message into a topic; without MESSAGE, or with -, put each line of stdin."
-_GET = "Print messages of a topic, one per line. On a terminal, control characters are shown as escapes."
-# Description and arguments of each command.
+_GET = (
+    "Print messages of topics, one per line. In a TOPIC, * stands for any characters, also none. On a terminal, "
+    "control characters are shown as escapes."
+)
+# Description and arguments of each command. The last one may be repeated if ... follows.
 COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("Run the server, until SIGTERM, Ctrl-C or a client's SHUTDOWN.", ""),
     "config": ("Print the effective configuration as TOML, secrets masked.", ""),
     "put": (_PUT, "TOPIC [MESSAGE] "),
-    "get": (_GET, "TOPIC "),
+    "get": (_GET, "TOPIC ... "),
     "topics": ("List topics with stored messages: message count, bytes, topic.", ""),
+    "watch": ("Show topics and rates, until q or Ctrl-C; if the output is not a terminal, once.", ""),
+    "stats": ("Print figures about a topic, or about the server.", "[TOPIC] "),
     "ping": ("Check that the server answers; for scripts and health checks.", ""),
     "bench": ("Measure how long typical operations take on a running server.", ""),
+    "purge": ("Expire all messages of TOPIC at once. In it, * stands for any characters, also none.", "TOPIC "),
+    "stop": ("Stop the server gracefully.", ""),
+    "completion": ("Print what completes commands, options and topics in SHELL: bash, zsh or fish.", "SHELL "),
     "demo": ("Run a server, a writer and two readers for a few seconds.", ""),
 }
+
+
+SHELLS = ("bash", "zsh", "fish")
+# Commands that take no pattern.
+ONE_TOPIC = ("put", "stats")
+_EXAMPLES = """examples:
+  dsmq serve                             run a server
+  dsmq put greetings hello               put a message into a topic
+  dsmq get greetings --follow            print messages as they arrive
+  dsmq get 'sensors/*' --since 5m -v     print what all sensors sent in the last five minutes
+  dsmq topics                            list topics
+"""
 
 
 def _add_options(command: str, parser: Parser) -> None:
     add = parser.add_argument
     if command == "config":
         add("--example", action="store_true", help="print a commented dsmq.toml with all defaults instead")
+    if command == "put":
+        _add_put_options(parser)
     if command == "get":
         _add_get_options(parser)
     if command in ("get", "put"):
         about = "seconds to try to restore a broken connection; default: 30"
         add("--reconnect", type=seconds, metavar="S", default=30.0, help=about)
-    if command == "topics":
-        add("--json", action="store_true", help="print JSON lines")
+    if command in ("topics", "stats"):
+        add("--json", action="store_true", help="print JSON")
+    if command == "watch":
+        add("--interval", type=timeout, metavar="S", default=2.0, help="seconds between two updates; default: 2")
     if command == "ping":
         add("--timeout", type=timeout, metavar="S", default=3.0, help="seconds to wait for the reply; default: 3")
     if command == "bench":
@@ -128,20 +82,44 @@ def _add_options(command: str, parser: Parser) -> None:
         from dsmq.settings import add_options  # noqa: PLC0415
 
         add_options(parser)
-    elif command != "demo":
+    elif command not in ("completion", "demo"):
         _add_server_options(parser)
+
+
+def _add_put_options(parser: Parser) -> None:
+    add = parser.add_argument
+    about = "put the whole FILE as one message; -: what stdin holds, up to its end"
+    add("--file", type=file, metavar="FILE", help=about)
+    add("--print-id", action="store_true", help="print the id of each message")
 
 
 def _add_get_options(parser: Parser) -> None:
     add = parser.add_argument
     add("--wait", type=seconds, metavar="S", help="wait for messages, up to S seconds in total")
-    add("--latest", action="store_true", help="start with the newest message, skipping older ones")
-    add("-n", type=count, metavar="N", help="print up to N messages; default: 1, or all with --follow")
+    add("--latest", action="store_true", help="start with the newest message of each topic, skipping older ones")
+    add(
+        "-n",
+        "--count",
+        dest="n",
+        type=count,
+        metavar="N",
+        help="print up to N messages; default: 1, those of --last or --since, or all with --follow",
+    )
     add("--follow", action="store_true", help="keep printing messages as they arrive")
-    about = "print JSON lines with topic, id, number, put_at, position and message"
-    add("--json", action="store_true", help=about)
+    add = parser.add_mutually_exclusive_group().add_argument
     about = "start after this id or position; 0: at the oldest stored message. Default: messages put from now on"
     add("--after", type=position, metavar="POSITION", help=about)
+    add("--last", type=count, metavar="N", help="start with the last N messages")
+    about = "start with the messages put within a time, such as 30s, 5m or 2h"
+    add("--since", type=duration, metavar="TIME", help=about)
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("-v", "--verbose", action="store_true", help="print the topic before each message")
+    add("--format", type=formats.parse_format, metavar="FORMAT", help=formats.HELP)
+    about = "print JSON lines with topic, id, number, put_at, position and message"
+    add("--json", action="store_true", help=about)
+    about = "write one message to FILE as it is, replacing FILE in one step; -: to stdout"
+    add("--output", type=file, metavar="FILE", help=about)
+    add = parser.add_argument
     about = (
         "start after the position in FILE, if it exists, and keep it up to date. No message is skipped; the last ones "
         "may be printed again if the command is killed"
@@ -156,8 +134,8 @@ def _add_server_options(parser: Parser) -> None:
     )
     add = parser.add_argument_group("server", about).add_argument
     hosts = "address or name, also with :PORT, or unix:/path; several separated by commas; default: 127.0.0.1"
-    add("--host", type=addresses, help=hosts)
-    add("--port", type=port, help="default: 30008")
+    add("-H", "--host", type=addresses, help=hosts)
+    add("-p", "--port", type=port, help="default: 30008")
     add("--token-file", type=file, metavar="FILE", help="authenticate with the first token in FILE")
     add("--tls", action="store_true", help="use TLS and verify the server's certificate")
     about = "CA certificates to trust instead of the system's, as PEM; implies --tls"
@@ -173,13 +151,16 @@ _EPILOG = "Exit statuses: 0 done, 1 failed, 2 wrong usage or configuration, 3 no
 class Parser(argparse.ArgumentParser):
     """Reports each error on one line, with the closest option."""
 
+    takes_message = False
+
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, epilog=_EPILOG, **options)
 
     def _parse_optional(self, arg_string: str) -> Any:
         """Keep argparse from reading -hello as -h: after a single dash comes a known option or a message."""
         option = self._option_string_actions.get(arg_string[:2])
-        is_known = arg_string in self._option_string_actions or (option and option.nargs != 0)
+        has_value = option and option.nargs != 0 and not self.takes_message
+        is_known = arg_string in self._option_string_actions or has_value
         return super()._parse_optional(arg_string) if arg_string.startswith("--") or is_known else None
 
     def unknown(self, word: str, about: str = "", *, what: str = "argument", known: Iterable[str] = ()) -> NoReturn:
@@ -201,28 +182,35 @@ def parse(words: list[str]) -> argparse.Namespace:
     about, arguments = COMMANDS[name]
     takes = re.findall(r"\w+", arguments.lower())
     parser = Parser(prog=f"dsmq {name}", usage=f"dsmq {name} {arguments}[OPTION ...]", description=about)
+    parser.takes_message = "message" in takes
     _add_options(name, parser)
     end = words.index("--") if "--" in words else len(words)
-    options, others = parser.parse_known_args(words[:end], argparse.Namespace(command=name, message="-"))
+    options, others = parser.parse_known_args(words[:end], argparse.Namespace(command=name, **dict.fromkeys(takes)))
     for word in others:
         if word.startswith("--"):
-            about = "; to begin a message with --, write -- before it" if "message" in takes else ""
+            about = "; to begin a message with --, write -- before it" if parser.takes_message else ""
             parser.unknown(word.partition("=")[0], about)
-    if len(others) > len(takes) and (not takes or others[len(takes)].startswith("-")):
-        parser.unknown(others[len(takes)])
-    _place(parser, options, takes, others + words[end + 1 :])
+    # Only the first of several topics may begin with a dash.
+    extra = [word for word in others[1:] if word.startswith("-")] if "..." in arguments else others[len(takes) :]
+    if extra and (not takes or extra[0].startswith("-")):
+        parser.unknown(extra[0])
+    _place(parser, options, arguments, others + words[end + 1 :])
+    _check(parser, options)
     return options
 
 
 def _refuse(word: str, command: str) -> NoReturn:
     """Print the help or the version, or report that this is not a command; `command` is the first one after it."""
     parser = Parser(prog="dsmq", usage="dsmq COMMAND [OPTION ...]", description="The dead simple message queue.")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = f"{_EXAMPLES}\n{_EPILOG}"
     parser.add_argument("--version", action="version", version=f"dsmq {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, (about, _) in COMMANDS.items():
-        commands.add_parser(name, help=about)
+        commands.add_parser(name, help=about.partition(".")[0])
     if not word:
-        parser.error("the following arguments are required: COMMAND")
+        parser.print_help(sys.stderr)
+        parser.exit(2)
     if word.startswith("--") or word == "-h":
         parser.parse_known_args([word])
     if word.startswith("-") and command:
@@ -230,11 +218,26 @@ def _refuse(word: str, command: str) -> NoReturn:
     parser.unknown(word, what="argument" if word.startswith("-") else "command", known=COMMANDS)
 
 
-def _place(parser: Parser, options: argparse.Namespace, takes: list[str], words: list[str]) -> None:
-    """Assign the words that are not options to the command's topic and message."""
-    if takes and not words:
+def all_commands(topics: Callable[..., Iterable[str]]) -> argparse.ArgumentParser:
+    """Return a parser of all commands, which completes topics by a function."""
+    parser = Parser(prog="dsmq")
+    commands = parser.add_subparsers(dest="command")
+    for name, (_, arguments) in COMMANDS.items():
+        command = commands.add_parser(name)
+        _add_options(name, command)
+        for word in re.findall(r"\w+", arguments.lower()):
+            argument = command.add_argument(word, nargs="*", choices=SHELLS if word == "shell" else None)
+            if word != "shell":
+                argument.completer = topics if word == "topic" else lambda **_: ()  # type: ignore[attr-defined]
+    return parser
+
+
+def _place(parser: Parser, options: argparse.Namespace, arguments: str, words: list[str]) -> None:
+    """Assign the words that are not options to the command's arguments."""
+    takes = re.findall(r"\w+", arguments.lower())
+    if takes and not words and arguments[0] != "[":
         parser.error(f"the following arguments are required: {takes[0].upper()}")
-    if len(words) > len(takes):
+    if len(words) > len(takes) and "..." not in arguments:
         if not takes or words[len(takes)].startswith("-"):
             parser.error(f"unknown argument {quoted(words[len(takes)])}; after --, there are no options")
         first, rest = words[: len(takes) - 1], words[len(takes) - 1 :]
@@ -242,8 +245,21 @@ def _place(parser: Parser, options: argparse.Namespace, takes: list[str], words:
         parser.error(f"too many arguments; quote a {takes[-1]} with blanks: {parser.prog} {quotes}")
     for name, word in zip(takes, words, strict=False):
         setattr(options, name, word)
-    if takes:
-        try:
-            topic(options.topic)
-        except argparse.ArgumentTypeError as error:
-            parser.error(f"argument TOPIC: {error}")
+    options.topics = words if "topic" in takes and "..." in arguments else words[: "topic" in takes]
+    try:
+        for word in options.topics:
+            topic(word)
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"argument TOPIC: {error}")
+
+
+def _check(parser: Parser, options: argparse.Namespace) -> None:
+    """Reject options that contradict each other."""
+    if options.command in ONE_TOPIC and any("*" in name for name in options.topics):
+        parser.error(f"{quoted(options.topic)} is a pattern, as it contains *; {parser.prog} takes one topic")
+    if options.command == "completion" and options.shell not in SHELLS:
+        parser.error(f"the shells are {', '.join(SHELLS)}, not {quoted(options.shell)}")
+    if options.command == "put" and options.file is not None and options.message is not None:
+        parser.error("put either MESSAGE or --file FILE")
+    if options.command == "get" and options.output is not None and (options.follow or (options.n or 1) > 1):
+        parser.error("--output takes one message, without --follow or -n")

@@ -1,0 +1,71 @@
+"""Files that commands replace atomically; one may hold the position from which the next run continues."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+from dsmq.cli import arguments
+from dsmq.errors import ConfigError
+
+_MAX_BYTES = 1024
+
+
+def replace_file(path: str, data: bytes) -> None:
+    """Write a file, or replace it, so that no one ever sees a part of it. Raises OSError, or ConfigError."""
+    # If it is a symbolic link, replace the target, not the link.
+    target = Path(os.path.realpath(path))
+    _check_regular(target)
+    name = target.with_name(f".{target.name}.{os.urandom(8).hex()}")
+    try:
+        # The umask determines the mode of a new file.
+        descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            with open(descriptor, "wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(descriptor)
+            with suppress(FileNotFoundError):
+                os.chmod(name, stat.S_IMODE(target.stat().st_mode))
+            os.replace(name, target)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(name)
+            raise
+    except OSError as error:
+        raise OSError(error.errno, f"{target}: {error.strerror}") from None
+
+
+def _check_regular(path: Path) -> None:
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ConfigError(f"{path}: not a regular file")
+
+
+class PositionFile:
+    """A file that contains one position."""
+
+    def __init__(self, path: str) -> None:
+        self._path = os.path.realpath(path)
+        self._saved = ""
+
+    def load(self) -> int | str | None:
+        """Return the position, or None if the file does not exist. Raises ConfigError."""
+        _check_regular(Path(self._path))
+        try:
+            with open(self._path, "rb") as stream:
+                return arguments.position(stream.read(_MAX_BYTES).decode().strip())
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise ConfigError(f"{self._path}: {error.strerror}") from None
+        except (ValueError, argparse.ArgumentTypeError):
+            raise ConfigError(f"{self._path}: contains no position") from None
+
+    def save(self, position: str) -> None:
+        """Replace the position. Raises OSError."""
+        if position != self._saved:
+            replace_file(self._path, position.encode() + b"\n")
+            self._saved = position

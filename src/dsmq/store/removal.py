@@ -1,0 +1,305 @@
+"""Deletes messages that have expired, and those that a topic drops to make room for newer ones.
+
+If no topic has an age of its own, the rows that have expired are the first ones. Otherwise, a queue has each topic by
+the time at which its oldest message expires, or an earlier one: that of a message that it has dropped since.
+
+A dropped message shares a row with others, or may still have to be copied for a snapshot. So its topic remembers the
+last id that it has dropped, which readers skip, and a row is deleted once it has no other messages.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import sqlite3
+import sys
+import time
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator
+from itertools import islice
+from operator import itemgetter
+from typing import TYPE_CHECKING, NamedTuple
+
+from dsmq import logs
+from dsmq.errors import ReplyError
+from dsmq.store.api import Limits
+from dsmq.store.database import SLICE_SECONDS, Database
+from dsmq.store.rules import Rules
+from dsmq.store.schema import ExpiredRow
+from dsmq.store.topics import Counts, Topic, TopicTable, WriteBuffer
+from dsmq.terminal import quoted
+
+if TYPE_CHECKING:
+    from dsmq.store.limits import LimitChecker
+
+# The pause after a slice that deletes nothing, in seconds.
+PAUSE_SECONDS = 0.0002
+# Max topics checked, in one slice, for new rules.
+MAX_CHECKED = 200
+# Before all put times.
+_EVER = -sys.maxsize
+
+_logger = logging.getLogger(__name__)
+
+
+class _Written(NamedTuple):
+    """The part of the messages to be dropped that is in the database."""
+
+    messages: int = 0
+    size: int = 0
+    last_id: int = 0
+    dead_bytes: int = 0
+    """The size of those that share a row with messages that are left."""
+    rows: tuple[int, ...] = ()
+    """The last ids of rows that have no other messages."""
+
+
+class Removals:
+    """Deletion of messages, as part of a store."""
+
+    max_age_ms: int
+    _clock: Callable[[], int]
+    _database: Database
+    _topics: TopicTable
+    _buffer: WriteBuffer
+    _limits: LimitChecker
+    _flush_error: ReplyError | None
+
+    def _begin_removals(self) -> None:
+        # When each topic's oldest message expires, and the topic's row.
+        self._queue: list[tuple[int, int]] = []
+        # The ages for which the queue is made.
+        self._queued_for: tuple[int, Rules | None] = 0, None
+        # Topics with rows in which all messages are dropped.
+        self._undeleted: dict[Topic, None] = {}
+
+    @property
+    def limits(self) -> Limits:
+        return self._topics.rules.limits
+
+    @limits.setter
+    def limits(self, limits: Limits) -> None:
+        if limits != self._topics.rules.limits:
+            with self._database.lock:
+                self._topics.set_rules(Rules(limits))
+
+    def _age_ms(self, topic: Topic) -> int:
+        raise NotImplementedError
+
+    # Drops
+
+    def _sizes(self, topic: Topic) -> Iterator[int]:
+        """Iterate over the sizes of a topic's messages, oldest first."""
+        for _, sizes, dead in self._live_rows(topic):
+            yield from sizes[dead:]
+        for message in topic.buffered:
+            yield len(message[3])
+
+    def _live_rows(self, topic: Topic) -> Iterator[tuple[array[int], array[int], int]]:
+        """Iterate over the rows with messages that are not dropped: ids, sizes, and how many of them are dropped."""
+        if topic.dropped_id < topic.written_id:
+            for header in self._database.headers(topic.dropped_id, _EVER, topic.row):
+                ids_and_sizes = array("q", header[4])
+                ids = ids_and_sizes[::2]
+                yield ids, ids_and_sizes[1::2], bisect_right(ids, topic.dropped_id)
+
+    def _find_written(self, name: bytes, count: int) -> _Written:
+        """Return what the first messages of a topic have in the database. Raises an error of SQLite."""
+        topic, found = self._topics.by_name.get(name), _Written()
+        for ids, sizes, dead in self._live_rows(topic) if topic else ():
+            dropped = sizes[dead : dead + count - found.messages]
+            end = dead + len(dropped)
+            is_whole = end == len(ids)
+            found = _Written(
+                found.messages + len(dropped),
+                found.size + sum(dropped),
+                ids[end - 1],
+                0 if is_whole else sum(sizes[:end]),
+                (*found.rows, ids[-1]) if is_whole else found.rows,
+            )
+            if found.messages == count:
+                break
+        return found
+
+    def _drop(self, counts: dict[bytes, int], found: list[_Written]) -> None:
+        """Drop the first messages of topics, but not the newest; `found` is what is in the database. Doesn't fail."""
+        for (name, count), written in zip(counts.items(), found, strict=True):
+            topic, size = self._topics.by_name[name], written.size
+            if written.messages:
+                topic.dropped_id, topic.dead_bytes = written.last_id, written.dead_bytes
+            if buffered := count - written.messages:
+                topic.dropped_id, topic.dead_bytes = topic.buffered[buffered - 1][0], 0
+                size += self._buffer.drop_first(topic, buffered)
+            self._log_first_drop(name)
+            self._topics.drop_first(topic, count, size)
+            if written.rows:
+                self._undeleted[topic] = None
+        rows = [row for written in found for row in written.rows]
+        if rows and not self._database.is_being_copied:
+            try:
+                self._delete_rows(rows)
+                self._database.deleted_bodies.clear()
+            except (sqlite3.Error, MemoryError) as error:
+                # Expiry tries again.
+                _logger.debug("nothing deleted: %s", error)
+            else:
+                for name in counts:
+                    self._undeleted.pop(self._topics.by_name[name], None)
+
+    def _delete_rows(self, rows: list[int]) -> None:
+        self._database.delete(rows, [])
+        self._flush_error = None
+        self._topics.count_pages(self._database.page_bytes, self._database.long_bytes)
+
+    def _log_first_drop(self, name: bytes) -> None:
+        if name not in self._topics.dropped_by_name:
+            text = name.decode(errors="replace")
+            about = logs.event("dropping", topic=text)
+            _logger.info("topic %s is full: it drops its oldest messages for newer ones", quoted(text), extra=about)
+
+    def _delete_dropped(self) -> bool:
+        """Delete some rows in which all messages are dropped; return whether none are left that may be deleted."""
+        rows: list[int] = []
+        for topic in list(islice(self._undeleted, MAX_CHECKED)):
+            rows += [row[0] for row in self._database.expired(sys.maxsize, topic.row, topic.dropped_id)]
+            del self._undeleted[topic]
+            # At the end, to be looked at again.
+            if rows or self._database.is_being_copied:
+                self._undeleted[topic] = None
+            if len(rows) >= MAX_CHECKED:
+                break
+        if rows:
+            self._delete_rows(rows)
+        return not rows
+
+    def _restore_dropped(self, last: dict[bytes, tuple[int, int]]) -> None:
+        """Subtract messages of a restored snapshot up to the ids given for their topics; `last` keeps the others."""
+        for name in [name for name in last if name in self._topics.by_name]:
+            topic, (number, dropped_id) = self._topics.by_name[name], last.pop(name)
+            count = size = 0
+            for ids, sizes, _ in self._live_rows(topic):
+                dead = bisect_right(ids, dropped_id)
+                count += dead
+                size += sum(sizes[:dead])
+                if dead < len(ids):
+                    topic.dead_bytes = sum(sizes[:dead])
+                    break
+            topic.dropped_id, self._topics.dropped_ids[name] = dropped_id, (number, dropped_id)
+            self._undeleted[topic] = None
+            self._topics.subtract_restored(topic, count, size)
+
+    # Expiry
+
+    def expire(self) -> int:
+        while True:
+            with self._database:
+                count, is_done = self._expire_some()
+                is_shrinking = self._database.shrink()
+                # Freed after the lock is released, because the C library may then return much memory to the system.
+                _bodies, self._database.deleted_bodies = self._database.deleted_bodies, []
+            if count or (is_done and not is_shrinking):
+                return count
+            time.sleep(PAUSE_SECONDS)
+
+    def _expire_some(self) -> tuple[int, bool]:
+        """Return how many messages were deleted, and whether there are no others."""
+        rules, topics = self._topics.rules, self._topics
+        if self._undeleted and not self._delete_dropped():
+            return 0, False
+        if self._queued_for != (self.max_age_ms, rules):
+            self._queued_for, self._queue = (self.max_age_ms, rules), []
+            topics.unchecked = list(topics.by_row) if rules.drop or rules.ages else None
+        if topics.unchecked:
+            return self._check_some(topics.unchecked, is_queued=bool(rules.ages)), False
+        if not rules.ages:
+            topics.unchecked = None
+            return self._expire_first(self._clock() - self.max_age_ms)
+        return self._expire_queued(self._clock())
+
+    def _check_some(self, unchecked: list[int], *, is_queued: bool) -> int:
+        """Have topics drop what exceeds lowered limits, and queue them; return how many messages were dropped."""
+        dropped, until = 0, time.monotonic() + SLICE_SECONDS
+        for _ in range(min(MAX_CHECKED, len(unchecked))):
+            row = unchecked.pop()
+            topic = self._topics.by_row.get(row)
+            if topic is None:
+                continue
+            if count := self._limits.excess(topic):
+                self._drop({topic.name: count}, [self._find_written(topic.name, count)])
+                dropped += count
+                unchecked.append(row)
+            elif is_queued:
+                heapq.heappush(self._queue, (0, row))
+            if time.monotonic() > until:
+                break
+        return dropped
+
+    def _expire_first(self, oldest: int) -> tuple[int, bool]:
+        """Delete messages that were put before `oldest`; return as `_expire_some` does."""
+        rows = self._database.expired(oldest)
+        # Don't flush the buffer for this, because there may be no memory left.
+        is_buffered = not rows and not self._database.is_being_copied
+        deleted = self._buffer.find_older(oldest) if is_buffered else self._topics.sum_rows(rows)
+        if not (deleted or rows):
+            return 0, True
+        emptied = self._emptied(deleted)
+        self._database.delete([row[0] for row in rows], emptied, are_first=True)
+        return self._subtract(deleted, is_buffered=is_buffered), False
+
+    def _delete_first(self, rows: list[ExpiredRow]) -> int:
+        """Delete rows, the first ones of their topics; return how many messages they had."""
+        deleted = self._topics.sum_rows(rows)
+        self._database.delete([row[0] for row in rows], self._emptied(deleted))
+        return self._subtract(deleted, is_buffered=False)
+
+    def _emptied(self, deleted: Counts) -> list[int]:
+        return [topic.row for topic, (count, _) in deleted.items() if topic.messages == count]
+
+    def _subtract(self, deleted: Counts, *, is_buffered: bool) -> int:
+        if is_buffered:
+            self._buffer.delete_first(deleted)
+        self._flush_error = None
+        count = self._topics.delete_first(deleted)
+        self._topics.count_pages(self._database.page_bytes, self._database.long_bytes)
+        return count
+
+    def _expire_queued(self, now: int) -> tuple[int, bool]:
+        queue, until = self._queue, time.monotonic() + SLICE_SECONDS
+        rows: list[ExpiredRow] = []
+        buffered: Counts = {}
+        again: list[tuple[int, int]] = []
+        while queue and queue[0][0] <= now and len(rows) < MAX_CHECKED and time.monotonic() < until:
+            _, row = heapq.heappop(queue)
+            if (topic := self._topics.by_row.get(row)) is None:
+                continue
+            oldest = now - self._age_ms(topic)
+            if found := self._database.expired(oldest, row):
+                rows += found
+                again.append((now, row))
+            elif written := self._database.oldest(row, topic.dropped_id):
+                # If it has expired, it must be copied for a snapshot first.
+                again.append((max(written[1] - oldest, 0) + now + 1, row))
+            elif (at := bisect_left(topic.buffered, oldest, key=itemgetter(2))) and not self._database.is_being_copied:
+                buffered[topic] = at, sum(len(message[3]) for message in topic.buffered[:at])
+                again.append((now, row))
+            else:
+                again.append((max(topic.buffered[0][2] - oldest, 0) + now + 1, row))
+        count = 0
+        try:
+            if rows:
+                count = self._delete_first(rows)
+            if buffered:
+                self._database.delete([], self._emptied(buffered))
+                count += self._subtract(buffered, is_buffered=True)
+        finally:
+            for entry in again:
+                heapq.heappush(queue, entry)
+        return count, not queue or queue[0][0] > now
+
+    def _overdue_ms(self, oldest_age_ms: int) -> int:
+        """Return how long ago the first message that is still stored has expired."""
+        if not self._topics.rules.ages:
+            return max(0, oldest_age_ms - self.max_age_ms)
+        queue = self._queue
+        return max(0, self._clock() - queue[0][0]) if queue and queue[0][0] else 0

@@ -1,0 +1,71 @@
+"""What each topic keeps: the limits and the age of the first rule that matches its name, or those of all topics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dsmq.store.api import DROP_OLDEST, Limits, TopicRule
+from dsmq.store.selection import Selection
+
+if TYPE_CHECKING:
+    from dsmq.store.topics import Topic
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Kept:
+    """What a topic keeps."""
+
+    rules: Rules
+    """Those that it follows from."""
+    max_messages: int
+    max_bytes: int
+    max_age_ms: int | None
+    """None: the store's."""
+    drops: bool
+    """Whether the topic drops its oldest messages when it is full."""
+    pattern: str | None = None
+    """The rule's, if there is one."""
+
+    def limit_name(self, what: str) -> str:
+        """Return the name of the limit on `messages` or `bytes`."""
+        return f"max_stored_{what}_per_topic" if self.pattern is None else f"max_{what} of topics {self.pattern}"
+
+
+class Rules:
+    """The rules for all topics. They do not change; a topic remembers which of them applies to it."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self._rules = [(Selection([rule.pattern]), self._kept(rule)) for rule in limits.topic]
+        self._others = Kept(
+            self,
+            *(limits.max_stored_messages_per_topic, limits.max_stored_bytes_per_topic),
+            *(None, limits.when_full == DROP_OLDEST),
+        )
+        kept = [self._others, *(kept for _, kept in self._rules)]
+        self.drop = any(one.drops for one in kept)
+        """Whether any topic drops messages."""
+        self.ages = [one.max_age_ms for one in kept if one.max_age_ms is not None]
+        """Ages of their own that topics may have."""
+        # If all topics together are below these, no limit is exceeded.
+        self.safe_messages = min(limits.max_stored_messages, *(one.max_messages for one in kept))
+        self.safe_bytes = min(limits.max_stored_bytes, *(one.max_bytes for one in kept))
+
+    def _kept(self, rule: TopicRule) -> Kept:
+        limits = self.limits
+        return Kept(
+            self,
+            limits.max_stored_messages_per_topic if rule.max_messages is None else rule.max_messages,
+            limits.max_stored_bytes_per_topic if rule.max_bytes is None else rule.max_bytes,
+            rule.max_age_ms,
+            (rule.when_full or limits.when_full) == DROP_OLDEST,
+            rule.pattern.decode(errors="replace"),
+        )
+
+    def of(self, topic: Topic) -> Kept:
+        kept = topic.kept
+        if kept is None or kept.rules is not self:
+            matching = (kept for selection, kept in self._rules if selection.matches(topic.name))
+            topic.kept = kept = next(matching, self._others)
+        return kept
