@@ -282,10 +282,10 @@ class Store(Protocol):
     def expire(self) -> int:
         """Delete some messages that have expired, or exceed lowered limits; return how many, 0 if none are left."""
 
-    def purge(self, selection: Selection, /) -> Iterator[int]:
+    def purge(self, selection: Selection, /) -> Iterator[Answer[int]]:
         """Delete all messages that are stored now; yield how many were deleted in each of several short slices.
 
-        Raises BadRequest if the store can't, StoreFailed if it can't now.
+        Raises StoreFailed if the store can't now.
         """
 
     def topics(self, after: bytes, count: int) -> list[TopicStats]:
