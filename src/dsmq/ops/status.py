@@ -49,7 +49,7 @@ class Status:
         self.context = context
         self.started_at = time.time()
         self.port = 0
-        """The TCP port for clients; 0 before the start, and if there is none."""
+        """The TCP port for clients; 0 before the start, or if there is none."""
         self.addresses: list[str] = []
         """The addresses for clients: `host:port` or `unix:/path`; none before the start."""
         self.inspector = Inspector(context, workers)
@@ -154,7 +154,7 @@ class Status:
         yield Fact("topics", "Topics that have messages.", totals.topics)
         yield Fact("oldest_message_age_seconds", "Age of the oldest message.", totals.oldest_age_ms / 1000)
         lag = totals.overdue_ms / 1000
-        yield Fact("expiry_lag_seconds", "How long ago the first message that is still stored has expired.", lag)
+        yield Fact("expiry_lag_seconds", "Time since the oldest stored message expired.", lag)
         yield Fact("connections", "Open connections.", self.connections())
         unauthenticated = usage.unauthenticated.total
         yield Fact("unauthenticated_connections", "Open connections not authenticated yet.", unauthenticated)
@@ -253,7 +253,7 @@ class Status:
 
 
 def _engine_counted(engine: EngineStats) -> Iterator[Fact]:
-    yield Fact("engine_retries", "Attempts to publish a message that brought no outcome.", engine.retries)
+    yield Fact("engine_retries", "Publish attempts with an unknown result.", engine.retries)
     yield Fact("engine_split_batches", "Batches whose messages were published one by one.", engine.split_batches)
     yield Fact("engine_repeated_puts", "Puts that were stored already.", engine.repeated_puts)
     yield Fact("mirror_consumers", "Consumers made to fill the mirror, including the first.", engine.consumers)

@@ -102,7 +102,7 @@ class TopicStats(NamedTuple):
     last range; 0 if there is none.
     """
     dropped: int = 0
-    """Messages that the topic has dropped since the start, to make room for newer ones."""
+    """Messages that the topic has dropped since the start to make room for newer ones."""
 
     @property
     def accounted_bytes(self) -> int:
@@ -149,9 +149,9 @@ class EngineStats(NamedTuple):
     lag_seconds: float
     """Time since the mirror last had all messages of the engine; 0 while it has."""
     retries: int
-    """Attempts to publish a message that brought no outcome."""
+    """Publish attempts with an unknown result."""
     split_batches: int
-    """Batches that the engine did not accept, so that their messages were published one by one."""
+    """Batches that the engine rejected; their messages were then published one by one."""
     repeated_puts: int
     """Puts that were stored already."""
     consumers: int
@@ -282,10 +282,10 @@ class Store(Protocol):
     def expire(self) -> int:
         """Delete some messages that have expired, or exceed lowered limits; return how many, 0 if none are left."""
 
-    def purge(self, selection: Selection, /) -> Iterator[int]:
+    def purge(self, selection: Selection, /) -> Iterator[Answer[int]]:
         """Delete all messages that are stored now; yield how many were deleted in each of several short slices.
 
-        Raises BadRequest if the store can't, StoreFailed if it can't now.
+        Raises StoreFailed if the store can't now.
         """
 
     def topics(self, after: bytes, count: int) -> list[TopicStats]:

@@ -93,15 +93,20 @@ class Selection:
         self._index = PatternIndex(self.patterns) if len(self.patterns) > FEW_PATTERNS else None
 
     @property
+    def words(self) -> list[bytes]:
+        """All names and patterns."""
+        return [*(pattern.text for pattern in self.patterns), *self.names]
+
+    @property
     def size(self) -> int:
         """The approximate bytes of memory that it takes while a client waits for its topics."""
-        texts = [*self.names, *(pattern.text for pattern in self.patterns)]
-        return sum(map(len, texts)) + NAME_OVERHEAD_BYTES * len(texts)
+        words = self.words
+        return sum(map(len, words)) + NAME_OVERHEAD_BYTES * len(words)
 
     @property
     def about(self) -> bytes:
         """All names and patterns, for people."""
-        return b", ".join([*(pattern.text for pattern in self.patterns), *sorted(self.names)])
+        return b", ".join(sorted(self.words))
 
     def matches(self, name: bytes) -> bool:
         if name in self.names:
