@@ -1,4 +1,4 @@
-"""Shared by the tests of the command line: a server, and commands that run to their end or wait."""
+"""Shared by the tests of the command line: a server, and commands that finish or wait."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Process = subprocess.Popen[bytes]
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Daemon]:
-    """One server for all tests that don't stop it; each test has its own topic."""
+    """One server for all tests that don't stop it; each test uses its own topic."""
     with daemon() as process:
         yield process
 

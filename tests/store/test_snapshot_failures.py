@@ -87,7 +87,7 @@ def check_refused(file: Path, epoch: str, caplog: pytest.LogCaptureFixture, reas
 
 
 def test_schema_change_requires_new_version() -> None:
-    """A change of the file's format requires another VERSION, and then another digest here."""
+    """A change of the file's format requires a new VERSION, and a new digest here."""
     import hashlib
 
     text = SCHEMA + INDEX + SNAPSHOT_SCHEMA
