@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,7 @@ from stores import Clock, ClockedStore, a_put, expire_all, put, read
 
 from dsmq.errors import Full
 from dsmq.store.api import DROP_OLDEST, Limits, TopicRule
+from dsmq.store.schema import LONG_BYTES
 
 AGE = 1_000
 
@@ -47,6 +49,16 @@ def test_topic_drops_its_own_oldest_messages(store: ClockedStore, written: bool)
     assert [message.number for message in read(store, b"camera/1")] == [2, 3, 4]
     assert store.stats(b"camera/1").dropped == store.totals().dropped == 1
     assert store.totals().expired == 0
+
+
+def test_dropped_long_body_is_freed_at_once(store: ClockedStore) -> None:
+    body = b"x" * LONG_BYTES
+    keep(store, TopicRule(b"t", max_messages=1, when_full=DROP_OLDEST))
+    put(store, b"t", body)
+    store.flush()
+    assert sys.getrefcount(body) > 2
+    put(store, b"t", b"y")
+    assert sys.getrefcount(body) == 2
 
 
 def test_batch_larger_than_the_topic_leaves_its_newest(store: ClockedStore) -> None:

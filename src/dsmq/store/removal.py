@@ -139,6 +139,7 @@ class Removals:
         if rows and not self._database.is_being_copied:
             try:
                 self._delete_rows(rows)
+                self._database.deleted_bodies.clear()
             except (sqlite3.Error, MemoryError) as error:
                 # Expiry tries again.
                 _logger.debug("nothing deleted: %s", error)
@@ -147,9 +148,9 @@ class Removals:
                     self._undeleted.pop(self._topics.by_name[name], None)
 
     def _delete_rows(self, rows: list[int]) -> None:
-        self._database.delete_rows(rows, [])
+        self._database.delete(rows, [])
         self._flush_error = None
-        self._topics.count_pages(self._database.page_bytes)
+        self._topics.count_pages(self._database.page_bytes, self._database.long_bytes)
 
     def _log_first_drop(self, name: bytes) -> None:
         if name not in self._topics.dropped_by_name:
@@ -194,7 +195,10 @@ class Removals:
         while True:
             with self._database:
                 count, is_done = self._expire_some()
-            if count or is_done:
+                is_shrinking = self._database.shrink()
+                # Freed after the lock is released, because the C library may then return much memory to the system.
+                _bodies, self._database.deleted_bodies = self._database.deleted_bodies, []
+            if count or (is_done and not is_shrinking):
                 return count
             time.sleep(PAUSE_SECONDS)
 
@@ -240,13 +244,13 @@ class Removals:
         if not (deleted or rows):
             return 0, True
         emptied = self._emptied(deleted)
-        self._database.delete(rows[-1][0] if rows else 0, emptied)
+        self._database.delete([row[0] for row in rows], emptied, are_first=True)
         return self._subtract(deleted, is_buffered=is_buffered), False
 
     def _delete_first(self, rows: list[ExpiredRow]) -> int:
         """Delete rows, the first ones of their topics; return how many messages they had."""
         deleted = self._topics.sum_rows(rows)
-        self._database.delete_rows([row[0] for row in rows], self._emptied(deleted))
+        self._database.delete([row[0] for row in rows], self._emptied(deleted))
         return self._subtract(deleted, is_buffered=False)
 
     def _emptied(self, deleted: Counts) -> list[int]:
@@ -257,7 +261,7 @@ class Removals:
             self._buffer.delete_first(deleted)
         self._flush_error = None
         count = self._topics.delete_first(deleted)
-        self._topics.count_pages(self._database.page_bytes)
+        self._topics.count_pages(self._database.page_bytes, self._database.long_bytes)
         return count
 
     def _expire_queued(self, now: int) -> tuple[int, bool]:
@@ -286,7 +290,7 @@ class Removals:
             if rows:
                 count = self._delete_first(rows)
             if buffered:
-                self._database.delete_rows([], self._emptied(buffered))
+                self._database.delete([], self._emptied(buffered))
                 count += self._subtract(buffered, is_buffered=True)
         finally:
             for entry in again:

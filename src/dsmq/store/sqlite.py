@@ -169,7 +169,7 @@ class SQLiteStore(SelectionReads, Removals, Purges, LocalStore):
                 self._limits.record_full(MEMORY)
             raise
         self._buffer.clear(self._last_id, self._topics.last_row)
-        self._topics.count_pages(self._database.page_bytes)
+        self._topics.count_pages(self._database.page_bytes, self._database.long_bytes)
 
     # Reads
 
@@ -311,10 +311,9 @@ class SQLiteStore(SelectionReads, Removals, Purges, LocalStore):
                     *(topics.empty | topics.dropped_ids, self._lost.ranges),
                 )
                 database.deletable_id = 0
-                copied = () if file else database.copy_rows(buffer.written_id, buffer.written_row)
                 buffered: list[Batch] = [(INSERT_TOPIC, buffer.new_topics()), (INSERT_ROW, buffer.rows())]
-                if file:
-                    database.copy_to(file, on_progress)
+                written = buffer.written_id, buffer.written_row
+                copied = database.copy_to(file, on_progress) if file else database.copy_rows(*written)
             yield chain(copied, buffered, copy_state(database, state, self._deduplicator))
         finally:
             database.deletable_id = sys.maxsize
@@ -328,7 +327,7 @@ class SQLiteStore(SelectionReads, Removals, Purges, LocalStore):
         with self._database.lock:
             self._topics.restore(self._database.load(source))
             self._restore_dropped(state.empty_topics)
-            self._topics.count_pages(self._database.page_bytes)
+            self._topics.count_pages(self._database.page_bytes, self._database.long_bytes)
         self._clock = lambda: clock() + ahead_ms
         self.epoch, self.run, self._lost = state.epoch, state.run, LostRanges(state.lost)
         self._last_id, self._topics.last_row, self._topics.empty = state.last_id, state.last_row, state.empty_topics

@@ -122,12 +122,12 @@ class TopicTable:
     def accounted_bytes(self) -> int:
         return self.topic_bytes + self.padding_bytes + accounted_bytes(self.messages, self.bytes)
 
-    def count_pages(self, page_bytes: Callable[[], int]) -> None:
-        """Apply the limit on bytes to the database's pages, too: a page may be half empty."""
+    def count_pages(self, page_bytes: Callable[[], int], long_bytes: int) -> None:
+        """Apply the limit on bytes to pages, too, which may be half empty. Long bodies are not in them."""
         counted = accounted_bytes(self.messages, self.bytes)
         if abs(counted - self._counted_bytes) >= COUNT_PAGES_BYTES:
             self._counted_bytes = counted
-            self.padding_bytes = max(0, (page_bytes() - FREE_PAGE_BYTES) * 5 // 6 - counted)
+            self.padding_bytes = max(0, (page_bytes() - FREE_PAGE_BYTES) * 5 // 6 + long_bytes - counted)
 
     def set_rules(self, rules: Rules) -> None:
         self.rules = rules
