@@ -69,9 +69,12 @@ class Connection:
         self.opened_at = 0.0
 
     def __repr__(self) -> str:
-        return f"client {self.id} ({self.peer.name})"
+        called = f" {self.name.decode()!r}" if self.name else ""
+        return f"client {self.id}{called} ({self.peer.name})"
 
     def event(self, name: str, **fields: object) -> dict[str, object]:
+        if self.name:
+            fields["client_name"] = self.name.decode()
         return logs.event(name, client=self.id, peer=self.peer.name, **fields)
 
     @property
