@@ -136,7 +136,6 @@ class Engine:
         return bool(isinstance(meta, dict) and meta.get("leader") and meta.get("cluster_size") == len(self.nodes))
 
     def leader(self, stream: str = "dsmq") -> Node:
-        """Return the leader of a stream."""
         until = time.monotonic() + SOON
         while time.monotonic() < until:
             for node in self.nodes:

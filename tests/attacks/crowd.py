@@ -40,7 +40,6 @@ def dial(port: int, *, receive_buffer: int = 0, timeout: float | None = 5.0) -> 
 
 
 def reset(sock: socket.socket) -> None:
-    """Close with a reset."""
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
     sock.close()

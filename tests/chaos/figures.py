@@ -144,7 +144,6 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def measure(seed: int) -> list[Figure]:
-    """Return all figures."""
     measurements: list[Callable[[int], list[Figure]]] = [
         lambda seed: [judged("restarts", restarts, seed)],
         lambda seed: [judged("resets", resets, seed)],

@@ -153,7 +153,6 @@ class Proxy:
         self._do(lambda: [connection.arm(fault) for connection in self._open])
 
     def reset_all(self) -> None:
-        """Reset all connections."""
         self._do(lambda: [self._end(connection, "reset") for connection in list(self._open)])
 
     def disarm(self) -> None:

@@ -42,7 +42,6 @@ def mq(server: Daemon) -> Iterator[DSMQClientSideConnection]:
 
 @contextmanager
 def started(*arguments: str) -> Iterator[Process]:
-    """Start a command with pipes."""
     process = subprocess.Popen(
         [sys.executable, "-m", "dsmq", *arguments],
         stdin=subprocess.PIPE,

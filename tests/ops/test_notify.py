@@ -45,7 +45,6 @@ class Manager:
         self.socket.settimeout(SOON)
 
     def next(self) -> dict[str, str]:
-        """Return the next notification."""
         return dict(line.split("=", 1) for line in self.socket.recv(4096).decode().split("\n"))
 
     def wait_for(self, *names: str) -> dict[str, str]:

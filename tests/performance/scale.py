@@ -258,7 +258,6 @@ def latencies(mq: DSMQClientSideConnection, going_on: Callable[[], bool]) -> lis
 
 
 def percentile(values: list[float], percent: int) -> float:
-    """Return a percentile."""
     return statistics.quantiles(values, n=100)[percent - 1]
 
 

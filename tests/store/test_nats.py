@@ -511,7 +511,7 @@ def test_stream_with_other_configuration_is_refused(stores: Stores) -> None:
         await stream._api_request("$JS.API.STREAM.CREATE.others", json.dumps(config).encode())
 
     in_engine(stores.servers, add)
-    assert "is not one of dsmq's: its subjects" in refused(stores.servers, stream="others")
+    assert "was not created by dsmq: its subjects" in refused(stores.servers, stream="others")
 
 
 def test_engine_without_atomic_batches_is_refused(stores: Stores) -> None:

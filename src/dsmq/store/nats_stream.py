@@ -180,7 +180,7 @@ class Stream:
         for name in ("subjects", "storage", "retention", "discard"):
             if found.get(name) != wanted[name]:
                 raise StartupError(
-                    f"the stream {self.name} is not one of dsmq's: its {name} is {found.get(name)}, not {wanted[name]}"
+                    f"stream {self.name} was not created by dsmq: its {name} is {found.get(name)}, not {wanted[name]}"
                 )
         if any(found.get(name) != wanted[name] for name in ("max_age", "max_bytes", "num_replicas")):
             await self._update(found | wanted)
@@ -190,7 +190,7 @@ class Stream:
             await self._request(f"STREAM.UPDATE.{self.name}", wanted)
         except EngineError as error:
             # The stream is usable with its old configuration.
-            _logger.error("the stream %s keeps its configuration: %s", self.name, error)
+            _logger.error("can't update the configuration of stream %s: %s", self.name, error)
         else:
             _logger.warning("the stream %s is now configured by this server's settings", self.name)
 
@@ -310,7 +310,6 @@ class Stream:
         return parts
 
     async def write_facts(self, at: int, numbers: Mapping[bytes, int]) -> None:
-        """Replace the facts in the stream."""
         parts: list[dict[str, int]] = [{} for _ in range(FACT_PARTS)]
         for name, number in numbers.items():
             parts[zlib.crc32(name) % FACT_PARTS][encode_token(name).decode()] = number
