@@ -81,8 +81,8 @@ class NATSStore(FreshReads):
         self.requests = Requests(self.connection)
         self.stream = Stream(stream, replicas)
         self.mirror = Mirror(self.connection, self.stream, self._new_mirror)
-        self.publisher = Publisher(self.requests, self.stream.topic_prefix)
         self._index = ReadIndex(self.mirror, self.connection, self.requests, self.stream)
+        self.publisher = Publisher(self.requests, self.stream.topic_prefix, self._index.find)
         self._leader = LeaderFollower(self.connection, self.stream)
 
     def _new_mirror(self) -> MirrorStore:
@@ -258,14 +258,19 @@ class NATSStore(FreshReads):
         if len(new) < len(puts):
             published = Future()
             published.add_done_callback(partial(_merge, known, answer))
-        if any(isinstance(key, RetriedKey) for _, _, key in new):
+        if together or any(isinstance(key, RetriedKey) for _, _, key in new):
             merged, published = published, Future()
-            published.add_done_callback(partial(self._find_first, new, merged))
+            published.add_done_callback(partial(self._when_mirrored, new, merged))
         self._post(partial(self.publisher.put, new, published, together=together))
         return answer
 
-    def _find_first(self, puts: Sequence[Put], answer: Future[list[Outcome]], published: Future[list[Outcome]]) -> None:
-        """Answer with the outcomes of retried puts: the engine forgets ids sooner than the mirrors do."""
+    def _when_mirrored(
+        self, puts: Sequence[Put], answer: Future[list[Outcome]], published: Future[list[Outcome]]
+    ) -> None:
+        """Answer once the mirror has the puts, for the reads of their transaction.
+
+        Retried ones may have been stored before: the engine forgets ids sooner than the mirrors do.
+        """
         if (error := published.exception()) is not None:
             answer.set_exception(error)
             return
@@ -275,7 +280,6 @@ class NATSStore(FreshReads):
             known = self.mirror.store.find(puts)
             answer.set_result([first or outcome for first, outcome in zip(known, outcomes, strict=True)])
 
-        # The mirror may lack the first of two copies until then.
         self._index.add(finish)
 
     # The start of clients

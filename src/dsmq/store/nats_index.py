@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from dsmq.errors import StoreFailed
+from dsmq.store.api import Put
 from dsmq.store.nats_connection import NATSConnection, encode_publish
 from dsmq.store.nats_mirror import Mirror
 from dsmq.store.nats_requests import Ack, Requests
@@ -50,6 +51,14 @@ class ReadIndex:
         """Call a function with None once the mirror is up to date, or with an error."""
         self._readers.append((call, time.monotonic() + READ_SECONDS))
         self._wanted.set()
+
+    async def find(self, puts: Sequence[Put]) -> list[int | None]:
+        """Return the ids of puts that are stored. Raises StoreFailed if the engine does not answer."""
+        answer: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
+        self.add(lambda error: None if answer.done() else answer.set_result(error))
+        if (error := await answer) is not None:
+            raise error
+        return self._mirror.store.find(puts)
 
     async def run(self) -> None:
         """Serve reads until this is cancelled."""

@@ -14,6 +14,7 @@ from dsmq.store.nats_mirror import MirroredStore
 
 if TYPE_CHECKING:
     from dsmq.store.nats_index import ReadIndex
+    from dsmq.store.nats_puts import Publisher
     from dsmq.store.selection import Selection
     from dsmq.store.sqlite import MirrorStore
 
@@ -23,6 +24,7 @@ T = TypeVar("T")
 class FreshReads(MirroredStore):
     """Reads that first wait for the mirror, if they find nothing or read the latest message."""
 
+    publisher: Publisher
     _index: ReadIndex
 
     @abstractmethod
@@ -50,6 +52,10 @@ class FreshReads(MirroredStore):
         if below < sys.maxsize:
             return self.mirror.store.go_back(selection, count, below)
         return self._when_fresh(0, lambda store: store.go_back(selection, count))
+
+    def last_id(self) -> int:
+        # The mirror may still lack a put that has been answered.
+        return max(self.mirror.store.last_id(), self.publisher.last_id)
 
     def check_id(self, after: int) -> None:
         """Do nothing: an id from another server may be later than the mirror's last one, so reads check it."""
