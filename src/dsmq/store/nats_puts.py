@@ -8,16 +8,19 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from dsmq.errors import Full, ReplyError, StoreFailed, Unsure
 from dsmq.store.api import Outcome, Put, RetriedKey
 from dsmq.store.nats_connection import encode_publish
 from dsmq.store.nats_requests import Ack, Requests
 from dsmq.store.nats_stream import FULL, encode_token
+
+if TYPE_CHECKING:
+    from dsmq.store.nats_index import ReadIndex
 
 # A batch is stored atomically, with one acknowledgement. Puts that arrive meanwhile form the next one.
 BATCH_MESSAGES, BATCH_BYTES = 500, 524_288
@@ -86,14 +89,8 @@ class _Batch(NamedTuple):
 class Publisher:
     """Publishes puts. Used in one asyncio event loop."""
 
-    def __init__(
-        self,
-        requests: Requests,
-        topic_prefix: bytes,
-        find: Callable[[Sequence[Put]], Awaitable[list[int | None]]],
-    ) -> None:
-        """`find` returns the ids of puts that are stored. It may raise StoreFailed."""
-        self._requests, self._topic_prefix, self._find = requests, topic_prefix, find
+    def __init__(self, requests: Requests, topic_prefix: bytes, index: ReadIndex) -> None:
+        self._requests, self._topic_prefix, self._index = requests, topic_prefix, index
         self._queue: deque[_Append] = deque()
         self._is_running = False
         # What is being published now.
@@ -131,7 +128,7 @@ class Publisher:
                 failed = await self._failed.get()
                 if isinstance(failed, Exception):
                     raise failed
-                self._finish(await self._go_on(*failed))
+                self._finish(await self._go_on(*failed), is_sure=False)
         finally:
             self._is_running = False
 
@@ -157,21 +154,35 @@ class Publisher:
     def _on_first_answer(self, batch: _Batch, ack: Ack | None) -> None:
         try:
             if outcomes := self._outcomes(batch, ack, is_sent=False):
-                self._finish(outcomes)
+                is_repeated = batch.is_retry or (ack is not None and ack.is_repeated)
+                self._finish(outcomes, is_sure=not (batch.together or is_repeated))
             else:
                 self._failed.put_nowait((batch, ack))
         except Exception as error:  # noqa: BLE001 - `run` raises it, so that puts do not wait forever
             self._failed.put_nowait(error)
 
-    def _finish(self, outcomes: list[Outcome]) -> None:
-        """Send the next batch, and answer this one."""
+    def _finish(self, outcomes: list[Outcome], *, is_sure: bool) -> None:
+        """Send the next batch, and answer this one.
+
+        It is answered once the mirror has it if reads of the same transaction follow, or if the engine may have stored
+        it twice: it forgets ids sooner than the mirrors do, and a new leader repeats what the last one had begun.
+        """
         self.seconds += time.monotonic() - self._began
         self.published += 1
         appends, self._appends = self._appends, []
         self._begin()
-        for append in appends:
-            append.answer.set_result(outcomes[: len(append.messages)])
-            del outcomes[: len(append.messages)]
+        if is_sure:
+            _answer(appends, outcomes)
+            return
+
+        def finish(_: Exception | None) -> None:
+            first_ids = self._index.mirrored([message.put for append in appends for message in append.messages])
+            _answer(appends, [first or outcome for first, outcome in zip(first_ids, outcomes, strict=True)])
+
+        if ids := [outcome for outcome in outcomes if isinstance(outcome, int)]:
+            self._index.add(finish, max(ids))
+        else:
+            finish(None)
 
     def _take(self) -> list[_Append]:
         """Take the next batch out of the queue."""
@@ -208,7 +219,7 @@ class Publisher:
         if len(batch.messages) > 1 and not batch.together:
             # The engine refuses a batch that contains repeated puts, or for which there is no room.
             self.split += 1
-            outcomes = []
+            outcomes: list[Outcome] = []
             for message in batch.messages:
                 outcomes += await self._publish(batch._replace(messages=[message]), is_sent=is_sent)
             return outcomes
@@ -220,7 +231,7 @@ class Publisher:
     async def _publish_rest(self, batch: _Batch, refusal: Ack, *, is_sent: bool) -> list[Outcome]:
         """Publish those messages of a refused batch that are not stored, each once."""
         try:
-            stored = await self._find([message.put for message in batch.messages])
+            stored = await self._index.stored([message.put for message in batch.messages])
         except StoreFailed as error:
             return [_unsure() if is_sent else error] * len(batch.messages)
         rest: dict[bytes, _Publish] = {}
@@ -256,6 +267,12 @@ class Publisher:
             _logger.debug("the engine refused a put: %s (%s)", ack.text, ack.code)
         self.retries += 1
         await asyncio.sleep(_PAUSE_SECONDS)
+
+
+def _answer(appends: list[_Append], outcomes: list[Outcome]) -> None:
+    for append in appends:
+        append.answer.set_result(outcomes[: len(append.messages)])
+        del outcomes[: len(append.messages)]
 
 
 def _may_be_stored(ack: Ack | None) -> bool:
