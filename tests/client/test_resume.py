@@ -86,8 +86,11 @@ def test_put_many_resumes(
     assert server.status.totals().stored == 1500
 
 
-def test_reads_are_retried(mq: DSMQClientSideConnection, lose_reply: Callable[..., None], states: list[str]) -> None:
+def test_reads_are_retried(
+    server: Server, mq: DSMQClientSideConnection, lose_reply: Callable[..., None], states: list[str]
+) -> None:
     mq.put_many("t", ["1", "2"])
+    wait_for_stored(server, 2)
     got = []
     for call in (lambda: mq.get("t"), lambda: mq.get_wait("t"), lambda: mq.get_latest("t"), mq.topics, mq.ping):
         lose_reply()
