@@ -6,7 +6,6 @@ first, by their locked hashes, with this machine's pip and its settings, so that
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
@@ -25,6 +24,7 @@ from typing import Any
 import pytest
 
 from conftest import ROOT, SOON, tool, wait_until
+from hosts import network
 
 PYTHON = "3.13"
 BASE = f"python:{PYTHON}-slim"
@@ -70,15 +70,8 @@ class Engine:
     @contextmanager
     def its_network(self) -> Iterator[None]:
         """Enter the network namespace of its containers' ports."""
-        with (
-            Path(f"/proc/{self.namespace.pid}/ns/net").open() as its,
-            Path("/proc/thread-self/ns/net").open() as ours,
-        ):
-            _setns(its.fileno())
-            try:
-                yield
-            finally:
-                _setns(ours.fileno())
+        with network(Path(f"/proc/{self.namespace.pid}/ns/net")):
+            yield
 
     def inspect(self, kind: str, name: str) -> dict[str, Any]:
         return dict(json.loads(self("inspect", f"--type={kind}", name).stdout)[0])
@@ -175,12 +168,6 @@ class Docker(Engine):
         self._daemon.terminate()
         self._daemon.wait(SOON)
         super().close()
-
-
-def _setns(namespace: int) -> None:
-    # os.setns is new in Python 3.12. Only this thread enters.
-    if ctypes.CDLL(None, use_errno=True).setns(namespace, 0):
-        raise OSError(ctypes.get_errno(), "setns")
 
 
 def _hard_limit(kind: int) -> int:
