@@ -26,7 +26,7 @@ HOST = "127.0.0.1"
 SERVER = ("-m", "dsmq", "serve", "--http-port", "off", "--log-level", "error")
 SERVERS = ("server 1", "server 2")
 TOPIC = "greetings"
-# How long the cluster may take to start or to elect a leader, on a busy machine.
+# How long the cluster may take to start or elect a leader, even on a busy machine.
 PATIENCE_SECONDS = 60.0
 POLL_SECONDS = 0.05
 # Signals that end the demo and its processes, as Ctrl-C does.
@@ -43,7 +43,7 @@ class Node(NamedTuple):
 
 
 def main(messages: int = 5, pause: float = 0.3) -> None:
-    """Run the demo, in the main thread, because it handles signals.
+    """Run the demo. Must run in the main thread, because it handles signals.
 
     Raises StartupError if a package is missing, ServerFailed if a process dies or a message is lost.
     """
@@ -111,7 +111,7 @@ class Cluster:
         self._stack.callback(process.kill)
 
     def check(self) -> None:
-        """Raise ServerFailed if a process has died by itself."""
+        """Raise ServerFailed if a process has died unexpectedly."""
         for name, process in self._running.items():
             if process.poll() is not None:
                 raise ServerFailed(f"the demo's {name} died with exit status {process.returncode}")
@@ -146,7 +146,7 @@ class Cluster:
 
 
 class Traffic:
-    """A client that puts, and one that gets each message at another server."""
+    """A client that puts, and one that gets each message from another server."""
 
     def __init__(self, cluster: Cluster, stack: ExitStack) -> None:
         """Start the servers, and connect."""
@@ -192,7 +192,7 @@ def find_nats_server() -> str:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports that are free at the moment."""
+    """Return ports that are free now."""
     with ExitStack() as stack:
         listeners = [stack.enter_context(socket.create_server((HOST, 0))) for _ in range(count)]
         return [int(listener.getsockname()[1]) for listener in listeners]

@@ -5,6 +5,7 @@ Subjects, if the stream is called `dsmq`:
     dsmq.t.<topic>      a message; the topic is percent-encoded
     dsmq.genesis        the epoch: the first message of a stream, which never expires
     dsmq.facts.<part>   the numbers of the topics' last messages as of an id, for servers that start later
+    dsmq.facts.purge    names and patterns of topics: mirrors delete all messages before this one
 
 This module uses the official client; see `nats_connection` for the requests that must be fast.
 """
