@@ -567,15 +567,15 @@ def test_rules_keep_their_order(tmp_path: Path) -> None:
 
 def test_variable_for_topics_is_refused(setenv: SetEnv) -> None:
     setenv("DSMQ_TOPIC", "camera")
-    assert "DSMQ_TOPIC: rules for topics are tables [[topic]] in a file" in config_error()
+    assert "DSMQ_TOPIC: rules for topics are [[topic]] tables in a file" in config_error()
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("max_messages = 3", "topic 1: pattern: is missing"),
-        ("pattern = 'a'\nmax_topics = 3", "topic 1: max_topics: this setting is for all topics; it must stand above"),
-        ("pattern = 'a'\n[[topic]]\npattern = 'b'\nmax = 1", "topic 2: max: unknown; [[topic]] has pattern, max_mess"),
+        ("pattern = 'a'\nmax_topics = 3", "topic 1: max_topics: this setting is for all topics; put it above"),
+        ("pattern = 'a'\n[[topic]]\npattern = 'b'\nmax = 1", "topic 2: max: unknown; the settings in [[topic]] are p"),
         ("pattern = ''", "topic 1: pattern: should have 1 to 4096 bytes, not ''"),
         ("pattern = 3", "topic 1: pattern: should be text, not 3"),
         ("pattern = 'a'\nmax_messages = 0", "topic 1: max_messages: should be greater than or equal to 1, not 0"),

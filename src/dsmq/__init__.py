@@ -5,7 +5,7 @@
     serve(host="127.0.0.1", port=30008)         # a server, until it is stopped
     mq = connect(host="127.0.0.1", port=30008)  # a client; for asyncio, see dsmq.aio
 
-Importing this package loads none of its modules; they are loaded when they are used.
+Importing this package loads none of its modules; they are loaded on first use.
 """
 
 # Type checkers know this name; typing takes long to import. Not `False`, for which jedi would skip the imports below.

@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-# Other modules are imported in functions: only those that are needed, and Ctrl-C is handled while they load.
+# Other modules are imported in functions, so that only those needed are loaded, and Ctrl-C is handled meanwhile.
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -86,12 +86,12 @@ def _early_signals() -> None:
     """Handle signals while the server is still loading its modules."""
     from dsmq.system import has_terminal
 
-    # The first process of a container ignores every signal it has no handler for.
+    # The first process of a container ignores signals for which it has no handler.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(OK))
     # Windows has no SIGHUP. nohup ignores it, which the server must still be able to detect later.
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         had_terminal = has_terminal()
-        # A request to reload the configuration is ignored while it is being loaded for the first time.
+        # A reload request is ignored while the configuration is being loaded for the first time.
         signal.signal(signal.SIGHUP, lambda *_: sys.exit(OK) if had_terminal and not has_terminal() else None)
 
 

@@ -22,7 +22,7 @@ def main(messages: int = 5, pause: float = 0.5) -> None:
         host = f"unix:{folder}/socket"
         print("starting a server, a writer and two readers", flush=True)
         stack.enter_context(_server(host))
-        # If the server is gone, there is no point in reconnecting.
+        # Don't reconnect: there is no other server.
         writer, *readers = (stack.enter_context(connect(host, reconnect_timeout=0)) for _ in range(3))
         received = dict.fromkeys(READERS, 0)
         for number in range(messages):

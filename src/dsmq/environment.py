@@ -19,12 +19,12 @@ from typing import Any
 
 from dsmq.errors import ConfigError
 
-# Files of settings or tokens are shorter; this guards against files such as /dev/zero.
+# Settings and token files are shorter; this guards against files such as /dev/zero.
 _MAX_TEXT_BYTES = 1_048_576
 PREFIX = "DSMQ_"
-# Variables that are no settings: the configuration file, and the servers that clients connect to.
+# Variables that are not settings: the configuration file, and the servers that clients connect to.
 _OTHERS = ("config", "server")
-# Settings that only the configuration file can have.
+# Settings that only the configuration file can contain.
 FILE_ONLY = ("topic",)
 
 # NAME=value, as Kubernetes sets it in every container for a Service called dsmq or dsmq-…, and `docker --link` and
@@ -82,7 +82,7 @@ def _variables() -> dict[str, str]:
             raise ConfigError(f"{variable}: {unknown(name, lambda known: PREFIX + known.upper())}")
         if name in FILE_ONLY:
             raise ConfigError(
-                f"{variable}: rules for topics are tables [[{name}]] in a file; see --config and DSMQ_CONFIG"
+                f"{variable}: rules for topics are [[{name}]] tables in a file; see --config and DSMQ_CONFIG"
             )
         other = found.setdefault(name, variable)
         if os.environ[other] != value:
@@ -91,12 +91,12 @@ def _variables() -> dict[str, str]:
 
 
 def without_settings() -> dict[str, str]:
-    """Return the environment without dsmq's variables, for processes that they are not meant for."""
+    """Return the environment without dsmq's variables, for child processes that should not see them."""
     return {name: value for name, value in os.environ.items() if not name.upper().startswith(PREFIX)}
 
 
 def service_links() -> list[str]:
-    """Return the environment variables that are ignored, because they describe a service or container named dsmq."""
+    """Return the environment variables that are ignored because they describe a service or container named dsmq."""
     return [variable for variable, value in sorted(os.environ.items()) if _is_link(variable, value)]
 
 
@@ -106,7 +106,7 @@ def _is_link(variable: str, value: str) -> bool:
 
 
 def unknown(name: str, spell: Callable[[str], str] = str) -> str:
-    """Return the error for an unknown setting; spell writes the name of a known one."""
+    """Return the error for an unknown setting; `spell` formats the name of a known one."""
     nearest = difflib.get_close_matches(name, settings(), n=1)
     return "unknown setting" + "".join(f"; did you mean {spell(known)}?" for known in nearest)
 
@@ -124,7 +124,7 @@ def read_toml(file: str) -> dict[str, Any]:
 
 
 def read_text(file: str) -> str:
-    """Return the text of a short file in UTF-8. Raises ConfigError."""
+    """Return the text of a short UTF-8 file. Raises ConfigError."""
     try:
         with open(file, "rb") as stream:
             data = stream.read(_MAX_TEXT_BYTES + 1)

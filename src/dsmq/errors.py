@@ -1,4 +1,4 @@
-"""Every error dsmq raises or sends, all of them a DSMQError.
+"""The errors that dsmq raises or sends; all derive from DSMQError.
 
 Connecting to a server that is not running raises the built-in ConnectionRefusedError.
 """
@@ -100,11 +100,11 @@ class Forgotten(ReplyError, code="FORGOTTEN"):
 
 
 class WrongEpoch(ReplyError, code="EPOCH"):
-    """READ named another epoch, or PUT another run, than the server's; the message begins with the correct one."""
+    """The epoch in READ, or the run in PUT, is not the server's; the message begins with the server's."""
 
 
 class Aborted(ReplyError, code="EXECABORT"):
-    """EXEC ran no command, because one queued since MULTI was refused."""
+    """EXEC ran no command, because one after MULTI was refused."""
 
 
 class StoreFailed(ReplyError, code="STORE"):

@@ -24,7 +24,7 @@ from dsmq.terminal import LineFormatter, as_json
 MAX_QUEUED_LINES = 10_000
 # How long a server or process waits for its log to be written before it ends.
 DRAIN_SECONDS = 1.0
-# The place of a logging call in the code, and its level.
+# The file, line and level of a logging call.
 _Call = tuple[str, int, int]
 
 _logger = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ class BackgroundStream(io.TextIOBase):
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        # A replacement for a standard stream, such as a notebook's, may not write to its file descriptor.
+        # A replacement of a standard stream, such as a notebook's, may not write to its file descriptor.
         self._descriptor = stream.fileno() if stream in (sys.__stdout__, sys.__stderr__) else None
         self._dropped = 0
         self._is_broken = False
@@ -117,7 +117,7 @@ class BackgroundStream(io.TextIOBase):
         return len(text)
 
     def take_dropped(self) -> int:
-        """Return how many lines have been dropped since the last call; 0 while a line about it would be dropped too."""
+        """Return the number of lines dropped since the last call; 0 while a report of them would be dropped too."""
         if self._is_broken or self._queue.qsize() >= MAX_QUEUED_LINES:
             return 0
         dropped, self._dropped = self._dropped, 0
@@ -166,9 +166,9 @@ class Handler(logging.StreamHandler[BackgroundStream]):
         self._rate = rate
         self._clock = clock
         self._began = clock()
-        # The lines of each call in the second that began then.
+        # Lines per call in the current second.
         self._lines: Counter[_Call] = Counter()
-        # Since the last summary: how many lines of a call were suppressed, and the last of them.
+        # For each call, the number of lines suppressed since the last summary, and the last of them.
         self._suppressed: dict[_Call, tuple[int, logging.LogRecord]] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -227,7 +227,7 @@ def never_block() -> None:
 
 
 def start(level: str = "info", format: str = "auto", stream: str = "stderr", rate: int = 10) -> None:  # noqa: A002
-    """Log dsmq's messages to stderr or stdout, in place of an earlier call; other loggers are not touched.
+    """Log dsmq's messages to stderr or stdout, replacing an earlier configuration; other loggers are not touched.
 
     level, format and stream are values of log_level, log_format and log_stream; rate is max_log_lines_per_second.
     """

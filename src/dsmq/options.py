@@ -90,7 +90,7 @@ class ServerOptions(ServeOptions, total=False):
 
 
 def list_options(function: F) -> F:
-    """Replace the last parameter, of any settings, by one for each, in the signature that help() and editors show."""
+    """In the signature that help() and editors show, replace **options by one parameter per setting."""
     signature = inspect.signature(function)
     *parameters, _ = signature.parameters.values()
     taken = [parameter.name for parameter in parameters]
@@ -105,7 +105,7 @@ def list_options(function: F) -> F:
 
 
 def either(settings: Settings | None, options: ServerOptions) -> Settings:
-    """Return settings that are given as such or as options. Raises TypeError or ConfigError."""
+    """Return `settings`, or else load them from options. Raises TypeError or ConfigError."""
     if settings and options:
         raise TypeError("Server takes either settings or options, not both")
     return settings or load(kind=EmbeddedSettings, **options)

@@ -84,7 +84,7 @@ def run(settings: Settings, load: Callable[[], Settings] | None = None, systemd:
     """
     server = Server(settings, load=load, systemd=systemd)
     try:
-        # Handlers first: as soon as the log says that the server is running, a signal may come.
+        # Handlers first: a signal may arrive as soon as the log says that the server is running.
         with signals.handled(server.request_stop, server.request_reload if load else None), server:
             server.run()
     finally:
@@ -93,7 +93,7 @@ def run(settings: Settings, load: Callable[[], Settings] | None = None, systemd:
 
 
 class Server:
-    """A server in threads of its own, as for tests, with the settings of `serve`; a `with` block starts and stops it.
+    """A server that runs in its own threads, for example in a test; a `with` block starts and stops it.
 
         with Server(port=0) as server, connect(port=server.port) as mq:  # 0: any free port
 
@@ -111,7 +111,7 @@ class Server:
         systemd: Systemd | None = None,
         **options: Unpack[ServerOptions],
     ) -> None:
-        """Takes either `settings` or options. `load` returns new settings for a reload.
+        """Take either `settings` or options. `load` returns new settings for a reload.
 
         Raises StartupError if the system lacks what a server needs, ConfigError if a setting is invalid, or a file of
         tokens or certificates can't be used.
@@ -158,7 +158,7 @@ class Server:
 
     @property
     def port(self) -> int:
-        """The TCP port for clients; 0 before the start, and if there is none."""
+        """The TCP port for clients; 0 before the start, or if there is none."""
         return self.status.port
 
     @property
@@ -169,7 +169,7 @@ class Server:
     # Start
 
     def start(self) -> None:
-        """Listen, and serve in threads of its own.
+        """Listen, and serve in the server's own threads.
 
         Raises StartupError, or ConfigError if other machines could connect without authentication; then nothing is
         left behind.
@@ -210,7 +210,7 @@ class Server:
     def _listen_for_http(self) -> None:
         settings, passed = self.context.settings, self._systemd.queue
         close = socket.socket.close if passed else listening.close
-        # If systemd passes the sockets, the process may have no network to listen on.
+        # If systemd passes the sockets, the process may have no network access to open others.
         sockets = self._systemd.metrics
         if not passed and settings.http_port != "off":
             sockets = listening.listen(settings.http_host, settings.http_port, 16, "http-")
@@ -258,12 +258,12 @@ class Server:
             self._watch()
 
     def request_stop(self, reason: str) -> None:
-        """Have `run` stop the server. Safe in signal handlers and threads."""
+        """Make `run` stop the server. Safe in signal handlers and threads."""
         self.status.stopping = True
         self._commands.put(reason)
 
     def request_reload(self) -> None:
-        """Have `run` reload the configuration. Safe in signal handlers and threads."""
+        """Make `run` reload the configuration. Safe in signal handlers and threads."""
         self._commands.put(None)
 
     def _watch(self) -> None:
@@ -291,7 +291,7 @@ class Server:
         self._apply(new.model_copy(update={name: getattr(before, name) for name in RESTART_REQUIRED}))
         logging.getLogger("dsmq").setLevel(new.log_level.upper())
         calls = [(worker, worker.apply_settings) for worker in self._workers]
-        # Wait, so that the settings are in effect when the log says so.
+        # Wait, so that the settings are in effect once they are logged.
         _call_in_loops(calls, time.monotonic() + WATCH_SECONDS)
         reports.log_reload(before, new, RESTART_REQUIRED, access_before, access)
         self._log_configuration()
@@ -307,7 +307,7 @@ class Server:
     def stop(self, *, abandon: bool = False) -> list[str]:
         """Stop in stages, within stop_timeout_seconds; return the names of threads that survived.
 
-        Idempotent. `abandon`, or a KeyboardInterrupt meanwhile, gives up the remaining stages, including the last
+        Idempotent. `abandon`, or a KeyboardInterrupt during the stop, skips the remaining stages, including the last
         snapshot.
         """
         with self._stopping:
@@ -342,7 +342,7 @@ class Server:
         return []
 
     def _abandon(self) -> list[str]:
-        """Give up the remaining stages of a stop; stages that are already done take no time."""
+        """Skip the remaining stages of a stop; repeating those already done takes no time."""
         _logger.warning("interrupted: stopping at once", extra=logs.event("stop_interrupted"))
         survivors = self._end_threads(time.monotonic())
         if self._snapshotter:

@@ -1,4 +1,4 @@
-"""The types of settings: texts, numbers with their bounds, sizes in bytes, and the tables [[topic]]."""
+"""The types of settings: text, numbers with bounds, sizes in bytes, and [[topic]] tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dsmq.terminal import quoted
 from dsmq.tokens import check_token
 from dsmq.wire.addresses import UNIX, host_names, parse_endpoint, parse_store
 
-# What the example file adds to the default, which is no rule.
+# Shown in the example file, because the default has no tables.
 EXAMPLE_TOPIC = """#
 #   [[topic]]
 #   pattern = "camera/*"
@@ -26,7 +26,7 @@ EXAMPLE_TOPIC = """#
 
 
 def _parses(parse: Callable[[str], object]) -> AfterValidator:
-    """Check that a text can be parsed, but keep it unchanged."""
+    """Check that text can be parsed, but keep it unchanged."""
 
     def check(text: str) -> str:
         parse(text)
@@ -37,7 +37,7 @@ def _parses(parse: Callable[[str], object]) -> AfterValidator:
 
 def _not_unix(host: str) -> str:
     if host.startswith(UNIX) or not host:
-        raise ValueError("should be an address or a name")
+        raise ValueError("should be an address or a host name")
     return host
 
 
@@ -54,7 +54,7 @@ def check_interval(value: float) -> float:
 
 
 def _parse_size(value: object) -> object:
-    """Return the number of bytes that a text such as 2GB or 1.5 MiB stands for, and anything else unchanged."""
+    """Convert text such as 2GB or 1.5 MiB to a number of bytes; return anything else unchanged."""
     found = _SIZE_TEXT.fullmatch(value) if isinstance(value, str) else None
     if found is None:
         return value
@@ -97,7 +97,7 @@ WhenFull = Literal["refuse", "drop_oldest"]
 
 
 class TopicSettings(BaseModel):
-    """A table [[topic]]: what the topics whose names match a pattern keep. None: as for all topics."""
+    """A [[topic]] table: limits for the topics that match a pattern. None: as for all topics."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -117,13 +117,13 @@ class TopicSettings(BaseModel):
 
 
 def explain_topic(source: str, at: tuple[int | str, ...], kind: str, message: str, value: object) -> str:
-    """Explain what is wrong in a table [[topic]]."""
+    """Explain what is wrong in a [[topic]] table."""
     key = str(at[2])
     if kind == "extra_forbidden":
         if key in environment.settings():
-            message = "this setting is for all topics; it must stand above the first [[topic]]"
+            message = "this setting is for all topics; put it above the first [[topic]]"
         else:
-            message = f"unknown; [[topic]] has {', '.join(TopicSettings.model_fields)}"
+            message = f"unknown; the settings in [[topic]] are {', '.join(TopicSettings.model_fields)}"
     elif kind != "missing":
         message += f", not {quoted(value)}"
     return f"{source} {int(at[1]) + 1}: {key}: {message}"

@@ -1,7 +1,7 @@
 """The settings: each is defined once, in `Settings`, with its unit, default, bounds and reason.
 
-Sources, of which the later ones win: defaults, the TOML file, the environment (`DSMQ_` and the name in capitals), the
-command line.
+Sources, in ascending order of precedence: defaults, the TOML file, the environment (`DSMQ_` and the name in capitals),
+the command line.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ class Settings(BaseSettings):
     """Address of the HTTP endpoint, which serves the status page, /metrics, /healthz and /readyz."""
     http_token: Token = SecretStr("")
     """Bearer token required for /metrics and for the status page's data. Without it, the page shows messages only if
-    clients need no token either, and it is served on loopback."""
+    clients need no token either, and the endpoint is on loopback.
+    """
     http_token_file: str = ""
     """File that contains the bearer token, instead of http_token."""
     http_allowed_hosts: HostNames = ""
@@ -87,7 +88,7 @@ class Settings(BaseSettings):
     http_port: HTTPPort = 30009
     """TCP port of the HTTP endpoint. 0: any free port. "off": no HTTP endpoint."""
     metrics_topics: Annotated[int, Field(ge=0, le=1000)] = 0
-    """Number of topics with metrics of their own: those with the most puts. The rest are summed up as `other`."""
+    """Number of topics with their own metrics: those with the most puts. The rest are summed up as `other`."""
     health_timeout_seconds: Timeout = 10.0
     """How long a thread may be unresponsive before /healthz fails."""
     max_age_seconds: Age = 600.0
@@ -95,10 +96,11 @@ class Settings(BaseSettings):
     expiry_interval_seconds: Annotated[Seconds, Field(ge=0.01, le=3600)] = 1.0
     """How often expired messages are deleted. A shorter interval frees their memory sooner."""
     store: StoreServers = ""
-    """Servers of a NATS cluster that stores the messages, for all dsmq servers that name it: nats://HOST:PORT,HOST:PORT,
-    or tls:// instead. Empty: messages are held in this server's memory."""
+    """Servers of a NATS cluster in which this and other dsmq servers store their messages: nats://HOST:PORT,HOST:PORT,
+    or tls:// instead. Empty: this server keeps messages in memory.
+    """
     store_stream: Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,64}$")] = "dsmq"
-    """The stream that holds the messages, made if there is none. Up to 64 letters, digits, _ and -."""
+    """The stream that stores the messages, created if it does not exist. Up to 64 letters, digits, _ and -."""
     store_replicas: Annotated[int, Field(ge=1, le=5)] = 3
     """How many NATS servers store each message: 3 survive the failure of one, 5 of two."""
     store_user: str = ""
@@ -108,7 +110,7 @@ class Settings(BaseSettings):
     store_token_file: str = ""
     """File that contains a token for the NATS servers, instead of user and password."""
     store_ca_file: str = ""
-    """CA certificates, as PEM, that the NATS servers' certificates must be signed by; by default, the system's."""
+    """CA certificates, as PEM, for verifying the NATS servers. Empty: the system's."""
     snapshot_file: str = ""
     """Snapshot of the messages, written on a graceful stop and loaded at start. Empty: no snapshots. The file's
     directory must not be writable by other users."""
@@ -131,8 +133,9 @@ class Settings(BaseSettings):
     max_stored_bytes_per_topic: Bytes = 1_073_741_824
     """Max stored bytes in one topic, counted as for max_stored_bytes."""
     when_full: WhenFull = "refuse"
-    """What a put does at a limit on stored messages or bytes: refuse; or drop_oldest, which deletes the oldest messages
-    of its own topic until it fits."""
+    """What happens to a put at a limit on stored messages or bytes. refuse: it gets an error. drop_oldest: the oldest
+    messages of its own topic are deleted until it fits.
+    """
     max_connections: Limit = 10_000
     """Max open connections; further ones are refused. Lowered to fit the limit on open files (ulimit -n)."""
     max_connections_per_address: Limit = 10_000
@@ -163,7 +166,7 @@ class Settings(BaseSettings):
     """A connection without a request for this long is closed, unless it is waiting for a message. 0: never, because TCP
     keepalive detects clients that vanished."""
     stop_timeout_seconds: Timeout = 10.0
-    """Time limit for a graceful stop. Whatever is still running after it is logged and abandoned."""
+    """Time limit for a graceful stop. Threads still running after it are logged and abandoned."""
     io_threads: Annotated[int, Field(ge=0, le=64)] = 0
     """Threads that serve connections. 0: one if Python has a GIL, because more are slower, else one per core."""
     busy_poll_microseconds: Annotated[int, Field(ge=0, le=100_000)] = 100
@@ -183,8 +186,9 @@ class Settings(BaseSettings):
     max_log_lines_per_second: Limit = 10
     """Max lines logged per second for the same cause. The rest are counted and summarised."""
     topic: tuple[TopicSettings, ...] = ()
-    """What some topics keep. The first table whose pattern matches (* stands for any characters) applies; what it does
-    not set is as for all topics. Only in this file, below all other settings."""
+    """Limits for some topics. The first table whose pattern matches (* matches any characters) applies; settings that
+    it omits are as for all topics. Only in this file, below all other settings.
+    """
 
     @classmethod
     def settings_customise_sources(
@@ -218,7 +222,7 @@ class Settings(BaseSettings):
             if getattr(self, name) and not getattr(self, needs):
                 raise ValueError(f"{name} is set without {needs}")
         if self.store and self.snapshot_file:
-            raise ValueError("snapshot_file can't be used with store, which keeps the messages itself")
+            raise ValueError("snapshot_file can't be used with store, which is already persistent")
         if self.store and (self.topic or self.when_full != "refuse"):
             raise ValueError("[[topic]] and when_full can't be used with store yet")
         if self.store_user and self.store_token_file:
@@ -243,7 +247,7 @@ class Settings(BaseSettings):
 
 
 class EmbeddedSettings(Settings):
-    """The settings of `serve()` called as a function: no HTTP port, so that several servers can share a machine."""
+    """The settings for `serve()` in a program: no HTTP port, so that several servers can share a machine."""
 
     http_port: HTTPPort = "off"
 
@@ -251,13 +255,14 @@ class EmbeddedSettings(Settings):
 def load(
     file: str | None = None, kind: type[Settings] = Settings, *, name_of: Callable[[str], str] = str, **given: Any
 ) -> Settings:
-    """Return the effective settings; name_of maps the name of a `given` setting to the caller's name for it.
+    """Return the effective settings; name_of maps the name of a `given` setting to the caller's name for it, for
+    errors.
 
     file is the path of a TOML file; default: the one named by DSMQ_CONFIG, if any. Raises ConfigError.
     """
     values, sources = environment.read(file)
     if (given.get("store") or values.get("store")) and sources.get("snapshot_file", "").startswith(environment.PREFIX):
-        # The image and the unit set these for a store in memory.
+        # The container image and the systemd unit set these for a store in memory.
         for name in ("snapshot_file", "snapshot_interval_seconds"):
             values.pop(name, None)
     sources |= {name: name_of(name) for name in given}
@@ -267,7 +272,7 @@ def load(
         raise ConfigError("; ".join(_explain(error, sources))) from None
 
 
-# The headings of groups of settings, by the first setting of each.
+# The headings of the groups of settings, by each group's first setting.
 SUBJECTS = {
     "host": "Listening",
     "protected_mode": "Authentication and TLS",
@@ -280,7 +285,7 @@ SUBJECTS = {
 }
 
 
-# Replace pydantic's messages, which are written for programmers.
+# Replacements for pydantic's messages, which are written for programmers.
 _MESSAGES = {
     **dict.fromkeys(("int_type", "int_parsing", "int_parsing_size", "int_from_float"), "should be a whole number"),
     **dict.fromkeys(("float_type", "float_parsing"), "should be a number"),
@@ -292,7 +297,7 @@ _MESSAGES = {
 
 
 def _explain(error: ValidationError, sources: dict[str, str]) -> Iterator[str]:
-    """Yield one explanation per setting; sources says where each comes from."""
+    """Yield one explanation per setting; `sources` maps a setting to its source."""
     messages: dict[str, str] = {}
     for problem in error.errors(include_url=False):
         name = str(problem["loc"][0]) if problem["loc"] else ""
@@ -364,7 +369,7 @@ def to_toml(settings: Settings) -> str:
 
 
 def example() -> str:
-    """Return `dsmq.toml.example`: every setting, explained, with its default, commented out."""
+    """Return `dsmq.toml.example`: every setting with its description and default, commented out."""
     import tomli_w  # noqa: PLC0415 - servers never need it
 
     parts = [

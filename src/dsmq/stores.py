@@ -1,4 +1,4 @@
-"""The store that the settings ask for, and its snapshots."""
+"""Creates the store and the snapshotter that the settings ask for."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def new_store(settings: Settings) -> Store:
 
 
 def limits_of(settings: Settings) -> Limits:
-    """Return what the settings say about what may be stored, and what topics keep."""
+    """Return the storage limits and topic rules in the settings."""
     return Limits(
         *(settings.max_topics, settings.max_stored_messages, settings.max_stored_bytes),
         *(settings.max_stored_messages_per_topic, settings.max_stored_bytes_per_topic, settings.when_full),
@@ -62,11 +62,11 @@ def limits_of(settings: Settings) -> Limits:
 
 
 def new_snapshotter(settings: Settings, store: Store) -> Snapshotter | None:
-    """Return what writes the store's snapshots, if the settings ask for it. Raises ConfigError."""
+    """Return a snapshotter for the store, or None without snapshot_file. Raises ConfigError."""
     if not settings.snapshot_file:
         return None
     if not isinstance(store, SQLiteStore):
-        raise ConfigError("snapshot_file: this store keeps its messages by itself")
+        raise ConfigError("snapshot_file: this store is already persistent")
     return Snapshotter(store, settings.snapshot_file, settings.snapshot_interval_seconds)
 
 

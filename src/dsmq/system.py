@@ -25,7 +25,7 @@ yield_processor: Callable[[], None] = getattr(os, "sched_yield", partial(time.sl
 """Let another runnable thread use this processor; return at once if there is none."""
 
 BOOT_CLOCK: int | None = getattr(time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC", None))
-"""The clock of `boot_time`, if it has a number."""
+"""The id of the clock behind `boot_time`, if it has one."""
 boot_time: Callable[[], float] = time.monotonic if BOOT_CLOCK is None else partial(time.clock_gettime, BOOT_CLOCK)
 """Return the seconds of a monotonic clock that includes time asleep.
 
@@ -64,11 +64,11 @@ LONG_YIELD_SECONDS = 0.001
 LONG_YIELD_PAUSE_SECONDS = 0.1
 """How long to sleep instead of yielding: the kernel favours threads that slept."""
 LONG_MESSAGE_BYTES = 65_536
-"""Messages from this size on justify `raise_malloc_threshold`."""
+"""The size from which messages justify `raise_malloc_threshold`."""
 
 
 def lacking() -> list[str]:
-    """Return what a server needs but this system, such as Windows, lacks."""
+    """Return the features that a server needs and this system lacks, as Windows does."""
     from importlib.util import find_spec  # noqa: PLC0415 - the client, which loads this module too, does not need it
 
     modules = [name for name in ("fcntl", "resource") if find_spec(name) is None]
@@ -95,7 +95,7 @@ def raise_malloc_threshold() -> None:
 
 
 def resident_bytes() -> int:
-    """Return how much memory this process takes; 0 if the system can't tell."""
+    """Return the resident memory of this process; 0 if unknown."""
     try:
         with open("/proc/self/statm", "rb") as statm:
             return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -104,7 +104,7 @@ def resident_bytes() -> int:
 
 
 def unsent_bytes(sock: socket.socket) -> int:
-    """Return how many bytes the peer has not acknowledged; 0 if the system can't tell."""
+    """Return the number of bytes that the peer has not acknowledged; 0 if unknown."""
     try:
         from fcntl import ioctl  # noqa: PLC0415 - not everywhere
         from termios import TIOCOUTQ  # noqa: PLC0415
@@ -133,12 +133,12 @@ def allow_more_files() -> None:
 
 
 def affordable_connections(connections: int) -> int:
-    """Return how many of these connections the limit on open files allows."""
+    """Return the number of connections, up to the given one, that the limit on open files allows."""
     import resource  # noqa: PLC0415 - Windows has none
 
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if files == resource.RLIM_INFINITY or connections <= files - _RESERVED_FILES:
         return connections
     affordable = max(1, files - _RESERVED_FILES)
-    _logger.warning("only %d open files are allowed: %d connections at a time, not %d", files, affordable, connections)
+    _logger.warning("the limit on open files, %d, allows only %d connections, not %d", files, affordable, connections)
     return affordable

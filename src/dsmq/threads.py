@@ -1,4 +1,4 @@
-"""Starting threads, and waiting for them in a way that Ctrl-C can interrupt."""
+"""Starts threads, and waits for them in a way that Ctrl-C can interrupt."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _POLL_SECONDS = 0.005
 
 
 class Startable(Protocol):
-    """A part with a thread of its own."""
+    """A part of the server with its own thread."""
 
     def start(self) -> None: ...
 
@@ -39,7 +39,7 @@ def join(thread: threading.Thread, deadline: float) -> None:
 
 
 def start(parts: Iterable[Startable]) -> None:
-    """Start parts with threads. Raises StartupError if the system allows no more."""
+    """Start parts that have threads. Raises StartupError if the system allows no more threads."""
     try:
         for part in parts:
             part.start()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, Wire, as_map
+from conftest import ROOT, Wire, as_map, wait_until, wire_to
 from dsmq import errors
 from dsmq.broker.commands import COMMANDS, Command
+from dsmq.errors import BadRequest, ProtocolError
+from dsmq.server import Server
 from dsmq.wire import resp
 
 PROTOCOL = (ROOT / "src/dsmq/wire/PROTOCOL.md").read_text()
@@ -91,3 +94,22 @@ def test_protocol_document_lists_every_error() -> None:
 
 def test_protocol_document_is_packaged() -> None:
     assert Path(resp.__file__).with_name("PROTOCOL.md").exists()
+
+
+def test_log_names_client_that_has_said_its_name(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "dsmq.broker")
+    with wire_to(server) as wire, wire_to(server) as nameless:
+        for client in wire, nameless:
+            assert client.call("PING") == "PONG"
+        wire.call("HELLO", "2", "SETNAME", "it's(me)")
+        assert isinstance(wire.call("HELLO", "2", "SETNAME", "n\n"), BadRequest)
+        assert isinstance(wire.call("HELLO", "2", "SETNAME", "n" * 65), BadRequest)
+        for client in wire, nameless:
+            client.send(b"*x\r\n")
+            assert isinstance(client.receive(), ProtocolError)
+            assert client.ended()
+    first, second = (record for record in caplog.records if record.event == "rejected")  # type: ignore[attr-defined]
+    assert re.match(r"""client \d+ "it's\(me\)" \(127\.0\.0\.1:\d+\): PROTOCOL """, first.getMessage())
+    assert first.fields["client_name"] == "it's(me)"  # type: ignore[attr-defined]
+    assert re.match(r"client \d+ \(127\.0\.0\.1:\d+\): PROTOCOL ", second.getMessage())
+    wait_until(lambda: re.search(r"client \d+ \"it's.*: closed: ", caplog.text) is not None)

@@ -14,7 +14,6 @@ from dsmq.errors import BadRequest, NotPermitted
 from dsmq.server import Server
 
 
-@pytest.mark.embedded("purges")
 def test_purge_returns_the_number_of_messages(wire: Wire) -> None:
     for topic in ("a/1", "a/2", "b"):
         wire.call("PUT", topic, "x")
@@ -26,7 +25,6 @@ def test_purge_returns_the_number_of_messages(wire: Wire) -> None:
     assert isinstance(wire.call("PURGE", "b"), BadRequest)
 
 
-@pytest.mark.embedded("purges")
 def test_pipelined_requests_follow_a_purge_in_order(server: Server, wire: Wire) -> None:
     with connect(port=server.port) as mq:
         mq.put_many("t", ["x"] * 5_000)
@@ -36,7 +34,6 @@ def test_pipelined_requests_follow_a_purge_in_order(server: Server, wire: Wire) 
     assert wire.receive()[0] == last  # type: ignore[index]
 
 
-@pytest.mark.embedded("purges")
 def test_readers_count_purged_messages_as_missed(server: Server) -> None:
     with connect(port=server.port) as mq, connect(port=server.port) as reader, connect(port=server.port) as several:
         mq.put("t", "1")
@@ -54,7 +51,6 @@ def test_readers_count_purged_messages_as_missed(server: Server) -> None:
             mq.purge("")
 
 
-@pytest.mark.embedded("purges")
 def test_asyncio_client_purges(server: Server) -> None:
     async def main() -> None:
         async with aio.connect(port=server.port) as mq:

@@ -93,10 +93,10 @@ def forgets_soon() -> None:
 
 def mirrors_forget_keys() -> None:
     """Mirrors store what the engine has stored twice."""
-    from dsmq.store import nats_mirror
+    from dsmq.store import nats_fold
 
     forgets_soon()
-    nats_mirror._key = lambda _: None
+    nats_fold._key = lambda _: None
 
 
 def renames_retries() -> None:
@@ -113,9 +113,9 @@ def renames_retries() -> None:
 
 def reads_stale_mirrors() -> None:
     """A read that finds nothing does not ask the engine."""
-    from dsmq.store import nats_mirror
+    from dsmq.store import nats_index
 
-    nats_mirror.ReadIndex.add = lambda _, call: call(None)  # type: ignore[method-assign]
+    nats_index.ReadIndex.add = lambda _, call: call(None)  # type: ignore[method-assign]
 
 
 def trusts_any_leader() -> None:

@@ -256,7 +256,7 @@ def test_position_file_symlink_is_preserved(topic: str, mq: DSMQClientSideConnec
 def test_invalid_position_file_is_reported(content: bytes, topic: str, tmp_path: Path) -> None:
     file = tmp_path / "position"
     file.write_bytes(content)
-    assert_one_line(result("get", topic, "--position-file", str(file)), 2, f"{file}: contains no position")
+    assert_one_line(result("get", topic, "--position-file", str(file)), 2, f"{file}: does not contain a position")
     assert file.read_bytes() == content
 
 
@@ -350,7 +350,7 @@ def test_topic_may_begin_with_dash(address: None) -> None:
 
 @pytest.mark.parametrize("words", ["a b c", "a --reconnect 1 b c", "a b -- c", "-- a b c"])
 def test_too_many_words_suggest_quoting(words: str, address: None) -> None:
-    assert_one_line(result("put", *words.split()), 2, "quote a message with blanks: dsmq put a 'b c'")
+    assert_one_line(result("put", *words.split()), 2, "quote a message with spaces: dsmq put a 'b c'")
 
 
 # Lines of stdin

@@ -198,6 +198,19 @@ def test_page_numbers_update_with_traffic(browser: Browser, server: Server, mq: 
         expect(page.locator("#topics tbody td").nth(1)).to_have_text(count)
 
 
+def test_page_shows_how_many_messages_each_topic_has_dropped(browser: Browser) -> None:
+    settings = {"http_port": 0, "max_stored_messages_per_topic": 2, "when_full": "drop_oldest"}
+    with serving(**settings) as server, connect(port=server.port) as mq, reading(browser, server) as page:
+        mq.put_many("t", ["x"] * 5)
+        mq.put("u", "x")
+        expect(page.locator("#topics tbody tr")).to_have_count(2)
+        page.get_by_role("button", name="Dropped").click()
+        assert names(page) == ["t", "u"]
+        expect(page.locator("#topics tbody td:last-child")).to_have_text(["3", "0"])
+        page.locator("#topics").get_by_role("link", name="t", exact=True).click()
+        expect(page.locator("#topic-facts")).to_contain_text("Dropped3")
+
+
 def test_page_lists_clients_and_what_they_read(browser: Browser, server: Server) -> None:
     with reading(browser, server) as page:
         expect(page.locator("#clients-card .none")).to_be_visible()

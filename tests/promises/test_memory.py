@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SOON, Daemon, Wire, daemon
+from conftest import SOON, Daemon, Wire, daemon, wait_until
 from dsmq.client import connect
 from dsmq.wire.resp import encode_request
 
@@ -34,8 +34,12 @@ def bounded() -> Iterator[Daemon]:
     options = [word for name, value in limits.items() for word in (f"--max-{name}-bytes", str(value))]
     with daemon("--max-age-seconds", "3600", *options) as process:
         yield process
-        status = Path(f"/proc/{process.process.pid}/status").read_text()
-        assert int(status.split("VmHWM:")[1].split()[0]) * 1024 < BOUND
+        assert peak_bytes(process) < BOUND
+
+
+def peak_bytes(process: Daemon) -> int:
+    status = Path(f"/proc/{process.process.pid}/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def put_something_long(process: Daemon) -> None:
@@ -150,3 +154,17 @@ def test_message_in_small_pieces_takes_no_more_than_its_length(bounded: Daemon, 
         wire.send(data[at : at + cut])
     assert wire.receive() == 1
     wire.close()
+
+
+@pytest.mark.parametrize("size", [MIB // 2, LONGEST - 1])
+def test_long_messages_take_the_memory_of_expired_short_ones(size: int) -> None:
+    stored, short = 300 * MIB, b"x" * 9_000
+    options = ("--max-stored-bytes", str(stored), "--max-age-seconds", "5", "--expiry-interval-seconds", "0.2")
+    with daemon(*options) as process, connect(port=process.port) as mq:
+        for _ in range(0, stored * 9 // 10, 100 * len(short)):
+            mq.put_many("t", [short] * 100)
+        wait_until(lambda: mq.topics() == [])
+        for _ in range(0, stored * 9 // 10, size):
+            mq.put("t", b"y" * size)
+        # The last term is for the program, and for gaps in the heap.
+        assert peak_bytes(process) < 1.3 * stored + 150 * MIB

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,7 @@ from stores import Clock, ClockedStore, a_put, expire_all, put, read
 
 from dsmq.errors import Full
 from dsmq.store.api import DROP_OLDEST, Limits, TopicRule
+from dsmq.store.schema import LONG_BYTES
 
 AGE = 1_000
 
@@ -49,6 +51,16 @@ def test_topic_drops_its_own_oldest_messages(store: ClockedStore, written: bool)
     assert store.totals().expired == 0
 
 
+def test_dropped_long_body_is_freed_at_once(store: ClockedStore) -> None:
+    body = b"x" * LONG_BYTES
+    keep(store, TopicRule(b"t", max_messages=1, when_full=DROP_OLDEST))
+    put(store, b"t", body)
+    store.flush()
+    assert sys.getrefcount(body) > 2
+    put(store, b"t", b"y")
+    assert sys.getrefcount(body) == 2
+
+
 def test_batch_larger_than_the_topic_leaves_its_newest(store: ClockedStore) -> None:
     keep(store, TopicRule(b"t", max_messages=2, when_full=DROP_OLDEST))
     assert put(store, b"t", b"1", b"2", b"3", b"4", b"5") == [1, 2, 3, 4, 5]
@@ -72,7 +84,7 @@ def test_first_matching_rule_applies(store: ClockedStore) -> None:
 def test_message_larger_than_the_topic_is_refused_and_drops_nothing(store: ClockedStore) -> None:
     keep(store, TopicRule(b"t", max_bytes=300, when_full=DROP_OLDEST))
     put(store, b"t", b"1", b"2")
-    with pytest.raises(Full, match="larger than the topic may be: max_bytes of topics t = 300"):
+    with pytest.raises(Full, match="larger than its topic may be: max_bytes of topics t = 300"):
         put(store, b"t", bytes(201))
     assert bodies(store, b"t") == [b"1", b"2"]
     put(store, b"t", bytes(200))
@@ -184,7 +196,7 @@ def test_topic_that_begins_to_drop_is_logged_once(store: ClockedStore, caplog: p
     with caplog.at_level(logging.INFO):
         put(store, b"t", b"1", b"2", b"3")
         put(store, b"t", b"4")
-    assert caplog.messages == ["topic 't' is full: it drops its oldest messages for newer ones"]
+    assert caplog.messages == ["topic 't' is full: dropping its oldest messages for newer ones"]
 
 
 def test_frames_of_a_camera_stay_within_the_limit(store: ClockedStore, clock: Clock) -> None:

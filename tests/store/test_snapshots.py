@@ -37,7 +37,7 @@ from dsmq.server import Server
 from dsmq.store import database, scan, schema, snapshot_contents, snapshot_file, snapshots
 from dsmq.store import dedup as producers
 from dsmq.store.api import ManyTopics, Put, TopicMessage
-from dsmq.store.schema import unpack
+from dsmq.store.schema import LONG_BYTES, unpack
 from dsmq.store.selection import Selection
 from dsmq.store.snapshots import Snapshotter
 from dsmq.store.sqlite import SQLiteStore
@@ -69,7 +69,8 @@ actions = st.one_of(puts, st.integers(1, 120_000), st.sampled_from(["expire", "w
 @settings(max_examples=60, deadline=None)
 @given(st.lists(actions, max_size=25), st.booleans(), puts)
 def test_restored_store_equals_saved_store(before: list[list[Put] | int | str], slowly: bool, later: list[Put]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(database, "LONG_BYTES", 10)
         store, file = ClockedStore(MAX_AGE), Path(folder) / "snapshot"
         for action in before:
             act(store, action)
@@ -93,6 +94,7 @@ def test_snapshot_is_consistent_despite_changes_between_batches(
 ) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(database, "COPY_ROWS", 1)
+        patch.setattr(database, "LONG_BYTES", 10)
         patch.setattr(snapshot_contents, "COPY_PRODUCERS", 1)
         store, file = ClockedStore(MAX_AGE), Path(folder) / "snapshot"
         for action in before:
@@ -361,12 +363,30 @@ def test_final_snapshot_works_without_vacuum_into(
 
 
 @pytest.mark.parametrize("at_once", [False, True])
-def test_snapshot_contains_no_expired_body(store: ClockedStore, file: Path, at_once: bool) -> None:
-    secret = b"secret" * 100
+def test_snapshot_contains_long_bodies(store: ClockedStore, file: Path, at_once: bool) -> None:
+    """They are in its rows, as others are, so that dsmq reads the files of earlier versions, and vice versa."""
+    held = [b"x", b"y" * LONG_BYTES, b"", b"z" * 1_000_000, b"buffered" * 20_000]
+    put(store, b"t", *held[:4])
+    store.write()
+    put(store, b"t", held[4])
+    with snapshotting(store, file) as snapshotter:
+        assert snapshotter.save(at_once=at_once)
+    with snapshot_file.opened(file) as connection:
+        rows = connection.execute("SELECT put_at, last_number, ids_and_sizes, bodies FROM chunks ORDER BY last_id")
+        assert [message[3] for row in rows for message in unpack(row)] == held
+    with restored(file) as other:
+        assert bodies(other, b"t") == held
+        assert other.connection.execute("SELECT max(length(bodies)) FROM chunks").fetchone()[0] < LONG_BYTES
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("size", [100, 20_000])
+def test_snapshot_contains_no_expired_body(store: ClockedStore, file: Path, at_once: bool, size: int) -> None:
+    secret = b"secret" * size
     put(store, b"t", *[secret] * 50)
     store.write()
     act(store, MAX_AGE // 2)
-    put(store, b"t", b"other" * 100)
+    put(store, b"t", b"other" * size)
     store.write()
     act(store, MAX_AGE // 2 + 1)
     # Deletes some of them.

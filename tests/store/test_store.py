@@ -234,14 +234,19 @@ def test_long_messages_among_short_ones_are_read_whole(store: ClockedStore, size
     assert store.latest(b"t", 0)[0].body == b"y"
 
 
-def test_long_message_is_read_as_blob(store: ClockedStore) -> None:
-    put(store, b"t", b"x" * (1 << 20))
-    store.write()
-    statements = watch(store)
-    assert len(store.read(b"t", 0, 1, 1)[0].body) == 1 << 20
-    # A value in a row is copied twice.
-    (statement,) = statements
-    assert "CASE WHEN length(bodies)" in statement
+def test_long_body_is_never_copied(store: ClockedStore, clock: Clock) -> None:
+    """Copying 8 MiB into the database's pages, or out of them, would hold the event loop for several milliseconds."""
+    body, pages = b"x" * (8 << 20), page_bytes(store)
+    put(store, b"t", b"short", body, b"y")
+    store.flush()
+    assert store.read(b"t", 1, 1, 1)[0].body is body
+    assert store.latest(b"t", 0, 3)[0].body is body
+    with store.snapshot(0, is_last=False, file=None, on_progress=bool) as batches:
+        assert [row[-1] is body for insert, rows in batches for row in rows if row[-1] == body] == [True]
+    assert page_bytes(store) == pages
+    clock.now += MAX_AGE + 1
+    expire_all(store)
+    assert sys.getrefcount(body) == 2
 
 
 def test_deleted_data_is_not_overwritten(store: ClockedStore) -> None:
@@ -256,6 +261,13 @@ def test_stats_reads_no_bodies(store: ClockedStore) -> None:
     assert [statement for statement in statements if "bodies" in statement] == []
 
 
+@pytest.fixture
+def without_long_bodies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep all bodies in SQLite, so that it has no memory for a long one."""
+    monkeypatch.setattr(database, "LONG_BYTES", sys.maxsize)
+
+
+@pytest.mark.usefixtures("without_long_bodies")
 def test_flush_without_memory_raises_and_keeps_messages(store: ClockedStore) -> None:
     put(store, b"t", b"x")
     stop_growing(store)
@@ -272,7 +284,7 @@ PLANS = {
     "OLDEST": "SEARCH chunks USING INDEX chunks_by_topic (topic=? AND rowid>?)",
     "TOPIC_EXPIRY": "SEARCH chunks USING INDEX chunks_by_topic (topic=? AND rowid<?)",
     "EXPIRY": "SEARCH chunks USING INTEGER PRIMARY KEY (rowid<?)",
-    "DELETE": "SEARCH chunks USING INTEGER PRIMARY KEY (rowid<?)",
+    "DELETE_FIRST": "SEARCH chunks USING INTEGER PRIMARY KEY (rowid<?)",
     "TOPICS": "SEARCH topics USING COVERING INDEX sqlite_autoindex_topics_1 (name>?)",
 }
 
@@ -525,6 +537,7 @@ PUTS = {
 
 
 @pytest.mark.parametrize("puts", PUTS.values(), ids=PUTS)
+@pytest.mark.usefixtures("without_long_bodies")
 def test_put_without_memory_stores_nothing(store: ClockedStore, clock: Clock, puts: list[Put]) -> None:
     put(store, b"t", b"x")
     stop_growing(store)
@@ -543,6 +556,7 @@ def test_put_without_memory_stores_nothing(store: ClockedStore, clock: Clock, pu
     assert bodies(store.read(b"t", 0, 2, 2_000_000)) == [b"x", BIG]
 
 
+@pytest.mark.usefixtures("without_long_bodies")
 def test_put_fails_fast_while_out_of_memory(store: ClockedStore, clock: Clock) -> None:
     put(store, b"t", BIG)
     stop_growing(store)
@@ -560,6 +574,7 @@ def test_put_fails_fast_while_out_of_memory(store: ClockedStore, clock: Clock) -
     assert [store.full(), store.full()] == [{"memory"}, set()]
 
 
+@pytest.mark.usefixtures("without_long_bodies")
 def test_retried_put_is_recognized_while_out_of_memory(store: ClockedStore) -> None:
     keyed = a_put(b"t", BIG, (b"me", 1))
     assert store.append([keyed]) == [1]
@@ -569,6 +584,7 @@ def test_retried_put_is_recognized_while_out_of_memory(store: ClockedStore) -> N
     assert store.append([keyed, keyed]) == [1, 1]
 
 
+@pytest.mark.usefixtures("without_long_bodies")
 def test_unwritten_messages_expire_while_out_of_memory(store: ClockedStore, clock: Clock) -> None:
     put(store, b"t", BIG)
     stop_growing(store)
@@ -594,6 +610,7 @@ def test_out_of_memory_raises_full(store: ClockedStore, clock: Clock) -> None:
     assert put(store, b"new", b"y") == [2]
 
 
+@pytest.mark.usefixtures("without_long_bodies")
 def test_expiry_frees_memory(store: ClockedStore, clock: Clock) -> None:
     put(store, b"t", BIG)
     put(store, b"t", BIG)
@@ -870,6 +887,40 @@ def test_database_stays_below_limit_on_bytes(clock: Clock, size: int, topics: in
         with pytest.raises(Full):
             fill(store, clock, size, topics)
         assert page_bytes(store) < 1.2 * limit + FREE_PAGE_BYTES + MAX_BUFFERED_BYTES
+
+
+def test_expired_pages_are_given_back_in_slices_but_for_a_few(store: ClockedStore, clock: Clock) -> None:
+    """Otherwise, long bodies would take memory in addition to them."""
+
+    def pages() -> int:
+        return int(store.connection.execute("PRAGMA page_count").fetchone()[0])
+
+    for _ in range(4000):
+        clock.now += 1
+        put(store, b"t", b"x" * 3000)
+        store.flush()
+    for _ in range(2):
+        clock.now += MAX_AGE // 2
+        before = pages()
+        while store.expire():
+            assert before - pages() in range(database.VACUUM_PAGES + 1)
+            before = pages()
+        used = page_bytes(store) // database.PAGE_BYTES
+        assert pages() <= used + database.FREE_PAGES + used // (database.FREE_PAGES_PART - 1)
+    assert pages() < 2 * database.FREE_PAGES
+
+
+def test_long_bodies_count_once_towards_limit_on_bytes(clock: Clock) -> None:
+    with closing(ClockedStore(MAX_AGE, clock, Limits(max_stored_bytes=10 * (len(BIG) + 100) + 501))) as store:
+        for _ in range(2):
+            for _ in range(10):
+                put(store, b"t", BIG)
+                store.flush()
+            with pytest.raises(Full):
+                put(store, b"t", BIG)
+            clock.now += MAX_AGE + 1
+            expire_all(store)
+            assert store.totals().accounted_bytes == 0
 
 
 def test_messages_that_leave_pages_half_empty_count_as_stored_until_expired(store: ClockedStore, clock: Clock) -> None:

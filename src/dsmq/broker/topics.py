@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsmq.broker.arguments import check_topic, parse_number, parse_options, parse_topic
 from dsmq.broker.reads import PendingRead
-from dsmq.store.api import Message, Store
+from dsmq.store.api import Answer, Message, Store
 from dsmq.store.selection import Selection
 from dsmq.wire.limits import MAX_INTEGER, MAX_NAMES_BYTES
 from dsmq.wire.resp import Encoded, encode_array, encode_bulk, encode_integer, encode_value
@@ -45,10 +45,10 @@ def parse_stats(client: Connection, request: list[bytes]) -> tuple[bytes, int]:
 class PendingPurge(PendingRead):
     """A purge, which goes on in slices, as a read of several topics does."""
 
-    slices: Iterator[int] = field(default_factory=lambda: iter(()))
+    slices: Iterator[Answer[int]] = field(default_factory=lambda: iter(()))
     purged: int = 0
 
-    def fetch(self, _store: Store) -> int | None:
+    def fetch(self, _store: Store) -> Answer[int] | None:
         return next(self.slices, None)
 
     def take(self, found: Any) -> list[Message] | None:

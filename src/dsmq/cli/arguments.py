@@ -1,4 +1,4 @@
-"""Types of arguments. Each raises ArgumentTypeError."""
+"""Types of arguments. Invalid ones raise ArgumentTypeError."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def host(text: str) -> str:
             raise ValueError
         parse_endpoint(text)
     except ValueError:
-        about = f"{quoted(text)} is not an address or a name (without a port), or unix:/path"
+        about = f"{quoted(text)} is not an address, a host name (without a port), or unix:/path"
         raise argparse.ArgumentTypeError(about) from None
     return text
 
 
 def addresses(text: str) -> list[tuple[str, int]]:
-    """Parse hosts separated by commas, each perhaps with a port; the port is 0 if it is missing."""
+    """Parse hosts separated by commas, each with an optional port (0 if missing)."""
     names = [text] if text.startswith(UNIX) else text.split(",")
     return [(host(name), port(digits) if digits else 0) for name, digits in map(split_port, names)]
 
@@ -72,7 +72,7 @@ def port(text: str) -> int:
 
 
 def duration(text: str) -> float:
-    """Parse a time such as 5m; without a unit, it is in seconds."""
+    """Parse a duration such as 5m; the default unit is seconds."""
     if (found := re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd]?)", text)) is None:
         raise argparse.ArgumentTypeError(f"{quoted(text)} is not a time such as 30s, 5m or 2h")
     return float(found[1]) * _UNITS[found[2]]

@@ -19,7 +19,7 @@ Connect: TypeAlias = "Callable[[argparse.Namespace], DSMQClientSideConnection]"
 
 
 def print_script(shell: str) -> None:
-    """Print what a shell has to run. Raises ConfigError without argcomplete."""
+    """Print the script for a shell to run. Raises ConfigError if argcomplete is missing."""
     try:
         from argcomplete.shell_integration import shellcode  # noqa: PLC0415 - optional
     except ImportError:
@@ -35,7 +35,7 @@ def complete(connect: Connect) -> None:
 
 
 def _topics(connect: Connect, prefix: str, parsed_args: argparse.Namespace, **_: object) -> Iterable[str]:
-    """Return the topics that the server holds and a terminal can show; none if it can't be reached."""
+    """Return the server's topics that a terminal can display; empty if the server can't be reached."""
     parsed_args.timeout = 1.0
     try:
         with connect(parsed_args) as mq:

@@ -1,4 +1,4 @@
-"""Files that commands replace atomically; one may hold the position from which the next run continues."""
+"""Replaces files atomically; `PositionFile` keeps the position from which the next run continues."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MAX_BYTES = 1024
 
 
 def replace_file(path: str, data: bytes) -> None:
-    """Write a file, or replace it, so that no one ever sees a part of it. Raises OSError, or ConfigError."""
+    """Create or replace a file atomically. Raises OSError or ConfigError."""
     # If it is a symbolic link, replace the target, not the link.
     target = Path(os.path.realpath(path))
     _check_regular(target)
@@ -62,7 +62,7 @@ class PositionFile:
         except OSError as error:
             raise ConfigError(f"{self._path}: {error.strerror}") from None
         except (ValueError, argparse.ArgumentTypeError):
-            raise ConfigError(f"{self._path}: contains no position") from None
+            raise ConfigError(f"{self._path}: does not contain a position") from None
 
     def save(self, position: str) -> None:
         """Replace the position. Raises OSError."""

@@ -1,4 +1,4 @@
-"""How `dsmq get` prints messages: by a format, in which letters after % stand for parts of a message."""
+"""Formats for `dsmq get`, in which %t, %p and others stand for parts of a message."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from dsmq.client.message import Message
 from dsmq.terminal import printable, quoted
 
 HELP = (
-    "print each message by FORMAT: %%t topic, %%i id, %%n number, %%s put time in seconds since 1970, %%d the same as "
-    "date and time, %%l length in bytes, %%p message, %%x message in hex, %%%% a percent sign; \\t tab, \\n new line, "
-    "\\0 NUL"
+    "print each message as FORMAT: %%t topic, %%i id, %%n number, %%s put time in seconds since 1970, %%d the same "
+    "as date and time, %%l length in bytes, %%p message, %%x message in hex, %%%% a percent sign; \\t tab, \\n new "
+    "line, \\0 NUL"
 )
 
 
@@ -47,8 +47,8 @@ def parse_format(text: str) -> Format:
     for literal, sign, letter in re.findall(r"([^%\\]+)|([%\\])(.?)", text, re.DOTALL):
         known: dict[str, str] | dict[str, Callable[[Message], str | bytes]] = _LETTERS if sign == "%" else _ESCAPES
         if sign and letter not in known:
-            about = f"{quoted(text)} has {sign}{printable(letter)}, which stands for nothing"
-            raise argparse.ArgumentTypeError(f"{about}; known are {' '.join(sign + each for each in known)}")
+            about = f"{quoted(text)} has an unknown sequence {sign}{printable(letter)}"
+            raise argparse.ArgumentTypeError(f"{about}; use {' '.join(sign + each for each in known)}")
         found.append(known[letter] if sign else literal)
     return found
 

@@ -33,7 +33,7 @@ def get(options: argparse.Namespace, connect: Callable[[], DSMQClientSideConnect
     left, found = _count(options), False
     with connect() as mq:
         _seek(mq, options)
-        # A position found by going back is known once messages are read.
+        # With --last or --since, the position is known only after the first read.
         if file and options.last is None and options.since is None:
             file.save(mq.position(options.topics))
         while left > 0:
@@ -61,7 +61,7 @@ def get(options: argparse.Namespace, connect: Callable[[], DSMQClientSideConnect
 
 
 def _count(options: argparse.Namespace) -> float:
-    """Return how many messages to print at most."""
+    """Return the max number of messages to print."""
     if options.n is not None:
         return float(options.n)
     if options.output is not None:
@@ -74,7 +74,7 @@ def _count(options: argparse.Namespace) -> float:
 
 
 def _is_enough(options: argparse.Namespace, messages: list[Message], began: float) -> bool:
-    """Return whether the messages that were there at the start have been printed, and no others are wanted."""
+    """Return whether all messages stored at the start have been printed, and later ones are not requested."""
     if options.follow or options.n is not None:
         return False
     return options.latest or (options.since is not None and options.wait is None and messages[-1].put_at > began)
@@ -103,7 +103,7 @@ def _seek(mq: DSMQClientSideConnection, options: argparse.Namespace) -> None:
 def _read(
     mq: DSMQClientSideConnection, options: argparse.Namespace, n: int, timeout: float, *, latest: bool
 ) -> list[Message]:
-    """Return up to `n` messages, printed if they are to be in JSON; with `latest`, the newest of each topic."""
+    """Return up to `n` messages, or with `latest`, the newest of each topic. With --json, print them, too."""
     # JSON needs the position after each message, so these are read one at a time.
     messages = mq.read(options.topics, latest=True)[-n:] if latest else []
     messages = messages or mq.read(options.topics, 1 if options.json else n, timeout=timeout)

@@ -24,7 +24,7 @@ from dsmq.tokens import check_token
 from dsmq.wire.addresses import parse_endpoint
 
 Connect: TypeAlias = Callable[[], DSMQClientSideConnection]
-"""Connects to the server that the options of the command name."""
+"""Connects to the server given by the command's options."""
 
 
 def connect_to(options: argparse.Namespace) -> DSMQClientSideConnection:
@@ -60,7 +60,7 @@ def connect_to(options: argparse.Namespace) -> DSMQClientSideConnection:
 
 
 def _servers() -> list[tuple[str, int]]:
-    """Return the servers that DSMQ_SERVER names."""
+    """Return the servers listed in DSMQ_SERVER."""
     try:
         return arguments.addresses(os.environ["DSMQ_SERVER"]) if os.environ.get("DSMQ_SERVER") else []
     except argparse.ArgumentTypeError as error:
@@ -95,7 +95,7 @@ def _cli_hint(text: str) -> str:
 
 
 class _ServerSettings:
-    """The settings of a server, as far as clients need them. Raises ConfigError."""
+    """The server settings that clients need. Raises ConfigError."""
 
     def __init__(self, *, use_file: bool) -> None:
         self._values, self.sources = environment.read(None if use_file else "")

@@ -1,4 +1,4 @@
-"""The parser of the command line. Options may appear anywhere, messages may begin with a dash, errors fit on a line."""
+"""Parses the command line. Options may appear anywhere, messages may begin with a dash, and errors fit on one line."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from dsmq.terminal import printable, quoted
 
 _PUT = "Put a message into a topic; without MESSAGE, or with -, put each line of stdin."
 _GET = (
-    "Print messages of topics, one per line. In a TOPIC, * stands for any characters, also none. On a terminal, "
-    "control characters are shown as escapes."
+    "Print messages of topics, one per line. In a TOPIC, * matches any characters, including none. On a terminal, "
+    "control characters are escaped."
 )
-# Description and arguments of each command. The last one may be repeated if ... follows.
+# The description and arguments of each command. The last argument may be repeated if ... follows it.
 COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("Run the server, until SIGTERM, Ctrl-C or a client's SHUTDOWN.", ""),
     "config": ("Print the effective configuration as TOML, secrets masked.", ""),
     "put": (_PUT, "TOPIC [MESSAGE] "),
     "get": (_GET, "TOPIC ... "),
     "topics": ("List topics with stored messages: message count, bytes, topic.", ""),
-    "watch": ("Show topics and rates, until q or Ctrl-C; if the output is not a terminal, once.", ""),
-    "stats": ("Print figures about a topic, or about the server.", "[TOPIC] "),
+    "watch": ("Show topics and rates until q or Ctrl-C; once, if the output is not a terminal.", ""),
+    "stats": ("Print statistics of a topic, or of the server.", "[TOPIC] "),
     "ping": ("Check that the server answers; for scripts and health checks.", ""),
     "bench": ("Measure how long typical operations take on a running server.", ""),
-    "purge": ("Expire all messages of TOPIC at once. In it, * stands for any characters, also none.", "TOPIC "),
+    "purge": ("Expire all messages of TOPIC, in which * matches any characters, including none.", "TOPIC "),
     "stop": ("Stop the server gracefully.", ""),
-    "completion": ("Print what completes commands, options and topics in SHELL: bash, zsh or fish.", "SHELL "),
+    "completion": ("Print a script that completes commands, options and topics in SHELL: bash, zsh or fish.", "SHELL "),
     "demo": ("Run a server, a writer and two readers for a few seconds.", ""),
 }
 
 
 SHELLS = ("bash", "zsh", "fish")
-# Commands that take no pattern.
+# Commands that don't accept patterns.
 ONE_TOPIC = ("put", "stats")
 _EXAMPLES = """examples:
   dsmq serve                             run a server
@@ -78,7 +78,7 @@ def _add_options(command: str, parser: Parser) -> None:
         )
         add("--cluster", action="store_true", help=about)
     if command in ("serve", "config"):
-        # Only here, because loading the settings takes longer than running a client command.
+        # Imported only here, because loading the settings takes longer than running a client command.
         from dsmq.settings import add_options  # noqa: PLC0415
 
         add_options(parser)
@@ -88,7 +88,7 @@ def _add_options(command: str, parser: Parser) -> None:
 
 def _add_put_options(parser: Parser) -> None:
     add = parser.add_argument
-    about = "put the whole FILE as one message; -: what stdin holds, up to its end"
+    about = "put FILE as one message; -: all of stdin"
     add("--file", type=file, metavar="FILE", help=about)
     add("--print-id", action="store_true", help="print the id of each message")
 
@@ -107,22 +107,22 @@ def _add_get_options(parser: Parser) -> None:
     )
     add("--follow", action="store_true", help="keep printing messages as they arrive")
     add = parser.add_mutually_exclusive_group().add_argument
-    about = "start after this id or position; 0: at the oldest stored message. Default: messages put from now on"
+    about = "start after this id or position; 0: at the oldest stored message. Default: after the newest"
     add("--after", type=position, metavar="POSITION", help=about)
     add("--last", type=count, metavar="N", help="start with the last N messages")
-    about = "start with the messages put within a time, such as 30s, 5m or 2h"
+    about = "start with the messages put in the last TIME, such as 30s, 5m or 2h"
     add("--since", type=duration, metavar="TIME", help=about)
     add = parser.add_mutually_exclusive_group().add_argument
     add("-v", "--verbose", action="store_true", help="print the topic before each message")
     add("--format", type=formats.parse_format, metavar="FORMAT", help=formats.HELP)
     about = "print JSON lines with topic, id, number, put_at, position and message"
     add("--json", action="store_true", help=about)
-    about = "write one message to FILE as it is, replacing FILE in one step; -: to stdout"
+    about = "write one message to FILE, unchanged, replacing FILE atomically; -: to stdout"
     add("--output", type=file, metavar="FILE", help=about)
     add = parser.add_argument
     about = (
-        "start after the position in FILE, if it exists, and keep it up to date. No message is skipped; the last ones "
-        "may be printed again if the command is killed"
+        "start after the position in FILE, if it exists, and keep it up to date. No message is skipped, but the last "
+        "ones may be printed again if the command is killed"
     )
     add("--position-file", type=file, metavar="FILE", help=about)
 
@@ -130,10 +130,10 @@ def _add_get_options(parser: Parser) -> None:
 def _add_server_options(parser: Parser) -> None:
     about = (
         "Defaults: the server settings in DSMQ_HOST, DSMQ_PORT, DSMQ_AUTH_TOKEN or DSMQ_AUTH_TOKEN_FILE, and "
-        "DSMQ_TLS_CERT_FILE; without --host, also those in the TOML file that DSMQ_CONFIG names."
+        "DSMQ_TLS_CERT_FILE; without --host, also those in the TOML file given by DSMQ_CONFIG."
     )
     add = parser.add_argument_group("server", about).add_argument
-    hosts = "address or name, also with :PORT, or unix:/path; several separated by commas; default: 127.0.0.1"
+    hosts = "address or name, with optional :PORT, or unix:/path; several are separated by commas; default: 127.0.0.1"
     add("-H", "--host", type=addresses, help=hosts)
     add("-p", "--port", type=port, help="default: 30008")
     add("--token-file", type=file, metavar="FILE", help="authenticate with the first token in FILE")
@@ -157,7 +157,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, epilog=_EPILOG, **options)
 
     def _parse_optional(self, arg_string: str) -> Any:
-        """Keep argparse from reading -hello as -h: after a single dash comes a known option or a message."""
+        """Keep argparse from reading -hello as -h: a word with a single dash is either a known option or a message."""
         option = self._option_string_actions.get(arg_string[:2])
         has_value = option and option.nargs != 0 and not self.takes_message
         is_known = arg_string in self._option_string_actions or has_value
@@ -200,7 +200,7 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 
 def _refuse(word: str, command: str) -> NoReturn:
-    """Print the help or the version, or report that this is not a command; `command` is the first one after it."""
+    """Print the help or the version, or report that this is not a command; `command` is the first command after it."""
     parser = Parser(prog="dsmq", usage="dsmq COMMAND [OPTION ...]", description="The dead simple message queue.")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = f"{_EXAMPLES}\n{_EPILOG}"
@@ -219,7 +219,7 @@ def _refuse(word: str, command: str) -> NoReturn:
 
 
 def all_commands(topics: Callable[..., Iterable[str]]) -> argparse.ArgumentParser:
-    """Return a parser of all commands, which completes topics by a function."""
+    """Return a parser of all commands that completes topics with the given function."""
     parser = Parser(prog="dsmq")
     commands = parser.add_subparsers(dest="command")
     for name, (_, arguments) in COMMANDS.items():
@@ -242,7 +242,7 @@ def _place(parser: Parser, options: argparse.Namespace, arguments: str, words: l
             parser.error(f"unknown argument {quoted(words[len(takes)])}; after --, there are no options")
         first, rest = words[: len(takes) - 1], words[len(takes) - 1 :]
         quotes = shlex.join([*first, " ".join(rest)])
-        parser.error(f"too many arguments; quote a {takes[-1]} with blanks: {parser.prog} {quotes}")
+        parser.error(f"too many arguments; quote a {takes[-1]} with spaces: {parser.prog} {quotes}")
     for name, word in zip(takes, words, strict=False):
         setattr(options, name, word)
     options.topics = words if "topic" in takes and "..." in arguments else words[: "topic" in takes]
@@ -256,10 +256,10 @@ def _place(parser: Parser, options: argparse.Namespace, arguments: str, words: l
 def _check(parser: Parser, options: argparse.Namespace) -> None:
     """Reject options that contradict each other."""
     if options.command in ONE_TOPIC and any("*" in name for name in options.topics):
-        parser.error(f"{quoted(options.topic)} is a pattern, as it contains *; {parser.prog} takes one topic")
+        parser.error(f"{quoted(options.topic)} is a pattern, because it contains *; {parser.prog} takes one topic")
     if options.command == "completion" and options.shell not in SHELLS:
-        parser.error(f"the shells are {', '.join(SHELLS)}, not {quoted(options.shell)}")
+        parser.error(f"SHELL should be one of {', '.join(SHELLS)}, not {quoted(options.shell)}")
     if options.command == "put" and options.file is not None and options.message is not None:
-        parser.error("put either MESSAGE or --file FILE")
+        parser.error("MESSAGE and --file are mutually exclusive")
     if options.command == "get" and options.output is not None and (options.follow or (options.n or 1) > 1):
-        parser.error("--output takes one message, without --follow or -n")
+        parser.error("--output writes one message; omit --follow and -n")

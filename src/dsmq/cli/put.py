@@ -48,7 +48,7 @@ def _print_ids(ids: list[int], options: argparse.Namespace) -> None:
 
 
 class _Progress:
-    """Reports on the terminal how much was put, unless something else is typed or printed there."""
+    """Shows progress on the terminal, unless it is used for input or output."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         is_printing = options.print_id and sys.stdout.isatty()
@@ -69,7 +69,7 @@ class _Progress:
 
 
 def _put_lines(mq: DSMQClientSideConnection, topic: str, progress: _Progress) -> Iterator[list[int]]:
-    """Put each line of stdin; yield the ids of those that have arrived together."""
+    """Put each line of stdin; yield ids in batches, as lines arrive."""
     stored = 0
     try:
         for lines in _lines(sys.stdin.buffer, max(mq.max_message_bytes, _MAX_BYTES)):

@@ -1,4 +1,4 @@
-"""`dsmq watch`: what a server does, again and again, as `top` does for processes."""
+"""`dsmq watch`: a display of a server's activity, refreshed like that of `top`."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from dsmq.terminal import printable
 if TYPE_CHECKING:
     from dsmq.client import DSMQClientSideConnection
 
-# The rates of more topics than this, those with the most messages, are not measured.
+# Max topics whose rates are measured: those with the most messages.
 _MAX_TOPICS = 200
 
 
 class Sample(NamedTuple):
-    """The figures of an instant."""
+    """A server's figures at one moment."""
 
     at: float
     server: dict[str, Any]
     topics: list[tuple[str, int, int]]
-    """Name, messages and bytes, the largest first."""
+    """Name, messages and bytes, largest first."""
     numbers: dict[str, int]
-    """How many messages were put into these topics so far."""
+    """The number of messages put into each topic so far."""
 
 
 def watch(options: argparse.Namespace, connect: Callable[[], DSMQClientSideConnection]) -> None:
@@ -37,7 +37,7 @@ def watch(options: argparse.Namespace, connect: Callable[[], DSMQClientSideConne
         if _has_screen():
             import curses  # noqa: PLC0415 - some systems lack it
 
-            # Otherwise, the terminal would be left as it is on the screen.
+            # Otherwise, curses would not restore the terminal.
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
             curses.wrapper(_show, mq, where, options.interval)
             return
@@ -62,11 +62,11 @@ def _has_screen() -> bool:
 
 
 def _show(screen: Any, mq: DSMQClientSideConnection, where: str, interval: float) -> None:
-    """Draw until q is pressed; also when the size of the terminal changes."""
+    """Redraw at the interval, and when the terminal is resized, until q is pressed."""
     import curses  # noqa: PLC0415 - some systems lack it
 
     with suppress(curses.error):
-        # Keep the terminal's own.
+        # Keep the terminal's own colours.
         curses.use_default_colors()
     screen.timeout(round(interval * 1000))
     before = sample = _sample(mq)
@@ -75,7 +75,7 @@ def _show(screen: Any, mq: DSMQClientSideConnection, where: str, interval: float
         rows, _ = screen.getmaxyx()
         screen.erase()
         for row, line in enumerate(lines(where, before, sample)[:rows]):
-            # The end of a line that is too long is not shown.
+            # Cuts off a line that is too long.
             screen.insstr(row, 0, line.encode(screen.encoding, "backslashreplace").decode(screen.encoding))
         screen.refresh()
         key = screen.getch()
@@ -90,7 +90,7 @@ def _sample(mq: DSMQClientSideConnection) -> Sample:
 
 
 def lines(where: str, before: Sample, sample: Sample) -> list[str]:
-    """Return the lines to show."""
+    """Return the lines to display."""
     seconds, server = max(sample.at - before.at, 1e-3), sample.server
 
     def rate(name: str) -> float:

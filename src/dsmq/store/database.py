@@ -12,17 +12,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
+from urllib.parse import quote
 
 from dsmq.errors import Full, ReplyError, StartupError, StoreFailed
 from dsmq.store.api import Timing
 from dsmq.store.schema import (
     BLOCK_IDS,
-    DROP_SNAPSHOT_SCHEMA,
     INDEX,
     INSERT_ROW,
     INSERT_TOPIC,
     LONG_BYTES,
     SCHEMA,
+    UPDATE_BODIES,
     Batch,
     Columns,
     ExpiredRow,
@@ -31,18 +32,20 @@ from dsmq.store.schema import (
     unpack,
 )
 
-# How long a slice of expiry or of a purge may take before its last step, in seconds.
+# How long a slice of expiry or of a purge may take before its last step.
 SLICE_SECONDS = 0.0004
-# Max rows and bytes deleted while the lock is held: less than 0.1 ms of work.
+# Max rows and bytes deleted while holding the lock: less than 0.1 ms of work.
 EXPIRY_ROWS, EXPIRY_BYTES = 100, 131_072
-# Max topics, rows and bytes copied for a snapshot while the lock is held.
+# Max topics, rows and bytes copied for a snapshot while holding the lock.
 COPY_TOPICS, COPY_ROWS, COPY_BYTES = 500, 64, 16_384
 PAGE_BYTES = 4096
+# If more pages than this, and more than this part (1/16) of all, are free, expiry releases their memory for long
+# bodies: so many at a time while holding the lock, more than are freed meanwhile. That takes 0.4 ms.
+FREE_PAGES, FREE_PAGES_PART, VACUUM_PAGES = 256, 16, 80
 # Instructions of SQLite's virtual machine between two reports of progress.
 PROGRESS_INSTRUCTIONS = 1000
 
-# Long bodies are left out, because they are read as blobs.
-_COLUMNS = f"put_at, last_number, ids_and_sizes, CASE WHEN length(bodies) < {LONG_BYTES} THEN bodies END"
+_COLUMNS = "put_at, last_number, ids_and_sizes, bodies"
 READ = f"SELECT {_COLUMNS} FROM chunks WHERE topic = ? AND last_id > ? AND put_at >= ? ORDER BY last_id"  # noqa: S608
 LATEST = f"SELECT {_COLUMNS} FROM chunks WHERE topic = ? ORDER BY last_id DESC"  # noqa: S608
 _HEADERS = "SELECT last_id, topic, put_at, last_number, ids_and_sizes FROM chunks"
@@ -51,21 +54,25 @@ TOPIC_HEADERS = f"{_HEADERS} WHERE last_id > ? AND put_at >= ? AND topic = ? ORD
 HEADERS_BACK = f"{_HEADERS} WHERE last_id <= ? AND put_at >= ? ORDER BY last_id DESC"
 TOPIC_HEADERS_BACK = f"{_HEADERS} WHERE last_id <= ? AND put_at >= ? AND topic = ? ORDER BY last_id DESC"
 PUT_TIMES = "SELECT last_id, put_at FROM chunks WHERE last_id >= ? ORDER BY last_id"
-BODIES = f"SELECT {_COLUMNS}, last_id FROM chunks WHERE last_id BETWEEN ? AND ?"  # noqa: S608
+BODIES = "SELECT last_id, bodies FROM chunks WHERE last_id BETWEEN ? AND ?"
 OLDEST = "SELECT put_at, ids_and_sizes FROM chunks WHERE topic = ? AND last_id > ? ORDER BY last_id LIMIT 1"
 # An id and a size take 16 bytes.
 _SIZES = "SELECT last_id, topic, put_at, last_number, length(ids_and_sizes) / 16, length(bodies) FROM chunks"
 EXPIRY = f"{_SIZES} WHERE last_id <= ? ORDER BY last_id LIMIT ?"
 TOPIC_EXPIRY = f"{_SIZES} WHERE last_id <= ? AND topic = ? ORDER BY last_id LIMIT ?"
-DELETE = "DELETE FROM chunks WHERE last_id <= ?"
+DELETE_FIRST = "DELETE FROM chunks WHERE last_id <= ?"
 TOPICS = "SELECT name FROM topics WHERE name > ? ORDER BY name LIMIT ?"
 COPY = {
     INSERT_TOPIC: "SELECT id, name FROM topics WHERE id > ? AND id <= ? ORDER BY id LIMIT ?",
     INSERT_ROW: """SELECT last_id, topic, put_at, last_number, ids_and_sizes, bodies
     FROM chunks WHERE last_id > ? AND last_id <= ? ORDER BY last_id LIMIT ?""",
 }
+LOAD = """INSERT INTO chunks SELECT last_id, topic, put_at, last_number, ids_and_sizes,
+    CASE WHEN length(bodies) < ? THEN bodies ELSE x'' END FROM snapshot.chunks ORDER BY last_id"""
+LOAD_LONG = "SELECT last_id, bodies FROM snapshot.chunks WHERE length(bodies) >= ? ORDER BY last_id"
+# Without the index, rows are read in the order in which they are in the file.
 _HELD = """SELECT id, name, max(last_number), max(last_id), sum(length(ids_and_sizes)) / 16, sum(length(bodies))
-    FROM chunks JOIN topics ON id = topic GROUP BY topic"""
+    FROM chunks NOT INDEXED JOIN topics ON id = topic GROUP BY topic"""
 
 Header: TypeAlias = tuple[int, int, int, int, bytes]
 """A row without its bodies: last id, topic id, put time, last number, ids and sizes."""
@@ -74,17 +81,24 @@ Header: TypeAlias = tuple[int, int, int, int, bytes]
 class Database:
     """Its methods require the lock, which `with` takes.
 
-    `with` raises StoreFailed if the database is closed, and turns errors of SQLite into StoreFailed, or Full if there
-    is no more memory.
+    `with` raises StoreFailed if the database is closed, and converts SQLite's errors to StoreFailed, or Full if memory
+    is exhausted.
     """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.closed = False
         self.restored_id = 0
-        """The last id that came from a snapshot."""
+        """The last id restored from a snapshot."""
         self.deletable_id = sys.maxsize
-        """While a snapshot is written, rows after this id must not be deleted: they are not copied yet."""
+        """While a snapshot is written, rows above this id must not be deleted: they are not copied yet."""
+        self.long_bytes = 0
+        """The total size of long bodies."""
+        self.deleted_bodies: list[bytes] = []
+        """Long bodies of deleted rows."""
+        # By the last id of the row.
+        self._long_bodies: dict[int, bytes] = {}
+        self._is_shrinking = False
         self.timings = {"write": Timing(), "read": Timing(), "expire": Timing()}
         self.connection = _open_in_memory()
         try:
@@ -109,6 +123,7 @@ class Database:
         with self.lock:
             self.closed = True
             self.connection.close()
+            self._long_bodies.clear()
 
     @property
     def is_being_copied(self) -> bool:
@@ -133,22 +148,39 @@ class Database:
     # Writing
 
     def insert(self, topics: list[tuple[int, bytes]], rows: list[Row]) -> None:
+        long_bodies = {row[0]: row[5] for row in rows if len(row[5]) >= LONG_BYTES}
         with self.transaction("write"):
             if topics:
                 self.connection.executemany(INSERT_TOPIC, topics)
+            if long_bodies:
+                rows = [(*row[:5], b"") if row[0] in long_bodies else row for row in rows]
             self.connection.executemany(INSERT_ROW, rows)
+            self._add_long_bodies(long_bodies)
 
-    def delete(self, last_id: int, empty_topics: list[int]) -> None:
-        """Delete rows up to an id, and topics without messages."""
+    def delete(self, rows: list[int], empty_topics: list[int], *, are_first: bool = False) -> None:
+        """Delete rows by their last ids, which may be the first ones of all, and topics without messages."""
         with self.transaction("expire"):
-            self.connection.execute(DELETE, (last_id,))
+            if are_first and rows:
+                self.connection.execute(DELETE_FIRST, (rows[-1],))
+            else:
+                self.connection.executemany("DELETE FROM chunks WHERE last_id = ?", [(row,) for row in rows])
             self.connection.executemany("DELETE FROM topics WHERE id = ?", [(topic,) for topic in empty_topics])
+        bodies = [self._long_bodies.pop(row) for row in rows if row in self._long_bodies]
+        self.long_bytes -= sum(map(len, bodies))
+        self.deleted_bodies += bodies
 
-    def delete_rows(self, rows: list[int], empty_topics: list[int]) -> None:
-        """Delete rows by their last ids, and topics without messages."""
-        with self.transaction("expire"):
-            self.connection.executemany("DELETE FROM chunks WHERE last_id = ?", [(row,) for row in rows])
-            self.connection.executemany("DELETE FROM topics WHERE id = ?", [(topic,) for topic in empty_topics])
+    def shrink(self) -> bool:
+        """Give free pages back if there are many; return whether more should be."""
+        pages, free = self._count_pages()
+        self._is_shrinking = free > (0 if self._is_shrinking else max(FREE_PAGES, pages // FREE_PAGES_PART))
+        if self._is_shrinking:
+            # `execute` would end after the first page.
+            self.connection.executescript(f"PRAGMA incremental_vacuum({VACUUM_PAGES})")
+        return self._is_shrinking
+
+    def _add_long_bodies(self, bodies: dict[int, bytes]) -> None:
+        self._long_bodies |= bodies
+        self.long_bytes += sum(map(len, bodies.values()))
 
     def renumber(self, shifts: list[tuple[int, int]]) -> None:
         """Add to the numbers of all messages of topics."""
@@ -160,21 +192,20 @@ class Database:
     def read(self, topic: int, after: int, since: int) -> Iterator[StoredMessage]:
         """Iterate over the messages with ids above `after`, put at or after `since`."""
         for row in self.connection.execute(READ, (topic, after, since)):
-            yield from unpack(row if row[3] is not None else self._with_long_bodies(row), after)
+            yield from self._unpack(row, after)
 
     def newest_below(self, topic: int, after: int, below: int) -> StoredMessage | None:
         """Return the newest message with an id above `after` and below `below`."""
         # Usually reads only one row; more if the last ones start at or above `below`.
         for row in self.connection.execute(LATEST, (topic,)):
-            columns = row if row[3] is not None else self._with_long_bodies(row)
-            if found := [message for message in unpack(columns, after) if message[0] < below]:
+            if found := [message for message in self._unpack(row, after) if message[0] < below]:
                 return found[-1]
         return None
 
-    def _with_long_bodies(self, row: Columns) -> Columns:
-        last_id = array("q", row[2])[-2]
-        with self.connection.blobopen("chunks", "bodies", last_id, readonly=True) as blob:
-            return (*row[:3], blob.read())
+    def _unpack(self, row: Columns, after: int) -> Iterator[StoredMessage]:
+        if not row[3]:
+            row = (*row[:3], self._long_bodies.get(array("q", row[2])[-2], b""))
+        return unpack(row, after)
 
     def headers(self, after: int, since: int, topic: int | None = None) -> Iterator[Header]:
         """Iterate over the rows, of one topic or all, with last ids above `after`, put at or after `since`."""
@@ -196,16 +227,14 @@ class Database:
         return self.connection.execute(HEADERS_BACK, (end, since))
 
     def block(self, last_id: int, put_at: int) -> tuple[int, int]:
-        """Return what is the same only for rows that may be mixed."""
-        # In snapshots of earlier versions, all rows of the same millisecond may be.
+        """Return a key that is equal for rows whose ids may be interleaved."""
+        # In snapshots of earlier versions, those are all rows of the same millisecond.
         return put_at, last_id // BLOCK_IDS if last_id > self.restored_id else 0
 
     def bodies(self, first: int, last: int) -> dict[int, bytes]:
-        """Return the bodies of the rows with last ids from `first` to `last`, by these."""
-        return {
-            row[4]: row[3] if row[3] is not None else self._with_long_bodies(row[:4])[3]
-            for row in self.connection.execute(BODIES, (first, last))
-        }
+        """Return the bodies of the rows with last ids from `first` to `last`, by last id."""
+        rows = self.connection.execute(BODIES, (first, last))
+        return {row: bodies or self._long_bodies.get(row, b"") for row, bodies in rows}
 
     def id_before(self, since: int) -> int:
         """Return the last id that was put before `since`, or 0."""
@@ -237,18 +266,23 @@ class Database:
         found, size, last_id = [], 0, min(last_id, self.deletable_id)
         one = () if topic is None else (topic,)
         for row in self.connection.execute(TOPIC_EXPIRY if one else EXPIRY, (last_id, *one, EXPIRY_ROWS)):
-            # Put times increase with ids, so that expired rows come first.
+            # Put times increase with ids, so expired rows come first.
             if row[2] >= oldest or size >= EXPIRY_BYTES:
                 break
-            found.append(row)
-            size += row[5]
+            found.append(row if row[5] else (*row[:5], len(self._long_bodies.get(row[0], b""))))
+            size += found[-1][5]
         return found
 
     def page_bytes(self) -> int:
         """Return the size of all pages in use."""
+        pages, free = self._count_pages()
+        return (pages - free) * PAGE_BYTES
+
+    def _count_pages(self) -> tuple[int, int]:
+        """Return the numbers of all pages and of free ones."""
         [(pages,)] = self.connection.execute("PRAGMA page_count")
         [(free,)] = self.connection.execute("PRAGMA freelist_count")
-        return int(pages - free) * PAGE_BYTES
+        return pages, free
 
     def topics(self, after: bytes, count: int) -> list[bytes]:
         """Return names of topics above `after`, in byte order."""
@@ -270,52 +304,62 @@ class Database:
         found, size, count = [], 0, COPY_ROWS if insert == INSERT_ROW else COPY_TOPICS
         with self:
             for row in self.connection.execute(COPY[insert], (after, last, count)):
-                found.append(row)
-                size += len(row[-1])
+                found.append(row if row[-1] else (*row[:-1], self._long_bodies.get(row[0], b"")))
+                size += len(found[-1][-1])
                 if size >= COPY_BYTES:
                     break
         return found
 
-    def copy_to(self, file: Path, on_progress: Callable[[], None]) -> None:
+    def copy_to(self, file: Path, on_progress: Callable[[], None]) -> list[Batch]:
         """Copy all tables to an empty file, faster than row by row, and without traces of deleted messages.
 
-        on_progress is called periodically; its exceptions end the copy.
+        on_progress is called periodically; its exceptions end the copy. Returns what adds the long bodies.
         """
         self.connection.set_progress_handler(on_progress, PROGRESS_INSTRUCTIONS)
         try:
             self.connection.execute("VACUUM INTO ?", (str(file),))
         except sqlite3.OperationalError:
-            # SQLite does not propagate exceptions of the handler, so call it again to raise its exception.
+            # SQLite does not propagate the handler's exceptions, so call it again to raise them.
             on_progress()
             raise
         finally:
             self.connection.set_progress_handler(None, 0)
+        return [(UPDATE_BODIES, [(body, row)]) for row, body in self._long_bodies.items()]
 
     def load(self, source: sqlite3.Connection) -> list[tuple[int, bytes, int, int, int, int]]:
-        """Replace the database with that of a snapshot; if that fails, nothing changes.
+        """Replace the new database with that of a snapshot; if that fails, nothing changes.
 
         Returns for each topic: id, name, last number, last id, messages, bytes.
         """
         connection = _open_in_memory()
         try:
-            source.backup(connection)
-            connection.executescript(DROP_SNAPSHOT_SCHEMA)
-            held: list[Any] = connection.execute(_HELD).fetchall()
+            [(_, _, file)] = source.execute("PRAGMA database_list")
+            connection.execute("ATTACH ? AS snapshot", (f"file:{quote(file)}?mode=ro&immutable=1",))
+            connection.executescript(SCHEMA)
+            connection.execute("INSERT INTO topics SELECT id, name FROM snapshot.topics")
+            connection.execute(LOAD, (LONG_BYTES,))
+            long_bodies = dict(connection.execute(LOAD_LONG, (LONG_BYTES,)))
+            connection.execute(INDEX)
+            connection.commit()
+            connection.execute("DETACH snapshot")
+            held: list[Any] = source.execute(_HELD).fetchall()
         except BaseException:
             connection.close()
             raise
         self.connection.close()
         self.connection = connection
+        self._add_long_bodies(long_bodies)
         self.restored_id = max((topic[3] for topic in held), default=0)
         return held
 
 
 def _open_in_memory() -> sqlite3.Connection:
-    connection = sqlite3.connect(":memory:", check_same_thread=False)
+    connection = sqlite3.connect("file::memory:", uri=True, check_same_thread=False)
     connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
-    # Otherwise, SQLite writes large sorts to a folder for temporary files, which may not be writable.
+    connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+    # Otherwise, SQLite would write large sorts to a folder for temporary files, which may not be writable.
     connection.execute("PRAGMA temp_store = MEMORY")
-    # On some systems, SQLite overwrites deleted data by default, which would take longer than the rest of expiry.
+    # Some systems' SQLite overwrites deleted data by default, which would take longer than the rest of expiry.
     connection.execute("PRAGMA secure_delete = OFF")
     return connection
 

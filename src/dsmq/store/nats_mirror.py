@@ -7,24 +7,21 @@ import itertools
 import logging
 import math
 import secrets
-import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from dsmq.errors import StartupError
 from dsmq.logs import event
-from dsmq.store.api import Message, Mirrored, TopicStats, Totals
 from dsmq.store.nats_connection import NATSConnection, Received, encode_publish
+from dsmq.store.nats_fold import Delivery, Fold
 from dsmq.store.nats_stream import (
     NO_RESPONDERS,
     STREAM_NOT_FOUND,
     EngineError,
     Stream,
     StreamState,
-    decode_token,
 )
 from dsmq.system import boot_time
 
@@ -49,15 +46,6 @@ _FLOW_CONTROL = 100
 _UNKNOWN = 1 << 62
 
 _logger = logging.getLogger(__name__)
-
-
-class _Delivery(NamedTuple):
-    id: int
-    put_at: int
-    """By the engine's clock, in milliseconds since 1970."""
-    message: Received
-    later: bytes
-    """How many messages followed it in the stream."""
 
 
 class Lag:
@@ -89,12 +77,12 @@ class Lag:
         return boot_time() - self._complete_at if self.messages or not is_followed else 0.0
 
 
-class Mirror:
+class Mirror(Fold):
     """Follows the stream. Used in one asyncio event loop, except for `store`, which is thread-safe."""
 
     def __init__(self, connection: NATSConnection, stream: Stream, new_store: Callable[[], MirrorStore]) -> None:
-        self._connection, self._stream, self._new_store = connection, stream, new_store
-        self.store = new_store()
+        super().__init__(stream, new_store())
+        self._connection, self._new_store = connection, new_store
         self.epoch = ""
         self.ready = False
         """Whether the store has been complete."""
@@ -104,18 +92,14 @@ class Mirror:
         self.error: Exception | None = None
         """Why the stream is not being followed."""
         self._is_reported = False
-        self.consumers = self.skipped = 0
-        """Numbers of consumers created, and of messages that could not be mirrored."""
+        self.consumers = 0
+        """The number of consumers created."""
         self.lag = Lag()
-        self.applied = asyncio.Event()
         self._name = f"m-{secrets.token_hex(6)}"
         self._names = itertools.count(1)
         self._replaced: deque[MirrorStore] = deque()
         self._deletions: set[asyncio.Task[None]] = set()
         self._create_seconds = CREATE_SECONDS
-        self._deliveries: list[_Delivery] = []
-        self._facts: list[tuple[int, dict[bytes, int]]] = []
-        self._facts_at = time.monotonic()
         self._reset_consumer(StreamState(0, "", 0))
         connection.on_received = self.apply
 
@@ -289,7 +273,10 @@ class Mirror:
         if later == b"0":
             # Some of the messages that were pending at first may have expired since.
             self._pending = min(self._pending, sequence)
-        self._deliveries.append(_Delivery(message_id, nanoseconds // 1_000_000, message, later))
+        # A live message has just been put; the age of the others is computed from the engine's clock alone.
+        is_live = sequence > self._pending
+        put_at = round(self._heard_at * 1000) if is_live else nanoseconds // 1_000_000 - self._clock_ahead_ms
+        self._deliveries.append(Delivery(message_id, put_at, message, later))
 
     def _on_status(self, status: int, message: Received) -> None:
         if status != _FLOW_CONTROL:
@@ -303,7 +290,9 @@ class Mirror:
             self._lost = f"its consumer is at {int(last)}, not {self._sequence}"
 
     def apply(self) -> None:
-        """Apply the messages delivered so far."""
+        """Apply the messages delivered so far, up to one that takes a while, like a purge; the others come after it."""
+        if self._change is not None:
+            return
         deliveries, self._deliveries = self._deliveries, []
         if deliveries and self._lost is None:
             topics = self._apply(deliveries)
@@ -312,139 +301,10 @@ class Mirror:
             self.applied.set()
             if self.ready and topics:
                 self.on_messages(topics)
-        if not self.ready and self._sequence >= self._pending:
+        if not self.ready and self._change is None and self._sequence >= self._pending:
             self.store.apply([], max(self.store.last_id(), self._state.last_id))
             self._apply_facts(self._state.last_id)
             self.lag.update(self._state.last_id, self.store.last_id())
             self.ready = True
             self.applied.set()
             self.on_ready()
-
-    def _apply(self, deliveries: list[_Delivery]) -> set[bytes]:
-        """Apply messages; return the topics of the new ones."""
-        first_sequence = self._sequence - len(deliveries) + 1
-        engine_now = round(boot_time() * 1000) + self._clock_ahead_ms
-        messages, topics = [], set()
-        last_id = self.store.last_id()
-        for sequence, (message_id, put_at, message, _) in enumerate(deliveries, first_sequence):
-            if message_id <= last_id:
-                continue
-            last_id = message_id
-            if not message.subject.startswith(self._stream.topic_prefix):
-                self._note(message)
-                continue
-            # A live message has just been put; the age of the others is computed from the engine's clock alone.
-            age = 0 if sequence > self._pending else max(0, engine_now - put_at)
-            topic = decode_token(message.subject[len(self._stream.topic_prefix) :])
-            try:
-                messages.append(Mirrored(message_id, (topic, message.body, _key(message)), age))
-            except ValueError as error:
-                about = event("skipped", id=message_id)
-                _logger.error("message %s can't be mirrored: %s", message_id, error, extra=about)
-                self.skipped += 1
-            topics.add(topic)
-        self._store(messages, last_id)
-        return topics
-
-    def _note(self, message: Received) -> None:
-        # Those of `ReadIndex` are empty.
-        if message.body and message.subject.startswith(self._stream.facts_prefix):
-            self._facts_at = time.monotonic()
-
-    def _store(self, messages: list[Mirrored], last_id: int) -> None:
-        while self._facts and self._facts[0][0] <= last_id:
-            at = self._facts[0][0]
-            before = [message for message in messages if message.id <= at]
-            self._apply_safely(before, at)
-            self._apply_facts(at)
-            messages = messages[len(before) :]
-        self._apply_safely(messages, last_id)
-
-    def _apply_facts(self, last_id: int) -> None:
-        while self._facts and self._facts[0][0] <= last_id:
-            self.store.renumber(self._facts.pop(0)[1])
-
-    def _apply_safely(self, messages: list[Mirrored], last_id: int) -> None:
-        """Apply messages, skipping any that fails, which must not stop the mirror."""
-        try:
-            self.store.apply(messages, last_id)
-        except Exception:
-            if len(messages) > 1:
-                for message in messages:
-                    self._apply_safely([message], message.id)
-                return
-            _logger.exception("message %s can't be mirrored", last_id, extra=event("skipped", id=last_id))
-            self.skipped += 1
-            with suppress(Exception):
-                self.store.apply([], last_id)
-
-
-def _key(message: Received) -> tuple[bytes, int] | None:
-    """Return the producer and number of a put: the client's, or those that the server assigned if it had none."""
-    name, _, number = message.header(b"Nats-Msg-Id").rpartition(b":")
-    if not number.isdigit():
-        return None
-    if name.startswith(b"p."):
-        return decode_token(name[2:]), int(number)
-    # A node that hangs for minutes may store a put that has meanwhile been sent again to another node.
-    return (name, int(number)) if name.startswith(b"s.") else None
-
-
-class MirroredStore:
-    """The methods of the store that need only the mirror. Thread-safe."""
-
-    mirror: Mirror
-
-    @property
-    def epoch(self) -> str:
-        return self.mirror.epoch
-
-    @property
-    def run(self) -> str:
-        return self.mirror.epoch
-
-    @property
-    def lost_ids(self) -> list[int]:
-        return []
-
-    def expire(self) -> int:
-        return self.mirror.store.expire()
-
-    def topics(self, after: bytes, count: int) -> list[TopicStats]:
-        return self.mirror.store.topics(after, count)
-
-    def stats(self, topic: bytes, after: int = 0) -> TopicStats:
-        return self.mirror.store.stats(topic, after)
-
-    def totals(self) -> Totals:
-        return self.mirror.store.totals()
-
-    def full(self) -> set[str]:
-        return self.mirror.store.full()
-
-    def last_numbers(self) -> dict[bytes, int]:
-        return self.mirror.store.last_numbers()
-
-    def last_number(self, topic: bytes) -> int:
-        return self.mirror.store.last_number(topic)
-
-    def peek(self, topic: bytes, below: int = sys.maxsize) -> Message | None:
-        return self.mirror.store.peek(topic, below)
-
-    def topic_names(self) -> list[bytes]:
-        return self.mirror.store.topic_names()
-
-    def largest_topics(self, count: int) -> list[bytes]:
-        return self.mirror.store.largest_topics(count)
-
-    def last_id(self) -> int:
-        return self.mirror.store.last_id()
-
-    def id_before(self, milliseconds: int) -> int:
-        return self.mirror.store.id_before(milliseconds)
-
-    def check_producer(self, producer: bytes) -> None:
-        self.mirror.store.check_producer(producer)
-
-    def flush(self) -> None:
-        self.mirror.store.flush()

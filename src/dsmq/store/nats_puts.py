@@ -118,6 +118,13 @@ class Publisher:
         self._queue.append(_Append(messages, answer, together, time.monotonic() + PUT_SECONDS))
         self._begin()
 
+    def put_fact(self, subject: bytes, body: bytes, answer: Future[list[Outcome]]) -> None:
+        """Queue a message to the servers, in order with puts."""
+        key = self._own, next(self._numbers)
+        fact = _Publish(subject, b"%b:%d" % key, (b"", body, key))
+        self._queue.append(_Append([fact], answer, together=True, until=time.monotonic() + PUT_SECONDS))
+        self._begin()
+
     async def run(self) -> None:
         """Publish what is queued until this is cancelled."""
         # First attempts are made without a task, because it takes two more turns of the event loop for each put.

@@ -1,4 +1,4 @@
-"""The reads of a store in a stream: from its mirror, which may lag."""
+"""What a store in a stream answers from its mirror, which may lag."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from dsmq.errors import BadRequest
-from dsmq.store.api import Answer, Found, ManyTopics, Message
-from dsmq.store.nats_mirror import MirroredStore
+from dsmq.errors import Unsure
+from dsmq.store.api import Answer, Found, ManyTopics, Message, Outcome, TopicStats, Totals
+from dsmq.store.nats_stream import encode_token
 
 if TYPE_CHECKING:
     from dsmq.store.nats_index import ReadIndex
+    from dsmq.store.nats_mirror import Mirror
     from dsmq.store.nats_puts import Publisher
     from dsmq.store.selection import Selection
     from dsmq.store.sqlite import MirrorStore
@@ -21,11 +23,68 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+class MirroredStore:
+    """The methods of the store that need only the mirror. Thread-safe."""
+
+    mirror: Mirror
+
+    @property
+    def epoch(self) -> str:
+        return self.mirror.epoch
+
+    @property
+    def run(self) -> str:
+        return self.mirror.epoch
+
+    @property
+    def lost_ids(self) -> list[int]:
+        return []
+
+    def expire(self) -> int:
+        return self.mirror.store.expire()
+
+    def topics(self, after: bytes, count: int) -> list[TopicStats]:
+        return self.mirror.store.topics(after, count)
+
+    def stats(self, topic: bytes, after: int = 0) -> TopicStats:
+        return self.mirror.store.stats(topic, after)
+
+    def totals(self) -> Totals:
+        return self.mirror.store.totals()
+
+    def full(self) -> set[str]:
+        return self.mirror.store.full()
+
+    def last_numbers(self) -> dict[bytes, int]:
+        return self.mirror.store.last_numbers()
+
+    def last_number(self, topic: bytes) -> int:
+        return self.mirror.store.last_number(topic)
+
+    def peek(self, topic: bytes, below: int = sys.maxsize) -> Message | None:
+        return self.mirror.store.peek(topic, below)
+
+    def topic_names(self) -> list[bytes]:
+        return self.mirror.store.topic_names()
+
+    def largest_topics(self, count: int) -> list[bytes]:
+        return self.mirror.store.largest_topics(count)
+
+    def id_before(self, milliseconds: int) -> int:
+        return self.mirror.store.id_before(milliseconds)
+
+    def check_producer(self, producer: bytes) -> None:
+        self.mirror.store.check_producer(producer)
+
+    def flush(self) -> None:
+        self.mirror.store.flush()
+
+
 class FreshReads(MirroredStore):
     """Reads that first wait for the mirror, if they find nothing or read the latest message."""
 
-    publisher: Publisher
     _index: ReadIndex
+    publisher: Publisher
 
     @abstractmethod
     def _post(self, call: Callable[[], None]) -> None:
@@ -76,6 +135,30 @@ class FreshReads(MirroredStore):
         self._post(lambda: self._index.add(finish))
         return answer
 
-    @staticmethod
-    def purge(_selection: Selection) -> Iterator[int]:
-        raise BadRequest("PURGE is not possible with a store that several servers share")
+    def purge(self, selection: Selection) -> Iterator[Answer[int]]:
+        """Have all servers purge their mirrors, and wait for this one's."""
+        done: Future[int] = Future()
+        counts: list[int] = []
+
+        def on_stored(stored: Future[list[Outcome]]) -> None:
+            outcome = stored.exception() or stored.result()[0]
+            if isinstance(outcome, int):
+                self._index.add(partial(finish, outcome))
+            else:
+                done.set_exception(outcome)
+
+        def finish(message_id: int, error: Exception | None) -> None:
+            if error is None:
+                counts.append(self.mirror.purged.get(message_id, 0))
+                # Not the count, because the caller may have asked twice.
+                done.set_result(0)
+            else:
+                done.set_exception(Unsure(f"{error}; messages may or may not have been purged"))
+
+        stored: Future[list[Outcome]] = Future()
+        stored.add_done_callback(on_stored)
+        fact = b" ".join(map(encode_token, selection.words))
+        self._post(partial(self.publisher.put_fact, self.mirror.purge_subject, fact, stored))
+        while not counts:
+            yield done
+        yield counts[0]

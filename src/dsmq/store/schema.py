@@ -13,10 +13,11 @@ from typing import Any, TypeAlias
 
 # Reading one message unpacks a whole row, so rows are kept short. Only a row of one message may be longer.
 MAX_ROW_MESSAGES, MAX_ROW_BYTES = 128, 16_384
-# The ids of a row are between two multiples of this, a power of 2. So only few rows are mixed, and sorting messages
-# takes few rows.
+# A power of 2; a row's ids are between two multiples of it. So only a few rows have interleaved ids, and sorting
+# messages takes only a few rows.
 BLOCK_IDS = 512
-# Bodies from this size on are read as blobs, which copies them once instead of twice.
+# Bodies of at least this size are kept outside SQLite, because copying them into its pages takes up to 1 ms per MiB.
+# Their rows have sizes but no bodies, except in a snapshot.
 LONG_BYTES = 65_536
 
 SCHEMA = """
@@ -31,9 +32,9 @@ CREATE TABLE IF NOT EXISTS chunks (
 );
 """
 INDEX = "CREATE INDEX IF NOT EXISTS chunks_by_topic ON chunks (topic)"
-# Further tables of a snapshot. In `lost`, each range has two rows without a name, with the id before it and its last
-# id, and then its numbers. In `empty_topics`, a topic with messages has the last id that it has dropped; rows may still
-# have messages up to it.
+# Additional tables of a snapshot. In `lost`, each range has two rows without a name, with the id before it and its last
+# id, and then its numbers. In `empty_topics`, a topic with messages has its last dropped id; rows may still contain
+# messages up to it.
 SNAPSHOT_SCHEMA = """
 CREATE TABLE state (
     epoch TEXT NOT NULL,
@@ -55,10 +56,8 @@ CREATE TABLE producers (
 CREATE TABLE puts (producer INTEGER NOT NULL, seq INTEGER NOT NULL, message INTEGER NOT NULL);
 CREATE TABLE lost (name BLOB, number INTEGER NOT NULL);
 """
-DROP_SNAPSHOT_SCHEMA = """
-DROP TABLE state; DROP TABLE empty_topics; DROP TABLE producers; DROP TABLE puts; DROP TABLE lost;
-"""
 INSERT_TOPIC = "INSERT INTO topics (id, name) VALUES (?, ?)"
+UPDATE_BODIES = "UPDATE chunks SET bodies = ? WHERE last_id = ?"
 INSERT_ROW = "INSERT INTO chunks (last_id, topic, put_at, last_number, ids_and_sizes, bodies) VALUES (?, ?, ?, ?, ?, ?)"
 
 StoredMessage: TypeAlias = tuple[int, int, int, bytes]
@@ -74,7 +73,7 @@ Batch: TypeAlias = tuple[str, Sequence[tuple[Any, ...]]]
 
 
 def pack(messages_by_topic: Iterable[tuple[int, list[StoredMessage]]]) -> list[Row]:
-    """Return the rows for messages given by topic id, in the order of their keys."""
+    """Return the rows for messages grouped by topic id, in the order of their keys."""
     return sorted(
         [_pack_row(topic, part) for topic, messages in messages_by_topic for part in split_into_rows(messages)]
     )

@@ -1,0 +1,152 @@
+"""The fold of the stream: applies its messages to a `MirrorStore`, one after another, alike on all servers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import TYPE_CHECKING, NamedTuple
+
+from dsmq.logs import event
+from dsmq.store.api import Mirrored
+from dsmq.store.nats_connection import Received
+from dsmq.store.nats_stream import Stream, decode_token
+from dsmq.store.selection import Selection
+from dsmq.system import boot_time
+
+if TYPE_CHECKING:
+    from dsmq.store.sqlite import MirrorStore
+
+# Purges whose counts are remembered, for the clients that have asked for them.
+MAX_PURGES = 1_000
+
+_logger = logging.getLogger(__name__)
+
+
+class Delivery(NamedTuple):
+    id: int
+    put_at: int
+    """By `boot_time`, in milliseconds."""
+    message: Received
+    later: bytes
+    """How many messages followed it in the stream."""
+
+
+class Fold:
+    """Applies messages, as part of a mirror."""
+
+    def __init__(self, stream: Stream, store: MirrorStore) -> None:
+        self._stream, self.store = stream, store
+        self.skipped = 0
+        """The number of messages that could not be mirrored."""
+        self.applied = asyncio.Event()
+        self._deliveries: list[Delivery] = []
+        # What applies a message that takes a while. Those that follow it wait.
+        self._change: asyncio.Task[None] | None = None
+        self.purge_subject = stream.facts_prefix + b"purge"
+        self.purged: dict[int, int] = {}
+        """How many messages the last purges have deleted, by their ids."""
+        # The topics' numbers as of ids, for a mirror that is not complete yet.
+        self._facts: list[tuple[int, dict[bytes, int]]] = []
+        self._facts_at = time.monotonic()
+
+    @abstractmethod
+    def apply(self) -> None:
+        """Apply the messages delivered so far."""
+
+    def _apply(self, deliveries: list[Delivery]) -> set[bytes]:
+        """Apply messages; return the topics of the new ones."""
+        now = round(boot_time() * 1000)
+        messages, topics = list[Mirrored](), set[bytes]()
+        last_id = self.store.last_id()
+        for at, (message_id, put_at, message, _) in enumerate(deliveries, 1):
+            if message_id <= last_id:
+                continue
+            if not message.subject.startswith(self._stream.topic_prefix):
+                if slices := self._slices(message):
+                    self._store(messages, last_id)
+                    self._deliveries = deliveries[at:]
+                    self._change = asyncio.create_task(self._apply_change(self.store, message_id, slices))
+                    return topics
+                last_id = message_id
+                continue
+            last_id = message_id
+            topic = decode_token(message.subject[len(self._stream.topic_prefix) :])
+            try:
+                messages.append(Mirrored(message_id, (topic, message.body, _key(message)), max(0, now - put_at)))
+            except ValueError as error:
+                about = event("skipped", id=message_id)
+                _logger.error("message %s can't be mirrored: %s", message_id, error, extra=about)
+                self.skipped += 1
+            topics.add(topic)
+        self._store(messages, last_id)
+        return topics
+
+    def _slices(self, message: Received) -> Iterator[int] | None:
+        """Return what to do for a message that changes others, in slices; None if it does not."""
+        if message.subject == self.purge_subject:
+            return self.store.purge(Selection(map(decode_token, message.body.split())))
+        # Those of `ReadIndex` are empty.
+        if message.body and message.subject.startswith(self._stream.facts_prefix):
+            self._facts_at = time.monotonic()
+        return None
+
+    async def _apply_change(self, store: MirrorStore, message_id: int, slices: Iterator[int]) -> None:
+        """Go on with others between slices, though not with the messages that follow."""
+        count = 0
+        try:
+            for changed in slices:
+                count += changed
+                await asyncio.sleep(0)
+        except Exception:
+            _logger.exception("fact %s can't be applied", message_id, extra=event("skipped", id=message_id))
+            self.skipped += 1
+        self._change = None
+        if store is self.store:
+            self.purged[message_id] = count
+            if len(self.purged) > MAX_PURGES:
+                del self.purged[next(iter(self.purged))]
+            self._store([], message_id)
+            self.applied.set()
+        self.apply()
+
+    def _store(self, messages: list[Mirrored], last_id: int) -> None:
+        while self._facts and self._facts[0][0] <= last_id:
+            at = self._facts[0][0]
+            before = [message for message in messages if message.id <= at]
+            self._apply_safely(before, at)
+            self._apply_facts(at)
+            messages = messages[len(before) :]
+        self._apply_safely(messages, last_id)
+
+    def _apply_facts(self, last_id: int) -> None:
+        while self._facts and self._facts[0][0] <= last_id:
+            self.store.renumber(self._facts.pop(0)[1])
+
+    def _apply_safely(self, messages: list[Mirrored], last_id: int) -> None:
+        """Apply messages, skipping any that fails, which must not stop the mirror."""
+        try:
+            self.store.apply(messages, last_id)
+        except Exception:
+            if len(messages) > 1:
+                for message in messages:
+                    self._apply_safely([message], message.id)
+                return
+            _logger.exception("message %s can't be mirrored", last_id, extra=event("skipped", id=last_id))
+            self.skipped += 1
+            with suppress(Exception):
+                self.store.apply([], last_id)
+
+
+def _key(message: Received) -> tuple[bytes, int] | None:
+    """Return the producer and number of a put: the client's, or those that the server assigned if it had none."""
+    name, _, number = message.header(b"Nats-Msg-Id").rpartition(b":")
+    if not number.isdigit():
+        return None
+    if name.startswith(b"p."):
+        return decode_token(name[2:]), int(number)
+    # A node that hangs for minutes may store a put that has meanwhile been sent again to another node.
+    return (name, int(number)) if name.startswith(b"s.") else None
