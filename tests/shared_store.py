@@ -21,12 +21,14 @@ from dsmq.store.api import Answer, Found, ManyTopics, Message, Outcome, Put, Top
 from dsmq.store.nats import NATSStore
 from dsmq.store.nats_stream import Stream
 from dsmq.store.selection import Selection
-from engine import Engine
-from helpers import HOST
+from engine import LocalEngine
+from helpers import HOST, UNIT
 
 REPLICAS = 3
 # The id of the message with the epoch, which is the first of a stream.
 FIRST = 1
+# How long mirrors lag at least, so that a test that needs them to be complete fails each time.
+LAG_SECONDS = UNIT / 10
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -37,7 +39,7 @@ class Nodes:
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="dsmq-nats-")
-        self._engine = Engine(Path(self._folder.name), REPLICAS)
+        self._engine = LocalEngine(Path(self._folder.name), REPLICAS)
 
     @property
     def ports(self) -> list[int]:
@@ -79,6 +81,13 @@ class Streams:
 
 class CountingStore(NATSStore):
     """Assigns ids from 1, like the store in memory, so that tests can rely on ids; that of the epoch is 0."""
+
+    def start(self, on_messages: Callable[[set[bytes]], None], on_unusable: Callable[[str], None]) -> None:
+        def apply_later() -> None:
+            self._loop.call_later(LAG_SECONDS, self.mirror.apply)
+
+        self.connection.on_received = apply_later
+        super().start(on_messages, on_unusable)
 
     def append(self, puts: Sequence[Put]) -> Answer[list[Outcome]]:
         return _then(super().append(puts), _outcomes)
