@@ -12,6 +12,7 @@ from dsmq.environment import read_text
 from dsmq.errors import ConfigError, StartupError
 from dsmq.settings import Settings
 from dsmq.store.api import Limits, Store, TopicRule
+from dsmq.store.groups import GroupLimits
 from dsmq.store.snapshots import Snapshotter
 from dsmq.store.sqlite import SQLiteStore
 from dsmq.wire.addresses import parse_store
@@ -58,6 +59,14 @@ def limits_of(settings: Settings) -> Limits:
             )
             for rule in settings.topic
         ),
+    )
+
+
+def group_limits_of(settings: Settings) -> GroupLimits:
+    """Return the limits on groups of workers in the settings."""
+    return GroupLimits(
+        *(settings.max_groups, settings.max_jobs_in_flight, settings.max_group_bytes),
+        *(settings.max_attempts, settings.max_topic_bytes),
     )
 
 

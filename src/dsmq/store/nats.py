@@ -54,6 +54,7 @@ class NATSStore(FreshReads):
     """A store in a stream of NATS JetStream. Thread-safe; its event loop runs in a thread of its own."""
 
     is_shared = True
+    groups = None
 
     def __init__(
         self,

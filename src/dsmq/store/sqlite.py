@@ -39,12 +39,14 @@ from dsmq.store.api import (
 )
 from dsmq.store.database import Database, to_reply_error
 from dsmq.store.dedup import Deduplicator, Producer
+from dsmq.store.groups import Groups
 from dsmq.store.limits import LimitChecker
 from dsmq.store.purge import Purges
 from dsmq.store.removal import Removals
 from dsmq.store.rules import Rules
 from dsmq.store.scan import SelectionReads
 from dsmq.store.schema import INSERT_ROW, INSERT_TOPIC, Batch, StoredMessage
+from dsmq.store.selection import Selection
 from dsmq.store.snapshot_contents import Lost, LostRanges, SnapshotState, copy_state, read_producers, read_state
 from dsmq.store.topics import Topic, TopicTable, WriteBuffer
 from dsmq.system import BOOT_CLOCK
@@ -75,6 +77,7 @@ class SQLiteStore(SelectionReads, Removals, Purges, LocalStore):
         self._limits = LimitChecker(self._topics, self._sizes)
         self._begin_removals()
         self._deduplicator, self._matches = Deduplicator(), WeakKeyDictionary()
+        self.groups = Groups(self)
 
     # Puts
 
@@ -305,7 +308,8 @@ class SQLiteStore(SelectionReads, Removals, Purges, LocalStore):
         database, topics, buffer = self._database, self._topics, self._buffer
         try:
             # Not `with database`, which would convert errors of the file to errors of the store.
-            with database.lock:
+            with self.groups.lock, database.lock:
+                groups = self.groups.copy()
                 state = SnapshotState(
                     *(self.epoch, self.run, self._clock(), self._last_id, topics.last_row, None, unix_time, is_last),
                     *(topics.empty | topics.dropped_ids, self._lost.ranges),
@@ -314,7 +318,7 @@ class SQLiteStore(SelectionReads, Removals, Purges, LocalStore):
                 buffered: list[Batch] = [(INSERT_TOPIC, buffer.new_topics()), (INSERT_ROW, buffer.rows())]
                 written = buffer.written_id, buffer.written_row
                 copied = database.copy_to(file, on_progress) if file else database.copy_rows(*written)
-            yield chain(copied, buffered, copy_state(database, state, self._deduplicator))
+            yield chain(copied, buffered, groups, copy_state(database, state, self._deduplicator))
         finally:
             database.deletable_id = sys.maxsize
 
@@ -333,6 +337,7 @@ class SQLiteStore(SelectionReads, Removals, Purges, LocalStore):
         self._last_id, self._topics.last_row, self._topics.empty = state.last_id, state.last_row, state.empty_topics
         self._buffer.clear(state.last_id, state.last_row)
         self._deduplicator.restore(producers, state.forgot_at)
+        self.groups.load(source, self._clock())
         return state
 
     def begin_run(self, last_id: int) -> None:
@@ -343,6 +348,32 @@ class SQLiteStore(SelectionReads, Removals, Purges, LocalStore):
         numbers = {name: number for name, (number, _) in self._topics.empty.items()} | self.last_numbers()
         self._lost.add(Lost(self._last_id, last_id, numbers))
         self.run, self._last_id = secrets.token_hex(8), last_id
+
+    # Workers
+
+    def start(self, on_messages: Callable[[set[bytes]], None], on_unusable: Callable[[str], None]) -> None:  # noqa: ARG002
+        self.groups.on_messages = on_messages
+
+    def expire(self) -> int:
+        self.groups.expire()
+        return super().expire()
+
+    def now(self) -> int:
+        """Return the time on the store's clock, in milliseconds."""
+        return self._clock()
+
+    def dropped(self, topic: bytes) -> int:
+        """Return how many messages a topic has dropped to make room for newer ones."""
+        return self._topics.dropped_by_name.get(topic, 0)
+
+    def count_after(self, selection: Selection, numbers: Mapping[bytes, tuple[int, int]]) -> int:
+        """Return how many stored messages of a selection have higher numbers than those given for their topics."""
+        count = 0
+        for topic in list(self._topics.by_name.values()):
+            if selection.matches(topic.name):
+                last, _ = numbers.get(topic.name, (0, 0))
+                count += min(topic.messages, topic.last_number - last)
+        return count
 
     def close(self) -> None:
         self._database.close()
