@@ -95,10 +95,6 @@ class Full(ReplyError, code="FULL"):
     """A storage limit is reached; the message was not stored."""
 
 
-class JobLost(ReplyError, code="JOBLOST"):
-    """The job is not this worker's any more: its lease ended, or it was given back; another worker may have it."""
-
-
 class Forgotten(ReplyError, code="FORGOTTEN"):
     """The server no longer remembers whether a retried put was stored; it did not store it now."""
 

@@ -66,7 +66,7 @@ class ServeOptions(TypedDict, total=False):
     max_waiting_patterns: int
     max_groups: int
     max_jobs_in_flight: int
-    max_group_bytes: int | str
+    max_group_bytes: int
     max_attempts: int
     max_unread_reply_bytes: int
     max_total_unread_reply_bytes: int

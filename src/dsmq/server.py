@@ -41,7 +41,7 @@ from dsmq.settings import EmbeddedSettings, Settings
 from dsmq.store.api import Store
 from dsmq.store.expiry import Expiry
 from dsmq.store.snapshots import LAST_SNAPSHOT_SECONDS, SnapshotStats, Snapshotter
-from dsmq.stores import await_store, group_limits_of, limits_of, new_snapshotter, new_store
+from dsmq.stores import apply_settings, await_store, new_snapshotter, new_store
 from dsmq.threads import join, start, wait_until
 
 if TYPE_CHECKING:
@@ -300,10 +300,7 @@ class Server:
     def _apply(self, settings: Settings) -> None:
         self.context.settings = settings
         self.context.usage.set_limits(settings)
-        self._store.max_age_ms = round(settings.max_age_seconds * 1000)
-        self._store.limits = limits_of(settings)
-        if self._store.groups:
-            self._store.groups.limits = group_limits_of(settings)
+        apply_settings(self._store, settings)
 
     # Stop
 

@@ -10,8 +10,8 @@ import logging
 import sqlite3
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from dsmq import logs
 from dsmq.errors import BadRequest, Full, JobLost, ReplyError
@@ -19,6 +19,7 @@ from dsmq.store.api import Found, ManyTopics, Message, Outcome, Put, TopicMessag
 from dsmq.store.group import Group, GroupCounts, HeldJob, Receipt
 from dsmq.store.schema import Batch
 from dsmq.store.selection import Selection
+from dsmq.store.topics import TopicTable
 from dsmq.terminal import quoted
 
 FAILED_SUFFIX = b"/failed"
@@ -88,17 +89,38 @@ class GroupStats(NamedTuple):
     counts: GroupCounts
 
 
-class Source(Protocol):
-    """What groups need of the store."""
+class Source:
+    """What groups need of a store, as part of it."""
 
     max_age_ms: int
+    _clock: Callable[[], int]
+    _topics: TopicTable
 
-    def now(self) -> int: ...
-    def read(self, topic: bytes, after: int, count: int, max_bytes: int) -> list[Message]: ...
-    def read_many(self, wanted: ManyTopics) -> Found: ...
-    def append(self, puts: Sequence[Put]) -> list[Outcome]: ...
-    def dropped(self, topic: bytes) -> int: ...
-    def count_after(self, selection: Selection, numbers: dict[bytes, tuple[int, int]]) -> int: ...
+    def read(self, topic: bytes, after: int, count: int, max_bytes: int) -> list[Message]:
+        raise NotImplementedError
+
+    def read_many(self, wanted: ManyTopics) -> Found:
+        raise NotImplementedError
+
+    def append(self, puts: Sequence[Put]) -> list[Outcome]:
+        raise NotImplementedError
+
+    def now(self) -> int:
+        """Return the time on the store's clock, in milliseconds."""
+        return self._clock()
+
+    def dropped(self, topic: bytes) -> int:
+        """Return how many messages a topic has dropped to make room for newer ones."""
+        return self._topics.dropped_by_name.get(topic, 0)
+
+    def count_after(self, selection: Selection, numbers: Mapping[bytes, tuple[int, int]]) -> int:
+        """Return how many stored messages of a selection have higher numbers than those given for their topics."""
+        count = 0
+        for topic in list(self._topics.by_name.values()):
+            if selection.matches(topic.name):
+                last, _ = numbers.get(topic.name, (0, 0))
+                count += min(topic.messages, topic.last_number - last)
+        return count
 
 
 class Groups:
@@ -339,6 +361,9 @@ class Groups:
     def load(self, source: sqlite3.Connection, now: int) -> None:
         """Restore the groups of a snapshot."""
         by_row: dict[int, Group] = {}
+        if not source.execute("SELECT 1 FROM sqlite_master WHERE name = 'worker_groups'").fetchone():
+            # It is of an earlier version.
+            return
         for row, key, name, used_at, position, *counts in source.execute("SELECT * FROM worker_groups ORDER BY id"):
             group = by_row[row] = Group(key, name, Selection([key]), used_at, position, counts=GroupCounts(*counts))
             self._groups[key, name] = group

@@ -39,14 +39,13 @@ from dsmq.store.api import (
 )
 from dsmq.store.database import Database, to_reply_error
 from dsmq.store.dedup import Deduplicator, Producer
-from dsmq.store.groups import Groups
+from dsmq.store.groups import Groups, Source
 from dsmq.store.limits import LimitChecker
 from dsmq.store.purge import Purges
 from dsmq.store.removal import Removals
 from dsmq.store.rules import Rules
 from dsmq.store.scan import SelectionReads
 from dsmq.store.schema import INSERT_ROW, INSERT_TOPIC, Batch, StoredMessage
-from dsmq.store.selection import Selection
 from dsmq.store.snapshot_contents import Lost, LostRanges, SnapshotState, copy_state, read_producers, read_state
 from dsmq.store.topics import Topic, TopicTable, WriteBuffer
 from dsmq.system import BOOT_CLOCK
@@ -63,7 +62,7 @@ def monotonic_ms() -> int:
     return (time.monotonic_ns() if BOOT_CLOCK is None else time.clock_gettime_ns(BOOT_CLOCK)) // 1_000_000
 
 
-class SQLiteStore(SelectionReads, Removals, Purges, LocalStore):
+class SQLiteStore(SelectionReads, Removals, Purges, Source, LocalStore):
     """A store in this process. Thread-safe."""
 
     def __init__(self, max_age_ms: int, clock: Callable[[], int] = monotonic_ms, limits: Limits | None = None) -> None:
@@ -353,27 +352,6 @@ class SQLiteStore(SelectionReads, Removals, Purges, LocalStore):
 
     def start(self, on_messages: Callable[[set[bytes]], None], on_unusable: Callable[[str], None]) -> None:  # noqa: ARG002
         self.groups.on_messages = on_messages
-
-    def expire(self) -> int:
-        self.groups.expire()
-        return super().expire()
-
-    def now(self) -> int:
-        """Return the time on the store's clock, in milliseconds."""
-        return self._clock()
-
-    def dropped(self, topic: bytes) -> int:
-        """Return how many messages a topic has dropped to make room for newer ones."""
-        return self._topics.dropped_by_name.get(topic, 0)
-
-    def count_after(self, selection: Selection, numbers: Mapping[bytes, tuple[int, int]]) -> int:
-        """Return how many stored messages of a selection have higher numbers than those given for their topics."""
-        count = 0
-        for topic in list(self._topics.by_name.values()):
-            if selection.matches(topic.name):
-                last, _ = numbers.get(topic.name, (0, 0))
-                count += min(topic.messages, topic.last_number - last)
-        return count
 
     def close(self) -> None:
         self._database.close()
