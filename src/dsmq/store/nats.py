@@ -54,6 +54,7 @@ class NATSStore(FreshReads):
     """A store in a NATS JetStream stream. Thread-safe; its event loop runs in its own thread."""
 
     is_shared = True
+    groups = None
 
     def __init__(
         self,
