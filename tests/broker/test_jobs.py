@@ -250,18 +250,3 @@ def test_too_many_waiting_workers_get_busy() -> None:
         assert code(call(wire, "TAKE t w 60000 WAIT 60000")) == "BUSY"
         wire.call("PUT", "t", "x")
         assert ids(first.receive()) == [1]
-
-
-def test_job_waits_for_room_in_memory_and_is_given_once() -> None:
-    """A reply that has to wait for memory must not take another job when it tries again."""
-    with ExitStack() as stack:
-        server = stack.enter_context(serving(max_total_unread_reply_bytes=1024, max_unread_reply_bytes=1024))
-        wire = stack.enter_context(wire_to(server))
-        for _ in range(3):
-            wire.call("PUT", "t", "x" * 500_000)
-        slow = stack.enter_context(wire_to(server))
-        for _ in range(3):
-            send(slow, "TAKE t w 60000")
-        assert [ids(slow.receive()) for _ in range(3)] == [[1], [2], [3]]
-        [group] = server.context.store.groups.stats()  # type: ignore[union-attr]
-        assert (group.held, group.counts.taken, group.counts.repeated) == (3, 3, 0)
