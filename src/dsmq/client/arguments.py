@@ -81,8 +81,13 @@ def topic_name(topic: object) -> bytes:
     if not topic:
         raise ValueError("the name of the topic is empty")
     if "*" in topic:
-        raise ValueError(f"{topic[:100]!r} is a pattern, which only read, messages, seek, position and forget take")
+        raise ValueError(f"{topic[:100]!r} is a pattern, which this call does not accept")
     return topic.encode()
+
+
+def topic_or_pattern(topic: object) -> bytes:
+    """Return a topic, or a pattern that contains `*`, as sent on the wire."""
+    return topic.encode() if isinstance(topic, str) and "*" in topic else topic_name(topic)
 
 
 _LISTS = (list, tuple, set, frozenset)
