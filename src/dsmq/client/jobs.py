@@ -205,14 +205,15 @@ class Work:
         self, mq: Any, topic: str, group: str, seconds: float, lease: float, prefetch: int = 1
     ) -> None:
         """Raises TypeError or ValueError if an argument is invalid."""
-        name, n = arguments.topic_or_pattern(topic), arguments.count("prefetch", prefetch)
-        if not arguments.text("group", group):
+        name, group_name = arguments.topic_or_pattern(topic), arguments.short_name("group", group)
+        n = arguments.count("prefetch", prefetch)
+        if not group_name:
             raise ValueError("the name of the group is empty")
         if not n:
             raise ValueError("prefetch should be 1 or more, not 0")
         self._seconds, self._lease = arguments.seconds("timeout", seconds), lease
         self._lease_ms = _milliseconds("lease", lease)
-        self._key, self._request = (topic, group), (name, group.encode(), b"%d" % min(n, MAX_COUNT))
+        self._key, self._request = (topic, group), (name, group_name, b"%d" % min(n, MAX_COUNT))
         # The token of the last take, until its first job has been handed out.
         self._tokens: list[bytes] = []
         # The first is the next to be handed out; while the caller works on it, it is `_given`, and then `_finished`.
