@@ -223,8 +223,6 @@ class Settings(BaseSettings):
                 raise ValueError(f"{name} is set without {needs}")
         if self.store and self.snapshot_file:
             raise ValueError("snapshot_file can't be used with store, which is already persistent")
-        if self.store and (self.topic or self.when_full != "refuse"):
-            raise ValueError("[[topic]] and when_full can't be used with store yet")
         if self.store_user and self.store_token_file:
             raise ValueError("store_user and store_token_file are both set")
         if self.http_token.get_secret_value() and self.http_token_file:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from dsmq.errors import Unsure
 from dsmq.store.api import Answer, Found, ManyTopics, Message, Outcome, TopicStats, Totals
-from dsmq.store.nats_stream import encode_token
+from dsmq.store.nats_connection import encode_token
 
 if TYPE_CHECKING:
     from dsmq.store.nats_index import ReadIndex
