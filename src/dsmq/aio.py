@@ -1,4 +1,4 @@
-"""The client for asyncio: the methods of `dsmq.client`, to be awaited.
+"""The client for asyncio: the same methods as in `dsmq.client`, awaited.
 
     from dsmq.aio import connect
 
@@ -7,10 +7,10 @@
         async for message in mq.messages("greetings"):
             ...
 
-Without a block, `mq = await connect()` connects, and `await mq.close()` closes.
+Without `async with`, `mq = await connect()` connects, and `await mq.close()` closes.
 
 One connection carries the calls of all tasks, pipelined in the order in which they were made. If a call is cancelled
-after it was sent, its reply is read and dropped. A read that waits has its own connection.
+after it was sent, its reply is read and discarded. A waiting read has its own connection.
 """
 
 from __future__ import annotations
@@ -116,11 +116,11 @@ class AsyncClient(Client):
         return stored_id(put.reply)
 
     async def put_many(self, topic: str, messages: Iterable[str | bytes]) -> list[int]:
-        """Put several messages in order; returns their ids. Errors have the counts of stored ones: see DSMQError."""
+        """Put several messages in order; returns their ids. Errors count the stored ones: see DSMQError."""
         pending: deque[asyncio.Future[None]] = deque()
         with PutMany(arguments.topic_name(topic), messages) as puts:
             try:
-                # Each batch is on its way while the replies to the previous one arrive.
+                # Send each batch while the replies to the previous one arrive.
                 for batch in puts.batches:
                     if batch:
                         pending.append(self._run(batch))
@@ -211,14 +211,14 @@ class AsyncClient(Client):
         check(ping.reply)
 
     async def topics(self) -> list[tuple[str, int, int]]:
-        """Return the topics that hold messages: name, number of messages, and bytes."""
+        """Return the topics with messages: name, number of messages, and bytes."""
         found: list[tuple[str, int, int]] = []
         for call in list_topics(found):
             await self._run(call)
         return found
 
     async def stats(self, topic: str | None = None) -> dict[str, int | str]:
-        """Return figures about a topic, or about the server."""
+        """Return statistics of a topic, or of the server."""
         await self._run(call := requests.stats(topic))
         return replies.stats(call.reply)
 
@@ -307,7 +307,7 @@ class AsyncClient(Client):
         """Continue in another event loop, or in a forked child, with new connections."""
         if self._pool and self._pool.process is not process():
             if self._pool.loop is asyncio.get_running_loop():
-                raise RuntimeError("this event loop is the parent process's: run another one in the child process")
+                raise RuntimeError("this event loop belongs to the parent process: run another one in the child")
             # A thread that held the lock does not exist in the child.
             self._lock = threading.Lock()
         with self._lock:

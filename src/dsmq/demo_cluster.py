@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dsmq import environment
 from dsmq.client import DSMQClientSideConnection, connect
@@ -47,7 +47,7 @@ def main(messages: int = 5, pause: float = 0.3) -> None:
 
     Raises StartupError if a package is missing, ServerFailed if a process dies or a message is lost.
     """
-    binary = _find_nats_server()
+    binary = find_nats_server()
     # Otherwise the client would warn about the lost server, which the demo announces itself.
     logging.getLogger("dsmq").setLevel(logging.ERROR)
     with _exiting_on_signals(), TemporaryDirectory(prefix="dsmq-demo-") as folder, ExitStack() as stack:
@@ -72,7 +72,7 @@ class Cluster:
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self._folder, self._stack = folder, stack
-        ports = _free_ports(9)
+        ports = free_ports(9)
         self._nodes = [Node(f"node {at + 1}", *ports[3 * at : 3 * at + 3]) for at in range(3)]
         self._running: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -137,7 +137,7 @@ class Cluster:
         until = time.monotonic() + PATIENCE_SECONDS
         while time.monotonic() < until:
             for node in self._nodes:
-                for stream in _streams(node):
+                for stream in streams(HOST, node.http_port, PATIENCE_SECONDS):
                     if name := stream.get("cluster", {}).get("leader"):
                         return str(name).replace("-", " ")
             self.check()
@@ -182,7 +182,7 @@ class Traffic:
         return f"all {len(stored)} messages are stored, once each and in order: nothing is lost"
 
 
-def _find_nats_server() -> str:
+def find_nats_server() -> str:
     """Return the path of nats-server. Raises StartupError if it or the client's package is missing."""
     beside = Path(sys.executable).with_name("nats-server")
     found = str(beside) if beside.exists() else shutil.which("nats-server")
@@ -191,16 +191,16 @@ def _find_nats_server() -> str:
     return found
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Return ports that are free now."""
     with ExitStack() as stack:
         listeners = [stack.enter_context(socket.create_server((HOST, 0))) for _ in range(count)]
         return [int(listener.getsockname()[1]) for listener in listeners]
 
 
-def _streams(node: Node) -> list[dict[str, dict[str, str]]]:
+def streams(host: str, http_port: int, timeout: float) -> list[dict[str, Any]]:
     """Return a node's description of its streams; empty if it does not answer."""
-    connection = HTTPConnection(HOST, node.http_port, timeout=PATIENCE_SECONDS)
+    connection = HTTPConnection(host, http_port, timeout=timeout)
     try:
         connection.request("GET", "/jsz?streams=1")
         accounts = json.load(connection.getresponse()).get("account_details", [])

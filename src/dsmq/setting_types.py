@@ -37,7 +37,7 @@ def _parses(parse: Callable[[str], object]) -> AfterValidator:
 
 def _not_unix(host: str) -> str:
     if host.startswith(UNIX) or not host:
-        raise ValueError("should be an address or a name")
+        raise ValueError("should be an address or a host name")
     return host
 
 

@@ -7,19 +7,18 @@ import logging
 import os
 import re
 import socket
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from conftest import Wire, daemon, run_dsmq, serving, tool, wait_until, wire_to
+from conftest import Wire, daemon, run_dsmq, serving, wait_until, wire_to
 from dsmq import settings as config
 from dsmq.broker import listener as listening
 from dsmq.errors import ConfigError
 from dsmq.ops.systemd import Systemd
 from dsmq.server import Server, serve
 from dsmq.wire.addresses import parse_endpoint
+from hosts import hosts
 from security import ADMIN, Files
 
 PROTECTED = "without authentication: set auth_token (DSMQ_AUTH_TOKEN), auth_token_file or tls_client_ca_file, or "
@@ -150,40 +149,18 @@ def test_unprotected_server_logs_a_warning(
     assert warning is None or warning in warnings[0]
 
 
-@pytest.fixture
-def two_machines() -> Iterator[tuple[list[str], list[str]]]:
-    """Two connected network namespaces; yields the prefixes of commands to run in each."""
-    ip = tool("ip", "iproute2")
-    names = [f"dsmq-{os.getpid()}-{end}" for end in "ab"]
-    commands = [
-        *[["netns", "add", name] for name in names],
-        ["link", "add", "veth0", "netns", names[0], "type", "veth", "peer", "name", "veth0", "netns", names[1]],
-        *[["-n", name, "addr", "add", f"192.0.2.{at}/30", "dev", "veth0"] for at, name in enumerate(names, 1)],
-        *[["-n", name, "link", "set", device, "up"] for name in names for device in ("lo", "veth0")],
-    ]
-    try:
-        for command in commands:
-            done = subprocess.run([ip, *command], capture_output=True, text=True, check=False)
-            if done.returncode:
-                pytest.skip(f"not allowed here: ip {' '.join(command)}: {done.stderr.strip()}")
-        yield [ip, "netns", "exec", names[0]], [ip, "netns", "exec", names[1]]
-    finally:
-        for name in names:
-            subprocess.run([ip, "netns", "del", name], capture_output=True, check=False)
-
-
 @pytest.mark.embedded("a network from which the engine can't be reached")
 @pytest.mark.parametrize("setting", ["auth_token_file", "protected_mode"])
-def test_network_listener_serves_other_machines(
-    two_machines: tuple[list[str], list[str]], token_file: Path, setting: str
-) -> None:
-    here, there = two_machines
+def test_network_listener_serves_other_machines(token_file: Path, setting: str) -> None:
     value = {"auth_token_file": str(token_file), "protected_mode": "off"}[setting]
-    with daemon("--host", "0.0.0.0", config.option(setting), value, prefix=here) as process:
+    with (
+        hosts(2) as (here, there),
+        daemon("--host", "0.0.0.0", config.option(setting), value, prefix=here.prefix) as process,
+    ):
         token = ["--token-file", str(token_file)] if setting == "auth_token_file" else []
-        address = ["--host", "192.0.2.1", "--port", str(process.port), *token]
+        address = ["--host", here.address, "--port", str(process.port), *token]
         # The link takes a moment to come up.
-        wait_until(lambda: run_dsmq("ping", *address, prefix=there).returncode == 0)
+        wait_until(lambda: run_dsmq("ping", *address, prefix=there.prefix).returncode == 0)
 
 
 def test_connections_per_address_are_limited() -> None:

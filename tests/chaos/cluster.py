@@ -118,8 +118,7 @@ class Cluster:
         wait_until(lambda: self.engine.is_ready() and self._is_current(), SOON)
 
     def _is_current(self) -> bool:
-        accounts: Any = self.engine.leader().ask("jsz?streams=1").get("account_details", [])
-        streams = [stream for account in accounts for stream in account.get("stream_detail", [])]
+        streams = self.engine.leader().streams()
         replicas = [replica for stream in streams for replica in stream.get("cluster", {}).get("replicas", [])]
         return len(replicas) == NODES - 1 and all(replica.get("current") for replica in replicas)
 

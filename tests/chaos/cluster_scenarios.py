@@ -91,9 +91,7 @@ def nodes_restarted(stage: Stage) -> None:
         for node in cluster.engine.nodes[: stage.size(3, 2)]:
             stage.pause(1, 0.5)
             stage.fault("node restarted")
-            node.signal(signal.SIGTERM)
-            assert node.process is not None
-            node.process.wait(30)
+            node.stop()
             node.start()
             cluster.await_engine()
 

@@ -152,7 +152,7 @@ def test_unix_socket_is_removed_on_stop(tmp_path: Path) -> None:
         ("ping --host 127.0.0.1:1 --port 2", "--host names port 1, but --port is 2"),
         ("ping --host 127.0.0.1:0", "--host: '0' is not a port number"),
         ("ping --host 127.0.0.1:", "'127.0.0.1:' is not an address"),
-        ("serve --host 127.0.0.1:1", "--host: should be an address or a name, without a port"),
+        ("serve --host 127.0.0.1:1", "--host: should be an address or a host name, without a port"),
         ("ping --timeout soon", "--timeout"),
         ("serve --frobnicate 1", "--frobnicate"),
         ("serve --port", "--port"),

@@ -307,7 +307,7 @@ def test_put_resumes_after_server_restart() -> None:
     assert (status, out) == (0, b"")
     lost, anew = err.decode().splitlines()
     assert lost.startswith(f"dsmq: connection to 127.0.0.1:{mq.port} lost, trying again: ")
-    assert anew == "dsmq: the server was restarted: the messages it held are lost"
+    assert anew == "dsmq: the server was restarted: its messages are lost"
 
 
 # Others

@@ -157,7 +157,7 @@ def test_client_that_starts_at_position_of_another_epoch_says_so(
     states: list[str] = []
     mq = reader(start="0123456789abcdef:70", on_state_change=states.append)
     assert (mq.get("a"), states) == ("1", ["replaced"])
-    assert "the position to start at is of another epoch, whose messages are lost" in caplog.text
+    assert "the start position is from another epoch, whose messages are lost" in caplog.text
 
 
 @pytest.mark.parametrize("topic", ["a", "*", ("a", "b")])

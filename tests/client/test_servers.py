@@ -159,7 +159,7 @@ def test_servers_are_tried_in_order(client: Callable[..., Both], caplog: pytest.
         mq = client([f"{HOST}:1", address(one), address(two)], retry=False)
         mq.put("t", "x")
         assert (one.status.totals().messages, two.status.totals().messages) == (1, 0)
-    assert caplog.text.count("share no store") == 1
+    assert caplog.text.count("no shared store") == 1
 
 
 def test_no_server_answers(client: Callable[..., Both]) -> None:

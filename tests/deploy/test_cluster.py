@@ -9,7 +9,6 @@ import shutil
 import signal
 import ssl
 import subprocess
-import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -24,7 +23,7 @@ from dsmq import settings as config
 from dsmq.client import DSMQClientSideConnection
 from dsmq.store.nats import HEADER_BYTES
 from dsmq.wire.addresses import parse_store
-from engine import binary, free_ports
+from engine import Engine, Node, binary, free_ports
 from helpers import HOST, Daemon
 
 HERE = ROOT / "deploy/cluster"
@@ -50,8 +49,20 @@ def secrets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "secrets"
 
 
-def adapted(folder: Path, secrets: Path, ports: list[int], at: int) -> Path:
-    """Write the configuration of a node with other ports and files; return its file."""
+class Cluster(Engine):
+    """Three nodes with the shipped configuration."""
+
+    def __init__(self, folder: Path, secrets: Path) -> None:
+        ports = free_ports(9)
+        super().__init__([adapted(folder / str(at), secrets, ports, at) for at in range(3)])
+        self.store = "tls://" + ",".join(f"{HOST}:{node.port}" for node in self.nodes)
+
+    def log(self) -> str:
+        return "".join(node.log.read_text() for node in self.nodes)
+
+
+def adapted(folder: Path, secrets: Path, ports: list[int], at: int) -> Node:
+    """Return a node with the shipped configuration, but for ports and paths."""
     text = CONF.replace("include passwords.conf", "include ./passwords.conf")
     changes = {
         "0.0.0.0:4222": f"{HOST}:{ports[3 * at]}",
@@ -66,53 +77,24 @@ def adapted(folder: Path, secrets: Path, ports: list[int], at: int) -> Path:
         text = text.replace(before, after)
     folder.mkdir()
     shutil.copy(secrets / "passwords.conf", folder)
-    file = folder / "nats.conf"
-    file.write_text(text)
-    return file
-
-
-class Cluster:
-    """Three nodes with the shipped configuration."""
-
-    def __init__(self, folder: Path, secrets: Path, stack: ExitStack) -> None:
-        self._stack = stack
-        ports = free_ports(9)
-        self.files = [adapted(folder / str(at), secrets, ports, at) for at in range(3)]
-        self.nodes = [self.start(at) for at in range(3)]
-        self._http_ports = ports[1::3]
-        self.store = "tls://" + ",".join(f"{HOST}:{port}" for port in ports[::3])
-
-    def start(self, at: int) -> subprocess.Popen[bytes]:
-        words = [binary(), "-c", self.files[at], "--log", self.files[at].with_name("log")]
-        env = os.environ | {"NATS_NAME": f"nats-{at + 1}"}
-        node = subprocess.Popen(words, stdin=subprocess.DEVNULL, env=env)
-        self._stack.enter_context(node)
-        self._stack.callback(node.kill)
-        return node
-
-    def is_healthy(self) -> bool:
-        """Return whether all nodes have all messages."""
-        try:
-            for port in self._http_ports:
-                with urllib.request.urlopen(f"http://{HOST}:{port}/healthz", timeout=SOON) as answer:
-                    answer.read()
-        except OSError:
-            return False
-        return True
-
-    def log(self) -> str:
-        return "".join(file.with_name("log").read_text() for file in self.files)
+    (folder / "nats.conf").write_text(text)
+    name = f"nats-{at + 1}"
+    return Node(name, folder / "nats.conf", ports[3 * at :], env={"NATS_NAME": name})
 
 
 @pytest.fixture
 def cluster(secrets: Path, tmp_path: Path) -> Iterator[Cluster]:
-    with ExitStack() as stack:
-        yield Cluster(tmp_path, secrets, stack)
+    nodes = Cluster(tmp_path, secrets)
+    for node in nodes.nodes:
+        node.start()
+    try:
+        yield nodes
+    finally:
+        nodes.kill()
 
 
 def test_nats_accepts_the_configuration(secrets: Path, tmp_path: Path) -> None:
-    file = adapted(tmp_path / "node", secrets, free_ports(9), 0)
-    command = [binary(), "-t", "-c", file]
+    command = [binary(), "-t", "-c", adapted(tmp_path / "node", secrets, free_ports(9), 0).config]
     done = subprocess.run(
         command,
         env=os.environ | {"NATS_NAME": "nats-1"},
@@ -141,13 +123,12 @@ def test_node_is_replaced_by_an_empty_one(cluster: Cluster, secrets: Path) -> No
     with ExitStack() as stack:
         _, mq = client(cluster, secrets, stack)
         mq.put("greetings", "1")
-        for at in (0, 1, 2):
-            cluster.nodes[at].kill()
-            cluster.nodes[at].wait()
-            shutil.rmtree(cluster.files[at].with_name("data"))
+        for node in cluster.nodes:
+            node.kill()
+            shutil.rmtree(node.config.with_name("data"))
             mq.put("greetings", "while a node is away")
-            cluster.nodes[at] = cluster.start(at)
-            wait_until(cluster.is_healthy)
+            node.start()
+            wait_until(cluster.is_ready)
         # No node has been there from the start, but the messages have.
         _, later = client(cluster, secrets, stack)
         later.seek("greetings", 0)
@@ -166,9 +147,9 @@ def test_password_is_changed_without_interruption(cluster: Cluster, secrets: Pat
         mq.put("greetings", "2")
         changed = {"store_user": "dsmq2", "store_password_file": str(secrets / "new-password")}
         _, other = client(cluster, secrets, stack, **changed)
-        for file in cluster.files:
+        for node in cluster.nodes:
             # A variable that is not used is an error.
-            passwords = file.with_name("passwords.conf")
+            passwords = node.config.with_name("passwords.conf")
             passwords.write_text(re.sub("(?m)^DSMQ_PASSWORD.*", "", passwords.read_text()))
         reload(cluster, f"{user}, {new}", new)
         other.seek("greetings", 0)
@@ -176,8 +157,8 @@ def test_password_is_changed_without_interruption(cluster: Cluster, secrets: Pat
         assert other.get_many("greetings", 10) == ["1", "2", "3"]
         old_server.wait_for_line("lost the connection to NATS server nats-.: Authorization Violation")
         # If that was too early, the server recovers.
-        for file in cluster.files:
-            shutil.copy(secrets / "passwords.conf", file.with_name("passwords.conf"))
+        for node in cluster.nodes:
+            shutil.copy(secrets / "passwords.conf", node.config.with_name("passwords.conf"))
         reload(cluster, new, f"{user}, {new}")
         mq.put("greetings", "4")
         assert [other.get_wait("greetings"), mq.get_latest("greetings")] == ["4", "4"]
@@ -188,12 +169,12 @@ def test_password_is_changed_without_interruption(cluster: Cluster, secrets: Pat
 
 def reload(cluster: Cluster, before: str, after: str) -> None:
     """Change the configuration of all nodes."""
-    for node, file in zip(cluster.nodes, cluster.files, strict=True):
-        assert before in file.read_text()
-        done = file.with_name("log").read_text().count(RELOADED)
-        file.write_text(file.read_text().replace(before, after))
-        node.send_signal(signal.SIGHUP)
-        wait_until(partial(has_reloaded, file.with_name("log"), done + 1))
+    for node in cluster.nodes:
+        assert before in node.config.read_text()
+        done = node.log.read_text().count(RELOADED)
+        node.config.write_text(node.config.read_text().replace(before, after))
+        node.signal(signal.SIGHUP)
+        wait_until(partial(has_reloaded, node.log, done + 1))
 
 
 def has_reloaded(log: Path, times: int) -> bool:

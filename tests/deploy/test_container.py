@@ -14,7 +14,7 @@ import time
 import tomllib
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -463,15 +463,35 @@ def test_compose_accepts_shipped_file() -> None:
     assert set(yaml.safe_load(done.stdout)["services"]) == set(SERVICES)
 
 
-def compose() -> tuple[list[str], str]:
+def compose(file: Path = COMPOSE) -> tuple[list[str], str]:
     """Return the installed command for compose, and its file."""
-    text = COMPOSE.read_text()
+    text = file.read_text()
     if shutil.which("docker"):
         done = subprocess.run(["docker", "compose", "version"], capture_output=True, timeout=SOON, check=False)
         if done.returncode == 0:
             return ["docker", "compose"], text
     # Version 1 does not support a top-level name.
-    return [tool("docker-compose", "docker-compose")], text.replace("name: dsmq\n", "")
+    return [tool("docker-compose", "docker-compose")], re.sub("(?m)^name: .*\n", "", text)
+
+
+@contextmanager
+def composed(docker: Docker, file: Path) -> Iterator[Callable[..., str]]:
+    """A function that runs commands of Compose; afterwards, everything is removed."""
+    command, text = compose(file)
+    words = [*command, "--file=-", "--project-name=dsmq"]
+    # Docker checks the health more often than in production, to save time.
+    text = text.replace("interval: 10s", "interval: 1s")
+
+    def run(*more: str) -> str:
+        options: dict[str, Any] = {"input": text, "cwd": file.parent, "env": docker.environment, "timeout": 4 * SOON}
+        done = subprocess.run([*words, *more], capture_output=True, text=True, check=False, **options)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    try:
+        yield run
+    finally:
+        run("down", "--volumes")
 
 
 def test_compose_runs_server(docker: Docker, tmp_path: Path) -> None:
@@ -480,17 +500,9 @@ def test_compose_runs_server(docker: Docker, tmp_path: Path) -> None:
     (here / "secrets").mkdir(mode=0o700)
     for name in ("dsmq-token", "grafana-password"):
         (here / "secrets" / name).write_text(TOKEN)
-    command, text = compose()
     docker("tag", IMAGE, SERVICES["dsmq"]["image"])
-    words = [*command, "--file=-", "--project-name=dsmq"]
-
-    def run(*more: str) -> subprocess.CompletedProcess[str]:
-        options: dict[str, Any] = {"input": text, "cwd": here, "env": docker.environment, "timeout": 4 * SOON}
-        return subprocess.run([*words, *more], capture_output=True, text=True, check=False, **options)
-
-    try:
-        done = run("up", "--detach", "--no-build", "dsmq")
-        assert done.returncode == 0, done.stdout + done.stderr
+    with composed(docker, here / "compose.yaml") as run:
+        run("up", "--detach", "--no-build", "dsmq")
         container = Container(docker, docker("ps", "--quiet", "--filter=publish=30008").stdout.strip())
         wait_until(container.is_serving)
         assert_works(container)
@@ -499,8 +511,44 @@ def test_compose_runs_server(docker: Docker, tmp_path: Path) -> None:
         assert json.loads(container.logs()[0].splitlines()[0])["level"] == "info"
         limits = docker.inspect("container", container.id)["HostConfig"]
         assert (limits["Memory"], limits["PidsLimit"], limits["ReadonlyRootfs"]) == (2 << 30, 64, True)
-    finally:
-        run("down", "--volumes")
+
+
+def test_compose_runs_cluster_that_survives_a_node_and_a_server(docker: Docker, podman: Podman, tmp_path: Path) -> None:
+    here = tmp_path / "cluster"
+    shutil.copytree(ROOT / "deploy/cluster", here)
+    subprocess.run([here / "secrets.sh", "nats-1", "nats-2", "nats-3"], check=True, timeout=SOON)
+    token = (here / "secrets/dsmq-token").read_text().strip()
+    docker("tag", IMAGE, CLUSTER["dsmq-1"]["image"])
+    engines.provide_nats(podman, docker, CLUSTER["nats-1"]["image"])
+    with ExitStack() as stack:
+        run = stack.enter_context(composed(docker, here / "compose.yaml"))
+
+        def await_health() -> None:
+            containers = [Container(docker, name) for name in run("ps", "--quiet").split()]
+            assert len(containers) == len(CLUSTER)
+            wait_until(lambda: all(one.check_health() == "healthy" for one in containers), 2 * SOON)
+
+        run("up", "--detach", "--no-build")
+        await_health()
+        stack.enter_context(docker.its_network())
+        servers = ["127.0.0.1:30008", "127.0.0.1:30018"]
+        # Each client has to move at least once.
+        states: list[str] = []
+        writer, reader = (
+            stack.enter_context(connect(servers, token=token, on_state_change=states.append)) for _ in range(2)
+        )
+        for number, stopped in enumerate(("", "nats-1", "dsmq-1", "dsmq-2")):
+            if stopped == "dsmq-2":
+                run("start", "nats-1", "dsmq-1")
+                await_health()
+            if stopped:
+                run("kill", stopped)
+            writer.put("greetings", str(number))
+            assert reader.get_wait("greetings", timeout=SOON) == str(number)
+        assert states.count("lost") >= 2
+        with connect(servers[0], token=token) as mq:
+            mq.seek("greetings", 0)
+            assert mq.get_many("greetings", 9) == ["0", "1", "2", "3"]
 
 
 def test_files_mounted_by_compose_exist() -> None:

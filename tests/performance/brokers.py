@@ -16,6 +16,8 @@ from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 
+from dsmq.demo_cluster import free_ports
+
 # Name, program, option that prints its version, Python package of its usual client.
 KNOWN = (
     ("dsmq", sys.executable, "", "dsmq"),
@@ -39,7 +41,7 @@ class Broker:
         self.folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dsmq-performance-"))
         self._said = stack.enter_context(tempfile.TemporaryFile("w+", errors="replace"))  # noqa: SIM115 - by the stack
         for _attempt in range(PORTS_TRIED):
-            self.port = free_port()
+            (self.port,) = free_ports(1)
             self.process = self._start(options)
             stack.callback(self.stop)
             if self._answers():
@@ -93,12 +95,6 @@ class Broker:
         """Kill it. Idempotent."""
         self.process.kill()
         self.process.wait()
-
-
-def free_port() -> int:
-    """Return a port that is free at the moment."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def find(stack: ExitStack, wanted: list[str], before: str = "") -> list[Broker]:

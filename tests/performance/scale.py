@@ -24,9 +24,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import plots
-from brokers import Broker, free_port, median_ratio, progress, say
+from brokers import Broker, median_ratio, progress, say
 
 from dsmq.client import DSMQClientSideConnection, connect
+from dsmq.demo_cluster import free_ports
 from dsmq.system import allow_more_files
 from dsmq.wire.resp import encode_request
 
@@ -296,7 +297,7 @@ def metrics(rounds: int) -> Result:
     """Return the ratios of costs with metrics, scraped four times a second, to those without an HTTP endpoint."""
     with ExitStack() as stack:
         off = Probe(Broker("dsmq", stack, "--http-port", "off"), stack)
-        port = free_port()
+        (port,) = free_ports(1)
         on = Probe(Broker("dsmq", stack, "--http-port", str(port)), stack)
         ended = threading.Event()
 

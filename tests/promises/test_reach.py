@@ -159,7 +159,7 @@ def test_proxy_is_retried_until_server_answers() -> None:
         (b"<!DOCTYPE HTML>\r\n", " but an HTTP server"),
         (b"SSH-2.0-OpenSSH_9.2\r\n", " but an SSH server"),
         (b"INFO {}\r\n", " but a NATS server"),
-        (b"-ERR unknown command 'HELLO'\r\n", " but Redis or one like it"),
+        (b"-ERR unknown command 'HELLO'\r\n", " but Redis or a compatible server"),
         (b"-NOAUTH HELLO must be called with the client already authenticated, otherwise ...\r\n", " but Redis"),
         (b"*2\r\n$6\r\nserver\r\n$6\r\nvalkey\r\n", " but valkey"),
         (b"Good morning\r\n", ""),

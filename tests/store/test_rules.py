@@ -84,7 +84,7 @@ def test_first_matching_rule_applies(store: ClockedStore) -> None:
 def test_message_larger_than_the_topic_is_refused_and_drops_nothing(store: ClockedStore) -> None:
     keep(store, TopicRule(b"t", max_bytes=300, when_full=DROP_OLDEST))
     put(store, b"t", b"1", b"2")
-    with pytest.raises(Full, match="larger than the topic may be: max_bytes of topics t = 300"):
+    with pytest.raises(Full, match="larger than its topic may be: max_bytes of topics t = 300"):
         put(store, b"t", bytes(201))
     assert bodies(store, b"t") == [b"1", b"2"]
     put(store, b"t", bytes(200))
@@ -196,7 +196,7 @@ def test_topic_that_begins_to_drop_is_logged_once(store: ClockedStore, caplog: p
     with caplog.at_level(logging.INFO):
         put(store, b"t", b"1", b"2", b"3")
         put(store, b"t", b"4")
-    assert caplog.messages == ["topic 't' is full: it drops its oldest messages for newer ones"]
+    assert caplog.messages == ["topic 't' is full: dropping its oldest messages for newer ones"]
 
 
 def test_frames_of_a_camera_stay_within_the_limit(store: ClockedStore, clock: Clock) -> None:

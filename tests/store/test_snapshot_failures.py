@@ -256,7 +256,7 @@ def test_nothing_is_written_outside_snapshot_folder(tmp_path: Path) -> None:
 def test_two_servers_cannot_share_snapshot_file(file: Path) -> None:
     with (
         serving(snapshot_file=str(file)),
-        pytest.raises(StartupError, match="another server has"),
+        pytest.raises(StartupError, match="another server uses"),
         serving(snapshot_file=str(file)),
     ):
         pass

@@ -1,4 +1,4 @@
-"""The access rules (tokens, TLS, access to the HTTP endpoint), which a reload replaces as a whole."""
+"""The access rules: tokens, TLS, access to the HTTP endpoint. A reload replaces all of them together."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """The access rules given by the settings and the files that they name. Immutable."""
+    """The access rules in the settings and the files they refer to. Immutable."""
 
     authenticator: Authenticator
     http_authenticator: HTTPAuthenticator
@@ -31,7 +31,7 @@ class Access:
 
     @classmethod
     def load(cls, settings: Settings) -> Access:
-        """Read the files that the settings name. Raises ConfigError."""
+        """Read the files given in the settings. Raises ConfigError."""
         authenticator = Authenticator(
             token_files.load_tokens(settings.auth_token.get_secret_value(), settings.auth_token_file)
         )
@@ -56,16 +56,17 @@ class Access:
         return self.tls is not None, self.client_ca_file
 
     def may_show_messages(self, *, is_open: bool) -> bool:
-        """Return whether the HTTP endpoint may show messages to those it answers.
+        """Return whether the HTTP endpoint may show messages to its authorized clients.
 
-        `is_open`: only programs on this machine reach it, and any of them can connect to the server as a client.
+        `is_open`: only programs on this machine can reach it, and all of them can connect to the server as clients
+        anyway.
         """
         if self.http_authenticator.token:
             return True
         return is_open and not (self.authenticator.tokens or self.client_ca_file)
 
     def exposed(self, sockets: Iterable[socket.socket]) -> list[str]:
-        """Return the addresses where other machines may connect without authentication."""
+        """Return the addresses at which other machines may connect without authentication."""
         if self.authenticator.tokens or self.client_ca_file:
             return []
         return [listener.address(sock) for sock in sockets if listener.is_exposed(sock)]

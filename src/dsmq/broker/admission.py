@@ -1,4 +1,4 @@
-"""Accepted connections: each goes to an event loop, or is refused."""
+"""Assigns accepted connections to event loops, or refuses them."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class Admission:
     def __init__(self, context: ServerContext, workers: Sequence[EventLoop], counters: Counters) -> None:
         self._context = context
         self._workers = workers
-        # They count refused connections.
+        # Counts refused connections.
         self._counters = counters
         self._numbers = itertools.count(1)
         self._refused: deque[tuple[float, socket.socket]] = deque()
 
     def assign(self, sock: socket.socket, host: str, name: str) -> None:
-        """Give a connection to the event loop that has the fewest, or refuse it."""
+        """Give a connection to the event loop with the fewest connections, or refuse it."""
         client_key, access = auth.client_key(host), self._context.access
         if refusal := self._refusal(client_key):
             self._refuse(sock, name, *refusal, speaks_tls=access.tls is not None)
@@ -65,7 +65,7 @@ class Admission:
             worker.post(partial(worker.add_connection, stream, peer))
 
     def _refusal(self, client_key: str) -> tuple[str, ReplyError] | None:
-        """Return why a connection is refused, as a label of the metrics and as an error reply; None if it is not."""
+        """Return why a connection is refused, as a metrics label and an error reply, or None if it is accepted."""
         per_address, connections = self._context.settings.max_connections_per_address, self._context.usage.connections
         if connections.total >= connections.limit:
             return "connections", Busy(f"too many connections (max_connections = {connections.limit})")

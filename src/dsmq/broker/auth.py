@@ -14,7 +14,7 @@ from functools import lru_cache
 DEFAULT_USER = b"default"
 """The user that matches any token."""
 _HOST = re.compile(r"(\[[^\[\]]*\]|[^:\[\]]*)(?::[0-9]*)?")
-# The loopback names in /etc/hosts of common systems. Nobody can register one of these.
+# Loopback names in /etc/hosts of common systems. Nobody can register these.
 _LOOPBACK_NAMES = frozenset(
     ("localhost", "localhost.localdomain", "localhost4", "localhost6", "ip6-localhost", "ip6-loopback")
 )
@@ -22,7 +22,7 @@ _MAX_CACHED_ADDRESSES = 10_000
 
 
 class Role(enum.IntEnum):
-    """The permissions of a client. Each role includes the previous ones."""
+    """The permissions of a client. Each role includes those before it."""
 
     NOBODY = 0
     READ = 1
@@ -38,14 +38,14 @@ class Token:
 
 
 class Authenticator:
-    """The valid tokens, as digests. Immutable, so threads may share it."""
+    """The valid tokens, as digests. Immutable, so that threads can share it."""
 
     def __init__(self, tokens: Iterable[tuple[str, Role, str]] = ()) -> None:
-        """Each token is given by its name, role and text."""
+        """A token is a tuple of its name, role and text."""
         self.tokens = tuple(Token(name, role, _digest(text.encode())) for name, role, text in tokens)
 
     def authenticate(self, user: bytes, token: bytes) -> Token | None:
-        """Return the token that a client has sent, if it is valid."""
+        """Return the token that a client sent, if it is valid."""
         digest = _digest(token)
         found = None
         # Compare all tokens, each in constant time, so that the duration reveals nothing.
@@ -68,7 +68,7 @@ def _digest(token: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class HTTPAuthenticator:
-    """Controls access to the HTTP endpoint by a bearer token (empty: none is required) and by host names."""
+    """Controls access to the HTTP endpoint by a bearer token (empty: not required) and by host names."""
 
     token: bytes = b""
     names: frozenset[str] = frozenset()
@@ -98,7 +98,7 @@ def _is_address(name: str) -> bool:
 
 @lru_cache(_MAX_CACHED_ADDRESSES)
 def client_key(host: str) -> str:
-    """Return the IPv4 address, or the /64 network of an IPv6 address, all of which one client may use."""
+    """Return an IPv4 address, or an IPv6 address's /64 network, because one client may use all of it."""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # Redis's names for commands of these roles.
 _FLAGS = {Role.NOBODY: "no_auth", Role.READ: "readonly", Role.WRITE: "write", Role.ADMIN: "admin"}
 
-# An argument, or everything within a pair of brackets, which may contain other pairs.
+# An argument, or a pair of brackets with its contents, including nested pairs.
 _ARGUMENT = re.compile(r"(?:\[(?:[^\[\]]|\[[^\[\]]*\])*\]|\S+)(?: \.\.\.)?")
 
 Handler: TypeAlias = "Callable[[Connection, list[bytes]], Encoded | None]"
@@ -36,12 +36,12 @@ class Command:
     name: str
     handler: Handler
     syntax: str = ""
-    """The arguments as PROTOCOL.md writes them: words in brackets are optional, and `...` repeats the word before."""
+    """The arguments, as in PROTOCOL.md: words in brackets are optional, and `...` repeats the previous word."""
     summary: str = ""
     role: Role = Role.READ
     """The lowest role that may run it."""
     parse: Callable[[Connection, list[bytes]], Any] = lambda _client, _request: None
-    """Raises if the arguments are invalid. Between MULTI and EXEC, it checks each request before it is queued."""
+    """Raises if the arguments are invalid. Between MULTI and EXEC, checks each request before it is queued."""
     min_args: int = field(init=False)
     max_args: int = field(init=False)
 
@@ -70,12 +70,12 @@ class CommandTable:
 
     all: dict[bytes, Command]
     by_role: dict[Role, dict[bytes, Command]]
-    """The commands that may run at once. Those of an unauthenticated client are checked one by one."""
+    """The commands that may run without further checks. Those of an unauthenticated client are checked one by one."""
     queued: dict[Role, dict[bytes, Command]]
-    """The same between MULTI and EXEC."""
+    """The same, between MULTI and EXEC."""
 
     def find(self, name: bytes) -> Command:
-        """Return a command; case is ignored. Raises UnknownCommand."""
+        """Return a command by its name, case-insensitive. Raises UnknownCommand."""
         command = self.all.get(name) or self.all.get(name.upper())
         if command is None:
             raise UnknownCommand(f"unknown command {quoted(name)}")
@@ -94,7 +94,7 @@ def _describe_commands(client: Connection, request: list[bytes]) -> bytes:
         case [b"DOCS", *names]:
             wanted = [command for name, command in COMMANDS.items() if not names or name in names]
             return encode_value(client.version, {command.name.lower(): _docs(command) for command in wanted})
-    raise BadRequest("the subcommands of COMMAND are COUNT, DOCS [name ...] and INFO [name ...]")
+    raise BadRequest("COMMAND has the subcommands COUNT, DOCS [name ...] and INFO [name ...]")
 
 
 def _info(command: Command) -> bytes:

@@ -1,4 +1,4 @@
-"""One client connection, from the first byte to the last."""
+"""One client connection, from its first byte to its last."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _logger = logging.getLogger(__name__)
 class Connection:
     """A client's connection and its state. Used only by the thread of its event loop."""
 
-    # Python reads this many attributes faster from slots than from a dict.
+    # With this many attributes, slots are faster than a dict.
     __slots__ = (
         *("awaits_start", "context", "counters", "id", "last_put", "last_read", "last_selection", "login", "loop"),
         *("name", "notices", "opened_at", "peer", "pending_puts", "reads", "requests", "scheduled", "start_id"),
@@ -60,11 +60,11 @@ class Connection:
         self.notices = False
         self.last_read: tuple[bytes, int] | None = None
         self.last_selection: tuple[Selection, int] | None = None
-        """What it last read together, if that is short, and the position that it has reached."""
+        """The selection that it last read, if that takes little memory, and its position in it."""
         self.last_put = b""
         """The topic of the last put."""
         self.start_id: int | None = None
-        """The last id when the client connected, after which GET begins; None until the store answers."""
+        """The last id when the client connected, after which GET begins; None until the store replies."""
         self.awaits_start = False
         self.opened_at = 0.0
 
@@ -87,7 +87,7 @@ class Connection:
 
     @property
     def unauthenticated(self) -> bool:
-        """Whether a token or the end of the TLS handshake is still missing."""
+        """Whether it still has to send a token or finish the TLS handshake."""
         return self.login.role is Role.NOBODY or self.state is HANDSHAKE
 
     @property
@@ -97,7 +97,7 @@ class Connection:
     # Settings
 
     def open(self) -> None:
-        """Begin to read requests."""
+        """Start reading requests."""
         self.opened_at = self.transport.active_at = self.loop.now
         self.loop.watch(self, EVENT_READ)
         start_id = self.context.store.start_id()
@@ -108,14 +108,14 @@ class Connection:
         self.apply_settings()
 
     def apply_settings(self) -> None:
-        """Apply the current settings and access rules, at the start and after a reload."""
+        """Apply the current settings and access rules, at first and after a reload."""
         if self.state < FINISHING:
             self.set_bounds()
             self.login.apply_settings()
             self._reschedule()
 
     def set_bounds(self) -> None:
-        """Set the limits on buffered bytes, which are low before authentication."""
+        """Set the limits on buffered bytes, which are lower before authentication."""
         settings, parser = self.context.settings, self.requests.parser
         most = settings.max_unauthenticated_bytes if self.role is Role.NOBODY else 0
         self.requests.max_receive = most or RECEIVE_BYTES
@@ -128,7 +128,7 @@ class Connection:
     # Replies
 
     def commit_puts(self) -> bool:
-        """Commit pending puts first, so that replies go out in order; return False if the store answers later."""
+        """Commit pending puts, so that replies go out in order; return False if the store replies later."""
         if self.pending_puts:
             self.loop.batch.commit()
         return not self.pending_puts
@@ -151,7 +151,7 @@ class Connection:
 
     def _start_after(self, start_id: int | ReplyError) -> None:
         if isinstance(start_id, ReplyError):
-            # Without a word, so that the client goes to another server.
+            # Without an error reply, so that the client tries another server.
             self.close(str(start_id))
         elif not self.closed:
             self.start_id = start_id
@@ -166,7 +166,7 @@ class Connection:
         self.loop.memory.add(self)
 
     def on_room(self, budget: Budget) -> None:
-        """Continue with the reply or request for which there was no room."""
+        """Continue with the reply or request that had to wait for memory."""
         if self.state is not NO_ROOM:
             return
         self.transport.active_at = self.loop.now
@@ -189,7 +189,7 @@ class Connection:
             self.loop.schedule(self, when)
 
     def on_timer(self) -> None:
-        """Do what is due now."""
+        """Run the actions that are due."""
         for when, action in deadlines(self):
             if when <= self.loop.now:
                 action()
@@ -203,7 +203,7 @@ class Connection:
     # The end
 
     def on_eof(self) -> None:
-        """Answer the requests that the client sent before it shut down its sending side, and close."""
+        """Reply to the requests that the client sent before it shut down its sending side, and close."""
         if self.state is LINGERING:
             self.close("end of input")
             return
@@ -222,15 +222,15 @@ class Connection:
             self.loop.to_flush.append(self.transport)
 
     def drain(self) -> None:
-        """Answer a waiting read and pending puts, and finish, because the server is stopping.
+        """Reply to a waiting read and pending puts, and finish, because the server is stopping.
 
-        A client that asked for notices gets one after its last reply: puts that got no reply before it are not stored.
+        A client that requested notices gets one after its last reply: puts without a reply before it are not stored.
         """
         self.transport.linger_seconds = LINGER_SECONDS_AT_STOP
         self._stop(ShuttingDown("the server is stopping"))
 
     def disconnect(self, reason: str) -> None:
-        """Finish because the rules that admitted the client have changed."""
+        """Finish, because the rules by which the client was admitted have changed."""
         self.login.role = Role.NOBODY
         error = AuthRequired(reason)
         self.log_rejected(error)
@@ -246,7 +246,7 @@ class Connection:
             self.end(error)
 
     def reject(self, error: ReplyError) -> None:
-        """Reply with an error after which no request can be run, and close."""
+        """Reply with an error after which no further request can run, and close."""
         self.log_rejected(error)
         self.fail(error)
         self.finish()
@@ -255,7 +255,7 @@ class Connection:
         """Close for a reason other than a request.
 
         Redis clients crash on unsolicited errors, or take them for the reply to their next request. So the error is
-        sent only to clients that asked for notices, or as the reply to a request that has not run.
+        sent only to clients that requested notices, or as the reply to a request that has not run.
         """
         if self.notices or self.reads.pending is not None or not self.requests.is_empty:
             self.reads.end()
@@ -266,7 +266,7 @@ class Connection:
         _logger.info("%r: %s %s", self, error.code, error, extra=self.event("rejected", code=error.code))
 
     def on_failure(self, *, in_request: bool = False) -> None:
-        """Close this connection, and no other, after a defect; if it was in a request, reply to that first."""
+        """Close only this connection after a defect; if it occurred in a request, reply to that first."""
         _logger.exception("%r: dropped after a defect", self, extra=self.event("defect"))
         self.counters.failures += 1
         self.reads.end()
@@ -277,7 +277,7 @@ class Connection:
             self.close_with_error(_DEFECT)
 
     def close_with_error(self, error: ReplyError) -> None:
-        """Close at once. A client that asked for notices gets the error, unless another reply is due first."""
+        """Close at once. A client that requested notices gets the error, unless another reply is due first."""
         if self.notices and not (self.transport.data or self.pending_puts):
             self._note(error)
             with suppress(OSError):

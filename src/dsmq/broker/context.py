@@ -24,6 +24,6 @@ class ServerContext:
     access: Access
     usage: Usage
     request_stop: Callable[[str], None]
-    """Stop the server; takes the reason."""
+    """Stops the server; takes the reason."""
     info: Callable[[], Mapping[str, Mapping[str, object]]]
     """Returns the sections of INFO, with names and values."""

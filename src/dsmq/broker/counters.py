@@ -1,4 +1,4 @@
-"""Counters. Each event loop has its own, plain integers; they are summed on demand."""
+"""Counters: plain integers, separate for each event loop, and summed on demand."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Histogram:
         self.sum += other.sum
 
     def buckets(self) -> list[tuple[str, float]]:
-        """Return upper bounds and the number of values up to each, as Prometheus expects them."""
+        """Return upper bounds and the number of values up to each, as Prometheus requires."""
         total, found = 0, []
         for bound, count in zip((*map(str, self.bounds), "+Inf"), self.counts, strict=True):
             total += count
@@ -46,7 +46,7 @@ class Histogram:
 
 @dataclass(slots=True)
 class Counters:
-    """The counts of one event loop since the start. No other thread changes them."""
+    """The counters of one event loop since the start. No other thread changes them."""
 
     gets_message: int = 0
     gets_empty: int = 0
@@ -58,7 +58,7 @@ class Counters:
     failures: int = 0
     wrong_tokens: int = 0
     commands: dict[str, int] = field(default_factory=dict)
-    """Requests by command. All commands are there from the start; requests for unknown ones are in `errors`."""
+    """Requests by command. All commands are present from the start; requests for unknown ones are in `errors`."""
     errors: Counter[str] = field(default_factory=Counter)
     """Error replies by code."""
     puts_refused: Counter[str] = field(default_factory=Counter)
@@ -68,11 +68,11 @@ class Counters:
     recent: deque[tuple[float, str, str, str]] = field(default_factory=lambda: deque(maxlen=RECENT_ERRORS))
     """The last error replies: Unix time, code, client, message."""
     request_seconds: Histogram = field(default_factory=lambda: Histogram(_FROM_5_MICROSECONDS))
-    """From the start of the turn that received a request to its end, when the reply was sent."""
+    """Seconds from the start of the turn that received a request to its end, when the reply was sent."""
     delivery_seconds: Histogram = field(default_factory=lambda: Histogram(_FROM_1_MILLISECOND))
-    """From put to delivery."""
+    """Seconds from put to delivery."""
     lag_seconds: Histogram = field(default_factory=lambda: Histogram(_FROM_5_MICROSECONDS))
-    """How late the event loop checks its timers, measured once a second."""
+    """Delay of the event loop's timers in seconds, measured once a second."""
 
 
 def total(counters: Iterable[Counters]) -> Counters:

@@ -68,7 +68,7 @@ def _end_idle(connection: Connection) -> None:
 
 
 class Timers:
-    """Calls `on_timer` of targets at the times they are scheduled for; a new time replaces the previous one."""
+    """Calls `on_timer` of targets at their scheduled times; a new time replaces the previous one."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, TimerTarget]] = []
@@ -86,7 +86,7 @@ class Timers:
         self.next_at = self._heap[0][0] if self._heap else math.inf
 
     def run(self, now: float) -> None:
-        # Taken out first: timers scheduled meanwhile belong to the next turn.
+        # Removed first: timers scheduled meanwhile belong to the next turn.
         due: list[tuple[float, int, TimerTarget]] = []
         while self._heap and self._heap[0][0] <= now and len(due) < MAX_TIMERS:
             due.append(heapq.heappop(self._heap))

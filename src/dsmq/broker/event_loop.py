@@ -1,7 +1,7 @@
 """The event loop of one I/O worker: a thread that serves its share of the connections and never blocks.
 
-A turn: receive and run the requests of the sockets that are ready, store all messages put by them in one call, wake the
-readers that wait for these, and send the replies.
+A turn: receive and run the requests of the ready sockets, store all messages that they put in one call, wake the
+readers waiting for these, and send the replies.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
     from dsmq.broker.login import Peer
     from dsmq.broker.transport import Stream, Transport
 
-# How often an event loop proves that it is alive, and measures how late it checks its timers.
+# How often an event loop proves that it is alive, and measures the delay of its timers.
 PULSE_SECONDS = 1.0
 # A turn that takes longer than this stores puts and sends replies in between. Each connection may run requests for a
-# slice of this time: a longer one if few connections are ready, a shorter one if many are. In a crowd, each runs a
-# single request at first.
+# slice of this time: the more connections are ready, the shorter. If there are many, each runs a single request at
+# first.
 TURN_SECONDS = 0.004
 MOST_SLICE_SECONDS = TURN_SECONDS / 4
 LEAST_SLICE_SECONDS = 0.0001
@@ -64,14 +64,14 @@ class EventLoop:
         self.connections: dict[Connection, None] = {}
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
         self.slice_seconds = TURN_SECONDS
-        """How long one connection may run requests at a time; 0 stands for one request."""
+        """How long one connection may run requests at a time; 0: a single request."""
         self.memory = MemoryQueue(context.usage)
         self.waiters = Waiters(self, context.usage, MOST_SLICE_SECONDS)
         self.batch = PutBatch(self, workers)
         self._poller = Poller()
         self.to_flush: list[Transport] = []
         """Transports with replies to send at the end of the turn."""
-        # Connections that have requests left after their slice of a turn, in the order in which they continue.
+        # Connections with requests left after their slice of a turn, in the order in which they continue.
         self._to_run: OrderedDict[Connection, None] = OrderedDict()
         self._timers = Timers()
         self._posted: deque[Callable[[], None]] = deque()
@@ -84,13 +84,13 @@ class EventLoop:
 
     @property
     def due_at(self) -> float:
-        """The time by which the loop should have begun another turn."""
+        """The time by which the loop should begin another turn."""
         return self.now + PULSE_SECONDS
 
     # From other threads
 
     def post(self, call: Callable[[], None]) -> None:
-        """Run this in the thread of the loop. Thread-safe."""
+        """Run this in the loop's thread. Thread-safe."""
         self._posted.append(call)
         self._waker.ring()
 
@@ -98,12 +98,12 @@ class EventLoop:
         self.thread.start()
 
     def stop(self, seconds: float) -> None:
-        """Answer waiting readers, close all connections, and end, within this time. Thread-safe."""
+        """Reply to waiting readers, close all connections, and end, within this time. Thread-safe."""
         # Counted from now, because the current turn may take long.
         self.post(partial(self._drain, time.monotonic() + seconds))
 
     def abandon(self) -> None:
-        """Close the copies of the sockets that a forked process has."""
+        """Close a forked process's copies of the sockets."""
         for connection in self.connections:
             connection.transport.socket.close()
         self._close_poller()
@@ -144,7 +144,7 @@ class EventLoop:
         self._for_all(lambda connection: connection.apply_settings())
 
     def close_connections(self, reason: str) -> None:
-        """Close all connections at once. To be posted."""
+        """Close all connections at once. Must be posted."""
         self._for_all(lambda connection: connection.close(reason))
 
     def _drain(self, until: float) -> None:
@@ -179,7 +179,7 @@ class EventLoop:
             self.close()
 
     def close(self) -> None:
-        """Close everything. For its own thread, or if that never ran."""
+        """Close everything. Called in its own thread, or if that never ran."""
         for connection in list(self.connections):
             connection.close("the server has stopped")
         self._close_poller()
@@ -220,15 +220,15 @@ class EventLoop:
             self.counters.request_seconds.add(self._answered_at - self.now, requests)
 
     def _go_on(self, *, many: bool) -> bool:
-        """Let connections run requests left from earlier turns, for as long as the ready connections took in this one.
+        """Run requests left over from earlier turns, for as long as the ready connections took in this one.
 
         This way, a client that sends an occasional request does not wait for clients that send many at once. Return
-        whether the server has to stop now.
+        whether the server must stop now.
         """
         self.slice_seconds = max(LEAST_SLICE_SECONDS, _slice_seconds(len(self._to_run)))
         now = time.monotonic()
         until = now + max(TURN_SECONDS, now - self.now)
-        # Each connection once: if it still has requests left, it goes to the end of the queue.
+        # Each connection once: if it has requests left, it moves to the end of the queue.
         for _ in range(len(self._to_run)):
             connection, _ = self._to_run.popitem(last=False)
             try:
@@ -243,7 +243,7 @@ class EventLoop:
         return False
 
     def _is_over(self) -> bool:
-        """In a long turn, answer the first requests now; return whether the server has to stop now."""
+        """In a long turn, reply to the first requests now; return whether the server must stop now."""
         self._answer()
         return self._answered_at >= self._stop_at
 
@@ -263,7 +263,7 @@ class EventLoop:
         """Wait until sockets are ready, and return them.
 
         For a moment after the last one, poll without sleeping: waking a processor takes longer than most requests,
-        above all in virtual machines.
+        especially in virtual machines.
         """
         if self._to_run or self.waiters.to_wake or self.waiters.unmatched:
             return self._poller.wait(0)
@@ -272,7 +272,7 @@ class EventLoop:
             if ready := self._poller.wait(0):
                 return ready
             self._flush_store()
-            # Leave the processor to a client that waits for it.
+            # Yield the processor to a client that is waiting for it.
             yield_processor()
             before, now = now, time.monotonic()
             if now - before > LONG_YIELD_SECONDS:
@@ -281,8 +281,8 @@ class EventLoop:
         until = min(self._timers.next_at, self._pulse_at, self._stop_at)
         if self.memory.is_short:
             until = min(until, self.now + ROOM_SECONDS)
-        # After the process was suspended (SIGSTOP), the first call returns nothing even if requests have arrived, which
-        # the timers would then consider late.
+        # After the process was suspended (SIGSTOP), the first call returns nothing even if requests have arrived, and
+        # the timers would then consider them late.
         return self._poller.wait(until - time.monotonic()) or self._poller.wait(0)
 
     def _flush_store(self) -> None:
@@ -306,7 +306,7 @@ class EventLoop:
         self.counters.failures += 1
 
     def when_done(self, answer: Future[T], call: Callable[[T | ReplyError], None]) -> None:
-        """Call this in the loop's thread with the store's answer once it arrives, or with the error to reply with."""
+        """Call this in the loop's thread with the store's answer, once it arrives, or with the error to reply."""
 
         def pass_on(done: Future[T]) -> None:
             result = _result(done)
@@ -331,13 +331,13 @@ class _Waker:
     def ring(self) -> None:
         if not self._rung:
             self._rung = True
-            # It fails if the loop has ended.
+            # Fails if the loop has ended.
             with suppress(OSError):
                 self._outside.send(b"!")
 
     def on_ready(self, _: int) -> None:
         self._inside.recv(64)
-        # Before the calls are taken, so that a call posted from now on wakes the loop again.
+        # Before the calls are taken, so that a call posted afterwards wakes the loop again.
         self._rung = False
         self._call()
 
@@ -359,7 +359,7 @@ def _result(answer: Future[T]) -> T | ReplyError:
 
 
 def _slice_seconds(count: int) -> float:
-    """Return how long each of `count` connections may run requests in one turn; 0 stands for one request."""
+    """Return how long each of `count` connections may run requests in one turn; 0: a single request."""
     if count > CROWD:
         return 0.0
     return max(LEAST_SLICE_SECONDS, TURN_SECONDS / max(4, count))

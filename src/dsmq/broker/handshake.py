@@ -1,4 +1,4 @@
-"""The handshake, and other commands about the connection or the server. Redis clients send most of them unasked."""
+"""The handshake, and other commands about the connection or the server. Redis libraries send most of them unasked."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def client_(client: Connection, request: list[bytes]) -> bytes:
             # dsmq does not evict, and has no maintenance to announce. redis-py 8 sends the last on every connection.
             return OK
     raise BadRequest(
-        "the subcommands of CLIENT are SETNAME name, GETNAME, ID, SETINFO name value, NO-EVICT, NO-TOUCH and "
+        "CLIENT has the subcommands SETNAME name, GETNAME, ID, SETINFO name value, NO-EVICT, NO-TOUCH and "
         "MAINT_NOTIFICATIONS"
     )
 
@@ -112,20 +112,20 @@ def client_(client: Connection, request: list[bytes]) -> bytes:
 def shutdown(client: Connection, request: list[bytes]) -> bytes | None:
     # Only the configuration decides whether a snapshot is written.
     if len(request) > 1 and request[1].upper() not in (b"NOSAVE", b"SAVE"):
-        raise BadRequest("the options of SHUTDOWN are NOSAVE and SAVE, without effect")
+        raise BadRequest("SHUTDOWN has only the options NOSAVE and SAVE, which have no effect")
     if not client.context.settings.allow_shutdown:
         raise NotPermitted("SHUTDOWN is not allowed (allow_shutdown = false)")
     client.context.request_stop(f"SHUTDOWN from client {client.id}")
     if client.notices:
         return OK
-    # As in Redis, whose clients would take a reply to SHUTDOWN for the reply to their next command.
+    # As in Redis: its clients would take a reply to SHUTDOWN for the reply to their next command.
     client.finish()
     return None
 
 
 def config(client: Connection, request: list[bytes]) -> bytes:
     if request[1].upper() != b"GET":
-        raise BadRequest("the only subcommand of CONFIG is GET pattern ...")
+        raise BadRequest("CONFIG has only the subcommand GET pattern ...")
     if any(len(pattern) > MAX_NAME_BYTES for pattern in request[2:]):
         raise BadRequest(f"a pattern has at most {MAX_NAME_BYTES} bytes")
     patterns = {pattern.decode(errors="replace").lower() for pattern in request[2:]}
@@ -137,9 +137,9 @@ def config(client: Connection, request: list[bytes]) -> bytes:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Return whether a name matches a pattern, in which `*` stands for anything.
+    """Return whether a name matches a pattern, in which `*` matches anything.
 
-    Does not use a regular expression, because a hostile one may take very long to compile or to match.
+    Without regular expressions, because a hostile one may take very long to compile or match.
     """
     first, *others = pattern.split("*")
     if not others:

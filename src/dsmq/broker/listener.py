@@ -1,4 +1,4 @@
-"""Listening sockets: IPv4, IPv6 and Unix; and accepting from them."""
+"""Listening sockets (IPv4, IPv6 and Unix), and accepting from them."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 
 # Max connections accepted in one turn of the loop, so that a flood of new ones does not starve open ones.
 MAX_ACCEPTS = 4
-# Max unsent bytes of replies in the kernel, so that if a client does not read, the rest is counted here.
+# Max unsent reply bytes in the kernel, so that the rest is counted here if a client does not read.
 MAX_NOT_SENT_BYTES = 32_768
 # Max attempts to find a port that is free on all addresses of a name.
 MAX_ATTEMPTS = 20
-# How long to pause accepting if the process has no file descriptor left.
+# How long to pause accepting if the process has no file descriptors left.
 ACCEPT_PAUSE_SECONDS = 0.1
 
 _logger = logging.getLogger(__name__)
 
 
 def listen(host: str, port: int, backlog: int, settings: str = "") -> list[socket.socket]:
-    """Return sockets listening on an address, a name (all its addresses that work), or `unix:/path`.
+    """Return sockets that listen on an address, on all usable addresses of a name, or on `unix:/path`.
 
-    Port 0 takes one that is free on all of them. `settings` is the prefix of the settings' names, for the error.
+    Port 0 selects one that is free on all of them. `settings` is the prefix of the settings' names, for the error.
     Raises StartupError.
     """
     endpoint = parse_endpoint(host, port)
@@ -123,7 +123,7 @@ def address(sock: socket.socket) -> str:
     """Return the address of a listening socket as `host:port` or `unix:/path`."""
     name = sock.getsockname()
     if sock.family == socket.AF_UNIX:
-        # An abstract one begins with a zero byte.
+        # An abstract address begins with a zero byte.
         return UNIX + (name if isinstance(name, str) else "@" + os.fsdecode(name[1:]))
     return str(Endpoint(*name[:2]))
 
@@ -141,10 +141,10 @@ def close(sock: socket.socket) -> None:
     if sock.fileno() < 0:
         return
     if sock.family == socket.AF_UNIX:
-        # Before closing: afterwards, another server may have put its own socket there.
+        # Before closing: afterwards, another server may have created its own socket there.
         with suppress(FileNotFoundError):
             os.unlink(sock.getsockname())
-    # Otherwise, while a child process has a copy, the port would stay in use, and clients would wait there for ever.
+    # Otherwise, the port would stay in use while a child process has a copy, and clients would wait there forever.
     # Systems other than Linux refuse this call.
     with suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
@@ -189,7 +189,7 @@ class Listener:
             self._assign(sock, host, name)
 
     def _pause(self, error: OSError) -> None:
-        # The connection stays in the listen queue, so the poller would report it again at once, for ever.
+        # The connection stays in the listen queue, so the poller would report it again and again.
         about = logs.event("accepting_paused", error=str(error))
         _logger.warning("accepting pauses for %s s: %s", ACCEPT_PAUSE_SECONDS, error, extra=about)
         self.loop.unlisten(self)
@@ -200,7 +200,7 @@ class Listener:
         self.loop.listen([self])
 
     def on_failure(self) -> None:
-        """Log the exception, and go on with the next connection."""
+        """Log the exception, and continue with the next connection."""
         _logger.exception("accepting failed")
 
     def stop_accepting(self) -> None:
@@ -209,13 +209,13 @@ class Listener:
             self.loop.unlisten(self)
 
     def close(self) -> None:
-        """Close the socket, once its loop no longer accepts from it."""
+        """Close the socket. Its loop must no longer accept from it."""
         self.closed = True
         self._close(self.socket)
 
 
 def _set_options(sock: socket.socket) -> None:
-    """Set what accepted connections inherit; to set it for each of them would cost six system calls."""
+    """Set options that accepted connections inherit; setting them on each would take six system calls."""
     sock.setblocking(False)
     if sock.family == socket.AF_UNIX:
         return
@@ -223,7 +223,7 @@ def _set_options(sock: socket.socket) -> None:
     for name, value in (
         ("TCP_NODELAY", 1),
         ("TCP_NOTSENT_LOWAT", MAX_NOT_SENT_BYTES),
-        # A client that has vanished is noticed within two minutes.
+        # Detects a client that has vanished within two minutes.
         *(("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)),
     ):
         if hasattr(socket, name):

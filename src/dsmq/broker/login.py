@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 # Max requests of a client that is not authenticated.
 MAX_UNAUTHENTICATED_REQUESTS = 16
-# How long requests after a wrong token get replies. Some libraries report the error only after they have got all
-# replies to their handshake.
+# How long requests after a wrong token get replies. Some libraries report the error only after all replies to their
+# handshake.
 WRONG_TOKEN_SECONDS = 0.1
 
 _logger = logging.getLogger(__name__)
@@ -28,9 +28,9 @@ class Peer:
 
     number: int
     client_key: str
-    """Identifies a client with many addresses: see `auth.client_key`."""
+    """Identifies a client that has many addresses: see `auth.client_key`."""
     name: str
-    """Host and port, for people."""
+    """Host and port, for logs and the status page."""
     admitted_by: tuple[bool, str]
     """See `Access.connection_rules`."""
 
@@ -41,13 +41,13 @@ class Peer:
 
 @dataclass(slots=True, eq=False)
 class Login:
-    """The role of a client: NOBODY, for a limited time and number of requests, until it has sent a valid token."""
+    """The role of a client: NOBODY, for a limited time and number of requests, until it sends a valid token."""
 
     connection: Connection
     role: Role = Role.NOBODY
     token: Token | None = None
     deadline: float = math.inf
-    """When the client must have authenticated, or is disconnected after a wrong token."""
+    """When the client is disconnected, unless it authenticates, or because it sent a wrong token."""
     gave_wrong_token: bool = False
     requests: int = field(default=0, init=False)
 
@@ -87,14 +87,13 @@ class Login:
             raise AuthRequired("a wrong token was given on this connection")
 
     def apply_settings(self) -> None:
-        """Disconnect the client if the rules that admitted it have changed; admit it if tokens are no longer
-        required."""
+        """Disconnect the client if its rules have changed; admit it if tokens are no longer required."""
         connection, access = self.connection, self.connection.context.access
         tokens = access.authenticator.tokens
         if connection.unauthenticated and not self.gave_wrong_token:
             self.deadline = connection.opened_at + connection.context.settings.auth_timeout_seconds
         if connection.peer.admitted_by != access.connection_rules:
-            connection.disconnect("the server's rules for connections have changed")
+            connection.disconnect("the server's access rules have changed")
         elif self.role is Role.NOBODY and not (tokens or self.gave_wrong_token):
             self.role = Role.ADMIN
             connection.set_bounds()

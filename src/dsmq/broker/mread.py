@@ -34,12 +34,12 @@ MAX_OPTIONS = 16
 
 @dataclass(slots=True, eq=False)
 class PendingMany(PendingRead):
-    """A read of several topics, until it is answered. `after` moves on while it goes on."""
+    """A pending read of several topics. `after` advances with each step."""
 
     selection: Selection = field(default_factory=lambda: Selection(()))
     is_latest: bool = False
     newest: list[TopicMessage] = field(default_factory=list)
-    """If `is_latest`, those found up to `after`."""
+    """If `is_latest`, the newest messages found up to `after`."""
     position: int = 0
 
     def fetch(self, store: Store) -> Answer[Any]:
@@ -58,7 +58,7 @@ class PendingMany(PendingRead):
             newest = {message.topic: message for message in (*self.newest, *messages)}
             messages = sorted(newest.values(), key=attrgetter("id"))
         if messages and (found.is_complete or not self.is_latest):
-            # `after` stays, because the reply may have to wait for memory: then they are fetched again.
+            # `after` does not advance, because the reply may have to wait for memory: then they are fetched again.
             return messages
         self.after, self.newest = self.position, messages
         return messages if found.is_complete else None
@@ -96,7 +96,7 @@ def parse_mread(client: Connection, request: list[bytes]) -> PendingMany:
     at = 2 if request[1].isdigit() else 3
     end = next((end for end, word in enumerate(request[:MAX_OPTIONS]) if end >= at and word.upper() == b"TOPICS"), 0)
     if not end or len(request) == end + 1:
-        raise BadRequest("TOPICS and one or more names are missing")
+        raise BadRequest("expected TOPICS and one or more names")
     selection = _select(client.context.settings.max_topic_bytes, *request[end + 1 :])
     start = None if at == 2 else parse_start(selection, request[1:3])
     after = 0 if start else parse_integer(request[1], "after")
@@ -114,7 +114,7 @@ def parse_mread(client: Connection, request: list[bytes]) -> PendingMany:
 @lru_cache(32)
 def _select(max_topic_bytes: int, *words: bytes) -> Selection:
     if len(words) > MAX_NAMES or sum(map(len, words)) > MAX_NAMES_BYTES:
-        raise TooBig(f"a request reads at most {MAX_NAMES} topics and patterns, with {MAX_NAMES_BYTES} bytes")
+        raise TooBig(f"a request reads at most {MAX_NAMES} topics and patterns, of {MAX_NAMES_BYTES} bytes in all")
     for word in words:
         check_topic(word, MAX_NAMES_BYTES if b"*" in word else max_topic_bytes)
     return Selection(words)

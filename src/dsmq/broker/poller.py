@@ -1,4 +1,4 @@
-"""Waiting for sockets to be ready."""
+"""Waits for sockets to be ready."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class SelectorPoller:
             self._selector.unregister(file)
 
     def wait(self, seconds: float) -> list[tuple[Any, int]]:
-        """Wait until there are events, for this time at most; return the targets and their events."""
+        """Wait up to this time for events; return the targets and their events."""
         return [(key.data, events) for key, events in self._selector.select(seconds)]
 
     def close(self) -> None:
@@ -34,7 +34,7 @@ class SelectorPoller:
 
 
 class EpollPoller:
-    """The same on Linux, in half the time: if a turn has a single request, `selectors` takes a tenth of it."""
+    """The same for Linux, in half the time: in a turn with a single request, `selectors` takes a tenth of the time."""
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
@@ -47,7 +47,7 @@ class EpollPoller:
             change(file, flags)
             self._watched[file] = target, events
         elif self._watched.pop(file, None):
-            # It fails if the file has been closed.
+            # Fails if the file has been closed.
             with suppress(OSError):
                 self._epoll.unregister(file)
 

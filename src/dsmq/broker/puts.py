@@ -1,4 +1,4 @@
-"""Puts: from the request to the reply. Those of one turn of an event loop are stored together."""
+"""Puts, from request to reply. Those of one turn of an event loop are stored together."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
     from dsmq.broker.connection import Connection
     from dsmq.broker.event_loop import EventLoop
 
-# Max bytes put before they are stored, so that a turn's messages need not all fit in memory twice.
+# Max bytes of puts that are batched, so that a turn's messages need not all fit in memory twice.
 MAX_BATCH_BYTES = 1_048_576
-# Bytes counted for each put in addition to its message, so that no more than 500 are stored at once.
+# Bytes counted for each put in addition to its message, so that a batch has no more than 500.
 PUT_BYTES = MAX_BATCH_BYTES // 500
 
 _Left: TypeAlias = "deque[tuple[Connection, Answer[list[Outcome]] | ReplyError]]"
-"""Puts that have not been answered, and what the store says."""
+"""Puts without a reply yet, and the store's answers to them."""
 
 _logger = logging.getLogger(__name__)
 
 
 def put(client: Connection, request: list[bytes]) -> None:
-    """Store a message at the end of the turn; the reply follows then."""
+    """Add a message to the batch. The reply follows when the batch is stored, at the end of the turn."""
     if client.start_id is None:
-        # A client that begins to read now must not miss it.
+        # A client that starts reading now must not miss it.
         client.await_start(request)
         return
     batch = client.loop.batch
@@ -53,14 +53,14 @@ def parse_put(client: Connection, request: list[bytes]) -> Put:
         # The parser itself rejects lengths of 1,024 or more, before the message has arrived.
         raise TooBig(f"a message has at most {settings.max_message_bytes} bytes, not {len(body)}")
     if not (0 < len(topic) <= settings.max_topic_bytes and topic.isascii()) or ASTERISK in topic:
-        # For most topics this saves the call, which takes as long as the other checks together.
+        # Most topics skip this call, which takes as long as the other checks together.
         parse_topic(client, request)
     return topic, body, _parse_key(client.context.store, request) if len(request) > 3 else None
 
 
 def _parse_key(store: Store, request: list[bytes]) -> tuple[bytes, int] | None:
     if len(request) == 6 and request[3] == b"KEY":
-        # A shortcut for what dsmq's own clients send.
+        # A shortcut for requests of dsmq's own clients.
         producer, seq = request[4], request[5]
         if 0 < len(producer) <= MAX_NAME_BYTES and len(seq) < 19 and seq.isdigit():
             return producer, int(seq)
@@ -82,7 +82,7 @@ def _parse_key(store: Store, request: list[bytes]) -> tuple[bytes, int] | None:
 
 
 class PutBatch:
-    """Puts that are stored together at the end of the turn, and then answered in order."""
+    """Puts that are stored together at the end of the turn, and then get their replies in order."""
 
     def __init__(self, loop: EventLoop, workers: Sequence[EventLoop]) -> None:
         """`workers` are all event loops, whose readers are woken."""
@@ -110,7 +110,7 @@ class PutBatch:
             _answer(connections, stored)
 
     def _store_one_by_one(self, puts: list[Put], connections: list[Connection]) -> None:
-        """Store puts so that one that can't be stored fails alone."""
+        """Store puts individually, so that only those that can't be stored fail."""
         answers = [self.append([put]) for put in puts]
         if any(isinstance(answer, Future) for answer in answers):
             for connection in connections:
@@ -118,8 +118,8 @@ class PutBatch:
         self._answer_in_order(deque(zip(connections, answers, strict=True)))
 
     def _answer_in_order(self, left: _Left) -> None:
-        """Answer these puts up to one that the store answers later; then go on."""
-        # A refusal comes at once, but must not overtake the reply to an earlier put.
+        """Reply to these puts up to one that the store answers later, and continue then."""
+        # A refusal is known at once, but must not overtake the reply to an earlier put.
         while left:
             connection, answer = left.popleft()
             if isinstance(answer, Future):
@@ -137,7 +137,7 @@ class PutBatch:
         self._answer_in_order(left)
 
     def append(self, puts: list[Put], *, together: bool = False) -> Answer[list[Outcome]] | ReplyError:
-        """Store these puts, and wake the readers that wait for them; return the outcomes, or the error of all."""
+        """Store these puts, and wake readers waiting for them; return the outcomes, or the error for all."""
         store = self._loop.context.store
         try:
             stored = store.append_together(puts) if together else store.append(puts)
@@ -148,8 +148,8 @@ class PutBatch:
             self._loop.counters.failures += 1
             return StoreFailed("a defect in the server; see its log")
         if not isinstance(stored, Future):
-            # Before the replies to the puts, so that readers do not wait for those. A store that answers later reports
-            # its new messages itself.
+            # Before the replies to the puts, so that readers do not wait for them. A store that answers later reports
+            # new messages by itself.
             for worker in self._workers:
                 if worker.waiters.by_topic or worker.waiters.patterns.waiting:
                     worker.waiters.wake([put[0] for put in puts])
@@ -166,7 +166,7 @@ def _answer(connections: list[Connection], stored: Sequence[Outcome] | ReplyErro
             connection.counters.puts_refused[outcome.code] += 1
             connection.fail(outcome)
             if isinstance(outcome, Unsure):
-                # The client puts the message again. Requests behind it must not be run before that.
+                # The client will put the message again. Later requests must not run before that.
                 connection.finish()
 
 
@@ -200,7 +200,7 @@ def _reply_later(
 
 
 def _as_one(stored: list[Outcome] | ReplyError) -> list[int] | ReplyError:
-    """Return the ids of puts that were stored together, or the error, which is the same for all."""
+    """Return the ids of puts that were stored together, or their common error."""
     if isinstance(stored, ReplyError):
         return stored
     errors = [outcome for outcome in stored if isinstance(outcome, ReplyError)]

@@ -1,4 +1,4 @@
-"""Reads: READ and GET, which may have to wait for a message, for memory, or for a store that answers later."""
+"""READ and GET, which may have to wait for a message, for memory, or for a store that answers later."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ if TYPE_CHECKING:
     from dsmq.broker.connection import Connection
     from dsmq.broker.waiters import Waiters
 
-# Max size of one reply to READ while others are unread: most of a longer one would never reach a client that doesn't
+# Max size of a reply to READ while others are unread: most of a longer one would never reach a client that doesn't
 # read.
 SHORT_READ_BYTES = 65_536
 MAX_WAIT_MS = 86_400_000
-# Max memory for one connection's positions of GET, and the bytes that each takes in addition to its topic.
+# Max memory for one connection's GET positions, and the bytes that each takes in addition to its topic.
 MAX_POSITION_BYTES = 2_097_152
 POSITION_OVERHEAD_BYTES = 200
 
 
 @dataclass(slots=True, eq=False)
 class PendingRead:
-    """A request for messages, until it is answered."""
+    """A request for messages that has no reply yet."""
 
     topic: bytes
     after: int
     count: int
-    """Max messages; 0 stands for the newest one only."""
+    """Max messages; 0: the newest one only."""
     max_bytes: int
     wait_ms: int
     """How long to wait for a message if there is none."""
@@ -47,15 +47,15 @@ class PendingRead:
     epoch: bytes | None = None
     """The epoch that `after` belongs to."""
     below: int = 0
-    """If not 0, only messages with lower ids are returned: later ones of the same transaction are stored already."""
+    """If not 0, only messages with lower ids are returned: the transaction's later puts are already stored."""
     deadline: float = math.inf
     registered: bool = False
     """Whether a put into the topic wakes the connection."""
     start: Start | None = None
-    """Where to begin, in place of `after`, until that is found."""
+    """Determines `after`, until that is found."""
 
     def fetch(self, store: Store) -> Answer[Any]:
-        """Return what `take` takes."""
+        """Return the argument for `take`."""
         if self.start is not None:
             return self.start.find(store, self.below)
         if self.count:
@@ -65,9 +65,9 @@ class PendingRead:
         return store.latest(self.topic, self.after)
 
     def take(self, found: Any) -> list[Message] | None:
-        """Return the messages; None: fetch again."""
+        """Return the messages, or None to fetch again."""
         if type(found) is tuple:
-            # From `start`, which a store that answers later may have been asked for twice.
+            # The answer for `start`, which a store that answers later may give twice.
             if self.start is not None and self.start.take(found):
                 self.after, self.start = self.start.after, None
             return None
@@ -86,17 +86,17 @@ class PendingRead:
 
     @property
     def about(self) -> bytes:
-        """What it reads, for people."""
+        """The topics that it reads, as text."""
         return self.topic
 
     def memory(self, messages: list[Message]) -> int:
-        """Return the bytes that the reply takes."""
+        """Return the memory that the reply takes."""
         return sum([len(message.body) + MESSAGE_OVERHEAD_BYTES for message in messages])
 
 
 @dataclass(slots=True)
 class Start:
-    """LAST or SINCE: a position that has yet to be found."""
+    """LAST or SINCE: a position that is still to be found."""
 
     selection: Selection
     last: int
@@ -111,7 +111,7 @@ class Start:
         return store.go_back(self.selection, self.last, min(self.below, below or sys.maxsize))
 
     def take(self, found: tuple[int, int]) -> bool:
-        """Return whether the position is found."""
+        """Return whether the position has been found."""
         self.last, reached = found
         self.below = self.after = reached
         return not self.last
@@ -147,13 +147,13 @@ def parse_read(client: Connection, request: list[bytes]) -> PendingRead:
 
 
 def parse_start(selection: Selection, words: list[bytes]) -> Start:
-    """Parse what stands in place of `after`: LAST n or SINCE ms."""
+    """Parse LAST n or SINCE ms, given in place of `after`."""
     match words[0].upper(), words[1:]:
         case b"LAST", [number]:
             return Start(selection, parse_integer(number, "LAST", 1), 0)
         case b"SINCE", [number]:
             return Start(selection, 0, parse_integer(number, "SINCE"))
-    raise BadRequest(f"`after` is an id, LAST n or SINCE ms, not {quoted(words[0])}")
+    raise BadRequest(f"`after` should be an id, LAST n or SINCE ms, not {quoted(words[0])}")
 
 
 @lru_cache
@@ -165,7 +165,7 @@ def read_options(*words: bytes) -> tuple[int, int, int, bytes | None, bool]:
     wait_ms = parse_number(options, b"WAIT", 0, 0, MAX_WAIT_MS)
     epoch = options.get(b"EPOCH", [None])[0]
     if epoch is not None and len(epoch) > MAX_NAME_BYTES:
-        # The cache would keep it.
+        # The cache would keep a longer one.
         raise BadRequest(f"an epoch has at most {MAX_NAME_BYTES} bytes")
     return count, max_bytes, wait_ms, epoch, b"LATEST" in options
 
@@ -234,7 +234,7 @@ def _advance_position(client: Connection, read: PendingRead, messages: list[Mess
 
 
 class Reads:
-    """A connection's positions, and its pending read: until that is answered, no other request runs."""
+    """A connection's positions, and its pending read: until that has its reply, no other request runs."""
 
     __slots__ = ("_connection", "below", "pending", "position_bytes", "positions", "waiting_bytes")
 
@@ -244,13 +244,13 @@ class Reads:
         """The ids after which GET continues, by topic."""
         self.position_bytes = 0
         self.waiting_bytes = 0
-        """The memory that the names take that it waits for."""
+        """The memory for the names that it waits for."""
         self.below = 0
-        """While a step of a transaction runs: `PendingRead.below`."""
+        """`PendingRead.below`, while a step of a transaction runs."""
         self._connection = connection
 
     def set_position(self, topic: bytes, message_id: int) -> None:
-        """Let GET continue after this message. Raises BadRequest if the positions take too much memory."""
+        """Make GET continue after this message. Raises BadRequest if the positions take too much memory."""
         if topic not in self.positions:
             size = self.position_bytes + POSITION_OVERHEAD_BYTES + len(topic)
             if size > MAX_POSITION_BYTES:
@@ -266,20 +266,20 @@ class Reads:
         return self.position_bytes + self.waiting_bytes
 
     def count_waiting(self, size: int) -> None:
-        """Count the memory of the names that it waits for."""
+        """Count the memory for the names that it waits for."""
         before, self.waiting_bytes = self.waiting_bytes, size
         if (size > FREE_BYTES or before > FREE_BYTES) and not self._connection.closed:
             self._connection.requests.count()
 
     def start(self, read: PendingRead) -> Encoded | None:
-        """Return the reply, or None if it comes later."""
+        """Return the reply, or None if it is sent later."""
         connection = self._connection
         if self.below:
             # A step of a transaction does not wait for messages.
             read.below, read.wait_ms = self.below, 0
         found = read.fetch(connection.context.store)
         if type(found) is list and not (read.wait_ms or read.below or connection.transport.budget.is_tight):
-            # The shortest way, for READ and GET of a store that answers at once.
+            # A shortcut for READ and GET with a store that answers at once.
             return read.encode(connection, read, found)
         self.pending = read
         reply = self._reply(read, found)
@@ -302,7 +302,7 @@ class Reads:
             return None
         messages = read.take(found)
         if messages is None:
-            # In another slice of time.
+            # Continue in another time slice.
             connection.loop.waiters.to_wake[connection] = None
             return None
         if not messages and read.wait_ms:
@@ -324,10 +324,10 @@ class Reads:
             self._try(self.pending)
 
     def _try(self, read: PendingRead, found: Any = None) -> None:
-        """Reply if that is possible now; `found` is the answer of a store that answers later."""
+        """Reply if possible now; `found` is the answer of a store that answers later."""
         connection = self._connection
         if self.pending is not read or connection.state is not WAITING:
-            # It has been answered already, or waits for room.
+            # It already has its reply, or waits for room.
             return
         try:
             if isinstance(found, ReplyError):
@@ -345,9 +345,9 @@ class Reads:
         connection.requests.resume()
 
     def stop_waiting(self, *, at_once: bool = False) -> None:
-        """Reply to a waiting read, even if there are no messages; a store that may have some answers that later.
+        """Reply to a waiting read even if there are no messages; if the store may have some, when it answers.
 
-        `at_once`: the connection ends, and the client goes on waiting elsewhere.
+        `at_once`: the connection ends, and the client continues to wait elsewhere.
         """
         read = self.pending
         if read is not None and read.wait_ms:
@@ -356,7 +356,7 @@ class Reads:
             self._try(read, found)
 
     def end(self) -> None:
-        """Forget the pending read, because it is answered or never will be."""
+        """Forget the pending read, because it has its reply, or never will."""
         read, self.pending = self.pending, None
         if read is not None and read.registered:
             read.end_wait(self._connection.loop.waiters, self._connection)

@@ -1,4 +1,4 @@
-"""A client's requests: receiving, parsing, running, and the memory they take."""
+"""Receives, parses and runs a client's requests, and accounts for their memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # Commands whose replies may be long, and the bytes to reserve for each. READ and GET know the length of their replies.
 LONG_REPLIES = frozenset({b"TOPICS", b"ECHO", b"PING", b"COMMAND", b"CONFIG", b"INFO"})
 LONG_REPLY_BYTES = 65_536
-# Max bytes received at once from each of many connections, so that one does not hold up the others.
+# Max bytes received at once from each of many connections, so that one does not delay the others.
 CROWD_RECEIVE_BYTES = 16_384
 # Max bytes received from an unauthenticated client, and discarded, while its connection closes.
 MAX_DISCARDED_BYTES = 65_536
@@ -42,14 +42,14 @@ class Requests:
     counts: dict[str, int]
     parser: RequestParser = field(default_factory=lambda: RequestParser(0))
     queue: list[list[bytes]] = field(default_factory=list)
-    """Parsed, but not run yet. A deque would not be faster with so few, and would take memory in idle connections."""
+    """Requests parsed but not run yet. A deque would not be faster with so few, and would take memory when idle."""
     transaction: Transaction | None = None
     steps: list[Step] = field(default_factory=list)
-    """The steps that EXEC still has to run, in reverse order. For each, the queue has a request with an empty name."""
+    """The remaining steps of EXEC, in reverse order. For each, the queue contains a request with an empty name."""
     permitted: dict[bytes, Command] = field(default_factory=dict)
     max_receive: int = RECEIVE_BYTES
     reserved: int = 0
-    """How many bytes of the total they take. An incomplete request counts with its declared length."""
+    """Their share of the total bytes. An incomplete request counts with its declared length."""
     incomplete_since: float = math.inf
     slow_from: float = math.inf
     """When the average speed of an incomplete request falls below SLOW_BYTES_PER_SECOND."""
@@ -72,7 +72,7 @@ class Requests:
         self.permitted = (table.queued if self.transaction else table.by_role)[self.connection.role]
 
     def begin(self, transaction: Transaction | None) -> None:
-        """Queue requests in a transaction from now on; None: run them again."""
+        """Queue requests in a transaction from now on; None: run them directly again."""
         self.transaction = transaction
         self.permit()
 
@@ -84,7 +84,7 @@ class Requests:
     # Receiving
 
     def on_ready(self, events: int) -> None:
-        """Read and write what the socket is ready for."""
+        """Read or write, as the socket is ready."""
         connection, transport = self.connection, self.transport
         if connection.state is HANDSHAKE:
             transport.shake_hands()
@@ -120,7 +120,7 @@ class Requests:
         self.connection.on_failure()
 
     def _scarce_bytes(self) -> int:
-        """Return how many bytes to receive: fewer in a crowd, and if memory is short, few beyond the reserved ones."""
+        """Return how many bytes to receive: fewer if many connections are ready, or memory is short."""
         most = self.max_receive if self.loop.slice_seconds else min(self.max_receive, CROWD_RECEIVE_BYTES)
         return min(most, FREE_BYTES + self.missing) if self.budget.is_crowded else most
 
@@ -180,7 +180,7 @@ class Requests:
             except Exception:  # noqa: BLE001
                 connection.on_failure(in_request=True)
             if queue and connection.pending_puts and slice_seconds:
-                # Puts are so fast that the clock is read once for a batch of them.
+                # Puts are so fast that the clock is read only once for a batch of them.
                 continue
             if parser.missing and not queue:
                 break
@@ -191,7 +191,7 @@ class Requests:
         return len(transport.data) >= most
 
     def park(self) -> None:
-        """Run no more requests until `resume`: the store answers later."""
+        """Run no more requests until `resume`, because the store answers later."""
         if self.connection.state < FINISHING:
             self.connection.state = WAITING
 
@@ -202,12 +202,12 @@ class Requests:
         self.transport.active_at = self.loop.now
         connection.state = OPEN
         if self.transport.eof_received or not self.is_empty:
-            # Not at once: a put among them may wake another reader, which has a put to run, and so on without end.
+            # Not immediately: a put among them may wake another reader that has a put to run, and so on endlessly.
             connection.state = BEHIND
             self.loop.run_soon(connection)
 
     def _parse(self) -> list[list[bytes]]:
-        """Take requests out of the parser into the queue, just one if no more may run; return the queue."""
+        """Move requests from the parser to the queue, just one if no more may run; return the queue."""
         try:
             if self.permitted and self.loop.slice_seconds:
                 self.queue += self.parser.batch()
@@ -222,7 +222,7 @@ class Requests:
         return self.queue
 
     def _authorize(self, name: bytes) -> Command:
-        """Return a command that `permitted` lacks. Raises the error if the client may not call it."""
+        """Return a command that is not in `permitted`. Raises an error if the client may not call it."""
         role = self.connection.role
         if role is Role.NOBODY:
             # Before the lookup, because unknown commands count too.
@@ -246,13 +246,13 @@ class Requests:
             self.loop.counters.puts_refused[error.code] += 1
 
     def run_again(self, request: list[bytes]) -> None:
-        """Put a request back into the queue; it is counted when it runs again."""
+        """Put a request back into the queue; it will be counted when it runs."""
         self.queue.insert(0, request)
         if command := self.loop.context.commands.all.get(request[0].upper()):
             self.counts[command.name] -= 1
 
     def _has_room(self, request: list[bytes]) -> bool:
-        """Return whether there is room for the reply to a request; if not, the connection has to wait."""
+        """Return whether there is room for the reply to a request; if not, make the connection wait."""
         if not request[0] and self.steps:
             request = self.steps[-1].request
         name = request[0].upper()
@@ -276,12 +276,12 @@ class Requests:
             connection.finish()
 
     def deadline(self) -> float:
-        """Return when an incomplete request must be complete. Longer ones have more time."""
+        """Return the deadline of an incomplete request. Longer requests have more time."""
         timeout = self.connection.context.settings.request_timeout_seconds
         return self.incomplete_since + timeout + (len(self.parser) + self.parser.missing) / SLOW_BYTES_PER_SECOND
 
     def count(self) -> None:
-        """Update the total. If there is no room for the rest of an incomplete request, the connection has to wait."""
+        """Update the total. If there is no room for the rest of an incomplete request, make the connection wait."""
         parser, connection, transaction = self.parser, self.connection, self.transaction
         held = parser.buffered + connection.reads.memory + (transaction.memory if transaction else 0)
         held += sum(map(request_memory, self.queue)) + sum([request_memory(step.request) for step in self.steps])

@@ -9,21 +9,21 @@ class State(enum.IntEnum):
     """The state of a connection. From FINISHING on, it only moves down this list."""
 
     HANDSHAKE = 0
-    """Begins TLS. Nothing can be sent to the client yet."""
+    """In the TLS handshake. Nothing can be sent to the client yet."""
     OPEN = 1
     """Runs requests as they arrive."""
     BEHIND = 2
-    """Has requests to run in the next turn, or when the client has read replies. Receives nothing until then."""
+    """Has requests to run in the next turn, or once the client has read replies. Receives nothing until then."""
     WAITING = 3
-    """Owes a reply until there is a message, or the store answers. Further requests are buffered."""
+    """Waits for a message, or the store's answer, to reply. Further requests are buffered."""
     NO_ROOM = 4
-    """Waits for memory, for a reply or the rest of an incomplete request."""
+    """Waits for memory for a reply, or for the rest of an incomplete request."""
     FINISHING = 5
-    """Runs no more requests. Lingers when all replies have been sent."""
+    """Runs no more requests. Starts lingering when all replies have been sent."""
     LINGERING = 6
     """Has ended the stream after the last reply, and waits for the client to disconnect."""
     CLOSED = 7
 
 
-# An attribute of an enum takes several times as long to read as a name of the module.
+# Reading an attribute of an enum takes several times as long as reading a module's variable.
 HANDSHAKE, OPEN, BEHIND, WAITING, NO_ROOM, FINISHING, LINGERING, CLOSED = State

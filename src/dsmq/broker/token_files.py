@@ -1,4 +1,4 @@
-"""Reading of tokens from the settings and files that contain them."""
+"""Reads tokens from settings and files."""
 
 from __future__ import annotations
 

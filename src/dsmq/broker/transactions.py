@@ -33,7 +33,7 @@ class Transaction:
     size: int = 0
     """Bytes of their arguments."""
     memory: int = 0
-    """Approximate bytes of memory that they take."""
+    """Approximate memory that they take."""
     aborted: bool = False
 
     def add(self, command: Command, request: list[bytes]) -> None:
@@ -60,10 +60,10 @@ class Step(NamedTuple):
     command: Command
     request: list[bytes]
     reply: Encoded | ReplyError | None
-    """The reply to a put. Puts have been stored, or refused, before the first step."""
+    """The reply to a put. Puts are stored, or refused, before the first step."""
     below: int
-    """The id of the first later put of the transaction into the same topic, whose message must not be read yet. For a
-    read of several topics, of the first later put.
+    """The id of the transaction's next put into the same topic, which must not be read yet. For a read of several
+    topics: the id of its next put.
     """
 
 

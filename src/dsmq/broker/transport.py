@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 Stream: TypeAlias = "socket.socket | TLSSocket"
 """A non-blocking socket."""
 
-# Max bytes sent at once, so that one connection does not hold up the others.
+# Max bytes sent at once, so that one connection does not delay the others.
 SEND_BYTES = 524_288
 # Max unparsed bytes buffered while a client is waiting.
 MAX_HELD_BYTES = 65_536
-# How long a client may take to read the last reply and disconnect, when the server closes the connection.
+# How long a client may take to read its last reply and disconnect, when the server closes the connection.
 LINGER_SECONDS = 1.0
 LINGER_SECONDS_AT_STOP = 0.05
 
@@ -42,15 +42,15 @@ class Transport:
     data: bytearray = field(default_factory=bytearray)
     """Unsent replies."""
     counted: int = 0
-    """How many bytes of the total they take."""
+    """Their share of the total bytes."""
     max_unread: int = 0
     """If more is unsent, no further requests run."""
     unread_since: float = math.inf
-    """When the client last took something; infinite if nothing is unsent."""
+    """When the client last accepted data; infinite if nothing is unsent."""
     slow_from: float = math.inf
-    """When the client's average speed of reading falls below SLOW_BYTES_PER_SECOND."""
+    """When the client's average reading speed falls below SLOW_BYTES_PER_SECOND."""
     active_at: float = 0.0
-    """When data was last received, or the last of it sent."""
+    """When data was last received, or finally sent."""
     linger_seconds: float = field(default_factory=lambda: LINGER_SECONDS)
     eof_received: bool = False
     events: int = 0
@@ -81,7 +81,7 @@ class Transport:
         if not self.data:
             self.loop.to_flush.append(self)
             if type(reply) is bytearray:
-                # It is long, so it is not copied again.
+                # It is long, so don't copy it again.
                 self.data = reply
                 reply = b""
         self.data += reply
@@ -93,7 +93,8 @@ class Transport:
         """Send as much as the socket accepts."""
         connection = self.connection
         if connection.state >= LINGERING:
-            # The sending side is shut down; sending would fail, and close the connection before the last reply is read.
+            # The sending side is shut down; sending would fail, and would close the connection before the last reply is
+            # read.
             return
         data = self.data
         size = len(data)
@@ -159,7 +160,7 @@ class Transport:
             self.counted = size
 
     def reserve(self, size: int) -> bool:
-        """Count a reply in advance if memory is short. If there is no room, wait, and return False."""
+        """Count a reply in advance if memory is short. If there is no room, make the connection wait; return False."""
         if not self.budget.is_tight or size + len(self.data) <= FREE_BYTES:
             return True
         if not self.budget.claim_in_turn(self.connection, size, self.loop.now):
@@ -193,10 +194,10 @@ class Transport:
 
     def close(self) -> None:
         """Release the socket and the buffer."""
-        # A timer may refer to the connection for hours.
+        # A timer may keep a reference to the connection for hours.
         self.data, self.counted = bytearray(), 0
         self.loop.watch(self.connection, 0)
-        # A forked process may have a copy of the socket; without this, the client would not notice the end.
+        # A forked process may have a copy of the socket; otherwise, the client would not notice the end.
         with suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
         self.socket.close()

@@ -1,4 +1,4 @@
-"""Totals over all connections of all event loops: their number, and the memory they take."""
+"""Totals for the connections of all event loops: their number, and the memory they take."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from dsmq.broker.connection import Connection
     from dsmq.settings import Settings
 
-# Max bytes of a kind that one connection may hold uncounted, so that short requests and replies pass while others take
-# up the total. With 10,000 connections that is 40 MB.
+# Max uncounted bytes of each kind per connection, so that short requests and replies pass while others use up the
+# total. With 10,000 connections, this adds up to 40 MB.
 FREE_BYTES = 4096
-# Claims up to this size overtake larger ones that wait, so that a few long messages do not hold up all others.
+# Claims up to this size may overtake larger ones, so that a few long messages do not delay all others.
 SHORT_BYTES = 262_144
 
-# A client that is slower than this has more time for a long request, but is dropped first if memory is short and it has
-# been slower for more than a moment.
+# Time limits for long requests allow this speed. Clients that have been slower for a while are dropped first if memory
+# is short.
 SLOW_BYTES_PER_SECOND = 16_384
 SLOW_SECONDS = 1.0
 
@@ -36,7 +36,7 @@ RECEIVE_BYTES = 131_072
 # How often to close slow clients while a connection waits for room.
 CLOSE_SECONDS = 0.05
 
-# The memory that a parsed request, and each of its arguments, takes in addition to their bytes.
+# The memory that a parsed request, and each of its arguments, takes in addition to its bytes.
 REQUEST_OBJECT_BYTES = 100
 ARGUMENT_OBJECT_BYTES = 40
 
@@ -46,7 +46,7 @@ _logger = logging.getLogger(__name__)
 
 
 def slow_after(slow_from: float, size: int, now: float) -> float:
-    """Return when a client counts as slow, after it has sent or read this much more."""
+    """Return when a client will count as slow, now that it has sent or read `size` more bytes."""
     return min(slow_from + size / SLOW_BYTES_PER_SECOND, now + 2 * SLOW_SECONDS)
 
 
@@ -56,7 +56,7 @@ def request_memory(request: Sequence[bytes]) -> int:
 
 
 class Count(Generic[H]):
-    """Amounts by holder, and their sum. Thread-safe."""
+    """Amounts per holder, and their sum. Thread-safe."""
 
     def __init__(self) -> None:
         self.total = 0
@@ -68,12 +68,12 @@ class Count(Generic[H]):
         return self._held.get(holder, 0)
 
     def add(self, holder: H, amount: int) -> None:
-        """Add to the amount of a holder, whatever the limit."""
+        """Add to a holder's amount, regardless of the limit."""
         with self._lock:
             self._add(holder, amount)
 
     def claim(self, holder: H, amount: int) -> bool:
-        """Add to the amount of a holder unless the sum would exceed the limit; return whether it was added."""
+        """Add to a holder's amount unless the sum would exceed the limit; return whether it was added."""
         with self._lock:
             if self.total + amount > self.limit:
                 return False
@@ -85,7 +85,7 @@ class Count(Generic[H]):
             self.total -= self._held.pop(holder, 0)
 
     def take_excess(self) -> H | None:
-        """If the sum exceeds the limit, remove the holder that came first, and return it."""
+        """If the sum exceeds the limit, remove and return the oldest holder."""
         with self._lock:
             if self.total <= self.limit:
                 return None
@@ -103,7 +103,7 @@ class Count(Generic[H]):
 
 
 class Budget(Count["Connection"]):
-    """Bytes held for connections. Those that find no room wait in a queue: first come, first served."""
+    """Bytes held for connections. Connections without room wait in a queue: first come, first served."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,13 +111,13 @@ class Budget(Count["Connection"]):
         self.is_tight = False
         """Whether the largest possible claim would not fit."""
         self.is_crowded = False
-        """Whether a connection waits, or would with the largest possible claim."""
-        # When each connection began to wait, and for how much; and the connections that wait for a short claim.
+        """Whether a connection waits, or would wait with the largest possible claim."""
+        # For each waiting connection, since when and for how many bytes; and those with a short claim.
         self.queue: dict[Connection, tuple[float, int]] = {}
         self._short: dict[Connection, None] = {}
 
     def set_limit(self, limit: int, longest: int) -> None:
-        """Limit the sum; `longest` is the largest possible claim, which has to fit."""
+        """Set the limit, at least `longest`, the largest possible claim."""
         with self._lock:
             self.limit, self._longest = max(limit, longest), longest
             self._judge()
@@ -136,7 +136,7 @@ class Budget(Count["Connection"]):
         self.is_crowded = self.is_tight or bool(self.queue)
 
     def claim_in_turn(self, holder: Connection, amount: int, now: float) -> bool:
-        """Claim as `claim` does, but a large amount only in turn. If it fails, the holder waits from now on."""
+        """Do as `claim`, but a large amount has to wait its turn. If it fails, the holder is added to the queue."""
         with self._lock:
             in_turn = amount <= SHORT_BYTES or next(iter(self.queue), holder) is holder
             if not in_turn or self.total + amount > self.limit:
@@ -153,9 +153,7 @@ class Budget(Count["Connection"]):
             return True
 
     def first_that_fits(self) -> Connection | None:
-        """Return the connection that has waited longest if its claim fits now; else the first with a short claim, if
-        that fits.
-        """
+        """Return the connection that has waited longest, or the first with a short claim, if its claim fits."""
         with self._lock:
             for queue in (self.queue, self._short):
                 first = next(iter(queue), None)
@@ -164,22 +162,22 @@ class Budget(Count["Connection"]):
             return None
 
     def missing(self, since: float) -> int:
-        """Return how many bytes to free for connections that have waited since then; 0 or less if there is room."""
+        """Return how many bytes to free for connections that have waited since then or longer; 0 or less: none."""
         with self._lock:
             wanted = [amount for began, amount in self.queue.values() if began <= since]
             return self.total + sum(wanted) - self.limit
 
     def largest(self) -> list[tuple[Connection, int]]:
-        """Return the holders and their amounts, the largest first."""
+        """Return the holders and their amounts, largest first."""
         with self._lock:
             return sorted(self._held.items(), key=itemgetter(1), reverse=True)
 
     def blockers(self) -> list[Connection]:
-        """Return the waiting connections to drop so that the others are not stuck, if they are deadlocked.
+        """If the waiting connections are deadlocked, return those to drop so that the others can continue.
 
         A connection in the queue may hold part of the memory it needs while it waits for the rest. There is a deadlock
-        if the first in the queue would have no room even if all connections outside the queue released theirs. Then the
-        largest others in the queue are dropped, until it has room; the first itself is dropped only if it needs more
+        if the first in the queue would have no room even after all connections outside the queue released theirs. Then
+        the largest others in the queue are dropped until it has room; the first itself is dropped only if it needs more
         than the limit.
         """
         with self._lock:
@@ -217,21 +215,21 @@ class Budget(Count["Connection"]):
 
 
 class Usage:
-    """All totals. Their limits come from the current settings."""
+    """All totals, with the limits in the current settings."""
 
     def __init__(self) -> None:
         self.connections: Count[str] = Count()
-        """By `Peer.client_key`, from the moment they are accepted."""
+        """Connections by `Peer.client_key`, from the moment they are accepted."""
         self.unauthenticated: Count[Connection] = Count()
         self.waiting: Count[Connection] = Count()
         """Connections that wait for a message."""
         self.waiting_patterns: Count[Connection] = Count()
-        """The patterns of these."""
+        """The patterns that they wait for."""
         self.replies = Budget()
         """Bytes of unsent replies."""
         self.requests = Budget()
-        """Bytes of requests that have not run yet, as declared or received; of positions of GET, and of names that
-        clients wait for.
+        """Bytes of requests that have not run yet, as declared or received; of GET positions; and of names that clients
+        wait for.
         """
 
     def set_limits(self, settings: Settings) -> None:
@@ -263,13 +261,13 @@ class MemoryQueue:
             budget.leave(connection)
 
     def drop(self, connection: Connection) -> None:
-        """Forget a closed connection and all that it held."""
+        """Remove a closed connection and the memory it held."""
         self._waiting.pop(connection, None)
         for budget in self._budgets:
             budget.drop(connection)
 
     def serve(self, now: float, seconds: float) -> None:
-        """Serve connections for which there is room now; drop slow clients if others have waited too long."""
+        """Continue connections for which there is room now; drop slow clients if others have waited too long."""
         self.is_short = False
         if closes := now >= self._close_at:
             self._close_at = now + CLOSE_SECONDS
@@ -307,18 +305,17 @@ def _close_slow(budget: Budget, missing: int, seconds: float) -> None:
 
 
 def _is_slow(connection: Connection, budget: Budget, now: float) -> bool:
-    """Return whether a connection makes too little progress to keep memory that others need. Thread-safe."""
+    """Return whether a connection is too slow to keep memory that others need. Thread-safe."""
     requests, transport = connection.requests, connection.transport
     if budget is transport.budget:
         return now > transport.slow_from
     if connection in budget.queue:
-        # It waits too, through no fault of its own, unless it holds a transaction, or more than arrives before the
-        # length of a request is known: if all connections held some memory and waited for more, none would make
-        # progress.
+        # It waits, too, which is not its fault, unless it holds a transaction, or more than arrives before the length
+        # of a request is known: if all connections held some memory and waited for more, none would progress.
         return requests.reserved > 2 * RECEIVE_BYTES or requests.transaction is not None
     if requests.incomplete_since < now:
         return now > requests.slow_from
-    # If it has to read its replies before its requests run, its speed of reading counts.
+    # If it must read replies before its requests can run, its reading speed counts.
     return connection.state is not BEHIND or now > transport.slow_from
 
 

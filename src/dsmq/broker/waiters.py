@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from dsmq.broker.event_loop import EventLoop
     from dsmq.broker.usage import Usage
 
-# Max topics whose matching patterns are remembered.
+# Max topics for which the matching patterns are remembered.
 MAX_KNOWN_TOPICS = 200_000
-# Max matches that are remembered of all topics together.
+# Max remembered matches of all topics together.
 MAX_KNOWN_MATCHES = 1_000_000
-# A remembered topic is matched with newer patterns one by one up to this many, beyond it by the index.
+# A remembered topic is matched against newer patterns one by one; if there are more than this, by the index.
 MAX_NEWER_PATTERNS = 64
-# Patterns for which nobody waits are kept up to this many, because their readers usually come back.
+# Max unused patterns that are kept, because their readers usually come back.
 MAX_IDLE_PATTERNS = 256
 # If more topics than this have to be matched, all readers with patterns are woken instead.
 MAX_UNMATCHED_TOPICS = 1_000
@@ -34,7 +34,7 @@ class Waiters:
     def __init__(self, loop: EventLoop, usage: Usage, slice_seconds: float) -> None:
         """`usage` counts the connections and patterns of all event loops together, and limits them."""
         self.to_wake: dict[Connection, None] = {}
-        """Woken by a put, but not served yet, because they may be many."""
+        """Connections woken by a put, but not served yet, because there may be many."""
         self.by_topic: dict[bytes, dict[Connection, None]] = {}
         self.patterns = WaitingPatterns()
         self.unmatched = self.patterns.unmatched
@@ -43,7 +43,7 @@ class Waiters:
         self._slice_seconds = slice_seconds
 
     def add(self, topics: Iterable[bytes], patterns: Sequence[Pattern], connection: Connection) -> None:
-        """Raises Busy if there are too many."""
+        """Raises Busy if there are too many readers or patterns."""
         readers, waiting_patterns = self._usage.waiting, self._usage.waiting_patterns
         if not readers.claim(connection, 1):
             raise Busy(f"too many waiting readers (max_waiting_readers = {readers.limit})")
@@ -85,7 +85,7 @@ class Waiters:
         self.serve()
 
     def serve(self) -> None:
-        """Match topics, and answer woken connections, for a slice of the turn."""
+        """Match topics, and reply to woken connections, for a slice of the turn."""
         until = time.monotonic() + self._slice_seconds
         while self.to_wake or self.unmatched:
             if self.unmatched:
@@ -112,23 +112,23 @@ class _Awaited:
 
 
 class WaitingPatterns:
-    """The patterns of waiting connections. Which ones a topic matches is found once, and remembered.
+    """The patterns of waiting connections. Those that a topic matches are found once, and remembered.
 
-    A put into a topic that is remembered costs the same however many patterns and topics there are. Matching a new
-    topic is done in steps, because it may take as long as there are patterns.
+    The cost of a put into a remembered topic does not depend on the number of patterns and topics. A new topic is
+    matched in steps, because that takes time proportional to the number of patterns.
     """
 
     def __init__(self) -> None:
         self.waiting = 0
-        """How many connections wait, once for each of their patterns."""
+        """The number of waiting connections, counted once for each of their patterns."""
         self.unmatched: dict[bytes, bool] = {}
-        """Topics of new messages that have to be matched; whether this has yet to begin."""
+        """Topics of new messages that have to be matched, and whether matching has yet to begin."""
         self._clear({})
         self._matching: Iterator[Iterable[Connection]] | None = None
 
     def _clear(self, awaited: dict[bytes, _Awaited]) -> None:
-        # For each topic: how many patterns there were when it was matched, and which of them it matches. It is replaced
-        # before the patterns: see `may_match`.
+        # For each topic: the number of patterns when it was matched, and those that it matches. Replaced before the
+        # patterns: see `may_match`.
         self._known: dict[bytes, tuple[int, tuple[_Awaited, ...]]] = {}
         self._known_matches = 0
         self._awaited = awaited
@@ -147,7 +147,7 @@ class WaitingPatterns:
         self.waiting += 1
 
     def remove(self, pattern: Pattern, connection: Connection) -> None:
-        # It is kept for a while: usually the reader waits for it again after the next message.
+        # The pattern is kept for a while: usually the reader waits for it again after the next message.
         del self._awaited[pattern.text].connections[connection]
         self.waiting -= 1
         if len(self._order) > 2 * self.waiting + MAX_IDLE_PATTERNS:
@@ -155,13 +155,13 @@ class WaitingPatterns:
 
     def may_match(self, topic: bytes) -> bool:
         """Return whether a put into a topic may wake a connection. Thread-safe."""
-        # In this order, because the patterns may be replaced by fewer meanwhile.
+        # In this order, because the patterns may meanwhile be replaced by fewer.
         count = len(self._order)
         seen, matching = self._known.get(topic, (-1, ()))
         return bool(matching) or seen != count
 
     def put(self, topic: bytes) -> Iterable[Connection]:
-        """Return the connections to wake after a put into a topic, as far as is known at once."""
+        """Return the connections to wake after a put into a topic, as far as known immediately."""
         seen, matching = self._known.get(topic, (-1, ()))
         newer = len(self._order) - seen
         if seen < 0 or newer > MAX_NEWER_PATTERNS:
@@ -177,7 +177,7 @@ class WaitingPatterns:
         return [connection for one in matching for connection in one.connections]
 
     def match_some(self) -> Iterable[Connection]:
-        """Match a topic with one more pattern; return the connections to wake."""
+        """Match a topic against one more pattern; return the connections to wake."""
         if self._matching is None:
             self._matching = self._match(next(iter(self.unmatched)))
         for connections in self._matching:
@@ -198,7 +198,7 @@ class WaitingPatterns:
         if order is self._order:
             self._remember(topic, seen, tuple(found))
         if not self.unmatched[topic]:
-            # Otherwise there was another put into it meanwhile.
+            # Otherwise, there was another put into the topic meanwhile.
             del self.unmatched[topic]
 
     def _remember(self, topic: bytes, seen: int, matching: tuple[_Awaited, ...]) -> None:

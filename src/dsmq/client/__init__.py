@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 
 __all__ = ["DSMQClientSideConnection", "Message", "connect"]
 
-# The schedule of dsmq 1.4: how many delays, and the first in seconds, which doubles each time. Their sum is how long
-# `connect` waits for a server that is starting, and the default timeout of `get_wait`. Both may be adjusted.
+# The retry schedule of dsmq 1.4: the number of delays, and the first one in seconds; each delay is twice the previous
+# one. Their sum is the time that `connect` waits for a server to start, and the default timeout of `get_wait`. Both may
+# be adjusted.
 _n_tries = 10
 _initial_retry = 0.01
 # The name in dsmq 1.4's code; its documentation uses the name above.
@@ -64,29 +65,29 @@ def connect(  # noqa: PLR0913 - listed one by one for help() and editors
 ) -> DSMQClientSideConnection:
     """Connect to a server at an IPv4 or IPv6 address, a name, or `unix:/path`.
 
-    host may name several servers, in a list or separated by commas, each with a port of its own if it needs one. If
-    they share a store, the client uses any of them, and goes on at the next one when its server fails. If they don't,
-    each connection is made to the first that can be reached, and the client has a position of its own at each.
+    host may name several servers, in a list or separated by commas, each optionally with its own port. If they share a
+    store, the client uses any of them, and switches to the next one when its server fails. If they don't, each
+    connection is made to the first reachable one, and the client has a separate position at each.
 
-    timeout: the connection counts as lost if nothing of an expected reply arrives for this many seconds, plus the
-    time for which a call asks the server to wait. All addresses of a name are tried, a new one every 0.25 s. If nothing
-    answers, or connections are closed at once, the server may still be starting: unless retry=False, it tries again for
-    about ten seconds. verbose logs this to stderr.
+    timeout: the connection counts as lost if no part of an expected reply arrives for this many seconds, plus the time
+    for which a call asks the server to wait. All addresses of a name are tried, a new one every 0.25 s. If nothing
+    answers, or connections are closed at once, the server may still be starting: unless retry=False, `connect` tries
+    again for about ten seconds. verbose logs this to stderr.
 
     A connection that breaks later is replaced, and calls continue: nothing is read twice or skipped, and no put is
-    stored twice. A call raises ConnectionLost if the server stays unreachable for reconnect_timeout seconds (0:
-    don't reconnect). on_state_change is called with each change of state, in the thread of the call that noticed it:
-    see `dsmq.client.session.State`. It must not raise.
+    stored twice. A call raises ConnectionLost if the server stays unreachable for reconnect_timeout seconds (0: don't
+    reconnect). on_state_change is called with each new state, in the thread of the call that noticed it: see
+    `dsmq.client.session.State`. It must not raise.
 
-    name is what the server's status page and logs call this client: up to 64 printable ASCII characters, no spaces. By
-    default it is the program's name and process id.
+    name identifies this client on the server's status page and in its logs: up to 64 printable ASCII characters, no
+    spaces. Default: the program's name and process id.
 
-    start is where topics are first read: "oldest", or a position as `position` returns it; by default, at the messages
-    put after the client connected.
+    start is where reading of each topic begins: "oldest", or a position as returned by `position`; by default, with the
+    messages put after the client connected.
 
     token authenticates the client. tls=True encrypts, and verifies the server's certificate for this host; ca_file
     replaces the system's authorities; cert_file and key_file are the client's own certificate. The files are in PEM
-    format; each of them implies tls. tls may also be an ssl.SSLContext.
+    format; each implies tls. tls may also be an ssl.SSLContext.
 
     Raises ConnectionRefusedError if there is no server, ProtocolError if another program answers, Busy if the server
     has too many clients, AuthRequired or WrongToken without the right token, ConfigError if a file can't be used,
@@ -101,12 +102,11 @@ class DSMQClientSideConnection(Client):
 
     Threads may share it, and signal handlers may call it: each call has a connection to itself. If a signal handler
     interrupts a call by raising, the messages that it would have returned stay unread. After a fork, the child is a
-    separate client that continues at the parent's positions. A client that is pickled, such as one passed to a spawned
-    process, becomes a new client there, with the same arguments, that starts where it connects. The pickle contains the
-    token.
+    separate client that continues at the parent's positions. A pickled client, such as one passed to a spawned process,
+    becomes a new client there, with the same arguments, that starts when it connects. The pickle contains the token.
 
     Every method may raise ConnectionLost if the server is unreachable, ClientClosed after `close`, and a ReplyError if
-    the server answers with one. See dsmq.errors.
+    the server replies with one. See dsmq.errors.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class DSMQClientSideConnection(Client):
         """Put a message into a topic; it is stored when this returns. Returns its id.
 
         Raises TooBig, or Full if the server has no room. ConnectionLost.may_be_stored says whether the message may have
-        been stored; after Forgotten, it may have been, too.
+        been stored; after Forgotten, it may have been stored, too.
         """
         self._run(put := Put(arguments.topic_name(topic), arguments.message(msg)))
         return stored_id(put.reply)
@@ -136,7 +136,7 @@ class DSMQClientSideConnection(Client):
     def put_many(self, topic: str, messages: Iterable[str | bytes]) -> list[int]:
         """Put several messages in order, much faster than one by one; returns their ids.
 
-        They are sent in batches of up to 500 messages, 256 KiB, or what an iterator yields in 0.1 seconds.
+        They are sent in batches of up to 500 messages, 256 KiB, or 0.1 seconds of an iterator.
 
         Raises what `put` raises. The messages before the one that failed have been stored, and some after it, up to the
         end of the next batch, may have been: the error's stored_before and stored_after count them.
@@ -168,11 +168,11 @@ class DSMQClientSideConnection(Client):
     def get_wait(
         self, topic: str, *, default: str | D = "", timeout: float | None = None, raw: bool = False
     ) -> str | bytes | D:
-        """Like `get`, but wait up to `timeout` seconds for a message (0: not at all; math.inf: for ever).
+        """Like `get`, but wait up to `timeout` seconds for a message (0: not at all; math.inf: forever).
 
         Without a timeout it waits about ten seconds: the sum of `_n_tries` delays, the first of `_initial_retry`
         seconds, and each twice the previous one. If the server is unreachable when that time is over, the call takes up
-        to `reconnect_timeout` longer, and raises ConnectionLost.
+        to `reconnect_timeout` longer, and then raises ConnectionLost.
         """
         seconds = default_wait() if timeout is None else arguments.seconds("timeout", timeout)
         return self._read(topic, 1, seconds, raw, default)  # type: ignore[no-any-return]
@@ -205,10 +205,10 @@ class DSMQClientSideConnection(Client):
     ) -> list[Message]:
         """Return up to `n` messages with their topics, ids, numbers and put times; otherwise like `get_many`.
 
-        `topic` may also be a pattern, in which `*` stands for any characters, or a list of topics and patterns. These
-        are read together, in the order of ids, at a position of their own.
+        `topic` may also be a pattern, in which `*` matches any characters, or a list of topics and patterns. These are
+        read together, in the order of ids, with a position of their own.
 
-        latest=True returns only the newest message, of each topic, and skips the older ones, like `get_latest`.
+        latest=True returns only the newest message of each topic, and skips the older ones, like `get_latest`.
         """
         n, seconds = arguments.count("n", n), arguments.seconds("timeout", timeout)
         return self._read(arguments.names(topic), n, seconds, None, ALL, latest)  # type: ignore[no-any-return]
@@ -222,14 +222,14 @@ class DSMQClientSideConnection(Client):
     def messages(
         self, *topics: str | Sequence[str], timeout: float = math.inf, text: bool = False, raw: bool = False
     ) -> Iterator[Any]:
-        """Iterate over messages as they arrive, of a topic or several; end when none arrives for `timeout` seconds.
+        """Iterate over the messages of one or more topics as they arrive; end when none arrives for `timeout` seconds.
 
         Topics are read as by `read`. With text=True, messages are str; with raw=True, bytes.
         """
         seconds, key = arguments.seconds("timeout", timeout), arguments.names(*topics)
         self._session.reader(key)
         end = object()
-        # Not a generator, which an interrupt would end.
+        # Not a generator, because an interrupt would end it.
         return iter(partial(self._read, key, 1, seconds, raw if text or raw else None, end), end)
 
     def ping(self) -> None:
@@ -238,25 +238,25 @@ class DSMQClientSideConnection(Client):
         check(ping.reply)
 
     def topics(self) -> list[tuple[str, int, int]]:
-        """Return the topics that hold messages: name, number of messages, and bytes."""
+        """Return the topics with messages: name, number of messages, and bytes."""
         found: list[tuple[str, int, int]] = []
         for call in list_topics(found):
             self._run(call)
         return found
 
     def stats(self, topic: str | None = None) -> dict[str, int | str]:
-        """Return figures about a topic: messages, bytes, last_number, last_id, first_id, oldest_age_ms and others.
+        """Return statistics of a topic: messages, bytes, last_number, last_id, first_id, oldest_age_ms and others.
 
-        Without a topic: about the server, as the command INFO names them; most of them only for the role admin.
+        Without a topic: of the server, with the names of the command INFO; most of them only for the role admin.
         """
         self._run(call := requests.stats(topic))
         return replies.stats(call.reply)
 
     def purge(self, topic: str) -> int:
-        """Expire all messages of a topic that are stored now, or of all topics that match a pattern; return how many.
+        """Expire all stored messages of a topic, or of all topics that match a pattern; return their number.
 
-        Other clients count those that they have not read as missed. Needs the role admin. ConnectionLost means that
-        some may have been purged.
+        Other clients count those that they have not read as missed. Requires the role admin. After ConnectionLost, some
+        may have been purged.
         """
         self._run(call := requests.purge(topic))
         return replies.as_number(check(call.reply))
@@ -314,7 +314,7 @@ class DSMQClientSideConnection(Client):
                 return taken
             return taken[0] if taken else b"" if raw and default == "" else default
         except BaseException:
-            # The caller does not get the messages taken. Appending is atomic, so a second interrupt can't lose them.
+            # The caller does not get the taken messages. Appending is atomic, so a second interrupt can't lose them.
             self._session.returned.append((claim, []))
             raise
 
@@ -339,7 +339,7 @@ class DSMQClientSideConnection(Client):
                     # Another thread has reconnected.
                     self._core.announce("resumed")
                 return
-            # Not while the error is handled: the traceback of an interrupt would show it, too.
+            # Not while the error is being handled: the traceback of an interrupt would include it.
             self._pool.wait(delay)
 
     def _connect_at_start(self, retries: Retries) -> Connection:
@@ -364,6 +364,6 @@ def _shut_down(connection: Connection, call: NonIdempotent) -> None:
 
 
 def default_wait() -> float:
-    """Return how long to wait for a message, or for a server that is starting, by default: in seconds."""
+    """Return the default time to wait for a message, or for a server that is starting, in seconds."""
     tries = _n_tries if _n_retries == _N_RETRIES else _n_retries
     return _initial_retry * ((1 << tries) - 1)

@@ -14,12 +14,12 @@ from dsmq.wire.limits import MAX_NAMES
 
 MAX_PORT = 65_535
 MAX_NAME_LENGTH = 64
-# Shorter times are accepted without further checks, which would take longer.
+# Shorter times skip the slower checks.
 COMMON_SECONDS = 1e9
 
 
 def seconds(name: str, value: object, *, zero: bool = True) -> float:
-    """Return a time in seconds, which may be infinite."""
+    """Return a time in seconds, possibly infinite."""
     if isinstance(value, int | float) and 0 < value < COMMON_SECONDS and value is not True:
         return value
     if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
@@ -44,7 +44,7 @@ def count(name: str, value: object) -> int:
 
 
 def endpoints(host: object, port: object) -> tuple[Endpoint, ...]:
-    """Return the endpoints of hosts, separated by commas or in a list, each with a port of its own or this one.
+    """Return the endpoints of hosts, separated by commas or in a list, each with its own port or this one.
 
     A host may also be `unix:` and a path, which may contain commas if it is the only one.
     """
@@ -65,7 +65,7 @@ def _endpoint(address: str, default_port: int) -> Endpoint:
     port = int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 10 else default_port
     try:
         if digits and str(port) != digits:
-            raise ValueError("should be an address or a name, with or without a port, or unix:/path")
+            raise ValueError("should be an address or a host name, with or without a port, or unix:/path")
         found = parse_endpoint(host, port)
     except ValueError as error:
         raise ValueError(f"host {error}, not {address!r}") from None
@@ -75,7 +75,7 @@ def _endpoint(address: str, default_port: int) -> Endpoint:
 
 
 def topic_name(topic: object) -> bytes:
-    """Return a topic in the form in which it is sent."""
+    """Return a topic as sent on the wire."""
     if not isinstance(topic, str):
         raise TypeError(f"a topic should be a str, not {type(topic).__name__}")
     if not topic:
@@ -97,7 +97,7 @@ class Names(tuple[str, ...]):
 def names(*arguments: object) -> str | Names:
     """Return a topic, or several topics and patterns: each an argument, or all in one list.
 
-    A name with `*`, which is any characters, is a pattern.
+    A name with `*`, which matches any characters, is a pattern.
     """
     topics = arguments[0] if len(arguments) == 1 else arguments
     if isinstance(topics, str) and "*" not in topics:
@@ -115,7 +115,7 @@ def names(*arguments: object) -> str | Names:
 
 
 def text(name: str, value: object) -> str:
-    """Return a str that may go to the operating system, without NUL."""
+    """Return a str without NUL characters, which the operating system would reject."""
     if not isinstance(value, str):
         # The value may be a token, so it is left out.
         raise TypeError(f"{name} should be a str, not {type(value).__name__}")
@@ -125,7 +125,7 @@ def text(name: str, value: object) -> str:
 
 
 def client_name(value: object) -> bytes | None:
-    """Return a client's name, which the server displays and logs; None if it is to be the default."""
+    """Return a client's name, which the server displays and logs, or None for the default."""
     if value is None:
         return None
     name = text("name", value)
@@ -160,7 +160,7 @@ def path(name: str, value: object) -> str | None:
 
 
 def message(value: object) -> bytes:
-    """Return a message in the form in which it is sent."""
+    """Return a message as sent on the wire."""
     if isinstance(value, str):
         body = value.encode()
     elif isinstance(value, bytes | bytearray | memoryview):
@@ -173,7 +173,7 @@ def message(value: object) -> bytes:
 
 
 def messages(values: Iterable[str | bytes]) -> Iterable[str | bytes]:
-    """Return messages to put. A single one is an error."""
+    """Check the messages for put_many. A single message is an error."""
     if isinstance(values, str | bytes | bytearray | memoryview) or not isinstance(values, Iterable):
         raise TypeError(f"put_many takes several messages, such as a list, not {type(values).__name__}; see put")
     return values

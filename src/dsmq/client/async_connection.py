@@ -77,7 +77,7 @@ class Connection(asyncio.Protocol):
         """Why the connection has ended."""
         self.has_answered = False
         self.due: deque[Place] = deque()
-        """The calls whose replies are due, an entry for each reply."""
+        """The calls with outstanding replies, one entry for each reply."""
         self.on_room: Callable[[], None] = lambda: None
         """Called when more may be sent."""
         self.on_lost: Callable[[Connection], None] = _fail_calls
@@ -87,8 +87,8 @@ class Connection(asyncio.Protocol):
         self._parser = ReplyParser()
         self._transport: asyncio.Transport
         self._is_full = False
-        # The timeout of replies since the last progress, and that of requests that do not wait. Progress means that
-        # this client or the server has received data.
+        # The timeout for replies, counted from the last progress, and that for requests that do not wait. Progress
+        # means that this client or the server has received data.
         self._timeout, self._base_timeout = timeout, timeout
         self._progress_at = self._loop.time()
         self._unsent = 0
@@ -191,12 +191,12 @@ class Connection(asyncio.Protocol):
             self.fail(TimeoutError(f"no reply within {self._timeout:g} s"))
 
     def _count_unsent(self) -> int:
-        """Return the number of sent bytes that the server has not received, as far as the system knows."""
+        """Return the number of sent bytes that the server has not received, as far as known."""
         return self._transport.get_write_buffer_size() + unsent_bytes(self.sock)
 
     @property
     def is_stale(self) -> bool:
-        """Whether it has been unused for a while, so that it may have ended without the event loop noticing."""
+        """Whether it has been idle for a while, so that it may have ended without the event loop noticing."""
         return not self.due and self._loop.time() - self._progress_at > LONG_PAUSE_SECONDS
 
     async def await_end(self) -> None:
@@ -212,7 +212,7 @@ class Connection(asyncio.Protocol):
         if self.error is not None:
             return
         if isinstance(error, ReplyError) and not is_lost(error, connecting=False):
-            # It is the reply to the first call.
+            # The error is the reply to the first call.
             if self.due:
                 self.due[0].fail(error)
             error = ConnectionResetError(reason(error))
@@ -234,10 +234,7 @@ def _fail_calls(connection: Connection) -> None:
 
 
 async def connect(core: Core) -> tuple[Connection, State]:
-    """Return a new connection to one of the servers, and the new state.
-
-    Raises OSError, or the error that a server replies with.
-    """
+    """Return a new connection to one of the servers, and the new state. Raises OSError, or a server's error."""
     for endpoint, is_last in core.attempts():
         try:
             connection, state = await _connect(core, endpoint)
@@ -271,7 +268,7 @@ async def _connect(core: Core, endpoint: Endpoint) -> tuple[Connection, State]:
             raise TimeoutError(str(error) or f"{endpoint}: no answer within {core.timeout:g} s") from None
         if connection is not None and isinstance(error, ReplyError | OSError):
             explain = partial(explain_greeting, is_first=not core.session.epoch)
-            # In a thread, because it may connect, to find out what answers there.
+            # In a thread, because this may connect to find out which program answers.
             loop, received = asyncio.get_running_loop(), connection.received
             raise await loop.run_in_executor(None, explain, endpoint, received, error) from None
         raise
@@ -284,7 +281,7 @@ async def _open(core: Core, endpoint: Endpoint) -> Connection:
     with Race(endpoint, await _addresses(endpoint)) as race:
         for seconds in race.run(math.inf):
             await _select(race, seconds)
-    # asyncio allocates 256 KiB each time it receives something.
+    # asyncio allocates 256 KiB for each receive.
     raise_malloc_threshold()
     options: dict[str, Any] = {"ssl": core.tls, "server_hostname": certified_name(endpoint)} if core.tls else {}
     try:

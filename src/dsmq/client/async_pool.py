@@ -1,4 +1,4 @@
-"""The connections of the asyncio client: one for all calls, and one for each read that waits."""
+"""The connections of the asyncio client: one for all calls, and one for each waiting read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dsmq.system import process
 class Channel(Retryable):
     """A connection that is replaced when it breaks, and the calls to make on it, in order.
 
-    Calls that have no reply when it breaks are sent again first.
+    Calls without a reply when it breaks are sent again first.
     """
 
     def __init__(self, core: Core) -> None:
@@ -34,14 +34,14 @@ class Channel(Retryable):
         self._was_idle = False
 
     def ask(self, call: Call) -> asyncio.Future[None]:
-        """Make a call after all earlier ones; return a future that is done when the reply has arrived."""
+        """Make a call after all earlier ones; return a future that completes when the reply arrives."""
         place = Place(call)
         self._queue.append(place)
         connection = self._connection
         if connection is None or connection.error is not None or connection.is_stale:
             self._connect_soon()
         elif connection.due or self._is_scheduled:
-            # Calls that are made in the same round of the event loop are sent together.
+            # Calls made in the same iteration of the event loop are sent together.
             self._schedule()
         else:
             self._send()
@@ -64,7 +64,7 @@ class Channel(Retryable):
             while self._queue and connection.error is None and connection.has_room(self._queue[0].call):
                 connection.send(self._queue)
         except OSError as error:
-            # Another connection has found that the server was restarted, so this call has failed on this one.
+            # Another connection has found that the server was restarted, so this call failed on this one.
             connection.due.append(self._queue[0])
             connection.fail(error)
         except BaseException:
@@ -72,7 +72,7 @@ class Channel(Retryable):
             raise
 
     async def connect(self) -> None:
-        """Make a connection. Raises OSError, or the error that the server replies with."""
+        """Make a connection. Raises OSError, or the server's error."""
         self._use(*await connect(self._core))
 
     def _use(self, connection: Connection, state: State) -> None:
@@ -99,7 +99,7 @@ class Channel(Retryable):
 
     def _connect_soon(self) -> None:
         if self._connecting is None:
-            # A task of its own: the call that needs the connection may be cancelled, and others need it too.
+            # A separate task: the call that needs the connection may be cancelled, while others need it too.
             self._connecting = asyncio.create_task(self._connect())
             self._connecting.add_done_callback(self._on_connecting_done)
 
@@ -147,7 +147,7 @@ class Channel(Retryable):
 
     async def settle(self) -> None:
         """Let the event loop notice if the connection has ended."""
-        # The first round selects, the next one reads, the third reports errors.
+        # The first iteration selects, the second reads, the third reports errors.
         for _ in range(3):
             await asyncio.sleep(0)
 
@@ -190,7 +190,7 @@ class Channel(Retryable):
         self._fail_calls(error)
 
     def abandon(self) -> None:
-        """Close only the file descriptor, because the event loop is closed, or belongs to the parent process."""
+        """Close only the file descriptor: the event loop is closed, or belongs to the parent process."""
         if self._connection is not None:
             self._connection.sock.close()
 
@@ -224,7 +224,7 @@ class Pool:
         return self.process is process() and self.loop.is_running()
 
     async def wait(self, call: Call) -> None:
-        """Make a call that waits, on a connection of its own, because later calls on it would wait too."""
+        """Make a waiting call on its own connection, because later calls on it would wait too."""
         channel = self._idle.pop() if self._idle else self._add_channel()
         try:
             await channel.ask(call)

@@ -26,7 +26,7 @@ from dsmq.wire.resp import Reply, ReplyParser
 if TYPE_CHECKING:
     from ssl import SSLContext
 
-# With long replies, receive more at once. For short ones that is slower: an object of more than 128 KiB is allocated
+# Receive more at once if replies are long. For short ones that is slower: an object of more than 128 KiB is allocated
 # from the system, and freed, each time.
 _RECEIVE_BYTES, _RECEIVE_MORE_BYTES = 65_536, 262_144
 # A socket's timeout in milliseconds must fit into 32 bits.
@@ -34,7 +34,7 @@ _LONGEST_TIMEOUT = 1e6
 # After a longer pause, check that a connection is still open before sending.
 LONG_PAUSE_SECONDS = 0.1
 CLOSED_BY_SERVER = "the server has closed the connection"
-# A slower link times out, as it does on the server.
+# A slower link times out, as on the server.
 _SLOWEST_SECONDS_PER_BYTE = 1 / 16_384
 # How long to poll for a reply before sleeping.
 BUSY_POLL_SECONDS = 150e-6
@@ -52,7 +52,7 @@ class Connection:
         self.used_at = math.inf
         self._process = process()
         self._parser = ReplyParser()
-        # The timeout of the next reply, and that of a request that does not wait.
+        # The timeout for the next reply, and that for a request that does not wait.
         self._timeout, self._base_timeout = timeout, timeout
         self._deadline = math.inf
         self._poll_not_before = 0.0
@@ -72,7 +72,7 @@ class Connection:
         call.reply = self.receive()
 
     def ask_all(self, puts: PutMany) -> None:
-        """Send puts in batches; each is on its way while the replies to the previous one are read."""
+        """Send puts in batches; each is sent before the replies to the previous one are read."""
         for sent in puts.unanswered:
             self.send(sent.request(self.producer))
         for batch in puts.batches:
@@ -81,14 +81,14 @@ class Connection:
                 self.send(batch.request(self.producer))
                 self._receive_all(puts, but=1)
             else:
-                # Producing the messages may have taken longer than the server may take to reply.
+                # Producing the messages may have taken longer than the timeout for replies.
                 self.reset_deadline()
                 self._receive_all(puts)
                 self.probe()
         self._receive_all(puts)
 
     def _receive_all(self, puts: PutMany, but: int = 0) -> None:
-        """Receive the replies to all batches but the newest."""
+        """Receive the replies to all batches but the newest `but`."""
         while len(puts.unanswered) > but:
             batch = puts.unanswered[0]
             while batch.replies:
@@ -123,7 +123,7 @@ class Connection:
                 self._wait(EVENT_WRITE)
 
     def reset_deadline(self) -> None:
-        """Restart the time within which a reply must arrive."""
+        """Restart the timeout for a reply."""
         self.used_at = time.monotonic()
         self._deadline = self.used_at + self._timeout
 
@@ -144,8 +144,8 @@ class Connection:
     def _receive(self) -> bytes:
         """Wait for data and return it; empty at the end of the connection.
 
-        It polls for a moment before it sleeps, unless that did not help the last time: waking a sleeping processor
-        takes longer than most requests, especially in virtual machines.
+        Polls briefly before it sleeps, unless that did not help the last time: waking a sleeping processor takes longer
+        than most requests, especially in virtual machines.
         """
         began = now = time.monotonic()
         while True:
@@ -169,7 +169,7 @@ class Connection:
                 self._wait(EVENT_READ)
 
     def _adapt_polling(self, began: float) -> None:
-        """Decide whether to poll for the next reply, by how long this one took."""
+        """Poll for the next reply only if this one was quick."""
         now = self.used_at = time.monotonic()
         # On a slow link, anything that arrives is progress.
         if self._deadline < now + self._base_timeout:  # noqa: PLR1730 - faster
@@ -190,10 +190,10 @@ class Connection:
 
     @property
     def closed_reason(self) -> str | None:
-        """Why the connection has ended, if it has. No reply may be outstanding."""
+        """The reason why the connection has ended, if it has. No reply may be outstanding."""
         try:
             if data := self._socket.recv(self._receive_bytes):
-                # If no request is outstanding, the server sends nothing but the reason why it hangs up.
+                # If no request is outstanding, the server sends only its reason for hanging up.
                 self._parser.feed(data)
                 return f"unexpected: {self.receive()!r}"
         except BlockingIOError:

@@ -1,4 +1,4 @@
-"""The core of both clients: options, session and state, and what to do when a connection breaks."""
+"""The core of both clients: options, session, state, and recovery when a connection breaks."""
 
 from __future__ import annotations
 
@@ -55,18 +55,18 @@ class Retries:
         self._delays = _retry_delays()
 
     def next_delay(self) -> float | None:
-        """Return the seconds to wait before the next attempt; None if it is time to give up."""
+        """Return the seconds to wait before the next attempt, or None to give up."""
         now = time.monotonic()
         self._until = min(self._until, now + self._seconds)
         return min(next(self._delays), self._until - now) if now < self._until else None
 
     def text(self, error: Exception) -> str:
-        """Return the text of the last error, with the duration of the attempts."""
+        """Return the text of the last error, with the total duration of the attempts."""
         seconds = time.monotonic() - (self._until - self._seconds)
         return f"{reason(error)} (tried for {seconds:.1f} s)" if self._seconds else reason(error)
 
     def delay_at_start(self, error: OSError) -> float:
-        """Return the seconds to wait for a server that may be starting. Raises the error if it is time to give up."""
+        """Return the seconds to wait for a server that may be starting. Raises the error to give up."""
         delay = self.next_delay()
         if delay is None:
             raise with_text(error, self.text(error)) from None
@@ -103,7 +103,7 @@ class Core:
         self.session = Session("" if token is None else arguments.text("token", token), name, options.get("start"))
         self.is_closed = False
         self.down: dict[State, object] = {}
-        """The keys are the states announced since the connection was lost: `lost`, perhaps `given up`."""
+        """Its keys are the states announced since the connection was lost: `lost`, possibly `given up`."""
 
     # Connections
 
@@ -114,7 +114,7 @@ class Core:
     def attempts(self) -> Iterator[tuple[Endpoint, bool]]:
         """Yield each server to connect to, and whether it is the last; `move_on` advances to the next.
 
-        Servers that share no store are always tried from the first, so that all clients use the same one.
+        Servers without a shared store are always tried in order, so that all clients use the same one.
         """
         if len(self.endpoints) > 1 and not self.session.is_shared:
             self.endpoint = self.endpoints[0]
@@ -128,7 +128,8 @@ class Core:
             self.endpoint = self.endpoints[(self.endpoints.index(endpoint) + 1) % len(self.endpoints)]
 
     def choose(self) -> bool:
-        """After the first connection, choose a random server if all share a store; return whether it is another one.
+        """After the first connection, choose a random server if all share a store; return whether it is a different
+        one.
 
         This spreads clients over the servers. Without a shared store, others are used only if the first fails.
         """
@@ -136,7 +137,7 @@ class Core:
             return False
         self._has_chosen = True
         if not self.session.is_shared:
-            _logger.warning("the servers share no store: while %s can be reached, no other is used", self.endpoints[0])
+            _logger.warning("no shared store: other servers are used only while %s is unreachable", self.endpoints[0])
             return False
         before, self.endpoint = self.endpoint, random.choice(self.endpoints)  # noqa: S311 - not a secret
         return self.endpoint is not before
@@ -144,7 +145,7 @@ class Core:
     def retry_delay(self, call: Retryable, error: BaseException, retries: Retries, *, connected: bool) -> float | None:
         """Return how long to wait before making a call again on another connection; None to raise the error.
 
-        `connected`: whether the call had a connection. Raises another error if the call must not be made again.
+        `connected`: whether the call had a connection. Raises a different error if the call must not be repeated.
         """
         if not is_lost(error, connecting=not connected):
             if self.down and isinstance(error, ReplyError):
@@ -209,9 +210,9 @@ class Client:
         return f"<dsmq client of {self._core.endpoint}{', closed' if self._core.is_closed else ''}>"
 
     def position(self, topic: str | Sequence[str]) -> str:
-        """Return this client's position in a topic, or of topics read together: after the last message returned.
+        """Return this client's position in a topic, or in topics read together: after the last message returned.
 
-        It can be stored, and passed to `seek` of any client, for any topic.
+        It can be saved, and passed to `seek` of any client, for any topic.
         """
         return self._session.position(topic)
 
@@ -223,14 +224,14 @@ class Client:
         last: int | None = None,
         since: float | None = None,
     ) -> None:
-        """Continue reading at a position, or after the message with an id; 0 is before all messages.
+        """Continue reading at a position, or after the message with an id; 0 means before all messages.
 
-        Or, when the next message is read, at the last `last` messages, or those put since `since` seconds before now.
-        `topic` may be a pattern or a list of topics, as in `read`; `last` counts over all of them. Until that read,
-        `position` is before all messages.
+        Alternatively, start with the last `last` messages, as of the next read, or with those put in the last `since`
+        seconds. `topic` may be a pattern or a list of topics, as in `read`; `last` counts the messages of all of them.
+        Until that read, `position` is before all messages.
 
-        After a position of another epoch, from before the server lost its messages, the topic is read from its oldest
-        message, and on_state_change is called with `replaced`. After an id that the server has not assigned yet, the
+        With a position of another epoch, from before the server lost its messages, the topic is read from its oldest
+        message, and on_state_change is called with `replaced`. With an id that the server has not assigned yet, the
         next read raises BadRequest. Raises ValueError if it is neither a position nor an id.
         """
         if (position is not None) + (last is not None) + (since is not None) != 1:
@@ -239,9 +240,9 @@ class Client:
             self._core.report("replaced")
 
     def forget(self, topic: str) -> None:
-        """Forget the position in a topic, to save memory. If read again, it starts where this client connected.
+        """Forget the position in a topic, to save memory. If read again, it starts from when this client connected.
 
-        With more than a thousand topics, silent ones are forgotten anyway once everything read from them has expired.
+        Beyond a thousand topics, silent ones are forgotten anyway once everything read from them has expired.
         """
         self._session.forget(topic)
 
@@ -252,16 +253,16 @@ class Client:
 
     @property
     def missed(self) -> int:
-        """The number of messages that expired before this client read them, over all topics it reads.
+        """The number of messages that expired before this client read them, in all topics it reads.
 
         In each topic, they are counted from the first message that this client got.
         """
         return self._session.missed
 
     def missed_in(self, topic: str | Sequence[str]) -> int:
-        """Return the part of `missed` of a topic; or of a pattern, or several topics, that are read together.
+        """Return the share of `missed` of one topic, or of a pattern or several topics read together.
 
-        Topics that are read together are forgotten here once all that was read of them has expired.
+        A topic read together with others is no longer counted once everything read from it has expired.
         """
         return self._session.missed_in(topic)
 
@@ -271,5 +272,5 @@ def _back(last: int | None, since: float | None) -> Back | None:
         raise ValueError("last should be 1 or more, not 0")
     if since is not None and (seconds := arguments.seconds("since", since)) < arguments.COMMON_SECONDS:
         return b"SINCE", boot_time() - seconds
-    # Of more, all are read.
+    # A larger number means all messages.
     return None if last is None else (b"LAST", min(last, MAX_INTEGER))

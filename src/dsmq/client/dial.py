@@ -23,18 +23,19 @@ if TYPE_CHECKING:
     from dsmq.wire.tls import TLSSocket
 
 Address: TypeAlias = "tuple[int, int, int, Any]"
-"""Family, type, protocol and address, as `socket` takes them."""
+"""Family, type, protocol and address, as in the module `socket`."""
 
 STAGGER_SECONDS = 0.25
 """How long an address has before the next one is tried in parallel (RFC 8305, section 5)."""
-# If an address refuses, a server may be starting there: the others get only this long before all are tried again.
+# If an address refuses the connection, a server may be starting there: the others get only this long before all are
+# tried again.
 REST_SECONDS = 2.0
-# A selector accepts no infinite wait.
+# A selector does not accept an infinite wait.
 _LONGEST_WAIT_SECONDS = 86_400.0
 # Not EWOULDBLOCK: a Unix socket with a full queue reports that, and does not continue connecting.
 _IN_PROGRESS = {errno.EINPROGRESS, getattr(errno, "WSAEWOULDBLOCK", errno.EINPROGRESS)}
 _TLS_ALERT = b"\x15\x03"
-# The first bytes from other programs that users mistake for a server.
+# The first bytes from programs that users mistake for a dsmq server.
 _PROGRAMS = {
     b"HTTP/": "an HTTP server",
     b"<": "an HTTP server",
@@ -45,10 +46,10 @@ _PROGRAMS = {
     b" \x02": "an MQTT broker, such as mosquitto",
     b"ERROR\r\n": "a memcached server",
     b"UNKNOWN_COMMAND": "a beanstalkd server",
-    b"-ERR ": "Redis or one like it",
-    b"-NOAUTH HELLO": "Redis or one like it",
+    b"-ERR ": "Redis or a compatible server",
+    b"-NOAUTH HELLO": "Redis or a compatible server",
 }
-# MQTT 3.1.1, from a client without a name. A broker closes a connection that begins with anything else.
+# MQTT 3.1.1, from a client without an id. A broker closes a connection that begins with anything else.
 _MQTT_CONNECT = b"\x10\x0c\x00\x04MQTT\x04\x02\x00\x05\x00\x00"
 _PROBE_SECONDS = 1.0
 Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
@@ -85,7 +86,7 @@ def tls_context(security: Security) -> SSLContext | None:
 
 
 def certified_name(endpoint: Endpoint) -> str:
-    """Return the name that the server's certificate must be valid for."""
+    """Return the name for which the server's certificate must be valid."""
     return endpoint.host or "localhost"
 
 
@@ -112,7 +113,7 @@ def _connect(endpoint: Endpoint, timeout: float) -> socket.socket:
 
 
 def explain_failure(endpoint: Endpoint, error: OSError) -> OSError:
-    """Return the error to raise instead of a TLS error: it names the endpoint, and gives advice."""
+    """Return an error to raise instead of a TLS error, with the endpoint and advice."""
     import ssl  # noqa: PLC0415 - most clients don't need it
 
     from dsmq.wire.tls import advice  # noqa: PLC0415
@@ -223,7 +224,7 @@ class Race:
         reasons = "; ".join(f"{address[3][0]}: {reason(error)}" for address, error in errors)
         refused = [error for _, error in errors if isinstance(error, ConnectionRefusedError)]
         if refused:
-            # A server may be starting there, whatever happened to the other addresses.
+            # A server may be starting at the address that refused the connection, whatever the other errors were.
             about = f" ({reasons})" if len(refused) < len(errors) else ""
             return ConnectionRefusedError(errno.ECONNREFUSED, f"no server answers at {self._endpoint}{about}")
         first = errors[0][1]
@@ -236,7 +237,7 @@ class Race:
 
 def with_text(error: OSError, text: str) -> OSError:
     """Return an error of the same type with another text."""
-    # Errors that Python itself detects, such as a path that is too long, have no number.
+    # Errors detected by Python itself, such as a path that is too long, have no number.
     return type(error)(error.errno, text) if error.errno else type(error)(text)
 
 
@@ -248,9 +249,9 @@ class ClosedSilently(ConnectionResetError):
 
 
 def explain_greeting(endpoint: Endpoint, received: bytes, error: Exception, *, is_first: bool) -> Exception:
-    """Return the error to raise in place of this one, if `received` came instead of a server's reply to HELLO.
+    """Return the error to raise instead of this one, if `received` is not a dsmq server's reply to HELLO.
 
-    If nothing came on the first connection, this connects again to find out whether it is an MQTT broker.
+    If nothing was received on the first connection, this connects again to find out whether it is an MQTT broker.
     """
     if is_first and isinstance(error, ConnectionResetError) and not received:
         received = _ask_for_mqtt(endpoint)
@@ -283,6 +284,6 @@ def _program(received: bytes) -> str:
     if received.startswith(b"HTTP/") and b"dsmq" in received:
         names = ["dsmq's HTTP endpoint; clients connect to the other port"]
     elif found := re.search(rb"\r\nserver\r\n\$\d+\r\n(\w+)", received):
-        # The reply to HELLO of a server like Redis, such as Valkey.
+        # The reply to HELLO of a Redis-compatible server, such as Valkey.
         names = [found[1].decode()]
     return f"not a dsmq server{' but ' + names[0] if names else ''} (it answered {answer!r})"

@@ -1,4 +1,4 @@
-"""Messages, in the forms in which users get them."""
+"""Messages as returned to users."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Message(NamedTuple):
     number: int
     """Counts the messages of the topic, from 1."""
     put_at: float
-    """When it was put: seconds since 1970, on this machine's clock."""
+    """The time of the put: seconds since 1970, on this machine's clock."""
     body: bytes
 
     @property
@@ -28,7 +28,7 @@ class Message(NamedTuple):
             raise not_text(self.topic) from None
 
     def json(self) -> Any:
-        """Return the value of a body in JSON. Raises ValueError if it is anything else."""
+        """Return the value of a JSON body. Raises ValueError if it is not JSON."""
         import json  # noqa: PLC0415 - most clients don't need it
 
         return json.loads(self.body)

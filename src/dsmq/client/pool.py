@@ -1,4 +1,4 @@
-"""The connections of the blocking client: each call has one to itself; idle ones are reused."""
+"""The connections of the blocking client: each call uses one exclusively; idle ones are reused."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Pool:
 
     def __init__(self, core: Core) -> None:
         self._core = core
-        # Released on closing, to wake calls that wait before a retry. Not an Event, whose lock would hang a signal
-        # handler that closes the client.
+        # Released on closing, to wake calls that wait before a retry. Not an Event, because its lock could hang a
+        # signal handler that closes the client.
         self._closing = _thread.allocate_lock()
         self._closing.acquire()
         self._process = process()
@@ -38,7 +38,7 @@ class Pool:
         return [connection for ref in list(self._refs) if (connection := ref())]
 
     def borrow(self) -> Connection:
-        """Return a connection for one call. Raises OSError, or the error that the server replies with."""
+        """Return a connection for one call. Raises OSError, or the server's error."""
         if process() is not self._process:
             self.after_fork()
         try:
@@ -64,7 +64,7 @@ class Pool:
                 _thread.start_new_thread(_tidy, (weakref.ref(self),))
                 self._is_tidying = True
             except RuntimeError:
-                # There are too many threads, or the program is exiting. The call has succeeded nevertheless.
+                # There are too many threads, or the program is exiting, but the call has succeeded.
                 with suppress(IndexError):
                     self.idle.pop(0).close()
 
@@ -79,7 +79,7 @@ class Pool:
                 self._core.move_on(connection.endpoint)
 
     def connect(self) -> Connection:
-        """Return a new connection to one of the servers. Raises OSError, or the error that a server replies with."""
+        """Return a new connection to one of the servers. Raises OSError, or a server's error."""
         core = self._core
         for endpoint, is_last in core.attempts():
             try:
@@ -121,14 +121,14 @@ class Pool:
         return connection
 
     def wait(self, seconds: float) -> None:
-        """Wait before another attempt. Raises ClientClosed if the client is closed meanwhile."""
+        """Wait before a retry. Raises ClientClosed if the client is closed meanwhile."""
         if self._closing.acquire(timeout=seconds):
             # Wake the next call that waits.
             self._closing.release()
         self._core.raise_if_closed()
 
     def close(self) -> None:
-        """Close all connections, and wake calls that wait for one. Idempotent."""
+        """Close all connections, and wake calls that wait before a retry. Idempotent."""
         with suppress(RuntimeError):
             self._closing.release()
         # Connections in use are closed by their calls.
@@ -143,7 +143,7 @@ class Pool:
                 self.idle.pop().close()
 
     def tidy(self) -> bool:
-        """Close all but one of the connections that have been idle for long; return whether there are more."""
+        """Close all but one of the connections that have been idle for too long; return whether there are more."""
         before = time.monotonic() - IDLE_SECONDS
         with suppress(IndexError):
             # The first has been idle the longest.
@@ -151,7 +151,7 @@ class Pool:
                 self.idle.pop(0).close()
         if len(self.idle) <= 1 or self._core.is_closed:
             self._is_tidying = False
-        # Check again: another thread may have returned a connection in between, while the flag was still set.
+        # Check again: another thread may have returned a connection while the flag was still set.
         if len(self.idle) > 1 and not self._core.is_closed:
             self._is_tidying = True
         return self._is_tidying

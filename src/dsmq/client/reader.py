@@ -1,8 +1,8 @@
-"""A client's position in one topic, or in several that it reads together, and the messages read ahead there.
+"""A client's position in one topic, or in several that it reads together, and the messages it has read ahead.
 
-A reader is shared by threads, and by signal handlers, which run between any two steps of the call that they interrupt,
-and may call the client themselves. A lock would hang them. So a state is never changed: it is replaced by linking the
-next one to it with `dict.setdefault`, which is atomic. A call that comes too late starts again from the new state.
+A reader is shared by threads and by signal handlers, which may call the client between any two steps of the call that
+they interrupt. A lock would hang them. So states are immutable: the next one is linked to the current one with
+`dict.setdefault`, which is atomic. A call that loses the race starts again from the new state.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dsmq.system import boot_time
 from dsmq.wire.limits import DEFAULT_COUNT
 from dsmq.wire.resp import encode_bulk
 
-# How long messages may stay in the read-ahead before they are read again, since max_age may have changed.
+# How long messages may stay in the read-ahead before they are read again, because max_age may have changed.
 FRESH_SECONDS = 1.0
 MIN_READ_BYTES = 4096
 
@@ -29,20 +29,17 @@ _logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 Claim: TypeAlias = "list[tuple[TopicReader, Stretch, int, Step]]"
-"""The messages a call takes, recorded beforehand, so that they can be given back wherever the call is interrupted."""
+"""The messages that a call takes, recorded in advance, so that they can be given back wherever it is interrupted."""
 Tried: TypeAlias = "list[tuple[Step, Stretch, int, Stretch]]"
-"""Attempts to give back a claim: the step taken, the state at the time and its position, and the state to follow it."""
+"""Attempts to give back a claim: the step taken, the state then and the position in it, and the state to follow."""
 Returned: TypeAlias = "list[tuple[Claim, Tried]]"
-"""Claims of calls that were interrupted.
-
-Such a call only appends its claim, which is atomic; the next call gives the messages back.
-"""
+"""Claims of interrupted calls. Such a call only appends its claim, which is atomic; the next call gives them back."""
 Asked: TypeAlias = "tuple[Stretch, int, bool]"
-"""The state in which a READ is sent, the id after which it reads, and whether it may wait."""
+"""The state when a READ was sent, the id after which it reads, and whether it may wait."""
 
 
 def take_back(returned: Returned) -> None:
-    """Make messages that interrupted calls took unread again. If this is interrupted, the next call continues."""
+    """Mark the messages that interrupted calls took as unread. If this is interrupted, the next call continues."""
     with suppress(IndexError, ValueError):
         while True:
             claim, tried = first = returned[0]
@@ -73,7 +70,7 @@ class TopicReader:
         """When messages last arrived, by `boot_time`."""
 
     def _current(self) -> tuple[Stretch, int]:
-        """Return the current state, and how many of its messages read ahead have been taken."""
+        """Return the current state, and the number of messages already taken from its read-ahead."""
         stretch, at = self._seen
         while True:
             step = stretch.next.get(at)
@@ -98,7 +95,7 @@ class TopicReader:
 
     @property
     def position(self) -> tuple[str, int]:
-        """Epoch and id of the last message returned; if messages were given back, of the message before them."""
+        """The epoch and id of the last message returned; if messages were given back, of the one before them."""
         stretch, at = self._current()
         if stretch.is_lost and stretch.rest:
             # These ids belong to an earlier run of the server.
@@ -112,19 +109,19 @@ class TopicReader:
         return stretch.taken(at)[2]
 
     def missed_in(self, topic: str) -> int:
-        """The part of `missed` of one topic, if several are read together."""
+        """The share of `missed` of one topic, if several are read together."""
         stretch, at = self._current()
         counts = stretch.counts_at(at)
         return counts[topic].missed if counts and topic in counts else 0
 
     @property
     def doubt(self) -> tuple[Era, int] | None:
-        """The era and id for which to request `restored_number` before messages are taken, if any."""
+        """The era and id for which `restored_number` is needed before messages are taken, if any."""
         stretch, at = self._current()
         return (stretch.era, stretch.taken(at)[0]) if stretch.ask else None
 
     def renumber(self, doubt: tuple[Era, int], restored: int) -> None:
-        """Continue numbering from the topic's last number before the id was lost."""
+        """Continue counting from the topic's last number before the id was lost."""
         while self.doubt == doubt:
             stretch, at = self._current()
             after = stretch.remaining(at)
@@ -143,7 +140,7 @@ class TopicReader:
     def asked(self) -> Asked:
         """Return what to request next."""
         stretch, at = self._current()
-        # The server may refuse an id of another epoch. The reply is not used.
+        # The server may refuse an id of another epoch, and the reply is not used.
         after = 0 if stretch.is_lost else stretch.scanned or stretch.last_read
         # Don't wait if another call has read ahead.
         return stretch, after, at == len(stretch.ahead)
@@ -160,7 +157,7 @@ class TopicReader:
         """Process the reply to a READ; return whether there may be more messages now.
 
         Messages that another thread has fetched meanwhile are recognised by their ids. A reply to a request from before
-        a `seek`, or from another era, is ignored. `scanned` is the id up to which the server has found no others.
+        a `seek`, or from another era, is ignored. `scanned` is the id up to which the server found no other messages.
         """
         before, behind, _ = asked
         while True:
@@ -195,24 +192,24 @@ class TopicReader:
                 return bool(found) or stretch.rest is not None
 
     def _begin(self, stretch: Stretch, at: int, back: Back, found: Sequence[Entry], scanned: int) -> Stretch:
-        """Let the range begin where the server says; return the new state, even if another call was first.
+        """Begin the range where the server's reply begins; return the new state, even if another call was first.
 
-        Messages put since a time are requested with a margin. Their estimated times are never too early.
+        Messages put since a time are requested with a margin; their estimated put times are never too early.
         """
         first = next((entry for entry in found if back[0] == b"LAST" or entry.put_at >= back[1]), None)
         after = first.id - 1 if first else found[-1].id if found else scanned
         step = Stretch(stretch.era, after, None, stretch.taken(at)[2])
         if found and not first:
-            # All of these are older.
+            # All of these messages are older.
             step.back = b"AFTER", back[1]
         step.generation, step.positions, step.counts = stretch.generation, stretch.positions, stretch.counts
         self._move(stretch, at, step)
         return step
 
     def take(self, claim: Claim, n: int, convert: Callable[[TopicReader, Entry], T]) -> list[T]:
-        """Take up to `n` of the messages that were read ahead, and record them in `claim`.
+        """Take up to `n` messages from the read-ahead, and record them in `claim`.
 
-        Stops before one that can't be converted. Raises MessageNotText if that is the first.
+        Stops before one that can't be converted; raises MessageNotText if it is the first.
         """
         while True:
             stretch, at = self._seen
@@ -232,7 +229,7 @@ class TopicReader:
             if stretch.next.setdefault(at, step) is step:
                 self._seen = stretch, step[0]
                 if stretch.rest and len(taken) < n:
-                    # This stretch held only messages that had been given back.
+                    # This stretch contained only messages that had been given back.
                     with suppress(MessageNotText):
                         taken += self.take(claim, n - len(taken), convert)
                 return taken
@@ -274,7 +271,7 @@ class TopicReader:
                 return taken
 
     def give_back(self, stretch: Stretch, at: int, step: Step, tried: Tried) -> None:
-        """Make messages that were taken from a state unread again, unless an earlier attempt has."""
+        """Mark messages taken from a state as unread, unless an earlier attempt has done so."""
         ahead = stretch.ahead[at : step[0]] if isinstance(step, tuple) else ()
         last = ahead[-1] if isinstance(step, tuple) else step
         last_id, number, missed = stretch.taken(at)
@@ -300,11 +297,10 @@ class TopicReader:
                 return
 
     def seek(self, after: int, epoch: str = "", back: Back | None = None) -> bool:
-        """Continue after an id of an epoch, by default the current one, and drop what was read ahead.
+        """Continue after an id of an epoch, by default the current one, and drop the read-ahead.
 
-        With `back`, continue where the server finds that to begin.
-        Returns False if it is another epoch: then the oldest message is next, unless it turns out that the server was
-        restarted and has that epoch now.
+        With `back`, the server determines the position. Returns False if it is another epoch: then the oldest message
+        is next, unless it turns out that the server was restarted and has that epoch now.
         """
         while True:
             stretch, at = self._current()

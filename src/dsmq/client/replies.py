@@ -31,7 +31,7 @@ def stored_id(reply: Reply) -> int:
 def raise_if_fatal(reply: Reply) -> Reply:
     """Return a reply, which may be an error; raise it if the connection can't be used any more.
 
-    After most of these, the server hangs up. After Unsure, another server may know more.
+    After most of these errors, the server hangs up. After Unsure, another server may know the outcome.
     """
     if isinstance(reply, (ProtocolError, AuthRequired, Busy, ShuttingDown, TimedOut, InternalError, Unsure)):
         raise reply
@@ -39,9 +39,9 @@ def raise_if_fatal(reply: Reply) -> Reply:
 
 
 def is_lost(error: BaseException, *, connecting: bool) -> TypeGuard[Exception]:
-    """Return whether an error means that a connection has broken, so that a new one is needed."""
+    """Return whether an error means that the connection is lost, and a new one is needed."""
     if isinstance(error, DSMQError):
-        # A full server may have room soon; one whose tokens have changed may accept this client's.
+        # A full server may have room soon; one whose tokens have changed may accept this client's token.
         return isinstance(error, ShuttingDown | TimedOut | Unsure | (Busy if connecting else AuthRequired))
     return isinstance(error, OSError)
 
@@ -54,7 +54,7 @@ def reason(error: BaseException) -> str:
 
 
 def check(reply: Reply) -> Reply:
-    """Return a reply that is not an error. Raises the error."""
+    """Return the reply, or raise it if it is an error."""
     if isinstance(reply, ReplyError):
         raise reply
     return reply
@@ -69,7 +69,7 @@ def topics(reply: Reply) -> list[tuple[str, int, int]]:
     """Return the topics in the reply to TOPICS. Raises the server's error, or ProtocolError."""
     check(reply)
     if not isinstance(reply, list) or len(reply) % 3:
-        raise ProtocolError("the reply to TOPICS is not an array of threes")
+        raise ProtocolError("the reply to TOPICS is not an array of triples")
     values = iter(reply)
     return [
         (as_text(name), as_number(messages), as_number(size))

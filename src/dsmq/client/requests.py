@@ -1,4 +1,4 @@
-"""Calls, which can be made again on another connection when one breaks. Without I/O, for both clients."""
+"""Calls, which can be repeated on another connection when one breaks. Without I/O, for both clients."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Convert: TypeAlias = Callable[[TopicReader, Entry], T]
-"""Converts a message to what the caller gets."""
+"""Converts a message to the caller's type."""
 
 FORKED = "this process is a child of the one that made the connection"
 NOT_RUN = (ShuttingDown, TimedOut, AuthRequired)
 """Errors after which the server hangs up without having run the unanswered requests."""
 
-# A longer wait is requested in parts, so that both sides soon notice if the other has vanished.
+# A longer wait is split into several requests, so that both sides soon notice if the other has vanished.
 MAX_WAIT_SECONDS = 15.0
 # Max size of a batch of `put_many`: its requests and replies fit into the kernel's buffers, and a server remembers the
 # puts of two batches of one producer.
@@ -37,19 +37,19 @@ PUTS_AT_ONCE = 500
 BYTES_AT_ONCE = 262_144
 # The bytes of a put in addition to its topic and message.
 _PUT_BYTES = 80
-# A batch whose messages take longer than this to come is sent incomplete.
+# A batch is sent incomplete if its messages take longer than this to arrive.
 _LONG_BATCH_SECONDS = 0.1
 _AGAIN = b"*7%b$5\r\nAGAIN\r\n"
 # How long a put is retried: well within the 600 seconds for which the server remembers it.
 RESEND_SECONDS = 300.0
-# If a read waited longer than this before its connection broke, it had reached a server.
+# A read that waited longer than this before its connection broke had reached a server.
 _LONG_WAIT_SECONDS = 1.0
 
-# The server counts back from when it gets the request. Nothing put after a `seek` may be skipped, so ask for more.
+# The server counts back from when it gets the request. Nothing put after a `seek` may be skipped, so request more.
 _SINCE_MARGIN_SECONDS = 1.0
 
 _LATEST = encode_bulk(b"LATEST")
-# Of several topics, as many as the server returns at once.
+# For several topics, request as many as the server returns at once.
 _ALL_LATEST = _LATEST + encode_option(b"COUNT", MAX_COUNT)
 
 
@@ -66,7 +66,7 @@ class Producer:
         self.process = process()
 
     def put(self, name: bytes, body: bytes) -> bytes:
-        """Return a PUT under the next number, without its argument count."""
+        """Return a PUT with the next number, without the argument count."""
         self._seq += 1
         seq = b"%d" % self._seq
         parts = len(name), name, len(body), body, self._name, len(seq), seq
@@ -74,19 +74,19 @@ class Producer:
 
 
 class Retryable:
-    """Anything that may be sent again on another connection when one breaks."""
+    """Anything that may be sent again on another connection when the current one breaks."""
 
     __slots__ = ()
 
     def on_connection_lost(self, _: Exception) -> bool:
-        """Note that a connection broke after this was sent; return whether there was progress on it.
+        """Note that the connection broke after this was sent; return whether there was progress on it.
 
         Raises ConnectionLost if it must not be sent again.
         """
         return False
 
     def to_error(self, error: Exception) -> ConnectionLost:
-        """Return the error to raise if there are no more attempts."""
+        """Return the error to raise after the last attempt."""
         return ConnectionLost(reason(error))
 
 
@@ -98,12 +98,12 @@ class Call(Retryable):
     def __init__(self, request: bytes = b"") -> None:
         self._request = request
         self.seconds = 0.0
-        """How long the server may wait before it replies."""
+        """The time, in seconds, that the server may wait before it replies."""
         self.reply: Reply
 
     @property
     def replies(self) -> int:
-        """The number of replies it gets, at least 1."""
+        """The number of its replies, at least 1."""
         return 1
 
     @property
@@ -112,7 +112,7 @@ class Call(Retryable):
         return False
 
     def request(self, _: Producer) -> bytes:
-        """Return the request for a connection, the first or another. Raises if it must not be sent there."""
+        """Return the request for a connection. Raises if it must not be sent on that one."""
         return self._request
 
     def take_reply(self, reply: Reply) -> None:
@@ -189,7 +189,7 @@ class Read(Call):
         return encode_read_many(reader.names or [encode_bulk(reader.topic.encode())], start, options, words)
 
     def found(self) -> tuple[list[Entry], int]:
-        """Return the messages in the reply, and the id up to which there are no others, or 0 if that is not known."""
+        """Return the messages in the reply, and the id up to which there are no others, or 0 if unknown."""
         if not self._is_selection:
             return self._session.entries(self.reply), 0
         found, scanned = self._session.selected(self.reply)
@@ -208,7 +208,7 @@ class Read(Call):
 
 
 ALL = object()
-"""In place of a default: return the list of messages, not the first."""
+"""Passed as the default: return the list of messages, not the first one."""
 
 
 def read(  # noqa: PLR0913, PLR0917 - what a read consists of
@@ -221,7 +221,7 @@ def read(  # noqa: PLR0913, PLR0917 - what a read consists of
     convert: Convert[T],
     latest: bool,  # noqa: FBT001 - as `n`
 ) -> Iterator[Call]:
-    """Yield calls that add up to `n` messages, or the latest, to those taken; if there is none, wait for the first.
+    """Yield calls that append up to `n` messages, or the latest, to those taken; if there are none, wait for one.
 
     Each call must be made before the next one is taken from the iterator.
     """
@@ -232,7 +232,7 @@ def read(  # noqa: PLR0913, PLR0917 - what a read consists of
     more = True
     while (more and len(taken) < n) or (until and not taken and time.monotonic() < until):
         yield (call := Read(session, reader, 0.0 if taken else until))
-        # Only now, because this READ may have been the first call to find that the server was restarted.
+        # Checked here, because this READ may have been the first call to find that the server was restarted.
         if session.is_restarted and (doubt := reader.doubt):
             yield (stats := Call(encode_request(b"STATS", reader.topic.encode(), b"AFTER", b"%d" % doubt[1])))
             reader.renumber(doubt, restored_number(stats.reply))
@@ -265,7 +265,7 @@ def _read_latest(
 
 
 def list_topics(found: list[tuple[str, int, int]]) -> Iterator[Call]:
-    """Yield calls that add the topics with messages to a list. They must be made as those of `read`."""
+    """Yield calls that append the topics with messages to a list. Each must be made before the next is taken."""
     page = None
     while page is None or page:
         after = (b"AFTER", found[-1][0].encode()) if found else ()
@@ -288,7 +288,7 @@ def purge(topic: str) -> Call:
 
 
 class Put(Call):
-    """A put, which is sent again under its key, so that it is stored once."""
+    """A put, which is repeated under the same key, so that it is stored once."""
 
     __slots__ = ("_body", "_is_sent", "_keyed", "_run", "_sent_at", "_topic", "is_unsure")
 
@@ -297,7 +297,7 @@ class Put(Call):
         self._keyed = b""
         self._is_sent = False
         self.is_unsure = False
-        """Whether it may be stored: it was sent, and no reply has settled that."""
+        """Whether it may be stored: it was sent, and no reply has told the outcome."""
         self.seconds = 0.0
 
     def request(self, producer: Producer) -> bytes:
@@ -345,7 +345,8 @@ class Batch(Put):
 
     def request(self, producer: Producer) -> bytes:
         if process() is not producer.process:
-            # The process forked while the messages were produced: connection and numbers belong to the parent.
+            # The process forked while the messages were being produced: the connection and numbers belong to the
+            # parent.
             raise ConnectionResetError(FORKED)
         if self._many.lost is not None:
             raise self._many.lost
@@ -356,7 +357,7 @@ class Batch(Put):
             try:
                 self._raise_if_forgotten(producer)
             except DSMQError as error:
-                # Nothing may be stored after messages that are lost.
+                # Nothing may be stored after lost messages.
                 self._many.lost = error
                 raise
             return b"".join([_AGAIN % keyed for keyed in self._all_keyed])
@@ -373,21 +374,22 @@ class PutMany(Retryable):
     """Several puts, in order."""
 
     def __init__(self, topic: bytes, messages: Iterable[str | bytes]) -> None:
-        """Raises TypeError if these are not several messages."""
+        """Raises TypeError if `messages` is a single message."""
         self._topic = topic
         self.ids: list[int] = []
         """The ids of the messages that are stored."""
         self.lost: DSMQError | None = None
-        """Why a batch can't be sent again; later ones are not sent either."""
+        """The reason why a batch can't be sent again; later ones are not sent either."""
         self.unanswered: deque[Batch] = deque()
         """The batches that are being sent on one connection."""
         self.batches = self._batches(map(arguments.message, arguments.messages(messages)))
-        """New batches. None comes before a batch whose messages were slow to arrive: read all replies first, and check
-        that the connection is still open."""
+        """New batches. None precedes a batch whose messages were slow to arrive: first read all replies, and check that
+        the connection is still open.
+        """
         self._error: Exception | None = None
-        # How many messages were stored before the server refused one.
+        # The number of messages stored before the server refused one.
         self._stored_before: int | None = None
-        # How many were stored when a connection last broke.
+        # The number stored when a connection last broke.
         self._progress = 0
 
     def _batches(self, bodies: Iterator[bytes]) -> Generator[Batch | None, None, None]:
@@ -436,8 +438,8 @@ class PutMany(Retryable):
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        """Raise the error of a message, if there was one. Set the numbers of stored messages in any DSMQError."""
-        # Now, and not whenever the garbage collector runs, in any thread.
+        """Raise a message's error, if any. Set the numbers of stored messages in any DSMQError."""
+        # Now, not when the garbage collector runs, in any thread.
         self.batches.close()
         raised = error or self._error
         if isinstance(raised, DSMQError):

@@ -1,4 +1,4 @@
-"""The immutable states of a reader: ranges of ids to read, and the messages read ahead in them."""
+"""The immutable states of a reader: ranges of ids to read, and the messages in them that were read ahead."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
-# How many earlier epochs a reader remembers its position in.
+# Max earlier epochs for which a reader remembers its position.
 _MAX_POSITIONS = 4
 
 
@@ -19,13 +19,13 @@ class Entry(NamedTuple):
     body: bytes
     put_at: float = 0.0
     topic: str = ""
-    """Its topic, if several are read together. Then `number` counts over all of them, including what has expired."""
+    """Its topic, if several are read together; then `number` counts the messages of all of them, even expired ones."""
     topic_number: int = 0
     """The number in the topic, if several are read together."""
 
 
 class Count(NamedTuple):
-    """A topic's last number, -1 if unknown, and how many of its messages expired unread, if several topics are read."""
+    """If several topics are read: one topic's last number (-1 if unknown), and the number that expired unread."""
 
     number: int
     missed: int
@@ -33,12 +33,12 @@ class Count(NamedTuple):
 
 
 Counts: TypeAlias = dict[str, Count]
-# Topics without messages that can still be read are dropped if there are more.
+# Beyond this number, topics without readable messages are dropped.
 _MAX_COUNTS = 1000
 
 
 class Era:
-    """One run of the server in one epoch, as far as the client knows. `next` holds the one that followed."""
+    """One run of the server in one epoch, as far as the client knows. `next` is the one that followed."""
 
     __slots__ = ("_lost", "epoch", "next", "number", "run", "start")
 
@@ -78,40 +78,40 @@ class Stretch:
         self.end = math.inf
         # The number of messages that expired unread before this range.
         self.missed = missed
-        # The messages read ahead, how many expired unread before and between them, and the last id. Until
+        # The messages read ahead, the number that expired unread before and between them, and the last id. Until
         # `fresh_until`, they may be returned without being read again; if the server has lost them, at any time.
         self.ahead, self.fresh_until = ahead, fresh_until
         self.gaps, self.last_read = (missing_numbers(number, ahead), ahead[-1].id) if ahead else (0, last_id)
         self.is_lost = fresh_until == math.inf
-        # Id and number of the newest message known to exist in the range. If it expires unread, its number shows how
+        # Id and number of the newest message known to exist in the range. If it expires unread, its number tells how
         # many were missed.
         self.known = 0, 0
-        # The number of seeks, and since the last one, of times that messages were found to have expired. A reply to a
-        # request of an earlier generation is outdated.
+        # The number of seeks, and since the last one, the number of times that messages were found to have expired. A
+        # reply to a request of an earlier generation is outdated.
         self.generation = 0, 0
-        # Whether the server may have lost the message with `number`. If so, ask it where its numbering continues.
+        # Whether the server may have lost the message with `number`. If so, ask it where numbers continue.
         self.ask = False
-        # Epoch and id passed to `seek`, if the server is not known to have had that epoch. Dropped at the next read.
+        # Epoch and id passed to `seek`, if the server is not known to have had that epoch. Discarded at the next read.
         self.sought: tuple[str, int] | None
         # The last positions in earlier epochs: epoch, run, id and number. A client with several servers may return.
         self.positions: tuple[tuple[str, bytes, int, int | None], ...] = ()
-        # Where the range begins, if only the server knows that: the last `n` messages, or those put since a time.
+        # The beginning of the range, if only the server knows it: the last `n` messages, or those put since a time.
         self.back: Back | None
-        # The id up to which the server has found no other message than those read ahead, if several topics are read.
+        # If several topics are read: the id up to which the server found no messages besides those read ahead.
         self.scanned = 0
-        # In that case, each topic's count as of `id`, and as of `known`.
+        # Also in that case: each topic's count as of `id`, and as of `known`.
         self.counts: Counts | None
         self.known_counts: Counts | None
         # The stretch after `end`, if `end` is finite.
         self.rest: Stretch | None
         self.sought = self.back = self.counts = self.known_counts = self.rest = None
-        # The step to the next state, by the number of messages that had been taken from the read-ahead.
+        # The step to the next state, by the number of messages taken from the read-ahead before it.
         self.next: dict[int, Step] = {}
 
     def taken(self, at: int) -> tuple[int, int | None, int]:
-        """Return the state after `at` of the read-ahead have been taken.
+        """Return the state after `at` messages of the read-ahead have been taken.
 
-        Id and number of the last message returned, and how many messages had expired unread before it.
+        It consists of the id and number of the last message returned, and the number that expired unread before it.
         """
         if not at:
             return self.id, self.number, self.missed
@@ -135,7 +135,7 @@ class Stretch:
         return after
 
     def counts_at(self, at: int) -> Counts | None:
-        """Return the counts of topics after `at` of the read-ahead have been taken."""
+        """Return the counts of topics after `at` messages of the read-ahead have been taken."""
         if self.counts is None or not at:
             return self.counts
         counts, last = self.counts.copy(), self.number
@@ -150,8 +150,8 @@ class Stretch:
         return counts
 
     def counts_before(self, at: int, ahead: Sequence[Entry], after: Counts | None, now: Counts | None) -> Counts | None:
-        """Return the counts before messages that were taken and are given back, of which none is missed before the
-        first. `after` and `now`: the counts after them, and now.
+        """Return the counts before messages that were taken and are given back, with none missed before the first one.
+        `after` and `now`: the counts after them, and now.
         """
         counts = self.counts_at(at)
         if counts is None or after is None or now is None:
@@ -169,7 +169,7 @@ class Stretch:
         return found if self.counts is None else self.numbered(found)
 
     def skipped(self, at: int, found: Sequence[Entry]) -> Counts | None:
-        """Return the counts after the newest messages of several topics have been taken, which skip older ones."""
+        """Return the counts after the newest messages of several topics have been taken, skipping older ones."""
         counts = self.counts_at(at)
         if counts is None:
             return None
@@ -182,7 +182,7 @@ class Stretch:
         return counts | new
 
     def numbered(self, found: Sequence[Entry]) -> list[Entry]:
-        """Return messages of several topics that follow the read-ahead, numbered as if they were of one topic."""
+        """Return messages of several topics that follow the read-ahead, numbered as if they were in one topic."""
         counts = self.counts_at(len(self.ahead)) or {}
         numbers: dict[str, int] = {}
         number = (self.ahead[-1].number if self.ahead else self.number) or 0
@@ -190,7 +190,7 @@ class Stretch:
         for entry in found:
             topic, this = entry.topic, entry.topic_number
             last = numbers.get(topic, counts[topic].number if topic in counts else -1)
-            # If the server has forgotten the topic's numbering, it starts again with 1.
+            # If the server has forgotten the topic, its numbers restart at 1.
             number += 1 if last < 0 else this - last if last < this else this
             numbers[topic] = this
             entries.append(entry._replace(number=number))
@@ -201,7 +201,7 @@ class Stretch:
         return self.rest_from(at, self.ahead[at:], self.fresh_until)
 
     def next_stretch(self, at: int) -> Stretch:
-        """Return the next stretch, after this one has been read. There must be one."""
+        """Return the next stretch, once this one has been read. There must be one."""
         assert self.rest is not None  # noqa: S101 - for type checkers
         after = self.rest.remaining(0)
         after.missed = self.taken(at)[2]
@@ -212,13 +212,13 @@ class Stretch:
         return after
 
     def continues(self, before: Stretch, behind: int) -> bool:
-        """Return whether the reply to a request from an earlier state, for messages after an id, is still useful."""
+        """Return whether the reply to a request made in an earlier state, for messages after an id, is still useful."""
         if self.era is not before.era or self.generation != before.generation or self.is_lost:
             return False
         return behind <= self.last_read
 
     def lost(self, at: int) -> int:
-        """Return how many messages have expired unread if the server has none left in this stretch."""
+        """Return the number of messages that expired unread, if the server has none left in this stretch."""
         last_id, number, _ = self.taken(at)
         if self.counts is not None:
             known = sum(count.missed for count in self._counts_if_lost(at).values())
@@ -233,7 +233,7 @@ class Stretch:
         found = counts.copy()
         for topic, count in (self.known_counts or {}).items():
             before = counts.get(topic)
-            # Nothing is missed before the first message that was taken.
+            # Messages before the first one taken don't count as missed.
             if before and 0 <= before.number < count.number:
                 found[topic] = count._replace(missed=before.missed + count.number - before.number)
         return found
@@ -265,7 +265,7 @@ Step: TypeAlias = "tuple[int] | Stretch"
 
 
 def _add_missed(later: Counts, counts: Counts) -> Counts:
-    """Return later counts, with the numbers of missed messages as they are now known to be."""
+    """Return later counts, with the numbers of missed messages as known now."""
     found = later | counts
     for topic in later.keys() & counts.keys():
         found[topic] = later[topic]._replace(missed=counts[topic].missed)
@@ -273,12 +273,12 @@ def _add_missed(later: Counts, counts: Counts) -> Counts:
 
 
 def without_numbers(counts: Counts | None) -> Counts | None:
-    """Return counts that continue from the next message of each topic, whatever its number is."""
+    """Return counts that continue from the next message of each topic, whatever its number."""
     return counts and {topic: count._replace(number=-1) for topic, count in counts.items()}
 
 
 def insert(stretch: Stretch, other: Stretch) -> Stretch:
-    """Insert a stretch in a chain that is not in use yet, in the order of ids; return the chain."""
+    """Insert a stretch into a chain that is not in use yet, in the order of ids; return the chain."""
     if other.id < stretch.id or stretch.rest is None:
         other.rest = stretch
         return other
@@ -287,10 +287,10 @@ def insert(stretch: Stretch, other: Stretch) -> Stretch:
 
 
 def missing_numbers(last: int | None, entries: Sequence[Entry]) -> int:
-    """Return how many numbers are missing among successive messages, and before them if the last number is known.
+    """Return the count of numbers missing among successive messages, and before them if the last number is known.
 
-    If the server has forgotten a topic's numbering, it starts again with 1, but not among these messages: the topic was
-    empty then.
+    If the server has forgotten the topic, its numbers restart at 1, but not among these messages: the topic was empty
+    then.
     """
     first = entries[0].number
     before = first - 1 if last is None else last if last < first else 0
@@ -300,7 +300,7 @@ def missing_numbers(last: int | None, entries: Sequence[Entry]) -> int:
 def in_next_era(stretch: Stretch, at: int) -> Stretch:
     """Return the state in the era that followed.
 
-    Messages that were read ahead, and that the server has lost, are still returned until they expire.
+    Messages that were read ahead and then lost by the server are still returned until they expire.
     """
     era = stretch.era.next[0]
     parts: list[Stretch] = []
@@ -332,7 +332,7 @@ def in_next_era(stretch: Stretch, at: int) -> Stretch:
 
 
 def _position_behind(part: Stretch) -> tuple[int, int | None]:
-    """Return id and number of the last message that was read ahead, since these are still returned."""
+    """Return id and number of the last message read ahead, because the messages read ahead are still returned."""
     while part.ahead and part.rest:
         part = part.rest
     return part.ahead[-1][:2] if part.ahead else (part.id, part.number)

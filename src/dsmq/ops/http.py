@@ -29,10 +29,10 @@ from dsmq.ops.status import Status
 # How long a client may take to send its request, and to read the reply. A scrape takes milliseconds.
 REQUEST_TIMEOUT_SECONDS = 5.0
 MAX_CONCURRENT_REQUESTS = 8
-# How long a client may take to send its request, when MAX_CONCURRENT_REQUESTS are open, before it has to make room for
-# the next.
+# How long a client may take to send its request when MAX_CONCURRENT_REQUESTS are open, before it has to make room for
+# the next one.
 GRACE_SECONDS = 0.5
-# How long a client may take to hang up after its reply, and how much it may send meanwhile.
+# How long a client may take to hang up after its reply, and how many bytes it may send meanwhile.
 LINGER_SECONDS = 0.5
 LINGER_BYTES = 1_048_576
 POLL_SECONDS = 0.1
@@ -53,8 +53,9 @@ class HTTPEndpoint:
         self.is_exposed = listening.is_exposed(sock)
         self.thread = threading.Thread(target=self._run, name="dsmq-http", daemon=True)
         self.waiting_since: dict[socket.socket, float] = {}
-        """The open connections, oldest first, with the time since which the client has to send its request or hang up;
-        infinity while its request is being answered."""
+        """The open connections, oldest first, and since when each client has to send its request or hang up; infinity
+        while a request is being answered.
+        """
         self._close = close
         self._stop = threading.Event()
         self._one_closed = threading.Event()
@@ -79,7 +80,7 @@ class HTTPEndpoint:
             except TimeoutError:
                 pass  # No connection for POLL_SECONDS: late ones are cut off, and a stop is noticed.
             except OSError:
-                # Perhaps there are no file descriptors left: accepting would fail again at once.
+                # There may be no file descriptors left: accepting again at once would fail, too.
                 self._stop.wait(listening.ACCEPT_PAUSE_SECONDS)
             else:
                 self._make_room()
@@ -87,7 +88,9 @@ class HTTPEndpoint:
             self._cut_off_late()
 
     def _make_room(self) -> None:
-        """While there are too many connections, wait for one to close, or cut off the oldest past its grace period."""
+        """While there are too many connections, wait for one to close, or cut off the oldest one after its grace
+        period.
+        """
         while True:
             self._one_closed.clear()
             if len(self.waiting_since) < MAX_CONCURRENT_REQUESTS or self._stop.is_set():
@@ -255,13 +258,13 @@ class _Handler(BaseHTTPRequestHandler):
         if not name:
             return _text(HTTPStatus.BAD_REQUEST, "name is missing.")
         status = self.server.status
-        # Without a TCP port, the permissions of a Unix socket may say who may read messages.
+        # Without a TCP port, the permissions of a Unix socket may determine who may read messages.
         is_open = not self.server.is_exposed and status.port > 0
         with_messages = status.context.access.may_show_messages(is_open=is_open)
         return _json(HTTPStatus.OK, status.inspector.topic(name, with_messages=with_messages), _NO_STORE)
 
     def _query(self) -> dict[str, bytes]:
-        """Return the parameters of the query; of repeated ones, the last."""
+        """Return the query's parameters; the last one if one is repeated."""
         text = self.path.partition("?")[2]
         found = parse_qsl(text, keep_blank_values=True, errors="surrogateescape", separator="&")
         return {name: value.encode(errors="surrogateescape") for name, value in found}
@@ -274,7 +277,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(_text(HTTPStatus(code), f"{HTTPStatus(code).phrase}."))
 
     def _send(self, reply: _Reply) -> None:
-        # For a request whose version could not be parsed, http.server would leave the status line out.
+        # If the request's version could not be parsed, http.server would omit the status line.
         self.request_version = self.protocol_version
         self.send_response(reply.status)
         self.send_header("Content-Type", reply.content_type)
@@ -299,9 +302,9 @@ class _Handler(BaseHTTPRequestHandler):
         _logger.debug("HTTP: %s: %r", self.address_string(), format % args)
 
 
-# Answered for any Host header: health checks use arbitrary names.
+# Served for any Host header, because health checks use arbitrary names.
 PUBLIC_ROUTES = {"/healthz": _Handler.healthz, "/readyz": _Handler.readyz}
-# Need the token, if one is configured.
+# Require the token, if one is configured.
 PROTECTED_ROUTES = {
     "/metrics": _Handler.metrics,
     "/status.json": _Handler.status,

@@ -1,4 +1,4 @@
-"""What the status page shows of topics, their messages, and clients."""
+"""The status page's data about topics, their messages, and clients."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
 MAX_ROWS = 100
 # Messages shown of a topic, and bytes of each.
 MAX_MESSAGES, MAX_SHOWN_BYTES = 20, 4096
-# A client may read many topics together.
+# Max bytes of a client's topics, because it may read many together.
 MAX_NAMES_BYTES = 512
-# Topics filtered at a time, in less than 1 ms; event loops may run in between.
+# Topics filtered at a time, in less than 1 ms, so that event loops can run in between.
 FILTER_SLICE = 2_000
-# The part of its time that a page may keep the server searching: a search of 1,000,000 topics takes a second.
+# Max share of the time spent on searching for a page: searching 1,000,000 topics takes a second.
 SEARCH_SHARE = 0.05
 
 
 class Inspector:
-    """A view of the topics and clients of a server. Safe to use from any thread. Nothing counts as read by it."""
+    """A view of a server's topics and clients. Safe to use from any thread. Does not mark messages as read."""
 
     def __init__(self, context: ServerContext, workers: Sequence[EventLoop]) -> None:
         self._store: Store = context.store
         self._workers = workers
-        # Text and position, when to search again, and what was found.
+        # Text and position, when to search again, and the result.
         self._last_search: tuple[tuple[bytes, bytes], float, list[bytes], int] = ((b"", b""), 0.0, [], 0)
 
     # Topics
@@ -46,7 +46,9 @@ class Inspector:
         return self._topics(self._store.largest_topics(MAX_ROWS))
 
     def find_topics(self, text: bytes, after: bytes) -> dict[str, Any]:
-        """Return how many topics contain a text, or match it as a pattern, and the first of them above `after`."""
+        """Return the number of topics that contain a text, or match it as a pattern, and the first of them above
+        `after`.
+        """
         search, search_again_at, first, matches = self._last_search
         began = time.monotonic()
         if search != (text, after) or began >= search_again_at:
@@ -70,7 +72,7 @@ class Inspector:
         return [_topic(stats) for name in names if (stats := topic_stats(self._store, name)) and stats.messages]
 
     def topic(self, name: bytes, *, with_messages: bool) -> dict[str, Any]:
-        """Return the state of a topic, with the clients that use it, and its last messages if they may be shown."""
+        """Return the state of a topic, the clients that use it, and its last messages if permitted."""
         stats = topic_stats(self._store, name) or TopicStats(name, 0, 0, 0, 0)
         clients = self._connections()
         readers = [(self._lag_in(client, stats), client) for client in clients if _reads(client, name)]
@@ -85,7 +87,7 @@ class Inspector:
         }
 
     def _newest(self, name: bytes) -> Iterator[Message]:
-        """Iterate over the last messages, the newest first. Each takes the store's lock for itself."""
+        """Iterate over the last messages, newest first. Takes the store's lock for each one separately."""
         below = sys.maxsize
         for _ in range(MAX_MESSAGES):
             try:
@@ -112,14 +114,14 @@ class Inspector:
         return [_client(client, lag, now) for lag, client in slowest]
 
     def _lag(self, client: Connection) -> int | None:
-        """Return how many messages a client has yet to receive from the topic it last read."""
+        """Return the number of messages that a client has yet to receive from the topic it last read."""
         if client.last_read is None:
             return None
         topic, number = client.last_read
         return max(0, self._store.last_number(topic) - number)
 
     def _lag_in(self, client: Connection, stats: TopicStats) -> int | None:
-        """Return how many messages of a topic one of its readers has yet to receive, or None if that is not known."""
+        """Return the number of messages of a topic that one of its readers has yet to receive, or None if unknown."""
         if client.last_read is not None and client.last_read[0] == stats.name:
             return self._lag(client)
         selection = client.last_selection
@@ -127,7 +129,7 @@ class Inspector:
 
 
 def _reads(client: Connection, topic: bytes) -> bool:
-    """Return whether a client waits for messages of a topic, or its last read was of this topic."""
+    """Return whether a client waits for messages of a topic, or last read from it."""
     pending, selection = client.reads.pending, client.last_selection
     return (
         (client.last_read is not None and client.last_read[0] == topic)
@@ -170,7 +172,7 @@ def _message(message: Message) -> dict[str, Any]:
 
 
 def _text(body: bytes, *, is_cut: bool) -> str | None:
-    """Return a body as text, perhaps without its last character if it is cut; None if it is binary."""
+    """Return a body as text, without an incomplete last character if it is cut; None if it is binary."""
     try:
         return None if b"\0" in body else codecs.getincrementaldecoder("utf-8")().decode(body, final=not is_cut)
     except UnicodeDecodeError:

@@ -20,9 +20,9 @@ from dsmq.ops.status import Fact, Status
 from dsmq.store.api import TopicStats, Totals
 from dsmq.system import boot_time
 
-# The rates of topics are averages over at least this long, however often they are scraped.
+# The rates of topics are averages over at least this time, no matter how often they are scraped.
 RATE_SECONDS = 10.0
-# The label of the sum over all topics without metrics of their own.
+# The label for the sum of all topics without metrics of their own.
 OTHER = b"other"
 
 
@@ -67,7 +67,7 @@ class Collector:
         yield Fact("topic_puts_per_second", "Puts per second over the last 10 to 20 seconds, by topic.", rates, "topic")
 
     def _top_topics(self, count: int, totals: Totals) -> list[tuple[TopicStats, float]]:
-        """Return the topics with the most puts lately and their puts per second, and last OTHER, the rest."""
+        """Return the topics with the most recent puts and their puts per second; the last entry, OTHER, is the rest."""
         store = self._status.context.store
         top, rest = self._rates.top(count, store.last_numbers(), time.monotonic())
         shown: list[tuple[TopicStats, float]] = []
@@ -92,7 +92,7 @@ def _family(kind: type[CounterMetricFamily | GaugeMetricFamily], fact: Fact) -> 
 
 
 class Rates:
-    """Finds the topics with the most puts lately. A call takes time proportional to the number of topics."""
+    """Finds the topics with the most recent puts. A call takes time proportional to the number of topics."""
 
     def __init__(self, now: float) -> None:
         # The last two samples: time in seconds, and last numbers. Rates are relative to the older one.
@@ -105,7 +105,7 @@ class Rates:
         """
         began, before = self._samples[0]
         seconds = max(now - began, 1e-9)
-        # All in C, because there may be 100,000 topics.
+        # Computed in C, because there may be 100,000 topics.
         puts = list(map(operator.sub, last_numbers.values(), map(before.get, last_numbers, repeat(0))))
         chosen = heapq.nlargest(count, zip(puts, last_numbers, strict=True))
         if now - self._samples[-1][0] >= RATE_SECONDS:
@@ -124,7 +124,7 @@ class _ProcessCollector(ProcessCollector):
 
 
 def registry(status: Status) -> CollectorRegistry:
-    """Return a registry of this server's own: several servers may run in one process."""
+    """Return a separate registry for this server, because several may run in one process."""
     registry = CollectorRegistry()
     registry.register(Collector(status))
     _ProcessCollector(registry=registry)

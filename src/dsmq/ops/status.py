@@ -1,4 +1,4 @@
-"""The state of a server, as /metrics, /healthz, /readyz, INFO, systemd and the status page report it."""
+"""The state of a server, for /metrics, /healthz, /readyz, INFO, systemd and the status page."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Fact(NamedTuple):
-    """A number reported to operators, under the name of its metric; with a label, a number for each of its values."""
+    """A number reported to operators, with its metric's name; with a label, one number for each label value."""
 
     name: str
     about: str
@@ -51,7 +51,7 @@ class Status:
         self.port = 0
         """The TCP port for clients; 0 before the start, or if there is none."""
         self.addresses: list[str] = []
-        """The addresses for clients: `host:port` or `unix:/path`; none before the start."""
+        """The addresses for clients, `host:port` or `unix:/path`; empty before the start."""
         self.inspector = Inspector(context, workers)
         self.own_counters = Counters()
         """Counts what happens outside the event loops: refused connections and failed HTTP requests."""
@@ -96,7 +96,7 @@ class Status:
         reasons = {
             "stopping": self.stopping,
             "starting": not (self.serving or self.stopping),
-            # Not 100 %: a message that does not fit is refused although some bytes are left.
+            # Not 100 %, because a message that does not fit is refused even if some bytes are left.
             "full": totals.messages >= limits.max_stored_messages
             or totals.accounted_bytes >= limits.max_stored_bytes * 0.99,
             "too many connections": self.connections() >= self.context.usage.connections.limit,
@@ -107,9 +107,9 @@ class Status:
     # Facts
 
     def counted(self, counters: Counters, totals: Totals) -> Iterator[Fact]:
-        """Return the numbers that only grow, from the results of `counters` and `totals`."""
+        """Return the numbers that only increase, from the results of `counters` and `totals`."""
         yield Fact("puts", "Messages stored since the start.", totals.stored)
-        # Labels that are likely to be queried start at 0: a rate does not see a series that first appears as 1.
+        # Labels that are likely to be queried start at 0, because rate() ignores a series that first appears as 1.
         puts_refused = {"full": 0, "store": 0} | {code.lower(): n for code, n in counters.puts_refused.items()}
         yield Fact("puts_refused", "Puts refused, by error code.", puts_refused, "reason")
         gets = {"message": counters.gets_message, "empty": counters.gets_empty}
@@ -129,7 +129,7 @@ class Status:
         yield Fact("auth_failures", "Authentication attempts with an invalid token.", counters.wrong_tokens)
 
     def background(self) -> Iterator[Fact]:
-        """Return what the store and the background threads have done; it only grows."""
+        """Return the numbers about the store and the background threads that only increase."""
         store, expiry, snapshots = self.context.store.timings(), self._expiry.timing, self._snapshots
         counts = {operation: timing.times for operation, timing in store.items()}
         yield Fact("store_operations", "Database operations, by kind.", counts, "operation")
@@ -187,7 +187,7 @@ class Status:
         yield Fact("snapshot_interval_seconds", "Time between snapshots; 0: no periodic snapshots.", interval)
 
     def info(self) -> Mapping[str, Mapping[str, object]]:
-        """Return the contents of INFO: sections of names and values, some under Redis's names."""
+        """Return the contents of INFO: sections of names and values, some with Redis's names."""
         counters, totals, store = self.counters(), self.totals(), self.context.store
         engine = store.engine()
         counted = {fact.name: fact.total for fact in self.counted(counters, totals)}
@@ -200,7 +200,7 @@ class Status:
                 "run": store.run,
                 "uptime_in_seconds": int(time.monotonic() - self._began),
             },
-            # valkey-glide looks for the server that accepts puts.
+            # valkey-glide looks for a server that accepts writes.
             "replication": {"role": "master", "connected_slaves": 0},
             "clients": {"connected_clients": self.connections(), "blocked_clients": self.waiting()},
             "stats": {
@@ -211,7 +211,7 @@ class Status:
             },
             "store": {**totals._asdict(), "last_id": store.last_id()},
             **({"engine": _engine_info(engine)} if engine else {}),
-            # redis-cli --stat shows these two.
+            # redis-cli --stat displays these two.
             "memory": {"used_memory": totals.accounted_bytes},
             "keyspace": {"db0": f"keys={totals.topics},expires=0,avg_ttl=0"},
         }
@@ -255,8 +255,8 @@ class Status:
 def _engine_counted(engine: EngineStats) -> Iterator[Fact]:
     yield Fact("engine_retries", "Publish attempts with an unknown result.", engine.retries)
     yield Fact("engine_split_batches", "Batches whose messages were published one by one.", engine.split_batches)
-    yield Fact("engine_repeated_puts", "Puts that were stored already.", engine.repeated_puts)
-    yield Fact("mirror_consumers", "Consumers made to fill the mirror, including the first.", engine.consumers)
+    yield Fact("engine_repeated_puts", "Puts that were already stored.", engine.repeated_puts)
+    yield Fact("mirror_consumers", "Consumers created to fill the mirror, including the first.", engine.consumers)
     yield Fact("mirror_skipped_messages", "Messages that could not be mirrored.", engine.skipped_messages)
 
 

@@ -48,11 +48,11 @@ class Systemd:
         self.queue = queue or []
         self.metrics = metrics or []
         self.watchdog_interval = watchdog_seconds / 3
-        """Max seconds between calls of `notify_status`, so that one may be late."""
+        """Max seconds between calls of `notify_status`; short enough that one may be late."""
         self._watchdog = watchdog_seconds < math.inf
         self._status = ""
         self._address = "\0" + notify_socket[1:] if notify_socket.startswith("@") else notify_socket
-        # Opened in advance: the watchdog has to be notified even if there is no file descriptor left.
+        # Opened in advance, because the watchdog must be notified even if there is no file descriptor left.
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if notify_socket[:1] in ("@", "/") else None
         if self._socket:
             self._socket.settimeout(NOTIFY_TIMEOUT_SECONDS)
@@ -68,8 +68,8 @@ class Systemd:
 
     @contextmanager
     def reloading(self) -> Iterator[None]:
-        """Notify systemd that a reload begins, and, whether it succeeds or not, that it has ended."""
-        # systemd matches the time with its request, by CLOCK_MONOTONIC.
+        """Notify systemd that a reload begins, and that it has ended, whether it succeeded or not."""
+        # systemd compares this CLOCK_MONOTONIC time with that of its request.
         self.notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
             yield
@@ -77,7 +77,7 @@ class Systemd:
             self.notify("READY=1")
 
     def stopping(self, seconds: float) -> None:
-        """Notify systemd that the service stops, and how long that may take."""
+        """Notify systemd that the service is stopping, and how long that may take."""
         self.notify("STOPPING=1", f"EXTEND_TIMEOUT_USEC={round((seconds + STOP_MARGIN_SECONDS) * 1e6)}")
 
     def notify_status(self, status: Status) -> None:
@@ -93,7 +93,7 @@ class Systemd:
 
 
 def take(environment: MutableMapping[str, str] = os.environ) -> Systemd:
-    """Take what systemd passed, and remove it from the environment of child processes. Raises StartupError."""
+    """Take the sockets that systemd passed, and hide them from child processes. Raises StartupError."""
     given = {name: environment.pop(name, "") for name in VARIABLES}
     me = str(os.getpid())
     watched = given["WATCHDOG_PID"] in ("", me) and given["WATCHDOG_USEC"].isdecimal()
@@ -116,7 +116,7 @@ def _names(given: str, count: int) -> list[str]:
     """Return QUEUE or METRICS for each passed socket."""
     names = [*(given.split(":") if given else []), *["unknown"] * count][:count]
     unknown = [name for name in names if name not in (QUEUE, METRICS)]
-    # Without FileDescriptorName= a socket has the name of its unit; a single one is for clients.
+    # Without FileDescriptorName=, a socket has its unit's name; a single one is for clients.
     if len(unknown) > 1 or (unknown and QUEUE in names):
         raise StartupError(
             f"systemd passed sockets named {', '.join(names)}: set FileDescriptorName= of each to {QUEUE} or {METRICS}"

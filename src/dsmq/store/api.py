@@ -19,9 +19,9 @@ MESSAGE_OVERHEAD_BYTES, TOPIC_OVERHEAD_BYTES = 100, 500
 
 T = TypeVar("T")
 Answer: TypeAlias = T | Future[T]
-"""A store's answer: the value, or a future if the value comes later."""
+"""A store's answer: the value, or a future if the store answers later."""
 Outcome: TypeAlias = int | ReplyError
-"""The id of a stored message, or why it is not stored."""
+"""The id of a stored message, or the reason why it was not stored."""
 
 
 class Message(NamedTuple):
@@ -53,21 +53,21 @@ class ManyTopics(NamedTuple):
     after: int
     max_count: int
     max_bytes: int
-    """Ends the messages once their topics and bodies add up to it."""
+    """The read ends once topics and bodies add up to this."""
     latest: bool = False
     """Whether to read only the newest message of each topic."""
     below: int = sys.maxsize
-    """Only messages with lower ids count."""
+    """Only messages with lower ids are read."""
 
 
 class Found(NamedTuple):
-    """What a read of several topics has found."""
+    """The result of a read of several topics."""
 
     position: int
-    """All messages with ids up to this one are among these, or were before; none after it is."""
+    """All matching messages up to this id are in this result or earlier ones; none above it is."""
     messages: list[TopicMessage]
     is_complete: bool
-    """Whether there may be no more of them now; if not, the read can go on from the position."""
+    """Whether there may be no more of them now; if not, the read can continue from the position."""
 
 
 Put: TypeAlias = tuple[bytes, bytes, tuple[bytes, int] | None]
@@ -98,8 +98,8 @@ class TopicStats(NamedTuple):
     first_id: int = 0
     oldest_age_ms: int = 0
     restored_number: int = 0
-    """The last number in the snapshot before the range of lost ids that contains the reader's id, or else before the
-    last range; 0 if there is none.
+    """The topic's last number before the range of lost ids that contains the reader's id, or else before the last
+    range; 0 if there is none.
     """
     dropped: int = 0
     """Messages that the topic has dropped since the start to make room for newer ones."""
@@ -119,14 +119,14 @@ class Totals(NamedTuple):
     stored: int
     expired: int
     expired_unread: int = 0
-    """Expired messages that no client had read, or skipped by starting at a newer one."""
+    """Expired messages that no client had read, or had skipped by starting at a newer one."""
     oldest_age_ms: int = 0
     accounted_bytes: int = 0
     """Bytes as `Limits.max_stored_bytes` counts them."""
     dropped: int = 0
-    """Messages deleted to make room for newer ones; not among the expired ones."""
+    """Messages deleted to make room for newer ones; not counted as expired."""
     overdue_ms: int = 0
-    """How long ago the first message that is still stored has expired."""
+    """Time since the oldest stored message expired."""
 
 
 class Timing(NamedTuple):
@@ -137,13 +137,13 @@ class Timing(NamedTuple):
 
 
 class EngineStats(NamedTuple):
-    """The engine in which a store keeps its messages, and the store's mirror of them; counts are since the start."""
+    """The engine that keeps a store's messages, and the store's mirror of them; counts are since the start."""
 
     name: str
     node: str
-    """The node that the store is connected to; empty if there is none."""
+    """The node to which the store is connected; empty if there is none."""
     ready: bool
-    """Whether the mirror is complete: it has had all messages that the engine had at the start."""
+    """Whether the mirror has reached the engine's last message as of the start."""
     lag_messages: int
     """Messages in the engine that the mirror does not have yet."""
     lag_seconds: float
@@ -153,9 +153,9 @@ class EngineStats(NamedTuple):
     split_batches: int
     """Batches that the engine rejected; their messages were then published one by one."""
     repeated_puts: int
-    """Puts that were stored already."""
+    """Puts that were already stored."""
     consumers: int
-    """Consumers made to fill the mirror, including the first."""
+    """Consumers created to fill the mirror, including the first."""
     skipped_messages: int
     """Messages that could not be mirrored."""
 
@@ -168,7 +168,7 @@ DROP_OLDEST = "drop_oldest"
 
 
 class TopicRule(NamedTuple):
-    """What the topics whose names match a pattern keep. None: as for all topics."""
+    """Limits for the topics that match a pattern. None: as for all topics."""
 
     pattern: bytes
     max_messages: int | None = None
@@ -178,18 +178,18 @@ class TopicRule(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """The settings that bound a store. A put that would exceed one raises Full, unless older messages are dropped."""
+    """The limits of a store. A put that would exceed one raises Full, unless older messages can be dropped."""
 
     max_topics: int = sys.maxsize
     max_stored_messages: int = sys.maxsize
     max_stored_bytes: int = sys.maxsize
-    """Bodies (or, if that is more, 5/6 of the database's pages) and topic names, with overhead."""
+    """Bytes of bodies (or 5/6 of the database's pages, if that is more) and topic names, with overhead."""
     max_stored_messages_per_topic: int = sys.maxsize
     max_stored_bytes_per_topic: int = sys.maxsize
     when_full: str = "refuse"
-    """Or DROP_OLDEST: a put deletes the oldest messages of its own topic until it fits."""
+    """With DROP_OLDEST, a put deletes the oldest messages of its own topic until it fits."""
     topic: tuple[TopicRule, ...] = ()
-    """Rules for some topics, of which the first that matches applies."""
+    """Rules for some topics; the first one that matches applies."""
 
 
 MEMORY = "memory"
@@ -197,7 +197,7 @@ MEMORY = "memory"
 
 
 class Store(Protocol):
-    """What the server requires of a store. A remote store answers puts and reads with futures, puts in order."""
+    """The server's interface to a store. A remote store answers puts and reads with futures; puts are in order."""
 
     max_age_ms: int
     limits: Limits
@@ -208,7 +208,7 @@ class Store(Protocol):
 
     @property
     def run(self) -> str:
-        """Identifies the period over which puts are remembered without a gap."""
+        """Identifies the period in which puts are remembered without a gap."""
 
     @property
     def is_shared(self) -> bool:
@@ -220,11 +220,11 @@ class Store(Protocol):
 
     @property
     def due_at(self) -> float:
-        """When that thread is expected to respond next, by the monotonic clock."""
+        """When that thread is expected to respond next, on the monotonic clock."""
 
     @property
     def max_message_bytes(self) -> int:
-        """The longest message it can store."""
+        """The length of the longest message that it can store."""
 
     def append(self, puts: Sequence[Put]) -> Answer[list[Outcome]]:
         """Store messages in order; return an outcome for each. Raises Full, Forgotten or StoreFailed if none is stored.
@@ -233,13 +233,13 @@ class Store(Protocol):
         """
 
     def append_together(self, puts: Sequence[Put]) -> Answer[list[Outcome]]:
-        """Do as `append` does, but store all messages or none."""
+        """Do as `append`, but store all messages or none."""
 
     def check_producer(self, producer: bytes) -> None:
         """Raise Forgotten if the store may have forgotten recent puts of this producer."""
 
     def flush(self) -> None:
-        """Do postponed work, if enough has accumulated; called when the server is idle. Raises as `append` does."""
+        """Do deferred work, if enough has accumulated; called when the server is idle. Raises as `append` does."""
 
     def read(self, topic: bytes, after: int, count: int, max_bytes: int, wait_ms: int = 0) -> Answer[list[Message]]:
         """Return the unexpired messages with ids above `after`, oldest first.
@@ -252,35 +252,35 @@ class Store(Protocol):
         """Return the newest unexpired message with an id above `after` and below `below`, if there is one."""
 
     def peek(self, topic: bytes, below: int = sys.maxsize) -> Message | None:
-        """Return the newest unexpired message with an id below `below`, as far as known, without marking it as read."""
+        """Return the newest unexpired message with an id below `below`, if known, without marking it as read."""
 
     def read_many(self, wanted: ManyTopics, wait_ms: int = 0) -> Answer[Found]:
-        """Do as `read` or `latest` does for several topics, in the order of ids.
+        """Do as `read` or `latest`, but for several topics, in the order of ids.
 
-        It takes a bounded time, so that it may end before it has found anything.
+        Takes a bounded time, so it may end before it has found anything.
         """
 
     def go_back(self, selection: Selection, count: int, below: int = sys.maxsize) -> Answer[tuple[int, int]]:
         """Go back over `count` unexpired messages with ids below `below`.
 
-        Returns how many are left to go back, and an id: if any are left, go on below it; otherwise the messages come
-        after it.
+        Returns how many are left to go back, and an id: if any are left, continue below it; otherwise, the messages are
+        those after it.
         """
 
     def id_before(self, milliseconds: int) -> int:
-        """Return the id of the last message that was put longer ago than this, or 0."""
+        """Return the id of the last message put longer ago than this, or 0."""
 
     def check_id(self, after: int) -> None:
         """Raise BadRequest if it is certain that no message has this id yet."""
 
     def start_id(self) -> Answer[int]:
-        """Return the id of the last message that is stored, for a client that connects now. Raises StoreFailed."""
+        """Return the id of the last stored message, for a client that connects now. Raises StoreFailed."""
 
     def last_id(self) -> int:
         """Return the id of the newest message, or 0."""
 
     def expire(self) -> int:
-        """Delete some messages that have expired, or exceed lowered limits; return how many, 0 if none are left."""
+        """Delete some messages that have expired, or exceed lowered limits; return their number, 0 if none are left."""
 
     def purge(self, selection: Selection, /) -> Iterator[Answer[int]]:
         """Delete all messages that are stored now; yield how many were deleted in each of several short slices.
@@ -301,16 +301,16 @@ class Store(Protocol):
     def totals(self) -> Totals: ...
 
     def full(self) -> set[str]:
-        """Return the limits, or MEMORY, that cause puts to be refused. To be called about once a second.
+        """Return the limits, or MEMORY, because of which puts are refused. Should be called about once a second.
 
-        A limit is reported until no put was refused between two calls and there is room for the last refused put.
+        A limit is reported until there is room for the last refused put, and no put was refused between two calls.
         """
 
     def timings(self) -> dict[str, Timing]:
-        """Return the timing of operations on the database, write, read and expire; and on an engine, publish."""
+        """Return the timing of operations on the database (write, read and expire) and on an engine (publish)."""
 
     def engine(self) -> EngineStats | None:
-        """Return the state of the engine, if messages are kept in one."""
+        """Return the state of the engine, if there is one."""
 
     def last_numbers(self) -> dict[bytes, int]:
         """Return the number of the last message of each topic with messages."""
@@ -325,10 +325,10 @@ class Store(Protocol):
         """Return the topics with the most messages."""
 
     def start(self, on_messages: Callable[[set[bytes]], None], on_unusable: Callable[[str], None]) -> None:
-        """Begin to work in `thread`, if there is one, which calls these.
+        """Start `thread`, if there is one, which calls these functions.
 
         `on_messages` gets topics with new messages, if `append` answers later. `on_unusable` gets the reason why all
-        clients have to connect again, perhaps to another server.
+        clients must reconnect, perhaps to another server.
         """
 
     def wait(self, seconds: float, /) -> bool:
@@ -336,14 +336,14 @@ class Store(Protocol):
 
     @property
     def unready_reason(self) -> str:
-        """Why clients should use another server now; empty if they need not."""
+        """Why clients should use another server now; empty if the store is ready."""
 
     def close(self) -> None:
         """Idempotent. After it, other methods raise StoreFailed."""
 
 
 class LocalStore:
-    """What a store that needs no engine, and answers at once, says about that."""
+    """Methods for a store that has no engine and answers at once."""
 
     is_shared = False
     max_message_bytes = sys.maxsize

@@ -32,15 +32,15 @@ from dsmq.store.schema import (
     unpack,
 )
 
-# How long a slice of expiry or of a purge may take before its last step, in seconds.
+# How long a slice of expiry or of a purge may take before its last step.
 SLICE_SECONDS = 0.0004
-# Max rows and bytes deleted while the lock is held: less than 0.1 ms of work.
+# Max rows and bytes deleted while holding the lock: less than 0.1 ms of work.
 EXPIRY_ROWS, EXPIRY_BYTES = 100, 131_072
-# Max topics, rows and bytes copied for a snapshot while the lock is held.
+# Max topics, rows and bytes copied for a snapshot while holding the lock.
 COPY_TOPICS, COPY_ROWS, COPY_BYTES = 500, 64, 16_384
 PAGE_BYTES = 4096
-# Once more pages are free than this, and than this part of all, expiry gives them back, so that long bodies can have
-# their memory: so many while the lock is held, more than are freed meanwhile. That takes 0.4 ms.
+# If more pages than this, and more than this part (1/16) of all, are free, expiry releases their memory for long
+# bodies: so many at a time while holding the lock, more than are freed meanwhile. That takes 0.4 ms.
 FREE_PAGES, FREE_PAGES_PART, VACUUM_PAGES = 256, 16, 80
 # Instructions of SQLite's virtual machine between two reports of progress.
 PROGRESS_INSTRUCTIONS = 1000
@@ -81,17 +81,17 @@ Header: TypeAlias = tuple[int, int, int, int, bytes]
 class Database:
     """Its methods require the lock, which `with` takes.
 
-    `with` raises StoreFailed if the database is closed, and turns errors of SQLite into StoreFailed, or Full if there
-    is no more memory.
+    `with` raises StoreFailed if the database is closed, and converts SQLite's errors to StoreFailed, or Full if memory
+    is exhausted.
     """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.closed = False
         self.restored_id = 0
-        """The last id that came from a snapshot."""
+        """The last id restored from a snapshot."""
         self.deletable_id = sys.maxsize
-        """While a snapshot is written, rows after this id must not be deleted: they are not copied yet."""
+        """While a snapshot is written, rows above this id must not be deleted: they are not copied yet."""
         self.long_bytes = 0
         """The total size of long bodies."""
         self.deleted_bodies: list[bytes] = []
@@ -227,12 +227,12 @@ class Database:
         return self.connection.execute(HEADERS_BACK, (end, since))
 
     def block(self, last_id: int, put_at: int) -> tuple[int, int]:
-        """Return what is the same only for rows that may be mixed."""
-        # In snapshots of earlier versions, all rows of the same millisecond may be.
+        """Return a key that is equal for rows whose ids may be interleaved."""
+        # In snapshots of earlier versions, those are all rows of the same millisecond.
         return put_at, last_id // BLOCK_IDS if last_id > self.restored_id else 0
 
     def bodies(self, first: int, last: int) -> dict[int, bytes]:
-        """Return the bodies of the rows with last ids from `first` to `last`, by these."""
+        """Return the bodies of the rows with last ids from `first` to `last`, by last id."""
         rows = self.connection.execute(BODIES, (first, last))
         return {row: bodies or self._long_bodies.get(row, b"") for row, bodies in rows}
 
@@ -266,7 +266,7 @@ class Database:
         found, size, last_id = [], 0, min(last_id, self.deletable_id)
         one = () if topic is None else (topic,)
         for row in self.connection.execute(TOPIC_EXPIRY if one else EXPIRY, (last_id, *one, EXPIRY_ROWS)):
-            # Put times increase with ids, so that expired rows come first.
+            # Put times increase with ids, so expired rows come first.
             if row[2] >= oldest or size >= EXPIRY_BYTES:
                 break
             found.append(row if row[5] else (*row[:5], len(self._long_bodies.get(row[0], b""))))
@@ -319,7 +319,7 @@ class Database:
         try:
             self.connection.execute("VACUUM INTO ?", (str(file),))
         except sqlite3.OperationalError:
-            # SQLite does not propagate exceptions of the handler, so call it again to raise its exception.
+            # SQLite does not propagate the handler's exceptions, so call it again to raise them.
             on_progress()
             raise
         finally:
@@ -357,9 +357,9 @@ def _open_in_memory() -> sqlite3.Connection:
     connection = sqlite3.connect("file::memory:", uri=True, check_same_thread=False)
     connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
     connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
-    # Otherwise, SQLite writes large sorts to a folder for temporary files, which may not be writable.
+    # Otherwise, SQLite would write large sorts to a folder for temporary files, which may not be writable.
     connection.execute("PRAGMA temp_store = MEMORY")
-    # On some systems, SQLite overwrites deleted data by default, which would take longer than the rest of expiry.
+    # Some systems' SQLite overwrites deleted data by default, which would take longer than the rest of expiry.
     connection.execute("PRAGMA secure_delete = OFF")
     return connection
 

@@ -9,8 +9,7 @@ import time
 from dsmq import logs
 from dsmq.store.api import Store, Timing
 
-# Pauses between slices, so that clients get the store's lock. The short one is used once a run takes longer than the
-# interval.
+# Pauses between slices, so that clients get the store's lock; the short one if a run takes longer than the interval.
 _PAUSE_SECONDS = 0.002
 _SHORT_PAUSE_SECONDS = 0.0002
 
@@ -28,7 +27,7 @@ class Expiry:
         self.timing = Timing()
         """Includes pauses."""
         self.due_at = time.monotonic() + interval_seconds
-        """If the thread makes no progress by then, it is stuck."""
+        """The thread is stuck if it makes no progress by then."""
 
     def start(self) -> None:
         self.due_at = time.monotonic() + self._interval

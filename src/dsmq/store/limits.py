@@ -11,16 +11,16 @@ from dsmq.store.api import Limits, Put, accounted_bytes, accounted_topic_bytes
 from dsmq.store.rules import Kept
 from dsmq.store.topics import Topic, TopicTable
 
-# If a topic exceeds its limits because they were lowered, a put drops no more messages than this in addition to those
-# that make room for it. The rest is dropped by expiry.
+# If a topic exceeds lowered limits, a put drops at most this many messages in addition to those that make room for it.
+# Expiry drops the rest.
 MAX_MORE_DROPPED = 512
 
 
 class _Drops:
-    """What a topic has to drop so that new messages fit."""
+    """The messages that a topic has to drop so that new ones fit."""
 
     def __init__(self, topic: Topic, new: list[int], held: Iterable[int]) -> None:
-        """`new` and `held` are sizes of bodies; the latter are those of the oldest messages, and are read as needed."""
+        """`new` and `held` are sizes of bodies; `held` are those of stored messages, oldest first, read as needed."""
         self.count = self.bytes = 0
         # The newest message is never dropped.
         self.left = max(0, topic.messages + len(new) - 1)
@@ -32,7 +32,7 @@ class _Drops:
         self.left -= count
 
     def freed_bytes(self) -> int:
-        """Return the bytes of what is dropped, with overhead."""
+        """Return the bytes of the dropped messages, with overhead."""
         new = self.count - self._counted
         self.bytes += accounted_bytes(new, sum(islice(self._sizes, new)))
         self._counted = self.count
@@ -48,8 +48,8 @@ class LimitChecker:
         self._sizes = sizes
         self.drops_for_all = True
         """Whether a topic drops messages because all topics together reach a limit."""
-        # For each limit, the last put that it refused: the topic if the limit is per topic, the room that the put
-        # needed, and whether it was refused since the last call of `full`.
+        # For each limit, the last put that was refused: its topic if the limit is per topic, the room it needed, and
+        # whether that was since the last call of `full`.
         self._full: dict[str, tuple[bytes | None, int, bool]] = {}
 
     @property
@@ -57,9 +57,9 @@ class LimitChecker:
         return self._topics.rules.limits
 
     def check(self, puts: Iterable[Put]) -> dict[bytes, int]:
-        """Raise Full if these would exceed a limit on messages or bytes.
+        """Raise Full if these puts would exceed a limit on messages or bytes.
 
-        Returns how many of their oldest messages topics have to drop so that they do not exceed it.
+        Returns how many of its oldest messages each topic has to drop to stay within the limits.
         """
         new: dict[bytes, list[int]] = {}
         for name, body, _ in puts:
@@ -72,7 +72,7 @@ class LimitChecker:
             if kept.drops:
                 if accounted_bytes(1, max(sizes)) > kept.max_bytes:
                     raise Full(
-                        f"a message is larger than the topic may be: {kept.limit_name('bytes')} = {kept.max_bytes}"
+                        f"the message is larger than its topic may be: {kept.limit_name('bytes')} = {kept.max_bytes}"
                     )
                 found[name] = drops = self._drops(topic, kept, sizes)
                 if not self.drops_for_all:
@@ -84,7 +84,7 @@ class LimitChecker:
         return {name: drops.count for name, drops in found.items() if drops.count}
 
     def excess(self, topic: Topic) -> int:
-        """Return how many messages a topic has to drop because its limits were lowered."""
+        """Return the number of messages that a topic has to drop because its limits were lowered."""
         kept = self._topics.rules.of(topic)
         return self._drops(topic, kept, []).count if kept.drops else 0
 
@@ -102,7 +102,7 @@ class LimitChecker:
         return drops
 
     def _check_sum(self, new: dict[bytes, list[int]], found: dict[bytes, _Drops]) -> None:
-        """Check the limits on all topics together; let the topics of the puts drop more messages if they may."""
+        """Check the limits on all topics together; make the topics of the puts drop more messages if they may."""
         limits, topics = self.limits, self._topics
         count = sum(map(len, new.values())) - sum(drops.count for drops in found.values())
         size = accounted_topic_bytes(new.keys() - topics.by_name.keys())
@@ -147,7 +147,7 @@ class LimitChecker:
             kept = self._topics.rules.of(topic)
             if limit == kept.limit_name("messages"):
                 return topic.messages, kept.max_messages
-            # A limit of former rules counts as reached no longer.
+            # A limit in former rules no longer counts as reached.
             return topic.accounted_bytes, kept.max_bytes if limit == kept.limit_name("bytes") else sys.maxsize
         most = getattr(self.limits, limit, sys.maxsize)
         if limit == "max_topics":
@@ -155,7 +155,7 @@ class LimitChecker:
         return self._topics.messages if limit == "max_stored_messages" else self._topics.accounted_bytes, most
 
     def record_full(self, limit: str, topic: bytes | None = None, more: int = 0) -> None:
-        """Record the refusal of a put that needed this much `more` room."""
+        """Record the refusal of a put that needed `more` room."""
         self._full[limit] = topic, more, True
 
     def full(self) -> set[str]:

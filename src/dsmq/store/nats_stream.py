@@ -18,6 +18,7 @@ import base64
 import json
 import logging
 import math
+import random
 import secrets
 import sys
 import zlib
@@ -105,9 +106,9 @@ class Stream:
         """When the leader that was last asked had last heard of a majority."""
         self.leader = ""
         """The node that led the stream then; empty if the nodes are no cluster."""
-        self._connect_again: Callable[[], Coroutine[None, None, None]]
+        self._servers: list[Server] = []
+        self._connect: Callable[[], Coroutine[None, None, None]]
         self._connecting = asyncio.Lock()
-        self._left: Server | None = None
         self._replicas, self._max_age_ms, self._max_bytes = replicas, 0, 0
         self.rules: bytes | None = None
         """The last rules for topics that are known; None if the stream may have others."""
@@ -121,28 +122,40 @@ class Stream:
 
     async def connect(self, servers: Sequence[Server], credentials: Credentials, tls: SSLContext | None) -> None:
         """Connect, and reconnect whenever the connection breaks. Returns once connected."""
-        self._connect_again = partial(self.connect, servers, credentials, tls)
-        options = {"user": credentials.user, "password": credentials.password, "token": credentials.token}
-
         logging.getLogger("asyncio").addFilter(_is_useful)
-        # The one that was left last comes last.
-        servers = sorted(servers, key=lambda server: server == self._left)
+        self._servers = random.sample(servers, len(servers))
+        self._connect = partial(self._connect_client, credentials, tls)
+        await self._connect()
+
+    async def _connect_client(self, credentials: Credentials, tls: SSLContext | None) -> None:
+        options = {"user": credentials.user, "password": credentials.password, "token": credentials.token}
+        scheme, servers = "tls" if tls else "nats", self._servers
+        urls = [f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}" for host, port in servers]
+        # An attempt may take all its time for a node that does not answer, so the next one begins with another.
+        self._servers = [*servers[1:], servers[0]]
 
         async def ignore(_: Exception) -> None:
             """Without this, the client prints errors, which the requests raise anyway."""
 
-        await self._client.connect(
-            [f"{'tls' if tls else 'nats'}://{f'[{host}]' if ':' in host else host}:{port}" for host, port in servers],
-            **{name: value for name, value in options.items() if value},  # type: ignore[arg-type]
-            tls=tls,
-            error_cb=ignore,
-            dont_randomize=self._left is not None,
-            max_reconnect_attempts=-1,
-            reconnect_time_wait=0.1,  # type: ignore[arg-type]
-            connect_timeout=2,
-            ping_interval=1,
-            max_outstanding_pings=3,
-        )
+        client = Client()
+        try:
+            await client.connect(
+                urls,
+                **{name: value for name, value in options.items() if value},  # type: ignore[arg-type]
+                tls=tls,
+                error_cb=ignore,
+                dont_randomize=True,
+                max_reconnect_attempts=-1,
+                reconnect_time_wait=0.1,  # type: ignore[arg-type]
+                connect_timeout=2,
+                ping_interval=1,
+                max_outstanding_pings=3,
+            )
+        except BaseException:
+            # Half connected, it would neither answer requests nor count as closed.
+            await _close(client)
+            raise
+        self._client = client
 
     async def close(self) -> None:
         if self._client.is_connected or self._client.is_reconnecting:
@@ -152,9 +165,9 @@ class Stream:
     async def leave_node(self) -> None:
         """Go to another node with the next request."""
         if (url := self._client.connected_url) is not None:
-            self._left = str(url.hostname), int(url.port or 0)
-            with suppress(NATSError, OSError, TimeoutError):
-                await asyncio.wait_for(self._client.close(), _API_SECONDS)
+            left = str(url.hostname), int(url.port or 0)
+            self._servers.sort(key=lambda server: server == left)
+            await _close(self._client)
 
     async def open(self) -> None:
         """Create the stream if it does not exist. Raises StartupError if it is not dsmq's, or can't be used."""
@@ -364,8 +377,12 @@ class Stream:
         """Connect with a new client, because the official one closes for good after some errors."""
         async with self._connecting, asyncio.timeout(seconds):
             if self._client.is_closed:
-                self._client = Client()
-                await self._connect_again()
+                await self._connect()
+
+
+async def _close(client: Client) -> None:
+    with suppress(NATSError, OSError, TimeoutError):
+        await asyncio.wait_for(client.close(), _API_SECONDS)
 
 
 def _parse(data: bytes) -> dict[str, Any]:

@@ -28,7 +28,7 @@ class Purges:
 
     def purge(self, selection: Selection) -> Iterator[int]:
         with self._database:
-            # So that no row has messages that are put later.
+            # So that rows contain no messages that are put later.
             self._flush()
             last_id, topics = self._last_id, list(self._topics.by_row)
         while topics:
@@ -37,7 +37,7 @@ class Purges:
             yield count
 
     def _purge_some(self, selection: Selection, topics: list[int], last_id: int) -> int:
-        """Delete some messages, and remove the topics that are done; return how many messages were deleted."""
+        """Delete some messages, and remove finished topics from the list; return the number of messages deleted."""
         if self._database.is_being_copied:
             raise StoreFailed("a snapshot is being written; purge again when it is done")
         count, until = 0, time.monotonic() + SLICE_SECONDS

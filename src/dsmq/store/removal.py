@@ -1,10 +1,10 @@
 """Deletes messages that have expired, and those that a topic drops to make room for newer ones.
 
-If no topic has an age of its own, the rows that have expired are the first ones. Otherwise, a queue has each topic by
-the time at which its oldest message expires, or an earlier one: that of a message that it has dropped since.
+If no rule sets an age, the first rows are the expired ones. Otherwise, a queue orders topics by the time at which their
+oldest message expires, or an earlier time: that of a message dropped since.
 
-A dropped message shares a row with others, or may still have to be copied for a snapshot. So its topic remembers the
-last id that it has dropped, which readers skip, and a row is deleted once it has no other messages.
+A dropped message may share a row with others, or may still have to be copied for a snapshot. So its topic remembers the
+last dropped id, which readers skip, and a row is deleted once all of its messages are dropped.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ if TYPE_CHECKING:
 
 # The pause after a slice that deletes nothing, in seconds.
 PAUSE_SECONDS = 0.0002
-# Max topics checked, in one slice, for new rules.
+# Max topics checked against new rules in one slice.
 MAX_CHECKED = 200
-# Before all put times.
+# Earlier than all put times.
 _EVER = -sys.maxsize
 
 _logger = logging.getLogger(__name__)
 
 
 class _Written(NamedTuple):
-    """The part of the messages to be dropped that is in the database."""
+    """The messages to be dropped that are in the database."""
 
     messages: int = 0
     size: int = 0
     last_id: int = 0
     dead_bytes: int = 0
-    """The size of those that share a row with messages that are left."""
+    """The size of those that share a row with remaining messages."""
     rows: tuple[int, ...] = ()
-    """The last ids of rows that have no other messages."""
+    """The last ids of rows without other messages."""
 
 
 class Removals:
@@ -67,11 +67,11 @@ class Removals:
     _flush_error: ReplyError | None
 
     def _begin_removals(self) -> None:
-        # When each topic's oldest message expires, and the topic's row.
+        # The time when each topic's oldest message expires, and the topic's row.
         self._queue: list[tuple[int, int]] = []
-        # The ages for which the queue is made.
+        # The ages for which the queue was built.
         self._queued_for: tuple[int, Rules | None] = 0, None
-        # Topics with rows in which all messages are dropped.
+        # Topics with rows whose messages are all dropped.
         self._undeleted: dict[Topic, None] = {}
 
     @property
@@ -97,7 +97,7 @@ class Removals:
             yield len(message[3])
 
     def _live_rows(self, topic: Topic) -> Iterator[tuple[array[int], array[int], int]]:
-        """Iterate over the rows with messages that are not dropped: ids, sizes, and how many of them are dropped."""
+        """Iterate over the rows with messages that are not dropped: ids, sizes, and the number of dropped ones."""
         if topic.dropped_id < topic.written_id:
             for header in self._database.headers(topic.dropped_id, _EVER, topic.row):
                 ids_and_sizes = array("q", header[4])
@@ -105,7 +105,7 @@ class Removals:
                 yield ids, ids_and_sizes[1::2], bisect_right(ids, topic.dropped_id)
 
     def _find_written(self, name: bytes, count: int) -> _Written:
-        """Return what the first messages of a topic have in the database. Raises an error of SQLite."""
+        """Return which of a topic's first messages are in the database. Raises SQLite's errors."""
         topic, found = self._topics.by_name.get(name), _Written()
         for ids, sizes, dead in self._live_rows(topic) if topic else ():
             dropped = sizes[dead : dead + count - found.messages]
@@ -123,7 +123,7 @@ class Removals:
         return found
 
     def _drop(self, counts: dict[bytes, int], found: list[_Written]) -> None:
-        """Drop the first messages of topics, but not the newest; `found` is what is in the database. Doesn't fail."""
+        """Drop the first messages of topics, but not the newest; `found` are those in the database. Never fails."""
         for (name, count), written in zip(counts.items(), found, strict=True):
             topic, size = self._topics.by_name[name], written.size
             if written.messages:
@@ -162,15 +162,15 @@ class Removals:
         if name not in self._topics.dropped_by_name:
             text = name.decode(errors="replace")
             about = logs.event("dropping", topic=text)
-            _logger.info("topic %s is full: it drops its oldest messages for newer ones", quoted(text), extra=about)
+            _logger.info("topic %s is full: dropping its oldest messages for newer ones", quoted(text), extra=about)
 
     def _delete_dropped(self) -> bool:
-        """Delete some rows in which all messages are dropped; return whether none are left that may be deleted."""
+        """Delete some rows whose messages are all dropped; return whether none are left that may be deleted."""
         rows: list[int] = []
         for topic in list(islice(self._undeleted, MAX_CHECKED)):
             rows += [row[0] for row in self._database.expired(sys.maxsize, topic.row, topic.dropped_id)]
             del self._undeleted[topic]
-            # At the end, to be looked at again.
+            # Moved to the end, to be checked again.
             if rows or self._database.is_being_copied:
                 self._undeleted[topic] = None
             if len(rows) >= MAX_CHECKED:
@@ -180,7 +180,7 @@ class Removals:
         return not rows
 
     def _restore_dropped(self, last: dict[bytes, tuple[int, int]]) -> None:
-        """Subtract messages of a restored snapshot up to the ids given for their topics; `last` keeps the others."""
+        """Subtract a restored snapshot's messages up to their topics' ids in `last`, where other entries stay."""
         for name in [name for name in last if name in self._topics.by_name]:
             topic, (number, dropped_id) = self._topics.by_name[name], last.pop(name)
             count = size = 0
@@ -205,7 +205,7 @@ class Removals:
             time.sleep(PAUSE_SECONDS)
 
     def _expire_slice(self, now: int) -> tuple[int, bool]:
-        """Return how many messages were deleted, and whether there is nothing left to do."""
+        """Return the number of messages deleted, and whether there is nothing left to do."""
         with self._database:
             count, is_done = self._expire_some(now)
             is_shrinking = self._database.shrink()
@@ -214,7 +214,7 @@ class Removals:
         return count, is_done and not is_shrinking
 
     def _expire_some(self, now: int) -> tuple[int, bool]:
-        """Return how many messages were deleted, and whether there are no others."""
+        """Return the number of messages deleted, and whether there are no others."""
         rules, topics = self._topics.rules, self._topics
         if self._undeleted and not self._delete_dropped():
             return 0, False
@@ -229,7 +229,7 @@ class Removals:
         return self._expire_queued(now)
 
     def _check_some(self, unchecked: list[int], *, is_queued: bool) -> int:
-        """Have topics drop what exceeds lowered limits, and queue them; return how many messages were dropped."""
+        """Make topics drop messages beyond lowered limits, and queue them; return the number of messages dropped."""
         dropped, until = 0, time.monotonic() + SLICE_SECONDS
         for _ in range(min(MAX_CHECKED, len(unchecked))):
             row = unchecked.pop()
@@ -246,9 +246,9 @@ class Removals:
         return dropped
 
     def _expire_first(self, oldest: int) -> tuple[int, bool]:
-        """Delete messages that were put before `oldest`; return as `_expire_some` does."""
+        """Delete messages put before `oldest`; return the same as `_expire_some`."""
         rows = self._database.expired(oldest)
-        # Don't flush the buffer for this, because there may be no memory left.
+        # Don't flush the buffer first, because there may be no memory left.
         is_buffered = not rows and not self._database.is_being_copied
         deleted = self._buffer.find_older(oldest) if is_buffered else self._topics.sum_rows(rows)
         if not (deleted or rows):
@@ -258,7 +258,7 @@ class Removals:
         return self._subtract(deleted, is_buffered=is_buffered), False
 
     def _delete_first(self, rows: list[ExpiredRow]) -> int:
-        """Delete rows, the first ones of their topics; return how many messages they had."""
+        """Delete rows, the first ones of their topics; return the number of messages in them."""
         deleted = self._topics.sum_rows(rows)
         self._database.delete([row[0] for row in rows], self._emptied(deleted))
         return self._subtract(deleted, is_buffered=False)
@@ -288,7 +288,7 @@ class Removals:
                 rows += found
                 again.append((now, row))
             elif written := self._database.oldest(row, topic.dropped_id):
-                # If it has expired, it must be copied for a snapshot first.
+                # If it has expired, it must first be copied for a snapshot.
                 again.append((max(written[1] - oldest, 0) + now + 1, row))
             elif (at := bisect_left(topic.buffered, oldest, key=itemgetter(2))) and not self._database.is_being_copied:
                 buffered[topic] = at, sum(len(message[3]) for message in topic.buffered[:at])
@@ -308,7 +308,7 @@ class Removals:
         return count, not queue or queue[0][0] > now
 
     def _overdue_ms(self, oldest_age_ms: int) -> int:
-        """Return how long ago the first message that is still stored has expired."""
+        """Return the time since the oldest stored message expired."""
         if not self._topics.rules.ages:
             return max(0, oldest_age_ms - self.max_age_ms)
         queue = self._queue

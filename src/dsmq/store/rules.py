@@ -1,4 +1,4 @@
-"""What each topic keeps: the limits and the age of the first rule that matches its name, or those of all topics."""
+"""The limits and age for each topic: those of the first rule that matches its name, or those for all topics."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Kept:
-    """What a topic keeps."""
+    """The limits of a topic."""
 
     rules: Rules
-    """Those that it follows from."""
+    """The rules that these limits follow from."""
     max_messages: int
     max_bytes: int
     max_age_ms: int | None
-    """None: the store's."""
+    """None: that of the store."""
     drops: bool
     """Whether the topic drops its oldest messages when it is full."""
     pattern: str | None = None
-    """The rule's, if there is one."""
+    """The matching rule's pattern, if any."""
 
     def limit_name(self, what: str) -> str:
         """Return the name of the limit on `messages` or `bytes`."""
@@ -34,7 +34,7 @@ class Kept:
 
 
 class Rules:
-    """The rules for all topics. They do not change; a topic remembers which of them applies to it."""
+    """The rules for all topics. Immutable; a topic remembers the one that applies to it."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
@@ -48,8 +48,8 @@ class Rules:
         self.drop = any(one.drops for one in kept)
         """Whether any topic drops messages."""
         self.ages = [one.max_age_ms for one in kept if one.max_age_ms is not None]
-        """Ages of their own that topics may have."""
-        # If all topics together are below these, no limit is exceeded.
+        """The ages set in rules."""
+        # No limit is exceeded if all topics together are below these.
         self.safe_messages = min(limits.max_stored_messages, *(one.max_messages for one in kept))
         self.safe_bytes = min(limits.max_stored_bytes, *(one.max_bytes for one in kept))
 

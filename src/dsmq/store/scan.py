@@ -1,7 +1,7 @@
-"""Reads of several topics at once, in the order of ids: of a selection, for which the store may have no index.
+"""Reads several topics at once, in the order of ids: a selection, for which the store may have no index.
 
 A scan takes a bounded time, so that other clients are served in between: it may end before it has found anything, and
-goes on from the position that it has reached.
+continues from the position that it has reached.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from dsmq.store.topics import Topic, TopicTable, WriteBuffer
 
 # How long a scan may take before it returns what it has, in seconds.
 SCAN_SECONDS = 0.0003
-# If no more topics than this have something to read, each is read by the index, instead of all rows.
+# If at most this many topics have messages to read, each is read by the index, instead of scanning all rows.
 MAX_MERGED_TOPICS = 16
-# Up to this many topics that match a selection are remembered.
+# Max topics remembered as matching a selection.
 MAX_MATCHES = 1_000
-# So many topics are matched, and messages merged, before the time is checked.
+# The number of topics matched, and messages merged, between two checks of the time.
 MATCH_STEP, MERGE_STEP = 128, 32
 
 _Candidate: TypeAlias = tuple[int, int, int, int, Topic, int, int, bytes | None]
 """Id, number, put time and size of a message; its topic; key of its row and offset in that; body, if it is buffered."""
 _Part: TypeAlias = tuple[int, list[_Candidate]]
-"""All that a scan has found up to an id, or down to it."""
+"""Everything that a scan has found up to an id, or down to it."""
 
 
 class _Matches:
-    """The topics that match a selection, as far as they are known: up to a row."""
+    """The topics known to match a selection, up to a topic's row."""
 
     __slots__ = ("row", "topics")
 
     def __init__(self) -> None:
         self.row = 0
         self.topics: list[Topic] | None = []
-        """None: there are too many."""
+        """None if there are too many."""
 
 
 class SelectionReads:
@@ -87,7 +87,7 @@ class SelectionReads:
         ends: dict[Topic, tuple[Message, Message]] = {}
         last_row = max([candidate[5] for candidate in chosen])
         if last_row and chosen[-1][0] - chosen[0][0] == len(chosen) - 1:
-            # They have all ids, so that all rows in between are needed.
+            # Their ids are consecutive, so all rows in between are needed.
             rows = self._database.bodies(chosen[0][0], last_row)
         for message_id, number, at, size, topic, row, start, buffered in chosen:
             body = buffered
@@ -142,7 +142,7 @@ class SelectionReads:
     # Forwards
 
     def _forwards(self, wanted: ManyTopics, now: int) -> Iterator[_Part]:
-        """Iterate over the messages that are wanted."""
+        """Iterate over the wanted messages."""
         selection, after, written_id = wanted.selection, wanted.after, self._buffer.written_id
         behind = self._behind(selection, after)
         if behind is not None and not behind:
@@ -162,9 +162,9 @@ class SelectionReads:
         return [candidate for candidate in candidates if _is_wanted(candidate, wanted, self._database)]
 
     def _match(self, selection: Selection, backlog: int, until: float) -> bool:
-        """Match topics until a time; return whether a read of so many ids can begin.
+        """Match topics until a time; return whether a read of `backlog` ids can begin.
 
-        It can if all topics are matched, or if it takes less to scan all rows.
+        It can if all topics have been matched, or if scanning all rows takes less time.
         """
         if not selection.patterns or not backlog:
             return True
@@ -187,7 +187,7 @@ class SelectionReads:
         return known.topics is None or known.row == last_row
 
     def _behind(self, selection: Selection, after: int) -> list[Topic] | None:
-        """Return the topics with messages above an id, or None if that takes a scan."""
+        """Return the selected topics with messages above an id, or None if that takes a scan."""
         if after >= self._last_id:
             return []
         if not selection.patterns:
@@ -201,7 +201,7 @@ class SelectionReads:
         return [topic for topic in found if topic.last_id > after]
 
     def _scan(self, selection: Selection, after: int, now: int) -> Iterator[_Part]:
-        """Scan all rows. Those of one block may be mixed, and are sorted."""
+        """Scan all rows. Messages of one block may be mixed, so they are sorted."""
         block, up_to, candidates = None, after, list[_Candidate]()
         by_row, block_of, matches = self._topics.by_row, self._database.block, selection.matches
         for header in self._database.headers(after, now - self._longest_age_ms()):
@@ -245,8 +245,8 @@ class SelectionReads:
     def go_back(self, selection: Selection, count: int, below: int = sys.maxsize) -> tuple[int, int]:
         """Go back over `count` unexpired messages with ids below `below`.
 
-        Returns how many are left to go back, and an id: if any are left, go on below it; otherwise the messages come
-        after it.
+        Returns how many are left to go back, and an id: if any are left, continue below it; otherwise, the messages are
+        those after it.
         """
         with self._database:
             until = time.monotonic() + SCAN_SECONDS
@@ -263,7 +263,7 @@ class SelectionReads:
             return 0, 0
 
     def _backwards(self, selection: Selection, below: int, now: int) -> Iterator[tuple[int, list[int]]]:
-        """Iterate over ids, the highest first, and with them over one above which there are no others."""
+        """Iterate over lists of ids, highest first, each with an id above which there are no others."""
         behind, written_id = self._behind(selection, 0), self._buffer.written_id
         if below > written_id + 1:
             buffered = self._buffered(selection, behind, written_id, now)

@@ -13,11 +13,11 @@ from typing import Any, TypeAlias
 
 # Reading one message unpacks a whole row, so rows are kept short. Only a row of one message may be longer.
 MAX_ROW_MESSAGES, MAX_ROW_BYTES = 128, 16_384
-# The ids of a row are between two multiples of this, a power of 2. So only few rows are mixed, and sorting messages
-# takes few rows.
+# A power of 2; a row's ids are between two multiples of it. So only a few rows have interleaved ids, and sorting
+# messages takes only a few rows.
 BLOCK_IDS = 512
-# Bodies from this size on are kept outside SQLite, because copying them into its pages takes up to 1 ms per MiB. Their
-# rows have sizes but no bodies, except in a snapshot.
+# Bodies of at least this size are kept outside SQLite, because copying them into its pages takes up to 1 ms per MiB.
+# Their rows have sizes but no bodies, except in a snapshot.
 LONG_BYTES = 65_536
 
 SCHEMA = """
@@ -32,9 +32,9 @@ CREATE TABLE IF NOT EXISTS chunks (
 );
 """
 INDEX = "CREATE INDEX IF NOT EXISTS chunks_by_topic ON chunks (topic)"
-# Further tables of a snapshot. In `lost`, each range has two rows without a name, with the id before it and its last
-# id, and then its numbers. In `empty_topics`, a topic with messages has the last id that it has dropped; rows may still
-# have messages up to it.
+# Additional tables of a snapshot. In `lost`, each range has two rows without a name, with the id before it and its last
+# id, and then its numbers. In `empty_topics`, a topic with messages has its last dropped id; rows may still contain
+# messages up to it.
 SNAPSHOT_SCHEMA = """
 CREATE TABLE state (
     epoch TEXT NOT NULL,
@@ -73,7 +73,7 @@ Batch: TypeAlias = tuple[str, Sequence[tuple[Any, ...]]]
 
 
 def pack(messages_by_topic: Iterable[tuple[int, list[StoredMessage]]]) -> list[Row]:
-    """Return the rows for messages given by topic id, in the order of their keys."""
+    """Return the rows for messages grouped by topic id, in the order of their keys."""
     return sorted(
         [_pack_row(topic, part) for topic, messages in messages_by_topic for part in split_into_rows(messages)]
     )

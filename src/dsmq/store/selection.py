@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator
 
 # Up to this many patterns are tried one after another.
 FEW_PATTERNS = 4
-# Patterns are found by up to this many bytes at their ends, or by fewer of those in between.
+# Patterns are indexed by up to this many bytes at an end, or by fewer in the middle.
 MAX_END_BYTES, MAX_MIDDLE_BYTES = 32, 4
-# The memory that a name takes while a client waits for it, in addition to its bytes.
+# The memory for a name that a client waits for, in addition to its bytes.
 NAME_OVERHEAD_BYTES = 500
 SHORT_NAMES, SHORT_BYTES = 8, 1024
 
@@ -16,7 +16,7 @@ _START, _END, _ANYWHERE = range(3)
 
 
 class Pattern:
-    """A name with `*`, each of which stands for any characters, also none."""
+    """A name with `*`, each of which matches any characters, including none."""
 
     __slots__ = ("_least", "_middle", "_prefix", "_suffix", "anchor", "text")
 
@@ -26,7 +26,7 @@ class Pattern:
         self._middle = tuple(filter(None, middle))
         self._least = len(text) - text.count(b"*")
         self.anchor = self._find_anchor()
-        """Where a name that matches has which bytes."""
+        """An offset, and bytes that each matching name has there."""
 
     def _find_anchor(self) -> tuple[int, bytes]:
         if not (self._prefix or self._suffix) and self._middle:
@@ -36,10 +36,10 @@ class Pattern:
         return _END, self._suffix[-MAX_END_BYTES:]
 
     def matches(self, name: bytes) -> bool:
-        """Return whether a name matches, in a time that is linear in its length.
+        """Return whether a name matches, in time linear in its length.
 
-        Not by a regular expression, which may take exponential time. The leftmost place of each part is enough, because
-        it leaves the most room for the next one.
+        Regular expressions may take exponential time. Trying only the leftmost place of each part is enough, because it
+        leaves the most room for the next one.
         """
         if len(name) < self._least or not (name.startswith(self._prefix) and name.endswith(self._suffix)):
             return False
@@ -56,7 +56,7 @@ class PatternIndex:
     """Finds the patterns that a name may match without trying all of them."""
 
     def __init__(self, patterns: Iterable[Pattern] = ()) -> None:
-        # By where their anchors are, and the length of these; then by the anchors themselves.
+        # By the offsets and lengths of their anchors; then by the anchors themselves.
         self._tables: dict[tuple[int, int], dict[bytes, list[Pattern]]] = {}
         for pattern in patterns:
             self.add(pattern)
@@ -89,7 +89,7 @@ class Selection:
         self.patterns = tuple(Pattern(word) for word in sorted(unique) if b"*" in word)
         self.names = frozenset(word for word in unique if b"*" not in word)
         self.is_short = len(unique) <= SHORT_NAMES and sum(map(len, unique)) <= SHORT_BYTES
-        """Whether it takes so little memory that the selection of a connection's last read can be kept."""
+        """Whether it is small enough to keep as a connection's last selection."""
         self._index = PatternIndex(self.patterns) if len(self.patterns) > FEW_PATTERNS else None
 
     @property
@@ -99,13 +99,13 @@ class Selection:
 
     @property
     def size(self) -> int:
-        """The approximate bytes of memory that it takes while a client waits for its topics."""
+        """The approximate memory that it takes while a client waits for its topics."""
         words = self.words
         return sum(map(len, words)) + NAME_OVERHEAD_BYTES * len(words)
 
     @property
     def about(self) -> bytes:
-        """All names and patterns, for people."""
+        """All names and patterns, as text."""
         return b", ".join(sorted(self.words))
 
     def matches(self, name: bytes) -> bool:

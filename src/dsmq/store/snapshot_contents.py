@@ -12,14 +12,14 @@ from typing import NamedTuple
 from dsmq.store.dedup import Deduplicator, Producer
 from dsmq.store.schema import Batch
 
-# Remembered ranges of lost ids, and last numbers in them. The last range is always complete.
+# Max remembered ranges of lost ids, and last numbers in them. The last range is always kept complete.
 MAX_LOST, MAX_LOST_NUMBERS = 100, 100_000
 # Max producers copied while the lock is held.
 COPY_PRODUCERS = 20
 
 
 class Lost(NamedTuple):
-    """A range of ids that were lost when the server was killed and restarted from an older snapshot."""
+    """A range of ids lost when the server was killed and restarted from an older snapshot."""
 
     after: int
     """The last id in that snapshot."""
@@ -42,7 +42,7 @@ class LostRanges:
         ranges.append(lost)
 
     def restored_number(self, topic: bytes, after: int) -> int:
-        """Return as `TopicStats.restored_number`, for a reader that has read up to `after`."""
+        """Return `TopicStats.restored_number` for a reader that has read up to `after`."""
         ranges = [one for one in self.ranges if one.after < after <= one.last] or self.ranges
         return ranges[-1].numbers.get(topic, 0) if ranges else 0
 
@@ -56,20 +56,20 @@ class SnapshotState(NamedTuple):
     """Milliseconds, on the clock of the put times."""
     last_id: int
     last_row: int
-    """The id of the topic that was created last."""
+    """The id of the newest topic."""
     forgot_at: int | None
     """As in `Deduplicator`."""
     written_at: float
-    """Unix time of the instant."""
+    """Unix time of that instant."""
     is_last: bool
-    """Written on a clean shutdown: no message was put after it."""
+    """Whether it was written on a clean shutdown: no message was put after it."""
     empty_topics: dict[bytes, tuple[int, int]]
-    """The last number and id of each topic without messages; those that were dropped of each other topic."""
+    """For each topic without messages, its last number and id; for others, those of the last dropped message."""
     lost: list[Lost]
 
 
 def copy_state(lock: AbstractContextManager[None], state: SnapshotState, puts: Deduplicator) -> Iterator[Batch]:
-    """Iterate over the rows of the tables of `SNAPSHOT_SCHEMA`. Takes the store's lock, for one batch at a time."""
+    """Iterate over the rows of the tables in `SNAPSHOT_SCHEMA`. Takes the store's lock for one batch at a time."""
     with lock:
         names = puts.names()
     for first in range(0, len(names), COPY_PRODUCERS):

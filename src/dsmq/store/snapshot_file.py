@@ -33,8 +33,8 @@ _TRAILER = struct.Struct(">Q32sQ8s16s")
 _RESTORES_AT = 40
 _RESTORES = struct.Struct(">Q8s")
 _READ_BYTES = 1_048_576
-# An incomplete file is deleted, and a complete one synced at the end. Without temp_store, SQLite would create large
-# indexes in a folder for temporary files, which may not be writable.
+# No journal: an incomplete file is deleted, and a complete one is synced at the end. temp_store: SQLite would sort
+# large indexes in a folder for temporary files, which may not be writable.
 _PRAGMAS = "journal_mode = OFF", "synchronous = OFF", "temp_store = MEMORY", "cache_size = -16384"
 
 
@@ -50,7 +50,7 @@ class Snapshot(NamedTuple):
     """A verified snapshot."""
 
     size: int
-    """Bytes of the database."""
+    """The size of the database in bytes."""
     digest: bytes
     restores: int
 
@@ -84,7 +84,7 @@ def write(path: Path, fill: Callable[[sqlite3.Connection], object], on_progress:
 
 
 def rehearse(path: Path) -> None:
-    """Write an empty snapshot beside the real one and delete it, to fail at the start rather than at the stop.
+    """Write an empty snapshot beside the real one and delete it, so that problems show at start rather than at stop.
 
     Raises OSError or sqlite3.Error.
     """
@@ -96,7 +96,7 @@ def rehearse(path: Path) -> None:
 
 
 def create_tables(database: sqlite3.Connection) -> None:
-    """Create the tables that are missing. The index is created at the end, which is quicker."""
+    """Create missing tables. The index is created at the end, which is faster."""
     database.executescript(SCHEMA + SNAPSHOT_SCHEMA)
 
 
@@ -161,7 +161,7 @@ def opened(path: Path) -> closing[sqlite3.Connection]:
 
 
 def record_restore(path: Path, snapshot: Snapshot) -> None:
-    """Count one more restore in the file, and sync it. Raises OSError."""
+    """Increment the number of restores in the file, and sync it. Raises OSError."""
     restores = snapshot.restores + 1
     with path.open("r+b", buffering=0) as file:
         file.seek(snapshot.size + _RESTORES_AT)

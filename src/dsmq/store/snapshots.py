@@ -1,7 +1,7 @@
-"""Snapshots: loads the store from a file at start, and writes it at an interval and on a graceful stop.
+"""Snapshots: loads the store from a file at start, and saves it at an interval and on a graceful stop.
 
-Ids are never used twice in an epoch. A snapshot contains every id that clients may have seen only if it was written on
-a clean shutdown and is restored for the first time. Otherwise, ids continue far above.
+Ids are never used twice in an epoch. A snapshot is certain to contain every id that clients have seen only if it was
+written on a clean shutdown, and is being restored for the first time. Otherwise, ids continue far above.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dsmq.threads import join
 RESTORE_GAP = 2**32
 # Pause between two batches of rows, so that clients get the store's lock.
 PAUSE_SECONDS = 0.0007
-# How long a disk may take to flush the system's write cache.
+# How long a disk may take to flush the operating system's write cache.
 _DISK_SECONDS = 300.0
 # The final snapshot gets at least this long: keeping messages matters more than stopping on time.
 LAST_SNAPSHOT_SECONDS = 60.0
@@ -39,12 +39,12 @@ _logger = logging.getLogger(__name__)
 
 @dataclass
 class SnapshotStats:
-    """Figures for metrics."""
+    """Statistics for metrics."""
 
     written: int = 0
     failed: int = 0
     seconds: float = 0.0
-    """Time spent on written snapshots."""
+    """Seconds spent on written snapshots."""
     last_at: float = 0.0
     """Unix time of the last snapshot, written or restored."""
     last_bytes: int = 0
@@ -69,9 +69,9 @@ class Snapshotter:
         self.stats = SnapshotStats()
         self.interval = interval_seconds
         self.due_at = time.monotonic() + interval_seconds
-        """If the thread makes no progress by then, it is stuck."""
+        """The thread is stuck if it makes no progress by then."""
         self._store = store
-        # Resolved, in case the process changes its working directory, or the file is a symbolic link.
+        # Resolved now, in case the process changes its working directory, or the file is a symbolic link.
         self.path = Path(os.path.realpath(file))
         self._clock = clock
         self._stop = threading.Event()
@@ -80,7 +80,7 @@ class Snapshotter:
         # Whether the file is locked by this server, and has been restored.
         self._is_open = False
         self.saved = False
-        """Whether the final snapshot is written."""
+        """Whether the final snapshot has been written."""
         self._last: threading.Thread | None = None
 
     # Start
@@ -88,7 +88,7 @@ class Snapshotter:
     def open(self) -> None:
         """Restore the file, if it exists. Raises StartupError if snapshots can't be read or written.
 
-        A damaged file is renamed, and the store stays empty.
+        If the file is damaged, it is renamed, and the store stays empty.
         """
         try:
             self._lock = _lock_file(self.path.with_name(self.path.name + ".lock"))
@@ -151,7 +151,7 @@ class Snapshotter:
         self.thread.start()
 
     def stop(self) -> None:
-        """Make the thread end soon, even during a snapshot. Idempotent."""
+        """Make the thread end soon, even in the middle of a snapshot. Idempotent."""
         self._stop.set()
 
     def _run(self) -> None:
@@ -162,7 +162,7 @@ class Snapshotter:
     def save(self, *, at_once: bool = False, is_last: bool = False) -> bool:
         """Write a snapshot; return whether that succeeded. Failures are logged.
 
-        at_once is quicker, but blocks the store. is_last marks a clean shutdown: there will be no more puts.
+        at_once is faster, but blocks the store. is_last marks a clean shutdown: there will be no more puts.
         """
         began = time.monotonic()
         try:
@@ -208,23 +208,23 @@ class Snapshotter:
         target.execute("COMMIT")
 
     def _checkpoint(self, seconds: float = 0) -> None:
-        """Report progress, and release the store for this long. Raises Abandoned on a stop."""
+        """Report progress, and leave the store to clients for this time. Raises Abandoned if the server is stopping."""
         self.due_at = time.monotonic()
         if self._stop.wait(seconds):
             raise Abandoned
 
     def _allow_slow_disk(self) -> None:
-        """Do the same before an operation that may take the disk a long time."""
+        """Do the same before an operation for which the disk may take a long time."""
         self._checkpoint()
         self.due_at += _DISK_SECONDS
 
     # Stop
 
     def finish(self, deadline: float, *, is_last: bool) -> None:
-        """Write the final snapshot, and release the file. If it is interrupted or takes too long, call `abandon`."""
+        """Write the final snapshot, and release the file. If interrupted, or if it takes too long, call `abandon`."""
         deadline = max(deadline, time.monotonic() + LAST_SNAPSHOT_SECONDS)
         join(self.thread, deadline)
-        # If the start failed before the file was restored, the file has the only copy of the messages.
+        # If the start failed before the file was restored, the file is the only copy of the messages.
         if self._is_open and not self.thread.is_alive():
             self._stop.clear()
             save = partial(self.save_last, is_last=is_last)
@@ -233,18 +233,18 @@ class Snapshotter:
             try:
                 self._last.start()
             except RuntimeError:
-                # No thread can be started, so save in this one: messages matter more than interrupts.
+                # No thread can be started, so save in this one: messages matter more than interruptibility.
                 save()
             join(self._last, deadline)
         self._close_unless_busy()
 
     def save_last(self, *, is_last: bool = True) -> bool:
-        """Write the final snapshot, once nobody uses the store; return whether that succeeded."""
+        """Write the final snapshot, when nothing uses the store any more; return whether that succeeded."""
         self.saved = self.save(at_once=True, is_last=is_last)
         return self.saved
 
     def abandon(self) -> list[str]:
-        """Abort the final snapshot if it is not written yet, and log that messages are lost. Idempotent.
+        """Abort the final snapshot unless it has been written, and log that messages are lost. Idempotent.
 
         Return the name of the thread if it is stuck.
         """
@@ -272,7 +272,7 @@ class Snapshotter:
         if self._lock is not None:
             import fcntl  # noqa: PLC0415 - Windows has none
 
-            # Unlocked explicitly, because a forked process may have a copy of the descriptor.
+            # Unlock explicitly, because a forked process may have a copy of the descriptor.
             fcntl.flock(self._lock, fcntl.LOCK_UN)
             self.close_inherited()
 
@@ -285,7 +285,7 @@ class Snapshotter:
 
 
 def _lock_file(path: Path) -> int:
-    """Lock a file, and return its descriptor. The file is never removed: another server may be about to lock it."""
+    """Lock a file, and return its descriptor. The file is never removed, because another server may be opening it."""
     import fcntl  # noqa: PLC0415 - Windows has none
 
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
@@ -294,6 +294,6 @@ def _lock_file(path: Path) -> int:
     except OSError as error:
         os.close(descriptor)
         if isinstance(error, BlockingIOError):
-            raise StartupError(f"snapshot_file: another server has {path}") from None
+            raise StartupError(f"snapshot_file: another server uses {path}") from None
         raise
     return descriptor

@@ -52,12 +52,12 @@ from dsmq.system import BOOT_CLOCK
 # Flush the write buffer at the first size when idle, at the second in any case.
 FLUSH_MESSAGES, MAX_BUFFERED_MESSAGES = 32, 512
 FLUSH_BYTES, MAX_BUFFERED_BYTES = 32_768, 262_144
-# After a failed flush, the next one is tried after this time, or after messages have expired.
+# After a failed flush, retry after this time, or once messages have expired.
 RETRY_MS = 100
 
 
 def monotonic_ms() -> int:
-    """Return milliseconds on a clock that goes on while the machine sleeps, and ignores steps of the wall clock."""
+    """Return milliseconds on a clock that continues while the machine sleeps, and ignores changes of the wall clock."""
     return (time.monotonic_ns() if BOOT_CLOCK is None else time.clock_gettime_ns(BOOT_CLOCK)) // 1_000_000
 
 
@@ -80,7 +80,7 @@ class SQLiteStore(SelectionReads, Removals, Purges, LocalStore):
 
     def append(self, puts: Sequence[Put]) -> list[Outcome]:
         with self._database:
-            # Everything that can fail comes before the first message is added.
+            # Everything that can fail is done before the first message is added.
             topics, buffer, limits = self._topics, self._buffer, self._limits
             names, is_keyed = set(), False
             drops: dict[bytes, int] | None = None
@@ -112,7 +112,7 @@ class SQLiteStore(SelectionReads, Removals, Purges, LocalStore):
             return ids
 
     def _new_puts(self, puts: Sequence[Put]) -> Iterator[Put]:
-        """Iterate over the puts that have not been stored before."""
+        """Iterate over the puts that were not stored before."""
         keys = set()
         for put in puts:
             key = put[2]
@@ -213,7 +213,7 @@ class SQLiteStore(SelectionReads, Removals, Purges, LocalStore):
                 return []
             message_id, number, put_at, body = found
             message = Message(message_id, number, now - put_at, body, put_at - since)
-            # The messages that it skips count as read.
+            # The skipped messages count as read.
             known.mark_read(message_id, message, message)
             return [message]
 
@@ -296,15 +296,15 @@ class SQLiteStore(SelectionReads, Removals, Purges, LocalStore):
     def snapshot(
         self, unix_time: float, *, is_last: bool, file: Path | None, on_progress: Callable[[], None]
     ) -> Iterator[Iterator[Batch]]:
-        """Take a snapshot of this instant: yield its rows, in batches too short to delay clients.
+        """Take a snapshot of this instant: yield its rows in batches too short to delay clients.
 
-        Later puts are not part of it, and nothing is deleted before it is copied. If `file` is given, an empty one,
-        tables are copied to it first, which is faster than by rows, but blocks the store; on_progress is called
+        Later puts are not part of it, and nothing is deleted before it is copied. If an empty `file` is given, tables
+        are first copied to it, which is faster than row by row, but blocks the store; on_progress is called
         periodically, and its exceptions end the copy.
         """
         database, topics, buffer = self._database, self._topics, self._buffer
         try:
-            # Not `with database`, which would convert errors of the file as if they were the store's.
+            # Not `with database`, which would convert errors of the file to errors of the store.
             with database.lock:
                 state = SnapshotState(
                     *(self.epoch, self.run, self._clock(), self._last_id, topics.last_row, None, unix_time, is_last),
@@ -320,7 +320,7 @@ class SQLiteStore(SelectionReads, Removals, Purges, LocalStore):
 
     def load(self, source: sqlite3.Connection, unix_time: float) -> SnapshotState:
         """Load a snapshot into a new store, and return its state. Restored messages count as read."""
-        # The clock is read first, because the rest takes time.
+        # Read the clock first, because the rest takes time.
         clock, now = self._clock, self._clock()
         state, producers = read_state(source), read_producers(source)
         ahead_ms = state.clock + round(max(0.0, unix_time - state.written_at) * 1000) - now
@@ -336,7 +336,7 @@ class SQLiteStore(SelectionReads, Removals, Purges, LocalStore):
         return state
 
     def begin_run(self, last_id: int) -> None:
-        """Begin a new run because the last messages before a kill are lost. Ids continue from `last_id`.
+        """Begin a new run, because the last messages before a kill are lost. Ids continue from `last_id`.
 
         Numbers continue from the snapshot. A reader that knows higher ones falls back to the snapshot's.
         """
@@ -360,10 +360,11 @@ class MirrorStore(SQLiteStore):
         self._limits.drops_for_all = False
 
     def check(self, puts: Sequence[Put]) -> list[int | None]:
-        """Return the ids of puts that are stored already. Raises Full or Forgotten as `append` does."""
+        """Return the ids of puts that are already stored. Raises Full or Forgotten as `append` does."""
         with self._database:
             self._deduplicator.check(puts)
-            # Full means that a put is not stored. An earlier attempt may be, in the part of the log yet to be applied.
+            # Full means that a put is not stored; but an earlier attempt may be, in the part of the log yet to be
+            # applied.
             new = [put for put in self._new_puts(puts) if not isinstance(put[2], RetriedKey)]
             self._limits.check(new)
             names = {put[0] for put in new if put[0] not in self._topics.by_name}
@@ -372,27 +373,27 @@ class MirrorStore(SQLiteStore):
         return self.find(puts)
 
     def find(self, puts: Sequence[Put]) -> list[int | None]:
-        """Return the ids of puts that are stored already."""
+        """Return the ids of puts that are already stored."""
         with self._database:
             return [None if put[2] is None else self._deduplicator.find(put[2]) for put in puts]
 
     def limit_memory(self, milliseconds: int) -> None:
-        """Record that the log may have lost puts from longer ago than this."""
+        """Record that the log may have lost puts older than this."""
         with self._database:
             self._deduplicator.forgot_at = self._clock() - milliseconds
 
     def apply(self, messages: Sequence[Mirrored], last_id: int) -> None:
-        """Store the next messages of a log, but not repetitions; `last_id` is the highest id so far."""
+        """Store the next messages of a log, except repetitions; `last_id` is the highest id so far."""
         with self._database:
             topics = self._topics
             if self._buffer.messages >= MAX_BUFFERED_MESSAGES or self._buffer.bytes >= MAX_BUFFERED_BYTES:
-                # The log must be followed even without memory to write it.
+                # The log must be followed even if there is no memory to flush the buffer.
                 with suppress(ReplyError, sqlite3.Error, MemoryError):
                     self._flush()
             now = self._clock()
             for message_id, put, age_ms in messages:
                 if self._deduplicator.is_forgotten(put[2]):
-                    # It is a late repetition, as all new puts have higher numbers.
+                    # It is a late repetition, because all new puts have higher numbers.
                     continue
                 if put[0] not in topics.by_name:
                     topics.add([put[0]])
@@ -416,7 +417,7 @@ class MirrorStore(SQLiteStore):
             yield count
 
     def renumber(self, numbers: Mapping[bytes, int]) -> None:
-        """Change the numbers of messages so that the topics' last ones have these. Raises StoreFailed or Full."""
+        """Shift message numbers so that each topic's last number is the given one. Raises StoreFailed or Full."""
         with self._database:
             self._flush()
             shifts = []
@@ -430,7 +431,7 @@ class MirrorStore(SQLiteStore):
             self._database.renumber(shifts)
 
     def all_numbers(self) -> tuple[int, dict[bytes, int]]:
-        """Return the last id, and as of it the number of the last message of each topic, including empty ones."""
+        """Return the last id, and each topic's last number as of then, including empty topics."""
         with self._database:
             empty = {name: number for name, (number, _) in self._topics.empty.items()}
             return self._last_id, empty | self._topics.last_numbers()

@@ -14,13 +14,13 @@ from dsmq.store.schema import ExpiredRow, Row, StoredMessage, pack
 if TYPE_CHECKING:
     from dsmq.store.rules import Kept, Rules
 
-# Topics without messages whose last numbers are remembered; others start again at 1.
+# Max topics without messages whose last numbers are remembered; others restart at 1.
 MAX_EMPTY_TOPICS = 100_000
-# Topics whose dropped messages are counted.
+# Max topics whose dropped messages are counted.
 MAX_DROPPING_TOPICS = 100_000
-# Pages that don't count towards the limit, so that small limits are exact.
+# Bytes of pages that don't count towards the limit, so that small limits are exact.
 FREE_PAGE_BYTES = 1_048_576
-# Count the pages again after this change of the stored bytes: it takes as long as an INSERT.
+# Count the pages again after the stored bytes have changed by this much: it takes as long as an INSERT.
 COUNT_PAGES_BYTES = 65_536
 
 
@@ -39,15 +39,15 @@ class Topic:
         self.last_number, self.last_id = last_number, last_id
         # Total size of the bodies.
         self.bytes = 0
-        # How many messages have been deleted, always the oldest ones.
+        # The number of messages deleted, always the oldest ones.
         self.deleted = last_number
         # The newest message that any client has read.
         self.read_number = self.read_id = 0
-        # The messages in the write buffer, and the last id in the database, or 0.
+        # The messages in the write buffer, and the topic's last id in the database, or 0.
         self.buffered: list[StoredMessage] = []
         self.written_id = 0
-        # The last id that was dropped. Messages up to it may still be in the database: in the row of the first one that
-        # is left, which has `dead_bytes` of them, and while a snapshot is written.
+        # The last dropped id. Dropped messages may still be in the database: in the row of the oldest remaining
+        # message, which contains `dead_bytes` of them, and while a snapshot is being written.
         self.dropped_id = self.dead_bytes = 0
         self.kept: Kept | None = None
 
@@ -60,10 +60,10 @@ class Topic:
         return accounted_bytes(self.messages, self.bytes)
 
     def mark_read(self, after: int, first: Message, last: Message) -> int:
-        """Mark messages as read; return how many older ones have expired unread.
+        """Mark messages as read; return the number of older ones that expired unread.
 
-        If the reader starts after a message that was read before, the messages in between have expired. Otherwise, it
-        has skipped them, and they count as read.
+        If the reader starts after a message that was read before, the messages in between have expired. Otherwise, the
+        reader has skipped them, and they count as read.
         """
         if last.number <= self.read_number:
             return 0
@@ -78,7 +78,7 @@ class Topic:
         self.read_number += shift if self.read_number else 0
 
     def delete_first(self, count: int, size: int) -> int:
-        """Subtract deleted messages, and the bytes of their bodies; return how many of them were unread."""
+        """Subtract deleted messages, and the bytes of their bodies; return the number of unread ones."""
         first_unread = max(self.deleted, self.read_number)
         self.deleted += count
         self.bytes -= size
@@ -104,11 +104,11 @@ class TopicTable:
         self.last_row = 0
         # Messages since the start. `stored` includes `restored`, and `deleted` includes `dropped`.
         self.stored = self.restored = self.deleted = self.deleted_unread = self.dropped = 0
-        # By topic, also of topics without messages.
+        # By topic, including topics without messages.
         self.dropped_by_name: dict[bytes, int] = {}
-        # Topics by row that have to be checked because they, or the rules, are new. None: they need not be.
+        # Rows of topics that must be checked because they, or the rules, are new. None: no check is needed.
         self.unchecked: list[int] | None = None
-        # The last number and id that each topic with messages has dropped.
+        # For each topic with messages, the number and id of its last dropped message.
         self.dropped_ids: dict[bytes, tuple[int, int]] = {}
         # Bytes of bodies, of topics with overhead, and of pages beyond the messages with overhead.
         self.bytes = self.topic_bytes = self.padding_bytes = 0
@@ -123,7 +123,7 @@ class TopicTable:
         return self.topic_bytes + self.padding_bytes + accounted_bytes(self.messages, self.bytes)
 
     def count_pages(self, page_bytes: Callable[[], int], long_bytes: int) -> None:
-        """Apply the limit on bytes to pages, too, which may be half empty. Long bodies are not in them."""
+        """Apply the limit on bytes to pages, too, because they may be half empty. Long bodies are not in pages."""
         counted = accounted_bytes(self.messages, self.bytes)
         if abs(counted - self._counted_bytes) >= COUNT_PAGES_BYTES:
             self._counted_bytes = counted
@@ -134,7 +134,7 @@ class TopicTable:
         self.safe_messages, self.safe_bytes = rules.safe_messages, rules.safe_bytes
 
     def find(self, name: bytes) -> Topic:
-        """Return a topic, which may be without messages."""
+        """Return a topic, possibly one without messages."""
         return self.by_name.get(name) or Topic(name, 0, *self.empty.get(name, ()))
 
     def add(self, names: Iterable[bytes]) -> None:
@@ -148,11 +148,11 @@ class TopicTable:
                 self.unchecked.append(topic.row)
 
     def sum_rows(self, rows: Iterable[ExpiredRow]) -> Counts:
-        """Sum up rows as `Database.expired` returns them, without dropped messages."""
+        """Sum up rows returned by `Database.expired`, without dropped messages."""
         found: Counts = {}
         for _, row, _, last_number, count, size in rows:
             topic = self.by_row[row]
-            # Removed and added again, so that the topics are ordered by their last messages.
+            # Removed and added again, so that topics are ordered by their last messages.
             messages, total = found.pop(topic, (0, 0))
             live = min(count, last_number - topic.deleted)
             if live == count:
@@ -172,7 +172,7 @@ class TopicTable:
         self.dropped_by_name[topic.name] = self.dropped_by_name.pop(topic.name, 0) + count
         if len(self.dropped_by_name) > MAX_DROPPING_TOPICS:
             del self.dropped_by_name[next(iter(self.dropped_by_name))]
-        # Not only the sum counts, which does not change while messages of the same size come and go.
+        # The sum alone would not do: it does not change while messages of the same size come and go.
         self._counted_bytes -= size
 
     def delete_first(self, deleted: Counts) -> int:
@@ -191,7 +191,7 @@ class TopicTable:
         return sum(count for count, _ in deleted.values())
 
     def restore(self, rows: Iterable[tuple[int, bytes, int, int, int, int]]) -> None:
-        """Add topics as `Database.load` returns them. Their messages count as read."""
+        """Add topics returned by `Database.load`. Their messages count as read."""
         for row, name, last_number, last_id, count, size in rows:
             topic = self.by_name[name] = self.by_row[row] = Topic(name, row, last_number, last_id)
             topic.written_id, topic.deleted, topic.bytes = last_id, last_number - count, size
@@ -202,7 +202,7 @@ class TopicTable:
         self.topic_bytes = accounted_topic_bytes(self.by_name)
 
     def subtract_restored(self, topic: Topic, count: int, size: int) -> None:
-        """Subtract messages that are in a snapshot, but had been dropped before it."""
+        """Subtract messages that are in a snapshot, but were dropped before it."""
         topic.delete_first(count, size)
         self.bytes -= size
         self.restored -= count
@@ -212,7 +212,7 @@ class TopicTable:
         return [topic.name for topic in heapq.nlargest(count, list(self.by_name.values()), attrgetter("messages"))]
 
     def last_numbers(self) -> dict[bytes, int]:
-        # Copying the values is atomic, so that this needs no lock.
+        # Copying the values is atomic, so this needs no lock.
         topics = list(self.by_name.values())
         return dict(zip(map(attrgetter("name"), topics), map(attrgetter("last_number"), topics), strict=True))
 
@@ -228,7 +228,7 @@ class WriteBuffer:
 
     def after(self, message_id: int) -> list[Topic]:
         """Return the topics with messages above an id."""
-        # They are nearly in this order already.
+        # They are almost in this order already.
         self.dirty_topics.sort(key=attrgetter("last_id"))
         return self.dirty_topics[bisect_right(self.dirty_topics, message_id, key=attrgetter("last_id")) :]
 
@@ -257,7 +257,7 @@ class WriteBuffer:
         return found
 
     def drop_first(self, topic: Topic, count: int) -> int:
-        """Discard messages of a topic, though not all; return the size of their bodies."""
+        """Discard the first messages of a topic, but not all; return the size of their bodies."""
         size = sum(len(message[3]) for message in topic.buffered[:count])
         del topic.buffered[:count]
         self.messages -= count

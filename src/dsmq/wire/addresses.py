@@ -35,7 +35,7 @@ def parse_endpoint(host: str, port: int = 0) -> Endpoint:
     name = host.removeprefix(UNIX) if is_unix else host.removeprefix("[").removesuffix("]")
     brackets = host.startswith("["), host.endswith("]")
     if not name or (not is_unix and (any(brackets) != all(brackets) or name.count(":") == 1 or "," in name)):
-        raise ValueError("should be an address or a name, without a port, or unix:/path")
+        raise ValueError("should be an address or a host name, without a port, or unix:/path")
     return Endpoint("", port, name) if is_unix else Endpoint(name, port)
 
 

@@ -5,7 +5,7 @@ MAX_ARGUMENTS = 64
 MAX_NAMES, MAX_NAMES_BYTES = 1_000, 65_536
 MANY_NAMES = b"MREAD"
 MAX_LINE_BYTES = 65_536
-# Max size of a request apart from its message: names, options, topic and framing.
+# Max size of a request without its message: names, options, topic and framing.
 REQUEST_OVERHEAD_BYTES = 65_536
 # Max messages, and max bytes of their bodies, in the reply to a READ that does not request fewer.
 DEFAULT_COUNT, MAX_COUNT = 100, 1_000

@@ -1,4 +1,4 @@
-"""The parser of requests, which faces untrusted input: it checks each length before it buffers any of the bytes."""
+"""Parses requests. Input is untrusted, so each length is checked before any of its bytes are buffered."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dsmq.wire.resp import ARRAY, CRLF, MAX_SPLIT_BYTES, Input, parse_length, qu
 _MAX_LENGTH_LINE = 22
 _MAX_SPLIT_TOKENS = 448
 _RETURN = ord("\r")
-# Requests that can't be split are slower to parse: this many take about 0.1 ms.
+# Requests that can't be split are parsed more slowly: this many take about 0.1 ms.
 _MAX_ONE_BY_ONE = 16
 _short_count = {b"*%d" % n: n for n in range(1, MAX_ARGUMENTS + 1)}.get
 
@@ -29,7 +29,7 @@ _ESCAPED = {b"n": b"\n", b"r": b"\r", b"t": b"\t"}
 
 
 class RequestParser(Input):
-    """Parses requests. After an error it can't go on: close the connection.
+    """Parses requests. It can't continue after an error: close the connection.
 
     max_message_bytes limits each argument, max_request_bytes the whole request (default: 64 KiB more), max_arguments
     their number in an MREAD. All may be changed between requests.
@@ -46,7 +46,7 @@ class RequestParser(Input):
         super().__init__()
         self.max_message_bytes, self.max_arguments = max_message_bytes, MAX_ARGUMENTS
         self.max_request_bytes = max_request_bytes or max_message_bytes + REQUEST_OVERHEAD_BYTES
-        # An incomplete request: its complete arguments, how many there will be, and the bytes consumed.
+        # An incomplete request: its arguments so far, their final number, and the bytes consumed.
         self._arguments: list[bytes] = []
         self._count = self._size = 0
         # If the data begins with an incomplete argument, the offset of its body; otherwise 0.
@@ -81,7 +81,7 @@ class RequestParser(Input):
                 length = self._long_length(data[at:end])
             start, end = end + 2, end + 2 + length + 2
             if self._size + end - at > self.max_request_bytes:
-                raise TooBig("the arguments of a request are too long together")
+                raise TooBig("the total length of the request's arguments is too high")
             if end > len(data):
                 self._body = start - at
                 self._await(end - len(data))
@@ -129,7 +129,7 @@ class RequestParser(Input):
         return length
 
     def _join(self, data: bytes) -> bytes:
-        """Join the incomplete argument by itself, so that a long one is copied only once; return the bytes after it."""
+        """Join the incomplete argument separately, so that a long one is copied once; return the bytes after it."""
         body, self._body = self._body, 0
         held = len(self._data) + self._chunk_bytes
         needed = body + int(self._data[1 : body - 2]) - held if body else -1
@@ -151,13 +151,13 @@ class RequestParser(Input):
         return requests
 
     def _one_by_one(self, requests: list[list[bytes]]) -> None:
-        """Append several requests that can't be split, so that splitting is not tried for each of them."""
+        """Append several requests that can't be split, without trying to split each of them."""
         end = self._at + MAX_SPLIT_BYTES
         try:
             while self._at < end and len(requests) < _MAX_ONE_BY_ONE and (request := self.next()) is not None:
                 requests.append(request)
         except ReplyError:
-            # The requests before the error come first; the next call finds it again.
+            # Return the requests before the error first; the next call finds it again.
             if not requests:
                 raise
 
@@ -208,7 +208,7 @@ class RequestParser(Input):
             raise ProtocolError("a line is not UTF-8") from None
         words = split_line(line)
         self._check_count(words, len(words))
-        # Only now, so that another call finds an error again.
+        # Only now, so that another call finds the error again.
         self._advance(end + 1)
         return words or self.next()
 

@@ -1,4 +1,4 @@
-"""The codec for PROTOCOL.md: it turns bytes into replies, and requests and replies into bytes.
+"""The codec for PROTOCOL.md: decodes replies, and encodes requests and replies.
 
 Nothing here touches a socket. Parsers are incremental and strict; see also `request_parser`.
 """
@@ -19,22 +19,22 @@ ARRAY, _BULK, _INTEGER, _SIMPLE, _ERROR, _NULL = b"*$:+-_"
 _ZERO = ord("0")
 CRLF = b"\r\n"
 OK = b"+OK\r\n"
-# Max bytes split at once, so that a failed split costs little. No limit on the size of a request is lower, so requests
-# that were split need no check.
+# Max bytes split at once, so that a failed split costs little. All limits on the size of a request are higher, so split
+# requests need no check.
 MAX_SPLIT_BYTES = 4096
 # Smaller chunks of input are gathered.
 _MIN_CHUNK_BYTES = 4096
-# Longer replies are made in the kind of buffer that a connection sends from, so that they are not copied once more.
+# Longer replies are built in the type of buffer that a connection sends from, to save a copy.
 _LONG_REPLY_BYTES = 65_536
 short_length = {b"$%d" % n: n for n in range(1024)}.get
-"""Parse a short length line; None if it is another one. Looking it up both checks and converts it."""
+"""Parse a short length line; None for other lines. The lookup both checks and converts it."""
 
 Encoded: TypeAlias = bytes | bytearray
 Reply: TypeAlias = "str | int | bytes | ReplyError | list[Reply] | None"
 
 
 class Input:
-    """A buffer of input that is joined only when there is enough of it to try parsing again.
+    """A buffer of input that is joined only when there is enough to try parsing again.
 
     Joining on every arrival would copy a message of n bytes n / 65,536 times, or n times if it arrives byte by byte.
     """
@@ -49,7 +49,7 @@ class Input:
         self._at = 0
         self._chunks: list[bytes | bytearray] = []
         self._chunk_bytes = 0
-        # If a line is incomplete, how many more bytes it may have.
+        # How many more bytes an incomplete line may have.
         self._line_room = 0
         self.missing = 1
         """Min bytes to feed before the next item can be complete; 0 if it may be complete already."""
@@ -120,8 +120,8 @@ class ReplyParser(Input):
 
     def __init__(self) -> None:
         super().__init__()
-        # The incomplete arrays, outermost first, with the count of values that each will have. Their values so far are
-        # not parsed again when more bytes arrive.
+        # The incomplete arrays, outermost first, each with its final length. Values so far are not parsed again when
+        # more bytes arrive.
         self._open: list[tuple[list[Reply], int]] = []
 
     def next(self) -> tuple[Reply] | None:
@@ -166,7 +166,7 @@ class ReplyParser(Input):
         if end < 0:
             if len(data) - at > MAX_LINE_BYTES:
                 raise ProtocolError("no end of line in a reply")
-            # One more than allowed, so that a line that is too long is parsed, and rejected.
+            # One more than allowed, so that a line that is too long gets parsed and rejected.
             raise _Incomplete(1, MAX_LINE_BYTES - (len(data) - at) + 1)
         kind = data[at]
         line = data[at + 1 : end]
@@ -216,7 +216,7 @@ class ReplyParser(Input):
         token, left = 0, count - len(values)
         while token < last and left:
             line = tokens[token]
-            # Comparing is faster than looking at single bytes: these begin with 1 to 9.
+            # Faster than testing single bytes: these begin with 1 to 9.
             if b":1" <= line < b"::":
                 if not (digits := line[1:]).isdigit() or len(digits) > 19:
                     break
@@ -234,7 +234,7 @@ class ReplyParser(Input):
 
 
 class _Incomplete(Exception):
-    """Its arguments: the minimum number of missing bytes, and how many more the line may have."""
+    """Its arguments: the min number of missing bytes, and the max number that the line may still have."""
 
 
 def parse_length(digits: bytes) -> int:
@@ -269,7 +269,7 @@ def encode_read_many(names: Sequence[bytes], start: Sequence[bytes], options: by
 
 @lru_cache(64)
 def encode_option(name: bytes, value: int) -> bytes:
-    """Encode an option of READ, two words."""
+    """Encode an option of READ: two words."""
     digits = b"%d" % value
     return b"$%d\r\n%b\r\n$%d\r\n%b\r\n" % (len(name), name, len(digits), digits)
 

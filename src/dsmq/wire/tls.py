@@ -12,7 +12,7 @@ from typing import TypeAlias
 from dsmq.errors import ConfigError
 
 _RECORD_BYTES = 16_384
-# OpenSSL would search a longer file to its end for a certificate, however long that takes.
+# Without a limit, OpenSSL would search the whole file for a certificate, however long that takes.
 _MAX_FILE_BYTES = 16_777_216
 # Advice to clients about an error, by OpenSSL's code or name.
 _UNKNOWN_AUTHORITY = "the certificate is not from a trusted authority (ca_file=... names others to trust)"
@@ -112,7 +112,7 @@ def _check_size(source: _Source) -> None:
 
 
 def _pair_error(cert: _Source, key: _Source, error: Exception) -> ConfigError:
-    """Return what is wrong with a certificate and its key. OpenSSL reports most mistakes in the same way."""
+    """Explain what is wrong with a certificate and its key. OpenSSL reports most mistakes in the same way."""
     try:
         cert_text, key_text = _read(cert), _read(key)
     except ConfigError as unreadable:
@@ -160,8 +160,8 @@ class TLSSocket:
 
     def __init__(self, sock: ssl.SSLSocket) -> None:
         """Raises OSError if the connection is not encrypted."""
-        # If the peer has just closed, Python without the fix for CVE-2023-40217 returns a socket that passes received
-        # data through unencrypted. Only this None reveals it.
+        # If the peer has just closed the connection, Python without the fix for CVE-2023-40217 returns a socket that
+        # passes received data through unencrypted. Only this None reveals it.
         if sock.session_reused is None:
             sock.close()
             raise ConnectionAbortedError("TLS: the connection ended before the handshake")
@@ -198,16 +198,16 @@ class TLSSocket:
         except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
             return b""
         except ssl.SSLWantWriteError:
-            # To continue reading, TLS has to reply first, but the peer does not read.
+            # TLS has to reply before it can continue reading, but the peer does not read.
             raise ConnectionAbortedError("TLS: the peer does not read") from None
         except ssl.SSLError as error:
             raise ConnectionAbortedError(f"TLS: {reason(error)}") from None
 
     def send(self, data: bytes | bytearray | memoryview) -> int:
-        """Send some of the data; what was not sent has to be passed again. Raises as `recv` does."""
+        """Send some of the data; the rest has to be passed again. Raises as `recv` does."""
         sent = 0
         try:
-            # Record by record, because OpenSSL reports progress only when all of a write has been sent.
+            # Record by record, because OpenSSL reports progress only when the whole write has been sent.
             with memoryview(data) as view:
                 while sent < len(view):
                     sent += self._socket.send(view[sent : sent + _RECORD_BYTES])
@@ -234,7 +234,7 @@ class TLSSocket:
 
 def accept(context: ssl.SSLContext, sock: socket.socket) -> TLSSocket:
     """Return the server's side of a connection; the socket belongs to it. Raises OSError."""
-    # Raises if the client is gone already. If wrap_socket raised instead, it would leave the socket open.
+    # Raises if the client has already gone. If wrap_socket raised instead, it would leave the socket open.
     sock.getpeername()
     return TLSSocket(context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False))
 
