@@ -187,8 +187,8 @@ class Settings(BaseSettings):
     """Max lines logged per second for the same cause. The rest are counted and summarised."""
     topic: tuple[TopicSettings, ...] = ()
     """Limits for some topics. The first table whose pattern matches (* matches any characters) applies; settings that
-    it omits are as for all topics. Only in this file, below all other settings. With store, they apply on all servers, as
-    do when_full and the limits per topic: see deploy/cluster/README.md.
+    it omits are as for all topics. Only in this file, below all other settings. With store, they apply on all servers,
+    as do when_full and the limits per topic: see deploy/cluster/README.md.
     """
 
     @classmethod
