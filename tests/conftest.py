@@ -190,6 +190,11 @@ def client(server: Server) -> Iterator[Callable[[], DSMQClientSideConnection]]:
         one.close()
 
 
+def wait_for_stored(server: Server, messages: int) -> None:
+    """Wait until a server counts this many messages: with a shared store, it may answer a put before."""
+    wait_until(lambda: server.status.totals().stored == messages)
+
+
 @pytest.fixture
 def long_linger(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give clients plenty of time to hang up after the last reply, however busy the machine is."""

@@ -22,11 +22,13 @@ from dsmq.store.nats import NATSStore
 from dsmq.store.nats_stream import Stream
 from dsmq.store.selection import Selection
 from engine import LocalEngine
-from helpers import HOST
+from helpers import HOST, UNIT
 
 REPLICAS = 3
 # The id of the message with the epoch, which is the first of a stream.
 FIRST = 1
+# How long mirrors lag at least, so that a test that needs them to be complete fails each time.
+LAG_SECONDS = UNIT / 10
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -79,6 +81,13 @@ class Streams:
 
 class CountingStore(NATSStore):
     """Numbers the messages from 1, as the store in memory does, so that tests can say ids; an epoch's is 0."""
+
+    def start(self, on_messages: Callable[[set[bytes]], None], on_unusable: Callable[[str], None]) -> None:
+        def apply_later() -> None:
+            self._loop.call_later(LAG_SECONDS, self.mirror.apply)
+
+        self.connection.on_received = apply_later
+        super().start(on_messages, on_unusable)
 
     def append(self, puts: Sequence[Put]) -> Answer[list[Outcome]]:
         return _then(super().append(puts), _outcomes)

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 import pytest
 from limiting import patient, wait_for_connections
 
-from conftest import UNIT, Wire, blocked, daemon, loop_of, serving, wait_until, wire_to
+from conftest import UNIT, Wire, blocked, daemon, loop_of, serving, wait_for_stored, wait_until, wire_to
 from dsmq.broker import event_loop as worker
 from dsmq.broker import reads
 from dsmq.broker.event_loop import EventLoop
@@ -34,10 +34,10 @@ __all__ = ["patient"]
 # Stored messages
 
 
-@pytest.mark.embedded("a put does not wait for the mirror, so that limits hold about right")
 def test_puts_over_message_limit_are_refused_and_stored_messages_kept() -> None:
     with serving(max_stored_messages=3) as server, wire_to(server) as wire:
         assert [wire.call("PUT", topic, "x") for topic in ("a", "b", "b")] == [1, 2, 3]
+        wait_for_stored(server, 3)
         assert wire.error("PUT", "a", "x") == "FULL"
         assert wire.call("READ", "b", 0)[::5] == [2, 3]  # type: ignore[index]
         assert server.status.totals().messages == 3
@@ -52,19 +52,19 @@ def test_pipelined_puts_are_accepted_up_to_limit() -> None:
         assert [reply.code for reply in replies[3:]] == ["FULL", "FULL"]  # type: ignore[union-attr]
 
 
-@pytest.mark.embedded("puts sent together are checked before any of them is stored, so that limits hold about right")
 def test_smaller_message_is_accepted_after_larger_one_was_refused() -> None:
     cost = MESSAGE_OVERHEAD_BYTES
     topic = TOPIC_OVERHEAD_BYTES + len("t")
     with serving(max_stored_bytes=topic + 2 * cost + 100) as server, wire_to(server) as wire:
         assert wire.call("PUT", "t", "x" * 80) == 1
+        wait_for_stored(server, 1)
         wire.send(encode_request(b"PUT", b"t", b"x" * 21) + encode_request(b"PUT", b"t", b"x" * 20))
         assert wire.receive().code == "FULL"  # type: ignore[union-attr]
         assert wire.receive() == 2
+        wait_for_stored(server, 2)
         assert wire.error("PUT", "t", "") == "FULL"
 
 
-@pytest.mark.embedded("puts sent together are checked before any of them is stored, so that limits hold about right")
 @pytest.mark.parametrize(
     ("setting", "puts"),
     [
@@ -78,8 +78,10 @@ def test_smaller_message_is_accepted_after_larger_one_was_refused() -> None:
 def test_full_error_names_the_setting(setting: str, puts: list[tuple[str, str]]) -> None:
     limit = 1_200 if setting == "max_stored_bytes" else 800 if "bytes" in setting else 2
     with serving(**{setting: limit}) as server, wire_to(server) as wire:
-        *before, last = [wire.call("PUT", topic, body) for topic, body in puts]
-        assert before == list(range(1, len(puts)))
+        for number, (topic, body) in enumerate(puts[:-1], 1):
+            assert wire.call("PUT", topic, body) == number
+        wait_for_stored(server, len(puts) - 1)
+        last = wire.call("PUT", *puts[-1])
         assert isinstance(last, Full)
         assert str(last).endswith(f"full: {setting} = {limit} reached")
         assert server.context.store.full() == {setting}
@@ -175,17 +177,16 @@ def test_topics_count_towards_stored_bytes() -> None:
     store.close()
 
 
-@pytest.mark.embedded("puts sent together are checked before any of them is stored, so that limits hold about right")
 @pytest.mark.parametrize(
     "limits", [{"max_stored_messages_per_topic": 2}, {"max_stored_bytes_per_topic": 2 * MESSAGE_OVERHEAD_BYTES + 20}]
 )
 def test_full_topic_does_not_affect_others(limits: dict[str, int]) -> None:
     with serving(**limits) as server, wire_to(server) as wire:
-        for topic in ("a", "b"):
-            assert isinstance(wire.call("PUT", topic, "x" * 10), int)
-            wire.send(encode_request(b"PUT", topic.encode(), b"x" * 10) * 2)
-            assert isinstance(wire.receive(), int)
-            assert wire.receive().code == "FULL"  # type: ignore[union-attr]
+        for stored, topic in ((2, "a"), (4, "b")):
+            for _ in range(2):
+                assert isinstance(wire.call("PUT", topic, "x" * 10), int)
+            wait_for_stored(server, stored)
+            assert wire.error("PUT", topic, "x" * 10) == "FULL"
 
 
 @pytest.mark.embedded("puts sent together are checked before any of them is stored, so that limits hold about right")
@@ -197,21 +198,19 @@ def test_new_topics_over_limit_are_refused_but_existing_accept_puts() -> None:
         assert replies[2].code == "FULL"  # type: ignore[union-attr]
 
 
-@pytest.mark.embedded("puts sent together are checked before any of them is stored, so that limits hold about right")
 def test_puts_resume_after_expiry() -> None:
     with (
         serving(max_stored_messages=10, max_age_seconds=0.2, expiry_interval_seconds=0.01, port=0) as server,
         wire_to(server) as wire,
     ):
-        wire.send(encode_request(b"PUT", b"t", b"x") * 11)
-        assert [wire.receive() for _ in range(10)] == list(range(1, 11))
-        assert wire.receive().code == "FULL"  # type: ignore[union-attr]
+        wait_until(lambda: isinstance(wire.call("PUT", "t", "x"), Full))
         wait_until(lambda: isinstance(wire.call("PUT", "t", "y"), int))
 
 
 def test_retried_put_gets_its_id_even_if_full() -> None:
     with serving(max_stored_messages=1, max_topics=1) as server, wire_to(server) as wire:
         assert wire.call("PUT", "t", "x", "KEY", "me", 1) == 1
+        wait_for_stored(server, 1)
         assert wire.call("PUT", "t", "x", "KEY", "me", 1) == 1
         assert wire.error("PUT", "t", "x", "KEY", "me", 2) == "FULL"
         assert server.status.totals().messages == 1
@@ -253,6 +252,7 @@ def test_waiting_readers_over_limit_get_an_error() -> None:
         wait_until(lambda: server.status.waiting() == 2)
         late = stack.enter_context(wire_to(server))
         assert late.call("PUT", "other", "y") == 1
+        wait_for_stored(server, 1)
         assert late.call("GETWAIT", "other", 60_000) == b"y"
         assert late.error("GETWAIT", "t", 60_000) == "BUSY"
         # It gets an error, and may make other requests.

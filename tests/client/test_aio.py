@@ -243,14 +243,14 @@ def test_shutdown_server(server: Server) -> None:
 
 def test_each_put_many_batch_has_its_own_timeout(server: Server) -> None:
     async def main() -> None:
-        async with await connect(port=server.port, timeout=5 * UNIT, reconnect_timeout=0) as mq:
-            # Ten batches: together they take longer than the timeout, but each takes only a fifth of it.
+        async with await connect(port=server.port, timeout=20 * UNIT, reconnect_timeout=0) as mq:
+            # Together they take longer than the timeout, but each takes only a twentieth of it.
             def slow() -> Iterator[str]:
-                for _ in range(10):
+                for _ in range(25):
                     server._workers[0].post(lambda: time.sleep(UNIT))
                     yield from ["x"] * PUTS_AT_ONCE
 
-            assert len(await mq.put_many("t", slow())) == 10 * PUTS_AT_ONCE
+            assert len(await mq.put_many("t", slow())) == 25 * PUTS_AT_ONCE
 
     asyncio.run(main())
 

@@ -24,7 +24,7 @@ from test_resume import hang_up
 
 import dsmq.client
 import dsmq.client.connection
-from conftest import SOON, UNIT, blocked, serving, wait_until
+from conftest import SOON, UNIT, blocked, serving, wait_for_stored, wait_until
 from dsmq import errors
 from dsmq.client import DSMQClientSideConnection, Message, connect, default_wait
 from dsmq.client.requests import _LONG_BATCH_SECONDS
@@ -398,6 +398,7 @@ with connect(port={server.port}) as mq:
 def test_message_expired_in_read_ahead_is_not_returned(caplog: pytest.LogCaptureFixture) -> None:
     with serving(max_age_seconds=20 * UNIT) as server, connect(port=server.port) as mq:
         mq.put_many("t", ["1", "2", "3"])
+        wait_for_stored(server, 3)
         assert mq.get("t") == "1"
         time.sleep(21 * UNIT)
         assert mq.get("t") == ""
@@ -517,6 +518,7 @@ def test_new_epoch_is_read_from_start_with_one_warning(caplog: pytest.LogCapture
         port = first.port
         mq = connect(port=port)
         mq.put_many("t", ["1", "2"])
+        wait_for_stored(first, 2)
         assert mq.get("t") == "1"
     with serving(port=port), connect(port=port) as other:
         other.put("t", "new 1")

@@ -271,7 +271,7 @@ def test_command_line_takes_several_hosts(form: str) -> None:
         hosts = form.format(address(one), address(two))
         assert run_dsmq("put", "t", "x", "--host", hosts).returncode == 0
         assert run_dsmq("put", "t", "x", env={"DSMQ_SERVER": hosts}).returncode == 0
-        assert one.status.totals().messages + two.status.totals().messages == 2
+        wait_until(lambda: one.status.totals().messages + two.status.totals().messages == 2)
 
 
 def test_server_refuses_several_hosts() -> None:

@@ -255,6 +255,36 @@ def test_puts_together_are_stored_with_consecutive_ids(stores: Stores) -> None:
     assert ids == list(range(ids[0], ids[0] + 3))  # type: ignore[arg-type]
 
 
+def test_put_repeated_together_gets_the_first_id(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = stores(), stores()
+    [first] = value(one.append([keyed(b"t", b"1", 1)]))
+    # As if the mirror lagged.
+    monkeypatch.setattr(other.mirror.store, "check", lambda puts: [None] * len(puts))
+    puts = [keyed(b"t", b"1", 1), keyed(b"t", b"2", 2), (b"u", b"x", None), keyed(b"t", b"2", 2)]
+    known, *new, repeated = value(other.append_together(puts))
+    assert (known, new, repeated) == (first, [new[0], new[0] + 1], new[0])  # type: ignore[operator]
+    assert value(other.append_together(puts[:2])) == [first, new[0]]
+    assert bodies(read(one, b"t")) == [b"1", b"2"]
+
+
+def lag(store: NATSStore, seconds: float = 0.02) -> None:
+    """Delay what the mirror receives."""
+    store.connection.on_received = lambda: store._loop.call_later(seconds, store.mirror.apply) and None
+
+
+def test_mirror_has_puts_together_when_they_are_answered(stores: Stores) -> None:
+    store = stores()
+    lag(store)
+    ids = value(store.append_together([(b"t", b"x", None)] * 2))
+    assert store.mirror.store.last_id() >= ids[1]  # type: ignore[operator]
+
+
+def test_last_id_is_that_of_the_last_put_although_the_mirror_lags(stores: Stores) -> None:
+    store = stores()
+    lag(store)
+    assert put(store, b"t", b"x") == [store.last_id()]
+
+
 # Limits
 
 

@@ -54,6 +54,8 @@ def test_retried_put_that_the_engine_has_twice_gets_the_first_id(
     # As if the mirror lagged.
     monkeypatch.setattr(store.mirror.store, "check", lambda puts: [None] * len(puts))
     assert value(store.append([again(1), again(2)]))[0] == first
+    # The engine answers with the id of the second copy.
+    assert value(store.append([keyed(b"t", b"x", 1)])) == [first]
     assert len(read(store, b"t")) == 3
 
 

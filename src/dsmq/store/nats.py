@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from dsmq import threads
 from dsmq.errors import ReplyError, StartupError, StoreFailed, TooBig
-from dsmq.store.api import Answer, EngineStats, Outcome, Put, RetriedKey, Timing
+from dsmq.store.api import Answer, EngineStats, Outcome, Put, Timing
 from dsmq.store.nats_connection import Credentials, NATSConnection, Server
 from dsmq.store.nats_index import ReadIndex
 from dsmq.store.nats_leader import LeaderFollower
@@ -55,6 +55,7 @@ class NATSStore(SharedLimits, FreshReads):
     """A store in a stream of NATS JetStream. Thread-safe; its event loop runs in a thread of its own."""
 
     is_shared = True
+    groups = None
 
     def __init__(
         self,
@@ -82,8 +83,8 @@ class NATSStore(SharedLimits, FreshReads):
         self.requests = Requests(self.connection)
         self.stream = Stream(stream, replicas)
         self.mirror = Mirror(self.connection, self.stream, self.rules, self._new_mirror)
-        self.publisher = Publisher(self.requests, self.stream.topic_prefix)
         self._index = ReadIndex(self.mirror, self.connection, self.requests, self.stream)
+        self.publisher = Publisher(self.requests, self.stream.topic_prefix, self._index)
         self._leader = LeaderFollower(self.connection, self.stream)
 
     def _new_mirror(self) -> MirrorStore:
@@ -265,25 +266,8 @@ class NATSStore(SharedLimits, FreshReads):
         if len(new) < len(puts):
             published = Future()
             published.add_done_callback(partial(_merge, known, answer))
-        if any(isinstance(key, RetriedKey) for _, _, key in new):
-            merged, published = published, Future()
-            published.add_done_callback(partial(self._find_first, new, merged))
         self._post(partial(self.publisher.put, new, published, together=together))
         return answer
-
-    def _find_first(self, puts: Sequence[Put], answer: Future[list[Outcome]], published: Future[list[Outcome]]) -> None:
-        """Answer with the outcomes of retried puts: the engine forgets ids sooner than the mirrors do."""
-        if (error := published.exception()) is not None:
-            answer.set_exception(error)
-            return
-        outcomes = published.result()
-
-        def finish(_: Exception | None) -> None:
-            known = self.mirror.store.find(puts)
-            answer.set_result([first or outcome for first, outcome in zip(known, outcomes, strict=True)])
-
-        # The mirror may lack the first of two copies until then.
-        self._index.add(finish)
 
     # The start of clients
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from dsmq.errors import StoreFailed
+from dsmq.store.api import Put
 from dsmq.store.nats_connection import NATSConnection, encode_publish
 from dsmq.store.nats_requests import Ack, Requests
 from dsmq.store.nats_stream import FULL, WRONG_SEQUENCE, EngineError, Stream
@@ -35,6 +36,16 @@ UNDER_WAY_SECONDS, PROOF_SECONDS = 1.0, 5.0
 _logger = logging.getLogger(__name__)
 
 
+class _Reader(NamedTuple):
+    """What waits for the mirror."""
+
+    call: Callable[[Exception | None], None]
+    until: float
+    """When to give up, by the monotonic clock."""
+    last_id: int | None
+    """The id that the mirror must have; None: all that the engine has."""
+
+
 class ReadIndex:
     """Delays reads until the mirror has everything that the engine had when they arrived (Raft, section 6.4).
 
@@ -45,14 +56,26 @@ class ReadIndex:
     def __init__(self, mirror: Mirror, connection: NATSConnection, requests: Requests, stream: Stream) -> None:
         self._mirror, self._connection, self._requests, self._stream = mirror, connection, requests, stream
         self._subject = stream.facts_prefix + b"index"
-        self._readers: list[tuple[Callable[[Exception | None], None], float]] = []
+        self._readers: list[_Reader] = []
         self._wanted = asyncio.Event()
         self._left_at = boot_time()
 
-    def add(self, call: Callable[[Exception | None], None]) -> None:
-        """Call a function with None once the mirror is up to date, or with an error."""
-        self._readers.append((call, time.monotonic() + READ_SECONDS))
+    def add(self, call: Callable[[Exception | None], None], last_id: int | None = None) -> None:
+        """Call a function with None once the mirror is up to date, or has an id if that is given; or with an error."""
+        self._readers.append(_Reader(call, time.monotonic() + READ_SECONDS, last_id))
         self._wanted.set()
+
+    def mirrored(self, puts: Sequence[Put]) -> list[int | None]:
+        """Return the ids of puts that the mirror has."""
+        return self._mirror.store.find(puts)
+
+    async def stored(self, puts: Sequence[Put]) -> list[int | None]:
+        """Return the ids of puts that are stored. Raises StoreFailed if the engine does not answer."""
+        answer: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
+        self.add(lambda error: None if answer.done() else answer.set_result(error))
+        if (error := await answer) is not None:
+            raise error
+        return self.mirrored(puts)
 
     async def run(self) -> None:
         """Serve reads until this is cancelled."""
@@ -61,27 +84,31 @@ class ReadIndex:
             readers, self._readers = self._readers, []
             self._wanted.clear()
             # One request serves all reads that arrived before it.
-            mirrored = self._mirror.store.last_id()
-            last_id = await self._ask()
-            if last_id is not None and last_id < mirrored:
-                # Either from a leader that does not know its last id yet, or from a new stream.
-                last_id = None
+            ids = [reader.last_id for reader in readers if reader.last_id is not None]
+            last_id = max(ids) if len(ids) == len(readers) else await self._newest()
             if last_id is not None and await self._reached(last_id):
-                for call, _ in readers:
-                    call(None)
+                for reader in readers:
+                    reader.call(None)
             else:
                 self._put_back(readers)
                 if last_id is None:
                     await asyncio.sleep(INDEX_SECONDS)
 
-    def _put_back(self, readers: list[tuple[Callable[[Exception | None], None], float]]) -> None:
+    def _put_back(self, readers: list[_Reader]) -> None:
         now = time.monotonic()
-        for call, until in readers:
-            if until <= now:
-                call(StoreFailed(_NO_RESPONSE))
-        self._readers = [reader for reader in readers if reader[1] > now] + self._readers
+        for reader in readers:
+            if reader.until <= now:
+                reader.call(StoreFailed(_NO_RESPONSE))
+        self._readers = [reader for reader in readers if reader.until > now] + self._readers
         if self._readers:
             self._wanted.set()
+
+    async def _newest(self) -> int | None:
+        """Return the id of the engine's last message; None if it is not certain."""
+        mirrored = self._mirror.store.last_id()
+        last_id = await self._ask()
+        # Otherwise it is from a leader that does not know its last id yet, or from a new stream.
+        return last_id if last_id is not None and last_id >= mirrored else None
 
     async def _ask(self) -> int | None:
         """Return the id of the engine's last message; None if it does not answer, or can't be sure."""
