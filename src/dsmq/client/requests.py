@@ -25,7 +25,7 @@ T = TypeVar("T")
 Convert: TypeAlias = Callable[[TopicReader, Entry], T]
 """Converts a message to the caller's type."""
 
-FORKED = "this process is a child of the one that made the connection"
+FORKED = "this process is a child of the one that opened the connection"
 NOT_RUN = (ShuttingDown, TimedOut, AuthRequired)
 """Errors after which the server hangs up without having run the unanswered requests."""
 

@@ -161,7 +161,6 @@ class Session:
         return reader
 
     def forget(self, topic: str | Sequence[str]) -> None:
-        """Forget a position."""
         key = names(topic)
         take_back(self.returned)
         if reader := self._readers.pop(key, None):

@@ -285,7 +285,8 @@ class Groups:
             for key, group in list(self._groups.items()):
                 group.end_leases(now, self.limits.max_attempts)
                 moved |= self._move_failed(group, now)
-                if not group.jobs and now - group.used_at > self._source.max_age_ms:
+                if group.next_due is None and now - group.used_at > self._source.max_age_ms:
+                    # No worker has a job, and all that were given have expired.
                     self._memory -= group.counted_memory
                     del self._groups[key]
         if moved:

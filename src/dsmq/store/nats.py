@@ -1,9 +1,9 @@
-"""A store that several servers share: a NATS JetStream stream, of which each server keeps a mirror in SQLite.
+"""A store shared by several servers: a NATS JetStream stream, which each server mirrors in SQLite.
 
 A put is published to the stream, and acknowledged once a majority of the engine's nodes has stored it; its id is its
-sequence number in the stream. Each server has a consumer of its own, and answers reads from its mirror. Mirrors number
-the messages of each topic and detect repeated puts on their own; they agree, because they all apply the same messages
-in the same order.
+sequence number in the stream. Each server has its own consumer, and answers reads from its mirror. Each mirror numbers
+the messages of topics and detects repeated puts by itself; all mirrors agree, because they apply the same messages in
+the same order.
 
 A mirror may lag. So before a read returns nothing, and before every read of the latest message, the server asks the
 engine for the id of its last message, and waits until the mirror has it.
@@ -52,7 +52,7 @@ _logger = logging.getLogger(__name__)
 
 
 class NATSStore(SharedLimits, FreshReads):
-    """A store in a stream of NATS JetStream. Thread-safe; its event loop runs in a thread of its own."""
+    """A store in a NATS JetStream stream. Thread-safe; its event loop runs in its own thread."""
 
     is_shared = True
     groups = None
@@ -155,7 +155,7 @@ class NATSStore(SharedLimits, FreshReads):
         finally:
             self.publisher.close()
             self._ready.set()
-            # Those of the official client, if a connection of it was being replaced.
+            # Tasks of the official client, if one of its connections was being replaced.
             left = asyncio.all_tasks(self._loop)
             for task in left:
                 task.cancel()
@@ -195,7 +195,7 @@ class NATSStore(SharedLimits, FreshReads):
                 raise StartupError(f"the NATS servers refuse the connection: {refusal}")
             await asyncio.sleep(0.05)
         await self.stream.connect(self._servers, self._credentials, self._tls)
-        # Before the mirror has a consumer, which would be interrupted. There is no leader if there is no stream yet.
+        # Before the mirror has a consumer, which a move would interrupt. Without a stream, there is no leader yet.
         with suppress(EngineError):
             await self.stream.last_id()
             await self._leader.follow()
@@ -240,7 +240,7 @@ class NATSStore(SharedLimits, FreshReads):
 
     @property
     def max_message_bytes(self) -> int:
-        """The longest message that the engine accepts."""
+        """The length of the longest message that the engine accepts."""
         return max(0, self.connection.max_payload - HEADER_BYTES)
 
     def append(self, puts: Sequence[Put]) -> Answer[list[Outcome]]:
@@ -287,7 +287,7 @@ class NATSStore(SharedLimits, FreshReads):
 
     async def _answer_last_id(self, answer: Future[int]) -> None:
         try:
-            # Not the id that `ReadIndex` waits for, which may be of a message that is never stored.
+            # Not the id that `ReadIndex` waits for, which may be that of a message that is never stored.
             epoch, last_id = self.mirror.epoch, await self._index.last_stored_id()
             if epoch != self.mirror.epoch:
                 raise EngineError("a new epoch has begun")

@@ -1,4 +1,4 @@
-"""What a store in a stream answers from its mirror, which may lag."""
+"""The part of a store in a stream that is answered by its mirror, which may lag."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class FreshReads(MirroredStore):
         return answer
 
     def purge(self, selection: Selection) -> Iterator[Answer[int]]:
-        """Have all servers purge their mirrors, and wait for this one's."""
+        """Make all servers purge their mirrors, and wait for this server's."""
         done: Future[int] = Future()
         counts: list[int] = []
 
