@@ -197,7 +197,8 @@ class Settings(BaseSettings):
     """Max lines logged per second for the same cause. The rest are counted and summarised."""
     topic: tuple[TopicSettings, ...] = ()
     """Limits for some topics. The first table whose pattern matches (* matches any characters) applies; settings that
-    it omits are as for all topics. Only in this file, below all other settings.
+    it omits are as for all topics. Only in this file, below all other settings. With store, they apply on all servers,
+    as do when_full and the limits per topic: see deploy/cluster/README.md.
     """
 
     @classmethod
@@ -233,8 +234,6 @@ class Settings(BaseSettings):
                 raise ValueError(f"{name} is set without {needs}")
         if self.store and self.snapshot_file:
             raise ValueError("snapshot_file can't be used with store, which is already persistent")
-        if self.store and (self.topic or self.when_full != "refuse"):
-            raise ValueError("[[topic]] and when_full can't be used with store yet")
         if self.store_user and self.store_token_file:
             raise ValueError("store_user and store_token_file are both set")
         if self.http_token.get_secret_value() and self.http_token_file:

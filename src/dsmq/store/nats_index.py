@@ -179,8 +179,6 @@ class ReadIndex:
         """Wait until the mirror has this message; return False if it takes too long."""
         with suppress(TimeoutError):
             async with asyncio.timeout(INDEX_SECONDS):
-                while not (self._mirror.ready and self._mirror.store.last_id() >= last_id):
-                    self._mirror.applied.clear()
-                    await self._mirror.applied.wait()
+                await self._mirror.wait_for(last_id)
                 return True
         return False
