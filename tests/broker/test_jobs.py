@@ -43,7 +43,7 @@ def threaded(request: pytest.FixtureRequest) -> Iterator[Server]:
 
 
 def wait_in_turn(server: Server, stack: ExitStack, most: int, request: str) -> list[Wire]:
-    """Return connections that wait for jobs, in the order in which they came."""
+    """Return connections that wait for jobs, in order of arrival."""
     workers = []
     for number in range(1, most + 1):
         workers.append(stack.enter_context(wire_to(server)))
