@@ -20,6 +20,7 @@ import math
 import random
 import secrets
 import sys
+import time
 import zlib
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
@@ -47,6 +48,8 @@ MIN_VERSION = "2.12.1"
 DEDUPLICATION_SECONDS = 120
 # Messages stay in the stream for longer than max_age, because the servers decide when a message expires.
 _MARGIN, _MIN_MARGIN_SECONDS = 0.1, 60
+# Nodes delete messages by their own clocks, so a difference of less than the margin loses none.
+CLOCK_TOLERANCE_SECONDS = _MIN_MARGIN_SECONDS
 _API_SECONDS = 1.0
 _HEARTBEAT_SECONDS = 1
 # A node tries to become the leader only if it has not heard of one for 4 s; less than that, because clocks differ.
@@ -114,6 +117,9 @@ class Stream:
         """When the leader that was last asked had last heard of a majority."""
         self.leader = ""
         """The node that led the stream then; empty if the nodes are no cluster."""
+        self._clock_offset = 0.0
+        """That node's clock, in seconds since 1970, minus `boot_time`."""
+        self._clock_reported_of: str | None = None
         self._servers: list[Server] = []
         self._connect: Callable[[], Coroutine[None, None, None]]
         self._connecting = asyncio.Lock()
@@ -270,7 +276,17 @@ class Stream:
             raise EngineError("a node answers that reaches no majority of the others")
         self.heard_at = asked - silent[needed - 1] if needed else asked
         self.majority_at, self.leader = asked, (info.get("cluster") or {}).get("leader", "")
+        self._check_clock(_milliseconds(info["ts"]) / 1000)
         return info
+
+    def _check_clock(self, now: float) -> None:
+        self._clock_offset = now - boot_time()
+        ahead = now - time.time()
+        if abs(ahead) <= CLOCK_TOLERANCE_SECONDS:
+            self._clock_reported_of = None
+        elif self._clock_reported_of != self.leader:
+            self._clock_reported_of = self.leader
+            _logger.warning("the clock of NATS server %s is %s this machine's", self.leader, _difference(ahead))
 
     async def _begin_epoch(self) -> bytes:
         headers = {"Nats-Expected-Last-Subject-Sequence": "0", **_NEVER}
@@ -304,6 +320,11 @@ class Stream:
         }
         body = {"stream_name": self.name, "config": config}
         created = await self._request(f"CONSUMER.CREATE.{self.name}.{name}", body, seconds)
+        ahead = _milliseconds(created["ts"]) / 1000 - boot_time() - self._clock_offset
+        if abs(ahead) > CLOCK_TOLERANCE_SECONDS:
+            # It may have deleted messages too early. Another consumer may be placed on another node.
+            node = (created.get("cluster") or {}).get("leader", "")
+            raise EngineError(f"the clock of NATS server {node} is {_difference(ahead)} that of the stream's leader")
         return int(created.get("num_pending", 0))
 
     async def delete_consumer(self, name: str) -> None:
@@ -383,6 +404,10 @@ def _parse(data: bytes) -> dict[str, Any]:
     if error := answer.get("error"):
         raise EngineError(str(error.get("description")), int(error.get("err_code", 0)))
     return answer
+
+
+def _difference(seconds: float) -> str:
+    return f"{abs(seconds):.0f} s {'ahead of' if seconds > 0 else 'behind'}"
 
 
 def _milliseconds(text: str) -> int:
