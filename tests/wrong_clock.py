@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 # From <linux/ptrace.h>, <linux/wait.h>, <linux/auxvec.h> and <elf.h>.
-SEIZE, DETACH, TRACE_EXEC = 0x4206, 17, 0x10
+SEIZE, CONTINUE, DETACH, TRACE_EXEC, EVENT_EXEC = 0x4206, 7, 17, 0x10, 4
 WALL = 0x40000000
 SYSINFO_EHDR = 33
 DYNSYM = 11
@@ -67,7 +67,9 @@ def _attend(pid: int, seconds: int, ready: int) -> None:
     """Wait until a process begins a command, and change its clock."""
     _ptrace(SEIZE, pid, TRACE_EXEC)
     os.write(ready, b"!")
-    os.waitpid(pid, WALL)
+    while (status := os.waitpid(pid, WALL)[1]) >> 16 != EVENT_EXEC:
+        # It is stopped by a signal, which it gets now.
+        _ptrace(CONTINUE, pid, os.WSTOPSIG(status))
     _replace(pid, seconds)
     _ptrace(DETACH, pid)
 
