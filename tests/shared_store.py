@@ -1,4 +1,4 @@
-"""`pytest --store nats`: the servers that tests start keep their messages in a NATS cluster, each in its own stream."""
+"""`pytest --store nats`: servers started by tests keep their messages in a NATS cluster, each in its own stream."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ from dsmq.store.nats import NATSStore
 from dsmq.store.nats_stream import Stream
 from dsmq.store.selection import Selection
 from engine import LocalEngine
-from helpers import HOST
+from helpers import HOST, UNIT
 
 REPLICAS = 3
 # The id of the message with the epoch, which is the first of a stream.
 FIRST = 1
+# How long mirrors lag at least, so that a test that needs them to be complete fails each time.
+LAG_SECONDS = UNIT / 10
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -78,7 +80,14 @@ class Streams:
 
 
 class CountingStore(NATSStore):
-    """Numbers the messages from 1, as the store in memory does, so that tests can say ids; an epoch's is 0."""
+    """Assigns ids from 1, like the store in memory, so that tests can rely on ids; that of the epoch is 0."""
+
+    def start(self, on_messages: Callable[[set[bytes]], None], on_unusable: Callable[[str], None]) -> None:
+        def apply_later() -> None:
+            self._loop.call_later(LAG_SECONDS, self.mirror.apply)
+
+        self.connection.on_received = apply_later
+        super().start(on_messages, on_unusable)
 
     def append(self, puts: Sequence[Put]) -> Answer[list[Outcome]]:
         return _then(super().append(puts), _outcomes)
@@ -120,9 +129,9 @@ class CountingStore(NATSStore):
 
 
 def number_from_one() -> None:
-    """Have the servers in this process number messages from 1, without gaps."""
+    """Make the servers in this process assign ids from 1, without gaps."""
     dsmq.store.nats.NATSStore = CountingStore  # type: ignore[misc]
-    # No node is cut off, so that no server needs a message of its own as a proof.
+    # No node is cut off, so servers need no message of their own as proof.
     Stream.sole_leader_until = property(lambda _: math.inf, lambda *_: None)  # type: ignore[assignment]
 
 

@@ -115,6 +115,10 @@ class Unsure(ReplyError, code="UNSURE"):
     """It is unknown whether the message was stored. Clients put it again, with AGAIN."""
 
 
+class JobLost(ReplyError, code="JOBLOST"):
+    """The client no longer holds the job: its lease has ended, or it was done or given back. Nothing has changed."""
+
+
 class Busy(ReplyError, code="BUSY"):
     """The limit on connections or waiting readers is reached."""
 

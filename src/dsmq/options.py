@@ -64,6 +64,10 @@ class ServeOptions(TypedDict, total=False):
     max_unauthenticated_bytes: int
     max_waiting_readers: int
     max_waiting_patterns: int
+    max_groups: int
+    max_jobs_in_flight: int
+    max_group_bytes: int
+    max_attempts: int
     max_unread_reply_bytes: int
     max_total_unread_reply_bytes: int
     max_total_request_bytes: int

@@ -29,6 +29,7 @@ from dsmq.broker.admission import Admission
 from dsmq.broker.commands import TABLE
 from dsmq.broker.context import ServerContext
 from dsmq.broker.event_loop import EventLoop
+from dsmq.broker.jobs import TakeQueues
 from dsmq.broker.listener import Listener
 from dsmq.broker.usage import Usage
 from dsmq.errors import ConfigError, DSMQError, ServerFailed, StartupError
@@ -40,7 +41,7 @@ from dsmq.settings import EmbeddedSettings, Settings
 from dsmq.store.api import Store
 from dsmq.store.expiry import Expiry
 from dsmq.store.snapshots import LAST_SNAPSHOT_SECONDS, SnapshotStats, Snapshotter
-from dsmq.stores import await_store, limits_of, new_snapshotter, new_store
+from dsmq.stores import apply_settings, await_store, new_snapshotter, new_store
 from dsmq.threads import join, start, wait_until
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ class Server:
         self.status: Status
         info = lambda: self.status.info()  # noqa: E731, PLW0108 - it is made below
         self.context = ServerContext(
-            TABLE, settings, self._store, Access.load(settings), Usage(), self.request_stop, info
+            TABLE, settings, self._store, Access.load(settings), Usage(), TakeQueues(), self.request_stop, info
         )
         self._apply(settings)
         self._listeners: list[Listener] = []
@@ -299,8 +300,7 @@ class Server:
     def _apply(self, settings: Settings) -> None:
         self.context.settings = settings
         self.context.usage.set_limits(settings)
-        self._store.max_age_ms = round(settings.max_age_seconds * 1000)
-        self._store.limits = limits_of(settings)
+        apply_settings(self._store, settings)
 
     # Stop
 

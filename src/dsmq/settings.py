@@ -148,6 +148,15 @@ class Settings(BaseSettings):
     """Max clients waiting for a message; further ones get an error."""
     max_waiting_patterns: Limit = 10_000
     """Max patterns of all clients waiting for a message; further ones get an error."""
+    max_groups: Limit = 1_000
+    """Max groups of workers. A group is forgotten when it was not used for max_age_seconds."""
+    max_jobs_in_flight: Limit = 10_000
+    """Max jobs that a group of workers has taken, and not finished; beyond it, no more are given."""
+    max_group_bytes: Bytes = 16_777_216
+    """Max memory for the state of all groups of workers, about 600 bytes a job in flight."""
+    max_attempts: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    """How often a job is given to workers. If it is still not done, it is put into the topic with its topic's name and
+    /failed. 0: any number of times, until it expires."""
     max_unread_reply_bytes: Annotated[int, Field(ge=1024, le=1_073_741_824), Size] = 16_777_216
     """Max unread reply bytes buffered for a client; above it, its requests are not read. The default is enough for
     1,000,000 short requests sent at once."""

@@ -12,6 +12,7 @@ from dsmq.environment import read_text
 from dsmq.errors import ConfigError, StartupError
 from dsmq.settings import Settings
 from dsmq.store.api import Limits, Store, TopicRule
+from dsmq.store.groups import GroupLimits
 from dsmq.store.snapshots import Snapshotter
 from dsmq.store.sqlite import SQLiteStore
 from dsmq.wire.addresses import parse_store
@@ -59,6 +60,17 @@ def limits_of(settings: Settings) -> Limits:
             for rule in settings.topic
         ),
     )
+
+
+def apply_settings(store: Store, settings: Settings) -> None:
+    """Set the limits of a store."""
+    store.max_age_ms = round(settings.max_age_seconds * 1000)
+    store.limits = limits_of(settings)
+    if store.groups:
+        store.groups.limits = GroupLimits(
+            *(settings.max_groups, settings.max_jobs_in_flight, settings.max_group_bytes),
+            *(settings.max_attempts, settings.max_topic_bytes),
+        )
 
 
 def new_snapshotter(settings: Settings, store: Store) -> Snapshotter | None:

@@ -1,4 +1,4 @@
-"""Limits on stored messages, waiting readers and pipelines, each at its edge, on real sockets."""
+"""Limits on stored messages, waiting readers and pipelines, each at its boundary, on real sockets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 import pytest
 from limiting import patient, wait_for_connections
 
-from conftest import UNIT, Wire, blocked, daemon, loop_of, serving, wait_until, wire_to
+from conftest import UNIT, Wire, blocked, daemon, loop_of, serving, wait_for_stored, wait_until, wire_to
 from dsmq.broker import event_loop as worker
 from dsmq.broker import reads
 from dsmq.broker.event_loop import EventLoop
@@ -34,10 +34,10 @@ __all__ = ["patient"]
 # Stored messages
 
 
-@pytest.mark.embedded("a put does not wait for the mirror, so that limits hold about right")
-def test_puts_over_message_limit_are_refused_and_stored_messages_kept() -> None:
+def test_puts_over_message_limit_are_refused_and_stored_messages_are_kept() -> None:
     with serving(max_stored_messages=3) as server, wire_to(server) as wire:
         assert [wire.call("PUT", topic, "x") for topic in ("a", "b", "b")] == [1, 2, 3]
+        wait_for_stored(server, 3)
         assert wire.error("PUT", "a", "x") == "FULL"
         assert wire.call("READ", "b", 0)[::5] == [2, 3]  # type: ignore[index]
         assert server.status.totals().messages == 3
@@ -52,19 +52,19 @@ def test_pipelined_puts_are_accepted_up_to_limit() -> None:
         assert [reply.code for reply in replies[3:]] == ["FULL", "FULL"]  # type: ignore[union-attr]
 
 
-@pytest.mark.embedded("puts sent together are checked before any of them is stored, so that limits hold about right")
 def test_smaller_message_is_accepted_after_larger_one_was_refused() -> None:
     cost = MESSAGE_OVERHEAD_BYTES
     topic = TOPIC_OVERHEAD_BYTES + len("t")
     with serving(max_stored_bytes=topic + 2 * cost + 100) as server, wire_to(server) as wire:
         assert wire.call("PUT", "t", "x" * 80) == 1
+        wait_for_stored(server, 1)
         wire.send(encode_request(b"PUT", b"t", b"x" * 21) + encode_request(b"PUT", b"t", b"x" * 20))
         assert wire.receive().code == "FULL"  # type: ignore[union-attr]
         assert wire.receive() == 2
+        wait_for_stored(server, 2)
         assert wire.error("PUT", "t", "") == "FULL"
 
 
-@pytest.mark.embedded("puts sent together are checked before any of them is stored, so that limits hold about right")
 @pytest.mark.parametrize(
     ("setting", "puts"),
     [
@@ -78,14 +78,16 @@ def test_smaller_message_is_accepted_after_larger_one_was_refused() -> None:
 def test_full_error_names_the_setting(setting: str, puts: list[tuple[str, str]]) -> None:
     limit = 1_200 if setting == "max_stored_bytes" else 800 if "bytes" in setting else 2
     with serving(**{setting: limit}) as server, wire_to(server) as wire:
-        *before, last = [wire.call("PUT", topic, body) for topic, body in puts]
-        assert before == list(range(1, len(puts)))
+        for number, (topic, body) in enumerate(puts[:-1], 1):
+            assert wire.call("PUT", topic, body) == number
+        wait_for_stored(server, len(puts) - 1)
+        last = wire.call("PUT", *puts[-1])
         assert isinstance(last, Full)
         assert str(last).endswith(f"full: {setting} = {limit} reached")
         assert server.context.store.full() == {setting}
 
 
-def test_full_is_logged_once_at_begin_and_end(
+def test_full_is_logged_once_at_beginning_and_end(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO, "dsmq.server")
@@ -94,7 +96,7 @@ def test_full_is_logged_once_at_begin_and_end(
         for _ in range(3):
             while not isinstance(wire.call("PUT", "t", "x"), Full):
                 pass
-            # As the main thread does each second.
+            # As the main thread does every second.
             server._watch()
             expire_all(server)
         for _ in range(3):
@@ -114,7 +116,7 @@ def expire_all(server: Server) -> None:
 
 
 @pytest.mark.slow
-def test_server_notices_without_puts_that_limit_no_longer_applies() -> None:
+def test_server_detects_without_puts_that_limit_no_longer_applies() -> None:
     with daemon("--max-stored-messages", "1", "--max-age-seconds", "1") as server:
         wire = Wire(("127.0.0.1", server.port))
         while not isinstance(wire.call("PUT", "t", "x"), Full):
@@ -175,17 +177,16 @@ def test_topics_count_towards_stored_bytes() -> None:
     store.close()
 
 
-@pytest.mark.embedded("puts sent together are checked before any of them is stored, so that limits hold about right")
 @pytest.mark.parametrize(
     "limits", [{"max_stored_messages_per_topic": 2}, {"max_stored_bytes_per_topic": 2 * MESSAGE_OVERHEAD_BYTES + 20}]
 )
 def test_full_topic_does_not_affect_others(limits: dict[str, int]) -> None:
     with serving(**limits) as server, wire_to(server) as wire:
-        for topic in ("a", "b"):
-            assert isinstance(wire.call("PUT", topic, "x" * 10), int)
-            wire.send(encode_request(b"PUT", topic.encode(), b"x" * 10) * 2)
-            assert isinstance(wire.receive(), int)
-            assert wire.receive().code == "FULL"  # type: ignore[union-attr]
+        for stored, topic in ((2, "a"), (4, "b")):
+            for _ in range(2):
+                assert isinstance(wire.call("PUT", topic, "x" * 10), int)
+            wait_for_stored(server, stored)
+            assert wire.error("PUT", topic, "x" * 10) == "FULL"
 
 
 @pytest.mark.embedded("puts sent together are checked before any of them is stored, so that limits hold about right")
@@ -197,21 +198,19 @@ def test_new_topics_over_limit_are_refused_but_existing_accept_puts() -> None:
         assert replies[2].code == "FULL"  # type: ignore[union-attr]
 
 
-@pytest.mark.embedded("puts sent together are checked before any of them is stored, so that limits hold about right")
 def test_puts_resume_after_expiry() -> None:
     with (
         serving(max_stored_messages=10, max_age_seconds=0.2, expiry_interval_seconds=0.01, port=0) as server,
         wire_to(server) as wire,
     ):
-        wire.send(encode_request(b"PUT", b"t", b"x") * 11)
-        assert [wire.receive() for _ in range(10)] == list(range(1, 11))
-        assert wire.receive().code == "FULL"  # type: ignore[union-attr]
+        wait_until(lambda: isinstance(wire.call("PUT", "t", "x"), Full))
         wait_until(lambda: isinstance(wire.call("PUT", "t", "y"), int))
 
 
 def test_retried_put_gets_its_id_even_if_full() -> None:
     with serving(max_stored_messages=1, max_topics=1) as server, wire_to(server) as wire:
         assert wire.call("PUT", "t", "x", "KEY", "me", 1) == 1
+        wait_for_stored(server, 1)
         assert wire.call("PUT", "t", "x", "KEY", "me", 1) == 1
         assert wire.error("PUT", "t", "x", "KEY", "me", 2) == "FULL"
         assert server.status.totals().messages == 1
@@ -253,6 +252,7 @@ def test_waiting_readers_over_limit_get_an_error() -> None:
         wait_until(lambda: server.status.waiting() == 2)
         late = stack.enter_context(wire_to(server))
         assert late.call("PUT", "other", "y") == 1
+        wait_for_stored(server, 1)
         assert late.call("GETWAIT", "other", 60_000) == b"y"
         assert late.error("GETWAIT", "t", 60_000) == "BUSY"
         # It gets an error, and may make other requests.
@@ -286,7 +286,7 @@ def around_turns(monkeypatch: pytest.MonkeyPatch) -> AroundTurns:
 
 @pytest.fixture
 def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each connection runs one request in a turn."""
+    """Each connection runs one request per turn."""
     for name in ("TURN_SECONDS", "MOST_SLICE_SECONDS", "LEAST_SLICE_SECONDS"):
         monkeypatch.setattr(worker, name, 0.0)
 
@@ -305,7 +305,7 @@ def test_greedy_client_does_not_starve_others() -> None:
         assert ids == [number for number in range(1, 1002) if number != place]
 
 
-def test_each_client_of_a_crowd_gets_one_reply_before_any_gets_two() -> None:
+def test_each_of_many_clients_gets_one_reply_before_any_gets_two() -> None:
     with serving() as server, wire_to(server) as modest, ExitStack() as stack:
         crowd = [stack.enter_context(wire_to(server)) for _ in range(worker.CROWD + 10)]
         wait_until(lambda: server.status.connections() == len(crowd) + 1)
@@ -428,7 +428,7 @@ def test_total_unread_replies_are_bounded() -> None:
         for one in lazy:
             one.send(encode_request(b"READ", b"t", b"0") * 100)
         wait_until(lambda: replies.is_tight)
-        # Clients that read make room for others, so none waits long enough for another to be dropped.
+        # Clients that read make room for others, so no one waits long enough for another to be dropped.
         with ThreadPoolExecutor(20) as readers:
             for done in [readers.submit(lambda one=one: [one.receive() for _ in range(100)]) for one in lazy]:
                 while not done.done():
@@ -457,7 +457,7 @@ def test_reads_are_shortened_while_replies_are_unread() -> None:
         assert read(wire) == 27
         lazy.send(encode_request(b"READ", b"t", b"0") * 1000)
         replies = server.context.usage.replies
-        # Wait until more is unread than what is just being sent.
+        # Wait until more is unread than is being sent.
         wait_until(lambda: replies.total > 1_000_000)
         assert read(wire) == 7
         lazy.close()
@@ -542,7 +542,7 @@ def test_long_reply_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
         assert one.transport.data is made[0]
 
 
-# A request, and how often it is pipelined: in one turn, all of them would take 40 ms and more.
+# A request, and how many times it is pipelined: in one turn, all of them would take 40 ms or more.
 HEAVY = {
     "CONFIG GET": (encode_request(b"CONFIG", b"GET", *[b"*a*e*i*o*%d" % number for number in range(62)]), 200),
     "inline PING": (b"PING\r\n", 100_000),
@@ -551,7 +551,7 @@ HEAVY = {
 
 @pytest.fixture
 def no_collection() -> Iterator[None]:
-    """Turn off garbage collection, which takes longer than a turn with all that the tests import."""
+    """Turn off garbage collection, which takes longer than a turn because of everything that the tests import."""
     gc.disable()
     yield
     gc.enable()
@@ -574,16 +574,16 @@ def test_event_loop_turn_is_bounded_by_time(name: str, around_turns: AroundTurns
             seconds.append(time.thread_time() - began)
 
         around_turns(timed)
-        # A single turn may be long because the processor was taken away.
+        # A single turn may be long because other processes used the processor.
         assert statistics.median(longest_turn(server, greedy, *HEAVY[name], seconds) for _ in range(5)) < 0.02
 
 
 def longest_turn(server: Server, wire: Wire, request: bytes, count: int, seconds: list[float]) -> float:
-    """Return the longest of the loop's turns while it answers a pipeline; `seconds` gets the time of each."""
+    """Return the duration of the loop's longest turn while it answers a pipeline; all durations go to `seconds`."""
     seconds.clear()
     wire.send(request * count)
     for _ in range(count):
         wire.receive()
-    # The turn that sent the last reply has ended.
+    # Now the turn that sent the last reply has ended.
     with blocked(server):
         return max(seconds)

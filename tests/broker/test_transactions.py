@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import UNIT, Wire, as_map, serving, wait_until, wire_to
+from conftest import UNIT, Wire, as_map, serving, wait_for_stored, wait_until, wire_to
 from dsmq import settings as config
 from dsmq.broker import transactions
 from dsmq.client import connect
@@ -48,7 +48,6 @@ def test_empty_transaction_replies_empty_array(wire: Wire) -> None:
     assert wire.call("PING") == "PONG"
 
 
-@pytest.mark.embedded("a read that finds messages may lack the newest")
 def test_read_does_not_see_later_puts_of_its_transaction(wire: Wire) -> None:
     assert wire.call("PUT", "t", "before") == 1
     replies = transact(
@@ -159,10 +158,10 @@ def test_transaction_size_is_limited(server: Server, wire: Wire, count: int, siz
     wait_until(lambda: server.status.totals().stored == count)
 
 
-@pytest.mark.embedded("a limit on messages holds about right")
 def test_transaction_over_storage_limit_stores_nothing() -> None:
     with serving(max_stored_messages=3) as server, wire_to(server) as wire:
         assert wire.call("PUT", "t", "x") == 1
+        wait_for_stored(server, 1)
         replies = transact(wire, ("PUT", "t", "y"), ("GET", "t"), *[("PUT", "t", "z")] * 2)
         assert codes(replies) == ["FULL", b"x", "FULL", "FULL"]
         assert server.status.totals().stored == 1
@@ -170,7 +169,6 @@ def test_transaction_over_storage_limit_stores_nothing() -> None:
         assert transact(wire, ("PUT", "t", "y"), ("PUT", "t", "y")) == [2, 3]
 
 
-@pytest.mark.embedded("a transaction with one KEY twice is refused by the engine")
 def test_duplicate_put_replies_first_id_and_forgotten_one_aborts(server: Server, wire: Wire) -> None:
     key = ("KEY", "me")
     assert wire.call("PUT", "t", "x", *key, 1) == 1
@@ -180,11 +178,12 @@ def test_duplicate_put_replies_first_id_and_forgotten_one_aborts(server: Server,
     )
     assert isinstance(replies, list)
     assert (replies[:2], replies[2][3::5], replies[3]) == ([1, 3], [b"x", b"y"], 3)
-    # So many later puts of this producer that the server forgets the first ones.
+    # Enough later puts of this producer to make the server forget the first ones.
     for first in (1000, 2000, 3000):
         puts = [encode_request(b"PUT", b"t", b"x", b"KEY", b"me", b"%d" % seq) for seq in range(first, first + 1000)]
         wire.send(b"".join(puts))
         assert [wire.receive() for _ in puts] == list(range(first - 996, first + 4))
+    wait_for_stored(server, 3003)
     assert codes(transact(wire, ("PUT", "t", "z"), ("PUT", "t", "z", *key, 0))) == ["FORGOTTEN"] * 2
     assert server.status.totals().stored == 3003
 
@@ -207,7 +206,6 @@ def test_transaction_puts_wake_readers_of_all_workers() -> None:
         assert one.receive() == two.receive() == b"x"
 
 
-@pytest.mark.embedded("a read that finds messages may lack the newest")
 def test_pipelined_transaction_keeps_order_with_other_puts(wire: Wire) -> None:
     requests = ("PUT t a", "MULTI", "PUT t b", "READ t 0", "EXEC", "PUT t c", "GET t")
     wire.send("".join(request + "\r\n" for request in requests).encode())
@@ -232,7 +230,7 @@ def test_long_exec_reply_does_not_block_other_clients() -> None:
             time.sleep(UNIT)
             assert wire.call("PING") == "PONG"
             assert server.context.usage.replies.total < 65_536 + 100_100
-        # The kernel's buffers took some of the 50 MB.
+        # The kernel has buffered some of the 50 MB.
         assert sent < 20_000_000
         data = b""
         while not data.endswith(b"+PONG\r\n"):

@@ -361,7 +361,7 @@ def test_node_accepts_the_longest_message() -> None:
     assert HEADER_BYTES < 2048
 
 
-def test_secrets_are_for_their_users_alone(secrets: Path) -> None:
+def test_secrets_are_readable_only_by_their_users(secrets: Path) -> None:
     assert secrets.stat().st_mode & 0o777 == 0o700
     assert (secrets / "ca.key").stat().st_mode & 0o777 == 0o600
     password = (secrets / "dsmq-password").read_text().strip()
@@ -397,7 +397,7 @@ def test_compose_settings_load(secrets: Path, monkeypatch: pytest.MonkeyPatch) -
     assert f"users: [ {{ user: {settings.store_user}, password: $DSMQ_PASSWORD }} ]" in CONF
 
 
-def test_compose_names_nodes_as_their_configuration_does() -> None:
+def test_compose_and_nats_conf_use_the_same_node_names() -> None:
     assert re.findall(r"nats://(nats-\d):6222", CONF) == list(NATS)
     for name, service in NATS.items():
         assert service["environment"]["NATS_NAME"] == name
@@ -405,7 +405,7 @@ def test_compose_names_nodes_as_their_configuration_does() -> None:
         assert name in COMPOSE["volumes"]
 
 
-def test_compose_secrets_are_those_that_the_script_makes(secrets: Path) -> None:
+def test_compose_uses_the_secrets_created_by_the_script(secrets: Path) -> None:
     for name, secret in COMPOSE["secrets"].items():
         assert secret == {"file": f"./secrets/{name}"}
         assert (secrets / name).exists()

@@ -27,7 +27,7 @@ KNOWN = (
 )
 OLD = "dsmq14"
 OLD_VERSION = "1.4.1"
-# Another commit of this project, in a virtual environment of its own.
+# Another commit of this project, in its own virtual environment.
 BEFORE = "before"
 # Another program may take a free port before it is used; then try another one.
 PORTS_TRIED = 5
@@ -159,7 +159,7 @@ def _version_of(command: list[str]) -> str:
 
 @contextmanager
 def on_cores(cores: set[int] | None) -> Iterator[None]:
-    """Run processes started here on these cores; None: on any."""
+    """Run processes started here on these cores; None: any cores."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores or before)
     try:
@@ -169,7 +169,7 @@ def on_cores(cores: set[int] | None) -> Iterator[None]:
 
 
 def median_ratio(ours: Iterable[float], theirs: Iterable[float]) -> float:
-    """Return the median over all rounds of our figure divided by theirs."""
+    """Return the median, over all rounds, of our figure divided by theirs."""
     return statistics.median(our / their for our, their in zip(ours, theirs, strict=True))
 
 

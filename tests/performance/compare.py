@@ -1,7 +1,7 @@
 """Compare the speed of dsmq with that of its alternatives, as ratios: `python tests/performance/compare.py`.
 
 Starts every installed server on a free port, and runs the same work on each through its usual Python client, in
-interleaved rounds. A figure is the median of the rounds' ratios. Servers that are not installed are skipped, by name.
+interleaved rounds. A figure is the median of the rounds' ratios. Servers that are not installed are skipped and named.
 README.md has the results.
 
 Absolute times mean little on a shared machine; ratios measured in the same minute are stable. Placement matters too:
@@ -147,7 +147,7 @@ def run_memory(systems: list[System]) -> Figures:
 
 
 def ratios(figures: Figures) -> dict[str, dict[str, float]]:
-    """Return by row and peer the median over all rounds of dsmq's figure divided by the peer's."""
+    """Return, by row and peer, the median over all rounds of dsmq's figure divided by the peer's."""
     return {
         row: {name: median_ratio(by_system["dsmq"], values) for name, values in by_system.items() if name != "dsmq"}
         for row, by_system in figures.items()

@@ -278,7 +278,9 @@ class Measure:
             self.client.put_many("held", ["x" * 100] * 10_000)
 
     def fan_out(self, count: int) -> float:
-        """Return deliveries per second to 100 waiting readers, over plain sockets: so many clients would dominate."""
+        """Return deliveries per second to 100 waiting readers, over plain sockets, because so many clients would
+        dominate.
+        """
 
         def send(sock: socket.socket, words: list[bytes]) -> None:
             words = [{b"<topic>": topic, b"<id>": last_id}.get(word, word) for word in words]
@@ -308,7 +310,7 @@ class Measure:
 
     def ping_pong(self, count: int) -> dict[str, float]:
         here, there = self.topic("here"), self.topic("there")
-        # Read once first, so that only the exchange is timed.
+        # Read once in advance, so that only the exchange is timed.
         words = [sys.executable, __file__, self.system, str(self.port), "echo", there, here, str(count)]
         with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as other:
             assert other.stdout is not None

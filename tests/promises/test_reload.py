@@ -93,6 +93,23 @@ def max_waiting_patterns(server: Server, wire: Wire, value: int) -> bool:
         return other.call("MREAD", 0, "WAIT", 1, "TOPICS", "t*") == [0]
 
 
+def max_groups(server: Server, wire: Wire, value: int) -> bool:
+    return wire.call("TAKE", "t", "a", 1000) == [] and wire.call("TAKE", "t", "b", 1000) == []
+
+
+def max_jobs_in_flight(server: Server, wire: Wire, value: int) -> bool:
+    for _ in range(2):
+        wire.call("PUT", "t", "x")
+    return len(wire.call("TAKE", "t", "a", 1000, "COUNT", 2)) == 2 * JOB_VALUES
+
+
+def max_attempts(server: Server, wire: Wire, value: int) -> bool:
+    wire.call("PUT", "t", "x")
+    wire.call("TAKE", "t", "a", 60_000)
+    assert wire.call("RETURN", "t", "a", 1, 1) == "OK"
+    return wire.call("TAKE", "t", "a", 60_000) != []
+
+
 def max_connections_per_address(server: Server, wire: Wire, value: int) -> bool:
     with wire_to(server) as other:
         other.send(encode_request(b"PING"))
@@ -130,7 +147,10 @@ def metrics_topics(server: Server, wire: Wire, value: int) -> bool:
     return any(metric.name == "dsmq_topic_messages" for metric in Collector(server.status).collect())
 
 
-# By setting: a value that allows something, one that does not, and a probe for which is in force.
+# The values of a job in the reply to TAKE.
+JOB_VALUES = 7
+
+# By setting: a value that allows something, one that does not, and a function that finds out which is in effect.
 LIMITS: dict[str, tuple[Any, Any, Callable[[Server, Wire, Any], bool]]] = {
     "max_message_bytes": (8_388_608, 1000, max_message_bytes),
     "max_topic_bytes": (512, 99, max_topic_bytes),
@@ -142,6 +162,10 @@ LIMITS: dict[str, tuple[Any, Any, Callable[[Server, Wire, Any], bool]]] = {
     "max_stored_bytes_per_topic": (100_000, 2000, max_stored_bytes),
     "max_waiting_readers": (10, 1, max_waiting_readers),
     "max_waiting_patterns": (10, 1, max_waiting_patterns),
+    "max_groups": (10, 1, max_groups),
+    "max_jobs_in_flight": (10, 1, max_jobs_in_flight),
+    "max_group_bytes": (100_000, 100, max_groups),
+    "max_attempts": (2, 1, max_attempts),
     "max_connections_per_address": (10, 1, max_connections_per_address),
     "max_unauthenticated_connections": (10, 1, max_unauthenticated_connections),
     "max_unread_reply_bytes": (65_536, 1024, max_unread_reply_bytes),

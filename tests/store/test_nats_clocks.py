@@ -25,7 +25,7 @@ from store.test_nats import value
 
 pytestmark = pytest.mark.slow
 
-# Long enough for a busy machine, and much less than the clocks are wrong by.
+# Long enough for a busy machine, and much less than the clocks' error.
 MAX_AGE, MARGIN = 30, 10
 SETTINGS = {"store_replicas": 1, "max_age_seconds": MAX_AGE, "expiry_interval_seconds": 0.1}
 
@@ -38,7 +38,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 
 @pytest.mark.parametrize("shift", ["+1h", "-1h"])
 def test_wrong_clock_of_a_server_changes_no_age(node: Engine, shift: str) -> None:
-    # Not through the program, which would be stopped in place of the server.
+    # Not run through the program, because that would be stopped instead of the server.
     tool("faketime", "faketime")
     [library] = Path("/usr/lib").glob("*/faketime/libfaketime.so.1")
     env = {"LD_PRELOAD": str(library), "FAKETIME": shift}
@@ -54,7 +54,7 @@ def test_wrong_clock_of_a_server_changes_no_age(node: Engine, shift: str) -> Non
         late = Daemon(env=env, **settings)
         stack.callback(late.close)
         readers = [wire(stack, server) for server in (right, wrong, late)]
-        # Both were just put: at a server that followed the stream, and at one that copied it.
+        # Both messages were just put, on a server that followed the stream, and on one that copied it.
         for reader in readers:
             assert [age < MARGIN * 1000 for age in ages(reader)] == [True, True]
         for reader in readers:

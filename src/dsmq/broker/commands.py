@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
-from dsmq.broker import handshake, mread, puts, reads, topics, transactions
+from dsmq.broker import handshake, jobs, mread, puts, reads, topics, transactions
 from dsmq.broker.arguments import parse_topic
 from dsmq.broker.auth import Role
 from dsmq.errors import AuthRequired, BadRequest, NotPermitted, UnknownCommand
@@ -147,6 +147,37 @@ COMMANDS: dict[bytes, Command] = {
         Command("MULTI", transactions.multi, "", "Queue the following requests until EXEC."),
         Command("EXEC", transactions.execute, "", "Run the requests since MULTI; return an array of replies."),
         Command("DISCARD", transactions.discard, "", "Drop the requests since MULTI."),
+        Command(
+            "TAKE",
+            jobs.take,
+            "topic|pattern group lease-ms [WAIT ms] [COUNT n] [TOKEN token]",
+            "Take the next jobs: topic, id, number, age in ms, body, ms left and attempt of each.",
+            Role.WRITE,
+        ),
+        Command(
+            "DONE",
+            jobs.done,
+            "topic|pattern group id attempt [id attempt ...]",
+            "End jobs, all or none.",
+            Role.WRITE,
+            jobs.parse_done,
+        ),
+        Command(
+            "RETURN",
+            jobs.return_,
+            "topic|pattern group id attempt [delay-ms]",
+            "Let another worker have a job.",
+            Role.WRITE,
+            jobs.parse_return,
+        ),
+        Command(
+            "EXTEND",
+            jobs.extend,
+            "topic|pattern group id attempt ms",
+            "Let a job's lease end this long from now.",
+            Role.WRITE,
+            jobs.parse_extend,
+        ),
         Command("TOPICS", topics.topics, "[AFTER topic] [COUNT n]", "List topics, their messages and bytes."),
         Command("STATS", topics.stats, "topic [AFTER id]", "Describe a topic.", parse=topics.parse_stats),
         Command("PURGE", topics.purge, "topic|pattern", "Expire all messages that are stored now.", Role.ADMIN),
@@ -183,7 +214,7 @@ COMMANDS_BY_ROLE[Role.NOBODY] = {}
 def _queued(command: Command) -> Command:
     if command.name in ("EXEC", "DISCARD", "RESET"):
         return command
-    is_refused = command.name in ("MULTI", "HELLO", "AUTH", "QUIT", "SHUTDOWN", "PURGE")
+    is_refused = command.name in ("MULTI", "HELLO", "AUTH", "QUIT", "SHUTDOWN", "PURGE", "TAKE")
     return replace(command, handler=partial(transactions.refuse if is_refused else transactions.queue, command))
 
 

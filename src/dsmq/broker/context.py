@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dsmq.broker.access import Access
     from dsmq.broker.commands import CommandTable
+    from dsmq.broker.jobs import TakeQueues
     from dsmq.broker.usage import Usage
     from dsmq.settings import Settings
     from dsmq.store.api import Store
@@ -23,6 +24,7 @@ class ServerContext:
     store: Store
     access: Access
     usage: Usage
+    take_queues: TakeQueues
     request_stop: Callable[[str], None]
     """Stops the server; takes the reason."""
     info: Callable[[], Mapping[str, Mapping[str, object]]]

@@ -36,6 +36,7 @@ def deadlines(connection: Connection) -> Iterator[tuple[float, Callable[[], None
     yield connection.login.deadline, partial(_end_login, connection)
     if state is WAITING and connection.reads.pending is not None:
         yield connection.reads.pending.deadline, connection.reads.stop_waiting
+        yield connection.reads.pending.retry_at, connection.reads.wake
     if state is OPEN:
         error = TimedOut("the request did not arrive in time")
         yield connection.requests.deadline(), partial(connection.reject, error)

@@ -53,6 +53,9 @@ class PendingRead:
     """Whether a put into the topic wakes the connection."""
     start: Start | None = None
     """Determines `after`, until that is found."""
+    retry_in: float = math.inf
+    """After how many seconds to try again, if nothing wakes it before."""
+    retry_at: float = math.inf
 
     def fetch(self, store: Store) -> Answer[Any]:
         """Return the argument for `take`."""
@@ -307,6 +310,8 @@ class Reads:
             return None
         if not messages and read.wait_ms:
             if read.registered:
+                read.retry_at = connection.loop.now + read.retry_in
+                connection.schedule(read.retry_at)
                 return None
             # Register first, then check again, so that a put in between is not missed.
             read.wait(connection.loop.waiters, connection)
@@ -337,12 +342,18 @@ class Reads:
                 return
             connection.transport.send(reply)
         except ReplyError as error:
-            self.end()
-            connection.fail(error)
+            self.fail(error)
+            return
         except Exception:  # noqa: BLE001
             connection.on_failure(in_request=True)
             return
         connection.requests.resume()
+
+    def fail(self, error: ReplyError) -> None:
+        """Reply with an error to the pending read."""
+        self.end()
+        self._connection.fail(error)
+        self._connection.requests.resume()
 
     def stop_waiting(self, *, at_once: bool = False) -> None:
         """Reply to a waiting read even if there are no messages; if the store may have some, when it answers.

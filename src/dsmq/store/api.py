@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias, TypeVar
 from dsmq.errors import BadRequest, ReplyError
 
 if TYPE_CHECKING:
+    from dsmq.store.groups import Groups
     from dsmq.store.selection import Selection
 
 # Added to the body of each message, and to the name of each topic with messages, for the limits on bytes.
@@ -201,6 +202,10 @@ class Store(Protocol):
 
     max_age_ms: int
     limits: Limits
+
+    @property
+    def groups(self) -> Groups | None:
+        """The groups of workers; None if this store has none."""
 
     @property
     def epoch(self) -> str:

@@ -1,9 +1,9 @@
-"""A store that several servers share: a NATS JetStream stream, of which each server keeps a mirror in SQLite.
+"""A store shared by several servers: a NATS JetStream stream, which each server mirrors in SQLite.
 
 A put is published to the stream, and acknowledged once a majority of the engine's nodes has stored it; its id is its
-sequence number in the stream. Each server has a consumer of its own, and answers reads from its mirror. Mirrors number
-the messages of each topic and detect repeated puts on their own; they agree, because they all apply the same messages
-in the same order.
+sequence number in the stream. Each server has its own consumer, and answers reads from its mirror. Each mirror numbers
+the messages of topics and detects repeated puts by itself; all mirrors agree, because they apply the same messages in
+the same order.
 
 A mirror may lag. So before a read returns nothing, and before every read of the latest message, the server asks the
 engine for the id of its last message, and waits until the mirror has it.
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from dsmq import threads
 from dsmq.errors import ReplyError, StartupError, StoreFailed, TooBig
-from dsmq.store.api import Answer, EngineStats, Limits, Outcome, Put, RetriedKey, Timing
+from dsmq.store.api import Answer, EngineStats, Limits, Outcome, Put, Timing
 from dsmq.store.nats_connection import Credentials, NATSConnection, Server
 from dsmq.store.nats_index import ReadIndex
 from dsmq.store.nats_leader import LeaderFollower
@@ -51,9 +51,10 @@ _logger = logging.getLogger(__name__)
 
 
 class NATSStore(FreshReads):
-    """A store in a stream of NATS JetStream. Thread-safe; its event loop runs in a thread of its own."""
+    """A store in a NATS JetStream stream. Thread-safe; its event loop runs in its own thread."""
 
     is_shared = True
+    groups = None
 
     def __init__(
         self,
@@ -81,8 +82,8 @@ class NATSStore(FreshReads):
         self.requests = Requests(self.connection)
         self.stream = Stream(stream, replicas)
         self.mirror = Mirror(self.connection, self.stream, self._new_mirror)
-        self.publisher = Publisher(self.requests, self.stream.topic_prefix)
         self._index = ReadIndex(self.mirror, self.connection, self.requests, self.stream)
+        self.publisher = Publisher(self.requests, self.stream.topic_prefix, self._index)
         self._leader = LeaderFollower(self.connection, self.stream)
 
     def _new_mirror(self) -> MirrorStore:
@@ -147,7 +148,7 @@ class NATSStore(FreshReads):
         finally:
             self.publisher.close()
             self._ready.set()
-            # Those of the official client, if a connection of it was being replaced.
+            # Tasks of the official client, if one of its connections was being replaced.
             left = asyncio.all_tasks(self._loop)
             for task in left:
                 task.cancel()
@@ -187,7 +188,7 @@ class NATSStore(FreshReads):
                 raise StartupError(f"the NATS servers refuse the connection: {refusal}")
             await asyncio.sleep(0.05)
         await self.stream.connect(self._servers, self._credentials, self._tls)
-        # Before the mirror has a consumer, which would be interrupted. There is no leader if there is no stream yet.
+        # Before the mirror has a consumer, which a move would interrupt. Without a stream, there is no leader yet.
         with suppress(EngineError):
             await self.stream.last_id()
             await self._leader.follow()
@@ -232,7 +233,7 @@ class NATSStore(FreshReads):
 
     @property
     def max_message_bytes(self) -> int:
-        """The longest message that the engine accepts."""
+        """The length of the longest message that the engine accepts."""
         return max(0, self.connection.max_payload - HEADER_BYTES)
 
     def append(self, puts: Sequence[Put]) -> Answer[list[Outcome]]:
@@ -258,25 +259,8 @@ class NATSStore(FreshReads):
         if len(new) < len(puts):
             published = Future()
             published.add_done_callback(partial(_merge, known, answer))
-        if any(isinstance(key, RetriedKey) for _, _, key in new):
-            merged, published = published, Future()
-            published.add_done_callback(partial(self._find_first, new, merged))
         self._post(partial(self.publisher.put, new, published, together=together))
         return answer
-
-    def _find_first(self, puts: Sequence[Put], answer: Future[list[Outcome]], published: Future[list[Outcome]]) -> None:
-        """Answer with the outcomes of retried puts: the engine forgets ids sooner than the mirrors do."""
-        if (error := published.exception()) is not None:
-            answer.set_exception(error)
-            return
-        outcomes = published.result()
-
-        def finish(_: Exception | None) -> None:
-            known = self.mirror.store.find(puts)
-            answer.set_result([first or outcome for first, outcome in zip(known, outcomes, strict=True)])
-
-        # The mirror may lack the first of two copies until then.
-        self._index.add(finish)
 
     # The start of clients
 
@@ -293,7 +277,7 @@ class NATSStore(FreshReads):
     async def _answer_last_id(self, answer: Future[int]) -> None:
         self._tasks = {task for task in self._tasks if not task.done()}
         try:
-            # Not the id that `ReadIndex` waits for, which may be of a message that is never stored.
+            # Not the id that `ReadIndex` waits for, which may be that of a message that is never stored.
             epoch, last_id = self.mirror.epoch, await self._index.last_stored_id()
             if epoch != self.mirror.epoch:
                 raise EngineError("a new epoch has begun")

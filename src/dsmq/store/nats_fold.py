@@ -1,4 +1,4 @@
-"""The fold of the stream: applies its messages to a `MirrorStore`, one after another, alike on all servers."""
+"""Applies the stream's messages to a `MirrorStore`, one after another, in the same way on all servers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dsmq.system import boot_time
 if TYPE_CHECKING:
     from dsmq.store.sqlite import MirrorStore
 
-# Purges whose counts are remembered, for the clients that have asked for them.
+# Max purges whose counts are remembered, for the clients that requested them.
 MAX_PURGES = 1_000
 
 _logger = logging.getLogger(__name__)
@@ -44,12 +44,12 @@ class Fold:
         """The number of messages that could not be mirrored."""
         self.applied = asyncio.Event()
         self._deliveries: list[Delivery] = []
-        # What applies a message that takes a while. Those that follow it wait.
+        # The task that applies a message that takes a while. Later messages wait for it.
         self._change: asyncio.Task[None] | None = None
         self.purge_subject = stream.facts_prefix + b"purge"
         self.purged: dict[int, int] = {}
-        """How many messages the last purges have deleted, by their ids."""
-        # The topics' numbers as of ids, for a mirror that is not complete yet.
+        """The number of messages that the last purges deleted, by the purges' ids."""
+        # The topics' last numbers, each as of an id, for a mirror that is not complete yet.
         self._facts: list[tuple[int, dict[bytes, int]]] = []
         self._facts_at = time.monotonic()
 
@@ -86,16 +86,16 @@ class Fold:
         return topics
 
     def _slices(self, message: Received) -> Iterator[int] | None:
-        """Return what to do for a message that changes others, in slices; None if it does not."""
+        """Return an iterator that applies a message that changes others, in slices; None for other messages."""
         if message.subject == self.purge_subject:
             return self.store.purge(Selection(map(decode_token, message.body.split())))
-        # Those of `ReadIndex` are empty.
+        # Messages of `ReadIndex` are empty.
         if message.body and message.subject.startswith(self._stream.facts_prefix):
             self._facts_at = time.monotonic()
         return None
 
     async def _apply_change(self, store: MirrorStore, message_id: int, slices: Iterator[int]) -> None:
-        """Go on with others between slices, though not with the messages that follow."""
+        """Apply the slices, and let other tasks run in between. Later messages have to wait."""
         count = 0
         try:
             for changed in slices:
@@ -127,7 +127,7 @@ class Fold:
             self.store.renumber(self._facts.pop(0)[1])
 
     def _apply_safely(self, messages: list[Mirrored], last_id: int) -> None:
-        """Apply messages, skipping any that fails, which must not stop the mirror."""
+        """Apply messages, skipping those that fail: they must not stop the mirror."""
         try:
             self.store.apply(messages, last_id)
         except Exception:

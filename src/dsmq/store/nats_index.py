@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from dsmq.errors import StoreFailed
+from dsmq.store.api import Put
 from dsmq.store.nats_connection import NATSConnection, encode_publish
 from dsmq.store.nats_requests import Ack, Requests
 from dsmq.store.nats_stream import FULL, WRONG_SEQUENCE, EngineError, Stream
@@ -25,14 +26,25 @@ INDEX_SECONDS = 0.1
 _NO_RESPONSE = "the engine does not answer"
 # Higher than any id, so that the message is refused; the error contains the last id.
 _ASK_LAST_ID = ((b"Nats-Expected-Last-Sequence", b"9223372036854775806"),)
-# Replaces the one before, so that the stream does not grow.
+# Replaces the previous one, so that the stream does not grow.
 _REPLACE = ((b"Nats-Rollup", b"sub"),)
-# A node that reaches no majority is left after this time, which most elections don't take.
+# A node without a majority is abandoned after this time. Most elections are shorter.
 LEAVE_SECONDS, WATCH_SECONDS = 6.0, 1.0
-# Nodes answer their leader within the first of these, or later ones do so; the leader asks them once a second.
+# The leader contacts each node once a second. Answers under way arrive within the first of these times; the second
+# bounds the wait for proof.
 UNDER_WAY_SECONDS, PROOF_SECONDS = 1.0, 5.0
 
 _logger = logging.getLogger(__name__)
+
+
+class _Reader(NamedTuple):
+    """What waits for the mirror."""
+
+    call: Callable[[Exception | None], None]
+    until: float
+    """When to give up, by the monotonic clock."""
+    last_id: int | None
+    """The id that the mirror must have; None: all that the engine has."""
 
 
 class ReadIndex:
@@ -45,46 +57,62 @@ class ReadIndex:
     def __init__(self, mirror: Mirror, connection: NATSConnection, requests: Requests, stream: Stream) -> None:
         self._mirror, self._connection, self._requests, self._stream = mirror, connection, requests, stream
         self._subject = stream.facts_prefix + b"index"
-        self._readers: list[tuple[Callable[[Exception | None], None], float]] = []
+        self._readers: list[_Reader] = []
         self._wanted = asyncio.Event()
         self._left_at = boot_time()
 
-    def add(self, call: Callable[[Exception | None], None]) -> None:
-        """Call a function with None once the mirror is up to date, or with an error."""
-        self._readers.append((call, time.monotonic() + READ_SECONDS))
+    def add(self, call: Callable[[Exception | None], None], last_id: int | None = None) -> None:
+        """Call a function with None once the mirror is up to date, or has an id if that is given; or with an error."""
+        self._readers.append(_Reader(call, time.monotonic() + READ_SECONDS, last_id))
         self._wanted.set()
 
+    def mirrored(self, puts: Sequence[Put]) -> list[int | None]:
+        """Return the ids of puts that the mirror has."""
+        return self._mirror.store.find(puts)
+
+    async def stored(self, puts: Sequence[Put]) -> list[int | None]:
+        """Return the ids of puts that are stored. Raises StoreFailed if the engine does not answer."""
+        answer: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
+        self.add(lambda error: None if answer.done() else answer.set_result(error))
+        if (error := await answer) is not None:
+            raise error
+        return self.mirrored(puts)
+
     async def run(self) -> None:
-        """Serve reads until this is cancelled."""
+        """Serve reads until cancelled."""
         while True:
             await self._wanted.wait()
             readers, self._readers = self._readers, []
             self._wanted.clear()
             # One request serves all reads that arrived before it.
-            mirrored = self._mirror.store.last_id()
-            last_id = await self._ask()
-            if last_id is not None and last_id < mirrored:
-                # Either from a leader that does not know its last id yet, or from a new stream.
-                last_id = None
+            ids = [reader.last_id for reader in readers if reader.last_id is not None]
+            last_id = max(ids) if len(ids) == len(readers) else await self._newest()
             if last_id is not None and await self._reached(last_id):
-                for call, _ in readers:
-                    call(None)
+                for reader in readers:
+                    reader.call(None)
             else:
                 self._put_back(readers)
                 if last_id is None:
                     await asyncio.sleep(INDEX_SECONDS)
 
-    def _put_back(self, readers: list[tuple[Callable[[Exception | None], None], float]]) -> None:
+    def _put_back(self, readers: list[_Reader]) -> None:
         now = time.monotonic()
-        for call, until in readers:
-            if until <= now:
-                call(StoreFailed(_NO_RESPONSE))
-        self._readers = [reader for reader in readers if reader[1] > now] + self._readers
+        for reader in readers:
+            if reader.until <= now:
+                reader.call(StoreFailed(_NO_RESPONSE))
+        self._readers = [reader for reader in readers if reader.until > now] + self._readers
         if self._readers:
             self._wanted.set()
 
+    async def _newest(self) -> int | None:
+        """Return the id of the engine's last message; None if it is not certain."""
+        mirrored = self._mirror.store.last_id()
+        last_id = await self._ask()
+        # Otherwise it is from a leader that does not know its last id yet, or from a new stream.
+        return last_id if last_id is not None and last_id >= mirrored else None
+
     async def _ask(self) -> int | None:
-        """Return the id of the engine's last message; None if it does not answer, or can't be sure."""
+        """Return the id of the engine's last message; None if it does not answer, or is not certain."""
         asked = boot_time()
         if asked >= self._stream.sole_leader_until:
             proof = await self._publish()
@@ -96,15 +124,15 @@ class ReadIndex:
         return int(digits) if digits.isdigit() else None
 
     async def _publish(self) -> Ack:
-        """Have a majority store a message, which comes after all that were stored before."""
+        """Publish a message. Once a majority has stored it, it follows all messages stored before."""
         ack = await self._requests.ask(lambda reply: encode_publish(self._subject, b"", reply, _REPLACE), 1.0)
         return ack or Ack()
 
     async def _last_id_if_full(self, asked: float) -> int | None:
         """Return the id of the engine's last message, once a majority has followed its leader for a while.
 
-        The stream has no room for a message that would prove it at once. What was under way between the nodes when the
-        read arrived proves nothing, hence the while.
+        The stream has no room for a message that would prove this at once. Messages that were under way between the
+        nodes when the read arrived prove nothing, hence the wait.
         """
         while boot_time() < asked + PROOF_SECONDS:
             await asyncio.sleep(INDEX_SECONDS)
@@ -115,7 +143,7 @@ class ReadIndex:
         return None
 
     async def last_stored_id(self) -> int:
-        """Return an id that all stored messages are below or have. Raises EngineError."""
+        """Return an id that is not below that of any stored message. Raises EngineError."""
         # Not what `_ask` returns, which counts messages that may never be stored.
         asked = boot_time()
         last_id = await self._stream.last_id()
@@ -126,7 +154,7 @@ class ReadIndex:
         return ack.id
 
     async def watch(self) -> None:
-        """Leave nodes that reach no majority of the others, until this is cancelled."""
+        """Leave nodes that can't reach a majority, until cancelled."""
         majority_at = boot_time()
         while True:
             await asyncio.sleep(WATCH_SECONDS)
@@ -140,7 +168,7 @@ class ReadIndex:
             if ack.id or ack.code in FULL or not self._connection.connected:
                 majority_at = boot_time()
             elif boot_time() - majority_at > LEAVE_SECONDS:
-                _logger.warning("NATS server %s reaches no majority: trying another one", self._connection.server)
+                _logger.warning("NATS server %s can't reach a majority: trying another one", self._connection.server)
                 self._connection.leave()
                 majority_at = boot_time()
             if boot_time() - max(self._stream.majority_at, self._left_at) > LEAVE_SECONDS:

@@ -31,18 +31,19 @@ if TYPE_CHECKING:
 # A consumer that is silent for this long is lost; it sends a heartbeat once a second.
 LOST_SECONDS = 2.5
 CHECK_SECONDS = 1.0
-# How long it takes at most to follow the stream again after a connection was lost, if nothing else is wrong.
+# Max time to follow the stream again after a lost connection, if nothing else is wrong.
 RECOVERY_SECONDS = 5.0
 RETRY_SECONDS = 0.25
 CLOSE_SECONDS = 2.0
-# How long to wait for a new consumer, first and then. The engine may place it on a node that has just died.
+# How long to wait for a new consumer, at first and then. The engine may place it on a node that has just died.
 FIRST_CREATE_SECONDS, CREATE_SECONDS = 0.5, 1.0
-# How many checks may find the stream behind the mirror before its messages count as lost: an answer may be stale.
+# The number of checks that may find the stream behind the mirror, because answers may be stale, before its messages
+# count as lost.
 MAX_BEHIND = 3
-# The topics' numbers are written to the stream this often per max_age, by whichever server is first.
+# The topics' numbers are written to the stream this many times per max_age, by any one of the servers.
 FACTS_PER_MAX_AGE = 4
 _FLOW_CONTROL = 100
-# A number of pending messages that is not known yet: higher than any.
+# Higher than any number of pending messages: not known yet.
 _UNKNOWN = 1 << 62
 
 _logger = logging.getLogger(__name__)
@@ -53,7 +54,8 @@ class Lag:
 
     def __init__(self) -> None:
         self._stream_id = self._mirrored_id = 0
-        # When the mirror was last complete; then an id, and when it will have been complete once it has that id.
+        # When the mirror was last complete; an id, and the time at which it will have been complete once it has that
+        # id.
         self._complete_at = boot_time()
         self._next: tuple[int, float] | None = None
 
@@ -73,7 +75,7 @@ class Lag:
         return max(0, self._stream_id - self._mirrored_id)
 
     def seconds(self, *, is_followed: bool) -> float:
-        """Return the time since the mirror was last complete; 0 if it is, and follows the stream."""
+        """Return the time since the mirror was last complete; 0 if it is complete and follows the stream."""
         return boot_time() - self._complete_at if self.messages or not is_followed else 0.0
 
 
@@ -85,7 +87,7 @@ class Mirror(Fold):
         self._connection, self._new_store = connection, new_store
         self.epoch = ""
         self.ready = False
-        """Whether the store has been complete."""
+        """Whether the store has ever been complete."""
         self.on_ready: Callable[[], None] = lambda: None
         self.on_messages: Callable[[set[bytes]], None] = lambda _: None
         self.on_replaced: Callable[[], None] = lambda: None
@@ -139,7 +141,7 @@ class Mirror(Fold):
             await asyncio.gather(*self._deletions, return_exceptions=True)
 
     def _fail(self, error: EngineError) -> None:
-        """Record why the stream is not being followed, and log it once, not for each attempt."""
+        """Record why the stream is not being followed, and log it once, not at each attempt."""
         self.error = error
         if self._is_reported or self._is_explained():
             _logger.debug("not following the stream: %s", error)
@@ -162,7 +164,7 @@ class Mirror(Fold):
         self._is_reported = False
 
     async def _follow(self) -> None:
-        """Mirror the stream through a new consumer until that is lost."""
+        """Mirror the stream through a new consumer, until the consumer is lost."""
         state = await self._stream.state()
         self._enter_epoch(state)
         if self.silent_seconds > self.store.max_age_ms / 1000 and self.ready:
@@ -188,7 +190,7 @@ class Mirror(Fold):
         finally:
             self._connection.unsubscribe(subscription)
             self.apply()
-            # In the background, because nobody answers for a second if the consumer was on a node that has died.
+            # In the background, because it takes a second if the consumer was on a node that has died.
             deletion = asyncio.create_task(self._stream.delete_consumer(name))
             self._deletions.add(deletion)
             deletion.add_done_callback(self._deletions.discard)
@@ -234,7 +236,7 @@ class Mirror(Fold):
             self.lag.update(state.last_id, self.store.last_id())
             self._behind = self._behind + 1 if state.last_id < mirrored else 0
             if self._behind >= MAX_BEHIND:
-                # The stream will give the same ids to other messages.
+                # The stream will assign the same ids to other messages.
                 await self._stream.end_epoch(self.epoch)
             if state.epoch != self.epoch:
                 raise EngineError("the stream has another epoch")
@@ -242,7 +244,7 @@ class Mirror(Fold):
 
     def _raise_if_lost(self) -> None:
         if self._lost is None and self.silent_seconds > LOST_SECONDS:
-            self._lost = "nothing was heard of its consumer"
+            self._lost = "its consumer is silent"
         if self._lost is not None:
             raise EngineError(self._lost)
 
@@ -291,7 +293,7 @@ class Mirror(Fold):
             self._lost = f"its consumer is at {int(last)}, not {self._sequence}"
 
     def apply(self) -> None:
-        """Apply the messages delivered so far, up to one that takes a while, like a purge; the others come after it."""
+        """Apply the messages delivered so far, up to one that takes a while, such as a purge; the rest wait for it."""
         # A consumer on a node that has deleted messages too early sends the rest before it is refused.
         if self._change is not None or not self._is_accepted:
             return

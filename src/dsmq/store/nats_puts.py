@@ -11,13 +11,16 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from dsmq.errors import Full, ReplyError, StoreFailed, Unsure
 from dsmq.store.api import Outcome, Put, RetriedKey
 from dsmq.store.nats_connection import encode_publish
 from dsmq.store.nats_requests import Ack, Requests
 from dsmq.store.nats_stream import FULL, encode_token
+
+if TYPE_CHECKING:
+    from dsmq.store.nats_index import ReadIndex
 
 # A batch is stored atomically, with one acknowledgement. Puts that arrive meanwhile form the next one.
 BATCH_MESSAGES, BATCH_BYTES = 500, 524_288
@@ -34,13 +37,17 @@ _logger = logging.getLogger(__name__)
 
 class _Publish(NamedTuple):
     subject: bytes
-    body: bytes
     message_id: bytes
-    is_retry: bool
-    """Whether an earlier attempt, perhaps of another server, may have stored it."""
+    put: Put
+    """If it has no key, with the publisher's own."""
+
+    @property
+    def is_retry(self) -> bool:
+        """Whether an earlier attempt, perhaps of another server, may have stored it."""
+        return isinstance(self.put[2], RetriedKey)
 
     def encode(self, reply: bytes, batch: Sequence[tuple[bytes, bytes]] = ()) -> bytes:
-        return encode_publish(self.subject, self.body, reply, [(b"Nats-Msg-Id", self.message_id), *batch])
+        return encode_publish(self.subject, self.put[1], reply, [(b"Nats-Msg-Id", self.message_id), *batch])
 
 
 class _Append(NamedTuple):
@@ -82,8 +89,8 @@ class _Batch(NamedTuple):
 class Publisher:
     """Publishes puts. Used in one asyncio event loop."""
 
-    def __init__(self, requests: Requests, topic_prefix: bytes) -> None:
-        self._requests, self._topic_prefix = requests, topic_prefix
+    def __init__(self, requests: Requests, topic_prefix: bytes, index: ReadIndex) -> None:
+        self._requests, self._topic_prefix, self._index = requests, topic_prefix, index
         self._queue: deque[_Append] = deque()
         self._is_running = False
         # What is being published now.
@@ -92,7 +99,7 @@ class Publisher:
         # A batch whose first attempt had no outcome, and the engine's answer; or a defect.
         self._failed: asyncio.Queue[tuple[_Batch, Ack | None] | Exception] = asyncio.Queue()
         # The ids of puts without a key.
-        self._own = f"s.{secrets.token_hex(8)}:".encode()
+        self._own = f"s.{secrets.token_hex(8)}".encode()
         self._numbers = itertools.count(1)
         self.last_id = 0
         """The highest id that the engine has acknowledged."""
@@ -105,19 +112,16 @@ class Publisher:
         """Queue puts; the answer will have an outcome for each. `together`: store all or none."""
         messages = []
         for topic, body, key in puts:
-            if key is None:
-                message_id = b"%b%d" % (self._own, next(self._numbers))
-            else:
-                message_id = b"p.%b:%d" % (encode_token(key[0]), key[1])
-            messages.append(
-                _Publish(self._topic_prefix + encode_token(topic), body, message_id, isinstance(key, RetriedKey))
-            )
+            name = key or (self._own, next(self._numbers))
+            message_id = b"p.%b:%d" % (encode_token(key[0]), key[1]) if key else b"%b:%d" % name
+            messages.append(_Publish(self._topic_prefix + encode_token(topic), message_id, (topic, body, name)))
         self._queue.append(_Append(messages, answer, together, time.monotonic() + PUT_SECONDS))
         self._begin()
 
     def put_fact(self, subject: bytes, body: bytes, answer: Future[list[Outcome]]) -> None:
         """Queue a message to the servers, in order with puts."""
-        fact = _Publish(subject, body, b"%b%d" % (self._own, next(self._numbers)), is_retry=False)
+        key = self._own, next(self._numbers)
+        fact = _Publish(subject, b"%b:%d" % key, (b"", body, key))
         self._queue.append(_Append([fact], answer, together=True, until=time.monotonic() + PUT_SECONDS))
         self._begin()
 
@@ -131,7 +135,7 @@ class Publisher:
                 failed = await self._failed.get()
                 if isinstance(failed, Exception):
                     raise failed
-                self._finish(await self._go_on(*failed))
+                self._finish(await self._go_on(*failed), is_sure=False)
         finally:
             self._is_running = False
 
@@ -157,28 +161,42 @@ class Publisher:
     def _on_first_answer(self, batch: _Batch, ack: Ack | None) -> None:
         try:
             if outcomes := self._outcomes(batch, ack, is_sent=False):
-                self._finish(outcomes)
+                is_repeated = batch.is_retry or (ack is not None and ack.is_repeated)
+                self._finish(outcomes, is_sure=not (batch.together or is_repeated))
             else:
                 self._failed.put_nowait((batch, ack))
         except Exception as error:  # noqa: BLE001 - `run` raises it, so that puts do not wait forever
             self._failed.put_nowait(error)
 
-    def _finish(self, outcomes: list[Outcome]) -> None:
-        """Send the next batch, and answer this one."""
+    def _finish(self, outcomes: list[Outcome], *, is_sure: bool) -> None:
+        """Send the next batch, and answer this one.
+
+        It is answered once the mirror has it if reads of the same transaction follow, or if the engine may have stored
+        it twice: it forgets ids sooner than the mirrors do, and a new leader repeats what the last one had begun.
+        """
         self.seconds += time.monotonic() - self._began
         self.published += 1
         appends, self._appends = self._appends, []
         self._begin()
-        for append in appends:
-            append.answer.set_result(outcomes[: len(append.messages)])
-            del outcomes[: len(append.messages)]
+        if is_sure:
+            _answer(appends, outcomes)
+            return
+
+        def finish(_: Exception | None) -> None:
+            first_ids = self._index.mirrored([message.put for append in appends for message in append.messages])
+            _answer(appends, [first or outcome for first, outcome in zip(first_ids, outcomes, strict=True)])
+
+        if ids := [outcome for outcome in outcomes if isinstance(outcome, int)]:
+            self._index.add(finish, max(ids))
+        else:
+            finish(None)
 
     def _take(self) -> list[_Append]:
         """Take the next batch out of the queue."""
         taken, count, size = [self._queue.popleft()], 0, 0
         while self._queue and not (taken[-1].together or self._queue[0].together):
             count += len(taken[-1].messages)
-            size += sum([len(message.body) for message in taken[-1].messages])
+            size += sum([len(message.put[1]) for message in taken[-1].messages])
             if count + len(self._queue[0].messages) > BATCH_MESSAGES or size > BATCH_BYTES:
                 break
             taken.append(self._queue.popleft())
@@ -197,7 +215,7 @@ class Publisher:
             self.last_id = max(self.last_id, ack.id)
             self.repeated += ack.is_repeated
             return list(range(ack.id - count + 1, ack.id + 1))
-        is_final = ack.code in FULL if count == 1 else batch.together and ack.code not in (0, _IN_PROCESS)
+        is_final = ack.code in FULL if count == 1 else batch.together and ack.code not in (0, _IN_PROCESS, _REPEATED)
         if is_final and ack.code in FULL and batch.is_retry:
             return [Unsure(f"the engine is full, but an earlier attempt may be stored: {ack.text}")] * count
         return [_refusal(ack)] * count if is_final and not is_sent and not batch.is_retry else []
@@ -208,15 +226,34 @@ class Publisher:
         if len(batch.messages) > 1 and not batch.together:
             # The engine refuses a batch that contains repeated puts, or for which there is no room.
             self.split += 1
-            return await self._publish_each(batch, is_sent=is_sent)
+            outcomes: list[Outcome] = []
+            for message in batch.messages:
+                outcomes += await self._publish(batch._replace(messages=[message]), is_sent=is_sent)
+            return outcomes
+        if ack is not None and ack.code == _REPEATED:
+            return await self._publish_rest(batch, ack, is_sent=is_sent)
         await self._pause(ack)
         return await self._publish(batch, is_sent=is_sent)
 
-    async def _publish_each(self, batch: _Batch, *, is_sent: bool) -> list[Outcome]:
-        outcomes = []
-        for message in batch.messages:
-            outcomes += await self._publish(batch._replace(messages=[message]), is_sent=is_sent)
-        return outcomes
+    async def _publish_rest(self, batch: _Batch, refusal: Ack, *, is_sent: bool) -> list[Outcome]:
+        """Publish those messages of a refused batch that are not stored, each once."""
+        try:
+            stored = await self._index.stored([message.put for message in batch.messages])
+        except StoreFailed as error:
+            return [_unsure() if is_sent else error] * len(batch.messages)
+        rest: dict[bytes, _Publish] = {}
+        for message, message_id in zip(batch.messages, stored, strict=True):
+            if message_id is None:
+                rest.setdefault(message.message_id, message)
+        if len(rest) == len(stored):
+            return [_unsure() if is_sent else _refusal(refusal)] * len(rest)
+        new = await self._publish(batch._replace(messages=list(rest.values())), is_sent=is_sent) if rest else []
+        self.repeated += len(stored) - len(rest)
+        outcomes = dict(zip(rest, new, strict=True))
+        return [
+            message_id or outcomes[message.message_id]
+            for message, message_id in zip(batch.messages, stored, strict=True)
+        ]
 
     async def _publish(self, batch: _Batch, *, is_sent: bool) -> list[Outcome]:
         """Publish a batch as a whole, retrying until its outcome is known. `is_sent`: it may already be stored."""
@@ -225,9 +262,9 @@ class Publisher:
             ack = await self._requests.ask(batch.encode, ATTEMPT_SECONDS)
             if outcomes := self._outcomes(batch, ack, is_sent=is_sent):
                 return outcomes
-            if is_sent and ack is not None and ack.code == _REPEATED:
-                # An earlier attempt has stored it.
-                return await self._publish_each(batch, is_sent=True)
+            if ack is not None and ack.code == _REPEATED:
+                # An earlier attempt has stored it, or a put of another client some of it.
+                return await self._publish_rest(batch, ack, is_sent=is_sent)
             is_sent = is_sent or _may_be_stored(ack)
             await self._pause(ack)
         return [_unsure() if is_sent else StoreFailed("the engine does not answer")] * len(batch.messages)
@@ -237,6 +274,12 @@ class Publisher:
             _logger.debug("the engine refused a put: %s (%s)", ack.text, ack.code)
         self.retries += 1
         await asyncio.sleep(_PAUSE_SECONDS)
+
+
+def _answer(appends: list[_Append], outcomes: list[Outcome]) -> None:
+    for append in appends:
+        append.answer.set_result(outcomes[: len(append.messages)])
+        del outcomes[: len(append.messages)]
 
 
 def _may_be_stored(ack: Ack | None) -> bool:

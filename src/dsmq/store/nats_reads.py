@@ -1,4 +1,4 @@
-"""What a store in a stream answers from its mirror, which may lag."""
+"""The part of a store in a stream that is answered by its mirror, which may lag."""
 
 from __future__ import annotations
 
@@ -70,9 +70,6 @@ class MirroredStore:
     def largest_topics(self, count: int) -> list[bytes]:
         return self.mirror.store.largest_topics(count)
 
-    def last_id(self) -> int:
-        return self.mirror.store.last_id()
-
     def id_before(self, milliseconds: int) -> int:
         return self.mirror.store.id_before(milliseconds)
 
@@ -115,6 +112,10 @@ class FreshReads(MirroredStore):
             return self.mirror.store.go_back(selection, count, below)
         return self._when_fresh(0, lambda store: store.go_back(selection, count))
 
+    def last_id(self) -> int:
+        # The mirror may still lack a put that has been answered.
+        return max(self.mirror.store.last_id(), self.publisher.last_id)
+
     def check_id(self, after: int) -> None:
         """Do nothing: an id from another server may be later than the mirror's last one, so reads check it."""
 
@@ -135,7 +136,7 @@ class FreshReads(MirroredStore):
         return answer
 
     def purge(self, selection: Selection) -> Iterator[Answer[int]]:
-        """Have all servers purge their mirrors, and wait for this one's."""
+        """Make all servers purge their mirrors, and wait for this server's."""
         done: Future[int] = Future()
         counts: list[int] = []
 

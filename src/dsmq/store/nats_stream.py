@@ -1,4 +1,4 @@
-"""The JetStream stream that holds the messages: its configuration, its epoch, the facts in it, and its consumers.
+"""The JetStream stream that stores the messages: its configuration, epoch, facts, and consumers.
 
 Subjects, if the stream is called `dsmq`:
 
@@ -52,11 +52,11 @@ _MARGIN, _MIN_MARGIN_SECONDS = 0.1, 60
 CLOCK_TOLERANCE_SECONDS = _MIN_MARGIN_SECONDS
 _API_SECONDS = 1.0
 _HEARTBEAT_SECONDS = 1
-# A node tries to become the leader only if it has not heard of one for 4 s; less than that, because clocks differ.
+# A node tries to become the leader only after 4 s without one; less here, because clocks differ.
 SOLE_LEADER_SECONDS = 3.5
-# Numbers are spread over this many messages, because a message has a maximum size.
+# Numbers are spread over this many messages, because the size of a message is limited.
 FACT_PARTS = 16
-# The most that a message takes besides its body and topic.
+# The max size of a message besides its body and topic.
 HEADER_BYTES = 1024
 _NEVER = {"Nats-TTL": "never"}
 
@@ -111,12 +111,11 @@ class Stream:
         self.facts_prefix = f"{name}.facts.".encode()
         self._client = Client()
         self.sole_leader_until = self.majority_at = -math.inf
-        """Until when no other node can become the leader, and when a majority was last known to follow one: both by
-        `boot_time`."""
+        """By `boot_time`: until when no other node can become the leader, and when a majority last followed one."""
         self.heard_at = -math.inf
-        """When the leader that was last asked had last heard of a majority."""
+        """When the leader last had contact with a majority, as of its last answer."""
         self.leader = ""
-        """The node that led the stream then; empty if the nodes are no cluster."""
+        """The node that led the stream then; empty if the nodes are not a cluster."""
         self._clock_offset = 0.0
         """That node's clock, in seconds since 1970, minus `boot_time`."""
         self._clock_reported_of: str | None = None
@@ -128,7 +127,7 @@ class Stream:
         """Whether the stream has the current configuration."""
 
     def configure(self, max_age_ms: int, max_bytes: int) -> None:
-        """Set the values for `open` to configure the stream with. Thread-safe."""
+        """Set the values with which `open` configures the stream. Thread-safe."""
         self._max_age_ms, self._max_bytes = max_age_ms, max_bytes if max_bytes < sys.maxsize else -1
         self.is_configured = False
 
@@ -175,7 +174,7 @@ class Stream:
                 await self._client.close()
 
     async def leave_node(self) -> None:
-        """Go to another node with the next request."""
+        """Use another node for the next request."""
         if (url := self._client.connected_url) is not None:
             left = str(url.hostname), int(url.port or 0)
             self._servers.sort(key=lambda server: server == left)
@@ -200,7 +199,7 @@ class Stream:
         for name in ("subjects", "storage", "retention", "discard"):
             if found.get(name) != wanted[name]:
                 raise StartupError(
-                    f"the stream {self.name} is not one of dsmq's: its {name} is {found.get(name)}, not {wanted[name]}"
+                    f"stream {self.name} was not created by dsmq: its {name} is {found.get(name)}, not {wanted[name]}"
                 )
         if any(found.get(name) != wanted[name] for name in ("max_age", "max_bytes", "num_replicas")):
             await self._update(found | wanted)
@@ -209,8 +208,8 @@ class Stream:
         try:
             await self._request(f"STREAM.UPDATE.{self.name}", wanted)
         except EngineError as error:
-            # The stream is usable as it is.
-            _logger.error("the stream %s keeps its configuration: %s", self.name, error)
+            # The stream is usable with its old configuration.
+            _logger.error("can't update the configuration of stream %s: %s", self.name, error)
         else:
             _logger.warning("the stream %s is now configured by this server's settings", self.name)
 
@@ -260,8 +259,9 @@ class Stream:
     async def _info(self) -> dict[str, Any]:
         """Return the stream's state and configuration.
 
-        A leader that is cut off believes for up to 20 s that it leads. So it does not suffice that it answers: it says
-        how long ago it heard of each of the others. None of them can have become the leader less than 4 s after that.
+        An isolated leader believes for up to 20 s that it still leads. So its answer is not enough: it includes the
+        time since its last contact with each of the others. None of them can have become the leader within 4 s after
+        that.
         """
         asked = boot_time()
         info = await self._request(f"STREAM.INFO.{self.name}")
@@ -272,8 +272,8 @@ class Stream:
         if len(silent) >= others:
             self.sole_leader_until = max(self.sole_leader_until, asked + SOLE_LEADER_SECONDS - max(silent, default=0.0))
         if sum(seconds < SOLE_LEADER_SECONDS for seconds in silent) < needed:
-            # What it says may be too old to compare with.
-            raise EngineError("a node answers that reaches no majority of the others")
+            # Its answer may be outdated.
+            raise EngineError("the node can't reach a majority of the others")
         self.heard_at = asked - silent[needed - 1] if needed else asked
         self.majority_at, self.leader = asked, (info.get("cluster") or {}).get("leader", "")
         self._check_clock(_milliseconds(info["ts"]) / 1000)
@@ -304,7 +304,7 @@ class Stream:
             await self._request(f"STREAM.PURGE.{self.name}", {"filter": f"{self.name}.genesis"})
 
     async def create_consumer(self, name: str, deliver_to: str, after: int, seconds: float) -> int:
-        """Have all messages after an id sent to a subject; return how many of them exist already."""
+        """Create a consumer that sends all messages after an id to a subject; return how many of them already exist."""
         config = {
             "name": name,
             "deliver_policy": "by_start_sequence",
@@ -334,7 +334,7 @@ class Stream:
     # Facts
 
     async def read_facts(self) -> list[tuple[int, dict[bytes, int]]]:
-        """Return the numbers of the topics' last messages, in parts: the id as of which they hold, and the numbers."""
+        """Return the topics' last numbers, in parts: an id, and the numbers as of that id."""
         parts = []
         for part in range(FACT_PARTS):
             if found := await self._last_of(f"{self.name}.facts.{part}"):
@@ -344,7 +344,6 @@ class Stream:
         return parts
 
     async def write_facts(self, at: int, numbers: Mapping[bytes, int]) -> None:
-        """Replace the facts in the stream by these."""
         parts: list[dict[str, int]] = [{} for _ in range(FACT_PARTS)]
         for name, number in numbers.items():
             parts[zlib.crc32(name) % FACT_PARTS][encode_token(name).decode()] = number
@@ -358,7 +357,7 @@ class Stream:
     async def publish(self, subject: str, body: bytes, headers: dict[str, str]) -> None:
         """Publish a message, and wait until it is stored."""
         if len(body) > self._client.max_payload - HEADER_BYTES:
-            raise EngineError(f"{len(body)} bytes are more than the engine accepts in a message (max_payload)")
+            raise EngineError(f"a message of {len(body)} bytes is longer than the engine accepts (max_payload)")
         _parse(await self._ask(subject, body, _API_SECONDS, headers))
 
     async def _last_of(self, subject: str) -> bytes | None:
@@ -385,7 +384,7 @@ class Stream:
             raise EngineError(f"the engine does not answer: {error or type(error).__name__}") from error
 
     async def _replace_client(self, seconds: float) -> None:
-        """Connect with a new client, because the official one closes for good after some errors."""
+        """Connect with a new client, because the official one closes permanently after some errors."""
         async with self._connecting, asyncio.timeout(seconds):
             if self._client.is_closed:
                 await self._connect()

@@ -55,6 +55,34 @@ CREATE TABLE producers (
 );
 CREATE TABLE puts (producer INTEGER NOT NULL, seq INTEGER NOT NULL, message INTEGER NOT NULL);
 CREATE TABLE lost (name BLOB, number INTEGER NOT NULL);
+CREATE TABLE worker_groups (
+    id INTEGER PRIMARY KEY,
+    key BLOB NOT NULL,
+    name BLOB NOT NULL,
+    used_at INTEGER NOT NULL,
+    position INTEGER NOT NULL,
+    taken INTEGER NOT NULL,
+    repeated INTEGER NOT NULL,
+    done INTEGER NOT NULL,
+    failed INTEGER NOT NULL,
+    unmoved INTEGER NOT NULL,
+    expired INTEGER NOT NULL,
+    dropped INTEGER NOT NULL
+);
+CREATE TABLE jobs (
+    worker_group INTEGER NOT NULL,
+    id INTEGER NOT NULL,
+    topic BLOB,
+    attempt INTEGER NOT NULL,
+    until INTEGER NOT NULL,
+    is_held INTEGER NOT NULL
+);
+CREATE TABLE job_numbers (
+    worker_group INTEGER NOT NULL,
+    topic BLOB NOT NULL,
+    number INTEGER NOT NULL,
+    dropped INTEGER NOT NULL
+);
 """
 INSERT_TOPIC = "INSERT INTO topics (id, name) VALUES (?, ?)"
 UPDATE_BODIES = "UPDATE chunks SET bodies = ? WHERE last_id = ?"

@@ -39,6 +39,7 @@ from dsmq.store.api import (
 )
 from dsmq.store.database import Database, to_reply_error
 from dsmq.store.dedup import Deduplicator, Producer
+from dsmq.store.groups import Groups, Source
 from dsmq.store.limits import LimitChecker
 from dsmq.store.purge import Purges
 from dsmq.store.removal import Removals
@@ -61,7 +62,7 @@ def monotonic_ms() -> int:
     return (time.monotonic_ns() if BOOT_CLOCK is None else time.clock_gettime_ns(BOOT_CLOCK)) // 1_000_000
 
 
-class SQLiteStore(SelectionReads, Removals, Purges, LocalStore):
+class SQLiteStore(SelectionReads, Removals, Purges, Source, LocalStore):
     """A store in this process. Thread-safe."""
 
     def __init__(self, max_age_ms: int, clock: Callable[[], int] = monotonic_ms, limits: Limits | None = None) -> None:
@@ -75,6 +76,7 @@ class SQLiteStore(SelectionReads, Removals, Purges, LocalStore):
         self._limits = LimitChecker(self._topics, self._sizes)
         self._begin_removals()
         self._deduplicator, self._matches = Deduplicator(), WeakKeyDictionary()
+        self.groups = Groups(self)
 
     # Puts
 
@@ -305,7 +307,8 @@ class SQLiteStore(SelectionReads, Removals, Purges, LocalStore):
         database, topics, buffer = self._database, self._topics, self._buffer
         try:
             # Not `with database`, which would convert errors of the file to errors of the store.
-            with database.lock:
+            with self.groups.lock, database.lock:
+                groups = self.groups.copy()
                 state = SnapshotState(
                     *(self.epoch, self.run, self._clock(), self._last_id, topics.last_row, None, unix_time, is_last),
                     *(topics.empty | topics.dropped_ids, self._lost.ranges),
@@ -314,7 +317,7 @@ class SQLiteStore(SelectionReads, Removals, Purges, LocalStore):
                 buffered: list[Batch] = [(INSERT_TOPIC, buffer.new_topics()), (INSERT_ROW, buffer.rows())]
                 written = buffer.written_id, buffer.written_row
                 copied = database.copy_to(file, on_progress) if file else database.copy_rows(*written)
-            yield chain(copied, buffered, copy_state(database, state, self._deduplicator))
+            yield chain(copied, buffered, groups, copy_state(database, state, self._deduplicator))
         finally:
             database.deletable_id = sys.maxsize
 
@@ -333,6 +336,7 @@ class SQLiteStore(SelectionReads, Removals, Purges, LocalStore):
         self._last_id, self._topics.last_row, self._topics.empty = state.last_id, state.last_row, state.empty_topics
         self._buffer.clear(state.last_id, state.last_row)
         self._deduplicator.restore(producers, state.forgot_at)
+        self.groups.load(source, self._clock())
         return state
 
     def begin_run(self, last_id: int) -> None:
@@ -343,6 +347,11 @@ class SQLiteStore(SelectionReads, Removals, Purges, LocalStore):
         numbers = {name: number for name, (number, _) in self._topics.empty.items()} | self.last_numbers()
         self._lost.add(Lost(self._last_id, last_id, numbers))
         self.run, self._last_id = secrets.token_hex(8), last_id
+
+    # Workers
+
+    def start(self, on_messages: Callable[[set[bytes]], None], on_unusable: Callable[[str], None]) -> None:  # noqa: ARG002
+        self.groups.on_messages = on_messages
 
     def close(self) -> None:
         self._database.close()

@@ -335,6 +335,16 @@ def encode_messages(messages: Sequence[tuple[int, int, int, bytes, int]]) -> Enc
     return (bytearray() if len(parts[1]) > _LONG_REPLY_BYTES else b"").join(parts)
 
 
+def encode_jobs(jobs: Sequence[tuple[bytes, int, int, int, bytes, int, int]]) -> Encoded:
+    """Encode a reply to TAKE: seven values a job."""
+    parts = [b"*%d\r\n" % (7 * len(jobs))]
+    for topic, message_id, number, age, body, left, attempt in jobs:
+        head = len(topic), topic, message_id, number, age, len(body)
+        parts += b"$%d\r\n%b\r\n:%d\r\n:%d\r\n:%d\r\n$%d\r\n" % head, body, b"\r\n:%d\r\n:%d\r\n" % (left, attempt)
+    is_long = jobs and len(jobs[0][4]) > _LONG_REPLY_BYTES
+    return (bytearray() if is_long else b"").join(parts)
+
+
 def encode_found(position: int, messages: Sequence[tuple[bytes, int, int, int, bytes, int]]) -> Encoded:
     """Encode a reply to MREAD: a position, and six values a message."""
     parts = [b"*%d\r\n:%d\r\n" % (1 + 6 * len(messages), position)]

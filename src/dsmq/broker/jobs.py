@@ -1,0 +1,246 @@
+"""TAKE, DONE, RETURN and EXTEND: work shared by several workers."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import deque
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any
+
+from dsmq.broker.arguments import (
+    MAX_NAME_BYTES,
+    check_topic,
+    parse_integer,
+    parse_name,
+    parse_number,
+    parse_options,
+)
+from dsmq.broker.reads import MAX_WAIT_MS, PendingRead, count_delivery
+from dsmq.errors import BadRequest, Busy, StoreFailed
+from dsmq.store.api import MESSAGE_OVERHEAD_BYTES, Store
+from dsmq.store.group import Receipt
+from dsmq.store.groups import Groups, Job, Take
+from dsmq.store.selection import Pattern, Selection
+from dsmq.wire.limits import MAX_NAMES_BYTES, MAX_READ_BYTES
+from dsmq.wire.resp import OK, Encoded, encode_jobs
+
+if TYPE_CHECKING:
+    from dsmq.broker.connection import Connection
+    from dsmq.broker.waiters import Waiters
+
+MAX_LEASE_MS = 86_400_000
+MAX_JOBS = 1_000
+
+
+class TakeQueues:
+    """The waiting TAKEs of all event loops, in the order in which they came. Thread-safe.
+
+    Only the first of each group waits for messages, so that a put wakes one worker. The others wait for their turn.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._queues: dict[tuple[bytes, bytes], deque[tuple[PendingTake, Connection]]] = {}
+
+    def is_empty(self, key: tuple[bytes, bytes]) -> bool:
+        return key not in self._queues
+
+    def add(self, pending: PendingTake, connection: Connection) -> bool:
+        """Return whether it is the first."""
+        with self._lock:
+            queue = self._queues.setdefault(pending.key, deque())
+            queue.append((pending, connection))
+            return len(queue) == 1
+
+    def remove(self, pending: PendingTake, connection: Connection) -> None:
+        """If it was the first, it is the next one's turn."""
+        with self._lock:
+            queue = self._queues[pending.key]
+            queue.remove((pending, connection))
+            if not queue:
+                del self._queues[pending.key]
+                return
+            first, its_connection = queue[0]
+        if pending.is_first:
+            its_connection.loop.post(partial(first.come_first, its_connection))
+
+    def wake(self, key: tuple[bytes, bytes]) -> None:
+        """Let the first try again, because a job was returned."""
+        with self._lock:
+            queue = self._queues.get(key)
+            connection = queue[0][1] if queue else None
+        if connection is not None:
+            connection.loop.post(connection.reads.wake)
+
+
+@dataclass(slots=True, eq=False)
+class PendingTake(PendingRead):
+    """A TAKE, which waits as a read does, but only for its turn."""
+
+    group: bytes = b""
+    selection: Selection = field(default_factory=lambda: Selection(()))
+    lease_ms: int = 0
+    token: bytes = b""
+    worker: str = ""
+    queues: TakeQueues = field(default_factory=TakeQueues)
+    is_first: bool = False
+    """Whether it is its turn."""
+    jobs: list[Job] = field(default_factory=list)
+    """The jobs given to it, if the reply has to wait for memory."""
+
+    @property
+    def key(self) -> tuple[bytes, bytes]:
+        return self.topic, self.group
+
+    def fetch(self, store: Store) -> Any:
+        if self.jobs:
+            return self.jobs
+        if not (self.is_first or self.queues.is_empty(self.key)):
+            return []
+        take = Take(
+            *(self.topic, self.group, self.selection, self.count, self.max_bytes),
+            *(self.lease_ms, self.token, self.worker),
+        )
+        groups = _groups(store)
+        found = groups.take(take)
+        if found is None:
+            return ()
+        self.jobs = found
+        self.retry_in = math.inf if found else groups.due_in(*self.key) / 1000
+        return found
+
+    def take(self, found: Any) -> list[Any] | None:
+        # An empty tuple: the search goes on.
+        return None if type(found) is tuple else found
+
+    def wait(self, waiters: Waiters, connection: Connection) -> None:
+        self.is_first = self.queues.add(self, connection)
+        try:
+            waiters.add(*self._awaited, connection)
+        except Busy:
+            self.queues.remove(self, connection)
+            raise
+
+    @property
+    def _awaited(self) -> tuple[Collection[bytes], Sequence[Pattern]]:
+        """The topics and patterns that it waits for: none until it is its turn."""
+        return (self.selection.names, self.selection.patterns) if self.is_first else ((), ())
+
+    def come_first(self, connection: Connection) -> None:
+        """Wait for messages: its turn has come."""
+        if connection.reads.pending is not self or self.is_first:
+            return
+        waiters = connection.loop.waiters
+        waiters.remove(*self._awaited, connection)
+        self.is_first = True
+        try:
+            waiters.add(*self._awaited, connection)
+        except Busy as error:
+            self.registered = False
+            self.queues.remove(self, connection)
+            connection.reads.fail(error)
+        else:
+            # There may be messages already.
+            connection.reads.wake()
+
+    def end_wait(self, waiters: Waiters, connection: Connection) -> None:
+        waiters.remove(*self._awaited, connection)
+        self.queues.remove(self, connection)
+
+    def covers(self, topic: bytes) -> bool:
+        return self.selection.matches(topic)
+
+    def memory(self, messages: Sequence[Any]) -> int:
+        return sum([len(job.topic) + len(job.body) + 2 * MESSAGE_OVERHEAD_BYTES for job in messages])
+
+
+def _groups(store: Store) -> Groups:
+    if store.groups is None:
+        raise StoreFailed("workers can't share messages of this store yet")
+    return store.groups
+
+
+def take(client: Connection, request: list[bytes]) -> Encoded | None:
+    return client.reads.start(parse_take(client, request))
+
+
+def parse_take(client: Connection, request: list[bytes]) -> PendingTake:
+    topic, group = _parse_key(client, request)
+    lease_ms = parse_integer(request[3], "lease-ms", 1, MAX_LEASE_MS)
+    options = parse_options(request[4:], {b"WAIT": 1, b"COUNT": 1, b"TOKEN": 1})
+    count = parse_number(options, b"COUNT", 1, 1, MAX_JOBS)
+    wait_ms = parse_number(options, b"WAIT", 0, 0, MAX_WAIT_MS)
+    token = options.get(b"TOKEN", [b""])[0]
+    if b"TOKEN" in options and not 0 < len(token) <= MAX_NAME_BYTES:
+        raise BadRequest(f"a token has 1 to {MAX_NAME_BYTES} bytes")
+    return PendingTake(
+        *(topic, 0, count, MAX_READ_BYTES, wait_ms, _encode),
+        group=group,
+        selection=_select(topic),
+        lease_ms=lease_ms,
+        token=token,
+        worker=repr(client),
+        queues=client.context.take_queues,
+    )
+
+
+def _encode(client: Connection, pending: PendingRead, jobs: Sequence[Any]) -> Encoded:
+    count_delivery(client, jobs[-1].topic if jobs else pending.topic, jobs)
+    return encode_jobs(jobs)
+
+
+@lru_cache(1024)
+def _select(key: bytes) -> Selection:
+    return Selection([key])
+
+
+def _parse_key(client: Connection, request: list[bytes]) -> tuple[bytes, bytes]:
+    """Return the topic or pattern, and the group."""
+    topic, group = request[1], request[2]
+    check_topic(topic, MAX_NAMES_BYTES if b"*" in topic else client.context.settings.max_topic_bytes)
+    if not group:
+        raise BadRequest("the name of the group is empty")
+    return topic, parse_name(group)
+
+
+def _parse_receipt(words: Sequence[bytes]) -> Receipt:
+    return Receipt(parse_integer(words[0], "id", 1), parse_integer(words[1], "attempt", 1))
+
+
+def done(client: Connection, request: list[bytes]) -> Encoded:
+    key, receipts = parse_done(client, request)
+    _groups(client.context.store).done(*key, receipts)
+    return OK
+
+
+def parse_done(client: Connection, request: list[bytes]) -> tuple[tuple[bytes, bytes], list[Receipt]]:
+    if len(request) % 2 == 0:
+        raise BadRequest("each id has an attempt")
+    return _parse_key(client, request), [_parse_receipt(request[at : at + 2]) for at in range(3, len(request), 2)]
+
+
+def return_(client: Connection, request: list[bytes]) -> Encoded:
+    key, receipt, delay_ms = parse_return(client, request)
+    _groups(client.context.store).give_back(*key, receipt, delay_ms)
+    client.context.take_queues.wake(key)
+    return OK
+
+
+def parse_return(client: Connection, request: list[bytes]) -> tuple[tuple[bytes, bytes], Receipt, int]:
+    delay_ms = parse_integer(request[5], "delay-ms", 0, MAX_LEASE_MS) if len(request) > 5 else 0
+    return _parse_key(client, request), _parse_receipt(request[3:5]), delay_ms
+
+
+def extend(client: Connection, request: list[bytes]) -> Encoded:
+    key, receipt, lease_ms = parse_extend(client, request)
+    _groups(client.context.store).extend(*key, receipt, lease_ms)
+    # The first that waits may have to wake earlier.
+    client.context.take_queues.wake(key)
+    return OK
+
+
+def parse_extend(client: Connection, request: list[bytes]) -> tuple[tuple[bytes, bytes], Receipt, int]:
+    return _parse_key(client, request), _parse_receipt(request[3:5]), parse_integer(request[5], "ms", 1, MAX_LEASE_MS)

@@ -1,0 +1,217 @@
+"""The jobs of one group of workers: which messages they have taken, and which have to be given again.
+
+A group takes the messages of a topic, or of those that match a pattern, in the order of ids. It remembers the last id
+that it has given, and the jobs up to there that are not done: those that a worker holds, until its lease ends, and
+those that wait to be given again.
+"""
+
+from __future__ import annotations
+
+import heapq
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from dsmq.store.selection import Selection
+
+# The approximate memory for a job, and for one that is done.
+JOB_BYTES, DONE_BYTES = 600, 150
+# Max jobs remembered as done, so that a worker may repeat DONE if it got no reply.
+MAX_DONE = 10_000
+# Max topics for which the last number is remembered, to count the messages that expired before they were taken.
+MAX_NUMBERS = 1_000
+# In place of a time: the job can be given now; or it was given too often.
+_READY, _FAILED = -1, -2
+
+
+class Receipt(NamedTuple):
+    """Identifies a job given to a worker."""
+
+    id: int
+    attempt: int
+
+
+@dataclass(slots=True)
+class GroupCounts:
+    """Jobs since the group began."""
+
+    taken: int = 0
+    """Given for the first time."""
+    repeated: int = 0
+    """Given again."""
+    done: int = 0
+    failed: int = 0
+    """Moved to the topic for failed jobs."""
+    unmoved: int = 0
+    """Attempts to move a job there that failed, for example because that topic is full."""
+    expired: int = 0
+    """Messages that expired before they were taken, or before they were given again."""
+    dropped: int = 0
+    """Messages that their topic dropped before they were taken."""
+
+
+@dataclass(slots=True)
+class HeldJob:
+    """A job that is not done."""
+
+    id: int
+    topic: bytes
+    attempt: int = 0
+    until: int = _READY
+    """When its lease, or its delay, ends."""
+    is_held: bool = False
+    """Whether a worker may still finish this attempt. The lease may be over, if it was not given again yet."""
+    since: int = 0
+    """When the current worker got it."""
+    token: bytes = b""
+    worker: str = ""
+
+
+@dataclass(slots=True)
+class Group:
+    """A group of workers. Times are in milliseconds on the store's clock."""
+
+    key: bytes
+    """The topic or pattern."""
+    name: bytes
+    selection: Selection
+    used_at: int
+    position: int = 0
+    """All messages up to this id have been given."""
+    counted_memory: int = 0
+    """The part of the memory of all groups that is counted for this one."""
+    jobs: dict[int, HeldJob] = field(default_factory=dict)
+    done: dict[int, int] = field(default_factory=dict)
+    """The attempts that finished jobs, by id."""
+    numbers: dict[bytes, tuple[int, int]] = field(default_factory=dict)
+    """For each topic: the last number given, and how many messages it had dropped then."""
+    counts: GroupCounts = field(default_factory=GroupCounts)
+    _tokens: dict[bytes, list[Receipt]] = field(default_factory=dict)
+    _due: list[tuple[int, int]] = field(default_factory=list)
+    # May hold ids of jobs that are not ready any more, like `_due`.
+    _ready: list[int] = field(default_factory=list)
+    failed: list[HeldJob] = field(default_factory=list)
+    """Jobs that were given too often."""
+
+    @property
+    def memory(self) -> int:
+        return JOB_BYTES * (1 + len(self.jobs)) + DONE_BYTES * len(self.done)
+
+    @property
+    def next_due(self) -> int | None:
+        """When the next lease or delay ends, if there is one; it may be too early."""
+        return self._due[0][0] if self._due else None
+
+    def restore(self, job: HeldJob) -> None:
+        """Add a job of a snapshot."""
+        self.jobs[job.id] = job
+        if job.until == _FAILED:
+            self.failed.append(job)
+        elif job.until == _READY:
+            heapq.heappush(self._ready, job.id)
+        else:
+            self._await(job, job.until)
+
+    def repeat(self, token: bytes) -> list[HeldJob]:
+        """Return the jobs given under a token that are still held."""
+        receipts = self._tokens.get(token, ())
+        return [self.jobs[receipt.id] for receipt in receipts if self.is_current(receipt)]
+
+    def add(self, message_id: int, topic: bytes) -> HeldJob:
+        """Add a job for a message that is given for the first time."""
+        job = self.jobs[message_id] = HeldJob(message_id, topic)
+        self.counts.taken += 1
+        return job
+
+    def next_ready(self) -> HeldJob | None:
+        """Return the oldest job to be given again, if there is one."""
+        while self._ready:
+            job = self.jobs.get(heapq.heappop(self._ready))
+            if job is not None and job.until == _READY:
+                return job
+        return None
+
+    def give(self, job: HeldJob, until: int, now: int, token: bytes, worker: str) -> None:
+        """Give a job to a worker."""
+        self._forget_token(job)
+        job.attempt += 1
+        job.is_held, job.since, job.worker, job.token = True, now, worker, token
+        if token:
+            self._tokens.setdefault(token, []).append(Receipt(job.id, job.attempt))
+        self._await(job, until)
+
+    def _await(self, job: HeldJob, until: int) -> None:
+        job.until = until
+        heapq.heappush(self._due, (until, job.id))
+        if len(self._due) > 2 * len(self.jobs) + 64:
+            # Most belong to jobs that are done.
+            self._due = [(job.until, job.id) for job in self.jobs.values() if job.until >= 0]
+            heapq.heapify(self._due)
+
+    def end_leases(self, now: int, max_attempts: int) -> None:
+        """Let the jobs whose lease or delay has ended be given again, unless they were given too often."""
+        while self._due and self._due[0][0] <= now:
+            until, message_id = heapq.heappop(self._due)
+            job = self.jobs.get(message_id)
+            if job is None or job.until != until:
+                continue
+            if max_attempts and job.attempt >= max_attempts:
+                self._forget_token(job)
+                job.is_held, job.until = False, _FAILED
+                self.failed.append(job)
+            else:
+                job.until = _READY
+                heapq.heappush(self._ready, message_id)
+
+    def is_current(self, receipt: Receipt) -> bool:
+        """Return whether the worker with this receipt may still finish the job."""
+        job = self.jobs.get(receipt.id)
+        return job is not None and job.is_held and job.attempt == receipt.attempt
+
+    def finish(self, receipt: Receipt) -> None:
+        """End a job that is current."""
+        self.counts.done += 1
+        self.remove(self.jobs[receipt.id])
+        self.done[receipt.id] = receipt.attempt
+        if len(self.done) > MAX_DONE:
+            del self.done[next(iter(self.done))]
+
+    def extend(self, receipt: Receipt, until: int) -> None:
+        """Change the lease of a job that is current."""
+        self._await(self.jobs[receipt.id], until)
+
+    def put_back(self, job: HeldJob, until: int) -> None:
+        """Take a job from its worker, to be given again at a time."""
+        self._forget_token(job)
+        job.is_held, job.token, job.worker = False, b"", ""
+        self._await(job, until)
+
+    def remove(self, job: HeldJob) -> None:
+        self._forget_token(job)
+        del self.jobs[job.id]
+
+    def _forget_token(self, job: HeldJob) -> None:
+        receipts = self._tokens.get(job.token)
+        if receipts is not None:
+            receipts[:] = [receipt for receipt in receipts if receipt.id != job.id]
+            if not receipts:
+                del self._tokens[job.token]
+
+    def count_until(self, topic: bytes, number: int, dropped: int) -> None:
+        """Count the messages of a topic before this number that were not taken; `dropped`: those that it has dropped.
+
+        A topic counts from the first message taken. If its numbering starts again, nothing is missing.
+        """
+        last, dropped_before = self.numbers.pop(topic, (sys.maxsize, 0))
+        if (missing := number - last - 1) > 0:
+            were_dropped = min(missing, max(0, dropped - dropped_before))
+            self.counts.dropped += were_dropped
+            self.counts.expired += missing - were_dropped
+        self.numbers[topic] = number, dropped
+        if len(self.numbers) > MAX_NUMBERS:
+            del self.numbers[next(iter(self.numbers))]
+
+    def held(self) -> Iterable[HeldJob]:
+        """Return the jobs that workers hold, longest first."""
+        return sorted((job for job in self.jobs.values() if job.is_held), key=lambda job: job.since)

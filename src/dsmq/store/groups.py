@@ -1,0 +1,380 @@
+"""Work shared by several workers: each message goes to one worker of a group, and to another if it is not done in time.
+
+Only what differs from plain reads is kept for it: see `group`. Messages are read from the store when they are given,
+so they expire, and count towards limits, like all others.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import sys
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from dsmq import logs
+from dsmq.errors import BadRequest, Full, JobLost, ReplyError
+from dsmq.store.api import Found, ManyTopics, Message, Outcome, Put, TopicMessage
+from dsmq.store.group import Group, GroupCounts, HeldJob, Receipt
+from dsmq.store.schema import Batch
+from dsmq.store.selection import Selection
+from dsmq.store.topics import TopicTable
+from dsmq.terminal import quoted
+
+FAILED_SUFFIX = b"/failed"
+# How long a worker that held a job before a restart has to finish it, at least.
+LEASE_AFTER_RESTART_MS = 30_000
+# When to try again to move a job to the topic for failed jobs.
+_MOVE_AGAIN_MS = 1_000
+# Max jobs of a group moved there while the lock is held.
+_MAX_MOVED = 100
+
+_logger = logging.getLogger(__name__)
+
+
+class GroupLimits(NamedTuple):
+    """Limits on groups of workers. Beyond them, TAKE raises Full."""
+
+    max_groups: int = sys.maxsize
+    max_jobs_in_flight: int = sys.maxsize
+    """In each group: jobs that workers hold, and those to be given again."""
+    max_group_bytes: int = sys.maxsize
+    """Memory for all groups together, approximately."""
+    max_attempts: int = 0
+    """A job that was given this often, and not done, is moved to the topic for failed jobs. 0: never."""
+    max_topic_bytes: int = sys.maxsize
+
+
+class Take(NamedTuple):
+    """A request for jobs."""
+
+    key: bytes
+    """A topic or a pattern."""
+    group: bytes
+    selection: Selection
+    """The topics of the key."""
+    max_jobs: int
+    max_bytes: int
+    lease_ms: int
+    token: bytes
+    """If a request with the same token has been given jobs that are still held, it is given these; empty: no."""
+    worker: str
+    """A name for status pages."""
+
+
+class Job(NamedTuple):
+    """A message given to a worker. Times are in milliseconds."""
+
+    topic: bytes
+    id: int
+    number: int
+    age_ms: int
+    body: bytes
+    left_ms: int
+    attempt: int
+    """How often it has been given, including this time."""
+
+
+class GroupStats(NamedTuple):
+    key: bytes
+    """The topic or pattern."""
+    name: bytes
+    held: int
+    """Jobs that workers have and may still finish."""
+    again: int
+    """Jobs that wait to be given again."""
+    waiting: int
+    """Messages that were not given yet."""
+    counts: GroupCounts
+
+
+class Source:
+    """What groups need of a store, as part of it."""
+
+    max_age_ms: int
+    _clock: Callable[[], int]
+    _topics: TopicTable
+
+    def read(self, topic: bytes, after: int, count: int, max_bytes: int) -> list[Message]:
+        raise NotImplementedError
+
+    def read_many(self, wanted: ManyTopics) -> Found:
+        raise NotImplementedError
+
+    def append(self, puts: Sequence[Put]) -> list[Outcome]:
+        raise NotImplementedError
+
+    def now(self) -> int:
+        """Return the time on the store's clock, in milliseconds."""
+        return self._clock()
+
+    def dropped(self, topic: bytes) -> int:
+        """Return how many messages a topic has dropped to make room for newer ones."""
+        return self._topics.dropped_by_name.get(topic, 0)
+
+    def count_after(self, selection: Selection, numbers: Mapping[bytes, tuple[int, int]]) -> int:
+        """Return how many stored messages of a selection have higher numbers than those given for their topics."""
+        count = 0
+        for topic in list(self._topics.by_name.values()):
+            if selection.matches(topic.name):
+                last, _ = numbers.get(topic.name, (0, 0))
+                count += min(topic.messages, topic.last_number - last)
+        return count
+
+
+class Groups:
+    """The groups of workers of a store. Thread-safe."""
+
+    def __init__(self, source: Source) -> None:
+        self.lock = threading.Lock()
+        """Acquired before the store's."""
+        self.limits = GroupLimits()
+        self.on_messages: Callable[[set[bytes]], None] = lambda _: None
+        """Gets topics into which a failed job was put."""
+        self._source = source
+        self._groups: dict[tuple[bytes, bytes], Group] = {}
+        self._memory = 0
+
+    # Jobs
+
+    def take(self, request: Take) -> list[Job] | None:
+        """Give jobs to a worker; none if there are none now. None if the search for them is to be continued.
+
+        Raises Full.
+        """
+        with self.lock:
+            now = self._source.now()
+            group = self._find(request, now)
+            group.end_leases(now, self.limits.max_attempts)
+            try:
+                return self._repeat(group, request, now) or self._take(group, request, now)
+            finally:
+                self._note_use(group, now)
+
+    def _find(self, request: Take, now: int) -> Group:
+        group = self._groups.get((request.key, request.group))
+        if group is None:
+            if len(self._groups) >= self.limits.max_groups:
+                raise Full(f"too many groups of workers (max_groups = {self.limits.max_groups})")
+            group = Group(request.key, request.group, request.selection, now)
+            self._groups[request.key, request.group] = group
+        return group
+
+    def _note_use(self, group: Group, now: int) -> None:
+        group.used_at, memory = now, group.memory
+        self._memory += memory - group.counted_memory
+        group.counted_memory = memory
+
+    def _repeat(self, group: Group, request: Take, now: int) -> list[Job]:
+        """Return the jobs that an earlier request with the same token was given."""
+        jobs = []
+        for job in group.repeat(request.token):
+            if message := self._read(group, job):
+                group.extend(Receipt(job.id, job.attempt), now + request.lease_ms)
+                jobs.append(Job(job.topic, *message, job.attempt))
+        return jobs
+
+    def _take(self, group: Group, request: Take, now: int) -> list[Job] | None:
+        jobs = self._give_again(group, request, now)
+        left = request.max_jobs - len(jobs)
+        size = sum([len(job.body) for job in jobs])
+        if left <= 0 or size >= request.max_bytes:
+            return jobs
+        found = self._next(group, self._room(group, left, is_needed=not jobs), request.max_bytes - size)
+        for message in found.messages:
+            group.count_until(message.topic, message.number, self._source.dropped(message.topic))
+            job = group.add(message.id, message.topic)
+            group.give(job, now + request.lease_ms, now, request.token, request.worker)
+            jobs.append(Job(*message, job.attempt))
+        group.position = found.position
+        return jobs if jobs or found.is_complete else None
+
+    def _room(self, group: Group, count: int, *, is_needed: bool) -> int:
+        """Return how many more jobs the limits allow, up to `count`. Raises Full if there is no room but it is needed.
+
+        The limits hold for jobs that were not given before: all others must be given again.
+        """
+        limits = self.limits
+        room = limits.max_jobs_in_flight - len(group.jobs)
+        if room > 0 and self._memory < limits.max_group_bytes:
+            return min(room, count)
+        if not is_needed:
+            return 0
+        if room <= 0:
+            raise Full(f"too many jobs in flight (max_jobs_in_flight = {limits.max_jobs_in_flight})")
+        raise Full(f"groups of workers take too much memory (max_group_bytes = {limits.max_group_bytes})")
+
+    def _next(self, group: Group, count: int, max_bytes: int) -> Found:
+        """Return the next messages that were not given yet."""
+        if not count:
+            return Found(group.position, [], is_complete=True)
+        if group.selection.patterns:
+            return self._source.read_many(ManyTopics(group.selection, group.position, count, max_bytes))
+        topic = group.key
+        found = [TopicMessage(topic, *one) for one in self._source.read(topic, group.position, count, max_bytes)]
+        return Found(found[-1].id if found else group.position, found, is_complete=True)
+
+    def _give_again(self, group: Group, request: Take, now: int) -> list[Job]:
+        jobs: list[Job] = []
+        size = 0
+        while len(jobs) < request.max_jobs and size < request.max_bytes and (job := group.next_ready()):
+            message = self._read(group, job)
+            if message is None:
+                continue
+            group.give(job, now + request.lease_ms, now, request.token, request.worker)
+            group.counts.repeated += 1
+            jobs.append(Job(job.topic, *message, job.attempt))
+            size += len(message.body)
+        return jobs
+
+    def _read(self, group: Group, job: HeldJob) -> Message | None:
+        """Return the message of a job; if it has expired, remove the job."""
+        found = self._source.read(job.topic, job.id - 1, 1, 1)
+        if found and found[0].id == job.id:
+            return found[0]
+        group.remove(job)
+        group.counts.expired += 1
+        return None
+
+    def done(self, key: bytes, name: bytes, receipts: Iterable[Receipt]) -> None:
+        """End jobs, all or none. Raises JobLost if one is not the worker's any more."""
+        with self.lock:
+            group = self._groups.get((key, name))
+            known = group.done if group else {}
+            current = [one for one in dict.fromkeys(receipts) if known.get(one.id) != one.attempt]
+            for receipt in current:
+                group = self._check(group, receipt)
+            if group:
+                for receipt in current:
+                    group.finish(receipt)
+                self._note_use(group, self._source.now())
+
+    def give_back(self, key: bytes, name: bytes, receipt: Receipt, delay_ms: int) -> None:
+        """Let a job be given again, after a delay. Raises JobLost."""
+        with self.lock:
+            group, now = self._check(self._groups.get((key, name)), receipt), self._source.now()
+            group.put_back(group.jobs[receipt.id], now + delay_ms)
+            self._note_use(group, now)
+
+    def extend(self, key: bytes, name: bytes, receipt: Receipt, lease_ms: int) -> None:
+        """Let a lease end this long from now. Raises JobLost."""
+        with self.lock:
+            group, now = self._check(self._groups.get((key, name)), receipt), self._source.now()
+            group.extend(receipt, now + lease_ms)
+            self._note_use(group, now)
+
+    def _check(self, group: Group | None, receipt: Receipt) -> Group:
+        if group is None or not group.is_current(receipt):
+            raise JobLost(f"attempt {receipt.attempt} of job {receipt.id} is not the current one")
+        return group
+
+    def due_in(self, key: bytes, name: bytes) -> int:
+        """Return after how many milliseconds a waiting worker should ask again, though no message has been put."""
+        with self.lock:
+            group, longest = self._groups.get((key, name)), max(1, self._source.max_age_ms // 3)
+            due = group.next_due if group else None
+            return longest if due is None else max(1, min(longest, due - self._source.now()))
+
+    # Leases and failures
+
+    def expire(self) -> None:
+        """End leases, move failed jobs, and forget groups that were not used for max_age."""
+        with self.lock:
+            now, moved = self._source.now(), set[bytes]()
+            for key, group in list(self._groups.items()):
+                group.end_leases(now, self.limits.max_attempts)
+                moved |= self._move_failed(group, now)
+                if group.next_due is None and now - group.used_at > self._source.max_age_ms:
+                    # No worker has a job, and all that were given have expired.
+                    self._memory -= group.counted_memory
+                    del self._groups[key]
+        if moved:
+            self.on_messages(moved)
+
+    def _move_failed(self, group: Group, now: int) -> set[bytes]:
+        """Move failed jobs to their topics, or try again later; return these topics."""
+        moved = set()
+        for job in group.failed[:_MAX_MOVED]:
+            topic = job.topic + FAILED_SUFFIX
+            try:
+                if message := self._read(group, job):
+                    self._put_failed(topic, message.body)
+                    group.counts.failed += 1
+                    group.remove(job)
+                    moved.add(topic)
+            except ReplyError as error:
+                if not group.counts.unmoved:
+                    name, about = quoted(topic.decode()), logs.event("job_not_moved", topic=job.topic.decode())
+                    _logger.warning("failed jobs can't be moved to topic %s: %s", name, error, extra=about)
+                group.counts.unmoved += 1
+                group.put_back(job, now + _MOVE_AGAIN_MS)
+        del group.failed[:_MAX_MOVED]
+        return moved
+
+    def _put_failed(self, topic: bytes, body: bytes) -> None:
+        if len(topic) > self.limits.max_topic_bytes:
+            raise BadRequest(f"a topic has at most {self.limits.max_topic_bytes} bytes, not {len(topic)}")
+        self._source.append([(topic, body, None)])
+
+    # Statistics
+
+    def stats(self) -> list[GroupStats]:
+        with self.lock:
+            return [
+                GroupStats(
+                    *(group.key, group.name, held := len([*group.held()]), len(group.jobs) - held),
+                    self._source.count_after(group.selection, group.numbers),
+                    group.counts,
+                )
+                for group in self._groups.values()
+            ]
+
+    def held(self, key: bytes) -> list[tuple[bytes, HeldJob]]:
+        """Return the jobs of a topic or pattern that workers hold, with the names of their groups."""
+        with self.lock:
+            return [(group.name, job) for group in self._groups.values() if group.key == key for job in group.held()]
+
+    # Snapshots
+
+    def copy(self) -> list[Batch]:
+        """Return the rows of a snapshot. Requires the lock."""
+        groups: list[tuple[object, ...]] = []
+        jobs: list[tuple[object, ...]] = []
+        numbers: list[tuple[object, ...]] = []
+        for row, group in enumerate(self._groups.values()):
+            counts = group.counts
+            groups.append(
+                (
+                    *(row, group.key, group.name, group.used_at, group.position, counts.taken, counts.repeated),
+                    *(counts.done, counts.failed, counts.unmoved, counts.expired, counts.dropped),
+                )
+            )
+            jobs += [(row, job.id, job.topic, job.attempt, job.until, job.is_held) for job in group.jobs.values()]
+            jobs += [(row, message_id, None, attempt, 0, False) for message_id, attempt in group.done.items()]
+            numbers += [(row, topic, *values) for topic, values in group.numbers.items()]
+        return [
+            ("INSERT INTO worker_groups VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", groups),
+            ("INSERT INTO jobs VALUES (?, ?, ?, ?, ?, ?)", jobs),
+            ("INSERT INTO job_numbers VALUES (?, ?, ?, ?)", numbers),
+        ]
+
+    def load(self, source: sqlite3.Connection, now: int) -> None:
+        """Restore the groups of a snapshot."""
+        by_row: dict[int, Group] = {}
+        if not source.execute("SELECT 1 FROM sqlite_master WHERE name = 'worker_groups'").fetchone():
+            # It is of an earlier version.
+            return
+        for row, key, name, used_at, position, *counts in source.execute("SELECT * FROM worker_groups ORDER BY id"):
+            group = by_row[row] = Group(key, name, Selection([key]), used_at, position, counts=GroupCounts(*counts))
+            self._groups[key, name] = group
+        for row, message_id, topic, attempt, until, is_held in source.execute("SELECT * FROM jobs ORDER BY rowid"):
+            if topic is None:
+                by_row[row].done[message_id] = attempt
+                continue
+            end = max(until, now + LEASE_AFTER_RESTART_MS) if is_held else until
+            by_row[row].restore(HeldJob(message_id, topic, attempt, end, bool(is_held), now))
+        for row, topic, number, dropped in source.execute("SELECT * FROM job_numbers ORDER BY rowid"):
+            by_row[row].numbers[topic] = number, dropped
+        for group in by_row.values():
+            self._note_use(group, group.used_at)
