@@ -10,7 +10,7 @@ from typing import Any
 from dsmq.client import DSMQClientSideConnection, connect
 from helpers import SOON, wait_until
 
-# As many as take a while, so that puts are under way when something happens.
+# Enough to take a while, so that puts are under way when something happens.
 PROGRESS = 200
 TOPIC = "numbers"
 
@@ -20,7 +20,7 @@ class Traffic:
 
     def __init__(self, servers: Sequence[str], **options: Any) -> None:
         self._servers, self._options = servers, options
-        # The writer ends first, so that the reader knows what is still to come.
+        # The writer ends first, so that the reader knows what is still missing.
         self._over = [threading.Event(), threading.Event()]
         self.put = 0
         self.got: list[int] = []
