@@ -21,7 +21,7 @@ from store.test_nats import Stores, node, stores
 __all__ = ["node", "stores"]
 
 PORTS = (4222, 8222, 6222)
-# As many as take a while, so that puts are under way when a cable is pulled.
+# Enough to take a while, so that puts are under way when a cable is pulled.
 PROGRESS = 200
 
 
@@ -59,7 +59,7 @@ class Traffic:
         try:
             yield
         finally:
-            # The writer first, so that the reader knows what is still to come.
+            # The writer first, so that the reader knows what is still missing.
             for thread, is_over in zip(self._threads, self._over, strict=True):
                 is_over.set()
                 thread.join(2 * SOON)
