@@ -115,7 +115,7 @@ def test_unknown_job_is_lost(wire: Wire, request_: str) -> None:
     assert code(call(wire, request_)) == "JOBLOST"
 
 
-def test_workers_need_the_role_write(token_file: Path) -> None:
+def test_workers_require_the_role_write(token_file: Path) -> None:
     with serving(auth_token_file=str(token_file)) as server, wire_as(server, READER) as wire:
         for request in ("TAKE t w 1000", "DONE t w 1 1", "RETURN t w 1 1", "EXTEND t w 1 1 1"):
             assert code(call(wire, request)) == "NOPERM"
@@ -123,7 +123,7 @@ def test_workers_need_the_role_write(token_file: Path) -> None:
         assert call(wire, "TAKE t w 1000") == []
 
 
-def test_put_wakes_one_worker_in_the_order_in_which_they_came(threaded: Server) -> None:
+def test_put_wakes_one_worker_in_order_of_arrival(threaded: Server) -> None:
     with ExitStack() as stack:
         wire = stack.enter_context(wire_to(threaded))
         workers = wait_in_turn(threaded, stack, 4, "TAKE t* w 60000 WAIT 60000")
