@@ -231,11 +231,11 @@ class AsyncClient(Client):
         await self._settle(jobs.done(job), job)
 
     async def give_back(self, job: Job, *, delay: float = 0.0) -> None:
-        """Let another worker get a job, after `delay` seconds. Raises JobLost if its lease has ended."""
+        """Return a job to its group, after `delay` seconds. Raises JobLost if its lease has ended."""
         await self._settle(jobs.give_back(job, delay), job)
 
     async def extend(self, job: Job, seconds: float) -> None:
-        """Let the lease of a job end in `seconds`. Raises JobLost if it has ended already."""
+        """Make a job's lease end in `seconds`. Raises JobLost if it has already ended."""
         await self._settle(jobs.extend(job, seconds), job, seconds)
 
     async def ping(self) -> None:
