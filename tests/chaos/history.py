@@ -215,6 +215,8 @@ class History:
     """Events, in the order in which each thread recorded them."""
 
     max_age: float = 600.0
+    has_holes: bool = False
+    """Whether connections may go silent, so that the server continues to serve them."""
     events: list[Event] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 

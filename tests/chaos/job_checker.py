@@ -114,12 +114,12 @@ class _JobCheck:
 
     # Leases
 
-    def _held_until(self, taken: Taken, settled: list[Settled]) -> float:
-        """Return until when a worker had a job for itself, unless it ended that itself."""
+    def _held_until(self, taken: Taken, settled: list[Settled], at: float) -> float:
+        """Return until when a worker has a job for itself, as far as it knows at a time, unless it ends that itself."""
         until = taken.sent + taken.lease
         for one in settled:
-            if one.verb == "extend" and _is_of(one, taken) and one.reply != "JOBLOST":
-                is_sure = one.reply and not self._forgotten(one, math.inf)
+            if one.verb == "extend" and one.began < at and _is_of(one, taken) and one.reply != "JOBLOST":
+                is_sure = one.ended <= at and not self._forgotten(one, math.inf)
                 until = one.began + one.seconds if is_sure else min(until, one.began + one.seconds)
         return until - LEASE_SLACK_SECONDS
 
@@ -128,7 +128,7 @@ class _JobCheck:
             one, two = sorted(pair, key=lambda one: (one.attempt, one.began))
             if self._forgotten(one, two.ended) or self._forgotten(two, one.ended) or self._collides(one, taken):
                 continue
-            until = min([self._held_until(one, settled), *_ends(one, settled)])
+            until = min([self._held_until(one, settled, two.ended), *_ends(one, settled)])
             if two.attempt == one.attempt:
                 yield Violation("two at once", "two workers have the same attempt", (one, two))
             elif two.ended < until:
@@ -164,8 +164,8 @@ class _JobCheck:
             returned = min((event.began for event in mine if event.verb != "extend"), default=math.inf)
             for event in mine:
                 is_first = event.began <= returned and (event.sends == 1 or event.verb != "return")
-                before = [other for other in mine if other.began < event.began]
-                if event.reply == "JOBLOST" and is_first and event.ended < self._held_until(one, before):
+                is_held = event.ended < self._held_until(one, mine, event.began)
+                if event.reply == "JOBLOST" and is_first and is_held:
                     yield Violation("lost early", "a worker has lost a job within its lease", (one, event))
 
     # Attempts
@@ -190,8 +190,10 @@ class _JobCheck:
         answer = self._answers(key).get(sent.token)
         if answer is None:
             return True
-        # The same token gets the same jobs, while they are held. But the server may continue to wait for the first.
-        return sent.began < answer.sent and (sent.wait > 0 or answer.sent > sent.began + sent.lease)
+        # The same token gets the same jobs, while they are held. But the server may not know that the first connection
+        # is lost, and continue to wait for a job.
+        is_waiting = sent.wait > 0 and self.history.has_holes
+        return sent.began < answer.sent and (is_waiting or answer.sent > sent.began + sent.lease)
 
     def _answers(self, key: Key) -> dict[str, Taken | NoJob]:
         known = self.__dict__.setdefault("_known_answers", {})
@@ -227,7 +229,8 @@ class _JobCheck:
                 # Somebody had it before.
                 continue
             for empty in empties:
-                until = empty.began + empty.wait - IDLE_SLACK_SECONDS
+                # It ends early if the server is stopped.
+                until = min(empty.began + empty.wait, empty.ended) - IDLE_SLACK_SECONDS
                 if max(put.ended, empty.began) < until and empty.ended < one.began:
                     yield Violation("left lying", "a worker waited in vain, though there was a job", (put, empty, one))
                     return

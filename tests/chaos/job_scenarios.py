@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from chaos.clients import Job, StopFile
-from chaos.history import Died, JobFailed
+from chaos.history import Died, History, JobFailed
 from chaos.job_checker import unfinished
 from chaos.proxy import Fault, Side
 from chaos.scenarios import await_snapshots, kill_once, reset_at_random, reset_in_turn, stopped
@@ -27,8 +27,8 @@ WORKERS = 3
 PROCESSES = 4
 # A client that loses its server for so long gives up waiting for a reply.
 BRIEF_SECONDS = 0.6
-# Until when a job must be done once the faults have ended.
-DRAIN_SECONDS = 40.0
+# Once the faults have ended, jobs are given up if there was none for so long: far more than the longest lease.
+DRAIN_SECONDS = 8.0
 # Bytes of HELLO with a request of a worker, and of their replies; a little more.
 OFFSETS: tuple[tuple[Side, int], ...] = (("request", 260), ("reply", 600))
 MAX_ATTEMPTS = 3
@@ -68,12 +68,15 @@ def putting(stage: Stage, port: int, topics: tuple[str, ...] = ()) -> Iterator[N
 
 def drain(stage: Stage, port: int, groups: Sequence[tuple[str, str]] = GROUPS, max_attempts: int = 0) -> None:
     """Do the jobs that are left."""
-    until = time.monotonic() + DRAIN_SECONDS
+    # The life of the server that still runs shows which puts were lost with the one before.
+    history = History(stage.history.max_age, events=[*stage.history.events, *(lives.server for lives in stage.servers)])
     for key, group in groups:
         worker = Worker(WorkerJob(f"last-{key}-{group}", key, group, port, ratios={}), stage.history.add)
-        left = {put.body for put in unfinished(stage.history, (key, group))}
+        until = time.monotonic() + DRAIN_SECONDS
+        left = {put.body for put in unfinished(history, (key, group))}
         while left and time.monotonic() < until:
             for taken in worker.take(0.2):
+                until = time.monotonic() + DRAIN_SECONDS
                 worker.settle(taken, "done")
                 left.discard(taken.body)
             if max_attempts:
@@ -84,7 +87,7 @@ def drain(stage: Stage, port: int, groups: Sequence[tuple[str, str]] = GROUPS, m
 def _read_failed(stage: Stage, peer: Wire, key: str, max_attempts: int) -> set[str]:
     """Record the jobs that have failed, and return them."""
     known = {one.body for one in stage.history.of(JobFailed)}
-    reply = iter(peer.call("READ", f"{key}/failed", 0, "COUNT", 10_000))
+    reply = iter(peer.call("READ", f"{key}/failed", 0, "COUNT", 1_000))
     failed = [body.decode() for _, _, _, body, _ in zip(*[reply] * READ_FIELDS, strict=True)]
     stage.history.add(*(JobFailed(key, body, max_attempts) for body in failed if body not in known))
     return set(failed)
@@ -115,6 +118,7 @@ def workers_in_holes(stage: Stage) -> None:
     """Connections of workers go silent, replies are delayed, and connections are reset."""
     lives = stage.lives()
     proxy = stage.proxy(lives.port)
+    stage.history.has_holes = True
     with working(stage, proxy.port, timeout=BRIEF_SECONDS, waits=SHORT_WAITS):
         proxy.plan = lambda _: [Fault("hole", stage.random.choice(("request", "reply")), stage.random.randint(1, 3000))]
         proxy.reset_all()

@@ -82,6 +82,7 @@ class Stage:
     def __post_init__(self) -> None:
         self.random = random.Random(f"{self.seed} {self.name}")
         self._stack = ExitStack()
+        self.servers: list[Lives] = []
         self._proxies: list[Proxy] = []
         self._crowds = 0
 
@@ -102,6 +103,7 @@ class Stage:
         if changes or self.mutant:
             settings["words"] = (sys.executable, str(MUTANTS), *changes, *filter(None, [self.mutant]))
         lives = Lives(self.history, self.folder, **settings)
+        self.servers.append(lives)
         self._stack.callback(lives.close)
         return lives
 

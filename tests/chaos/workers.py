@@ -20,11 +20,11 @@ from chaos.others import Peer
 
 TAKE_FIELDS = 7
 LEASES = (0.3, 0.6, 2.0)
-WAITS = (0.0, 0.0, 0.05, 2.0)
+WAITS = (0.0, 0.0, 0.05, 1.6)
 SHORT_WAITS = (0.0, 0.0, 0.05, 0.2)
 COUNTS = (1, 1, 1, 3)
 # How often a worker gives a job back, extends its lease, works beyond its lease, and forgets it; else it is done.
-RATIOS = {"return": 0.06, "extend": 0.05, "late": 0.02, "forget": 0.01}
+RATIOS = {"return": 0.06, "extend": 0.05, "late": 0.04, "forget": 0.01}
 
 
 @dataclass(frozen=True)
