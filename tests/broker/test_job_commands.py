@@ -1,0 +1,269 @@
+"""TAKE, DONE, RETURN and EXTEND on the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from conftest import SOON, Wire, serving, wait_until, wire_to
+from dsmq.errors import Full, ReplyError
+from dsmq.server import Server
+from dsmq.wire.resp import encode_request
+from security import READER, WRITER, wire_as
+
+pytestmark = pytest.mark.embedded("TAKE is not possible with a NATS store yet")
+
+
+def send(wire: Wire, text: str) -> None:
+    wire.send(encode_request(*text.encode().split()))
+
+
+def call(wire: Wire, text: str) -> object:
+    send(wire, text)
+    return wire.receive()
+
+
+def ids(reply: object) -> list[object]:
+    assert isinstance(reply, list), reply
+    return reply[1::7]
+
+
+def code(reply: object) -> str:
+    return reply.code if isinstance(reply, ReplyError) else str(reply)
+
+
+@pytest.fixture(params=[1, 2], ids=["one I/O thread", "two I/O threads"])
+def threaded(request: pytest.FixtureRequest) -> Iterator[Server]:
+    with serving(io_threads=request.param) as server:
+        yield server
+
+
+def wait_in_turn(server: Server, stack: ExitStack, most: int, request: str) -> list[Wire]:
+    """Return connections that wait for jobs, in order of arrival."""
+    workers = []
+    for number in range(1, most + 1):
+        workers.append(stack.enter_context(wire_to(server)))
+        send(workers[-1], request)
+        wait_until(lambda number=number: server.status.waiting() == number)
+    return workers
+
+
+def is_silent(wire: Wire) -> bool:
+    """Return whether a wire has no reply yet; its connection has run everything that was sent before."""
+    wire.socket.setblocking(False)
+    try:
+        wire.socket.recv(1)
+    except BlockingIOError:
+        return True
+    finally:
+        wire.socket.settimeout(SOON)
+    return False
+
+
+def test_job_has_seven_values(wire: Wire) -> None:
+    wire.call("PUT", "t", "x")
+    reply = call(wire, "TAKE t w 1000")
+    assert isinstance(reply, list)
+    assert (reply[:3], reply[4], reply[6]) == ([b"t", 1, 1], b"x", 1)
+    assert 0 <= reply[3] < 600_000
+    assert reply[3] + reply[5] == 600_000
+    assert call(wire, "TAKE t w 1000") == []
+    assert call(wire, "DONE t w 1 1") == "OK"
+
+
+def test_long_bodies_arrive_whole(wire: Wire) -> None:
+    body = "x" * 1_000_000
+    wire.call("PUT", "t", body)
+    wire.call("PUT", "t", "y")
+    reply = call(wire, "TAKE t w 1000 COUNT 2")
+    # The reply ends once its bodies add up to 256 KiB.
+    assert isinstance(reply, list)
+    assert reply[4::7] == [body.encode()]
+
+
+@pytest.mark.parametrize(
+    ("request_", "about"),
+    [
+        ("TAKE t w 0", "lease-ms"),
+        ("TAKE t w 86400001", "lease-ms"),
+        ("TAKE t w x", "lease-ms"),
+        ("TAKE t w 1000 COUNT 0", "COUNT"),
+        ("TAKE t w 1000 COUNT 1001", "COUNT"),
+        ("TAKE t w 1000 WAIT 86400001", "WAIT"),
+        ("TAKE t w 1000 TOKEN " + 65 * "x", "token"),
+        ("TAKE t " + 65 * "w" + " 1000", "name"),
+        ("DONE t w 1", "wrong number"),
+        ("DONE t w 1 1 2", "attempt"),
+        ("DONE t w 0 1", "id"),
+        ("DONE t w 1 0", "attempt"),
+        ("RETURN t w 1 1 x", "delay-ms"),
+        ("EXTEND t w 1 1 0", "ms"),
+    ],
+)
+def test_invalid_request_is_refused(wire: Wire, request_: str, about: str) -> None:
+    reply = call(wire, request_)
+    assert code(reply) == "BADREQUEST"
+    assert about in str(reply)
+
+
+@pytest.mark.parametrize("request_", ["DONE t w 1 1", "RETURN t w 1 1", "EXTEND t w 1 1 1000"])
+def test_unknown_job_is_lost(wire: Wire, request_: str) -> None:
+    assert code(call(wire, request_)) == "JOBLOST"
+
+
+def test_workers_require_the_role_write(token_file: Path) -> None:
+    with serving(auth_token_file=str(token_file)) as server, wire_as(server, READER) as wire:
+        for request in ("TAKE t w 1000", "DONE t w 1 1", "RETURN t w 1 1", "EXTEND t w 1 1 1"):
+            assert code(call(wire, request)) == "NOPERM"
+    with serving(auth_token_file=str(token_file)) as server, wire_as(server, WRITER) as wire:
+        assert call(wire, "TAKE t w 1000") == []
+
+
+def test_put_wakes_one_worker_in_order_of_arrival(threaded: Server) -> None:
+    with ExitStack() as stack:
+        wire = stack.enter_context(wire_to(threaded))
+        workers = wait_in_turn(threaded, stack, 4, "TAKE t* w 60000 WAIT 60000")
+        for number, worker in enumerate(workers, 1):
+            wire.call("PUT", f"t{number}", "x")
+            assert ids(worker.receive()) == [number]
+            wait_until(lambda number=number: threaded.status.waiting() == 4 - number)
+            assert all(is_silent(other) for other in workers[number:])
+
+
+def test_several_jobs_wake_as_many_workers(threaded: Server) -> None:
+    with ExitStack() as stack:
+        wire = stack.enter_context(wire_to(threaded))
+        workers = wait_in_turn(threaded, stack, 3, "TAKE t w 60000 WAIT 60000")
+        wire.send(encode_request(b"PUT", b"t", b"x") * 2)
+        assert [ids(worker.receive()) for worker in workers[:2]] == [[1], [2]]
+        assert is_silent(workers[2])
+
+
+def test_turn_passes_on_when_a_waiting_worker_disconnects(threaded: Server) -> None:
+    with ExitStack() as stack:
+        wire = stack.enter_context(wire_to(threaded))
+        workers = wait_in_turn(threaded, stack, 3, "TAKE t w 60000 WAIT 60000")
+        workers[0].close()
+        wait_until(lambda: threaded.status.waiting() == 2)
+        wire.call("PUT", "t", "x")
+        assert ids(workers[1].receive()) == [1]
+        workers[2].close()
+        wait_until(lambda: threaded.status.waiting() == 0)
+        assert call(wire, "TAKE t w 60000") == []
+
+
+def test_worker_that_does_not_wait_takes_no_job_from_one_that_does(server: Server, wire: Wire) -> None:
+    with ExitStack() as stack:
+        [first] = wait_in_turn(server, stack, 1, "TAKE t w 60000 WAIT 60000")
+        wire.send(encode_request(b"PUT", b"t", b"x") + encode_request(b"TAKE", b"t", b"w", b"1000"))
+        assert wire.receive() == 1
+        assert wire.receive() == []
+        assert ids(first.receive()) == [1]
+
+
+def test_error_on_the_second_try_leaves_no_wait(server: Server, wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second try follows registration, so that no put is missed in between."""
+    groups = server.context.store.groups
+    assert groups is not None
+    take, calls = groups.take, count()
+    monkeypatch.setattr(groups, "take", lambda request: take(request) if next(calls) != 1 else fail())
+
+    def fail() -> None:
+        raise Full("too many jobs in flight")
+
+    assert code(call(wire, "TAKE t w 60000 WAIT 60000")) == "FULL"
+    assert server.status.waiting() == 0
+    wire.call("PUT", "t", "x")
+    assert ids(call(wire, "TAKE t w 60000 WAIT 60000")) == [1]
+
+
+def test_groups_wait_independently(server: Server, wire: Wire) -> None:
+    with ExitStack() as stack:
+        one = stack.enter_context(wire_to(server))
+        other = stack.enter_context(wire_to(server))
+        send(one, "TAKE t a 60000 WAIT 60000")
+        send(other, "TAKE t b 60000 WAIT 60000")
+        wait_until(lambda: server.status.waiting() == 2)
+        wire.call("PUT", "t", "x")
+        assert ids(one.receive()) == ids(other.receive()) == [1]
+
+
+def test_returned_job_goes_to_a_waiting_worker(threaded: Server) -> None:
+    with ExitStack() as stack:
+        wire = stack.enter_context(wire_to(threaded))
+        wire.call("PUT", "t", "x")
+        assert ids(call(wire, "TAKE t w 60000")) == [1]
+        workers = wait_in_turn(threaded, stack, 2, "TAKE t w 60000 WAIT 60000")
+        assert call(wire, "RETURN t w 1 1 20") == "OK"
+        reply = workers[0].receive()
+        assert isinstance(reply, list)
+        assert (reply[1], reply[6]) == (1, 2)
+        assert is_silent(workers[1])
+
+
+def test_job_goes_to_a_waiting_worker_when_its_lease_ends(threaded: Server) -> None:
+    with ExitStack() as stack:
+        wire = stack.enter_context(wire_to(threaded))
+        wire.call("PUT", "t", "x")
+        assert ids(call(wire, "TAKE t w 60000")) == [1]
+        [worker] = wait_in_turn(threaded, stack, 1, "TAKE t w 60000 WAIT 60000")
+        assert call(wire, "EXTEND t w 1 1 50") == "OK"
+        reply = worker.receive()
+        assert isinstance(reply, list)
+        assert (reply[1], reply[6]) == (1, 2)
+
+
+def test_wait_ends_with_an_empty_reply(wire: Wire) -> None:
+    assert call(wire, "TAKE t w 1000 WAIT 1") == []
+    assert call(wire, "TAKE t* w 1000 WAIT 1") == []
+
+
+def test_waiting_workers_get_an_empty_reply_at_a_stop() -> None:
+    with ExitStack() as stack:
+        server = stack.enter_context(serving())
+        workers = wait_in_turn(server, stack, 2, "TAKE t w 60000 WAIT 60000")
+        server.stop()
+        assert [worker.receive() for worker in workers] == [[], []]
+
+
+def test_failed_job_wakes_a_reader_of_its_topic() -> None:
+    with ExitStack() as stack:
+        server = stack.enter_context(serving(max_attempts=1, expiry_interval_seconds=0.05))
+        wire, reader = stack.enter_context(wire_to(server)), stack.enter_context(wire_to(server))
+        send(reader, "MREAD 0 WAIT 60000 TOPICS */failed")
+        wait_until(lambda: server.status.waiting() == 1)
+        wire.call("PUT", "t", "x")
+        assert ids(call(wire, "TAKE t w 60000")) == [1]
+        assert call(wire, "RETURN t w 1 1") == "OK"
+        reply = reader.receive()
+        assert isinstance(reply, list)
+        assert (reply[1], reply[5]) == (b"t/failed", b"x")
+
+
+def test_transaction_ends_a_job_with_its_result(wire: Wire) -> None:
+    wire.call("PUT", "t", "x")
+    assert ids(call(wire, "TAKE t w 60000")) == [1]
+    assert call(wire, "MULTI") == "OK"
+    assert call(wire, "PUT results y") == "QUEUED"
+    assert call(wire, "DONE t w 1 1") == "QUEUED"
+    assert call(wire, "EXEC") == [2, "OK"]
+
+
+def test_take_is_refused_in_a_transaction(wire: Wire) -> None:
+    assert call(wire, "MULTI") == "OK"
+    assert code(call(wire, "TAKE t w 1000")) == "BADREQUEST"
+    assert code(call(wire, "EXEC")) == "EXECABORT"
+
+
+def test_too_many_waiting_workers_get_busy() -> None:
+    with ExitStack() as stack:
+        server = stack.enter_context(serving(max_waiting_readers=1, max_waiting_patterns=1))
+        wire = stack.enter_context(wire_to(server))
+        [first] = wait_in_turn(server, stack, 1, "TAKE t w 60000 WAIT 60000")
+        assert code(call(wire, "TAKE t w 60000 WAIT 60000")) == "BUSY"
+        wire.call("PUT", "t", "x")
+        assert ids(first.receive()) == [1]
