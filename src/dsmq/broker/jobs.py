@@ -60,12 +60,14 @@ class TakeQueues:
         """Remove a TAKE. If it was the first, it is now the turn of the next."""
         with self._lock:
             queue = self._queues[pending.key]
+            # It may not know yet that it is.
+            was_first = queue[0][0] is pending
             queue.remove((pending, connection))
             if not queue:
                 del self._queues[pending.key]
                 return
             first, its_connection = queue[0]
-        if pending.is_first:
+        if was_first:
             its_connection.loop.post(partial(first.come_first, its_connection))
 
     def wake(self, key: tuple[bytes, bytes]) -> None:
@@ -99,13 +101,14 @@ class PendingTake(PendingRead):
     def fetch(self, store: Store) -> Any:
         if self.jobs:
             return self.jobs
-        if not (self.is_first or self.queues.is_empty(self.key)):
-            return []
         take = Take(
             *(self.topic, self.group, self.selection, self.count, self.max_bytes),
             *(self.lease_ms, self.token, self.worker),
         )
         groups = _groups(store)
+        if not (self.is_first or self.queues.is_empty(self.key)):
+            # Jobs that it was given before are not for those ahead of it.
+            return groups.repeat(take) if self.token else []
         found = groups.take(take)
         if found is None:
             return ()
