@@ -145,8 +145,10 @@ class _JobCheck:
             for two in taken:
                 if two.sent > one.ended and not self._forgotten(one, two.ended):
                     yield Violation("given after done", "a job is given again although it is done", (one, two))
-                if two.attempt > one.attempt and two.ended < one.began and not (
-                    forgotten or self._forgotten(two, one.ended)
+                if (
+                    two.attempt > one.attempt
+                    and two.ended < one.began
+                    and not (forgotten or self._forgotten(two, one.ended))
                 ):
                     yield Violation("done late", "a job is done by a worker that has lost it", (two, one))
         for one, two in combinations(sorted(done, key=lambda one: one.ended), 2):

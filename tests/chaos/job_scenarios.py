@@ -207,9 +207,7 @@ def workers_interrupted(stage: Stage) -> None:
     _in_processes(stage, interrupt)
 
 
-def _in_processes(
-    stage: Stage, run: Callable[[Lives, list[subprocess.Popen[str]], Callable[[], None]], None]
-) -> None:
+def _in_processes(stage: Stage, run: Callable[[Lives, list[subprocess.Popen[str]], Callable[[], None]], None]) -> None:
     """Let workers in processes do jobs while `run` gets them, and a function that starts another one."""
     lives = stage.lives()
     group = GROUPS[:1]

@@ -228,7 +228,8 @@ def test_violation_shows_evidence() -> None:
 
 def test_history_round_trips_through_file(tmp_path: Path) -> None:
     history = History(
-        600.0, events=[SERVER, READER, *read(1), raised(2), empty(3), Broken("r", "t", 4.0, 4.1, INTERRUPTED, 1), held(1)]
+        600.0,
+        events=[SERVER, READER, *read(1), raised(2), empty(3), Broken("r", "t", 4.0, 4.1, INTERRUPTED, 1), held(1)],
     )
     history.save(tmp_path / "history.jsonl")
     again = History(600.0)

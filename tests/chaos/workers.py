@@ -8,6 +8,7 @@ import os
 import random
 import sys
 import time
+from bisect import bisect
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import redis
 
 from chaos.clients import Calls, Stop, StopFile
-from chaos.history import Died, Event, History, NoJob, Sent, Settled, Taken, as_line
+from chaos.history import Died, Event, NoJob, Sent, Settled, Taken, as_line
 from chaos.others import Peer
 
 TAKE_FIELDS = 7
@@ -86,7 +87,9 @@ class Worker:
         request = self._request
         words = ["TAKE", request.key, request.group, round(request.lease * 1000), "COUNT", request.count]
         words += ["WAIT", round(request.wait * 1000)] if request.wait else []
-        began, ended, reply = self._call(lambda at: self._log(replace(request, began=at)), *words, "TOKEN", request.token)
+        began, ended, reply = self._call(
+            lambda at: self._log(replace(request, began=at)), *words, "TOKEN", request.token
+        )
         if reply is None:
             return []
         self._request = None
@@ -102,13 +105,8 @@ class Worker:
         return taken
 
     def _work(self, taken: Taken) -> None:
-        chance, choice = self._chance, self._chance.random()
-        for verb, ratio in self.job.ratios.items():
-            choice -= ratio
-            if choice < 0:
-                break
-        else:
-            verb = "done"
+        chance = self._chance
+        verb = [*self.job.ratios, "done"][bisect([*itertools.accumulate(self.job.ratios.values())], chance.random())]
         time.sleep(chance.uniform(0, self.job.work_seconds))
         match verb:
             case "return":
