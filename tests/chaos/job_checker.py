@@ -163,9 +163,11 @@ class _JobCheck:
             return
         for one in taken:
             mine = [event for event in settled if _is_of(event, one)]
-            returned = min((event.began for event in mine if event.verb != "extend"), default=math.inf)
             for event in mine:
-                is_first = event.began <= returned and (event.sends == 1 or event.verb != "return")
+                # DONE may be sent again.
+                ends = {"return"} if event.verb == "done" else {"return", "done"}
+                is_ended = any(other.verb in ends and other.began < event.began for other in mine)
+                is_first = not is_ended and (event.sends == 1 or event.verb != "return")
                 is_held = event.ended < self._held_until(one, mine, event.began)
                 if event.reply == "JOBLOST" and is_first and is_held:
                     yield Violation("lost early", "a worker has lost a job within its lease", (one, event))
