@@ -105,7 +105,7 @@ def workers(stage: Stage) -> None:
 def workers_every_byte(stage: Stage) -> None:
     """Connections of workers are reset one after another, each at the next byte sent, then of the bytes received."""
     lives = stage.lives()
-    step = stage.size(3, 37)
+    step = stage.size(5, 37)
     offsets = [Fault("reset", side, at) for side, most in OFFSETS for at in range(stage.seed % step, most, step)]
     proxy = stage.proxy(lives.port)
     with working(stage, proxy.port, waits=SHORT_WAITS):
@@ -198,7 +198,7 @@ def workers_interrupted(stage: Stage) -> None:
     """Ctrl-C at random points of a worker's calls."""
 
     def interrupt(lives: Lives, children: list[subprocess.Popen[str]], start: Callable[[], None]) -> None:
-        until = time.monotonic() + stage.size(3, 1)
+        until = time.monotonic() + stage.size(2, 1)
         while time.monotonic() < until:
             time.sleep(stage.random.uniform(0, 0.02))
             stage.fault("interrupt")
