@@ -171,17 +171,6 @@ def test_turn_passes_on_past_a_worker_that_ends_before_it_learns_of_its_turn() -
     assert posted == takes[1:]
 
 
-def test_same_token_gets_its_job_although_others_wait(server: Server, wire: Wire) -> None:
-    wire.call("PUT", "t", "x")
-    assert ids(call(wire, "TAKE t w 60000 TOKEN a")) == [1]
-    with wire_to(server) as other:
-        send(other, f"TAKE t w 60000 WAIT {SOON * 1000:.0f}")
-        wait_until(lambda: server.status.waiting() == 1)
-        for wait in ("", f" WAIT {SOON * 1000:.0f}"):
-            assert ids(call(wire, "TAKE t w 60000 TOKEN a" + wait)) == [1]
-        assert is_silent(other)
-
-
 def test_worker_that_does_not_wait_takes_no_job_from_one_that_does(server: Server, wire: Wire) -> None:
     with ExitStack() as stack:
         [first] = wait_in_turn(server, stack, 1, "TAKE t w 60000 WAIT 60000")
@@ -189,6 +178,21 @@ def test_worker_that_does_not_wait_takes_no_job_from_one_that_does(server: Serve
         assert wire.receive() == 1
         assert wire.receive() == []
         assert ids(first.receive()) == [1]
+
+
+def test_repeated_take_gets_its_jobs_before_those_that_wait(threaded: Server) -> None:
+    with ExitStack() as stack:
+        wire = stack.enter_context(wire_to(threaded))
+        call(wire, "PUT t x")
+        first = call(wire, "TAKE t w 60000 TOKEN mine")
+        [waiting] = wait_in_turn(threaded, stack, 1, "TAKE t w 60000 WAIT 60000 TOKEN other")
+        for options in ("", "WAIT 60000 "):
+            assert ids(call(wire, f"TAKE t w 60000 {options}TOKEN mine")) == ids(first)
+        # It gets no others.
+        call(wire, "DONE t w 1 1")
+        assert call(wire, "TAKE t w 60000 TOKEN mine") == []
+        call(wire, "PUT t y")
+        assert ids(waiting.receive()) == [2]
 
 
 def test_error_on_the_second_try_leaves_no_wait(server: Server, wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,16 +152,6 @@ class Groups:
             finally:
                 self._note_use(group, now)
 
-    def repeat(self, request: Take) -> list[Job]:
-        """Return only the jobs given for an earlier request with the same token."""
-        with self.lock:
-            group, now = self._groups.get((request.key, request.group)), self._source.now()
-            if group is None:
-                return []
-            jobs = self._repeat(group, request, now)
-            self._note_use(group, now)
-            return jobs
-
     def _find(self, request: Take, now: int) -> Group:
         group = self._groups.get((request.key, request.group))
         if group is None:
