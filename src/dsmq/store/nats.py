@@ -28,7 +28,7 @@ from dsmq.store.api import Answer, EngineStats, Limits, Outcome, Put, Timing
 from dsmq.store.nats_connection import Credentials, NATSConnection, Server
 from dsmq.store.nats_index import ReadIndex
 from dsmq.store.nats_leader import LeaderFollower
-from dsmq.store.nats_mirror import Mirror
+from dsmq.store.nats_mirror import RETRY_SECONDS, Mirror
 from dsmq.store.nats_puts import Publisher
 from dsmq.store.nats_reads import FreshReads
 from dsmq.store.nats_requests import Requests
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 # After this long without a connection, clients are sent to other servers.
 DISCONNECT_SECONDS = 2.0
+# After this long without an answer, a client that connects is sent to another server. A busy engine may be slow.
+START_SECONDS = 3.0
 WATCH_SECONDS, CANCEL_SECONDS = 0.5, 0.1
 # The engine closes the connection if a request line exceeds 4,096 bytes, and encoding can triple a topic's length.
 MAX_TOPIC_BYTES = 1300
@@ -276,14 +278,20 @@ class NATSStore(FreshReads):
 
     async def _answer_last_id(self, answer: Future[int]) -> None:
         self._tasks = {task for task in self._tasks if not task.done()}
-        try:
-            # Not the id that `ReadIndex` waits for, which may be of a message that is never stored.
-            epoch, last_id = self.mirror.epoch, await self._index.last_stored_id()
-            if epoch != self.mirror.epoch:
-                raise EngineError("a new epoch has begun")
-            answer.set_result(max(self.publisher.last_id, last_id))
-        except EngineError as error:
-            answer.set_exception(StoreFailed(str(error)))
+        until = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                # Not the id that `ReadIndex` waits for, which may be of a message that is never stored.
+                epoch, last_id = self.mirror.epoch, await self._index.last_stored_id()
+                if epoch != self.mirror.epoch:
+                    raise EngineError("a new epoch has begun")
+                answer.set_result(max(self.publisher.last_id, last_id))
+                return
+            except EngineError as error:
+                if time.monotonic() > until:
+                    answer.set_exception(StoreFailed(str(error)))
+                    return
+            await asyncio.sleep(RETRY_SECONDS)
 
     # Settings
 
