@@ -114,7 +114,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    """Tell a process that runs tests where the cluster is."""
+    """Pass the cluster's address to a process that runs tests."""
     if streams := node.config.stash.get(STREAMS, None):
         node.workerinput["nodes"] = streams.ports
 
@@ -128,7 +128,7 @@ def clean_streams(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def clean_environment() -> Iterator[None]:
-    """Ignore the caller's settings, of dsmq and of Python's buffering; undo the changes that a test makes."""
+    """Ignore the caller's settings of dsmq and of Python's buffering; undo the changes that a test makes."""
     before = os.environ.copy()
     for name in before:
         if name.startswith("DSMQ_") or name == "PYTHONUNBUFFERED":
@@ -142,7 +142,7 @@ def clean_environment() -> Iterator[None]:
 def no_leftovers() -> Iterator[None]:
     """Every test must end its own threads, except the log's, which lives as long as the process.
 
-    Removes log handlers left by a command, which would go on writing to their test's standard error.
+    Removes log handlers left by a command, which would continue to write to their test's standard error.
     """
     before = set(threading.enumerate())
     logger = logging.getLogger("dsmq")
@@ -156,7 +156,7 @@ def no_leftovers() -> Iterator[None]:
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """Handle SIGINT: in a background job it is ignored, also by the processes that tests start."""
+    """Handle SIGINT: in a background job, it is ignored, even by the processes that tests start."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -205,14 +205,14 @@ def wait_for_stored(server: Server, messages: int) -> None:
 
 @pytest.fixture
 def long_linger(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give clients plenty of time to hang up after the last reply, however busy the machine is."""
+    """Give clients plenty of time to hang up after the last reply, no matter how busy the machine is."""
     for module in ("transport", "admission"):
         monkeypatch.setattr(f"dsmq.broker.{module}.LINGER_SECONDS", 10 * SOON)
 
 
 @pytest.fixture
 def replies_after_wrong_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep replying to clients for a long time after a wrong token, however busy the machine is."""
+    """Keep replying to clients for a long time after a wrong token, no matter how busy the machine is."""
     monkeypatch.setattr("dsmq.broker.login.WRONG_TOKEN_SECONDS", 10 * SOON)
 
 
@@ -234,7 +234,7 @@ def no_new_threads() -> Iterator[None]:
 
 
 class ClientClock:
-    """The clocks of a client without I/O; they advance only when the test says so."""
+    """The clocks of a client without I/O; they advance only when the test sets them."""
 
     def __init__(self) -> None:
         self.passed = 0.0

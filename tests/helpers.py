@@ -1,4 +1,4 @@
-"""Helpers that need no pytest: servers in a process of their own, raw connections, waiting."""
+"""Helpers that don't need pytest: servers in their own processes, raw connections, waiting."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 HOST = "127.0.0.1"
 # The unit of all timing in the tests, in seconds; long enough for a busy machine.
 UNIT = float(os.environ.get("DSMQ_TEST_UNIT", "0.1"))
-# How long to wait for something that must happen.
+# The timeout for anything that must happen.
 SOON = 300 * UNIT
 
 
@@ -118,7 +118,7 @@ class Wire:
         return reply.code
 
     def ask_for_notices(self) -> None:
-        """Receive notices, as dsmq's own clients do."""
+        """Request notices, as dsmq's own clients do."""
         assert isinstance(self.call("HELLO", 2, "NOTICES"), list)
 
     def ended(self) -> bool:
@@ -211,7 +211,7 @@ class Daemon(Process):
         environment |= {"DSMQ_PORT": "0", "DSMQ_HTTP_PORT": "0"}
         settings = store_settings() | settings
         environment |= {f"DSMQ_{name.upper()}": str(value) for name, value in settings.items()}
-        # A pipe that nobody reads would stop the process once it is full.
+        # A pipe that nothing reads would block the process once it is full.
         self.process = subprocess.Popen(
             [*prefix, *command, *options],
             stdin=subprocess.DEVNULL,
@@ -235,7 +235,7 @@ class Daemon(Process):
             raise
 
     def log(self) -> str:
-        """Return its log, also after it has stopped."""
+        """Return its log, even after it has stopped."""
         if self._file.closed:
             return self._last_log
         # Seeking in the process's own file would move its write position.

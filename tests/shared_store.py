@@ -1,4 +1,4 @@
-"""`pytest --store nats`: the servers that tests start keep their messages in a NATS cluster, each in its own stream."""
+"""`pytest --store nats`: servers started by tests keep their messages in a NATS cluster, each in its own stream."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Streams:
 
 
 class CountingStore(NATSStore):
-    """Numbers the messages from 1, as the store in memory does, so that tests can say ids; an epoch's is 0."""
+    """Assigns ids from 1, like the store in memory, so that tests can rely on ids; that of the epoch is 0."""
 
     def start(self, on_messages: Callable[[set[bytes]], None], on_unusable: Callable[[str], None]) -> None:
         def apply_later() -> None:
@@ -129,9 +129,9 @@ class CountingStore(NATSStore):
 
 
 def number_from_one() -> None:
-    """Have the servers in this process number messages from 1, without gaps."""
+    """Make the servers in this process assign ids from 1, without gaps."""
     dsmq.store.nats.NATSStore = CountingStore  # type: ignore[misc]
-    # No node is cut off, so that no server needs a message of its own as a proof.
+    # No node is cut off, so servers need no message of their own as proof.
     Stream.sole_leader_until = property(lambda _: math.inf, lambda *_: None)  # type: ignore[assignment]
 
 

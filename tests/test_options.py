@@ -17,7 +17,7 @@ from dsmq.settings import EmbeddedSettings, Settings
 
 
 def spelled(kind: Any) -> set[Any]:
-    """Return the types that a setting takes, without bounds; secrets are given as text."""
+    """Return the types that a setting accepts, without bounds; secrets are text."""
     if get_origin(kind) is Annotated:
         return spelled(get_args(kind)[0])
     if get_args(kind) and get_origin(kind) is not Literal:
@@ -29,7 +29,7 @@ def test_options_are_the_settings_with_their_types() -> None:
     fields = Settings.model_fields
     assert list(get_type_hints(ServeOptions)) == [name for name in fields if name not in ("host", "port")]
     options = get_type_hints(ServerOptions)
-    # A table in the file is a dictionary here.
+    # Tables in the file are dictionaries here.
     assert options.pop("topic")
     kinds = {name: spelled(field.annotation) for name, field in fields.items() if name != "topic"}
     assert {name: spelled(kind) for name, kind in options.items()} == kinds
@@ -43,7 +43,7 @@ def test_signature_lists_every_setting_with_its_default(call: Callable[..., Any]
         assert parameters[name].default == value, name
 
 
-def test_server_takes_options() -> None:
+def test_server_accepts_options() -> None:
     with Server(port=0, max_age_seconds=5) as server, connect(port=server.port) as mq:
         mq.put("t", "x")
         assert mq.get("t") == "x"

@@ -1,4 +1,4 @@
-"""Rooms of the source import only from rooms below them."""
+"""Packages of the source import only from packages below them, and modules, classes and functions are short."""
 
 from __future__ import annotations
 

@@ -165,7 +165,7 @@ def test_wait_returns_nothing_at_timeout(wire: Wire) -> None:
     assert 2 * UNIT * 0.9 <= time.monotonic() - before < SOON
 
 
-def test_requests_pipelined_behind_wait_run_after_it(server: Server, wire: Wire) -> None:
+def test_requests_pipelined_after_wait_run_when_it_ends(server: Server, wire: Wire) -> None:
     with wire_to(server) as waiter:
         waiter.send(encode_request(b"GETWAIT", b"t", b"60000") + encode_request(b"PING") + encode_request(b"GET", b"t"))
         wait_until(lambda: server.status.waiting() == 1)

@@ -102,7 +102,7 @@ def is_closed(wire: Wire) -> bool:
 
 @pytest.mark.usefixtures("long_linger")
 def test_refused_client_can_finish_its_handshake_unless_too_many_are_refused() -> None:
-    # Otherwise it would get an error from sending before it reads -BUSY.
+    # Otherwise, it would get an error when sending, before it reads -BUSY.
     with serving(max_connections=1) as server, wire_to(server) as one, ExitStack() as stack:
         assert one.call("PING") == "PONG"
         refused = [stack.enter_context(wire_to(server)) for _ in range(2 * MAX_REFUSED)]

@@ -1,4 +1,4 @@
-"""Settings: their sources, which of these wins, and errors."""
+"""Settings: sources, their precedence, and errors."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_io_threads_zero_chooses_a_number() -> None:
 # Invalid settings
 
 
-# Setting, invalid value, and what the error must include.
+# Setting, invalid value, and text that the error must include.
 BAD = [
     ("port", "abc", "should be a whole number, not"),
     ("port", "65536", "65535"),
@@ -589,14 +589,9 @@ def test_invalid_rule_is_reported(text: str, expected: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("text", ["[topic]\npattern = 'a'", "topic = 3", "topic = 'a'", "topic = ['a']"])
-def test_rules_that_are_no_tables_are_refused(text: str, tmp_path: Path) -> None:
+def test_rules_must_be_tables(text: str, tmp_path: Path) -> None:
     assert "topic" in (error := config_error(toml(tmp_path, text)))
     assert "should be written as tables: [[topic]]" in error
-
-
-@pytest.mark.parametrize("given", [{"when_full": "drop_oldest"}, {"topic": [{"pattern": "a", "max_messages": 3}]}])
-def test_rules_are_refused_over_nats(given: dict[str, Any]) -> None:
-    assert "can't be used with store yet" in config_error(store="nats://127.0.0.1:4222", **given)
 
 
 # TOML out
@@ -653,7 +648,7 @@ OTHERS: dict[str, Any] = {
     },
     **{name: kind["maximum"] for name, kind in NUMBERS.items() if name != "http_port"},
 }
-# Those of a store shared by several servers, which rule out snapshots. A token would rule out user and password.
+# Settings for a store shared by several servers, which exclude snapshots. A token would exclude user and password.
 SHARED_STORE: dict[str, Any] = {
     "store": "tls://nats-1:4222,[::1]:4223",
     "store_stream": "others",

@@ -1,4 +1,4 @@
-"""A client that puts and gets continuously: `bystander.py HOST PORT SECURITY`, the last one as JSON.
+"""A client that puts and gets continuously: `bystander.py HOST PORT SECURITY`, where SECURITY is JSON.
 
 For each line on stdin, it prints its results since the previous one, as JSON.
 """
@@ -14,7 +14,7 @@ import time
 from dsmq.client import connect
 from dsmq.errors import DSMQError
 
-# Pause between rounds, so that it does not keep the machine busy itself.
+# Pause between rounds, so that the bystander itself does not keep the machine busy.
 PAUSE_SECONDS = 0.001
 TOPIC = "b"
 

@@ -1,4 +1,4 @@
-"""Attacks with connections that are too many, too slow, too greedy, or unauthenticated."""
+"""Attacks with too many connections, or slow, greedy or unauthenticated ones."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _endless(head: bytes, chunk: bytes) -> Iterator[bytes]:
     yield from itertools.repeat(chunk)
 
 
-# What 14 unauthenticated clients send: a header, then the same data repeatedly.
+# The data of 14 unauthenticated clients: a header, then the same bytes repeatedly.
 ENDLESS = {
     "announced bulk": (b"*3\r\n$3\r\nPUT\r\n$1\r\nt\r\n$100000000\r\n", ZEROS),
     "bulk that others may send": (b"*3\r\n$3\r\nPUT\r\n$1\r\nt\r\n$8000000\r\n", ZEROS),
@@ -67,7 +67,7 @@ def before_auth(trial: Trial) -> None:
     with victim(trial, auth_token=TOKEN, auth_timeout_seconds=trial.size(10, 2)) as on:
         daemon = on.daemon
         each = int(trial.size(100e6, 20e6))
-        # Measured before all of them, because memory that one frees may be reused by the next.
+        # Measured before all attacks, because memory freed by one may be reused by the next.
         serve_time(daemon)
         before = daemon.memory
         daemon.forget_peak()
@@ -134,7 +134,7 @@ def unauthenticated_requests(trial: Trial) -> None:
 
 
 def guessing(trial: Trial) -> None:
-    """Send wrong tokens as fast as possible, from the address of clients with the right one."""
+    """Send invalid tokens as fast as possible, from the address of clients with a valid one."""
     with victim(trial, auth_token=TOKEN) as on:
         daemon = on.daemon
         until = threading.Event()
@@ -179,7 +179,7 @@ class Gone:
 
     def __call__(self) -> bool:
         now = time.monotonic()
-        # Polling continuously would be an attack by itself; and the sink drops no connection.
+        # Polling continuously would be an attack in itself; and the sink does not drop connections.
         if self._crowd.opened == self._crowd.count and self._crowd.port == self._daemon.port and now >= self._look_at:
             self._look_at = now + LOOK_EVERY_SECONDS
             if self._daemon.metric("dsmq_connections") <= 2:
@@ -187,7 +187,7 @@ class Gone:
         return self.at < math.inf
 
     def after(self) -> float:
-        """Seconds since the last one connected; infinite while any is left."""
+        """Seconds since the last one connected; infinite while any is open."""
         if self._crowd.port == self._daemon.port:
             reached(self, 2 * LOOK_EVERY_SECONDS)
         return self.at - self._crowd.opened_last
@@ -264,7 +264,7 @@ def never_read(trial: Trial) -> None:
         daemon.forget_peak()
         attack(daemon.port)
         peak = daemon.peak_memory
-        # Not all their replies fit into the total: clients that wait for room get it once others have been dropped.
+        # Not all of their replies fit in the total: clients that wait for room get it once others have been dropped.
         trial.must(
             f"{count} connections that never read are dropped at reply_timeout_seconds, {timeout:g} s, in turn",
             f"all {ends[0]:.1f} s after the last was opened",
@@ -289,7 +289,7 @@ def flood(trial: Trial) -> None:
 
         def attack(port: int) -> Crowd:
             crowd = Crowd(port, count, trial.size(3, 0.3), lambda: iter(()))
-            # A busy machine takes longer, which is allowed if no latencies are measured.
+            # A busy machine takes longer, which is acceptable if latencies are not measured.
             crowd.run(trial.size(4, SOON), lambda: trial.quick and crowd.replies.get(b"-BUSY", 0) >= count - room)
             return crowd
 
@@ -351,7 +351,7 @@ def _exhaust(trial: Trial, daemon: Daemon, when: str, *, pending_scrape: bool = 
         f"of the last 49, {refused} refused, {silent} held, {len(told) - refused - silent} something else",
         refused + silent == len(told),
     )
-    # It may have to handle those connections first.
+    # The server may have to handle those connections first.
     used = [_used(daemon, trial.size(2, 0.5))]
     reached(lambda: used.append(_used(daemon, trial.size(2, 0.5))) or used[-1] < 0.2)
     trial.must(f"{when}: no busy loop", f"{used[-1]:.0%} of a processor", used[-1] < 0.2)
@@ -408,7 +408,7 @@ def churn(trial: Trial) -> None:
 
 
 def _churn(port: int, until: float) -> int:
-    """Connect, put, read and disconnect: in turns by QUIT, by a reset, and by a reset within a request."""
+    """Connect, put, read and disconnect: in turn by QUIT, by a reset, and by a reset in the middle of a request."""
     request = encode_request(b"PUT", b"t", b"x" * 100) + encode_request(b"READ", b"t", b"0", b"COUNT", b"1")
     rounds = 0
     while time.monotonic() < until:
@@ -457,7 +457,7 @@ def greedy(trial: Trial, count: int = 200_000, bound: float = 0.02) -> None:
 
 
 def pipeline(port: int, blob: bytes, seconds: float, most: int = 1 << 62) -> int:
-    """Send requests continuously without waiting for replies, but read these; return their number.
+    """Send requests continuously, without waiting for replies, but read the replies; return their number.
 
     It ends after this many seconds or replies.
     """

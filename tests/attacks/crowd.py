@@ -40,7 +40,6 @@ def dial(port: int, *, receive_buffer: int = 0, timeout: float | None = 5.0) -> 
 
 
 def reset(sock: socket.socket) -> None:
-    """Close with a reset."""
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
     sock.close()
@@ -65,7 +64,7 @@ class Crowd:
     opening_seconds: float
     """Time in which to open them."""
     words: Callable[[], Iterator[bytes]]
-    """The data that each sends: first at once, then every `every` seconds."""
+    """The data that each connection sends: the first item at once, then one every `every` seconds."""
     every: float = 1.0
     reads: bool = True
     receive_buffer: int = 0
@@ -110,7 +109,7 @@ class Crowd:
 
     def _open(self, now: float) -> None:
         wanted = min(self.count, 1 + int(self.count * (now - self.began) / self.opening_seconds))
-        # Not more at a time, so that open connections are fed in between.
+        # Only a few at a time, so that open connections are fed in between.
         for _ in range(min(20, wanted - self._opened)):
             if self._opened % 100 == 0 and memory_left() < LEAST_MEMORY_LEFT:
                 raise NotHere("the machine runs out of memory")

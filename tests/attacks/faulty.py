@@ -80,7 +80,7 @@ class Database:
         self.fails = False
 
     def _run(self, name: str, *arguments: Any) -> Any:
-        # With "rollback", a transaction begins, and stays open.
+        # With "rollback", a transaction begins and stays open.
         if self.fails and self._fault == "rollback" and name == "executemany":
             self._database.executemany(*arguments)
         if self.fails and not (self._fault == "rollback" and arguments and arguments[0].startswith("SELECT")):

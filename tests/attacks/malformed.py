@@ -179,7 +179,7 @@ def _web(rng: Random) -> bytes:
 
 
 def _other_protocol(rng: Random) -> bytes:
-    """Return what clients of MQTT, memcached, TLS, SSH, SMTP and X11 send first, valid or not."""
+    """Return the first bytes of clients of MQTT, memcached, TLS, SSH, SMTP and X11, valid or not."""
     name = b"MQTT" * rng.choice((1, 200))
     packet = b"\0" + bytes((len(name) % 256,)) + name + bytes((rng.randrange(7), rng.randrange(256), 0, 10, 255, 255))
     return rng.choice(
@@ -249,7 +249,7 @@ def in_pieces(data: bytes, rng: Random) -> tuple[list[list[bytes]], str]:
 
 
 def to_parser(count: int, seed: int) -> tuple[Counter[str], list[bytes], int]:
-    """Parse `count` requests; return the outcomes, those that differ in pieces, and the growth of memory."""
+    """Parse `count` requests; return the outcomes, those that differ in pieces, and the memory growth."""
     rng = Random(seed)
     outcomes: Counter[str] = Counter()
     differ: list[bytes] = []
@@ -268,7 +268,7 @@ def to_parser(count: int, seed: int) -> tuple[Counter[str], list[bytes], int]:
 
 
 def to_server(port: int, count: int, seed: int) -> tuple[Counter[str], list[bytes]]:
-    """Send `count` requests, each on its own connection; return the replies, and those without an end."""
+    """Send `count` requests, each on its own connection; return the replies, and the requests that hang."""
     rng = Random(seed)
     outcomes: Counter[str] = Counter()
     hung: list[bytes] = []
@@ -277,12 +277,12 @@ def to_server(port: int, count: int, seed: int) -> tuple[Counter[str], list[byte
         try:
             outcomes[_exchange(sock, data, rng)] += 1
         except ProtocolError:
-            # dsmq's parser knows only what its own client requests, which excludes RESP 3 and COMMAND.
+            # dsmq's parser knows only replies to its own client, which does not use RESP 3 and COMMAND.
             outcomes["not for this parser" if re.search(b"HELLO|COMMAND", data, re.I) else "no reply"] += 1
         except TimeoutError:
             hung.append(data)
         except OSError:
-            # A reset: the server closed with unread bytes, as it may.
+            # A reset: the server closed with unread bytes, which is allowed.
             outcomes["reset"] += 1
         reset(sock)
     return outcomes, hung
@@ -322,7 +322,7 @@ def to_server_by_many(port: int, count: int, seed: int) -> tuple[Counter[str], l
 def malformed(trial: Trial) -> None:
     seed = int(time.time())
     count = trial.size(1_000_000, 5_000)
-    # Topics of one byte are few; the server remembers topics.
+    # There are few topics of one byte; the server remembers topics.
     settings = {"max_age_seconds": 1, "max_topic_bytes": 1, "max_message_bytes": LARGEST, "request_timeout_seconds": 1}
     with victim(trial, allow_shutdown=False, **settings) as on:
         began = time.monotonic()
@@ -367,7 +367,7 @@ def _examples(found: list[bytes]) -> str:
     return f"{len(found)} differ" + "".join(f": {data[:80]!r}".replace("|", "¦") for data in found[:1])
 
 
-# Guided by what the parser does with it
+# Guided by coverage of the parser
 
 
 def guided(trial: Trial, runs: int) -> None:
@@ -381,7 +381,7 @@ def guided(trial: Trial, runs: int) -> None:
 
 
 def fuzz(runs: int) -> None:
-    """Let atheris search for bytes that the parser fails on, or parses differently in pieces."""
+    """Use atheris to search for bytes on which the parser fails, or that it parses differently in pieces."""
     import atheris
 
     def check(data: bytes) -> None:

@@ -34,7 +34,7 @@ class NotHere(Exception):
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table; ok is None if it was measured but not checked."""
+    """A row of the table; ok is None if the figure was not checked."""
 
     attack: str
     wanted: str
@@ -58,7 +58,7 @@ class Trial:
         self._note(wanted, measured, bool(ok))
 
     def timing(self, wanted: str, measured: str, ok: bool) -> None:
-        """Record a figure that depends on the load of the machine: checked only in a full run."""
+        """Record a figure that depends on the machine's load, so that only a full run checks it."""
         self._note(wanted, measured, None if self.quick else bool(ok))
 
     def at_once(self, wanted: str, measured: str, seconds: float) -> None:
@@ -131,7 +131,7 @@ class Scraper:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Pause scraping while the HTTP endpoint can't answer: its process is stopped, or can't start threads."""
+        """Pause scraping while the HTTP endpoint can't reply, because its process is stopped or can't start threads."""
         self._may_go_on.clear()
         self._idle.wait(SOON)
         try:
@@ -166,7 +166,7 @@ class Victim:
 def victim(
     trial: Trial, *words: str, popen: dict[str, Any] | None = None, ca_file: str = "", **settings: object
 ) -> Iterator[Victim]:
-    """Run a server that is scraped continuously. After the attack it must serve without defects, and stop."""
+    """Run a server that is scraped continuously. After the attack, it must serve without defects, and stop."""
     progress(f"{trial.name}: starting")
     with ExitStack() as stack:
         daemon = Daemon(**({"command": words} if words else {}), popen=popen, ca_file=ca_file, **settings)
@@ -193,13 +193,13 @@ def victim(
 
 
 def serve_time(daemon: Daemon) -> float:
-    """Return how long a new client takes to put and get a message; a very long time if it fails."""
+    """Return the time a new client takes to put and get a message; a very long time if it fails."""
     began = time.monotonic()
     try:
         with daemon.client(retry=False, timeout=SOON) as mq:
             mq.seek("a", mq.put("a", "hello world!") - 1)
             while not mq.get("a"):
-                # If max_age_seconds is short and the machine is busy, it may expire before it is read.
+                # If max_age_seconds is short and the machine is busy, the message may expire before it is read.
                 assert time.monotonic() < began + SOON
                 mq.seek("a", mq.put("a", "hello world!") - 1)
     except (OSError, DSMQError, AssertionError) as error:
@@ -277,7 +277,8 @@ def compare_latency(
 ) -> None:
     """Run an attack on the server and, as a control, on a sink; record the ratio of other clients' p99.
 
-    On few cores the attacker alone slows others down. So the control, during which the server is idle, is the baseline.
+    With few cores, the attacker alone slows others down. So the control, during which the server is idle, is the
+    baseline.
     """
     if trial.quick and not in_quick:
         return

@@ -1,6 +1,6 @@
 """Attack dsmq: `python tests/attacks [NAME ...] [--quick]`.
 
-Each attack starts its own servers on free ports, measures what other clients notice, and cleans up. Prints a table;
+Each attack starts its own servers on free ports, measures its effect on other clients, and cleans up. Prints a table;
 the exit status is 1 if a check failed. Only a full run checks latencies, because that needs an otherwise idle machine.
 README.md has the results.
 """
@@ -43,7 +43,7 @@ def run(name: str, *, quick: bool = False) -> Trial:
         ATTACKS[name](trial)
     finally:
         threading.excepthook = before
-    # Otherwise an attack might pass because half of it never took place.
+    # Otherwise, an attack might pass because half of it never happened.
     trial.must("the attackers did not fail", "; ".join(died) or "none did", not died)
     return trial
 

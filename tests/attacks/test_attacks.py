@@ -1,4 +1,4 @@
-"""The attacks on a small scale: all their checks, except of latencies, which only a full run checks."""
+"""The attacks on a small scale, with all checks except those of latencies, which require a full run."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class Writer:
                     name = type(error).__name__
                     self.refused[name] = self.refused.get(name, 0) + 1
                     self.refused_at = time.monotonic()
-                    # Don't attack the processor.
+                    # Don't use up the processor.
                     ended.wait(0.001)
 
 
@@ -226,7 +226,7 @@ def stopped(trial: Trial) -> None:
         request = encode_request(b"PUT", b"t", b"in two halves")
         with on.scraper.paused(), dial(daemon.port) as half:
             reached(lambda: daemon.metric("dsmq_connections") == 3 * len(calls) + 1)
-            # Last, because its time limit runs from when the server has received this much.
+            # Last, because its time limit starts when the server has received this much.
             before = daemon.metric("dsmq_received_bytes_total")
             half.sendall(request[:10])
             reached(lambda: daemon.metric("dsmq_received_bytes_total") >= before + 10)

@@ -1,4 +1,4 @@
-"""Reloading of tokens, certificates and rules of access."""
+"""Reloads of tokens, certificates and access rules."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dsmq.wire.resp import encode_request
 from security import ADMIN, READER, WRITER, WRONG, Files, wire_as
 
 
-def test_reload_disconnects_withdrawn_tokens(token_file: Path) -> None:
+def test_reload_disconnects_clients_with_revoked_tokens(token_file: Path) -> None:
     with daemon("--auth-token-file", str(token_file)) as process:
         address = ("127.0.0.1", process.port)
         admin, writer, other = Wire(address), Wire(address), Wire(address)
@@ -117,7 +117,7 @@ def test_connection_accepted_during_reload_is_closed_by_the_new_rules(
             try:
                 assert accepted.wait(SOON)
                 settings |= {"tls_cert_file": files.server, "tls_client_ca_file": files.ca}
-                # The first event loop has accepted it, and the second does not know it yet.
+                # The first event loop has accepted it, and the second does not know about it yet.
                 server.reload()
             finally:
                 go.set()
@@ -150,7 +150,7 @@ def test_failing_connection_does_not_affect_others_on_reload(token_file: Path, m
         assert first.receive().code == "INTERNAL"  # type: ignore[union-attr]
 
 
-def test_withdrawn_token_ends_waiting_read_with_error(token_file: Path) -> None:
+def test_revoked_token_ends_waiting_read_with_error(token_file: Path) -> None:
     load = lambda: config.load(kind=config.EmbeddedSettings, port=0, auth_token_file=str(token_file))  # noqa: E731
     with Server(load(), load=load) as server, wire_as(server, READER) as reader:
         reader.ask_for_notices()
@@ -163,7 +163,7 @@ def test_withdrawn_token_ends_waiting_read_with_error(token_file: Path) -> None:
         assert reader.ended()
 
 
-def test_reload_applies_settings_and_names_those_that_need_a_restart(
+def test_reload_applies_settings_and_logs_those_that_require_restart(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = tmp_path / "dsmq.toml"

@@ -30,7 +30,7 @@ def server(token_file: Path) -> Iterator[Server]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name.decode() for name in COMMANDS])
-def test_unauthenticated_client_may_only_hello_auth_ping_and_quit(server: Server, wire: Wire, name: str) -> None:
+def test_unauthenticated_client_may_only_use_hello_auth_ping_and_quit(server: Server, wire: Wire, name: str) -> None:
     arguments = ["x"] * COMMANDS[name.encode()].min_args
     if name in ("HELLO", "PING", "QUIT"):
         assert wire.call(name) is not None
@@ -148,7 +148,7 @@ def test_wrong_token_closes_authenticated_connection(server: Server) -> None:
 
 
 @pytest.mark.usefixtures("replies_after_wrong_token")
-def test_requests_that_arrive_behind_a_wrong_token_get_replies(server: Server) -> None:
+def test_requests_after_wrong_token_get_replies(server: Server) -> None:
     with wire_to(server) as wire:
         assert wire.error("AUTH", WRONG) == "WRONGPASS"
         assert [wire.error("AUTH", ADMIN), wire.error("PING")] == ["NOAUTH", "NOAUTH"]

@@ -1,4 +1,4 @@
-"""Listening beyond the machine, which requires authentication."""
+"""Listening on the network, which requires authentication."""
 
 from __future__ import annotations
 

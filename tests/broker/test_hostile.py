@@ -1,4 +1,4 @@
-"""Malformed input on real sockets: it costs at most its own connection, and no memory."""
+"""Malformed input on real sockets: at most its own connection is closed, and no memory leaks."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_memory_is_released_after_attacks() -> None:
                 bad.send(attack)
                 bad.receive()
                 bad.close()
-        # 14 messages of 100 MB, which the server refuses to buffer.
+        # 14 messages of 100 MB each, which the server refuses to buffer.
         for _ in range(14):
             bad = Wire(("127.0.0.1", process.port))
             try:

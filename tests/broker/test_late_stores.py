@@ -101,7 +101,7 @@ def test_unanswered_read_gets_error_at_stop() -> None:
 
 
 class SlowStart(SQLiteStore):
-    """Finds the last messages when the test says so; then answers reads after that."""
+    """Finds the last messages when the test tells it to, and answers reads afterwards."""
 
     def __init__(self) -> None:
         super().__init__(600_000)
@@ -118,7 +118,7 @@ class SlowStart(SQLiteStore):
         return answer
 
 
-def test_start_that_is_found_twice_begins_one_read() -> None:
+def test_start_found_twice_begins_one_read() -> None:
     store = SlowStart()
     with serving(store) as server, wire_to(server) as wire:  # type: ignore[arg-type]
         assert wire.call("PUT", "t", "x") == 1
@@ -169,7 +169,7 @@ def test_refusal_does_not_overtake_reply_to_an_earlier_put() -> None:
         assert wire.call("PING") == "PONG"
 
 
-def test_requests_behind_a_put_with_unknown_outcome_are_not_run() -> None:
+def test_requests_after_put_with_unknown_outcome_are_not_run() -> None:
     store = PickyStore()
     with serving(store) as server, wire_to(server) as wire, wire_to(server) as other:  # type: ignore[arg-type]
         wire.send(encode_request(b"PUT", b"t", b"1"))
@@ -214,7 +214,7 @@ def test_late_store_answer_gives_no_second_reply() -> None:
         for late in (StoreFailed("late"), [Message(1, 1, 0, b"late", 1)]):
             store.reads.clear()
             wire.send(encode_request(b"GETWAIT", b"t", b"%d" % round(UNIT * 1000)))
-            # When the wait is over, the store is asked once more.
+            # At the end of the wait, the store is asked once more.
             wait_until(lambda: len(store.reads) == 2)
             store.reads[1].set_result([])
             assert wire.receive() is None
@@ -225,13 +225,13 @@ def test_late_store_answer_gives_no_second_reply() -> None:
             assert [wire.call("ECHO", "1"), wire.call("ECHO", "2")] == [b"1", b"2"]
 
 
-def test_wait_ends_with_a_message_that_the_store_knows_of_later() -> None:
+def test_wait_ends_with_message_found_by_late_store() -> None:
     store = SlowStore()
     with serving(store) as server, wire_to(server) as wire:  # type: ignore[arg-type]
         wire.send(encode_request(b"GETWAIT", b"t", b"%d" % round(UNIT * 1000)))
         wait_until(lambda: len(store.reads) == 1)
         store.reads[0].set_result([])
-        # Once more after it has registered for new messages, and when the wait is over.
+        # Once after it has registered for new messages, and once at the end of the wait.
         wait_until(lambda: len(store.reads) == 2)
         store.reads[1].set_result([])
         wait_until(lambda: len(store.reads) == 3)
@@ -239,7 +239,7 @@ def test_wait_ends_with_a_message_that_the_store_knows_of_later() -> None:
         assert wire.receive() == b"x"
 
 
-def test_half_closed_reader_ends_while_the_store_owes_an_answer() -> None:
+def test_half_closed_reader_ends_before_the_store_answers() -> None:
     store = SlowStore()
     with serving(store) as server, wire_to(server) as wire:  # type: ignore[arg-type]
         wire.send(encode_request(b"GETWAIT", b"t", b"60000"))
@@ -251,7 +251,7 @@ def test_half_closed_reader_ends_while_the_store_owes_an_answer() -> None:
 
 
 class LateStart(SQLiteStore):
-    """Knows its last id when the test says so."""
+    """Knows its last id when the test tells it."""
 
     def __init__(self) -> None:
         super().__init__(600_000)
@@ -283,7 +283,7 @@ def test_failed_store_answer_is_reported() -> None:
         assert wire.receive() == "PONG"
 
 
-def test_invalid_line_behind_pending_put_is_refused() -> None:
+def test_invalid_line_after_pending_put_is_refused() -> None:
     settings = config.load(kind=config.EmbeddedSettings, port=0)
     with Server(settings, LaterStore()) as server, wire_to(server) as wire:  # type: ignore[arg-type]
         wire.send(encode_request(b"PUT", b"t", b"x") + b"GET / HTTP/1.1\r\nPUT t evil\r\n")
@@ -355,7 +355,7 @@ def test_worker_stops_busy_polling_on_busy_processor(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(worker, "yield_processor", give_it_away)
     monkeypatch.setattr(worker, "LONG_YIELD_PAUSE_SECONDS", 100 * SOON)
-    # The default of 0.1 ms may pass before it yields.
+    # With the default, 0.1 ms, polling may end before it yields.
     with serving(busy_poll_microseconds=100_000) as server, wire_to(server) as wire:
         wait_until(lambda: wire.call("PING") == "PONG" and bool(yields))
         assert [wire.call("ECHO", number) for number in range(20)] == [b"%d" % number for number in range(20)]

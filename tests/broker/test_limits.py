@@ -1,4 +1,4 @@
-"""Limits on stored messages, waiting readers and pipelines, each at its edge, on real sockets."""
+"""Limits on stored messages, waiting readers and pipelines, each at its boundary, on real sockets."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = ["patient"]
 # Stored messages
 
 
-def test_puts_over_message_limit_are_refused_and_stored_messages_kept() -> None:
+def test_puts_over_message_limit_are_refused_and_stored_messages_are_kept() -> None:
     with serving(max_stored_messages=3) as server, wire_to(server) as wire:
         assert [wire.call("PUT", topic, "x") for topic in ("a", "b", "b")] == [1, 2, 3]
         wait_for_stored(server, 3)
@@ -87,7 +87,7 @@ def test_full_error_names_the_setting(setting: str, puts: list[tuple[str, str]])
         assert server.context.store.full() == {setting}
 
 
-def test_full_is_logged_once_at_begin_and_end(
+def test_full_is_logged_once_at_beginning_and_end(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO, "dsmq.server")
@@ -96,7 +96,7 @@ def test_full_is_logged_once_at_begin_and_end(
         for _ in range(3):
             while not isinstance(wire.call("PUT", "t", "x"), Full):
                 pass
-            # As the main thread does each second.
+            # As the main thread does every second.
             server._watch()
             expire_all(server)
         for _ in range(3):
@@ -116,7 +116,7 @@ def expire_all(server: Server) -> None:
 
 
 @pytest.mark.slow
-def test_server_notices_without_puts_that_limit_no_longer_applies() -> None:
+def test_server_detects_without_puts_that_limit_no_longer_applies() -> None:
     with daemon("--max-stored-messages", "1", "--max-age-seconds", "1") as server:
         wire = Wire(("127.0.0.1", server.port))
         while not isinstance(wire.call("PUT", "t", "x"), Full):
@@ -286,7 +286,7 @@ def around_turns(monkeypatch: pytest.MonkeyPatch) -> AroundTurns:
 
 @pytest.fixture
 def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each connection runs one request in a turn."""
+    """Each connection runs one request per turn."""
     for name in ("TURN_SECONDS", "MOST_SLICE_SECONDS", "LEAST_SLICE_SECONDS"):
         monkeypatch.setattr(worker, name, 0.0)
 
@@ -305,7 +305,7 @@ def test_greedy_client_does_not_starve_others() -> None:
         assert ids == [number for number in range(1, 1002) if number != place]
 
 
-def test_each_client_of_a_crowd_gets_one_reply_before_any_gets_two() -> None:
+def test_each_of_many_clients_gets_one_reply_before_any_gets_two() -> None:
     with serving() as server, wire_to(server) as modest, ExitStack() as stack:
         crowd = [stack.enter_context(wire_to(server)) for _ in range(worker.CROWD + 10)]
         wait_until(lambda: server.status.connections() == len(crowd) + 1)
@@ -428,7 +428,7 @@ def test_total_unread_replies_are_bounded() -> None:
         for one in lazy:
             one.send(encode_request(b"READ", b"t", b"0") * 100)
         wait_until(lambda: replies.is_tight)
-        # Clients that read make room for others, so none waits long enough for another to be dropped.
+        # Clients that read make room for others, so no one waits long enough for another to be dropped.
         with ThreadPoolExecutor(20) as readers:
             for done in [readers.submit(lambda one=one: [one.receive() for _ in range(100)]) for one in lazy]:
                 while not done.done():
@@ -457,7 +457,7 @@ def test_reads_are_shortened_while_replies_are_unread() -> None:
         assert read(wire) == 27
         lazy.send(encode_request(b"READ", b"t", b"0") * 1000)
         replies = server.context.usage.replies
-        # Wait until more is unread than what is just being sent.
+        # Wait until more is unread than is being sent.
         wait_until(lambda: replies.total > 1_000_000)
         assert read(wire) == 7
         lazy.close()
@@ -542,7 +542,7 @@ def test_long_reply_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
         assert one.transport.data is made[0]
 
 
-# A request, and how often it is pipelined: in one turn, all of them would take 40 ms and more.
+# A request, and how many times it is pipelined: in one turn, all of them would take 40 ms or more.
 HEAVY = {
     "CONFIG GET": (encode_request(b"CONFIG", b"GET", *[b"*a*e*i*o*%d" % number for number in range(62)]), 200),
     "inline PING": (b"PING\r\n", 100_000),
@@ -551,7 +551,7 @@ HEAVY = {
 
 @pytest.fixture
 def no_collection() -> Iterator[None]:
-    """Turn off garbage collection, which takes longer than a turn with all that the tests import."""
+    """Turn off garbage collection, which takes longer than a turn because of everything that the tests import."""
     gc.disable()
     yield
     gc.enable()
@@ -574,16 +574,16 @@ def test_event_loop_turn_is_bounded_by_time(name: str, around_turns: AroundTurns
             seconds.append(time.thread_time() - began)
 
         around_turns(timed)
-        # A single turn may be long because the processor was taken away.
+        # A single turn may be long because other processes used the processor.
         assert statistics.median(longest_turn(server, greedy, *HEAVY[name], seconds) for _ in range(5)) < 0.02
 
 
 def longest_turn(server: Server, wire: Wire, request: bytes, count: int, seconds: list[float]) -> float:
-    """Return the longest of the loop's turns while it answers a pipeline; `seconds` gets the time of each."""
+    """Return the duration of the loop's longest turn while it answers a pipeline; all durations go to `seconds`."""
     seconds.clear()
     wire.send(request * count)
     for _ in range(count):
         wire.receive()
-    # The turn that sent the last reply has ended.
+    # Now the turn that sent the last reply has ended.
     with blocked(server):
         return max(seconds)

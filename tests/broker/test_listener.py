@@ -58,7 +58,7 @@ Refuse = Callable[[Callable[..., int]], None]
 
 @pytest.fixture
 def refuse(monkeypatch: pytest.MonkeyPatch) -> Refuse:
-    """A function that makes listening fail with the error number that another function returns for an address."""
+    """A function that makes listening fail with the error number that a given function returns for an address."""
 
     def refuse(find_error: Callable[..., int]) -> None:
         real = socket.create_server
@@ -192,10 +192,10 @@ def forked(run: Callable[[], object] = str) -> Iterator[str]:
 def forked_without_hooks() -> Iterator[None]:
     """Fork a child process as a C library does, until the end of the block.
 
-    It runs no Python, because other threads may have held locks of the interpreter.
+    The child runs no Python, because other threads may have held locks of the interpreter.
     """
     libc = ctypes.PyDLL(None)
-    # So that no other thread waits for the GIL, and requests it in the child.
+    # So that no other thread is waiting for the GIL, which it would request in the child.
     time.sleep(UNIT / 20)
     child = libc.fork()
     if not child:
@@ -232,7 +232,7 @@ def test_stop_closes_listener_despite_forked_child(
             server.stop()
             with socket.socket(socket.AF_INET if port else socket.AF_UNIX) as late:
                 assert late.connect_ex(address) in (errno.ECONNREFUSED, errno.ENOENT)
-            # Until the end of the stream: a copy in the child would keep it open.
+            # Read to the end of the stream: a copy in the child would keep it open.
             with closing(wire):
                 while wire.socket.recv(65536):
                     pass

@@ -64,7 +64,7 @@ def test_unauthenticated_connections_are_bounded_over_all_workers() -> None:
 @pytest.mark.timeout(1200)
 def test_pipeline_written_before_reading_runs_once() -> None:
     count = 1_000_000
-    # On a slow machine, sending takes longer than the default time-outs.
+    # On a slow machine, sending takes longer than the default timeouts.
     with daemon("--reply-timeout-seconds", "3600", "--request-timeout-seconds", "3600") as process:
         wire = Wire(("127.0.0.1", process.port))
         wire.socket.settimeout(20 * SOON)
@@ -87,7 +87,7 @@ def test_reading_resumes_when_replies_drop_below_limit() -> None:
         run = server.status.counters().commands["READ"]
         while server.status.counters().commands["READ"] == run:
             assert len(wire.receive()[3]) == 100_000  # type: ignore[index,arg-type]
-        # It runs more requests before all replies have been sent.
+        # The server runs more requests before all replies have been sent.
         assert len(served.transport.data) > 100_000
         for _ in range(1000 - run):
             wire.receive()
@@ -110,7 +110,7 @@ def test_reply_over_total_limit_waits_for_others_to_read() -> None:
             assert other.call("READ", "short", 0)[3] == b"y"  # type: ignore[index]
         assert len(replies.queue) >= 2
         replies.drop(somebody)
-        # The wait is over, but there was a message all along.
+        # The wait is over, but there were messages all along.
         assert [len(wire.receive()[3]) for wire in (reader, waiter)] == [900_000] * 2  # type: ignore[index,arg-type]
         assert all(isinstance(writer.receive(), list) for _ in range(9))
         wait_until(lambda: replies.total == 0 and not replies.queue)
@@ -128,6 +128,22 @@ def test_messages_of_several_topics_are_not_lost_while_the_reply_waits_for_memor
         reply = reader.receive()
         assert isinstance(reply, list)
         assert (reply[0], len(reply[5])) == (1, 900_000)
+
+
+@pytest.mark.usefixtures("patient")
+@pytest.mark.embedded("TAKE is not possible with a NATS store yet")
+def test_job_is_taken_once_while_the_reply_waits_for_memory() -> None:
+    with serving() as server, wire_to(server) as worker, wire_to(server) as writer:
+        for _ in range(2):
+            writer.call("PUT", "t", "x" * 900_000)
+        replies, somebody = server.context.usage.replies, Mock(Connection)
+        replies.add(somebody, replies.limit - 500_000)
+        worker.send(encode_request(b"TAKE", b"t", b"w", b"60000"))
+        wait_until(lambda: len(replies.queue) == 1)
+        replies.drop(somebody)
+        reply = worker.receive()
+        assert isinstance(reply, list)
+        assert (reply[1], len(reply[4])) == (1, 900_000)
 
 
 @pytest.mark.slow
@@ -262,7 +278,7 @@ def test_largest_partial_requests_are_dropped_to_unblock_the_first() -> None:
     assert budget.blockers() == [large]
     budget.add(large, -100_000)
     assert budget.blockers() == []
-    # The first holds and claims too much by itself.
+    # The first one alone holds and claims too much.
     budget.add(first, 400_001)
     assert budget.blockers() == [first]
 
@@ -291,7 +307,7 @@ def test_partial_requests_do_not_deadlock_on_memory() -> None:
 
 def test_reading_client_is_not_dropped_to_make_room() -> None:
     with serving(max_unread_reply_bytes=1024) as server, wire_to(server) as wire:
-        # As if other connections took up the rest.
+        # As if other connections used up the rest.
         server.context.usage.requests.limit = 20_000
         wire.send(encode_request(b"ECHO", b"x" * 1100) * 100)
         assert [wire.receive() for _ in range(100)] == [b"x" * 1100] * 100
@@ -309,7 +325,7 @@ def test_parsed_requests_count_by_memory_used() -> None:
 @pytest.mark.parametrize("many", [False, True])
 def test_stalled_request_is_dropped_to_make_room(many: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def largest(budget: Budget) -> list[tuple[Connection, int]]:
-        # To sort thousands takes longer than a pass of the event loop may spend on closing them.
+        # Sorting thousands of them would take longer than the event loop may spend on closing them in a turn.
         time.sleep(4 * worker.MOST_SLICE_SECONDS)
         return sort(budget)
 
@@ -338,7 +354,7 @@ def test_positions_count_until_disconnect() -> None:
         wait_until(lambda: server.context.usage.requests.total == 0)
 
 
-def test_buffered_requests_behind_a_wait_are_bounded() -> None:
+def test_buffered_requests_after_a_wait_are_bounded() -> None:
     with serving() as server, wire_to(server) as wire:
         (served,) = wait_for_connections(server, 1)
         wire.send(b"GETWAIT t 60000\r\n")
@@ -366,7 +382,7 @@ def test_wait_is_at_most_a_day(wire: Wire, milliseconds: int, reply: str | None)
 
 
 def test_request_timeout_grows_with_length() -> None:
-    # At 16 KiB/s, 50,000 bytes have 3 s more.
+    # At 16 KiB/s, 50,000 bytes get 3 s more.
     with serving(request_timeout_seconds=0.1) as server, wire_to(server) as long, wire_to(server) as short:
         request = encode_request(b"PUT", b"t", b"x" * 50_000)
         long.send(request[:100])

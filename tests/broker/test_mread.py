@@ -41,12 +41,12 @@ def filled(request: pytest.FixtureRequest, wire: Wire, monkeypatch: pytest.Monke
     monkeypatch.setattr(scan, "SCAN_SECONDS", request.param)
     for topic, body in (("a/1", "x"), ("b", "y"), ("a/2", "z"), ("c", "w")):
         wire.call("PUT", topic, body)
-    # A store that copies them later has the last one now, and so all.
+    # A store that copies messages later now has the last one, and so all of them.
     assert wire.call("READ", "c", 0)
     return wire
 
 
-def test_reply_has_a_position_and_six_values_a_message(filled: Wire) -> None:
+def test_reply_has_position_and_six_values_per_message(filled: Wire) -> None:
     reply = filled.call("MREAD", 0, "TOPICS", "a/*", "b")
     assert isinstance(reply, list)
     assert reply[0] == 4
@@ -74,12 +74,12 @@ def test_reply_has_a_position_and_six_values_a_message(filled: Wire) -> None:
 def test_options(filled: Wire, request_: str, position: int, expected: list[bytes]) -> None:
     reply = filled.call("MREAD", *request_.split())
     assert isinstance(reply, list)
-    # The last message of the reply, or the last id.
+    # The id of the reply's last message, or the last id.
     assert reply[0] in (position, reply[-5] if expected else position)
     assert bodies(reply) == expected
 
 
-def test_newest_of_each_topic_are_in_one_reply_however_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_newest_of_each_topic_are_in_one_reply_even_if_search_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scan, "SCAN_SECONDS", 0.0)
     time = count(1)
     store = SQLiteStore(600_000, lambda: next(time))
@@ -93,7 +93,7 @@ def test_newest_of_each_topic_are_in_one_reply_however_long_it_takes(monkeypatch
 
 
 @pytest.mark.parametrize("words", ["LAST 1", "SINCE 100000", "since 100000 LATEST"])
-def test_read_goes_back(filled: Wire, words: str) -> None:
+def test_last_and_since_go_back(filled: Wire, words: str) -> None:
     reply = filled.call("READ", "b", *words.split())
     assert isinstance(reply, list)
     assert reply[3::5] == [b"y"]
@@ -121,7 +121,7 @@ def test_invalid_requests_are_refused(wire: Wire, request_: str) -> None:
     assert wire.call("PING") == "PONG"
 
 
-def test_up_to_1000_names_within_64_kib(wire: Wire) -> None:
+def test_mread_accepts_up_to_1000_names_within_64_kib(wire: Wire) -> None:
     wire.call("PUT", "t999", "x")
     names = [f"t{at}" for at in range(1000)]
     assert bodies(wire.call("MREAD", 0, "TOPICS", *names)) == [b"x"]
@@ -133,7 +133,7 @@ def test_up_to_1000_names_within_64_kib(wire: Wire) -> None:
     assert bodies(wire.receive()) == [b"x"]
 
 
-def test_many_names_only_after_authentication() -> None:
+def test_many_names_require_authentication() -> None:
     with serving(auth_token=ADMIN) as server, wire_to(server) as wire, wire_to(server) as other:
         assert wire.error("MREAD", 0, "TOPICS", *["t"] * 62) == "PROTOCOL"
         assert wire.ended()
@@ -144,7 +144,7 @@ def test_many_names_only_after_authentication() -> None:
 @pytest.mark.parametrize("names", ["a b", "a* b", "*a* b", "*", "x* a*", "a"])
 def test_put_wakes_waiting_reader(server: Server, wire: Wire, names: str) -> None:
     with wire_to(server) as reader:
-        # The second time, the topic is known.
+        # The second time, the topic is already known.
         for _ in range(2):
             last = wire.call("PUT", "z" if "*" not in names.split() else "a", "nothing")
             send(reader, f"MREAD {last} WAIT 60000 TOPICS {names}")
@@ -167,7 +167,7 @@ def test_wait_for_last_gets_the_next_message(server: Server, wire: Wire, request
         assert b"y" in reader.receive()  # type: ignore[operator]
 
 
-def test_wait_ends_with_the_position(wire: Wire) -> None:
+def test_wait_without_messages_returns_position(wire: Wire) -> None:
     wire.call("PUT", "t", "x")
     assert wire.call("MREAD", 0, "WAIT", 1, "TOPICS", "none*") == [1]
 
@@ -184,7 +184,7 @@ def test_waiting_patterns_over_limit_get_an_error() -> None:
         assert server.status.waiting() == 0
 
 
-def test_transaction_reads_only_what_it_has_put_before(wire: Wire) -> None:
+def test_transaction_reads_only_its_earlier_puts(wire: Wire) -> None:
     for request_ in ("MULTI", "PUT z 1", "MREAD 0 TOPICS z*", "PUT zz 2", "MREAD LAST 1 TOPICS z*"):
         assert wire.call(*request_.split()) in ("OK", "QUEUED")
     first, early, second, late = wire.call("EXEC")  # type: ignore[misc]
@@ -221,7 +221,7 @@ def matched(patterns: waiters.WaitingPatterns, topic: bytes) -> None:
         patterns.match_some()
 
 
-def test_waiting_pattern_is_found_while_idle_ones_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_pattern_is_found_while_unused_ones_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     patterns, reader, found = waiters.WaitingPatterns(), Mock(Connection), list[bool]()
     idle = [Pattern(b"idle %d*" % at) for at in range(3)]
     for pattern in idle:
@@ -234,7 +234,7 @@ def test_waiting_pattern_is_found_while_idle_ones_are_dropped(monkeypatch: pytes
 
     class Index(PatternIndex):
         def __init__(self, *arguments: Any) -> None:
-            # Another thread may ask at any time.
+            # Other threads may ask at any time.
             found.append(patterns.may_match(b"topic"))
             super().__init__(*arguments)
 
@@ -321,6 +321,6 @@ def test_many_waiting_patterns_take_little_memory_and_time() -> None:
             steps += 1
         times.append(time.thread_time() - began)
         assert woken == [connections[at % 100]]
-        # Only patterns that have the beginning of the topic are tried.
+        # Only patterns with the beginning of the topic are tried.
         assert steps <= 3
     assert statistics.median(times) < 0.0005

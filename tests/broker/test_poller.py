@@ -15,7 +15,7 @@ from dsmq.wire.resp import encode_request
 pytestmark = pytest.mark.parametrize("kind", sorted({Poller, SelectorPoller}, key=lambda kind: kind.__name__))
 
 
-def test_poller_reports_only_events_that_are_watched(kind: type[SelectorPoller]) -> None:
+def test_poller_reports_only_watched_events(kind: type[SelectorPoller]) -> None:
     poller = kind()
     ours, theirs = socket.socketpair()
     file = ours.fileno()
@@ -38,7 +38,7 @@ def test_poller_reports_only_events_that_are_watched(kind: type[SelectorPoller])
 
 
 @pytest.mark.parametrize("events", [EVENT_READ, EVENT_WRITE])
-def test_poller_reports_a_hangup_as_the_event_that_is_watched(kind: type[SelectorPoller], events: int) -> None:
+def test_poller_reports_hangup_as_watched_event(kind: type[SelectorPoller], events: int) -> None:
     poller = kind()
     ours, theirs = socket.socketpair()
     poller.watch(ours.fileno(), "target", events)

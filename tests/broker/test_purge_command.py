@@ -60,7 +60,7 @@ def test_asyncio_client_purges(server: Server) -> None:
     asyncio.run(main())
 
 
-def test_purge_needs_the_role_admin(tmp_path: Path) -> None:
+def test_purge_requires_admin_role(tmp_path: Path) -> None:
     token = "a-token-that-may-only-write"
     (tmp_path / "tokens").write_text(f"me write {token}\n")
     (tmp_path / "tokens").chmod(0o600)

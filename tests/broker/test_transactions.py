@@ -178,7 +178,7 @@ def test_duplicate_put_replies_first_id_and_forgotten_one_aborts(server: Server,
     )
     assert isinstance(replies, list)
     assert (replies[:2], replies[2][3::5], replies[3]) == ([1, 3], [b"x", b"y"], 3)
-    # So many later puts of this producer that the server forgets the first ones.
+    # Enough later puts of this producer to make the server forget the first ones.
     for first in (1000, 2000, 3000):
         puts = [encode_request(b"PUT", b"t", b"x", b"KEY", b"me", b"%d" % seq) for seq in range(first, first + 1000)]
         wire.send(b"".join(puts))
@@ -230,7 +230,7 @@ def test_long_exec_reply_does_not_block_other_clients() -> None:
             time.sleep(UNIT)
             assert wire.call("PING") == "PONG"
             assert server.context.usage.replies.total < 65_536 + 100_100
-        # The kernel's buffers took some of the 50 MB.
+        # The kernel has buffered some of the 50 MB.
         assert sent < 20_000_000
         data = b""
         while not data.endswith(b"+PONG\r\n"):

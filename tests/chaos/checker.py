@@ -1,4 +1,4 @@
-"""Checks dsmq's promises on a history of what clients saw. Does no input or output."""
+"""Checks dsmq's promises against a history of what clients saw. Does no input or output."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from chaos.history import Broken, Died, Empty, Event, Got, Held, History, Put, R
 
 # After a snapshot that is not from a clean shutdown, ids continue this far beyond it.
 RESTORE_GAP = 2**32
-# How much too early a wait may end, because of rounding to milliseconds.
+# How much too early a wait may end because of rounding to milliseconds.
 WAIT_SLACK_SECONDS = 0.05
 AGE_SLACK_SECONDS = 0.1
 
@@ -89,7 +89,7 @@ class _Check:
     # Contents of the store
 
     def _strange_reads(self) -> Iterator[Violation]:
-        """Every message read was put into that topic, and not by a put that reported it as not stored."""
+        """Every message read was put into that topic, and its put did not report it as not stored."""
         for got in self.history.of(Got):
             put = self.puts.get(got.body)
             if put is None or put.topic != got.topic or got.ended < put.began:
@@ -100,7 +100,7 @@ class _Check:
                 yield Violation("expired", "a message is read after it expired", (put, got))
 
     def _told_ids(self) -> Iterator[tuple[str, int, Event]]:
-        """Return bodies and their ids, as reported to any client."""
+        """Yield bodies and their ids, as reported to any client."""
         for put in self.puts.values():
             if put.id is not None:
                 yield put.body, put.id, put
@@ -152,7 +152,7 @@ class _Check:
     def _find_epochs(self, put: Put | None) -> list[str]:
         if put is None:
             return []
-        # One that raised may still have been in flight.
+        # A put that raised may still have been in flight.
         ended = put.ended if put.id is not None else math.inf
         found = (one.epoch for one in self.servers if put.began < one.ended and ended > one.began)
         return list(dict.fromkeys(found))
@@ -177,12 +177,12 @@ class _Check:
     # Servers that share a store
 
     def _held(self) -> Iterator[Violation]:
-        """All servers hold the same messages: each put that returned once, numbered without holes."""
+        """All servers have the same messages: each put that returned, once, numbered without gaps."""
         views: dict[str, Held] = {}
         for held in self.history.of(Held):
             first = views.setdefault(held.topic, held)
             if first.server == held.server:
-                # The same server again: all are asked anew.
+                # The same server again: a new audit begins.
                 views[held.topic] = held
                 yield from _holes(held)
                 yield from self._contents(held)
@@ -247,7 +247,7 @@ class _Check:
                 yield Violation("read twice", "a reader got a message twice", (first[got.body], got))
 
     def _order_of_reads(self, gots: list[Got]) -> Iterator[Violation]:
-        """Ids increase within an epoch. As each belongs to one message, all readers see the same order."""
+        """Ids increase within an epoch. Because each belongs to one message, all readers see the same order."""
         last: dict[str, tuple[int, int, Got]] = {}
         for got in gots:
             message_id = self.ids.get(got.body)
@@ -279,7 +279,7 @@ class _Check:
         return self.epochs.index(epoch) > self.epochs.index(than)
 
     def _due(self, reader: Reader, topic: str) -> list[tuple[Put, float]]:
-        """Return the puts that a reader must see, each with the start of the call that got it, or inf."""
+        """Return the puts that a reader must see, each with the start of the call that got it, or infinity."""
         gots = self.gots[reader.name, topic]
         taken = {got.body: got.began for got in gots}
         latest = [(got.began, self.ids.get(got.body, 0)) for got in gots if got.latest]

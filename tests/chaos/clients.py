@@ -41,7 +41,7 @@ class Stop(Protocol):
 
 
 class StopFile:
-    """A stop event for processes: the existence of a file, which works however they are interrupted."""
+    """A stop event for processes: the existence of a file, which works no matter how they are interrupted."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -70,7 +70,7 @@ class Job:
     catches_up: bool = False
     """Whether delayed puts are caught up on, so that the pause holds on average."""
     size: int = 20
-    """Message size in bytes, plus what makes the message unique."""
+    """Message size in bytes, not counting the part that makes the message unique."""
     verbs: tuple[str, ...] = ("read", "get", "get_wait", "get_many", "read_wait")
     step: int = 1
     """Distance between the lines at which a call is interrupted."""
@@ -88,7 +88,7 @@ class Job:
 
 
 class Calls:
-    """Timed calls to a client; SIGINT interrupts only these."""
+    """Timed calls to a client; SIGINT interrupts only these calls."""
 
     def __init__(self) -> None:
         self.interruptible = False
@@ -138,7 +138,7 @@ class TracedCalls(Calls):
 
     def _trace(self, frame: FrameType, event: str, argument: object) -> Any:
         if event == "line" and frame.f_globals.get("__name__", "").startswith("dsmq."):
-            # A `with` statement runs its line again before it releases the lock; Python never interrupts there.
+            # A `with` statement reaches its line again before it releases the lock; Python never interrupts there.
             line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
             self.left -= not line.lstrip().startswith("with ")
             if not self.left:
@@ -148,7 +148,7 @@ class TracedCalls(Calls):
 
 
 def error_fields(error: BaseException) -> dict[str, Any]:
-    """Return what an error says about a put."""
+    """Return the fields of a put that an error determines."""
     if isinstance(error, KeyboardInterrupt):
         return {"error": INTERRUPTED}
     surely_not = isinstance(error, Full | StoreFailed | TooBig) or not getattr(error, "may_be_stored", True)
@@ -192,7 +192,7 @@ class Writer:
 
 @dataclass
 class Reading:
-    """Reads topics in all possible ways, and records the messages."""
+    """Reads topics with all methods, and records the messages."""
 
     job: Job
     history: History
@@ -216,7 +216,7 @@ class Reading:
                 stop.wait(IDLE_SECONDS)
 
     def finish(self) -> None:
-        """Read everything left. To be called once the faults have ended."""
+        """Read everything left. Called once the faults have ended."""
         began = time.monotonic()
         for topic in self.job.topics:
             while self.read(topic, "read", None) is not False:
@@ -237,7 +237,7 @@ class Reading:
         }
         began, ended, found, error = self.calls.run(verbs[verb])
         if error is not None or found is None:
-            # A message on its way from the client to its caller can't be taken back.
+            # A message on its way from the client to its caller can't be given back.
             at_most = {"get": 1, "get_wait": 1, "get_latest": ALL}.get(verb, count)
             interrupted = isinstance(error, KeyboardInterrupt)
             about = INTERRUPTED if interrupted else f"{type(error).__name__}: {error}"
@@ -348,7 +348,7 @@ def fork_in_the_middle(orders: Orders, history: History, calls: Calls) -> Histor
 
 
 def interrupted_at_every_line(orders: Orders, history: History, calls: Calls) -> History:
-    """Interrupt each method at one line after another; after each interrupt, read what follows."""
+    """Interrupt each method at one line after another; after each interrupt, read the following messages."""
     end, job = StopFile(orders.stop_reading), orders.job
     with connect(HOST, job.port, **job.options) as mq, connect(HOST, job.port) as other:
         traced = TracedCalls()
@@ -409,7 +409,7 @@ def main() -> int:
 
 
 def as_words(orders: Orders) -> str:
-    """Return an order as arguments for `main`."""
+    """Return orders as an argument for `main`."""
     values = asdict(orders)
     return json.dumps({**values, "topics": values["job"].pop("topics"), "verbs": values["job"].pop("verbs")})
 

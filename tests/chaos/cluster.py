@@ -28,7 +28,7 @@ SOON = 60.0
 
 
 class SharedServer:
-    """A server of several, on a port that it keeps when it is restarted."""
+    """One of several servers, which keeps its port when restarted."""
 
     def __init__(self, store: str, words: Sequence[str], settings: dict[str, object]) -> None:
         self.port = free_port()
@@ -57,7 +57,7 @@ class SharedServer:
 
 
 class Cluster:
-    """Servers that share a store; to the checker, they are one server that lives as long as the stream."""
+    """Servers that share a store. For the checker, they are one server that lives as long as the stream."""
 
     def __init__(
         self,
@@ -137,7 +137,7 @@ class Cluster:
         return True
 
     def delete_stream(self) -> None:
-        """Delete the stream; the servers make a new one."""
+        """Delete the stream; the servers create a new one."""
         began = time.monotonic()
         asyncio.run(self._delete_stream())
         self.history.add(replace(self._life, ended=time.monotonic(), kept_until=-math.inf))
@@ -190,7 +190,7 @@ class Cluster:
                 link.refuse(False)
 
     def audit(self, topics: Sequence[str] = ("t0", "t1")) -> None:
-        """Record what each server holds."""
+        """Record the messages that each server has."""
         self.await_servers()
         for number, server in enumerate(self.servers):
             wire = Wire((HOST, server.port))

@@ -1,4 +1,4 @@
-"""Faults in two servers that share a store, and in the three nodes of NATS that hold it."""
+"""Faults in two servers that share a store, and in the three NATS nodes that keep it."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _kill_node(stage: Stage, cluster: Cluster, *, leader: bool) -> None:
 
 
 def nodes_frozen(stage: Stage) -> None:
-    """The leader, then a follower, is suspended, for shorter and for longer than an election takes."""
+    """The leader, then a follower, is suspended, for less and for more time than an election takes."""
     cluster = stage.cluster()
     with crowd(stage, cluster):
         for seconds in stage.size((4, 16), (3,)):
@@ -129,7 +129,7 @@ def all_nodes_killed(stage: Stage) -> None:
 
 
 def partitioned(stage: Stage) -> None:
-    """A node is cut off from the others: a follower, the leader, and the leader with a server that has no other."""
+    """A node is cut off from the others: a follower; the leader; the leader, with a server that can reach only it."""
     cluster = stage.cluster(behind_proxies=True, partitions=True)
     stage.read_may_raise = lambda error: ENGINE_SILENT in error
     with crowd(stage, cluster, redis=False):
@@ -144,9 +144,9 @@ def partitioned(stage: Stage) -> None:
 
 
 def stale_leader(stage: Stage) -> None:
-    """Readers have only a server that has only the leader, which is cut off from what is stored then.
+    """Readers can reach only a server that can reach only the leader, which is cut off from messages stored then.
 
-    The leader counts puts that it can't store, and reads would wait for those, so none are under way at first.
+    The leader counts puts that it can't store, and reads would wait for them, so no puts are under way at first.
     """
     cluster = stage.cluster(behind_proxies=True, partitions=True)
     stage.read_may_raise = lambda error: ENGINE_SILENT in error
@@ -164,9 +164,9 @@ def stale_leader(stage: Stage) -> None:
 
 
 def stream_deleted(stage: Stage) -> None:
-    """The stream is deleted: all messages are lost, and clients go on with a new one."""
+    """The stream is deleted: all messages are lost, and clients continue with a new one."""
     cluster = stage.cluster()
-    # A new stream does not know what the old one had stored last.
+    # A new stream does not know what the old one stored last.
     stage.may_raise = lambda put: put.may_be_stored
     with crowd(stage, cluster, redis=False):
         for _ in range(stage.size(3, 1)):
@@ -251,7 +251,7 @@ def engine_resets(stage: Stage) -> None:
 
 
 def shared_expiry(stage: Stage) -> None:
-    """Messages expire after seconds, also while no server is there, and numbers continue over restarts."""
+    """Messages expire after seconds, even while no server is running, and numbers continue across restarts."""
     stage.history.max_age = MAX_AGE_SECONDS
     cluster = stage.cluster(max_age_seconds=MAX_AGE_SECONDS)
     for servers in (cluster.servers[:1], cluster.servers):
@@ -277,12 +277,12 @@ def shared_expiry(stage: Stage) -> None:
 
 
 def moves(stage: Stage) -> None:
-    """Connections of clients are reset at random bytes, and each goes to another server: puts are repeated there."""
+    """Clients' connections are reset at random bytes, and clients move to other servers, and repeat puts there."""
     _move(stage, stage.cluster())
 
 
 def forgetful_engine(stage: Stage) -> None:
-    """The same if the engine forgets puts at once: then the servers' mirrors recognise them."""
+    """The same with an engine that forgets puts at once: then the servers' mirrors recognise them."""
     _move(stage, stage.cluster(**({} if stage.mutant else {"words": FORGETFUL})), seconds=1.5)
 
 

@@ -126,7 +126,7 @@ def _put_without_key(mq: DSMQClientSideConnection) -> None:
 
 
 def _ratio(call: Callable[[], object], other: Callable[[], object]) -> float:
-    """Return how many times as fast as another a call is: the median of alternating rounds."""
+    """Return the speed of a call relative to another: the median of alternating rounds."""
     pairs = ((call, other), (other, call))
     ratios = []
     for number in range(ROUNDS):
@@ -144,7 +144,6 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def measure(seed: int) -> list[Figure]:
-    """Return all figures."""
     measurements: list[Callable[[int], list[Figure]]] = [
         lambda seed: [judged("restarts", restarts, seed)],
         lambda seed: [judged("resets", resets, seed)],

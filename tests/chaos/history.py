@@ -30,7 +30,7 @@ class Put:
     error: str = ""
     """The error it raised instead."""
     may_be_stored: bool = True
-    """What the error says about the message."""
+    """Whether the message may be stored, according to the error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ class Died:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """All messages of a topic that a server has."""
+    """All of a topic's messages on one server."""
 
     server: str
     topic: str

@@ -85,14 +85,14 @@ def renames() -> None:
 
 
 def forgets_soon() -> None:
-    """Not a defect: the engine recognises repeated puts for so short a time that the mirrors have to do it."""
+    """Not a defect: the engine recognises repeated puts only so briefly that the mirrors have to do it."""
     from dsmq.store import nats_stream
 
     nats_stream.DEDUPLICATION_SECONDS = 1
 
 
 def mirrors_forget_keys() -> None:
-    """Mirrors store what the engine has stored twice."""
+    """Mirrors store messages that the engine has stored twice."""
     from dsmq.store import nats_fold
 
     forgets_soon()
@@ -119,14 +119,14 @@ def reads_stale_mirrors() -> None:
 
 
 def trusts_any_leader() -> None:
-    """A read believes a leader that may be cut off from the others."""
+    """A read trusts a leader that may be cut off from the others."""
     from dsmq.store import nats_index
 
     nats_index.boot_time = lambda: -float("inf")  # type: ignore[assignment]
 
 
 def answers_early() -> None:
-    """A put is acknowledged although the engine has not answered."""
+    """A put is acknowledged before the engine has answered."""
     from dsmq.store import nats_puts
 
     outcomes = nats_puts.Publisher._outcomes

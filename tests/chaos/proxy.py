@@ -21,7 +21,7 @@ RECEIVE_BYTES = 65_536
 MAX_HELD_BYTES = 262_144
 # With this option, closing a socket resets its connection.
 LINGER = struct.pack("ii", 1, 0)
-# The proxy obeys within this many seconds.
+# The proxy reacts within this many seconds.
 SOON = 20.0
 
 Kind = Literal["reset", "close", "end", "hole"]
@@ -32,8 +32,8 @@ Side = Literal["request", "reply"]
 class Fault:
     """A fault in a connection after a number of forwarded bytes in one direction; 0: at the first byte.
 
-    `reset` and `close` affect both sides; `end` closes one direction and leaves the other; in a `hole` nothing is
-    forwarded any more, and nothing is closed.
+    `reset` and `close` affect both sides; `end` closes only one direction; in a `hole`, nothing is forwarded any more,
+    and nothing is closed.
     """
 
     kind: Kind
@@ -153,7 +153,6 @@ class Proxy:
         self._do(lambda: [connection.arm(fault) for connection in self._open])
 
     def reset_all(self) -> None:
-        """Reset all connections."""
         self._do(lambda: [self._end(connection, "reset") for connection in list(self._open)])
 
     def disarm(self) -> None:
@@ -224,7 +223,7 @@ class Proxy:
     def _run(self) -> None:
         while not self._ended:
             ready = self._select()
-            # Before the orders are taken, so that one given from now on wakes the selector again.
+            # Before the orders are taken, so that one given afterwards wakes the selector again.
             with contextlib.suppress(BlockingIOError):
                 while self._wakeup.recv(100):
                     pass

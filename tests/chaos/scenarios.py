@@ -23,7 +23,7 @@ from chaos.stage import NotHere, Stage, shared_reader
 # After waiting this long for a reply, a client considers the connection lost.
 BRIEF = Job("", 0, options={"timeout": 0.5})
 FAST = Job("", 0, pause=0.002)
-# Bytes of HELLO with a put or read, and of their replies; a little more.
+# A little more than the bytes of HELLO with a put or read, and of their replies.
 OFFSETS: tuple[tuple[Side, int], ...] = (("request", 170), ("reply", 560))
 SMALL_FILE_BYTES = 16_384
 FAILED_SNAPSHOT = re.compile(r'^dsmq_snapshots_total{result="failed"} [1-9]', re.MULTILINE)
@@ -123,7 +123,7 @@ def delays(stage: Stage) -> None:
 
 
 def given_up(stage: Stage) -> None:
-    """Clients with a short timeout give up repeatedly; their errors are right about whether puts were stored."""
+    """Clients with a short timeout give up repeatedly; their errors are correct about whether puts were stored."""
     lives = stage.lives()
     proxy = stage.proxy(lives.port)
     stage.may_raise, stage.reads_may_raise = lambda _: True, True
@@ -168,7 +168,7 @@ def _restart_often(stage: Stage, lives: Lives) -> None:
 
 
 def kills(stage: Stage) -> None:
-    """The server is killed without a snapshot: its messages are lost, and nothing else."""
+    """The server is killed without a snapshot: only its messages are lost."""
     _kill(stage, stage.lives())
 
 
@@ -192,7 +192,7 @@ def _kill(stage: Stage, lives: Lives) -> None:
 
 def _kill_once(stage: Stage, lives: Lives, proxy: Proxy) -> None:
     stage.fault("kill")
-    # Ask for the state of the next life before the first put.
+    # So that the state of the next life is recorded before the first put.
     proxy.refuse(True)
     lives.kill()
     lives.start()
@@ -221,7 +221,7 @@ def _stopped(process: subprocess.Popen[str] | subprocess.Popen[bytes]) -> Iterat
 
 
 def full_disk(stage: Stage) -> None:
-    """Snapshots fail: clients don't notice, the previous one stays, and later ones are written."""
+    """Snapshots fail: clients don't notice, the previous one is kept, and later ones are written."""
     lives = stage.lives(snapshot=True, interval=1)
     # The last snapshot, at the stop, fails, so the stop is like a kill.
     stage.may_raise = lambda put: put.may_be_stored
@@ -315,7 +315,7 @@ def threads(stage: Stage) -> None:
 
 
 def interrupts(stage: Stage) -> None:
-    """Ctrl-C at random points of calls: the results of interrupted calls are unknown, all others are right."""
+    """Ctrl-C at random points of calls: the results of interrupted calls are unknown, all others are correct."""
     lives = stage.lives()
     job = at(lives, replace(FAST, pause=0.0005))
     roles = stage.size(["write", "read", "both", "both"], ["write", "both"])

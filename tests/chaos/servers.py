@@ -62,7 +62,7 @@ class Snapshots:
         self._ended = threading.Event()
         self.written = 0
         self.kept_until = -math.inf
-        """A time before which the last complete snapshot was begun."""
+        """A time before which the last complete snapshot was started."""
         self._thread = threading.Thread(target=self._run, name="snapshots")
         self._thread.start()
 

@@ -69,10 +69,10 @@ class Stage:
     seed: int
     quick: bool
     may_raise: Callable[[Put], bool] = lambda _: False
-    """Which puts may raise."""
+    """Whether a put may raise."""
     reads_may_raise: bool = False
     read_may_raise: Callable[[str], bool] = lambda _: False
-    """Which errors reads may raise."""
+    """Whether a read may raise this error."""
     mutant: str = ""
     """The server's deliberate defect, if any."""
     faults: Counter[str] = field(default_factory=Counter)
@@ -185,7 +185,8 @@ class Stage:
         job: Job | None = None,
         ports: Sequence[int] = (),
     ) -> Iterator[None]:
-        """Run writers and readers in threads. In the end, the writers stop and the readers read what is left.
+        """Run writers and readers in threads. In the end, the writers stop, and the readers read the remaining
+        messages.
 
         If several servers share a store, `ports` are theirs, and clients begin with different ones.
         """
@@ -295,7 +296,7 @@ def shared_reader(stage: Stage, port: int, count: int) -> Iterator[None]:
 
 
 def _spread(job: Job, ports: Sequence[int], number: int) -> Job:
-    """Have a client begin with one of several servers."""
+    """Make a client begin with one of several servers."""
     if not ports:
         return job
     at = number % len(ports)

@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="processes are read from /proc"),
 ]
 SEED = 8
-# Those of servers that share a store take long; the others are for the long run.
+# Scenarios with a shared store take long; the others are left to the long run.
 SHARED = ("leader_killed", "stream_deleted", "server_killed", "moves")
 
 

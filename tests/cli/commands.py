@@ -1,4 +1,4 @@
-"""Shared by the tests of the command line: a server, and commands that run to their end or wait."""
+"""Shared by the tests of the command line: a server, and commands that finish or wait."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Process = subprocess.Popen[bytes]
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Daemon]:
-    """One server for all tests that don't stop it; each test has its own topic."""
+    """One server for all tests that don't stop it; each test uses its own topic."""
     with daemon() as process:
         yield process
 
@@ -42,7 +42,6 @@ def mq(server: Daemon) -> Iterator[DSMQClientSideConnection]:
 
 @contextmanager
 def started(*arguments: str) -> Iterator[Process]:
-    """Start a command with pipes."""
     process = subprocess.Popen(
         [sys.executable, "-m", "dsmq", *arguments],
         stdin=subprocess.PIPE,

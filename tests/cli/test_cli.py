@@ -47,7 +47,7 @@ def test_put_message_can_be_read(topic: str) -> None:
     assert result("get", topic, "--after", "0") == (0, "hello wörld\n".encode(), b"")
 
 
-def test_get_reads_new_messages_only_and_says_so(topic: str, mq: DSMQClientSideConnection) -> None:
+def test_get_reads_only_new_messages_and_explains_it(topic: str, mq: DSMQClientSideConnection) -> None:
     mq.put(topic, "before")
     assert_one_line(result("get", topic), 3, "--after 0")
 
@@ -110,7 +110,7 @@ def test_follow_ends_at_timeout(topic: str, mq: DSMQClientSideConnection) -> Non
 
 
 @pytest.mark.parametrize("words", ["--wait 0.1", "--follow --wait 0.1", "--follow --wait 0.1 -n 2 --json"])
-def test_get_that_printed_nothing_exits_with_3(words: str, topic: str) -> None:
+def test_get_without_messages_exits_with_3(words: str, topic: str) -> None:
     assert result("get", topic, *words.split()) == (3, b"", b"")
 
 
@@ -183,7 +183,7 @@ def test_position_file_resumes_next_run(topic: str, mq: DSMQClientSideConnection
     file = tmp_path / "position"
     words = ["get", topic, "--position-file", str(file), "-n", "2"]
     mq.put(topic, "before the first run")
-    # The first run starts after the last message.
+    # The first run starts after the newest message.
     assert result(*words) == (3, b"", b"")
     mq.put_many(topic, ["1", "2", "3"])
     assert result(*words) == (0, b"1\n2\n", b"")
@@ -260,7 +260,7 @@ def test_invalid_position_file_is_reported(content: bytes, topic: str, tmp_path:
     assert file.read_bytes() == content
 
 
-def test_position_file_may_hold_an_id(topic: str, mq: DSMQClientSideConnection, tmp_path: Path) -> None:
+def test_position_file_may_contain_an_id(topic: str, mq: DSMQClientSideConnection, tmp_path: Path) -> None:
     first, _ = mq.put_many(topic, ["1", "2"])
     (tmp_path / "position").write_text(f"{first}\n")
     assert result("get", topic, "--position-file", str(tmp_path / "position")) == (0, b"2\n", b"")
@@ -422,7 +422,7 @@ def test_full_server_error_reports_stored_lines(full: int) -> None:
         assert stored(server) == lines[:full]
 
 
-def test_lines_stored_after_a_failed_one_are_reported() -> None:
+def test_lines_stored_after_failed_line_are_reported() -> None:
     with daemon("--max-stored-bytes-per-topic", "1000") as server:
         done = put_lines(server, b"1\n" + b"x" * 900 + b"\n2\n3\n")
         assert_one_line(done, 1, "line 2 of stdin: ")
@@ -477,7 +477,7 @@ def test_topics_prints_json(topic: str, mq: DSMQClientSideConnection) -> None:
     assert {"topic": topic + "\x1b", "messages": 1, "bytes": 3} in lines
 
 
-def test_ping_reports_that_server_answers(address: None, server: Daemon) -> None:
+def test_ping_reports_reply(address: None, server: Daemon) -> None:
     status, out, err = result("ping")
     assert (status, err) == (0, b"")
     assert out.startswith(b"PONG from 127.0.0.1:%d in " % server.port)

@@ -1,4 +1,4 @@
-"""`dsmq get` of several topics, going back, and formats."""
+"""`dsmq get`: several topics, going back to earlier messages, and formats."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_last_prints_the_last_messages_of_all_topics(topic: str, mq: DSMQClientS
     assert result("get", topic + "/none", "--last", "3") == (3, b"", b"")
 
 
-def test_last_follow_goes_on_with_new_messages(topic: str, mq: DSMQClientSideConnection) -> None:
+def test_last_follow_continues_with_new_messages(topic: str, mq: DSMQClientSideConnection) -> None:
     mq.put_many(topic, ["1", "2"])
     with started("get", topic, "--last", "1", "--follow") as process:
         assert line_of(process) == b"2\n"
@@ -109,7 +109,7 @@ def test_last_follow_goes_on_with_new_messages(topic: str, mq: DSMQClientSideCon
         assert line_of(process) == b"3\n"
 
 
-def test_since_prints_all_messages_of_that_time(topic: str, mq: DSMQClientSideConnection) -> None:
+def test_since_prints_all_messages_put_in_that_time(topic: str, mq: DSMQClientSideConnection) -> None:
     mq.put_many(topic, [str(number) for number in range(250)])
     assert len(result("get", topic, "--since", "1h")[1].split()) == 250
     assert result("get", topic, "--since", "60m", "-n", "2") == (0, b"0\n1\n", b"")
@@ -121,7 +121,7 @@ def test_since_prints_all_messages_of_that_time(topic: str, mq: DSMQClientSideCo
     assert result("get", topic, "--since", str(time.monotonic() - before - UNIT)[:9])[1] in (b"new\n", b"")
 
 
-def test_position_file_goes_before_last(topic: str, mq: DSMQClientSideConnection, tmp_path: Path) -> None:
+def test_position_file_takes_precedence_over_last(topic: str, mq: DSMQClientSideConnection, tmp_path: Path) -> None:
     words = ["get", topic, "--last", "2", "--position-file", str(tmp_path / "position")]
     assert result(*words) == (3, b"", b"")
     mq.put_many(topic, ["1", "2", "3", "4"])
@@ -159,7 +159,7 @@ def test_terminal_gets_no_control_characters(words: list[str], topic: str, mq: D
 # To a file
 
 
-def test_output_writes_the_message_as_it_is(topic: str, mq: DSMQClientSideConnection, tmp_path: Path) -> None:
+def test_output_writes_message_unchanged(topic: str, mq: DSMQClientSideConnection, tmp_path: Path) -> None:
     body = bytes(range(256)) * 10_000
     file = tmp_path / "frame"
     file.write_text("old")
@@ -172,7 +172,7 @@ def test_output_writes_the_message_as_it_is(topic: str, mq: DSMQClientSideConnec
     assert result("get", topic, "--last", "1", "--output", "-") == (0, body, b"")
 
 
-def test_output_leaves_file_alone_without_a_message(topic: str, tmp_path: Path) -> None:
+def test_output_keeps_file_without_a_message(topic: str, tmp_path: Path) -> None:
     (tmp_path / "frame").write_text("old")
     assert result("get", topic, "--last", "1", "--output", str(tmp_path / "frame")) == (3, b"", b"")
     assert (tmp_path / "frame").read_text() == "old"

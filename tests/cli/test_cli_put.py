@@ -1,4 +1,4 @@
-"""`dsmq put` of files, ids, and its progress on a terminal."""
+"""`dsmq put`: files, ids, and progress on a terminal."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_ids_are_printed_as_lines_arrive(topic: str, mq: DSMQClientSideConnectio
         for line in (b"1\n", b"2\n"):
             type_in(process, line)
             assert int(process.stdout.readline())
-        # It ends when nobody reads the ids.
+        # It ends when nothing reads the ids.
         process.stdout.close()
         type_in(process, b"3\n")
         assert process.wait(SOON) == 1

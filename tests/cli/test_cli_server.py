@@ -1,4 +1,4 @@
-"""Commands about the server: stats, watch and stop; and completion, which asks it for topics."""
+"""Commands about the server: stats, watch and stop; and completion, which requests its topics."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_stop_stops_the_server() -> None:
         assert "stopping: SHUTDOWN from client" in server.log()
 
 
-def test_stop_reports_that_it_is_not_allowed() -> None:
+def test_stop_reports_missing_permission() -> None:
     with daemon("--allow-shutdown", "false") as server:
         assert_one_line(result("stop", "-p", str(server.port)), 1, "SHUTDOWN is not allowed (allow_shutdown = false)")
 
@@ -90,7 +90,7 @@ def test_purge_expires_messages_of_a_topic_or_pattern(topic: str, mq: DSMQClient
 # Watch
 
 
-def test_watch_prints_once_if_output_is_no_terminal(topic: str, mq: DSMQClientSideConnection) -> None:
+def test_watch_prints_once_if_output_is_not_a_terminal(topic: str, mq: DSMQClientSideConnection) -> None:
     mq.put(topic + "\x1b[2J", "x")
     status, out, err = result("watch", "--interval", str(UNIT))
     assert (status, err) == (0, b"")
@@ -115,12 +115,12 @@ def screen(rows: int, columns: int, *arguments: str, **env: str) -> Iterator[tup
     """Run a command in a terminal of this size; yield its process, and the other end of the terminal."""
     master, slave = os.openpty()
     fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-    # Only the controlling terminal of a process sends it signals.
+    # A process gets signals only from its controlling terminal.
     control = (
         "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
     )
     command = [sys.executable, "-c", control, sys.executable, "-m", "dsmq", *arguments]
-    # These would take the place of the terminal's size.
+    # These would override the terminal's size.
     others = {name: value for name, value in os.environ.items() if name not in ("LINES", "COLUMNS")}
     process = subprocess.Popen(
         command,
@@ -171,7 +171,7 @@ def test_watch_draws_a_screen_and_restores_the_terminal(
         assert "\x1b[40m" not in shown
         shown = ""
         fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
-        # Everything is drawn again.
+        # Everything is redrawn.
         wait_until(lambda: is_shown(name))
         if key:
             os.write(master, key)
@@ -183,7 +183,7 @@ def test_watch_draws_a_screen_and_restores_the_terminal(
 
 
 @pytest.mark.parametrize("terminal", ["dumb", "unknown-terminal"])
-def test_watch_prints_once_on_a_terminal_that_can_not_draw(terminal: str, topic: str) -> None:
+def test_watch_prints_once_on_terminal_without_cursor_control(terminal: str, topic: str) -> None:
     with screen(30, 100, "watch", "--interval", str(UNIT), TERM=terminal) as (process, master):
         shown = ""
 
@@ -213,10 +213,10 @@ def test_watch_ends_with_one_line_when_the_server_stops(topic: str) -> None:
 
 
 def completed(line: str) -> list[str]:
-    """Return the completions of a command line, as a shell asks for them."""
+    """Return the completions of a command line, requested as a shell does."""
     reader, writer = os.pipe()
     variables = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n", "COMP_LINE": line, "COMP_POINT": str(len(line))}
-    # It writes to descriptor 8.
+    # argcomplete writes to descriptor 8.
     code = f"import os, sys; os.dup2({writer}, 8); from dsmq.__main__ import main; sys.exit(main())"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env={**os.environ, **variables}, pass_fds=[writer], timeout=SOON, check=False)

@@ -122,7 +122,7 @@ def test_ctrl_c_while_connecting_is_quiet(command: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = str(silent.getsockname()[1])
         with started(*command.split(), "--port", port) as process, silent.accept()[0] as connection:
-            # What it sends first gets no reply.
+            # Its first request gets no reply.
             assert connection.recv(1)
             process.send_signal(signal.SIGINT)
             assert ended(process) == (130, b"", b"")
@@ -152,7 +152,7 @@ def test_ctrl_c_stops_server_without_traceback() -> None:
 
 
 def test_closed_output_pipe_is_not_an_error(topic: str, mq: DSMQClientSideConnection) -> None:
-    # More than a pipe holds.
+    # More than a pipe can buffer.
     mq.put_many(topic, ["x" * 10_000] * 100)
     with started("get", topic, "--after", "0", "-n", "100") as process:
         assert line_of(process) == b"x" * 10_000 + b"\n"

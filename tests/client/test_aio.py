@@ -46,7 +46,7 @@ def test_asyncio_connect_accepts_blocking_options() -> None:
         {name: str(one) for name, one in inspect.signature(call).parameters.items()}
         for call in (connect, dsmq.client.connect)
     )
-    # An argument of dsmq 1.4, which had no asyncio.
+    # An argument of dsmq 1.4, which had no asyncio client.
     del others["verbose"]
     assert parameters == others
 
@@ -309,12 +309,12 @@ def test_next_call_closes_connections_of_stopped_loop(server: Server, is_closed:
         with pytest.raises(RuntimeError, match="continued in another event loop"):
             first.run_until_complete(late)
         first.close()
-    # It refers to transports of a closed event loop, which warn when collected; only this test ignores that.
+    # It refers to transports of a closed event loop, which emit warnings when collected; only this test ignores them.
     del late
     gc.collect()
 
 
-def test_loop_in_another_thread_raises_at_once(server: Server) -> None:
+def test_use_in_loop_of_another_thread_raises_at_once(server: Server) -> None:
     async def scenario(mq: AsyncClient) -> None:
         for call in (mq.put, mq.get_wait):
             arguments = ("t", "x")[: 1 + (call == mq.put)]
@@ -400,7 +400,7 @@ print(loop.run_until_complete(mq.put("t", "y")))
 
 
 class CancelledAt:
-    """Cancels a coroutine at its n-th wait: before the result is there, or after."""
+    """Cancels a coroutine at its n-th wait, before or after the result is available."""
 
     def __init__(self, call: Coroutine[Any, Any, Any], step: int, *, behind: bool) -> None:
         self.call, self.step, self.behind = call, step, behind

@@ -197,7 +197,7 @@ def test_cancelled_call_keeps_connection(server: Server, states: list[str]) -> N
 def test_call_cancelled_before_sending_is_not_sent(server: Server) -> None:
     async def scenario(mq: AsyncClient) -> None:
         calls = [asyncio.create_task(mq.put("t", str(number))) for number in range(3)]
-        # The first is sent at once, the others wait for the end of the round.
+        # The first is sent at once, the others at the end of the event loop's iteration.
         asyncio.get_running_loop().call_soon(calls[1].cancel)
         await asyncio.wait(calls)
         assert [calls[0].result(), calls[1].cancelled(), calls[2].result()] == [1, True, 2]
@@ -293,8 +293,8 @@ def test_put_many_error_counts_stored_messages_as_in_blocking_client(refused: in
             assert error.stored_before == refused
             held = next(count for name, count, _ in await mq.topics() if name == topic)
             assert error.stored_before + error.stored_after == held
-        # The batch after that with the refused message was on its way; if that is the third, the asyncio client may
-        # have received the error together with the replies to the first, and not sent it.
+        # The batch after the refused message was on its way; but if it is the third one, the asyncio client may have
+        # received the error together with the replies to the first, and not have sent it.
         sent = 1000 if refused < 500 else 1400
         assert same.value.stored_after == sent - refused - 1
         assert told.value.stored_after in (same.value.stored_after, 1000 - refused - 1)

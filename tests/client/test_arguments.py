@@ -1,4 +1,4 @@
-"""Impossible arguments: refused at once, in plain words, alike by both clients, and before anything is sent."""
+"""Invalid arguments: both clients refuse them with the same clear errors, before anything is sent."""
 
 from __future__ import annotations
 

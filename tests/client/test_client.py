@@ -85,7 +85,7 @@ def test_get_latest_finds_newest_in_read_ahead(client: MakeClient) -> None:
     assert mq.get_latest("t") == "2"
 
 
-def test_get_wait_returns_when_a_message_comes(server: Server, client: MakeClient) -> None:
+def test_get_wait_returns_when_message_arrives(server: Server, client: MakeClient) -> None:
     reader, writer = client(), client()
     got: list[str] = []
     thread = threading.Thread(target=lambda: got.append(reader.get_wait("t")))
@@ -184,7 +184,7 @@ def test_connect_waits_for_starting_server() -> None:
     listener.close()
 
 
-def test_connect_raises_connection_refused_in_the_end(
+def test_connect_finally_raises_connection_refused(
     retry_schedule: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert 10 < default_wait() < 11
@@ -274,7 +274,7 @@ def test_put_many_and_get_many(client: MakeClient) -> None:
 def test_put_many_accepts_slow_generator(server: Server) -> None:
     def slowly(release: threading.Event) -> Iterator[str]:
         time.sleep(2 * _LONG_BATCH_SECONDS)
-        # This one is sent at once, but its reply comes only after the timeout.
+        # This one is sent at once, but its reply arrives only after the timeout.
         yield "1"
         time.sleep(22 * UNIT)
         threading.Timer(UNIT, release.set).start()
@@ -359,7 +359,7 @@ def test_topics_lists_all_pages(client: MakeClient) -> None:
         ("t", "\ud800", ValueError),
     ],
 )
-def test_bad_arguments_are_refused_before_anything_is_sent(
+def test_invalid_arguments_raise_before_anything_is_sent(
     client: MakeClient, topic: str, message: str, error: type[Exception]
 ) -> None:
     mq = client()
@@ -632,7 +632,7 @@ def test_trickling_reply_extends_timeout(end: bytes) -> None:
             for data in (b":", *[b"1"] * 9, end):
                 sock.sendall(data)
                 time.sleep(3 * UNIT)
-            # When nothing comes any more the client goes.
+            # When nothing more arrives, the client disconnects.
             assert sock.recv(1) == b""
 
     with socket.create_server(("127.0.0.1", 0)) as listener:

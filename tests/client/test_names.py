@@ -1,4 +1,4 @@
-"""What a client passes on: its name, to the server; its arguments, to another process."""
+"""The names of clients, pickled clients, and the names that the package exports."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_asyncio_connect_may_be_awaited_entered_or_run_as_a_task(server: Server)
     asyncio.run(main())
 
 
-def test_asyncio_connect_that_fails_raises_in_the_block_statement() -> None:
+def test_failing_asyncio_connect_raises_on_entering_block() -> None:
     async def main() -> None:
         async with aio.connect(port=0):
             pytest.fail("connected")
@@ -143,7 +143,7 @@ def test_help_lists_every_option(call: Callable[..., Any]) -> None:
     assert all(one.kind is not inspect.Parameter.VAR_KEYWORD for one in parameters.values())
 
 
-def test_package_has_the_names_that_users_import() -> None:
+def test_package_exports_documented_names() -> None:
     assert (dsmq.connect, dsmq.Message, dsmq.aio) == (connect, aio.Message, aio)
     assert dsmq.Server is Server
     assert set(dsmq.__all__) <= set(dir(dsmq))

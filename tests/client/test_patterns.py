@@ -27,7 +27,7 @@ Client = DSMQClientSideConnection
 
 
 class Asynchronous:
-    """The asyncio client, called as the blocking one is."""
+    """The asyncio client, with the interface of the blocking one."""
 
     def __init__(self, port: int, **options: Any) -> None:
         self._loop = asyncio.new_event_loop()
@@ -83,7 +83,7 @@ def texts(messages: list[Message]) -> list[str]:
 
 
 def put(writer: Client, *messages: str) -> None:
-    """Put messages, each given as a topic and a text."""
+    """Put messages, each given as a topic and a text in one string."""
     for message in messages:
         writer.put(*message.split())
 
@@ -108,7 +108,7 @@ def test_message_has_topic_id_number_and_time(reader: Callable[..., Any], writer
     assert last.json() == 3
 
 
-def test_each_set_of_topics_is_a_reader_of_its_own(reader: Callable[..., Any], writer: Client) -> None:
+def test_each_set_of_topics_has_its_own_position(reader: Callable[..., Any], writer: Client) -> None:
     mq = reader()
     put(writer, "a 1", "b 2")
     assert mq.get("a") == "1"
@@ -150,7 +150,7 @@ def test_client_can_start_at_the_oldest_or_at_a_position(reader: Callable[..., A
         reader(start=2**62).get("a")
 
 
-def test_client_that_starts_at_position_of_another_epoch_says_so(
+def test_start_position_of_another_epoch_is_logged(
     reader: Callable[..., Any], writer: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     put(writer, "a 1")
@@ -177,7 +177,7 @@ def test_seek_goes_back_by_number_and_time(reader: Callable[..., Any], writer: C
     assert mq.missed == 0
 
 
-def test_seek_back_in_an_empty_topic_misses_nothing_that_comes(reader: Callable[..., Any], writer: Client) -> None:
+def test_seek_back_in_empty_topic_misses_no_later_message(reader: Callable[..., Any], writer: Client) -> None:
     mq = reader()
     mq.seek("a", last=1)
     assert mq.get("a") == ""
@@ -212,7 +212,7 @@ def test_latest_of_more_topics_than_a_read_returns_by_default(reader: Callable[.
 
 
 @pytest.mark.parametrize("place", [{"last": 10**30}, {"since": 1e9}, {"since": 1e300}, {"since": math.inf}])
-def test_going_back_beyond_everything_reads_all(
+def test_going_back_beyond_oldest_message_reads_all(
     reader: Callable[..., Any], writer: Client, place: dict[str, Any]
 ) -> None:
     mq = reader()
@@ -243,11 +243,11 @@ def test_going_back_beyond_everything_reads_all(
         (TypeError, lambda mq: mq.seek("a", last=True)),
     ],
 )
-def test_invalid_topics_and_places_are_errors_at_once(
+def test_invalid_topics_and_positions_raise_at_once(
     reader: Callable[..., Any], error: type[Exception], call: Callable[[Any], object]
 ) -> None:
     mq = reader()
-    # A reader of several topics is no way around the checks of `get`.
+    # After reading several topics, `get` still checks its argument.
     mq.read(["a", "b"])
     with pytest.raises(error):
         call(mq)

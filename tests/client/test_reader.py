@@ -33,7 +33,7 @@ def give_back(claim: Claim) -> None:
 
 
 def follow(reader: TopicReader, epoch: str, run: bytes, restored_id: int = 0) -> Era:
-    """Let a reader know that the server was restarted."""
+    """Tell a reader that the server was restarted."""
     era = reader.asked()[0].era
     same = epoch == era.epoch
     era.next[0] = Era(epoch, run, era.start if same else 0, era.number if same else 0, [(restored_id, 2**31)])
@@ -279,7 +279,7 @@ def test_read_ahead_is_fresh_for_a_second(client_clock: ClientClock) -> None:
     client_clock.passed = 1.001
     assert take(reader) == []
     assert reader.asked()[1] == 1
-    # By another rule more live, or fewer.
+    # With another rule, they may live longer or shorter.
     accept(reader, entries(3))
     assert (take(reader), reader.missed) == ([3], 1)
 
@@ -593,7 +593,7 @@ def test_new_epoch_is_not_read_after_an_old_id(client_clock: ClientClock) -> Non
     assert take(reader) == []
     follow(reader, "two", b"third")
     assert reader.asked()[1] == reader.asked_for_latest()[1] == 0
-    # A call that is under way has asked so.
+    # The request of a call that was under way.
     assert accept(reader, entries(1, 2))
     assert [take(reader), take(reader)] == [[13], []]
     accept(reader, entries(1, 2))
@@ -613,16 +613,16 @@ def test_new_epoch_drops_given_back_messages(client_clock: ClientClock) -> None:
 @pytest.mark.parametrize(
     ("read", "restored_id", "restored_number", "number", "missed"),
     [
-        # All that was read is in the snapshot: numbers go on.
+        # Everything that was read is in the snapshot: numbers continue.
         ([(1, 1), (2, 2), (3, 3)], 3, 3, 5, 1),
-        # And more, which was read by others and expired.
+        # So are more messages, which others read, and which expired.
         ([(1, 1), (2, 2), (3, 3)], 5, 5, 7, 3),
         # The messages read last were lost, so their numbers are used again.
         ([(1, 1), (2, 2), (3, 3)], 2, 2, 4, 1),
         ([(1, 1), (2, 2), (3, 3)], 2, 2, 3, 0),
-        # Nothing is known of the topic any more, though the snapshot is younger: its numbering was forgotten.
+        # The topic is unknown, although the snapshot is newer: its numbers were forgotten.
         ([(1, 1), (2, 2), (3, 3)], 5, 0, 5, 4),
-        # It had been forgotten after the snapshot, which remembers it.
+        # The topic was forgotten after the snapshot, which remembers it.
         ([(8, 1)], 5, 4, 6, 1),
         # Nothing was read before.
         ([], 5, 5, 7, 0),
@@ -696,7 +696,7 @@ class Model:
     def expire(self) -> None:
         alive = [one for one in self.stored if one not in self.expired]
         self.expired.update(alive[: self.chance.randint(0, 2)])
-        # So that no message is returned that has expired in the model.
+        # So that messages that have expired in the model are not returned.
         self.clock.passed += 1.5
 
     def reply(self, after: int, count: int = 3) -> list[Entry]:

@@ -1,4 +1,4 @@
-"""Requests that can be sent again, without sockets."""
+"""Requests that can be repeated, without sockets."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_put_is_not_retried_after_server_may_have_forgotten_it(client_clock: Cli
     in_batches(many)
     put.on_connection_lost(BROKEN)
     many.on_connection_lost(BROKEN)
-    # The machine was asleep for most of the time.
+    # Most of the time, the machine was suspended.
     client_clock.asleep += 300
     assert request(put.request(Producer(b"run")))[-1] == b"AGAIN"
     assert in_batches(many) == [[b"a", b"b"]]
@@ -89,7 +89,7 @@ def test_refused_put_may_go_to_any_server(error: Exception) -> None:
     put.on_connection_lost(error)
     assert request(put.request(Producer(b"two")))[-1] == b"1"
     assert not put.to_error(error).may_be_stored
-    # The server's closing now does not tell whether the earlier attempt was stored.
+    # That the server closes now does not show whether the earlier attempt was stored.
     put.on_connection_lost(BROKEN)
     put.request(Producer(b"two"))
     put.on_connection_lost(CLOSING)
@@ -203,7 +203,7 @@ def test_only_possibly_stored_puts_are_retried_with_again() -> None:
     assert in_batches(puts, Producer(b"two")) == [[b"c", b"d"]]
 
 
-def test_slow_messages_are_not_held_back(client_clock: ClientClock) -> None:
+def test_slow_messages_are_not_delayed(client_clock: ClientClock) -> None:
     def messages() -> Iterator[str]:
         for message in "abcd":
             client_clock.passed += 0.06
@@ -213,7 +213,7 @@ def test_slow_messages_are_not_held_back(client_clock: ClientClock) -> None:
     assert in_batches(PutMany(b"t", messages())) == [[], [b"a", b"b"], [], [b"c", b"d"]]
 
 
-def test_unsent_puts_are_neither_old_nor_unsure(client_clock: ClientClock) -> None:
+def test_unsent_puts_are_neither_retried_late_nor_unsure(client_clock: ClientClock) -> None:
     def messages() -> Iterator[str]:
         yield "a"
         client_clock.passed += 1000.0
@@ -329,7 +329,7 @@ def test_connection_lost_after_long_wait_counts_as_progress(
     read.request(Producer(b"run"))
     client_clock.passed += waited
     assert read.on_connection_lost(error) is achieved
-    # When its time is over it waits no more.
+    # Once its time is over, it no longer waits.
     client_clock.passed += 2
     read.request(Producer(b"run"))
     client_clock.passed += waited

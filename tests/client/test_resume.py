@@ -97,7 +97,7 @@ def test_reads_are_retried(
         got.append(call())
     assert got[:3] == ["1", "2", ""]
     assert got[3] == [("t", 2, 2)]
-    # The second had been read ahead; the reply that was to be lost then was that of the third.
+    # The second message had been read ahead, so the lost reply was that for the third.
     assert states == ["lost", "resumed"] * 4
 
 
@@ -167,7 +167,7 @@ def test_lost_and_restored_connection_is_logged_once(
 def test_put_is_answered_while_next_message_is_slow(
     server: Server, mq: DSMQClientSideConnection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The connection breaks meanwhile, and by then it is too late to send the first message again."""
+    """The connection breaks meanwhile, when it is already too late to send the first message again."""
 
     def messages() -> Iterator[str]:
         time.sleep(2 * calls._LONG_BATCH_SECONDS)
@@ -207,13 +207,13 @@ def test_unsent_slow_messages_go_to_next_server(states: list[str]) -> None:
 
 
 def close_connections(server: Server) -> None:
-    """Have the server close all connections."""
+    """Make the server close all connections."""
     for worker in server._workers:
         worker.post(lambda worker=worker: [one.close("a test wants it") for one in list(worker.connections)])
 
 
 def hang_up(server: Server) -> None:
-    """Have the server close all connections, and wait until it has."""
+    """Make the server close all connections, and wait until it has."""
     close_connections(server)
     wait_until(lambda: server.status.connections() == 0)
 
@@ -273,13 +273,13 @@ def test_call_after_another_thread_reconnected_reports_resumed(states: list[str]
         wait_until(lambda: server.status.waiting() == 1)
         mq.ping()
         thread.join(SOON)
-        # An attempt that began before the other thread was done may be refused after it.
+        # An attempt that began before the other thread finished may be refused afterwards.
         assert states == ["lost", "resumed"] * max(1, len(states) // 2)
 
 
 def test_concurrent_first_reads_get_each_message_once(mq: DSMQClientSideConnection) -> None:
     class Slow(str):
-        """A topic that takes its time, unless another thread has come as far."""
+        """A topic that waits for another thread to come this far, up to a time limit."""
 
         __slots__ = ()
 
@@ -320,7 +320,7 @@ def test_reload_is_transparent_to_admitted_client(states: list[str], tmp_path: P
     assert states == ["lost", "resumed"]
 
 
-def test_client_with_withdrawn_token_raises(states: list[str]) -> None:
+def test_client_with_revoked_token_raises(states: list[str]) -> None:
     settings = config.load(kind=config.EmbeddedSettings, port=0, auth_token="old" * 8)
     other = settings.model_copy(update={"auth_token": SecretStr("new" * 8)})
     with Server(settings, load=lambda: other) as server, restarted(states, server.port, token="old" * 8) as mq:
@@ -361,7 +361,7 @@ def test_shutdown_is_not_retried_if_it_may_have_run(
 
 
 class Impostor:
-    """A server that resets its first client's connection, and is another run for the next."""
+    """A server that resets its first client's connection, and has another run id for the next one."""
 
     def __init__(self) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -715,8 +715,8 @@ def test_asyncio_client_resumes(server: Server, states: list[str], monkeypatch: 
 
 
 @pytest.mark.parametrize("size", [1, 6_000_000])
-def test_asyncio_client_learns_why_idle_connection_ended(tmp_path: Path, states: list[str], size: int) -> None:
-    """Its event loop is blocked while the server stops, but it still knows that nothing was sent to that one."""
+def test_asyncio_client_detects_why_idle_connection_ended(tmp_path: Path, states: list[str], size: int) -> None:
+    """Its event loop is blocked while the server stops, but it still knows that nothing was sent to that server."""
 
     async def scenario() -> None:
         with serving(host=host) as first:

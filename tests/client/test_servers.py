@@ -1,4 +1,4 @@
-"""Clients of several servers: those that share a store, and those of which one replaces another."""
+"""Clients of several servers: with a shared store, and with one server replacing another."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def pair(node: Engine, request: pytest.FixtureRequest) -> Iterator[list[Daemon]]
     """Two servers that share a store."""
     store = ",".join(f"{host}:{port}" for host, port in node.servers)
     settings = {"store": f"nats://{store}", "store_stream": f"s{abs(hash(request.node.name))}", "store_replicas": 1}
-    # A stream reserves as many bytes in the engine.
+    # A stream reserves this many bytes in the engine.
     settings |= {"max_stored_bytes": 10_000_000}
     with ExitStack() as stack:
         yield [stack.enter_context(daemon(**settings)) for _ in range(2)]
@@ -47,7 +47,7 @@ def addresses(servers: list[Daemon]) -> list[str]:
 
 
 class Both:
-    """A client, blocking or asyncio, that is called from tests that know no difference."""
+    """A blocking or asyncio client with one interface for the tests."""
 
     def __init__(self, *arguments: Any, is_async: bool, **options: Any) -> None:
         self._runner = asyncio.Runner() if is_async else None
@@ -87,7 +87,7 @@ def client(request: pytest.FixtureRequest) -> Iterator[Callable[..., Both]]:
 # A shared store
 
 
-def test_client_goes_on_at_the_other_server(pair: list[Daemon], client: Callable[..., Both]) -> None:
+def test_client_continues_at_other_server(pair: list[Daemon], client: Callable[..., Both]) -> None:
     states: list[str] = []
     mq = client(addresses(pair), on_state_change=states.append)
     other = client(list(reversed(addresses(pair))))
@@ -108,11 +108,11 @@ def test_clients_spread_over_the_servers(pair: list[Daemon]) -> None:
     with ExitStack() as stack:
         for _ in range(20):
             stack.enter_context(connect(addresses(pair)))
-        # With chance alone, all would be at one server once in half a million runs.
+        # By chance, all would be at one server once in half a million runs.
         assert all(server.metric("dsmq_connections") >= 1 for server in pair)
 
 
-def test_waiting_reader_goes_on_at_the_other_server(pair: list[Daemon], client: Callable[..., Both]) -> None:
+def test_waiting_reader_continues_at_other_server(pair: list[Daemon], client: Callable[..., Both]) -> None:
     mq = client(addresses(pair))
     with connect(address(pair[1])) as writer:
 
@@ -127,7 +127,7 @@ def test_waiting_reader_goes_on_at_the_other_server(pair: list[Daemon], client: 
         thread.join()
 
 
-def test_frozen_server_is_left(pair: list[Daemon], client: Callable[..., Both]) -> None:
+def test_client_leaves_frozen_server(pair: list[Daemon], client: Callable[..., Both]) -> None:
     mq = client(address(pair[0]) + "," + address(pair[1]), timeout=10 * UNIT)
     pair[0].signal(signal.SIGSTOP)
     for number in range(3):
@@ -135,7 +135,7 @@ def test_frozen_server_is_left(pair: list[Daemon], client: Callable[..., Both]) 
     assert [mq.get("t") for _ in range(4)] == ["0", "1", "2", ""]
 
 
-def test_stopped_server_is_left(pair: list[Daemon], client: Callable[..., Both]) -> None:
+def test_client_leaves_stopped_server(pair: list[Daemon], client: Callable[..., Both]) -> None:
     mq = client(addresses(pair))
     pair[0].stop()
     mq.put("t", "x")
@@ -143,7 +143,7 @@ def test_stopped_server_is_left(pair: list[Daemon], client: Callable[..., Both])
 
 
 @pytest.mark.embedded("a server that is not shared")
-def test_hello_says_whether_the_store_is_shared(pair: list[Daemon]) -> None:
+def test_hello_reports_whether_store_is_shared(pair: list[Daemon]) -> None:
     with connect(address(pair[0])) as mq:
         assert mq._session.is_shared
     with serving() as server, connect(port=server.port) as mq:
@@ -162,7 +162,7 @@ def test_servers_are_tried_in_order(client: Callable[..., Both], caplog: pytest.
     assert caplog.text.count("no shared store") == 1
 
 
-def test_no_server_answers(client: Callable[..., Both]) -> None:
+def test_all_servers_unreachable_raises(client: Callable[..., Both]) -> None:
     with pytest.raises(ConnectionRefusedError):
         client([f"{HOST}:1", f"{HOST}:2"], retry=False)
 
@@ -179,7 +179,7 @@ def test_server_that_comes_back_is_resumed_at_its_position(client: Callable[...,
                 mq.put("t", f"first {number}")
             mq.get("t")
             mq.get("t")
-        # What was read ahead is still returned; then come the messages of the second server.
+        # The read-ahead is still returned, followed by the second server's messages.
         mq.put("t", "second")
         found = [mq.get("t") for _ in range(4)]
         assert found == ["first 2", "first 3", "second", ""]
@@ -206,7 +206,7 @@ def test_read_ahead_of_a_server_is_not_read_again_when_it_comes_back(
             for number in range(6):
                 mq.put("t", str(number))
             assert mq.get("t") == "0"
-        # The second server answers, and what was read ahead from the first is still there.
+        # The second server answers, and the read-ahead from the first is still there.
         assert mq.get("other") == ""
         stack.enter_context(serving(port=port, snapshot_file=snapshot))
         second.stop()
@@ -216,7 +216,7 @@ def test_read_ahead_of_a_server_is_not_read_again_when_it_comes_back(
 
 
 @pytest.mark.embedded("snapshots")
-def test_return_to_a_restarted_server_is_reported(client: Callable[..., Both], tmp_path: Path) -> None:
+def test_return_to_restarted_server_is_reported(client: Callable[..., Both], tmp_path: Path) -> None:
     states: list[str] = []
     settings = {"snapshot_file": str(tmp_path / "it"), "snapshot_interval_seconds": 1}
     with serving() as second, daemon(**settings) as first:
@@ -266,7 +266,7 @@ def test_invalid_host_raises(host: Any, error: type[Exception], client: Callable
 
 
 @pytest.mark.parametrize("form", ["{0},{1}", "{1}", f"{HOST}:1,{{0}}"])
-def test_command_line_takes_several_hosts(form: str) -> None:
+def test_command_line_accepts_several_hosts(form: str) -> None:
     with serving() as one, serving() as two:
         hosts = form.format(address(one), address(two))
         assert run_dsmq("put", "t", "x", "--host", hosts).returncode == 0

@@ -72,7 +72,7 @@ def accept(reader: TopicReader, found: list[Entry]) -> bool:
 
 
 def take(reader: TopicReader, n: int = 100, claim: Claim | None = None) -> list[int]:
-    """Take up to n of the messages that were read ahead, and return the ids."""
+    """Take up to n messages from the read-ahead, and return their ids."""
     return reader.take([] if claim is None else claim, n, lambda _, found: found.id)
 
 
@@ -432,7 +432,7 @@ def test_ordinary_reply_is_not_fatal(reply: Reply) -> None:
     assert replies.raise_if_fatal(reply) is reply
 
 
-def test_topics_are_parsed_in_threes() -> None:
+def test_topics_are_parsed_as_triples() -> None:
     assert replies.topics([]) == []
     assert replies.topics([b"a", 1, 2, "é".encode(), 3, 4]) == [("a", 1, 2), ("é", 3, 4)]
 

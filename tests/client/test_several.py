@@ -1,4 +1,4 @@
-"""Several topics read together at a client, without a server: order, and what is missed in each topic."""
+"""Several topics read together by a client, without a server: order, and missed messages of each topic."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Peer:
         self.stored.append((self.last_id, topic, self.numbers[topic], self.clock.boot_time() + lifetime))
 
     def found(self, after: int, count: int) -> tuple[list[Entry], int]:
-        """Return what MREAD answers: messages, and the position."""
+        """Return the reply to MREAD: messages, and the position."""
         now = self.clock.boot_time()
         live = [one for one in self.stored if one[0] > after and one[3] > now]
         found = [Entry(i, 0, expires, b"", now, topic, number) for i, topic, number, expires in live[:count]]
@@ -86,7 +86,7 @@ def test_new_topic_counts_from_its_first_message(peer: Peer, client_clock: Clien
     assert peer.missed() == (0, [0, 0, 0])
 
 
-def test_empty_reply_moves_position_so_that_others_are_not_searched_again(peer: Peer) -> None:
+def test_empty_reply_advances_position(peer: Peer) -> None:
     peer.last_id = 1000
     assert not peer.fetch()
     assert peer.reader.asked()[1] == 1000
@@ -98,7 +98,7 @@ def test_empty_reply_moves_position_so_that_others_are_not_searched_again(peer: 
     assert peer.reader.position == ("one", 1001)
 
 
-def test_read_ahead_that_expires_without_successors_is_missed(peer: Peer, client_clock: ClientClock) -> None:
+def test_expired_read_ahead_without_successors_is_missed(peer: Peer, client_clock: ClientClock) -> None:
     for topic in "ab":
         peer.put(topic)
     for topic in "abbc":
@@ -135,7 +135,7 @@ def test_seek_back_begins_where_server_says(peer: Peer, client_clock: ClientCloc
     asked = peer.reader.asked()
     assert asked[0].back == (b"LAST", 2)
     peer.reader.accept(asked, *peer.found(3, 100))
-    # What was read ahead is read again after a while, from the same message on.
+    # After a while, the read-ahead is read again, from the same message on.
     client_clock.passed += 10.0
     assert peer.take() == []
     assert peer.reader.asked()[1] == 3
@@ -144,7 +144,7 @@ def test_seek_back_begins_where_server_says(peer: Peer, client_clock: ClientCloc
     assert peer.missed() == (0, [0, 0, 0])
 
 
-def test_seek_back_into_nothing_begins_now(peer: Peer) -> None:
+def test_seek_back_in_empty_topic_starts_now(peer: Peer) -> None:
     peer.last_id = 7
     peer.reader.seek(0, back=(b"SINCE", 3.0))
     assert not peer.reader.accept(peer.reader.asked(), [], 7)
@@ -155,12 +155,12 @@ def test_seek_back_into_nothing_begins_now(peer: Peer) -> None:
     assert peer.take() == [("a", 1), ("b", 1)]
 
 
-def test_messages_put_before_the_time_are_left_out_and_none_after_it(peer: Peer, client_clock: ClientClock) -> None:
+def test_since_omits_only_messages_put_before_the_time(peer: Peer, client_clock: ClientClock) -> None:
     peer.put("a")
     client_clock.passed += 0.5
     peer.reader.seek(0, back=(b"SINCE", client_clock.boot_time()))
     asked = peer.reader.asked()
-    # Requested with a margin: all that there is.
+    # Requested with a margin: all messages.
     older = peer.found(0, 100)[0][0]._replace(put_at=client_clock.boot_time() - 0.5)
     assert peer.reader.accept(asked, [older], 1)
     assert peer.take() == []
@@ -175,7 +175,7 @@ def test_messages_put_before_the_time_are_left_out_and_none_after_it(peer: Peer,
     assert peer.take() == [("c", 1)]
 
 
-def test_all_messages_before_the_time_are_left_out(peer: Peer, client_clock: ClientClock) -> None:
+def test_since_omits_all_earlier_messages(peer: Peer, client_clock: ClientClock) -> None:
     for _ in range(5):
         peer.put("a")
     client_clock.passed += 0.5
@@ -207,7 +207,7 @@ def test_latest_takes_newest_of_each_topic_and_skips_older_ones(peer: Peer, clie
     take_back([(claim, [])])
 
 
-def test_killed_server_leaves_counts_and_begins_numbers_anew(peer: Peer, client_clock: ClientClock) -> None:
+def test_kill_keeps_counts_and_restarts_numbers(peer: Peer, client_clock: ClientClock) -> None:
     for topic in "ab":
         peer.put(topic)
     peer.put("a", 1.0)
@@ -228,7 +228,7 @@ def test_killed_server_leaves_counts_and_begins_numbers_anew(peer: Peer, client_
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_everything_is_returned_once_in_order_or_counted(peer: Peer, client_clock: ClientClock, seed: int) -> None:
+def test_each_message_is_returned_once_or_counted_as_missed(peer: Peer, client_clock: ClientClock, seed: int) -> None:
     """Calls are interrupted at random; messages expire in the read-ahead and at the server."""
     chance = random.Random(seed)
     returned: list[tuple[str, int]] = []

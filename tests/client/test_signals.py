@@ -66,7 +66,7 @@ class Steps:
 
 
 def _is_returning(frame: FrameType) -> bool:
-    """Whether a function only has to return: Python never runs a handler right before that."""
+    """Whether a function is about to return: Python never runs a handler right before that."""
     return frame.f_trace_opcodes and frame.f_code.co_code[frame.f_lasti] == RETURN_VALUE
 
 
@@ -107,7 +107,7 @@ def test_read_interrupted_at_any_line_loses_nothing(
     mq: Client, writer: Client, verb: str, opcodes: bool, ahead: bool
 ) -> None:
     steps, step, interrupted = Steps(interrupt, opcodes=opcodes), 0, 0
-    # Of the bytecodes, which are many, some; the steps between vary.
+    # Only some of the bytecodes, because there are many; the steps in between vary.
     stride = 7 if opcodes else 1
     while not step or not steps.ended_before:
         step += stride
@@ -131,7 +131,7 @@ def test_read_interrupted_at_any_line_loses_nothing(
 
 @pytest.mark.parametrize("verb", ["get", "get_many", "get_latest"])
 def test_second_interrupt_anywhere_in_next_call_loses_nothing(mq: Client, writer: Client, verb: str) -> None:
-    """The next call gives back what the first has taken."""
+    """The next call gives back the messages that the first one took."""
     steps, interrupted = Steps(interrupt, opcodes=False), 0
     sent = [str(number) for number in range(4)]
     for first in itertools.count(1):
@@ -263,7 +263,7 @@ def test_signal_handler_may_close_client_at_any_line(server: Server, writer: Cli
     assert step > 10
 
 
-# A signal may come after a socket has been created, and before anyone holds it.
+# A signal may arrive after a socket has been created, and before anything refers to it.
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 @pytest.mark.parametrize("calls", [False, True], ids=["raises", "calls"])
 def test_real_signals_lose_nothing(server: Server, writer: Client, calls: bool) -> None:
@@ -276,7 +276,7 @@ def test_real_signals_lose_nothing(server: Server, writer: Client, calls: bool) 
         if is_armed:
             handled.extend(mq.get_many("t", 1))
             mq.ping()
-        # Only now send the next one, so that the call progresses on a slow machine, too.
+        # Send the next one only now, so that the call progresses even on a slow machine.
         if not is_over:
             signal.setitimer(signal.ITIMER_REAL, UNIT / 50)
 
@@ -292,7 +292,7 @@ def test_real_signals_lose_nothing(server: Server, writer: Client, calls: bool) 
             while len(got) + len(handled) + interrupted < len(sent):
                 try:
                     is_armed = True
-                    # Nothing comes between the return and the list but this.
+                    # Nothing but this line is between the return and the list.
                     message = mq.get("t")
                     is_armed = False
                 except Interrupted:
@@ -303,11 +303,11 @@ def test_real_signals_lose_nothing(server: Server, writer: Client, calls: bool) 
                 if message:
                     got.append(message)
     finally:
-        # A handler that runs now must not send another one.
+        # A handler that runs now must not send another signal.
         is_over = True
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    # One may be lost between the client and its caller, each time; with luck none is.
+    # Each signal may lose one message, between the client and its caller.
     assert len({*got, *handled}) == len(got) + len(handled)
     if calls:
         assert sorted(got + handled, key=int) == sent
@@ -316,7 +316,7 @@ def test_real_signals_lose_nothing(server: Server, writer: Client, calls: bool) 
 
 
 def test_error_of_interrupted_call_is_freed_at_once(mq: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise a later garbage collection would close its connection, during which a handler may raise again."""
+    """Otherwise, a later garbage collection would close its connection, and a handler may raise again during it."""
 
     def send(*_: object) -> None:
         raise Interrupted

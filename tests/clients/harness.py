@@ -1,4 +1,4 @@
-"""Redis client libraries by others: how to install each, and the programs that use them.
+"""Third-party Redis client libraries: how to install each, and the programs that use them.
 
 A program is started with a port, a version of RESP and a token, which may be empty. It reads requests from its input:
 
@@ -41,7 +41,7 @@ class Program:
 
     def __init__(self, command: list[str], environment: dict[str, str], port: int, protocol: int, token: str) -> None:
         self.said: list[str] = []
-        """The lines before its answer."""
+        """The lines printed before its answer."""
         self.errors: list[str] = []
         """Its errors, including those passed to an error handler."""
         self._answers: queue.Queue[str] = queue.Queue()
@@ -99,7 +99,7 @@ class Library:
     name: str
     prepare: Callable[[], list[str]]
     path: Path | None = None
-    """Where Python finds it."""
+    """The path where Python finds it."""
     protocols: tuple[int, ...] = (2,)
 
     @contextmanager

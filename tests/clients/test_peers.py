@@ -1,4 +1,4 @@
-"""Programs and libraries by others, unchanged: redis-cli, redis-benchmark, redis-py, nc."""
+"""Unmodified third-party programs and libraries: redis-cli, redis-benchmark, redis-py, nc."""
 
 from __future__ import annotations
 

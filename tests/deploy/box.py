@@ -22,8 +22,8 @@ from pathlib import Path
 
 # They have systemd 252 and 257; the tests ask systemctl for the version.
 SUITES = ("bookworm", "trixie")
-# In addition to the minimum: for the documented installation and the units (procps has kill, a .venv needs
-# python3-venv), and libbpf for the parts of the sandbox that systemd enforces with it.
+# In addition to the minimum: packages for the documented installation and the units (procps has kill, a .venv needs
+# python3-venv), and libbpf for the parts of the sandbox that systemd enforces with BPF.
 PACKAGES = "systemd,systemd-sysv,dbus,procps,libbpf1,python3,python3-venv,openssl"
 PROGRAMS = {
     "systemd-nspawn": "systemd-container",
@@ -42,7 +42,7 @@ class NotHere(Exception):
 
 
 def why_not() -> str:
-    """Return why no box can run on this machine; empty if one can."""
+    """Return why boxes can't run on this machine; empty if they can."""
     missing = [package for program, package in PROGRAMS.items() if shutil.which(program) is None]
     if missing:
         return f"not installed: Debian's packages {', '.join(sorted(set(missing)))}"
@@ -96,7 +96,7 @@ class Tree:
         return self.path
 
     def abandon(self) -> None:
-        """Stop making the tree, if it was not waited for."""
+        """Stop creating the tree, unless it was waited for."""
         if self._making:
             self._making.terminate()
             self._making.communicate()
@@ -224,10 +224,10 @@ def _nspawn(root: Path, group: Path) -> list[str]:
     return [
         *("sh", "-c", 'echo $$ >"$0/cgroup.procs"; exec "$@"', str(group)),
         *("systemd-nspawn", "--quiet", "--boot", f"--directory={root}", f"--machine=dsmq-test-{os.getpid()}"),
-        # This machine may not run systemd, with which the container could be registered.
+        # This machine may not run systemd, so the container can't be registered with it.
         *("--register=no", "--keep-unit", "--private-network", "--link-journal=no", "--console=pipe"),
         *("--resolv-conf=off", "--timezone=off"),
-        # Its systemd enforces parts of the sandbox with BPF, and silently skips them if that is not possible.
+        # Its systemd enforces parts of the sandbox with BPF, and silently skips them if BPF is not available.
         *("--capability=CAP_BPF,CAP_NET_ADMIN,CAP_PERFMON", "--system-call-filter=bpf"),
     ]
 
@@ -257,7 +257,7 @@ def _halt(nspawn: subprocess.Popen[bytes], leader: int | None) -> None:
 
 
 if __name__ == "__main__":
-    # Ctrl-C is for the tests, which then close the standard input of this process.
+    # Ctrl-C is handled by the tests, which then close the standard input of this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["SYSTEMD_NSPAWN_UNIFIED_HIERARCHY"] = "1"
     _keep(Path(sys.argv[1]))

@@ -208,7 +208,7 @@ def test_image_is_small(podman: Podman) -> None:
     assert MEGABYTE < over < 30 * MEGABYTE
 
 
-def test_image_holds_only_runtime_files(podman: Podman) -> None:
+def test_image_contains_only_runtime_files(podman: Podman) -> None:
     code = """if True:
         import importlib.metadata, importlib.util, os, sys
         print(*sorted(found.name.lower().replace("_", "-") for found in importlib.metadata.distributions()))
@@ -384,7 +384,7 @@ def test_stop_is_graceful_with_waiting_clients(engine: Podman | Docker) -> None:
 def test_killed_container_restarts(engine: Podman | Docker) -> None:
     with started(engine, f"--env=DSMQ_AUTH_TOKEN={TOKEN}", "--restart=unless-stopped") as container:
         before = container.state["Pid"]
-        # Not with the engine's command, after which the container would not be restarted.
+        # Not with the engine's command, because the container would not be restarted.
         engines.kill(before)
         wait_until(lambda: container.state["Running"] and container.state["Pid"] not in (0, before))
         wait_until(lambda: container.logs()[0].count("listening on") == 2)
@@ -414,14 +414,14 @@ def test_readme_container_commands_work(engine: Podman | Docker, wheels: Path, t
     block = re.search(r"```bash\n(docker build .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert block is not None
     copy_context(tmp_path)
-    # The command in place of docker; builds have no network.
+    # A replacement for the docker command; builds have no network.
     (tmp_path / "bin").mkdir()
     docker = tmp_path / "bin/docker"
     offline = shlex.join(engines.offline(engine, wheels))
     command = shlex.join(engine.command)
     docker.write_text(f'#!/bin/sh\ncase $1 in build) shift; set -- build {offline} "$@" ;; esac\nexec {command} "$@"\n')
     docker.chmod(0o755)
-    # A person would type more slowly than the server starts.
+    # Wait for the server: a person would type more slowly than it starts.
     script = block[1].replace(
         "docker exec", "until docker logs dsmq | grep -q 'listening on'; do sleep 0.1; done; docker exec"
     )

@@ -27,7 +27,7 @@ pytestmark = [
 UNITS = ("dsmq.service", "dsmq.socket", "dsmq-http.socket")
 PYTHON = "/opt/dsmq/bin/python"
 TOKEN = "/etc/dsmq/token"
-# For all scripts that run in the box.
+# The beginning of all scripts that run in the box.
 PRELUDE = f"""
 import os, socket, sys, time, urllib.request
 from dsmq.client import connect
@@ -414,7 +414,7 @@ while sys.stdin.readline():
             box.run("systemctl", "reload", "dsmq.service")
             if "notify-reload" not in change:
                 journal.priority("configuration reloaded")
-            # From now on, the new configuration must be in effect.
+            # Now the new configuration must be in effect.
             assert metric(box, "dsmq_max_age_seconds") == 60
             assert answer(client) == "before nothing"
             assert metric(box, "dsmq_connections_opened_total") == opened
@@ -603,14 +603,14 @@ def test_reload_changes_tokens_of_a_group(box: Box) -> None:
 # The sandbox
 
 
-def test_sandbox_forbids_what_it_should(box: Box) -> None:
+def test_sandbox_forbids_what_the_service_does_not_need(box: Box) -> None:
     change = f"[Service]\nType=oneshot\nRestart=no\nWatchdogSec=0\nExecStart=\nExecStart={PYTHON} /etc/dsmq/probe.py\n"
     with drop_in(box, change):
         box.run("systemctl", "start", "dsmq.service")
         found = json.loads(box.run("cat", "/var/lib/dsmq/found.json"))
         print(found)
     assert {name for name, how in found.items() if how == "done"} == ALLOWED
-    # The sandbox forbids these: outside, root may do nearly all of them.
+    # Outside the sandbox, root may do nearly all of these.
     box.shell("mkdir /tmp/probe; cd /tmp/probe; python3 /etc/dsmq/probe.py; rm /etc/probe /usr/probe /opt/dsmq/probe")
     free = json.loads(box.run("cat", "/tmp/probe/found.json"))
     print(free)

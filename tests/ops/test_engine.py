@@ -1,4 +1,4 @@
-"""What operators see of a store in a NATS stream: metrics, readiness, INFO, the page's data, and the log."""
+"""A store in a NATS stream as operators see it: metrics, readiness, INFO, the page's data, and the log."""
 
 from __future__ import annotations
 
@@ -70,13 +70,13 @@ def one_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 
 @pytest.fixture
 def stream(request: pytest.FixtureRequest) -> str:
-    """A stream of the test's own."""
+    """A stream for one test."""
     return f"s{abs(hash(request.node.name))}"
 
 
 @pytest.fixture
 def server(one_node: Engine, stream: str) -> Iterator[Server]:
-    # The engine reserves room for as much.
+    # The engine reserves this much room.
     with serving_from(one_node, store_stream=stream, max_stored_bytes=10_000_000) as server:
         yield server
 
@@ -103,7 +103,7 @@ def messages(caplog: pytest.LogCaptureFixture, level: int, pattern: str) -> list
 # With and without
 
 
-def test_server_in_memory_shows_nothing_of_an_engine() -> None:
+def test_server_in_memory_has_no_engine_metrics() -> None:
     with serving(http_port=0) as server, wire_to(server) as wire:
         assert shown(server) == {}
         assert b"engine" not in wire.call("INFO")  # type: ignore[operator]
@@ -195,12 +195,12 @@ def test_lag_is_the_time_since_the_mirror_had_everything(clock: list[float]) -> 
     lag.update(10, 10)
     assert (lag.messages, lag.seconds(is_followed=True)) == (0, 0.0)
     clock[0] += 5
-    # Up to date five seconds ago; whether it still is, is not known.
+    # It was up to date five seconds ago; its state now is unknown.
     assert lag.seconds(is_followed=False) == 5
     lag.update(14, 11)
     clock[0] += 2
     assert (lag.messages, lag.seconds(is_followed=True)) == (3, 7)
-    # More arrives all the time, but the mirror is never more than two seconds behind.
+    # Messages arrive all the time, but the mirror is never more than two seconds behind.
     lag.update(20, 15)
     assert (lag.messages, lag.seconds(is_followed=True)) == (5, 2)
     clock[0] += 1
@@ -208,7 +208,7 @@ def test_lag_is_the_time_since_the_mirror_had_everything(clock: list[float]) -> 
     assert (lag.messages, lag.seconds(is_followed=True)) == (0, 0.0)
 
 
-def test_lag_ends_if_the_stream_begins_anew(clock: list[float]) -> None:
+def test_lag_ends_if_stream_is_recreated(clock: list[float]) -> None:
     lag = nats_mirror.Lag()
     lag.update(1000, 900)
     clock[0] += 1
@@ -219,7 +219,7 @@ def test_lag_ends_if_the_stream_begins_anew(clock: list[float]) -> None:
 # Loss
 
 
-def test_loss_and_return_of_the_engine_are_seen_and_logged_once(
+def test_loss_and_return_of_engine_are_reported_and_logged_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "dsmq")
@@ -247,7 +247,7 @@ def test_loss_and_return_of_the_engine_are_seen_and_logged_once(
         assert not messages(caplog, logging.ERROR, "")
 
 
-def test_server_that_goes_to_another_node_shows_and_logs_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_switch_to_another_node_is_reported_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "dsmq")
     with engine(tmp_path, 3) as running, serving_from(running) as server:
         node_of = lambda: server.status.page()["engine"]["node"]  # noqa: E731
@@ -261,14 +261,14 @@ def test_server_that_goes_to_another_node_shows_and_logs_it(tmp_path: Path, capl
         assert reached(lambda: messages(caplog, logging.INFO, "connected to")[-1].endswith(f" {node_of()}"))
 
 
-def test_put_that_has_to_be_retried_is_counted(tmp_path: Path) -> None:
+def test_retried_put_to_engine_is_counted(tmp_path: Path) -> None:
     with engine(tmp_path, 1) as running, serving_from(running) as server, wire_to(server) as wire:
         [node] = running.nodes
         wire.call("PUT", "t", "x")
         node.signal(signal.SIGSTOP)
         assert node.process
         os.waitid(os.P_PID, node.process.pid, os.WSTOPPED)
-        # Not over the wire: a server whose engine is silent hangs up.
+        # Not over the wire, because a server whose engine is silent hangs up.
         answer = store_of(server).append([(b"t", b"y", None)])
         assert isinstance(answer, Future)
         wait_until(lambda: metric(server, "engine_retries_total") > 0)
@@ -290,7 +290,7 @@ def test_lost_consumer_is_replaced_counted_and_logged_once(server: Server, caplo
     assert metric(server, "ready") == 1
 
 
-def test_server_that_waits_for_its_engine_says_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_waiting_for_engine_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "dsmq")
     with engine(tmp_path, 3) as running:
         for node in running.nodes:
@@ -338,7 +338,7 @@ def test_reason_why_the_store_is_not_ready() -> None:
         assert store.unready_reason == "mirroring the stream: 7 messages to go"
         store.mirror.error = EngineError("no suitable peers for placement")
         assert store.unready_reason == "not following the stream: no suitable peers for placement"
-        # It has all messages, and is about to make a consumer anew.
+        # It has all messages, and is about to create a new consumer.
         store.mirror.ready = True
         assert store.unready_reason == ""
     finally:

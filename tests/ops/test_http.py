@@ -60,7 +60,7 @@ def hung_up(sock: socket.socket) -> bool:
 
 
 def served(server: Server) -> bool:
-    """Return whether a scrape is answered, and not cut off."""
+    """Return whether a scrape gets a reply and is not cut off."""
     try:
         return Answer(server.http_port, "/metrics").status == 200
     except (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError):
@@ -99,7 +99,7 @@ def test_healthz_fails_if_a_worker_stalls() -> None:
 
 
 class StallingStore(SQLiteStore):
-    """Lets the expiry thread wait for an event."""
+    """Makes the expiry thread wait for an event."""
 
     def __init__(self) -> None:
         super().__init__(0)
@@ -200,7 +200,7 @@ def test_status_reports_topics_clients_and_errors(server: Server, wire: Wire) ->
     "fail",
     [
         lambda connection: connection.set_authorizer(lambda *_: sqlite3.SQLITE_DENY),
-        # It is out of memory for any statement.
+        # SQLite is out of memory for every statement.
         lambda connection: connection.setlimit(sqlite3.SQLITE_LIMIT_VDBE_OP, 1),
     ],
 )
@@ -263,12 +263,12 @@ def test_page_data_does_not_count_as_read(wire: Wire, server: Server) -> None:
         ({"http_host": "0.0.0.0", "http_token": "let-me-see-it-please"}, True),
         ({"auth_token": "let-me-put-it-please"}, False),
         ({"auth_token": "let-me-put-it-please", "http_token": "let-me-see-it-please"}, True),
-        # The permissions of the file may say who may read.
+        # The permissions of the file may restrict readers.
         ({"host": "unix:{}/s"}, False),
     ],
     ids=["loopback", "loopback 6", "all addresses", "token everywhere", "client token", "both tokens", "unix"],
 )
-def test_messages_are_shown_only_to_who_may_read_them(tmp_path: Path, settings: dict[str, str], is_shown: bool) -> None:
+def test_messages_are_shown_only_with_permission(tmp_path: Path, settings: dict[str, str], is_shown: bool) -> None:
     fitted = {name: value.format(tmp_path) for name, value in settings.items()}
     with serving(http_port=0, **fitted) as server:
         server.context.store.append([(b"t", b"secret body", None)])
@@ -371,7 +371,7 @@ def test_query_string_is_not_logged(server: Server, caplog: pytest.LogCaptureFix
 
 def test_invalid_http_affects_no_one(server: Server, wire: Wire) -> None:
     for noise in (b"\xff\x00\r\n\r\n", b"GET\r\n\r\n", b"GET /metrics HTTP/9.9\r\n\r\n", b"x" * 100_000):
-        # The server may hang up before all of it has been sent.
+        # The server may hang up before everything has been sent.
         with hang(server) as sock, suppress(ConnectionError):
             sock.sendall(noise)
     assert wire.call("PING") == "PONG"
@@ -451,7 +451,7 @@ def test_requests_of_random_pieces_get_a_status(server: Server) -> None:
 
 
 class PageStore(SQLiteStore):
-    """Calls a function whenever the status page asks for the largest topics."""
+    """Calls a function whenever the status page requests the largest topics."""
 
     def __init__(self, call: Callable[[], object]) -> None:
         super().__init__(0)
@@ -577,7 +577,7 @@ SetLimits = Callable[..., None]
 
 @pytest.fixture
 def set_limits(monkeypatch: pytest.MonkeyPatch) -> SetLimits:
-    """A function that sets limits of the HTTP endpoint, which are no settings, by their lower-case names."""
+    """A function that sets constants of the HTTP endpoint, given by their lower-case names."""
 
     def set_limits(**limits: float) -> None:
         for name, value in limits.items():

@@ -1,4 +1,4 @@
-"""The log: as text, as JSON, for the journal; floods; a reader that does not read."""
+"""The log: as text, as JSON, for the journal; floods; and logs that nothing reads."""
 
 from __future__ import annotations
 
@@ -283,7 +283,7 @@ def test_lines_dropped_from_a_full_log_are_counted_and_logged() -> None:
     with open(writer, "w") as stream, log_to(stream, rate=written) as logger:
         for _ in range(written):
             logger.warning("a line")
-        # While the queue is full, a line about dropped ones would be dropped, too.
+        # While the queue is full, a line about dropped lines would be dropped, too.
         while len(data) < filled + 1000:
             data += os.read(reader, 65536)
         logs.summarise()
@@ -295,7 +295,7 @@ def test_lines_dropped_from_a_full_log_are_counted_and_logged() -> None:
     assert lines[-1] == "the next line"
     kept = lines[:-2]
     assert kept == ["a line"] * len(kept)
-    # The thread may have taken one line from the queue.
+    # The thread may already have taken one line from the queue.
     assert len(kept) - logs.MAX_QUEUED_LINES in (0, 1)
     assert lines[-2] == f"{written - len(kept)} log lines dropped"
 
@@ -334,7 +334,7 @@ def test_lines_above_the_limit_per_second_are_counted_in_next_summary(tmp_path: 
         repeat(6)
         handler.handle(record("another call", logging.WARNING))
         assert written() == ["repeated 0", "repeated 1", "repeated 2", "another call"]
-        # The limit is per second, however often a summary is written.
+        # The limit is per second, no matter how often a summary is written.
         handler.summarise()
         assert written() == ["3 more lines like: repeated 5"]
         handler.summarise()

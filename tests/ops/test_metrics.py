@@ -1,4 +1,4 @@
-"""The metrics: exposition, figures of known traffic, and documentation."""
+"""The metrics: exposition, numbers for known traffic, and documentation."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ OF_ENGINE = ("dsmq_engine_", "dsmq_mirror_")
 def shown_in_readme(*, topics: bool = False) -> dict[str, str]:
     """Return the metrics in the table of deploy/README.md with their types; those by topic only on request.
 
-    Those of an engine are left out.
+    Metrics of an engine are omitted.
     """
     rows = re.findall(
         r"^\| `(dsmq_\w+)`.*? \| (counter|gauge|histogram) \|", (ROOT / "deploy/README.md").read_text(), re.MULTILINE

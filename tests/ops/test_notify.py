@@ -45,7 +45,6 @@ class Manager:
         self.socket.settimeout(SOON)
 
     def next(self) -> dict[str, str]:
-        """Return the next notification."""
         return dict(line.split("=", 1) for line in self.socket.recv(4096).decode().split("\n"))
 
     def wait_for(self, *names: str) -> dict[str, str]:
@@ -55,7 +54,7 @@ class Manager:
         return states
 
     def receives(self, name: str) -> bool:
-        """Return whether a notification contains this name before there are no more."""
+        """Return whether one of the remaining notifications contains this name."""
         try:
             return bool(self.wait_for(name))
         except TimeoutError:
@@ -227,7 +226,7 @@ def test_watchdog_is_reset_only_while_all_threads_respond(manager: Manager) -> N
             assert manager.wait_for("WATCHDOG")["WATCHDOG"] == "1"
         loop_of(server).post(go_on.wait)
         wait_until(lambda: bool(server.status.stuck_threads()))
-        # Those sent before, and perhaps one that was about to be sent.
+        # Those sent before, and possibly one that was about to be sent.
         manager.socket.settimeout(1.0)
         while manager.receives("WATCHDOG"):
             pass
@@ -263,7 +262,7 @@ def test_watchdog_of_another_process_is_ignored(process: str, seconds: float) ->
     assert systemd.take({"WATCHDOG_USEC": "3000000", "WATCHDOG_PID": process}).watchdog_interval == seconds
 
 
-def test_child_processes_do_not_inherit_what_systemd_passed() -> None:
+def test_child_processes_do_not_inherit_passed_sockets() -> None:
     environment = dict.fromkeys(
         ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "OTHER"), "0"
     )

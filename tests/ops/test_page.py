@@ -34,7 +34,7 @@ HOSTILE = "<img src=x onerror=\"document.title='broken'\">"
 TOKEN = "open-sesame-0123456789"
 # A host name that resolves to this machine in the browser.
 ELSEWHERE = "dsmq.example"
-# Console messages of the browser if the server is gone or the page is reloaded, and if it requires a token.
+# The browser's console messages if the server is gone or the page is reloaded, and if it requires a token.
 GONE = r"Failed to load resource: net::ERR_|^failed: .*/(status|topics?)\.json(\?.*)?$"
 LOCKED = r"Failed to load resource: .* 401 "
 
@@ -268,7 +268,7 @@ def test_page_never_shows_messages(browser: Browser, mq: Client, server: Server)
 # Topics
 
 
-def test_page_finds_any_of_all_topics(browser: Browser, server: Server) -> None:
+def test_page_filter_finds_any_topic(browser: Browser, server: Server) -> None:
     names_ = [b"sensors/%06d" % n for n in range(100_000)] + [b"alarms/door"]
     for start in range(0, len(names_), 1000):
         server.context.store.append([(name, b"x", None) for name in names_[start : start + 1000]])
@@ -294,7 +294,7 @@ def test_page_finds_any_of_all_topics(browser: Browser, server: Server) -> None:
         assert names(page)[0] == "sensors/000001"
 
 
-def test_page_shows_last_messages_of_topic_as_they_come(browser: Browser, mq: Client, server: Server) -> None:
+def test_page_shows_last_messages_of_topic_as_they_arrive(browser: Browser, mq: Client, server: Server) -> None:
     mq.put_many("t", [f"text {n}" for n in range(30)])
     with reading(browser, server, GONE) as page:
         link = page.locator("#topics").get_by_role("link", name="t", exact=True)
@@ -376,12 +376,12 @@ def test_page_shows_topic_with_any_name(browser: Browser, mq: Client, server: Se
         assert page.locator("#topic-name").text_content() == escaped
         expect(page.locator("img")).to_have_count(0)
         assert sideways(page) == 0
-        # An address that nobody has linked to.
+        # An address that no link contains.
         page.evaluate("location.hash = '#topic=%ff'")
         expect(page.locator("#overview")).to_be_visible()
 
 
-def test_page_shows_who_reads_and_writes_a_topic(browser: Browser, server: Server) -> None:
+def test_page_shows_readers_and_writers_of_topic(browser: Browser, server: Server) -> None:
     with (
         connect(port=server.port, name="camera") as writer,
         connect(port=server.port, name="slow") as slow,

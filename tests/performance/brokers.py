@@ -22,12 +22,13 @@ from dsmq.demo_cluster import free_ports
 KNOWN = (
     ("dsmq", sys.executable, "", "dsmq"),
     ("redis", "redis-server", "--version", "redis"),
+    ("redis-lists", "redis-server", "--version", "redis"),
     ("beanstalkd", "beanstalkd", "-v", "greenstalk"),
     ("nats", "nats-server", "--version", "nats-py"),
 )
 OLD = "dsmq14"
 OLD_VERSION = "1.4.1"
-# Another commit of this project, in a virtual environment of its own.
+# Another commit of this project, in its own virtual environment.
 BEFORE = "before"
 # Another program may take a free port before it is used; then try another one.
 PORTS_TRIED = 5
@@ -64,7 +65,7 @@ class Broker:
             return [self.python, "-m", "dsmq", "serve", "--port", port, "--http-port", "0", "--log-level", "error"]
         if self.name == OLD:
             return [self.python, "-c", f"from dsmq.server import serve; serve('127.0.0.1', {port})"]
-        if self.name == "redis":
+        if self.name in ("redis", "redis-lists"):
             return ["redis-server", "--bind", "127.0.0.1", "--port", port, "--save", "", "--appendonly", "no"]
         if self.name == "beanstalkd":
             return ["beanstalkd", "-l", "127.0.0.1", "-p", port, "-z", "10000000"]
@@ -159,7 +160,7 @@ def _version_of(command: list[str]) -> str:
 
 @contextmanager
 def on_cores(cores: set[int] | None) -> Iterator[None]:
-    """Run processes started here on these cores; None: on any."""
+    """Run processes started here on these cores; None: any cores."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores or before)
     try:
@@ -169,7 +170,7 @@ def on_cores(cores: set[int] | None) -> Iterator[None]:
 
 
 def median_ratio(ours: Iterable[float], theirs: Iterable[float]) -> float:
-    """Return the median over all rounds of our figure divided by theirs."""
+    """Return the median, over all rounds, of our figure divided by theirs."""
     return statistics.median(our / their for our, their in zip(ours, theirs, strict=True))
 
 

@@ -30,7 +30,7 @@ from engine import Engine, engine
 
 MESSAGE = "x" * 100
 PUTS, GETS, MANY, DELIVERIES, HELD = 300, 1000, 5000, 100, 10_000
-# How many publishes nats-py has under way in `put_many`.
+# The number of publishes that nats-py pipelines for `put_many`.
 PIPELINED = 500
 # Name, target, description, and what it is compared with.
 ROWS = (
@@ -109,7 +109,7 @@ def gets(client: DSMQClientSideConnection, topic: str) -> float:
 
 
 def deliveries(writer: DSMQClientSideConnection, reader: DSMQClientSideConnection, topic: str) -> float:
-    """Return the median time in microseconds from a put to its message at a reader that waits."""
+    """Return the median time in microseconds from a put to the delivery of its message to a waiting reader."""
     taken: list[float] = []
     waiting = threading.Event()
 
@@ -156,7 +156,7 @@ class Clients:
 
     def measure_puts(self, number: int) -> Iterator[tuple[tuple[str, str], float]]:
         """Iterate over the figures of a round."""
-        # As clients of NATS choose a node at random, each round uses another one.
+        # Clients of NATS choose a node at random, so each round uses another one.
         native = self.nats[number % len(self.nats)]
         yield ("put", "dsmq"), median_of(lambda: self.dsmq.put("puts", MESSAGE), PUTS)
         yield ("put", "nats-py"), native.put()
@@ -195,7 +195,7 @@ def compare(nodes: Engine, rounds: int) -> None:
 
 
 def start_with_held(nodes: Engine, count: int) -> None:
-    """Print how long a server takes to start if the stream holds this many messages, and the memory it then has."""
+    """Print the time a server takes to start with this many messages in the stream, and its memory afterwards."""
     options = ("--store", url_of(nodes), "--max-age-seconds", "86400")
     with ExitStack() as stack:
         client = stack.enter_context(connect(port=Broker("dsmq", stack, *options).port))

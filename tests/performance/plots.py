@@ -7,11 +7,11 @@ from typing import Any
 
 
 def pyplot() -> Any:
-    """Return matplotlib's pyplot, set up to draw without a screen, and the same file for the same figures."""
+    """Return matplotlib's pyplot, set up to draw without a screen, and reproducibly."""
     import matplotlib as mpl
 
     mpl.use("Agg")
-    # Otherwise the names in SVG files are random.
+    # Otherwise, names in SVG files are random.
     mpl.rcParams["svg.hashsalt"] = "dsmq"
     from matplotlib import pyplot as plt
 

@@ -1,9 +1,9 @@
 """Measure how dsmq's costs grow: `python tests/performance/scale.py`. README.md has the results.
 
-They may grow with stored messages, topics, idle connections, waiting readers and message size. Each is measured in
-turns on a loaded and on an empty server; a ratio is the median over all rounds of loaded / empty. Further figures:
-latencies while a million messages expire and while a snapshot is written, and one-off costs (start, import, metrics,
-restart).
+They may grow with stored messages, topics, idle connections, waiting readers and message size. Each is measured
+alternately on a loaded and on an empty server; a ratio is the median over all rounds of loaded / empty. Further
+figures: latencies while a million messages expire and while a snapshot is written, and one-off costs (start, import,
+metrics, restart).
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ def snapshot(size: int, snapshots: int = 3) -> Result:
 
 
 def restart(count: int, rounds: int) -> Result:
-    """Measure the milliseconds of a stop and of a start until it accepts, with these messages and without."""
+    """Measure the milliseconds of a stop, and of a start until it accepts clients, with and without these messages."""
     taken: dict[str, list[float]] = {}
     for _ in range(rounds):
         for kind, messages in (("empty", 0), ("loaded", count)):
@@ -259,7 +259,6 @@ def latencies(mq: DSMQClientSideConnection, going_on: Callable[[], bool]) -> lis
 
 
 def percentile(values: list[float], percent: int) -> float:
-    """Return a percentile."""
     return statistics.quantiles(values, n=100)[percent - 1]
 
 
@@ -383,7 +382,7 @@ def main() -> None:
 
 
 def prepare_files() -> None:
-    """Raise the limit on open files to what idle connections need, or reduce their number."""
+    """Raise the limit on open files for the idle connections, or reduce their number."""
     # The servers inherit it.
     allow_more_files()
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)

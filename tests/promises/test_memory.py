@@ -1,4 +1,4 @@
-"""Whatever connections do, the server's memory stays within its limits, and it goes on serving."""
+"""Whatever connections do, the server's memory stays within its limits, and it continues to serve."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = [
 
 MIB = 1 << 20
 STORED, REPLIES, REQUESTS = 40 * MIB, 64 * MIB, 64 * MIB
-# For the program, its connections, and what arrives between two checks of a total.
+# For the program, its connections, and the bytes that arrive between two checks of a total.
 MARGIN = 200_000_000
 BOUND = 1.3 * STORED + REPLIES + REQUESTS + MARGIN
 LONGEST = 8 * MIB
@@ -58,7 +58,7 @@ def opened(stack: ExitStack, process: Daemon, count: int) -> list[socket.socket]
 
 
 def push(socks: list[socket.socket], data: bytes, seconds: float) -> int:
-    """Send data on all connections for some time; return how many took all of it or were closed."""
+    """Send data on all connections for some time; return how many accepted all of it or were closed."""
     selector = selectors.DefaultSelector()
     for sock in socks:
         selector.register(sock, selectors.EVENT_WRITE, [0])
@@ -114,7 +114,7 @@ def test_memory_is_bounded_with_many_incomplete_messages(bounded: Daemon) -> Non
         serves(bounded)
 
 
-def test_memory_is_bounded_with_requests_behind_waits(bounded: Daemon) -> None:
+def test_memory_is_bounded_with_requests_after_waits(bounded: Daemon) -> None:
     with ExitStack() as stack:
         request = encode_request(b"GETWAIT", b"t", b"60000") + b"PING\r\n" * 40_000
         push(opened(stack, bounded, 800), request, SOON / 2)
@@ -146,7 +146,7 @@ def test_memory_is_bounded_with_open_transactions(bounded: Daemon) -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 300])
-def test_message_in_small_pieces_takes_no_more_than_its_length(bounded: Daemon, cut: int) -> None:
+def test_message_in_small_pieces_takes_only_its_length(bounded: Daemon, cut: int) -> None:
     wire = Wire(("127.0.0.1", bounded.port))
     wire.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     data = encode_request(b"PUT", b"t", b"x" * 200 * cut)
@@ -157,7 +157,7 @@ def test_message_in_small_pieces_takes_no_more_than_its_length(bounded: Daemon, 
 
 
 @pytest.mark.parametrize("size", [MIB // 2, LONGEST - 1])
-def test_long_messages_take_the_memory_of_expired_short_ones(size: int) -> None:
+def test_long_messages_reuse_memory_of_expired_short_ones(size: int) -> None:
     stored, short = 300 * MIB, b"x" * 9_000
     options = ("--max-stored-bytes", str(stored), "--max-age-seconds", "5", "--expiry-interval-seconds", "0.2")
     with daemon(*options) as process, connect(port=process.port) as mq:

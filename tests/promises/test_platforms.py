@@ -1,4 +1,4 @@
-"""Servers on other systems, with resource limits, in a terminal, under nohup, in a child process."""
+"""Servers on other systems, with resource limits, in a terminal, under nohup, and in a child process."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def write(port: int, writer: int, many: bool) -> None:
 
 
 def read(port: int, reader: int) -> Seen:
-    """Read each topic to its last message; depending on the reader by waiting, polling, or in batches."""
+    """Read each topic to its last message: by waiting, polling, or in batches, depending on the reader."""
     with connect(port=port) as mq:
         mq.put("ready", str(reader))
         got: Seen = {}

@@ -75,7 +75,7 @@ def test_error_names_reason_per_address(resolve: Resolve) -> None:
         before = time.monotonic()
         with pytest.raises(ConnectionRefusedError) as told:
             connect("name", timeout=SOON * 10, retry=False)
-        # One has refused, so a server may be starting there: try again soon.
+        # One address refused, so a server may be starting there: it is tried again soon.
         assert time.monotonic() - before < SOON
         assert "127.0.0.1: Connection refused; 127.0.0.1: timed out" in str(told.value)
         resolve("name", hole)

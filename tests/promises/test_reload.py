@@ -150,7 +150,7 @@ def metrics_topics(server: Server, wire: Wire, value: int) -> bool:
 # The values of a job in the reply to TAKE.
 JOB_VALUES = 7
 
-# By setting: a value that allows something, one that does not, and a probe for which is in force.
+# By setting: a value that allows something, one that does not, and a function that finds out which is in effect.
 LIMITS: dict[str, tuple[Any, Any, Callable[[Server, Wire, Any], bool]]] = {
     "max_message_bytes": (8_388_608, 1000, max_message_bytes),
     "max_topic_bytes": (512, 99, max_topic_bytes),

@@ -1,4 +1,4 @@
-"""Clients across kills, restarts and reloads of real servers: what they read and count as missed."""
+"""What clients read and count as missed across kills, restarts and reloads of real servers."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_messages_lost_by_kill_are_not_missed(restarted: Restarted) -> None:
 
 
 class History:
-    """A server through several runs, with its remaining messages; the others were lost with a run."""
+    """A server over several runs, and its remaining messages; others were lost with a run."""
 
     def __init__(self, server: Restarted) -> None:
         self._server = server
@@ -174,7 +174,7 @@ class History:
 
 
 class Reader:
-    """A client that reads in the first run, and in the second is absent, reads once, or reads on."""
+    """A client that reads in the first run, and in the second is absent, reads once, or continues to read."""
 
     def __init__(self, host: str, when: str, later: str) -> None:
         self._mq = connect(host)
@@ -194,7 +194,7 @@ class Reader:
             self.got += [self._mq.get("t")] if self._when.endswith("ahead") else drain(self._mq)
 
     def check(self, history: History) -> None:
-        """Read on; messages held before that it does not get have expired."""
+        """Continue to read; stored messages that it does not get have expired."""
         while not (got := drain(self._mq)) or got[-1] != history.held[-1]:
             self.got += got
             history.put(f"end {len(history.held)}")

@@ -36,7 +36,7 @@ def file(tmp_path: Path) -> Path:
 
 @contextmanager
 def snapshotting(store: ClockedStore, file: Path, at: float = SAVED_AT) -> Iterator[Snapshotter]:
-    """A snapshotter that has restored the file, if there was one."""
+    """A snapshotter that has restored the file, if it exists."""
     snapshotter = Snapshotter(store, str(file), clock=lambda: at, pause_seconds=0)
     try:
         snapshotter.open()
@@ -103,7 +103,7 @@ def hello(wire: Wire) -> dict[bytes, object]:
 
 
 def act(store: ClockedStore, action: list[Put] | int | str) -> None:
-    """Put messages, let milliseconds pass, expire, or write the buffer."""
+    """Put messages, advance the clock by milliseconds, expire, or flush the buffer."""
     if isinstance(action, list):
         store.append(action)
     elif isinstance(action, int):

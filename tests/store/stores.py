@@ -34,7 +34,7 @@ class ClockedStore(SQLiteStore):
         self.between_batches: Callable[[], object] = bool
         """Called after each batch of a snapshot."""
         self.during_copy: Callable[[], object] = bool
-        """Called when a copy at once reports progress, with the lock held."""
+        """Called when a copy of all tables reports progress, with the lock held."""
 
     @property
     def connection(self) -> sqlite3.Connection:

@@ -1,4 +1,4 @@
-"""Work shared by several workers: each message of a group goes to one of them, and again if it is not done in time."""
+"""Jobs shared among workers: each message goes to one worker of a group, and to another if it is not done in time."""
 
 from __future__ import annotations
 
@@ -394,7 +394,7 @@ def test_snapshot_without_groups_is_loaded(store: ClockedStore, tmp_path: Path) 
 
 
 class GroupAndModel(RuleBasedStateMachine):
-    """Takes and settles jobs, and compares with a plain list of what each message has gone through."""
+    """Takes and settles jobs, and compares the results with a simple model of each message's history."""
 
     @initialize()
     def begin(self) -> None:
@@ -412,7 +412,7 @@ class GroupAndModel(RuleBasedStateMachine):
             self.store.close()
 
     def available(self) -> list[int]:
-        """Return the ids of the jobs that can be given now, in the order in which they should be."""
+        """Return the ids of the jobs that can be given now, in the expected order."""
         now = self.clock.now
         live = [one for one, at in self.put_at.items() if now - at <= 10_000 and one not in self.done]
         again = [one for one in live if self.attempts.get(one) and self.until[one] <= now]

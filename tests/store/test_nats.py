@@ -1,4 +1,4 @@
-"""The store in a NATS stream, alone: several of them on one engine, as several servers would use it."""
+"""The store in a NATS stream, without servers: several stores on one engine, as several servers would use it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from dsmq.errors import BadRequest, Forgotten, Full, ReplyError, StartupError, S
 from dsmq.store import nats_puts, nats_stream
 from dsmq.store.api import Answer, Limits, Message, Mirrored, Put
 from dsmq.store.nats import MAX_TOPIC_BYTES, NATSStore
-from dsmq.store.nats_connection import Credentials
-from dsmq.store.nats_stream import MIN_VERSION, EngineError, encode_token
+from dsmq.store.nats_connection import Credentials, encode_token
+from dsmq.store.nats_stream import MIN_VERSION, EngineError
 from dsmq.store.sqlite import MirrorStore
 from engine import Engine, engine
 from helpers import HOST, SOON, UNIT, reached, wait_until
@@ -36,7 +36,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 
 
 class Stores:
-    """Makes stores on one engine, and closes them."""
+    """Creates stores on one engine, and closes them."""
 
     def __init__(self, servers: list[tuple[str, int]], stack: ExitStack) -> None:
         self.servers, self.stack = servers, stack
@@ -56,7 +56,7 @@ class Stores:
 
 @pytest.fixture
 def stores(node: Engine, request: pytest.FixtureRequest) -> Iterator[Stores]:
-    """Stores on a stream of the test's own."""
+    """Stores on a stream for one test."""
     with ExitStack() as stack:
         made = Stores(node.servers, stack)
         made.stream = f"s{abs(hash(request.node.name))}"
@@ -76,7 +76,7 @@ def keyed(topic: bytes, body: bytes, seq: int, producer: bytes = b"p") -> Put:
 
 
 def read(store: NATSStore, topic: bytes, after: int = 0) -> list[Message]:
-    """Read until there are no more: a mirror that has some may lack the last ones."""
+    """Read until there are no more messages: a mirror that has some may lack the last ones."""
     found: list[Message] = []
     while more := value(store.read(topic, found[-1].id if found else after, 1000, 1_000_000)):
         found += more
@@ -121,14 +121,14 @@ def test_ids_and_numbers_are_the_same_on_all_servers(stores: Stores) -> None:
     assert one.epoch == other.epoch
 
 
-def test_latest_returns_what_another_server_has_stored(stores: Stores) -> None:
+def test_latest_returns_message_stored_by_another_server(stores: Stores) -> None:
     one, other = stores(), stores()
     for number in range(100):
         put(one, b"t", b"%d" % number)
         assert bodies(value(other.latest(b"t", 0))) == [b"%d" % number]
 
 
-def test_waiting_readers_of_all_servers_are_told_of_new_messages(stores: Stores) -> None:
+def test_waiting_readers_of_all_servers_are_woken(stores: Stores) -> None:
     one, _ = stores(), stores()
     put(one, b"t", b"x")
     wait_until(lambda: stores.topics.count({b"t"}) == 2)
@@ -154,12 +154,12 @@ def test_client_waits_a_moment_for_its_start(stores: Stores, monkeypatch: pytest
     monkeypatch.setattr(index, "last_stored_id", last_stored_id)
     assert value(store.start_id()) == ids[0]
     failures += [EngineError("dead")] * 1000
-    monkeypatch.setattr("dsmq.store.nats.START_SECONDS", UNIT)
+    monkeypatch.setattr("dsmq.store.nats_index.START_SECONDS", UNIT)
     with pytest.raises(StoreFailed, match="dead"):
         value(store.start_id())
 
 
-def test_id_of_no_message_is_refused(stores: Stores) -> None:
+def test_id_not_assigned_yet_is_refused(stores: Stores) -> None:
     store = stores()
     [message_id] = put(store, b"t", b"x")
     assert read(store, b"t", message_id) == []
@@ -168,7 +168,7 @@ def test_id_of_no_message_is_refused(stores: Stores) -> None:
 
 
 @pytest.mark.parametrize("topic", [b"a.b", b"*", b">", b"a b", "ä/ö".encode(), b"%2E", b"-_~", b"x" * 512])
-def test_any_topic_can_be_put_to(stores: Stores, topic: bytes) -> None:
+def test_put_accepts_any_topic(stores: Stores, topic: bytes) -> None:
     one, other = stores(), stores()
     put(one, topic, b"x")
     assert bodies(read(other, topic)) == [b"x"]
@@ -180,7 +180,7 @@ def test_topics_and_producers_are_one_token_of_a_subject() -> None:
     assert not {*b" .*>\r\n\t"} & {*token}
 
 
-def test_message_too_long_for_the_engine_is_refused_before_it_is_sent(stores: Stores) -> None:
+def test_message_too_long_for_engine_is_refused_before_sending(stores: Stores) -> None:
     store = stores()
     longest = store.max_message_bytes
     with pytest.raises(TooBig, match="max_payload"):
@@ -234,7 +234,7 @@ def test_put_repeated_after_the_engine_has_forgotten_it_is_stored_once(stores: S
 
 
 @pytest.mark.parametrize("message_id", ["p.a:1", "s.a:1"])
-def test_message_that_the_engine_has_twice_is_mirrored_once(
+def test_message_stored_twice_by_engine_is_mirrored_once(
     stores: Stores, monkeypatch: pytest.MonkeyPatch, message_id: str
 ) -> None:
     monkeypatch.setattr(nats_stream, "DEDUPLICATION_SECONDS", 1)
@@ -316,7 +316,7 @@ def fill(store: NATSStore) -> None:
 
 def test_full_engine_refuses_puts(stores: Stores) -> None:
     store = stores(limits=Limits(max_stored_bytes=200_000))
-    # The mirror refuses what it knows to be too much; the stream, whose messages have headers, may refuse it before.
+    # The mirror refuses puts beyond its limit; the stream, whose messages have headers, may refuse them earlier.
     with pytest.raises(Full):
         fill(store)
     assert len(read(store, b"t")) > 10
@@ -385,7 +385,7 @@ def test_deleted_stream_begins_a_new_epoch(stores: Stores) -> None:
     assert (bodies(messages), messages[0].number) == ([b"y"], 1)
 
 
-def test_put_to_a_new_stream_is_read_although_mirrors_have_not_noticed_it(stores: Stores) -> None:
+def test_put_to_new_stream_is_read_before_mirrors_notice_it(stores: Stores) -> None:
     one, other = stores(), stores()
     put(one, b"t", *[b"x"] * 100)
     in_engine(stores.servers, lambda stream: stream.delete_stream(stores.stream))
@@ -393,7 +393,7 @@ def test_put_to_a_new_stream_is_read_although_mirrors_have_not_noticed_it(stores
     assert bodies(read(other, b"u")) == [b"y"]
 
 
-def test_lost_consumer_is_replaced_although_nobody_answers_its_deletion(
+def test_lost_consumer_is_replaced_even_if_its_deletion_times_out(
     stores: Stores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = stores()
@@ -456,7 +456,7 @@ def test_puts_and_reads_survive_a_restart_of_the_engine(tmp_path: Path) -> None:
 
 def test_read_at_an_isolated_leader_is_never_stale(tmp_path: Path) -> None:
     with ExitStack() as stack:
-        # Of the nodes, that is; the servers reach some of them directly.
+        # The proxies are between the nodes; the servers connect to some nodes directly.
         running = stack.enter_context(engine(tmp_path, proxy=lambda port: stack.enter_context(Proxy(port))))
         stores = Stores(running.servers, stack)
         stores(replicas=3)
@@ -470,13 +470,13 @@ def test_read_at_an_isolated_leader_is_never_stale(tmp_path: Path) -> None:
         # It returns once another leader was elected.
         [message_id] = put(other, b"t", b"x")
         with pytest.raises(StoreFailed):
-            # Until then, the isolated leader would say that there is none.
+            # Until then, the isolated leader would answer that there is none.
             assert not value(isolated.read(b"t", 0, 1, 1))
         with pytest.raises(StoreFailed):
             value(isolated.start_id())
         running.cut_off(leader, on=False)
         wait_until(lambda: [message.id for message in read_if_possible(isolated, b"t")] == [message_id])
-        # What the isolated leader has said does not count as a loss.
+        # The isolated leader's answers do not count as a loss.
         assert (isolated.epoch, stores.reasons.count("the stream has lost its messages")) == (other.epoch, 0)
 
 
@@ -488,7 +488,7 @@ def read_if_possible(store: NATSStore, topic: bytes) -> list[Message]:
 
 
 @pytest.mark.parametrize("together", [False, True])
-def test_put_that_the_engine_does_not_answer_is_unsure_and_stored_once(
+def test_unanswered_put_to_engine_is_unsure_and_stored_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: bool
 ) -> None:
     monkeypatch.setattr(nats_puts, "PUT_SECONDS", 1.5)
@@ -554,14 +554,14 @@ def refused(servers: list[tuple[str, int]], **options: Any) -> str:
         store.close()
 
 
-def test_stream_of_another_shape_is_refused(stores: Stores) -> None:
+def test_stream_with_other_configuration_is_refused(stores: Stores) -> None:
     async def add(stream: Any) -> None:
         # Older versions of the client don't know allow_atomic.
         config = {"name": "others", "subjects": ["others.>"], "allow_atomic": True}
         await stream._api_request("$JS.API.STREAM.CREATE.others", json.dumps(config).encode())
 
     in_engine(stores.servers, add)
-    assert "is not one of dsmq's: its subjects" in refused(stores.servers, stream="others")
+    assert "was not created by dsmq: its subjects" in refused(stores.servers, stream="others")
 
 
 def test_engine_without_atomic_batches_is_refused(stores: Stores) -> None:
@@ -590,7 +590,7 @@ def test_wrong_credentials_are_refused(tmp_path: Path) -> None:
             store.close()
 
 
-def test_other_program_on_the_port_is_named(stores: Stores) -> None:
+def test_other_program_on_port_is_named(stores: Stores) -> None:
     import socket
     import threading
 

@@ -1,4 +1,4 @@
-"""TLS and credentials between a server and its NATS servers, and what it says if they can't agree."""
+"""TLS and credentials between a server and its NATS servers, and the errors if they can't agree."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.xdist_group("nats access")
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    """Certificates, and the files that settings name."""
+    """Certificates, and the files given in settings."""
     folder = tmp_path_factory.mktemp("files")
     files = Files(folder, trustme.CA())
     trustme.CA().cert_pem.write_to_path(str(folder / "other-ca.pem"))
@@ -44,7 +44,7 @@ def node(files: Files, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Eng
 
 
 def settings(node: Engine, files: Files, **others: object) -> dict[str, object]:
-    """Return the settings that are right, with others in place of them."""
+    """Return the correct settings, with some replaced."""
     found: dict[str, object] = {"store": f"tls://localhost:{node.nodes[0].port}", "store_replicas": 1}
     found |= {"store_user": USER, "store_password_file": files.folder / "password", "store_ca_file": files.ca}
     return {name: value for name, value in (found | others).items() if value is not None}
@@ -64,7 +64,7 @@ def failure(**settings: object) -> tuple[int, str]:
 
 
 def refusal(node: Engine, reason: str, host: str = "localhost") -> tuple[int, str]:
-    """Return the exit status and the line of a server that this node refuses."""
+    """Return the exit status and error line of a server that this node refuses."""
     return 1, f"the NATS servers refuse the connection: {host}:{node.nodes[0].port}: {reason}"
 
 
@@ -107,7 +107,7 @@ def test_certificate_of_another_host_is_refused(files: Files, tmp_path: Path) ->
 
 def test_node_with_tls_refuses_server_without(node: Engine, files: Files) -> None:
     changed = {"store": f"nats://localhost:{node.nodes[0].port}", "store_ca_file": None}
-    expected = refusal(node, "it requires TLS: tls:// in place of nats://")
+    expected = refusal(node, "it requires TLS: use tls:// instead of nats://")
     assert failure(**settings(node, files, **changed)) == expected
 
 
@@ -115,7 +115,7 @@ def test_node_that_requires_client_certificates_is_refused(files: Files, tmp_pat
     extra = f"tls {{ cert_file: {files.server}, key_file: {files.server}, ca_file: {files.ca}, verify: true }}"
     with engine(tmp_path, 1, extra) as node:
         failed = failure(**settings(node, files, store_user=None, store_password_file=None))
-        assert failed == refusal(node, "it requires client certificates, which can't be given")
+        assert failed == refusal(node, "it requires client certificates, which dsmq does not support")
 
 
 @pytest.mark.parametrize("scheme", ["tls", "nats"])
@@ -128,7 +128,7 @@ def test_token_and_node_without_tls(files: Files, tmp_path: Path, scheme: str) -
             with daemon(**store) as server:
                 assert_serves(server)
         else:
-            expected = refusal(node, "it has no TLS: nats:// in place of tls://", HOST)
+            expected = refusal(node, "it has no TLS: use nats:// instead of tls://", HOST)
             assert failure(**store, store_ca_file=files.ca) == expected
 
 
@@ -141,7 +141,7 @@ def test_missing_file_is_named(node: Engine, files: Files) -> None:
         assert failure(**settings(node, files, **{name: missing})) == (2, message)
 
 
-def test_one_refusal_does_not_stop_server_that_can_use_another_node(node: Engine, files: Files, tmp_path: Path) -> None:
+def test_server_refused_by_one_node_uses_another(node: Engine, files: Files, tmp_path: Path) -> None:
     with engine(tmp_path, 1, "authorization { token: another }") as other:
         ports = [other.nodes[0].port, node.nodes[0].port]
         store = "tls://" + ",".join(f"localhost:{port}" for port in ports)

@@ -1,4 +1,4 @@
-"""Facts in a NATS stream, which all servers apply at their places among the messages: purges."""
+"""Facts in a NATS stream, such as purges, which all servers apply at their position among the messages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["node", "stores"]
 
 
 def purge(store: NATSStore, *words: bytes) -> int:
-    """Purge as the broker does, which may ask for a slice twice."""
+    """Purge like the broker, which may request a slice twice."""
     count = 0
     slices = store.purge(Selection(words))
     for found in slices:
@@ -28,7 +28,7 @@ def purge(store: NATSStore, *words: bytes) -> int:
     return count
 
 
-def test_all_servers_purge_alike_also_those_that_start_later(stores: Stores) -> None:
+def test_all_servers_apply_purge_even_if_started_later(stores: Stores) -> None:
     one, other = stores(), stores()
     topics = b"a/1", b"a/*.\xff", b"b"
     for topic in topics:
@@ -37,7 +37,7 @@ def test_all_servers_purge_alike_also_those_that_start_later(stores: Stores) -> 
     put(one, topics[0], b"new")
     assert purge(other, b"b") == 700
     assert purge(other, b"b") == 0
-    # As a server reads that has been started again.
+    # Like a restarted server.
     late = stores()
     for store in one, other, late:
         assert [bodies(read(store, topic)) for topic in topics] == [[b"new"], [], []]
@@ -60,14 +60,14 @@ def test_read_that_waits_for_the_mirror_waits_for_a_purge(stores: Stores, monkey
 
     monkeypatch.setattr(MirrorStore, "purge", count)
     assert purge(one, b"*") == 20_000
-    # The other server may still be busy with it. This read waits until that server has all that the engine has.
+    # The other server may still be applying it. This read waits until that server has everything that the engine has.
     assert value(other.latest(b"t", 0)) == []
     assert read(other, b"t") == []
     assert other.totals().messages == 0
     assert len(slices) > 10
 
 
-def test_messages_that_arrive_during_a_purge_come_after_it(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_arriving_during_purge_are_applied_after_it(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
     store, resume = stores(), []
 
     def wait(_: MirrorStore, __: Selection) -> Any:

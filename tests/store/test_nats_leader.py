@@ -69,7 +69,7 @@ def test_read_of_a_full_stream_is_fresh_while_a_node_is_down(tmp_path: Path) -> 
         assert store.wait(SOON)
 
         def put(number: int, size: int) -> object:
-            # Retried, so that the engine is asked even if the mirror is full.
+            # As a retry, so that the engine is asked even if the mirror is full.
             return store.append([(b"t", b"x" * size, RetriedKey(b"p", number))]).result(SOON)[0]  # type: ignore[union-attr]
 
         numbers = itertools.count()

@@ -1,4 +1,4 @@
-"""Puts that are sent again (AGAIN) to a store in a NATS stream, and defects and limits that meet them."""
+"""Repeated puts (AGAIN) to a store in a NATS stream, together with defects and limits."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_retried_put_is_published_although_the_mirror_is_full(stores: Stores) ->
     assert [message.id for message in read(store, b"t")] == [first, second]
 
 
-def test_retried_put_that_a_full_engine_refuses_is_unsure(stores: Stores) -> None:
+def test_retried_put_refused_by_full_engine_is_unsure(stores: Stores) -> None:
     store = stores(limits=Limits(max_stored_bytes=100_000))
     outcomes: list[Outcome] = []
     while not outcomes or isinstance(outcomes[-1], int):
@@ -43,9 +43,7 @@ def test_retried_put_that_a_full_engine_refuses_is_unsure(stores: Stores) -> Non
     assert isinstance(outcomes[-1], Unsure)
 
 
-def test_retried_put_that_the_engine_has_twice_gets_the_first_id(
-    stores: Stores, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_retried_put_stored_twice_by_engine_gets_first_id(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nats_stream, "DEDUPLICATION_SECONDS", 1)
     store = stores()
     [first] = value(store.append([keyed(b"t", b"x", 1)]))
@@ -59,7 +57,7 @@ def test_retried_put_that_the_engine_has_twice_gets_the_first_id(
     assert len(read(store, b"t")) == 3
 
 
-def test_new_mirror_of_a_stream_that_has_lost_puts_does_not_know_producers(
+def test_new_mirror_of_stream_with_expired_puts_forgets_producers(
     stores: Stores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nats_stream, "_MIN_MARGIN_SECONDS", 0)
@@ -97,7 +95,7 @@ def test_defect_when_a_put_is_acknowledged_ends_the_thread(stores: Stores, monke
     wait_until(lambda: not store.thread.is_alive())
 
 
-def test_store_that_leaves_a_node_ends_without_tasks(stores: Stores, caplog: pytest.LogCaptureFixture) -> None:
+def test_store_that_leaves_node_closes_without_pending_tasks(stores: Stores, caplog: pytest.LogCaptureFixture) -> None:
     import asyncio
     import gc
 

@@ -38,7 +38,7 @@ def test_purge_deletes_written_and_buffered_messages_of_matching_topics(store: S
     assert [message.number for message in store.read(b"a/1", 0, 9, 99)] == [52]
 
 
-def test_purge_leaves_messages_that_are_put_meanwhile(store: SQLiteStore) -> None:
+def test_purge_keeps_messages_put_meanwhile(store: SQLiteStore) -> None:
     store.append([(b"t", b"%d" % number, None) for number in range(20_000)])
     slices = store.purge(Selection([b"t"]))
     count = next(slices)
@@ -50,7 +50,7 @@ def test_purge_leaves_messages_that_are_put_meanwhile(store: SQLiteStore) -> Non
     assert store.totals().messages == 2
 
 
-def test_purge_holds_the_store_for_short_slices_only(store: SQLiteStore) -> None:
+def test_purge_locks_the_store_only_for_short_slices(store: SQLiteStore) -> None:
     for number in range(20_000):
         store.append([(b"t%d" % number, b"x" * 100, None)])
     slices, times, count = store.purge(Selection([b"*"])), [], 0
@@ -65,7 +65,7 @@ def test_purge_holds_the_store_for_short_slices_only(store: SQLiteStore) -> None
     assert sorted(times)[len(times) * 95 // 100] < 0.002
 
 
-def test_purge_of_nothing(store: SQLiteStore) -> None:
+def test_purge_without_messages_returns_zero(store: SQLiteStore) -> None:
     assert sum(store.purge(Selection([b"t", b"*"]))) == 0
 
 

@@ -1,4 +1,4 @@
-"""What topics keep: dropping the oldest messages for newer ones, and ages of their own."""
+"""Rules for topics: dropping the oldest messages for newer ones, and maximum ages."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_message_larger_than_the_topic_is_refused_and_drops_nothing(store: Clock
     assert bodies(store, b"t") == [bytes(200)]
 
 
-def test_full_server_lets_a_topic_drop_only_its_own(store: ClockedStore) -> None:
+def test_full_server_makes_topic_drop_only_its_own_messages(store: ClockedStore) -> None:
     keep(store, TopicRule(b"t", when_full=DROP_OLDEST), max_stored_messages=4)
     put(store, b"other", b"1", b"2")
     put(store, b"t", b"1", b"2")
@@ -200,7 +200,7 @@ def test_topic_that_begins_to_drop_is_logged_once(store: ClockedStore, caplog: p
 
 
 def test_frames_of_a_camera_stay_within_the_limit(store: ClockedStore, clock: Clock) -> None:
-    """0.5 MB at 25 a second for ten minutes."""
+    """0.5 MB, 25 times a second, for ten minutes."""
     keep(store, TopicRule(b"camera/*", max_bytes=16_000_000, max_age_ms=5_000, when_full=DROP_OLDEST))
     frame = bytes(500_000)
     for number in range(1, 15_001):

@@ -33,8 +33,8 @@ from dsmq.wire.resp import encode_request
 # Fixtures.
 __all__ = ["disk", "file"]
 
-# A server whose final snapshot waits in one of its steps, as for a disk, until a file exists. The rehearsal
-# at the start does not wait.
+# A server whose final snapshot waits in one of its steps, as if for a disk, until a file exists. The rehearsal at the
+# start does not wait.
 SLOW = """
 import os, sys, time
 from dsmq import __main__
@@ -126,7 +126,7 @@ def test_ctrl_c_between_request_and_stop_abandons_and_reports_what_is_lost(
         "last snapshot abandoned: messages put since the previous one are lost"
     ]
     assert not file.exists()
-    # Another server may have the file at once.
+    # Another server can use the file at once.
     with serving(snapshot_file=str(file)):
         pass
 

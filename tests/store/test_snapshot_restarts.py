@@ -180,7 +180,7 @@ def test_surviving_thread_prevents_clean_shutdown_mark(file: Path) -> None:
 
 
 def grow(file: Path, report: int) -> None:
-    """Put numbered messages, and write a snapshot after each few, for ever; report how many are saved."""
+    """Put numbered messages, and write a snapshot after every few, forever; report how many are saved."""
     store = ClockedStore(MAX_AGE)
     with snapshotting(store, file) as snapshotter:
         count = len(bodies(store, b"t"))
@@ -214,7 +214,7 @@ def test_kill_at_any_time_leaves_one_complete_snapshot(file: Path) -> None:
 
 
 def kill_one(file: Path, kept: int, after: float) -> int:
-    """Have a process write snapshots, and kill it `after` seconds after the first; return its last report."""
+    """Run a process that writes snapshots, and kill it `after` seconds after the first; return its last report."""
     read_end, write_end = os.pipe()
     child = os.fork()
     if not child:
@@ -268,7 +268,7 @@ def test_missed_count_is_exact_after_kill(tmp_path: Path) -> None:
         assert lost_ids(wire) == [3, 3 + gap]
         assert wire.call("PUT", "full", "new") == 4 + gap
         assert [numbers(wire, topic) for topic in ("full", "empty", "none")] == [(3, 2), (1, 1), (0, 0)]
-    # A graceful stop continues that run, also for a client that reconnects only now.
+    # A graceful stop continues that run, even for a client that reconnects only now.
     store = SQLiteStore(0)
     with serving_store(store, snapshot_file=str(path)) as server, wire_to(server) as wire:
         assert lost_ids(wire) == [3, 3 + gap]
@@ -277,7 +277,7 @@ def test_missed_count_is_exact_after_kill(tmp_path: Path) -> None:
         copy = path.read_bytes()
     path.write_bytes(copy)
     snapshot_file.record_restore(path, snapshot_file.verify(path))
-    # It counts twice, because it was not a final snapshot. A client that was away learns of both ranges.
+    # It counts twice, because it was not a final snapshot. A client that was away is told both ranges.
     with serving(snapshot_file=str(path)) as server, wire_to(server) as wire:
         assert lost_ids(wire) == [3, 3 + gap, 4 + gap, 4 + 3 * gap]
         assert [numbers(wire, topic) for topic in ("full", "empty", "none")] == [(3, 3), (1, 1), (0, 0)]

@@ -1,4 +1,4 @@
-"""What a snapshot contains and restores, whatever happens meanwhile."""
+"""The contents of a snapshot, written and restored, whatever happens meanwhile."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_snapshot_is_consistent_despite_changes_between_batches(
 
 def test_topic_emptied_and_recreated_between_batches_appears_once(store: ClockedStore, file: Path) -> None:
     for name in NAMES[:3]:
-        # Each is a batch of its own.
+        # Each is a separate batch.
         put(store, name, b"x" * database.COPY_BYTES)
     store.write()
     put(store, NAMES[3], b"buffered")
@@ -212,7 +212,7 @@ def test_snapshot_under_concurrent_puts_contains_exactly_a_prefix(store: Clocked
     returned = [0] * 4
 
     def write(number: int) -> None:
-        # With pauses, because a lock that is never free is not given to the thread that has waited longest.
+        # With pauses, because a lock that is almost never free may not go to the thread that has waited longest.
         while not ended.wait(UNIT / 1000):
             returned[number] = store.append([(b"t%d" % number, b"%d" % number, None)] * 20)[-1]
             store.flush()
@@ -235,7 +235,7 @@ def test_snapshot_under_concurrent_puts_contains_exactly_a_prefix(store: Clocked
 
 
 def check_prefix(connection: sqlite3.Connection, before: int, after: int) -> None:
-    """Every id up to one between the two is there once, and each topic's numbers are in order."""
+    """Every id up to one between the two is present once, and each topic's numbers are in order."""
     found: list[int] = []
     numbers: dict[int, int] = {}
     for row, *chunk in connection.execute(
@@ -364,7 +364,7 @@ def test_final_snapshot_works_without_vacuum_into(
 
 @pytest.mark.parametrize("at_once", [False, True])
 def test_snapshot_contains_long_bodies(store: ClockedStore, file: Path, at_once: bool) -> None:
-    """They are in its rows, as others are, so that dsmq reads the files of earlier versions, and vice versa."""
+    """They are in its rows, like others, so that dsmq can read the files of earlier versions, and vice versa."""
     held = [b"x", b"y" * LONG_BYTES, b"", b"z" * 1_000_000, b"buffered" * 20_000]
     put(store, b"t", *held[:4])
     store.write()
@@ -530,7 +530,7 @@ def test_snapshot_interval_requires_file() -> None:
 
 
 def test_puts_before_stop_are_in_final_snapshot(file: Path) -> None:
-    """Every put that got an id is there, and no refused one."""
+    """Every put that got an id is present, and no refused one."""
     stored: list[int] = []
 
     def put_for_ever(wire: Wire, topic: str) -> None:

@@ -1,4 +1,4 @@
-"""The store alone, with a clock that the test controls: each rule, then all of them against a model in plain Python."""
+"""The store alone, with a clock that the test controls."""
 
 from __future__ import annotations
 
@@ -293,7 +293,7 @@ PLANS = {
 def test_statements_use_the_index_and_sort_nothing(store: ClockedStore, statement: str) -> None:
     sql = getattr(database, statement)
     rows = store.connection.execute("EXPLAIN QUERY PLAN " + sql, [0] * sql.count("?"))
-    # SQLite before 3.36 prints TABLE, too.
+    # SQLite before 3.36 also prints TABLE.
     assert [row[3].replace(" TABLE ", " ") for row in rows] == [PLANS[statement]]
 
 
@@ -409,14 +409,14 @@ def test_last_puts_of_producer_are_remembered(store: ClockedStore) -> None:
         assert put_as(store, b"me", seq) == [seq + 1]
         first = max(0, seq - producers.MAX_PUTS_OF_PRODUCER + 1)
         assert put_as(store, b"me", first, seq) == [first + 1, seq + 1]
-    # It is no longer known whether this one was stored.
+    # Whether this one was stored is no longer known.
     with pytest.raises(Forgotten, match="number 1"):
         put_as(store, b"me", 1)
     assert store.last_id() == 3 * producers.MAX_PUTS_OF_PRODUCER
 
 
 def put_as_many(store: SQLiteStore, clock: Clock, count: int) -> None:
-    """Put once as each of many producers, each in a millisecond of its own."""
+    """Put once as each of many producers, each in its own millisecond."""
     for number in range(count):
         clock.now += 1
         put_as(store, b"producer %d" % number, 0)
@@ -447,7 +447,7 @@ def test_idle_producers_are_forgotten(store: ClockedStore, clock: Clock) -> None
     assert put_as(store, b"b", 0) == [2]
     clock.now += 1
     put_as(store, b"b", 1)
-    # No client retries a put that late.
+    # Clients don't retry a put that late.
     store.check_producer(b"a")
     assert put_as(store, b"a", 0) == [4]
 
@@ -863,7 +863,7 @@ def test_database_time_is_measured(store: ClockedStore, clock: Clock) -> None:
 
 
 def fill(store: ClockedStore, clock: Clock, size: int, topics: int) -> None:
-    """Put messages in rows of their own, one a millisecond, until the store is full."""
+    """Put messages in separate rows, one a millisecond, until the store is full."""
     for number in itertools.count():
         clock.now += 1
         put(store, b"%0200d" % (number % topics), b"x" * size)
@@ -871,7 +871,7 @@ def fill(store: ClockedStore, clock: Clock, size: int, topics: int) -> None:
 
 
 def page_bytes(store: ClockedStore) -> int:
-    """The size of the database's pages in use."""
+    """The total size of the database's pages in use."""
     figures = ("page_count", "freelist_count", "page_size")
     pages, free, size = [store.connection.execute(f"PRAGMA {name}").fetchone()[0] for name in figures]
     return int((pages - free) * size)
@@ -889,7 +889,7 @@ def test_database_stays_below_limit_on_bytes(clock: Clock, size: int, topics: in
         assert page_bytes(store) < 1.2 * limit + FREE_PAGE_BYTES + MAX_BUFFERED_BYTES
 
 
-def test_expired_pages_are_given_back_in_slices_but_for_a_few(store: ClockedStore, clock: Clock) -> None:
+def test_expired_pages_are_released_in_slices_except_a_few(store: ClockedStore, clock: Clock) -> None:
     """Otherwise, long bodies would take memory in addition to them."""
 
     def pages() -> int:

@@ -94,7 +94,9 @@ class Model:
         return [row for row in self.held if row.topic == topic]
 
     def append(self, puts: list[Put]) -> list[int]:
-        """Raise Full if a topic without drop_oldest would be too full, or all are and those put to can't drop more."""
+        """Raise Full if a topic without drop_oldest would be too full, or all topics together and no more can be
+        dropped.
+        """
         before = self.last_id, self.held[:], self.last.copy(), self.keys.copy(), self.put, self.dropped.copy()
         ids, new = [], []
         for topic, body, key in puts:
@@ -200,7 +202,7 @@ LIMITS = (
 
 
 class StoreAndModel(RuleBasedStateMachine):
-    """Does the same to both, and compares their results."""
+    """Does the same with both, and compares the results."""
 
     # By default, all bodies are in SQLite, which has no memory for BIG in `overflow`.
     long_bytes = sys.maxsize
@@ -277,7 +279,7 @@ class StoreAndModel(RuleBasedStateMachine):
         while slice_ := self.store.expire():
             deleted += slice_
         assert deleted == self.model.expire()
-        # Which topics are remembered depends on which was emptied last.
+        # The order in which topics were emptied determines which are remembered.
         assert len(self.store._topics.empty) <= Model.empty_topics
         for name in set(self.model.last) - self.model.names() - set(self.store._topics.empty):
             del self.model.last[name]
@@ -306,7 +308,7 @@ class StoreAndModel(RuleBasedStateMachine):
     @precondition(lambda self: self.copying)
     @rule()
     def restore(self) -> None:
-        """Go on with the snapshot."""
+        """Complete and restore the snapshot."""
         assert self.copying
         stack, batches, target, model = self.copying
         self.copying = None
@@ -317,7 +319,7 @@ class StoreAndModel(RuleBasedStateMachine):
             self.store.close()
             self.model, self.store = model, ClockedStore(MAX_AGE, self.clock, model.limits)
             then = self.clock.now
-            # Messages age by as much as has passed since the instant.
+            # Messages age by the time that has passed since that instant.
             at = target.execute("SELECT clock FROM state").fetchone()[0]
             self.store.load(target, (then - at) / 1000)
         model.put, model.expired, model.dropped = 0, 0, Counter()
@@ -343,7 +345,7 @@ class StoreAndModel(RuleBasedStateMachine):
         # The model does not count unread messages; they have tests of their own.
         expected, found = self.model.totals(), self.store.totals()._replace(expired_unread=0, overdue_ms=0)
         if self.model.dropped:
-            # The pages of dropped messages may still be in use, for a snapshot that has to copy them.
+            # Pages of dropped messages may still be in use, because a snapshot has to copy them.
             assert found.accounted_bytes >= expected.accounted_bytes
             found = found._replace(accounted_bytes=expected.accounted_bytes)
         assert found == expected

@@ -1,4 +1,4 @@
-"""The codec: bytes in any pieces become the same requests and replies, or an error."""
+"""The codec: bytes split in any way give the same requests and replies, or an error."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def parse(parser: Parser, pieces: Iterable[bytes]) -> list[object]:
 
 
 def outcome(parser: Parser, pieces: Iterable[bytes]) -> tuple[str, type | None]:
-    """The items and the error after them. Requests are parsed both one by one and in batches, as in the server."""
+    """The items, and the error after them. Requests are parsed both one by one and in batches, as in the server."""
     pieces = list(pieces)
     result = _outcome(parser, pieces, lambda: [] if (item := parser.next()) is None else [item])
     if isinstance(parser, RequestParser):
@@ -673,7 +673,7 @@ def test_bytes_one_by_one_are_copied_few_times(name: str) -> None:
         result = parser.next()
         copied += len(fed) * (fed is not before) + len(joined(parser)) * (joined(parser) is not fed)
     assert result is not None
-    # Each byte when it arrives, and when its value is complete.
+    # Each byte once when it arrives, and once when its value is complete.
     assert copied < 4 * len(data)
 
 

@@ -50,7 +50,7 @@ def test_tls_error_names_address_and_remedy(connect: Connect, files: Files, serv
         about = error_of(one.port, ca_file=files.ca)
         assert "not valid for '127.0.0.1'" in about
     with serving(tls_cert_file=files.server, tls_client_ca_file=files.ca) as one:
-        # The asyncio client may be refused before it has read why.
+        # The asyncio client may be refused before it has read the reason.
         assert re.search("requires a certificate|Broken pipe", error_of(one.port, ca_file=files.ca))
     assert "does the server speak TLS?" in error_of(server.port, tls=True)
 
@@ -234,7 +234,7 @@ def test_closed_tls_connection_is_detected(files: Files) -> None:
         first.stop()
         stack.enter_context(serving(port=mq.port, tls_cert_file=files.server))
         time.sleep(2 * LONG_PAUSE_SECONDS)
-        # Had the put been sent on the old connection, it would be in doubt in a new run of the server.
+        # If the put had been sent on the old connection, it would be uncertain whether the new run stored it.
         assert mq.put("t", "x" * 6_000_000) == 1
 
 

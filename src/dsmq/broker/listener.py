@@ -191,7 +191,7 @@ class Listener:
     def _pause(self, error: OSError) -> None:
         # The connection stays in the listen queue, so the poller would report it again and again.
         about = logs.event("accepting_paused", error=str(error))
-        _logger.warning("accepting pauses for %s s: %s", ACCEPT_PAUSE_SECONDS, error, extra=about)
+        _logger.warning("accepting paused for %s s: %s", ACCEPT_PAUSE_SECONDS, error, extra=about)
         self.loop.unlisten(self)
         self.loop.schedule(self, self.loop.now + ACCEPT_PAUSE_SECONDS)
 

@@ -84,7 +84,7 @@ class Login:
             self.connection.finish()
             raise AuthRequired(f"no more than {MAX_UNAUTHENTICATED_REQUESTS} requests before authentication")
         if self.gave_wrong_token:
-            raise AuthRequired("a wrong token was given on this connection")
+            raise AuthRequired("an invalid token was sent on this connection")
 
     def apply_settings(self) -> None:
         """Disconnect the client if its rules have changed; admit it if tokens are no longer required."""

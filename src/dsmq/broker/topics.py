@@ -43,7 +43,7 @@ def parse_stats(client: Connection, request: list[bytes]) -> tuple[bytes, int]:
 
 @dataclass(slots=True, eq=False)
 class PendingPurge(PendingRead):
-    """A purge, which goes on in slices, as a read of several topics does."""
+    """A purge, which runs in slices, like a read of several topics."""
 
     slices: Iterator[Answer[int]] = field(default_factory=lambda: iter(()))
     purged: int = 0

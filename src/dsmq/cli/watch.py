@@ -90,7 +90,6 @@ def _sample(mq: DSMQClientSideConnection) -> Sample:
 
 
 def lines(where: str, before: Sample, sample: Sample) -> list[str]:
-    """Return the lines to display."""
     seconds, server = max(sample.at - before.at, 1e-3), sample.server
 
     def rate(name: str) -> float:

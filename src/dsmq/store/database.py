@@ -39,8 +39,8 @@ EXPIRY_ROWS, EXPIRY_BYTES = 100, 131_072
 # Max topics, rows and bytes copied for a snapshot while holding the lock.
 COPY_TOPICS, COPY_ROWS, COPY_BYTES = 500, 64, 16_384
 PAGE_BYTES = 4096
-# If more pages than this, and more than this part (1/16) of all, are free, expiry releases their memory for long
-# bodies: so many at a time while holding the lock, more than are freed meanwhile. That takes 0.4 ms.
+# If more pages than this, and more than 1/16 of all, are free, expiry releases their memory for long bodies: 80 at a
+# time while holding the lock, which takes 0.4 ms, and is more than are freed meanwhile.
 FREE_PAGES, FREE_PAGES_PART, VACUUM_PAGES = 256, 16, 80
 # Instructions of SQLite's virtual machine between two reports of progress.
 PROGRESS_INSTRUCTIONS = 1000

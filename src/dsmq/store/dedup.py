@@ -60,7 +60,7 @@ class Deduplicator:
             if key is None or (producer := producers.get(key[0])) is None or key[1] > producer.forgotten:
                 continue
             if key[1] not in producer.puts:
-                raise Forgotten(f"number {key[1]} of this producer is too old to tell whether it has been stored")
+                raise Forgotten(f"number {key[1]} of this producer is too old to tell whether it was stored")
 
     def is_forgotten(self, key: tuple[bytes, int] | None) -> bool:
         """Return whether a put may be a retry of a forgotten one."""
@@ -70,7 +70,7 @@ class Deduplicator:
     def check_unknown(self, name: bytes, now: int) -> None:
         """Raise Forgotten if a producer is unknown because it may have been forgotten within REMEMBER_MS."""
         if self.forgot_at is not None and name not in self._producers and now - self.forgot_at < REMEMBER_MS:
-            raise Forgotten("too many others have put since to tell whether this has been stored")
+            raise Forgotten("too many other producers have put since to tell whether this was stored")
 
     def find(self, key: tuple[bytes, int]) -> int | None:
         """Return the message id of a remembered put."""

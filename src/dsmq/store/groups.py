@@ -1,7 +1,7 @@
-"""Work shared by several workers: each message goes to one worker of a group, and to another if it is not done in time.
+"""Jobs shared among workers: each message goes to one worker of a group, and to another if it is not done in time.
 
-Only what differs from plain reads is kept for it: see `group`. Messages are read from the store when they are given,
-so they expire, and count towards limits, like all others.
+Groups keep only the state of jobs: see `group`. Messages are read from the store when they are given, so they expire,
+and count towards limits, like all others.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from dsmq.store.topics import TopicTable
 from dsmq.terminal import quoted
 
 FAILED_SUFFIX = b"/failed"
-# How long a worker that held a job before a restart has to finish it, at least.
+# Min time for a worker that held a job before a restart to finish it.
 LEASE_AFTER_RESTART_MS = 30_000
-# When to try again to move a job to the topic for failed jobs.
+# The pause before the next attempt to move a job to the topic for failed jobs.
 _MOVE_AGAIN_MS = 1_000
-# Max jobs of a group moved there while the lock is held.
+# Max jobs of a group moved there while holding the lock.
 _MAX_MOVED = 100
 
 _logger = logging.getLogger(__name__)
@@ -40,9 +40,9 @@ class GroupLimits(NamedTuple):
     max_jobs_in_flight: int = sys.maxsize
     """In each group: jobs that workers hold, and those to be given again."""
     max_group_bytes: int = sys.maxsize
-    """Memory for all groups together, approximately."""
+    """Approximate memory for all groups together."""
     max_attempts: int = 0
-    """A job that was given this often, and not done, is moved to the topic for failed jobs. 0: never."""
+    """A job given this many times, and not done, is moved to the topic for failed jobs. 0: never."""
     max_topic_bytes: int = sys.maxsize
 
 
@@ -58,7 +58,7 @@ class Take(NamedTuple):
     max_bytes: int
     lease_ms: int
     token: bytes
-    """If a request with the same token has been given jobs that are still held, it is given these; empty: no."""
+    """A request with the token of an earlier one gets the jobs of that one that are still held. Empty: no token."""
     worker: str
     """A name for status pages."""
 
@@ -73,7 +73,7 @@ class Job(NamedTuple):
     body: bytes
     left_ms: int
     attempt: int
-    """How often it has been given, including this time."""
+    """How many times it has been given, including this time."""
 
 
 class GroupStats(NamedTuple):
@@ -81,16 +81,16 @@ class GroupStats(NamedTuple):
     """The topic or pattern."""
     name: bytes
     held: int
-    """Jobs that workers have and may still finish."""
+    """Jobs that workers hold and may still finish."""
     again: int
     """Jobs that wait to be given again."""
     waiting: int
-    """Messages that were not given yet."""
+    """Messages not given yet."""
     counts: GroupCounts
 
 
 class Source:
-    """What groups need of a store, as part of it."""
+    """The methods of a store that groups need."""
 
     max_age_ms: int
     _clock: Callable[[], int]
@@ -110,11 +110,11 @@ class Source:
         return self._clock()
 
     def dropped(self, topic: bytes) -> int:
-        """Return how many messages a topic has dropped to make room for newer ones."""
+        """Return the number of messages that a topic has dropped to make room for newer ones."""
         return self._topics.dropped_by_name.get(topic, 0)
 
     def count_after(self, selection: Selection, numbers: Mapping[bytes, tuple[int, int]]) -> int:
-        """Return how many stored messages of a selection have higher numbers than those given for their topics."""
+        """Return the number of stored messages of a selection whose numbers are above those given for their topics."""
         count = 0
         for topic in list(self._topics.by_name.values()):
             if selection.matches(topic.name):
@@ -131,7 +131,7 @@ class Groups:
         """Acquired before the store's."""
         self.limits = GroupLimits()
         self.on_messages: Callable[[set[bytes]], None] = lambda _: None
-        """Gets topics into which a failed job was put."""
+        """Called with the topics into which failed jobs were put."""
         self._source = source
         self._groups: dict[tuple[bytes, bytes], Group] = {}
         self._memory = 0
@@ -139,7 +139,7 @@ class Groups:
     # Jobs
 
     def take(self, request: Take) -> list[Job] | None:
-        """Give jobs to a worker; none if there are none now. None if the search for them is to be continued.
+        """Give jobs to a worker: an empty list if there are none now, None if the search has to be continued.
 
         Raises Full.
         """
@@ -167,7 +167,7 @@ class Groups:
         group.counted_memory = memory
 
     def _repeat(self, group: Group, request: Take, now: int) -> list[Job]:
-        """Return the jobs that an earlier request with the same token was given."""
+        """Return the jobs given for an earlier request with the same token."""
         jobs = []
         for job in group.repeat(request.token):
             if message := self._read(group, job):
@@ -193,7 +193,7 @@ class Groups:
     def _room(self, group: Group, count: int, *, is_needed: bool) -> int:
         """Return how many more jobs the limits allow, up to `count`. Raises Full if there is no room but it is needed.
 
-        The limits hold for jobs that were not given before: all others must be given again.
+        The limits apply only to new jobs: all others must be given again.
         """
         limits = self.limits
         room = limits.max_jobs_in_flight - len(group.jobs)
@@ -206,7 +206,7 @@ class Groups:
         raise Full(f"groups of workers take too much memory (max_group_bytes = {limits.max_group_bytes})")
 
     def _next(self, group: Group, count: int, max_bytes: int) -> Found:
-        """Return the next messages that were not given yet."""
+        """Return the next messages not given yet."""
         if not count:
             return Found(group.position, [], is_complete=True)
         if group.selection.patterns:
@@ -238,7 +238,7 @@ class Groups:
         return None
 
     def done(self, key: bytes, name: bytes, receipts: Iterable[Receipt]) -> None:
-        """End jobs, all or none. Raises JobLost if one is not the worker's any more."""
+        """Finish jobs, all or none. Raises JobLost if a receipt is no longer current."""
         with self.lock:
             group = self._groups.get((key, name))
             known = group.done if group else {}
@@ -251,14 +251,14 @@ class Groups:
                 self._note_use(group, self._source.now())
 
     def give_back(self, key: bytes, name: bytes, receipt: Receipt, delay_ms: int) -> None:
-        """Let a job be given again, after a delay. Raises JobLost."""
+        """Make a job available again, after a delay. Raises JobLost."""
         with self.lock:
             group, now = self._check(self._groups.get((key, name)), receipt), self._source.now()
             group.put_back(group.jobs[receipt.id], now + delay_ms)
             self._note_use(group, now)
 
     def extend(self, key: bytes, name: bytes, receipt: Receipt, lease_ms: int) -> None:
-        """Let a lease end this long from now. Raises JobLost."""
+        """Make a lease end this long from now. Raises JobLost."""
         with self.lock:
             group, now = self._check(self._groups.get((key, name)), receipt), self._source.now()
             group.extend(receipt, now + lease_ms)
@@ -270,7 +270,7 @@ class Groups:
         return group
 
     def due_in(self, key: bytes, name: bytes) -> int:
-        """Return after how many milliseconds a waiting worker should ask again, though no message has been put."""
+        """Return the milliseconds after which a waiting worker should try again even without a new message."""
         with self.lock:
             group, longest = self._groups.get((key, name)), max(1, self._source.max_age_ms // 3)
             due = group.next_due if group else None
@@ -279,14 +279,14 @@ class Groups:
     # Leases and failures
 
     def expire(self) -> None:
-        """End leases, move failed jobs, and forget groups that were not used for max_age."""
+        """End leases, move failed jobs, and forget groups not used for max_age."""
         with self.lock:
             now, moved = self._source.now(), set[bytes]()
             for key, group in list(self._groups.items()):
                 group.end_leases(now, self.limits.max_attempts)
                 moved |= self._move_failed(group, now)
                 if group.next_due is None and now - group.used_at > self._source.max_age_ms:
-                    # No worker has a job, and all that were given have expired.
+                    # No worker holds a job, and all messages given have expired.
                     self._memory -= group.counted_memory
                     del self._groups[key]
         if moved:
@@ -331,7 +331,7 @@ class Groups:
             ]
 
     def held(self, key: bytes) -> list[tuple[bytes, HeldJob]]:
-        """Return the jobs of a topic or pattern that workers hold, with the names of their groups."""
+        """Return the jobs of a topic or pattern that workers hold, with their groups' names."""
         with self.lock:
             return [(group.name, job) for group in self._groups.values() if group.key == key for job in group.held()]
 
@@ -363,7 +363,7 @@ class Groups:
         """Restore the groups of a snapshot."""
         by_row: dict[int, Group] = {}
         if not source.execute("SELECT 1 FROM sqlite_master WHERE name = 'worker_groups'").fetchone():
-            # It is of an earlier version.
+            # The snapshot is from an earlier version.
             return
         for row, key, name, used_at, position, *counts in source.execute("SELECT * FROM worker_groups ORDER BY id"):
             group = by_row[row] = Group(key, name, Selection([key]), used_at, position, counts=GroupCounts(*counts))

@@ -1,9 +1,9 @@
-"""A store that several servers share: a NATS JetStream stream, of which each server keeps a mirror in SQLite.
+"""A store shared by several servers: a NATS JetStream stream, which each server mirrors in SQLite.
 
 A put is published to the stream, and acknowledged once a majority of the engine's nodes has stored it; its id is its
-sequence number in the stream. Each server has a consumer of its own, and answers reads from its mirror. Mirrors number
-the messages of each topic and detect repeated puts on their own; they agree, because they all apply the same messages
-in the same order.
+sequence number in the stream. Each server has its own consumer, and answers reads from its mirror. Each mirror numbers
+the messages of topics and detects repeated puts by itself; all mirrors agree, because they apply the same messages in
+the same order.
 
 A mirror may lag. So before a read returns nothing, and before every read of the latest message, the server asks the
 engine for the id of its last message, and waits until the mirror has it.
@@ -16,7 +16,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
@@ -24,14 +24,15 @@ from typing import TYPE_CHECKING, TypeVar
 
 from dsmq import threads
 from dsmq.errors import ReplyError, StartupError, StoreFailed, TooBig
-from dsmq.store.api import Answer, EngineStats, Limits, Outcome, Put, Timing
+from dsmq.store.api import Answer, EngineStats, Outcome, Put, Timing
 from dsmq.store.nats_connection import Credentials, NATSConnection, Server
 from dsmq.store.nats_index import ReadIndex
 from dsmq.store.nats_leader import LeaderFollower
-from dsmq.store.nats_mirror import RETRY_SECONDS, Mirror
+from dsmq.store.nats_mirror import Mirror
 from dsmq.store.nats_puts import Publisher
 from dsmq.store.nats_reads import FreshReads
 from dsmq.store.nats_requests import Requests
+from dsmq.store.nats_rules import SharedLimits, StreamRules
 from dsmq.store.nats_stream import HEADER_BYTES, EngineError, Stream
 from dsmq.store.sqlite import MirrorStore
 
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
 
 # After this long without a connection, clients are sent to other servers.
 DISCONNECT_SECONDS = 2.0
-# After this long without an answer, a client that connects is sent to another server. A busy engine may be slow.
-START_SECONDS = 3.0
 WATCH_SECONDS, CANCEL_SECONDS = 0.5, 0.1
 # The engine closes the connection if a request line exceeds 4,096 bytes, and encoding can triple a topic's length.
 MAX_TOPIC_BYTES = 1300
@@ -52,8 +51,8 @@ T = TypeVar("T")
 _logger = logging.getLogger(__name__)
 
 
-class NATSStore(FreshReads):
-    """A store in a stream of NATS JetStream. Thread-safe; its event loop runs in a thread of its own."""
+class NATSStore(SharedLimits, FreshReads):
+    """A store in a NATS JetStream stream. Thread-safe; its event loop runs in its own thread."""
 
     is_shared = True
     groups = None
@@ -68,7 +67,7 @@ class NATSStore(FreshReads):
     ) -> None:
         self.thread = threading.Thread(target=self._run, name="dsmq-nats", daemon=True)
         self._servers, self._credentials, self._tls = servers, credentials or Credentials(), tls
-        self._limits, self._max_age_ms = Limits(), 600_000
+        self.rules, self._max_age_ms = StreamRules(), 600_000
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
         self._startup_error: StartupError | None = None
@@ -83,13 +82,13 @@ class NATSStore(FreshReads):
         self.connection = NATSConnection(servers, self._credentials, tls, f"dsmq {stream}")
         self.requests = Requests(self.connection)
         self.stream = Stream(stream, replicas)
-        self.mirror = Mirror(self.connection, self.stream, self._new_mirror)
+        self.mirror = Mirror(self.connection, self.stream, self.rules, self._new_mirror)
         self._index = ReadIndex(self.mirror, self.connection, self.requests, self.stream)
         self.publisher = Publisher(self.requests, self.stream.topic_prefix, self._index)
         self._leader = LeaderFollower(self.connection, self.stream)
 
     def _new_mirror(self) -> MirrorStore:
-        return MirrorStore(self._max_age_ms, limits=self._limits)
+        return MirrorStore(self._max_age_ms, self.rules.limits())
 
     # Lifecycle
 
@@ -110,6 +109,12 @@ class NATSStore(FreshReads):
 
     def _on_ready(self) -> None:
         _logger.info("the mirror of the stream is complete, up to id %s", self.mirror.store.last_id())
+        self._start_task(self._finish_start())
+
+    async def _finish_start(self) -> None:
+        if self.rules.to_write() is None:
+            self.rules.report()
+        await self._write_rules()
         self._ready.set()
 
     def _on_replaced(self) -> None:
@@ -150,7 +155,7 @@ class NATSStore(FreshReads):
         finally:
             self.publisher.close()
             self._ready.set()
-            # Those of the official client, if a connection of it was being replaced.
+            # Tasks of the official client, if one of its connections was being replaced.
             left = asyncio.all_tasks(self._loop)
             for task in left:
                 task.cancel()
@@ -190,7 +195,7 @@ class NATSStore(FreshReads):
                 raise StartupError(f"the NATS servers refuse the connection: {refusal}")
             await asyncio.sleep(0.05)
         await self.stream.connect(self._servers, self._credentials, self._tls)
-        # Before the mirror has a consumer, which would be interrupted. There is no leader if there is no stream yet.
+        # Before the mirror has a consumer, which a move would interrupt. Without a stream, there is no leader yet.
         with suppress(EngineError):
             await self.stream.last_id()
             await self._leader.follow()
@@ -235,7 +240,7 @@ class NATSStore(FreshReads):
 
     @property
     def max_message_bytes(self) -> int:
-        """The longest message that the engine accepts."""
+        """The length of the longest message that the engine accepts."""
         return max(0, self.connection.max_payload - HEADER_BYTES)
 
     def append(self, puts: Sequence[Put]) -> Answer[list[Outcome]]:
@@ -271,51 +276,23 @@ class NATSStore(FreshReads):
         try:
             if reason := self.unready_reason:
                 raise StoreFailed(reason)
-            self._post(lambda: self._tasks.add(self._loop.create_task(self._answer_last_id(answer))))
+            self._post(lambda: self._start_task(self._answer_last_id(answer)))
         except StoreFailed as error:
             answer.set_exception(error)
         return answer
 
-    async def _answer_last_id(self, answer: Future[int]) -> None:
+    def _start_task(self, work: Coroutine[None, None, None]) -> None:
         self._tasks = {task for task in self._tasks if not task.done()}
-        until = time.monotonic() + START_SECONDS
-        while True:
-            try:
-                # Not the id that `ReadIndex` waits for, which may be of a message that is never stored.
-                epoch, last_id = self.mirror.epoch, await self._index.last_stored_id()
-                if epoch != self.mirror.epoch:
-                    raise EngineError("a new epoch has begun")
-                answer.set_result(max(self.publisher.last_id, last_id))
-                return
-            except EngineError as error:
-                if time.monotonic() > until:
-                    answer.set_exception(StoreFailed(str(error)))
-                    return
-            await asyncio.sleep(RETRY_SECONDS)
+        self._tasks.add(self._loop.create_task(work))
 
-    # Settings
+    async def _answer_last_id(self, answer: Future[int]) -> None:
+        try:
+            last_id = await self._index.start_id()
+            answer.set_result(max(self.publisher.last_id, last_id))
+        except EngineError as error:
+            answer.set_exception(StoreFailed(str(error)))
 
-    @property
-    def max_age_ms(self) -> int:
-        return self._max_age_ms
-
-    @max_age_ms.setter
-    def max_age_ms(self, value: int) -> None:
-        self._max_age_ms = self.mirror.store.max_age_ms = value
-        self._configure()
-
-    @property
-    def limits(self) -> Limits:
-        return self._limits
-
-    @limits.setter
-    def limits(self, limits: Limits) -> None:
-        self._limits = self.mirror.store.limits = limits
-        self._configure()
-
-    def _configure(self) -> None:
-        """Make the mirror update the stream's configuration at its next check."""
-        self.stream.configure(self._max_age_ms, self._limits.max_stored_bytes)
+    # Statistics
 
     def timings(self) -> dict[str, Timing]:
         times = Timing(self.publisher.published, self.publisher.seconds)

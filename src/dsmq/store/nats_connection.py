@@ -1,7 +1,8 @@
 """A fast connection to a NATS server, for publishing and for the messages of a push consumer.
 
-The official client takes two to three times the processor time for these, and closes for good after some errors. It is
-used for everything else: see `nats_stream`. The protocol: https://docs.nats.io/reference/reference-protocols/nats-protocol
+The official client needs two to three times the processor time for these, and closes permanently after some errors. It
+is used for everything else: see `nats_stream`. The protocol:
+https://docs.nats.io/reference/reference-protocols/nats-protocol
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
+from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from dsmq.logs import event
 from dsmq.system import boot_time
@@ -25,10 +28,21 @@ from dsmq.system import boot_time
 CONNECT_SECONDS = 2.0
 PING_SECONDS, SILENCE_SECONDS = 1.0, 3.0
 _FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.01, 0.25
-# The default of NATS, for servers that do not send theirs.
+# NATS's default, for servers that do not send theirs.
 _MAX_PAYLOAD_BYTES = 1_048_576
 
 _logger = logging.getLogger(__name__)
+
+
+@lru_cache(10_000)
+def encode_token(name: bytes) -> bytes:
+    """Encode any bytes as one token of a subject."""
+    return quote_from_bytes(name, safe="-_").replace(".", "%2E").encode()
+
+
+@lru_cache(10_000)
+def decode_token(token: bytes) -> bytes:
+    return unquote_to_bytes(token)
 
 
 class Received(NamedTuple):
@@ -59,7 +73,7 @@ Server: TypeAlias = tuple[str, int]
 
 @dataclass
 class Credentials:
-    """What a server may require; empty if unused."""
+    """Credentials that a server may require; empty if unused."""
 
     user: str = ""
     password: str = ""
@@ -72,7 +86,7 @@ class Credentials:
 
 
 class Refused(ConnectionError):
-    """The server rejects the credentials, or the two sides can't agree on TLS. Trying again does not help."""
+    """The server rejects the credentials, or the two sides can't agree on TLS. Retrying does not help."""
 
 
 def encode_publish(
@@ -164,7 +178,7 @@ class NATSConnection:
 
     @property
     def refusal(self) -> str:
-        """Why retrying is pointless: all servers have failed, and one has refused; empty if it is not."""
+        """Why retrying is pointless: all servers failed, and one of them refused; empty if it may help."""
         if len(self._failures) < (self._failures.maxlen or 1):
             return ""
         refusals = (f"{host}:{port}: {error}" for (host, port), error in self._failures if isinstance(error, Refused))
@@ -178,12 +192,12 @@ class NATSConnection:
         return True
 
     def leave(self) -> None:
-        """Go to the next server."""
+        """Switch to the next server."""
         if self._transport is not None:
             self._transport.abort()
 
     def move(self, server: Server) -> None:
-        """Go to this server. Requests under way remain unanswered, as if the connection had broken."""
+        """Switch to this server. Pending requests get no answer, as if the connection had broken."""
         self._next = server
         self.leave()
 
@@ -199,7 +213,7 @@ class NATSConnection:
         return None
 
     def subscribe(self, subject: bytes, listener: Listener) -> bytes:
-        """Pass messages for a subject to the listener; return the number of the subscription."""
+        """Pass messages for a subject to the listener; return the subscription's number."""
         number = b"%d" % next(self._numbers)
         self._listeners[number] = subject, listener
         self.send(b"SUB %b %b\r\n" % (subject, number))
@@ -235,10 +249,10 @@ class NATSConnection:
                 self.on_lost()
 
     def _fail(self, error: Exception) -> None:
-        """Record why there is no connection, and log it once, not for each attempt."""
+        """Record why there is no connection, and log it once, not at each attempt."""
         is_refused = isinstance(error, Refused)
         is_reported = self._is_reported and (isinstance(self.error, Refused) or not is_refused)
-        # The timeouts of asyncio have no message.
+        # asyncio's timeouts have no message.
         self.error = error if str(error) else TimeoutError("it does not answer")
         about = event("engine_lost", node=self.server, error=str(self.error))
         if is_reported or self._next is not None:
@@ -250,7 +264,7 @@ class NATSConnection:
         self._is_reported = is_reported or self._next is None
 
     async def _open(self, server: Server) -> tuple[asyncio.Transport, _Socket, dict[str, Any]]:
-        """Return an encrypted connection, if TLS is used, and the server's INFO."""
+        """Return a connection, encrypted if TLS is used, and the server's INFO."""
         transport, sock = await asyncio.get_running_loop().create_connection(_Socket, *server)
         try:
             info = _parse_info(await sock.line())
@@ -333,7 +347,7 @@ async def _start_tls(
 ) -> asyncio.Transport:
     """Return the encrypted transport. Raises OSError; Refused if the certificate is not trusted."""
     if sock.buffer:
-        # An attacker in between could have injected it.
+        # A man in the middle could have injected it.
         raise ConnectionError("it sent more than its greeting before TLS")
     try:
         encrypted = await asyncio.get_running_loop().start_tls(transport, sock, context, server_hostname=host)
@@ -349,11 +363,11 @@ def _check_tls(info: dict[str, Any], context: ssl.SSLContext | None) -> None:
     """Raise Refused if a server and this client can't agree on TLS."""
     if context is None:
         if info.get("tls_required"):
-            raise Refused("it requires TLS: tls:// in place of nats://")
+            raise Refused("it requires TLS: use tls:// instead of nats://")
     elif not (info.get("tls_required") or info.get("tls_available")):
-        raise Refused("it has no TLS: nats:// in place of tls://")
+        raise Refused("it has no TLS: use nats:// instead of tls://")
     elif info.get("tls_verify"):
-        raise Refused("it requires client certificates, which can't be given")
+        raise Refused("it requires client certificates, which dsmq does not support")
 
 
 def _to_error(text: str) -> ConnectionError:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from dsmq.errors import StoreFailed
@@ -23,21 +23,24 @@ if TYPE_CHECKING:
 READ_SECONDS = 9.5
 # If the engine's last message does not arrive within this time, ask again: it may never be stored.
 INDEX_SECONDS = 0.1
+# After this long without an answer, a client that connects is sent to another server. A busy engine may be slow.
+START_SECONDS = 3.0
 _NO_RESPONSE = "the engine does not answer"
 # Higher than any id, so that the message is refused; the error contains the last id.
 _ASK_LAST_ID = ((b"Nats-Expected-Last-Sequence", b"9223372036854775806"),)
-# Replaces the one before, so that the stream does not grow.
+# Replaces the previous one, so that the stream does not grow.
 _REPLACE = ((b"Nats-Rollup", b"sub"),)
-# A node that reaches no majority is left after this time, which most elections don't take.
+# A node without a majority is abandoned after this time. Most elections are shorter.
 LEAVE_SECONDS, WATCH_SECONDS = 6.0, 1.0
-# Nodes answer their leader within the first of these, or later ones do so; the leader asks them once a second.
+# The leader contacts each node once a second. Answers under way arrive within the first of these times; the second
+# bounds the wait for proof.
 UNDER_WAY_SECONDS, PROOF_SECONDS = 1.0, 5.0
 
 _logger = logging.getLogger(__name__)
 
 
 class _Reader(NamedTuple):
-    """What waits for the mirror."""
+    """A call that waits for the mirror."""
 
     call: Callable[[Exception | None], None]
     until: float
@@ -61,7 +64,7 @@ class ReadIndex:
         self._left_at = boot_time()
 
     def add(self, call: Callable[[Exception | None], None], last_id: int | None = None) -> None:
-        """Call a function with None once the mirror is up to date, or has an id if that is given; or with an error."""
+        """Call a function with None once the mirror is up to date, or has `last_id`, if given; or with an error."""
         self._readers.append(_Reader(call, time.monotonic() + READ_SECONDS, last_id))
         self._wanted.set()
 
@@ -78,7 +81,7 @@ class ReadIndex:
         return self.mirrored(puts)
 
     async def run(self) -> None:
-        """Serve reads until this is cancelled."""
+        """Serve reads until cancelled."""
         while True:
             await self._wanted.wait()
             readers, self._readers = self._readers, []
@@ -111,7 +114,7 @@ class ReadIndex:
         return last_id if last_id is not None and last_id >= mirrored else None
 
     async def _ask(self) -> int | None:
-        """Return the id of the engine's last message; None if it does not answer, or can't be sure."""
+        """Return the id of the engine's last message; None if it does not answer, or is not certain."""
         asked = boot_time()
         if asked >= self._stream.sole_leader_until:
             proof = await self._publish()
@@ -123,15 +126,15 @@ class ReadIndex:
         return int(digits) if digits.isdigit() else None
 
     async def _publish(self) -> Ack:
-        """Have a majority store a message, which comes after all that were stored before."""
+        """Publish a message. Once a majority has stored it, it follows all messages stored before."""
         ack = await self._requests.ask(lambda reply: encode_publish(self._subject, b"", reply, _REPLACE), 1.0)
         return ack or Ack()
 
     async def _last_id_if_full(self, asked: float) -> int | None:
         """Return the id of the engine's last message, once a majority has followed its leader for a while.
 
-        The stream has no room for a message that would prove it at once. What was under way between the nodes when the
-        read arrived proves nothing, hence the while.
+        The stream has no room for a message that would prove this at once. Messages that were under way between the
+        nodes when the read arrived prove nothing, hence the wait.
         """
         while boot_time() < asked + PROOF_SECONDS:
             await asyncio.sleep(INDEX_SECONDS)
@@ -141,8 +144,19 @@ class ReadIndex:
                     return last_id
         return None
 
+    async def start_id(self) -> int:
+        """Return the id for a client to start after. Raises EngineError."""
+        until = boot_time() + START_SECONDS
+        while True:
+            with suppress(EngineError) if boot_time() < until else nullcontext():
+                epoch, last_id = self._mirror.epoch, await self.last_stored_id()
+                if epoch == self._mirror.epoch:
+                    return last_id
+                raise EngineError("a new epoch has begun")
+            await asyncio.sleep(INDEX_SECONDS)
+
     async def last_stored_id(self) -> int:
-        """Return an id that all stored messages are below or have. Raises EngineError."""
+        """Return an id that is not below that of any stored message. Raises EngineError."""
         # Not what `_ask` returns, which counts messages that may never be stored.
         asked = boot_time()
         last_id = await self._stream.last_id()
@@ -153,7 +167,7 @@ class ReadIndex:
         return ack.id
 
     async def watch(self) -> None:
-        """Leave nodes that reach no majority of the others, until this is cancelled."""
+        """Leave nodes that can't reach a majority, until cancelled."""
         majority_at = boot_time()
         while True:
             await asyncio.sleep(WATCH_SECONDS)
@@ -167,7 +181,7 @@ class ReadIndex:
             if ack.id or ack.code in FULL or not self._connection.connected:
                 majority_at = boot_time()
             elif boot_time() - majority_at > LEAVE_SECONDS:
-                _logger.warning("NATS server %s reaches no majority: trying another one", self._connection.server)
+                _logger.warning("NATS server %s can't reach a majority: trying another one", self._connection.server)
                 self._connection.leave()
                 majority_at = boot_time()
             if boot_time() - max(self._stream.majority_at, self._left_at) > LEAVE_SECONDS:
@@ -178,8 +192,6 @@ class ReadIndex:
         """Wait until the mirror has this message; return False if it takes too long."""
         with suppress(TimeoutError):
             async with asyncio.timeout(INDEX_SECONDS):
-                while not (self._mirror.ready and self._mirror.store.last_id() >= last_id):
-                    self._mirror.applied.clear()
-                    await self._mirror.applied.wait()
+                await self._mirror.wait_for(last_id)
                 return True
         return False

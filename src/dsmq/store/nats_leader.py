@@ -15,23 +15,23 @@ if TYPE_CHECKING:
     from dsmq.store.nats_stream import Stream
 
 CHECK_SECONDS = 1.0
-# Between two attempts, so that servers do not follow a stream whose leader changes all the time.
+# The pause between two attempts, so that servers do not follow a leader that changes all the time.
 PAUSE_SECONDS = 10.0
-# A leader that was known longer ago than this may no longer lead.
+# A leader that was last confirmed longer ago than this may no longer lead.
 _KNOWN_SECONDS = 3.0
 
 _logger = logging.getLogger(__name__)
 
 
 class LeaderFollower:
-    """Prefers the node that leads the stream: other nodes pass each put on to it, which takes some 0.1 ms."""
+    """Prefers the node that leads the stream: other nodes forward each put to it, which takes about 0.1 ms."""
 
     def __init__(self, connection: NATSConnection, stream: Stream) -> None:
         self._connection, self._stream = connection, stream
         self._not_before = 0.0
 
     async def run(self) -> None:
-        """Follow the leader until this is cancelled."""
+        """Follow the leader until cancelled."""
         while True:
             await asyncio.sleep(CHECK_SECONDS)
             await self.follow()
@@ -39,11 +39,11 @@ class LeaderFollower:
     async def follow(self) -> None:
         """Move to the leader if it is another node that can be reached."""
         leader, connection, now = self._stream.leader, self._connection, boot_time()
-        # No majority has confirmed it lately, for example during an election.
+        # Unknown if no majority has confirmed it recently, for example during an election.
         is_known = leader and now - self._stream.majority_at < _KNOWN_SECONDS
         if not is_known or leader == connection.server or not connection.responds or now < self._not_before:
             return
-        # Servers that move at different times do not all interrupt their puts at once.
+        # Random, so that not all servers interrupt their puts at the same time.
         self._not_before = now + PAUSE_SECONDS * random.uniform(1, 2)  # noqa: S311 - not a secret
         server = await connection.find(leader)
         if server is not None and leader == self._stream.leader:

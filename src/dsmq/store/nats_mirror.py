@@ -26,23 +26,25 @@ from dsmq.store.nats_stream import (
 from dsmq.system import boot_time
 
 if TYPE_CHECKING:
+    from dsmq.store.nats_rules import StreamRules
     from dsmq.store.sqlite import MirrorStore
 
 # A consumer that is silent for this long is lost; it sends a heartbeat once a second.
 LOST_SECONDS = 2.5
 CHECK_SECONDS = 1.0
-# How long it takes at most to follow the stream again after a connection was lost, if nothing else is wrong.
+# Max time to follow the stream again after a lost connection, if nothing else is wrong.
 RECOVERY_SECONDS = 5.0
 RETRY_SECONDS = 0.25
 CLOSE_SECONDS = 2.0
-# How long to wait for a new consumer, first and then. The engine may place it on a node that has just died.
+# How long to wait for a new consumer, at first and then. The engine may place it on a node that has just died.
 FIRST_CREATE_SECONDS, CREATE_SECONDS = 0.5, 1.0
-# How many checks may find the stream behind the mirror before its messages count as lost: an answer may be stale.
+# The number of checks that may find the stream behind the mirror, because answers may be stale, before its messages
+# count as lost.
 MAX_BEHIND = 3
-# The topics' numbers are written to the stream this often per max_age, by whichever server is first.
+# The topics' numbers are written to the stream this many times per max_age, by any one of the servers.
 FACTS_PER_MAX_AGE = 4
 _FLOW_CONTROL = 100
-# A number of pending messages that is not known yet: higher than any.
+# Higher than any number of pending messages: not known yet.
 _UNKNOWN = 1 << 62
 
 _logger = logging.getLogger(__name__)
@@ -53,7 +55,8 @@ class Lag:
 
     def __init__(self) -> None:
         self._stream_id = self._mirrored_id = 0
-        # When the mirror was last complete; then an id, and when it will have been complete once it has that id.
+        # When the mirror was last complete; an id, and the time at which it will have been complete once it has that
+        # id.
         self._complete_at = boot_time()
         self._next: tuple[int, float] | None = None
 
@@ -73,19 +76,19 @@ class Lag:
         return max(0, self._stream_id - self._mirrored_id)
 
     def seconds(self, *, is_followed: bool) -> float:
-        """Return the time since the mirror was last complete; 0 if it is, and follows the stream."""
+        """Return the time since the mirror was last complete; 0 if it is complete and follows the stream."""
         return boot_time() - self._complete_at if self.messages or not is_followed else 0.0
 
 
 class Mirror(Fold):
     """Follows the stream. Used in one asyncio event loop, except for `store`, which is thread-safe."""
 
-    def __init__(self, connection: NATSConnection, stream: Stream, new_store: Callable[[], MirrorStore]) -> None:
-        super().__init__(stream, new_store())
+    def __init__(
+        self, connection: NATSConnection, stream: Stream, rules: StreamRules, new_store: Callable[[], MirrorStore]
+    ) -> None:
+        super().__init__(stream, new_store(), rules)
         self._connection, self._new_store = connection, new_store
         self.epoch = ""
-        self.ready = False
-        """Whether the store has been complete."""
         self.on_ready: Callable[[], None] = lambda: None
         self.on_messages: Callable[[set[bytes]], None] = lambda _: None
         self.on_replaced: Callable[[], None] = lambda: None
@@ -117,6 +120,7 @@ class Mirror(Fold):
         self._sequence, self._pending, self._state = 0, _UNKNOWN, state
         self._heard_at = boot_time()
         self._lost: str | None = None
+        self._is_accepted = False
         self.lag.update(state.last_id, self.store.last_id())
         # The engine's clock minus this machine's.
         self._clock_ahead_ms = state.now_ms - round(boot_time() * 1000)
@@ -138,7 +142,7 @@ class Mirror(Fold):
             await asyncio.gather(*self._deletions, return_exceptions=True)
 
     def _fail(self, error: EngineError) -> None:
-        """Record why the stream is not being followed, and log it once, not for each attempt."""
+        """Record why the stream is not being followed, and log it once, not at each attempt."""
         self.error = error
         if self._is_reported or self._is_explained():
             _logger.debug("not following the stream: %s", error)
@@ -161,7 +165,7 @@ class Mirror(Fold):
         self._is_reported = False
 
     async def _follow(self) -> None:
-        """Mirror the stream through a new consumer until that is lost."""
+        """Mirror the stream through a new consumer, until the consumer is lost."""
         state = await self._stream.state()
         self._enter_epoch(state)
         if self.silent_seconds > self.store.max_age_ms / 1000 and self.ready:
@@ -180,14 +184,14 @@ class Mirror(Fold):
         try:
             seconds, self._create_seconds = self._create_seconds, CREATE_SECONDS
             pending = await self._stream.create_consumer(name, deliver_to, self.store.last_id(), seconds)
-            self._pending = min(self._pending, pending)
+            self._pending, self._is_accepted = min(self._pending, pending), True
             self._on_followed()
             self.apply()
             await self._watch()
         finally:
             self._connection.unsubscribe(subscription)
             self.apply()
-            # In the background, because nobody answers for a second if the consumer was on a node that has died.
+            # In the background, because it takes a second if the consumer was on a node that has died.
             deletion = asyncio.create_task(self._stream.delete_consumer(name))
             self._deletions.add(deletion)
             deletion.add_done_callback(self._deletions.discard)
@@ -202,8 +206,12 @@ class Mirror(Fold):
 
     def _restart(self) -> None:
         """Start again with an empty mirror, from the stream's first message."""
-        old, self.store, self.ready, self._facts = self.store, self._new_store(), False, []
-        self._replaced.append(old)
+        self.ready, self._facts = False, []
+        self._replaced.append(self.store)
+        with self._rules.lock:
+            self._rules.fact = b""
+            self.store = self._new_store()
+        self._stream.rules, self._stream.is_configured = None, False
         # Delayed, because other threads may be reading it.
         asyncio.get_running_loop().call_later(CLOSE_SECONDS, self._close_oldest)
 
@@ -233,7 +241,7 @@ class Mirror(Fold):
             self.lag.update(state.last_id, self.store.last_id())
             self._behind = self._behind + 1 if state.last_id < mirrored else 0
             if self._behind >= MAX_BEHIND:
-                # The stream will give the same ids to other messages.
+                # The stream will assign the same ids to other messages.
                 await self._stream.end_epoch(self.epoch)
             if state.epoch != self.epoch:
                 raise EngineError("the stream has another epoch")
@@ -241,7 +249,7 @@ class Mirror(Fold):
 
     def _raise_if_lost(self) -> None:
         if self._lost is None and self.silent_seconds > LOST_SECONDS:
-            self._lost = "nothing was heard of its consumer"
+            self._lost = "its consumer is silent"
         if self._lost is not None:
             raise EngineError(self._lost)
 
@@ -290,8 +298,9 @@ class Mirror(Fold):
             self._lost = f"its consumer is at {int(last)}, not {self._sequence}"
 
     def apply(self) -> None:
-        """Apply the messages delivered so far, up to one that takes a while, like a purge; the others come after it."""
-        if self._change is not None:
+        """Apply the messages delivered so far, up to one that takes a while, such as a purge; the rest wait for it."""
+        # A consumer on a node that has deleted messages too early sends the rest before it is refused.
+        if self._change is not None or not self._is_accepted:
             return
         deliveries, self._deliveries = self._deliveries, []
         if deliveries and self._lost is None:

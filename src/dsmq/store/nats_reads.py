@@ -1,4 +1,4 @@
-"""What a store in a stream answers from its mirror, which may lag."""
+"""The part of a store in a stream that is answered by its mirror, which may lag."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from dsmq.errors import Unsure
 from dsmq.store.api import Answer, Found, ManyTopics, Message, Outcome, TopicStats, Totals
-from dsmq.store.nats_stream import encode_token
+from dsmq.store.nats_connection import encode_token
 
 if TYPE_CHECKING:
     from dsmq.store.nats_index import ReadIndex
@@ -136,14 +136,14 @@ class FreshReads(MirroredStore):
         return answer
 
     def purge(self, selection: Selection) -> Iterator[Answer[int]]:
-        """Have all servers purge their mirrors, and wait for this one's."""
+        """Make all servers purge their mirrors, and wait for this server's."""
         done: Future[int] = Future()
         counts: list[int] = []
 
         def on_stored(stored: Future[list[Outcome]]) -> None:
             outcome = stored.exception() or stored.result()[0]
             if isinstance(outcome, int):
-                self._index.add(partial(finish, outcome))
+                self._index.add(partial(finish, outcome), outcome)
             else:
                 done.set_exception(outcome)
 

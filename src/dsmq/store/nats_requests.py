@@ -28,7 +28,7 @@ class Ack(NamedTuple):
     text: str = ""
 
 
-NOT_SENT = Ack(text="nobody has received it")
+NOT_SENT = Ack(text="there is no receiver")
 
 
 class Requests:
@@ -42,7 +42,7 @@ class Requests:
         connection.subscribe(self._inbox + b"*", self._on_reply)
 
     def send(self, encode: Callable[[bytes], bytes], seconds: float, call: Callable[[Ack | None], None]) -> None:
-        """Send a request, encoded with its reply subject; pass the answer to `call`, or None if there is none in time.
+        """Send a request, encoded with its reply subject; pass the answer to `call`, or None if none arrives in time.
 
         The answer is NOT_SENT if there is no connection, or no listener for the request.
         """
