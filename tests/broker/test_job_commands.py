@@ -165,6 +165,21 @@ def test_worker_that_does_not_wait_takes_no_job_from_one_that_does(server: Serve
         assert ids(first.receive()) == [1]
 
 
+def test_repeated_take_gets_its_jobs_before_those_that_wait(threaded: Server) -> None:
+    with ExitStack() as stack:
+        wire = stack.enter_context(wire_to(threaded))
+        call(wire, "PUT t x")
+        first = call(wire, "TAKE t w 60000 TOKEN mine")
+        [waiting] = wait_in_turn(threaded, stack, 1, "TAKE t w 60000 WAIT 60000 TOKEN other")
+        for options in ("", "WAIT 60000 "):
+            assert ids(call(wire, f"TAKE t w 60000 {options}TOKEN mine")) == ids(first)
+        # It gets no others.
+        call(wire, "DONE t w 1 1")
+        assert call(wire, "TAKE t w 60000 TOKEN mine") == []
+        call(wire, "PUT t y")
+        assert ids(waiting.receive()) == [2]
+
+
 def test_error_on_the_second_try_leaves_no_wait(server: Server, wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second try follows registration, so that no put is missed in between."""
     groups = server.context.store.groups

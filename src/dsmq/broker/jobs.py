@@ -99,10 +99,12 @@ class PendingTake(PendingRead):
     def fetch(self, store: Store) -> Any:
         if self.jobs:
             return self.jobs
-        if not (self.is_first or self.queues.is_empty(self.key)):
+        is_turn = self.is_first or self.queues.is_empty(self.key)
+        if not (is_turn or self.token):
             return []
         take = Take(
-            *(self.topic, self.group, self.selection, self.count, self.max_bytes),
+            # Before its turn, only the jobs that were assigned under its token.
+            *(self.topic, self.group, self.selection, self.count if is_turn else 0, self.max_bytes),
             *(self.lease_ms, self.token, self.worker),
         )
         groups = _groups(store)
@@ -110,7 +112,7 @@ class PendingTake(PendingRead):
         if found is None:
             return ()
         self.jobs = found
-        self.retry_in = math.inf if found else groups.due_in(*self.key) / 1000
+        self.retry_in = math.inf if found or not is_turn else groups.due_in(*self.key) / 1000
         return found
 
     def take(self, found: Any) -> list[Any] | None:
