@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from conftest import SOON, Wire, serving, wait_until, wire_to
+from dsmq.broker.jobs import PendingTake, TakeQueues
 from dsmq.errors import Full, ReplyError
 from dsmq.server import Server
 from dsmq.wire.resp import encode_request
@@ -154,6 +157,18 @@ def test_turn_passes_on_when_a_waiting_worker_disconnects(threaded: Server) -> N
         workers[2].close()
         wait_until(lambda: threaded.status.waiting() == 0)
         assert call(wire, "TAKE t w 60000") == []
+
+
+def test_turn_passes_on_past_a_worker_that_ends_before_it_learns_of_its_turn() -> None:
+    posted: list[object] = []
+    connection = cast("Any", SimpleNamespace(loop=SimpleNamespace(post=lambda call: posted.append(call.func.__self__))))
+    queues = TakeQueues()
+    takes = [PendingTake(b"t", 0, 1, 1, 1, cast("Any", None), group=b"w") for _ in range(3)]
+    for one in takes:
+        one.is_first = queues.add(one, connection)
+    for one in takes[:2]:
+        queues.remove(one, connection)
+    assert posted == takes[1:]
 
 
 def test_worker_that_does_not_wait_takes_no_job_from_one_that_does(server: Server, wire: Wire) -> None:

@@ -60,12 +60,14 @@ class TakeQueues:
         """Remove a TAKE. If it was the first, it is now the turn of the next."""
         with self._lock:
             queue = self._queues[pending.key]
+            # It may not know yet that it is.
+            was_first = queue[0][0] is pending
             queue.remove((pending, connection))
             if not queue:
                 del self._queues[pending.key]
                 return
             first, its_connection = queue[0]
-        if pending.is_first:
+        if was_first:
             its_connection.loop.post(partial(first.come_first, its_connection))
 
     def wake(self, key: tuple[bytes, bytes]) -> None:
