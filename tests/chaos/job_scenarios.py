@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import subprocess
 import sys
@@ -12,19 +13,19 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from chaos.clients import Job, StopFile
-from chaos.history import Died, History, JobFailed
+from chaos.history import Died, History, JobFailed, Sent
 from chaos.job_checker import unfinished
 from chaos.proxy import Fault, Side
 from chaos.scenarios import await_snapshots, kill_once, reset_at_random, reset_in_turn, stopped
 from chaos.servers import Lives
 from chaos.stage import SOON, TESTS, Stage
-from chaos.workers import SHORT_WAITS, Wire, Worker, WorkerJob, WorkerOrders, as_words
+from chaos.workers import KINDS, SHORT_WAITS, Wire, Worker, WorkerJob, WorkerOrders, as_words, looping
 
 WRITERS = Job("", 0, topics=("jobs/0", "jobs/1"), pause=0.02)
 # A pattern twice, and a topic that it includes.
 GROUPS = (("jobs/*", "workers"), ("jobs/*", "others"), ("jobs/0", "workers"))
-WORKERS = 3
-PROCESSES = 4
+SHAPES: list[Callable[[WorkerJob], WorkerJob]] = [lambda job: job, lambda job: replace(job, kind="take"), looping]
+WORKERS = len(SHAPES)
 # A client that loses its server for so long gives up waiting for a reply.
 BRIEF_SECONDS = 0.6
 # Once the faults have ended, jobs are given up if there was none for so long: far more than the longest lease.
@@ -46,7 +47,9 @@ def working(
         for number in range(WORKERS)
     ]
     stop = threading.Event()
-    workers = [Worker(job, stage.history.add) for job in jobs]
+    # In each group, one with each kind of client.
+    jobs = [kind(job) for job, kind in zip(jobs, itertools.cycle(SHAPES), strict=False)]
+    workers = [KINDS[job.kind](job, stage.history.add) for job in jobs]
     clients = [stage.start(one.job.name, lambda one=one: one.run(stop)) for one in workers]
     try:
         with putting(stage, port, tuple({key for key, _ in groups if "*" not in key}) if max_attempts else ()):
@@ -172,7 +175,7 @@ def workers_killed(stage: Stage) -> None:
     """Workers are killed, and others take their place."""
 
     def kill(lives: Lives, children: list[subprocess.Popen[str]], start: Callable[[], None]) -> None:
-        for _ in range(stage.size(PROCESSES, 2)):
+        for _ in range(stage.size(4, 2)):
             stage.pause(0.4, 0.2)
             stage.fault("kill")
             stage.random.choice(children).kill()
@@ -207,8 +210,27 @@ def workers_interrupted(stage: Stage) -> None:
     _in_processes(stage, interrupt)
 
 
-def _in_processes(stage: Stage, run: Callable[[Lives, list[subprocess.Popen[str]], Callable[[], None]], None]) -> None:
+def workers_interrupted_at_every_line(stage: Stage) -> None:
+    """The same at one line of dsmq after another."""
+
+    def wait(lives: Lives, children: list[subprocess.Popen[str]], start: Callable[[], None]) -> None:
+        stage.wait_until(lambda: all(child.poll() is not None for child in children))
+
+    step = stage.size(5, 29)
+    job = WorkerJob("", "", "", ratios={"return": 0.3, "extend": 0.3}, leases=(2.0,), waits=(0.0, 0.05), step=step)
+    _in_processes(stage, wait, [replace(job, kind="take")])
+    sent = [one.token for one in stage.history.of(Sent)]
+    # Without those of other calls than `take`.
+    stage.faults["interrupt"] += len(sent) - len(set(sent))
+
+
+def _in_processes(
+    stage: Stage,
+    run: Callable[[Lives, list[subprocess.Popen[str]], Callable[[], None]], None],
+    shapes: Sequence[WorkerJob] = (),
+) -> None:
     """Let workers in processes do jobs while `run` gets them, and a function that starts another one."""
+    jobs = shapes or [shape(WorkerJob("", "", "")) for shape in (*SHAPES, SHAPES[0])]
     lives = stage.lives()
     group = GROUPS[:1]
     stop = StopFile(str(stage.folder / "stop"))
@@ -216,13 +238,14 @@ def _in_processes(stage: Stage, run: Callable[[Lives, list[subprocess.Popen[str]
 
     def start() -> None:
         name = f"process-{len(children)}"
-        job = WorkerJob(name, *group[0], lives.port, stage.seed)
+        about = {"key": group[0][0], "group": group[0][1], "port": lives.port, "seed": stage.seed}
+        job = replace(jobs[len(children) % len(jobs)], name=name, **about)  # type: ignore[arg-type]
         words = as_words(WorkerOrders(job, str(stage.folder / "stop"), str(stage.folder / f"{name}.log")))
         command = [sys.executable, "-m", "chaos.workers", words]
         children.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=TESTS))
 
     try:
-        for _ in range(PROCESSES):
+        for _ in jobs:
             start()
         for child in children:
             assert child.stdout is not None
@@ -256,6 +279,6 @@ JOB_SCENARIOS: dict[str, Callable[[Stage], None]] = {
     run.__name__: run
     for run in (
         *(workers, workers_every_byte, workers_in_holes, workers_and_restarts, workers_and_kills, workers_that_fail),
-        *(workers_killed, workers_frozen, workers_interrupted),
+        *(workers_killed, workers_frozen, workers_interrupted, workers_interrupted_at_every_line),
     )
 }
