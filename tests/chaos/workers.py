@@ -19,7 +19,7 @@ from chaos.clients import Calls, Stop, StopFile, TracedCalls
 from chaos.history import Died, Event, NoJob, Sent, Settled, Taken, as_line
 from chaos.others import Peer
 from dsmq.client import connect
-from dsmq.client.jobs import Job
+from dsmq.client.jobs import Job, jobs_of
 from dsmq.errors import JobLost
 from helpers import HOST
 
@@ -137,7 +137,7 @@ class Worker:
                 self.settle(taken, "return", chance.choice((0, 0, 0.05, 0.3)))
             case "extend":
                 self.settle(taken, "extend", chance.choice((0.1, 1.0)))
-                time.sleep(0.15)
+                time.sleep(75 * self.job.work_seconds)
                 self.settle(taken, "done")
             case "late":
                 time.sleep(min(LEASES) + 0.1)
@@ -255,6 +255,10 @@ class TakingWorker(Worker):
         return ended, None
 
     def close(self) -> None:
+        # It gives back what it holds.
+        for key, group, message_id, attempt in jobs_of(self._mq._session).leases:
+            body = self._jobs[message_id, attempt].text
+            self._log(Settled(self.job.name, key, group, "return", message_id, attempt, body, time.monotonic()))
         self._mq.close()
 
 
@@ -343,6 +347,7 @@ def main() -> int:
         worker = KINDS[orders.job.kind](orders.job, log, calls)
         print("ready", flush=True)
         worker.run(StopFile(orders.stop))
+        worker.close()
     except BaseException as error:  # noqa: BLE001 - recorded, not raised
         log(Died(orders.job.name, repr(error)))
     return 0
