@@ -48,6 +48,10 @@ class TakeQueues:
     def is_empty(self, key: tuple[bytes, bytes]) -> bool:
         return key not in self._queues
 
+    def count(self, key: tuple[bytes, bytes]) -> int:
+        """Return how many workers of a group are waiting for a job."""
+        return len(self._queues.get(key, ()))
+
     def add(self, pending: PendingTake, connection: Connection) -> bool:
         """Return whether it is the first."""
         with self._lock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from dsmq.broker.arguments import check_topic, parse_number, parse_options, parse_topic
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 # Max topics in one reply.
 MAX_COUNT = 1_000
+# Max groups of workers in the reply to STATS, and the time to count the messages that wait for one of them.
+MAX_GROUPS, GROUP_SECONDS = 20, 0.0001
 
 
 def topics(client: Connection, request: list[bytes]) -> bytes:
@@ -31,8 +34,15 @@ def topics(client: Connection, request: list[bytes]) -> bytes:
 
 
 def stats(client: Connection, request: list[bytes]) -> bytes:
-    values = client.context.store.stats(*parse_stats(client, request))._asdict()
+    store, (topic, after) = client.context.store, parse_stats(client, request)
+    values = store.stats(topic, after)._asdict()
     del values["name"]
+    if store.groups:
+        found = store.groups.stats(lambda group: group.key == topic, GROUP_SECONDS)
+        for group in islice(found, MAX_GROUPS):
+            workers = client.context.take_queues.count((topic, group.name))
+            figures = {**group.figures, "waiting_workers": workers}
+            values |= {f"{group.name.decode()}:{name}": value for name, value in figures.items()}
     return encode_value(client.version, values)
 
 

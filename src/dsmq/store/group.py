@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import heapq
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
 from dsmq.store.selection import Selection
@@ -49,6 +48,34 @@ class GroupCounts:
     """Messages that expired before they were taken, or before they were given again."""
     dropped: int = 0
     """Messages that their topic dropped before they were taken."""
+
+    def add(self, other: GroupCounts, times: int = 1) -> None:
+        for name in self.__slots__:
+            setattr(self, name, getattr(self, name) + times * getattr(other, name))
+
+
+class GroupStats(NamedTuple):
+    key: bytes
+    """The topic or pattern."""
+    name: bytes
+    held: int
+    """Jobs that workers have and may still finish."""
+    again: int
+    """Jobs that wait to be given again."""
+    counts: GroupCounts
+    waiting: int
+    """Messages that were not given yet; an estimate, if it takes too long to count them."""
+    oldest_age_ms: int
+    """Age of the oldest message that is not done; 0 if there is none."""
+
+    @property
+    def states(self) -> dict[str, int]:
+        """Return the number of messages in each state."""
+        return {"waiting": self.waiting, "held": self.held, "again": self.again}
+
+    @property
+    def figures(self) -> dict[str, int]:
+        return {**self.states, **asdict(self.counts), "oldest_age_ms": self.oldest_age_ms}
 
 
 @dataclass(slots=True)
@@ -211,7 +238,3 @@ class Group:
         self.numbers[topic] = number, dropped
         if len(self.numbers) > MAX_NUMBERS:
             del self.numbers[next(iter(self.numbers))]
-
-    def held(self) -> Iterable[HeldJob]:
-        """Return the jobs that workers hold, longest first."""
-        return sorted((job for job in self.jobs.values() if job.is_held), key=lambda job: job.since)

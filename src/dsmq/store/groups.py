@@ -6,17 +6,21 @@ so they expire, and count towards limits, like all others.
 
 from __future__ import annotations
 
+import heapq
 import logging
 import sqlite3
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from operator import attrgetter
 from typing import NamedTuple
 
 from dsmq import logs
 from dsmq.errors import BadRequest, Full, JobLost, ReplyError
 from dsmq.store.api import Found, ManyTopics, Message, Outcome, Put, TopicMessage
-from dsmq.store.group import Group, GroupCounts, HeldJob, Receipt
+from dsmq.store.group import Group, GroupCounts, GroupStats, HeldJob, Receipt
 from dsmq.store.schema import Batch
 from dsmq.store.selection import Selection
 from dsmq.store.topics import TopicTable
@@ -29,6 +33,10 @@ LEASE_AFTER_RESTART_MS = 30_000
 _MOVE_AGAIN_MS = 1_000
 # Max jobs of a group moved there while the lock is held.
 _MAX_MOVED = 100
+# Max jobs tried to find the oldest one whose message has not expired.
+_MAX_PEEKS = 10
+
+_is_held = attrgetter("is_held")
 
 _logger = logging.getLogger(__name__)
 
@@ -76,19 +84,6 @@ class Job(NamedTuple):
     """How often it has been given, including this time."""
 
 
-class GroupStats(NamedTuple):
-    key: bytes
-    """The topic or pattern."""
-    name: bytes
-    held: int
-    """Jobs that workers have and may still finish."""
-    again: int
-    """Jobs that wait to be given again."""
-    waiting: int
-    """Messages that were not given yet."""
-    counts: GroupCounts
-
-
 class Source:
     """What groups need of a store, as part of it."""
 
@@ -113,14 +108,11 @@ class Source:
         """Return how many messages a topic has dropped to make room for newer ones."""
         return self._topics.dropped_by_name.get(topic, 0)
 
-    def count_after(self, selection: Selection, numbers: Mapping[bytes, tuple[int, int]]) -> int:
-        """Return how many stored messages of a selection have higher numbers than those given for their topics."""
-        count = 0
-        for topic in list(self._topics.by_name.values()):
-            if selection.matches(topic.name):
-                last, _ = numbers.get(topic.name, (0, 0))
-                count += min(topic.messages, topic.last_number - last)
-        return count
+    def peek(self, topic: bytes, below: int = sys.maxsize) -> Message | None:
+        raise NotImplementedError
+
+    def backlog(self, selection: Selection, after: int, until: float) -> tuple[int, int]:
+        raise NotImplementedError
 
 
 class Groups:
@@ -135,6 +127,9 @@ class Groups:
         self._source = source
         self._groups: dict[tuple[bytes, bytes], Group] = {}
         self._memory = 0
+        # Added to the counts of the groups to give those since the start: what forgotten groups have counted, without
+        # what restored ones had counted before.
+        self._base = GroupCounts()
 
     # Jobs
 
@@ -288,6 +283,7 @@ class Groups:
                 if group.next_due is None and now - group.used_at > self._source.max_age_ms:
                     # No worker has a job, and all that were given have expired.
                     self._memory -= group.counted_memory
+                    self._base.add(group.counts)
                     del self._groups[key]
         if moved:
             self.on_messages(moved)
@@ -319,21 +315,55 @@ class Groups:
 
     # Statistics
 
-    def stats(self) -> list[GroupStats]:
-        with self.lock:
-            return [
-                GroupStats(
-                    *(group.key, group.name, held := len([*group.held()]), len(group.jobs) - held),
-                    self._source.count_after(group.selection, group.numbers),
-                    group.counts,
-                )
-                for group in self._groups.values()
-            ]
+    @property
+    def count(self) -> int:
+        return len(self._groups)
 
-    def held(self, key: bytes) -> list[tuple[bytes, HeldJob]]:
-        """Return the jobs of a topic or pattern that workers hold, with the names of their groups."""
+    @property
+    def memory(self) -> int:
+        return self._memory
+
+    def counts(self) -> GroupCounts:
+        """Return the sums over all groups since the start, including forgotten ones."""
+        found = GroupCounts()
+        for counts in (self._base, *[group.counts for group in list(self._groups.values())]):
+            found.add(counts)
+        return found
+
+    def stats(self, is_wanted: Callable[[Group], bool], seconds: float) -> Iterator[GroupStats]:
+        """Iterate over groups, in the order in which they began, with about this much time for each.
+
+        Holds no lock for longer than that.
+        """
+        for group in list(self._groups.values()):
+            if is_wanted(group):
+                yield self._describe(group, time.monotonic() + seconds)
+
+    def _describe(self, group: Group, until: float) -> GroupStats:
         with self.lock:
-            return [(group.name, job) for group in self._groups.values() if group.key == key for job in group.held()]
+            held, jobs = sum(map(_is_held, group.jobs.values())), len(group.jobs)
+            oldest = [group.jobs[message_id] for message_id in heapq.nsmallest(_MAX_PEEKS, group.jobs)]
+            position, counts = group.position, replace(group.counts)
+        waiting, age_ms = self._source.backlog(group.selection, position, until)
+        for job in oldest:
+            message = self._source.peek(job.topic, job.id + 1)
+            if message is not None and message.id == job.id:
+                age_ms = message.age_ms
+                break
+        return GroupStats(group.key, group.name, held, jobs - held, counts, waiting, age_ms)
+
+    def held(self, topic: bytes, count: int) -> list[tuple[Group, HeldJob, int]]:
+        """Return the jobs of a topic that workers hold, each with its group and for how many milliseconds; the longest
+        first.
+        """
+        found = []
+        for group in list(self._groups.values()):
+            if group.selection.matches(topic):
+                with self.lock:
+                    jobs = list(group.jobs.values())
+                found += [(group, job) for job in jobs if job.is_held and job.topic == topic]
+        now = self._source.now()
+        return [(*one, now - one[1].since) for one in heapq.nsmallest(count, found, key=lambda one: one[1].since)]
 
     # Snapshots
 
@@ -368,6 +398,7 @@ class Groups:
         for row, key, name, used_at, position, *counts in source.execute("SELECT * FROM worker_groups ORDER BY id"):
             group = by_row[row] = Group(key, name, Selection([key]), used_at, position, counts=GroupCounts(*counts))
             self._groups[key, name] = group
+            self._base.add(group.counts, -1)
         for row, message_id, topic, attempt, until, is_held in source.execute("SELECT * FROM jobs ORDER BY rowid"):
             if topic is None:
                 by_row[row].done[message_id] = attempt

@@ -139,6 +139,33 @@ class SelectionReads:
                 body = self._database.bodies(row, row)[row][start : start + size]
             return Message(message_id, number, now - put_at, body, put_at - since) if put_at >= since else None
 
+    def backlog(self, selection: Selection, after: int, until: float) -> tuple[int, int]:
+        """Return how many messages of a selection have ids above `after`, and the age of the first in milliseconds.
+
+        If they belong to more than a few topics and can't be counted until this time, the number is an estimate.
+        """
+        with self._database:
+            now, count, first = self._clock(), 0, None
+            self._match(selection, self._last_id - after, until)
+            behind = self._behind(selection, after)
+            if behind is not None and len(behind) <= MAX_MERGED_TOPICS:
+                firsts = [self._first(topic, after, now) for topic in behind]
+                numbers = [topic.last_number - one[1] + 1 for topic, one in zip(behind, firsts, strict=True) if one]
+                first = min(filter(None, firsts), default=None)
+                return sum(numbers), now - first[2] if first else 0
+            for up_to, found in self._forwards(ManyTopics(selection, after, 1, 1), now):
+                count += len(found)
+                first = first or next(iter(found), None)
+                if time.monotonic() >= until and after < up_to < self._last_id:
+                    count = count * (self._last_id - after) // (up_to - after)
+                    break
+            return count, now - first[2] if first else 0
+
+    def _first(self, topic: Topic, after: int, now: int) -> _Candidate | None:
+        """Return a topic's first message with an id above `after`."""
+        found = self._forwards(ManyTopics(Selection([topic.name]), after, 1, 1), now)
+        return next((one for _, candidates in found for one in candidates), None)
+
     # Forwards
 
     def _forwards(self, wanted: ManyTopics, now: int) -> Iterator[_Part]:
