@@ -8,13 +8,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dsmq import __version__
 from dsmq import settings as config
-from dsmq.broker import topics
 from dsmq.broker.counters import Counters, total
+from dsmq.broker.topics import first_groups
 from dsmq.errors import ReplyError
 from dsmq.ops.inspector import GROUP_SECONDS, SEARCH_SHARE, Inspector
 from dsmq.store.api import EngineStats, Totals
@@ -256,7 +255,7 @@ class Status:
         }
 
     def _groups_info(self, groups: Groups) -> dict[str, object]:
-        found = islice(groups.stats(lambda _: True, topics.GROUP_SECONDS), topics.MAX_GROUPS)
+        found = first_groups(groups, lambda _: True)
         return {
             "groups": groups.count,
             **{f"jobs_{event}": count for event, count in asdict(groups.counts()).items()},

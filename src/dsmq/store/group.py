@@ -59,12 +59,12 @@ class GroupStats(NamedTuple):
     """The topic or pattern."""
     name: bytes
     held: int
-    """Jobs that workers have and may still finish."""
+    """Jobs that workers hold."""
     again: int
     """Jobs that wait to be given again."""
     counts: GroupCounts
     waiting: int
-    """Messages that were not given yet; an estimate, if it takes too long to count them."""
+    """Messages that were not given yet; for a pattern that matches more than 1,000 topics, all messages put since."""
     oldest_age_ms: int
     """Age of the oldest message that is not done; 0 if there is none."""
 
@@ -93,6 +93,11 @@ class HeldJob:
     """When the current worker got it."""
     token: bytes = b""
     worker: str = ""
+
+    @property
+    def is_in_flight(self) -> bool:
+        """Whether a worker holds it, and its lease is not over."""
+        return self.is_held and self.until >= 0
 
 
 @dataclass(slots=True)

@@ -12,7 +12,7 @@ import sqlite3
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from typing import NamedTuple
@@ -35,8 +35,6 @@ _MOVE_AGAIN_MS = 1_000
 _MAX_MOVED = 100
 # Max jobs tried to find the oldest one whose message has not expired.
 _MAX_PEEKS = 10
-
-_is_held = attrgetter("is_held")
 
 _logger = logging.getLogger(__name__)
 
@@ -111,7 +109,7 @@ class Source:
     def peek(self, topic: bytes, below: int = sys.maxsize) -> Message | None:
         raise NotImplementedError
 
-    def backlog(self, selection: Selection, after: int, until: float) -> tuple[int, int]:
+    def backlog(self, selection: Selection, after: int, given: Mapping[bytes, int], until: float) -> tuple[int, int]:
         raise NotImplementedError
 
 
@@ -331,26 +329,24 @@ class Groups:
         return found
 
     def stats(self, is_wanted: Callable[[Group], bool], seconds: float) -> Iterator[GroupStats]:
-        """Iterate over groups, in the order in which they began, with about this much time for each.
-
-        Holds no lock for longer than that.
-        """
+        """Iterate over groups, in the order in which they began, with up to this much time to match topics for each."""
         for group in list(self._groups.values()):
             if is_wanted(group):
                 yield self._describe(group, time.monotonic() + seconds)
 
     def _describe(self, group: Group, until: float) -> GroupStats:
         with self.lock:
-            held, jobs = sum(map(_is_held, group.jobs.values())), len(group.jobs)
-            oldest = [group.jobs[message_id] for message_id in heapq.nsmallest(_MAX_PEEKS, group.jobs)]
+            jobs = list(group.jobs.values())
             position, counts = group.position, replace(group.counts)
-        waiting, age_ms = self._source.backlog(group.selection, position, until)
-        for job in oldest:
+            given = {topic: number for topic, (number, _) in group.numbers.items()}
+        held = sum([job.is_in_flight for job in jobs])
+        waiting, age_ms = self._source.backlog(group.selection, position, given, until)
+        for job in heapq.nsmallest(_MAX_PEEKS, jobs, key=attrgetter("id")):
             message = self._source.peek(job.topic, job.id + 1)
             if message is not None and message.id == job.id:
                 age_ms = message.age_ms
                 break
-        return GroupStats(group.key, group.name, held, jobs - held, counts, waiting, age_ms)
+        return GroupStats(group.key, group.name, held, len(jobs) - held, counts, waiting, age_ms)
 
     def held(self, topic: bytes, count: int) -> list[tuple[Group, HeldJob, int]]:
         """Return the jobs of a topic that workers hold, each with its group and for how many milliseconds; the longest
@@ -361,7 +357,7 @@ class Groups:
             if group.selection.matches(topic):
                 with self.lock:
                     jobs = list(group.jobs.values())
-                found += [(group, job) for job in jobs if job.is_held and job.topic == topic]
+                found += [(group, job) for job in jobs if job.is_in_flight and job.topic == topic]
         now = self._source.now()
         return [(*one, now - one[1].since) for one in heapq.nsmallest(count, found, key=lambda one: one[1].since)]
 

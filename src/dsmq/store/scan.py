@@ -10,7 +10,7 @@ import sys
 import time
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from heapq import merge
 from itertools import accumulate, count, islice
 from operator import itemgetter
@@ -139,27 +139,27 @@ class SelectionReads:
                 body = self._database.bodies(row, row)[row][start : start + size]
             return Message(message_id, number, now - put_at, body, put_at - since) if put_at >= since else None
 
-    def backlog(self, selection: Selection, after: int, until: float) -> tuple[int, int]:
+    def backlog(self, selection: Selection, after: int, given: Mapping[bytes, int], until: float) -> tuple[int, int]:
         """Return how many messages of a selection have ids above `after`, and the age of the first in milliseconds.
 
-        If they belong to more than a few topics and can't be counted until this time, the number is an estimate.
+        `given` has the last numbers up to there. Both figures may be too high: the age if there are such messages in
+        more than a few topics, the number if more topics match than are remembered, or can be matched until this time.
         """
         with self._database:
-            now, count, first = self._clock(), 0, None
-            self._match(selection, self._last_id - after, until)
+            now, last_id = self._clock(), self._last_id
+            self._match(selection, sys.maxsize if after < last_id else 0, until)
             behind = self._behind(selection, after)
             if behind is not None and len(behind) <= MAX_MERGED_TOPICS:
-                firsts = [self._first(topic, after, now) for topic in behind]
-                numbers = [topic.last_number - one[1] + 1 for topic, one in zip(behind, firsts, strict=True) if one]
-                first = min(filter(None, firsts), default=None)
-                return sum(numbers), now - first[2] if first else 0
-            for up_to, found in self._forwards(ManyTopics(selection, after, 1, 1), now):
-                count += len(found)
-                first = first or next(iter(found), None)
-                if time.monotonic() >= until and after < up_to < self._last_id:
-                    count = count * (self._last_id - after) // (up_to - after)
-                    break
-            return count, now - first[2] if first else 0
+                found = [(first, topic) for topic in behind if (first := self._first(topic, after, now))]
+                age_ms = max([now - first[2] for first, _ in found], default=0)
+                return sum([topic.last_number - first[1] + 1 for first, topic in found]), age_ms
+            if after >= self._buffer.written_id or (put_at := self._database.put_time(after + 1)) is None:
+                buffered = self._buffered(selection, behind, after, now)
+                put_at = buffered[0][2] if buffered else now
+            if behind is None:
+                return min(last_id - after, self._topics.messages), now - put_at
+            counts = [min(topic.messages, topic.last_number - given.get(topic.name, 0)) for topic in behind]
+            return sum(counts), now - put_at
 
     def _first(self, topic: Topic, after: int, now: int) -> _Candidate | None:
         """Return a topic's first message with an id above `after`."""
