@@ -1,4 +1,4 @@
-"""Hosts on a network of their own: network namespaces that are connected to one switch."""
+"""Hosts on their own network: network namespaces connected to one switch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from conftest import tool
 
-# For documentation (RFC 5737), so that nothing is reached by mistake.
+# Reserved for documentation (RFC 5737), so that nothing is reached by mistake.
 NETWORK = "192.0.2"
 
 
@@ -41,7 +41,7 @@ class Host:
 
     @contextmanager
     def cut_off(self) -> Iterator[None]:
-        """Pull its cable: nothing arrives, and nobody is told."""
+        """Pull its cable: nothing arrives, and neither side notices."""
         _run(self._ip, "-n", self._switch, "link", "set", self._link, "down")
         try:
             yield

@@ -594,11 +594,6 @@ def test_rules_must_be_tables(text: str, tmp_path: Path) -> None:
     assert "should be written as tables: [[topic]]" in error
 
 
-@pytest.mark.parametrize("given", [{"when_full": "drop_oldest"}, {"topic": [{"pattern": "a", "max_messages": 3}]}])
-def test_rules_are_refused_over_nats(given: dict[str, Any]) -> None:
-    assert "can't be used with store yet" in config_error(store="nats://127.0.0.1:4222", **given)
-
-
 # TOML out
 
 

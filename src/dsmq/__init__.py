@@ -13,14 +13,15 @@ TYPE_CHECKING = bool()  # noqa: UP018
 if TYPE_CHECKING:
     from dsmq import aio, client, errors, server
     from dsmq.client import connect
+    from dsmq.client.jobs import Job
     from dsmq.client.message import Message
     from dsmq.server import Server, serve
 
-__all__ = ["Message", "Server", "aio", "client", "connect", "errors", "serve", "server"]
+__all__ = ["Job", "Message", "Server", "aio", "client", "connect", "errors", "serve", "server"]
 
 __version__ = "2.0.0"
 
-_MODULES = {"Message": "client", "Server": "server", "connect": "client", "serve": "server"}
+_MODULES = {"Job": "client", "Message": "client", "Server": "server", "connect": "client", "serve": "server"}
 
 
 def __getattr__(name: str) -> object:

@@ -20,26 +20,28 @@ import math
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypeVar, Unpack, overload
 
 from dsmq import client as blocking
-from dsmq.client import arguments, replies, requests
+from dsmq.client import arguments, jobs, replies, requests
 from dsmq.client.arguments import Names
 from dsmq.client.async_pool import Pool, retrieve_error
 from dsmq.client.core import NOT_STARTED, Client, Options, Retries
+from dsmq.client.jobs import Job, Receipt, Settle, jobs_of
 from dsmq.client.message import Message
 from dsmq.client.reader import Claim
 from dsmq.client.replies import check, stored_id
 from dsmq.client.requests import ALL, Call, NonIdempotent, Put, PutMany, list_topics, read
 from dsmq.client.session import PING, SHUTDOWN, State
-from dsmq.errors import ClientClosed
+from dsmq.errors import ClientClosed, DSMQError
 from dsmq.system import process
 
 if TYPE_CHECKING:
     from ssl import SSLContext
 
-__all__ = ["AsyncClient", "Message", "connect"]
+__all__ = ["AsyncClient", "Job", "Message", "connect"]
 
 D = TypeVar("D")
 T = TypeVar("T")
@@ -205,6 +207,37 @@ class AsyncClient(Client):
         self._session.reader(key)
         return _Messages(self, key, seconds, raw if text or raw else None)
 
+    async def take(
+        self, topic: str, group: str = "workers", *, timeout: float | None = None, lease: float = 60.0
+    ) -> Job | None:
+        """Take the oldest job of a topic or pattern. If this is cancelled, the next call gets the same job."""
+        seconds = blocking.default_wait() if timeout is None else arguments.seconds("timeout", timeout)
+        work = jobs.Work(self, topic, group, seconds, lease)
+        try:
+            await self._advance(work)
+            return work.hand_out()
+        except BaseException:
+            work.interrupted(is_over=True)
+            raise
+
+    def work(
+        self, topic: str, group: str = "workers", *, timeout: float = math.inf, lease: float = 60.0, prefetch: int = 1
+    ) -> AsyncIterator[Job]:
+        """Iterate over jobs. If a variable keeps the iterator, `await` its `aclose()` after leaving the loop."""
+        return _Work(self, topic, group, timeout, lease, prefetch)
+
+    async def done(self, job: Job) -> None:
+        """Finish a job. Raises JobLost if its lease has ended."""
+        await self._settle(jobs.done(job), job)
+
+    async def give_back(self, job: Job, *, delay: float = 0.0) -> None:
+        """Return a job to its group, after `delay` seconds. Raises JobLost if its lease has ended."""
+        await self._settle(jobs.give_back(job, delay), job)
+
+    async def extend(self, job: Job, seconds: float) -> None:
+        """Make a job's lease end in `seconds`. Raises JobLost if it has already ended."""
+        await self._settle(jobs.extend(job, seconds), job, seconds)
+
     async def ping(self) -> None:
         """Check that the server answers."""
         await self._run(ping := Call(PING))
@@ -235,10 +268,16 @@ class AsyncClient(Client):
         await shared.await_end()
 
     async def close(self) -> None:
-        """Close the client. Calls in progress in other tasks raise ClientClosed. Idempotent."""
-        self._core.is_closed = True
-        if self._pool is not None:
-            self._pool.close(ClientClosed("the client was closed during the call"))
+        """Close the client. Calls in progress in other tasks raise ClientClosed. Idempotent.
+
+        Its jobs are given back first, if the server answers within the client's timeout.
+        """
+        try:
+            await self._leave([*jobs_of(self._session).leases])
+        finally:
+            self._core.is_closed = True
+            if self._pool is not None:
+                self._pool.close(ClientClosed("the client was closed during the call"))
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("an asyncio client can't be pickled: connect in the other process")
@@ -288,6 +327,33 @@ class AsyncClient(Client):
             for call in read(self._session, reader, claim, taken, n, seconds, convert, latest):
                 await (self._here().wait(call) if call.waits else self._run(call))
         return taken
+
+    async def _settle(self, call: Settle, job: Job, lease: float = 0.0) -> None:
+        await self._run(call)
+        call.accept(jobs_of(self._session).leases, job, lease)
+
+    async def _leave(self, receipts: list[Receipt], finished: Job | None = None) -> None:
+        """Give back jobs, and finish one, if the server answers now. Otherwise, their leases will end."""
+        with suppress(DSMQError, OSError, RuntimeError):
+            async with asyncio.timeout(self._core.timeout):
+                for call in jobs.leave(jobs_of(self._session).leases, receipts, finished):
+                    await self._here().shared.ask_once(call)
+
+    def _leave_soon(self, *left: Any) -> None:
+        """Do the same in the client's event loop, if it is running; from any thread."""
+
+        def begin() -> None:
+            with suppress(DSMQError, RuntimeError):
+                for call in jobs.leave(jobs_of(self._session).leases, *left):
+                    self._run(call).add_done_callback(retrieve_error)
+
+        if self._pool is not None:
+            with suppress(RuntimeError):
+                self._pool.loop.call_soon_threadsafe(begin)
+
+    async def _advance(self, work: jobs.Work) -> None:
+        for call in work.calls():
+            await (self._here().wait(call) if call.waits else self._run(call))
 
     # Connections
 
@@ -350,3 +416,32 @@ class _Messages:
             client._session.returned.append((claim, []))  # noqa: SLF001
             raise
         raise StopAsyncIteration
+
+
+class _Work(jobs.Work):
+    """Iterates over jobs. Not a generator, which a cancelled `anext` would end."""
+
+    _mq: Any = None
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Job:
+        self.begin()
+        try:
+            await self._mq._advance(self)  # noqa: SLF001 - one module
+            if job := self.hand_out():
+                return job
+        except BaseException:
+            self.interrupted()
+            raise
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        """Give back the caller's job, and those taken in advance."""
+        await self._mq._leave(*self.left())  # noqa: SLF001
+
+    def __del__(self) -> None:
+        # None if an argument was invalid.
+        if self._mq is not None:
+            self._mq._leave_soon(*self.left())  # noqa: SLF001

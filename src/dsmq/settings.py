@@ -149,14 +149,15 @@ class Settings(BaseSettings):
     max_waiting_patterns: Limit = 10_000
     """Max patterns of all clients waiting for a message; further ones get an error."""
     max_groups: Limit = 1_000
-    """Max groups of workers. A group is forgotten when it was not used for max_age_seconds."""
+    """Max groups of workers. A group that is not used for max_age_seconds is forgotten."""
     max_jobs_in_flight: Limit = 10_000
-    """Max jobs that a group of workers has taken, and not finished; beyond it, no more are given."""
+    """Max unfinished jobs of a group of workers; at the limit, no new ones are given."""
     max_group_bytes: Bytes = 16_777_216
-    """Max memory for the state of all groups of workers, about 600 bytes a job in flight."""
+    """Max memory for the state of all groups of workers: about 600 bytes per unfinished job."""
     max_attempts: Annotated[int, Field(ge=0, le=1_000_000)] = 0
-    """How often a job is given to workers. If it is still not done, it is put into the topic with its topic's name and
-    /failed. 0: any number of times, until it expires."""
+    """Max times that a job is given to workers. If it is still not done, it is moved to a topic with /failed added to
+    the name. 0: unlimited, until it expires.
+    """
     max_unread_reply_bytes: Annotated[int, Field(ge=1024, le=1_073_741_824), Size] = 16_777_216
     """Max unread reply bytes buffered for a client; above it, its requests are not read. The default is enough for
     1,000,000 short requests sent at once."""
@@ -196,7 +197,8 @@ class Settings(BaseSettings):
     """Max lines logged per second for the same cause. The rest are counted and summarised."""
     topic: tuple[TopicSettings, ...] = ()
     """Limits for some topics. The first table whose pattern matches (* matches any characters) applies; settings that
-    it omits are as for all topics. Only in this file, below all other settings.
+    it omits are as for all topics. Only in this file, below all other settings. With store, they apply on all servers,
+    as do when_full and the limits per topic: see deploy/cluster/README.md.
     """
 
     @classmethod
@@ -232,8 +234,6 @@ class Settings(BaseSettings):
                 raise ValueError(f"{name} is set without {needs}")
         if self.store and self.snapshot_file:
             raise ValueError("snapshot_file can't be used with store, which is already persistent")
-        if self.store and (self.topic or self.when_full != "refuse"):
-            raise ValueError("[[topic]] and when_full can't be used with store yet")
         if self.store_user and self.store_token_file:
             raise ValueError("store_user and store_token_file are both set")
         if self.http_token.get_secret_value() and self.http_token_file:

@@ -130,6 +130,22 @@ def test_messages_of_several_topics_are_not_lost_while_the_reply_waits_for_memor
         assert (reply[0], len(reply[5])) == (1, 900_000)
 
 
+@pytest.mark.usefixtures("patient")
+@pytest.mark.embedded("TAKE is not possible with a NATS store yet")
+def test_job_is_taken_once_while_the_reply_waits_for_memory() -> None:
+    with serving() as server, wire_to(server) as worker, wire_to(server) as writer:
+        for _ in range(2):
+            writer.call("PUT", "t", "x" * 900_000)
+        replies, somebody = server.context.usage.replies, Mock(Connection)
+        replies.add(somebody, replies.limit - 500_000)
+        worker.send(encode_request(b"TAKE", b"t", b"w", b"60000"))
+        wait_until(lambda: len(replies.queue) == 1)
+        replies.drop(somebody)
+        reply = worker.receive()
+        assert isinstance(reply, list)
+        assert (reply[1], len(reply[4])) == (1, 900_000)
+
+
 @pytest.mark.slow
 def test_largest_nonreading_client_is_dropped_to_make_room(tmp_path: Path) -> None:
     # The kernel buffers little for a Unix socket.

@@ -1,4 +1,4 @@
-"""TAKE, DONE, RETURN and EXTEND: work shared by several workers."""
+"""TAKE, DONE, RETURN and EXTEND: jobs shared among workers."""
 
 from __future__ import annotations
 
@@ -36,9 +36,10 @@ MAX_JOBS = 1_000
 
 
 class TakeQueues:
-    """The waiting TAKEs of all event loops, in the order in which they came. Thread-safe.
+    """The waiting TAKEs of all event loops, in order of arrival. Thread-safe.
 
-    Only the first of each group waits for messages, so that a put wakes one worker. The others wait for their turn.
+    Only the first of each group waits for messages, so that a put wakes only one worker. The others wait for their
+    turn.
     """
 
     def __init__(self) -> None:
@@ -53,14 +54,14 @@ class TakeQueues:
         return len(self._queues.get(key, ()))
 
     def add(self, pending: PendingTake, connection: Connection) -> bool:
-        """Return whether it is the first."""
+        """Add a TAKE; return whether it is the first of its group."""
         with self._lock:
             queue = self._queues.setdefault(pending.key, deque())
             queue.append((pending, connection))
             return len(queue) == 1
 
     def remove(self, pending: PendingTake, connection: Connection) -> None:
-        """If it was the first, it is the next one's turn."""
+        """Remove a TAKE. If it was the first, it is now the turn of the next."""
         with self._lock:
             queue = self._queues[pending.key]
             queue.remove((pending, connection))
@@ -72,7 +73,7 @@ class TakeQueues:
             its_connection.loop.post(partial(first.come_first, its_connection))
 
     def wake(self, key: tuple[bytes, bytes]) -> None:
-        """Let the first try again, because a job was returned."""
+        """Make the first one try again, because a job was returned."""
         with self._lock:
             queue = self._queues.get(key)
             connection = queue[0][1] if queue else None
@@ -82,7 +83,7 @@ class TakeQueues:
 
 @dataclass(slots=True, eq=False)
 class PendingTake(PendingRead):
-    """A TAKE, which waits as a read does, but only for its turn."""
+    """A TAKE, which waits like a read, but takes turns with others of its group."""
 
     group: bytes = b""
     selection: Selection = field(default_factory=lambda: Selection(()))
@@ -91,9 +92,9 @@ class PendingTake(PendingRead):
     worker: str = ""
     queues: TakeQueues = field(default_factory=TakeQueues)
     is_first: bool = False
-    """Whether it is its turn."""
+    """Whether it is this one's turn."""
     jobs: list[Job] = field(default_factory=list)
-    """The jobs given to it, if the reply has to wait for memory."""
+    """The jobs assigned to it, if its reply has to wait for memory."""
 
     @property
     def key(self) -> tuple[bytes, bytes]:
@@ -117,7 +118,7 @@ class PendingTake(PendingRead):
         return found
 
     def take(self, found: Any) -> list[Any] | None:
-        # An empty tuple: the search goes on.
+        # An empty tuple: the search continues.
         return None if type(found) is tuple else found
 
     def wait(self, waiters: Waiters, connection: Connection) -> None:
@@ -130,11 +131,11 @@ class PendingTake(PendingRead):
 
     @property
     def _awaited(self) -> tuple[Collection[bytes], Sequence[Pattern]]:
-        """The topics and patterns that it waits for: none until it is its turn."""
+        """The topics and patterns that it waits for: none before its turn."""
         return (self.selection.names, self.selection.patterns) if self.is_first else ((), ())
 
     def come_first(self, connection: Connection) -> None:
-        """Wait for messages: its turn has come."""
+        """Begin to wait for messages, because its turn has come."""
         if connection.reads.pending is not self or self.is_first:
             return
         waiters = connection.loop.waiters
@@ -147,7 +148,7 @@ class PendingTake(PendingRead):
             self.queues.remove(self, connection)
             connection.reads.fail(error)
         else:
-            # There may be messages already.
+            # There may already be messages.
             connection.reads.wake()
 
     def end_wait(self, waiters: Waiters, connection: Connection) -> None:
@@ -163,7 +164,7 @@ class PendingTake(PendingRead):
 
 def _groups(store: Store) -> Groups:
     if store.groups is None:
-        raise StoreFailed("workers can't share messages of this store yet")
+        raise StoreFailed("TAKE does not work with this store yet")
     return store.groups
 
 
@@ -222,7 +223,7 @@ def done(client: Connection, request: list[bytes]) -> Encoded:
 
 def parse_done(client: Connection, request: list[bytes]) -> tuple[tuple[bytes, bytes], list[Receipt]]:
     if len(request) % 2 == 0:
-        raise BadRequest("each id has an attempt")
+        raise BadRequest("each id needs an attempt")
     return _parse_key(client, request), [_parse_receipt(request[at : at + 2]) for at in range(3, len(request), 2)]
 
 
@@ -241,7 +242,7 @@ def parse_return(client: Connection, request: list[bytes]) -> tuple[tuple[bytes,
 def extend(client: Connection, request: list[bytes]) -> Encoded:
     key, receipt, lease_ms = parse_extend(client, request)
     _groups(client.context.store).extend(*key, receipt, lease_ms)
-    # The first that waits may have to wake earlier.
+    # The first waiting worker may have to wake earlier.
     client.context.take_queues.wake(key)
     return OK
 

@@ -20,18 +20,20 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack, overload
 
 from dsmq.client import arguments, replies, requests
 from dsmq.client.connection import Connection
-from dsmq.client.core import NOT_STARTED, Client, Options, Retries
+from dsmq.client.core import NOT_STARTED, Options, Retries
+from dsmq.client.jobs import Job, jobs_of
 from dsmq.client.message import Message
 from dsmq.client.pool import Pool
 from dsmq.client.reader import Claim
 from dsmq.client.replies import check, stored_id
 from dsmq.client.requests import ALL, Call, NonIdempotent, Put, PutMany, Retryable, list_topics, read
 from dsmq.client.session import PING, SHUTDOWN, State
+from dsmq.client.worker import Worker
 
 if TYPE_CHECKING:
     from ssl import SSLContext
 
-__all__ = ["DSMQClientSideConnection", "Message", "connect"]
+__all__ = ["DSMQClientSideConnection", "Job", "Message", "connect"]
 
 # The retry schedule of dsmq 1.4: the number of delays, and the first one in seconds; each delay is twice the previous
 # one. Their sum is the time that `connect` waits for a server to start, and the default timeout of `get_wait`. Both may
@@ -97,7 +99,7 @@ def connect(  # noqa: PLR0913 - listed one by one for help() and editors
     return DSMQClientSideConnection(**locals())
 
 
-class DSMQClientSideConnection(Client):
+class DSMQClientSideConnection(Worker):
     """A client, with its own position in each topic. Made by `connect`.
 
     Threads may share it, and signal handlers may call it: each call has a connection to itself. If a signal handler
@@ -271,9 +273,15 @@ class DSMQClientSideConnection(Client):
         self._pool.close_idle()
 
     def close(self) -> None:
-        """Close the client. Calls in progress in other threads raise ClientClosed. Idempotent."""
-        self._core.is_closed = True
-        self._pool.close()
+        """Close the client. Calls in progress in other threads raise ClientClosed. Idempotent.
+
+        Its jobs are given back first, if the server answers within the client's timeout.
+        """
+        try:
+            self._leave([*jobs_of(self._session).leases])
+        finally:
+            self._core.is_closed = True
+            self._pool.close()
 
     def __reduce__(self) -> tuple[Callable[..., Self], tuple[()]]:
         self._core.raise_if_closed("the client is closed")
@@ -318,9 +326,13 @@ class DSMQClientSideConnection(Client):
             self._session.returned.append((claim, []))
             raise
 
-    def _run(self, call: C, attempt: Callable[[Connection, C], None] = Connection.ask) -> None:  # type: ignore[assignment]
+    def _run(
+        self,
+        call: C,
+        attempt: Callable[[Connection, C], None] = Connection.ask,  # type: ignore[assignment]
+        retries: Retries | None = None,
+    ) -> None:
         """Make a call on a connection, and again on another one each time it breaks."""
-        retries = None
         while True:
             connection = None
             try:
@@ -341,6 +353,10 @@ class DSMQClientSideConnection(Client):
                 return
             # Not while the error is being handled: the traceback of an interrupt would include it.
             self._pool.wait(delay)
+
+    @staticmethod
+    def _wait_seconds(timeout: float | None) -> float:
+        return default_wait() if timeout is None else arguments.seconds("timeout", timeout)
 
     def _connect_at_start(self, retries: Retries) -> Connection:
         while True:

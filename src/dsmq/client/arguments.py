@@ -81,8 +81,13 @@ def topic_name(topic: object) -> bytes:
     if not topic:
         raise ValueError("the name of the topic is empty")
     if "*" in topic:
-        raise ValueError(f"{topic[:100]!r} is a pattern, which only read, messages, seek, position and forget take")
+        raise ValueError(f"{topic[:100]!r} is a pattern, which this call does not accept")
     return topic.encode()
+
+
+def topic_or_pattern(topic: object) -> bytes:
+    """Return a topic, or a pattern (which contains `*`), as sent on the wire."""
+    return topic.encode() if isinstance(topic, str) and "*" in topic else topic_name(topic)
 
 
 _LISTS = (list, tuple, set, frozenset)
@@ -126,11 +131,15 @@ def text(name: str, value: object) -> str:
 
 def client_name(value: object) -> bytes | None:
     """Return a client's name, which the server displays and logs, or None for the default."""
-    if value is None:
-        return None
-    name = text("name", value)
+    return None if value is None else short_name("name", value)
+
+
+def short_name(what: str, value: object) -> bytes:
+    """Return the name of a client or a group as sent on the wire."""
+    name = text(what, value)
     if len(name) > MAX_NAME_LENGTH or not all("!" <= character <= "~" for character in name):
-        raise ValueError(f"name should have at most {MAX_NAME_LENGTH} printable ASCII characters, no spaces: {name!r}")
+        about = f"should have at most {MAX_NAME_LENGTH} printable ASCII characters, no spaces"
+        raise ValueError(f"{what} {about}: {name!r}")
     return name.encode()
 
 

@@ -47,6 +47,15 @@ class Channel(Retryable):
             self._send()
         return place.future
 
+    async def ask_once(self, call: Call) -> None:
+        """Make a call, with at most one attempt to connect."""
+        await self.settle()
+        if self._connection is None or self._connection.error is not None:
+            if self._connecting is not None:
+                raise ConnectionResetError("there is no connection")
+            await self.connect()
+        await self.ask(call)
+
     def _schedule(self) -> None:
         if not self._is_scheduled:
             self._is_scheduled = True

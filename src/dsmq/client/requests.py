@@ -283,8 +283,7 @@ def stats(topic: str | None) -> Call:
 
 def purge(topic: str) -> Call:
     """Return the call that purges a topic, or the topics that match a pattern."""
-    is_pattern = isinstance(topic, str) and "*" in topic
-    return NonIdempotent(encode_request(b"PURGE", topic.encode() if is_pattern else arguments.topic_name(topic)))
+    return NonIdempotent(encode_request(b"PURGE", arguments.topic_or_pattern(topic)))
 
 
 class Put(Call):

@@ -8,7 +8,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from dsmq.client.arguments import Names, default_client_name, names, topic_name
 from dsmq.client.message import Message, not_text
@@ -19,6 +19,9 @@ from dsmq.errors import AuthRequired, ProtocolError
 from dsmq.system import boot_time
 from dsmq.wire.limits import MAX_INTEGER, MAX_READ_BYTES
 from dsmq.wire.resp import Reply, encode_request
+
+if TYPE_CHECKING:
+    from dsmq.client.jobs import Jobs
 
 SHUTDOWN = encode_request(b"SHUTDOWN")
 PING = encode_request(b"PING")
@@ -60,6 +63,8 @@ class Session:
         self.is_restarted = False
         """Whether the server was ever restarted, so that readers may have lost count of message numbers."""
         self.returned: Returned = []
+        self.jobs: dict[object, Jobs] = {}
+        """The jobs in each process that uses the client, by the result of `process`."""
         self.is_shared = False
         """Whether the server shares its store with others."""
         self._era = Era("", b"", 0, None)

@@ -30,8 +30,6 @@ MAX_NAMES_BYTES = 512
 FILTER_SLICE = 2_000
 # Max share of the time spent on searching for a page: searching 1,000,000 topics takes a second.
 SEARCH_SHARE = 0.05
-# The time to count the messages that wait for a group of workers, in seconds.
-GROUP_SECONDS = 0.001
 
 
 class Inspector:
@@ -96,7 +94,7 @@ class Inspector:
         groups, queues = self._store.groups, self._take_queues
         if not groups:
             return {"groups": [], "jobs": []}
-        found = groups.stats(lambda group: group.selection.matches(topic), GROUP_SECONDS)
+        found = groups.stats(lambda group: group.selection.matches(topic))
         return {
             "groups": [
                 {

@@ -15,7 +15,7 @@ from dsmq import settings as config
 from dsmq.broker.counters import Counters, total
 from dsmq.broker.topics import first_groups
 from dsmq.errors import ReplyError
-from dsmq.ops.inspector import GROUP_SECONDS, SEARCH_SHARE, Inspector
+from dsmq.ops.inspector import SEARCH_SHARE, Inspector
 from dsmq.store.api import EngineStats, Totals
 from dsmq.system import resident_bytes
 from dsmq.terminal import printable
@@ -95,7 +95,7 @@ class Status:
         if groups and (began := time.monotonic()) >= self._groups_due:
             found = []
             with suppress(ReplyError):
-                for group in groups.stats(lambda _: True, GROUP_SECONDS):
+                for group in groups.stats():
                     found.append((group, self.context.take_queues.count((group.key, group.name))))
                     # Lets other threads of the interpreter run.
                     time.sleep(0)

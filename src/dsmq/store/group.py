@@ -1,8 +1,8 @@
-"""The jobs of one group of workers: which messages they have taken, and which have to be given again.
+"""The jobs of one group of workers: the messages that they have taken, and those to be given again.
 
-A group takes the messages of a topic, or of those that match a pattern, in the order of ids. It remembers the last id
-that it has given, and the jobs up to there that are not done: those that a worker holds, until its lease ends, and
-those that wait to be given again.
+A group gives out the messages of a topic, or of the topics that match a pattern, in the order of ids. It remembers the
+last id given out, and the jobs up to that id that are not done: those held by a worker, until its lease ends, and those
+waiting to be given again.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import NamedTuple
 
 from dsmq.store.selection import Selection
 
-# The approximate memory for a job, and for one that is done.
+# The approximate memory for an unfinished job, and for a finished one.
 JOB_BYTES, DONE_BYTES = 600, 150
-# Max jobs remembered as done, so that a worker may repeat DONE if it got no reply.
+# Max jobs remembered as done, so that a worker can repeat DONE if it got no reply.
 MAX_DONE = 10_000
-# Max topics for which the last number is remembered, to count the messages that expired before they were taken.
+# Max topics whose last numbers are remembered, to count messages that expired before they were taken.
 MAX_NUMBERS = 1_000
-# In place of a time: the job can be given now; or it was given too often.
+# Instead of a time: the job can be given now, or it was given too often.
 _READY, _FAILED = -1, -2
 
 
@@ -43,7 +43,7 @@ class GroupCounts:
     failed: int = 0
     """Moved to the topic for failed jobs."""
     unmoved: int = 0
-    """Attempts to move a job there that failed, for example because that topic is full."""
+    """Unsuccessful attempts to move a job there, for example because that topic is full."""
     expired: int = 0
     """Messages that expired before they were taken, or before they were given again."""
     dropped: int = 0
@@ -59,7 +59,7 @@ class GroupStats(NamedTuple):
     """The topic or pattern."""
     name: bytes
     held: int
-    """Jobs that workers hold."""
+    """Jobs that workers hold and may still finish."""
     again: int
     """Jobs that wait to be given again."""
     counts: GroupCounts
@@ -88,7 +88,8 @@ class HeldJob:
     until: int = _READY
     """When its lease, or its delay, ends."""
     is_held: bool = False
-    """Whether a worker may still finish this attempt. The lease may be over, if it was not given again yet."""
+    """Whether a worker may still finish this attempt; after its lease has ended, as long as the job is not given again.
+    """
     since: int = 0
     """When the current worker got it."""
     token: bytes = b""
@@ -112,16 +113,16 @@ class Group:
     position: int = 0
     """All messages up to this id have been given."""
     counted_memory: int = 0
-    """The part of the memory of all groups that is counted for this one."""
+    """This group's share of the counted memory of all groups."""
     jobs: dict[int, HeldJob] = field(default_factory=dict)
     done: dict[int, int] = field(default_factory=dict)
     """The attempts that finished jobs, by id."""
     numbers: dict[bytes, tuple[int, int]] = field(default_factory=dict)
-    """For each topic: the last number given, and how many messages it had dropped then."""
+    """For each topic: the last number given, and the number of messages that it had dropped by then."""
     counts: GroupCounts = field(default_factory=GroupCounts)
     _tokens: dict[bytes, list[Receipt]] = field(default_factory=dict)
     _due: list[tuple[int, int]] = field(default_factory=list)
-    # May hold ids of jobs that are not ready any more, like `_due`.
+    # Like `_due`, may contain ids of jobs that are no longer ready.
     _ready: list[int] = field(default_factory=list)
     failed: list[HeldJob] = field(default_factory=list)
     """Jobs that were given too often."""
@@ -132,11 +133,11 @@ class Group:
 
     @property
     def next_due(self) -> int | None:
-        """When the next lease or delay ends, if there is one; it may be too early."""
+        """When the next lease or delay ends, if there is any; possibly too early."""
         return self._due[0][0] if self._due else None
 
     def restore(self, job: HeldJob) -> None:
-        """Add a job of a snapshot."""
+        """Add a job from a snapshot."""
         self.jobs[job.id] = job
         if job.until == _FAILED:
             self.failed.append(job)
@@ -146,7 +147,7 @@ class Group:
             self._await(job, job.until)
 
     def repeat(self, token: bytes) -> list[HeldJob]:
-        """Return the jobs given under a token that are still held."""
+        """Return the jobs given for a token that are still held."""
         receipts = self._tokens.get(token, ())
         return [self.jobs[receipt.id] for receipt in receipts if self.is_current(receipt)]
 
@@ -177,12 +178,12 @@ class Group:
         job.until = until
         heapq.heappush(self._due, (until, job.id))
         if len(self._due) > 2 * len(self.jobs) + 64:
-            # Most belong to jobs that are done.
+            # Most entries belong to finished jobs.
             self._due = [(job.until, job.id) for job in self.jobs.values() if job.until >= 0]
             heapq.heapify(self._due)
 
     def end_leases(self, now: int, max_attempts: int) -> None:
-        """Let the jobs whose lease or delay has ended be given again, unless they were given too often."""
+        """Make jobs whose lease or delay has ended available again, unless they were given too often."""
         while self._due and self._due[0][0] <= now:
             until, message_id = heapq.heappop(self._due)
             job = self.jobs.get(message_id)
@@ -202,7 +203,7 @@ class Group:
         return job is not None and job.is_held and job.attempt == receipt.attempt
 
     def finish(self, receipt: Receipt) -> None:
-        """End a job that is current."""
+        """Finish a current job."""
         self.counts.done += 1
         self.remove(self.jobs[receipt.id])
         self.done[receipt.id] = receipt.attempt
@@ -210,11 +211,11 @@ class Group:
             del self.done[next(iter(self.done))]
 
     def extend(self, receipt: Receipt, until: int) -> None:
-        """Change the lease of a job that is current."""
+        """Change the lease of a current job."""
         self._await(self.jobs[receipt.id], until)
 
     def put_back(self, job: HeldJob, until: int) -> None:
-        """Take a job from its worker, to be given again at a time."""
+        """Take a job from its worker; it is given again at the time `until`."""
         self._forget_token(job)
         job.is_held, job.token, job.worker = False, b"", ""
         self._await(job, until)
@@ -231,9 +232,9 @@ class Group:
                 del self._tokens[job.token]
 
     def count_until(self, topic: bytes, number: int, dropped: int) -> None:
-        """Count the messages of a topic before this number that were not taken; `dropped`: those that it has dropped.
+        """Count a topic's messages before this number that were not taken; `dropped`: those that it has dropped so far.
 
-        A topic counts from the first message taken. If its numbering starts again, nothing is missing.
+        Counting starts with the first message taken. If the topic's numbers restart, nothing is missing.
         """
         last, dropped_before = self.numbers.pop(topic, (sys.maxsize, 0))
         if (missing := number - last - 1) > 0:

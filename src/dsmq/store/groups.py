@@ -1,7 +1,7 @@
-"""Work shared by several workers: each message goes to one worker of a group, and to another if it is not done in time.
+"""Jobs shared among workers: each message goes to one worker of a group, and to another if it is not done in time.
 
-Only what differs from plain reads is kept for it: see `group`. Messages are read from the store when they are given,
-so they expire, and count towards limits, like all others.
+Groups keep only the state of jobs: see `group`. Messages are read from the store when they are given, so they expire,
+and count towards limits, like all others.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from dsmq.store.topics import TopicTable
 from dsmq.terminal import quoted
 
 FAILED_SUFFIX = b"/failed"
-# How long a worker that held a job before a restart has to finish it, at least.
+# Min time for a worker that held a job before a restart to finish it.
 LEASE_AFTER_RESTART_MS = 30_000
-# When to try again to move a job to the topic for failed jobs.
+# The pause before the next attempt to move a job to the topic for failed jobs.
 _MOVE_AGAIN_MS = 1_000
-# Max jobs of a group moved there while the lock is held.
+# Max jobs of a group moved there while holding the lock.
 _MAX_MOVED = 100
 # Max jobs tried to find the oldest one whose message has not expired.
 _MAX_PEEKS = 10
@@ -46,9 +46,9 @@ class GroupLimits(NamedTuple):
     max_jobs_in_flight: int = sys.maxsize
     """In each group: jobs that workers hold, and those to be given again."""
     max_group_bytes: int = sys.maxsize
-    """Memory for all groups together, approximately."""
+    """Approximate memory for all groups together."""
     max_attempts: int = 0
-    """A job that was given this often, and not done, is moved to the topic for failed jobs. 0: never."""
+    """A job given this many times, and not done, is moved to the topic for failed jobs. 0: never."""
     max_topic_bytes: int = sys.maxsize
 
 
@@ -64,7 +64,7 @@ class Take(NamedTuple):
     max_bytes: int
     lease_ms: int
     token: bytes
-    """If a request with the same token has been given jobs that are still held, it is given these; empty: no."""
+    """A request with the token of an earlier one gets the jobs of that one that are still held. Empty: no token."""
     worker: str
     """A name for status pages."""
 
@@ -79,11 +79,11 @@ class Job(NamedTuple):
     body: bytes
     left_ms: int
     attempt: int
-    """How often it has been given, including this time."""
+    """How many times it has been given, including this time."""
 
 
 class Source:
-    """What groups need of a store, as part of it."""
+    """The methods of a store that groups need."""
 
     max_age_ms: int
     _clock: Callable[[], int]
@@ -103,7 +103,7 @@ class Source:
         return self._clock()
 
     def dropped(self, topic: bytes) -> int:
-        """Return how many messages a topic has dropped to make room for newer ones."""
+        """Return the number of messages that a topic has dropped to make room for newer ones."""
         return self._topics.dropped_by_name.get(topic, 0)
 
     def peek(self, topic: bytes, below: int = sys.maxsize) -> Message | None:
@@ -121,7 +121,7 @@ class Groups:
         """Acquired before the store's."""
         self.limits = GroupLimits()
         self.on_messages: Callable[[set[bytes]], None] = lambda _: None
-        """Gets topics into which a failed job was put."""
+        """Called with the topics into which failed jobs were put."""
         self._source = source
         self._groups: dict[tuple[bytes, bytes], Group] = {}
         self._memory = 0
@@ -132,7 +132,7 @@ class Groups:
     # Jobs
 
     def take(self, request: Take) -> list[Job] | None:
-        """Give jobs to a worker; none if there are none now. None if the search for them is to be continued.
+        """Give jobs to a worker: an empty list if there are none now, None if the search has to be continued.
 
         Raises Full.
         """
@@ -160,7 +160,7 @@ class Groups:
         group.counted_memory = memory
 
     def _repeat(self, group: Group, request: Take, now: int) -> list[Job]:
-        """Return the jobs that an earlier request with the same token was given."""
+        """Return the jobs given for an earlier request with the same token."""
         jobs = []
         for job in group.repeat(request.token):
             if message := self._read(group, job):
@@ -186,7 +186,7 @@ class Groups:
     def _room(self, group: Group, count: int, *, is_needed: bool) -> int:
         """Return how many more jobs the limits allow, up to `count`. Raises Full if there is no room but it is needed.
 
-        The limits hold for jobs that were not given before: all others must be given again.
+        The limits apply only to new jobs: all others must be given again.
         """
         limits = self.limits
         room = limits.max_jobs_in_flight - len(group.jobs)
@@ -199,7 +199,7 @@ class Groups:
         raise Full(f"groups of workers take too much memory (max_group_bytes = {limits.max_group_bytes})")
 
     def _next(self, group: Group, count: int, max_bytes: int) -> Found:
-        """Return the next messages that were not given yet."""
+        """Return the next messages not given yet."""
         if not count:
             return Found(group.position, [], is_complete=True)
         if group.selection.patterns:
@@ -231,7 +231,7 @@ class Groups:
         return None
 
     def done(self, key: bytes, name: bytes, receipts: Iterable[Receipt]) -> None:
-        """End jobs, all or none. Raises JobLost if one is not the worker's any more."""
+        """Finish jobs, all or none. Raises JobLost if a receipt is no longer current."""
         with self.lock:
             group = self._groups.get((key, name))
             known = group.done if group else {}
@@ -244,14 +244,14 @@ class Groups:
                 self._note_use(group, self._source.now())
 
     def give_back(self, key: bytes, name: bytes, receipt: Receipt, delay_ms: int) -> None:
-        """Let a job be given again, after a delay. Raises JobLost."""
+        """Make a job available again, after a delay. Raises JobLost."""
         with self.lock:
             group, now = self._check(self._groups.get((key, name)), receipt), self._source.now()
             group.put_back(group.jobs[receipt.id], now + delay_ms)
             self._note_use(group, now)
 
     def extend(self, key: bytes, name: bytes, receipt: Receipt, lease_ms: int) -> None:
-        """Let a lease end this long from now. Raises JobLost."""
+        """Make a lease end this long from now. Raises JobLost."""
         with self.lock:
             group, now = self._check(self._groups.get((key, name)), receipt), self._source.now()
             group.extend(receipt, now + lease_ms)
@@ -263,7 +263,7 @@ class Groups:
         return group
 
     def due_in(self, key: bytes, name: bytes) -> int:
-        """Return after how many milliseconds a waiting worker should ask again, though no message has been put."""
+        """Return the milliseconds after which a waiting worker should try again even without a new message."""
         with self.lock:
             group, longest = self._groups.get((key, name)), max(1, self._source.max_age_ms // 3)
             due = group.next_due if group else None
@@ -272,14 +272,14 @@ class Groups:
     # Leases and failures
 
     def expire(self) -> None:
-        """End leases, move failed jobs, and forget groups that were not used for max_age."""
+        """End leases, move failed jobs, and forget groups not used for max_age."""
         with self.lock:
             now, moved = self._source.now(), set[bytes]()
             for key, group in list(self._groups.items()):
                 group.end_leases(now, self.limits.max_attempts)
                 moved |= self._move_failed(group, now)
                 if group.next_due is None and now - group.used_at > self._source.max_age_ms:
-                    # No worker has a job, and all that were given have expired.
+                    # No worker holds a job, and all messages given have expired.
                     self._memory -= group.counted_memory
                     self._base.add(group.counts)
                     del self._groups[key]
@@ -328,7 +328,9 @@ class Groups:
             found.add(counts)
         return found
 
-    def stats(self, is_wanted: Callable[[Group], bool], seconds: float) -> Iterator[GroupStats]:
+    def stats(
+        self, is_wanted: Callable[[Group], bool] = lambda _: True, seconds: float = 0.001
+    ) -> Iterator[GroupStats]:
         """Iterate over groups, in the order in which they began, with up to this much time to match topics for each."""
         for group in list(self._groups.values()):
             if is_wanted(group):
@@ -389,7 +391,7 @@ class Groups:
         """Restore the groups of a snapshot."""
         by_row: dict[int, Group] = {}
         if not source.execute("SELECT 1 FROM sqlite_master WHERE name = 'worker_groups'").fetchone():
-            # It is of an earlier version.
+            # The snapshot is from an earlier version.
             return
         for row, key, name, used_at, position, *counts in source.execute("SELECT * FROM worker_groups ORDER BY id"):
             group = by_row[row] = Group(key, name, Selection([key]), used_at, position, counts=GroupCounts(*counts))

@@ -46,6 +46,8 @@ class LimitChecker:
         """`sizes` returns the sizes of a topic's messages, oldest first."""
         self._topics = topics
         self._sizes = sizes
+        self.drops_for_all = True
+        """Whether a topic drops messages because all topics together reach a limit."""
         # For each limit, the last put that was refused: its topic if the limit is per topic, the room it needed, and
         # whether that was since the last call of `full`.
         self._full: dict[str, tuple[bytes | None, int, bool]] = {}
@@ -72,7 +74,9 @@ class LimitChecker:
                     raise Full(
                         f"the message is larger than its topic may be: {kept.limit_name('bytes')} = {kept.max_bytes}"
                     )
-                found[name] = self._drops(topic, kept, sizes)
+                found[name] = drops = self._drops(topic, kept, sizes)
+                if not self.drops_for_all:
+                    drops.left = 0
             else:
                 self._check_topic(topic, kept, len(sizes), sum(sizes))
         if new:

@@ -16,7 +16,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from dsmq import threads
 from dsmq.errors import ReplyError, StartupError, StoreFailed, TooBig
-from dsmq.store.api import Answer, EngineStats, Limits, Outcome, Put, Timing
+from dsmq.store.api import Answer, EngineStats, Outcome, Put, Timing
 from dsmq.store.nats_connection import Credentials, NATSConnection, Server
 from dsmq.store.nats_index import ReadIndex
 from dsmq.store.nats_leader import LeaderFollower
@@ -32,6 +32,7 @@ from dsmq.store.nats_mirror import Mirror
 from dsmq.store.nats_puts import Publisher
 from dsmq.store.nats_reads import FreshReads
 from dsmq.store.nats_requests import Requests
+from dsmq.store.nats_rules import SharedLimits, StreamRules
 from dsmq.store.nats_stream import HEADER_BYTES, EngineError, Stream
 from dsmq.store.sqlite import MirrorStore
 
@@ -50,7 +51,7 @@ T = TypeVar("T")
 _logger = logging.getLogger(__name__)
 
 
-class NATSStore(FreshReads):
+class NATSStore(SharedLimits, FreshReads):
     """A store in a NATS JetStream stream. Thread-safe; its event loop runs in its own thread."""
 
     is_shared = True
@@ -66,7 +67,7 @@ class NATSStore(FreshReads):
     ) -> None:
         self.thread = threading.Thread(target=self._run, name="dsmq-nats", daemon=True)
         self._servers, self._credentials, self._tls = servers, credentials or Credentials(), tls
-        self._limits, self._max_age_ms = Limits(), 600_000
+        self.rules, self._max_age_ms = StreamRules(), 600_000
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
         self._startup_error: StartupError | None = None
@@ -81,13 +82,13 @@ class NATSStore(FreshReads):
         self.connection = NATSConnection(servers, self._credentials, tls, f"dsmq {stream}")
         self.requests = Requests(self.connection)
         self.stream = Stream(stream, replicas)
-        self.mirror = Mirror(self.connection, self.stream, self._new_mirror)
+        self.mirror = Mirror(self.connection, self.stream, self.rules, self._new_mirror)
         self._index = ReadIndex(self.mirror, self.connection, self.requests, self.stream)
         self.publisher = Publisher(self.requests, self.stream.topic_prefix, self._index)
         self._leader = LeaderFollower(self.connection, self.stream)
 
     def _new_mirror(self) -> MirrorStore:
-        return MirrorStore(self._max_age_ms, limits=self._limits)
+        return MirrorStore(self._max_age_ms, self.rules.limits())
 
     # Lifecycle
 
@@ -108,6 +109,12 @@ class NATSStore(FreshReads):
 
     def _on_ready(self) -> None:
         _logger.info("the mirror of the stream is complete, up to id %s", self.mirror.store.last_id())
+        self._start_task(self._finish_start())
+
+    async def _finish_start(self) -> None:
+        if self.rules.to_write() is None:
+            self.rules.report()
+        await self._write_rules()
         self._ready.set()
 
     def _on_replaced(self) -> None:
@@ -269,13 +276,16 @@ class NATSStore(FreshReads):
         try:
             if reason := self.unready_reason:
                 raise StoreFailed(reason)
-            self._post(lambda: self._tasks.add(self._loop.create_task(self._answer_last_id(answer))))
+            self._post(lambda: self._start_task(self._answer_last_id(answer)))
         except StoreFailed as error:
             answer.set_exception(error)
         return answer
 
-    async def _answer_last_id(self, answer: Future[int]) -> None:
+    def _start_task(self, work: Coroutine[None, None, None]) -> None:
         self._tasks = {task for task in self._tasks if not task.done()}
+        self._tasks.add(self._loop.create_task(work))
+
+    async def _answer_last_id(self, answer: Future[int]) -> None:
         try:
             # Not the id that `ReadIndex` waits for, which may be that of a message that is never stored.
             epoch, last_id = self.mirror.epoch, await self._index.last_stored_id()
@@ -285,29 +295,7 @@ class NATSStore(FreshReads):
         except EngineError as error:
             answer.set_exception(StoreFailed(str(error)))
 
-    # Settings
-
-    @property
-    def max_age_ms(self) -> int:
-        return self._max_age_ms
-
-    @max_age_ms.setter
-    def max_age_ms(self, value: int) -> None:
-        self._max_age_ms = self.mirror.store.max_age_ms = value
-        self._configure()
-
-    @property
-    def limits(self) -> Limits:
-        return self._limits
-
-    @limits.setter
-    def limits(self, limits: Limits) -> None:
-        self._limits = self.mirror.store.limits = limits
-        self._configure()
-
-    def _configure(self) -> None:
-        """Make the mirror update the stream's configuration at its next check."""
-        self.stream.configure(self._max_age_ms, self._limits.max_stored_bytes)
+    # Statistics
 
     def timings(self) -> dict[str, Timing]:
         times = Timing(self.publisher.published, self.publisher.seconds)

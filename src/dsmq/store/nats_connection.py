@@ -18,7 +18,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
+from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from dsmq.logs import event
 from dsmq.system import boot_time
@@ -30,6 +32,17 @@ _FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.01, 0.25
 _MAX_PAYLOAD_BYTES = 1_048_576
 
 _logger = logging.getLogger(__name__)
+
+
+@lru_cache(10_000)
+def encode_token(name: bytes) -> bytes:
+    """Encode any bytes as one token of a subject."""
+    return quote_from_bytes(name, safe="-_").replace(".", "%2E").encode()
+
+
+@lru_cache(10_000)
+def decode_token(token: bytes) -> bytes:
+    return unquote_to_bytes(token)
 
 
 class Received(NamedTuple):

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dsmq.logs import event
 from dsmq.store.api import Mirrored
-from dsmq.store.nats_connection import Received
-from dsmq.store.nats_stream import Stream, decode_token
+from dsmq.store.nats_connection import Received, decode_token
 from dsmq.store.selection import Selection
 from dsmq.system import boot_time
 
 if TYPE_CHECKING:
+    from dsmq.store.nats_rules import StreamRules
+    from dsmq.store.nats_stream import Stream
     from dsmq.store.sqlite import MirrorStore
 
 # Max purges whose counts are remembered, for the clients that requested them.
@@ -38,8 +39,10 @@ class Delivery(NamedTuple):
 class Fold:
     """Applies messages, as part of a mirror."""
 
-    def __init__(self, stream: Stream, store: MirrorStore) -> None:
-        self._stream, self.store = stream, store
+    def __init__(self, stream: Stream, store: MirrorStore, rules: StreamRules) -> None:
+        self._stream, self.store, self._rules = stream, store, rules
+        self.ready = False
+        """Whether the store has ever been complete."""
         self.skipped = 0
         """The number of messages that could not be mirrored."""
         self.applied = asyncio.Event()
@@ -47,6 +50,7 @@ class Fold:
         # The task that applies a message that takes a while. Later messages wait for it.
         self._change: asyncio.Task[None] | None = None
         self.purge_subject = stream.facts_prefix + b"purge"
+        self._rules_subject = stream.facts_prefix + b"rules"
         self.purged: dict[int, int] = {}
         """The number of messages that the last purges deleted, by the purges' ids."""
         # The topics' last numbers, each as of an id, for a mirror that is not complete yet.
@@ -57,6 +61,12 @@ class Fold:
     def apply(self) -> None:
         """Apply the messages delivered so far."""
 
+    async def wait_for(self, message_id: int) -> None:
+        """Wait until the mirror is complete, and has this message."""
+        while not (self.ready and self.store.last_id() >= message_id):
+            self.applied.clear()
+            await self.applied.wait()
+
     def _apply(self, deliveries: list[Delivery]) -> set[bytes]:
         """Apply messages; return the topics of the new ones."""
         now = round(boot_time() * 1000)
@@ -66,7 +76,7 @@ class Fold:
             if message_id <= last_id:
                 continue
             if not message.subject.startswith(self._stream.topic_prefix):
-                if slices := self._slices(message):
+                if slices := self._slices(message, max(0, now - put_at)):
                     self._store(messages, last_id)
                     self._deliveries = deliveries[at:]
                     self._change = asyncio.create_task(self._apply_change(self.store, message_id, slices))
@@ -85,14 +95,22 @@ class Fold:
         self._store(messages, last_id)
         return topics
 
-    def _slices(self, message: Received) -> Iterator[int] | None:
+    def _slices(self, message: Received, age_ms: int) -> Iterator[int] | None:
         """Return an iterator that applies a message that changes others, in slices; None for other messages."""
         if message.subject == self.purge_subject:
             return self.store.purge(Selection(map(decode_token, message.body.split())))
+        if message.subject == self._rules_subject:
+            return self._apply_rules(message.body, age_ms)
         # Messages of `ReadIndex` are empty.
         if message.body and message.subject.startswith(self._stream.facts_prefix):
             self._facts_at = time.monotonic()
         return None
+
+    def _apply_rules(self, fact: bytes, age_ms: int) -> Iterator[int]:
+        yield from self._rules.apply(self.store, fact, age_ms)
+        if self.ready:
+            self._stream.rules, self._stream.is_configured = fact, False
+            self._rules.report()
 
     async def _apply_change(self, store: MirrorStore, message_id: int, slices: Iterator[int]) -> None:
         """Apply the slices, and let other tasks run in between. Later messages have to wait."""

@@ -38,7 +38,7 @@ _logger = logging.getLogger(__name__)
 
 
 class _Reader(NamedTuple):
-    """What waits for the mirror."""
+    """A call that waits for the mirror."""
 
     call: Callable[[Exception | None], None]
     until: float
@@ -62,7 +62,7 @@ class ReadIndex:
         self._left_at = boot_time()
 
     def add(self, call: Callable[[Exception | None], None], last_id: int | None = None) -> None:
-        """Call a function with None once the mirror is up to date, or has an id if that is given; or with an error."""
+        """Call a function with None once the mirror is up to date, or has `last_id`, if given; or with an error."""
         self._readers.append(_Reader(call, time.monotonic() + READ_SECONDS, last_id))
         self._wanted.set()
 
@@ -179,8 +179,6 @@ class ReadIndex:
         """Wait until the mirror has this message; return False if it takes too long."""
         with suppress(TimeoutError):
             async with asyncio.timeout(INDEX_SECONDS):
-                while not (self._mirror.ready and self._mirror.store.last_id() >= last_id):
-                    self._mirror.applied.clear()
-                    await self._mirror.applied.wait()
+                await self._mirror.wait_for(last_id)
                 return True
         return False

@@ -26,6 +26,7 @@ from dsmq.store.nats_stream import (
 from dsmq.system import boot_time
 
 if TYPE_CHECKING:
+    from dsmq.store.nats_rules import StreamRules
     from dsmq.store.sqlite import MirrorStore
 
 # A consumer that is silent for this long is lost; it sends a heartbeat once a second.
@@ -82,12 +83,12 @@ class Lag:
 class Mirror(Fold):
     """Follows the stream. Used in one asyncio event loop, except for `store`, which is thread-safe."""
 
-    def __init__(self, connection: NATSConnection, stream: Stream, new_store: Callable[[], MirrorStore]) -> None:
-        super().__init__(stream, new_store())
+    def __init__(
+        self, connection: NATSConnection, stream: Stream, rules: StreamRules, new_store: Callable[[], MirrorStore]
+    ) -> None:
+        super().__init__(stream, new_store(), rules)
         self._connection, self._new_store = connection, new_store
         self.epoch = ""
-        self.ready = False
-        """Whether the store has ever been complete."""
         self.on_ready: Callable[[], None] = lambda: None
         self.on_messages: Callable[[set[bytes]], None] = lambda _: None
         self.on_replaced: Callable[[], None] = lambda: None
@@ -119,6 +120,7 @@ class Mirror(Fold):
         self._sequence, self._pending, self._state = 0, _UNKNOWN, state
         self._heard_at = boot_time()
         self._lost: str | None = None
+        self._is_accepted = False
         self.lag.update(state.last_id, self.store.last_id())
         # The engine's clock minus this machine's.
         self._clock_ahead_ms = state.now_ms - round(boot_time() * 1000)
@@ -182,7 +184,7 @@ class Mirror(Fold):
         try:
             seconds, self._create_seconds = self._create_seconds, CREATE_SECONDS
             pending = await self._stream.create_consumer(name, deliver_to, self.store.last_id(), seconds)
-            self._pending = min(self._pending, pending)
+            self._pending, self._is_accepted = min(self._pending, pending), True
             self._on_followed()
             self.apply()
             await self._watch()
@@ -204,8 +206,12 @@ class Mirror(Fold):
 
     def _restart(self) -> None:
         """Start again with an empty mirror, from the stream's first message."""
-        old, self.store, self.ready, self._facts = self.store, self._new_store(), False, []
-        self._replaced.append(old)
+        self.ready, self._facts = False, []
+        self._replaced.append(self.store)
+        with self._rules.lock:
+            self._rules.fact = b""
+            self.store = self._new_store()
+        self._stream.rules, self._stream.is_configured = None, False
         # Delayed, because other threads may be reading it.
         asyncio.get_running_loop().call_later(CLOSE_SECONDS, self._close_oldest)
 
@@ -293,7 +299,8 @@ class Mirror(Fold):
 
     def apply(self) -> None:
         """Apply the messages delivered so far, up to one that takes a while, such as a purge; the rest wait for it."""
-        if self._change is not None:
+        # A consumer on a node that has deleted messages too early sends the rest before it is refused.
+        if self._change is not None or not self._is_accepted:
             return
         deliveries, self._deliveries = self._deliveries, []
         if deliveries and self._lost is None:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dsmq.errors import Full, ReplyError, StoreFailed, Unsure
 from dsmq.store.api import Outcome, Put, RetriedKey
-from dsmq.store.nats_connection import encode_publish
+from dsmq.store.nats_connection import encode_publish, encode_token
 from dsmq.store.nats_requests import Ack, Requests
-from dsmq.store.nats_stream import FULL, encode_token
+from dsmq.store.nats_stream import FULL
 
 if TYPE_CHECKING:
     from dsmq.store.nats_index import ReadIndex
@@ -39,7 +39,7 @@ class _Publish(NamedTuple):
     subject: bytes
     message_id: bytes
     put: Put
-    """If it has no key, with the publisher's own."""
+    """With the publisher's own key, if it had none."""
 
     @property
     def is_retry(self) -> bool:
@@ -119,14 +119,14 @@ class Publisher:
         self._begin()
 
     def put_fact(self, subject: bytes, body: bytes, answer: Future[list[Outcome]]) -> None:
-        """Queue a message to the servers, in order with puts."""
+        """Queue a message for the servers, in order with puts."""
         key = self._own, next(self._numbers)
         fact = _Publish(subject, b"%b:%d" % key, (b"", body, key))
         self._queue.append(_Append([fact], answer, together=True, until=time.monotonic() + PUT_SECONDS))
         self._begin()
 
     async def run(self) -> None:
-        """Publish what is queued until this is cancelled."""
+        """Publish queued puts until cancelled."""
         # First attempts are made without a task, because it takes two more turns of the event loop for each put.
         self._is_running = True
         try:
@@ -171,8 +171,9 @@ class Publisher:
     def _finish(self, outcomes: list[Outcome], *, is_sure: bool) -> None:
         """Send the next batch, and answer this one.
 
-        It is answered once the mirror has it if reads of the same transaction follow, or if the engine may have stored
-        it twice: it forgets ids sooner than the mirrors do, and a new leader repeats what the last one had begun.
+        If reads of the same transaction follow, or if the engine may have stored it twice, it is answered once the
+        mirror has it: the engine forgets ids sooner than the mirrors do, and a new leader repeats what the last one
+        began.
         """
         self.seconds += time.monotonic() - self._began
         self.published += 1
@@ -236,7 +237,7 @@ class Publisher:
         return await self._publish(batch, is_sent=is_sent)
 
     async def _publish_rest(self, batch: _Batch, refusal: Ack, *, is_sent: bool) -> list[Outcome]:
-        """Publish those messages of a refused batch that are not stored, each once."""
+        """Publish the messages of a refused batch that are not stored yet, each once."""
         try:
             stored = await self._index.stored([message.put for message in batch.messages])
         except StoreFailed as error:
@@ -263,7 +264,7 @@ class Publisher:
             if outcomes := self._outcomes(batch, ack, is_sent=is_sent):
                 return outcomes
             if ack is not None and ack.code == _REPEATED:
-                # An earlier attempt has stored it, or a put of another client some of it.
+                # An earlier attempt has stored it, or another client's put has stored some of it.
                 return await self._publish_rest(batch, ack, is_sent=is_sent)
             is_sent = is_sent or _may_be_stored(ack)
             await self._pause(ack)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from dsmq.errors import Unsure
 from dsmq.store.api import Answer, Found, ManyTopics, Message, Outcome, TopicStats, Totals
-from dsmq.store.nats_stream import encode_token
+from dsmq.store.nats_connection import encode_token
 
 if TYPE_CHECKING:
     from dsmq.store.nats_index import ReadIndex
@@ -143,7 +143,7 @@ class FreshReads(MirroredStore):
         def on_stored(stored: Future[list[Outcome]]) -> None:
             outcome = stored.exception() or stored.result()[0]
             if isinstance(outcome, int):
-                self._index.add(partial(finish, outcome))
+                self._index.add(partial(finish, outcome), outcome)
             else:
                 done.set_exception(outcome)
 

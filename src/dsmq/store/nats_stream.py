@@ -6,6 +6,7 @@ Subjects, if the stream is called `dsmq`:
     dsmq.genesis        the epoch: the first message of a stream, which never expires
     dsmq.facts.<part>   the numbers of the topics' last messages as of an id, for servers that start later
     dsmq.facts.purge    names and patterns of topics: mirrors delete all messages before this one
+    dsmq.facts.rules    what topics keep from here on; the last one never expires
 
 This module uses the official client; see `nats_connection` for the requests that must be fast.
 """
@@ -20,19 +21,22 @@ import math
 import random
 import secrets
 import sys
+import time
 import zlib
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
-from functools import lru_cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from nats.aio.client import Client
 from nats.errors import Error as NATSError
 from nats.errors import NoRespondersError
 
 from dsmq.errors import DSMQError, StartupError
+from dsmq.store.api import Limits
+from dsmq.store.nats_connection import decode_token, encode_token
+from dsmq.store.rules import NO_RULES, Rules, decode_rules
 from dsmq.system import boot_time
 
 if TYPE_CHECKING:
@@ -47,6 +51,8 @@ MIN_VERSION = "2.12.1"
 DEDUPLICATION_SECONDS = 120
 # Messages stay in the stream for longer than max_age, because the servers decide when a message expires.
 _MARGIN, _MIN_MARGIN_SECONDS = 0.1, 60
+# Nodes delete messages by their own clocks, so a difference of less than the margin loses none.
+CLOCK_TOLERANCE_SECONDS = _MIN_MARGIN_SECONDS
 _API_SECONDS = 1.0
 _HEARTBEAT_SECONDS = 1
 # A node tries to become the leader only after 4 s without one; less here, because clocks differ.
@@ -83,17 +89,6 @@ class StreamState(NamedTuple):
     """No message was put longer ago than this; infinite if none has expired."""
 
 
-@lru_cache(10_000)
-def encode_token(name: bytes) -> bytes:
-    """Encode any bytes as one token of a subject."""
-    return quote_from_bytes(name, safe="-_").replace(".", "%2E").encode()
-
-
-@lru_cache(10_000)
-def decode_token(token: bytes) -> bytes:
-    return unquote_to_bytes(token)
-
-
 def _is_useful(record: logging.LogRecord) -> bool:
     """Return False for a warning that asyncio logs whenever a TLS connection of the official client ends."""
     return not str(record.msg).startswith("returning true from eof_received()")
@@ -113,10 +108,15 @@ class Stream:
         """When the leader last had contact with a majority, as of its last answer."""
         self.leader = ""
         """The node that led the stream then; empty if the nodes are not a cluster."""
+        self._clock_offset = 0.0
+        """That node's clock, in seconds since 1970, minus `boot_time`."""
+        self._clock_reported_of: str | None = None
         self._servers: list[Server] = []
         self._connect: Callable[[], Coroutine[None, None, None]]
         self._connecting = asyncio.Lock()
         self._replicas, self._max_age_ms, self._max_bytes = replicas, 0, 0
+        self.rules: bytes | None = None
+        """The last rules for topics that are known; None if the stream may have others."""
         self.is_configured = False
         """Whether the stream has the current configuration."""
 
@@ -178,7 +178,6 @@ class Stream:
         """Create the stream if it does not exist. Raises StartupError if it is not dsmq's, or can't be used."""
         # Set first, so that a concurrent change is not lost.
         self.is_configured = True
-        wanted = self._configuration()
         try:
             found = (await self._request(f"STREAM.INFO.{self.name}"))["config"]
         except EngineError as error:
@@ -186,7 +185,11 @@ class Stream:
                 raise StartupError(f"the NATS server has JetStream disabled: {error}") from error
             if error.code != STREAM_NOT_FOUND:
                 raise
-            found = await self._create(wanted)
+            found = await self._create(self._configuration())
+        if self.rules is None:
+            # Before it may be configured, which would delete what exceeds its new limits.
+            self.rules = await self._last_of(f"{self.name}.facts.rules") or b""
+        wanted = self._configuration()
         if not found.get("allow_atomic"):
             version = self._client.connected_server_version
             raise StartupError(f"NATS server {version} is too old: {MIN_VERSION} is required")
@@ -221,7 +224,12 @@ class Stream:
         return config
 
     def _configuration(self) -> dict[str, Any]:
-        margin = max(_MIN_MARGIN_SECONDS * 1000, round(self._max_age_ms * _MARGIN))
+        try:
+            rules = Rules(decode_rules(self.rules or NO_RULES, Limits()))
+        except ValueError as error:
+            raise StartupError(f"the rules for topics in the stream {self.name} can't be read: {error}") from error
+        max_age_ms = max(self._max_age_ms, *rules.ages, 0)
+        margin = max(_MIN_MARGIN_SECONDS * 1000, round(max_age_ms * _MARGIN))
         return {
             "name": self.name,
             "subjects": [f"{self.name}.t.*", f"{self.name}.genesis", f"{self.name}.facts.*"],
@@ -229,8 +237,9 @@ class Stream:
             "storage": "file",
             "discard": "new",
             "num_replicas": self._replicas,
-            "max_age": (self._max_age_ms + margin) * 1_000_000,
-            "max_bytes": self._max_bytes,
+            "max_age": (max_age_ms + margin) * 1_000_000,
+            # The stream keeps what topics drop until it expires.
+            "max_bytes": -1 if rules.drop else self._max_bytes,
             "duplicate_window": min(DEDUPLICATION_SECONDS * 1000, self._max_age_ms) * 1_000_000,
             "allow_atomic": True,
             "allow_msg_ttl": True,
@@ -270,7 +279,17 @@ class Stream:
             raise EngineError("the node can't reach a majority of the others")
         self.heard_at = asked - silent[needed - 1] if needed else asked
         self.majority_at, self.leader = asked, (info.get("cluster") or {}).get("leader", "")
+        self._check_clock(_milliseconds(info["ts"]) / 1000)
         return info
+
+    def _check_clock(self, now: float) -> None:
+        self._clock_offset = now - boot_time()
+        ahead = now - time.time()
+        if abs(ahead) <= CLOCK_TOLERANCE_SECONDS:
+            self._clock_reported_of = None
+        elif self._clock_reported_of != self.leader:
+            self._clock_reported_of = self.leader
+            _logger.warning("the clock of NATS server %s is %s this machine's", self.leader, _difference(ahead))
 
     async def _begin_epoch(self) -> bytes:
         headers = {"Nats-Expected-Last-Subject-Sequence": "0", **_NEVER}
@@ -304,6 +323,11 @@ class Stream:
         }
         body = {"stream_name": self.name, "config": config}
         created = await self._request(f"CONSUMER.CREATE.{self.name}.{name}", body, seconds)
+        ahead = _milliseconds(created["ts"]) / 1000 - boot_time() - self._clock_offset
+        if abs(ahead) > CLOCK_TOLERANCE_SECONDS:
+            # It may have deleted messages too early. Another consumer may be placed on another node.
+            node = (created.get("cluster") or {}).get("leader", "")
+            raise EngineError(f"the clock of NATS server {node} is {_difference(ahead)} that of the stream's leader")
         return int(created.get("num_pending", 0))
 
     async def delete_consumer(self, name: str) -> None:
@@ -331,13 +355,20 @@ class Stream:
                 body = json.dumps({"at": at, "numbers": part}).encode()
                 await self.publish(f"{self.name}.facts.{number}", body, {"Nats-Rollup": "sub", **_NEVER})
 
+    async def write_rules(self, fact: bytes) -> int:
+        """Add rules for topics to the stream; return their id. Earlier ones stay, for the messages between them."""
+        # First, because the stream may be full, and have room for what these rules let it keep.
+        self.rules = fact
+        await self.open()
+        return await self.publish(f"{self.name}.facts.rules", fact, _NEVER)
+
     # Requests
 
-    async def publish(self, subject: str, body: bytes, headers: dict[str, str]) -> None:
-        """Publish a message, and wait until it is stored."""
+    async def publish(self, subject: str, body: bytes, headers: dict[str, str]) -> int:
+        """Publish a message, and wait until it is stored; return its id."""
         if len(body) > self._client.max_payload - HEADER_BYTES:
             raise EngineError(f"a message of {len(body)} bytes is longer than the engine accepts (max_payload)")
-        _parse(await self._ask(subject, body, _API_SECONDS, headers))
+        return int(_parse(await self._ask(subject, body, _API_SECONDS, headers))["seq"])
 
     async def _last_of(self, subject: str) -> bytes | None:
         try:
@@ -382,6 +413,10 @@ def _parse(data: bytes) -> dict[str, Any]:
     if error := answer.get("error"):
         raise EngineError(str(error.get("description")), int(error.get("err_code", 0)))
     return answer
+
+
+def _difference(seconds: float) -> str:
+    return f"{abs(seconds):.0f} s {'ahead of' if seconds > 0 else 'behind'}"
 
 
 def _milliseconds(text: str) -> int:

@@ -147,6 +147,12 @@ class Removals:
                 for name in counts:
                     self._undeleted.pop(self._topics.by_name[name], None)
 
+    def _drop_excess(self, topic: Topic) -> int:
+        """Drop some messages beyond the limits of a topic; return how many. Raises an error of SQLite."""
+        if count := self._limits.excess(topic):
+            self._drop({topic.name: count}, [self._find_written(topic.name, count)])
+        return count
+
     def _delete_rows(self, rows: list[int]) -> None:
         self._database.delete(rows, [])
         self._flush_error = None
@@ -193,16 +199,21 @@ class Removals:
 
     def expire(self) -> int:
         while True:
-            with self._database:
-                count, is_done = self._expire_some()
-                is_shrinking = self._database.shrink()
-                # Freed after the lock is released, because the C library may then return much memory to the system.
-                _bodies, self._database.deleted_bodies = self._database.deleted_bodies, []
-            if count or (is_done and not is_shrinking):
+            count, is_done = self._expire_slice(self._clock())
+            if count or is_done:
                 return count
             time.sleep(PAUSE_SECONDS)
 
-    def _expire_some(self) -> tuple[int, bool]:
+    def _expire_slice(self, now: int) -> tuple[int, bool]:
+        """Return the number of messages deleted, and whether there is nothing left to do."""
+        with self._database:
+            count, is_done = self._expire_some(now)
+            is_shrinking = self._database.shrink()
+            # Freed after the lock is released, because the C library may then return much memory to the system.
+            _bodies, self._database.deleted_bodies = self._database.deleted_bodies, []
+        return count, is_done and not is_shrinking
+
+    def _expire_some(self, now: int) -> tuple[int, bool]:
         """Return the number of messages deleted, and whether there are no others."""
         rules, topics = self._topics.rules, self._topics
         if self._undeleted and not self._delete_dropped():
@@ -214,8 +225,8 @@ class Removals:
             return self._check_some(topics.unchecked, is_queued=bool(rules.ages)), False
         if not rules.ages:
             topics.unchecked = None
-            return self._expire_first(self._clock() - self.max_age_ms)
-        return self._expire_queued(self._clock())
+            return self._expire_first(now - self.max_age_ms)
+        return self._expire_queued(now)
 
     def _check_some(self, unchecked: list[int], *, is_queued: bool) -> int:
         """Make topics drop messages beyond lowered limits, and queue them; return the number of messages dropped."""
@@ -225,8 +236,7 @@ class Removals:
             topic = self._topics.by_row.get(row)
             if topic is None:
                 continue
-            if count := self._limits.excess(topic):
-                self._drop({topic.name: count}, [self._find_written(topic.name, count)])
+            if count := self._drop_excess(topic):
                 dropped += count
                 unchecked.append(row)
             elif is_queued:

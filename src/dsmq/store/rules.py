@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dsmq.store.api import DROP_OLDEST, Limits, TopicRule
 from dsmq.store.selection import Selection
@@ -69,3 +70,28 @@ class Rules:
             matching = (kept for selection, kept in self._rules if selection.matches(topic.name))
             topic.kept = kept = next(matching, self._others)
         return kept
+
+
+# The fact of a server whose settings have no rules.
+NO_RULES = b"{}"
+
+
+def encode_rules(limits: Limits) -> bytes:
+    """Return what limits say about single topics, for servers with the same store."""
+    if not limits.topic and limits.when_full != DROP_OLDEST:
+        return NO_RULES
+    fields = limits._asdict()
+    for name in ("max_topics", "max_stored_messages", "max_stored_bytes"):
+        del fields[name]
+    fields["topic"] = [(rule.pattern.decode("latin-1"), *rule[1:]) for rule in limits.topic]
+    return json.dumps(fields).encode()
+
+
+def decode_rules(fact: bytes, limits: Limits) -> Limits:
+    """Return limits with encoded rules in place of their own. Raises ValueError."""
+    try:
+        fields: dict[str, Any] = {"when_full": Limits().when_full, "topic": (), **json.loads(fact)}
+        rules = [TopicRule(pattern.encode("latin-1"), *others) for pattern, *others in fields["topic"]]
+    except (AttributeError, TypeError) as error:
+        raise ValueError(str(error)) from error
+    return limits._replace(**fields | {"topic": tuple(rules)})

@@ -358,7 +358,15 @@ class SQLiteStore(SelectionReads, Removals, Purges, Source, LocalStore):
 
 
 class MirrorStore(SQLiteStore):
-    """Stores the messages of a log, in its order and under its ids. Thread-safe."""
+    """Stores the messages of a log, in its order and under its ids. Thread-safe.
+
+    What topics drop follows from that order alone. Expiry follows clocks, so it must not make a difference: messages
+    are dropped only because of the limits of their topic.
+    """
+
+    def __init__(self, max_age_ms: int, limits: Limits | None = None) -> None:
+        super().__init__(max_age_ms, limits=limits)
+        self._limits.drops_for_all = False
 
     def check(self, puts: Sequence[Put]) -> list[int | None]:
         """Return the ids of puts that are already stored. Raises Full or Forgotten as `append` does."""
@@ -403,6 +411,19 @@ class MirrorStore(SQLiteStore):
                 self._last_id = message_id - 1
                 self._add([put], self._last_put_at)
             self._last_id = last_id
+            if topics.rules.drop:
+                # Expiry, or the topic's next message, tries again.
+                with suppress(sqlite3.Error, MemoryError):
+                    for topic in {topics.by_name[put[0]] for _, put, _ in messages if put[0] in topics.by_name}:
+                        while self._drop_excess(topic):
+                            pass
+
+    def expire_as_of(self, milliseconds: int) -> Iterator[int]:
+        """Do all that `expire` would have done this long ago, in slices; yield how many messages each has deleted."""
+        now, is_done = self._clock() - milliseconds, False
+        while not is_done:
+            count, is_done = self._expire_slice(now)
+            yield count
 
     def renumber(self, numbers: Mapping[bytes, int]) -> None:
         """Shift message numbers so that each topic's last number is the given one. Raises StoreFailed or Full."""

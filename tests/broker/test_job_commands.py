@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 
 import pytest
 
 from conftest import SOON, Wire, serving, wait_until, wire_to
-from dsmq.errors import ReplyError
+from dsmq.errors import Full, ReplyError
 from dsmq.server import Server
 from dsmq.wire.resp import encode_request
 from security import READER, WRITER, wire_as
@@ -41,10 +42,10 @@ def threaded(request: pytest.FixtureRequest) -> Iterator[Server]:
         yield server
 
 
-def wait_in_turn(server: Server, stack: ExitStack, count: int, request: str) -> list[Wire]:
-    """Return connections that wait for jobs, in the order in which they came."""
+def wait_in_turn(server: Server, stack: ExitStack, most: int, request: str) -> list[Wire]:
+    """Return connections that wait for jobs, in order of arrival."""
     workers = []
-    for number in range(1, count + 1):
+    for number in range(1, most + 1):
         workers.append(stack.enter_context(wire_to(server)))
         send(workers[-1], request)
         wait_until(lambda number=number: server.status.waiting() == number)
@@ -114,7 +115,7 @@ def test_unknown_job_is_lost(wire: Wire, request_: str) -> None:
     assert code(call(wire, request_)) == "JOBLOST"
 
 
-def test_workers_need_the_role_write(token_file: Path) -> None:
+def test_workers_require_the_role_write(token_file: Path) -> None:
     with serving(auth_token_file=str(token_file)) as server, wire_as(server, READER) as wire:
         for request in ("TAKE t w 1000", "DONE t w 1 1", "RETURN t w 1 1", "EXTEND t w 1 1 1"):
             assert code(call(wire, request)) == "NOPERM"
@@ -122,7 +123,7 @@ def test_workers_need_the_role_write(token_file: Path) -> None:
         assert call(wire, "TAKE t w 1000") == []
 
 
-def test_put_wakes_one_worker_in_the_order_in_which_they_came(threaded: Server) -> None:
+def test_put_wakes_one_worker_in_order_of_arrival(threaded: Server) -> None:
     with ExitStack() as stack:
         wire = stack.enter_context(wire_to(threaded))
         workers = wait_in_turn(threaded, stack, 4, "TAKE t* w 60000 WAIT 60000")
@@ -162,6 +163,22 @@ def test_worker_that_does_not_wait_takes_no_job_from_one_that_does(server: Serve
         assert wire.receive() == 1
         assert wire.receive() == []
         assert ids(first.receive()) == [1]
+
+
+def test_error_on_the_second_try_leaves_no_wait(server: Server, wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second try follows registration, so that no put is missed in between."""
+    groups = server.context.store.groups
+    assert groups is not None
+    take, calls = groups.take, count()
+    monkeypatch.setattr(groups, "take", lambda request: take(request) if next(calls) != 1 else fail())
+
+    def fail() -> None:
+        raise Full("too many jobs in flight")
+
+    assert code(call(wire, "TAKE t w 60000 WAIT 60000")) == "FULL"
+    assert server.status.waiting() == 0
+    wire.call("PUT", "t", "x")
+    assert ids(call(wire, "TAKE t w 60000 WAIT 60000")) == [1]
 
 
 def test_groups_wait_independently(server: Server, wire: Wire) -> None:
@@ -250,18 +267,3 @@ def test_too_many_waiting_workers_get_busy() -> None:
         assert code(call(wire, "TAKE t w 60000 WAIT 60000")) == "BUSY"
         wire.call("PUT", "t", "x")
         assert ids(first.receive()) == [1]
-
-
-def test_job_waits_for_room_in_memory_and_is_given_once() -> None:
-    """A reply that has to wait for memory must not take another job when it tries again."""
-    with ExitStack() as stack:
-        server = stack.enter_context(serving(max_total_unread_reply_bytes=1024, max_unread_reply_bytes=1024))
-        wire = stack.enter_context(wire_to(server))
-        for _ in range(3):
-            wire.call("PUT", "t", "x" * 500_000)
-        slow = stack.enter_context(wire_to(server))
-        for _ in range(3):
-            send(slow, "TAKE t w 60000")
-        assert [ids(slow.receive()) for _ in range(3)] == [[1], [2], [3]]
-        [group] = server.context.store.groups.stats()  # type: ignore[union-attr]
-        assert (group.held, group.counts.taken, group.counts.repeated) == (3, 3, 0)

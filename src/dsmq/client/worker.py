@@ -1,0 +1,104 @@
+"""The jobs of the blocking client."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+from dsmq.client import jobs
+from dsmq.client.core import Client, Retries
+from dsmq.client.jobs import Job, Receipt, Settle, jobs_of
+from dsmq.errors import DSMQError
+
+
+class Worker(Client):
+    """The methods of a client that is a worker."""
+
+    _run: Callable[..., None]
+    _wait_seconds: Callable[[float | None], float]
+
+    def take(
+        self, topic: str, group: str = "workers", *, timeout: float | None = None, lease: float = 60.0
+    ) -> Job | None:
+        """Take the oldest job of a topic, or of all topics that match a pattern; None if there is none in time.
+
+        Each message goes to one worker of a group, and to another one if it is not `done` within `lease` seconds (up to
+        a day). A group begins with the oldest stored message. `timeout` is as in `get_wait`. If a call is interrupted,
+        the next one for the same topic and group gets the same job.
+
+        Raises Full if the server has too many groups or jobs in flight. See `Job`.
+        """
+        work = jobs.Work(self, topic, group, self._wait_seconds(timeout), lease)
+        try:
+            for call in work.calls():
+                self._run(call)
+            return work.hand_out()
+        except BaseException:
+            work.interrupted(is_over=True)
+            raise
+
+    def work(
+        self, topic: str, group: str = "workers", *, timeout: float = math.inf, lease: float = 60.0, prefetch: int = 1
+    ) -> Iterator[Job]:
+        """Iterate over jobs as `take` returns them; end when there is none for `timeout` seconds.
+
+        Requesting the next job finishes the current one, and raises JobLost if its lease has ended. If the loop is left
+        by `break` or an exception, the job is given back once Python deletes the iterator; if a variable refers to it,
+        call its `close()`, or the client's. Up to `prefetch` jobs are taken at once. The leases of waiting jobs are
+        extended when their turn comes, and jobs lost meanwhile are skipped.
+        """
+        return _Work(self, topic, group, timeout, lease, prefetch)
+
+    def done(self, job: Job) -> None:
+        """Finish a job: no worker of its group gets it again. Raises JobLost if its lease has ended."""
+        self._settle(jobs.done(job), job)
+
+    def give_back(self, job: Job, *, delay: float = 0.0) -> None:
+        """Return a job to its group: another worker gets it after `delay` seconds (up to a day), before newer ones.
+
+        Raises JobLost if its lease has ended.
+        """
+        self._settle(jobs.give_back(job, delay), job)
+
+    def extend(self, job: Job, seconds: float) -> None:
+        """Make a job's lease end in `seconds`, up to a day. Raises JobLost if it has already ended."""
+        self._settle(jobs.extend(job, seconds), job, seconds)
+
+    def _settle(self, call: Settle, job: Job, lease: float = 0.0) -> None:
+        self._run(call)
+        call.accept(jobs_of(self._session).leases, job, lease)
+
+    def _leave(self, receipts: list[Receipt], finished: Job | None = None) -> None:
+        """Give back jobs, and finish one, if the server answers now. Otherwise, their leases will end."""
+        with suppress(DSMQError, OSError):
+            for call in jobs.leave(jobs_of(self._session).leases, receipts, finished):
+                self._run(call, retries=Retries(0.0))
+
+
+class _Work(jobs.Work, Iterator[Job]):
+    """Iterates over jobs. Not a generator, because an interrupt would end it."""
+
+    _mq: Any = None
+
+    def __next__(self) -> Job:
+        self.begin()
+        try:
+            for call in self.calls():
+                self._mq._run(call)  # noqa: SLF001 - one module
+            if job := self.hand_out():
+                return job
+        except BaseException:
+            self.interrupted()
+            raise
+        raise StopIteration
+
+    def close(self) -> None:
+        """Give back the caller's job, and those taken in advance."""
+        self._mq._leave(*self.left())  # noqa: SLF001
+
+    def __del__(self) -> None:
+        # None if an argument was invalid.
+        if self._mq is not None:
+            self.close()
