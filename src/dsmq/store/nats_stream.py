@@ -112,7 +112,7 @@ class Stream:
         """That node's clock, in seconds since 1970, minus `boot_time`."""
         self._clock_reported_of: str | None = None
         self._servers: list[Server] = []
-        self._connect: Callable[[], Coroutine[None, None, None]]
+        self._new_client: Callable[[Sequence[Server]], Coroutine[None, None, Client]]
         self._connecting = asyncio.Lock()
         self._replicas, self._max_age_ms, self._max_bytes = replicas, 0, 0
         self.rules: bytes | None = None
@@ -129,38 +129,14 @@ class Stream:
         """Connect, and reconnect whenever the connection breaks. Returns once connected."""
         logging.getLogger("asyncio").addFilter(_is_useful)
         self._servers = random.sample(servers, len(servers))
-        self._connect = partial(self._connect_client, credentials, tls)
+        self._new_client = partial(_new_client, credentials, tls)
         await self._connect()
 
-    async def _connect_client(self, credentials: Credentials, tls: SSLContext | None) -> None:
-        options = {"user": credentials.user, "password": credentials.password, "token": credentials.token}
-        scheme, servers = "tls" if tls else "nats", self._servers
-        urls = [f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}" for host, port in servers]
+    async def _connect(self) -> None:
+        servers = self._servers
         # An attempt may take all its time for a node that does not answer, so the next one begins with another.
         self._servers = [*servers[1:], servers[0]]
-
-        async def ignore(_: Exception) -> None:
-            """Without this, the client prints errors, which the requests raise anyway."""
-
-        client = Client()
-        try:
-            await client.connect(
-                urls,
-                **{name: value for name, value in options.items() if value},  # type: ignore[arg-type]
-                tls=tls,
-                error_cb=ignore,
-                dont_randomize=True,
-                max_reconnect_attempts=-1,
-                reconnect_time_wait=0.1,  # type: ignore[arg-type]
-                connect_timeout=2,
-                ping_interval=1,
-                max_outstanding_pings=3,
-            )
-        except BaseException:
-            # Half connected, it would neither answer requests nor count as closed.
-            await _close(client)
-            raise
-        self._client = client
+        self._client = await self._new_client(servers)
 
     async def close(self) -> None:
         if self._client.is_connected or self._client.is_reconnecting:
@@ -398,6 +374,35 @@ class Stream:
         async with self._connecting, asyncio.timeout(seconds):
             if self._client.is_closed:
                 await self._connect()
+
+
+async def _new_client(credentials: Credentials, tls: SSLContext | None, servers: Sequence[Server]) -> Client:
+    """Return a client that is connected to one of these servers."""
+    options = {"user": credentials.user, "password": credentials.password, "token": credentials.token}
+    scheme = "tls" if tls else "nats"
+
+    async def ignore(_: Exception) -> None:
+        """Without this, the client prints errors, which the requests raise anyway."""
+
+    client = Client()
+    try:
+        await client.connect(
+            [f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}" for host, port in servers],
+            **{name: value for name, value in options.items() if value},  # type: ignore[arg-type]
+            tls=tls,
+            error_cb=ignore,
+            dont_randomize=True,
+            max_reconnect_attempts=-1,
+            reconnect_time_wait=0.1,  # type: ignore[arg-type]
+            connect_timeout=2,
+            ping_interval=1,
+            max_outstanding_pings=3,
+        )
+    except BaseException:
+        # Half connected, it would neither answer requests nor count as closed.
+        await _close(client)
+        raise
+    return client
 
 
 async def _close(client: Client) -> None:
