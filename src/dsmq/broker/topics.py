@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice, takewhile
-from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from dsmq.broker.arguments import check_topic, parse_number, parse_options, parse_topic
@@ -17,13 +15,9 @@ from dsmq.wire.resp import Encoded, encode_array, encode_bulk, encode_integer, e
 
 if TYPE_CHECKING:
     from dsmq.broker.connection import Connection
-    from dsmq.store.group import Group, GroupStats
-    from dsmq.store.groups import Groups
 
 # Max topics in one reply.
 MAX_COUNT = 1_000
-# Max groups of workers in the reply to STATS; fewer, if this time in seconds is over.
-MAX_GROUPS, GROUPS_SECONDS = 20, 0.002
 
 
 def topics(client: Connection, request: list[bytes]) -> bytes:
@@ -41,17 +35,11 @@ def stats(client: Connection, request: list[bytes]) -> bytes:
     values = store.stats(topic, after)._asdict()
     del values["name"]
     if store.groups:
-        for group in first_groups(store.groups, lambda group: group.key == topic):
+        for group in store.groups.first_stats(lambda group: group.key == topic):
             workers = client.context.take_queues.count((topic, group.name))
             figures = {**group.figures, "waiting_workers": workers}
             values |= {f"{group.name.decode()}:{name}": value for name, value in figures.items()}
     return encode_value(client.version, values)
-
-
-def first_groups(groups: Groups, is_wanted: Callable[[Group], bool]) -> Iterator[GroupStats]:
-    """Return the first groups of workers, as many as can be described without delaying other clients."""
-    until = monotonic() + GROUPS_SECONDS
-    return islice(takewhile(lambda _: monotonic() < until, groups.stats(is_wanted, 0.0)), MAX_GROUPS)
 
 
 def parse_stats(client: Connection, request: list[bytes]) -> tuple[bytes, int]:

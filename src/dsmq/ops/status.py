@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dsmq import __version__
 from dsmq import settings as config
 from dsmq.broker.counters import Counters, total
-from dsmq.broker.topics import first_groups
 from dsmq.errors import ReplyError
 from dsmq.ops.inspector import SEARCH_SHARE, Inspector
 from dsmq.store.api import EngineStats, Totals
@@ -255,7 +254,7 @@ class Status:
         }
 
     def _groups_info(self, groups: Groups) -> dict[str, object]:
-        found = first_groups(groups, lambda _: True)
+        found = groups.first_stats()
         return {
             "groups": groups.count,
             **{f"jobs_{event}": count for event, count in asdict(groups.counts()).items()},

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice, takewhile
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -33,6 +34,8 @@ LEASE_AFTER_RESTART_MS = 30_000
 _MOVE_AGAIN_MS = 1_000
 # Max jobs of a group moved there while holding the lock.
 _MAX_MOVED = 100
+# Max groups described for a client at once; fewer, if this time in seconds is over.
+MAX_FIRST, _FIRST_SECONDS = 20, 0.002
 # Max jobs tried to find the oldest one whose message has not expired.
 _MAX_PEEKS = 10
 
@@ -335,6 +338,11 @@ class Groups:
         for group in list(self._groups.values()):
             if is_wanted(group):
                 yield self._describe(group, time.monotonic() + seconds)
+
+    def first_stats(self, is_wanted: Callable[[Group], bool] = lambda _: True) -> Iterator[GroupStats]:
+        """Iterate over the first groups, as many as can be described without delaying other clients."""
+        until = time.monotonic() + _FIRST_SECONDS
+        return islice(takewhile(lambda _: time.monotonic() < until, self.stats(is_wanted, 0.0)), MAX_FIRST)
 
     def _describe(self, group: Group, until: float) -> GroupStats:
         with self.lock:
