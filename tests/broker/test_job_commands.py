@@ -6,13 +6,16 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from conftest import SOON, Wire, serving, wait_until, wire_to
+from dsmq.broker.jobs import PendingTake, TakeQueues
 from dsmq.errors import Full, ReplyError
 from dsmq.server import Server
-from dsmq.store.groups import MAX_FIRST
+from dsmq.store.group_figures import MAX_FIRST
 from dsmq.wire.resp import encode_request
 from security import READER, WRITER, wire_as
 
@@ -162,6 +165,18 @@ def test_turn_passes_on_when_a_waiting_worker_disconnects(threaded: Server) -> N
         assert call(wire, "TAKE t w 60000") == []
 
 
+def test_turn_passes_on_past_a_worker_that_ends_before_it_learns_of_its_turn() -> None:
+    posted: list[object] = []
+    connection = cast("Any", SimpleNamespace(loop=SimpleNamespace(post=lambda call: posted.append(call.func.__self__))))
+    queues = TakeQueues()
+    takes = [PendingTake(b"t", 0, 1, 1, 1, cast("Any", None), group=b"w") for _ in range(3)]
+    for one in takes:
+        one.is_first = queues.add(one, connection)
+    for one in takes[:2]:
+        queues.remove(one, connection)
+    assert posted == takes[1:]
+
+
 def test_worker_that_does_not_wait_takes_no_job_from_one_that_does(server: Server, wire: Wire) -> None:
     with ExitStack() as stack:
         [first] = wait_in_turn(server, stack, 1, "TAKE t w 60000 WAIT 60000")
@@ -169,6 +184,21 @@ def test_worker_that_does_not_wait_takes_no_job_from_one_that_does(server: Serve
         assert wire.receive() == 1
         assert wire.receive() == []
         assert ids(first.receive()) == [1]
+
+
+def test_repeated_take_gets_its_jobs_before_those_that_wait(threaded: Server) -> None:
+    with ExitStack() as stack:
+        wire = stack.enter_context(wire_to(threaded))
+        call(wire, "PUT t x")
+        first = call(wire, "TAKE t w 60000 TOKEN mine")
+        [waiting] = wait_in_turn(threaded, stack, 1, "TAKE t w 60000 WAIT 60000 TOKEN other")
+        for options in ("", "WAIT 60000 "):
+            assert ids(call(wire, f"TAKE t w 60000 {options}TOKEN mine")) == ids(first)
+        # It gets no others.
+        call(wire, "DONE t w 1 1")
+        assert call(wire, "TAKE t w 60000 TOKEN mine") == []
+        call(wire, "PUT t y")
+        assert ids(waiting.receive()) == [2]
 
 
 def test_error_on_the_second_try_leaves_no_wait(server: Server, wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:

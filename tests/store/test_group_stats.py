@@ -10,7 +10,8 @@ import pytest
 from snapshotting import restored, snapshotting
 from stores import Clock, ClockedStore, expire_all, put
 
-from dsmq.store.group import GroupStats, Receipt
+from dsmq.store.group import Receipt
+from dsmq.store.group_figures import GroupStats
 from dsmq.store.groups import Job, Take
 from dsmq.store.scan import MATCH_STEP, MAX_MATCHES, MAX_MERGED_TOPICS
 from dsmq.store.selection import Selection

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from dsmq.broker.context import ServerContext
     from dsmq.broker.event_loop import EventLoop
     from dsmq.store.expiry import Expiry
-    from dsmq.store.group import GroupStats
+    from dsmq.store.group_figures import GroupStats
     from dsmq.store.groups import Groups
     from dsmq.store.snapshots import SnapshotStats, Snapshotter
 

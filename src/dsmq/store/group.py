@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from dsmq.store.selection import Selection
@@ -52,30 +52,6 @@ class GroupCounts:
     def add(self, other: GroupCounts, times: int = 1) -> None:
         for name in self.__slots__:
             setattr(self, name, getattr(self, name) + times * getattr(other, name))
-
-
-class GroupStats(NamedTuple):
-    key: bytes
-    """The topic or pattern."""
-    name: bytes
-    held: int
-    """Jobs that workers hold and may still finish."""
-    again: int
-    """Jobs that wait to be given again."""
-    counts: GroupCounts
-    waiting: int
-    """Messages that were not given yet; for a pattern that matches more than 1,000 topics, all messages put since."""
-    oldest_age_ms: int
-    """Age of the oldest message that is not done; 0 if there is none."""
-
-    @property
-    def states(self) -> dict[str, int]:
-        """Return the number of messages in each state."""
-        return {"waiting": self.waiting, "held": self.held, "again": self.again}
-
-    @property
-    def figures(self) -> dict[str, int]:
-        return {**self.states, **asdict(self.counts), "oldest_age_ms": self.oldest_age_ms}
 
 
 @dataclass(slots=True)
@@ -139,6 +115,7 @@ class Group:
     def restore(self, job: HeldJob) -> None:
         """Add a job from a snapshot."""
         self.jobs[job.id] = job
+        self._remember_token(job)
         if job.until == _FAILED:
             self.failed.append(job)
         elif job.until == _READY:
@@ -170,8 +147,7 @@ class Group:
         self._forget_token(job)
         job.attempt += 1
         job.is_held, job.since, job.worker, job.token = True, now, worker, token
-        if token:
-            self._tokens.setdefault(token, []).append(Receipt(job.id, job.attempt))
+        self._remember_token(job)
         self._await(job, until)
 
     def _await(self, job: HeldJob, until: int) -> None:
@@ -223,6 +199,10 @@ class Group:
     def remove(self, job: HeldJob) -> None:
         self._forget_token(job)
         del self.jobs[job.id]
+
+    def _remember_token(self, job: HeldJob) -> None:
+        if job.token:
+            self._tokens.setdefault(job.token, []).append(Receipt(job.id, job.attempt))
 
     def _forget_token(self, job: HeldJob) -> None:
         receipts = self._tokens.get(job.token)

@@ -6,22 +6,18 @@ and count towards limits, like all others.
 
 from __future__ import annotations
 
-import heapq
 import logging
 import sqlite3
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from itertools import islice, takewhile
-from operator import attrgetter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from dsmq import logs
 from dsmq.errors import BadRequest, Full, JobLost, ReplyError
 from dsmq.store.api import Found, ManyTopics, Message, Outcome, Put, TopicMessage
-from dsmq.store.group import Group, GroupCounts, GroupStats, HeldJob, Receipt
+from dsmq.store.group import Group, GroupCounts, HeldJob, Receipt
+from dsmq.store.group_figures import GroupFigures
 from dsmq.store.schema import Batch
 from dsmq.store.selection import Selection
 from dsmq.store.topics import TopicTable
@@ -34,10 +30,6 @@ LEASE_AFTER_RESTART_MS = 30_000
 _MOVE_AGAIN_MS = 1_000
 # Max jobs of a group moved there while holding the lock.
 _MAX_MOVED = 100
-# Max groups described for a client at once; fewer, if this time in seconds is over.
-MAX_FIRST, _FIRST_SECONDS = 20, 0.002
-# Max jobs tried to find the oldest one whose message has not expired.
-_MAX_PEEKS = 10
 
 _logger = logging.getLogger(__name__)
 
@@ -116,7 +108,7 @@ class Source:
         raise NotImplementedError
 
 
-class Groups:
+class Groups(GroupFigures):
     """The groups of workers of a store. Thread-safe."""
 
     def __init__(self, source: Source) -> None:
@@ -314,63 +306,6 @@ class Groups:
             raise BadRequest(f"a topic has at most {self.limits.max_topic_bytes} bytes, not {len(topic)}")
         self._source.append([(topic, body, None)])
 
-    # Statistics
-
-    @property
-    def count(self) -> int:
-        return len(self._groups)
-
-    @property
-    def memory(self) -> int:
-        return self._memory
-
-    def counts(self) -> GroupCounts:
-        """Return the sums over all groups since the start, including forgotten ones."""
-        found = GroupCounts()
-        for counts in (self._base, *[group.counts for group in list(self._groups.values())]):
-            found.add(counts)
-        return found
-
-    def stats(
-        self, is_wanted: Callable[[Group], bool] = lambda _: True, seconds: float = 0.001
-    ) -> Iterator[GroupStats]:
-        """Iterate over groups, in the order in which they began, with up to this much time to match topics for each."""
-        for group in list(self._groups.values()):
-            if is_wanted(group):
-                yield self._describe(group, time.monotonic() + seconds)
-
-    def first_stats(self, is_wanted: Callable[[Group], bool] = lambda _: True) -> Iterator[GroupStats]:
-        """Iterate over the first groups, as many as can be described without delaying other clients."""
-        until = time.monotonic() + _FIRST_SECONDS
-        return islice(takewhile(lambda _: time.monotonic() < until, self.stats(is_wanted, 0.0)), MAX_FIRST)
-
-    def _describe(self, group: Group, until: float) -> GroupStats:
-        with self.lock:
-            jobs = list(group.jobs.values())
-            position, counts = group.position, replace(group.counts)
-            given = {topic: number for topic, (number, _) in group.numbers.items()}
-        held = sum([job.is_in_flight for job in jobs])
-        waiting, age_ms = self._source.backlog(group.selection, position, given, until)
-        for job in heapq.nsmallest(_MAX_PEEKS, jobs, key=attrgetter("id")):
-            message = self._source.peek(job.topic, job.id + 1)
-            if message is not None and message.id == job.id:
-                age_ms = message.age_ms
-                break
-        return GroupStats(group.key, group.name, held, len(jobs) - held, counts, waiting, age_ms)
-
-    def held(self, topic: bytes, count: int) -> list[tuple[Group, HeldJob, int]]:
-        """Return the jobs of a topic that workers hold, each with its group and for how many milliseconds; the longest
-        first.
-        """
-        found = []
-        for group in list(self._groups.values()):
-            if group.selection.matches(topic):
-                with self.lock:
-                    jobs = list(group.jobs.values())
-                found += [(group, job) for job in jobs if job.is_in_flight and job.topic == topic]
-        now = self._source.now()
-        return [(*one, now - one[1].since) for one in heapq.nsmallest(count, found, key=lambda one: one[1].since)]
-
     # Snapshots
 
     def copy(self) -> list[Batch]:
@@ -386,12 +321,14 @@ class Groups:
                     *(counts.done, counts.failed, counts.unmoved, counts.expired, counts.dropped),
                 )
             )
-            jobs += [(row, job.id, job.topic, job.attempt, job.until, job.is_held) for job in group.jobs.values()]
-            jobs += [(row, message_id, None, attempt, 0, False) for message_id, attempt in group.done.items()]
+            jobs += [
+                (row, job.id, job.topic, job.attempt, job.until, job.is_held, job.token) for job in group.jobs.values()
+            ]
+            jobs += [(row, message_id, None, attempt, 0, False, b"") for message_id, attempt in group.done.items()]
             numbers += [(row, topic, *values) for topic, values in group.numbers.items()]
         return [
             ("INSERT INTO worker_groups VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", groups),
-            ("INSERT INTO jobs VALUES (?, ?, ?, ?, ?, ?)", jobs),
+            ("INSERT INTO jobs VALUES (?, ?, ?, ?, ?, ?, ?)", jobs),
             ("INSERT INTO job_numbers VALUES (?, ?, ?, ?)", numbers),
         ]
 
@@ -405,12 +342,14 @@ class Groups:
             group = by_row[row] = Group(key, name, Selection([key]), used_at, position, counts=GroupCounts(*counts))
             self._groups[key, name] = group
             self._base.add(group.counts, -1)
-        for row, message_id, topic, attempt, until, is_held in source.execute("SELECT * FROM jobs ORDER BY rowid"):
+        for row, message_id, topic, attempt, until, is_held, token in source.execute(
+            "SELECT * FROM jobs ORDER BY rowid"
+        ):
             if topic is None:
                 by_row[row].done[message_id] = attempt
                 continue
             end = max(until, now + LEASE_AFTER_RESTART_MS) if is_held else until
-            by_row[row].restore(HeldJob(message_id, topic, attempt, end, bool(is_held), now))
+            by_row[row].restore(HeldJob(message_id, topic, attempt, end, bool(is_held), now, token))
         for row, topic, number, dropped in source.execute("SELECT * FROM job_numbers ORDER BY rowid"):
             by_row[row].numbers[topic] = number, dropped
         for group in by_row.values():
