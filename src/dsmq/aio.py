@@ -202,7 +202,7 @@ class AsyncClient(Client):
     def messages(
         self, *topics: str | Sequence[str], timeout: float = math.inf, text: bool = False, raw: bool = False
     ) -> AsyncIterator[Any]:
-        """Iterate over messages as they arrive, of a topic or several; end when none arrives for `timeout` seconds."""
+        """Iterate over messages of one or more topics as they arrive; end when none arrives for `timeout` seconds."""
         seconds, key = arguments.seconds("timeout", timeout), arguments.names(*topics)
         self._session.reader(key)
         return _Messages(self, key, seconds, raw if text or raw else None)

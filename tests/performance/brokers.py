@@ -25,6 +25,7 @@ KNOWN = (
     ("redis-lists", "redis-server", "--version", "redis"),
     ("beanstalkd", "beanstalkd", "-v", "greenstalk"),
     ("nats", "nats-server", "--version", "nats-py"),
+    ("mosquitto", "mosquitto", "-h", "paho-mqtt"),
 )
 OLD = "dsmq14"
 OLD_VERSION = "1.4.1"
@@ -67,6 +68,8 @@ class Broker:
             return [self.python, "-c", f"from dsmq.server import serve; serve('127.0.0.1', {port})"]
         if self.name in ("redis", "redis-lists"):
             return ["redis-server", "--bind", "127.0.0.1", "--port", port, "--save", "", "--appendonly", "no"]
+        if self.name == "mosquitto":
+            return ["mosquitto", "-p", port]
         if self.name == "beanstalkd":
             return ["beanstalkd", "-l", "127.0.0.1", "-p", port, "-z", "10000000"]
         return ["nats-server", "-a", "127.0.0.1", "-p", port, "-js", "-sd", self.folder]

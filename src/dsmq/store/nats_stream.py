@@ -116,7 +116,7 @@ class Stream:
         self._connecting = asyncio.Lock()
         self._replicas, self._max_age_ms, self._max_bytes = replicas, 0, 0
         self.rules: bytes | None = None
-        """The last rules for topics that are known; None if the stream may have others."""
+        """The last known rules for topics; None if the stream may have others."""
         self.is_configured = False
         """Whether the stream has the current configuration."""
 
@@ -163,7 +163,7 @@ class Stream:
                 raise
             found = await self._create(self._configuration())
         if self.rules is None:
-            # Before it may be configured, which would delete what exceeds its new limits.
+            # Before it may be configured, which would delete messages beyond its new limits.
             self.rules = await self._last_of(f"{self.name}.facts.rules") or b""
         wanted = self._configuration()
         if not found.get("allow_atomic"):
@@ -214,7 +214,7 @@ class Stream:
             "discard": "new",
             "num_replicas": self._replicas,
             "max_age": (max_age_ms + margin) * 1_000_000,
-            # The stream keeps what topics drop until it expires.
+            # The stream keeps dropped messages until they expire.
             "max_bytes": -1 if rules.drop else self._max_bytes,
             "duplicate_window": min(DEDUPLICATION_SECONDS * 1000, self._max_age_ms) * 1_000_000,
             "allow_atomic": True,
@@ -332,8 +332,8 @@ class Stream:
                 await self.publish(f"{self.name}.facts.{number}", body, {"Nats-Rollup": "sub", **_NEVER})
 
     async def write_rules(self, fact: bytes) -> int:
-        """Add rules for topics to the stream; return their id. Earlier ones stay, for the messages between them."""
-        # First, because the stream may be full, and have room for what these rules let it keep.
+        """Add rules for topics to the stream; return their id. Earlier rules stay, for the messages in between."""
+        # First, because the stream may be full, and may get room by these rules.
         self.rules = fact
         await self.open()
         return await self.publish(f"{self.name}.facts.rules", fact, _NEVER)
