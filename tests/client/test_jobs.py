@@ -34,6 +34,7 @@ from dsmq.wire.resp import Reply
 
 pytestmark = pytest.mark.embedded("TAKE is not possible with a NATS store yet")
 Client = DSMQClientSideConnection
+pytestmark = pytest.mark.embedded("TAKE is not possible with a NATS store yet")
 PRODUCER = Producer(b"run")
 BROKEN = ConnectionResetError("broken")
 
