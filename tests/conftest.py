@@ -70,12 +70,20 @@ Resolve = Callable[..., None]
 GROUPS = ("browser", "clients", "deploy")
 
 
+# What runs over both stores: the tests of clients, protocol and promises.
+OVER_BOTH_STORES = ("broker", "client", "clients", "promises", "wire", "test_server.py", "test_server_lifecycle.py")
+
+
+def runs_over_both_stores(path: Path) -> bool:
+    return path.relative_to(Path(__file__).parent).parts[0] in OVER_BOTH_STORES
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--store") != "sqlite":
-        embedded = [item for item in items if item.get_closest_marker("embedded")]
-        config.hook.pytest_deselected(items=embedded)
-        items[:] = [item for item in items if item not in embedded]
+        others = [item for item in items if item.get_closest_marker("embedded") or not runs_over_both_stores(item.path)]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
     for item in items:
         for name in GROUPS:
             if item.get_closest_marker(name):

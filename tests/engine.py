@@ -149,8 +149,9 @@ class LocalEngine(Engine):
         *,
         jetstream: bool = True,
         proxy: Callable[[int], Proxy] | None = None,
+        prefixes: Mapping[int, Sequence[str]] | None = None,
     ) -> None:
-        """`proxy`, if given, makes a proxy for each node's connection to another one."""
+        """`proxy`, if given, makes a proxy for each node's connection to another one; `prefixes`: for commands."""
         super().__init__([])
         self._links: dict[tuple[int, int], Proxy] = {}
         for attempt in range(PORTS_TRIED):
@@ -169,7 +170,7 @@ class LocalEngine(Engine):
                 its_ports = ports[3 * at : 3 * at + 3]
                 text = configuration(f"n{at}", HOST, its_ports, [(HOST, port) for port in to], direct=proxy is None)
                 (file := place / f"n{at}.conf").write_text(f"{text}{config}\n")
-                self.nodes.append(Node(f"n{at}", file, its_ports))
+                self.nodes.append(Node(f"n{at}", file, its_ports, prefix=(prefixes or {}).get(at, ())))
             for node in self.nodes:
                 node.start()
             if reached(self.is_ready, SOON):
@@ -201,15 +202,9 @@ def configuration(
 
 
 @contextmanager
-def engine(
-    folder: Path,
-    count: int = 3,
-    extra: str = "",
-    *,
-    jetstream: bool = True,
-    proxy: Callable[[int], Proxy] | None = None,
-) -> Iterator[LocalEngine]:
-    running = LocalEngine(folder, count, extra, jetstream=jetstream, proxy=proxy)
+def engine(folder: Path, count: int = 3, extra: str = "", **options: Any) -> Iterator[LocalEngine]:
+    """A running LocalEngine, with these options."""
+    running = LocalEngine(folder, count, extra, **options)
     try:
         yield running
     finally:

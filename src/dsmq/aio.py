@@ -202,7 +202,7 @@ class AsyncClient(Client):
     def messages(
         self, *topics: str | Sequence[str], timeout: float = math.inf, text: bool = False, raw: bool = False
     ) -> AsyncIterator[Any]:
-        """Iterate over messages as they arrive, of a topic or several; end when none arrives for `timeout` seconds."""
+        """Iterate over messages of one or more topics as they arrive; end when none arrives for `timeout` seconds."""
         seconds, key = arguments.seconds("timeout", timeout), arguments.names(*topics)
         self._session.reader(key)
         return _Messages(self, key, seconds, raw if text or raw else None)
@@ -231,11 +231,11 @@ class AsyncClient(Client):
         await self._settle(jobs.done(job), job)
 
     async def give_back(self, job: Job, *, delay: float = 0.0) -> None:
-        """Let another worker get a job, after `delay` seconds. Raises JobLost if its lease has ended."""
+        """Return a job to its group, after `delay` seconds. Raises JobLost if its lease has ended."""
         await self._settle(jobs.give_back(job, delay), job)
 
     async def extend(self, job: Job, seconds: float) -> None:
-        """Let the lease of a job end in `seconds`. Raises JobLost if it has ended already."""
+        """Make a job's lease end in `seconds`. Raises JobLost if it has already ended."""
         await self._settle(jobs.extend(job, seconds), job, seconds)
 
     async def ping(self) -> None:

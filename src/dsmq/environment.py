@@ -24,6 +24,8 @@ _MAX_TEXT_BYTES = 1_048_576
 PREFIX = "DSMQ_"
 # Variables that are not settings: the configuration file, and the servers that clients connect to.
 _OTHERS = ("config", "server")
+# Variables that `dsmq work` sets for its command, which may use this package, too.
+_OF_JOBS = ("topic_name", "job_id", "attempt")
 # Settings that only the configuration file can contain.
 FILE_ONLY = ("topic",)
 
@@ -76,7 +78,7 @@ def _variables() -> dict[str, str]:
     found: dict[str, str] = {}
     for variable, value in sorted(os.environ.items()):
         name = variable[len(PREFIX) :].lower()
-        if not value or not variable.upper().startswith(PREFIX) or _is_link(variable, value):
+        if not value or not variable.upper().startswith(PREFIX) or name in _OF_JOBS or _is_link(variable, value):
             continue
         if name not in settings() and name not in _OTHERS:
             raise ConfigError(f"{variable}: {unknown(name, lambda known: PREFIX + known.upper())}")

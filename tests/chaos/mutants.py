@@ -1,12 +1,17 @@
-"""`dsmq serve` with a deliberate defect that the scenarios must find: `mutants.py NAME`."""
+"""`dsmq serve` with a deliberate defect that the scenarios must find: `mutants.py NAME...`."""
 
 from __future__ import annotations
 
 import random
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parent.parent)
+
+from chaos.job_mutants import JOB_MUTANTS, leases_end_soon
 from dsmq.__main__ import main
 from dsmq.store.api import Message, Put
 from dsmq.store.sqlite import SQLiteStore
@@ -115,7 +120,7 @@ def reads_stale_mirrors() -> None:
     """A read that finds nothing does not ask the engine."""
     from dsmq.store import nats_index
 
-    nats_index.ReadIndex.add = lambda _, call: call(None)  # type: ignore[method-assign]
+    nats_index.ReadIndex.add = lambda _, call, __=None: call(None)  # type: ignore[method-assign,misc]
 
 
 def trusts_any_leader() -> None:
@@ -129,11 +134,13 @@ def answers_early() -> None:
     """A put is acknowledged before the engine has answered."""
     from dsmq.store import nats_puts
 
-    async def publish_once(publisher: Any, message: Any, _: float, **_others: bool) -> int:
-        ack = await publisher._requests.ask(message.encode, nats_puts.ATTEMPT_SECONDS)
-        return int(ack.id) if ack is not None and ack.id else int(publisher.last_id) + 1
+    outcomes = nats_puts.Publisher._outcomes
 
-    nats_puts.Publisher._publish_one = publish_once  # type: ignore[method-assign,assignment]
+    def guess(publisher: Any, batch: Any, ack: Any, *, is_sent: bool) -> list[Any]:
+        guessed = range(publisher.last_id + 1, publisher.last_id + 1 + len(batch.messages))
+        return list(guessed) if ack is None else outcomes(publisher, batch, ack, is_sent=is_sent)
+
+    nats_puts.Publisher._outcomes = guess  # type: ignore[method-assign,assignment]
 
 
 # Defects, and the scenario that must find each.
@@ -152,9 +159,12 @@ MUTANTS = {
     swaps: "calm",
     repeats: "calm",
     renames: "calm",
+    **JOB_MUTANTS,
 }
 
 if __name__ == "__main__":
-    {change.__name__: change for change in (*MUTANTS, *SHARED_MUTANTS, forgets_soon)}[sys.argv[1]]()
+    known = {change.__name__: change for change in (*MUTANTS, *SHARED_MUTANTS, forgets_soon, leases_end_soon)}
+    for name in sys.argv[1:]:
+        known[name]()
     sys.argv[1:] = ["serve"]
     sys.exit(main())

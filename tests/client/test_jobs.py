@@ -32,7 +32,9 @@ from dsmq.errors import BadRequest, ClientClosed, ConnectionLost, JobLost, Proto
 from dsmq.server import Server
 from dsmq.wire.resp import Reply
 
+pytestmark = pytest.mark.embedded("TAKE is not possible with a NATS store yet")
 Client = DSMQClientSideConnection
+pytestmark = pytest.mark.embedded("TAKE is not possible with a NATS store yet")
 PRODUCER = Producer(b"run")
 BROKEN = ConnectionResetError("broken")
 
@@ -103,7 +105,7 @@ def test_long_wait_is_split_into_takes_under_one_token() -> None:
     assert [words[words.index(b"WAIT") + 1] for words in requests] == [b"15000"] * 3
 
 
-def test_loop_finishes_each_job_when_next_is_asked_for() -> None:
+def test_loop_finishes_each_job_when_next_is_requested() -> None:
     work = Work(Stub(), "t", "w", 0.0, 60.0, 2)
     answer(work, replies(("t", 1, b"x", 1), ("t", 2, b"y", 1)))
     assert work.hand_out().id == 1
@@ -202,7 +204,7 @@ def test_invalid_reply_to_take_raises_protocol_error(reply: Any) -> None:
         answer(work, reply)
 
 
-def test_jobs_left_to_their_leases_are_forgotten_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_left_to_their_leases_are_finally_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr(jobs, "boot_time", lambda: now)
     monkeypatch.setattr(jobs, "_MANY_JOBS", 10)
@@ -376,7 +378,7 @@ def test_with_settles_job_at_once(mq: Client, other: Client) -> None:
     assert texts(other) == []
 
 
-def test_done_in_loop_of_lost_job_raises_and_loop_can_go_on(mq: Client, other: Client) -> None:
+def test_done_in_loop_of_lost_job_raises_and_loop_can_continue(mq: Client, other: Client) -> None:
     mq.put("t", "x")
     loop = mq.work("t", lease=UNIT, timeout=SOON)
     next(loop)
@@ -518,7 +520,7 @@ def test_job_of_call_interrupted_at_any_line_is_given_at_once(
             job = steps.run(lambda: CALLS[call](mq, loop), step)
         except Interrupted:
             interrupted += 1
-            # The token, or the loop, leads to the same job.
+            # By the token, or the loop, it gets the same job.
             job = CALLS[call](mq, loop)
         assert (job.text, job.attempt) == (str(step), 1), step
         if call != "next":
@@ -532,7 +534,7 @@ def test_job_of_call_interrupted_at_any_line_is_given_at_once(
 def test_loop_interrupted_at_any_line_loses_no_job(
     server: Server, other: Client, traced: None, prefetch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it held is given to another at once, when the loop and the client have been closed."""
+    """Its jobs are given to another worker as soon as the loop and the client have been closed."""
     monkeypatch.setattr("sys.unraisablehook", lambda _: None)
     step, ended, kept = 0, False, 0
     while not ended:

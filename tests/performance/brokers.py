@@ -22,8 +22,10 @@ from dsmq.demo_cluster import free_ports
 KNOWN = (
     ("dsmq", sys.executable, "", "dsmq"),
     ("redis", "redis-server", "--version", "redis"),
+    ("redis-lists", "redis-server", "--version", "redis"),
     ("beanstalkd", "beanstalkd", "-v", "greenstalk"),
     ("nats", "nats-server", "--version", "nats-py"),
+    ("mosquitto", "mosquitto", "-h", "paho-mqtt"),
 )
 OLD = "dsmq14"
 OLD_VERSION = "1.4.1"
@@ -64,8 +66,10 @@ class Broker:
             return [self.python, "-m", "dsmq", "serve", "--port", port, "--http-port", "0", "--log-level", "error"]
         if self.name == OLD:
             return [self.python, "-c", f"from dsmq.server import serve; serve('127.0.0.1', {port})"]
-        if self.name == "redis":
+        if self.name in ("redis", "redis-lists"):
             return ["redis-server", "--bind", "127.0.0.1", "--port", port, "--save", "", "--appendonly", "no"]
+        if self.name == "mosquitto":
+            return ["mosquitto", "-p", port]
         if self.name == "beanstalkd":
             return ["beanstalkd", "-l", "127.0.0.1", "-p", port, "-z", "10000000"]
         return ["nats-server", "-a", "127.0.0.1", "-p", port, "-js", "-sd", self.folder]

@@ -37,6 +37,9 @@ OPERATIONS = {
     "large_get": (100, "get 100,000 characters"),
     "put_many": (20000, "put_many, a message"),
     "ping_pong": (1000, "ping-pong between two processes"),
+    "work": (1000, "take a job with a backlog, and finish it"),
+    "empty_work": (1000, "take a job with nothing there"),
+    "hand_over": (200, "from a put to the job at a waiting worker"),
 }
 FAN_OUT = 200
 # Fraction of the repetitions for systems that are slow.
@@ -197,7 +200,9 @@ def main() -> None:
     parser.add_argument("--apart", action="store_true", help="run servers on one core, clients on the others")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--plot", type=Path, help="draw the ratios to this SVG or PNG file; needs matplotlib")
-    parser.add_argument("--systems", nargs="*", default=[], help="dsmq redis beanstalkd nats dsmq14; default: all")
+    parser.add_argument(
+        "--systems", nargs="*", default=[], help="dsmq redis redis-lists beanstalkd nats dsmq14; default: all"
+    )
     parser.add_argument("--before", default="", help="Python of a virtual environment with another commit of dsmq")
     parser.add_argument("--operations", nargs="*", default=list(OPERATIONS), help=" ".join(OPERATIONS))
     options = parser.parse_args()

@@ -41,6 +41,14 @@ class Dsmq:
     def wait(self, topic: str) -> Any:
         return self.mq.get_wait(topic, timeout=NEVER)
 
+    def work(self, topic: str, timeout: float = 0.0) -> Any:
+        """Take a job and finish it."""
+        job = self.mq.take(topic, timeout=timeout)
+        if job is not None:
+            self.mq.done(job)
+            return job.text
+        return None
+
     def close(self) -> None:
         self.mq.close()
 
@@ -71,6 +79,7 @@ class Redis:
 
         self.redis = redis.Redis(port=port, decode_responses=True)
         self.positions: dict[str, str] = {}
+        self.groups: set[str] = set()
 
     def put(self, topic: str, message: str) -> None:
         self.redis.xadd(topic, {"m": message})
@@ -92,6 +101,38 @@ class Redis:
         found: Any = self.redis.xread({topic: self.positions.get(topic, "0-0")}, count=1, block=NEVER * 1000)
         self.positions[topic], fields = next(iter(found.values()))[0][0] if isinstance(found, dict) else found[0][1][0]
         return fields["m"]
+
+    def work(self, topic: str, timeout: float = 0.0) -> Any:
+        """Take an entry as a consumer of a group, and acknowledge it."""
+        if topic not in self.groups:
+            self.redis.xgroup_create(topic, "workers", "0", mkstream=True)
+            self.groups.add(topic)
+        block = round(timeout * 1000) or None
+        found: Any = self.redis.xreadgroup("workers", "me", {topic: ">"}, count=1, block=block)
+        if not found:
+            return None
+        entry, fields = next(iter(found.values()))[0][0] if isinstance(found, dict) else found[0][1][0]
+        self.redis.xack(topic, "workers", entry)
+        return fields["m"]
+
+    def close(self) -> None:
+        self.redis.close()
+
+
+class RedisList:
+    """Redis lists, through redis-py with hiredis: an element is lost if the worker that popped it dies."""
+
+    def __init__(self, port: int) -> None:
+        import redis
+
+        self.redis = redis.Redis(port=port, decode_responses=True)
+
+    def put(self, topic: str, message: str) -> None:
+        self.redis.rpush(topic, message)
+
+    def work(self, topic: str, timeout: float = 0.0) -> Any:
+        found: Any = self.redis.blpop([topic], timeout) if timeout else self.redis.lpop(topic)
+        return found[1] if timeout and found else found
 
     def close(self) -> None:
         self.redis.close()
@@ -123,17 +164,17 @@ class Beanstalk:
             self.watched = topic
 
     def get(self, topic: str) -> Any:
-        self.watch(topic)
-        try:
-            job = self.client.reserve(timeout=0)
-        except self.timed_out:
-            return None
-        self.client.delete(job)
-        return job.body
+        return self.work(topic)
 
     def wait(self, topic: str) -> Any:
+        return self.work(topic, NEVER)
+
+    def work(self, topic: str, timeout: float = 0.0) -> Any:
         self.watch(topic)
-        job = self.client.reserve(timeout=NEVER)
+        try:
+            job = self.client.reserve(timeout=round(timeout))
+        except self.timed_out:
+            return None
         self.client.delete(job)
         return job.body
 
@@ -204,7 +245,24 @@ def id_in(reply: bytes) -> bytes:
     return reply.strip().split(b"\r\n")[-1].lstrip(b":")
 
 
-SYSTEMS = {"dsmq": Dsmq, "before": Dsmq, "dsmq14": Dsmq14, "redis": Redis, "beanstalkd": Beanstalk, "nats": Nats}
+SYSTEMS = {
+    "dsmq": Dsmq,
+    "before": Dsmq,
+    "dsmq14": Dsmq14,
+    "redis": Redis,
+    "redis-lists": RedisList,
+    "beanstalkd": Beanstalk,
+    "nats": Nats,
+}
+
+
+# What an operation needs of a client, if not `get`.
+NEEDS = {
+    **dict.fromkeys(("put", "large_put", "fan_out"), "put"),
+    **dict.fromkeys(("put_many", "fill"), "put_many"),
+    "ping_pong": "wait",
+    **dict.fromkeys(("work", "empty_work", "hand_over"), "work"),
+}
 
 
 class Measure:
@@ -252,6 +310,53 @@ class Measure:
             if get(topic):
                 raise AssertionError("a message from nowhere")
         return since(before, count)
+
+    def work(self, count: int) -> float:
+        """Take jobs with a backlog, and finish each."""
+        topic, work = self.topic("work"), self.client.work
+        for _ in range(count):
+            self.client.put(topic, SHORT)
+        got = 0
+        before = time.perf_counter()
+        for _ in range(count):
+            got += work(topic) == SHORT
+        taken = since(before, count)
+        if got != count:
+            raise AssertionError(f"{got} of {count} jobs")
+        return taken
+
+    def empty_work(self, count: int) -> float:
+        topic, work = self.topic("idle"), self.client.work
+        before = time.perf_counter()
+        for _ in range(count):
+            if work(topic) is not None:
+                raise AssertionError("a job from nowhere")
+        return since(before, count)
+
+    def hand_over(self, count: int) -> dict[str, float]:
+        """Return the time from a put to the job, taken by a waiting worker in another process."""
+        topic = self.topic("hand")
+        words = [sys.executable, __file__, self.system, str(self.port), "answer", topic, "", str(count)]
+        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+            assert other.stdout is not None
+            taken = []
+            for _ in range(count):
+                # The worker waits, or is about to: it has read the clock and asks for the next job.
+                other.stdout.readline()
+                time.sleep(0.001)
+                before = time.monotonic()
+                self.client.put(topic, SHORT)
+                taken.append((float(other.stdout.readline()) - before) * 1e6)
+        taken.sort()
+        return {"p50": statistics.median(taken), "p99": taken[round(len(taken) * 0.99) - 1]}
+
+    def answer(self, topic: str, _: str, count: int) -> None:
+        """Take jobs in the other process, and print the time of each."""
+        for _number in range(count):
+            print("ready", flush=True)
+            if self.client.work(topic, NEVER) != SHORT:
+                raise AssertionError("not the job")
+            print(time.monotonic(), flush=True)
 
     def large_put(self, count: int) -> float:
         topic, put = self.topic("large"), self.client.put
@@ -340,12 +445,12 @@ def main() -> None:
     system, port, *echo = sys.argv[1:]
     measure = Measure(system, int(port))
     if echo:
-        measure.echo(echo[1], echo[2], int(echo[3]))
+        getattr(measure, echo[0])(echo[1], echo[2], int(echo[3]))
         return
     print("ready", flush=True)
     for line in sys.stdin:
         operation, count = line.split()
-        if not hasattr(measure.client, {"put_many": "put_many", "ping_pong": "wait"}.get(operation, "put")):
+        if not hasattr(measure.client, NEEDS.get(operation, "get")):
             print("null", flush=True)
         else:
             print(json.dumps(getattr(measure, operation)(int(count))), flush=True)

@@ -84,6 +84,23 @@ def test_comparison_gives_ratios_to_redis(tmp_path: Path) -> None:
     assert re.search(rf"\| put \| [\d.]+ \| {ratio:.2f} \|", shown)
 
 
+def test_workers_are_compared() -> None:
+    tool("redis-server", "redis-server")
+    arguments = ["--systems", "dsmq", "redis", "--rounds", "1", "--requests", "0"]
+    shown = run_script("performance/compare.py", *arguments, "--operations", "work", "empty_work", "hand_over")
+    assert re.search(r"\| take a job with a backlog, and finish it \| [\d.,]+ \| [\d.]+ \|", shown)
+    assert re.search(r"\| from a put to the job at a waiting worker p99 \| [\d.,]+ \| [\d.]+ \|", shown)
+
+
+def test_readers_of_patterns_are_compared() -> None:
+    tool("redis-server", "redis-server")
+    systems = ["--systems", "dsmq", "redis streams", "redis pub/sub"]
+    small = ["--rounds", "1", "--scale", "0.02", "--readers", "1", "3"]
+    figures = json.loads(run_script("performance/patterns.py", *small, "--json", *systems))
+    assert len(figures) == 4
+    assert all(set(by_system) == set(systems[1:]) for by_system in figures.values())
+
+
 def test_costs_are_measured_at_each_level(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     run_script(

@@ -370,6 +370,16 @@ def test_groups_continue_after_a_restart(store: ClockedStore, clock: Clock, tmp_
             done(other, three)
 
 
+def test_same_token_gets_the_same_job_after_a_restart(store: ClockedStore, tmp_path: Path) -> None:
+    file = tmp_path / "snapshot"
+    put(store, b"t", b"1", b"2")
+    take(store, token=b"x")
+    with snapshotting(store, file) as snapshotter:
+        assert snapshotter.save(at_once=True)
+    with restored(file) as other:
+        assert [(job.id, job.attempt) for job in take(other, token=b"x")] == [(1, 1)]
+
+
 def test_lease_lasts_a_while_after_a_restart(store: ClockedStore, clock: Clock, tmp_path: Path) -> None:
     file = tmp_path / "snapshot"
     put(store, b"t", b"1")

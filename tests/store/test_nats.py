@@ -20,7 +20,7 @@ from dsmq.store import nats_puts, nats_stream
 from dsmq.store.api import Answer, Limits, Message, Mirrored, Put
 from dsmq.store.nats import MAX_TOPIC_BYTES, NATSStore
 from dsmq.store.nats_connection import Credentials, encode_token
-from dsmq.store.nats_stream import MIN_VERSION
+from dsmq.store.nats_stream import MIN_VERSION, EngineError
 from dsmq.store.sqlite import MirrorStore
 from engine import Engine, engine
 from helpers import HOST, SOON, UNIT, reached, wait_until
@@ -139,6 +139,24 @@ def test_client_starts_after_all_stored_messages(stores: Stores) -> None:
     for _ in range(50):
         [message_id] = put(one, b"t", b"x")
         assert value(other.start_id()) >= message_id
+
+
+def test_client_waits_a_moment_for_its_start(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = stores()
+    ids = put(store, b"t", b"x")
+    index, failures = store._index, [EngineError("busy")] * 2
+
+    async def last_stored_id() -> int:
+        if failures:
+            raise failures.pop()
+        return ids[0]
+
+    monkeypatch.setattr(index, "last_stored_id", last_stored_id)
+    assert value(store.start_id()) == ids[0]
+    failures += [EngineError("dead")] * 1000
+    monkeypatch.setattr("dsmq.store.nats_index.START_SECONDS", UNIT)
+    with pytest.raises(StoreFailed, match="dead"):
+        value(store.start_id())
 
 
 def test_id_not_assigned_yet_is_refused(stores: Stores) -> None:
@@ -517,6 +535,8 @@ def test_puts_made_without_an_engine_are_stored_when_it_is_back(tmp_path: Path, 
         node.start()
         first, second = value(answer)
         assert [message[:2] for message in read(store, b"t")] == [(first, 1), (second, 2)]
+        # It was not split: one by one, many puts would take long.
+        assert store.publisher.split == 0
 
 
 # Start

@@ -1,4 +1,4 @@
-"""Rules for topics that stand in a NATS stream, and apply on all servers from there on."""
+"""Rules for topics in a NATS stream, which apply on all servers from that point on."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def publish(stores: Stores, subject: str, body: bytes) -> None:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_servers_have_the_same_messages_also_one_that_starts_later(stores: Stores, seed: int) -> None:
+def test_servers_have_the_same_messages_even_if_started_later(stores: Stores, seed: int) -> None:
     draw = random.Random(seed)
 
     def rules() -> Limits:
@@ -102,7 +102,7 @@ def test_dropped_messages_are_counted_and_missed(stores: Stores) -> None:
         assert store.totals().expired == 0
 
 
-def test_server_that_takes_a_put_refuses_it(stores: Stores) -> None:
+def test_only_the_server_that_gets_a_put_refuses_it(stores: Stores) -> None:
     rules = [
         TopicRule(b"a", max_messages=1),
         TopicRule(b"b", max_bytes=300, when_full=DROP_OLDEST),
@@ -117,7 +117,7 @@ def test_server_that_takes_a_put_refuses_it(stores: Stores) -> None:
         put(other, b"b", bytes(201))
     put(one, b"b", b"1", b"2", b"3")
     assert bodies(held(other, b"b")) == [b"2", b"3"]
-    # Whether others have expired is not the same everywhere, so no topic drops messages for it.
+    # Servers may not have expired the same messages, so no topic drops messages for this put.
     put(one, b"c", b"x")
     value(other.latest(b"c", 0))
     with pytest.raises(Full, match="max_stored_messages = 4"):
@@ -126,7 +126,7 @@ def test_server_that_takes_a_put_refuses_it(stores: Stores) -> None:
     assert bodies(held(other, b"b")) == [b"3", b"4"]
 
 
-def test_raised_age_brings_nothing_back(stores: Stores) -> None:
+def test_raised_age_restores_no_expired_message(stores: Stores) -> None:
     one = stores(limits=keep(TopicRule(b"t", max_age_ms=round(UNIT * 1000))))
     [message_id] = put(one, b"t", b"old")
     wait_until(lambda: read(one, b"t", message_id - 1) == [])
@@ -159,7 +159,7 @@ def test_last_rules_apply_and_another_server_warns_once(stores: Stores, caplog: 
     assert not caplog.messages
     other = stores(limits=newest(2))
     wait_until(lambda: len(caplog.messages) == 1)
-    assert caplog.messages[0].startswith("another server has other rules for topics, which apply now: {")
+    assert caplog.messages[0].startswith("another server's rules for topics apply now: {")
     put(one, b"t", b"1", b"2", b"3")
     for store in one, other:
         assert bodies(held(store, b"t")) == [b"2", b"3"]
@@ -203,7 +203,7 @@ def test_new_stream_gets_the_rules_again(stores: Stores) -> None:
 # The stream
 
 
-def test_full_stream_takes_rules_that_make_room(stores: Stores) -> None:
+def test_full_stream_accepts_rules_that_make_room(stores: Stores) -> None:
     limits = Limits(max_stored_bytes=20_000)
     one, other = stores(limits=limits), stores(limits=limits)
 
@@ -232,9 +232,7 @@ def test_server_with_a_lower_age_than_the_rules_loses_nothing(stores: Stores) ->
     assert not reached(lambda: configuration(stores).max_age < 3_600, 1.5)
 
 
-def test_rules_that_are_no_rules_are_skipped_and_refused_at_the_start(
-    stores: Stores, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_invalid_rules_are_skipped_and_refused_at_start(stores: Stores, caplog: pytest.LogCaptureFixture) -> None:
     store = stores(limits=newest(1))
     publish(stores, "rules", b'{"max_shouting": 3}')
     put(store, b"t", b"1", b"2")

@@ -60,12 +60,14 @@ class TakeQueues:
         """Remove a TAKE. If it was the first, it is now the turn of the next."""
         with self._lock:
             queue = self._queues[pending.key]
+            # It may not know yet that it is.
+            was_first = queue[0][0] is pending
             queue.remove((pending, connection))
             if not queue:
                 del self._queues[pending.key]
                 return
             first, its_connection = queue[0]
-        if pending.is_first:
+        if was_first:
             its_connection.loop.post(partial(first.come_first, its_connection))
 
     def wake(self, key: tuple[bytes, bytes]) -> None:
@@ -99,10 +101,12 @@ class PendingTake(PendingRead):
     def fetch(self, store: Store) -> Any:
         if self.jobs:
             return self.jobs
-        if not (self.is_first or self.queues.is_empty(self.key)):
+        is_turn = self.is_first or self.queues.is_empty(self.key)
+        if not (is_turn or self.token):
             return []
         take = Take(
-            *(self.topic, self.group, self.selection, self.count, self.max_bytes),
+            # Before its turn, only the jobs that were assigned under its token.
+            *(self.topic, self.group, self.selection, self.count if is_turn else 0, self.max_bytes),
             *(self.lease_ms, self.token, self.worker),
         )
         groups = _groups(store)
@@ -110,7 +114,7 @@ class PendingTake(PendingRead):
         if found is None:
             return ()
         self.jobs = found
-        self.retry_in = math.inf if found else groups.due_in(*self.key) / 1000
+        self.retry_in = math.inf if found or not is_turn else groups.due_in(*self.key) / 1000
         return found
 
     def take(self, found: Any) -> list[Any] | None:

@@ -78,6 +78,18 @@ def duration(text: str) -> float:
     return float(found[1]) * _UNITS[found[2]]
 
 
+def lease(text: str) -> float:
+    if not 1e-3 <= (time := duration(text)) <= 86_400:
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is not a time from 0.001s to 1d")
+    return time
+
+
+def group(text: str) -> str:
+    if not re.fullmatch("[!-~]{1,64}", text):
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is not 1 to 64 printable ASCII characters, no spaces")
+    return text
+
+
 def _number(kind: Callable[[str], N], text: str, least: float, most: float, what: str) -> N:
     try:
         number = kind(text)

@@ -144,6 +144,12 @@ def _watch(options: argparse.Namespace, connect: Connect) -> None:
     watch(options, connect)
 
 
+def _work(options: argparse.Namespace, connect: Connect) -> None:
+    from dsmq.cli.work import work  # noqa: PLC0415 - only here
+
+    work(options, connect)
+
+
 def _stop(_: argparse.Namespace, connect: Connect) -> None:
     with connect() as mq:
         mq.shutdown_server()
@@ -181,6 +187,7 @@ def _bench(options: argparse.Namespace, connect: Connect) -> None:
 _COMMANDS: dict[str, Callable[[argparse.Namespace, Connect], int | None]] = {
     "put": put,
     "get": get,
+    "work": _work,
     "topics": _topics,
     "watch": _watch,
     "ping": _ping,

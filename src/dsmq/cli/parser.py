@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import re
 import shlex
 import sys
@@ -12,7 +13,7 @@ from typing import Any, NoReturn
 
 from dsmq import __version__
 from dsmq.cli import formats
-from dsmq.cli.arguments import addresses, count, duration, file, port, position, seconds, timeout, topic
+from dsmq.cli.arguments import addresses, count, duration, file, group, lease, port, position, seconds, timeout, topic
 from dsmq.terminal import printable, quoted
 
 # The commands and their options
@@ -22,12 +23,18 @@ _GET = (
     "Print messages of topics, one per line. In a TOPIC, * matches any characters, including none. On a terminal, "
     "control characters are escaped."
 )
+_WORK = (
+    "Run COMMAND for messages of TOPIC, each of which goes to one of several workers. The message is its stdin; "
+    "DSMQ_TOPIC_NAME, DSMQ_JOB_ID and DSMQ_ATTEMPT are in its environment. If its exit status is not 0, or the worker "
+    "dies, another one gets the message. In TOPIC, * matches any characters, including none."
+)
 # The description and arguments of each command. The last argument may be repeated if ... follows it.
 COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("Run the server, until SIGTERM, Ctrl-C or a client's SHUTDOWN.", ""),
     "config": ("Print the effective configuration as TOML, secrets masked.", ""),
     "put": (_PUT, "TOPIC [MESSAGE] "),
     "get": (_GET, "TOPIC ... "),
+    "work": (_WORK, "TOPIC "),
     "topics": ("List topics with stored messages: message count, bytes, topic.", ""),
     "watch": ("Show topics and rates until q or Ctrl-C; once, if the output is not a terminal.", ""),
     "stats": ("Print statistics of a topic, or of the server.", "[TOPIC] "),
@@ -56,11 +63,8 @@ def _add_options(command: str, parser: Parser) -> None:
     add = parser.add_argument
     if command == "config":
         add("--example", action="store_true", help="print a commented dsmq.toml with all defaults instead")
-    if command == "put":
-        _add_put_options(parser)
-    if command == "get":
-        _add_get_options(parser)
-    if command in ("get", "put"):
+    if add_options_of := {"put": _add_put_options, "get": _add_get_options, "work": _add_work_options}.get(command):
+        add_options_of(parser)
         about = "seconds to try to restore a broken connection; default: 30"
         add("--reconnect", type=seconds, metavar="S", default=30.0, help=about)
     if command in ("topics", "stats"):
@@ -127,6 +131,18 @@ def _add_get_options(parser: Parser) -> None:
     add("--position-file", type=file, metavar="FILE", help=about)
 
 
+def _add_work_options(parser: Parser) -> None:
+    add = parser.add_argument
+    about = "group of workers that share the messages; default: workers"
+    add("--group", type=group, metavar="NAME", default="workers", help=about)
+    about = "how long a worker may be silent before another one gets its message; default: 60s"
+    add("--lease", type=lease, metavar="TIME", default=60.0, help=about)
+    about = "delay before the message of a failed command is given to a worker again; default: 1s"
+    add("--delay", type=duration, metavar="TIME", default=1.0, help=about)
+    about = "end when there is no message for this long; default: never"
+    add("--timeout", dest="wait", type=duration, metavar="TIME", default=math.inf, help=about)
+
+
 def _add_server_options(parser: Parser) -> None:
     about = (
         "Defaults: the server settings in DSMQ_HOST, DSMQ_PORT, DSMQ_AUTH_TOKEN or DSMQ_AUTH_TOKEN_FILE, and "
@@ -181,7 +197,8 @@ def parse(words: list[str]) -> argparse.Namespace:
         _refuse(name, next(filter(COMMANDS.__contains__, words), ""))
     about, arguments = COMMANDS[name]
     takes = re.findall(r"\w+", arguments.lower())
-    parser = Parser(prog=f"dsmq {name}", usage=f"dsmq {name} {arguments}[OPTION ...]", description=about)
+    usage = f"dsmq {name} {arguments}[OPTION ...]" + (" -- COMMAND ..." if name == "work" else "")
+    parser = Parser(prog=f"dsmq {name}", usage=usage, description=about)
     parser.takes_message = "message" in takes
     _add_options(name, parser)
     end = words.index("--") if "--" in words else len(words)
@@ -194,7 +211,12 @@ def parse(words: list[str]) -> argparse.Namespace:
     extra = [word for word in others[1:] if word.startswith("-")] if "..." in arguments else others[len(takes) :]
     if extra and (not takes or extra[0].startswith("-")):
         parser.unknown(extra[0])
-    _place(parser, options, arguments, others + words[end + 1 :])
+    rest = words[end + 1 :]
+    if name == "work":
+        options.program, rest = rest, []
+        if not options.program:
+            parser.error("a command is required: dsmq work TOPIC -- COMMAND")
+    _place(parser, options, arguments, others + rest)
     _check(parser, options)
     return options
 

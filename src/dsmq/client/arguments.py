@@ -86,7 +86,7 @@ def topic_name(topic: object) -> bytes:
 
 
 def topic_or_pattern(topic: object) -> bytes:
-    """Return a topic, or a pattern that contains `*`, as sent on the wire."""
+    """Return a topic, or a pattern (which contains `*`), as sent on the wire."""
     return topic.encode() if isinstance(topic, str) and "*" in topic else topic_name(topic)
 
 

@@ -1,4 +1,4 @@
-"""Jobs: messages of which each goes to one of several workers. Without I/O, for both clients."""
+"""Jobs: messages that each go to one of several workers. Without I/O, for both clients."""
 
 from __future__ import annotations
 
@@ -34,11 +34,12 @@ class Job(Message):
     """A message to work on, until it is done, given back, or its lease ends.
 
     `with job:` (`async with` in asyncio) finishes it at the end of the block, or gives it back if the block raises,
-    unless the block has done either itself. A pickled job can be passed to `done` and the others in another process.
+    unless the block has done either itself. A pickled job can be passed to `done`, `give_back` and `extend` in another
+    process.
     """
 
     attempt: int
-    """How often it has been given to a worker, including this time."""
+    """How many times it has been given to a worker, including this time."""
     key: tuple[str, str]
     """The topic or pattern that it was taken from, and the group."""
     _mq: Any = None
@@ -165,7 +166,7 @@ def _milliseconds(name: str, value: object, *, zero: bool = False) -> bytes:
 
 
 class Take(Read):
-    """A TAKE, which gets the same jobs if it is sent again with its token. It waits as a READ does."""
+    """A TAKE, which gets the same jobs if it is repeated with the same token. It waits like a READ."""
 
     __slots__ = ("_key", "_lease", "_process", "_tokens")
 
@@ -227,7 +228,7 @@ class Work:
         return jobs_of(self._mq._session)  # noqa: SLF001 - made for this
 
     def begin(self) -> None:
-        """Note that the caller asks for the next job, so that its current one is finished."""
+        """Note that the caller requests the next job, so its current one is finished."""
         if self._given is not None:
             self._finished = self._given
             self._given = None
@@ -262,7 +263,7 @@ class Work:
         self._tokens = tokens
         if kept := self._jobs.tokens.get(self._request):
             with suppress(IndexError):
-                # In a single step, which neither threads nor interrupts can divide.
+                # Atomic, so that neither threads nor interrupts can come in between.
                 tokens.extend(map(list.pop, (kept,)))
         call = Take(self._mq._session, self._request, self._lease_ms, tokens, until)  # noqa: SLF001
         found: list[Job] = []
@@ -280,7 +281,7 @@ class Work:
         return self._given
 
     def interrupted(self, *, is_over: bool = False) -> None:
-        """Let the next call, or if this loop is over, the next loop, get the job that the caller did not get."""
+        """Make the next call, or if this loop is over, the next loop, get the job that the caller did not get."""
         self._given = None
         if is_over or not self._ready:
             self._jobs.tokens.setdefault(self._request, []).extend(self._tokens)

@@ -44,6 +44,9 @@ class Pool:
         try:
             connection = self.idle.pop()
         except IndexError:
+            connection = None
+        if connection is None:
+            # Not while the error is being handled: the traceback of an interrupt would include it.
             return self.connect()
         if time.monotonic() - connection.used_at < one.LONG_PAUSE_SECONDS:
             return connection

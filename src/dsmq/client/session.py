@@ -64,7 +64,7 @@ class Session:
         """Whether the server was ever restarted, so that readers may have lost count of message numbers."""
         self.returned: Returned = []
         self.jobs: dict[object, Jobs] = {}
-        """The jobs of each process that has the client, as returned by `process`."""
+        """The jobs in each process that uses the client, by the result of `process`."""
         self.is_shared = False
         """Whether the server shares its store with others."""
         self._era = Era("", b"", 0, None)

@@ -14,7 +14,7 @@ from dsmq.errors import DSMQError
 
 
 class Worker(Client):
-    """The methods of a client for work shared by several workers."""
+    """The methods of a client that is a worker."""
 
     _run: Callable[..., None]
     _wait_seconds: Callable[[float | None], float]
@@ -24,9 +24,9 @@ class Worker(Client):
     ) -> Job | None:
         """Take the oldest job of a topic, or of all topics that match a pattern; None if there is none in time.
 
-        Each message goes to one worker of a group, whichever client it uses; and to another one if it is not `done`
-        within `lease` seconds (up to a day). A group begins with the oldest stored message. `timeout` is that of
-        `get_wait`. If this is interrupted, the next call for the same topic and group gets the same job.
+        Each message goes to one worker of a group, and to another one if it is not `done` within `lease` seconds (up to
+        a day). A group begins with the oldest stored message. `timeout` is as in `get_wait`. If a call is interrupted,
+        the next one for the same topic and group gets the same job.
 
         Raises Full if the server has too many groups or jobs in flight. See `Job`.
         """
@@ -44,10 +44,10 @@ class Worker(Client):
     ) -> Iterator[Job]:
         """Iterate over jobs as `take` returns them; end when there is none for `timeout` seconds.
 
-        A job is done when the next one is asked for; this raises JobLost if its lease has ended. If the loop is left by
-        `break` or an exception, the job is given back, as soon as Python deletes the iterator: if a variable keeps it,
-        when its `close()` or the client's is called. Up to `prefetch` jobs are taken at once. The leases of those that
-        have waited are extended when their turn comes, and those that have been lost are skipped.
+        Requesting the next job finishes the current one, and raises JobLost if its lease has ended. If the loop is left
+        by `break` or an exception, the job is given back once Python deletes the iterator; if a variable refers to it,
+        call its `close()`, or the client's. Up to `prefetch` jobs are taken at once. The leases of waiting jobs are
+        extended when their turn comes, and jobs lost meanwhile are skipped.
         """
         return _Work(self, topic, group, timeout, lease, prefetch)
 
@@ -56,14 +56,14 @@ class Worker(Client):
         self._settle(jobs.done(job), job)
 
     def give_back(self, job: Job, *, delay: float = 0.0) -> None:
-        """Let another worker get a job, after `delay` seconds (up to a day) and before newer ones.
+        """Return a job to its group: another worker gets it after `delay` seconds (up to a day), before newer ones.
 
         Raises JobLost if its lease has ended.
         """
         self._settle(jobs.give_back(job, delay), job)
 
     def extend(self, job: Job, seconds: float) -> None:
-        """Let the lease of a job end in `seconds`, up to a day. Raises JobLost if it has ended already."""
+        """Make a job's lease end in `seconds`, up to a day. Raises JobLost if it has already ended."""
         self._settle(jobs.extend(job, seconds), job, seconds)
 
     def _settle(self, call: Settle, job: Job, lease: float = 0.0) -> None:

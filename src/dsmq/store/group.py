@@ -107,6 +107,7 @@ class Group:
     def restore(self, job: HeldJob) -> None:
         """Add a job from a snapshot."""
         self.jobs[job.id] = job
+        self._remember_token(job)
         if job.until == _FAILED:
             self.failed.append(job)
         elif job.until == _READY:
@@ -138,8 +139,7 @@ class Group:
         self._forget_token(job)
         job.attempt += 1
         job.is_held, job.since, job.worker, job.token = True, now, worker, token
-        if token:
-            self._tokens.setdefault(token, []).append(Receipt(job.id, job.attempt))
+        self._remember_token(job)
         self._await(job, until)
 
     def _await(self, job: HeldJob, until: int) -> None:
@@ -191,6 +191,10 @@ class Group:
     def remove(self, job: HeldJob) -> None:
         self._forget_token(job)
         del self.jobs[job.id]
+
+    def _remember_token(self, job: HeldJob) -> None:
+        if job.token:
+            self._tokens.setdefault(job.token, []).append(Receipt(job.id, job.attempt))
 
     def _forget_token(self, job: HeldJob) -> None:
         receipts = self._tokens.get(job.token)

@@ -350,12 +350,14 @@ class Groups:
                     *(counts.done, counts.failed, counts.unmoved, counts.expired, counts.dropped),
                 )
             )
-            jobs += [(row, job.id, job.topic, job.attempt, job.until, job.is_held) for job in group.jobs.values()]
-            jobs += [(row, message_id, None, attempt, 0, False) for message_id, attempt in group.done.items()]
+            jobs += [
+                (row, job.id, job.topic, job.attempt, job.until, job.is_held, job.token) for job in group.jobs.values()
+            ]
+            jobs += [(row, message_id, None, attempt, 0, False, b"") for message_id, attempt in group.done.items()]
             numbers += [(row, topic, *values) for topic, values in group.numbers.items()]
         return [
             ("INSERT INTO worker_groups VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", groups),
-            ("INSERT INTO jobs VALUES (?, ?, ?, ?, ?, ?)", jobs),
+            ("INSERT INTO jobs VALUES (?, ?, ?, ?, ?, ?, ?)", jobs),
             ("INSERT INTO job_numbers VALUES (?, ?, ?, ?)", numbers),
         ]
 
@@ -368,12 +370,14 @@ class Groups:
         for row, key, name, used_at, position, *counts in source.execute("SELECT * FROM worker_groups ORDER BY id"):
             group = by_row[row] = Group(key, name, Selection([key]), used_at, position, counts=GroupCounts(*counts))
             self._groups[key, name] = group
-        for row, message_id, topic, attempt, until, is_held in source.execute("SELECT * FROM jobs ORDER BY rowid"):
+        for row, message_id, topic, attempt, until, is_held, token in source.execute(
+            "SELECT * FROM jobs ORDER BY rowid"
+        ):
             if topic is None:
                 by_row[row].done[message_id] = attempt
                 continue
             end = max(until, now + LEASE_AFTER_RESTART_MS) if is_held else until
-            by_row[row].restore(HeldJob(message_id, topic, attempt, end, bool(is_held), now))
+            by_row[row].restore(HeldJob(message_id, topic, attempt, end, bool(is_held), now, token))
         for row, topic, number, dropped in source.execute("SELECT * FROM job_numbers ORDER BY rowid"):
             by_row[row].numbers[topic] = number, dropped
         for group in by_row.values():

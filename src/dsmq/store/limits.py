@@ -47,7 +47,7 @@ class LimitChecker:
         self._topics = topics
         self._sizes = sizes
         self.drops_for_all = True
-        """Whether a topic drops messages because all topics together reach a limit."""
+        """Whether a topic drops messages if all topics together reach a limit."""
         # For each limit, the last put that was refused: its topic if the limit is per topic, the room it needed, and
         # whether that was since the last call of `full`.
         self._full: dict[str, tuple[bytes | None, int, bool]] = {}

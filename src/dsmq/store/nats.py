@@ -287,10 +287,7 @@ class NATSStore(SharedLimits, FreshReads):
 
     async def _answer_last_id(self, answer: Future[int]) -> None:
         try:
-            # Not the id that `ReadIndex` waits for, which may be that of a message that is never stored.
-            epoch, last_id = self.mirror.epoch, await self._index.last_stored_id()
-            if epoch != self.mirror.epoch:
-                raise EngineError("a new epoch has begun")
+            last_id = await self._index.start_id()
             answer.set_result(max(self.publisher.last_id, last_id))
         except EngineError as error:
             answer.set_exception(StoreFailed(str(error)))

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from dsmq.errors import StoreFailed
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 READ_SECONDS = 9.5
 # If the engine's last message does not arrive within this time, ask again: it may never be stored.
 INDEX_SECONDS = 0.1
+# After this long without an answer, a client that connects is sent to another server. A busy engine may be slow.
+START_SECONDS = 3.0
 _NO_RESPONSE = "the engine does not answer"
 # Higher than any id, so that the message is refused; the error contains the last id.
 _ASK_LAST_ID = ((b"Nats-Expected-Last-Sequence", b"9223372036854775806"),)
@@ -141,6 +143,17 @@ class ReadIndex:
                 if self._stream.heard_at > asked + UNDER_WAY_SECONDS:
                     return last_id
         return None
+
+    async def start_id(self) -> int:
+        """Return the id for a client to start after. Raises EngineError."""
+        until = boot_time() + START_SECONDS
+        while True:
+            with suppress(EngineError) if boot_time() < until else nullcontext():
+                epoch, last_id = self._mirror.epoch, await self.last_stored_id()
+                if epoch == self._mirror.epoch:
+                    return last_id
+                raise EngineError("a new epoch has begun")
+            await asyncio.sleep(INDEX_SECONDS)
 
     async def last_stored_id(self) -> int:
         """Return an id that is not below that of any stored message. Raises EngineError."""

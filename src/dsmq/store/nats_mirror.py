@@ -120,6 +120,7 @@ class Mirror(Fold):
         self._sequence, self._pending, self._state = 0, _UNKNOWN, state
         self._heard_at = boot_time()
         self._lost: str | None = None
+        self._is_accepted = False
         self.lag.update(state.last_id, self.store.last_id())
         # The engine's clock minus this machine's.
         self._clock_ahead_ms = state.now_ms - round(boot_time() * 1000)
@@ -183,7 +184,7 @@ class Mirror(Fold):
         try:
             seconds, self._create_seconds = self._create_seconds, CREATE_SECONDS
             pending = await self._stream.create_consumer(name, deliver_to, self.store.last_id(), seconds)
-            self._pending = min(self._pending, pending)
+            self._pending, self._is_accepted = min(self._pending, pending), True
             self._on_followed()
             self.apply()
             await self._watch()
@@ -298,7 +299,8 @@ class Mirror(Fold):
 
     def apply(self) -> None:
         """Apply the messages delivered so far, up to one that takes a while, such as a purge; the rest wait for it."""
-        if self._change is not None:
+        # A consumer on a node that has deleted messages too early sends the rest before it is refused.
+        if self._change is not None or not self._is_accepted:
             return
         deliveries, self._deliveries = self._deliveries, []
         if deliveries and self._lost is None:

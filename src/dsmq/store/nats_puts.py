@@ -224,17 +224,25 @@ class Publisher:
     async def _go_on(self, batch: _Batch, ack: Ack | None) -> list[Outcome]:
         """Publish a batch whose first attempt had no outcome."""
         is_sent = _may_be_stored(ack)
-        if len(batch.messages) > 1 and not batch.together:
-            # The engine refuses a batch that contains repeated puts, or for which there is no room.
-            self.split += 1
-            outcomes: list[Outcome] = []
-            for message in batch.messages:
-                outcomes += await self._publish(batch._replace(messages=[message]), is_sent=is_sent)
-            return outcomes
-        if ack is not None and ack.code == _REPEATED:
-            return await self._publish_rest(batch, ack, is_sent=is_sent)
-        await self._pause(ack)
-        return await self._publish(batch, is_sent=is_sent)
+        return await self._publish_parts(batch, ack, is_sent=is_sent) or await self._publish(batch, is_sent=is_sent)
+
+    async def _publish_parts(self, batch: _Batch, ack: Ack | None, *, is_sent: bool) -> list[Outcome]:
+        """Publish a batch in another way if the engine has refused it; otherwise wait, and return no outcomes."""
+        if len(batch.messages) > 1 and ack is not None and (ack.id or ack.code not in (0, _IN_PROCESS)):
+            if not batch.together:
+                # It contains repeated puts, or there is no room for all of it.
+                self.split += 1
+                outcomes: list[Outcome] = []
+                for message in batch.messages:
+                    outcomes += await self._publish(batch._replace(messages=[message]), is_sent=is_sent)
+                return outcomes
+            if ack.code == _REPEATED:
+                return await self._publish_rest(batch, ack, is_sent=is_sent)
+        if ack is not None and ack.code != _IN_PROCESS:
+            _logger.debug("the engine refused a put: %s (%s)", ack.text, ack.code)
+        self.retries += 1
+        await asyncio.sleep(_PAUSE_SECONDS)
+        return []
 
     async def _publish_rest(self, batch: _Batch, refusal: Ack, *, is_sent: bool) -> list[Outcome]:
         """Publish the messages of a refused batch that are not stored yet, each once."""
@@ -263,18 +271,10 @@ class Publisher:
             ack = await self._requests.ask(batch.encode, ATTEMPT_SECONDS)
             if outcomes := self._outcomes(batch, ack, is_sent=is_sent):
                 return outcomes
-            if ack is not None and ack.code == _REPEATED:
-                # An earlier attempt has stored it, or another client's put has stored some of it.
-                return await self._publish_rest(batch, ack, is_sent=is_sent)
             is_sent = is_sent or _may_be_stored(ack)
-            await self._pause(ack)
+            if outcomes := await self._publish_parts(batch, ack, is_sent=is_sent):
+                return outcomes
         return [_unsure() if is_sent else StoreFailed("the engine does not answer")] * len(batch.messages)
-
-    async def _pause(self, ack: Ack | None) -> None:
-        if ack is not None and ack.code != _IN_PROCESS:
-            _logger.debug("the engine refused a put: %s (%s)", ack.text, ack.code)
-        self.retries += 1
-        await asyncio.sleep(_PAUSE_SECONDS)
 
 
 def _answer(appends: list[_Append], outcomes: list[Outcome]) -> None:

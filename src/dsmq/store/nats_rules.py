@@ -1,7 +1,7 @@
-"""The rules for topics over NATS: they stand in the stream, and all mirrors apply them from there on.
+"""The rules for topics over NATS: they are stored in the stream, and all mirrors apply them from that point on.
 
-The last ones apply. A server writes those of its settings when it starts, and when they change, if the stream has
-others; a server whose settings have none adopts the stream's.
+The last rules apply. A server writes the rules in its settings when it starts, and when they change, if the stream has
+others; a server without rules in its settings adopts the stream's.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ _logger = logging.getLogger(__name__)
 
 
 class StreamRules:
-    """The limits of this server's settings, and what the stream says in place of some of them."""
+    """The limits in this server's settings, and the stream's rules, which override some of them."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        """Held while either of them changes, until the mirror has the result."""
+        """Held while either changes, until the mirror has the result."""
         self.own = Limits()
         self.fact = b""
-        """The rules that the mirror applies; empty if it has come to none."""
+        """The rules that the mirror applies; empty if it has not reached any."""
         self.is_unwritten = False
-        """Whether those of the settings have changed since they were written."""
+        """Whether the rules in the settings have changed since they were written."""
 
     def limits(self) -> Limits:
-        """Return the limits to apply: those that decide what topics drop are the stream's."""
+        """Return the limits to apply: the stream's for what topics drop, otherwise this server's."""
         return decode_rules(self.fact or NO_RULES, self.own)
 
     def to_write(self) -> bytes | None:
-        """Return the rules of the settings if they have to be written."""
+        """Return the rules in the settings if they have to be written."""
         own = encode_rules(self.own)
         is_missing = not self.fact and own != NO_RULES
         return own if own != (self.fact or NO_RULES) and (self.is_unwritten or is_missing) else None
@@ -56,7 +56,7 @@ class StreamRules:
     def apply(self, store: MirrorStore, fact: bytes, milliseconds: int) -> Iterator[int]:
         """Apply the stream's rules as of this long ago, in slices. Raises ValueError."""
         decode_rules(fact, self.own)
-        # What has expired by then stays so.
+        # Messages that had expired by then stay expired.
         yield from store.expire_as_of(milliseconds)
         with self.lock:
             self.fact = fact
@@ -65,7 +65,7 @@ class StreamRules:
         yield from store.expire_as_of(milliseconds)
 
     def report(self) -> None:
-        """Log which rules apply, if they are not those of the settings."""
+        """Log which rules apply, if they are not those in the settings."""
         own, rules = encode_rules(self.own), self.fact.decode(errors="replace")
         if self.fact in (b"", own):
             return
@@ -73,7 +73,7 @@ class StreamRules:
             _logger.info("the stream's rules for topics apply: %s", rules, extra=event("rules", rules=rules))
             return
         about = event("other_rules", rules=rules)
-        _logger.warning("another server has other rules for topics, which apply now: %s", rules, extra=about)
+        _logger.warning("another server's rules for topics apply now: %s", rules, extra=about)
 
 
 class SharedLimits:
@@ -109,7 +109,7 @@ class SharedLimits:
             self.mirror.store.limits = rules.limits()
         self._configure()
         if self.thread.is_alive() and self.mirror.ready and rules.to_write() is not None:
-            # So that they apply when the server says so.
+            # So that they apply once the server logs the reload.
             with suppress(TimeoutError, CancelledError):
                 asyncio.run_coroutine_threadsafe(self._write_rules(), self._loop).result(RELOAD_SECONDS)
 
@@ -118,7 +118,7 @@ class SharedLimits:
         self.stream.configure(self._max_age_ms, self.rules.own.max_stored_bytes)
 
     async def _write_rules(self) -> None:
-        """Write the rules of the settings to the stream, if necessary, and wait until the mirror applies them."""
+        """Write the rules in the settings to the stream, if necessary, and wait until the mirror applies them."""
         until, error = time.monotonic() + WRITE_SECONDS, None
         while time.monotonic() < until and (fact := self.rules.to_write()) is not None:
             try:

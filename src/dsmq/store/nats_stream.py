@@ -21,6 +21,7 @@ import math
 import random
 import secrets
 import sys
+import time
 import zlib
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
@@ -50,6 +51,8 @@ MIN_VERSION = "2.12.1"
 DEDUPLICATION_SECONDS = 120
 # Messages stay in the stream for longer than max_age, because the servers decide when a message expires.
 _MARGIN, _MIN_MARGIN_SECONDS = 0.1, 60
+# Nodes delete messages by their own clocks, so a difference of less than the margin loses none.
+CLOCK_TOLERANCE_SECONDS = _MIN_MARGIN_SECONDS
 _API_SECONDS = 1.0
 _HEARTBEAT_SECONDS = 1
 # A node tries to become the leader only after 4 s without one; less here, because clocks differ.
@@ -105,12 +108,15 @@ class Stream:
         """When the leader last had contact with a majority, as of its last answer."""
         self.leader = ""
         """The node that led the stream then; empty if the nodes are not a cluster."""
+        self._clock_offset = 0.0
+        """That node's clock, in seconds since 1970, minus `boot_time`."""
+        self._clock_reported_of: str | None = None
         self._servers: list[Server] = []
-        self._connect: Callable[[], Coroutine[None, None, None]]
+        self._new_client: Callable[[Sequence[Server]], Coroutine[None, None, Client]]
         self._connecting = asyncio.Lock()
         self._replicas, self._max_age_ms, self._max_bytes = replicas, 0, 0
         self.rules: bytes | None = None
-        """The last rules for topics that are known; None if the stream may have others."""
+        """The last known rules for topics; None if the stream may have others."""
         self.is_configured = False
         """Whether the stream has the current configuration."""
 
@@ -123,38 +129,14 @@ class Stream:
         """Connect, and reconnect whenever the connection breaks. Returns once connected."""
         logging.getLogger("asyncio").addFilter(_is_useful)
         self._servers = random.sample(servers, len(servers))
-        self._connect = partial(self._connect_client, credentials, tls)
+        self._new_client = partial(_new_client, credentials, tls)
         await self._connect()
 
-    async def _connect_client(self, credentials: Credentials, tls: SSLContext | None) -> None:
-        options = {"user": credentials.user, "password": credentials.password, "token": credentials.token}
-        scheme, servers = "tls" if tls else "nats", self._servers
-        urls = [f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}" for host, port in servers]
+    async def _connect(self) -> None:
+        servers = self._servers
         # An attempt may take all its time for a node that does not answer, so the next one begins with another.
         self._servers = [*servers[1:], servers[0]]
-
-        async def ignore(_: Exception) -> None:
-            """Without this, the client prints errors, which the requests raise anyway."""
-
-        client = Client()
-        try:
-            await client.connect(
-                urls,
-                **{name: value for name, value in options.items() if value},  # type: ignore[arg-type]
-                tls=tls,
-                error_cb=ignore,
-                dont_randomize=True,
-                max_reconnect_attempts=-1,
-                reconnect_time_wait=0.1,  # type: ignore[arg-type]
-                connect_timeout=2,
-                ping_interval=1,
-                max_outstanding_pings=3,
-            )
-        except BaseException:
-            # Half connected, it would neither answer requests nor count as closed.
-            await _close(client)
-            raise
-        self._client = client
+        self._client = await self._new_client(servers)
 
     async def close(self) -> None:
         if self._client.is_connected or self._client.is_reconnecting:
@@ -181,7 +163,7 @@ class Stream:
                 raise
             found = await self._create(self._configuration())
         if self.rules is None:
-            # Before it may be configured, which would delete what exceeds its new limits.
+            # Before it may be configured, which would delete messages beyond its new limits.
             self.rules = await self._last_of(f"{self.name}.facts.rules") or b""
         wanted = self._configuration()
         if not found.get("allow_atomic"):
@@ -232,7 +214,7 @@ class Stream:
             "discard": "new",
             "num_replicas": self._replicas,
             "max_age": (max_age_ms + margin) * 1_000_000,
-            # The stream keeps what topics drop until it expires.
+            # The stream keeps dropped messages until they expire.
             "max_bytes": -1 if rules.drop else self._max_bytes,
             "duplicate_window": min(DEDUPLICATION_SECONDS * 1000, self._max_age_ms) * 1_000_000,
             "allow_atomic": True,
@@ -273,7 +255,17 @@ class Stream:
             raise EngineError("the node can't reach a majority of the others")
         self.heard_at = asked - silent[needed - 1] if needed else asked
         self.majority_at, self.leader = asked, (info.get("cluster") or {}).get("leader", "")
+        self._check_clock(_milliseconds(info["ts"]) / 1000)
         return info
+
+    def _check_clock(self, now: float) -> None:
+        self._clock_offset = now - boot_time()
+        ahead = now - time.time()
+        if abs(ahead) <= CLOCK_TOLERANCE_SECONDS:
+            self._clock_reported_of = None
+        elif self._clock_reported_of != self.leader:
+            self._clock_reported_of = self.leader
+            _logger.warning("the clock of NATS server %s is %s this machine's", self.leader, _difference(ahead))
 
     async def _begin_epoch(self) -> bytes:
         headers = {"Nats-Expected-Last-Subject-Sequence": "0", **_NEVER}
@@ -307,6 +299,11 @@ class Stream:
         }
         body = {"stream_name": self.name, "config": config}
         created = await self._request(f"CONSUMER.CREATE.{self.name}.{name}", body, seconds)
+        ahead = _milliseconds(created["ts"]) / 1000 - boot_time() - self._clock_offset
+        if abs(ahead) > CLOCK_TOLERANCE_SECONDS:
+            # It may have deleted messages too early. Another consumer may be placed on another node.
+            node = (created.get("cluster") or {}).get("leader", "")
+            raise EngineError(f"the clock of NATS server {node} is {_difference(ahead)} that of the stream's leader")
         return int(created.get("num_pending", 0))
 
     async def delete_consumer(self, name: str) -> None:
@@ -335,8 +332,8 @@ class Stream:
                 await self.publish(f"{self.name}.facts.{number}", body, {"Nats-Rollup": "sub", **_NEVER})
 
     async def write_rules(self, fact: bytes) -> int:
-        """Add rules for topics to the stream; return their id. Earlier ones stay, for the messages between them."""
-        # First, because the stream may be full, and have room for what these rules let it keep.
+        """Add rules for topics to the stream; return their id. Earlier rules stay, for the messages in between."""
+        # First, because the stream may be full, and may get room by these rules.
         self.rules = fact
         await self.open()
         return await self.publish(f"{self.name}.facts.rules", fact, _NEVER)
@@ -379,6 +376,35 @@ class Stream:
                 await self._connect()
 
 
+async def _new_client(credentials: Credentials, tls: SSLContext | None, servers: Sequence[Server]) -> Client:
+    """Return a client that is connected to one of these servers."""
+    options = {"user": credentials.user, "password": credentials.password, "token": credentials.token}
+    scheme = "tls" if tls else "nats"
+
+    async def ignore(_: Exception) -> None:
+        """Without this, the client prints errors, which the requests raise anyway."""
+
+    client = Client()
+    try:
+        await client.connect(
+            [f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}" for host, port in servers],
+            **{name: value for name, value in options.items() if value},  # type: ignore[arg-type]
+            tls=tls,
+            error_cb=ignore,
+            dont_randomize=True,
+            max_reconnect_attempts=-1,
+            reconnect_time_wait=0.1,  # type: ignore[arg-type]
+            connect_timeout=2,
+            ping_interval=1,
+            max_outstanding_pings=3,
+        )
+    except BaseException:
+        # Half connected, it would neither answer requests nor count as closed.
+        await _close(client)
+        raise
+    return client
+
+
 async def _close(client: Client) -> None:
     with suppress(NATSError, OSError, TimeoutError):
         await asyncio.wait_for(client.close(), _API_SECONDS)
@@ -392,6 +418,10 @@ def _parse(data: bytes) -> dict[str, Any]:
     if error := answer.get("error"):
         raise EngineError(str(error.get("description")), int(error.get("err_code", 0)))
     return answer
+
+
+def _difference(seconds: float) -> str:
+    return f"{abs(seconds):.0f} s {'ahead of' if seconds > 0 else 'behind'}"
 
 
 def _milliseconds(text: str) -> int:

@@ -148,7 +148,7 @@ class Removals:
                     self._undeleted.pop(self._topics.by_name[name], None)
 
     def _drop_excess(self, topic: Topic) -> int:
-        """Drop some messages beyond the limits of a topic; return how many. Raises an error of SQLite."""
+        """Drop some messages beyond the limits of a topic; return their number. Raises SQLite's errors."""
         if count := self._limits.excess(topic):
             self._drop({topic.name: count}, [self._find_written(topic.name, count)])
         return count
@@ -209,7 +209,7 @@ class Removals:
         with self._database:
             count, is_done = self._expire_some(now)
             is_shrinking = self._database.shrink()
-            # Freed after the lock is released, because the C library may then return much memory to the system.
+            # Freed after the lock is released, because the C library may return much memory to the system.
             _bodies, self._database.deleted_bodies = self._database.deleted_bodies, []
         return count, is_done and not is_shrinking
 

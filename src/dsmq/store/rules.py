@@ -77,7 +77,7 @@ NO_RULES = b"{}"
 
 
 def encode_rules(limits: Limits) -> bytes:
-    """Return what limits say about single topics, for servers with the same store."""
+    """Return the limits on single topics, encoded for servers with the same store."""
     if not limits.topic and limits.when_full != DROP_OLDEST:
         return NO_RULES
     fields = limits._asdict()
@@ -88,7 +88,7 @@ def encode_rules(limits: Limits) -> bytes:
 
 
 def decode_rules(fact: bytes, limits: Limits) -> Limits:
-    """Return limits with encoded rules in place of their own. Raises ValueError."""
+    """Return limits with their rules replaced by encoded ones. Raises ValueError."""
     try:
         fields: dict[str, Any] = {"when_full": Limits().when_full, "topic": (), **json.loads(fact)}
         rules = [TopicRule(pattern.encode("latin-1"), *others) for pattern, *others in fields["topic"]]

@@ -419,7 +419,9 @@ class MirrorStore(SQLiteStore):
                             pass
 
     def expire_as_of(self, milliseconds: int) -> Iterator[int]:
-        """Do all that `expire` would have done this long ago, in slices; yield how many messages each has deleted."""
+        """Do everything that `expire` would have done this long ago, in slices; yield each one's number of deleted
+        messages.
+        """
         now, is_done = self._clock() - milliseconds, False
         while not is_done:
             count, is_done = self._expire_slice(now)

@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from conftest import SOON, Wire, serving, wait_until, wire_to
+from dsmq.broker.jobs import PendingTake, TakeQueues
 from dsmq.errors import Full, ReplyError
 from dsmq.server import Server
 from dsmq.wire.resp import encode_request
@@ -115,7 +118,7 @@ def test_unknown_job_is_lost(wire: Wire, request_: str) -> None:
     assert code(call(wire, request_)) == "JOBLOST"
 
 
-def test_workers_need_the_role_write(token_file: Path) -> None:
+def test_workers_require_the_role_write(token_file: Path) -> None:
     with serving(auth_token_file=str(token_file)) as server, wire_as(server, READER) as wire:
         for request in ("TAKE t w 1000", "DONE t w 1 1", "RETURN t w 1 1", "EXTEND t w 1 1 1"):
             assert code(call(wire, request)) == "NOPERM"
@@ -123,7 +126,7 @@ def test_workers_need_the_role_write(token_file: Path) -> None:
         assert call(wire, "TAKE t w 1000") == []
 
 
-def test_put_wakes_one_worker_in_the_order_in_which_they_came(threaded: Server) -> None:
+def test_put_wakes_one_worker_in_order_of_arrival(threaded: Server) -> None:
     with ExitStack() as stack:
         wire = stack.enter_context(wire_to(threaded))
         workers = wait_in_turn(threaded, stack, 4, "TAKE t* w 60000 WAIT 60000")
@@ -156,6 +159,18 @@ def test_turn_passes_on_when_a_waiting_worker_disconnects(threaded: Server) -> N
         assert call(wire, "TAKE t w 60000") == []
 
 
+def test_turn_passes_on_past_a_worker_that_ends_before_it_learns_of_its_turn() -> None:
+    posted: list[object] = []
+    connection = cast("Any", SimpleNamespace(loop=SimpleNamespace(post=lambda call: posted.append(call.func.__self__))))
+    queues = TakeQueues()
+    takes = [PendingTake(b"t", 0, 1, 1, 1, cast("Any", None), group=b"w") for _ in range(3)]
+    for one in takes:
+        one.is_first = queues.add(one, connection)
+    for one in takes[:2]:
+        queues.remove(one, connection)
+    assert posted == takes[1:]
+
+
 def test_worker_that_does_not_wait_takes_no_job_from_one_that_does(server: Server, wire: Wire) -> None:
     with ExitStack() as stack:
         [first] = wait_in_turn(server, stack, 1, "TAKE t w 60000 WAIT 60000")
@@ -163,6 +178,21 @@ def test_worker_that_does_not_wait_takes_no_job_from_one_that_does(server: Serve
         assert wire.receive() == 1
         assert wire.receive() == []
         assert ids(first.receive()) == [1]
+
+
+def test_repeated_take_gets_its_jobs_before_those_that_wait(threaded: Server) -> None:
+    with ExitStack() as stack:
+        wire = stack.enter_context(wire_to(threaded))
+        call(wire, "PUT t x")
+        first = call(wire, "TAKE t w 60000 TOKEN mine")
+        [waiting] = wait_in_turn(threaded, stack, 1, "TAKE t w 60000 WAIT 60000 TOKEN other")
+        for options in ("", "WAIT 60000 "):
+            assert ids(call(wire, f"TAKE t w 60000 {options}TOKEN mine")) == ids(first)
+        # It gets no others.
+        call(wire, "DONE t w 1 1")
+        assert call(wire, "TAKE t w 60000 TOKEN mine") == []
+        call(wire, "PUT t y")
+        assert ids(waiting.receive()) == [2]
 
 
 def test_error_on_the_second_try_leaves_no_wait(server: Server, wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:

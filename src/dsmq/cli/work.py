@@ -1,0 +1,131 @@
+"""`dsmq work`: runs a command for each job."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from dsmq.client.replies import reason
+from dsmq.errors import ConfigError, DSMQError, JobLost
+from dsmq.terminal import printable, quoted
+
+if TYPE_CHECKING:
+    from dsmq.client import DSMQClientSideConnection
+    from dsmq.client.jobs import Job
+
+
+def work(options: argparse.Namespace, connect: Callable[[], DSMQClientSideConnection]) -> None:
+    program = options.program[0]
+    if shutil.which(program) is None:
+        raise ConfigError(f"{quoted(program)}: command not found")
+    with connect() as mq:
+        worker = _Worker(mq, options)
+        with suppress(_Stopped):
+            while job := worker.take():
+                worker.run(job)
+    if worker.stopped_by == signal.SIGINT:
+        raise KeyboardInterrupt
+
+
+class _Stopped(Exception):
+    """A signal has arrived."""
+
+
+class _Worker:
+    """Runs the command for each job. Forwards SIGINT and SIGTERM to it, and then takes no more jobs."""
+
+    def __init__(self, mq: DSMQClientSideConnection, options: argparse.Namespace) -> None:
+        self._mq, self._options = mq, options
+        self._process: subprocess.Popen[bytes] | None = None
+        self._is_taking = False
+        self.stopped_by = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        self.stopped_by = number
+        self._pass_on(number)
+        if self._is_taking:
+            raise _Stopped
+
+    def _pass_on(self, number: int) -> None:
+        """Send a signal to the command, and to the processes that it has started."""
+        if self._process is not None and self._process.poll() is None:
+            with suppress(ProcessLookupError):
+                if hasattr(os, "killpg"):
+                    os.killpg(self._process.pid, number)
+                else:
+                    self._process.terminate()
+
+    def take(self) -> Job | None:
+        options = self._options
+        # Set first, so that no signal is missed in between.
+        self._is_taking = True
+        if self.stopped_by:
+            raise _Stopped
+        job = self._mq.take(options.topic, options.group, timeout=options.wait, lease=options.lease)
+        self._is_taking = False
+        return job
+
+    def run(self, job: Job) -> None:
+        """Run the command for a job, and finish it, or give it back."""
+        try:
+            if not (status := self._status(job)):
+                self._mq.done(job)
+                return
+            self._mq.give_back(job, delay=0 if self.stopped_by else self._options.delay)
+            about = f"given back: {_explain(status)}"
+        except JobLost as error:
+            about = f"lost: {error}"
+        sys.stderr.write(printable(f"dsmq: job {job.id} of {quoted(job.topic)} {about}") + "\n")
+
+    def _status(self, job: Job) -> int:
+        """Return the exit status of the command; extend the lease while it runs. Raises JobLost."""
+        variables = {"DSMQ_TOPIC_NAME": job.topic.replace("\0", "\\0"), "DSMQ_JOB_ID": str(job.id)}
+        variables["DSMQ_ATTEMPT"] = str(job.attempt)
+        # In its own process group, because a terminal would send signals to both.
+        group: dict[str, Any] = {"process_group": 0} if hasattr(os, "killpg") else {}
+        try:
+            process = subprocess.Popen(  # noqa: S603 - the user's own command
+                self._options.program, stdin=subprocess.PIPE, env=os.environ | variables, **group
+            )
+        except OSError as error:
+            raise DSMQError(f"{self._options.program[0]}: {reason(error)}") from None
+        with process:
+            self._process = process
+            try:
+                if self.stopped_by:
+                    self._pass_on(self.stopped_by)
+                return self._wait(process, job)
+            finally:
+                # If it is still running, another worker may get the job now.
+                self._pass_on(signal.SIGTERM)
+
+    def _wait(self, process: subprocess.Popen[bytes], job: Job) -> int:
+        body: bytes | None = job.body
+        while True:
+            try:
+                process.communicate(body, timeout=self._options.lease / 3)
+            except subprocess.TimeoutExpired:
+                # The rest of the message is not lost.
+                body = None
+                self._mq.extend(job, self._options.lease)
+            else:
+                return process.returncode
+
+
+def _explain(status: int) -> str:
+    if status > 0:
+        return f"exit status {status}"
+    try:
+        return f"killed by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"killed by signal {-status}"
