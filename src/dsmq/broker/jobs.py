@@ -49,6 +49,10 @@ class TakeQueues:
     def is_empty(self, key: tuple[bytes, bytes]) -> bool:
         return key not in self._queues
 
+    def count(self, key: tuple[bytes, bytes]) -> int:
+        """Return how many workers of a group are waiting for a job."""
+        return len(self._queues.get(key, ()))
+
     def add(self, pending: PendingTake, connection: Connection) -> bool:
         """Add a TAKE; return whether it is the first of its group."""
         with self._lock:
